@@ -1,0 +1,1 @@
+//! The agent: owns disks, runs their filters, serves the control API.

@@ -1,0 +1,2 @@
+//! `backtide`: everything a person does.
+fn main() {}

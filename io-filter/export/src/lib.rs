@@ -1,0 +1,1 @@
+//! Serving and reaching disks over NBD: tokio drivers around backtide-nbd.

@@ -1,0 +1,1 @@
+//! NBD codec, handshake and transmission state machines, without I/O.

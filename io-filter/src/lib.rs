@@ -1,0 +1,1 @@
+//! The filter state machine of one disk: capture, window, freeze, drain.

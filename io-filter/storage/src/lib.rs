@@ -1,0 +1,1 @@
+//! The one file seam: real, in-memory and faulty files.

@@ -1,0 +1,1 @@
+//! Dirty bitmaps and their file.

@@ -1,0 +1,90 @@
+//! Places in a disk's history.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// Position of a write in one disk's log: strictly increasing over the disk's whole life.
+///
+/// Not dense: numbers can be skipped, never used twice. `Lsn::ZERO` comes before every write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Lsn(pub u64);
+
+/// How often a disk was attached. A receiver refuses an epoch lower than one it has seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Epoch(pub u64);
+
+/// When a write was captured: microseconds since the Unix epoch, by the agent's clock made
+/// monotonic per disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct CaptureTime(pub u64);
+
+/// Text that is no LSN.
+#[derive(Debug, thiserror::Error)]
+#[error("expected an LSN as a decimal number, found {found:?}")]
+pub struct ParseLsnError {
+    found: String,
+}
+
+impl Lsn {
+    /// Before every write.
+    pub const ZERO: Self = Self(0);
+    /// At or after every write.
+    pub const MAX: Self = Self(u64::MAX);
+
+    /// The next position.
+    ///
+    /// # Panics
+    /// After 2^64 - 1 writes.
+    pub fn next(self) -> Self {
+        self.plus(1)
+    }
+
+    /// The position `count` further on.
+    ///
+    /// # Panics
+    /// Beyond 2^64 - 1.
+    pub fn plus(self, count: u64) -> Self {
+        Self(self.0.checked_add(count).expect("a disk's LSNs are used up"))
+    }
+}
+
+impl Epoch {
+    /// The next attach.
+    ///
+    /// # Panics
+    /// After 2^64 - 1 attaches.
+    pub fn next(self) -> Self {
+        Self(self.0.checked_add(1).expect("a disk's epochs are used up"))
+    }
+}
+
+impl CaptureTime {
+    /// This moment or, when the clock went back, the one just after `previous`.
+    pub fn at_least_after(self, previous: Self) -> Self {
+        self.max(previous)
+    }
+}
+
+impl fmt::Display for Lsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for Lsn {
+    type Err = ParseLsnError;
+
+    fn from_str(text: &str) -> Result<Self, ParseLsnError> {
+        text.parse().map(Self).map_err(|_| ParseLsnError { found: text.to_owned() })
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}

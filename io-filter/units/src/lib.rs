@@ -1,0 +1,16 @@
+//! Units of the data path, as types: nothing crosses a function boundary as a bare `u64`.
+//!
+//! Three families: places on a disk ([`ByteOffset`], [`ByteCount`], [`ByteRange`] and, at the
+//! tracking granularity, [`BlockIndex`], [`BlockCount`], [`BlockRange`]), places in a disk's history ([`Lsn`],
+//! [`CaptureTime`], [`Epoch`]), and identities ([`DiskId`], [`HistoryId`]). Ranges are half-open.
+//! Arithmetic that could leave the type's range is checked and has a name.
+
+mod blocks;
+mod bytes;
+mod history;
+mod identity;
+
+pub use blocks::{BLOCK_SIZE, BlockCount, BlockIndex, BlockRange};
+pub use bytes::{ByteCount, ByteOffset, ByteRange};
+pub use history::{CaptureTime, Epoch, Lsn, ParseLsnError};
+pub use identity::{DiskId, DiskName, HistoryId, InvalidDiskName};

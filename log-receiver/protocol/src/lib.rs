@@ -1,0 +1,1 @@
+//! The stream between filter and log receiver: messages, framing, versions.

@@ -1,0 +1,1 @@
+//! Recovery points: intervals, holes, and views of a disk at an LSN.

@@ -1,0 +1,1 @@
+//! The log receiver: takes streams, keeps timelines, serves points.
