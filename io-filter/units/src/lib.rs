@@ -9,8 +9,10 @@ mod blocks;
 mod bytes;
 mod history;
 mod identity;
+mod reason;
 
 pub use blocks::{BLOCK_SIZE, BlockCount, BlockIndex, BlockRange};
 pub use bytes::{ByteCount, ByteOffset, ByteRange};
 pub use history::{CaptureTime, Epoch, Lsn, ParseLsnError};
 pub use identity::{DiskId, DiskName, HistoryId, InvalidDiskName};
+pub use reason::Reason;

@@ -1,1 +1,26 @@
-//! The stream between filter and log receiver: messages, framing, versions.
+//! The stream between a disk's filter and the log receiver: messages, framing, versions.
+//!
+//! Pure: bytes in, messages out and back. One connection carries one disk. [`FORMAT.md`] beside
+//! this crate is the description of the bytes; [`message`] says what they mean, [`frame`] how they
+//! lie on the wire, [`decoder`] finds them in a byte stream.
+//!
+//! [`FORMAT.md`]: https://docs.rs/crate/backtide-protocol/source/FORMAT.md
+
+pub mod decoder;
+mod error;
+pub mod frame;
+pub mod hello;
+pub mod message;
+
+pub use decoder::Decoder;
+pub use error::ProtocolError;
+pub use frame::{FRAME_HEADER_BYTES, PAYLOAD_BYTES_MAX, encode};
+pub use hello::{CloseCode, Closed, Hello, ReceiverState, Tracking, Welcome};
+pub use message::{Compare, CompareItem, CompareResult, Data, Message, Record, RecordBody, Sequenced};
+
+/// The version this build speaks. A peer with another one is refused with [`CloseCode::Version`].
+///
+/// | version | what changed |
+/// |---|---|
+/// | 1 | first |
+pub const PROTOCOL_VERSION: u32 = 1;

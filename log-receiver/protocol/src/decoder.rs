@@ -1,0 +1,90 @@
+//! Finds frames in a byte stream: the driver reads into [`Decoder::buffer`], then takes messages
+//! until there is none.
+//!
+//! Holds at most one frame beyond what has been taken: a driver that stops reading stops growth.
+
+use bytes::{Bytes, BytesMut};
+
+use crate::{
+    FRAME_HEADER_BYTES, ProtocolError,
+    frame::{self, Header},
+    message::Sequenced,
+};
+
+/// Reads below this size would cost a system call for few frames.
+const READ_BYTES: usize = 256 * 1024;
+
+/// The receiving end of one direction of a connection.
+#[derive(Debug)]
+pub struct Decoder {
+    buffer: BytesMut,
+    /// The header of the frame whose payload is still arriving.
+    header: Option<Header>,
+    next_seq: u64,
+    /// The stream is unusable after the first error.
+    failed: bool,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Decoder {
+    /// For a new connection: expects frame 1.
+    pub fn new() -> Self {
+        Self { buffer: BytesMut::new(), header: None, next_seq: 1, failed: false }
+    }
+
+    /// Where the driver appends what it read; there is room for a useful read, and for the rest of
+    /// the frame that is arriving.
+    pub fn buffer(&mut self) -> &mut BytesMut {
+        let missing = match &self.header {
+            Some(header) => (header.payload_bytes as usize).saturating_sub(self.buffer.len()),
+            None => 0,
+        };
+        self.buffer.reserve(missing.max(READ_BYTES));
+        &mut self.buffer
+    }
+
+    /// The next whole message, or `None` until more bytes are there.
+    ///
+    /// # Errors
+    /// Whatever makes the stream unusable; the connection has to be closed then.
+    ///
+    /// # Panics
+    /// When called again after an error.
+    pub fn next_message(&mut self) -> Result<Option<Sequenced>, ProtocolError> {
+        assert!(!self.failed, "a failed stream is not read on");
+        let result = self.advance();
+        self.failed = result.is_err();
+        result
+    }
+
+    fn advance(&mut self) -> Result<Option<Sequenced>, ProtocolError> {
+        let header = match self.header {
+            Some(header) => header,
+            None => {
+                let Some(bytes) = self.buffer.first_chunk::<FRAME_HEADER_BYTES>() else { return Ok(None) };
+                let header = Header::decode(bytes)?;
+                if header.seq != self.next_seq {
+                    return Err(ProtocolError::Sequence { expected: self.next_seq, found: header.seq });
+                }
+                let _ = self.buffer.split_to(FRAME_HEADER_BYTES);
+                self.header = Some(header);
+                header
+            }
+        };
+        if self.buffer.len() < header.payload_bytes as usize {
+            return Ok(None);
+        }
+        let payload: Bytes = self.buffer.split_to(header.payload_bytes as usize).freeze();
+        self.header = None;
+        self.next_seq += 1;
+        frame::decode(&header, payload).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,129 @@
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, Reason};
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    CloseCode, Closed, Compare, CompareItem, CompareResult, Data, Message, PAYLOAD_BYTES_MAX, Record,
+    RecordBody, encode,
+};
+
+fn range(start: u64, count: u64) -> ByteRange {
+    ByteRange::new(ByteOffset(start), ByteCount(count)).unwrap()
+}
+
+fn record(lsn: u64, range: ByteRange, body: RecordBody) -> Message {
+    Message::Record(Record { lsn: Lsn(lsn), previous: Lsn(lsn - 1), time: CaptureTime(77), range, body })
+}
+
+/// One of each kind, with every optional part both ways.
+fn one_of_each() -> Vec<Message> {
+    let data = Data::capture(Bytes::from_static(b"sixteen bytes!!!"));
+    let time = CaptureTime(5);
+    vec![
+        record(1, range(4096, 16), RecordBody::Write(data.clone())),
+        record(2, range(0, 1 << 40), RecordBody::Zero),
+        record(3, range(512, 512), RecordBody::Trim),
+        Message::Flush { lsn: Lsn(3), time },
+        Message::PassBegin { at: Lsn(9), gap_from: Lsn(3), time, reason: Reason::ReceiverAway },
+        Message::PassData { at: Lsn(9), range: range(8192, 16), data },
+        Message::PassData { at: Lsn(9), range: range(0, 1 << 20), data: Data::capture(Bytes::new()) },
+        Message::PassEnd { at: Lsn(9), valid_from: Some(Lsn(9)), time },
+        Message::PassEnd { at: Lsn(9), valid_from: None, time },
+        Message::Mark { lsn: Lsn(9), time, label: "before upgrade".into() },
+        Message::Compare(Compare {
+            id: 4,
+            at: Lsn(9),
+            items: vec![CompareItem { range: range(0, 65536), hash: [7; 32] }],
+        }),
+        Message::CompareResult(CompareResult { id: 4, differing: vec![0, 3] }),
+        Message::Ack { received: 10, durable: 8 },
+        Message::Ping,
+        Message::Close(Closed { code: CloseCode::Fenced, message: "epoch 3 owns the disk".into() }),
+    ]
+}
+
+fn wire(messages: &[Message]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (message, seq) in messages.iter().zip(1..) {
+        let (header, payload) = encode(seq, message);
+        bytes.extend_from_slice(&header);
+        bytes.extend_from_slice(&payload);
+    }
+    bytes
+}
+
+fn decode_all(bytes: &[u8], step: usize) -> Result<Vec<Message>, ProtocolError> {
+    let mut decoder = Decoder::new();
+    let mut messages = Vec::new();
+    for piece in bytes.chunks(step) {
+        decoder.buffer().extend_from_slice(piece);
+        while let Some(next) = decoder.next_message()? {
+            messages.push(next.message);
+        }
+    }
+    Ok(messages)
+}
+
+#[test]
+fn every_message_comes_back_however_the_bytes_are_cut() {
+    let messages = one_of_each();
+    let bytes = wire(&messages);
+    for step in [1, 7, 64, 65, bytes.len()] {
+        assert_eq!(decode_all(&bytes, step).unwrap(), messages, "in steps of {step}");
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_noticed() {
+    let bytes = wire(&one_of_each());
+    for position in 0..bytes.len() * 8 {
+        let mut damaged = bytes.clone();
+        damaged[position / 8] ^= 1 << (position % 8);
+        assert!(decode_all(&damaged, damaged.len()).is_err(), "bit {position}");
+    }
+}
+
+#[test]
+fn a_repeated_frame_is_out_of_order() {
+    let (header, _) = encode(1, &Message::Ping);
+    let bytes = [header, header].concat();
+    assert!(matches!(decode_all(&bytes, 128), Err(ProtocolError::Sequence { expected: 2, found: 1 })));
+}
+
+#[test]
+fn a_frame_over_the_limit_is_refused_by_its_header_alone() {
+    let data = Data::capture(Bytes::from(vec![0; PAYLOAD_BYTES_MAX as usize + 1]));
+    let message = record(1, range(0, PAYLOAD_BYTES_MAX + 1), RecordBody::Write(data));
+    let (header, _) = encode(1, &message);
+    assert!(matches!(decode_all(&header, 64), Err(ProtocolError::TooLarge { .. })));
+}
+
+#[test]
+fn another_protocol_is_named_as_such() {
+    let error = decode_all(&[b'G'; 64], 64).unwrap_err();
+    assert!(error.to_string().starts_with("the peer does not speak the backtide stream protocol"), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512), step in 1usize..100) {
+        let _ = decode_all(&bytes, step);
+    }
+
+    /// Headers that pass their checksum and are nonsense otherwise.
+    #[test]
+    fn arbitrary_checksummed_headers_never_panic(kind in 0u8..20, fields in any::<[u64; 4]>(), payload in proptest::collection::vec(any::<u8>(), 0..64)) {
+        let (mut header, _) = encode(1, &Message::Ping);
+        header[4] = kind;
+        for (index, field) in fields.iter().enumerate() {
+            header[16 + index * 8..24 + index * 8].copy_from_slice(&field.to_le_bytes());
+        }
+        header[48..52].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        header[52..56].copy_from_slice(&crc32c::crc32c(&payload).to_le_bytes());
+        let crc = crc32c::crc32c(&header[..60]);
+        header[60..].copy_from_slice(&crc.to_le_bytes());
+        let bytes = [&header[..], &payload].concat();
+        let _ = decode_all(&bytes, bytes.len());
+    }
+}

@@ -1,0 +1,64 @@
+//! What can be wrong with bytes from a peer.
+
+/// Bytes from the peer that are no valid stream. The connection cannot go on after one.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    /// The first bytes are not those of a frame of this protocol.
+    #[error(
+        "the peer does not speak the backtide stream protocol: expected magic {expected:#010x}, found {found:#010x}"
+    )]
+    Magic {
+        /// The magic of this protocol.
+        expected: u32,
+        /// What came.
+        found: u32,
+    },
+    /// The frame header's checksum is wrong.
+    #[error("damaged frame header: checksum expected {expected:#010x}, found {found:#010x}")]
+    HeaderChecksum {
+        /// As the header says.
+        expected: u32,
+        /// As computed.
+        found: u32,
+    },
+    /// The payload's checksum is wrong.
+    #[error("damaged payload of frame {seq}: checksum expected {expected:#010x}, found {found:#010x}")]
+    PayloadChecksum {
+        /// The frame.
+        seq: u64,
+        /// As the header says.
+        expected: u32,
+        /// As computed.
+        found: u32,
+    },
+    /// A type this version does not have.
+    #[error("unknown frame type {found}")]
+    UnknownType {
+        /// The type byte.
+        found: u8,
+    },
+    /// A payload above the limit.
+    #[error("frame of {found} bytes is over the limit of {limit} bytes")]
+    TooLarge {
+        /// As the header says.
+        found: u64,
+        /// [`crate::PAYLOAD_BYTES_MAX`].
+        limit: u64,
+    },
+    /// A frame whose fields contradict each other or the state of the connection.
+    #[error("invalid {what} frame: {why}")]
+    Invalid {
+        /// The kind of frame.
+        what: &'static str,
+        /// What was expected and what was found.
+        why: String,
+    },
+    /// A frame out of order.
+    #[error("frame out of order: expected sequence number {expected}, found {found}")]
+    Sequence {
+        /// One after the last.
+        expected: u64,
+        /// As the header says.
+        found: u64,
+    },
+}

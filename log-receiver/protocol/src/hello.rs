@@ -1,0 +1,137 @@
+//! The handshake's messages, and how a connection ends. Rare and evolvable, so they are JSON.
+
+use backtide_units::{ByteCount, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
+use serde::{Deserialize, Serialize};
+
+/// The agent's first frame.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`crate::PROTOCOL_VERSION`] of the agent.
+    pub version: u32,
+    /// Which disk.
+    pub disk: DiskId,
+    /// Its name today.
+    pub name: DiskName,
+    /// Its size in bytes.
+    pub size: ByteCount,
+    /// The attach this connection belongs to.
+    pub epoch: Epoch,
+    /// The history the agent continues; none when it never met this receiver.
+    pub history: Option<HistoryId>,
+    /// What the agent can still send.
+    pub tracking: Tracking,
+    /// The LSN the agent would give next: the receiver has never seen one at or above it, or the
+    /// agent has been rolled back.
+    pub next_lsn: Lsn,
+    /// The highest LSN this receiver acknowledged to the agent as durable.
+    pub acked_durable: Lsn,
+}
+
+/// What the agent knows of the differences between its disk and the receiver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "state")]
+pub enum Tracking {
+    /// Nothing: the disk was never protected.
+    New,
+    /// Every record above `base` is retained and no block is dirty.
+    Window {
+        /// Everything at or below it has left the window.
+        base: Lsn,
+    },
+    /// The dirty bitmap says what differs from the log up to `gap_from`.
+    Bitmap {
+        /// Changes above it are in the bitmap, not in records.
+        gap_from: Lsn,
+        /// Why there is a gap.
+        reason: Reason,
+    },
+    /// The knowledge was lost; everything allocated has to be compared.
+    Lost {
+        /// How it was lost.
+        reason: Reason,
+    },
+}
+
+/// The receiver's answer to a [`Hello`] it accepts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// [`crate::PROTOCOL_VERSION`] of the receiver.
+    pub version: u32,
+    /// The history the receiver keeps of this disk from now on.
+    pub history: HistoryId,
+    /// Whether that history is new, continued or not the one the agent named.
+    pub state: ReceiverState,
+    /// Everything at or below it is in the log and durable.
+    pub durable: Lsn,
+    /// The highest LSN that occurs anywhere in the log: the agent goes on above it.
+    pub highest: Lsn,
+    /// Whether the log ends in an unfinished pass: only another pass can continue it.
+    pub in_pass: bool,
+}
+
+/// What the receiver had of the disk before this handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReceiverState {
+    /// Nothing.
+    New,
+    /// The history the agent named.
+    Known,
+    /// Another history than the agent named, or the agent named none.
+    Foreign,
+}
+
+/// Why a side closes the connection; the other side shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Closed {
+    /// What to do about it.
+    pub code: CloseCode,
+    /// A sentence for people.
+    pub message: String,
+}
+
+/// Kinds of ends, each with one right reaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CloseCode {
+    /// Orderly end: detach, pause or shutdown. Connect again when there is something to send.
+    Bye,
+    /// A higher epoch owns the disk. Never connect again with this one.
+    Fenced,
+    /// The peer speaks another version. Upgrade one side.
+    Version,
+    /// The peer sent something invalid. Connect again, and report it.
+    Invalid,
+    /// The receiver's store is full or failing. Track and retry later.
+    Store,
+    /// The disk is connected already, with the same epoch. Retry later.
+    Busy,
+    /// The disk's size or identity contradicts the receiver's.
+    Refused,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hello_is_readable_json() {
+        let hello = Hello {
+            version: 1,
+            disk: DiskId::random(),
+            name: "vm1".parse().unwrap(),
+            size: ByteCount(1 << 30),
+            epoch: Epoch(3),
+            history: None,
+            tracking: Tracking::Bitmap { gap_from: Lsn(17), reason: Reason::ReceiverAway },
+            next_lsn: Lsn(40),
+            acked_durable: Lsn(17),
+        };
+        let text = serde_json::to_string(&hello).unwrap();
+        assert!(
+            text.contains(r#""tracking":{"state":"bitmap","gap_from":17,"reason":"receiver-away"}"#),
+            "{text}"
+        );
+        assert_eq!(serde_json::from_str::<Hello>(&text).unwrap(), hello);
+    }
+}
