@@ -1,0 +1,189 @@
+//! Where a connection's bytes arrive: one read brings many requests, and payloads are handed out
+//! without a copy.
+//!
+//! The driver reads into [`Intake::space`]; the machines take from the front. Short payloads are
+//! slices of the read buffer. A payload of [`DEDICATED`] bytes or more that is not wholly there
+//! gets a buffer of exactly its size, and the driver reads straight into it.
+//!
+//! Invariants: the read buffer never holds more than its capacity, so a peer can make this
+//! structure grow only by one announced payload, which the caller has checked against its limit.
+
+use std::collections::VecDeque;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut, buf::Limit};
+
+/// Capacity of the read buffer in bytes.
+const CAPACITY: usize = 256 << 10;
+/// A read is offered at least this much room; also the longest message a machine may wait for in
+/// the read buffer, headers apart.
+pub(crate) const MIN_ROOM: usize = 64 << 10;
+/// Payloads from this length on get a buffer of their own.
+const DEDICATED: usize = 64 << 10;
+/// How many used-up read buffers are kept to be used again once nothing refers to them.
+const SPENT_MAX: usize = 4;
+
+/// A connection's input: bytes that were read and not yet understood.
+#[derive(Debug, Default)]
+pub struct Intake {
+    buffer: BytesMut,
+    /// Empty handles on earlier read buffers, oldest first; slices of them may still be out.
+    spent: VecDeque<BytesMut>,
+    payload: Option<Payload>,
+}
+
+#[derive(Debug)]
+struct Payload {
+    wanted: usize,
+    filled: BytesMut,
+}
+
+impl Intake {
+    /// An empty intake; it allocates when first read into.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The place to read into; never without room.
+    pub fn space(&mut self) -> Limit<&mut BytesMut> {
+        if self.payload.is_none() && self.buffer.capacity() - self.buffer.len() < MIN_ROOM {
+            self.renew();
+        }
+        if let Some(payload) = &mut self.payload {
+            let missing = payload.wanted - payload.filled.len();
+            assert!(missing > 0, "a full payload was not taken before the next read");
+            return (&mut payload.filled).limit(missing);
+        }
+        let room = self.buffer.capacity() - self.buffer.len();
+        (&mut self.buffer).limit(room)
+    }
+
+    /// The bytes that are there, outside a payload being collected.
+    pub fn buffered(&self) -> &[u8] {
+        &self.buffer
+    }
+
+    /// Drops the first `count` bytes.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub fn consume(&mut self, count: usize) {
+        self.buffer.advance(count);
+    }
+
+    /// Drops up to `count` bytes and says how many.
+    pub(crate) fn discard(&mut self, count: usize) -> usize {
+        let there = count.min(self.buffer.len());
+        self.buffer.advance(there);
+        there
+    }
+
+    /// The next `wanted` bytes, once they are all there. A caller that got `None` asks again with
+    /// the same `wanted` until it gets them, and takes nothing else in between.
+    pub(crate) fn take(&mut self, wanted: usize) -> Option<Bytes> {
+        if let Some(payload) = &self.payload {
+            assert!(payload.wanted == wanted, "a payload changed its length half way");
+            if payload.filled.len() < wanted {
+                return None;
+            }
+            return self.payload.take().map(|payload| payload.filled.freeze());
+        }
+        if self.buffer.len() >= wanted {
+            return Some(self.buffer.split_to(wanted).freeze());
+        }
+        if wanted >= DEDICATED {
+            let mut filled = BytesMut::with_capacity(wanted);
+            filled.extend_from_slice(&self.buffer);
+            self.buffer.clear();
+            self.payload = Some(Payload { wanted, filled });
+        }
+        None
+    }
+
+    /// How many bytes of a started payload are still to come; they will be held in memory.
+    pub fn payload_missing(&self) -> usize {
+        self.payload.as_ref().map_or(0, |payload| payload.wanted - payload.filled.len())
+    }
+
+    /// Continues in a buffer with room, taking the unread rest along.
+    fn renew(&mut self) {
+        let mut next = self.reclaim().unwrap_or_else(|| BytesMut::with_capacity(CAPACITY));
+        next.extend_from_slice(&self.buffer);
+        self.buffer.clear();
+        let spent = std::mem::replace(&mut self.buffer, next);
+        if spent.capacity() > 0 || !self.spent.is_empty() {
+            self.spent.push_back(spent);
+        }
+        if self.spent.len() > SPENT_MAX {
+            self.spent.pop_front();
+        }
+    }
+
+    /// The oldest used-up buffer, if nothing refers to it any more.
+    fn reclaim(&mut self) -> Option<BytesMut> {
+        let oldest = self.spent.front_mut()?;
+        if oldest.try_reclaim(CAPACITY) { self.spent.pop_front() } else { None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn feed(intake: &mut Intake, bytes: &[u8]) {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let mut space = intake.space();
+            let count = space.remaining_mut().min(rest.len());
+            space.put_slice(&rest[..count]);
+            rest = &rest[count..];
+        }
+    }
+
+    #[test]
+    fn a_short_payload_is_a_slice_of_the_read_buffer() {
+        let mut intake = Intake::new();
+        feed(&mut intake, &[7; 4096]);
+        let start = intake.buffered().as_ptr();
+        let payload = intake.take(4000).expect("is there");
+        assert_eq!(payload.as_ptr(), start);
+        assert_eq!(intake.buffered().len(), 96);
+    }
+
+    #[test]
+    fn a_long_payload_is_read_into_a_buffer_of_its_size() {
+        let mut intake = Intake::new();
+        feed(&mut intake, &[1; 100]);
+        assert!(intake.take(1 << 20).is_none());
+        assert_eq!(intake.payload_missing(), (1 << 20) - 100);
+        assert_eq!(intake.space().remaining_mut(), (1 << 20) - 100);
+        feed(&mut intake, &[2; (1 << 20) - 100]);
+        let payload = intake.take(1 << 20).expect("is complete");
+        assert_eq!((payload[99], payload[100], payload.len()), (1, 2, 1 << 20));
+        assert_eq!(intake.payload_missing(), 0);
+    }
+
+    #[test]
+    fn read_buffers_are_used_again_when_their_slices_are_gone() {
+        let mut intake = Intake::new();
+        let mut starts = std::collections::BTreeSet::new();
+        for _ in 0..1000 {
+            feed(&mut intake, &[3; 32 << 10]);
+            let payload = intake.take(32 << 10).expect("is there");
+            starts.insert(payload.as_ptr() as usize & !(CAPACITY - 1));
+        }
+        assert!(starts.len() < 16, "{} different buffers", starts.len());
+    }
+
+    #[test]
+    fn slices_survive_what_is_read_later() {
+        let mut intake = Intake::new();
+        let mut kept = Vec::new();
+        for round in 0..100_u8 {
+            feed(&mut intake, &[round; 10_000]);
+            kept.push(intake.take(10_000).expect("is there"));
+        }
+        for (round, payload) in kept.iter().enumerate() {
+            assert!(payload.iter().all(|&byte| usize::from(byte) == round));
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The server's handshake: from the greeting to the transmission phase of one export.
+//!
+//! ```text
+//! greeting ─▶ CLIENT FLAGS ─▶ OPTION ⇄ SKIP (rest of an option that is too long)
+//!                               │
+//!                               ├─ GO, EXPORT_NAME ─▶ Step::Transmission
+//!                               └─ ABORT ───────────▶ Step::Closed
+//! ```
+//!
+//! Invariants: one option is answered per [`Handshake::step`], so that the driver can send the
+//! answer before the next one is made; an option's data is kept only up to [`OPTION_MAX`]; a
+//! handshake has at most [`OPTIONS_MAX`] options.
+
+use bytes::{BufMut, BytesMut};
+
+use super::option::{self, Options, Refusal, put_reply};
+use crate::wire::{self, handshake_flag, magic, option_reply};
+use crate::{ExportInfo, ExportSummary, Intake, ProtocolError, ReplyStyle};
+
+/// The longest data of an option that is looked at, in bytes.
+const OPTION_MAX: u32 = 32 << 10;
+/// The most options in one handshake: enough to ask about a thousand exports.
+const OPTIONS_MAX: u32 = 4096;
+
+/// The exports a server has, at the moment it is asked.
+pub trait Catalog {
+    /// The export a client calls `name`; "" is the default export.
+    fn find(&self, name: &str) -> Option<ExportInfo>;
+    /// What LIST shows.
+    fn list(&self) -> Vec<ExportSummary>;
+}
+
+/// What the handshake has settled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    /// The name the client used; may be an alias of the export's.
+    pub requested: String,
+    /// The export as it was described to the client.
+    pub export: ExportInfo,
+    /// How replies are framed.
+    pub style: ReplyStyle,
+    /// BLOCK_STATUS may be asked, in `base:allocation`.
+    pub base_allocation: bool,
+}
+
+/// What comes next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step {
+    /// More bytes have to be read.
+    NeedMore,
+    /// An option was answered; send the output, then ask again.
+    Answered,
+    /// The handshake is done; send the output, then serve requests.
+    Transmission(Box<Session>),
+    /// The client ended it in good order; send the output, then close.
+    Closed,
+}
+
+#[derive(Debug)]
+enum State {
+    ClientFlags,
+    Option,
+    Skip { remaining: usize },
+}
+
+/// The server's side of one connection's handshake.
+#[derive(Debug)]
+pub struct Handshake {
+    state: State,
+    fixed_newstyle: bool,
+    no_zeroes: bool,
+    options_left: u32,
+    options: Options,
+}
+
+impl Handshake {
+    /// Begins a handshake: the greeting is appended to `out`.
+    pub fn start(out: &mut BytesMut) -> Self {
+        out.put_u64(magic::SERVER);
+        out.put_u64(magic::OPTION);
+        out.put_u16(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
+        Self {
+            state: State::ClientFlags,
+            fixed_newstyle: false,
+            no_zeroes: false,
+            options_left: OPTIONS_MAX,
+            options: Options::default(),
+        }
+    }
+
+    /// Takes what it can from `intake`, appends answers to `out`.
+    ///
+    /// # Errors
+    /// When the connection has to be dropped. `out` may hold an answer worth trying to send.
+    pub fn step(
+        &mut self,
+        intake: &mut Intake,
+        catalog: &dyn Catalog,
+        out: &mut BytesMut,
+    ) -> Result<Step, ProtocolError> {
+        loop {
+            match self.state {
+                State::ClientFlags => {
+                    let Some(flags) = intake.buffered().first_chunk::<4>() else {
+                        return Ok(Step::NeedMore);
+                    };
+                    self.take_client_flags(u32::from_be_bytes(*flags))?;
+                    intake.consume(4);
+                    self.state = State::Option;
+                }
+                State::Option => return self.take_option(intake, catalog, out),
+                State::Skip { remaining } => {
+                    let remaining = remaining - intake.discard(remaining);
+                    if remaining > 0 {
+                        self.state = State::Skip { remaining };
+                        return Ok(Step::NeedMore);
+                    }
+                    self.state = State::Option;
+                }
+            }
+        }
+    }
+
+    fn take_client_flags(&mut self, flags: u32) -> Result<(), ProtocolError> {
+        let fixed = u32::from(handshake_flag::FIXED_NEWSTYLE);
+        let no_zeroes = u32::from(handshake_flag::NO_ZEROES);
+        if flags & !(fixed | no_zeroes) != 0 {
+            return Err(ProtocolError::UnknownClientFlags(flags));
+        }
+        self.fixed_newstyle = flags & fixed != 0;
+        self.no_zeroes = flags & no_zeroes != 0;
+        Ok(())
+    }
+
+    fn take_option(
+        &mut self,
+        intake: &mut Intake,
+        catalog: &dyn Catalog,
+        out: &mut BytesMut,
+    ) -> Result<Step, ProtocolError> {
+        let Some(header) = intake.buffered().first_chunk::<{ wire::OPTION_HEADER }>() else {
+            return Ok(Step::NeedMore);
+        };
+        let [magic_bytes @ .., _, _, _, _, _, _, _, _] = header;
+        let found = u64::from_be_bytes(*magic_bytes);
+        if found != magic::OPTION {
+            let expected = magic::OPTION;
+            return Err(ProtocolError::BadMagic { message: "an option", expected, found });
+        }
+        let code = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
+        let length = u32::from_be_bytes([header[12], header[13], header[14], header[15]]);
+        if code != wire::option::EXPORT_NAME && !self.fixed_newstyle {
+            return Err(ProtocolError::OptionWithoutFixedNewstyle(code));
+        }
+        let data_length = length as usize;
+        let complete = intake.buffered().len() >= wire::OPTION_HEADER + data_length;
+        if length <= OPTION_MAX && !complete {
+            return Ok(Step::NeedMore);
+        }
+
+        self.options_left =
+            self.options_left.checked_sub(1).ok_or(ProtocolError::TooManyOptions(OPTIONS_MAX))?;
+        intake.consume(wire::OPTION_HEADER);
+        if length > OPTION_MAX {
+            if code == wire::option::EXPORT_NAME {
+                return Err(ProtocolError::MalformedExportName(length));
+            }
+            let text = format!("option data of {length} bytes, the limit is {OPTION_MAX}");
+            put_reply(out, code, option_reply::ERR_TOO_BIG, text.as_bytes());
+            self.state = State::Skip { remaining: data_length };
+            return Ok(Step::Answered);
+        }
+        let step = self.answer(code, &intake.buffered()[..data_length], catalog, out)?;
+        intake.consume(data_length);
+        Ok(step)
+    }
+
+    /// Answers one whole option.
+    fn answer(
+        &mut self,
+        code: u32,
+        data: &[u8],
+        catalog: &dyn Catalog,
+        out: &mut BytesMut,
+    ) -> Result<Step, ProtocolError> {
+        let answered = match code {
+            wire::option::EXPORT_NAME => return self.export_name(data, catalog, out),
+            wire::option::ABORT => {
+                put_reply(out, code, option_reply::ACK, &[]);
+                return Ok(Step::Closed);
+            }
+            wire::option::LIST => option::list(data, catalog, out),
+            wire::option::INFO => self.options.describe(code, data, catalog, out).map(drop),
+            wire::option::GO => match self.options.describe(code, data, catalog, out) {
+                Ok(session) => return Ok(Step::Transmission(Box::new(session))),
+                Err(refusal) => Err(refusal),
+            },
+            wire::option::STRUCTURED_REPLY => self.options.structured_reply(data, out),
+            wire::option::LIST_META_CONTEXT => self.options.list_contexts(data, catalog, out),
+            wire::option::SET_META_CONTEXT => self.options.set_contexts(data, catalog, out),
+            wire::option::STARTTLS => Err(Refusal::unsupported("TLS is not offered here")),
+            unknown => Err(Refusal::unsupported(format!("unknown option {unknown}"))),
+        };
+        if let Err(refusal) = answered {
+            put_reply(out, code, refusal.reply, refusal.text.as_bytes());
+        }
+        Ok(Step::Answered)
+    }
+
+    /// EXPORT_NAME: the answer is no option reply, and an error can only be a closed connection.
+    fn export_name(
+        &mut self,
+        data: &[u8],
+        catalog: &dyn Catalog,
+        out: &mut BytesMut,
+    ) -> Result<Step, ProtocolError> {
+        let name = match std::str::from_utf8(data) {
+            Ok(name) if data.len() <= wire::MAX_STRING => name,
+            Ok(_) | Err(_) => return Err(ProtocolError::MalformedExportName(data.len() as u32)),
+        };
+        let export = catalog.find(name).ok_or_else(|| ProtocolError::UnknownExport(name.to_owned()))?;
+        let session = self.options.session(name, export);
+        out.put_u64(session.export.size.0);
+        out.put_u16(session.export.transmission_flags(session.style).0);
+        if !self.no_zeroes {
+            out.put_bytes(0, wire::EXPORT_NAME_ZEROES);
+        }
+        Ok(Step::Transmission(Box::new(session)))
+    }
+}
+

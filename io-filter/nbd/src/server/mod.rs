@@ -1,0 +1,10 @@
+//! The server's side: handshake, requests in, replies out.
+
+mod handshake;
+mod option;
+mod reply;
+mod request;
+
+pub use handshake::{Catalog, Handshake, Session, Step};
+pub use reply::{ReplyEncoder, ReplyTo};
+pub use request::{Incoming, RequestParser};

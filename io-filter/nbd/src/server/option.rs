@@ -1,0 +1,225 @@
+//! The answers to the handshake's options, one function each.
+//!
+//! Each appends its replies and the final ACK, or returns a [`Refusal`] that becomes an error
+//! reply; the handshake goes on after either.
+
+use std::borrow::Cow;
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use super::handshake::{Catalog, Session};
+use crate::wire::{self, base_allocation, info, magic, option_reply};
+use crate::{ExportInfo, ReplyStyle};
+
+/// The id `base:allocation` has on every connection.
+pub(super) const BASE_ALLOCATION_ID: u32 = 1;
+
+/// An error reply to an option.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) reply: u32,
+    pub(super) text: Cow<'static, str>,
+}
+
+impl Refusal {
+    fn new(reply: u32, text: impl Into<Cow<'static, str>>) -> Self {
+        Self { reply, text: text.into() }
+    }
+
+    pub(super) fn unsupported(text: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(option_reply::ERR_UNSUP, text)
+    }
+
+    fn invalid(text: &'static str) -> Self {
+        Self::new(option_reply::ERR_INVALID, text)
+    }
+
+    fn unknown_export(name: &str) -> Self {
+        Self::new(option_reply::ERR_UNKNOWN, format!("there is no export {name:?}"))
+    }
+}
+
+/// What the options have settled so far.
+#[derive(Debug, Default)]
+pub(super) struct Options {
+    structured: bool,
+    /// The export SET_META_CONTEXT chose `base:allocation` for, by the name the client used.
+    base_allocation_of: Option<String>,
+}
+
+/// LIST: one reply per export.
+pub(super) fn list(data: &[u8], catalog: &dyn Catalog, out: &mut BytesMut) -> Result<(), Refusal> {
+    if !data.is_empty() {
+        return Err(Refusal::invalid("LIST takes no data"));
+    }
+    for export in catalog.list() {
+        let mut entry = BytesMut::new();
+        let name = cut(&export.name);
+        entry.put_u32(name.len() as u32);
+        entry.put_slice(name);
+        entry.put_slice(cut(&export.description));
+        put_reply(out, wire::option::LIST, option_reply::SERVER, &entry);
+    }
+    put_reply(out, wire::option::LIST, option_reply::ACK, &[]);
+    Ok(())
+}
+
+impl Options {
+    /// What transmission on `export` will be like.
+    pub(super) fn session(&self, requested: &str, export: ExportInfo) -> Session {
+        let chosen = self.base_allocation_of.as_deref() == Some(requested);
+        let base_allocation = self.structured && chosen && export.block_status;
+        let style = if self.structured { ReplyStyle::Structured } else { ReplyStyle::Simple };
+        Session { requested: requested.to_owned(), export, style, base_allocation }
+    }
+
+    /// INFO and GO: describes the export.
+    pub(super) fn describe(
+        &self,
+        option: u32,
+        mut data: &[u8],
+        catalog: &dyn Catalog,
+        out: &mut BytesMut,
+    ) -> Result<Session, Refusal> {
+        let name = take_string(&mut data)?;
+        let count = data.try_get_u16().map_err(|_| Refusal::invalid("data is cut off"))?;
+        if data.len() != usize::from(count) * 2 {
+            return Err(Refusal::invalid("information requests do not match their count"));
+        }
+        let wanted = |kind: u16| data.chunks_exact(2).any(|request| request == kind.to_be_bytes());
+        let export = catalog.find(name).ok_or_else(|| Refusal::unknown_export(name))?;
+        if export.block_sizes.minimum > 1 && !wanted(info::BLOCK_SIZE) {
+            let minimum = export.block_sizes.minimum;
+            let text = format!("the block size is {minimum} bytes, ask for it");
+            return Err(Refusal::new(option_reply::ERR_BLOCK_SIZE_REQD, text));
+        }
+
+        let session = self.session(name, export);
+        let export = &session.export;
+        let mut body = BytesMut::new();
+        body.put_u16(info::EXPORT);
+        body.put_u64(export.size.0);
+        body.put_u16(export.transmission_flags(session.style).0);
+        put_reply(out, option, option_reply::INFO, &body);
+        for (kind, text) in [(info::NAME, &export.name), (info::DESCRIPTION, &export.description)] {
+            if wanted(kind) && (kind == info::NAME || !text.is_empty()) {
+                body.clear();
+                body.put_u16(kind);
+                body.put_slice(cut(text));
+                put_reply(out, option, option_reply::INFO, &body);
+            }
+        }
+        body.clear();
+        body.put_u16(info::BLOCK_SIZE);
+        body.put_u32(export.block_sizes.minimum);
+        body.put_u32(export.block_sizes.preferred);
+        body.put_u32(export.block_sizes.maximum);
+        put_reply(out, option, option_reply::INFO, &body);
+        put_reply(out, option, option_reply::ACK, &[]);
+        Ok(session)
+    }
+
+    /// STRUCTURED_REPLY.
+    pub(super) fn structured_reply(&mut self, data: &[u8], out: &mut BytesMut) -> Result<(), Refusal> {
+        if !data.is_empty() {
+            return Err(Refusal::invalid("STRUCTURED_REPLY takes no data"));
+        }
+        self.structured = true;
+        put_reply(out, wire::option::STRUCTURED_REPLY, option_reply::ACK, &[]);
+        Ok(())
+    }
+
+    /// LIST_META_CONTEXT.
+    pub(super) fn list_contexts(
+        &self,
+        data: &[u8],
+        catalog: &dyn Catalog,
+        out: &mut BytesMut,
+    ) -> Result<(), Refusal> {
+        let queries = self.context_queries(data, catalog)?;
+        // No query at all asks for everything; a bare namespace for everything in it.
+        let all = queries.total == 0 || queries.namespace;
+        if queries.block_status && (all || queries.exact) {
+            put_context(out, wire::option::LIST_META_CONTEXT, 0);
+        }
+        put_reply(out, wire::option::LIST_META_CONTEXT, option_reply::ACK, &[]);
+        Ok(())
+    }
+
+    /// SET_META_CONTEXT; replaces an earlier choice, also when it fails.
+    pub(super) fn set_contexts(
+        &mut self,
+        data: &[u8],
+        catalog: &dyn Catalog,
+        out: &mut BytesMut,
+    ) -> Result<(), Refusal> {
+        self.base_allocation_of = None;
+        let queries = self.context_queries(data, catalog)?;
+        if queries.block_status && queries.exact {
+            put_context(out, wire::option::SET_META_CONTEXT, BASE_ALLOCATION_ID);
+            self.base_allocation_of = Some(queries.export);
+        }
+        put_reply(out, wire::option::SET_META_CONTEXT, option_reply::ACK, &[]);
+        Ok(())
+    }
+
+    fn context_queries(&self, mut data: &[u8], catalog: &dyn Catalog) -> Result<Queries, Refusal> {
+        if !self.structured {
+            return Err(Refusal::invalid("metadata contexts need structured replies first"));
+        }
+        let export = take_string(&mut data)?;
+        let total = data.try_get_u32().map_err(|_| Refusal::invalid("data is cut off"))?;
+        let (mut exact, mut namespace) = (false, false);
+        // Each query takes four bytes at least, so the count cannot outlast the data.
+        for _ in 0..total {
+            let query = take_string(&mut data)?;
+            exact |= query == base_allocation::NAME;
+            namespace |= query == "base:";
+        }
+        if !data.is_empty() {
+            return Err(Refusal::invalid("data after the last query"));
+        }
+        let found = catalog.find(export).ok_or_else(|| Refusal::unknown_export(export))?;
+        Ok(Queries { export: export.to_owned(), block_status: found.block_status, total, exact, namespace })
+    }
+}
+
+struct Queries {
+    export: String,
+    block_status: bool,
+    total: u32,
+    exact: bool,
+    namespace: bool,
+}
+
+/// Takes a string with its length in front.
+fn take_string<'data>(data: &mut &'data [u8]) -> Result<&'data str, Refusal> {
+    let length = data.try_get_u32().map_err(|_| Refusal::invalid("data is cut off"))? as usize;
+    if length > wire::MAX_STRING {
+        return Err(Refusal::new(option_reply::ERR_TOO_BIG, "a string is longer than 4096 bytes"));
+    }
+    let (string, rest) = data.split_at_checked(length).ok_or_else(|| Refusal::invalid("data is cut off"))?;
+    *data = rest;
+    std::str::from_utf8(string).map_err(|_| Refusal::invalid("a string is not UTF-8"))
+}
+
+fn put_context(out: &mut BytesMut, option: u32, id: u32) {
+    let mut body = BytesMut::new();
+    body.put_u32(id);
+    body.put_slice(base_allocation::NAME.as_bytes());
+    put_reply(out, option, option_reply::META_CONTEXT, &body);
+}
+
+/// Appends one answer to an option.
+pub(super) fn put_reply(out: &mut BytesMut, option: u32, reply: u32, data: &[u8]) {
+    out.put_u64(magic::OPTION_REPLY);
+    out.put_u32(option);
+    out.put_u32(reply);
+    out.put_u32(data.len() as u32);
+    out.put_slice(data);
+}
+
+/// A text no longer than the specification allows.
+pub(super) fn cut(text: &str) -> &[u8] {
+    &text.as_bytes()[..text.floor_char_boundary(wire::MAX_STRING)]
+}

@@ -1,0 +1,250 @@
+//! NBD URIs, as the NBD URI specification has them: `nbd://host:port/export` and
+//! `nbd+unix:///export?socket=/path`.
+//!
+//! TLS (`nbds`, `nbds+unix`) is refused in words; unknown query parameters are refused too, for
+//! they would change what the user means.
+
+use std::{ffi::OsString, fmt, os::unix::ffi::OsStrExt, os::unix::ffi::OsStringExt, path::PathBuf};
+
+use crate::wire::DEFAULT_PORT;
+
+/// Where an NBD server listens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum NbdAddress {
+    /// A TCP port.
+    Tcp {
+        /// Name or address, IPv6 without brackets.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+    /// A unix socket.
+    Unix(PathBuf),
+}
+
+/// A server and one of its exports.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct NbdUri {
+    /// Where the server listens.
+    pub address: NbdAddress,
+    /// The export's name; "" is the default export.
+    pub export: String,
+}
+
+/// Text that is no NBD URI we can use.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ParseUriError {
+    /// TLS is wanted.
+    #[error("{0:?} asks for TLS, which is not supported: use nbd:// or nbd+unix://")]
+    Tls(String),
+    /// Another scheme.
+    #[error("expected nbd://host:port/export or nbd+unix:///export?socket=/path, found {0:?}")]
+    Scheme(String),
+    /// A unix URI without its socket.
+    #[error("{0:?} names no socket: expected nbd+unix:///export?socket=/path")]
+    NoSocket(String),
+    /// Something in it cannot be understood.
+    #[error("{uri:?} has {problem}")]
+    Malformed {
+        /// The text.
+        uri: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+}
+
+impl std::str::FromStr for NbdUri {
+    type Err = ParseUriError;
+
+    fn from_str(text: &str) -> Result<Self, ParseUriError> {
+        let malformed = |problem| ParseUriError::Malformed { uri: text.to_owned(), problem };
+        let (scheme, rest) = text.split_once("://").ok_or_else(|| ParseUriError::Scheme(text.to_owned()))?;
+        if rest.contains('#') {
+            return Err(malformed("a fragment"));
+        }
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let export = decoded(path)
+            .and_then(|name| String::from_utf8(name).ok())
+            .ok_or_else(|| malformed("an export name that is not percent-encoded UTF-8"))?;
+        let address = match scheme.to_ascii_lowercase().as_str() {
+            "nbd" if !query.is_empty() => return Err(malformed("query parameters")),
+            "nbd" => tcp(authority).map_err(malformed)?,
+            "nbd+unix" if !authority.is_empty() => {
+                return Err(malformed("a host, which a unix socket has not (three slashes)"));
+            }
+            "nbd+unix" => {
+                let socket = query
+                    .strip_prefix("socket=")
+                    .filter(|socket| !socket.is_empty())
+                    .ok_or_else(|| ParseUriError::NoSocket(text.to_owned()))?;
+                if socket.contains('&') {
+                    return Err(malformed("query parameters besides the socket"));
+                }
+                let path = decoded(socket).ok_or_else(|| malformed("a bad percent encoding"))?;
+                NbdAddress::Unix(PathBuf::from(OsString::from_vec(path)))
+            }
+            "nbds" | "nbds+unix" => return Err(ParseUriError::Tls(text.to_owned())),
+            _ => return Err(ParseUriError::Scheme(text.to_owned())),
+        };
+        Ok(Self { address, export })
+    }
+}
+
+fn tcp(authority: &str) -> Result<NbdAddress, &'static str> {
+    if authority.contains('@') {
+        return Err("a user name, which means nothing without TLS");
+    }
+    let (host, port) = if let Some(bracketed) = authority.strip_prefix('[') {
+        let (host, rest) = bracketed.split_once(']').ok_or("a bracket that is not closed")?;
+        if !rest.is_empty() && !rest.starts_with(':') {
+            return Err("text after the bracket");
+        }
+        (host, rest.strip_prefix(':'))
+    } else {
+        match authority.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (authority, None),
+        }
+    };
+    if host.is_empty() {
+        return Err("no host");
+    }
+    let port = match port {
+        None | Some("") => DEFAULT_PORT,
+        Some(port) => port.parse().ok().filter(|&port| port > 0).ok_or("a bad port")?,
+    };
+    Ok(NbdAddress::Tcp { host: host.to_owned(), port })
+}
+
+/// The bytes of a percent-encoded text.
+fn decoded(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let mut digit = || char::from(rest.next()?).to_digit(16);
+        let (high, low) = (digit()?, digit()?);
+        bytes.push((high * 16 + low) as u8);
+    }
+    Some(bytes)
+}
+
+/// Percent-encodes all but the characters every part of a URI may have.
+fn encode(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
+    for &byte in bytes {
+        if byte.is_ascii_alphanumeric() || b"-._~/:".contains(&byte) {
+            write!(f, "{}", char::from(byte))?;
+        } else {
+            write!(f, "%{byte:02X}")?;
+        }
+    }
+    Ok(())
+}
+
+impl fmt::Display for NbdUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.address {
+            NbdAddress::Tcp { host, port } => {
+                if host.contains(':') {
+                    write!(f, "nbd://[{host}]")?;
+                } else {
+                    write!(f, "nbd://{host}")?;
+                }
+                if *port != DEFAULT_PORT {
+                    write!(f, ":{port}")?;
+                }
+                f.write_str("/")?;
+                encode(f, self.export.as_bytes())
+            }
+            NbdAddress::Unix(path) => {
+                f.write_str("nbd+unix:///")?;
+                encode(f, self.export.as_bytes())?;
+                f.write_str("?socket=")?;
+                encode(f, path.as_os_str().as_bytes())
+            }
+        }
+    }
+}
+
+impl fmt::Display for NbdAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<NbdUri, ParseUriError> {
+        text.parse()
+    }
+
+    fn unix(path: &str, export: &str) -> NbdUri {
+        NbdUri { address: NbdAddress::Unix(path.into()), export: export.into() }
+    }
+
+    fn tcp(host: &str, port: u16, export: &str) -> NbdUri {
+        NbdUri { address: NbdAddress::Tcp { host: host.into(), port }, export: export.into() }
+    }
+
+    #[test]
+    fn the_specified_forms_parse() {
+        assert_eq!(parse("nbd://localhost"), Ok(tcp("localhost", 10809, "")));
+        assert_eq!(parse("nbd://h:1234/disk"), Ok(tcp("h", 1234, "disk")));
+        assert_eq!(parse("nbd://[::1]:99//a"), Ok(tcp("::1", 99, "/a")));
+        assert_eq!(parse("nbd+unix:///?socket=/run/x"), Ok(unix("/run/x", "")));
+        assert_eq!(parse("NBD+UNIX:///a%20b?socket=/r%C3%A4"), Ok(unix("/rä", "a b")));
+    }
+
+    #[test]
+    fn what_is_printed_parses_to_the_same() {
+        for uri in [unix("/run/a b&c?.sock", "x/y z%"), tcp("::1", 10809, "ä#"), tcp("h", 1, "")] {
+            assert_eq!(parse(&uri.to_string()), Ok(uri));
+        }
+    }
+
+    #[test]
+    fn tls_is_refused_by_name() {
+        for text in ["nbds://h/e", "nbds+unix:///?socket=/x"] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error, ParseUriError::Tls(text.to_owned()));
+            assert!(error.to_string().contains("TLS"));
+        }
+    }
+
+    #[test]
+    fn everything_else_is_refused() {
+        for text in [
+            "",
+            "disk.img",
+            "/dev/sda",
+            "http://h/",
+            "nbd://",
+            "nbd://:1/x",
+            "nbd://h:0/x",
+            "nbd://h:70000/x",
+            "nbd://u@h/x",
+            "nbd://h/x?socket=/y",
+            "nbd://[::1/x",
+            "nbd://h/%zz",
+            "nbd://h/%f",
+            "nbd://h/%ff",
+            "nbd+unix:///x",
+            "nbd+unix:///x?socket=",
+            "nbd+unix://h/x?socket=/y",
+            "nbd+unix:///x?socket=/y&tls=1",
+            "nbd://h/x#frag",
+        ] {
+            assert!(parse(text).is_err(), "{text:?} was accepted");
+        }
+    }
+}
