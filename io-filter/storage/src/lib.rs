@@ -1,1 +1,17 @@
 //! The one file seam: real, in-memory and faulty files.
+//!
+//! Everything Backtide keeps on a disk of its own goes through [`Storage`] and [`StorageFile`], so
+//! that the same code runs on a real directory ([`RealStorage`]) and on one whose power can be cut
+//! at any operation ([`MemoryStorage`]). The guest's own image is another matter: [`ImageFile`] is
+//! real only and has the calls an image needs (try-read, punch hole, allocated ranges, own lock).
+//!
+//! Both traits are synchronous and object-safe: callers hold `Arc<dyn Storage>`. A call to a
+//! function table is nothing beside a system call, and no generic parameter spreads through the store.
+
+mod memory;
+mod real;
+mod seam;
+
+pub use memory::{MemoryStorage, OperationCounts};
+pub use real::RealStorage;
+pub use seam::{Storage, StorageFile, read_file, replace_file};

@@ -1,0 +1,281 @@
+//! The seam in memory, with power cuts and failing devices.
+//!
+//! The fault model, which is everything a power cut may do:
+//! - A file's content is kept in sectors of 512 bytes, written whole or not at all. A sector written
+//!   since the file's last successful `sync_data` holds, after the cut, any one of the contents it
+//!   had since then, chosen by the seed for each sector alone: writes are lost, torn, reordered.
+//! - A file's length is any one it had since the last sync; bytes that were never kept read as zeros.
+//! - Of the names created, renamed or removed in a directory since its last `sync_dir`, a prefix
+//!   chosen by the seed survives. Directories themselves survive.
+//! - A `sync_data` that fails leaves its sectors as they were; a later one that succeeds does *not*
+//!   make them durable unless they are written again.
+//! - Handles from before the cut fail for ever.
+//!
+//! Also: the power can fail at the n-th operation that changes something (the operation may have
+//! happened in part; every later one fails), the n-th write or sync can fail alone, space can run out
+//! after so many bytes, and a bit can be flipped anywhere. Everything follows from the seeds given:
+//! the same calls with the same seeds give the same content.
+
+mod content;
+mod files;
+mod names;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use backtide_units::{ByteCount, ByteOffset};
+
+use crate::{Storage, StorageFile};
+use content::Content;
+use files::MemoryFile;
+use names::Names;
+
+/// A directory tree in memory. Clones are the same tree.
+#[derive(Clone, Default)]
+pub struct MemoryStorage {
+    world: Arc<Mutex<World>>,
+}
+
+/// Everything the storage knows, behind one lock.
+#[derive(Default)]
+struct World {
+    names: Names,
+    files: Vec<Content>,
+    /// Counts power cuts: a handle of an earlier generation is dead.
+    generation: u64,
+    powered_off: bool,
+    operations: u64,
+    cut_at: Option<u64>,
+    writes: u64,
+    fail_write: Option<u64>,
+    syncs: u64,
+    fail_sync: Option<u64>,
+    capacity: Option<ByteCount>,
+}
+
+/// How many operations a storage has done: where a test can put the next fault.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OperationCounts {
+    /// Operations that change something: writes, syncs, names, lengths.
+    pub changes: u64,
+    /// Writes to files.
+    pub writes: u64,
+    /// Syncs of files and directories.
+    pub syncs: u64,
+}
+
+impl MemoryStorage {
+    /// An empty tree.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Cuts the power and switches it on again: what was not durable is kept or lost by `seed`.
+    pub fn crash(&self, seed: u64) {
+        let mut world = self.world();
+        let mut random = Random::new(seed);
+        world.names.crash(&mut random);
+        for content in &mut world.files {
+            content.crash(&mut random);
+        }
+        world.generation += 1;
+        world.powered_off = false;
+        world.cut_at = None;
+        world.fail_write = None;
+        world.fail_sync = None;
+    }
+
+    /// Lets handles of now fail, as when the process ends, and keeps everything written.
+    pub fn kill_handles(&self) {
+        self.world().generation += 1;
+    }
+
+    /// Cuts the power at the n-th changing operation from now (0 = the next).
+    /// Call [`MemoryStorage::crash`] to switch it on again.
+    pub fn cut_power_after(&self, changes: u64) {
+        let mut world = self.world();
+        world.cut_at = Some(world.operations + changes);
+    }
+
+    /// Whether the power is off.
+    pub fn is_off(&self) -> bool {
+        self.world().powered_off
+    }
+
+    /// Lets the n-th write from now (0 = the next) fail, having written some of it.
+    pub fn fail_write_after(&self, writes: u64) {
+        let mut world = self.world();
+        world.fail_write = Some(world.writes + writes);
+    }
+
+    /// Lets the n-th sync from now (0 = the next) fail.
+    pub fn fail_sync_after(&self, syncs: u64) {
+        let mut world = self.world();
+        world.fail_sync = Some(world.syncs + syncs);
+    }
+
+    /// Sets the size of the whole file system; `None` is without limit.
+    pub fn set_capacity(&self, capacity: Option<ByteCount>) {
+        self.world().capacity = capacity;
+    }
+
+    /// Bytes that files take: their length, or what is allocated when that is more.
+    pub fn used(&self) -> ByteCount {
+        self.world().used()
+    }
+
+    /// What has been done so far.
+    pub fn counts(&self) -> OperationCounts {
+        let world = self.world();
+        OperationCounts { changes: world.operations, writes: world.writes, syncs: world.syncs }
+    }
+
+    /// Flips one bit of a file (`bit` of 0 to 7), durably. Nothing happens beyond its end.
+    ///
+    /// # Panics
+    /// When there is no such file: the test names the wrong one.
+    pub fn flip_bit(&self, path: &Path, offset: ByteOffset, bit: u32) {
+        let mut world = self.world();
+        let file = world.names.find(path).expect("the file to damage exists");
+        world.files[file].flip_bit(offset.0, bit);
+    }
+
+    /// All files, as they are visible now, for a test to look at or copy.
+    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        let world = self.world();
+        world.names.all().into_iter().map(|(path, file)| (path, world.files[file].to_vec())).collect()
+    }
+}
+
+impl World {
+    /// Counts an operation that changes something. The one at which the power fails is told so
+    /// (`Ok(true)`): it may take effect, in part, and must then return [`power_off`].
+    fn change(&mut self) -> io::Result<bool> {
+        self.alive()?;
+        let cut = self.cut_at == Some(self.operations);
+        self.operations += 1;
+        self.powered_off |= cut;
+        Ok(cut)
+    }
+
+    fn alive(&self) -> io::Result<()> {
+        if self.powered_off { Err(power_off()) } else { Ok(()) }
+    }
+
+    fn sync_fails(&mut self) -> bool {
+        let fails = self.fail_sync == Some(self.syncs);
+        self.syncs += 1;
+        fails
+    }
+
+    fn used(&self) -> ByteCount {
+        let of = |file: usize| self.files[file].space();
+        ByteCount(self.names.all().into_iter().map(|(_, file)| of(file)).sum())
+    }
+
+    fn free(&self) -> u64 {
+        self.capacity.map_or(u64::MAX / 2, |capacity| capacity.0.saturating_sub(self.used().0))
+    }
+}
+
+fn power_off() -> io::Error {
+    io::Error::other("the power is off")
+}
+
+impl Storage for MemoryStorage {
+    fn create_new(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
+        let mut world = self.world();
+        let cut = world.change()?;
+        let file = world.files.len();
+        world.names.create(path, file)?;
+        world.files.push(Content::default());
+        if cut {
+            return Err(power_off());
+        }
+        Ok(Arc::new(MemoryFile { storage: self.clone(), file, generation: world.generation }))
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
+        let world = self.world();
+        world.alive()?;
+        let file = world.names.find(path).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Arc::new(MemoryFile { storage: self.clone(), file, generation: world.generation }))
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        let world = self.world();
+        world.alive()?;
+        world.names.list(dir)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut world = self.world();
+        let cut = world.change()?;
+        world.names.rename(from, to)?;
+        if cut { Err(power_off()) } else { Ok(()) }
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let mut world = self.world();
+        let cut = world.change()?;
+        world.names.remove(path)?;
+        if cut { Err(power_off()) } else { Ok(()) }
+    }
+
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        let mut world = self.world();
+        world.alive()?;
+        world.names.create_dir(dir);
+        Ok(())
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        let mut world = self.world();
+        if world.change()? {
+            return Err(power_off());
+        }
+        if world.sync_fails() {
+            return Err(io::Error::other("injected failure of a directory sync"));
+        }
+        world.names.sync(dir)
+    }
+
+    fn free_space(&self) -> io::Result<ByteCount> {
+        Ok(ByteCount(self.world().free()))
+    }
+
+    fn display(&self, path: &Path) -> PathBuf {
+        path.to_owned()
+    }
+}
+
+/// SplitMix64: small, seeded, the same everywhere.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number in `0..=max`.
+    fn up_to(&mut self, max: usize) -> usize {
+        usize::try_from(self.next() % (max as u64 + 1)).unwrap_or(0)
+    }
+}

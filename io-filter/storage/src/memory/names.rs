@@ -1,0 +1,145 @@
+//! The directories: what is visible, and which changes of names are not durable yet.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::{Path, PathBuf},
+};
+
+use super::Random;
+
+/// Index into the storage's files; never used twice.
+type FileNumber = usize;
+
+/// Paths to files. A rename between directories counts as a change of the target's directory.
+#[derive(Default)]
+pub(super) struct Names {
+    visible: BTreeMap<PathBuf, FileNumber>,
+    durable: BTreeMap<PathBuf, FileNumber>,
+    directories: BTreeSet<PathBuf>,
+    pending: Vec<(PathBuf, Change)>,
+}
+
+enum Change {
+    Create(PathBuf, FileNumber),
+    Rename(PathBuf, PathBuf),
+    Remove(PathBuf),
+}
+
+fn parent(path: &Path) -> PathBuf {
+    path.parent().unwrap_or(Path::new("")).to_owned()
+}
+
+impl Change {
+    fn apply(&self, names: &mut BTreeMap<PathBuf, FileNumber>) {
+        match self {
+            Self::Create(path, file) => {
+                names.insert(path.clone(), *file);
+            }
+            Self::Rename(from, to) => {
+                if let Some(file) = names.remove(from) {
+                    names.insert(to.clone(), file);
+                }
+            }
+            Self::Remove(path) => {
+                names.remove(path);
+            }
+        }
+    }
+}
+
+impl Names {
+    pub(super) fn find(&self, path: &Path) -> Option<FileNumber> {
+        self.visible.get(path).copied()
+    }
+
+    /// Every file that has a name now.
+    pub(super) fn all(&self) -> Vec<(PathBuf, FileNumber)> {
+        self.visible.iter().map(|(path, file)| (path.clone(), *file)).collect()
+    }
+
+    pub(super) fn create(&mut self, path: &Path, file: FileNumber) -> io::Result<()> {
+        if self.visible.contains_key(path) || self.directories.contains(path) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        self.require_dir(&parent(path))?;
+        self.change(parent(path), Change::Create(path.to_owned(), file));
+        Ok(())
+    }
+
+    pub(super) fn rename(&mut self, from: &Path, to: &Path) -> io::Result<()> {
+        if !self.visible.contains_key(from) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        self.require_dir(&parent(to))?;
+        self.change(parent(to), Change::Rename(from.to_owned(), to.to_owned()));
+        Ok(())
+    }
+
+    pub(super) fn remove(&mut self, path: &Path) -> io::Result<()> {
+        if !self.visible.contains_key(path) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        self.change(parent(path), Change::Remove(path.to_owned()));
+        Ok(())
+    }
+
+    pub(super) fn create_dir(&mut self, dir: &Path) {
+        for ancestor in dir.ancestors() {
+            self.directories.insert(ancestor.to_owned());
+        }
+    }
+
+    pub(super) fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.require_dir(dir)?;
+        let here = self
+            .visible
+            .keys()
+            .chain(&self.directories)
+            .filter(|path| path.parent() == Some(dir) && !path.as_os_str().is_empty());
+        let names = here.filter_map(|path| path.file_name()?.to_str().map(str::to_owned));
+        Ok(names.collect::<BTreeSet<_>>().into_iter().collect())
+    }
+
+    pub(super) fn sync(&mut self, dir: &Path) -> io::Result<()> {
+        self.require_dir(dir)?;
+        let durable = &mut self.durable;
+        self.pending.retain(|(changed, change)| {
+            if changed == dir {
+                change.apply(durable);
+            }
+            changed != dir
+        });
+        Ok(())
+    }
+
+    pub(super) fn crash(&mut self, random: &mut Random) {
+        let mut surviving = BTreeMap::new();
+        for (dir, _) in &self.pending {
+            *surviving.entry(dir.clone()).or_insert(0_usize) += 1;
+        }
+        for count in surviving.values_mut() {
+            *count = random.up_to(*count);
+        }
+        for (dir, change) in self.pending.drain(..) {
+            let left = surviving.get_mut(&dir).expect("counted above");
+            if *left > 0 {
+                *left -= 1;
+                change.apply(&mut self.durable);
+            }
+        }
+        self.visible = self.durable.clone();
+    }
+
+    fn change(&mut self, dir: PathBuf, change: Change) {
+        change.apply(&mut self.visible);
+        self.pending.push((dir, change));
+    }
+
+    fn require_dir(&self, dir: &Path) -> io::Result<()> {
+        if dir.as_os_str().is_empty() || self.directories.contains(dir) {
+            return Ok(());
+        }
+        Err(io::ErrorKind::NotFound.into())
+    }
+}

@@ -1,0 +1,172 @@
+//! The seam on a real directory.
+//!
+//! Creating is exclusive and syncing a directory opens it anew, so nothing here keeps state between
+//! calls except the root and, when asked for, the lock on it.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, IoSlice},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock, statvfs};
+
+use crate::{Storage, StorageFile};
+
+/// Most buffers in one vectored write; the kernel's own limit is 1024.
+const VECTORS_MAX: usize = 512;
+
+/// A directory tree of the operating system.
+pub struct RealStorage {
+    root: PathBuf,
+    _lock: Option<File>,
+}
+
+struct RealFile(File);
+
+impl RealStorage {
+    /// The tree below `root`, which is created when it is missing.
+    ///
+    /// # Errors
+    /// When it can neither be found nor created.
+    pub fn open(root: &Path) -> io::Result<Self> {
+        fs::create_dir_all(root)?;
+        Ok(Self { root: root.canonicalize()?, _lock: None })
+    }
+
+    /// As [`RealStorage::open`], and nobody else has it open this way at the same time: a lock on
+    /// `root/lock` that goes when this value (or the process) does.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] when another process has the lock.
+    pub fn open_locked(root: &Path) -> io::Result<Self> {
+        let unlocked = Self::open(root)?;
+        let lock =
+            OpenOptions::new().create(true).truncate(false).write(true).open(unlocked.root.join("lock"))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(Self { _lock: Some(lock), ..unlocked })
+    }
+
+    fn path(&self, path: &Path) -> io::Result<PathBuf> {
+        if path.is_absolute() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{} is not relative to the storage's root", path.display()),
+            ));
+        }
+        Ok(self.root.join(path))
+    }
+}
+
+impl Storage for RealStorage {
+    fn create_new(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(self.path(path)?)?;
+        Ok(Arc::new(RealFile(file)))
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
+        let file = OpenOptions::new().read(true).write(true).open(self.path(path)?)?;
+        Ok(Arc::new(RealFile(file)))
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(self.path(dir)?)? {
+            // A name that is no UTF-8 is none of ours.
+            if let Ok(name) = entry?.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(self.path(from)?, self.path(to)?)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(self.path(path)?)
+    }
+
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::create_dir_all(self.path(dir)?)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        File::open(self.path(dir)?)?.sync_all()
+    }
+
+    fn free_space(&self) -> io::Result<ByteCount> {
+        let stat = statvfs(&self.root)?;
+        Ok(ByteCount(stat.f_bavail.saturating_mul(stat.f_frsize)))
+    }
+
+    fn display(&self, path: &Path) -> PathBuf {
+        self.root.join(path)
+    }
+}
+
+impl StorageFile for RealFile {
+    fn read_at(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buffer.len() {
+            match self.0.read_at(&mut buffer[done..], offset.0 + done as u64) {
+                Ok(0) => break,
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_vectored_at(&self, offset: ByteOffset, buffers: &[IoSlice<'_>]) -> io::Result<()> {
+        let mut at = offset.0;
+        for group in buffers.chunks(VECTORS_MAX) {
+            let mut group = group.to_vec();
+            let mut rest = &mut group[..];
+            // Skips empty leading buffers, so that a count of 0 can only mean "nothing written".
+            IoSlice::advance_slices(&mut rest, 0);
+            while !rest.is_empty() {
+                match rustix::io::pwritev(&self.0, rest, at) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(count) => {
+                        at += count as u64;
+                        IoSlice::advance_slices(&mut rest, count);
+                    }
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(fdatasync(&self.0)?)
+    }
+
+    fn len(&self) -> io::Result<ByteCount> {
+        self.0.metadata().map(|metadata| ByteCount(metadata.len()))
+    }
+
+    fn set_len(&self, len: ByteCount) -> io::Result<()> {
+        self.0.set_len(len.0)
+    }
+
+    fn allocate(&self, range: ByteRange) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        loop {
+            match fallocate(&self.0, FallocateFlags::empty(), range.start().0, range.count().0) {
+                Err(rustix::io::Errno::INTR) => {}
+                result => return Ok(result?),
+            }
+        }
+    }
+}

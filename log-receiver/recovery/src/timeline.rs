@@ -1,0 +1,171 @@
+//! The timeline: which points a log gives back, as a pure fold over its entries.
+
+use std::fmt;
+
+use backtide_segment::{Entry, PassReason};
+use backtide_units::{ByteCount, CaptureTime, DiskName, Epoch, Lsn};
+
+use crate::{InvalidEntry, TimedLsn, point::time_text};
+
+/// LSNs of which every one is a recovery point, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interval {
+    /// The first point.
+    pub from: TimedLsn,
+    /// The last point.
+    pub to: TimedLsn,
+}
+
+/// LSNs that are no points: after `from` and before `to`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hole {
+    /// The last point before it; `None` before the first interval ever.
+    pub from: Option<TimedLsn>,
+    /// The first point after it; `None` while it is open.
+    pub to: Option<TimedLsn>,
+    /// The reason given by the pass that opened it.
+    pub reason: PassReason,
+    /// How many passes it has taken so far.
+    pub passes: u64,
+}
+
+/// A pass that is being received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenPass {
+    /// T.
+    pub at: Lsn,
+    /// When T was frozen.
+    pub time: CaptureTime,
+}
+
+/// A named point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// Its label.
+    pub label: String,
+    /// Where and when.
+    pub at: TimedLsn,
+}
+
+/// The newest attach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Which attach.
+    pub epoch: Epoch,
+    /// The disk's name then.
+    pub name: DiskName,
+    /// The disk's size then.
+    pub size: ByteCount,
+    /// When.
+    pub time: CaptureTime,
+}
+
+/// What a log can give back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Timeline {
+    intervals: Vec<Interval>,
+    holes: Vec<Hole>,
+    marks: Vec<Mark>,
+    open_pass: Option<OpenPass>,
+    in_interval: bool,
+    last: TimedLsn,
+    attached: Option<Attached>,
+    next_lsn_seen: Lsn,
+    records: u64,
+    flushes: u64,
+    last_flush: Option<TimedLsn>,
+}
+
+impl Timeline {
+    /// Whether `entry` may come now.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self, entry: &Entry) -> Result<(), InvalidEntry> {
+        let _ = entry;
+        unimplemented!()
+    }
+
+    /// The recoverable intervals, oldest first. The last one grows while `in_sync`.
+    pub fn intervals(&self) -> &[Interval] {
+        &self.intervals
+    }
+
+    /// The holes, oldest first; one without `to` is open.
+    pub fn holes(&self) -> &[Hole] {
+        &self.holes
+    }
+
+    /// The marks in log order.
+    pub fn marks(&self) -> &[Mark] {
+        &self.marks
+    }
+
+    /// The pass being received.
+    pub fn open_pass(&self) -> Option<OpenPass> {
+        self.open_pass
+    }
+
+    /// Where the log has got to: the newest record, or T of the newest pass when that is higher.
+    pub fn covered(&self) -> Lsn {
+        self.last.lsn
+    }
+
+    /// Whether each further record becomes a point.
+    pub fn in_sync(&self) -> bool {
+        self.in_interval
+    }
+
+    /// The newest attach.
+    pub fn attached(&self) -> Option<&Attached> {
+        self.attached.as_ref()
+    }
+
+    /// The highest LSN that any entry names: new LSNs must lie above it.
+    pub fn highest_lsn(&self) -> Lsn {
+        self.next_lsn_seen
+    }
+
+    /// How many write records the log has.
+    pub fn records(&self) -> u64 {
+        self.records
+    }
+
+    /// How many flushes, and the newest.
+    pub fn flushes(&self) -> (u64, Option<TimedLsn>) {
+        (self.flushes, self.last_flush)
+    }
+
+    /// The newest point.
+    pub fn latest(&self) -> Option<TimedLsn> {
+        self.intervals.last().map(|interval| interval.to)
+    }
+
+    /// Whether `lsn` is a point.
+    pub fn offers(&self, lsn: Lsn) -> bool {
+        self.intervals.iter().any(|interval| interval.from.lsn <= lsn && lsn <= interval.to.lsn)
+    }
+}
+
+impl fmt::Display for Hole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.from {
+            Some(from) => write!(f, "after {from}")?,
+            None => write!(f, "from the beginning")?,
+        }
+        match self.to {
+            Some(to) => write!(f, " until {to}")?,
+            None => write!(f, ", still open")?,
+        }
+        if !self.reason.text.is_empty() {
+            write!(f, ", because {}", self.reason.text)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for OpenPass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "resync pass at lsn:{} since {}", self.at, time_text(self.time))
+    }
+}
