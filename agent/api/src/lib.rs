@@ -1,1 +1,25 @@
-//! Request and response types of the agent's control API, and its client.
+//! Request and response types of the agent's control API, the service behind it, and its client.
+//!
+//! The daemon implements [`AgentService`] and serves [`router`] of it; commands ask with
+//! [`AgentClient`]. The types are the JSON, field by field: they are published in `docs/api.md`,
+//! fields may be added and never change their meaning. Sizes are bytes, times microseconds since
+//! the Unix epoch, unless a field's name says otherwise.
+
+mod attach;
+mod client;
+mod requests;
+mod routes;
+mod service;
+mod status;
+mod verify;
+
+pub use attach::{AckPolicy, AttachRequest, Limits, LimitsRequest, OnOutage};
+pub use backtide_control::{Address, ApiError, ErrorCode};
+pub use client::{AGENT, AgentClient};
+pub use requests::{DiskMark, MarkReport, MarkRequest, ResyncExtent, ResyncRequest};
+pub use routes::router;
+pub use service::AgentService;
+pub use status::{
+    AgentStatus, Counters, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError, ResyncStatus, Window,
+};
+pub use verify::{ByteSpan, DIFFERING_SPANS_MAX, VerifyState, VerifyStatus};

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{ByteCount, ByteOffset, ByteRange};
 
 /// The tracking granule in bytes: one bit in a dirty bitmap.
@@ -12,7 +14,8 @@ pub const BLOCK_SIZE: u64 = 4096;
 pub struct BlockIndex(pub u64);
 
 /// How many blocks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct BlockCount(pub u64);
 
 /// The blocks `[start, end)`.

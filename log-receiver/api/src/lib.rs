@@ -1,1 +1,24 @@
-//! Request and response types of the receiver's control API, and its client.
+//! Request and response types of the receiver's control API, the service behind it, and its client.
+//!
+//! The daemon implements [`ReceiverService`] and serves [`router`] of it; commands ask with
+//! [`ReceiverClient`]. The types are the JSON, field by field: they are published in
+//! `docs/api.md`, fields may be added and never change their meaning. Sizes are bytes, times
+//! microseconds since the Unix epoch, unless a field's name says otherwise. Points are taken as
+//! people write them (`latest`, `lsn:N`, an RFC 3339 time, `-5m`, `mark:NAME`): the receiver reads them.
+
+mod client;
+mod going_back;
+mod points;
+mod routes;
+mod service;
+mod status;
+
+pub use backtide_control::{Address, ApiError, ErrorCode};
+pub use client::{RECEIVER, ReceiverClient};
+pub use going_back::{
+    ByteSpan, DiffReport, DiffRequest, Mount, MountRequest, Mounts, ResolveRequest, ResolvedPoint,
+};
+pub use points::{DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport, UnavailablePoint};
+pub use routes::router;
+pub use service::ReceiverService;
+pub use status::{ReceiverDisk, ReceiverDisks, ReceiverStatus};

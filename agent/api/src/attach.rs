@@ -1,0 +1,176 @@
+//! What it takes to protect a disk.
+
+use std::{fmt, str::FromStr};
+
+use backtide_control::Address;
+use backtide_units::{ByteCount, DiskName};
+use serde::{Deserialize, Serialize};
+
+/// Protect a disk: serve it over NBD through the filter and forward its writes to a receiver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachRequest {
+    /// The disk's name, and the name of its NBD export.
+    pub name: DiskName,
+    /// The disk behind: an absolute path of a raw image, a block device or a qcow2 file, or an NBD URI.
+    pub image: String,
+    /// Where the receiver takes streams.
+    pub receiver: Address,
+    /// Where to serve the disk: an NBD URI (`nbd+unix:///NAME?socket=/path`, `nbd://host:port/NAME`).
+    /// None: on a unix socket of the agent's choice.
+    #[serde(default)]
+    pub nbd: Option<String>,
+    /// When the guest is acknowledged.
+    #[serde(default)]
+    pub ack: AckPolicy,
+    /// What `ack` means while the receiver is away.
+    #[serde(default)]
+    pub on_outage: OnOutage,
+    /// Bounds; what is left out keeps its default.
+    #[serde(default)]
+    pub limits: LimitsRequest,
+}
+
+/// When the guest's requests are acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AckPolicy {
+    /// When the local disk has completed them.
+    #[default]
+    Local,
+    /// Writes when the receiver has them in memory.
+    Received,
+    /// Writes at once; FLUSH and FUA when the receiver has made everything before them durable.
+    Durable,
+    /// Every write when the receiver has made it durable.
+    DurableEveryWrite,
+}
+
+/// What happens to requests that wait for a receiver that is away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnOutage {
+    /// They are acknowledged when they are local: the guest goes on without its promise.
+    #[default]
+    Continue,
+    /// They wait: the guest stands still until the receiver is back.
+    Block,
+}
+
+/// Bounds of one disk as asked for; what is none keeps the default of [`Limits`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsRequest {
+    /// The most record bytes retained until they are durable at the receiver.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_bytes: Option<ByteCount>,
+    /// The most bytes between a pass's local reads and the stream.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resync_buffer_bytes: Option<ByteCount>,
+    /// The longest a guest request is delayed for the sake of the receiver, in milliseconds; 0 = never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_delay_max_ms: Option<u32>,
+    /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resync_bytes_per_second_max: Option<ByteCount>,
+}
+
+/// Bounds of one disk as they are in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// The most record bytes retained until they are durable at the receiver.
+    pub window_bytes: ByteCount,
+    /// The most bytes between a pass's local reads and the stream.
+    pub resync_buffer_bytes: ByteCount,
+    /// The longest a guest request is delayed for the sake of the receiver, in milliseconds; 0 = never.
+    pub guest_delay_max_ms: u32,
+    /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
+    pub resync_bytes_per_second_max: ByteCount,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            window_bytes: ByteCount(64 << 20),
+            resync_buffer_bytes: ByteCount(32 << 20),
+            guest_delay_max_ms: 10,
+            resync_bytes_per_second_max: ByteCount(0),
+        }
+    }
+}
+
+impl LimitsRequest {
+    /// What is asked for, and `otherwise` where nothing is.
+    pub fn or(self, otherwise: Limits) -> Limits {
+        Limits {
+            window_bytes: self.window_bytes.unwrap_or(otherwise.window_bytes),
+            resync_buffer_bytes: self.resync_buffer_bytes.unwrap_or(otherwise.resync_buffer_bytes),
+            guest_delay_max_ms: self.guest_delay_max_ms.unwrap_or(otherwise.guest_delay_max_ms),
+            resync_bytes_per_second_max: self
+                .resync_bytes_per_second_max
+                .unwrap_or(otherwise.resync_bytes_per_second_max),
+        }
+    }
+}
+
+impl AckPolicy {
+    /// All policies, the default first.
+    pub const ALL: [Self; 4] = [Self::Local, Self::Received, Self::Durable, Self::DurableEveryWrite];
+
+    /// The name in JSON and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Received => "received",
+            Self::Durable => "durable",
+            Self::DurableEveryWrite => "durable-every-write",
+        }
+    }
+}
+
+impl OnOutage {
+    /// Both, the default first.
+    pub const ALL: [Self; 2] = [Self::Continue, Self::Block];
+
+    /// The name in JSON and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Continue => "continue",
+            Self::Block => "block",
+        }
+    }
+}
+
+impl fmt::Display for AckPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for OnOutage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for AckPolicy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|policy| policy.as_str() == text)
+            .ok_or_else(|| format!("{text:?} is none of local, received, durable, durable-every-write"))
+    }
+}
+
+impl FromStr for OnOutage {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|choice| choice.as_str() == text)
+            .ok_or_else(|| format!("{text:?} is neither continue nor block"))
+    }
+}

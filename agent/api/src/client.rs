@@ -1,0 +1,127 @@
+//! Asking an agent. Every method is the call of the same name in [`crate::AgentService`].
+
+use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
+use backtide_units::DiskName;
+
+use crate::{AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest, VerifyStatus};
+
+/// The agent, in the words of errors.
+pub const AGENT: Peer =
+    Peer { name: "agent", start: "backtide agent run", flag: "--agent", variable: "BACKTIDE_AGENT" };
+
+const NO_QUERY: &[(&str, &str)] = &[];
+
+/// An agent's control API. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct AgentClient {
+    client: Client,
+}
+
+impl AgentClient {
+    /// Of the agent at `address`.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be made; an agent that is not there shows at the first call.
+    pub fn new(address: &Address) -> Result<Self, ApiError> {
+        Ok(Self { client: Client::new(address, AGENT)? })
+    }
+
+    /// Where the agent is asked.
+    pub fn address(&self) -> &Address {
+        self.client.address()
+    }
+
+    /// All disks, or the one named.
+    ///
+    /// # Errors
+    /// The agent's own, or `unreachable`; so for every method here.
+    pub async fn status(&self, disk: Option<&DiskName>) -> Result<AgentStatus, ApiError> {
+        match disk {
+            None => self.client.get("/v1/status", NO_QUERY).await,
+            Some(disk) => self.client.get(&path(disk, ""), NO_QUERY).await,
+        }
+    }
+
+    /// The status of one disk.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn disk(&self, disk: &DiskName) -> Result<DiskStatus, ApiError> {
+        let status = self.status(Some(disk)).await?;
+        status.disks.into_iter().next().ok_or_else(|| {
+            ApiError::new(
+                ErrorCode::NotFound,
+                format!("the agent answered nothing about disk {}", disk.as_str()),
+            )
+        })
+    }
+
+    /// Protects a disk.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn attach(&self, request: &AttachRequest) -> Result<DiskStatus, ApiError> {
+        self.client.post("/v1/disks", request).await
+    }
+
+    /// Ends protection cleanly.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn detach(&self, disk: &DiskName) -> Result<DiskStatus, ApiError> {
+        self.client.delete(&path(disk, "")).await
+    }
+
+    /// Stops forwarding.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn pause(&self, disk: &DiskName) -> Result<DiskStatus, ApiError> {
+        self.client.post(&path(disk, "/pause"), &()).await
+    }
+
+    /// Forwards again.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn resume(&self, disk: &DiskName) -> Result<DiskStatus, ApiError> {
+        self.client.post(&path(disk, "/resume"), &()).await
+    }
+
+    /// Forces a resync.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn resync(&self, disk: &DiskName, request: ResyncRequest) -> Result<DiskStatus, ApiError> {
+        self.client.post(&path(disk, "/resync"), &request).await
+    }
+
+    /// Marks disks at one instant.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn mark(&self, request: &MarkRequest) -> Result<MarkReport, ApiError> {
+        self.client.post("/v1/marks", request).await
+    }
+
+    /// Begins a verify.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn start_verify(&self, disk: &DiskName) -> Result<VerifyStatus, ApiError> {
+        self.client.post(&path(disk, "/verify"), &()).await
+    }
+
+    /// The verify that is running, or the last one.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn verify_status(&self, disk: &DiskName) -> Result<VerifyStatus, ApiError> {
+        self.client.get(&path(disk, "/verify"), NO_QUERY).await
+    }
+}
+
+/// Disk names need no escaping in a path: that is what they are restricted for.
+fn path(disk: &DiskName, call: &str) -> String {
+    format!("/v1/disks/{}{call}", disk.as_str())
+}

@@ -1,0 +1,59 @@
+//! Asking for a resync, and for marks.
+
+use backtide_units::{CaptureTime, DiskName, Lsn};
+use serde::{Deserialize, Serialize};
+
+/// Force a resync.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResyncRequest {
+    /// How much is looked at.
+    #[serde(default)]
+    pub extent: ResyncExtent,
+}
+
+/// How much a forced resync looks at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResyncExtent {
+    /// The blocks that are marked as changed.
+    #[default]
+    Changed,
+    /// Every allocated block: hashes are compared, and only what differs is sent.
+    Compare,
+    /// Every allocated block is sent.
+    Full,
+}
+
+/// One name for the state of several disks at one instant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MarkRequest {
+    /// The name, at most 256 bytes.
+    pub label: String,
+    /// At least one disk.
+    pub disks: Vec<DiskName>,
+}
+
+/// Where a mark landed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MarkReport {
+    /// The name.
+    pub label: String,
+    /// One per disk asked for, in that order.
+    pub marks: Vec<DiskMark>,
+}
+
+/// A mark's place on one disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMark {
+    /// The disk.
+    pub disk: DiskName,
+    /// The last write the mark includes.
+    pub lsn: Lsn,
+    /// When it was set.
+    pub time: CaptureTime,
+    /// Whether the LSN is, or becomes once its records have arrived, a point the receiver can give
+    /// back. False while the disk is not forwarding (tracking, paused).
+    pub recoverable: bool,
+}

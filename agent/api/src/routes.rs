@@ -1,0 +1,108 @@
+//! Which HTTP call is which method of the service. The client has the same paths.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    extract::{Path, State},
+    routing::{delete, get, post},
+};
+use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
+use backtide_units::DiskName;
+
+use crate::{
+    AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest,
+    VerifyStatus,
+};
+
+type Answer<T> = Result<Json<T>, ApiError>;
+
+/// The agent's control API over a service.
+pub fn router<S: AgentService>(service: Arc<S>) -> Router {
+    let router = Router::new()
+        .route("/v1/status", get(status::<S>))
+        .route("/v1/disks", post(attach::<S>))
+        .route("/v1/disks/{disk}", get(disk_status::<S>).merge(delete(detach::<S>)))
+        .route("/v1/disks/{disk}/pause", post(pause::<S>))
+        .route("/v1/disks/{disk}/resume", post(resume::<S>))
+        .route("/v1/disks/{disk}/resync", post(resync::<S>))
+        .route("/v1/disks/{disk}/verify", get(verify_status::<S>).merge(post(start_verify::<S>)))
+        .route("/v1/marks", post(mark::<S>))
+        .with_state(service);
+    json_fallbacks(router)
+}
+
+fn disk_named(text: &str) -> Result<DiskName, ApiError> {
+    text.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))
+}
+
+async fn status<S: AgentService>(State(service): State<Arc<S>>) -> Answer<AgentStatus> {
+    service.status(None).await.map(Json)
+}
+
+async fn disk_status<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<AgentStatus> {
+    service.status(Some(disk_named(&disk)?)).await.map(Json)
+}
+
+async fn attach<S: AgentService>(
+    State(service): State<Arc<S>>,
+    ApiJson(request): ApiJson<AttachRequest>,
+) -> Answer<DiskStatus> {
+    service.attach(request).await.map(Json)
+}
+
+async fn detach<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<DiskStatus> {
+    service.detach(disk_named(&disk)?).await.map(Json)
+}
+
+async fn pause<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<DiskStatus> {
+    service.pause(disk_named(&disk)?).await.map(Json)
+}
+
+async fn resume<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<DiskStatus> {
+    service.resume(disk_named(&disk)?).await.map(Json)
+}
+
+async fn resync<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<ResyncRequest>,
+) -> Answer<DiskStatus> {
+    service.resync(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn mark<S: AgentService>(
+    State(service): State<Arc<S>>,
+    ApiJson(request): ApiJson<MarkRequest>,
+) -> Answer<MarkReport> {
+    if request.disks.is_empty() {
+        return Err(ApiError::new(ErrorCode::Usage, "a mark needs at least one disk"));
+    }
+    service.mark(request).await.map(Json)
+}
+
+async fn start_verify<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<VerifyStatus> {
+    service.start_verify(disk_named(&disk)?).await.map(Json)
+}
+
+async fn verify_status<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<VerifyStatus> {
+    service.verify_status(disk_named(&disk)?).await.map(Json)
+}

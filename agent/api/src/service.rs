@@ -1,0 +1,47 @@
+//! What an agent must be able to do to be served.
+
+use backtide_control::ApiError;
+use backtide_units::DiskName;
+
+use crate::{AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest, VerifyStatus};
+
+/// The agent's side of the control API. A disk may be named by its name or its UUID.
+///
+/// Every call answers in a bounded time, whatever the receiver does. An unknown disk is `not-found`.
+pub trait AgentService: Send + Sync + 'static {
+    /// All disks, or the one named.
+    fn status(&self, disk: Option<DiskName>) -> impl Future<Output = Result<AgentStatus, ApiError>> + Send;
+
+    /// Protects a disk. Succeeds also when its receiver is away: the status says so then.
+    ///
+    /// `exists`: a disk of that name is attached; `locked`: another process holds the image;
+    /// `usage`: the image's size is no multiple of 512; `not-found`: there is no such image.
+    fn attach(&self, request: AttachRequest) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
+
+    /// Ends protection cleanly and saves what is not at the receiver. Answers with the last status.
+    fn detach(&self, disk: DiskName) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
+
+    /// Stops forwarding; changes are tracked. Nothing changes when it is paused already.
+    fn pause(&self, disk: DiskName) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
+
+    /// Forwards again. Nothing changes when it is not paused.
+    fn resume(&self, disk: DiskName) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
+
+    /// Begins a resync, or notes that one begins as soon as the receiver is there.
+    fn resync(
+        &self,
+        disk: DiskName,
+        request: ResyncRequest,
+    ) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
+
+    /// Marks all disks named at one instant: no write that began after one disk's mark was
+    /// acknowledged before another's. All of them or none.
+    fn mark(&self, request: MarkRequest) -> impl Future<Output = Result<MarkReport, ApiError>> + Send;
+
+    /// Begins to compare the live disk with the receiver. `busy` when one is running, `refused`
+    /// when the disk is not in sync mode and connected.
+    fn start_verify(&self, disk: DiskName) -> impl Future<Output = Result<VerifyStatus, ApiError>> + Send;
+
+    /// The verify that is running or, else, the last one. `not-found` when there was none.
+    fn verify_status(&self, disk: DiskName) -> impl Future<Output = Result<VerifyStatus, ApiError>> + Send;
+}

@@ -1,0 +1,217 @@
+//! What a disk is doing, and why.
+
+use backtide_control::Address;
+use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
+use serde::{Deserialize, Serialize};
+
+use crate::{AckPolicy, Limits, OnOutage};
+
+/// The answer to a status call, and what `backtide status --json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// The agent's version.
+    pub version: String,
+    /// The disks, sorted by name.
+    pub disks: Vec<DiskStatus>,
+}
+
+/// How a disk is protected at this moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Every write is forwarded or retained, in order. Any LSN is a recovery point.
+    Sync,
+    /// Changes the receiver misses are being delivered.
+    Resync,
+    /// Changed blocks are marked; nothing is forwarded.
+    Tracking,
+    /// Tracking, because a person asked for it.
+    Paused,
+    /// Not served any more; the bitmap is saved.
+    Detached,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// Its name.
+    pub name: DiskName,
+    /// Its identity.
+    pub uuid: DiskId,
+    /// How it is protected.
+    pub mode: Mode,
+    /// Why it is in this mode: a sentence.
+    pub reason: String,
+    /// Why, for scripts: kebab-case, see docs/api.md.
+    pub reason_code: String,
+    /// Whether the stream to the receiver is established.
+    pub connected: bool,
+    /// Where the receiver takes streams.
+    pub receiver: Address,
+    /// Why the last connection failed or ended, if it did.
+    pub last_error: Option<PeerError>,
+    /// Where the guest's QEMU finds the disk.
+    pub nbd_uri: String,
+    /// The disk behind: path or NBD URI.
+    pub image: String,
+    /// The disk's size.
+    pub size: ByteCount,
+    /// How often it was attached.
+    pub epoch: Epoch,
+    /// Its history at the receiver; none before the first contact.
+    pub history: Option<HistoryId>,
+    /// How far its writes got.
+    pub lsn: LsnStatus,
+    /// How far the receiver is behind.
+    pub lag: Lag,
+    /// What is marked as changed and neither forwarded nor retained.
+    pub dirty: Dirty,
+    /// What is retained until it is durable at the receiver.
+    pub window: Window,
+    /// The pass that is running, or the one the disk waits to run.
+    pub resync: Option<ResyncStatus>,
+    /// When the guest is acknowledged.
+    pub ack: AckPolicy,
+    /// What that means while the receiver is away.
+    pub on_outage: OnOutage,
+    /// Bounds in force.
+    pub limits: Limits,
+    /// What has happened since the disk was attached.
+    pub counters: Counters,
+    /// How local I/O is done: `io_uring`, `pread` or `nbd`.
+    pub engine: String,
+    /// Open NBD connections.
+    pub clients: u32,
+}
+
+/// Why a connection to the receiver failed or ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerError {
+    /// For scripts: the stream's close code (`fenced`, `version`, `invalid`, `store`, `busy`,
+    /// `refused`), `unreachable`, or `lost` for a stream that broke.
+    pub code: String,
+    /// A sentence; the receiver's own words when it gave some.
+    pub message: String,
+    /// When.
+    pub time: CaptureTime,
+}
+
+/// How far a disk's writes got.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LsnStatus {
+    /// The last one given to a write.
+    pub last: Lsn,
+    /// The receiver has everything up to here in memory, as far as it has it at all.
+    pub received: Lsn,
+    /// The receiver has everything up to here on its disk, as far as it has it at all.
+    pub durable: Lsn,
+}
+
+/// How far the receiver's durable state is behind the guest: what would be lost now (RPO).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Lag {
+    /// Writes.
+    pub records: u64,
+    /// Their bytes; while blocks are dirty, at least those blocks' bytes.
+    pub bytes: ByteCount,
+    /// The age of the oldest write that is not durable there; 0 when nothing is missing.
+    pub seconds: f64,
+}
+
+/// Blocks that are marked as changed (active and passive together).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dirty {
+    /// Blocks of 4 KiB.
+    pub blocks: BlockCount,
+    /// Their bytes.
+    pub bytes: ByteCount,
+}
+
+/// The retained window.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// Bytes in it.
+    pub bytes: ByteCount,
+    /// The most it holds.
+    pub limit: ByteCount,
+}
+
+/// What happens to writes while a pass runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PassKind {
+    /// They are forwarded as records: the disk is in sync when the pass ends.
+    Forwarding,
+    /// They are marked for the next pass: the link cannot carry them.
+    Coalescing,
+}
+
+/// A resync pass.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResyncStatus {
+    /// Which pass of this resync: 1 is the first.
+    pub pass: u32,
+    /// The resync point T: blocks are delivered as they were at this LSN.
+    pub at: Lsn,
+    /// What happens to writes meanwhile.
+    pub kind: PassKind,
+    /// Whether hashes are compared, so that only what differs is sent.
+    pub compare: bool,
+    /// Whether the pass had to give up its T version of some block: it moves data but gives no
+    /// point at T.
+    pub forfeited: bool,
+    /// Bytes looked at so far.
+    pub done_bytes: ByteCount,
+    /// Bytes to look at in this pass.
+    pub total_bytes: ByteCount,
+    /// Bytes per second, lately.
+    pub rate: ByteCount,
+    /// Until this pass ends, when that can be told.
+    pub eta_seconds: Option<u64>,
+    /// Why the resync began: a sentence.
+    pub reason: String,
+    /// Why, for scripts.
+    pub reason_code: String,
+    /// Whether T will be a recovery point when the pass ends.
+    pub point_recoverable: bool,
+}
+
+/// What has happened since the disk was attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    /// Guest writes completed.
+    pub writes: u64,
+    /// Their bytes.
+    pub write_bytes: ByteCount,
+    /// Guest trims and write-zeroes completed.
+    pub zeroes: u64,
+    /// Guest reads completed.
+    pub reads: u64,
+    /// Their bytes.
+    pub read_bytes: ByteCount,
+    /// Guest flushes completed.
+    pub flushes: u64,
+    /// Guest requests answered with an error.
+    pub errors: u64,
+    /// The longest a guest request was delayed for the receiver's sake, in microseconds.
+    pub guest_delay_max_us: u64,
+    /// Record bytes sent to the receiver.
+    pub sent_bytes: ByteCount,
+    /// Pass bytes sent to the receiver.
+    pub resync_sent_bytes: ByteCount,
+    /// Streams established.
+    pub connects: u64,
+    /// Streams lost.
+    pub disconnects: u64,
+    /// Times the retained window overflowed.
+    pub window_overflows: u64,
+    /// Passes begun.
+    pub passes: u64,
+    /// Passes that gave up their point.
+    pub passes_forfeited: u64,
+    /// Blocks read ahead of a guest write for a pass.
+    pub copies_before_write: u64,
+    /// Changes of mode.
+    pub transitions: u64,
+}

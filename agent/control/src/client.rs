@@ -1,0 +1,144 @@
+//! Asking a daemon: one HTTP call, one typed answer or one [`ApiError`].
+
+use std::time::Duration;
+
+use reqwest::{Method, RequestBuilder};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{Address, ApiError, ErrorCode};
+
+/// How long a connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a daemon may take to answer an ordinary call. Attaching a disk opens it and may wait
+/// for an NBD server behind it; nothing ordinary waits for a receiver.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Which daemon is asked: the words of the error when it does not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// What it is called: `agent`.
+    pub name: &'static str,
+    /// How it is started: `backtide agent run`.
+    pub start: &'static str,
+    /// The flag that names another address: `--agent`.
+    pub flag: &'static str,
+    /// The environment variable that does: `BACKTIDE_AGENT`.
+    pub variable: &'static str,
+}
+
+/// A daemon's control API, asked over a unix socket or TCP. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: reqwest::Client,
+    base: String,
+    address: Address,
+    peer: Peer,
+}
+
+impl Client {
+    /// Of the `peer` at `address`. Connects with the first call, not now.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be made (`failed`).
+    pub fn new(address: &Address, peer: Peer) -> Result<Self, ApiError> {
+        let mut builder = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(CALL_TIMEOUT)
+            // The environment's proxies are for the web; a control API is on this machine.
+            .no_proxy();
+        let base = match address {
+            Address::Unix(path) => {
+                builder = builder.unix_socket(path.as_path());
+                "http://localhost".to_owned()
+            }
+            Address::Tcp { host, port } if host.contains(':') => format!("http://[{host}]:{port}"),
+            Address::Tcp { host, port } => format!("http://{host}:{port}"),
+        };
+        let http = builder.build().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
+        Ok(Self { http, base, address: address.clone(), peer })
+    }
+
+    /// Where the daemon is asked.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// `GET path`, where `query` becomes the query string.
+    ///
+    /// # Errors
+    /// The daemon's own error, or `unreachable`.
+    pub async fn get<Q, A>(&self, path: &str, query: &Q) -> Result<A, ApiError>
+    where
+        Q: Serialize + ?Sized,
+        A: DeserializeOwned,
+    {
+        self.call(self.request(Method::GET, path).query(query)).await
+    }
+
+    /// `POST path` with a JSON body.
+    ///
+    /// # Errors
+    /// The daemon's own error, or `unreachable`.
+    pub async fn post<B, A>(&self, path: &str, body: &B) -> Result<A, ApiError>
+    where
+        B: Serialize + ?Sized,
+        A: DeserializeOwned,
+    {
+        self.call(self.request(Method::POST, path).json(body)).await
+    }
+
+    /// `DELETE path`.
+    ///
+    /// # Errors
+    /// The daemon's own error, or `unreachable`.
+    pub async fn delete<A: DeserializeOwned>(&self, path: &str) -> Result<A, ApiError> {
+        self.call(self.request(Method::DELETE, path)).await
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.base))
+    }
+
+    async fn call<A: DeserializeOwned>(&self, request: RequestBuilder) -> Result<A, ApiError> {
+        let response = request.send().await.map_err(|error| self.no_answer(&error))?;
+        let status = response.status();
+        let body = response.bytes().await.map_err(|error| self.no_answer(&error))?;
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(|error| self.strange(&error.to_string()));
+        }
+        Err(serde_json::from_slice(&body).unwrap_or_else(|_| self.strange(&format!("HTTP status {status}"))))
+    }
+
+    /// The answer came from something else than our daemon, or from another version of it.
+    fn strange(&self, found: &str) -> ApiError {
+        let message =
+            format!("the {} at {} gave an answer of another kind: {found}", self.peer.name, self.address);
+        ApiError::new(ErrorCode::Failed, message)
+            .with_hint("see that command and daemon have the same version")
+    }
+
+    fn no_answer(&self, error: &reqwest::Error) -> ApiError {
+        let Peer { name, start, flag, variable } = self.peer;
+        if error.is_timeout() && !error.is_connect() {
+            let message = format!(
+                "the {name} at {} did not answer within {} seconds",
+                self.address,
+                CALL_TIMEOUT.as_secs()
+            );
+            return ApiError::new(ErrorCode::Unreachable, message);
+        }
+        let message = format!("no {name} answers at {}: {}", self.address, root_cause(error));
+        ApiError::new(ErrorCode::Unreachable, message)
+            .with_hint(format!("start it with `{start}`, or name its address with {flag} or {variable}"))
+    }
+}
+
+/// The innermost cause: the layers of an HTTP client say nothing to a person.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}

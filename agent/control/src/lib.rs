@@ -1,0 +1,18 @@
+//! HTTP plumbing shared by the control APIs: addresses, errors, serving, asking.
+//!
+//! The way of one call: the client asks at an [`Address`] ([`Client`]), the daemon serves there
+//! ([`Server`]), the answer is JSON either way: what was asked for, or an [`ApiError`] whose
+//! [`ErrorCode`] says what to do and which exit code the command line ends with. Nothing here
+//! knows a disk.
+
+mod address;
+mod client;
+mod error;
+mod extract;
+mod serve;
+
+pub use address::{Address, Address as ApiAddress, InvalidAddress};
+pub use client::{Client, Peer};
+pub use error::{ApiError, ErrorCode};
+pub use extract::ApiJson;
+pub use serve::{BindError, Server, json_fallbacks};

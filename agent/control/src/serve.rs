@@ -1,0 +1,257 @@
+//! Serving a control API at an address.
+//!
+//! Whoever can reach a control API owns the daemon's disks, so it is reached by the same user on
+//! the same machine only: a unix socket has mode 0600 from its first moment, TCP is loopback.
+
+use std::{
+    io, net::SocketAddr, os::unix::fs::FileTypeExt, os::unix::fs::MetadataExt, os::unix::fs::PermissionsExt,
+    path::Path, path::PathBuf, time::Duration,
+};
+
+use axum::{
+    Router,
+    extract::{DefaultBodyLimit, Request},
+    http::{StatusCode, header::HOST},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+};
+use tokio::net::{TcpListener, UnixListener, UnixStream, lookup_host};
+
+use crate::{Address, ApiError, ErrorCode, address::SOCKET_PATH_BYTES_MAX};
+
+/// The largest request body taken. Requests are names and numbers.
+const BODY_BYTES_MAX: usize = 1 << 20;
+
+/// How long a shutdown waits for calls that are still being answered.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+
+/// A control API that is listening and not served yet: calls queue up until [`Server::run`].
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    address: Address,
+}
+
+#[derive(Debug)]
+enum Listener {
+    Unix { listener: UnixListener, socket: SocketFile },
+    Tcp(TcpListener),
+}
+
+/// Why nothing listens at an address.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody else answers there.
+    #[error("{address} is in use: another process answers there")]
+    InUse {
+        /// Where.
+        address: Address,
+    },
+    /// Something that is no socket has that path.
+    #[error("{address} cannot be used: there is a file of that name that is no socket")]
+    NoSocket {
+        /// Where.
+        address: Address,
+    },
+    /// A control API on a network anybody can reach.
+    #[error(
+        "{address} is refused: a control API has no authentication, so TCP is served on loopback only (127.0.0.1 or ::1)"
+    )]
+    NotLoopback {
+        /// Where.
+        address: Address,
+    },
+    /// The path of the unix socket, with what it takes to create it safely, is too long.
+    #[error("{address} cannot be used: the path of a control socket has at most {max} bytes")]
+    PathTooLong {
+        /// Where.
+        address: Address,
+        /// The limit.
+        max: usize,
+    },
+    /// The operating system refused.
+    #[error("listen at {address}")]
+    Io {
+        /// Where.
+        address: Address,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl BindError {
+    /// The kind of error a daemon ends with.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::InUse { .. } | Self::NoSocket { .. } => ErrorCode::Locked,
+            Self::NotLoopback { .. } => ErrorCode::Refused,
+            Self::PathTooLong { .. } => ErrorCode::Usage,
+            Self::Io { .. } => ErrorCode::Failed,
+        }
+    }
+}
+
+impl Server {
+    /// Listens at `address`. A stale socket file is replaced, but only when nobody answers on it.
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub async fn bind(address: &Address) -> Result<Self, BindError> {
+        match address {
+            Address::Unix(path) => bind_unix(address, path).await,
+            Address::Tcp { host, port } => bind_tcp(address, host, *port).await,
+        }
+    }
+
+    /// Where it listens, with the real port when port 0 was asked for.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Serves `router` until `shutdown` is ready, then lets running calls end for up to five
+    /// seconds. The socket file is gone afterwards, and also when this future is dropped.
+    ///
+    /// # Errors
+    /// When accepting connections fails for good.
+    pub async fn run(
+        self,
+        router: Router,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> io::Result<()> {
+        let router = json_fallbacks(router).layer(DefaultBodyLimit::max(BODY_BYTES_MAX));
+        let (ending, mut ended) = tokio::sync::watch::channel(false);
+        let shutdown = async move {
+            shutdown.await;
+            ending.send_replace(true);
+        };
+        let grace = async move {
+            // An error means that serving ended by itself; then the other branch is ready.
+            if ended.wait_for(|ending| *ending).await.is_ok() {
+                tokio::time::sleep(SHUTDOWN_GRACE).await;
+            } else {
+                std::future::pending::<()>().await;
+            }
+        };
+        match self.listener {
+            Listener::Unix { listener, socket } => {
+                let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown);
+                let result = tokio::select! { result = serving => result, () = grace => Ok(()) };
+                drop(socket);
+                result
+            }
+            Listener::Tcp(listener) => {
+                let router = router.layer(middleware::from_fn(loopback_host_only));
+                let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown);
+                tokio::select! { result = serving => result, () = grace => Ok(()) }
+            }
+        }
+    }
+}
+
+/// The router with unknown paths and methods answered in the APIs' error shape.
+pub fn json_fallbacks(router: Router) -> Router {
+    router.fallback(no_such_call).method_not_allowed_fallback(no_such_call)
+}
+
+async fn no_such_call(request: Request) -> ApiError {
+    let message = format!("there is no call {} {}", request.method(), request.uri().path());
+    ApiError::new(ErrorCode::NotFound, message)
+        .with_hint("the daemon may be older or newer than the command; the calls are in docs/api.md")
+}
+
+/// Refuses requests that reached loopback under a foreign name: a web page can make a browser ask
+/// `http://its.own.name:port` after pointing that name at 127.0.0.1.
+async fn loopback_host_only(request: Request, next: Next) -> Response {
+    let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or("");
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    if matches!(name, "localhost" | "[::1]") || name.starts_with("127.") {
+        return next.run(request).await;
+    }
+    let error = ApiError::new(ErrorCode::Refused, format!("refused for host {name:?}: loopback only"));
+    (StatusCode::FORBIDDEN, error.into_response()).into_response()
+}
+
+async fn bind_tcp(address: &Address, host: &str, port: u16) -> Result<Server, BindError> {
+    let failed = |source| BindError::Io { address: address.clone(), source };
+    let resolved: Vec<SocketAddr> = lookup_host((host, port)).await.map_err(failed)?.collect();
+    if resolved.iter().any(|at| !at.ip().is_loopback()) {
+        return Err(BindError::NotLoopback { address: address.clone() });
+    }
+    let listener = TcpListener::bind(resolved.as_slice()).await.map_err(|source| {
+        if source.kind() == io::ErrorKind::AddrInUse {
+            BindError::InUse { address: address.clone() }
+        } else {
+            failed(source)
+        }
+    })?;
+    let port = listener.local_addr().map_err(failed)?.port();
+    let address = Address::Tcp { host: host.to_owned(), port };
+    Ok(Server { listener: Listener::Tcp(listener), address })
+}
+
+async fn bind_unix(address: &Address, path: &Path) -> Result<Server, BindError> {
+    refuse_live_socket(address, path).await?;
+    let failed = |source| BindError::Io { address: address.clone(), source };
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    // Bound in a directory of its own with mode 0700, then moved: at no time can anybody else
+    // connect, and the rename replaces a stale socket without a moment in which none is there.
+    let private = tempfile::Builder::new().prefix(".b").rand_bytes(4).tempdir_in(parent).map_err(failed)?;
+    let newborn = private.path().join("s");
+    if newborn.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        let max = SOCKET_PATH_BYTES_MAX - "/.bXXXX/s".len() + "/s".len();
+        return Err(BindError::PathTooLong { address: address.clone(), max });
+    }
+    let listener = UnixListener::bind(&newborn).map_err(failed)?;
+    std::fs::set_permissions(&newborn, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    let socket = SocketFile::at(&newborn, path).map_err(failed)?;
+    std::fs::rename(&newborn, path).map_err(failed)?;
+    Ok(Server { listener: Listener::Unix { listener, socket }, address: address.clone() })
+}
+
+async fn refuse_live_socket(address: &Address, path: &Path) -> Result<(), BindError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(BindError::NoSocket { address: address.clone() });
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(BindError::Io { address: address.clone(), source }),
+    }
+    match UnixStream::connect(path).await {
+        Ok(_) => Err(BindError::InUse { address: address.clone() }),
+        // Nobody listens: what a daemon that was killed leaves behind.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+        // Somebody listens whose queue is full.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(BindError::InUse { address: address.clone() })
+        }
+        Err(source) => Err(BindError::Io { address: address.clone(), source }),
+    }
+}
+
+/// Removes the socket at its path at the end, unless somebody else's has replaced it.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl SocketFile {
+    /// Of the socket that is at `now` and will be at `path`.
+    fn at(now: &Path, path: &Path) -> io::Result<Self> {
+        let found = std::fs::symlink_metadata(now)?;
+        Ok(Self { path: path.to_owned(), device: found.dev(), inode: found.ino() })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|found| (found.dev(), found.ino()) == (self.device, self.inode));
+        if ours && let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(socket = %self.path.display(), %error, "cannot remove the control socket");
+        }
+    }
+}

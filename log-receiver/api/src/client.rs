@@ -1,0 +1,119 @@
+//! Asking a receiver. Every method is the call of the same name in [`crate::ReceiverService`].
+
+use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
+use backtide_units::DiskName;
+
+use crate::{
+    DiffReport, DiffRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus,
+    ResolveRequest, ResolvedPoint,
+};
+
+/// The receiver, in the words of errors.
+pub const RECEIVER: Peer = Peer {
+    name: "receiver",
+    start: "backtide receiver run",
+    flag: "--receiver",
+    variable: "BACKTIDE_RECEIVER",
+};
+
+const NO_QUERY: &[(&str, &str)] = &[];
+
+/// A receiver's control API. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ReceiverClient {
+    client: Client,
+}
+
+impl ReceiverClient {
+    /// Of the receiver at `address`.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be made; a receiver that is not there shows at the first call.
+    pub fn new(address: &Address) -> Result<Self, ApiError> {
+        Ok(Self { client: Client::new(address, RECEIVER)? })
+    }
+
+    /// Where the receiver is asked.
+    pub fn address(&self) -> &Address {
+        self.client.address()
+    }
+
+    /// The receiver as a whole.
+    ///
+    /// # Errors
+    /// The receiver's own, or `unreachable`; so for every method here.
+    pub async fn status(&self) -> Result<ReceiverStatus, ApiError> {
+        self.client.get("/v1/status", NO_QUERY).await
+    }
+
+    /// All disks, or the one named.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn disks(&self, disk: Option<&DiskName>) -> Result<ReceiverDisks, ApiError> {
+        match disk {
+            None => self.client.get("/v1/disks", NO_QUERY).await,
+            Some(disk) => self.client.get(&path(disk, ""), NO_QUERY).await,
+        }
+    }
+
+    /// A disk's timeline.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn points(&self, disk: &DiskName) -> Result<PointsReport, ApiError> {
+        self.client.get(&path(disk, "/points"), NO_QUERY).await
+    }
+
+    /// Which LSN a point is.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn resolve(&self, disk: &DiskName, point: &str) -> Result<ResolvedPoint, ApiError> {
+        self.client.post(&path(disk, "/resolve"), &ResolveRequest { point: point.to_owned() }).await
+    }
+
+    /// What changed between two points.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn diff(&self, disk: &DiskName, request: &DiffRequest) -> Result<DiffReport, ApiError> {
+        self.client.post(&path(disk, "/diff"), request).await
+    }
+
+    /// Serves a point over NBD.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn mount(&self, request: &MountRequest) -> Result<Mount, ApiError> {
+        self.client.post("/v1/mounts", request).await
+    }
+
+    /// What is served.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn mounts(&self) -> Result<Mounts, ApiError> {
+        self.client.get("/v1/mounts", NO_QUERY).await
+    }
+
+    /// Ends a mount.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn unmount(&self, id: &str) -> Result<Mount, ApiError> {
+        // Mount ids are a disk's name and a number; anything else would change the path.
+        if !id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            || id.is_empty()
+            || id.starts_with('.')
+        {
+            return Err(ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?}")));
+        }
+        self.client.delete(&format!("/v1/mounts/{id}")).await
+    }
+}
+
+/// Disk names need no escaping in a path: that is what they are restricted for.
+fn path(disk: &DiskName, call: &str) -> String {
+    format!("/v1/disks/{}{call}", disk.as_str())
+}

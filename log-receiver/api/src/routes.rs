@@ -1,0 +1,90 @@
+//! Which HTTP call is which method of the service. The client has the same paths.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    extract::{Path, State},
+    routing::{delete, get, post},
+};
+use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
+use backtide_units::DiskName;
+
+use crate::{
+    DiffReport, DiffRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverService,
+    ReceiverStatus, ResolveRequest, ResolvedPoint,
+};
+
+type Answer<T> = Result<Json<T>, ApiError>;
+
+/// The receiver's control API over a service.
+pub fn router<S: ReceiverService>(service: Arc<S>) -> Router {
+    let router = Router::new()
+        .route("/v1/status", get(status::<S>))
+        .route("/v1/disks", get(disks::<S>))
+        .route("/v1/disks/{disk}", get(disk::<S>))
+        .route("/v1/disks/{disk}/points", get(points::<S>))
+        .route("/v1/disks/{disk}/resolve", post(resolve::<S>))
+        .route("/v1/disks/{disk}/diff", post(diff::<S>))
+        .route("/v1/mounts", get(mounts::<S>).merge(post(mount::<S>)))
+        .route("/v1/mounts/{id}", delete(unmount::<S>))
+        .with_state(service);
+    json_fallbacks(router)
+}
+
+fn disk_named(text: &str) -> Result<DiskName, ApiError> {
+    text.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))
+}
+
+async fn status<S: ReceiverService>(State(service): State<Arc<S>>) -> Answer<ReceiverStatus> {
+    service.status().await.map(Json)
+}
+
+async fn disks<S: ReceiverService>(State(service): State<Arc<S>>) -> Answer<ReceiverDisks> {
+    service.disks(None).await.map(Json)
+}
+
+async fn disk<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<ReceiverDisks> {
+    service.disks(Some(disk_named(&disk)?)).await.map(Json)
+}
+
+async fn points<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<PointsReport> {
+    service.points(disk_named(&disk)?).await.map(Json)
+}
+
+async fn resolve<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<ResolveRequest>,
+) -> Answer<ResolvedPoint> {
+    service.resolve(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn diff<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<DiffRequest>,
+) -> Answer<DiffReport> {
+    service.diff(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn mounts<S: ReceiverService>(State(service): State<Arc<S>>) -> Answer<Mounts> {
+    service.mounts().await.map(Json)
+}
+
+async fn mount<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    ApiJson(request): ApiJson<MountRequest>,
+) -> Answer<Mount> {
+    service.mount(request).await.map(Json)
+}
+
+async fn unmount<S: ReceiverService>(State(service): State<Arc<S>>, Path(id): Path<String>) -> Answer<Mount> {
+    service.unmount(id).await.map(Json)
+}

@@ -1,0 +1,48 @@
+//! What a receiver must be able to do to be served.
+
+use backtide_control::ApiError;
+use backtide_units::DiskName;
+
+use crate::{
+    DiffReport, DiffRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus,
+    ResolveRequest, ResolvedPoint,
+};
+
+/// The receiver's side of the control API. A disk may be named by its name or its UUID.
+///
+/// An unknown disk is `not-found`. A point that cannot be read is `usage`, one outside the
+/// timeline `point-not-found`, one in a hole `point-in-hole`; the last two with
+/// [`crate::UnavailablePoint`] as details. Damage of the store is `damaged`.
+pub trait ReceiverService: Send + Sync + 'static {
+    /// The receiver as a whole.
+    fn status(&self) -> impl Future<Output = Result<ReceiverStatus, ApiError>> + Send;
+
+    /// All disks, or the one named.
+    fn disks(&self, disk: Option<DiskName>) -> impl Future<Output = Result<ReceiverDisks, ApiError>> + Send;
+
+    /// A disk's timeline.
+    fn points(&self, disk: DiskName) -> impl Future<Output = Result<PointsReport, ApiError>> + Send;
+
+    /// Which LSN a point is.
+    fn resolve(
+        &self,
+        disk: DiskName,
+        request: ResolveRequest,
+    ) -> impl Future<Output = Result<ResolvedPoint, ApiError>> + Send;
+
+    /// What changed between two points.
+    fn diff(
+        &self,
+        disk: DiskName,
+        request: DiffRequest,
+    ) -> impl Future<Output = Result<DiffReport, ApiError>> + Send;
+
+    /// Serves a point over NBD; ready for clients when this answers.
+    fn mount(&self, request: MountRequest) -> impl Future<Output = Result<Mount, ApiError>> + Send;
+
+    /// What is served.
+    fn mounts(&self) -> impl Future<Output = Result<Mounts, ApiError>> + Send;
+
+    /// Ends a mount and closes its connections. Answers with what it was.
+    fn unmount(&self, id: String) -> impl Future<Output = Result<Mount, ApiError>> + Send;
+}

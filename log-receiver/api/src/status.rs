@@ -1,0 +1,68 @@
+//! What the receiver keeps, and whether it is well.
+
+use backtide_control::Address;
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
+use serde::{Deserialize, Serialize};
+
+/// The receiver as a whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiverStatus {
+    /// The receiver's version.
+    pub version: String,
+    /// The store's directory.
+    pub store: String,
+    /// The store's identity.
+    pub store_id: String,
+    /// Where streams are taken, with real ports.
+    pub listen: Vec<Address>,
+    /// Bytes of all disks' logs.
+    pub log_bytes: ByteCount,
+    /// Bytes the store's file system has left.
+    pub free_bytes: ByteCount,
+    /// New data is refused when less than this is left.
+    pub free_bytes_min: ByteCount,
+    /// How many disks it keeps.
+    pub disks: u64,
+    /// How many of them are connected.
+    pub connected: u64,
+    /// Open mounts.
+    pub mounts: u64,
+}
+
+/// The disks of a receiver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiverDisks {
+    /// Sorted by name.
+    pub disks: Vec<ReceiverDisk>,
+}
+
+/// One disk as its receiver knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiverDisk {
+    /// Its name.
+    pub name: DiskName,
+    /// Its identity.
+    pub uuid: DiskId,
+    /// Its size.
+    pub size: ByteCount,
+    /// Its history here.
+    pub history: HistoryId,
+    /// The highest epoch seen.
+    pub epoch: Epoch,
+    /// Whether its agent is connected.
+    pub connected: bool,
+    /// Whether a resync pass is unfinished.
+    pub in_pass: bool,
+    /// Everything up to here is in memory.
+    pub received: Lsn,
+    /// Everything up to here is on disk.
+    pub durable: Lsn,
+    /// When the last record was captured; none before the first.
+    pub last_time: Option<CaptureTime>,
+    /// Bytes of its log.
+    pub log_bytes: ByteCount,
+    /// Files of its log.
+    pub segments: u64,
+    /// What is wrong with its store, when something is: a sentence.
+    pub error: Option<String>,
+}
