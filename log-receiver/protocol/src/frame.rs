@@ -27,6 +27,9 @@ pub const PAYLOAD_BYTES_MAX: u64 = 32 * 1024 * 1024;
 const CRC_AT: usize = FRAME_HEADER_BYTES - 4;
 const COMPARE_ITEM_BYTES: usize = 8 + 8 + 32;
 
+/// Stands for "zeroes" where a hash would be; no input is known whose BLAKE3 this is.
+const ZEROES_HASH: [u8; 32] = [0; 32];
+
 /// The frame types. Never reuse a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -206,7 +209,10 @@ fn encode_compare(compare: &Compare) -> (Header, Data) {
     for item in &compare.items {
         payload.put_u64_le(item.range.start().0);
         payload.put_u64_le(item.range.count().0);
-        payload.put_slice(&item.hash);
+        payload.put_slice(match &item.content {
+            Content::Hash(hash) => hash,
+            Content::Zeroes => &ZEROES_HASH,
+        });
     }
     (Header::of(Type::Compare).fields(compare.id, compare.at.0, 0, 0), Data::capture(payload.freeze()))
 }
@@ -305,12 +311,13 @@ fn compare_items(mut payload: Bytes) -> Result<Vec<CompareItem>, ProtocolError> 
     let mut items = Vec::with_capacity(count);
     while payload.has_remaining() {
         let range = range_of("compare", payload.get_u64_le(), payload.get_u64_le())?;
-        if range.count().0 > COMPARE_CHUNK_BYTES_MAX {
-            return Err(invalid("compare", format!("a chunk of {} bytes", range.count())));
-        }
         let mut hash = [0; 32];
         payload.copy_to_slice(&mut hash);
-        items.push(CompareItem { range, hash });
+        let content = if hash == ZEROES_HASH { Content::Zeroes } else { Content::Hash(hash) };
+        if content != Content::Zeroes && range.count().0 > COMPARE_CHUNK_BYTES_MAX {
+            return Err(invalid("compare", format!("a chunk of {} bytes", range.count())));
+        }
+        items.push(CompareItem { range, content });
     }
     Ok(items)
 }

@@ -16,7 +16,9 @@ pub use decoder::Decoder;
 pub use error::ProtocolError;
 pub use frame::{FRAME_HEADER_BYTES, PAYLOAD_BYTES_MAX, encode};
 pub use hello::{CloseCode, Closed, Hello, ReceiverState, Tracking, Welcome};
-pub use message::{Compare, CompareItem, CompareResult, Data, Message, Record, RecordBody, Sequenced};
+pub use message::{
+    Compare, CompareItem, CompareResult, Content, Data, Message, Record, RecordBody, Sequenced,
+};
 
 /// The version this build speaks. A peer with another one is refused with [`CloseCode::Version`].
 ///

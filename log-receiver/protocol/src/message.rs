@@ -160,16 +160,25 @@ pub struct Compare {
 /// One range to compare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CompareItem {
-    /// At most [`COMPARE_CHUNK_BYTES_MAX`] bytes.
+    /// Which bytes.
     pub range: ByteRange,
-    /// BLAKE3 of the local content.
-    pub hash: [u8; 32],
+    /// What the agent's disk holds there.
+    pub content: Content,
+}
+
+/// What a compared range holds at the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes with this BLAKE3; such a range has at most [`COMPARE_CHUNK_BYTES_MAX`] bytes.
+    Hash([u8; 32]),
+    /// Zeroes, of any length: the receiver answers from its extents where it can.
+    Zeroes,
 }
 
 /// The most items of one [`Compare`].
 pub const COMPARE_ITEMS_MAX: usize = 4096;
 
-/// The longest range of one [`CompareItem`], in bytes.
+/// The longest range compared by its hash, in bytes.
 pub const COMPARE_CHUNK_BYTES_MAX: u64 = 64 * 1024;
 
 /// Which items of a [`Compare`] differ.

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    CloseCode, Closed, Compare, CompareItem, CompareResult, Data, Message, PAYLOAD_BYTES_MAX, Record,
-    RecordBody, encode,
+    CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Data, Message, PAYLOAD_BYTES_MAX,
+    Record, RecordBody, encode,
 };
 
 fn range(start: u64, count: u64) -> ByteRange {
@@ -34,7 +34,10 @@ fn one_of_each() -> Vec<Message> {
         Message::Compare(Compare {
             id: 4,
             at: Lsn(9),
-            items: vec![CompareItem { range: range(0, 65536), hash: [7; 32] }],
+            items: vec![
+                CompareItem { range: range(0, 65536), content: Content::Hash([7; 32]) },
+                CompareItem { range: range(65536, 1 << 40), content: Content::Zeroes },
+            ],
         }),
         Message::CompareResult(CompareResult { id: 4, differing: vec![0, 3] }),
         Message::Ack { received: 10, durable: 8 },
