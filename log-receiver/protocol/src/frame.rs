@@ -10,7 +10,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crate::{
     ProtocolError,
     message::{
-        COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, Compare, CompareItem, CompareResult, Data,
+        COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, Compare, CompareItem, CompareResult, Content, Data,
         LABEL_BYTES_MAX, Message, Record, RecordBody, Sequenced,
     },
 };
