@@ -16,3 +16,6 @@ pub use client::{Client, Peer};
 pub use error::{ApiError, ErrorCode};
 pub use extract::ApiJson;
 pub use serve::{BindError, Server, json_fallbacks};
+
+#[cfg(test)]
+mod tests;

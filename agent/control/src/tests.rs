@@ -1,0 +1,146 @@
+//! A real daemon end and a real client end, over real sockets.
+
+use std::{future::pending, os::unix::fs::PermissionsExt, path::Path};
+
+use axum::{Json, Router, routing::post};
+use serde::{Deserialize, Serialize};
+
+use crate::{Address, ApiError, ApiJson, BindError, Client, ErrorCode, Peer, Server};
+
+const PEER: Peer =
+    Peer { name: "agent", start: "backtide agent run", flag: "--agent", variable: "BACKTIDE_AGENT" };
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Number {
+    n: u32,
+}
+
+async fn double(ApiJson(number): ApiJson<Number>) -> Result<Json<Number>, ApiError> {
+    if number.n > 100 {
+        return Err(ApiError::new(ErrorCode::Refused, "too large").with_hint("at most 100"));
+    }
+    Ok(Json(Number { n: number.n * 2 }))
+}
+
+fn router() -> Router {
+    Router::new().route("/double", post(double))
+}
+
+fn socket_in(directory: &Path) -> Address {
+    Address::unix(directory.join("api.sock"))
+}
+
+async fn ask(address: &Address, n: u32) -> Result<u32, ApiError> {
+    let client = Client::new(address, PEER).unwrap();
+    client.post::<_, Number>("/double", &Number { n }).await.map(|number| number.n)
+}
+
+async fn check_calls(address: &Address) {
+    let server = Server::bind(address).await.unwrap();
+    let address = server.address().clone();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = tokio::spawn(server.run(router(), async move {
+        stopped.await.unwrap();
+    }));
+
+    assert_eq!(ask(&address, 21).await.unwrap(), 42);
+    let refused = ask(&address, 101).await.unwrap_err();
+    assert_eq!(refused, ApiError::new(ErrorCode::Refused, "too large").with_hint("at most 100"));
+
+    let client = Client::new(&address, PEER).unwrap();
+    let unknown = client.get::<_, Number>("/triple", &()).await.unwrap_err();
+    assert_eq!(
+        (unknown.code, unknown.message.as_str()),
+        (ErrorCode::NotFound, "there is no call GET /triple")
+    );
+    let wrong_method = client.get::<_, Number>("/double", &()).await.unwrap_err();
+    assert_eq!(wrong_method.message, "there is no call GET /double");
+    let wrong_body = client.post::<_, Number>("/double", &["x"]).await.unwrap_err();
+    assert_eq!(wrong_body.code, ErrorCode::Usage);
+    let huge = client.post::<_, Number>("/double", &"x".repeat(2 << 20)).await.unwrap_err();
+    assert_eq!(huge.code, ErrorCode::Usage);
+
+    stop.send(()).unwrap();
+    serving.await.unwrap().unwrap();
+    let gone = ask(&address, 1).await.unwrap_err();
+    assert_eq!(gone.code, ErrorCode::Unreachable);
+    assert!(gone.message.contains(&format!("no agent answers at {address}")), "{gone}");
+    assert!(gone.hint.unwrap().contains("backtide agent run"), "the hint says how to start it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_and_errors_travel_over_a_unix_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    check_calls(&socket_in(directory.path())).await;
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_and_errors_travel_over_loopback() {
+    check_calls(&"tcp://127.0.0.1:0".parse().unwrap()).await;
+    check_calls(&"tcp://localhost:0".parse().unwrap()).await;
+}
+
+#[tokio::test]
+async fn only_the_owner_may_connect_to_the_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let _server = Server::bind(&socket_in(directory.path())).await.unwrap();
+    let mode = std::fs::metadata(directory.path().join("api.sock")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[tokio::test]
+async fn a_live_socket_is_in_use_and_a_stale_one_replaced() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = socket_in(directory.path());
+    let first = Server::bind(&address).await.unwrap();
+    let error = Server::bind(&address).await.unwrap_err();
+    assert!(matches!(error, BindError::InUse { .. }), "{error}");
+    assert!(error.to_string().contains(&address.to_string()), "{error}");
+    drop(first);
+
+    // What `kill -9` leaves: a socket file that nobody listens on.
+    let stale = directory.path().join("api.sock");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    assert!(stale.exists());
+    Server::bind(&address).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_file_in_the_sockets_place_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("api.sock"), "precious").unwrap();
+    let error = Server::bind(&socket_in(directory.path())).await.unwrap_err();
+    assert!(matches!(error, BindError::NoSocket { .. }), "{error}");
+    assert_eq!(std::fs::read(directory.path().join("api.sock")).unwrap(), b"precious");
+}
+
+#[tokio::test]
+async fn a_network_address_is_refused_for_control() {
+    let error = Server::bind(&"tcp://0.0.0.0:0".parse().unwrap()).await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Refused);
+    assert!(error.to_string().contains("loopback only"), "{error}");
+}
+
+#[tokio::test]
+async fn a_foreign_host_name_on_loopback_is_refused() {
+    let server = Server::bind(&"tcp://127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let Address::Tcp { port, .. } = *server.address() else { unreachable!("bound to TCP") };
+    let serving = tokio::spawn(server.run(router(), pending()));
+    let answer = reqwest::Client::new()
+        .post(format!("http://127.0.0.1:{port}/double"))
+        .header("host", "evil.example")
+        .json(&Number { n: 1 })
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(answer.status().as_u16(), 403);
+    serving.abort();
+}
+
+#[tokio::test]
+async fn a_missing_directory_is_named() {
+    let error = Server::bind(&Address::unix("/nonexistent/deep/api.sock")).await.unwrap_err();
+    let sentence = ApiError::from_error(error.code(), &error).message;
+    assert!(sentence.starts_with("listen at unix:/nonexistent/deep/api.sock: "), "{sentence}");
+}
