@@ -1,1 +1,28 @@
-//! Serving and reaching disks over NBD: tokio drivers around backtide-nbd.
+//! Serving and reaching disks over NBD: tokio drivers around `backtide-nbd`.
+//!
+//! The first crate on a guest write's way that touches a socket. A request is read, checked and
+//! given to [`Export::submit`]; whoever owns the disk answers through [`Reply`], at once or
+//! later. The other direction, [`Client`], is an NBD server used as a disk.
+//!
+//! Invariants:
+//! * One task per connection, on the thread that owns the disk; nothing here is shared between
+//!   threads on the server's side, so nothing is locked.
+//! * Requests and bytes in flight are bounded per connection by [`Limits`], also when the client
+//!   never reads its replies: above the limit nothing more is read.
+//! * A write's payload reaches the export without a copy.
+
+mod client;
+mod error;
+mod export;
+mod output;
+mod server;
+
+pub use client::{Client, ClientOptions, ZeroOptions, list_exports};
+pub use error::{BindError, ClientError, ServeError};
+pub use export::{Export, Exports, Limits};
+pub use server::{Listener, Negotiated, Reply, Server, negotiate, serve_connection, serve_negotiated};
+
+pub use backtide_nbd::{
+    BlockSizes, Command, CommandKind, ExportInfo, ExportSummary, Extent, NbdAddress, NbdError, NbdUri,
+    ParseUriError,
+};

@@ -228,4 +228,3 @@ impl Handshake {
         Ok(Step::Transmission(Box::new(session)))
     }
 }
-

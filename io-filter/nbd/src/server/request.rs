@@ -117,6 +117,14 @@ impl RequestParser {
         }
     }
 
+    /// Whether the payload of a request is awaited: an end here cuts it off.
+    pub fn is_inside(&self) -> bool {
+        match self.state {
+            State::Header => false,
+            State::Payload(_) | State::Skip { .. } => true,
+        }
+    }
+
     fn without_payload(&self, header: Header) -> Incoming {
         let shape = match header.kind {
             command::READ => Shape::Read { offset: header.offset, length: header.length },
@@ -260,4 +268,3 @@ impl Header {
         Incoming::Request(self.reply_to(Shape::Plain), write)
     }
 }
-

@@ -1,0 +1,101 @@
+//! Reaching a server and shaking hands.
+
+use std::{io, sync::Arc};
+
+use backtide_nbd::client::{Goal, Handshake, Session, Step};
+use backtide_nbd::{ExportSummary, Intake, NbdAddress};
+use bytes::BytesMut;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+
+use super::request::ClientOptions;
+use crate::ClientError;
+
+/// Either kind of socket's stream.
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Duplex for S {}
+
+/// A connection ready for requests.
+pub(super) struct Connected {
+    pub(super) stream: Box<dyn Duplex>,
+    pub(super) intake: Intake,
+    pub(super) session: Session,
+}
+
+enum Outcome {
+    Connected(Connected),
+    Listed(Vec<ExportSummary>),
+}
+
+/// The exports of a server, as it lists them.
+///
+/// # Errors
+/// When the server cannot be reached, refuses, or does not answer in time.
+pub async fn list_exports(
+    address: &NbdAddress,
+    options: &ClientOptions,
+) -> Result<Vec<ExportSummary>, ClientError> {
+    match reach(address, Goal::List, options).await? {
+        Outcome::Listed(exports) => Ok(exports),
+        Outcome::Connected(_) => unreachable!("the goal was a list"),
+    }
+}
+
+/// Connects to the export `name`.
+pub(super) async fn open(
+    address: &NbdAddress,
+    name: &str,
+    options: &ClientOptions,
+) -> Result<Connected, ClientError> {
+    match reach(address, Goal::Open(name.to_owned()), options).await? {
+        Outcome::Connected(connected) => Ok(connected),
+        Outcome::Listed(_) => unreachable!("the goal was an export"),
+    }
+}
+
+async fn reach(address: &NbdAddress, goal: Goal, options: &ClientOptions) -> Result<Outcome, ClientError> {
+    let after = options.connect_timeout;
+    let reached = async {
+        let stream = connect(address)
+            .await
+            .map_err(|source| ClientError::Connect { address: address.clone(), source: Arc::new(source) })?;
+        shake_hands(stream, goal).await
+    };
+    tokio::time::timeout(after, reached)
+        .await
+        .map_err(|_| ClientError::HandshakeTimeout { address: address.clone(), after })?
+}
+
+async fn connect(address: &NbdAddress) -> io::Result<Box<dyn Duplex>> {
+    match address {
+        NbdAddress::Tcp { host, port } => {
+            let stream = TcpStream::connect((host.as_str(), *port)).await?;
+            stream.set_nodelay(true)?;
+            Ok(Box::new(stream))
+        }
+        NbdAddress::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
+    }
+}
+
+async fn shake_hands(mut stream: Box<dyn Duplex>, goal: Goal) -> Result<Outcome, ClientError> {
+    let mut intake = Intake::new();
+    let mut out = BytesMut::new();
+    let mut machine = Handshake::new(goal);
+    loop {
+        let step = machine.step(&mut intake, &mut out)?;
+        if !out.is_empty() {
+            stream.write_all_buf(&mut out).await?;
+        }
+        match step {
+            Step::NeedMore => {
+                if stream.read_buf(&mut intake.space()).await? == 0 {
+                    return Err(ClientError::Closed);
+                }
+            }
+            Step::Transmission(session) => {
+                return Ok(Outcome::Connected(Connected { stream, intake, session }));
+            }
+            Step::Listed(exports) => return Ok(Outcome::Listed(exports)),
+        }
+    }
+}

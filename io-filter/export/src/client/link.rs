@@ -1,0 +1,225 @@
+//! One connection to a server: requests are queued here, a task sends them and takes the
+//! replies.
+//!
+//! Invariants: a request is answered exactly once: by its reply, or by the connection's end;
+//! requests and bytes in flight are bounded, and a request counts until it is answered, also
+//! when nobody waits for it any more; after an error nothing more is sent.
+
+use std::{
+    collections::HashMap,
+    future::poll_fn,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker, ready},
+};
+
+use backtide_nbd::client::{Expected, ReplyParser, encode_disconnect, encode_request};
+use backtide_nbd::{Command, Cookie, Intake};
+use bytes::Bytes;
+use tokio::{
+    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+};
+
+use super::{
+    connect::{Connected, Duplex},
+    gather::{Answer, Gather},
+};
+use crate::{ClientError, output::Output};
+
+/// Bytes in flight are counted in units of this size.
+const UNIT: u64 = 4096;
+
+/// What a waiting request gets.
+pub(super) type Outcome = Result<Answer, ClientError>;
+
+/// Bounds of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    pub(super) requests: usize,
+    pub(super) bytes: u64,
+}
+
+/// The half of a connection that requests reach.
+#[derive(Debug)]
+pub(super) struct Link {
+    state: Mutex<State>,
+    requests: Arc<Semaphore>,
+    units: Arc<Semaphore>,
+    units_max: u32,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    output: Output,
+    pending: HashMap<u64, Pending>,
+    next_cookie: u64,
+    /// The task, while it sleeps and nobody has woken it yet.
+    sleeper: Option<Waker>,
+    /// No request will come any more.
+    leaving: bool,
+    /// Why the connection ended.
+    ended: Option<ClientError>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    gather: Gather,
+    answered: oneshot::Sender<Outcome>,
+    _permits: (OwnedSemaphorePermit, OwnedSemaphorePermit),
+}
+
+impl Link {
+    /// Starts the task that drives `connected`.
+    pub(super) fn start(connected: Connected, bounds: Bounds) -> Arc<Self> {
+        let units_max = u32::try_from(bounds.bytes / UNIT).unwrap_or(u32::MAX >> 4).max(1);
+        let link = Arc::new(Self {
+            state: Mutex::default(),
+            requests: Arc::new(Semaphore::new(bounds.requests.max(1))),
+            units: Arc::new(Semaphore::new(units_max as usize)),
+            units_max,
+        });
+        let parser = ReplyParser::new(&connected.session);
+        let Connected { stream, intake, .. } = connected;
+        tokio::spawn(drive(Driver { link: Arc::clone(&link), stream, intake, parser }));
+        link
+    }
+
+    /// Queues `request` as soon as the bounds allow; its answer arrives at the receiver.
+    pub(super) async fn send(&self, request: Command) -> Result<oneshot::Receiver<Outcome>, ClientError> {
+        let units = (request.range().count().0 / UNIT + 1).min(u64::from(self.units_max)) as u32;
+        // Commands without data hold no bytes, but a slot.
+        let units = match Expected::by(&request) {
+            Expected::Plain if !matches!(request, Command::Write { .. }) => 1,
+            Expected::Extents => 1,
+            Expected::Plain | Expected::Read(_) => units,
+        };
+        let permits = (
+            Arc::clone(&self.requests).acquire_owned().await.expect("never closed"),
+            Arc::clone(&self.units).acquire_many_owned(units).await.expect("never closed"),
+        );
+        let (answered, answer) = oneshot::channel();
+        let gather = Gather::new(Expected::by(&request));
+        let sleeper = {
+            let mut state = self.lock();
+            if let Some(error) = &state.ended {
+                return Err(error.clone());
+            }
+            let cookie = state.next_cookie;
+            state.next_cookie += 1;
+            state.pending.insert(cookie, Pending { gather, answered, _permits: permits });
+            let data = match &request {
+                Command::Write { data, .. } => data.clone(),
+                Command::Read { .. }
+                | Command::Flush
+                | Command::Trim { .. }
+                | Command::WriteZeroes { .. }
+                | Command::Cache { .. }
+                | Command::BlockStatus { .. } => Bytes::new(),
+            };
+            state.output.push(0, data, |out| encode_request(out, Cookie(cookie), &request));
+            state.sleeper.take()
+        };
+        if let Some(sleeper) = sleeper {
+            sleeper.wake();
+        }
+        Ok(answer)
+    }
+
+    /// No request will come any more: finish and say good-bye.
+    pub(super) fn leave(&self) {
+        let sleeper = {
+            let mut state = self.lock();
+            if !state.leaving && state.ended.is_none() {
+                state.leaving = true;
+                state.output.push(0, Bytes::new(), encode_disconnect);
+            }
+            state.sleeper.take()
+        };
+        if let Some(sleeper) = sleeper {
+            sleeper.wake();
+        }
+    }
+
+    /// Why the connection ended, if it did.
+    pub(super) fn ended(&self) -> Option<ClientError> {
+        self.lock().ended.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds the lock and leaves the state half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Driver {
+    link: Arc<Link>,
+    stream: Box<dyn Duplex>,
+    intake: Intake,
+    parser: ReplyParser,
+}
+
+/// Runs until the connection ends, then answers every request that is left.
+async fn drive(mut driver: Driver) {
+    let error = match poll_fn(|cx| driver.poll(cx)).await {
+        Ok(()) => ClientError::Closed,
+        Err(error) => error,
+    };
+    // The server may be gone already; nothing depends on this.
+    let _ = driver.stream.shutdown().await;
+    let pending = {
+        let mut state = driver.link.lock();
+        state.ended = Some(error.clone());
+        state.output = Output::default();
+        std::mem::take(&mut state.pending)
+    };
+    for pending in pending.into_values() {
+        let _ = pending.answered.send(Err(error.clone()));
+    }
+}
+
+impl Driver {
+    /// Ready with success when everybody left and everything was answered.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ClientError>> {
+        loop {
+            self.take_replies()?;
+            {
+                let mut state = self.link.lock();
+                let stream = Pin::new(&mut self.stream);
+                let (sent, _) = state.output.poll_write(cx, stream);
+                if sent?.is_ready() && state.leaving && state.pending.is_empty() {
+                    drop(state);
+                    ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+                    return Poll::Ready(Ok(()));
+                }
+                state.sleeper = Some(cx.waker().clone());
+            }
+            let mut space = self.intake.space();
+            let read = pin!(self.stream.read_buf(&mut space));
+            if ready!(read.poll(cx))? == 0 {
+                return Poll::Ready(Err(ClientError::Closed));
+            }
+        }
+    }
+
+    /// Hands out the replies that were read.
+    fn take_replies(&mut self) -> Result<(), ClientError> {
+        let mut state = self.link.lock();
+        loop {
+            let pending = &state.pending;
+            let expected = |cookie: Cookie| Some(pending.get(&cookie.0)?.gather.expected());
+            let Some(reply) = self.parser.next(&mut self.intake, expected)? else {
+                return Ok(());
+            };
+            let cookie = reply.cookie.0;
+            let request = state.pending.get_mut(&cookie).expect("the parser has looked it up");
+            request.gather.take(reply.content)?;
+            if reply.last {
+                let request = state.pending.remove(&cookie).expect("it was there just now");
+                let answer = request.gather.finish()?;
+                // Whoever asked may have stopped waiting.
+                let _ = request.answered.send(Ok(answer));
+            }
+        }
+    }
+}

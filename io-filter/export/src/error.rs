@@ -1,0 +1,151 @@
+//! What goes wrong around a connection.
+
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
+
+use backtide_nbd::{CommandKind, NbdAddress, NbdError, ProtocolError};
+use backtide_units::{ByteCount, ByteRange};
+
+/// Why serving a connection ended other than in good order. Never fatal for the server.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket failed.
+    #[error("NBD connection failed")]
+    Io(#[from] io::Error),
+    /// The client broke the protocol.
+    #[error("NBD client broke the protocol")]
+    Protocol(#[from] ProtocolError),
+    /// The client did not finish its handshake in time.
+    #[error("NBD client did not finish its handshake within {0:?}")]
+    HandshakeTimeout(Duration),
+    /// The client closed in the middle of a message.
+    #[error("NBD client closed in the middle of a message")]
+    Truncated,
+    /// The export was detached between its description and the first request.
+    #[error("export {0:?} is gone")]
+    ExportGone(String),
+}
+
+/// Why a server cannot listen on an address.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody answers there.
+    #[error("address {0} is in use by another server")]
+    InUse(NbdAddress),
+    /// The path exists and is no socket; it is left alone.
+    #[error("cannot listen on {0:?}: the file exists and is no socket")]
+    NotASocket(PathBuf),
+    /// The system refuses.
+    #[error("cannot listen on {address}")]
+    Io {
+        /// Where.
+        address: NbdAddress,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Why a request to an NBD server, or the connection to it, failed.
+///
+/// [`is_lost`](Self::is_lost) tells whether the connection is gone; the others leave it usable.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody answers.
+    #[error("cannot connect to {address}")]
+    Connect {
+        /// Where.
+        address: NbdAddress,
+        /// Why.
+        source: Arc<io::Error>,
+    },
+    /// The server did not finish the handshake in time.
+    #[error("{address} did not finish the NBD handshake within {after:?}")]
+    HandshakeTimeout {
+        /// Where.
+        address: NbdAddress,
+        /// How long it had.
+        after: Duration,
+    },
+    /// The server refuses or breaks the protocol.
+    #[error("cannot go on with the NBD server")]
+    Protocol(#[source] Arc<ProtocolError>),
+    /// The socket failed.
+    #[error("the connection to the NBD server failed")]
+    Io(#[source] Arc<io::Error>),
+    /// The server closed the connection.
+    #[error("the NBD server closed the connection")]
+    Closed,
+    /// The server answered with an error.
+    #[error("NBD server refuses {kind:?} of {range}: {error}{}{text}", if text.is_empty() { "" } else { ": " })]
+    Refused {
+        /// Which request.
+        kind: CommandKind,
+        /// Where.
+        range: ByteRange,
+        /// The error.
+        error: NbdError,
+        /// The server's words; may be empty.
+        text: String,
+    },
+    /// The server does not serve this request.
+    #[error("NBD server does not offer {0:?}")]
+    NotOffered(CommandKind),
+    /// The request does not fit the disk.
+    #[error("{range} is not inside the disk of {size} bytes")]
+    OutOfRange {
+        /// The request.
+        range: ByteRange,
+        /// The disk.
+        size: ByteCount,
+    },
+    /// A write that is no multiple of the server's block size.
+    #[error("{range} is not aligned to the NBD server's blocks of {minimum} bytes")]
+    Misaligned {
+        /// The request.
+        range: ByteRange,
+        /// The block size.
+        minimum: u32,
+    },
+}
+
+impl ClientError {
+    /// Whether the connection is gone: every later request fails too; connect again.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            Self::Connect { .. }
+            | Self::HandshakeTimeout { .. }
+            | Self::Protocol(_)
+            | Self::Io(_)
+            | Self::Closed => true,
+            Self::Refused { .. }
+            | Self::NotOffered(_)
+            | Self::OutOfRange { .. }
+            | Self::Misaligned { .. } => false,
+        }
+    }
+
+    /// The error to answer a guest with whose request was passed on.
+    pub fn as_nbd(&self) -> NbdError {
+        match self {
+            Self::Refused { error, .. } => *error,
+            Self::NotOffered(_) => NbdError::NotSupported,
+            Self::OutOfRange { .. } | Self::Misaligned { .. } => NbdError::Invalid,
+            Self::Connect { .. }
+            | Self::HandshakeTimeout { .. }
+            | Self::Protocol(_)
+            | Self::Io(_)
+            | Self::Closed => NbdError::Io,
+        }
+    }
+}
+
+impl From<ProtocolError> for ClientError {
+    fn from(error: ProtocolError) -> Self {
+        Self::Protocol(Arc::new(error))
+    }
+}
+
+impl From<io::Error> for ClientError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(Arc::new(error))
+    }
+}

@@ -1,0 +1,242 @@
+//! The transmission phase of one connection: requests in, replies out, one task.
+//!
+//! ```text
+//! read ─▶ parse and submit all that is there ─▶ write all replies ─▶ read ...
+//! ```
+//!
+//! The task sleeps only when it can neither read, submit nor write. Requests that are answered
+//! while they are submitted cost no task switch, and their replies leave together in one write.
+//!
+//! Invariants: nothing is read or submitted beyond [`Limits`]; after the client's end, a
+//! request to stop or DISC nothing more is submitted, and the task ends when all replies are
+//! sent; when it ends, replies still owed go nowhere.
+
+use std::{
+    future::poll_fn,
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use backtide_nbd::server::{Incoming, ReplyEncoder, ReplyTo, RequestParser};
+use backtide_nbd::{Command, Intake};
+use backtide_units::ByteCount;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::{Negotiated, negotiate, reply::Channel, stop::Stop};
+use crate::{Export, Exports, Limits, ServeError};
+
+/// Replies are sent at least after so many requests, so that a client waiting for the first is
+/// not kept by the last.
+const BATCH: usize = 16;
+
+/// Serves one client from its handshake to its end.
+///
+/// # Errors
+/// When the client breaks the protocol or its connection fails; nothing to worry about for
+/// anybody else.
+pub async fn serve_connection<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    exports: Rc<dyn Exports>,
+    limits: Limits,
+) -> Result<(), ServeError> {
+    let Some(negotiated) = negotiate(stream, &*exports, &limits).await? else {
+        return Ok(());
+    };
+    let name = &negotiated.session.requested;
+    let export = exports.find(name).ok_or_else(|| ServeError::ExportGone(name.clone()))?;
+    serve_negotiated(negotiated, export, limits).await
+}
+
+/// Serves the transmission phase of a client that has chosen `export`.
+///
+/// # Errors
+/// As [`serve_connection`].
+pub async fn serve_negotiated<S: AsyncRead + AsyncWrite + Unpin>(
+    negotiated: Negotiated<S>,
+    export: Rc<dyn Export>,
+    limits: Limits,
+) -> Result<(), ServeError> {
+    serve_until(negotiated, export, limits, &Stop::default()).await
+}
+
+/// The same, until `stop` is requested: then what is in flight is finished and sent.
+pub(crate) async fn serve_until<S: AsyncRead + AsyncWrite + Unpin>(
+    negotiated: Negotiated<S>,
+    export: Rc<dyn Export>,
+    limits: Limits,
+    stop: &Stop,
+) -> Result<(), ServeError> {
+    let mut connection = Connection::new(negotiated, export, limits);
+    let ended = tokio::select! {
+        biased;
+        result = poll_fn(|cx| connection.poll(cx)) => Some(result),
+        () = stop.requested() => None,
+    };
+    match ended {
+        Some(result) => result?,
+        None => {
+            connection.leaving = true;
+            poll_fn(|cx| connection.poll(cx)).await?;
+        }
+    }
+    connection.stream.shutdown().await?;
+    Ok(())
+}
+
+struct Connection<S> {
+    stream: S,
+    intake: Intake,
+    parser: RequestParser,
+    export: Rc<dyn Export>,
+    limits: Limits,
+    channel: Rc<Channel>,
+    /// A request that is there but would break a limit.
+    held: Option<(ReplyTo, Command, ByteCount)>,
+    /// Nothing more is read or submitted.
+    leaving: bool,
+    /// The client's last message was cut off.
+    truncated: bool,
+}
+
+/// How far the requests that were read got.
+#[derive(PartialEq, Eq)]
+enum Submitted {
+    /// All of them are submitted.
+    All,
+    /// More are there, but it is time to send replies.
+    Batch,
+    /// The next would break a limit.
+    Full,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    fn new(negotiated: Negotiated<S>, export: Rc<dyn Export>, limits: Limits) -> Self {
+        let Negotiated { stream, intake, session } = negotiated;
+        Self {
+            stream,
+            intake,
+            parser: RequestParser::new(&session),
+            export,
+            limits,
+            channel: Channel::new(ReplyEncoder::new(session.style)),
+            held: None,
+            leaving: false,
+            truncated: false,
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServeError>> {
+        self.channel.awake();
+        loop {
+            let submitted = self.submit()?;
+            let sent = self.channel.poll_write(cx, Pin::new(&mut self.stream))?;
+            if self.leaving && self.channel.requests() == 0 {
+                ready!(sent);
+                ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+                let truncated = self.truncated;
+                return Poll::Ready(if truncated { Err(ServeError::Truncated) } else { Ok(()) });
+            }
+            match submitted {
+                Submitted::Batch => continue,
+                // Sending may have made room.
+                Submitted::Full if self.held_fits() => continue,
+                Submitted::Full => {}
+                Submitted::All if self.may_read() => {
+                    if self.poll_read(cx)?.is_ready() {
+                        continue;
+                    }
+                }
+                Submitted::All => {}
+            }
+            self.channel.sleep(cx.waker());
+            return Poll::Pending;
+        }
+    }
+
+    /// Submits requests that were read, within the limits.
+    fn submit(&mut self) -> Result<Submitted, ServeError> {
+        if self.leaving {
+            return Ok(Submitted::All);
+        }
+        for _ in 0..BATCH {
+            let (to, command, cost) = match self.held.take() {
+                Some(held) => held,
+                None => match self.parser.next(&mut self.intake)? {
+                    None => return Ok(Submitted::All),
+                    Some(Incoming::Request(to, command)) => {
+                        let cost = ByteCount(payload(&command).0 + to.data_length().0);
+                        (to, command, cost)
+                    }
+                    Some(Incoming::Refused(to, error)) => {
+                        self.channel.refuse(to, error);
+                        // A refusal holds nothing but its reply, yet those add up too.
+                        if !self.fits(ByteCount::ZERO) {
+                            return Ok(Submitted::Full);
+                        }
+                        continue;
+                    }
+                    Some(Incoming::Disconnect) => {
+                        self.leaving = true;
+                        return Ok(Submitted::All);
+                    }
+                },
+            };
+            if !self.fits(cost) {
+                self.held = Some((to, command, cost));
+                return Ok(Submitted::Full);
+            }
+            self.export.submit(command, self.channel.begin(to, cost));
+        }
+        Ok(Submitted::Batch)
+    }
+
+    /// Whether a request of `cost` bytes is let in. One always is.
+    fn fits(&self, cost: ByteCount) -> bool {
+        let requests = self.channel.requests();
+        requests == 0
+            || requests < self.limits.requests
+                && self.channel.bytes().0.saturating_add(cost.0) <= self.limits.bytes.0
+    }
+
+    fn held_fits(&self) -> bool {
+        match &self.held {
+            Some((_, _, cost)) => self.fits(*cost),
+            None => self.fits(ByteCount::ZERO),
+        }
+    }
+
+    /// Whether there is room for what will be read, above all for a long payload.
+    fn may_read(&self) -> bool {
+        !self.leaving && self.fits(ByteCount(self.intake.payload_missing() as u64))
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServeError>> {
+        let mut space = self.intake.space();
+        let read = pin!(self.stream.read_buf(&mut space));
+        if ready!(read.poll(cx))? == 0 {
+            self.leaving = true;
+            self.truncated = !self.intake.buffered().is_empty() || self.parser.is_inside();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S> Drop for Connection<S> {
+    fn drop(&mut self) {
+        self.channel.bury();
+    }
+}
+
+/// Bytes of a request's payload.
+fn payload(command: &Command) -> ByteCount {
+    match command {
+        Command::Write { data, .. } => ByteCount::of(data),
+        Command::Read { .. }
+        | Command::Flush
+        | Command::Trim { .. }
+        | Command::WriteZeroes { .. }
+        | Command::Cache { .. }
+        | Command::BlockStatus { .. } => ByteCount::ZERO,
+    }
+}
