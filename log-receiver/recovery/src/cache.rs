@@ -1,13 +1,25 @@
 //! What readers of all disks share: index blocks and open files, both bounded.
+//!
+//! Loading happens outside the lock; two readers may then load the same block, and one copy is kept.
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeMap, HashMap},
+    hash::Hash,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
+use backtide_segment::{Extent, IndexBlock, SegmentFile};
 use backtide_units::ByteCount;
+
+use crate::LogError;
 
 /// A bounded cache of index blocks and open segment files. Clones share it.
 #[derive(Clone)]
 pub struct LogCache {
-    limits: Arc<CacheLimits>,
+    shared: Arc<Shared>,
 }
 
 /// Limits of a [`LogCache`].
@@ -19,20 +31,156 @@ pub struct CacheLimits {
     pub open_files_max: usize,
 }
 
+/// Names a segment among all segments that share a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct SegmentKey(u64);
+
+/// A part of an index.
+#[derive(Clone)]
+pub(crate) enum IndexPart {
+    Block(IndexBlock),
+    Wide(Arc<Vec<Extent>>),
+}
+
+struct Shared {
+    limits: CacheLimits,
+    next_key: AtomicU64,
+    parts: Mutex<Recent<(SegmentKey, Option<u32>), IndexPart>>,
+    files: Mutex<Recent<SegmentKey, SegmentFile>>,
+}
+
+/// Values with weights; the one used longest ago goes first.
+struct Recent<K, V> {
+    values: HashMap<K, (u64, usize, V)>,
+    by_use: BTreeMap<u64, K>,
+    uses: u64,
+    weight: usize,
+    weight_max: usize,
+}
+
 impl LogCache {
     /// An empty cache.
     pub fn new(limits: CacheLimits) -> Self {
-        Self { limits: Arc::new(limits) }
+        let bytes = limits.index_bytes_max.as_usize().unwrap_or(usize::MAX);
+        Self {
+            shared: Arc::new(Shared {
+                limits,
+                next_key: AtomicU64::new(0),
+                parts: Mutex::new(Recent::new(bytes)),
+                files: Mutex::new(Recent::new(limits.open_files_max.max(1))),
+            }),
+        }
     }
 
     /// Its limits.
     pub fn limits(&self) -> CacheLimits {
-        *self.limits
+        self.shared.limits
+    }
+
+    /// Bytes of index parts in memory now.
+    pub fn index_bytes(&self) -> ByteCount {
+        ByteCount(self.shared.parts.lock().unwrap_or_else(PoisonError::into_inner).weight as u64)
+    }
+
+    pub(crate) fn new_key(&self) -> SegmentKey {
+        SegmentKey(self.shared.next_key.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A block, or (`None`) the wide extents, of a segment's index.
+    pub(crate) fn part(
+        &self,
+        segment: SegmentKey,
+        part: Option<u32>,
+        load: impl FnOnce() -> Result<IndexPart, LogError>,
+    ) -> Result<IndexPart, LogError> {
+        let parts = &self.shared.parts;
+        if let Some(found) = parts.lock().unwrap_or_else(PoisonError::into_inner).get(&(segment, part)) {
+            return Ok(found);
+        }
+        let loaded = load()?;
+        let weight = match &loaded {
+            IndexPart::Block(_) => 4096 + 128,
+            IndexPart::Wide(extents) => extents.len() * size_of::<Extent>() + 128,
+        };
+        parts.lock().unwrap_or_else(PoisonError::into_inner).put((segment, part), weight, loaded.clone());
+        Ok(loaded)
+    }
+
+    pub(crate) fn file(
+        &self,
+        segment: SegmentKey,
+        open: impl FnOnce() -> Result<SegmentFile, LogError>,
+    ) -> Result<SegmentFile, LogError> {
+        let files = &self.shared.files;
+        if let Some(found) = files.lock().unwrap_or_else(PoisonError::into_inner).get(&segment) {
+            return Ok(found);
+        }
+        let opened = open()?;
+        files.lock().unwrap_or_else(PoisonError::into_inner).put(segment, 1, opened.clone());
+        Ok(opened)
+    }
+}
+
+impl<K: Clone + Eq + Hash, V: Clone> Recent<K, V> {
+    fn new(weight_max: usize) -> Self {
+        Self { values: HashMap::new(), by_use: BTreeMap::new(), uses: 0, weight: 0, weight_max }
+    }
+
+    fn get(&mut self, key: &K) -> Option<V> {
+        let (used, _, value) = self.values.get_mut(key)?;
+        self.by_use.remove(used);
+        self.uses += 1;
+        *used = self.uses;
+        self.by_use.insert(self.uses, key.clone());
+        Some(value.clone())
+    }
+
+    fn put(&mut self, key: K, weight: usize, value: V) {
+        self.uses += 1;
+        if let Some((used, weight, _)) = self.values.insert(key.clone(), (self.uses, weight, value)) {
+            self.by_use.remove(&used);
+            self.weight -= weight;
+        }
+        self.by_use.insert(self.uses, key);
+        self.weight += weight;
+        while self.weight > self.weight_max {
+            let Some((_, oldest)) = self.by_use.pop_first() else { return };
+            if let Some((_, weight, _)) = self.values.remove(&oldest) {
+                self.weight -= weight;
+            }
+        }
     }
 }
 
 impl Default for CacheLimits {
     fn default() -> Self {
         Self { index_bytes_max: ByteCount(64 << 20), open_files_max: 256 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_one_used_longest_ago_goes_first() {
+        let mut recent = Recent::new(10);
+        recent.put("a", 4, 1);
+        recent.put("b", 4, 2);
+        assert_eq!(recent.get(&"a"), Some(1));
+        recent.put("c", 4, 3);
+        assert_eq!((recent.get(&"a"), recent.get(&"b"), recent.get(&"c")), (Some(1), None, Some(3)));
+        assert_eq!(recent.weight, 8);
+    }
+
+    #[test]
+    fn what_is_too_large_is_not_kept() {
+        let mut recent = Recent::new(10);
+        recent.put("a", 11, 1);
+        assert_eq!(recent.get(&"a"), None);
+        assert_eq!(recent.weight, 0);
+        recent.put("b", 3, 1);
+        recent.put("b", 5, 2);
+        assert_eq!((recent.weight, recent.by_use.len()), (5, 1));
     }
 }

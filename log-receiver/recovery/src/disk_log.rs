@@ -1,12 +1,25 @@
 //! One disk's log: recovered when opened, then appended to, synced, sealed and viewed.
+//!
+//! Invariants: at most one segment is open, the last; entries of a segment are durable only together
+//! with all segments before it; after a failed write or sync nothing is written any more.
 
-use std::{io, path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use backtide_segment::{Entry, SegmentId, Seq};
-use backtide_storage::Storage;
+use backtide_segment::{
+    Contents, Entry, SealedSegment, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq, WriterOptions,
+};
+use backtide_storage::{Storage, StorageFile};
 use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
-use crate::{AppendError, LogCache, LogError, PointError, Snapshot, Timeline, View};
+use crate::{
+    AppendError, Durable, LogCache, LogError, PointError, Snapshot, SyncOutcome, SyncTicket, Timeline, View,
+    recover::{self, Kept, KeptState, failed},
+    segment::{OpenSegment, Segment},
+    ticket::DirectorySync,
+};
 
 /// Whose log it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +33,7 @@ pub struct LogIdentity {
 /// Limits of one log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogOptions {
-    /// A segment is sealed when it would grow beyond this. Default 64 MiB.
+    /// A segment is sealed when it would grow beyond this. Default 64 MiB, at most 2 GiB.
     pub segment_bytes_max: ByteCount,
     /// A segment is sealed at so many index extents: bounds memory. Default 262,144.
     pub segment_extents_max: u32,
@@ -42,60 +55,47 @@ pub struct Recovered {
     pub removed_segments: Vec<SegmentId>,
     /// Segments whose index was missing and was written again.
     pub resealed_segments: Vec<SegmentId>,
-    /// Entries whose payload is damaged; reading them gives an error that names the place.
+    /// Entries of the tail whose payload is damaged; reading them gives an error that names the place.
     pub damaged_entries: Vec<String>,
-}
-
-/// How far the log is durable.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Durable {
-    /// Every entry up to this one survives a power loss.
-    pub seq: Seq,
-    /// `Timeline::covered` at that entry.
-    pub lsn: Lsn,
-}
-
-/// Files to sync for everything appended so far to be durable. Give it to a thread that may
-/// block, then its outcome to [`DiskLog::synced`].
-pub struct SyncTicket {
-    through: Durable,
-}
-
-/// A ticket that was synced, or failed to.
-pub struct SyncOutcome {
-    through: Durable,
-    result: io::Result<()>,
 }
 
 /// One disk's log. Owned by one thread; has none of its own.
 pub struct DiskLog {
+    storage: Arc<dyn Storage>,
+    segments_dir: PathBuf,
+    identity: LogIdentity,
+    options: LogOptions,
+    cache: LogCache,
     timeline: Arc<Timeline>,
+    segments: Arc<Vec<Arc<Segment>>>,
+    current: Option<Current>,
+    appended: Seq,
+    durable: Durable,
+    /// Sealed segments that are not known durable, with their last entry.
+    unsynced: Vec<(Arc<dyn StorageFile>, Seq)>,
+    /// Counts changes of names in the directory, and which of them are durable.
+    names_version: u64,
+    names_durable: u64,
+    sealed_bytes: u64,
+    poisoned: bool,
 }
 
-impl SyncTicket {
-    /// What is durable once this has succeeded.
-    pub fn through(&self) -> Durable {
-        self.through
-    }
-
-    /// Syncs; blocks as long as the device takes.
-    pub fn sync(self) -> SyncOutcome {
-        unimplemented!()
-    }
+/// The open segment.
+struct Current {
+    segment: Arc<Segment>,
+    writer: SegmentWriter,
 }
 
-impl SyncOutcome {
-    /// What is durable when it succeeded.
-    pub fn result(&self) -> Result<Durable, &io::Error> {
-        self.result.as_ref().map(|()| self.through)
-    }
-}
+/// Room for one entry of any length beside the header, so that positions stay below 4 GiB.
+const SEGMENT_BYTES_MAX: u64 = 2 << 30;
 
 impl DiskLog {
-    /// Creates an empty log in `dir` (and the directory); durable when this returns.
+    /// Creates an empty log in `dir` (and the directory); durable when this returns, except for the
+    /// name of `dir` in the directory above it, which is synced too.
     ///
     /// # Errors
-    /// [`LogError::LogExists`], or the file system's.
+    /// [`LogError::LogExists`], or the file system's. What a failed attempt leaves is no log and is
+    /// cleared by the next.
     pub fn create(
         storage: Arc<dyn Storage>,
         dir: &Path,
@@ -103,8 +103,37 @@ impl DiskLog {
         options: LogOptions,
         cache: &LogCache,
     ) -> Result<Self, LogError> {
-        let _ = (storage, dir, identity, options, cache);
-        unimplemented!()
+        let segments_dir = dir.join("segments");
+        let io = |what: &str, path: &Path| {
+            let step = format!("{what} {}", storage.display(path).display());
+            move |source| failed(step, source)
+        };
+        match recover::recover(&*storage, &segments_dir, options.writer()) {
+            Err(LogError::NoLog { .. }) => {}
+            Ok(_) | Err(LogError::Damaged { .. } | LogError::UnknownVersion { .. }) => {
+                return Err(LogError::LogExists { dir: storage.display(dir) });
+            }
+            Err(
+                error @ (LogError::LogExists { .. }
+                | LogError::Poisoned
+                | LogError::Full { .. }
+                | LogError::Io { .. }),
+            ) => return Err(error),
+        }
+        storage.create_dir(&segments_dir).map_err(io("create", &segments_dir))?;
+        for leftover in recover::list(&*storage, &segments_dir)? {
+            let path = segments_dir.join(leftover.file_name());
+            storage.remove(&path).map_err(io("remove", &path))?;
+        }
+        let mut log = Self::empty(Arc::clone(&storage), segments_dir.clone(), identity, options, cache);
+        log.start_segment()?;
+        if let Some(ticket) = log.names_ticket() {
+            log.synced(ticket.sync())?;
+        }
+        for path in [dir, dir.parent().unwrap_or(Path::new(""))] {
+            storage.sync_dir(path).map_err(io("sync", path))?;
+        }
+        Ok(log)
     }
 
     /// Opens the log in `dir`: folds all segments, cuts an unacknowledged tail, and makes
@@ -119,13 +148,69 @@ impl DiskLog {
         options: LogOptions,
         cache: &LogCache,
     ) -> Result<(Self, Recovered), LogError> {
-        let _ = (storage, dir, options, cache);
-        unimplemented!()
+        let segments_dir = dir.join("segments");
+        let opened = recover::recover(&*storage, &segments_dir, options.writer())?;
+        let mut log = Self::empty(storage, segments_dir, opened.identity, options, cache);
+        for kept in opened.kept {
+            log.keep(kept);
+        }
+        log.timeline = Arc::new(opened.timeline);
+        log.durable = Durable { seq: log.appended, lsn: log.timeline.covered() };
+        Ok((log, opened.recovered))
+    }
+
+    fn empty(
+        storage: Arc<dyn Storage>,
+        segments_dir: PathBuf,
+        identity: LogIdentity,
+        options: LogOptions,
+        cache: &LogCache,
+    ) -> Self {
+        Self {
+            storage,
+            segments_dir,
+            identity,
+            options,
+            cache: cache.clone(),
+            timeline: Arc::new(Timeline::default()),
+            segments: Arc::new(Vec::new()),
+            current: None,
+            appended: Seq(0),
+            durable: Durable::default(),
+            unsynced: Vec::new(),
+            names_version: 0,
+            names_durable: 0,
+            sealed_bytes: 0,
+            poisoned: false,
+        }
+    }
+
+    /// Takes a segment that recovery kept; one that is open is the last.
+    fn keep(&mut self, kept: Kept) {
+        let path = self.segments_dir.join(kept.header.id.file_name());
+        let storage = Arc::clone(&self.storage);
+        let segment = match kept.state {
+            KeptState::Sealed(sealed, _) => {
+                self.appended = Seq(sealed.stats().next_seq.0 - 1);
+                self.sealed_bytes += sealed.length().0;
+                Arc::new(Segment::new_sealed(storage, path, kept.header, &self.cache, *sealed))
+            }
+            KeptState::Open(file, scanned) => {
+                self.appended = Seq(scanned.contents.stats().next_seq.0 - 1);
+                let writer =
+                    SegmentWriter::resume(file.clone(), kept.header, self.options.writer(), scanned.end);
+                let open = OpenSegment { file, contents: scanned.contents, end: scanned.end };
+                let segment = Arc::new(Segment::new_open(storage, path, kept.header, &self.cache, open));
+                self.current = Some(Current { segment: Arc::clone(&segment), writer });
+                segment
+            }
+        };
+        Arc::make_mut(&mut self.segments).push(segment);
     }
 
     /// Whose log it is.
     pub fn identity(&self) -> LogIdentity {
-        unimplemented!()
+        self.identity
     }
 
     /// Appends an entry: visible to views at once, durable after a later ticket.
@@ -135,18 +220,45 @@ impl DiskLog {
     /// [`AppendError::Invalid`] and [`LogError::Full`] change nothing; after any other the log
     /// is poisoned.
     pub fn append(&mut self, entry: Entry) -> Result<Seq, AppendError> {
-        let _ = entry;
-        unimplemented!()
+        self.require_sound()?;
+        self.timeline.check(&entry)?;
+        self.make_room(&entry)?;
+        let synced = self.durable.seq;
+        let folded = entry.clone();
+        let current = self.current.as_mut().expect("room was made in an open segment");
+        let writer = &mut current.writer;
+        let appended = current.segment.with_open_mut(|open| writer.append(entry, synced, &mut open.contents));
+        // An entry whose write failed is in the index and perhaps not in the file: nothing reads it,
+        // for the log is poisoned and no later snapshot is given.
+        let appended = appended.map_err(LogError::from);
+        self.poison_on_failure(appended)?;
+        Arc::make_mut(&mut self.timeline).fold(&folded);
+        self.appended = self.appended.next();
+        Ok(self.appended)
+    }
+
+    /// Sees to it that there is an open segment with room for `entry`.
+    fn make_room(&mut self, entry: &Entry) -> Result<(), LogError> {
+        if let Some(current) = &self.current {
+            let end = current.writer.end().0 + SegmentWriter::stored_length(entry).0;
+            let extents = current.segment.with_open_mut(|open| open.contents.index().count());
+            let full = end > self.options.segment_bytes_max.0.min(SEGMENT_BYTES_MAX)
+                || extents >= self.options.segment_extents_max as usize;
+            if full && self.appended >= current.writer.header().first_seq {
+                self.seal_current()?;
+            }
+        }
+        if self.current.is_none() { self.start_segment() } else { Ok(()) }
     }
 
     /// The newest entry appended.
     pub fn appended(&self) -> Seq {
-        unimplemented!()
+        self.appended
     }
 
     /// What is known durable.
     pub fn durable(&self) -> Durable {
-        unimplemented!()
+        self.durable
     }
 
     /// What to sync for everything appended so far to be durable; `None` when it is already.
@@ -155,7 +267,24 @@ impl DiskLog {
     /// # Errors
     /// When entries held back cannot be written; the log is then poisoned.
     pub fn ticket(&mut self) -> Result<Option<SyncTicket>, LogError> {
-        unimplemented!()
+        self.write_waiting()?;
+        if self.appended == self.durable.seq {
+            return Ok(None);
+        }
+        Ok(self.names_ticket())
+    }
+
+    /// A ticket over all that is in the files, entries or not.
+    fn names_ticket(&self) -> Option<SyncTicket> {
+        let mut files: Vec<_> = self.unsynced.iter().map(|(file, _)| Arc::clone(file)).collect();
+        files.extend(self.current.as_ref().map(|current| current.writer.sync_handle()));
+        let directory = (self.names_durable < self.names_version).then(|| DirectorySync {
+            storage: Arc::clone(&self.storage),
+            path: self.segments_dir.clone(),
+            names_version: self.names_version,
+        });
+        let through = Durable { seq: self.appended, lsn: self.timeline.covered() };
+        Some(SyncTicket { through, files, directory })
     }
 
     /// Takes a ticket's outcome. A failed sync poisons the log.
@@ -163,26 +292,52 @@ impl DiskLog {
     /// # Errors
     /// [`LogError::Io`] when the sync failed.
     pub fn synced(&mut self, outcome: SyncOutcome) -> Result<Durable, LogError> {
-        let _ = outcome;
-        unimplemented!()
+        self.require_sound()?;
+        let result = outcome.result;
+        let result = result.map_err(|source| {
+            let step = format!("sync {}", self.storage.display(&self.segments_dir).display());
+            LogError::Io { step, source }
+        });
+        self.poison_on_failure(result)?;
+        self.unsynced.retain(|(_, last)| *last > outcome.through.seq);
+        self.names_durable = self.names_durable.max(outcome.names_version.unwrap_or(0));
+        if outcome.through.seq > self.durable.seq {
+            self.durable = outcome.through;
+        }
+        Ok(self.durable)
     }
 
-    /// Seals the current segment now and starts the next.
+    /// Seals the current segment now; the next entry starts the next.
     ///
     /// # Errors
     /// As [`DiskLog::append`].
     pub fn seal(&mut self) -> Result<(), LogError> {
-        unimplemented!()
+        self.require_sound()?;
+        match &self.current {
+            Some(current) if self.appended >= current.writer.header().first_seq => self.seal_current(),
+            Some(_) | None => Ok(()),
+        }
     }
 
-    /// What the log gives back.
+    /// What the log gives back. Its newest points may not be durable yet.
     pub fn timeline(&self) -> &Timeline {
         &self.timeline
     }
 
-    /// Bytes of all segment files.
+    /// Bytes of all segment files, without space reserved ahead.
     pub fn size(&self) -> ByteCount {
-        unimplemented!()
+        let current = self.current.as_ref().map_or(0, |current| current.writer.end().0);
+        ByteCount(self.sealed_bytes + current)
+    }
+
+    /// How many segments there are.
+    pub fn segment_count(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// Whether a write or sync has failed: the log must be dropped and opened again.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned
     }
 
     /// The log as it is now, for other threads; stays valid while the log grows on.
@@ -190,7 +345,8 @@ impl DiskLog {
     /// # Errors
     /// When entries held back cannot be written; the log is then poisoned.
     pub fn snapshot(&mut self) -> Result<Snapshot, LogError> {
-        unimplemented!()
+        self.write_waiting()?;
+        Ok(Snapshot::new(Arc::clone(&self.timeline), Arc::clone(&self.segments), self.appended))
     }
 
     /// The disk at a point.
@@ -207,6 +363,90 @@ impl DiskLog {
     /// As [`DiskLog::snapshot`].
     pub fn latest_view(&mut self) -> Result<View, LogError> {
         Ok(self.snapshot()?.latest_view())
+    }
+
+    fn write_waiting(&mut self) -> Result<(), LogError> {
+        self.require_sound()?;
+        let Some(current) = &mut self.current else { return Ok(()) };
+        let written = current.writer.write_waiting().map_err(LogError::from);
+        let end = current.writer.end();
+        current.segment.with_open_mut(|open| open.end = end);
+        self.poison_on_failure(written)
+    }
+
+    /// Starts the next segment. A full device leaves the log as it was.
+    fn start_segment(&mut self) -> Result<(), LogError> {
+        let last = self.segments.last().map(|segment| segment.header().id);
+        let header = SegmentHeader {
+            disk: self.identity.disk,
+            history: self.identity.history,
+            id: last.map_or(SegmentId::FIRST, SegmentId::next),
+            first_seq: self.appended.next(),
+            synced: self.durable.seq,
+        };
+        let path = self.segments_dir.join(header.id.file_name());
+        let name = self.storage.display(&path);
+        let file = self.storage.create_new(&path);
+        let file = file.map_err(|source| failed(format!("create {}", name.display()), source))?;
+        self.names_version += 1;
+        let file = SegmentFile::new(file, name);
+        let writer = match SegmentWriter::create(file.clone(), header, self.options.writer()) {
+            Ok(writer) => writer,
+            Err(error) => {
+                let removed = self.storage.remove(&path);
+                self.poisoned |= removed.is_err();
+                return Err(error.into());
+            }
+        };
+        let contents = Contents::new(header.first_seq, header.synced);
+        let open = OpenSegment { file, contents, end: writer.end() };
+        let segment = Arc::new(Segment::new_open(Arc::clone(&self.storage), path, header, &self.cache, open));
+        Arc::make_mut(&mut self.segments).push(Arc::clone(&segment));
+        self.current = Some(Current { segment, writer });
+        Ok(())
+    }
+
+    fn seal_current(&mut self) -> Result<(), LogError> {
+        let sealed = self.write_footer();
+        let sealed = self.poison_on_failure(sealed)?;
+        let Some(current) = self.current.take() else { return Ok(()) };
+        self.sealed_bytes += sealed.length().0;
+        self.unsynced.push((current.writer.sync_handle(), self.appended));
+        current.segment.become_sealed(sealed);
+        Ok(())
+    }
+
+    fn write_footer(&mut self) -> Result<SealedSegment, LogError> {
+        let current = self.current.as_mut().expect("only an open segment is sealed");
+        let writer = &mut current.writer;
+        current.segment.with_open_mut(|open| writer.seal(&open.contents))?;
+        let (file, header) = (writer.file().clone(), *writer.header());
+        match SealedSegment::open(&file, header)? {
+            Some((sealed, _)) => Ok(sealed),
+            None => Err(LogError::Damaged {
+                file: file.name().clone(),
+                offset: writer.end(),
+                what: "the footer that was just written cannot be read".to_owned(),
+            }),
+        }
+    }
+
+    fn require_sound(&self) -> Result<(), LogError> {
+        if self.poisoned { Err(LogError::Poisoned) } else { Ok(()) }
+    }
+
+    fn poison_on_failure<T>(&mut self, result: Result<T, LogError>) -> Result<T, LogError> {
+        let current = self.current.as_ref();
+        let refused = matches!(result, Err(LogError::Full { .. }))
+            && current.is_some_and(|current| !current.writer.is_poisoned());
+        self.poisoned |= result.is_err() && !refused;
+        result
+    }
+}
+
+impl LogOptions {
+    fn writer(&self) -> WriterOptions {
+        WriterOptions { buffer_bytes_max: self.buffer_bytes_max, allocation_step: self.allocation_step }
     }
 }
 

@@ -1,17 +1,29 @@
 //! Recovery points: intervals, holes, and views of a disk at an LSN.
+//!
+//! On the path of a write this is the receiver's store: [`DiskLog`] takes the entries of one disk in
+//! order and makes them durable, [`Timeline`] says which points they give, a [`View`] reads the disk at
+//! one of them. It is a library: no sockets, no clock, no threads of its own.
 
 mod cache;
 mod disk_log;
 mod error;
+mod fold;
+mod merge;
 mod point;
+mod recover;
+mod segment;
 mod snapshot;
+mod ticket;
 mod timeline;
+mod view;
 
 pub use cache::{CacheLimits, LogCache};
-pub use disk_log::{DiskLog, Durable, LogIdentity, LogOptions, Recovered, SyncOutcome, SyncTicket};
+pub use disk_log::{DiskLog, LogIdentity, LogOptions, Recovered};
 pub use error::{AppendError, InvalidEntry, LogError, Nearest, PointError, TimedLsn};
 pub use point::{ParsePointError, Point, time_text};
-pub use snapshot::{Allocation, Snapshot, View};
+pub use snapshot::Snapshot;
+pub use ticket::{Durable, SyncOutcome, SyncTicket};
 pub use timeline::{Attached, Hole, Interval, Mark, OpenPass, Timeline};
+pub use view::{Allocation, View};
 
-pub use backtide_segment::{Entry, PassContent, PassReason, SegmentId, Seq};
+pub use backtide_segment::{Entry, PassContent, PassReason, SegmentId, Seq, inspect};

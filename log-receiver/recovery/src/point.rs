@@ -73,6 +73,12 @@ pub fn time_text(time: CaptureTime) -> String {
         .map_or_else(|| format!("{} us after 1970", time.0), |timestamp| timestamp.to_string())
 }
 
+/// The time so long before `now`; the beginning of time when it is longer.
+pub(crate) fn ago(now: CaptureTime, duration: SignedDuration) -> CaptureTime {
+    let micros = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+    CaptureTime(now.0.saturating_sub(micros))
+}
+
 impl fmt::Display for Point {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

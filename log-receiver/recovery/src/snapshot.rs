@@ -1,39 +1,46 @@
 //! A log as it was at one moment, shared with any number of threads.
+//!
+//! A snapshot names the segments and the last entry it knows; what comes later is not seen, though
+//! segments are shared with the log that grows on, and are sealed under it.
 
 use std::sync::Arc;
 
-use backtide_units::{ByteCount, ByteRange, CaptureTime, Lsn};
-use bytes::Bytes;
+use backtide_segment::{Extent, Seq, WIDE_OVER};
+use backtide_units::{BlockRange, CaptureTime, Lsn};
 use roaring::RoaringTreemap;
 
-use crate::{LogError, Point, PointError, TimedLsn, Timeline};
+use crate::{
+    LogError, Mark, Point, PointError, TimedLsn, Timeline, View,
+    merge::Merge,
+    point::{ago, time_text},
+    segment::Segment,
+};
 
 /// A log as it was at one moment. Cheap to clone; reads block on the file system.
 #[derive(Clone)]
 pub struct Snapshot {
     timeline: Arc<Timeline>,
-}
-
-/// The disk at one point. Cheap to clone.
-#[derive(Clone)]
-pub struct View {
-    snapshot: Snapshot,
-    at: Lsn,
-}
-
-/// Whether an extent of a view has data or is known to read as zeroes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Allocation {
-    /// There may be any bytes.
-    Data,
-    /// All bytes are zero.
-    Zero,
+    pub(crate) segments: Arc<Vec<Arc<Segment>>>,
+    through: Seq,
 }
 
 impl Snapshot {
+    pub(crate) fn new(timeline: Arc<Timeline>, segments: Arc<Vec<Arc<Segment>>>, through: Seq) -> Self {
+        Self { timeline, segments, through }
+    }
+
     /// What the log gave back then.
     pub fn timeline(&self) -> &Timeline {
         &self.timeline
+    }
+
+    /// The last entry it knows.
+    pub fn through(&self) -> Seq {
+        self.through
+    }
+
+    pub(crate) fn merge(&self, at: Lsn) -> Merge<'_> {
+        Merge { segments: &self.segments, at, through: self.through }
     }
 
     /// The disk at a point.
@@ -41,31 +48,76 @@ impl Snapshot {
     /// # Errors
     /// When `at` is not a point: which hole, why, and the nearest points.
     pub fn view(&self, at: Lsn) -> Result<View, PointError> {
-        let _ = at;
-        unimplemented!()
+        self.require(at, &format!("lsn:{at}"))?;
+        Ok(View::new(self.clone(), at))
     }
 
     /// The newest version of everything, whatever is offered.
     pub fn latest_view(&self) -> View {
-        View { snapshot: self.clone(), at: Lsn::MAX }
+        View::new(self.clone(), Lsn::MAX)
     }
 
-    /// The LSN that a person's point stands for, seen at `now`.
+    /// The newest version at or below `at` of everything, whatever is offered: what a compare at
+    /// `at` asks for, with passes that are still open.
+    pub fn newest_view(&self, at: Lsn) -> View {
+        View::new(self.clone(), at)
+    }
+
+    /// The LSN that a person's point stands for, seen at `now`. Of several marks with one label the
+    /// newest counts.
     ///
     /// # Errors
     /// When it is no point.
     pub fn resolve(&self, point: &Point, now: CaptureTime) -> Result<Lsn, PointError> {
-        let _ = (point, now);
-        unimplemented!()
+        match point {
+            Point::Latest => match self.timeline.latest() {
+                Some(latest) => Ok(latest.lsn),
+                None => Err(self.timeline.refusal(Lsn::ZERO, point.to_string())),
+            },
+            Point::Lsn(lsn) => self.require(*lsn, &point.to_string()),
+            Point::Time(time) => self.point_at(*time),
+            Point::Ago(duration) => self.point_at(ago(now, *duration)),
+            Point::Mark(label) => {
+                let newest =
+                    |marks: &[Mark]| marks.iter().rev().find(|mark| mark.label == *label).map(|mark| mark.at);
+                let at = newest(self.timeline.marks())
+                    .ok_or_else(|| PointError::UnknownMark { label: label.clone() })?;
+                self.require(at.lsn, &point.to_string())
+            }
+        }
+    }
+
+    fn require(&self, lsn: Lsn, asked: &str) -> Result<Lsn, PointError> {
+        if self.timeline.offers(lsn) { Ok(lsn) } else { Err(self.timeline.refusal(lsn, asked.to_owned())) }
     }
 
     /// The last point captured at or before `time`.
     ///
+    /// A time between the last record before a hole and the hole's end is in the hole: nobody knows
+    /// whether the disk had changed by then.
+    ///
     /// # Errors
     /// When there is none, or the time lies in a hole.
     pub fn point_at(&self, time: CaptureTime) -> Result<Lsn, PointError> {
-        let _ = time;
-        unimplemented!()
+        let asked = || time_text(time);
+        let record = self.last_record(|_, captured| captured <= time)?;
+        let begun = self.timeline.intervals().iter().rev().map(|interval| interval.from);
+        let begun = begun.filter(|from| from.time <= time).max();
+        let Some(lsn) = record.map(|record| record.lsn).max(begun.map(|from| from.lsn)) else {
+            return Err(self.timeline.refusal(Lsn::ZERO, asked()));
+        };
+        let inside = |from: TimedLsn, to: Option<TimedLsn>| {
+            from.lsn == lsn && from.time < time && to.is_none_or(|to| time < to.time)
+        };
+        let hole =
+            self.timeline.holes().iter().find(|hole| hole.from.is_some_and(|from| inside(from, hole.to)));
+        match hole {
+            Some(hole) => {
+                let nearest = crate::Nearest { before: hole.from, after: hole.to };
+                Err(PointError::InHole { asked: asked(), hole: Box::new(hole.clone()), nearest })
+            }
+            None => self.require(lsn, &asked()),
+        }
     }
 
     /// When the newest record at or below `lsn` was captured.
@@ -73,18 +125,69 @@ impl Snapshot {
     /// # Errors
     /// When the log cannot be read.
     pub fn time_of(&self, lsn: Lsn) -> Result<Option<CaptureTime>, LogError> {
-        let _ = lsn;
-        unimplemented!()
+        Ok(self.last_record(|record, _| record <= lsn)?.map(|record| record.time))
+    }
+
+    /// The last record that `wanted` takes. It looks from the newest segment back, and reads headers only
+    /// of the one segment that can have it.
+    fn last_record(&self, wanted: impl Fn(Lsn, CaptureTime) -> bool) -> Result<Option<TimedLsn>, LogError> {
+        for segment in self.segments.iter().rev() {
+            let stats = segment.stats();
+            // The earliest time and the lowest version need not belong to one record; together they are
+            // a lower bound for both, so no segment is left out wrongly.
+            if stats.records == 0 || !wanted(stats.version_min, stats.time_min) {
+                continue;
+            }
+            let mut last = None;
+            segment.each_header(|header| {
+                if header.seq > self.through {
+                    return false;
+                }
+                if header.kind.is_record() && wanted(header.lsn, header.time) {
+                    last = Some(TimedLsn { lsn: header.lsn, time: header.time });
+                }
+                true
+            })?;
+            if last.is_some() {
+                return Ok(last);
+            }
+        }
+        Ok(None)
     }
 
     /// The blocks (of 4 KiB) with a version in `(after, through]`: those whose content may differ
-    /// between the two points, in either direction. A superset: a write of equal bytes counts.
+    /// between the two points, in either direction. A superset: a write of equal bytes counts, and so
+    /// does a block that a resync delivered unchanged.
     ///
     /// # Errors
     /// When the log cannot be read.
     pub fn changed_blocks(&self, after: Lsn, through: Lsn) -> Result<RoaringTreemap, LogError> {
-        let _ = (after, through);
-        unimplemented!()
+        let mut changed = RoaringTreemap::new();
+        let between = |extent: &Extent| {
+            after < extent.version && extent.version <= through && extent.seq <= self.through
+        };
+        for segment in self.segments.iter() {
+            let stats = segment.stats();
+            if stats.version_max <= after || stats.version_min > through {
+                continue;
+            }
+            let all_between = stats.version_min > after
+                && stats.version_max <= through
+                && stats.next_seq <= self.through.next();
+            if all_between && let Some(touched) = segment.disk_blocks()? {
+                changed |= touched.blocks;
+                for extent in touched.wide.iter() {
+                    insert(&mut changed, extent);
+                }
+                continue;
+            }
+            segment.each_extent(|extent| {
+                if between(extent) {
+                    insert(&mut changed, extent);
+                }
+            })?;
+        }
+        Ok(changed)
     }
 
     /// The newest `limit` flush points at or below `through`, newest first.
@@ -92,37 +195,34 @@ impl Snapshot {
     /// # Errors
     /// When the log cannot be read.
     pub fn flush_points(&self, through: Lsn, limit: usize) -> Result<Vec<TimedLsn>, LogError> {
-        let _ = (through, limit);
-        unimplemented!()
+        let mut points = Vec::new();
+        for segment in self.segments.iter().rev() {
+            if points.len() >= limit {
+                break;
+            }
+            if segment.stats().flushes == 0 {
+                continue;
+            }
+            let mut here = Vec::new();
+            segment.each_header(|header| {
+                let known = header.seq <= self.through;
+                if known
+                    && header.kind.is_flush()
+                    && header.lsn <= through
+                    && self.timeline.offers(header.lsn)
+                {
+                    here.push(TimedLsn { lsn: header.lsn, time: header.time });
+                }
+                known
+            })?;
+            points.extend(here.into_iter().rev());
+        }
+        points.truncate(limit);
+        Ok(points)
     }
 }
 
-impl View {
-    /// The point.
-    pub fn at(&self) -> Lsn {
-        self.at
-    }
-
-    /// The disk's size, as the newest attach gave it.
-    pub fn disk_size(&self) -> ByteCount {
-        self.snapshot.timeline.attached().map_or(ByteCount::ZERO, |attached| attached.size)
-    }
-
-    /// The bytes of `range`, each checked against the checksum it was captured with.
-    ///
-    /// # Errors
-    /// [`LogError::Damaged`] with file and offset; never wrong data.
-    pub fn read(&self, range: ByteRange) -> Result<Bytes, LogError> {
-        let _ = range;
-        unimplemented!()
-    }
-
-    /// Where `range` has data and where it is known to be zero: adjoining, in order, covering it.
-    ///
-    /// # Errors
-    /// When an index cannot be read.
-    pub fn extents(&self, range: ByteRange) -> Result<Vec<(ByteRange, Allocation)>, LogError> {
-        let _ = range;
-        unimplemented!()
-    }
+fn insert(blocks: &mut RoaringTreemap, extent: &Extent) {
+    debug_assert!(extent.range.count() <= WIDE_OVER || extent.zero);
+    blocks.insert_range(BlockRange::touched_by(extent.range).indices());
 }

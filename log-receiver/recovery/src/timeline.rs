@@ -1,11 +1,14 @@
-//! The timeline: which points a log gives back, as a pure fold over its entries.
+//! The timeline: which points a log gives back.
+//!
+//! Invariants: intervals are ordered and do not touch; a hole lies between two of them, or after the
+//! last and is open; while `in_sync`, the last interval ends at `covered` and no hole is open.
 
 use std::fmt;
 
-use backtide_segment::{Entry, PassReason};
+use backtide_segment::PassReason;
 use backtide_units::{ByteCount, CaptureTime, DiskName, Epoch, Lsn};
 
-use crate::{InvalidEntry, TimedLsn, point::time_text};
+use crate::{Nearest, PointError, TimedLsn, point::time_text};
 
 /// LSNs of which every one is a recovery point, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,29 +66,20 @@ pub struct Attached {
 /// What a log can give back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Timeline {
-    intervals: Vec<Interval>,
-    holes: Vec<Hole>,
-    marks: Vec<Mark>,
-    open_pass: Option<OpenPass>,
-    in_interval: bool,
-    last: TimedLsn,
-    attached: Option<Attached>,
-    next_lsn_seen: Lsn,
-    records: u64,
-    flushes: u64,
-    last_flush: Option<TimedLsn>,
+    pub(crate) intervals: Vec<Interval>,
+    pub(crate) holes: Vec<Hole>,
+    pub(crate) marks: Vec<Mark>,
+    pub(crate) open_pass: Option<OpenPass>,
+    pub(crate) in_interval: bool,
+    pub(crate) last: TimedLsn,
+    pub(crate) attached: Option<Attached>,
+    pub(crate) highest: Lsn,
+    pub(crate) records: u64,
+    pub(crate) flushes: u64,
+    pub(crate) last_flush: Option<TimedLsn>,
 }
 
 impl Timeline {
-    /// Whether `entry` may come now.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    pub fn check(&self, entry: &Entry) -> Result<(), InvalidEntry> {
-        let _ = entry;
-        unimplemented!()
-    }
-
     /// The recoverable intervals, oldest first. The last one grows while `in_sync`.
     pub fn intervals(&self) -> &[Interval] {
         &self.intervals
@@ -123,7 +117,7 @@ impl Timeline {
 
     /// The highest LSN that any entry names: new LSNs must lie above it.
     pub fn highest_lsn(&self) -> Lsn {
-        self.next_lsn_seen
+        self.highest
     }
 
     /// How many write records the log has.
@@ -143,7 +137,40 @@ impl Timeline {
 
     /// Whether `lsn` is a point.
     pub fn offers(&self, lsn: Lsn) -> bool {
-        self.intervals.iter().any(|interval| interval.from.lsn <= lsn && lsn <= interval.to.lsn)
+        let after = self.intervals.partition_point(|interval| interval.to.lsn < lsn);
+        self.intervals.get(after).is_some_and(|interval| interval.from.lsn <= lsn)
+    }
+
+    /// The hole that `lsn` lies in.
+    pub fn hole_at(&self, lsn: Lsn) -> Option<&Hole> {
+        let after = self.holes.partition_point(|hole| hole.to.is_some_and(|to| to.lsn <= lsn));
+        let hole = self.holes.get(after)?;
+        let begun = hole.from.is_none_or(|from| from.lsn < lsn);
+        (begun && (hole.to.is_some() || lsn <= self.covered())).then_some(hole)
+    }
+
+    /// The points around `lsn`.
+    pub fn nearest(&self, lsn: Lsn) -> Nearest {
+        let before = self.intervals.iter().rev().find(|interval| interval.to.lsn < lsn);
+        let after = self.intervals.iter().find(|interval| interval.from.lsn > lsn);
+        Nearest { before: before.map(|interval| interval.to), after: after.map(|interval| interval.from) }
+    }
+
+    /// Why `lsn` is no point. `asked` is how the person named it.
+    pub fn refusal(&self, lsn: Lsn, asked: String) -> PointError {
+        if self.intervals.is_empty() {
+            let why = match (self.open_pass, self.holes.last()) {
+                (Some(pass), _) => format!("the {pass} is not complete"),
+                (None, Some(hole)) => format!("no resync pass has completed, {}", hole.reason.text),
+                (None, None) => "no resync pass has begun".to_owned(),
+            };
+            return PointError::NoPoints { why };
+        }
+        let nearest = self.nearest(lsn);
+        match self.hole_at(lsn) {
+            Some(hole) => PointError::InHole { asked, hole: Box::new(hole.clone()), nearest },
+            None => PointError::Outside { asked, nearest },
+        }
     }
 }
 

@@ -137,4 +137,19 @@ impl Entry {
             | Self::Attach { .. } => None,
         }
     }
+
+    /// Bytes that follow the entry's header in the file.
+    pub fn payload_length(&self) -> ByteCount {
+        match self {
+            Self::Write { payload, .. }
+            | Self::PassData { content: PassContent::Bytes { payload, .. }, .. } => ByteCount::of(payload),
+            Self::PassBegin { reason, .. } => ByteCount::of(reason.text.as_bytes()),
+            Self::Mark { label, .. } => ByteCount::of(label.as_bytes()),
+            Self::Attach { name, .. } => ByteCount::of(name.as_str().as_bytes()),
+            Self::Zero { .. }
+            | Self::PassData { content: PassContent::Zeroes, .. }
+            | Self::Flush { .. }
+            | Self::PassEnd { .. } => ByteCount::ZERO,
+        }
+    }
 }

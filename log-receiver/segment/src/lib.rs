@@ -1,9 +1,34 @@
 //! The log's files: segments of self-describing, checksummed records.
+//!
+//! On the path of a write this is where it becomes durable. FORMAT.md beside this crate describes
+//! every byte; this crate reads and writes them, one file at a time, and knows nothing of order
+//! between files, recovery points, sockets or clocks.
 
+mod contents;
 mod entry;
+mod entry_header;
 mod error;
+mod footer;
+mod header;
 mod ids;
+mod index;
+mod inspect;
+mod read;
+mod scan;
+mod sealed;
+mod verdict;
+mod writer;
 
+pub use contents::{Contents, RecordRun, SegmentStats, Step};
 pub use entry::{Entry, PAYLOAD_MAX, PassContent, PassReason, TEXT_MAX};
+pub use entry_header::{ENTRY_HEADER_LENGTH, EntryHeader, EntryKind};
 pub use error::SegmentError;
+pub use header::{SEGMENT_HEADER_LENGTH, SegmentHeader, VERSION};
 pub use ids::{Position, SegmentId, Seq};
+pub use index::{BUCKET_SIZE, Bucket, DISK_SIZE_MAX, Extent, ExtentKey, OpenIndex, WIDE_OVER};
+pub use inspect::inspect;
+pub use read::{HeaderScan, SegmentFile};
+pub use scan::{Scanned, claims, scan};
+pub use sealed::{IndexBlock, SealedSegment};
+pub use verdict::{HeaderState, PayloadState, Verdict, verdict};
+pub use writer::{SegmentWriter, WriterOptions};

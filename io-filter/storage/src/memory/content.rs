@@ -24,7 +24,7 @@ pub(super) struct Content {
 }
 
 struct Unsynced {
-    before: Vec<Box<Sector>>,
+    before: Vec<Sector>,
     /// A sync failed with this sector: a later one does not make it durable.
     stuck: bool,
 }
@@ -107,7 +107,7 @@ impl Content {
         for (number, mut sector) in std::mem::take(&mut self.unsynced) {
             let choice = random.up_to(sector.before.len());
             if choice < sector.before.len() {
-                self.visible.insert(number, sector.before.swap_remove(choice));
+                self.visible.insert(number, Box::new(sector.before.swap_remove(choice)));
             }
         }
         let lens = std::mem::take(&mut self.unsynced_lens);
@@ -145,7 +145,7 @@ impl Content {
     }
 
     fn put(&mut self, number: u64, sector: Box<Sector>) {
-        let before = self.visible.insert(number, sector).unwrap_or_else(|| Box::new(ZEROS));
+        let before = self.visible.insert(number, sector).map_or(ZEROS, |sector| *sector);
         let unsynced = self.unsynced.entry(number).or_insert(Unsynced { before: Vec::new(), stuck: false });
         unsynced.before.push(before);
         unsynced.stuck = false;

@@ -1,0 +1,350 @@
+//! Opening a log: what is there, what is kept, what is cut.
+//!
+//! Segments are looked at from the last to the first, because later ones know what was durable when
+//! they were written; then they are chained from the first on. Where the chain breaks, nothing behind
+//! the break was acknowledged, or the log is damaged. What is kept is synced before anything is
+//! appended: a process that was killed leaves bytes that can be read and are not durable.
+
+use std::{io, path::Path};
+
+use backtide_segment::{
+    Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq, Step,
+    WriterOptions, claims, scan,
+};
+use backtide_storage::Storage;
+use backtide_units::{ByteCount, ByteOffset};
+
+use crate::{LogError, LogIdentity, Recovered, Timeline};
+
+/// A segment that is kept.
+pub(crate) struct Kept {
+    pub(crate) header: SegmentHeader,
+    pub(crate) state: KeptState,
+}
+
+/// How a segment that is kept was found.
+pub(crate) enum KeptState {
+    Sealed(Box<SealedSegment>, Vec<Step>),
+    /// The last one only; its file stays open.
+    Open(SegmentFile, Box<Scanned>),
+}
+
+/// What opening found.
+pub(crate) struct Opened {
+    pub(crate) identity: LogIdentity,
+    pub(crate) kept: Vec<Kept>,
+    pub(crate) timeline: Timeline,
+    pub(crate) recovered: Recovered,
+}
+
+/// A segment number of the directory, and what is under it.
+struct Found {
+    id: SegmentId,
+    present: bool,
+    /// `Err` when there is no header to go by.
+    header: Result<SegmentHeader, String>,
+}
+
+/// What recovery works on.
+struct Recovery<'a> {
+    storage: &'a dyn Storage,
+    segments_dir: &'a Path,
+    options: WriterOptions,
+    identity: LogIdentity,
+    /// Every entry up to this one was durable at some time.
+    synced: Seq,
+    recovered: Recovered,
+}
+
+/// Recovers the log whose segments are in `segments_dir`.
+pub(crate) fn recover(
+    storage: &dyn Storage,
+    segments_dir: &Path,
+    options: WriterOptions,
+) -> Result<Opened, LogError> {
+    let found = find(storage, segments_dir)?;
+    let identity = identity_of(storage, segments_dir, &found)?;
+    let recovered = Recovered::default();
+    let mut recovery = Recovery { storage, segments_dir, options, identity, synced: Seq(0), recovered };
+    let states = recovery.read_backwards(&found)?;
+    let mut kept = recovery.chain(&found, states)?;
+    if kept.is_empty() {
+        return Err(no_log(storage, segments_dir));
+    }
+    recovery.settle(&mut kept)?;
+    let timeline = fold(storage, segments_dir, &kept)?;
+    let mut recovered = recovery.recovered;
+    recovered.segments = kept.len() as u32;
+    Ok(Opened { identity, kept, timeline, recovered })
+}
+
+pub(crate) fn no_log(storage: &dyn Storage, segments_dir: &Path) -> LogError {
+    LogError::NoLog { dir: storage.display(segments_dir.parent().unwrap_or(segments_dir)) }
+}
+
+pub(crate) fn failed(step: String, source: io::Error) -> LogError {
+    if source.kind() == io::ErrorKind::StorageFull {
+        LogError::Full { step, source }
+    } else {
+        LogError::Io { step, source }
+    }
+}
+
+/// The segment numbers of a directory, in order.
+pub(crate) fn list(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<SegmentId>, LogError> {
+    match storage.list(segments_dir) {
+        Ok(names) => Ok(names.iter().filter_map(|name| SegmentId::from_file_name(name)).collect()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(failed(format!("list {}", storage.display(segments_dir).display()), source)),
+    }
+}
+
+/// Opens one segment's file. Files are opened as they are needed: a log can have more of them than a
+/// process may have open.
+fn open(storage: &dyn Storage, segments_dir: &Path, id: SegmentId) -> Result<SegmentFile, LogError> {
+    let path = segments_dir.join(id.file_name());
+    let name = storage.display(&path);
+    let file = storage.open(&path).map_err(|source| failed(format!("open {}", name.display()), source))?;
+    Ok(SegmentFile::new(file, name))
+}
+
+/// Every number from 1 to the last, missing ones too.
+fn find(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<Found>, LogError> {
+    let ids = list(storage, segments_dir)?;
+    let Some(last) = ids.last() else { return Err(no_log(storage, segments_dir)) };
+    let mut found = Vec::new();
+    let mut id = SegmentId::FIRST;
+    while id <= *last {
+        if ids.binary_search(&id).is_err() {
+            found.push(Found { id, present: false, header: Err("the segment's file is missing".to_owned()) });
+            id = id.next();
+            continue;
+        }
+        let file = open(storage, segments_dir, id)?;
+        let header = match file.header() {
+            Ok(header) if header.id == id => Ok(header),
+            Ok(header) => Err(format!("expected segment {id}, found {}", header.id)),
+            Err(SegmentError::Damaged { what, .. }) => Err(what),
+            Err(
+                error @ (SegmentError::UnknownVersion { .. }
+                | SegmentError::Full { .. }
+                | SegmentError::Io { .. }
+                | SegmentError::Poisoned),
+            ) => return Err(error.into()),
+        };
+        found.push(Found { id, present: true, header });
+        id = id.next();
+    }
+    Ok(found)
+}
+
+/// Whose log it is: any header says it, and all must agree.
+fn identity_of(storage: &dyn Storage, segments_dir: &Path, found: &[Found]) -> Result<LogIdentity, LogError> {
+    let headers = || found.iter().filter_map(|found| Some((found, found.header.as_ref().ok()?)));
+    let Some((_, first)) = headers().next() else {
+        // The first segment's header is durable before its log is used: a file that has no header at all
+        // was never a log's; one with bytes that are no header is damaged.
+        for Found { id, present, header } in found {
+            if let (true, Err(what)) = (present, header) {
+                let file = open(storage, segments_dir, *id)?;
+                if has_bytes(&file)? {
+                    let (file, what) = (file.name().clone(), what.clone());
+                    return Err(LogError::Damaged { file, offset: ByteOffset::ZERO, what });
+                }
+            }
+        }
+        return Err(no_log(storage, segments_dir));
+    };
+    let identity = LogIdentity { disk: first.disk, history: first.history };
+    for (found, header) in headers() {
+        if (header.disk, header.history) != (first.disk, first.history) {
+            return Err(LogError::Damaged {
+                file: storage.display(&segments_dir.join(found.id.file_name())),
+                offset: ByteOffset::ZERO,
+                what: format!("it belongs to disk {}, history {}", header.disk, header.history),
+            });
+        }
+    }
+    Ok(identity)
+}
+
+fn has_bytes(file: &SegmentFile) -> Result<bool, LogError> {
+    let mut bytes = [0; backtide_segment::SEGMENT_HEADER_LENGTH];
+    let read = file.file().read_at(ByteOffset::ZERO, &mut bytes);
+    read.map_err(|source| failed(format!("read {}", file.name().display()), source))?;
+    Ok(bytes.iter().any(|&byte| byte != 0))
+}
+
+impl Recovery<'_> {
+    /// Reads footers and scans what has none, from the last segment to the first; `None` for a segment
+    /// without a header. Collects what was durable.
+    fn read_backwards(&mut self, found: &[Found]) -> Result<Vec<Option<KeptState>>, LogError> {
+        let mut states = Vec::new();
+        for Found { id, present, header } in found.iter().rev() {
+            if !present {
+                states.push(None);
+                continue;
+            }
+            let file = open(self.storage, self.segments_dir, *id)?;
+            let Ok(header) = header else {
+                let LogIdentity { disk, history } = self.identity;
+                let lost = SegmentHeader { disk, history, id: *id, first_seq: Seq(1), synced: Seq(0) };
+                let claimed = claims(&file, &lost, ByteOffset::ZERO)?;
+                self.synced = self.synced.max(claimed.unwrap_or_default());
+                states.push(None);
+                continue;
+            };
+            let state = match SealedSegment::open(&file, *header)? {
+                Some((sealed, steps)) => {
+                    self.synced = self.synced.max(sealed.stats().synced);
+                    KeptState::Sealed(Box::new(sealed), steps)
+                }
+                None => {
+                    let scanned = scan(&file, *header, self.synced)?;
+                    self.synced = self.synced.max(scanned.synced);
+                    KeptState::Open(file, Box::new(scanned))
+                }
+            };
+            states.push(Some(state));
+        }
+        states.reverse();
+        Ok(states)
+    }
+
+    /// Keeps segments as long as each begins where the one before ends; removes the rest.
+    fn chain(&mut self, found: &[Found], states: Vec<Option<KeptState>>) -> Result<Vec<Kept>, LogError> {
+        let mut kept = Vec::new();
+        let mut expected = Seq(1);
+        for (place, (found_here, state)) in found.iter().zip(states).enumerate() {
+            let why = match (&found_here.header, state) {
+                (Ok(header), Some(state)) if header.first_seq == expected => {
+                    expected = next_seq(&state);
+                    kept.push(Kept { header: *header, state });
+                    continue;
+                }
+                (Ok(header), _) => {
+                    format!("expected it to begin with entry {expected}, it begins with {}", header.first_seq)
+                }
+                (Err(why), _) => why.clone(),
+            };
+            let overlaps = found_here.header.as_ref().is_ok_and(|header| header.first_seq < expected);
+            if self.synced >= expected || overlaps {
+                let path = self.segments_dir.join(found_here.id.file_name());
+                return Err(LogError::Damaged {
+                    file: self.storage.display(&path),
+                    offset: ByteOffset::ZERO,
+                    what: format!("{why}; entries up to {} were durable", self.synced),
+                });
+            }
+            self.remove(&found[place..])?;
+            break;
+        }
+        Ok(kept)
+    }
+
+    /// Removes segments in which nothing was acknowledged, the last first: a power cut on the way
+    /// leaves a log that this ends the same way.
+    fn remove(&mut self, found: &[Found]) -> Result<(), LogError> {
+        for Found { id, .. } in found.iter().rev().filter(|found| found.present) {
+            let path = self.segments_dir.join(id.file_name());
+            let removed = self.storage.remove(&path);
+            removed.map_err(|source| {
+                failed(format!("remove {}", self.storage.display(&path).display()), source)
+            })?;
+            self.sync_dir()?;
+            self.recovered.removed_segments.push(*id);
+        }
+        Ok(())
+    }
+
+    /// Cuts the tail, builds missing footers, and makes what is kept durable.
+    fn settle(&mut self, kept: &mut [Kept]) -> Result<(), LogError> {
+        let last = kept.len() - 1;
+        for (place, segment) in kept.iter_mut().enumerate() {
+            let through = Seq(next_seq(&segment.state).0 - 1);
+            let mut doubtful = through > self.synced || place == last;
+            if let KeptState::Open(file, scanned) = &segment.state {
+                doubtful = true;
+                self.report_damage(file, scanned);
+                if place == last {
+                    self.cut(file, scanned)?;
+                } else {
+                    segment.state = self.seal_again(file, segment.header, scanned)?;
+                }
+            }
+            if doubtful {
+                let file = open(self.storage, self.segments_dir, segment.header.id)?;
+                let synced = file.file().sync_data();
+                synced.map_err(|source| failed(format!("sync {}", file.name().display()), source))?;
+            }
+        }
+        self.sync_dir()
+    }
+
+    fn report_damage(&mut self, file: &SegmentFile, scanned: &Scanned) {
+        for (seq, position) in &scanned.damaged {
+            let name = file.name().display();
+            let entry = format!("{name}: entry {seq} at byte {position} has a damaged payload");
+            self.recovered.damaged_entries.push(entry);
+        }
+    }
+
+    /// Zeros would be taken for the end of the log, anything else could be taken for an entry once the
+    /// log has grown up to it: so what is behind the end goes.
+    fn cut(&mut self, file: &SegmentFile, scanned: &Scanned) -> Result<(), LogError> {
+        self.recovered.cut_bytes = scanned.trailing;
+        let cut = file.file().set_len(ByteCount(scanned.end.0));
+        cut.map_err(|source| failed(format!("cut {}", file.name().display()), source))
+    }
+
+    fn seal_again(
+        &mut self,
+        file: &SegmentFile,
+        header: SegmentHeader,
+        scanned: &Scanned,
+    ) -> Result<KeptState, LogError> {
+        let mut writer = SegmentWriter::resume(file.clone(), header, self.options, scanned.end);
+        writer.seal(&scanned.contents)?;
+        self.recovered.resealed_segments.push(header.id);
+        match SealedSegment::open(file, header)? {
+            Some((sealed, steps)) => Ok(KeptState::Sealed(Box::new(sealed), steps)),
+            None => Err(LogError::Damaged {
+                file: file.name().clone(),
+                offset: scanned.end,
+                what: "the footer that was just written cannot be read".to_owned(),
+            }),
+        }
+    }
+
+    fn sync_dir(&self) -> Result<(), LogError> {
+        let synced = self.storage.sync_dir(self.segments_dir);
+        synced.map_err(|source| {
+            failed(format!("sync {}", self.storage.display(self.segments_dir).display()), source)
+        })
+    }
+}
+
+fn next_seq(state: &KeptState) -> Seq {
+    match state {
+        KeptState::Sealed(sealed, _) => sealed.stats().next_seq,
+        KeptState::Open(_, scanned) => scanned.contents.stats().next_seq,
+    }
+}
+
+fn fold(storage: &dyn Storage, segments_dir: &Path, kept: &[Kept]) -> Result<Timeline, LogError> {
+    let mut timeline = Timeline::default();
+    for segment in kept {
+        let steps = match &segment.state {
+            KeptState::Sealed(_, steps) => steps,
+            KeptState::Open(_, scanned) => scanned.contents.steps(),
+        };
+        for step in steps {
+            timeline.fold_step(step).map_err(|invalid| LogError::Damaged {
+                file: storage.display(&segments_dir.join(segment.header.id.file_name())),
+                offset: ByteOffset::ZERO,
+                what: format!("its entries do not follow those before: {invalid}"),
+            })?;
+        }
+    }
+    Ok(timeline)
+}

@@ -1,0 +1,76 @@
+//! Making a log durable in two halves: the log says which files to sync, a thread that may block does
+//! it, and the log takes the outcome. So the thread that owns the log never waits for a device.
+//!
+//! A ticket holds every file with entries that are not known durable, oldest first, and the directory
+//! when it has names that are not. Its outcome is a success only when all of them were synced; only
+//! then are its entries durable, for a segment is of no use without the ones before it.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use backtide_segment::Seq;
+use backtide_storage::{Storage, StorageFile};
+use backtide_units::Lsn;
+
+/// How far the log is durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Durable {
+    /// Every entry up to this one survives a power loss.
+    pub seq: Seq,
+    /// `Timeline::covered` at that entry.
+    pub lsn: Lsn,
+}
+
+/// Files to sync for everything appended so far to be durable. Give it to a thread that may
+/// block, then its outcome to [`crate::DiskLog::synced`].
+#[must_use = "nothing is durable before the ticket is synced"]
+pub struct SyncTicket {
+    pub(crate) through: Durable,
+    pub(crate) files: Vec<Arc<dyn StorageFile>>,
+    pub(crate) directory: Option<DirectorySync>,
+}
+
+/// A directory whose names are not durable.
+pub(crate) struct DirectorySync {
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) path: PathBuf,
+    /// Which change of names is the newest that this sync covers.
+    pub(crate) names_version: u64,
+}
+
+/// A ticket that was synced, or failed to.
+#[must_use = "the log learns what is durable from the outcome"]
+pub struct SyncOutcome {
+    pub(crate) through: Durable,
+    pub(crate) names_version: Option<u64>,
+    pub(crate) result: io::Result<()>,
+}
+
+impl SyncTicket {
+    /// What is durable once this has succeeded.
+    pub fn through(&self) -> Durable {
+        self.through
+    }
+
+    /// Syncs; blocks as long as the device takes.
+    pub fn sync(self) -> SyncOutcome {
+        let mut result = Ok(());
+        for file in &self.files {
+            result = result.and_then(|()| file.sync_data());
+        }
+        if let Some(directory) = &self.directory {
+            result = result.and_then(|()| directory.storage.sync_dir(&directory.path));
+        }
+        let names_version = self.directory.map(|directory| directory.names_version);
+        SyncOutcome { through: self.through, names_version, result }
+    }
+}
+
+impl SyncOutcome {
+    /// What is durable when it succeeded.
+    ///
+    /// # Errors
+    /// Why it did not.
+    pub fn result(&self) -> Result<Durable, &io::Error> {
+        self.result.as_ref().map(|()| self.through)
+    }
+}

@@ -1,0 +1,115 @@
+//! The disk at one point: reads and extents.
+//!
+//! Opening a view costs nothing; each read merges the indexes of the segments that have the range and
+//! reads only the entries it needs. Every payload is checked against the checksum from its capture.
+
+use backtide_segment::BUCKET_SIZE;
+use backtide_units::{ByteCount, ByteRange, Lsn};
+use bytes::Bytes;
+
+use crate::{
+    LogError, Snapshot,
+    merge::{Piece, Source},
+};
+
+/// The disk at one point. Cheap to clone; reads block on the file system.
+#[derive(Clone)]
+pub struct View {
+    snapshot: Snapshot,
+    at: Lsn,
+}
+
+/// Whether an extent of a view has data or is known to read as zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// There may be any bytes.
+    Data,
+    /// All bytes are zero.
+    Zero,
+}
+
+impl View {
+    pub(crate) fn new(snapshot: Snapshot, at: Lsn) -> Self {
+        Self { snapshot, at }
+    }
+
+    /// The point; [`Lsn::MAX`] for the newest of everything.
+    pub fn at(&self) -> Lsn {
+        self.at
+    }
+
+    /// The snapshot it belongs to.
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// The disk's size, as the newest attach gave it.
+    pub fn disk_size(&self) -> ByteCount {
+        self.snapshot.timeline().attached().map_or(ByteCount::ZERO, |attached| attached.size)
+    }
+
+    /// The bytes of `range`, each checked against the checksum it was captured with.
+    ///
+    /// # Errors
+    /// [`LogError::Damaged`] with file and offset; never wrong data.
+    ///
+    /// # Panics
+    /// When the range is longer than memory can be, or beyond the largest disk.
+    pub fn read(&self, range: ByteRange) -> Result<Bytes, LogError> {
+        let length = range.count().as_usize().expect("a read that fits in memory");
+        let mut buffer = vec![0; length];
+        self.read_into(range, &mut buffer)?;
+        Ok(buffer.into())
+    }
+
+    /// The bytes of `range` into `buffer`, which must hold zeros and be as long.
+    fn read_into(&self, range: ByteRange, buffer: &mut [u8]) -> Result<(), LogError> {
+        let pieces = self.snapshot.merge(self.at).pieces(range)?;
+        let mut sourced: Vec<(Source, ByteRange)> =
+            pieces.iter().filter_map(|piece| piece.source.map(|source| (source, piece.range))).collect();
+        // An entry's payload is read and checked as a whole, so once for all pieces that it gives.
+        sourced.sort_by_key(|(source, range)| (source.segment, source.extent.position.0, range.start()));
+        for entry in sourced
+            .chunk_by(|(a, _), (b, _)| a.segment == b.segment && a.extent.position == b.extent.position)
+        {
+            let (source, _) = entry[0];
+            let segment = &self.snapshot.segments[source.segment];
+            let (header, payload) = segment.file()?.entry_of(segment.header(), &source.extent)?;
+            let whole = header.range().expect("an entry with a payload has a range");
+            for (_, part) in entry {
+                let from = offset_in(whole, *part);
+                let to = offset_in(range, *part);
+                let length = part.count().as_usize().expect("a part of a buffer");
+                buffer[to..to + length].copy_from_slice(&payload[from..from + length]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where `range` has data and where it is known to be zero: adjoining, in order, covering it.
+    /// Long ranges take a while: one look-up for each 64 KiB.
+    ///
+    /// # Errors
+    /// When an index cannot be read.
+    pub fn extents(&self, range: ByteRange) -> Result<Vec<(ByteRange, Allocation)>, LogError> {
+        let mut extents: Vec<(ByteRange, Allocation)> = Vec::new();
+        // Window by window, so that memory follows the number of extents and not that of pieces.
+        for window in range.split_at_multiples(ByteCount(BUCKET_SIZE.0 * 64)) {
+            for Piece { range, source } in self.snapshot.merge(self.at).pieces(window)? {
+                let allocation = if source.is_some() { Allocation::Data } else { Allocation::Zero };
+                match extents.last_mut() {
+                    Some((last, same)) if *same == allocation => {
+                        *last = ByteRange::between(last.start(), range.end());
+                    }
+                    Some(_) | None => extents.push((range, allocation)),
+                }
+            }
+        }
+        Ok(extents)
+    }
+}
+
+fn offset_in(whole: ByteRange, part: ByteRange) -> usize {
+    assert!(whole.contains(part), "{part} lies in {whole}");
+    usize::try_from(part.start().0 - whole.start().0).expect("an offset in memory")
+}

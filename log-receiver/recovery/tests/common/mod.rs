@@ -1,0 +1,427 @@
+//! A small agent and a plain model of its disk: what the tests compare the log with.
+//!
+//! The agent writes, loses its stream, resynchronises (forwarding or coalescing, aborted or forfeited)
+//! as the design has it. The model is the list of its writes; the disk at L is the effect of all of
+//! them up to L.
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part, as a module of its own")]
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use backtide_recovery::{
+    CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason, View,
+};
+use backtide_storage::MemoryStorage;
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
+use bytes::Bytes;
+use uuid::Uuid;
+
+/// Not a multiple of a bucket, nor of a sector.
+pub const DISK: u64 = 21 * 65536 + 777;
+
+/// SplitMix64.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number in `0..bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    pub fn one_in(&mut self, chances: u64) -> bool {
+        self.below(chances) == 0
+    }
+
+    /// A range of the disk: odd offsets and lengths, mostly small.
+    pub fn range(&mut self, longest: u64) -> ByteRange {
+        let longest = if self.one_in(6) { longest } else { 5000.min(longest) };
+        let length = 1 + self.below(longest);
+        let start = self.below(DISK - length + 1);
+        ByteRange::between(ByteOffset(start), ByteOffset(start + length))
+    }
+}
+
+/// The seeds of a test: `count` from a fixed root, or the one in `SEED`.
+pub fn seeds(count: u64) -> Vec<u64> {
+    match std::env::var("SEED") {
+        Ok(seed) => vec![seed.parse().expect("SEED is a number")],
+        Err(_) => (1..=count).collect(),
+    }
+}
+
+/// Says which seed failed.
+pub struct SayOnPanic(pub String);
+
+impl Drop for SayOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("failed with {}", self.0);
+        }
+    }
+}
+
+/// One write of the guest; `None` is zeroes.
+pub struct Change {
+    pub lsn: Lsn,
+    pub range: ByteRange,
+    pub bytes: Option<Vec<u8>>,
+}
+
+/// What the disk is at every LSN.
+pub struct Model {
+    pub base: Vec<u8>,
+    pub changes: Vec<Change>,
+}
+
+pub fn indices(range: ByteRange) -> std::ops::Range<usize> {
+    range.start().0 as usize..range.end().0 as usize
+}
+
+pub fn whole() -> ByteRange {
+    ByteRange::between(ByteOffset(0), ByteOffset(DISK))
+}
+
+impl Change {
+    pub fn apply(&self, image: &mut [u8]) {
+        let target = &mut image[indices(self.range)];
+        match &self.bytes {
+            Some(bytes) => target.copy_from_slice(bytes),
+            None => target.fill(0),
+        }
+    }
+}
+
+impl Model {
+    pub fn at(&self, lsn: Lsn) -> Vec<u8> {
+        let mut image = self.base.clone();
+        self.changes
+            .iter()
+            .take_while(|change| change.lsn <= lsn)
+            .for_each(|change| change.apply(&mut image));
+        image
+    }
+
+    /// Compares every point that the log offers; gives how many there were.
+    pub fn check(&self, log: &mut DiskLog) -> usize {
+        let snapshot = log.snapshot().expect("snapshot");
+        let mut points: Vec<Lsn> = self.changes.iter().map(|change| change.lsn).collect();
+        for interval in snapshot.timeline().intervals() {
+            points.extend([interval.from.lsn, interval.to.lsn]);
+        }
+        points.retain(|lsn| snapshot.timeline().offers(*lsn));
+        points.sort();
+        points.dedup();
+        let mut image = self.base.clone();
+        let mut changes = self.changes.iter().peekable();
+        for lsn in &points {
+            while let Some(change) = changes.next_if(|change| change.lsn <= *lsn) {
+                change.apply(&mut image);
+            }
+            let view = snapshot.view(*lsn).expect("an offered point");
+            assert_same(&view.read(whole()).expect("read"), &image, *lsn);
+        }
+        points.len()
+    }
+}
+
+pub fn assert_same(found: &[u8], expected: &[u8], lsn: Lsn) {
+    if found != expected {
+        let place = found.iter().zip(expected).position(|(a, b)| a != b);
+        panic!("the disk at {lsn} differs from the model at byte {place:?}");
+    }
+}
+
+/// Zero extents read as zeros, and parts read as the whole does.
+pub fn check_view(view: &View, random: &mut Random) {
+    let all = view.read(whole()).expect("read");
+    let mut at = 0;
+    for (range, allocation) in view.extents(whole()).expect("extents") {
+        assert_eq!(range.start().0, at, "extents adjoin");
+        at = range.end().0;
+        if allocation == backtide_recovery::Allocation::Zero {
+            assert!(all[indices(range)].iter().all(|&byte| byte == 0), "{range} is not zero");
+        }
+    }
+    assert_eq!(at, DISK);
+    for _ in 0..8 {
+        let range = random.range(DISK);
+        assert_eq!(view.read(range).expect("read"), all[indices(range)], "{range}");
+    }
+}
+
+/// How far the agent is with the receiver.
+enum Mode {
+    Sync,
+    Away,
+    Pass { at: Lsn, at_image: Vec<u8>, forwarding: bool, forfeited: bool },
+}
+
+/// The agent with its disk, its log, and the model of both.
+pub struct Agent {
+    pub random: Random,
+    pub storage: MemoryStorage,
+    pub options: LogOptions,
+    pub log: DiskLog,
+    pub model: Model,
+    live: Vec<u8>,
+    dirty: Vec<ByteRange>,
+    active: Vec<ByteRange>,
+    mode: Mode,
+    lsn: Lsn,
+    clock: u64,
+    epoch: u64,
+    /// Points that were offered when a ticket had succeeded.
+    pub promised: Vec<Lsn>,
+    /// The newest version of each pass data and record that the log took.
+    pub versions: BTreeMap<u64, Lsn>,
+}
+
+pub fn identity() -> LogIdentity {
+    LogIdentity { disk: DiskId(Uuid::from_u128(7)), history: HistoryId(Uuid::from_u128(8)) }
+}
+
+pub fn cache() -> LogCache {
+    // Small, so that blocks and files come and go.
+    LogCache::new(CacheLimits { index_bytes_max: ByteCount(3 * 4300), open_files_max: 2 })
+}
+
+pub fn directory() -> &'static Path {
+    Path::new("disks/d1")
+}
+
+pub fn options(random: &mut Random) -> LogOptions {
+    LogOptions {
+        segment_bytes_max: ByteCount(20_000 << random.below(5)),
+        segment_extents_max: 20 + random.below(400) as u32,
+        buffer_bytes_max: ByteCount(1 << (6 + random.below(12))),
+        allocation_step: ByteCount(1 << (8 + random.below(10))),
+    }
+}
+
+/// What a step of the agent met.
+pub type Step = Result<(), backtide_recovery::AppendError>;
+
+impl Agent {
+    pub fn new(seed: u64, storage: MemoryStorage) -> Result<Self, backtide_recovery::LogError> {
+        let mut random = Random(seed);
+        let options = options(&mut random);
+        let log = DiskLog::create(Arc::new(storage.clone()), directory(), identity(), options, &cache())?;
+        let mut base = vec![0; DISK as usize];
+        for _ in 0..4 {
+            let range = random.range(200_000);
+            base[indices(range)].fill(0xba);
+        }
+        let model = Model { base: base.clone(), changes: Vec::new() };
+        Ok(Self {
+            random,
+            storage,
+            options,
+            log,
+            model,
+            live: base,
+            dirty: vec![whole()],
+            active: Vec::new(),
+            mode: Mode::Away,
+            lsn: Lsn(0),
+            clock: 1_000_000,
+            epoch: 0,
+            promised: Vec::new(),
+            versions: BTreeMap::new(),
+        })
+    }
+
+    fn time(&mut self) -> CaptureTime {
+        self.clock += self.random.below(3);
+        CaptureTime(self.clock)
+    }
+
+    pub fn attach(&mut self) -> Step {
+        self.epoch += 1;
+        let time = self.time();
+        let name = "vm1".parse().expect("a name");
+        let (epoch, next_lsn) = (Epoch(self.epoch), self.lsn.next());
+        self.log.append(Entry::Attach { epoch, next_lsn, size: ByteCount(DISK), name, time })?;
+        Ok(())
+    }
+
+    /// One random thing that an agent, its guest or its receiver can do.
+    pub fn step(&mut self) -> Step {
+        match self.random.below(20) {
+            0..=8 => self.write(),
+            9..=10 => self.zero(),
+            11 => self.flush(),
+            12 => self.mark(),
+            13..=16 => self.advance(),
+            17 => self.lose_stream(),
+            18 => Ok(self.log.seal()?),
+            _ => self.sync(),
+        }
+    }
+
+    pub fn write(&mut self) -> Step {
+        let range = self.random.range(200_000);
+        let mut bytes = vec![self.random.next() as u8; range.count().0 as usize];
+        let salt = self.random.next().to_le_bytes();
+        let length = salt.len().min(bytes.len());
+        bytes[..length].copy_from_slice(&salt[..length]);
+        self.change(range, Some(bytes))
+    }
+
+    pub fn zero(&mut self) -> Step {
+        let range = self.random.range(DISK);
+        self.change(range, None)
+    }
+
+    fn change(&mut self, range: ByteRange, bytes: Option<Vec<u8>>) -> Step {
+        self.lsn = self.lsn.plus(1 + self.random.below(3));
+        let (lsn, time) = (self.lsn, self.time());
+        let change = Change { lsn, range, bytes };
+        change.apply(&mut self.live);
+        let entry = match &change.bytes {
+            Some(bytes) => {
+                let payload = Bytes::copy_from_slice(bytes);
+                Entry::Write { lsn, time, range, payload_crc: crc32c::crc32c(&payload), payload }
+            }
+            None => Entry::Zero { lsn, time, range, trim: self.random.one_in(2) },
+        };
+        self.model.changes.push(change);
+        let forwarded = match &mut self.mode {
+            Mode::Sync | Mode::Pass { forwarding: true, .. } => true,
+            Mode::Away | Mode::Pass { forwarding: false, .. } => false,
+        };
+        if forwarded {
+            self.log.append(entry)?;
+        } else {
+            self.dirty.push(range);
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Step {
+        if matches!(self.mode, Mode::Sync) {
+            let (lsn, time) = (self.lsn, self.time());
+            self.log.append(Entry::Flush { lsn, time })?;
+        }
+        Ok(())
+    }
+
+    fn mark(&mut self) -> Step {
+        if matches!(self.mode, Mode::Sync) {
+            let (lsn, time) = (self.lsn, self.time());
+            let label = format!("m{lsn}");
+            self.log.append(Entry::Mark { lsn, time, label })?;
+        }
+        Ok(())
+    }
+
+    fn lose_stream(&mut self) -> Step {
+        // What a lost pass had not delivered is dirty again.
+        self.dirty.append(&mut self.active);
+        self.mode = Mode::Away;
+        if self.random.one_in(3) { self.attach() } else { Ok(()) }
+    }
+
+    /// Brings a resync one step on; in sync it is a write.
+    fn advance(&mut self) -> Step {
+        match &mut self.mode {
+            Mode::Sync => self.write(),
+            Mode::Away => self.begin_pass(),
+            Mode::Pass { .. } if self.active.is_empty() => self.end_pass(),
+            Mode::Pass { .. } => self.deliver(),
+        }
+    }
+
+    fn begin_pass(&mut self) -> Step {
+        self.lsn = self.lsn.next();
+        let (at, time) = (self.lsn, self.time());
+        let gap_from = self.log.timeline().covered();
+        let reason = PassReason { code: 1, text: "the stream was lost".to_owned() };
+        self.log.append(Entry::PassBegin { at, gap_from, time, reason })?;
+        self.active = std::mem::take(&mut self.dirty);
+        let forwarding = self.random.one_in(2);
+        // A pass can be forfeited only where a later point can take its place.
+        let forfeited = forwarding && self.random.one_in(4);
+        self.mode = Mode::Pass { at, at_image: self.live.clone(), forwarding, forfeited };
+        Ok(())
+    }
+
+    fn deliver(&mut self) -> Step {
+        let Mode::Pass { at, at_image, forfeited, .. } = &self.mode else { return Ok(()) };
+        let Some(range) = self.active.pop() else { return Ok(()) };
+        let (at, mut left) = (*at, None);
+        let mut now = range;
+        if range.count().0 > 100_000 {
+            let middle = ByteOffset(range.start().0 + 100_000);
+            now = ByteRange::between(range.start(), middle);
+            left = Some(ByteRange::between(middle, range.end()));
+        }
+        let source = if *forfeited { &self.live } else { at_image };
+        let bytes = &source[indices(now)];
+        let content = if bytes.iter().all(|&byte| byte == 0) {
+            PassContent::Zeroes
+        } else {
+            let payload = Bytes::copy_from_slice(bytes);
+            PassContent::Bytes { payload_crc: crc32c::crc32c(&payload), payload }
+        };
+        self.active.extend(left);
+        self.log.append(Entry::PassData { at, range: now, content })?;
+        Ok(())
+    }
+
+    fn end_pass(&mut self) -> Step {
+        let Mode::Pass { at, forwarding, forfeited, .. } = &self.mode else { return Ok(()) };
+        let (at, forwarding, forfeited) = (*at, *forwarding, *forfeited);
+        let covered = self.log.timeline().covered();
+        let useless = self.random.one_in(8);
+        let valid_from = if forfeited { covered } else { at };
+        let time = self.time();
+        self.log.append(Entry::PassEnd { at, valid_from: (!useless).then_some(valid_from), time })?;
+        // After a useless pass, and after a coalescing one with more to drain, the next must follow.
+        self.mode = if useless || (!forwarding && !self.dirty.is_empty()) { Mode::Away } else { Mode::Sync };
+        Ok(())
+    }
+
+    pub fn sync(&mut self) -> Step {
+        let offered: Vec<Lsn> =
+            self.log.timeline().intervals().iter().flat_map(|i| [i.from.lsn, i.to.lsn]).collect();
+        let Some(ticket) = self.log.ticket()? else { return Ok(()) };
+        let through = ticket.through();
+        let durable = self.log.synced(ticket.sync())?;
+        assert!(durable.seq >= through.seq);
+        self.promised = offered;
+        Ok(())
+    }
+
+    /// Ends the process and starts it again; what was written to files is still there.
+    pub fn reopen(&mut self) -> Result<backtide_recovery::Recovered, backtide_recovery::LogError> {
+        self.storage.kill_handles();
+        let (log, recovered) =
+            DiskLog::open(Arc::new(self.storage.clone()), directory(), self.options, &cache())?;
+        self.log = log;
+        Ok(recovered)
+    }
+
+    /// The agent after its receiver came back with less than it had: everything may be missing there.
+    pub fn restart(&mut self) -> Step {
+        self.active.clear();
+        self.dirty = vec![whole()];
+        self.mode = Mode::Away;
+        self.lsn = self.lsn.max(self.log.timeline().highest_lsn());
+        self.attach()
+    }
+
+    /// Runs passes until the log is in sync.
+    pub fn settle(&mut self) -> Step {
+        while !matches!(self.mode, Mode::Sync) {
+            self.advance()?;
+        }
+        Ok(())
+    }
+}

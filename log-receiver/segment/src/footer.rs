@@ -1,0 +1,209 @@
+//! The footer that seals a segment: index, summary, bitmap of blocks, trailer.
+//!
+//! It is written from the in-memory index in one walk, block by block; beside the index only the
+//! bitmaps are in memory, and they are smaller than it. Nothing here syncs: a sealed segment is as
+//! durable as the next ticket makes it, and a footer that does not survive is built again from the entries.
+
+use std::io;
+
+use backtide_storage::StorageFile;
+use backtide_units::{BlockRange, ByteCount, ByteOffset};
+use bytes::{BufMut, BytesMut};
+use roaring::RoaringTreemap;
+
+use crate::{
+    Contents, EntryHeader, SegmentHeader, Seq, Step,
+    index::{ExtentKey, Piece},
+};
+
+pub(crate) const TRAILER_MAGIC: [u8; 8] = *b"BKTDEND\n";
+pub(crate) const TRAILER_LENGTH: usize = 144;
+pub(crate) const BLOCK_LENGTH: usize = 4096;
+pub(crate) const RECORD_LENGTH: usize = 24;
+pub(crate) const RECORDS_PER_BLOCK: usize = 170;
+pub(crate) const COUNT_AT: usize = RECORD_LENGTH * RECORDS_PER_BLOCK;
+pub(crate) const BLOCK_CRC_AT: usize = BLOCK_LENGTH - 4;
+pub(crate) const FENCE_LENGTH: usize = 20;
+pub(crate) const WIDE_LENGTH: usize = 40;
+pub(crate) const STEP_RUN: u8 = 1;
+pub(crate) const STEP_CONTROL: u8 = 2;
+
+/// Writes of the footer are gathered to this size.
+const CHUNK: usize = 256 << 10;
+
+/// Appends to a file in chunks and keeps the position.
+struct FooterWriter<'a> {
+    file: &'a dyn StorageFile,
+    at: u64,
+    chunk: BytesMut,
+}
+
+impl FooterWriter<'_> {
+    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.chunk.put_slice(bytes);
+        if self.chunk.len() >= CHUNK { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.write_at(ByteOffset(self.at), &self.chunk)?;
+        self.at += self.chunk.len() as u64;
+        self.chunk.clear();
+        Ok(())
+    }
+}
+
+/// Writes the footer at `entries_end` and cuts the file behind it; returns the file's length.
+pub(crate) fn write_footer(
+    file: &dyn StorageFile,
+    header: &SegmentHeader,
+    contents: &Contents,
+    entries_end: ByteOffset,
+) -> io::Result<ByteCount> {
+    let mut out = FooterWriter { file, at: entries_end.0, chunk: BytesMut::with_capacity(CHUNK) };
+    let (fences, blocks) = write_index(&mut out, header, contents)?;
+    let wide = encode_wide(contents);
+    out.put(&wide)?;
+    let summary = encode_summary(header, contents, &fences)?;
+    out.put(&summary)?;
+    let mut bitmap = Vec::with_capacity(blocks.serialized_size());
+    blocks.serialize_into(&mut bitmap)?;
+    out.put(&bitmap)?;
+    let mut trailer = BytesMut::with_capacity(TRAILER_LENGTH);
+    put_stats(&mut trailer, header, contents, entries_end);
+    trailer.put_u32_le(fences.len() as u32);
+    trailer.put_u32_le((contents.index.count() - contents.index.wide().len()) as u32);
+    trailer.put_u32_le(contents.index.wide().len() as u32);
+    trailer.put_u32_le(crc32c::crc32c(&wide));
+    trailer.put_u32_le(summary.len() as u32);
+    trailer.put_u32_le(crc32c::crc32c(&summary));
+    trailer.put_u32_le(bitmap.len() as u32);
+    trailer.put_u32_le(crc32c::crc32c(&bitmap));
+    trailer.put_u32_le(0);
+    trailer.put_u32_le(crc32c::crc32c_append(header.salt(), &trailer));
+    assert_eq!(trailer.len(), TRAILER_LENGTH);
+    out.put(&trailer)?;
+    out.flush()?;
+    let length = ByteCount(out.at);
+    file.set_len(length)?;
+    Ok(length)
+}
+
+/// Writes the blocks of extents; gives the first key of each, and the bitmap of disk blocks.
+fn write_index(
+    out: &mut FooterWriter<'_>,
+    header: &SegmentHeader,
+    contents: &Contents,
+) -> io::Result<(Vec<ExtentKey>, RoaringTreemap)> {
+    let mut fences = Vec::new();
+    let mut disk_blocks = RoaringTreemap::new();
+    let mut block = BytesMut::with_capacity(BLOCK_LENGTH);
+    let mut count = 0_u16;
+    for (key, piece) in contents.index.pieces() {
+        if count == 0 {
+            fences.push(key);
+        }
+        put_record(&mut block, header.first_seq, key, piece);
+        disk_blocks.insert_range(BlockRange::touched_by(piece.extent(key).range).indices());
+        count += 1;
+        if usize::from(count) == RECORDS_PER_BLOCK {
+            finish_block(&mut block, count);
+            out.put(&block)?;
+            block.clear();
+            count = 0;
+        }
+    }
+    if count > 0 {
+        finish_block(&mut block, count);
+        out.put(&block)?;
+    }
+    disk_blocks.optimize();
+    Ok((fences, disk_blocks))
+}
+
+fn put_record(block: &mut BytesMut, first_seq: Seq, key: ExtentKey, piece: Piece) {
+    block.put_u32_le(key.bucket().0);
+    block.put_u16_le(piece.start);
+    block.put_u16_le(piece.last);
+    block.put_u64_le(key.version().0);
+    block.put_u32_le(u32::try_from(key.seq().0 - first_seq.0).expect("a segment has less than 2^32 entries"));
+    block.put_u32_le(piece.position);
+}
+
+fn finish_block(block: &mut BytesMut, count: u16) {
+    block.put_bytes(0, COUNT_AT - block.len());
+    block.put_u16_le(count);
+    block.put_bytes(0, BLOCK_CRC_AT - block.len());
+    block.put_u32_le(crc32c::crc32c(block));
+}
+
+fn encode_wide(contents: &Contents) -> Vec<u8> {
+    let mut wide = contents.index.wide().to_vec();
+    wide.sort_by_key(|extent| (std::cmp::Reverse(extent.version), std::cmp::Reverse(extent.seq)));
+    let mut out = Vec::with_capacity(wide.len() * WIDE_LENGTH);
+    for extent in wide {
+        out.put_u64_le(extent.range.start().0);
+        out.put_u64_le(extent.range.count().0);
+        out.put_u64_le(extent.version.0);
+        out.put_u64_le(extent.seq.0);
+        out.put_u32_le(extent.position.0);
+        out.put_u32_le(0);
+    }
+    out
+}
+
+fn encode_summary(header: &SegmentHeader, contents: &Contents, fences: &[ExtentKey]) -> io::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    for fence in fences {
+        out.put_u32_le(fence.bucket().0);
+        out.put_u64_le(fence.version().0);
+        out.put_u64_le(fence.seq().0);
+    }
+    let buckets = contents.index.buckets();
+    out.put_u32_le(buckets.serialized_size() as u32);
+    buckets.serialize_into(&mut out)?;
+    out.put_u32_le(contents.steps.len() as u32);
+    for step in &contents.steps {
+        match step {
+            Step::Run(run) => {
+                out.put_u8(STEP_RUN);
+                out.put_u64_le(run.records);
+                for (lsn, time) in [run.first, run.last, run.last_flush] {
+                    out.put_u64_le(lsn.0);
+                    out.put_u64_le(time.0);
+                }
+                out.put_u64_le(run.flushes);
+                out.put_u64_le(run.pass_bytes);
+            }
+            Step::Control(entry) => {
+                // The number is of no use here; 1 stands for it.
+                let (entry_header, text) = EntryHeader::of(entry, Seq(1), header.id, Seq(0));
+                out.put_u8(STEP_CONTROL);
+                out.put_slice(&entry_header.encode(header.salt()));
+                out.put_slice(&text);
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn put_stats(out: &mut BytesMut, header: &SegmentHeader, contents: &Contents, entries_end: ByteOffset) {
+    let stats = &contents.stats;
+    out.put_slice(&TRAILER_MAGIC);
+    out.put_u32_le(crate::VERSION);
+    out.put_u32_le(header.id.0);
+    for number in [
+        header.first_seq.0,
+        stats.next_seq.0,
+        stats.version_min.0,
+        stats.version_max.0,
+        stats.time_min.0,
+        stats.time_max.0,
+        stats.records,
+        stats.flushes,
+        stats.payload_bytes.0,
+        stats.synced.0,
+        entries_end.0,
+    ] {
+        out.put_u64_le(number);
+    }
+}

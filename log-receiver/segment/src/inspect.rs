@@ -1,0 +1,106 @@
+//! A segment file for people: header, entries, footer, and what is wrong with them.
+
+use std::{io, path::Path};
+
+use backtide_storage::Storage;
+
+use crate::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, Step, scan};
+
+/// Writes a readable listing of one segment file, one entry a line; damage is a line of the listing.
+///
+/// # Errors
+/// Of opening the file and of writing to `out`.
+pub fn inspect(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> io::Result<()> {
+    let file = SegmentFile::new(storage.open(path)?, storage.display(path));
+    writeln!(out, "{}", file.name().display())?;
+    let header = match file.header() {
+        Ok(header) => header,
+        Err(error) => return writeln!(out, "no header: {error}"),
+    };
+    writeln!(out, "segment {} of disk {}, history {}", header.id, header.disk, header.history)?;
+    writeln!(out, "first entry {}, created when {} was durable", header.first_seq, header.synced)?;
+    match SealedSegment::open(&file, header) {
+        Ok(Some((sealed, steps))) => {
+            entries(&file, header, sealed.entries_end(), out)?;
+            footer(&sealed, &steps, out)
+        }
+        Ok(None) => match scan(&file, header, Seq(0)) {
+            Ok(scanned) => {
+                entries(&file, header, scanned.end, out)?;
+                writeln!(
+                    out,
+                    "not sealed; ends at byte {}, then {} stray bytes",
+                    scanned.end, scanned.trailing
+                )?;
+                for (seq, position) in scanned.damaged {
+                    writeln!(out, "entry {seq} at byte {position} has a damaged payload")?;
+                }
+                Ok(())
+            }
+            Err(error) => writeln!(out, "not sealed: {error}"),
+        },
+        Err(error) => writeln!(out, "no footer: {error}"),
+    }
+}
+
+fn entries(
+    file: &SegmentFile,
+    header: SegmentHeader,
+    end: backtide_units::ByteOffset,
+    out: &mut dyn io::Write,
+) -> io::Result<()> {
+    for item in file.headers(header, end) {
+        let (entry, position) = match item {
+            Ok(item) => item,
+            Err(error) => return writeln!(out, "{error}"),
+        };
+        write!(
+            out,
+            "{:>10}  #{} {:?} lsn {} time {}",
+            position.0, entry.seq, entry.kind, entry.lsn, entry.time.0
+        )?;
+        if let Some(range) = entry.range() {
+            write!(out, " bytes {range}")?;
+        }
+        let content = file.entry(&header, position).and_then(|(entry, payload)| {
+            let payload_length = payload.len();
+            let text =
+                entry.entry(payload).map_err(|what| file.damaged(position.offset().0, what.to_owned()))?;
+            Ok((payload_length, text))
+        });
+        match content {
+            Ok((length, _)) if entry.kind.is_data() => writeln!(out, " payload {length}")?,
+            Ok((_, control)) => writeln!(out, " {control:?}")?,
+            Err(SegmentError::Damaged { what, .. }) => writeln!(out, " DAMAGED: {what}")?,
+            Err(error) => writeln!(out, " {error}")?,
+        }
+    }
+    Ok(())
+}
+
+fn footer(sealed: &SealedSegment, steps: &[Step], out: &mut dyn io::Write) -> io::Result<()> {
+    let stats = sealed.stats();
+    writeln!(
+        out,
+        "sealed: {} extents in {} blocks, {} wide; {} records, {} payload bytes",
+        sealed.extent_count(),
+        sealed.block_count(),
+        sealed.wide_count(),
+        stats.records,
+        stats.payload_bytes
+    )?;
+    writeln!(
+        out,
+        "next entry {}, versions {} to {}, times {} to {}, file of {} bytes",
+        stats.next_seq,
+        stats.version_min,
+        stats.version_max,
+        stats.time_min.0,
+        stats.time_max.0,
+        sealed.length()
+    )?;
+    for step in steps {
+        writeln!(out, "  {step:?}")?;
+    }
+    Ok(())
+}

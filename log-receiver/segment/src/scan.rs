@@ -1,0 +1,208 @@
+//! Recovery of one segment that is not sealed: entry by entry up to where the log ends.
+//!
+//! Every payload is read and checked. Where an entry does not stand, the rest of the file is searched
+//! for entries that claim to have been written after it was durable; [`crate::verdict`] decides.
+
+use backtide_units::{ByteCount, ByteOffset};
+
+use crate::{
+    Contents, ENTRY_HEADER_LENGTH, EntryHeader, HeaderState, PayloadState, Position, SEGMENT_HEADER_LENGTH,
+    SegmentError, SegmentFile, SegmentHeader, Seq, Verdict,
+    entry_header::{ALIGNMENT, HeaderFault},
+    read::Window,
+    verdict,
+};
+
+/// What a scan found.
+#[derive(Debug)]
+pub struct Scanned {
+    /// Index, steps and statistics of the good entries.
+    pub contents: Contents,
+    /// Where the next entry goes.
+    pub end: ByteOffset,
+    /// From the end of the good entries to the last byte that is not zero.
+    pub trailing: ByteCount,
+    /// Every entry up to this one was durable at some time, as this file or the caller knows.
+    pub synced: Seq,
+    /// Entries whose payload is damaged.
+    pub damaged: Vec<(Seq, Position)>,
+}
+
+struct Scan<'a> {
+    file: &'a SegmentFile,
+    header: SegmentHeader,
+    salt: u32,
+    window: Window<'a>,
+    length: u64,
+    at: u64,
+    scanned: Scanned,
+    searched: bool,
+}
+
+/// Scans a segment. `synced` is what later segments claim to have been durable.
+///
+/// # Errors
+/// [`SegmentError::Damaged`] when an acknowledged entry is missing; the file's.
+pub fn scan(file: &SegmentFile, header: SegmentHeader, synced: Seq) -> Result<Scanned, SegmentError> {
+    let synced = synced.max(header.synced);
+    let mut scan = Scan {
+        file,
+        header,
+        salt: header.salt(),
+        window: Window::new(file),
+        length: file.length()?,
+        at: SEGMENT_HEADER_LENGTH as u64,
+        scanned: Scanned {
+            contents: Contents::new(header.first_seq, header.synced),
+            end: ByteOffset(SEGMENT_HEADER_LENGTH as u64),
+            trailing: ByteCount::ZERO,
+            synced,
+            damaged: Vec::new(),
+        },
+        searched: false,
+    };
+    while scan.step()? {}
+    scan.scanned.end = ByteOffset(scan.at);
+    scan.scanned.trailing = scan.trailing()?;
+    Ok(scan.scanned)
+}
+
+/// Searches a whole file for entries of `header`'s segment, whatever stands between them, and gives
+/// the highest number that one claims to have been durable. `header` names the log and the segment: the
+/// file's own may be lost.
+///
+/// # Errors
+/// The file's.
+pub fn claims(
+    file: &SegmentFile,
+    header: &SegmentHeader,
+    from: ByteOffset,
+) -> Result<Option<Seq>, SegmentError> {
+    let mut window = Window::new(file);
+    let length = file.length()?;
+    let mut highest = None;
+    let mut at = from.0.next_multiple_of(ALIGNMENT);
+    while at + ENTRY_HEADER_LENGTH as u64 <= length {
+        let bytes = window.at(at, ENTRY_HEADER_LENGTH)?;
+        if let Ok(bytes) = <&[u8; ENTRY_HEADER_LENGTH]>::try_from(bytes)
+            && EntryHeader::looks_right(bytes, header.id)
+            && let Ok(entry) = EntryHeader::decode(bytes, header.salt(), header.id)
+        {
+            highest = highest.max(entry.synced);
+        }
+        at += ALIGNMENT;
+    }
+    Ok(highest)
+}
+
+impl Scan<'_> {
+    /// Takes the next entry; false where the log ends.
+    fn step(&mut self) -> Result<bool, SegmentError> {
+        let next_seq = self.scanned.contents.stats.next_seq;
+        let (header, fault) = self.header_here(next_seq)?;
+        let state = match (&header, &fault) {
+            (Some(_), _) => HeaderState::Good,
+            (None, Some(HeaderFault::Wrong(_))) => HeaderState::Bad,
+            (None, Some(HeaderFault::Zero) | None) => HeaderState::None,
+        };
+        let (payload, control) = match &header {
+            Some(header) => self.payload_state(header)?,
+            None => (PayloadState::Lost, None),
+        };
+        let whole = state == HeaderState::Good && payload == PayloadState::Good;
+        if !whole {
+            self.search()?;
+        }
+        let acknowledged = next_seq <= self.scanned.synced;
+        match (verdict(state, payload, acknowledged), header) {
+            (Verdict::Accept | Verdict::AcceptDamaged, Some(header)) => {
+                let position = self.position()?;
+                if !whole {
+                    self.scanned.damaged.push((header.seq, position));
+                }
+                self.scanned.synced = self.scanned.synced.max(header.synced.unwrap_or_default());
+                self.scanned.contents.add(&header, position, control);
+                self.at += header.stored_length();
+                Ok(true)
+            }
+            (Verdict::End, _) => Ok(false),
+            (Verdict::Damage | Verdict::Accept | Verdict::AcceptDamaged, _) => {
+                let found = fault.map_or("its payload is lost".to_owned(), |fault| fault.describe());
+                Err(self.file.damaged(
+                    self.at,
+                    format!(
+                        "entry {next_seq} was durable (up to {} were) and is gone: {found}",
+                        self.scanned.synced
+                    ),
+                ))
+            }
+        }
+    }
+
+    fn header_here(
+        &mut self,
+        next_seq: Seq,
+    ) -> Result<(Option<EntryHeader>, Option<HeaderFault>), SegmentError> {
+        let bytes = self.window.at(self.at, ENTRY_HEADER_LENGTH)?;
+        let Ok(bytes) = <&[u8; ENTRY_HEADER_LENGTH]>::try_from(bytes) else {
+            return Ok((None, None));
+        };
+        Ok(match EntryHeader::decode(bytes, self.salt, self.header.id) {
+            Ok(header) if header.seq == next_seq => (Some(header), None),
+            Ok(_) => (None, Some(HeaderFault::Wrong("it is not the next entry"))),
+            Err(fault) => (None, Some(fault)),
+        })
+    }
+
+    /// Also gives a control entry, which cannot be taken without its text.
+    fn payload_state(
+        &mut self,
+        header: &EntryHeader,
+    ) -> Result<(PayloadState, Option<crate::Entry>), SegmentError> {
+        if self.at + header.stored_length() > self.length
+            || self.at + header.stored_length() > u64::from(u32::MAX)
+        {
+            return Ok((PayloadState::Lost, None));
+        }
+        let length = header.payload_length as usize;
+        let payload = self.window.at(self.at + ENTRY_HEADER_LENGTH as u64, length)?;
+        let good = crc32c::crc32c(payload) == header.payload_crc;
+        if header.kind.is_data() {
+            return Ok((if good { PayloadState::Good } else { PayloadState::Wrong }, None));
+        }
+        let control = header.entry(bytes::Bytes::copy_from_slice(payload)).ok().filter(|_| good);
+        Ok(match control {
+            Some(control) => (PayloadState::Good, Some(control)),
+            None => (PayloadState::Lost, None),
+        })
+    }
+
+    /// Looks for claims in the rest of the file, once: they hold wherever they stand.
+    fn search(&mut self) -> Result<(), SegmentError> {
+        if !self.searched {
+            self.searched = true;
+            let claimed = claims(self.file, &self.header, ByteOffset(self.at))?;
+            self.scanned.synced = self.scanned.synced.max(claimed.unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    fn position(&self) -> Result<Position, SegmentError> {
+        let too_far = |_| self.file.damaged(self.at, "a segment of 4 GiB or more".to_owned());
+        u32::try_from(self.at).map(Position).map_err(too_far)
+    }
+
+    fn trailing(&mut self) -> Result<ByteCount, SegmentError> {
+        const STEP: usize = 64 << 10;
+        let mut last = self.at;
+        let mut at = self.at;
+        while at < self.length {
+            let bytes = self.window.at(at, STEP)?;
+            if let Some(place) = bytes.iter().rposition(|&byte| byte != 0) {
+                last = at + place as u64 + 1;
+            }
+            at += STEP as u64;
+        }
+        Ok(ByteCount(last - self.at))
+    }
+}

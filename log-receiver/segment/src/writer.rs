@@ -1,0 +1,219 @@
+//! Appending to one segment.
+//!
+//! Entries wait in memory until enough bytes are there or the caller needs them in the file; payloads
+//! are written from where they are, never copied. Space is reserved ahead, for the footer too, so a
+//! full device is met when an entry is refused and not when bytes are half written. After a failed
+//! write nobody knows what is in the file: the writer is poisoned.
+
+use std::{io::IoSlice, sync::Arc};
+
+use backtide_storage::StorageFile;
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use bytes::{Bytes, BytesMut};
+
+use crate::{
+    Contents, Entry, EntryHeader, Position, SEGMENT_HEADER_LENGTH, SegmentError, SegmentFile, SegmentHeader,
+    Seq, entry_header::ALIGNMENT, footer::write_footer,
+};
+
+/// Limits of a writer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriterOptions {
+    /// Entries are held back until so many bytes are waiting.
+    pub buffer_bytes_max: ByteCount,
+    /// Space is reserved in steps of this.
+    pub allocation_step: ByteCount,
+}
+
+/// Appends to one segment file.
+pub struct SegmentWriter {
+    file: SegmentFile,
+    header: SegmentHeader,
+    options: WriterOptions,
+    /// Where the next entry goes.
+    end: u64,
+    /// Everything below is in the file.
+    written: u64,
+    /// Everything below has space; `None` where the file system cannot reserve.
+    allocated: Option<u64>,
+    waiting: Vec<Bytes>,
+    headers: BytesMut,
+    poisoned: bool,
+}
+
+const PADDING: [u8; ALIGNMENT as usize] = [0; ALIGNMENT as usize];
+
+/// Headers are laid into memory in pieces of this size.
+const HEADERS: usize = 64 << 10;
+
+impl SegmentWriter {
+    /// Starts a segment in an empty file: reserves space and writes the header.
+    ///
+    /// # Errors
+    /// [`SegmentError::Full`] or the file's; the file is then of no use.
+    pub fn create(
+        file: SegmentFile,
+        header: SegmentHeader,
+        options: WriterOptions,
+    ) -> Result<Self, SegmentError> {
+        let mut writer = Self::resume(file, header, options, ByteOffset(SEGMENT_HEADER_LENGTH as u64));
+        writer.allocated = Some(0);
+        writer.reserve(ByteCount(SEGMENT_HEADER_LENGTH as u64))?;
+        let written = writer.file.file().write_at(ByteOffset::ZERO, &header.encode());
+        written.map_err(|source| writer.file.failed("write", source))?;
+        Ok(writer)
+    }
+
+    /// Goes on in a segment whose entries end at `end`, as a scan found it.
+    pub fn resume(file: SegmentFile, header: SegmentHeader, options: WriterOptions, end: ByteOffset) -> Self {
+        Self {
+            file,
+            header,
+            options,
+            end: end.0,
+            written: end.0,
+            allocated: Some(end.0),
+            waiting: Vec::new(),
+            headers: BytesMut::new(),
+            poisoned: false,
+        }
+    }
+
+    /// The segment.
+    pub fn header(&self) -> &SegmentHeader {
+        &self.header
+    }
+
+    /// The file.
+    pub fn file(&self) -> &SegmentFile {
+        &self.file
+    }
+
+    /// Where the next entry goes.
+    pub fn end(&self) -> ByteOffset {
+        ByteOffset(self.end)
+    }
+
+    /// Bytes that `entry` would take.
+    pub fn stored_length(entry: &Entry) -> ByteCount {
+        let payload = entry.payload_length().0.next_multiple_of(ALIGNMENT);
+        ByteCount(crate::ENTRY_HEADER_LENGTH as u64 + payload)
+    }
+
+    /// Appends the next entry. `synced` is the entry up to which the log is known durable.
+    /// Adds it to `contents` too.
+    ///
+    /// # Errors
+    /// [`SegmentError::Full`] has changed nothing; after [`SegmentError::Io`] the writer is poisoned.
+    ///
+    /// # Panics
+    /// When the entry breaks a limit of the format, or the segment would reach 4 GiB.
+    pub fn append(
+        &mut self,
+        entry: Entry,
+        synced: Seq,
+        contents: &mut Contents,
+    ) -> Result<Position, SegmentError> {
+        if self.poisoned {
+            return Err(SegmentError::Poisoned);
+        }
+        let (header, payload) = EntryHeader::of(&entry, contents.stats.next_seq, self.header.id, synced);
+        let length = header.stored_length();
+        assert!(self.end + length <= u64::from(u32::MAX), "a segment of 4 GiB");
+        let position = Position(self.end as u32);
+        self.reserve(ByteCount(self.end + length + contents.footer_bytes_max().0))?;
+        if self.headers.capacity() < crate::ENTRY_HEADER_LENGTH {
+            self.headers.reserve(HEADERS);
+        }
+        self.headers.extend_from_slice(&header.encode(self.header.salt()));
+        self.waiting.push(self.headers.split().freeze());
+        let padding = length as usize - crate::ENTRY_HEADER_LENGTH - payload.len();
+        if !payload.is_empty() {
+            self.waiting.push(payload);
+        }
+        if padding > 0 {
+            self.waiting.push(Bytes::from_static(&PADDING[..]).slice(..padding));
+        }
+        self.end += length;
+        contents.add(&header, position, (!header.kind.is_data()).then_some(entry));
+        if self.end - self.written >= self.options.buffer_bytes_max.0 {
+            self.write_waiting()?;
+        }
+        Ok(position)
+    }
+
+    /// Brings everything appended into the file (not onto the device).
+    ///
+    /// # Errors
+    /// The file's; the writer is then poisoned.
+    pub fn write_waiting(&mut self) -> Result<(), SegmentError> {
+        if self.poisoned {
+            return Err(SegmentError::Poisoned);
+        }
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        let slices: Vec<IoSlice<'_>> = self.waiting.iter().map(|bytes| IoSlice::new(bytes)).collect();
+        let written = self.file.file().write_vectored_at(ByteOffset(self.written), &slices);
+        if let Err(source) = written {
+            self.poisoned = true;
+            return Err(self.file.failed("write", source));
+        }
+        self.waiting.clear();
+        self.written = self.end;
+        Ok(())
+    }
+
+    /// Writes the footer. The segment is sealed once the file has been synced.
+    /// Gives the file's length.
+    ///
+    /// # Errors
+    /// The file's; the writer is then poisoned.
+    pub fn seal(&mut self, contents: &Contents) -> Result<ByteCount, SegmentError> {
+        self.write_waiting()?;
+        self.poisoned = true;
+        let sealed = write_footer(&**self.file.file(), &self.header, contents, ByteOffset(self.end));
+        sealed.map_err(|source| self.file.failed("seal", source))
+    }
+
+    /// A handle to sync the file with.
+    pub fn sync_handle(&self) -> Arc<dyn StorageFile> {
+        Arc::clone(self.file.file())
+    }
+
+    /// Lets every later call fail: a sync has failed.
+    pub fn poison(&mut self) {
+        self.poisoned = true;
+    }
+
+    /// Whether the writer can still be used.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned
+    }
+
+    fn reserve(&mut self, needed: ByteCount) -> Result<(), SegmentError> {
+        let Some(allocated) = self.allocated else { return Ok(()) };
+        if needed.0 <= allocated {
+            return Ok(());
+        }
+        let step = self.options.allocation_step.0.max(1);
+        let file = self.file.file();
+        let to = |end: u64| ByteRange::between(ByteOffset(allocated), ByteOffset(end));
+        let generous = needed.0.next_multiple_of(step);
+        let result = file.allocate(to(generous)).map(|()| generous);
+        // Near the end of the device what is needed may still fit.
+        let result = match result {
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+                file.allocate(to(needed.0)).map(|()| needed.0)
+            }
+            Err(error) => Err(error),
+            Ok(end) => Ok(end),
+        };
+        match result {
+            Ok(end) => self.allocated = Some(end),
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => self.allocated = None,
+            Err(error) => return Err(self.file.failed("reserve space in", error)),
+        }
+        Ok(())
+    }
+}
