@@ -1,1 +1,41 @@
-//! The filter state machine of one disk: capture, window, freeze, drain.
+//! The filter of one disk: a state machine that captures every change, forwards it in order, and
+//! tracks and resynchronizes what could not be forwarded.
+//!
+//! There is no I/O, clock or thread in here. A driver feeds events ([`Filter::submit`],
+//! [`Filter::local_done`], [`Filter::connected`], [`Filter::receive`], ...) and carries out the
+//! [`Effect`]s that come back; the agent does so with real disks and sockets, the simulation with
+//! imagined ones, both with this code. Read it in the order of a write's way:
+//!
+//! 1. [`capture`](mod@capture): a guest's request, the local write, its LSN.
+//! 2. [`window`](mod@window): the record on its way to the receiver, retained until durable there.
+//! 3. [`acknowledge`](mod@acknowledge): when the guest hears of it.
+//! 4. [`connection`](mod@connection): the handshake's decision, acks, a lost stream.
+//! 5. [`freeze`](mod@freeze), [`drain`](mod@drain), [`compare`](mod@compare): a resync pass.
+//! 6. [`operate`](mod@operate): what a person can ask for.
+//!
+//! # Invariants
+//! For every block that differs between the local disk and the newest version at the receiver,
+//! at least one holds: its record is in the window; it is in the passive or the active bitmap; its
+//! drained content is in the window; a change of it is in flight.
+
+mod acknowledge;
+mod capture;
+mod compare;
+mod connection;
+mod drain;
+mod event;
+mod filter;
+mod freeze;
+mod guard;
+mod operate;
+mod pass;
+mod status;
+mod window;
+
+pub use event::{
+    AckPolicy, Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
+    Settings,
+};
+pub use filter::{Filter, Mode};
+pub use operate::{MarkError, ResyncKind, VerifyError, VerifyReport};
+pub use status::{Counters, PassStatus, Status};

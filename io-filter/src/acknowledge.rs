@@ -1,0 +1,161 @@
+//! When the guest hears that its change is done: by the acknowledgement policy, and slowed down a
+//! little when the window fills faster than the receiver empties it.
+//!
+//! Invariant: while the receiver is away no answer waits unless the policy says `block`; the delay
+//! never exceeds the configured bound.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use backtide_units::Lsn;
+
+use crate::{
+    event::{AckPolicy, Effect, OnOutage, RequestId},
+    filter::{Filter, Mode},
+};
+
+/// What an answer waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    Received,
+    Durable,
+}
+
+/// Answers held back.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Acknowledgements {
+    /// By LSN, until the receiver has come so far.
+    waiting: BTreeMap<(Lsn, RequestId), Need>,
+    /// By the end of their delay.
+    delayed: BTreeMap<(Duration, RequestId), Lsn>,
+    /// Held for a consistency-group mark.
+    held: Option<Vec<(RequestId, Lsn)>>,
+}
+
+impl Acknowledgements {
+    pub(crate) fn next_deadline(&self) -> Option<Duration> {
+        self.delayed.first_key_value().map(|((deadline, _), _)| *deadline)
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len() + self.delayed.len()
+    }
+}
+
+impl Filter {
+    /// The change `lsn` is done locally; answer its request when the policy allows.
+    pub(crate) fn answer(&mut self, request: RequestId, lsn: Lsn, stable: bool) {
+        let need = match self.settings.ack {
+            AckPolicy::Local => None,
+            AckPolicy::Received => Some(Need::Received),
+            AckPolicy::Durable => stable.then_some(Need::Durable),
+            AckPolicy::DurableEveryWrite => Some(Need::Durable),
+        };
+        match need {
+            None => self.answer_after_delay(request, lsn),
+            Some(need) if self.is_met(need, lsn) => self.complete(request, lsn),
+            Some(need) if self.is_in_sync() || self.settings.on_outage == OnOutage::Block => {
+                self.acknowledgements.waiting.insert((lsn, request), need);
+            }
+            Some(_) => {
+                self.counters.degraded_answers += 1;
+                self.complete(request, lsn);
+            }
+        }
+    }
+
+    /// The receiver has come further, or the mode has changed.
+    pub(crate) fn release_answers(&mut self) {
+        if !self.acknowledgements.waiting.is_empty() {
+            let waiting = std::mem::take(&mut self.acknowledgements.waiting);
+            for ((lsn, request), need) in waiting {
+                if self.is_met(need, lsn) {
+                    self.complete(request, lsn);
+                } else {
+                    self.acknowledgements.waiting.insert((lsn, request), need);
+                }
+            }
+        }
+        if !self.acknowledgements.delayed.is_empty() && self.delay_now().is_zero() {
+            for ((_, request), lsn) in std::mem::take(&mut self.acknowledgements.delayed) {
+                self.complete(request, lsn);
+            }
+        }
+    }
+
+    /// The receiver cannot be waited for any more.
+    pub(crate) fn release_answers_after_outage(&mut self) {
+        if self.settings.on_outage == OnOutage::Continue {
+            for ((lsn, request), _) in std::mem::take(&mut self.acknowledgements.waiting) {
+                self.counters.degraded_answers += 1;
+                self.complete(request, lsn);
+            }
+        }
+        self.release_answers();
+    }
+
+    pub(crate) fn release_due_answers(&mut self) {
+        let now = self.now.monotonic;
+        while let Some(entry) = self.acknowledgements.delayed.first_entry() {
+            if entry.key().0 > now {
+                break;
+            }
+            let ((_, request), lsn) = entry.remove_entry();
+            self.complete(request, lsn);
+        }
+    }
+
+    /// Holds all answers from now on: part of a mark over several disks. What the guest has not
+    /// heard of, nobody can have built upon.
+    pub fn hold_answers(&mut self) {
+        self.acknowledgements.held.get_or_insert_default();
+    }
+
+    /// Gives the held answers.
+    pub fn give_held_answers(&mut self) {
+        for (request, lsn) in self.acknowledgements.held.take().unwrap_or_default() {
+            self.complete(request, lsn);
+        }
+    }
+
+    fn answer_after_delay(&mut self, request: RequestId, lsn: Lsn) {
+        let delay = self.delay_now();
+        if delay.is_zero() {
+            return self.complete(request, lsn);
+        }
+        self.counters.delayed_answers += 1;
+        let delay_us = u64::try_from(delay.as_micros()).unwrap_or(u64::MAX);
+        self.counters.guest_delay_us_max = self.counters.guest_delay_us_max.max(delay_us);
+        self.acknowledgements.delayed.insert((self.now.monotonic + delay, request), lsn);
+    }
+
+    /// None while the window is less than half full, then growing to the bound at a full window.
+    fn delay_now(&self) -> Duration {
+        if !self.is_connected() || !self.is_forwarding() {
+            return Duration::ZERO;
+        }
+        let half = self.settings.window_bytes.0 / 2;
+        let over = self.window.retained_bytes().0.saturating_sub(half).min(half);
+        let bound_us = u64::try_from(self.settings.guest_delay_max.as_micros()).unwrap_or(u64::MAX);
+        let share = u128::from(bound_us) * u128::from(over) / u128::from(half.max(1));
+        Duration::from_micros(u64::try_from(share).unwrap_or(bound_us))
+    }
+
+    fn is_in_sync(&self) -> bool {
+        self.mode == Mode::Sync && self.is_connected()
+    }
+
+    fn is_met(&self, need: Need, lsn: Lsn) -> bool {
+        self.mode == Mode::Sync
+            && match need {
+                Need::Received => self.received_lsn.max(self.durable_lsn) >= lsn,
+                Need::Durable => self.durable_lsn >= lsn,
+            }
+    }
+
+    fn complete(&mut self, request: RequestId, lsn: Lsn) {
+        match &mut self.acknowledgements.held {
+            Some(held) => held.push((request, lsn)),
+            None => self.effects.push_back(Effect::Complete { request, result: Ok(lsn) }),
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! A guest's change, from the request to its place in the history.
+//!
+//! Invariants: overlapping changes are serialized by the guard; a change gets its LSN when its local
+//! I/O has completed and before the guest is answered, in the same step that puts it into the
+//! window or into a bitmap; a failed one gets none, and its blocks are dirty.
+
+use std::time::Duration;
+
+use backtide_protocol::{Data, Message, Record, RecordBody};
+use backtide_units::{BlockRange, Lsn, Reason};
+
+use crate::{
+    event::{Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, RequestId},
+    filter::{Filter, Link, Mode},
+    pass::{NewWrites, Phase},
+};
+
+/// A local I/O under way.
+#[derive(Clone, Debug)]
+pub(crate) enum Ongoing {
+    /// A guest's change.
+    Change(ChangeOngoing),
+    /// A guest's flush, which covers everything up to the LSN.
+    Flush(RequestId, Lsn),
+    /// Old content read before a change overwrites it.
+    Copy(CopyOngoing),
+    /// A copy whose change did not wait for it.
+    Abandoned,
+    /// A read of the drain, of this run.
+    Drain(BlockRange),
+    /// A read of the verify, of this run.
+    Verify(BlockRange),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct ChangeOngoing {
+    request: RequestId,
+    change: Change,
+    blocks: BlockRange,
+    /// The T of the pass that was frozen while this was under way.
+    pub(crate) frozen_into: Option<Lsn>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct CopyOngoing {
+    change: CopyWait,
+    /// The blocks being read.
+    hull: BlockRange,
+    /// The pass that counts them in its buffer.
+    counted_by: Lsn,
+}
+
+/// A change that waits for its turn at the guard.
+#[derive(Clone, Debug)]
+pub(crate) enum Queued {
+    Change(RequestId, Change, Duration),
+    /// The drain's run.
+    Drain(BlockRange),
+    /// The verify's run.
+    Verify(BlockRange),
+}
+
+/// A change that holds its range and waits for old content to be copied.
+#[derive(Clone, Debug)]
+pub(crate) struct CopyWait {
+    request: RequestId,
+    change: Change,
+    blocks: BlockRange,
+    deadline: Duration,
+}
+
+/// The longest run of blocks copied before a write: larger ones forfeit the pass.
+const COPY_BYTES_MAX: u64 = 1024 * 1024;
+
+impl ChangeOngoing {
+    pub(crate) fn blocks(&self) -> BlockRange {
+        self.blocks
+    }
+}
+
+impl Filter {
+    /// A guest's change. Its range lies within the disk (the export checks that); it is answered
+    /// by [`Effect::Complete`].
+    ///
+    /// # Panics
+    /// When the range is beyond the disk, or data and range differ in length.
+    pub fn submit(&mut self, now: Now, request: RequestId, change: Change) {
+        self.observe(now);
+        let Some(range) = change.range() else {
+            // What a flush covers has an LSN the log reaches, or none is waited for.
+            let covers = if self.is_forwarding() { self.window.log_end() } else { self.last_lsn };
+            let io = self.take_io_id();
+            self.ongoing.insert(io, Ongoing::Flush(request, covers));
+            self.effects.push_back(Effect::Local(io, LocalOp::Change(Change::Flush)));
+            return;
+        };
+        assert!(range.end().0 <= self.settings.size.0, "{range} is beyond the disk");
+        if let Change::Write { data, .. } = &change {
+            assert_eq!(data.len() as u64, range.count().0, "a write as long as its range");
+        }
+        if range.is_empty() {
+            self.effects.push_back(Effect::Complete { request, result: Ok(self.last_lsn) });
+            return;
+        }
+        let blocks = BlockRange::touched_by(range);
+        let ticket = self.take_ticket();
+        if self.guard.acquire(ticket, blocks) {
+            self.begin_change(request, change, now.monotonic);
+        } else {
+            self.queued.insert(ticket, Queued::Change(request, change, now.monotonic));
+        }
+    }
+
+    /// A local I/O of [`Effect::Local`] has ended.
+    ///
+    /// # Panics
+    /// When no such I/O is under way.
+    pub fn local_done(&mut self, now: Now, io: IoId, result: Result<LocalData, IoFailure>) {
+        self.observe(now);
+        let ongoing = self.ongoing.remove(&io).expect("a local I/O ends once");
+        match ongoing {
+            Ongoing::Change(change) => self.change_done(change, result.map(|_| ())),
+            Ongoing::Flush(request, covers) => self.flush_done(request, covers, result.map(|_| ())),
+            Ongoing::Copy(copy) => self.copy_done(copy, result),
+            Ongoing::Abandoned => {}
+            Ongoing::Drain(run) => self.drain_read_done(io, run, result),
+            Ongoing::Verify(run) => self.verify_read_done(run, result),
+        }
+        self.pump();
+    }
+
+    /// The range is held. Copy what a running pass still needs of it, then change it.
+    fn begin_change(&mut self, request: RequestId, change: Change, submitted: Duration) {
+        let range = change.range().expect("flushes take no range");
+        let blocks = BlockRange::touched_by(range);
+        self.tell_zeroes_before_change(blocks);
+        let needed = self.copy_needed(blocks);
+        let deadline = submitted + self.settings.guest_delay_max;
+        let wait = CopyWait { request, change, blocks, deadline };
+        match needed {
+            None => self.start_change(wait),
+            Some(_) if self.settings.guest_delay_max.is_zero() => self.forfeit_and_start(wait),
+            Some(hull) if hull.count().bytes().0 > COPY_BYTES_MAX => self.forfeit_and_start(wait),
+            Some(hull) if self.buffer_has_room(hull) => self.start_copy(wait, hull),
+            Some(_) => self.waiting_for_buffer.push_back(wait),
+        }
+    }
+
+    /// The blocks, from the first to the last of `blocks`, whose content at T would be lost.
+    fn copy_needed(&self, blocks: BlockRange) -> Option<BlockRange> {
+        let pass = self.pass.as_ref().filter(|pass| pass.phase == Phase::Draining && !pass.forfeited)?;
+        let mut runs = pass.active.runs(blocks, blocks.count());
+        let first = runs.next()?;
+        let last = runs.last().unwrap_or(first);
+        Some(BlockRange::between(first.start(), last.end()))
+    }
+
+    fn start_copy(&mut self, wait: CopyWait, hull: BlockRange) {
+        let io = self.take_io_id();
+        let pass = self.pass.as_mut().expect("only a pass needs copies");
+        pass.reading_bytes += hull.count().bytes().0;
+        let counted_by = pass.at;
+        self.effects.push_back(Effect::Local(io, LocalOp::Read(hull.bytes(self.settings.size))));
+        self.ongoing.insert(io, Ongoing::Copy(CopyOngoing { change: wait, hull, counted_by }));
+    }
+
+    fn uncount_copy(&mut self, hull: BlockRange, counted_by: Lsn) {
+        if let Some(pass) = &mut self.pass
+            && pass.at == counted_by
+        {
+            pass.reading_bytes -= hull.count().bytes().0;
+        }
+    }
+
+    fn copy_done(&mut self, copy: CopyOngoing, result: Result<LocalData, IoFailure>) {
+        let CopyOngoing { change, hull, counted_by } = copy;
+        self.uncount_copy(hull, counted_by);
+        // Asked anew: the pass may have ended, been lost or forfeited meanwhile.
+        let Some(needed) = self.copy_needed(change.blocks) else { return self.start_change(change) };
+        match result {
+            Ok(LocalData::Read(bytes)) if needed == hull => {
+                self.counters.copies_before_write += 1;
+                self.deliver_content(hull, bytes);
+                self.start_change(change);
+            }
+            Ok(LocalData::Read(_)) => self.forfeit_and_start(change),
+            Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
+            Err(failure) => {
+                self.effects.push_back(Effect::ReadFailed { range: hull.bytes(self.settings.size), failure });
+                self.forfeit_and_start(change);
+            }
+        }
+    }
+
+    pub(crate) fn next_copy_deadline(&self) -> Option<Duration> {
+        let reading = self.ongoing.values().filter_map(|ongoing| match ongoing {
+            Ongoing::Copy(copy) => Some(copy.change.deadline),
+            Ongoing::Change(_)
+            | Ongoing::Flush(..)
+            | Ongoing::Abandoned
+            | Ongoing::Drain(_)
+            | Ongoing::Verify(_) => None,
+        });
+        // Only a pass has copies; without one nothing is searched.
+        if self.pass.is_none() && self.waiting_for_buffer.is_empty() {
+            return None;
+        }
+        reading.chain(self.waiting_for_buffer.iter().map(|wait| wait.deadline)).min()
+    }
+
+    /// The guest comes first: a change that has waited its time goes ahead, and the pass loses its T.
+    pub(crate) fn give_up_overdue_copies(&mut self) {
+        let now = self.now.monotonic;
+        let overdue: Vec<IoId> = self
+            .ongoing
+            .iter()
+            .filter(|(_, ongoing)| matches!(ongoing, Ongoing::Copy(copy) if copy.change.deadline <= now))
+            .map(|(io, _)| *io)
+            .collect();
+        for io in overdue {
+            let Some(Ongoing::Copy(copy)) = self.ongoing.insert(io, Ongoing::Abandoned) else {
+                unreachable!("found just now")
+            };
+            self.uncount_copy(copy.hull, copy.counted_by);
+            self.forfeit_and_start(copy.change);
+        }
+        if self.waiting_for_buffer.iter().any(|wait| wait.deadline <= now) {
+            self.forfeit();
+        }
+        self.retry_copies();
+    }
+
+    /// Room in the buffer, or a pass that needs no copies any more.
+    pub(crate) fn retry_copies(&mut self) {
+        while let Some(wait) = self.waiting_for_buffer.front() {
+            let needed = self.copy_needed(wait.blocks);
+            if needed.is_some_and(|hull| !self.buffer_has_room(hull)) {
+                return;
+            }
+            let wait = self.waiting_for_buffer.pop_front().expect("seen just now");
+            match needed {
+                Some(hull) => self.start_copy(wait, hull),
+                None => self.start_change(wait),
+            }
+        }
+    }
+
+    fn forfeit_and_start(&mut self, change: CopyWait) {
+        self.forfeit();
+        self.start_change(change);
+    }
+
+    fn forfeit(&mut self) {
+        if let Some(pass) = &mut self.pass
+            && pass.phase == Phase::Draining
+            && !pass.forfeited
+        {
+            pass.forfeited = true;
+            self.counters.forfeited += 1;
+        }
+    }
+
+    fn start_change(&mut self, wait: CopyWait) {
+        let CopyWait { request, change, blocks, .. } = wait;
+        // Dirty before the write: the block leaves this pass and is the next one's.
+        if let Some(pass) = &mut self.pass
+            && pass.forfeited
+            && pass.new_writes == NewWrites::Coalesced
+        {
+            pass.active.remove(blocks);
+            self.passive.insert(blocks);
+        }
+        let io = self.take_io_id();
+        self.effects.push_back(Effect::Local(io, LocalOp::Change(change.clone())));
+        self.ongoing
+            .insert(io, Ongoing::Change(ChangeOngoing { request, change, blocks, frozen_into: None }));
+    }
+
+    fn change_done(&mut self, done: ChangeOngoing, result: Result<(), IoFailure>) {
+        let ChangeOngoing { request, change, blocks, frozen_into } = done;
+        let stable = change.wants_stable();
+        if let Some(scanning) = &mut self.scanning {
+            scanning.touched.insert(blocks);
+        }
+        // A pass frozen while this was under way has its blocks, and cannot drain them before now.
+        let in_pass = self.pass.as_ref().is_some_and(|pass| Some(pass.at) == frozen_into);
+        match result {
+            Ok(()) => {
+                let lsn = match frozen_into.filter(|_| in_pass) {
+                    Some(at) => at,
+                    None => self.record(change, blocks),
+                };
+                self.release(blocks);
+                self.answer(request, lsn, stable);
+            }
+            Err(failure) => {
+                self.counters.failed_changes += 1;
+                if !in_pass {
+                    self.passive.insert(blocks);
+                }
+                self.release(blocks);
+                self.effects.push_back(Effect::Complete { request, result: Err(failure) });
+            }
+        }
+    }
+
+    /// The change has happened: gives it its LSN, and it goes into the window or the passive bitmap.
+    fn record(&mut self, change: Change, blocks: BlockRange) -> Lsn {
+        let lsn = self.take_lsn();
+        let time = self.stamp();
+        self.counters.records += 1;
+        if !self.is_forwarding() {
+            self.passive.insert(blocks);
+            return lsn;
+        }
+        let (range, body) = match change {
+            Change::Write { range, data, .. } => (range, RecordBody::Write(Data::capture(data))),
+            Change::Zero { range, trim: true, .. } => (range, RecordBody::Trim),
+            Change::Zero { range, trim: false, .. } => (range, RecordBody::Zero),
+            Change::Flush => unreachable!("a flush is no record"),
+        };
+        let previous = self.window.log_end();
+        self.window.push(Message::Record(Record { lsn, previous, time, range, body }));
+        if let Some(pass) = &mut self.pass
+            && pass.forfeited
+        {
+            // Every offered point will be above this record, which says all there is to say.
+            pass.active.remove(BlockRange::covered_by(range, self.settings.size));
+        }
+        if self.window.retained_bytes() > self.settings.window_bytes {
+            self.overflow();
+        }
+        lsn
+    }
+
+    /// Whether changes become records.
+    pub(crate) fn is_forwarding(&self) -> bool {
+        match self.mode {
+            Mode::Sync => true,
+            Mode::Resync => self.pass.as_ref().is_some_and(|pass| pass.new_writes == NewWrites::Forwarded),
+            Mode::Tracking | Mode::Paused | Mode::Detached => false,
+        }
+    }
+
+    /// The window is full: its records become dirty blocks.
+    fn overflow(&mut self) {
+        self.counters.overflows += 1;
+        match (&self.link, self.mode) {
+            (Link::Down, _) => {
+                self.window.abandon(&mut self.passive);
+                self.enter(Mode::Tracking, Some(Reason::ReceiverAway));
+            }
+            (Link::Up { .. }, Mode::Resync) => {
+                self.window.abandon_unsent_records(&mut self.passive);
+                self.slow = true;
+                let pass = self.pass.as_mut().expect("a resync is a pass");
+                pass.new_writes = NewWrites::Coalesced;
+            }
+            (Link::Up { .. }, _) => {
+                self.window.abandon_unsent_records(&mut self.passive);
+                self.slow = true;
+                self.enter(Mode::Tracking, Some(Reason::LinkTooSlow));
+            }
+        }
+        self.release_answers_after_outage();
+    }
+
+    fn flush_done(&mut self, request: RequestId, covers: Lsn, result: Result<(), IoFailure>) {
+        if let Err(failure) = result {
+            self.effects.push_back(Effect::Complete { request, result: Err(failure) });
+            return;
+        }
+        self.counters.flushes += 1;
+        let lsn = covers.min(self.window.log_end());
+        if self.is_forwarding() && lsn > self.flushed_to && lsn >= self.window.base() {
+            self.flushed_to = lsn;
+            let time = self.stamp();
+            self.window.push(Message::Flush { lsn, time });
+        }
+        self.answer(request, covers, true);
+    }
+
+    /// Gives a range back; whoever waited for it goes on.
+    pub(crate) fn release(&mut self, blocks: BlockRange) {
+        for ticket in self.guard.release(blocks) {
+            match self.queued.remove(&ticket).expect("who waits is queued") {
+                Queued::Change(request, change, submitted) => self.begin_change(request, change, submitted),
+                Queued::Drain(run) => self.queued_drain_admitted(run),
+                Queued::Verify(run) => self.read_for_verify(run),
+            }
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Asking the receiver which blocks differ, so that only those travel: in a pass whose blocks are
+//! mere candidates, and for the verify.
+
+use std::collections::VecDeque;
+
+use backtide_protocol::{
+    Compare, CompareItem, CompareResult, Content, Data, Message,
+    message::{COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX},
+};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn};
+use bytes::Bytes;
+
+use crate::{
+    drain::{is_zeroes, pass_data},
+    filter::Filter,
+    pass::Phase,
+};
+
+/// A question of a pass the receiver has not answered.
+#[derive(Clone, Debug)]
+pub(crate) struct PendingCompare {
+    /// The chunks, in the question's order, with their content at T; none for zeroes.
+    chunks: Vec<(ByteRange, Option<Bytes>)>,
+}
+
+/// The longest stretch of zeroes in one item.
+const ZEROES_RUN_MAX: BlockCount = BlockCount(16 * 1024);
+
+/// Questions about zeroes under way at once.
+const ZEROES_PENDING_MAX: usize = 8;
+
+impl PendingCompare {
+    /// What was asked about.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = ByteRange> {
+        self.chunks.iter().map(|(range, _)| *range)
+    }
+
+    fn held_bytes(&self) -> u64 {
+        self.chunks.iter().map(|(_, bytes)| bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)).sum()
+    }
+}
+
+/// The items that describe `bytes`, in chunks that do not cross multiples of the chunk size.
+pub(crate) fn chunk_items(range: ByteRange, bytes: &Bytes) -> Vec<(CompareItem, Bytes)> {
+    let mut rest = bytes.clone();
+    range
+        .split_at_multiples(ByteCount(COMPARE_CHUNK_BYTES_MAX))
+        .map(|chunk| {
+            let bytes = rest.split_to(usize::try_from(chunk.count().0).expect("a chunk is small"));
+            let content = match is_zeroes(&bytes) {
+                true => Content::Zeroes,
+                false => Content::Hash(*blake3::hash(&bytes).as_bytes()),
+            };
+            (CompareItem { range: chunk, content }, bytes)
+        })
+        .collect()
+}
+
+impl Filter {
+    /// The run's content at T was read: asks about it, and holds it until the answer.
+    pub(crate) fn ask_about(&mut self, run: BlockRange, bytes: Bytes) {
+        let items = chunk_items(run.bytes(self.settings.size), &bytes);
+        let pass = self.pass.as_mut().expect("only a pass compares");
+        pass.active.remove(run);
+        let chunks = items
+            .iter()
+            .map(|(item, bytes)| (item.range, (item.content != Content::Zeroes).then(|| bytes.clone())))
+            .collect();
+        let items = items.into_iter().map(|(item, _)| item).collect();
+        self.ask(items, PendingCompare { chunks });
+    }
+
+    /// Asks about stretches of zeroes, a few at a time.
+    pub(crate) fn ask_about_zeroes(&mut self) {
+        let end = self.all_blocks().end();
+        loop {
+            let Some(pass) = self.pass.as_mut().filter(|pass| pass.phase == Phase::Draining) else { return };
+            if pass.zeroes.is_empty() || pass.compares.len() >= ZEROES_PENDING_MAX {
+                return;
+            }
+            let all = BlockRange::between(BlockIndex(0), end);
+            let runs: Vec<BlockRange> =
+                pass.zeroes.runs(all, ZEROES_RUN_MAX).take(COMPARE_ITEMS_MAX / 64).collect();
+            self.ask_about_zero_runs(&runs);
+        }
+    }
+
+    /// A change is about to end the zeroes of these blocks: the receiver is told of them first.
+    pub(crate) fn tell_zeroes_before_change(&mut self, blocks: BlockRange) {
+        let Some(pass) = self.pass.as_ref().filter(|pass| pass.phase == Phase::Draining) else { return };
+        if !pass.zeroes.is_empty() {
+            let runs: Vec<BlockRange> = pass.zeroes.runs(blocks, ZEROES_RUN_MAX).collect();
+            for some in runs.chunks(COMPARE_ITEMS_MAX) {
+                self.ask_about_zero_runs(some);
+            }
+        }
+    }
+
+    fn ask_about_zero_runs(&mut self, runs: &[BlockRange]) {
+        let size = self.settings.size;
+        let pass = self.pass.as_mut().expect("the caller has one");
+        for run in runs {
+            pass.zeroes.remove(*run);
+        }
+        let ranges = || runs.iter().map(|run| run.bytes(size));
+        let items = ranges().map(|range| CompareItem { range, content: Content::Zeroes }).collect();
+        let chunks = ranges().map(|range| (range, None)).collect();
+        self.ask(items, PendingCompare { chunks });
+    }
+
+    fn ask(&mut self, items: Vec<CompareItem>, pending: PendingCompare) {
+        let id = self.take_compare_id();
+        let pass = self.pass.as_mut().expect("only a pass compares");
+        pass.compare_bytes += pending.held_bytes();
+        pass.compares.insert(id, pending);
+        let at = pass.at;
+        self.window.push(Message::Compare(Compare { id, at, items }));
+    }
+
+    pub(crate) fn take_compare_id(&mut self) -> u64 {
+        self.next_compare += 1;
+        self.next_compare
+    }
+
+    /// The receiver's answer.
+    pub(crate) fn compared(&mut self, result: CompareResult) {
+        let pending = self.pass.as_mut().and_then(|pass| pass.compares.remove(&result.id));
+        let Some(pending) = pending else { return self.verify_compared(result) };
+        let at = self.pass.as_ref().expect("its question was found").at;
+        let mut differing: VecDeque<u32> = result.differing.into();
+        let held = pending.held_bytes();
+        let mut equal = 0;
+        for (index, (range, bytes)) in (0u32..).zip(pending.chunks) {
+            if differing.front() == Some(&index) {
+                differing.pop_front();
+                self.window.push(content_or_zeroes(at, range, bytes));
+            } else if bytes.is_some() {
+                equal += range.count().0;
+            }
+        }
+        let pass = self.pass.as_mut().expect("its question was found");
+        pass.compare_bytes -= held;
+        pass.done.0 += equal;
+        self.counters.resync_bytes_equal += equal;
+        if !differing.is_empty() {
+            self.refuse(format!(
+                "the receiver's answer {} names chunks that were not asked about",
+                result.id
+            ));
+        }
+        self.retry_copies();
+    }
+}
+
+fn content_or_zeroes(at: Lsn, range: ByteRange, bytes: Option<Bytes>) -> Message {
+    match bytes {
+        Some(bytes) => pass_data(at, range, bytes),
+        None => Message::PassData { at, range, data: Data::capture(Bytes::new()) },
+    }
+}

@@ -1,0 +1,290 @@
+//! The connection to the receiver: the handshake's decision, what is sent, what comes back, and
+//! what a lost stream means.
+
+use backtide_protocol::{Hello, Message, PROTOCOL_VERSION, ReceiverState, Tracking, Welcome};
+use backtide_units::{BlockRange, Lsn, Reason};
+
+use crate::{
+    event::{Effect, Now},
+    filter::{Filter, Link, Mode},
+    freeze::PassPlan,
+    pass::Phase,
+    window::{Acknowledged, Window},
+};
+
+/// What follows from a handshake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Decision {
+    /// The window continues the log: send it from here.
+    Replay,
+    /// The passive bitmap says what is missing.
+    Bitmap,
+    /// Nothing is known: the whole disk.
+    Everything(PassPlan),
+}
+
+impl Filter {
+    /// Whether the driver should try to connect.
+    pub fn wants_connection(&self) -> bool {
+        !matches!(self.mode, Mode::Paused | Mode::Detached)
+    }
+
+    /// The first frame of a new connection.
+    pub fn hello(&self) -> Hello {
+        let reason = self.reason.unwrap_or(Reason::ReceiverAway);
+        let tracking = match (&self.lost, self.mode) {
+            (_, Mode::Sync) => Tracking::Window { base: self.window.base() },
+            (Some(_), _) if self.history.is_none() => Tracking::New,
+            (Some(plan), _) => Tracking::Lost { reason: plan.reason },
+            (None, _) => Tracking::Bitmap { gap_from: self.window.log_end(), reason },
+        };
+        Hello {
+            version: PROTOCOL_VERSION,
+            disk: self.settings.disk,
+            name: self.settings.name.clone(),
+            size: self.settings.size,
+            epoch: self.settings.epoch,
+            history: self.history,
+            tracking,
+            next_lsn: self.last_lsn.next(),
+            acked_durable: self.acked_durable,
+        }
+    }
+
+    /// The receiver accepted the hello, which was frame 1.
+    pub fn connected(&mut self, now: Now, welcome: &Welcome) {
+        self.observe(now);
+        if !self.wants_connection() {
+            return;
+        }
+        let decision = self.decide(welcome);
+        self.link = Link::Up { next_seq: 2, received: 1, durable: 1 };
+        self.history = Some(welcome.history);
+        self.last_lsn = self.last_lsn.max(welcome.highest).max(welcome.durable);
+        self.acked_durable = welcome.durable;
+        self.acked_in_pass = false;
+        self.counters.connections += 1;
+        match decision {
+            Decision::Replay => {
+                self.window.trim_to(welcome.durable);
+                self.durable_lsn = self.durable_lsn.max(welcome.durable);
+                self.received_lsn = self.received_lsn.max(welcome.durable);
+                self.release_answers();
+            }
+            Decision::Bitmap => self.start_log_at(welcome.durable),
+            Decision::Everything(plan) => {
+                self.window.abandon(&mut self.passive);
+                self.start_log_at(welcome.durable);
+                self.enter(Mode::Tracking, Some(plan.reason));
+                self.lost = Some(plan);
+            }
+        }
+        self.pump();
+    }
+
+    fn start_log_at(&mut self, durable: Lsn) {
+        assert!(self.window.is_empty(), "what the window held became dirty blocks");
+        self.window = Window::new(durable);
+        self.durable_lsn = self.durable_lsn.min(durable);
+    }
+
+    /// The table of DESIGN's handshake, row by row.
+    fn decide(&mut self, welcome: &Welcome) -> Decision {
+        let name = &self.settings.name;
+        match welcome.state {
+            ReceiverState::New if self.history.is_none() => {
+                Decision::Everything(PassPlan::everything(Reason::FirstAttach))
+            }
+            ReceiverState::New => {
+                self.alarm(format!(
+                    "the receiver has lost the history of disk {name}: it acknowledged everything up to LSN {} and knows nothing of it",
+                    self.acked_durable
+                ));
+                Decision::Everything(PassPlan::everything(Reason::ReceiverRolledBack))
+            }
+            ReceiverState::Foreign => {
+                self.alarm(format!(
+                    "the receiver keeps another history of disk {name}: everything is compared"
+                ));
+                Decision::Everything(PassPlan::compare(Reason::ForeignHistory))
+            }
+            ReceiverState::Known if welcome.durable < self.acked_durable => {
+                self.alarm(format!(
+                    "the receiver has disk {name} up to LSN {} only, but acknowledged LSN {} as durable: was its store rolled back?",
+                    welcome.durable, self.acked_durable
+                ));
+                Decision::Everything(PassPlan::compare(Reason::ReceiverRolledBack))
+            }
+            ReceiverState::Known if self.mode == Mode::Sync => {
+                if self.window.continues(welcome.durable) && !welcome.in_pass {
+                    Decision::Replay
+                } else {
+                    Decision::Everything(PassPlan::compare(Reason::ForeignHistory))
+                }
+            }
+            ReceiverState::Known => match &self.lost {
+                Some(plan) => Decision::Everything(plan.clone().comparing()),
+                None if welcome.highest > self.last_lsn => {
+                    self.alarm(format!(
+                        "the receiver has LSN {} of disk {name}, this agent gave none above {}: was its state rolled back?",
+                        welcome.highest, self.last_lsn
+                    ));
+                    Decision::Everything(PassPlan::compare(Reason::BitmapUntrusted))
+                }
+                None => Decision::Bitmap,
+            },
+        }
+    }
+
+    fn alarm(&mut self, text: String) {
+        self.effects.push_back(Effect::Alarm(text));
+    }
+
+    /// The next frame to send, when the transport can take one.
+    pub fn poll_send(&mut self, now: Now) -> Option<(u64, Message)> {
+        self.observe(now);
+        let Link::Up { next_seq, .. } = &mut self.link else { return None };
+        let seq = *next_seq;
+        let message = self.window.send(seq)?;
+        *next_seq += 1;
+        if matches!(message, Message::PassData { .. }) {
+            // Sent data leaves the buffer: there is room for more.
+            self.retry_copies();
+            self.pump();
+        }
+        Some((seq, message))
+    }
+
+    /// Whether [`poll_send`](Self::poll_send) would give a frame.
+    pub fn has_to_send(&self) -> bool {
+        self.is_connected() && self.window.has_unsent()
+    }
+
+    /// Whether frames are out that the receiver has not acknowledged as durable.
+    pub fn awaits_acknowledgement(&self) -> bool {
+        self.is_connected() && !self.window.is_empty()
+    }
+
+    /// A message came from the receiver. Close is the driver's: it ends with
+    /// [`disconnected`](Self::disconnected).
+    pub fn receive(&mut self, now: Now, message: Message) {
+        self.observe(now);
+        match message {
+            Message::Ack { received, durable } => self.acknowledged(received, durable),
+            Message::CompareResult(result) => self.compared(result),
+            Message::Ping => {}
+            Message::Hello(_)
+            | Message::Welcome(_)
+            | Message::Record(_)
+            | Message::Flush { .. }
+            | Message::PassBegin { .. }
+            | Message::PassData { .. }
+            | Message::PassEnd { .. }
+            | Message::Mark { .. }
+            | Message::Compare(_)
+            | Message::Close(_) => {
+                self.refuse(format!("the receiver sent an unexpected message: {message:?}"))
+            }
+        }
+        self.pump();
+    }
+
+    /// The stream is lost, whoever ended it.
+    pub fn disconnected(&mut self, now: Now) {
+        self.observe(now);
+        if !self.is_connected() {
+            return;
+        }
+        self.link = Link::Down;
+        self.acked_in_pass = false;
+        if let Some(scanning) = self.scanning.take() {
+            self.lost = Some(scanning.plan);
+        }
+        match self.mode {
+            Mode::Sync => self.window.rewind(),
+            Mode::Resync => {
+                self.abort_pass();
+                self.enter(Mode::Tracking, Some(Reason::ResyncInterrupted));
+            }
+            Mode::Tracking | Mode::Paused | Mode::Detached => self.window.abandon(&mut self.passive),
+        }
+        self.interrupt_verify();
+        self.retry_copies();
+        self.release_answers_after_outage();
+    }
+
+    fn acknowledged(&mut self, received: u64, durable: u64) {
+        let Link::Up { next_seq, received: known_received, durable: known_durable } = &mut self.link else {
+            return;
+        };
+        let valid = durable <= received && received < *next_seq;
+        if !valid || received < *known_received || durable < *known_durable {
+            let sent = *next_seq - 1;
+            return self
+                .refuse(format!("the receiver acknowledged frames {received}/{durable} of {sent} sent"));
+        }
+        (*known_received, *known_durable) = (received, durable);
+        if let Some(lsn) = self.window.received(received) {
+            self.received_lsn = self.received_lsn.max(lsn);
+        }
+        let mut pass_ended = false;
+        while let Some(item) = self.window.pop_durable(durable) {
+            pass_ended |= self.note_durable(item);
+        }
+        if pass_ended {
+            self.finish_pass();
+        }
+        self.release_answers();
+    }
+
+    /// Whether the running pass has its end durable now.
+    fn note_durable(&mut self, item: Acknowledged) -> bool {
+        match item {
+            Acknowledged::Record(lsn, bytes) => {
+                self.acked_durable = lsn;
+                self.counters.bytes_durable += bytes.0;
+                if !self.acked_in_pass {
+                    self.durable_lsn = lsn;
+                }
+            }
+            Acknowledged::Data(bytes) => {
+                self.counters.resync_bytes_durable += bytes.0;
+                if let Some(pass) = &mut self.pass {
+                    pass.done.0 += bytes.0;
+                }
+            }
+            Acknowledged::PassBegin(at) => {
+                self.acked_durable = at;
+                self.acked_in_pass = true;
+            }
+            Acknowledged::PassEnd(at, valid_from) => {
+                self.acked_in_pass = false;
+                if valid_from.is_some() {
+                    self.durable_lsn = self.acked_durable;
+                }
+                return self.pass.as_ref().is_some_and(|pass| pass.at == at && pass.phase == Phase::Ended);
+            }
+            Acknowledged::Other => {}
+        }
+        false
+    }
+
+    pub(crate) fn refuse(&mut self, why: String) {
+        self.effects.push_back(Effect::Disconnect { why });
+    }
+
+    /// What a pass had not made durable is dirty again.
+    pub(crate) fn abort_pass(&mut self) {
+        let pass = self.pass.take().expect("the caller has one");
+        self.passive.union_with(&pass.active);
+        self.passive_zeroes.union_with(&pass.zeroes);
+        for pending in pass.compares.values() {
+            for range in pending.ranges() {
+                self.passive.insert(BlockRange::touched_by(range));
+            }
+        }
+        self.passive_compare |= pass.compare;
+        self.window.abandon(&mut self.passive);
+        self.counters.passes_aborted += 1;
+    }
+}

@@ -1,0 +1,205 @@
+//! The drain: walks the active bitmap and puts the blocks' content at T on its way.
+//!
+//! A run is read under the range guard, so that no change is under way in it; its bits are cleared
+//! in the step that puts its content into the window, never before.
+
+use std::time::Duration;
+
+use backtide_protocol::{Data, Message};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn};
+use bytes::Bytes;
+
+use crate::{
+    capture::{Ongoing, Queued},
+    event::{Effect, IoFailure, IoId, LocalData, LocalOp},
+    filter::Filter,
+    pass::{Pass, Phase},
+};
+
+/// The longest run read at once.
+pub(crate) const RUN_BLOCKS_MAX: BlockCount = BlockCount(256);
+
+/// Drain reads under way at once: enough to keep a disk busy, few enough for the guest's own.
+const READS_MAX: usize = 4;
+
+/// How long a block that could not be read is left alone.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+impl Filter {
+    /// Starts as many reads as the buffer allows.
+    pub(crate) fn drain(&mut self) {
+        self.ask_about_zeroes();
+        while let Some(run) = self.next_drain_run() {
+            self.start_drain_read(run);
+        }
+    }
+
+    /// Whether the resync buffer can take the blocks; an empty one takes any.
+    pub(crate) fn buffer_has_room(&self, run: BlockRange) -> bool {
+        let Some(pass) = &self.pass else { return true };
+        let used = self.window.data_bytes().0 + pass.buffered();
+        used == 0 || used + run.count().bytes().0 <= self.settings.resync_buffer_bytes.0
+    }
+
+    /// The next run that is free, already taken at the guard.
+    fn next_drain_run(&mut self) -> Option<BlockRange> {
+        let pass = self.pass.as_ref().filter(|pass| pass.phase == Phase::Draining)?;
+        if pass.reads.len() >= READS_MAX || pass.queued.is_some() || pass.active.is_empty() {
+            return None;
+        }
+        let end = self.all_blocks().end();
+        let start = pass.cursor;
+        let found = self.free_run(pass, start, end).or_else(|| self.free_run(pass, BlockIndex(0), end));
+        let idle = pass.reads.is_empty();
+        let Some(run) = found else {
+            if idle {
+                self.queue_for_a_busy_run();
+            }
+            return None;
+        };
+        if !self.buffer_has_room(run) {
+            return None;
+        }
+        assert!(self.guard.try_acquire(run), "the run was free");
+        let pass = self.pass.as_mut().expect("there is one");
+        pass.cursor = run.end();
+        Some(run)
+    }
+
+    /// The first readable run in `[from, end)` that nobody changes or reads.
+    fn free_run(&self, pass: &Pass, from: BlockIndex, end: BlockIndex) -> Option<BlockRange> {
+        let mut from = from;
+        while let Some(run) = self.readable_run(pass, from, end) {
+            if self.guard.is_free(run) {
+                return Some(run);
+            }
+            // A part of it may be free: try its first block alone before going on behind it.
+            let first = BlockRange::between(run.start(), BlockIndex(run.start().0 + 1));
+            if self.guard.is_free(first) {
+                return Some(first);
+            }
+            from = first.end();
+        }
+        None
+    }
+
+    /// The first run of active blocks that may be tried now.
+    fn readable_run(&self, pass: &Pass, from: BlockIndex, end: BlockIndex) -> Option<BlockRange> {
+        let mut from = from;
+        loop {
+            let run = pass.active.next_run(from, end, RUN_BLOCKS_MAX)?;
+            let start = run.start();
+            if let Some(retry_at) = pass.unreadable.get(&start)
+                && *retry_at > self.now.monotonic
+            {
+                from = BlockIndex(start.0 + 1);
+                continue;
+            }
+            let careful = pass.careful.contains(&(start.0 / RUN_BLOCKS_MAX.0));
+            let end = if careful { start.0 + 1 } else { run.end().0 };
+            // A run never reaches into a stretch that is read block by block.
+            let boundary = (start.0 / RUN_BLOCKS_MAX.0 + 1) * RUN_BLOCKS_MAX.0;
+            return Some(BlockRange::between(start, BlockIndex(end.min(boundary))));
+        }
+    }
+
+    /// Everything left is being changed all the time: wait for a turn like any change.
+    fn queue_for_a_busy_run(&mut self) {
+        let end = self.all_blocks().end();
+        let pass = self.pass.as_ref().expect("the caller has one");
+        let Some(run) = self.readable_run(pass, BlockIndex(0), end) else { return };
+        let first = BlockRange::between(run.start(), BlockIndex(run.start().0 + 1));
+        let ticket = self.take_ticket();
+        if self.guard.acquire(ticket, first) {
+            return self.start_drain_read(first);
+        }
+        self.queued.insert(ticket, Queued::Drain(first));
+        self.pass.as_mut().expect("the caller has one").queued = Some(first);
+    }
+
+    /// The run's turn has come; the pass may be another one by now, or none.
+    pub(crate) fn queued_drain_admitted(&mut self, run: BlockRange) {
+        let wanted = match &mut self.pass {
+            Some(pass) if pass.queued == Some(run) => {
+                pass.queued = None;
+                pass.phase == Phase::Draining && pass.active.touches(run)
+            }
+            Some(_) | None => false,
+        };
+        if wanted { self.start_drain_read(run) } else { self.release(run) }
+    }
+
+    fn start_drain_read(&mut self, run: BlockRange) {
+        let io = self.take_io_id();
+        let pass = self.pass.as_mut().expect("only a pass drains");
+        pass.reads.insert(io, run);
+        pass.reading_bytes += run.count().bytes().0;
+        pass.unreadable.remove(&run.start());
+        self.ongoing.insert(io, Ongoing::Drain(run));
+        self.effects.push_back(Effect::Local(io, LocalOp::Read(run.bytes(self.settings.size))));
+    }
+
+    pub(crate) fn drain_read_done(
+        &mut self,
+        io: IoId,
+        run: BlockRange,
+        result: Result<LocalData, IoFailure>,
+    ) {
+        let ours = self.pass.as_mut().and_then(|pass| pass.reads.remove(&io).map(|_| pass));
+        if let Some(pass) = ours {
+            pass.reading_bytes -= run.count().bytes().0;
+            match result {
+                Ok(LocalData::Read(bytes)) => self.drained(run, bytes),
+                Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
+                Err(failure) => self.note_unreadable(run, failure),
+            }
+        }
+        self.release(run);
+        self.retry_copies();
+    }
+
+    fn drained(&mut self, run: BlockRange, bytes: Bytes) {
+        let pass = self.pass.as_ref().expect("the caller has one");
+        if pass.compare { self.ask_about(run, bytes) } else { self.deliver_content(run, bytes) }
+    }
+
+    fn note_unreadable(&mut self, run: BlockRange, failure: IoFailure) {
+        let retry_at = self.now.monotonic + RETRY_AFTER;
+        let pass = self.pass.as_mut().expect("the caller has one");
+        if run.count() == BlockCount(1) {
+            pass.unreadable.insert(run.start(), retry_at);
+        }
+        pass.careful.insert(run.start().0 / RUN_BLOCKS_MAX.0);
+        self.counters.failed_reads += 1;
+        self.effects.push_back(Effect::ReadFailed { range: run.bytes(self.settings.size), failure });
+    }
+
+    /// `bytes` is what the hull's active blocks held at T: sends those, and clears their bits.
+    pub(crate) fn deliver_content(&mut self, hull: BlockRange, bytes: Bytes) {
+        let size = self.settings.size;
+        let pass = self.pass.as_mut().expect("only a pass delivers");
+        let at = pass.at;
+        let runs: Vec<BlockRange> = pass.active.runs(hull, RUN_BLOCKS_MAX).collect();
+        for run in runs {
+            let range = run.bytes(size);
+            let skip = usize::try_from(range.start().0 - hull.start().start().0).expect("a hull is small");
+            let length = usize::try_from(range.count().0).expect("a run is small");
+            pass.active.remove(run);
+            self.window.push(pass_data(at, range, bytes.slice(skip..skip + length)));
+        }
+    }
+}
+
+/// A frame of pass data; zeroes travel without a payload.
+pub(crate) fn pass_data(at: Lsn, range: ByteRange, bytes: Bytes) -> Message {
+    debug_assert_eq!(ByteCount::of(&bytes), range.count());
+    let bytes = if is_zeroes(&bytes) { Bytes::new() } else { bytes };
+    Message::PassData { at, range, data: Data::capture(bytes) }
+}
+
+/// Whether all bytes are zero.
+pub(crate) fn is_zeroes(bytes: &[u8]) -> bool {
+    // Equal to itself shifted by one, and the first is zero: one pass at the speed of memcmp.
+    bytes.first().is_none_or(|first| *first == 0)
+        && (bytes.len() < 2 || bytes[1..] == bytes[..bytes.len() - 1])
+}

@@ -1,0 +1,204 @@
+//! What goes into the filter and what comes out.
+
+use std::time::Duration;
+
+use backtide_tracking::SavedTracking;
+use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::filter::Mode;
+
+/// A moment, by both clocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Now {
+    /// Since some fixed moment; never goes back. All delays are measured by it.
+    pub monotonic: Duration,
+    /// What records are stamped with.
+    pub wall: CaptureTime,
+}
+
+/// The driver's name for a guest request; unique among those in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// The filter's name for a local I/O; unique.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IoId(pub u64);
+
+/// A guest request that concerns the filter. Reads do not: the driver serves them directly.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Write these bytes; `fua`: on stable storage before the answer.
+    Write {
+        /// Where.
+        range: ByteRange,
+        /// What; as long as the range.
+        data: Bytes,
+        /// Force unit access.
+        fua: bool,
+    },
+    /// Make the range read as zeroes. `trim`: the space may be given back.
+    Zero {
+        /// Where.
+        range: ByteRange,
+        /// Whether the space may be given back.
+        trim: bool,
+        /// Force unit access.
+        fua: bool,
+    },
+    /// Everything completed before goes to stable storage.
+    Flush,
+}
+
+/// Something the driver does on the local disk, answered by [`crate::Filter::local_done`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LocalOp {
+    /// Carry out a guest's change.
+    Change(Change),
+    /// Read a range of at most 1 MiB for the resync.
+    Read(ByteRange),
+}
+
+/// What a local I/O brought.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LocalData {
+    /// A change is done.
+    Changed,
+    /// The bytes read.
+    Read(Bytes),
+}
+
+/// A local I/O failed; the number is the operating system's `errno`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("local I/O failed with errno {errno}")]
+pub struct IoFailure {
+    /// What the operating system said.
+    pub errno: i32,
+}
+
+/// What the driver has to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Do this on the local disk.
+    Local(IoId, LocalOp),
+    /// Answer the guest. `lsn` is the change's place in the history, for records of the caller's own.
+    Complete {
+        /// Which request.
+        request: RequestId,
+        /// How it went.
+        result: Result<Lsn, IoFailure>,
+    },
+    /// Find out which blocks may hold data and call [`crate::Filter::scanned`].
+    Scan,
+    /// The mode changed: log it.
+    Transition {
+        /// Before.
+        from: Mode,
+        /// Now.
+        to: Mode,
+        /// Why.
+        reason: Option<Reason>,
+    },
+    /// Close the connection to the receiver: what it says makes going on impossible.
+    Disconnect {
+        /// What was wrong, for people.
+        why: String,
+    },
+    /// A local read for the resync failed; it will be tried again.
+    ReadFailed {
+        /// Where.
+        range: ByteRange,
+        /// How.
+        failure: IoFailure,
+    },
+    /// Something an operator must know.
+    Alarm(String),
+}
+
+/// When the guest hears that a change is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AckPolicy {
+    /// When the local disk has it.
+    #[default]
+    Local,
+    /// When the receiver has it in memory too.
+    Received,
+    /// Writes at once; FLUSH and FUA when everything before them is durable at the receiver.
+    Durable,
+    /// Every write when it is durable at the receiver.
+    DurableEveryWrite,
+}
+
+/// What an [`AckPolicy`] other than `Local` does while the receiver is away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnOutage {
+    /// Acknowledge as `Local` does, and count it.
+    #[default]
+    Continue,
+    /// Hold the guest until the receiver is back and in sync.
+    Block,
+}
+
+/// A filter's identity and limits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// The disk.
+    pub disk: DiskId,
+    /// Its name.
+    pub name: DiskName,
+    /// Its size.
+    pub size: ByteCount,
+    /// The attach.
+    pub epoch: Epoch,
+    /// When the guest is answered.
+    pub ack: AckPolicy,
+    /// What that means while the receiver is away.
+    pub on_outage: OnOutage,
+    /// Limit of the retained window.
+    pub window_bytes: ByteCount,
+    /// Limit of the resync buffer.
+    pub resync_buffer_bytes: ByteCount,
+    /// The longest the receiver may delay a guest write; zero for never.
+    pub guest_delay_max: Duration,
+}
+
+/// What the filter begins with.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Resume {
+    /// The disk was never protected.
+    New,
+    /// The last attach ended cleanly.
+    Clean(SavedTracking),
+    /// It did not, or what it left cannot be trusted: everything has to be compared.
+    Lost {
+        /// Why.
+        reason: Reason,
+        /// The history, if it is known.
+        history: Option<HistoryId>,
+        /// No LSN above it was given before.
+        last_lsn: Lsn,
+        /// The highest LSN known to be durable at the receiver.
+        acked_durable: Lsn,
+    },
+}
+
+impl Change {
+    /// The bytes it changes; none for a flush.
+    pub fn range(&self) -> Option<ByteRange> {
+        match self {
+            Self::Write { range, .. } | Self::Zero { range, .. } => Some(*range),
+            Self::Flush => None,
+        }
+    }
+
+    /// Whether the guest wants it on stable storage.
+    pub fn wants_stable(&self) -> bool {
+        match self {
+            Self::Write { fua, .. } | Self::Zero { fua, .. } => *fua,
+            Self::Flush => true,
+        }
+    }
+}

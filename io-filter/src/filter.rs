@@ -1,0 +1,291 @@
+//! The filter's state, and how its mode changes.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{BlockRange, CaptureTime, HistoryId, Lsn, Reason};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    acknowledge::Acknowledgements,
+    capture::{CopyWait, Ongoing, Queued},
+    event::{Effect, IoId, Now, Resume, Settings},
+    freeze::{PassPlan, Scanning},
+    guard::{RangeGuard, Ticket},
+    operate::VerifyJob,
+    pass::Pass,
+    status::Counters,
+    window::Window,
+};
+
+/// What becomes of a disk's changes.
+///
+/// ```text
+///              attach
+///                ▼
+///   ┌──────▶ Tracking ──connected──▶ Resync ──pass durable, nothing dirty──▶ Sync
+///   │            ▲                      │                                     │
+///   │            └──── stream lost ─────┘                                     │
+///   └───────── window overflow · replay impossible · force · failed write ────┘
+///   any ──operator──▶ Paused ──operator──▶ Tracking        any ──operator──▶ Detached
+/// ```
+///
+/// A stream lost in `Sync` leaves the mode as it is: the window is retained and replayed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Changes are marked in the passive bitmap; nothing is sent.
+    Tracking,
+    /// A pass delivers what the receiver misses.
+    Resync,
+    /// Every change is a record in the window or durable at the receiver.
+    Sync,
+    /// As `Tracking`, until a person resumes.
+    Paused,
+    /// The disk is given up; its bitmap was handed out to be saved.
+    Detached,
+}
+
+/// The connection to the receiver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Link {
+    /// None.
+    Down,
+    /// Handshake done.
+    Up {
+        /// The sequence number of the next frame. The hello was frame 1.
+        next_seq: u64,
+        /// Frames up to here are in the receiver's memory.
+        received: u64,
+        /// Frames up to here are durable there.
+        durable: u64,
+    },
+}
+
+/// The filter of one disk. See the crate's description.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    pub(crate) settings: Settings,
+    pub(crate) mode: Mode,
+    /// Why the mode is not `Sync`.
+    pub(crate) reason: Option<Reason>,
+    pub(crate) link: Link,
+    pub(crate) history: Option<HistoryId>,
+    /// The last LSN given.
+    pub(crate) last_lsn: Lsn,
+    /// The last capture time given.
+    pub(crate) last_time: CaptureTime,
+    /// The highest LSN at which the disk is recoverable and durable at the receiver.
+    pub(crate) durable_lsn: Lsn,
+    /// The highest LSN the receiver has in memory.
+    pub(crate) received_lsn: Lsn,
+    /// The highest record LSN the receiver acknowledged as durable.
+    pub(crate) acked_durable: Lsn,
+    /// Whether the newest durable frames belong to a pass that has not ended.
+    pub(crate) acked_in_pass: bool,
+    pub(crate) window: Window,
+    pub(crate) passive: DirtyBitmap,
+    /// Blocks that read as zeroes, of which an interrupted compare pass has not told the receiver.
+    pub(crate) passive_zeroes: DirtyBitmap,
+    /// Whether the passive blocks are candidates to be compared rather than known differences.
+    pub(crate) passive_compare: bool,
+    /// Whether nothing is known of the differences: a scan has to come before a pass.
+    pub(crate) lost: Option<PassPlan>,
+    pub(crate) scanning: Option<Scanning>,
+    pub(crate) pass: Option<Pass>,
+    /// Bytes a second a pass last got through, for the choice of what to do with new writes.
+    pub(crate) pass_rate: Option<u64>,
+    /// The window overflowed while the receiver was there, and no small pass has ended since.
+    pub(crate) slow: bool,
+    pub(crate) guard: RangeGuard,
+    pub(crate) ongoing: BTreeMap<IoId, Ongoing>,
+    pub(crate) queued: BTreeMap<Ticket, Queued>,
+    pub(crate) waiting_for_buffer: VecDeque<CopyWait>,
+    pub(crate) next_id: u64,
+    pub(crate) next_compare: u64,
+    pub(crate) acknowledgements: Acknowledgements,
+    pub(crate) flushed_to: Lsn,
+    pub(crate) verify: Option<VerifyJob>,
+    pub(crate) counters: Counters,
+    pub(crate) effects: VecDeque<Effect>,
+    pub(crate) now: Now,
+}
+
+impl Filter {
+    /// The filter of a disk that begins an attach.
+    pub fn new(settings: Settings, resume: Resume, now: Now) -> Self {
+        let mut filter = Self {
+            window: Window::new(Lsn::ZERO),
+            settings,
+            mode: Mode::Tracking,
+            reason: None,
+            link: Link::Down,
+            history: None,
+            last_lsn: Lsn::ZERO,
+            last_time: CaptureTime::default(),
+            durable_lsn: Lsn::ZERO,
+            received_lsn: Lsn::ZERO,
+            acked_durable: Lsn::ZERO,
+            acked_in_pass: false,
+            passive: DirtyBitmap::new(),
+            passive_zeroes: DirtyBitmap::new(),
+            passive_compare: false,
+            lost: None,
+            scanning: None,
+            pass: None,
+            pass_rate: None,
+            slow: false,
+            guard: RangeGuard::default(),
+            ongoing: BTreeMap::new(),
+            queued: BTreeMap::new(),
+            waiting_for_buffer: VecDeque::new(),
+            next_id: 0,
+            next_compare: 0,
+            acknowledgements: Acknowledgements::default(),
+            flushed_to: Lsn::ZERO,
+            verify: None,
+            counters: Counters::default(),
+            effects: VecDeque::new(),
+            now,
+        };
+        filter.resume_from(resume);
+        filter
+    }
+
+    fn resume_from(&mut self, resume: Resume) {
+        match resume {
+            Resume::New => {
+                self.reason = Some(Reason::FirstAttach);
+                self.lost = Some(PassPlan::everything(Reason::FirstAttach));
+            }
+            Resume::Clean(saved) => {
+                self.history = saved.history;
+                self.last_lsn = saved.last_lsn;
+                self.acked_durable = saved.acked_durable;
+                self.durable_lsn = saved.acked_durable;
+                self.passive = saved.dirty;
+                self.passive_zeroes = saved.zeroes;
+                self.passive_compare = saved.compare;
+                self.window = Window::new(saved.gap_from);
+                match saved.reason {
+                    None if saved.history.is_some() => self.mode = Mode::Sync,
+                    None | Some(Reason::FirstAttach) if saved.history.is_none() => {
+                        self.reason = Some(Reason::FirstAttach);
+                        self.lost = Some(PassPlan::everything(Reason::FirstAttach));
+                    }
+                    reason => self.reason = reason,
+                }
+            }
+            Resume::Lost { reason, history, last_lsn, acked_durable } => {
+                self.history = history;
+                self.last_lsn = last_lsn;
+                self.acked_durable = acked_durable;
+                self.window = Window::new(acked_durable);
+                self.reason = Some(reason);
+                self.lost = Some(PassPlan::compare(reason));
+            }
+        }
+    }
+
+    /// The next thing to do. The driver takes effects until there is none, after every event.
+    pub fn next_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// The mode.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// The disk's identity and limits.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The history the receiver keeps, once known: worth saving when it changes.
+    pub fn history(&self) -> Option<HistoryId> {
+        self.history
+    }
+
+    /// The last LSN given.
+    pub fn last_lsn(&self) -> Lsn {
+        self.last_lsn
+    }
+
+    /// Time passes: delayed answers and overdue copies are let go. Due at [`Self::next_deadline`].
+    pub fn tick(&mut self, now: Now) {
+        self.observe(now);
+        self.release_due_answers();
+        self.give_up_overdue_copies();
+        self.pump();
+    }
+
+    /// When [`Self::tick`] has to be called at the latest; by the monotonic clock.
+    pub fn next_deadline(&self) -> Option<Duration> {
+        let copies = self.next_copy_deadline();
+        let answers = self.acknowledgements.next_deadline();
+        let retries = self.pass.as_ref().and_then(|pass| pass.next_retry(self.now.monotonic));
+        [copies, answers, retries].into_iter().flatten().min()
+    }
+
+    pub(crate) fn observe(&mut self, now: Now) {
+        self.now.monotonic = self.now.monotonic.max(now.monotonic);
+        self.now.wall = now.wall;
+    }
+
+    /// The capture time of something that happens now; never goes back.
+    pub(crate) fn stamp(&mut self) -> CaptureTime {
+        self.last_time = self.now.wall.at_least_after(self.last_time);
+        self.last_time
+    }
+
+    pub(crate) fn take_lsn(&mut self) -> Lsn {
+        self.last_lsn = self.last_lsn.next();
+        self.last_lsn
+    }
+
+    pub(crate) fn take_io_id(&mut self) -> IoId {
+        self.next_id += 1;
+        IoId(self.next_id)
+    }
+
+    pub(crate) fn take_ticket(&mut self) -> Ticket {
+        self.next_id += 1;
+        Ticket(self.next_id)
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        self.link != Link::Down
+    }
+
+    /// All blocks of the disk.
+    pub(crate) fn all_blocks(&self) -> BlockRange {
+        BlockRange::whole_disk(self.settings.size)
+    }
+
+    /// The only way the mode changes.
+    pub(crate) fn enter(&mut self, to: Mode, reason: Option<Reason>) {
+        let from = self.mode;
+        assert!(from != Mode::Detached, "a detached disk changes no more");
+        assert!(to != Mode::Resync || self.pass.is_some(), "a resync is a pass");
+        assert!(to == Mode::Resync || self.pass.is_none(), "a pass is a resync");
+        assert!(to != Mode::Sync || self.lost.is_none(), "what is unknown is not in sync");
+        self.mode = to;
+        self.reason = reason;
+        if from != to {
+            self.counters.transitions += 1;
+            self.effects.push_back(Effect::Transition { from, to, reason });
+        }
+    }
+
+    /// Does whatever has become possible: passes begin, go on and end, verifies go on.
+    pub(crate) fn pump(&mut self) {
+        self.begin_pass_if_due();
+        self.drain();
+        self.end_pass_if_drained();
+        self.go_on_verifying();
+    }
+}

@@ -1,0 +1,189 @@
+//! The begin and the end of a resync pass: which blocks, at which T, and where new writes go.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use backtide_protocol::Message;
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{BlockIndex, ByteCount, Reason};
+
+use crate::{
+    capture::Ongoing,
+    event::{Effect, Now},
+    filter::{Filter, Mode},
+    pass::{NewWrites, Pass, Phase},
+};
+
+/// How to resync when nothing is known: after a scan for the blocks that may hold data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PassPlan {
+    /// Ask the receiver which blocks differ, instead of sending all.
+    pub(crate) compare: bool,
+    /// Tell the receiver of blocks that hold no data here: it may have some there.
+    pub(crate) tell_zeroes: bool,
+    pub(crate) reason: Reason,
+}
+
+/// A scan under way.
+#[derive(Clone, Debug)]
+pub(crate) struct Scanning {
+    pub(crate) plan: PassPlan,
+    /// Blocks changed since it began: it may have seen them before.
+    pub(crate) touched: DirtyBitmap,
+}
+
+impl PassPlan {
+    /// To a receiver that has nothing.
+    pub(crate) fn everything(reason: Reason) -> Self {
+        Self { compare: false, tell_zeroes: false, reason }
+    }
+
+    /// To a receiver that has something.
+    pub(crate) fn compare(reason: Reason) -> Self {
+        Self { compare: true, tell_zeroes: true, reason }
+    }
+
+    /// To a receiver that has something, without asking what.
+    pub(crate) fn full(reason: Reason) -> Self {
+        Self { compare: false, tell_zeroes: true, reason }
+    }
+
+    /// The plan as it must be when the receiver turns out to have something.
+    pub(crate) fn comparing(self) -> Self {
+        Self { tell_zeroes: true, ..self }
+    }
+}
+
+/// A pass that should take less than this leaves the hole in the timeline closed at once.
+const SHORT_PASS: Duration = Duration::from_secs(2);
+
+impl Filter {
+    /// The driver found the blocks that may hold data, since it was told to [`Effect::Scan`].
+    pub fn scanned(&mut self, now: Now, allocated: &DirtyBitmap) {
+        self.observe(now);
+        // The connection was lost meanwhile: the next one scans again.
+        let Some(Scanning { plan, touched }) = self.scanning.take() else { return };
+        self.passive.union_with(allocated);
+        self.passive.union_with(&touched);
+        if plan.tell_zeroes {
+            self.passive_zeroes.insert(self.all_blocks());
+            self.passive_zeroes.subtract(&self.passive);
+        }
+        self.passive_compare = plan.compare;
+        self.begin_pass(plan.reason);
+        self.pump();
+    }
+
+    pub(crate) fn begin_pass_if_due(&mut self) {
+        let may = self.is_connected() && self.pass.is_none() && self.scanning.is_none();
+        if !may || !matches!(self.mode, Mode::Tracking | Mode::Sync) {
+            return;
+        }
+        if let Some(plan) = self.lost.take() {
+            self.scanning = Some(Scanning { plan, touched: DirtyBitmap::new() });
+            self.effects.push_back(Effect::Scan);
+        } else if self.mode == Mode::Tracking {
+            self.begin_pass(self.reason.unwrap_or(Reason::ReceiverAway));
+        } else if !self.passive.is_empty() {
+            self.begin_pass(Reason::LocalWriteFailed);
+        }
+    }
+
+    /// Freezes: T is now. Changes whose local I/O is under way belong to T, later ones do not.
+    pub(crate) fn begin_pass(&mut self, reason: Reason) {
+        assert!(self.pass.is_none(), "one pass at a time");
+        let gap_from = self.window.log_end();
+        let at = self.take_lsn();
+        let time = self.stamp();
+        let mut active = std::mem::take(&mut self.passive);
+        for ongoing in self.ongoing.values_mut() {
+            if let Ongoing::Change(change) = ongoing {
+                change.frozen_into = Some(at);
+                active.insert(change.blocks());
+            }
+        }
+        let mut zeroes = std::mem::take(&mut self.passive_zeroes);
+        zeroes.subtract(&active);
+        let new_writes = self.new_writes_for(&active);
+        let total = ByteCount(active.count().bytes().0);
+        self.window.push(Message::PassBegin { at, gap_from, time, reason });
+        self.pass = Some(Pass {
+            at,
+            reason,
+            new_writes,
+            phase: Phase::Draining,
+            compare: std::mem::take(&mut self.passive_compare),
+            forfeited: false,
+            active,
+            zeroes,
+            cursor: BlockIndex(0),
+            reads: BTreeMap::new(),
+            queued: None,
+            unreadable: BTreeMap::new(),
+            careful: BTreeSet::new(),
+            compares: BTreeMap::new(),
+            compare_bytes: 0,
+            reading_bytes: 0,
+            started: self.now.monotonic,
+            total,
+            done: ByteCount::ZERO,
+        });
+        self.counters.passes += 1;
+        self.interrupt_verify();
+        self.enter(Mode::Resync, Some(reason));
+    }
+
+    /// Forwarding closes the hole at T, but asks of the link what the guest writes. After an
+    /// overflow, only a pass that will be short tries it again.
+    fn new_writes_for(&self, active: &DirtyBitmap) -> NewWrites {
+        let crowded = self.window.retained_bytes().0 > self.settings.window_bytes.0 / 2;
+        let short = match self.pass_rate {
+            Some(rate) => active.count().bytes().0 < rate.saturating_mul(SHORT_PASS.as_secs()),
+            None => false,
+        };
+        if self.slow && (crowded || !short) { NewWrites::Coalesced } else { NewWrites::Forwarded }
+    }
+
+    pub(crate) fn end_pass_if_drained(&mut self) {
+        let log_end = self.window.log_end();
+        let time = self.now.wall.at_least_after(self.last_time);
+        let Some(pass) = &mut self.pass else { return };
+        if pass.phase != Phase::Draining || !pass.is_drained() {
+            return;
+        }
+        pass.phase = Phase::Ended;
+        let valid_from = match (pass.forfeited, pass.new_writes) {
+            (false, _) => Some(pass.at),
+            // What was drained late holds changes up to here, and their records are in the log.
+            (true, NewWrites::Forwarded) => Some(log_end),
+            (true, NewWrites::Coalesced) => None,
+        };
+        let end = Message::PassEnd { at: pass.at, valid_from, time };
+        self.last_time = time;
+        self.window.push(end);
+        self.retry_copies();
+    }
+
+    /// The pass is durable at the receiver.
+    pub(crate) fn finish_pass(&mut self) {
+        let pass = self.pass.take().expect("a pass has ended");
+        let took = self.now.monotonic.saturating_sub(pass.started);
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+        let rate = u128::from(pass.total.0) * 1_000_000 / u128::from(micros);
+        self.pass_rate = Some(u64::try_from(rate).unwrap_or(u64::MAX));
+        self.counters.passes_completed += 1;
+        if pass.new_writes == NewWrites::Forwarded && self.lost.is_none() && self.passive.is_empty() {
+            self.slow = false;
+            self.received_lsn = self.received_lsn.max(self.durable_lsn);
+            return self.enter(Mode::Sync, None);
+        }
+        let reason = match (&self.lost, pass.new_writes) {
+            (Some(plan), _) => plan.reason,
+            (None, NewWrites::Coalesced) => Reason::LinkTooSlow,
+            (None, NewWrites::Forwarded) => Reason::LocalWriteFailed,
+        };
+        self.enter(Mode::Tracking, Some(reason));
+    }
+}

@@ -1,0 +1,148 @@
+//! What can be said of a disk at any moment.
+
+use std::time::Duration;
+
+use backtide_units::{BlockCount, ByteCount, CaptureTime, HistoryId, Lsn, Reason};
+
+use crate::{
+    filter::{Filter, Mode},
+    pass::NewWrites,
+};
+
+/// What has happened since the attach. All only grow, maxima included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Changes that got an LSN of their own.
+    pub records: u64,
+    /// Changes the local disk refused.
+    pub failed_changes: u64,
+    /// Resync reads the local disk refused.
+    pub failed_reads: u64,
+    /// Flushes completed.
+    pub flushes: u64,
+    /// Mode changes.
+    pub transitions: u64,
+    /// Handshakes accepted.
+    pub connections: u64,
+    /// Window overflows.
+    pub overflows: u64,
+    /// Passes begun.
+    pub passes: u64,
+    /// Passes made durable at the receiver.
+    pub passes_completed: u64,
+    /// Passes given up because the stream was lost.
+    pub passes_aborted: u64,
+    /// Passes that lost their point T for the guest's sake.
+    pub forfeited: u64,
+    /// Guest writes that had old content copied first.
+    pub copies_before_write: u64,
+    /// Answers delayed because the window filled up.
+    pub delayed_answers: u64,
+    /// The longest such delay, in microseconds.
+    pub guest_delay_us_max: u64,
+    /// Answers given with less than the acknowledgement policy promises, the receiver being away.
+    pub degraded_answers: u64,
+    /// Record payload made durable at the receiver.
+    pub bytes_durable: u64,
+    /// Resync payload made durable at the receiver.
+    pub resync_bytes_durable: u64,
+    /// Resync payload that was compared and found equal.
+    pub resync_bytes_equal: u64,
+}
+
+/// A running pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassStatus {
+    /// The resync point T.
+    pub at: Lsn,
+    /// Why it runs.
+    pub reason: Reason,
+    /// Whether new writes are forwarded; otherwise they wait for the next pass.
+    pub forwarding: bool,
+    /// Whether blocks are compared before they are sent.
+    pub compare: bool,
+    /// Whether T is lost as a recovery point.
+    pub forfeited: bool,
+    /// Bytes delivered or found equal.
+    pub done: ByteCount,
+    /// Bytes of the pass in all.
+    pub total: ByteCount,
+    /// Since it began.
+    pub running: Duration,
+}
+
+/// Everything about a disk's protection at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Status {
+    /// The mode.
+    pub mode: Mode,
+    /// Why it is not sync.
+    pub reason: Option<Reason>,
+    /// Whether the receiver is connected.
+    pub connected: bool,
+    /// The history at the receiver.
+    pub history: Option<HistoryId>,
+    /// The last LSN given.
+    pub last_lsn: Lsn,
+    /// The receiver has it in memory up to here.
+    pub received_lsn: Lsn,
+    /// The disk is recoverable up to here.
+    pub durable_lsn: Lsn,
+    /// When the last change was captured.
+    pub last_time: CaptureTime,
+    /// Records not durable at the receiver.
+    pub lag_records: u64,
+    /// What the window holds.
+    pub window: ByteCount,
+    /// What resync data waits to be sent.
+    pub resync_buffer: ByteCount,
+    /// Dirty blocks, of a running pass and beside it.
+    pub dirty: BlockCount,
+    /// Whether the dirty blocks are being found out.
+    pub scanning: bool,
+    /// Answers the guest is waiting for because of the receiver.
+    pub waiting_answers: u64,
+    /// The running pass.
+    pub pass: Option<PassStatus>,
+    /// What happened so far.
+    pub counters: Counters,
+}
+
+impl Filter {
+    /// The disk's state now.
+    pub fn status(&self) -> Status {
+        let active = self.pass.as_ref().map_or(0, |pass| pass.active.count().0);
+        Status {
+            mode: self.mode,
+            reason: self.reason,
+            connected: self.is_connected(),
+            history: self.history,
+            last_lsn: self.last_lsn,
+            received_lsn: self.received_lsn.max(self.durable_lsn),
+            durable_lsn: self.durable_lsn,
+            last_time: self.last_time,
+            lag_records: self.window.records(),
+            window: self.window.retained_bytes(),
+            resync_buffer: self.window.data_bytes(),
+            dirty: BlockCount(self.passive.count().0 + active),
+            scanning: self.scanning.is_some() || self.lost.is_some(),
+            waiting_answers: self.acknowledgements.waiting() as u64,
+            pass: self.pass_status(),
+            counters: self.counters,
+        }
+    }
+
+    fn pass_status(&self) -> Option<PassStatus> {
+        let pass = self.pass.as_ref()?;
+        Some(PassStatus {
+            at: pass.at,
+            reason: pass.reason,
+            forwarding: pass.new_writes == NewWrites::Forwarded,
+            compare: pass.compare,
+            forfeited: pass.forfeited,
+            done: pass.done,
+            total: pass.total,
+            running: self.now.monotonic.saturating_sub(pass.started),
+        })
+    }
+}

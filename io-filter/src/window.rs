@@ -1,0 +1,291 @@
+//! The retained window: everything on its way to the receiver, in stream order, until it is
+//! durable there.
+//!
+//! Records keep their payload (they are sent again when the stream is lost); drained blocks keep
+//! only their place once they are sent (they return to the passive bitmap instead).
+
+use std::collections::VecDeque;
+
+use backtide_protocol::{Message, Record, RecordBody};
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{BlockRange, ByteCount, ByteRange, Lsn};
+
+/// Accounts for what an item costs beside its payload.
+const ITEM_BYTES: u64 = 192;
+
+/// Something the receiver has to make durable.
+#[derive(Clone, Debug)]
+pub(crate) enum Item {
+    /// A message that has not been sent, or could be sent again.
+    Kept(Message),
+    /// Drained blocks that were sent; their content is gone.
+    DataSent(ByteRange),
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    item: Item,
+    /// The frame it went out as on this connection.
+    seq: Option<u64>,
+    cost: u64,
+}
+
+/// See the module's description.
+#[derive(Clone, Debug)]
+pub(crate) struct Window {
+    entries: VecDeque<Entry>,
+    /// How many entries at the front have been sent on this connection.
+    sent: usize,
+    /// How many entries at the front the receiver has in memory.
+    received: usize,
+    /// What records, marks and flushes cost; limited by the window's limit.
+    retained_bytes: u64,
+    /// What unsent drained data costs; limited by the resync buffer's limit.
+    data_bytes: u64,
+    /// Everything at or below it has left the window, or never was in it.
+    base: Lsn,
+    /// Where the log stands after all entries: the next record's `previous`.
+    log_end: Lsn,
+}
+
+/// What an acknowledgement took out of the window.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Acknowledged {
+    /// A record.
+    Record(Lsn, ByteCount),
+    /// Drained blocks.
+    Data(ByteCount),
+    /// The begin of a pass.
+    PassBegin(Lsn),
+    /// The end of a pass.
+    PassEnd(Lsn, Option<Lsn>),
+    /// Something without consequences.
+    Other,
+}
+
+impl Window {
+    /// An empty window of a log that stands at `base`.
+    pub(crate) fn new(base: Lsn) -> Self {
+        Self {
+            entries: VecDeque::new(),
+            sent: 0,
+            received: 0,
+            retained_bytes: 0,
+            data_bytes: 0,
+            base,
+            log_end: base,
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    pub(crate) fn retained_bytes(&self) -> ByteCount {
+        ByteCount(self.retained_bytes)
+    }
+
+    pub(crate) fn data_bytes(&self) -> ByteCount {
+        ByteCount(self.data_bytes)
+    }
+
+    pub(crate) fn base(&self) -> Lsn {
+        self.base
+    }
+
+    pub(crate) fn log_end(&self) -> Lsn {
+        self.log_end
+    }
+
+    pub(crate) fn has_unsent(&self) -> bool {
+        self.sent < self.entries.len()
+    }
+
+    /// How many records there are, for the lag.
+    pub(crate) fn records(&self) -> u64 {
+        self.entries.iter().filter(|entry| matches!(entry.item, Item::Kept(Message::Record(_)))).count()
+            as u64
+    }
+
+    /// Appends a message to the stream.
+    pub(crate) fn push(&mut self, message: Message) {
+        match &message {
+            Message::Record(record) => {
+                assert!(
+                    record.lsn > self.log_end && record.previous == self.log_end,
+                    "records are appended in order"
+                );
+                self.log_end = record.lsn;
+            }
+            Message::PassBegin { at, .. } => {
+                assert!(*at > self.log_end, "a pass freezes above the log's end");
+                self.log_end = *at;
+            }
+            _ => {}
+        }
+        let cost = ITEM_BYTES + payload_bytes(&message);
+        match &message {
+            Message::PassData { .. } => self.data_bytes += cost,
+            _ => self.retained_bytes += cost,
+        }
+        self.entries.push_back(Entry { item: Item::Kept(message), seq: None, cost });
+    }
+
+    /// The next message to send, as frame `seq`.
+    pub(crate) fn send(&mut self, seq: u64) -> Option<Message> {
+        let entry = self.entries.get_mut(self.sent)?;
+        self.sent += 1;
+        entry.seq = Some(seq);
+        let Item::Kept(message) = &entry.item else { unreachable!("what was sent is before the cursor") };
+        if let Message::PassData { range, .. } = message {
+            let range = *range;
+            let sent = std::mem::replace(&mut entry.item, Item::DataSent(range));
+            self.data_bytes -= std::mem::take(&mut entry.cost);
+            let Item::Kept(message) = sent else { unreachable!("matched above") };
+            return Some(message);
+        }
+        Some(message.clone())
+    }
+
+    /// Notes that the receiver has frames up to `seq` in memory; returns the last record's LSN
+    /// among those that are news.
+    pub(crate) fn received(&mut self, seq: u64) -> Option<Lsn> {
+        let mut last = None;
+        while let Some(entry) = self.entries.get(self.received) {
+            if self.received >= self.sent || entry.seq.is_none_or(|sent_as| sent_as > seq) {
+                break;
+            }
+            if let Item::Kept(Message::Record(record)) = &entry.item {
+                last = Some(record.lsn);
+            }
+            self.received += 1;
+        }
+        last
+    }
+
+    /// Takes out the next entry if frame `seq` and all before are durable at the receiver.
+    pub(crate) fn pop_durable(&mut self, seq: u64) -> Option<Acknowledged> {
+        let front = self.entries.front()?;
+        if self.sent == 0 || front.seq.is_none_or(|sent_as| sent_as > seq) {
+            return None;
+        }
+        Some(self.pop_front())
+    }
+
+    /// Takes out records the receiver has had durable since an earlier connection.
+    pub(crate) fn trim_to(&mut self, durable: Lsn) {
+        assert_eq!(self.sent, 0, "only before anything is sent again");
+        self.entries.retain(|entry| match &entry.item {
+            Item::Kept(Message::Record(record)) => record.lsn > durable,
+            Item::Kept(Message::Flush { lsn, .. }) => *lsn > durable,
+            Item::Kept(_) | Item::DataSent(_) => true,
+        });
+        self.retained_bytes = self.entries.iter().map(|entry| entry.cost).sum();
+        self.base = self.base.max(durable);
+        self.log_end = self.log_end.max(durable);
+    }
+
+    /// Whether the log at the receiver, standing at `durable`, can be continued from here.
+    pub(crate) fn continues(&self, durable: Lsn) -> bool {
+        let in_reach = self.base <= durable && durable <= self.log_end;
+        in_reach && (durable == self.base || durable == self.log_end || self.has_record(durable))
+    }
+
+    fn has_record(&self, lsn: Lsn) -> bool {
+        self.entries
+            .iter()
+            .any(|entry| matches!(&entry.item, Item::Kept(Message::Record(record)) if record.lsn == lsn))
+    }
+
+    /// The stream is lost: everything left has to be sent again.
+    pub(crate) fn rewind(&mut self) {
+        self.sent = 0;
+        self.received = 0;
+        for entry in &mut self.entries {
+            entry.seq = None;
+        }
+    }
+
+    /// Gives up: every block of every entry becomes dirty, and the window is empty.
+    pub(crate) fn abandon(&mut self, dirty: &mut DirtyBitmap) {
+        for entry in self.entries.drain(..) {
+            mark_dirty(&entry.item, dirty);
+        }
+        *self = Self::new(self.base);
+    }
+
+    /// Gives up what has not been sent: those records' blocks become dirty, and the log ends before
+    /// them. Drained data and marks at or below that end stay, and so does everything up to the
+    /// begin of a pass, whose T lies above the records before it.
+    pub(crate) fn abandon_unsent_records(&mut self, dirty: &mut DirtyBitmap) {
+        let begins = |entry: &Entry| matches!(entry.item, Item::Kept(Message::PassBegin { .. }));
+        let after_begin = self.entries.iter().rposition(begins).map_or(0, |position| position + 1);
+        let unsent = self.entries.split_off(self.sent.max(after_begin));
+        let first = unsent.iter().find_map(|entry| match &entry.item {
+            Item::Kept(Message::Record(record)) => Some(record.previous),
+            Item::Kept(_) | Item::DataSent(_) => None,
+        });
+        let Some(end) = first else {
+            self.entries.extend(unsent);
+            return;
+        };
+        for entry in unsent {
+            let stays = match &entry.item {
+                Item::Kept(Message::Record(_)) => false,
+                Item::Kept(Message::Flush { lsn, .. } | Message::Mark { lsn, .. }) => *lsn <= end,
+                Item::Kept(_) | Item::DataSent(_) => true,
+            };
+            if stays {
+                self.entries.push_back(entry);
+            } else {
+                mark_dirty(&entry.item, dirty);
+                self.retained_bytes -= entry.cost;
+            }
+        }
+        self.log_end = end;
+    }
+
+    fn pop_front(&mut self) -> Acknowledged {
+        let entry = self.entries.pop_front().expect("the caller saw it");
+        self.sent -= 1;
+        self.received = self.received.saturating_sub(1);
+        match entry.item {
+            Item::DataSent(range) => Acknowledged::Data(range.count()),
+            Item::Kept(message) => {
+                self.retained_bytes -= entry.cost;
+                match message {
+                    Message::Record(record) => {
+                        self.base = record.lsn;
+                        Acknowledged::Record(record.lsn, record.range.count())
+                    }
+                    Message::PassBegin { at, .. } => {
+                        self.base = at;
+                        Acknowledged::PassBegin(at)
+                    }
+                    Message::PassEnd { at, valid_from, .. } => Acknowledged::PassEnd(at, valid_from),
+                    _ => Acknowledged::Other,
+                }
+            }
+        }
+    }
+}
+
+fn mark_dirty(item: &Item, dirty: &mut DirtyBitmap) {
+    match item {
+        Item::DataSent(range)
+        | Item::Kept(Message::Record(Record { range, .. }) | Message::PassData { range, .. }) => {
+            dirty.insert(BlockRange::touched_by(*range));
+        }
+        Item::Kept(_) => {}
+    }
+}
+
+fn payload_bytes(message: &Message) -> u64 {
+    match message {
+        Message::Record(Record { body: RecordBody::Write(data), .. }) | Message::PassData { data, .. } => {
+            data.bytes().len() as u64
+        }
+        Message::Mark { label, .. } => label.len() as u64,
+        _ => 0,
+    }
+}
