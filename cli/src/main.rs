@@ -1,2 +1,48 @@
 //! `backtide`: everything a person does.
-fn main() {}
+//!
+//! The way of one command: [`arguments`] says what can be asked, one file of [`commands`] does it
+//! through the daemons' control APIs, [`output`] turns answers into text or JSON, and an [`Ending`]
+//! becomes the exit code. Data goes to stdout, everything else to stderr.
+
+mod arguments;
+mod commands;
+mod context;
+mod ending;
+mod output;
+mod places;
+mod quantity;
+mod restore;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::{
+    arguments::Arguments,
+    context::Context,
+    ending::{Ending, Failure},
+};
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return ending::usage(&error),
+    };
+    let context = Context::new(&arguments);
+    let result = run(&context, arguments);
+    ending::exit_code(result, &context)
+}
+
+fn run(context: &Context, arguments: Arguments) -> Result<Ending, Failure> {
+    let threads = arguments.command.threads();
+    let mut builder = match threads {
+        None => tokio::runtime::Builder::new_current_thread(),
+        Some(_) => tokio::runtime::Builder::new_multi_thread(),
+    };
+    if let Some(threads) = threads {
+        builder.worker_threads(threads);
+    }
+    let runtime =
+        builder.enable_all().build().map_err(|error| ending::failed(format!("cannot start: {error}")))?;
+    runtime.block_on(commands::run(context, arguments.command))
+}

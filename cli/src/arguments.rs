@@ -1,0 +1,110 @@
+//! What can be asked of `backtide`: the command and the arguments common to several commands.
+
+use backtide_control::Address;
+use clap::{Args, Parser, Subcommand};
+
+use crate::commands::{
+    attach, completions, control, diff, inspect, mark, mount, points, receiver, restore, resync, status,
+    verify, wait,
+};
+
+/// Continuous data protection for the virtual disks of KVM/QEMU.
+#[derive(Debug, Parser)]
+#[command(
+    name = "backtide",
+    version,
+    propagate_version = true,
+    after_help = "ADDR is unix:/path or tcp://host:port. An NBD URI is nbd+unix:///EXPORT?socket=/path or \
+                  nbd://host:port/EXPORT. A POINT is latest, lsn:N, an RFC 3339 time, a duration ago (-5m) \
+                  or mark:NAME.\n\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 done with warnings, \
+                  4 not found, 5 refused (busy, fenced, locked), 6 peer unreachable, 8 damaged data, \
+                  130 interrupted."
+)]
+pub(crate) struct Arguments {
+    /// Print JSON, on stdout the result and on stderr an error; shapes are in docs/api.md
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// The agent's control API [default: unix:/run/backtide/agent.sock for root, else
+    /// $XDG_RUNTIME_DIR/backtide/agent.sock]
+    #[arg(long, global = true, value_name = "ADDR", env = "BACKTIDE_AGENT", hide_env_values = true)]
+    pub(crate) agent: Option<Address>,
+    /// What to do
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The receiver's control API, for commands that ask it.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct ReceiverApi {
+    /// The receiver's control API [default: unix:/run/backtide/receiver.sock for root, else
+    /// $XDG_RUNTIME_DIR/backtide/receiver.sock]
+    #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
+    pub(crate) receiver: Option<Address>,
+}
+
+/// One command.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// The log receiver
+    #[command(subcommand)]
+    Receiver(receiver::Receiver),
+    /// Protect a disk: serve it over NBD and forward its writes to a receiver
+    Attach(Box<attach::Attach>),
+    /// End the protection of a disk cleanly
+    Detach(control::Detach),
+    /// Show disks: mode, reason, lag, dirty blocks, resync progress
+    Status(status::Status),
+    /// Stop forwarding a disk's writes; changed blocks are tracked
+    Pause(control::Pause),
+    /// Forward again after a pause
+    Resume(control::Resume),
+    /// Force a resync
+    Resync(resync::Resync),
+    /// Give the present state of one or several disks a name, at one instant
+    Mark(mark::Mark),
+    /// Show what a disk can go back to, and what not and why
+    Points(points::Points),
+    /// Show which blocks changed between two points
+    Diff(diff::Diff),
+    /// Serve a point of a disk over NBD, read-only
+    Mount(mount::Mount),
+    /// End a mount
+    Unmount(mount::Unmount),
+    /// Write a point of a disk to a file, a device or an NBD server
+    Restore(restore::Restore),
+    /// Compare the live disk with the receiver, at a frozen point
+    Verify(verify::Verify),
+    /// Wait for a disk to be in a state, for scripts
+    Wait(wait::Wait),
+    /// Print a file of the receiver's store in readable form
+    Inspect(inspect::Inspect),
+    /// Print completions for a shell
+    Completions(completions::Completions),
+}
+
+impl Command {
+    /// How many worker threads the command needs besides the one it runs on, if it needs any.
+    pub(crate) fn threads(&self) -> Option<usize> {
+        match self {
+            // These hold daemons, which answer calls while the command itself asks them.
+            Self::Receiver(_) => Some(2),
+            // Hashing and copying at once.
+            Self::Restore(_) => Some(2),
+            Self::Attach(_)
+            | Self::Detach(_)
+            | Self::Status(_)
+            | Self::Pause(_)
+            | Self::Resume(_)
+            | Self::Resync(_)
+            | Self::Mark(_)
+            | Self::Points(_)
+            | Self::Diff(_)
+            | Self::Mount(_)
+            | Self::Unmount(_)
+            | Self::Verify(_)
+            | Self::Wait(_)
+            | Self::Inspect(_)
+            | Self::Completions(_) => None,
+        }
+    }
+}

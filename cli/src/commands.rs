@@ -1,0 +1,90 @@
+//! The commands, one file each, and how they are stopped.
+
+pub(crate) mod attach;
+pub(crate) mod completions;
+pub(crate) mod control;
+mod daemon;
+pub(crate) mod diff;
+pub(crate) mod inspect;
+pub(crate) mod mark;
+pub(crate) mod mount;
+pub(crate) mod points;
+pub(crate) mod receiver;
+pub(crate) mod restore;
+pub(crate) mod resync;
+pub(crate) mod status;
+pub(crate) mod verify;
+pub(crate) mod wait;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    arguments::Command,
+    context::Context,
+    ending::{Ending, Failure, failed},
+};
+
+/// Does what was asked. SIGINT and SIGTERM end it with [`Failure::Interrupted`].
+pub(crate) async fn run(context: &Context, command: Command) -> Result<Ending, Failure> {
+    let stop = Stop::listen()?;
+    match command {
+        // These have something to put in order when they are stopped.
+        Command::Receiver(receiver) => receiver.run(context, stop).await,
+        Command::Restore(restore) => restore.run(context, stop).await,
+        other => stop.or(run_stoppable(context, other)).await,
+    }
+}
+
+async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Failure> {
+    match command {
+        Command::Attach(attach) => attach.run(context).await,
+        Command::Detach(detach) => detach.run(context).await,
+        Command::Status(status) => status.run(context).await,
+        Command::Pause(pause) => pause.run(context).await,
+        Command::Resume(resume) => resume.run(context).await,
+        Command::Resync(resync) => resync.run(context).await,
+        Command::Mark(mark) => mark.run(context).await,
+        Command::Points(points) => points.run(context).await,
+        Command::Diff(diff) => diff.run(context).await,
+        Command::Mount(mount) => mount.run(context).await,
+        Command::Unmount(unmount) => unmount.run(context).await,
+        Command::Verify(verify) => verify.run(context).await,
+        Command::Wait(wait) => wait.run(context).await,
+        Command::Inspect(inspect) => inspect.run(context),
+        Command::Completions(completions) => completions.run(context),
+        Command::Receiver(_) | Command::Restore(_) => unreachable!("handled by the caller"),
+    }
+}
+
+/// The signals that ask a command to stop.
+pub(crate) struct Stop {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Stop {
+    fn listen() -> Result<Self, Failure> {
+        let listen =
+            |kind| signal(kind).map_err(|error| failed(format!("cannot listen for signals: {error}")));
+        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    }
+
+    /// Ready when a signal asks to stop.
+    pub(crate) async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+
+    /// What `work` gives or, when a signal comes first, [`Failure::Interrupted`] and no more work.
+    pub(crate) async fn or<T>(
+        mut self,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        tokio::select! {
+            result = work => result,
+            () = self.asked() => Err(Failure::Interrupted),
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! `backtide detach`, `pause` and `resume`: one call each.
+
+use backtide_agent_api::DiskStatus;
+use backtide_units::DiskName;
+use clap::Args;
+
+use crate::{
+    context::Context,
+    ending::{Ending, Failure},
+    output::status::{disk_line, missing_at_receiver},
+};
+
+/// `backtide detach`
+#[derive(Args, Debug)]
+pub(crate) struct Detach {
+    /// The disk's name or UUID
+    name: DiskName,
+}
+
+/// `backtide pause`
+#[derive(Args, Debug)]
+pub(crate) struct Pause {
+    /// The disk's name or UUID
+    name: DiskName,
+}
+
+/// `backtide resume`
+#[derive(Args, Debug)]
+pub(crate) struct Resume {
+    /// The disk's name or UUID
+    name: DiskName,
+}
+
+impl Detach {
+    /// Detaches, and warns of what the receiver lacks.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let disk = context.agent()?.detach(&self.name).await?;
+        print(context, &disk)?;
+        match missing_at_receiver(&disk) {
+            Some(missing) => {
+                context.warn(&format!(
+                    "the receiver lacks {missing} of disk {}; they are in the saved bitmap and follow at the next \
+                     attach",
+                    disk.name.as_str()
+                ));
+                Ok(Ending::Warnings)
+            }
+            None => Ok(Ending::Done),
+        }
+    }
+}
+
+impl Pause {
+    /// Pauses.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let disk = context.agent()?.pause(&self.name).await?;
+        print(context, &disk)?;
+        Ok(Ending::Done)
+    }
+}
+
+impl Resume {
+    /// Resumes.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let disk = context.agent()?.resume(&self.name).await?;
+        print(context, &disk)?;
+        Ok(Ending::Done)
+    }
+}
+
+fn print(context: &Context, disk: &DiskStatus) -> Result<(), Failure> {
+    context.print(disk, || disk_line(disk))
+}

@@ -1,0 +1,144 @@
+//! What the daemon commands share: settings out of a file, the environment and flags, and logs.
+//!
+//! Flags go before the environment, that before the file, that before the defaults. What a daemon
+//! does not know is refused, in the file as on the command line.
+
+use std::path::{Path, PathBuf};
+
+use backtide_control::{Address, ApiError, ErrorCode};
+use serde::{Serialize, de::DeserializeOwned};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    context::Context,
+    ending::{Failure, io_failure, wrong_usage},
+    places::Places,
+};
+
+/// A daemon's settings on their way to its own configuration type.
+pub(crate) struct Settings {
+    table: toml::Table,
+    from: String,
+}
+
+impl Settings {
+    /// Those of a file, or none.
+    pub(crate) fn read(file: Option<&Path>) -> Result<Self, Failure> {
+        let Some(file) = file else {
+            return Ok(Self { table: toml::Table::new(), from: "the command line".to_owned() });
+        };
+        let from = file.display().to_string();
+        let text = std::fs::read_to_string(file).map_err(|error| io_failure(&from, &error))?;
+        let table = text.parse().map_err(|error| unreadable(&from, &error))?;
+        Ok(Self { table, from })
+    }
+
+    /// Sets what was given.
+    pub(crate) fn set(&mut self, name: &str, value: Option<impl Serialize>) -> Result<(), Failure> {
+        if let Some(value) = value {
+            let value = toml::Value::try_from(value)
+                .map_err(|error| wrong_usage(format!("the value of {name} cannot be used: {error}")))?;
+            self.table.insert(name.to_owned(), value);
+        }
+        Ok(())
+    }
+
+    /// Sets what nobody has set.
+    pub(crate) fn set_default(&mut self, name: &str, value: impl Serialize) -> Result<(), Failure> {
+        if self.table.contains_key(name) { Ok(()) } else { self.set(name, Some(value)) }
+    }
+
+    /// One setting that is there.
+    pub(crate) fn get<T: DeserializeOwned>(&self, name: &str) -> Result<T, Failure> {
+        let value = self
+            .table
+            .get(name)
+            .cloned()
+            .ok_or_else(|| wrong_usage(format!("{} does not set {name}", self.from)))?;
+        value.try_into().map_err(|error| unreadable(&self.from, &error))
+    }
+
+    /// The daemon's configuration.
+    pub(crate) fn config<T: DeserializeOwned>(self) -> Result<T, Failure> {
+        let from = self.from;
+        self.table.try_into().map_err(|error| unreadable(&from, &error))
+    }
+}
+
+fn unreadable(from: &str, error: &toml::de::Error) -> Failure {
+    ApiError::new(ErrorCode::Usage, format!("the configuration of {from} cannot be used: {error}"))
+        .with_hint("the settings are in docs/cli.md")
+        .into()
+}
+
+/// Sockets without an address of their own are beside the control API's.
+pub(crate) fn run_dir(api: &Address, places: &Places) -> PathBuf {
+    api.socket_path().and_then(Path::parent).map_or_else(|| places.run_dir().clone(), Path::to_owned)
+}
+
+/// Logs of a daemon that runs in this process: to stderr, as JSON with `--json`.
+pub(crate) fn log_to_stderr(context: &Context) {
+    log_at(context, "info");
+}
+
+/// The same with another default than info.
+pub(crate) fn log_at(context: &Context, default: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // An error means that logs are set up already, by whoever runs this in his process.
+    let _ = if context.json() { builder.json().try_init() } else { builder.try_init() };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use backtide_log_receiver::Config;
+
+    use super::*;
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file
+    }
+
+    fn message(failure: Failure) -> String {
+        match failure {
+            Failure::Error(error) => error.message,
+            Failure::ClosedPipe | Failure::Interrupted => String::new(),
+        }
+    }
+
+    #[test]
+    fn flags_go_before_the_file_and_that_before_defaults() {
+        let file = file("store = '/from/file'\napi = 'unix:/file/api.sock'\n[limits]\nmounts = 3\n");
+        let mut settings = Settings::read(Some(file.path())).unwrap();
+        settings.set("store", Some("/from/flag")).unwrap();
+        settings.set("listen", None::<Vec<Address>>).unwrap();
+        settings.set_default("api", Address::unix("/default/api.sock")).unwrap();
+        settings.set_default("run", "/default").unwrap();
+        let config: Config = settings.config().unwrap();
+        assert_eq!(config.store, Path::new("/from/flag"));
+        assert_eq!(config.api_address().to_string(), "unix:/file/api.sock");
+        assert_eq!(config.run_dir(), Path::new("/default"));
+        assert_eq!(config.limits.mounts, 3);
+    }
+
+    #[test]
+    fn an_unknown_setting_is_refused_and_named_with_its_file() {
+        let file = file("store = '/x'\nstroe = 1\n");
+        let settings = Settings::read(Some(file.path())).unwrap();
+        let text = message(settings.config::<Config>().unwrap_err());
+        assert!(text.contains("stroe") && text.contains(&file.path().display().to_string()), "{text}");
+        let text = message(Settings::read(Some(Path::new("/nonexistent.toml"))).err().unwrap());
+        assert!(text.starts_with("/nonexistent.toml: "), "{text}");
+    }
+
+    #[test]
+    fn sockets_are_beside_the_api() {
+        let places = Places::of_this_user();
+        assert_eq!(run_dir(&Address::unix("/a/b/api.sock"), &places), Path::new("/a/b"));
+        assert_eq!(run_dir(&"tcp://127.0.0.1:1".parse().unwrap(), &places), *places.run_dir());
+    }
+}

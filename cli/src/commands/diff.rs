@@ -1,0 +1,57 @@
+//! `backtide diff`: what changed between two points.
+
+use backtide_receiver_api::{DiffReport, DiffRequest};
+use backtide_units::DiskName;
+use clap::Args;
+
+use crate::{
+    arguments::ReceiverApi,
+    context::Context,
+    ending::{Ending, Failure},
+    quantity::size_both,
+};
+
+/// `backtide diff`
+#[derive(Args, Debug)]
+pub(crate) struct Diff {
+    /// The disk's name or UUID
+    name: DiskName,
+    /// The one point
+    #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+    from: String,
+    /// The other point
+    #[arg(long, value_name = "POINT", default_value = "latest", allow_hyphen_values = true)]
+    to: String,
+    #[command(flatten)]
+    api: ReceiverApi,
+}
+
+impl Diff {
+    /// Prints the ranges, one `OFFSET LENGTH` a line.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let request = DiffRequest { from: self.from, to: self.to };
+        let report = context.receiver(&self.api)?.diff(&self.name, &request).await?;
+        context.tell(&summary(&report));
+        if context.json() || !report.ranges.is_empty() {
+            context.print(&report, || ranges_text(&report))?;
+        }
+        Ok(Ending::Done)
+    }
+}
+
+fn summary(report: &DiffReport) -> String {
+    format!(
+        "disk {}: {} in {} ranges may differ between lsn:{} and lsn:{}, to {} bytes exactly",
+        report.from.disk.name.as_str(),
+        size_both(report.bytes),
+        report.ranges.len(),
+        report.from.lsn,
+        report.to.lsn,
+        report.granularity
+    )
+}
+
+fn ranges_text(report: &DiffReport) -> String {
+    let line = |range: &backtide_receiver_api::ByteSpan| format!("{} {}", range.offset, range.length);
+    report.ranges.iter().map(line).collect::<Vec<_>>().join("\n")
+}

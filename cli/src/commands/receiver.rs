@@ -1,0 +1,110 @@
+//! `backtide receiver run`: the log receiver as a process.
+
+use std::path::PathBuf;
+
+use backtide_control::{Address, ApiError, ErrorCode};
+use backtide_log_receiver::{Config, ListenError, StartError, StoreFileError};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use crate::{
+    commands::{
+        Stop,
+        daemon::{Settings, log_to_stderr, run_dir},
+    },
+    context::Context,
+    ending::{Ending, Failure},
+};
+
+/// `backtide receiver`
+#[derive(Debug, Subcommand)]
+pub(crate) enum Receiver {
+    /// Run the receiver until SIGTERM or ctrl-c; logs go to stderr, filtered by RUST_LOG [default: info]
+    Run(Run),
+}
+
+/// `backtide receiver run`
+#[derive(Args, Debug)]
+pub(crate) struct Run {
+    /// A TOML file, see docs/cli.md; flags and the environment go before it
+    #[arg(long, value_name = "FILE", env = "BACKTIDE_RECEIVER_CONFIG", hide_env_values = true)]
+    config: Option<PathBuf>,
+    /// The store's directory [default: /var/lib/backtide/store for root, else
+    /// ~/.local/state/backtide/store]
+    #[arg(long, value_name = "DIR", env = "BACKTIDE_STORE", hide_env_values = true)]
+    store: Option<PathBuf>,
+    /// Where to take disks' streams, again for more places [default: stream.sock beside the control API]
+    #[arg(long, value_name = "ADDR", env = "BACKTIDE_LISTEN", value_delimiter = ',', hide_env_values = true)]
+    listen: Vec<Address>,
+    /// Where to serve the control API: a unix socket, or TCP on loopback [default:
+    /// unix:/run/backtide/receiver.sock for root, else $XDG_RUNTIME_DIR/backtide/receiver.sock]
+    #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
+    api: Option<Address>,
+}
+
+/// What is printed when the receiver is ready.
+#[derive(Debug, Serialize)]
+struct Ready {
+    api: Address,
+    listen: Vec<Address>,
+    store_id: String,
+}
+
+impl Receiver {
+    /// Runs the receiver until a signal.
+    pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
+        let Self::Run(run) = self;
+        let config = run.settings(context)?;
+        log_to_stderr(context);
+        let receiver = backtide_log_receiver::Receiver::start(config).await.map_err(start_failure)?;
+        let ready = Ready {
+            api: receiver.api_address().clone(),
+            listen: receiver.stream_addresses().to_vec(),
+            store_id: receiver.store_id().0.to_string(),
+        };
+        let printed = context.print(&ready, || ready_text(&ready));
+        if !matches!(printed, Err(Failure::Error(_))) {
+            stop.asked().await;
+        }
+        receiver.shutdown().await;
+        printed.map(|()| Ending::Done)
+    }
+}
+
+impl Run {
+    fn settings(self, context: &Context) -> Result<Config, Failure> {
+        let places = context.places();
+        let mut settings = Settings::read(self.config.as_deref())?;
+        settings.set("store", self.store)?;
+        settings.set("api", self.api)?;
+        settings.set("listen", (!self.listen.is_empty()).then_some(self.listen))?;
+        settings.set_default("store", places.store())?;
+        settings.set_default("api", places.receiver_api())?;
+        let run = run_dir(&settings.get("api")?, places);
+        settings.set_default("run", run)?;
+        settings.config()
+    }
+}
+
+/// The error of a receiver that did not start, with its exit code.
+pub(crate) fn start_failure(error: StartError) -> Failure {
+    let code = match &error {
+        StartError::Api(bind) => bind.code(),
+        StartError::Listen(ListenError::InUse(_) | ListenError::NoSocket(_)) => ErrorCode::Locked,
+        StartError::Store(StoreFileError::Locked { .. }) => ErrorCode::Locked,
+        StartError::Store(StoreFileError::NotAStore { .. } | StoreFileError::Version { .. }) => {
+            ErrorCode::Refused
+        }
+        StartError::Store(StoreFileError::Damaged { .. }) => ErrorCode::Damaged,
+        StartError::Store(StoreFileError::Io { .. })
+        | StartError::Listen(ListenError::Io { .. })
+        | StartError::List(_)
+        | StartError::Io { .. } => ErrorCode::Failed,
+    };
+    ApiError::from_error(code, &error).into()
+}
+
+fn ready_text(ready: &Ready) -> String {
+    let listen: Vec<String> = ready.listen.iter().map(Address::to_string).collect();
+    format!("the receiver takes streams at {} and answers at {}", listen.join(" and "), ready.api)
+}

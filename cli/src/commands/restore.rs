@@ -1,0 +1,146 @@
+//! `backtide restore`: a point of a disk to a file, a device or an NBD server.
+
+use std::time::Instant;
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::{Client, NbdUri};
+use backtide_receiver_api::{Mount, MountRequest, ReceiverClient};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
+use clap::Args;
+use serde::Serialize;
+
+use crate::{
+    arguments::ReceiverApi,
+    commands::Stop,
+    context::Context,
+    ending::{Ending, Failure},
+    output::progress::Progress,
+    quantity::{duration_text, size_both, time_text},
+    restore::{Target, copy, verify},
+};
+
+/// `backtide restore`
+#[derive(Args, Debug)]
+pub(crate) struct Restore {
+    /// The disk's name or UUID
+    name: DiskName,
+    /// The point to restore
+    #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+    at: String,
+    /// Where to: a file, which becomes sparse and has mode 0600, a block device or an NBD URI
+    #[arg(long, value_name = "PATH|URI")]
+    output: String,
+    /// Overwrite a file or a block device that exists
+    #[arg(long)]
+    force: bool,
+    /// Do not read the result back to compare it
+    #[arg(long)]
+    no_verify: bool,
+    #[command(flatten)]
+    api: ReceiverApi,
+}
+
+/// What was restored; the JSON of the command.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    /// The disk's name.
+    pub(crate) disk: DiskName,
+    /// The disk's identity.
+    pub(crate) uuid: DiskId,
+    /// The last write the point includes.
+    pub(crate) lsn: Lsn,
+    /// When that was captured.
+    pub(crate) time: CaptureTime,
+    /// Where it was restored to.
+    pub(crate) output: String,
+    /// The size of the disk.
+    pub(crate) size: ByteCount,
+    /// How much was written; the rest are zeroes.
+    pub(crate) data_bytes: ByteCount,
+    /// Whether it was read back and compared.
+    pub(crate) verified: bool,
+    /// How long it took.
+    pub(crate) seconds: f64,
+}
+
+impl Restore {
+    /// Restores, or ends with nothing changed but a device or server that was being written.
+    pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
+        let receiver = context.receiver(&self.api)?;
+        let request = MountRequest { name: self.name, at: self.at, nbd: None };
+        let what = What { output: &self.output, force: self.force, verify: !self.no_verify };
+        let report = restore(context, &receiver, &request, what, stop.asked()).await?;
+        context.print(&report, || report_text(&report))?;
+        Ok(Ending::Done)
+    }
+}
+
+/// What to do with a point.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct What<'a> {
+    /// Where to write it.
+    pub(crate) output: &'a str,
+    /// Whether to replace what is there.
+    pub(crate) force: bool,
+    /// Whether to read it back.
+    pub(crate) verify: bool,
+}
+
+/// Mounts the point, restores it, and unmounts it, however that ends.
+pub(crate) async fn restore(
+    context: &Context,
+    receiver: &ReceiverClient,
+    request: &MountRequest,
+    what: What<'_>,
+    stop: impl Future<Output = ()>,
+) -> Result<Report, Failure> {
+    let mount = receiver.mount(request).await?;
+    let restored = tokio::select! {
+        restored = restore_mounted(context, &mount, what) => restored,
+        () = stop => Err(Failure::Interrupted),
+    };
+    let unmounted = receiver.unmount(&mount.id).await;
+    if let (Ok(_), Err(error)) = (&restored, &unmounted) {
+        context.warn(&format!("the mount {} is still there: {error}", mount.id));
+    }
+    restored
+}
+
+async fn restore_mounted(context: &Context, mount: &Mount, what: What<'_>) -> Result<Report, Failure> {
+    let begun = Instant::now();
+    let target = Target::open(what.output, mount.size, what.force).await?;
+    let uri: NbdUri = mount.uri.parse().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
+    let source =
+        Client::connect(&uri).await.map_err(|error| ApiError::from_error(ErrorCode::Unreachable, &error))?;
+    let copied = copy(&source, &target, &mut Progress::new(context, "restored")).await?;
+    drop(source);
+    if what.verify {
+        verify(&target, &copied, &mut Progress::new(context, "verified")).await?;
+    }
+    target.publish().await?;
+    Ok(Report {
+        disk: mount.disk.name.clone(),
+        uuid: mount.disk.uuid,
+        lsn: mount.lsn,
+        time: mount.time,
+        output: target.to_string(),
+        size: mount.size,
+        data_bytes: copied.data_bytes,
+        verified: what.verify,
+        seconds: begun.elapsed().as_secs_f64(),
+    })
+}
+
+fn report_text(report: &Report) -> String {
+    format!(
+        "restored {} as of lsn:{} ({}) to {}: {}, of which {} are data, in {}{}",
+        report.disk.as_str(),
+        report.lsn,
+        time_text(report.time),
+        report.output,
+        size_both(report.size),
+        size_both(report.data_bytes),
+        duration_text(report.seconds),
+        if report.verified { ", verified" } else { ", not verified" }
+    )
+}

@@ -1,0 +1,138 @@
+//! `backtide verify`: the live disk against the receiver, at a frozen point.
+
+use backtide_agent_api::{VerifyState, VerifyStatus};
+use backtide_control::ErrorCode;
+use backtide_units::{ByteCount, DiskName};
+use clap::Args;
+
+use crate::{
+    commands::attach::POLL,
+    context::Context,
+    ending::{Ending, Failure, failed},
+    output::progress::Progress,
+    quantity::size_both,
+};
+
+/// `backtide verify`
+#[derive(Args, Debug)]
+pub(crate) struct Verify {
+    /// The disk's name or UUID
+    name: DiskName,
+    /// Do not wait for the result
+    #[arg(long)]
+    no_wait: bool,
+    /// Show the verify that is running or the last one, and begin none
+    #[arg(long, conflicts_with = "no_wait")]
+    last: bool,
+}
+
+/// How many differing ranges people are shown; JSON has more.
+const SHOWN_MAX: usize = 20;
+
+impl Verify {
+    /// Begins a verify and waits for its report. Differences end with the exit code of damage.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let agent = context.agent()?;
+        let begun = if self.last {
+            agent.verify_status(&self.name).await?
+        } else {
+            agent.start_verify(&self.name).await?
+        };
+        let mut verify = begun;
+        if !self.no_wait && !self.last {
+            let mut progress = Progress::new(context, "compared");
+            while verify.state == VerifyState::Running {
+                progress.at(verify.compared_bytes, verify.total_bytes);
+                tokio::time::sleep(POLL).await;
+                let now = agent.verify_status(&self.name).await?;
+                if now.id != verify.id {
+                    return Err(failed(format!("another verify of disk {} has begun", self.name.as_str())));
+                }
+                verify = now;
+            }
+            progress.end();
+        }
+        context.print(&verify, || report_text(&verify))?;
+        ending(verify)
+    }
+}
+
+fn ending(verify: VerifyStatus) -> Result<Ending, Failure> {
+    match (verify.state, verify.error) {
+        (VerifyState::Failed, Some(error)) => Err(error.into()),
+        (VerifyState::Failed, None) => Err(failed("the verify failed and the agent did not say why")),
+        (VerifyState::Done, _) if verify.differing_count > 0 => Ok(Ending::Found(ErrorCode::Damaged)),
+        (VerifyState::Done | VerifyState::Running, _) => Ok(Ending::Done),
+    }
+}
+
+fn report_text(verify: &VerifyStatus) -> String {
+    let at = verify.at.map_or_else(|| "not frozen yet".to_owned(), |at| format!("at lsn:{at}"));
+    let name = verify.disk.as_str();
+    let compared = size_both(verify.compared_bytes);
+    match verify.state {
+        VerifyState::Running => {
+            format!("disk {name}: comparing {at}, {compared} of {}", size_both(verify.total_bytes))
+        }
+        VerifyState::Failed => format!("disk {name}: not verified, {compared} were compared {at}"),
+        VerifyState::Done if verify.differing_count == 0 => {
+            format!("disk {name}: identical at the receiver {at}, {compared} compared")
+        }
+        VerifyState::Done => {
+            let ByteCount(differing) = verify.differing_bytes;
+            let mut text = format!(
+                "disk {name}: DIFFERS from the receiver {at} in {} ranges, {differing} bytes of {compared}",
+                verify.differing_count
+            );
+            for span in verify.differing.iter().take(SHOWN_MAX) {
+                text.push_str(&format!("\n  {} +{}", span.offset, span.length));
+            }
+            if verify.differing_count > SHOWN_MAX as u64 {
+                text.push_str(&format!("\n  and {} more", verify.differing_count - SHOWN_MAX as u64));
+            }
+            text
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_agent_api::ByteSpan;
+    use backtide_units::{ByteOffset, CaptureTime, Lsn};
+
+    use super::*;
+
+    fn done(differing: Vec<ByteSpan>) -> VerifyStatus {
+        VerifyStatus {
+            disk: "vm1".parse().unwrap(),
+            id: 1,
+            state: VerifyState::Done,
+            at: Some(Lsn(40)),
+            from_lsn: Lsn(40),
+            to_lsn: Some(Lsn(44)),
+            started: CaptureTime(1),
+            ended: Some(CaptureTime(2)),
+            compared_bytes: ByteCount(1 << 20),
+            total_bytes: ByteCount(1 << 20),
+            differing_bytes: ByteCount(differing.iter().map(|span| span.length.0).sum()),
+            differing_count: differing.len() as u64,
+            differing,
+            error: None,
+        }
+    }
+
+    #[test]
+    fn differences_are_listed_and_end_as_damage() {
+        let same = done(vec![]);
+        assert!(report_text(&same).starts_with("disk vm1: identical at the receiver at lsn:40"));
+        assert_eq!(ending(same).unwrap(), Ending::Done);
+        let span = ByteSpan { offset: ByteOffset(65536), length: ByteCount(65536) };
+        let differs = done(vec![span; 21]);
+        let text = report_text(&differs);
+        assert!(
+            text.contains("DIFFERS") && text.contains("\n  65536 +65536") && text.ends_with("and 1 more"),
+            "{text}"
+        );
+        assert_eq!(ending(differs).unwrap(), Ending::Found(ErrorCode::Damaged));
+    }
+}

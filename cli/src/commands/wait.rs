@@ -1,0 +1,154 @@
+//! `backtide wait`: for scripts, instead of polling.
+
+use std::time::Duration;
+
+use backtide_agent_api::{AgentClient, DiskStatus, Mode};
+use backtide_control::{ApiError, ErrorCode};
+use backtide_receiver_api::ReceiverClient;
+use backtide_units::DiskName;
+use clap::{Args, ValueEnum};
+
+use crate::{
+    arguments::ReceiverApi,
+    commands::attach::POLL,
+    context::Context,
+    ending::{Ending, Failure, failed, wrong_usage},
+    output::{progress::Progress, status::disk_line},
+    quantity::{duration_text, parse_duration},
+};
+
+/// `backtide wait`
+#[derive(Args, Debug)]
+pub(crate) struct Wait {
+    /// The disk's name or UUID
+    name: DiskName,
+    /// For what
+    #[arg(long = "for", value_name = "STATE")]
+    state: State,
+    /// The point, with --for point
+    #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+    at: Option<String>,
+    /// How long at most; then the command fails [default: for ever]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    timeout: Option<Duration>,
+    #[command(flatten)]
+    api: ReceiverApi,
+}
+
+/// What can be waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum State {
+    /// In sync mode, and connected
+    Sync,
+    /// Everything the guest has written so far is durable at the receiver, as a point
+    Durable,
+    /// The stream to the receiver is established
+    Connected,
+    /// The receiver is away and blocks are tracked
+    Tracking,
+    /// The receiver can give back the point of --at
+    Point,
+}
+
+/// Whether a disk is in sync and its receiver is there.
+pub(crate) fn in_sync(disk: &DiskStatus) -> bool {
+    disk.mode == Mode::Sync && disk.connected
+}
+
+impl Wait {
+    /// Waits, then prints the disk's status.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let agent = context.agent()?;
+        let name = &self.name;
+        if self.at.is_some() != (self.state == State::Point) {
+            return Err(wrong_usage("--at POINT belongs to --for point, and --for point needs it"));
+        }
+        let disk = match self.state {
+            State::Sync => until(context, &agent, name, in_sync, self.timeout).await?,
+            State::Connected => until(context, &agent, name, |disk| disk.connected, self.timeout).await?,
+            State::Tracking => {
+                until(context, &agent, name, |disk| disk.mode == Mode::Tracking, self.timeout).await?
+            }
+            State::Durable => {
+                let last = agent.disk(name).await?.lsn.last;
+                let durable = move |disk: &DiskStatus| in_sync(disk) && disk.lsn.durable >= last;
+                until(context, &agent, name, durable, self.timeout).await?
+            }
+            State::Point => {
+                let receiver = context.receiver(&self.api)?;
+                let at = self.at.as_deref().unwrap_or_default();
+                let point = until_point(&receiver, name, at, self.timeout).await?;
+                context.print(&point, || format!("{}  lsn:{}", name.as_str(), point.lsn))?;
+                return Ok(Ending::Done);
+            }
+        };
+        context.print(&disk, || disk_line(&disk))?;
+        Ok(Ending::Done)
+    }
+}
+
+/// The disk's status once `reached` says so.
+pub(crate) async fn until(
+    context: &Context,
+    agent: &AgentClient,
+    name: &DiskName,
+    reached: impl Fn(&DiskStatus) -> bool,
+    timeout: Option<Duration>,
+) -> Result<DiskStatus, Failure> {
+    let mut last = agent.disk(name).await?;
+    let waiting = async {
+        let mut progress = Progress::new(context, "resynchronized");
+        while !reached(&last) {
+            if let Some(resync) = &last.resync {
+                progress.at(resync.done_bytes, resync.total_bytes);
+            }
+            tokio::time::sleep(POLL).await;
+            last = agent.disk(name).await?;
+        }
+        progress.end();
+        Ok::<(), Failure>(())
+    };
+    match within(timeout, waiting).await {
+        Some(result) => result.map(|()| last),
+        None => Err(timed_out(name, timeout, &format!("it is still in mode {}", disk_line(&last)))),
+    }
+}
+
+async fn until_point(
+    receiver: &ReceiverClient,
+    name: &DiskName,
+    at: &str,
+    timeout: Option<Duration>,
+) -> Result<backtide_receiver_api::ResolvedPoint, Failure> {
+    let mut why = String::new();
+    let waiting = async {
+        loop {
+            match receiver.resolve(name, at).await {
+                Ok(point) => return Ok(point),
+                Err(ApiError {
+                    code: ErrorCode::PointInHole | ErrorCode::PointNotFound, message, ..
+                }) => {
+                    why = message;
+                }
+                Err(error) => return Err(Failure::from(error)),
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    match within(timeout, waiting).await {
+        Some(result) => result,
+        None => Err(timed_out(name, timeout, &why)),
+    }
+}
+
+async fn within<T>(timeout: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {
+    match timeout {
+        Some(timeout) => tokio::time::timeout(timeout, work).await.ok(),
+        None => Some(work.await),
+    }
+}
+
+fn timed_out(name: &DiskName, timeout: Option<Duration>, why: &str) -> Failure {
+    let seconds = timeout.unwrap_or_default().as_secs_f64();
+    failed(format!("disk {} is not there after {}: {why}", name.as_str(), duration_text(seconds)))
+}

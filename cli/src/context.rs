@@ -1,0 +1,100 @@
+//! What every command has: whom to ask, and where to write.
+
+use std::io::{self, IsTerminal, Write};
+
+use backtide_agent_api::AgentClient;
+use backtide_control::Address;
+use backtide_receiver_api::ReceiverClient;
+use serde::Serialize;
+
+use crate::{
+    arguments::{Arguments, ReceiverApi},
+    ending::{Failure, failed},
+    places::Places,
+};
+
+/// The global arguments, with their defaults filled in.
+#[derive(Debug)]
+pub(crate) struct Context {
+    json: bool,
+    agent: Address,
+    places: Places,
+}
+
+impl Context {
+    /// Of one run of the command.
+    pub(crate) fn new(arguments: &Arguments) -> Self {
+        let places = Places::of_this_user();
+        let agent = arguments.agent.clone().unwrap_or_else(|| places.agent_api());
+        Self { json: arguments.json, agent, places }
+    }
+
+    /// Whether scripts read the output.
+    pub(crate) fn json(&self) -> bool {
+        self.json
+    }
+
+    /// Default places.
+    pub(crate) fn places(&self) -> &Places {
+        &self.places
+    }
+
+    /// The agent to ask.
+    pub(crate) fn agent(&self) -> Result<AgentClient, Failure> {
+        Ok(AgentClient::new(&self.agent)?)
+    }
+
+    /// The receiver to ask.
+    pub(crate) fn receiver(&self, given: &ReceiverApi) -> Result<ReceiverClient, Failure> {
+        let address = given.receiver.clone().unwrap_or_else(|| self.places.receiver_api());
+        Ok(ReceiverClient::new(&address)?)
+    }
+
+    /// Prints a result: `value` as JSON, or else the text.
+    pub(crate) fn print(&self, value: &impl Serialize, text: impl FnOnce() -> String) -> Result<(), Failure> {
+        if self.json {
+            let json = serde_json::to_string(value)
+                .map_err(|error| failed(format!("cannot write the result as JSON: {error}")))?;
+            return self.print_line(&json);
+        }
+        self.print_line(&text())
+    }
+
+    /// Prints one piece of data, with its line's end.
+    pub(crate) fn print_line(&self, text: &str) -> Result<(), Failure> {
+        let mut stdout = io::stdout().lock();
+        let written = stdout
+            .write_all(text.trim_end_matches('\n').as_bytes())
+            .and_then(|()| stdout.write_all(b"\n"))
+            .and_then(|()| stdout.flush());
+        match written {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::ClosedPipe),
+            Err(error) => Err(failed(format!("cannot write to stdout: {error}"))),
+        }
+    }
+
+    /// Tells the person something that is no data; scripts do not get it.
+    pub(crate) fn tell(&self, text: &str) {
+        if !self.json {
+            // Nothing can be done when stderr is gone.
+            let _ = writeln!(io::stderr(), "{text}");
+        }
+    }
+
+    /// Warns; scripts get it too, as a line of its own on stderr.
+    pub(crate) fn warn(&self, text: &str) {
+        let line = if self.json {
+            serde_json::json!({ "warning": text }).to_string()
+        } else {
+            format!("warning: {text}")
+        };
+        // Nothing can be done when stderr is gone.
+        let _ = writeln!(io::stderr(), "{line}");
+    }
+
+    /// Whether a person watches stderr, so that progress can be drawn.
+    pub(crate) fn draws_progress(&self) -> bool {
+        !self.json && io::stderr().is_terminal()
+    }
+}

@@ -1,0 +1,151 @@
+//! How a command ends: its exit code, and the error people or scripts read.
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with warnings, 4 not found, 5 refused,
+//! 6 peer unreachable, 8 damaged data, 130 interrupted.
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use backtide_control::{ApiError, ErrorCode};
+
+use crate::context::Context;
+
+/// Exit code of a command that was interrupted by a signal.
+const INTERRUPTED: u8 = 130;
+
+/// Exit code of a command that did its work and has something to say about it.
+const WARNINGS: u8 = 3;
+
+/// How a command that did its work ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// Without anything to remark.
+    Done,
+    /// With warnings, which are on stderr already.
+    Warnings,
+    /// The work was to check something, and this is what it found; said already.
+    Found(ErrorCode),
+}
+
+/// Why a command did not do its work.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// Something went wrong.
+    Error(Box<ApiError>),
+    /// The reader of stdout has gone away, as `head` does: it has what it wanted.
+    ClosedPipe,
+    /// A signal asked to stop.
+    Interrupted,
+}
+
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Self {
+        Self::Error(Box::new(error))
+    }
+}
+
+/// An error of code `failed`.
+pub(crate) fn failed(message: impl Into<String>) -> Failure {
+    ApiError::new(ErrorCode::Failed, message).into()
+}
+
+/// An error of code `usage`.
+pub(crate) fn wrong_usage(message: impl Into<String>) -> Failure {
+    ApiError::new(ErrorCode::Usage, message).into()
+}
+
+/// `what: why`, where `what` is what was tried.
+pub(crate) fn io_failure(what: impl std::fmt::Display, error: &io::Error) -> Failure {
+    let code = match error.kind() {
+        io::ErrorKind::NotFound => ErrorCode::NotFound,
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ErrorCode::Refused,
+        io::ErrorKind::AddrInUse => ErrorCode::Locked,
+        // The rest has no exit code of its own.
+        _ => ErrorCode::Failed,
+    };
+    ApiError::new(code, format!("{what}: {error}")).into()
+}
+
+/// Says what went wrong, if anything did, and gives the exit code.
+pub(crate) fn exit_code(result: Result<Ending, Failure>, context: &Context) -> ExitCode {
+    match result {
+        Ok(Ending::Done) | Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
+        Ok(Ending::Warnings) => ExitCode::from(WARNINGS),
+        Ok(Ending::Found(code)) => code.into(),
+        Err(Failure::Interrupted) => {
+            say("backtide: interrupted");
+            ExitCode::from(INTERRUPTED)
+        }
+        Err(Failure::Error(error)) => {
+            say(&error_text(&error, context.json()));
+            error.code.into()
+        }
+    }
+}
+
+/// Wrong usage, or `--help` and `--version`, which clap reports the same way.
+pub(crate) fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        return match error.print() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
+    if std::env::args_os().any(|argument| argument == "--json") {
+        let text = error.render().to_string();
+        let message = text.lines().next().unwrap_or_default();
+        let message = message.strip_prefix("error: ").unwrap_or(message);
+        let usage = ApiError::new(ErrorCode::Usage, message).with_hint("see `backtide help`");
+        say(&error_text(&usage, true));
+    } else {
+        // Nothing can be done when stderr is gone.
+        let _ = error.print();
+    }
+    ErrorCode::Usage.into()
+}
+
+/// The error as one line of JSON, or as a sentence and a hint.
+fn error_text(error: &ApiError, json: bool) -> String {
+    if json {
+        return serde_json::json!({ "error": error }).to_string();
+    }
+    match &error.hint {
+        Some(hint) => format!("backtide: {}\nhint: {hint}", error.message),
+        None => format!("backtide: {}", error.message),
+    }
+}
+
+fn say(text: &str) {
+    // Nothing can be done when stderr is gone.
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_a_sentence_and_a_hint_or_one_line_of_json() {
+        let error =
+            ApiError::new(ErrorCode::NotFound, "there is no disk vm9").with_hint("see `backtide status`");
+        assert_eq!(error_text(&error, false), "backtide: there is no disk vm9\nhint: see `backtide status`");
+        assert_eq!(
+            error_text(&error, true),
+            r#"{"error":{"code":"not-found","hint":"see `backtide status`","message":"there is no disk vm9"}}"#
+        );
+    }
+
+    #[test]
+    fn operating_system_errors_have_the_exit_code_of_their_kind() {
+        let code = |kind: io::ErrorKind| match io_failure("open x", &io::Error::from(kind)) {
+            Failure::Error(error) => error.code.exit_code(),
+            Failure::ClosedPipe | Failure::Interrupted => 0,
+        };
+        assert_eq!(code(io::ErrorKind::NotFound), 4);
+        assert_eq!(code(io::ErrorKind::PermissionDenied), 5);
+        assert_eq!(code(io::ErrorKind::StorageFull), 1);
+    }
+}

@@ -1,0 +1,30 @@
+//! Answers as text for people. JSON needs nothing here: the API's types are the shapes.
+
+pub(crate) mod mounts;
+pub(crate) mod points;
+pub(crate) mod progress;
+pub(crate) mod status;
+
+use comfy_table::{Cell, ContentArrangement, Table, presets};
+
+/// A table without lines: columns of text, the first row its titles.
+fn plain_table(titles: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(titles.iter().map(Cell::new));
+    for row in rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    let text = table.to_string();
+    text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
+}
+
+/// Labels and values below each other, the values in one column.
+fn facts(facts: &[(&str, String)]) -> String {
+    let width = facts.iter().map(|(label, _)| label.len()).max().unwrap_or(0);
+    let line = |(label, value): &(&str, String)| format!("{label:<width$}  {value}");
+    facts.iter().map(line).collect::<Vec<_>>().join("\n")
+}

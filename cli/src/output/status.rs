@@ -1,0 +1,129 @@
+//! Disks' status: a line each, or one in full.
+
+use backtide_agent_api::{DiskStatus, Mode, PassKind, ResyncStatus};
+
+use crate::{
+    output::{facts, plain_table},
+    quantity::{duration_text, size_both, size_text, time_text},
+};
+
+/// All disks, a line each.
+pub(crate) fn table(disks: &[DiskStatus]) -> String {
+    if disks.is_empty() {
+        return "no disks; `backtide attach NAME IMAGE --receiver ADDR` protects one".to_owned();
+    }
+    let row = |disk: &DiskStatus| {
+        vec![
+            disk.name.as_str().to_owned(),
+            mode_text(disk),
+            lag_text(disk),
+            size_text(disk.dirty.bytes),
+            disk.resync.as_ref().map(resync_text).unwrap_or_default(),
+            disk.reason.clone(),
+        ]
+    };
+    plain_table(&["DISK", "MODE", "LAG", "DIRTY", "RESYNC", "REASON"], disks.iter().map(row))
+}
+
+/// One disk in one line.
+pub(crate) fn disk_line(disk: &DiskStatus) -> String {
+    format!("{}  {}: {}", disk.name.as_str(), mode_text(disk), disk.reason)
+}
+
+/// One disk in full.
+pub(crate) fn disk_text(disk: &DiskStatus) -> String {
+    let mut lines = vec![
+        ("disk", format!("{} ({})", disk.name.as_str(), disk.uuid.0)),
+        ("mode", format!("{}: {}", mode_text(disk), disk.reason)),
+        ("NBD", disk.nbd_uri.clone()),
+        ("image", format!("{}, {}, by {}", disk.image, size_both(disk.size), disk.engine)),
+        (
+            "receiver",
+            format!("{}, {}", disk.receiver, if disk.connected { "connected" } else { "not connected" }),
+        ),
+    ];
+    if let Some(error) = &disk.last_error {
+        lines.push(("last error", format!("{}: {} ({})", time_text(error.time), error.message, error.code)));
+    }
+    lines.push((
+        "LSN",
+        format!("{} last, {} received, {} durable", disk.lsn.last, disk.lsn.received, disk.lsn.durable),
+    ));
+    lines.push(("lag", lag_text(disk)));
+    lines.push(("dirty", format!("{} blocks, {}", disk.dirty.blocks, size_text(disk.dirty.bytes))));
+    lines.push(("window", format!("{} of {}", size_text(disk.window.bytes), size_text(disk.window.limit))));
+    if let Some(resync) = &disk.resync {
+        lines.push(("resync", format!("{}, {}", resync_text(resync), resync.reason)));
+        lines.push(("", resync_point_text(resync)));
+    }
+    lines.push(("acknowledged", format!("{}, {} in an outage", disk.ack, disk.on_outage)));
+    lines.push(("clients", disk.clients.to_string()));
+    lines.push((
+        "since attach",
+        format!(
+            "{} writes ({}), {} reads ({}), {} flushes; epoch {}",
+            disk.counters.writes,
+            size_text(disk.counters.write_bytes),
+            disk.counters.reads,
+            size_text(disk.counters.read_bytes),
+            disk.counters.flushes,
+            disk.epoch
+        ),
+    ));
+    facts(&lines)
+}
+
+/// What the receiver lacks of a disk, if it lacks anything.
+pub(crate) fn missing_at_receiver(disk: &DiskStatus) -> Option<String> {
+    if disk.dirty.blocks.0 > 0 {
+        return Some(format!("{} changed blocks", disk.dirty.blocks));
+    }
+    (disk.lag.records > 0).then(|| format!("{} writes", disk.lag.records))
+}
+
+fn mode_text(disk: &DiskStatus) -> String {
+    let mode = match disk.mode {
+        Mode::Sync => "sync",
+        Mode::Resync => "resync",
+        Mode::Tracking => "tracking",
+        Mode::Paused => "paused",
+        Mode::Detached => "detached",
+    };
+    if disk.mode == Mode::Sync && !disk.connected {
+        format!("{mode} (disconnected)")
+    } else {
+        mode.to_owned()
+    }
+}
+
+fn lag_text(disk: &DiskStatus) -> String {
+    if disk.lag.records == 0 && disk.dirty.blocks.0 == 0 {
+        return "none".to_owned();
+    }
+    format!("{}, {} writes, {}", duration_text(disk.lag.seconds), disk.lag.records, size_text(disk.lag.bytes))
+}
+
+fn resync_text(resync: &ResyncStatus) -> String {
+    let percent = (resync.done_bytes.0 * 100).checked_div(resync.total_bytes.0).unwrap_or(100).min(100);
+    let eta = match resync.eta_seconds {
+        Some(seconds) => format!(", {} left", duration_text(seconds as f64)),
+        None => String::new(),
+    };
+    let what = if resync.compare { "compared" } else { "sent" };
+    format!("pass {} {percent}% {what} at {}/s{eta}", resync.pass, size_text(resync.rate))
+}
+
+fn resync_point_text(resync: &ResyncStatus) -> String {
+    let meanwhile = match resync.kind {
+        PassKind::Forwarding => "writes are forwarded meanwhile",
+        PassKind::Coalescing => "writes are gathered for the next pass",
+    };
+    if resync.point_recoverable {
+        format!("{meanwhile}; lsn:{} becomes a point when the pass ends", resync.at)
+    } else {
+        format!("{meanwhile}; lsn:{} is not going to be a point", resync.at)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

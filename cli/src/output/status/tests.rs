@@ -1,0 +1,164 @@
+//! What people see of a disk's status.
+
+use backtide_agent_api::{
+    AckPolicy, Counters, Dirty, DiskStatus, Lag, Limits, LsnStatus, Mode, OnOutage, PassKind, PeerError,
+    ResyncStatus, Window,
+};
+use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, Epoch, Lsn};
+
+use super::*;
+
+/// A disk in sync.
+pub(crate) fn in_sync() -> DiskStatus {
+    DiskStatus {
+        name: "vm1".parse().unwrap(),
+        uuid: DiskId::random(),
+        mode: Mode::Sync,
+        reason: "every write is forwarded".to_owned(),
+        reason_code: "in-sync".to_owned(),
+        connected: true,
+        receiver: "unix:/run/backtide/stream.sock".parse().unwrap(),
+        last_error: None,
+        nbd_uri: "nbd+unix:///vm1?socket=/run/backtide/vm1.nbd".to_owned(),
+        image: "/images/vm1.img".to_owned(),
+        size: ByteCount(1 << 30),
+        epoch: Epoch(3),
+        history: None,
+        lsn: LsnStatus { last: Lsn(90), received: Lsn(90), durable: Lsn(90) },
+        lag: Lag::default(),
+        dirty: Dirty::default(),
+        window: Window { bytes: ByteCount(0), limit: ByteCount(64 << 20) },
+        resync: None,
+        ack: AckPolicy::Local,
+        on_outage: OnOutage::Continue,
+        limits: Limits::default(),
+        counters: Counters::default(),
+        engine: "pread".to_owned(),
+        clients: 1,
+    }
+}
+
+/// The same disk half way through a resync.
+fn in_resync() -> DiskStatus {
+    DiskStatus {
+        mode: Mode::Resync,
+        reason: "the receiver was away longer than the retained window lasts".to_owned(),
+        reason_code: "receiver-away".to_owned(),
+        lag: Lag { records: 12, bytes: ByteCount(8 << 20), seconds: 65.0 },
+        dirty: Dirty { blocks: BlockCount(2048), bytes: ByteCount(8 << 20) },
+        resync: Some(ResyncStatus {
+            pass: 1,
+            at: Lsn(80),
+            kind: PassKind::Forwarding,
+            compare: false,
+            forfeited: false,
+            done_bytes: ByteCount(24 << 20),
+            total_bytes: ByteCount(32 << 20),
+            rate: ByteCount(4 << 20),
+            eta_seconds: Some(2),
+            reason: "the receiver was away longer than the retained window lasts".to_owned(),
+            reason_code: "receiver-away".to_owned(),
+            point_recoverable: true,
+        }),
+        ..in_sync()
+    }
+}
+
+#[test]
+fn a_table_has_a_line_for_each_disk() {
+    let text = table(&[in_sync(), in_resync()]);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    assert!(lines[0].starts_with("DISK  MODE    LAG"), "{text}");
+    assert!(lines[1].starts_with("vm1   sync    none"), "{text}");
+    assert!(lines[2].contains("1m 5s, 12 writes, 8.0 MiB"), "{text}");
+    assert!(lines[2].contains("pass 1 75% sent at 4.0 MiB/s, 2.0s left"), "{text}");
+    assert!(lines[2].ends_with("the receiver was away longer than the retained window lasts"), "{text}");
+    assert!(table(&[]).contains("backtide attach"), "an empty list says what to do");
+}
+
+#[test]
+fn one_disk_is_shown_in_full() {
+    let text = disk_text(&in_resync());
+    for part in [
+        "resync: the receiver was away longer",
+        "nbd+unix:///vm1?socket=/run/backtide/vm1.nbd",
+        "1.0 GiB (1073741824 bytes)",
+        "90 last, 90 received, 90 durable",
+        "2048 blocks, 8.0 MiB",
+        "writes are forwarded meanwhile; lsn:80 becomes a point when the pass ends",
+        "local, continue in an outage",
+    ] {
+        assert!(text.contains(part), "{part:?} is missing in:\n{text}");
+    }
+}
+
+#[test]
+fn a_lost_receiver_is_shown_with_its_words() {
+    let mut disk = in_sync();
+    disk.connected = false;
+    disk.last_error = Some(PeerError {
+        code: "fenced".to_owned(),
+        message: "epoch 4 owns the disk".to_owned(),
+        time: CaptureTime(1_772_366_400_000_000),
+    });
+    let text = disk_text(&disk);
+    assert!(text.contains("sync (disconnected)"), "{text}");
+    assert!(text.contains("epoch 4 owns the disk (fenced)"), "{text}");
+}
+
+#[test]
+fn what_the_receiver_lacks_is_counted() {
+    assert_eq!(missing_at_receiver(&in_sync()), None);
+    assert_eq!(missing_at_receiver(&in_resync()).unwrap(), "2048 changed blocks");
+}
+
+#[test]
+fn the_json_has_the_documented_fields() {
+    let value = serde_json::to_value(in_resync()).unwrap();
+    for path in [
+        "/name",
+        "/uuid",
+        "/mode",
+        "/reason",
+        "/reason_code",
+        "/connected",
+        "/receiver",
+        "/last_error",
+        "/nbd_uri",
+        "/image",
+        "/size",
+        "/epoch",
+        "/history",
+        "/lsn/last",
+        "/lsn/received",
+        "/lsn/durable",
+        "/lag/records",
+        "/lag/bytes",
+        "/lag/seconds",
+        "/dirty/blocks",
+        "/dirty/bytes",
+        "/window/bytes",
+        "/window/limit",
+        "/resync/pass",
+        "/resync/at",
+        "/resync/kind",
+        "/resync/compare",
+        "/resync/forfeited",
+        "/resync/done_bytes",
+        "/resync/total_bytes",
+        "/resync/rate",
+        "/resync/eta_seconds",
+        "/resync/reason",
+        "/resync/point_recoverable",
+        "/ack",
+        "/on_outage",
+        "/counters/writes",
+        "/engine",
+        "/clients",
+    ] {
+        assert!(value.pointer(path).is_some(), "{path} is missing in {value}");
+    }
+    assert_eq!(value["mode"], "resync");
+    assert_eq!(value["size"], 1_u64 << 30);
+}

@@ -1,0 +1,14 @@
+//! A point written to a target: read over NBD, pipelined, sparse, then read back and compared.
+//!
+//! The disk is looked at in pieces of 1 MiB on a fixed grid, in windows of 1 GiB. Each side gives a
+//! digest per window, so that verifying needs 32 bytes of memory per GiB and can name the window
+//! that differs. A piece without data has a digest without being read, on either side.
+
+mod copy;
+mod device;
+mod file;
+mod pieces;
+mod target;
+
+pub(crate) use copy::{copy, verify};
+pub(crate) use target::Target;

@@ -1,0 +1,150 @@
+//! A new file as a target: written under a temporary name beside its place, and moved there when
+//! it is whole and durable. Nobody ever sees half a restore under the name that was asked for.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::Extent;
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use bytes::Bytes;
+use rustix::fs::{Advice, SeekFrom, fadvise, seek};
+use tempfile::NamedTempFile;
+
+use crate::{
+    ending::{Failure, io_failure},
+    restore::target::blocking,
+};
+
+/// A file that has no name yet. Dropped before [`NewFile::publish`], it is gone.
+#[derive(Clone)]
+pub(crate) struct NewFile {
+    file: Arc<File>,
+    /// Taken when the file gets its name.
+    temporary: Arc<Mutex<Option<NamedTempFile>>>,
+    path: PathBuf,
+    replace: bool,
+}
+
+impl NewFile {
+    /// Of `size` bytes, all zeroes and without space. It gets mode 0600: it holds a disk.
+    pub(crate) fn create(path: &Path, size: ByteCount, replace: bool) -> Result<Self, Failure> {
+        let failed = |error: io::Error| io_failure(format_args!("create {}", path.display()), &error);
+        let parent = path.parent().unwrap_or(Path::new("/"));
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let prefix = format!(".{name}.");
+        let temporary = tempfile::Builder::new()
+            .prefix(&prefix)
+            .suffix(".restoring")
+            .tempfile_in(parent)
+            // The path of the temporary file is in the error; people asked for another one.
+            .map_err(|error| failed(error.kind().into()))?;
+        temporary.as_file().set_len(size.0).map_err(failed)?;
+        if replace && let Ok(found) = std::fs::metadata(path) {
+            temporary.as_file().set_permissions(found.permissions()).map_err(failed)?;
+        }
+        let file = Arc::new(temporary.as_file().try_clone().map_err(failed)?);
+        Ok(Self { file, temporary: Arc::new(Mutex::new(Some(temporary))), path: path.to_owned(), replace })
+    }
+
+    /// The name it is going to have.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) async fn write(&self, range: ByteRange, data: Bytes) -> Result<(), Failure> {
+        let file = Arc::clone(&self.file);
+        blocking(&self.path, "write", move || file.write_all_at(&data, range.start().0)).await
+    }
+
+    pub(super) async fn sync(&self) -> Result<(), Failure> {
+        let file = Arc::clone(&self.file);
+        blocking(&self.path, "sync", move || {
+            file.sync_all()?;
+            // What is read back to verify shall come from the disk, not from memory. It is advice:
+            // where it is not taken, the comparison is still made.
+            let _ = fadvise(&file, 0, None, Advice::DontNeed);
+            Ok(())
+        })
+        .await
+    }
+
+    pub(super) async fn read(&self, range: ByteRange) -> Result<Bytes, Failure> {
+        let file = Arc::clone(&self.file);
+        blocking(&self.path, "read", move || read_exact(&file, range)).await
+    }
+
+    pub(super) async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, Failure> {
+        let file = Arc::clone(&self.file);
+        blocking(&self.path, "look for data in", move || allocated(&file, range)).await
+    }
+
+    pub(super) async fn publish(&self) -> Result<(), Failure> {
+        let temporary = self.temporary.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let temporary = temporary.expect("a restored file gets its name once");
+        let (path, replace) = (self.path.clone(), self.replace);
+        let named = blocking(&self.path, "name", move || {
+            let kept = if replace { temporary.persist(&path) } else { temporary.persist_noclobber(&path) };
+            match kept {
+                Ok(_) => sync_directory(&path).map(|()| true),
+                Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+                Err(error) => Err(error.error),
+            }
+        })
+        .await?;
+        if named {
+            return Ok(());
+        }
+        let message = format!("{} has appeared meanwhile", self.path.display());
+        Err(ApiError::new(ErrorCode::Exists, message).into())
+    }
+}
+
+/// The bytes of a range.
+pub(super) fn read_exact(file: &File, range: ByteRange) -> io::Result<Bytes> {
+    let mut data = vec![0; range.count().0 as usize];
+    file.read_exact_at(&mut data, range.start().0)?;
+    Ok(data.into())
+}
+
+/// Which parts of a range the file system keeps space for. Where it cannot tell: all of it.
+fn allocated(file: &File, range: ByteRange) -> io::Result<Vec<Extent>> {
+    let mut extents = Vec::new();
+    let (mut at, end) = (range.start().0, range.end().0);
+    while at < end {
+        let data = match seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(end),
+            Err(rustix::io::Errno::NXIO) => end,
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => at,
+            Err(error) => return Err(error.into()),
+        };
+        if data > at {
+            extents.push(Extent::hole(ByteCount(data - at)));
+        }
+        if data >= end {
+            break;
+        }
+        let hole = seek(file, SeekFrom::Hole(data)).unwrap_or(end).clamp(data, end);
+        // A hole at its own beginning would be an endless loop; it cannot hold data twice.
+        let hole = if hole == data { end } else { hole };
+        extents.push(Extent::data(ByteCount(hole - data)));
+        at = hole;
+    }
+    debug_assert_eq!(
+        extents.iter().map(|extent| extent.length.0).sum::<u64>(),
+        range.count().0,
+        "extents cover the range from {}",
+        ByteOffset(range.start().0)
+    );
+    Ok(extents)
+}
+
+/// A rename is durable when its directory is.
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}

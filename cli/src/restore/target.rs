@@ -1,0 +1,199 @@
+//! Where a point is written: a file, a block device, or an NBD server.
+//!
+//! Invariant: opening a target changes nothing in what is there already; what cannot hold the
+//! point is refused then.
+
+use std::{
+    fmt,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+};
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::{Client, Extent, NbdUri, ZeroOptions};
+use backtide_units::{ByteCount, ByteRange};
+use bytes::Bytes;
+
+use crate::{
+    ending::{Failure, io_failure, wrong_usage},
+    quantity::size_both,
+    restore::{device::Device, file::NewFile},
+};
+
+/// A target that is open.
+#[derive(Clone)]
+pub(crate) enum Target {
+    /// A new file under a temporary name.
+    File(NewFile),
+    /// A block device.
+    Device(Device),
+    /// An export of an NBD server.
+    Nbd {
+        /// As it was given.
+        uri: String,
+        /// The connection.
+        client: Client,
+    },
+}
+
+impl Target {
+    /// Opens `output` for a point of `size` bytes. `force` allows to replace what is there.
+    pub(crate) async fn open(output: &str, size: ByteCount, force: bool) -> Result<Self, Failure> {
+        if output.contains("://") {
+            return Self::connect(output, size).await;
+        }
+        let path = std::path::absolute(output).map_err(|error| io_failure(output, &error))?;
+        match std::fs::metadata(&path) {
+            Ok(_) if !force => {
+                let message = format!("{} exists already", path.display());
+                Err(ApiError::new(ErrorCode::Exists, message)
+                    .with_hint("take another name, or --force to overwrite it")
+                    .into())
+            }
+            Ok(found) if found.file_type().is_block_device() => Device::open(&path, size).map(Self::Device),
+            Ok(found) if !found.is_file() => {
+                Err(wrong_usage(format!("{} is neither a file nor a block device", path.display())))
+            }
+            Ok(_) => {
+                let real =
+                    std::fs::canonicalize(&path).map_err(|error| io_failure(path.display(), &error))?;
+                NewFile::create(&real, size, true).map(Self::File)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                NewFile::create(&path, size, force).map(Self::File)
+            }
+            Err(error) => Err(io_failure(path.display(), &error)),
+        }
+    }
+
+    async fn connect(output: &str, size: ByteCount) -> Result<Self, Failure> {
+        let uri: NbdUri = output.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
+        let client = Client::connect(&uri)
+            .await
+            .map_err(|error| ApiError::from_error(ErrorCode::Unreachable, &error))?;
+        if client.flags().read_only() {
+            return Err(ApiError::new(ErrorCode::Refused, format!("{output} is read-only")).into());
+        }
+        enough_room(output, client.size(), size)?;
+        Ok(Self::Nbd { uri: output.to_owned(), client })
+    }
+
+    /// Whether everything in it reads as zeroes, so that zeroes need not be written.
+    pub(crate) fn is_fresh(&self) -> bool {
+        match self {
+            Self::File(_) => true,
+            Self::Device(_) | Self::Nbd { .. } => false,
+        }
+    }
+
+    /// Writes `data` at the start of `range`, which has its length.
+    pub(crate) async fn write(&self, range: ByteRange, data: Bytes) -> Result<(), Failure> {
+        match self {
+            Self::File(file) => file.write(range, data).await,
+            Self::Device(device) => device.write(range, data).await,
+            Self::Nbd { uri, client } => client
+                .write(range.start(), data, false)
+                .await
+                .map_err(|error| nbd_failure("write", uri, &error)),
+        }
+    }
+
+    /// Makes a range read as zeroes, without space where that can be.
+    pub(crate) async fn zero(&self, range: ByteRange) -> Result<(), Failure> {
+        match self {
+            Self::File(_) => Ok(()),
+            Self::Device(device) => device.zero(range).await,
+            Self::Nbd { uri, client } => client
+                .write_zeroes(range.start(), range.count(), ZeroOptions::default())
+                .await
+                .map_err(|error| nbd_failure("write zeroes", uri, &error)),
+        }
+    }
+
+    /// Makes everything written durable.
+    pub(crate) async fn sync(&self) -> Result<(), Failure> {
+        match self {
+            Self::File(file) => file.sync().await,
+            Self::Device(device) => device.sync().await,
+            Self::Nbd { uri, client } => {
+                client.flush().await.map_err(|error| nbd_failure("flush", uri, &error))
+            }
+        }
+    }
+
+    /// Reads back.
+    pub(crate) async fn read(&self, range: ByteRange) -> Result<Bytes, Failure> {
+        match self {
+            Self::File(file) => file.read(range).await,
+            Self::Device(device) => device.read(range).await,
+            Self::Nbd { uri, client } => client
+                .read(range.start(), range.count())
+                .await
+                .map_err(|error| nbd_failure("read", uri, &error)),
+        }
+    }
+
+    /// Which parts of a range may hold data.
+    pub(crate) async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, Failure> {
+        match self {
+            Self::File(file) => file.extents(range).await,
+            Self::Device(_) => Ok(vec![Extent::data(range.count())]),
+            Self::Nbd { uri, client } => client
+                .block_status(range.start(), range.count())
+                .await
+                .map_err(|error| nbd_failure("read the block status of", uri, &error)),
+        }
+    }
+
+    /// Gives a file its name; before that nobody sees it.
+    pub(crate) async fn publish(&self) -> Result<(), Failure> {
+        match self {
+            Self::File(file) => file.publish().await,
+            Self::Device(_) | Self::Nbd { .. } => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(file) => file.path().display().fmt(f),
+            Self::Device(device) => device.path().display().fmt(f),
+            Self::Nbd { uri, .. } => uri.fmt(f),
+        }
+    }
+}
+
+/// Refuses a target of `has` bytes for a point of `needed`.
+pub(crate) fn enough_room(
+    target: impl fmt::Display,
+    has: ByteCount,
+    needed: ByteCount,
+) -> Result<(), Failure> {
+    if has >= needed {
+        return Ok(());
+    }
+    let message = format!("{target} has {} and the point needs {}", size_both(has), size_both(needed));
+    Err(ApiError::new(ErrorCode::Refused, message).into())
+}
+
+/// Runs what blocks on the runtime's threads for that.
+pub(crate) async fn blocking<T: Send + 'static>(
+    path: &Path,
+    what: &'static str,
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, Failure> {
+    let path: PathBuf = path.to_owned();
+    let failed = |error: std::io::Error| io_failure(format_args!("{what} {}", path.display()), &error);
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(failed),
+        // Only a panic of the work or the runtime's end.
+        Err(error) => Err(failed(std::io::Error::other(error))),
+    }
+}
+
+fn nbd_failure(what: &str, uri: &str, error: &backtide_export::ClientError) -> Failure {
+    let code = if error.is_lost() { ErrorCode::Unreachable } else { ErrorCode::Failed };
+    let cause = ApiError::from_error(code, error);
+    ApiError { message: format!("{what} {uri}: {}", cause.message), ..cause }.into()
+}
