@@ -8,10 +8,12 @@
 //! Both traits are synchronous and object-safe: callers hold `Arc<dyn Storage>`. A call to a
 //! function table is nothing beside a system call, and no generic parameter spreads through the store.
 
+mod image;
 mod memory;
 mod real;
 mod seam;
 
+pub use image::{ImageError, ImageFile};
 pub use memory::{MemoryStorage, OperationCounts};
 pub use real::RealStorage;
 pub use seam::{Storage, StorageFile, read_file, replace_file};
