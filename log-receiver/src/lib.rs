@@ -1,1 +1,45 @@
 //! The log receiver: takes streams, keeps timelines, serves points.
+//!
+//! The way of a frame, file by file: [`accept`] waits for the agent's hello and sends the connection
+//! to the thread that owns the disk ([`ingest`]); [`connection`] reads; [`session`] decides what a
+//! message means; [`entries`] puts it into the log's words; [`disks`] and [`disk`] hold the logs;
+//! [`commit`] makes them durable. The way back: [`service`] answers the control API with [`points`]
+//! and [`changes`], [`mounts`] serves a [`point_export`] over NBD.
+//!
+//! [`session`], [`disks`] and [`disk`] know no socket, no clock and no thread: a simulation drives
+//! them over a storage in memory. Everything around is [`Receiver`].
+
+mod accept;
+mod connection;
+mod ingest;
+mod socket;
+
+mod commit;
+mod compare;
+mod disk;
+mod disks;
+mod entries;
+mod names;
+pub mod session;
+
+mod changes;
+mod clock;
+mod config;
+mod facts;
+mod mounts;
+mod point_export;
+mod points;
+mod pool;
+mod receiver;
+mod service;
+mod store_file;
+
+pub use compare::CompareJob;
+pub use config::{Config, Limits};
+pub use disk::{CommitOutcome, CommitTicket, Disk, DiskError};
+pub use disks::{Claim, Disks, ListError, Shelf};
+pub use names::Names;
+pub use receiver::{Receiver, StartError};
+pub use session::{ConnectionId, Effect, Session};
+pub use socket::ListenError;
+pub use store_file::{STORE_VERSION, StoreFileError, StoreId};

@@ -1,0 +1,116 @@
+//! What a receiver can be told. Every value has a default but the store's place.
+
+use std::path::{Path, PathBuf};
+
+use backtide_control::Address;
+use backtide_recovery::{CacheLimits, LogOptions};
+use backtide_units::ByteCount;
+use serde::{Deserialize, Serialize};
+
+/// A receiver's configuration; in TOML the same names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The store's directory; made when it is missing.
+    pub store: PathBuf,
+    /// The directory of sockets; made when it is missing. Default: `run` in the store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<PathBuf>,
+    /// Where agents' streams are taken. Default: `unix:RUN/stream.sock`.
+    #[serde(default)]
+    pub listen: Vec<Address>,
+    /// Where the control API is served. Default: `unix:RUN/receiver.sock`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api: Option<Address>,
+    /// Limits of memory, threads, files and space.
+    #[serde(default)]
+    pub limits: Limits,
+}
+
+/// Bounds of a receiver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Threads that own disks and their connections. Default: the processors, at most 4.
+    pub ingest_threads: usize,
+    /// Threads that sync segment files. Default 4.
+    pub commit_threads: usize,
+    /// Threads that read for mounts, compares and the control API. Default 4.
+    pub read_threads: usize,
+    /// Streams open at once; further ones are closed at once. Default 1024.
+    pub connections: usize,
+    /// Disks the store takes. Default 1024.
+    pub disks: usize,
+    /// Mounts open at once. Default 64.
+    pub mounts: usize,
+    /// Bytes per disk that were received and are not durable yet; above it nothing more is read
+    /// from that disk's stream. Default 64 MiB.
+    pub undurable_bytes: ByteCount,
+    /// New data is refused when less than this is free in the store. Default 64 MiB.
+    pub free_bytes_min: ByteCount,
+    /// A segment is sealed when it would grow beyond this. Default 64 MiB.
+    pub segment_bytes: ByteCount,
+    /// Memory for index blocks of all readers. Default 64 MiB.
+    pub index_cache_bytes: ByteCount,
+    /// Sealed segment files kept open for readers. Default 256.
+    pub open_segments: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let log = LogOptions::default();
+        let cache = CacheLimits::default();
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            ingest_threads: processors.min(4),
+            commit_threads: 4,
+            read_threads: 4,
+            connections: 1024,
+            disks: 1024,
+            mounts: 64,
+            undurable_bytes: ByteCount(64 << 20),
+            free_bytes_min: ByteCount(64 << 20),
+            segment_bytes: log.segment_bytes_max,
+            index_cache_bytes: cache.index_bytes_max,
+            open_segments: cache.open_files_max,
+        }
+    }
+}
+
+impl Limits {
+    pub(crate) fn log(&self) -> LogOptions {
+        LogOptions { segment_bytes_max: self.segment_bytes, ..LogOptions::default() }
+    }
+
+    pub(crate) fn cache(&self) -> CacheLimits {
+        CacheLimits { index_bytes_max: self.index_cache_bytes, open_files_max: self.open_segments }
+    }
+}
+
+impl Config {
+    /// The defaults for a store at `store`.
+    pub fn new(store: impl Into<PathBuf>) -> Self {
+        Self { store: store.into(), run: None, listen: Vec::new(), api: None, limits: Limits::default() }
+    }
+
+    /// The directory of sockets.
+    pub fn run_dir(&self) -> PathBuf {
+        self.run.clone().unwrap_or_else(|| self.store.join("run"))
+    }
+
+    /// Where streams are taken.
+    pub fn listen_addresses(&self) -> Vec<Address> {
+        if self.listen.is_empty() { vec![self.socket("stream.sock")] } else { self.listen.clone() }
+    }
+
+    /// Where the control API is served.
+    pub fn api_address(&self) -> Address {
+        self.api.clone().unwrap_or_else(|| self.socket("receiver.sock"))
+    }
+
+    fn socket(&self, name: &str) -> Address {
+        let path = self.run_dir().join(name);
+        // Addresses hold absolute paths; a relative store is meant from here.
+        Address::Unix(std::path::absolute(Path::new(&path)).unwrap_or(path))
+    }
+}

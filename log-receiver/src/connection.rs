@@ -1,0 +1,205 @@
+//! The driver around a [`Session`]: one task per agent, on the thread that owns its disk.
+//!
+//! One read brings many frames; all of them go into the log, then one commit is asked for and one
+//! acknowledgement sent. Bounded: it does not read while the disk has too much that is not durable,
+//! while too many compares are being answered, or while the agent does not take what it is sent.
+
+use std::{collections::VecDeque, io, rc::Rc, time::Duration};
+
+use backtide_protocol::{
+    CloseCode, Closed, CompareResult, Decoder, Message, ProtocolError, Sequenced, encode,
+};
+use backtide_recovery::LogError;
+use bytes::{Buf, BytesMut};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    task::JoinHandle,
+};
+
+use crate::{
+    accept::{Arrival, drain},
+    disk::{Disk, chain},
+    disks::closed,
+    ingest::{Ingest, Wakeup},
+    pool::GivenUp,
+    session::{ConnectionId, Effect, Session},
+    socket::Duplex,
+};
+
+/// Compares being answered; above it nothing more is read.
+const COMPARES_MAX: usize = 8;
+
+/// Bytes waiting to be taken by the agent; above it nothing more is read.
+const OUTPUT_BYTES_MAX: usize = 256 * 1024;
+
+/// How long a connection that is being closed waits for the agent to take the reason.
+const CLOSE_GRACE: Duration = Duration::from_secs(2);
+
+struct Connection {
+    id: ConnectionId,
+    ingest: Rc<Ingest>,
+    session: Session,
+    decoder: Decoder,
+    /// Frames sent so far.
+    sent: u64,
+    output: BytesMut,
+    compares: VecDeque<JoinHandle<Result<Result<CompareResult, LogError>, GivenUp>>>,
+    ending: bool,
+}
+
+/// What woke the connection.
+enum Event {
+    Read(io::Result<usize>),
+    Written(io::Result<usize>),
+    Compared(Result<CompareResult, String>),
+    Woken,
+}
+
+/// Serves one agent until the connection ends.
+pub(crate) async fn run(ingest: Rc<Ingest>, arrival: Arrival, wakeup: Rc<Wakeup>) {
+    let Arrival { id, socket, decoder, first, _permit } = arrival;
+    let mut connection = Connection {
+        id,
+        ingest: Rc::clone(&ingest),
+        session: Session::new(id),
+        decoder,
+        sent: 0,
+        output: BytesMut::new(),
+        compares: VecDeque::new(),
+        ending: false,
+    };
+    let result = match socket.attach() {
+        Ok(stream) => connection.serve(stream.split(), first, &wakeup).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = result {
+        tracing::info!(connection = id.0, %error, "connection lost");
+    }
+    connection.session.lost(&mut ingest.disks.borrow_mut());
+    ingest.forget(id);
+}
+
+impl Connection {
+    async fn serve(&mut self, mut duplex: Duplex, first: Sequenced, wakeup: &Wakeup) -> io::Result<()> {
+        self.take(first);
+        self.take_decoded();
+        while !self.ending {
+            let may_read = self.may_read();
+            let event = tokio::select! {
+                biased;
+                () = wakeup.notify.notified() => Event::Woken,
+                written = duplex.writer.write(&self.output), if !self.output.is_empty() => Event::Written(written),
+                result = answer(&mut self.compares), if !self.compares.is_empty() => Event::Compared(result),
+                read = duplex.reader.read_buf(self.decoder.buffer()), if may_read => Event::Read(read),
+            };
+            match event {
+                Event::Read(read) => {
+                    if read? == 0 {
+                        tracing::info!(connection = self.id.0, "the agent went away without a word");
+                        return Ok(());
+                    }
+                    self.take_decoded();
+                }
+                Event::Written(written) => self.output.advance(written?),
+                Event::Compared(Ok(result)) => self.send(&Message::CompareResult(result)),
+                Event::Compared(Err(why)) => self.close(closed(CloseCode::Store, why)),
+                Event::Woken => {
+                    let close = wakeup.close.borrow_mut().take();
+                    match close {
+                        Some(closed) => self.close(closed),
+                        None => self.settle(),
+                    }
+                }
+            }
+        }
+        // The disk is free from now on: the agent may come back while this one still reads.
+        let last_words = async {
+            duplex.writer.write_all(&self.output).await?;
+            duplex.writer.shutdown().await?;
+            drain(&mut duplex.reader).await;
+            Ok(())
+        };
+        tokio::time::timeout(CLOSE_GRACE, last_words).await.unwrap_or(Ok(()))
+    }
+
+    /// Whether there is room for what the agent sends next.
+    fn may_read(&self) -> bool {
+        let disks = self.ingest.disks.borrow();
+        let undurable = self.session.disk().and_then(|disk| disks.get(disk)).map(Disk::undurable_bytes);
+        undurable.is_none_or(|bytes| bytes < self.ingest.undurable_bytes_max)
+            && self.compares.len() < COMPARES_MAX
+            && self.output.len() < OUTPUT_BYTES_MAX
+    }
+
+    /// Takes every message that has wholly arrived, then commits and acknowledges them as one batch.
+    fn take_decoded(&mut self) {
+        while !self.ending {
+            match self.decoder.next_message() {
+                Ok(Some(message)) => self.take(message),
+                Ok(None) => break,
+                Err(error) => self.close(undecodable(&error)),
+            }
+        }
+        if let Some(disk) = self.session.disk() {
+            self.ingest.commit(disk);
+        }
+        self.settle();
+    }
+
+    fn take(&mut self, message: Sequenced) {
+        let now = self.ingest.now();
+        let effects = self.session.handle(&mut self.ingest.disks.borrow_mut(), message, now);
+        self.carry_out(effects);
+    }
+
+    fn settle(&mut self) {
+        let effects = self.session.settle(&mut self.ingest.disks.borrow_mut());
+        self.carry_out(effects);
+    }
+
+    fn close(&mut self, closed: Closed) {
+        let effects = self.session.close(&mut self.ingest.disks.borrow_mut(), closed);
+        self.carry_out(effects);
+    }
+
+    fn carry_out(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Send(message) => self.send(&message),
+                Effect::Compare(job) => {
+                    let readers = self.ingest.readers.clone();
+                    let answer = tokio::task::spawn_local(async move { readers.run(|| job.run()).await });
+                    self.compares.push_back(answer);
+                }
+                Effect::CloseOther(connection, closed) => self.ingest.close(connection, closed),
+                Effect::End => self.ending = true,
+            }
+        }
+    }
+
+    fn send(&mut self, message: &Message) {
+        self.sent += 1;
+        let (header, payload) = encode(self.sent, message);
+        self.output.extend_from_slice(&header);
+        self.output.extend_from_slice(&payload);
+    }
+}
+
+/// The oldest question's answer. Safe to drop and call again: the answer stays in its handle.
+async fn answer(
+    compares: &mut VecDeque<JoinHandle<Result<Result<CompareResult, LogError>, GivenUp>>>,
+) -> Result<CompareResult, String> {
+    let Some(oldest) = compares.front_mut() else { return std::future::pending().await };
+    let joined = oldest.await;
+    compares.pop_front();
+    match joined {
+        Ok(Ok(Ok(result))) => Ok(result),
+        Ok(Ok(Err(error))) => Err(chain(&error)),
+        Ok(Err(given_up)) => Err(given_up.to_string()),
+        Err(panicked) => Err(GivenUp::from(panicked).to_string()),
+    }
+}
+
+fn undecodable(error: &ProtocolError) -> Closed {
+    closed(CloseCode::Invalid, error.to_string())
+}

@@ -1,0 +1,267 @@
+//! One disk of the store: its log, who is connected to it, and what is wrong with it if anything.
+//!
+//! Owned by one thread (in the daemon a worker, in a simulation the simulation); a failed log is
+//! kept out of use until the next handshake opens it again, which recovers it.
+
+use std::collections::VecDeque;
+
+use backtide_recovery::{
+    AppendError, DiskLog, Durable, LogError, Snapshot, SyncOutcome, SyncTicket, Timeline,
+};
+use backtide_segment::{Entry, Seq};
+use backtide_units::{ByteCount, DiskId, HistoryId};
+
+use crate::session::ConnectionId;
+
+/// What an entry costs beside its payload.
+const ENTRY_HEADER_BYTES: u64 = 64;
+
+/// Undurable bytes are counted in groups of about this size.
+const WAITING_GROUP_BYTES: u64 = 64 * 1024;
+
+/// One disk of the store.
+pub struct Disk {
+    id: DiskId,
+    log: Log,
+    /// How often the log was opened: a sync that began before the log failed and was opened again
+    /// says nothing about the log of today, whose entries may have the same numbers.
+    opened: u64,
+    owner: Option<ConnectionId>,
+    /// Bytes appended and not yet known durable, by the entry that brought them there.
+    waiting: VecDeque<(Seq, ByteCount)>,
+    waiting_bytes: u64,
+}
+
+/// ```text
+/// Open ──write or sync failed──▶ Failed ──next handshake: reopened, recovered──▶ Open
+/// ```
+enum Log {
+    /// In use.
+    Open(Box<DiskLog>),
+    /// Out of use: opening, writing or syncing it failed, for this reason.
+    Failed(String),
+}
+
+/// Files to sync for a disk's entries to be durable.
+pub struct CommitTicket {
+    opened: u64,
+    ticket: SyncTicket,
+}
+
+/// How a ticket's sync went.
+pub struct CommitOutcome {
+    opened: u64,
+    outcome: SyncOutcome,
+}
+
+impl CommitTicket {
+    /// Syncs; blocks as long as the device takes.
+    pub fn sync(self) -> CommitOutcome {
+        CommitOutcome { opened: self.opened, outcome: self.ticket.sync() }
+    }
+}
+
+/// An entry the log did not take.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The sender broke the order of the stream.
+    #[error("{0}")]
+    Invalid(String),
+    /// The store is full or failing.
+    #[error("{0}")]
+    Store(String),
+}
+
+impl Disk {
+    /// A disk with its opened log, or with the reason why it could not be opened.
+    pub(crate) fn new(id: DiskId, log: Result<DiskLog, String>) -> Self {
+        let log = match log {
+            Ok(log) => Log::Open(Box::new(log)),
+            Err(why) => Log::Failed(why),
+        };
+        Self { id, log, opened: 1, owner: None, waiting: VecDeque::new(), waiting_bytes: 0 }
+    }
+
+    /// Which disk.
+    pub fn id(&self) -> DiskId {
+        self.id
+    }
+
+    /// Why the log is out of use, if it is.
+    pub fn failure(&self) -> Option<&str> {
+        match &self.log {
+            Log::Open(_) => None,
+            Log::Failed(why) => Some(why),
+        }
+    }
+
+    /// What the log gives back; `None` while it is out of use.
+    pub fn timeline(&self) -> Option<&Timeline> {
+        self.log().map(DiskLog::timeline)
+    }
+
+    /// The history this receiver keeps of the disk; `None` while the log is out of use.
+    pub fn history(&self) -> Option<HistoryId> {
+        self.log().map(|log| log.identity().history)
+    }
+
+    /// Bytes of the log's files.
+    pub fn log_bytes(&self) -> ByteCount {
+        self.log().map_or(ByteCount::ZERO, DiskLog::size)
+    }
+
+    /// How many files the log has.
+    pub fn segments(&self) -> u64 {
+        self.log().map_or(0, |log| log.segment_count() as u64)
+    }
+
+    /// The disk's size as the newest attach gave it.
+    pub fn size(&self) -> ByteCount {
+        self.timeline().and_then(Timeline::attached).map_or(ByteCount::ZERO, |attached| attached.size)
+    }
+
+    /// The connection that may append.
+    pub fn owner(&self) -> Option<ConnectionId> {
+        self.owner
+    }
+
+    /// How far the log is durable.
+    pub fn durable(&self) -> Durable {
+        self.log().map_or(Durable::default(), DiskLog::durable)
+    }
+
+    /// The newest entry appended.
+    pub fn appended(&self) -> Seq {
+        self.log().map_or(Seq(0), DiskLog::appended)
+    }
+
+    /// Bytes appended and not yet durable, entry headers included: the driver bounds them by not reading on.
+    pub fn undurable_bytes(&self) -> ByteCount {
+        ByteCount(self.waiting_bytes)
+    }
+
+    /// What to sync for everything appended so far to be durable; `None` when nothing is left to
+    /// do, or when the log just failed (see [`Disk::failure`]). Run [`CommitTicket::sync`] where
+    /// blocking is fine, then hand its outcome to [`Disk::synced`].
+    pub fn ticket(&mut self) -> Option<CommitTicket> {
+        let Log::Open(log) = &mut self.log else { return None };
+        match log.ticket() {
+            Ok(ticket) => ticket.map(|ticket| CommitTicket { opened: self.opened, ticket }),
+            Err(error) => {
+                self.fail(chain(&error));
+                None
+            }
+        }
+    }
+
+    /// Takes the outcome of a ticket's sync. A failed one takes the log out of use: after it nobody
+    /// knows what is on the disk, and a second sync may lie.
+    pub fn synced(&mut self, outcome: CommitOutcome) {
+        let Log::Open(log) = &mut self.log else { return };
+        if outcome.opened != self.opened {
+            return;
+        }
+        match log.synced(outcome.outcome) {
+            Ok(durable) => {
+                while let Some(&(seq, bytes)) = self.waiting.front()
+                    && seq <= durable.seq
+                {
+                    self.waiting.pop_front();
+                    self.waiting_bytes -= bytes.0;
+                }
+            }
+            Err(error) => self.fail(chain(&error)),
+        }
+    }
+
+    /// The log as it is now, for readers on other threads.
+    ///
+    /// # Errors
+    /// Why it cannot be read.
+    pub fn snapshot(&mut self) -> Result<Snapshot, DiskError> {
+        let log = match &mut self.log {
+            Log::Open(log) => log,
+            Log::Failed(why) => return Err(DiskError::Store(why.clone())),
+        };
+        log.snapshot().map_err(|error| {
+            let why = chain(&error);
+            self.fail(why.clone());
+            DiskError::Store(why)
+        })
+    }
+
+    pub(crate) fn append(&mut self, entry: Entry, payload: ByteCount) -> Result<Seq, DiskError> {
+        let log = match &mut self.log {
+            Log::Open(log) => log,
+            Log::Failed(why) => return Err(DiskError::Store(why.clone())),
+        };
+        match log.append(entry) {
+            Ok(seq) => {
+                self.note_waiting(seq, ByteCount(payload.0 + ENTRY_HEADER_BYTES));
+                Ok(seq)
+            }
+            Err(AppendError::Invalid(invalid)) => Err(DiskError::Invalid(invalid.to_string())),
+            // Nothing was written: the log itself is sound and goes on when there is space again.
+            Err(AppendError::Log(error @ LogError::Full { .. })) => Err(DiskError::Store(chain(&error))),
+            Err(AppendError::Log(error)) => {
+                let why = chain(&error);
+                self.fail(why.clone());
+                Err(DiskError::Store(why))
+            }
+        }
+    }
+
+    /// Counts what is not durable yet, in groups: a group counts until its last entry is durable.
+    fn note_waiting(&mut self, seq: Seq, bytes: ByteCount) {
+        self.waiting_bytes += bytes.0;
+        match self.waiting.back_mut() {
+            Some((last, group)) if group.0 < WAITING_GROUP_BYTES => {
+                *last = seq;
+                group.0 += bytes.0;
+            }
+            Some(_) | None => self.waiting.push_back((seq, bytes)),
+        }
+    }
+
+    pub(crate) fn set_owner(&mut self, connection: ConnectionId) -> Option<ConnectionId> {
+        self.owner.replace(connection)
+    }
+
+    /// Gives the disk up, if `connection` still has it.
+    pub(crate) fn release(&mut self, connection: ConnectionId) {
+        if self.owner == Some(connection) {
+            self.owner = None;
+        }
+    }
+
+    pub(crate) fn reopened(&mut self, log: DiskLog) {
+        self.log = Log::Open(Box::new(log));
+        self.opened += 1;
+    }
+
+    pub(crate) fn fail(&mut self, why: String) {
+        tracing::error!(disk = %self.id, why, "the disk's log failed and is out of use until it is opened again");
+        self.log = Log::Failed(why);
+        self.waiting.clear();
+        self.waiting_bytes = 0;
+    }
+
+    fn log(&self) -> Option<&DiskLog> {
+        match &self.log {
+            Log::Open(log) => Some(log),
+            Log::Failed(_) => None,
+        }
+    }
+}
+
+/// An error and its causes in one line, for sentences that cross the wire.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

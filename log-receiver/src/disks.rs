@@ -1,0 +1,296 @@
+//! The disks that one thread owns: found, created, claimed by agents, opened again after a failure.
+//!
+//! This is the handshake's half that knows the store; the half that knows the stream is
+//! [`crate::session`]. No sockets and no clock: a simulation runs it over a storage in memory.
+//!
+//! Invariants of a claim:
+//! - an epoch lower than any this store has seen changes nothing (fencing);
+//! - a higher epoch, a new name or a new size is an entry of the log itself, so it is durable with
+//!   the log, before the agent hears of it;
+//! - after a claim only the claiming connection may append.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use backtide_protocol::{CloseCode, Closed, Hello, ReceiverState};
+use backtide_recovery::{DiskLog, LogCache, LogError, LogIdentity, LogOptions};
+use backtide_segment::Seq;
+use backtide_storage::Storage;
+use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId};
+
+use crate::{
+    Names,
+    disk::{Disk, DiskError, chain},
+    entries,
+    session::ConnectionId,
+};
+
+/// The directory of the disks' logs.
+const DISKS: &str = "disks";
+
+/// What the disks of a store have in common. Clones share it.
+#[derive(Clone)]
+pub struct Shelf {
+    /// The store's files.
+    pub storage: Arc<dyn Storage>,
+    /// Limits of each log.
+    pub log: LogOptions,
+    /// Index blocks and open files of all readers.
+    pub cache: LogCache,
+    /// Names in use.
+    pub names: Arc<Names>,
+    /// New data is refused when less than this is free, so that logs can always be closed cleanly.
+    pub space_floor: ByteCount,
+    /// The most disks the store takes.
+    pub disks_max: usize,
+    /// Makes the history ids of new disks; random but in a simulation.
+    pub new_history: Arc<dyn Fn() -> HistoryId + Send + Sync>,
+}
+
+/// The disks that one thread owns.
+pub struct Disks {
+    shelf: Shelf,
+    disks: BTreeMap<DiskId, Disk>,
+}
+
+/// A disk claimed by a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The disk.
+    pub disk: DiskId,
+    /// The history this receiver keeps of it.
+    pub history: HistoryId,
+    /// Whether that is what the agent expected.
+    pub state: ReceiverState,
+    /// The claim holds when the log is durable up to here.
+    pub through: Seq,
+    /// The connection that had the disk before, and what to tell it.
+    pub replaced: Option<(ConnectionId, Closed)>,
+}
+
+/// The store's directory of disks cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot list the disks in {}", path.display())]
+pub struct ListError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl Shelf {
+    /// The disks that have a directory in the store, sorted.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn list(&self) -> Result<Vec<DiskId>, ListError> {
+        let fail = |source| ListError { path: self.storage.display(Path::new(DISKS)), source };
+        self.storage.create_dir(Path::new(DISKS)).map_err(fail)?;
+        self.storage.sync_dir(Path::new("")).map_err(fail)?;
+        let names = self.storage.list(Path::new(DISKS)).map_err(fail)?;
+        let mut disks: Vec<_> = names.iter().filter_map(|name| name.parse().ok()).map(DiskId).collect();
+        disks.sort();
+        Ok(disks)
+    }
+
+    fn dir(disk: DiskId) -> PathBuf {
+        Path::new(DISKS).join(disk.to_string())
+    }
+
+    fn open(&self, disk: DiskId) -> Result<DiskLog, LogError> {
+        let (log, recovered) = DiskLog::open(self.storage.clone(), &Self::dir(disk), self.log, &self.cache)?;
+        let durable = log.durable();
+        tracing::info!(%disk, lsn = %durable.lsn, segments = recovered.segments, "log opened");
+        if !recovered.cut_bytes.is_zero() || !recovered.removed_segments.is_empty() {
+            tracing::info!(%disk, cut_bytes = %recovered.cut_bytes, removed_segments = ?recovered.removed_segments, "unacknowledged end of the log cut");
+        }
+        if !recovered.damaged_entries.is_empty() {
+            tracing::error!(%disk, entries = ?recovered.damaged_entries, "the log has damaged entries");
+        }
+        Ok(log)
+    }
+
+    fn create(&self, disk: DiskId) -> Result<DiskLog, LogError> {
+        let identity = LogIdentity { disk, history: (self.new_history)() };
+        let log = DiskLog::create(self.storage.clone(), &Self::dir(disk), identity, self.log, &self.cache)?;
+        tracing::info!(%disk, history = %identity.history, "new log");
+        Ok(log)
+    }
+
+    /// Refuses when the store has too little room left for `wanted` more bytes.
+    fn check_space(&self, wanted: ByteCount) -> Result<(), String> {
+        let place = || self.storage.display(Path::new("")).display().to_string();
+        match self.storage.free_space() {
+            Ok(free) if free.0 >= self.space_floor.0.saturating_add(wanted.0) => Ok(()),
+            Ok(free) => Err(format!(
+                "the store {} is full: {free} bytes are free, {} are kept in reserve",
+                place(),
+                self.space_floor
+            )),
+            Err(error) => Err(format!("cannot read the free space of the store {}: {error}", place())),
+        }
+    }
+}
+
+impl Disks {
+    /// Opens the logs of `disks` (recovering them). One that cannot be opened is kept with the
+    /// reason; the others are served.
+    pub fn open(shelf: Shelf, disks: impl IntoIterator<Item = DiskId>) -> Self {
+        let mut this = Self { shelf, disks: BTreeMap::new() };
+        for id in disks {
+            let log = match this.shelf.open(id) {
+                Ok(log) => Ok(log),
+                // A crash while the disk was being created: nobody was ever told of it.
+                Err(LogError::NoLog { .. }) => continue,
+                Err(error) => Err(chain(&error)),
+            };
+            if let Err(why) = &log {
+                tracing::error!(disk = %id, why, "the disk's log cannot be opened");
+            }
+            let disk = Disk::new(id, log);
+            this.take_recorded_name(&disk);
+            this.disks.insert(id, disk);
+        }
+        this
+    }
+
+    /// A disk.
+    pub fn get(&self, disk: DiskId) -> Option<&Disk> {
+        self.disks.get(&disk)
+    }
+
+    /// A disk, to commit or read its log.
+    pub fn get_mut(&mut self, disk: DiskId) -> Option<&mut Disk> {
+        self.disks.get_mut(&disk)
+    }
+
+    /// All disks, by id.
+    pub fn iter(&self) -> impl Iterator<Item = &Disk> {
+        self.disks.values()
+    }
+
+    /// Claims the disk of `hello` for `connection`, creating it when it is unknown.
+    ///
+    /// # Errors
+    /// Why not, as it is told to the agent; nothing was changed.
+    pub fn claim(
+        &mut self,
+        connection: ConnectionId,
+        hello: &Hello,
+        now: CaptureTime,
+    ) -> Result<Claim, Closed> {
+        self.shelf.check_space(ByteCount::ZERO).map_err(|why| closed(CloseCode::Store, why))?;
+        let fresh = self.find_or_create(hello)?;
+        let disk = self.disks.get_mut(&hello.disk).expect("the disk was found or created");
+        let attached = disk.timeline().and_then(|timeline| timeline.attached()).cloned();
+        if let Some(attached) = &attached {
+            if hello.epoch < attached.epoch {
+                let why = format!(
+                    "epoch {} of disk {} is fenced: epoch {} has attached it since",
+                    hello.epoch, attached.name, attached.epoch
+                );
+                return Err(closed(CloseCode::Fenced, why));
+            }
+            if hello.size < attached.size {
+                let why = format!(
+                    "disk {} cannot shrink from {} to {} bytes: attach the smaller image as a new disk",
+                    attached.name, attached.size, hello.size
+                );
+                return Err(closed(CloseCode::Refused, why));
+            }
+        }
+        take_name(&self.shelf.names, hello)?;
+        let unchanged = attached.as_ref().is_some_and(|attached| {
+            attached.epoch == hello.epoch && attached.size == hello.size && attached.name == hello.name
+        });
+        let through = if unchanged {
+            disk.appended()
+        } else {
+            let entry = entries::attach(hello, now);
+            disk.append(entry, ByteCount::ZERO).map_err(|error| match error {
+                DiskError::Invalid(why) => closed(CloseCode::Invalid, why),
+                DiskError::Store(why) => closed(CloseCode::Store, why),
+            })?
+        };
+        let history = disk.history().expect("the log is open: it took the claim");
+        let state = match hello.history {
+            _ if fresh => ReceiverState::New,
+            Some(named) if named == history => ReceiverState::Known,
+            Some(_) | None => ReceiverState::Foreign,
+        };
+        let replaced = disk.set_owner(connection).map(|old| {
+            let higher = attached.is_some_and(|attached| hello.epoch > attached.epoch);
+            (old, replaced_by(hello, higher))
+        });
+        Ok(Claim { disk: hello.disk, history, state, through, replaced })
+    }
+
+    /// Refuses new data when the store has too little room for it.
+    pub(crate) fn check_space(&self, wanted: ByteCount) -> Result<(), String> {
+        self.shelf.check_space(wanted)
+    }
+
+    /// Makes sure that the disk is there with an open log; true when nothing was known of it.
+    fn find_or_create(&mut self, hello: &Hello) -> Result<bool, Closed> {
+        let store = |error: LogError| closed(CloseCode::Store, chain(&error));
+        if let Some(disk) = self.disks.get_mut(&hello.disk) {
+            if disk.failure().is_some() {
+                match self.shelf.open(hello.disk) {
+                    Ok(log) => disk.reopened(log),
+                    Err(error) => {
+                        disk.fail(chain(&error));
+                        return Err(store(error));
+                    }
+                }
+            }
+            // A log without an attach was created by a claim that failed: as good as new.
+            return Ok(disk.timeline().and_then(|timeline| timeline.attached()).is_none());
+        }
+        take_name(&self.shelf.names, hello)?;
+        if self.shelf.names.all().len() > self.shelf.disks_max {
+            self.shelf.names.release(hello.disk);
+            let why = format!("the store has its limit of {} disks", self.shelf.disks_max);
+            return Err(closed(CloseCode::Refused, why));
+        }
+        let log = self.shelf.create(hello.disk).map_err(|error| {
+            self.shelf.names.release(hello.disk);
+            store(error)
+        })?;
+        self.disks.insert(hello.disk, Disk::new(hello.disk, Ok(log)));
+        Ok(true)
+    }
+
+    fn take_recorded_name(&self, disk: &Disk) {
+        let Some(attached) = disk.timeline().and_then(|timeline| timeline.attached()) else { return };
+        if let Err(owner) = self.shelf.names.take(&attached.name, disk.id()) {
+            tracing::warn!(disk = %disk.id(), name = %attached.name, %owner, "another disk has this disk's name: only its id finds it");
+        }
+    }
+}
+
+fn take_name(names: &Names, hello: &Hello) -> Result<(), Closed> {
+    names.take(&hello.name, hello.disk).map_err(|owner| {
+        let why = format!(
+            "another disk ({owner}) is called {name} at this receiver: attach this one ({}) under another name",
+            hello.disk,
+            name = hello.name
+        );
+        closed(CloseCode::Refused, why)
+    })
+}
+
+fn replaced_by(hello: &Hello, higher: bool) -> Closed {
+    if higher {
+        let why = format!("epoch {} has attached disk {}", hello.epoch, hello.name);
+        closed(CloseCode::Fenced, why)
+    } else {
+        let why = format!("disk {} was connected again with the same epoch {}", hello.name, hello.epoch);
+        closed(CloseCode::Busy, why)
+    }
+}
+
+pub(crate) fn closed(code: CloseCode, message: impl Into<String>) -> Closed {
+    Closed { code, message: message.into() }
+}

@@ -1,0 +1,47 @@
+//! From the stream's messages to the log's entries: the same facts in the log's words.
+//!
+//! Pure. Payloads are shared, not copied, and keep the checksum they got where they were captured.
+
+use backtide_protocol::{Data, Hello, Record, RecordBody};
+use backtide_segment::{Entry, PassContent, PassReason};
+use backtide_units::{ByteRange, CaptureTime, Lsn, Reason};
+
+/// The entry of a guest's write, zeroing or trim.
+pub(crate) fn record(record: Record) -> Entry {
+    let Record { lsn, previous: _, time, range, body } = record;
+    match body {
+        RecordBody::Write(data) => {
+            Entry::Write { lsn, time, range, payload: data.bytes().clone(), payload_crc: data.crc32c() }
+        }
+        RecordBody::Zero => Entry::Zero { lsn, time, range, trim: false },
+        RecordBody::Trim => Entry::Zero { lsn, time, range, trim: true },
+    }
+}
+
+/// The entry that begins a pass; the reason's sentence is kept beside its code, so that the log can
+/// be read without this build's table.
+pub(crate) fn pass_begin(at: Lsn, gap_from: Lsn, time: CaptureTime, reason: Reason) -> Entry {
+    let reason = PassReason { code: reason.code(), text: reason.to_string() };
+    Entry::PassBegin { at, gap_from, time, reason }
+}
+
+/// The entry of a pass's data; on the stream no payload means zeroes.
+pub(crate) fn pass_data(at: Lsn, range: ByteRange, data: &Data) -> Entry {
+    let content = if data.bytes().is_empty() {
+        PassContent::Zeroes
+    } else {
+        PassContent::Bytes { payload: data.bytes().clone(), payload_crc: data.crc32c() }
+    };
+    Entry::PassData { at, range, content }
+}
+
+/// The entry with which an agent claims the disk for its epoch.
+pub(crate) fn attach(hello: &Hello, time: CaptureTime) -> Entry {
+    Entry::Attach {
+        epoch: hello.epoch,
+        next_lsn: hello.next_lsn,
+        size: hello.size,
+        name: hello.name.clone(),
+        time,
+    }
+}

@@ -1,0 +1,46 @@
+//! What a disk's owner tells others about it: plain values, taken at one moment.
+
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
+
+use crate::disk::Disk;
+
+/// One disk at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DiskFacts {
+    pub(crate) id: DiskId,
+    /// As the newest attach gave it; none while the log is out of use or was never claimed.
+    pub(crate) name: Option<DiskName>,
+    pub(crate) size: ByteCount,
+    pub(crate) history: Option<HistoryId>,
+    pub(crate) epoch: Epoch,
+    pub(crate) connected: bool,
+    pub(crate) in_pass: bool,
+    pub(crate) received: Lsn,
+    pub(crate) durable: Lsn,
+    pub(crate) last_time: Option<CaptureTime>,
+    pub(crate) log_bytes: ByteCount,
+    pub(crate) segments: u64,
+    pub(crate) error: Option<String>,
+}
+
+impl DiskFacts {
+    pub(crate) fn of(disk: &Disk) -> Self {
+        let timeline = disk.timeline();
+        let attached = timeline.and_then(|timeline| timeline.attached());
+        Self {
+            id: disk.id(),
+            name: attached.map(|attached| attached.name.clone()),
+            size: disk.size(),
+            history: disk.history(),
+            epoch: attached.map_or(Epoch(0), |attached| attached.epoch),
+            connected: disk.owner().is_some(),
+            in_pass: timeline.is_some_and(|timeline| timeline.open_pass().is_some()),
+            received: timeline.map_or(Lsn::ZERO, |timeline| timeline.covered()),
+            durable: disk.durable().lsn,
+            last_time: timeline.and_then(|timeline| timeline.latest()).map(|point| point.time),
+            log_bytes: disk.log_bytes(),
+            segments: disk.segments(),
+            error: disk.failure().map(str::to_owned),
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! A thread that owns disks: their logs, and the connections of their agents.
+//!
+//! A disk belongs to one thread for the receiver's life, and everything that changes its log runs
+//! there, one step at a time: so the way of a record takes no lock. Others send [`Task`]s.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    io,
+    rc::Rc,
+    thread::JoinHandle,
+};
+
+use backtide_protocol::{CloseCode, Closed};
+use backtide_recovery::Snapshot;
+use backtide_units::{ByteCount, CaptureTime, DiskId};
+use tokio::{
+    runtime::Builder,
+    sync::{Notify, mpsc, oneshot},
+    task::LocalSet,
+};
+
+use crate::{
+    accept::Arrival,
+    clock, connection,
+    disk::Disk,
+    disks::{Disks, Shelf, closed},
+    facts::DiskFacts,
+    pool::Pool,
+    session::ConnectionId,
+};
+
+/// Tasks waiting for a thread; who sends more waits.
+const TASKS_MAX: usize = 256;
+
+/// What others ask of the thread.
+pub(crate) enum Task {
+    /// Take over a connection whose first message has come.
+    Connect(Box<Arrival>),
+    /// Tell about all disks.
+    Facts(oneshot::Sender<Vec<DiskFacts>>),
+    /// Give a snapshot of a disk's log, or the reason why there is none; nothing for an unknown disk.
+    Snapshot(DiskId, oneshot::Sender<Option<Result<Snapshot, String>>>),
+    /// Close all connections, make everything durable, end.
+    Shutdown,
+}
+
+/// What the thread's tasks share. Borrows never last across an await.
+pub(crate) struct Ingest {
+    pub(crate) disks: RefCell<Disks>,
+    pub(crate) syncing: RefCell<BTreeSet<DiskId>>,
+    pub(crate) commits: Pool,
+    pub(crate) readers: Pool,
+    pub(crate) undurable_bytes_max: ByteCount,
+    connections: RefCell<BTreeMap<ConnectionId, Rc<Wakeup>>>,
+    /// A connection has ended.
+    ended: Notify,
+}
+
+/// How a connection's task is reached.
+#[derive(Default)]
+pub(crate) struct Wakeup {
+    pub(crate) notify: Notify,
+    /// To be told to the agent before the end.
+    pub(crate) close: RefCell<Option<Closed>>,
+}
+
+/// The thread, from outside.
+pub(crate) struct IngestThread {
+    pub(crate) tasks: mpsc::Sender<Task>,
+    pub(crate) thread: JoinHandle<()>,
+}
+
+/// Starts a thread that opens and owns `disks`; ready when all are open.
+pub(crate) async fn start(
+    number: usize,
+    shelf: Shelf,
+    disks: Vec<DiskId>,
+    commits: Pool,
+    readers: Pool,
+    undurable_bytes_max: ByteCount,
+) -> io::Result<IngestThread> {
+    let (tasks, inbox) = mpsc::channel(TASKS_MAX);
+    let (ready, opened) = oneshot::channel();
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let body = move || {
+        let ingest = Rc::new(Ingest {
+            disks: RefCell::new(Disks::open(shelf, disks)),
+            syncing: RefCell::default(),
+            commits,
+            readers,
+            undurable_bytes_max,
+            connections: RefCell::default(),
+            ended: Notify::new(),
+        });
+        // Whoever started us may have given up; the closed inbox then ends us.
+        let _ = ready.send(());
+        LocalSet::new().block_on(&runtime, serve(ingest, inbox));
+    };
+    let thread = std::thread::Builder::new().name(format!("ingest-{number}")).spawn(body)?;
+    opened.await.map_err(|_| io::Error::other("an ingest thread ended while it opened its disks"))?;
+    Ok(IngestThread { tasks, thread })
+}
+
+async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
+    while let Some(task) = inbox.recv().await {
+        match task {
+            Task::Connect(arrival) => {
+                let wakeup = Rc::<Wakeup>::default();
+                ingest.connections.borrow_mut().insert(arrival.id, Rc::clone(&wakeup));
+                tokio::task::spawn_local(connection::run(Rc::clone(&ingest), *arrival, wakeup));
+            }
+            // Whoever asked may have gone: nobody misses the answer.
+            Task::Facts(answer) => drop(answer.send(ingest.facts())),
+            Task::Snapshot(disk, answer) => drop(answer.send(ingest.snapshot(disk))),
+            Task::Shutdown => break,
+        }
+    }
+    ingest.shut_down().await;
+}
+
+impl Ingest {
+    /// The receiver's clock.
+    pub(crate) fn now(&self) -> CaptureTime {
+        clock::now()
+    }
+
+    /// Wakes the connection that owns a disk.
+    pub(crate) fn wake_owner(&self, disk: DiskId) {
+        let owner = self.disks.borrow().get(disk).and_then(Disk::owner);
+        if let Some(wakeup) = owner.and_then(|owner| self.connections.borrow().get(&owner).cloned()) {
+            wakeup.notify.notify_one();
+        }
+    }
+
+    /// Has a connection closed.
+    pub(crate) fn close(&self, connection: ConnectionId, closed: Closed) {
+        if let Some(wakeup) = self.connections.borrow().get(&connection) {
+            wakeup.close.borrow_mut().get_or_insert(closed);
+            wakeup.notify.notify_one();
+        }
+    }
+
+    /// A connection's task has ended.
+    pub(crate) fn forget(&self, connection: ConnectionId) {
+        self.connections.borrow_mut().remove(&connection);
+        self.ended.notify_waiters();
+    }
+
+    fn facts(&self) -> Vec<DiskFacts> {
+        self.disks.borrow().iter().map(DiskFacts::of).collect()
+    }
+
+    fn snapshot(&self, disk: DiskId) -> Option<Result<Snapshot, String>> {
+        let mut disks = self.disks.borrow_mut();
+        let snapshot = disks.get_mut(disk)?.snapshot().map_err(|error| error.to_string());
+        Some(snapshot)
+    }
+
+    async fn shut_down(self: Rc<Self>) {
+        let connections: Vec<_> = self.connections.borrow().keys().copied().collect();
+        for connection in connections {
+            self.close(connection, closed(CloseCode::Bye, "the receiver is shutting down"));
+        }
+        loop {
+            // Registered before the check, so that no end is missed between.
+            let ended = self.ended.notified();
+            if self.connections.borrow().is_empty() {
+                break;
+            }
+            ended.await;
+        }
+        let tickets: Vec<_> = {
+            let mut disks = self.disks.borrow_mut();
+            let ids: Vec<_> = disks.iter().map(Disk::id).collect();
+            ids.into_iter().filter_map(|id| Some((id, disks.get_mut(id)?.ticket()?))).collect()
+        };
+        for (id, ticket) in tickets {
+            let outcome = self.commits.run(|| ticket.sync()).await;
+            if let (Some(disk), Ok(outcome)) = (self.disks.borrow_mut().get_mut(id), outcome) {
+                disk.synced(outcome);
+            }
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! A point of a disk as a read-only NBD export.
+//!
+//! Runs on the mounts' thread; every read goes to the readers' pool, so that one slow client holds
+//! up neither other mounts nor ingest. The view is a snapshot: it reads the same however the log
+//! grows on. Damage is answered with EIO and told in the log with its place, never with data.
+
+use std::rc::Rc;
+
+use backtide_export::{Command, Export, ExportInfo, ExportSummary, Exports, Extent, NbdError, Reply};
+use backtide_recovery::{Allocation, LogError, View};
+use backtide_units::{ByteCount, ByteRange};
+
+use crate::{disk::chain, pool::Pool};
+
+/// One question for block status looks no further than this.
+const STATUS_BYTES_MAX: u64 = 1 << 30;
+
+/// The most extents of one answer.
+const EXTENTS_MAX: usize = 4096;
+
+/// A point of a disk.
+pub(crate) struct PointExport {
+    info: ExportInfo,
+    view: View,
+    readers: Pool,
+}
+
+/// The one export of a mount: under its name, and as the default.
+pub(crate) struct OneExport(pub(crate) Rc<PointExport>);
+
+impl PointExport {
+    pub(crate) fn new(name: &str, description: String, view: View, readers: Pool) -> Self {
+        let info = ExportInfo {
+            description,
+            read_only: true,
+            trim: false,
+            write_zeroes: false,
+            ..ExportInfo::new(name, view.disk_size())
+        };
+        Self { info, view, readers }
+    }
+
+    /// Answers `reply` with what `work` yields on the readers' pool.
+    fn answer<T: Send + 'static>(
+        &self,
+        reply: Reply,
+        work: impl FnOnce(View) -> Result<T, LogError> + Send + 'static,
+        complete: impl FnOnce(Reply, T) + 'static,
+    ) {
+        let (view, readers) = (self.view.clone(), self.readers.clone());
+        let name = self.info.name.clone();
+        tokio::task::spawn_local(async move {
+            match readers.run(move || work(view)).await {
+                Ok(Ok(value)) => complete(reply, value),
+                Ok(Err(error)) => {
+                    let why = chain(&error);
+                    tracing::error!(mount = name, why, "cannot read a mounted point");
+                    reply.fail_with(NbdError::Io, &why);
+                }
+                Err(_) => reply.fail(NbdError::Shutdown),
+            }
+        });
+    }
+}
+
+impl Export for PointExport {
+    fn info(&self) -> ExportInfo {
+        self.info.clone()
+    }
+
+    fn submit(&self, command: Command, reply: Reply) {
+        let range = command.range();
+        match command {
+            Command::Read { .. } => self.answer(reply, move |view| view.read(range), Reply::data),
+            Command::BlockStatus { one, .. } => self.answer(
+                reply,
+                move |view| status(&view, range, if one { 1 } else { EXTENTS_MAX }),
+                |reply, extents| reply.extents(&extents),
+            ),
+            // Nothing is ever written, so everything is flushed; reading ahead is the kernel's work.
+            Command::Flush | Command::Cache { .. } => reply.done(),
+            Command::Write { .. } | Command::Trim { .. } | Command::WriteZeroes { .. } => {
+                reply.fail(NbdError::NotPermitted);
+            }
+        }
+    }
+}
+
+/// The first extents of `range`, neighbors of one kind joined.
+fn status(view: &View, range: ByteRange, extents_max: usize) -> Result<Vec<Extent>, LogError> {
+    let count = ByteCount(range.count().0.min(STATUS_BYTES_MAX));
+    let range = ByteRange::new(range.start(), count).expect("a part of a range is a range");
+    let mut extents: Vec<Extent> = Vec::new();
+    for (piece, allocation) in view.extents(range)? {
+        let next = match allocation {
+            Allocation::Data => Extent::data(piece.count()),
+            Allocation::Zero => Extent::hole(piece.count()),
+        };
+        let full = extents.len() == extents_max;
+        match extents.last_mut() {
+            Some(last) if last.zero == next.zero => last.length.0 += next.length.0,
+            Some(_) | None if full => break,
+            Some(_) | None => extents.push(next),
+        }
+    }
+    Ok(extents)
+}
+
+impl Exports for OneExport {
+    fn find(&self, name: &str) -> Option<Rc<dyn Export>> {
+        (name.is_empty() || name == self.0.info.name).then(|| Rc::clone(&self.0) as Rc<dyn Export>)
+    }
+
+    fn list(&self) -> Vec<ExportSummary> {
+        let info = &self.0.info;
+        vec![ExportSummary { name: info.name.clone(), description: info.description.clone() }]
+    }
+}

@@ -1,0 +1,129 @@
+//! The timeline in the control API's words: intervals, holes with their reasons, marks, and why a
+//! point cannot be had.
+
+use backtide_receiver_api::{
+    ApiError, DiskRef, ErrorCode, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport,
+    UnavailablePoint,
+};
+use backtide_recovery::{self as recovery, LogError, Nearest, PointError, TimedLsn, Timeline};
+use backtide_units::{CaptureTime, Lsn, Reason};
+
+/// Everything a timeline tells.
+pub(crate) fn report(disk: DiskRef, timeline: &Timeline) -> PointsReport {
+    let intervals: Vec<_> =
+        timeline.intervals().iter().map(|interval| self::interval(timeline, interval)).collect();
+    let (flushes, last_flush) = timeline.flushes();
+    PointsReport {
+        disk,
+        first: timeline.intervals().first().map(|interval| point(interval.from)),
+        last: timeline.latest().map(point),
+        intervals,
+        holes: timeline.holes().iter().map(hole).collect(),
+        marks: marks(timeline),
+        flush_points: FlushPoints { count: flushes, last: last_flush.map(point) },
+    }
+}
+
+/// Why a point cannot be had, with everything that is known around it.
+pub(crate) fn unavailable(asked: &str, error: &PointError) -> ApiError {
+    match error {
+        PointError::InHole { hole, nearest, .. } => {
+            let details = details(asked, Some(self::hole(hole)), Some(nearest));
+            hinted(ErrorCode::PointInHole, error, nearest).with_details(details)
+        }
+        PointError::Outside { nearest, .. } => {
+            let details = details(asked, None, Some(nearest));
+            hinted(ErrorCode::PointNotFound, error, nearest).with_details(details)
+        }
+        PointError::NoPoints { .. } => ApiError::from_error(ErrorCode::PointNotFound, error)
+            .with_hint("wait until the first resync is complete: backtide wait NAME --for point")
+            .with_details(details(asked, None, None)),
+        PointError::UnknownMark { .. } => ApiError::from_error(ErrorCode::PointNotFound, error)
+            .with_hint("backtide points NAME lists the marks")
+            .with_details(details(asked, None, None)),
+        PointError::Log(error) => log_error(error),
+    }
+}
+
+/// A log that cannot be read, in the control API's words.
+pub(crate) fn log_error(error: &LogError) -> ApiError {
+    let code = match error {
+        LogError::Damaged { .. } => ErrorCode::Damaged,
+        LogError::NoLog { .. }
+        | LogError::LogExists { .. }
+        | LogError::UnknownVersion { .. }
+        | LogError::Poisoned
+        | LogError::Full { .. }
+        | LogError::Io { .. } => ErrorCode::Failed,
+    };
+    ApiError::from_error(code, error)
+}
+
+fn hinted(code: ErrorCode, error: &PointError, nearest: &Nearest) -> ApiError {
+    let api = ApiError::from_error(code, error);
+    match nearest.before.or(nearest.after) {
+        Some(point) => api.with_hint(format!("lsn:{} can be had", point.lsn)),
+        None => api,
+    }
+}
+
+fn details(asked: &str, hole: Option<Hole>, nearest: Option<&Nearest>) -> UnavailablePoint {
+    UnavailablePoint {
+        asked: asked.to_owned(),
+        hole,
+        before: nearest.and_then(|nearest| nearest.before).map(point),
+        after: nearest.and_then(|nearest| nearest.after).map(point),
+    }
+}
+
+fn interval(timeline: &Timeline, interval: &recovery::Interval) -> Interval {
+    let newest = timeline.intervals().last() == Some(interval);
+    Interval {
+        from_lsn: interval.from.lsn,
+        to_lsn: interval.to.lsn,
+        from_time: interval.from.time,
+        to_time: interval.to.time,
+        open: newest && timeline.in_sync(),
+    }
+}
+
+fn hole(hole: &recovery::Hole) -> Hole {
+    let reason = Reason::from_code(hole.reason.code);
+    Hole {
+        after_lsn: hole.from.map_or(Lsn::ZERO, |from| from.lsn),
+        before_lsn: hole.to.map(|to| to.lsn),
+        from_time: hole.from.map_or(CaptureTime(0), |from| from.time),
+        to_time: hole.to.map(|to| to.time),
+        reason: hole.reason.text.clone(),
+        reason_code: reason.map_or_else(|| format!("code-{}", hole.reason.code), reason_code),
+        open: hole.to.is_none(),
+    }
+}
+
+/// The reason's name in JSON, which is stable.
+fn reason_code(reason: Reason) -> String {
+    match serde_json::to_value(reason) {
+        Ok(serde_json::Value::String(name)) => name,
+        Ok(_) | Err(_) => format!("code-{}", reason.code()),
+    }
+}
+
+/// Of several marks with one label the newest counts, and only it is listed.
+fn marks(timeline: &Timeline) -> Vec<MarkPoint> {
+    let mut seen = std::collections::BTreeSet::new();
+    let newest = timeline.marks().iter().rev().filter(|mark| seen.insert(mark.label.clone()));
+    let mut marks: Vec<_> = newest
+        .map(|mark| MarkPoint {
+            label: mark.label.clone(),
+            lsn: mark.at.lsn,
+            time: mark.at.time,
+            recoverable: timeline.offers(mark.at.lsn),
+        })
+        .collect();
+    marks.sort_by(|a, b| (a.lsn, &a.label).cmp(&(b.lsn, &b.label)));
+    marks
+}
+
+pub(crate) fn point(at: TimedLsn) -> Point {
+    Point { lsn: at.lsn, time: at.time }
+}

@@ -1,0 +1,52 @@
+//! Threads that may block: one small pool syncs segment files, another reads for everybody else.
+//!
+//! Two pools, so that readers of old points never hold up an acknowledgement. Both are bounded; what
+//! exceeds them waits in a queue that is bounded by what can ask (one sync per disk, so many
+//! compares per connection, so many requests per NBD connection).
+
+use tokio::runtime::{Builder, Handle, Runtime};
+
+/// A bounded pool of blocking threads.
+#[derive(Clone, Debug)]
+pub(crate) struct Pool {
+    handle: Handle,
+}
+
+/// Keeps a pool's threads.
+#[derive(Debug)]
+pub(crate) struct PoolThreads {
+    runtime: Option<Runtime>,
+}
+
+/// The work was given up because the receiver ends, or it panicked.
+#[derive(Debug, thiserror::Error)]
+#[error("the work was given up: {0}")]
+pub(crate) struct GivenUp(#[from] tokio::task::JoinError);
+
+impl Pool {
+    /// Starts a pool of `threads` threads at most, called `name`.
+    pub(crate) fn start(name: &str, threads: usize) -> std::io::Result<(Self, PoolThreads)> {
+        // Nothing asynchronous ever runs on it: it only lends its blocking threads.
+        let runtime =
+            Builder::new_current_thread().thread_name(name).max_blocking_threads(threads.max(1)).build()?;
+        let pool = Self { handle: runtime.handle().clone() };
+        Ok((pool, PoolThreads { runtime: Some(runtime) }))
+    }
+
+    /// Runs `work` where it may block.
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, GivenUp> {
+        Ok(self.handle.spawn_blocking(work).await?)
+    }
+}
+
+impl Drop for PoolThreads {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            // Dropped inside another runtime's task it must not wait.
+            runtime.shutdown_background();
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! The whole receiver: started from a [`Config`], ready when it listens, ended in good order.
+//!
+//! Threads: some that own disks and their connections ([`crate::ingest`]), one for all mounts, two
+//! small pools for what blocks (syncs, reads), and a small runtime that accepts and answers the
+//! control API. They end in the reverse order of the data's way.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use backtide_control::{Address, Server};
+use backtide_recovery::LogCache;
+use backtide_storage::{RealStorage, Storage};
+use backtide_units::{DiskId, HistoryId};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::oneshot,
+    task::JoinHandle,
+};
+
+use crate::{
+    Config, ListError, ListenError, Names, Shelf, StoreFileError, StoreId,
+    accept::Door,
+    ingest::{self, IngestThread, Task},
+    mounts::{self, MountThread, Order},
+    pool::{Pool, PoolThreads},
+    service::Service,
+    socket::Listener,
+    store_file::{StoreLock, lock_store, open_store},
+};
+
+/// Threads of the runtime that accepts and answers the control API.
+const CONTROL_THREADS: usize = 2;
+
+/// Why a receiver did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The directory is no store that can be used.
+    #[error(transparent)]
+    Store(#[from] StoreFileError),
+    /// The store's disks cannot be listed.
+    #[error(transparent)]
+    List(#[from] ListError),
+    /// A stream address cannot be listened at.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The control API's address cannot be listened at.
+    #[error(transparent)]
+    Api(#[from] backtide_control::BindError),
+    /// The operating system refused something else.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A running receiver. Dropping it ends it without waiting for the end; see [`Receiver::shutdown`].
+pub struct Receiver {
+    store: StoreId,
+    listen: Vec<Address>,
+    api: Address,
+    accepting: Vec<JoinHandle<()>>,
+    api_stop: oneshot::Sender<()>,
+    api_task: JoinHandle<()>,
+    ingest: Vec<IngestThread>,
+    mounts: MountThread,
+    runtime: Background,
+    pools: [PoolThreads; 2],
+    lock: Option<StoreLock>,
+}
+
+/// A runtime that may be dropped inside another one.
+struct Background(Option<Runtime>);
+
+impl Receiver {
+    /// Starts a receiver; ready when it listens. Its threads are its own: the caller's runtime only
+    /// waits.
+    ///
+    /// # Errors
+    /// See [`StartError`]; nothing is left running then.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        make_dir(&config.store)?;
+        let lock = lock_store(&config.store)?;
+        let storage = RealStorage::open(&config.store)
+            .map_err(|source| failed(format!("open the store {}", config.store.display()), source))?;
+        Self::start_on(Arc::new(storage), Some(lock), config).await
+    }
+
+    /// Starts a receiver on a storage that is nobody else's, such as one in memory.
+    ///
+    /// # Errors
+    /// As [`Receiver::start`].
+    pub async fn start_on_storage(storage: Arc<dyn Storage>, config: Config) -> Result<Self, StartError> {
+        Self::start_on(storage, None, config).await
+    }
+
+    async fn start_on(
+        storage: Arc<dyn Storage>,
+        lock: Option<StoreLock>,
+        config: Config,
+    ) -> Result<Self, StartError> {
+        let store = open_store(&storage)?;
+        let limits = config.limits.clone();
+        let run_dir = config.run_dir();
+        make_dir(&run_dir)?;
+        // Addresses first: they are what fails, and recovery may take its time.
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(CONTROL_THREADS)
+            .thread_name("receiver-control")
+            .enable_all()
+            .build()
+            .map_err(|source| failed("start the control threads", source))?;
+        let runtime = Background(Some(runtime));
+        let (listeners, api) = runtime.bind(config.listen_addresses(), config.api_address()).await?;
+
+        let pool = |name, threads| Pool::start(name, threads).map_err(|e| failed("start a pool", e));
+        let (commits, commit_threads) = pool("commit", limits.commit_threads)?;
+        let (readers, read_threads) = pool("read", limits.read_threads)?;
+        let shelf = Shelf {
+            storage: Arc::clone(&storage),
+            log: limits.log(),
+            cache: LogCache::new(limits.cache()),
+            names: Arc::new(Names::new()),
+            space_floor: limits.free_bytes_min,
+            disks_max: limits.disks,
+            new_history: Arc::new(HistoryId::random),
+        };
+        let ingest = start_ingest(&shelf, &config, &commits, &readers).await?;
+        let mounts = mounts::start(run_dir, limits.mounts, readers.clone())
+            .map_err(|source| failed("start the mounts' thread", source))?;
+        let tasks: Vec<_> = ingest.iter().map(|thread| thread.tasks.clone()).collect();
+        let listen: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();
+        let service = Service {
+            store: config.store.clone(),
+            store_id: store,
+            storage,
+            space_floor: limits.free_bytes_min,
+            listen: listen.clone(),
+            names: shelf.names,
+            threads: tasks.clone(),
+            mounts: mounts.orders.clone(),
+            readers,
+        };
+        let api_address = api.address().clone();
+        let (api_stop, stopped) = oneshot::channel();
+        let api_task = runtime.spawn(serve_api(api, service, stopped));
+        let door = Door::new(tasks, limits.connections);
+        let accepting: Vec<_> =
+            listeners.into_iter().map(|listener| runtime.spawn(door.clone().accept(listener))).collect();
+        tracing::info!(store = %config.store.display(), store_id = %store.0, ?listen, api = %api_address, "the receiver is ready");
+        Ok(Self {
+            store,
+            listen,
+            api: api_address,
+            accepting,
+            api_stop,
+            api_task,
+            ingest,
+            mounts,
+            runtime,
+            pools: [commit_threads, read_threads],
+            lock,
+        })
+    }
+
+    /// The store's identity.
+    pub fn store_id(&self) -> StoreId {
+        self.store
+    }
+
+    /// Where agents' streams are taken, with real ports.
+    pub fn stream_addresses(&self) -> &[Address] {
+        &self.listen
+    }
+
+    /// Where the control API is served, with the real port.
+    pub fn api_address(&self) -> &Address {
+        &self.api
+    }
+
+    /// Ends it in good order: no new agents, those connected are told, everything received is made
+    /// durable, mounts finish what is in flight.
+    pub async fn shutdown(self) {
+        let Self { accepting, api_stop, api_task, ingest, mounts, runtime, pools, lock, .. } = self;
+        for task in accepting {
+            task.abort();
+            // Aborted is what it should be; its end closes the socket.
+            let _ = task.await;
+        }
+        // Whoever has ended already need not be told.
+        let _ = api_stop.send(());
+        let _ = api_task.await;
+        for thread in &ingest {
+            let _ = thread.tasks.send(Task::Shutdown).await;
+        }
+        let _ = mounts.orders.send(Order::Shutdown).await;
+        let threads: Vec<_> = ingest.into_iter().map(|i| i.thread).chain([mounts.thread]).collect();
+        let joined = tokio::task::spawn_blocking(move || {
+            for thread in threads {
+                if thread.join().is_err() {
+                    tracing::error!("a thread of the receiver panicked");
+                }
+            }
+        });
+        let _ = joined.await;
+        drop(runtime);
+        drop(pools);
+        drop(lock);
+        tracing::info!("the receiver has ended");
+    }
+}
+
+async fn start_ingest(
+    shelf: &Shelf,
+    config: &Config,
+    commits: &Pool,
+    readers: &Pool,
+) -> Result<Vec<IngestThread>, StartError> {
+    let count = config.limits.ingest_threads.max(1);
+    let mut shares: Vec<Vec<DiskId>> = vec![Vec::new(); count];
+    for disk in shelf.list()? {
+        shares[Door::owner(disk, count)].push(disk);
+    }
+    let mut threads = Vec::new();
+    for (number, share) in shares.into_iter().enumerate() {
+        let undurable = config.limits.undurable_bytes;
+        let thread = ingest::start(number, shelf.clone(), share, commits.clone(), readers.clone(), undurable)
+            .await
+            .map_err(|source| failed("start an ingest thread", source))?;
+        threads.push(thread);
+    }
+    Ok(threads)
+}
+
+async fn serve_api(server: Server, service: Service, stopped: oneshot::Receiver<()>) {
+    let router = backtide_receiver_api::router(Arc::new(service));
+    let stop = async move {
+        // An error means that the receiver was dropped: stop all the same.
+        let _ = stopped.await;
+    };
+    if let Err(error) = server.run(router, stop).await {
+        tracing::error!(%error, "the control API ended");
+    }
+}
+
+impl Background {
+    fn spawn<T: Send + 'static>(&self, task: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        self.0.as_ref().expect("the runtime is there until it is dropped").spawn(task)
+    }
+
+    /// Binds on this runtime, whose event loop the sockets belong to from then on.
+    async fn bind(&self, streams: Vec<Address>, api: Address) -> Result<(Vec<Listener>, Server), StartError> {
+        let bound = self.spawn(async move {
+            let mut listeners = Vec::new();
+            for address in &streams {
+                listeners.push(Listener::bind(address).await?);
+            }
+            Ok::<_, StartError>((listeners, Server::bind(&api).await?))
+        });
+        bound.await.map_err(|error| failed("listen", io::Error::other(error)))?
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+fn make_dir(path: &Path) -> Result<PathBuf, StartError> {
+    fs::create_dir_all(path)
+        .map_err(|source| failed(format!("make the directory {}", path.display()), source))?;
+    Ok(path.to_owned())
+}
+
+fn failed(what: impl Into<String>, source: io::Error) -> StartError {
+    StartError::Io { what: what.into(), source }
+}

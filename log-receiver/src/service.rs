@@ -1,0 +1,238 @@
+//! The control API's answers: asks the threads that own disks and mounts, reads on the pool.
+
+use std::{path::PathBuf, sync::Arc};
+
+use backtide_control::Address;
+use backtide_export::NbdUri;
+use backtide_receiver_api::{
+    ApiError, DiffReport, DiffRequest, DiskRef, ErrorCode, Mount, MountRequest, Mounts, PointsReport,
+    ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, ResolveRequest, ResolvedPoint,
+};
+use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
+use backtide_storage::Storage;
+use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
+use tokio::sync::{mpsc, oneshot};
+use uuid::Uuid;
+
+use crate::{
+    Names, StoreId,
+    accept::Door,
+    changes, clock,
+    facts::DiskFacts,
+    ingest::Task,
+    mounts::{Order, Plan},
+    points,
+    pool::Pool,
+};
+
+/// What the control API is served from.
+pub(crate) struct Service {
+    pub(crate) store: PathBuf,
+    pub(crate) store_id: StoreId,
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) space_floor: ByteCount,
+    pub(crate) listen: Vec<Address>,
+    pub(crate) names: Arc<Names>,
+    pub(crate) threads: Vec<mpsc::Sender<Task>>,
+    pub(crate) mounts: mpsc::Sender<Order>,
+    pub(crate) readers: Pool,
+}
+
+/// A disk as it was when somebody asked.
+struct Found {
+    disk: DiskRef,
+    snapshot: Snapshot,
+}
+
+impl ReceiverService for Service {
+    async fn status(&self) -> Result<ReceiverStatus, ApiError> {
+        let facts = self.facts().await?;
+        let mounts = self.mounts().await?;
+        let free = self
+            .storage
+            .free_space()
+            .map_err(|e| ApiError::new(ErrorCode::Failed, format!("read the store's free space: {e}")))?;
+        Ok(ReceiverStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            store: self.store.display().to_string(),
+            store_id: self.store_id.0.to_string(),
+            listen: self.listen.clone(),
+            log_bytes: ByteCount(facts.iter().map(|facts| facts.log_bytes.0).sum()),
+            free_bytes: free,
+            free_bytes_min: self.space_floor,
+            disks: facts.len() as u64,
+            connected: facts.iter().filter(|facts| facts.connected).count() as u64,
+            mounts: mounts.mounts.len() as u64,
+        })
+    }
+
+    async fn disks(&self, disk: Option<DiskName>) -> Result<ReceiverDisks, ApiError> {
+        let wanted = disk.map(|name| self.find(&name)).transpose()?;
+        let mut disks: Vec<_> = self
+            .facts()
+            .await?
+            .into_iter()
+            .filter(|facts| wanted.is_none_or(|wanted| wanted == facts.id))
+            .map(|facts| self.describe(facts))
+            .collect();
+        disks.sort_by(|a, b| a.name.cmp(&b.name));
+        if disks.is_empty()
+            && let Some(wanted) = wanted
+        {
+            return Err(self.unknown(&wanted.to_string()));
+        }
+        Ok(ReceiverDisks { disks })
+    }
+
+    async fn points(&self, disk: DiskName) -> Result<PointsReport, ApiError> {
+        let found = self.look_at(&disk).await?;
+        Ok(points::report(found.disk, found.snapshot.timeline()))
+    }
+
+    async fn resolve(&self, disk: DiskName, request: ResolveRequest) -> Result<ResolvedPoint, ApiError> {
+        let found = self.look_at(&disk).await?;
+        let at = self.resolve_in(&found.snapshot, &request.point).await?;
+        Ok(resolved(&found.disk, request.point, at))
+    }
+
+    async fn diff(&self, disk: DiskName, request: DiffRequest) -> Result<DiffReport, ApiError> {
+        let Found { disk, snapshot } = self.look_at(&disk).await?;
+        let from = self.resolve_in(&snapshot, &request.from).await?;
+        let to = self.resolve_in(&snapshot, &request.to).await?;
+        let (after, through) = (from.lsn.min(to.lsn), from.lsn.max(to.lsn));
+        let size = disk.size;
+        let changes = self
+            .read(move || {
+                let blocks = snapshot.changed_blocks(after, through)?;
+                Ok(changes::spans(&blocks, size, changes::SPANS_MAX))
+            })
+            .await?
+            .map_err(|error| points::log_error(&error))?;
+        Ok(DiffReport {
+            from: resolved(&disk, request.from, from),
+            to: resolved(&disk, request.to, to),
+            granularity: changes.granularity,
+            bytes: ByteCount(changes.spans.iter().map(|span| span.length.0).sum()),
+            ranges: changes.spans,
+        })
+    }
+
+    async fn mount(&self, request: MountRequest) -> Result<Mount, ApiError> {
+        let uri: Option<NbdUri> = request
+            .nbd
+            .map(|uri| uri.parse())
+            .transpose()
+            .map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
+        let Found { disk, snapshot } = self.look_at(&request.name).await?;
+        let at = self.resolve_in(&snapshot, &request.at).await?;
+        let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
+        let (answer, mounted) = oneshot::channel();
+        let plan = Plan { disk, at, view, uri };
+        self.mounts.send(Order::Mount(Box::new(plan), answer)).await.map_err(|_| ending())?;
+        mounted.await.map_err(|_| ending())?
+    }
+
+    async fn mounts(&self) -> Result<Mounts, ApiError> {
+        let (answer, mounts) = oneshot::channel();
+        self.mounts.send(Order::List(answer)).await.map_err(|_| ending())?;
+        mounts.await.map_err(|_| ending())
+    }
+
+    async fn unmount(&self, id: String) -> Result<Mount, ApiError> {
+        let (answer, ended) = oneshot::channel();
+        self.mounts.send(Order::Unmount(id.clone(), answer)).await.map_err(|_| ending())?;
+        ended.await.map_err(|_| ending())?.ok_or_else(|| {
+            ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?}"))
+                .with_hint("the control API's /v1/mounts lists them")
+        })
+    }
+}
+
+impl Service {
+    fn find(&self, name: &DiskName) -> Result<DiskId, ApiError> {
+        let text = name.as_str();
+        let by_name = self.names.find(text);
+        by_name.or_else(|| text.parse().ok().map(DiskId)).ok_or_else(|| self.unknown(text))
+    }
+
+    fn unknown(&self, name: &str) -> ApiError {
+        let known: Vec<String> = self.names.all().into_iter().map(String::from).collect();
+        let hint = if known.is_empty() {
+            "the receiver keeps no disk yet".to_owned()
+        } else {
+            format!("the receiver keeps {}", known.join(", "))
+        };
+        ApiError::new(ErrorCode::NotFound, format!("there is no disk {name:?}")).with_hint(hint)
+    }
+
+    async fn look_at(&self, name: &DiskName) -> Result<Found, ApiError> {
+        let disk = self.find(name)?;
+        let thread = &self.threads[Door::owner(disk, self.threads.len())];
+        let (answer, snapshot) = oneshot::channel();
+        thread.send(Task::Snapshot(disk, answer)).await.map_err(|_| ending())?;
+        let snapshot = snapshot.await.map_err(|_| ending())?.ok_or_else(|| self.unknown(name.as_str()))?;
+        let snapshot = snapshot
+            .map_err(|why| ApiError::new(ErrorCode::Damaged, format!("disk {name} cannot be read: {why}")))?;
+        let Some(attached) = snapshot.timeline().attached() else { return Err(self.unknown(name.as_str())) };
+        let disk = DiskRef { name: attached.name.clone(), uuid: disk, size: attached.size };
+        Ok(Found { disk, snapshot })
+    }
+
+    async fn facts(&self) -> Result<Vec<DiskFacts>, ApiError> {
+        let mut all = Vec::new();
+        for thread in &self.threads {
+            let (answer, facts) = oneshot::channel();
+            thread.send(Task::Facts(answer)).await.map_err(|_| ending())?;
+            all.extend(facts.await.map_err(|_| ending())?);
+        }
+        Ok(all)
+    }
+
+    fn describe(&self, facts: DiskFacts) -> ReceiverDisk {
+        let fallback = || facts.id.to_string().parse().expect("a UUID is a good name");
+        ReceiverDisk {
+            name: facts.name.clone().or_else(|| self.names.name_of(facts.id)).unwrap_or_else(fallback),
+            uuid: facts.id,
+            size: facts.size,
+            history: facts.history.unwrap_or(HistoryId(Uuid::nil())),
+            epoch: facts.epoch,
+            connected: facts.connected,
+            in_pass: facts.in_pass,
+            received: facts.received,
+            durable: facts.durable,
+            last_time: facts.last_time,
+            log_bytes: facts.log_bytes,
+            segments: facts.segments,
+            error: facts.error,
+        }
+    }
+
+    async fn resolve_in(&self, snapshot: &Snapshot, asked: &str) -> Result<TimedLsn, ApiError> {
+        let point: Point = asked.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
+        let snapshot = snapshot.clone();
+        let now = clock::now();
+        let at = self
+            .read(move || {
+                let lsn = snapshot.resolve(&point, now)?;
+                let time = snapshot.time_of(lsn).map_err(PointError::Log)?;
+                Ok(TimedLsn { lsn, time: time.unwrap_or_default() })
+            })
+            .await?;
+        at.map_err(|error: PointError| points::unavailable(asked, &error))
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
+        self.readers.run(work).await.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))
+    }
+}
+
+fn resolved(disk: &DiskRef, asked: String, at: TimedLsn) -> ResolvedPoint {
+    ResolvedPoint { disk: disk.clone(), asked, lsn: at.lsn, time: at.time }
+}
+
+fn ending() -> ApiError {
+    ApiError::new(ErrorCode::Unreachable, "the receiver is shutting down")
+}

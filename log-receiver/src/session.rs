@@ -1,0 +1,393 @@
+//! One agent's connection as a state machine without I/O: messages in, effects out.
+//!
+//! It stands between the stream's decoder and the disk's log. Drive it like this, in a daemon
+//! ([`crate::connection`]) or in a simulation, on the thread that owns the [`Disks`]:
+//!
+//! 1. For each message that has arrived: [`Session::handle`]. Entries go into the disk's log at once.
+//! 2. After each batch of messages: [`Session::settle`]. It yields the acknowledgement `received`.
+//! 3. While [`Disk::ticket`](crate::Disk::ticket) of [`Session::disk`] yields one: sync it wherever
+//!    blocking is fine, hand the outcome to [`Disk::synced`](crate::Disk::synced), then call
+//!    [`Session::settle`] again. It yields the Welcome, or the acknowledgement `durable`.
+//! 4. When the connection is gone: [`Session::lost`].
+//!
+//! Invariants:
+//! - nothing is answered from a claim, and nothing acknowledged as durable, before the log is
+//!   durable so far;
+//! - only the connection that claimed the disk last appends to its log: one that was replaced closes
+//!   itself with its next message, whether or not anybody has told it;
+//! - after [`Effect::End`] a session has no further effects.
+
+use std::collections::VecDeque;
+
+use backtide_protocol::{
+    CloseCode, Closed, Compare, Hello, Message, PROTOCOL_VERSION, Record, Sequenced, Welcome,
+};
+use backtide_segment::{Entry, Seq};
+use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, Lsn};
+
+use crate::{
+    compare::CompareJob,
+    disk::{Disk, DiskError},
+    disks::{Claim, Disks, closed},
+    entries,
+};
+
+/// Names a connection among all connections of a receiver's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionId(pub u64);
+
+/// Told to a connection that finds out by itself that it lost its disk.
+const REPLACED: &str = "another connection has this disk now";
+
+/// One agent's connection.
+pub struct Session {
+    connection: ConnectionId,
+    state: State,
+}
+
+/// What the driver has to do.
+pub enum Effect {
+    /// Send this to the agent, after everything before it.
+    Send(Message),
+    /// Answer this where blocking is fine and send the result; results in the order of the jobs.
+    Compare(CompareJob),
+    /// Call [`Session::close`] of that connection: it lost its disk to this one.
+    CloseOther(ConnectionId, Closed),
+    /// Close the connection when what was sent before is out. The last effect of a session.
+    End,
+}
+
+/// ```text
+/// AwaitHello ──hello accepted──▶ AwaitClaim ──claim durable: Welcome──▶ Streaming
+///     │                              │                                     │
+///     └──── refused, invalid, closed, replaced, store failed, lost ────────┴──▶ Ended
+/// ```
+enum State {
+    /// Nothing came yet. Accepts Hello and Close.
+    AwaitHello,
+    /// The claim is in the log, not yet durable. Accepts Close.
+    AwaitClaim {
+        /// What was claimed.
+        claim: Claim,
+        /// The hello's frame.
+        frame: u64,
+    },
+    /// Accepts everything an agent may send but Hello.
+    Streaming(Streaming),
+    /// Accepts nothing: what still arrives is dropped.
+    Ended,
+}
+
+struct Streaming {
+    disk: DiskId,
+    /// The last frame handled.
+    received: u64,
+    /// The last frame with everything before it durable.
+    durable: u64,
+    /// The last acknowledgement sent.
+    acked: (u64, u64),
+    /// Frames that become durable with an entry, in order; one per batch.
+    waiting: VecDeque<(Seq, u64)>,
+}
+
+impl Session {
+    /// For a connection that was just accepted.
+    pub fn new(connection: ConnectionId) -> Self {
+        Self { connection, state: State::AwaitHello }
+    }
+
+    /// The disk this connection has claimed; none before its hello and after its end.
+    pub fn disk(&self) -> Option<DiskId> {
+        match &self.state {
+            State::AwaitHello | State::Ended => None,
+            State::AwaitClaim { claim, .. } => Some(claim.disk),
+            State::Streaming(streaming) => Some(streaming.disk),
+        }
+    }
+
+    /// Takes the agent's next message; `now` is the receiver's clock.
+    pub fn handle(&mut self, disks: &mut Disks, message: Sequenced, now: CaptureTime) -> Vec<Effect> {
+        if matches!(self.state, State::Ended) {
+            return Vec::new();
+        }
+        let Sequenced { seq: frame, message } = message;
+        if let Message::Close(closed) = message {
+            tracing::info!(connection = self.connection.0, disk = ?self.disk(), code = ?closed.code, message = closed.message, "the agent closed the connection");
+            self.end(disks);
+            return vec![Effect::End];
+        }
+        let outcome = match &mut self.state {
+            State::AwaitHello => match message {
+                Message::Hello(hello) => return self.greet(disks, &hello, frame, now),
+                other => Err(unexpected("hello as the first frame", &other)),
+            },
+            State::AwaitClaim { .. } => Err(unexpected("no frame before the welcome", &message)),
+            State::Streaming(streaming) => {
+                streaming.received = frame;
+                match disks.get_mut(streaming.disk) {
+                    Some(disk) if disk.owner() == Some(self.connection) => streaming.take(disks, message),
+                    Some(_) | None => Err(closed(CloseCode::Busy, REPLACED)),
+                }
+            }
+            State::Ended => Ok(None),
+        };
+        match outcome {
+            Ok(effect) => effect.into_iter().collect(),
+            Err(closed) => self.close(disks, closed),
+        }
+    }
+
+    /// What is due after a batch of messages, and after a sync: at most one acknowledgement, or the
+    /// Welcome, or the end when the store failed.
+    pub fn settle(&mut self, disks: &mut Disks) -> Vec<Effect> {
+        let Some(disk) = self.disk().and_then(|disk| disks.get(disk)) else { return Vec::new() };
+        if disk.owner() != Some(self.connection) {
+            // Its log may have been opened again since: what is durable there says nothing here.
+            let closed = closed(CloseCode::Busy, REPLACED);
+            return self.close(disks, closed);
+        }
+        if let Some(why) = disk.failure() {
+            let closed = closed(CloseCode::Store, why);
+            return self.close(disks, closed);
+        }
+        let sent = match &mut self.state {
+            State::AwaitClaim { claim, frame } if disk.durable().seq >= claim.through => {
+                let (claim, frame) = (claim.clone(), *frame);
+                self.state = State::Streaming(Streaming::after(&claim, frame));
+                Some(Message::Welcome(welcome(disk, &claim)))
+            }
+            State::Streaming(streaming) => streaming.acknowledge(disk),
+            State::AwaitClaim { .. } | State::AwaitHello | State::Ended => None,
+        };
+        sent.map(Effect::Send).into_iter().collect()
+    }
+
+    /// Ends the connection from this side: replaced, shut down, undecodable bytes, a failed compare.
+    pub fn close(&mut self, disks: &mut Disks, closed: Closed) -> Vec<Effect> {
+        if matches!(self.state, State::Ended) {
+            return Vec::new();
+        }
+        tracing::warn!(connection = self.connection.0, disk = ?self.disk(), code = ?closed.code, message = closed.message, "connection closed");
+        self.end(disks);
+        vec![Effect::Send(Message::Close(closed)), Effect::End]
+    }
+
+    /// The connection is gone.
+    pub fn lost(&mut self, disks: &mut Disks) {
+        self.end(disks);
+    }
+
+    fn greet(&mut self, disks: &mut Disks, hello: &Hello, frame: u64, now: CaptureTime) -> Vec<Effect> {
+        if hello.version != PROTOCOL_VERSION {
+            let why = format!(
+                "the agent speaks version {} of the stream, this receiver version {PROTOCOL_VERSION}: upgrade the older one",
+                hello.version
+            );
+            return self.close(disks, closed(CloseCode::Version, why));
+        }
+        match disks.claim(self.connection, hello, now) {
+            Ok(claim) => {
+                tracing::info!(connection = self.connection.0, disk = %hello.disk, name = %hello.name, epoch = %hello.epoch, state = ?claim.state, "disk claimed");
+                let replaced = claim.replaced.clone();
+                self.state = State::AwaitClaim { claim, frame };
+                replaced.map(|(other, closed)| Effect::CloseOther(other, closed)).into_iter().collect()
+            }
+            Err(closed) => self.close(disks, closed),
+        }
+    }
+
+    fn end(&mut self, disks: &mut Disks) {
+        if let Some(disk) = self.disk().and_then(|disk| disks.get_mut(disk)) {
+            disk.release(self.connection);
+        }
+        self.state = State::Ended;
+    }
+}
+
+impl Streaming {
+    fn after(claim: &Claim, frame: u64) -> Self {
+        // The Welcome acknowledges the hello by itself.
+        let acked = (frame, frame);
+        Self { disk: claim.disk, received: frame, durable: frame, acked, waiting: VecDeque::new() }
+    }
+
+    fn take(&mut self, disks: &mut Disks, message: Message) -> Result<Option<Effect>, Closed> {
+        let (entry, payload) = match message {
+            Message::Record(record) => {
+                self.check_record(disks, &record)?;
+                let entry = entries::record(record);
+                let payload = payload_of(&entry);
+                (entry, payload)
+            }
+            Message::PassData { at, range, data } => {
+                self.check_range(disks, range)?;
+                (entries::pass_data(at, range, &data), ByteCount::of(data.bytes()))
+            }
+            Message::Flush { lsn, time } => {
+                self.check_reached(disks, "flush", lsn)?;
+                (Entry::Flush { lsn, time }, ByteCount::ZERO)
+            }
+            Message::PassBegin { at, gap_from, time, reason } => {
+                (entries::pass_begin(at, gap_from, time, reason), ByteCount::ZERO)
+            }
+            Message::PassEnd { at, valid_from, time } => {
+                (Entry::PassEnd { at, valid_from, time }, ByteCount::ZERO)
+            }
+            Message::Mark { lsn, time, label } => {
+                self.check_reached(disks, "mark", lsn)?;
+                if self.has_mark(disks, lsn, &label) {
+                    return Ok(None);
+                }
+                (Entry::Mark { lsn, time, label }, ByteCount::ZERO)
+            }
+            Message::Compare(question) => return self.compare(disks, question).map(Some),
+            Message::Ping => return Ok(None),
+            other @ (Message::Hello(_)
+            | Message::Welcome(_)
+            | Message::CompareResult(_)
+            | Message::Ack { .. }
+            | Message::Close(_)) => return Err(unexpected("a record, pass, mark, compare or ping", &other)),
+        };
+        if !payload.is_zero() {
+            disks.check_space(payload).map_err(|why| closed(CloseCode::Store, why))?;
+        }
+        self.disk(disks).append(entry, payload).map(|_| None).map_err(refusal)
+    }
+
+    fn disk<'a>(&self, disks: &'a mut Disks) -> &'a mut Disk {
+        disks.get_mut(self.disk).expect("a claimed disk is not forgotten")
+    }
+
+    /// A record continues the log exactly where it stands: the agent's `previous` proves that
+    /// nothing between was lost. Whether its LSN is above that is the log's own check.
+    fn check_record(&self, disks: &mut Disks, record: &Record) -> Result<(), Closed> {
+        let covered = self.covered(disks);
+        if record.previous != covered {
+            let why = format!(
+                "expected a record that follows LSN {covered}, found LSN {} following {}: something is missing",
+                record.lsn, record.previous
+            );
+            return Err(closed(CloseCode::Invalid, why));
+        }
+        self.check_range(disks, record.range)
+    }
+
+    fn check_range(&self, disks: &mut Disks, range: ByteRange) -> Result<(), Closed> {
+        let size = self.disk(disks).size();
+        if range.end().0 <= size.0 {
+            return Ok(());
+        }
+        let why = format!("bytes {range} lie beyond the end of the disk at {size}");
+        Err(closed(CloseCode::Invalid, why))
+    }
+
+    fn check_reached(&self, disks: &mut Disks, what: &str, lsn: Lsn) -> Result<(), Closed> {
+        let covered = self.covered(disks);
+        if lsn <= covered {
+            return Ok(());
+        }
+        let why = format!("a {what} at LSN {lsn}, but the log has only reached {covered}");
+        Err(closed(CloseCode::Invalid, why))
+    }
+
+    fn covered(&self, disks: &mut Disks) -> Lsn {
+        self.disk(disks).timeline().map_or(Lsn::ZERO, |timeline| timeline.covered())
+    }
+
+    /// A mark is sent again after a reconnect: the same label at the same LSN changes nothing. The
+    /// same label at another LSN is a new mark, and the newest of a label is the one that counts.
+    fn has_mark(&self, disks: &mut Disks, lsn: Lsn, label: &str) -> bool {
+        let marks = self.disk(disks).timeline().map_or(&[][..], |timeline| timeline.marks());
+        let newest = marks.iter().rev().find(|mark| mark.label == label);
+        newest.is_some_and(|mark| mark.at.lsn == lsn)
+    }
+
+    fn compare(&self, disks: &mut Disks, question: Compare) -> Result<Effect, Closed> {
+        for item in &question.items {
+            self.check_range(disks, item.range)?;
+        }
+        let snapshot = self.disk(disks).snapshot().map_err(refusal)?;
+        let view = snapshot.newest_view(question.at);
+        Ok(Effect::Compare(CompareJob::new(question, view)))
+    }
+
+    /// The acknowledgement that is due, if one is.
+    fn acknowledge(&mut self, disk: &Disk) -> Option<Message> {
+        let noted = self.waiting.back().map_or(self.durable, |(_, frame)| *frame);
+        if self.received > noted {
+            self.waiting.push_back((disk.appended(), self.received));
+        }
+        let durable = disk.durable().seq;
+        while let Some(&(seq, frame)) = self.waiting.front()
+            && seq <= durable
+        {
+            self.durable = frame;
+            self.waiting.pop_front();
+        }
+        let due = (self.received, self.durable);
+        if due == self.acked {
+            return None;
+        }
+        self.acked = due;
+        Some(Message::Ack { received: due.0, durable: due.1 })
+    }
+}
+
+/// Everything it says is durable: the log was synced through the claim, which is its last entry.
+fn welcome(disk: &Disk, claim: &Claim) -> Welcome {
+    let timeline = disk.timeline().expect("the log is open: it just became durable");
+    Welcome {
+        version: PROTOCOL_VERSION,
+        history: claim.history,
+        state: claim.state,
+        durable: timeline.covered(),
+        highest: timeline.highest_lsn(),
+        // Also after a pass that ended without a point: records could follow, points could not.
+        in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && timeline.covered() > Lsn::ZERO),
+    }
+}
+
+fn payload_of(entry: &Entry) -> ByteCount {
+    match entry {
+        Entry::Write { payload, .. } => ByteCount::of(payload),
+        Entry::Zero { .. }
+        | Entry::Flush { .. }
+        | Entry::PassBegin { .. }
+        | Entry::PassData { .. }
+        | Entry::PassEnd { .. }
+        | Entry::Mark { .. }
+        | Entry::Attach { .. } => ByteCount::ZERO,
+    }
+}
+
+fn refusal(error: DiskError) -> Closed {
+    match error {
+        DiskError::Invalid(why) => closed(CloseCode::Invalid, why),
+        DiskError::Store(why) => closed(CloseCode::Store, why),
+    }
+}
+
+fn unexpected(expected: &str, found: &Message) -> Closed {
+    closed(CloseCode::Invalid, format!("expected {expected}, found {}", kind(found)))
+}
+
+fn kind(message: &Message) -> &'static str {
+    match message {
+        Message::Hello(_) => "hello",
+        Message::Welcome(_) => "welcome",
+        Message::Record(_) => "record",
+        Message::Flush { .. } => "flush",
+        Message::PassBegin { .. } => "pass-begin",
+        Message::PassData { .. } => "pass-data",
+        Message::PassEnd { .. } => "pass-end",
+        Message::Mark { .. } => "mark",
+        Message::Compare(_) => "compare",
+        Message::CompareResult(_) => "compare-result",
+        Message::Ack { .. } => "ack",
+        Message::Ping => "ping",
+        Message::Close(_) => "close",
+    }
+}
+
+#[cfg(test)]
+mod tests;

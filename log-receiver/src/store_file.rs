@@ -1,0 +1,201 @@
+//! `store.json` and the store's lock: what makes a directory a store, and one receiver's at a time.
+//!
+//! ```text
+//! STORE/store.json                      magic, version, store id, checksum
+//! STORE/lock                            flock(2) of the receiver that has the store open
+//! STORE/disks/<uuid>/segments/*.seg     one log per disk
+//! ```
+//! Invariants: `store.json` is written once, whole (temporary file, sync, rename, sync of the
+//! directory), before the first disk; a version this build does not know is refused before anything
+//! else is read; a directory with other things in it is never turned into a store.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use backtide_storage::{Storage, read_file, replace_file};
+use backtide_units::ByteCount;
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// The version of the store's layout that this build reads and writes.
+///
+/// | version | what changed |
+/// |---|---|
+/// | 1 | first |
+pub const STORE_VERSION: u32 = 1;
+
+const FILE: &str = "store.json";
+const LOCK: &str = "lock";
+const MAGIC: &str = "backtide-store";
+const FILE_BYTES_MAX: ByteCount = ByteCount(64 * 1024);
+
+/// A store's identity: random, made once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct StoreId(pub Uuid);
+
+/// Why a directory cannot be used as a store.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreFileError {
+    /// The operating system said no.
+    #[error("{what} {}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Another receiver has the store open.
+    #[error("the store {} is open in another receiver{by}: stop that one or use another directory", path.display())]
+    Locked {
+        /// The store.
+        path: PathBuf,
+        /// ` (process N)` when it is known.
+        by: String,
+    },
+    /// There are files in the directory, but no `store.json`.
+    #[error(
+        "{} is not empty and has no {FILE}: expected a backtide store or an empty directory, found {found:?}",
+        path.display()
+    )]
+    NotAStore {
+        /// The directory.
+        path: PathBuf,
+        /// The first name found there.
+        found: String,
+    },
+    /// `store.json` does not hold what it should.
+    #[error("{} is damaged: {why}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        why: String,
+    },
+    /// The store was written by another version.
+    #[error(
+        "{} has store version {found}, this build reads version {STORE_VERSION}: use the backtide that wrote it, or a newer one",
+        path.display()
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// As the file says.
+        found: u64,
+    },
+}
+
+/// The exclusive right to a store, given up when dropped (or when the process ends, however).
+#[derive(Debug)]
+pub(crate) struct StoreLock {
+    _file: File,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoreFile {
+    magic: String,
+    version: u32,
+    store: StoreId,
+    /// CRC32C of `MAGIC VERSION STORE` as text, in hexadecimal.
+    checksum: String,
+}
+
+impl StoreFile {
+    fn new(store: StoreId) -> Self {
+        let checksum = Self::checksum(MAGIC, STORE_VERSION, store);
+        Self { magic: MAGIC.to_owned(), version: STORE_VERSION, store, checksum }
+    }
+
+    fn checksum(magic: &str, version: u32, store: StoreId) -> String {
+        format!("{:08x}", crc32c::crc32c(format!("{magic} {version} {}", store.0).as_bytes()))
+    }
+}
+
+/// Takes the lock of the store at `path`, an existing directory.
+///
+/// # Errors
+/// [`StoreFileError::Locked`] when another process has it.
+pub(crate) fn lock_store(path: &Path) -> Result<StoreLock, StoreFileError> {
+    let lock_path = path.join(LOCK);
+    let io = |what| {
+        let path = lock_path.clone();
+        move |source| StoreFileError::Io { what, path, source }
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&lock_path)
+        .map_err(io("open"))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut text = String::new();
+            let read = file.read_to_string(&mut text).is_ok();
+            let by = match text.trim().parse::<u32>() {
+                Ok(process) if read => format!(" (process {process})"),
+                Ok(_) | Err(_) => String::new(),
+            };
+            return Err(StoreFileError::Locked { path: path.to_owned(), by });
+        }
+        Err(error) => return Err(io("lock")(error.into())),
+    }
+    file.set_len(0).map_err(io("write"))?;
+    file.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(io("write"))?;
+    Ok(StoreLock { _file: file })
+}
+
+/// Reads `store.json`, or makes an empty directory a store.
+///
+/// # Errors
+/// Whatever makes the directory unusable as a store.
+pub(crate) fn open_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFileError> {
+    let path = storage.display(Path::new(FILE));
+    let io = |what, source| StoreFileError::Io { what, path: path.clone(), source };
+    match read_file(storage.as_ref(), Path::new(FILE), FILE_BYTES_MAX) {
+        Ok(content) => parse(&path, &content),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let names = storage.list(Path::new("")).map_err(|e| io("list the directory of", e))?;
+            // The lock is ours; a leftover temporary file is from a crash while this was written.
+            let foreign = names.into_iter().find(|name| !name.starts_with(FILE) && name != LOCK);
+            if let Some(found) = foreign {
+                return Err(StoreFileError::NotAStore { path: storage.display(Path::new("")), found });
+            }
+            let store = StoreId(Uuid::new_v4());
+            let content = serde_json::to_vec_pretty(&StoreFile::new(store)).expect("plain data becomes JSON");
+            replace_file(storage.as_ref(), Path::new(FILE), &content).map_err(|e| io("write", e))?;
+            Ok(store)
+        }
+        Err(error) => Err(io("read", error)),
+    }
+}
+
+fn parse(path: &Path, content: &[u8]) -> Result<StoreId, StoreFileError> {
+    let damaged = |why: String| StoreFileError::Damaged { path: path.to_owned(), why };
+    // Magic and version first and alone: another version may have other fields.
+    let value: serde_json::Value = serde_json::from_slice(content).map_err(|e| damaged(e.to_string()))?;
+    let magic = value.get("magic").and_then(serde_json::Value::as_str);
+    if magic != Some(MAGIC) {
+        return Err(damaged(format!("expected magic {MAGIC:?}, found {:?}", magic.unwrap_or_default())));
+    }
+    let version = value.get("version").and_then(serde_json::Value::as_u64);
+    let version = version.ok_or_else(|| damaged("expected a version, found none".to_owned()))?;
+    if version != u64::from(STORE_VERSION) {
+        return Err(StoreFileError::Version { path: path.to_owned(), found: version });
+    }
+    let file: StoreFile = serde_json::from_value(value).map_err(|e| damaged(e.to_string()))?;
+    let expected = StoreFile::checksum(&file.magic, file.version, file.store);
+    if file.checksum != expected {
+        return Err(damaged(format!("checksum expected {expected}, found {}", file.checksum)));
+    }
+    Ok(file.store)
+}
