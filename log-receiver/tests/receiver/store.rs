@@ -1,0 +1,95 @@
+//! The store's directory: one receiver at a time, of a version it knows, and nobody else's.
+
+use std::fs;
+
+use backtide_units::Lsn;
+
+use crate::{agent::*, fixture::*};
+
+#[tokio::test]
+async fn two_receivers_never_open_one_store() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let mut config = place.config();
+    config.run = Some(place.path("other-run"));
+    let why = place.refusal(config).await;
+    assert!(why.contains("is open in another receiver"), "{why}");
+    assert!(why.contains(&std::process::id().to_string()), "{why}");
+    receiver.shutdown().await;
+    place.start().await.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_store_keeps_its_identity() {
+    let place = Place::new();
+    let first = place.start().await;
+    let id = first.store_id();
+    first.shutdown().await;
+    let second = place.start().await;
+    assert_eq!(second.store_id(), id);
+    second.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_store_file_of_another_version_or_damaged_is_refused() {
+    let place = Place::new();
+    place.start().await.shutdown().await;
+    let path = place.store().join("store.json");
+    let good = fs::read_to_string(&path).unwrap();
+    for (from, to, expected) in [
+        ("\"version\": 1", "\"version\": 7", "has store version 7, this build reads version 1"),
+        ("\"version\": 1", "\"revision\": 1", "expected a version, found none"),
+        ("backtide-store", "frontside-store", "expected magic \"backtide-store\", found \"frontside-store\""),
+        ("\"checksum\": \"", "\"checksum\": \"x", "checksum expected"),
+        ("{", "", "is damaged"),
+    ] {
+        assert!(good.contains(from), "{good}");
+        fs::write(&path, good.replacen(from, to, 1)).unwrap();
+        let why = place.refusal(place.config()).await;
+        assert!(why.contains(expected), "{why}");
+    }
+    fs::write(&path, good).unwrap();
+    place.start().await.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_directory_with_other_things_does_not_become_a_store() {
+    let place = Place::new();
+    fs::create_dir_all(place.store()).unwrap();
+    fs::write(place.store().join("holiday.jpg"), "").unwrap();
+    let why = place.refusal(place.config()).await;
+    assert!(why.contains("found \"holiday.jpg\""), "{why}");
+    assert!(!place.store().join("store.json").exists());
+}
+
+#[tokio::test]
+async fn a_damaged_disk_is_told_and_the_others_are_served() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    for (number, name) in [(1, "vm1"), (2, "vm2")] {
+        let (mut agent, _) = Agent::welcomed(&receiver, hello(number, name)).await;
+        agent.first_pass(5).await;
+        for lsn in 6..1000 {
+            agent.send(&write(lsn, 0, vec![lsn as u8; 4096])).await;
+        }
+        agent.all_durable().await;
+    }
+    receiver.shutdown().await;
+    // A segment in the middle of vm1's log is gone.
+    let segments = place.store().join("disks").join(hello(1, "vm1").disk.to_string()).join("segments");
+    fs::remove_file(segments.join("0000000000000002.seg")).unwrap();
+
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let sick = hello(1, "vm1").disk.to_string().parse().unwrap();
+    let disks = api.disks(Some(&sick)).await.unwrap().disks;
+    let error = disks[0].error.clone().unwrap();
+    assert!(error.contains("0000000000000002.seg"), "{error}");
+    let closed = Agent::refused(&receiver, hello(1, "vm1")).await;
+    assert_eq!(closed.code, backtide_protocol::CloseCode::Store);
+    assert!(closed.message.contains("0000000000000002.seg"), "{closed:?}");
+    assert!(api.points(&sick).await.unwrap_err().message.contains("cannot be read"));
+    let (_agent, welcome) = Agent::welcomed(&receiver, hello(2, "vm2")).await;
+    assert_eq!(welcome.durable, Lsn(999));
+    receiver.shutdown().await;
+}
