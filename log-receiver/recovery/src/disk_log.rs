@@ -71,11 +71,13 @@ pub struct DiskLog {
     current: Option<Current>,
     appended: Seq,
     durable: Durable,
-    /// Sealed segments that are not known durable, with their last entry.
-    unsynced: Vec<(Arc<dyn StorageFile>, Seq)>,
-    /// Counts changes of names in the directory, and which of them are durable.
-    names_version: u64,
-    names_durable: u64,
+    /// Sealed segments whose footers are not known durable, with the change that sealed them.
+    unsynced: Vec<(Arc<dyn StorageFile>, u64)>,
+    /// Counts segments started and sealed.
+    change: u64,
+    /// The newest segment start, and the newest change that is durable.
+    started: u64,
+    change_durable: u64,
     sealed_bytes: u64,
     poisoned: bool,
 }
@@ -127,9 +129,7 @@ impl DiskLog {
         }
         let mut log = Self::empty(Arc::clone(&storage), segments_dir.clone(), identity, options, cache);
         log.start_segment()?;
-        if let Some(ticket) = log.names_ticket() {
-            log.synced(ticket.sync())?;
-        }
+        log.synced(log.ticket_now().sync())?;
         for path in [dir, dir.parent().unwrap_or(Path::new(""))] {
             storage.sync_dir(path).map_err(io("sync", path))?;
         }
@@ -178,8 +178,9 @@ impl DiskLog {
             appended: Seq(0),
             durable: Durable::default(),
             unsynced: Vec::new(),
-            names_version: 0,
-            names_durable: 0,
+            change: 0,
+            started: 0,
+            change_durable: 0,
             sealed_bytes: 0,
             poisoned: false,
         }
@@ -271,20 +272,17 @@ impl DiskLog {
         if self.appended == self.durable.seq {
             return Ok(None);
         }
-        Ok(self.names_ticket())
+        Ok(Some(self.ticket_now()))
     }
 
     /// A ticket over all that is in the files, entries or not.
-    fn names_ticket(&self) -> Option<SyncTicket> {
+    fn ticket_now(&self) -> SyncTicket {
         let mut files: Vec<_> = self.unsynced.iter().map(|(file, _)| Arc::clone(file)).collect();
         files.extend(self.current.as_ref().map(|current| current.writer.sync_handle()));
-        let directory = (self.names_durable < self.names_version).then(|| DirectorySync {
-            storage: Arc::clone(&self.storage),
-            path: self.segments_dir.clone(),
-            names_version: self.names_version,
-        });
+        let directory = (self.change_durable < self.started)
+            .then(|| DirectorySync { storage: Arc::clone(&self.storage), path: self.segments_dir.clone() });
         let through = Durable { seq: self.appended, lsn: self.timeline.covered() };
-        Some(SyncTicket { through, files, directory })
+        SyncTicket { through, change: self.change, files, directory }
     }
 
     /// Takes a ticket's outcome. A failed sync poisons the log.
@@ -299,8 +297,8 @@ impl DiskLog {
             LogError::Io { step, source }
         });
         self.poison_on_failure(result)?;
-        self.unsynced.retain(|(_, last)| *last > outcome.through.seq);
-        self.names_durable = self.names_durable.max(outcome.names_version.unwrap_or(0));
+        self.unsynced.retain(|(_, change)| *change > outcome.change);
+        self.change_durable = self.change_durable.max(outcome.change);
         if outcome.through.seq > self.durable.seq {
             self.durable = outcome.through;
         }
@@ -388,7 +386,8 @@ impl DiskLog {
         let name = self.storage.display(&path);
         let file = self.storage.create_new(&path);
         let file = file.map_err(|source| failed(format!("create {}", name.display()), source))?;
-        self.names_version += 1;
+        self.change += 1;
+        self.started = self.change;
         let file = SegmentFile::new(file, name);
         let writer = match SegmentWriter::create(file.clone(), header, self.options.writer()) {
             Ok(writer) => writer,
@@ -411,7 +410,8 @@ impl DiskLog {
         let sealed = self.poison_on_failure(sealed)?;
         let Some(current) = self.current.take() else { return Ok(()) };
         self.sealed_bytes += sealed.length().0;
-        self.unsynced.push((current.writer.sync_handle(), self.appended));
+        self.change += 1;
+        self.unsynced.push((current.writer.sync_handle(), self.change));
         current.segment.become_sealed(sealed);
         Ok(())
     }

@@ -194,21 +194,39 @@ impl Recovery<'_> {
                 states.push(None);
                 continue;
             };
-            let state = match SealedSegment::open(&file, *header)? {
-                Some((sealed, steps)) => {
-                    self.synced = self.synced.max(sealed.stats().synced);
-                    KeptState::Sealed(Box::new(sealed), steps)
-                }
-                None => {
-                    let scanned = scan(&file, *header, self.synced)?;
-                    self.synced = self.synced.max(scanned.synced);
-                    KeptState::Open(file, Box::new(scanned))
-                }
-            };
-            states.push(Some(state));
+            states.push(Some(self.read_segment(file, *header)?));
         }
         states.reverse();
         Ok(states)
+    }
+
+    /// A footer is trusted when a later segment says that one of its own entries was durable: only then
+    /// were this segment's entries and footer, which are synced before. Any other is checked against the
+    /// entries, for a power cut can leave a trailer without what stands before it.
+    fn read_segment(&mut self, file: SegmentFile, header: SegmentHeader) -> Result<KeptState, LogError> {
+        let footer = SealedSegment::open(&file, header)?;
+        if let Some((sealed, _)) = &footer {
+            self.synced = self.synced.max(sealed.stats().synced);
+        }
+        match footer {
+            Some((sealed, steps)) if self.synced >= sealed.stats().next_seq => {
+                return Ok(KeptState::Sealed(Box::new(sealed), steps));
+            }
+            Some(_) | None => {}
+        }
+        let scanned = scan(&file, header, self.synced)?;
+        self.synced = self.synced.max(scanned.synced);
+        self.report_damage(&file, &scanned);
+        match footer {
+            Some((sealed, steps))
+                if scanned.contents.stats() == sealed.stats()
+                    && scanned.end == sealed.entries_end()
+                    && sealed.verify(&file).is_ok() =>
+            {
+                Ok(KeptState::Sealed(Box::new(sealed), steps))
+            }
+            Some(_) | None => Ok(KeptState::Open(file, Box::new(scanned))),
+        }
     }
 
     /// Keeps segments as long as each begins where the one before ends; removes the rest.
@@ -265,7 +283,6 @@ impl Recovery<'_> {
             let mut doubtful = through > self.synced || place == last;
             if let KeptState::Open(file, scanned) = &segment.state {
                 doubtful = true;
-                self.report_damage(file, scanned);
                 if place == last {
                     self.cut(file, scanned)?;
                 } else {

@@ -25,6 +25,8 @@ pub struct Durable {
 #[must_use = "nothing is durable before the ticket is synced"]
 pub struct SyncTicket {
     pub(crate) through: Durable,
+    /// The newest change of the log's files that this ticket covers.
+    pub(crate) change: u64,
     pub(crate) files: Vec<Arc<dyn StorageFile>>,
     pub(crate) directory: Option<DirectorySync>,
 }
@@ -33,15 +35,13 @@ pub struct SyncTicket {
 pub(crate) struct DirectorySync {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) path: PathBuf,
-    /// Which change of names is the newest that this sync covers.
-    pub(crate) names_version: u64,
 }
 
 /// A ticket that was synced, or failed to.
 #[must_use = "the log learns what is durable from the outcome"]
 pub struct SyncOutcome {
     pub(crate) through: Durable,
-    pub(crate) names_version: Option<u64>,
+    pub(crate) change: u64,
     pub(crate) result: io::Result<()>,
 }
 
@@ -60,8 +60,7 @@ impl SyncTicket {
         if let Some(directory) = &self.directory {
             result = result.and_then(|()| directory.storage.sync_dir(&directory.path));
         }
-        let names_version = self.directory.map(|directory| directory.names_version);
-        SyncOutcome { through: self.through, names_version, result }
+        SyncOutcome { through: self.through, change: self.change, result }
     }
 }
 

@@ -19,7 +19,7 @@ fn every_offered_point_equals_the_model() {
     for seed in seeds(60) {
         let _say = SayOnPanic(format!("SEED={seed}"));
         let mut agent = agent(seed);
-        for _ in 0..120 {
+        for _ in 0..200 {
             agent.step().expect("step");
         }
         points += agent.model.check(&mut agent.log);

@@ -169,6 +169,19 @@ impl SealedSegment {
         Ok(extents)
     }
 
+    /// Reads and checks every part of the footer: the trailer alone does not say that the parts before it
+    /// reached the device.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] for the first part that is not whole, or the file's.
+    pub fn verify(&self, file: &SegmentFile) -> Result<(), SegmentError> {
+        for number in 0..self.sections.blocks {
+            self.block(file, number)?;
+        }
+        self.wide(file)?;
+        self.disk_blocks(file).map(|_| ())
+    }
+
     /// Reads the bitmap of 4 KiB blocks that extents other than wide ones touch.
     ///
     /// # Errors

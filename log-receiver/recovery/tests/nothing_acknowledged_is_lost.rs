@@ -1,0 +1,181 @@
+//! The power fails at every operation of a log's life; what a ticket has made durable is there again,
+//! and every point that the recovered log offers equals the model.
+
+mod common;
+
+use std::sync::Arc;
+
+use backtide_recovery::{AppendError, DiskLog, LogError, Seq};
+use backtide_storage::MemoryStorage;
+use backtide_units::{ByteCount, Lsn};
+use common::{Agent, SayOnPanic, directory, seeds};
+
+/// Runs an agent until something fails; gives what was acknowledged.
+fn run(agent: &mut Agent, steps: u64) -> Result<(), AppendError> {
+    agent.attach()?;
+    for _ in 0..steps {
+        agent.step()?;
+    }
+    Ok(())
+}
+
+fn recover_and_check(agent: &mut Agent, acknowledged: Seq, promised: &[Lsn]) {
+    let recovered = agent.reopen().expect("a log survives a power cut");
+    assert!(recovered.damaged_entries.is_empty(), "{recovered:?}");
+    assert!(
+        agent.log.appended() >= acknowledged,
+        "entry {acknowledged} was acknowledged, {} is the last: {recovered:?}",
+        agent.log.appended()
+    );
+    for lsn in promised {
+        assert!(agent.log.timeline().offers(*lsn), "{lsn} was a point before the power cut");
+    }
+    agent.model.check(&mut agent.log);
+}
+
+/// Cuts the power at operation `cut` of a history, twice: also while it goes on after the recovery.
+fn crash_at(seed: u64, steps: u64, cut: u64) {
+    let storage = MemoryStorage::new();
+    let mut agent = Agent::new(seed, storage.clone()).expect("create");
+    storage.cut_power_after(cut);
+    let ended = run(&mut agent, steps);
+    assert!(ended.is_err() || !storage.is_off());
+    let (acknowledged, promised) = (agent.log.durable().seq, agent.promised.clone());
+    storage.crash(seed ^ cut);
+    recover_and_check(&mut agent, acknowledged, &promised);
+    // Recovery itself is cut short, and begins again.
+    let changes = storage.counts().changes;
+    storage.crash(seed.wrapping_add(cut));
+    recover_and_check(&mut agent, acknowledged, &promised);
+    let recovery = storage.counts().changes - changes;
+    storage.cut_power_after(cut % recovery.max(1));
+    assert!(agent.reopen().is_err());
+    storage.crash(cut);
+    recover_and_check(&mut agent, acknowledged, &promised);
+    // The log goes on as any other.
+    agent.restart().expect("attach");
+    agent.settle().expect("settle");
+    for _ in 0..10 {
+        agent.step().expect("step");
+    }
+    agent.sync().expect("sync");
+    let (acknowledged, promised) = (agent.log.durable().seq, agent.promised.clone());
+    storage.crash(seed.wrapping_mul(31).wrapping_add(cut));
+    recover_and_check(&mut agent, acknowledged, &promised);
+}
+
+#[test]
+fn a_power_cut_at_every_operation_loses_nothing_acknowledged() {
+    for seed in seeds(6) {
+        let storage = MemoryStorage::new();
+        let mut agent = Agent::new(seed, storage.clone()).expect("create");
+        let before = storage.counts().changes;
+        run(&mut agent, 60).expect("no fault yet");
+        let changes = storage.counts().changes - before;
+        for cut in 0..=changes {
+            let _say = SayOnPanic(format!("SEED={seed}, the power cut at operation {cut}"));
+            crash_at(seed, 60, cut);
+        }
+    }
+}
+
+#[test]
+fn a_power_cut_while_a_log_is_created_leaves_none_or_an_empty_one() {
+    let storage = MemoryStorage::new();
+    Agent::new(1, storage.clone()).expect("create");
+    let changes = storage.counts().changes;
+    for cut in 0..changes {
+        for seed in 0..8 {
+            let storage = MemoryStorage::new();
+            storage.cut_power_after(cut);
+            assert!(Agent::new(1, storage.clone()).is_err(), "the power is cut at {cut} of {changes}");
+            storage.crash(seed);
+            let options = backtide_recovery::LogOptions::default();
+            let opened = DiskLog::open(Arc::new(storage.clone()), directory(), options, &common::cache());
+            match opened {
+                Ok((log, _)) => assert_eq!(log.appended(), Seq(0)),
+                Err(LogError::NoLog { .. }) => {
+                    let mut agent = Agent::new(1, storage).expect("a leftover does no harm");
+                    run(&mut agent, 10).expect("it is a log as any other");
+                }
+                Err(error) => panic!("cut at {cut}, seed {seed}: {error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failed_write_or_sync_poisons_and_loses_nothing_acknowledged() {
+    for seed in seeds(4) {
+        for fault in 0..40 {
+            let _say = SayOnPanic(format!("SEED={seed}, fault {fault}"));
+            let storage = MemoryStorage::new();
+            let mut agent = Agent::new(seed, storage.clone()).expect("create");
+            if fault % 2 == 0 {
+                storage.fail_write_after(fault / 2);
+            } else {
+                storage.fail_sync_after(fault / 2);
+            }
+            if run(&mut agent, 80).is_ok() {
+                continue;
+            }
+            assert!(
+                matches!(agent.attach(), Err(AppendError::Log(LogError::Poisoned)))
+                    || !agent.log.is_poisoned()
+            );
+            let (acknowledged, promised) = (agent.log.durable().seq, agent.promised.clone());
+            // With and without losing what was not durable.
+            if seed % 2 == 0 {
+                storage.crash(seed ^ fault);
+            }
+            recover_and_check(&mut agent, acknowledged, &promised);
+        }
+    }
+}
+
+#[test]
+fn a_full_device_refuses_entries_and_the_log_goes_on_when_there_is_space() {
+    for seed in seeds(12) {
+        for capacity in [5_000, 100_000, 400_000, 900_000, 1_600_000] {
+            let _say = SayOnPanic(format!("SEED={seed}, {capacity} bytes of space"));
+            let storage = MemoryStorage::new();
+            let mut agent = Agent::new(seed, storage.clone()).expect("create");
+            storage.set_capacity(Some(ByteCount(storage.used().0 + capacity)));
+            let Err(error) = run(&mut agent, 400) else { continue };
+            assert!(matches!(error, AppendError::Log(LogError::Full { .. })), "{error}");
+            assert!(!agent.log.is_poisoned());
+            agent.model.check(&mut agent.log);
+            agent.sync().expect("what was taken can be made durable");
+            let (acknowledged, promised) = (agent.log.durable().seq, agent.promised.clone());
+            assert_eq!(acknowledged, agent.log.appended());
+            storage.crash(seed);
+            recover_and_check(&mut agent, acknowledged, &promised);
+            storage.set_capacity(None);
+            agent.restart().expect("attach");
+            agent.settle().expect("settle");
+            agent.model.check(&mut agent.log);
+        }
+    }
+}
+
+#[test]
+fn several_tickets_under_way_make_durable_what_each_says() {
+    let storage = MemoryStorage::new();
+    let mut agent = Agent::new(3, storage.clone()).expect("create");
+    agent.attach().expect("attach");
+    agent.settle().expect("settle");
+    let first = agent.log.ticket().expect("ticket").expect("something to sync");
+    agent.write().expect("write");
+    agent.log.seal().expect("seal");
+    agent.write().expect("write");
+    let second = agent.log.ticket().expect("ticket").expect("something to sync");
+    let through = (first.through(), second.through());
+    assert!(through.0.seq < through.1.seq);
+    let (first, second) = (first.sync(), second.sync());
+    assert_eq!(agent.log.synced(second).expect("synced"), through.1);
+    assert_eq!(agent.log.synced(first).expect("synced"), through.1, "an older outcome takes nothing back");
+    assert!(agent.log.ticket().expect("ticket").is_none(), "nothing is left to sync");
+    storage.crash(9);
+    let promised = [agent.log.timeline().latest().expect("a point").lsn];
+    recover_and_check(&mut agent, through.1.seq, &promised);
+}
