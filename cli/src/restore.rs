@@ -12,3 +12,6 @@ mod target;
 
 pub(crate) use copy::{copy, verify};
 pub(crate) use target::Target;
+
+#[cfg(test)]
+mod tests;
