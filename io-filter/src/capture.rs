@@ -12,6 +12,7 @@ use backtide_units::{BlockRange, Lsn, Reason};
 use crate::{
     event::{Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, RequestId},
     filter::{Filter, Link, Mode},
+    mutant::Mutant,
     pass::{NewWrites, Phase},
 };
 
@@ -149,6 +150,9 @@ impl Filter {
     /// The blocks, from the first to the last of `blocks`, whose content at T would be lost.
     fn copy_needed(&self, blocks: BlockRange) -> Option<BlockRange> {
         let pass = self.pass.as_ref().filter(|pass| pass.phase == Phase::Draining && !pass.forfeited)?;
+        if self.is_mutant(Mutant::NoCopyBeforeWrite) {
+            return None;
+        }
         let mut runs = pass.active.runs(blocks, blocks.count());
         let first = runs.next()?;
         let last = runs.last().unwrap_or(first);

@@ -13,6 +13,7 @@ use crate::{
     capture::{Ongoing, Queued},
     event::{Effect, IoFailure, IoId, LocalData, LocalOp},
     filter::Filter,
+    mutant::Mutant,
     pass::{Pass, Phase},
 };
 
@@ -135,6 +136,11 @@ impl Filter {
         pass.reads.insert(io, run);
         pass.reading_bytes += run.count().bytes().0;
         pass.unreadable.remove(&run.start());
+        if self.is_mutant(Mutant::ClearBeforeRead)
+            && let Some(pass) = &mut self.pass
+        {
+            pass.active.remove(run);
+        }
         self.ongoing.insert(io, Ongoing::Drain(run));
         self.effects.push_back(Effect::Local(io, LocalOp::Read(run.bytes(self.settings.size))));
     }

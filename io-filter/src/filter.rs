@@ -112,6 +112,8 @@ pub struct Filter {
     pub(crate) counters: Counters,
     pub(crate) effects: VecDeque<Effect>,
     pub(crate) now: Now,
+    #[cfg(feature = "mutants")]
+    pub(crate) mutant: Option<crate::mutant::Mutant>,
 }
 
 impl Filter {
@@ -150,6 +152,8 @@ impl Filter {
             counters: Counters::default(),
             effects: VecDeque::new(),
             now,
+            #[cfg(feature = "mutants")]
+            mutant: None,
         };
         filter.resume_from(resume);
         filter

@@ -13,6 +13,7 @@ use crate::{
     capture::Ongoing,
     event::{Effect, Now},
     filter::{Filter, Mode},
+    mutant::Mutant,
     pass::{NewWrites, Pass, Phase},
 };
 
@@ -98,7 +99,8 @@ impl Filter {
         let at = self.take_lsn();
         let time = self.stamp();
         let mut active = std::mem::take(&mut self.passive);
-        for ongoing in self.ongoing.values_mut() {
+        let freezes_ongoing = !self.is_mutant(Mutant::FreezeForgetsOngoing);
+        for ongoing in self.ongoing.values_mut().filter(|_| freezes_ongoing) {
             if let Ongoing::Change(change) = ongoing {
                 change.frozen_into = Some(at);
                 active.insert(change.blocks());
@@ -149,12 +151,13 @@ impl Filter {
     pub(crate) fn end_pass_if_drained(&mut self) {
         let log_end = self.window.log_end();
         let time = self.now.wall.at_least_after(self.last_time);
+        let offers_t = self.is_mutant(Mutant::ForfeitedOffersT);
         let Some(pass) = &mut self.pass else { return };
         if pass.phase != Phase::Draining || !pass.is_drained() {
             return;
         }
         pass.phase = Phase::Ended;
-        let valid_from = match (pass.forfeited, pass.new_writes) {
+        let valid_from = match (pass.forfeited && !offers_t, pass.new_writes) {
             (false, _) => Some(pass.at),
             // What was drained late holds changes up to here, and their records are in the log.
             (true, NewWrites::Forwarded) => Some(log_end),

@@ -27,6 +27,8 @@ mod event;
 mod filter;
 mod freeze;
 mod guard;
+mod inspect;
+mod mutant;
 mod operate;
 mod pass;
 mod status;
@@ -37,5 +39,7 @@ pub use event::{
     Settings,
 };
 pub use filter::{Filter, Mode};
+#[cfg(feature = "mutants")]
+pub use mutant::Mutant;
 pub use operate::{MarkError, ResyncKind, VerifyError, VerifyReport};
 pub use status::{Counters, PassStatus, Status};

@@ -63,6 +63,8 @@ pub struct PassStatus {
     pub compare: bool,
     /// Whether T is lost as a recovery point.
     pub forfeited: bool,
+    /// Blocks that are still to be read: only ever fewer.
+    pub left: BlockCount,
     /// Bytes delivered or found equal.
     pub done: ByteCount,
     /// Bytes of the pass in all.
@@ -140,6 +142,7 @@ impl Filter {
             forwarding: pass.new_writes == NewWrites::Forwarded,
             compare: pass.compare,
             forfeited: pass.forfeited,
+            left: pass.active.count(),
             done: pass.done,
             total: pass.total,
             running: self.now.monotonic.saturating_sub(pass.started),

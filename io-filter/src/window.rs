@@ -245,6 +245,13 @@ impl Window {
         self.log_end = end;
     }
 
+    /// Marks every block of every entry.
+    pub(crate) fn mark_all_dirty(&self, dirty: &mut DirtyBitmap) {
+        for entry in &self.entries {
+            mark_dirty(&entry.item, dirty);
+        }
+    }
+
     fn pop_front(&mut self) -> Acknowledged {
         let entry = self.entries.pop_front().expect("the caller saw it");
         self.sent -= 1;

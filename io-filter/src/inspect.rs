@@ -1,0 +1,33 @@
+//! What the filter answers for, for whoever checks it: the simulation, a self-test.
+
+use backtide_tracking::DirtyBitmap;
+use backtide_units::BlockRange;
+
+use crate::{capture::Ongoing, filter::Filter};
+
+impl Filter {
+    /// Every block that may differ between the local disk and the newest version at the receiver:
+    /// the crate's invariant says there is no other. `None` while everything may, because a scan
+    /// is due or under way.
+    pub fn unsettled_blocks(&self) -> Option<DirtyBitmap> {
+        if self.lost.is_some() || self.scanning.is_some() {
+            return None;
+        }
+        let mut blocks = self.passive.clone();
+        blocks.union_with(&self.passive_zeroes);
+        if let Some(pass) = &self.pass {
+            blocks.union_with(&pass.active);
+            blocks.union_with(&pass.zeroes);
+            for range in pass.compares.values().flat_map(|pending| pending.ranges()) {
+                blocks.insert(BlockRange::touched_by(range));
+            }
+        }
+        self.window.mark_all_dirty(&mut blocks);
+        for ongoing in self.ongoing.values() {
+            if let Ongoing::Change(change) = ongoing {
+                blocks.insert(change.blocks());
+            }
+        }
+        Some(blocks)
+    }
+}

@@ -1,0 +1,36 @@
+//! Deliberate mistakes, to test the tests: a simulation that does not notice each of them is worth
+//! nothing. Without the feature `mutants` none can be switched on.
+
+use crate::filter::Filter;
+
+/// A mistake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(feature = "mutants"), expect(unreachable_pub, reason = "public with the feature only"))]
+pub enum Mutant {
+    /// The drain clears a run's bits when it begins to read, not when it has the content.
+    ClearBeforeRead,
+    /// A change during a pass overwrites blocks without having their content at T copied.
+    NoCopyBeforeWrite,
+    /// A pass that lost some block's content at T offers T all the same.
+    ForfeitedOffersT,
+    /// A change under way at the freeze is treated as one that came after it.
+    FreezeForgetsOngoing,
+}
+
+impl Filter {
+    /// Makes the mistake from now on.
+    #[cfg(feature = "mutants")]
+    pub fn mutate(&mut self, mutant: Mutant) {
+        self.mutant = Some(mutant);
+    }
+
+    #[cfg(feature = "mutants")]
+    pub(crate) fn is_mutant(&self, mutant: Mutant) -> bool {
+        self.mutant == Some(mutant)
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    pub(crate) fn is_mutant(&self, _: Mutant) -> bool {
+        false
+    }
+}
