@@ -44,6 +44,10 @@ impl Intake {
     }
 
     /// The place to read into; never without room.
+    ///
+    /// # Panics
+    /// When called again and again without asking a machine to take what is there: what no
+    /// machine takes is never longer than one message.
     pub fn space(&mut self) -> Limit<&mut BytesMut> {
         if self.payload.is_none() && self.buffer.capacity() - self.buffer.len() < MIN_ROOM {
             self.renew();
@@ -54,6 +58,7 @@ impl Intake {
             return (&mut payload.filled).limit(missing);
         }
         let room = self.buffer.capacity() - self.buffer.len();
+        assert!(room > 0, "more is read than the machines were asked to take");
         (&mut self.buffer).limit(room)
     }
 
