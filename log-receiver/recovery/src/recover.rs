@@ -291,11 +291,42 @@ impl Recovery<'_> {
             }
             if doubtful {
                 let file = open(self.storage, self.segments_dir, segment.header.id)?;
+                self.write_again(&file, segment)?;
                 let synced = file.file().sync_data();
                 synced.map_err(|source| failed(format!("sync {}", file.name().display()), source))?;
             }
         }
         self.sync_dir()
+    }
+
+    /// Writes again what is not known durable, in place. After a failed sync the system may hold bytes
+    /// that it takes for written and that are not on the device; a further sync would not write them.
+    fn write_again(&self, file: &SegmentFile, segment: &Kept) -> Result<(), LogError> {
+        let end = match &segment.state {
+            KeptState::Sealed(sealed, _) => sealed.entries_end(),
+            KeptState::Open(_, scanned) => scanned.end,
+        };
+        let mut from = ByteOffset::ZERO;
+        if segment.header.first_seq <= self.synced {
+            from = end;
+            for item in file.headers(segment.header, end) {
+                let (header, position) = item?;
+                if header.seq > self.synced {
+                    from = position.offset();
+                    break;
+                }
+            }
+        }
+        let failed = |source| failed(format!("write {} again", file.name().display()), source);
+        let mut chunk = vec![0; 1 << 20];
+        loop {
+            let length = file.file().read_at(from, &mut chunk).map_err(failed)?;
+            if length == 0 {
+                return Ok(());
+            }
+            file.file().write_at(from, &chunk[..length]).map_err(failed)?;
+            from.0 += length as u64;
+        }
     }
 
     fn report_damage(&mut self, file: &SegmentFile, scanned: &Scanned) {

@@ -129,6 +129,11 @@ fn a_failed_write_or_sync_poisons_and_loses_nothing_acknowledged() {
                 storage.crash(seed ^ fault);
             }
             recover_and_check(&mut agent, acknowledged, &promised);
+            // What is left is durable now, also what the failed sync had left as if it were.
+            let acknowledged = agent.log.durable().seq;
+            assert_eq!(acknowledged, agent.log.appended());
+            storage.crash(seed.wrapping_mul(fault));
+            recover_and_check(&mut agent, acknowledged, &promised);
         }
     }
 }
