@@ -75,8 +75,9 @@ pub struct LimitsRequest {
     pub resync_bytes_per_second_max: Option<ByteCount>,
 }
 
-/// Bounds of one disk as they are in force.
+/// Bounds of one disk as they are in force. What a configuration leaves out is the default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Limits {
     /// The most record bytes retained until they are durable at the receiver.
     pub window_bytes: ByteCount,
@@ -172,5 +173,40 @@ impl FromStr for OnOutage {
             .into_iter()
             .find(|choice| choice.as_str() == text)
             .ok_or_else(|| format!("{text:?} is neither continue nor block"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_on_the_command_line_are_those_of_the_json() {
+        for policy in AckPolicy::ALL {
+            assert_eq!(serde_json::to_value(policy).unwrap(), policy.as_str());
+            assert_eq!(policy.as_str().parse(), Ok(policy));
+        }
+        for choice in OnOutage::ALL {
+            assert_eq!(serde_json::to_value(choice).unwrap(), choice.as_str());
+            assert_eq!(choice.as_str().parse(), Ok(choice));
+        }
+        assert!("sometimes".parse::<AckPolicy>().unwrap_err().contains("durable-every-write"));
+    }
+
+    #[test]
+    fn an_attach_needs_no_more_than_name_image_and_receiver() {
+        let text = r#"{"name":"vm1","image":"/vm1.img","receiver":"tcp://kvm-3:7300"}"#;
+        let request: AttachRequest = serde_json::from_str(text).unwrap();
+        assert_eq!((request.ack, request.on_outage), (AckPolicy::Local, OnOutage::Continue));
+        assert_eq!(request.limits.or(Limits::default()), Limits::default());
+        let zero = r#"{"guest_delay_max_ms":0}"#;
+        let limits = serde_json::from_str::<LimitsRequest>(zero).unwrap().or(Limits::default());
+        assert_eq!(limits.guest_delay_max_ms, 0, "zero is a value, not the default");
+    }
+
+    #[test]
+    fn what_an_attach_does_not_know_is_refused() {
+        let text = r#"{"name":"vm1","image":"/vm1.img","receiver":"tcp://kvm-3:7300","akc":"durable"}"#;
+        assert!(serde_json::from_str::<AttachRequest>(text).unwrap_err().to_string().contains("akc"));
     }
 }

@@ -23,3 +23,6 @@ pub use status::{
     AgentStatus, Counters, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError, ResyncStatus, Window,
 };
 pub use verify::{ByteSpan, DIFFERING_SPANS_MAX, VerifyState, VerifyStatus};
+
+#[cfg(test)]
+mod tests;

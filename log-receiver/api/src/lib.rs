@@ -22,3 +22,6 @@ pub use points::{DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsR
 pub use routes::router;
 pub use service::ReceiverService;
 pub use status::{ReceiverDisk, ReceiverDisks, ReceiverStatus};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,182 @@
+//! Client and router against each other, over a socket, with an agent that remembers what it was
+//! asked.
+
+use std::sync::{Arc, Mutex};
+
+use backtide_control::{Address, ApiError, ErrorCode, Server};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, Lsn};
+
+use crate::{
+    AckPolicy, AgentClient, AgentService, AgentStatus, AttachRequest, Counters, Dirty, DiskMark, DiskStatus,
+    Lag, Limits, LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResyncExtent,
+    ResyncRequest, VerifyState, VerifyStatus, Window, router,
+};
+
+/// Answers for one disk, `vm1`, and notes every call.
+#[derive(Default)]
+struct Fake {
+    calls: Mutex<Vec<String>>,
+}
+
+impl Fake {
+    fn note(&self, call: &str, disk: &DiskName) -> Result<DiskStatus, ApiError> {
+        self.calls.lock().unwrap().push(format!("{call} {}", disk.as_str()));
+        if disk.as_str() == "vm1" {
+            return Ok(vm1());
+        }
+        Err(ApiError::new(ErrorCode::NotFound, format!("there is no disk {}", disk.as_str())))
+    }
+}
+
+fn name(text: &str) -> DiskName {
+    text.parse().unwrap()
+}
+
+fn vm1() -> DiskStatus {
+    DiskStatus {
+        name: name("vm1"),
+        uuid: DiskId(Default::default()),
+        mode: Mode::Sync,
+        reason: "every write is forwarded".to_owned(),
+        reason_code: "in-sync".to_owned(),
+        connected: true,
+        receiver: Address::unix("/run/backtide/stream.sock"),
+        last_error: None,
+        nbd_uri: "nbd+unix:///vm1?socket=/run/backtide/vm1.nbd".to_owned(),
+        image: "/images/vm1.img".to_owned(),
+        size: ByteCount(1 << 30),
+        epoch: Epoch(1),
+        history: None,
+        lsn: LsnStatus { last: Lsn(9), received: Lsn(8), durable: Lsn(7) },
+        lag: Lag { records: 2, bytes: ByteCount(8192), seconds: 0.25 },
+        dirty: Dirty::default(),
+        window: Window { bytes: ByteCount(8192), limit: ByteCount(64 << 20) },
+        resync: None,
+        ack: AckPolicy::Local,
+        on_outage: OnOutage::Continue,
+        limits: Limits::default(),
+        counters: Counters { writes: 9, ..Counters::default() },
+        engine: "pread".to_owned(),
+        clients: 1,
+    }
+}
+
+fn verify() -> VerifyStatus {
+    VerifyStatus {
+        disk: name("vm1"),
+        id: 1,
+        state: VerifyState::Running,
+        at: Some(Lsn(9)),
+        from_lsn: Lsn(9),
+        to_lsn: None,
+        started: CaptureTime(5),
+        ended: None,
+        compared_bytes: ByteCount(0),
+        total_bytes: ByteCount(1 << 30),
+        differing_bytes: ByteCount(0),
+        differing: Vec::new(),
+        differing_count: 0,
+        error: None,
+    }
+}
+
+impl AgentService for Fake {
+    async fn status(&self, disk: Option<DiskName>) -> Result<AgentStatus, ApiError> {
+        let one = self.note("status", &disk.unwrap_or_else(|| name("vm1")))?;
+        Ok(AgentStatus { version: "1".to_owned(), disks: vec![one] })
+    }
+
+    async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
+        self.note(&format!("attach {} {}", request.image, request.ack), &request.name)
+    }
+
+    async fn detach(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
+        self.note("detach", &disk)
+    }
+
+    async fn pause(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
+        self.note("pause", &disk)
+    }
+
+    async fn resume(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
+        self.note("resume", &disk)
+    }
+
+    async fn resync(&self, disk: DiskName, request: ResyncRequest) -> Result<DiskStatus, ApiError> {
+        self.note(&format!("resync {:?}", request.extent), &disk)
+    }
+
+    async fn mark(&self, request: MarkRequest) -> Result<MarkReport, ApiError> {
+        let mut marks = Vec::new();
+        for disk in request.disks {
+            self.note(&format!("mark {:?}", request.label), &disk)?;
+            marks.push(DiskMark { disk, lsn: Lsn(9), time: CaptureTime(5), recoverable: true });
+        }
+        Ok(MarkReport { label: request.label, marks })
+    }
+
+    async fn start_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
+        self.note("start_verify", &disk).map(|_| verify())
+    }
+
+    async fn verify_status(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
+        self.note("verify_status", &disk).map(|_| verify())
+    }
+}
+
+fn attach_request() -> AttachRequest {
+    AttachRequest {
+        name: name("vm1"),
+        image: "/images/vm1.img".to_owned(),
+        receiver: Address::unix("/run/backtide/stream.sock"),
+        nbd: None,
+        ack: AckPolicy::Durable,
+        on_outage: OnOutage::Continue,
+        limits: LimitsRequest::default(),
+    }
+}
+
+#[tokio::test]
+async fn every_call_reaches_its_method_and_comes_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = Address::unix(directory.path().join("agent.sock"));
+    let fake = Arc::new(Fake::default());
+    let server = Server::bind(&address).await.unwrap();
+    let serving = tokio::spawn(server.run(router(Arc::clone(&fake)), std::future::pending()));
+    let client = AgentClient::new(&address).unwrap();
+    let vm1 = name("vm1");
+
+    assert_eq!(client.status(None).await.unwrap().disks, [self::vm1()]);
+    assert_eq!(client.disk(&vm1).await.unwrap(), self::vm1());
+    assert_eq!(client.attach(&attach_request()).await.unwrap(), self::vm1());
+    client.detach(&vm1).await.unwrap();
+    client.pause(&vm1).await.unwrap();
+    client.resume(&vm1).await.unwrap();
+    client.resync(&vm1, ResyncRequest { extent: ResyncExtent::Compare }).await.unwrap();
+    let marked =
+        client.mark(&MarkRequest { label: "ä b/c".to_owned(), disks: vec![vm1.clone()] }).await.unwrap();
+    assert_eq!((marked.label.as_str(), marked.marks[0].lsn), ("ä b/c", Lsn(9)));
+    assert_eq!(client.start_verify(&vm1).await.unwrap(), verify());
+    assert_eq!(client.verify_status(&vm1).await.unwrap(), verify());
+    assert_eq!(
+        *fake.calls.lock().unwrap(),
+        [
+            "status vm1",
+            "status vm1",
+            "attach /images/vm1.img durable vm1",
+            "detach vm1",
+            "pause vm1",
+            "resume vm1",
+            "resync Compare vm1",
+            "mark \"ä b/c\" vm1",
+            "start_verify vm1",
+            "verify_status vm1"
+        ]
+    );
+
+    let unknown = client.pause(&name("vm9")).await.unwrap_err();
+    assert_eq!((unknown.code, unknown.message.as_str()), (ErrorCode::NotFound, "there is no disk vm9"));
+    let nothing = client.mark(&MarkRequest { label: "x".to_owned(), disks: vec![] }).await.unwrap_err();
+    assert_eq!(nothing.code, ErrorCode::Usage);
+    serving.abort();
+}

@@ -1,0 +1,177 @@
+//! Client and router against each other, over a socket, with a receiver that remembers what it was
+//! asked.
+
+use std::sync::{Arc, Mutex};
+
+use backtide_control::{Address, ApiError, ErrorCode, Server};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
+
+use crate::{
+    DiffReport, DiffRequest, DiskRef, FlushPoints, Hole, Mount, MountRequest, Mounts, Point, PointsReport,
+    ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus, ResolveRequest, ResolvedPoint,
+    UnavailablePoint, router,
+};
+
+/// Notes every call.
+#[derive(Default)]
+struct Fake {
+    calls: Mutex<Vec<String>>,
+}
+
+impl Fake {
+    fn note(&self, call: String) {
+        self.calls.lock().unwrap().push(call);
+    }
+}
+
+fn vm1() -> DiskRef {
+    DiskRef { name: "vm1".parse().unwrap(), uuid: DiskId(Default::default()), size: ByteCount(1 << 20) }
+}
+
+fn point(asked: &str) -> ResolvedPoint {
+    ResolvedPoint { disk: vm1(), asked: asked.to_owned(), lsn: Lsn(4), time: CaptureTime(5) }
+}
+
+fn mount() -> Mount {
+    Mount {
+        id: "vm1-1".to_owned(),
+        disk: vm1(),
+        uri: "nbd+unix:///?socket=/run/backtide/vm1-1.nbd".to_owned(),
+        lsn: Lsn(4),
+        time: CaptureTime(5),
+        size: ByteCount(1 << 20),
+        mounted: CaptureTime(6),
+        clients: 0,
+    }
+}
+
+fn in_a_hole(asked: &str) -> UnavailablePoint {
+    let hole = Hole {
+        after_lsn: Lsn(4),
+        before_lsn: Some(Lsn(9)),
+        from_time: CaptureTime(5),
+        to_time: Some(CaptureTime(8)),
+        reason: "the receiver was away".to_owned(),
+        reason_code: "receiver-away".to_owned(),
+        open: false,
+    };
+    let before = Some(Point { lsn: Lsn(4), time: CaptureTime(5) });
+    let after = Some(Point { lsn: Lsn(9), time: CaptureTime(8) });
+    UnavailablePoint { asked: asked.to_owned(), hole: Some(hole), before, after }
+}
+
+impl ReceiverService for Fake {
+    async fn status(&self) -> Result<ReceiverStatus, ApiError> {
+        self.note("status".to_owned());
+        Ok(ReceiverStatus {
+            version: "1".to_owned(),
+            store: "/store".to_owned(),
+            store_id: "s".to_owned(),
+            listen: vec!["tcp://127.0.0.1:7300".parse().unwrap()],
+            log_bytes: ByteCount(1),
+            free_bytes: ByteCount(2),
+            free_bytes_min: ByteCount(3),
+            disks: 1,
+            connected: 1,
+            mounts: 0,
+        })
+    }
+
+    async fn disks(&self, disk: Option<DiskName>) -> Result<ReceiverDisks, ApiError> {
+        self.note(format!("disks {}", disk.map_or_else(String::new, |disk| disk.as_str().to_owned())));
+        Ok(ReceiverDisks { disks: Vec::new() })
+    }
+
+    async fn points(&self, disk: DiskName) -> Result<PointsReport, ApiError> {
+        self.note(format!("points {}", disk.as_str()));
+        Ok(PointsReport {
+            disk: vm1(),
+            intervals: Vec::new(),
+            holes: Vec::new(),
+            marks: Vec::new(),
+            flush_points: FlushPoints::default(),
+            first: None,
+            last: None,
+        })
+    }
+
+    async fn resolve(&self, disk: DiskName, request: ResolveRequest) -> Result<ResolvedPoint, ApiError> {
+        self.note(format!("resolve {} {}", disk.as_str(), request.point));
+        if request.point == "lsn:6" {
+            return Err(ApiError::new(ErrorCode::PointInHole, "lsn:6 lies in a hole")
+                .with_details(in_a_hole(&request.point)));
+        }
+        Ok(point(&request.point))
+    }
+
+    async fn diff(&self, disk: DiskName, request: DiffRequest) -> Result<DiffReport, ApiError> {
+        self.note(format!("diff {} {} {}", disk.as_str(), request.from, request.to));
+        Ok(DiffReport {
+            from: point(&request.from),
+            to: point(&request.to),
+            granularity: ByteCount(4096),
+            bytes: ByteCount(0),
+            ranges: Vec::new(),
+        })
+    }
+
+    async fn mount(&self, request: MountRequest) -> Result<Mount, ApiError> {
+        self.note(format!("mount {} {}", request.name.as_str(), request.at));
+        Ok(mount())
+    }
+
+    async fn mounts(&self) -> Result<Mounts, ApiError> {
+        self.note("mounts".to_owned());
+        Ok(Mounts { mounts: vec![mount()] })
+    }
+
+    async fn unmount(&self, id: String) -> Result<Mount, ApiError> {
+        self.note(format!("unmount {id}"));
+        Ok(mount())
+    }
+}
+
+#[tokio::test]
+async fn every_call_reaches_its_method_and_comes_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = Address::unix(directory.path().join("receiver.sock"));
+    let fake = Arc::new(Fake::default());
+    let server = Server::bind(&address).await.unwrap();
+    let serving = tokio::spawn(server.run(router(Arc::clone(&fake)), std::future::pending()));
+    let client = ReceiverClient::new(&address).unwrap();
+    let vm1: DiskName = "vm1".parse().unwrap();
+
+    assert_eq!(client.status().await.unwrap().listen[0].to_string(), "tcp://127.0.0.1:7300");
+    client.disks(None).await.unwrap();
+    client.disks(Some(&vm1)).await.unwrap();
+    client.points(&vm1).await.unwrap();
+    assert_eq!(client.resolve(&vm1, "mark:a b/ü").await.unwrap(), point("mark:a b/ü"));
+    let diff = DiffRequest { from: "-5m".to_owned(), to: "latest".to_owned() };
+    assert_eq!(client.diff(&vm1, &diff).await.unwrap().granularity, ByteCount(4096));
+    let request = MountRequest { name: vm1.clone(), at: "latest".to_owned(), nbd: None };
+    assert_eq!(client.mount(&request).await.unwrap(), mount());
+    assert_eq!(client.mounts().await.unwrap().mounts, [mount()]);
+    assert_eq!(client.unmount("vm1-1").await.unwrap(), mount());
+    for strange in ["", "..", "a/b", "a?b"] {
+        assert_eq!(client.unmount(strange).await.unwrap_err().code, ErrorCode::NotFound, "{strange}");
+    }
+    assert_eq!(
+        *fake.calls.lock().unwrap(),
+        [
+            "status",
+            "disks ",
+            "disks vm1",
+            "points vm1",
+            "resolve vm1 mark:a b/ü",
+            "diff vm1 -5m latest",
+            "mount vm1 latest",
+            "mounts",
+            "unmount vm1-1"
+        ]
+    );
+
+    let refused = client.resolve(&vm1, "lsn:6").await.unwrap_err();
+    let details: UnavailablePoint = serde_json::from_value(refused.details.unwrap()).unwrap();
+    assert_eq!((refused.code, details), (ErrorCode::PointInHole, in_a_hole("lsn:6")));
+    serving.abort();
+}
