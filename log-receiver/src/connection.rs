@@ -58,6 +58,7 @@ enum Event {
 /// Serves one agent until the connection ends.
 pub(crate) async fn run(ingest: Rc<Ingest>, arrival: Arrival, wakeup: Rc<Wakeup>) {
     let Arrival { id, socket, decoder, first, _permit } = arrival;
+    let _entry = Entry { id, ingest: Rc::clone(&ingest) };
     let mut connection = Connection {
         id,
         ingest: Rc::clone(&ingest),
@@ -76,7 +77,18 @@ pub(crate) async fn run(ingest: Rc<Ingest>, arrival: Arrival, wakeup: Rc<Wakeup>
         tracing::info!(connection = id.0, %error, "connection lost");
     }
     connection.session.lost(&mut ingest.disks.borrow_mut());
-    ingest.forget(id);
+}
+
+/// The connection's place among those of its thread; left however its task ends.
+struct Entry {
+    id: ConnectionId,
+    ingest: Rc<Ingest>,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.ingest.forget(self.id);
+    }
 }
 
 impl Connection {

@@ -27,6 +27,7 @@ use crate::{
     disk::{Disk, DiskError, chain},
     entries,
     session::ConnectionId,
+    space::Space,
 };
 
 /// The directory of the disks' logs.
@@ -54,6 +55,7 @@ pub struct Shelf {
 /// The disks that one thread owns.
 pub struct Disks {
     shelf: Shelf,
+    space: Space,
     disks: BTreeMap<DiskId, Disk>,
 }
 
@@ -118,27 +120,14 @@ impl Shelf {
         tracing::info!(%disk, history = %identity.history, "new log");
         Ok(log)
     }
-
-    /// Refuses when the store has too little room left for `wanted` more bytes.
-    fn check_space(&self, wanted: ByteCount) -> Result<(), String> {
-        let place = || self.storage.display(Path::new("")).display().to_string();
-        match self.storage.free_space() {
-            Ok(free) if free.0 >= self.space_floor.0.saturating_add(wanted.0) => Ok(()),
-            Ok(free) => Err(format!(
-                "the store {} is full: {free} bytes are free, {} are kept in reserve",
-                place(),
-                self.space_floor
-            )),
-            Err(error) => Err(format!("cannot read the free space of the store {}: {error}", place())),
-        }
-    }
 }
 
 impl Disks {
     /// Opens the logs of `disks` (recovering them). One that cannot be opened is kept with the
     /// reason; the others are served.
     pub fn open(shelf: Shelf, disks: impl IntoIterator<Item = DiskId>) -> Self {
-        let mut this = Self { shelf, disks: BTreeMap::new() };
+        let space = Space::new(Arc::clone(&shelf.storage), shelf.space_floor);
+        let mut this = Self { shelf, space, disks: BTreeMap::new() };
         for id in disks {
             let log = match this.shelf.open(id) {
                 Ok(log) => Ok(log),
@@ -181,7 +170,7 @@ impl Disks {
         hello: &Hello,
         now: CaptureTime,
     ) -> Result<Claim, Closed> {
-        self.shelf.check_space(ByteCount::ZERO).map_err(|why| closed(CloseCode::Store, why))?;
+        self.space.look(ByteCount::ZERO).map_err(|why| closed(CloseCode::Store, why))?;
         let fresh = self.find_or_create(hello)?;
         let disk = self.disks.get_mut(&hello.disk).expect("the disk was found or created");
         let attached = disk.timeline().and_then(|timeline| timeline.attached()).cloned();
@@ -209,9 +198,12 @@ impl Disks {
             disk.appended()
         } else {
             let entry = entries::attach(hello, now);
-            disk.append(entry, ByteCount::ZERO).map_err(|error| match error {
-                DiskError::Invalid(why) => closed(CloseCode::Invalid, why),
-                DiskError::Store(why) => closed(CloseCode::Store, why),
+            disk.append(entry, ByteCount::ZERO).map_err(|error| {
+                // The log does not know the new name: it keeps the old one.
+                if let Some(attached) = &attached {
+                    let _ = self.shelf.names.take(&attached.name, hello.disk);
+                }
+                refusal(error)
             })?
         };
         let history = disk.history().expect("the log is open: it took the claim");
@@ -229,7 +221,7 @@ impl Disks {
 
     /// Refuses new data when the store has too little room for it.
     pub(crate) fn check_space(&self, wanted: ByteCount) -> Result<(), String> {
-        self.shelf.check_space(wanted)
+        self.space.take(wanted)
     }
 
     /// Makes sure that the disk is there with an open log; true when nothing was known of it.
@@ -288,6 +280,14 @@ fn replaced_by(hello: &Hello, higher: bool) -> Closed {
     } else {
         let why = format!("disk {} was connected again with the same epoch {}", hello.name, hello.epoch);
         closed(CloseCode::Busy, why)
+    }
+}
+
+/// What an entry that the log did not take means to the agent.
+pub(crate) fn refusal(error: DiskError) -> Closed {
+    match error {
+        DiskError::Invalid(why) => closed(CloseCode::Invalid, why),
+        DiskError::Store(why) => closed(CloseCode::Store, why),
     }
 }
 

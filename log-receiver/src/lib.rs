@@ -32,6 +32,7 @@ mod points;
 mod pool;
 mod receiver;
 mod service;
+mod space;
 mod store_file;
 
 pub use compare::CompareJob;

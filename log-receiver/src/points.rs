@@ -24,6 +24,11 @@ pub(crate) fn report(disk: DiskRef, timeline: &Timeline) -> PointsReport {
     }
 }
 
+/// The interval that holds a point.
+pub(crate) fn interval_of(timeline: &Timeline, lsn: Lsn) -> Option<&recovery::Interval> {
+    timeline.intervals().iter().find(|interval| interval.from.lsn <= lsn && lsn <= interval.to.lsn)
+}
+
 /// Why a point cannot be had, with everything that is known around it.
 pub(crate) fn unavailable(asked: &str, error: &PointError) -> ApiError {
     match error {

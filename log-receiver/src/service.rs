@@ -185,6 +185,8 @@ impl Service {
             thread.send(Task::Facts(answer)).await.map_err(|_| ending())?;
             all.extend(facts.await.map_err(|_| ending())?);
         }
+        // A disk whose first claim failed was never welcomed: there is nothing of it.
+        all.retain(|facts| facts.name.is_some() || facts.error.is_some());
         Ok(all)
     }
 
@@ -214,8 +216,10 @@ impl Service {
         let at = self
             .read(move || {
                 let lsn = snapshot.resolve(&point, now)?;
-                let time = snapshot.time_of(lsn).map_err(PointError::Log)?;
-                Ok(TimedLsn { lsn, time: time.unwrap_or_default() })
+                let record = snapshot.time_of(lsn).map_err(PointError::Log)?;
+                // An interval can begin without a record: then it is the pass that gives the time.
+                let begun = points::interval_of(snapshot.timeline(), lsn).map(|interval| interval.from.time);
+                Ok(TimedLsn { lsn, time: record.max(begun).unwrap_or_default() })
             })
             .await?;
         at.map_err(|error: PointError| points::unavailable(asked, &error))

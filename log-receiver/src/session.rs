@@ -27,8 +27,8 @@ use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, Lsn};
 
 use crate::{
     compare::CompareJob,
-    disk::{Disk, DiskError},
-    disks::{Claim, Disks, closed},
+    disk::Disk,
+    disks::{Claim, Disks, closed, refusal},
     entries,
 };
 
@@ -167,7 +167,7 @@ impl Session {
         if matches!(self.state, State::Ended) {
             return Vec::new();
         }
-        tracing::warn!(connection = self.connection.0, disk = ?self.disk(), code = ?closed.code, message = closed.message, "connection closed");
+        log_close(self.connection, self.disk(), &closed);
         self.end(disks);
         vec![Effect::Send(Message::Close(closed)), Effect::End]
     }
@@ -360,10 +360,16 @@ fn payload_of(entry: &Entry) -> ByteCount {
     }
 }
 
-fn refusal(error: DiskError) -> Closed {
-    match error {
-        DiskError::Invalid(why) => closed(CloseCode::Invalid, why),
-        DiskError::Store(why) => closed(CloseCode::Store, why),
+/// An end that belongs to ordinary life is no warning.
+fn log_close(connection: ConnectionId, disk: Option<DiskId>, closed: &Closed) {
+    let (connection, code, message) = (connection.0, closed.code, &closed.message);
+    match code {
+        CloseCode::Bye | CloseCode::Busy | CloseCode::Fenced => {
+            tracing::info!(connection, ?disk, ?code, message, "connection closed");
+        }
+        CloseCode::Version | CloseCode::Invalid | CloseCode::Store | CloseCode::Refused => {
+            tracing::warn!(connection, ?disk, ?code, message, "connection closed");
+        }
     }
 }
 

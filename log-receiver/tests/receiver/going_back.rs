@@ -96,6 +96,7 @@ async fn mounted_points_read_exactly_as_they_were() {
     for (number, (at, lsn, content)) in points.iter().enumerate() {
         let mount = api.mount(&request(at, None)).await.unwrap();
         assert_eq!((mount.id.clone(), mount.lsn), (format!("vm1-{}", number + 1), Lsn(*lsn)), "{at}");
+        assert_eq!(mount.time, time(*lsn), "{at}");
         assert_content(&place, &mount, content).await;
         ids.push(mount.id);
     }

@@ -171,7 +171,7 @@ fn new_data_is_refused_above_the_reserve_and_taken_again_when_there_is_room() {
     let mut peer = in_sync(&mut bench);
     let used = bench.storage.used();
     bench.storage.set_capacity(Some(ByteCount(used.0 + 60_000)));
-    let (code, why) = peer.refused(&mut bench, write(6, 5));
+    let (code, why) = peer.refused(&mut bench, write_at(6, 5, 0, &[6; 4096]));
     assert_eq!(code, CloseCode::Store);
     assert!(why.contains("is full"), "{why}");
     assert_eq!(bench.refused(hello()).0, CloseCode::Store);
