@@ -2,12 +2,13 @@
 //!
 //! The image is shared with QEMU by design: an operator may put the plain file back under a running
 //! VM at any moment. So it is locked with `flock(2)`, which QEMU's own image locks (open file
-//! description locks of `fcntl(2)`) do not conflict with on local file systems.
+//! description locks of `fcntl(2)`) do not conflict with on local file systems. (On NFS they would.) On a
+//! block device the same lock keeps udev from probing it.
 
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, FileTypeExt},
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -42,10 +43,12 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// Another agent has it.
-    #[error("{} is locked: another agent protects it", path.display())]
+    #[error("{} is locked by {}: another agent protects it", path.display(), by.as_deref().unwrap_or("another process"))]
     Locked {
         /// Which.
         path: PathBuf,
+        /// The process, when the system tells.
+        by: Option<String>,
     },
     /// Its size cannot be a disk's.
     #[error("{} has {size} bytes, which is not a positive multiple of 512", path.display())]
@@ -69,7 +72,7 @@ pub enum ImageError {
 const SECTOR_BYTES: u64 = 512;
 
 /// Zeroes are written in pieces of this size where the file system cannot make them.
-const ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 impl ImageFile {
     /// Opens and locks an image.
@@ -89,7 +92,7 @@ impl ImageFile {
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(io)?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(ImageError::Locked { path }),
+            Err(Errno::WOULDBLOCK) => return Err(ImageError::Locked { by: lock_owner(&file), path }),
             Err(errno) => return Err(io(errno.into())),
         }
         // The end is the size of files and of block devices alike.
@@ -153,6 +156,7 @@ impl ImageFile {
     /// # Errors
     /// The operating system's.
     pub fn write_at(&self, offset: ByteOffset, data: &[u8]) -> io::Result<()> {
+        self.require_inside(offset, ByteCount::of(data))?;
         self.file.write_all_at(data, offset.0)
     }
 
@@ -161,6 +165,10 @@ impl ImageFile {
     /// # Errors
     /// The operating system's.
     pub fn zero(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
+        self.require_inside(range.start(), range.count())?;
+        if range.is_empty() {
+            return Ok(());
+        }
         let how = if may_unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
         let flags = how | FallocateFlags::KEEP_SIZE;
         loop {
@@ -173,6 +181,17 @@ impl ImageFile {
                 }
                 Err(errno) => return Err(errno.into()),
             }
+        }
+    }
+
+    /// A write beyond the end would grow the file, and the guest's disk has no such place.
+    fn require_inside(&self, offset: ByteOffset, count: ByteCount) -> io::Result<()> {
+        match offset.checked_add(count) {
+            Some(end) if end.0 <= self.size.0 => Ok(()),
+            Some(_) | None => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{count} bytes at {offset} end beyond the image's {} bytes", self.size),
+            )),
         }
     }
 
@@ -244,6 +263,21 @@ impl ImageFile {
     }
 }
 
+/// Who holds the lock on `file`, from `/proc/locks`: a help for people, so any trouble is no answer.
+fn lock_owner(file: &File) -> Option<String> {
+    let inode = file.metadata().ok()?.ino().to_string();
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    let process = locks.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, "FLOCK", _, _, process, place, ..] = fields[..] else { return None };
+        (place.rsplit(':').next() == Some(&inode)).then(|| process.to_owned())
+    })?;
+    Some(match std::fs::read_to_string(format!("/proc/{process}/comm")) {
+        Ok(name) => format!("process {process} ({})", name.trim()),
+        Err(_) => format!("process {process}"),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,7 +297,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = image(directory.path(), 1 << 20);
         let first = ImageFile::open(&path).unwrap();
-        assert!(matches!(ImageFile::open(&path), Err(ImageError::Locked { .. })));
+        let refused = ImageFile::open(&path).unwrap_err();
+        assert!(matches!(refused, ImageError::Locked { .. }));
+        // Where the system lists locks, the holder is this process.
+        let text = refused.to_string();
+        let named = text.contains(&format!("process {} (", std::process::id()));
+        assert!(named || text.contains("another process"), "{text}");
         drop(first);
         ImageFile::open(&path).unwrap();
     }
@@ -296,6 +335,30 @@ mod tests {
         let mut buffer = [1; 4096];
         image.read_at(ByteOffset(8 << 20), &mut buffer).unwrap();
         assert_eq!(buffer, [0; 4096]);
+    }
+
+    #[test]
+    fn zeroes_leave_the_bytes_around_them() {
+        for may_unmap in [true, false] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = image(directory.path(), 1 << 20);
+            let image = ImageFile::open(&path).unwrap();
+            image.write_at(ByteOffset(0), &vec![7; 1 << 20]).unwrap();
+            image.zero(range(5000, 300_001), may_unmap).unwrap();
+            let content = std::fs::read(&path).unwrap();
+            assert!(content[..5000].iter().chain(&content[300_001..]).all(|&byte| byte == 7));
+            assert!(content[5000..300_001].iter().all(|&byte| byte == 0));
+        }
+    }
+
+    #[test]
+    fn nothing_is_written_beyond_the_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = image(directory.path(), 1 << 20);
+        let image = ImageFile::open(&path).unwrap();
+        assert!(image.write_at(ByteOffset((1 << 20) - 10), &[1; 11]).is_err());
+        assert!(image.zero(range((1 << 20) - 10, (1 << 20) + 1), true).is_err());
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
     }
 
     #[test]

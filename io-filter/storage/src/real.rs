@@ -170,3 +170,6 @@ impl StorageFile for RealFile {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

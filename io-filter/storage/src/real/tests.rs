@@ -1,0 +1,86 @@
+//! The seam on the real file system of the machine.
+
+use std::{
+    io::{ErrorKind, IoSlice},
+    path::Path,
+};
+
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+
+use super::{RealStorage, VECTORS_MAX};
+use crate::{Storage, read_file, replace_file};
+
+fn storage() -> (tempfile::TempDir, RealStorage) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let storage = RealStorage::open(&dir.path().join("store")).expect("open");
+    (dir, storage)
+}
+
+#[test]
+fn files_are_written_listed_renamed_and_removed() {
+    let (_dir, storage) = storage();
+    storage.create_dir(Path::new("a/b")).expect("create dir");
+    let file = storage.create_new(Path::new("a/b/f")).expect("create");
+    assert_eq!(
+        storage.create_new(Path::new("a/b/f")).map(|_| ()).map_err(|e| e.kind()),
+        Err(ErrorKind::AlreadyExists)
+    );
+    file.write_at(ByteOffset(10), b"hello").expect("write");
+    file.sync_data().expect("sync");
+    storage.rename(Path::new("a/b/f"), Path::new("a/b/g")).expect("rename");
+    storage.sync_dir(Path::new("a/b")).expect("sync dir");
+    storage.sync_dir(Path::new("")).expect("sync the root");
+    assert_eq!(storage.list(Path::new("a/b")).expect("list"), ["g"]);
+    let content = read_file(&storage, Path::new("a/b/g"), ByteCount(100)).expect("read");
+    assert_eq!(content, b"\0\0\0\0\0\0\0\0\0\0hello");
+    storage.remove(Path::new("a/b/g")).expect("remove");
+    assert_eq!(storage.open(Path::new("a/b/g")).map(|_| ()).map_err(|e| e.kind()), Err(ErrorKind::NotFound));
+    assert!(storage.free_space().expect("free space") > ByteCount(0));
+    assert!(storage.open(Path::new("/etc/passwd")).is_err(), "paths are below the root");
+}
+
+#[test]
+fn more_buffers_than_the_kernel_takes_are_written_in_order() {
+    let (_dir, storage) = storage();
+    let file = storage.create_new(Path::new("f")).expect("create");
+    let pieces: Vec<Vec<u8>> = (0..VECTORS_MAX * 3 + 7).map(|n| vec![n as u8; n % 5]).collect();
+    let slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+    file.write_vectored_at(ByteOffset(3), &slices).expect("write");
+    let expected: Vec<u8> = [0; 3].into_iter().chain(pieces.concat()).collect();
+    assert_eq!(read_file(&storage, Path::new("f"), ByteCount(1 << 20)).expect("read"), expected);
+}
+
+#[test]
+fn reads_at_the_end_are_short_and_exact_ones_fail() {
+    let (_dir, storage) = storage();
+    let file = storage.create_new(Path::new("f")).expect("create");
+    file.allocate(ByteRange::between(ByteOffset(0), ByteOffset(100))).expect("allocate");
+    assert_eq!(file.len().expect("len"), ByteCount(100));
+    let mut buffer = [1; 64];
+    assert_eq!(file.read_at(ByteOffset(90), &mut buffer).expect("read"), 10);
+    assert_eq!(buffer[..10], [0; 10]);
+    let exact = file.read_exact_at(ByteOffset(90), &mut buffer);
+    assert_eq!(exact.map_err(|e| e.kind()), Err(ErrorKind::UnexpectedEof));
+    file.set_len(ByteCount(0)).expect("set len");
+    assert!(file.is_empty().expect("len"));
+}
+
+#[test]
+fn a_store_is_locked_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let first = RealStorage::open_locked(dir.path()).expect("open");
+    let second = RealStorage::open_locked(dir.path());
+    assert_eq!(second.map(|_| ()).map_err(|e| e.kind()), Err(ErrorKind::WouldBlock));
+    drop(first);
+    RealStorage::open_locked(dir.path()).expect("the lock goes with the value");
+}
+
+#[test]
+fn a_small_file_is_replaced_whole() {
+    let (_dir, storage) = storage();
+    replace_file(&storage, Path::new("f"), b"one").expect("replace");
+    replace_file(&storage, Path::new("f"), b"two!").expect("replace");
+    assert_eq!(read_file(&storage, Path::new("f"), ByteCount(10)).expect("read"), b"two!");
+    assert!(read_file(&storage, Path::new("f"), ByteCount(3)).is_err(), "larger than allowed");
+    assert_eq!(storage.list(Path::new("")).expect("list"), ["f"]);
+}
