@@ -214,6 +214,16 @@ impl Filter {
         self.history
     }
 
+    /// The highest LSN the receiver acknowledged as durable, of records and passes alike.
+    pub fn acked_durable(&self) -> Lsn {
+        self.acked_durable
+    }
+
+    /// Whether a mark now is going to name a recovery point.
+    pub fn can_mark(&self) -> bool {
+        self.is_forwarding()
+    }
+
     /// The last LSN given.
     pub fn last_lsn(&self) -> Lsn {
         self.last_lsn
