@@ -1,1 +1,18 @@
 //! The agent: owns disks, runs their filters, serves the control API.
+//!
+//! Each disk belongs to one thread ([`disk`]), which runs its NBD connections, its filter, its
+//! local I/O and its stream to the receiver on one event loop; nothing on the path of a write is
+//! shared or locked. Commands reach a disk as messages. [`record`] is what the agent remembers of
+//! its disks; [`service`] is the control API; [`marks`] names one instant on several disks.
+
+mod agent;
+mod config;
+mod disk;
+mod marks;
+mod qcow2;
+mod record;
+mod registry;
+mod service;
+
+pub use agent::{Agent, AgentError};
+pub use config::{Config, Places};

@@ -1,0 +1,51 @@
+//! What an agent is told when it starts.
+
+use std::path::PathBuf;
+
+use backtide_agent_api::Limits;
+use backtide_control::Address;
+use serde::{Deserialize, Serialize};
+
+/// An agent's configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where it remembers its disks; created when missing.
+    pub state: PathBuf,
+    /// Where it makes the NBD sockets of disks that name none; created when missing.
+    pub run: PathBuf,
+    /// Where it serves the control API.
+    pub api: Address,
+    /// Bounds of disks that do not set their own.
+    #[serde(default)]
+    pub limits: Limits,
+}
+
+/// The files under an agent's state directory.
+#[derive(Clone, Debug)]
+pub struct Places {
+    state: PathBuf,
+    run: PathBuf,
+}
+
+impl Places {
+    /// Of this configuration.
+    pub fn of(config: &Config) -> Self {
+        Self { state: config.state.clone(), run: config.run.clone() }
+    }
+
+    /// Where the disks' records and tracking files lie.
+    pub fn state(&self) -> &std::path::Path {
+        &self.state
+    }
+
+    /// The NBD socket of a disk that names none.
+    pub fn nbd_socket(&self, disk: &backtide_units::DiskName) -> PathBuf {
+        self.run.join(format!("{disk}.nbd"))
+    }
+
+    /// The socket of the server that opens a disk's qcow2 file.
+    pub fn qcow2_socket(&self, disk: &backtide_units::DiskName) -> PathBuf {
+        self.run.join(format!("{disk}.qcow2"))
+    }
+}

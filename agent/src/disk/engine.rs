@@ -1,0 +1,279 @@
+//! The filter at work: feeds it what happens and carries out what it says. Everything here runs on
+//! the disk's own thread, so cells are enough.
+//!
+//! Invariant: no borrow of the filter is held while an effect is carried out, since that may bring
+//! the next event at once.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::Rc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use backtide_export::{NbdError, Reply};
+use backtide_io_filter::{Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId};
+use backtide_units::{ByteCount, CaptureTime, Lsn};
+use tokio::sync::Notify;
+
+use super::local::SharedLocal;
+
+/// One disk's filter, its disk behind, and the guest's requests under way.
+pub(crate) struct Engine {
+    filter: RefCell<Filter>,
+    pub(crate) local: SharedLocal,
+    requests: RefCell<HashMap<RequestId, Pending>>,
+    next_request: Cell<u64>,
+    started: Instant,
+    /// There is something to send to the receiver.
+    pub(crate) send: Notify,
+    /// The connection has to end, for this reason.
+    pub(crate) kick: Notify,
+    pub(crate) kick_reason: RefCell<Option<String>>,
+    /// The filter's deadline has changed.
+    pub(crate) deadline: Notify,
+    armed: Cell<Option<Duration>>,
+    /// Whether the connection is wanted has changed.
+    pub(crate) wanted: Notify,
+    pub(crate) traffic: Traffic,
+    /// When everything was at the receiver last.
+    caught_up: Cell<Instant>,
+}
+
+/// What a request asked for, to be answered.
+enum Pending {
+    /// A client's.
+    Client(Reply, Kind),
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Write(ByteCount),
+    Zero,
+    Flush,
+}
+
+/// Counts of what the guest did.
+#[derive(Default)]
+pub(crate) struct Traffic {
+    pub(crate) writes: Cell<u64>,
+    pub(crate) write_bytes: Cell<u64>,
+    pub(crate) zeroes: Cell<u64>,
+    pub(crate) reads: Cell<u64>,
+    pub(crate) read_bytes: Cell<u64>,
+    pub(crate) flushes: Cell<u64>,
+    pub(crate) errors: Cell<u64>,
+    pub(crate) sent_bytes: Cell<u64>,
+    pub(crate) resync_sent_bytes: Cell<u64>,
+    pub(crate) disconnects: Cell<u64>,
+}
+
+pub(crate) fn add(counter: &Cell<u64>, count: u64) {
+    counter.set(counter.get() + count);
+}
+
+impl Engine {
+    pub(crate) fn new(make: impl FnOnce(Now) -> Filter, local: SharedLocal) -> Rc<Self> {
+        let started = Instant::now();
+        Rc::new(Self {
+            filter: RefCell::new(make(now_since(started))),
+            local,
+            requests: RefCell::default(),
+            next_request: Cell::new(0),
+            started,
+            send: Notify::new(),
+            kick: Notify::new(),
+            kick_reason: RefCell::default(),
+            deadline: Notify::new(),
+            armed: Cell::new(None),
+            wanted: Notify::new(),
+            traffic: Traffic::default(),
+            caught_up: Cell::new(started),
+        })
+    }
+
+    pub(crate) fn now(&self) -> Now {
+        now_since(self.started)
+    }
+
+    /// Looks at the filter.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&Filter) -> T) -> T {
+        look(&self.filter.borrow())
+    }
+
+    /// Lets something happen to the filter, then carries out what follows.
+    pub(crate) fn happen<T>(self: &Rc<Self>, event: impl FnOnce(&mut Filter, Now) -> T) -> T {
+        let now = self.now();
+        let result = event(&mut self.filter.borrow_mut(), now);
+        self.carry_out();
+        result
+    }
+
+    /// A guest's change.
+    pub(crate) fn submit(self: &Rc<Self>, change: Change, reply: Reply) {
+        let id = RequestId(self.next_request.get());
+        self.next_request.set(id.0 + 1);
+        let kind = match &change {
+            Change::Write { range, .. } => Kind::Write(range.count()),
+            Change::Zero { .. } => Kind::Zero,
+            Change::Flush => Kind::Flush,
+        };
+        self.requests.borrow_mut().insert(id, Pending::Client(reply, kind));
+        self.happen(|filter, now| filter.submit(now, id, change));
+    }
+
+    fn carry_out(self: &Rc<Self>) {
+        loop {
+            let effect = self.filter.borrow_mut().next_effect();
+            let Some(effect) = effect else { break };
+            self.carry_out_one(effect);
+        }
+        self.after_effects();
+    }
+
+    fn carry_out_one(self: &Rc<Self>, effect: Effect) {
+        match effect {
+            Effect::Local(io, op) => self.start_local(io, op),
+            Effect::Complete { request, result } => self.complete(request, result),
+            Effect::Scan => self.start_scan(),
+            Effect::Transition { from, to, reason } => self.log_transition(from, to, reason),
+            Effect::Disconnect { why } => {
+                tracing::warn!(disk = %self.name(), why, "closing the stream");
+                self.kick_reason.replace(Some(why));
+                self.kick.notify_one();
+            }
+            Effect::ReadFailed { range, failure } => {
+                tracing::warn!(disk = %self.name(), %range, errno = failure.errno, "cannot read for the resync: will try again");
+            }
+            Effect::Alarm(text) => tracing::error!(disk = %self.name(), "{text}"),
+        }
+    }
+
+    fn start_local(self: &Rc<Self>, io: IoId, op: LocalOp) {
+        match self.local.try_now(op) {
+            Ok(result) => self.local_done(io, result),
+            Err(op) => {
+                let engine = Rc::clone(self);
+                tokio::task::spawn_local(async move {
+                    let result = engine.local.run(op).await;
+                    engine.happen(|filter, now| filter.local_done(now, io, result));
+                });
+            }
+        }
+    }
+
+    fn local_done(&self, io: IoId, result: Result<LocalData, IoFailure>) {
+        let now = self.now();
+        self.filter.borrow_mut().local_done(now, io, result);
+    }
+
+    fn start_scan(self: &Rc<Self>) {
+        let engine = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            let allocated = match engine.local.allocated().await {
+                Ok(allocated) => allocated,
+                Err(failure) => {
+                    let errno = failure.errno;
+                    tracing::warn!(disk = %engine.name(), errno, "cannot list the allocated blocks: taking all");
+                    let size = engine.local.size();
+                    backtide_tracking::DirtyBitmap::of(backtide_units::BlockRange::whole_disk(size))
+                }
+            };
+            engine.happen(|filter, now| filter.scanned(now, &allocated));
+        });
+    }
+
+    fn complete(&self, request: RequestId, result: Result<Lsn, IoFailure>) {
+        let pending = self.requests.borrow_mut().remove(&request);
+        let Some(Pending::Client(reply, kind)) = pending else { return };
+        match result {
+            Ok(_) => {
+                match kind {
+                    Kind::Write(bytes) => {
+                        add(&self.traffic.writes, 1);
+                        add(&self.traffic.write_bytes, bytes.0);
+                    }
+                    Kind::Zero => add(&self.traffic.zeroes, 1),
+                    Kind::Flush => add(&self.traffic.flushes, 1),
+                }
+                reply.done();
+            }
+            Err(failure) => {
+                add(&self.traffic.errors, 1);
+                tracing::warn!(disk = %self.name(), errno = failure.errno, "the local disk refused a guest request");
+                reply.fail(nbd_error(failure));
+            }
+        }
+    }
+
+    fn log_transition(&self, from: Mode, to: Mode, reason: Option<backtide_units::Reason>) {
+        let lsn = self.look(Filter::last_lsn);
+        let reason = reason.map(|reason| reason.to_string()).unwrap_or_default();
+        tracing::info!(disk = %self.name(), ?from, ?to, reason, %lsn, "mode changed");
+        self.wanted.notify_one();
+    }
+
+    fn after_effects(&self) {
+        let filter = self.filter.borrow();
+        if filter.has_to_send() {
+            self.send.notify_one();
+        }
+        if filter.mode() == Mode::Sync && !filter.awaits_acknowledgement() {
+            self.caught_up.set(Instant::now());
+        }
+        let deadline = filter.next_deadline();
+        if deadline != self.armed.get() {
+            self.armed.set(deadline);
+            self.deadline.notify_one();
+        }
+    }
+
+    /// Ticks the filter whenever it is due.
+    pub(crate) async fn keep_time(self: Rc<Self>) {
+        loop {
+            match self.armed.get() {
+                None => self.deadline.notified().await,
+                Some(due) => {
+                    let at = tokio::time::Instant::from_std(self.started + due);
+                    tokio::select! {
+                        () = tokio::time::sleep_until(at) => {
+                            self.armed.set(None);
+                            self.happen(|filter, now| filter.tick(now));
+                        }
+                        () = self.deadline.notified() => {}
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) fn behind_for(&self) -> Duration {
+        self.caught_up.get().elapsed()
+    }
+
+    pub(crate) fn name(&self) -> backtide_units::DiskName {
+        self.filter.borrow().settings().name.clone()
+    }
+}
+
+fn now_since(started: Instant) -> Now {
+    let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Now {
+        monotonic: started.elapsed(),
+        wall: CaptureTime(u64::try_from(wall.as_micros()).unwrap_or(u64::MAX)),
+    }
+}
+
+/// The error a client is told for an errno of the disk behind.
+pub(crate) fn nbd_error(failure: IoFailure) -> NbdError {
+    match failure.errno {
+        1 | 13 | 30 => NbdError::NotPermitted,
+        12 => NbdError::NoMemory,
+        22 => NbdError::Invalid,
+        27 | 28 | 122 => NbdError::NoSpace,
+        75 => NbdError::Overflow,
+        95 => NbdError::NotSupported,
+        108 => NbdError::Shutdown,
+        _ => NbdError::Io,
+    }
+}

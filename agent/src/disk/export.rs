@@ -1,0 +1,101 @@
+//! The disk as NBD clients see it: reads go to the disk behind, changes through the filter.
+
+use std::rc::Rc;
+
+use backtide_export::{Command, Export, ExportInfo, ExportSummary, Exports, Reply};
+use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
+use backtide_units::{ByteCount, ByteRange};
+use bytes::Bytes;
+
+use super::engine::{Engine, add, nbd_error};
+
+/// The export of one disk.
+pub(crate) struct DiskExport {
+    engine: Rc<Engine>,
+    info: ExportInfo,
+}
+
+/// The exports of one disk's sockets: itself, by its name and as the default.
+pub(crate) struct OneExport(pub(crate) Rc<DiskExport>);
+
+impl DiskExport {
+    pub(crate) fn new(engine: Rc<Engine>) -> Rc<Self> {
+        let (name, size) = engine.look(|filter| (filter.settings().name.clone(), filter.settings().size));
+        let mut info = ExportInfo::new(name.as_str(), size);
+        info.description = "protected by backtide".to_owned();
+        Rc::new(Self { engine, info })
+    }
+
+    fn read(&self, range: ByteRange, reply: Reply) {
+        if let Some(read) = self.engine.local.try_read(range) {
+            return answer_read(&self.engine, range.count(), read.map_err(super::local::failure), reply);
+        }
+        let engine = Rc::clone(&self.engine);
+        tokio::task::spawn_local(async move {
+            let read = match engine.local.run(LocalOp::Read(range)).await {
+                Ok(LocalData::Read(bytes)) => Ok(bytes),
+                Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
+                Err(failure) => Err(failure),
+            };
+            answer_read(&engine, range.count(), read, reply);
+        });
+    }
+
+    fn block_status(&self, range: ByteRange, one: bool, reply: Reply) {
+        let engine = Rc::clone(&self.engine);
+        tokio::task::spawn_local(async move {
+            match engine.local.extents(range, one).await {
+                Ok(extents) => reply.extents(&extents),
+                Err(failure) => reply.fail(nbd_error(failure)),
+            }
+        });
+    }
+}
+
+fn answer_read(engine: &Engine, bytes: ByteCount, read: Result<Bytes, IoFailure>, reply: Reply) {
+    match read {
+        Ok(data) => {
+            add(&engine.traffic.reads, 1);
+            add(&engine.traffic.read_bytes, bytes.0);
+            reply.data(data);
+        }
+        Err(failure) => {
+            add(&engine.traffic.errors, 1);
+            reply.fail(nbd_error(failure));
+        }
+    }
+}
+
+impl Export for DiskExport {
+    fn info(&self) -> ExportInfo {
+        self.info.clone()
+    }
+
+    fn submit(&self, command: Command, reply: Reply) {
+        let range = command.range();
+        match command {
+            Command::Read { .. } => self.read(range, reply),
+            Command::Write { data, fua, .. } => self.engine.submit(Change::Write { range, data, fua }, reply),
+            Command::Trim { fua, .. } => self.engine.submit(Change::Zero { range, trim: true, fua }, reply),
+            Command::WriteZeroes { fua, no_hole, .. } => {
+                self.engine.submit(Change::Zero { range, trim: !no_hole, fua }, reply);
+            }
+            Command::Flush => self.engine.submit(Change::Flush, reply),
+            Command::Cache { .. } => {
+                self.engine.local.read_ahead(range);
+                reply.done();
+            }
+            Command::BlockStatus { one, .. } => self.block_status(range, one, reply),
+        }
+    }
+}
+
+impl Exports for OneExport {
+    fn find(&self, name: &str) -> Option<Rc<dyn Export>> {
+        (name.is_empty() || name == self.0.info.name).then(|| Rc::clone(&self.0) as Rc<dyn Export>)
+    }
+
+    fn list(&self) -> Vec<ExportSummary> {
+        vec![ExportSummary { name: self.0.info.name.clone(), description: self.0.info.description.clone() }]
+    }
+}

@@ -1,0 +1,246 @@
+//! What can be told of a disk, in the control API's words.
+
+use std::time::{Duration, Instant};
+
+use backtide_agent_api::{
+    ByteSpan, Counters, DIFFERING_SPANS_MAX, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError,
+    ResyncStatus, VerifyState, VerifyStatus, Window,
+};
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::NbdUri;
+use backtide_io_filter::{Filter, PassStatus, Status};
+use backtide_units::{BlockCount, ByteCount, CaptureTime, Reason};
+
+use super::{engine::Engine, stream::Stream};
+use crate::record::DiskRecord;
+
+/// How fast a pass moves, over the last few seconds.
+#[derive(Debug, Default)]
+pub(crate) struct Rate {
+    last: Option<(Instant, backtide_units::Lsn, u64)>,
+    bytes_per_second: u64,
+    saved: Option<Instant>,
+}
+
+impl Rate {
+    /// Takes a sample; called about once a second.
+    pub(crate) fn sample(&mut self, status: &Status) {
+        let now = Instant::now();
+        self.saved.get_or_insert(now);
+        let Some(pass) = &status.pass else {
+            *self = Self { saved: self.saved, ..Self::default() };
+            return;
+        };
+        if let Some((then, at, done)) = self.last
+            && at == pass.at
+        {
+            let millis = u64::try_from(now.duration_since(then).as_millis()).unwrap_or(u64::MAX).max(1);
+            let rate = pass.done.0.saturating_sub(done).saturating_mul(1000) / millis;
+            // Half of what it was, half of what it is: follows a change within seconds.
+            self.bytes_per_second =
+                if self.bytes_per_second == 0 { rate } else { (self.bytes_per_second + rate) / 2 };
+        }
+        self.last = Some((now, pass.at, pass.done.0));
+    }
+
+    /// Whether a minute has gone by since it last said so.
+    pub(crate) fn is_minute_over(&mut self) -> bool {
+        let over = self.saved.is_none_or(|saved| saved.elapsed() > Duration::from_secs(60));
+        if over {
+            self.saved = Some(Instant::now());
+        }
+        over
+    }
+
+    fn of(&self, pass: &PassStatus) -> u64 {
+        if self.bytes_per_second > 0 {
+            return self.bytes_per_second;
+        }
+        let millis = u64::try_from(pass.running.as_millis()).unwrap_or(u64::MAX).max(1);
+        pass.done.0.saturating_mul(1000) / millis
+    }
+}
+
+pub(crate) fn dirty(blocks: BlockCount) -> Dirty {
+    Dirty { blocks, bytes: blocks.bytes() }
+}
+
+pub(crate) fn disk_status(
+    engine: &Engine,
+    stream: &Stream,
+    record: &DiskRecord,
+    nbd: &NbdUri,
+    clients: u32,
+    rate: &Rate,
+) -> DiskStatus {
+    let status = engine.look(Filter::status);
+    let (reason, reason_code) = reason_of(&status);
+    let last_error = stream.last_error.borrow().as_ref().map(|last| PeerError {
+        code: last.code.to_owned(),
+        message: last.message.clone(),
+        time: last.time,
+    });
+    DiskStatus {
+        name: record.name.clone(),
+        uuid: record.uuid,
+        mode: mode(status.mode),
+        reason,
+        reason_code,
+        connected: status.connected,
+        receiver: record.receiver.clone(),
+        last_error,
+        nbd_uri: nbd.to_string(),
+        image: record.image.clone(),
+        size: engine.local.size(),
+        epoch: record.epoch,
+        history: status.history,
+        lsn: LsnStatus { last: status.last_lsn, received: status.received_lsn, durable: status.durable_lsn },
+        lag: lag(engine, &status),
+        dirty: dirty(status.dirty),
+        window: Window { bytes: status.window, limit: record.limits.window_bytes },
+        resync: status.pass.as_ref().map(|pass| resync(pass, status.counters.passes, rate)),
+        ack: record.ack,
+        on_outage: record.on_outage,
+        limits: record.limits,
+        counters: counters(engine, &status),
+        engine: engine.local.engine().to_owned(),
+        clients,
+    }
+}
+
+fn mode(mode: backtide_io_filter::Mode) -> Mode {
+    match mode {
+        backtide_io_filter::Mode::Sync => Mode::Sync,
+        backtide_io_filter::Mode::Resync => Mode::Resync,
+        backtide_io_filter::Mode::Tracking => Mode::Tracking,
+        backtide_io_filter::Mode::Paused => Mode::Paused,
+        backtide_io_filter::Mode::Detached => Mode::Detached,
+    }
+}
+
+/// A sentence and a code for people and scripts; in sync there is nothing to explain but a
+/// connection that is away.
+fn reason_of(status: &Status) -> (String, String) {
+    match status.reason {
+        Some(reason) => (reason.to_string(), code(reason)),
+        None if status.connected => ("every write is forwarded".to_owned(), "in-sync".to_owned()),
+        None => ("the receiver is away: writes are retained".to_owned(), "retaining".to_owned()),
+    }
+}
+
+fn code(reason: Reason) -> String {
+    match serde_json::to_value(reason) {
+        Ok(serde_json::Value::String(code)) => code,
+        Ok(_) | Err(_) => unreachable!("a reason serializes as its code"),
+    }
+}
+
+fn lag(engine: &Engine, status: &Status) -> Lag {
+    let bytes = ByteCount(status.window.0 + status.dirty.bytes().0);
+    let behind =
+        status.lag_records > 0 || status.dirty.0 > 0 || status.mode != backtide_io_filter::Mode::Sync;
+    let seconds = if behind { engine.behind_for().as_secs_f64() } else { 0.0 };
+    Lag { records: status.lag_records, bytes, seconds }
+}
+
+fn resync(pass: &PassStatus, passes: u64, rate: &Rate) -> ResyncStatus {
+    let bytes_per_second = rate.of(pass);
+    let left = pass.total.0.saturating_sub(pass.done.0);
+    ResyncStatus {
+        pass: u32::try_from(passes).unwrap_or(u32::MAX),
+        at: pass.at,
+        kind: if pass.forwarding { PassKind::Forwarding } else { PassKind::Coalescing },
+        compare: pass.compare,
+        forfeited: pass.forfeited,
+        done_bytes: pass.done.min(pass.total),
+        total_bytes: pass.total,
+        rate: ByteCount(bytes_per_second),
+        eta_seconds: (bytes_per_second > 0).then(|| left.div_ceil(bytes_per_second)),
+        reason: pass.reason.to_string(),
+        reason_code: code(pass.reason),
+        point_recoverable: !pass.forfeited,
+    }
+}
+
+fn counters(engine: &Engine, status: &Status) -> Counters {
+    let traffic = &engine.traffic;
+    let filter = &status.counters;
+    Counters {
+        writes: traffic.writes.get(),
+        write_bytes: ByteCount(traffic.write_bytes.get()),
+        zeroes: traffic.zeroes.get(),
+        reads: traffic.reads.get(),
+        read_bytes: ByteCount(traffic.read_bytes.get()),
+        flushes: traffic.flushes.get(),
+        errors: traffic.errors.get(),
+        guest_delay_max_us: filter.guest_delay_us_max,
+        sent_bytes: ByteCount(traffic.sent_bytes.get()),
+        resync_sent_bytes: ByteCount(traffic.resync_sent_bytes.get()),
+        connects: filter.connections,
+        disconnects: traffic.disconnects.get(),
+        window_overflows: filter.overflows,
+        passes: filter.passes,
+        passes_forfeited: filter.forfeited,
+        copies_before_write: filter.copies_before_write,
+        transitions: filter.transitions,
+    }
+}
+
+/// The verifies of a disk since its attach.
+#[derive(Debug, Default)]
+pub(crate) struct Verifies {
+    count: u64,
+    started: CaptureTime,
+    ended: Option<CaptureTime>,
+}
+
+impl Verifies {
+    pub(crate) fn begin(&mut self, now: CaptureTime) {
+        self.count += 1;
+        self.started = now;
+        self.ended = None;
+    }
+
+    /// The running or last verify.
+    pub(crate) fn status(&mut self, engine: &Engine) -> Option<VerifyStatus> {
+        let disk = engine.name();
+        let now = engine.now().wall;
+        engine.look(|filter| {
+            let (report, result) = filter.verify_state()?;
+            if result.is_some() {
+                self.ended.get_or_insert(now);
+            }
+            let (state, error) = match result {
+                None => (VerifyState::Running, None),
+                Some(Ok(())) => (VerifyState::Done, None),
+                Some(Err(error)) => {
+                    (VerifyState::Failed, Some(ApiError::from_error(ErrorCode::Failed, error)))
+                }
+            };
+            let mut differing: Vec<ByteSpan> = report
+                .differing
+                .iter()
+                .map(|range| ByteSpan { offset: range.start(), length: range.count() })
+                .collect();
+            differing.sort_unstable_by_key(|span| span.offset);
+            let differing_count = differing.len() as u64;
+            differing.truncate(DIFFERING_SPANS_MAX);
+            Some(VerifyStatus {
+                disk,
+                id: self.count,
+                state,
+                at: Some(report.to),
+                from_lsn: report.from,
+                to_lsn: result.map(|_| report.to),
+                started: self.started,
+                ended: self.ended,
+                compared_bytes: report.compared,
+                total_bytes: report.total,
+                differing_bytes: ByteCount(report.differing.iter().map(|range| range.count().0).sum()),
+                differing,
+                differing_count,
+                error,
+            })
+        })
+    }
+}

@@ -1,0 +1,342 @@
+//! The stream to the receiver: connects, shakes hands, sends what the filter has, brings back what
+//! the receiver says; connects again when it is lost.
+
+use std::{cell::RefCell, io, rc::Rc, time::Duration};
+
+use backtide_control::Address;
+use backtide_protocol::{
+    CloseCode, Closed, Data, Decoder, FRAME_HEADER_BYTES, Message, ProtocolError, RecordBody, Welcome, encode,
+};
+use backtide_units::CaptureTime;
+use bytes::Bytes;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpStream, UnixStream},
+    time::Instant,
+};
+
+use super::engine::{Engine, add};
+
+/// How long connecting and the handshake may take.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+
+/// A receiver that owes acknowledgements and is silent for this long is given up.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// Waits between attempts, doubling.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LAST: Duration = Duration::from_secs(5);
+
+/// As much goes out in one write.
+const BATCH_FRAMES: usize = 256;
+const BATCH_BYTES: usize = 1 << 20;
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StreamError {
+    /// Nobody there.
+    #[error("cannot reach the receiver at {address}: {source}")]
+    Unreachable { address: Address, source: io::Error },
+    /// The handshake or an acknowledgement took too long.
+    #[error("the receiver at {address} does not answer")]
+    Silent { address: Address },
+    /// The connection broke.
+    #[error("the stream was lost: {0}")]
+    Lost(io::Error),
+    /// The receiver ended it.
+    #[error("{}", .0.message)]
+    Closed(Closed),
+    /// What it said makes no sense.
+    #[error("the receiver sent invalid data: {0}")]
+    Protocol(#[from] ProtocolError),
+    /// The filter or an operator ended it.
+    #[error("{0}")]
+    Kicked(String),
+}
+
+/// The last failure, for the status.
+#[derive(Clone, Debug)]
+pub(crate) struct LastError {
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
+    pub(crate) time: CaptureTime,
+}
+
+/// One disk's stream.
+pub(crate) struct Stream {
+    engine: Rc<Engine>,
+    receiver: Address,
+    pub(crate) last_error: RefCell<Option<LastError>>,
+}
+
+trait Duplex: AsyncRead + AsyncWrite + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
+
+impl StreamError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } => "unreachable",
+            Self::Silent { .. } | Self::Lost(_) | Self::Kicked(_) => "lost",
+            Self::Protocol(_) => "invalid",
+            Self::Closed(closed) => match closed.code {
+                CloseCode::Bye => "lost",
+                CloseCode::Fenced => "fenced",
+                CloseCode::Version => "version",
+                CloseCode::Invalid => "invalid",
+                CloseCode::Store => "store",
+                CloseCode::Busy => "busy",
+                CloseCode::Refused => "refused",
+            },
+        }
+    }
+
+    /// A fenced agent never comes back with this epoch.
+    fn is_final(&self) -> bool {
+        matches!(self, Self::Closed(Closed { code: CloseCode::Fenced, .. }))
+    }
+}
+
+impl Stream {
+    pub(crate) fn new(engine: Rc<Engine>, receiver: Address) -> Rc<Self> {
+        Rc::new(Self { engine, receiver, last_error: RefCell::default() })
+    }
+
+    /// Keeps the disk connected for as long as it wants to be.
+    pub(crate) async fn keep(self: Rc<Self>) {
+        let mut retry = RETRY_FIRST;
+        loop {
+            while !self.engine.look(backtide_io_filter::Filter::wants_connection) {
+                self.engine.wanted.notified().await;
+            }
+            let began = Instant::now();
+            let error = self.connect_and_run().await;
+            let was_connected = self.engine.look(|filter| filter.status().connected);
+            if was_connected {
+                add(&self.engine.traffic.disconnects, 1);
+                self.engine.happen(|filter, now| filter.disconnected(now));
+            }
+            self.note(&error);
+            if error.is_final() {
+                return;
+            }
+            if began.elapsed() > RETRY_LAST {
+                retry = RETRY_FIRST;
+            }
+            // Jitter, so that the disks of an agent do not all come at once.
+            let jitter = Duration::from_micros(u64::from(began.elapsed().subsec_nanos()) % 50_000);
+            tokio::select! {
+                () = tokio::time::sleep(retry + jitter) => {}
+                () = self.engine.wanted.notified() => {}
+            }
+            retry = (retry * 2).min(RETRY_LAST);
+        }
+    }
+
+    fn note(&self, error: &StreamError) {
+        let disk = self.engine.name();
+        let message = error.to_string();
+        let known = self.last_error.borrow().as_ref().is_some_and(|last| last.message == message);
+        if !known {
+            tracing::warn!(%disk, error = message, "no stream to the receiver: changes are retained or tracked");
+        }
+        let time = self.engine.now().wall;
+        self.last_error.replace(Some(LastError { code: error.code(), message, time }));
+    }
+
+    async fn connect_and_run(&self) -> StreamError {
+        let silent = || StreamError::Silent { address: self.receiver.clone() };
+        let unreachable = |source| StreamError::Unreachable { address: self.receiver.clone(), source };
+        let socket = match tokio::time::timeout(HANDSHAKE_TIME, connect(&self.receiver)).await {
+            Ok(Ok(socket)) => socket,
+            Ok(Err(source)) => return unreachable(source),
+            Err(_) => return silent(),
+        };
+        let (mut reader, mut writer) = tokio::io::split(socket);
+        let mut decoder = Decoder::new();
+        let welcome = self.shake_hands(&mut reader, &mut writer, &mut decoder);
+        let welcome = match tokio::time::timeout(HANDSHAKE_TIME, welcome).await {
+            Ok(Ok(welcome)) => welcome,
+            Ok(Err(error)) => return error,
+            Err(_) => return silent(),
+        };
+        // A kick of before is about another connection.
+        self.engine.kick_reason.replace(None);
+        self.engine.happen(|filter, now| filter.connected(now, &welcome));
+        let disk = self.engine.name();
+        tracing::info!(%disk, receiver = %self.receiver, history = %welcome.history, durable = %welcome.durable, "connected");
+        self.last_error.replace(None);
+        let heard = std::cell::Cell::new(Instant::now());
+        let ended = tokio::select! {
+            error = self.read_all(&mut reader, &mut decoder, &heard) => error,
+            error = self.write_all(&mut writer) => StreamError::Lost(error),
+            error = self.kicked() => error,
+            () = self.silence(&heard) => silent(),
+        };
+        // What the receiver said before it closed tells more than the broken pipe.
+        if let StreamError::Lost(_) = &ended
+            && let Ok(closed) =
+                tokio::time::timeout(RETRY_FIRST, self.read_all(&mut reader, &mut decoder, &heard)).await
+            && matches!(closed, StreamError::Closed(_))
+        {
+            return closed;
+        }
+        ended
+    }
+
+    async fn shake_hands(
+        &self,
+        reader: &mut (impl AsyncRead + Unpin),
+        writer: &mut (impl AsyncWrite + Unpin),
+        decoder: &mut Decoder,
+    ) -> Result<Welcome, StreamError> {
+        let hello = self.engine.look(backtide_io_filter::Filter::hello);
+        let (header, payload) = encode(1, &Message::Hello(hello));
+        writer.write_all(&header).await.map_err(StreamError::Lost)?;
+        writer.write_all(&payload).await.map_err(StreamError::Lost)?;
+        writer.flush().await.map_err(StreamError::Lost)?;
+        loop {
+            if let Some(first) = decoder.next_message()? {
+                return match first.message {
+                    Message::Welcome(welcome) => Ok(welcome),
+                    Message::Close(closed) => Err(StreamError::Closed(closed)),
+                    other => Err(StreamError::Kicked(format!(
+                        "expected a welcome from the receiver, found {other:?}"
+                    ))),
+                };
+            }
+            fill(reader, decoder).await?;
+        }
+    }
+
+    async fn read_all(
+        &self,
+        reader: &mut (impl AsyncRead + Unpin),
+        decoder: &mut Decoder,
+        heard: &std::cell::Cell<Instant>,
+    ) -> StreamError {
+        loop {
+            loop {
+                match decoder.next_message() {
+                    Ok(Some(next)) => match next.message {
+                        Message::Close(closed) => return StreamError::Closed(closed),
+                        message => self.engine.happen(|filter, now| filter.receive(now, message)),
+                    },
+                    Ok(None) => break,
+                    Err(error) => return error.into(),
+                }
+            }
+            if let Err(error) = fill(reader, decoder).await {
+                return error;
+            }
+            heard.set(Instant::now());
+        }
+    }
+
+    async fn write_all(&self, writer: &mut (impl AsyncWrite + Unpin)) -> io::Error {
+        let mut batch: Vec<([u8; FRAME_HEADER_BYTES], Bytes)> = Vec::with_capacity(BATCH_FRAMES);
+        loop {
+            self.gather(&mut batch);
+            if batch.is_empty() {
+                self.engine.send.notified().await;
+                continue;
+            }
+            if let Err(error) = write_batch(writer, &batch).await {
+                return error;
+            }
+            batch.clear();
+        }
+    }
+
+    /// Takes frames from the filter until a write is worth its while or there are none.
+    fn gather(&self, batch: &mut Vec<([u8; FRAME_HEADER_BYTES], Bytes)>) {
+        let mut bytes = 0;
+        while batch.len() < BATCH_FRAMES && bytes < BATCH_BYTES {
+            let Some((seq, message)) = self.engine.happen(|filter, now| filter.poll_send(now)) else { break };
+            match &message {
+                Message::Record(record) => match &record.body {
+                    RecordBody::Write(data) => add(&self.engine.traffic.sent_bytes, length(data)),
+                    RecordBody::Zero | RecordBody::Trim => {}
+                },
+                Message::PassData { data, .. } => add(&self.engine.traffic.resync_sent_bytes, length(data)),
+                _ => {}
+            }
+            let frame = encode(seq, &message);
+            bytes += FRAME_HEADER_BYTES + frame.1.len();
+            batch.push(frame);
+        }
+    }
+
+    async fn kicked(&self) -> StreamError {
+        loop {
+            self.engine.kick.notified().await;
+            if let Some(why) = self.engine.kick_reason.take() {
+                return StreamError::Kicked(why);
+            }
+        }
+    }
+
+    /// Ends when the receiver has owed an acknowledgement for too long.
+    async fn silence(&self, heard: &std::cell::Cell<Instant>) {
+        let mut owed_since: Option<Instant> = None;
+        loop {
+            tokio::time::sleep(SILENCE_MAX / 10).await;
+            if !self.engine.look(backtide_io_filter::Filter::awaits_acknowledgement) {
+                owed_since = None;
+                continue;
+            }
+            let since = owed_since.get_or_insert_with(Instant::now);
+            if since.max(&mut heard.get()).elapsed() > SILENCE_MAX {
+                return;
+            }
+        }
+    }
+}
+
+fn length(data: &Data) -> u64 {
+    data.bytes().len() as u64
+}
+
+async fn connect(address: &Address) -> io::Result<Box<dyn Duplex>> {
+    Ok(match address {
+        Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
+        Address::Tcp { host, port } => {
+            let stream = TcpStream::connect((host.as_str(), *port)).await?;
+            stream.set_nodelay(true)?;
+            Box::new(stream)
+        }
+    })
+}
+
+async fn fill(reader: &mut (impl AsyncRead + Unpin), decoder: &mut Decoder) -> Result<(), StreamError> {
+    match reader.read_buf(decoder.buffer()).await {
+        Ok(0) => Err(StreamError::Lost(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the receiver closed the connection",
+        ))),
+        Ok(_) => Ok(()),
+        Err(error) => Err(StreamError::Lost(error)),
+    }
+}
+
+/// Writes headers and payloads in order, without copying payloads.
+async fn write_batch(
+    writer: &mut (impl AsyncWrite + Unpin),
+    batch: &[([u8; FRAME_HEADER_BYTES], Bytes)],
+) -> io::Result<()> {
+    let mut slices: Vec<io::IoSlice<'_>> = Vec::with_capacity(batch.len() * 2);
+    for (header, payload) in batch {
+        slices.push(io::IoSlice::new(header));
+        if !payload.is_empty() {
+            slices.push(io::IoSlice::new(payload));
+        }
+    }
+    let mut rest = &mut slices[..];
+    while !rest.is_empty() {
+        let written = writer.write_vectored(rest).await?;
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        io::IoSlice::advance_slices(&mut rest, written);
+    }
+    writer.flush().await
+}

@@ -1,0 +1,350 @@
+//! The thread that owns a disk: starts everything the disk needs, takes commands, ends it cleanly.
+
+use std::{io, rc::Rc, sync::Arc, time::Duration};
+
+use backtide_agent_api::{DiskStatus, VerifyStatus};
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::{BindError, Limits, Listener, NbdUri, Server};
+use backtide_io_filter::{Change, Filter, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
+use backtide_units::{CaptureTime, Lsn};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    DiskHandle,
+    engine::Engine,
+    export::{DiskExport, OneExport},
+    local::{Local, NbdDisk, blocking},
+    open::{Behind, Opened},
+    status::Verifies,
+    stream::Stream,
+};
+use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
+
+/// Commands waiting for a disk.
+const COMMANDS_MAX: usize = 64;
+
+/// How often the record is brought up to date.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// How long a detach waits for requests in flight and for the receiver.
+const DETACH_GRACE: Duration = Duration::from_secs(5);
+
+/// What the rest of the agent can ask of a disk.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Status(oneshot::Sender<DiskStatus>),
+    Pause(oneshot::Sender<DiskStatus>),
+    Resume(oneshot::Sender<DiskStatus>),
+    Resync(ResyncKind, oneshot::Sender<DiskStatus>),
+    /// Holds all answers; whether the disk forwards now.
+    Hold(oneshot::Sender<bool>),
+    /// Marks, while answers are held.
+    Mark(String, oneshot::Sender<Result<MarkAt, MarkError>>),
+    /// Gives the held answers.
+    Release(oneshot::Sender<()>),
+    StartVerify(oneshot::Sender<Result<VerifyStatus, VerifyError>>),
+    VerifyStatus(oneshot::Sender<Option<VerifyStatus>>),
+    /// Ends the disk; refused with the number of clients when it is open and `force` is not set.
+    Detach {
+        force: bool,
+        answer: oneshot::Sender<Result<DiskStatus, DetachError>>,
+    },
+}
+
+/// Where a mark landed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MarkAt {
+    pub(crate) lsn: Lsn,
+    pub(crate) time: CaptureTime,
+}
+
+/// Why a disk stays attached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DetachError {
+    /// Clients would lose their disk.
+    #[error("{clients} NBD clients have the disk open")]
+    Open { clients: usize },
+    /// What the next attach needs could not be saved; the disk is detached all the same and will be
+    /// compared as after a crash.
+    #[error("the disk is detached, but its tracking could not be saved and will be compared anew: {0}")]
+    Save(io::Error),
+}
+
+/// Why a disk's thread did not start.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error("cannot use the disk behind: {0}")]
+    Behind(#[from] backtide_export::ClientError),
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
+}
+
+/// A disk being served.
+struct Disk {
+    engine: Rc<Engine>,
+    stream: Rc<Stream>,
+    server: Server,
+    nbd: NbdUri,
+    record: DiskRecord,
+    records: Records,
+    image: Option<Arc<backtide_storage::ImageFile>>,
+    verifies: Verifies,
+    rate: super::status::Rate,
+}
+
+/// Starts the thread of an opened disk, serving it at `nbd`. Returns when clients can connect.
+pub(crate) async fn start(opened: Opened, records: Records, nbd: NbdUri) -> Result<DiskHandle, StartError> {
+    let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+    let (ready, started) = oneshot::channel();
+    std::thread::Builder::new()
+        .name(format!("disk-{}", opened.record.name))
+        .spawn(move || run(opened, records, nbd, inbox, ready))
+        .map_err(StartError::Thread)?;
+    match started.await {
+        Ok(Ok(())) => Ok(DiskHandle::new(commands)),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(StartError::Thread(io::Error::other("the disk's thread ended at its start"))),
+    }
+}
+
+fn run(
+    opened: Opened,
+    records: Records,
+    nbd: NbdUri,
+    inbox: mpsc::Receiver<Command>,
+    ready: oneshot::Sender<Result<(), StartError>>,
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return drop(ready.send(Err(StartError::Thread(error)))),
+    };
+    let tasks = tokio::task::LocalSet::new();
+    tasks.block_on(&runtime, async move {
+        match Disk::begin(opened, records, nbd).await {
+            Ok(disk) => {
+                // Who started it may have given up; the disk is served until it is detached.
+                let _ = ready.send(Ok(()));
+                disk.serve(inbox).await;
+            }
+            Err(error) => drop(ready.send(Err(error))),
+        }
+    });
+}
+
+impl Disk {
+    async fn begin(opened: Opened, records: Records, nbd: NbdUri) -> Result<Self, StartError> {
+        let Opened { record, behind, settings, resume } = opened;
+        let (local, image) = match behind {
+            Behind::Image(image) => {
+                let image = Arc::new(image);
+                (Local::Image(Arc::clone(&image)), Some(image))
+            }
+            Behind::Nbd(uri, _) => (Local::Nbd(NbdDisk::connect(uri).await?), None),
+        };
+        let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local));
+        if record.paused {
+            engine.happen(|filter, now| filter.pause(now));
+        }
+        let listener = Listener::bind(&nbd.address).await?;
+        let nbd = NbdUri { address: listener.address().clone(), ..nbd };
+        let export = DiskExport::new(Rc::clone(&engine));
+        let server = listener.serve(Rc::new(OneExport(export)), Limits::default());
+        let stream = Stream::new(Rc::clone(&engine), record.receiver.clone());
+        tokio::task::spawn_local(Rc::clone(&engine).keep_time());
+        tokio::task::spawn_local(Rc::clone(&stream).keep());
+        tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
+        let (verifies, rate) = (Verifies::default(), super::status::Rate::default());
+        Ok(Self { engine, stream, server, nbd, record, records, image, verifies, rate })
+    }
+
+    async fn serve(mut self, mut inbox: mpsc::Receiver<Command>) {
+        let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
+        loop {
+            tokio::select! {
+                command = inbox.recv() => match command {
+                    Some(Command::Detach { force, answer }) => {
+                        let clients = self.server.connections();
+                        if clients > 0 && !force {
+                            let _ = answer.send(Err(DetachError::Open { clients }));
+                            continue;
+                        }
+                        inbox.close();
+                        let _ = answer.send(self.detach().await);
+                        return;
+                    }
+                    Some(command) => self.obey(command).await,
+                    // The agent is gone without a word: end as cleanly as possible.
+                    None => {
+                        if let Err(error) = self.detach().await {
+                            tracing::error!(%error, "detach");
+                        }
+                        return;
+                    }
+                },
+                _ = housekeeping.tick() => self.keep_house().await,
+            }
+        }
+    }
+
+    /// Carries out a command. Whoever asked may have given up waiting, so answers may go nowhere.
+    async fn obey(&mut self, command: Command) {
+        match command {
+            Command::Status(answer) => drop(answer.send(self.status())),
+            Command::Pause(answer) => {
+                self.engine.happen(|filter, now| filter.pause(now));
+                self.engine.kick_reason.replace(Some("paused by an operator".to_owned()));
+                self.engine.kick.notify_one();
+                self.set_paused(true).await;
+                drop(answer.send(self.status()));
+            }
+            Command::Resume(answer) => {
+                self.engine.happen(|filter, now| filter.resume(now));
+                self.engine.wanted.notify_one();
+                self.set_paused(false).await;
+                drop(answer.send(self.status()));
+            }
+            Command::Resync(kind, answer) => {
+                self.engine.happen(|filter, now| filter.force_resync(now, kind));
+                drop(answer.send(self.status()));
+            }
+            Command::Hold(answer) => {
+                let forwarding = self.engine.happen(|filter, _| {
+                    filter.hold_answers();
+                    filter.can_mark()
+                });
+                // Who asked is gone: nobody would ever release.
+                if answer.send(forwarding).is_err() {
+                    self.engine.happen(|filter, _| filter.give_held_answers());
+                }
+            }
+            Command::Mark(label, answer) => {
+                let marked = self
+                    .engine
+                    .happen(|filter, now| filter.mark(now, &label).map(|lsn| MarkAt { lsn, time: now.wall }));
+                drop(answer.send(marked));
+            }
+            Command::Release(answer) => {
+                self.engine.happen(|filter, _| filter.give_held_answers());
+                let _ = answer.send(());
+            }
+            Command::StartVerify(answer) => {
+                let started = self.engine.happen(|filter, now| filter.start_verify(now));
+                let began = started.map(|()| {
+                    self.verifies.begin(self.engine.now().wall);
+                    self.verify_status().expect("it began just now")
+                });
+                drop(answer.send(began));
+            }
+            Command::VerifyStatus(answer) => drop(answer.send(self.verify_status())),
+            Command::Detach { .. } => unreachable!("taken by the caller"),
+        }
+    }
+
+    fn status(&self) -> DiskStatus {
+        let clients = u32::try_from(self.server.connections()).unwrap_or(u32::MAX);
+        super::status::disk_status(&self.engine, &self.stream, &self.record, &self.nbd, clients, &self.rate)
+    }
+
+    fn verify_status(&mut self) -> Option<VerifyStatus> {
+        self.verifies.status(&self.engine)
+    }
+
+    async fn set_paused(&mut self, paused: bool) {
+        self.record.paused = paused;
+        self.save_record().await;
+    }
+
+    /// Brings the record up to date, ahead of what the filter needs of it.
+    async fn keep_house(&mut self) {
+        let status = self.engine.look(Filter::status);
+        self.rate.sample(&status);
+        let acked = self.engine.look(Filter::acked_durable);
+        let bound_is_near = status.last_lsn.0 + LSN_STEP / 2 > self.record.lsn_bound.0;
+        let history_is_new = status.history != self.record.history;
+        // A bound of what was acknowledged, so it need not follow every acknowledgement.
+        let acked_is_stale = acked > self.record.acked_durable && status.mode == Mode::Sync;
+        if bound_is_near || history_is_new || (acked_is_stale && self.rate.is_minute_over()) {
+            self.record.lsn_bound = status.last_lsn.plus(LSN_STEP).max(self.record.lsn_bound);
+            self.record.history = status.history;
+            self.record.acked_durable = acked;
+            self.save_record().await;
+        }
+    }
+
+    async fn save_record(&self) {
+        let (records, record) = (self.records.clone(), self.record.clone());
+        if let Err(error) = blocking(move || records.save(&record)).await {
+            tracing::error!(disk = %self.record.name, %error, "cannot save the disk's record");
+        }
+    }
+
+    /// Ends service, lets the receiver catch up if it can at once, saves what is left.
+    async fn detach(self) -> Result<DiskStatus, DetachError> {
+        let mut last = self.status();
+        let Self { engine, server, mut record, records, image, .. } = self;
+        server.shutdown(DETACH_GRACE).await;
+        // Requests of a client that was cut off may still be under way; none may follow the bitmap.
+        engine.happen(|filter, _| filter.give_held_answers());
+        while !engine.look(Filter::is_quiet) {
+            engine.happen(|filter, now| filter.tick(now));
+            tokio::task::yield_now().await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let flushed = engine.local.run(LocalOp::Change(Change::Flush)).await;
+        if let Err(failure) = flushed {
+            tracing::error!(disk = %record.name, errno = failure.errno, "cannot flush the local disk");
+        }
+        let until = tokio::time::Instant::now() + DETACH_GRACE;
+        while engine
+            .look(|filter| filter.status().connected && filter.mode() == Mode::Sync && !filter.is_drained())
+            && tokio::time::Instant::now() < until
+        {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let acked = engine.look(Filter::acked_durable);
+        let history = engine.look(Filter::history);
+        let saved = engine.happen(|filter, now| filter.detach(now));
+        engine.kick_reason.replace(Some("detached by an operator".to_owned()));
+        engine.kick.notify_one();
+        record.history = history;
+        record.acked_durable = acked;
+        record.lsn_bound = record.lsn_bound.max(engine.look(Filter::last_lsn));
+        last.mode = backtide_agent_api::Mode::Detached;
+        last.clients = 0;
+        last.dirty = saved.as_ref().map_or(last.dirty, |saved| super::status::dirty(saved.dirty.count()));
+        let size = engine.local.size();
+        let result =
+            blocking(move || save_detached(&records, &mut record, saved, image.as_deref(), size)).await;
+        result.map_err(DetachError::Save)?;
+        tracing::info!(disk = %last.name, dirty_blocks = %last.dirty.blocks, "disk detached");
+        Ok(last)
+    }
+}
+
+/// The image's stamp is taken last: nothing of ours writes it any more.
+fn save_detached(
+    records: &Records,
+    record: &mut DiskRecord,
+    saved: Option<backtide_tracking::SavedTracking>,
+    image: Option<&backtide_storage::ImageFile>,
+    size: backtide_units::ByteCount,
+) -> io::Result<()> {
+    let modified_ns = image.map_or(Ok(0), backtide_storage::ImageFile::modified_ns)?;
+    record.image_at_detach = Some(ImageStamp { size, modified_ns });
+    if let Some(saved) = saved {
+        records.save_tracking(&record.name, &saved)?;
+    }
+    records.save(record)
+}
+
+/// What the control API says of a disk whose thread did not start.
+pub(crate) fn start_error(error: &StartError) -> ApiError {
+    let code = match error {
+        StartError::Bind(BindError::InUse(_)) => ErrorCode::Locked,
+        StartError::Bind(_) | StartError::Thread(_) => ErrorCode::Failed,
+        StartError::Behind(_) => ErrorCode::Unreachable,
+    };
+    ApiError::from_error(code, error)
+}

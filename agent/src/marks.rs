@@ -1,0 +1,48 @@
+//! One label on several disks at one instant.
+//!
+//! Every disk holds its answers, then every disk is marked, then all answers are given. A write
+//! that began after one disk's write was answered cannot lie before that disk's mark without the
+//! answered one lying before its own: either the answer came before the hold, or after every mark.
+
+use backtide_agent_api::DiskMark;
+use backtide_io_filter::MarkError;
+use backtide_units::DiskName;
+
+use crate::disk::{Command, DiskHandle, Ended};
+
+/// Why nothing was marked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MarksError {
+    #[error(transparent)]
+    Mark(#[from] MarkError),
+    #[error("disk {disk} does not forward its writes now: this moment will not be recoverable")]
+    NotForwarding { disk: DiskName },
+    #[error("disk {disk}: {source}")]
+    Ended { disk: DiskName, source: Ended },
+}
+
+/// Marks all disks, or none.
+pub(crate) async fn mark(label: &str, disks: &[(DiskName, DiskHandle)]) -> Result<Vec<DiskMark>, MarksError> {
+    let marked = mark_held(label, disks).await;
+    for (_, handle) in disks {
+        // A disk that has ended has given its answers.
+        let _ = handle.ask(Command::Release).await;
+    }
+    marked
+}
+
+async fn mark_held(label: &str, disks: &[(DiskName, DiskHandle)]) -> Result<Vec<DiskMark>, MarksError> {
+    for (disk, handle) in disks {
+        let ended = |source| MarksError::Ended { disk: disk.clone(), source };
+        if !handle.ask(Command::Hold).await.map_err(ended)? {
+            return Err(MarksError::NotForwarding { disk: disk.clone() });
+        }
+    }
+    let mut marks = Vec::with_capacity(disks.len());
+    for (disk, handle) in disks {
+        let ended = |source| MarksError::Ended { disk: disk.clone(), source };
+        let at = handle.ask(|answer| Command::Mark(label.to_owned(), answer)).await.map_err(ended)??;
+        marks.push(DiskMark { disk: disk.clone(), lsn: at.lsn, time: at.time, recoverable: true });
+    }
+    Ok(marks)
+}

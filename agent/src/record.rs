@@ -1,0 +1,166 @@
+//! What the agent remembers of a disk between attaches: a record in JSON, and after a clean detach
+//! the tracking file.
+//!
+//! Invariants: the record with the new epoch is durable, and the tracking file durably gone, before
+//! an attach lets its first write through; the LSN bound in the record is durable before an LSN
+//! above it is given. So after a crash no tracking file exists, and no LSN is given twice.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use backtide_agent_api::{AckPolicy, Limits, OnOutage};
+use backtide_control::Address;
+use backtide_storage::{Storage, read_file, replace_file};
+use backtide_tracking::SavedTracking;
+use backtide_units::{ByteCount, DiskId, DiskName, Epoch, HistoryId, Lsn};
+use serde::{Deserialize, Serialize};
+
+/// The version of the record's JSON.
+const VERSION: u32 = 1;
+
+/// No record is longer than this.
+const RECORD_BYTES_MAX: ByteCount = ByteCount(1 << 20);
+
+/// No tracking file is longer: a fully scattered bitmap of a disk of 64 TiB.
+const TRACKING_BYTES_MAX: ByteCount = ByteCount(4 << 30);
+
+/// How far ahead of the last LSN the durable bound lies.
+pub(crate) const LSN_STEP: u64 = 1 << 24;
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct DiskRecord {
+    pub(crate) version: u32,
+    pub(crate) name: DiskName,
+    pub(crate) uuid: DiskId,
+    /// Path or NBD URI of the disk behind.
+    pub(crate) image: String,
+    pub(crate) receiver: Address,
+    /// The NBD listen URI asked for, if one was.
+    pub(crate) nbd: Option<String>,
+    pub(crate) ack: AckPolicy,
+    pub(crate) on_outage: OnOutage,
+    pub(crate) limits: Limits,
+    /// Whether the agent attaches it when it starts.
+    pub(crate) attached: bool,
+    /// Whether a person paused it.
+    pub(crate) paused: bool,
+    /// The last attach.
+    pub(crate) epoch: Epoch,
+    /// Its history at the receiver, once known.
+    pub(crate) history: Option<HistoryId>,
+    /// No LSN above it has been given.
+    pub(crate) lsn_bound: Lsn,
+    /// The receiver acknowledged at least this much as durable.
+    pub(crate) acked_durable: Lsn,
+    /// What the image looked like at the last clean detach.
+    pub(crate) image_at_detach: Option<ImageStamp>,
+}
+
+/// Enough of an image's state to notice that somebody else wrote it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ImageStamp {
+    pub(crate) size: ByteCount,
+    /// 0 where the image does not tell.
+    pub(crate) modified_ns: u64,
+}
+
+/// All records of an agent.
+#[derive(Clone)]
+pub(crate) struct Records {
+    storage: Arc<dyn Storage>,
+}
+
+impl DiskRecord {
+    pub(crate) fn new(name: DiskName, image: String, receiver: Address) -> Self {
+        Self {
+            version: VERSION,
+            name,
+            uuid: DiskId::random(),
+            image,
+            receiver,
+            nbd: None,
+            ack: AckPolicy::default(),
+            on_outage: OnOutage::default(),
+            limits: Limits::default(),
+            attached: false,
+            paused: false,
+            epoch: Epoch(0),
+            history: None,
+            lsn_bound: Lsn::ZERO,
+            acked_durable: Lsn::ZERO,
+            image_at_detach: None,
+        }
+    }
+}
+
+impl Records {
+    pub(crate) fn new(storage: Arc<dyn Storage>) -> Self {
+        Self { storage }
+    }
+
+    /// Every record, by name.
+    pub(crate) fn load_all(&self) -> io::Result<Vec<DiskRecord>> {
+        let names = self.storage.list(&PathBuf::new())?;
+        let mut records = Vec::new();
+        for name in names {
+            let Some(disk) = name.strip_suffix(".json").and_then(|stem| stem.parse().ok()) else { continue };
+            records.extend(self.load(&disk)?);
+        }
+        Ok(records)
+    }
+
+    /// The record of one disk, if there is one.
+    pub(crate) fn load(&self, disk: &DiskName) -> io::Result<Option<DiskRecord>> {
+        let path = record_path(disk);
+        let bytes = match read_file(&*self.storage, &path, RECORD_BYTES_MAX) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let invalid = |why: String| {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("the record {} is damaged: {why}", path.display()),
+            )
+        };
+        let version: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|error| invalid(error.to_string()))?;
+        if version.get("version").and_then(serde_json::Value::as_u64) != Some(VERSION.into()) {
+            return Err(invalid(format!("expected version {VERSION}, found {}", version["version"])));
+        }
+        serde_json::from_value(version).map(Some).map_err(|error| invalid(error.to_string()))
+    }
+
+    /// Makes the record durable.
+    pub(crate) fn save(&self, record: &DiskRecord) -> io::Result<()> {
+        let bytes = serde_json::to_vec_pretty(record)?;
+        replace_file(&*self.storage, &record_path(&record.name), &bytes)
+    }
+
+    /// Reads the tracking file and takes it away, durably: it describes the disk only until the
+    /// first write. None when there is none; an error text when it cannot be trusted.
+    pub(crate) fn take_tracking(&self, disk: &DiskName) -> io::Result<Option<Result<SavedTracking, String>>> {
+        let path = tracking_path(disk);
+        let bytes = match read_file(&*self.storage, &path, TRACKING_BYTES_MAX) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        self.storage.remove(&path)?;
+        self.storage.sync_dir(&PathBuf::new())?;
+        Ok(Some(SavedTracking::decode(&bytes).map_err(|error| error.to_string())))
+    }
+
+    /// Makes the tracking file of a clean detach durable.
+    pub(crate) fn save_tracking(&self, disk: &DiskName, saved: &SavedTracking) -> io::Result<()> {
+        replace_file(&*self.storage, &tracking_path(disk), &saved.encode())
+    }
+}
+
+fn record_path(disk: &DiskName) -> PathBuf {
+    PathBuf::from(format!("{disk}.json"))
+}
+
+fn tracking_path(disk: &DiskName) -> PathBuf {
+    PathBuf::from(format!("{disk}.tracking"))
+}

@@ -1,0 +1,233 @@
+//! The agent's disks: attached ones with their threads, and the names of all it remembers.
+//!
+//! Invariant: attaches and detaches of one agent happen one after the other, so a name is never
+//! attached twice; everything else goes on meanwhile.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use backtide_agent_api::{AttachRequest, DiskStatus, Limits};
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::{NbdAddress, NbdUri};
+use backtide_units::DiskName;
+use tokio::sync::{Mutex, RwLock};
+
+use crate::{
+    config::Places,
+    disk::{self, Command, DiskHandle, OpenError},
+    qcow2::{Qcow2Server, is_qcow2},
+    record::{DiskRecord, Records},
+};
+
+/// All disks of an agent.
+pub(crate) struct Registry {
+    places: Places,
+    records: Records,
+    defaults: Limits,
+    disks: RwLock<BTreeMap<DiskName, Attached>>,
+    /// Held by whoever attaches or detaches.
+    changing: Mutex<()>,
+}
+
+struct Attached {
+    handle: DiskHandle,
+    qcow2: Option<Qcow2Server>,
+}
+
+impl Registry {
+    pub(crate) fn new(places: Places, records: Records, defaults: Limits) -> Arc<Self> {
+        Arc::new(Self { places, records, defaults, disks: RwLock::default(), changing: Mutex::new(()) })
+    }
+
+    /// Attaches again every disk that was attached when the agent ended. One that cannot be is
+    /// logged and stays remembered.
+    pub(crate) async fn restore(&self) -> std::io::Result<()> {
+        for record in self.records.load_all()?.into_iter().filter(|record| record.attached) {
+            let _only = self.changing.lock().await;
+            let name = record.name.clone();
+            if let Err(error) = self.start(record).await {
+                tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again");
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn names(&self) -> Vec<DiskName> {
+        self.disks.read().await.keys().cloned().collect()
+    }
+
+    /// The disk of this name or UUID.
+    pub(crate) async fn find(&self, name: &DiskName) -> Result<(DiskName, DiskHandle), ApiError> {
+        let disks = self.disks.read().await;
+        if let Some(attached) = disks.get(name) {
+            return Ok((name.clone(), attached.handle.clone()));
+        }
+        for (other, attached) in disks.iter() {
+            let known = self.records.load(other).ok().flatten();
+            if known.is_some_and(|record| record.uuid.to_string() == name.as_str()) {
+                return Ok((other.clone(), attached.handle.clone()));
+            }
+        }
+        let names: Vec<&str> = disks.keys().map(DiskName::as_str).collect();
+        let known = if names.is_empty() {
+            "none is attached".to_owned()
+        } else {
+            format!("attached: {}", names.join(", "))
+        };
+        Err(ApiError::new(ErrorCode::NotFound, format!("there is no disk {name}")).with_hint(known))
+    }
+
+    pub(crate) async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
+        let _only = self.changing.lock().await;
+        if self.disks.read().await.contains_key(&request.name) {
+            let message = format!("disk {} is attached already", request.name);
+            return Err(
+                ApiError::new(ErrorCode::Exists, message).with_hint("detach it first, or use another name")
+            );
+        }
+        let known = self.records.load(&request.name).map_err(|error| failed(&error))?;
+        let record = self.record_for(request, known);
+        let handle = self.start(record).await?;
+        handle.ask(Command::Status).await.map_err(|error| failed(&error))
+    }
+
+    /// The record of an attach: what is asked for now, on top of what the disk's life so far is.
+    fn record_for(&self, request: AttachRequest, known: Option<DiskRecord>) -> DiskRecord {
+        let AttachRequest { name, image, receiver, nbd, ack, on_outage, limits } = request;
+        let fresh = || DiskRecord::new(name, image.clone(), receiver.clone());
+        let mut record = known.unwrap_or_else(fresh);
+        if record.image != image {
+            // Another place may hold another content: what was saved is about the old one.
+            record.image_at_detach = None;
+        }
+        DiskRecord {
+            image,
+            receiver,
+            nbd,
+            ack,
+            on_outage,
+            limits: limits.or(self.defaults),
+            paused: false,
+            ..record
+        }
+    }
+
+    async fn start(&self, record: DiskRecord) -> Result<DiskHandle, ApiError> {
+        let name = record.name.clone();
+        let nbd = self.listen_uri(&record)?;
+        let image = Path::new(&record.image);
+        let qcow2 = match is_qcow2(image) {
+            true => Some(
+                Qcow2Server::start(image, &name, self.places.qcow2_socket(&name))
+                    .await
+                    .map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?,
+            ),
+            false => None,
+        };
+        let behind = qcow2.as_ref().map_or(record.image.clone(), |server| server.uri().to_owned());
+        let (mut record, opened) =
+            disk::open(&self.records, record, &behind).await.map_err(|error| open_error(&error))?;
+        match disk::start(opened, self.records.clone(), nbd).await {
+            Ok(handle) => {
+                self.disks.write().await.insert(name, Attached { handle: handle.clone(), qcow2 });
+                Ok(handle)
+            }
+            Err(error) => {
+                record.attached = false;
+                if let Err(error) = self.records.save(&record) {
+                    tracing::error!(disk = %name, %error, "cannot save the disk's record");
+                }
+                Err(disk::start_error(&error))
+            }
+        }
+    }
+
+    fn listen_uri(&self, record: &DiskRecord) -> Result<NbdUri, ApiError> {
+        match &record.nbd {
+            Some(text) => text.parse().map_err(|error: backtide_export::ParseUriError| {
+                ApiError::from_error(ErrorCode::Usage, &error)
+            }),
+            None => {
+                let address = NbdAddress::Unix(self.places.nbd_socket(&record.name));
+                Ok(NbdUri { address, export: record.name.to_string() })
+            }
+        }
+    }
+
+    /// Detaches a disk; its record stays, so that an attach under its name goes on.
+    pub(crate) async fn detach(&self, name: &DiskName, force: bool) -> Result<DiskStatus, ApiError> {
+        let _only = self.changing.lock().await;
+        let (name, handle) = self.find(name).await?;
+        let answer =
+            handle.ask(|answer| Command::Detach { force, answer }).await.map_err(|error| failed(&error))?;
+        let result = match answer {
+            Err(error @ disk::DetachError::Open { .. }) => {
+                return Err(ApiError::new(ErrorCode::Busy, format!("disk {name} is in use: {error}"))
+                    .with_hint("take the disk out of the virtual machine, or shut it down, then detach"));
+            }
+            Err(error @ disk::DetachError::Save(_)) => Err(failed(&error)),
+            Ok(status) => Ok(status),
+        };
+        let attached = self.disks.write().await.remove(&name);
+        if let Some(Attached { qcow2: Some(server), .. }) = attached {
+            server.stop().await;
+        }
+        if let Ok(Some(mut record)) = self.records.load(&name) {
+            record.attached = false;
+            self.records.save(&record).map_err(|error| failed(&error))?;
+        }
+        result
+    }
+
+    /// Ends every disk in good order, for the end of the agent: they are attached again by the next.
+    pub(crate) async fn shut_down(&self) {
+        let _only = self.changing.lock().await;
+        let disks = std::mem::take(&mut *self.disks.write().await);
+        let detaching: Vec<_> = disks
+            .into_iter()
+            .map(|(name, attached)| tokio::spawn(async move { end(name, attached).await }))
+            .collect();
+        for task in detaching {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "detach");
+            }
+        }
+    }
+}
+
+async fn end(name: DiskName, attached: Attached) {
+    let Attached { handle, qcow2 } = attached;
+    match handle.ask(|answer| Command::Detach { force: true, answer }).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),
+        Err(error) => tracing::error!(disk = %name, %error, "detach"),
+    }
+    if let Some(server) = qcow2 {
+        server.stop().await;
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> ApiError {
+    ApiError::from_error(ErrorCode::Failed, error)
+}
+
+fn open_error(error: &OpenError) -> ApiError {
+    use backtide_storage::ImageError;
+    let (code, hint) = match error {
+        OpenError::Image(ImageError::Missing { .. }) => {
+            (ErrorCode::NotFound, "create the image first, for example with truncate or qemu-img")
+        }
+        OpenError::Image(ImageError::Locked { .. }) => {
+            (ErrorCode::Locked, "detach it from the other agent first")
+        }
+        OpenError::Image(ImageError::Size { .. }) => {
+            (ErrorCode::Usage, "extend the image with truncate to a multiple of 512 bytes")
+        }
+        OpenError::Image(ImageError::Kind { .. }) => {
+            (ErrorCode::Usage, "name a raw image, a block device, a qcow2 file or an NBD URI")
+        }
+        OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
+        OpenError::Nbd { .. } => (ErrorCode::Unreachable, "start the NBD server first"),
+        OpenError::Image(ImageError::Io { .. }) | OpenError::Record { .. } => return failed(error),
+    };
+    ApiError::new(code, error.to_string()).with_hint(hint)
+}

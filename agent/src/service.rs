@@ -1,0 +1,129 @@
+//! The control API's calls.
+
+use std::sync::Arc;
+
+use backtide_agent_api::{
+    AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncExtent,
+    ResyncRequest, VerifyStatus,
+};
+use backtide_control::{ApiError, ErrorCode};
+use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
+use backtide_protocol::message::LABEL_BYTES_MAX;
+use backtide_units::DiskName;
+use tokio::sync::{Mutex, oneshot};
+
+use crate::{
+    disk::Command,
+    marks::{self, MarksError},
+    registry::Registry,
+};
+
+/// Serves the calls out of the registry.
+pub(crate) struct Service {
+    registry: Arc<Registry>,
+    /// One mark at a time: two that hold disks in different orders would wait for each other.
+    marking: Mutex<()>,
+}
+
+impl Service {
+    pub(crate) fn new(registry: Arc<Registry>) -> Arc<Self> {
+        Arc::new(Self { registry, marking: Mutex::new(()) })
+    }
+
+    async fn ask<T>(
+        &self,
+        disk: &DiskName,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Result<T, ApiError> {
+        let (name, handle) = self.registry.find(disk).await?;
+        let ended = |_| ApiError::new(ErrorCode::Busy, format!("disk {name} is being detached"));
+        handle.ask(command).await.map_err(ended)
+    }
+}
+
+impl AgentService for Service {
+    async fn status(&self, disk: Option<DiskName>) -> Result<AgentStatus, ApiError> {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let mut disks = Vec::new();
+        match disk {
+            Some(name) => disks.push(self.ask(&name, Command::Status).await?),
+            None => {
+                for name in self.registry.names().await {
+                    // One that is detached between the two is not listed.
+                    disks.extend(self.ask(&name, Command::Status).await.ok());
+                }
+            }
+        }
+        Ok(AgentStatus { version, disks })
+    }
+
+    async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
+        self.registry.attach(request).await
+    }
+
+    async fn detach(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
+        self.registry.detach(&disk, false).await
+    }
+
+    async fn pause(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
+        self.ask(&disk, Command::Pause).await
+    }
+
+    async fn resume(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
+        self.ask(&disk, Command::Resume).await
+    }
+
+    async fn resync(&self, disk: DiskName, request: ResyncRequest) -> Result<DiskStatus, ApiError> {
+        let kind = match request.extent {
+            ResyncExtent::Changed => ResyncKind::Changed,
+            ResyncExtent::Compare => ResyncKind::Compare,
+            ResyncExtent::Full => ResyncKind::Full,
+        };
+        self.ask(&disk, |answer| Command::Resync(kind, answer)).await
+    }
+
+    async fn mark(&self, request: MarkRequest) -> Result<MarkReport, ApiError> {
+        let MarkRequest { label, disks: names } = request;
+        if label.is_empty() || label.len() > LABEL_BYTES_MAX {
+            let error = MarkError::Label { found: label.len() };
+            return Err(ApiError::from_error(ErrorCode::Usage, &error));
+        }
+        if names.is_empty() {
+            return Err(ApiError::new(ErrorCode::Usage, "a mark needs at least one disk"));
+        }
+        let mut disks = Vec::with_capacity(names.len());
+        for name in &names {
+            let found = self.registry.find(name).await?;
+            if disks.iter().any(|(known, _)| *known == found.0) {
+                return Err(ApiError::new(ErrorCode::Usage, format!("disk {} is named twice", found.0)));
+            }
+            disks.push(found);
+        }
+        let _only = self.marking.lock().await;
+        let marks = marks::mark(&label, &disks).await.map_err(|error| match &error {
+            MarksError::NotForwarding { .. } | MarksError::Mark(_) => {
+                ApiError::from_error(ErrorCode::Refused, &error).with_hint("wait until every disk is in sync")
+            }
+            MarksError::Ended { .. } => ApiError::from_error(ErrorCode::Busy, &error),
+        })?;
+        Ok(MarkReport { label, marks })
+    }
+
+    async fn start_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
+        self.ask(&disk, Command::StartVerify).await?.map_err(|error| {
+            let code = match error {
+                VerifyError::Running => ErrorCode::Busy,
+                VerifyError::NotInSync => ErrorCode::Refused,
+                VerifyError::Interrupted | VerifyError::Read { .. } => ErrorCode::Failed,
+            };
+            ApiError::from_error(code, &error)
+        })
+    }
+
+    async fn verify_status(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
+        let none = || {
+            ApiError::new(ErrorCode::NotFound, format!("disk {disk} has not been verified since its attach"))
+        };
+        self.ask(&disk, Command::VerifyStatus).await?.ok_or_else(none)
+    }
+}
