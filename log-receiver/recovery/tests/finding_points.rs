@@ -1,0 +1,139 @@
+//! From what a person asks for to an LSN: marks, times, durations, flush points.
+
+mod common;
+
+use std::sync::Arc;
+
+use backtide_recovery::{DiskLog, Entry, LogOptions, PassReason, PointError, Snapshot, TimedLsn};
+use backtide_storage::MemoryStorage;
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn};
+use common::{cache, directory, identity};
+
+const SECOND: u64 = 1_000_000;
+
+fn second(number: u64) -> CaptureTime {
+    CaptureTime(number * SECOND)
+}
+
+/// One record a second with LSN = second; an outage from 20 to 40; a mark at 10; flushes at 5 and 50.
+fn story(sealed_every: u64) -> Snapshot {
+    let storage = Arc::new(MemoryStorage::new());
+    let options = LogOptions { segment_bytes_max: ByteCount(4096), ..LogOptions::default() };
+    let mut log = DiskLog::create(storage, directory(), identity(), options, &cache()).expect("create");
+    let mut put = |entry: Entry| {
+        let seq = log.append(entry).expect("append");
+        if seq.0.is_multiple_of(sealed_every) {
+            log.seal().expect("seal");
+        }
+    };
+    let range = ByteRange::between(ByteOffset(0), ByteOffset(4096));
+    let record = |n: u64| Entry::Zero { lsn: Lsn(n), time: second(n), range, trim: false };
+    let begin = |t: u64, gap: u64| Entry::PassBegin {
+        at: Lsn(t),
+        gap_from: Lsn(gap),
+        time: second(t),
+        reason: PassReason { code: 1, text: "the link was down".to_owned() },
+    };
+    let end =
+        |t: u64| Entry::PassEnd { at: Lsn(t), valid_from: Some(Lsn(t)), time: CaptureTime(t * SECOND + 5) };
+    put(begin(1, 0));
+    put(end(1));
+    for n in 2..=20 {
+        put(record(n));
+        if n == 5 {
+            put(Entry::Flush { lsn: Lsn(5), time: second(5) });
+        }
+        if n == 10 {
+            put(Entry::Mark { lsn: Lsn(10), time: second(10), label: "before".to_owned() });
+        }
+    }
+    put(begin(40, 20));
+    put(end(40));
+    for n in 45..=60 {
+        put(record(n));
+        if n == 50 {
+            put(Entry::Flush { lsn: Lsn(50), time: second(50) });
+        }
+    }
+    log.snapshot().expect("snapshot")
+}
+
+fn each(check: impl Fn(&Snapshot)) {
+    for sealed_every in [1, 7, 1000] {
+        check(&story(sealed_every));
+    }
+}
+
+fn resolve(snapshot: &Snapshot, text: &str) -> Result<Lsn, PointError> {
+    snapshot.resolve(&text.parse().expect("a point"), second(70))
+}
+
+#[test]
+fn a_time_is_the_last_record_at_or_before_it() {
+    each(|snapshot| {
+        let found = |time: CaptureTime| snapshot.point_at(time).expect("a point");
+        assert_eq!(found(second(7)), Lsn(7));
+        assert_eq!(found(CaptureTime(7 * SECOND + SECOND - 1)), Lsn(7));
+        assert_eq!(found(second(20)), Lsn(20));
+        assert_eq!(found(second(40)), Lsn(40), "a resync point is found by its time");
+        assert_eq!(found(second(44)), Lsn(40));
+        assert_eq!(found(second(1000)), Lsn(60));
+    });
+}
+
+#[test]
+fn a_time_in_the_outage_is_refused_with_the_hole() {
+    each(|snapshot| {
+        for time in [CaptureTime(20 * SECOND + 1), second(30), CaptureTime(40 * SECOND - 1)] {
+            let error = snapshot.point_at(time).expect_err("in the hole");
+            let text = error.to_string();
+            assert!(matches!(error, PointError::InHole { .. }), "{text}");
+            assert!(text.contains("because the link was down"), "{text}");
+            assert!(text.contains("lsn:20") && text.contains("lsn:40"), "{text}");
+        }
+    });
+}
+
+#[test]
+fn a_time_before_the_first_point_is_outside() {
+    each(|snapshot| {
+        let error = snapshot.point_at(CaptureTime(5)).expect_err("outside");
+        assert!(matches!(error, PointError::Outside { .. }), "{error}");
+        assert!(error.to_string().contains("after is lsn:1 "), "{error}");
+    });
+}
+
+#[test]
+fn every_form_of_a_point_is_resolved() {
+    each(|snapshot| {
+        assert_eq!(resolve(snapshot, "latest").expect("a point"), Lsn(60));
+        assert_eq!(resolve(snapshot, "lsn:3").expect("a point"), Lsn(3));
+        assert_eq!(resolve(snapshot, "mark:before").expect("a point"), Lsn(10));
+        assert_eq!(resolve(snapshot, "-15s").expect("a point"), Lsn(55));
+        assert_eq!(resolve(snapshot, "1970-01-01T00:00:09.999999999Z").expect("a point"), Lsn(9));
+        assert!(matches!(resolve(snapshot, "-35s"), Err(PointError::InHole { .. })));
+        assert!(matches!(resolve(snapshot, "lsn:30"), Err(PointError::InHole { .. })));
+        assert!(matches!(resolve(snapshot, "lsn:61"), Err(PointError::Outside { .. })));
+        assert!(matches!(resolve(snapshot, "mark:other"), Err(PointError::UnknownMark { .. })));
+    });
+}
+
+#[test]
+fn flush_points_come_newest_first() {
+    each(|snapshot| {
+        let at = |n: u64| TimedLsn { lsn: Lsn(n), time: second(n) };
+        assert_eq!(snapshot.flush_points(Lsn::MAX, 10).expect("flushes"), [at(50), at(5)]);
+        assert_eq!(snapshot.flush_points(Lsn(49), 10).expect("flushes"), [at(5)]);
+        assert_eq!(snapshot.flush_points(Lsn::MAX, 1).expect("flushes"), [at(50)]);
+        assert_eq!(snapshot.timeline().flushes(), (2, Some(at(50))));
+    });
+}
+
+#[test]
+fn a_point_has_the_time_of_its_record() {
+    each(|snapshot| {
+        assert_eq!(snapshot.time_of(Lsn(12)).expect("readable"), Some(second(12)));
+        assert_eq!(snapshot.time_of(Lsn(43)).expect("readable"), Some(second(20)));
+        assert_eq!(snapshot.time_of(Lsn(1)).expect("readable"), None);
+    });
+}

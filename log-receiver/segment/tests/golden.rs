@@ -1,0 +1,200 @@
+//! The bytes of version 1, as files: what this program writes is equal to them, and it reads them.
+//!
+//! `testdata/v1/segment/` is made by this test when `BACKTIDE_WRITE_GOLDEN` is set; the files are never
+//! made again for a version that was released.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use backtide_segment::{
+    Contents, Entry, PassContent, PassReason, SealedSegment, SegmentFile, SegmentHeader, SegmentId,
+    SegmentWriter, Seq, Step, WriterOptions, inspect, scan,
+};
+use backtide_storage::{MemoryStorage, Storage, read_file};
+use backtide_units::{
+    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn,
+};
+use bytes::Bytes;
+use uuid::Uuid;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/v1/segment").join(name)
+}
+
+fn range(start: u64, count: u64) -> ByteRange {
+    ByteRange::new(ByteOffset(start), ByteCount(count)).expect("a range")
+}
+
+/// One entry of each kind, and two that cross a bucket's boundary.
+fn entries() -> Vec<Entry> {
+    let payload = |byte: u8, length: usize| {
+        let payload = Bytes::from(vec![byte; length]);
+        (crc32c::crc32c(&payload), payload)
+    };
+    let time = |n: u64| CaptureTime(1_700_000_000_000_000 + n);
+    let (write_crc, write) = payload(0xa1, 513);
+    let (pass_crc, pass) = payload(0xb2, 100);
+    let name: DiskName = "golden".parse().expect("a name");
+    vec![
+        Entry::Attach { epoch: Epoch(3), next_lsn: Lsn(10), size: ByteCount(1 << 30), name, time: time(0) },
+        Entry::PassBegin {
+            at: Lsn(10),
+            gap_from: Lsn(0),
+            time: time(1),
+            reason: PassReason { code: 7, text: "first protection".to_owned() },
+        },
+        Entry::PassData {
+            at: Lsn(10),
+            range: range(0, 100),
+            content: PassContent::Bytes { payload: pass, payload_crc: pass_crc },
+        },
+        Entry::Write {
+            lsn: Lsn(11),
+            time: time(2),
+            range: range(65_500, 513),
+            payload: write,
+            payload_crc: write_crc,
+        },
+        Entry::PassData { at: Lsn(10), range: range(4096, 200_000), content: PassContent::Zeroes },
+        Entry::PassEnd { at: Lsn(10), valid_from: Some(Lsn(10)), time: time(3) },
+        Entry::Zero { lsn: Lsn(12), time: time(4), range: range(8 << 20, 5 << 20), trim: true },
+        Entry::Zero { lsn: Lsn(13), time: time(5), range: range(512, 512), trim: false },
+        Entry::Flush { lsn: Lsn(13), time: time(6) },
+        Entry::Mark { lsn: Lsn(13), time: time(7), label: "vor dem Größeren".to_owned() },
+        Entry::PassEnd { at: Lsn(99), valid_from: None, time: time(8) },
+    ]
+}
+
+/// The file as this program writes it.
+fn written(sealed: bool) -> Vec<u8> {
+    let storage = MemoryStorage::new();
+    let path = Path::new("golden.seg");
+    let file = SegmentFile::new(storage.create_new(path).expect("create"), path.to_owned());
+    let header = SegmentHeader {
+        disk: DiskId(Uuid::from_u128(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef)),
+        history: HistoryId(Uuid::from_u128(0xfedc_ba98_7654_3210_fedc_ba98_7654_3210)),
+        id: SegmentId(2),
+        first_seq: Seq(40),
+        synced: Seq(38),
+    };
+    let options = WriterOptions { buffer_bytes_max: ByteCount(4096), allocation_step: ByteCount(4096) };
+    let mut writer = SegmentWriter::create(file, header, options).expect("create");
+    let mut contents = Contents::new(header.first_seq, header.synced);
+    for entry in entries() {
+        writer.append(entry, Seq(39), &mut contents).expect("append");
+    }
+    if sealed {
+        writer.seal(&contents).expect("seal");
+    } else {
+        writer.write_waiting().expect("write");
+    }
+    let mut bytes = read_file(&storage, path, ByteCount(1 << 20)).expect("read");
+    if !sealed {
+        // Reserved space of the last entry's kind, but not all of it.
+        bytes.truncate(writer.end().0 as usize + 128);
+    }
+    bytes
+}
+
+fn loaded(name: &str) -> (MemoryStorage, SegmentFile) {
+    let storage = MemoryStorage::new();
+    let file = storage.create_new(Path::new(name)).expect("create");
+    file.write_at(ByteOffset(0), &fs::read(golden(name)).expect("a golden file")).expect("write");
+    (storage, SegmentFile::new(Arc::clone(&file), name.into()))
+}
+
+fn read_back(file: &SegmentFile, header: SegmentHeader, end: ByteOffset) -> Vec<Entry> {
+    let headers = file.headers(header, end);
+    let read = headers.map(|item| {
+        let (_, position) = item.expect("a good header");
+        let (header, payload) = file.entry(&header, position).expect("a good entry");
+        header.entry(payload).expect("a good payload")
+    });
+    read.collect()
+}
+
+#[test]
+fn what_is_written_is_equal_to_the_golden_files() {
+    for (name, sealed) in [("sealed.seg", true), ("open.seg", false)] {
+        let bytes = written(sealed);
+        if std::env::var_os("BACKTIDE_WRITE_GOLDEN").is_some() {
+            fs::create_dir_all(golden("")).expect("create dir");
+            fs::write(golden(name), &bytes).expect("write");
+        }
+        assert!(fs::read(golden(name)).expect("a golden file") == bytes, "{name} differs");
+    }
+}
+
+#[test]
+fn the_golden_files_read_back() {
+    let (_, open) = loaded("open.seg");
+    let header = open.header().expect("a header");
+    assert!(SealedSegment::open(&open, header).expect("no error").is_none());
+    let scanned = scan(&open, header, Seq(0)).expect("no damage");
+    assert_eq!((scanned.synced, scanned.trailing, scanned.damaged.len()), (Seq(39), ByteCount(0), 0));
+    assert_eq!(read_back(&open, header, scanned.end), entries());
+
+    let (_, file) = loaded("sealed.seg");
+    let header = file.header().expect("a header");
+    let (sealed, steps) = SealedSegment::open(&file, header).expect("no error").expect("sealed");
+    assert_eq!(read_back(&file, header, sealed.entries_end()), entries());
+    assert_eq!(sealed.stats(), scanned.contents.stats());
+    assert_eq!(steps, scanned.contents.steps());
+    let controls = steps.iter().filter(|step| matches!(step, Step::Control(_))).count();
+    assert_eq!(controls, 5);
+    sealed.verify(&file).expect("every part is whole");
+    let block = sealed.block(&file, 0).expect("a block");
+    let found: Vec<_> = (0..block.len()).map(|place| block.get(place).1).collect();
+    assert_eq!(found, scanned.contents.index().extents().collect::<Vec<_>>());
+    assert_eq!(sealed.wide(&file).expect("wide"), scanned.contents.index().wide());
+}
+
+#[test]
+fn inspect_lists_every_entry() {
+    for name in ["open.seg", "sealed.seg"] {
+        let (storage, _) = loaded(name);
+        let mut out = Vec::new();
+        inspect(&storage, Path::new(name), &mut out).expect("a listing");
+        let text = String::from_utf8(out).expect("text");
+        for seq in 40..51 {
+            assert!(text.contains(&format!(" #{seq} ")), "{text}");
+        }
+        assert!(text.contains("vor dem Größeren") && text.contains("first protection"), "{text}");
+        assert!(!text.contains("DAMAGED"), "{text}");
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_a_sealed_file_is_noticed() {
+    let (_, file) = loaded("sealed.seg");
+    let header = file.header().expect("a header");
+    let (sealed, _) = SealedSegment::open(&file, header).expect("no error").expect("sealed");
+    let entries_end = sealed.entries_end();
+    let good = fs::read(golden("sealed.seg")).expect("a golden file");
+    let mut unnoticed = 0;
+    for byte in 0..good.len() {
+        let storage = MemoryStorage::new();
+        let mut bytes = good.clone();
+        bytes[byte] ^= 1 << (byte % 8);
+        let copy = storage.create_new(Path::new("x")).expect("create");
+        copy.write_at(ByteOffset(0), &bytes).expect("write");
+        let file = SegmentFile::new(copy, "x".into());
+        let Ok(header) = file.header() else { continue };
+        let opened = SealedSegment::open(&file, header).expect("no error but an unknown version");
+        let Some((sealed, _)) = opened else { continue };
+        if sealed.verify(&file).is_err() {
+            continue;
+        }
+        let whole = scan(&file, header, Seq(0)).is_ok_and(|scanned| {
+            scanned.end == entries_end
+                && scanned.contents.stats() == sealed.stats()
+                && scanned.damaged.is_empty()
+        });
+        unnoticed += u64::from(whole);
+    }
+    // Padding behind payloads is in no checksum, and holds nothing.
+    assert_eq!(unnoticed, 2 + 4 + 7 + 6);
+}
