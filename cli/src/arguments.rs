@@ -4,8 +4,8 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    attach, completions, control, diff, inspect, mark, mount, points, receiver, restore, resync, status,
-    verify, wait,
+    agent, attach, completions, control, demo, diff, inspect, mark, mount, points, receiver, restore, resync,
+    status, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -45,9 +45,16 @@ pub(crate) struct ReceiverApi {
 /// One command.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Protect an image with everything in one process, until ctrl-c
+    Up(Box<up::Up>),
+    /// Show the whole story on a scratch disk, and prove it
+    Demo(demo::Demo),
     /// The log receiver
     #[command(subcommand)]
     Receiver(receiver::Receiver),
+    /// The agent
+    #[command(subcommand)]
+    Agent(agent::Agent),
     /// Protect a disk: serve it over NBD and forward its writes to a receiver
     Attach(Box<attach::Attach>),
     /// End the protection of a disk cleanly
@@ -87,7 +94,7 @@ impl Command {
     pub(crate) fn threads(&self) -> Option<usize> {
         match self {
             // These hold daemons, which answer calls while the command itself asks them.
-            Self::Receiver(_) => Some(2),
+            Self::Up(_) | Self::Demo(_) | Self::Receiver(_) | Self::Agent(_) => Some(2),
             // Hashing and copying at once.
             Self::Restore(_) => Some(2),
             Self::Attach(_)

@@ -1,9 +1,11 @@
 //! The commands, one file each, and how they are stopped.
 
+pub(crate) mod agent;
 pub(crate) mod attach;
 pub(crate) mod completions;
 pub(crate) mod control;
 mod daemon;
+pub(crate) mod demo;
 pub(crate) mod diff;
 pub(crate) mod inspect;
 pub(crate) mod mark;
@@ -13,6 +15,7 @@ pub(crate) mod receiver;
 pub(crate) mod restore;
 pub(crate) mod resync;
 pub(crate) mod status;
+pub(crate) mod up;
 pub(crate) mod verify;
 pub(crate) mod wait;
 
@@ -29,6 +32,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Ending, F
     let stop = Stop::listen()?;
     match command {
         // These have something to put in order when they are stopped.
+        Command::Up(up) => up.run(context, stop).await,
+        Command::Demo(demo) => demo.run(context, stop).await,
+        Command::Agent(agent) => agent.run(context, stop).await,
         Command::Receiver(receiver) => receiver.run(context, stop).await,
         Command::Restore(restore) => restore.run(context, stop).await,
         other => stop.or(run_stoppable(context, other)).await,
@@ -52,7 +58,11 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Wait(wait) => wait.run(context).await,
         Command::Inspect(inspect) => inspect.run(context),
         Command::Completions(completions) => completions.run(context),
-        Command::Receiver(_) | Command::Restore(_) => unreachable!("handled by the caller"),
+        Command::Up(_)
+        | Command::Demo(_)
+        | Command::Agent(_)
+        | Command::Receiver(_)
+        | Command::Restore(_) => unreachable!("handled by the caller"),
     }
 }
 

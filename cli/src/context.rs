@@ -17,7 +17,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Context {
     json: bool,
-    agent: Address,
+    agent: Option<Address>,
     places: Places,
 }
 
@@ -25,8 +25,7 @@ impl Context {
     /// Of one run of the command.
     pub(crate) fn new(arguments: &Arguments) -> Self {
         let places = Places::of_this_user();
-        let agent = arguments.agent.clone().unwrap_or_else(|| places.agent_api());
-        Self { json: arguments.json, agent, places }
+        Self { json: arguments.json, agent: arguments.agent.clone(), places }
     }
 
     /// Whether scripts read the output.
@@ -41,7 +40,13 @@ impl Context {
 
     /// The agent to ask.
     pub(crate) fn agent(&self) -> Result<AgentClient, Failure> {
-        Ok(AgentClient::new(&self.agent)?)
+        let address = self.agent.clone().unwrap_or_else(|| self.places.agent_api());
+        Ok(AgentClient::new(&address)?)
+    }
+
+    /// The agent's address as it was given, if it was.
+    pub(crate) fn given_agent(&self) -> Option<Address> {
+        self.agent.clone()
     }
 
     /// The receiver to ask.

@@ -7,7 +7,9 @@
 mod arguments;
 mod commands;
 mod context;
+mod demo;
 mod ending;
+mod local;
 mod output;
 mod places;
 mod quantity;

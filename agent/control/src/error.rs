@@ -132,8 +132,12 @@ impl ApiError {
         let mut message = error.to_string();
         let mut source = error.source();
         while let Some(cause) = source {
-            message.push_str(": ");
-            message.push_str(&cause.to_string());
+            let text = cause.to_string();
+            // Some errors of libraries end with their cause already: once is enough.
+            if !message.ends_with(&text) {
+                message.push_str(": ");
+                message.push_str(&text);
+            }
             source = cause.source();
         }
         Self::new(code, message)
@@ -181,5 +185,12 @@ mod tests {
         struct Outer(#[source] std::io::Error);
         let error = Outer(std::io::Error::other("no such directory"));
         assert_eq!(ApiError::from_error(ErrorCode::Failed, &error).message, "open store: no such directory");
+
+        #[derive(Debug, thiserror::Error)]
+        #[error("start: {0}")]
+        struct Repeats(#[source] Outer);
+        let error = Repeats(Outer(std::io::Error::other("no such directory")));
+        let message = ApiError::from_error(ErrorCode::Failed, &error).message;
+        assert_eq!(message, "start: open store: no such directory");
     }
 }

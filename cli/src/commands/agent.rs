@@ -1,0 +1,83 @@
+//! `backtide agent run`: the agent as a process.
+
+use std::path::PathBuf;
+
+use backtide_agent::{AgentError, Config};
+use backtide_control::{Address, ApiError};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use crate::{
+    commands::{
+        Stop,
+        daemon::{Settings, log_to_stderr, run_dir},
+    },
+    context::Context,
+    ending::{Ending, Failure},
+};
+
+/// `backtide agent`
+#[derive(Debug, Subcommand)]
+pub(crate) enum Agent {
+    /// Run the agent until SIGTERM or ctrl-c; logs go to stderr, filtered by RUST_LOG [default: info]
+    Run(Run),
+}
+
+/// `backtide agent run`
+#[derive(Args, Debug)]
+pub(crate) struct Run {
+    /// A TOML file, see docs/cli.md; flags and the environment go before it
+    #[arg(long, value_name = "FILE", env = "BACKTIDE_AGENT_CONFIG", hide_env_values = true)]
+    config: Option<PathBuf>,
+    /// Where the agent remembers its disks [default: /var/lib/backtide/agent for root, else
+    /// ~/.local/state/backtide/agent]
+    #[arg(long, value_name = "DIR", env = "BACKTIDE_STATE", hide_env_values = true)]
+    state: Option<PathBuf>,
+    /// Where to serve the control API: a unix socket, or TCP on loopback [default:
+    /// unix:/run/backtide/agent.sock for root, else $XDG_RUNTIME_DIR/backtide/agent.sock]
+    #[arg(long, value_name = "ADDR")]
+    api: Option<Address>,
+}
+
+/// What is printed when the agent is ready.
+#[derive(Debug, Serialize)]
+struct Ready {
+    api: Address,
+}
+
+impl Agent {
+    /// Runs the agent until a signal.
+    pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
+        let Self::Run(run) = self;
+        let config = run.settings(context)?;
+        log_to_stderr(context);
+        let agent = backtide_agent::Agent::start(config).await.map_err(start_failure)?;
+        let ready = Ready { api: agent.api_address().clone() };
+        let printed = context.print(&ready, || format!("the agent answers at {}", ready.api));
+        if !matches!(printed, Err(Failure::Error(_))) {
+            stop.asked().await;
+        }
+        agent.shutdown().await;
+        printed.map(|()| Ending::Done)
+    }
+}
+
+impl Run {
+    fn settings(self, context: &Context) -> Result<Config, Failure> {
+        let places = context.places();
+        let mut settings = Settings::read(self.config.as_deref())?;
+        settings.set("state", self.state)?;
+        // --agent and BACKTIDE_AGENT say where the agent is: for the agent itself, where to be.
+        settings.set("api", self.api.or_else(|| context.given_agent()))?;
+        settings.set_default("state", places.agent_state())?;
+        settings.set_default("api", places.agent_api())?;
+        let run = run_dir(&settings.get("api")?, places);
+        settings.set_default("run", run)?;
+        settings.config()
+    }
+}
+
+/// The error of an agent that did not start, with its exit code.
+pub(crate) fn start_failure(error: AgentError) -> Failure {
+    ApiError::from_error(error.code(), &error).into()
+}
