@@ -1,0 +1,142 @@
+//! Sockets: who may have an address, and how a server ends.
+
+mod support;
+
+use std::{rc::Rc, time::Duration};
+
+use backtide_export::{BindError, Export, Limits, Listener, NbdAddress};
+use support::{Fixed, GRACE, Manual, Place, Raw, on_a_worker, settle};
+use tokio::net::UnixStream;
+
+const FLUSH: u16 = 3;
+
+async fn connect(place: &Place, export: &str) -> Raw<UnixStream> {
+    Raw::open(UnixStream::connect(place.path("socket")).await.unwrap(), export).await
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    on_a_worker(async {
+        let place = Place::new();
+        drop(std::os::unix::net::UnixListener::bind(place.path("socket")).unwrap());
+        assert!(place.path("socket").exists());
+        let server = place.serve(Manual::new("disk")).await;
+        let error = Listener::bind(&place.address()).await.unwrap_err();
+        assert!(matches!(error, BindError::InUse(_)), "{error:?}");
+        assert!(error.to_string().contains(place.path("socket").to_str().unwrap()), "{error}");
+        connect(&place, "disk").await;
+        server.shutdown(GRACE).await;
+        assert!(!place.path("socket").exists());
+    });
+}
+
+#[test]
+fn a_file_that_is_no_socket_is_left_alone() {
+    on_a_worker(async {
+        let place = Place::new();
+        std::fs::write(place.path("socket"), "precious").unwrap();
+        let error = Listener::bind(&place.address()).await.unwrap_err();
+        assert!(matches!(error, BindError::NotASocket(_)), "{error:?}");
+        assert_eq!(std::fs::read(place.path("socket")).unwrap(), b"precious");
+    });
+}
+
+#[test]
+fn a_tcp_port_in_use_is_named() {
+    on_a_worker(async {
+        let address = NbdAddress::Tcp { host: "127.0.0.1".into(), port: 0 };
+        let first = Listener::bind(&address).await.unwrap();
+        let error = Listener::bind(first.address()).await.unwrap_err();
+        assert!(matches!(&error, BindError::InUse(address) if address == first.address()));
+        assert!(error.to_string().contains(&first.address().to_string()), "{error}");
+    });
+}
+
+#[test]
+fn somebody_elses_socket_is_not_removed() {
+    on_a_worker(async {
+        let place = Place::new();
+        let server = place.serve(Manual::new("disk")).await;
+        std::fs::remove_file(place.path("socket")).unwrap();
+        let _theirs = std::os::unix::net::UnixListener::bind(place.path("socket")).unwrap();
+        server.shutdown(GRACE).await;
+        assert!(place.path("socket").exists());
+    });
+}
+
+#[test]
+fn shutdown_finishes_what_is_in_flight_then_closes() {
+    on_a_worker(async {
+        let (place, disk) = (Place::new(), Manual::new("disk"));
+        let server = place.serve(disk.clone()).await;
+        let mut busy = connect(&place, "disk").await;
+        let mut idle = connect(&place, "disk").await;
+        busy.send(FLUSH, 1, 0, 0).await;
+        disk.until_waiting(1).await;
+        assert_eq!(server.connections(), 2);
+        let down = tokio::task::spawn_local(server.shutdown(GRACE));
+        assert!(idle.is_closed().await);
+        settle().await;
+        assert!(!down.is_finished());
+        busy.send(FLUSH, 2, 0, 0).await;
+        disk.answer();
+        assert_eq!(busy.reply(0).await, (1, Ok(vec![])));
+        assert!(busy.is_closed().await);
+        down.await.unwrap();
+        assert_eq!(disk.submitted(), 1, "nothing was let in after the request to stop");
+    });
+}
+
+#[test]
+fn shutdown_does_not_wait_for_ever() {
+    on_a_worker(async {
+        let (place, disk) = (Place::new(), Manual::new("disk"));
+        let server = place.serve(disk.clone()).await;
+        let mut client = connect(&place, "disk").await;
+        client.send(FLUSH, 1, 0, 0).await;
+        disk.until_waiting(1).await;
+        server.shutdown(Duration::ZERO).await;
+        assert!(client.is_closed().await);
+        disk.answer();
+    });
+}
+
+#[test]
+fn closing_one_export_leaves_the_others() {
+    on_a_worker(async {
+        let (place, one, two) = (Place::new(), Manual::new("one"), Manual::new("two"));
+        let exports: Vec<(String, Rc<dyn Export>)> =
+            vec![("one".into(), one.clone()), ("two".into(), two.clone())];
+        let server = place.serve_all(Rc::new(Fixed(exports)), Limits::default()).await;
+        let mut of_one = connect(&place, "one").await;
+        let mut of_default = connect(&place, "").await;
+        let mut of_two = connect(&place, "two").await;
+        settle().await;
+        assert_eq!((server.connections_of("one"), server.connections_of("two")), (2, 1));
+        server.close_export("one", GRACE).await;
+        assert!(of_one.is_closed().await && of_default.is_closed().await);
+        of_two.send(FLUSH, 1, 0, 0).await;
+        two.until_waiting(1).await;
+        two.answer();
+        assert_eq!(of_two.reply(0).await, (1, Ok(vec![])));
+        assert_eq!(server.connections(), 1);
+    });
+}
+
+#[test]
+fn clients_beyond_the_limit_are_closed_and_served_later() {
+    on_a_worker(async {
+        let place = Place::new();
+        let limits = Limits { connections: 2, ..Limits::default() };
+        let server = place.serve_all(Fixed::one(Manual::new("disk")), limits).await;
+        let first = connect(&place, "disk").await;
+        let _second = connect(&place, "disk").await;
+        let stream = UnixStream::connect(place.path("socket")).await.unwrap();
+        assert!(Raw { stream }.is_closed().await);
+        drop(first);
+        while server.connections() > 1 {
+            tokio::task::yield_now().await;
+        }
+        connect(&place, "disk").await;
+    });
+}
