@@ -72,7 +72,7 @@ fn a_hole_is_shown_and_a_point_in_it_is_refused_with_its_neighbors() {
     let agent = agent(&bench);
     assert_eq!(attach(&bench).code, 0);
     wait(&bench, "sync");
-    write(&bench, "0x11", "0", "4M");
+    write(&bench, "0x11", "0", "512k");
     wait(&bench, "durable");
     let before = bench.path("before.img");
     std::fs::copy(bench.path("vm1.img"), &before).unwrap();

@@ -211,13 +211,12 @@ fn a_target_that_is_full_of_other_data_ends_as_the_point() {
         let ram = Ram::of(vec![0xee; disk().len() + 8192]);
         let (server, uri) = serve(&ram, fixture.directory.path(), "target").await;
         fixture.restore(&uri, false).await.unwrap();
+        server.shutdown(Duration::from_secs(1)).await;
         let bytes = ram.bytes.borrow();
         assert!(bytes[..disk().len()] == disk(), "the export differs from the disk");
         assert!(bytes[disk().len()..].iter().all(|&byte| byte == 0xee), "what lies behind the point is kept");
         let longest = ram.zeroed.borrow().iter().map(|range| range.count().0).max().unwrap();
         assert_eq!(longest, 2 * MIB as u64, "neighboring zero pieces are one request");
-        drop(bytes);
-        server.shutdown(Duration::from_secs(1)).await;
     });
 }
 

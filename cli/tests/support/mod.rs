@@ -12,48 +12,48 @@ use std::{
 use serde_json::Value;
 
 /// A directory with everything in it; daemons started in it end with it.
-pub struct Bench {
+pub(crate) struct Bench {
     directory: tempfile::TempDir,
 }
 
 /// What a command said.
 #[derive(Debug)]
-pub struct Said {
-    pub code: i32,
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Said {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 /// A daemon that printed that it is ready.
-pub struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
     stdout: BufReader<std::process::ChildStdout>,
-    pub ready: Value,
+    pub(crate) ready: Value,
 }
 
 impl Bench {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { directory: tempfile::tempdir().unwrap() }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
     /// An address in this directory.
-    pub fn socket(&self, name: &str) -> String {
+    pub(crate) fn socket(&self, name: &str) -> String {
         format!("unix:{}", self.path(name).display())
     }
 
     /// A file of zeroes.
-    pub fn image(&self, name: &str, bytes: u64) -> PathBuf {
+    pub(crate) fn image(&self, name: &str, bytes: u64) -> PathBuf {
         let path = self.path(name);
         std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
         path
     }
 
     /// The binary, told where this bench's daemons are.
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_backtide"));
         command
             .args(arguments)
@@ -68,7 +68,7 @@ impl Bench {
     }
 
     /// Runs a command to its end.
-    pub fn run(&self, arguments: &[&str]) -> Said {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Said {
         let output = self.command(arguments).output().unwrap();
         Said {
             code: exit_code(output.status),
@@ -78,14 +78,14 @@ impl Bench {
     }
 
     /// Runs a command with `--json` that must succeed, and gives its result.
-    pub fn json(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         let said = self.run(&[&["--json"], arguments].concat());
         assert_eq!(said.code, 0, "{arguments:?}: {said:?}");
         serde_json::from_str(&said.stdout).unwrap_or_else(|error| panic!("{arguments:?}: {error}: {said:?}"))
     }
 
     /// Starts a daemon and waits until it is ready.
-    pub fn daemon(&self, arguments: &[&str]) -> Daemon {
+    pub(crate) fn daemon(&self, arguments: &[&str]) -> Daemon {
         let log = std::fs::File::create(self.path(&format!("{}.log", arguments[0]))).unwrap();
         let mut child = self
             .command(&[&["--json"], arguments].concat())
@@ -103,7 +103,7 @@ impl Bench {
     }
 
     /// The names in the directory.
-    pub fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.directory.path()).unwrap();
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
@@ -111,13 +111,13 @@ impl Bench {
 
 impl Daemon {
     /// Ends it with ctrl-c and gives its exit code.
-    pub fn interrupt(mut self) -> i32 {
+    pub(crate) fn interrupt(mut self) -> i32 {
         signal(&self.child, "INT");
         exit_code(self.child.wait().unwrap())
     }
 
     /// What a power cut does to a process.
-    pub fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
@@ -132,17 +132,17 @@ impl Drop for Daemon {
 }
 
 /// Sends a signal to a child that has not been waited for.
-pub fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &Child, name: &str) {
     let status = Command::new("kill").args(["-s", name, &child.id().to_string()]).status().unwrap();
     assert!(status.success(), "kill -s {name}");
 }
 
-pub fn exit_code(status: ExitStatus) -> i32 {
+pub(crate) fn exit_code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| panic!("ended by a signal: {status}"))
 }
 
 /// Runs a tool that must be there and must succeed.
-pub fn tool(package: &str, program: &str, arguments: &[&str]) {
+pub(crate) fn tool(package: &str, program: &str, arguments: &[&str]) {
     let output = Command::new(program)
         .args(arguments)
         .output()
@@ -151,6 +151,6 @@ pub fn tool(package: &str, program: &str, arguments: &[&str]) {
 }
 
 /// Whether two files hold the same bytes.
-pub fn same(one: &Path, other: &Path) -> bool {
+pub(crate) fn same(one: &Path, other: &Path) -> bool {
     std::fs::read(one).unwrap() == std::fs::read(other).unwrap()
 }
