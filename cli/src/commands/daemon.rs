@@ -3,7 +3,10 @@
 //! Flags go before the environment, that before the file, that before the defaults. What a daemon
 //! does not know is refused, in the file as on the command line.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+};
 
 use backtide_control::{Address, ApiError, ErrorCode};
 use serde::{Serialize, de::DeserializeOwned};
@@ -84,7 +87,10 @@ pub(crate) fn log_to_stderr(context: &Context) {
 /// The same with another default than info.
 pub(crate) fn log_at(context: &Context, default: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let color =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(std::io::stderr);
     // An error means that logs are set up already, by whoever runs this in his process.
     let _ = if context.json() { builder.json().try_init() } else { builder.try_init() };
 }

@@ -41,12 +41,12 @@ impl Diff {
 
 fn summary(report: &DiffReport) -> String {
     format!(
-        "disk {}: {} in {} ranges may differ between lsn:{} and lsn:{}, to {} bytes exactly",
+        "disk {}: changes between lsn:{} and lsn:{} lie in {} ranges, {}, told in blocks of {} bytes",
         report.from.disk.name.as_str(),
-        size_both(report.bytes),
-        report.ranges.len(),
         report.from.lsn,
         report.to.lsn,
+        report.ranges.len(),
+        size_both(report.bytes),
         report.granularity
     )
 }

@@ -1,9 +1,10 @@
 //! `backtide inspect`: a file of the store in readable form.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf};
 
-use backtide_storage::{RealStorage, Storage};
+use backtide_storage::RealStorage;
 use clap::Args;
+use serde::Serialize;
 
 use crate::{
     context::Context,
@@ -17,29 +18,40 @@ pub(crate) struct Inspect {
     file: PathBuf,
 }
 
+/// The JSON of the command. The lines are for people.
+#[derive(Debug, Serialize)]
+struct Listing {
+    file: PathBuf,
+    lines: Vec<String>,
+}
+
 impl Inspect {
     /// Prints the listing. Damage is a line of it, not an error.
     pub(crate) fn run(self, context: &Context) -> Result<Ending, Failure> {
-        let path =
-            std::path::absolute(&self.file).map_err(|error| io_failure(self.file.display(), &error))?;
-        if context.json() {
-            return Err(wrong_usage("inspect prints for people only: the bytes are described in FORMAT.md"));
+        if !context.json() {
+            let mut out = io::BufWriter::new(io::stdout().lock());
+            return self.list(&mut out).map(|()| Ending::Done);
         }
-        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-            return Err(wrong_usage(format!("{} is no file", path.display())));
+        let mut text = Vec::new();
+        self.list(&mut text)?;
+        let lines = String::from_utf8_lossy(&text).lines().map(str::to_owned).collect();
+        context.print(&Listing { file: self.file, lines }, String::new)?;
+        Ok(Ending::Done)
+    }
+
+    fn list(&self, out: &mut dyn io::Write) -> Result<(), Failure> {
+        let name = self.file.display();
+        let path = std::path::absolute(&self.file).map_err(|error| io_failure(name, &error))?;
+        let (Some(parent), Some(file)) = (path.parent(), path.file_name()) else {
+            return Err(wrong_usage(format!("{} is no file", self.file.display())));
         };
-        let opened = RealStorage::open(parent)
+        // Opening a storage makes its directory; looking at a file must not.
+        std::fs::metadata(&path).map_err(|error| io_failure(self.file.display(), &error))?;
+        let storage = RealStorage::open(parent)
             .map_err(|error| io_failure(format_args!("open {}", parent.display()), &error))?;
-        let storage: Arc<dyn Storage> = Arc::new(opened);
-        let mut out = io::BufWriter::new(io::stdout().lock());
-        let listed = backtide_segment::inspect(storage.as_ref(), name.as_ref(), &mut out)
-            .and_then(|()| io::Write::flush(&mut out));
-        match listed {
-            Ok(()) => Ok(Ending::Done),
+        match backtide_segment::inspect(&storage, file.as_ref(), out).and_then(|()| out.flush()) {
+            Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::ClosedPipe),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Err(io_failure(self.file.display(), &error))
-            }
             Err(error) => Err(failed(format!("inspect {}: {error}", self.file.display()))),
         }
     }
