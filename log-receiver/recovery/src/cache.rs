@@ -1,4 +1,8 @@
-//! What readers of all disks share: index blocks and open files, both bounded.
+//! What readers of all disks share: index blocks, open files and large payloads, all bounded.
+//!
+//! A payload is checked as a whole, so a small read of a large entry costs a read of all of it. Such
+//! entries are common (a resync delivers runs of 1 MiB) and reads near each other too, so the payloads
+//! of which only a part was wanted are kept for a while.
 //!
 //! Loading happens outside the lock; two readers may then load the same block, and one copy is kept.
 
@@ -11,12 +15,16 @@ use std::{
     },
 };
 
-use backtide_segment::{Extent, IndexBlock, SegmentFile};
+use backtide_segment::{EntryHeader, Extent, IndexBlock, Position, SegmentFile};
 use backtide_units::ByteCount;
+use bytes::Bytes;
 
 use crate::LogError;
 
-/// A bounded cache of index blocks and open segment files. Clones share it.
+/// Memory for payloads of all disks, beside what the limits say.
+const PAYLOAD_BYTES_MAX: usize = 32 << 20;
+
+/// A bounded cache of index blocks, open segment files and (32 MiB of) payloads. Clones share it.
 #[derive(Clone)]
 pub struct LogCache {
     shared: Arc<Shared>,
@@ -47,6 +55,7 @@ struct Shared {
     next_key: AtomicU64,
     parts: Mutex<Recent<(SegmentKey, Option<u32>), IndexPart>>,
     files: Mutex<Recent<SegmentKey, SegmentFile>>,
+    payloads: Mutex<Recent<(SegmentKey, Position), (EntryHeader, Bytes)>>,
 }
 
 /// Values with weights; the one used longest ago goes first.
@@ -68,6 +77,7 @@ impl LogCache {
                 next_key: AtomicU64::new(0),
                 parts: Mutex::new(Recent::new(bytes)),
                 files: Mutex::new(Recent::new(limits.open_files_max.max(1))),
+                payloads: Mutex::new(Recent::new(PAYLOAD_BYTES_MAX)),
             }),
         }
     }
@@ -104,6 +114,18 @@ impl LogCache {
         };
         parts.lock().unwrap_or_else(PoisonError::into_inner).put((segment, part), weight, loaded.clone());
         Ok(loaded)
+    }
+
+    /// An entry with its payload, if it was kept.
+    pub(crate) fn payload(&self, segment: SegmentKey, position: Position) -> Option<(EntryHeader, Bytes)> {
+        self.shared.payloads.lock().unwrap_or_else(PoisonError::into_inner).get(&(segment, position))
+    }
+
+    /// Keeps an entry with its payload, which was checked.
+    pub(crate) fn keep_payload(&self, segment: SegmentKey, position: Position, entry: (EntryHeader, Bytes)) {
+        let weight = entry.1.len() + 128;
+        let payloads = &self.shared.payloads;
+        payloads.lock().unwrap_or_else(PoisonError::into_inner).put((segment, position), weight, entry);
     }
 
     pub(crate) fn file(

@@ -92,8 +92,7 @@ struct Current {
 const SEGMENT_BYTES_MAX: u64 = 2 << 30;
 
 impl DiskLog {
-    /// Creates an empty log in `dir` (and the directory); durable when this returns, except for the
-    /// name of `dir` in the directory above it, which is synced too.
+    /// Creates an empty log in `dir` (and the directory, and those above it); durable when this returns.
     ///
     /// # Errors
     /// [`LogError::LogExists`], or the file system's. What a failed attempt leaves is no log and is
@@ -130,7 +129,7 @@ impl DiskLog {
         let mut log = Self::empty(Arc::clone(&storage), segments_dir.clone(), identity, options, cache);
         log.start_segment()?;
         log.synced(log.ticket_now().sync())?;
-        for path in [dir, dir.parent().unwrap_or(Path::new(""))] {
+        for path in dir.ancestors() {
             storage.sync_dir(path).map_err(io("sync", path))?;
         }
         Ok(log)

@@ -280,7 +280,8 @@ impl Recovery<'_> {
         let last = kept.len() - 1;
         for (place, segment) in kept.iter_mut().enumerate() {
             let through = Seq(next_seq(&segment.state).0 - 1);
-            let mut doubtful = through > self.synced || place == last;
+            // A footer is synced with the first entry behind its segment, not with the last in it.
+            let mut doubtful = through >= self.synced || place == last;
             if let KeptState::Open(file, scanned) = &segment.state {
                 doubtful = true;
                 if place == last {

@@ -11,7 +11,8 @@ use backtide_segment::{
     SegmentHeader, SegmentStats,
 };
 use backtide_storage::Storage;
-use backtide_units::{ByteOffset, ByteRange, Lsn};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
+use bytes::Bytes;
 use roaring::RoaringTreemap;
 
 use crate::{
@@ -231,6 +232,24 @@ impl Segment {
             }
         }
         Ok(())
+    }
+
+    /// The header and the payload of the entry of an extent, checked. `wanted` says how much of the payload
+    /// the caller uses.
+    pub(crate) fn entry_of(
+        &self,
+        extent: &Extent,
+        wanted: ByteCount,
+    ) -> Result<(EntryHeader, Bytes), LogError> {
+        if let Some((header, payload)) = self.cache.payload(self.key, extent.position) {
+            assert_eq!(header.seq, extent.seq, "one entry stands at a position for ever");
+            return Ok((header, payload));
+        }
+        let (header, payload) = self.file()?.entry_of(&self.header, extent)?;
+        if wanted < ByteCount::of(&payload) {
+            self.cache.keep_payload(self.key, extent.position, (header, payload.clone()));
+        }
+        Ok((header, payload))
     }
 
     /// The file, opened when it is not.

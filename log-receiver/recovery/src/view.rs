@@ -74,7 +74,8 @@ impl View {
         {
             let (source, _) = entry[0];
             let segment = &self.snapshot.segments[source.segment];
-            let (header, payload) = segment.file()?.entry_of(segment.header(), &source.extent)?;
+            let wanted = ByteCount(entry.iter().map(|(_, part)| part.count().0).sum());
+            let (header, payload) = segment.entry_of(&source.extent, wanted)?;
             let whole = header.range().expect("an entry with a payload has a range");
             for (_, part) in entry {
                 let from = offset_in(whole, *part);
