@@ -125,7 +125,8 @@ impl Stage<'_> {
             image: path.to_string_lossy().into_owned(),
             receiver: self.local.stream(),
             nbd: None,
-            ack: AckPolicy::Local,
+            // The guest's flushes pace it while the receiver is there, and cost nothing in the outage.
+            ack: AckPolicy::Durable,
             on_outage: OnOutage::Continue,
             limits: LimitsRequest { window_bytes: Some(WINDOW), ..LimitsRequest::default() },
         };
