@@ -9,7 +9,10 @@ use std::rc::Rc;
 
 use backtide_units::DiskId;
 
-use crate::{disk::CommitTicket, ingest::Ingest};
+use crate::{
+    disk::{CommitTicket, Failure},
+    ingest::Ingest,
+};
 
 impl Ingest {
     /// Makes sure that what is in the disk's log becomes durable. Its connection is woken when it
@@ -33,7 +36,7 @@ impl Ingest {
         if let Some(state) = self.disks.borrow_mut().get_mut(disk) {
             match outcome {
                 Ok(outcome) => state.synced(outcome),
-                Err(given_up) => state.fail(given_up.to_string()),
+                Err(given_up) => state.fail(Failure { why: given_up.to_string(), damaged: false }),
             }
         }
         self.syncing.borrow_mut().remove(&disk);

@@ -114,3 +114,24 @@ impl Config {
         Address::Unix(std::path::absolute(Path::new(&path)).unwrap_or(path))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_store_is_needed_and_sockets_follow_it() {
+        let config: Config = serde_json::from_str(r#"{"store": "/srv/backtide"}"#).unwrap();
+        assert_eq!(config, Config::new("/srv/backtide"));
+        let shown: Vec<_> = config.listen_addresses().iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["unix:/srv/backtide/run/stream.sock"]);
+        assert_eq!(config.api_address().to_string(), "unix:/srv/backtide/run/receiver.sock");
+    }
+
+    #[test]
+    fn a_misspelled_name_is_refused() {
+        for text in [r#"{"store": "/s", "lisen": []}"#, r#"{"store": "/s", "limits": {"disk": 1}}"#] {
+            assert!(serde_json::from_str::<Config>(text).is_err(), "{text}");
+        }
+    }
+}

@@ -113,7 +113,10 @@ impl Connection {
                     self.take_decoded();
                 }
                 Event::Written(written) => self.output.advance(written?),
-                Event::Compared(Ok(result)) => self.send(&Message::CompareResult(result)),
+                Event::Compared(Ok(result)) => {
+                    self.send(&Message::CompareResult(result));
+                    self.take_decoded();
+                }
                 Event::Compared(Err(why)) => self.close(closed(CloseCode::Store, why)),
                 Event::Woken => {
                     let close = wakeup.close.borrow_mut().take();
@@ -143,9 +146,10 @@ impl Connection {
             && self.output.len() < OUTPUT_BYTES_MAX
     }
 
-    /// Takes every message that has wholly arrived, then commits and acknowledges them as one batch.
+    /// Takes the messages that have wholly arrived, then commits and acknowledges them as one batch.
+    /// It stops at too many compares, for a small frame can ask for much; their answers bring it back.
     fn take_decoded(&mut self) {
-        while !self.ending {
+        while !self.ending && self.compares.len() < COMPARES_MAX {
             match self.decoder.next_message() {
                 Ok(Some(message)) => self.take(message),
                 Ok(None) => break,

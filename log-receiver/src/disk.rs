@@ -38,8 +38,23 @@ pub struct Disk {
 enum Log {
     /// In use.
     Open(Box<DiskLog>),
-    /// Out of use: opening, writing or syncing it failed, for this reason.
-    Failed(String),
+    /// Out of use: opening, writing or syncing it failed.
+    Failed(Failure),
+}
+
+/// Why a disk's log is out of use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// A sentence.
+    pub why: String,
+    /// Whether acknowledged bytes are not there any more, so that opening it again cannot help.
+    pub damaged: bool,
+}
+
+impl From<&LogError> for Failure {
+    fn from(error: &LogError) -> Self {
+        Self { why: chain(error), damaged: matches!(error, LogError::Damaged { .. }) }
+    }
 }
 
 /// Files to sync for a disk's entries to be durable.
@@ -74,10 +89,10 @@ pub enum DiskError {
 
 impl Disk {
     /// A disk with its opened log, or with the reason why it could not be opened.
-    pub(crate) fn new(id: DiskId, log: Result<DiskLog, String>) -> Self {
+    pub(crate) fn new(id: DiskId, log: Result<DiskLog, Failure>) -> Self {
         let log = match log {
             Ok(log) => Log::Open(Box::new(log)),
-            Err(why) => Log::Failed(why),
+            Err(failure) => Log::Failed(failure),
         };
         Self { id, log, opened: 1, owner: None, waiting: VecDeque::new(), waiting_bytes: 0 }
     }
@@ -88,10 +103,10 @@ impl Disk {
     }
 
     /// Why the log is out of use, if it is.
-    pub fn failure(&self) -> Option<&str> {
+    pub fn failure(&self) -> Option<&Failure> {
         match &self.log {
             Log::Open(_) => None,
-            Log::Failed(why) => Some(why),
+            Log::Failed(failure) => Some(failure),
         }
     }
 
@@ -148,7 +163,7 @@ impl Disk {
         match log.ticket() {
             Ok(ticket) => ticket.map(|ticket| CommitTicket { opened: self.opened, ticket }),
             Err(error) => {
-                self.fail(chain(&error));
+                self.fail(Failure::from(&error));
                 None
             }
         }
@@ -170,7 +185,7 @@ impl Disk {
                     self.waiting_bytes -= bytes.0;
                 }
             }
-            Err(error) => self.fail(chain(&error)),
+            Err(error) => self.fail(Failure::from(&error)),
         }
     }
 
@@ -178,22 +193,22 @@ impl Disk {
     ///
     /// # Errors
     /// Why it cannot be read.
-    pub fn snapshot(&mut self) -> Result<Snapshot, DiskError> {
+    pub fn snapshot(&mut self) -> Result<Snapshot, Failure> {
         let log = match &mut self.log {
             Log::Open(log) => log,
-            Log::Failed(why) => return Err(DiskError::Store(why.clone())),
+            Log::Failed(failure) => return Err(failure.clone()),
         };
         log.snapshot().map_err(|error| {
-            let why = chain(&error);
-            self.fail(why.clone());
-            DiskError::Store(why)
+            let failure = Failure::from(&error);
+            self.fail(failure.clone());
+            failure
         })
     }
 
     pub(crate) fn append(&mut self, entry: Entry, payload: ByteCount) -> Result<Seq, DiskError> {
         let log = match &mut self.log {
             Log::Open(log) => log,
-            Log::Failed(why) => return Err(DiskError::Store(why.clone())),
+            Log::Failed(failure) => return Err(DiskError::Store(failure.why.clone())),
         };
         match log.append(entry) {
             Ok(seq) => {
@@ -204,9 +219,9 @@ impl Disk {
             // Nothing was written: the log itself is sound and goes on when there is space again.
             Err(AppendError::Log(error @ LogError::Full { .. })) => Err(DiskError::Store(chain(&error))),
             Err(AppendError::Log(error)) => {
-                let why = chain(&error);
-                self.fail(why.clone());
-                Err(DiskError::Store(why))
+                let failure = Failure::from(&error);
+                self.fail(failure.clone());
+                Err(DiskError::Store(failure.why))
             }
         }
     }
@@ -239,9 +254,9 @@ impl Disk {
         self.opened += 1;
     }
 
-    pub(crate) fn fail(&mut self, why: String) {
-        tracing::error!(disk = %self.id, why, "the disk's log failed and is out of use until it is opened again");
-        self.log = Log::Failed(why);
+    pub(crate) fn fail(&mut self, failure: Failure) {
+        tracing::error!(disk = %self.id, why = failure.why, "the disk's log failed and is out of use until it is opened again");
+        self.log = Log::Failed(failure);
         self.waiting.clear();
         self.waiting_bytes = 0;
     }

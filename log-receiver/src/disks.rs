@@ -24,7 +24,7 @@ use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId};
 
 use crate::{
     Names,
-    disk::{Disk, DiskError, chain},
+    disk::{Disk, DiskError, Failure, chain},
     entries,
     session::ConnectionId,
     space::Space,
@@ -133,10 +133,10 @@ impl Disks {
                 Ok(log) => Ok(log),
                 // A crash while the disk was being created: nobody was ever told of it.
                 Err(LogError::NoLog { .. }) => continue,
-                Err(error) => Err(chain(&error)),
+                Err(error) => Err(Failure::from(&error)),
             };
-            if let Err(why) = &log {
-                tracing::error!(disk = %id, why, "the disk's log cannot be opened");
+            if let Err(failure) = &log {
+                tracing::error!(disk = %id, why = failure.why, "the disk's log cannot be opened");
             }
             let disk = Disk::new(id, log);
             this.take_recorded_name(&disk);
@@ -232,7 +232,7 @@ impl Disks {
                 match self.shelf.open(hello.disk) {
                     Ok(log) => disk.reopened(log),
                     Err(error) => {
-                        disk.fail(chain(&error));
+                        disk.fail(Failure::from(&error));
                         return Err(store(error));
                     }
                 }

@@ -40,7 +40,7 @@ impl DiskFacts {
             last_time: timeline.and_then(|timeline| timeline.latest()).map(|point| point.time),
             log_bytes: disk.log_bytes(),
             segments: disk.segments(),
-            error: disk.failure().map(str::to_owned),
+            error: disk.failure().map(|failure| failure.why.clone()),
         }
     }
 }

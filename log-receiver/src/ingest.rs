@@ -23,7 +23,7 @@ use tokio::{
 use crate::{
     accept::Arrival,
     clock, connection,
-    disk::Disk,
+    disk::{Disk, Failure},
     disks::{Disks, Shelf, closed},
     facts::DiskFacts,
     pool::Pool,
@@ -40,7 +40,7 @@ pub(crate) enum Task {
     /// Tell about all disks.
     Facts(oneshot::Sender<Vec<DiskFacts>>),
     /// Give a snapshot of a disk's log, or the reason why there is none; nothing for an unknown disk.
-    Snapshot(DiskId, oneshot::Sender<Option<Result<Snapshot, String>>>),
+    Snapshot(DiskId, oneshot::Sender<Option<Result<Snapshot, Failure>>>),
     /// Close all connections, make everything durable, end.
     Shutdown,
 }
@@ -151,10 +151,9 @@ impl Ingest {
         self.disks.borrow().iter().map(DiskFacts::of).collect()
     }
 
-    fn snapshot(&self, disk: DiskId) -> Option<Result<Snapshot, String>> {
+    fn snapshot(&self, disk: DiskId) -> Option<Result<Snapshot, Failure>> {
         let mut disks = self.disks.borrow_mut();
-        let snapshot = disks.get_mut(disk)?.snapshot().map_err(|error| error.to_string());
-        Some(snapshot)
+        Some(disks.get_mut(disk)?.snapshot())
     }
 
     async fn shut_down(self: Rc<Self>) {

@@ -37,7 +37,7 @@ mod store_file;
 
 pub use compare::CompareJob;
 pub use config::{Config, Limits};
-pub use disk::{CommitOutcome, CommitTicket, Disk, DiskError};
+pub use disk::{CommitOutcome, CommitTicket, Disk, DiskError, Failure};
 pub use disks::{Claim, Disks, ListError, Shelf};
 pub use names::Names;
 pub use receiver::{Receiver, StartError};

@@ -18,6 +18,7 @@ use crate::{
     Names, StoreId,
     accept::Door,
     changes, clock,
+    disk::Failure,
     facts::DiskFacts,
     ingest::Task,
     mounts::{Order, Plan},
@@ -171,8 +172,10 @@ impl Service {
         let (answer, snapshot) = oneshot::channel();
         thread.send(Task::Snapshot(disk, answer)).await.map_err(|_| ending())?;
         let snapshot = snapshot.await.map_err(|_| ending())?.ok_or_else(|| self.unknown(name.as_str()))?;
-        let snapshot = snapshot
-            .map_err(|why| ApiError::new(ErrorCode::Damaged, format!("disk {name} cannot be read: {why}")))?;
+        let snapshot = snapshot.map_err(|Failure { why, damaged }| {
+            let code = if damaged { ErrorCode::Damaged } else { ErrorCode::Failed };
+            ApiError::new(code, format!("disk {name} cannot be read: {why}"))
+        })?;
         let Some(attached) = snapshot.timeline().attached() else { return Err(self.unknown(name.as_str())) };
         let disk = DiskRef { name: attached.name.clone(), uuid: disk, size: attached.size };
         Ok(Found { disk, snapshot })

@@ -146,8 +146,8 @@ impl Session {
             let closed = closed(CloseCode::Busy, REPLACED);
             return self.close(disks, closed);
         }
-        if let Some(why) = disk.failure() {
-            let closed = closed(CloseCode::Store, why);
+        if let Some(failure) = disk.failure() {
+            let closed = closed(CloseCode::Store, &failure.why);
             return self.close(disks, closed);
         }
         let sent = match &mut self.state {
@@ -306,7 +306,8 @@ impl Streaming {
         for item in &question.items {
             self.check_range(disks, item.range)?;
         }
-        let snapshot = self.disk(disks).snapshot().map_err(refusal)?;
+        let snapshot =
+            self.disk(disks).snapshot().map_err(|failure| closed(CloseCode::Store, failure.why))?;
         let view = snapshot.newest_view(question.at);
         Ok(Effect::Compare(CompareJob::new(question, view)))
     }

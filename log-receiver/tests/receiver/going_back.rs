@@ -3,6 +3,7 @@
 use std::{fs, path::Path, process::Command};
 
 use backtide_log_receiver::Receiver;
+use backtide_protocol::Message;
 use backtide_receiver_api::{ApiError, DiffRequest, ErrorCode, Mount, MountRequest, UnavailablePoint};
 use backtide_units::{DiskName, Lsn, Reason};
 
@@ -43,8 +44,6 @@ async fn write_history(receiver: &Receiver) -> (Agent, History) {
     agent.all_durable().await;
     (agent, History { at_8, at_20, at_21: image })
 }
-
-use backtide_protocol::Message;
 
 fn request(at: &str, nbd: Option<String>) -> MountRequest {
     MountRequest { name: vm1(), at: at.to_owned(), nbd }
@@ -249,5 +248,30 @@ async fn damage_is_an_error_with_its_place_and_never_data() {
     assert!(!output.status.success());
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(text.contains("Input/output error"), "{text}");
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_are_bounded_and_an_address_in_use_is_named() {
+    let place = Place::new();
+    let mut config = place.config();
+    config.limits.mounts = 2;
+    let receiver = Receiver::start(config).await.unwrap();
+    let (_agent, history) = write_history(&receiver).await;
+    let api = client(&receiver);
+    let first = api.mount(&request("lsn:8", None)).await.unwrap();
+    let error = api.mount(&request("lsn:20", Some(first.uri.clone()))).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Busy);
+    assert!(error.message.contains("vm1-1.sock is in use"), "{error}");
+    let uri = format!("nbd+unix:///twenty?socket={}", place.path("twenty.sock").display());
+    let twenty = api.mount(&request("lsn:20", Some(uri))).await.unwrap();
+    let error = api.mount(&request("latest", None)).await.unwrap_err();
+    assert_eq!(
+        (error.code, error.message.as_str()),
+        (ErrorCode::Busy, "the receiver has its limit of 2 mounts")
+    );
+    assert_content(&place, &twenty, &history.at_20).await;
+    assert_eq!(api.unmount(&twenty.id).await.unwrap().id, "vm1-3");
+    api.mount(&request("latest", None)).await.unwrap();
     receiver.shutdown().await;
 }

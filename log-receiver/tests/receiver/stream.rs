@@ -159,6 +159,43 @@ async fn compares_are_answered_in_order_while_records_go_on() {
 }
 
 #[tokio::test]
+async fn small_questions_in_one_read_are_all_answered() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    let mut bytes = Vec::new();
+    for id in 0..2000 {
+        agent.sent += 1;
+        let question = Message::Compare(Compare { id, at: Lsn(0), items: Vec::new() });
+        bytes.extend_from_slice(&backtide_protocol::encode(agent.sent, &question).0);
+    }
+    agent.send_raw(&bytes).await;
+    let mut expected = 0;
+    while expected < 2000 {
+        if let Some(Message::CompareResult(result)) = agent.next().await {
+            assert_eq!(result.id, expected);
+            expected += 1;
+        }
+    }
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_tiny_bound_on_undurable_bytes_slows_and_never_stops() {
+    let place = Place::new();
+    let mut config = place.config();
+    config.limits.undurable_bytes = ByteCount(1);
+    let receiver = backtide_log_receiver::Receiver::start(config).await.unwrap();
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    for lsn in 6..100 {
+        agent.send(&write(lsn, 0, vec![lsn as u8; 65536])).await;
+    }
+    agent.all_durable().await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_full_store_is_told_to_that_agent_and_goes_on_when_there_is_room() {
     let place = Place::new();
     let storage = MemoryStorage::new();
