@@ -1,12 +1,12 @@
 //! The log receiver: takes streams, keeps timelines, serves points.
 //!
-//! The way of a frame, file by file: [`accept`] waits for the agent's hello and sends the connection
-//! to the thread that owns the disk ([`ingest`]); [`connection`] reads; [`session`] decides what a
-//! message means; [`entries`] puts it into the log's words; [`disks`] and [`disk`] hold the logs;
-//! [`commit`] makes them durable. The way back: [`service`] answers the control API with [`points`]
-//! and [`changes`], [`mounts`] serves a [`point_export`] over NBD.
+//! The way of a frame, file by file: `accept` waits for the agent's hello and sends the connection
+//! to the thread that owns the disk (`ingest`); `connection` reads; [`session`] decides what a
+//! message means; `entries` puts it into the log's words; `disks` and `disk` hold the logs;
+//! `commit` makes them durable. The way back: `service` answers the control API with `points`
+//! and `changes`, `mounts` serves a `point_export` over NBD.
 //!
-//! [`session`], [`disks`] and [`disk`] know no socket, no clock and no thread: a simulation drives
+//! [`session`], `disks` and `disk` know no socket, no clock and no thread: a simulation drives
 //! them over a storage in memory. Everything around is [`Receiver`].
 
 mod accept;

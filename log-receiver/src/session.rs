@@ -1,7 +1,7 @@
 //! One agent's connection as a state machine without I/O: messages in, effects out.
 //!
 //! It stands between the stream's decoder and the disk's log. Drive it like this, in a daemon
-//! ([`crate::connection`]) or in a simulation, on the thread that owns the [`Disks`]:
+//! (`connection.rs`) or in a simulation, on the thread that owns the [`Disks`]:
 //!
 //! 1. For each message that has arrived: [`Session::handle`]. Entries go into the disk's log at once.
 //! 2. After each batch of messages: [`Session::settle`]. It yields the acknowledgement `received`.
