@@ -229,7 +229,11 @@ impl Window {
             self.entries.extend(unsent);
             return;
         };
-        for entry in unsent {
+        for mut entry in unsent {
+            if let Item::Kept(Message::PassEnd { valid_from, .. }) = &mut entry.item {
+                // What was drained late holds changes whose records go: no point has them.
+                *valid_from = valid_from.filter(|valid_from| *valid_from <= end);
+            }
             let stays = match &entry.item {
                 Item::Kept(Message::Record(_)) => false,
                 Item::Kept(Message::Flush { lsn, .. } | Message::Mark { lsn, .. }) => *lsn <= end,
