@@ -102,6 +102,10 @@ impl Filter {
                 ));
                 Decision::Everything(PassPlan::everything(Reason::ReceiverRolledBack))
             }
+            // The welcome of an earlier connection got lost: the receiver knows the disk and has nothing of it.
+            ReceiverState::Foreign if self.history.is_none() && welcome.durable == Lsn::ZERO => {
+                Decision::Everything(PassPlan::everything(Reason::FirstAttach))
+            }
             ReceiverState::Foreign => {
                 self.alarm(format!(
                     "the receiver keeps another history of disk {name}: everything is compared"
