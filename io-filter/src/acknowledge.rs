@@ -43,7 +43,8 @@ impl Acknowledgements {
 
 impl Filter {
     /// The change `lsn` is done locally; answer its request when the policy allows.
-    pub(crate) fn answer(&mut self, request: RequestId, lsn: Lsn, stable: bool) {
+    /// It may be delayed by at most `delay_left` for the receiver's sake.
+    pub(crate) fn answer(&mut self, request: RequestId, lsn: Lsn, stable: bool, delay_left: Duration) {
         let need = match self.settings.ack {
             AckPolicy::Local => None,
             AckPolicy::Received => Some(Need::Received),
@@ -51,7 +52,7 @@ impl Filter {
             AckPolicy::DurableEveryWrite => Some(Need::Durable),
         };
         match need {
-            None => self.answer_after_delay(request, lsn),
+            None => self.answer_after_delay(request, lsn, delay_left),
             Some(need) if self.is_met(need, lsn) => self.complete(request, lsn),
             Some(need) if self.is_in_sync() || self.settings.on_outage == OnOutage::Block => {
                 self.acknowledgements.waiting.insert((lsn, request), need);
@@ -117,8 +118,8 @@ impl Filter {
         }
     }
 
-    fn answer_after_delay(&mut self, request: RequestId, lsn: Lsn) {
-        let delay = self.delay_now();
+    fn answer_after_delay(&mut self, request: RequestId, lsn: Lsn, delay_left: Duration) {
+        let delay = self.delay_now().min(delay_left);
         if delay.is_zero() {
             return self.complete(request, lsn);
         }

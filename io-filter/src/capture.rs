@@ -38,6 +38,8 @@ pub(crate) struct ChangeOngoing {
     request: RequestId,
     change: Change,
     blocks: BlockRange,
+    /// How long the answer may still be delayed: the bound is for all delays of a change together.
+    delay_left: Duration,
     /// The T of the pass that was frozen while this was under way.
     pub(crate) frozen_into: Option<Lsn>,
 }
@@ -265,7 +267,8 @@ impl Filter {
     }
 
     fn start_change(&mut self, wait: CopyWait) {
-        let CopyWait { request, change, blocks, .. } = wait;
+        let CopyWait { request, change, blocks, deadline } = wait;
+        let delay_left = deadline.saturating_sub(self.now.monotonic);
         // Dirty before the write: the block leaves this pass and is the next one's.
         if let Some(pass) = &mut self.pass
             && pass.forfeited
@@ -276,12 +279,12 @@ impl Filter {
         }
         let io = self.take_io_id();
         self.effects.push_back(Effect::Local(io, LocalOp::Change(change.clone())));
-        self.ongoing
-            .insert(io, Ongoing::Change(ChangeOngoing { request, change, blocks, frozen_into: None }));
+        let ongoing = ChangeOngoing { request, change, blocks, delay_left, frozen_into: None };
+        self.ongoing.insert(io, Ongoing::Change(ongoing));
     }
 
     fn change_done(&mut self, done: ChangeOngoing, result: Result<(), IoFailure>) {
-        let ChangeOngoing { request, change, blocks, frozen_into } = done;
+        let ChangeOngoing { request, change, blocks, delay_left, frozen_into } = done;
         let stable = change.wants_stable();
         if let Some(scanning) = &mut self.scanning {
             scanning.touched.insert(blocks);
@@ -295,7 +298,7 @@ impl Filter {
                     None => self.record(change, blocks),
                 };
                 self.release(blocks);
-                self.answer(request, lsn, stable);
+                self.answer(request, lsn, stable, delay_left);
             }
             Err(failure) => {
                 self.counters.failed_changes += 1;
@@ -381,7 +384,7 @@ impl Filter {
             let time = self.stamp();
             self.window.push(Message::Flush { lsn, time });
         }
-        self.answer(request, covers, true);
+        self.answer(request, covers, true, self.settings.guest_delay_max);
     }
 
     /// Gives a range back; whoever waited for it goes on.
