@@ -1,0 +1,191 @@
+//! Everything that goes wrong, and everything people ask for, at moments the seed chooses.
+
+use backtide_io_filter::{Mode, ResyncKind};
+use backtide_log_receiver::{ConnectionId, Disk, Effect, Session};
+use backtide_protocol::{CloseCode, Message, Sequenced};
+use backtide_units::{ByteCount, Epoch};
+
+use crate::{
+    plan::BANDWIDTHS,
+    world::{Event, World},
+};
+
+impl World {
+    pub(crate) fn chaos(&mut self) {
+        if self.calm {
+            return;
+        }
+        let pause = self.plan.chaos_us;
+        self.within(pause, Event::Chaos);
+        let kind = self.random.below(34);
+        self.trace.note(self.now, "chaos", &[kind]);
+        match kind {
+            0..=3 => self.cut_link(),
+            4..=5 => self.cut_connections(),
+            6..=7 => self.link.bandwidth = self.random.pick(&BANDWIDTHS),
+            8 => self.link.latency_us = self.random.pick(&[50, 1_000, 20_000, 100_000]),
+            9..=11 => self.receiver_dies(),
+            12..=13 => self.agent_dies(),
+            14 => {
+                self.lose_host_power();
+                self.within(pause, Event::AgentStart);
+            }
+            15..=16 => self.ask_to_detach(),
+            17..=18 => self.pause(),
+            19..=20 => self.force_resync(),
+            21..=23 => self.mark(),
+            24..=26 => self.verify(),
+            27..=28 => self.hold_answers(),
+            29 => self.wall_ahead = self.wall_ahead.saturating_add_signed(self.jump()),
+            30..=31 => self.stale_claim(),
+            _ => self.store_fault(),
+        }
+    }
+
+    fn jump(&mut self) -> i64 {
+        self.random.below(20_000_000) as i64 - 10_000_000
+    }
+
+    fn cut_link(&mut self) {
+        self.link.up = false;
+        self.cut_connections();
+        let pause = self.plan.chaos_us * 2;
+        self.within(pause, Event::LinkHeal);
+    }
+
+    fn receiver_dies(&mut self) {
+        let power = self.random.one_in(2);
+        self.stop_receiver(power);
+        let pause = self.plan.chaos_us;
+        self.within(pause, Event::ReceiverStart);
+    }
+
+    fn agent_dies(&mut self) {
+        self.kill_agent();
+        self.within(500_000, Event::AgentStart);
+    }
+
+    fn ask_to_detach(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            agent.detaching = true;
+            self.detach_when_quiet();
+        }
+    }
+
+    fn pause(&mut self) {
+        let Some(agent) = &mut self.agent else { return };
+        let connection = agent.connection.take();
+        if let Some(connection) = connection {
+            self.agent_gone(connection);
+        }
+        self.call(|filter, now| filter.pause(now));
+        let pause = self.plan.chaos_us;
+        self.within(pause, Event::Resume);
+    }
+
+    pub(crate) fn resume(&mut self) {
+        if self.agent.is_some() {
+            self.call(|filter, now| filter.resume(now));
+        }
+    }
+
+    fn force_resync(&mut self) {
+        let kind = self.random.pick(&[ResyncKind::Changed, ResyncKind::Compare, ResyncKind::Full]);
+        if self.agent.is_some() {
+            self.call(|filter, now| filter.force_resync(now, kind));
+        }
+    }
+
+    fn mark(&mut self) {
+        if self.agent.is_some() {
+            let label = format!("m{}", self.random.below(20));
+            let marked = self.call(|filter, now| filter.mark(now, &label));
+            let mode = self.agent.as_ref().map(|agent| agent.filter.mode());
+            assert!(marked.is_ok() || mode != Some(Mode::Sync), "a disk in sync takes a mark: {marked:?}");
+        }
+    }
+
+    fn verify(&mut self) {
+        if self.agent.is_some() {
+            let started = self.call(|filter, now| filter.start_verify(now)).is_ok();
+            self.agent.as_mut().expect("it is alive").verifying |= started;
+        }
+    }
+
+    fn hold_answers(&mut self) {
+        let Some(agent) = &mut self.agent else { return };
+        agent.holding = true;
+        let life = agent.life;
+        for request in self.guest.requests.values_mut() {
+            request.held = true;
+        }
+        self.call(|filter, _| filter.hold_answers());
+        self.within(100_000, Event::GiveAnswers(life));
+    }
+
+    pub(crate) fn give_answers(&mut self, life: u64) {
+        let Some(agent) = self.agent.as_mut().filter(|agent| agent.life == life) else { return };
+        agent.holding = false;
+        self.call(|filter, _| filter.give_held_answers());
+        self.detach_when_quiet();
+    }
+
+    /// An agent of an earlier attach turns up: it is refused, and nothing changes.
+    fn stale_claim(&mut self) {
+        let Some(agent) = &self.agent else { return };
+        let mut hello = agent.filter.hello();
+        let disk = self.receiver_disk().filter(|disk| disk.failure().is_none());
+        let seen = disk.and_then(Disk::timeline).and_then(|timeline| timeline.attached());
+        let Some(seen) = seen.map(|attached| attached.epoch.0).filter(|epoch| *epoch > 0) else { return };
+        hello.epoch = Epoch(seen - 1);
+        let before = self.receiver_disk().map(|disk| (disk.appended(), disk.owner()));
+        let mut session = Session::new(ConnectionId(u64::MAX));
+        let now = self.wall();
+        let disks = self.receiver.disks.as_mut().expect("seen above");
+        let effects = session.handle(disks, Sequenced { seq: 1, message: Message::Hello(hello) }, now);
+        let full = |effect: &Effect| matches!(effect, Effect::Send(Message::Close(closed)) if closed.code == CloseCode::Store);
+        let fenced = |effect: &Effect| matches!(effect, Effect::Send(Message::Close(closed)) if closed.code == CloseCode::Fenced);
+        assert!(effects.iter().any(|effect| fenced(effect) || full(effect)), "a stale epoch is refused");
+        let after = self.receiver_disk().map(|disk| (disk.appended(), disk.owner()));
+        assert_eq!(before, after, "a stale epoch changed something");
+        self.stats.stale_refused += 1;
+    }
+
+    /// The receiver's storage fails once, or is full for a while.
+    fn store_fault(&mut self) {
+        if !self.plan.store_faults || self.receiver.disks.is_none() {
+            return;
+        }
+        let kind = self.random.below(3);
+        self.trace.note(self.now, "store fault", &[kind]);
+        match kind {
+            0 => self.receiver.storage.fail_write_after(self.random.below(4)),
+            1 => self.receiver.storage.fail_sync_after(self.random.below(4)),
+            _ => {
+                let used = self.receiver.storage.used().0;
+                let left = self.random.below(400_000);
+                self.receiver.storage.set_capacity(Some(ByteCount(used + left)));
+                let pause = self.plan.chaos_us;
+                self.within(pause, Event::StoreHeal);
+            }
+        }
+    }
+
+    /// From here on nothing goes wrong, and everything is fast.
+    pub(crate) fn calm_down(&mut self) {
+        self.calm = true;
+        self.trace.note(self.now, "calm", &[]);
+        self.link.up = true;
+        self.link.bandwidth = 400_000_000;
+        self.link.latency_us = 100;
+        self.receiver.storage.set_capacity(None);
+        self.start_receiver();
+        if let Some(agent) = &self.agent {
+            let life = agent.life;
+            self.give_answers(life);
+        } else {
+            self.start_agent();
+        }
+        self.resume();
+    }
+}

@@ -1,0 +1,150 @@
+//! What must be true, and which promise each check stands for.
+//!
+//! All the while:
+//! - every block that differs between disk and receiver is one the filter answers for ([`World`],
+//!   promise 1);
+//! - offered points equal the model, points in holes are refused, an open pass offers nothing
+//!   (promises 2 and 3), also in the middle of outages;
+//! - what was offered stays offered, what was acknowledged as durable is there after a crash
+//!   (promises 4 and 5, also at each start of the receiver);
+//! - no answer is later than the bound allows (promise 6), none names a wrong LSN or one out of order;
+//! - a flush answered by the policy `durable` is covered by durable points;
+//! - a pass only shrinks (promise 7); replaced connections and stale epochs change nothing (promise 8);
+//! - a verify finds nothing; nobody closes a connection for an invalid message, nobody alarms.
+//!
+//! At the end, with the world healed: sync is reached under load and then everything drains; disk,
+//! receiver and model are equal; a planted difference is found.
+
+use backtide_io_filter::{AckPolicy, Mode};
+use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, Lsn};
+
+use crate::{guest::Request, world::World};
+
+/// Virtual time for the healed world to be in sync, and then to drain.
+const PATIENCE_US: u64 = 120_000_000;
+
+impl World {
+    pub(crate) fn check_now(&mut self) {
+        self.check_promises();
+        self.check_differences();
+        self.check_some_points(2);
+    }
+
+    /// Nothing acknowledged is forgotten: the filter answers for every difference.
+    pub(crate) fn check_differences(&mut self) {
+        let Some(agent) = &self.agent else { return };
+        let Some(unsettled) = agent.filter.unsettled_blocks() else { return };
+        let Some(snapshot) = self.snapshot() else { return };
+        let newest = snapshot.latest_view().read(self.whole()).expect("the log can be read");
+        self.stats.differences_checked += 1;
+        for (block, (local, remote)) in (0..).zip(self.local.content().chunks(4096).zip(newest.chunks(4096)))
+        {
+            if local != remote {
+                let range = BlockRange::from(block..block + 1);
+                assert!(
+                    unsettled.contains(range),
+                    "block {block} differs, and nobody answers for it: disk {:x?}, receiver {:x?}",
+                    &local[..16],
+                    &remote[..16]
+                );
+            }
+        }
+    }
+
+    /// A flush (or stable write) that was answered by the policy is covered.
+    pub(crate) fn check_flush(&mut self, request: &Request) {
+        let agent = self.agent.as_ref().expect("it answered");
+        let waits = match self.plan.ack {
+            AckPolicy::Local | AckPolicy::Received => false,
+            AckPolicy::Durable | AckPolicy::DurableEveryWrite => true,
+        };
+        if !waits || agent.degraded || request.held {
+            return;
+        }
+        let needed = request.lsn.unwrap_or(Lsn::ZERO).max(request.floor());
+        let offered = self.promises.intervals.last().map_or(Lsn::ZERO, |(_, to)| *to);
+        let acked = self.promises.acked;
+        assert!(
+            acked >= needed && offered >= needed,
+            "an answer as durable needs LSN {needed}: acknowledged {acked}, recoverable {offered}"
+        );
+    }
+
+    /// Nothing goes wrong any more; see whether all ends well.
+    pub(crate) fn end_well(&mut self) {
+        self.calm_down();
+        self.run_until("sync under load", |world| world.mode() == Some(Mode::Sync) && world.is_connected());
+        self.guest.quiet = true;
+        self.run_until("everything is durable", |world| {
+            let agent = world.agent.as_ref();
+            agent.is_some_and(|agent| agent.filter.is_drained() && agent.inflight.is_empty())
+                && world.guest.requests.is_empty()
+        });
+        self.check_now();
+        self.check_all_ends();
+        self.check_equal();
+        self.verify_finds(None);
+        let planted = self.random.below(self.plan.size.0) as usize;
+        self.local.flip(planted);
+        self.verify_finds(Some(planted));
+        self.local.flip(planted);
+        self.verify_finds(None);
+        let agent = self.agent.take().expect("it is alive");
+        self.count(&agent.filter);
+    }
+
+    fn run_until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
+        let until = self.now + PATIENCE_US;
+        while !done(self) {
+            self.step();
+            assert!(self.now < until, "{what}: not reached in {PATIENCE_US} us; {}", self.describe());
+        }
+    }
+
+    fn describe(&self) -> String {
+        let status = self.agent.as_ref().map(|agent| agent.filter.status());
+        format!("{status:#?}, {} requests wait", self.guest.requests.len())
+    }
+
+    fn mode(&self) -> Option<Mode> {
+        self.agent.as_ref().map(|agent| agent.filter.mode())
+    }
+
+    fn is_connected(&self) -> bool {
+        self.agent.as_ref().is_some_and(|agent| agent.filter.status().connected)
+    }
+
+    /// Disk, model and receiver hold the same.
+    fn check_equal(&mut self) {
+        let snapshot = self.snapshot().expect("the receiver is there");
+        let newest = snapshot.latest_view().read(self.whole()).expect("the log can be read");
+        let latest = snapshot.timeline().latest().expect("sync means points").lsn;
+        let point = snapshot.view(latest).expect("the newest point is one").read(self.whole());
+        let local = self.local.content();
+        let first = (0..local.len()).find(|at| local[*at] != newest[*at]);
+        assert_eq!(first, None, "disk and receiver differ in sync");
+        assert!(point.expect("it can be read") == newest, "the newest point is not the newest version");
+        let mismatch = self.model.image_at(Lsn::MAX).mismatch(self.local.content());
+        assert_eq!(mismatch, None, "the disk is not what the guest made of it");
+    }
+
+    /// A verify finds exactly what was planted.
+    fn verify_finds(&mut self, planted: Option<usize>) {
+        self.call(|filter, now| filter.start_verify(now)).expect("a disk in sync can be verified");
+        self.run_until("the verify ends", |world| {
+            let agent = world.agent.as_ref().expect("it is alive");
+            agent.filter.verify_state().is_some_and(|(_, result)| result.is_some())
+        });
+        let agent = self.agent.as_ref().expect("it is alive");
+        let (report, result) = agent.filter.verify_state().expect("it has run");
+        assert_eq!(result, Some(&Ok(())));
+        let found: &[ByteRange] = &report.differing;
+        match planted {
+            None => assert!(found.is_empty(), "a false alarm: {report:?}"),
+            Some(at) => {
+                let byte = ByteRange::new(ByteOffset(at as u64), ByteCount(1)).expect("on the disk");
+                assert!(found.len() == 1 && found[0].contains(byte), "byte {at} differs, found {found:?}");
+            }
+        }
+    }
+}

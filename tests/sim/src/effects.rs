@@ -1,0 +1,156 @@
+//! Carries out what the filter wants, and sends what it has to send.
+
+use backtide_io_filter::{Effect, LocalOp, Mode};
+use backtide_protocol::encode;
+
+use crate::world::{Event, World};
+
+impl World {
+    /// Everything the filter wants done, until it wants nothing more.
+    pub(crate) fn carry_out(&mut self) {
+        loop {
+            let Some(agent) = &mut self.agent else { return };
+            match agent.filter.next_effect() {
+                Some(effect) => self.carry_out_one(effect),
+                None if self.send_one() => {}
+                None => break,
+            }
+        }
+        self.persist();
+        self.watch_pass();
+        self.watch_verify();
+        self.set_timer();
+    }
+
+    fn carry_out_one(&mut self, effect: Effect) {
+        match effect {
+            Effect::Local(io, op) => self.begin_local(io, op),
+            Effect::Complete { request, result } => self.answered(request, result),
+            Effect::Scan => {
+                let life = self.agent.as_ref().expect("it asked").life;
+                let mut at: Vec<u64> = (0..3).map(|_| self.random.below(20_000)).collect();
+                at.sort_unstable();
+                for (stage, us) in (0..).zip(at) {
+                    self.after(us, Event::Scan { life, stage });
+                }
+            }
+            Effect::Transition { from, to, reason } => {
+                self.trace.note(self.now, "mode", &[from as u64, to as u64]);
+                self.trace.say(self.now, || format!("{from:?} -> {to:?} ({reason:?})"));
+                if to == Mode::Resync {
+                    self.freeze();
+                } else if from == Mode::Resync {
+                    self.agent.as_mut().expect("it said so").pass = None;
+                }
+            }
+            Effect::ReadFailed { range, .. } => {
+                self.trace.note(self.now, "read failed", &[range.start().0]);
+            }
+            Effect::Disconnect { why } => panic!("honest peers do not part: {why}"),
+            Effect::Alarm(why) => panic!("nothing happened that an alarm is right for: {why}"),
+        }
+    }
+
+    /// A pass begins: what the disk holds now, and what is under way, belongs to its T.
+    fn freeze(&mut self) {
+        let agent = self.agent.as_mut().expect("it froze");
+        let pass = agent.filter.status().pass.expect("a resync is a pass");
+        agent.pass = Some((pass.at, u64::MAX));
+        for inflight in agent.inflight.values_mut() {
+            if matches!(inflight.op, LocalOp::Change(_)) {
+                inflight.frozen = Some(pass.at);
+            }
+        }
+        self.stats.freezes += 1;
+        self.trace.note(self.now, "freeze", &[pass.at.0, pass.total.0, u64::from(pass.forwarding)]);
+        self.model.resolve(pass.at, self.local.content());
+    }
+
+    /// A pass only ever shrinks.
+    fn watch_pass(&mut self) {
+        let agent = self.agent.as_mut().expect("it is alive");
+        let status = agent.filter.status();
+        match (&mut agent.pass, status.pass) {
+            (Some((at, left)), Some(pass)) => {
+                assert_eq!(*at, pass.at, "one pass follows the other unseen");
+                assert!(pass.left.0 <= *left, "the pass at {at} grew from {left} to {} blocks", pass.left.0);
+                *left = pass.left.0;
+            }
+            (None, None) => {}
+            (known, found) => panic!("the running pass is {known:?} by its effects and is {found:?}"),
+        }
+    }
+
+    /// A verify that ended found nothing: nothing happened behind the filter's back.
+    fn watch_verify(&mut self) {
+        let agent = self.agent.as_mut().expect("it is alive");
+        if !agent.verifying {
+            return;
+        }
+        let Some((report, Some(result))) = agent.filter.verify_state() else { return };
+        agent.verifying = false;
+        if result.is_ok() {
+            assert!(report.differing.is_empty(), "a false alarm: {report:?}");
+            assert_eq!(report.compared, report.total, "the verify left something out");
+            self.stats.verifies += 1;
+        }
+    }
+
+    fn set_timer(&mut self) {
+        let agent = self.agent.as_mut().expect("it is alive");
+        let Some(deadline) = agent.filter.next_deadline() else { return };
+        let at = (deadline.as_micros() as u64).max(self.now);
+        if agent.timer.is_none_or(|timer| timer > at) {
+            agent.timer = Some(at);
+            let (life, us) = (agent.life, at - self.now);
+            self.after(us, Event::Tick(life));
+        }
+    }
+
+    pub(crate) fn tick(&mut self, life: u64) {
+        let Some(agent) = self.agent.as_mut().filter(|agent| agent.life == life) else { return };
+        if agent.timer != Some(self.now) {
+            return;
+        }
+        agent.timer = None;
+        self.call(|filter, now| filter.tick(now));
+        let agent = self.agent.as_ref().expect("a tick kills nobody");
+        let next = agent.filter.next_deadline().map_or(u64::MAX, |next| next.as_micros() as u64);
+        assert!(next > self.now, "a tick at the deadline leaves the deadline where it is");
+        self.detach_when_quiet();
+    }
+
+    /// Sends the filter's next frame, if there is one and the link takes it.
+    fn send_one(&mut self) -> bool {
+        let now = self.moment();
+        let agent = self.agent.as_mut().expect("it is alive");
+        let Some(id) = agent.connection else { return false };
+        let connection = self.connections.get_mut(&id).expect("it is connected");
+        if !connection.welcomed || !agent.filter.has_to_send() {
+            return false;
+        }
+        let backlog_us = connection.up.free_at.saturating_sub(self.now);
+        if backlog_us > self.plan.socket_buffer * 1_000_000 / self.link.bandwidth {
+            if !connection.room_awaited {
+                connection.room_awaited = true;
+                self.after(backlog_us, Event::Room(id));
+            }
+            return false;
+        }
+        let Some((seq, message)) = agent.filter.poll_send(now) else { return false };
+        connection.note_sent(seq, &message);
+        let (header, payload) = encode(seq, &message);
+        self.trace.note(self.now, "send", &[id, seq, payload.len() as u64]);
+        self.trace.say(self.now, || crate::link::brief(&message));
+        self.transmit_up(id, &[&header[..], &payload].concat());
+        true
+    }
+
+    pub(crate) fn room(&mut self, id: u64) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        connection.room_awaited = false;
+        if self.agent.as_ref().is_some_and(|agent| agent.connection == Some(id)) {
+            self.carry_out();
+        }
+    }
+}

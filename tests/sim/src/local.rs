@@ -1,0 +1,130 @@
+//! The simulated local disk: a page cache over stable storage.
+//!
+//! The fault model: what was written is in the page cache, which survives the death of a process
+//! and not that of the host. At a power loss each sector of 512 bytes that was written since the
+//! last flush holds any one of the contents it had since then. A flush makes stable what was
+//! written when it began.
+
+use std::collections::BTreeMap;
+
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{BlockRange, ByteCount, ByteRange};
+use bytes::Bytes;
+
+use crate::random::Random;
+
+const SECTOR: usize = 512;
+
+/// See the module's description.
+pub struct LocalDisk {
+    cache: Vec<u8>,
+    /// Per sector, the contents it may hold after a power loss, the stable one first, each with
+    /// the number of the write that brought it.
+    unflushed: BTreeMap<usize, Vec<(u64, Vec<u8>)>>,
+    writes: u64,
+    /// Blocks that may hold something else than zeroes.
+    allocated: DirtyBitmap,
+}
+
+impl LocalDisk {
+    /// A disk of zeroes, nothing allocated.
+    pub fn new(size: ByteCount) -> Self {
+        let cache = vec![0; size.0 as usize];
+        Self { cache, unflushed: BTreeMap::new(), writes: 0, allocated: DirtyBitmap::new() }
+    }
+
+    /// What a reader sees now.
+    pub fn content(&self) -> &[u8] {
+        &self.cache
+    }
+
+    /// What a reader sees now of a part.
+    pub fn read(&self, range: ByteRange) -> Bytes {
+        Bytes::copy_from_slice(&self.cache[indices(range)])
+    }
+
+    /// Which blocks may hold data.
+    pub fn allocated(&self) -> &DirtyBitmap {
+        &self.allocated
+    }
+
+    /// The number of the last write: a flush that begins now covers it.
+    pub fn flush_mark(&self) -> u64 {
+        self.writes
+    }
+
+    /// Writes bytes; none for zeroes, whose space is given back when it is a `trim`.
+    pub fn write(&mut self, range: ByteRange, data: Option<&[u8]>, trim: bool) {
+        let at = indices(range);
+        if at.is_empty() {
+            return;
+        }
+        self.writes += 1;
+        for sector in at.start / SECTOR..at.end.div_ceil(SECTOR) {
+            let content = self.sector(sector).to_vec();
+            self.unflushed.entry(sector).or_insert_with(|| vec![(0, content)]);
+        }
+        match data {
+            Some(data) => self.cache[at.clone()].copy_from_slice(data),
+            None => self.cache[at.clone()].fill(0),
+        }
+        for sector in at.start / SECTOR..at.end.div_ceil(SECTOR) {
+            let content = self.sector(sector).to_vec();
+            self.unflushed.get_mut(&sector).expect("inserted above").push((self.writes, content));
+        }
+        if trim {
+            let size = ByteCount(self.cache.len() as u64);
+            self.allocated.remove(BlockRange::covered_by(range, size));
+        } else {
+            self.allocated.insert(BlockRange::touched_by(range));
+        }
+    }
+
+    /// What was written up to `mark` is stable.
+    pub fn flush(&mut self, mark: u64) {
+        self.unflushed.retain(|_, contents| {
+            let stable = contents.iter().rposition(|(write, _)| *write <= mark).unwrap_or(0);
+            contents.drain(..stable);
+            contents.len() > 1
+        });
+    }
+
+    /// What the range holds now is stable.
+    pub fn flush_range(&mut self, range: ByteRange) {
+        let at = indices(range);
+        for sector in at.start / SECTOR..at.end.div_ceil(SECTOR) {
+            self.unflushed.remove(&sector);
+        }
+    }
+
+    /// The host loses power.
+    pub fn lose_power(&mut self, random: &mut Random) {
+        for (sector, mut contents) in std::mem::take(&mut self.unflushed) {
+            let (_, content) = contents.swap_remove(random.below(contents.len() as u64) as usize);
+            let start = sector * SECTOR;
+            self.cache[start..start + content.len()].copy_from_slice(&content);
+        }
+        // The file system's idea of what is allocated may be older or newer, but covers all data.
+        self.allocated = DirtyBitmap::new();
+        for (block, content) in (0..).zip(self.cache.chunks(4096)) {
+            if content.iter().any(|byte| *byte != 0) || random.one_in(8) {
+                self.allocated.insert((block..block + 1).into());
+            }
+        }
+    }
+
+    /// Changes a byte behind everybody's back.
+    pub fn flip(&mut self, offset: usize) {
+        self.cache[offset] ^= 0x40;
+    }
+
+    fn sector(&self, sector: usize) -> &[u8] {
+        let start = sector * SECTOR;
+        &self.cache[start..self.cache.len().min(start + SECTOR)]
+    }
+}
+
+/// A byte range as indices of a slice.
+pub fn indices(range: ByteRange) -> std::ops::Range<usize> {
+    range.start().0 as usize..range.end().0 as usize
+}

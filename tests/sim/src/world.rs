@@ -1,0 +1,235 @@
+//! The world of one run: everything that has state, the queue of what is going to happen, and the
+//! step that takes the next thing from it.
+
+use std::collections::BTreeMap;
+
+use backtide_io_filter::{IoId, Mutant, Now};
+use backtide_units::{CaptureTime, DiskId, Lsn};
+use uuid::Uuid;
+
+use crate::{
+    agent::{Agent, Persisted},
+    guest::Guest,
+    link::{Connection, Link},
+    local::LocalDisk,
+    model::Model,
+    plan::Plan,
+    points::Promises,
+    random::Random,
+    receiver::Receiver,
+    trace::Trace,
+};
+
+/// Something that is going to happen. `life` names the incarnation it concerns: what a dead
+/// process had planned does not happen.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The guest may send a request.
+    Guest,
+    /// A local I/O goes on.
+    Local {
+        /// The agent's incarnation.
+        life: u64,
+        /// Which.
+        io: IoId,
+        /// 0 and 1: half of it has an effect; 2: it ends.
+        stage: u8,
+    },
+    /// A scan for allocated blocks goes on: half of the disk is looked at, then the other, then it ends.
+    Scan {
+        /// The agent's incarnation.
+        life: u64,
+        /// As for local I/O.
+        stage: u8,
+    },
+    /// The filter's deadline.
+    Tick(u64),
+    /// The link can take another frame of this connection.
+    Room(u64),
+    /// The agent of this incarnation tries to connect.
+    Connect(u64),
+    /// A chunk of this connection reaches the receiver.
+    Up(u64),
+    /// A chunk of this connection reaches the agent.
+    Down(u64),
+    /// The agent notices that this connection is gone.
+    LostAtAgent(u64),
+    /// The receiver notices that this connection is gone.
+    LostAtReceiver(u64),
+    /// The receiver of this incarnation syncs its log.
+    SyncRun(u64),
+    /// It learns that it did.
+    SyncDone(u64),
+    /// It has answered a comparison.
+    Compared(u64),
+    /// The agent starts.
+    AgentStart,
+    /// The receiver starts.
+    ReceiverStart,
+    /// The link is there again.
+    LinkHeal,
+    /// A pause ends.
+    Resume,
+    /// Held answers are given.
+    GiveAnswers(u64),
+    /// The store has room again.
+    StoreHeal,
+    /// Something goes wrong, or somebody asks for something.
+    Chaos,
+}
+
+/// What a run has seen, to be sure that it saw something.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    /// Changes given an LSN.
+    pub changes: u64,
+    /// Passes begun.
+    pub freezes: u64,
+    /// Points read back and compared.
+    pub points_checked: u64,
+    /// Points in holes that were refused.
+    pub holes_refused: u64,
+    /// Comparisons of all differences with all unsettled blocks.
+    pub differences_checked: u64,
+    /// Agents that died.
+    pub agent_deaths: u64,
+    /// Receivers that died.
+    pub receiver_deaths: u64,
+    /// Clean detaches.
+    pub detaches: u64,
+    /// Verifies that came to a result.
+    pub verifies: u64,
+    /// Window overflows.
+    pub overflows: u64,
+    /// Passes that lost their T.
+    pub forfeited: u64,
+    /// Old content copied before a write.
+    pub copies: u64,
+    /// Stale claims that were refused.
+    pub stale_refused: u64,
+}
+
+/// See the module's description.
+pub struct World {
+    pub(crate) plan: Plan,
+    pub(crate) random: Random,
+    pub(crate) trace: Trace,
+    pub(crate) now: u64,
+    pub(crate) wall_ahead: u64,
+    queue: BTreeMap<(u64, u64), Event>,
+    queued: u64,
+    pub(crate) steps: u64,
+    pub(crate) disk: DiskId,
+    pub(crate) local: LocalDisk,
+    pub(crate) model: Model,
+    pub(crate) guest: Guest,
+    pub(crate) agent: Option<Agent>,
+    pub(crate) persisted: Persisted,
+    pub(crate) lives: u64,
+    pub(crate) link: Link,
+    pub(crate) connections: BTreeMap<u64, Connection>,
+    pub(crate) receiver: Receiver,
+    pub(crate) promises: Promises,
+    pub(crate) mutant: Option<Mutant>,
+    /// Nothing goes wrong any more.
+    pub(crate) calm: bool,
+    pub(crate) stats: Stats,
+}
+
+impl World {
+    /// The world of a seed, before anything happens.
+    pub fn new(seed: u64, steps: u64, printing: bool) -> Self {
+        let mut random = Random::new(seed);
+        let plan = Plan::draw(&mut random, steps);
+        let mut local = LocalDisk::new(plan.size);
+        if plan.prefilled {
+            crate::guest::prefill(&mut local, &mut random);
+        }
+        let mut world = Self {
+            link: Link::new(&plan),
+            trace: Trace::new(printing),
+            now: 0,
+            wall_ahead: 1_700_000_000_000_000,
+            queue: BTreeMap::new(),
+            queued: 0,
+            steps: 0,
+            disk: DiskId(Uuid::from_u128(7)),
+            model: Model::new(local.content()),
+            local,
+            guest: Guest::default(),
+            agent: None,
+            persisted: Persisted::default(),
+            lives: 0,
+            connections: BTreeMap::new(),
+            receiver: Receiver::new(&plan),
+            promises: Promises::default(),
+            mutant: None,
+            calm: false,
+            stats: Stats::default(),
+            plan,
+            random,
+        };
+        world.trace.say(0, || format!("{:#?}", world.plan));
+        world.after(0, Event::AgentStart);
+        world.after(0, Event::ReceiverStart);
+        world.after(10, Event::Guest);
+        let first = world.plan.chaos_us;
+        world.after(first, Event::Chaos);
+        world
+    }
+
+    /// What the filter is told of the time.
+    pub(crate) fn moment(&self) -> Now {
+        Now { monotonic: std::time::Duration::from_micros(self.now), wall: self.wall() }
+    }
+
+    pub(crate) fn wall(&self) -> CaptureTime {
+        CaptureTime(self.wall_ahead + self.now)
+    }
+
+    /// Lets something happen so many microseconds from now, after everything due then already.
+    pub(crate) fn after(&mut self, us: u64, event: Event) {
+        self.queued += 1;
+        self.queue.insert((self.now + us, self.queued), event);
+    }
+
+    /// Lets something happen within so many microseconds.
+    pub(crate) fn within(&mut self, us: u64, event: Event) {
+        let after = self.random.below(us + 1);
+        self.after(after, event);
+    }
+
+    /// The next thing happens.
+    pub(crate) fn step(&mut self) {
+        let Some(((at, _), event)) = self.queue.pop_first() else { unreachable!("the guest never ends") };
+        self.now = at;
+        self.steps += 1;
+        match event {
+            Event::Guest => self.guest_turn(),
+            Event::Local { life, io, stage } => self.local_goes_on(life, io, stage),
+            Event::Scan { life, stage } => self.scan_goes_on(life, stage),
+            Event::Tick(life) => self.tick(life),
+            Event::Room(connection) => self.room(connection),
+            Event::Connect(life) => self.try_to_connect(life),
+            Event::Up(connection) => self.reaches_receiver(connection),
+            Event::Down(connection) => self.reaches_agent(connection),
+            Event::LostAtAgent(connection) => self.lost_at_agent(connection),
+            Event::LostAtReceiver(connection) => self.lost_at_receiver(connection),
+            Event::SyncRun(life) => self.run_sync(life),
+            Event::SyncDone(life) => self.sync_done(life),
+            Event::Compared(life) => self.compared(life),
+            Event::AgentStart => self.start_agent(),
+            Event::ReceiverStart => self.start_receiver(),
+            Event::LinkHeal => self.link.up = true,
+            Event::Resume => self.resume(),
+            Event::GiveAnswers(life) => self.give_answers(life),
+            Event::StoreHeal => self.receiver.storage.set_capacity(None),
+            Event::Chaos => self.chaos(),
+        }
+    }
+
+    /// The last LSN anybody gave.
+    pub(crate) fn last_lsn(&self) -> Lsn {
+        self.agent.as_ref().map_or(self.persisted.reserved, |agent| agent.filter.last_lsn())
+    }
+}
