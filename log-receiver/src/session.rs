@@ -125,7 +125,11 @@ impl Session {
             State::Streaming(streaming) => {
                 streaming.received = frame;
                 match disks.get_mut(streaming.disk) {
-                    Some(disk) if disk.owner() == Some(self.connection) => streaming.take(disks, message),
+                    Some(disk) if disk.owner() == Some(self.connection) => match disk.failure() {
+                        // Not the message is wrong, though nothing can be checked against the log.
+                        Some(failure) => Err(closed(CloseCode::Store, &failure.why)),
+                        None => streaming.take(disks, message),
+                    },
                     Some(_) | None => Err(closed(CloseCode::Busy, REPLACED)),
                 }
             }
