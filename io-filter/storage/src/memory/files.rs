@@ -40,7 +40,7 @@ impl StorageFile for MemoryFile {
 
     fn write_vectored_at(&self, offset: ByteOffset, buffers: &[IoSlice<'_>]) -> io::Result<()> {
         let mut world = self.world()?;
-        let bytes: Vec<u8> = buffers.iter().flat_map(|buffer| buffer.iter().copied()).collect();
+        let bytes: Vec<u8> = buffers.iter().map(|buffer| &**buffer).collect::<Vec<&[u8]>>().concat();
         let cut = world.change()?;
         let fails = world.fail_write == Some(world.writes);
         world.writes += 1;
