@@ -162,8 +162,10 @@ impl World {
 
 /// Bytes that tell which write they are of.
 fn stamped(stamp: u64, count: ByteCount) -> Bytes {
-    let pattern = (stamp << 8 | 0xa5).to_le_bytes();
-    (0..count.0 as usize).map(|index| pattern[index % 8]).collect::<Vec<u8>>().into()
+    let count = count.0 as usize;
+    let mut bytes = (stamp << 8 | 0xa5).to_le_bytes().repeat(count.div_ceil(8));
+    bytes.truncate(count);
+    bytes.into()
 }
 
 /// Puts data on about half of a disk.

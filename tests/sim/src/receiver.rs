@@ -233,7 +233,11 @@ impl World {
     pub(crate) fn commit(&mut self) {
         let (Some(disks), None) = (&mut self.receiver.disks, &self.receiver.syncing) else { return };
         let Some(disk) = disks.get_mut(self.disk) else { return };
-        let Some(ticket) = disk.ticket() else { return };
+        let Some(ticket) = disk.ticket() else {
+            // When the log failed just now, its connection has to end.
+            let owner = disk.owner().filter(|_| disk.failure().is_some());
+            return owner.into_iter().for_each(|owner| self.settle(owner.0));
+        };
         let (through, offered) = (disk.appended(), offered(disk));
         self.receiver.syncing = Some(Syncing { step: SyncStep::Taken(ticket), through, offered });
         let us = if self.calm { 200 } else { self.plan.sync_us };
