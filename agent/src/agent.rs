@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc};
 
-use backtide_agent_api::router;
+use backtide_agent_api::{Limits, router};
 use backtide_control::{Address, BindError, ErrorCode, Server};
 use backtide_storage::RealStorage;
 use tokio::{sync::oneshot, task::JoinHandle};
@@ -76,7 +76,11 @@ impl Agent {
             .map_err(|source| AgentError::Run { directory: config.run.display().to_string(), source })?;
         let server = Server::bind(&config.api).await?;
         let api = server.address().clone();
-        let registry = Registry::new(Places::of(&config), Records::new(Arc::new(storage)), config.limits);
+        let registry = Registry::new(
+            Places::of(&config),
+            Records::new(Arc::new(storage)),
+            config.limits.or(Limits::default()),
+        );
         registry.restore().await.map_err(state)?;
         let router = router(Service::new(Arc::clone(&registry)));
         let (stop, stopped) = oneshot::channel::<()>();

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use backtide_agent_api::Limits;
+use backtide_agent_api::LimitsRequest;
 use backtide_control::Address;
 use serde::{Deserialize, Serialize};
 
@@ -16,9 +16,9 @@ pub struct Config {
     pub run: PathBuf,
     /// Where it serves the control API.
     pub api: Address,
-    /// Bounds of disks that do not set their own.
+    /// Bounds of disks that do not set their own; what is left out keeps its default.
     #[serde(default)]
-    pub limits: Limits,
+    pub limits: LimitsRequest,
 }
 
 /// The files under an agent's state directory.

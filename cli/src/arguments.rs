@@ -79,7 +79,7 @@ pub(crate) enum Command {
     Unmount(mount::Unmount),
     /// Write a point of a disk to a file, a device or an NBD server
     Restore(restore::Restore),
-    /// Compare the live disk with the receiver, at a frozen point
+    /// Compare the live disk with the receiver, while the guest goes on
     Verify(verify::Verify),
     /// Wait for a disk to be in a state, for scripts
     Wait(wait::Wait),

@@ -82,7 +82,7 @@ impl Local {
             state: self.directory.join("agent"),
             run: self.directory.join("run"),
             api: self.agent_api(),
-            limits: backtide_agent_api::Limits::default(),
+            limits: backtide_agent_api::LimitsRequest::default(),
         };
         self.agent = Some(Agent::start(config).await.map_err(agent::start_failure)?);
         Ok(())

@@ -14,7 +14,7 @@ use crate::{
     event::{Effect, IoFailure, IoId, LocalData, LocalOp},
     filter::Filter,
     mutant::Mutant,
-    pass::{Pass, Phase},
+    pass::{NewWrites, Pass, Phase},
 };
 
 /// The longest run read at once.
@@ -48,6 +48,9 @@ impl Filter {
         if pass.reads.len() >= READS_MAX || pass.queued.is_some() || pass.active.is_empty() {
             return None;
         }
+        if self.next_paced_read().is_some() {
+            return None;
+        }
         let end = self.all_blocks().end();
         let start = pass.cursor;
         let found = self.free_run(pass, start, end).or_else(|| self.free_run(pass, BlockIndex(0), end));
@@ -65,6 +68,15 @@ impl Filter {
         let pass = self.pass.as_mut().expect("there is one");
         pass.cursor = run.end();
         Some(run)
+    }
+
+    /// When the drain may read on, if the limit holds it back and nothing else does.
+    pub(crate) fn next_paced_read(&self) -> Option<Duration> {
+        let pass = self.pass.as_ref()?;
+        let held_back = pass.phase == Phase::Draining
+            && pass.new_writes == NewWrites::Forwarded
+            && !pass.active.is_empty();
+        self.pace.due(self.now.monotonic).filter(|_| held_back)
     }
 
     /// The first readable run in `[from, end)` that nobody changes or reads.
@@ -135,6 +147,7 @@ impl Filter {
         let pass = self.pass.as_mut().expect("only a pass drains");
         pass.reads.insert(io, run);
         pass.reading_bytes += run.count().bytes().0;
+        self.pace.took(self.now.monotonic, run.count().bytes());
         pass.unreadable.remove(&run.start());
         if self.is_mutant(Mutant::ClearBeforeRead)
             && let Some(pass) = &mut self.pass

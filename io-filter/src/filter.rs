@@ -6,7 +6,7 @@ use std::{
 };
 
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, CaptureTime, HistoryId, Lsn, Reason};
+use backtide_units::{BlockRange, ByteCount, CaptureTime, HistoryId, Lsn, Reason};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
     freeze::{PassPlan, Scanning},
     guard::{RangeGuard, Ticket},
     operate::VerifyJob,
+    pace::Pace,
     pass::Pass,
     status::Counters,
     window::Window,
@@ -96,6 +97,7 @@ pub struct Filter {
     pub(crate) lost: Option<PassPlan>,
     pub(crate) scanning: Option<Scanning>,
     pub(crate) pass: Option<Pass>,
+    pub(crate) pace: Pace,
     /// Bytes a second a pass last got through, for the choice of what to do with new writes.
     pub(crate) pass_rate: Option<u64>,
     /// The window overflowed while the receiver was there, and no small pass has ended since.
@@ -138,6 +140,7 @@ impl Filter {
             lost: None,
             scanning: None,
             pass: None,
+            pace: Pace::default(),
             pass_rate: None,
             slow: false,
             guard: RangeGuard::default(),
@@ -229,6 +232,12 @@ impl Filter {
         self.last_lsn
     }
 
+    /// Limits what passes read and send, in bytes a second; zero for no limit. A pass that collects
+    /// new writes for the next one is not held back: it is losing ground already.
+    pub fn limit_resync(&mut self, bytes_per_second: ByteCount) {
+        self.pace.limit(bytes_per_second);
+    }
+
     /// Time passes: delayed answers and overdue copies are let go. Due at [`Self::next_deadline`].
     pub fn tick(&mut self, now: Now) {
         self.observe(now);
@@ -242,7 +251,8 @@ impl Filter {
         let copies = self.next_copy_deadline();
         let answers = self.acknowledgements.next_deadline();
         let retries = self.pass.as_ref().and_then(|pass| pass.next_retry(self.now.monotonic));
-        [copies, answers, retries].into_iter().flatten().min()
+        let reads = self.next_paced_read();
+        [copies, answers, retries, reads].into_iter().flatten().min()
     }
 
     pub(crate) fn observe(&mut self, now: Now) {

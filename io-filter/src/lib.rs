@@ -30,6 +30,7 @@ mod guard;
 mod inspect;
 mod mutant;
 mod operate;
+mod pace;
 mod pass;
 mod status;
 mod window;

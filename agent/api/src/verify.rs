@@ -1,4 +1,7 @@
-//! The live disk against the receiver, at a frozen point: a job of the agent.
+//! The live disk against the receiver, while the guest goes on: a job of the agent.
+//!
+//! Each run of blocks is compared at the LSN of the moment it is read, when no change of it is under
+//! way; so a write in flight is never a difference.
 
 use backtide_control::ApiError;
 use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskName, Lsn};
@@ -16,7 +19,7 @@ pub struct VerifyStatus {
     pub id: u64,
     /// Where it stands.
     pub state: VerifyState,
-    /// The frozen point both sides are compared at; none until it is frozen.
+    /// The LSN the last run so far was compared at.
     pub at: Option<Lsn>,
     /// The disk's last LSN when the verify began.
     pub from_lsn: Lsn,

@@ -29,7 +29,7 @@ pub(crate) struct Engine {
     pub(crate) send: Notify,
     /// The connection has to end, for this reason.
     pub(crate) kick: Notify,
-    pub(crate) kick_reason: RefCell<Option<String>>,
+    kick_reason: RefCell<Option<Kick>>,
     /// The filter's deadline has changed.
     pub(crate) deadline: Notify,
     armed: Cell<Option<Duration>>,
@@ -38,6 +38,15 @@ pub(crate) struct Engine {
     pub(crate) traffic: Traffic,
     /// When everything was at the receiver last.
     caught_up: Cell<Instant>,
+}
+
+/// Why this side ends a connection.
+#[derive(Clone, Debug)]
+pub(crate) enum Kick {
+    /// A person asked for something that ends it.
+    Operator(&'static str),
+    /// The receiver said something that makes no sense.
+    Invalid(String),
 }
 
 /// What a request asked for, to be answered.
@@ -139,8 +148,7 @@ impl Engine {
             Effect::Transition { from, to, reason } => self.log_transition(from, to, reason),
             Effect::Disconnect { why } => {
                 tracing::warn!(disk = %self.name(), why, "closing the stream");
-                self.kick_reason.replace(Some(why));
-                self.kick.notify_one();
+                self.end_stream(Kick::Invalid(why));
             }
             Effect::ReadFailed { range, failure } => {
                 tracing::warn!(disk = %self.name(), %range, errno = failure.errno, "cannot read for the resync: will try again");
@@ -245,6 +253,17 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Ends the connection to the receiver, if there is one.
+    pub(crate) fn end_stream(&self, why: Kick) {
+        self.kick_reason.replace(Some(why));
+        self.kick.notify_one();
+    }
+
+    /// Why the connection is to end, if it is.
+    pub(crate) fn take_kick(&self) -> Option<Kick> {
+        self.kick_reason.take()
     }
 
     pub(crate) fn behind_for(&self) -> Duration {

@@ -1,7 +1,12 @@
 //! The stream to the receiver: connects, shakes hands, sends what the filter has, brings back what
 //! the receiver says; connects again when it is lost.
 
-use std::{cell::RefCell, io, rc::Rc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    rc::Rc,
+    time::Duration,
+};
 
 use backtide_control::Address;
 use backtide_protocol::{
@@ -12,10 +17,11 @@ use bytes::Bytes;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpStream, UnixStream},
+    sync::Notify,
     time::Instant,
 };
 
-use super::engine::{Engine, add};
+use super::engine::{Engine, Kick, add};
 
 /// How long connecting and the handshake may take.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
@@ -49,9 +55,12 @@ pub(crate) enum StreamError {
     /// What it said makes no sense.
     #[error("the receiver sent invalid data: {0}")]
     Protocol(#[from] ProtocolError),
-    /// The filter or an operator ended it.
+    /// What it said makes no sense to the filter.
     #[error("{0}")]
-    Kicked(String),
+    Unexpected(String),
+    /// An operator ended it.
+    #[error("{0}")]
+    Operator(&'static str),
 }
 
 /// The last failure, for the status.
@@ -67,6 +76,12 @@ pub(crate) struct Stream {
     engine: Rc<Engine>,
     receiver: Address,
     pub(crate) last_error: RefCell<Option<LastError>>,
+    /// A connection has ended.
+    pub(crate) ended: Notify,
+    /// The last frame sent on this connection.
+    last_seq: Cell<u64>,
+    /// A batch is partly sent: nothing can follow it but its rest.
+    writing: Cell<bool>,
 }
 
 trait Duplex: AsyncRead + AsyncWrite + Unpin {}
@@ -76,8 +91,8 @@ impl StreamError {
     fn code(&self) -> &'static str {
         match self {
             Self::Unreachable { .. } => "unreachable",
-            Self::Silent { .. } | Self::Lost(_) | Self::Kicked(_) => "lost",
-            Self::Protocol(_) => "invalid",
+            Self::Silent { .. } | Self::Lost(_) | Self::Operator(_) => "lost",
+            Self::Protocol(_) | Self::Unexpected(_) => "invalid",
             Self::Closed(closed) => match closed.code {
                 CloseCode::Bye => "lost",
                 CloseCode::Fenced => "fenced",
@@ -98,7 +113,14 @@ impl StreamError {
 
 impl Stream {
     pub(crate) fn new(engine: Rc<Engine>, receiver: Address) -> Rc<Self> {
-        Rc::new(Self { engine, receiver, last_error: RefCell::default() })
+        Rc::new(Self {
+            engine,
+            receiver,
+            last_error: RefCell::default(),
+            ended: Notify::new(),
+            last_seq: Cell::new(1),
+            writing: Cell::new(false),
+        })
     }
 
     /// Keeps the disk connected for as long as it wants to be.
@@ -116,6 +138,7 @@ impl Stream {
                 self.engine.happen(|filter, now| filter.disconnected(now));
             }
             self.note(&error);
+            self.ended.notify_waiters();
             if error.is_final() {
                 return;
             }
@@ -135,6 +158,10 @@ impl Stream {
     fn note(&self, error: &StreamError) {
         let disk = self.engine.name();
         let message = error.to_string();
+        if let StreamError::Operator(why) = error {
+            tracing::info!(%disk, why, "the stream to the receiver has ended");
+            return;
+        }
         let known = self.last_error.borrow().as_ref().is_some_and(|last| last.message == message);
         if !known {
             tracing::warn!(%disk, error = message, "no stream to the receiver: changes are retained or tracked");
@@ -160,18 +187,23 @@ impl Stream {
             Err(_) => return silent(),
         };
         // A kick of before is about another connection.
-        self.engine.kick_reason.replace(None);
+        let _ = self.engine.take_kick();
         self.engine.happen(|filter, now| filter.connected(now, &welcome));
         let disk = self.engine.name();
         tracing::info!(%disk, receiver = %self.receiver, history = %welcome.history, durable = %welcome.durable, "connected");
         self.last_error.replace(None);
-        let heard = std::cell::Cell::new(Instant::now());
+        self.last_seq.set(1);
+        self.writing.set(false);
+        let heard = Cell::new(Instant::now());
         let ended = tokio::select! {
             error = self.read_all(&mut reader, &mut decoder, &heard) => error,
             error = self.write_all(&mut writer) => StreamError::Lost(error),
             error = self.kicked() => error,
             () = self.silence(&heard) => silent(),
         };
+        if let StreamError::Operator(why) = ended {
+            self.say_goodbye(&mut writer, why).await;
+        }
         // What the receiver said before it closed tells more than the broken pipe.
         if let StreamError::Lost(_) = &ended
             && let Ok(closed) =
@@ -199,7 +231,7 @@ impl Stream {
                 return match first.message {
                     Message::Welcome(welcome) => Ok(welcome),
                     Message::Close(closed) => Err(StreamError::Closed(closed)),
-                    other => Err(StreamError::Kicked(format!(
+                    other => Err(StreamError::Unexpected(format!(
                         "expected a welcome from the receiver, found {other:?}"
                     ))),
                 };
@@ -212,7 +244,7 @@ impl Stream {
         &self,
         reader: &mut (impl AsyncRead + Unpin),
         decoder: &mut Decoder,
-        heard: &std::cell::Cell<Instant>,
+        heard: &Cell<Instant>,
     ) -> StreamError {
         loop {
             loop {
@@ -240,9 +272,11 @@ impl Stream {
                 self.engine.send.notified().await;
                 continue;
             }
+            self.writing.set(true);
             if let Err(error) = write_batch(writer, &batch).await {
                 return error;
             }
+            self.writing.set(false);
             batch.clear();
         }
     }
@@ -260,23 +294,36 @@ impl Stream {
                 Message::PassData { data, .. } => add(&self.engine.traffic.resync_sent_bytes, length(data)),
                 _ => {}
             }
+            self.last_seq.set(seq);
             let frame = encode(seq, &message);
             bytes += FRAME_HEADER_BYTES + frame.1.len();
             batch.push(frame);
         }
     }
 
+    /// Tells the receiver that this end is meant. It finds out by itself when that fails.
+    async fn say_goodbye(&self, writer: &mut (impl AsyncWrite + Unpin), why: &str) {
+        if self.writing.get() {
+            return;
+        }
+        let closed = Closed { code: CloseCode::Bye, message: why.to_owned() };
+        let frame = encode(self.last_seq.get() + 1, &Message::Close(closed));
+        let _ = tokio::time::timeout(RETRY_FIRST, write_batch(writer, &[frame])).await;
+    }
+
     async fn kicked(&self) -> StreamError {
         loop {
             self.engine.kick.notified().await;
-            if let Some(why) = self.engine.kick_reason.take() {
-                return StreamError::Kicked(why);
+            match self.engine.take_kick() {
+                Some(Kick::Operator(why)) => return StreamError::Operator(why),
+                Some(Kick::Invalid(why)) => return StreamError::Unexpected(why),
+                None => {}
             }
         }
     }
 
     /// Ends when the receiver has owed an acknowledgement for too long.
-    async fn silence(&self, heard: &std::cell::Cell<Instant>) {
+    async fn silence(&self, heard: &Cell<Instant>) {
         let mut owed_since: Option<Instant> = None;
         loop {
             tokio::time::sleep(SILENCE_MAX / 10).await;

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     DiskHandle,
-    engine::Engine,
+    engine::{Engine, Kick},
     export::{DiskExport, OneExport},
     local::{Local, NbdDisk, blocking},
     open::{Behind, Opened},
@@ -28,6 +28,9 @@ const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// How long a detach waits for requests in flight and for the receiver.
 const DETACH_GRACE: Duration = Duration::from_secs(5);
+
+/// How long a detach waits for its good-bye to be on its way.
+const GOODBYE_TIME: Duration = Duration::from_millis(200);
 
 /// What the rest of the agent can ask of a disk.
 #[derive(Debug)]
@@ -144,6 +147,8 @@ impl Disk {
             Behind::Nbd(uri, _) => (Local::Nbd(NbdDisk::connect(uri).await?), None),
         };
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local));
+        let rate = record.limits.resync_bytes_per_second_max;
+        engine.happen(|filter, _| filter.limit_resync(rate));
         if record.paused {
             engine.happen(|filter, now| filter.pause(now));
         }
@@ -194,8 +199,7 @@ impl Disk {
             Command::Status(answer) => drop(answer.send(self.status())),
             Command::Pause(answer) => {
                 self.engine.happen(|filter, now| filter.pause(now));
-                self.engine.kick_reason.replace(Some("paused by an operator".to_owned()));
-                self.engine.kick.notify_one();
+                self.engine.end_stream(Kick::Operator("paused by an operator"));
                 self.set_paused(true).await;
                 drop(answer.send(self.status()));
             }
@@ -283,7 +287,7 @@ impl Disk {
     /// Ends service, lets the receiver catch up if it can at once, saves what is left.
     async fn detach(self) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
-        let Self { engine, server, mut record, records, image, .. } = self;
+        let Self { engine, stream, server, mut record, records, image, .. } = self;
         server.shutdown(DETACH_GRACE).await;
         // Requests of a client that was cut off may still be under way; none may follow the bitmap.
         engine.happen(|filter, _| filter.give_held_answers());
@@ -306,8 +310,9 @@ impl Disk {
         let acked = engine.look(Filter::acked_durable);
         let history = engine.look(Filter::history);
         let saved = engine.happen(|filter, now| filter.detach(now));
-        engine.kick_reason.replace(Some("detached by an operator".to_owned()));
-        engine.kick.notify_one();
+        engine.end_stream(Kick::Operator("detached by an operator"));
+        // The stream's task says good-bye to the receiver; nothing depends on it.
+        let _ = tokio::time::timeout(GOODBYE_TIME, stream.ended.notified()).await;
         record.history = history;
         record.acked_durable = acked;
         record.lsn_bound = record.lsn_bound.max(engine.look(Filter::last_lsn));

@@ -1,4 +1,4 @@
-//! `backtide verify`: the live disk against the receiver, at a frozen point.
+//! `backtide verify`: the live disk against the receiver, while the guest goes on.
 
 use backtide_agent_api::{VerifyState, VerifyStatus};
 use backtide_control::ErrorCode;
@@ -67,7 +67,7 @@ fn ending(verify: VerifyStatus) -> Result<Ending, Failure> {
 }
 
 fn report_text(verify: &VerifyStatus) -> String {
-    let at = verify.at.map_or_else(|| "not frozen yet".to_owned(), |at| format!("at lsn:{at}"));
+    let at = verify.at.map_or_else(|| "so far".to_owned(), |at| format!("up to lsn:{at}"));
     let name = verify.disk.as_str();
     let compared = size_both(verify.compared_bytes);
     match verify.state {
@@ -124,7 +124,7 @@ mod tests {
     #[test]
     fn differences_are_listed_and_end_as_damage() {
         let same = done(vec![]);
-        assert!(report_text(&same).starts_with("disk vm1: identical at the receiver at lsn:40"));
+        assert!(report_text(&same).starts_with("disk vm1: identical at the receiver up to lsn:40"));
         assert_eq!(ending(same).unwrap(), Ending::Done);
         let span = ByteSpan { offset: ByteOffset(65536), length: ByteCount(65536) };
         let differs = done(vec![span; 21]);
