@@ -68,8 +68,11 @@ pub struct DiskStatus {
     pub dirty: Dirty,
     /// What is retained until it is durable at the receiver.
     pub window: Window,
-    /// The pass that is running, or the one the disk waits to run.
+    /// The pass that is running.
     pub resync: Option<ResyncStatus>,
+    /// Whether a pass over the whole disk is to begin: a forced one, or the first protection. Its
+    /// blocks are being found, or it waits for the receiver.
+    pub resync_due: bool,
     /// When the guest is acknowledged.
     pub ack: AckPolicy,
     /// What that means while the receiver is away.

@@ -52,6 +52,7 @@ fn vm1() -> DiskStatus {
         dirty: Dirty::default(),
         window: Window { bytes: ByteCount(8192), limit: ByteCount(64 << 20) },
         resync: None,
+        resync_due: false,
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,
         limits: Limits::default(),

@@ -99,6 +99,7 @@ pub(crate) fn disk_status(
         dirty: dirty(status.dirty),
         window: Window { bytes: status.window, limit: record.limits.window_bytes },
         resync: status.pass.as_ref().map(|pass| resync(pass, status.counters.passes, rate)),
+        resync_due: status.scanning,
         ack: record.ack,
         on_outage: record.on_outage,
         limits: record.limits,

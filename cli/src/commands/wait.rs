@@ -38,7 +38,7 @@ pub(crate) struct Wait {
 /// What can be waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum State {
-    /// In sync mode, and connected
+    /// In sync mode, connected, and no forced resync due
     Sync,
     /// Everything the guest has written so far is durable at the receiver, as a point
     Durable,
@@ -52,7 +52,7 @@ enum State {
 
 /// Whether a disk is in sync and its receiver is there.
 pub(crate) fn in_sync(disk: &DiskStatus) -> bool {
-    disk.mode == Mode::Sync && disk.connected
+    disk.mode == Mode::Sync && disk.connected && !disk.resync_due
 }
 
 impl Wait {

@@ -29,6 +29,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         dirty: Dirty::default(),
         window: Window { bytes: ByteCount(0), limit: ByteCount(64 << 20) },
         resync: None,
+        resync_due: false,
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,
         limits: Limits::default(),
