@@ -13,6 +13,7 @@ use crate::{
     event::{Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, RequestId},
     filter::{Filter, Link, Mode},
     mutant::Mutant,
+    operate::VerifyRun,
     pass::{NewWrites, Phase},
 };
 
@@ -29,8 +30,8 @@ pub(crate) enum Ongoing {
     Abandoned,
     /// A read of the drain, of this run.
     Drain(BlockRange),
-    /// A read of the verify, of this run.
-    Verify(BlockRange),
+    /// A read of a verify.
+    Verify(VerifyRun),
 }
 
 #[derive(Clone, Debug)]
@@ -59,8 +60,8 @@ pub(crate) enum Queued {
     Change(RequestId, Change, Duration),
     /// The drain's run.
     Drain(BlockRange),
-    /// The verify's run.
-    Verify(BlockRange),
+    /// A verify's run.
+    Verify(VerifyRun),
 }
 
 /// A change that holds its range and waits for old content to be copied.
@@ -393,7 +394,7 @@ impl Filter {
             match self.queued.remove(&ticket).expect("who waits is queued") {
                 Queued::Change(request, change, submitted) => self.begin_change(request, change, submitted),
                 Queued::Drain(run) => self.queued_drain_admitted(run),
-                Queued::Verify(run) => self.read_for_verify(run),
+                Queued::Verify(run) => self.queued_verify_admitted(run),
             }
         }
     }

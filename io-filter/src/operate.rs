@@ -4,13 +4,12 @@ use std::collections::BTreeMap;
 
 use backtide_protocol::{Compare, CompareItem, CompareResult, Message, message::LABEL_BYTES_MAX};
 use backtide_tracking::SavedTracking;
-use backtide_units::{BlockIndex, BlockRange, ByteCount, ByteRange, Lsn, Reason};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn, Reason};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     capture::{Ongoing, Queued},
     compare::chunk_items,
-    drain::RUN_BLOCKS_MAX,
     event::{Effect, IoFailure, LocalData, LocalOp, Now},
     filter::{Filter, Link, Mode},
     freeze::PassPlan,
@@ -86,9 +85,17 @@ pub struct VerifyReport {
     pub differing: Vec<ByteRange>,
 }
 
+/// A run that a verify reads or waits to read; of an interrupted one, it is let go.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VerifyRun {
+    job: u64,
+    blocks: BlockRange,
+}
+
 /// A verify under way, or its result.
 #[derive(Clone, Debug)]
 pub(crate) struct VerifyJob {
+    number: u64,
     report: VerifyReport,
     cursor: BlockIndex,
     /// Reads and turns at the guard under way.
@@ -97,7 +104,15 @@ pub(crate) struct VerifyJob {
     result: Option<Result<(), VerifyError>>,
 }
 
-const VERIFY_RUNS_MAX: usize = 4;
+/// The longest run a verify reads: changes of it wait as long as that takes, and as long as the
+/// run waits for its turn.
+const VERIFY_RUN_BLOCKS_MAX: BlockCount = BlockCount(16);
+
+/// Verify reads under way at once, those that wait for their turn included.
+const VERIFY_READS_MAX: usize = 4;
+
+/// Questions of a verify under way at once.
+const VERIFY_PENDING_MAX: usize = 64;
 
 impl Filter {
     /// Stops sending; changes are tracked.
@@ -244,8 +259,14 @@ impl Filter {
         let lsn = self.window.log_end();
         let report =
             VerifyReport { total: self.settings.size, from: lsn, to: lsn, ..VerifyReport::default() };
-        let cursor = BlockIndex(0);
-        self.verify = Some(VerifyJob { report, cursor, busy: 0, pending: BTreeMap::new(), result: None });
+        self.verify = Some(VerifyJob {
+            number: self.take_compare_id(),
+            report,
+            cursor: BlockIndex(0),
+            busy: 0,
+            pending: BTreeMap::new(),
+            result: None,
+        });
         self.pump();
         Ok(())
     }
@@ -272,14 +293,17 @@ impl Filter {
                 job.result = Some(Ok(()));
                 return;
             }
-            if job.cursor >= end || job.busy + job.pending.len() >= VERIFY_RUNS_MAX {
+            let busy = job.busy >= VERIFY_READS_MAX || job.pending.len() >= VERIFY_PENDING_MAX;
+            if job.cursor >= end || busy {
                 return;
             }
-            let run = BlockRange::between(job.cursor, end.min(BlockIndex(job.cursor.0 + RUN_BLOCKS_MAX.0)));
-            job.cursor = run.end();
+            let limit = BlockIndex(job.cursor.0 + VERIFY_RUN_BLOCKS_MAX.0);
+            let blocks = BlockRange::between(job.cursor, end.min(limit));
+            job.cursor = blocks.end();
             job.busy += 1;
+            let run = VerifyRun { job: job.number, blocks };
             let ticket = self.take_ticket();
-            if self.guard.acquire(ticket, run) {
+            if self.guard.acquire(ticket, blocks) {
                 self.read_for_verify(run);
             } else {
                 self.queued.insert(ticket, Queued::Verify(run));
@@ -287,20 +311,29 @@ impl Filter {
         }
     }
 
-    pub(crate) fn read_for_verify(&mut self, run: BlockRange) {
+    /// The run's turn has come; its verify may have been interrupted meanwhile.
+    pub(crate) fn queued_verify_admitted(&mut self, run: VerifyRun) {
+        if self.verify_of(run).is_some() { self.read_for_verify(run) } else { self.release(run.blocks) }
+    }
+
+    fn read_for_verify(&mut self, run: VerifyRun) {
         let io = self.take_io_id();
         self.ongoing.insert(io, Ongoing::Verify(run));
-        self.effects.push_back(Effect::Local(io, LocalOp::Read(run.bytes(self.settings.size))));
+        let read = LocalOp::Read(run.blocks.bytes(self.settings.size));
+        self.effects.push_back(Effect::Local(io, read));
+    }
+
+    fn verify_of(&mut self, run: VerifyRun) -> Option<&mut VerifyJob> {
+        self.verify.as_mut().filter(|job| job.number == run.job && job.result.is_none())
     }
 
     /// The run's content and the log's end belong together: the guard kept changes out.
-    pub(crate) fn verify_read_done(&mut self, run: BlockRange, result: Result<LocalData, IoFailure>) {
-        let range = run.bytes(self.settings.size);
+    pub(crate) fn verify_read_done(&mut self, run: VerifyRun, result: Result<LocalData, IoFailure>) {
+        let range = run.blocks.bytes(self.settings.size);
         let at = self.window.log_end();
         let id = self.take_compare_id();
-        let Some(job) = &mut self.verify else { unreachable!("a verify that reads is kept") };
-        job.busy = job.busy.saturating_sub(1);
-        if job.result.is_none() {
+        if let Some(job) = self.verify_of(run) {
+            job.busy -= 1;
             match result {
                 Ok(LocalData::Read(bytes)) => {
                     let items: Vec<CompareItem> =
@@ -315,7 +348,7 @@ impl Filter {
                 }
             }
         }
-        self.release(run);
+        self.release(run.blocks);
     }
 
     pub(crate) fn verify_compared(&mut self, result: CompareResult) {
