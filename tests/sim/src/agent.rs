@@ -48,6 +48,8 @@ pub struct Agent {
     pub(crate) holding: bool,
     /// A verify was started and its end not yet seen.
     pub(crate) verifying: bool,
+    /// Until then a verify that ended may still have runs in the queue of the guard.
+    pub(crate) verify_shadow: u64,
     /// Answers of the last call were given with less than the policy promises.
     pub(crate) degraded: bool,
 }
@@ -68,11 +70,14 @@ pub struct InFlight {
 const RESERVE: u64 = 1000;
 
 impl Agent {
-    /// Whether a local read is under way in these blocks, or a verify may wait to read them.
+    /// Whether a verify may wait to read something.
+    pub(crate) fn may_verify(&self, now: u64) -> bool {
+        let running = self.filter.verify_state().is_some_and(|(_, result)| result.is_none());
+        running || self.verifying || now < self.verify_shadow
+    }
+
+    /// Whether a local read is under way in these blocks.
     pub(crate) fn occupies(&self, blocks: BlockRange) -> bool {
-        if self.filter.verify_state().is_some_and(|(_, result)| result.is_none()) {
-            return true;
-        }
         self.inflight.values().any(|inflight| match &inflight.op {
             LocalOp::Read(range) => BlockRange::touched_by(*range).overlaps(blocks),
             LocalOp::Change(_) => false,
@@ -127,6 +132,7 @@ impl World {
             detaching: false,
             holding: false,
             verifying: false,
+            verify_shadow: 0,
             degraded: false,
         });
         self.persisted.machine_waits = false;

@@ -23,6 +23,9 @@ use crate::{guest::Request, world::World};
 /// Virtual time for the healed world to be in sync, and then to drain.
 const PATIENCE_US: u64 = 120_000_000;
 
+/// Virtual time after which everybody has noticed what broke before.
+const NOTICE_US: u64 = 2_000_000;
+
 impl World {
     pub(crate) fn check_now(&mut self) {
         self.check_promises();
@@ -73,7 +76,10 @@ impl World {
     /// Nothing goes wrong any more; see whether all ends well.
     pub(crate) fn end_well(&mut self) {
         self.calm_down();
-        self.run_until("sync under load", |world| world.mode() == Some(Mode::Sync) && world.is_connected());
+        let healed = self.now + NOTICE_US;
+        self.run_until("sync under load", |world| {
+            world.now > healed && world.mode() == Some(Mode::Sync) && world.is_connected()
+        });
         self.guest.quiet = true;
         self.run_until("everything is durable", |world| {
             let agent = world.agent.as_ref();
@@ -114,6 +120,11 @@ impl World {
         self.agent.as_ref().is_some_and(|agent| agent.filter.status().connected)
     }
 
+    fn is_verifying(&self) -> bool {
+        let state = self.agent.as_ref().and_then(|agent| agent.filter.verify_state());
+        state.is_some_and(|(_, result)| result.is_none())
+    }
+
     /// Disk, model and receiver hold the same.
     fn check_equal(&mut self) {
         let snapshot = self.snapshot().expect("the receiver is there");
@@ -130,11 +141,9 @@ impl World {
 
     /// A verify finds exactly what was planted.
     fn verify_finds(&mut self, planted: Option<usize>) {
+        self.run_until("an older verify ends", |world| !world.is_verifying());
         self.call(|filter, now| filter.start_verify(now)).expect("a disk in sync can be verified");
-        self.run_until("the verify ends", |world| {
-            let agent = world.agent.as_ref().expect("it is alive");
-            agent.filter.verify_state().is_some_and(|(_, result)| result.is_some())
-        });
+        self.run_until("the verify ends", |world| !world.is_verifying());
         let agent = self.agent.as_ref().expect("it is alive");
         let (report, result) = agent.filter.verify_state().expect("it has run");
         assert_eq!(result, Some(&Ok(())));

@@ -89,6 +89,7 @@ impl World {
         }
         let Some((report, Some(result))) = agent.filter.verify_state() else { return };
         agent.verifying = false;
+        agent.verify_shadow = self.now + self.plan.local_us * (self.plan.depth + 2);
         if result.is_ok() {
             assert!(report.differing.is_empty(), "a false alarm: {report:?}");
             assert_eq!(report.compared, report.total, "the verify left something out");

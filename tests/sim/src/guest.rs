@@ -93,7 +93,7 @@ impl World {
         let others = self.guest.requests.values().filter(|request| request.done.is_none());
         let mut wanted = others.filter_map(|request| request.change.range()).map(BlockRange::touched_by);
         let agent = self.agent.as_ref().expect("a request needs an agent");
-        wanted.any(|other| other.overlaps(blocks)) || agent.occupies(blocks)
+        wanted.any(|other| other.overlaps(blocks)) || agent.occupies(blocks) || agent.may_verify(self.now)
     }
 
     fn draw_change(&mut self) -> Change {

@@ -90,10 +90,11 @@ impl Model {
     pub fn image_at(&mut self, lsn: Lsn) -> Image {
         let end = self.changes.partition_point(|change| change.lsn <= lsn);
         let nearest = self.checkpoints.partition_point(|(index, _)| *index <= end) - 1;
-        let mut at = self.checkpoints[nearest].0;
+        let first = self.checkpoints[nearest].0;
+        let mut at = first;
         let mut image = self.checkpoints[nearest].1.clone();
         let mut made = nearest;
-        for index in at..end {
+        for index in first..end {
             if index - at >= CHECKPOINT_EVERY {
                 at = index;
                 made += 1;

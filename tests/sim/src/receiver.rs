@@ -129,7 +129,7 @@ impl World {
         self.receiver.syncing = None;
         self.receiver.compares.clear();
         if power {
-            let seed = self.random.next();
+            let seed = self.random.number();
             self.receiver.storage.crash(seed);
         } else {
             self.receiver.storage.kill_handles();
