@@ -14,7 +14,7 @@ use crate::{
     filter::{Filter, Link, Mode},
     mutant::Mutant,
     operate::VerifyRun,
-    pass::{NewWrites, Phase},
+    pass::{NewWrites, Pass, Phase},
 };
 
 /// A local I/O under way.
@@ -218,18 +218,9 @@ impl Filter {
     /// The guest comes first: a change that has waited its time goes ahead, and the pass loses its T.
     pub(crate) fn give_up_overdue_copies(&mut self) {
         let now = self.now.monotonic;
-        let overdue: Vec<IoId> = self
-            .ongoing
-            .iter()
-            .filter(|(_, ongoing)| matches!(ongoing, Ongoing::Copy(copy) if copy.change.deadline <= now))
-            .map(|(io, _)| *io)
-            .collect();
-        for io in overdue {
-            let Some(Ongoing::Copy(copy)) = self.ongoing.insert(io, Ongoing::Abandoned) else {
-                unreachable!("found just now")
-            };
-            self.uncount_copy(copy.hull, copy.counted_by);
-            self.forfeit_and_start(copy.change);
+        let overdue = self.abandon_copies(|copy| copy.change.deadline <= now);
+        for change in overdue {
+            self.forfeit_and_start(change);
         }
         if self.waiting_for_buffer.iter().any(|wait| wait.deadline <= now) {
             self.forfeit();
@@ -237,8 +228,31 @@ impl Filter {
         self.retry_copies();
     }
 
+    /// Nobody waits for these copies any more; their changes have to be started.
+    fn abandon_copies(&mut self, which: impl Fn(&CopyOngoing) -> bool) -> Vec<CopyWait> {
+        let mut abandoned = Vec::new();
+        for ongoing in self.ongoing.values_mut() {
+            if matches!(ongoing, Ongoing::Copy(copy) if which(copy))
+                && let Ongoing::Copy(copy) = std::mem::replace(ongoing, Ongoing::Abandoned)
+            {
+                abandoned.push(copy);
+            }
+        }
+        for copy in &abandoned {
+            self.uncount_copy(copy.hull, copy.counted_by);
+        }
+        abandoned.into_iter().map(|copy| copy.change).collect()
+    }
+
     /// Room in the buffer, or a pass that needs no copies any more.
     pub(crate) fn retry_copies(&mut self) {
+        let needs = |pass: &Pass| pass.phase == Phase::Draining && !pass.forfeited;
+        if !self.pass.as_ref().is_some_and(needs) {
+            let pointless = self.abandon_copies(|_| true);
+            for change in pointless {
+                self.start_change(change);
+            }
+        }
         while let Some(wait) = self.waiting_for_buffer.front() {
             let needed = self.copy_needed(wait.blocks);
             if needed.is_some_and(|hull| !self.buffer_has_room(hull)) {
