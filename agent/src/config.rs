@@ -46,6 +46,6 @@ impl Places {
 
     /// The socket of the server that opens a disk's qcow2 file.
     pub fn qcow2_socket(&self, disk: &backtide_units::DiskName) -> PathBuf {
-        self.run.join(format!("{disk}.qcow2"))
+        self.run.join(format!("{disk}.qemu-nbd"))
     }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     io::{self, Read},
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -32,6 +33,9 @@ pub(crate) enum Qcow2Error {
     /// `qemu-nbd` is missing.
     #[error("a qcow2 image needs qemu-nbd (Debian package qemu-utils): {0}")]
     Start(io::Error),
+    /// The one of an agent that was killed still has the file, or its socket is not a socket.
+    #[error("cannot end the qemu-nbd of an earlier agent: {0}")]
+    Predecessor(io::Error),
     /// It ended at once.
     #[error("qemu-nbd cannot open {}: {message}", image.display())]
     Refused {
@@ -51,13 +55,14 @@ pub(crate) fn is_qcow2(path: &Path) -> bool {
 impl Qcow2Server {
     /// Opens `image` on a socket of its own.
     pub(crate) async fn start(image: &Path, disk: &DiskName, socket: PathBuf) -> Result<Self, Qcow2Error> {
-        // A socket of a child that was killed with its agent.
-        let _ = std::fs::remove_file(&socket);
+        end_predecessor(&socket).await.map_err(Qcow2Error::Predecessor)?;
         let mut child = Command::new("qemu-nbd")
             .args(["--format=qcow2", "--persistent", "--shared=0", "--cache=writeback", "--discard=unmap"])
             .arg(format!("--export-name={disk}"))
             .arg("--socket")
             .arg(&socket)
+            .arg("--pid-file")
+            .arg(pid_file(&socket))
             .arg(image)
             .stdin(std::process::Stdio::null())
             .stderr(std::process::Stdio::piped())
@@ -93,5 +98,44 @@ impl Qcow2Server {
             tracing::warn!(%error, "qemu-nbd");
         }
         let _ = std::fs::remove_file(&self.socket);
+        let _ = std::fs::remove_file(pid_file(&self.socket));
     }
+}
+
+fn pid_file(socket: &Path) -> PathBuf {
+    let mut name = socket.as_os_str().to_owned();
+    name.push(".pid");
+    name.into()
+}
+
+/// Ends the server that an agent left behind when it was killed, which still has the image locked,
+/// and removes its socket. Nothing of anybody else is touched.
+async fn end_predecessor(socket: &Path) -> io::Result<()> {
+    let file = pid_file(socket);
+    if let Ok(text) = std::fs::read_to_string(&file)
+        && let Ok(id) = text.trim().parse::<u32>()
+    {
+        let mut asked = false;
+        while serves(id, socket) {
+            if !asked {
+                Command::new("kill").arg(id.to_string()).status().await?;
+                asked = true;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    match std::fs::symlink_metadata(socket) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(socket),
+        Ok(_) => Err(io::Error::other(format!("{} is not a socket", socket.display()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the process is a `qemu-nbd` on this socket: ids are used again.
+fn serves(id: u32, socket: &Path) -> bool {
+    let Ok(line) = std::fs::read(format!("/proc/{id}/cmdline")) else { return false };
+    let mut words = line.split(|&byte| byte == 0);
+    words.next().is_some_and(|program| program.ends_with(b"qemu-nbd"))
+        && words.any(|word| word == socket.as_os_str().as_encoded_bytes())
 }
