@@ -35,6 +35,8 @@ pub(crate) struct Engine {
     armed: Cell<Option<Duration>>,
     /// Whether the connection is wanted has changed.
     pub(crate) wanted: Notify,
+    /// A receiver has answered: the record of the disk may have to name another history.
+    pub(crate) acquainted: Notify,
     pub(crate) traffic: Traffic,
     /// When everything was at the receiver last.
     caught_up: Cell<Instant>,
@@ -96,6 +98,7 @@ impl Engine {
             deadline: Notify::new(),
             armed: Cell::new(None),
             wanted: Notify::new(),
+            acquainted: Notify::new(),
             traffic: Traffic::default(),
             caught_up: Cell::new(started),
         })

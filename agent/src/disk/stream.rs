@@ -189,6 +189,7 @@ impl Stream {
         // A kick of before is about another connection.
         let _ = self.engine.take_kick();
         self.engine.happen(|filter, now| filter.connected(now, &welcome));
+        self.engine.acquainted.notify_one();
         let disk = self.engine.name();
         tracing::info!(%disk, receiver = %self.receiver, history = %welcome.history, durable = %welcome.durable, "connected");
         self.last_error.replace(None);

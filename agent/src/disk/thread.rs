@@ -189,6 +189,8 @@ impl Disk {
                     }
                 },
                 _ = housekeeping.tick() => self.keep_house().await,
+                // At once: an agent that dies now must know its history when it comes back.
+                () = self.engine.acquainted.notified() => self.keep_house().await,
             }
         }
     }
