@@ -225,6 +225,7 @@ fn open_error(error: &OpenError) -> ApiError {
         OpenError::Image(ImageError::Kind { .. }) => {
             (ErrorCode::Usage, "name a raw image, a block device, a qcow2 file or an NBD URI")
         }
+        OpenError::Uri(_) => (ErrorCode::Usage, "name an absolute path or an NBD URI"),
         OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
         OpenError::Nbd { .. } => (ErrorCode::Unreachable, "start the NBD server first"),
         OpenError::Image(ImageError::Io { .. }) | OpenError::Record { .. } => return failed(error),

@@ -4,7 +4,7 @@
 use std::{io, path::Path};
 
 use backtide_agent_api::{AckPolicy, OnOutage};
-use backtide_export::{ClientError, NbdUri};
+use backtide_export::{ClientError, NbdUri, ParseUriError};
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{ImageError, ImageFile};
 use backtide_tracking::SavedTracking;
@@ -33,6 +33,9 @@ pub(crate) enum OpenError {
     /// The image is missing, locked or no disk.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Neither an absolute path nor the URI of an NBD export.
+    #[error(transparent)]
+    Uri(#[from] ParseUriError),
     /// The NBD server behind cannot be used.
     #[error("cannot use {uri} as the disk behind: {source}")]
     Nbd { uri: NbdUri, source: ClientError },
@@ -69,9 +72,11 @@ fn record_error(record: &DiskRecord, source: io::Error) -> OpenError {
 }
 
 async fn open_behind(behind: &str) -> Result<Behind, OpenError> {
-    let Ok(uri) = behind.parse::<NbdUri>() else {
+    // A path given to the agent is absolute, so it cannot look like a URI.
+    if Path::new(behind).is_absolute() {
         return Ok(Behind::Image(ImageFile::open(Path::new(behind))?));
-    };
+    }
+    let uri: NbdUri = behind.parse()?;
     let client = backtide_export::Client::connect(&uri).await;
     let size = client.map_err(|source| OpenError::Nbd { uri: uri.clone(), source })?.size();
     if size.is_zero() || !size.0.is_multiple_of(512) {
