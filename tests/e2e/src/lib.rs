@@ -1,0 +1,34 @@
+//! The stage of the whole-system tests: real processes of `backtide` in a directory of their own,
+//! and clients nobody here wrote to judge them.
+//!
+//! [`Bench`] is a directory with daemons in it, [`Disk`] an attached disk, [`Load`] a guest that
+//! writes until it is told to stop and remembers in which order it was acknowledged, [`Model`] what
+//! the disk must hold after each of those writes, [`tools`] the judges. Every process that is
+//! started ends with its owner, also when a test panics or is killed.
+//!
+//! Nothing here waits for a time to pass: waits are for a state, and last until it is there.
+
+mod bench;
+mod daemon;
+mod disk;
+mod load;
+mod model;
+pub mod tools;
+
+pub use bench::{Bench, Said};
+pub use daemon::Daemon;
+pub use disk::Disk;
+pub use load::{Guest, Load, Written};
+pub use model::{Model, Write, fill};
+
+/// Says why a test does nothing on this machine, where the test's output shows it.
+pub fn skip(why: &str) {
+    println!("SKIPPED: {why}");
+}
+
+/// Whether this process is root's, who alone may mount.
+pub fn is_root() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").expect("read /proc/self/status");
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).expect("a process has a user");
+    uids.split_whitespace().nth(1) == Some("0")
+}

@@ -1,0 +1,105 @@
+//! Disks that are not raw files: qcow2, and whatever an NBD server serves.
+
+use backtide_e2e::{Bench, tools};
+
+const SIZE: u64 = 64 << 20;
+
+#[test]
+fn a_qcow2_image_is_protected_through_its_own_server() {
+    let bench = Bench::new();
+    let (_receiver, agent) = (bench.receiver(), bench.agent());
+    let image = bench.name("vm1.qcow2");
+    tools::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, &SIZE.to_string()]);
+    tools::run("qemu-io", &["-f", "qcow2", &image, "-c", "write -P 0x11 0 8M"]);
+    let disk = bench.attach("vm1", "vm1.qcow2", &[]);
+    disk.wait("sync");
+    assert_eq!(disk.status()["size"], SIZE);
+    let mut load = disk.load(1);
+    load.goes_on(100);
+    load.stop();
+    // The qemu-nbd of a killed agent is ended by the next, or it would keep the image locked.
+    agent.kill();
+    let agent = bench.agent();
+    disk.wait("sync");
+    disk.qemu_io(&["write -P 0x22 20M 4M", "discard 1M 1M", "flush"]);
+    disk.settle();
+    let restored = disk.restore("latest");
+    assert_eq!(agent.stop(), 0);
+    // Its qemu-nbd ended with it, or the image would still be locked.
+    let restored = restored.to_str().unwrap();
+    let (same, said) = tools::try_run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", &image, restored]);
+    assert!(same, "{said}");
+    tools::run("qemu-img", &["check", &image]);
+}
+
+#[test]
+fn a_disk_behind_nbd_is_protected_and_survives_a_crash_of_the_agent() {
+    let bench = Bench::new();
+    let (_receiver, agent) = (bench.receiver(), bench.agent());
+    bench.image("behind.img", SIZE);
+    let (image, socket) = (bench.name("behind.img"), bench.name("behind.sock"));
+    let _server = tools::Beside::start("qemu-nbd", &["-f", "raw", "-t", "-e", "8", "-k", &socket, &image]);
+    tools::wait_for_socket(socket.as_ref());
+    let disk = bench.attach("vm1", &format!("nbd+unix:///?socket={socket}"), &[]);
+    disk.wait("sync");
+    assert_eq!(disk.status()["engine"], "nbd");
+    let mut load = disk.load(1);
+    load.goes_on(200);
+    agent.kill();
+    load.broken();
+    let _agent = bench.agent();
+    let mut load = disk.load(2);
+    load.goes_on(100);
+    load.stop();
+    disk.qemu_io(&["write -z 1M 1M", "discard 4M 2M", "flush"]);
+    disk.settle();
+    tools::assert_same(&image, disk.restore("latest").to_str().unwrap());
+}
+
+#[test]
+fn nbdkit_in_memory_is_a_disk_too() {
+    let bench = Bench::new();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let socket = bench.name("memory.sock");
+    let _server = tools::Beside::start("nbdkit", &["-f", "-U", &socket, "memory", "64M"]);
+    tools::wait_for_socket(socket.as_ref());
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let disk = bench.attach("vm1", &uri, &[]);
+    disk.wait("sync");
+    tools::Beside::spawn(tools::fio_verified(&disk.uri(), 16 << 20, 0)).succeed();
+    disk.settle();
+    tools::assert_same(&uri, disk.restore("latest").to_str().unwrap());
+}
+
+#[test]
+fn a_disk_behind_that_fails_is_an_error_of_the_guest_and_nothing_else() {
+    let bench = Bench::new();
+    let (_receiver, mut agent) = (bench.receiver(), bench.agent());
+    agent.may_complain("error");
+    let (socket, trigger) = (bench.name("faulty.sock"), bench.name("fail-now"));
+    let arguments = [
+        "-f",
+        "-U",
+        &socket,
+        "--filter=error",
+        "memory",
+        "64M",
+        "error=EIO",
+        "error-pwrite-rate=100%",
+        &format!("error-file={trigger}"),
+    ];
+    let _server = tools::Beside::start("nbdkit", &arguments);
+    tools::wait_for_socket(socket.as_ref());
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let disk = bench.attach("vm1", &uri, &[]);
+    disk.wait("sync");
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    std::fs::write(&trigger, "").unwrap();
+    let (_, said) = tools::try_run("qemu-io", &["-f", "raw", &disk.uri(), "-c", "write -P 0x22 512k 1M"]);
+    assert!(said.contains("Input/output error"), "the guest has the error of its disk: {said}");
+    std::fs::remove_file(&trigger).unwrap();
+    disk.qemu_io(&["write -P 0x33 8M 1M"]);
+    disk.settle();
+    tools::assert_same(&uri, disk.restore("latest").to_str().unwrap());
+    assert!(disk.status()["counters"]["errors"].as_u64() >= Some(1), "{}", disk.status());
+}

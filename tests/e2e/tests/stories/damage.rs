@@ -1,0 +1,129 @@
+//! Damage in the store is an error that names the place, never data.
+
+use std::{
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use backtide_e2e::{Bench, tools};
+
+const SIZE: u64 = 32 << 20;
+
+fn segments(store: &Path) -> Vec<PathBuf> {
+    let listed = tools::run("find", &[store.to_str().unwrap(), "-name", "*.seg"]);
+    let mut found: Vec<PathBuf> = listed.lines().map(PathBuf::from).collect();
+    found.sort();
+    found
+}
+
+/// Flips one bit in the middle of the data that `pattern` marks.
+fn flip(path: &Path, pattern: u8) -> u64 {
+    let bytes = std::fs::read(path).unwrap();
+    let run = [pattern; 4096];
+    let at =
+        bytes.windows(run.len()).position(|window| window == run).expect("the data are in the log") + 2000;
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&[bytes[at] ^ 1], at as u64).unwrap();
+    at as u64
+}
+
+#[test]
+fn a_flipped_bit_in_a_sealed_segment_is_named_and_other_points_are_served() {
+    let bench = Bench::new();
+    let receiver = bench.receiver_with("[limits]\nsegment_bytes = 1048576\n");
+    let _agent = bench.agent();
+    bench.image("vm1.img", SIZE);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.qemu_io(&["write -P 0x11 0 64k"]);
+    disk.settle();
+    let good = disk.last();
+    std::fs::copy(&disk.image, bench.path("good.img")).unwrap();
+    disk.qemu_io(&["write -P 0x5c 1M 64k"]);
+    disk.settle();
+    let bad = disk.last();
+    disk.qemu_io(&["write -P 0x33 4M 4M", "write -P 0x44 1M 64k"]);
+    disk.settle();
+    let holder = segments(&bench.path("store")).into_iter().find(|path| {
+        let bytes = std::fs::read(path).unwrap();
+        bytes.windows(4096).any(|window| window == [0x5c; 4096])
+    });
+    let holder = holder.expect("a segment holds the data");
+    flip(&holder, 0x5c);
+    // A receiver that has nothing of it in memory.
+    receiver.kill();
+    let mut receiver = bench.receiver_with("[limits]\nsegment_bytes = 1048576\n");
+    receiver.may_complain("damage");
+    receiver.may_complain("checksum");
+    disk.settle();
+
+    let said = disk.restore_fails(&format!("lsn:{bad}"));
+    assert_eq!(said.code, 8, "{said:?}");
+    let sentence = said.sentence();
+    let name = holder.file_name().unwrap().to_str().unwrap();
+    assert!(sentence.contains(name), "the file is named: {sentence}");
+    tools::assert_same_images(&bench.path("good.img"), &disk.restore(&format!("lsn:{good}")));
+    disk.latest_is_the_image();
+}
+
+#[test]
+fn a_torn_tail_is_cut_and_the_disk_comes_into_sync_again() {
+    let bench = Bench::new();
+    let (receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    let before = disk.last();
+    let mut load = disk.load(1);
+    load.goes_on(100);
+    disk.settle();
+    receiver.kill();
+    // What a power cut may leave behind the last durable record.
+    let open = segments(&bench.path("store")).pop().unwrap();
+    let mut file = std::fs::OpenOptions::new().append(true).open(open).unwrap();
+    std::io::Write::write_all(&mut file, &[0xa5; 10_000]).unwrap();
+    let _receiver = bench.receiver();
+    disk.wait("sync");
+    load.goes_on(50);
+    let model = load.stop().model();
+    disk.latest_is_the_image();
+    assert_eq!(disk.holes(), Vec::<serde_json::Value>::new());
+    disk.point_is_the_model(before, 90, &model);
+}
+
+#[test]
+fn a_lost_store_is_an_alarm_and_everything_is_sent_again() {
+    let bench = Bench::new();
+    let (receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    agent.may_complain("has lost the history");
+    disk.qemu_io(&["write -P 0x11 0 8M"]);
+    disk.settle();
+    let history = disk.status()["history"].clone();
+    receiver.kill();
+    std::fs::rename(bench.path("store"), bench.path("lost")).unwrap();
+    let _receiver = bench.receiver();
+    disk.wait("sync");
+    assert_ne!(disk.status()["history"], history, "another store has another history");
+    assert!(agent.log().contains("has lost the history of disk vm1"), "it is an alarm");
+    disk.latest_is_the_image();
+}
+
+#[test]
+fn a_rolled_back_store_is_noticed_and_compared() {
+    let bench = Bench::new();
+    let (receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    agent.may_complain("was its store rolled back?");
+    disk.qemu_io(&["write -P 0x11 0 4M"]);
+    disk.settle();
+    assert_eq!(receiver.stop(), 0);
+    tools::run("cp", &["-a", &bench.name("store"), &bench.name("old")]);
+    let receiver = bench.receiver();
+    disk.qemu_io(&["write -P 0x22 2M 4M"]);
+    disk.settle();
+    assert_eq!(receiver.stop(), 0);
+    tools::run("rm", &["-r", &bench.name("store")]);
+    std::fs::rename(bench.path("old"), bench.path("store")).unwrap();
+    let _receiver = bench.receiver();
+    disk.wait("sync");
+    disk.latest_is_the_image();
+    assert!(agent.log().contains("was its store rolled back?"), "it is an alarm");
+    let holes = disk.holes();
+    assert!(holes.iter().any(|hole| hole["reason_code"] == "receiver-rolled-back"), "{}", disk.points());
+}

@@ -1,0 +1,15 @@
+//! What Backtide promises, told as stories with real processes and judged by clients nobody here
+//! wrote.
+
+mod acknowledgement;
+mod agent_outages;
+mod bad_input;
+mod behind;
+mod damage;
+mod filesystem;
+mod going_back;
+mod one_command;
+mod operating;
+mod protection;
+mod receiver_outages;
+mod verify;
