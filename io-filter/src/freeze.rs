@@ -135,6 +135,8 @@ impl Filter {
         self.counters.passes += 1;
         self.interrupt_verify();
         self.enter(Mode::Resync, Some(reason));
+        // Answers that wait for the receiver would wait for the whole pass now.
+        self.release_answers_after_outage();
     }
 
     /// Forwarding closes the hole at T, but asks of the link what the guest writes. After an
