@@ -138,7 +138,7 @@ impl World {
         self.persisted.machine_waits = false;
         self.carry_out();
         self.send_requests_again();
-        self.within(50_000, Event::Connect(self.lives));
+        self.within(self.plan.outage_us.min(50_000), Event::Connect(self.lives));
     }
 
     fn resume_from(&mut self) -> Resume {
@@ -361,7 +361,7 @@ impl World {
         if let Some(connection) = agent.connection {
             self.agent_gone(connection);
         }
-        let downtime = self.plan.chaos_us;
+        let downtime = self.plan.outage_us;
         self.within(downtime, Event::AgentStart);
     }
 
@@ -369,6 +369,7 @@ impl World {
         let counters = filter.status().counters;
         self.stats.overflows += counters.overflows;
         self.stats.forfeited += counters.forfeited;
+        self.stats.completed += counters.passes_completed;
         self.stats.copies += counters.copies_before_write;
     }
 }

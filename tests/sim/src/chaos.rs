@@ -28,7 +28,7 @@ impl World {
             12..=13 => self.agent_dies(),
             14 => {
                 self.lose_host_power();
-                self.within(pause, Event::AgentStart);
+                self.within(self.plan.outage_us, Event::AgentStart);
             }
             15..=16 => self.ask_to_detach(),
             17..=18 => self.pause(),
@@ -49,20 +49,20 @@ impl World {
     fn cut_link(&mut self) {
         self.link.up = false;
         self.cut_connections();
-        let pause = self.plan.chaos_us * 2;
+        let pause = self.plan.outage_us;
         self.within(pause, Event::LinkHeal);
     }
 
     fn receiver_dies(&mut self) {
         let power = self.random.one_in(2);
         self.stop_receiver(power);
-        let pause = self.plan.chaos_us;
+        let pause = self.plan.outage_us;
         self.within(pause, Event::ReceiverStart);
     }
 
     fn agent_dies(&mut self) {
         self.kill_agent();
-        self.within(500_000, Event::AgentStart);
+        self.within(self.plan.outage_us, Event::AgentStart);
     }
 
     fn ask_to_detach(&mut self) {
@@ -79,7 +79,7 @@ impl World {
             self.agent_gone(connection);
         }
         self.call(|filter, now| filter.pause(now));
-        let pause = self.plan.chaos_us;
+        let pause = self.plan.outage_us;
         self.within(pause, Event::Resume);
     }
 
@@ -101,6 +101,7 @@ impl World {
             let label = format!("m{}", self.random.below(20));
             let marked = self.call(|filter, now| filter.mark(now, &label));
             let mode = self.agent.as_ref().map(|agent| agent.filter.mode());
+            self.guest.marks.extend(marked.iter().map(|lsn| (label.clone(), *lsn)));
             assert!(marked.is_ok() || mode != Some(Mode::Sync), "a disk in sync takes a mark: {marked:?}");
         }
     }
@@ -120,7 +121,7 @@ impl World {
             request.held = true;
         }
         self.call(|filter, _| filter.hold_answers());
-        self.within(100_000, Event::GiveAnswers(life));
+        self.within(self.plan.outage_us, Event::GiveAnswers(life));
     }
 
     pub(crate) fn give_answers(&mut self, life: u64) {
@@ -165,7 +166,7 @@ impl World {
                 let used = self.receiver.storage.used().0;
                 let left = self.random.below(400_000);
                 self.receiver.storage.set_capacity(Some(ByteCount(used + left)));
-                let pause = self.plan.chaos_us;
+                let pause = self.plan.outage_us;
                 self.within(pause, Event::StoreHeal);
             }
         }

@@ -8,14 +8,15 @@
 //! - what was offered stays offered, what was acknowledged as durable is there after a crash
 //!   (promises 4 and 5, also at each start of the receiver);
 //! - no answer is later than the bound allows (promise 6), none names a wrong LSN or one out of order;
-//! - a flush answered by the policy `durable` is covered by durable points;
+//! - an answer by the policy `received` or `durable` is covered by what the receiver has; none waits
+//!   for a receiver that is away, unless the policy says so;
 //! - a pass only shrinks (promise 7); replaced connections and stale epochs change nothing (promise 8);
 //! - a verify finds nothing; nobody closes a connection for an invalid message, nobody alarms.
 //!
 //! At the end, with the world healed: sync is reached under load and then everything drains; disk,
 //! receiver and model are equal; a planted difference is found.
 
-use backtide_io_filter::{AckPolicy, Mode};
+use backtide_io_filter::{AckPolicy, Mode, OnOutage};
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, Lsn};
 
 use crate::{guest::Request, world::World};
@@ -23,12 +24,10 @@ use crate::{guest::Request, world::World};
 /// Virtual time for the healed world to be in sync, and then to drain.
 const PATIENCE_US: u64 = 120_000_000;
 
-/// Virtual time after which everybody has noticed what broke before.
-const NOTICE_US: u64 = 2_000_000;
-
 impl World {
     pub(crate) fn check_now(&mut self) {
         self.check_promises();
+        self.check_nobody_waits();
         self.check_differences();
         self.check_some_points(2);
     }
@@ -54,17 +53,49 @@ impl World {
         }
     }
 
+    /// While the receiver cannot be waited for, nobody waits for it, unless the policy says so.
+    fn check_nobody_waits(&self) {
+        let Some(agent) = &self.agent else { return };
+        let status = agent.filter.status();
+        let in_sync = status.connected && status.mode == Mode::Sync;
+        if in_sync || self.plan.ack == AckPolicy::Local || self.plan.on_outage == OnOutage::Block {
+            return;
+        }
+        // Slowed down a little it may be: that is bounded by the delay.
+        let bound = self.plan.guest_delay_max.as_micros() as u64;
+        let late = |done: u64| self.now - done > bound;
+        let waits = |request: &&Request| request.done.is_some_and(late) && !request.held;
+        let waiting = self.guest.requests.values().find(waits);
+        if let Some(Request { done, lsn, .. }) = waiting {
+            panic!("the guest waits for a receiver that is away: LSN {lsn:?}, done at {done:?} us");
+        }
+    }
+
+    /// A mark names what it was set on, and nothing else is a mark.
+    fn check_marks(&mut self) {
+        let snapshot = self.snapshot().expect("the receiver is there");
+        for mark in snapshot.timeline().marks() {
+            let set = self.guest.marks.contains(&(mark.label.clone(), mark.at.lsn));
+            assert!(set, "nobody set the mark {mark:?}");
+        }
+    }
+
     /// A flush (or stable write) that was answered by the policy is covered.
-    pub(crate) fn check_flush(&mut self, request: &Request) {
+    pub(crate) fn check_answer(&mut self, request: &Request) {
         let agent = self.agent.as_ref().expect("it answered");
         let waits = match self.plan.ack {
-            AckPolicy::Local | AckPolicy::Received => false,
-            AckPolicy::Durable | AckPolicy::DurableEveryWrite => true,
+            AckPolicy::Local => false,
+            AckPolicy::Received | AckPolicy::DurableEveryWrite => true,
+            AckPolicy::Durable => request.change.wants_stable(),
         };
         if !waits || agent.degraded || request.held {
             return;
         }
         let needed = request.lsn.unwrap_or(Lsn::ZERO).max(request.floor());
+        if self.plan.ack == AckPolicy::Received {
+            let received = self.promises.received.max(self.promises.acked);
+            return assert!(received >= needed, "answered as received: {needed}, received: {received}");
+        }
         let offered = self.promises.intervals.last().map_or(Lsn::ZERO, |(_, to)| *to);
         let acked = self.promises.acked;
         assert!(
@@ -76,7 +107,7 @@ impl World {
     /// Nothing goes wrong any more; see whether all ends well.
     pub(crate) fn end_well(&mut self) {
         self.calm_down();
-        let healed = self.now + NOTICE_US;
+        let healed = self.now + 2 * self.plan.outage_us;
         self.run_until("sync under load", |world| {
             world.now > healed && world.mode() == Some(Mode::Sync) && world.is_connected()
         });
@@ -88,6 +119,7 @@ impl World {
         });
         self.check_now();
         self.check_all_ends();
+        self.check_marks();
         self.check_equal();
         self.verify_finds(None);
         let planted = self.random.below(self.plan.size.0) as usize;

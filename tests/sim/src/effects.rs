@@ -62,6 +62,7 @@ impl World {
             }
         }
         self.stats.freezes += 1;
+        self.stats.coalescing += u64::from(!pass.forwarding);
         self.trace.note(self.now, "freeze", &[pass.at.0, pass.total.0, u64::from(pass.forwarding)]);
         self.model.resolve(pass.at, self.local.content());
     }

@@ -1,6 +1,6 @@
 //! The guest: sends requests, several at once, overlapping ones too, and remembers what it was told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use backtide_io_filter::{AckPolicy, Change, IoFailure, RequestId};
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, Lsn};
@@ -39,6 +39,8 @@ pub struct Guest {
     stamp: u64,
     /// The highest LSN of a change the guest was told of.
     pub(crate) told: Lsn,
+    /// Marks that were set, on whatever attach.
+    pub(crate) marks: BTreeSet<(String, Lsn)>,
     /// It sends nothing new.
     pub(crate) quiet: bool,
 }
@@ -134,15 +136,13 @@ impl World {
         let done = known.done.expect("nothing is answered before the local disk has it");
         self.check_delay(&known, done);
         let Ok(lsn) = result else { return };
+        self.check_answer(&known);
         if known.change == Change::Flush {
-            return self.check_flush(&known);
+            return;
         }
         assert_eq!(known.lsn, Some(lsn), "the answer names another LSN than the change got");
         assert!(lsn > known.floor, "{lsn} is answered to a request sent after {} was", known.floor);
         self.guest.told = self.guest.told.max(lsn);
-        if known.change.wants_stable() {
-            self.check_flush(&known);
-        }
     }
 
     /// The guest comes first: waiting for the receiver is bounded.

@@ -29,3 +29,4 @@ pub mod trace;
 pub mod world;
 
 pub use run::{Mistake, Outcome, run, run_many};
+pub use world::Stats;

@@ -96,7 +96,7 @@ impl World {
         if self.agent.as_ref().is_none_or(|agent| agent.life != life) {
             return;
         }
-        let pause = if self.calm { 20_000 } else { 200_000 };
+        let pause = if self.calm { 20_000 } else { self.plan.outage_us.min(200_000) };
         self.within(pause, Event::Connect(life));
         let Some(agent) = &self.agent else { return };
         let wants = agent.connection.is_none() && agent.filter.wants_connection();
@@ -213,6 +213,13 @@ impl World {
         self.connections.get_mut(&id).map_or(Lsn::ZERO, |connection| connection.brought_by(frame))
     }
 
+    /// What was received with `frame`.
+    pub(crate) fn received_lsn(&self, id: u64, frame: u64) -> Lsn {
+        let frames = self.connections.get(&id).map(|connection| connection.frames.iter());
+        let received = frames.into_iter().flatten().take_while(|(seq, _)| *seq <= frame);
+        received.map(|(_, lsn)| *lsn).max().unwrap_or(Lsn::ZERO)
+    }
+
     /// The agent notices that its connection is gone.
     pub(crate) fn lost_at_agent(&mut self, id: u64) {
         if self.agent.as_ref().is_some_and(|agent| agent.connection == Some(id)) {
@@ -231,7 +238,7 @@ impl World {
         let all = connection.up.chunks.len() as u64;
         let arrives = if self.random.one_in(2) { all } else { self.random.below(all + 1) };
         connection.up.chunks.truncate(arrives as usize);
-        self.within(1_000_000, Event::LostAtReceiver(id));
+        self.within(self.plan.outage_us * 2, Event::LostAtReceiver(id));
     }
 
     pub(crate) fn lost_at_receiver(&mut self, id: u64) {
@@ -254,8 +261,8 @@ impl World {
             let down = self.random.below(connection.down.chunks.len() as u64 + 1);
             connection.up.chunks.truncate(up as usize);
             connection.down.chunks.truncate(down as usize);
-            self.within(500_000, Event::LostAtAgent(id));
-            self.within(1_000_000, Event::LostAtReceiver(id));
+            self.within(self.plan.outage_us, Event::LostAtAgent(id));
+            self.within(self.plan.outage_us * 2, Event::LostAtReceiver(id));
         }
     }
 
@@ -268,7 +275,7 @@ impl World {
             let arrives = self.random.below(connection.down.chunks.len() as u64 + 1);
             connection.down.chunks.truncate(arrives as usize);
             connection.cut = true;
-            self.within(300_000, Event::LostAtAgent(id));
+            self.within(self.plan.outage_us, Event::LostAtAgent(id));
         }
         self.connections.retain(|_, connection| connection.agent_side);
     }

@@ -54,6 +54,8 @@ pub struct Plan {
     pub log_buffer: ByteCount,
     /// The longest pause between two things that go wrong.
     pub chaos_us: u64,
+    /// The longest that something stays broken, and that nobody notices.
+    pub outage_us: u64,
     /// Whether the receiver's storage fails now and then.
     pub store_faults: bool,
     /// Steps until the world is healed.
@@ -78,6 +80,9 @@ impl Plan {
             AckPolicy::DurableEveryWrite,
         ]);
         let faulty = random.one_in(3);
+        let think_us = random.pick(&[300, 1_000, 3_000, 10_000]);
+        // So many requests between two things that go wrong, whatever the guest's pace.
+        let chaos_us = think_us * random.pick(&[30, 100, 100, 300, 1_000]);
         Self {
             size: ByteCount(blocks * 4096 - odd),
             ack,
@@ -86,7 +91,7 @@ impl Plan {
             resync_buffer: ByteCount(random.pick(&[16, 64, 256, 2048]) * 1024),
             guest_delay_max: Duration::from_micros(random.pick(&[0, 300, 2_000, 10_000, 50_000])),
             depth: random.pick(&[1, 3, 8, 16]),
-            think_us: random.pick(&[200, 1_000, 5_000, 5_000, 20_000]),
+            think_us,
             write_max: random.pick(&[4096, 16 * 1024, 64 * 1024]),
             alignment: random.pick(&[512, 512, 4096, 1]),
             hot_permille: random.pick(&[0, 300, 800]),
@@ -100,7 +105,8 @@ impl Plan {
             compare_us: random.pick(&[100, 5_000]),
             segment: ByteCount(random.pick(&[64, 256, 4096]) * 1024),
             log_buffer: ByteCount(random.pick(&[0, 64, 1024]) * 1024),
-            chaos_us: random.pick(&[50_000, 300_000, 1_000_000, 1_000_000, 4_000_000, 15_000_000]),
+            chaos_us,
+            outage_us: chaos_us / random.pick(&[1, 4, 20]),
             store_faults: random.one_in(4),
             steps,
             prefilled: random.one_in(2),

@@ -12,6 +12,8 @@ use crate::{receiver::offered, world::World};
 pub struct Promises {
     /// Everything up to it is durable.
     pub(crate) acked: Lsn,
+    /// Everything up to it was in the receiver's memory at some time.
+    pub(crate) received: Lsn,
     /// Points that were durable.
     pub(crate) intervals: Vec<(Lsn, Lsn)>,
 }
@@ -82,6 +84,7 @@ impl World {
         }
         for mark in timeline.marks().iter().filter(|mark| timeline.offers(mark.at.lsn)) {
             self.check_point(&snapshot, mark.at.lsn);
+            self.stats.marks += 1;
         }
     }
 

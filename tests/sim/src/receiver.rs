@@ -197,6 +197,8 @@ impl World {
                 if self.receiver.acks_before_sync {
                     *durable = *received;
                 }
+                let in_memory = self.received_lsn(id, *received);
+                self.promises.received = self.promises.received.max(in_memory);
                 let lsn = self.acknowledged_lsn(id, *durable);
                 self.promises.acked = self.promises.acked.max(lsn);
             }

@@ -85,6 +85,10 @@ pub struct Stats {
     pub changes: u64,
     /// Passes begun.
     pub freezes: u64,
+    /// Of these, passes that do not forward new writes.
+    pub coalescing: u64,
+    /// Passes that the receiver completed.
+    pub completed: u64,
     /// Points read back and compared.
     pub points_checked: u64,
     /// Points in holes that were refused.
@@ -105,6 +109,8 @@ pub struct Stats {
     pub forfeited: u64,
     /// Old content copied before a write.
     pub copies: u64,
+    /// Marks that are points in the end.
+    pub marks: u64,
     /// Stale claims that were refused.
     pub stale_refused: u64,
 }

@@ -3,7 +3,28 @@
 //! `SEED=n` replays one seed and prints its trace, `SEEDS=a..b` runs a range, `STEPS=n` makes the
 //! lives longer or shorter.
 
-use backtide_sim::{run, run_many};
+use backtide_sim::{Stats, run, run_many};
+
+/// Everything that must happen somewhere in some hundred seeds.
+type Seen = (&'static str, fn(&Stats) -> u64);
+const SEEN: [Seen; 16] = [
+    ("changes", |stats| stats.changes),
+    ("passes", |stats| stats.freezes),
+    ("of these coalescing", |stats| stats.coalescing),
+    ("completed passes", |stats| stats.completed),
+    ("points read back", |stats| stats.points_checked),
+    ("holes refused", |stats| stats.holes_refused),
+    ("comparisons of all blocks", |stats| stats.differences_checked),
+    ("agents dead", |stats| stats.agent_deaths),
+    ("receivers dead", |stats| stats.receiver_deaths),
+    ("clean detaches", |stats| stats.detaches),
+    ("verifies under load", |stats| stats.verifies),
+    ("window overflows", |stats| stats.overflows),
+    ("passes forfeited", |stats| stats.forfeited),
+    ("copies before a write", |stats| stats.copies),
+    ("stale claims refused", |stats| stats.stale_refused),
+    ("marks offered", |stats| stats.marks),
+];
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
@@ -25,26 +46,14 @@ fn every_promise_holds_for_every_seed() {
     }
     let seeds = range();
     let (outcomes, failures) = run_many(seeds.clone(), steps, None);
-    let sum = |of: fn(&backtide_sim::Outcome) -> u64| outcomes.iter().map(of).sum::<u64>();
-    println!(
-        "seeds {seeds:?}: {} steps, {} changes, {} freezes, {} points read, {} holes refused, \
-         {} comparisons of all blocks, {} agent deaths, {} receiver deaths, {} detaches, {} verifies, \
-         {} overflows, {} passes forfeited, {} copies before write, {} stale claims",
-        sum(|outcome| outcome.steps),
-        sum(|outcome| outcome.stats.changes),
-        sum(|outcome| outcome.stats.freezes),
-        sum(|outcome| outcome.stats.points_checked),
-        sum(|outcome| outcome.stats.holes_refused),
-        sum(|outcome| outcome.stats.differences_checked),
-        sum(|outcome| outcome.stats.agent_deaths),
-        sum(|outcome| outcome.stats.receiver_deaths),
-        sum(|outcome| outcome.stats.detaches),
-        sum(|outcome| outcome.stats.verifies),
-        sum(|outcome| outcome.stats.overflows),
-        sum(|outcome| outcome.stats.forfeited),
-        sum(|outcome| outcome.stats.copies),
-        sum(|outcome| outcome.stats.stale_refused),
-    );
+    let steps: u64 = outcomes.iter().map(|outcome| outcome.steps).sum();
+    println!("seeds {seeds:?}: {steps} steps");
+    for (what, of) in SEEN {
+        let seen: u64 = outcomes.iter().map(|outcome| of(&outcome.stats)).sum();
+        println!("{seen:>10} {what}");
+        // A simulation in which something never happens says nothing about it.
+        assert!(seen > 0 || seeds.end - seeds.start < 200, "{what}: never seen");
+    }
     for (seed, why) in failures.iter().take(20) {
         println!("SEED={seed} fails: {why}");
     }
