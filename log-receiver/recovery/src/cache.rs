@@ -15,16 +15,20 @@ use std::{
     },
 };
 
-use backtide_segment::{EntryHeader, Extent, IndexBlock, Position, SegmentFile};
+use backtide_segment::{EntryHeader, Extent, IndexBlock, PAYLOAD_MAX, Position, SegmentFile};
 use backtide_units::ByteCount;
 use bytes::Bytes;
 
 use crate::LogError;
 
-/// Memory for payloads of all disks, beside what the limits say.
-const PAYLOAD_BYTES_MAX: usize = 32 << 20;
+/// What is kept beside the bytes of a value weighs about this much.
+const OVERHEAD: usize = 128;
 
-/// A bounded cache of index blocks, open segment files and (32 MiB of) payloads. Clones share it.
+/// Memory for payloads of all disks, beside what the limits say: the two largest there can be, or
+/// reads of the parts of one would each read all of it.
+const PAYLOAD_BYTES_MAX: usize = 2 * (PAYLOAD_MAX.0 as usize + OVERHEAD);
+
+/// A bounded cache of index blocks, open segment files and (64 MiB of) payloads. Clones share it.
 #[derive(Clone)]
 pub struct LogCache {
     shared: Arc<Shared>,
@@ -109,8 +113,8 @@ impl LogCache {
         }
         let loaded = load()?;
         let weight = match &loaded {
-            IndexPart::Block(_) => 4096 + 128,
-            IndexPart::Wide(extents) => extents.len() * size_of::<Extent>() + 128,
+            IndexPart::Block(_) => 4096 + OVERHEAD,
+            IndexPart::Wide(extents) => extents.len() * size_of::<Extent>() + OVERHEAD,
         };
         parts.lock().unwrap_or_else(PoisonError::into_inner).put((segment, part), weight, loaded.clone());
         Ok(loaded)
@@ -123,7 +127,7 @@ impl LogCache {
 
     /// Keeps an entry with its payload, which was checked.
     pub(crate) fn keep_payload(&self, segment: SegmentKey, position: Position, entry: (EntryHeader, Bytes)) {
-        let weight = entry.1.len() + 128;
+        let weight = entry.1.len() + OVERHEAD;
         let payloads = &self.shared.payloads;
         payloads.lock().unwrap_or_else(PoisonError::into_inner).put((segment, position), weight, entry);
     }
@@ -183,6 +187,15 @@ impl Default for CacheLimits {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn two_of_the_largest_payloads_are_kept() {
+        let mut payloads = Recent::new(PAYLOAD_BYTES_MAX);
+        let largest = PAYLOAD_MAX.as_usize().unwrap() + OVERHEAD;
+        payloads.put(1, largest, ());
+        payloads.put(2, largest, ());
+        assert!(payloads.get(&1).is_some() && payloads.get(&2).is_some());
+    }
 
     #[test]
     fn the_one_used_longest_ago_goes_first() {
