@@ -300,3 +300,43 @@ fn payload_bytes(message: &Message) -> u64 {
         _ => 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use backtide_protocol::Data;
+    use backtide_units::{ByteOffset, CaptureTime, Reason};
+    use bytes::Bytes;
+
+    use super::*;
+
+    const TIME: CaptureTime = CaptureTime(1);
+
+    fn record(lsn: u64) -> Message {
+        let range = ByteRange::new(ByteOffset(0), ByteCount(4)).expect("a range");
+        let body = RecordBody::Write(Data::capture(Bytes::from_static(b"four")));
+        Message::Record(Record { lsn: Lsn(lsn), previous: Lsn(lsn - 1), time: TIME, range, body })
+    }
+
+    fn end_after_dropping(valid_from: u64) -> Option<Lsn> {
+        let mut window = Window::new(Lsn::ZERO);
+        let reason = Reason::FirstAttach;
+        window.push(Message::PassBegin { at: Lsn(1), gap_from: Lsn::ZERO, time: TIME, reason });
+        window.push(record(2));
+        let sent = [window.send(2), window.send(3)];
+        assert!(sent.iter().all(Option::is_some));
+        window.push(record(3));
+        window.push(Message::PassEnd { at: Lsn(1), valid_from: Some(Lsn(valid_from)), time: TIME });
+        window.abandon_unsent_records(&mut DirtyBitmap::new());
+        assert_eq!(window.log_end(), Lsn(2));
+        match window.send(4) {
+            Some(Message::PassEnd { valid_from, .. }) => valid_from,
+            other => panic!("expected the pass's end, found {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_pass_offers_no_point_that_needs_dropped_records() {
+        assert_eq!(end_after_dropping(3), None);
+        assert_eq!(end_after_dropping(2), Some(Lsn(2)));
+    }
+}

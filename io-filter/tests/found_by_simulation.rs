@@ -1,0 +1,127 @@
+//! Stories in which the simulation found a promise broken; each is short enough to be read.
+
+use std::time::Duration;
+
+use backtide_io_filter::{
+    AckPolicy, Change, Effect, Filter, IoId, LocalData, LocalOp, Mode, Now, OnOutage, RequestId, Resume,
+    ResyncKind, Settings,
+};
+use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{
+    BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn,
+};
+use bytes::Bytes;
+use uuid::Uuid;
+
+fn at(millis: u64) -> Now {
+    Now { monotonic: Duration::from_millis(millis), wall: CaptureTime(1_000_000 + millis * 1000) }
+}
+
+fn filter(ack: AckPolicy) -> Filter {
+    let settings = Settings {
+        disk: DiskId(Uuid::from_u128(1)),
+        name: "vm1".parse().unwrap(),
+        size: ByteCount(64 * 4096),
+        epoch: Epoch(1),
+        ack,
+        on_outage: OnOutage::Continue,
+        window_bytes: ByteCount(1 << 20),
+        resync_buffer_bytes: ByteCount(4096),
+        guest_delay_max: Duration::from_millis(10),
+    };
+    Filter::new(settings, Resume::New, at(0))
+}
+
+fn welcome(state: ReceiverState) -> Welcome {
+    Welcome {
+        version: PROTOCOL_VERSION,
+        history: HistoryId(Uuid::from_u128(5)),
+        state,
+        durable: Lsn::ZERO,
+        highest: Lsn::ZERO,
+        in_pass: false,
+    }
+}
+
+fn write(block: u64) -> Change {
+    let range = ByteRange::new(ByteOffset(block * 4096), ByteCount(4096)).unwrap();
+    Change::Write { range, data: Bytes::from(vec![7; 4096]), fua: false }
+}
+
+fn effects(filter: &mut Filter) -> Vec<Effect> {
+    std::iter::from_fn(|| filter.next_effect()).collect()
+}
+
+/// The one local I/O that was asked for.
+fn local(filter: &mut Filter) -> (IoId, LocalOp) {
+    let local = |effect| if let Effect::Local(io, op) = effect { Some((io, op)) } else { None };
+    let asked: Vec<_> = effects(filter).into_iter().filter_map(local).collect();
+    let [(io, op)] = &asked[..] else { panic!("expected one local I/O, found {asked:?}") };
+    (*io, op.clone())
+}
+
+fn is_answered(filter: &mut Filter, number: u64) -> bool {
+    let answer = |effect: &Effect| matches!(effect, Effect::Complete { request, .. } if request.0 == number);
+    effects(filter).iter().any(answer)
+}
+
+/// Sends all there is; gives the last frame.
+fn send_all(filter: &mut Filter, now: Now) -> u64 {
+    std::iter::from_fn(|| filter.poll_send(now)).last().map_or(1, |(seq, _)| seq)
+}
+
+#[test]
+fn a_lost_first_welcome_is_no_reason_for_an_alarm() {
+    let mut filter = filter(AckPolicy::Local);
+    filter.connected(at(0), &welcome(ReceiverState::Foreign));
+    let effects = effects(&mut filter);
+    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Alarm(_))), "{effects:?}");
+    assert!(effects.contains(&Effect::Scan), "{effects:?}");
+}
+
+#[test]
+fn a_resync_that_begins_keeps_no_answer_waiting() {
+    let mut filter = filter(AckPolicy::DurableEveryWrite);
+    filter.connected(at(0), &welcome(ReceiverState::New));
+    filter.scanned(at(0), &DirtyBitmap::new());
+    let last = send_all(&mut filter, at(0));
+    filter.receive(at(0), Message::Ack { received: last, durable: last });
+    assert_eq!(filter.mode(), Mode::Sync);
+    effects(&mut filter);
+
+    filter.submit(at(1), RequestId(1), write(0));
+    let (io, _) = local(&mut filter);
+    filter.local_done(at(2), io, Ok(LocalData::Changed));
+    assert!(!is_answered(&mut filter, 1), "the receiver has not made it durable");
+    filter.force_resync(at(3), ResyncKind::Changed);
+    assert_eq!(filter.mode(), Mode::Resync);
+    assert!(is_answered(&mut filter, 1), "it would wait for the whole pass");
+}
+
+#[test]
+fn a_change_whose_pass_is_lost_does_not_wait_for_its_copy() {
+    let mut filter = filter(AckPolicy::Local);
+    filter.connected(at(0), &welcome(ReceiverState::New));
+    effects(&mut filter);
+    let mut allocated = DirtyBitmap::of((0..4).into());
+    allocated.insert((10..14).into());
+    filter.scanned(at(0), &allocated);
+    let (drain, _) = local(&mut filter);
+    // The first run fills the buffer: the change of the second has to wait for room.
+    filter.submit(at(1), RequestId(1), write(10));
+    filter.local_done(at(1), drain, Ok(LocalData::Read(Bytes::from(vec![1; 4 * 4096]))));
+    assert!(effects(&mut filter).is_empty());
+    while filter.poll_send(at(1)).is_some() {}
+    let block = BlockRange::between(BlockIndex(10), BlockIndex(11)).bytes(ByteCount(64 * 4096));
+    let (copy, op) = local(&mut filter);
+    assert_eq!(op, LocalOp::Read(block), "the old content is copied first");
+
+    filter.disconnected(at(2));
+    let (io, op) = local(&mut filter);
+    assert_eq!(op, LocalOp::Change(write(10)), "there is no pass any more that needs the copy");
+    filter.local_done(at(3), io, Ok(LocalData::Changed));
+    assert!(is_answered(&mut filter, 1));
+    filter.local_done(at(60), copy, Ok(LocalData::Read(Bytes::from(vec![1; 4096]))));
+    assert!(effects(&mut filter).is_empty());
+}
