@@ -90,7 +90,7 @@ pub enum Effect {
         result: Result<Lsn, IoFailure>,
     },
     /// Find out which blocks may hold data and call [`crate::Filter::scanned`].
-    Scan,
+    Scan(IoId),
     /// The mode changed: log it.
     Transition {
         /// Before.

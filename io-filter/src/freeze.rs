@@ -11,7 +11,7 @@ use backtide_units::{BlockIndex, ByteCount, Reason};
 
 use crate::{
     capture::Ongoing,
-    event::{Effect, Now},
+    event::{Effect, IoId, Now},
     filter::{Filter, Mode},
     mutant::Mutant,
     pass::{NewWrites, Pass, Phase},
@@ -30,6 +30,8 @@ pub(crate) struct PassPlan {
 /// A scan under way.
 #[derive(Clone, Debug)]
 pub(crate) struct Scanning {
+    /// Which: an older one, of a connection that was lost, has not seen what changed since.
+    io: IoId,
     pub(crate) plan: PassPlan,
     /// Blocks changed since it began: it may have seen them before.
     pub(crate) touched: DirtyBitmap,
@@ -62,10 +64,12 @@ const SHORT_PASS: Duration = Duration::from_secs(2);
 
 impl Filter {
     /// The driver found the blocks that may hold data, since it was told to [`Effect::Scan`].
-    pub fn scanned(&mut self, now: Now, allocated: &DirtyBitmap) {
+    pub fn scanned(&mut self, now: Now, io: IoId, allocated: &DirtyBitmap) {
         self.observe(now);
         // The connection was lost meanwhile: the next one scans again.
-        let Some(Scanning { plan, touched }) = self.scanning.take() else { return };
+        let Some(Scanning { plan, touched, .. }) = self.scanning.take_if(|scanning| scanning.io == io) else {
+            return;
+        };
         self.passive.union_with(allocated);
         self.passive.union_with(&touched);
         if plan.tell_zeroes {
@@ -83,8 +87,9 @@ impl Filter {
             return;
         }
         if let Some(plan) = self.lost.take() {
-            self.scanning = Some(Scanning { plan, touched: DirtyBitmap::new() });
-            self.effects.push_back(Effect::Scan);
+            let io = self.take_io_id();
+            self.scanning = Some(Scanning { io, plan, touched: DirtyBitmap::new() });
+            self.effects.push_back(Effect::Scan(io));
         } else if self.mode == Mode::Tracking {
             self.begin_pass(self.reason.unwrap_or(Reason::ReceiverAway));
         } else if !self.passive.is_empty() {

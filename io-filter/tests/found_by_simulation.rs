@@ -61,6 +61,12 @@ fn local(filter: &mut Filter) -> (IoId, LocalOp) {
     (*io, op.clone())
 }
 
+/// The scan that was asked for.
+fn scan(filter: &mut Filter) -> IoId {
+    let scan = |effect| if let Effect::Scan(io) = effect { Some(io) } else { None };
+    effects(filter).into_iter().find_map(scan).expect("a scan was asked for")
+}
+
 fn is_answered(filter: &mut Filter, number: u64) -> bool {
     let answer = |effect: &Effect| matches!(effect, Effect::Complete { request, .. } if request.0 == number);
     effects(filter).iter().any(answer)
@@ -77,14 +83,15 @@ fn a_lost_first_welcome_is_no_reason_for_an_alarm() {
     filter.connected(at(0), &welcome(ReceiverState::Foreign));
     let effects = effects(&mut filter);
     assert!(!effects.iter().any(|effect| matches!(effect, Effect::Alarm(_))), "{effects:?}");
-    assert!(effects.contains(&Effect::Scan), "{effects:?}");
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Scan(_))), "{effects:?}");
 }
 
 #[test]
 fn a_resync_that_begins_keeps_no_answer_waiting() {
     let mut filter = filter(AckPolicy::DurableEveryWrite);
     filter.connected(at(0), &welcome(ReceiverState::New));
-    filter.scanned(at(0), &DirtyBitmap::new());
+    let scan = scan(&mut filter);
+    filter.scanned(at(0), scan, &DirtyBitmap::new());
     let last = send_all(&mut filter, at(0));
     filter.receive(at(0), Message::Ack { received: last, durable: last });
     assert_eq!(filter.mode(), Mode::Sync);
@@ -103,10 +110,10 @@ fn a_resync_that_begins_keeps_no_answer_waiting() {
 fn a_change_whose_pass_is_lost_does_not_wait_for_its_copy() {
     let mut filter = filter(AckPolicy::Local);
     filter.connected(at(0), &welcome(ReceiverState::New));
-    effects(&mut filter);
+    let scan = scan(&mut filter);
     let mut allocated = DirtyBitmap::of((0..4).into());
     allocated.insert((10..14).into());
-    filter.scanned(at(0), &allocated);
+    filter.scanned(at(0), scan, &allocated);
     let (drain, _) = local(&mut filter);
     // The first run fills the buffer: the change of the second has to wait for room.
     filter.submit(at(1), RequestId(1), write(10));
@@ -124,4 +131,22 @@ fn a_change_whose_pass_is_lost_does_not_wait_for_its_copy() {
     assert!(is_answered(&mut filter, 1));
     filter.local_done(at(60), copy, Ok(LocalData::Read(Bytes::from(vec![1; 4096]))));
     assert!(effects(&mut filter).is_empty());
+}
+
+#[test]
+fn a_scan_that_outlived_its_connection_says_nothing() {
+    let mut filter = filter(AckPolicy::Local);
+    filter.connected(at(0), &welcome(ReceiverState::New));
+    let first = scan(&mut filter);
+    filter.disconnected(at(1));
+    // The first scan has passed this block, the second has not begun.
+    filter.submit(at(2), RequestId(1), write(5));
+    let (io, _) = local(&mut filter);
+    filter.local_done(at(3), io, Ok(LocalData::Changed));
+    filter.connected(at(4), &welcome(ReceiverState::New));
+    let second = scan(&mut filter);
+    filter.scanned(at(5), first, &DirtyBitmap::new());
+    assert_eq!(filter.mode(), Mode::Tracking, "the second scan is waited for");
+    filter.scanned(at(6), second, &DirtyBitmap::of((5..6).into()));
+    assert_eq!(filter.status().pass.expect("a pass has begun").total, ByteCount(4096));
 }

@@ -147,7 +147,7 @@ impl Engine {
         match effect {
             Effect::Local(io, op) => self.start_local(io, op),
             Effect::Complete { request, result } => self.complete(request, result),
-            Effect::Scan => self.start_scan(),
+            Effect::Scan(io) => self.start_scan(io),
             Effect::Transition { from, to, reason } => self.log_transition(from, to, reason),
             Effect::Disconnect { why } => {
                 tracing::warn!(disk = %self.name(), why, "closing the stream");
@@ -178,7 +178,7 @@ impl Engine {
         self.filter.borrow_mut().local_done(now, io, result);
     }
 
-    fn start_scan(self: &Rc<Self>) {
+    fn start_scan(self: &Rc<Self>, io: IoId) {
         let engine = Rc::clone(self);
         tokio::task::spawn_local(async move {
             let allocated = match engine.local.allocated().await {
@@ -190,7 +190,7 @@ impl Engine {
                     backtide_tracking::DirtyBitmap::of(backtide_units::BlockRange::whole_disk(size))
                 }
             };
-            engine.happen(|filter, now| filter.scanned(now, &allocated));
+            engine.happen(|filter, now| filter.scanned(now, io, &allocated));
         });
     }
 
