@@ -40,8 +40,8 @@ pub struct Agent {
     pub(crate) pass: Option<(Lsn, u64)>,
     /// When the next tick is due.
     pub(crate) timer: Option<u64>,
-    /// What a running scan has found.
-    pub(crate) scan: DirtyBitmap,
+    /// What the scans under way have found.
+    pub(crate) scans: BTreeMap<IoId, DirtyBitmap>,
     /// It waits for a quiet moment to detach.
     pub(crate) detaching: bool,
     /// Answers are held.
@@ -121,6 +121,7 @@ impl World {
         if let Some(mutant) = self.mutant {
             filter.mutate(mutant);
         }
+        filter.limit_resync(self.plan.resync_rate);
         self.agent = Some(Agent {
             life: self.lives,
             filter,
@@ -128,7 +129,7 @@ impl World {
             connection: None,
             pass: None,
             timer: None,
-            scan: DirtyBitmap::new(),
+            scans: BTreeMap::new(),
             detaching: false,
             holding: false,
             verifying: false,
@@ -294,7 +295,7 @@ impl World {
         }
     }
 
-    pub(crate) fn scan_goes_on(&mut self, life: u64, stage: u8) {
+    pub(crate) fn scan_goes_on(&mut self, life: u64, io: IoId, stage: u8) {
         let Some(agent) = self.agent.as_mut().filter(|agent| agent.life == life) else { return };
         let end = BlockRange::whole_disk(self.plan.size).end();
         let middle = BlockIndex(end.0 / 2);
@@ -302,14 +303,14 @@ impl World {
             0 => BlockRange::between(BlockIndex(0), middle),
             1 => BlockRange::between(middle, end),
             _ => {
-                let found = std::mem::take(&mut agent.scan);
+                let found = agent.scans.remove(&io).unwrap_or_default();
                 self.trace.note(self.now, "scanned", &[found.count().0]);
-                return self.call(|filter, now| filter.scanned(now, &found));
+                return self.call(|filter, now| filter.scanned(now, io, &found));
             }
         };
-        agent.scan.remove(part);
+        let found = agent.scans.entry(io).or_default();
         for run in self.local.allocated().runs(part, part.count()) {
-            agent.scan.insert(run);
+            found.insert(run);
         }
     }
 

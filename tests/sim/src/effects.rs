@@ -26,12 +26,12 @@ impl World {
         match effect {
             Effect::Local(io, op) => self.begin_local(io, op),
             Effect::Complete { request, result } => self.answered(request, result),
-            Effect::Scan => {
+            Effect::Scan(io) => {
                 let life = self.agent.as_ref().expect("it asked").life;
                 let mut at: Vec<u64> = (0..3).map(|_| self.random.below(20_000)).collect();
                 at.sort_unstable();
                 for (stage, us) in (0..).zip(at) {
-                    self.after(us, Event::Scan { life, stage });
+                    self.after(us, Event::Scan { life, io, stage });
                 }
             }
             Effect::Transition { from, to, reason } => {
@@ -101,7 +101,7 @@ impl World {
     fn set_timer(&mut self) {
         let agent = self.agent.as_mut().expect("it is alive");
         let Some(deadline) = agent.filter.next_deadline() else { return };
-        let at = (deadline.as_micros() as u64).max(self.now);
+        let at = micros_up(deadline).max(self.now);
         if agent.timer.is_none_or(|timer| timer > at) {
             agent.timer = Some(at);
             let (life, us) = (agent.life, at - self.now);
@@ -117,7 +117,7 @@ impl World {
         agent.timer = None;
         self.call(|filter, now| filter.tick(now));
         let agent = self.agent.as_ref().expect("a tick kills nobody");
-        let next = agent.filter.next_deadline().map_or(u64::MAX, |next| next.as_micros() as u64);
+        let next = agent.filter.next_deadline().map_or(u64::MAX, micros_up);
         assert!(next > self.now, "a tick at the deadline leaves the deadline where it is");
         self.detach_when_quiet();
     }
@@ -155,4 +155,9 @@ impl World {
             self.carry_out();
         }
     }
+}
+
+/// Never before the moment.
+fn micros_up(moment: std::time::Duration) -> u64 {
+    moment.as_nanos().div_ceil(1000) as u64
 }

@@ -32,6 +32,8 @@ pub struct Plan {
     pub alignment: u64,
     /// So many in a thousand requests go to the first blocks of the disk.
     pub hot_permille: u64,
+    /// The limit of what passes read, in bytes a second; zero for none.
+    pub resync_rate: ByteCount,
     /// The longest that a local I/O takes.
     pub local_us: u64,
     /// Local writes and reads that fail, of a thousand.
@@ -95,6 +97,7 @@ impl Plan {
             write_max: random.pick(&[4096, 16 * 1024, 64 * 1024]),
             alignment: random.pick(&[512, 512, 4096, 1]),
             hot_permille: random.pick(&[0, 300, 800]),
+            resync_rate: ByteCount(random.pick(&[0, 0, 300_000, 5_000_000])),
             local_us: random.pick(&[100, 1_000, 10_000]),
             write_errors_permille: if faulty { random.pick(&[1, 5, 30]) } else { 0 },
             read_errors_permille: if faulty { random.pick(&[0, 10, 100]) } else { 0 },

@@ -39,6 +39,8 @@ pub enum Event {
     Scan {
         /// The agent's incarnation.
         life: u64,
+        /// Which.
+        io: IoId,
         /// As for local I/O.
         stage: u8,
     },
@@ -213,7 +215,7 @@ impl World {
         match event {
             Event::Guest => self.guest_turn(),
             Event::Local { life, io, stage } => self.local_goes_on(life, io, stage),
-            Event::Scan { life, stage } => self.scan_goes_on(life, stage),
+            Event::Scan { life, io, stage } => self.scan_goes_on(life, io, stage),
             Event::Tick(life) => self.tick(life),
             Event::Room(connection) => self.room(connection),
             Event::Connect(life) => self.try_to_connect(life),
