@@ -42,7 +42,7 @@ async fn mark_held(label: &str, disks: &[(DiskName, DiskHandle)]) -> Result<Vec<
     for (disk, handle) in disks {
         let ended = |source| MarksError::Ended { disk: disk.clone(), source };
         let at = handle.ask(|answer| Command::Mark(label.to_owned(), answer)).await.map_err(ended)??;
-        marks.push(DiskMark { disk: disk.clone(), lsn: at.lsn, time: at.time, recoverable: true });
+        marks.push(DiskMark { disk: disk.clone(), lsn: at.lsn, time: at.time, recoverable: at.recoverable });
     }
     Ok(marks)
 }

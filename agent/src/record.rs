@@ -5,13 +5,18 @@
 //! an attach lets its first write through; the LSN bound in the record is durable before an LSN
 //! above it is given. So after a crash no tracking file exists, and no LSN is given twice.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::UNIX_EPOCH,
+};
 
 use backtide_agent_api::{AckPolicy, Limits, OnOutage};
 use backtide_control::Address;
 use backtide_storage::{Storage, read_file, replace_file};
 use backtide_tracking::SavedTracking;
-use backtide_units::{ByteCount, DiskId, DiskName, Epoch, HistoryId, Lsn};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 use serde::{Deserialize, Serialize};
 
 /// The version of the record's JSON.
@@ -25,6 +30,9 @@ const TRACKING_BYTES_MAX: ByteCount = ByteCount(4 << 30);
 
 /// How far ahead of the last LSN the durable bound lies.
 pub(crate) const LSN_STEP: u64 = 1 << 24;
+
+/// Far above what a disk can come to, far below what numbers end at.
+const LSN_BOUND_MAX: Lsn = Lsn(1 << 63);
 
 /// One disk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,7 +60,10 @@ pub(crate) struct DiskRecord {
     pub(crate) lsn_bound: Lsn,
     /// The receiver acknowledged at least this much as durable.
     pub(crate) acked_durable: Lsn,
-    /// What the image looked like at the last clean detach.
+    /// The last capture time given, as of when the record was saved.
+    #[serde(default)]
+    pub(crate) last_time: CaptureTime,
+    /// What the image looked like after the last clean detach; none where that cannot be told.
     pub(crate) image_at_detach: Option<ImageStamp>,
 }
 
@@ -60,8 +71,16 @@ pub(crate) struct DiskRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ImageStamp {
     pub(crate) size: ByteCount,
-    /// 0 where the image does not tell.
     pub(crate) modified_ns: u64,
+}
+
+impl ImageStamp {
+    /// Of the regular file at `path`. Devices and NBD servers do not tell when they were written.
+    pub(crate) fn of(path: &Path) -> Option<Self> {
+        let metadata = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
+        let since = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+        Some(Self { size: ByteCount(metadata.len()), modified_ns: u64::try_from(since.as_nanos()).ok()? })
+    }
 }
 
 /// All records of an agent.
@@ -88,6 +107,7 @@ impl DiskRecord {
             history: None,
             lsn_bound: Lsn::ZERO,
             acked_durable: Lsn::ZERO,
+            last_time: CaptureTime::default(),
             image_at_detach: None,
         }
     }
@@ -128,7 +148,12 @@ impl Records {
         if version.get("version").and_then(serde_json::Value::as_u64) != Some(VERSION.into()) {
             return Err(invalid(format!("expected version {VERSION}, found {}", version["version"])));
         }
-        serde_json::from_value(version).map(Some).map_err(|error| invalid(error.to_string()))
+        let record: DiskRecord =
+            serde_json::from_value(version).map_err(|error| invalid(error.to_string()))?;
+        if record.lsn_bound > LSN_BOUND_MAX {
+            return Err(invalid(format!("no disk has come to LSN {}", record.lsn_bound)));
+        }
+        Ok(Some(record))
     }
 
     /// Makes the record durable.

@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 use backtide_agent_api::{AttachRequest, DiskStatus, Limits};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdUri};
+use backtide_io_filter::Resume;
 use backtide_units::DiskName;
 use tokio::sync::{Mutex, RwLock};
 
@@ -15,7 +16,7 @@ use crate::{
     config::Places,
     disk::{self, Command, DiskHandle, OpenError},
     qcow2::{Qcow2Server, is_qcow2},
-    record::{DiskRecord, Records},
+    record::{DiskRecord, ImageStamp, Records},
 };
 
 /// All disks of an agent.
@@ -86,7 +87,14 @@ impl Registry {
         }
         let known = self.records.load(&request.name).map_err(|error| failed(&error))?;
         let record = self.record_for(request, known);
-        let handle = self.start(record).await?;
+        let name = record.name.clone();
+        let handle = match self.start(record).await {
+            Ok(handle) => handle,
+            Err(error) => {
+                self.forget_attached(&name);
+                return Err(error);
+            }
+        };
         handle.ask(Command::Status).await.map_err(|error| failed(&error))
     }
 
@@ -115,6 +123,8 @@ impl Registry {
         let name = record.name.clone();
         let nbd = self.listen_uri(&record)?;
         let image = Path::new(&record.image);
+        // Before qemu-nbd opens it, which writes it already.
+        let stamp = ImageStamp::of(image);
         let qcow2 = match is_qcow2(image) {
             true => Some(
                 Qcow2Server::start(image, &name, self.places.qcow2_socket(&name))
@@ -124,18 +134,20 @@ impl Registry {
             false => None,
         };
         let behind = qcow2.as_ref().map_or(record.image.clone(), |server| server.uri().to_owned());
-        let (mut record, opened) =
-            disk::open(&self.records, record, &behind).await.map_err(|error| open_error(&error))?;
+        let (record, opened) = disk::open(&self.records, record, &behind, stamp.clone())
+            .await
+            .map_err(|error| open_error(&error))?;
+        let resume = opened.resume.clone();
         match disk::start(opened, self.records.clone(), nbd).await {
             Ok(handle) => {
                 self.disks.write().await.insert(name, Attached { handle: handle.clone(), qcow2 });
                 Ok(handle)
             }
             Err(error) => {
-                record.attached = false;
-                if let Err(error) = self.records.save(&record) {
-                    tracing::error!(disk = %name, %error, "cannot save the disk's record");
+                if let Some(server) = qcow2 {
+                    server.stop().await;
                 }
+                self.put_back(record, &resume);
                 Err(disk::start_error(&error))
             }
         }
@@ -157,15 +169,16 @@ impl Registry {
     pub(crate) async fn detach(&self, name: &DiskName, force: bool) -> Result<DiskStatus, ApiError> {
         let _only = self.changing.lock().await;
         let (name, handle) = self.find(name).await?;
-        let answer =
-            handle.ask(|answer| Command::Detach { force, answer }).await.map_err(|error| failed(&error))?;
-        let result = match answer {
-            Err(error @ disk::DetachError::Open { .. }) => {
+        let answer = handle.ask(|answer| Command::Detach { force, answer }).await;
+        let result = match answer.map_err(|error| failed(&error)) {
+            // Its thread has ended without us: what is left of it goes all the same.
+            Err(ended) => Err(ended),
+            Ok(Err(error @ disk::DetachError::Open { .. })) => {
                 return Err(ApiError::new(ErrorCode::Busy, format!("disk {name} is in use: {error}"))
                     .with_hint("take the disk out of the virtual machine, or shut it down, then detach"));
             }
-            Err(error @ disk::DetachError::Save(_)) => Err(failed(&error)),
-            Ok(status) => Ok(status),
+            Ok(Err(error @ disk::DetachError::Save(_))) => Err(failed(&error)),
+            Ok(Ok(status)) => Ok(status),
         };
         let attached = self.disks.write().await.remove(&name);
         if let Some(Attached { qcow2: Some(server), .. }) = attached {
@@ -173,9 +186,32 @@ impl Registry {
         }
         if let Ok(Some(mut record)) = self.records.load(&name) {
             record.attached = false;
+            record.image_at_detach = ImageStamp::of(Path::new(&record.image)).filter(|_| result.is_ok());
             self.records.save(&record).map_err(|error| failed(&error))?;
         }
         result
+    }
+
+    /// A disk whose attach failed is not attached again at the next start.
+    fn forget_attached(&self, name: &DiskName) {
+        let saved = self.records.load(name).and_then(|known| match known {
+            Some(record) if record.attached => self.records.save(&DiskRecord { attached: false, ..record }),
+            Some(_) | None => Ok(()),
+        });
+        if let Err(error) = saved {
+            tracing::error!(disk = %name, %error, "cannot save the disk's record");
+        }
+    }
+
+    /// Nothing was written since the tracking file was taken: it is as good as before.
+    fn put_back(&self, mut record: DiskRecord, resume: &Resume) {
+        let Resume::Clean(saved) = resume else { return };
+        record.image_at_detach = ImageStamp::of(Path::new(&record.image));
+        let put_back =
+            self.records.save_tracking(&record.name, saved).and_then(|()| self.records.save(&record));
+        if let Err(error) = put_back {
+            tracing::error!(disk = %record.name, %error, "cannot put the tracking file back: everything will be compared");
+        }
     }
 
     /// Ends every disk in good order, for the end of the agent: they are attached again by the next.
@@ -184,7 +220,7 @@ impl Registry {
         let disks = std::mem::take(&mut *self.disks.write().await);
         let detaching: Vec<_> = disks
             .into_iter()
-            .map(|(name, attached)| tokio::spawn(async move { end(name, attached).await }))
+            .map(|(name, attached)| tokio::spawn(end(name, attached, self.records.clone())))
             .collect();
         for task in detaching {
             if let Err(error) = task.await {
@@ -194,7 +230,7 @@ impl Registry {
     }
 }
 
-async fn end(name: DiskName, attached: Attached) {
+async fn end(name: DiskName, attached: Attached, records: Records) {
     let Attached { handle, qcow2 } = attached;
     match handle.ask(|answer| Command::Detach { force: true, answer }).await {
         Ok(Ok(_)) => {}
@@ -203,6 +239,16 @@ async fn end(name: DiskName, attached: Attached) {
     }
     if let Some(server) = qcow2 {
         server.stop().await;
+    }
+    let stamped = records.load(&name).and_then(|known| match known {
+        Some(record) => {
+            let image_at_detach = ImageStamp::of(Path::new(&record.image));
+            records.save(&DiskRecord { image_at_detach, ..record })
+        }
+        None => Ok(()),
+    });
+    if let Err(error) = stamped {
+        tracing::error!(disk = %name, %error, "cannot save the disk's record");
     }
 }
 

@@ -22,12 +22,12 @@ use crate::{
 pub(crate) struct Service {
     registry: Arc<Registry>,
     /// One mark at a time: two that hold disks in different orders would wait for each other.
-    marking: Mutex<()>,
+    marking: Arc<Mutex<()>>,
 }
 
 impl Service {
     pub(crate) fn new(registry: Arc<Registry>) -> Arc<Self> {
-        Arc::new(Self { registry, marking: Mutex::new(()) })
+        Arc::new(Self { registry, marking: Arc::new(Mutex::new(())) })
     }
 
     async fn ask<T>(
@@ -39,6 +39,13 @@ impl Service {
         let ended = |_| ApiError::new(ErrorCode::Busy, format!("disk {name} is being detached"));
         handle.ask(command).await.map_err(ended)
     }
+}
+
+/// Carries a change of the agent's disks to its end, also when the asker goes away meanwhile.
+async fn to_its_end<T: Send + 'static>(
+    change: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::spawn(change).await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?
 }
 
 impl AgentService for Service {
@@ -58,11 +65,13 @@ impl AgentService for Service {
     }
 
     async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
-        self.registry.attach(request).await
+        let registry = Arc::clone(&self.registry);
+        to_its_end(async move { registry.attach(request).await }).await
     }
 
     async fn detach(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
-        self.registry.detach(&disk, false).await
+        let registry = Arc::clone(&self.registry);
+        to_its_end(async move { registry.detach(&disk, false).await }).await
     }
 
     async fn pause(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
@@ -99,8 +108,15 @@ impl AgentService for Service {
             }
             disks.push(found);
         }
-        let _only = self.marking.lock().await;
-        let marks = marks::mark(&label, &disks).await.map_err(|error| match &error {
+        // A task of its own: an asker that goes away must not leave the disks held.
+        let marking = Arc::clone(&self.marking);
+        let named = label.clone();
+        let marked = tokio::spawn(async move {
+            let _only = marking.lock().await;
+            marks::mark(&named, &disks).await
+        });
+        let marked = marked.await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
+        let marks = marked.map_err(|error| match &error {
             MarksError::NotForwarding { .. } | MarksError::Mark(_) => {
                 ApiError::from_error(ErrorCode::Refused, &error).with_hint("wait until every disk is in sync")
             }

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, time::Duration};
 use backtide_units::Lsn;
 
 use crate::{
-    event::{AckPolicy, Effect, OnOutage, RequestId},
+    event::{AckPolicy, Effect, Now, OnOutage, RequestId},
     filter::{Filter, Mode},
 };
 
@@ -20,6 +20,16 @@ enum Need {
     Durable,
 }
 
+/// Answers held for a mark, and until when at the most.
+#[derive(Clone, Debug)]
+struct Held {
+    answers: Vec<(RequestId, Lsn)>,
+    until: Duration,
+}
+
+/// The longest a mark over several disks may hold a guest.
+const HOLD_MAX: Duration = Duration::from_secs(1);
+
 /// Answers held back.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Acknowledgements {
@@ -28,12 +38,14 @@ pub(crate) struct Acknowledgements {
     /// By the end of their delay.
     delayed: BTreeMap<(Duration, RequestId), Lsn>,
     /// Held for a consistency-group mark.
-    held: Option<Vec<(RequestId, Lsn)>>,
+    held: Option<Held>,
 }
 
 impl Acknowledgements {
     pub(crate) fn next_deadline(&self) -> Option<Duration> {
-        self.delayed.first_key_value().map(|((deadline, _), _)| *deadline)
+        let delayed = self.delayed.first_key_value().map(|((deadline, _), _)| *deadline);
+        let held = self.held.as_ref().map(|held| held.until);
+        [delayed, held].into_iter().flatten().min()
     }
 
     pub(crate) fn waiting(&self) -> usize {
@@ -96,6 +108,9 @@ impl Filter {
 
     pub(crate) fn release_due_answers(&mut self) {
         let now = self.now.monotonic;
+        if self.acknowledgements.held.as_ref().is_some_and(|held| held.until <= now) {
+            self.give_held_answers();
+        }
         while let Some(entry) = self.acknowledgements.delayed.first_entry() {
             if entry.key().0 > now {
                 break;
@@ -106,14 +121,21 @@ impl Filter {
     }
 
     /// Holds all answers from now on: part of a mark over several disks. What the guest has not
-    /// heard of, nobody can have built upon.
-    pub fn hold_answers(&mut self) {
-        self.acknowledgements.held.get_or_insert_default();
+    /// heard of, nobody can have built upon. After a second the guest gets them all the same.
+    pub fn hold_answers(&mut self, now: Now) {
+        self.observe(now);
+        let until = self.now.monotonic + HOLD_MAX;
+        self.acknowledgements.held.get_or_insert(Held { answers: Vec::new(), until });
+    }
+
+    /// Whether answers are being held.
+    pub fn holds_answers(&self) -> bool {
+        self.acknowledgements.held.is_some()
     }
 
     /// Gives the held answers.
     pub fn give_held_answers(&mut self) {
-        for (request, lsn) in self.acknowledgements.held.take().unwrap_or_default() {
+        for (request, lsn) in self.acknowledgements.held.take().map_or_else(Vec::new, |held| held.answers) {
             self.complete(request, lsn);
         }
     }
@@ -155,7 +177,7 @@ impl Filter {
 
     fn complete(&mut self, request: RequestId, lsn: Lsn) {
         match &mut self.acknowledgements.held {
-            Some(held) => held.push((request, lsn)),
+            Some(held) => held.answers.push((request, lsn)),
             None => self.effects.push_back(Effect::Complete { request, result: Ok(lsn) }),
         }
     }

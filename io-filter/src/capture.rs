@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use backtide_protocol::{Data, Message, Record, RecordBody};
 use backtide_units::{BlockRange, Lsn, Reason};
+use bytes::Bytes;
 
 use crate::{
     event::{Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, RequestId},
@@ -74,7 +75,15 @@ pub(crate) struct CopyWait {
 }
 
 /// The longest run of blocks copied before a write: larger ones forfeit the pass.
-const COPY_BYTES_MAX: u64 = 1024 * 1024;
+const COPY_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// Payloads below this size share a read buffer with others, which they would keep in memory.
+const SHARED_BYTES_MAX: usize = 64 * 1024;
+
+/// The bytes in memory of their own, where they may be a small part of something large.
+pub(crate) fn compact(bytes: Bytes) -> Bytes {
+    if bytes.len() < SHARED_BYTES_MAX { Bytes::copy_from_slice(&bytes) } else { bytes }
+}
 
 impl ChangeOngoing {
     pub(crate) fn blocks(&self) -> BlockRange {
@@ -336,7 +345,7 @@ impl Filter {
             return lsn;
         }
         let (range, body) = match change {
-            Change::Write { range, data, .. } => (range, RecordBody::Write(Data::capture(data))),
+            Change::Write { range, data, .. } => (range, RecordBody::Write(Data::capture(compact(data)))),
             Change::Zero { range, trim: true, .. } => (range, RecordBody::Trim),
             Change::Zero { range, trim: false, .. } => (range, RecordBody::Zero),
             Change::Flush => unreachable!("a flush is no record"),

@@ -60,11 +60,13 @@ impl Filter {
     /// The run's content at T was read: asks about it, and holds it until the answer.
     pub(crate) fn ask_about(&mut self, run: BlockRange, bytes: Bytes) {
         let items = chunk_items(run.bytes(self.settings.size), &bytes);
+        // Chunks of a read that is kept whole need no memory of their own.
+        let whole = items.iter().all(|(item, _)| item.content != Content::Zeroes);
         let pass = self.pass.as_mut().expect("only a pass compares");
         pass.active.remove(run);
         let chunks = items
             .iter()
-            .map(|(item, bytes)| (item.range, (item.content != Content::Zeroes).then(|| bytes.clone())))
+            .map(|(item, bytes)| (item.range, (item.content != Content::Zeroes).then(|| own(bytes, whole))))
             .collect();
         let items = items.into_iter().map(|(item, _)| item).collect();
         self.ask(items, PendingCompare { chunks });
@@ -152,9 +154,14 @@ impl Filter {
     }
 }
 
+/// The chunk, in memory of its own unless everything around it is kept too.
+fn own(chunk: &Bytes, whole: bool) -> Bytes {
+    if whole { chunk.clone() } else { Bytes::copy_from_slice(chunk) }
+}
+
 fn content_or_zeroes(at: Lsn, range: ByteRange, bytes: Option<Bytes>) -> Message {
     match bytes {
-        Some(bytes) => pass_data(at, range, bytes),
+        Some(bytes) => pass_data(at, range, own(&bytes, false)),
         None => Message::PassData { at, range, data: Data::capture(Bytes::new()) },
     }
 }

@@ -23,6 +23,9 @@ pub(crate) enum Decision {
     Everything(PassPlan),
 }
 
+/// No disk lives to see it: a receiver that names a higher one is mistaken.
+const LSN_PLAUSIBLE_MAX: Lsn = Lsn(1 << 62);
+
 impl Filter {
     /// Whether the driver should try to connect.
     pub fn wants_connection(&self) -> bool {
@@ -57,6 +60,10 @@ impl Filter {
         if !self.wants_connection() {
             return;
         }
+        if let Some(why) = self.why_unacceptable(welcome) {
+            self.alarm(format!("disk {}: {why}", self.settings.name));
+            return self.refuse(why);
+        }
         let decision = self.decide(welcome);
         self.link = Link::Up { next_seq: 2, received: 1, durable: 1 };
         self.history = Some(welcome.history);
@@ -80,6 +87,22 @@ impl Filter {
             }
         }
         self.pump();
+    }
+
+    /// What makes a welcome one that cannot be: nothing may follow from it.
+    fn why_unacceptable(&self, welcome: &Welcome) -> Option<String> {
+        let Welcome { version, history, state, durable, highest, .. } = welcome;
+        if *version != PROTOCOL_VERSION {
+            return Some(format!(
+                "the receiver speaks version {version} of the stream, expected {PROTOCOL_VERSION}"
+            ));
+        }
+        if durable > highest || *highest > LSN_PLAUSIBLE_MAX {
+            return Some(format!("the receiver claims LSN {durable} of at most {highest}: that cannot be"));
+        }
+        let known = *state == ReceiverState::Known;
+        (known && self.history != Some(*history))
+            .then(|| format!("the receiver calls history {history} known, which this agent never named"))
     }
 
     fn start_log_at(&mut self, durable: Lsn) {
@@ -123,6 +146,10 @@ impl Filter {
                 if self.window.continues(welcome.durable) && !welcome.in_pass {
                     Decision::Replay
                 } else {
+                    self.alarm(format!(
+                        "the receiver's log of disk {name} stands at LSN {}, where this agent's cannot be continued: everything is compared",
+                        welcome.durable
+                    ));
                     Decision::Everything(PassPlan::compare(Reason::ForeignHistory))
                 }
             }
@@ -186,9 +213,7 @@ impl Filter {
             | Message::PassEnd { .. }
             | Message::Mark { .. }
             | Message::Compare(_)
-            | Message::Close(_) => {
-                self.refuse(format!("the receiver sent an unexpected message: {message:?}"))
-            }
+            | Message::Close(_) => self.refuse(format!("the receiver sent an unexpected {}", message.name())),
         }
         self.pump();
     }

@@ -204,7 +204,10 @@ impl Filter {
             let skip = usize::try_from(range.start().0 - hull.start().start().0).expect("a hull is small");
             let length = usize::try_from(range.count().0).expect("a run is small");
             pass.active.remove(run);
-            self.window.push(pass_data(at, range, bytes.slice(skip..skip + length)));
+            let part = bytes.slice(skip..skip + length);
+            // A small part must not keep the whole read in memory.
+            let part = if length < bytes.len() / 2 { Bytes::copy_from_slice(&part) } else { part };
+            self.window.push(pass_data(at, range, part));
         }
     }
 }

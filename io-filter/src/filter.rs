@@ -232,6 +232,11 @@ impl Filter {
         self.last_lsn
     }
 
+    /// No capture time is earlier than this: the last one of the attach before.
+    pub fn not_before(&mut self, time: CaptureTime) {
+        self.last_time = self.last_time.max(time);
+    }
+
     /// Limits what passes read and send, in bytes a second; zero for no limit. A pass that collects
     /// new writes for the next one is not held back: it is losing ground already.
     pub fn limit_resync(&mut self, bytes_per_second: ByteCount) {

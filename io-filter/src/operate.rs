@@ -40,6 +40,12 @@ pub enum MarkError {
         /// Why it is in that mode.
         reason: String,
     },
+    /// Several disks could not be held at one instant for as long as it took.
+    #[error("disk {disk} could not be held until every disk was: nothing is marked at one instant")]
+    HeldTooLong {
+        /// The disk.
+        disk: String,
+    },
     /// The label is empty or too long.
     #[error("a label has 1 to {LABEL_BYTES_MAX} bytes, found {found}")]
     Label {

@@ -94,6 +94,8 @@ pub struct Status {
     pub last_time: CaptureTime,
     /// Records not durable at the receiver.
     pub lag_records: u64,
+    /// When the oldest of them was captured.
+    pub oldest_time: Option<CaptureTime>,
     /// What the window holds.
     pub window: ByteCount,
     /// What resync data waits to be sent.
@@ -124,6 +126,7 @@ impl Filter {
             durable_lsn: self.durable_lsn,
             last_time: self.last_time,
             lag_records: self.window.records(),
+            oldest_time: self.window.oldest_time(),
             window: self.window.retained_bytes(),
             resync_buffer: self.window.data_bytes(),
             dirty: BlockCount(self.passive.count().0 + active),

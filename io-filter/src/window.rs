@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use backtide_protocol::{Message, Record, RecordBody};
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteCount, ByteRange, Lsn};
+use backtide_units::{BlockRange, ByteCount, ByteRange, CaptureTime, Lsn};
 
 /// Accounts for what an item costs beside its payload.
 const ITEM_BYTES: u64 = 192;
@@ -105,6 +105,14 @@ impl Window {
     pub(crate) fn records(&self) -> u64 {
         self.entries.iter().filter(|entry| matches!(entry.item, Item::Kept(Message::Record(_)))).count()
             as u64
+    }
+
+    /// When the oldest record was captured.
+    pub(crate) fn oldest_time(&self) -> Option<CaptureTime> {
+        self.entries.iter().find_map(|entry| match &entry.item {
+            Item::Kept(Message::Record(record)) => Some(record.time),
+            Item::Kept(_) | Item::DataSent(_) => None,
+        })
     }
 
     /// Appends a message to the stream.

@@ -221,7 +221,6 @@ impl Engine {
         let lsn = self.look(Filter::last_lsn);
         let reason = reason.map(|reason| reason.to_string()).unwrap_or_default();
         tracing::info!(disk = %self.name(), ?from, ?to, reason, %lsn, "mode changed");
-        self.wanted.notify_one();
     }
 
     fn after_effects(&self) {
@@ -229,7 +228,7 @@ impl Engine {
         if filter.has_to_send() {
             self.send.notify_one();
         }
-        if filter.mode() == Mode::Sync && !filter.awaits_acknowledgement() {
+        if filter.is_drained() {
             self.caught_up.set(Instant::now());
         }
         let deadline = filter.next_deadline();

@@ -53,17 +53,17 @@ pub(crate) async fn open(
     records: &Records,
     mut record: DiskRecord,
     behind: &str,
+    stamp: Option<ImageStamp>,
 ) -> Result<(DiskRecord, Opened), OpenError> {
     let behind = open_behind(behind).await?;
-    let stamp = behind.stamp().map_err(|source| record_error(&record, source))?;
     let saved = records.take_tracking(&record.name).map_err(|source| record_error(&record, source))?;
-    let resume = resume(&record, saved, &stamp);
+    let resume = resume(&record, saved, stamp.as_ref());
     record.epoch = record.epoch.next();
     record.lsn_bound = Lsn(record.lsn_bound.0.max(last_lsn(&resume).0)).plus(LSN_STEP);
     record.image_at_detach = None;
     record.attached = true;
     records.save(&record).map_err(|source| record_error(&record, source))?;
-    let settings = settings(&record, stamp.size);
+    let settings = settings(&record, behind.size());
     Ok((record.clone(), Opened { record, behind, settings, resume }))
 }
 
@@ -86,18 +86,21 @@ async fn open_behind(behind: &str) -> Result<Behind, OpenError> {
 }
 
 impl Behind {
-    /// What it looks like now; an NBD server does not tell when it was written.
-    fn stamp(&self) -> io::Result<ImageStamp> {
-        Ok(match self {
-            Self::Image(image) => ImageStamp { size: image.size(), modified_ns: image.modified_ns()? },
-            Self::Nbd(_, size) => ImageStamp { size: *size, modified_ns: 0 },
-        })
+    fn size(&self) -> ByteCount {
+        match self {
+            Self::Image(image) => image.size(),
+            Self::Nbd(_, size) => *size,
+        }
     }
 }
 
 /// What the filter may trust. A tracking file that fits the image is trusted; a disk that was never
 /// protected has nothing to trust; everything else is compared.
-fn resume(record: &DiskRecord, saved: Option<Result<SavedTracking, String>>, stamp: &ImageStamp) -> Resume {
+fn resume(
+    record: &DiskRecord,
+    saved: Option<Result<SavedTracking, String>>,
+    stamp: Option<&ImageStamp>,
+) -> Resume {
     let lost = |reason| Resume::Lost {
         reason,
         history: record.history,
@@ -105,14 +108,17 @@ fn resume(record: &DiskRecord, saved: Option<Result<SavedTracking, String>>, sta
         acked_durable: record.acked_durable,
     };
     match saved {
-        None if record.history.is_none() => Resume::New,
+        None if record.history.is_none() && record.lsn_bound == Lsn::ZERO => Resume::New,
+        None if record.history.is_none() => lost(Reason::FirstAttach),
         None => lost(Reason::AgentCrashed),
         Some(Err(why)) => {
             tracing::error!(disk = %record.name, why, "the tracking file cannot be trusted: everything is compared");
             lost(Reason::BitmapUntrusted)
         }
-        Some(Ok(saved)) if saved.disk != record.uuid || record.image_at_detach.as_ref() != Some(stamp) => {
-            tracing::warn!(disk = %record.name, "the image was changed while it was detached: everything is compared");
+        Some(Ok(saved))
+            if saved.disk != record.uuid || stamp.is_none() || record.image_at_detach.as_ref() != stamp =>
+        {
+            tracing::warn!(disk = %record.name, "the disk may have been changed while it was detached: everything is compared");
             lost(Reason::BitmapUntrusted)
         }
         Some(Ok(saved)) => Resume::Clean(saved),
@@ -184,12 +190,13 @@ mod tests {
     fn only_a_fitting_tracking_file_is_trusted() {
         let record = record();
         let good = saved(record.uuid);
-        assert_eq!(resume(&record, Some(Ok(good.clone())), &stamp()), Resume::Clean(good.clone()));
+        assert_eq!(resume(&record, Some(Ok(good.clone())), Some(&stamp())), Resume::Clean(good.clone()));
         let touched = ImageStamp { modified_ns: 6, ..stamp() };
         for distrusted in [
-            resume(&record, Some(Ok(good)), &touched),
-            resume(&record, Some(Ok(saved(DiskId::random()))), &stamp()),
-            resume(&record, Some(Err("damaged".into())), &stamp()),
+            resume(&record, Some(Ok(good.clone())), Some(&touched)),
+            resume(&record, Some(Ok(good)), None),
+            resume(&record, Some(Ok(saved(DiskId::random()))), Some(&stamp())),
+            resume(&record, Some(Err("damaged".into())), Some(&stamp())),
         ] {
             assert!(matches!(
                 distrusted,
@@ -201,8 +208,8 @@ mod tests {
     #[test]
     fn no_tracking_file_means_a_crash_unless_the_disk_is_new() {
         let known = record();
-        assert!(matches!(resume(&known, None, &stamp()), Resume::Lost { reason: Reason::AgentCrashed, .. }));
-        let fresh = DiskRecord { history: None, ..known };
-        assert_eq!(resume(&fresh, None, &stamp()), Resume::New);
+        assert!(matches!(resume(&known, None, None), Resume::Lost { reason: Reason::AgentCrashed, .. }));
+        let fresh = DiskRecord { history: None, lsn_bound: Lsn::ZERO, ..known };
+        assert_eq!(resume(&fresh, None, None), Resume::New);
     }
 }

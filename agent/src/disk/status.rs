@@ -138,9 +138,14 @@ fn code(reason: Reason) -> String {
 
 fn lag(engine: &Engine, status: &Status) -> Lag {
     let bytes = ByteCount(status.window.0 + status.dirty.bytes().0);
-    let behind =
-        status.lag_records > 0 || status.dirty.0 > 0 || status.mode != backtide_io_filter::Mode::Sync;
-    let seconds = if behind { engine.behind_for().as_secs_f64() } else { 0.0 };
+    let in_sync = status.mode == backtide_io_filter::Mode::Sync && status.dirty.0 == 0;
+    let seconds = match (in_sync, status.oldest_time) {
+        (true, Some(oldest)) => {
+            Duration::from_micros(engine.now().wall.0.saturating_sub(oldest.0)).as_secs_f64()
+        }
+        (true, None) => 0.0,
+        (false, _) => engine.behind_for().as_secs_f64(),
+    };
     Lag { records: status.lag_records, bytes, seconds }
 }
 

@@ -33,6 +33,12 @@ const SILENCE_MAX: Duration = Duration::from_secs(30);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LAST: Duration = Duration::from_secs(5);
 
+/// The longest payload a receiver has reason to send: the answer to a comparison, or a text.
+const RECEIVER_PAYLOAD_MAX: u64 = 64 * 1024;
+
+/// As much of what a receiver says is shown.
+const SHOWN_MAX: usize = 1024;
+
 /// As much goes out in one write.
 const BATCH_FRAMES: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
@@ -157,7 +163,7 @@ impl Stream {
 
     fn note(&self, error: &StreamError) {
         let disk = self.engine.name();
-        let message = error.to_string();
+        let message: String = error.to_string().chars().take(SHOWN_MAX).collect();
         if let StreamError::Operator(why) = error {
             tracing::info!(%disk, why, "the stream to the receiver has ended");
             return;
@@ -179,7 +185,7 @@ impl Stream {
             Err(_) => return silent(),
         };
         let (mut reader, mut writer) = tokio::io::split(socket);
-        let mut decoder = Decoder::new();
+        let mut decoder = Decoder::limited(RECEIVER_PAYLOAD_MAX);
         let welcome = self.shake_hands(&mut reader, &mut writer, &mut decoder);
         let welcome = match tokio::time::timeout(HANDSHAKE_TIME, welcome).await {
             Ok(Ok(welcome)) => welcome,
@@ -190,6 +196,10 @@ impl Stream {
         let _ = self.engine.take_kick();
         self.engine.happen(|filter, now| filter.connected(now, &welcome));
         self.engine.acquainted.notify_one();
+        if !self.engine.look(|filter| filter.status().connected) {
+            // Refused by the filter, or paused meanwhile.
+            return self.kick_error().unwrap_or(StreamError::Operator("the disk wants no connection"));
+        }
         let disk = self.engine.name();
         tracing::info!(%disk, receiver = %self.receiver, history = %welcome.history, durable = %welcome.durable, "connected");
         self.last_error.replace(None);
@@ -233,7 +243,8 @@ impl Stream {
                     Message::Welcome(welcome) => Ok(welcome),
                     Message::Close(closed) => Err(StreamError::Closed(closed)),
                     other => Err(StreamError::Unexpected(format!(
-                        "expected a welcome from the receiver, found {other:?}"
+                        "expected a welcome from the receiver, found {}",
+                        other.name()
                     ))),
                 };
             }
@@ -312,13 +323,18 @@ impl Stream {
         let _ = tokio::time::timeout(RETRY_FIRST, write_batch(writer, &[frame])).await;
     }
 
+    fn kick_error(&self) -> Option<StreamError> {
+        Some(match self.engine.take_kick()? {
+            Kick::Operator(why) => StreamError::Operator(why),
+            Kick::Invalid(why) => StreamError::Unexpected(why),
+        })
+    }
+
     async fn kicked(&self) -> StreamError {
         loop {
             self.engine.kick.notified().await;
-            match self.engine.take_kick() {
-                Some(Kick::Operator(why)) => return StreamError::Operator(why),
-                Some(Kick::Invalid(why)) => return StreamError::Unexpected(why),
-                None => {}
+            if let Some(error) = self.kick_error() {
+                return error;
             }
         }
     }

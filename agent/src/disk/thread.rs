@@ -18,7 +18,7 @@ use super::{
     status::Verifies,
     stream::Stream,
 };
-use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
+use crate::record::{DiskRecord, LSN_STEP, Records};
 
 /// Commands waiting for a disk.
 const COMMANDS_MAX: usize = 64;
@@ -59,6 +59,8 @@ pub(crate) enum Command {
 pub(crate) struct MarkAt {
     pub(crate) lsn: Lsn,
     pub(crate) time: CaptureTime,
+    /// Nothing stands between it and a point but its way to the receiver.
+    pub(crate) recoverable: bool,
 }
 
 /// Why a disk stays attached.
@@ -148,7 +150,10 @@ impl Disk {
         };
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local));
         let rate = record.limits.resync_bytes_per_second_max;
-        engine.happen(|filter, _| filter.limit_resync(rate));
+        engine.happen(|filter, _| {
+            filter.limit_resync(rate);
+            filter.not_before(record.last_time);
+        });
         if record.paused {
             engine.happen(|filter, now| filter.pause(now));
         }
@@ -176,7 +181,9 @@ impl Disk {
                             continue;
                         }
                         inbox.close();
-                        let _ = answer.send(self.detach().await);
+                        let result = self.detach().await;
+                        // Who asked may have gone; the disk is detached all the same.
+                        let _ = answer.send(result);
                         return;
                     }
                     Some(command) => self.obey(command).await,
@@ -216,8 +223,8 @@ impl Disk {
                 drop(answer.send(self.status()));
             }
             Command::Hold(answer) => {
-                let forwarding = self.engine.happen(|filter, _| {
-                    filter.hold_answers();
+                let forwarding = self.engine.happen(|filter, now| {
+                    filter.hold_answers(now);
                     filter.can_mark()
                 });
                 // Who asked is gone: nobody would ever release.
@@ -226,9 +233,14 @@ impl Disk {
                 }
             }
             Command::Mark(label, answer) => {
-                let marked = self
-                    .engine
-                    .happen(|filter, now| filter.mark(now, &label).map(|lsn| MarkAt { lsn, time: now.wall }));
+                let marked = self.engine.happen(|filter, now| {
+                    if !filter.holds_answers() {
+                        let disk = filter.settings().name.to_string();
+                        return Err(MarkError::HeldTooLong { disk });
+                    }
+                    let recoverable = filter.mode() == Mode::Sync && filter.status().connected;
+                    filter.mark(now, &label).map(|lsn| MarkAt { lsn, time: now.wall, recoverable })
+                });
                 drop(answer.send(marked));
             }
             Command::Release(answer) => {
@@ -258,8 +270,7 @@ impl Disk {
     }
 
     async fn set_paused(&mut self, paused: bool) {
-        self.record.paused = paused;
-        self.save_record().await;
+        self.save_record(DiskRecord { paused, ..self.record.clone() }).await;
     }
 
     /// Brings the record up to date, ahead of what the filter needs of it.
@@ -272,17 +283,23 @@ impl Disk {
         // A bound of what was acknowledged, so it need not follow every acknowledgement.
         let acked_is_stale = acked > self.record.acked_durable && status.mode == Mode::Sync;
         if bound_is_near || history_is_new || (acked_is_stale && self.rate.is_minute_over()) {
-            self.record.lsn_bound = status.last_lsn.plus(LSN_STEP).max(self.record.lsn_bound);
-            self.record.history = status.history;
-            self.record.acked_durable = acked;
-            self.save_record().await;
+            let record = DiskRecord {
+                lsn_bound: status.last_lsn.plus(LSN_STEP).max(self.record.lsn_bound),
+                history: status.history,
+                acked_durable: acked,
+                last_time: status.last_time,
+                ..self.record.clone()
+            };
+            self.save_record(record).await;
         }
     }
 
-    async fn save_record(&self) {
-        let (records, record) = (self.records.clone(), self.record.clone());
-        if let Err(error) = blocking(move || records.save(&record)).await {
-            tracing::error!(disk = %self.record.name, %error, "cannot save the disk's record");
+    /// Makes the record durable. One that cannot be saved is not the record: it is tried again.
+    async fn save_record(&mut self, record: DiskRecord) {
+        let (records, saved) = (self.records.clone(), record.clone());
+        match blocking(move || records.save(&saved)).await {
+            Ok(()) => self.record = record,
+            Err(error) => tracing::error!(disk = %record.name, %error, "cannot save the disk's record"),
         }
     }
 
@@ -299,7 +316,7 @@ impl Disk {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         let flushed = engine.local.run(LocalOp::Change(Change::Flush)).await;
-        if let Err(failure) = flushed {
+        if let Err(failure) = &flushed {
             tracing::error!(disk = %record.name, errno = failure.errno, "cannot flush the local disk");
         }
         let until = tokio::time::Instant::now() + DETACH_GRACE;
@@ -312,38 +329,31 @@ impl Disk {
         let acked = engine.look(Filter::acked_durable);
         let history = engine.look(Filter::history);
         let saved = engine.happen(|filter, now| filter.detach(now));
+        // What the device did not take is not on the disk: nothing is trusted then.
+        let saved = saved.filter(|_| flushed.is_ok());
         engine.end_stream(Kick::Operator("detached by an operator"));
         // The stream's task says good-bye to the receiver; nothing depends on it.
         let _ = tokio::time::timeout(GOODBYE_TIME, stream.ended.notified()).await;
         record.history = history;
         record.acked_durable = acked;
         record.lsn_bound = record.lsn_bound.max(engine.look(Filter::last_lsn));
+        record.last_time = engine.look(|filter| filter.status().last_time);
         last.mode = backtide_agent_api::Mode::Detached;
         last.clients = 0;
         last.dirty = saved.as_ref().map_or(last.dirty, |saved| super::status::dirty(saved.dirty.count()));
-        let size = engine.local.size();
-        let result =
-            blocking(move || save_detached(&records, &mut record, saved, image.as_deref(), size)).await;
-        result.map_err(DetachError::Save)?;
+        if let Some(image) = image
+            && let Err(error) = image.unlock()
+        {
+            tracing::warn!(disk = %record.name, %error, "cannot unlock the image before it is closed");
+        }
+        let save = move || {
+            saved.map_or(Ok(()), |saved| records.save_tracking(&record.name, &saved))?;
+            records.save(&record)
+        };
+        blocking(save).await.map_err(DetachError::Save)?;
         tracing::info!(disk = %last.name, dirty_blocks = %last.dirty.blocks, "disk detached");
         Ok(last)
     }
-}
-
-/// The image's stamp is taken last: nothing of ours writes it any more.
-fn save_detached(
-    records: &Records,
-    record: &mut DiskRecord,
-    saved: Option<backtide_tracking::SavedTracking>,
-    image: Option<&backtide_storage::ImageFile>,
-    size: backtide_units::ByteCount,
-) -> io::Result<()> {
-    let modified_ns = image.map_or(Ok(0), backtide_storage::ImageFile::modified_ns)?;
-    record.image_at_detach = Some(ImageStamp { size, modified_ns });
-    if let Some(saved) = saved {
-        records.save_tracking(&record.name, &saved)?;
-    }
-    records.save(record)
 }
 
 /// What the control API says of a disk whose thread did not start.

@@ -104,6 +104,14 @@ impl ImageFile {
         Ok(Self { file, path, size, is_device: kind.is_block_device() })
     }
 
+    /// Gives the lock up before the file is closed.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn unlock(&self) -> io::Result<()> {
+        Ok(rustix::fs::flock(&self.file, FlockOperation::Unlock)?)
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

@@ -6,7 +6,7 @@
 use bytes::{Bytes, BytesMut};
 
 use crate::{
-    FRAME_HEADER_BYTES, ProtocolError,
+    FRAME_HEADER_BYTES, PAYLOAD_BYTES_MAX, ProtocolError,
     frame::{self, Header},
     message::Sequenced,
 };
@@ -21,6 +21,8 @@ pub struct Decoder {
     /// The header of the frame whose payload is still arriving.
     header: Option<Header>,
     next_seq: u64,
+    /// The longest payload taken.
+    payload_bytes_max: u64,
     /// The stream is unusable after the first error.
     failed: bool,
 }
@@ -34,7 +36,12 @@ impl Default for Decoder {
 impl Decoder {
     /// For a new connection: expects frame 1.
     pub fn new() -> Self {
-        Self { buffer: BytesMut::new(), header: None, next_seq: 1, failed: false }
+        Self::limited(PAYLOAD_BYTES_MAX)
+    }
+
+    /// For a new connection whose peer has no reason to send longer payloads than this.
+    pub fn limited(payload_bytes_max: u64) -> Self {
+        Self { buffer: BytesMut::new(), header: None, next_seq: 1, payload_bytes_max, failed: false }
     }
 
     /// Where the driver appends what it read; there is room for a useful read, and for the rest of
@@ -70,6 +77,10 @@ impl Decoder {
                 let header = Header::decode(bytes)?;
                 if header.seq != self.next_seq {
                     return Err(ProtocolError::Sequence { expected: self.next_seq, found: header.seq });
+                }
+                if u64::from(header.payload_bytes) > self.payload_bytes_max {
+                    let found = header.payload_bytes.into();
+                    return Err(ProtocolError::TooLarge { found, limit: self.payload_bytes_max });
                 }
                 let _ = self.buffer.split_to(FRAME_HEADER_BYTES);
                 self.header = Some(header);

@@ -79,6 +79,27 @@ pub enum Message {
     Close(Closed),
 }
 
+impl Message {
+    /// What kind of message it is, for people.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "hello",
+            Self::Welcome(_) => "welcome",
+            Self::Record(_) => "record",
+            Self::Flush { .. } => "flush",
+            Self::PassBegin { .. } => "pass-begin",
+            Self::PassData { .. } => "pass-data",
+            Self::PassEnd { .. } => "pass-end",
+            Self::Mark { .. } => "mark",
+            Self::Compare(_) => "compare",
+            Self::CompareResult(_) => "compare-result",
+            Self::Ack { .. } => "ack",
+            Self::Ping => "ping",
+            Self::Close(_) => "close",
+        }
+    }
+}
+
 /// The longest label of a mark, in bytes.
 pub const LABEL_BYTES_MAX: usize = 256;
 

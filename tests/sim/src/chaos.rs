@@ -120,7 +120,7 @@ impl World {
         for request in self.guest.requests.values_mut() {
             request.held = true;
         }
-        self.call(|filter, _| filter.hold_answers());
+        self.call(|filter, now| filter.hold_answers(now));
         self.within(self.plan.outage_us, Event::GiveAnswers(life));
     }
 
