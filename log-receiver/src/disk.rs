@@ -249,9 +249,12 @@ impl Disk {
         }
     }
 
-    pub(crate) fn reopened(&mut self, log: DiskLog) {
+    /// Puts a recovered log into use and gives the connection that had the failed one. That one loses
+    /// the disk: entry numbers it waits for may be those of other entries now.
+    pub(crate) fn reopened(&mut self, log: DiskLog) -> Option<ConnectionId> {
         self.log = Log::Open(Box::new(log));
         self.opened += 1;
+        self.owner.take()
     }
 
     pub(crate) fn fail(&mut self, failure: Failure) {

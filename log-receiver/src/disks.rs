@@ -17,7 +17,7 @@ use std::{
 };
 
 use backtide_protocol::{CloseCode, Closed, Hello, ReceiverState};
-use backtide_recovery::{DiskLog, LogCache, LogError, LogIdentity, LogOptions};
+use backtide_recovery::{Attached, DiskLog, LogCache, LogError, LogIdentity, LogOptions};
 use backtide_segment::Seq;
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId};
@@ -72,6 +72,14 @@ pub struct Claim {
     pub through: Seq,
     /// The connection that had the disk before, and what to tell it.
     pub replaced: Option<(ConnectionId, Closed)>,
+}
+
+/// A disk with an open log.
+struct Found {
+    /// Nothing was known of it.
+    fresh: bool,
+    /// The connection that had it when its log failed.
+    displaced: Option<ConnectionId>,
 }
 
 /// The store's directory of disks cannot be read.
@@ -171,25 +179,10 @@ impl Disks {
         now: CaptureTime,
     ) -> Result<Claim, Closed> {
         self.space.look(ByteCount::ZERO).map_err(|why| closed(CloseCode::Store, why))?;
-        let fresh = self.find_or_create(hello)?;
+        let Found { fresh, displaced } = self.find_or_create(hello)?;
         let disk = self.disks.get_mut(&hello.disk).expect("the disk was found or created");
         let attached = disk.timeline().and_then(|timeline| timeline.attached()).cloned();
-        if let Some(attached) = &attached {
-            if hello.epoch < attached.epoch {
-                let why = format!(
-                    "epoch {} of disk {} is fenced: epoch {} has attached it since",
-                    hello.epoch, attached.name, attached.epoch
-                );
-                return Err(closed(CloseCode::Fenced, why));
-            }
-            if hello.size < attached.size {
-                let why = format!(
-                    "disk {} cannot shrink from {} to {} bytes: attach the smaller image as a new disk",
-                    attached.name, attached.size, hello.size
-                );
-                return Err(closed(CloseCode::Refused, why));
-            }
-        }
+        check_attached(attached.as_ref(), hello)?;
         take_name(&self.shelf.names, hello)?;
         let unchanged = attached.as_ref().is_some_and(|attached| {
             attached.epoch == hello.epoch && attached.size == hello.size && attached.name == hello.name
@@ -212,7 +205,7 @@ impl Disks {
             Some(named) if named == history => ReceiverState::Known,
             Some(_) | None => ReceiverState::Foreign,
         };
-        let replaced = disk.set_owner(connection).map(|old| {
+        let replaced = disk.set_owner(connection).or(displaced).map(|old| {
             let higher = attached.is_some_and(|attached| hello.epoch > attached.epoch);
             (old, replaced_by(hello, higher))
         });
@@ -224,13 +217,19 @@ impl Disks {
         self.space.take(wanted)
     }
 
-    /// Makes sure that the disk is there with an open log; true when nothing was known of it.
-    fn find_or_create(&mut self, hello: &Hello) -> Result<bool, Closed> {
+    /// Makes sure that the disk is there with an open log. A failed one is opened again only for a
+    /// hello that may have it: a refused hello changes nothing.
+    fn find_or_create(&mut self, hello: &Hello) -> Result<Found, Closed> {
         let store = |error: LogError| closed(CloseCode::Store, chain(&error));
         if let Some(disk) = self.disks.get_mut(&hello.disk) {
+            let mut displaced = None;
             if disk.failure().is_some() {
                 match self.shelf.open(hello.disk) {
-                    Ok(log) => disk.reopened(log),
+                    Ok(log) => {
+                        check_attached(log.timeline().attached(), hello)?;
+                        take_name(&self.shelf.names, hello)?;
+                        displaced = disk.reopened(log);
+                    }
                     Err(error) => {
                         disk.fail(Failure::from(&error));
                         return Err(store(error));
@@ -238,7 +237,8 @@ impl Disks {
                 }
             }
             // A log without an attach was created by a claim that failed: as good as new.
-            return Ok(disk.timeline().and_then(|timeline| timeline.attached()).is_none());
+            let fresh = disk.timeline().and_then(|timeline| timeline.attached()).is_none();
+            return Ok(Found { fresh, displaced });
         }
         take_name(&self.shelf.names, hello)?;
         if self.shelf.names.all().len() > self.shelf.disks_max {
@@ -251,7 +251,7 @@ impl Disks {
             store(error)
         })?;
         self.disks.insert(hello.disk, Disk::new(hello.disk, Ok(log)));
-        Ok(true)
+        Ok(Found { fresh: true, displaced: None })
     }
 
     fn take_recorded_name(&self, disk: &Disk) {
@@ -260,6 +260,26 @@ impl Disks {
             tracing::warn!(disk = %disk.id(), name = %attached.name, %owner, "another disk has this disk's name: only its id finds it");
         }
     }
+}
+
+/// Whether the newest attach leaves room for this one.
+fn check_attached(attached: Option<&Attached>, hello: &Hello) -> Result<(), Closed> {
+    let Some(attached) = attached else { return Ok(()) };
+    if hello.epoch < attached.epoch {
+        let why = format!(
+            "epoch {} of disk {} is fenced: epoch {} has attached it since",
+            hello.epoch, attached.name, attached.epoch
+        );
+        return Err(closed(CloseCode::Fenced, why));
+    }
+    if hello.size < attached.size {
+        let why = format!(
+            "disk {} cannot shrink from {} to {} bytes: attach the smaller image as a new disk",
+            attached.name, attached.size, hello.size
+        );
+        return Err(closed(CloseCode::Refused, why));
+    }
+    Ok(())
 }
 
 fn take_name(names: &Names, hello: &Hello) -> Result<(), Closed> {

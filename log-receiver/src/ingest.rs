@@ -152,8 +152,12 @@ impl Ingest {
     }
 
     fn snapshot(&self, disk: DiskId) -> Option<Result<Snapshot, Failure>> {
-        let mut disks = self.disks.borrow_mut();
-        Some(disks.get_mut(disk)?.snapshot())
+        let snapshot = self.disks.borrow_mut().get_mut(disk)?.snapshot();
+        if snapshot.is_err() {
+            // Taking it may have failed the log: its agent must not go on.
+            self.wake_owner(disk);
+        }
+        Some(snapshot)
     }
 
     async fn shut_down(self: Rc<Self>) {

@@ -232,3 +232,42 @@ fn a_full_store_refuses_at_once() {
     assert_eq!(code, CloseCode::Store);
     assert!(why.contains("is full: ") && why.contains("65536 are kept in reserve"), "{why}");
 }
+
+#[test]
+fn a_refused_hello_gives_a_failed_log_back_to_nobody() {
+    let refused = [
+        (of_epoch(2), CloseCode::Fenced),
+        (Hello { size: ByteCount(SIZE.0 / 2), ..of_epoch(4) }, CloseCode::Refused),
+        (Hello { name: "other".parse().unwrap(), ..of_epoch(4) }, CloseCode::Refused),
+    ];
+    for (hello, expected) in refused {
+        let mut bench = Bench::new();
+        bench.welcomed(Hello { disk: disk(8), name: "other".parse().unwrap(), ..of_epoch(1) });
+        let (mut old, _) = bench.welcomed(of_epoch(3));
+        old.tell(&mut bench, pass_begin(5, 0));
+        old.tell(&mut bench, pass_end(5));
+        old.settle(&mut bench);
+        bench.storage.fail_sync_after(0);
+        bench.commit(disk(7));
+        assert!(bench.disks.get(disk(7)).unwrap().failure().is_some());
+        assert_eq!(bench.refused(hello).0, expected);
+        match old.settle(&mut bench).as_slice() {
+            [Seen::Close(CloseCode::Store, _), Seen::End] => {}
+            other => panic!("an acknowledgement would be false: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_log_opened_again_is_not_its_old_owners() {
+    let mut bench = Bench::new();
+    let (mut old, _) = bench.welcomed(of_epoch(3));
+    old.tell(&mut bench, pass_begin(5, 0));
+    bench.storage.fail_sync_after(0);
+    bench.commit(disk(7));
+    let mut new = bench.connect();
+    let effects = new.send(&mut bench, Message::Hello(of_epoch(4)));
+    assert_eq!(effects, [Seen::CloseOther(old.id, CloseCode::Fenced)]);
+    assert!(matches!(old.settle(&mut bench).as_slice(), [Seen::Close(CloseCode::Busy, _), Seen::End]));
+    assert_eq!(bench.disks.get(disk(7)).unwrap().owner(), Some(new.id));
+}
