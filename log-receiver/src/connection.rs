@@ -149,6 +149,8 @@ impl Connection {
     /// Takes the messages that have wholly arrived, then commits and acknowledges them as one batch.
     /// It stops at too many compares, for a small frame can ask for much; their answers bring it back.
     fn take_decoded(&mut self) {
+        // A session that ends in this batch forgets its disk; what came before the end counts.
+        let disk = self.session.disk();
         while !self.ending && self.compares.len() < COMPARES_MAX {
             match self.decoder.next_message() {
                 Ok(Some(message)) => self.take(message),
@@ -156,7 +158,7 @@ impl Connection {
                 Err(error) => self.close(undecodable(&error)),
             }
         }
-        if let Some(disk) = self.session.disk() {
+        if let Some(disk) = disk {
             self.ingest.commit(disk);
         }
         self.settle();

@@ -3,7 +3,9 @@
 use std::{fs, io::Write, os::unix::fs::FileExt};
 
 use backtide_control::Address;
-use backtide_protocol::{CloseCode, Compare, CompareItem, Content, Hello, Message, ReceiverState, Tracking};
+use backtide_protocol::{
+    CloseCode, Closed, Compare, CompareItem, Content, Hello, Message, ReceiverState, Tracking, encode,
+};
 use backtide_storage::MemoryStorage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange, Epoch, Lsn, Reason};
 
@@ -63,6 +65,33 @@ async fn large_payloads_and_many_disks_at_once() {
         assert!(disk.segments > 1, "{}", disk.segments);
     }
     receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn what_came_before_the_end_of_a_stream_becomes_durable() {
+    let bye = Message::Close(Closed { code: CloseCode::Bye, message: String::new() });
+    let close = {
+        let (header, payload) = encode(4, &bye);
+        [&header[..], &payload[..]].concat()
+    };
+    for end in [close, vec![0xff; 64]] {
+        let place = Place::new();
+        let receiver = place.start().await;
+        let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+        let mut bytes = Vec::new();
+        for (seq, message) in [(2, pass_begin(5, 0, Reason::FirstAttach)), (3, pass_end(5))] {
+            let (header, payload) = encode(seq, &message);
+            bytes.extend_from_slice(&header);
+            bytes.extend_from_slice(&payload);
+        }
+        bytes.extend_from_slice(&end);
+        agent.send_raw(&bytes).await;
+        // Nobody else asks for a commit: without one of its own this never ends.
+        while client(&receiver).disks(None).await.unwrap().disks[0].durable != Lsn(5) {
+            tokio::task::yield_now().await;
+        }
+        receiver.shutdown().await;
+    }
 }
 
 #[tokio::test]
