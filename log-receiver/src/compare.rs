@@ -31,27 +31,42 @@ impl CompareJob {
     /// # Errors
     /// When the log cannot be read for any other reason.
     pub fn run(self) -> Result<CompareResult, LogError> {
-        let mut differing = Vec::new();
-        for (position, item) in (0u32..).zip(&self.question.items) {
-            if self.differs(item)? {
-                differing.push(position);
-            }
-        }
-        Ok(CompareResult { id: self.question.id, differing })
+        Ok(self.run_while(|| true)?.expect("an answer that is always wanted is always given"))
     }
 
-    fn differs(&self, item: &CompareItem) -> Result<bool, LogError> {
+    /// As [`CompareJob::run`], but gives up with `None` soon after `wanted` says no: it is asked
+    /// before each item, and within long ranges of zeroes.
+    ///
+    /// # Errors
+    /// As [`CompareJob::run`].
+    pub fn run_while(self, wanted: impl Fn() -> bool) -> Result<Option<CompareResult>, LogError> {
+        let mut differing = Vec::new();
+        for (position, item) in (0u32..).zip(&self.question.items) {
+            if !wanted() {
+                return Ok(None);
+            }
+            match self.differs(item, &wanted)? {
+                Some(true) => differing.push(position),
+                Some(false) => {}
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(CompareResult { id: self.question.id, differing }))
+    }
+
+    /// `None` when the answer is not wanted any more.
+    fn differs(&self, item: &CompareItem, wanted: &impl Fn() -> bool) -> Result<Option<bool>, LogError> {
         let same = match item.content {
             Content::Hash(hash) => {
-                self.view.read(item.range).map(|bytes| *blake3::hash(&bytes).as_bytes() == hash)
+                self.view.read(item.range).map(|bytes| Some(*blake3::hash(&bytes).as_bytes() == hash))
             }
-            Content::Zeroes => self.is_zero(item.range),
+            Content::Zeroes => self.is_zero(item.range, wanted),
         };
         match same {
-            Ok(same) => Ok(!same),
+            Ok(same) => Ok(same.map(|same| !same)),
             Err(error @ LogError::Damaged { .. }) => {
                 tracing::error!(%error, range = %item.range, "damaged data found by a compare, the agent sends it again");
-                Ok(true)
+                Ok(Some(true))
             }
             Err(
                 error @ (LogError::NoLog { .. }
@@ -64,29 +79,35 @@ impl CompareJob {
         }
     }
 
-    /// Whether the log has only zeroes in `range`. Reads nothing where the index knows so, and
-    /// bounded pieces where it does not.
-    fn is_zero(&self, range: ByteRange) -> Result<bool, LogError> {
+    /// Whether the log has only zeroes in `range`; `None` when nobody wants to know any more. Reads
+    /// nothing where the index knows so, and bounded pieces where it does not.
+    fn is_zero(&self, range: ByteRange, wanted: &impl Fn() -> bool) -> Result<Option<bool>, LogError> {
         for window in range.split_at_multiples(EXTENTS_WINDOW) {
+            if !wanted() {
+                return Ok(None);
+            }
             for (extent, allocation) in self.view.extents(window)? {
                 let sound = match allocation {
-                    Allocation::Zero => true,
-                    Allocation::Data => self.reads_zero(extent)?,
+                    Allocation::Zero => Some(true),
+                    Allocation::Data => self.reads_zero(extent, wanted)?,
                 };
-                if !sound {
-                    return Ok(false);
+                if sound != Some(true) {
+                    return Ok(sound);
                 }
             }
         }
-        Ok(true)
+        Ok(Some(true))
     }
 
-    fn reads_zero(&self, range: ByteRange) -> Result<bool, LogError> {
+    fn reads_zero(&self, range: ByteRange, wanted: &impl Fn() -> bool) -> Result<Option<bool>, LogError> {
         for piece in range.split_at_multiples(READ_PIECE) {
+            if !wanted() {
+                return Ok(None);
+            }
             if self.view.read(piece)?.iter().any(|byte| *byte != 0) {
-                return Ok(false);
+                return Ok(Some(false));
             }
         }
-        Ok(true)
+        Ok(Some(true))
     }
 }

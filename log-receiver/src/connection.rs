@@ -4,7 +4,16 @@
 //! acknowledgement sent. Bounded: it does not read while the disk has too much that is not durable,
 //! while too many compares are being answered, or while the agent does not take what it is sent.
 
-use std::{collections::VecDeque, io, rc::Rc, time::Duration};
+use std::{
+    collections::VecDeque,
+    io,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use backtide_protocol::{
     CloseCode, Closed, CompareResult, Decoder, Message, ProtocolError, Sequenced, encode,
@@ -43,8 +52,19 @@ struct Connection {
     /// Frames sent so far.
     sent: u64,
     output: BytesMut,
-    compares: VecDeque<JoinHandle<Result<Result<CompareResult, LogError>, GivenUp>>>,
+    compares: VecDeque<Answering>,
+    /// Set at the end: compares under way stop and queued ones do nothing, for other agents wait
+    /// for the same threads.
+    unwanted: Arc<AtomicBool>,
     ending: bool,
+}
+
+type Answering = JoinHandle<Result<Result<Option<CompareResult>, LogError>, GivenUp>>;
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.unwanted.store(true, Ordering::Relaxed);
+    }
 }
 
 /// What woke the connection.
@@ -67,6 +87,7 @@ pub(crate) async fn run(ingest: Rc<Ingest>, arrival: Arrival, wakeup: Rc<Wakeup>
         sent: 0,
         output: BytesMut::new(),
         compares: VecDeque::new(),
+        unwanted: Arc::default(),
         ending: false,
     };
     let result = match socket.attach() {
@@ -186,11 +207,16 @@ impl Connection {
                 Effect::Send(message) => self.send(&message),
                 Effect::Compare(job) => {
                     let readers = self.ingest.readers.clone();
-                    let answer = tokio::task::spawn_local(async move { readers.run(|| job.run()).await });
+                    let unwanted = Arc::clone(&self.unwanted);
+                    let run = move || job.run_while(|| !unwanted.load(Ordering::Relaxed));
+                    let answer = tokio::task::spawn_local(async move { readers.run(run).await });
                     self.compares.push_back(answer);
                 }
                 Effect::CloseOther(connection, closed) => self.ingest.close(connection, closed),
-                Effect::End => self.ending = true,
+                Effect::End => {
+                    self.ending = true;
+                    self.unwanted.store(true, Ordering::Relaxed);
+                }
             }
         }
     }
@@ -204,14 +230,13 @@ impl Connection {
 }
 
 /// The oldest question's answer. Safe to drop and call again: the answer stays in its handle.
-async fn answer(
-    compares: &mut VecDeque<JoinHandle<Result<Result<CompareResult, LogError>, GivenUp>>>,
-) -> Result<CompareResult, String> {
+async fn answer(compares: &mut VecDeque<Answering>) -> Result<CompareResult, String> {
     let Some(oldest) = compares.front_mut() else { return std::future::pending().await };
     let joined = oldest.await;
     compares.pop_front();
     match joined {
-        Ok(Ok(Ok(result))) => Ok(result),
+        Ok(Ok(Ok(Some(result)))) => Ok(result),
+        Ok(Ok(Ok(None))) => Err("the connection has ended".to_owned()),
         Ok(Ok(Err(error))) => Err(chain(&error)),
         Ok(Err(given_up)) => Err(given_up.to_string()),
         Err(panicked) => Err(GivenUp::from(panicked).to_string()),

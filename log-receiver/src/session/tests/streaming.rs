@@ -1,6 +1,8 @@
 //! After the welcome: what goes into the log, what is acknowledged when, what ends the connection.
 
-use backtide_protocol::{CloseCode, Compare, CompareItem, Content, Hello, Message};
+use std::cell::Cell;
+
+use backtide_protocol::{CloseCode, Compare, CompareItem, CompareResult, Content, Hello, Message};
 use backtide_units::{ByteCount, Epoch, Lsn};
 
 use super::fixture::*;
@@ -217,4 +219,29 @@ fn a_sync_from_before_the_log_was_opened_again_proves_nothing() {
     let before = the_disk(&mut bench).durable();
     the_disk(&mut bench).synced(early.sync());
     assert_eq!(the_disk(&mut bench).durable(), before);
+}
+
+#[test]
+fn a_compare_that_nobody_waits_for_stops_within_a_long_range() {
+    const WINDOWS: u64 = 64;
+    let mut bench = Bench::new();
+    let size = ByteCount(WINDOWS << 30);
+    let (mut peer, _) = bench.welcomed(Hello { size, ..hello() });
+    peer.tell(&mut bench, pass_begin(5, 0));
+    let mut stopped_after = |wanted_times: u64| {
+        let items = vec![CompareItem { range: range(0, size.0), content: Content::Zeroes }; 2];
+        let question = Message::Compare(Compare { id: 1, at: Lsn(5), items });
+        let mut effects = peer.effects(&mut bench, question);
+        let Some(Effect::Compare(job)) = effects.pop() else { panic!("no compare") };
+        let asked = Cell::new(0);
+        let wanted = || {
+            asked.set(asked.get() + 1);
+            asked.get() <= wanted_times
+        };
+        (job.run_while(wanted).unwrap(), asked.get())
+    };
+    assert_eq!(stopped_after(0), (None, 1), "one that was queued does nothing");
+    assert_eq!(stopped_after(10), (None, 11), "within the first item");
+    let all = 2 * (1 + WINDOWS);
+    assert_eq!(stopped_after(all), (Some(CompareResult { id: 1, differing: vec![] }), all));
 }
