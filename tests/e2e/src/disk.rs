@@ -121,8 +121,8 @@ impl<'bench> Disk<'bench> {
         counts
     }
 
-    /// The ends of all intervals and points within, in their order.
-    pub fn offered_points(&self) -> Vec<u64> {
+    /// The ends of intervals and points within, in their order; at most `count`, spread over all.
+    pub fn offered_points(&self, count: usize) -> Vec<u64> {
         let points = self.points();
         let mut lsns = Vec::new();
         for interval in points["intervals"].as_array().expect("a list of intervals") {
@@ -131,7 +131,8 @@ impl<'bench> Disk<'bench> {
             lsns.extend([from, from + (to - from) / 3, from + (to - from) / 2, to]);
         }
         lsns.dedup();
-        lsns
+        let last = lsns.len() - 1;
+        (0..=count.min(last)).map(|nth| lsns[nth * last / count.min(last)]).collect()
     }
 
     /// The point after the first `writes` of a load that began when the last LSN was `before`.

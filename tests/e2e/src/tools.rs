@@ -61,6 +61,7 @@ pub fn fio_verified(uri: &str, bytes: u64, rate_iops: u64) -> Command {
     command.args(["--name=guest", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=16"]).args([
         "--verify=crc32c".to_owned(),
         "--verify_fatal=1".to_owned(),
+        "--verify_state_save=0".to_owned(),
         "--output-format=terse".to_owned(),
         format!("--uri={uri}"),
         format!("--size={bytes}"),

@@ -12,4 +12,5 @@ mod one_command;
 mod operating;
 mod protection;
 mod receiver_outages;
+mod strangers;
 mod verify;

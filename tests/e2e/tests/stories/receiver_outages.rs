@@ -82,7 +82,7 @@ fn a_long_outage_is_a_hole_with_a_reason_and_all_around_it_is_exact() {
     assert_eq!((counts[0], counts[6]), (0, model.len()));
     assert_eq!(counts[2], counts[1] + 1, "one write for each LSN");
     assert_eq!(counts[4], counts[3] + 1, "the first write after the freeze is a point of its own");
-    disk.points_are_prefixes(&disk.offered_points(), &model);
+    disk.points_are_prefixes(&disk.offered_points(20), &model);
     for lsn in [after + 1, (after + t) / 2, t - 1] {
         let said = disk.restore_fails(&format!("lsn:{lsn}"));
         let error = said.error();
@@ -115,7 +115,7 @@ fn the_receiver_dies_during_a_resync_and_nothing_offered_is_false() {
     load.goes_on(50);
     let model = load.stop().model();
     disk.latest_is_the_image();
-    let counts = disk.points_are_prefixes(&disk.offered_points(), &model);
+    let counts = disk.points_are_prefixes(&disk.offered_points(20), &model);
     assert_eq!(counts.last(), Some(&model.len()), "the last point has everything");
 }
 
