@@ -47,6 +47,7 @@ impl Filter {
             name: self.settings.name.clone(),
             size: self.settings.size,
             epoch: self.settings.epoch,
+            attach: self.settings.attach,
             history: self.history,
             tracking,
             next_lsn: self.last_lsn.next(),

@@ -6,6 +6,7 @@ use backtide_tracking::SavedTracking;
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::filter::Mode;
 
@@ -153,6 +154,8 @@ pub struct Settings {
     pub size: ByteCount,
     /// The attach.
     pub epoch: Epoch,
+    /// Made with the epoch, at random: tells it from the same epoch of a copied agent.
+    pub attach: Uuid,
     /// When the guest is answered.
     pub ack: AckPolicy,
     /// What that means while the receiver is away.

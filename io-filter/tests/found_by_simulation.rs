@@ -24,6 +24,7 @@ fn filter(ack: AckPolicy) -> Filter {
         name: "vm1".parse().unwrap(),
         size: ByteCount(64 * 4096),
         epoch: Epoch(1),
+        attach: uuid::Uuid::from_u128(1),
         ack,
         on_outage: OnOutage::Continue,
         window_bytes: ByteCount(1 << 20),

@@ -4,7 +4,8 @@
 //! [`crate::session`]. No sockets and no clock: a simulation runs it over a storage in memory.
 //!
 //! Invariants of a claim:
-//! - an epoch lower than any this store has seen changes nothing (fencing);
+//! - an epoch lower than any this store has seen changes nothing, nor does an equal one of another
+//!   attach: two agents with copies of one state never both have the disk (fencing);
 //! - a higher epoch, a new name or a new size is an entry of the log itself, so it is durable with
 //!   the log, before the agent hears of it;
 //! - after a claim only the claiming connection may append.
@@ -269,6 +270,13 @@ fn check_attached(attached: Option<&Attached>, hello: &Hello) -> Result<(), Clos
         let why = format!(
             "epoch {} of disk {} is fenced: epoch {} has attached it since",
             hello.epoch, attached.name, attached.epoch
+        );
+        return Err(closed(CloseCode::Fenced, why));
+    }
+    if hello.epoch == attached.epoch && hello.attach != attached.attach {
+        let why = format!(
+            "epoch {} of disk {} is fenced: another agent with a copy of this agent's state has attached it with the same epoch; attach it again to take it over",
+            hello.epoch, attached.name
         );
         return Err(closed(CloseCode::Fenced, why));
     }

@@ -39,6 +39,7 @@ pub(crate) fn pass_data(at: Lsn, range: ByteRange, data: &Data) -> Entry {
 pub(crate) fn attach(hello: &Hello, time: CaptureTime) -> Entry {
     Entry::Attach {
         epoch: hello.epoch,
+        attach: hello.attach,
         next_lsn: hello.next_lsn,
         size: hello.size,
         name: hello.name.clone(),

@@ -9,6 +9,7 @@ use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{ImageError, ImageFile};
 use backtide_tracking::SavedTracking;
 use backtide_units::{ByteCount, Lsn, Reason};
+use uuid::Uuid;
 
 use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
 
@@ -140,6 +141,7 @@ fn settings(record: &DiskRecord, size: ByteCount) -> Settings {
         name: record.name.clone(),
         size,
         epoch: record.epoch,
+        attach: Uuid::new_v4(),
         ack: match record.ack {
             AckPolicy::Local => backtide_io_filter::AckPolicy::Local,
             AckPolicy::Received => backtide_io_filter::AckPolicy::Received,

@@ -2,6 +2,7 @@
 
 use backtide_units::{ByteCount, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 /// The agent's first frame.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +17,9 @@ pub struct Hello {
     pub size: ByteCount,
     /// The attach this connection belongs to.
     pub epoch: Epoch,
+    /// Random, made with the epoch: two hosts with copies of one agent's state come to the same epoch
+    /// and to different ids, so that only one of them gets the disk.
+    pub attach: Uuid,
     /// The history the agent continues; none when it never met this receiver.
     pub history: Option<HistoryId>,
     /// What the agent can still send.
@@ -96,7 +100,7 @@ pub struct Closed {
 pub enum CloseCode {
     /// Orderly end: detach, pause or shutdown. Connect again when there is something to send.
     Bye,
-    /// A higher epoch owns the disk. Never connect again with this one.
+    /// A higher epoch owns the disk, or another attach with the same one. Never connect again with this one.
     Fenced,
     /// The peer speaks another version. Upgrade one side.
     Version,
@@ -122,6 +126,7 @@ mod tests {
             name: "vm1".parse().unwrap(),
             size: ByteCount(1 << 30),
             epoch: Epoch(3),
+            attach: Uuid::from_u128(5),
             history: None,
             tracking: Tracking::Bitmap { gap_from: Lsn(17), reason: Reason::ReceiverAway },
             next_lsn: Lsn(40),

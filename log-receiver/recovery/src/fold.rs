@@ -80,10 +80,10 @@ impl Timeline {
                 self.see(*lsn);
                 self.marks.push(Mark { label: label.clone(), at: TimedLsn { lsn: *lsn, time: *time } });
             }
-            Entry::Attach { epoch, next_lsn, size, name, time } => {
+            Entry::Attach { epoch, attach, next_lsn, size, name, time } => {
                 self.see(Lsn(next_lsn.0.saturating_sub(1)));
-                self.attached =
-                    Some(Attached { epoch: *epoch, name: name.clone(), size: *size, time: *time });
+                let (epoch, attach, size, time) = (*epoch, *attach, *size, *time);
+                self.attached = Some(Attached { epoch, attach, name: name.clone(), size, time });
             }
         }
     }

@@ -7,6 +7,7 @@ use std::fmt;
 
 use backtide_segment::PassReason;
 use backtide_units::{ByteCount, CaptureTime, DiskName, Epoch, Lsn};
+use uuid::Uuid;
 
 use crate::{Nearest, PointError, TimedLsn, point::time_text};
 
@@ -55,6 +56,8 @@ pub struct Mark {
 pub struct Attached {
     /// Which attach.
     pub epoch: Epoch,
+    /// Which of several attaches that claim this epoch.
+    pub attach: Uuid,
     /// The disk's name then.
     pub name: DiskName,
     /// The disk's size then.

@@ -128,6 +128,7 @@ fn a_seam_without_a_gap_is_no_hole() {
 fn an_attach_alone_leaves_no_hole() {
     let attach = Entry::Attach {
         epoch: Epoch(2),
+        attach: uuid::Uuid::from_u128(2),
         next_lsn: Lsn(100),
         size: ByteCount(1 << 20),
         name: "vm1".parse().expect("a name"),

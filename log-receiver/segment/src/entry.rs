@@ -3,9 +3,11 @@
 //! Versions: a guest write or zero has its LSN, pass data has the pass's *T*. Which bytes a disk has
 //! at a point follows from versions alone, never from the order of arrival.
 
-use bytes::Bytes;
-
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskName, Epoch, Lsn};
+use bytes::Bytes;
+use uuid::Uuid;
+
+use crate::entry_header::ATTACH_ID_LENGTH;
 
 /// Largest payload of one entry: an NBD request of 32 MiB.
 pub const PAYLOAD_MAX: ByteCount = ByteCount(32 << 20);
@@ -90,6 +92,8 @@ pub enum Entry {
     Attach {
         /// Which attach this is.
         epoch: Epoch,
+        /// Tells it from an attach with the same epoch by an agent with a copied state.
+        attach: Uuid,
         /// The first LSN the agent gives.
         next_lsn: Lsn,
         /// The disk's size.
@@ -145,7 +149,7 @@ impl Entry {
             | Self::PassData { content: PassContent::Bytes { payload, .. }, .. } => ByteCount::of(payload),
             Self::PassBegin { reason, .. } => ByteCount::of(reason.text.as_bytes()),
             Self::Mark { label, .. } => ByteCount::of(label.as_bytes()),
-            Self::Attach { name, .. } => ByteCount::of(name.as_str().as_bytes()),
+            Self::Attach { name, .. } => ByteCount((ATTACH_ID_LENGTH + name.as_str().len()) as u64),
             Self::Zero { .. }
             | Self::PassData { content: PassContent::Zeroes, .. }
             | Self::Flush { .. }

@@ -5,6 +5,7 @@
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, Lsn};
 use bytes::{Buf, BufMut, Bytes};
+use uuid::Uuid;
 
 use crate::{Entry, PAYLOAD_MAX, PassContent, PassReason, SegmentId, Seq, TEXT_MAX};
 
@@ -13,6 +14,9 @@ pub const ENTRY_HEADER_LENGTH: usize = 64;
 
 /// Entries begin at multiples of this.
 pub(crate) const ALIGNMENT: u64 = 8;
+
+/// The id before the name in an attach's payload.
+pub(crate) const ATTACH_ID_LENGTH: usize = 16;
 
 /// No claim about what was synced.
 const NO_CLAIM: u32 = u32::MAX;
@@ -91,7 +95,8 @@ impl EntryKind {
         })
     }
 
-    /// Whether the entry carries bytes of the disk; the payload of any other is text.
+    /// Whether the entry carries bytes of the disk; the payload of any other is text,
+    /// after an id in an attach.
     pub fn is_data(self) -> bool {
         match self {
             Self::Write | Self::Zero | Self::PassData => true,
@@ -188,10 +193,10 @@ impl EntryHeader {
                 (self.lsn, self.time) = (*lsn, *time);
                 text(label)
             }
-            Entry::Attach { epoch, next_lsn, size, name, time } => {
+            Entry::Attach { epoch, attach, next_lsn, size, name, time } => {
                 self.kind = EntryKind::Attach;
                 (self.lsn, self.time, self.offset, self.length) = (*next_lsn, *time, epoch.0, size.0);
-                text(name.as_str())
+                [attach.as_bytes(), name.as_str().as_bytes()].concat().into()
             }
         }
     }
@@ -207,6 +212,9 @@ impl EntryHeader {
             EntryKind::Write | EntryKind::Zero | EntryKind::PassData => self.check_data(),
             EntryKind::Flush | EntryKind::PassEnd if self.payload_length != 0 => {
                 Some("a payload where none can be")
+            }
+            EntryKind::Attach if (self.payload_length as usize) < ATTACH_ID_LENGTH => {
+                Some("an attach without its id")
             }
             EntryKind::PassBegin if self.code > 255 => Some("a reason code beyond 255"),
             EntryKind::Flush
@@ -330,7 +338,8 @@ impl EntryHeader {
     /// # Errors
     /// What is wrong: the payload of a text is no UTF-8, or no disk name.
     pub fn entry(&self, payload: Bytes) -> Result<Entry, &'static str> {
-        let text = || String::from_utf8(payload.to_vec()).map_err(|_| "its text is no UTF-8");
+        let utf8 = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).map_err(|_| "its text is no UTF-8");
+        let text = || utf8(&payload);
         let range = || self.range().ok_or("its range is beyond any disk");
         let (lsn, time) = (self.lsn, self.time);
         Ok(match self.kind {
@@ -361,13 +370,17 @@ impl EntryHeader {
                 Entry::PassEnd { at: lsn, valid_from, time }
             }
             EntryKind::Mark => Entry::Mark { lsn, time, label: text()? },
-            EntryKind::Attach => Entry::Attach {
-                epoch: Epoch(self.offset),
-                next_lsn: lsn,
-                size: ByteCount(self.length),
-                name: text()?.parse().map_err(|_| "its text is no disk name")?,
-                time,
-            },
+            EntryKind::Attach => {
+                let (attach, name) = payload.split_first_chunk().ok_or("an attach without its id")?;
+                Entry::Attach {
+                    epoch: Epoch(self.offset),
+                    attach: Uuid::from_bytes(*attach),
+                    next_lsn: lsn,
+                    size: ByteCount(self.length),
+                    name: utf8(name)?.parse().map_err(|_| "its text is no disk name")?,
+                    time,
+                }
+            }
         })
     }
 }

@@ -39,7 +39,14 @@ fn entries() -> Vec<Entry> {
     let (pass_crc, pass) = payload(0xb2, 100);
     let name: DiskName = "golden".parse().expect("a name");
     vec![
-        Entry::Attach { epoch: Epoch(3), next_lsn: Lsn(10), size: ByteCount(1 << 30), name, time: time(0) },
+        Entry::Attach {
+            epoch: Epoch(3),
+            attach: Uuid::from_u128(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff),
+            next_lsn: Lsn(10),
+            size: ByteCount(1 << 30),
+            name,
+            time: time(0),
+        },
         Entry::PassBegin {
             at: Lsn(10),
             gap_from: Lsn(0),

@@ -116,6 +116,7 @@ pub(crate) fn hello(number: u128, name: &str) -> Hello {
         name: name.parse().unwrap(),
         size: ByteCount(DISK_BYTES),
         epoch: Epoch(1),
+        attach: Uuid::from_u128(1),
         history: None,
         tracking: Tracking::New,
         next_lsn: Lsn(1),

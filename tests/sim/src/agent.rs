@@ -111,6 +111,7 @@ impl World {
             name: "vm1".parse().expect("a name"),
             size: self.plan.size,
             epoch: Epoch(self.persisted.epoch),
+            attach: uuid::Uuid::from_u128(self.lives.into()),
             ack: self.plan.ack,
             on_outage: self.plan.on_outage,
             window_bytes: self.plan.window,

@@ -260,7 +260,8 @@ impl Agent {
         let time = self.time();
         let name = "vm1".parse().expect("a name");
         let (epoch, next_lsn) = (Epoch(self.epoch), self.lsn.next());
-        self.log.append(Entry::Attach { epoch, next_lsn, size: ByteCount(DISK), name, time })?;
+        let (attach, size) = (Uuid::from_u128(self.epoch.into()), ByteCount(DISK));
+        self.log.append(Entry::Attach { epoch, attach, next_lsn, size, name, time })?;
         Ok(())
     }
 

@@ -163,6 +163,7 @@ pub(super) fn hello() -> Hello {
         name: "vm1".parse().unwrap(),
         size: SIZE,
         epoch: Epoch(1),
+        attach: Uuid::from_u128(1),
         history: None,
         tracking: Tracking::New,
         next_lsn: Lsn(1),

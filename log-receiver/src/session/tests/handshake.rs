@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::fixture::*;
 
 fn of_epoch(epoch: u64) -> Hello {
-    Hello { epoch: Epoch(epoch), ..hello() }
+    Hello { epoch: Epoch(epoch), attach: Uuid::from_u128(epoch.into()), ..hello() }
 }
 
 #[test]
@@ -270,4 +270,24 @@ fn a_log_opened_again_is_not_its_old_owners() {
     assert_eq!(effects, [Seen::CloseOther(old.id, CloseCode::Fenced)]);
     assert!(matches!(old.settle(&mut bench).as_slice(), [Seen::Close(CloseCode::Busy, _), Seen::End]));
     assert_eq!(bench.disks.get(disk(7)).unwrap().owner(), Some(new.id));
+}
+
+#[test]
+fn a_copied_agent_with_the_same_epoch_is_fenced_also_after_a_power_cut() {
+    for seed in 0..5 {
+        let mut bench = Bench::new();
+        let (mut first, _) = bench.welcomed(of_epoch(3));
+        let copy = Hello { attach: Uuid::from_u128(99), ..of_epoch(3) };
+        let (code, why) = bench.refused(copy.clone());
+        assert_eq!(code, CloseCode::Fenced);
+        assert!(why.contains("a copy of this agent's state") && why.contains("attach it again"), "{why}");
+        first.tell(&mut bench, pass_begin(5, 0));
+        bench.storage.crash(seed);
+        bench.restart();
+        assert_eq!(bench.refused(copy).0, CloseCode::Fenced, "seed {seed}");
+        // Whoever had it may come back; the copy takes it over with an attach of its own.
+        bench.welcomed(of_epoch(3));
+        bench.welcomed(Hello { attach: Uuid::from_u128(99), ..of_epoch(4) });
+        assert_eq!(bench.refused(of_epoch(3)).0, CloseCode::Fenced);
+    }
 }
