@@ -42,7 +42,7 @@ pub enum ProtocolError {
     TooLarge {
         /// As the header says.
         found: u64,
-        /// [`crate::PAYLOAD_BYTES_MAX`].
+        /// That of the frame's type, at most [`crate::PAYLOAD_BYTES_MAX`].
         limit: u64,
     },
     /// A frame whose fields contradict each other or the state of the connection.

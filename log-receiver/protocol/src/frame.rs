@@ -24,6 +24,9 @@ pub const FRAME_HEADER_BYTES: usize = 64;
 /// The longest payload of a frame: one NBD write of the largest size a client may send.
 pub const PAYLOAD_BYTES_MAX: u64 = 32 * 1024 * 1024;
 
+/// The longest payload of a message in JSON.
+const JSON_BYTES_MAX: u64 = 64 * 1024;
+
 const CRC_AT: usize = FRAME_HEADER_BYTES - 4;
 const COMPARE_ITEM_BYTES: usize = 8 + 8 + 32;
 
@@ -68,6 +71,21 @@ const TYPES: [Type; 15] = [
     Type::Ping,
     Type::Close,
 ];
+
+impl Type {
+    /// The longest payload of the type: checked before a byte of it is kept.
+    fn payload_bytes_max(self) -> u64 {
+        match self {
+            Self::Hello | Self::Welcome | Self::Close => JSON_BYTES_MAX,
+            Self::Write | Self::PassData => PAYLOAD_BYTES_MAX,
+            Self::Zero | Self::Trim => 8,
+            Self::Mark => LABEL_BYTES_MAX as u64,
+            Self::Compare => (COMPARE_ITEMS_MAX * COMPARE_ITEM_BYTES) as u64,
+            Self::CompareResult => (COMPARE_ITEMS_MAX * 4) as u64,
+            Self::Flush | Self::PassBegin | Self::PassEnd | Self::Ack | Self::Ping => 0,
+        }
+    }
+}
 
 /// A frame header's fields; `a` to `d` mean what `FORMAT.md` says for each type.
 #[derive(Clone, Copy, Debug)]
@@ -132,8 +150,9 @@ impl Header {
         let [a, b, c, d] = std::array::from_fn(|_| input.get_u64_le());
         let payload_bytes = input.get_u32_le();
         let payload_crc = input.get_u32_le();
-        if u64::from(payload_bytes) > PAYLOAD_BYTES_MAX {
-            return Err(ProtocolError::TooLarge { found: payload_bytes.into(), limit: PAYLOAD_BYTES_MAX });
+        let limit = kind.payload_bytes_max();
+        if u64::from(payload_bytes) > limit {
+            return Err(ProtocolError::TooLarge { found: payload_bytes.into(), limit });
         }
         Ok(Self { kind, flags, payload_bytes, seq, a, b, c, d, payload_crc })
     }
@@ -339,4 +358,26 @@ fn from_json<T: serde::de::DeserializeOwned>(what: &'static str, payload: &[u8])
 
 fn invalid(what: &'static str, why: String) -> ProtocolError {
     ProtocolError::Invalid { what, why }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_over_the_limit_of_its_type_is_refused_by_its_header() {
+        for kind in TYPES {
+            let limit = kind.payload_bytes_max();
+            let payload_bytes = u32::try_from(limit).unwrap();
+            let good = Header { seq: 1, payload_bytes, ..Header::of(kind) };
+            assert!(Header::decode(&good.encode()).is_ok(), "{kind:?}");
+            let long = Header { payload_bytes: payload_bytes + 1, ..good };
+            match Header::decode(&long.encode()) {
+                Err(ProtocolError::TooLarge { found, limit: named }) => {
+                    assert_eq!((found, named), (limit + 1, limit), "{kind:?}");
+                }
+                other => panic!("{kind:?}: {other:?}"),
+            }
+        }
+    }
 }
