@@ -125,7 +125,14 @@ impl Shelf {
 
     fn create(&self, disk: DiskId) -> Result<DiskLog, LogError> {
         let identity = LogIdentity { disk, history: (self.new_history)() };
-        let log = DiskLog::create(self.storage.clone(), &Self::dir(disk), identity, self.log, &self.cache)?;
+        let created =
+            DiskLog::create(self.storage.clone(), &Self::dir(disk), identity, self.log, &self.cache);
+        let log = match created {
+            Ok(log) => log,
+            // A claim that failed after its log was made: it goes on with that one.
+            Err(LogError::LogExists { .. }) => return self.open(disk),
+            Err(error) => return Err(error),
+        };
         tracing::info!(%disk, history = %identity.history, "new log");
         Ok(log)
     }
@@ -251,8 +258,9 @@ impl Disks {
             self.shelf.names.release(hello.disk);
             store(error)
         })?;
+        let fresh = log.timeline().attached().is_none();
         self.disks.insert(hello.disk, Disk::new(hello.disk, Ok(log)));
-        Ok(Found { fresh: true, displaced: None })
+        Ok(Found { fresh, displaced: None })
     }
 
     fn take_recorded_name(&self, disk: &Disk) {

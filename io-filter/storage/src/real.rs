@@ -33,7 +33,13 @@ impl RealStorage {
     /// # Errors
     /// When it can neither be found nor created.
     pub fn open(root: &Path) -> io::Result<Self> {
+        let missing: Vec<_> =
+            root.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
         fs::create_dir_all(root)?;
+        // What is made durable in the tree is only there when the way to it is.
+        for made in missing {
+            File::open(made.canonicalize()?.parent().unwrap_or(made))?.sync_all()?;
+        }
         Ok(Self { root: root.canonicalize()?, _lock: None })
     }
 

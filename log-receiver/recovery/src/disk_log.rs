@@ -129,9 +129,7 @@ impl DiskLog {
         let mut log = Self::empty(Arc::clone(&storage), segments_dir.clone(), identity, options, cache);
         log.start_segment()?;
         log.synced(log.ticket_now().sync())?;
-        for path in dir.ancestors() {
-            storage.sync_dir(path).map_err(io("sync", path))?;
-        }
+        sync_above(&*storage, dir)?;
         Ok(log)
     }
 
@@ -149,6 +147,8 @@ impl DiskLog {
     ) -> Result<(Self, Recovered), LogError> {
         let segments_dir = dir.join("segments");
         let opened = recover::recover(&*storage, &segments_dir, options.writer())?;
+        // Whoever created the log may have crashed before its directories were durable.
+        sync_above(&*storage, dir)?;
         let mut log = Self::empty(storage, segments_dir, opened.identity, options, cache);
         for kept in opened.kept {
             log.keep(kept);
@@ -458,4 +458,13 @@ impl Default for LogOptions {
             allocation_step: ByteCount(8 << 20),
         }
     }
+}
+
+/// Makes the log's directory durable, and those above it.
+fn sync_above(storage: &dyn Storage, dir: &Path) -> Result<(), LogError> {
+    for path in dir.ancestors() {
+        let synced = storage.sync_dir(path);
+        synced.map_err(|source| failed(format!("sync {}", storage.display(path).display()), source))?;
+    }
+    Ok(())
 }

@@ -66,6 +66,16 @@ fn reads_at_the_end_are_short_and_exact_ones_fail() {
 }
 
 #[test]
+fn a_tree_may_be_made_with_the_directories_above_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let root = dir.path().join("one/two/three");
+    for _ in 0..2 {
+        RealStorage::open(&root).expect("made, then found");
+        assert!(root.is_dir());
+    }
+}
+
+#[test]
 fn a_store_is_locked_once() {
     let dir = tempfile::tempdir().expect("a directory");
     let first = RealStorage::open_locked(dir.path()).expect("open");

@@ -291,3 +291,29 @@ fn a_copied_agent_with_the_same_epoch_is_fenced_also_after_a_power_cut() {
         assert_eq!(bench.refused(of_epoch(3)).0, CloseCode::Fenced);
     }
 }
+
+#[test]
+fn a_claim_that_failed_while_the_log_was_made_can_be_tried_again_and_holds() {
+    let mut failed = 0;
+    for sync in 0..10 {
+        for seed in 0..5 {
+            let mut bench = Bench::new();
+            bench.storage.fail_sync_after(sync);
+            let mut first = bench.connect();
+            match first.send(&mut bench, Message::Hello(of_epoch(3))).as_slice() {
+                // So many syncs are not needed to make a log.
+                [] => continue,
+                [Seen::Close(CloseCode::Store, _), Seen::End] => failed += 1,
+                other => panic!("{other:?}"),
+            }
+            if seed % 2 == 0 {
+                bench.restart();
+            }
+            bench.welcomed(of_epoch(3));
+            bench.storage.crash(seed);
+            bench.restart();
+            assert_eq!(bench.refused(of_epoch(2)).0, CloseCode::Fenced, "sync {sync}, seed {seed}");
+        }
+    }
+    assert!(failed > 0, "no sync failed");
+}
