@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_protocol::{CloseCode, Decoder, Message, Sequenced, encode};
+use backtide_protocol::{Decoder, Message, Sequenced, encode};
 use backtide_units::DiskId;
 use tokio::{
     io::AsyncWriteExt,
@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use crate::{
-    disks::closed,
+    connection::undecodable,
     ingest::Task,
     session::ConnectionId,
     socket::{Listener, Socket, Stream},
@@ -147,7 +147,7 @@ async fn greet(mut stream: Stream) -> io::Result<Option<(Stream, Decoder, Sequen
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(%error, "a peer was refused");
-                let close = Message::Close(closed(CloseCode::Invalid, error.to_string()));
+                let close = Message::Close(undecodable(&error));
                 let (header, payload) = encode(1, &close);
                 let mut duplex = stream.split();
                 duplex.writer.write_all(&header).await?;

@@ -31,7 +31,7 @@ use crate::{
     disks::closed,
     ingest::{Ingest, Wakeup},
     pool::GivenUp,
-    session::{ConnectionId, Effect, Session},
+    session::{ConnectionId, Effect, Session, another_version},
     socket::Duplex,
 };
 
@@ -243,6 +243,16 @@ async fn answer(compares: &mut VecDeque<Answering>) -> Result<CompareResult, Str
     }
 }
 
-fn undecodable(error: &ProtocolError) -> Closed {
-    closed(CloseCode::Invalid, error.to_string())
+/// What a peer is told whose bytes are no messages of this version.
+pub(crate) fn undecodable(error: &ProtocolError) -> Closed {
+    match error {
+        ProtocolError::Version { found } => another_version(*found),
+        ProtocolError::Magic { .. }
+        | ProtocolError::HeaderChecksum { .. }
+        | ProtocolError::PayloadChecksum { .. }
+        | ProtocolError::UnknownType { .. }
+        | ProtocolError::TooLarge { .. }
+        | ProtocolError::Invalid { .. }
+        | ProtocolError::Sequence { .. } => closed(CloseCode::Invalid, error.to_string()),
+    }
 }

@@ -183,11 +183,7 @@ impl Session {
 
     fn greet(&mut self, disks: &mut Disks, hello: &Hello, frame: u64, now: CaptureTime) -> Vec<Effect> {
         if hello.version != PROTOCOL_VERSION {
-            let why = format!(
-                "the agent speaks version {} of the stream, this receiver version {PROTOCOL_VERSION}: upgrade the older one",
-                hello.version
-            );
-            return self.close(disks, closed(CloseCode::Version, why));
+            return self.close(disks, another_version(hello.version));
         }
         match disks.claim(self.connection, hello, now) {
             Ok(claim) => {
@@ -206,6 +202,14 @@ impl Session {
         }
         self.state = State::Ended;
     }
+}
+
+/// What an agent is told that speaks another version than this receiver.
+pub(crate) fn another_version(found: u32) -> Closed {
+    let why = format!(
+        "the agent speaks version {found} of the stream, this receiver version {PROTOCOL_VERSION}: upgrade the older one"
+    );
+    closed(CloseCode::Version, why)
 }
 
 impl Streaming {

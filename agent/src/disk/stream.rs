@@ -58,8 +58,8 @@ pub(crate) enum StreamError {
     /// The receiver ended it.
     #[error("{}", .0.message)]
     Closed(Closed),
-    /// What it said makes no sense.
-    #[error("the receiver sent invalid data: {0}")]
+    /// What it said makes no sense, or is of another version.
+    #[error("the receiver cannot be understood: {0}")]
     Protocol(#[from] ProtocolError),
     /// What it said makes no sense to the filter.
     #[error("{0}")]
@@ -98,6 +98,7 @@ impl StreamError {
         match self {
             Self::Unreachable { .. } => "unreachable",
             Self::Silent { .. } | Self::Lost(_) | Self::Operator(_) => "lost",
+            Self::Protocol(ProtocolError::Version { .. }) => "version",
             Self::Protocol(_) | Self::Unexpected(_) => "invalid",
             Self::Closed(closed) => match closed.code {
                 CloseCode::Bye => "lost",

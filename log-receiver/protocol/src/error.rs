@@ -1,5 +1,7 @@
 //! What can be wrong with bytes from a peer.
 
+use crate::PROTOCOL_VERSION;
+
 /// Bytes from the peer that are no valid stream. The connection cannot go on after one.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
@@ -11,6 +13,14 @@ pub enum ProtocolError {
         /// The magic of this protocol.
         expected: u32,
         /// What came.
+        found: u32,
+    },
+    /// The peer's first message is of another version of this protocol.
+    #[error(
+        "the peer speaks version {found} of the stream, this side version {PROTOCOL_VERSION}: upgrade the older one"
+    )]
+    Version {
+        /// As the message says.
         found: u32,
     },
     /// The frame header's checksum is wrong.

@@ -8,7 +8,7 @@ use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, Reason}
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::{
-    ProtocolError,
+    PROTOCOL_VERSION, ProtocolError,
     message::{
         COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, Compare, CompareItem, CompareResult, Content, Data,
         LABEL_BYTES_MAX, Message, Record, RecordBody, Sequenced,
@@ -249,8 +249,8 @@ pub(crate) fn decode(header: &Header, payload: Bytes) -> Result<Sequenced, Proto
 fn decode_message(header: &Header, payload: Bytes) -> Result<Message, ProtocolError> {
     let Header { a, b, c, d, .. } = *header;
     Ok(match header.kind {
-        Type::Hello => Message::Hello(from_json("hello", &payload)?),
-        Type::Welcome => Message::Welcome(from_json("welcome", &payload)?),
+        Type::Hello => Message::Hello(of_our_version("hello", &payload)?),
+        Type::Welcome => Message::Welcome(of_our_version("welcome", &payload)?),
         Type::Close => Message::Close(from_json("close", &payload)?),
         Type::Write => {
             let range = range_of("write", c, payload.len() as u64)?;
@@ -350,6 +350,23 @@ fn compare_result(id: u64, mut payload: Bytes) -> Result<CompareResult, Protocol
         differing.push(payload.get_u32_le());
     }
     Ok(CompareResult { id, differing })
+}
+
+/// A side's first message. Its version is looked at before its shape: another version may have
+/// another one.
+fn of_our_version<T: serde::de::DeserializeOwned>(
+    what: &'static str,
+    payload: &[u8],
+) -> Result<T, ProtocolError> {
+    #[derive(serde::Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    let Versioned { version: found } = from_json(what, payload)?;
+    if found != PROTOCOL_VERSION {
+        return Err(ProtocolError::Version { found });
+    }
+    from_json(what, payload)
 }
 
 fn from_json<T: serde::de::DeserializeOwned>(what: &'static str, payload: &[u8]) -> Result<T, ProtocolError> {

@@ -108,6 +108,21 @@ fn another_protocol_is_named_as_such() {
     assert!(error.to_string().starts_with("the peer does not speak the backtide stream protocol"), "{error}");
 }
 
+#[test]
+fn another_version_is_known_by_its_number_whatever_its_shape() {
+    let newer = Bytes::from_static(br#"{"version":2,"everything":"else"}"#);
+    for kind in [1, 2] {
+        let (mut header, _) = encode(1, &Message::Ping);
+        header[4] = kind;
+        header[48..52].copy_from_slice(&(newer.len() as u32).to_le_bytes());
+        header[52..56].copy_from_slice(&crc32c::crc32c(&newer).to_le_bytes());
+        let crc = crc32c::crc32c(&header[..60]);
+        header[60..].copy_from_slice(&crc.to_le_bytes());
+        let bytes = [&header[..], &newer].concat();
+        assert!(matches!(decode_all(&bytes, 64), Err(ProtocolError::Version { found: 2 })));
+    }
+}
+
 proptest! {
     #[test]
     fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512), step in 1usize..100) {
