@@ -56,6 +56,9 @@ struct Recovery<'a> {
     recovered: Recovered,
 }
 
+/// How much behind a lost header is looked at for entries.
+const ENTRIES_LOOKED_AT: usize = 64 * 1024;
+
 /// Recovers the log whose segments are in `segments_dir`.
 pub(crate) fn recover(
     storage: &dyn Storage,
@@ -169,7 +172,8 @@ fn identity_of(storage: &dyn Storage, segments_dir: &Path, found: &[Found]) -> R
 }
 
 fn has_bytes(file: &SegmentFile) -> Result<bool, LogError> {
-    let mut bytes = [0; backtide_segment::SEGMENT_HEADER_LENGTH];
+    // Beyond the header too: entries behind a header of zeros were a log's.
+    let mut bytes = vec![0; backtide_segment::SEGMENT_HEADER_LENGTH + ENTRIES_LOOKED_AT];
     let read = file.file().read_at(ByteOffset::ZERO, &mut bytes);
     read.map_err(|source| failed(format!("read {}", file.name().display()), source))?;
     Ok(bytes.iter().any(|&byte| byte != 0))

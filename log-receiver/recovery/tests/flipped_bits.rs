@@ -135,3 +135,16 @@ fn a_log_of_a_newer_version_is_refused() {
     let text = error.expect_err("refused").to_string();
     assert!(text.ends_with("has format version 9, this program reads up to 1"), "{text}");
 }
+
+#[test]
+fn an_only_segment_whose_header_became_zeros_is_damage_and_no_new_log() {
+    let (agent, _) = written(1);
+    let copy = MemoryStorage::new();
+    copy.create_dir(&directory().join("segments")).expect("create dir");
+    let (path, mut content) = agent.storage.files().into_iter().min().expect("a log has a segment");
+    content[..backtide_segment::SEGMENT_HEADER_LENGTH].fill(0);
+    copy.create_new(&path).expect("create").write_at(ByteOffset(0), &content).expect("write");
+    let opened = DiskLog::open(Arc::new(copy), directory(), agent.options, &cache());
+    let error = opened.err().expect("acknowledged entries are behind the header");
+    names_a_segment(&error);
+}
