@@ -16,6 +16,8 @@ pub struct Agent {
     api: Address,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<io::Result<()>>,
+    /// Tries disks again that could not be attached at the start.
+    restoring: Option<JoinHandle<()>>,
 }
 
 /// Why an agent does not start.
@@ -81,7 +83,10 @@ impl Agent {
             Records::new(Arc::new(storage)),
             config.limits.or(Limits::default()),
         );
-        registry.restore().await.map_err(state)?;
+        let restoring = match registry.restore().await.map_err(state)? {
+            true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),
+            false => None,
+        };
         let router = router(Service::new(Arc::clone(&registry)));
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.run(router, async move {
@@ -89,7 +94,7 @@ impl Agent {
             let _ = stopped.await;
         }));
         tracing::info!(%api, state = directory, "agent started");
-        Ok(Self { registry, api, stop, serving })
+        Ok(Self { registry, api, stop, serving, restoring })
     }
 
     /// Where the control API is.
@@ -100,6 +105,9 @@ impl Agent {
     /// Ends every disk in good order, then the API. The next agent with this state directory
     /// attaches them again.
     pub async fn shutdown(self) {
+        if let Some(restoring) = self.restoring {
+            restoring.abort();
+        }
         self.registry.shut_down().await;
         let _ = self.stop.send(());
         if let Ok(Err(error)) = self.serving.await {

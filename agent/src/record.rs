@@ -124,7 +124,11 @@ impl Records {
         let mut records = Vec::new();
         for name in names {
             let Some(disk) = name.strip_suffix(".json").and_then(|stem| stem.parse().ok()) else { continue };
-            records.extend(self.load(&disk)?);
+            match self.load(&disk) {
+                Ok(record) => records.extend(record),
+                // The other disks are protected all the same.
+                Err(error) => tracing::error!(%disk, %error, "cannot use the disk's record"),
+            }
         }
         Ok(records)
     }

@@ -3,7 +3,7 @@
 //! Invariant: attaches and detaches of one agent happen one after the other, so a name is never
 //! attached twice; everything else goes on meanwhile.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use backtide_agent_api::{AttachRequest, DiskStatus, Limits};
 use backtide_control::{ApiError, ErrorCode};
@@ -29,6 +29,9 @@ pub(crate) struct Registry {
     changing: Mutex<()>,
 }
 
+/// How long after a failed start of the agent's disks the next attempt is made.
+const RESTORE_AGAIN: Duration = Duration::from_secs(5);
+
 struct Attached {
     handle: DiskHandle,
     qcow2: Option<Qcow2Server>,
@@ -40,16 +43,33 @@ impl Registry {
     }
 
     /// Attaches again every disk that was attached when the agent ended. One that cannot be is
-    /// logged and stays remembered.
-    pub(crate) async fn restore(&self) -> std::io::Result<()> {
+    /// logged; whether there are such, to be tried again.
+    pub(crate) async fn restore(&self) -> std::io::Result<bool> {
+        let mut missing = false;
         for record in self.records.load_all()?.into_iter().filter(|record| record.attached) {
             let _only = self.changing.lock().await;
             let name = record.name.clone();
+            if self.disks.read().await.contains_key(&name) {
+                continue;
+            }
             if let Err(error) = self.start(record).await {
-                tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again");
+                missing = true;
+                tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again: will try again");
             }
         }
-        Ok(())
+        Ok(missing)
+    }
+
+    /// Goes on trying: an image may lie on a file system that is mounted late.
+    pub(crate) async fn keep_restoring(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(RESTORE_AGAIN).await;
+            match self.restore().await {
+                Ok(false) => return,
+                Ok(true) => {}
+                Err(error) => tracing::error!(%error, "cannot read the disks' records"),
+            }
+        }
     }
 
     pub(crate) async fn names(&self) -> Vec<DiskName> {

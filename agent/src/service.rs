@@ -97,6 +97,9 @@ impl AgentService for Service {
             let error = MarkError::Label { found: label.len() };
             return Err(ApiError::from_error(ErrorCode::Usage, &error));
         }
+        if label.chars().any(char::is_control) {
+            return Err(ApiError::new(ErrorCode::Usage, "a label has no control characters"));
+        }
         if names.is_empty() {
             return Err(ApiError::new(ErrorCode::Usage, "a mark needs at least one disk"));
         }

@@ -101,9 +101,9 @@ impl Attach {
         context.print(&disk, || disk_text(&disk))?;
         match &disk.last_error {
             Some(error) if !disk.connected => {
+                let what = if error.code == "unreachable" { "is not there" } else { "does not take it" };
                 context.warn(&format!(
-                    "disk {} is attached, but its receiver at {} is not there: {}; changed blocks are tracked until \
-                     it is",
+                    "disk {} is attached, but its receiver at {} {what}: {}; changed blocks are tracked until it does",
                     disk.name.as_str(),
                     disk.receiver,
                     error.message

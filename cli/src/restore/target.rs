@@ -36,6 +36,27 @@ pub(crate) enum Target {
     },
 }
 
+/// Refuses what is in use: an image that an agent protects (it holds the lock), and files of a store.
+fn refuse_live(path: &Path) -> Result<(), Failure> {
+    let real = std::fs::canonicalize(path).map_err(|error| io_failure(path.display(), &error))?;
+    if real.ancestors().any(|directory| directory.join("store.json").exists()) {
+        let message = format!("{} lies in a receiver's store", path.display());
+        return Err(ApiError::new(ErrorCode::Refused, message)
+            .with_hint("restore to a place outside it")
+            .into());
+    }
+    let file = std::fs::File::open(&real).map_err(|error| io_failure(path.display(), &error))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let message = format!("{} is locked: an agent protects it", path.display());
+            let hint = "detach the disk first, or restore to another place";
+            Err(ApiError::new(ErrorCode::Locked, message).with_hint(hint).into())
+        }
+        Err(errno) => Err(io_failure(path.display(), &errno.into())),
+    }
+}
+
 impl Target {
     /// Opens `output` for a point of `size` bytes. `force` allows to replace what is there.
     pub(crate) async fn open(output: &str, size: ByteCount, force: bool) -> Result<Self, Failure> {
@@ -50,20 +71,24 @@ impl Target {
                     .with_hint("take another name, or --force to overwrite it")
                     .into())
             }
-            Ok(found) if found.file_type().is_block_device() => Device::open(&path, size).map(Self::Device),
-            Ok(found) if !found.is_file() => {
-                Err(wrong_usage(format!("{} is neither a file nor a block device", path.display())))
+            Ok(found) if found.is_file() || found.file_type().is_block_device() => {
+                refuse_live(&path)?;
+                Self::replace(&path, &found, size)
             }
-            Ok(_) => {
-                let real =
-                    std::fs::canonicalize(&path).map_err(|error| io_failure(path.display(), &error))?;
-                NewFile::create(&real, size, true).map(Self::File)
-            }
+            Ok(_) => Err(wrong_usage(format!("{} is neither a file nor a block device", path.display()))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 NewFile::create(&path, size, force).map(Self::File)
             }
             Err(error) => Err(io_failure(path.display(), &error)),
         }
+    }
+
+    fn replace(path: &Path, found: &std::fs::Metadata, size: ByteCount) -> Result<Self, Failure> {
+        if found.file_type().is_block_device() {
+            return Device::open(path, size).map(Self::Device);
+        }
+        let real = std::fs::canonicalize(path).map_err(|error| io_failure(path.display(), &error))?;
+        NewFile::create(&real, size, true).map(Self::File)
     }
 
     async fn connect(output: &str, size: ByteCount) -> Result<Self, Failure> {
