@@ -205,6 +205,20 @@ fn an_existing_file_needs_force_and_is_then_replaced_whole() {
 }
 
 #[test]
+fn an_image_that_an_agent_has_locked_is_not_replaced_even_by_force() {
+    run(async {
+        let fixture = Fixture::new().await;
+        let output = fixture.path("live.img");
+        std::fs::write(&output, "live").unwrap();
+        let agents = std::fs::File::open(&output).unwrap();
+        rustix::fs::flock(&agents, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        let refused = fixture.restore(output.to_str().unwrap(), true).await.unwrap_err();
+        assert_eq!(code(refused), ErrorCode::Locked);
+        assert_eq!(std::fs::read(&output).unwrap(), b"live");
+    });
+}
+
+#[test]
 fn a_target_that_is_full_of_other_data_ends_as_the_point() {
     run(async {
         let fixture = Fixture::new().await;
