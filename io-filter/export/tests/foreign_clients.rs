@@ -144,6 +144,7 @@ fn fio_verifies_what_it_wrote_over_several_connections() {
             "--numjobs=3",
             "--offset_increment=16M",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--output=/dev/null",
             "--fsync=64",
         ];
