@@ -1,9 +1,9 @@
 //! The agent: owns disks, runs their filters, serves the control API.
 //!
-//! Each disk belongs to one thread ([`disk`]), which runs its NBD connections, its filter, its
+//! Each disk belongs to one thread (`disk`), which runs its NBD connections, its filter, its
 //! local I/O and its stream to the receiver on one event loop; nothing on the path of a write is
-//! shared or locked. Commands reach a disk as messages. [`record`] is what the agent remembers of
-//! its disks; [`service`] is the control API; [`marks`] names one instant on several disks.
+//! shared or locked. Commands reach a disk as messages. `record` is what the agent remembers of
+//! its disks; `service` is the control API; `marks` names one instant on several disks.
 
 mod agent;
 mod config;

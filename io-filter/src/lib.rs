@@ -6,12 +6,12 @@
 //! [`Effect`]s that come back; the agent does so with real disks and sockets, the simulation with
 //! imagined ones, both with this code. Read it in the order of a write's way:
 //!
-//! 1. [`capture`](mod@capture): a guest's request, the local write, its LSN.
-//! 2. [`window`](mod@window): the record on its way to the receiver, retained until durable there.
-//! 3. [`acknowledge`](mod@acknowledge): when the guest hears of it.
-//! 4. [`connection`](mod@connection): the handshake's decision, acks, a lost stream.
-//! 5. [`freeze`](mod@freeze), [`drain`](mod@drain), [`compare`](mod@compare): a resync pass.
-//! 6. [`operate`](mod@operate): what a person can ask for.
+//! 1. `capture`: a guest's request, the local write, its LSN.
+//! 2. `window`: the record on its way to the receiver, retained until durable there.
+//! 3. `acknowledge`: when the guest hears of it.
+//! 4. `connection`: the handshake's decision, acks, a lost stream.
+//! 5. `freeze`, `drain`, `compare`: a resync pass.
+//! 6. `operate`: what a person can ask for.
 //!
 //! # Invariants
 //! For every block that differs between the local disk and the newest version at the receiver,
