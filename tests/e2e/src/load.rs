@@ -15,7 +15,6 @@ use crate::{Model, Write, fill};
 pub struct Load {
     thread: JoinHandle<Written>,
     shared: Arc<Shared>,
-    acknowledged_before: u64,
 }
 
 /// What a load has done.
@@ -71,17 +70,16 @@ impl Load {
             of_thread.changed.notify_all();
             written
         });
-        Self { thread, shared, acknowledged_before: 0 }
+        Self { thread, shared }
     }
 
-    /// Waits until `more` writes have been acknowledged since the last such wait began to be over.
-    pub fn goes_on(&mut self, more: u64) {
-        let target = self.acknowledged_before + more;
+    /// Waits until `more` writes have been acknowledged from now on.
+    pub fn goes_on(&self, more: u64) {
         let state = self.shared.state.lock().expect("no panic");
+        let target = state.acknowledged + more;
         let pending = |state: &mut State| state.acknowledged < target && !state.ended;
         let state = self.shared.changed.wait_while(state, pending).expect("no panic");
         assert!(state.acknowledged >= target, "the guest's connection broke after {}", state.acknowledged);
-        self.acknowledged_before = state.acknowledged;
     }
 
     /// Stops it; no request may have failed.

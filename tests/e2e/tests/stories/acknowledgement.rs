@@ -26,7 +26,7 @@ fn every_write_is_durable_when_that_was_asked_for() {
     let bench = Bench::new();
     let (receiver, agent, disk) = bench.protected(SIZE, &["--ack", "durable-every-write"]);
     let before = disk.last();
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(50);
     receiver.kill();
     agent.kill();
@@ -45,7 +45,7 @@ fn a_guest_that_shall_block_waits_for_the_receiver() {
     let options = ["--ack", "durable-every-write", "--on-outage", "block"];
     let (receiver, agent, disk) = bench.protected(SIZE, &options);
     let before = disk.last();
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(50);
     receiver.kill();
     disk.until("the stream is lost", |status| status["connected"] == false);
@@ -67,7 +67,7 @@ fn a_guest_that_shall_block_waits_for_the_receiver() {
 fn a_received_acknowledgement_lets_the_guest_go_on() {
     let bench = Bench::new();
     let (receiver, _agent, disk) = bench.protected(SIZE, &["--ack", "received"]);
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(100);
     receiver.kill();
     load.goes_on(100);
@@ -81,7 +81,7 @@ fn a_received_acknowledgement_lets_the_guest_go_on() {
 fn a_receiver_that_stands_still_does_not_stop_the_guest() {
     let bench = Bench::new();
     let (receiver, _agent, disk) = bench.protected(SIZE, &["--window", "1MiB"]);
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(20);
     receiver.signal("STOP");
     // Far more than window and socket buffers hold.

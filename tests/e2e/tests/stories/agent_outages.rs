@@ -9,7 +9,7 @@ fn an_agent_killed_under_load_compares_and_loses_nothing() {
     let bench = Bench::new();
     let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
     let before = disk.last();
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(300);
     agent.kill();
     let first = load.broken();
@@ -21,7 +21,7 @@ fn an_agent_killed_under_load_compares_and_loses_nothing() {
     // A point in the middle of what was acknowledged before the crash.
     let model = first.model();
     disk.point_is_the_model(before, 150, &model);
-    let mut load = disk.load(2);
+    let load = disk.load(2);
     load.goes_on(100);
     load.stop();
     disk.latest_is_the_image();
@@ -41,7 +41,7 @@ fn an_agent_killed_under_load_compares_and_loses_nothing() {
 fn an_agent_killed_while_the_receiver_is_away_loses_nothing() {
     let bench = Bench::new();
     let (receiver, agent, disk) = bench.protected(SIZE, &["--window", "256KiB", "--guest-delay-max", "0"]);
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(100);
     receiver.kill();
     disk.until("tracking", |status| status["mode"] == "tracking");
@@ -49,7 +49,7 @@ fn an_agent_killed_while_the_receiver_is_away_loses_nothing() {
     agent.kill();
     load.broken();
     let agent = bench.agent();
-    let mut load = disk.load(2);
+    let load = disk.load(2);
     load.goes_on(50);
     agent.kill();
     load.broken();
@@ -87,7 +87,7 @@ fn an_agent_restarted_under_load_has_one_timeline() {
     let bench = Bench::new();
     let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
     let before = disk.last();
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(200);
     assert_eq!(agent.stop(), 0);
     let model = load.broken().model();

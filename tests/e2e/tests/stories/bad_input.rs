@@ -189,7 +189,7 @@ fn a_full_receiver_costs_the_guest_nothing() {
     bench.image("vm1.img", 64 << 20);
     let disk = bench.attach("vm1", "vm1.img", &["--window", "1MiB"]);
     disk.wait("sync");
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     let full = disk.until("the receiver is full, and said to be", |status| {
         status["mode"] == "tracking" && status["last_error"]["code"] == "store"
     });

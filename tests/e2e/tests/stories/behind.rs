@@ -14,7 +14,7 @@ fn a_qcow2_image_is_protected_through_its_own_server() {
     let disk = bench.attach("vm1", "vm1.qcow2", &[]);
     disk.wait("sync");
     assert_eq!(disk.status()["size"], SIZE);
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(100);
     load.stop();
     // The qemu-nbd of a killed agent is ended by the next, or it would keep the image locked.
@@ -43,12 +43,12 @@ fn a_disk_behind_nbd_is_protected_and_survives_a_crash_of_the_agent() {
     let disk = bench.attach("vm1", &format!("nbd+unix:///?socket={socket}"), &[]);
     disk.wait("sync");
     assert_eq!(disk.status()["engine"], "nbd");
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(200);
     agent.kill();
     load.broken();
     let _agent = bench.agent();
-    let mut load = disk.load(2);
+    let load = disk.load(2);
     load.goes_on(100);
     load.stop();
     disk.qemu_io(&["write -z 1M 1M", "discard 4M 2M", "flush"]);

@@ -71,7 +71,7 @@ fn a_torn_tail_is_cut_and_the_disk_comes_into_sync_again() {
     let bench = Bench::new();
     let (receiver, _agent, disk) = bench.protected(SIZE, &[]);
     let before = disk.last();
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(100);
     disk.settle();
     receiver.kill();

@@ -23,7 +23,7 @@ fn each_of_fifty_random_points_is_what_the_guest_had_written() {
     let disk = bench.attach("vm1", "vm1.img", &[]);
     disk.wait("sync");
     let before = disk.last();
-    let mut load = disk.load(11);
+    let load = disk.load(11);
     load.goes_on(1000);
     let model = load.stop().model();
     disk.settle();
@@ -120,7 +120,7 @@ impl InStep {
 fn a_mounted_point_stays_what_it_was_while_the_guest_writes() {
     let bench = Bench::new();
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
-    let mut load = disk.load(3);
+    let load = disk.load(3);
     load.goes_on(100);
     bench.json(&["mark", "here", "vm1"]);
     disk.wait("durable");
@@ -153,7 +153,7 @@ fn a_mounted_point_stays_what_it_was_while_the_guest_writes() {
 fn a_restore_to_an_nbd_server_gives_any_format() {
     let bench = Bench::new();
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
-    let mut load = disk.load(4);
+    let load = disk.load(4);
     load.goes_on(100);
     load.stop();
     disk.settle();

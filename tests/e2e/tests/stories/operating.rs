@@ -9,7 +9,7 @@ fn a_pause_is_a_hole_that_an_operator_made() {
     let bench = Bench::new();
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
     let before = disk.last();
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(100);
     assert_eq!(bench.json(&["pause", "vm1"])["mode"], "paused");
     load.goes_on(100);
@@ -48,7 +48,7 @@ fn forced_resyncs_in_sync_change_nothing_that_can_be_gone_back_to() {
     let bench = Bench::new();
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
     let before = disk.last();
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     for kind in [&["--compare"][..], &["--full"], &[]] {
         load.goes_on(100);
         let disk = bench.json(&[&["resync", "vm1", "--wait"], kind].concat());

@@ -84,11 +84,8 @@ fn disks_of_one_agent_keep_apart() {
         })
         .collect();
     let loads: Vec<_> = disks.iter().zip(1..).map(|(disk, seed)| disk.load(seed)).collect();
-    let loads = loads.into_iter().map(|mut load| {
-        load.goes_on(200);
-        load
-    });
-    let written: Vec<_> = loads.collect::<Vec<_>>().into_iter().map(backtide_e2e::Load::stop).collect();
+    loads.iter().for_each(|load| load.goes_on(200));
+    let written: Vec<_> = loads.into_iter().map(backtide_e2e::Load::stop).collect();
     for (disk, written) in disks.iter().zip(written) {
         disk.latest_is_the_image();
         let model = written.model();

@@ -31,7 +31,7 @@ fn repeated_short_outages_keep_every_point() {
     let bench = Bench::new();
     let (mut receiver, _agent, disk) = bench.protected(SIZE, &["--window", "1GiB"]);
     let before = disk.last();
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     for _ in 0..5 {
         load.goes_on(60);
         receiver.kill();
@@ -54,7 +54,7 @@ fn a_long_outage_is_a_hole_with_a_reason_and_all_around_it_is_exact() {
     let bench = Bench::new();
     let (receiver, _agent, disk) = bench.protected(SIZE, &["--window", "8MiB"]);
     let before = disk.last();
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     load.goes_on(200);
     disk.settle();
     receiver.kill();
@@ -100,7 +100,7 @@ fn the_receiver_dies_during_a_resync_and_nothing_offered_is_false() {
     let bench = Bench::new();
     let options = ["--window", "256KiB", "--guest-delay-max", "0", "--resync-buffer", "2MiB"];
     let (mut receiver, _agent, disk) = bench.protected(SIZE, &options);
-    let mut load = disk.load(7);
+    let load = disk.load(7);
     for _ in 0..3 {
         load.goes_on(50);
         receiver.kill();
@@ -128,7 +128,7 @@ fn a_disk_much_larger_than_all_buffers_is_seeded_and_resynchronized_in_bounded_m
     tools::qemu_io(&image, &["write -P 0x11 0 150M", "write -P 0x22 512M 100M", "write -P 0x33 900M 50M"]);
     let options = ["--window", "4MiB", "--resync-buffer", "2MiB"];
     let disk = bench.attach("vm1", "vm1.img", &options);
-    let mut load = disk.load(3);
+    let load = disk.load(3);
     disk.wait("sync");
     load.goes_on(100);
     receiver.kill();

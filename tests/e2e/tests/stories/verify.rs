@@ -10,7 +10,7 @@ const SIZE: u64 = 64 << 20;
 fn verify_under_load_finds_no_difference() {
     let bench = Bench::new();
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
-    let mut load = disk.load(1);
+    let load = disk.load(1);
     for _ in 0..3 {
         load.goes_on(100);
         let report = bench.json(&["verify", "vm1"]);
