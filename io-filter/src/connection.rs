@@ -112,7 +112,7 @@ impl Filter {
         self.durable_lsn = self.durable_lsn.min(durable);
     }
 
-    /// The table of DESIGN's handshake, row by row.
+    /// The handshake's decisions, row by row.
     fn decide(&mut self, welcome: &Welcome) -> Decision {
         let name = &self.settings.name;
         match welcome.state {

@@ -53,7 +53,7 @@ pub struct DiskMark {
     pub lsn: Lsn,
     /// When it was set.
     pub time: CaptureTime,
-    /// Whether the LSN is, or becomes once its records have arrived, a point the receiver can give
-    /// back. False while the disk is not forwarding (tracking, paused).
+    /// Whether the disk is in sync and connected, so that nothing stands between the mark and a point
+    /// but its way to the receiver.
     pub recoverable: bool,
 }
