@@ -4,12 +4,13 @@
 //! the same machine only: a unix socket has mode 0600 from its first moment, TCP is loopback.
 
 use std::{
-    io, net::SocketAddr, os::unix::fs::FileTypeExt, os::unix::fs::MetadataExt, os::unix::fs::PermissionsExt,
-    path::Path, path::PathBuf, time::Duration,
+    future::poll_fn, io, net::SocketAddr, os::unix::fs::FileTypeExt, os::unix::fs::MetadataExt,
+    os::unix::fs::PermissionsExt, path::Path, path::PathBuf, pin::Pin, time::Duration,
 };
 
 use axum::{
     Router,
+    body::{Body, HttpBody},
     extract::{DefaultBodyLimit, Request},
     http::{StatusCode, header::HOST},
     middleware::{self, Next},
@@ -21,6 +22,9 @@ use crate::{Address, ApiError, ErrorCode, address::SOCKET_PATH_BYTES_MAX};
 
 /// The largest request body taken. Requests are names and numbers.
 const BODY_BYTES_MAX: usize = 1 << 20;
+
+/// How much of a too large request is read for the sake of an answer.
+const DISCARDED_BYTES_MAX: usize = 64 << 20;
 
 /// How long a shutdown waits for calls that are still being answered.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
@@ -119,7 +123,8 @@ impl Server {
         router: Router,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> io::Result<()> {
-        let router = json_fallbacks(router).layer(DefaultBodyLimit::max(BODY_BYTES_MAX));
+        let router =
+            json_fallbacks(router).layer(DefaultBodyLimit::disable()).layer(middleware::from_fn(whole_body));
         let (ending, mut ended) = tokio::sync::watch::channel(false);
         let shutdown = async move {
             shutdown.await;
@@ -158,6 +163,31 @@ async fn no_such_call(request: Request) -> ApiError {
     let message = format!("there is no call {} {}", request.method(), request.uri().path());
     ApiError::new(ErrorCode::NotFound, message)
         .with_hint("the daemon may be older or newer than the command; the calls are in docs/api.md")
+}
+
+/// Reads a request to its end before anything is answered. A client that is still sending when the
+/// connection closes sees a broken pipe and never reads the answer that says what was wrong.
+async fn whole_body(request: Request, next: Next) -> Response {
+    let (parts, mut body) = request.into_parts();
+    let mut taken = Vec::new();
+    let mut bytes = 0;
+    while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+        // The client is gone, or speaks no HTTP any more.
+        let Ok(frame) = frame else { return StatusCode::BAD_REQUEST.into_response() };
+        let Ok(data) = frame.into_data() else { continue };
+        bytes += data.len();
+        if bytes <= BODY_BYTES_MAX {
+            taken.extend_from_slice(&data);
+        } else if bytes > DISCARDED_BYTES_MAX {
+            break;
+        }
+    }
+    if bytes > BODY_BYTES_MAX {
+        let message = format!("the request is refused: it has more than {BODY_BYTES_MAX} bytes");
+        let error = ApiError::new(ErrorCode::Usage, message);
+        return error.with_hint("the request bodies are in docs/api.md").into_response();
+    }
+    next.run(Request::from_parts(parts, Body::from(taken))).await
 }
 
 /// Refuses requests that reached loopback under a foreign name: a web page can make a browser ask

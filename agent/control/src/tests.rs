@@ -59,6 +59,7 @@ async fn check_calls(address: &Address) {
     assert_eq!(wrong_body.code, ErrorCode::Usage);
     let huge = client.post::<_, Number>("/double", &"x".repeat(2 << 20)).await.unwrap_err();
     assert_eq!(huge.code, ErrorCode::Usage);
+    assert!(huge.message.contains("more than 1048576 bytes"), "{huge}");
 
     stop.send(()).unwrap();
     serving.await.unwrap().unwrap();
