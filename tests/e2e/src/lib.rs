@@ -3,17 +3,20 @@
 //!
 //! [`Bench`] is a directory with daemons in it, [`Disk`] an attached disk, [`Load`] a guest that
 //! writes until it is told to stop and remembers in which order it was acknowledged, [`Model`] what
-//! the disk must hold after each of those writes, [`tools`] the judges. Every process that is
-//! started ends with its owner, also when a test panics or is killed.
+//! the disk must hold after each of those writes, [`tools`] the judges, [`wire`] the stream by hand,
+//! [`http`] a control API by hand. Every process that is started ends with its owner, also when a
+//! test panics or is killed.
 //!
 //! Nothing here waits for a time to pass: waits are for a state, and last until it is there.
 
 mod bench;
 mod daemon;
 mod disk;
+pub mod http;
 mod load;
 mod model;
 pub mod tools;
+pub mod wire;
 
 pub use bench::{Bench, Said};
 pub use daemon::Daemon;

@@ -107,6 +107,11 @@ impl Beside {
         said
     }
 
+    /// Sends it a signal, such as `STOP`.
+    pub fn signal(&self, name: &str) {
+        run("kill", &["-s", name, &self.0.id().to_string()]);
+    }
+
     /// Kills it.
     pub fn kill(mut self) {
         self.0.kill().expect("kill a program");

@@ -3,8 +3,11 @@
 
 mod acknowledgement;
 mod agent_outages;
+mod agent_starts;
+mod askers;
 mod bad_input;
 mod behind;
+mod connecting;
 mod damage;
 mod filesystem;
 mod going_back;

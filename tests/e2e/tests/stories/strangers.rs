@@ -1,7 +1,6 @@
 //! Peers of the stream that speak otherwise: newer versions, other protocols, noise.
 //!
-//! The frames are made by hand from the description in `log-receiver/protocol/FORMAT.md`, so that
-//! this side does not share the mistakes of the other.
+//! The frames are made by hand, see `wire`, so that this side does not share the mistakes of the other.
 
 use std::{
     io::{Read, Write},
@@ -9,36 +8,13 @@ use std::{
     path::Path,
 };
 
-use backtide_e2e::Bench;
+use backtide_e2e::{
+    Bench,
+    wire::{CLOSE, HELLO, frame, read_frame},
+};
 use serde_json::{Value, json};
 
-const HELLO: u8 = 1;
-const CLOSE: u8 = 15;
-const HEADER: usize = 64;
 const SIZE: u64 = 16 << 20;
-
-fn frame(kind: u8, sequence: u64, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![0; HEADER];
-    frame[..4].copy_from_slice(b"BTS1");
-    frame[4] = kind;
-    frame[8..16].copy_from_slice(&sequence.to_le_bytes());
-    frame[48..52].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
-    frame[52..56].copy_from_slice(&crc32c::crc32c(payload).to_le_bytes());
-    let checksum = crc32c::crc32c(&frame[..60]);
-    frame[60..64].copy_from_slice(&checksum.to_le_bytes());
-    frame.extend_from_slice(payload);
-    frame
-}
-
-fn read_frame(stream: &mut UnixStream) -> (u8, Vec<u8>) {
-    let mut header = [0; HEADER];
-    stream.read_exact(&mut header).unwrap();
-    assert_eq!(&header[..4], b"BTS1");
-    let length = u32::from_le_bytes(header[48..52].try_into().unwrap());
-    let mut payload = vec![0; length as usize];
-    stream.read_exact(&mut payload).unwrap();
-    (header[4], payload)
-}
 
 fn hello(version: u32) -> Value {
     json!({

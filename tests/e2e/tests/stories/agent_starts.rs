@@ -1,0 +1,154 @@
+//! What an agent trusts, and whom it finds again, when it or a disk begins anew.
+
+use std::{os::unix::net::UnixListener, time::SystemTime};
+
+use backtide_e2e::{Bench, is_root, skip, tools};
+use serde_json::Value;
+
+const SIZE: u64 = 64 << 20;
+
+#[test]
+fn an_attach_that_fails_leaves_the_saved_tracking_as_good_as_it_was() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 32M"]);
+    disk.settle();
+    bench.json(&["detach", "vm1"]);
+    let _taken = UnixListener::bind(bench.path("taken.sock")).unwrap();
+    let taken = format!("nbd+unix:///vm1?socket={}", bench.name("taken.sock"));
+    let stream = bench.socket("stream.sock");
+    let said = bench.run(&["attach", "vm1", &disk.image, "--receiver", &stream, "--nbd", &taken]);
+    assert_eq!(said.code, 5, "{said:?}");
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.settle();
+    let status = disk.status();
+    assert_eq!(status["counters"]["passes"], 0, "nothing is compared or sent again: {status}");
+    disk.latest_is_the_image();
+}
+
+#[test]
+fn a_disk_whose_image_is_missing_at_the_start_is_attached_when_it_is_there() {
+    let bench = Bench::new();
+    let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
+    assert_eq!(agent.stop(), 0);
+    std::fs::rename(&disk.image, bench.path("away.img")).unwrap();
+    let mut agent = bench.agent();
+    agent.may_complain("cannot attach the disk again");
+    assert_eq!(bench.run(&["status", "vm1"]).code, 4, "it is not there yet");
+    std::fs::rename(bench.path("away.img"), &disk.image).unwrap();
+    while bench.run(&["status", "vm1"]).code == 4 {}
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.latest_is_the_image();
+}
+
+#[test]
+fn a_damaged_record_is_named_and_costs_no_other_disk_its_protection() {
+    let bench = Bench::new();
+    let (_receiver, agent, _damaged) = bench.protected(SIZE, &[]);
+    bench.image("vm2.img", SIZE);
+    let disk = bench.attach("vm2", "vm2.img", &[]);
+    assert_eq!(agent.stop(), 0);
+    std::fs::write(bench.path("state/vm1.json"), "{\"version\": 1, \"name\": \"vm").unwrap();
+    let mut agent = bench.agent();
+    agent.may_complain("cannot use the disk's record");
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.latest_is_the_image();
+    assert_eq!(bench.json(&["status"])["disks"].as_array().unwrap().len(), 1);
+    let log = agent.log();
+    let named = |line: &&str| line.contains("cannot use the disk's record") && line.contains("vm1.json");
+    assert!(log.lines().any(|line| named(&line)), "{log}");
+}
+
+#[test]
+fn capture_times_never_go_back_over_attaches() {
+    let bench = Bench::new();
+    let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.settle();
+    assert_eq!(agent.stop(), 0);
+    // As if the clock had been an hour ahead and was set right meanwhile.
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros();
+    let ahead = u64::try_from(now).unwrap() + 3600 * 1_000_000;
+    let path = bench.path("state/vm1.json");
+    let mut record: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    record["last_time"] = ahead.into();
+    std::fs::write(&path, record.to_string()).unwrap();
+    let _agent = bench.agent();
+    let mut last = ahead;
+    for pattern in ["0x22", "0x33"] {
+        disk.qemu_io(&[&format!("write -P {pattern} 0 1M")]);
+        disk.settle();
+        let point = disk.points()["last"].clone();
+        assert!(point["time"].as_u64() >= Some(last), "not before {last}: {point}");
+        last = point["time"].as_u64().unwrap();
+        bench.json(&["detach", "vm1"]);
+        bench.attach("vm1", "vm1.img", &[]);
+    }
+}
+
+#[test]
+fn an_nbd_disk_is_compared_after_a_detach_for_anybody_may_have_written_it() {
+    let bench = Bench::new();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    bench.image("behind.img", SIZE);
+    let (image, socket) = (bench.name("behind.img"), bench.name("behind.sock"));
+    let _server = tools::Beside::start("qemu-nbd", &["-f", "raw", "-t", "-e", "8", "-k", &socket, &image]);
+    tools::wait_for_socket(socket.as_ref());
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let disk = bench.attach("vm1", &uri, &[]);
+    disk.qemu_io(&["write -P 0x11 0 32M"]);
+    disk.settle();
+    bench.json(&["detach", "vm1"]);
+    tools::qemu_io(&uri, &["write -P 0x22 10M 1M"]);
+    let disk = bench.attach("vm1", &uri, &[]);
+    disk.settle();
+    tools::assert_same(&uri, disk.restore("latest").to_str().unwrap());
+    let holes = disk.holes();
+    assert_eq!(holes.last().map(|hole| &hole["reason_code"]), Some(&"bitmap-untrusted".into()), "{holes:?}");
+}
+
+#[test]
+fn a_block_device_is_compared_after_a_detach_for_anybody_may_have_written_it() {
+    if !is_root() || !tools::is_there("losetup") {
+        return skip("only root makes a block device of a file, with losetup");
+    }
+    let bench = Bench::new();
+    let image = bench.image("device.img", SIZE);
+    let (made, device) = tools::try_run("losetup", &["--find", "--show", image.to_str().unwrap()]);
+    if !made {
+        return skip(&format!("no loop device here: {device}"));
+    }
+    let device = Loop(device.trim().to_owned());
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let stream = bench.socket("stream.sock");
+    let attach = || bench.json(&["attach", "vm1", &device.0, "--receiver", &stream]);
+    let uri = attach()["nbd_uri"].as_str().unwrap().to_owned();
+    let settle = || {
+        bench.json(&["wait", "vm1", "--for", "sync"]);
+        bench.json(&["wait", "vm1", "--for", "durable"]);
+    };
+    tools::qemu_io(&uri, &["write -P 0x11 0 32M"]);
+    settle();
+    bench.json(&["detach", "vm1"]);
+    // Through another name of the device, whose own time of change stays as it was.
+    let alias = bench.name("alias");
+    tools::run("cp", &["-a", &device.0, &alias]);
+    // A file system may allow no devices.
+    let name = if std::fs::File::open(&alias).is_ok() { &alias } else { &device.0 };
+    tools::qemu_io(name, &["write -P 0x22 10M 1M", "flush"]);
+    attach();
+    settle();
+    let output = bench.name("restored.img");
+    bench.json(&["restore", "vm1", "--at", "latest", "--output", &output]);
+    tools::assert_same(&device.0, &output);
+    bench.json(&["detach", "vm1"]);
+}
+
+/// A loop device that goes with its test.
+struct Loop(String);
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        tools::try_run("losetup", &["--detach", &self.0]);
+    }
+}
