@@ -39,10 +39,12 @@ pub enum Reason {
     Resized,
     /// A verify found differences and was asked to repair them.
     VerifyRepair,
+    /// The receiver's store is damaged: what was there cannot be read any more.
+    Damaged,
 }
 
 /// Every reason with its code and the sentence people read.
-const TABLE: [(Reason, u8, &str); 14] = [
+const TABLE: [(Reason, u8, &str); 15] = [
     (Reason::FirstAttach, 1, "first protection of the disk"),
     (Reason::ReceiverAway, 2, "the receiver was away longer than the retained window lasts"),
     (Reason::LinkTooSlow, 3, "the receiver or the link to it was slower than the guest's writes"),
@@ -57,6 +59,7 @@ const TABLE: [(Reason, u8, &str); 14] = [
     (Reason::LocalWriteFailed, 12, "a write to the local disk failed"),
     (Reason::Resized, 13, "the local disk was resized"),
     (Reason::VerifyRepair, 14, "verify found differences and repaired them"),
+    (Reason::Damaged, 15, "the receiver's store is damaged"),
 ];
 
 impl Reason {

@@ -126,7 +126,7 @@ impl Timeline {
         }
     }
 
-    fn see(&mut self, lsn: Lsn) {
+    pub(crate) fn see(&mut self, lsn: Lsn) {
         self.highest = self.highest.max(lsn);
     }
 

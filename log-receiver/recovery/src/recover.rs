@@ -38,11 +38,11 @@ pub(crate) struct Opened {
 }
 
 /// A segment number of the directory, and what is under it.
-struct Found {
-    id: SegmentId,
-    present: bool,
+pub(crate) struct Found {
+    pub(crate) id: SegmentId,
+    pub(crate) present: bool,
     /// `Err` when there is no header to go by.
-    header: Result<SegmentHeader, String>,
+    pub(crate) header: Result<SegmentHeader, String>,
 }
 
 /// What recovery works on.
@@ -104,7 +104,11 @@ pub(crate) fn list(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<Seg
 
 /// Opens one segment's file. Files are opened as they are needed: a log can have more of them than a
 /// process may have open.
-fn open(storage: &dyn Storage, segments_dir: &Path, id: SegmentId) -> Result<SegmentFile, LogError> {
+pub(crate) fn open(
+    storage: &dyn Storage,
+    segments_dir: &Path,
+    id: SegmentId,
+) -> Result<SegmentFile, LogError> {
     let path = segments_dir.join(id.file_name());
     let name = storage.display(&path);
     let file = storage.open(&path).map_err(|source| failed(format!("open {}", name.display()), source))?;
@@ -112,7 +116,7 @@ fn open(storage: &dyn Storage, segments_dir: &Path, id: SegmentId) -> Result<Seg
 }
 
 /// Every number from 1 to the last, missing ones too.
-fn find(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<Found>, LogError> {
+pub(crate) fn find(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<Found>, LogError> {
     let ids = list(storage, segments_dir)?;
     let Some(last) = ids.last() else { return Err(no_log(storage, segments_dir)) };
     let mut found = Vec::new();
@@ -184,9 +188,12 @@ impl Recovery<'_> {
     /// without a header. Collects what was durable.
     fn read_backwards(&mut self, found: &[Found]) -> Result<Vec<Option<KeptState>>, LogError> {
         let mut states = Vec::new();
+        // Where the next segment begins, this one ends: it may have lost its footer and no entry.
+        let mut next_begins = None;
         for Found { id, present, header } in found.iter().rev() {
             if !present {
                 states.push(None);
+                next_begins = None;
                 continue;
             }
             let file = open(self.storage, self.segments_dir, *id)?;
@@ -196,9 +203,11 @@ impl Recovery<'_> {
                 let claimed = claims(&file, &lost, ByteOffset::ZERO)?;
                 self.synced = self.synced.max(claimed.unwrap_or_default());
                 states.push(None);
+                next_begins = None;
                 continue;
             };
-            states.push(Some(self.read_segment(file, *header)?));
+            states.push(Some(self.read_segment(file, *header, next_begins)?));
+            next_begins = Some(header.first_seq);
         }
         states.reverse();
         Ok(states)
@@ -207,7 +216,12 @@ impl Recovery<'_> {
     /// A footer is trusted when a later segment says that one of its own entries was durable: only then
     /// were this segment's entries and footer, which are synced before. Any other is checked against the
     /// entries, for a power cut can leave a trailer without what stands before it.
-    fn read_segment(&mut self, file: SegmentFile, header: SegmentHeader) -> Result<KeptState, LogError> {
+    fn read_segment(
+        &mut self,
+        file: SegmentFile,
+        header: SegmentHeader,
+        next_begins: Option<Seq>,
+    ) -> Result<KeptState, LogError> {
         let footer = SealedSegment::open(&file, header)?;
         if let Some((sealed, _)) = &footer {
             self.synced = self.synced.max(sealed.stats().synced);
@@ -218,7 +232,8 @@ impl Recovery<'_> {
             }
             Some(_) | None => {}
         }
-        let scanned = scan(&file, header, self.synced)?;
+        let expected = next_begins.map_or(self.synced, |next| self.synced.min(Seq(next.0 - 1)));
+        let scanned = scan(&file, header, expected)?;
         self.synced = self.synced.max(scanned.synced);
         self.report_damage(&file, &scanned);
         match footer {

@@ -22,11 +22,29 @@ pub struct Snapshot {
     timeline: Arc<Timeline>,
     pub(crate) segments: Arc<Vec<Arc<Segment>>>,
     through: Seq,
+    /// The log that ended before this one began; its points are in the timeline too.
+    before: Option<Arc<Snapshot>>,
 }
 
 impl Snapshot {
     pub(crate) fn new(timeline: Arc<Timeline>, segments: Arc<Vec<Arc<Segment>>>, through: Seq) -> Self {
-        Self { timeline, segments, through }
+        Self { timeline, segments, through, before: None }
+    }
+
+    /// The same with the points of a log of this disk that ended before this one began. What was
+    /// damaged there is a hole until the first point here.
+    #[must_use]
+    pub fn following(self, before: Self) -> Self {
+        let timeline = Arc::new(Timeline::joined(&before.timeline, &self.timeline));
+        Self { timeline, before: Some(Arc::new(before)), ..self }
+    }
+
+    /// The log that has the point, which the timeline offers.
+    fn log_of(&self, at: Lsn) -> &Self {
+        match &self.before {
+            Some(before) if before.timeline.offers(at) => before.log_of(at),
+            Some(_) | None => self,
+        }
     }
 
     /// What the log gave back then.
@@ -49,7 +67,7 @@ impl Snapshot {
     /// When `at` is not a point: which hole, why, and the nearest points.
     pub fn view(&self, at: Lsn) -> Result<View, PointError> {
         self.require(at, &format!("lsn:{at}"))?;
-        Ok(View::new(self.clone(), at))
+        Ok(View::new(self.log_of(at).clone(), at))
     }
 
     /// The newest version of everything, whatever is offered.
@@ -100,7 +118,7 @@ impl Snapshot {
     /// When there is none, or the time lies in a hole.
     pub fn point_at(&self, time: CaptureTime) -> Result<Lsn, PointError> {
         let asked = || time_text(time);
-        let record = self.last_record(|_, captured| captured <= time)?;
+        let record = self.last_record(&|_, captured| captured <= time)?;
         let begun = self.timeline.intervals().iter().rev().map(|interval| interval.from);
         let begun = begun.filter(|from| from.time <= time).max();
         let Some(lsn) = record.map(|record| record.lsn).max(begun.map(|from| from.lsn)) else {
@@ -125,12 +143,12 @@ impl Snapshot {
     /// # Errors
     /// When the log cannot be read.
     pub fn time_of(&self, lsn: Lsn) -> Result<Option<CaptureTime>, LogError> {
-        Ok(self.last_record(|record, _| record <= lsn)?.map(|record| record.time))
+        Ok(self.last_record(&|record, _| record <= lsn)?.map(|record| record.time))
     }
 
     /// The last record that `wanted` takes. It looks from the newest segment back, and reads headers only
     /// of the one segment that can have it.
-    fn last_record(&self, wanted: impl Fn(Lsn, CaptureTime) -> bool) -> Result<Option<TimedLsn>, LogError> {
+    fn last_record(&self, wanted: &dyn Fn(Lsn, CaptureTime) -> bool) -> Result<Option<TimedLsn>, LogError> {
         for segment in self.segments.iter().rev() {
             let stats = segment.stats();
             // The earliest time and the lowest version need not belong to one record; together they are
@@ -152,7 +170,10 @@ impl Snapshot {
                 return Ok(last);
             }
         }
-        Ok(None)
+        match &self.before {
+            Some(before) => before.last_record(wanted),
+            None => Ok(None),
+        }
     }
 
     /// The blocks (of 4 KiB) with a version in `(after, through]`: those whose content may differ
@@ -163,6 +184,15 @@ impl Snapshot {
     /// When the log cannot be read.
     pub fn changed_blocks(&self, after: Lsn, through: Lsn) -> Result<RoaringTreemap, LogError> {
         let mut changed = RoaringTreemap::new();
+        let mut after = after;
+        if let Some(before) = self.before.as_deref().filter(|before| before.timeline.offers(after)) {
+            if before.timeline.offers(through) {
+                return before.changed_blocks(after, through);
+            }
+            // The newer log begins with an empty disk: all of both may differ.
+            changed |= before.changed_blocks(Lsn::ZERO, after)?;
+            after = Lsn::ZERO;
+        }
         let between = |extent: &Extent| {
             after < extent.version && extent.version <= through && extent.seq <= self.through
         };

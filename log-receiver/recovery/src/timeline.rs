@@ -6,10 +6,13 @@
 use std::fmt;
 
 use backtide_segment::PassReason;
-use backtide_units::{ByteCount, CaptureTime, DiskName, Epoch, Lsn};
+use backtide_units::{ByteCount, CaptureTime, DiskName, Epoch, Lsn, Reason};
 use uuid::Uuid;
 
 use crate::{Nearest, PointError, TimedLsn, point::time_text};
+
+/// A hole's sentence is cut here.
+const HOLE_TEXT_MAX: usize = 1024;
 
 /// LSNs of which every one is a recovery point, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,6 +160,48 @@ impl Timeline {
         let before = self.intervals.iter().rev().find(|interval| interval.to.lsn < lsn);
         let after = self.intervals.iter().find(|interval| interval.from.lsn > lsn);
         Nearest { before: before.map(|interval| interval.to), after: after.map(|interval| interval.from) }
+    }
+
+    /// Ends the timeline: nothing that comes later in this log becomes a point. With `damage` an open
+    /// hole says so.
+    pub(crate) fn end(&mut self, damage: Option<&str>) {
+        self.in_interval = false;
+        self.open_pass = None;
+        let Some(damage) = damage else { return };
+        let mut text = format!("{}: {damage}", Reason::Damaged);
+        text.truncate(text.floor_char_boundary(HOLE_TEXT_MAX));
+        let reason = PassReason { code: Reason::Damaged.code(), text };
+        match self.holes.last_mut().filter(|hole| hole.to.is_none()) {
+            // What would have closed it is not there any more.
+            Some(hole) => hole.reason = reason,
+            None => self.holes.push(Hole { from: self.latest(), to: None, reason, passes: 0 }),
+        }
+    }
+
+    /// The timeline of a disk whose log ended and was followed by a new one: an open hole of the older
+    /// one lasts until the first point of the newer one.
+    pub(crate) fn joined(before: &Self, after: &Self) -> Self {
+        let mut joined = before.clone();
+        if joined.holes.last().is_none_or(|hole| hole.to.is_some()) {
+            joined.end(Some("the log ended before its time"));
+        }
+        let first = after.intervals.first().map(|interval| interval.from);
+        if let Some(hole) = joined.holes.last_mut().filter(|hole| hole.to.is_none()) {
+            hole.to = first;
+        }
+        joined.intervals.extend_from_slice(&after.intervals);
+        // One without a beginning is the time before the newer log's first point: the hole above.
+        joined.holes.extend(after.holes.iter().filter(|hole| hole.from.is_some()).cloned());
+        joined.marks.extend_from_slice(&after.marks);
+        joined.open_pass = after.open_pass;
+        joined.in_interval = after.in_interval;
+        joined.last = joined.last.max(after.last);
+        joined.attached = after.attached.clone().or(joined.attached);
+        joined.highest = joined.highest.max(after.highest);
+        joined.records += after.records;
+        joined.flushes += after.flushes;
+        joined.last_flush = after.last_flush.or(joined.last_flush);
+        joined
     }
 
     /// Why `lsn` is no point. `asked` is how the person named it.

@@ -28,7 +28,7 @@ pub use ids::{Position, SegmentId, Seq};
 pub use index::{BUCKET_SIZE, Bucket, DISK_SIZE_MAX, Extent, ExtentKey, OpenIndex, WIDE_OVER};
 pub use inspect::inspect;
 pub use read::{HeaderScan, SegmentFile};
-pub use scan::{Scanned, claims, scan};
+pub use scan::{Scanned, claims, scan, scan_prefix};
 pub use sealed::{IndexBlock, SealedSegment};
 pub use verdict::{HeaderState, PayloadState, Verdict, verdict};
 pub use writer::{SegmentWriter, WriterOptions};

@@ -44,27 +44,37 @@ struct Scan<'a> {
 /// # Errors
 /// [`SegmentError::Damaged`] when an acknowledged entry is missing; the file's.
 pub fn scan(file: &SegmentFile, header: SegmentHeader, synced: Seq) -> Result<Scanned, SegmentError> {
-    let synced = synced.max(header.synced);
-    let mut scan = Scan {
-        file,
-        header,
-        salt: header.salt(),
-        window: Window::new(file),
-        length: file.length()?,
-        at: SEGMENT_HEADER_LENGTH as u64,
-        scanned: Scanned {
-            contents: Contents::new(header.first_seq, header.synced),
-            end: ByteOffset(SEGMENT_HEADER_LENGTH as u64),
-            trailing: ByteCount::ZERO,
-            synced,
-            damaged: Vec::new(),
-        },
-        searched: false,
-    };
+    let mut scan = Scan::new(file, header, synced)?;
     while scan.step()? {}
-    scan.scanned.end = ByteOffset(scan.at);
     scan.scanned.trailing = scan.trailing()?;
-    Ok(scan.scanned)
+    Ok(scan.finish())
+}
+
+/// Scans up to entry `through` or to where entries stop following each other, whatever stands behind:
+/// what can still be read of a damaged segment. Gives the damage too, where that is what ended it.
+///
+/// # Errors
+/// The file's.
+pub fn scan_prefix(
+    file: &SegmentFile,
+    header: SegmentHeader,
+    through: Seq,
+) -> Result<(Scanned, Option<SegmentError>), SegmentError> {
+    let mut scan = Scan::new(file, header, Seq(0))?;
+    while scan.scanned.contents.stats.next_seq <= through {
+        match scan.step() {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(damage @ SegmentError::Damaged { .. }) => return Ok((scan.finish(), Some(damage))),
+            Err(
+                error @ (SegmentError::UnknownVersion { .. }
+                | SegmentError::Full { .. }
+                | SegmentError::Io { .. }
+                | SegmentError::Poisoned),
+            ) => return Err(error),
+        }
+    }
+    Ok((scan.finish(), None))
 }
 
 /// Searches a whole file for entries of `header`'s segment, whatever stands between them, and gives
@@ -95,7 +105,31 @@ pub fn claims(
     Ok(highest)
 }
 
-impl Scan<'_> {
+impl<'a> Scan<'a> {
+    fn new(file: &'a SegmentFile, header: SegmentHeader, synced: Seq) -> Result<Self, SegmentError> {
+        Ok(Self {
+            file,
+            header,
+            salt: header.salt(),
+            window: Window::new(file),
+            length: file.length()?,
+            at: SEGMENT_HEADER_LENGTH as u64,
+            scanned: Scanned {
+                contents: Contents::new(header.first_seq, header.synced),
+                end: ByteOffset(SEGMENT_HEADER_LENGTH as u64),
+                trailing: ByteCount::ZERO,
+                synced: synced.max(header.synced),
+                damaged: Vec::new(),
+            },
+            searched: false,
+        })
+    }
+
+    fn finish(mut self) -> Scanned {
+        self.scanned.end = ByteOffset(self.at);
+        self.scanned
+    }
+
     /// Takes the next entry; false where the log ends.
     fn step(&mut self) -> Result<bool, SegmentError> {
         let next_seq = self.scanned.contents.stats.next_seq;
@@ -127,7 +161,11 @@ impl Scan<'_> {
             }
             (Verdict::End, _) => Ok(false),
             (Verdict::Damage | Verdict::Accept | Verdict::AcceptDamaged, _) => {
-                let found = fault.map_or("its payload is lost".to_owned(), |fault| fault.describe());
+                let found = match (state, fault) {
+                    (_, Some(fault)) => fault.describe(),
+                    (HeaderState::Good, None) => "its payload is lost".to_owned(),
+                    (HeaderState::None | HeaderState::Bad, None) => "the file ends".to_owned(),
+                };
                 Err(self.file.damaged(
                     self.at,
                     format!(

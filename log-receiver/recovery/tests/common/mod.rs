@@ -8,7 +8,7 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use backtide_recovery::{
-    CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason, View,
+    CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason, Snapshot, View,
 };
 use backtide_storage::MemoryStorage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
@@ -115,7 +115,11 @@ impl Model {
 
     /// Compares the ends of intervals and about `some` points between them.
     pub fn check_some(&self, log: &mut DiskLog, some: usize) -> usize {
-        let snapshot = log.snapshot().expect("snapshot");
+        self.check_snapshot(&log.snapshot().expect("snapshot"), some)
+    }
+
+    /// The same for a log as it was at one moment.
+    pub fn check_snapshot(&self, snapshot: &Snapshot, some: usize) -> usize {
         let mut points: Vec<Lsn> = self.changes.iter().map(|change| change.lsn).collect();
         for interval in snapshot.timeline().intervals() {
             points.extend([interval.from.lsn, interval.to.lsn]);
@@ -248,6 +252,11 @@ impl Agent {
             promised: Vec::new(),
             versions: BTreeMap::new(),
         })
+    }
+
+    /// The disk was protected before, up to this LSN.
+    pub fn starts_above(&mut self, lsn: Lsn) {
+        self.lsn = lsn;
     }
 
     fn time(&mut self) -> CaptureTime {

@@ -1,0 +1,245 @@
+//! Reading what is left of a log that cannot be opened, without changing it.
+//!
+//! A damaged log, or one whose writer failed, still gives back every point before the place that is
+//! lost: versions in the log never fall below what it had covered, so what is lost lies above all of
+//! them. A segment header alone is no loss: all it says stands in its neighbors, and every entry
+//! proves by its checksum that it belongs to this log. Points behind the lost place are not given:
+//! nobody knows which blocks they miss.
+//!
+//! Invariants: nothing is written; of a log whose writer failed, nothing above `through` is offered.
+
+use std::{path::Path, sync::Arc};
+
+use backtide_segment::{
+    Entry, Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, Step, scan_prefix,
+};
+use backtide_storage::Storage;
+use backtide_units::ByteCount;
+
+use crate::{
+    LogCache, LogError, LogIdentity, Snapshot, Timeline,
+    recover::{Found, find, open},
+    segment::{OpenSegment, Segment},
+};
+
+/// What is left of a log.
+pub struct Salvage {
+    /// Reads it.
+    pub snapshot: Snapshot,
+    /// What is wrong, the first place first: a sentence each, with file and place. Empty when nothing is.
+    pub damage: Vec<String>,
+    /// Bytes of what can be read.
+    pub size: ByteCount,
+}
+
+/// One segment, as far as it can be read.
+enum Part {
+    Sealed(Box<SealedSegment>, Vec<Step>),
+    Prefix(Box<Scanned>),
+}
+
+struct Work<'a> {
+    storage: &'a Arc<dyn Storage>,
+    segments_dir: &'a Path,
+    cache: &'a LogCache,
+    identity: LogIdentity,
+    through: Seq,
+    timeline: Timeline,
+    segments: Vec<Arc<Segment>>,
+    next: Seq,
+    damage: Vec<String>,
+    size: u64,
+}
+
+/// Reads what is left of the log in `dir`, up to entry `through` when that is given. `known` says whose
+/// log it is when no header does.
+///
+/// # Errors
+/// [`LogError::NoLog`], [`LogError::UnknownVersion`], or the file system's.
+pub fn salvage(
+    storage: &Arc<dyn Storage>,
+    dir: &Path,
+    cache: &LogCache,
+    known: Option<LogIdentity>,
+    through: Option<Seq>,
+) -> Result<Salvage, LogError> {
+    let segments_dir = dir.join("segments");
+    let found = find(&**storage, &segments_dir)?;
+    let stated = found.iter().filter_map(|found| found.header.as_ref().ok());
+    let stated = stated.map(|header| LogIdentity { disk: header.disk, history: header.history }).next();
+    let mut damage = Vec::new();
+    let Some(identity) = known.or(stated) else {
+        let describe = |found: &Found| describe(&**storage, &segments_dir, found);
+        damage.extend(found.iter().filter_map(describe));
+        let mut timeline = Timeline::default();
+        timeline.end(damage.first().map(String::as_str));
+        let snapshot = Snapshot::new(Arc::new(timeline), Arc::new(Vec::new()), Seq(0));
+        return Ok(Salvage { snapshot, damage, size: ByteCount::ZERO });
+    };
+    let mut work = Work {
+        storage,
+        segments_dir: &segments_dir,
+        cache,
+        identity,
+        through: through.unwrap_or(Seq(u64::MAX)),
+        timeline: Timeline::default(),
+        segments: Vec::new(),
+        next: Seq(1),
+        damage,
+        size: 0,
+    };
+    let mut rest = found.iter();
+    for here in rest.by_ref() {
+        if work.next > work.through || !work.take(here)? {
+            break;
+        }
+    }
+    if work.next <= work.through {
+        work.survey(rest)?;
+    }
+    work.timeline.end(work.damage.first().map(String::as_str));
+    let last = Seq(work.next.0 - 1);
+    let snapshot = Snapshot::new(Arc::new(work.timeline), Arc::new(work.segments), last);
+    Ok(Salvage { snapshot, damage: work.damage, size: ByteCount(work.size) })
+}
+
+fn describe(storage: &dyn Storage, segments_dir: &Path, found: &Found) -> Option<String> {
+    let name = storage.display(&segments_dir.join(found.id.file_name()));
+    let why = found.header.as_ref().err()?;
+    if found.present {
+        Some(format!("{} is damaged at byte 0: {why}", name.display()))
+    } else {
+        Some(format!("{} is missing", name.display()))
+    }
+}
+
+impl Work<'_> {
+    /// Takes what follows in this segment; false when nothing behind it can be used.
+    fn take(&mut self, found: &Found) -> Result<bool, LogError> {
+        let LogIdentity { disk, history } = self.identity;
+        let name = self.storage.display(&self.segments_dir.join(found.id.file_name()));
+        if let Some(why) = describe(&**self.storage, self.segments_dir, found) {
+            self.damage.push(why);
+        }
+        if !found.present {
+            return Ok(false);
+        }
+        let ours = |header: &&SegmentHeader| (header.disk, header.history) == (disk, history);
+        let header = match found.header.as_ref().ok() {
+            None => SegmentHeader { disk, history, id: found.id, first_seq: self.next, synced: Seq(0) },
+            Some(header) if header.first_seq == self.next && ours(&header) => *header,
+            Some(header) => {
+                let why = format!(
+                    "expected it to begin with entry {} of history {history}, it begins with entry {} of \
+                     history {}; what stood between is lost",
+                    self.next, header.first_seq, header.history
+                );
+                self.damage.push(format!("{} is damaged at byte 0: {why}", name.display()));
+                return Ok(false);
+            }
+        };
+        let file = open(&**self.storage, self.segments_dir, found.id)?;
+        let (part, broken) = self.read(&file, header)?;
+        let mut timeline = self.timeline.clone();
+        let steps = match &part {
+            Part::Sealed(_, steps) => steps,
+            Part::Prefix(scanned) => scanned.contents.steps(),
+        };
+        for step in steps {
+            if let Err(invalid) = timeline.fold_step(step) {
+                let why = format!("its entries do not follow those before: {invalid}");
+                self.damage.push(format!("{} is damaged at byte 0: {why}", name.display()));
+                return Ok(false);
+            }
+        }
+        self.timeline = timeline;
+        self.keep(file, header, part);
+        if let Some(damage) = broken {
+            self.damage.push(damage.to_string());
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// A footer that is whole speaks for its entries: one that is damaged is an error when it is read.
+    fn read(
+        &self,
+        file: &SegmentFile,
+        header: SegmentHeader,
+    ) -> Result<(Part, Option<SegmentError>), LogError> {
+        if let Some((sealed, steps)) = SealedSegment::open(file, header)?
+            && sealed.stats().next_seq.0 - 1 <= self.through.0
+            && whole(sealed.verify(file))?
+        {
+            return Ok((Part::Sealed(Box::new(sealed), steps), None));
+        }
+        let (scanned, damage) = scan_prefix(file, header, self.through)?;
+        Ok((Part::Prefix(Box::new(scanned)), damage))
+    }
+
+    fn keep(&mut self, file: SegmentFile, header: SegmentHeader, part: Part) {
+        let path = self.segments_dir.join(header.id.file_name());
+        let storage = Arc::clone(self.storage);
+        let segment = match part {
+            Part::Sealed(sealed, _) => {
+                self.next = sealed.stats().next_seq;
+                self.size += sealed.length().0;
+                Segment::new_sealed(storage, path, header, self.cache, *sealed)
+            }
+            Part::Prefix(scanned) => {
+                self.next = scanned.contents.stats().next_seq;
+                self.size += scanned.end.0;
+                let open = OpenSegment { file, contents: scanned.contents, end: scanned.end };
+                Segment::new_open(storage, path, header, self.cache, open)
+            }
+        };
+        self.segments.push(Arc::new(segment));
+    }
+
+    /// What stands behind the lost place gives no points, but it knows newer attaches: a stale epoch must
+    /// stay fenced, and no LSN may come a second time.
+    fn survey<'f>(&mut self, rest: impl Iterator<Item = &'f Found>) -> Result<(), LogError> {
+        for found in rest {
+            let Ok(header) = &found.header else {
+                self.damage.extend(describe(&**self.storage, self.segments_dir, found));
+                continue;
+            };
+            let file = open(&**self.storage, self.segments_dir, found.id)?;
+            let (part, damage) = self.read(&file, *header)?;
+            self.damage.extend(damage.map(|damage| damage.to_string()));
+            let steps = match &part {
+                Part::Sealed(_, steps) => steps,
+                Part::Prefix(scanned) => scanned.contents.steps(),
+            };
+            for step in steps {
+                match step {
+                    Step::Run(run) => self.timeline.see(run.last.0),
+                    Step::Control(attach @ Entry::Attach { .. }) => self.timeline.fold(attach),
+                    Step::Control(Entry::PassBegin { at, .. }) => self.timeline.see(*at),
+                    Step::Control(
+                        Entry::Write { .. }
+                        | Entry::Zero { .. }
+                        | Entry::Flush { .. }
+                        | Entry::PassData { .. }
+                        | Entry::PassEnd { .. }
+                        | Entry::Mark { .. },
+                    ) => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn whole(verified: Result<(), SegmentError>) -> Result<bool, LogError> {
+    match verified {
+        Ok(()) => Ok(true),
+        Err(SegmentError::Damaged { .. }) => Ok(false),
+        Err(
+            error @ (SegmentError::UnknownVersion { .. }
+            | SegmentError::Full { .. }
+            | SegmentError::Io { .. }
+            | SegmentError::Poisoned),
+        ) => Err(error.into()),
+    }
+}

@@ -1,0 +1,215 @@
+//! A damaged log gives back every point before what is lost, each exact, and says what is wrong.
+
+mod common;
+
+use std::{path::PathBuf, sync::Arc};
+
+use backtide_recovery::{DiskLog, LogError, Salvage, Snapshot, salvage};
+use backtide_storage::{MemoryStorage, Storage};
+use backtide_units::{ByteCount, ByteOffset, Reason};
+use common::{Agent, Random, SayOnPanic, cache, directory, identity, seeds};
+
+fn written(seed: u64) -> Agent {
+    let mut agent = Agent::new(seed, MemoryStorage::new()).expect("create");
+    agent.attach().expect("attach");
+    agent.settle().expect("settle");
+    for _ in 0..80 {
+        agent.step().expect("step");
+    }
+    agent.settle().expect("settle");
+    agent.sync().expect("sync");
+    agent
+}
+
+/// The files of a log, copied.
+fn copied(agent: &Agent) -> (MemoryStorage, Vec<PathBuf>) {
+    let copy = MemoryStorage::new();
+    copy.create_dir(&directory().join("segments")).expect("create dir");
+    let files = agent.storage.files();
+    for (path, content) in &files {
+        let file = copy.create_new(path).expect("create");
+        file.write_at(ByteOffset(0), content).expect("write");
+    }
+    (copy, files.into_iter().map(|(path, _)| path).collect())
+}
+
+fn left(storage: &MemoryStorage) -> Salvage {
+    let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+    let before = storage.files();
+    let salvaged = salvage(&shared, directory(), &cache(), Some(identity()), None).expect("salvage");
+    assert_eq!(storage.files(), before, "nothing is written");
+    salvaged
+}
+
+fn opens(agent: &Agent, storage: &MemoryStorage) -> Result<(), LogError> {
+    // Opening may cut or seal: not on the copy that is looked at.
+    let copy = MemoryStorage::new();
+    copy.create_dir(&directory().join("segments")).expect("create dir");
+    for (path, content) in storage.files() {
+        copy.create_new(&path).expect("create").write_at(ByteOffset(0), &content).expect("write");
+    }
+    DiskLog::open(Arc::new(copy), directory(), agent.options, &cache()).map(|_| ())
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Harm {
+    Header,
+    Missing,
+    HalfGone,
+    Flip,
+}
+
+#[test]
+fn what_is_offered_after_any_damage_is_exact_and_the_damage_is_named() {
+    for seed in seeds(12) {
+        let _say = SayOnPanic(format!("SEED={seed}"));
+        let mut agent = written(seed);
+        let mut random = Random(seed ^ 0xdead);
+        let whole = agent.log.snapshot().expect("snapshot").timeline().intervals().to_vec();
+        for harm in [Harm::Header, Harm::Missing, Harm::HalfGone, Harm::Flip] {
+            let files = copied(&agent).1.len();
+            for chosen in 0..files {
+                let (storage, paths) = copied(&agent);
+                let path = &paths[chosen];
+                let length = storage.open(path).expect("open").len().expect("length").0;
+                match harm {
+                    Harm::Header => storage.flip_bit(path, ByteOffset(random.below(128)), 3),
+                    Harm::Missing => storage.remove(path).expect("remove"),
+                    Harm::HalfGone => {
+                        storage.open(path).expect("open").set_len(ByteCount(length / 2)).expect("cut");
+                    }
+                    Harm::Flip => storage.flip_bit(path, ByteOffset(random.below(length)), 5),
+                }
+                let said = format!("{harm:?} of {} of {files}", path.display());
+                let salvaged = match opens(&agent, &storage) {
+                    Err(LogError::NoLog { .. }) => continue,
+                    // A version of the future is no damage: another program reads it.
+                    Err(LogError::UnknownVersion { .. }) => continue,
+                    opened => {
+                        let salvaged = left(&storage);
+                        if let Err(error) = opened {
+                            let named = salvaged.damage.iter().any(|damage| damage.contains(".seg"));
+                            assert!(named, "{said}: {error}: {:?}", salvaged.damage);
+                        }
+                        salvaged
+                    }
+                };
+                let timeline = salvaged.snapshot.timeline();
+                // A flip may hit a payload: that is an error when it is read, which other tests show.
+                if !matches!(harm, Harm::Flip) {
+                    agent.model.check_snapshot(&salvaged.snapshot, 4);
+                }
+                if matches!(harm, Harm::Header) {
+                    assert_eq!(timeline.intervals(), whole, "{said}: a header alone is no loss");
+                }
+                let hole = timeline.holes().last();
+                let damaged = hole.is_some_and(|hole| hole.reason.code == Reason::Damaged.code());
+                assert_eq!(damaged, !salvaged.damage.is_empty(), "{said}: {:?}", salvaged.damage);
+                assert!(!timeline.in_sync(), "{said}");
+                assert!(
+                    timeline.intervals().iter().all(|found| whole
+                        .iter()
+                        .any(|all| { all.from.lsn <= found.from.lsn && found.to.lsn <= all.to.lsn })),
+                    "{said}: no point that was none"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn points_before_a_lost_segment_stay_and_newer_attaches_are_known() {
+    let mut agent = Agent::new(3, MemoryStorage::new()).expect("create");
+    agent.attach().expect("attach");
+    agent.settle().expect("settle");
+    agent.write().expect("write");
+    agent.log.seal().expect("seal");
+    let kept = agent.log.timeline().covered();
+    agent.write().expect("write");
+    agent.log.seal().expect("seal");
+    agent.attach().expect("attach");
+    agent.write().expect("write");
+    agent.sync().expect("sync");
+    let (storage, paths) = copied(&agent);
+    let count = paths.len();
+    storage.remove(&paths[count - 2]).expect("remove");
+
+    let salvaged = left(&storage);
+    let timeline = salvaged.snapshot.timeline();
+    assert_eq!(timeline.latest().expect("points").lsn, kept);
+    assert_eq!(timeline.attached(), agent.log.timeline().attached(), "the newest epoch stays fenced");
+    assert_eq!(timeline.highest_lsn(), agent.log.timeline().highest_lsn());
+    let hole = timeline.holes().last().expect("a hole");
+    assert!(hole.reason.text.starts_with("the receiver's store is damaged: "), "{hole}");
+    assert!(hole.reason.text.contains(".seg is missing"), "{hole}");
+    agent.model.check_snapshot(&salvaged.snapshot, 10);
+}
+
+#[test]
+fn a_failed_log_gives_what_was_durable_and_nothing_above() {
+    let mut agent = written(5);
+    let durable = agent.log.durable();
+    for _ in 0..20 {
+        agent.write().expect("write");
+    }
+    agent.log.seal().expect("seal");
+    agent.write().expect("write");
+    agent.log.snapshot().expect("all of it is in the files");
+    let shared: Arc<dyn Storage> = Arc::new(agent.storage.clone());
+    let salvaged = salvage(&shared, directory(), &cache(), None, Some(durable.seq)).expect("salvage");
+    assert_eq!(salvaged.damage, Vec::<String>::new());
+    let timeline = salvaged.snapshot.timeline();
+    assert_eq!(timeline.covered(), durable.lsn);
+    assert_eq!(salvaged.snapshot.through(), durable.seq);
+    assert!(timeline.holes().iter().all(|hole| hole.to.is_some()), "nothing is lost");
+    agent.model.check_snapshot(&salvaged.snapshot, 10);
+}
+
+#[test]
+fn a_new_log_goes_on_where_a_damaged_one_ended() {
+    let old = written(7);
+    let (storage, paths) = copied(&old);
+    storage.remove(&paths[paths.len() - 2]).expect("remove");
+    let past = left(&storage).snapshot;
+    let ended = past.timeline().latest();
+    let highest = old.log.timeline().highest_lsn();
+
+    let mut new = Agent::new(8, MemoryStorage::new()).expect("create");
+    new.starts_above(highest);
+    new.attach().expect("attach");
+    let joined = new.log.snapshot().expect("snapshot").following(past.clone());
+    let hole = joined.timeline().holes().last().expect("a hole").clone();
+    assert_eq!((hole.from, hole.to), (ended, None), "open until the new log has a point");
+    new.settle().expect("settle");
+    new.write().expect("write");
+    let snapshot = new.log.snapshot().expect("snapshot");
+    let joined = snapshot.clone().following(past.clone());
+    let first = snapshot.timeline().intervals()[0].from;
+    let hole = joined.timeline().holes().last().expect("a hole").clone();
+    assert_eq!((hole.from, hole.to), (ended, Some(first)));
+    assert_eq!(hole.reason.code, Reason::Damaged.code());
+    old.model.check_snapshot(&past, 5);
+    new.model.check_snapshot(&snapshot, 5);
+    for part in [&past, &snapshot] {
+        reads_the_same(&joined, part);
+    }
+    // A difference over the seam covers everything that may differ.
+    if let Some(ended) = ended {
+        let changed = joined.changed_blocks(ended.lsn, first.lsn).expect("changed");
+        let (before, after) = (past.view(ended.lsn).unwrap(), joined.view(first.lsn).unwrap());
+        let (a, b) = (before.read(common::whole()).unwrap(), after.read(common::whole()).unwrap());
+        for block in 0..a.len().div_ceil(4096) {
+            let part = block * 4096..(block * 4096 + 4096).min(a.len());
+            assert!(a[part.clone()] == b[part] || changed.contains(block as u64), "block {block}");
+        }
+    }
+}
+
+/// The points of one log, through both.
+fn reads_the_same(joined: &Snapshot, part: &Snapshot) {
+    for interval in part.timeline().intervals() {
+        let at = interval.from.lsn;
+        let found = joined.view(at).expect("a point").read(common::whole()).expect("read");
+        assert!(found == part.view(at).expect("a point").read(common::whole()).expect("read"), "{at}");
+    }
+}
