@@ -11,7 +11,8 @@ pub(crate) fn record(record: Record) -> Entry {
     let Record { lsn, previous: _, time, range, body } = record;
     match body {
         RecordBody::Write(data) => {
-            Entry::Write { lsn, time, range, payload: data.bytes().clone(), payload_crc: data.crc32c() }
+            let (payload, checksum) = (data.bytes().clone(), data.checksum().clone());
+            Entry::Write { lsn, time, range, payload, checksum }
         }
         RecordBody::Zero => Entry::Zero { lsn, time, range, trim: false },
         RecordBody::Trim => Entry::Zero { lsn, time, range, trim: true },
@@ -30,7 +31,7 @@ pub(crate) fn pass_data(at: Lsn, range: ByteRange, data: &Data) -> Entry {
     let content = if data.bytes().is_empty() {
         PassContent::Zeroes
     } else {
-        PassContent::Bytes { payload: data.bytes().clone(), payload_crc: data.crc32c() }
+        PassContent::Bytes { payload: data.bytes().clone(), checksum: data.checksum().clone() }
     };
     Entry::PassData { at, range, content }
 }

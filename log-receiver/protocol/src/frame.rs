@@ -4,7 +4,7 @@
 //! checksummed too. Encoding yields the header and the payload apart, so that a driver can hand
 //! both to one vectored write without copying the payload.
 
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, Reason};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, PayloadChecksum, Reason};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::{
@@ -171,7 +171,7 @@ pub fn encode(seq: u64, message: &Message) -> ([u8; FRAME_HEADER_BYTES], Bytes) 
 }
 
 fn encode_parts(message: &Message) -> (Header, Data) {
-    let none = || Data::with_checksum(Bytes::new(), 0);
+    let none = || Data::capture(Bytes::new());
     let json = |bytes: Result<Vec<u8>, serde_json::Error>| {
         Data::capture(bytes.expect("plain structs always serialize").into())
     };
@@ -238,15 +238,21 @@ fn encode_compare(compare: &Compare) -> (Header, Data) {
 
 /// The message of a header and its payload, whose checksum is verified here.
 pub(crate) fn decode(header: &Header, payload: Bytes) -> Result<Sequenced, ProtocolError> {
-    let found = if payload.is_empty() { 0 } else { crc32c::crc32c(&payload) };
-    if found != header.payload_crc {
-        return Err(ProtocolError::PayloadChecksum { seq: header.seq, expected: header.payload_crc, found });
+    // The one pass over the bytes: the log stores the checksums of pieces that it gives.
+    let checksum = PayloadChecksum::of(&payload);
+    let (expected, found) = (header.payload_crc, checksum.whole());
+    if found != expected {
+        return Err(ProtocolError::PayloadChecksum { seq: header.seq, expected, found });
     }
-    let message = decode_message(header, payload)?;
+    let message = decode_message(header, payload, checksum)?;
     Ok(Sequenced { seq: header.seq, message })
 }
 
-fn decode_message(header: &Header, payload: Bytes) -> Result<Message, ProtocolError> {
+fn decode_message(
+    header: &Header,
+    payload: Bytes,
+    checksum: PayloadChecksum,
+) -> Result<Message, ProtocolError> {
     let Header { a, b, c, d, .. } = *header;
     Ok(match header.kind {
         Type::Hello => Message::Hello(of_our_version("hello", &payload)?),
@@ -254,7 +260,7 @@ fn decode_message(header: &Header, payload: Bytes) -> Result<Message, ProtocolEr
         Type::Close => Message::Close(from_json("close", &payload)?),
         Type::Write => {
             let range = range_of("write", c, payload.len() as u64)?;
-            let data = Data::with_checksum(payload, header.payload_crc);
+            let data = Data::with_checksum(payload, checksum);
             Message::Record(record(header, range, RecordBody::Write(data)))
         }
         Type::Zero => Message::Record(record(header, zeroed_range(header, payload)?, RecordBody::Zero)),
@@ -273,7 +279,7 @@ fn decode_message(header: &Header, payload: Bytes) -> Result<Message, ProtocolEr
                     format!("range of {d} bytes with a payload of {}", payload.len()),
                 ));
             }
-            let data = Data::with_checksum(payload, header.payload_crc);
+            let data = Data::with_checksum(payload, checksum);
             Message::PassData { at: Lsn(a), range, data }
         }
         Type::PassEnd => {

@@ -3,7 +3,7 @@
 //! Order is meaning: the receiver applies the agent's messages in the order they come, so
 //! "everything before this message" is well defined on both sides.
 
-use backtide_units::{ByteRange, CaptureTime, Lsn, Reason};
+use backtide_units::{ByteRange, CaptureTime, Lsn, PayloadChecksum, Reason};
 use bytes::Bytes;
 
 use crate::hello::{Closed, Hello, Welcome};
@@ -134,19 +134,19 @@ pub enum RecordBody {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Data {
     bytes: Bytes,
-    crc32c: u32,
+    checksum: PayloadChecksum,
 }
 
 impl Data {
     /// Takes the checksum of `bytes` now.
     pub fn capture(bytes: Bytes) -> Self {
-        let crc32c = crc32c::crc32c(&bytes);
-        Self { bytes, crc32c }
+        let checksum = PayloadChecksum::captured(crc32c::crc32c(&bytes));
+        Self { bytes, checksum }
     }
 
     /// Bytes whose checksum was verified just now, or will be by whoever reads them.
-    pub fn with_checksum(bytes: Bytes, crc32c: u32) -> Self {
-        Self { bytes, crc32c }
+    pub fn with_checksum(bytes: Bytes, checksum: PayloadChecksum) -> Self {
+        Self { bytes, checksum }
     }
 
     /// The bytes.
@@ -156,12 +156,17 @@ impl Data {
 
     /// Their CRC32C.
     pub fn crc32c(&self) -> u32 {
-        self.crc32c
+        self.checksum.whole()
+    }
+
+    /// Their CRC32C, and those of their pieces when the bytes were received and not captured here.
+    pub fn checksum(&self) -> &PayloadChecksum {
+        &self.checksum
     }
 
     /// Whether bytes and checksum agree.
     pub fn is_sound(&self) -> bool {
-        crc32c::crc32c(&self.bytes) == self.crc32c
+        crc32c::crc32c(&self.bytes) == self.checksum.whole()
     }
 }
 

@@ -1,8 +1,8 @@
-//! What readers of all disks share: index blocks, open files and large payloads, all bounded.
+//! What readers of all disks share: index blocks, open files and pieces of payloads, all bounded.
 //!
-//! A payload is checked as a whole, so a small read of a large entry costs a read of all of it. Such
-//! entries are common (a resync delivers runs of 1 MiB) and reads near each other too, so the payloads
-//! of which only a part was wanted are kept for a while.
+//! A piece of a payload (64 KiB) is checked as a whole, so a small read costs a read of all of it. Reads near
+//! each other are common, so pieces of which only a part was wanted are kept for a while, and so are the
+//! checksum tables of long payloads.
 //!
 //! Loading happens outside the lock; two readers may then load the same block, and one copy is kept.
 
@@ -15,7 +15,7 @@ use std::{
     },
 };
 
-use backtide_segment::{EntryHeader, Extent, IndexBlock, PAYLOAD_MAX, Position, SegmentFile};
+use backtide_segment::{EntryParts, Extent, IndexBlock, Position, SegmentFile};
 use backtide_units::ByteCount;
 use bytes::Bytes;
 
@@ -24,11 +24,13 @@ use crate::LogError;
 /// What is kept beside the bytes of a value weighs about this much.
 const OVERHEAD: usize = 128;
 
-/// Memory for payloads of all disks, beside what the limits say: the two largest there can be, or
-/// reads of the parts of one would each read all of it.
-const PAYLOAD_BYTES_MAX: usize = 2 * (PAYLOAD_MAX.0 as usize + OVERHEAD);
+/// Memory for pieces of payloads of all disks, beside what the limits say.
+const PIECE_BYTES_MAX: usize = 32 << 20;
 
-/// A bounded cache of index blocks, open segment files and (64 MiB of) payloads. Clones share it.
+/// Memory for checksum tables of all disks, beside what the limits say.
+const TABLE_BYTES_MAX: usize = 4 << 20;
+
+/// A bounded cache of index blocks, open segment files and (32 MiB of) pieces of payloads. Clones share it.
 #[derive(Clone)]
 pub struct LogCache {
     shared: Arc<Shared>,
@@ -47,6 +49,14 @@ pub struct CacheLimits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct SegmentKey(u64);
 
+/// Names a piece of a payload: the entry by its position, and the piece's number in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct PieceKey {
+    pub(crate) segment: SegmentKey,
+    pub(crate) entry: Position,
+    pub(crate) piece: usize,
+}
+
 /// A part of an index.
 #[derive(Clone)]
 pub(crate) enum IndexPart {
@@ -59,7 +69,8 @@ struct Shared {
     next_key: AtomicU64,
     parts: Mutex<Recent<(SegmentKey, Option<u32>), IndexPart>>,
     files: Mutex<Recent<SegmentKey, SegmentFile>>,
-    payloads: Mutex<Recent<(SegmentKey, Position), (EntryHeader, Bytes)>>,
+    entries: Mutex<Recent<(SegmentKey, Position), EntryParts>>,
+    pieces: Mutex<Recent<PieceKey, Bytes>>,
 }
 
 /// Values with weights; the one used longest ago goes first.
@@ -81,7 +92,8 @@ impl LogCache {
                 next_key: AtomicU64::new(0),
                 parts: Mutex::new(Recent::new(bytes)),
                 files: Mutex::new(Recent::new(limits.open_files_max.max(1))),
-                payloads: Mutex::new(Recent::new(PAYLOAD_BYTES_MAX)),
+                entries: Mutex::new(Recent::new(TABLE_BYTES_MAX)),
+                pieces: Mutex::new(Recent::new(PIECE_BYTES_MAX)),
             }),
         }
     }
@@ -120,16 +132,36 @@ impl LogCache {
         Ok(loaded)
     }
 
-    /// An entry with its payload, if it was kept.
-    pub(crate) fn payload(&self, segment: SegmentKey, position: Position) -> Option<(EntryHeader, Bytes)> {
-        self.shared.payloads.lock().unwrap_or_else(PoisonError::into_inner).get(&(segment, position))
+    /// An entry of several pieces, ready to be read from.
+    pub(crate) fn entry(
+        &self,
+        segment: SegmentKey,
+        position: Position,
+        load: impl FnOnce() -> Result<EntryParts, LogError>,
+    ) -> Result<EntryParts, LogError> {
+        let entries = &self.shared.entries;
+        if let Some(found) = entries.lock().unwrap_or_else(PoisonError::into_inner).get(&(segment, position))
+        {
+            return Ok(found);
+        }
+        let loaded = load()?;
+        if loaded.count() > 1 {
+            let weight = loaded.count() * size_of::<u32>() + OVERHEAD;
+            let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
+            entries.put((segment, position), weight, loaded.clone());
+        }
+        Ok(loaded)
     }
 
-    /// Keeps an entry with its payload, which was checked.
-    pub(crate) fn keep_payload(&self, segment: SegmentKey, position: Position, entry: (EntryHeader, Bytes)) {
-        let weight = entry.1.len() + OVERHEAD;
-        let payloads = &self.shared.payloads;
-        payloads.lock().unwrap_or_else(PoisonError::into_inner).put((segment, position), weight, entry);
+    /// A piece of an entry's payload, if it was kept.
+    pub(crate) fn piece(&self, key: PieceKey) -> Option<Bytes> {
+        self.shared.pieces.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
+    }
+
+    /// Keeps a piece, which was checked.
+    pub(crate) fn keep_piece(&self, key: PieceKey, bytes: Bytes) {
+        let weight = bytes.len() + OVERHEAD;
+        self.shared.pieces.lock().unwrap_or_else(PoisonError::into_inner).put(key, weight, bytes);
     }
 
     pub(crate) fn file(
@@ -187,15 +219,6 @@ impl Default for CacheLimits {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn two_of_the_largest_payloads_are_kept() {
-        let mut payloads = Recent::new(PAYLOAD_BYTES_MAX);
-        let largest = PAYLOAD_MAX.as_usize().unwrap() + OVERHEAD;
-        payloads.put(1, largest, ());
-        payloads.put(2, largest, ());
-        assert!(payloads.get(&1).is_some() && payloads.get(&2).is_some());
-    }
 
     #[test]
     fn the_one_used_longest_ago_goes_first() {

@@ -15,7 +15,8 @@ use backtide_storage::{Storage, StorageFile};
 use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
 use crate::{
-    AppendError, Durable, LogCache, LogError, PointError, Snapshot, SyncOutcome, SyncTicket, Timeline, View,
+    AppendError, Durable, InvalidEntry, LogCache, LogError, PointError, Snapshot, SyncOutcome, SyncTicket,
+    Timeline, View,
     recover::{self, Kept, KeptState, failed},
     segment::{OpenSegment, Segment},
     ticket::DirectorySync,
@@ -222,6 +223,7 @@ impl DiskLog {
     pub fn append(&mut self, entry: Entry) -> Result<Seq, AppendError> {
         self.require_sound()?;
         self.timeline.check(&entry)?;
+        let entry = entry.complete().map_err(|found| InvalidEntry::Checksum { found })?;
         self.make_room(&entry)?;
         let synced = self.durable.seq;
         let folded = entry.clone();

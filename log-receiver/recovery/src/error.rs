@@ -126,6 +126,12 @@ pub enum InvalidEntry {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A payload that is not what was captured.
+    #[error("a payload with checksum {found:08x}, it was captured with another")]
+    Checksum {
+        /// The checksum that it has.
+        found: u32,
+    },
     /// A payload or text whose length is wrong.
     #[error("a payload of {found} bytes, expected {expected}")]
     Length {

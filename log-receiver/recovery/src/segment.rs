@@ -2,23 +2,27 @@
 //! the file. It is sealed once, under the readers that have it, and never opened again.
 
 use std::{
+    ops::Range,
     path::PathBuf,
     sync::{Arc, OnceLock, PoisonError, RwLock},
 };
 
 use backtide_segment::{
-    Bucket, Contents, EntryHeader, Extent, ExtentKey, IndexBlock, Position, SealedSegment, SegmentFile,
-    SegmentHeader, SegmentStats,
+    Bucket, Contents, EntryHeader, EntryParts, Extent, ExtentKey, IndexBlock, Position, SealedSegment,
+    SegmentFile, SegmentHeader, SegmentStats,
 };
 use backtide_storage::Storage;
-use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
+use backtide_units::{ByteOffset, ByteRange, Lsn};
 use bytes::Bytes;
 use roaring::RoaringTreemap;
 
 use crate::{
     LogCache, LogError,
-    cache::{IndexPart, SegmentKey},
+    cache::{IndexPart, PieceKey, SegmentKey},
 };
+
+/// Pieces of a payload read at once: 1 MiB.
+const PIECES_AT_ONCE: usize = 16;
 
 /// One segment, shared between the log and its views.
 pub(crate) struct Segment {
@@ -234,22 +238,74 @@ impl Segment {
         Ok(())
     }
 
-    /// The header and the payload of the entry of an extent, checked. `wanted` says how much of the payload
-    /// the caller uses.
-    pub(crate) fn entry_of(
+    /// Reads `wanted` parts of the disk (in order, apart from each other) from the entry of an extent and hands
+    /// their bytes to `copy`, piece by piece; each was checked.
+    pub(crate) fn read_entry(
         &self,
         extent: &Extent,
-        wanted: ByteCount,
-    ) -> Result<(EntryHeader, Bytes), LogError> {
-        if let Some((header, payload)) = self.cache.payload(self.key, extent.position) {
-            assert_eq!(header.seq, extent.seq, "one entry stands at a position for ever");
-            return Ok((header, payload));
+        wanted: &[ByteRange],
+        mut copy: impl FnMut(ByteRange, &[u8]),
+    ) -> Result<(), LogError> {
+        let parts = self
+            .cache
+            .entry(self.key, extent.position, || Ok(self.file()?.parts(&self.header, extent)?))?;
+        assert_eq!(parts.header().seq, extent.seq, "one entry stands at a position for ever");
+        if let Some(part) = wanted.iter().find(|part| !parts.range().contains(**part)) {
+            return Err(LogError::Damaged {
+                file: self.storage.display(&self.path),
+                offset: extent.position.offset(),
+                what: format!("the index expects {part} in entry {}, it has {}", extent.seq, parts.range()),
+            });
         }
-        let (header, payload) = self.file()?.entry_of(&self.header, extent)?;
-        if wanted < ByteCount::of(&payload) {
-            self.cache.keep_payload(self.key, extent.position, (header, payload.clone()));
+        let mut pieces: Vec<usize> = wanted.iter().flat_map(|part| parts.pieces_of(*part)).collect();
+        pieces.dedup();
+        for run in pieces.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(PIECES_AT_ONCE)) {
+            self.read_pieces(extent.position, &parts, run[0]..run[0] + run.len(), |piece, bytes| {
+                let first = wanted.partition_point(|part| part.end() <= piece.start());
+                let mut used = 0;
+                for part in wanted[first..].iter().map_while(|part| part.intersection(piece)) {
+                    let from = (part.start().0 - piece.start().0) as usize;
+                    let length = (part.count().0) as usize;
+                    copy(part, &bytes[from..from + length]);
+                    used += length;
+                }
+                used == bytes.len()
+            })?;
         }
-        Ok((header, payload))
+        Ok(())
+    }
+
+    /// Hands consecutive pieces to `take`, which says whether it used all of one; others are kept.
+    fn read_pieces(
+        &self,
+        entry: Position,
+        parts: &EntryParts,
+        pieces: Range<usize>,
+        mut take: impl FnMut(ByteRange, &[u8]) -> bool,
+    ) -> Result<(), LogError> {
+        let key = |piece: usize| PieceKey { segment: self.key, entry, piece };
+        let mut next = pieces.start;
+        while next < pieces.end {
+            if let Some(kept) = self.cache.piece(key(next)) {
+                take(parts.piece(next), &kept);
+                next += 1;
+                continue;
+            }
+            let missing = (next + 1..pieces.end).find(|piece| self.cache.piece(key(*piece)).is_some());
+            let run = next..missing.unwrap_or(pieces.end);
+            next = run.end;
+            let bytes = self.file()?.payload(parts, run.clone())?;
+            let mut at = 0;
+            for number in run {
+                let piece = parts.piece(number);
+                let end = at + piece.count().0 as usize;
+                if !take(piece, &bytes[at..end]) {
+                    self.cache.keep_piece(key(number), Bytes::copy_from_slice(&bytes[at..end]));
+                }
+                at = end;
+            }
+        }
+        Ok(())
     }
 
     /// The file, opened when it is not.

@@ -67,22 +67,18 @@ impl View {
         let pieces = self.snapshot.merge(self.at).pieces(range)?;
         let mut sourced: Vec<(Source, ByteRange)> =
             pieces.iter().filter_map(|piece| piece.source.map(|source| (source, piece.range))).collect();
-        // An entry's payload is read and checked as a whole, so once for all pieces that it gives.
+        // A piece of a payload is read and checked as a whole, so once for all parts that it gives.
         sourced.sort_by_key(|(source, range)| (source.segment, source.extent.position.0, range.start()));
         for entry in sourced
             .chunk_by(|(a, _), (b, _)| a.segment == b.segment && a.extent.position == b.extent.position)
         {
             let (source, _) = entry[0];
             let segment = &self.snapshot.segments[source.segment];
-            let wanted = ByteCount(entry.iter().map(|(_, part)| part.count().0).sum());
-            let (header, payload) = segment.entry_of(&source.extent, wanted)?;
-            let whole = header.range().expect("an entry with a payload has a range");
-            for (_, part) in entry {
-                let from = offset_in(whole, *part);
-                let to = offset_in(range, *part);
-                let length = part.count().as_usize().expect("a part of a buffer");
-                buffer[to..to + length].copy_from_slice(&payload[from..from + length]);
-            }
+            let wanted: Vec<ByteRange> = entry.iter().map(|(_, part)| *part).collect();
+            segment.read_entry(&source.extent, &wanted, |part, bytes| {
+                let to = offset_in(range, part);
+                buffer[to..to + bytes.len()].copy_from_slice(bytes);
+            })?;
         }
         Ok(())
     }

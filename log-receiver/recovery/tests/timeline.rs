@@ -3,7 +3,7 @@
 use backtide_recovery::{
     Entry, Interval, InvalidEntry, PassContent, PassReason, PointError, TimedLsn, Timeline,
 };
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, Lsn};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, Lsn, PayloadChecksum};
 
 fn at(number: u64) -> TimedLsn {
     TimedLsn { lsn: Lsn(number), time: CaptureTime(number * 10) }
@@ -159,8 +159,13 @@ fn what_breaks_the_order_is_refused() {
     let zero = Entry::Zero { lsn: Lsn(9), time: CaptureTime(0), range: far, trim: true };
     assert!(matches!(refused(zero), InvalidEntry::Range { .. }));
     let payload = bytes::Bytes::from_static(b"short");
-    let write =
-        Entry::Write { lsn: Lsn(9), time: CaptureTime(0), range: one_block(), payload, payload_crc: 0 };
+    let write = Entry::Write {
+        lsn: Lsn(9),
+        time: CaptureTime(0),
+        range: one_block(),
+        payload,
+        checksum: PayloadChecksum::default(),
+    };
     assert!(matches!(refused(write), InvalidEntry::Length { .. }));
     let mark = Entry::Mark { lsn: Lsn(8), time: CaptureTime(0), label: "x".repeat(1025) };
     assert!(matches!(refused(mark), InvalidEntry::Length { .. }));

@@ -3,7 +3,7 @@
 //! Versions: a guest write or zero has its LSN, pass data has the pass's *T*. Which bytes a disk has
 //! at a point follows from versions alone, never from the order of arrival.
 
-use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskName, Epoch, Lsn};
+use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskName, Epoch, Lsn, PayloadChecksum};
 use bytes::Bytes;
 use uuid::Uuid;
 
@@ -28,8 +28,8 @@ pub enum Entry {
         range: ByteRange,
         /// The bytes.
         payload: Bytes,
-        /// CRC32C of the payload, computed where the write was captured and never since.
-        payload_crc: u32,
+        /// CRC32C of the payload, computed where the write was captured.
+        checksum: PayloadChecksum,
     },
     /// A guest write of zeroes, or a trim, after which the range reads as zeroes too.
     Zero {
@@ -113,7 +113,7 @@ pub enum PassContent {
         /// The bytes.
         payload: Bytes,
         /// CRC32C of the payload.
-        payload_crc: u32,
+        checksum: PayloadChecksum,
     },
     /// The range read as zeroes.
     Zeroes,
@@ -129,6 +129,36 @@ pub struct PassReason {
 }
 
 impl Entry {
+    /// The payload of a data entry with its checksum.
+    pub fn data(&self) -> Option<(&Bytes, &PayloadChecksum)> {
+        match self {
+            Self::Write { payload, checksum, .. }
+            | Self::PassData { content: PassContent::Bytes { payload, checksum }, .. } => {
+                Some((payload, checksum))
+            }
+            Self::PassData { content: PassContent::Zeroes, .. }
+            | Self::Zero { .. }
+            | Self::Flush { .. }
+            | Self::PassBegin { .. }
+            | Self::PassEnd { .. }
+            | Self::Mark { .. }
+            | Self::Attach { .. } => None,
+        }
+    }
+
+    /// Computes the checksums of pieces that a long payload needs and that did not come with it.
+    ///
+    /// # Errors
+    /// The checksum that the payload has when it is not the one it was captured with.
+    pub fn complete(mut self) -> Result<Self, u32> {
+        if let Self::Write { payload, checksum, .. }
+        | Self::PassData { content: PassContent::Bytes { payload, checksum }, .. } = &mut self
+        {
+            *checksum = std::mem::take(checksum).complete(payload)?;
+        }
+        Ok(self)
+    }
+
     /// The version under which readers find this entry's bytes; `None` for entries without any.
     pub fn version(&self) -> Option<Lsn> {
         match self {
@@ -142,7 +172,7 @@ impl Entry {
         }
     }
 
-    /// Bytes that follow the entry's header in the file.
+    /// Bytes of its payload.
     pub fn payload_length(&self) -> ByteCount {
         match self {
             Self::Write { payload, .. }

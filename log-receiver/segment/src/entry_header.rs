@@ -3,11 +3,11 @@
 //! Decoding trusts nothing: a header is good only when its checksum (salted with the log's identity),
 //! its segment, its kind and every length in it are right. Zeroed bytes are never a good header.
 
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, Lsn};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, Lsn, PayloadChecksum};
 use bytes::{Buf, BufMut, Bytes};
 use uuid::Uuid;
 
-use crate::{Entry, PAYLOAD_MAX, PassContent, PassReason, SegmentId, Seq, TEXT_MAX};
+use crate::{Entry, PAYLOAD_MAX, PassContent, PassReason, SegmentId, Seq, TEXT_MAX, pieces::table_length};
 
 /// Bytes of an entry's header.
 pub const ENTRY_HEADER_LENGTH: usize = 64;
@@ -80,6 +80,11 @@ pub(crate) enum HeaderFault {
     Wrong(&'static str),
 }
 
+/// Bytes that an entry with such a payload takes in the file.
+pub(crate) fn stored_length(payload: ByteCount) -> u64 {
+    ENTRY_HEADER_LENGTH as u64 + table_length(payload) + payload.0.next_multiple_of(ALIGNMENT)
+}
+
 impl EntryKind {
     fn from_number(number: u8) -> Option<Self> {
         Some(match number {
@@ -141,9 +146,9 @@ impl EntryHeader {
     fn fill(&mut self, entry: &Entry) -> Bytes {
         let text = |text: &str| Bytes::copy_from_slice(text.as_bytes());
         match entry {
-            Entry::Write { lsn, time, range, payload, payload_crc } => {
+            Entry::Write { lsn, time, range, payload, checksum } => {
                 self.kind = EntryKind::Write;
-                (self.lsn, self.time, self.payload_crc) = (*lsn, *time, *payload_crc);
+                (self.lsn, self.time, self.payload_crc) = (*lsn, *time, checksum.whole());
                 self.set_range(*range);
                 payload.clone()
             }
@@ -170,8 +175,8 @@ impl EntryHeader {
                 self.lsn = *at;
                 self.set_range(*range);
                 match content {
-                    PassContent::Bytes { payload, payload_crc } => {
-                        self.payload_crc = *payload_crc;
+                    PassContent::Bytes { payload, checksum } => {
+                        self.payload_crc = checksum.whole();
                         payload.clone()
                     }
                     PassContent::Zeroes => {
@@ -328,9 +333,9 @@ impl EntryHeader {
         ByteRange::new(ByteOffset(self.offset), ByteCount(self.length))
     }
 
-    /// Bytes that the entry takes in the file, padding included.
+    /// Bytes that the entry takes in the file, table and padding included.
     pub fn stored_length(&self) -> u64 {
-        ENTRY_HEADER_LENGTH as u64 + u64::from(self.payload_length).next_multiple_of(ALIGNMENT)
+        stored_length(ByteCount(self.payload_length.into()))
     }
 
     /// The entry, with its payload.
@@ -344,7 +349,8 @@ impl EntryHeader {
         let (lsn, time) = (self.lsn, self.time);
         Ok(match self.kind {
             EntryKind::Write => {
-                Entry::Write { lsn, time, range: range()?, payload, payload_crc: self.payload_crc }
+                let checksum = PayloadChecksum::captured(self.payload_crc);
+                Entry::Write { lsn, time, range: range()?, payload, checksum }
             }
             EntryKind::Zero => Entry::Zero { lsn, time, range: range()?, trim: self.flags & FLAG_TRIM != 0 },
             EntryKind::Flush => Entry::Flush { lsn, time },
@@ -361,7 +367,7 @@ impl EntryHeader {
                 let content = if self.flags & FLAG_ZEROES != 0 {
                     PassContent::Zeroes
                 } else {
-                    PassContent::Bytes { payload, payload_crc: self.payload_crc }
+                    PassContent::Bytes { payload, checksum: PayloadChecksum::captured(self.payload_crc) }
                 };
                 Entry::PassData { at: lsn, range: range()?, content }
             }

@@ -3,6 +3,7 @@
 use std::{io, path::Path};
 
 use backtide_storage::Storage;
+use backtide_units::{ByteCount, PayloadChecksum};
 
 use crate::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, Step, scan};
 
@@ -69,7 +70,11 @@ fn entries(
             Ok((payload_length, text))
         });
         match content {
-            Ok((length, _)) if entry.kind.is_data() => writeln!(out, " payload {length}")?,
+            Ok((length, _)) if entry.kind.is_data() => {
+                let pieces = PayloadChecksum::pieces_in(ByteCount(length as u64));
+                let pieces = if pieces > 1 { format!(" in {pieces} pieces") } else { String::new() };
+                writeln!(out, " payload {length}{pieces}")?;
+            }
             Ok((_, control)) => writeln!(out, " {control:?}")?,
             Err(SegmentError::Damaged { what, .. }) => writeln!(out, " DAMAGED: {what}")?,
             Err(error) => writeln!(out, " {error}")?,

@@ -1,13 +1,12 @@
-//! Reading one segment file: headers, payloads checked against the checksum they were captured with.
+//! Reading one segment file: its header, and the headers of its entries. Payloads: [`crate::pieces`].
 
 use std::{path::PathBuf, sync::Arc};
 
 use backtide_storage::StorageFile;
 use backtide_units::ByteOffset;
-use bytes::Bytes;
 
 use crate::{
-    ENTRY_HEADER_LENGTH, EntryHeader, EntryKind, Extent, Position, SEGMENT_HEADER_LENGTH, SegmentError,
+    ENTRY_HEADER_LENGTH, EntryHeader, EntryKind, Position, SEGMENT_HEADER_LENGTH, SegmentError,
     SegmentHeader, Seq, entry_header::HeaderFault,
 };
 
@@ -66,59 +65,6 @@ impl SegmentFile {
             );
         }
         SegmentHeader::decode(&bytes, &self.name)
-    }
-
-    /// The header and the payload of the entry at `position`, checked.
-    ///
-    /// # Errors
-    /// [`SegmentError::Damaged`] when any of both is not what was written.
-    pub fn entry(
-        &self,
-        segment: &SegmentHeader,
-        position: Position,
-    ) -> Result<(EntryHeader, Bytes), SegmentError> {
-        let mut bytes = [0; ENTRY_HEADER_LENGTH];
-        let at = position.offset().0;
-        self.read_exact(at, &mut bytes)?;
-        let header = EntryHeader::decode(&bytes, segment.salt(), segment.id)
-            .map_err(|fault| self.damaged(at, fault.describe()))?;
-        let mut payload = vec![0; header.payload_length as usize];
-        let payload_at = at + ENTRY_HEADER_LENGTH as u64;
-        self.read_exact(payload_at, &mut payload)?;
-        let crc = crc32c::crc32c(&payload);
-        if crc != header.payload_crc {
-            return Err(self.damaged(
-                payload_at,
-                format!(
-                    "the payload of entry {} (lsn {}) has checksum {crc:08x}, it was captured with {:08x}",
-                    header.seq, header.lsn, header.payload_crc
-                ),
-            ));
-        }
-        Ok((header, payload.into()))
-    }
-
-    /// The entry that an index's extent points to, checked to be that one.
-    ///
-    /// # Errors
-    /// As [`SegmentFile::entry`], and when the index points elsewhere.
-    pub fn entry_of(
-        &self,
-        segment: &SegmentHeader,
-        extent: &Extent,
-    ) -> Result<(EntryHeader, Bytes), SegmentError> {
-        let (header, payload) = self.entry(segment, extent.position)?;
-        let fits = header.range().is_some_and(|range| range.contains(extent.range));
-        if header.seq != extent.seq || header.lsn != extent.version || !fits || payload.is_empty() {
-            return Err(self.damaged(
-                extent.position.offset().0,
-                format!(
-                    "the index expects entry {} at lsn {} with {}, found entry {} at lsn {}",
-                    extent.seq, extent.version, extent.range, header.seq, header.lsn
-                ),
-            ));
-        }
-        Ok((header, payload))
     }
 
     /// Walks over the headers from the first entry to `end`.

@@ -9,6 +9,7 @@ use crate::{
     Contents, ENTRY_HEADER_LENGTH, EntryHeader, HeaderState, PayloadState, Position, SEGMENT_HEADER_LENGTH,
     SegmentError, SegmentFile, SegmentHeader, Seq, Verdict,
     entry_header::{ALIGNMENT, HeaderFault},
+    pieces::{is_sound, table_length},
     read::Window,
     verdict,
 };
@@ -202,9 +203,11 @@ impl<'a> Scan<'a> {
         {
             return Ok((PayloadState::Lost, None));
         }
-        let length = header.payload_length as usize;
-        let payload = self.window.at(self.at + ENTRY_HEADER_LENGTH as u64, length)?;
-        let good = crc32c::crc32c(payload) == header.payload_crc;
+        let length = header.stored_length() as usize - ENTRY_HEADER_LENGTH;
+        let table = table_length(ByteCount(header.payload_length.into())) as usize;
+        let (table, payload) = self.window.at(self.at + ENTRY_HEADER_LENGTH as u64, length)?.split_at(table);
+        let payload = &payload[..header.payload_length as usize];
+        let good = is_sound(header, table, payload);
         if header.kind.is_data() {
             return Ok((if good { PayloadState::Good } else { PayloadState::Wrong }, None));
         }

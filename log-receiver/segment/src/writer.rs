@@ -13,7 +13,10 @@ use bytes::{Bytes, BytesMut};
 
 use crate::{
     Contents, Entry, EntryHeader, Position, SEGMENT_HEADER_LENGTH, SegmentError, SegmentFile, SegmentHeader,
-    Seq, entry_header::ALIGNMENT, footer::write_footer,
+    Seq,
+    entry_header::{ALIGNMENT, stored_length},
+    footer::write_footer,
+    pieces::put_table,
 };
 
 /// Limits of a writer.
@@ -96,8 +99,7 @@ impl SegmentWriter {
 
     /// Bytes that `entry` would take.
     pub fn stored_length(entry: &Entry) -> ByteCount {
-        let payload = entry.payload_length().0.next_multiple_of(ALIGNMENT);
-        ByteCount(crate::ENTRY_HEADER_LENGTH as u64 + payload)
+        ByteCount(stored_length(entry.payload_length()))
     }
 
     /// Appends the next entry. `synced` is the entry up to which the log is known durable.
@@ -107,7 +109,8 @@ impl SegmentWriter {
     /// [`SegmentError::Full`] has changed nothing; after [`SegmentError::Io`] the writer is poisoned.
     ///
     /// # Panics
-    /// When the entry breaks a limit of the format, or the segment would reach 4 GiB.
+    /// When the entry breaks a limit of the format, its checksum is not complete (see [`Entry::complete`]),
+    /// or the segment would reach 4 GiB.
     pub fn append(
         &mut self,
         entry: Entry,
@@ -126,8 +129,11 @@ impl SegmentWriter {
             self.headers.reserve(HEADERS);
         }
         self.headers.extend_from_slice(&header.encode(self.header.salt()));
+        if let Some((payload, checksum)) = entry.data() {
+            put_table(&mut self.headers, payload, checksum);
+        }
+        let padding = length as usize - self.headers.len() - payload.len();
         self.waiting.push(self.headers.split().freeze());
-        let padding = length as usize - crate::ENTRY_HEADER_LENGTH - payload.len();
         if !payload.is_empty() {
             self.waiting.push(payload);
         }

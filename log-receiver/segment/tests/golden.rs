@@ -10,12 +10,12 @@ use std::{
 };
 
 use backtide_segment::{
-    Contents, Entry, PassContent, PassReason, SealedSegment, SegmentFile, SegmentHeader, SegmentId,
-    SegmentWriter, Seq, Step, WriterOptions, inspect, scan,
+    Contents, Entry, Extent, PassContent, PassReason, Position, SealedSegment, SegmentFile, SegmentHeader,
+    SegmentId, SegmentWriter, Seq, Step, WriterOptions, inspect, scan,
 };
 use backtide_storage::{MemoryStorage, Storage, read_file};
 use backtide_units::{
-    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn,
+    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn, PayloadChecksum,
 };
 use bytes::Bytes;
 use uuid::Uuid;
@@ -32,7 +32,7 @@ fn range(start: u64, count: u64) -> ByteRange {
 fn entries() -> Vec<Entry> {
     let payload = |byte: u8, length: usize| {
         let payload = Bytes::from(vec![byte; length]);
-        (crc32c::crc32c(&payload), payload)
+        (PayloadChecksum::of(&payload), payload)
     };
     let time = |n: u64| CaptureTime(1_700_000_000_000_000 + n);
     let (write_crc, write) = payload(0xa1, 513);
@@ -56,14 +56,14 @@ fn entries() -> Vec<Entry> {
         Entry::PassData {
             at: Lsn(10),
             range: range(0, 100),
-            content: PassContent::Bytes { payload: pass, payload_crc: pass_crc },
+            content: PassContent::Bytes { payload: pass, checksum: pass_crc },
         },
         Entry::Write {
             lsn: Lsn(11),
             time: time(2),
             range: range(65_500, 513),
             payload: write,
-            payload_crc: write_crc,
+            checksum: write_crc,
         },
         Entry::PassData { at: Lsn(10), range: range(4096, 200_000), content: PassContent::Zeroes },
         Entry::PassEnd { at: Lsn(10), valid_from: Some(Lsn(10)), time: time(3) },
@@ -75,8 +75,19 @@ fn entries() -> Vec<Entry> {
     ]
 }
 
-/// The file as this program writes it.
-fn written(sealed: bool) -> Vec<u8> {
+/// A payload of three pieces, and a short one behind it.
+fn long_entries() -> Vec<Entry> {
+    let write = |lsn: u64, length: usize| {
+        let payload: Vec<u8> = (0..length).map(|at| (at / 4096) as u8 + 1).collect();
+        let checksum = PayloadChecksum::of(&payload);
+        let (time, range) = (CaptureTime(1_700_000_000_000_000 + lsn), range(lsn * 4096, length as u64));
+        Entry::Write { lsn: Lsn(lsn), time, range, payload: payload.into(), checksum }
+    };
+    vec![write(1, 2 * 65_536 + 1001), write(2, 65_536)]
+}
+
+/// A file as this program writes it.
+fn written(entries: Vec<Entry>, sealed: bool) -> Vec<u8> {
     let storage = MemoryStorage::new();
     let path = Path::new("golden.seg");
     let file = SegmentFile::new(storage.create_new(path).expect("create"), path.to_owned());
@@ -90,7 +101,7 @@ fn written(sealed: bool) -> Vec<u8> {
     let options = WriterOptions { buffer_bytes_max: ByteCount(4096), allocation_step: ByteCount(4096) };
     let mut writer = SegmentWriter::create(file, header, options).expect("create");
     let mut contents = Contents::new(header.first_seq, header.synced);
-    for entry in entries() {
+    for entry in entries {
         writer.append(entry, Seq(39), &mut contents).expect("append");
     }
     if sealed {
@@ -125,8 +136,13 @@ fn read_back(file: &SegmentFile, header: SegmentHeader, end: ByteOffset) -> Vec<
 
 #[test]
 fn what_is_written_is_equal_to_the_golden_files() {
-    for (name, sealed) in [("sealed.seg", true), ("open.seg", false)] {
-        let bytes = written(sealed);
+    let files = [
+        ("sealed.seg", entries(), true),
+        ("open.seg", entries(), false),
+        ("pieces.seg", long_entries(), true),
+    ];
+    for (name, entries, sealed) in files {
+        let bytes = written(entries, sealed);
         if std::env::var_os("BACKTIDE_WRITE_GOLDEN").is_some() {
             fs::create_dir_all(golden("")).expect("create dir");
             fs::write(golden(name), &bytes).expect("write");
@@ -175,6 +191,15 @@ fn inspect_lists_every_entry() {
 }
 
 #[test]
+fn inspect_tells_of_pieces() {
+    let (storage, _) = loaded("pieces.seg");
+    let mut out = Vec::new();
+    inspect(&storage, Path::new("pieces.seg"), &mut out).expect("a listing");
+    let text = String::from_utf8(out).expect("text");
+    assert!(text.contains("payload 132073 in 3 pieces\n") && text.contains("payload 65536\n"), "{text}");
+}
+
+#[test]
 fn every_flipped_bit_of_a_sealed_file_is_noticed() {
     let (_, file) = loaded("sealed.seg");
     let header = file.header().expect("a header");
@@ -204,4 +229,55 @@ fn every_flipped_bit_of_a_sealed_file_is_noticed() {
     }
     // Padding behind payloads is in no checksum, and holds nothing.
     assert_eq!(unnoticed, 2 + 4 + 7 + 6);
+}
+
+/// The long entry of `pieces.seg` as an index knows it.
+fn long_extent() -> Extent {
+    let position = Position(128);
+    Extent { range: range(4096, 65_536), version: Lsn(1), seq: Seq(40), position, zero: false }
+}
+
+#[test]
+fn a_piece_is_read_without_the_others() {
+    let (_, file) = loaded("pieces.seg");
+    let header = file.header().expect("a header");
+    let (sealed, _) = SealedSegment::open(&file, header).expect("no error").expect("sealed");
+    assert_eq!(read_back(&file, header, sealed.entries_end()), long_entries());
+    let parts = file.parts(&header, &long_extent()).expect("a sound entry");
+    assert_eq!(parts.count(), 3);
+    assert_eq!(parts.piece(1), range(4096 + 65_536, 65_536));
+    assert_eq!(parts.pieces_of(range(4096 + 65_536, 65_537)), 1..3);
+    let payload = file.payload(&parts, 1..2).expect("a sound piece");
+    assert_eq!(payload.len(), 65_536);
+    assert_eq!((payload[0], payload[65_535]), (17, 32));
+}
+
+#[test]
+fn damage_of_a_piece_is_found_there_and_nowhere_else() {
+    let good = fs::read(golden("pieces.seg")).expect("a golden file");
+    let table = 128 + 64;
+    let payload = table + 16;
+    // Each byte of the table, and a sample of each piece.
+    let samples = (0..3).flat_map(|piece| [0, 1, 999].map(|at| payload + piece * 65_536 + at));
+    for byte in (table..table + 12).chain(samples) {
+        let storage = MemoryStorage::new();
+        let mut bytes = good.clone();
+        bytes[byte] ^= 1 << (byte % 8);
+        let copy = storage.create_new(Path::new("x")).expect("create");
+        copy.write_at(ByteOffset(0), &bytes).expect("write");
+        let file = SegmentFile::new(copy, "x".into());
+        let header = file.header().expect("a header");
+        assert!(file.entry(&header, Position(128)).is_err(), "byte {byte}");
+        let scanned = scan(&file, header, Seq(41)).expect("acknowledged and not lost");
+        assert_eq!(scanned.damaged, [(Seq(40), Position(128))], "byte {byte}");
+        match file.parts(&header, &long_extent()) {
+            Err(error) => assert!(byte < payload, "byte {byte}: {error}"),
+            Ok(parts) => {
+                let sound: Vec<_> =
+                    (0..3).filter(|&piece| file.payload(&parts, piece..piece + 1).is_ok()).collect();
+                let damaged = (byte - payload) / 65_536;
+                assert_eq!(sound, [0, 1, 2].into_iter().filter(|&n| n != damaged).collect::<Vec<_>>());
+            }
+        }
+    }
 }

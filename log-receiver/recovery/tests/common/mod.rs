@@ -11,7 +11,9 @@ use backtide_recovery::{
     CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason, Snapshot, View,
 };
 use backtide_storage::MemoryStorage;
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
+use backtide_units::{
+    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn, PayloadChecksum,
+};
 use bytes::Bytes;
 use uuid::Uuid;
 
@@ -46,6 +48,11 @@ impl Random {
         let start = self.below(DISK - length + 1);
         ByteRange::between(ByteOffset(start), ByteOffset(start + length))
     }
+}
+
+/// The checksum that an agent captures: of the whole payload only.
+fn captured(payload: &[u8]) -> PayloadChecksum {
+    PayloadChecksum::captured(crc32c::crc32c(payload))
 }
 
 /// The seeds of a test: `count` from a fixed root, or the one in `SEED`.
@@ -310,7 +317,7 @@ impl Agent {
         let entry = match &change.bytes {
             Some(bytes) => {
                 let payload = Bytes::copy_from_slice(bytes);
-                Entry::Write { lsn, time, range, payload_crc: crc32c::crc32c(&payload), payload }
+                Entry::Write { lsn, time, range, checksum: captured(&payload), payload }
             }
             None => Entry::Zero { lsn, time, range, trim: self.random.one_in(2) },
         };
@@ -391,7 +398,7 @@ impl Agent {
             PassContent::Zeroes
         } else {
             let payload = Bytes::copy_from_slice(bytes);
-            PassContent::Bytes { payload_crc: crc32c::crc32c(&payload), payload }
+            PassContent::Bytes { checksum: captured(&payload), payload }
         };
         self.active.extend(left);
         self.log.append(Entry::PassData { at, range: now, content })?;

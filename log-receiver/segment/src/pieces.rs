@@ -1,0 +1,213 @@
+//! Reading a part of an entry: each piece of 64 KiB of a long payload has a checksum of its own.
+//!
+//! The table of them stands between the header and the payload. It holds the CRC32C *so far* at the end of every
+//! piece but the last, whose is the whole payload's, in the header; and a CRC of its own that starts from the
+//! whole payload's, so that no other payload's table can pass for it. A short payload has one piece and no table.
+
+use std::{ops::Range, sync::Arc};
+
+use backtide_units::{ByteCount, ByteOffset, ByteRange, PayloadChecksum};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+use crate::{
+    ENTRY_HEADER_LENGTH, EntryHeader, Extent, Position, SegmentError, SegmentFile, SegmentHeader,
+    entry_header::ALIGNMENT,
+};
+
+const PIECE: u64 = PayloadChecksum::PIECE.0;
+
+/// An entry with a payload, and what is needed to read any piece of it: header and table, both checked.
+#[derive(Clone, Debug)]
+pub struct EntryParts {
+    header: EntryHeader,
+    range: ByteRange,
+    payload_at: u64,
+    /// CRC32C of the payload up to the end of each piece.
+    running: Arc<[u32]>,
+}
+
+/// Bytes that the table of a payload takes, padding included; 0 for one piece.
+pub(crate) fn table_length(payload: ByteCount) -> u64 {
+    if payload.0 <= PIECE { 0 } else { (payload.0.div_ceil(PIECE) * 4).next_multiple_of(ALIGNMENT) }
+}
+
+/// Puts the table of a payload with several pieces.
+///
+/// # Panics
+/// When the checksum is not complete.
+pub(crate) fn put_table(out: &mut BytesMut, payload: &[u8], checksum: &PayloadChecksum) {
+    let length = table_length(ByteCount::of(payload)) as usize;
+    if length == 0 {
+        return;
+    }
+    let running = checksum.running().expect("the checksum of a long payload is complete");
+    assert_eq!(
+        running.len(),
+        PayloadChecksum::pieces_in(ByteCount::of(payload)),
+        "a checksum for each piece"
+    );
+    let from = out.len();
+    for crc in &running[..running.len() - 1] {
+        out.put_u32_le(*crc);
+    }
+    let crc = crc32c::crc32c_append(checksum.whole(), &out[from..]);
+    out.put_u32_le(crc);
+    out.put_bytes(0, length - (out.len() - from));
+}
+
+/// The checksums in `table`, the whole payload's last; `None` when they are not what was written.
+fn decode_table(header: &EntryHeader, mut table: &[u8]) -> Option<Arc<[u32]>> {
+    let pieces = PayloadChecksum::pieces_in(ByteCount(header.payload_length.into())).max(1);
+    if pieces == 1 {
+        return Some([header.payload_crc].into());
+    }
+    let crc = crc32c::crc32c_append(header.payload_crc, &table[..(pieces - 1) * 4]);
+    let mut running: Vec<u32> = (1..pieces).map(|_| table.get_u32_le()).collect();
+    running.push(header.payload_crc);
+    (table.get_u32_le() == crc).then(|| running.into())
+}
+
+/// Whether what follows a header (table and payload) is what was written.
+pub(crate) fn is_sound(header: &EntryHeader, table: &[u8], payload: &[u8]) -> bool {
+    match decode_table(header, table) {
+        Some(running) if running.len() > 1 => {
+            let mut crc = 0;
+            payload.chunks(PIECE as usize).zip(running.iter()).all(|(piece, expected)| {
+                crc = crc32c::crc32c_append(crc, piece);
+                crc == *expected
+            })
+        }
+        Some(_) => crc32c::crc32c(payload) == header.payload_crc,
+        None => false,
+    }
+}
+
+impl EntryParts {
+    /// The entry's header.
+    pub fn header(&self) -> &EntryHeader {
+        &self.header
+    }
+
+    /// The bytes of the disk that the payload holds.
+    pub fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// How many pieces the payload has.
+    pub fn count(&self) -> usize {
+        self.running.len()
+    }
+
+    /// The bytes of the disk that a piece holds.
+    ///
+    /// # Panics
+    /// When there is no such piece.
+    pub fn piece(&self, number: usize) -> ByteRange {
+        assert!(number < self.count(), "piece {number} of {}", self.count());
+        let start = self.range.start().0 + number as u64 * PIECE;
+        ByteRange::between(ByteOffset(start), ByteOffset((start + PIECE).min(self.range.end().0)))
+    }
+
+    /// The pieces that hold `part` of the disk.
+    ///
+    /// # Panics
+    /// When the part is empty or not in the payload.
+    pub fn pieces_of(&self, part: ByteRange) -> Range<usize> {
+        assert!(!part.is_empty() && self.range.contains(part), "{part} lies in {}", self.range);
+        let piece = |at: u64| ((at - self.range.start().0) / PIECE) as usize;
+        piece(part.start().0)..piece(part.end().0 - 1) + 1
+    }
+}
+
+impl SegmentFile {
+    /// The header and the payload of the entry at `position`, checked.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] when any of both is not what was written.
+    pub fn entry(
+        &self,
+        segment: &SegmentHeader,
+        position: Position,
+    ) -> Result<(EntryHeader, Bytes), SegmentError> {
+        let header = self.entry_header(segment, position)?;
+        let parts = self.parts_behind(header, position, ByteRange::default())?;
+        let payload = self.payload(&parts, 0..parts.count())?;
+        Ok((header, payload))
+    }
+
+    /// The entry that an index's extent points to, checked to be that one, for reading pieces of it.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] when its header or table is not what was written, and when the index
+    /// points elsewhere.
+    pub fn parts(&self, segment: &SegmentHeader, extent: &Extent) -> Result<EntryParts, SegmentError> {
+        let header = self.entry_header(segment, extent.position)?;
+        let range = header.range().filter(|range| range.contains(extent.range));
+        match range {
+            Some(range)
+                if header.seq == extent.seq && header.lsn == extent.version && header.payload_length > 0 =>
+            {
+                self.parts_behind(header, extent.position, range)
+            }
+            Some(_) | None => Err(self.damaged(
+                extent.position.offset().0,
+                format!(
+                    "the index expects entry {} at lsn {} with {}, found entry {} at lsn {}",
+                    extent.seq, extent.version, extent.range, header.seq, header.lsn
+                ),
+            )),
+        }
+    }
+
+    /// The bytes of some pieces, one after the other, each checked.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] when one is not what was captured.
+    ///
+    /// # Panics
+    /// When there are no such pieces.
+    pub fn payload(&self, parts: &EntryParts, pieces: Range<usize>) -> Result<Bytes, SegmentError> {
+        assert!(pieces.start <= pieces.end && pieces.end <= parts.count(), "pieces {pieces:?} of an entry");
+        let end = (pieces.end as u64 * PIECE).min(parts.header.payload_length.into());
+        let start = (pieces.start as u64 * PIECE).min(end);
+        let mut bytes = vec![0; (end - start) as usize];
+        self.read_exact(parts.payload_at + start, &mut bytes)?;
+        let before = |number: usize| number.checked_sub(1).map_or(0, |before| parts.running[before]);
+        for (number, piece) in pieces.clone().zip(bytes.chunks(PIECE as usize)) {
+            let (found, expected) = (crc32c::crc32c_append(before(number), piece), parts.running[number]);
+            if found != expected {
+                return Err(self.damaged(
+                    parts.payload_at + number as u64 * PIECE,
+                    format!(
+                        "the payload of entry {} (lsn {}) has checksum {found:08x}, it was captured with {expected:08x}",
+                        parts.header.seq, parts.header.lsn
+                    ),
+                ));
+            }
+        }
+        Ok(bytes.into())
+    }
+
+    fn entry_header(&self, segment: &SegmentHeader, position: Position) -> Result<EntryHeader, SegmentError> {
+        let mut bytes = [0; ENTRY_HEADER_LENGTH];
+        let at = position.offset().0;
+        self.read_exact(at, &mut bytes)?;
+        EntryHeader::decode(&bytes, segment.salt(), segment.id)
+            .map_err(|fault| self.damaged(at, fault.describe()))
+    }
+
+    fn parts_behind(
+        &self,
+        header: EntryHeader,
+        position: Position,
+        range: ByteRange,
+    ) -> Result<EntryParts, SegmentError> {
+        let table_at = position.offset().0 + ENTRY_HEADER_LENGTH as u64;
+        let mut table = vec![0; table_length(ByteCount(header.payload_length.into())) as usize];
+        self.read_exact(table_at, &mut table)?;
+        let running = decode_table(&header, &table).ok_or_else(|| {
+            self.damaged(table_at, format!("the checksum table of entry {} is damaged", header.seq))
+        })?;
+        Ok(EntryParts { header, range, payload_at: table_at + table.len() as u64, running })
+    }
+}
