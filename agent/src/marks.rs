@@ -8,7 +8,7 @@ use backtide_agent_api::DiskMark;
 use backtide_io_filter::MarkError;
 use backtide_units::DiskName;
 
-use crate::disk::{Command, DiskHandle, Ended};
+use crate::disk::{Command, DiskHandle, NoAnswer};
 
 /// Why nothing was marked.
 #[derive(Debug, thiserror::Error)]
@@ -18,7 +18,7 @@ pub(crate) enum MarksError {
     #[error("disk {disk} does not forward its writes now: this moment will not be recoverable")]
     NotForwarding { disk: DiskName },
     #[error("disk {disk}: {source}")]
-    Ended { disk: DiskName, source: Ended },
+    NoAnswer { disk: DiskName, source: NoAnswer },
 }
 
 /// Marks all disks, or none.
@@ -33,15 +33,15 @@ pub(crate) async fn mark(label: &str, disks: &[(DiskName, DiskHandle)]) -> Resul
 
 async fn mark_held(label: &str, disks: &[(DiskName, DiskHandle)]) -> Result<Vec<DiskMark>, MarksError> {
     for (disk, handle) in disks {
-        let ended = |source| MarksError::Ended { disk: disk.clone(), source };
-        if !handle.ask(Command::Hold).await.map_err(ended)? {
+        let no_answer = |source| MarksError::NoAnswer { disk: disk.clone(), source };
+        if !handle.ask(Command::Hold).await.map_err(no_answer)? {
             return Err(MarksError::NotForwarding { disk: disk.clone() });
         }
     }
     let mut marks = Vec::with_capacity(disks.len());
     for (disk, handle) in disks {
-        let ended = |source| MarksError::Ended { disk: disk.clone(), source };
-        let at = handle.ask(|answer| Command::Mark(label.to_owned(), answer)).await.map_err(ended)??;
+        let no_answer = |source| MarksError::NoAnswer { disk: disk.clone(), source };
+        let at = handle.ask(|answer| Command::Mark(label.to_owned(), answer)).await.map_err(no_answer)??;
         marks.push(DiskMark { disk: disk.clone(), lsn: at.lsn, time: at.time, recoverable: at.recoverable });
     }
     Ok(marks)

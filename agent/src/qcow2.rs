@@ -1,30 +1,49 @@
 //! qcow2 files: opened by `qemu-nbd`, which the agent starts and ends, and used through NBD.
 //!
 //! The format stays QEMU's business. The child takes QEMU's own image lock, so that no virtual
-//! machine has the file at the same time.
+//! machine has the file at the same time. One that ends by itself is started again: its disk waits
+//! for it as for any NBD server.
 
 use std::{
     io::{self, Read},
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
+    process::Stdio,
     time::Duration,
 };
 
 use backtide_units::DiskName;
 use tokio::{
+    io::AsyncReadExt,
     net::UnixStream,
-    process::{Child, Command},
+    process::{Child, ChildStderr, Command},
+    sync::oneshot,
+    task::JoinHandle,
+    time::Instant,
 };
 
 /// The first bytes of a qcow2 file ("QFI\xfb").
 const MAGIC: [u8; 4] = [0x51, 0x46, 0x49, 0xfb];
 
+/// How often a starting server is looked for.
+const START_POLL: Duration = Duration::from_millis(5);
+
+/// How long a server may take to start.
+const START_MAX: Duration = Duration::from_secs(30);
+
+/// Waits before a server that ended is started again, doubling.
+const RESTART_FIRST: Duration = Duration::from_millis(100);
+const RESTART_LAST: Duration = Duration::from_secs(5);
+
+/// As much of what a server said last is kept for the error of its end.
+const SAID_BYTES_MAX: usize = 4096;
+
 /// A file opened by `qemu-nbd`. Ends with this value.
 #[derive(Debug)]
 pub(crate) struct Qcow2Server {
-    child: Child,
     uri: String,
-    socket: PathBuf,
+    stop: oneshot::Sender<()>,
+    keeping: JoinHandle<()>,
 }
 
 /// Why a qcow2 file cannot be opened.
@@ -52,35 +71,32 @@ pub(crate) fn is_qcow2(path: &Path) -> bool {
     std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == MAGIC
 }
 
+/// What is opened, and where it is served.
+#[derive(Clone, Debug)]
+struct Opening {
+    image: PathBuf,
+    disk: DiskName,
+    socket: PathBuf,
+}
+
+/// A `qemu-nbd` that serves.
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    /// Ends with what the child said last, when the child has ended.
+    said: JoinHandle<String>,
+    since: Instant,
+}
+
 impl Qcow2Server {
     /// Opens `image` on a socket of its own.
     pub(crate) async fn start(image: &Path, disk: &DiskName, socket: PathBuf) -> Result<Self, Qcow2Error> {
-        end_predecessor(&socket).await.map_err(Qcow2Error::Predecessor)?;
-        let mut child = Command::new("qemu-nbd")
-            .args(["--format=qcow2", "--persistent", "--shared=0", "--cache=writeback", "--discard=unmap"])
-            .arg(format!("--export-name={disk}"))
-            .arg("--socket")
-            .arg(&socket)
-            .arg("--pid-file")
-            .arg(pid_file(&socket))
-            .arg(image)
-            .stdin(std::process::Stdio::null())
-            .stderr(std::process::Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(Qcow2Error::Start)?;
-        loop {
-            if UnixStream::connect(&socket).await.is_ok() {
-                let uri = format!("nbd+unix:///{disk}?socket={}", socket.display());
-                return Ok(Self { child, uri, socket });
-            }
-            if child.try_wait().map_err(Qcow2Error::Start)?.is_some() {
-                let output = child.wait_with_output().await.map_err(Qcow2Error::Start)?;
-                let message = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
-                return Err(Qcow2Error::Refused { image: image.to_path_buf(), message });
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let uri = format!("nbd+unix:///{disk}?socket={}", socket.display());
+        let opening = Opening { image: image.to_owned(), disk: disk.clone(), socket };
+        let running = opening.start().await?;
+        let (stop, stopped) = oneshot::channel();
+        let keeping = tokio::spawn(opening.keep(running, stopped));
+        Ok(Self { uri, stop, keeping })
     }
 
     /// Where it serves the disk.
@@ -89,17 +105,112 @@ impl Qcow2Server {
     }
 
     /// Ends it in good order: it flushes and gives up its lock.
-    pub(crate) async fn stop(mut self) {
-        if let Some(id) = self.child.id() {
+    pub(crate) async fn stop(self) {
+        // Dropped or sent: both mean the end.
+        let _ = self.stop.send(());
+        if let Err(error) = self.keeping.await {
+            tracing::warn!(%error, "qemu-nbd");
+        }
+    }
+}
+
+impl Opening {
+    /// Starts the server and waits until it serves.
+    async fn start(&self) -> Result<Running, Qcow2Error> {
+        end_predecessor(&self.socket).await.map_err(Qcow2Error::Predecessor)?;
+        let mut child = Command::new("qemu-nbd")
+            .args(["--format=qcow2", "--persistent", "--shared=0", "--cache=writeback", "--discard=unmap"])
+            .arg(format!("--export-name={}", self.disk))
+            .arg("--socket")
+            .arg(&self.socket)
+            .arg("--pid-file")
+            .arg(pid_file(&self.socket))
+            .arg(&self.image)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(Qcow2Error::Start)?;
+        let stderr = child.stderr.take().expect("stderr is a pipe");
+        let said = tokio::spawn(listen_to(stderr, self.disk.clone()));
+        let refused = |message| Qcow2Error::Refused { image: self.image.clone(), message };
+        let until = Instant::now() + START_MAX;
+        loop {
+            if UnixStream::connect(&self.socket).await.is_ok() {
+                return Ok(Running { child, said, since: Instant::now() });
+            }
+            if child.try_wait().map_err(Qcow2Error::Start)?.is_some() {
+                return Err(refused(said.await.unwrap_or_default()));
+            }
+            if Instant::now() > until {
+                return Err(refused(format!("it does not serve after {} s", START_MAX.as_secs())));
+            }
+            tokio::time::sleep(START_POLL).await;
+        }
+    }
+
+    /// Keeps a server running until it is to stop.
+    async fn keep(self, mut running: Running, mut stop: oneshot::Receiver<()>) {
+        let mut wait = RESTART_FIRST;
+        loop {
+            tokio::select! {
+                _ = &mut stop => break self.end(running).await,
+                status = running.child.wait() => {
+                    let said = running.said.await.unwrap_or_default();
+                    let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+                    tracing::warn!(disk = %self.disk, status, said, "qemu-nbd has ended: starting it again");
+                }
+            }
+            if running.since.elapsed() > RESTART_LAST {
+                wait = RESTART_FIRST;
+            }
+            running = loop {
+                tokio::select! {
+                    _ = &mut stop => return self.clear(),
+                    () = tokio::time::sleep(wait) => {}
+                }
+                wait = (wait * 2).min(RESTART_LAST);
+                match self.start().await {
+                    Ok(running) => break running,
+                    Err(error) => {
+                        tracing::warn!(disk = %self.disk, %error, "cannot start qemu-nbd again: will try again");
+                    }
+                }
+            };
+            tracing::info!(disk = %self.disk, "qemu-nbd serves again");
+        }
+    }
+
+    async fn end(&self, mut running: Running) {
+        if let Some(id) = running.child.id() {
             // SIGTERM by the shell's own tool: the standard library can only kill.
             let _ = Command::new("kill").arg(id.to_string()).status().await;
         }
-        if let Err(error) = self.child.wait().await {
-            tracing::warn!(%error, "qemu-nbd");
+        if let Err(error) = running.child.wait().await {
+            tracing::warn!(disk = %self.disk, %error, "qemu-nbd");
         }
+        self.clear();
+    }
+
+    /// What is left of a server that ended.
+    fn clear(&self) {
+        // It has removed them itself, unless it was killed.
         let _ = std::fs::remove_file(&self.socket);
         let _ = std::fs::remove_file(pid_file(&self.socket));
     }
+}
+
+/// Reads what a server says to its end: one that nobody listens to would stand still once its pipe
+/// is full. The last of it is the result.
+async fn listen_to(mut stderr: ChildStderr, disk: DiskName) -> String {
+    let mut kept = Vec::new();
+    let mut piece = [0; SAID_BYTES_MAX];
+    while let Ok(read @ 1..) = stderr.read(&mut piece).await {
+        tracing::warn!(%disk, said = %String::from_utf8_lossy(&piece[..read]).trim(), "qemu-nbd");
+        kept.extend_from_slice(&piece[..read]);
+        kept.drain(..kept.len().saturating_sub(SAID_BYTES_MAX));
+    }
+    String::from_utf8_lossy(&kept).trim().replace('\n', "; ")
 }
 
 fn pid_file(socket: &Path) -> PathBuf {

@@ -72,8 +72,14 @@ impl Registry {
         }
     }
 
-    pub(crate) async fn names(&self) -> Vec<DiskName> {
-        self.disks.read().await.keys().cloned().collect()
+    pub(crate) async fn handles(&self) -> Vec<DiskHandle> {
+        self.disks.read().await.values().map(|attached| attached.handle.clone()).collect()
+    }
+
+    /// A disk that a test plays.
+    #[cfg(test)]
+    pub(crate) async fn insert(&self, name: DiskName, handle: DiskHandle) {
+        self.disks.write().await.insert(name, Attached { handle, qcow2: None });
     }
 
     /// The disk of this name or UUID.
@@ -115,7 +121,7 @@ impl Registry {
                 return Err(error);
             }
         };
-        handle.ask(Command::Status).await.map_err(|error| failed(&error))
+        handle.status().await.map_err(|error| failed(&error))
     }
 
     /// The record of an attach: what is asked for now, on top of what the disk's life so far is.
@@ -160,6 +166,8 @@ impl Registry {
         let resume = opened.resume.clone();
         match disk::start(opened, self.records.clone(), nbd).await {
             Ok(handle) => {
+                // Known from now on, also when the disk stands still one day.
+                let _ = handle.status().await;
                 self.disks.write().await.insert(name, Attached { handle: handle.clone(), qcow2 });
                 Ok(handle)
             }
@@ -189,7 +197,7 @@ impl Registry {
     pub(crate) async fn detach(&self, name: &DiskName, force: bool) -> Result<DiskStatus, ApiError> {
         let _only = self.changing.lock().await;
         let (name, handle) = self.find(name).await?;
-        let answer = handle.ask(|answer| Command::Detach { force, answer }).await;
+        let answer = handle.ask_at_length(|answer| Command::Detach { force, answer }).await;
         let result = match answer.map_err(|error| failed(&error)) {
             // Its thread has ended without us: what is left of it goes all the same.
             Err(ended) => Err(ended),
@@ -252,7 +260,7 @@ impl Registry {
 
 async fn end(name: DiskName, attached: Attached, records: Records) {
     let Attached { handle, qcow2 } = attached;
-    match handle.ask(|answer| Command::Detach { force: true, answer }).await {
+    match handle.ask_at_length(|answer| Command::Detach { force: true, answer }).await {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),
         Err(error) => tracing::error!(disk = %name, %error, "detach"),

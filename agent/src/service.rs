@@ -10,10 +10,13 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
 use backtide_protocol::message::LABEL_BYTES_MAX;
 use backtide_units::DiskName;
-use tokio::sync::{Mutex, oneshot};
+use tokio::{
+    sync::{Mutex, oneshot},
+    task::JoinSet,
+};
 
 use crate::{
-    disk::Command,
+    disk::{Command, NoAnswer},
     marks::{self, MarksError},
     registry::Registry,
 };
@@ -36,9 +39,29 @@ impl Service {
         command: impl FnOnce(oneshot::Sender<T>) -> Command,
     ) -> Result<T, ApiError> {
         let (name, handle) = self.registry.find(disk).await?;
-        let ended = |_| ApiError::new(ErrorCode::Busy, format!("disk {name} is being detached"));
-        handle.ask(command).await.map_err(ended)
+        handle.ask(command).await.map_err(|error| no_answer(&name, error))
     }
+
+    /// Of all disks; one that is detached meanwhile is not among them.
+    async fn status_of_all(&self) -> Vec<DiskStatus> {
+        let mut asking = JoinSet::new();
+        for handle in self.registry.handles().await {
+            asking.spawn(async move { handle.status().await.ok() });
+        }
+        let mut disks: Vec<DiskStatus> = asking.join_all().await.into_iter().flatten().collect();
+        disks.sort_by(|one, other| one.name.cmp(&other.name));
+        disks
+    }
+}
+
+fn no_answer(disk: &DiskName, error: NoAnswer) -> ApiError {
+    let message = match error {
+        NoAnswer::Ended => format!("disk {disk} is being detached"),
+        NoAnswer::Silent => {
+            format!("disk {disk} is not answering: its image may be on storage that stands still")
+        }
+    };
+    ApiError::new(ErrorCode::Busy, message)
 }
 
 /// Carries a change of the agent's disks to its end, also when the asker goes away meanwhile.
@@ -51,16 +74,13 @@ async fn to_its_end<T: Send + 'static>(
 impl AgentService for Service {
     async fn status(&self, disk: Option<DiskName>) -> Result<AgentStatus, ApiError> {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        let mut disks = Vec::new();
-        match disk {
-            Some(name) => disks.push(self.ask(&name, Command::Status).await?),
-            None => {
-                for name in self.registry.names().await {
-                    // One that is detached between the two is not listed.
-                    disks.extend(self.ask(&name, Command::Status).await.ok());
-                }
+        let disks = match disk {
+            Some(name) => {
+                let (name, handle) = self.registry.find(&name).await?;
+                vec![handle.status().await.map_err(|error| no_answer(&name, error))?]
             }
-        }
+            None => self.status_of_all().await,
+        };
         Ok(AgentStatus { version, disks })
     }
 
@@ -123,7 +143,7 @@ impl AgentService for Service {
             MarksError::NotForwarding { .. } | MarksError::Mark(_) => {
                 ApiError::from_error(ErrorCode::Refused, &error).with_hint("wait until every disk is in sync")
             }
-            MarksError::Ended { .. } => ApiError::from_error(ErrorCode::Busy, &error),
+            MarksError::NoAnswer { .. } => ApiError::from_error(ErrorCode::Busy, &error),
         })?;
         Ok(MarkReport { label, marks })
     }
@@ -146,3 +166,6 @@ impl AgentService for Service {
         self.ask(&disk, Command::VerifyStatus).await?.ok_or_else(none)
     }
 }
+
+#[cfg(test)]
+mod tests;

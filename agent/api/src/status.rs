@@ -54,6 +54,9 @@ pub struct DiskStatus {
     pub nbd_uri: String,
     /// The disk behind: path or NBD URI.
     pub image: String,
+    /// What keeps the disk behind from being used at this moment, if anything is known to.
+    #[serde(default)]
+    pub local_error: Option<String>,
     /// The disk's size.
     pub size: ByteCount,
     /// How often it was attached.

@@ -37,6 +37,9 @@ pub(crate) struct Engine {
     pub(crate) wanted: Notify,
     /// A receiver has answered: the record of the disk may have to name another history.
     pub(crate) acquainted: Notify,
+    /// Something has happened that somebody waits for, see [`Engine::until`].
+    changed: Notify,
+    watched: Cell<bool>,
     pub(crate) traffic: Traffic,
     /// When everything was at the receiver last.
     caught_up: Cell<Instant>,
@@ -99,6 +102,8 @@ impl Engine {
             armed: Cell::new(None),
             wanted: Notify::new(),
             acquainted: Notify::new(),
+            changed: Notify::new(),
+            watched: Cell::new(false),
             traffic: Traffic::default(),
             caught_up: Cell::new(started),
         })
@@ -119,6 +124,15 @@ impl Engine {
         let result = event(&mut self.filter.borrow_mut(), now);
         self.carry_out();
         result
+    }
+
+    /// Waits until the filter is as asked for. One at a time may wait.
+    pub(crate) async fn until(&self, reached: impl Fn(&Filter) -> bool) {
+        self.watched.set(true);
+        while !self.look(&reached) {
+            self.changed.notified().await;
+        }
+        self.watched.set(false);
     }
 
     /// A guest's change.
@@ -227,6 +241,9 @@ impl Engine {
         let filter = self.filter.borrow();
         if filter.has_to_send() {
             self.send.notify_one();
+        }
+        if self.watched.get() {
+            self.changed.notify_one();
         }
         if filter.is_drained() {
             self.caught_up.set(Instant::now());

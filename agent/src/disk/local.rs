@@ -3,14 +3,16 @@
 //! Page-cache reads and writes are done at once on the disk's own thread: they cost less than
 //! handing them over. What may wait for a device goes to the blocking pool.
 
-use std::{cell::RefCell, io, rc::Rc, sync::Arc, time::Duration};
+use std::{io, rc::Rc, sync::Arc};
 
-use backtide_export::{Client, ClientError, Extent, NbdUri, ZeroOptions};
+use backtide_export::Extent;
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
 use backtide_storage::ImageFile;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
 use bytes::Bytes;
+
+use super::nbd_disk::NbdDisk;
 
 /// The disk behind.
 pub(crate) enum Local {
@@ -20,22 +22,7 @@ pub(crate) enum Local {
     Nbd(NbdDisk),
 }
 
-/// An NBD server as the disk behind; connected again when it was lost.
-pub(crate) struct NbdDisk {
-    uri: NbdUri,
-    client: RefCell<Client>,
-    size: ByteCount,
-    /// Only one task reconnects at a time.
-    reconnecting: tokio::sync::Mutex<()>,
-}
-
-/// What a linear search for block status asks for at once.
-const STATUS_STEP: u64 = 1 << 30;
-
-/// How long a lost NBD server may take to come back before a request fails.
-const RECONNECT_TIME: Duration = Duration::from_secs(10);
-
-const EIO: i32 = 5;
+pub(super) const EIO: i32 = 5;
 
 impl Local {
     pub(crate) fn engine(&self) -> &'static str {
@@ -48,7 +35,15 @@ impl Local {
     pub(crate) fn size(&self) -> ByteCount {
         match self {
             Self::Image(image) => image.size(),
-            Self::Nbd(disk) => disk.size,
+            Self::Nbd(disk) => disk.size(),
+        }
+    }
+
+    /// What keeps it from being used at this moment, if anything is known to.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Image(_) => None,
+            Self::Nbd(disk) => disk.trouble(),
         }
     }
 
@@ -165,102 +160,6 @@ fn image_extents(image: &ImageFile, range: ByteRange, one: bool) -> io::Result<V
 
 /// The longest answer to a block status request.
 const EXTENTS_MAX: usize = 4096;
-
-impl NbdDisk {
-    pub(crate) async fn connect(uri: NbdUri) -> Result<Self, ClientError> {
-        let client = Client::connect(&uri).await?;
-        let size = client.size();
-        Ok(Self { uri, client: RefCell::new(client), size, reconnecting: tokio::sync::Mutex::new(()) })
-    }
-
-    /// Sends a request; once more on a new connection when the old one was lost. A change that
-    /// arrives twice is harmless: nothing else touches its range until it is answered.
-    async fn request<T, F>(&self, send: impl Fn(Client) -> F) -> Result<T, IoFailure>
-    where
-        F: Future<Output = Result<T, ClientError>>,
-    {
-        let client = self.client.borrow().clone();
-        match send(client.clone()).await {
-            Err(error) if error.is_lost() => {
-                tracing::warn!(uri = %self.uri, %error, "the disk behind is lost: connecting again");
-                self.reconnect().await.map_err(|error| self.failed(&error))?;
-                let client = self.client.borrow().clone();
-                send(client).await.map_err(|error| self.failed(&error))
-            }
-            result => result.map_err(|error| self.failed(&error)),
-        }
-    }
-
-    async fn reconnect(&self) -> Result<(), ClientError> {
-        let _only = self.reconnecting.lock().await;
-        if self.client.borrow().lost().is_none() {
-            return Ok(());
-        }
-        let until = tokio::time::Instant::now() + RECONNECT_TIME;
-        loop {
-            match Client::connect(&self.uri).await {
-                Ok(client) => {
-                    self.client.replace(client);
-                    return Ok(());
-                }
-                Err(error) if tokio::time::Instant::now() >= until => return Err(error),
-                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-            }
-        }
-    }
-
-    fn failed(&self, error: &ClientError) -> IoFailure {
-        tracing::error!(uri = %self.uri, %error, "the disk behind failed");
-        IoFailure { errno: i32::try_from(error.as_nbd().code()).unwrap_or(EIO) }
-    }
-
-    async fn run(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
-        match op {
-            LocalOp::Read(range) => Ok(LocalData::Read(self.read(range).await?)),
-            LocalOp::Change(Change::Write { range, data, fua }) => {
-                let send = |client: Client| {
-                    let data = data.clone();
-                    async move { client.write(range.start(), data, fua).await }
-                };
-                self.request(send).await.map(|()| LocalData::Changed)
-            }
-            LocalOp::Change(Change::Zero { range, trim, fua }) => {
-                // Always as zeroes: a trim may leave anything, and the receiver is told of zeroes.
-                let options = ZeroOptions { fua, no_hole: !trim, fast: false };
-                let send = |client: Client| async move {
-                    client.write_zeroes(range.start(), range.count(), options).await
-                };
-                self.request(send).await.map(|()| LocalData::Changed)
-            }
-            LocalOp::Change(Change::Flush) => {
-                self.request(|client| async move { client.flush().await }).await.map(|()| LocalData::Changed)
-            }
-        }
-    }
-
-    pub(crate) async fn read(&self, range: ByteRange) -> Result<Bytes, IoFailure> {
-        self.request(|client| async move { client.read(range.start(), range.count()).await }).await
-    }
-
-    async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, IoFailure> {
-        self.request(|client| async move { client.block_status(range.start(), range.count()).await }).await
-    }
-
-    async fn allocated(&self, whole: ByteRange) -> Result<DirtyBitmap, IoFailure> {
-        let mut blocks = DirtyBitmap::new();
-        for step in whole.split_at_multiples(ByteCount(STATUS_STEP)) {
-            let mut at = step.start();
-            for extent in self.extents(step).await? {
-                let end = ByteOffset(at.0 + extent.length.0).min(step.end());
-                if !extent.zero {
-                    blocks.insert(BlockRange::touched_by(ByteRange::between(at, end)));
-                }
-                at = end;
-            }
-        }
-        Ok(blocks)
-    }
-}
 
 /// Runs on the blocking pool of this thread's runtime.
 pub(crate) async fn blocking<T: Send + 'static>(

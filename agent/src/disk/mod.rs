@@ -1,18 +1,25 @@
 //! One disk and the thread that owns it.
 //!
 //! [`thread`] starts and ends it and takes commands; [`engine`] runs the filter; [`export`] is the
-//! guest's side, [`local`] the disk behind, [`stream`] the way to the receiver, [`status`] what can
+//! guest's side, [`local`] the disk behind and [`nbd_disk`] one kind of it, [`stream`] the way to the receiver, [`status`] what can
 //! be told of it all.
 
 pub(crate) mod engine;
 mod export;
 mod handle;
 pub(crate) mod local;
+mod nbd_disk;
 mod open;
 mod status;
 mod stream;
 mod thread;
+mod unflushed;
 
-pub(crate) use handle::{DiskHandle, Ended};
+pub(crate) use handle::{DiskHandle, NoAnswer};
 pub(crate) use open::{OpenError, open};
+#[cfg(test)]
+pub(crate) use thread::MarkAt;
 pub(crate) use thread::{Command, DetachError, start, start_error};
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -91,6 +91,7 @@ pub(crate) fn disk_status(
         last_error,
         nbd_uri: nbd.to_string(),
         image: record.image.clone(),
+        local_error: engine.local.trouble(),
         size: engine.local.size(),
         epoch: record.epoch,
         history: status.history,

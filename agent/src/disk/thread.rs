@@ -13,7 +13,8 @@ use super::{
     DiskHandle,
     engine::{Engine, Kick},
     export::{DiskExport, OneExport},
-    local::{Local, NbdDisk, blocking},
+    local::{Local, blocking},
+    nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
     status::Verifies,
     stream::Stream,
@@ -81,7 +82,7 @@ pub(crate) enum StartError {
     #[error(transparent)]
     Bind(#[from] BindError),
     #[error("cannot use the disk behind: {0}")]
-    Behind(#[from] backtide_export::ClientError),
+    Behind(#[from] BehindError),
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
 }
@@ -146,7 +147,7 @@ impl Disk {
                 let image = Arc::new(image);
                 (Local::Image(Arc::clone(&image)), Some(image))
             }
-            Behind::Nbd(uri, _) => (Local::Nbd(NbdDisk::connect(uri).await?), None),
+            Behind::Nbd(uri, size) => (Local::Nbd(NbdDisk::connect(uri, size).await?), None),
         };
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local));
         let rate = record.limits.resync_bytes_per_second_max;
@@ -310,22 +311,16 @@ impl Disk {
         server.shutdown(DETACH_GRACE).await;
         // Requests of a client that was cut off may still be under way; none may follow the bitmap.
         engine.happen(|filter, _| filter.give_held_answers());
-        while !engine.look(Filter::is_quiet) {
-            engine.happen(|filter, now| filter.tick(now));
-            tokio::task::yield_now().await;
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        engine.until(Filter::is_quiet).await;
         let flushed = engine.local.run(LocalOp::Change(Change::Flush)).await;
         if let Err(failure) = &flushed {
             tracing::error!(disk = %record.name, errno = failure.errno, "cannot flush the local disk");
         }
-        let until = tokio::time::Instant::now() + DETACH_GRACE;
-        while engine
-            .look(|filter| filter.status().connected && filter.mode() == Mode::Sync && !filter.is_drained())
-            && tokio::time::Instant::now() < until
-        {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        // A receiver that takes longer gets the rest at the next attach.
+        let caught_up = |filter: &Filter| {
+            filter.is_drained() || !filter.status().connected || filter.mode() != Mode::Sync
+        };
+        let _ = tokio::time::timeout(DETACH_GRACE, engine.until(caught_up)).await;
         let acked = engine.look(Filter::acked_durable);
         let history = engine.look(Filter::history);
         let saved = engine.happen(|filter, now| filter.detach(now));
@@ -361,7 +356,8 @@ pub(crate) fn start_error(error: &StartError) -> ApiError {
     let code = match error {
         StartError::Bind(BindError::InUse(_)) => ErrorCode::Locked,
         StartError::Bind(_) | StartError::Thread(_) => ErrorCode::Failed,
-        StartError::Behind(_) => ErrorCode::Unreachable,
+        StartError::Behind(BehindError::Client { .. }) => ErrorCode::Unreachable,
+        StartError::Behind(BehindError::Size { .. }) => ErrorCode::Failed,
     };
     ApiError::from_error(code, error)
 }

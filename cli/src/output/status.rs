@@ -19,7 +19,7 @@ pub(crate) fn table(disks: &[DiskStatus]) -> String {
             lag_text(disk),
             size_text(disk.dirty.bytes),
             disk.resync.as_ref().map(resync_text).unwrap_or_default(),
-            disk.reason.clone(),
+            reason_text(disk),
         ]
     };
     plain_table(&["DISK", "MODE", "LAG", "DIRTY", "RESYNC", "REASON"], disks.iter().map(row))
@@ -27,7 +27,7 @@ pub(crate) fn table(disks: &[DiskStatus]) -> String {
 
 /// One disk in one line.
 pub(crate) fn disk_line(disk: &DiskStatus) -> String {
-    format!("{}  {}: {}", disk.name.as_str(), mode_text(disk), disk.reason)
+    format!("{}  {}: {}", disk.name.as_str(), mode_text(disk), reason_text(disk))
 }
 
 /// One disk in full.
@@ -42,6 +42,9 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
             format!("{}, {}", disk.receiver, if disk.connected { "connected" } else { "not connected" }),
         ),
     ];
+    if let Some(trouble) = &disk.local_error {
+        lines.push(("image error", trouble.clone()));
+    }
     if let Some(error) = &disk.last_error {
         lines.push(("last error", format!("{}: {} ({})", time_text(error.time), error.message, error.code)));
     }
@@ -79,6 +82,14 @@ pub(crate) fn missing_at_receiver(disk: &DiskStatus) -> Option<String> {
         return Some(format!("{} changed blocks", disk.dirty.blocks));
     }
     (disk.lag.records > 0).then(|| format!("{} writes", disk.lag.records))
+}
+
+/// What hurts the guest goes before what explains the mode.
+fn reason_text(disk: &DiskStatus) -> String {
+    match &disk.local_error {
+        Some(trouble) => format!("image error: {trouble}"),
+        None => disk.reason.clone(),
+    }
 }
 
 fn mode_text(disk: &DiskStatus) -> String {

@@ -128,8 +128,23 @@ impl Bench {
         serde_json::from_str(&said.stdout).unwrap_or_else(|error| panic!("{arguments:?}: {error}: {said:?}"))
     }
 
+    /// A program of this bench's own, with the directory it is in.
+    pub fn script(&self, name: &str, text: &str) {
+        use std::os::unix::fs::PermissionsExt;
+        let path = self.path(name);
+        let parent = path.parent().expect("a path in the directory");
+        std::fs::create_dir_all(parent).expect("make a directory");
+        std::fs::write(&path, text).expect("write a script");
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).expect("make a script executable");
+    }
+
     /// Starts a daemon and waits until it says that it is ready.
     pub fn daemon(&self, arguments: &[&str]) -> Daemon {
+        self.daemon_with(arguments, &[])
+    }
+
+    /// The same with more in its environment.
+    pub fn daemon_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Daemon {
         self.started.set(self.started.get() + 1);
         let log = self.path(&format!("{}-{}.log", arguments[0], self.started.get()));
         let binary = text(&binary());
@@ -137,6 +152,7 @@ impl Bench {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", &binary, "--json"]);
         self.set_up(&mut command, arguments);
+        command.envs(environment.iter().copied());
         Daemon::start(command, &log)
     }
 

@@ -21,6 +21,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         last_error: None,
         nbd_uri: "nbd+unix:///vm1?socket=/run/backtide/vm1.nbd".to_owned(),
         image: "/images/vm1.img".to_owned(),
+        local_error: None,
         size: ByteCount(1 << 30),
         epoch: Epoch(3),
         history: None,
@@ -162,4 +163,12 @@ fn the_json_has_the_documented_fields() {
     }
     assert_eq!(value["mode"], "resync");
     assert_eq!(value["size"], 1_u64 << 30);
+}
+
+#[test]
+fn an_image_that_cannot_be_used_is_shown_first() {
+    let trouble = "nbd://host has 512 bytes now, and the disk has 1024".to_owned();
+    let disk = DiskStatus { local_error: Some(trouble.clone()), ..in_sync() };
+    assert!(table(std::slice::from_ref(&disk)).contains(&format!("image error: {trouble}")));
+    assert!(disk_text(&disk).contains(&trouble));
 }

@@ -103,3 +103,93 @@ fn a_disk_behind_that_fails_is_an_error_of_the_guest_and_nothing_else() {
     tools::assert_same(&uri, disk.restore("latest").to_str().unwrap());
     assert!(disk.status()["counters"]["errors"].as_u64() >= Some(1), "{}", disk.status());
 }
+
+#[test]
+fn a_lost_qemu_nbd_is_started_again_and_the_guest_notices_nothing() {
+    let bench = Bench::new();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let image = bench.name("vm1.qcow2");
+    tools::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, &SIZE.to_string()]);
+    let disk = bench.attach("vm1", "vm1.qcow2", &[]);
+    disk.wait("sync");
+    let load = disk.load(1);
+    for _ in 0..3 {
+        load.goes_on(50);
+        let id = std::fs::read_to_string(bench.path("vm1.qemu-nbd.pid")).unwrap();
+        tools::run("kill", &["-s", "KILL", id.trim()]);
+        load.goes_on(50);
+    }
+    let model = load.stop().model();
+    disk.settle();
+    assert_eq!(disk.status()["local_error"], serde_json::Value::Null);
+    let restored = disk.restore("latest");
+    model.assert_is_in(&restored, model.len(), "latest");
+    bench.json(&["detach", "vm1"]);
+    let (same, said) = tools::try_run(
+        "qemu-img",
+        &["compare", "-f", "qcow2", "-F", "raw", &image, restored.to_str().unwrap()],
+    );
+    assert!(same, "{said}");
+}
+
+#[test]
+fn a_qemu_nbd_that_says_much_is_listened_to() {
+    let bench = Bench::new();
+    let _receiver = bench.receiver();
+    // Far more than a pipe holds, before it serves.
+    let script = "#!/bin/sh\nhead -c 1000000 /dev/zero | tr '\\0' x >&2\nexec \"$REAL_QEMU_NBD\" \"$@\"\n";
+    bench.script("bin/qemu-nbd", script);
+    let real = tools::run("sh", &["-c", "command -v qemu-nbd"]);
+    let path = format!("{}:{}", bench.name("bin"), std::env::var("PATH").unwrap());
+    let _agent = bench.daemon_with(&["agent", "run"], &[("PATH", &path), ("REAL_QEMU_NBD", real.trim())]);
+    let image = bench.name("vm1.qcow2");
+    tools::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, &SIZE.to_string()]);
+    let disk = bench.attach("vm1", "vm1.qcow2", &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.settle();
+    bench.json(&["detach", "vm1"]);
+}
+
+#[test]
+fn a_disk_behind_that_comes_back_with_another_size_is_not_used() {
+    let bench = Bench::new();
+    let (_receiver, mut agent) = (bench.receiver(), bench.agent());
+    agent.may_complain("the disk behind stays away");
+    agent.may_complain("the disk behind failed");
+    bench.image("behind.img", SIZE);
+    let (image, socket) = (bench.name("behind.img"), bench.name("behind.sock"));
+    let serve = || {
+        let server = tools::Beside::start("qemu-nbd", &["-f", "raw", "-t", "-e", "8", "-k", &socket, &image]);
+        tools::wait_for_socket(socket.as_ref());
+        server
+    };
+    let resize =
+        |size: u64| std::fs::File::options().write(true).open(&image).unwrap().set_len(size).unwrap();
+    let server = serve();
+    let disk = bench.attach("vm1", &format!("nbd+unix:///?socket={socket}"), &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.settle();
+    let uri = disk.uri();
+    server.kill();
+    resize(SIZE * 2);
+    let server = serve();
+    let guest = tools::Beside::spawn({
+        let mut command = std::process::Command::new("qemu-io");
+        command.args(["-f", "raw", &uri, "-c", "read -P 0x11 0 1M"]);
+        command
+    });
+    let status = disk.until("the size is seen to differ", |status| {
+        status["local_error"].as_str().is_some_and(|text| text.contains(&(SIZE * 2).to_string()))
+    });
+    let text = status["local_error"].as_str().unwrap();
+    assert!(text.contains(&SIZE.to_string()) && text.contains(&socket), "both sizes and the disk: {text}");
+    // The right one comes in time: the guest's request was waiting for it.
+    server.kill();
+    resize(SIZE);
+    let _server = serve();
+    guest.succeed();
+    disk.until("it is used again", |status| status["local_error"].is_null());
+    disk.qemu_io(&["write -P 0x22 0 1M"]);
+    disk.settle();
+    tools::assert_same(&image, disk.restore("latest").to_str().unwrap());
+}

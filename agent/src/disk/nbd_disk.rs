@@ -1,0 +1,298 @@
+//! An NBD server as the disk behind; connected again when it was lost.
+//!
+//! Invariants: an outage has one task that connects again and one deadline that all requests share,
+//! however many wait; after the deadline they fail at once, until the server is back. A server that
+//! comes back gets what the last one had not flushed, before anything else. One of another size is
+//! not the disk: it is not used.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    time::Duration,
+};
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::{Client, ClientError, Extent, NbdUri, ZeroOptions};
+use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
+use bytes::Bytes;
+use tokio::{sync::Notify, time::Instant};
+
+use super::{local::EIO, unflushed::Unflushed};
+
+/// An NBD server as the disk behind.
+pub(crate) struct NbdDisk {
+    shared: Rc<Shared>,
+}
+
+/// What requests and the task that connects again have in common.
+struct Shared {
+    uri: NbdUri,
+    size: ByteCount,
+    client: RefCell<Client>,
+    /// While the server is away: until when requests wait for it.
+    outage: Cell<Option<Instant>>,
+    /// Why it is away, for people.
+    trouble: RefCell<Option<String>>,
+    /// Whether this outage's failures were logged.
+    told: Cell<bool>,
+    /// An outage has ended.
+    back: Notify,
+    /// What a server that ended may have lost.
+    unflushed: RefCell<Unflushed>,
+    /// Whether a flush is on its way that nobody asked for.
+    flushing: Cell<bool>,
+}
+
+/// Why an NBD server is not, or not any more, the disk behind.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BehindError {
+    /// It cannot be reached, or refuses.
+    #[error("cannot use {uri}: {source}")]
+    Client { uri: NbdUri, source: ClientError },
+    /// It serves something of another size.
+    #[error("{uri} has {found} bytes now, and the disk has {expected}")]
+    Size { uri: NbdUri, expected: ByteCount, found: ByteCount },
+}
+
+/// What a linear search for block status asks for at once.
+const STATUS_STEP: u64 = 1 << 30;
+
+/// How long a lost NBD server may take to come back before requests fail.
+const OUTAGE_MAX: Duration = Duration::from_secs(10);
+
+/// Waits between attempts to connect again, doubling.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_LAST: Duration = Duration::from_secs(1);
+
+impl NbdDisk {
+    /// Connects to the disk of this size.
+    pub(crate) async fn connect(uri: NbdUri, size: ByteCount) -> Result<Self, BehindError> {
+        let client = reach(&uri, size).await?;
+        let shared = Shared {
+            uri,
+            size,
+            client: RefCell::new(client),
+            outage: Cell::default(),
+            trouble: RefCell::default(),
+            told: Cell::default(),
+            back: Notify::new(),
+            unflushed: RefCell::default(),
+            flushing: Cell::default(),
+        };
+        Ok(Self { shared: Rc::new(shared) })
+    }
+
+    pub(crate) fn size(&self) -> ByteCount {
+        self.shared.size
+    }
+
+    /// Why the server is away, while it is.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.shared.trouble.borrow().clone()
+    }
+
+    /// Sends a request; again on a new connection when the old one was lost. A change that arrives
+    /// twice is harmless: nothing else touches its range until it is answered.
+    async fn request<T, F>(&self, send: impl Fn(Client) -> F) -> Result<T, IoFailure>
+    where
+        F: Future<Output = Result<T, ClientError>>,
+    {
+        let shared = &self.shared;
+        // A server that is lost again and again keeps no request waiting for longer than one outage.
+        let mut until = None;
+        loop {
+            let client = shared.client.borrow().clone();
+            let error = match send(client).await {
+                Err(error) if error.is_lost() => error,
+                result => return result.map_err(|error| shared.refused(&error)),
+            };
+            let outage = shared.lost(&error);
+            if !shared.is_back(*until.get_or_insert(outage)).await {
+                return Err(shared.failed(&error));
+            }
+        }
+    }
+
+    pub(crate) async fn run(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
+        match op {
+            LocalOp::Read(range) => Ok(LocalData::Read(self.read(range).await?)),
+            LocalOp::Change(Change::Flush) => self.flush().await.map(|()| LocalData::Changed),
+            LocalOp::Change(change) => self.change(change).await.map(|()| LocalData::Changed),
+        }
+    }
+
+    async fn change(&self, change: Change) -> Result<(), IoFailure> {
+        let shared = &self.shared;
+        let stable = matches!(&change, Change::Write { fua: true, .. } | Change::Zero { fua: true, .. });
+        if stable {
+            return self.request(|client| send(client, change.clone())).await;
+        }
+        while shared.unflushed.borrow().is_full() {
+            self.flush().await?;
+        }
+        let id = shared.unflushed.borrow_mut().submit(&change);
+        let result = self.request(|client| send(client, change.clone())).await;
+        let mut unflushed = shared.unflushed.borrow_mut();
+        match &result {
+            Ok(()) => unflushed.succeeded(id),
+            Err(_) => unflushed.failed(id),
+        }
+        let is_due = unflushed.is_due();
+        drop(unflushed);
+        if is_due && !shared.flushing.replace(true) {
+            let disk = Self { shared: Rc::clone(shared) };
+            tokio::task::spawn_local(async move {
+                // One that fails is logged, and tried again with the next change.
+                let _ = disk.flush().await;
+                disk.shared.flushing.set(false);
+            });
+        }
+        result
+    }
+
+    async fn flush(&self) -> Result<(), IoFailure> {
+        let mark = self.shared.unflushed.borrow().flush();
+        self.request(|client| send(client, Change::Flush)).await?;
+        self.shared.unflushed.borrow_mut().flushed(mark);
+        Ok(())
+    }
+
+    async fn read(&self, range: ByteRange) -> Result<Bytes, IoFailure> {
+        self.request(|client| async move { client.read(range.start(), range.count()).await }).await
+    }
+
+    pub(crate) async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, IoFailure> {
+        self.request(|client| async move { client.block_status(range.start(), range.count()).await }).await
+    }
+
+    pub(crate) async fn allocated(&self, whole: ByteRange) -> Result<DirtyBitmap, IoFailure> {
+        let mut blocks = DirtyBitmap::new();
+        for step in whole.split_at_multiples(ByteCount(STATUS_STEP)) {
+            let mut at = step.start();
+            for extent in self.extents(step).await? {
+                let end = ByteOffset(at.0 + extent.length.0).min(step.end());
+                if !extent.zero {
+                    blocks.insert(BlockRange::touched_by(ByteRange::between(at, end)));
+                }
+                at = end;
+            }
+        }
+        Ok(blocks)
+    }
+}
+
+impl Shared {
+    /// Notes that a connection was lost; until when requests wait for the next.
+    fn lost(self: &Rc<Self>, error: &ClientError) -> Instant {
+        if let Some(until) = self.outage.get() {
+            return until;
+        }
+        let until = Instant::now() + OUTAGE_MAX;
+        // A request of the old connection may hear of its end when there is a new one already.
+        if self.client.borrow().lost().is_some() {
+            tracing::warn!(uri = %self.uri, %error, "the disk behind is lost: connecting again");
+            self.trouble.replace(Some(chain(error)));
+            self.outage.set(Some(until));
+            tokio::task::spawn_local(Rc::clone(self).connect_again());
+        }
+        until
+    }
+
+    async fn connect_again(self: Rc<Self>) {
+        let mut wait = RETRY_FIRST;
+        loop {
+            match self.reach_again().await {
+                Ok(client) => {
+                    tracing::info!(uri = %self.uri, "the disk behind is back");
+                    self.client.replace(client);
+                    self.trouble.replace(None);
+                    self.told.set(false);
+                    self.outage.set(None);
+                    self.back.notify_waiters();
+                    return;
+                }
+                Err(error) => self.note(chain(&error)),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(RETRY_LAST);
+        }
+    }
+
+    /// A connection to a server that has everything the last one had answered.
+    async fn reach_again(&self) -> Result<Client, BehindError> {
+        let client = reach(&self.uri, self.size).await?;
+        let changes = self.unflushed.borrow().changes();
+        if !changes.is_empty() {
+            tracing::info!(uri = %self.uri, changes = changes.len(), "making again what was not flushed");
+        }
+        for change in changes {
+            send(client.clone(), change)
+                .await
+                .map_err(|source| BehindError::Client { uri: self.uri.clone(), source })?;
+        }
+        Ok(client)
+    }
+
+    fn note(&self, trouble: String) {
+        let known = self.trouble.borrow().as_ref() == Some(&trouble);
+        if !known {
+            tracing::warn!(uri = %self.uri, trouble, "no connection to the disk behind");
+            self.trouble.replace(Some(trouble));
+        }
+    }
+
+    /// Whether there is a connection, waiting for one until then.
+    async fn is_back(&self, until: Instant) -> bool {
+        let back = async {
+            while self.outage.get().is_some() {
+                self.back.notified().await;
+            }
+        };
+        tokio::time::timeout_at(until, back).await.is_ok()
+    }
+
+    /// The failure of a request whose time is over. Logged once per outage: a guest has many.
+    fn failed(&self, error: &ClientError) -> IoFailure {
+        if !self.told.replace(true) {
+            let trouble = self.trouble.borrow().clone().unwrap_or_else(|| error.to_string());
+            tracing::error!(uri = %self.uri, trouble, "the disk behind stays away: requests fail until it is back");
+        }
+        IoFailure { errno: EIO }
+    }
+
+    /// The failure of a request that the server refused.
+    fn refused(&self, error: &ClientError) -> IoFailure {
+        tracing::error!(uri = %self.uri, %error, "the disk behind failed");
+        IoFailure { errno: i32::try_from(error.as_nbd().code()).unwrap_or(EIO) }
+    }
+}
+
+/// An error and its causes as one sentence.
+fn chain(error: &dyn std::error::Error) -> String {
+    ApiError::from_error(ErrorCode::Failed, error).message
+}
+
+/// Makes a change at a server.
+async fn send(client: Client, change: Change) -> Result<(), ClientError> {
+    match change {
+        Change::Write { range, data, fua } => client.write(range.start(), data, fua).await,
+        Change::Zero { range, trim, fua } => {
+            // Always as zeroes: a trim may leave anything, and the receiver is told of zeroes.
+            let options = ZeroOptions { fua, no_hole: !trim, fast: false };
+            client.write_zeroes(range.start(), range.count(), options).await
+        }
+        Change::Flush => client.flush().await,
+    }
+}
+
+async fn reach(uri: &NbdUri, expected: ByteCount) -> Result<Client, BehindError> {
+    let client =
+        Client::connect(uri).await.map_err(|source| BehindError::Client { uri: uri.clone(), source })?;
+    let found = client.size();
+    if found != expected {
+        return Err(BehindError::Size { uri: uri.clone(), expected, found });
+    }
+    Ok(client)
+}

@@ -1,0 +1,112 @@
+//! A disk on its thread, with a guest at its socket and no receiver.
+
+use std::{path::Path, rc::Rc, sync::Arc, time::Duration};
+
+use backtide_export::{Client, NbdAddress, NbdUri};
+use backtide_io_filter::{IoFailure, LocalData, LocalOp, MarkError};
+use backtide_storage::RealStorage;
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use tokio::{
+    sync::oneshot,
+    task::{JoinSet, LocalSet},
+    time::Instant,
+};
+
+use super::{Command, DiskHandle, nbd_disk::NbdDisk, open, start};
+use crate::record::{DiskRecord, ImageStamp, Records};
+
+/// A disk that was started in a test's directory.
+pub(crate) struct Started {
+    pub(crate) handle: DiskHandle,
+    nbd: NbdUri,
+}
+
+impl Started {
+    /// Over a raw image of 1 MiB.
+    pub(crate) async fn image(directory: &Path) -> Self {
+        let image = directory.join("vm1.img");
+        std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+        let storage = Arc::new(RealStorage::open(&directory.join("records")).unwrap());
+        let records = Records::new(storage);
+        let behind = image.display().to_string();
+        let receiver = backtide_control::Address::unix(directory.join("nobody.sock"));
+        let record = DiskRecord::new("vm1".parse().unwrap(), behind.clone(), receiver);
+        let (_, opened) = open(&records, record, &behind, ImageStamp::of(&image)).await.unwrap();
+        let address = NbdAddress::Unix(directory.join("vm1.nbd"));
+        let nbd = NbdUri { address, export: "vm1".to_owned() };
+        let handle = start(opened, records, nbd.clone()).await.unwrap();
+        Self { handle, nbd }
+    }
+
+    async fn end(&self) {
+        let detach = |answer| Command::Detach { force: true, answer };
+        self.handle.ask_at_length(detach).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_hold_that_nobody_releases_ends_by_itself_and_a_late_mark_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Started::image(directory.path()).await;
+    let guest = Client::connect(&disk.nbd).await.unwrap();
+    disk.handle.ask(Command::Hold).await.unwrap();
+    // Its answer is held; nobody will ask for it to be given.
+    guest.write(ByteOffset::ZERO, vec![0x11; 4096].into(), false).await.unwrap();
+    let late = disk.handle.ask(|answer| Command::Mark("late".into(), answer)).await.unwrap();
+    assert!(matches!(late, Err(MarkError::HeldTooLong { .. })), "{late:?}");
+    let read = guest.read(ByteOffset::ZERO, ByteCount(4096)).await.unwrap();
+    assert!(read.iter().all(|&byte| byte == 0x11));
+}
+
+#[tokio::test]
+async fn a_hold_whose_asker_is_gone_holds_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Started::image(directory.path()).await;
+    let guest = Client::connect(&disk.nbd).await.unwrap();
+    let (answer, answered) = oneshot::channel();
+    drop(answered);
+    disk.handle.send(Command::Hold(answer)).await;
+    // Not a second later: the disk holds nothing when it comes to the mark.
+    let mark = disk.handle.ask(|answer| Command::Mark("here".into(), answer)).await.unwrap();
+    assert!(matches!(mark, Err(MarkError::HeldTooLong { .. })), "{mark:?}");
+    guest.write(ByteOffset::ZERO, vec![0x22; 4096].into(), false).await.unwrap();
+}
+
+#[tokio::test]
+async fn requests_of_a_lost_nbd_disk_fail_together_and_it_recovers() {
+    let directory = tempfile::tempdir().unwrap();
+    let tasks = LocalSet::new();
+    tasks
+        .run_until(async {
+            let server = Started::image(directory.path()).await;
+            let behind = Rc::new(NbdDisk::connect(server.nbd.clone(), ByteCount(1 << 20)).await.unwrap());
+            server.end().await;
+            tokio::time::pause();
+            let began = Instant::now();
+            let mut waiting = JoinSet::new();
+            for _ in 0..8 {
+                let behind = Rc::clone(&behind);
+                waiting.spawn_local(async move { read(&behind).await });
+            }
+            for result in waiting.join_all().await {
+                assert_eq!(result, Err(IoFailure { errno: 5 }));
+            }
+            let outage = began.elapsed();
+            assert!((10..12).contains(&outage.as_secs()), "one deadline for all of them, not {outage:?}");
+            assert!(behind.trouble().is_some());
+            // It is known to be away: nobody waits for it again.
+            assert_eq!(read(&behind).await, Err(IoFailure { errno: 5 }));
+            assert!(began.elapsed() - outage < Duration::from_secs(1));
+            tokio::time::resume();
+            let _server = Started::image(directory.path()).await;
+            while behind.trouble().is_some() {
+                tokio::task::yield_now().await;
+            }
+            assert!(matches!(read(&behind).await, Ok(LocalData::Read(_))));
+        })
+        .await;
+}
+
+async fn read(behind: &NbdDisk) -> Result<LocalData, IoFailure> {
+    behind.run(LocalOp::Read(ByteRange::between(ByteOffset::ZERO, ByteOffset(4096)))).await
+}

@@ -1,0 +1,96 @@
+//! Calls about disks that a test plays: ones that stand still, and marks whose asker is gone.
+
+use std::sync::Arc;
+
+use backtide_agent_api::{AgentService, Limits, MarkRequest};
+use backtide_storage::RealStorage;
+use backtide_units::{CaptureTime, Lsn};
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::{
+    Config,
+    config::Places,
+    disk::{DiskHandle, MarkAt, tests::Started},
+    record::Records,
+};
+
+/// The service of an agent in `directory`, without disks.
+fn service(directory: &std::path::Path) -> Arc<Service> {
+    let config = Config {
+        state: directory.join("state"),
+        run: directory.to_owned(),
+        api: backtide_control::Address::unix(directory.join("agent.sock")),
+        limits: backtide_agent_api::LimitsRequest::default(),
+    };
+    let storage = Arc::new(RealStorage::open(&config.state).unwrap());
+    Service::new(Registry::new(Places::of(&config), Records::new(storage), Limits::default()))
+}
+
+fn name(text: &str) -> DiskName {
+    text.parse().unwrap()
+}
+
+/// A disk that the test plays.
+async fn played(service: &Service, disk: &str) -> mpsc::Receiver<Command> {
+    let (commands, inbox) = mpsc::channel(64);
+    service.registry.insert(name(disk), DiskHandle::new(commands)).await;
+    inbox
+}
+
+#[tokio::test]
+async fn a_disk_that_stands_still_hides_no_other_and_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let service = service(directory.path());
+    let started = Started::image(directory.path()).await;
+    service.registry.insert(name("vm1"), started.handle.clone()).await;
+    let known = service.status(Some(name("vm1"))).await.unwrap().disks.remove(0);
+    // From now on it is one that does not answer, and another one beside it does.
+    let mut inbox = played(&service, "vm2").await;
+    let (still, _unread) = started.handle.standing_still();
+    service.registry.insert(name("vm1"), still).await;
+    // Waits end as soon as nothing else can go on.
+    tokio::time::pause();
+    let asked = {
+        let service = Arc::clone(&service);
+        tokio::spawn(async move { service.status(None).await })
+    };
+    let Some(Command::Status(answer)) = inbox.recv().await else { panic!("vm2 is asked for its status") };
+    let answering = DiskStatus { name: name("vm2"), ..known };
+    answer.send(answering.clone()).unwrap();
+    let disks = asked.await.unwrap().unwrap().disks;
+    assert_eq!((disks.len(), &disks[1]), (2, &answering));
+    assert_eq!((disks[0].name.as_str(), disks[0].reason_code.as_str()), ("vm1", "not-answering"));
+    assert!(disks[0].reason.contains("not answering"), "{}", disks[0].reason);
+    let error = service.pause(name("vm1")).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Busy);
+    assert!(error.message.contains("vm1 is not answering"), "{error}");
+}
+
+#[tokio::test]
+async fn a_mark_whose_asker_is_gone_gives_the_held_answers() {
+    let directory = tempfile::tempdir().unwrap();
+    let service = service(directory.path());
+    let (mut one, mut two) = (played(&service, "vm1").await, played(&service, "vm2").await);
+    let asker = {
+        let service = Arc::clone(&service);
+        let request = MarkRequest { label: "here".into(), disks: vec![name("vm1"), name("vm2")] };
+        tokio::spawn(async move { service.mark(request).await })
+    };
+    let Some(Command::Hold(held)) = one.recv().await else { panic!("vm1 is to hold its answers") };
+    held.send(true).unwrap();
+    let Some(Command::Hold(held)) = two.recv().await else { panic!("vm2 is to hold its answers") };
+    asker.abort();
+    assert!(asker.await.unwrap_err().is_cancelled());
+    // Nobody waits for the mark any more, and both disks hold their guests' answers.
+    held.send(true).unwrap();
+    for inbox in [&mut one, &mut two] {
+        let Some(Command::Mark(_, answer)) = inbox.recv().await else { panic!("the mark goes on") };
+        let at = MarkAt { lsn: Lsn(7), time: CaptureTime(7), recoverable: true };
+        answer.send(Ok(at)).unwrap();
+    }
+    for inbox in [&mut one, &mut two] {
+        let Some(Command::Release(answer)) = inbox.recv().await else { panic!("the answers are released") };
+        answer.send(()).unwrap();
+    }
+}
