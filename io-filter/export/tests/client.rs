@@ -142,6 +142,7 @@ fn a_qcow2_behind_qemu_nbd_is_a_disk_like_any_other() {
         server.args(["--persistent", "--discard=unmap", "--format=qcow2", "--socket"]);
         let mut server = server.arg(place.path("socket")).arg(image).spawn().unwrap();
         let client = knock(&mut server, &place.uri("")).await;
+        assert!(client.flags().block_status_payload(), "extended headers were not negotiated");
         use_all_of_it(&client).await;
         drop(client);
         server.kill().await.unwrap();
@@ -232,6 +233,11 @@ fn long_requests_are_split_to_what_the_server_takes() {
             tokio::spawn(
                 async move { zero.write_zeroes(at(512), bytes(5 << 30), ZeroOptions::default()).await },
             );
+        disk.until_waiting(1).await;
+        let (whole, reply) = disk.take();
+        assert_eq!(whole.range().count().0, 5 << 30, "lengths have 64 bits");
+        // A server that does not like it so long gets it in pieces.
+        reply.fail(NbdError::Overflow);
         let write = client.clone();
         let write = tokio::spawn(async move { write.write(at(0), noise(200_192), false).await });
         disk.until_waiting(6 + 4).await;

@@ -31,7 +31,7 @@ fn nbdinfo_sees_the_export_as_it_is() {
             "can_zero: true",
             "can_cache: true",
             "can_multi_conn: true",
-            "can_fast_zero: false",
+            "can_fast_zero: true",
             "block_size_minimum: 1",
             "block_size_preferred: 4096",
             "block_size_maximum: 33554432",
@@ -77,6 +77,24 @@ fn qemu_io_reads_what_it_wrote() {
         assert!(!printed.contains("failed"), "{printed}");
         let beyond = ["-f", "raw", "-c", "write 64M 4k", &uri];
         assert!(!command("qemu-io").args(beyond).output().await.unwrap().status.success());
+        server.shutdown(GRACE).await;
+    });
+}
+
+#[test]
+fn qemu_negotiates_extended_headers_and_zeroes_more_than_32_bits_at_once() {
+    on_a_worker(async {
+        let place = Place::new();
+        let disk = FileExport::open("disk", &place.image(16 << 30), false).unwrap();
+        let server = place.serve(disk).await;
+        let uri = place.uri("disk").to_string();
+        let trace = ["-T", "enable=nbd_*", "-f", "raw"];
+        let steps = ["-c", "write -P 9 6G 1M", "-c", "write -z -u -n 1G 10G", "-c", "read -P 0 6G 1M", &uri];
+        let output = command("qemu-io").args(trace).args(steps).output().await.unwrap();
+        let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(output.status.success() && !printed.contains("failed"), "{printed}");
+        assert!(printed.contains("(extended headers), type 1 (ack)"), "{printed}");
+        assert!(printed.contains(".from = 1073741824, .len = 10737418240"), "{printed}");
         server.shutdown(GRACE).await;
     });
 }

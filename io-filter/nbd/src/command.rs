@@ -7,15 +7,16 @@ use bytes::Bytes;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cookie(pub u64);
 
-/// How replies of a connection are framed, as the handshake settled it.
-///
-/// Extended headers will be a third style: everything that depends on framing matches on this.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How the messages of a connection are framed, as the handshake settled it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ReplyStyle {
     /// Every reply is a simple one.
+    #[default]
     Simple,
     /// READ and BLOCK_STATUS are answered in chunks.
     Structured,
+    /// Extended headers: requests have lengths of 64 bits, everything is answered in chunks.
+    Extended,
 }
 
 /// One request of the transmission phase.

@@ -107,6 +107,9 @@ pub enum ProtocolError {
     /// EXPORT_NAME with a name that is too long or not UTF-8.
     #[error("client sent a malformed export name of {0} bytes")]
     MalformedExportName(u32),
+    /// EXPORT_NAME after extended headers, whose transmission phase only GO begins.
+    #[error("client sent EXPORT_NAME after it chose extended headers")]
+    ExportNameAfterExtendedHeaders,
     /// More options than a handshake may have.
     #[error("client sent more than {0} options")]
     TooManyOptions(u32),

@@ -84,11 +84,12 @@ impl ExportInfo {
         }
     }
 
-    /// The transmission flags to announce.
-    pub fn transmission_flags(&self, style: ReplyStyle) -> TransmissionFlags {
-        let chunks = match style {
-            ReplyStyle::Simple => false,
-            ReplyStyle::Structured => true,
+    /// The transmission flags to announce; `context` tells that one was chosen for BLOCK_STATUS.
+    pub fn transmission_flags(&self, style: ReplyStyle, context: bool) -> TransmissionFlags {
+        let (chunks, payloads) = match style {
+            ReplyStyle::Simple => (false, false),
+            ReplyStyle::Structured => (true, false),
+            ReplyStyle::Extended => (true, context),
         };
         let mut bits = TransmissionFlags::HAS_FLAGS;
         for (set, bit) in [
@@ -102,6 +103,7 @@ impl ExportInfo {
             (self.multi_conn, TransmissionFlags::CAN_MULTI_CONN),
             (self.cache, TransmissionFlags::SEND_CACHE),
             (self.fast_zero && self.write_zeroes && !self.read_only, TransmissionFlags::SEND_FAST_ZERO),
+            (payloads, TransmissionFlags::BLOCK_STATUS_PAYLOAD),
         ] {
             if set {
                 bits |= bit;
@@ -127,6 +129,7 @@ impl TransmissionFlags {
     const CAN_MULTI_CONN: u16 = 1 << 8;
     const SEND_CACHE: u16 = 1 << 10;
     const SEND_FAST_ZERO: u16 = 1 << 11;
+    const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 
     /// The flags mean nothing when the server did not set the first of them.
     fn has(self, bit: u16) -> bool {
@@ -181,5 +184,10 @@ impl TransmissionFlags {
     /// The FAST_ZERO flag is served.
     pub fn fast_zero(self) -> bool {
         self.has(Self::SEND_FAST_ZERO)
+    }
+
+    /// BLOCK_STATUS may name the contexts it wants in a payload.
+    pub fn block_status_payload(self) -> bool {
+        self.has(Self::BLOCK_STATUS_PAYLOAD)
     }
 }

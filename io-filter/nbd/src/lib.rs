@@ -12,8 +12,8 @@
 //! intake's buffer plus one announced payload of at most [`MAX_PAYLOAD`].
 //!
 //! Layout and numbers follow the NBD specification (`doc/proto.md` of the NBD project).
-//! Everything on the wire is big-endian. Extended (64-bit) headers are not offered; their place is
-//! one more [`ReplyStyle`].
+//! Everything on the wire is big-endian. How messages are framed is one [`ReplyStyle`] per
+//! connection; what a server must do is listed, with its tests, in `CONFORMANCE.md`.
 
 mod command;
 mod error;

@@ -24,6 +24,10 @@ pub mod magic {
     pub const SIMPLE_REPLY: u32 = 0x6744_6698;
     /// Begin of a structured reply chunk.
     pub const STRUCTURED_REPLY: u32 = 0x668e_33ef;
+    /// Begin of a request with extended headers.
+    pub const EXTENDED_REQUEST: u32 = 0x21e4_1c71;
+    /// Begin of a reply chunk with extended headers.
+    pub const EXTENDED_REPLY: u32 = 0x6e8a_278c;
 }
 
 /// Handshake flags, of the server (16 bits) and of the client (32 bits).
@@ -54,6 +58,8 @@ pub mod option {
     pub const LIST_META_CONTEXT: u32 = 9;
     /// Choose metadata contexts for BLOCK_STATUS.
     pub const SET_META_CONTEXT: u32 = 10;
+    /// Negotiate extended headers: 64-bit lengths, one shape for every reply.
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Types of an answer to an option.
@@ -84,6 +90,8 @@ pub mod option_reply {
     pub const ERR_BLOCK_SIZE_REQD: u32 = ERROR_BIT | 8;
     /// The option's data is too long.
     pub const ERR_TOO_BIG: u32 = ERROR_BIT | 9;
+    /// Extended headers are needed, or are chosen already and cannot be taken back.
+    pub const ERR_EXT_HEADER_REQD: u32 = ERROR_BIT | 10;
 }
 
 /// Types of information about an export.
@@ -116,6 +124,8 @@ pub mod command {
     pub const WRITE_ZEROES: u16 = 6;
     /// Describe allocation.
     pub const BLOCK_STATUS: u16 = 7;
+    /// Change the size: an extension that is refused here.
+    pub const RESIZE: u16 = 8;
 }
 
 /// Request flags.
@@ -130,6 +140,8 @@ pub mod command_flag {
     pub const REQ_ONE: u16 = 1 << 3;
     /// Fail rather than write zeroes slowly.
     pub const FAST_ZERO: u16 = 1 << 4;
+    /// The length in the header is that of a payload (extended headers only).
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Structured reply chunks.
@@ -144,6 +156,8 @@ pub mod chunk {
     pub const OFFSET_HOLE: u16 = 2;
     /// Context and extents.
     pub const BLOCK_STATUS: u16 = 5;
+    /// Context, count and extents of 64 bits (extended headers only).
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     /// Set in every error type.
     pub const ERROR_BIT: u16 = 1 << 15;
     /// Error and text.
@@ -164,6 +178,8 @@ pub mod base_allocation {
 
 /// Bytes of a request's header.
 pub const REQUEST_HEADER: usize = 4 + 2 + 2 + 8 + 8 + 4;
+/// Bytes of a request's header, and of a reply chunk's, with extended headers.
+pub const EXTENDED_HEADER: usize = 32;
 /// Bytes of a simple reply's header.
 pub const SIMPLE_HEADER: usize = 4 + 4 + 8;
 /// Bytes of a structured reply chunk's header.

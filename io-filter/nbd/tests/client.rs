@@ -57,6 +57,7 @@ fn block_sizes(minimum: u32, preferred: u32, maximum: u32) -> Vec<u8> {
 fn at_go() -> Client {
     let mut client = Client::open("disk");
     client.answers(GREETING);
+    client.answers(&option_reply(code::EXTENDED_HEADERS, reply::ERR_UNSUP, &[]));
     let go_sent = client.answers(&option_reply(code::STRUCTURED_REPLY, reply::ERR_UNSUP, &[]));
     assert_eq!(go_sent, option(code::GO, &go("disk", &[3])));
     client
@@ -66,7 +67,9 @@ fn at_go() -> Client {
 fn the_whole_way_to_an_export() {
     let mut client = Client::open("disk");
     let written = client.answers(GREETING);
-    assert_eq!(written, [&FLAGS[..], &option(code::STRUCTURED_REPLY, &[])].concat());
+    assert_eq!(written, [&FLAGS[..], &option(code::EXTENDED_HEADERS, &[])].concat());
+    let written = client.answers(&option_reply(code::EXTENDED_HEADERS, reply::ERR_UNSUP, &[]));
+    assert_eq!(written, option(code::STRUCTURED_REPLY, &[]));
     let written = client.answers(&option_reply(code::STRUCTURED_REPLY, reply::ACK, &[]));
     let wanted = contexts("disk", &["base:allocation"]);
     assert_eq!(written, option(code::SET_META_CONTEXT, &wanted));
@@ -170,8 +173,8 @@ fn parsed(style: ReplyStyle, bytes: &[u8]) -> Result<Option<Reply>, ProtocolErro
     feed(&mut intake, bytes);
     ReplyParser::new(&session).next(&mut intake, |cookie| match cookie.0 {
         1 => ByteRange::new(ByteOffset(512), ByteCount(1024)).map(Expected::Read),
-        2 => Some(Expected::Extents),
-        3 => Some(Expected::Plain),
+        2 => Some(Expected::Extents(ByteOffset(4096))),
+        3 => Some(Expected::Plain(ByteOffset(0))),
         _ => None,
     })
 }

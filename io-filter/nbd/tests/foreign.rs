@@ -48,6 +48,7 @@ struct Client {
     stream: UnixStream,
     intake: Intake,
     parser: ReplyParser,
+    style: ReplyStyle,
     next: u64,
 }
 
@@ -62,7 +63,8 @@ impl Client {
                 Step::NeedMore => assert!(read_some(&mut stream, &mut intake)),
                 Step::Transmission(session) => {
                     let parser = ReplyParser::new(&session);
-                    return (Self { stream, intake, parser, next: 0 }, session);
+                    let style = session.style;
+                    return (Self { stream, intake, parser, style, next: 0 }, session);
                 }
                 Step::Listed(_) => panic!("no list was asked for"),
             }
@@ -74,7 +76,7 @@ impl Client {
         self.next += 1;
         let cookie = Cookie(self.next);
         let mut out = BytesMut::new();
-        encode_request(&mut out, cookie, command);
+        encode_request(&mut out, self.style, cookie, command);
         if let Command::Write { data, .. } = command {
             out.extend_from_slice(data);
         }
@@ -97,7 +99,7 @@ impl Client {
 
     fn leave(mut self) {
         let mut out = BytesMut::new();
-        encode_disconnect(&mut out);
+        encode_disconnect(&mut out, self.style);
         self.stream.write_all(&out).unwrap();
     }
 }
@@ -136,7 +138,7 @@ fn our_client_and_our_server_agree_on_everything() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = thread::spawn(move || serve(theirs, &mut vec![1; SIZE as usize]));
     let (mut client, session) = Client::open(ours, "coarse");
-    assert_eq!((session.size, session.style), (ByteCount(SIZE), ReplyStyle::Structured));
+    assert_eq!((session.size, session.style), (ByteCount(SIZE), ReplyStyle::Extended));
     assert_eq!(session.base_allocation, Some(1));
     assert_eq!(session.block_sizes.minimum, 4096);
     let (offset, length) = (ByteOffset(0), ByteCount(8192));

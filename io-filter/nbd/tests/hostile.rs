@@ -3,12 +3,15 @@
 mod support;
 
 use backtide_nbd::client::{self, Expected, ReplyParser};
-use backtide_nbd::server::{Handshake, Incoming, RequestParser, Step};
-use backtide_nbd::{Cookie, Intake, MAX_PAYLOAD, wire};
+use backtide_nbd::server::{Handshake, Incoming, RequestParser, Session, Step};
+use backtide_nbd::{Cookie, Intake, MAX_PAYLOAD, ReplyStyle, wire};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::BytesMut;
-use proptest::{collection::vec, prelude::*, sample::select};
-use support::{Three, contexts, feed, go, option, option_reply, request, session};
+use proptest::{collection::vec, prelude::*, sample::select, test_runner::TestCaseError};
+use support::{
+    Three, client_session, contexts, extended, extended_session, feed, go, option, option_reply, request,
+    session,
+};
 
 /// Arbitrary bytes, or something that is almost right.
 fn almost(right: impl Strategy<Value = Vec<u8>> + 'static) -> impl Strategy<Value = Vec<u8>> {
@@ -30,7 +33,7 @@ fn some_option() -> impl Strategy<Value = Vec<u8>> {
         Just(contexts("disk", &["base:allocation", "base:"])),
         Just(vec![]),
     ];
-    (0_u32..12, data).prop_map(|(code, data)| option(code, &data))
+    (0_u32..13, data).prop_map(|(code, data)| option(code, &data))
 }
 
 fn some_request() -> impl Strategy<Value = Vec<u8>> {
@@ -41,7 +44,7 @@ fn some_request() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn some_chunk() -> impl Strategy<Value = Vec<u8>> {
-    let kind = select(vec![0_u16, 1, 2, 5, 0x8001, 0x8002, 7, 0xffff]);
+    let kind = select(vec![0_u16, 1, 2, 5, 6, 0x8001, 0x8002, 7, 0xffff]);
     (any::<bool>(), kind, 0_u64..3, 0_u16..2, vec(any::<u8>(), 0..40)).prop_map(
         |(simple, kind, cookie, flags, payload)| {
             if simple {
@@ -68,8 +71,58 @@ fn some_answer() -> impl Strategy<Value = Vec<u8>> {
         Just(vec![0, 3, 0, 0, 0, 1, 0, 0, 16, 0, 2, 0, 0, 0]),
         Just(vec![]),
     ];
-    (select(vec![3_u32, 7, 8, 10]), reply, data)
+    (select(vec![3_u32, 7, 8, 10, 11]), reply, data)
         .prop_map(|(code, reply, data)| option_reply(code, reply, &data))
+}
+
+fn some_extended_request() -> impl Strategy<Value = Vec<u8>> {
+    let offset = select(vec![0, 512, 4096, support::SIZE - 1, u64::MAX - 1]);
+    let length = select(vec![0_u64, 1, 12, 512, 16, 70_000, 33 << 20, 1 << 40, u64::MAX]);
+    let payload = prop_oneof![
+        Just(vec![]),
+        vec(any::<u8>(), 0..40),
+        Just([0_u32, 512, 1].into_iter().flat_map(u32::to_be_bytes).collect()),
+    ];
+    (0_u16..10, 0_u16..128, any::<u64>(), offset, length, payload).prop_map(
+        |(kind, flags, cookie, offset, length, payload)| {
+            [extended(kind, flags, cookie, offset, length), payload].concat()
+        },
+    )
+}
+
+/// A structured chunk with the header of an extended one, at the offset of a read.
+fn widened(chunk: Vec<u8>) -> Vec<u8> {
+    let Some((header, payload)) = chunk.split_first_chunk::<20>() else { return chunk };
+    let offset: u64 = if header[15] == 1 { 512 } else { 0 };
+    let mut bytes = wire::magic::EXTENDED_REPLY.to_be_bytes().to_vec();
+    bytes.extend_from_slice(&header[4..16]);
+    bytes.extend_from_slice(&offset.to_be_bytes());
+    bytes.extend_from_slice(&[0; 4]);
+    bytes.extend_from_slice(&header[16..]);
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+/// Whatever comes out of the parser lies inside the export, and nothing more is held.
+fn requests_are_inside(session: &Session, messages: Vec<Vec<u8>>) -> Result<(), TestCaseError> {
+    let (mut parser, mut intake) = (RequestParser::new(session), Intake::new());
+    for message in messages {
+        feed(&mut intake, &message);
+        loop {
+            match parser.next(&mut intake) {
+                Ok(Some(Incoming::Request(to, command))) => {
+                    let whole = ByteRange::new(ByteOffset::ZERO, session.export.size).unwrap();
+                    prop_assert!(whole.contains(command.range()));
+                    prop_assert!(to.data_length() <= MAX_PAYLOAD);
+                }
+                Ok(Some(Incoming::Refused(..))) => {}
+                Ok(None) => break,
+                Ok(Some(Incoming::Disconnect)) | Err(_) => return Ok(()),
+            }
+        }
+        check_bounds(&intake);
+    }
+    Ok(())
 }
 
 /// No more is held than the read buffer and one payload.
@@ -109,24 +162,15 @@ proptest! {
         export in select(vec!["disk", "golden", "coarse"]),
         messages in vec(almost(some_request()), 0..12),
     ) {
-        let session = session(export);
-        let (mut parser, mut intake) = (RequestParser::new(&session), Intake::new());
-        'connection: for message in messages {
-            feed(&mut intake, &message);
-            loop {
-                match parser.next(&mut intake) {
-                    Ok(Some(Incoming::Request(to, command))) => {
-                        let whole = ByteRange::new(ByteOffset::ZERO, session.export.size).unwrap();
-                        prop_assert!(whole.contains(command.range()));
-                        prop_assert!(to.data_length() <= MAX_PAYLOAD);
-                    }
-                    Ok(Some(Incoming::Refused(..))) => {}
-                    Ok(None) => break,
-                    Ok(Some(Incoming::Disconnect)) | Err(_) => break 'connection,
-                }
-            }
-            check_bounds(&intake);
-        }
+        requests_are_inside(&session(export), messages)?;
+    }
+
+    #[test]
+    fn a_server_survives_any_extended_request(
+        export in select(vec!["disk", "golden", "coarse"]),
+        messages in vec(almost(some_extended_request()), 0..12),
+    ) {
+        requests_are_inside(&extended_session(export), messages)?;
     }
 
     #[test]
@@ -149,23 +193,22 @@ proptest! {
     }
 
     #[test]
-    fn a_client_survives_any_reply(messages in vec(almost(some_chunk()), 0..12)) {
-        let session = client::Session {
-            size: ByteCount(support::SIZE),
-            flags: session("disk").export.transmission_flags(backtide_nbd::ReplyStyle::Structured),
-            style: backtide_nbd::ReplyStyle::Structured,
-            base_allocation: Some(1),
-            block_sizes: backtide_nbd::BlockSizes::default(),
-        };
+    fn a_client_survives_any_reply(
+        extended in any::<bool>(),
+        messages in vec(almost(some_chunk()), 0..12),
+    ) {
+        let style = if extended { ReplyStyle::Extended } else { ReplyStyle::Structured };
+        let session = client_session(style);
         let (mut parser, mut intake) = (ReplyParser::new(&session), Intake::new());
         let range = ByteRange::new(ByteOffset(512), ByteCount(1024)).unwrap();
         let in_flight = |cookie: Cookie| match cookie.0 {
-            0 => Some(Expected::Plain),
+            0 => Some(Expected::Plain(ByteOffset(0))),
             1 => Some(Expected::Read(range)),
-            2 => Some(Expected::Extents),
+            2 => Some(Expected::Extents(ByteOffset(0))),
             _ => None,
         };
         'connection: for message in messages {
+            let message = if extended { widened(message) } else { message };
             feed(&mut intake, &message);
             loop {
                 match parser.next(&mut intake, in_flight) {

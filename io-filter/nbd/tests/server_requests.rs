@@ -124,11 +124,14 @@ fn bad_requests_get_the_specified_errors() {
         // Whatever was refused, the next request is understood.
         assert_eq!(requests.command(&request(FLUSH, 0, 0, 0, 0)), Command::Flush);
     }
-    // A size large enough for reads beyond the limit: told apart by DF.
+    // A size large enough for reads beyond the limit; old clients do not know EOVERFLOW.
     let mut session = session("disk");
     session.export.size = ByteCount(1 << 40);
     let mut large = Requests { parser: RequestParser::new(&session), intake: Intake::new() };
     assert_eq!(large.refusal(&request(READ, 4, 0, 0, MAX + 1)), Overflow);
+    assert_eq!(large.refusal(&request(READ, 0, 0, 0, MAX + 1)), Overflow);
+    session.style = ReplyStyle::Simple;
+    let mut large = Requests { parser: RequestParser::new(&session), intake: Intake::new() };
     assert_eq!(large.refusal(&request(READ, 0, 0, 0, MAX + 1)), Invalid);
     assert!(matches!(large.command(&request(READ, 0, 0, 0, MAX)), Command::Read { .. }));
     assert!(matches!(large.command(&request(TRIM, 0, 0, 0, u32::MAX)), Command::Trim { .. }));
@@ -193,8 +196,11 @@ fn reply(
     encode: impl Fn(ReplyEncoder, backtide_nbd::server::ReplyTo, &mut BytesMut),
 ) -> Vec<u8> {
     let mut out = BytesMut::new();
-    match Requests::of("disk").send(bytes) {
-        Some(Incoming::Request(to, _)) => encode(ReplyEncoder::new(style), to, &mut out),
+    let mut session = session("disk");
+    let mut requests = Requests { parser: RequestParser::new(&session), intake: Intake::new() };
+    session.style = style;
+    match requests.send(bytes) {
+        Some(Incoming::Request(to, _)) => encode(ReplyEncoder::new(&session), to, &mut out),
         other => panic!("not taken: {other:?}"),
     }
     out.to_vec()

@@ -81,11 +81,11 @@ impl Gather {
             return Ok(Answer::Refused(error, text));
         }
         match self.expected {
-            Expected::Plain => Ok(Answer::Done),
-            Expected::Extents if self.extents.is_empty() => {
+            Expected::Plain(_) => Ok(Answer::Done),
+            Expected::Extents(_) if self.extents.is_empty() => {
                 Err(ProtocolError::Malformed("block status: it has no extents"))
             }
-            Expected::Extents => Ok(Answer::Extents(self.extents)),
+            Expected::Extents(_) => Ok(Answer::Extents(self.extents)),
             Expected::Read(range) => match self.data {
                 Gathered::Whole(data) => Ok(Answer::Data(data)),
                 Gathered::Parts { bytes, received } if received == range.count().0 => {
@@ -128,7 +128,7 @@ impl Gather {
     fn range(&self) -> Result<ByteRange, ProtocolError> {
         match self.expected {
             Expected::Read(range) => Ok(range),
-            Expected::Plain | Expected::Extents => Err(ProtocolError::WrongChunk("data")),
+            Expected::Plain(_) | Expected::Extents(_) => Err(ProtocolError::WrongChunk("data")),
         }
     }
 }

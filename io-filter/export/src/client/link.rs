@@ -14,7 +14,7 @@ use std::{
 };
 
 use backtide_nbd::client::{Expected, ReplyParser, encode_disconnect, encode_request};
-use backtide_nbd::{Command, Cookie, Intake};
+use backtide_nbd::{Command, Cookie, Intake, ReplyStyle};
 use bytes::Bytes;
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -47,6 +47,7 @@ pub(super) struct Link {
     requests: Arc<Semaphore>,
     units: Arc<Semaphore>,
     units_max: u32,
+    style: ReplyStyle,
 }
 
 #[derive(Debug, Default)]
@@ -78,6 +79,7 @@ impl Link {
             requests: Arc::new(Semaphore::new(bounds.requests.max(1))),
             units: Arc::new(Semaphore::new(units_max as usize)),
             units_max,
+            style: connected.session.style,
         });
         let parser = ReplyParser::new(&connected.session);
         let Connected { stream, intake, .. } = connected;
@@ -90,9 +92,9 @@ impl Link {
         let units = (request.range().count().0 / UNIT + 1).min(u64::from(self.units_max)) as u32;
         // Commands without data hold no bytes, but a slot.
         let units = match Expected::by(&request) {
-            Expected::Plain if !matches!(request, Command::Write { .. }) => 1,
-            Expected::Extents => 1,
-            Expected::Plain | Expected::Read(_) => units,
+            Expected::Plain(_) if !matches!(request, Command::Write { .. }) => 1,
+            Expected::Extents(_) => 1,
+            Expected::Plain(_) | Expected::Read(_) => units,
         };
         let permits = (
             Arc::clone(&self.requests).acquire_owned().await.expect("never closed"),
@@ -117,7 +119,7 @@ impl Link {
                 | Command::Cache { .. }
                 | Command::BlockStatus { .. } => Bytes::new(),
             };
-            state.output.push(0, data, |out| encode_request(out, Cookie(cookie), &request));
+            state.output.push(0, data, |out| encode_request(out, self.style, Cookie(cookie), &request));
             state.sleeper.take()
         };
         if let Some(sleeper) = sleeper {
@@ -132,7 +134,7 @@ impl Link {
             let mut state = self.lock();
             if !state.leaving && state.ended.is_none() {
                 state.leaving = true;
-                state.output.push(0, Bytes::new(), encode_disconnect);
+                state.output.push(0, Bytes::new(), |out| encode_disconnect(out, self.style));
             }
             state.sleeper.take()
         };

@@ -4,7 +4,9 @@
 use std::{sync::Arc, time::Duration};
 
 use backtide_nbd::client::Session;
-use backtide_nbd::{BlockSizes, Command, CommandKind, Extent, NbdError, NbdUri, TransmissionFlags};
+use backtide_nbd::{
+    BlockSizes, Command, CommandKind, Extent, NbdError, NbdUri, ReplyStyle, TransmissionFlags,
+};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::oneshot;
@@ -16,7 +18,8 @@ use super::{
 };
 use crate::ClientError;
 
-/// The longest request without payload; lengths are 32 bits on the wire.
+/// The longest request without payload where lengths are 32 bits on the wire, or where the server
+/// does not like longer ones.
 const LONGEST: u64 = 1 << 30;
 
 /// How to use a server.
@@ -239,7 +242,7 @@ impl Client {
         let mut extents = Vec::new();
         let mut at = range.start();
         while at < range.end() {
-            let length = ByteCount((range.end().0 - at.0).min(LONGEST));
+            let length = ByteCount((range.end().0 - at.0).min(self.longest()));
             let answer = self.send(Command::BlockStatus { offset: at, length, one: false }).await?;
             let asked = ByteRange::between(at, ByteOffset(at.0 + length.0));
             match self.wait(CommandKind::BlockStatus, asked, answer).await? {
@@ -275,11 +278,36 @@ impl Client {
         range: ByteRange,
         command: impl Fn(ByteRange) -> Command,
     ) -> Result<(), ClientError> {
+        if range.count().0 <= self.longest() {
+            let whole = if range.is_empty() { None } else { Some(range) };
+            let Err(error) = self.send_all(kind, whole, &command).await else { return Ok(()) };
+            let too_long = error.as_nbd() == NbdError::Overflow && range.count().0 > LONGEST;
+            if !too_long {
+                return Err(error);
+            }
+        }
+        self.send_all(kind, range.split_at_multiples(ByteCount(LONGEST)), &command).await
+    }
+
+    async fn send_all(
+        &self,
+        kind: CommandKind,
+        pieces: impl IntoIterator<Item = ByteRange>,
+        command: impl Fn(ByteRange) -> Command,
+    ) -> Result<(), ClientError> {
         let mut answers = Vec::new();
-        for piece in range.split_at_multiples(ByteCount(LONGEST)) {
+        for piece in pieces {
             answers.push((piece, self.send(command(piece)).await?));
         }
         self.wait_all(kind, answers).await
+    }
+
+    /// The longest request without payload that can be sent.
+    fn longest(&self) -> u64 {
+        match self.session.style {
+            ReplyStyle::Simple | ReplyStyle::Structured => LONGEST,
+            ReplyStyle::Extended => u64::MAX,
+        }
     }
 
     /// FUA by other means, for servers that have none.

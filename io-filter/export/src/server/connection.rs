@@ -119,7 +119,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             parser: RequestParser::new(&session),
             export,
             limits,
-            channel: Channel::new(ReplyEncoder::new(session.style)),
+            channel: Channel::new(ReplyEncoder::new(&session)),
             held: None,
             leaving: false,
             truncated: false,

@@ -21,6 +21,7 @@ impl FileExport {
         let file = File::options().read(true).write(!read_only).open(path)?;
         let mut info = ExportInfo::new(name, ByteCount(file.metadata()?.len()));
         info.read_only = read_only;
+        info.fast_zero = true;
         info.description = format!("the file {}", path.display());
         Ok(Rc::new(Self { file, info, buffers: RefCell::default() }))
     }
@@ -38,6 +39,15 @@ impl FileExport {
                 self.sync(fua)?;
             }
             Command::Flush => self.sync(true)?,
+            Command::WriteZeroes { fua, no_hole, fast: true, .. } => {
+                let how = if no_hole { FallocateFlags::ZERO_RANGE } else { FallocateFlags::PUNCH_HOLE };
+                if !range.is_empty() {
+                    // Where the file system cannot, the error says that it would not be fast.
+                    let how = how | FallocateFlags::KEEP_SIZE;
+                    fallocate(&self.file, how, range.start().0, range.count().0)?;
+                }
+                self.sync(fua)?;
+            }
             Command::Trim { fua, .. } | Command::WriteZeroes { fua, no_hole: false, .. } => {
                 self.zero(range, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE)?;
                 self.sync(fua)?;

@@ -1,9 +1,10 @@
 //! The client's handshake: from the server's greeting to transmission, or to a list of exports.
 //!
 //! ```text
-//! GREETING ─▶ STRUCTURED_REPLY ─▶ SET_META_CONTEXT ─▶ GO ─▶ Step::Transmission
-//!    │              └─ not granted ──────────────────▶ │
-//!    │                                                 └─ unknown ─▶ EXPORT_NAME ─▶ Transmission
+//! GREETING ─▶ EXTENDED_HEADERS ─▶ SET_META_CONTEXT ─▶ GO ─▶ Step::Transmission
+//!    │           │                       ▲             ▲ │
+//!    │           └─ no ─▶ STRUCTURED_REPLY ─ no ───────┘ │
+//!    │                                                   └─ unknown ─▶ EXPORT_NAME ─▶ Transmission
 //!    ├─ server without fixed newstyle ────────────────────────────▶ EXPORT_NAME
 //!    └─ the goal is a list ─▶ LIST ─▶ Step::Listed
 //! ```
@@ -135,7 +136,7 @@ impl Handshake {
         out.put_u32(u32::from(flags & known));
         let fixed = flags & handshake_flag::FIXED_NEWSTYLE != 0;
         match &self.goal {
-            Goal::Open(_) if fixed => self.send(option::STRUCTURED_REPLY, &[], out),
+            Goal::Open(_) if fixed => self.send(option::EXTENDED_HEADERS, &[], out),
             Goal::Open(_) => self.send_export_name(out),
             Goal::List if fixed => self.send(option::LIST, &[], out),
             Goal::List => {
@@ -173,7 +174,14 @@ impl Handshake {
             return Err(ProtocolError::TlsRequired);
         }
         match sent {
-            option::STRUCTURED_REPLY => self.structured_answered(reply, out),
+            option::EXTENDED_HEADERS => match reply {
+                option_reply::ACK => self.chunks_granted(ReplyStyle::Extended, out),
+                _ => self.send(option::STRUCTURED_REPLY, &[], out),
+            },
+            option::STRUCTURED_REPLY => match reply {
+                option_reply::ACK => self.chunks_granted(ReplyStyle::Structured, out),
+                _ => self.send_go(out),
+            },
             option::SET_META_CONTEXT => self.context_answered(reply, &data, out)?,
             option::GO => return self.go_answered(reply, &data, out),
             _ => return self.list_answered(reply, &data, out),
@@ -181,11 +189,8 @@ impl Handshake {
         Ok(None)
     }
 
-    fn structured_answered(&mut self, reply: u32, out: &mut BytesMut) {
-        if reply != option_reply::ACK {
-            return self.send_go(out);
-        }
-        self.style = ReplyStyle::Structured;
+    fn chunks_granted(&mut self, style: ReplyStyle, out: &mut BytesMut) {
+        self.style = style;
         let mut data = BytesMut::new();
         put_string(&mut data, self.export());
         data.put_u32(1);
@@ -228,7 +233,8 @@ impl Handshake {
                     self.described.ok_or(ProtocolError::Malformed("answer to GO: it tells no size"))?;
                 Ok(Some(Step::Transmission(self.session(size, flags))))
             }
-            option_reply::ERR_UNSUP => {
+            // A server with extended headers has GO, and they have no other way to begin.
+            option_reply::ERR_UNSUP if self.style != ReplyStyle::Extended => {
                 self.send_export_name(out);
                 Ok(None)
             }

@@ -1,4 +1,4 @@
-//! Replies in: simple ones and structured chunks become the same [`Reply`]s.
+//! Replies in: simple ones, structured chunks and extended ones become the same [`Reply`]s.
 //!
 //! ```text
 //! HEADER ─▶ Reply (nothing more to read)
@@ -23,25 +23,34 @@ const ERROR_MAX: u32 = 4 + 2 + wire::MAX_STRING as u32 + 8;
 /// What the reply to a request in flight may look like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
-    /// Success or error, nothing else.
-    Plain,
+    /// Success or error, nothing else; of a request at this offset.
+    Plain(ByteOffset),
     /// The bytes of this range.
     Read(ByteRange),
-    /// Extents.
-    Extents,
+    /// Extents from this offset on.
+    Extents(ByteOffset),
 }
 
 impl Expected {
     /// What `request` will be answered with.
     pub fn by(request: &Command) -> Self {
+        let range = request.range();
         match request {
-            Command::Read { .. } => Self::Read(request.range()),
-            Command::BlockStatus { .. } => Self::Extents,
+            Command::Read { .. } => Self::Read(range),
+            Command::BlockStatus { .. } => Self::Extents(range.start()),
             Command::Write { .. }
             | Command::Flush
             | Command::Trim { .. }
             | Command::WriteZeroes { .. }
-            | Command::Cache { .. } => Self::Plain,
+            | Command::Cache { .. } => Self::Plain(range.start()),
+        }
+    }
+
+    /// Where the request begins.
+    fn offset(self) -> ByteOffset {
+        match self {
+            Self::Plain(offset) | Self::Extents(offset) => offset,
+            Self::Read(range) => range.start(),
         }
     }
 }
@@ -150,25 +159,37 @@ impl ReplyParser {
             return Ok(Taken::Nothing);
         }
         let found = bytes.get_u32();
-        if found == magic::SIMPLE_REPLY {
+        if found == magic::SIMPLE_REPLY && self.style != ReplyStyle::Extended {
             let (error, cookie) = (bytes.get_u32(), Cookie(bytes.get_u64()));
             intake.consume(wire::SIMPLE_HEADER);
             let expected = in_flight(cookie).ok_or(ProtocolError::UnknownCookie(cookie.0))?;
             return self.simple(cookie, error, expected);
         }
-        if found != magic::STRUCTURED_REPLY || self.style == ReplyStyle::Simple {
-            let expected = u64::from(magic::SIMPLE_REPLY);
-            let found = u64::from(found);
+        let (chunk_magic, header) = match self.style {
+            ReplyStyle::Simple => (magic::SIMPLE_REPLY, wire::SIMPLE_HEADER),
+            ReplyStyle::Structured => (magic::STRUCTURED_REPLY, wire::CHUNK_HEADER),
+            ReplyStyle::Extended => (magic::EXTENDED_REPLY, wire::EXTENDED_HEADER),
+        };
+        if found != chunk_magic {
+            let (expected, found) = (u64::from(chunk_magic), u64::from(found));
             return Err(ProtocolError::BadMagic { message: "a reply", expected, found });
         }
-        if bytes.len() < wire::CHUNK_HEADER - 4 {
+        if intake.buffered().len() < header {
             return Ok(Taken::Nothing);
         }
         let (flags, kind) = (bytes.get_u16(), bytes.get_u16());
-        let (cookie, length) = (Cookie(bytes.get_u64()), bytes.get_u32());
-        intake.consume(wire::CHUNK_HEADER);
+        let cookie = Cookie(bytes.get_u64());
         let expected = in_flight(cookie).ok_or(ProtocolError::UnknownCookie(cookie.0))?;
-        check_chunk(kind, length, expected)?;
+        let length = if self.style == ReplyStyle::Extended {
+            if ByteOffset(bytes.get_u64()) != expected.offset() {
+                return Err(ProtocolError::WrongChunk("another offset than the request's"));
+            }
+            bytes.get_u64()
+        } else {
+            u64::from(bytes.get_u32())
+        };
+        intake.consume(header);
+        let length = check_chunk(self.style, kind, length, expected)?;
         let last = flags & chunk::FLAG_DONE != 0;
         Ok(Taken::Awaits(State::Chunk { cookie, kind, last, length, expected }))
     }
@@ -176,11 +197,11 @@ impl ReplyParser {
     fn simple(&self, cookie: Cookie, error: u32, expected: Expected) -> Result<Taken, ProtocolError> {
         let content = match (NbdError::from_code(error), expected) {
             (Some(error), _) => Content::Error { error, text: String::new() },
-            (None, Expected::Plain) => Content::Nothing,
+            (None, Expected::Plain(_)) => Content::Nothing,
             (None, Expected::Read(range)) if self.style == ReplyStyle::Simple => {
                 return Ok(Taken::Awaits(State::SimpleData { cookie, range }));
             }
-            (None, Expected::Read(_) | Expected::Extents) => {
+            (None, Expected::Read(_) | Expected::Extents(_)) => {
                 return Err(ProtocolError::WrongChunk("a simple reply where chunks are due"));
             }
         };
@@ -225,17 +246,26 @@ impl ReplyParser {
         if Some(context) != self.context {
             return Err(ProtocolError::WrongChunk("extents of a context that was not chosen"));
         }
-        let mut extents = Vec::with_capacity(payload.len() / 8);
+        let wide = self.style == ReplyStyle::Extended;
+        if wide && payload.try_get_u32().ok().map(|count| count as usize) != Some(payload.len() / 16) {
+            return Err(ProtocolError::Malformed("count of extents"));
+        }
+        let mut extents = Vec::with_capacity(payload.len() / if wide { 16 } else { 8 });
         while payload.has_remaining() {
-            let length = payload.get_u32();
-            let flags = payload.get_u32();
-            if length == 0 {
+            // The chunk's length was checked to be whole extents.
+            let (length, flags) = if wide {
+                (payload.get_u64(), payload.get_u64())
+            } else {
+                (u64::from(payload.get_u32()), u64::from(payload.get_u32()))
+            };
+            // The contexts of `base:` have 32 bits of flags.
+            if length == 0 || flags > u64::from(u32::MAX) {
                 return Err(malformed);
             }
             extents.push(Extent {
-                length: ByteCount(u64::from(length)),
-                hole: flags & base_allocation::HOLE != 0,
-                zero: flags & base_allocation::ZERO != 0,
+                length: ByteCount(length),
+                hole: flags & u64::from(base_allocation::HOLE) != 0,
+                zero: flags & u64::from(base_allocation::ZERO) != 0,
             });
         }
         if extents.is_empty() { Err(malformed) } else { Ok(Content::Extents(extents)) }
@@ -248,34 +278,37 @@ enum Taken {
     Awaits(State),
 }
 
-/// Whether a chunk of this kind and length can answer the request, before any of it is read.
-fn check_chunk(kind: u16, length: u32, expected: Expected) -> Result<(), ProtocolError> {
-    let fits = |limit: u64| {
-        let found = u64::from(length);
-        if found <= limit {
-            Ok(())
-        } else {
-            Err(ProtocolError::TooLong { what: "a reply chunk", found, limit })
-        }
+/// The length of a chunk's payload, if this kind and length can answer the request; judged
+/// before any of it is read.
+fn check_chunk(style: ReplyStyle, kind: u16, length: u64, expected: Expected) -> Result<u32, ProtocolError> {
+    let fits = |limit: u64| match u32::try_from(length) {
+        Ok(taken) if length <= limit => Ok(taken),
+        Ok(_) | Err(_) => Err(ProtocolError::TooLong { what: "a reply chunk", found: length, limit }),
     };
     if kind & chunk::ERROR_BIT != 0 {
         return fits(u64::from(ERROR_MAX));
     }
+    let (extents, head, each) = match style {
+        ReplyStyle::Simple | ReplyStyle::Structured => (chunk::BLOCK_STATUS, 4, 8),
+        ReplyStyle::Extended => (chunk::BLOCK_STATUS_EXT, 8, 16),
+    };
     match (kind, expected) {
         (chunk::NONE, _) => fits(0),
         (chunk::OFFSET_DATA, Expected::Read(range)) if length > 8 => fits(range.count().0.saturating_add(8)),
-        (chunk::OFFSET_HOLE, Expected::Read(_)) if length == 12 => Ok(()),
-        (chunk::BLOCK_STATUS, Expected::Extents) if length % 8 == 4 => fits(u64::from(EXTENTS_MAX)),
-        (_, Expected::Plain) => Err(ProtocolError::WrongChunk("data for a plain request")),
+        (chunk::OFFSET_HOLE, Expected::Read(_)) if length == 12 => fits(12),
+        (kind, Expected::Extents(_)) if kind == extents && length % each == head => {
+            fits(u64::from(EXTENTS_MAX))
+        }
+        (_, Expected::Plain(_)) => Err(ProtocolError::WrongChunk("data for a plain request")),
         (_, Expected::Read(_)) => Err(ProtocolError::WrongChunk("not what a read brings")),
-        (_, Expected::Extents) => Err(ProtocolError::WrongChunk("not what block status brings")),
+        (_, Expected::Extents(_)) => Err(ProtocolError::WrongChunk("not what block status brings")),
     }
 }
 
 fn inside(expected: Expected, found: Option<ByteRange>) -> Result<ByteRange, ProtocolError> {
     match (expected, found) {
         (Expected::Read(range), Some(found)) if range.contains(found) && !found.is_empty() => Ok(found),
-        (Expected::Read(_) | Expected::Plain | Expected::Extents, _) => {
+        (Expected::Read(_) | Expected::Plain(_) | Expected::Extents(_), _) => {
             Err(ProtocolError::WrongChunk("bytes outside the read"))
         }
     }

@@ -1,17 +1,17 @@
 //! Requests out.
 
+use backtide_units::ByteRange;
 use bytes::{BufMut, BytesMut};
 
 use crate::wire::{command, command_flag, magic};
-use crate::{Command, CommandKind, Cookie};
+use crate::{Command, CommandKind, Cookie, ReplyStyle};
 
-/// Appends the header of `request`; the data of a WRITE has to follow it.
+/// Appends the header of `request`, framed in `style`; the data of a WRITE has to follow it.
 ///
 /// # Panics
-/// When the request is longer than `u32::MAX`: the caller splits.
-pub fn encode_request(out: &mut BytesMut, cookie: Cookie, request: &Command) {
+/// When the request is longer than `u32::MAX` without extended headers: the caller splits.
+pub fn encode_request(out: &mut BytesMut, style: ReplyStyle, cookie: Cookie, request: &Command) {
     let range = request.range();
-    let length = u32::try_from(range.count().0).expect("requests are split before they are sent");
     let (kind, flags) = match request {
         Command::Read { one_chunk, .. } => (CommandKind::Read, flag(*one_chunk, command_flag::DF)),
         Command::Write { fua, .. } => (CommandKind::Write, flag(*fua, command_flag::FUA)),
@@ -26,12 +26,22 @@ pub fn encode_request(out: &mut BytesMut, cookie: Cookie, request: &Command) {
         Command::Cache { .. } => (CommandKind::Cache, 0),
         Command::BlockStatus { one, .. } => (CommandKind::BlockStatus, flag(*one, command_flag::REQ_ONE)),
     };
-    put_header(out, flags, number(kind), cookie, range.start().0, length);
+    let payload = style == ReplyStyle::Extended && kind == CommandKind::Write;
+    let flags = flags | flag(payload, command_flag::PAYLOAD_LEN);
+    put_header(out, style, Header { flags, kind: number(kind), cookie, range });
 }
 
 /// Appends DISC: the server finishes what is in flight and closes.
-pub fn encode_disconnect(out: &mut BytesMut) {
-    put_header(out, 0, command::DISC, Cookie(0), 0, 0);
+pub fn encode_disconnect(out: &mut BytesMut, style: ReplyStyle) {
+    let (cookie, range) = (Cookie(0), ByteRange::default());
+    put_header(out, style, Header { flags: 0, kind: command::DISC, cookie, range });
+}
+
+struct Header {
+    flags: u16,
+    kind: u16,
+    cookie: Cookie,
+    range: ByteRange,
 }
 
 fn number(kind: CommandKind) -> u16 {
@@ -50,11 +60,20 @@ fn flag(set: bool, bit: u16) -> u16 {
     if set { bit } else { 0 }
 }
 
-fn put_header(out: &mut BytesMut, flags: u16, kind: u16, cookie: Cookie, offset: u64, length: u32) {
-    out.put_u32(magic::REQUEST);
-    out.put_u16(flags);
-    out.put_u16(kind);
-    out.put_u64(cookie.0);
-    out.put_u64(offset);
-    out.put_u32(length);
+fn put_header(out: &mut BytesMut, style: ReplyStyle, header: Header) {
+    let (magic, extended) = match style {
+        ReplyStyle::Simple | ReplyStyle::Structured => (magic::REQUEST, false),
+        ReplyStyle::Extended => (magic::EXTENDED_REQUEST, true),
+    };
+    let length = header.range.count().0;
+    out.put_u32(magic);
+    out.put_u16(header.flags);
+    out.put_u16(header.kind);
+    out.put_u64(header.cookie.0);
+    out.put_u64(header.range.start().0);
+    if extended {
+        out.put_u64(length);
+    } else {
+        out.put_u32(u32::try_from(length).expect("requests are split before they are sent"));
+    }
 }

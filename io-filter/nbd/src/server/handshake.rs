@@ -196,6 +196,7 @@ impl Handshake {
                 Err(refusal) => Err(refusal),
             },
             wire::option::STRUCTURED_REPLY => self.options.structured_reply(data, out),
+            wire::option::EXTENDED_HEADERS => self.options.extended_headers(data, out),
             wire::option::LIST_META_CONTEXT => self.options.list_contexts(data, catalog, out),
             wire::option::SET_META_CONTEXT => self.options.set_contexts(data, catalog, out),
             wire::option::STARTTLS => Err(Refusal::unsupported("TLS is not offered here")),
@@ -214,14 +215,17 @@ impl Handshake {
         catalog: &dyn Catalog,
         out: &mut BytesMut,
     ) -> Result<Step, ProtocolError> {
+        if self.options.style() == ReplyStyle::Extended {
+            return Err(ProtocolError::ExportNameAfterExtendedHeaders);
+        }
         let name = match std::str::from_utf8(data) {
-            Ok(name) if data.len() <= wire::MAX_STRING => name,
+            Ok(name) if data.len() <= wire::MAX_STRING && !data.contains(&0) => name,
             Ok(_) | Err(_) => return Err(ProtocolError::MalformedExportName(data.len() as u32)),
         };
         let export = catalog.find(name).ok_or_else(|| ProtocolError::UnknownExport(name.to_owned()))?;
         let session = self.options.session(name, export);
         out.put_u64(session.export.size.0);
-        out.put_u16(session.export.transmission_flags(session.style).0);
+        out.put_u16(session.export.transmission_flags(session.style, session.base_allocation).0);
         if !self.no_zeroes {
             out.put_bytes(0, wire::EXPORT_NAME_ZEROES);
         }

@@ -42,7 +42,7 @@ impl Refusal {
 /// What the options have settled so far.
 #[derive(Debug, Default)]
 pub(super) struct Options {
-    structured: bool,
+    style: ReplyStyle,
     /// The export SET_META_CONTEXT chose `base:allocation` for, by the name the client used.
     base_allocation_of: Option<String>,
 }
@@ -68,9 +68,8 @@ impl Options {
     /// What transmission on `export` will be like.
     pub(super) fn session(&self, requested: &str, export: ExportInfo) -> Session {
         let chosen = self.base_allocation_of.as_deref() == Some(requested);
-        let base_allocation = self.structured && chosen && export.block_status;
-        let style = if self.structured { ReplyStyle::Structured } else { ReplyStyle::Simple };
-        Session { requested: requested.to_owned(), export, style, base_allocation }
+        let base_allocation = self.style != ReplyStyle::Simple && chosen && export.block_status;
+        Session { requested: requested.to_owned(), export, style: self.style, base_allocation }
     }
 
     /// INFO and GO: describes the export.
@@ -99,7 +98,7 @@ impl Options {
         let mut body = BytesMut::new();
         body.put_u16(info::EXPORT);
         body.put_u64(export.size.0);
-        body.put_u16(export.transmission_flags(session.style).0);
+        body.put_u16(export.transmission_flags(session.style, session.base_allocation).0);
         put_reply(out, option, option_reply::INFO, &body);
         for (kind, text) in [(info::NAME, &export.name), (info::DESCRIPTION, &export.description)] {
             if wanted(kind) && (kind == info::NAME || !text.is_empty()) {
@@ -124,9 +123,28 @@ impl Options {
         if !data.is_empty() {
             return Err(Refusal::invalid("STRUCTURED_REPLY takes no data"));
         }
-        self.structured = true;
+        if self.style == ReplyStyle::Extended {
+            let text = "extended headers were chosen already";
+            return Err(Refusal::new(option_reply::ERR_EXT_HEADER_REQD, text));
+        }
+        self.style = ReplyStyle::Structured;
         put_reply(out, wire::option::STRUCTURED_REPLY, option_reply::ACK, &[]);
         Ok(())
+    }
+
+    /// EXTENDED_HEADERS; takes precedence over structured replies.
+    pub(super) fn extended_headers(&mut self, data: &[u8], out: &mut BytesMut) -> Result<(), Refusal> {
+        if !data.is_empty() {
+            return Err(Refusal::invalid("EXTENDED_HEADERS takes no data"));
+        }
+        self.style = ReplyStyle::Extended;
+        put_reply(out, wire::option::EXTENDED_HEADERS, option_reply::ACK, &[]);
+        Ok(())
+    }
+
+    /// How messages will be framed.
+    pub(super) fn style(&self) -> ReplyStyle {
+        self.style
     }
 
     /// LIST_META_CONTEXT.
@@ -164,7 +182,7 @@ impl Options {
     }
 
     fn context_queries(&self, mut data: &[u8], catalog: &dyn Catalog) -> Result<Queries, Refusal> {
-        if !self.structured {
+        if self.style == ReplyStyle::Simple {
             return Err(Refusal::invalid("metadata contexts need structured replies first"));
         }
         let export = take_string(&mut data)?;
@@ -200,6 +218,9 @@ fn take_string<'data>(data: &mut &'data [u8]) -> Result<&'data str, Refusal> {
     }
     let (string, rest) = data.split_at_checked(length).ok_or_else(|| Refusal::invalid("data is cut off"))?;
     *data = rest;
+    if string.contains(&0) {
+        return Err(Refusal::invalid("a string contains NUL"));
+    }
     std::str::from_utf8(string).map_err(|_| Refusal::invalid("a string is not UTF-8"))
 }
 

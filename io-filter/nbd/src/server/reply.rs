@@ -3,14 +3,16 @@
 //! The bytes of a read are never copied here: the encoder writes the header, the driver sends the
 //! data right after it.
 //!
-//! Invariant: every request gets exactly one reply, in the framing the handshake settled: READ
-//! and BLOCK_STATUS in chunks where structured replies were negotiated, the others simple.
+//! Invariants: every request gets exactly one reply, in the framing the handshake settled: all
+//! in chunks with extended headers; READ and BLOCK_STATUS in chunks and the others simple with
+//! structured replies. ENOTSUP answers nothing but a WRITE_ZEROES that had to be fast.
 
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::{BufMut, BytesMut};
 
+use super::handshake::Session;
 use super::option::{BASE_ALLOCATION_ID, cut};
-use crate::wire::{base_allocation, chunk, magic};
+use crate::wire::{self, base_allocation, chunk, magic};
 use crate::{Cookie, Extent, NbdError, ReplyStyle};
 
 /// The most extents in one answer; the client asks again for the rest.
@@ -20,6 +22,7 @@ const EXTENTS_MAX: usize = 16 << 10;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplyTo {
     pub(super) cookie: Cookie,
+    pub(super) offset: ByteOffset,
     pub(super) shape: Shape,
 }
 
@@ -27,10 +30,12 @@ pub struct ReplyTo {
 pub(super) enum Shape {
     /// Success or error, nothing else.
     Plain,
+    /// The same, of a WRITE_ZEROES that may fail for being slow.
+    FastZero,
     /// The bytes of a READ.
-    Read { offset: ByteOffset, length: u32 },
+    Read { length: ByteCount },
     /// The extents of a BLOCK_STATUS.
-    Status { length: u32, one: bool },
+    Status { length: ByteCount, one: bool },
 }
 
 impl ReplyTo {
@@ -42,8 +47,8 @@ impl ReplyTo {
     /// How many bytes of data the answer has to bring: those of a READ.
     pub fn data_length(self) -> ByteCount {
         match self.shape {
-            Shape::Read { length, .. } => ByteCount(u64::from(length)),
-            Shape::Plain | Shape::Status { .. } => ByteCount::ZERO,
+            Shape::Read { length } => length,
+            Shape::Plain | Shape::FastZero | Shape::Status { .. } => ByteCount::ZERO,
         }
     }
 }
@@ -52,12 +57,14 @@ impl ReplyTo {
 #[derive(Clone, Copy, Debug)]
 pub struct ReplyEncoder {
     style: ReplyStyle,
+    /// Extents are multiples of this many bytes.
+    block: u64,
 }
 
 impl ReplyEncoder {
-    /// For connections with replies of `style`.
-    pub fn new(style: ReplyStyle) -> Self {
-        Self { style }
+    /// For the transmission phase of `session`.
+    pub fn new(session: &Session) -> Self {
+        Self { style: session.style, block: u64::from(session.export.block_sizes.minimum) }
     }
 
     /// Success of a request that asks for no data.
@@ -66,10 +73,14 @@ impl ReplyEncoder {
     /// When the request was a READ of some bytes, or a BLOCK_STATUS.
     pub fn done(&self, to: ReplyTo, out: &mut BytesMut) {
         match to.shape {
-            Shape::Plain => put_simple(out, to.cookie, 0),
+            Shape::Plain | Shape::FastZero => {}
             Shape::Read { .. } | Shape::Status { .. } => {
                 panic!("a read or block status was answered without its data")
             }
+        }
+        match self.style {
+            ReplyStyle::Simple | ReplyStyle::Structured => put_simple(out, to.cookie, 0),
+            ReplyStyle::Extended => self.put_chunk(out, to, chunk::NONE, 0),
         }
     }
 
@@ -78,21 +89,19 @@ impl ReplyEncoder {
     /// # Panics
     /// When the request was no READ of that length.
     pub fn read_header(&self, to: ReplyTo, data_length: ByteCount, out: &mut BytesMut) {
-        let Shape::Read { offset, length } = to.shape else {
+        let Shape::Read { length } = to.shape else {
             panic!("a request that is no read was answered with data");
         };
-        assert!(
-            u64::from(length) == data_length.0,
-            "a read of {length} bytes was answered with {data_length}"
-        );
+        assert!(length == data_length, "a read of {length} bytes was answered with {data_length}");
         match self.style {
             ReplyStyle::Simple => put_simple(out, to.cookie, 0),
-            ReplyStyle::Structured if length == 0 => {
-                put_chunk(out, to.cookie, chunk::NONE, 0);
+            ReplyStyle::Structured | ReplyStyle::Extended if length.0 == 0 => {
+                self.put_chunk(out, to, chunk::NONE, 0);
             }
-            ReplyStyle::Structured => {
-                put_chunk(out, to.cookie, chunk::OFFSET_DATA, 8 + length);
-                out.put_u64(offset.0);
+            ReplyStyle::Structured | ReplyStyle::Extended => {
+                // Reads are no longer than the largest payload.
+                self.put_chunk(out, to, chunk::OFFSET_DATA, 8 + length.0 as u32);
+                out.put_u64(to.offset.0);
             }
         }
     }
@@ -106,67 +115,149 @@ impl ReplyEncoder {
         let Shape::Status { length, one } = to.shape else {
             panic!("a request that is no block status was answered with extents");
         };
-        let joined = joined(extents, length, if one { 1 } else { EXTENTS_MAX });
+        let joined = Joined::of(extents, length, if one { 1 } else { EXTENTS_MAX }, self.block);
         assert!(!joined.is_empty(), "a block status was answered with no extents");
-        put_chunk(out, to.cookie, chunk::BLOCK_STATUS, 4 + 8 * joined.len() as u32);
+        let count = joined.len() as u32;
+        if self.style == ReplyStyle::Extended {
+            self.put_chunk(out, to, chunk::BLOCK_STATUS_EXT, 4 + 4 + 16 * count);
+            out.put_u32(BASE_ALLOCATION_ID);
+            out.put_u32(count);
+            for (length, flags) in joined {
+                out.put_u64(length);
+                out.put_u64(u64::from(flags));
+            }
+            return;
+        }
+        self.put_chunk(out, to, chunk::BLOCK_STATUS, 4 + 8 * count);
         out.put_u32(BASE_ALLOCATION_ID);
         for (length, flags) in joined {
-            out.put_u32(length);
+            // No longer than the request, whose length had 32 bits.
+            out.put_u32(length as u32);
             out.put_u32(flags);
         }
     }
 
     /// A failed request, with a sentence for people where the framing has room for one.
     pub fn error(&self, to: ReplyTo, error: NbdError, text: &str, out: &mut BytesMut) {
-        let chunks = match (self.style, to.shape) {
-            (ReplyStyle::Simple, _) | (ReplyStyle::Structured, Shape::Plain) => false,
-            (ReplyStyle::Structured, Shape::Read { .. } | Shape::Status { .. }) => true,
+        let (chunks, error) = match (self.style, to.shape) {
+            (ReplyStyle::Extended, Shape::FastZero) => (true, fast_zero_error(error)),
+            (ReplyStyle::Simple | ReplyStyle::Structured, Shape::FastZero) => (false, fast_zero_error(error)),
+            (ReplyStyle::Extended, Shape::Plain | Shape::Read { .. } | Shape::Status { .. })
+            | (ReplyStyle::Structured, Shape::Read { .. } | Shape::Status { .. }) => {
+                (true, other_error(error))
+            }
+            (ReplyStyle::Structured, Shape::Plain)
+            | (ReplyStyle::Simple, Shape::Plain | Shape::Read { .. } | Shape::Status { .. }) => {
+                (false, other_error(error))
+            }
         };
         if !chunks {
             return put_simple(out, to.cookie, error.code());
         }
         let text = cut(text);
-        put_chunk(out, to.cookie, chunk::ERROR, 4 + 2 + text.len() as u32);
+        self.put_chunk(out, to, chunk::ERROR, 4 + 2 + text.len() as u32);
         out.put_u32(error.code());
         out.put_u16(text.len() as u16);
         out.put_slice(text);
     }
+
+    /// A chunk's header; every reply of ours is one chunk, so each is the last.
+    fn put_chunk(&self, out: &mut BytesMut, to: ReplyTo, kind: u16, length: u32) {
+        match self.style {
+            ReplyStyle::Simple => unreachable!("chunks were not negotiated"),
+            ReplyStyle::Structured => {
+                out.put_u32(magic::STRUCTURED_REPLY);
+                out.put_u16(chunk::FLAG_DONE);
+                out.put_u16(kind);
+                out.put_u64(to.cookie.0);
+                out.put_u32(length);
+            }
+            ReplyStyle::Extended => {
+                let mut header = [0; wire::EXTENDED_HEADER];
+                header[..4].copy_from_slice(&magic::EXTENDED_REPLY.to_be_bytes());
+                header[4..6].copy_from_slice(&chunk::FLAG_DONE.to_be_bytes());
+                header[6..8].copy_from_slice(&kind.to_be_bytes());
+                header[8..16].copy_from_slice(&to.cookie.0.to_be_bytes());
+                header[16..24].copy_from_slice(&to.offset.0.to_be_bytes());
+                header[24..].copy_from_slice(&u64::from(length).to_be_bytes());
+                out.put_slice(&header);
+            }
+        }
+    }
 }
 
-/// Lengths and wire flags of at most `most` extents covering at most `length` bytes.
-fn joined(extents: &[Extent], length: u32, most: usize) -> Vec<(u32, u32)> {
-    let mut joined: Vec<(u32, u32)> = Vec::new();
-    let mut left = length;
-    for extent in extents {
-        // What fits a u32 and what is left of the request is the smaller of both.
-        let take = u32::try_from(extent.length.0).unwrap_or(u32::MAX).min(left);
-        if take == 0 {
-            continue;
-        }
-        let hole = if extent.hole { base_allocation::HOLE } else { 0 };
-        let flags = hole | if extent.zero { base_allocation::ZERO } else { 0 };
-        let full = joined.len() == most;
-        match joined.last_mut() {
-            Some((length, same)) if *same == flags => *length += take,
-            Some(_) | None if full => break,
-            Some(_) | None => joined.push((take, flags)),
-        }
-        left -= take;
+/// What a WRITE_ZEROES that had to be fast may fail with: its length is no reason.
+fn fast_zero_error(error: NbdError) -> NbdError {
+    if error == NbdError::Overflow { NbdError::NotSupported } else { error }
+}
+
+/// What anything else may fail with: not being supported is what was not offered.
+fn other_error(error: NbdError) -> NbdError {
+    if error == NbdError::NotSupported { NbdError::Invalid } else { error }
+}
+
+/// The extents of one answer: lengths and wire flags, in whole blocks but for the request's end.
+struct Joined {
+    extents: Vec<(u64, u32)>,
+    most: usize,
+}
+
+impl Joined {
+    /// At most `most` extents covering at most `length` bytes, in blocks of `block` bytes.
+    fn of(extents: &[Extent], length: ByteCount, most: usize, block: u64) -> Vec<(u64, u32)> {
+        let mut joined = Self { extents: Vec::new(), most };
+        // None is no failure: there is no room for more.
+        let _ = joined.gather(extents, length.0, block);
+        joined.extents
     }
-    joined
+
+    fn gather(&mut self, extents: &[Extent], length: u64, block: u64) -> Option<()> {
+        let mut left = length;
+        // Bytes of a block that is not whole yet, and what is true of all of them.
+        let (mut partial, mut common) = (0, 0);
+        for extent in extents {
+            let hole = if extent.hole { base_allocation::HOLE } else { 0 };
+            let flags = hole | if extent.zero { base_allocation::ZERO } else { 0 };
+            let mut take = extent.length.0.min(left);
+            left -= take;
+            if partial > 0 {
+                let fill = take.min(block - partial);
+                (partial, common, take) = (partial + fill, common & flags, take - fill);
+                if partial < block {
+                    continue;
+                }
+                self.push(partial, common)?;
+            }
+            (partial, common) = (take % block, flags);
+            self.push(take - partial, flags)?;
+        }
+        if left == 0 {
+            self.push(partial, common)
+        } else if self.extents.is_empty() && partial > 0 {
+            // Nothing is known of the rest of the block: it may be data.
+            self.push(block.min(partial + left), 0)
+        } else {
+            Some(())
+        }
+    }
+
+    /// Appends an extent if it is one. `None` when there is no room.
+    fn push(&mut self, length: u64, flags: u32) -> Option<()> {
+        if length == 0 {
+            return Some(());
+        }
+        let full = self.extents.len() == self.most;
+        match self.extents.last_mut() {
+            Some((last, same)) if *same == flags => *last += length,
+            Some(_) | None if full => return None,
+            Some(_) | None => self.extents.push((length, flags)),
+        }
+        Some(())
+    }
 }
 
 fn put_simple(out: &mut BytesMut, cookie: Cookie, error: u32) {
     out.put_u32(magic::SIMPLE_REPLY);
     out.put_u32(error);
     out.put_u64(cookie.0);
-}
-
-/// A chunk's header; every reply of ours is one chunk, so each is the last.
-fn put_chunk(out: &mut BytesMut, cookie: Cookie, kind: u16, length: u32) {
-    out.put_u32(magic::STRUCTURED_REPLY);
-    out.put_u16(chunk::FLAG_DONE);
-    out.put_u16(kind);
-    out.put_u64(cookie.0);
-    out.put_u32(length);
 }

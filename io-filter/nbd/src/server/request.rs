@@ -2,22 +2,27 @@
 //!
 //! ```text
 //! HEADER ─▶ WRITE ─▶ PAYLOAD ─▶ Incoming::Request
-//!   ├─▶ WRITE that is refused ─▶ SKIP its payload ─▶ Incoming::Refused
+//!   ├─▶ contexts of a BLOCK_STATUS ─▶ FILTER ─▶ Incoming::Request, Refused
+//!   ├─▶ a payload that is refused ─▶ SKIP it ─▶ Incoming::Refused
 //!   ├─▶ anything else ─▶ Incoming::Request, Refused, Disconnect
 //!   └─▶ no request at all ─▶ error: framing is lost, drop the connection
 //! ```
 //!
+//! Which commands have a payload: WRITE, and with extended headers those with the flag
+//! PAYLOAD_LEN, which says what the header's length counts.
+//!
 //! Invariants: a command that comes out lies inside the export, is aligned to its minimum block
 //! size, is no longer than its maximum where it carries data, writes only to a writable export
-//! and has only flags that were offered. The payload of a refused WRITE is never kept.
+//! and has only flags that were offered. The payload of a refused request is never kept.
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 
 use super::handshake::Session;
+use super::option::BASE_ALLOCATION_ID;
 use super::reply::{ReplyTo, Shape};
 use crate::wire::{self, command, command_flag, magic};
-use crate::{Command, Cookie, Intake, MAX_PAYLOAD, NbdError, ProtocolError, TransmissionFlags};
+use crate::{Command, Cookie, Intake, MAX_PAYLOAD, NbdError, ProtocolError, ReplyStyle, TransmissionFlags};
 
 /// What a client sent.
 #[derive(Debug, PartialEq, Eq)]
@@ -30,31 +35,39 @@ pub enum Incoming {
     Disconnect,
 }
 
+/// The payload of a BLOCK_STATUS that asks for the one context there is: the effect length and
+/// the context's id.
+const FILTER_LENGTH: u64 = 8 + 4;
+
 #[derive(Clone, Copy, Debug)]
 struct Header {
+    /// Without PAYLOAD_LEN where that has been understood.
     flags: u16,
     kind: u16,
     cookie: Cookie,
     offset: ByteOffset,
-    length: u32,
+    /// Of the payload if there is one, else what the request is about.
+    length: ByteCount,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum State {
     Header,
     Payload(Header),
-    Skip { to: ReplyTo, error: NbdError, remaining: usize },
+    Filter(Header),
+    Skip { to: ReplyTo, error: NbdError, remaining: u64 },
 }
 
 /// Reads the requests of one connection.
 #[derive(Debug)]
 pub struct RequestParser {
     state: State,
+    style: ReplyStyle,
     size: ByteCount,
     flags: TransmissionFlags,
     block_status: bool,
     minimum_block: u32,
-    maximum_length: u32,
+    maximum_length: u64,
 }
 
 impl RequestParser {
@@ -64,11 +77,12 @@ impl RequestParser {
         assert!(sizes.minimum.is_power_of_two(), "a block size of {} bytes", sizes.minimum);
         Self {
             state: State::Header,
+            style: session.style,
             size: session.export.size,
-            flags: session.export.transmission_flags(session.style),
+            flags: session.export.transmission_flags(session.style, session.base_allocation),
             block_status: session.base_allocation,
             minimum_block: sizes.minimum,
-            maximum_length: sizes.maximum.min(MAX_PAYLOAD.0 as u32),
+            maximum_length: u64::from(sizes.maximum).min(MAX_PAYLOAD.0),
         }
     }
 
@@ -80,32 +94,28 @@ impl RequestParser {
         loop {
             match self.state {
                 State::Header => {
-                    let Some(bytes) = intake.buffered().first_chunk() else {
-                        return Ok(None);
-                    };
-                    let header = Header::decode(bytes)?;
-                    intake.consume(wire::REQUEST_HEADER);
-                    if header.kind != command::WRITE {
-                        return Ok(Some(self.without_payload(header)));
+                    let Some(header) = self.take_header(intake)? else { return Ok(None) };
+                    if let Some(incoming) = self.begin(header)? {
+                        return Ok(Some(incoming));
                     }
-                    self.state = match self.check_write(header) {
-                        Ok(()) => State::Payload(header),
-                        Err(error) => State::Skip {
-                            to: header.reply_to(Shape::Plain),
-                            error,
-                            remaining: header.length as usize,
-                        },
-                    };
                 }
                 State::Payload(header) => {
-                    let Some(data) = intake.take(header.length as usize) else {
+                    let Some(data) = intake.take(header.length.0 as usize) else {
                         return Ok(None);
                     };
                     self.state = State::Header;
                     return Ok(Some(header.into_write(data)));
                 }
+                State::Filter(header) => {
+                    let Some(payload) = intake.take(FILTER_LENGTH as usize) else {
+                        return Ok(None);
+                    };
+                    self.state = State::Header;
+                    return Ok(Some(self.filtered(header, payload)));
+                }
                 State::Skip { to, error, remaining } => {
-                    let remaining = remaining - intake.discard(remaining);
+                    let there = usize::try_from(remaining).unwrap_or(usize::MAX);
+                    let remaining = remaining - intake.discard(there) as u64;
                     if remaining > 0 {
                         self.state = State::Skip { to, error, remaining };
                         return Ok(None);
@@ -121,17 +131,84 @@ impl RequestParser {
     pub fn is_inside(&self) -> bool {
         match self.state {
             State::Header => false,
-            State::Payload(_) | State::Skip { .. } => true,
+            State::Payload(_) | State::Filter(_) | State::Skip { .. } => true,
         }
+    }
+
+    fn take_header(&self, intake: &mut Intake) -> Result<Option<Header>, ProtocolError> {
+        let (header, length) = match self.style {
+            ReplyStyle::Simple | ReplyStyle::Structured => {
+                let Some(bytes) = intake.buffered().first_chunk() else { return Ok(None) };
+                (Header::decode(bytes)?, wire::REQUEST_HEADER)
+            }
+            ReplyStyle::Extended => {
+                let Some(bytes) = intake.buffered().first_chunk() else { return Ok(None) };
+                (Header::decode_extended(bytes)?, wire::EXTENDED_HEADER)
+            }
+        };
+        intake.consume(length);
+        Ok(Some(header))
+    }
+
+    /// What a header begins: a request that is all there, or a state that awaits its payload.
+    fn begin(&mut self, mut header: Header) -> Result<Option<Incoming>, ProtocolError> {
+        // QEMU up to 10.0 sends its writes without the flag, though the specification wants it; what
+        // follows them is a payload nevertheless.
+        let mut has_payload = header.kind == command::WRITE;
+        if self.style == ReplyStyle::Extended {
+            has_payload |= header.flags & command_flag::PAYLOAD_LEN != 0;
+            header.flags &= !command_flag::PAYLOAD_LEN;
+        }
+        if header.kind == command::DISC {
+            return Ok(Some(Incoming::Disconnect));
+        }
+        if !has_payload {
+            return Ok(Some(self.without_payload(header)));
+        }
+        if self.style == ReplyStyle::Extended && header.length.0 > self.maximum_length {
+            // Nothing so long was ever to be sent; skipping could take forever.
+            let (found, limit) = (header.length.0, self.maximum_length);
+            return Err(ProtocolError::TooLong { what: "the payload of a request", found, limit });
+        }
+        let error = if header.kind == command::WRITE {
+            match self.check_write(header) {
+                Ok(()) => {
+                    self.state = State::Payload(header);
+                    return Ok(None);
+                }
+                Err(error) => error,
+            }
+        } else if header.kind == command::BLOCK_STATUS
+            && self.flags.block_status_payload()
+            && header.length.0 == FILTER_LENGTH
+        {
+            self.state = State::Filter(header);
+            return Ok(None);
+        } else {
+            // A payload that no command has, or contexts that were not chosen or are named twice.
+            NbdError::Invalid
+        };
+        let to = header.reply_to(Shape::Plain);
+        self.state = State::Skip { to, error, remaining: header.length.0 };
+        Ok(None)
+    }
+
+    /// A BLOCK_STATUS that names the contexts it wants.
+    fn filtered(&self, header: Header, mut payload: Bytes) -> Incoming {
+        let (length, context) = (ByteCount(payload.get_u64()), payload.get_u32());
+        if context != BASE_ALLOCATION_ID {
+            return Incoming::Refused(header.reply_to(Shape::Plain), NbdError::Invalid);
+        }
+        self.without_payload(Header { length, ..header })
     }
 
     fn without_payload(&self, header: Header) -> Incoming {
         let shape = match header.kind {
-            command::READ => Shape::Read { offset: header.offset, length: header.length },
+            command::READ => Shape::Read { length: header.length },
             command::BLOCK_STATUS => {
                 Shape::Status { length: header.length, one: header.flags & command_flag::REQ_ONE != 0 }
             }
-            command::DISC => return Incoming::Disconnect,
+            command::WRITE_ZEROES if header.flags & command_flag::FAST_ZERO != 0 => Shape::FastZero,
             _ => Shape::Plain,
         };
         let to = header.reply_to(shape);
@@ -144,7 +221,7 @@ impl RequestParser {
     /// Checks a request without payload and says what it asks for.
     fn check(&self, header: Header) -> Result<Command, NbdError> {
         let offset = header.offset;
-        let length = ByteCount(u64::from(header.length));
+        let length = header.length;
         let flag = |bit: u16| header.flags & bit != 0;
         let fua = flag(command_flag::FUA);
         match header.kind {
@@ -152,9 +229,10 @@ impl RequestParser {
                 let df = if self.flags.df() { command_flag::DF } else { 0 };
                 self.check_flags(header, df)?;
                 self.check_range(header, NbdError::Invalid)?;
-                if header.length > self.maximum_length {
-                    let one_chunk = flag(command_flag::DF);
-                    return Err(if one_chunk { NbdError::Overflow } else { NbdError::Invalid });
+                if length.0 > self.maximum_length {
+                    // EOVERFLOW tells to ask for less at once; old clients do not know it.
+                    let knows = self.style != ReplyStyle::Simple;
+                    return Err(if knows { NbdError::Overflow } else { NbdError::Invalid });
                 }
                 Ok(Command::Read { offset, length, one_chunk: flag(command_flag::DF) })
             }
@@ -162,7 +240,7 @@ impl RequestParser {
                 self.check_flags(header, 0)?;
                 self.offered(self.flags.flush())?;
                 // Offset and length are reserved; a client that sets them means something else.
-                if offset != ByteOffset::ZERO || header.length != 0 {
+                if offset != ByteOffset::ZERO || length != ByteCount::ZERO {
                     return Err(NbdError::Invalid);
                 }
                 Ok(Command::Flush)
@@ -192,10 +270,11 @@ impl RequestParser {
             }
             command::BLOCK_STATUS => {
                 self.check_flags(header, command_flag::REQ_ONE)?;
-                self.offered(self.block_status && header.length > 0)?;
+                self.offered(self.block_status && length.0 > 0)?;
                 self.check_range(header, NbdError::Invalid)?;
                 Ok(Command::BlockStatus { offset, length, one: flag(command_flag::REQ_ONE) })
             }
+            // Among them RESIZE, which is not offered.
             _ => Err(NbdError::Invalid),
         }
     }
@@ -203,7 +282,7 @@ impl RequestParser {
     fn check_write(&self, header: Header) -> Result<(), NbdError> {
         self.check_flags(header, 0)?;
         self.check_writable()?;
-        if header.length > self.maximum_length {
+        if header.length.0 > self.maximum_length {
             return Err(NbdError::Invalid);
         }
         self.check_range(header, NbdError::NoSpace)
@@ -226,8 +305,7 @@ impl RequestParser {
 
     /// Inside the export (else `beyond`) and aligned to its blocks.
     fn check_range(&self, header: Header, beyond: NbdError) -> Result<(), NbdError> {
-        let length = ByteCount(u64::from(header.length));
-        let range = ByteRange::new(header.offset, length).ok_or(beyond)?;
+        let range = ByteRange::new(header.offset, header.length).ok_or(beyond)?;
         if range.end().0 > self.size.0 {
             return Err(beyond);
         }
@@ -240,26 +318,36 @@ impl RequestParser {
 
 impl Header {
     fn decode(bytes: &[u8; wire::REQUEST_HEADER]) -> Result<Self, ProtocolError> {
+        let [head @ .., a, b, c, d] = bytes;
+        Self::begin(head, magic::REQUEST, u64::from(u32::from_be_bytes([*a, *b, *c, *d])))
+    }
+
+    fn decode_extended(bytes: &[u8; wire::EXTENDED_HEADER]) -> Result<Self, ProtocolError> {
+        let [head @ .., a, b, c, d, e, f, g, h] = bytes;
+        Self::begin(head, magic::EXTENDED_REQUEST, u64::from_be_bytes([*a, *b, *c, *d, *e, *f, *g, *h]))
+    }
+
+    /// What both kinds of header begin with.
+    #[inline]
+    fn begin(bytes: &[u8; 24], expected: u32, length: u64) -> Result<Self, ProtocolError> {
         let u32_at = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let u64_at = |at: usize| u64::from(u32_at(at)) << 32 | u64::from(u32_at(at + 4));
-        if u32_at(0) != magic::REQUEST {
-            return Err(ProtocolError::BadMagic {
-                message: "a request",
-                expected: u64::from(magic::REQUEST),
-                found: u64::from(u32_at(0)),
-            });
+        let found = u32_at(0);
+        if found != expected {
+            let (expected, found) = (u64::from(expected), u64::from(found));
+            return Err(ProtocolError::BadMagic { message: "a request", expected, found });
         }
         Ok(Self {
             flags: u16::from_be_bytes([bytes[4], bytes[5]]),
             kind: u16::from_be_bytes([bytes[6], bytes[7]]),
             cookie: Cookie(u64_at(8)),
             offset: ByteOffset(u64_at(16)),
-            length: u32_at(24),
+            length: ByteCount(length),
         })
     }
 
     fn reply_to(self, shape: Shape) -> ReplyTo {
-        ReplyTo { cookie: self.cookie, shape }
+        ReplyTo { cookie: self.cookie, offset: self.offset, shape }
     }
 
     fn into_write(self, data: Bytes) -> Incoming {

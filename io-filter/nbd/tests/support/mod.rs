@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use backtide_nbd::server::{
     Catalog, Handshake, Incoming, ReplyEncoder, ReplyTo, RequestParser, Session, Step,
 };
-use backtide_nbd::{Command, ExportInfo, ExportSummary, Extent, Intake, ProtocolError, wire};
+use backtide_nbd::{Command, ExportInfo, ExportSummary, Extent, Intake, ProtocolError, ReplyStyle, wire};
 use backtide_units::ByteCount;
 use bytes::{BufMut, BytesMut};
 
@@ -101,6 +101,17 @@ pub(crate) fn request(kind: u16, flags: u16, cookie: u64, offset: u64, length: u
     bytes
 }
 
+/// A request's header with extended headers, as it travels.
+pub(crate) fn extended(kind: u16, flags: u16, cookie: u64, offset: u64, length: u64) -> Vec<u8> {
+    let mut bytes = wire::magic::EXTENDED_REQUEST.to_be_bytes().to_vec();
+    bytes.extend_from_slice(&flags.to_be_bytes());
+    bytes.extend_from_slice(&kind.to_be_bytes());
+    for word in [cookie, offset, length] {
+        bytes.extend_from_slice(&word.to_be_bytes());
+    }
+    bytes
+}
+
 /// A server machine and what it wrote.
 pub(crate) struct Server {
     machine: Handshake,
@@ -157,16 +168,36 @@ pub(crate) fn option_replies(code: u32, mut bytes: &[u8]) -> Vec<(u32, Vec<u8>)>
     replies
 }
 
-/// The session of a client that asked for `name` and everything we have.
+/// The session of a client that asked for `name`, structured replies and `base:allocation`.
 pub(crate) fn session(name: &str) -> Session {
+    session_with(wire::option::STRUCTURED_REPLY, name)
+}
+
+/// The same with extended headers.
+pub(crate) fn extended_session(name: &str) -> Session {
+    session_with(wire::option::EXTENDED_HEADERS, name)
+}
+
+fn session_with(style: u32, name: &str) -> Session {
     let mut server = Server::fixed();
-    server.answers(wire::option::STRUCTURED_REPLY, &[]);
+    server.answers(style, &[]);
     let chosen = contexts(name, &[wire::base_allocation::NAME]);
     server.answers(wire::option::SET_META_CONTEXT, &chosen);
     let data = go(name, &[wire::info::BLOCK_SIZE]);
     match server.send(&option(wire::option::GO, &data)).1 {
         Ok(Step::Transmission(session)) => *session,
         other => panic!("GO brought {other:?}"),
+    }
+}
+
+/// A client's session with framing of `style`, on a disk of [`SIZE`] bytes that serves everything.
+pub(crate) fn client_session(style: ReplyStyle) -> backtide_nbd::client::Session {
+    backtide_nbd::client::Session {
+        size: ByteCount(SIZE),
+        flags: session("disk").export.transmission_flags(style, true),
+        style,
+        base_allocation: Some(1),
+        block_sizes: backtide_nbd::BlockSizes::default(),
     }
 }
 
@@ -185,7 +216,7 @@ pub(crate) fn serve(mut stream: impl Read + Write, disk: &mut [u8]) -> Result<()
         }
     };
     let mut parser = RequestParser::new(&session);
-    let encoder = ReplyEncoder::new(session.style);
+    let encoder = ReplyEncoder::new(&session);
     loop {
         match parser.next(&mut intake)? {
             Some(Incoming::Request(to, command)) => carry_out(disk, command, encoder, to, &mut out),
