@@ -12,7 +12,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use backtide_agent_api::{AckPolicy, Limits, OnOutage};
+use backtide_agent_api::{AckPolicy, Adopted, Limits, OnOutage};
 use backtide_control::Address;
 use backtide_storage::{Storage, read_file, replace_file};
 use backtide_tracking::SavedTracking;
@@ -109,6 +109,23 @@ impl DiskRecord {
             acked_durable: Lsn::ZERO,
             last_time: CaptureTime::default(),
             image_at_detach: None,
+        }
+    }
+}
+
+impl DiskRecord {
+    /// The record of a disk whose history another agent, or this one before it lost its state, has
+    /// made: as after a crash, nothing is known of what differs.
+    pub(crate) fn adopted(fresh: Self, adopted: Adopted) -> Self {
+        let Adopted { uuid, history, epoch, durable, last_time } = adopted;
+        Self {
+            uuid,
+            epoch,
+            history: Some(history),
+            lsn_bound: durable,
+            acked_durable: durable,
+            last_time: last_time.unwrap_or_default(),
+            ..fresh
         }
     }
 }

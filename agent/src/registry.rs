@@ -111,7 +111,9 @@ impl Registry {
                 ApiError::new(ErrorCode::Exists, message).with_hint("detach it first, or use another name")
             );
         }
+        self.refuse_protected(&request).await?;
         let known = self.records.load(&request.name).map_err(|error| failed(&error))?;
+        refuse_adopted(&request, known.as_ref())?;
         let record = self.record_for(request, known);
         let name = record.name.clone();
         let handle = match self.start(record).await {
@@ -124,11 +126,28 @@ impl Registry {
         handle.status().await.map_err(|error| failed(&error))
     }
 
+    /// One image is one disk: two would write past each other.
+    async fn refuse_protected(&self, request: &AttachRequest) -> Result<(), ApiError> {
+        for name in self.disks.read().await.keys() {
+            let record = self.records.load(name).map_err(|error| failed(&error))?;
+            if record.is_some_and(|record| is_same_image(&record.image, &request.image)) {
+                let message =
+                    format!("{} is protected already: it is disk {name} of this agent", request.image);
+                return Err(ApiError::new(ErrorCode::Locked, message)
+                    .with_hint(format!("use disk {name}, or detach it first")));
+            }
+        }
+        Ok(())
+    }
+
     /// The record of an attach: what is asked for now, on top of what the disk's life so far is.
     fn record_for(&self, request: AttachRequest, known: Option<DiskRecord>) -> DiskRecord {
-        let AttachRequest { name, image, receiver, nbd, ack, on_outage, limits } = request;
-        let fresh = || DiskRecord::new(name, image.clone(), receiver.clone());
-        let mut record = known.unwrap_or_else(fresh);
+        let AttachRequest { name, image, receiver, nbd, ack, on_outage, limits, adopt } = request;
+        let fresh = || DiskRecord::new(name.clone(), image.clone(), receiver.clone());
+        let mut record = match adopt {
+            Some(adopted) => DiskRecord::adopted(fresh(), adopted),
+            None => known.unwrap_or_else(fresh),
+        };
         if record.image != image {
             // Another place may hold another content: what was saved is about the old one.
             record.image_at_detach = None;
@@ -280,12 +299,42 @@ async fn end(name: DiskName, attached: Attached, records: Records) {
     }
 }
 
+/// Whether two images, each a path or a URI, are the same file or device.
+fn is_same_image(one: &str, other: &str) -> bool {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let identity = |image: &str| {
+        let found = std::fs::metadata(image).ok()?;
+        // A device has many names, and its number is not that of the file system it is named in.
+        let device = found.file_type().is_block_device();
+        Some((device, if device { (found.rdev(), 0) } else { (found.dev(), found.ino()) }))
+    };
+    one == other || identity(one).is_some_and(|found| identity(other) == Some(found))
+}
+
+/// Only what this agent has no history of can be adopted: it would forget its own.
+fn refuse_adopted(request: &AttachRequest, known: Option<&DiskRecord>) -> Result<(), ApiError> {
+    let own = known.is_some_and(|record| record.history.is_some());
+    if request.adopt.is_none() || !own {
+        return Ok(());
+    }
+    let message = format!("this agent knows the history of disk {} itself", request.name);
+    Err(ApiError::new(ErrorCode::Exists, message).with_hint("attach it without adopting one"))
+}
+
 fn failed(error: &dyn std::error::Error) -> ApiError {
     ApiError::from_error(ErrorCode::Failed, error)
 }
 
 fn open_error(error: &OpenError) -> ApiError {
     use backtide_storage::ImageError;
+    if let OpenError::Image(ImageError::Missing { path }) = error
+        && let Ok(target) = std::fs::read_link(path)
+    {
+        let message =
+            format!("{} is a symbolic link to {}, which does not exist", path.display(), target.display());
+        return ApiError::new(ErrorCode::NotFound, message)
+            .with_hint("create or mount what the link points to");
+    }
     let (code, hint) = match error {
         OpenError::Image(ImageError::Missing { .. }) => {
             (ErrorCode::NotFound, "create the image first, for example with truncate or qemu-img")

@@ -153,18 +153,25 @@ impl AgentService for Service {
             let code = match error {
                 VerifyError::Running => ErrorCode::Busy,
                 VerifyError::NotInSync => ErrorCode::Refused,
-                VerifyError::Interrupted | VerifyError::Read { .. } => ErrorCode::Failed,
+                VerifyError::Interrupted | VerifyError::Cancelled | VerifyError::Read { .. } => {
+                    ErrorCode::Failed
+                }
             };
             ApiError::from_error(code, &error)
         })
     }
 
     async fn verify_status(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
-        let none = || {
-            ApiError::new(ErrorCode::NotFound, format!("disk {disk} has not been verified since its attach"))
-        };
-        self.ask(&disk, Command::VerifyStatus).await?.ok_or_else(none)
+        self.ask(&disk, Command::VerifyStatus).await?.ok_or_else(|| not_verified(&disk))
     }
+
+    async fn cancel_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
+        self.ask(&disk, Command::CancelVerify).await?.ok_or_else(|| not_verified(&disk))
+    }
+}
+
+fn not_verified(disk: &DiskName) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("disk {disk} has not been verified since its attach"))
 }
 
 #[cfg(test)]

@@ -27,16 +27,18 @@ use crate::{
     ending::{Ending, Failure, failed},
 };
 
-/// Does what was asked. SIGINT and SIGTERM end it with [`Failure::Interrupted`].
+/// Does what was asked. SIGINT, SIGTERM and, but for daemons, SIGHUP end it with
+/// [`Failure::Interrupted`].
 pub(crate) async fn run(context: &Context, command: Command) -> Result<Ending, Failure> {
     let stop = Stop::listen()?;
     match command {
         // These have something to put in order when they are stopped.
         Command::Up(up) => up.run(context, stop).await,
         Command::Demo(demo) => demo.run(context, stop).await,
-        Command::Agent(agent) => agent.run(context, stop).await,
-        Command::Receiver(receiver) => receiver.run(context, stop).await,
+        Command::Agent(agent) => agent.run(context, stop.outliving_the_terminal()).await,
+        Command::Receiver(receiver) => receiver.run(context, stop.outliving_the_terminal()).await,
         Command::Restore(restore) => restore.run(context, stop).await,
+        Command::Verify(verify) => verify.run(context, stop).await,
         other => stop.or(run_stoppable(context, other)).await,
     }
 }
@@ -54,7 +56,6 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Diff(diff) => diff.run(context).await,
         Command::Mount(mount) => mount.run(context).await,
         Command::Unmount(unmount) => unmount.run(context).await,
-        Command::Verify(verify) => verify.run(context).await,
         Command::Wait(wait) => wait.run(context).await,
         Command::Inspect(inspect) => inspect.run(context),
         Command::Completions(completions) => completions.run(context),
@@ -62,7 +63,8 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         | Command::Demo(_)
         | Command::Agent(_)
         | Command::Receiver(_)
-        | Command::Restore(_) => unreachable!("handled by the caller"),
+        | Command::Restore(_)
+        | Command::Verify(_) => unreachable!("handled by the caller"),
     }
 }
 
@@ -70,20 +72,34 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
 pub(crate) struct Stop {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
+    hang_up: tokio::signal::unix::Signal,
+    outlives_terminal: bool,
 }
 
 impl Stop {
     fn listen() -> Result<Self, Failure> {
         let listen =
             |kind| signal(kind).map_err(|error| failed(format!("cannot listen for signals: {error}")));
-        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hang_up: listen(SignalKind::hangup())?,
+            outlives_terminal: false,
+        })
+    }
+
+    /// For a daemon, which goes on when its terminal is closed.
+    pub(crate) fn outliving_the_terminal(self) -> Self {
+        Self { outlives_terminal: true, ..self }
     }
 
     /// Ready when a signal asks to stop.
     pub(crate) async fn asked(&mut self) {
+        let outlives_terminal = self.outlives_terminal;
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = self.hang_up.recv(), if !outlives_terminal => {}
         }
     }
 

@@ -12,9 +12,6 @@ use backtide_control::{ApiError, ErrorCode};
 
 use crate::context::Context;
 
-/// Exit code of a command that was interrupted by a signal.
-const INTERRUPTED: u8 = 130;
-
 /// Exit code of a command that did its work and has something to say about it.
 const WARNINGS: u8 = 3;
 
@@ -75,8 +72,9 @@ pub(crate) fn exit_code(result: Result<Ending, Failure>, context: &Context) -> E
         Ok(Ending::Warnings) => ExitCode::from(WARNINGS),
         Ok(Ending::Found(code)) => code.into(),
         Err(Failure::Interrupted) => {
-            say("backtide: interrupted");
-            ExitCode::from(INTERRUPTED)
+            let error = ApiError::new(ErrorCode::Interrupted, "interrupted");
+            say(&error_text(&error, context.json()));
+            error.code.into()
         }
         Err(Failure::Error(error)) => {
             say(&error_text(&error, context.json()));
@@ -95,16 +93,31 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
         };
     }
     if std::env::args_os().any(|argument| argument == "--json") {
-        let text = error.render().to_string();
-        let message = text.lines().next().unwrap_or_default();
-        let message = message.strip_prefix("error: ").unwrap_or(message);
-        let usage = ApiError::new(ErrorCode::Usage, message).with_hint("see `backtide help`");
+        let usage = ApiError::new(ErrorCode::Usage, usage_message(error)).with_hint("see `backtide help`");
         say(&error_text(&usage, true));
     } else {
         // Nothing can be done when stderr is gone.
         let _ = error.print();
     }
     ErrorCode::Usage.into()
+}
+
+/// What is wrong with the arguments, as one sentence.
+fn usage_message(error: &clap::Error) -> String {
+    use clap::error::ErrorKind;
+    let no_command = [ErrorKind::MissingSubcommand, ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand];
+    if no_command.contains(&error.kind()) {
+        return "a command is missing".to_owned();
+    }
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    // The first paragraph: what is wrong, and below it, further in, the arguments it is about.
+    let lines: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    match lines.split_first() {
+        Some((what, [])) => (*what).to_owned(),
+        Some((what, named)) => format!("{what} {}", named.join(", ")),
+        None => "the arguments are wrong".to_owned(),
+    }
 }
 
 /// The error as one line of JSON, or as a sentence and a hint.

@@ -36,6 +36,14 @@ pub(crate) fn size_both(size: ByteCount) -> String {
     }
 }
 
+/// So many of something: `1 range`, `3 ranges`.
+pub(crate) fn count_text(count: impl Into<u64>, noun: &str) -> String {
+    match count.into() {
+        1 => format!("1 {noun}"),
+        count => format!("{count} {noun}s"),
+    }
+}
+
 /// A time for people: RFC 3339 with the local zone, to the microsecond, so that it can be given
 /// back as a point.
 pub(crate) fn time_text(time: CaptureTime) -> String {

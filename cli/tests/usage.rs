@@ -91,6 +91,46 @@ fn wrong_usage_ends_with_2_and_a_near_miss_is_suggested() {
 }
 
 #[test]
+fn wrong_usage_as_json_is_one_whole_sentence() {
+    let bench = Bench::new();
+    for (wrong, sentence) in [
+        (vec!["--json"], "a command is missing"),
+        (vec!["--json", "status", "--wach"], "unexpected argument '--wach' found"),
+        (
+            vec!["--json", "restore", "vm1"],
+            "the following required arguments were not provided: --at <POINT>, --output <PATH|URI>",
+        ),
+    ] {
+        let said = bench.run(&wrong);
+        let error = error_of(&said.stderr);
+        assert_eq!((said.code, said.stdout.as_str()), (2, ""), "{wrong:?}: {said:?}");
+        assert_eq!((error["code"].as_str(), error["message"].as_str()), (Some("usage"), Some(sentence)));
+    }
+}
+
+#[test]
+fn an_up_that_fails_leaves_nothing_behind() {
+    let bench = Bench::new();
+    let (image, directory) = (bench.path("none.img"), bench.path("history"));
+    let up = ["up", image.to_str().unwrap(), "--dir", directory.to_str().unwrap()];
+    let said = bench.run(&up);
+    assert_eq!(said.code, 4, "{said:?}");
+    assert!(!directory.exists(), "{said:?}");
+    // What was there before stays.
+    std::fs::create_dir(&directory).unwrap();
+    assert_eq!(bench.run(&up).code, 4);
+    assert!(directory.exists());
+}
+
+#[test]
+fn a_directory_is_no_file_to_inspect() {
+    let bench = Bench::new();
+    let said = bench.run(&["inspect", bench.path("").to_str().unwrap()]);
+    assert_eq!(said.code, 2, "{said:?}");
+    assert!(said.stderr.contains("is no file"), "{said:?}");
+}
+
+#[test]
 fn an_absent_daemon_is_named_with_the_way_out() {
     let bench = Bench::new();
     let said = bench.run(&["status"]);

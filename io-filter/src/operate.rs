@@ -66,6 +66,9 @@ pub enum VerifyError {
     /// The disk left sync mode on the way.
     #[error("the disk left sync mode during the verify")]
     Interrupted,
+    /// Somebody asked for its end.
+    #[error("the verify was cancelled")]
+    Cancelled,
     /// The local disk could not be read.
     #[error("cannot read bytes {range} of the local disk: errno {errno}")]
     Read {
@@ -282,11 +285,21 @@ impl Filter {
         self.verify.as_ref().map(|job| (&job.report, job.result.as_ref()))
     }
 
+    /// Ends the verify that is running, if one is; what it found so far stays.
+    pub fn cancel_verify(&mut self, now: Now) {
+        self.observe(now);
+        self.end_verify(VerifyError::Cancelled);
+    }
+
     pub(crate) fn interrupt_verify(&mut self) {
+        self.end_verify(VerifyError::Interrupted);
+    }
+
+    fn end_verify(&mut self, why: VerifyError) {
         if let Some(job) = &mut self.verify
             && job.result.is_none()
         {
-            job.result = Some(Err(VerifyError::Interrupted));
+            job.result = Some(Err(why));
             job.pending.clear();
         }
     }

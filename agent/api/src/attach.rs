@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use backtide_control::Address;
-use backtide_units::{ByteCount, DiskName};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 use serde::{Deserialize, Serialize};
 
 /// Protect a disk: serve it over NBD through the filter and forward its writes to a receiver.
@@ -29,6 +29,27 @@ pub struct AttachRequest {
     /// Bounds; what is left out keeps its default.
     #[serde(default)]
     pub limits: LimitsRequest,
+    /// A history that the receiver keeps and this agent knows nothing of, to be continued: everything
+    /// is compared. None: a new disk, or one that the agent knows by its name.
+    #[serde(default)]
+    pub adopt: Option<Adopted>,
+}
+
+/// A disk as its receiver knows it, for an agent that has lost what it knew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adopted {
+    /// Its identity.
+    pub uuid: DiskId,
+    /// Its history at the receiver.
+    pub history: HistoryId,
+    /// The highest epoch seen there: the attach gets a higher one.
+    pub epoch: Epoch,
+    /// Everything up to here is durable there.
+    pub durable: Lsn,
+    /// When the last record there was captured; no later one is captured before it.
+    #[serde(default)]
+    pub last_time: Option<CaptureTime>,
 }
 
 /// When the guest's requests are acknowledged.

@@ -119,6 +119,14 @@ impl AgentClient {
     pub async fn verify_status(&self, disk: &DiskName) -> Result<VerifyStatus, ApiError> {
         self.client.get(&path(disk, "/verify"), NO_QUERY).await
     }
+
+    /// Ends the verify that is running.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn cancel_verify(&self, disk: &DiskName) -> Result<VerifyStatus, ApiError> {
+        self.client.delete(&path(disk, "/verify")).await
+    }
 }
 
 /// Disk names need no escaping in a path: that is what they are restricted for.

@@ -13,7 +13,7 @@ mod service;
 mod status;
 mod verify;
 
-pub use attach::{AckPolicy, AttachRequest, Limits, LimitsRequest, OnOutage};
+pub use attach::{AckPolicy, Adopted, AttachRequest, Limits, LimitsRequest, OnOutage};
 pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use client::{AGENT, AgentClient};
 pub use requests::{DiskMark, MarkReport, MarkRequest, ResyncExtent, ResyncRequest};

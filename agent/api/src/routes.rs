@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{
     Json, Router,
     extract::{Path, State},
-    routing::{delete, get, post},
+    routing::{MethodRouter, delete, get, post},
 };
 use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
@@ -26,7 +26,7 @@ pub fn router<S: AgentService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/pause", post(pause::<S>))
         .route("/v1/disks/{disk}/resume", post(resume::<S>))
         .route("/v1/disks/{disk}/resync", post(resync::<S>))
-        .route("/v1/disks/{disk}/verify", get(verify_status::<S>).merge(post(start_verify::<S>)))
+        .route("/v1/disks/{disk}/verify", verify::<S>())
         .route("/v1/marks", post(mark::<S>))
         .with_state(service);
     json_fallbacks(router)
@@ -98,6 +98,17 @@ async fn start_verify<S: AgentService>(
     Path(disk): Path<String>,
 ) -> Answer<VerifyStatus> {
     service.start_verify(disk_named(&disk)?).await.map(Json)
+}
+
+fn verify<S: AgentService>() -> MethodRouter<Arc<S>> {
+    get(verify_status::<S>).merge(post(start_verify::<S>)).merge(delete(cancel_verify::<S>))
+}
+
+async fn cancel_verify<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<VerifyStatus> {
+    service.cancel_verify(disk_named(&disk)?).await.map(Json)
 }
 
 async fn verify_status<S: AgentService>(

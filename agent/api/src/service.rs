@@ -44,4 +44,8 @@ pub trait AgentService: Send + Sync + 'static {
 
     /// The verify that is running or, else, the last one. `not-found` when there was none.
     fn verify_status(&self, disk: DiskName) -> impl Future<Output = Result<VerifyStatus, ApiError>> + Send;
+
+    /// Ends the verify that is running, if one is; its status, or the last one's. `not-found` when
+    /// there was none.
+    fn cancel_verify(&self, disk: DiskName) -> impl Future<Output = Result<VerifyStatus, ApiError>> + Send;
 }

@@ -124,6 +124,10 @@ impl AgentService for Fake {
     async fn verify_status(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
         self.note("verify_status", &disk).map(|_| verify())
     }
+
+    async fn cancel_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
+        self.note("cancel_verify", &disk).map(|_| verify())
+    }
 }
 
 fn attach_request() -> AttachRequest {
@@ -135,6 +139,7 @@ fn attach_request() -> AttachRequest {
         ack: AckPolicy::Durable,
         on_outage: OnOutage::Continue,
         limits: LimitsRequest::default(),
+        adopt: None,
     }
 }
 
@@ -160,6 +165,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!((marked.label.as_str(), marked.marks[0].lsn), ("ä b/c", Lsn(9)));
     assert_eq!(client.start_verify(&vm1).await.unwrap(), verify());
     assert_eq!(client.verify_status(&vm1).await.unwrap(), verify());
+    assert_eq!(client.cancel_verify(&vm1).await.unwrap(), verify());
     assert_eq!(
         *fake.calls.lock().unwrap(),
         [
@@ -172,7 +178,8 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "resync Compare vm1",
             "mark \"ä b/c\" vm1",
             "start_verify vm1",
-            "verify_status vm1"
+            "verify_status vm1",
+            "cancel_verify vm1"
         ]
     );
 

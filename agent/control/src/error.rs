@@ -40,6 +40,8 @@ pub enum ErrorCode {
     Unreachable,
     /// Stored data does not match its checksum.
     Damaged,
+    /// A signal asked the command to stop. No daemon answers this.
+    Interrupted,
 }
 
 /// An error as control APIs answer it and as `--json` prints it.
@@ -59,7 +61,7 @@ pub struct ApiError {
 
 impl ErrorCode {
     /// All codes.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Failed,
         Self::Usage,
         Self::NotFound,
@@ -72,6 +74,7 @@ impl ErrorCode {
         Self::Refused,
         Self::Unreachable,
         Self::Damaged,
+        Self::Interrupted,
     ];
 
     /// The exit code of a command that ends with this error.
@@ -83,6 +86,7 @@ impl ErrorCode {
             Self::Exists | Self::Busy | Self::Fenced | Self::Locked | Self::Refused => 5,
             Self::Unreachable => 6,
             Self::Damaged => 8,
+            Self::Interrupted => 130,
         }
     }
 
@@ -95,6 +99,7 @@ impl ErrorCode {
             Self::Exists | Self::Busy | Self::Fenced | Self::Locked => StatusCode::CONFLICT,
             Self::Refused => StatusCode::FORBIDDEN,
             Self::Unreachable => StatusCode::BAD_GATEWAY,
+            Self::Interrupted => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 }
@@ -165,7 +170,7 @@ mod tests {
     #[test]
     fn every_code_exits_as_documented() {
         let exits: Vec<u8> = ErrorCode::ALL.iter().map(|code| code.exit_code()).collect();
-        assert_eq!(exits, [1, 2, 4, 4, 4, 5, 5, 5, 5, 5, 6, 8]);
+        assert_eq!(exits, [1, 2, 4, 4, 4, 5, 5, 5, 5, 5, 6, 8, 130]);
         assert!(ErrorCode::ALL.iter().all(|code| !code.http_status().is_success()));
     }
 

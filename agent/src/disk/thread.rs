@@ -48,6 +48,7 @@ pub(crate) enum Command {
     Release(oneshot::Sender<()>),
     StartVerify(oneshot::Sender<Result<VerifyStatus, VerifyError>>),
     VerifyStatus(oneshot::Sender<Option<VerifyStatus>>),
+    CancelVerify(oneshot::Sender<Option<VerifyStatus>>),
     /// Ends the disk; refused with the number of clients when it is open and `force` is not set.
     Detach {
         force: bool,
@@ -68,12 +69,19 @@ pub(crate) struct MarkAt {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DetachError {
     /// Clients would lose their disk.
-    #[error("{clients} NBD clients have the disk open")]
+    #[error("{}", open_by(*clients))]
     Open { clients: usize },
     /// What the next attach needs could not be saved; the disk is detached all the same and will be
     /// compared as after a crash.
     #[error("the disk is detached, but its tracking could not be saved and will be compared anew: {0}")]
     Save(io::Error),
+}
+
+fn open_by(clients: usize) -> String {
+    match clients {
+        1 => "an NBD client has the disk open".to_owned(),
+        clients => format!("{clients} NBD clients have the disk open"),
+    }
 }
 
 /// Why a disk's thread did not start.
@@ -257,6 +265,10 @@ impl Disk {
                 drop(answer.send(began));
             }
             Command::VerifyStatus(answer) => drop(answer.send(self.verify_status())),
+            Command::CancelVerify(answer) => {
+                self.engine.happen(Filter::cancel_verify);
+                drop(answer.send(self.verify_status()));
+            }
             Command::Detach { .. } => unreachable!("taken by the caller"),
         }
     }

@@ -2,14 +2,17 @@
 
 use std::{path::Path, time::Duration};
 
-use backtide_agent_api::{AckPolicy, AgentClient, AttachRequest, DiskStatus, LimitsRequest, OnOutage};
-use backtide_control::Address;
+use backtide_agent_api::{
+    AckPolicy, Adopted, AgentClient, AttachRequest, DiskStatus, LimitsRequest, OnOutage,
+};
+use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_units::{ByteCount, DiskName};
 use clap::{Args, builder::PossibleValuesParser, builder::TypedValueParser};
 
 use crate::{
+    arguments::ReceiverApi,
     context::Context,
-    ending::{Ending, Failure, io_failure},
+    ending::{Ending, Failure, failed, io_failure},
     output::status::disk_text,
     quantity::parse_size,
 };
@@ -33,6 +36,14 @@ pub(crate) struct Attach {
     /// Where to serve the disk [default: a unix socket of the agent's choice]
     #[arg(long, value_name = "URI")]
     nbd: Option<String>,
+    /// Continue the history that the receiver keeps of a disk of this name, after this agent has
+    /// lost what it knew: everything is compared. The receiver's control API is asked for it
+    #[arg(long)]
+    adopt: bool,
+    /// The receiver's control API, with --adopt [default: unix:/run/backtide/receiver.sock for root,
+    /// else $XDG_RUNTIME_DIR/backtide/receiver.sock]
+    #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
+    receiver_api: Option<Address>,
     #[command(flatten)]
     policy: Policy,
 }
@@ -86,7 +97,8 @@ impl Policy {
             guest_delay_max_ms: self.guest_delay_max,
             resync_bytes_per_second_max: self.resync_rate,
         };
-        AttachRequest { name, image, receiver, nbd, ack: self.ack, on_outage: self.on_outage, limits }
+        let (ack, on_outage) = (self.ack, self.on_outage);
+        AttachRequest { name, image, receiver, nbd, ack, on_outage, limits, adopt: None }
     }
 }
 
@@ -95,9 +107,14 @@ impl Attach {
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let agent = context.agent()?;
         let image = absolute_image(&self.image)?;
-        let request = self.policy.request(self.name, image, self.receiver, self.nbd);
+        let mut request = self.policy.request(self.name, image, self.receiver, self.nbd);
+        if self.adopt {
+            let api = ReceiverApi { receiver: self.receiver_api };
+            request.adopt = Some(adopted(context, &api, &request.name).await?);
+        }
         let attached = agent.attach(&request).await?;
         let disk = first_contact(&agent, attached).await?;
+        refuse_strange(&agent, &disk).await?;
         context.print(&disk, || disk_text(&disk))?;
         match &disk.last_error {
             Some(error) if !disk.connected => {
@@ -113,6 +130,43 @@ impl Attach {
             Some(_) | None => Ok(Ending::Done),
         }
     }
+}
+
+/// What the receiver knows of a disk that this agent has lost.
+async fn adopted(context: &Context, api: &ReceiverApi, name: &DiskName) -> Result<Adopted, Failure> {
+    let disks = context.receiver(api)?.disks(Some(name)).await?.disks;
+    let disk = disks.into_iter().next().ok_or_else(|| failed("the receiver answered nothing"))?;
+    if disk.connected {
+        let message = format!("an agent is connected with disk {} now", name.as_str());
+        return Err(ApiError::new(ErrorCode::Busy, message)
+            .with_hint("detach it there first, or attach this image under another name")
+            .into());
+    }
+    Ok(Adopted {
+        uuid: disk.uuid,
+        history: disk.history,
+        epoch: disk.epoch,
+        durable: disk.durable,
+        last_time: disk.last_time,
+    })
+}
+
+/// A receiver refuses a disk it never met because it keeps another one of that name: most likely the
+/// same one, of an agent that has lost its state. What was attached for nothing is detached again.
+async fn refuse_strange(agent: &AgentClient, disk: &DiskStatus) -> Result<(), Failure> {
+    let Some(error) = disk.last_error.as_ref().filter(|error| error.code == "refused") else { return Ok(()) };
+    if disk.connected || disk.history.is_some() {
+        return Ok(());
+    }
+    agent.detach(&disk.name).await?;
+    let name = disk.name.as_str();
+    let message = format!("the receiver does not take disk {name}: {}", error.message);
+    Err(ApiError::new(ErrorCode::Refused, message)
+        .with_hint(format!(
+            "if the image is that disk and this agent has lost its state, --adopt continues its history; \
+             `backtide points {name}` shows it"
+        ))
+        .into())
 }
 
 /// The disk's status when it is connected or the attempt has failed, but not later than

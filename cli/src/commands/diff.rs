@@ -8,7 +8,7 @@ use crate::{
     arguments::ReceiverApi,
     context::Context,
     ending::{Ending, Failure},
-    quantity::size_both,
+    quantity::{count_text, size_both},
 };
 
 /// `backtide diff`
@@ -40,12 +40,13 @@ impl Diff {
 }
 
 fn summary(report: &DiffReport) -> String {
+    let (name, from, to) = (report.from.disk.name.as_str(), report.from.lsn, report.to.lsn);
+    if report.ranges.is_empty() {
+        return format!("disk {name}: nothing changed between lsn:{from} and lsn:{to}");
+    }
     format!(
-        "disk {}: changes between lsn:{} and lsn:{} lie in {} ranges, {}, told in blocks of {} bytes",
-        report.from.disk.name.as_str(),
-        report.from.lsn,
-        report.to.lsn,
-        report.ranges.len(),
+        "disk {name}: changes between lsn:{from} and lsn:{to} lie in {}, {}, told in blocks of {} bytes",
+        count_text(report.ranges.len() as u64, "range"),
         size_both(report.bytes),
         report.granularity
     )

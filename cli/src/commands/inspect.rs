@@ -46,7 +46,13 @@ impl Inspect {
             return Err(wrong_usage(format!("{} is no file", self.file.display())));
         };
         // Opening a storage makes its directory; looking at a file must not.
-        std::fs::metadata(&path).map_err(|error| io_failure(self.file.display(), &error))?;
+        let found = std::fs::metadata(&path).map_err(|error| io_failure(self.file.display(), &error))?;
+        if !found.is_file() {
+            return Err(wrong_usage(format!(
+                "{} is no file: name a *.seg file of a store",
+                self.file.display()
+            )));
+        }
         let storage = RealStorage::open(parent)
             .map_err(|error| io_failure(format_args!("open {}", parent.display()), &error))?;
         match backtide_segment::inspect(&storage, file.as_ref(), out).and_then(|()| out.flush()) {

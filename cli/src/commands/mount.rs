@@ -1,5 +1,6 @@
 //! `backtide mount` and `unmount`: a point of a disk over NBD.
 
+use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::MountRequest;
 use backtide_units::DiskName;
 use clap::Args;
@@ -55,7 +56,11 @@ impl Mount {
 impl Unmount {
     /// Unmounts.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
-        let mount = context.receiver(&self.api)?.unmount(&self.id).await?;
+        let no_mount = |error: ApiError| match (error.code, &error.hint) {
+            (ErrorCode::NotFound, None) => error.with_hint("`backtide mount` lists the mounts there are"),
+            _ => error,
+        };
+        let mount = context.receiver(&self.api)?.unmount(&self.id).await.map_err(no_mount)?;
         context.print(&mount, || format!("unmounted {}", mount.id))?;
         Ok(Ending::Done)
     }

@@ -73,25 +73,43 @@ impl Up {
         };
         let directory = self.dir.unwrap_or_else(|| context.places().up().join(name.as_str()));
         log_at(context, "warn");
+        let is_new = !directory.exists();
         let mut local = Local::at(&directory)?;
         claim(local.directory(), &image)?;
         let request = self.policy.request(name, image, local.stream(), self.nbd);
-        let result = serve(context, &mut local, &request, &mut stop).await;
+        let result = match begin(&mut local, &request).await {
+            Ok((agent, disk)) => serve(context, &local, &agent, disk, &request, &mut stop).await,
+            Err(failure) => {
+                local.stop().await;
+                if is_new {
+                    // Made just now, and nothing was ever protected in it.
+                    let _ = std::fs::remove_dir_all(local.directory());
+                }
+                return Err(failure);
+            }
+        };
         local.stop().await;
         result
     }
 }
 
-async fn serve(
-    context: &Context,
-    local: &mut Local,
-    request: &AttachRequest,
-    stop: &mut Stop,
-) -> Result<Ending, Failure> {
+/// Starts the daemons and attaches the disk.
+async fn begin(local: &mut Local, request: &AttachRequest) -> Result<(AgentClient, DiskStatus), Failure> {
     local.start_receiver().await?;
     local.start_agent().await?;
     let agent = local.agent_client()?;
     let disk = attach(&agent, request).await?;
+    Ok((agent, disk))
+}
+
+async fn serve(
+    context: &Context,
+    local: &Local,
+    agent: &AgentClient,
+    disk: DiskStatus,
+    request: &AttachRequest,
+    stop: &mut Stop,
+) -> Result<Ending, Failure> {
     let ready = Ready {
         name: disk.name,
         uuid: disk.uuid,
@@ -106,7 +124,7 @@ async fn serve(
     }
     context.tell("ending; ctrl-c again to end at once");
     tokio::select! {
-        detached = detach(context, &agent, &request.name) => detached,
+        detached = detach(context, agent, &request.name) => detached,
         () = stop.asked() => Err(Failure::Interrupted),
     }
 }

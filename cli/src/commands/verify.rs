@@ -1,16 +1,16 @@
 //! `backtide verify`: the live disk against the receiver, while the guest goes on.
 
-use backtide_agent_api::{VerifyState, VerifyStatus};
+use backtide_agent_api::{AgentClient, VerifyState, VerifyStatus};
 use backtide_control::ErrorCode;
 use backtide_units::{ByteCount, DiskName};
 use clap::Args;
 
 use crate::{
-    commands::attach::POLL,
+    commands::{Stop, attach::POLL},
     context::Context,
     ending::{Ending, Failure, failed},
     output::progress::Progress,
-    quantity::size_both,
+    quantity::{count_text, size_both},
 };
 
 /// `backtide verify`
@@ -24,37 +24,63 @@ pub(crate) struct Verify {
     /// Show the verify that is running or the last one, and begin none
     #[arg(long, conflicts_with = "no_wait")]
     last: bool,
+    /// End the verify that is running
+    #[arg(long, conflicts_with_all = ["no_wait", "last"])]
+    cancel: bool,
 }
 
 /// How many differing ranges people are shown; JSON has more.
 const SHOWN_MAX: usize = 20;
 
 impl Verify {
-    /// Begins a verify and waits for its report. Differences end with the exit code of damage.
-    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+    /// Begins a verify and waits for its report. Differences end with the exit code of damage. Stopped
+    /// by a signal, it ends the verify it began.
+    pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let agent = context.agent()?;
+        if self.cancel {
+            let verify = agent.cancel_verify(&self.name).await?;
+            context.print(&verify, || report_text(&verify))?;
+            return Ok(Ending::Done);
+        }
         let begun = if self.last {
             agent.verify_status(&self.name).await?
         } else {
             agent.start_verify(&self.name).await?
         };
-        let mut verify = begun;
-        if !self.no_wait && !self.last {
-            let mut progress = Progress::new(context, "compared");
-            while verify.state == VerifyState::Running {
-                progress.at(verify.compared_bytes, verify.total_bytes);
-                tokio::time::sleep(POLL).await;
-                let now = agent.verify_status(&self.name).await?;
-                if now.id != verify.id {
-                    return Err(failed(format!("another verify of disk {} has begun", self.name.as_str())));
+        let verify = if self.no_wait || self.last {
+            begun
+        } else {
+            tokio::select! {
+                ended = ended(context, &agent, begun) => ended?,
+                () = stop.asked() => {
+                    agent.cancel_verify(&self.name).await?;
+                    return Err(Failure::Interrupted);
                 }
-                verify = now;
             }
-            progress.end();
-        }
+        };
         context.print(&verify, || report_text(&verify))?;
         ending(verify)
     }
+}
+
+/// The verify once it has ended.
+async fn ended(
+    context: &Context,
+    agent: &AgentClient,
+    mut verify: VerifyStatus,
+) -> Result<VerifyStatus, Failure> {
+    let mut progress = Progress::new(context, "compared");
+    while verify.state == VerifyState::Running {
+        progress.at(verify.compared_bytes, verify.total_bytes);
+        tokio::time::sleep(POLL).await;
+        let now = agent.verify_status(&verify.disk).await?;
+        if now.id != verify.id {
+            return Err(failed(format!("another verify of disk {} has begun", verify.disk.as_str())));
+        }
+        verify = now;
+    }
+    progress.end();
+    Ok(verify)
 }
 
 fn ending(verify: VerifyStatus) -> Result<Ending, Failure> {
@@ -74,15 +100,18 @@ fn report_text(verify: &VerifyStatus) -> String {
         VerifyState::Running => {
             format!("disk {name}: comparing {at}, {compared} of {}", size_both(verify.total_bytes))
         }
-        VerifyState::Failed => format!("disk {name}: not verified, {compared} were compared {at}"),
+        VerifyState::Failed => {
+            let why = verify.error.as_ref().map_or_else(String::new, |error| format!(": {}", error.message));
+            format!("disk {name}: not verified, {compared} were compared {at}{why}")
+        }
         VerifyState::Done if verify.differing_count == 0 => {
             format!("disk {name}: identical at the receiver {at}, {compared} compared")
         }
         VerifyState::Done => {
             let ByteCount(differing) = verify.differing_bytes;
             let mut text = format!(
-                "disk {name}: DIFFERS from the receiver {at} in {} ranges, {differing} bytes of {compared}",
-                verify.differing_count
+                "disk {name}: DIFFERS from the receiver {at} in {}, {differing} bytes of {compared}",
+                count_text(verify.differing_count, "range")
             );
             for span in verify.differing.iter().take(SHOWN_MAX) {
                 text.push_str(&format!("\n  {} +{}", span.offset, span.length));

@@ -110,7 +110,7 @@ pub(crate) async fn until(
     };
     match within(timeout, waiting).await {
         Some(result) => result.map(|()| last),
-        None => Err(timed_out(name, timeout, &format!("it is still in mode {}", disk_line(&last)))),
+        None => Err(timed_out(timeout, &disk_line(&last))),
     }
 }
 
@@ -137,7 +137,7 @@ async fn until_point(
     };
     match within(timeout, waiting).await {
         Some(result) => result,
-        None => Err(timed_out(name, timeout, &why)),
+        None => Err(timed_out(timeout, &why)),
     }
 }
 
@@ -148,7 +148,7 @@ async fn within<T>(timeout: Option<Duration>, work: impl Future<Output = T>) -> 
     }
 }
 
-fn timed_out(name: &DiskName, timeout: Option<Duration>, why: &str) -> Failure {
+fn timed_out(timeout: Option<Duration>, now: &str) -> Failure {
     let seconds = timeout.unwrap_or_default().as_secs_f64();
-    failed(format!("disk {} is not there after {}: {why}", name.as_str(), duration_text(seconds)))
+    failed(format!("waited {} in vain: {now}", duration_text(seconds)))
 }

@@ -3,7 +3,7 @@
 use backtide_receiver_api::{Hole, Interval, MarkPoint, PointsReport};
 use backtide_units::{CaptureTime, Lsn};
 
-use crate::quantity::{size_both, time_text};
+use crate::quantity::{count_text, size_both, time_text};
 
 /// One stretch of the timeline.
 enum Stretch<'a> {
@@ -29,8 +29,8 @@ pub(crate) fn timeline_text(report: &PointsReport) -> String {
         lines.extend(report.marks.iter().map(mark_text));
     }
     if let Some(last) = report.flush_points.last {
-        let count = report.flush_points.count;
-        lines.push(format!("{count} flush points, the last at lsn:{} ({})", last.lsn, time_text(last.time)));
+        let points = count_text(report.flush_points.count, "flush point");
+        lines.push(format!("{points}, the last at lsn:{} ({})", last.lsn, time_text(last.time)));
     }
     lines.join("\n")
 }

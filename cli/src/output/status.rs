@@ -4,7 +4,7 @@ use backtide_agent_api::{DiskStatus, Mode, PassKind, ResyncStatus};
 
 use crate::{
     output::{facts, plain_table},
-    quantity::{duration_text, size_both, size_text, time_text},
+    quantity::{count_text, duration_text, size_both, size_text, time_text},
 };
 
 /// All disks, a line each.
@@ -53,7 +53,10 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
         format!("{} last, {} received, {} durable", disk.lsn.last, disk.lsn.received, disk.lsn.durable),
     ));
     lines.push(("lag", lag_text(disk)));
-    lines.push(("dirty", format!("{} blocks, {}", disk.dirty.blocks, size_text(disk.dirty.bytes))));
+    lines.push((
+        "dirty",
+        format!("{}, {}", count_text(disk.dirty.blocks.0, "block"), size_text(disk.dirty.bytes)),
+    ));
     lines.push(("window", format!("{} of {}", size_text(disk.window.bytes), size_text(disk.window.limit))));
     if let Some(resync) = &disk.resync {
         lines.push(("resync", format!("{}, {}", resync_text(resync), resync.reason)));
@@ -64,12 +67,15 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     lines.push((
         "since attach",
         format!(
-            "{} writes ({}), {} reads ({}), {} flushes; epoch {}",
-            disk.counters.writes,
+            "{} ({}), {} ({}), {}; epoch {}",
+            count_text(disk.counters.writes, "write"),
             size_text(disk.counters.write_bytes),
-            disk.counters.reads,
+            count_text(disk.counters.reads, "read"),
             size_text(disk.counters.read_bytes),
-            disk.counters.flushes,
+            match disk.counters.flushes {
+                1 => "1 flush".to_owned(),
+                flushes => format!("{flushes} flushes"),
+            },
             disk.epoch
         ),
     ));
@@ -79,9 +85,9 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
 /// What the receiver lacks of a disk, if it lacks anything.
 pub(crate) fn missing_at_receiver(disk: &DiskStatus) -> Option<String> {
     if disk.dirty.blocks.0 > 0 {
-        return Some(format!("{} changed blocks", disk.dirty.blocks));
+        return Some(count_text(disk.dirty.blocks.0, "changed block"));
     }
-    (disk.lag.records > 0).then(|| format!("{} writes", disk.lag.records))
+    (disk.lag.records > 0).then(|| count_text(disk.lag.records, "write"))
 }
 
 /// What hurts the guest goes before what explains the mode.
@@ -111,7 +117,8 @@ fn lag_text(disk: &DiskStatus) -> String {
     if disk.lag.records == 0 && disk.dirty.blocks.0 == 0 {
         return "none".to_owned();
     }
-    format!("{}, {} writes, {}", duration_text(disk.lag.seconds), disk.lag.records, size_text(disk.lag.bytes))
+    let writes = count_text(disk.lag.records, "write");
+    format!("{}, {writes}, {}", duration_text(disk.lag.seconds), size_text(disk.lag.bytes))
 }
 
 fn resync_text(resync: &ResyncStatus) -> String {

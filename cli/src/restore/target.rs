@@ -57,6 +57,14 @@ fn refuse_live(path: &Path) -> Result<(), Failure> {
     }
 }
 
+/// Refuses the name of a symbolic link that leads nowhere, before anything is copied for it.
+fn refuse_dangling(path: &Path) -> Result<(), Failure> {
+    let Ok(target) = std::fs::read_link(path) else { return Ok(()) };
+    let message =
+        format!("{} is a symbolic link to {}, which does not exist", path.display(), target.display());
+    Err(ApiError::new(ErrorCode::Exists, message).with_hint("remove the link, or take another name").into())
+}
+
 impl Target {
     /// Opens `output` for a point of `size` bytes. `force` allows to replace what is there.
     pub(crate) async fn open(output: &str, size: ByteCount, force: bool) -> Result<Self, Failure> {
@@ -65,6 +73,10 @@ impl Target {
         }
         let path = std::path::absolute(output).map_err(|error| io_failure(output, &error))?;
         match std::fs::metadata(&path) {
+            Ok(found) if found.is_dir() => {
+                let message = format!("{} is a directory", path.display());
+                Err(ApiError::new(ErrorCode::Usage, message).with_hint("name a file in it").into())
+            }
             Ok(_) if !force => {
                 let message = format!("{} exists already", path.display());
                 Err(ApiError::new(ErrorCode::Exists, message)
@@ -77,6 +89,7 @@ impl Target {
             }
             Ok(_) => Err(wrong_usage(format!("{} is neither a file nor a block device", path.display()))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                refuse_dangling(&path)?;
                 NewFile::create(&path, size, force).map(Self::File)
             }
             Err(error) => Err(io_failure(path.display(), &error)),

@@ -14,6 +14,8 @@ fn wrong_attaches_are_refused_with_a_sentence_that_names_what_is_wrong() {
     bench.image("empty.img", 0);
     bench.image("good.img", SIZE);
     bench.image("locked.img", SIZE);
+    std::os::unix::fs::symlink("vm1.img", bench.path("link.img")).unwrap();
+    std::os::unix::fs::symlink("nowhere.img", bench.path("dangling.img")).unwrap();
     let _taken = UnixListener::bind(bench.path("taken.sock")).unwrap();
     let other = OtherAgent::with(&bench, "locked.img");
     let stream = bench.socket("stream.sock");
@@ -26,7 +28,9 @@ fn wrong_attaches_are_refused_with_a_sentence_that_names_what_is_wrong() {
         ("no size", &["attach", "vm2", &path("empty.img")], 2, "empty.img"),
         ("a directory", &["attach", "vm2", &path("store")], 2, "store"),
         ("locked image", &["attach", "vm2", &path("locked.img")], 5, "locked.img"),
-        ("same image twice", &["attach", "vm2", &path("vm1.img")], 5, "vm1.img"),
+        ("same image twice", &["attach", "vm2", &path("vm1.img")], 5, "it is disk vm1 of this agent"),
+        ("another name of it", &["attach", "vm2", &path("link.img")], 5, "it is disk vm1 of this agent"),
+        ("a link to nowhere", &["attach", "vm2", &path("dangling.img")], 4, "nowhere.img"),
         ("same name twice", &["attach", "vm1", &path("good.img")], 5, "vm1"),
         ("address in use", &["attach", "vm2", &path("good.img"), "--nbd", &taken], 5, "taken.sock"),
         ("no server behind", &["attach", "vm2", &nobody], 6, "nobody.sock"),
@@ -72,6 +76,11 @@ fn unknown_disks_points_and_mounts_are_not_found() {
     disk.qemu_io(&["write -P 0x11 0 1M"]);
     disk.settle();
     let output = bench.name("out.img");
+    let dangling = bench.name("dangling.img");
+    std::os::unix::fs::symlink("nowhere.img", &dangling).unwrap();
+    fn to(output: &str) -> [&str; 6] {
+        ["restore", "vm1", "--at", "latest", "--output", output]
+    }
     let restore = |disk, at| bench.run(&["restore", disk, "--at", at, "--output", &output]);
     let cases = [
         ("status", bench.run(&["status", "vm9"]), 4, "vm9"),
@@ -81,6 +90,8 @@ fn unknown_disks_points_and_mounts_are_not_found() {
         ("points", bench.run(&["points", "vm9"]), 4, "vm9"),
         ("mount", bench.run(&["mount", "vm9", "--at", "latest"]), 4, "vm9"),
         ("unmount", bench.run(&["unmount", "vm1-77"]), 4, "vm1-77"),
+        ("restore to a directory", bench.run(&to(&bench.name("store"))), 2, "is a directory"),
+        ("restore to a link to nowhere", bench.run(&to(&dangling)), 5, "nowhere.img"),
         ("restore", restore("vm9", "latest"), 4, "vm9"),
         ("future point", restore("vm1", "lsn:123456789"), 4, "lsn:123456789"),
         ("unknown mark", restore("vm1", "mark:none"), 4, "none"),

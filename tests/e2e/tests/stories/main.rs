@@ -13,6 +13,7 @@ mod filesystem;
 mod going_back;
 mod one_command;
 mod operating;
+mod operator;
 mod protection;
 mod receiver_outages;
 mod strangers;
