@@ -15,9 +15,10 @@ use std::{
     },
 };
 
-use backtide_segment::{EntryParts, Extent, IndexBlock, Position, SegmentFile};
+use backtide_segment::{EntryParts, Guide, IndexBlock, Position, SegmentFile};
 use backtide_units::ByteCount;
 use bytes::Bytes;
+use roaring::RoaringTreemap;
 
 use crate::LogError;
 
@@ -57,17 +58,26 @@ pub(crate) struct PieceKey {
     pub(crate) piece: usize,
 }
 
+/// Names a part of a segment's index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum PartName {
+    Block(u32),
+    Guide,
+    Buckets,
+}
+
 /// A part of an index.
 #[derive(Clone)]
 pub(crate) enum IndexPart {
     Block(IndexBlock),
-    Wide(Arc<Vec<Extent>>),
+    Guide(Arc<Guide>),
+    Buckets(Arc<RoaringTreemap>),
 }
 
 struct Shared {
     limits: CacheLimits,
     next_key: AtomicU64,
-    parts: Mutex<Recent<(SegmentKey, Option<u32>), IndexPart>>,
+    parts: Mutex<Recent<(SegmentKey, PartName), IndexPart>>,
     files: Mutex<Recent<SegmentKey, SegmentFile>>,
     entries: Mutex<Recent<(SegmentKey, Position), EntryParts>>,
     pieces: Mutex<Recent<PieceKey, Bytes>>,
@@ -112,11 +122,11 @@ impl LogCache {
         SegmentKey(self.shared.next_key.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// A block, or (`None`) the wide extents, of a segment's index.
+    /// A part of a segment's index.
     pub(crate) fn part(
         &self,
         segment: SegmentKey,
-        part: Option<u32>,
+        part: PartName,
         load: impl FnOnce() -> Result<IndexPart, LogError>,
     ) -> Result<IndexPart, LogError> {
         let parts = &self.shared.parts;
@@ -126,7 +136,8 @@ impl LogCache {
         let loaded = load()?;
         let weight = match &loaded {
             IndexPart::Block(_) => 4096 + OVERHEAD,
-            IndexPart::Wide(extents) => extents.len() * size_of::<Extent>() + OVERHEAD,
+            IndexPart::Guide(guide) => guide.weight() + OVERHEAD,
+            IndexPart::Buckets(buckets) => buckets.serialized_size() * 2 + OVERHEAD,
         };
         parts.lock().unwrap_or_else(PoisonError::into_inner).put((segment, part), weight, loaded.clone());
         Ok(loaded)

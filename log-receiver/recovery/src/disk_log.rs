@@ -9,16 +9,18 @@ use std::{
 };
 
 use backtide_segment::{
-    Contents, Entry, SealedSegment, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq, WriterOptions,
+    Contents, Entry, SealedSegment, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq, Step,
+    WriterOptions,
 };
 use backtide_storage::{Storage, StorageFile};
-use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
+use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 
 use crate::{
     AppendError, Durable, InvalidEntry, LogCache, LogError, PointError, Snapshot, SyncOutcome, SyncTicket,
     Timeline, View,
     recover::{self, Kept, KeptState, failed},
     segment::{OpenSegment, Segment},
+    segments::Segments,
     ticket::DirectorySync,
 };
 
@@ -43,6 +45,9 @@ pub struct LogOptions {
     pub buffer_bytes_max: ByteCount,
     /// Space is reserved in steps of this, so that a sync need not grow the file. Default 8 MiB.
     pub allocation_step: ByteCount,
+    /// Memory of the directory that finds segments by the buckets they touch; beyond it look-ups look into
+    /// more segments than have what is looked for. Default 64 MiB, about 20 million records at random places.
+    pub directory_bytes_max: ByteCount,
 }
 
 /// What recovery found and did.
@@ -68,7 +73,7 @@ pub struct DiskLog {
     options: LogOptions,
     cache: LogCache,
     timeline: Arc<Timeline>,
-    segments: Arc<Vec<Arc<Segment>>>,
+    segments: Arc<Segments>,
     current: Option<Current>,
     appended: Seq,
     durable: Durable,
@@ -152,9 +157,8 @@ impl DiskLog {
         sync_above(&*storage, dir)?;
         let mut log = Self::empty(storage, segments_dir, opened.identity, options, cache);
         for kept in opened.kept {
-            log.keep(kept);
+            log.keep(kept)?;
         }
-        log.timeline = Arc::new(opened.timeline);
         log.durable = Durable { seq: log.appended, lsn: log.timeline.covered() };
         Ok((log, opened.recovered))
     }
@@ -173,7 +177,7 @@ impl DiskLog {
             options,
             cache: cache.clone(),
             timeline: Arc::new(Timeline::default()),
-            segments: Arc::new(Vec::new()),
+            segments: Arc::new(Segments::new(options.directory_bytes_max)),
             current: None,
             appended: Seq(0),
             durable: Durable::default(),
@@ -186,27 +190,44 @@ impl DiskLog {
         }
     }
 
-    /// Takes a segment that recovery kept; one that is open is the last.
-    fn keep(&mut self, kept: Kept) {
+    /// Takes a segment that recovery kept; one that is open is the last. Of a footer only what is needed
+    /// here is in memory, and only for as long.
+    fn keep(&mut self, kept: Kept) -> Result<(), LogError> {
         let path = self.segments_dir.join(kept.header.id.file_name());
         let storage = Arc::clone(&self.storage);
-        let segment = match kept.state {
-            KeptState::Sealed(sealed, _) => {
+        match kept.state {
+            KeptState::Sealed(sealed) => {
                 self.appended = Seq(sealed.stats().next_seq.0 - 1);
                 self.sealed_bytes += sealed.length().0;
-                Arc::new(Segment::new_sealed(storage, path, kept.header, &self.cache, *sealed))
+                let file = recover::open(&*storage, &self.segments_dir, kept.header.id)?;
+                let summary = sealed.summary(&file)?;
+                self.fold(&kept.header, &summary.steps)?;
+                let segment = Segment::new_sealed(storage, path, kept.header, &self.cache, *sealed);
+                Arc::make_mut(&mut self.segments).push_finished(Arc::new(segment), &summary.buckets);
             }
             KeptState::Open(file, scanned) => {
                 self.appended = Seq(scanned.contents.stats().next_seq.0 - 1);
+                self.fold(&kept.header, scanned.contents.steps())?;
                 let writer =
                     SegmentWriter::resume(file.clone(), kept.header, self.options.writer(), scanned.end);
                 let open = OpenSegment { file, contents: scanned.contents, end: scanned.end };
                 let segment = Arc::new(Segment::new_open(storage, path, kept.header, &self.cache, open));
-                self.current = Some(Current { segment: Arc::clone(&segment), writer });
-                segment
+                Arc::make_mut(&mut self.segments).push(Arc::clone(&segment));
+                self.current = Some(Current { segment, writer });
             }
-        };
-        Arc::make_mut(&mut self.segments).push(segment);
+        }
+        Ok(())
+    }
+
+    fn fold(&mut self, header: &SegmentHeader, steps: &[Step]) -> Result<(), LogError> {
+        for step in steps {
+            Arc::make_mut(&mut self.timeline).fold_step(step).map_err(|invalid| LogError::Damaged {
+                file: self.storage.display(&self.segments_dir.join(header.id.file_name())),
+                offset: ByteOffset::ZERO,
+                what: format!("its entries do not follow those before: {invalid}"),
+            })?;
+        }
+        Ok(())
     }
 
     /// Whose log it is.
@@ -413,7 +434,9 @@ impl DiskLog {
         self.sealed_bytes += sealed.length().0;
         self.change += 1;
         self.unsynced.push((current.writer.sync_handle(), self.change));
+        let buckets = current.segment.with_open_mut(|open| open.contents.index().buckets());
         current.segment.become_sealed(sealed);
+        Arc::make_mut(&mut self.segments).finish_first(&buckets);
         Ok(())
     }
 
@@ -423,7 +446,7 @@ impl DiskLog {
         current.segment.with_open_mut(|open| writer.seal(&open.contents))?;
         let (file, header) = (writer.file().clone(), *writer.header());
         match SealedSegment::open(&file, header)? {
-            Some((sealed, _)) => Ok(sealed),
+            Some(sealed) => Ok(sealed),
             None => Err(LogError::Damaged {
                 file: file.name().clone(),
                 offset: writer.end(),
@@ -458,6 +481,7 @@ impl Default for LogOptions {
             segment_extents_max: 1 << 18,
             buffer_bytes_max: ByteCount(1 << 20),
             allocation_step: ByteCount(8 << 20),
+            directory_bytes_max: ByteCount(64 << 20),
         }
     }
 }

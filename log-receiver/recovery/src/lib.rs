@@ -5,6 +5,7 @@
 //! one of them. It is a library: no sockets, no clock, no threads of its own.
 
 mod cache;
+mod directory;
 mod disk_log;
 mod error;
 mod fold;
@@ -13,6 +14,7 @@ mod point;
 mod recover;
 mod salvage;
 mod segment;
+mod segments;
 mod snapshot;
 mod ticket;
 mod timeline;

@@ -1,9 +1,11 @@
 //! Which version of each byte a point has: the newest at or below it, over all segments.
 //!
-//! Versions are not in log order: pass data at T may lie behind records above T, and in a later
-//! segment. So the segments are merged by version: each one that has the bucket waits in a heap under
-//! the highest version it can have, is opened only when its turn comes, and the walk ends as soon as
-//! every byte is covered. Equal versions happen within one pass only; there the later entry counts.
+//! A range is cut into buckets, as large as there are no finer extents in them: a large piece of a disk that was
+//! never written, or trimmed as a whole, is one look-up. In each bucket segments are merged by version. Versions are
+//! not in log order: pass data at T may lie behind records above T, and in a later segment. So a segment waits in
+//! a heap under the highest version it can have, is opened only when its turn comes, and the walk ends as
+//! soon as every byte is covered. Older segments are asked for only when nothing in the heap is above all that they
+//! can have. Equal versions happen within one pass only; there the later entry counts.
 
 use std::{
     cmp::Ordering,
@@ -11,121 +13,134 @@ use std::{
     sync::Arc,
 };
 
-use backtide_segment::{BUCKET_SIZE, Bucket, Extent, ExtentKey, Seq};
+use backtide_segment::{Bucket, Extent, ExtentKey, LEVELS, Seq};
 use backtide_units::{ByteRange, Lsn};
 
-use crate::{LogError, segment::Segment};
+use crate::{LogError, directory::Candidates, segment::Segment, segments::Segments};
 
 /// Extents fetched from a segment at once.
-const FETCH: usize = 32;
+const FETCH: usize = 16;
 
 /// Bytes of the disk and where they come from; `None` is zeros.
 #[derive(Clone)]
-pub(crate) struct Piece {
+pub(crate) struct Piece<'a> {
     pub(crate) range: ByteRange,
-    pub(crate) source: Option<Source>,
+    pub(crate) source: Option<Source<'a>>,
 }
 
-/// An extent that is not zeroes, by its segment's place in the list.
+/// An extent, with its segment.
 #[derive(Clone, Copy)]
-pub(crate) struct Source {
-    pub(crate) segment: usize,
+pub(crate) struct Source<'a> {
+    pub(crate) segment: &'a Segment,
     pub(crate) extent: Extent,
 }
 
 /// A segment's extents of one bucket, newest first, fetched as they are needed.
-struct Cursor {
-    segment: usize,
+struct Cursor<'a> {
+    segment: &'a Segment,
     fetched: VecDeque<Extent>,
     next: Option<ExtentKey>,
 }
 
 /// A cursor by the version and entry it can give next at the highest.
-struct Waiting {
+struct Waiting<'a> {
     version: Lsn,
     seq: Seq,
-    cursor: Cursor,
+    cursor: Cursor<'a>,
 }
 
 /// What a merge reads from.
 pub(crate) struct Merge<'a> {
-    pub(crate) segments: &'a [Arc<Segment>],
+    pub(crate) segments: &'a Segments,
     pub(crate) at: Lsn,
     pub(crate) through: Seq,
 }
 
-impl Merge<'_> {
-    /// The pieces that make up `range`, in order.
-    pub(crate) fn pieces(&self, range: ByteRange) -> Result<Vec<Piece>, LogError> {
-        let wide = self.wide(range)?;
-        let mut pieces = Vec::new();
-        for window in range.split_at_multiples(BUCKET_SIZE) {
-            self.window(window, &wide, &mut pieces)?;
+impl<'a> Merge<'a> {
+    /// Gives the pieces that make up `range`, in order.
+    pub(crate) fn pieces(&self, range: ByteRange, take: &mut dyn FnMut(Piece<'a>)) -> Result<(), LogError> {
+        for (bucket, part) in Bucket::split(range) {
+            self.resolve(bucket.level(), part, take)?;
         }
-        Ok(pieces)
+        Ok(())
     }
 
-    /// All wide extents over `range`, newest first.
-    fn wide(&self, range: ByteRange) -> Result<Vec<Source>, LogError> {
-        let mut wide = Vec::new();
-        for (place, segment) in self.segments.iter().enumerate() {
-            let found = segment.wide(range, self.at)?;
-            let known = found.into_iter().filter(|extent| extent.seq <= self.through);
-            wide.extend(known.map(|extent| Source { segment: place, extent }));
+    /// The pieces of a part of one bucket of `level`.
+    fn resolve(&self, level: u8, part: ByteRange, take: &mut dyn FnMut(Piece<'a>)) -> Result<(), LogError> {
+        let mut finer = false;
+        for level in 0..level {
+            finer |= self.segments.has(level, part)?;
         }
-        wide.sort_by_key(|source| std::cmp::Reverse((source.extent.version, source.extent.seq)));
-        Ok(wide)
+        if !finer {
+            return self.window(level, part, take);
+        }
+        for part in part.split_at_multiples(Bucket::size(level - 1)) {
+            self.resolve(level - 1, part, take)?;
+        }
+        Ok(())
     }
 
-    fn window(&self, window: ByteRange, wide: &[Source], pieces: &mut Vec<Piece>) -> Result<(), LogError> {
-        let bucket = Bucket::holding(window.start());
+    /// The pieces of a part of a bucket in which no extent is finer.
+    fn window(&self, level: u8, window: ByteRange, take: &mut dyn FnMut(Piece<'a>)) -> Result<(), LogError> {
         let mut gaps = vec![window];
-        let first = pieces.len();
-        let mut wide = wide.iter().filter(|source| source.extent.range.overlaps(window)).peekable();
-        let mut heap = self.waiting(bucket);
+        let mut pieces = Vec::new();
+        let mut older = self.segments.directory().candidates(window, level, self.at);
+        let mut heap = self.recent(level, window)?;
         while !gaps.is_empty() {
-            let narrow = heap.peek().map(|waiting| (waiting.version, waiting.seq));
-            let broad = wide.peek().map(|source| (source.extent.version, source.extent.seq));
-            // A cursor that has not been opened waits under Seq::MAX and so goes before a wide extent
-            // of the same version: it is opened and then stands where it belongs.
-            if narrow.is_none() && broad.is_none() {
-                break;
-            }
-            if narrow < broad {
-                let Some(source) = wide.next() else { break };
-                cover(&mut gaps, *source, pieces);
-                continue;
-            }
+            self.admit(&mut heap, &mut older);
             let Some(Waiting { mut cursor, .. }) = heap.pop() else { break };
             // An opened cursor's turn means that its first extent is the newest of all.
             if let Some(extent) = cursor.fetched.pop_front() {
-                cover(&mut gaps, Source { segment: cursor.segment, extent }, pieces);
+                cover(&mut gaps, Source { segment: cursor.segment, extent }, &mut pieces);
             }
             self.push(&mut heap, cursor)?;
         }
         pieces.extend(gaps.into_iter().map(|range| Piece { range, source: None }));
-        pieces[first..].sort_by_key(|piece| piece.range.start());
+        pieces.sort_by_key(|piece| piece.range.start());
+        pieces.into_iter().for_each(take);
         Ok(())
     }
 
-    /// Every segment that may have the bucket, not opened yet.
-    fn waiting(&self, bucket: Bucket) -> BinaryHeap<Waiting> {
-        let of = |(place, segment): (usize, &Arc<Segment>)| {
-            let version = segment.narrow_bound(bucket, self.at)?;
-            let next = Some(ExtentKey::newest(bucket, self.at));
-            let cursor = Cursor { segment: place, fetched: VecDeque::new(), next };
-            Some(Waiting { version, seq: Seq(u64::MAX), cursor })
-        };
-        self.segments.iter().enumerate().filter_map(of).collect()
+    /// The segments that are not in the directory yet, not opened.
+    fn recent(&self, level: u8, window: ByteRange) -> Result<BinaryHeap<Waiting<'a>>, LogError> {
+        let mut heap = BinaryHeap::new();
+        for segment in self.segments.recent() {
+            for level in level..LEVELS {
+                if segment.may_have(level, window)? {
+                    self.wait(&mut heap, segment, Bucket::holding(window.start(), level));
+                }
+            }
+        }
+        Ok(heap)
+    }
+
+    fn wait(&self, heap: &mut BinaryHeap<Waiting<'a>>, segment: &'a Segment, bucket: Bucket) {
+        let Some(version) = segment.version_max_at(self.at) else { return };
+        let next = Some(ExtentKey::newest(bucket, self.at));
+        let cursor = Cursor { segment, fetched: VecDeque::new(), next };
+        // Under the highest number, so that it is opened before an extent of the same version is taken.
+        heap.push(Waiting { version, seq: Seq(u64::MAX), cursor });
+    }
+
+    /// Lets older segments wait too, as long as they can have anything at or above the newest that waits.
+    fn admit(&self, heap: &mut BinaryHeap<Waiting<'a>>, older: &mut Candidates<'a, Arc<Segment>>) {
+        while let Some(version) = older.version_max() {
+            if heap.peek().is_some_and(|waiting| waiting.version > version) {
+                return;
+            }
+            let Some((segment, bucket)) = older.next() else { return };
+            self.wait(heap, segment, bucket);
+        }
     }
 
     /// Puts a cursor back under its next extent, fetching more when it has none; drops it at its end.
-    fn push(&self, heap: &mut BinaryHeap<Waiting>, mut cursor: Cursor) -> Result<(), LogError> {
+    fn push(&self, heap: &mut BinaryHeap<Waiting<'a>>, mut cursor: Cursor<'a>) -> Result<(), LogError> {
         while cursor.fetched.is_empty() {
             let Some(from) = cursor.next else { return Ok(()) };
-            let extents = self.segments[cursor.segment].fetch(from, FETCH)?;
-            cursor.next = extents.last().filter(|_| extents.len() == FETCH).map(|last| last.key().older());
-            cursor.fetched.extend(extents.into_iter().filter(|extent| extent.seq <= self.through));
+            let extents = cursor.segment.fetch(from, FETCH)?;
+            cursor.next = extents.last().filter(|_| extents.len() == FETCH).map(|(last, _)| last.older());
+            let known = extents.into_iter().map(|(_, extent)| extent);
+            cursor.fetched.extend(known.filter(|extent| extent.seq <= self.through));
         }
         if let Some(extent) = cursor.fetched.front() {
             heap.push(Waiting { version: extent.version, seq: extent.seq, cursor });
@@ -135,7 +150,7 @@ impl Merge<'_> {
 }
 
 /// Gives the parts of the extent that lie in gaps to the pieces, and closes those gaps.
-fn cover(gaps: &mut Vec<ByteRange>, source: Source, pieces: &mut Vec<Piece>) {
+fn cover<'a>(gaps: &mut Vec<ByteRange>, source: Source<'a>, pieces: &mut Vec<Piece<'a>>) {
     let mut left = Vec::with_capacity(gaps.len() + 1);
     for gap in gaps.drain(..) {
         let Some(range) = gap.intersection(source.extent.range) else {
@@ -150,22 +165,23 @@ fn cover(gaps: &mut Vec<ByteRange>, source: Source, pieces: &mut Vec<Piece>) {
     *gaps = left;
 }
 
-impl Ord for Waiting {
+impl Ord for Waiting<'_> {
     fn cmp(&self, other: &Self) -> Ordering {
-        (self.version, self.seq, self.cursor.segment).cmp(&(other.version, other.seq, other.cursor.segment))
+        let key = |waiting: &Self| (waiting.version, waiting.seq, waiting.cursor.segment.header().id);
+        key(self).cmp(&key(other))
     }
 }
 
-impl PartialOrd for Waiting {
+impl PartialOrd for Waiting<'_> {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl PartialEq for Waiting {
+impl PartialEq for Waiting<'_> {
     fn eq(&self, other: &Self) -> bool {
         self.cmp(other) == Ordering::Equal
     }
 }
 
-impl Eq for Waiting {}
+impl Eq for Waiting<'_> {}

@@ -8,13 +8,13 @@
 use std::{io, path::Path};
 
 use backtide_segment::{
-    Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq, Step,
+    Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq,
     WriterOptions, claims, scan,
 };
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset};
 
-use crate::{LogError, LogIdentity, Recovered, Timeline};
+use crate::{LogError, LogIdentity, Recovered};
 
 /// A segment that is kept.
 pub(crate) struct Kept {
@@ -24,7 +24,7 @@ pub(crate) struct Kept {
 
 /// How a segment that is kept was found.
 pub(crate) enum KeptState {
-    Sealed(Box<SealedSegment>, Vec<Step>),
+    Sealed(Box<SealedSegment>),
     /// The last one only; its file stays open.
     Open(SegmentFile, Box<Scanned>),
 }
@@ -33,7 +33,6 @@ pub(crate) enum KeptState {
 pub(crate) struct Opened {
     pub(crate) identity: LogIdentity,
     pub(crate) kept: Vec<Kept>,
-    pub(crate) timeline: Timeline,
     pub(crate) recovered: Recovered,
 }
 
@@ -75,10 +74,9 @@ pub(crate) fn recover(
         return Err(no_log(storage, segments_dir));
     }
     recovery.settle(&mut kept)?;
-    let timeline = fold(storage, segments_dir, &kept)?;
     let mut recovered = recovery.recovered;
     recovered.segments = kept.len() as u32;
-    Ok(Opened { identity, kept, timeline, recovered })
+    Ok(Opened { identity, kept, recovered })
 }
 
 pub(crate) fn no_log(storage: &dyn Storage, segments_dir: &Path) -> LogError {
@@ -223,12 +221,12 @@ impl Recovery<'_> {
         next_begins: Option<Seq>,
     ) -> Result<KeptState, LogError> {
         let footer = SealedSegment::open(&file, header)?;
-        if let Some((sealed, _)) = &footer {
+        if let Some(sealed) = &footer {
             self.synced = self.synced.max(sealed.stats().synced);
         }
         match footer {
-            Some((sealed, steps)) if self.synced >= sealed.stats().next_seq => {
-                return Ok(KeptState::Sealed(Box::new(sealed), steps));
+            Some(sealed) if self.synced >= sealed.stats().next_seq => {
+                return Ok(KeptState::Sealed(Box::new(sealed)));
             }
             Some(_) | None => {}
         }
@@ -237,12 +235,12 @@ impl Recovery<'_> {
         self.synced = self.synced.max(scanned.synced);
         self.report_damage(&file, &scanned);
         match footer {
-            Some((sealed, steps))
+            Some(sealed)
                 if scanned.contents.stats() == sealed.stats()
                     && scanned.end == sealed.entries_end()
                     && sealed.verify(&file).is_ok() =>
             {
-                Ok(KeptState::Sealed(Box::new(sealed), steps))
+                Ok(KeptState::Sealed(Box::new(sealed)))
             }
             Some(_) | None => Ok(KeptState::Open(file, Box::new(scanned))),
         }
@@ -323,7 +321,7 @@ impl Recovery<'_> {
     /// that it takes for written and that are not on the device; a further sync would not write them.
     fn write_again(&self, file: &SegmentFile, segment: &Kept) -> Result<(), LogError> {
         let end = match &segment.state {
-            KeptState::Sealed(sealed, _) => sealed.entries_end(),
+            KeptState::Sealed(sealed) => sealed.entries_end(),
             KeptState::Open(_, scanned) => scanned.end,
         };
         let mut from = ByteOffset::ZERO;
@@ -375,7 +373,7 @@ impl Recovery<'_> {
         writer.seal(&scanned.contents)?;
         self.recovered.resealed_segments.push(header.id);
         match SealedSegment::open(file, header)? {
-            Some((sealed, steps)) => Ok(KeptState::Sealed(Box::new(sealed), steps)),
+            Some(sealed) => Ok(KeptState::Sealed(Box::new(sealed))),
             None => Err(LogError::Damaged {
                 file: file.name().clone(),
                 offset: scanned.end,
@@ -394,25 +392,7 @@ impl Recovery<'_> {
 
 fn next_seq(state: &KeptState) -> Seq {
     match state {
-        KeptState::Sealed(sealed, _) => sealed.stats().next_seq,
+        KeptState::Sealed(sealed) => sealed.stats().next_seq,
         KeptState::Open(_, scanned) => scanned.contents.stats().next_seq,
     }
-}
-
-fn fold(storage: &dyn Storage, segments_dir: &Path, kept: &[Kept]) -> Result<Timeline, LogError> {
-    let mut timeline = Timeline::default();
-    for segment in kept {
-        let steps = match &segment.state {
-            KeptState::Sealed(_, steps) => steps,
-            KeptState::Open(_, scanned) => scanned.contents.steps(),
-        };
-        for step in steps {
-            timeline.fold_step(step).map_err(|invalid| LogError::Damaged {
-                file: storage.display(&segments_dir.join(segment.header.id.file_name())),
-                offset: ByteOffset::ZERO,
-                what: format!("its entries do not follow those before: {invalid}"),
-            })?;
-        }
-    }
-    Ok(timeline)
 }

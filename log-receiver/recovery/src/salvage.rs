@@ -11,15 +11,16 @@
 use std::{path::Path, sync::Arc};
 
 use backtide_segment::{
-    Entry, Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, Step, scan_prefix,
+    Entry, Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, Step, Summary, scan_prefix,
 };
 use backtide_storage::Storage;
 use backtide_units::ByteCount;
 
 use crate::{
-    LogCache, LogError, LogIdentity, Snapshot, Timeline,
+    LogCache, LogError, LogIdentity, LogOptions, Snapshot, Timeline,
     recover::{Found, find, open},
     segment::{OpenSegment, Segment},
+    segments::Segments,
 };
 
 /// What is left of a log.
@@ -34,7 +35,7 @@ pub struct Salvage {
 
 /// One segment, as far as it can be read.
 enum Part {
-    Sealed(Box<SealedSegment>, Vec<Step>),
+    Sealed(Box<SealedSegment>, Summary),
     Prefix(Box<Scanned>),
 }
 
@@ -45,7 +46,7 @@ struct Work<'a> {
     identity: LogIdentity,
     through: Seq,
     timeline: Timeline,
-    segments: Vec<Arc<Segment>>,
+    segments: Segments,
     next: Seq,
     damage: Vec<String>,
     size: u64,
@@ -73,7 +74,7 @@ pub fn salvage(
         damage.extend(found.iter().filter_map(describe));
         let mut timeline = Timeline::default();
         timeline.end(damage.first().map(String::as_str));
-        let snapshot = Snapshot::new(Arc::new(timeline), Arc::new(Vec::new()), Seq(0));
+        let snapshot = Snapshot::new(Arc::new(timeline), Arc::new(Segments::new(ByteCount::ZERO)), Seq(0));
         return Ok(Salvage { snapshot, damage, size: ByteCount::ZERO });
     };
     let mut work = Work {
@@ -83,14 +84,14 @@ pub fn salvage(
         identity,
         through: through.unwrap_or(Seq(u64::MAX)),
         timeline: Timeline::default(),
-        segments: Vec::new(),
+        segments: Segments::new(LogOptions::default().directory_bytes_max),
         next: Seq(1),
         damage,
         size: 0,
     };
-    let mut rest = found.iter();
-    for here in rest.by_ref() {
-        if work.next > work.through || !work.take(here)? {
+    let mut rest = found.iter().zip(durable_later(&found));
+    for (here, durable) in rest.by_ref() {
+        if work.next > work.through || !work.take(here, durable)? {
             break;
         }
     }
@@ -101,6 +102,18 @@ pub fn salvage(
     let last = Seq(work.next.0 - 1);
     let snapshot = Snapshot::new(Arc::new(work.timeline), Arc::new(work.segments), last);
     Ok(Salvage { snapshot, damage: work.damage, size: ByteCount(work.size) })
+}
+
+/// For each segment, the newest entry that headers of later segments say was durable.
+fn durable_later(found: &[Found]) -> Vec<Seq> {
+    let mut newest = Seq(0);
+    let mut durable: Vec<Seq> = Vec::with_capacity(found.len());
+    for found in found.iter().rev() {
+        durable.push(newest);
+        newest = newest.max(found.header.as_ref().map_or(Seq(0), |header| header.synced));
+    }
+    durable.reverse();
+    durable
 }
 
 fn describe(storage: &dyn Storage, segments_dir: &Path, found: &Found) -> Option<String> {
@@ -115,7 +128,7 @@ fn describe(storage: &dyn Storage, segments_dir: &Path, found: &Found) -> Option
 
 impl Work<'_> {
     /// Takes what follows in this segment; false when nothing behind it can be used.
-    fn take(&mut self, found: &Found) -> Result<bool, LogError> {
+    fn take(&mut self, found: &Found, durable: Seq) -> Result<bool, LogError> {
         let LogIdentity { disk, history } = self.identity;
         let name = self.storage.display(&self.segments_dir.join(found.id.file_name()));
         if let Some(why) = describe(&**self.storage, self.segments_dir, found) {
@@ -139,10 +152,10 @@ impl Work<'_> {
             }
         };
         let file = open(&**self.storage, self.segments_dir, found.id)?;
-        let (part, broken) = self.read(&file, header)?;
+        let (part, broken) = self.read(&file, header, durable)?;
         let mut timeline = self.timeline.clone();
         let steps = match &part {
-            Part::Sealed(_, steps) => steps,
+            Part::Sealed(_, summary) => &summary.steps,
             Part::Prefix(scanned) => scanned.contents.steps(),
         };
         for step in steps {
@@ -153,25 +166,30 @@ impl Work<'_> {
             }
         }
         self.timeline = timeline;
+        let whole = matches!(part, Part::Sealed(..));
         self.keep(file, header, part);
-        if let Some(damage) = broken {
-            self.damage.push(damage.to_string());
-            return Ok(false);
-        }
-        Ok(true)
+        let goes_on = broken.is_none() || whole;
+        self.damage.extend(broken.map(|damage| damage.to_string()));
+        Ok(goes_on)
     }
 
-    /// A footer that is whole speaks for its entries: one that is damaged is an error when it is read.
+    /// A footer that is whole speaks for its entries: one that is damaged is an error when it is read, and
+    /// is told of here where opening the log looks at them too, that is where no later segment says that the footer
+    /// was durable.
     fn read(
         &self,
         file: &SegmentFile,
         header: SegmentHeader,
+        durable: Seq,
     ) -> Result<(Part, Option<SegmentError>), LogError> {
-        if let Some((sealed, steps)) = SealedSegment::open(file, header)?
+        if let Some(sealed) = SealedSegment::open(file, header)?
             && sealed.stats().next_seq.0 - 1 <= self.through.0
             && whole(sealed.verify(file))?
         {
-            return Ok((Part::Sealed(Box::new(sealed), steps), None));
+            let summary = sealed.summary(file)?;
+            let doubtful = durable < sealed.stats().next_seq;
+            let damage = doubtful.then(|| file.headers(header, sealed.entries_end()).find_map(Result::err));
+            return Ok((Part::Sealed(Box::new(sealed), summary), damage.flatten()));
         }
         let (scanned, damage) = scan_prefix(file, header, self.through)?;
         Ok((Part::Prefix(Box::new(scanned)), damage))
@@ -180,35 +198,36 @@ impl Work<'_> {
     fn keep(&mut self, file: SegmentFile, header: SegmentHeader, part: Part) {
         let path = self.segments_dir.join(header.id.file_name());
         let storage = Arc::clone(self.storage);
-        let segment = match part {
-            Part::Sealed(sealed, _) => {
+        let (segment, buckets) = match part {
+            Part::Sealed(sealed, summary) => {
                 self.next = sealed.stats().next_seq;
                 self.size += sealed.length().0;
-                Segment::new_sealed(storage, path, header, self.cache, *sealed)
+                (Segment::new_sealed(storage, path, header, self.cache, *sealed), summary.buckets)
             }
             Part::Prefix(scanned) => {
                 self.next = scanned.contents.stats().next_seq;
                 self.size += scanned.end.0;
                 let open = OpenSegment { file, contents: scanned.contents, end: scanned.end };
-                Segment::new_open(storage, path, header, self.cache, open)
+                let buckets = open.contents.index().buckets();
+                (Segment::new_open(storage, path, header, self.cache, open), buckets)
             }
         };
-        self.segments.push(Arc::new(segment));
+        self.segments.push_finished(Arc::new(segment), &buckets);
     }
 
     /// What stands behind the lost place gives no points, but it knows newer attaches: a stale epoch must
     /// stay fenced, and no LSN may come a second time.
-    fn survey<'f>(&mut self, rest: impl Iterator<Item = &'f Found>) -> Result<(), LogError> {
-        for found in rest {
+    fn survey<'f>(&mut self, rest: impl Iterator<Item = (&'f Found, Seq)>) -> Result<(), LogError> {
+        for (found, durable) in rest {
             let Ok(header) = &found.header else {
                 self.damage.extend(describe(&**self.storage, self.segments_dir, found));
                 continue;
             };
             let file = open(&**self.storage, self.segments_dir, found.id)?;
-            let (part, damage) = self.read(&file, *header)?;
+            let (part, damage) = self.read(&file, *header, durable)?;
             self.damage.extend(damage.map(|damage| damage.to_string()));
             let steps = match &part {
-                Part::Sealed(_, steps) => steps,
+                Part::Sealed(_, summary) => &summary.steps,
                 Part::Prefix(scanned) => scanned.contents.steps(),
             };
             for step in steps {

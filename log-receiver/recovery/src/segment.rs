@@ -8,8 +8,8 @@ use std::{
 };
 
 use backtide_segment::{
-    Bucket, Contents, EntryHeader, EntryParts, Extent, ExtentKey, IndexBlock, Position, SealedSegment,
-    SegmentFile, SegmentHeader, SegmentStats,
+    Bucket, Contents, EntryHeader, EntryParts, Extent, ExtentKey, Guide, IndexBlock, Position, SealedSegment,
+    SegmentFile, SegmentHeader, SegmentStats, Stretch,
 };
 use backtide_storage::Storage;
 use backtide_units::{ByteOffset, ByteRange, Lsn};
@@ -18,7 +18,7 @@ use roaring::RoaringTreemap;
 
 use crate::{
     LogCache, LogError,
-    cache::{IndexPart, PieceKey, SegmentKey},
+    cache::{IndexPart, PartName, PieceKey, SegmentKey},
 };
 
 /// Pieces of a payload read at once: 1 MiB.
@@ -40,13 +40,6 @@ pub(crate) struct OpenSegment {
     pub(crate) file: SegmentFile,
     pub(crate) contents: Contents,
     pub(crate) end: ByteOffset,
-}
-
-/// The 4 KiB blocks of the disk that a sealed segment touches.
-pub(crate) struct Touched {
-    pub(crate) blocks: RoaringTreemap,
-    /// Extents that are not in the bitmap.
-    pub(crate) wide: Arc<Vec<Extent>>,
 }
 
 impl Segment {
@@ -111,114 +104,121 @@ impl Segment {
         self.with(|open| *open.contents.stats(), |sealed| *sealed.stats())
     }
 
-    /// Whether the bucket may have extents at or below `at` here, wide ones aside, and the highest
-    /// version they can have.
-    pub(crate) fn narrow_bound(&self, bucket: Bucket, at: Lsn) -> Option<Lsn> {
-        let bound = |stats: &SegmentStats, has: bool| {
-            (has && stats.version_min <= at).then(|| stats.version_max.min(at))
+    /// The highest version that an extent at or below `at` can have here; `None` when there is none.
+    pub(crate) fn version_max_at(&self, at: Lsn) -> Option<Lsn> {
+        let bound = |stats: &SegmentStats| {
+            (stats.version_min <= at && stats.version_min <= stats.version_max)
+                .then(|| stats.version_max.min(at))
         };
-        self.with(
-            |open| bound(open.contents.stats(), open.contents.index().has(bucket)),
-            |sealed| bound(sealed.stats(), sealed.has(bucket)),
-        )
+        self.with(|open| bound(open.contents.stats()), |sealed| bound(sealed.stats()))
     }
 
-    /// Up to `limit` extents of one bucket from `from` on, in key order; fewer only at the end.
-    pub(crate) fn fetch(&self, from: ExtentKey, limit: usize) -> Result<Vec<Extent>, LogError> {
+    /// Whether there may be extents in the buckets of a level that touch `range`.
+    pub(crate) fn may_have(&self, level: u8, range: ByteRange) -> Result<bool, LogError> {
         self.with(
-            |open| Ok(open.contents.index().fetch(from, limit)),
-            |sealed| self.fetch_sealed(sealed, from, limit),
-        )
-    }
-
-    fn fetch_sealed(
-        &self,
-        sealed: &SealedSegment,
-        from: ExtentKey,
-        limit: usize,
-    ) -> Result<Vec<Extent>, LogError> {
-        let mut extents = Vec::new();
-        let mut number = sealed.block_of(from);
-        while number < sealed.block_count() {
-            let block = self.block(sealed, number)?;
-            for place in block.lower_bound(from)..block.len() {
-                let (key, extent) = block.get(place);
-                if key.bucket() != from.bucket() || extents.len() == limit {
-                    return Ok(extents);
+            |open| Ok(open.contents.index().has(level, range)),
+            |sealed| {
+                if range.is_empty() {
+                    return Ok(false);
                 }
-                extents.push(extent);
-            }
-            number += 1;
+                let last = ByteOffset(range.end().0 - 1);
+                let first = Bucket::holding(range.start(), level).code();
+                let buckets = self.buckets(sealed)?;
+                let before = first.checked_sub(1).map_or(0, |before| buckets.rank(before));
+                Ok(buckets.rank(Bucket::holding(last, level).code()) > before)
+            },
+        )
+    }
+
+    fn buckets(&self, sealed: &SealedSegment) -> Result<Arc<RoaringTreemap>, LogError> {
+        let load = || Ok(IndexPart::Buckets(Arc::new(sealed.summary(&self.file()?)?.buckets)));
+        match self.cache.part(self.key, PartName::Buckets, load)? {
+            IndexPart::Buckets(buckets) => Ok(buckets),
+            IndexPart::Guide(_) | IndexPart::Block(_) => unreachable!("a part has one kind"),
         }
-        Ok(extents)
+    }
+
+    fn guide(&self, sealed: &SealedSegment) -> Result<Arc<Guide>, LogError> {
+        let load = || Ok(IndexPart::Guide(Arc::new(sealed.guide(&self.file()?)?)));
+        match self.cache.part(self.key, PartName::Guide, load)? {
+            IndexPart::Guide(guide) => Ok(guide),
+            IndexPart::Buckets(_) | IndexPart::Block(_) => unreachable!("a part has one kind"),
+        }
     }
 
     fn block(&self, sealed: &SealedSegment, number: u32) -> Result<IndexBlock, LogError> {
         let load = || Ok(IndexPart::Block(sealed.block(&self.file()?, number)?));
-        match self.cache.part(self.key, Some(number), load)? {
+        match self.cache.part(self.key, PartName::Block(number), load)? {
             IndexPart::Block(block) => Ok(block),
-            IndexPart::Wide(_) => unreachable!("block numbers name blocks"),
+            IndexPart::Buckets(_) | IndexPart::Guide(_) => unreachable!("a part has one kind"),
         }
     }
 
-    /// The wide extents that overlap `range`, at or below `at`, in no order.
-    pub(crate) fn wide(&self, range: ByteRange, at: Lsn) -> Result<Vec<Extent>, LogError> {
-        let fitting = |all: &[Extent]| {
-            let fits = |extent: &&Extent| extent.version <= at && extent.range.overlaps(range);
-            all.iter().filter(fits).copied().collect::<Vec<_>>()
-        };
+    /// Up to `limit` extents of one bucket from `from` on, in key order; fewer only at the end.
+    pub(crate) fn fetch(&self, from: ExtentKey, limit: usize) -> Result<Vec<(ExtentKey, Extent)>, LogError> {
         self.with(
-            |open| Ok(fitting(open.contents.index().wide())),
+            |open| Ok(open.contents.index().fetch(from, limit)),
             |sealed| {
-                if sealed.wide_count() == 0 || sealed.stats().version_min > at {
-                    return Ok(Vec::new());
-                }
-                Ok(fitting(&self.wide_sealed(sealed)?))
+                let mut extents = Vec::new();
+                self.walk(sealed, from, |key, extent| {
+                    let wanted = key.bucket() == from.bucket() && extents.len() < limit;
+                    if wanted {
+                        extents.push((key, extent));
+                    }
+                    wanted
+                })?;
+                Ok(extents)
             },
         )
     }
 
-    fn wide_sealed(&self, sealed: &SealedSegment) -> Result<Arc<Vec<Extent>>, LogError> {
-        let load = || Ok(IndexPart::Wide(Arc::new(sealed.wide(&self.file()?)?)));
-        match self.cache.part(self.key, None, load)? {
-            IndexPart::Wide(extents) => Ok(extents),
-            IndexPart::Block(_) => unreachable!("no block number names the wide extents"),
-        }
-    }
-
-    /// Calls `visit` for every extent, wide ones too, in no order.
-    pub(crate) fn each_extent(&self, mut visit: impl FnMut(&Extent)) -> Result<(), LogError> {
-        self.with(
-            |open| {
-                let index = open.contents.index();
-                for extent in index.extents().chain(index.wide().iter().copied()) {
-                    visit(&extent);
+    /// Calls `visit` for the extents of a sealed segment from a key on, in order, until it says stop.
+    fn walk(
+        &self,
+        sealed: &SealedSegment,
+        from: ExtentKey,
+        mut visit: impl FnMut(ExtentKey, Extent) -> bool,
+    ) -> Result<(), LogError> {
+        for number in self.guide(sealed)?.block_of(from)..sealed.block_count() {
+            let block = self.block(sealed, number)?;
+            for place in block.lower_bound(from)..block.len() {
+                let (key, extent) = block.get(place);
+                if !visit(key, extent) {
+                    return Ok(());
                 }
-                Ok(())
-            },
-            // The visitor is used in one of the two only, but the compiler cannot know.
-            |_| Ok::<(), LogError>(()),
-        )?;
-        if let Some(sealed) = self.sealed.get() {
-            // Sealed during the walk above: every extent may come a second time, which is allowed for.
-            for number in 0..sealed.block_count() {
-                let block = self.block(sealed, number)?;
-                for place in 0..block.len() {
-                    visit(&block.get(place).1);
-                }
-            }
-            for extent in self.wide_sealed(sealed)?.iter() {
-                visit(extent);
             }
         }
         Ok(())
     }
 
-    /// What it touches, when it is sealed.
-    pub(crate) fn disk_blocks(&self) -> Result<Option<Touched>, LogError> {
+    /// Calls `visit` for every extent, in no order; perhaps twice when the segment is sealed meanwhile.
+    pub(crate) fn each_extent(&self, visit: &mut dyn FnMut(&Extent)) -> Result<(), LogError> {
+        if self.sealed.get().is_none() {
+            let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(open) = open.as_ref() {
+                open.contents.index().extents().for_each(|extent| visit(&extent));
+                return Ok(());
+            }
+        }
+        let sealed = self.sealed.get().expect("a segment is open or sealed");
+        let first = ExtentKey::newest(Bucket::holding(ByteOffset::ZERO, 0), Lsn::MAX);
+        self.walk(sealed, first, |_, extent| {
+            visit(&extent);
+            true
+        })
+    }
+
+    /// The 4 KiB blocks that extents other than coarse ones touch, when it is sealed; coarse ones go to `visit`.
+    pub(crate) fn disk_blocks(
+        &self,
+        visit: &mut dyn FnMut(&Extent),
+    ) -> Result<Option<RoaringTreemap>, LogError> {
         let Some(sealed) = self.sealed.get() else { return Ok(None) };
-        let blocks = sealed.disk_blocks(&self.file()?)?;
-        Ok(Some(Touched { blocks, wide: self.wide_sealed(sealed)? }))
+        self.walk(sealed, ExtentKey::first_coarse(), |_, extent| {
+            visit(&extent);
+            true
+        })?;
+        Ok(Some(sealed.disk_blocks(&self.file()?)?))
     }
 
     /// Where the entries that are in the file end.
@@ -226,10 +226,24 @@ impl Segment {
         self.with(|open| open.end, SealedSegment::entries_end)
     }
 
-    /// Calls `visit` for the header of each entry in the file, in order, until it says stop.
-    pub(crate) fn each_header(&self, mut visit: impl FnMut(&EntryHeader) -> bool) -> Result<(), LogError> {
+    /// The stretches of its entries, in order.
+    pub(crate) fn stretches(&self) -> Result<Vec<Stretch>, LogError> {
+        self.with(
+            |open| Ok(open.contents.stretches().to_vec()),
+            |sealed| Ok(self.guide(sealed)?.stretches().to_vec()),
+        )
+    }
+
+    /// Calls `visit` for the header of each entry of a stretch that is in the file, in order, until it says
+    /// stop. `next` is the stretch behind it.
+    pub(crate) fn each_header(
+        &self,
+        stretch: &Stretch,
+        next: Option<&Stretch>,
+        mut visit: impl FnMut(&EntryHeader) -> bool,
+    ) -> Result<(), LogError> {
         let file = self.file()?;
-        for item in file.headers(self.header, self.entries_end()) {
+        for item in file.headers_of(self.header, stretch, next, self.entries_end()) {
             let (header, _): (EntryHeader, Position) = item?;
             if !visit(&header) {
                 break;

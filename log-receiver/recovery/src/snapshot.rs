@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use backtide_segment::{Extent, Seq, WIDE_OVER};
+use backtide_segment::{Extent, Seq};
 use backtide_units::{BlockRange, CaptureTime, Lsn};
 use roaring::RoaringTreemap;
 
@@ -14,20 +14,21 @@ use crate::{
     merge::Merge,
     point::{ago, time_text},
     segment::Segment,
+    segments::Segments,
 };
 
 /// A log as it was at one moment. Cheap to clone; reads block on the file system.
 #[derive(Clone)]
 pub struct Snapshot {
     timeline: Arc<Timeline>,
-    pub(crate) segments: Arc<Vec<Arc<Segment>>>,
+    segments: Arc<Segments>,
     through: Seq,
     /// The log that ended before this one began; its points are in the timeline too.
     before: Option<Arc<Snapshot>>,
 }
 
 impl Snapshot {
-    pub(crate) fn new(timeline: Arc<Timeline>, segments: Arc<Vec<Arc<Segment>>>, through: Seq) -> Self {
+    pub(crate) fn new(timeline: Arc<Timeline>, segments: Arc<Segments>, through: Seq) -> Self {
         Self { timeline, segments, through, before: None }
     }
 
@@ -147,27 +148,31 @@ impl Snapshot {
     }
 
     /// The last record that `wanted` takes. It looks from the newest segment back, and reads headers only
-    /// of the one segment that can have it.
+    /// of the stretches that can have it.
     fn last_record(&self, wanted: &dyn Fn(Lsn, CaptureTime) -> bool) -> Result<Option<TimedLsn>, LogError> {
         for segment in self.segments.iter().rev() {
             let stats = segment.stats();
             // The earliest time and the lowest version need not belong to one record; together they are
-            // a lower bound for both, so no segment is left out wrongly.
+            // a lower bound for both, so no segment is left out wrongly. The same holds for stretches.
             if stats.records == 0 || !wanted(stats.version_min, stats.time_min) {
                 continue;
             }
-            let mut last = None;
-            segment.each_header(|header| {
-                if header.seq > self.through {
-                    return false;
+            let stretches = segment.stretches()?;
+            for (place, stretch) in stretches.iter().enumerate().rev() {
+                if stretch.records == 0 || !wanted(stretch.lsn_min, stretch.time_min) {
+                    continue;
                 }
-                if header.kind.is_record() && wanted(header.lsn, header.time) {
-                    last = Some(TimedLsn { lsn: header.lsn, time: header.time });
+                let mut last = None;
+                segment.each_header(stretch, stretches.get(place + 1), |header| {
+                    let known = header.seq <= self.through;
+                    if known && header.kind.is_record() && wanted(header.lsn, header.time) {
+                        last = Some(TimedLsn { lsn: header.lsn, time: header.time });
+                    }
+                    known
+                })?;
+                if last.is_some() {
+                    return Ok(last);
                 }
-                true
-            })?;
-            if last.is_some() {
-                return Ok(last);
             }
         }
         match &self.before {
@@ -204,14 +209,13 @@ impl Snapshot {
             let all_between = stats.version_min > after
                 && stats.version_max <= through
                 && stats.next_seq <= self.through.next();
-            if all_between && let Some(touched) = segment.disk_blocks()? {
-                changed |= touched.blocks;
-                for extent in touched.wide.iter() {
-                    insert(&mut changed, extent);
-                }
+            if all_between
+                && let Some(blocks) = segment.disk_blocks(&mut |extent| insert(&mut changed, extent))?
+            {
+                changed |= blocks;
                 continue;
             }
-            segment.each_extent(|extent| {
+            segment.each_extent(&mut |extent| {
                 if between(extent) {
                     insert(&mut changed, extent);
                 }
@@ -230,29 +234,41 @@ impl Snapshot {
             if points.len() >= limit {
                 break;
             }
-            if segment.stats().flushes == 0 {
+            if segment.stats().flushes > 0 {
+                self.flush_points_of(segment, through, limit, &mut points)?;
+            }
+        }
+        points.truncate(limit);
+        Ok(points)
+    }
+
+    fn flush_points_of(
+        &self,
+        segment: &Segment,
+        through: Lsn,
+        limit: usize,
+        points: &mut Vec<TimedLsn>,
+    ) -> Result<(), LogError> {
+        let stretches = segment.stretches()?;
+        for (place, stretch) in stretches.iter().enumerate().rev() {
+            if stretch.flushes == 0 || points.len() >= limit {
                 continue;
             }
             let mut here = Vec::new();
-            segment.each_header(|header| {
+            segment.each_header(stretch, stretches.get(place + 1), |header| {
                 let known = header.seq <= self.through;
-                if known
-                    && header.kind.is_flush()
-                    && header.lsn <= through
-                    && self.timeline.offers(header.lsn)
-                {
+                let wanted = header.kind.is_flush() && header.lsn <= through;
+                if known && wanted && self.timeline.offers(header.lsn) {
                     here.push(TimedLsn { lsn: header.lsn, time: header.time });
                 }
                 known
             })?;
             points.extend(here.into_iter().rev());
         }
-        points.truncate(limit);
-        Ok(points)
+        Ok(())
     }
 }
 
 fn insert(blocks: &mut RoaringTreemap, extent: &Extent) {
-    debug_assert!(extent.range.count() <= WIDE_OVER || extent.zero);
     blocks.insert_range(BlockRange::touched_by(extent.range).indices());
 }

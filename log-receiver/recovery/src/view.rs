@@ -3,7 +3,6 @@
 //! Opening a view costs nothing; each read merges the indexes of the segments that have the range and
 //! reads only the entries it needs. Every payload is checked against the checksum from its capture.
 
-use backtide_segment::BUCKET_SIZE;
 use backtide_units::{ByteCount, ByteRange, Lsn};
 use bytes::Bytes;
 
@@ -64,18 +63,16 @@ impl View {
 
     /// The bytes of `range` into `buffer`, which must hold zeros and be as long.
     fn read_into(&self, range: ByteRange, buffer: &mut [u8]) -> Result<(), LogError> {
-        let pieces = self.snapshot.merge(self.at).pieces(range)?;
-        let mut sourced: Vec<(Source, ByteRange)> =
-            pieces.iter().filter_map(|piece| piece.source.map(|source| (source, piece.range))).collect();
+        let merge = self.snapshot.merge(self.at);
+        let mut sourced: Vec<(Source<'_>, ByteRange)> = Vec::new();
+        merge.pieces(range, &mut |piece| sourced.extend(piece.source.map(|source| (source, piece.range))))?;
         // A piece of a payload is read and checked as a whole, so once for all parts that it gives.
-        sourced.sort_by_key(|(source, range)| (source.segment, source.extent.position.0, range.start()));
-        for entry in sourced
-            .chunk_by(|(a, _), (b, _)| a.segment == b.segment && a.extent.position == b.extent.position)
-        {
+        let entry = |source: &Source<'_>| (source.segment.header().id, source.extent.position.0);
+        sourced.sort_by_key(|(source, range)| (entry(source), range.start()));
+        for entry in sourced.chunk_by(|(a, _), (b, _)| entry(a) == entry(b)) {
             let (source, _) = entry[0];
-            let segment = &self.snapshot.segments[source.segment];
             let wanted: Vec<ByteRange> = entry.iter().map(|(_, part)| *part).collect();
-            segment.read_entry(&source.extent, &wanted, |part, bytes| {
+            source.segment.read_entry(&source.extent, &wanted, |part, bytes| {
                 let to = offset_in(range, part);
                 buffer[to..to + bytes.len()].copy_from_slice(bytes);
             })?;
@@ -84,24 +81,21 @@ impl View {
     }
 
     /// Where `range` has data and where it is known to be zero: adjoining, in order, covering it.
-    /// Long ranges take a while: one look-up for each 64 KiB.
+    /// Takes time and memory by the number of extents, whatever the range's length.
     ///
     /// # Errors
     /// When an index cannot be read.
     pub fn extents(&self, range: ByteRange) -> Result<Vec<(ByteRange, Allocation)>, LogError> {
         let mut extents: Vec<(ByteRange, Allocation)> = Vec::new();
-        // Window by window, so that memory follows the number of extents and not that of pieces.
-        for window in range.split_at_multiples(ByteCount(BUCKET_SIZE.0 * 64)) {
-            for Piece { range, source } in self.snapshot.merge(self.at).pieces(window)? {
-                let allocation = if source.is_some() { Allocation::Data } else { Allocation::Zero };
-                match extents.last_mut() {
-                    Some((last, same)) if *same == allocation => {
-                        *last = ByteRange::between(last.start(), range.end());
-                    }
-                    Some(_) | None => extents.push((range, allocation)),
+        self.snapshot.merge(self.at).pieces(range, &mut |Piece { range, source }| {
+            let allocation = if source.is_some() { Allocation::Data } else { Allocation::Zero };
+            match extents.last_mut() {
+                Some((last, same)) if *same == allocation => {
+                    *last = ByteRange::between(last.start(), range.end());
                 }
+                Some(_) | None => extents.push((range, allocation)),
             }
-        }
+        })?;
         Ok(extents)
     }
 }

@@ -33,6 +33,27 @@ pub struct RecordRun {
     pub pass_bytes: u64,
 }
 
+/// A stretch of a segment's entries, about 1 MiB of them: what a search for a record by its time or LSN needs
+/// to read only one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stretch {
+    /// Where its first entry stands.
+    pub position: Position,
+    /// The first entry.
+    pub seq: Seq,
+    /// Guest writes and zeroes.
+    pub records: u32,
+    /// Flushes.
+    pub flushes: u32,
+    /// The lowest LSN of a record, the highest there can be without one.
+    pub lsn_min: Lsn,
+    /// The earliest time of a record, the latest there can be without one.
+    pub time_min: CaptureTime,
+}
+
+/// A stretch ends with the entry that reaches this length.
+const STRETCH_BYTES: u32 = 1 << 20;
+
 /// Counts and bounds of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentStats {
@@ -62,6 +83,7 @@ pub struct Contents {
     pub(crate) index: OpenIndex,
     pub(crate) steps: Vec<Step>,
     pub(crate) stats: SegmentStats,
+    pub(crate) stretches: Vec<Stretch>,
     control_bytes: u64,
 }
 
@@ -89,6 +111,7 @@ impl Contents {
             index: OpenIndex::default(),
             steps: Vec::new(),
             stats: SegmentStats::new(first_seq, synced),
+            stretches: Vec::new(),
             control_bytes: 0,
         }
     }
@@ -110,6 +133,7 @@ impl Contents {
             self.stats.version_max = self.stats.version_max.max(header.lsn);
             self.index.add(header, position);
         }
+        self.stretch(header, position);
         let at = (header.lsn, header.time);
         match header.kind {
             EntryKind::Write | EntryKind::Zero => {
@@ -138,6 +162,22 @@ impl Contents {
         }
     }
 
+    fn stretch(&mut self, header: &EntryHeader, position: Position) {
+        let full = |stretch: &Stretch| position.0 - stretch.position.0 >= STRETCH_BYTES;
+        if self.stretches.last().is_none_or(full) {
+            let (lsn_min, time_min) = (Lsn::MAX, CaptureTime(u64::MAX));
+            let seq = header.seq;
+            self.stretches.push(Stretch { position, seq, records: 0, flushes: 0, lsn_min, time_min });
+        }
+        let Some(stretch) = self.stretches.last_mut() else { unreachable!("a stretch was pushed") };
+        stretch.flushes += u32::from(header.kind.is_flush());
+        if header.kind.is_record() {
+            stretch.records += 1;
+            stretch.lsn_min = stretch.lsn_min.min(header.lsn);
+            stretch.time_min = stretch.time_min.min(header.time);
+        }
+    }
+
     fn run(&mut self) -> &mut RecordRun {
         if !matches!(self.steps.last(), Some(Step::Run(_))) {
             self.steps.push(Step::Run(RecordRun::default()));
@@ -158,6 +198,11 @@ impl Contents {
         &self.steps
     }
 
+    /// The stretches so far, in order; they adjoin.
+    pub fn stretches(&self) -> &[Stretch] {
+        &self.stretches
+    }
+
     /// Counts and bounds so far.
     pub fn stats(&self) -> &SegmentStats {
         &self.stats
@@ -165,10 +210,11 @@ impl Contents {
 
     /// More than the footer will take: space to keep free for it.
     pub fn footer_bytes_max(&self) -> ByteCount {
-        // An extent takes 24 bytes (and its share of a block), up to 24 in the bucket bitmap when its
-        // bucket stands alone, up to 48 in the block bitmap; a wide one 40, and some in the bitmaps.
+        // An extent takes 24 bytes (and its share of a block), up to 24 in the bitmap of buckets when its
+        // bucket stands alone, up to 48 in the bitmap of blocks. A stretch takes 40.
         // A run lies between two control entries at most, each counted with room for one.
         let extents = self.index.count() as u64 * 112;
-        ByteCount(16 * 1024 + extents + self.control_bytes * 2)
+        let stretches = (self.stretches.len() as u64 + 1) * 40;
+        ByteCount(16 * 1024 + extents + stretches + self.control_bytes * 2)
     }
 }

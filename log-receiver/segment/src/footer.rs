@@ -1,4 +1,4 @@
-//! The footer that seals a segment: index, summary, bitmap of blocks, trailer.
+//! The footer that seals a segment: index, guide, summary, bitmap of blocks, trailer.
 //!
 //! It is written from the in-memory index in one walk, block by block; beside the index only the
 //! bitmaps are in memory, and they are smaller than it. Nothing here syncs: a sealed segment is as
@@ -12,7 +12,7 @@ use bytes::{BufMut, BytesMut};
 use roaring::RoaringTreemap;
 
 use crate::{
-    Contents, EntryHeader, SegmentHeader, Seq, Step,
+    COARSE_LEVEL, Contents, EntryHeader, SegmentHeader, Seq, Step,
     index::{ExtentKey, Piece},
 };
 
@@ -23,8 +23,10 @@ pub(crate) const RECORD_LENGTH: usize = 24;
 pub(crate) const RECORDS_PER_BLOCK: usize = 170;
 pub(crate) const COUNT_AT: usize = RECORD_LENGTH * RECORDS_PER_BLOCK;
 pub(crate) const BLOCK_CRC_AT: usize = BLOCK_LENGTH - 4;
-pub(crate) const FENCE_LENGTH: usize = 20;
-pub(crate) const WIDE_LENGTH: usize = 40;
+pub(crate) const FENCE_LENGTH: usize = 24;
+pub(crate) const STRETCH_LENGTH: usize = 40;
+/// An entry's number in its segment takes the lower bits of its field, the level of its extent the upper ones.
+pub(crate) const SEQ_BITS: u32 = 28;
 pub(crate) const STEP_RUN: u8 = 1;
 pub(crate) const STEP_CONTROL: u8 = 2;
 
@@ -61,9 +63,9 @@ pub(crate) fn write_footer(
 ) -> io::Result<ByteCount> {
     let mut out = FooterWriter { file, at: entries_end.0, chunk: BytesMut::with_capacity(CHUNK) };
     let (fences, blocks) = write_index(&mut out, header, contents)?;
-    let wide = encode_wide(contents);
-    out.put(&wide)?;
-    let summary = encode_summary(header, contents, &fences)?;
+    let guide = encode_guide(contents, &fences);
+    out.put(&guide)?;
+    let summary = encode_summary(header, contents)?;
     out.put(&summary)?;
     let mut bitmap = Vec::with_capacity(blocks.serialized_size());
     blocks.serialize_into(&mut bitmap)?;
@@ -71,9 +73,9 @@ pub(crate) fn write_footer(
     let mut trailer = BytesMut::with_capacity(TRAILER_LENGTH);
     put_stats(&mut trailer, header, contents, entries_end);
     trailer.put_u32_le(fences.len() as u32);
-    trailer.put_u32_le((contents.index.count() - contents.index.wide().len()) as u32);
-    trailer.put_u32_le(contents.index.wide().len() as u32);
-    trailer.put_u32_le(crc32c::crc32c(&wide));
+    trailer.put_u32_le(contents.index.count() as u32);
+    trailer.put_u32_le(guide.len() as u32);
+    trailer.put_u32_le(crc32c::crc32c(&guide));
     trailer.put_u32_le(summary.len() as u32);
     trailer.put_u32_le(crc32c::crc32c(&summary));
     trailer.put_u32_le(bitmap.len() as u32);
@@ -103,7 +105,9 @@ fn write_index(
             fences.push(key);
         }
         put_record(&mut block, header.first_seq, key, piece);
-        disk_blocks.insert_range(BlockRange::touched_by(piece.extent(key).range).indices());
+        if key.bucket().level() < COARSE_LEVEL {
+            disk_blocks.insert_range(BlockRange::touched_by(piece.extent(key).range).indices());
+        }
         count += 1;
         if usize::from(count) == RECORDS_PER_BLOCK {
             finish_block(&mut block, count);
@@ -121,11 +125,13 @@ fn write_index(
 }
 
 fn put_record(block: &mut BytesMut, first_seq: Seq, key: ExtentKey, piece: Piece) {
-    block.put_u32_le(key.bucket().0);
+    block.put_u32_le(key.bucket().number());
     block.put_u16_le(piece.start);
     block.put_u16_le(piece.last);
     block.put_u64_le(key.version().0);
-    block.put_u32_le(u32::try_from(key.seq().0 - first_seq.0).expect("a segment has less than 2^32 entries"));
+    let number = key.seq().0 - first_seq.0;
+    assert!(number < 1 << SEQ_BITS, "a segment of 4 GiB has less than 2^26 entries");
+    block.put_u32_le(u32::from(key.bucket().level()) << SEQ_BITS | number as u32);
     block.put_u32_le(piece.position);
 }
 
@@ -136,28 +142,28 @@ fn finish_block(block: &mut BytesMut, count: u16) {
     block.put_u32_le(crc32c::crc32c(block));
 }
 
-fn encode_wide(contents: &Contents) -> Vec<u8> {
-    let mut wide = contents.index.wide().to_vec();
-    wide.sort_by_key(|extent| (std::cmp::Reverse(extent.version), std::cmp::Reverse(extent.seq)));
-    let mut out = Vec::with_capacity(wide.len() * WIDE_LENGTH);
-    for extent in wide {
-        out.put_u64_le(extent.range.start().0);
-        out.put_u64_le(extent.range.count().0);
-        out.put_u64_le(extent.version.0);
-        out.put_u64_le(extent.seq.0);
-        out.put_u32_le(extent.position.0);
+fn encode_guide(contents: &Contents, fences: &[ExtentKey]) -> Vec<u8> {
+    let stretches = contents.stretches();
+    let mut out = Vec::with_capacity(fences.len() * FENCE_LENGTH + stretches.len() * STRETCH_LENGTH);
+    for fence in fences {
+        out.put_u64_le(fence.bucket().code());
+        out.put_u64_le(fence.version().0);
+        out.put_u64_le(fence.seq().0);
+    }
+    for stretch in stretches {
+        out.put_u32_le(stretch.position.0);
         out.put_u32_le(0);
+        out.put_u64_le(stretch.seq.0);
+        out.put_u32_le(stretch.records);
+        out.put_u32_le(stretch.flushes);
+        out.put_u64_le(stretch.lsn_min.0);
+        out.put_u64_le(stretch.time_min.0);
     }
     out
 }
 
-fn encode_summary(header: &SegmentHeader, contents: &Contents, fences: &[ExtentKey]) -> io::Result<Vec<u8>> {
+fn encode_summary(header: &SegmentHeader, contents: &Contents) -> io::Result<Vec<u8>> {
     let mut out = Vec::new();
-    for fence in fences {
-        out.put_u32_le(fence.bucket().0);
-        out.put_u64_le(fence.version().0);
-        out.put_u64_le(fence.seq().0);
-    }
     let buckets = contents.index.buckets();
     out.put_u32_le(buckets.serialized_size() as u32);
     buckets.serialize_into(&mut out)?;

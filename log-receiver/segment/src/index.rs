@@ -1,29 +1,18 @@
 //! Which bytes of the disk a segment holds: extents by bucket, newest version first.
 //!
-//! A bucket is 64 KiB of the disk. Extents are split at bucket boundaries, so one range of the key
-//! order holds everything about a bucket, and the newest version at or below a point is the first
-//! extent at or after a key. Wide extents (more than 1 MiB of zeroes) would be split into thousands
-//! of pieces, so they are kept apart.
+//! Extents are split at the ends of buckets ([`crate::bucket`]), so one range of the key order holds
+//! everything about a bucket, and the newest version at or below a point is the first extent at or after a key.
 
 use std::collections::BTreeMap;
 
-use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
-use roaring::RoaringBitmap;
+use backtide_units::{ByteOffset, ByteRange, Lsn};
+use roaring::RoaringTreemap;
 
-use crate::{EntryHeader, Position, Seq};
+use crate::{Bucket, EntryHeader, LEVELS, Position, Seq, bucket};
 
-/// Bytes of the disk in one bucket.
-pub const BUCKET_SIZE: ByteCount = ByteCount(64 << 10);
-
-/// The largest disk the format can hold: 2^32 buckets, 256 TiB.
-pub const DISK_SIZE_MAX: ByteCount = ByteCount(BUCKET_SIZE.0 << 32);
-
-/// Zeroes longer than this are wide.
-pub const WIDE_OVER: ByteCount = ByteCount(1 << 20);
-
-/// Number of a bucket: byte offset / [`BUCKET_SIZE`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Bucket(pub u32);
+/// From this level on extents are *coarse*: not in the bitmap of blocks, and so few that they are looked at
+/// one by one.
+pub const COARSE_LEVEL: u8 = 2;
 
 /// A piece of the disk in one version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +32,7 @@ pub struct Extent {
 /// The order of extents: bucket up, version down, entry down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ExtentKey {
-    bucket: u32,
+    bucket: Bucket,
     version_inverted: u64,
     seq_inverted: u64,
 }
@@ -52,11 +41,12 @@ pub struct ExtentKey {
 #[derive(Clone, Debug, Default)]
 pub struct OpenIndex {
     extents: BTreeMap<ExtentKey, Piece>,
-    wide: Vec<Extent>,
-    buckets: RoaringBitmap,
+    /// How many extents each level has.
+    levels: [u32; LEVELS as usize],
 }
 
-/// The part of an extent that its key does not say. `position`'s lowest bit is the zero flag.
+/// The part of an extent that its key does not say. `position`'s lowest bit is the zero flag; the ends are counted
+/// in units of the bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) start: u16,
@@ -64,31 +54,20 @@ pub(crate) struct Piece {
     pub(crate) position: u32,
 }
 
-impl Bucket {
-    /// The bucket that holds the byte at `offset`.
-    ///
-    /// # Panics
-    /// Beyond [`DISK_SIZE_MAX`].
-    pub fn holding(offset: ByteOffset) -> Self {
-        Self(u32::try_from(offset.0 / BUCKET_SIZE.0).expect("an offset beyond the largest disk"))
-    }
-
-    /// Its bytes of the disk.
-    pub fn range(self) -> ByteRange {
-        let start = u64::from(self.0) * BUCKET_SIZE.0;
-        ByteRange::between(ByteOffset(start), ByteOffset(start + BUCKET_SIZE.0))
-    }
-}
-
 impl ExtentKey {
     /// The key of one extent.
     pub fn new(bucket: Bucket, version: Lsn, seq: Seq) -> Self {
-        Self { bucket: bucket.0, version_inverted: !version.0, seq_inverted: !seq.0 }
+        Self { bucket, version_inverted: !version.0, seq_inverted: !seq.0 }
     }
 
     /// At or before every extent of the bucket with a version at or below `at`.
     pub fn newest(bucket: Bucket, at: Lsn) -> Self {
         Self::new(bucket, at, Seq(u64::MAX))
+    }
+
+    /// At or before every coarse extent.
+    pub fn first_coarse() -> Self {
+        Self::newest(Bucket::holding(ByteOffset::ZERO, COARSE_LEVEL), Lsn::MAX)
     }
 
     /// Just after this key: older than it.
@@ -101,7 +80,7 @@ impl ExtentKey {
 
     /// Its bucket.
     pub fn bucket(self) -> Bucket {
-        Bucket(self.bucket)
+        self.bucket
     }
 
     pub(crate) fn version(self) -> Lsn {
@@ -114,12 +93,18 @@ impl ExtentKey {
 }
 
 impl Piece {
+    /// Whether a bucket can have such a piece.
+    pub(crate) fn fits(self, bucket: Bucket) -> bool {
+        let units = bucket.range().count().0 / bucket.unit().0;
+        self.start <= self.last && u64::from(self.last) < units
+    }
+
     pub(crate) fn extent(self, key: ExtentKey) -> Extent {
-        let base = key.bucket().range().start().0;
+        let (base, unit) = (key.bucket.range().start().0, key.bucket.unit().0);
         Extent {
             range: ByteRange::between(
-                ByteOffset(base + u64::from(self.start)),
-                ByteOffset(base + u64::from(self.last) + 1),
+                ByteOffset(base + u64::from(self.start) * unit),
+                ByteOffset(base + (u64::from(self.last) + 1) * unit),
             ),
             version: key.version(),
             seq: key.seq(),
@@ -129,66 +114,60 @@ impl Piece {
     }
 }
 
-impl Extent {
-    /// Its place in the order.
-    pub fn key(&self) -> ExtentKey {
-        ExtentKey::new(Bucket::holding(self.range.start()), self.version, self.seq)
-    }
-}
-
 impl OpenIndex {
     /// Adds an entry that stands at `position`; entries without bytes of the disk change nothing.
     pub fn add(&mut self, header: &EntryHeader, position: Position) {
         let Some(range) = header.range() else { return };
         let zero = header.payload_length == 0;
-        if zero && range.count() > WIDE_OVER {
-            self.wide.push(Extent { range, version: header.lsn, seq: header.seq, position, zero });
-            return;
-        }
-        for part in range.split_at_multiples(BUCKET_SIZE) {
-            let bucket = Bucket::holding(part.start());
-            let base = bucket.range().start().0;
+        for (bucket, part) in bucket::split(range) {
+            let (base, unit) = (bucket.range().start().0, bucket.unit().0);
             let piece = Piece {
-                start: (part.start().0 - base) as u16,
-                last: (part.end().0 - 1 - base) as u16,
+                start: ((part.start().0 - base) / unit) as u16,
+                last: ((part.end().0 - base) / unit - 1) as u16,
                 position: position.0 | u32::from(zero),
             };
             self.extents.insert(ExtentKey::new(bucket, header.lsn, header.seq), piece);
-            self.buckets.insert(bucket.0);
+            self.levels[usize::from(bucket.level())] += 1;
         }
     }
 
-    /// How many extents, wide ones included.
+    /// How many extents.
     pub fn count(&self) -> usize {
-        self.extents.len() + self.wide.len()
+        self.extents.len()
     }
 
-    /// Whether any extent that is not wide lies in `bucket`.
-    pub fn has(&self, bucket: Bucket) -> bool {
-        self.buckets.contains(bucket.0)
+    /// Whether any extent lies in a bucket of `level` that touches `range`.
+    pub fn has(&self, level: u8, range: ByteRange) -> bool {
+        if range.is_empty() || self.levels[usize::from(level)] == 0 {
+            return false;
+        }
+        let first = Bucket::holding(range.start(), level);
+        let last = Bucket::holding(ByteOffset(range.end().0 - 1), level);
+        let keys = ExtentKey::newest(first, Lsn::MAX)..=ExtentKey::new(last, Lsn::ZERO, Seq(0));
+        self.extents.range(keys).next().is_some()
     }
 
     /// Up to `limit` extents of the bucket of `from`, from that key on, in key order.
-    pub fn fetch(&self, from: ExtentKey, limit: usize) -> Vec<Extent> {
+    pub fn fetch(&self, from: ExtentKey, limit: usize) -> Vec<(ExtentKey, Extent)> {
         let in_bucket = self.extents.range(from..).take_while(|(key, _)| key.bucket == from.bucket);
-        in_bucket.take(limit).map(|(key, piece)| piece.extent(*key)).collect()
+        in_bucket.take(limit).map(|(key, piece)| (*key, piece.extent(*key))).collect()
     }
 
-    /// All extents that are not wide, in key order.
+    /// All extents, in key order.
     pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
         self.extents.iter().map(|(key, piece)| piece.extent(*key))
     }
 
+    /// The codes of the buckets that have extents.
+    pub fn buckets(&self) -> RoaringTreemap {
+        let mut codes: Vec<u64> = self.extents.keys().map(|key| key.bucket.code()).collect();
+        codes.dedup();
+        let mut buckets: RoaringTreemap = codes.into_iter().collect();
+        buckets.optimize();
+        buckets
+    }
+
     pub(crate) fn pieces(&self) -> impl Iterator<Item = (ExtentKey, Piece)> + '_ {
         self.extents.iter().map(|(key, piece)| (*key, *piece))
-    }
-
-    /// The wide extents, in log order.
-    pub fn wide(&self) -> &[Extent] {
-        &self.wide
-    }
-
-    pub(crate) fn buckets(&self) -> &RoaringBitmap {
-        &self.buckets
     }
 }

@@ -5,7 +5,7 @@ use std::{io, path::Path};
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, PayloadChecksum};
 
-use crate::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, Step, scan};
+use crate::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, scan};
 
 /// Writes a readable listing of one segment file, one entry a line; damage is a line of the listing.
 ///
@@ -21,9 +21,9 @@ pub fn inspect(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> i
     writeln!(out, "segment {} of disk {}, history {}", header.id, header.disk, header.history)?;
     writeln!(out, "first entry {}, created when {} was durable", header.first_seq, header.synced)?;
     match SealedSegment::open(&file, header) {
-        Ok(Some((sealed, steps))) => {
+        Ok(Some(sealed)) => {
             entries(&file, header, sealed.entries_end(), out)?;
-            footer(&sealed, &steps, out)
+            footer(&file, &sealed, out)
         }
         Ok(None) => match scan(&file, header, Seq(0)) {
             Ok(scanned) => {
@@ -83,14 +83,13 @@ fn entries(
     Ok(())
 }
 
-fn footer(sealed: &SealedSegment, steps: &[Step], out: &mut dyn io::Write) -> io::Result<()> {
+fn footer(file: &SegmentFile, sealed: &SealedSegment, out: &mut dyn io::Write) -> io::Result<()> {
     let stats = sealed.stats();
     writeln!(
         out,
-        "sealed: {} extents in {} blocks, {} wide; {} records, {} payload bytes",
+        "sealed: {} extents in {} blocks; {} records, {} payload bytes",
         sealed.extent_count(),
         sealed.block_count(),
-        sealed.wide_count(),
         stats.records,
         stats.payload_bytes
     )?;
@@ -104,8 +103,16 @@ fn footer(sealed: &SealedSegment, steps: &[Step], out: &mut dyn io::Write) -> io
         stats.time_max.0,
         sealed.length()
     )?;
-    for step in steps {
-        writeln!(out, "  {step:?}")?;
+    match sealed.summary(file) {
+        Ok(summary) => {
+            for step in summary.steps {
+                writeln!(out, "  {step:?}")?;
+            }
+        }
+        Err(error) => writeln!(out, "{error}")?,
     }
-    Ok(())
+    match sealed.verify(file) {
+        Ok(()) => Ok(()),
+        Err(error) => writeln!(out, "DAMAGED: {error}"),
+    }
 }

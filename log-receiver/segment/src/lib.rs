@@ -4,14 +4,17 @@
 //! every byte; this crate reads and writes them, one file at a time, and knows nothing of order
 //! between files, recovery points, sockets or clocks.
 
+mod bucket;
 mod contents;
 mod entry;
 mod entry_header;
 mod error;
 mod footer;
+mod guide;
 mod header;
 mod ids;
 mod index;
+mod index_block;
 mod inspect;
 mod pieces;
 mod read;
@@ -20,17 +23,20 @@ mod sealed;
 mod verdict;
 mod writer;
 
-pub use contents::{Contents, RecordRun, SegmentStats, Step};
+pub use bucket::{Bucket, DISK_SIZE_MAX, LEVELS};
+pub use contents::{Contents, RecordRun, SegmentStats, Step, Stretch};
 pub use entry::{Entry, PAYLOAD_MAX, PassContent, PassReason, TEXT_MAX};
 pub use entry_header::{ENTRY_HEADER_LENGTH, EntryHeader, EntryKind};
 pub use error::SegmentError;
+pub use guide::Guide;
 pub use header::{SEGMENT_HEADER_LENGTH, SegmentHeader, VERSION};
 pub use ids::{Position, SegmentId, Seq};
-pub use index::{BUCKET_SIZE, Bucket, DISK_SIZE_MAX, Extent, ExtentKey, OpenIndex, WIDE_OVER};
+pub use index::{COARSE_LEVEL, Extent, ExtentKey, OpenIndex};
+pub use index_block::IndexBlock;
 pub use inspect::inspect;
 pub use pieces::EntryParts;
 pub use read::{HeaderScan, SegmentFile};
 pub use scan::{Scanned, claims, scan, scan_prefix};
-pub use sealed::{IndexBlock, SealedSegment};
+pub use sealed::{SealedSegment, Summary};
 pub use verdict::{HeaderState, PayloadState, Verdict, verdict};
 pub use writer::{SegmentWriter, WriterOptions};

@@ -7,7 +7,7 @@ use backtide_units::ByteOffset;
 
 use crate::{
     ENTRY_HEADER_LENGTH, EntryHeader, EntryKind, Position, SEGMENT_HEADER_LENGTH, SegmentError,
-    SegmentHeader, Seq, entry_header::HeaderFault,
+    SegmentHeader, Seq, Stretch, entry_header::HeaderFault,
 };
 
 /// An open segment file with the name that errors use.
@@ -78,11 +78,31 @@ impl SegmentFile {
         }
     }
 
+    /// Walks over the headers of one stretch, which ends where `next` begins or at `end`.
+    pub fn headers_of(
+        &self,
+        header: SegmentHeader,
+        stretch: &Stretch,
+        next: Option<&Stretch>,
+        end: ByteOffset,
+    ) -> HeaderScan<'_> {
+        HeaderScan {
+            window: Window::new(self),
+            header,
+            at: stretch.position.offset().0,
+            end: next.map_or(end.0, |next| next.position.offset().0),
+            next_seq: stretch.seq,
+        }
+    }
+
     pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, SegmentError> {
         self.file.read_at(ByteOffset(offset), buffer).map_err(|source| self.failed("read", source))
     }
 
     pub(crate) fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> Result<(), SegmentError> {
+        if buffer.is_empty() {
+            return Ok(());
+        }
         let found = self.read_at(offset, buffer)?;
         if found == buffer.len() {
             return Ok(());

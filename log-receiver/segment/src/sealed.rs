@@ -1,20 +1,17 @@
 //! Reading the footer of a sealed segment.
 //!
 //! A footer that is not whole makes the segment one that is not sealed, never an error: the entries
-//! are the truth and the footer is built again from them. Index blocks are read one by one, when asked for.
+//! are the truth and the footer is built again from them. Its parts are read when they are asked for, index blocks
+//! one by one: what stays in memory of a sealed segment does not depend on what it holds.
 
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn};
+use backtide_units::{ByteCount, ByteOffset, CaptureTime, Lsn};
 use bytes::{Buf, Bytes};
-use roaring::{RoaringBitmap, RoaringTreemap};
+use roaring::RoaringTreemap;
 
 use crate::{
-    Bucket, ENTRY_HEADER_LENGTH, EntryHeader, Extent, ExtentKey, Position, RecordRun, SegmentError,
-    SegmentFile, SegmentHeader, SegmentStats, Seq, Step, VERSION,
-    footer::{
-        BLOCK_CRC_AT, BLOCK_LENGTH, COUNT_AT, FENCE_LENGTH, RECORD_LENGTH, RECORDS_PER_BLOCK, STEP_CONTROL,
-        STEP_RUN, TRAILER_LENGTH, TRAILER_MAGIC, WIDE_LENGTH,
-    },
-    index::Piece,
+    ENTRY_HEADER_LENGTH, EntryHeader, Guide, IndexBlock, RecordRun, SegmentError, SegmentFile, SegmentHeader,
+    SegmentStats, Seq, Step, VERSION,
+    footer::{BLOCK_LENGTH, STEP_CONTROL, STEP_RUN, TRAILER_LENGTH, TRAILER_MAGIC},
 };
 
 /// What stays in memory of a sealed segment.
@@ -23,16 +20,15 @@ pub struct SealedSegment {
     header: SegmentHeader,
     stats: SegmentStats,
     sections: Sections,
-    fences: Vec<ExtentKey>,
-    buckets: RoaringBitmap,
 }
 
-/// One block of the index, checked.
+/// What opening a log needs of a segment, and nobody else.
 #[derive(Clone, Debug)]
-pub struct IndexBlock {
-    first_seq: Seq,
-    count: usize,
-    bytes: Bytes,
+pub struct Summary {
+    /// The codes of the buckets that have extents.
+    pub buckets: RoaringTreemap,
+    /// The steps of the timeline.
+    pub steps: Vec<Step>,
 }
 
 /// Where the parts of the footer are.
@@ -41,8 +37,8 @@ struct Sections {
     entries_end: u64,
     blocks: u32,
     extents: u32,
-    wide: u32,
-    wide_crc: u32,
+    guide: u32,
+    guide_crc: u32,
     summary: u32,
     summary_crc: u32,
     bitmap: u32,
@@ -50,12 +46,12 @@ struct Sections {
 }
 
 impl Sections {
-    fn wide_at(&self) -> u64 {
+    fn guide_at(&self) -> u64 {
         self.entries_end + u64::from(self.blocks) * BLOCK_LENGTH as u64
     }
 
     fn summary_at(&self) -> u64 {
-        self.wide_at() + u64::from(self.wide) * WIDE_LENGTH as u64
+        self.guide_at() + u64::from(self.guide)
     }
 
     fn bitmap_at(&self) -> u64 {
@@ -68,19 +64,36 @@ impl Sections {
 }
 
 impl SealedSegment {
-    /// Reads the footer; `None` when there is no whole one.
+    /// Reads the footer's trailer and checks its summary; `None` when one is not whole.
     ///
     /// # Errors
     /// [`SegmentError::UnknownVersion`] or the file's.
-    pub fn open(
-        file: &SegmentFile,
-        header: SegmentHeader,
-    ) -> Result<Option<(Self, Vec<Step>)>, SegmentError> {
+    pub fn open(file: &SegmentFile, header: SegmentHeader) -> Result<Option<Self>, SegmentError> {
         let Some((stats, sections)) = read_trailer(file, &header)? else { return Ok(None) };
-        let summary = read_section(file, sections.summary_at(), sections.summary, sections.summary_crc);
-        let Some(summary) = missing_if_damaged(summary)? else { return Ok(None) };
-        let decoded = decode_summary(summary, &header, &sections);
-        Ok(decoded.map(|(fences, buckets, steps)| (Self { header, stats, sections, fences, buckets }, steps)))
+        let sealed = Self { header, stats, sections };
+        Ok(missing_if_damaged(sealed.summary(file))?.map(|_| sealed))
+    }
+
+    /// Reads what opening a log needs.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] or the file's.
+    pub fn summary(&self, file: &SegmentFile) -> Result<Summary, SegmentError> {
+        let (at, sections) = (self.sections.summary_at(), &self.sections);
+        let bytes = read_section(file, at, sections.summary, sections.summary_crc)?;
+        decode_summary(bytes, &self.header)
+            .ok_or_else(|| file.damaged(at, "the summary cannot be read".to_owned()))
+    }
+
+    /// Reads what finds an extent or a record in this segment.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] or the file's.
+    pub fn guide(&self, file: &SegmentFile) -> Result<Guide, SegmentError> {
+        let (at, sections) = (self.sections.guide_at(), &self.sections);
+        let bytes = read_section(file, at, sections.guide, sections.guide_crc)?;
+        Guide::decode(bytes, sections.blocks, &self.header, self.stats.next_seq, sections.entries_end)
+            .ok_or_else(|| file.damaged(at, "the guide cannot be read".to_owned()))
     }
 
     /// The segment's header.
@@ -103,29 +116,14 @@ impl SealedSegment {
         ByteCount(self.sections.trailer_at() + TRAILER_LENGTH as u64)
     }
 
-    /// Whether any extent that is not wide lies in `bucket`.
-    pub fn has(&self, bucket: Bucket) -> bool {
-        self.buckets.contains(bucket.0)
-    }
-
-    /// How many extents that are not wide.
+    /// How many extents.
     pub fn extent_count(&self) -> u32 {
         self.sections.extents
-    }
-
-    /// How many wide extents.
-    pub fn wide_count(&self) -> u32 {
-        self.sections.wide
     }
 
     /// How many index blocks.
     pub fn block_count(&self) -> u32 {
         self.sections.blocks
-    }
-
-    /// The block in which a walk from `key` begins.
-    pub fn block_of(&self, key: ExtentKey) -> u32 {
-        (self.fences.partition_point(|fence| *fence <= key) as u32).saturating_sub(1)
     }
 
     /// Reads one index block.
@@ -140,33 +138,8 @@ impl SealedSegment {
         let at = self.sections.entries_end + u64::from(number) * BLOCK_LENGTH as u64;
         let mut bytes = vec![0; BLOCK_LENGTH];
         file.read_exact(at, &mut bytes)?;
-        let mut tail = &bytes[BLOCK_CRC_AT..];
-        let count = usize::from(u16::from_le_bytes([bytes[COUNT_AT], bytes[COUNT_AT + 1]]));
-        if tail.get_u32_le() != crc32c::crc32c(&bytes[..BLOCK_CRC_AT]) || count > RECORDS_PER_BLOCK {
-            return Err(file.damaged(at, format!("the checksum of index block {number} is wrong")));
-        }
-        Ok(IndexBlock { first_seq: self.header.first_seq, count, bytes: bytes.into() })
-    }
-
-    /// Reads the wide extents, newest version first.
-    ///
-    /// # Errors
-    /// [`SegmentError::Damaged`] or the file's.
-    pub fn wide(&self, file: &SegmentFile) -> Result<Vec<Extent>, SegmentError> {
-        let length = self.sections.wide * WIDE_LENGTH as u32;
-        let mut bytes = read_section(file, self.sections.wide_at(), length, self.sections.wide_crc)?;
-        let mut extents = Vec::with_capacity(self.sections.wide as usize);
-        for _ in 0..self.sections.wide {
-            let (start, count) = (bytes.get_u64_le(), bytes.get_u64_le());
-            let range = ByteRange::new(ByteOffset(start), ByteCount(count)).ok_or_else(|| {
-                file.damaged(self.sections.wide_at(), "a wide extent beyond any disk".to_owned())
-            })?;
-            let (version, seq) = (Lsn(bytes.get_u64_le()), Seq(bytes.get_u64_le()));
-            let position = Position(bytes.get_u32_le());
-            bytes.advance(4);
-            extents.push(Extent { range, version, seq, position, zero: true });
-        }
-        Ok(extents)
+        IndexBlock::decode(bytes.into(), self.header.first_seq)
+            .ok_or_else(|| file.damaged(at, format!("the checksum of index block {number} is wrong")))
     }
 
     /// Reads and checks every part of the footer: the trailer alone does not say that the parts before it
@@ -178,11 +151,12 @@ impl SealedSegment {
         for number in 0..self.sections.blocks {
             self.block(file, number)?;
         }
-        self.wide(file)?;
+        self.guide(file)?;
+        self.summary(file)?;
         self.disk_blocks(file).map(|_| ())
     }
 
-    /// Reads the bitmap of 4 KiB blocks that extents other than wide ones touch.
+    /// Reads the bitmap of 4 KiB blocks that extents other than coarse ones touch.
     ///
     /// # Errors
     /// [`SegmentError::Damaged`] or the file's.
@@ -191,46 +165,6 @@ impl SealedSegment {
         let bytes = read_section(file, at, self.sections.bitmap, self.sections.bitmap_crc)?;
         RoaringTreemap::deserialize_from(&bytes[..])
             .map_err(|error| file.damaged(at, format!("the bitmap of blocks cannot be read: {error}")))
-    }
-}
-
-impl IndexBlock {
-    /// How many extents.
-    pub fn len(&self) -> usize {
-        self.count
-    }
-
-    /// Whether it has no extents.
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
-    /// One extent, with its key.
-    ///
-    /// # Panics
-    /// When there is no such extent.
-    pub fn get(&self, place: usize) -> (ExtentKey, Extent) {
-        assert!(place < self.count, "extent {place} of {}", self.count);
-        let mut record = &self.bytes[place * RECORD_LENGTH..][..RECORD_LENGTH];
-        let bucket = Bucket(record.get_u32_le());
-        let (start, last) = (record.get_u16_le(), record.get_u16_le());
-        let version = Lsn(record.get_u64_le());
-        let seq = Seq(self.first_seq.0.saturating_add(u64::from(record.get_u32_le())));
-        let position = record.get_u32_le();
-        let key = ExtentKey::new(bucket, version, seq);
-        // A block whose checksum is right was written by us, so start <= last; the maximum only
-        // keeps a hand-made file from a panic.
-        (key, Piece { start, last: last.max(start), position }.extent(key))
-    }
-
-    /// The first place at or after `key`.
-    pub fn lower_bound(&self, key: ExtentKey) -> usize {
-        let (mut low, mut high) = (0, self.count);
-        while low < high {
-            let middle = usize::midpoint(low, high);
-            if self.get(middle).0 < key { low = middle + 1 } else { high = middle }
-        }
-        low
     }
 }
 
@@ -295,8 +229,8 @@ fn read_trailer(
         entries_end: input.get_u64_le(),
         blocks: input.get_u32_le(),
         extents: input.get_u32_le(),
-        wide: input.get_u32_le(),
-        wide_crc: input.get_u32_le(),
+        guide: input.get_u32_le(),
+        guide_crc: input.get_u32_le(),
         summary: input.get_u32_le(),
         summary_crc: input.get_u32_le(),
         bitmap: input.get_u32_le(),
@@ -307,32 +241,19 @@ fn read_trailer(
     Ok((ours && fits).then_some((stats, sections)))
 }
 
-type Summary = (Vec<ExtentKey>, RoaringBitmap, Vec<Step>);
-
 /// `None` when it is no summary: its checksum was right, so only a hand-made file comes to that.
-fn decode_summary(mut input: Bytes, header: &SegmentHeader, sections: &Sections) -> Option<Summary> {
-    let fences_length = sections.blocks as usize * FENCE_LENGTH;
-    if input.len() < fences_length {
-        return None;
-    }
-    let mut fences_bytes = input.split_to(fences_length);
-    let mut fences = Vec::with_capacity(sections.blocks as usize);
-    while fences_bytes.has_remaining() {
-        let bucket = Bucket(fences_bytes.get_u32_le());
-        let (version, seq) = (Lsn(fences_bytes.get_u64_le()), Seq(fences_bytes.get_u64_le()));
-        fences.push(ExtentKey::new(bucket, version, seq));
-    }
+fn decode_summary(mut input: Bytes, header: &SegmentHeader) -> Option<Summary> {
     let bitmap_length = input.try_get_u32_le().ok()? as usize;
     if input.len() < bitmap_length {
         return None;
     }
-    let buckets = RoaringBitmap::deserialize_from(&input.split_to(bitmap_length)[..]).ok()?;
+    let buckets = RoaringTreemap::deserialize_from(&input.split_to(bitmap_length)[..]).ok()?;
     let count = input.try_get_u32_le().ok()?;
     let mut steps = Vec::new();
     for _ in 0..count {
         steps.push(decode_step(&mut input, header)?);
     }
-    (!input.has_remaining()).then_some((fences, buckets, steps))
+    (!input.has_remaining()).then_some(Summary { buckets, steps })
 }
 
 fn decode_step(input: &mut Bytes, header: &SegmentHeader) -> Option<Step> {

@@ -18,7 +18,7 @@ fn read_everything(bytes: &[u8]) {
     let Ok(header) = file.header() else { return };
     let _ = scan(&file, header, Seq(0));
     let _ = scan(&file, header, Seq(1000));
-    if let Ok(Some((sealed, _))) = SealedSegment::open(&file, header) {
+    if let Ok(Some(sealed)) = SealedSegment::open(&file, header) {
         let _ = sealed.verify(&file);
     }
 }

@@ -11,7 +11,7 @@ use std::{
 
 use backtide_segment::{
     Contents, Entry, Extent, PassContent, PassReason, Position, SealedSegment, SegmentFile, SegmentHeader,
-    SegmentId, SegmentWriter, Seq, Step, WriterOptions, inspect, scan,
+    SegmentId, SegmentWriter, Seq, Step, Summary, WriterOptions, inspect, scan,
 };
 use backtide_storage::{MemoryStorage, Storage, read_file};
 use backtide_units::{
@@ -162,7 +162,8 @@ fn the_golden_files_read_back() {
 
     let (_, file) = loaded("sealed.seg");
     let header = file.header().expect("a header");
-    let (sealed, steps) = SealedSegment::open(&file, header).expect("no error").expect("sealed");
+    let sealed = SealedSegment::open(&file, header).expect("no error").expect("sealed");
+    let Summary { steps, buckets } = sealed.summary(&file).expect("a summary");
     assert_eq!(read_back(&file, header, sealed.entries_end()), entries());
     assert_eq!(sealed.stats(), scanned.contents.stats());
     assert_eq!(steps, scanned.contents.steps());
@@ -172,7 +173,8 @@ fn the_golden_files_read_back() {
     let block = sealed.block(&file, 0).expect("a block");
     let found: Vec<_> = (0..block.len()).map(|place| block.get(place).1).collect();
     assert_eq!(found, scanned.contents.index().extents().collect::<Vec<_>>());
-    assert_eq!(sealed.wide(&file).expect("wide"), scanned.contents.index().wide());
+    assert_eq!(buckets, scanned.contents.index().buckets());
+    assert_eq!(sealed.guide(&file).expect("a guide").stretches(), scanned.contents.stretches());
 }
 
 #[test]
@@ -203,7 +205,7 @@ fn inspect_tells_of_pieces() {
 fn every_flipped_bit_of_a_sealed_file_is_noticed() {
     let (_, file) = loaded("sealed.seg");
     let header = file.header().expect("a header");
-    let (sealed, _) = SealedSegment::open(&file, header).expect("no error").expect("sealed");
+    let sealed = SealedSegment::open(&file, header).expect("no error").expect("sealed");
     let entries_end = sealed.entries_end();
     let good = fs::read(golden("sealed.seg")).expect("a golden file");
     let mut unnoticed = 0;
@@ -216,7 +218,7 @@ fn every_flipped_bit_of_a_sealed_file_is_noticed() {
         let file = SegmentFile::new(copy, "x".into());
         let Ok(header) = file.header() else { continue };
         let opened = SealedSegment::open(&file, header).expect("no error but an unknown version");
-        let Some((sealed, _)) = opened else { continue };
+        let Some(sealed) = opened else { continue };
         if sealed.verify(&file).is_err() {
             continue;
         }
@@ -241,7 +243,7 @@ fn long_extent() -> Extent {
 fn a_piece_is_read_without_the_others() {
     let (_, file) = loaded("pieces.seg");
     let header = file.header().expect("a header");
-    let (sealed, _) = SealedSegment::open(&file, header).expect("no error").expect("sealed");
+    let sealed = SealedSegment::open(&file, header).expect("no error").expect("sealed");
     assert_eq!(read_back(&file, header, sealed.entries_end()), long_entries());
     let parts = file.parts(&header, &long_extent()).expect("a sound entry");
     assert_eq!(parts.count(), 3);

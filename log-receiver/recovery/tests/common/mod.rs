@@ -226,6 +226,8 @@ pub fn options(random: &mut Random) -> LogOptions {
         segment_extents_max: 20 + random.below(400) as u32,
         buffer_bytes_max: ByteCount(1 << (6 + random.below(12))),
         allocation_step: ByteCount(1 << (8 + random.below(10))),
+        // Often too little for exact look-ups.
+        directory_bytes_max: ByteCount(1 << (6 + random.below(14))),
     }
 }
 

@@ -1,0 +1,166 @@
+//! Which segments have which buckets: finds the few that a look-up needs among any number of them.
+//!
+//! Every segment that is not written any more comes in as a node: its buckets, sorted. Eight nodes of one
+//! tier become one of the next, with the list of its segments under every bucket. So there are few nodes however
+//! long the log, and one binary search in each gives exactly the segments that touch a bucket. Nodes never
+//! change and are shared with snapshots.
+//!
+//! Memory is bounded: beyond the limit buckets are counted in larger units, the largest node first. Then some
+//! segments are named that do not have the bucket; whoever asks looks into their index and finds nothing.
+
+mod node;
+
+use std::sync::Arc;
+
+use backtide_segment::{Bucket, LEVELS};
+use backtide_units::{ByteCount, ByteRange, Lsn};
+use roaring::RoaringTreemap;
+
+use node::Node;
+
+/// Nodes of a tier that become one of the next.
+const FANOUT: usize = 8;
+
+/// Nodes of this tier (32,768 segments) are not joined: a place in a node has 16 bits.
+const TIER_MAX: u8 = 5;
+
+/// The lowest and the highest version of a segment's extents; the lowest above the highest without any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Versions {
+    pub(crate) min: Lsn,
+    pub(crate) max: Lsn,
+}
+
+/// Segments in log order, found by their buckets. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Directory<S> {
+    nodes: Vec<Placed<S>>,
+    bytes_max: ByteCount,
+}
+
+/// A node, and the highest version before it.
+#[derive(Clone)]
+struct Placed<S> {
+    node: Arc<Node<S>>,
+    max_before: Lsn,
+}
+
+/// Segments that may have extents of some buckets at or below a version, newest first.
+pub(crate) struct Candidates<'a, S> {
+    nodes: &'a [Placed<S>],
+    /// Where the range asked for lies: one bucket of each level from the lowest on.
+    buckets: Vec<Bucket>,
+    at: Lsn,
+    /// Of the node that is walked through: for each bucket, places that are still to come.
+    places: Vec<&'a [u16]>,
+}
+
+impl<S: Clone> Directory<S> {
+    pub(crate) fn new(bytes_max: ByteCount) -> Self {
+        Self { nodes: Vec::new(), bytes_max }
+    }
+
+    /// Adds the next segment with the codes of its buckets.
+    pub(crate) fn push(&mut self, segment: S, versions: Versions, buckets: &RoaringTreemap) {
+        self.place(Arc::new(Node::leaf(segment, versions, buckets)));
+        while let Some(from) = self.full_tier() {
+            let joined = Node::join(self.nodes[from..].iter().map(|placed| &*placed.node));
+            self.nodes.truncate(from);
+            self.place(Arc::new(joined));
+        }
+        self.keep_limit();
+    }
+
+    fn place(&mut self, node: Arc<Node<S>>) {
+        let max_before =
+            self.nodes.last().map_or(Lsn::ZERO, |last| last.max_before.max(last.node.version_max()));
+        self.nodes.push(Placed { node, max_before });
+    }
+
+    /// Where the last nodes begin when they are to be joined.
+    fn full_tier(&self) -> Option<usize> {
+        let tier = self.nodes.last()?.node.tier();
+        let same = self.nodes.iter().rev().take_while(|placed| placed.node.tier() == tier).count();
+        (same >= FANOUT && tier < TIER_MAX).then(|| self.nodes.len() - same)
+    }
+
+    fn keep_limit(&mut self) {
+        while self.bytes() > self.bytes_max {
+            let coarsest = |placed: &&mut Placed<S>| placed.node.can_be_coarser();
+            let largest = self.nodes.iter_mut().filter(coarsest).max_by_key(|placed| placed.node.bytes());
+            let Some(largest) = largest else { return };
+            largest.node = Arc::new(largest.node.coarser());
+        }
+    }
+
+    /// Memory of all nodes, without the segments themselves.
+    pub(crate) fn bytes(&self) -> ByteCount {
+        ByteCount(self.nodes.iter().map(|placed| placed.node.bytes() as u64).sum())
+    }
+
+    /// How many segments there are.
+    pub(crate) fn len(&self) -> usize {
+        self.nodes.iter().map(|placed| placed.node.segments().len()).sum()
+    }
+
+    /// All segments in log order.
+    pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = &S> {
+        self.nodes.iter().flat_map(|placed| placed.node.segments())
+    }
+
+    /// Whether any segment may have extents in the buckets of a level that touch `range`.
+    pub(crate) fn has(&self, level: u8, range: ByteRange) -> bool {
+        self.nodes.iter().any(|placed| placed.node.has(level, range))
+    }
+
+    /// The segments that may have extents at or below `at` in the buckets, from `lowest` on, that hold the byte
+    /// at which `range` begins.
+    pub(crate) fn candidates(&self, range: ByteRange, lowest: u8, at: Lsn) -> Candidates<'_, S> {
+        let buckets = (lowest..LEVELS).map(|level| Bucket::holding(range.start(), level)).collect();
+        let mut candidates = Candidates { nodes: &self.nodes, buckets, at, places: Vec::new() };
+        candidates.enter();
+        candidates
+    }
+}
+
+impl<'a, S> Candidates<'a, S> {
+    /// Begins with the last node that is left.
+    fn enter(&mut self) {
+        self.places.clear();
+        if let Some(Placed { node, .. }) = self.nodes.last() {
+            let end = node.places_at(self.at);
+            let upto =
+                |places: &'a [u16]| &places[..places.partition_point(|place| usize::from(*place) < end)];
+            self.places.extend(self.buckets.iter().map(|bucket| upto(node.places(*bucket))));
+        }
+    }
+
+    /// The highest version that the next one, or any after it, can have.
+    pub(crate) fn version_max(&mut self) -> Option<Lsn> {
+        loop {
+            let Placed { node, max_before } = self.nodes.last()?;
+            if let Some(place) = self.places.iter().filter_map(|places| places.last()).max() {
+                return Some(node.version_max_upto(usize::from(*place)).max(*max_before).min(self.at));
+            }
+            self.nodes = &self.nodes[..self.nodes.len() - 1];
+            self.enter();
+        }
+    }
+}
+
+impl<'a, S> Iterator for Candidates<'a, S> {
+    /// A segment, and the bucket it may have.
+    type Item = (&'a S, Bucket);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.version_max()?;
+        let node = &self.nodes.last()?.node;
+        let newest = (0..self.places.len()).max_by_key(|which| self.places[*which].last())?;
+        let (place, rest) = self.places[newest].split_last()?;
+        self.places[newest] = rest;
+        Some((&node.segments()[usize::from(*place)], self.buckets[newest]))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! All segments of a log: those that are not written any more in the directory, the others one by one.
+
+use std::sync::Arc;
+
+use backtide_units::{ByteCount, ByteRange};
+use roaring::RoaringTreemap;
+
+use crate::{
+    LogError,
+    directory::{Directory, Versions},
+    segment::Segment,
+};
+
+/// All segments of a log, in order. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Segments {
+    directory: Directory<Arc<Segment>>,
+    recent: Vec<Arc<Segment>>,
+}
+
+impl Segments {
+    /// None yet; the directory takes so much memory at most.
+    pub(crate) fn new(directory_bytes_max: ByteCount) -> Self {
+        Self { directory: Directory::new(directory_bytes_max), recent: Vec::new() }
+    }
+
+    /// Adds a segment that is written.
+    pub(crate) fn push(&mut self, segment: Arc<Segment>) {
+        self.recent.push(segment);
+    }
+
+    /// Adds a segment that is not written any more, with the codes of its buckets.
+    ///
+    /// # Panics
+    /// When one before it is still written.
+    pub(crate) fn push_finished(&mut self, segment: Arc<Segment>, buckets: &RoaringTreemap) {
+        assert!(self.recent.is_empty(), "segments are finished in order");
+        let stats = segment.stats();
+        let versions = Versions { min: stats.version_min, max: stats.version_max };
+        self.directory.push(segment, versions, buckets);
+    }
+
+    /// Takes the first segment that was written over to those that are not any more.
+    ///
+    /// # Panics
+    /// When none is written.
+    pub(crate) fn finish_first(&mut self, buckets: &RoaringTreemap) {
+        let written = std::mem::take(&mut self.recent);
+        let mut written = written.into_iter();
+        let first = written.next().expect("a segment that was written");
+        self.push_finished(first, buckets);
+        self.recent = written.collect();
+    }
+
+    pub(crate) fn directory(&self) -> &Directory<Arc<Segment>> {
+        &self.directory
+    }
+
+    /// Those that are written, or were when this was cloned.
+    pub(crate) fn recent(&self) -> &[Arc<Segment>] {
+        &self.recent
+    }
+
+    pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = &Arc<Segment>> {
+        self.directory.iter().chain(&self.recent)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.directory.len() + self.recent.len()
+    }
+
+    pub(crate) fn last(&self) -> Option<&Arc<Segment>> {
+        self.iter().next_back()
+    }
+
+    /// Whether any segment may have extents in the buckets of a level that touch `range`.
+    pub(crate) fn has(&self, level: u8, range: ByteRange) -> Result<bool, LogError> {
+        for segment in &self.recent {
+            if segment.may_have(level, range)? {
+                return Ok(true);
+            }
+        }
+        Ok(self.directory.has(level, range))
+    }
+}
