@@ -130,7 +130,9 @@ fn the_cost_of_a_look_up_does_not_grow_with_segments_that_do_not_touch_the_block
             log.reopen();
             let view = log.log.view(at).expect("a point");
             let (_, cost) = log.storage.during(|| view.read(range(place, 4096)).expect("read"));
-            assert!(cost.reads <= 4, "{cost:?}: guide, index block, header, payload");
+            // Guide and index block of two segments, as the point may lie between the two writes of one;
+            // header and payload.
+            assert!(cost.reads <= 6, "{cost:?}");
             cost
         })
     });
