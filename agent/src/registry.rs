@@ -207,7 +207,7 @@ impl Registry {
             }),
             None => {
                 let address = NbdAddress::Unix(self.places.nbd_socket(&record.name));
-                Ok(NbdUri { address, export: record.name.to_string() })
+                Ok(NbdUri { address, export: record.name.to_string(), tls: None })
             }
         }
     }

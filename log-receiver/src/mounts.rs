@@ -127,9 +127,10 @@ impl Table {
         let wanted = plan.uri.unwrap_or_else(|| NbdUri {
             address: NbdAddress::Unix(self.run_dir.join(format!("{id}.sock"))),
             export: id.clone(),
+            tls: None,
         });
-        let listener = Listener::bind(&wanted.address).await.map_err(|error| bind_error(&error))?;
-        let uri = NbdUri { address: listener.address().clone(), export: wanted.export };
+        let listener = Listener::bind_uri(&wanted).await.map_err(|error| bind_error(&error))?;
+        let uri = NbdUri { address: listener.address().clone(), ..wanted };
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));
         let export = PointExport::new(&uri.export, description, plan.view, self.readers.clone());
         let server = listener.serve(Rc::new(OneExport(Rc::new(export))), Limits::default());
@@ -178,7 +179,7 @@ impl Mounted {
 fn bind_error(error: &BindError) -> ApiError {
     let code = match error {
         BindError::InUse(_) | BindError::NotASocket(_) => ErrorCode::Busy,
-        BindError::Io { .. } => ErrorCode::Failed,
+        BindError::Io { .. } | BindError::Tls(_) => ErrorCode::Failed,
     };
     ApiError::from_error(code, error)
 }

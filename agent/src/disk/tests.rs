@@ -33,7 +33,7 @@ impl Started {
         let record = DiskRecord::new("vm1".parse().unwrap(), behind.clone(), receiver);
         let (_, opened) = open(&records, record, &behind, ImageStamp::of(&image)).await.unwrap();
         let address = NbdAddress::Unix(directory.join("vm1.nbd"));
-        let nbd = NbdUri { address, export: "vm1".to_owned() };
+        let nbd = NbdUri { address, export: "vm1".to_owned(), tls: None };
         let handle = start(opened, records, nbd.clone()).await.unwrap();
         Self { handle, nbd }
     }

@@ -166,7 +166,7 @@ impl Disk {
         if record.paused {
             engine.happen(|filter, now| filter.pause(now));
         }
-        let listener = Listener::bind(&nbd.address).await?;
+        let listener = Listener::bind_uri(&nbd).await?;
         let nbd = NbdUri { address: listener.address().clone(), ..nbd };
         let export = DiskExport::new(Rc::clone(&engine));
         let server = listener.serve(Rc::new(OneExport(export)), Limits::default());
@@ -320,7 +320,9 @@ impl Disk {
     async fn detach(self) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
         let Self { engine, stream, server, mut record, records, image, .. } = self;
-        server.shutdown(DETACH_GRACE).await;
+        // A client that reconnects to what serves the disk next sends again what was not begun; an
+        // error would reach the guest.
+        server.hand_over(DETACH_GRACE).await;
         // Requests of a client that was cut off may still be under way; none may follow the bitmap.
         engine.happen(|filter, _| filter.give_held_answers());
         engine.until(Filter::is_quiet).await;

@@ -5,6 +5,8 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 use backtide_nbd::{CommandKind, NbdAddress, NbdError, ProtocolError};
 use backtide_units::{ByteCount, ByteRange};
 
+use crate::TlsError;
+
 /// Why serving a connection ended other than in good order. Never fatal for the server.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -20,6 +22,15 @@ pub enum ServeError {
     /// The client closed in the middle of a message.
     #[error("NBD client closed in the middle of a message")]
     Truncated,
+    /// TLS could not be started: a certificate that is missing or not trusted, for one.
+    #[error("NBD client did not start TLS")]
+    Tls(#[source] io::Error),
+    /// The client takes nothing of what it is owed.
+    #[error("NBD client has not read its replies for {0:?}")]
+    Stalled(Duration),
+    /// The server serves as many clients as it may.
+    #[error("the server has {0} NBD clients, its limit")]
+    Full(usize),
     /// The export was detached between its description and the first request.
     #[error("export {0:?} is gone")]
     ExportGone(String),
@@ -34,6 +45,9 @@ pub enum BindError {
     /// The path exists and is no socket; it is left alone.
     #[error("cannot listen on {0:?}: the file exists and is no socket")]
     NotASocket(PathBuf),
+    /// The certificates for TLS cannot be used.
+    #[error("cannot listen with TLS")]
+    Tls(#[source] TlsError),
     /// The system refuses.
     #[error("cannot listen on {address}")]
     Io {
@@ -64,6 +78,17 @@ pub enum ClientError {
         address: NbdAddress,
         /// How long it had.
         after: Duration,
+    },
+    /// The certificates for TLS cannot be used.
+    #[error("cannot use TLS")]
+    TlsFiles(#[source] Arc<TlsError>),
+    /// TLS could not be started: the server's certificate is not trusted or not for this name.
+    #[error("cannot start TLS with {address}")]
+    Tls {
+        /// Where.
+        address: NbdAddress,
+        /// Why.
+        source: Arc<io::Error>,
     },
     /// The server refuses or breaks the protocol.
     #[error("cannot go on with the NBD server")]
@@ -113,6 +138,8 @@ impl ClientError {
         match self {
             Self::Connect { .. }
             | Self::HandshakeTimeout { .. }
+            | Self::TlsFiles(_)
+            | Self::Tls { .. }
             | Self::Protocol(_)
             | Self::Io(_)
             | Self::Closed => true,
@@ -131,6 +158,8 @@ impl ClientError {
             Self::OutOfRange { .. } | Self::Misaligned { .. } => NbdError::Invalid,
             Self::Connect { .. }
             | Self::HandshakeTimeout { .. }
+            | Self::TlsFiles(_)
+            | Self::Tls { .. }
             | Self::Protocol(_)
             | Self::Io(_)
             | Self::Closed => NbdError::Io,

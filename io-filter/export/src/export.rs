@@ -40,11 +40,17 @@ pub struct Limits {
     /// Bytes of requests and replies in flight per connection. One request is always let in,
     /// whatever its size. Default 64 MiB.
     pub bytes: ByteCount,
-    /// Connections of a [`Listener`](crate::Listener); further ones are closed at once.
-    /// Default 64.
+    /// Connections of a [`Listener`](crate::Listener) that are served; further clients are told so
+    /// in their handshake. Default 64.
     pub connections: usize,
+    /// Connections of a [`Listener`](crate::Listener) in their handshake, beside those that are
+    /// served; a further one takes the place of the oldest. Default 64.
+    pub handshakes: usize,
     /// How long a client may take for its handshake. Default 10 s.
     pub handshake: Duration,
+    /// How long a client may read nothing of the replies it is owed. Default 2 minutes: longer
+    /// than a stopped or migrating guest takes, much shorter than forever.
+    pub stalled: Duration,
 }
 
 impl Default for Limits {
@@ -53,7 +59,9 @@ impl Default for Limits {
             requests: 128,
             bytes: ByteCount(64 << 20),
             connections: 64,
+            handshakes: 64,
             handshake: Duration::from_secs(10),
+            stalled: Duration::from_secs(120),
         }
     }
 }

@@ -9,6 +9,7 @@
 //!   threads on the server's side, so nothing is locked.
 //! * Requests and bytes in flight are bounded per connection by [`Limits`], also when the client
 //!   never reads its replies: above the limit nothing more is read.
+//! * Whoever only connects takes no place from clients that are served.
 //! * A write's payload reaches the export without a copy.
 
 mod client;
@@ -16,13 +17,15 @@ mod error;
 mod export;
 mod output;
 mod server;
+mod tls;
 
 pub use client::{Client, ClientOptions, ZeroOptions, list_exports};
 pub use error::{BindError, ClientError, ServeError};
 pub use export::{Export, Exports, Limits};
-pub use server::{Listener, Negotiated, Reply, Server, negotiate, serve_connection, serve_negotiated};
+pub use server::{Listener, Reply, Server, serve_connection};
+pub use tls::{ClientCertificates, ServerTls, TlsError};
 
 pub use backtide_nbd::{
     BlockSizes, Command, CommandKind, ExportInfo, ExportSummary, Extent, NbdAddress, NbdError, NbdUri,
-    ParseUriError,
+    ParseUriError, UriTls, server::TlsMode,
 };

@@ -65,6 +65,11 @@ impl Output {
         self.queued == self.written
     }
 
+    /// How many bytes were ever written.
+    pub(crate) fn written(&self) -> u64 {
+        self.written
+    }
+
     /// Writes what the stream takes. Ready when nothing is left.
     pub(crate) fn poll_write<S: AsyncWrite>(
         &mut self,

@@ -69,7 +69,7 @@ fn everything_works_with_our_server() {
         let disk = FileExport::open("disk", &place.image(64 * MIB), false).unwrap();
         let server = place.serve(disk).await;
         use_all_of_it(&Client::connect(&place.uri("disk")).await.unwrap()).await;
-        let listed = list_exports(&place.address(), &ClientOptions::default()).await.unwrap();
+        let listed = list_exports(&place.uri(""), &ClientOptions::default()).await.unwrap();
         assert_eq!(listed[0].name, "disk");
         server.shutdown(GRACE).await;
     });

@@ -180,7 +180,7 @@ fn tcp_serves_the_same() {
         let listener = backtide_export::Listener::bind(&address).await.unwrap();
         let server = listener.serve(Fixed::one(disk), backtide_export::Limits::default());
         let address = server.address().clone();
-        let uri = backtide_export::NbdUri { address, export: "disk".into() }.to_string();
+        let uri = backtide_export::NbdUri { address, export: "disk".into(), tls: None }.to_string();
         let steps = ["-f", "raw", "-c", "write -P 5 1M 8M", "-c", "read -P 5 1M 8M", &uri];
         run("qemu-io", &steps).await;
         server.shutdown(GRACE).await;

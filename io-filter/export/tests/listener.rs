@@ -4,10 +4,14 @@ mod support;
 
 use std::{rc::Rc, time::Duration};
 
-use backtide_export::{BindError, Export, Limits, Listener, NbdAddress};
+use backtide_export::{BindError, Client, ClientError, Export, Limits, Listener, NbdAddress, NbdError};
 use support::{Fixed, GRACE, Manual, Place, Raw, on_a_worker, settle};
-use tokio::net::UnixStream;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+};
 
+const WRITE: u16 = 1;
 const FLUSH: u16 = 3;
 
 async fn connect(place: &Place, export: &str) -> Raw<UnixStream> {
@@ -65,7 +69,7 @@ fn somebody_elses_socket_is_not_removed() {
 }
 
 #[test]
-fn shutdown_finishes_what_is_in_flight_then_closes() {
+fn shutdown_finishes_what_is_in_flight_and_refuses_what_comes() {
     on_a_worker(async {
         let (place, disk) = (Place::new(), Manual::new("disk"));
         let server = place.serve(disk.clone()).await;
@@ -78,12 +82,51 @@ fn shutdown_finishes_what_is_in_flight_then_closes() {
         assert!(idle.is_closed().await);
         settle().await;
         assert!(!down.is_finished());
-        busy.send(FLUSH, 2, 0, 0).await;
+        for cookie in 2..100 {
+            busy.send(WRITE, cookie, 0, 5000).await;
+            assert_eq!(busy.reply(0).await, (cookie, Err(NbdError::Shutdown)));
+        }
         disk.answer();
         assert_eq!(busy.reply(0).await, (1, Ok(vec![])));
         assert!(busy.is_closed().await);
         down.await.unwrap();
         assert_eq!(disk.submitted(), 1, "nothing was let in after the request to stop");
+    });
+}
+
+#[test]
+fn a_hand_over_finishes_what_is_in_flight_and_answers_nothing_else() {
+    on_a_worker(async {
+        let (place, disk) = (Place::new(), Manual::new("disk"));
+        let server = place.serve(disk.clone()).await;
+        let mut busy = connect(&place, "disk").await;
+        busy.send(FLUSH, 1, 0, 0).await;
+        disk.until_waiting(1).await;
+        let down = tokio::task::spawn_local(server.hand_over(GRACE));
+        settle().await;
+        busy.send(FLUSH, 2, 0, 0).await;
+        settle().await;
+        disk.answer();
+        assert_eq!(busy.reply(0).await, (1, Ok(vec![])));
+        assert!(busy.is_closed().await, "the successor will answer the rest");
+        down.await.unwrap();
+        assert_eq!(disk.submitted(), 1);
+    });
+}
+
+#[test]
+fn a_client_in_its_handshake_is_told_that_the_server_is_going_down() {
+    on_a_worker(async {
+        let place = Place::new();
+        let server = place.serve(Manual::new("disk")).await;
+        let mut stream = UnixStream::connect(place.path("socket")).await.unwrap();
+        let mut greeting = [0; 18];
+        stream.read_exact(&mut greeting).await.unwrap();
+        stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x03\0\0\0\0").await.unwrap();
+        server.shutdown(GRACE).await;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer[12..16], 0x8000_0007_u32.to_be_bytes(), "ERR_SHUTDOWN");
     });
 }
 
@@ -124,15 +167,16 @@ fn closing_one_export_leaves_the_others() {
 }
 
 #[test]
-fn clients_beyond_the_limit_are_closed_and_served_later() {
+fn clients_beyond_the_limit_are_told_so_and_served_later() {
     on_a_worker(async {
         let place = Place::new();
         let limits = Limits { connections: 2, ..Limits::default() };
         let server = place.serve_all(Fixed::one(Manual::new("disk")), limits).await;
         let first = connect(&place, "disk").await;
         let _second = connect(&place, "disk").await;
-        let stream = UnixStream::connect(place.path("socket")).await.unwrap();
-        assert!(Raw { stream }.is_closed().await);
+        let refused = Client::connect(&place.uri("disk")).await.unwrap_err();
+        let ClientError::Protocol(reason) = refused else { panic!("{refused:?}") };
+        assert!(reason.to_string().contains("as many clients as it may"), "{reason}");
         drop(first);
         while server.connections() > 1 {
             tokio::task::yield_now().await;

@@ -1,5 +1,7 @@
 //! The errors of NBD: those that travel in replies, and those that end a connection.
 
+use std::borrow::Cow;
+
 /// An error a reply can carry; the specification allows these and no others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum NbdError {
@@ -110,6 +112,12 @@ pub enum ProtocolError {
     /// EXPORT_NAME after extended headers, whose transmission phase only GO begins.
     #[error("client sent EXPORT_NAME after it chose extended headers")]
     ExportNameAfterExtendedHeaders,
+    /// EXPORT_NAME where it has to be refused, for which it has no reply.
+    #[error("client sent EXPORT_NAME where it is refused: {0}")]
+    ExportNameRefused(Cow<'static, str>),
+    /// The client sent something along with STARTTLS, which would be taken as encrypted.
+    #[error("client sent {0} bytes in the clear after STARTTLS")]
+    DataBeforeTls(usize),
     /// More options than a handshake may have.
     #[error("client sent more than {0} options")]
     TooManyOptions(u32),
@@ -125,8 +133,14 @@ pub enum ProtocolError {
         reason: String,
     },
     /// The server wants TLS.
-    #[error("server requires TLS, which is not supported")]
+    #[error("server requires TLS: use nbds:// or nbds+unix:// with tls-certificates=DIR")]
     TlsRequired,
+    /// TLS is wanted and the server has none.
+    #[error("server offers no TLS: {0}")]
+    TlsRefused(String),
+    /// The server sent something along with its answer to STARTTLS.
+    #[error("server sent data in the clear after it agreed to TLS")]
+    ServerDataBeforeTls,
     /// The server sent something malformed.
     #[error("server sent a malformed {0}")]
     Malformed(&'static str),

@@ -29,7 +29,7 @@ pub use command::{Command, CommandKind, Cookie, Extent, ReplyStyle};
 pub use error::{NbdError, ProtocolError};
 pub use export::{BlockSizes, ExportInfo, ExportSummary, TransmissionFlags};
 pub use intake::Intake;
-pub use uri::{NbdAddress, NbdUri, ParseUriError};
+pub use uri::{NbdAddress, NbdUri, ParseUriError, UriTls};
 
 use backtide_units::ByteCount;
 

@@ -1,8 +1,8 @@
 //! NBD URIs, as the NBD URI specification has them: `nbd://host:port/export` and
-//! `nbd+unix:///export?socket=/path`.
+//! `nbd+unix:///export?socket=/path`; `nbds://` and `nbds+unix://` with TLS, which need
+//! `tls-certificates=DIR` and take `tls-hostname=NAME`.
 //!
-//! TLS (`nbds`, `nbds+unix`) is refused in words; unknown query parameters are refused too, for
-//! they would change what the user means.
+//! Unknown query parameters are refused, for they would change what the user means.
 
 use std::{ffi::OsString, fmt, os::unix::ffi::OsStrExt, os::unix::ffi::OsStringExt, path::PathBuf};
 
@@ -29,16 +29,29 @@ pub struct NbdUri {
     pub address: NbdAddress,
     /// The export's name; "" is the default export.
     pub export: String,
+    /// How to encrypt, if it shall be.
+    pub tls: Option<UriTls>,
+}
+
+/// What a URI with TLS says about it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct UriTls {
+    /// The folder of certificates and keys.
+    pub certificates: PathBuf,
+    /// The name the server's certificate must be for, where it is not the host's.
+    pub hostname: Option<String>,
 }
 
 /// Text that is no NBD URI we can use.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseUriError {
-    /// TLS is wanted.
-    #[error("{0:?} asks for TLS, which is not supported: use nbd:// or nbd+unix://")]
-    Tls(String),
+    /// TLS is wanted, and nothing to check the peer with.
+    #[error("{0:?} asks for TLS but names no certificates: add tls-certificates=DIR")]
+    NoCertificates(String),
     /// Another scheme.
-    #[error("expected nbd://host:port/export or nbd+unix:///export?socket=/path, found {0:?}")]
+    #[error(
+        "expected nbd://host:port/export or nbd+unix:///export?socket=/path (nbds with TLS), found {0:?}"
+    )]
     Scheme(String),
     /// A unix URI without its socket.
     #[error("{0:?} names no socket: expected nbd+unix:///export?socket=/path")]
@@ -67,28 +80,68 @@ impl std::str::FromStr for NbdUri {
         let export = decoded(path)
             .and_then(|name| String::from_utf8(name).ok())
             .ok_or_else(|| malformed("an export name that is not percent-encoded UTF-8"))?;
-        let address = match scheme.to_ascii_lowercase().as_str() {
-            "nbd" if !query.is_empty() => return Err(malformed("query parameters")),
-            "nbd" => tcp(authority).map_err(malformed)?,
-            "nbd+unix" if !authority.is_empty() => {
-                return Err(malformed("a host, which a unix socket has not (three slashes)"));
-            }
-            "nbd+unix" => {
-                let socket = query
-                    .strip_prefix("socket=")
-                    .filter(|socket| !socket.is_empty())
-                    .ok_or_else(|| ParseUriError::NoSocket(text.to_owned()))?;
-                if socket.contains('&') {
-                    return Err(malformed("query parameters besides the socket"));
-                }
-                let path = decoded(socket).ok_or_else(|| malformed("a bad percent encoding"))?;
-                NbdAddress::Unix(PathBuf::from(OsString::from_vec(path)))
-            }
-            "nbds" | "nbds+unix" => return Err(ParseUriError::Tls(text.to_owned())),
+        let scheme = scheme.to_ascii_lowercase();
+        let (secure, unix) = match scheme.as_str() {
+            "nbd" => (false, false),
+            "nbd+unix" => (false, true),
+            "nbds" => (true, false),
+            "nbds+unix" => (true, true),
             _ => return Err(ParseUriError::Scheme(text.to_owned())),
         };
-        Ok(Self { address, export })
+        let mut query = Query::parse(query, secure, unix).map_err(malformed)?;
+        let address = if unix {
+            if !authority.is_empty() {
+                return Err(malformed("a host, which a unix socket has not (three slashes)"));
+            }
+            let socket = query.socket.take().filter(|socket| !socket.is_empty());
+            NbdAddress::Unix(path_of(socket.ok_or_else(|| ParseUriError::NoSocket(text.to_owned()))?))
+        } else {
+            tcp(authority).map_err(malformed)?
+        };
+        let tls = if secure {
+            let folder = query.certificates.filter(|folder| !folder.is_empty());
+            let folder = folder.ok_or_else(|| ParseUriError::NoCertificates(text.to_owned()))?;
+            Some(UriTls { certificates: path_of(folder), hostname: query.hostname })
+        } else {
+            None
+        };
+        Ok(Self { address, export, tls })
     }
+}
+
+/// The parameters after the question mark, decoded.
+#[derive(Default)]
+struct Query {
+    socket: Option<Vec<u8>>,
+    certificates: Option<Vec<u8>>,
+    hostname: Option<String>,
+}
+
+impl Query {
+    fn parse(text: &str, secure: bool, unix: bool) -> Result<Self, &'static str> {
+        let mut query = Self::default();
+        for parameter in text.split('&').filter(|parameter| !parameter.is_empty()) {
+            let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            let value = decoded(value).ok_or("a bad percent encoding")?;
+            let twice = match key {
+                "socket" if unix => query.socket.replace(value).is_some(),
+                "tls-certificates" if secure => query.certificates.replace(value).is_some(),
+                "tls-hostname" if secure => {
+                    let name = String::from_utf8(value).map_err(|_| "a host name that is not UTF-8")?;
+                    query.hostname.replace(name).is_some()
+                }
+                _ => return Err("an unknown query parameter"),
+            };
+            if twice {
+                return Err("a query parameter twice");
+            }
+        }
+        Ok(query)
+    }
+}
+
+fn path_of(bytes: Vec<u8>) -> PathBuf {
+    PathBuf::from(OsString::from_vec(bytes))
 }
 
 fn tcp(authority: &str) -> Result<NbdAddress, &'static str> {
@@ -147,26 +200,37 @@ fn encode(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
 
 impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.tls.is_some() { "nbds" } else { "nbd" })?;
+        let mut separator = '?';
         match &self.address {
             NbdAddress::Tcp { host, port } => {
                 if host.contains(':') {
-                    write!(f, "nbd://[{host}]")?;
+                    write!(f, "://[{host}]")?;
                 } else {
-                    write!(f, "nbd://{host}")?;
+                    write!(f, "://{host}")?;
                 }
                 if *port != DEFAULT_PORT {
                     write!(f, ":{port}")?;
                 }
                 f.write_str("/")?;
-                encode(f, self.export.as_bytes())
+                encode(f, self.export.as_bytes())?;
             }
             NbdAddress::Unix(path) => {
-                f.write_str("nbd+unix:///")?;
+                f.write_str("+unix:///")?;
                 encode(f, self.export.as_bytes())?;
                 f.write_str("?socket=")?;
-                encode(f, path.as_os_str().as_bytes())
+                encode(f, path.as_os_str().as_bytes())?;
+                separator = '&';
             }
         }
+        let Some(tls) = &self.tls else { return Ok(()) };
+        write!(f, "{separator}tls-certificates=")?;
+        encode(f, tls.certificates.as_os_str().as_bytes())?;
+        if let Some(hostname) = &tls.hostname {
+            f.write_str("&tls-hostname=")?;
+            encode(f, hostname.as_bytes())?;
+        }
+        Ok(())
     }
 }
 
@@ -189,11 +253,11 @@ mod tests {
     }
 
     fn unix(path: &str, export: &str) -> NbdUri {
-        NbdUri { address: NbdAddress::Unix(path.into()), export: export.into() }
+        NbdUri { address: NbdAddress::Unix(path.into()), export: export.into(), tls: None }
     }
 
     fn tcp(host: &str, port: u16, export: &str) -> NbdUri {
-        NbdUri { address: NbdAddress::Tcp { host: host.into(), port }, export: export.into() }
+        NbdUri { address: NbdAddress::Tcp { host: host.into(), port }, export: export.into(), tls: None }
     }
 
     #[test]
@@ -213,11 +277,20 @@ mod tests {
     }
 
     #[test]
-    fn tls_is_refused_by_name() {
-        for text in ["nbds://h/e", "nbds+unix:///?socket=/x"] {
-            let error = parse(text).unwrap_err();
-            assert_eq!(error, ParseUriError::Tls(text.to_owned()));
-            assert!(error.to_string().contains("TLS"));
+    fn tls_names_its_certificates() {
+        let tls = |hostname: Option<&str>| {
+            Some(UriTls { certificates: "/etc/pki".into(), hostname: hostname.map(str::to_owned) })
+        };
+        let parsed = parse("nbds://h:1/e?tls-certificates=/etc/pki");
+        assert_eq!(parsed, Ok(NbdUri { tls: tls(None), ..tcp("h", 1, "e") }));
+        let text = "nbds+unix:///e?tls-hostname=vm.example&socket=/s&tls-certificates=/etc%2Fpki";
+        let uri = NbdUri { tls: tls(Some("vm.example")), ..unix("/s", "e") };
+        assert_eq!(parse(text), Ok(uri.clone()));
+        for uri in [uri, NbdUri { tls: tls(None), ..tcp("::1", 10809, "a b") }] {
+            assert_eq!(parse(&uri.to_string()), Ok(uri));
+        }
+        for text in ["nbds://h/e", "nbds+unix:///?socket=/x", "nbds://h/e?tls-certificates="] {
+            assert_eq!(parse(text), Err(ParseUriError::NoCertificates(text.to_owned())));
         }
     }
 
@@ -234,6 +307,11 @@ mod tests {
             "nbd://h:70000/x",
             "nbd://u@h/x",
             "nbd://h/x?socket=/y",
+            "nbd://h/x?tls-certificates=/y",
+            "nbds://h/x?socket=/y&tls-certificates=/y",
+            "nbds://h/x?tls-certificates=/y&tls-certificates=/z",
+            "nbds://h/x?tls-certificates=/y&tls-verify-peer=0",
+            "nbds://h/x?tls-certificates=/%z",
             "nbd://[::1/x",
             "nbd://h/%zz",
             "nbd://h/%f",

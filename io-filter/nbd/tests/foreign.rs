@@ -66,6 +66,7 @@ impl Client {
                     let style = session.style;
                     return (Self { stream, intake, parser, style, next: 0 }, session);
                 }
+                Step::StartTls => panic!("no TLS was asked for"),
                 Step::Listed(_) => panic!("no list was asked for"),
             }
         }

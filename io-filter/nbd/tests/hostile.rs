@@ -3,7 +3,7 @@
 mod support;
 
 use backtide_nbd::client::{self, Expected, ReplyParser};
-use backtide_nbd::server::{Handshake, Incoming, RequestParser, Session, Step};
+use backtide_nbd::server::{Handshake, Incoming, RequestParser, Session, Step, TlsMode};
 use backtide_nbd::{Cookie, Intake, MAX_PAYLOAD, ReplyStyle, wire};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::BytesMut;
@@ -71,7 +71,7 @@ fn some_answer() -> impl Strategy<Value = Vec<u8>> {
         Just(vec![0, 3, 0, 0, 0, 1, 0, 0, 16, 0, 2, 0, 0, 0]),
         Just(vec![]),
     ];
-    (select(vec![3_u32, 7, 8, 10, 11]), reply, data)
+    (select(vec![3_u32, 5, 7, 8, 10, 11]), reply, data)
         .prop_map(|(code, reply, data)| option_reply(code, reply, &data))
 }
 
@@ -136,19 +136,21 @@ proptest! {
 
     #[test]
     fn a_server_survives_any_handshake(
+        tls in select(vec![TlsMode::Off, TlsMode::Optional, TlsMode::Required]),
         flags in 0_u32..5,
         messages in vec(almost(some_option()), 0..12),
     ) {
         let (mut intake, mut out) = (Intake::new(), BytesMut::new());
-        let mut machine = Handshake::start(&mut out);
+        let mut machine = Handshake::start(tls, &mut out);
         feed(&mut intake, &flags.to_be_bytes());
         'connection: for message in messages {
             feed(&mut intake, &message);
             loop {
                 out.clear();
-                match machine.step(&mut intake, &Three, &mut out) {
+                match machine.step(&mut intake, &Three(None), &mut out) {
                     Ok(Step::Answered) => {}
                     Ok(Step::NeedMore) => break,
+                    Ok(Step::StartTls) => machine.tls_started(),
                     Ok(Step::Transmission(_) | Step::Closed) | Err(_) => break 'connection,
                 }
                 prop_assert!(out.len() < 20_000);
@@ -175,16 +177,19 @@ proptest! {
 
     #[test]
     fn a_client_survives_any_handshake(
+        tls in any::<bool>(),
         goal in select(vec![client::Goal::List, client::Goal::Open("disk".into())]),
         greeting in almost(Just(b"NBDMAGICIHAVEOPT\x00\x03".to_vec())),
         messages in vec(almost(some_answer()), 0..12),
     ) {
         let (mut intake, mut out) = (Intake::new(), BytesMut::new());
-        let mut machine = client::Handshake::new(goal);
+        let mut machine =
+            if tls { client::Handshake::with_tls(goal) } else { client::Handshake::new(goal) };
         for message in std::iter::once(greeting).chain(messages) {
             feed(&mut intake, &message);
             match machine.step(&mut intake, &mut out) {
                 Ok(client::Step::NeedMore) => {}
+                Ok(client::Step::StartTls) => machine.tls_started(&mut out),
                 Ok(client::Step::Transmission(_) | client::Step::Listed(_)) | Err(_) => break,
             }
             prop_assert!(out.len() < 20_000);

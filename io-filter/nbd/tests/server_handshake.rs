@@ -94,7 +94,7 @@ fn refused_options_leave_the_handshake_usable() {
         (code::GO, go("coarse", &[info::NAME]), reply::ERR_BLOCK_SIZE_REQD),
         (code::INFO, go("nope", &[]), reply::ERR_UNKNOWN),
         (code::LIST, vec![1], reply::ERR_INVALID),
-        (code::STARTTLS, vec![], reply::ERR_UNSUP),
+        (code::STARTTLS, vec![], reply::ERR_POLICY),
         (4, vec![], reply::ERR_UNSUP),
         (code::EXTENDED_HEADERS, vec![0], reply::ERR_INVALID),
         (12, vec![], reply::ERR_UNSUP),

@@ -3,13 +3,13 @@
 use std::{io, sync::Arc};
 
 use backtide_nbd::client::{Goal, Handshake, Session, Step};
-use backtide_nbd::{ExportSummary, Intake, NbdAddress};
+use backtide_nbd::{ExportSummary, Intake, NbdAddress, NbdUri};
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::request::ClientOptions;
-use crate::ClientError;
+use crate::{ClientError, tls::ClientTls};
 
 /// Either kind of socket's stream.
 pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -27,39 +27,34 @@ enum Outcome {
     Listed(Vec<ExportSummary>),
 }
 
-/// The exports of a server, as it lists them.
+/// The exports of a server, as it lists them; the export `uri` names does not matter.
 ///
 /// # Errors
 /// When the server cannot be reached, refuses, or does not answer in time.
-pub async fn list_exports(
-    address: &NbdAddress,
-    options: &ClientOptions,
-) -> Result<Vec<ExportSummary>, ClientError> {
-    match reach(address, Goal::List, options).await? {
+pub async fn list_exports(uri: &NbdUri, options: &ClientOptions) -> Result<Vec<ExportSummary>, ClientError> {
+    match reach(uri, Goal::List, options).await? {
         Outcome::Listed(exports) => Ok(exports),
         Outcome::Connected(_) => unreachable!("the goal was a list"),
     }
 }
 
-/// Connects to the export `name`.
-pub(super) async fn open(
-    address: &NbdAddress,
-    name: &str,
-    options: &ClientOptions,
-) -> Result<Connected, ClientError> {
-    match reach(address, Goal::Open(name.to_owned()), options).await? {
+/// Connects to the export of `uri`.
+pub(super) async fn open(uri: &NbdUri, options: &ClientOptions) -> Result<Connected, ClientError> {
+    match reach(uri, Goal::Open(uri.export.clone()), options).await? {
         Outcome::Connected(connected) => Ok(connected),
         Outcome::Listed(_) => unreachable!("the goal was an export"),
     }
 }
 
-async fn reach(address: &NbdAddress, goal: Goal, options: &ClientOptions) -> Result<Outcome, ClientError> {
-    let after = options.connect_timeout;
+async fn reach(uri: &NbdUri, goal: Goal, options: &ClientOptions) -> Result<Outcome, ClientError> {
+    let (after, address) = (options.connect_timeout, &uri.address);
+    let files = |error| ClientError::TlsFiles(Arc::new(error));
+    let tls = uri.tls.as_ref().map(|tls| ClientTls::load(tls, address)).transpose().map_err(files)?;
     let reached = async {
         let stream = connect(address)
             .await
             .map_err(|source| ClientError::Connect { address: address.clone(), source: Arc::new(source) })?;
-        shake_hands(stream, goal).await
+        shake_hands(stream, goal, address, tls).await
     };
     tokio::time::timeout(after, reached)
         .await
@@ -77,20 +72,34 @@ async fn connect(address: &NbdAddress) -> io::Result<Box<dyn Duplex>> {
     }
 }
 
-async fn shake_hands(mut stream: Box<dyn Duplex>, goal: Goal) -> Result<Outcome, ClientError> {
+async fn shake_hands(
+    mut stream: Box<dyn Duplex>,
+    goal: Goal,
+    address: &NbdAddress,
+    tls: Option<ClientTls>,
+) -> Result<Outcome, ClientError> {
     let mut intake = Intake::new();
     let mut out = BytesMut::new();
-    let mut machine = Handshake::new(goal);
+    let mut machine = if tls.is_some() { Handshake::with_tls(goal) } else { Handshake::new(goal) };
     loop {
         let step = machine.step(&mut intake, &mut out)?;
         if !out.is_empty() {
             stream.write_all_buf(&mut out).await?;
+            stream.flush().await?;
         }
         match step {
             Step::NeedMore => {
                 if stream.read_buf(&mut intake.space()).await? == 0 {
                     return Err(ClientError::Closed);
                 }
+            }
+            Step::StartTls => {
+                let ClientTls { connector, name } = tls.as_ref().expect("it was asked for");
+                let secured = connector.connect(name.clone(), stream).await.map_err(|source| {
+                    ClientError::Tls { address: address.clone(), source: Arc::new(source) }
+                })?;
+                stream = Box::new(secured);
+                machine.tls_started(&mut out);
             }
             Step::Transmission(session) => {
                 return Ok(Outcome::Connected(Connected { stream, intake, session }));

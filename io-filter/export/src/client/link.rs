@@ -189,9 +189,12 @@ impl Driver {
                 let mut state = self.link.lock();
                 let stream = Pin::new(&mut self.stream);
                 let (sent, _) = state.output.poll_write(cx, stream);
-                if sent?.is_ready() && state.leaving && state.pending.is_empty() {
-                    drop(state);
-                    ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+                let mut sent = sent?;
+                if sent.is_ready() {
+                    // TLS holds back what its socket does not take.
+                    sent = Pin::new(&mut self.stream).poll_flush(cx)?;
+                }
+                if sent.is_ready() && state.leaving && state.pending.is_empty() {
                     return Poll::Ready(Ok(()));
                 }
                 state.sleeper = Some(cx.waker().clone());

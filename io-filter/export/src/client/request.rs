@@ -86,7 +86,7 @@ impl Client {
     /// # Errors
     /// As [`connect`](Self::connect).
     pub async fn connect_with(uri: &NbdUri, options: ClientOptions) -> Result<Self, ClientError> {
-        let connected = connect::open(&uri.address, &uri.export, &options).await?;
+        let connected = connect::open(uri, &options).await?;
         let session = connected.session;
         let bounds = Bounds { requests: options.requests, bytes: options.bytes.0 };
         let link = Link::start(connected, bounds);

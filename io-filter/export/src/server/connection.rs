@@ -9,7 +9,8 @@
 //!
 //! Invariants: nothing is read or submitted beyond [`Limits`]; after the client's end, a
 //! request to stop or DISC nothing more is submitted, and the task ends when all replies are
-//! sent; when it ends, replies still owed go nowhere.
+//! sent; when it ends, replies still owed go nowhere. A client that takes nothing of what it is
+//! owed is dropped after [`Limits::stalled`].
 
 use std::{
     future::poll_fn,
@@ -19,50 +20,49 @@ use std::{
 };
 
 use backtide_nbd::server::{Incoming, ReplyEncoder, ReplyTo, RequestParser};
-use backtide_nbd::{Command, Intake};
+use backtide_nbd::{Command, Intake, NbdError};
 use backtide_units::ByteCount;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    time::{Instant, Sleep},
+};
 
-use super::{Negotiated, negotiate, reply::Channel, stop::Stop};
-use crate::{Export, Exports, Limits, ServeError};
+use super::negotiate::{Gate, Negotiated, Stream, negotiate};
+use super::{
+    reply::Channel,
+    stop::{Ending, Stop},
+};
+use crate::{Export, Exports, Limits, ServeError, ServerTls};
 
 /// Replies are sent at least after so many requests, so that a client waiting for the first is
 /// not kept by the last.
 const BATCH: usize = 16;
 
-/// Serves one client from its handshake to its end.
+/// Serves one client from its handshake to its end, in the clear.
 ///
 /// # Errors
 /// When the client breaks the protocol or its connection fails; nothing to worry about for
 /// anybody else.
-pub async fn serve_connection<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: S,
+pub async fn serve_connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
     exports: Rc<dyn Exports>,
     limits: Limits,
 ) -> Result<(), ServeError> {
-    let Some(negotiated) = negotiate(stream, &*exports, &limits).await? else {
+    let stop = Stop::default();
+    let gate =
+        Gate { exports: &*exports, limits: &limits, tls: &ServerTls::off(), stop: &stop, has_room: &|| true };
+    let Some(negotiated) = negotiate(Box::new(stream), &gate).await? else {
         return Ok(());
     };
     let name = &negotiated.session.requested;
     let export = exports.find(name).ok_or_else(|| ServeError::ExportGone(name.clone()))?;
-    serve_negotiated(negotiated, export, limits).await
+    serve_until(negotiated, export, limits, &stop).await
 }
 
-/// Serves the transmission phase of a client that has chosen `export`.
-///
-/// # Errors
-/// As [`serve_connection`].
-pub async fn serve_negotiated<S: AsyncRead + AsyncWrite + Unpin>(
-    negotiated: Negotiated<S>,
-    export: Rc<dyn Export>,
-    limits: Limits,
-) -> Result<(), ServeError> {
-    serve_until(negotiated, export, limits, &Stop::default()).await
-}
-
-/// The same, until `stop` is requested: then what is in flight is finished and sent.
-pub(crate) async fn serve_until<S: AsyncRead + AsyncWrite + Unpin>(
-    negotiated: Negotiated<S>,
+/// Serves the transmission phase of a client that has chosen `export`, until it leaves or `stop`
+/// is requested: then what is in flight is finished and sent.
+pub(crate) async fn serve_until(
+    negotiated: Negotiated,
     export: Rc<dyn Export>,
     limits: Limits,
     stop: &Stop,
@@ -70,22 +70,39 @@ pub(crate) async fn serve_until<S: AsyncRead + AsyncWrite + Unpin>(
     let mut connection = Connection::new(negotiated, export, limits);
     let ended = tokio::select! {
         biased;
-        result = poll_fn(|cx| connection.poll(cx)) => Some(result),
-        () = stop.requested() => None,
+        result = poll_fn(|cx| connection.poll(cx)) => Ok(result),
+        ending = stop.requested() => Err(ending),
     };
     match ended {
-        Some(result) => result?,
-        None => {
-            connection.leaving = true;
+        Ok(result) => result?,
+        Err(ending) => {
+            connection.phase = match (connection.phase, ending) {
+                (Phase::Serving, Ending::Final) => Phase::Refusing,
+                (Phase::Serving, Ending::HandOver) | (Phase::Refusing | Phase::Leaving, _) => Phase::Leaving,
+            };
             poll_fn(|cx| connection.poll(cx)).await?;
         }
     }
-    connection.stream.shutdown().await?;
+    // The good-bye of TLS has to be taken by the client, too.
+    tokio::time::timeout(limits.stalled, connection.stream.shutdown())
+        .await
+        .map_err(|_| ServeError::Stalled(limits.stalled))??;
     Ok(())
 }
 
-struct Connection<S> {
-    stream: S,
+/// What becomes of requests that come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// They are submitted.
+    Serving,
+    /// They are answered with ESHUTDOWN, for as long as something submitted is unanswered.
+    Refusing,
+    /// They are not read any more.
+    Leaving,
+}
+
+struct Connection {
+    stream: Stream,
     intake: Intake,
     parser: RequestParser,
     export: Rc<dyn Export>,
@@ -93,8 +110,11 @@ struct Connection<S> {
     channel: Rc<Channel>,
     /// A request that is there but would break a limit.
     held: Option<(ReplyTo, Command, ByteCount)>,
-    /// Nothing more is read or submitted.
-    leaving: bool,
+    phase: Phase,
+    /// Runs while the client does not take what it is owed.
+    stalled: Option<Pin<Box<Sleep>>>,
+    /// How much it had taken when that began.
+    taken: u64,
     /// The client's last message was cut off.
     truncated: bool,
 }
@@ -110,8 +130,8 @@ enum Submitted {
     Full,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    fn new(negotiated: Negotiated<S>, export: Rc<dyn Export>, limits: Limits) -> Self {
+impl Connection {
+    fn new(negotiated: Negotiated, export: Rc<dyn Export>, limits: Limits) -> Self {
         let Negotiated { stream, intake, session } = negotiated;
         Self {
             stream,
@@ -121,7 +141,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             limits,
             channel: Channel::new(ReplyEncoder::new(&session)),
             held: None,
-            leaving: false,
+            phase: Phase::Serving,
+            stalled: None,
+            taken: 0,
             truncated: false,
         }
     }
@@ -131,9 +153,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         loop {
             let submitted = self.submit()?;
             let sent = self.channel.poll_write(cx, Pin::new(&mut self.stream))?;
-            if self.leaving && self.channel.requests() == 0 {
+            self.watch(sent.is_ready(), cx)?;
+            if self.phase == Phase::Refusing && self.channel.unanswered() == 0 {
+                self.phase = Phase::Leaving;
+            }
+            if self.phase == Phase::Leaving && self.channel.requests() == 0 {
                 ready!(sent);
-                ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
                 let truncated = self.truncated;
                 return Poll::Ready(if truncated { Err(ServeError::Truncated) } else { Ok(()) });
             }
@@ -154,9 +179,28 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
+    /// Fails when the client has taken nothing of what it is owed for too long.
+    fn watch(&mut self, all_sent: bool, cx: &mut Context<'_>) -> Result<(), ServeError> {
+        if all_sent {
+            self.stalled = None;
+            return Ok(());
+        }
+        let taken = self.channel.written();
+        let until = Instant::now() + self.limits.stalled;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until)));
+        if self.taken != taken {
+            self.taken = taken;
+            stalled.as_mut().reset(until);
+        }
+        match stalled.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(ServeError::Stalled(self.limits.stalled)),
+            Poll::Pending => Ok(()),
+        }
+    }
+
     /// Submits requests that were read, within the limits.
     fn submit(&mut self) -> Result<Submitted, ServeError> {
-        if self.leaving {
+        if self.phase == Phase::Leaving {
             return Ok(Submitted::All);
         }
         for _ in 0..BATCH {
@@ -177,7 +221,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                         continue;
                     }
                     Some(Incoming::Disconnect) => {
-                        self.leaving = true;
+                        self.phase = Phase::Leaving;
                         return Ok(Submitted::All);
                     }
                 },
@@ -186,7 +230,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 self.held = Some((to, command, cost));
                 return Ok(Submitted::Full);
             }
-            self.export.submit(command, self.channel.begin(to, cost));
+            if self.phase == Phase::Refusing {
+                self.channel.refuse(to, NbdError::Shutdown);
+            } else {
+                self.export.submit(command, self.channel.begin(to, cost));
+            }
         }
         Ok(Submitted::Batch)
     }
@@ -208,21 +256,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Whether there is room for what will be read, above all for a long payload.
     fn may_read(&self) -> bool {
-        !self.leaving && self.fits(ByteCount(self.intake.payload_missing() as u64))
+        self.phase != Phase::Leaving && self.fits(ByteCount(self.intake.payload_missing() as u64))
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServeError>> {
         let mut space = self.intake.space();
         let read = pin!(self.stream.read_buf(&mut space));
         if ready!(read.poll(cx))? == 0 {
-            self.leaving = true;
+            self.phase = Phase::Leaving;
             self.truncated = !self.intake.buffered().is_empty() || self.parser.is_inside();
         }
         Poll::Ready(Ok(()))
     }
 }
 
-impl<S> Drop for Connection<S> {
+impl Drop for Connection {
     fn drop(&mut self) {
         self.channel.bury();
     }

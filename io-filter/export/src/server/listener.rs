@@ -1,39 +1,37 @@
-//! Listening: a socket, its accept loop, and the orderly end of both.
+//! Listening: who may have an address.
 //!
 //! Invariants: a socket file is replaced only when nobody answers on it, and removed only while
-//! it is the one made here; connections beyond the limit are closed at once; after
-//! [`Server::shutdown`] nothing of the server is left running.
+//! it is the one made here.
 
 use std::{
-    cell::RefCell,
-    collections::BTreeMap,
     io,
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
-    pin::pin,
     rc::Rc,
     time::Duration,
 };
 
-use backtide_nbd::NbdAddress;
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener, UnixStream},
-    task::{AbortHandle, JoinHandle},
-};
+use backtide_nbd::server::TlsMode;
+use backtide_nbd::{NbdAddress, NbdUri};
+use rustix::net::sockopt;
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
-use super::{negotiate, serve_until, stop::Stop};
-use crate::{BindError, Exports, Limits, ServeError};
+use super::{Server, negotiate::Stream};
+use crate::{BindError, ClientCertificates, Exports, Limits, ServerTls};
 
-/// How long the accept loop waits after an error that is not about one connection, such as too
-/// many open files.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// A TCP client that is silent for so long is asked whether it is still there, and dropped after
+/// [`PROBES`] questions without an answer: its host may have lost power.
+const SILENCE: Duration = Duration::from_secs(60);
+/// Between two such questions.
+const PROBE_PAUSE: Duration = Duration::from_secs(15);
+const PROBES: u32 = 4;
 
 /// A bound socket that does not accept yet.
 #[derive(Debug)]
 pub struct Listener {
     socket: Socket,
     address: NbdAddress,
+    tls: ServerTls,
     /// The socket file to remove in the end.
     _file: Option<SocketFile>,
 }
@@ -56,7 +54,7 @@ impl Listener {
                 let socket = TcpListener::bind((host.as_str(), *port)).await.map_err(failed)?;
                 let bound = socket.local_addr().map_err(failed)?;
                 let address = NbdAddress::Tcp { host: host.clone(), port: bound.port() };
-                Ok(Self { socket: Socket::Tcp(socket), address, _file: None })
+                Ok(Self { socket: Socket::Tcp(socket), address, tls: ServerTls::off(), _file: None })
             }
             NbdAddress::Unix(path) => {
                 let socket = match UnixListener::bind(path) {
@@ -67,9 +65,31 @@ impl Listener {
                     bound => bound.map_err(failed)?,
                 };
                 let file = Some(SocketFile::of(path).map_err(failed)?);
-                Ok(Self { socket: Socket::Unix(socket), address: address.clone(), _file: file })
+                let address = address.clone();
+                Ok(Self { socket: Socket::Unix(socket), address, tls: ServerTls::off(), _file: file })
             }
         }
+    }
+
+    /// Listens where `uri` says: with `nbds` every client has to use TLS and to have a certificate.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind), and when the certificates cannot be used.
+    pub async fn bind_uri(uri: &NbdUri) -> Result<Self, BindError> {
+        let tls = match &uri.tls {
+            None => ServerTls::off(),
+            Some(tls) => {
+                let clients = ClientCertificates::Required;
+                ServerTls::load(TlsMode::Required, &tls.certificates, clients).map_err(BindError::Tls)?
+            }
+        };
+        Ok(Self::bind(&uri.address).await?.with_tls(tls))
+    }
+
+    /// The same listener, encrypting as `tls` says.
+    #[must_use]
+    pub fn with_tls(self, tls: ServerTls) -> Self {
+        Self { tls, ..self }
     }
 
     /// Takes over a unix socket that somebody else bound and keeps, such as systemd.
@@ -80,7 +100,7 @@ impl Listener {
         socket.set_nonblocking(true)?;
         let path = socket.local_addr()?.as_pathname().map(Path::to_path_buf).unwrap_or_default();
         let socket = Socket::Unix(UnixListener::from_std(socket)?);
-        Ok(Self { socket, address: NbdAddress::Unix(path), _file: None })
+        Ok(Self { socket, address: NbdAddress::Unix(path), tls: ServerTls::off(), _file: None })
     }
 
     /// Takes over a TCP socket that somebody else bound and keeps.
@@ -91,7 +111,8 @@ impl Listener {
         socket.set_nonblocking(true)?;
         let bound = socket.local_addr()?;
         let address = NbdAddress::Tcp { host: bound.ip().to_string(), port: bound.port() };
-        Ok(Self { socket: Socket::Tcp(TcpListener::from_std(socket)?), address, _file: None })
+        let socket = Socket::Tcp(TcpListener::from_std(socket)?);
+        Ok(Self { socket, address, tls: ServerTls::off(), _file: None })
     }
 
     /// Where clients connect; the port is the real one.
@@ -104,22 +125,28 @@ impl Listener {
     /// # Panics
     /// Outside a `LocalSet`.
     pub fn serve(self, exports: Rc<dyn Exports>, limits: Limits) -> Server {
-        let shared = Rc::new(Shared { exports, limits, connections: RefCell::default() });
-        let address = self.address.clone();
-        let accepting = tokio::task::spawn_local(accept(self, Rc::clone(&shared)));
-        Server { address, accepting, shared }
+        let tls = self.tls.clone();
+        Server::start(self, exports, limits, tls)
     }
 
-    async fn accept(&self) -> io::Result<Stream> {
+    pub(crate) async fn accept(&self) -> io::Result<Stream> {
         match &self.socket {
             Socket::Tcp(socket) => {
                 let (stream, _) = socket.accept().await?;
                 stream.set_nodelay(true)?;
+                keep_alive(&stream)?;
                 Ok(Box::new(stream))
             }
             Socket::Unix(socket) => Ok(Box::new(socket.accept().await?.0)),
         }
     }
+}
+
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, SILENCE)?;
+    sockopt::set_tcp_keepintvl(stream, PROBE_PAUSE)?;
+    Ok(sockopt::set_tcp_keepcnt(stream, PROBES)?)
 }
 
 fn bind_failed(address: &NbdAddress, source: io::Error) -> BindError {
@@ -174,171 +201,4 @@ impl Drop for SocketFile {
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = std::fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
-}
-
-/// Either kind of socket's stream.
-trait Duplex: AsyncRead + AsyncWrite + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
-type Stream = Box<dyn Duplex>;
-
-struct Shared {
-    exports: Rc<dyn Exports>,
-    limits: Limits,
-    connections: RefCell<Connections>,
-}
-
-#[derive(Default)]
-struct Connections {
-    next: u64,
-    open: BTreeMap<u64, Open>,
-}
-
-struct Open {
-    /// The canonical name of its export, once the handshake has settled it.
-    export: Option<String>,
-    stop: Rc<Stop>,
-    task: Option<JoinHandle<()>>,
-}
-
-/// A server that accepts clients. Dropping it stops everything at once; see
-/// [`shutdown`](Self::shutdown) for the orderly way.
-pub struct Server {
-    address: NbdAddress,
-    accepting: JoinHandle<()>,
-    shared: Rc<Shared>,
-}
-
-impl Server {
-    /// Where clients connect.
-    pub fn address(&self) -> &NbdAddress {
-        &self.address
-    }
-
-    /// Connections that are open now.
-    pub fn connections(&self) -> usize {
-        self.shared.connections.borrow().open.len()
-    }
-
-    /// Connections of one export, by its canonical name.
-    pub fn connections_of(&self, export: &str) -> usize {
-        let connections = self.shared.connections.borrow();
-        connections.open.values().filter(|open| open.export.as_deref() == Some(export)).count()
-    }
-
-    /// Closes the connections of one export in good order: what is in flight is finished and
-    /// answered; what is not so far after `grace` is cut off. Take it out of the [`Exports`]
-    /// first, or clients come back.
-    pub async fn close_export(&self, export: &str, grace: Duration) {
-        close(&self.shared, |open| open.export.as_deref() == Some(export), grace).await;
-    }
-
-    /// Stops accepting, lets every connection finish what is in flight, closes. Connections
-    /// that are not done after `grace` are cut off.
-    pub async fn shutdown(mut self, grace: Duration) {
-        self.accepting.abort();
-        // The loop's end closes the socket and removes its file.
-        let _ = (&mut self.accepting).await;
-        close(&self.shared, |_| true, grace).await;
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.accepting.abort();
-        for open in self.shared.connections.borrow().open.values() {
-            if let Some(task) = &open.task {
-                task.abort();
-            }
-        }
-    }
-}
-
-async fn close(shared: &Shared, mut which: impl FnMut(&Open) -> bool, grace: Duration) {
-    let tasks: Vec<JoinHandle<()>> = shared
-        .connections
-        .borrow_mut()
-        .open
-        .values_mut()
-        .filter(|open| which(open))
-        .filter_map(|open| {
-            open.stop.request();
-            open.task.take()
-        })
-        .collect();
-    let cut_off: Vec<AbortHandle> = tasks.iter().map(JoinHandle::abort_handle).collect();
-    let mut finished = pin!(async {
-        for task in tasks {
-            // An error is a task that was aborted or panicked: it is over.
-            let _ = task.await;
-        }
-    });
-    if tokio::time::timeout(grace, &mut finished).await.is_err() {
-        tracing::warn!(?grace, "NBD connections did not finish in time, cutting them off");
-        for task in cut_off {
-            task.abort();
-        }
-        finished.await;
-    }
-}
-
-async fn accept(listener: Listener, shared: Rc<Shared>) {
-    loop {
-        let stream = match listener.accept().await {
-            Ok(stream) => stream,
-            Err(error) => {
-                tracing::warn!(address = %listener.address, %error, "cannot accept an NBD client");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let mut connections = shared.connections.borrow_mut();
-        if connections.open.len() >= shared.limits.connections {
-            let limit = shared.limits.connections;
-            tracing::warn!(address = %listener.address, limit, "too many NBD connections");
-            continue;
-        }
-        let id = connections.next;
-        connections.next += 1;
-        let stop = Rc::<Stop>::default();
-        let entry = Entry { shared: Rc::clone(&shared), id };
-        let task = tokio::task::spawn_local(connection(stream, entry, Rc::clone(&stop)));
-        connections.open.insert(id, Open { export: None, stop, task: Some(task) });
-    }
-}
-
-/// A connection's place in the list; leaves it when the task ends, however it ends.
-struct Entry {
-    shared: Rc<Shared>,
-    id: u64,
-}
-
-impl Drop for Entry {
-    fn drop(&mut self) {
-        // Taken out before it is dropped: dropping must not find the list borrowed.
-        let open = self.shared.connections.borrow_mut().open.remove(&self.id);
-        drop(open);
-    }
-}
-
-async fn connection(stream: Stream, entry: Entry, stop: Rc<Stop>) {
-    if let Err(error) = serve(stream, &entry, &stop).await {
-        let source = std::error::Error::source(&error);
-        tracing::debug!(%error, source, "NBD connection ended");
-    }
-}
-
-async fn serve(stream: Stream, entry: &Entry, stop: &Stop) -> Result<(), ServeError> {
-    let Shared { exports, limits, connections } = &*entry.shared;
-    let negotiated = tokio::select! {
-        biased;
-        () = stop.requested() => return Ok(()),
-        negotiated = negotiate(stream, &**exports, limits) => negotiated?,
-    };
-    let Some(negotiated) = negotiated else { return Ok(()) };
-    let name = negotiated.session.requested.clone();
-    let export = exports.find(&name).ok_or(ServeError::ExportGone(name))?;
-    if let Some(open) = connections.borrow_mut().open.get_mut(&entry.id) {
-        open.export = Some(negotiated.session.export.name.clone());
-    }
-    serve_until(negotiated, export, *limits, stop).await
 }

@@ -1,74 +1,80 @@
-//! The handshake, driven over a stream.
+//! The handshake, driven over a stream, with TLS where it is negotiated.
+//!
+//! Invariants: a client has one span of time for all of it, however it spreads its bytes; nothing
+//! that came in the clear is read under TLS.
 
-use backtide_nbd::server::{Catalog, Handshake, Session, Step};
+use backtide_nbd::server::{Catalog, Handshake, Session, Step, Unavailable};
 use backtide_nbd::{ExportInfo, ExportSummary, Intake};
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::{Exports, Limits, ServeError};
+use super::stop::{Ending, Stop};
+use crate::{Exports, Limits, ServeError, ServerTls};
+
+/// A connection's stream: a socket of either kind, with or without TLS.
+pub(crate) trait Duplex: AsyncRead + AsyncWrite + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
+pub(crate) type Stream = Box<dyn Duplex>;
 
 /// A connection whose client has chosen its export.
-///
-/// It can be handed to the thread that owns the disk when its stream can be.
-#[derive(Debug)]
-pub struct Negotiated<S> {
-    pub(crate) stream: S,
+pub(crate) struct Negotiated {
+    pub(crate) stream: Stream,
     pub(crate) intake: Intake,
     pub(crate) session: Session,
 }
 
-impl<S> Negotiated<S> {
-    /// What was settled, among it the export's name.
-    pub fn session(&self) -> &Session {
-        &self.session
-    }
-
-    /// The same connection over another form of its stream.
-    ///
-    /// # Errors
-    /// Those of `convert`.
-    pub fn try_map<T, E>(self, convert: impl FnOnce(S) -> Result<T, E>) -> Result<Negotiated<T>, E> {
-        let stream = convert(self.stream)?;
-        Ok(Negotiated { stream, intake: self.intake, session: self.session })
-    }
+/// What a server lets in.
+pub(crate) struct Gate<'server> {
+    pub(crate) exports: &'server dyn Exports,
+    pub(crate) limits: &'server Limits,
+    pub(crate) tls: &'server ServerTls,
+    pub(crate) stop: &'server Stop,
+    /// Whether one client more may begin transmission.
+    pub(crate) has_room: &'server dyn Fn() -> bool,
 }
 
 /// Does the handshake with the client behind `stream`. `None` when the client wanted nothing
-/// more than to look.
-///
-/// # Errors
-/// When the client breaks the protocol, goes away half way or takes too long.
-pub async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: S,
-    exports: &dyn Exports,
-    limits: &Limits,
-) -> Result<Option<Negotiated<S>>, ServeError> {
-    tokio::time::timeout(limits.handshake, handshake(stream, exports))
+/// more than to look, or the server stops.
+pub(crate) async fn negotiate(stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotiated>, ServeError> {
+    let after = gate.limits.handshake;
+    tokio::time::timeout(after, handshake(stream, gate))
         .await
-        .map_err(|_| ServeError::HandshakeTimeout(limits.handshake))?
+        .map_err(|_| ServeError::HandshakeTimeout(after))?
 }
 
-async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
-    mut stream: S,
-    exports: &dyn Exports,
-) -> Result<Option<Negotiated<S>>, ServeError> {
-    let catalog = Described(exports);
+async fn handshake(mut stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotiated>, ServeError> {
     let mut intake = Intake::new();
     let mut out = BytesMut::new();
-    let mut machine = Handshake::start(&mut out);
+    let mut machine = Handshake::start(gate.tls.mode(), &mut out);
     loop {
-        let step = machine.step(&mut intake, &catalog, &mut out)?;
+        if gate.stop.asked() == Some(Ending::HandOver) {
+            return Ok(None);
+        }
+        let step = machine.step(&mut intake, gate, &mut out);
         if !out.is_empty() {
             stream.write_all_buf(&mut out).await?;
+            stream.flush().await?;
         }
-        match step {
+        match step? {
             Step::Answered => {}
             Step::NeedMore => {
-                if stream.read_buf(&mut intake.space()).await? == 0 {
+                let mut space = intake.space();
+                let read = tokio::select! {
+                    biased;
+                    read = stream.read_buf(&mut space) => read?,
+                    // What has arrived was answered.
+                    _ = gate.stop.requested() => 0,
+                };
+                if read == 0 {
                     // Looking whether anybody listens is no offense.
-                    let clean = intake.buffered().is_empty();
+                    let clean = intake.buffered().is_empty() || gate.stop.asked().is_some();
                     return if clean { Ok(None) } else { Err(ServeError::Truncated) };
                 }
+            }
+            Step::StartTls => {
+                let secured = gate.tls.acceptor().accept(stream).await.map_err(ServeError::Tls)?;
+                stream = Box::new(secured);
+                machine.tls_started();
             }
             Step::Transmission(session) => {
                 return Ok(Some(Negotiated { stream, intake, session: *session }));
@@ -81,14 +87,19 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-struct Described<'exports>(&'exports dyn Exports);
+impl Catalog for Gate<'_> {
+    fn unavailable(&self) -> Option<Unavailable> {
+        if self.stop.asked().is_some() {
+            return Some(Unavailable::ShuttingDown);
+        }
+        (!(self.has_room)()).then_some(Unavailable::Full)
+    }
 
-impl Catalog for Described<'_> {
     fn find(&self, name: &str) -> Option<ExportInfo> {
-        self.0.find(name).map(|export| export.info())
+        self.exports.find(name).map(|export| export.info())
     }
 
     fn list(&self) -> Vec<ExportSummary> {
-        self.0.list()
+        self.exports.list()
     }
 }

@@ -22,6 +22,8 @@ pub(crate) struct Channel {
     encoder: ReplyEncoder,
     output: RefCell<Output>,
     requests: Cell<usize>,
+    /// Requests whose reply is not even queued.
+    unanswered: Cell<usize>,
     bytes: Cell<u64>,
     /// The connection's task, while it sleeps and nobody has woken it yet.
     sleeper: RefCell<Option<Waker>>,
@@ -35,6 +37,7 @@ impl Channel {
             encoder,
             output: RefCell::default(),
             requests: Cell::new(0),
+            unanswered: Cell::new(0),
             bytes: Cell::new(0),
             sleeper: RefCell::new(None),
             dead: Cell::new(false),
@@ -44,6 +47,7 @@ impl Channel {
     /// A request that holds `cost` bytes until its reply is sent.
     pub(crate) fn begin(self: &Rc<Self>, to: ReplyTo, cost: ByteCount) -> Reply {
         self.requests.set(self.requests.get() + 1);
+        self.unanswered.set(self.unanswered.get() + 1);
         self.bytes.set(self.bytes.get() + cost.0);
         Reply { channel: Rc::clone(self), to, cost, answered: false }
     }
@@ -51,6 +55,16 @@ impl Channel {
     /// Requests in flight.
     pub(crate) fn requests(&self) -> usize {
         self.requests.get()
+    }
+
+    /// Requests in flight whose reply is not queued yet.
+    pub(crate) fn unanswered(&self) -> usize {
+        self.unanswered.get()
+    }
+
+    /// How many bytes were ever written.
+    pub(crate) fn written(&self) -> u64 {
+        self.output.borrow().written()
     }
 
     /// Their bytes.
@@ -63,16 +77,17 @@ impl Channel {
         self.begin(to, ByteCount::ZERO).fail(error);
     }
 
-    /// Sends what can be sent. Ready when nothing is queued.
+    /// Sends what can be sent. Ready when nothing is queued, here or in the stream.
     pub(crate) fn poll_write<S: AsyncWrite>(
         &self,
         cx: &mut Context<'_>,
-        stream: Pin<&mut S>,
+        mut stream: Pin<&mut S>,
     ) -> Poll<io::Result<()>> {
-        let (result, released) = self.output.borrow_mut().poll_write(cx, stream);
+        let (result, released) = self.output.borrow_mut().poll_write(cx, stream.as_mut());
         self.requests.set(self.requests.get() - released.messages);
         self.bytes.set(self.bytes.get() - released.cost);
-        result
+        // TLS holds back what its socket does not take; other streams have nothing to flush.
+        if let Poll::Ready(Ok(())) = result { stream.poll_flush(cx) } else { result }
     }
 
     /// The next completion wakes `waker`, once.
@@ -93,6 +108,7 @@ impl Channel {
     }
 
     fn queue(&self, cost: ByteCount, data: Bytes, encode: impl FnOnce(ReplyEncoder, &mut bytes::BytesMut)) {
+        self.unanswered.set(self.unanswered.get() - 1);
         if self.dead.get() {
             return;
         }

@@ -60,7 +60,7 @@ impl Place {
     }
 
     pub(crate) fn uri(&self, export: &str) -> NbdUri {
-        NbdUri { address: self.address(), export: export.into() }
+        NbdUri { address: self.address(), export: export.into(), tls: None }
     }
 
     /// Serves `export` on the socket.

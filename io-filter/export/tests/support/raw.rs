@@ -20,9 +20,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
         hello.extend_from_slice(b"IHAVEOPT\0\0\0\x01");
         hello.extend_from_slice(&(export.len() as u32).to_be_bytes());
         hello.extend_from_slice(export.as_bytes());
-        stream.write_all(&hello).await.unwrap();
         let mut greeting = [0; 18 + 10];
-        stream.read_exact(&mut greeting).await.unwrap();
+        // Both at once: the stream may hold less than either.
+        let (mut reader, mut writer) = tokio::io::split(&mut stream);
+        let (sent, read) = tokio::join!(writer.write_all(&hello), reader.read_exact(&mut greeting));
+        sent.unwrap();
+        read.unwrap();
         assert_eq!(greeting[..8], *b"NBDMAGIC");
         Self { stream }
     }

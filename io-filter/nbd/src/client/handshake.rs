@@ -9,6 +9,8 @@
 //!    └─ the goal is a list ─▶ LIST ─▶ Step::Listed
 //! ```
 //!
+//! Where TLS is wanted, STARTTLS goes before all of it, and nothing else is ever sent without.
+//!
 //! Invariants: one option is out at a time; an answer of more than [`ANSWER_MAX`] bytes and a
 //! list of more than [`LIST_MAX`] exports are errors.
 
@@ -53,6 +55,8 @@ pub struct Session {
 pub enum Step {
     /// Send the output, then read more.
     NeedMore,
+    /// Go on under TLS and tell [`Handshake::tls_started`], then ask again.
+    StartTls,
     /// The handshake is done: send the output, then requests.
     Transmission(Session),
     /// The server's exports: send the output, then close.
@@ -62,6 +66,8 @@ pub enum Step {
 #[derive(Clone, Copy, Debug)]
 enum State {
     Greeting,
+    /// The driver is about to start TLS.
+    StartingTls,
     /// An answer to this option is awaited.
     Answer(u32),
     /// The bare answer to EXPORT_NAME is awaited.
@@ -73,6 +79,7 @@ enum State {
 pub struct Handshake {
     goal: Goal,
     state: State,
+    tls: bool,
     no_zeroes: bool,
     style: ReplyStyle,
     base_allocation: Option<u32>,
@@ -87,6 +94,7 @@ impl Handshake {
         Self {
             goal,
             state: State::Greeting,
+            tls: false,
             no_zeroes: false,
             style: ReplyStyle::Simple,
             base_allocation: None,
@@ -94,6 +102,20 @@ impl Handshake {
             block_sizes: BlockSizes::default(),
             listed: Vec::new(),
         }
+    }
+
+    /// The same, under TLS or not at all.
+    pub fn with_tls(goal: Goal) -> Self {
+        Self { tls: true, ..Self::new(goal) }
+    }
+
+    /// From here on everything travels under TLS: what comes first is appended to `out`.
+    ///
+    /// # Panics
+    /// When TLS was not about to start.
+    pub fn tls_started(&mut self, out: &mut BytesMut) {
+        assert!(matches!(self.state, State::StartingTls), "TLS was started unasked");
+        self.first_option(out);
     }
 
     /// Takes what it can from `intake`, appends what has to be sent to `out`.
@@ -104,6 +126,7 @@ impl Handshake {
         loop {
             let step = match self.state {
                 State::Greeting => self.take_greeting(intake, out)?,
+                State::StartingTls => return Ok(Step::StartTls),
                 State::Answer(sent) => self.take_answer(sent, intake, out)?,
                 State::ExportName => self.take_export_name(intake)?,
             };
@@ -136,14 +159,24 @@ impl Handshake {
         out.put_u32(u32::from(flags & known));
         let fixed = flags & handshake_flag::FIXED_NEWSTYLE != 0;
         match &self.goal {
-            Goal::Open(_) if fixed => self.send(option::EXTENDED_HEADERS, &[], out),
+            Goal::Open(_) | Goal::List if self.tls && fixed => self.send(option::STARTTLS, &[], out),
+            Goal::Open(_) | Goal::List if self.tls => {
+                return Err(ProtocolError::TlsRefused("it knows no options".to_owned()));
+            }
+            Goal::Open(_) | Goal::List if fixed => self.first_option(out),
             Goal::Open(_) => self.send_export_name(out),
-            Goal::List if fixed => self.send(option::LIST, &[], out),
             Goal::List => {
                 return Err(refused("to list its exports", "it knows no options"));
             }
         }
         Ok(None)
+    }
+
+    fn first_option(&mut self, out: &mut BytesMut) {
+        match &self.goal {
+            Goal::Open(_) => self.send(option::EXTENDED_HEADERS, &[], out),
+            Goal::List => self.send(option::LIST, &[], out),
+        }
     }
 
     fn take_answer(
@@ -174,6 +207,13 @@ impl Handshake {
             return Err(ProtocolError::TlsRequired);
         }
         match sent {
+            option::STARTTLS if reply == option_reply::ACK && intake.buffered().is_empty() => {
+                self.state = State::StartingTls;
+            }
+            option::STARTTLS if reply == option_reply::ACK => {
+                return Err(ProtocolError::ServerDataBeforeTls);
+            }
+            option::STARTTLS => return Err(ProtocolError::TlsRefused(explain(reply, &data))),
             option::EXTENDED_HEADERS => match reply {
                 option_reply::ACK => self.chunks_granted(ReplyStyle::Extended, out),
                 _ => self.send(option::STRUCTURED_REPLY, &[], out),

@@ -2,14 +2,16 @@
 //!
 //! ```text
 //! greeting ─▶ CLIENT FLAGS ─▶ OPTION ⇄ SKIP (rest of an option that is too long)
-//!                               │
+//!                               │ ▲
+//!                               ├─┴─ STARTTLS ──────▶ Step::StartTls, once
 //!                               ├─ GO, EXPORT_NAME ─▶ Step::Transmission
 //!                               └─ ABORT ───────────▶ Step::Closed
 //! ```
 //!
 //! Invariants: one option is answered per [`Handshake::step`], so that the driver can send the
 //! answer before the next one is made; an option's data is kept only up to [`OPTION_MAX`]; a
-//! handshake has at most [`OPTIONS_MAX`] options.
+//! handshake has at most [`OPTIONS_MAX`] options; where TLS is required, nothing is told or chosen
+//! without it; nothing chosen in the clear counts under TLS.
 
 use bytes::{BufMut, BytesMut};
 
@@ -22,8 +24,34 @@ const OPTION_MAX: u32 = 32 << 10;
 /// The most options in one handshake: enough to ask about a thousand exports.
 const OPTIONS_MAX: u32 = 4096;
 
+/// Whether a server's connections are encrypted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TlsMode {
+    /// Never: STARTTLS is refused.
+    #[default]
+    Off,
+    /// When the client asks for it.
+    Optional,
+    /// Always: without TLS every other option is refused.
+    Required,
+}
+
+/// Why a server takes no new client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unavailable {
+    /// It is going down: every option is refused.
+    ShuttingDown,
+    /// It has as many clients as it may: beginning transmission is refused.
+    Full,
+}
+
 /// The exports a server has, at the moment it is asked.
 pub trait Catalog {
+    /// Whether new clients are refused now, and why.
+    fn unavailable(&self) -> Option<Unavailable> {
+        None
+    }
+
     /// The export a client calls `name`; "" is the default export.
     fn find(&self, name: &str) -> Option<ExportInfo>;
     /// What LIST shows.
@@ -50,6 +78,8 @@ pub enum Step {
     NeedMore,
     /// An option was answered; send the output, then ask again.
     Answered,
+    /// Send the output, go on under TLS, tell [`Handshake::tls_started`], then ask again.
+    StartTls,
     /// The handshake is done; send the output, then serve requests.
     Transmission(Box<Session>),
     /// The client ended it in good order; send the output, then close.
@@ -67,6 +97,8 @@ enum State {
 #[derive(Debug)]
 pub struct Handshake {
     state: State,
+    tls: TlsMode,
+    secured: bool,
     fixed_newstyle: bool,
     no_zeroes: bool,
     options_left: u32,
@@ -75,17 +107,30 @@ pub struct Handshake {
 
 impl Handshake {
     /// Begins a handshake: the greeting is appended to `out`.
-    pub fn start(out: &mut BytesMut) -> Self {
+    pub fn start(tls: TlsMode, out: &mut BytesMut) -> Self {
         out.put_u64(magic::SERVER);
         out.put_u64(magic::OPTION);
         out.put_u16(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
         Self {
             state: State::ClientFlags,
+            tls,
+            secured: false,
             fixed_newstyle: false,
             no_zeroes: false,
             options_left: OPTIONS_MAX,
             options: Options::default(),
         }
+    }
+
+    /// From here on everything travels under TLS. What was settled before is forgotten: anybody
+    /// may have sent it.
+    ///
+    /// # Panics
+    /// When TLS was not asked for.
+    pub fn tls_started(&mut self) {
+        assert!(self.tls != TlsMode::Off && !self.secured, "TLS was started unasked");
+        self.secured = true;
+        self.options = Options::default();
     }
 
     /// Takes what it can from `intake`, appends answers to `out`.
@@ -165,14 +210,40 @@ impl Handshake {
             if code == wire::option::EXPORT_NAME {
                 return Err(ProtocolError::MalformedExportName(length));
             }
-            let text = format!("option data of {length} bytes, the limit is {OPTION_MAX}");
-            put_reply(out, code, option_reply::ERR_TOO_BIG, text.as_bytes());
+            let too_big =
+                Refusal::too_big(format!("option data of {length} bytes, the limit is {OPTION_MAX}"));
+            let refusal = self.closed_to(code, catalog).unwrap_or(too_big);
+            put_reply(out, code, refusal.reply, refusal.text.as_bytes());
             self.state = State::Skip { remaining: data_length };
             return Ok(Step::Answered);
         }
         let step = self.answer(code, &intake.buffered()[..data_length], catalog, out)?;
         intake.consume(data_length);
+        if step == Step::StartTls && !intake.buffered().is_empty() {
+            // What came along in the clear must not be taken for something that came under TLS.
+            return Err(ProtocolError::DataBeforeTls(intake.buffered().len()));
+        }
         Ok(step)
+    }
+
+    /// Why an option is refused whatever it says.
+    fn closed_to(&self, code: u32, catalog: &dyn Catalog) -> Option<Refusal> {
+        use wire::option::{ABORT, EXPORT_NAME, GO, STARTTLS};
+        if code == ABORT {
+            return None;
+        }
+        match catalog.unavailable() {
+            Some(Unavailable::ShuttingDown) => return Some(Refusal::shutdown()),
+            // Above all nothing is told before TLS.
+            Some(Unavailable::Full) | None if self.tls == TlsMode::Required && !self.secured => {
+                return (code != STARTTLS).then(Refusal::tls_required);
+            }
+            Some(Unavailable::Full) if code == GO || code == EXPORT_NAME => {
+                return Some(Refusal::policy("the server has as many clients as it may"));
+            }
+            Some(Unavailable::Full) | None => {}
+        }
+        None
     }
 
     /// Answers one whole option.
@@ -183,6 +254,13 @@ impl Handshake {
         catalog: &dyn Catalog,
         out: &mut BytesMut,
     ) -> Result<Step, ProtocolError> {
+        if let Some(refusal) = self.closed_to(code, catalog) {
+            if code == wire::option::EXPORT_NAME {
+                return Err(ProtocolError::ExportNameRefused(refusal.text));
+            }
+            put_reply(out, code, refusal.reply, refusal.text.as_bytes());
+            return Ok(Step::Answered);
+        }
         let answered = match code {
             wire::option::EXPORT_NAME => return self.export_name(data, catalog, out),
             wire::option::ABORT => {
@@ -199,7 +277,10 @@ impl Handshake {
             wire::option::EXTENDED_HEADERS => self.options.extended_headers(data, out),
             wire::option::LIST_META_CONTEXT => self.options.list_contexts(data, catalog, out),
             wire::option::SET_META_CONTEXT => self.options.set_contexts(data, catalog, out),
-            wire::option::STARTTLS => Err(Refusal::unsupported("TLS is not offered here")),
+            wire::option::STARTTLS => match option::start_tls(self.tls, self.secured, data, out) {
+                Ok(()) => return Ok(Step::StartTls),
+                Err(refusal) => Err(refusal),
+            },
             unknown => Err(Refusal::unsupported(format!("unknown option {unknown}"))),
         };
         if let Err(refusal) = answered {

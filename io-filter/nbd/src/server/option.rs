@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::handshake::{Catalog, Session};
+use super::handshake::{Catalog, Session, TlsMode};
 use crate::wire::{self, base_allocation, info, magic, option_reply};
 use crate::{ExportInfo, ReplyStyle};
 
@@ -32,6 +32,22 @@ impl Refusal {
 
     fn invalid(text: &'static str) -> Self {
         Self::new(option_reply::ERR_INVALID, text)
+    }
+
+    pub(super) fn policy(text: &'static str) -> Self {
+        Self::new(option_reply::ERR_POLICY, text)
+    }
+
+    pub(super) fn too_big(text: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(option_reply::ERR_TOO_BIG, text)
+    }
+
+    pub(super) fn shutdown() -> Self {
+        Self::new(option_reply::ERR_SHUTDOWN, "the server is shutting down")
+    }
+
+    pub(super) fn tls_required() -> Self {
+        Self::new(option_reply::ERR_TLS_REQD, "begin with STARTTLS")
     }
 
     fn unknown_export(name: &str) -> Self {
@@ -61,6 +77,21 @@ pub(super) fn list(data: &[u8], catalog: &dyn Catalog, out: &mut BytesMut) -> Re
         put_reply(out, wire::option::LIST, option_reply::SERVER, &entry);
     }
     put_reply(out, wire::option::LIST, option_reply::ACK, &[]);
+    Ok(())
+}
+
+/// STARTTLS: the acknowledgement is the last that is sent in the clear.
+pub(super) fn start_tls(tls: TlsMode, secured: bool, data: &[u8], out: &mut BytesMut) -> Result<(), Refusal> {
+    if tls == TlsMode::Off {
+        return Err(Refusal::policy("TLS is not configured here"));
+    }
+    if secured {
+        return Err(Refusal::invalid("TLS was started already"));
+    }
+    if !data.is_empty() {
+        return Err(Refusal::invalid("STARTTLS takes no data"));
+    }
+    put_reply(out, wire::option::STARTTLS, option_reply::ACK, &[]);
     Ok(())
 }
 
@@ -214,7 +245,7 @@ struct Queries {
 fn take_string<'data>(data: &mut &'data [u8]) -> Result<&'data str, Refusal> {
     let length = data.try_get_u32().map_err(|_| Refusal::invalid("data is cut off"))? as usize;
     if length > wire::MAX_STRING {
-        return Err(Refusal::new(option_reply::ERR_TOO_BIG, "a string is longer than 4096 bytes"));
+        return Err(Refusal::too_big("a string is longer than 4096 bytes"));
     }
     let (string, rest) = data.split_at_checked(length).ok_or_else(|| Refusal::invalid("data is cut off"))?;
     *data = rest;

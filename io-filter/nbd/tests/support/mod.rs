@@ -6,7 +6,7 @@
 use std::io::{Read, Write};
 
 use backtide_nbd::server::{
-    Catalog, Handshake, Incoming, ReplyEncoder, ReplyTo, RequestParser, Session, Step,
+    Catalog, Handshake, Incoming, ReplyEncoder, ReplyTo, RequestParser, Session, Step, TlsMode, Unavailable,
 };
 use backtide_nbd::{Command, ExportInfo, ExportSummary, Extent, Intake, ProtocolError, ReplyStyle, wire};
 use backtide_units::ByteCount;
@@ -16,9 +16,13 @@ use bytes::{BufMut, BytesMut};
 pub(crate) const SIZE: u64 = 1 << 20;
 
 /// `disk` (also the default), `golden` (read-only) and `coarse` (blocks of 4096 bytes).
-pub(crate) struct Three;
+pub(crate) struct Three(pub(crate) Option<Unavailable>);
 
 impl Catalog for Three {
+    fn unavailable(&self) -> Option<Unavailable> {
+        self.0
+    }
+
     fn find(&self, name: &str) -> Option<ExportInfo> {
         let mut info = ExportInfo::new(name, ByteCount(SIZE));
         match name {
@@ -115,6 +119,7 @@ pub(crate) fn extended(kind: u16, flags: u16, cookie: u64, offset: u64, length: 
 /// A server machine and what it wrote.
 pub(crate) struct Server {
     machine: Handshake,
+    catalog: Three,
     pub(crate) intake: Intake,
     out: BytesMut,
 }
@@ -122,10 +127,15 @@ pub(crate) struct Server {
 impl Server {
     /// After the greeting, which is taken off.
     pub(crate) fn new() -> Self {
+        Self::with(TlsMode::Off)
+    }
+
+    /// The same with TLS.
+    pub(crate) fn with(tls: TlsMode) -> Self {
         let mut out = BytesMut::new();
-        let machine = Handshake::start(&mut out);
+        let machine = Handshake::start(tls, &mut out);
         assert_eq!(&out[..], b"NBDMAGICIHAVEOPT\x00\x03");
-        Self { machine, intake: Intake::new(), out: BytesMut::new() }
+        Self { machine, catalog: Three(None), intake: Intake::new(), out: BytesMut::new() }
     }
 
     /// After the flags of a usual client.
@@ -135,11 +145,21 @@ impl Server {
         server
     }
 
+    /// The driver has started TLS.
+    pub(crate) fn tls_started(&mut self) {
+        self.machine.tls_started();
+    }
+
+    /// What it says to new clients from now on.
+    pub(crate) fn becomes(&mut self, unavailable: Unavailable) {
+        self.catalog = Three(Some(unavailable));
+    }
+
     /// Sends bytes; what is written until the machine wants more, or comes to an end.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> (Vec<u8>, Result<Step, ProtocolError>) {
         feed(&mut self.intake, bytes);
         loop {
-            let step = self.machine.step(&mut self.intake, &Three, &mut self.out);
+            let step = self.machine.step(&mut self.intake, &self.catalog, &mut self.out);
             if step != Ok(Step::Answered) {
                 return (self.out.split().to_vec(), step);
             }
@@ -204,14 +224,15 @@ pub(crate) fn client_session(style: ReplyStyle) -> backtide_nbd::client::Session
 /// Serves a disk in memory over a blocking stream until the client leaves.
 pub(crate) fn serve(mut stream: impl Read + Write, disk: &mut [u8]) -> Result<(), ProtocolError> {
     let (mut intake, mut out) = (Intake::new(), BytesMut::new());
-    let mut machine = Handshake::start(&mut out);
+    let mut machine = Handshake::start(TlsMode::Off, &mut out);
     let session = loop {
-        let step = machine.step(&mut intake, &Three, &mut out)?;
+        let step = machine.step(&mut intake, &Three(None), &mut out)?;
         stream.write_all(&out.split()).expect("the client reads");
         match step {
             Step::Answered => {}
             Step::NeedMore if read_some(&mut stream, &mut intake) => {}
             Step::Transmission(session) => break session,
+            Step::StartTls => unreachable!("TLS is off"),
             Step::NeedMore | Step::Closed => return Ok(()),
         }
     };

@@ -1,0 +1,231 @@
+//! Accepting clients, and the orderly end of a server.
+//!
+//! Invariants: clients in their handshake and clients that are served have limits of their own,
+//! so that whoever only connects takes no place from a client that is served; a new client takes
+//! the place of the one that has been in its handshake for longest, never the other way round;
+//! after [`Server::shutdown`] nothing of the server is left running.
+
+use std::{cell::RefCell, collections::BTreeMap, pin::pin, rc::Rc, time::Duration};
+
+use backtide_nbd::NbdAddress;
+use tokio::task::{AbortHandle, JoinHandle};
+
+use super::connection::serve_until;
+use super::negotiate::{Gate, Stream, negotiate};
+use super::stop::{Ending, Stop};
+use crate::{Exports, Limits, Listener, ServeError, ServerTls};
+
+/// How long the accept loop waits after an error that is not about one connection, such as too
+/// many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+struct Shared {
+    exports: Rc<dyn Exports>,
+    limits: Limits,
+    tls: ServerTls,
+    connections: RefCell<Connections>,
+}
+
+#[derive(Default)]
+struct Connections {
+    next: u64,
+    open: BTreeMap<u64, Open>,
+}
+
+impl Connections {
+    /// How many are served, past their handshake.
+    fn served(&self) -> usize {
+        self.open.values().filter(|open| open.export.is_some()).count()
+    }
+
+    /// Those in their handshake, the first that came first.
+    fn handshakes(&self) -> impl Iterator<Item = u64> {
+        self.open.iter().filter(|(_, open)| open.export.is_none()).map(|(id, _)| *id)
+    }
+
+    /// Makes room for one more handshake, if there are `limit`.
+    fn make_room(&mut self, limit: usize) {
+        let Some(oldest) = self.handshakes().next() else { return };
+        if self.handshakes().count() < limit.max(1) {
+            return;
+        }
+        // Out of the list at once: its task ends only when it is its turn.
+        if let Some(task) = self.open.remove(&oldest).and_then(|open| open.task) {
+            tracing::debug!(limit, "too many NBD handshakes, dropping the oldest");
+            task.abort();
+        }
+    }
+}
+
+struct Open {
+    /// The canonical name of its export, once the handshake has settled it.
+    export: Option<String>,
+    stop: Rc<Stop>,
+    task: Option<JoinHandle<()>>,
+}
+
+/// A server that accepts clients. Dropping it stops everything at once; see
+/// [`shutdown`](Self::shutdown) for the orderly way.
+pub struct Server {
+    address: NbdAddress,
+    accepting: JoinHandle<()>,
+    shared: Rc<Shared>,
+}
+
+impl Server {
+    pub(crate) fn start(
+        listener: Listener,
+        exports: Rc<dyn Exports>,
+        limits: Limits,
+        tls: ServerTls,
+    ) -> Self {
+        let shared = Rc::new(Shared { exports, limits, tls, connections: RefCell::default() });
+        let address = listener.address().clone();
+        let accepting = tokio::task::spawn_local(accept(listener, Rc::clone(&shared)));
+        Self { address, accepting, shared }
+    }
+
+    /// Where clients connect.
+    pub fn address(&self) -> &NbdAddress {
+        &self.address
+    }
+
+    /// Connections that are served now, past their handshake.
+    pub fn connections(&self) -> usize {
+        self.shared.connections.borrow().served()
+    }
+
+    /// Connections that are in their handshake now.
+    pub fn handshakes(&self) -> usize {
+        self.shared.connections.borrow().handshakes().count()
+    }
+
+    /// Connections of one export, by its canonical name.
+    pub fn connections_of(&self, export: &str) -> usize {
+        let connections = self.shared.connections.borrow();
+        connections.open.values().filter(|open| open.export.as_deref() == Some(export)).count()
+    }
+
+    /// Closes the connections of one export in good order, as [`shutdown`](Self::shutdown) does.
+    /// Take it out of the [`Exports`] first, or clients come back.
+    pub async fn close_export(&self, export: &str, grace: Duration) {
+        close(&self.shared, |open| open.export.as_deref() == Some(export), Ending::Final, grace).await;
+    }
+
+    /// Stops accepting, lets every connection finish what is in flight, answers what comes
+    /// meanwhile with ESHUTDOWN, closes. Connections that are not done after `grace` are cut off.
+    pub async fn shutdown(self, grace: Duration) {
+        self.end(Ending::Final, grace).await;
+    }
+
+    /// The same where a successor is to serve these clients: what is not in flight yet is not
+    /// answered. A client that reconnects sends it again, where an error would be its guest's.
+    pub async fn hand_over(self, grace: Duration) {
+        self.end(Ending::HandOver, grace).await;
+    }
+
+    async fn end(mut self, ending: Ending, grace: Duration) {
+        self.accepting.abort();
+        // The loop's end closes the socket and removes its file.
+        let _ = (&mut self.accepting).await;
+        close(&self.shared, |_| true, ending, grace).await;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.accepting.abort();
+        for open in self.shared.connections.borrow().open.values() {
+            if let Some(task) = &open.task {
+                task.abort();
+            }
+        }
+    }
+}
+
+async fn close(shared: &Shared, mut which: impl FnMut(&Open) -> bool, ending: Ending, grace: Duration) {
+    let tasks: Vec<JoinHandle<()>> = shared
+        .connections
+        .borrow_mut()
+        .open
+        .values_mut()
+        .filter(|open| which(open))
+        .filter_map(|open| {
+            open.stop.request(ending);
+            open.task.take()
+        })
+        .collect();
+    let cut_off: Vec<AbortHandle> = tasks.iter().map(JoinHandle::abort_handle).collect();
+    let mut finished = pin!(async {
+        for task in tasks {
+            // An error is a task that was aborted or panicked: it is over.
+            let _ = task.await;
+        }
+    });
+    if tokio::time::timeout(grace, &mut finished).await.is_err() {
+        tracing::warn!(?grace, "NBD connections did not finish in time, cutting them off");
+        for task in cut_off {
+            task.abort();
+        }
+        finished.await;
+    }
+}
+
+async fn accept(listener: Listener, shared: Rc<Shared>) {
+    loop {
+        let stream = match listener.accept().await {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(address = %listener.address(), %error, "cannot accept an NBD client");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let mut connections = shared.connections.borrow_mut();
+        connections.make_room(shared.limits.handshakes);
+        let id = connections.next;
+        connections.next += 1;
+        let stop = Rc::<Stop>::default();
+        let entry = Entry { shared: Rc::clone(&shared), id };
+        let task = tokio::task::spawn_local(connection(stream, entry, Rc::clone(&stop)));
+        connections.open.insert(id, Open { export: None, stop, task: Some(task) });
+    }
+}
+
+/// A connection's place in the list; leaves it when the task ends, however it ends.
+struct Entry {
+    shared: Rc<Shared>,
+    id: u64,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        // Taken out before it is dropped: dropping must not find the list borrowed.
+        let open = self.shared.connections.borrow_mut().open.remove(&self.id);
+        drop(open);
+    }
+}
+
+async fn connection(stream: Stream, entry: Entry, stop: Rc<Stop>) {
+    if let Err(error) = serve(stream, &entry, &stop).await {
+        let source = std::error::Error::source(&error);
+        tracing::debug!(%error, source, "NBD connection ended");
+    }
+}
+
+async fn serve(stream: Stream, entry: &Entry, stop: &Stop) -> Result<(), ServeError> {
+    let Shared { exports, limits, tls, connections } = &*entry.shared;
+    let has_room = || connections.borrow().served() < limits.connections;
+    let gate = Gate { exports: &**exports, limits, tls, stop, has_room: &has_room };
+    let Some(negotiated) = negotiate(stream, &gate).await? else { return Ok(()) };
+    if !has_room() {
+        // Another client came first while the answer to this one was sent.
+        return Err(ServeError::Full(limits.connections));
+    }
+    let name = negotiated.session.requested.clone();
+    let export = exports.find(&name).ok_or(ServeError::ExportGone(name))?;
+    if let Some(open) = connections.borrow_mut().open.get_mut(&entry.id) {
+        open.export = Some(negotiated.session.export.name.clone());
+    }
+    serve_until(negotiated, export, *limits, stop).await
+}
