@@ -40,6 +40,7 @@ impl Ingest {
             }
         }
         self.syncing.borrow_mut().remove(&disk);
+        self.synced.notify_waiters();
         // The next sync first: the acknowledgement need not wait for it, nor it for that.
         self.commit(disk);
         self.wake_owner(disk);

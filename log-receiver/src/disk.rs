@@ -1,17 +1,18 @@
 //! One disk of the store: its log, who is connected to it, and what is wrong with it if anything.
 //!
 //! Owned by one thread (in the daemon a worker, in a simulation the simulation); a failed log is
-//! kept out of use until the next handshake opens it again, which recovers it.
+//! kept out of use until the next handshake opens it again, which recovers it. What is durable in it
+//! can be read all the time.
 
 use std::collections::VecDeque;
 
 use backtide_recovery::{
-    AppendError, DiskLog, Durable, LogError, Snapshot, SyncOutcome, SyncTicket, Timeline,
+    AppendError, Attached, DiskLog, Durable, LogError, Salvage, Snapshot, SyncOutcome, SyncTicket, Timeline,
 };
 use backtide_segment::{Entry, Seq};
-use backtide_units::{ByteCount, DiskId, HistoryId};
+use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
-use crate::session::ConnectionId;
+use crate::{logs::Past, memo::Memo, session::ConnectionId};
 
 /// What an entry costs beside its payload.
 const ENTRY_HEADER_BYTES: u64 = 64;
@@ -23,6 +24,9 @@ const WAITING_GROUP_BYTES: u64 = 64 * 1024;
 pub struct Disk {
     id: DiskId,
     log: Log,
+    /// Which of the disk's logs is in use: all before it were damaged.
+    number: u32,
+    past: Past,
     /// How often the log was opened: a sync that began before the log failed and was opened again
     /// says nothing about the log of today, whose entries may have the same numbers.
     opened: u64,
@@ -34,12 +38,34 @@ pub struct Disk {
 
 /// ```text
 /// Open ──write or sync failed──▶ Failed ──next handshake: reopened, recovered──▶ Open
+///                                   └─damaged: a new log begins──▶ Open
 /// ```
 enum Log {
     /// In use.
     Open(Box<DiskLog>),
     /// Out of use: opening, writing or syncing it failed.
-    Failed(Failure),
+    Failed(Box<Failed>),
+}
+
+struct Failed {
+    failure: Failure,
+    /// How far it was durable when it failed; none when it was never open, and all of it counts.
+    through: Option<Seq>,
+    /// What can still be read, once somebody has asked.
+    left: Option<Left>,
+}
+
+/// What is left of a failed log.
+struct Left {
+    snapshot: Snapshot,
+    damage: Vec<String>,
+    attached: Option<Attached>,
+}
+
+/// A failed log that nobody has looked at yet.
+pub(crate) struct Wanted {
+    /// How much of it counts.
+    pub(crate) through: Option<Seq>,
 }
 
 /// Why a disk's log is out of use.
@@ -89,12 +115,12 @@ pub enum DiskError {
 
 impl Disk {
     /// A disk with its opened log, or with the reason why it could not be opened.
-    pub(crate) fn new(id: DiskId, log: Result<DiskLog, Failure>) -> Self {
+    pub(crate) fn new(id: DiskId, number: u32, log: Result<DiskLog, Failure>, past: Past) -> Self {
         let log = match log {
             Ok(log) => Log::Open(Box::new(log)),
-            Err(failure) => Log::Failed(failure),
+            Err(failure) => Log::Failed(Box::new(Failed { failure, through: None, left: None })),
         };
-        Self { id, log, opened: 1, owner: None, waiting: VecDeque::new(), waiting_bytes: 0 }
+        Self { id, log, number, past, opened: 1, owner: None, waiting: VecDeque::new(), waiting_bytes: 0 }
     }
 
     /// Which disk.
@@ -106,8 +132,33 @@ impl Disk {
     pub fn failure(&self) -> Option<&Failure> {
         match &self.log {
             Log::Open(_) => None,
-            Log::Failed(failure) => Some(failure),
+            Log::Failed(failed) => Some(&failed.failure),
         }
+    }
+
+    /// Everything that is damaged, in the log in use and in those before it: a sentence each, with
+    /// file and place.
+    pub fn damage(&self) -> impl Iterator<Item = &String> {
+        let present = match &self.log {
+            Log::Open(_) => None,
+            Log::Failed(failed) => failed.left.as_ref(),
+        };
+        self.past.damage.iter().chain(present.into_iter().flat_map(|left| &left.damage))
+    }
+
+    /// The newest attach that is known, also of a log that is out of use.
+    pub fn attached(&self) -> Option<&Attached> {
+        let present = match &self.log {
+            Log::Open(log) => log.timeline().attached(),
+            Log::Failed(failed) => failed.left.as_ref().and_then(|left| left.attached.as_ref()),
+        };
+        present.or(self.past.attached.as_ref())
+    }
+
+    /// The highest LSN that any log of this disk names.
+    pub fn highest_lsn(&self) -> Lsn {
+        let present = self.timeline().map_or(Lsn::ZERO, Timeline::highest_lsn);
+        present.max(self.past.highest())
     }
 
     /// What the log gives back; `None` while it is out of use.
@@ -122,7 +173,7 @@ impl Disk {
 
     /// Bytes of the log's files.
     pub fn log_bytes(&self) -> ByteCount {
-        self.log().map_or(ByteCount::ZERO, DiskLog::size)
+        ByteCount(self.log().map_or(ByteCount::ZERO, DiskLog::size).0 + self.past.bytes.0)
     }
 
     /// How many files the log has.
@@ -132,7 +183,7 @@ impl Disk {
 
     /// The disk's size as the newest attach gave it.
     pub fn size(&self) -> ByteCount {
-        self.timeline().and_then(Timeline::attached).map_or(ByteCount::ZERO, |attached| attached.size)
+        self.attached().map_or(ByteCount::ZERO, |attached| attached.size)
     }
 
     /// The connection that may append.
@@ -194,21 +245,63 @@ impl Disk {
     /// # Errors
     /// Why it cannot be read.
     pub fn snapshot(&mut self) -> Result<Snapshot, Failure> {
-        let log = match &mut self.log {
-            Log::Open(log) => log,
-            Log::Failed(failure) => return Err(failure.clone()),
+        let taken = match &mut self.log {
+            Log::Open(log) => log.snapshot().map_err(|error| Failure::from(&error)),
+            Log::Failed(failed) => match (&failed.left, &self.past.snapshot) {
+                (Some(left), _) => Ok(left.snapshot.clone()),
+                (None, Some(past)) => return Ok(past.clone()),
+                (None, None) => return Err(failed.failure.clone()),
+            },
         };
-        log.snapshot().map_err(|error| {
-            let failure = Failure::from(&error);
-            self.fail(failure.clone());
-            failure
-        })
+        match taken {
+            Ok(snapshot) => Ok(self.past.followed_by(snapshot)),
+            Err(failure) => {
+                self.fail(failure.clone());
+                Err(failure)
+            }
+        }
+    }
+
+    /// How often the log was opened: what is known of an earlier life says nothing about this one.
+    pub(crate) fn life(&self) -> u64 {
+        self.opened
+    }
+
+    /// Which of the disk's logs is in use.
+    pub(crate) fn log_number(&self) -> u32 {
+        self.number
+    }
+
+    /// What is left of the logs before it.
+    pub(crate) fn past(&self) -> &Past {
+        &self.past
+    }
+
+    /// Whether the log is out of use and nobody has read yet what is left of it.
+    pub(crate) fn wants_salvage(&self) -> Option<Wanted> {
+        match &self.log {
+            Log::Failed(failed) if failed.left.is_none() => Some(Wanted { through: failed.through }),
+            Log::Failed(_) | Log::Open(_) => None,
+        }
+    }
+
+    /// Takes what is left of a log that is out of use.
+    pub(crate) fn salvaged(&mut self, salvaged: Salvage, memo: Option<Memo>) {
+        let Log::Failed(failed) = &mut self.log else { return };
+        let Salvage { snapshot, damage, size: _ } = salvaged;
+        let own = snapshot.timeline().attached().cloned();
+        let attached = match (own, memo.map(|memo| memo.attached)) {
+            (Some(own), Some(memo)) if memo.epoch > own.epoch => Some(memo),
+            (Some(own), _) => Some(own),
+            (None, memo) => memo,
+        };
+        failed.left = Some(Left { snapshot, damage, attached });
     }
 
     pub(crate) fn append(&mut self, entry: Entry, payload: ByteCount) -> Result<Seq, DiskError> {
         let log = match &mut self.log {
             Log::Open(log) => log,
-            Log::Failed(failure) => return Err(DiskError::Store(failure.why.clone())),
+            Log::Failed(failed) => return Err(DiskError::Store(failed.failure.why.clone())),
         };
         match log.append(entry) {
             Ok(seq) => {
@@ -257,9 +350,20 @@ impl Disk {
         self.owner.take()
     }
 
+    /// Puts a new log into use behind a damaged one. Gives the connection that had that one.
+    pub(crate) fn begun_anew(&mut self, log: DiskLog, number: u32, past: Past) -> Option<ConnectionId> {
+        self.number = number;
+        self.past = past;
+        self.reopened(log)
+    }
+
     pub(crate) fn fail(&mut self, failure: Failure) {
         tracing::error!(disk = %self.id, why = failure.why, "the disk's log failed and is out of use until it is opened again");
-        self.log = Log::Failed(failure);
+        let (through, left) = match &mut self.log {
+            Log::Open(log) => (Some(log.durable().seq), None),
+            Log::Failed(failed) => (failed.through, failed.left.take()),
+        };
+        self.log = Log::Failed(Box::new(Failed { failure, through, left }));
         self.waiting.clear();
         self.waiting_bytes = 0;
     }

@@ -18,7 +18,7 @@ use std::{
 };
 
 use backtide_protocol::{CloseCode, Closed, Hello, ReceiverState};
-use backtide_recovery::{Attached, DiskLog, LogCache, LogError, LogIdentity, LogOptions};
+use backtide_recovery::{Attached, LogCache, LogError, LogOptions, Snapshot};
 use backtide_segment::Seq;
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId};
@@ -27,12 +27,13 @@ use crate::{
     Names,
     disk::{Disk, DiskError, Failure, chain},
     entries,
+    logs::{LOGS_MAX, Past},
     session::ConnectionId,
     space::Space,
 };
 
 /// The directory of the disks' logs.
-const DISKS: &str = "disks";
+pub(crate) const DISKS: &str = "disks";
 
 /// What the disks of a store have in common. Clones share it.
 #[derive(Clone)]
@@ -105,37 +106,6 @@ impl Shelf {
         disks.sort();
         Ok(disks)
     }
-
-    fn dir(disk: DiskId) -> PathBuf {
-        Path::new(DISKS).join(disk.to_string())
-    }
-
-    fn open(&self, disk: DiskId) -> Result<DiskLog, LogError> {
-        let (log, recovered) = DiskLog::open(self.storage.clone(), &Self::dir(disk), self.log, &self.cache)?;
-        let durable = log.durable();
-        tracing::info!(%disk, lsn = %durable.lsn, segments = recovered.segments, "log opened");
-        if !recovered.cut_bytes.is_zero() || !recovered.removed_segments.is_empty() {
-            tracing::info!(%disk, cut_bytes = %recovered.cut_bytes, removed_segments = ?recovered.removed_segments, "unacknowledged end of the log cut");
-        }
-        if !recovered.damaged_entries.is_empty() {
-            tracing::error!(%disk, entries = ?recovered.damaged_entries, "the log has damaged entries");
-        }
-        Ok(log)
-    }
-
-    fn create(&self, disk: DiskId) -> Result<DiskLog, LogError> {
-        let identity = LogIdentity { disk, history: (self.new_history)() };
-        let created =
-            DiskLog::create(self.storage.clone(), &Self::dir(disk), identity, self.log, &self.cache);
-        let log = match created {
-            Ok(log) => log,
-            // A claim that failed after its log was made: it goes on with that one.
-            Err(LogError::LogExists { .. }) => return self.open(disk),
-            Err(error) => return Err(error),
-        };
-        tracing::info!(%disk, history = %identity.history, "new log");
-        Ok(log)
-    }
 }
 
 impl Disks {
@@ -145,16 +115,10 @@ impl Disks {
         let space = Space::new(Arc::clone(&shelf.storage), shelf.space_floor);
         let mut this = Self { shelf, space, disks: BTreeMap::new() };
         for id in disks {
-            let log = match this.shelf.open(id) {
-                Ok(log) => Ok(log),
-                // A crash while the disk was being created: nobody was ever told of it.
-                Err(LogError::NoLog { .. }) => continue,
-                Err(error) => Err(Failure::from(&error)),
-            };
-            if let Err(failure) = &log {
+            let Some(disk) = this.shelf.open_disk(id) else { continue };
+            if let Some(failure) = disk.failure() {
                 tracing::error!(disk = %id, why = failure.why, "the disk's log cannot be opened");
             }
-            let disk = Disk::new(id, log);
             this.take_recorded_name(&disk);
             this.disks.insert(id, disk);
         }
@@ -169,6 +133,20 @@ impl Disks {
     /// A disk, to commit or read its log.
     pub fn get_mut(&mut self, disk: DiskId) -> Option<&mut Disk> {
         self.disks.get_mut(&disk)
+    }
+
+    /// A disk's points as they are now, for readers on other threads: of a log that is out of use, what
+    /// can still be read of it. None for an unknown disk.
+    ///
+    /// # Errors
+    /// Why nothing can be read.
+    pub fn snapshot(&mut self, disk: DiskId) -> Option<Result<Snapshot, Failure>> {
+        let disk = self.disks.get_mut(&disk)?;
+        self.shelf.make_readable(disk);
+        let snapshot = disk.snapshot();
+        // Taking it may have failed the log just now.
+        self.shelf.make_readable(disk);
+        Some(if snapshot.is_err() { disk.snapshot() } else { snapshot })
     }
 
     /// All disks, by id.
@@ -207,6 +185,9 @@ impl Disks {
                 refusal(error)
             })?
         };
+        if !unchanged {
+            self.shelf.remember(disk);
+        }
         let history = disk.history().expect("the log is open: it took the claim");
         let state = match hello.history {
             _ if fresh => ReceiverState::New,
@@ -232,11 +213,16 @@ impl Disks {
         if let Some(disk) = self.disks.get_mut(&hello.disk) {
             let mut displaced = None;
             if disk.failure().is_some() {
-                match self.shelf.open(hello.disk) {
+                check_attached(disk.attached(), hello)?;
+                match self.shelf.open(hello.disk, disk.log_number()) {
                     Ok(log) => {
                         check_attached(log.timeline().attached(), hello)?;
                         take_name(&self.shelf.names, hello)?;
                         displaced = disk.reopened(log);
+                    }
+                    Err(error @ LogError::Damaged { .. }) => {
+                        take_name(&self.shelf.names, hello)?;
+                        displaced = begin_new_log(&self.shelf, disk, &error)?;
                     }
                     Err(error) => {
                         disk.fail(Failure::from(&error));
@@ -254,21 +240,38 @@ impl Disks {
             let why = format!("the store has its limit of {} disks", self.shelf.disks_max);
             return Err(closed(CloseCode::Refused, why));
         }
-        let log = self.shelf.create(hello.disk).map_err(|error| {
+        let log = self.shelf.create(hello.disk, 1).map_err(|error| {
             self.shelf.names.release(hello.disk);
             store(error)
         })?;
         let fresh = log.timeline().attached().is_none();
-        self.disks.insert(hello.disk, Disk::new(hello.disk, Ok(log)));
+        self.disks.insert(hello.disk, Disk::new(hello.disk, 1, Ok(log), Past::default()));
         Ok(Found { fresh, displaced: None })
     }
 
     fn take_recorded_name(&self, disk: &Disk) {
-        let Some(attached) = disk.timeline().and_then(|timeline| timeline.attached()) else { return };
+        let Some(attached) = disk.attached() else { return };
         if let Err(owner) = self.shelf.names.take(&attached.name, disk.id()) {
             tracing::warn!(disk = %disk.id(), name = %attached.name, %owner, "another disk has this disk's name: only its id finds it");
         }
     }
+}
+
+/// Puts a damaged log aside for good and begins a new one. Gives the connection that had the old one.
+fn begin_new_log(shelf: &Shelf, disk: &mut Disk, error: &LogError) -> Result<Option<ConnectionId>, Closed> {
+    let number = disk.log_number() + 1;
+    if number > LOGS_MAX {
+        let why = format!(
+            "{}; {LOGS_MAX} logs of this disk were damaged already: the store needs to be mended or replaced",
+            chain(error)
+        );
+        return Err(closed(CloseCode::Store, why));
+    }
+    let log = shelf.create(disk.id(), number).map_err(|error| closed(CloseCode::Store, chain(&error)))?;
+    let mut past = disk.past().clone();
+    shelf.push_past(&mut past, disk.id(), disk.log_number());
+    tracing::error!(disk = %disk.id(), why = chain(error), "the log is damaged: a new one begins, points before the damage stay");
+    Ok(disk.begun_anew(log, number, past))
 }
 
 /// Whether the newest attach leaves room for this one.

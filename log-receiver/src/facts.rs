@@ -8,7 +8,7 @@ use crate::disk::Disk;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DiskFacts {
     pub(crate) id: DiskId,
-    /// As the newest attach gave it; none while the log is out of use or was never claimed.
+    /// As the newest attach gave it; none when it was never claimed, or nothing of that can be read.
     pub(crate) name: Option<DiskName>,
     pub(crate) size: ByteCount,
     pub(crate) history: Option<HistoryId>,
@@ -21,12 +21,13 @@ pub(crate) struct DiskFacts {
     pub(crate) log_bytes: ByteCount,
     pub(crate) segments: u64,
     pub(crate) error: Option<String>,
+    pub(crate) damage: Vec<String>,
 }
 
 impl DiskFacts {
     pub(crate) fn of(disk: &Disk) -> Self {
         let timeline = disk.timeline();
-        let attached = timeline.and_then(|timeline| timeline.attached());
+        let attached = disk.attached();
         Self {
             id: disk.id(),
             name: attached.map(|attached| attached.name.clone()),
@@ -41,6 +42,7 @@ impl DiskFacts {
             log_bytes: disk.log_bytes(),
             segments: disk.segments(),
             error: disk.failure().map(|failure| failure.why.clone()),
+            damage: disk.damage().cloned().collect(),
         }
     }
 }

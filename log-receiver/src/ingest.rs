@@ -12,7 +12,8 @@ use std::{
 };
 
 use backtide_protocol::{CloseCode, Closed};
-use backtide_recovery::Snapshot;
+use backtide_recovery::{Attached, Snapshot};
+use backtide_segment::Seq;
 use backtide_units::{ByteCount, CaptureTime, DiskId};
 use tokio::{
     runtime::Builder,
@@ -39,10 +40,18 @@ pub(crate) enum Task {
     Connect(Box<Arrival>),
     /// Tell about all disks.
     Facts(oneshot::Sender<Vec<DiskFacts>>),
-    /// Give a snapshot of a disk's log, or the reason why there is none; nothing for an unknown disk.
-    Snapshot(DiskId, oneshot::Sender<Option<Result<Snapshot, Failure>>>),
+    /// Give what can be read of a disk, or the reason why nothing can; none for an unknown disk.
+    Read(DiskId, oneshot::Sender<Option<Result<Readable, Failure>>>),
     /// Close all connections, make everything durable, end.
     Shutdown,
+}
+
+/// A disk's points as they were when somebody asked, all of them durable.
+pub(crate) struct Readable {
+    pub(crate) snapshot: Snapshot,
+    pub(crate) attached: Option<Attached>,
+    /// Why the log is out of use, when acknowledged bytes are not there any more.
+    pub(crate) damage: Option<String>,
 }
 
 /// What the thread's tasks share. Borrows never last across an await.
@@ -55,6 +64,8 @@ pub(crate) struct Ingest {
     connections: RefCell<BTreeMap<ConnectionId, Rc<Wakeup>>>,
     /// A connection has ended.
     ended: Notify,
+    /// A sync has ended.
+    pub(crate) synced: Notify,
 }
 
 /// How a connection's task is reached.
@@ -92,6 +103,7 @@ pub(crate) async fn start(
             undurable_bytes_max,
             connections: RefCell::default(),
             ended: Notify::new(),
+            synced: Notify::new(),
         });
         // Whoever started us may have given up; the closed inbox then ends us.
         let _ = ready.send(());
@@ -112,7 +124,10 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
             }
             // Whoever asked may have gone: nobody misses the answer.
             Task::Facts(answer) => drop(answer.send(ingest.facts())),
-            Task::Snapshot(disk, answer) => drop(answer.send(ingest.snapshot(disk))),
+            Task::Read(disk, answer) => {
+                let ingest = Rc::clone(&ingest);
+                tokio::task::spawn_local(async move { drop(answer.send(ingest.read(disk).await)) });
+            }
             Task::Shutdown => break,
         }
     }
@@ -151,13 +166,56 @@ impl Ingest {
         self.disks.borrow().iter().map(DiskFacts::of).collect()
     }
 
-    fn snapshot(&self, disk: DiskId) -> Option<Result<Snapshot, Failure>> {
-        let snapshot = self.disks.borrow_mut().get_mut(disk)?.snapshot();
-        if snapshot.is_err() {
+    /// What a disk gives back now. What was received by now is made durable first: no point is
+    /// offered that a power cut could take.
+    async fn read(self: Rc<Self>, disk: DiskId) -> Option<Result<Readable, Failure>> {
+        loop {
+            let life = self.disks.borrow().get(disk)?.life();
+            let taken = self.take(disk)?;
+            let Ok(readable) = &taken else { return Some(taken) };
+            if self.durable(disk, life, readable.snapshot.through()).await? {
+                return Some(taken);
+            }
+        }
+    }
+
+    fn take(&self, disk: DiskId) -> Option<Result<Readable, Failure>> {
+        let mut disks = self.disks.borrow_mut();
+        let snapshot = disks.snapshot(disk)?;
+        let state = disks.get(disk)?;
+        let damage = state.failure().filter(|failure| failure.damaged).map(|failure| failure.why.clone());
+        let attached = state.attached().cloned();
+        let failed = state.failure().is_some();
+        drop(disks);
+        if failed {
             // Taking it may have failed the log: its agent must not go on.
             self.wake_owner(disk);
         }
-        Some(snapshot)
+        Some(snapshot.map(|snapshot| Readable { snapshot, attached, damage }))
+    }
+
+    /// Waits until entry `through` is durable; false when the log was opened again or failed meanwhile.
+    /// What can be read of a log that has failed is durable. None for an unknown disk.
+    async fn durable(self: &Rc<Self>, disk: DiskId, life: u64, through: Seq) -> Option<bool> {
+        let was_failed = self.disks.borrow().get(disk)?.failure().is_some();
+        loop {
+            // Registered before the look, so that no sync is missed between.
+            let synced = self.synced.notified();
+            if !was_failed {
+                self.commit(disk);
+            }
+            {
+                let disks = self.disks.borrow();
+                let state = disks.get(disk)?;
+                if state.life() != life || state.failure().is_some() != was_failed {
+                    return Some(false);
+                }
+                if was_failed || state.durable().seq >= through {
+                    return Some(true);
+                }
+            }
+            synced.await;
+        }
     }
 
     async fn shut_down(self: Rc<Self>) {

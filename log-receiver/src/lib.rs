@@ -19,6 +19,8 @@ mod compare;
 mod disk;
 mod disks;
 mod entries;
+mod logs;
+mod memo;
 mod names;
 pub mod session;
 

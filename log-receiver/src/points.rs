@@ -9,7 +9,7 @@ use backtide_recovery::{self as recovery, LogError, Nearest, PointError, TimedLs
 use backtide_units::{CaptureTime, Lsn, Reason};
 
 /// Everything a timeline tells.
-pub(crate) fn report(disk: DiskRef, timeline: &Timeline) -> PointsReport {
+pub(crate) fn report(disk: DiskRef, timeline: &Timeline, damage: Option<String>) -> PointsReport {
     let intervals: Vec<_> =
         timeline.intervals().iter().map(|interval| self::interval(timeline, interval)).collect();
     let (flushes, last_flush) = timeline.flushes();
@@ -21,6 +21,7 @@ pub(crate) fn report(disk: DiskRef, timeline: &Timeline) -> PointsReport {
         holes: timeline.holes().iter().map(hole).collect(),
         marks: marks(timeline),
         flush_points: FlushPoints { count: flushes, last: last_flush.map(point) },
+        damage,
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
     changes, clock,
     disk::Failure,
     facts::DiskFacts,
-    ingest::Task,
+    ingest::{Readable, Task},
     mounts::{Order, Plan},
     points,
     pool::Pool,
@@ -43,6 +43,8 @@ pub(crate) struct Service {
 struct Found {
     disk: DiskRef,
     snapshot: Snapshot,
+    /// What is wrong with its log, when acknowledged bytes are not there any more.
+    damage: Option<String>,
 }
 
 impl ReceiverService for Service {
@@ -87,7 +89,7 @@ impl ReceiverService for Service {
 
     async fn points(&self, disk: DiskName) -> Result<PointsReport, ApiError> {
         let found = self.look_at(&disk).await?;
-        Ok(points::report(found.disk, found.snapshot.timeline()))
+        Ok(points::report(found.disk, found.snapshot.timeline(), found.damage))
     }
 
     async fn resolve(&self, disk: DiskName, request: ResolveRequest) -> Result<ResolvedPoint, ApiError> {
@@ -97,7 +99,7 @@ impl ReceiverService for Service {
     }
 
     async fn diff(&self, disk: DiskName, request: DiffRequest) -> Result<DiffReport, ApiError> {
-        let Found { disk, snapshot } = self.look_at(&disk).await?;
+        let Found { disk, snapshot, damage: _ } = self.look_at(&disk).await?;
         let from = self.resolve_in(&snapshot, &request.from).await?;
         let to = self.resolve_in(&snapshot, &request.to).await?;
         let (after, through) = (from.lsn.min(to.lsn), from.lsn.max(to.lsn));
@@ -124,7 +126,7 @@ impl ReceiverService for Service {
             .map(|uri| uri.parse())
             .transpose()
             .map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
-        let Found { disk, snapshot } = self.look_at(&request.name).await?;
+        let Found { disk, snapshot, damage: _ } = self.look_at(&request.name).await?;
         let at = self.resolve_in(&snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let (answer, mounted) = oneshot::channel();
@@ -169,16 +171,24 @@ impl Service {
     async fn look_at(&self, name: &DiskName) -> Result<Found, ApiError> {
         let disk = self.find(name)?;
         let thread = &self.threads[Door::owner(disk, self.threads.len())];
-        let (answer, snapshot) = oneshot::channel();
-        thread.send(Task::Snapshot(disk, answer)).await.map_err(|_| ending())?;
-        let snapshot = snapshot.await.map_err(|_| ending())?.ok_or_else(|| self.unknown(name.as_str()))?;
-        let snapshot = snapshot.map_err(|Failure { why, damaged }| {
+        let (answer, readable) = oneshot::channel();
+        thread.send(Task::Read(disk, answer)).await.map_err(|_| ending())?;
+        let readable = readable.await.map_err(|_| ending())?.ok_or_else(|| self.unknown(name.as_str()))?;
+        let readable = readable.map_err(|Failure { why, damaged }| {
             let code = if damaged { ErrorCode::Damaged } else { ErrorCode::Failed };
             ApiError::new(code, format!("disk {name} cannot be read: {why}"))
         })?;
-        let Some(attached) = snapshot.timeline().attached() else { return Err(self.unknown(name.as_str())) };
+        let Readable { snapshot, attached, damage } = readable;
+        let Some(attached) = attached else {
+            return Err(match damage {
+                Some(why) => {
+                    ApiError::new(ErrorCode::Damaged, format!("nothing can be read of disk {name}: {why}"))
+                }
+                None => self.unknown(name.as_str()),
+            });
+        };
         let disk = DiskRef { name: attached.name.clone(), uuid: disk, size: attached.size };
-        Ok(Found { disk, snapshot })
+        Ok(Found { disk, snapshot, damage })
     }
 
     async fn facts(&self) -> Result<Vec<DiskFacts>, ApiError> {
@@ -209,6 +219,7 @@ impl Service {
             log_bytes: facts.log_bytes,
             segments: facts.segments,
             error: facts.error,
+            damage: facts.damage,
         }
     }
 

@@ -350,7 +350,7 @@ fn welcome(disk: &Disk, claim: &Claim) -> Welcome {
         history: claim.history,
         state: claim.state,
         durable: timeline.covered(),
-        highest: timeline.highest_lsn(),
+        highest: disk.highest_lsn(),
         // Also after a pass that ended without a point: records could follow, points could not.
         in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && timeline.covered() > Lsn::ZERO),
     }

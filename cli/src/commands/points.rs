@@ -1,5 +1,6 @@
 //! `backtide points`: a disk's timeline.
 
+use backtide_receiver_api::ErrorCode;
 use backtide_units::DiskName;
 use clap::Args;
 
@@ -20,10 +21,12 @@ pub(crate) struct Points {
 }
 
 impl Points {
-    /// Prints the timeline.
+    /// Prints the timeline: of a damaged log what is left of it, and ends with the code of damage.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let report = context.receiver(&self.api)?.points(&self.name).await?;
         context.print(&report, || timeline_text(&report))?;
-        Ok(Ending::Done)
+        let Some(damage) = &report.damage else { return Ok(Ending::Done) };
+        context.warn(&format!("the log of disk {} is damaged: {damage}", report.disk.name));
+        Ok(Ending::Found(ErrorCode::Damaged))
     }
 }

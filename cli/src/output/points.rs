@@ -124,6 +124,7 @@ mod tests {
             flush_points: FlushPoints { count: 2, last: Some(Point { lsn: Lsn(70), time: time(7) }) },
             first: Some(Point { lsn: Lsn(1), time: time(0) }),
             last: Some(Point { lsn: Lsn(75), time: time(8) }),
+            damage: None,
         }
     }
 

@@ -31,6 +31,11 @@ pub struct PointsReport {
     pub first: Option<Point>,
     /// The newest point.
     pub last: Option<Point>,
+    /// What is wrong with the disk's log when it is damaged and nothing can be added to it: a
+    /// sentence with file and place. What is listed is what can still be read. The next connection
+    /// of the disk's agent begins a new log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damage: Option<String>,
 }
 
 /// A place in a timeline.

@@ -65,4 +65,8 @@ pub struct ReceiverDisk {
     pub segments: u64,
     /// What is wrong with its store, when something is: a sentence.
     pub error: Option<String>,
+    /// What is damaged of it, in the log in use and in those before it: a sentence each, with file
+    /// and place.
+    #[serde(default)]
+    pub damage: Vec<String>,
 }

@@ -92,6 +92,7 @@ impl ReceiverService for Fake {
             flush_points: FlushPoints::default(),
             first: None,
             last: None,
+            damage: None,
         })
     }
 

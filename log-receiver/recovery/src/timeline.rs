@@ -152,7 +152,7 @@ impl Timeline {
         let after = self.holes.partition_point(|hole| hole.to.is_some_and(|to| to.lsn <= lsn));
         let hole = self.holes.get(after)?;
         let begun = hole.from.is_none_or(|from| from.lsn < lsn);
-        (begun && (hole.to.is_some() || lsn <= self.covered())).then_some(hole)
+        (begun && (hole.to.is_some() || lsn <= self.highest)).then_some(hole)
     }
 
     /// The points around `lsn`.

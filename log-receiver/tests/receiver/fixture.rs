@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use backtide_control::Address;
 use backtide_log_receiver::{Config, Limits, Receiver};
 use backtide_receiver_api::ReceiverClient;
-use backtide_storage::MemoryStorage;
+use backtide_storage::Storage;
 use backtide_units::ByteCount;
 use tempfile::TempDir;
 
@@ -42,8 +42,8 @@ impl Place {
         Receiver::start(self.config()).await.unwrap()
     }
 
-    pub(crate) async fn start_on(&self, storage: &MemoryStorage) -> Receiver {
-        Receiver::start_on_storage(Arc::new(storage.clone()), self.config()).await.unwrap()
+    pub(crate) async fn start_on(&self, storage: impl Storage) -> Receiver {
+        Receiver::start_on_storage(Arc::new(storage), self.config()).await.unwrap()
     }
 
     /// Why a receiver does not start, with all causes.

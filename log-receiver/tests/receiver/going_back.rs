@@ -45,7 +45,7 @@ async fn write_history(receiver: &Receiver) -> (Agent, History) {
     (agent, History { at_8, at_20, at_21: image })
 }
 
-fn request(at: &str, nbd: Option<String>) -> MountRequest {
+pub(crate) fn request(at: &str, nbd: Option<String>) -> MountRequest {
     MountRequest { name: vm1(), at: at.to_owned(), nbd }
 }
 
@@ -61,7 +61,7 @@ fn run(program: &str, package: &str, arguments: &[&str]) -> String {
     stdout
 }
 
-async fn assert_content(place: &Place, mount: &Mount, expected: &[u8]) {
+pub(crate) async fn assert_content(place: &Place, mount: &Mount, expected: &[u8]) {
     let (copy, model) = (place.path("copy.img"), place.path("model.img"));
     fs::write(&model, expected).unwrap();
     let uri = mount.uri.clone();

@@ -1,6 +1,8 @@
 //! A whole receiver over real sockets, driven by a hand-written agent and judged by real NBD clients.
 
 mod agent;
+mod damage;
+mod faults;
 mod fixture;
 mod going_back;
 mod refusals;

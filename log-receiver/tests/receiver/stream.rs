@@ -228,7 +228,7 @@ async fn a_tiny_bound_on_undurable_bytes_slows_and_never_stops() {
 async fn a_full_store_is_told_to_that_agent_and_goes_on_when_there_is_room() {
     let place = Place::new();
     let storage = MemoryStorage::new();
-    let receiver = place.start_on(&storage).await;
+    let receiver = place.start_on(storage.clone()).await;
     let (mut agent, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
     agent.first_pass(5).await;
     agent.send(&write(6, 0, vec![6; 4096])).await;
@@ -253,7 +253,7 @@ async fn a_full_store_is_told_to_that_agent_and_goes_on_when_there_is_room() {
 async fn a_failing_store_loses_no_truth_and_other_disks_go_on() {
     let place = Place::new();
     let storage = MemoryStorage::new();
-    let receiver = place.start_on(&storage).await;
+    let receiver = place.start_on(storage.clone()).await;
     let (mut sick, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
     let (mut well, _) = Agent::welcomed(&receiver, hello(2, "vm2")).await;
     sick.first_pass(5).await;

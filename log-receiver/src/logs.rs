@@ -1,0 +1,200 @@
+//! The logs of one disk in its directory: the one in use, and those that were damaged before it.
+//!
+//! ```text
+//! STORE/disks/<uuid>/segments/*.seg         the first log
+//! STORE/disks/<uuid>/log-2/segments/*.seg   the log that began when the first was found damaged
+//! STORE/disks/<uuid>/log-3/...              and so on; the last one is in use
+//! ```
+//! A damaged log is never written again: what it still gives back stays, and everything that comes
+//! goes into a new log with a history of its own.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use backtide_recovery::{Attached, DiskLog, LogError, LogIdentity, Salvage, Seq, Snapshot, salvage};
+use backtide_units::{ByteCount, DiskId, Lsn};
+
+use crate::{
+    disk::{Disk, Failure, chain},
+    disks::{DISKS, Shelf},
+    memo::{self, Memo},
+};
+
+/// A disk whose log was damaged so often has a store that cannot be trusted with one more.
+pub(crate) const LOGS_MAX: u32 = 16;
+
+/// What is left of the logs that a disk had before the one in use.
+#[derive(Clone, Default)]
+pub(crate) struct Past {
+    /// All of it, the oldest log first; none when nothing was damaged.
+    pub(crate) snapshot: Option<Snapshot>,
+    /// What is wrong with it: sentences with file and place.
+    pub(crate) damage: Vec<String>,
+    /// The newest attach that is known of it.
+    pub(crate) attached: Option<Attached>,
+    /// Bytes of it that can be read.
+    pub(crate) bytes: ByteCount,
+}
+
+impl Past {
+    /// Puts what is left of the next log behind it.
+    pub(crate) fn push(&mut self, salvaged: Salvage, memo: Option<Memo>) {
+        let Salvage { snapshot, damage, size } = salvaged;
+        let own = snapshot.timeline().attached().cloned();
+        let candidates = [self.attached.take(), own, memo.map(|memo| memo.attached)];
+        // Of equal epochs the first: a memo knows no more than its log.
+        self.attached = candidates.into_iter().flatten().reduce(|a, b| if b.epoch > a.epoch { b } else { a });
+        self.damage.extend(damage);
+        self.bytes.0 += size.0;
+        self.snapshot = Some(match self.snapshot.take() {
+            Some(before) => snapshot.following(before),
+            None => snapshot,
+        });
+    }
+
+    /// The highest LSN of it: new ones lie above.
+    pub(crate) fn highest(&self) -> Lsn {
+        self.snapshot.as_ref().map_or(Lsn::ZERO, |snapshot| snapshot.timeline().highest_lsn())
+    }
+
+    /// `snapshot` of the log in use, with the points of those before it.
+    pub(crate) fn followed_by(&self, snapshot: Snapshot) -> Snapshot {
+        match &self.snapshot {
+            Some(before) => snapshot.following(before.clone()),
+            None => snapshot,
+        }
+    }
+}
+
+impl Shelf {
+    /// The directory of a disk's log: of its first, or of one that followed.
+    pub(crate) fn dir(disk: DiskId, log: u32) -> PathBuf {
+        let first = Path::new(DISKS).join(disk.to_string());
+        if log == 1 { first } else { first.join(format!("log-{log}")) }
+    }
+
+    /// The numbers of a disk's logs, from 1 on.
+    fn numbers(&self, disk: DiskId) -> Result<Vec<u32>, LogError> {
+        let dir = Self::dir(disk, 1);
+        let names = match self.storage.list(&dir) {
+            Ok(names) => names,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(source) => {
+                return Err(LogError::Io {
+                    step: format!("list {}", self.storage.display(&dir).display()),
+                    source,
+                });
+            }
+        };
+        let number = |name: &String| name.strip_prefix("log-")?.parse().ok();
+        let later = names.iter().filter_map(number).filter(|number| (2..=LOGS_MAX).contains(number));
+        let mut numbers: Vec<u32> = std::iter::once(1).chain(later).collect();
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// A disk with its logs, recovered; none when there is nothing of it. A log that cannot be opened
+    /// is kept with the reason, and with what can still be read of it.
+    pub(crate) fn open_disk(&self, disk: DiskId) -> Option<Disk> {
+        let numbers = match self.numbers(disk) {
+            Ok(numbers) => numbers,
+            Err(error) => return Some(Disk::new(disk, 1, Err(Failure::from(&error)), Past::default())),
+        };
+        // A crash while a log was being made leaves one that is none: nobody was ever told of it.
+        let found = numbers.iter().rev().find_map(|&number| match self.open(disk, number) {
+            Err(LogError::NoLog { .. }) => None,
+            opened => Some((number, opened)),
+        });
+        let (number, opened) = found?;
+        let mut past = Past::default();
+        for &before in numbers.iter().filter(|before| **before < number) {
+            self.push_past(&mut past, disk, before);
+        }
+        let mut opened = Disk::new(disk, number, opened.map_err(|error| Failure::from(&error)), past);
+        self.make_readable(&mut opened);
+        Some(opened)
+    }
+
+    pub(crate) fn push_past(&self, past: &mut Past, disk: DiskId, number: u32) {
+        match self.salvage(disk, number, None) {
+            Ok(salvaged) => past.push(salvaged, self.memo(disk, number)),
+            Err(error) => {
+                let why = format!("what is left of an older log cannot be read: {}", chain(&error));
+                tracing::error!(%disk, log = number, why);
+                past.damage.push(why);
+            }
+        }
+    }
+
+    /// Reads what is left of a log that is out of use, once. What cannot be read is said by the failure.
+    pub(crate) fn make_readable(&self, disk: &mut Disk) {
+        let Some(wanted) = disk.wants_salvage() else { return };
+        match self.salvage(disk.id(), disk.log_number(), wanted.through) {
+            Ok(salvaged) => {
+                for damage in &salvaged.damage {
+                    tracing::error!(disk = %disk.id(), damage, "the log is damaged");
+                }
+                disk.salvaged(salvaged, self.memo(disk.id(), disk.log_number()));
+            }
+            Err(error) => {
+                tracing::warn!(disk = %disk.id(), why = chain(&error), "nothing can be read of a log that failed");
+            }
+        }
+    }
+
+    fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {
+        let known = self.memo(disk, log).map(|memo| memo.identity);
+        salvage(&self.storage, &Self::dir(disk, log), &self.cache, known, through)
+    }
+
+    fn memo(&self, disk: DiskId, log: u32) -> Option<Memo> {
+        memo::read(&*self.storage, &Self::dir(disk, log)).filter(|memo| memo.identity.disk == disk)
+    }
+
+    /// Remembers the newest attach beside the log.
+    pub(crate) fn remember(&self, disk: &Disk) {
+        let (Some(history), Some(attached)) =
+            (disk.history(), disk.timeline().and_then(|timeline| timeline.attached()))
+        else {
+            return;
+        };
+        let identity = LogIdentity { disk: disk.id(), history };
+        let memo = Memo { identity, attached: attached.clone() };
+        let dir = Self::dir(disk.id(), disk.log_number());
+        if let Err(error) = memo::write(&*self.storage, &dir, &memo) {
+            tracing::warn!(disk = %disk.id(), %error, "cannot write disk.json beside the log");
+        }
+    }
+
+    pub(crate) fn open(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
+        let dir = Self::dir(disk, log);
+        let (log, recovered) = DiskLog::open(Arc::clone(&self.storage), &dir, self.log, &self.cache)?;
+        let durable = log.durable();
+        tracing::info!(%disk, lsn = %durable.lsn, segments = recovered.segments, "log opened");
+        if !recovered.cut_bytes.is_zero() || !recovered.removed_segments.is_empty() {
+            tracing::info!(%disk, cut_bytes = %recovered.cut_bytes, removed_segments = ?recovered.removed_segments, "unacknowledged end of the log cut");
+        }
+        if !recovered.damaged_entries.is_empty() {
+            tracing::error!(%disk, entries = ?recovered.damaged_entries, "the log has damaged entries");
+        }
+        Ok(log)
+    }
+
+    /// Makes a log.
+    pub(crate) fn create(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
+        let identity = LogIdentity { disk, history: (self.new_history)() };
+        let dir = Self::dir(disk, log);
+        let created = DiskLog::create(Arc::clone(&self.storage), &dir, identity, self.log, &self.cache);
+        let created = match created {
+            Ok(created) => created,
+            // A claim that failed after its log was made: it goes on with that one.
+            Err(LogError::LogExists { .. }) => return self.open(disk, log),
+            Err(error) => return Err(error),
+        };
+        tracing::info!(%disk, log, history = %identity.history, "new log");
+        Ok(created)
+    }
+}

@@ -1,0 +1,226 @@
+//! A damaged or failing log: the disk keeps its name, what is left of it can be read, and its agent
+//! goes on.
+
+use std::{fs, path::PathBuf};
+
+use backtide_log_receiver::Receiver;
+use backtide_protocol::{CloseCode, Hello, Message, ReceiverState};
+use backtide_receiver_api::{DiffRequest, ErrorCode, Hole, PointsReport, ReceiverClient};
+use backtide_units::{DiskName, Epoch, Lsn, Reason};
+
+use crate::{
+    agent::*,
+    faults::{Fault, Faulty},
+    fixture::*,
+    going_back::{assert_content, request},
+};
+
+fn vm1() -> DiskName {
+    "vm1".parse().unwrap()
+}
+
+fn segments(place: &Place) -> Vec<PathBuf> {
+    let directory = place.store().join("disks").join(hello(1, "vm1").disk.to_string()).join("segments");
+    let mut found: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    found.sort();
+    found
+}
+
+/// What block 0 holds at each LSN.
+fn image(lsn: u64) -> Vec<u8> {
+    let mut image = vec![0; DISK_BYTES as usize];
+    if lsn > 5 {
+        image[..4096].fill(lsn as u8);
+    }
+    image
+}
+
+/// Writes LSN 6 to `last`, in turns: later entries are what proves that earlier ones were acknowledged.
+async fn write_log(receiver: &Receiver, last: u64) {
+    let (mut agent, _) = Agent::welcomed(receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    for lsn in 6..=last {
+        agent.send(&write(lsn, 0, vec![lsn as u8; 4096])).await;
+        if lsn % 100 == 0 {
+            agent.all_durable().await;
+        }
+    }
+    agent.all_durable().await;
+}
+
+fn flip(path: &PathBuf, at: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at] ^= 0x10;
+    fs::write(path, bytes).unwrap();
+}
+
+async fn read_point(place: &Place, api: &ReceiverClient, lsn: u64) {
+    let mount = api.mount(&request(&format!("lsn:{lsn}"), None)).await.unwrap();
+    assert_content(place, &mount, &image(lsn)).await;
+    api.unmount(&mount.id).await.unwrap();
+}
+
+fn damaged_hole(points: &PointsReport) -> &Hole {
+    let hole = points.holes.last().expect("a hole");
+    assert_eq!(hole.reason_code, "damaged", "{hole:?}");
+    hole
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_with_a_bad_header_keeps_its_name_and_all_its_points_and_its_agent_goes_on() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    write_log(&receiver, 50).await;
+    receiver.shutdown().await;
+    let [only] = &segments(&place)[..] else { panic!("one segment") };
+    flip(only, 40);
+
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let points = api.points(&vm1()).await.unwrap();
+    let damage = points.damage.clone().expect("it is said");
+    assert!(damage.contains("0000000000000001.seg is damaged at byte 0"), "{damage}");
+    assert_eq!((points.intervals[0].from_lsn, points.intervals[0].to_lsn), (Lsn(5), Lsn(50)));
+    let hole = damaged_hole(&points);
+    assert!(hole.open && hole.after_lsn == Lsn(50), "{hole:?}");
+    read_point(&place, &api, 20).await;
+    read_point(&place, &api, 50).await;
+
+    // The agent is told that nothing of its history goes on, and where LSNs go on.
+    let known = Hello { epoch: Epoch(2), ..hello(1, "vm1") };
+    let (mut agent, welcome) = Agent::welcomed(&receiver, known.clone()).await;
+    assert_eq!((welcome.state, welcome.durable, welcome.highest), (ReceiverState::New, Lsn(0), Lsn(50)));
+    agent.send(&pass_begin(60, 0, Reason::ReceiverRolledBack)).await;
+    agent.send(&pass_data(60, 0, vec![60; 4096])).await;
+    agent.send(&pass_end(60)).await;
+    agent.all_durable().await;
+    both_logs_are_served(&place, &receiver).await;
+    receiver.shutdown().await;
+    let receiver = place.start().await;
+    both_logs_are_served(&place, &receiver).await;
+    let again = Hello { history: Some(welcome.history), ..known };
+    let (_agent, welcome) = Agent::welcomed(&receiver, again).await;
+    assert_eq!((welcome.state, welcome.durable), (ReceiverState::Known, Lsn(60)));
+    receiver.shutdown().await;
+}
+
+async fn both_logs_are_served(place: &Place, receiver: &Receiver) {
+    let api = client(receiver);
+    let points = api.points(&vm1()).await.unwrap();
+    assert_eq!(points.damage, None, "the log in use is sound");
+    let hole = damaged_hole(&points);
+    assert_eq!((hole.after_lsn, hole.before_lsn), (Lsn(50), Some(Lsn(60))), "{hole:?}");
+    let disk = api.disks(Some(&vm1())).await.unwrap().disks.remove(0);
+    assert!(disk.error.is_none() && disk.damage[0].contains("0000000000000001.seg"), "{disk:?}");
+    for lsn in [5, 50, 60] {
+        read_point(place, &api, lsn).await;
+    }
+    let error = api.mount(&request("lsn:55", None)).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::PointInHole, "{error}");
+    let changed = DiffRequest { from: "lsn:20".into(), to: "lsn:60".into() };
+    assert_eq!(api.diff(&vm1(), &changed).await.unwrap().bytes.0, 4096);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn points_before_a_lost_segment_stay_and_stale_epochs_stay_fenced() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    write_log(&receiver, 1005).await;
+    let (agent, _) = Agent::welcomed(&receiver, Hello { epoch: Epoch(7), ..hello(1, "vm1") }).await;
+    drop(agent);
+    receiver.shutdown().await;
+    fs::remove_file(&segments(&place)[1]).unwrap();
+
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let points = api.points(&vm1()).await.unwrap();
+    let damage = points.damage.clone().expect("it is said");
+    assert!(damage.contains("0000000000000002.seg"), "{damage}");
+    let last = points.last.unwrap().lsn.0;
+    assert!((100..500).contains(&last), "{points:?}");
+    assert!(damaged_hole(&points).reason.contains("0000000000000002.seg is missing"), "{points:?}");
+    read_point(&place, &api, 5).await;
+    read_point(&place, &api, last).await;
+    let error = api.mount(&request("lsn:900", None)).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::PointInHole, "{error}");
+    assert!(error.message.contains("is missing"), "{error}");
+    let stale = Agent::refused(&receiver, Hello { epoch: Epoch(6), ..hello(1, "vm1") }).await;
+    assert_eq!(stale.code, CloseCode::Fenced, "{stale:?}");
+    let damage = api.points(&vm1()).await.unwrap().damage;
+    assert!(damage.is_some(), "a refused hello changes nothing");
+    let (_agent, welcome) = Agent::welcomed(&receiver, Hello { epoch: Epoch(8), ..hello(1, "vm1") }).await;
+    assert_eq!((welcome.state, welcome.durable), (ReceiverState::New, Lsn(0)));
+    assert!(welcome.highest >= Lsn(1005), "{welcome:?}");
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_durable_in_a_failed_log_is_served_and_nothing_else() {
+    let place = Place::new();
+    let storage = Faulty::new();
+    let receiver = place.start_on(storage.clone()).await;
+    let (mut agent, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    agent.send(&write(6, 0, vec![6; 4096])).await;
+    agent.all_durable().await;
+    storage.set(Fault::WritesFail);
+    agent.send(&write(7, 0, vec![7; 4096])).await;
+    let closed = agent.closed().await;
+    assert_eq!(closed.code, CloseCode::Store);
+    assert!(closed.message.contains("injected failure of a write"), "{closed:?}");
+
+    let api = client(&receiver);
+    let points = api.points(&vm1()).await.unwrap();
+    assert_eq!((points.last.unwrap().lsn, points.holes.len(), &points.damage), (Lsn(6), 0, &None));
+    assert!(!points.intervals[0].open, "nothing can be added now");
+    read_point(&place, &api, 6).await;
+    let error = api.mount(&request("lsn:7", None)).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::PointNotFound, "{error}");
+    let disk = api.disks(Some(&vm1())).await.unwrap().disks.remove(0);
+    assert!(disk.error.unwrap().contains("injected failure of a write"));
+
+    // The agent comes again and again; nothing but that brings the log back.
+    let again = Hello { history: Some(first.history), ..hello(1, "vm1") };
+    for _ in 0..3 {
+        assert_eq!(Agent::refused(&receiver, again.clone()).await.code, CloseCode::Store);
+        read_point(&place, &api, 6).await;
+    }
+    storage.set(Fault::None);
+    let (mut agent, welcome) = Agent::welcomed(&receiver, again).await;
+    assert_eq!((welcome.state, welcome.durable), (ReceiverState::Known, Lsn(6)));
+    agent.send(&write(7, 0, vec![7; 4096])).await;
+    agent.all_durable().await;
+    read_point(&place, &api, 7).await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_is_offered_only_when_it_is_durable_and_latest_has_all_that_was_received() {
+    let place = Place::new();
+    let storage = Faulty::new();
+    let receiver = place.start_on(storage.clone()).await;
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    agent.all_durable().await;
+    storage.set(Fault::SyncsWait);
+    agent.send(&write(6, 0, vec![6; 4096])).await;
+    storage.a_sync_waits().await;
+    let api = client(&receiver);
+    let name = vm1();
+    let points = api.points(&name);
+    tokio::pin!(points);
+    // Calls that came later are answered, this one is not before the sync has ended.
+    for _ in 0..30 {
+        tokio::select! {
+            biased;
+            points = &mut points => panic!("offered before it was durable: {points:?}"),
+            disks = api.disks(None) => assert_eq!(disks.unwrap().disks[0].durable, Lsn(5)),
+        }
+    }
+    storage.set(Fault::None);
+    assert_eq!(points.await.unwrap().last.unwrap().lsn, Lsn(6));
+    agent.send(&write(7, 0, vec![7; 4096])).await;
+    while !matches!(agent.next().await, Some(Message::Ack { received, .. }) if received == agent.sent) {}
+    assert_eq!(api.mount(&request("latest", None)).await.unwrap().lsn, Lsn(7));
+    receiver.shutdown().await;
+}

@@ -1,0 +1,146 @@
+//! A storage whose syncs wait or fail for as long as a test wants.
+
+use std::{
+    io::{self, IoSlice},
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex},
+};
+
+use backtide_storage::{MemoryStorage, Storage, StorageFile};
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+
+/// What happens to writes and syncs of files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nothing unusual.
+    None,
+    /// Syncs wait until something else is set.
+    SyncsWait,
+    /// Writes fail.
+    WritesFail,
+}
+
+#[derive(Debug)]
+struct State {
+    fault: Fault,
+    waiting: usize,
+}
+
+/// A storage in memory with faults. Clones are the same.
+#[derive(Clone)]
+pub(crate) struct Faulty {
+    pub(crate) memory: MemoryStorage,
+    state: Arc<(Mutex<State>, Condvar)>,
+}
+
+struct FaultyFile {
+    file: Arc<dyn StorageFile>,
+    storage: Faulty,
+}
+
+impl Faulty {
+    pub(crate) fn new() -> Self {
+        let state = State { fault: Fault::None, waiting: 0 };
+        Self { memory: MemoryStorage::new(), state: Arc::new((Mutex::new(state), Condvar::new())) }
+    }
+
+    pub(crate) fn set(&self, fault: Fault) {
+        self.state.0.lock().unwrap().fault = fault;
+        self.state.1.notify_all();
+    }
+
+    /// Returns when a sync waits.
+    pub(crate) async fn a_sync_waits(&self) {
+        let state = Arc::clone(&self.state);
+        let waited = tokio::task::spawn_blocking(move || {
+            let guard = state.0.lock().unwrap();
+            drop(state.1.wait_while(guard, |state| state.waiting == 0).unwrap());
+        });
+        waited.await.unwrap();
+    }
+
+    fn write_fails(&self) -> io::Result<()> {
+        match self.state.0.lock().unwrap().fault {
+            Fault::WritesFail => Err(io::Error::other("injected failure of a write")),
+            Fault::None | Fault::SyncsWait => Ok(()),
+        }
+    }
+
+    fn sync_waits(&self) {
+        let mut guard = self.state.0.lock().unwrap();
+        guard.waiting += 1;
+        self.state.1.notify_all();
+        guard = self.state.1.wait_while(guard, |state| state.fault == Fault::SyncsWait).unwrap();
+        guard.waiting -= 1;
+    }
+
+    fn file(&self, file: Arc<dyn StorageFile>) -> Arc<dyn StorageFile> {
+        Arc::new(FaultyFile { file, storage: self.clone() })
+    }
+}
+
+impl Storage for Faulty {
+    fn create_new(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
+        Ok(self.file(self.memory.create_new(path)?))
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
+        Ok(self.file(self.memory.open(path)?))
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.memory.list(dir)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.memory.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.memory.remove(path)
+    }
+
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        self.memory.create_dir(dir)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        self.memory.sync_dir(dir)
+    }
+
+    fn free_space(&self) -> io::Result<ByteCount> {
+        self.memory.free_space()
+    }
+
+    fn display(&self, path: &Path) -> PathBuf {
+        self.memory.display(path)
+    }
+}
+
+impl StorageFile for FaultyFile {
+    fn read_at(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        self.file.read_at(offset, buffer)
+    }
+
+    fn write_vectored_at(&self, offset: ByteOffset, buffers: &[IoSlice<'_>]) -> io::Result<()> {
+        self.storage.write_fails()?;
+        self.file.write_vectored_at(offset, buffers)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.storage.sync_waits();
+        self.file.sync_data()
+    }
+
+    fn len(&self) -> io::Result<ByteCount> {
+        self.file.len()
+    }
+
+    fn set_len(&self, len: ByteCount) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn allocate(&self, range: ByteRange) -> io::Result<()> {
+        self.file.allocate(range)
+    }
+}
