@@ -4,8 +4,8 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    agent, attach, completions, control, demo, diff, inspect, mark, mount, points, receiver, restore, resync,
-    status, up, verify, wait,
+    agent, attach, completions, control, demo, diff, doctor, inspect, mark, mount, points, receiver, restore,
+    resync, status, support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -83,6 +83,10 @@ pub(crate) enum Command {
     Verify(verify::Verify),
     /// Wait for a disk to be in a state, for scripts
     Wait(wait::Wait),
+    /// Look for what is wrong with the daemons, their disks and this machine
+    Doctor(doctor::Doctor),
+    /// Gather versions, status, points, configuration and logs in one file, for somebody who helps
+    SupportBundle(support_bundle::SupportBundle),
     /// Print a file of the receiver's store in readable form
     Inspect(inspect::Inspect),
     /// Print completions for a shell
@@ -110,6 +114,8 @@ impl Command {
             | Self::Unmount(_)
             | Self::Verify(_)
             | Self::Wait(_)
+            | Self::Doctor(_)
+            | Self::SupportBundle(_)
             | Self::Inspect(_)
             | Self::Completions(_) => None,
         }

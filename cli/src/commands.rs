@@ -7,6 +7,7 @@ pub(crate) mod control;
 mod daemon;
 pub(crate) mod demo;
 pub(crate) mod diff;
+pub(crate) mod doctor;
 pub(crate) mod inspect;
 pub(crate) mod mark;
 pub(crate) mod mount;
@@ -15,6 +16,7 @@ pub(crate) mod receiver;
 pub(crate) mod restore;
 pub(crate) mod resync;
 pub(crate) mod status;
+pub(crate) mod support_bundle;
 pub(crate) mod up;
 pub(crate) mod verify;
 pub(crate) mod wait;
@@ -57,6 +59,8 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Mount(mount) => mount.run(context).await,
         Command::Unmount(unmount) => unmount.run(context).await,
         Command::Wait(wait) => wait.run(context).await,
+        Command::Doctor(doctor) => doctor.run(context).await,
+        Command::SupportBundle(bundle) => bundle.run(context).await,
         Command::Inspect(inspect) => inspect.run(context),
         Command::Completions(completions) => completions.run(context),
         Command::Up(_)

@@ -38,10 +38,14 @@ impl Context {
         &self.places
     }
 
+    /// Where the agent is asked.
+    pub(crate) fn agent_address(&self) -> Address {
+        self.agent.clone().unwrap_or_else(|| self.places.agent_api())
+    }
+
     /// The agent to ask.
     pub(crate) fn agent(&self) -> Result<AgentClient, Failure> {
-        let address = self.agent.clone().unwrap_or_else(|| self.places.agent_api());
-        Ok(AgentClient::new(&address)?)
+        Ok(AgentClient::new(&self.agent_address())?)
     }
 
     /// The agent's address as it was given, if it was.
@@ -49,10 +53,14 @@ impl Context {
         self.agent.clone()
     }
 
+    /// Where the receiver is asked.
+    pub(crate) fn receiver_address(&self, given: &ReceiverApi) -> Address {
+        given.receiver.clone().unwrap_or_else(|| self.places.receiver_api())
+    }
+
     /// The receiver to ask.
     pub(crate) fn receiver(&self, given: &ReceiverApi) -> Result<ReceiverClient, Failure> {
-        let address = given.receiver.clone().unwrap_or_else(|| self.places.receiver_api());
-        Ok(ReceiverClient::new(&address)?)
+        Ok(ReceiverClient::new(&self.receiver_address(given))?)
     }
 
     /// Prints a result: `value` as JSON, or else the text.

@@ -4,12 +4,15 @@
 //! through the daemons' control APIs, [`output`] turns answers into text or JSON, and an [`Ending`]
 //! becomes the exit code. Data goes to stdout, everything else to stderr.
 
+mod archive;
 mod arguments;
 mod commands;
 mod context;
 mod demo;
+mod doctor;
 mod ending;
 mod local;
+mod open_files;
 mod output;
 mod places;
 mod quantity;

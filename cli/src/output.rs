@@ -23,7 +23,7 @@ fn plain_table(titles: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> 
 }
 
 /// Labels and values below each other, the values in one column.
-fn facts(facts: &[(&str, String)]) -> String {
+pub(crate) fn facts(facts: &[(&str, String)]) -> String {
     let width = facts.iter().map(|(label, _)| label.len()).max().unwrap_or(0);
     let line = |(label, value): &(&str, String)| format!("{label:<width$}  {value}");
     facts.iter().map(line).collect::<Vec<_>>().join("\n")

@@ -37,6 +37,8 @@ fn every_command_has_help_and_says_it_on_stdout() {
         "restore",
         "verify",
         "wait",
+        "doctor",
+        "support-bundle",
         "inspect",
         "completions",
     ] {

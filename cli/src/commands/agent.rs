@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::{
     commands::{
         Stop,
-        daemon::{Settings, log_to_stderr, run_dir},
+        daemon::{Settings, prepare, run_dir},
     },
     context::Context,
     ending::{Ending, Failure},
@@ -50,7 +50,7 @@ impl Agent {
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let Self::Run(run) = self;
         let config = run.settings(context)?;
-        log_to_stderr(context);
+        prepare(context, "info");
         let agent = backtide_agent::Agent::start(config).await.map_err(start_failure)?;
         let ready = Ready { api: agent.api_address().clone() };
         let printed = context.print(&ready, || format!("the agent answers at {}", ready.api));

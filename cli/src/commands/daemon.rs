@@ -15,6 +15,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     context::Context,
     ending::{Failure, io_failure, wrong_usage},
+    open_files,
     places::Places,
 };
 
@@ -79,13 +80,14 @@ pub(crate) fn run_dir(api: &Address, places: &Places) -> PathBuf {
     api.socket_path().and_then(Path::parent).map_or_else(|| places.run_dir().clone(), Path::to_owned)
 }
 
-/// Logs of a daemon that runs in this process: to stderr, as JSON with `--json`.
-pub(crate) fn log_to_stderr(context: &Context) {
-    log_at(context, "info");
+/// What a process does before it becomes a daemon, or holds some: logs go to stderr, as JSON with
+/// `--json`, from this level on by default; and as many files may be open as the system allows.
+pub(crate) fn prepare(context: &Context, level: &str) {
+    log_at(context, level);
+    open_files::raise();
 }
 
-/// The same with another default than info.
-pub(crate) fn log_at(context: &Context, default: &str) {
+fn log_at(context: &Context, default: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let color =
         std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());

@@ -6,7 +6,7 @@ use backtide_control::ErrorCode;
 use clap::Args;
 
 use crate::{
-    commands::{Stop, daemon::log_at},
+    commands::{Stop, daemon::prepare},
     context::Context,
     demo::tell,
     ending::{Ending, Failure, io_failure, wrong_usage},
@@ -26,7 +26,7 @@ impl Demo {
     /// Tells the story; a proof that fails is a failure.
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         // The story's receiver goes away on purpose: only errors are news.
-        log_at(context, "error");
+        prepare(context, "error");
         let temporary = match &self.dir {
             Some(directory) => {
                 refuse_used(directory)?;

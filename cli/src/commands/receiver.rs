@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::{
     commands::{
         Stop,
-        daemon::{Settings, log_to_stderr, run_dir},
+        daemon::{Settings, prepare, run_dir},
     },
     context::Context,
     ending::{Ending, Failure},
@@ -55,7 +55,7 @@ impl Receiver {
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let Self::Run(run) = self;
         let config = run.settings(context)?;
-        log_to_stderr(context);
+        prepare(context, "info");
         let receiver = backtide_log_receiver::Receiver::start(config).await.map_err(start_failure)?;
         let ready = Ready {
             api: receiver.api_address().clone(),

@@ -15,7 +15,7 @@ use crate::{
     commands::{
         Stop,
         attach::{POLL, Policy, absolute_image},
-        daemon::log_at,
+        daemon::prepare,
     },
     context::Context,
     ending::{Ending, Failure, failed, io_failure, wrong_usage},
@@ -72,7 +72,7 @@ impl Up {
             None => name_of(&image)?,
         };
         let directory = self.dir.unwrap_or_else(|| context.places().up().join(name.as_str()));
-        log_at(context, "warn");
+        prepare(context, "warn");
         let is_new = !directory.exists();
         let mut local = Local::at(&directory)?;
         claim(local.directory(), &image)?;

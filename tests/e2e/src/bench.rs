@@ -143,6 +143,16 @@ impl Bench {
         self.daemon_with(arguments, &[])
     }
 
+    /// The same when it may have only so many files open, until it asks for more.
+    pub fn limited_daemon(&self, open_files: u32, arguments: &[&str]) -> Daemon {
+        let binary = text(&binary());
+        let script = format!("ulimit -Sn {open_files} && exec setpriv --pdeathsig KILL \"$@\"");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script, "sh", &binary, "--json"]);
+        self.set_up(&mut command, arguments);
+        Daemon::start(command, &self.path("limited.log"))
+    }
+
     /// The same with more in its environment.
     pub fn daemon_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Daemon {
         self.started.set(self.started.get() + 1);

@@ -68,6 +68,11 @@ impl Daemon {
         status.code().unwrap_or_else(|| panic!("{} was ended by {status}", self.log.display()))
     }
 
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal, such as `STOP`.
     pub fn signal(&self, name: &str) {
         let id = self.child.id().to_string();

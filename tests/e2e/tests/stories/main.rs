@@ -11,6 +11,7 @@ mod connecting;
 mod damage;
 mod filesystem;
 mod going_back;
+mod helping;
 mod one_command;
 mod operating;
 mod operator;

@@ -1,0 +1,112 @@
+//! What can be wrong with an installation: looked at one thing after the other, each with a verdict
+//! and, where it is not well, what to do.
+//!
+//! [`daemons`] judges what agent and receiver answer, [`machine`] what is around them.
+
+mod daemons;
+mod machine;
+
+use backtide_agent_api::AgentStatus;
+use backtide_control::ApiError;
+use backtide_receiver_api::{ReceiverDisks, ReceiverStatus};
+use serde::Serialize;
+
+use crate::{arguments::ReceiverApi, context::Context, ending::Failure, output::facts};
+
+/// How one thing is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verdict {
+    /// Well.
+    Ok,
+    /// It works, and somebody should look at it.
+    Warning,
+    /// It does not work, or protects nothing.
+    Failed,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Finding {
+    /// What was looked at, for scripts: `agent`, `receiver`, `versions`, `sockets`, `store`, `disks`,
+    /// `clock`, `open-files`, `programs`.
+    pub(crate) check: &'static str,
+    pub(crate) verdict: Verdict,
+    /// How it is: a sentence.
+    pub(crate) message: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) hint: Option<String>,
+}
+
+impl Finding {
+    fn new(check: &'static str, verdict: Verdict, message: impl Into<String>) -> Self {
+        Self { check, verdict, message: message.into(), hint: None }
+    }
+
+    fn ok(check: &'static str, message: impl Into<String>) -> Self {
+        Self::new(check, Verdict::Ok, message)
+    }
+
+    fn hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+}
+
+/// What the daemons answer.
+#[derive(Debug)]
+pub(crate) struct Answers {
+    pub(crate) agent: Result<AgentStatus, ApiError>,
+    pub(crate) receiver: Result<(ReceiverStatus, ReceiverDisks), ApiError>,
+}
+
+impl Answers {
+    /// Asks both.
+    pub(crate) async fn gather(context: &Context, api: &ReceiverApi) -> Result<Self, Failure> {
+        let receiver = context.receiver(api)?;
+        let kept = async { Ok((receiver.status().await?, receiver.disks(None).await?)) };
+        Ok(Self { agent: context.agent()?.status(None).await, receiver: kept.await })
+    }
+}
+
+/// Looks at everything.
+pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -> Vec<Finding> {
+    let mut findings = daemons::reachable(answers);
+    findings.extend(daemons::versions(answers));
+    for (name, address) in [("agent", context.agent_address()), ("receiver", context.receiver_address(api))] {
+        findings.extend(machine::socket(name, &address));
+        findings.extend(machine::open_files(name, &address));
+    }
+    if let Ok((receiver, kept)) = &answers.receiver {
+        findings.push(daemons::free_space(receiver));
+        findings.extend(machine::store(receiver));
+        findings.extend(daemons::kept(kept));
+        findings.push(daemons::clock(kept, machine::now()));
+    }
+    if let Ok(agent) = &answers.agent {
+        findings.extend(daemons::disks(&agent.disks));
+    }
+    findings.push(machine::program("qemu-nbd", "qcow2 images need it (Debian package qemu-utils)"));
+    findings.push(machine::qemu());
+    findings
+}
+
+/// The worst of them.
+pub(crate) fn worst(findings: &[Finding]) -> Verdict {
+    findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok)
+}
+
+/// A line each, and below it what to do.
+pub(crate) fn text(findings: &[Finding]) -> String {
+    let mut lines = Vec::new();
+    for finding in findings {
+        let verdict = match finding.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Warning => "WARNING",
+            Verdict::Failed => "FAILED",
+        };
+        lines.push((verdict, format!("{}: {}", finding.check, finding.message)));
+        lines.extend(finding.hint.iter().map(|hint| ("", format!("  {hint}"))));
+    }
+    facts(&lines)
+}

@@ -1,0 +1,155 @@
+//! What the daemons' answers say about them and their disks.
+
+use backtide_agent_api::{DiskStatus, Mode};
+use backtide_control::ApiError;
+use backtide_receiver_api::{ReceiverDisks, ReceiverStatus};
+use backtide_units::CaptureTime;
+
+use super::{Answers, Finding, Verdict};
+use crate::quantity::{count_text, duration_text, size_text};
+
+/// The version of this command; daemons have the same.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Less room than so many times the reserve is worth a warning.
+const ROOM_FACTOR: u64 = 4;
+
+/// Reasons for which everything is compared: what was tracked could not be trusted.
+const DISTRUSTED: [&str; 4] =
+    ["bitmap-untrusted", "agent-crashed", "receiver-rolled-back", "foreign-history"];
+
+/// Whether the daemons answer. One of the two may run on another machine, not both.
+pub(super) fn reachable(answers: &Answers) -> Vec<Finding> {
+    let some_answer = answers.agent.is_ok() || answers.receiver.is_ok();
+    let lost = |check, error: &ApiError| {
+        let verdict = if some_answer { Verdict::Warning } else { Verdict::Failed };
+        let finding = Finding::new(check, verdict, error.message.clone());
+        match &error.hint {
+            Some(hint) => finding.hint(hint.clone()),
+            None => finding,
+        }
+    };
+    let agent = match &answers.agent {
+        Ok(agent) => Finding::ok("agent", format!("it answers, {}", count_text(count(&agent.disks), "disk"))),
+        Err(error) => lost("agent", error),
+    };
+    let receiver = match &answers.receiver {
+        Ok((receiver, _)) => {
+            let connected = format!("{} connected", receiver.connected);
+            Finding::ok(
+                "receiver",
+                format!("it answers, {}, {connected}", count_text(receiver.disks, "disk")),
+            )
+        }
+        Err(error) => lost("receiver", error),
+    };
+    vec![agent, receiver]
+}
+
+/// Whether daemons and command are of one version.
+pub(super) fn versions(answers: &Answers) -> Vec<Finding> {
+    let mut found: Vec<(&str, &str)> = Vec::new();
+    found.extend(answers.agent.iter().map(|agent| ("agent", agent.version.as_str())));
+    found.extend(answers.receiver.iter().map(|(receiver, _)| ("receiver", receiver.version.as_str())));
+    let other: Vec<String> = found
+        .iter()
+        .filter(|(_, version)| *version != VERSION)
+        .map(|(name, version)| format!("the {name} is of version {version}"))
+        .collect();
+    if found.is_empty() {
+        return Vec::new();
+    }
+    if other.is_empty() {
+        return vec![Finding::ok("versions", format!("all are of version {VERSION}"))];
+    }
+    let message = format!("{}, this command of {VERSION}", other.join(", "));
+    vec![Finding::new("versions", Verdict::Warning, message).hint("restart the daemons after an upgrade")]
+}
+
+/// Whether the store has room.
+pub(super) fn free_space(receiver: &ReceiverStatus) -> Finding {
+    let (free, reserve) = (receiver.free_bytes, receiver.free_bytes_min);
+    let message = format!("{} has {} left", receiver.store, size_text(free));
+    if free <= reserve {
+        let message = format!("{message}, and new data is refused below {}", size_text(reserve));
+        return Finding::new("store", Verdict::Failed, message)
+            .hint("make room on its file system: agents track meanwhile and resynchronize by themselves");
+    }
+    if free.0 / ROOM_FACTOR <= reserve.0 {
+        let message = format!("{message}; new data is refused below {}", size_text(reserve));
+        return Finding::new("store", Verdict::Warning, message).hint("make room on its file system soon");
+    }
+    Finding::ok("store", message)
+}
+
+/// Whether the receiver can read what it keeps.
+pub(super) fn kept(kept: &ReceiverDisks) -> Vec<Finding> {
+    let wrong = kept.disks.iter().flat_map(|disk| {
+        let failed =
+            |why| Finding::new("store", Verdict::Failed, format!("disk {}: {why}", disk.name.as_str()));
+        disk.error.iter().chain(&disk.damage).map(failed)
+    });
+    wrong.collect()
+}
+
+/// Whether records come from the future: a clock is wrong then, here or where the agent is.
+pub(super) fn clock(kept: &ReceiverDisks, now: CaptureTime) -> Finding {
+    let ahead = kept.disks.iter().filter_map(|disk| {
+        let ahead = disk.last_time?.0.saturating_sub(now.0);
+        (ahead > 1_000_000).then_some((ahead, disk))
+    });
+    let Some((micros, disk)) = ahead.max_by_key(|(ahead, _)| *ahead) else {
+        return Finding::ok("clock", "no disk was captured in the future");
+    };
+    let message = format!(
+        "the last write of disk {} was captured {} ahead of this machine's clock",
+        disk.name.as_str(),
+        duration_text(micros as f64 / 1e6)
+    );
+    Finding::new("clock", Verdict::Warning, message)
+        .hint("set the clocks of agent and receiver by NTP: points are asked for by time")
+}
+
+/// Whether disks are protected.
+pub(super) fn disks(disks: &[DiskStatus]) -> Vec<Finding> {
+    if disks.is_empty() {
+        let none = Finding::new("disks", Verdict::Warning, "no disk is attached: nothing is protected");
+        return vec![none.hint("`backtide attach NAME IMAGE --receiver ADDR` protects one")];
+    }
+    disks.iter().map(disk).collect()
+}
+
+fn disk(disk: &DiskStatus) -> Finding {
+    let name = disk.name.as_str();
+    let finding = |verdict, how: &str| Finding::new("disks", verdict, format!("{name}: {how}"));
+    if let Some(trouble) = &disk.local_error {
+        return finding(Verdict::Failed, &format!("its image cannot be used: {trouble}"));
+    }
+    if disk.reason_code == "not-answering" {
+        return finding(Verdict::Failed, &disk.reason).hint("look at the storage its image is on");
+    }
+    if !disk.connected {
+        let why = disk.last_error.as_ref().map_or(disk.reason.as_str(), |error| error.message.as_str());
+        let how = format!("no receiver has its changes: {why}");
+        return match disk.mode {
+            Mode::Paused => finding(Verdict::Warning, "paused").hint(format!("`backtide resume {name}`")),
+            Mode::Sync | Mode::Resync | Mode::Tracking | Mode::Detached => finding(Verdict::Failed, &how),
+        };
+    }
+    if DISTRUSTED.contains(&disk.reason_code.as_str()) {
+        return finding(Verdict::Warning, &format!("everything is compared: {}", disk.reason));
+    }
+    match disk.mode {
+        Mode::Sync => finding(Verdict::Ok, "in sync"),
+        Mode::Resync | Mode::Tracking | Mode::Paused | Mode::Detached => {
+            finding(Verdict::Warning, &format!("not in sync: {}", disk.reason))
+        }
+    }
+}
+
+fn count<T>(things: &[T]) -> u64 {
+    things.len() as u64
+}
+
+#[cfg(test)]
+mod tests;

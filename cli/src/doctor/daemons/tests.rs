@@ -1,0 +1,103 @@
+//! Each thing that can be wrong is found, and what is well is said to be.
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_receiver_api::ReceiverDisk;
+use backtide_units::{ByteCount, DiskId, Epoch, HistoryId, Lsn};
+
+use super::*;
+use crate::output::status::tests::in_sync;
+
+fn receiver(free: u64) -> ReceiverStatus {
+    ReceiverStatus {
+        version: VERSION.to_owned(),
+        store: "/srv/backtide".to_owned(),
+        store_id: "5f0c9f54".to_owned(),
+        listen: Vec::new(),
+        log_bytes: ByteCount(0),
+        free_bytes: ByteCount(free),
+        free_bytes_min: ByteCount(64 << 20),
+        disks: 1,
+        connected: 1,
+        mounts: 0,
+    }
+}
+
+fn kept_disk(last_time: u64) -> ReceiverDisk {
+    ReceiverDisk {
+        name: "vm1".parse().unwrap(),
+        uuid: DiskId::random(),
+        size: ByteCount(1 << 30),
+        history: HistoryId::random(),
+        epoch: Epoch(1),
+        connected: true,
+        in_pass: false,
+        received: Lsn(9),
+        durable: Lsn(9),
+        last_time: Some(CaptureTime(last_time)),
+        log_bytes: ByteCount(0),
+        segments: 1,
+        error: None,
+        damage: Vec::new(),
+    }
+}
+
+#[test]
+fn one_daemon_may_be_elsewhere_and_not_both() {
+    let lost = || ApiError::new(ErrorCode::Unreachable, "no agent answers").with_hint("start it");
+    let kept = ReceiverDisks { disks: Vec::new() };
+    let half = Answers { agent: Err(lost()), receiver: Ok((receiver(1 << 40), kept)) };
+    let verdicts = |answers| reachable(answers).iter().map(|finding| finding.verdict).collect::<Vec<_>>();
+    assert_eq!(verdicts(&half), [Verdict::Warning, Verdict::Ok]);
+    let none = Answers { agent: Err(lost()), receiver: Err(lost()) };
+    assert_eq!(verdicts(&none), [Verdict::Failed, Verdict::Failed]);
+    assert!(versions(&none).is_empty());
+    let older = ReceiverStatus { version: "0.0.9".to_owned(), ..receiver(1 << 40) };
+    let older = Answers { receiver: Ok((older, ReceiverDisks { disks: Vec::new() })), ..half };
+    let found = &versions(&older)[0];
+    assert_eq!(found.verdict, Verdict::Warning);
+    assert!(found.message.contains("the receiver is of version 0.0.9"), "{found:?}");
+}
+
+#[test]
+fn a_store_without_room_fails_and_one_with_little_warns() {
+    for (free, verdict) in
+        [(1 << 40, Verdict::Ok), (200 << 20, Verdict::Warning), (64 << 20, Verdict::Failed)]
+    {
+        assert_eq!(free_space(&receiver(free)).verdict, verdict, "{free}");
+    }
+    let damage = vec!["segment 2 is damaged".to_owned()];
+    let damaged = ReceiverDisk { error: Some("segment 3 is damaged".to_owned()), damage, ..kept_disk(0) };
+    let found = kept(&ReceiverDisks { disks: vec![kept_disk(0), damaged] });
+    assert_eq!(found.len(), 2);
+    assert_eq!(
+        (found[0].verdict, found[0].message.as_str()),
+        (Verdict::Failed, "disk vm1: segment 3 is damaged")
+    );
+}
+
+#[test]
+fn a_capture_in_the_future_tells_of_a_wrong_clock() {
+    let now = CaptureTime(1_000_000_000);
+    let disks = |last| ReceiverDisks { disks: vec![kept_disk(0), kept_disk(last)] };
+    assert_eq!(clock(&disks(now.0 + 900_000), now).verdict, Verdict::Ok);
+    let found = clock(&disks(now.0 + 65_000_000), now);
+    assert_eq!(found.verdict, Verdict::Warning);
+    assert!(found.message.contains("1m 5s ahead"), "{found:?}");
+}
+
+#[test]
+fn a_disk_that_is_not_protected_is_found() {
+    assert_eq!(disks(&[])[0].verdict, Verdict::Warning);
+    assert_eq!(disk(&in_sync()).verdict, Verdict::Ok);
+    let code = |code: &str| DiskStatus { mode: Mode::Resync, reason_code: code.to_owned(), ..in_sync() };
+    for (wrong, verdict) in [
+        (DiskStatus { local_error: Some("away".to_owned()), ..in_sync() }, Verdict::Failed),
+        (DiskStatus { reason_code: "not-answering".to_owned(), ..in_sync() }, Verdict::Failed),
+        (DiskStatus { connected: false, ..in_sync() }, Verdict::Failed),
+        (DiskStatus { connected: false, mode: Mode::Paused, ..in_sync() }, Verdict::Warning),
+        (code("agent-crashed"), Verdict::Warning),
+        (code("receiver-away"), Verdict::Warning),
+    ] {
+        assert_eq!(disk(&wrong).verdict, verdict, "{wrong:?}");
+    }
+}

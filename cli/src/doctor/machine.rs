@@ -1,0 +1,96 @@
+//! What is around the daemons: their sockets and processes, the store's directory, programs.
+
+use std::{
+    os::unix::{
+        fs::{FileTypeExt, MetadataExt},
+        net::UnixStream,
+    },
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use backtide_control::Address;
+use backtide_receiver_api::ReceiverStatus;
+use backtide_units::CaptureTime;
+
+use super::{Finding, Verdict};
+use crate::open_files;
+
+/// Now, by this machine's clock.
+pub(super) fn now() -> CaptureTime {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// Whether only its owner reaches a daemon's socket. Nothing where there is none.
+pub(super) fn socket(name: &str, address: &Address) -> Option<Finding> {
+    let path = address.socket_path()?;
+    let found = std::fs::metadata(path).ok()?;
+    if !found.file_type().is_socket() {
+        let message = format!("{} of the {name} is no socket", path.display());
+        return Some(
+            Finding::new("sockets", Verdict::Failed, message).hint("remove it, and start the daemon"),
+        );
+    }
+    let mode = found.mode() & 0o777;
+    if mode & 0o077 != 0 {
+        let message = format!("{} has mode {mode:03o}: others reach the {name}", path.display());
+        return Some(
+            Finding::new("sockets", Verdict::Failed, message).hint(format!("chmod 600 {}", path.display())),
+        );
+    }
+    Some(Finding::ok("sockets", format!("only its owner reaches {}", path.display())))
+}
+
+/// Whether a daemon may have enough files open. Nothing where that cannot be told.
+pub(super) fn open_files(name: &str, address: &Address) -> Option<Finding> {
+    let socket = UnixStream::connect(address.socket_path()?).ok()?;
+    let id = rustix::net::sockopt::socket_peercred(&socket).ok()?.pid;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", id.as_raw_nonzero())).ok()?;
+    let limit = open_files::soft_limit(&limits)?;
+    let message = format!("the {name} may have {limit} files open");
+    if limit >= open_files::ENOUGH {
+        return Some(Finding::ok("open-files", message));
+    }
+    let hint = format!("raise the hard limit to {} or more (LimitNOFILE of a service)", open_files::ENOUGH);
+    Some(Finding::new("open-files", Verdict::Warning, message).hint(hint))
+}
+
+/// Whether the store can be written, where it is on this machine.
+pub(super) fn store(receiver: &ReceiverStatus) -> Option<Finding> {
+    let path = Path::new(&receiver.store);
+    if !path.is_dir() {
+        return None;
+    }
+    match rustix::fs::access(path, rustix::fs::Access::WRITE_OK) {
+        Ok(()) => Some(Finding::ok("store", format!("{} can be written", path.display()))),
+        Err(error) => {
+            let message = format!("{} cannot be written: {error}", path.display());
+            Some(Finding::new("store", Verdict::Failed, message).hint("see how its file system is mounted"))
+        }
+    }
+}
+
+/// Whether a program is there; `why` says who needs it.
+pub(super) fn program(name: &str, why: &str) -> Finding {
+    match find(name) {
+        Some(path) => Finding::ok("programs", format!("{name} is {}", path.display())),
+        None => Finding::new("programs", Verdict::Warning, format!("{name} is not there: {why}")),
+    }
+}
+
+/// Whether virtual machines can run here.
+pub(super) fn qemu() -> Finding {
+    let names = ["qemu-system-x86_64", "qemu-system-aarch64", "qemu-kvm"];
+    match names.iter().find_map(|name| find(name)) {
+        Some(path) => Finding::ok("programs", format!("QEMU is {}", path.display())),
+        // Nothing of ours starts it: guests may run elsewhere.
+        None => Finding::ok("programs", "QEMU is not there: only a host that runs guests needs it"),
+    }
+}
+
+fn find(program: &str) -> Option<PathBuf> {
+    let usual = ["/usr/sbin", "/usr/libexec"].map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).chain(usual).map(|place| place.join(program)).find(|path| path.is_file())
+}
