@@ -23,6 +23,7 @@ impl DiskExport {
         let (name, size) = engine.look(|filter| (filter.settings().name.clone(), filter.settings().size));
         let mut info = ExportInfo::new(name.as_str(), size);
         info.description = "protected by backtide".to_owned();
+        info.block_sizes = engine.local.block_sizes();
         Rc::new(Self { engine, info })
     }
 

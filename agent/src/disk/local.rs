@@ -5,7 +5,7 @@
 
 use std::{io, rc::Rc, sync::Arc};
 
-use backtide_export::Extent;
+use backtide_export::{BlockSizes, Extent};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
 use backtide_storage::ImageFile;
 use backtide_tracking::DirtyBitmap;
@@ -36,6 +36,19 @@ impl Local {
         match self {
             Self::Image(image) => image.size(),
             Self::Nbd(disk) => disk.size(),
+        }
+    }
+
+    /// The block sizes its clients have to keep to; longer requests than the disk behind takes are
+    /// split on their way to it.
+    pub(crate) fn block_sizes(&self) -> BlockSizes {
+        let ours = BlockSizes::default();
+        match self {
+            Self::Image(_) => ours,
+            Self::Nbd(disk) => {
+                let BlockSizes { minimum, preferred, .. } = disk.block_sizes();
+                BlockSizes { minimum, preferred: preferred.max(ours.preferred), ..ours }
+            }
         }
     }
 

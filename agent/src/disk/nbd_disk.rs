@@ -12,7 +12,7 @@ use std::{
 };
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_export::{Client, ClientError, Extent, NbdUri, ZeroOptions};
+use backtide_export::{BlockSizes, Client, ClientError, Extent, NbdUri, ZeroOptions};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
@@ -86,6 +86,11 @@ impl NbdDisk {
 
     pub(crate) fn size(&self) -> ByteCount {
         self.shared.size
+    }
+
+    /// What requests to the server have to be multiples of.
+    pub(crate) fn block_sizes(&self) -> BlockSizes {
+        self.shared.client.borrow().block_sizes()
     }
 
     /// Why the server is away, while it is.

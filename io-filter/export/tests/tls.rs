@@ -255,6 +255,28 @@ fn foreign_clients_speak_tls_with_our_server() {
 }
 
 #[test]
+fn tls_1_2_is_served_too() {
+    on_a_worker(async {
+        let place = Place::new();
+        let folder = certificates(&place, "pki");
+        let server = serve(&place, TlsMode::Required, &folder, ClientCertificates::Required).await;
+        let pki = folder.to_str().unwrap();
+        let tls = format!(
+            "tls-creds-x509,id=tls0,endpoint=client,dir={pki},priority=NORMAL:-VERS-ALL:+VERS-TLS1.2"
+        );
+        let socket = place.path("socket");
+        let image = format!(
+            "driver=raw,file.driver=nbd,file.path={},file.export=disk,file.tls-creds=tls0,file.tls-hostname=localhost",
+            socket.display()
+        );
+        let printed =
+            run("qemu-io", &["--object", &tls, "--image-opts", "-c", "write -P 7 1M 4M", &image]).await;
+        assert!(!printed.contains("failed"), "{printed}");
+        server.shutdown(GRACE).await;
+    });
+}
+
+#[test]
 fn our_client_speaks_tls_with_foreign_servers() {
     on_a_worker(async {
         let place = Place::new();

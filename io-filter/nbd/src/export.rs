@@ -15,6 +15,17 @@ pub struct BlockSizes {
     pub maximum: u32,
 }
 
+impl BlockSizes {
+    /// Whether the specification allows them.
+    pub fn are_valid(self) -> bool {
+        self.minimum.is_power_of_two()
+            && self.minimum <= 64 << 10
+            && self.preferred.is_power_of_two()
+            && self.preferred >= self.minimum.max(512)
+            && self.maximum >= self.preferred
+    }
+}
+
 impl Default for BlockSizes {
     fn default() -> Self {
         Self { minimum: 1, preferred: 4096, maximum: MAX_PAYLOAD.0 as u32 }

@@ -3,7 +3,7 @@
 mod support;
 
 use backtide_nbd::server::Step;
-use backtide_nbd::{ProtocolError, ReplyStyle, wire};
+use backtide_nbd::{BlockSizes, ProtocolError, ReplyStyle, wire};
 use support::{SIZE, Server, contexts, go, option, option_replies, session, string};
 use wire::{info, option as code, option_reply as reply};
 
@@ -91,7 +91,6 @@ fn refused_options_leave_the_handshake_usable() {
         (code::GO, [go("disk", &[3]), vec![0]].concat(), reply::ERR_INVALID),
         (code::GO, go(&long, &[]), reply::ERR_TOO_BIG),
         (code::GO, [&[0, 0, 0, 1, 0xff][..], &[0, 0]].concat(), reply::ERR_INVALID),
-        (code::GO, go("coarse", &[info::NAME]), reply::ERR_BLOCK_SIZE_REQD),
         (code::INFO, go("nope", &[]), reply::ERR_UNKNOWN),
         (code::LIST, vec![1], reply::ERR_INVALID),
         (code::STARTTLS, vec![], reply::ERR_POLICY),
@@ -125,8 +124,9 @@ fn the_rest_of_an_option_that_is_too_long_is_skipped_and_not_kept() {
 #[test]
 fn list_names_every_export() {
     let answers = Server::fixed().answers(code::LIST, &[]);
-    let names = ["disk", "golden", "coarse"].map(|name| (reply::SERVER, string(name)));
-    assert_eq!(answers[..3], names);
+    let disk = [string("disk"), b"a disk".to_vec()].concat();
+    let entries = [disk, string("golden"), string("coarse")].map(|entry| (reply::SERVER, entry));
+    assert_eq!(answers[..3], entries);
     assert_eq!(answers[3], (reply::ACK, vec![]));
 }
 
@@ -172,6 +172,7 @@ fn block_status_needs_its_context_chosen_for_the_same_export() {
     assert!(chosen("disk", None));
     assert!(!chosen("golden", None), "chosen for another export");
     assert!(!chosen("disk", Some(&contexts("disk", &["base:"]))), "a namespace chooses nothing");
+    assert!(!chosen("disk", Some(&contexts("disk", &[]))), "nothing was asked for");
     assert!(!chosen("disk", Some(&[1, 2])), "a malformed choice forgets the last one");
     assert!(!chosen("disk", Some(&contexts("nope", &["base:allocation"]))));
 }
@@ -219,4 +220,42 @@ fn a_handshake_may_arrive_byte_by_byte() {
         last = server.send(&[byte]).1;
     }
     assert!(matches!(last, Ok(Step::Transmission(_))));
+}
+
+#[test]
+fn coarse_blocks_are_told_and_demanded() {
+    let mut server = Server::fixed();
+    let answers = server.answers(code::GO, &go("coarse", &[info::NAME]));
+    assert_eq!(answers[0], (reply::INFO, vec![0, 3, 0, 0, 16, 0, 0, 0, 16, 0, 2, 0, 0, 0]));
+    assert_eq!((answers.len(), answers[1].0), (2, reply::ERR_BLOCK_SIZE_REQD));
+    let (_, step) = server.send(&option(code::GO, &go("coarse", &[info::BLOCK_SIZE])));
+    assert!(matches!(step, Ok(Step::Transmission(_))), "{step:?}");
+}
+
+#[test]
+fn unknown_information_is_ignored_and_go_tells_what_info_told() {
+    let mut server = Server::fixed();
+    let wanted = go("disk", &[77, info::BLOCK_SIZE, 0xffff]);
+    let told = server.answers(code::INFO, &wanted);
+    assert_eq!(told.last(), Some(&(reply::ACK, vec![])));
+    assert_eq!((told[0].0, told[0].1.len()), (reply::INFO, 12));
+    let (written, step) = server.send(&option(code::GO, &wanted));
+    assert!(matches!(step, Ok(Step::Transmission(_))), "{step:?}");
+    assert_eq!(option_replies(code::GO, &written), told, "and nothing after it");
+}
+
+#[test]
+fn block_sizes_are_what_the_specification_allows() {
+    let valid = |minimum, preferred, maximum| BlockSizes { minimum, preferred, maximum }.are_valid();
+    assert!(valid(1, 512, 512) && valid(65_536, 65_536, u32::MAX) && BlockSizes::default().are_valid());
+    for (minimum, preferred, maximum) in [
+        (0, 512, 512),
+        (3, 512, 512),
+        (1 << 17, 1 << 17, 1 << 20),
+        (1, 256, 512),
+        (1, 600, 1024),
+        (1, 4096, 512),
+    ] {
+        assert!(!valid(minimum, preferred, maximum), "{minimum} {preferred} {maximum}");
+    }
 }

@@ -250,3 +250,13 @@ fn extents_are_joined_cut_and_never_empty() {
     assert_eq!(extents(8, 4096, &[data(10), data(10), hole(5)]), [(20, 0)]);
     assert_eq!(extents(0, 100, &[data(60), hole(60)]), [(60, 0), (40, 3)]);
 }
+
+#[test]
+fn texts_of_errors_are_cut() {
+    let read = request(READ, 0, 1, 512, 2);
+    let text = "ä".repeat(5000);
+    let written = reply(ReplyStyle::Structured, &read, |e, to, out| e.error(to, NbdError::Io, &text, out));
+    assert_eq!(written[24..26], 4096_u16.to_be_bytes());
+    assert_eq!(written.len(), 20 + 4 + 2 + 4096);
+    assert!(std::str::from_utf8(&written[26..]).is_ok());
+}

@@ -9,7 +9,7 @@ use bytes::{Buf, BufMut, BytesMut};
 
 use super::handshake::{Catalog, Session, TlsMode};
 use crate::wire::{self, base_allocation, info, magic, option_reply};
-use crate::{ExportInfo, ReplyStyle};
+use crate::{BlockSizes, ExportInfo, ReplyStyle};
 
 /// The id `base:allocation` has on every connection.
 pub(super) const BASE_ALLOCATION_ID: u32 = 1;
@@ -118,15 +118,19 @@ impl Options {
         }
         let wanted = |kind: u16| data.chunks_exact(2).any(|request| request == kind.to_be_bytes());
         let export = catalog.find(name).ok_or_else(|| Refusal::unknown_export(name))?;
-        if export.block_sizes.minimum > 1 && !wanted(info::BLOCK_SIZE) {
-            let minimum = export.block_sizes.minimum;
-            let text = format!("the block size is {minimum} bytes, ask for it");
+        let sizes = export.block_sizes;
+        assert!(sizes.are_valid(), "block sizes of an export: {sizes:?}");
+        let mut body = BytesMut::new();
+        if sizes.minimum > 1 && !wanted(info::BLOCK_SIZE) {
+            // Told along with the refusal, so that the client need not ask.
+            put_block_sizes(out, option, sizes, &mut body);
+            let text = format!("the block size is {} bytes, ask for it", sizes.minimum);
             return Err(Refusal::new(option_reply::ERR_BLOCK_SIZE_REQD, text));
         }
 
         let session = self.session(name, export);
         let export = &session.export;
-        let mut body = BytesMut::new();
+        body.clear();
         body.put_u16(info::EXPORT);
         body.put_u64(export.size.0);
         body.put_u16(export.transmission_flags(session.style, session.base_allocation).0);
@@ -139,12 +143,7 @@ impl Options {
                 put_reply(out, option, option_reply::INFO, &body);
             }
         }
-        body.clear();
-        body.put_u16(info::BLOCK_SIZE);
-        body.put_u32(export.block_sizes.minimum);
-        body.put_u32(export.block_sizes.preferred);
-        body.put_u32(export.block_sizes.maximum);
-        put_reply(out, option, option_reply::INFO, &body);
+        put_block_sizes(out, option, sizes, &mut body);
         put_reply(out, option, option_reply::ACK, &[]);
         Ok(session)
     }
@@ -253,6 +252,15 @@ fn take_string<'data>(data: &mut &'data [u8]) -> Result<&'data str, Refusal> {
         return Err(Refusal::invalid("a string contains NUL"));
     }
     std::str::from_utf8(string).map_err(|_| Refusal::invalid("a string is not UTF-8"))
+}
+
+fn put_block_sizes(out: &mut BytesMut, option: u32, sizes: BlockSizes, body: &mut BytesMut) {
+    body.clear();
+    body.put_u16(info::BLOCK_SIZE);
+    body.put_u32(sizes.minimum);
+    body.put_u32(sizes.preferred);
+    body.put_u32(sizes.maximum);
+    put_reply(out, option, option_reply::INFO, body);
 }
 
 fn put_context(out: &mut BytesMut, option: u32, id: u32) {

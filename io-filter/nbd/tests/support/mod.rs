@@ -39,7 +39,8 @@ impl Catalog for Three {
 
     fn list(&self) -> Vec<ExportSummary> {
         let named = |name: &str| ExportSummary { name: name.into(), description: String::new() };
-        vec![named("disk"), named("golden"), named("coarse")]
+        let disk = ExportSummary { name: "disk".into(), description: "a disk".into() };
+        vec![disk, named("golden"), named("coarse")]
     }
 }
 

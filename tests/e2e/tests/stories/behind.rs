@@ -72,6 +72,27 @@ fn nbdkit_in_memory_is_a_disk_too() {
 }
 
 #[test]
+fn a_disk_behind_with_large_blocks_hands_them_on_to_the_guest() {
+    let bench = Bench::new();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let socket = bench.name("coarse.sock");
+    let policy = ["blocksize-minimum=4096", "blocksize-maximum=64K", "blocksize-error-policy=error"];
+    let mut arguments = vec!["-f", "-U", &socket, "--filter=blocksize-policy", "memory", "64M"];
+    arguments.extend(policy);
+    let _server = tools::Beside::start("nbdkit", &arguments);
+    tools::wait_for_socket(socket.as_ref());
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let disk = bench.attach("vm1", &uri, &[]);
+    disk.wait("sync");
+    let shown = tools::run("nbdinfo", &[&disk.uri()]);
+    assert!(shown.contains("block_size_minimum: 4096"), "{shown}");
+    assert!(shown.contains("block_size_maximum: 33554432"), "{shown}");
+    disk.qemu_io(&["write -P 0x11 512 1024", "write -P 0x22 1M 8M", "write -z 2M 4k", "read -P 0x11 512 1k"]);
+    disk.settle();
+    tools::assert_same(&uri, disk.restore("latest").to_str().unwrap());
+}
+
+#[test]
 fn a_disk_behind_that_fails_is_an_error_of_the_guest_and_nothing_else() {
     let bench = Bench::new();
     let (_receiver, mut agent) = (bench.receiver(), bench.agent());

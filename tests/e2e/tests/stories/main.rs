@@ -9,6 +9,7 @@ mod bad_input;
 mod behind;
 mod connecting;
 mod damage;
+mod encrypted;
 mod filesystem;
 mod going_back;
 mod helping;

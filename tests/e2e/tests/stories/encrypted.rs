@@ -1,0 +1,78 @@
+//! NBD under TLS, from the guest's side to the mounted point.
+
+use std::path::Path;
+
+use backtide_e2e::{Bench, tools};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, KeyUsagePurpose};
+
+const SIZE: u64 = 64 << 20;
+
+/// A folder with an authority, a server's and a client's certificate.
+fn certificates(folder: &Path) {
+    std::fs::create_dir(folder).expect("make a directory");
+    let mut params = CertificateParams::new(vec![]).expect("an authority has no name");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let key = || KeyPair::generate().expect("generate a key");
+    let authority = CertifiedIssuer::self_signed(params, key()).expect("sign");
+    std::fs::write(folder.join("ca-cert.pem"), authority.pem()).expect("write");
+    for (whose, name) in [("server", "localhost"), ("client", "guest")] {
+        let key = key();
+        let params = CertificateParams::new(vec![name.to_owned()]).expect("a DNS name");
+        let certificate = params.signed_by(&key, &authority).expect("sign");
+        std::fs::write(folder.join(format!("{whose}-cert.pem")), certificate.pem()).expect("write");
+        std::fs::write(folder.join(format!("{whose}-key.pem")), key.serialize_pem()).expect("write");
+    }
+}
+
+#[test]
+fn a_disk_and_its_points_are_served_under_tls_to_whom_they_know() {
+    let bench = Bench::new();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    certificates(&bench.path("pki"));
+    bench.image("vm1.img", SIZE);
+    bench.image("pattern", SIZE);
+    let pattern = bench.name("pattern");
+    tools::run("qemu-io", &["-f", "raw", &pattern, "-c", "write -P 0x5a 3M 20M"]);
+    let uri = |name: &str, socket: &str| {
+        format!("nbds+unix:///{name}?socket={}&tls-certificates={}", bench.name(socket), bench.name("pki"))
+    };
+    let disk_uri = uri("vm1", "vm1.tls");
+    let disk = bench.attach("vm1", "vm1.img", &["--nbd", &disk_uri]);
+    disk.wait("sync");
+    assert_eq!(disk.uri(), disk_uri);
+
+    // A program nobody here wrote writes it all, and reads it back.
+    tools::run("nbdcopy", &[&pattern, &disk_uri]);
+    let shown = tools::run("nbdinfo", &[&disk_uri]);
+    assert!(shown.contains("with TLS"), "{shown}");
+    let clear = format!("nbd+unix:///vm1?socket={}", bench.name("vm1.tls"));
+    assert!(!tools::try_run("nbdinfo", &[&clear]).0, "served without TLS");
+    disk.settle();
+    tools::assert_same(&pattern, disk.restore("latest").to_str().expect("a path of text"));
+
+    let mounted = uri("point", "point.tls");
+    bench.json(&["mount", "vm1", "--at", "latest", "--nbd", &mounted]);
+    let copy = bench.name("copy");
+    tools::run("nbdcopy", &[&mounted, &copy]);
+    tools::assert_same(&pattern, &copy);
+    // And the other way round: a point restored into a server under TLS.
+    bench.image("back.img", SIZE);
+    let back = bench.attach("back", "back.img", &["--nbd", &uri("back", "back.tls")]);
+    back.wait("sync");
+    bench.json(&["restore", "vm1", "--at", "latest", "--output", &back.uri()]);
+    tools::assert_same(&pattern, &bench.name("back.img"));
+}
+
+#[test]
+fn certificates_that_cannot_be_used_are_named_at_the_attach() {
+    let bench = Bench::new();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    bench.image("vm1.img", SIZE);
+    let uri = format!("nbds+unix:///vm1?socket={}&tls-certificates=/nowhere", bench.name("vm1.tls"));
+    let receiver = bench.socket("stream.sock");
+    let image = bench.name("vm1.img");
+    let said = bench.run(&["attach", "vm1", &image, "--receiver", &receiver, "--nbd", &uri]);
+    assert_ne!(said.code, 0);
+    assert!(said.sentence().contains("/nowhere/ca-cert.pem"), "{said:?}");
+}
