@@ -33,6 +33,8 @@ pub(crate) enum Ongoing {
     Drain(BlockRange),
     /// A read of a verify.
     Verify(VerifyRun),
+    /// A flush of the filter's own.
+    Settle,
 }
 
 #[derive(Clone, Debug)]
@@ -103,6 +105,7 @@ impl Filter {
             // What a flush covers has an LSN the log reaches, or none is waited for.
             let covers = if self.is_forwarding() { self.window.log_end() } else { self.last_lsn };
             let io = self.take_io_id();
+            self.activity.flush_begins(io);
             self.ongoing.insert(io, Ongoing::Flush(request, covers));
             self.effects.push_back(Effect::Local(io, LocalOp::Change(Change::Flush)));
             return;
@@ -133,17 +136,24 @@ impl Filter {
         let ongoing = self.ongoing.remove(&io).expect("a local I/O ends once");
         match ongoing {
             Ongoing::Change(change) => self.change_done(change, result.map(|_| ())),
-            Ongoing::Flush(request, covers) => self.flush_done(request, covers, result.map(|_| ())),
+            Ongoing::Flush(request, covers) => {
+                self.activity.flush_ended(io, result.is_ok());
+                self.flush_done(request, covers, result.map(|_| ()));
+            }
             Ongoing::Copy(copy) => self.copy_done(copy, result),
             Ongoing::Abandoned => {}
             Ongoing::Drain(run) => self.drain_read_done(io, run, result),
             Ongoing::Verify(run) => self.verify_read_done(run, result),
+            Ongoing::Settle => {
+                self.activity.flush_ended(io, result.is_ok());
+                self.settled();
+            }
         }
         self.pump();
     }
 
-    /// The range is held. Copy what a running pass still needs of it, then change it.
-    fn begin_change(&mut self, request: RequestId, change: Change, submitted: Duration) {
+    /// The range is held and hot. Copy what a running pass still needs of it, then change it.
+    pub(crate) fn begin_hot_change(&mut self, request: RequestId, change: Change, submitted: Duration) {
         let range = change.range().expect("flushes take no range");
         let blocks = BlockRange::touched_by(range);
         self.tell_zeroes_before_change(blocks);
@@ -215,7 +225,8 @@ impl Filter {
             | Ongoing::Flush(..)
             | Ongoing::Abandoned
             | Ongoing::Drain(_)
-            | Ongoing::Verify(_) => None,
+            | Ongoing::Verify(_)
+            | Ongoing::Settle => None,
         });
         // Only a pass has copies; without one nothing is searched.
         if self.pass.is_none() && self.waiting_for_buffer.is_empty() {
@@ -310,6 +321,7 @@ impl Filter {
     fn change_done(&mut self, done: ChangeOngoing, result: Result<(), IoFailure>) {
         let ChangeOngoing { request, change, blocks, delay_left, frozen_into } = done;
         let stable = change.wants_stable();
+        self.activity_changed(blocks);
         if let Some(scanning) = &mut self.scanning {
             scanning.touched.insert(blocks);
         }

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// What follows from a handshake.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Decision {
     /// The window continues the log: send it from here.
     Replay,

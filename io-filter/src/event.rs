@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use backtide_tracking::SavedTracking;
+use backtide_tracking::{ActivityLimits, DirtyBitmap, LogRecord, SavedTracking, Snapshot};
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -59,6 +59,20 @@ pub enum LocalOp {
     Change(Change),
     /// Read a range of at most 1 MiB for the resync.
     Read(ByteRange),
+    /// Everything completed before goes to stable storage, for the filter's own sake.
+    Settle,
+}
+
+/// Something the driver does to the disk's tracking file, durably, answered by
+/// [`crate::Filter::tracking_done`]. At most one of each kind is under way.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TrackingOp {
+    /// Append to the activity log. Guest changes wait for it.
+    Record(LogRecord),
+    /// Put a snapshot in the place of the older one.
+    Snapshot(Snapshot),
+    /// Remove the file: it cannot be written and must not be believed.
+    Discard,
 }
 
 /// What a local I/O brought.
@@ -90,6 +104,8 @@ pub enum Effect {
         /// How it went.
         result: Result<Lsn, IoFailure>,
     },
+    /// Do this to the tracking file.
+    Tracking(IoId, TrackingOp),
     /// Find out which blocks may hold data and call [`crate::Filter::scanned`].
     Scan(IoId),
     /// The mode changed: log it.
@@ -166,6 +182,8 @@ pub struct Settings {
     pub resync_buffer_bytes: ByteCount,
     /// The longest the receiver may delay a guest write; zero for never.
     pub guest_delay_max: Duration,
+    /// The activity log.
+    pub activity: ActivityLimits,
 }
 
 /// What the filter begins with.
@@ -175,6 +193,19 @@ pub enum Resume {
     New,
     /// The last attach ended cleanly.
     Clean(SavedTracking),
+    /// It did not, and the tracking file says which blocks may differ.
+    Crashed {
+        /// Why they have to be compared.
+        reason: Reason,
+        /// The history, if it is known.
+        history: Option<HistoryId>,
+        /// No LSN above it was given before.
+        last_lsn: Lsn,
+        /// The highest LSN known to be durable at the receiver.
+        acked_durable: Lsn,
+        /// The blocks: no other differs.
+        candidates: DirtyBitmap,
+    },
     /// It did not, or what it left cannot be trusted: everything has to be compared.
     Lost {
         /// Why.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     acknowledge::Acknowledgements,
+    activity::Activity,
     capture::{CopyWait, Ongoing, Queued},
     event::{Effect, IoId, Now, Resume, Settings},
     freeze::{PassPlan, Scanning},
@@ -112,6 +113,7 @@ pub struct Filter {
     pub(crate) flushed_to: Lsn,
     pub(crate) verify: Option<VerifyJob>,
     pub(crate) counters: Counters,
+    pub(crate) activity: Activity,
     pub(crate) effects: VecDeque<Effect>,
     pub(crate) now: Now,
     #[cfg(feature = "mutants")]
@@ -123,6 +125,7 @@ impl Filter {
     pub fn new(settings: Settings, resume: Resume, now: Now) -> Self {
         let mut filter = Self {
             window: Window::new(Lsn::ZERO),
+            activity: Activity::new(settings.activity, settings.size, &resume),
             settings,
             mode: Mode::Tracking,
             reason: None,
@@ -187,14 +190,22 @@ impl Filter {
                 }
             }
             Resume::Lost { reason, history, last_lsn, acked_durable } => {
-                self.history = history;
-                self.last_lsn = last_lsn;
-                self.acked_durable = acked_durable;
-                self.window = Window::new(acked_durable);
-                self.reason = Some(reason);
-                self.lost = Some(PassPlan::compare(reason));
+                self.resume_unknown(history, last_lsn, acked_durable, PassPlan::compare(reason));
+            }
+            Resume::Crashed { reason, history, last_lsn, acked_durable, candidates } => {
+                let plan = Self::crash_plan(reason, candidates);
+                self.resume_unknown(history, last_lsn, acked_durable, plan);
             }
         }
+    }
+
+    fn resume_unknown(&mut self, history: Option<HistoryId>, last: Lsn, acked: Lsn, plan: PassPlan) {
+        self.history = history;
+        self.last_lsn = last;
+        self.acked_durable = acked;
+        self.window = Window::new(acked);
+        self.reason = Some(plan.reason);
+        self.lost = Some(plan);
     }
 
     /// The next thing to do. The driver takes effects until there is none, after every event.
@@ -248,6 +259,7 @@ impl Filter {
         self.observe(now);
         self.release_due_answers();
         self.give_up_overdue_copies();
+        self.let_idle_extents_go();
         self.pump();
     }
 
@@ -257,7 +269,8 @@ impl Filter {
         let answers = self.acknowledgements.next_deadline();
         let retries = self.pass.as_ref().and_then(|pass| pass.next_retry(self.now.monotonic));
         let reads = self.next_paced_read();
-        [copies, answers, retries, reads].into_iter().flatten().min()
+        let idle = self.next_idle_snapshot();
+        [copies, answers, retries, reads, idle].into_iter().flatten().min()
     }
 
     pub(crate) fn observe(&mut self, now: Now) {
@@ -316,5 +329,6 @@ impl Filter {
         self.drain();
         self.end_pass_if_drained();
         self.go_on_verifying();
+        self.keep_tracking();
     }
 }

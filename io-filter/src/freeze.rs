@@ -18,12 +18,14 @@ use crate::{
 };
 
 /// How to resync when nothing is known: after a scan for the blocks that may hold data.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct PassPlan {
     /// Ask the receiver which blocks differ, instead of sending all.
     pub(crate) compare: bool,
     /// Tell the receiver of blocks that hold no data here: it may have some there.
     pub(crate) tell_zeroes: bool,
+    /// The only blocks that may differ, when they are known; otherwise all.
+    pub(crate) within: Option<DirtyBitmap>,
     pub(crate) reason: Reason,
 }
 
@@ -31,7 +33,7 @@ pub(crate) struct PassPlan {
 #[derive(Clone, Debug)]
 pub(crate) struct Scanning {
     /// Which: an older one, of a connection that was lost, has not seen what changed since.
-    io: IoId,
+    pub(crate) io: IoId,
     pub(crate) plan: PassPlan,
     /// Blocks changed since it began: it may have seen them before.
     pub(crate) touched: DirtyBitmap,
@@ -40,17 +42,17 @@ pub(crate) struct Scanning {
 impl PassPlan {
     /// To a receiver that has nothing.
     pub(crate) fn everything(reason: Reason) -> Self {
-        Self { compare: false, tell_zeroes: false, reason }
+        Self { compare: false, tell_zeroes: false, within: None, reason }
     }
 
     /// To a receiver that has something.
     pub(crate) fn compare(reason: Reason) -> Self {
-        Self { compare: true, tell_zeroes: true, reason }
+        Self { compare: true, tell_zeroes: true, within: None, reason }
     }
 
     /// To a receiver that has something, without asking what.
     pub(crate) fn full(reason: Reason) -> Self {
-        Self { compare: false, tell_zeroes: true, reason }
+        Self { compare: false, tell_zeroes: true, within: None, reason }
     }
 
     /// The plan as it must be when the receiver turns out to have something.
@@ -70,11 +72,23 @@ impl Filter {
         let Some(Scanning { plan, touched, .. }) = self.scanning.take_if(|scanning| scanning.io == io) else {
             return;
         };
-        self.passive.union_with(allocated);
+        let mut holding_data = allocated.clone();
+        let mut zeroes = DirtyBitmap::new();
+        match &plan.within {
+            Some(within) => {
+                holding_data.intersect_with(within);
+                zeroes = within.clone();
+                // Extents may reach beyond the disk's end.
+                zeroes.keep_only(self.all_blocks());
+                holding_data.keep_only(self.all_blocks());
+            }
+            None => zeroes.insert(self.all_blocks()),
+        }
+        self.passive.union_with(&holding_data);
         self.passive.union_with(&touched);
         if plan.tell_zeroes {
-            self.passive_zeroes.insert(self.all_blocks());
-            self.passive_zeroes.subtract(&self.passive);
+            zeroes.subtract(&self.passive);
+            self.passive_zeroes.union_with(&zeroes);
         }
         self.passive_compare = plan.compare;
         self.begin_pass(plan.reason);
@@ -87,6 +101,10 @@ impl Filter {
             return;
         }
         if let Some(plan) = self.lost.take() {
+            if self.must_save_everything(&plan) {
+                self.lost = Some(plan);
+                return;
+            }
             let io = self.take_io_id();
             self.scanning = Some(Scanning { io, plan, touched: DirtyBitmap::new() });
             self.effects.push_back(Effect::Scan(io));
@@ -138,6 +156,10 @@ impl Filter {
             done: ByteCount::ZERO,
         });
         self.counters.passes += 1;
+        if self.activity.says_everything() {
+            // The pass knows better now.
+            self.activity.want_snapshot();
+        }
         self.interrupt_verify();
         self.enter(Mode::Resync, Some(reason));
         // Answers that wait for the receiver would wait for the whole pass now.
@@ -184,6 +206,7 @@ impl Filter {
         let rate = u128::from(pass.total.0) * 1_000_000 / u128::from(micros);
         self.pass_rate = Some(u64::try_from(rate).unwrap_or(u64::MAX));
         self.counters.passes_completed += 1;
+        self.activity.want_snapshot();
         if pass.new_writes == NewWrites::Forwarded && self.lost.is_none() && self.passive.is_empty() {
             self.slow = false;
             self.received_lsn = self.received_lsn.max(self.durable_lsn);

@@ -10,10 +10,14 @@ impl Filter {
     /// the crate's invariant says there is no other. `None` while everything may, because a scan
     /// is due or under way.
     pub fn unsettled_blocks(&self) -> Option<DirtyBitmap> {
-        if self.lost.is_some() || self.scanning.is_some() {
-            return None;
-        }
         let mut blocks = self.passive.clone();
+        let plan = self.lost.as_ref().or(self.scanning.as_ref().map(|scanning| &scanning.plan));
+        if let Some(plan) = plan {
+            blocks.union_with(plan.within.as_ref()?);
+        }
+        if let Some(scanning) = &self.scanning {
+            blocks.union_with(&scanning.touched);
+        }
         blocks.union_with(&self.passive_zeroes);
         if let Some(pass) = &self.pass {
             blocks.union_with(&pass.active);

@@ -11,14 +11,17 @@
 //! 3. `acknowledge`: when the guest hears of it.
 //! 4. `connection`: the handshake's decision, acks, a lost stream.
 //! 5. `freeze`, `drain`, `compare`: a resync pass.
-//! 6. `operate`: what a person can ask for.
+//! 6. `activity`: what the tracking file has to say, before a change may happen.
+//! 7. `operate`: what a person can ask for.
 //!
 //! # Invariants
 //! For every block that differs between the local disk and the newest version at the receiver,
 //! at least one holds: its record is in the window; it is in the passive or the active bitmap; its
-//! drained content is in the window; a change of it is in flight.
+//! drained content is in the window; a change of it is in flight. And should everything in memory be
+//! lost: the tracking file's newest snapshot has it, or it lies in an extent that is hot, durably.
 
 mod acknowledge;
+mod activity;
 mod capture;
 mod compare;
 mod connection;
@@ -37,7 +40,7 @@ mod window;
 
 pub use event::{
     AckPolicy, Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
-    Settings,
+    Settings, TrackingOp,
 };
 pub use filter::{Filter, Mode};
 #[cfg(feature = "mutants")]

@@ -15,6 +15,12 @@ pub enum Mutant {
     ForfeitedOffersT,
     /// A change under way at the freeze is treated as one that came after it.
     FreezeForgetsOngoing,
+    /// A change of a cold extent does not wait until the activity log says so.
+    NoWaitForHot,
+    /// A snapshot leaves out what the local disk may still lose.
+    SnapshotForgetsUnflushed,
+    /// A snapshot leaves out what is on its way to the receiver.
+    SnapshotForgetsWindow,
 }
 
 impl Filter {

@@ -196,9 +196,12 @@ impl Filter {
 
     /// Whether no change is under way: [`detach`](Self::detach) is possible.
     pub fn is_quiet(&self) -> bool {
-        self.ongoing.values().all(|ongoing| matches!(ongoing, Ongoing::Drain(_) | Ongoing::Verify(_)))
+        self.ongoing
+            .values()
+            .all(|ongoing| matches!(ongoing, Ongoing::Drain(_) | Ongoing::Verify(_) | Ongoing::Settle))
             && self.queued.values().all(|queued| !matches!(queued, Queued::Change(..)))
             && self.waiting_for_buffer.is_empty()
+            && !self.activity.has_parked()
     }
 
     /// Whether a detach now would leave nothing to resynchronize.
@@ -223,6 +226,8 @@ impl Filter {
         self.release_answers_after_outage();
         let known = self.lost.is_none();
         self.enter(Mode::Detached, Some(Reason::Detached));
+        let mut dirty = self.passive.clone();
+        dirty.union_with(self.activity.doubtful());
         known.then(|| SavedTracking {
             disk: self.settings.disk,
             history: self.history,
@@ -230,8 +235,8 @@ impl Filter {
             gap_from: self.window.log_end(),
             acked_durable: self.acked_durable,
             reason: if clean { None } else { Some(reason.unwrap_or(Reason::Detached)) },
-            compare: self.passive_compare,
-            dirty: self.passive.clone(),
+            compare: self.passive_compare || !self.activity.doubtful().is_empty(),
+            dirty,
             zeroes: self.passive_zeroes.clone(),
         })
     }

@@ -48,6 +48,10 @@ pub struct Counters {
     pub resync_bytes_durable: u64,
     /// Resync payload that was compared and found equal.
     pub resync_bytes_equal: u64,
+    /// Changes that waited for their extents to become hot.
+    pub cold_changes: u64,
+    /// Snapshots of the tracking.
+    pub snapshots: u64,
 }
 
 /// A running pass.

@@ -57,6 +57,17 @@ impl DirtyBitmap {
         self.blocks -= &other.blocks;
     }
 
+    /// Keeps only the blocks that are dirty in `other` too.
+    pub fn intersect_with(&mut self, other: &Self) {
+        self.blocks &= &other.blocks;
+    }
+
+    /// Marks every block outside the range clean.
+    pub fn keep_only(&mut self, range: BlockRange) {
+        self.blocks.remove_range(..range.start().0);
+        self.blocks.remove_range(range.end().0..);
+    }
+
     /// Whether any block of the range is dirty.
     pub fn touches(&self, range: BlockRange) -> bool {
         self.next_run(range.start(), range.end(), BlockCount(1)).is_some()

@@ -1,8 +1,5 @@
-//! The tracking file: what a clean detach knows, so that the next attach need not compare the
-//! whole disk. `FORMAT.md` beside this crate describes the bytes.
-//!
-//! The file is valid for one attach only: whoever reads it must take it out of the way, durably,
-//! before the first write is let through. A crash then finds no file, and everything is compared.
+//! What the filter knows of a disk at a moment, as bytes: the inner part of a snapshot.
+//! `FORMAT.md` beside this crate describes them.
 
 use backtide_units::{DiskId, HistoryId, Lsn, Reason};
 use bytes::{Buf, BufMut};
@@ -10,7 +7,7 @@ use uuid::Uuid;
 
 use crate::DirtyBitmap;
 
-/// What the filter knows at a clean detach.
+/// What the filter knows of the differences between a disk and its receiver.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SavedTracking {
     /// The disk it belongs to.
@@ -77,6 +74,21 @@ const FLAG_COMPARE: u8 = 1;
 const FLAG_HAS_HISTORY: u8 = 2;
 
 impl SavedTracking {
+    /// Nothing is known of the disk.
+    pub fn unknown(disk: DiskId) -> Self {
+        Self {
+            disk,
+            history: None,
+            last_lsn: Lsn::ZERO,
+            gap_from: Lsn::ZERO,
+            acked_durable: Lsn::ZERO,
+            reason: None,
+            compare: true,
+            dirty: DirtyBitmap::new(),
+            zeroes: DirtyBitmap::new(),
+        }
+    }
+
     /// The file's bytes.
     pub fn encode(&self) -> Vec<u8> {
         let dirty = self.dirty.to_bytes();
@@ -164,10 +176,10 @@ fn uuid(input: &mut &[u8]) -> Uuid {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn saved() -> SavedTracking {
+    pub(crate) fn saved() -> SavedTracking {
         SavedTracking {
             disk: DiskId(Uuid::from_bytes([1; 16])),
             history: Some(HistoryId(Uuid::from_bytes([2; 16]))),

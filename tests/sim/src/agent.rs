@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use backtide_io_filter::{Change, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, Resume, Settings};
-use backtide_tracking::{DirtyBitmap, SavedTracking};
-use backtide_units::{BlockIndex, BlockRange, ByteOffset, ByteRange, Epoch, HistoryId, Lsn, Reason};
+use backtide_io_filter::{
+    Change, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, Settings, TrackingOp,
+};
+use backtide_tracking::{DirtyBitmap, TrackingFile};
+use backtide_units::{BlockIndex, BlockRange, ByteOffset, ByteRange, Epoch, HistoryId, Lsn};
 use bytes::Bytes;
 
 use crate::{
@@ -24,8 +26,6 @@ pub struct Persisted {
     pub(crate) reserved: Lsn,
     /// Saved now and then.
     pub(crate) acked_durable: Lsn,
-    /// The file of a clean detach.
-    pub(crate) saved: Option<Vec<u8>>,
     /// Requests wait to be sent again.
     pub(crate) machine_waits: bool,
 }
@@ -35,6 +35,8 @@ pub struct Agent {
     pub(crate) life: u64,
     pub(crate) filter: Filter,
     pub(crate) inflight: BTreeMap<IoId, InFlight>,
+    pub(crate) tracking: TrackingFile,
+    pub(crate) tracking_ops: BTreeMap<IoId, TrackingOp>,
     pub(crate) connection: Option<u64>,
     /// T of the running pass, and how many blocks it has left.
     pub(crate) pass: Option<(Lsn, u64)>,
@@ -80,7 +82,7 @@ impl Agent {
     pub(crate) fn occupies(&self, blocks: BlockRange) -> bool {
         self.inflight.values().any(|inflight| match &inflight.op {
             LocalOp::Read(range) => BlockRange::touched_by(*range).overlaps(blocks),
-            LocalOp::Change(_) => false,
+            LocalOp::Change(_) | LocalOp::Settle => false,
         })
     }
 }
@@ -103,6 +105,7 @@ impl World {
         }
         self.lives += 1;
         let resume = self.resume_from();
+        let tracking = self.make_tracking(&resume.first_snapshot(self.disk, self.plan.activity), false);
         self.persisted.epoch += 1;
         self.trace.note(self.now, "agent starts", &[self.lives, self.persisted.epoch]);
         self.trace.say(self.now, || format!("{resume:?}"));
@@ -117,6 +120,7 @@ impl World {
             window_bytes: self.plan.window,
             resync_buffer_bytes: self.plan.resync_buffer,
             guest_delay_max: self.plan.guest_delay_max,
+            activity: self.plan.activity,
         };
         let mut filter = Filter::new(settings, resume, self.moment());
         if let Some(mutant) = self.mutant {
@@ -127,6 +131,8 @@ impl World {
             life: self.lives,
             filter,
             inflight: BTreeMap::new(),
+            tracking,
+            tracking_ops: BTreeMap::new(),
             connection: None,
             pass: None,
             timer: None,
@@ -141,17 +147,6 @@ impl World {
         self.carry_out();
         self.send_requests_again();
         self.within(self.plan.outage_us.min(50_000), Event::Connect(self.lives));
-    }
-
-    fn resume_from(&mut self) -> Resume {
-        if let Some(bytes) = self.persisted.saved.take() {
-            return Resume::Clean(SavedTracking::decode(&bytes).expect("what was saved can be read"));
-        }
-        let Persisted { epoch, history, reserved, acked_durable, .. } = self.persisted.clone();
-        if epoch == 0 {
-            return Resume::New;
-        }
-        Resume::Lost { reason: Reason::AgentCrashed, history, last_lsn: reserved, acked_durable }
     }
 
     /// Facts that the next agent needs are written down before they matter.
@@ -173,17 +168,18 @@ impl World {
         let permille = match &op {
             _ if self.calm => 0,
             LocalOp::Read(_) => self.plan.read_errors_permille,
-            LocalOp::Change(_) => self.plan.write_errors_permille,
+            LocalOp::Change(_) | LocalOp::Settle => self.plan.write_errors_permille,
         };
         let fails = permille > 0 && self.random.permille(permille);
         let request = match &op {
             LocalOp::Change(change) => Some(self.start_request(change)),
-            LocalOp::Read(_) => None,
+            LocalOp::Read(_) | LocalOp::Settle => None,
         };
         self.trace.note(self.now, "local begins", &[io.0, u64::from(write), u64::from(fails)]);
         self.trace.say(self.now, || match &op {
             LocalOp::Change(change) => format!("request {request:?} {:?}", change.range()),
             LocalOp::Read(range) => format!("read {range}"),
+            LocalOp::Settle => "settle".to_owned(),
         });
         let flush_mark = self.local.flush_mark();
         let inflight = InFlight { op, request, frozen: None, fails, content: None, flush_mark };
@@ -223,7 +219,11 @@ impl World {
                 self.change_ends(change, &inflight);
                 if inflight.fails { Err(failure) } else { Ok(LocalData::Changed) }
             }
-            LocalOp::Read(_) if inflight.fails => Err(failure),
+            LocalOp::Read(_) | LocalOp::Settle if inflight.fails => Err(failure),
+            LocalOp::Settle => {
+                self.local.flush(inflight.flush_mark);
+                Ok(LocalData::Changed)
+            }
             LocalOp::Read(_) => Ok(LocalData::Read(inflight.content.expect("it was read before the end"))),
         };
         self.call(|filter, now| filter.local_done(now, io, result));
@@ -233,7 +233,7 @@ impl World {
     /// Half of a write lands; a read sees what is there.
     fn half_of(&mut self, inflight: &mut InFlight, stage: u8) {
         match &inflight.op {
-            LocalOp::Change(Change::Flush) => {}
+            LocalOp::Change(Change::Flush) | LocalOp::Settle => {}
             LocalOp::Change(change) => {
                 if !inflight.fails || self.random.one_in(2) {
                     self.land(&change.clone(), stage);
@@ -316,8 +316,15 @@ impl World {
     }
 
     /// The process dies: the page cache stays, what was under way is done in part.
-    pub(crate) fn kill_agent(&mut self) {
-        let Some(agent) = self.agent.take() else { return };
+    pub(crate) fn kill_agent(&mut self, power: bool) {
+        let Some(mut agent) = self.agent.take() else {
+            if power {
+                self.lose_tracking_power();
+            }
+            return;
+        };
+        let ops = std::mem::take(&mut agent.tracking_ops).into_values().collect();
+        self.kill_tracking(ops, &agent.tracking, power);
         self.trace.note(self.now, "agent dies", &[agent.life]);
         self.stats.agent_deaths += 1;
         let next = agent.filter.last_lsn().next();
@@ -340,7 +347,7 @@ impl World {
     /// The host loses power: agent, machine and page cache are gone.
     pub(crate) fn lose_host_power(&mut self) {
         let next = self.last_lsn().next();
-        self.kill_agent();
+        self.kill_agent(true);
         self.trace.note(self.now, "host loses power", &[]);
         self.guest.requests.clear();
         self.local.lose_power(&mut self.random);
@@ -359,7 +366,7 @@ impl World {
         self.stats.detaches += 1;
         self.count(&agent.filter);
         self.local.flush(self.local.flush_mark());
-        self.persisted.saved = saved.map(|saved| saved.encode());
+        self.leave_tracking(saved);
         if let Some(connection) = agent.connection {
             self.agent_gone(connection);
         }

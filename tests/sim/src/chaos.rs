@@ -17,7 +17,7 @@ impl World {
         }
         let pause = self.plan.chaos_us;
         self.within(pause, Event::Chaos);
-        let kind = self.random.below(34);
+        let kind = self.random.below(38);
         self.trace.note(self.now, "chaos", &[kind]);
         match kind {
             0..=3 => self.cut_link(),
@@ -26,11 +26,7 @@ impl World {
             8 => self.link.latency_us = self.random.pick(&[50, 1_000, 20_000, 100_000]),
             9..=11 => self.receiver_dies(),
             12..=13 => self.agent_dies(),
-            14 => {
-                self.lose_host_power();
-                self.within(self.plan.outage_us, Event::AgentStart);
-            }
-            15..=16 => self.ask_to_detach(),
+            14..=16 => self.ask_to_detach(),
             17..=18 => self.pause(),
             19..=20 => self.force_resync(),
             21..=23 => self.mark(),
@@ -38,7 +34,12 @@ impl World {
             27..=28 => self.hold_answers(),
             29 => self.wall_ahead = self.wall_ahead.saturating_add_signed(self.jump()),
             30..=31 => self.stale_claim(),
-            _ => self.store_fault(),
+            32..=33 => self.store_fault(),
+            34 => self.tracking_fault(),
+            _ => {
+                self.lose_host_power();
+                self.within(self.plan.outage_us, Event::AgentStart);
+            }
         }
     }
 
@@ -61,7 +62,7 @@ impl World {
     }
 
     fn agent_dies(&mut self) {
-        self.kill_agent();
+        self.kill_agent(false);
         self.within(self.plan.outage_us, Event::AgentStart);
     }
 

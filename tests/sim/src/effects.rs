@@ -25,6 +25,7 @@ impl World {
     fn carry_out_one(&mut self, effect: Effect) {
         match effect {
             Effect::Local(io, op) => self.begin_local(io, op),
+            Effect::Tracking(io, op) => self.begin_tracking(io, op),
             Effect::Complete { request, result } => self.answered(request, result),
             Effect::Scan(io) => {
                 let life = self.agent.as_ref().expect("it asked").life;
@@ -47,6 +48,9 @@ impl World {
                 self.trace.note(self.now, "read failed", &[range.start().0]);
             }
             Effect::Disconnect { why } => panic!("honest peers do not part: {why}"),
+            Effect::Alarm(why) if self.tracking.faulty && why.contains("tracking file") => {
+                self.stats.tracking_lost += 1;
+            }
             Effect::Alarm(why) => panic!("nothing happened that an alarm is right for: {why}"),
         }
     }
@@ -90,7 +94,8 @@ impl World {
         }
         let Some((report, Some(result))) = agent.filter.verify_state() else { return };
         agent.verifying = false;
-        agent.verify_shadow = self.now + self.plan.local_us * (self.plan.depth + 2);
+        let one = self.plan.local_us + 2 * self.plan.tracking_us;
+        agent.verify_shadow = self.now + one * (self.plan.depth + 2);
         if result.is_ok() {
             assert!(report.differing.is_empty(), "a false alarm: {report:?}");
             assert_eq!(report.compared, report.total, "the verify left something out");

@@ -29,6 +29,8 @@ pub struct Request {
     pub(crate) contended: bool,
     /// Answers were held while it waited.
     pub(crate) held: bool,
+    /// It waited for an extent to become hot.
+    pub(crate) cold: bool,
 }
 
 /// See the module's description.
@@ -83,11 +85,30 @@ impl World {
             floor: self.guest.told,
             contended: self.is_contended(&change),
             held,
+            cold: false,
         };
         let (start, count) = change.range().map_or((u64::MAX, 0), |range| (range.start().0, range.count().0));
         self.trace.note(self.now, "guest sends", &[number, start, count]);
         self.guest.requests.insert(number, request);
+        let cold =
+            |world: &Self| world.agent.as_ref().map(|agent| agent.filter.status().counters.cold_changes);
+        let before = cold(self);
         self.call(|filter, now| filter.submit(now, RequestId(number), change));
+        if cold(self) != before
+            && let Some(request) = self.guest.requests.get_mut(&number)
+        {
+            request.cold = true;
+        }
+    }
+
+    /// A write to the tracking file has ended: who waited for that begins to wait for the receiver
+    /// only now.
+    pub(crate) fn cold_requests_begin(&mut self) {
+        for request in self.guest.requests.values_mut().filter(|request| request.cold) {
+            if request.started.is_none() {
+                request.submitted = self.now;
+            }
+        }
     }
 
     fn is_contended(&self, change: &Change) -> bool {
@@ -133,7 +154,14 @@ impl World {
         };
         let lsn = result.map_or(0, |lsn| lsn.0);
         self.trace.note(self.now, "guest hears", &[request.0, lsn]);
-        let done = known.done.expect("nothing is answered before the local disk has it");
+        if known.done.is_none() {
+            assert!(
+                result.is_err() && self.tracking.faulty,
+                "nothing is answered before the local disk has it"
+            );
+            return;
+        }
+        let done = known.done.expect("seen just now");
         self.check_delay(&known, done);
         let Ok(lsn) = result else { return };
         self.check_answer(&known);

@@ -26,6 +26,7 @@ pub mod random;
 pub mod receiver;
 pub mod run;
 pub mod trace;
+mod tracking;
 pub mod world;
 
 pub use run::{Mistake, Outcome, run, run_many};

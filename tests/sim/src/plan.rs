@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use backtide_io_filter::{AckPolicy, OnOutage};
-use backtide_units::ByteCount;
+use backtide_tracking::ActivityLimits;
+use backtide_units::{BlockCount, ByteCount};
 
 use crate::random::Random;
 
@@ -62,6 +63,10 @@ pub struct Plan {
     pub store_faults: bool,
     /// Steps until the world is healed.
     pub steps: u64,
+    /// The activity log: few small extents, so that they go cold all the time.
+    pub activity: ActivityLimits,
+    /// The longest that a write to the tracking file takes.
+    pub tracking_us: u64,
     /// Whether the disk holds data before it is first protected.
     pub prefilled: bool,
 }
@@ -112,6 +117,13 @@ impl Plan {
             outage_us: chaos_us / random.pick(&[1, 4, 20]),
             store_faults: random.one_in(4),
             steps,
+            activity: ActivityLimits {
+                extent: BlockCount(random.pick(&[1, 4, 16])),
+                hot: random.pick(&[0, 1, 2, 8, 64]),
+                sectors: random.pick(&[2, 4, 64]),
+                idle: Duration::from_micros(chaos_us),
+            },
+            tracking_us: random.pick(&[100, 1_000, 20_000]),
             prefilled: random.one_in(2),
         }
     }

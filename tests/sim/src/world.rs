@@ -18,6 +18,7 @@ use crate::{
     random::Random,
     receiver::Receiver,
     trace::Trace,
+    tracking::Tracking,
 };
 
 /// Something that is going to happen. `life` names the incarnation it concerns: what a dead
@@ -34,6 +35,13 @@ pub enum Event {
         io: IoId,
         /// 0 and 1: half of it has an effect; 2: it ends.
         stage: u8,
+    },
+    /// Something is done to the tracking file.
+    Tracking {
+        /// The agent's incarnation.
+        life: u64,
+        /// Which.
+        io: IoId,
     },
     /// A scan for allocated blocks goes on: half of the disk is looked at, then the other, then it ends.
     Scan {
@@ -115,6 +123,14 @@ pub struct Stats {
     pub marks: u64,
     /// Stale claims that were refused.
     pub stale_refused: u64,
+    /// Snapshots of the tracking.
+    pub snapshots: u64,
+    /// Agents that began with what the tracking file of a dead one said.
+    pub crashes_tracked: u64,
+    /// Of the others, those that found it torn.
+    pub tracking_torn: u64,
+    /// Tracking files that were given up because their storage failed.
+    pub tracking_lost: u64,
 }
 
 /// See the module's description.
@@ -133,6 +149,7 @@ pub struct World {
     pub(crate) guest: Guest,
     pub(crate) agent: Option<Agent>,
     pub(crate) persisted: Persisted,
+    pub(crate) tracking: Tracking,
     pub(crate) lives: u64,
     pub(crate) link: Link,
     pub(crate) connections: BTreeMap<u64, Connection>,
@@ -167,6 +184,7 @@ impl World {
             guest: Guest::default(),
             agent: None,
             persisted: Persisted::default(),
+            tracking: Tracking::default(),
             lives: 0,
             connections: BTreeMap::new(),
             receiver: Receiver::new(&plan),
@@ -215,6 +233,7 @@ impl World {
         match event {
             Event::Guest => self.guest_turn(),
             Event::Local { life, io, stage } => self.local_goes_on(life, io, stage),
+            Event::Tracking { life, io } => self.tracking_goes_on(life, io),
             Event::Scan { life, io, stage } => self.scan_goes_on(life, io, stage),
             Event::Tick(life) => self.tick(life),
             Event::Room(connection) => self.room(connection),

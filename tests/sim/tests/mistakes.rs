@@ -36,6 +36,21 @@ fn forgetting_changes_under_way_at_the_freeze_is_found() {
 }
 
 #[test]
+fn changing_a_cold_extent_at_once_is_found() {
+    is_found(Mistake::Filter(Mutant::NoWaitForHot), 60);
+}
+
+#[test]
+fn a_snapshot_without_unflushed_blocks_is_found() {
+    is_found(Mistake::Filter(Mutant::SnapshotForgetsUnflushed), 60);
+}
+
+#[test]
+fn a_snapshot_without_the_window_is_found() {
+    is_found(Mistake::Filter(Mutant::SnapshotForgetsWindow), 60);
+}
+
+#[test]
 fn acknowledging_before_the_sync_is_found() {
     is_found(Mistake::AckBeforeSync, 20);
 }

@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 16] = [
+const SEEN: [Seen; 19] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -24,6 +24,9 @@ const SEEN: [Seen; 16] = [
     ("copies before a write", |stats| stats.copies),
     ("stale claims refused", |stats| stats.stale_refused),
     ("marks offered", |stats| stats.marks),
+    ("snapshots of the tracking", |stats| stats.snapshots),
+    ("crashes with a tracking file", |stats| stats.crashes_tracked),
+    ("tracking files given up", |stats| stats.tracking_lost),
 ];
 
 fn number(name: &str) -> Option<u64> {

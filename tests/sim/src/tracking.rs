@@ -1,0 +1,178 @@
+//! The tracking file of the simulated agent: the production file over a storage that loses power,
+//! tears writes and fails now and then.
+
+use std::path::Path;
+
+use backtide_io_filter::{IoFailure, IoId, Resume, TrackingOp};
+use backtide_storage::{MemoryStorage, Storage};
+use backtide_tracking::{ActivityLimits, LoadError, Loaded, SavedTracking, Snapshot, TrackingFile};
+use backtide_units::{ByteCount, Reason};
+
+use crate::world::{Event, World};
+
+const PATH: &str = "vm1.tracking";
+
+/// What lies on the agent's own storage.
+#[derive(Clone, Default)]
+pub(crate) struct Tracking {
+    pub(crate) storage: MemoryStorage,
+    /// The last attach ended cleanly, and none has begun since.
+    clean: bool,
+    /// A write may have been torn since the file was made.
+    torn: bool,
+    /// The storage was told to fail, and an alarm is right.
+    pub(crate) faulty: bool,
+}
+
+impl World {
+    fn limits(&self) -> ActivityLimits {
+        self.plan.activity
+    }
+
+    /// What an agent that starts can know.
+    pub(crate) fn resume_from(&mut self) -> Resume {
+        let loaded = Loaded::from_file(&self.tracking.storage, Path::new(PATH));
+        let (torn, clean) = (self.tracking.torn, std::mem::take(&mut self.tracking.clean));
+        let lost = |world: &Self, reason| Resume::Lost {
+            reason,
+            history: world.persisted.history,
+            last_lsn: world.persisted.reserved,
+            acked_durable: world.persisted.acked_durable,
+        };
+        match loaded {
+            Ok(None) if self.persisted.epoch == 0 => Resume::New,
+            Ok(None) => {
+                assert!(self.tracking.faulty, "the tracking file is gone");
+                lost(self, Reason::AgentCrashed)
+            }
+            Err(error @ (LoadError::Damaged { .. } | LoadError::Io { .. })) => {
+                assert!(torn, "{error}");
+                self.stats.tracking_torn += 1;
+                lost(self, Reason::BitmapUntrusted)
+            }
+            Ok(Some(loaded)) if loaded.snapshot.everything => lost(self, Reason::AgentCrashed),
+            Ok(Some(loaded)) if clean => {
+                assert!(loaded.clean, "nothing was logged after the detach");
+                Resume::Clean(loaded.snapshot.saved)
+            }
+            Ok(Some(loaded)) if loaded.snapshot.saved.history != self.persisted.history => {
+                lost(self, Reason::AgentCrashed)
+            }
+            Ok(Some(loaded)) => self.crashed(loaded),
+        }
+    }
+
+    fn crashed(&mut self, loaded: Loaded) -> Resume {
+        self.stats.crashes_tracked += 1;
+        let Loaded { snapshot: Snapshot { saved, .. }, hot, .. } = loaded;
+        let mut candidates = hot;
+        candidates.union_with(&saved.dirty);
+        candidates.union_with(&saved.zeroes);
+        Resume::Crashed {
+            reason: Reason::AgentCrashed,
+            history: self.persisted.history,
+            last_lsn: self.persisted.reserved,
+            acked_durable: self.persisted.acked_durable.max(saved.acked_durable),
+            candidates,
+        }
+    }
+
+    /// Puts a new file in place; done before the agent does anything else.
+    pub(crate) fn make_tracking(&mut self, snapshot: &Snapshot, clean: bool) -> TrackingFile {
+        let (limits, size) = (self.limits(), self.plan.size);
+        let path = Path::new(PATH);
+        self.tracking.storage.fail_write_after(u64::MAX / 2);
+        self.tracking.storage.fail_sync_after(u64::MAX / 2);
+        let made = TrackingFile::create(&self.tracking.storage, path, limits, size, snapshot);
+        self.tracking.clean = clean;
+        self.tracking.torn = false;
+        made.expect("no fault is planned for it")
+    }
+
+    /// A clean detach leaves what it knows.
+    pub(crate) fn leave_tracking(&mut self, saved: Option<SavedTracking>) {
+        self.tracking.faulty = false;
+        let snapshot = match saved {
+            Some(saved) => Snapshot::first(saved, true, false),
+            None => Snapshot::first(SavedTracking::unknown(self.disk), false, true),
+        };
+        let clean = !snapshot.everything;
+        self.make_tracking(&snapshot, clean);
+    }
+
+    pub(crate) fn begin_tracking(&mut self, io: IoId, op: TrackingOp) {
+        let agent = self.agent.as_mut().expect("it asked");
+        let life = agent.life;
+        agent.tracking_ops.insert(io, op);
+        self.trace.note(self.now, "tracking begins", &[io.0]);
+        self.within(self.plan.tracking_us, Event::Tracking { life, io });
+    }
+
+    pub(crate) fn tracking_goes_on(&mut self, life: u64, io: IoId) {
+        let Some(agent) = self.agent.as_mut().filter(|agent| agent.life == life) else { return };
+        let op = agent.tracking_ops.remove(&io).expect("an operation ends once");
+        let result = self.do_tracking(&op).map_err(|_| IoFailure { errno: 5 });
+        assert!(result.is_ok() || self.tracking.faulty, "the storage is sound");
+        self.cold_requests_begin();
+        self.trace.note(self.now, "tracking ends", &[io.0, u64::from(result.is_ok())]);
+        self.call(|filter, now| filter.tracking_done(now, io, result));
+        self.detach_when_quiet();
+    }
+
+    fn do_tracking(&mut self, op: &TrackingOp) -> std::io::Result<ByteCount> {
+        let file = &self.agent.as_ref().expect("it is alive").tracking;
+        match op {
+            TrackingOp::Record(record) => file.write_record(record).map(|()| ByteCount::ZERO),
+            TrackingOp::Snapshot(snapshot) => {
+                self.stats.snapshots += 1;
+                file.write_snapshot(snapshot)
+            }
+            TrackingOp::Discard => {
+                self.tracking.storage.remove(Path::new(PATH))?;
+                self.tracking.storage.sync_dir(Path::new("")).map(|()| ByteCount::ZERO)
+            }
+        }
+    }
+
+    /// The agent dies: what it was writing is there, or not, or with a power loss in part.
+    pub(crate) fn kill_tracking(&mut self, ops: Vec<TrackingOp>, file: &TrackingFile, power: bool) {
+        for op in ops {
+            if self.random.one_in(2) {
+                continue;
+            }
+            if power {
+                self.tracking.storage.cut_power_after(self.random.below(3));
+                self.tracking.torn = true;
+            }
+            // Nobody is left to be told how it went.
+            let _ = match op {
+                TrackingOp::Record(record) => file.write_record(&record),
+                TrackingOp::Snapshot(snapshot) => file.write_snapshot(&snapshot).map(|_| ()),
+                TrackingOp::Discard => self.tracking.storage.remove(Path::new(PATH)),
+            };
+        }
+        if power {
+            let seed = self.random.below(u64::MAX);
+            self.tracking.storage.crash(seed);
+        }
+    }
+
+    /// The host loses power while no agent runs.
+    pub(crate) fn lose_tracking_power(&mut self) {
+        let seed = self.random.below(u64::MAX);
+        self.tracking.storage.crash(seed);
+    }
+
+    /// The agent's own storage fails once.
+    pub(crate) fn tracking_fault(&mut self) {
+        if self.agent.is_none() || !self.plan.store_faults {
+            return;
+        }
+        self.tracking.faulty = true;
+        if self.random.one_in(2) {
+            self.tracking.storage.fail_write_after(0);
+        } else {
+            self.tracking.storage.fail_sync_after(0);
+        }
+    }
+}
