@@ -1,9 +1,9 @@
-//! What the agent remembers of a disk between attaches: a record in JSON, and after a clean detach
-//! the tracking file.
+//! What the agent remembers of a disk between attaches: a record in JSON, and the tracking file.
 //!
-//! Invariants: the record with the new epoch is durable, and the tracking file durably gone, before
-//! an attach lets its first write through; the LSN bound in the record is durable before an LSN
-//! above it is given. So after a crash no tracking file exists, and no LSN is given twice.
+//! Invariants: the record with the new epoch is durable, and before it the tracking file of the new
+//! attach, before an attach lets its first write through; the LSN bound in the record is durable
+//! before an LSN above it is given. So no LSN is given twice, and a tracking file says at least
+//! what its record needs.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use std::{
 use backtide_agent_api::{AckPolicy, Adopted, Limits, OnOutage};
 use backtide_control::Address;
 use backtide_storage::{Storage, read_file, replace_file};
-use backtide_tracking::SavedTracking;
+use backtide_tracking::{ActivityLimits, LoadError, Loaded, Snapshot, TrackingFile};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 use serde::{Deserialize, Serialize};
 
@@ -24,9 +24,6 @@ const VERSION: u32 = 1;
 
 /// No record is longer than this.
 const RECORD_BYTES_MAX: ByteCount = ByteCount(1 << 20);
-
-/// No tracking file is longer: a fully scattered bitmap of a disk of 64 TiB.
-const TRACKING_BYTES_MAX: ByteCount = ByteCount(4 << 30);
 
 /// How far ahead of the last LSN the durable bound lies.
 pub(crate) const LSN_STEP: u64 = 1 << 24;
@@ -65,6 +62,15 @@ pub(crate) struct DiskRecord {
     pub(crate) last_time: CaptureTime,
     /// What the image looked like after the last clean detach; none where that cannot be told.
     pub(crate) image_at_detach: Option<ImageStamp>,
+    /// The agent ended in good order with the disk attached, which nobody else is to write then.
+    #[serde(default)]
+    pub(crate) stopped: bool,
+    /// The disk's size at the last attach; zero before the first.
+    #[serde(default)]
+    pub(crate) size: ByteCount,
+    /// The disk behind is another one than at the last attach.
+    #[serde(default)]
+    pub(crate) image_changed: bool,
 }
 
 /// Enough of an image's state to notice that somebody else wrote it.
@@ -109,6 +115,9 @@ impl DiskRecord {
             acked_durable: Lsn::ZERO,
             last_time: CaptureTime::default(),
             image_at_detach: None,
+            stopped: false,
+            size: ByteCount::ZERO,
+            image_changed: false,
         }
     }
 }
@@ -183,23 +192,30 @@ impl Records {
         replace_file(&*self.storage, &record_path(&record.name), &bytes)
     }
 
-    /// Reads the tracking file and takes it away, durably: it describes the disk only until the
-    /// first write. None when there is none; an error text when it cannot be trusted.
-    pub(crate) fn take_tracking(&self, disk: &DiskName) -> io::Result<Option<Result<SavedTracking, String>>> {
-        let path = tracking_path(disk);
-        let bytes = match read_file(&*self.storage, &path, TRACKING_BYTES_MAX) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        self.storage.remove(&path)?;
-        self.storage.sync_dir(&PathBuf::new())?;
-        Ok(Some(SavedTracking::decode(&bytes).map_err(|error| error.to_string())))
+    /// What the disk's tracking file says; none when there is none.
+    pub(crate) fn load_tracking(&self, disk: &DiskName) -> Result<Option<Loaded>, LoadError> {
+        Loaded::from_file(&*self.storage, &tracking_path(disk))
     }
 
-    /// Makes the tracking file of a clean detach durable.
-    pub(crate) fn save_tracking(&self, disk: &DiskName, saved: &SavedTracking) -> io::Result<()> {
-        replace_file(&*self.storage, &tracking_path(disk), &saved.encode())
+    /// Puts a new tracking file in place, durably.
+    pub(crate) fn create_tracking(
+        &self,
+        disk: &DiskName,
+        limits: ActivityLimits,
+        size: ByteCount,
+        snapshot: &Snapshot,
+    ) -> io::Result<TrackingFile> {
+        TrackingFile::create(&*self.storage, &tracking_path(disk), limits, size, snapshot)
+    }
+
+    /// Removes the tracking file, durably: everything will be compared.
+    pub(crate) fn discard_tracking(&self, disk: &DiskName) -> io::Result<()> {
+        match self.storage.remove(&tracking_path(disk)) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        self.storage.sync_dir(&PathBuf::new())
     }
 }
 

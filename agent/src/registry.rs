@@ -9,6 +9,7 @@ use backtide_agent_api::{AttachRequest, DiskStatus, Limits};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdUri};
 use backtide_io_filter::Resume;
+use backtide_tracking::Snapshot;
 use backtide_units::DiskName;
 use tokio::sync::{Mutex, RwLock};
 
@@ -151,6 +152,7 @@ impl Registry {
         if record.image != image {
             // Another place may hold another content: what was saved is about the old one.
             record.image_at_detach = None;
+            record.image_changed = true;
         }
         DiskRecord {
             image,
@@ -254,8 +256,12 @@ impl Registry {
     fn put_back(&self, mut record: DiskRecord, resume: &Resume) {
         let Resume::Clean(saved) = resume else { return };
         record.image_at_detach = ImageStamp::of(Path::new(&record.image));
-        let put_back =
-            self.records.save_tracking(&record.name, saved).and_then(|()| self.records.save(&record));
+        let snapshot = Snapshot::first(saved.clone(), true, false);
+        let limits = disk::activity_limits(&record);
+        let put_back = self
+            .records
+            .create_tracking(&record.name, limits, record.size, &snapshot)
+            .and_then(|_| self.records.save(&record));
         if let Err(error) = put_back {
             tracing::error!(disk = %record.name, %error, "cannot put the tracking file back: everything will be compared");
         }
@@ -290,7 +296,7 @@ async fn end(name: DiskName, attached: Attached, records: Records) {
     let stamped = records.load(&name).and_then(|known| match known {
         Some(record) => {
             let image_at_detach = ImageStamp::of(Path::new(&record.image));
-            records.save(&DiskRecord { image_at_detach, ..record })
+            records.save(&DiskRecord { image_at_detach, stopped: true, ..record })
         }
         None => Ok(()),
     });

@@ -106,6 +106,8 @@ pub struct Status {
     pub resync_buffer: ByteCount,
     /// Dirty blocks, of a running pass and beside it.
     pub dirty: BlockCount,
+    /// Extents that are hot; none when no activity log is kept.
+    pub hot_extents: Option<u64>,
     /// Whether the dirty blocks are being found out.
     pub scanning: bool,
     /// Answers the guest is waiting for because of the receiver.
@@ -134,6 +136,7 @@ impl Filter {
             window: self.window.retained_bytes(),
             resync_buffer: self.window.data_bytes(),
             dirty: BlockCount(self.passive.count().0 + active),
+            hot_extents: self.activity.hot_extents(),
             scanning: self.scanning.is_some() || self.lost.is_some(),
             waiting_answers: self.acknowledgements.waiting() as u64,
             pass: self.pass_status(),

@@ -7,6 +7,7 @@ use backtide_io_filter::{
     ResyncKind, Settings,
 };
 use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
+use backtide_tracking::ActivityLimits;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{
     BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn,
@@ -30,6 +31,7 @@ fn filter(ack: AckPolicy) -> Filter {
         window_bytes: ByteCount(1 << 20),
         resync_buffer_bytes: ByteCount(4096),
         guest_delay_max: Duration::from_millis(10),
+        activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
     };
     Filter::new(settings, Resume::New, at(0))
 }

@@ -94,6 +94,12 @@ pub struct LimitsRequest {
     /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resync_bytes_per_second_max: Option<ByteCount>,
+    /// Extents that stay hot in the activity log; 0 = none is kept, and a crash means comparing all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activity_extents: Option<u32>,
+    /// The size of an extent: a multiple of 4096, at least 65536.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activity_extent_bytes: Option<ByteCount>,
 }
 
 /// Bounds of one disk as they are in force. What a configuration leaves out is the default.
@@ -108,6 +114,11 @@ pub struct Limits {
     pub guest_delay_max_ms: u32,
     /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
     pub resync_bytes_per_second_max: ByteCount,
+    /// Extents that stay hot in the activity log: about what has to be compared after a crash.
+    /// 0 = no log is kept, and all has to be.
+    pub activity_extents: u32,
+    /// The size of an extent: a multiple of 4096, at least 65536.
+    pub activity_extent_bytes: ByteCount,
 }
 
 impl Default for Limits {
@@ -117,6 +128,8 @@ impl Default for Limits {
             resync_buffer_bytes: ByteCount(32 << 20),
             guest_delay_max_ms: 10,
             resync_bytes_per_second_max: ByteCount(0),
+            activity_extents: 1024,
+            activity_extent_bytes: ByteCount(4 << 20),
         }
     }
 }
@@ -131,6 +144,8 @@ impl LimitsRequest {
             resync_bytes_per_second_max: self
                 .resync_bytes_per_second_max
                 .unwrap_or(otherwise.resync_bytes_per_second_max),
+            activity_extents: self.activity_extents.unwrap_or(otherwise.activity_extents),
+            activity_extent_bytes: self.activity_extent_bytes.unwrap_or(otherwise.activity_extent_bytes),
         }
     }
 }

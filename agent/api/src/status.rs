@@ -131,6 +131,9 @@ pub struct Dirty {
     pub blocks: BlockCount,
     /// Their bytes.
     pub bytes: ByteCount,
+    /// Extents that would be compared after a crash beside them; none without an activity log:
+    /// the whole disk would be.
+    pub hot_extents: Option<u64>,
 }
 
 /// The retained window.
@@ -218,6 +221,20 @@ pub struct Counters {
     pub passes_forfeited: u64,
     /// Blocks read ahead of a guest write for a pass.
     pub copies_before_write: u64,
+    /// Passes given up because the stream was lost.
+    pub passes_aborted: u64,
+    /// Pass bytes that were compared and found equal.
+    pub resync_equal_bytes: ByteCount,
+    /// Local reads for passes that failed, each try counted.
+    pub failed_reads: u64,
+    /// Guest changes that the local disk refused.
+    pub failed_changes: u64,
+    /// Guest requests answered with less than the acknowledgement policy promises.
+    pub degraded_answers: u64,
+    /// Guest changes that waited for the activity log.
+    pub cold_changes: u64,
+    /// Snapshots of the tracking.
+    pub snapshots: u64,
     /// Changes of mode.
     pub transitions: u64,
 }

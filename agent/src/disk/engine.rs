@@ -12,16 +12,21 @@ use std::{
 };
 
 use backtide_export::{NbdError, Reply};
-use backtide_io_filter::{Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId};
-use backtide_units::{ByteCount, CaptureTime, Lsn};
+use backtide_io_filter::{
+    Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId, TrackingOp,
+};
+use backtide_tracking::TrackingFile;
+use backtide_units::{ByteCount, CaptureTime, DiskName, Lsn};
 use tokio::sync::Notify;
 
-use super::local::SharedLocal;
+use super::local::{SharedLocal, blocking, failure};
+use crate::record::Records;
 
 /// One disk's filter, its disk behind, and the guest's requests under way.
 pub(crate) struct Engine {
     filter: RefCell<Filter>,
     pub(crate) local: SharedLocal,
+    tracking: Tracking,
     requests: RefCell<HashMap<RequestId, Pending>>,
     next_request: Cell<u64>,
     started: Instant,
@@ -43,6 +48,14 @@ pub(crate) struct Engine {
     pub(crate) traffic: Traffic,
     /// When everything was at the receiver last.
     caught_up: Cell<Instant>,
+}
+
+/// Where what has to outlive the agent is written.
+#[derive(Clone)]
+pub(crate) struct Tracking {
+    pub(crate) file: TrackingFile,
+    pub(crate) records: Records,
+    pub(crate) disk: DiskName,
 }
 
 /// Why this side ends a connection.
@@ -87,11 +100,12 @@ pub(crate) fn add(counter: &Cell<u64>, count: u64) {
 }
 
 impl Engine {
-    pub(crate) fn new(make: impl FnOnce(Now) -> Filter, local: SharedLocal) -> Rc<Self> {
+    pub(crate) fn new(make: impl FnOnce(Now) -> Filter, local: SharedLocal, tracking: Tracking) -> Rc<Self> {
         let started = Instant::now();
         Rc::new(Self {
             filter: RefCell::new(make(now_since(started))),
             local,
+            tracking,
             requests: RefCell::default(),
             next_request: Cell::new(0),
             started,
@@ -160,6 +174,7 @@ impl Engine {
     fn carry_out_one(self: &Rc<Self>, effect: Effect) {
         match effect {
             Effect::Local(io, op) => self.start_local(io, op),
+            Effect::Tracking(io, op) => self.start_tracking(io, op),
             Effect::Complete { request, result } => self.complete(request, result),
             Effect::Scan(io) => self.start_scan(io),
             Effect::Transition { from, to, reason } => self.log_transition(from, to, reason),
@@ -190,6 +205,20 @@ impl Engine {
     fn local_done(&self, io: IoId, result: Result<LocalData, IoFailure>) {
         let now = self.now();
         self.filter.borrow_mut().local_done(now, io, result);
+    }
+
+    fn start_tracking(self: &Rc<Self>, io: IoId, op: TrackingOp) {
+        let engine = Rc::clone(self);
+        let Tracking { file, records, disk } = self.tracking.clone();
+        tokio::task::spawn_local(async move {
+            let done = blocking(move || match op {
+                TrackingOp::Record(record) => file.write_record(&record).map(|()| ByteCount::ZERO),
+                TrackingOp::Snapshot(snapshot) => file.write_snapshot(&snapshot),
+                TrackingOp::Discard => records.discard_tracking(&disk).map(|()| ByteCount::ZERO),
+            });
+            let result = done.await.map_err(failure);
+            engine.happen(|filter, now| filter.tracking_done(now, io, result));
+        });
     }
 
     fn start_scan(self: &Rc<Self>, io: IoId) {

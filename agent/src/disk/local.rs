@@ -149,7 +149,7 @@ fn on_image(image: &ImageFile, op: LocalOp) -> io::Result<LocalData> {
             image.zero(range, trim)?;
             fua
         }
-        LocalOp::Change(Change::Flush) => true,
+        LocalOp::Change(Change::Flush) | LocalOp::Settle => true,
     };
     if stable {
         image.sync()?;

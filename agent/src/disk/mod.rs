@@ -13,10 +13,11 @@ mod open;
 mod status;
 mod stream;
 mod thread;
+mod trust;
 mod unflushed;
 
 pub(crate) use handle::{DiskHandle, NoAnswer};
-pub(crate) use open::{OpenError, open};
+pub(crate) use open::{OpenError, activity_limits, open};
 #[cfg(test)]
 pub(crate) use thread::MarkAt;
 pub(crate) use thread::{Command, DetachError, start, start_error};

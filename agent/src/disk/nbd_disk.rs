@@ -123,7 +123,9 @@ impl NbdDisk {
     pub(crate) async fn run(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
         match op {
             LocalOp::Read(range) => Ok(LocalData::Read(self.read(range).await?)),
-            LocalOp::Change(Change::Flush) => self.flush().await.map(|()| LocalData::Changed),
+            LocalOp::Change(Change::Flush) | LocalOp::Settle => {
+                self.flush().await.map(|()| LocalData::Changed)
+            }
             LocalOp::Change(change) => self.change(change).await.map(|()| LocalData::Changed),
         }
     }

@@ -1,5 +1,5 @@
 //! What an attach does before the disk's thread starts: claims the epoch, opens the disk behind,
-//! and finds out what the filter may trust.
+//! finds out what the filter may trust, and leaves a tracking file that says so.
 
 use std::{io, path::Path};
 
@@ -7,10 +7,11 @@ use backtide_agent_api::{AckPolicy, OnOutage};
 use backtide_export::{ClientError, NbdUri, ParseUriError};
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{ImageError, ImageFile};
-use backtide_tracking::SavedTracking;
-use backtide_units::{ByteCount, Lsn, Reason};
+use backtide_tracking::{ActivityLimits, TrackingFile};
+use backtide_units::{BlockCount, ByteCount, Lsn};
 use uuid::Uuid;
 
+use super::trust;
 use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
 
 /// The disk behind, before its thread has it.
@@ -26,6 +27,7 @@ pub(crate) struct Opened {
     pub(crate) behind: Behind,
     pub(crate) settings: Settings,
     pub(crate) resume: Resume,
+    pub(crate) tracking: TrackingFile,
 }
 
 /// Why a disk cannot be attached.
@@ -49,7 +51,7 @@ pub(crate) enum OpenError {
 }
 
 /// Opens the disk behind `record` and begins a new attach: when this returns, the new epoch is
-/// durable and the tracking file of the last one is durably gone.
+/// durable, and before it a tracking file that says what this attach begins with.
 pub(crate) async fn open(
     records: &Records,
     mut record: DiskRecord,
@@ -57,15 +59,25 @@ pub(crate) async fn open(
     stamp: Option<ImageStamp>,
 ) -> Result<(DiskRecord, Opened), OpenError> {
     let behind = open_behind(behind).await?;
-    let saved = records.take_tracking(&record.name).map_err(|source| record_error(&record, source))?;
-    let resume = resume(&record, saved, stamp.as_ref());
+    let size = behind.size();
+    let resume = trust::resume(&record, records.load_tracking(&record.name), stamp.as_ref(), size);
+    // Before the record, by which the next attach would take the old file for that of a crash.
+    let activity = activity_limits(&record);
+    let snapshot = resume.first_snapshot(record.uuid, activity);
+    let tracking = records
+        .create_tracking(&record.name, activity, size, &snapshot)
+        .and_then(|file| file.sign(trust::alive_now()).map(|()| file))
+        .map_err(|source| record_error(&record, source))?;
     record.epoch = record.epoch.next();
     record.lsn_bound = Lsn(record.lsn_bound.0.max(last_lsn(&resume).0)).plus(LSN_STEP);
     record.image_at_detach = None;
+    record.stopped = false;
+    record.image_changed = false;
+    record.size = size;
     record.attached = true;
     records.save(&record).map_err(|source| record_error(&record, source))?;
     let settings = settings(&record, behind.size());
-    Ok((record.clone(), Opened { record, behind, settings, resume }))
+    Ok((record.clone(), Opened { record, behind, settings, resume, tracking }))
 }
 
 fn record_error(record: &DiskRecord, source: io::Error) -> OpenError {
@@ -95,42 +107,11 @@ impl Behind {
     }
 }
 
-/// What the filter may trust. A tracking file that fits the image is trusted; a disk that was never
-/// protected has nothing to trust; everything else is compared.
-fn resume(
-    record: &DiskRecord,
-    saved: Option<Result<SavedTracking, String>>,
-    stamp: Option<&ImageStamp>,
-) -> Resume {
-    let lost = |reason| Resume::Lost {
-        reason,
-        history: record.history,
-        last_lsn: record.lsn_bound,
-        acked_durable: record.acked_durable,
-    };
-    match saved {
-        None if record.history.is_none() && record.lsn_bound == Lsn::ZERO => Resume::New,
-        None if record.history.is_none() => lost(Reason::FirstAttach),
-        None => lost(Reason::AgentCrashed),
-        Some(Err(why)) => {
-            tracing::error!(disk = %record.name, why, "the tracking file cannot be trusted: everything is compared");
-            lost(Reason::BitmapUntrusted)
-        }
-        Some(Ok(saved))
-            if saved.disk != record.uuid || stamp.is_none() || record.image_at_detach.as_ref() != stamp =>
-        {
-            tracing::warn!(disk = %record.name, "the disk may have been changed while it was detached: everything is compared");
-            lost(Reason::BitmapUntrusted)
-        }
-        Some(Ok(saved)) => Resume::Clean(saved),
-    }
-}
-
 fn last_lsn(resume: &Resume) -> Lsn {
     match resume {
         Resume::New => Lsn::ZERO,
         Resume::Clean(saved) => saved.last_lsn,
-        Resume::Lost { last_lsn, .. } => *last_lsn,
+        Resume::Lost { last_lsn, .. } | Resume::Crashed { last_lsn, .. } => *last_lsn,
     }
 }
 
@@ -155,63 +136,13 @@ fn settings(record: &DiskRecord, size: ByteCount) -> Settings {
         window_bytes: limits.window_bytes,
         resync_buffer_bytes: limits.resync_buffer_bytes,
         guest_delay_max: std::time::Duration::from_millis(limits.guest_delay_max_ms.into()),
+        activity: activity_limits(record),
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use backtide_units::{DiskId, HistoryId};
-
-    fn record() -> DiskRecord {
-        let receiver = "unix:/r".parse().unwrap();
-        let record = DiskRecord::new("vm1".parse().unwrap(), "/disk.raw".into(), receiver);
-        let image_at_detach = Some(stamp());
-        DiskRecord { history: Some(HistoryId::random()), image_at_detach, lsn_bound: Lsn(77), ..record }
-    }
-
-    fn stamp() -> ImageStamp {
-        ImageStamp { size: ByteCount(1 << 20), modified_ns: 5 }
-    }
-
-    fn saved(disk: DiskId) -> SavedTracking {
-        SavedTracking {
-            disk,
-            history: None,
-            last_lsn: Lsn(5),
-            gap_from: Lsn(5),
-            acked_durable: Lsn(5),
-            reason: None,
-            compare: false,
-            dirty: backtide_tracking::DirtyBitmap::new(),
-            zeroes: backtide_tracking::DirtyBitmap::new(),
-        }
-    }
-
-    #[test]
-    fn only_a_fitting_tracking_file_is_trusted() {
-        let record = record();
-        let good = saved(record.uuid);
-        assert_eq!(resume(&record, Some(Ok(good.clone())), Some(&stamp())), Resume::Clean(good.clone()));
-        let touched = ImageStamp { modified_ns: 6, ..stamp() };
-        for distrusted in [
-            resume(&record, Some(Ok(good.clone())), Some(&touched)),
-            resume(&record, Some(Ok(good)), None),
-            resume(&record, Some(Ok(saved(DiskId::random()))), Some(&stamp())),
-            resume(&record, Some(Err("damaged".into())), Some(&stamp())),
-        ] {
-            assert!(matches!(
-                distrusted,
-                Resume::Lost { reason: Reason::BitmapUntrusted, last_lsn: Lsn(77), .. }
-            ));
-        }
-    }
-
-    #[test]
-    fn no_tracking_file_means_a_crash_unless_the_disk_is_new() {
-        let known = record();
-        assert!(matches!(resume(&known, None, None), Resume::Lost { reason: Reason::AgentCrashed, .. }));
-        let fresh = DiskRecord { history: None, lsn_bound: Lsn::ZERO, ..known };
-        assert_eq!(resume(&fresh, None, None), Resume::New);
-    }
+/// How the disk's activity log is kept.
+pub(crate) fn activity_limits(record: &DiskRecord) -> ActivityLimits {
+    let limits = record.limits;
+    let extent = BlockCount((limits.activity_extent_bytes.0 / BlockCount(1).bytes().0).max(16));
+    ActivityLimits { extent, hot: limits.activity_extents, ..ActivityLimits::default() }
 }

@@ -61,8 +61,8 @@ impl Rate {
     }
 }
 
-pub(crate) fn dirty(blocks: BlockCount) -> Dirty {
-    Dirty { blocks, bytes: blocks.bytes() }
+pub(crate) fn dirty(blocks: BlockCount, hot_extents: Option<u64>) -> Dirty {
+    Dirty { blocks, bytes: blocks.bytes(), hot_extents }
 }
 
 pub(crate) fn disk_status(
@@ -97,7 +97,7 @@ pub(crate) fn disk_status(
         history: status.history,
         lsn: LsnStatus { last: status.last_lsn, received: status.received_lsn, durable: status.durable_lsn },
         lag: lag(engine, &status),
-        dirty: dirty(status.dirty),
+        dirty: dirty(status.dirty, status.hot_extents),
         window: Window { bytes: status.window, limit: record.limits.window_bytes },
         resync: status.pass.as_ref().map(|pass| resync(pass, status.counters.passes, rate)),
         resync_due: status.scanning,
@@ -189,6 +189,13 @@ fn counters(engine: &Engine, status: &Status) -> Counters {
         passes: filter.passes,
         passes_forfeited: filter.forfeited,
         copies_before_write: filter.copies_before_write,
+        passes_aborted: filter.passes_aborted,
+        resync_equal_bytes: ByteCount(filter.resync_bytes_equal),
+        failed_reads: filter.failed_reads,
+        failed_changes: filter.failed_changes,
+        degraded_answers: filter.degraded_answers,
+        cold_changes: filter.cold_changes,
+        snapshots: filter.snapshots,
         transitions: filter.transitions,
     }
 }

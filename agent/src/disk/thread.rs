@@ -6,18 +6,20 @@ use backtide_agent_api::{DiskStatus, VerifyStatus};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{BindError, Limits, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
+use backtide_tracking::{SavedTracking, Snapshot, TrackingFile};
 use backtide_units::{CaptureTime, Lsn};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
     DiskHandle,
-    engine::{Engine, Kick},
+    engine::{Engine, Kick, Tracking},
     export::{DiskExport, OneExport},
     local::{Local, blocking},
     nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
     status::Verifies,
     stream::Stream,
+    trust,
 };
 use crate::record::{DiskRecord, LSN_STEP, Records};
 
@@ -106,6 +108,29 @@ struct Disk {
     image: Option<Arc<backtide_storage::ImageFile>>,
     verifies: Verifies,
     rate: super::status::Rate,
+    life: Life,
+}
+
+/// The tracking file's sign of life, renewed as long as the guest changes something.
+struct Life {
+    file: TrackingFile,
+    changes: u64,
+}
+
+impl Life {
+    fn of(file: TrackingFile) -> Self {
+        Self { file, changes: 0 }
+    }
+
+    fn renew(&mut self, changes: u64, disk: &str) {
+        if std::mem::replace(&mut self.changes, changes) == changes {
+            return;
+        }
+        // An old sign is a doubt the next attach settles by comparing everything.
+        if let Err(error) = self.file.sign(trust::alive_now()) {
+            tracing::warn!(disk, %error, "cannot renew the sign of life in the tracking file");
+        }
+    }
 }
 
 /// Starts the thread of an opened disk, serving it at `nbd`. Returns when clients can connect.
@@ -149,7 +174,7 @@ fn run(
 
 impl Disk {
     async fn begin(opened: Opened, records: Records, nbd: NbdUri) -> Result<Self, StartError> {
-        let Opened { record, behind, settings, resume } = opened;
+        let Opened { record, behind, settings, resume, tracking } = opened;
         let (local, image) = match behind {
             Behind::Image(image) => {
                 let image = Arc::new(image);
@@ -157,7 +182,9 @@ impl Disk {
             }
             Behind::Nbd(uri, size) => (Local::Nbd(NbdDisk::connect(uri, size).await?), None),
         };
-        let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local));
+        let tracking = Tracking { file: tracking, records: records.clone(), disk: record.name.clone() };
+        let life = Life::of(tracking.file.clone());
+        let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
         let rate = record.limits.resync_bytes_per_second_max;
         engine.happen(|filter, _| {
             filter.limit_resync(rate);
@@ -175,7 +202,7 @@ impl Disk {
         tokio::task::spawn_local(Rc::clone(&stream).keep());
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
         let (verifies, rate) = (Verifies::default(), super::status::Rate::default());
-        Ok(Self { engine, stream, server, nbd, record, records, image, verifies, rate })
+        Ok(Self { engine, stream, server, nbd, record, records, image, verifies, rate, life })
     }
 
     async fn serve(mut self, mut inbox: mpsc::Receiver<Command>) {
@@ -290,6 +317,8 @@ impl Disk {
     async fn keep_house(&mut self) {
         let status = self.engine.look(Filter::status);
         self.rate.sample(&status);
+        let changes = status.counters.records + status.counters.failed_changes;
+        self.life.renew(changes, self.record.name.as_str());
         let acked = self.engine.look(Filter::acked_durable);
         let bound_is_near = status.last_lsn.0 + LSN_STEP / 2 > self.record.lsn_bound.0;
         let history_is_new = status.history != self.record.history;
@@ -349,14 +378,20 @@ impl Disk {
         record.last_time = engine.look(|filter| filter.status().last_time);
         last.mode = backtide_agent_api::Mode::Detached;
         last.clients = 0;
-        last.dirty = saved.as_ref().map_or(last.dirty, |saved| super::status::dirty(saved.dirty.count()));
+        last.dirty =
+            saved.as_ref().map_or(last.dirty, |saved| super::status::dirty(saved.dirty.count(), Some(0)));
         if let Some(image) = image
             && let Err(error) = image.unlock()
         {
             tracing::warn!(disk = %record.name, %error, "cannot unlock the image before it is closed");
         }
         let save = move || {
-            saved.map_or(Ok(()), |saved| records.save_tracking(&record.name, &saved))?;
+            let snapshot = match saved {
+                Some(saved) => Snapshot::first(saved, true, false),
+                None => Snapshot::first(SavedTracking::unknown(record.uuid), false, true),
+            };
+            let limits = super::activity_limits(&record);
+            records.create_tracking(&record.name, limits, record.size, &snapshot)?;
             records.save(&record)
         };
         blocking(save).await.map_err(DetachError::Save)?;

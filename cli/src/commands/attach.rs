@@ -72,6 +72,13 @@ pub(crate) struct Policy {
     /// [default: 10]
     #[arg(long, value_name = "MS")]
     guest_delay_max: Option<u32>,
+    /// The extents of the activity log that stay hot: about so many have to be compared after a
+    /// crash; 0 to keep none, and compare the whole disk [default: 1024]
+    #[arg(long, value_name = "COUNT")]
+    activity_extents: Option<u32>,
+    /// The size of such an extent [default: 4MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    activity_extent_size: Option<ByteCount>,
 }
 
 fn ack_policy() -> impl TypedValueParser<Value = AckPolicy> {
@@ -96,6 +103,8 @@ impl Policy {
             resync_buffer_bytes: self.resync_buffer,
             guest_delay_max_ms: self.guest_delay_max,
             resync_bytes_per_second_max: self.resync_rate,
+            activity_extents: self.activity_extents,
+            activity_extent_bytes: self.activity_extent_size,
         };
         let (ack, on_outage) = (self.ack, self.on_outage);
         AttachRequest { name, image, receiver, nbd, ack, on_outage, limits, adopt: None }

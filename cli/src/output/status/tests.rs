@@ -47,7 +47,7 @@ fn in_resync() -> DiskStatus {
         reason: "the receiver was away longer than the retained window lasts".to_owned(),
         reason_code: "receiver-away".to_owned(),
         lag: Lag { records: 12, bytes: ByteCount(8 << 20), seconds: 65.0 },
-        dirty: Dirty { blocks: BlockCount(2048), bytes: ByteCount(8 << 20) },
+        dirty: Dirty { blocks: BlockCount(2048), bytes: ByteCount(8 << 20), hot_extents: Some(3) },
         resync: Some(ResyncStatus {
             pass: 1,
             at: Lsn(80),

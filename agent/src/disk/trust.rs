@@ -1,0 +1,129 @@
+//! What an attach may believe of what the last one left.
+//!
+//! A tracking file speaks of the disk as the agent left it. Whoever wrote the disk since is unknown
+//! to it, so every sign of such a write means that everything is compared:
+//! - after a clean detach, a regular file must have the size and time it was left with; what tells
+//!   no time (a device, an NBD server) is trusted only when the agent itself ended, since a disk
+//!   that is attached is written by nobody else;
+//! - after a crash, a regular file must not have been written later than the agent lived.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use backtide_io_filter::Resume;
+use backtide_tracking::{LoadError, Loaded, SignOfLife};
+use backtide_units::{ByteCount, CaptureTime, Lsn, Reason};
+use uuid::Uuid;
+
+use crate::record::{DiskRecord, ImageStamp};
+
+/// How much later than its last sign of life an agent that was killed may have written: signs come
+/// each second, and the disk's thread may be late.
+const SLACK: Duration = Duration::from_secs(5);
+
+/// The same when the host went down with it: the last signs may not have reached the disk.
+const SLACK_OF_A_POWER_LOSS: Duration = Duration::from_secs(60);
+
+/// The sign of life of now.
+pub(crate) fn alive_now() -> SignOfLife {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let at = CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX));
+    SignOfLife { at, boot: boot_id() }
+}
+
+fn boot_id() -> Uuid {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    text.trim().parse().unwrap_or_default()
+}
+
+/// What the filter may trust: `left` is what the tracking file says, `stamp` the image as it is now,
+/// `size` the disk's.
+pub(crate) fn resume(
+    record: &DiskRecord,
+    left: Result<Option<Loaded>, LoadError>,
+    stamp: Option<&ImageStamp>,
+    size: ByteCount,
+) -> Resume {
+    let disk = &record.name;
+    let lost = |reason| Resume::Lost {
+        reason,
+        history: record.history,
+        last_lsn: record.lsn_bound,
+        acked_durable: record.acked_durable,
+    };
+    let loaded = match left {
+        Ok(Some(loaded)) => loaded,
+        Ok(None) if record.history.is_none() && record.lsn_bound == Lsn::ZERO => return Resume::New,
+        Ok(None) if record.history.is_none() => return lost(Reason::FirstAttach),
+        Ok(None) => return lost(Reason::AgentCrashed),
+        Err(error) => {
+            tracing::error!(%disk, %error, "the tracking file cannot be trusted: everything is compared");
+            return lost(Reason::BitmapUntrusted);
+        }
+    };
+    if record.history.is_none() {
+        return lost(Reason::FirstAttach);
+    }
+    let foreign = foreign_write(record, &loaded, stamp, size);
+    if let Some((reason, why)) = foreign {
+        tracing::warn!(%disk, "{why}: everything is compared");
+        return lost(reason);
+    }
+    if loaded.snapshot.everything || loaded.snapshot.saved.history != record.history {
+        let reason = loaded.snapshot.saved.reason.unwrap_or(Reason::AgentCrashed);
+        return lost(reason);
+    }
+    if loaded.clean && (record.stopped || record.image_at_detach.is_some()) {
+        return Resume::Clean(loaded.snapshot.saved);
+    }
+    let saved = loaded.snapshot.saved;
+    let mut candidates = loaded.hot;
+    candidates.union_with(&saved.dirty);
+    candidates.union_with(&saved.zeroes);
+    tracing::info!(%disk, blocks = %candidates.count(), "the agent ended without a clean detach: these blocks are compared");
+    Resume::Crashed {
+        reason: Reason::AgentCrashed,
+        history: record.history,
+        last_lsn: record.lsn_bound,
+        acked_durable: record.acked_durable.max(saved.acked_durable),
+        candidates,
+    }
+}
+
+/// Why the disk may have been written by somebody else.
+fn foreign_write(
+    record: &DiskRecord,
+    loaded: &Loaded,
+    stamp: Option<&ImageStamp>,
+    size: ByteCount,
+) -> Option<(Reason, &'static str)> {
+    if loaded.snapshot.saved.disk != record.uuid || record.image_changed {
+        return Some((Reason::BitmapUntrusted, "the tracking file is of another disk"));
+    }
+    if record.size != size {
+        return Some((Reason::Resized, "the disk has another size than it had"));
+    }
+    let touched = Some((Reason::BitmapUntrusted, "the disk may have been changed while it was detached"));
+    let detached = loaded.clean && (record.stopped || record.image_at_detach.is_some());
+    match (detached, stamp) {
+        (true, Some(stamp)) => touched.filter(|_| record.image_at_detach.as_ref() != Some(stamp)),
+        (true, None) => touched.filter(|_| !record.stopped),
+        // Detached on purpose, and nothing tells what happened then.
+        (false, None) if loaded.clean => touched,
+        (false, None) => None,
+        (false, Some(stamp)) => {
+            let late = "the image was written after the agent that had it was last alive";
+            Some((Reason::BitmapUntrusted, late)).filter(|_| !lived_until(loaded.alive, stamp))
+        }
+    }
+}
+
+/// Whether the agent may have been alive when the image was written last.
+fn lived_until(alive: Option<SignOfLife>, stamp: &ImageStamp) -> bool {
+    let Some(SignOfLife { at, boot }) = alive else { return false };
+    let slack = if boot == boot_id() { SLACK } else { SLACK_OF_A_POWER_LOSS };
+    let slack = u64::try_from(slack.as_micros()).unwrap_or(u64::MAX);
+    stamp.modified_ns / 1000 <= at.0.saturating_add(slack)
+}
+
+#[cfg(test)]
+mod tests;
