@@ -8,6 +8,7 @@ mod askers;
 mod bad_input;
 mod behind;
 mod connecting;
+mod crash_tracking;
 mod damage;
 mod encrypted;
 mod filesystem;

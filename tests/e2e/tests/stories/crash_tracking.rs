@@ -1,0 +1,109 @@
+//! An agent that is killed knows afterwards what may differ: the rest of the disk is not read again.
+
+use backtide_e2e::{Bench, tools};
+use serde_json::Value;
+
+const SIZE: u64 = 64 << 20;
+const EXTENT: u64 = 4 << 20;
+
+/// What a resync looked at: compared and found equal, or sent.
+fn looked_at(status: &Value) -> u64 {
+    let counters = &status["counters"];
+    counters["resync_equal_bytes"].as_u64().unwrap() + counters["resync_sent_bytes"].as_u64().unwrap()
+}
+
+#[test]
+fn a_killed_agent_compares_the_hot_extents_of_a_huge_disk_and_nothing_else() {
+    let bench = Bench::new();
+    let (_receiver, agent) = (bench.receiver(), bench.agent());
+    bench.image("vm1.img", 1 << 40);
+    tools::qemu_io(&bench.name("vm1.img"), &["write -P 0x11 0 256M"]);
+    let disk = bench.attach("vm1", "vm1.img", &["--activity-extents", "4"]);
+    disk.settle();
+    for place in ["0", "100M", "500G", "1023G"] {
+        disk.qemu_io(&[&format!("write -P 0x22 {place} 64k")]);
+    }
+    // Far from each other, so that older extents go cold.
+    for index in 0..20 {
+        disk.qemu_io(&[&format!("write -P 0x33 {}G 4k", 10 + index * 20)]);
+    }
+    let status = disk.status();
+    assert!(status["counters"]["snapshots"].as_u64() > Some(2), "{status}");
+    assert!(status["counters"]["cold_changes"].as_u64() > Some(20), "{status}");
+    let hot = status["dirty"]["hot_extents"].as_u64().unwrap();
+    assert!(hot <= 8, "extents go cold: {status}");
+    agent.kill();
+    let _agent = bench.agent();
+    disk.settle();
+    let status = disk.status();
+    // What was not flushed to the local disk is compared too, block by block.
+    assert!(looked_at(&status) <= hot * EXTENT + (8 << 20), "not the whole disk: {status}");
+    let mount = bench.json(&["mount", "vm1", "--at", "latest"]);
+    tools::assert_same(&bench.name("vm1.img"), mount["uri"].as_str().unwrap());
+}
+
+#[test]
+fn a_damaged_tracking_file_means_a_compare_of_everything() {
+    let bench = Bench::new();
+    let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 48M"]);
+    disk.settle();
+    agent.kill();
+    let path = bench.path("state/vm1.tracking");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[20] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let mut agent = bench.agent();
+    agent.may_complain("the tracking file cannot be trusted");
+    disk.settle();
+    let status = disk.status();
+    assert!(looked_at(&status) >= 48 << 20, "everything is looked at: {status}");
+    let log = agent.log();
+    assert!(log.contains("the tracking file") && log.contains("is damaged"), "{log}");
+    disk.latest_is_the_image();
+}
+
+#[test]
+fn an_image_written_after_its_agent_died_is_compared_whole() {
+    let bench = Bench::new();
+    let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 48M"]);
+    disk.settle();
+    agent.kill();
+    tools::qemu_io(&disk.image, &["write -P 0x22 40M 1M"]);
+    // Long after the agent was last alive.
+    tools::run("touch", &["-d", "+10 minutes", &disk.image]);
+    let _agent = bench.agent();
+    disk.latest_is_the_image();
+    assert!(looked_at(&disk.status()) >= 48 << 20, "{}", disk.status());
+}
+
+#[test]
+fn without_an_activity_log_a_crash_means_a_compare_of_everything() {
+    let bench = Bench::new();
+    let (_receiver, agent, disk) = bench.protected(SIZE, &["--activity-extents", "0"]);
+    disk.qemu_io(&["write -P 0x11 0 48M"]);
+    disk.settle();
+    assert_eq!(disk.status()["dirty"]["hot_extents"], Value::Null);
+    assert_eq!(disk.status()["counters"]["cold_changes"], 0);
+    agent.kill();
+    let _agent = bench.agent();
+    disk.latest_is_the_image();
+    assert!(looked_at(&disk.status()) >= 48 << 20, "{}", disk.status());
+}
+
+#[test]
+fn kills_one_after_the_other_under_load_lose_nothing() {
+    let bench = Bench::new();
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &["--activity-extents", "2"]);
+    for round in 0..6 {
+        let load = disk.load(round);
+        load.goes_on(60 + round * 31);
+        agent.kill();
+        load.broken();
+        agent = bench.agent();
+    }
+    disk.latest_is_the_image();
+    let found = bench.json(&["verify", "vm1"]);
+    assert_eq!(found["differing"].as_array().map(Vec::len), Some(0), "{found}");
+}
