@@ -8,8 +8,8 @@
 use std::{io, path::Path};
 
 use backtide_segment::{
-    Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq,
-    WriterOptions, claims, scan,
+    SEGMENT_HEADER_LENGTH, Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId,
+    SegmentWriter, Seq, WriterOptions, claims, scan,
 };
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset};
@@ -147,12 +147,12 @@ pub(crate) fn find(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<Fou
 fn identity_of(storage: &dyn Storage, segments_dir: &Path, found: &[Found]) -> Result<LogIdentity, LogError> {
     let headers = || found.iter().filter_map(|found| Some((found, found.header.as_ref().ok()?)));
     let Some((_, first)) = headers().next() else {
-        // The first segment's header is durable before its log is used: a file that has no header at all
-        // was never a log's; one with bytes that are no header is damaged.
+        // The first segment's header is durable before its log is used: without one, and with nothing
+        // behind it, this was never a log, and a power cut tore the header while it was made.
         for Found { id, present, header } in found {
             if let (true, Err(what)) = (present, header) {
                 let file = open(storage, segments_dir, *id)?;
-                if has_bytes(&file)? {
+                if has_entries(&file)? {
                     let (file, what) = (file.name().clone(), what.clone());
                     return Err(LogError::Damaged { file, offset: ByteOffset::ZERO, what });
                 }
@@ -173,10 +173,11 @@ fn identity_of(storage: &dyn Storage, segments_dir: &Path, found: &[Found]) -> R
     Ok(identity)
 }
 
-fn has_bytes(file: &SegmentFile) -> Result<bool, LogError> {
-    // Beyond the header too: entries behind a header of zeros were a log's.
-    let mut bytes = vec![0; backtide_segment::SEGMENT_HEADER_LENGTH + ENTRIES_LOOKED_AT];
-    let read = file.file().read_at(ByteOffset::ZERO, &mut bytes);
+/// Whether something stands behind the header.
+fn has_entries(file: &SegmentFile) -> Result<bool, LogError> {
+    let mut bytes = vec![0; ENTRIES_LOOKED_AT];
+    let behind = ByteOffset(SEGMENT_HEADER_LENGTH as u64);
+    let read = file.file().read_at(behind, &mut bytes);
     read.map_err(|source| failed(format!("read {}", file.name().display()), source))?;
     Ok(bytes.iter().any(|&byte| byte != 0))
 }
