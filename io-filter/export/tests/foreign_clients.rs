@@ -48,6 +48,36 @@ fn nbdinfo_sees_the_export_as_it_is() {
 }
 
 #[test]
+fn several_exports_share_a_socket_and_one_of_them_is_the_default() {
+    on_a_worker(async {
+        let place = Place::new();
+        let mut exports: Vec<(String, std::rc::Rc<dyn backtide_export::Export>)> = Vec::new();
+        for (name, megabytes) in [("first", 1_u64), ("second", 2), ("third", 3)] {
+            let path = place.path(name);
+            std::fs::File::create(&path).unwrap().set_len(megabytes << 20).unwrap();
+            exports.push((name.into(), FileExport::open(name, &path, false).unwrap()));
+        }
+        let exports = std::rc::Rc::new(Fixed(exports));
+        let server = place.serve_all(exports, backtide_export::Limits::default()).await;
+        let list = run("nbdinfo", &["--list", &place.uri("").to_string()]).await;
+        for (name, size) in [("first", 1 << 20), ("second", 2 << 20), ("third", 3 << 20)] {
+            for line in [
+                format!("export=\"{name}\""),
+                format!("description: the file {}", place.path(name).display()),
+                format!("export-size: {size}"),
+            ] {
+                assert!(list.contains(&line), "{line:?} is not in {list}");
+            }
+        }
+        for (name, size) in [("", "1048576"), ("first", "1048576"), ("third", "3145728")] {
+            let shown = run("nbdinfo", &["--size", &place.uri(name).to_string()]).await;
+            assert_eq!(shown.trim(), size, "export {name:?}");
+        }
+        server.shutdown(GRACE).await;
+    });
+}
+
+#[test]
 fn qemu_io_reads_what_it_wrote() {
     on_a_worker(async {
         let place = Place::new();

@@ -212,7 +212,37 @@ fn a_client_that_stops_in_the_middle_of_tls_is_dropped_and_others_are_served() {
             stopped.push(stream);
         }
         works(&secure(&place, &folder)).await;
-        server.shutdown(std::time::Duration::ZERO).await;
+        // Nor does the server wait for it when it ends.
+        let down = tokio::task::spawn_local(server.shutdown(GRACE));
+        support::settle().await;
+        assert!(down.is_finished());
+    });
+}
+
+#[test]
+fn many_requests_under_tls_are_bounded_and_all_answered() {
+    on_a_worker(async {
+        let place = Place::new();
+        let folder = certificates(&place, "pki");
+        let server = serve(&place, TlsMode::Required, &folder, ClientCertificates::Required).await;
+        let client = Client::connect(&secure(&place, &folder)).await.unwrap();
+        // More than sockets and TLS hold between them, both ways at once.
+        let tasks: Vec<_> = (0..64_u64)
+            .map(|number| {
+                let client = client.clone();
+                tokio::spawn(async move {
+                    let (offset, length) = (ByteOffset(number << 20), ByteCount(1 << 20));
+                    let data = Bytes::from(vec![number as u8; 1 << 20]);
+                    client.write(offset, data.clone(), false).await.unwrap();
+                    assert!(client.read(offset, length).await.unwrap() == data, "write {number}");
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap();
+        }
+        drop(client);
+        server.shutdown(GRACE).await;
     });
 }
 

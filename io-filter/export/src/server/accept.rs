@@ -5,7 +5,7 @@
 //! the place of the one that has been in its handshake for longest, never the other way round;
 //! after [`Server::shutdown`] nothing of the server is left running.
 
-use std::{cell::RefCell, collections::BTreeMap, pin::pin, rc::Rc, time::Duration};
+use std::{cell::RefCell, collections::BTreeMap, io, pin::pin, rc::Rc, time::Duration};
 
 use backtide_nbd::NbdAddress;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -175,6 +175,8 @@ async fn accept(listener: Listener, shared: Rc<Shared>) {
     loop {
         let stream = match listener.accept().await {
             Ok(stream) => stream,
+            // About a client that went away before it was accepted: the next may be waiting.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => {
                 tracing::warn!(address = %listener.address(), %error, "cannot accept an NBD client");
                 tokio::time::sleep(ACCEPT_PAUSE).await;

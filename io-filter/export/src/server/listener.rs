@@ -131,12 +131,14 @@ impl Listener {
 
     pub(crate) async fn accept(&self) -> io::Result<Stream> {
         match &self.socket {
-            Socket::Tcp(socket) => {
-                let (stream, _) = socket.accept().await?;
-                stream.set_nodelay(true)?;
-                keep_alive(&stream)?;
-                Ok(Box::new(stream))
-            }
+            Socket::Tcp(socket) => loop {
+                let (stream, client) = socket.accept().await?;
+                // A client that is gone already is no trouble of the listener's.
+                match stream.set_nodelay(true).and_then(|()| keep_alive(&stream)) {
+                    Ok(()) => return Ok(Box::new(stream)),
+                    Err(error) => tracing::debug!(%client, %error, "NBD client went away"),
+                }
+            },
             Socket::Unix(socket) => Ok(Box::new(socket.accept().await?.0)),
         }
     }

@@ -3,6 +3,8 @@
 //! Invariants: a client has one span of time for all of it, however it spreads its bytes; nothing
 //! that came in the clear is read under TLS.
 
+use std::io;
+
 use backtide_nbd::server::{Catalog, Handshake, Session, Step, Unavailable};
 use backtide_nbd::{ExportInfo, ExportSummary, Intake};
 use bytes::BytesMut;
@@ -52,28 +54,27 @@ async fn handshake(mut stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotia
         }
         let step = machine.step(&mut intake, gate, &mut out);
         if !out.is_empty() {
-            stream.write_all_buf(&mut out).await?;
-            stream.flush().await?;
+            let Some(sent) = gate.unless_stopped(send(&mut stream, &mut out)).await else { return Ok(None) };
+            sent?;
         }
         match step? {
             Step::Answered => {}
             Step::NeedMore => {
                 let mut space = intake.space();
-                let read = tokio::select! {
-                    biased;
-                    read = stream.read_buf(&mut space) => read?,
-                    // What has arrived was answered.
-                    _ = gate.stop.requested() => 0,
+                // What has arrived is answered before a stop is heeded.
+                let Some(read) = gate.unless_stopped(stream.read_buf(&mut space)).await else {
+                    return Ok(None);
                 };
-                if read == 0 {
+                if read? == 0 {
                     // Looking whether anybody listens is no offense.
-                    let clean = intake.buffered().is_empty() || gate.stop.asked().is_some();
+                    let clean = intake.buffered().is_empty();
                     return if clean { Ok(None) } else { Err(ServeError::Truncated) };
                 }
             }
             Step::StartTls => {
-                let secured = gate.tls.acceptor().accept(stream).await.map_err(ServeError::Tls)?;
-                stream = Box::new(secured);
+                let secured = gate.tls.acceptor().accept(stream);
+                let Some(secured) = gate.unless_stopped(secured).await else { return Ok(None) };
+                stream = Box::new(secured.map_err(ServeError::Tls)?);
                 machine.tls_started();
             }
             Step::Transmission(session) => {
@@ -83,6 +84,22 @@ async fn handshake(mut stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotia
                 stream.shutdown().await?;
                 return Ok(None);
             }
+        }
+    }
+}
+
+async fn send(stream: &mut Stream, out: &mut BytesMut) -> io::Result<()> {
+    stream.write_all_buf(out).await?;
+    stream.flush().await
+}
+
+impl Gate<'_> {
+    /// Does `work` as far as it needs no waiting once the server stops.
+    async fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            done = work => Some(done),
+            _ = self.stop.requested() => None,
         }
     }
 }
