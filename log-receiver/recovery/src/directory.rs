@@ -12,7 +12,7 @@ mod node;
 
 use std::sync::Arc;
 
-use backtide_segment::{Bucket, LEVELS};
+use backtide_segment::{Bucket, LEVELS, SegmentStats};
 use backtide_units::{ByteCount, ByteRange, Lsn};
 use roaring::RoaringTreemap;
 
@@ -45,6 +45,64 @@ struct Placed<S> {
     max_before: Lsn,
 }
 
+/// One segment with its buckets, ready to be added.
+pub(crate) struct Leaf<S>(Arc<Node<S>>);
+
+impl<S: Clone> Leaf<S> {
+    /// Of a segment with the codes of its buckets.
+    pub(crate) fn new(segment: S, versions: Versions, buckets: &RoaringTreemap) -> Self {
+        Self(Arc::new(Node::leaf(segment, versions, buckets)))
+    }
+}
+
+impl<S> Clone for Leaf<S> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl Versions {
+    pub(crate) fn of(stats: &SegmentStats) -> Self {
+        Self { min: stats.version_min, max: stats.version_max }
+    }
+}
+
+/// Work on the directory, to be done on any thread; one at a time.
+pub(crate) enum Upkeep<S> {
+    /// Nodes that become one.
+    Join(Job<S>),
+    /// One that takes too much memory.
+    Coarsen(Job<S>),
+}
+
+/// Nodes that stand together, from the `first`-th on.
+pub(crate) struct Job<S> {
+    first: usize,
+    nodes: Vec<Arc<Node<S>>>,
+}
+
+/// Work that is done.
+pub(crate) struct Upkept<S> {
+    job: Job<S>,
+    node: Arc<Node<S>>,
+}
+
+impl<S: Clone> Upkeep<S> {
+    /// Does it.
+    pub(crate) fn run(self) -> Upkept<S> {
+        match self {
+            Self::Join(job) => {
+                let node = Arc::new(Node::join(job.nodes.iter().map(|node| &**node)));
+                Upkept { job, node }
+            }
+            Self::Coarsen(job) => {
+                let node = Arc::new(job.nodes[0].coarser());
+                Upkept { job, node }
+            }
+        }
+    }
+}
+
 /// Segments that may have extents of some buckets at or below a version, newest first.
 pub(crate) struct Candidates<'a, S> {
     nodes: &'a [Placed<S>],
@@ -60,15 +118,9 @@ impl<S: Clone> Directory<S> {
         Self { nodes: Vec::new(), bytes_max }
     }
 
-    /// Adds the next segment with the codes of its buckets.
-    pub(crate) fn push(&mut self, segment: S, versions: Versions, buckets: &RoaringTreemap) {
-        self.place(Arc::new(Node::leaf(segment, versions, buckets)));
-        while let Some(from) = self.full_tier() {
-            let joined = Node::join(self.nodes[from..].iter().map(|placed| &*placed.node));
-            self.nodes.truncate(from);
-            self.place(Arc::new(joined));
-        }
-        self.keep_limit();
+    /// Adds the next segment.
+    pub(crate) fn push(&mut self, leaf: Leaf<S>) {
+        self.place(leaf.0);
     }
 
     fn place(&mut self, node: Arc<Node<S>>) {
@@ -77,19 +129,47 @@ impl<S: Clone> Directory<S> {
         self.nodes.push(Placed { node, max_before });
     }
 
-    /// Where the last nodes begin when they are to be joined.
-    fn full_tier(&self) -> Option<usize> {
-        let tier = self.nodes.last()?.node.tier();
-        let same = self.nodes.iter().rev().take_while(|placed| placed.node.tier() == tier).count();
-        (same >= FANOUT && tier < TIER_MAX).then(|| self.nodes.len() - same)
+    /// What is to be done for few nodes and little memory, if anything. Look-ups are right without it.
+    pub(crate) fn upkeep(&self) -> Option<Upkeep<S>> {
+        self.full_tier().map(Upkeep::Join).or_else(|| self.coarsening())
     }
 
-    fn keep_limit(&mut self) {
-        while self.bytes() > self.bytes_max {
-            let coarsest = |placed: &&mut Placed<S>| placed.node.can_be_coarser();
-            let largest = self.nodes.iter_mut().filter(coarsest).max_by_key(|placed| placed.node.bytes());
-            let Some(largest) = largest else { return };
-            largest.node = Arc::new(largest.node.coarser());
+    /// The first eight nodes of one tier, which stand together.
+    fn full_tier(&self) -> Option<Job<S>> {
+        let mut runs = self.nodes.chunk_by(|a, b| a.node.tier() == b.node.tier());
+        let mut first = 0;
+        let run = runs.find(|run| {
+            let full = run.len() >= FANOUT && run[0].node.tier() < TIER_MAX;
+            first += if full { 0 } else { run.len() };
+            full
+        })?;
+        Some(Job { first, nodes: run[..FANOUT].iter().map(|placed| Arc::clone(&placed.node)).collect() })
+    }
+
+    fn coarsening(&self) -> Option<Upkeep<S>> {
+        if self.bytes() <= self.bytes_max {
+            return None;
+        }
+        let nodes = self.nodes.iter().enumerate().filter(|(_, placed)| placed.node.can_be_coarser());
+        let (first, largest) = nodes.max_by_key(|(_, placed)| placed.node.bytes())?;
+        Some(Upkeep::Coarsen(Job { first, nodes: vec![Arc::clone(&largest.node)] }))
+    }
+
+    /// Puts the outcome in place.
+    ///
+    /// # Panics
+    /// When it is not of this directory.
+    pub(crate) fn install(&mut self, upkept: Upkept<S>) {
+        let Upkept { job, node } = upkept;
+        let behind = job.first + job.nodes.len();
+        let replaced = &self.nodes[job.first..behind];
+        let same = replaced.iter().zip(&job.nodes).all(|(placed, node)| Arc::ptr_eq(&placed.node, node));
+        assert!(same, "only one upkeep is under way at a time");
+        let rest = self.nodes.split_off(behind);
+        self.nodes.truncate(job.first);
+        self.place(node);
+        for placed in rest {
+            self.place(placed.node);
         }
     }
 

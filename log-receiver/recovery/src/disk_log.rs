@@ -3,15 +3,14 @@
 //! Invariants: at most one segment is open, the last; entries of a segment are durable only together
 //! with all segments before it; after a failed write or sync nothing is written any more.
 
+mod rotate;
+
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use backtide_segment::{
-    Contents, Entry, SealedSegment, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq, Step,
-    WriterOptions,
-};
+use backtide_segment::{Entry, SegmentHeader, SegmentId, SegmentWriter, Seq, Step, WriterOptions};
 use backtide_storage::{Storage, StorageFile};
 use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 
@@ -23,6 +22,8 @@ use crate::{
     segments::Segments,
     ticket::DirectorySync,
 };
+
+use rotate::Rotation;
 
 /// Whose log it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +86,7 @@ pub struct DiskLog {
     started: u64,
     change_durable: u64,
     sealed_bytes: u64,
+    rotation: Rotation,
     poisoned: bool,
 }
 
@@ -134,7 +136,8 @@ impl DiskLog {
         }
         let mut log = Self::empty(Arc::clone(&storage), segments_dir.clone(), identity, options, cache);
         log.start_segment()?;
-        log.synced(log.ticket_now().sync())?;
+        let ticket = log.ticket_now();
+        log.synced(ticket.sync())?;
         sync_above(&*storage, dir)?;
         Ok(log)
     }
@@ -186,6 +189,7 @@ impl DiskLog {
             started: 0,
             change_durable: 0,
             sealed_bytes: 0,
+            rotation: Rotation::default(),
             poisoned: false,
         }
     }
@@ -246,7 +250,7 @@ impl DiskLog {
         self.timeline.check(&entry)?;
         let entry = entry.complete().map_err(|found| InvalidEntry::Checksum { found })?;
         self.make_room(&entry)?;
-        let synced = self.durable.seq;
+        let synced = self.claimable();
         let folded = entry.clone();
         let current = self.current.as_mut().expect("room was made in an open segment");
         let writer = &mut current.writer;
@@ -268,7 +272,7 @@ impl DiskLog {
             let full = end > self.options.segment_bytes_max.0.min(SEGMENT_BYTES_MAX)
                 || extents >= self.options.segment_extents_max as usize;
             if full && self.appended >= current.writer.header().first_seq {
-                self.seal_current()?;
+                self.fill_current()?;
             }
         }
         if self.current.is_none() { self.start_segment() } else { Ok(()) }
@@ -291,20 +295,27 @@ impl DiskLog {
     /// When entries held back cannot be written; the log is then poisoned.
     pub fn ticket(&mut self) -> Result<Option<SyncTicket>, LogError> {
         self.write_waiting()?;
-        if self.appended == self.durable.seq {
+        if self.appended == self.durable.seq && !self.has_waiting() {
             return Ok(None);
         }
         Ok(Some(self.ticket_now()))
     }
 
     /// A ticket over all that is in the files, entries or not.
-    fn ticket_now(&self) -> SyncTicket {
+    fn ticket_now(&mut self) -> SyncTicket {
+        let chores = self.chores();
         let mut files: Vec<_> = self.unsynced.iter().map(|(file, _)| Arc::clone(file)).collect();
+        let sealed = chores.iter().flat_map(|chores| &chores.seal).map(|job| Arc::clone(job.file.file()));
+        for file in sealed.collect::<Vec<_>>().into_iter().rev() {
+            if !files.iter().any(|known| Arc::ptr_eq(known, &file)) {
+                files.insert(0, file);
+            }
+        }
         files.extend(self.current.as_ref().map(|current| current.writer.sync_handle()));
         let directory = (self.change_durable < self.started)
             .then(|| DirectorySync { storage: Arc::clone(&self.storage), path: self.segments_dir.clone() });
         let through = Durable { seq: self.appended, lsn: self.timeline.covered() };
-        SyncTicket { through, change: self.change, files, directory }
+        SyncTicket { through, change: self.change, files, directory, chores }
     }
 
     /// Takes a ticket's outcome. A failed sync poisons the log.
@@ -324,19 +335,23 @@ impl DiskLog {
         if outcome.through.seq > self.durable.seq {
             self.durable = outcome.through;
         }
+        if let Some(done) = outcome.done {
+            self.take_done(done);
+        }
         Ok(self.durable)
     }
 
-    /// Seals the current segment now; the next entry starts the next.
+    /// Seals the current segment now, unless a ticket that is under way seals others: then the next one does.
+    /// The next entry starts the next.
     ///
     /// # Errors
     /// As [`DiskLog::append`].
     pub fn seal(&mut self) -> Result<(), LogError> {
         self.require_sound()?;
-        match &self.current {
-            Some(current) if self.appended >= current.writer.header().first_seq => self.seal_current(),
-            Some(_) | None => Ok(()),
+        if self.current.as_ref().is_some_and(|current| self.appended >= current.writer.header().first_seq) {
+            self.fill_current()?;
         }
+        self.seal_waiting()
     }
 
     /// What the log gives back. Its newest points may not be durable yet.
@@ -347,7 +362,7 @@ impl DiskLog {
     /// Bytes of all segment files, without space reserved ahead.
     pub fn size(&self) -> ByteCount {
         let current = self.current.as_ref().map_or(0, |current| current.writer.end().0);
-        ByteCount(self.sealed_bytes + current)
+        ByteCount(self.sealed_bytes + self.rotation.bytes().0 + current)
     }
 
     /// How many segments there are.
@@ -392,67 +407,6 @@ impl DiskLog {
         let end = current.writer.end();
         current.segment.with_open_mut(|open| open.end = end);
         self.poison_on_failure(written)
-    }
-
-    /// Starts the next segment. A full device leaves the log as it was.
-    fn start_segment(&mut self) -> Result<(), LogError> {
-        let last = self.segments.last().map(|segment| segment.header().id);
-        let header = SegmentHeader {
-            disk: self.identity.disk,
-            history: self.identity.history,
-            id: last.map_or(SegmentId::FIRST, SegmentId::next),
-            first_seq: self.appended.next(),
-            synced: self.durable.seq,
-        };
-        let path = self.segments_dir.join(header.id.file_name());
-        let name = self.storage.display(&path);
-        let file = self.storage.create_new(&path);
-        let file = file.map_err(|source| failed(format!("create {}", name.display()), source))?;
-        self.change += 1;
-        self.started = self.change;
-        let file = SegmentFile::new(file, name);
-        let writer = match SegmentWriter::create(file.clone(), header, self.options.writer()) {
-            Ok(writer) => writer,
-            Err(error) => {
-                let removed = self.storage.remove(&path);
-                self.poisoned |= removed.is_err();
-                return Err(error.into());
-            }
-        };
-        let contents = Contents::new(header.first_seq, header.synced);
-        let open = OpenSegment { file, contents, end: writer.end() };
-        let segment = Arc::new(Segment::new_open(Arc::clone(&self.storage), path, header, &self.cache, open));
-        Arc::make_mut(&mut self.segments).push(Arc::clone(&segment));
-        self.current = Some(Current { segment, writer });
-        Ok(())
-    }
-
-    fn seal_current(&mut self) -> Result<(), LogError> {
-        let sealed = self.write_footer();
-        let sealed = self.poison_on_failure(sealed)?;
-        let Some(current) = self.current.take() else { return Ok(()) };
-        self.sealed_bytes += sealed.length().0;
-        self.change += 1;
-        self.unsynced.push((current.writer.sync_handle(), self.change));
-        let buckets = current.segment.with_open_mut(|open| open.contents.index().buckets());
-        current.segment.become_sealed(sealed);
-        Arc::make_mut(&mut self.segments).finish_first(&buckets);
-        Ok(())
-    }
-
-    fn write_footer(&mut self) -> Result<SealedSegment, LogError> {
-        let current = self.current.as_mut().expect("only an open segment is sealed");
-        let writer = &mut current.writer;
-        current.segment.with_open_mut(|open| writer.seal(&open.contents))?;
-        let (file, header) = (writer.file().clone(), *writer.header());
-        match SealedSegment::open(&file, header)? {
-            Some(sealed) => Ok(sealed),
-            None => Err(LogError::Damaged {
-                file: file.name().clone(),
-                offset: writer.end(),
-                what: "the footer that was just written cannot be read".to_owned(),
-            }),
-        }
     }
 
     fn require_sound(&self) -> Result<(), LogError> {

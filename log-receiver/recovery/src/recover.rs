@@ -14,7 +14,7 @@ use backtide_segment::{
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset};
 
-use crate::{LogError, LogIdentity, Recovered};
+use crate::{LogError, LogIdentity, Recovered, chores::SPARE};
 
 /// A segment that is kept.
 pub(crate) struct Kept {
@@ -73,6 +73,7 @@ pub(crate) fn recover(
     if kept.is_empty() {
         return Err(no_log(storage, segments_dir));
     }
+    recovery.remove_spare()?;
     recovery.settle(&mut kept)?;
     let mut recovered = recovery.recovered;
     recovered.segments = kept.len() as u32;
@@ -380,6 +381,17 @@ impl Recovery<'_> {
                 offset: scanned.end,
                 what: "the footer that was just written cannot be read".to_owned(),
             }),
+        }
+    }
+
+    /// A file that was to become the next segment holds nothing.
+    fn remove_spare(&self) -> Result<(), LogError> {
+        let path = self.segments_dir.join(SPARE);
+        match self.storage.remove(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(failed(format!("remove {}", self.storage.display(&path).display()), error))
+            }
+            Ok(()) | Err(_) => Ok(()),
         }
     }
 

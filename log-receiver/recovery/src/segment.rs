@@ -71,11 +71,18 @@ impl Segment {
         &self.header
     }
 
-    /// Lets readers use the footer and gives the memory of the open index back.
+    /// Lets readers use the footer and gives the memory of the open index back. Once is enough.
     pub(crate) fn become_sealed(&self, sealed: SealedSegment) {
-        let first = self.sealed.set(sealed).is_ok();
-        assert!(first, "segment {} is sealed twice", self.header.id);
-        *self.open.write().unwrap_or_else(PoisonError::into_inner) = None;
+        // Another one says the same: it was made of the same entries.
+        let _ = self.sealed.set(sealed);
+        let open = self.open.write().unwrap_or_else(PoisonError::into_inner).take();
+        // Readers go on while the memory is given back.
+        drop(open);
+    }
+
+    /// Looks at the open segment; `None` when it is sealed.
+    pub(crate) fn while_open<R>(&self, look: impl FnOnce(&OpenSegment) -> R) -> Option<R> {
+        self.open.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(look)
     }
 
     /// Changes the open segment; only the log that owns it does.

@@ -7,7 +7,7 @@ use roaring::RoaringTreemap;
 
 use crate::{
     LogError,
-    directory::{Directory, Versions},
+    directory::{Directory, Leaf, Upkeep, Upkept, Versions},
     segment::Segment,
 };
 
@@ -35,21 +35,31 @@ impl Segments {
     /// When one before it is still written.
     pub(crate) fn push_finished(&mut self, segment: Arc<Segment>, buckets: &RoaringTreemap) {
         assert!(self.recent.is_empty(), "segments are finished in order");
-        let stats = segment.stats();
-        let versions = Versions { min: stats.version_min, max: stats.version_max };
-        self.directory.push(segment, versions, buckets);
+        let versions = Versions::of(&segment.stats());
+        self.directory.push(Leaf::new(segment, versions, buckets));
+        while let Some(upkeep) = self.directory.upkeep() {
+            self.directory.install(upkeep.run());
+        }
     }
 
     /// Takes the first segment that was written over to those that are not any more.
     ///
     /// # Panics
     /// When none is written.
-    pub(crate) fn finish_first(&mut self, buckets: &RoaringTreemap) {
-        let written = std::mem::take(&mut self.recent);
-        let mut written = written.into_iter();
-        let first = written.next().expect("a segment that was written");
-        self.push_finished(first, buckets);
-        self.recent = written.collect();
+    pub(crate) fn finish_first(&mut self, leaf: Leaf<Arc<Segment>>) {
+        assert!(!self.recent.is_empty(), "a segment that was written");
+        self.recent.remove(0);
+        self.directory.push(leaf);
+    }
+
+    /// Work on the directory, if there is any; see [`Directory::upkeep`].
+    pub(crate) fn upkeep(&self) -> Option<Upkeep<Arc<Segment>>> {
+        self.directory.upkeep()
+    }
+
+    /// Puts such work's outcome in place.
+    pub(crate) fn install(&mut self, upkept: Upkept<Arc<Segment>>) {
+        self.directory.install(upkept);
     }
 
     pub(crate) fn directory(&self) -> &Directory<Arc<Segment>> {

@@ -3,13 +3,16 @@
 //!
 //! A ticket holds every file with entries that are not known durable, oldest first, and the directory
 //! when it has names that are not. Its outcome is a success only when all of them were synced; only
-//! then are its entries durable, for a segment is of no use without the ones before it.
+//! then are its entries durable, for a segment is of no use without the ones before it. It also takes
+//! along what else may block ([`crate::chores`]).
 
 use std::{io, path::PathBuf, sync::Arc};
 
 use backtide_segment::Seq;
 use backtide_storage::{Storage, StorageFile};
 use backtide_units::Lsn;
+
+use crate::chores::{Chores, Done};
 
 /// How far the log is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,6 +32,7 @@ pub struct SyncTicket {
     pub(crate) change: u64,
     pub(crate) files: Vec<Arc<dyn StorageFile>>,
     pub(crate) directory: Option<DirectorySync>,
+    pub(crate) chores: Option<Chores>,
 }
 
 /// A directory whose names are not durable.
@@ -43,6 +47,7 @@ pub struct SyncOutcome {
     pub(crate) through: Durable,
     pub(crate) change: u64,
     pub(crate) result: io::Result<()>,
+    pub(crate) done: Option<Done>,
 }
 
 impl SyncTicket {
@@ -53,14 +58,25 @@ impl SyncTicket {
 
     /// Syncs; blocks as long as the device takes.
     pub fn sync(self) -> SyncOutcome {
-        let mut result = Ok(());
-        for file in &self.files {
+        let Self { through, change, files, directory, chores } = self;
+        let mut done = None;
+        let mut result = match chores.map(Chores::run).transpose() {
+            Ok(chores) => {
+                done = chores;
+                Ok(())
+            }
+            Err(error) => Err(error),
+        };
+        for file in &files {
             result = result.and_then(|()| file.sync_data());
         }
-        if let Some(directory) = &self.directory {
+        if let Some(directory) = &directory {
             result = result.and_then(|()| directory.storage.sync_dir(&directory.path));
         }
-        SyncOutcome { through: self.through, change: self.change, result }
+        if let (Ok(()), Some(done)) = (&result, &done) {
+            done.publish();
+        }
+        SyncOutcome { through, change, result, done }
     }
 }
 

@@ -179,6 +179,9 @@ fn several_tickets_under_way_make_durable_what_each_says() {
     let (first, second) = (first.sync(), second.sync());
     assert_eq!(agent.log.synced(second).expect("synced"), through.1);
     assert_eq!(agent.log.synced(first).expect("synced"), through.1, "an older outcome takes nothing back");
+    // The segment that was full while the first was under way waits to be sealed.
+    let third = agent.log.ticket().expect("ticket").expect("a footer to write");
+    assert_eq!(agent.log.synced(third.sync()).expect("synced"), through.1);
     assert!(agent.log.ticket().expect("ticket").is_none(), "nothing is left to sync");
     storage.crash(9);
     let promised = [agent.log.timeline().latest().expect("a point").lsn];

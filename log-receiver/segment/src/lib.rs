@@ -39,4 +39,4 @@ pub use read::{HeaderScan, SegmentFile};
 pub use scan::{Scanned, claims, scan, scan_prefix};
 pub use sealed::{SealedSegment, Summary};
 pub use verdict::{HeaderState, PayloadState, Verdict, verdict};
-pub use writer::{SegmentWriter, WriterOptions};
+pub use writer::{SegmentWriter, WriterOptions, seal};

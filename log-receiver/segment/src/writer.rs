@@ -50,7 +50,7 @@ const PADDING: [u8; ALIGNMENT as usize] = [0; ALIGNMENT as usize];
 const HEADERS: usize = 64 << 10;
 
 impl SegmentWriter {
-    /// Starts a segment in an empty file: reserves space and writes the header.
+    /// Starts a segment in a file without entries, where space up to `allocated` is reserved: writes the header.
     ///
     /// # Errors
     /// [`SegmentError::Full`] or the file's; the file is then of no use.
@@ -58,9 +58,10 @@ impl SegmentWriter {
         file: SegmentFile,
         header: SegmentHeader,
         options: WriterOptions,
+        allocated: ByteCount,
     ) -> Result<Self, SegmentError> {
         let mut writer = Self::resume(file, header, options, ByteOffset(SEGMENT_HEADER_LENGTH as u64));
-        writer.allocated = Some(0);
+        writer.allocated = Some(allocated.0);
         writer.reserve(ByteCount(SEGMENT_HEADER_LENGTH as u64))?;
         let written = writer.file.file().write_at(ByteOffset::ZERO, &header.encode());
         written.map_err(|source| writer.file.failed("write", source))?;
@@ -90,6 +91,16 @@ impl SegmentWriter {
     /// The file.
     pub fn file(&self) -> &SegmentFile {
         &self.file
+    }
+
+    /// Everything below has space; `None` where the file system cannot reserve.
+    pub fn allocated(&self) -> Option<ByteOffset> {
+        self.allocated.map(ByteOffset)
+    }
+
+    /// Somebody else has reserved space up to `end`, from where it was or below.
+    pub fn note_allocated(&mut self, end: ByteOffset) {
+        self.allocated = self.allocated.map(|allocated| allocated.max(end.0));
     }
 
     /// Where the next entry goes.
@@ -178,8 +189,7 @@ impl SegmentWriter {
     pub fn seal(&mut self, contents: &Contents) -> Result<ByteCount, SegmentError> {
         self.write_waiting()?;
         self.poisoned = true;
-        let sealed = write_footer(&**self.file.file(), &self.header, contents, ByteOffset(self.end));
-        sealed.map_err(|source| self.file.failed("seal", source))
+        seal(&self.file, &self.header, contents, ByteOffset(self.end))
     }
 
     /// A handle to sync the file with.
@@ -222,4 +232,19 @@ impl SegmentWriter {
         }
         Ok(())
     }
+}
+
+/// Writes the footer behind entries that are all in the file and end at `end`. The segment is sealed once the file
+/// has been synced. Gives the file's length.
+///
+/// # Errors
+/// The file's; nobody knows what is behind the entries then.
+pub fn seal(
+    file: &SegmentFile,
+    header: &SegmentHeader,
+    contents: &Contents,
+    end: ByteOffset,
+) -> Result<ByteCount, SegmentError> {
+    let sealed = write_footer(&**file.file(), header, contents, end);
+    sealed.map_err(|source| file.failed("seal", source))
 }

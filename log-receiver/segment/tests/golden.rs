@@ -99,7 +99,7 @@ fn written(entries: Vec<Entry>, sealed: bool) -> Vec<u8> {
         synced: Seq(38),
     };
     let options = WriterOptions { buffer_bytes_max: ByteCount(4096), allocation_step: ByteCount(4096) };
-    let mut writer = SegmentWriter::create(file, header, options).expect("create");
+    let mut writer = SegmentWriter::create(file, header, options, ByteCount::ZERO).expect("create");
     let mut contents = Contents::new(header.first_seq, header.synced);
     for entry in entries {
         writer.append(entry, Seq(39), &mut contents).expect("append");

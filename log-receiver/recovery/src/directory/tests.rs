@@ -21,7 +21,10 @@ fn directory(segments: u32, bytes_max: ByteCount) -> Directory<u32> {
     let mut directory = Directory::new(bytes_max);
     for n in 0..segments {
         let from = u64::from(n) * 10;
-        directory.push(n, versions(from, from + 9), &buckets([n, 1_000_000]));
+        directory.push(Leaf::new(n, versions(from, from + 9), &buckets([n, 1_000_000])));
+        while let Some(upkeep) = directory.upkeep() {
+            directory.install(upkeep.run());
+        }
     }
     directory
 }
@@ -56,6 +59,34 @@ fn there_are_few_nodes_however_many_segments() {
 }
 
 #[test]
+fn work_that_waits_changes_no_answer_and_ends() {
+    let mut late = Directory::new(ByteCount(20_000));
+    let mut under_way = None;
+    for n in 0..500 {
+        late.push(Leaf::new(n, versions(u64::from(n), u64::from(n)), &buckets([n % 7, n])));
+        if n % 3 == 0 {
+            // Segments come while it is under way.
+            if let Some(done) = under_way.take() {
+                late.install(done);
+            }
+            under_way = late.upkeep().map(Upkeep::run);
+        }
+        let found = found(&late, n, Lsn::MAX);
+        assert!(found.contains(&n), "{n}: {found:?}");
+    }
+    if let Some(done) = under_way {
+        late.install(done);
+    }
+    let mut steps = 0;
+    while let Some(upkeep) = late.upkeep() {
+        late.install(upkeep.run());
+        steps += 1;
+    }
+    assert!(steps < 200 && late.nodes.len() < 30, "{steps} steps, {} nodes", late.nodes.len());
+    assert!(late.iter().copied().eq(0..500));
+}
+
+#[test]
 fn candidates_begin_at_the_version_asked_for() {
     let directory = directory(1000, PLENTY);
     let mut candidates = directory.candidates(bucket_range(1_000_000), 0, Lsn(4321));
@@ -72,7 +103,7 @@ fn versions_of_a_pass_in_a_later_segment_are_not_missed() {
     let mut directory = Directory::new(PLENTY);
     // A pass at 50 is delivered while records above it are forwarded.
     for (n, (min, max)) in [(1, 49), (51, 60), (50, 70), (71, 80), (50, 50)].into_iter().enumerate() {
-        directory.push(n as u32, versions(min, max), &buckets([3]));
+        directory.push(Leaf::new(n as u32, versions(min, max), &buckets([3])));
     }
     let mut candidates = directory.candidates(bucket_range(3), 0, Lsn(50));
     let mut seen = Vec::new();
@@ -104,8 +135,8 @@ fn with_little_memory_it_is_coarser_and_still_leaves_none_out() {
 fn large_buckets_are_found_from_any_place_in_them() {
     let mut directory = Directory::new(PLENTY);
     let level_3 = Bucket::new(3, 2).expect("a bucket");
-    directory.push(1, versions(1, 9), &[level_3.code()].into_iter().collect());
-    directory.push(2, versions(10, 19), &buckets([1]));
+    directory.push(Leaf::new(1, versions(1, 9), &[level_3.code()].into_iter().collect()));
+    directory.push(Leaf::new(2, versions(10, 19), &buckets([1])));
     let inside = ByteRange::between(ByteOffset(level_3.range().start().0 + 70_000), level_3.range().end());
     let candidates: Vec<_> = directory.candidates(inside, 0, Lsn::MAX).collect();
     assert_eq!(candidates, [(&1, level_3)]);
