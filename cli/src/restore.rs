@@ -7,6 +7,7 @@
 mod copy;
 mod device;
 mod file;
+mod open_file;
 mod pieces;
 mod target;
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::{
     commands::{
         Stop,
-        daemon::{Settings, prepare, run_dir},
+        daemon::{Settings, prepare, serve},
     },
     context::Context,
     ending::{Ending, Failure},
@@ -47,18 +47,14 @@ struct Ready {
 
 impl Agent {
     /// Runs the agent until a signal.
-    pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
+    pub(crate) async fn run(self, context: &Context, stop: Stop) -> Result<Ending, Failure> {
         let Self::Run(run) = self;
         let config = run.settings(context)?;
         prepare(context, "info");
         let agent = backtide_agent::Agent::start(config).await.map_err(start_failure)?;
         let ready = Ready { api: agent.api_address().clone() };
-        let printed = context.print(&ready, || format!("the agent answers at {}", ready.api));
-        if !matches!(printed, Err(Failure::Error(_))) {
-            stop.asked().await;
-        }
-        agent.shutdown().await;
-        printed.map(|()| Ending::Done)
+        let text = || format!("the agent answers at {}", ready.api);
+        serve(context, stop, &ready, text, agent.shutdown()).await
     }
 }
 
@@ -68,11 +64,9 @@ impl Run {
         let mut settings = Settings::read(self.config.as_deref())?;
         settings.set("state", self.state)?;
         // --agent and BACKTIDE_AGENT say where the agent is: for the agent itself, where to be.
-        settings.set("api", self.api.or_else(|| context.given_agent()))?;
+        let api = self.api.or_else(|| context.given_agent());
+        settings.set_places(api, places.agent_api(), places)?;
         settings.set_default("state", places.agent_state())?;
-        settings.set_default("api", places.agent_api())?;
-        let run = run_dir(&settings.get("api")?, places);
-        settings.set_default("run", run)?;
         settings.config()
     }
 }

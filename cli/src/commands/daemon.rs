@@ -13,8 +13,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
+    commands::Stop,
     context::Context,
-    ending::{Failure, io_failure, wrong_usage},
+    ending::{Ending, Failure, io_failure, wrong_usage},
     open_files,
     places::Places,
 };
@@ -75,8 +76,40 @@ fn unreadable(from: &str, error: &toml::de::Error) -> Failure {
         .into()
 }
 
+impl Settings {
+    /// Says where the control API is, and that sockets without an address of their own are beside it.
+    pub(crate) fn set_places(
+        &mut self,
+        api: Option<Address>,
+        default: Address,
+        places: &Places,
+    ) -> Result<(), Failure> {
+        self.set("api", api)?;
+        self.set_default("api", default)?;
+        let run = run_dir(&self.get("api")?, places);
+        self.set_default("run", run)
+    }
+}
+
+/// Prints that a daemon is ready, waits until it is to stop, and ends it in good order.
+pub(crate) async fn serve(
+    context: &Context,
+    mut stop: Stop,
+    ready: &impl Serialize,
+    text: impl FnOnce() -> String,
+    shutdown: impl Future<Output = ()>,
+) -> Result<Ending, Failure> {
+    let printed = context.print(ready, text);
+    // Nobody has to read it: a pipe that is closed is no reason to end.
+    if !matches!(printed, Err(Failure::Error(_))) {
+        stop.asked().await;
+    }
+    shutdown.await;
+    printed.map(|()| Ending::Done)
+}
+
 /// Sockets without an address of their own are beside the control API's.
-pub(crate) fn run_dir(api: &Address, places: &Places) -> PathBuf {
+fn run_dir(api: &Address, places: &Places) -> PathBuf {
     api.socket_path().and_then(Path::parent).map_or_else(|| places.run_dir().clone(), Path::to_owned)
 }
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::{
     commands::{
         Stop,
-        daemon::{Settings, prepare, run_dir},
+        daemon::{Settings, prepare, serve},
     },
     context::Context,
     ending::{Ending, Failure},
@@ -52,7 +52,7 @@ struct Ready {
 
 impl Receiver {
     /// Runs the receiver until a signal.
-    pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
+    pub(crate) async fn run(self, context: &Context, stop: Stop) -> Result<Ending, Failure> {
         let Self::Run(run) = self;
         let config = run.settings(context)?;
         prepare(context, "info");
@@ -62,12 +62,7 @@ impl Receiver {
             listen: receiver.stream_addresses().to_vec(),
             store_id: receiver.store_id().0.to_string(),
         };
-        let printed = context.print(&ready, || ready_text(&ready));
-        if !matches!(printed, Err(Failure::Error(_))) {
-            stop.asked().await;
-        }
-        receiver.shutdown().await;
-        printed.map(|()| Ending::Done)
+        serve(context, stop, &ready, || ready_text(&ready), receiver.shutdown()).await
     }
 }
 
@@ -76,12 +71,9 @@ impl Run {
         let places = context.places();
         let mut settings = Settings::read(self.config.as_deref())?;
         settings.set("store", self.store)?;
-        settings.set("api", self.api)?;
         settings.set("listen", (!self.listen.is_empty()).then_some(self.listen))?;
         settings.set_default("store", places.store())?;
-        settings.set_default("api", places.receiver_api())?;
-        let run = run_dir(&settings.get("api")?, places);
-        settings.set_default("run", run)?;
+        settings.set_places(self.api, places.receiver_api(), places)?;
         settings.config()
     }
 }

@@ -4,21 +4,16 @@ use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
     os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-    sync::Arc,
+    path::Path,
 };
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::{ByteCount, ByteRange};
-use bytes::Bytes;
-use rustix::fs::{Advice, FallocateFlags, Mode, OFlags, fadvise, fallocate, open};
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
 
 use crate::{
     ending::{Failure, io_failure},
-    restore::{
-        file::read_exact,
-        target::{blocking, enough_room},
-    },
+    restore::{open_file::OpenFile, target::enough_room},
 };
 
 /// Zeroes are written in steps of this where the device has nothing better.
@@ -27,8 +22,7 @@ const ZERO_STEP: ByteCount = ByteCount(1 << 20);
 /// An open block device.
 #[derive(Clone)]
 pub(crate) struct Device {
-    file: Arc<File>,
-    path: PathBuf,
+    file: OpenFile,
 }
 
 impl Device {
@@ -47,38 +41,21 @@ impl Device {
         };
         let size = (&file).seek(SeekFrom::End(0)).map_err(failed)?;
         enough_room(path.display(), ByteCount(size), needed)?;
-        Ok(Self { file: Arc::new(file), path: path.to_owned() })
+        Ok(Self { file: OpenFile::new(file, path) })
     }
 
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
-    pub(super) async fn write(&self, range: ByteRange, data: Bytes) -> Result<(), Failure> {
-        let file = Arc::clone(&self.file);
-        blocking(&self.path, "write", move || file.write_all_at(&data, range.start().0)).await
+    /// Its content.
+    pub(super) fn content(&self) -> &OpenFile {
+        &self.file
     }
 
     pub(super) async fn zero(&self, range: ByteRange) -> Result<(), Failure> {
-        let file = Arc::clone(&self.file);
-        blocking(&self.path, "zero", move || zero(&file, range)).await
-    }
-
-    pub(super) async fn sync(&self) -> Result<(), Failure> {
-        let file = Arc::clone(&self.file);
-        blocking(&self.path, "sync", move || {
-            file.sync_all()?;
-            // So that verifying reads the device; only advice.
-            let _ = fadvise(&file, 0, None, Advice::DontNeed);
-            Ok(())
-        })
-        .await
-    }
-
-    pub(super) async fn read(&self, range: ByteRange) -> Result<Bytes, Failure> {
-        let file = Arc::clone(&self.file);
-        blocking(&self.path, "read", move || read_exact(&file, range)).await
+        self.file.blocking("zero", move |file| zero(file, range)).await
     }
 }
 

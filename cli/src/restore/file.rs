@@ -4,30 +4,27 @@
 use std::{
     fs::File,
     io,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::Extent;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
-use bytes::Bytes;
-use rustix::fs::{Advice, SeekFrom, fadvise, seek};
+use rustix::fs::{SeekFrom, seek};
 use tempfile::NamedTempFile;
 
 use crate::{
     ending::{Failure, io_failure},
-    restore::target::blocking,
+    restore::open_file::OpenFile,
 };
 
 /// A file that has no name yet. Dropped before [`NewFile::publish`], it is gone.
 #[derive(Clone)]
 pub(crate) struct NewFile {
-    file: Arc<File>,
+    file: OpenFile,
     /// Taken when the file gets its name.
     temporary: Arc<Mutex<Option<NamedTempFile>>>,
-    path: PathBuf,
     replace: bool,
 }
 
@@ -48,68 +45,43 @@ impl NewFile {
         if replace && let Ok(found) = std::fs::metadata(path) {
             temporary.as_file().set_permissions(found.permissions()).map_err(failed)?;
         }
-        let file = Arc::new(temporary.as_file().try_clone().map_err(failed)?);
-        Ok(Self { file, temporary: Arc::new(Mutex::new(Some(temporary))), path: path.to_owned(), replace })
+        let file = OpenFile::new(temporary.as_file().try_clone().map_err(failed)?, path);
+        Ok(Self { file, temporary: Arc::new(Mutex::new(Some(temporary))), replace })
     }
 
     /// The name it is going to have.
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
-    pub(super) async fn write(&self, range: ByteRange, data: Bytes) -> Result<(), Failure> {
-        let file = Arc::clone(&self.file);
-        blocking(&self.path, "write", move || file.write_all_at(&data, range.start().0)).await
-    }
-
-    pub(super) async fn sync(&self) -> Result<(), Failure> {
-        let file = Arc::clone(&self.file);
-        blocking(&self.path, "sync", move || {
-            file.sync_all()?;
-            // What is read back to verify shall come from the disk, not from memory. It is advice:
-            // where it is not taken, the comparison is still made.
-            let _ = fadvise(&file, 0, None, Advice::DontNeed);
-            Ok(())
-        })
-        .await
-    }
-
-    pub(super) async fn read(&self, range: ByteRange) -> Result<Bytes, Failure> {
-        let file = Arc::clone(&self.file);
-        blocking(&self.path, "read", move || read_exact(&file, range)).await
+    /// Its content.
+    pub(super) fn content(&self) -> &OpenFile {
+        &self.file
     }
 
     pub(super) async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, Failure> {
-        let file = Arc::clone(&self.file);
-        blocking(&self.path, "look for data in", move || allocated(&file, range)).await
+        self.file.blocking("look for data in", move |file| allocated(file, range)).await
     }
 
     pub(super) async fn publish(&self) -> Result<(), Failure> {
         let temporary = self.temporary.lock().unwrap_or_else(PoisonError::into_inner).take();
         let temporary = temporary.expect("a restored file gets its name once");
-        let (path, replace) = (self.path.clone(), self.replace);
-        let named = blocking(&self.path, "name", move || {
+        let (path, replace) = (self.path().to_owned(), self.replace);
+        let name = move |_: &File| {
             let kept = if replace { temporary.persist(&path) } else { temporary.persist_noclobber(&path) };
             match kept {
                 Ok(_) => sync_directory(&path).map(|()| true),
                 Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
                 Err(error) => Err(error.error),
             }
-        })
-        .await?;
+        };
+        let named = self.file.blocking("name", name).await?;
         if named {
             return Ok(());
         }
-        let message = format!("{} has appeared meanwhile", self.path.display());
+        let message = format!("{} has appeared meanwhile", self.path().display());
         Err(ApiError::new(ErrorCode::Exists, message).into())
     }
-}
-
-/// The bytes of a range.
-pub(super) fn read_exact(file: &File, range: ByteRange) -> io::Result<Bytes> {
-    let mut data = vec![0; range.count().0 as usize];
-    file.read_exact_at(&mut data, range.start().0)?;
-    Ok(data.into())
 }
 
 /// Which parts of a range the file system keeps space for. Where it cannot tell: all of it.

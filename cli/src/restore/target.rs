@@ -3,11 +3,7 @@
 //! Invariant: opening a target changes nothing in what is there already; what cannot hold the
 //! point is refused then.
 
-use std::{
-    fmt,
-    os::unix::fs::FileTypeExt,
-    path::{Path, PathBuf},
-};
+use std::{fmt, os::unix::fs::FileTypeExt, path::Path};
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{Client, Extent, NbdUri, ZeroOptions};
@@ -127,8 +123,8 @@ impl Target {
     /// Writes `data` at the start of `range`, which has its length.
     pub(crate) async fn write(&self, range: ByteRange, data: Bytes) -> Result<(), Failure> {
         match self {
-            Self::File(file) => file.write(range, data).await,
-            Self::Device(device) => device.write(range, data).await,
+            Self::File(file) => file.content().write(range, data).await,
+            Self::Device(device) => device.content().write(range, data).await,
             Self::Nbd { uri, client } => client
                 .write(range.start(), data, false)
                 .await
@@ -151,8 +147,8 @@ impl Target {
     /// Makes everything written durable.
     pub(crate) async fn sync(&self) -> Result<(), Failure> {
         match self {
-            Self::File(file) => file.sync().await,
-            Self::Device(device) => device.sync().await,
+            Self::File(file) => file.content().sync().await,
+            Self::Device(device) => device.content().sync().await,
             Self::Nbd { uri, client } => {
                 client.flush().await.map_err(|error| nbd_failure("flush", uri, &error))
             }
@@ -162,8 +158,8 @@ impl Target {
     /// Reads back.
     pub(crate) async fn read(&self, range: ByteRange) -> Result<Bytes, Failure> {
         match self {
-            Self::File(file) => file.read(range).await,
-            Self::Device(device) => device.read(range).await,
+            Self::File(file) => file.content().read(range).await,
+            Self::Device(device) => device.content().read(range).await,
             Self::Nbd { uri, client } => client
                 .read(range.start(), range.count())
                 .await
@@ -213,21 +209,6 @@ pub(crate) fn enough_room(
     }
     let message = format!("{target} has {} and the point needs {}", size_both(has), size_both(needed));
     Err(ApiError::new(ErrorCode::Refused, message).into())
-}
-
-/// Runs what blocks on the runtime's threads for that.
-pub(crate) async fn blocking<T: Send + 'static>(
-    path: &Path,
-    what: &'static str,
-    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
-) -> Result<T, Failure> {
-    let path: PathBuf = path.to_owned();
-    let failed = |error: std::io::Error| io_failure(format_args!("{what} {}", path.display()), &error);
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(failed),
-        // Only a panic of the work or the runtime's end.
-        Err(error) => Err(failed(std::io::Error::other(error))),
-    }
 }
 
 fn nbd_failure(what: &str, uri: &str, error: &backtide_export::ClientError) -> Failure {
