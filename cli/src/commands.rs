@@ -4,7 +4,7 @@ pub(crate) mod agent;
 pub(crate) mod attach;
 pub(crate) mod completions;
 pub(crate) mod control;
-mod daemon;
+pub(crate) mod daemon;
 pub(crate) mod demo;
 pub(crate) mod diff;
 pub(crate) mod doctor;

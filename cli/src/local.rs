@@ -16,7 +16,7 @@ use backtide_log_receiver::Receiver;
 use backtide_receiver_api::ReceiverClient;
 
 use crate::{
-    commands::{agent, receiver},
+    commands::{agent, daemon::refuse_no_directory, receiver},
     ending::{Failure, io_failure},
 };
 
@@ -49,6 +49,7 @@ impl Local {
                 .with_hint("give a shorter one with --dir")
                 .into());
         }
+        refuse_no_directory(&directory)?;
         std::fs::create_dir_all(&directory)
             .map_err(|error| io_failure(format_args!("make {}", directory.display()), &error))?;
         Ok(Self { directory, receiver: None, agent: None })

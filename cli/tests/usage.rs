@@ -125,6 +125,23 @@ fn an_up_that_fails_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_file_is_no_directory_to_keep_things_in() {
+    let bench = Bench::new();
+    let file = bench.image("file", 512);
+    let file = file.to_str().unwrap();
+    for command in [
+        &["receiver", "run", "--store", file][..],
+        &["agent", "run", "--state", file],
+        &["demo", "--dir", file],
+        &["up", "vm1.img", "--dir", file],
+    ] {
+        let said = bench.run(command);
+        assert_eq!(said.code, 2, "{command:?}: {said:?}");
+        assert!(said.stderr.contains(&format!("{file} is not a directory")), "{command:?}: {said:?}");
+    }
+}
+
+#[test]
 fn a_directory_is_no_file_to_inspect() {
     let bench = Bench::new();
     let said = bench.run(&["inspect", bench.path("").to_str().unwrap()]);

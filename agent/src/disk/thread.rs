@@ -377,6 +377,9 @@ impl Disk {
         record.lsn_bound = record.lsn_bound.max(engine.look(Filter::last_lsn));
         record.last_time = engine.look(|filter| filter.status().last_time);
         last.mode = backtide_agent_api::Mode::Detached;
+        last.reason = backtide_units::Reason::Detached.to_string();
+        last.reason_code = "detached".to_owned();
+        last.connected = false;
         last.clients = 0;
         last.dirty =
             saved.as_ref().map_or(last.dirty, |saved| super::status::dirty(saved.dirty.count(), Some(0)));

@@ -67,6 +67,8 @@ impl Run {
         let api = self.api.or_else(|| context.given_agent());
         settings.set_places(api, places.agent_api(), places)?;
         settings.set_default("state", places.agent_state())?;
+        settings.directory("state")?;
+        settings.directory("run")?;
         settings.config()
     }
 }

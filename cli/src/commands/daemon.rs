@@ -48,6 +48,15 @@ impl Settings {
         Ok(())
     }
 
+    /// Makes a directory's path absolute, so that it means the same to whoever is told of it, and
+    /// refuses what is something else.
+    pub(crate) fn directory(&mut self, name: &str) -> Result<(), Failure> {
+        let given: PathBuf = self.get(name)?;
+        let path = std::path::absolute(&given).map_err(|error| io_failure(given.display(), &error))?;
+        refuse_no_directory(&path)?;
+        self.set(name, Some(path))
+    }
+
     /// Sets what nobody has set.
     pub(crate) fn set_default(&mut self, name: &str, value: impl Serialize) -> Result<(), Failure> {
         if self.table.contains_key(name) { Ok(()) } else { self.set(name, Some(value)) }
@@ -88,6 +97,15 @@ impl Settings {
         self.set_default("api", default)?;
         let run = run_dir(&self.get("api")?, places);
         self.set_default("run", run)
+    }
+}
+
+/// Refuses the path of something that is there and no directory.
+pub(crate) fn refuse_no_directory(path: &Path) -> Result<(), Failure> {
+    match std::fs::metadata(path) {
+        Ok(found) if !found.is_dir() => Err(wrong_usage(format!("{} is not a directory", path.display()))),
+        // What is missing is made, and what cannot be looked at fails when it is used.
+        Ok(_) | Err(_) => Ok(()),
     }
 }
 

@@ -6,7 +6,10 @@ use backtide_control::ErrorCode;
 use clap::Args;
 
 use crate::{
-    commands::{Stop, daemon::prepare},
+    commands::{
+        Stop,
+        daemon::{prepare, refuse_no_directory},
+    },
     context::Context,
     demo::tell,
     ending::{Ending, Failure, io_failure, wrong_usage},
@@ -61,6 +64,7 @@ impl Demo {
 }
 
 fn refuse_used(directory: &std::path::Path) -> Result<(), Failure> {
+    refuse_no_directory(directory)?;
     let used = match std::fs::read_dir(directory) {
         Ok(mut entries) => entries.next().is_some(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,

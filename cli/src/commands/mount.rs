@@ -56,9 +56,10 @@ impl Mount {
 impl Unmount {
     /// Unmounts.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
-        let no_mount = |error: ApiError| match (error.code, &error.hint) {
-            (ErrorCode::NotFound, None) => error.with_hint("`backtide mount` lists the mounts there are"),
-            _ => error,
+        // The receiver's own hint is for programs that ask it.
+        let no_mount = |error: ApiError| {
+            let unknown = error.code == ErrorCode::NotFound;
+            if unknown { error.with_hint("`backtide mount` lists the mounts there are") } else { error }
         };
         let mount = context.receiver(&self.api)?.unmount(&self.id).await.map_err(no_mount)?;
         context.print(&mount, || format!("unmounted {}", mount.id))?;

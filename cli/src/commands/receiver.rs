@@ -74,6 +74,8 @@ impl Run {
         settings.set("listen", (!self.listen.is_empty()).then_some(self.listen))?;
         settings.set_default("store", places.store())?;
         settings.set_places(self.api, places.receiver_api(), places)?;
+        settings.directory("store")?;
+        settings.directory("run")?;
         settings.config()
     }
 }

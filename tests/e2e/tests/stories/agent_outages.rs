@@ -107,7 +107,12 @@ fn a_disk_detached_and_attached_again_goes_on_where_it_was() {
     disk.settle();
     let history = disk.status()["history"].clone();
     let uuid = disk.status()["uuid"].clone();
-    assert_eq!(bench.json(&["detach", "vm1"])["mode"], "detached");
+    let detached = bench.json(&["detach", "vm1"]);
+    assert_eq!(
+        (&detached["mode"], &detached["reason_code"], &detached["connected"]),
+        (&"detached".into(), &"detached".into(), &false.into()),
+        "{detached}"
+    );
     tools::assert_same_images(bench.path("vm1.img").as_ref(), &disk.restore("latest"));
 
     let disk = bench.attach("vm1", "vm1.img", &["--window", "256KiB", "--guest-delay-max", "0"]);
