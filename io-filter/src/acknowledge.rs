@@ -4,7 +4,10 @@
 //! Invariant: while the receiver is away no answer waits unless the policy says `block`; the delay
 //! never exceeds the configured bound.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
 use backtide_units::Lsn;
 
@@ -35,6 +38,10 @@ const HOLD_MAX: Duration = Duration::from_secs(1);
 pub(crate) struct Acknowledgements {
     /// By LSN, until the receiver has come so far.
     waiting: BTreeMap<(Lsn, RequestId), Need>,
+    /// When those began to wait.
+    since: VecDeque<(Duration, Lsn, RequestId)>,
+    /// An answer has waited too long and the receiver has said nothing since: it counts as away.
+    stalled: bool,
     /// By the end of their delay.
     delayed: BTreeMap<(Duration, RequestId), Lsn>,
     /// Held for a consistency-group mark.
@@ -46,6 +53,17 @@ impl Acknowledgements {
         let delayed = self.delayed.first_key_value().map(|((deadline, _), _)| *deadline);
         let held = self.held.as_ref().map(|held| held.until);
         [delayed, held].into_iter().flatten().min()
+    }
+
+    /// When the oldest waiting answer began to wait.
+    fn oldest_wait(&mut self) -> Option<Duration> {
+        while let Some((since, lsn, request)) = self.since.front().copied() {
+            if self.waiting.contains_key(&(lsn, request)) {
+                return Some(since);
+            }
+            self.since.pop_front();
+        }
+        None
     }
 
     pub(crate) fn waiting(&self) -> usize {
@@ -68,6 +86,8 @@ impl Filter {
             Some(need) if self.is_met(need, lsn) => self.complete(request, lsn),
             Some(need) if self.is_in_sync() || self.settings.on_outage == OnOutage::Block => {
                 self.acknowledgements.waiting.insert((lsn, request), need);
+                self.acknowledgements.oldest_wait();
+                self.acknowledgements.since.push_back((self.now.monotonic, lsn, request));
             }
             Some(_) => {
                 self.counters.degraded_answers += 1;
@@ -95,6 +115,29 @@ impl Filter {
         }
     }
 
+    /// The receiver has acknowledged something: it is there.
+    pub(crate) fn receiver_is_alive(&mut self) {
+        self.acknowledgements.stalled = false;
+    }
+
+    /// When a receiver that says nothing counts as away, if somebody waits for it.
+    pub(crate) fn next_stall(&self) -> Option<Duration> {
+        let waits =
+            self.settings.on_outage == OnOutage::Continue && !self.acknowledgements.waiting.is_empty();
+        let since = self.acknowledgements.since.front().map(|(since, _, _)| *since);
+        since.filter(|_| waits).map(|since| since + self.settings.outage_after)
+    }
+
+    /// The guest does not wait for ever for a receiver that hangs.
+    fn give_up_on_a_silent_receiver(&mut self) {
+        let Some(since) = self.acknowledgements.oldest_wait() else { return };
+        let late = self.now.monotonic >= since + self.settings.outage_after;
+        if late && self.settings.on_outage == OnOutage::Continue {
+            self.acknowledgements.stalled = true;
+            self.release_answers_after_outage();
+        }
+    }
+
     /// The receiver cannot be waited for any more.
     pub(crate) fn release_answers_after_outage(&mut self) {
         if self.settings.on_outage == OnOutage::Continue {
@@ -108,6 +151,7 @@ impl Filter {
 
     pub(crate) fn release_due_answers(&mut self) {
         let now = self.now.monotonic;
+        self.give_up_on_a_silent_receiver();
         if self.acknowledgements.held.as_ref().is_some_and(|held| held.until <= now) {
             self.give_held_answers();
         }
@@ -164,7 +208,7 @@ impl Filter {
     }
 
     fn is_in_sync(&self) -> bool {
-        self.mode == Mode::Sync && self.is_connected()
+        self.mode == Mode::Sync && self.is_connected() && !self.acknowledgements.stalled
     }
 
     fn is_met(&self, need: Need, lsn: Lsn) -> bool {

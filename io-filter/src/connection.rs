@@ -72,6 +72,7 @@ impl Filter {
         self.acked_durable = welcome.durable;
         self.acked_in_pass = false;
         self.counters.connections += 1;
+        self.receiver_is_alive();
         match decision {
             Decision::Replay => {
                 self.window.trim_to(welcome.durable);
@@ -253,7 +254,11 @@ impl Filter {
             return self
                 .refuse(format!("the receiver acknowledged frames {received}/{durable} of {sent} sent"));
         }
+        let progress = (received, durable) != (*known_received, *known_durable);
         (*known_received, *known_durable) = (received, durable);
+        if progress {
+            self.receiver_is_alive();
+        }
         if let Some(lsn) = self.window.received(received) {
             self.received_lsn = self.received_lsn.max(lsn);
         }

@@ -23,8 +23,8 @@ pub(crate) const RUN_BLOCKS_MAX: BlockCount = BlockCount(256);
 /// Drain reads under way at once: enough to keep a disk busy, few enough for the guest's own.
 const READS_MAX: usize = 4;
 
-/// How long a block that could not be read is left alone.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// So often a pass tries to read a block, alone.
+const READ_TRIES_MAX: u32 = 5;
 
 impl Filter {
     /// Starts as many reads as the buffer allows.
@@ -102,7 +102,7 @@ impl Filter {
         loop {
             let run = pass.active.next_run(from, end, RUN_BLOCKS_MAX)?;
             let start = run.start();
-            if let Some(retry_at) = pass.unreadable.get(&start)
+            if let Some((retry_at, _)) = pass.unreadable.get(&start)
                 && *retry_at > self.now.monotonic
             {
                 from = BlockIndex(start.0 + 1);
@@ -148,7 +148,6 @@ impl Filter {
         pass.reads.insert(io, run);
         pass.reading_bytes += run.count().bytes().0;
         self.pace.took(self.now.monotonic, run.count().bytes());
-        pass.unreadable.remove(&run.start());
         if self.is_mutant(Mutant::ClearBeforeRead)
             && let Some(pass) = &mut self.pass
         {
@@ -168,7 +167,10 @@ impl Filter {
         if let Some(pass) = ours {
             pass.reading_bytes -= run.count().bytes().0;
             match result {
-                Ok(LocalData::Read(bytes)) => self.drained(run, bytes),
+                Ok(LocalData::Read(bytes)) => {
+                    pass.unreadable.remove(&run.start());
+                    self.drained(run, bytes);
+                }
                 Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
                 Err(failure) => self.note_unreadable(run, failure),
             }
@@ -183,11 +185,20 @@ impl Filter {
     }
 
     fn note_unreadable(&mut self, run: BlockRange, failure: IoFailure) {
-        let retry_at = self.now.monotonic + RETRY_AFTER;
+        let retry_at = self.now.monotonic + self.settings.read_retry;
         let pass = self.pass.as_mut().expect("the caller has one");
         if run.count() == BlockCount(1) {
-            pass.unreadable.insert(run.start(), retry_at);
+            let tries = pass.unreadable.get(&run.start()).map_or(1, |(_, tries)| tries + 1);
+            pass.unreadable.insert(run.start(), (retry_at, tries));
+            if tries >= READ_TRIES_MAX && pass.active.touches(run) {
+                // The pass ends without it, and without a point.
+                pass.unreadable.remove(&run.start());
+                pass.active.remove(run);
+                pass.given_up.insert(run);
+                self.passive.insert(run);
+            }
         }
+        let pass = self.pass.as_mut().expect("the caller has one");
         pass.careful.insert(run.start().0 / RUN_BLOCKS_MAX.0);
         self.counters.failed_reads += 1;
         self.effects.push_back(Effect::ReadFailed { range: run.bytes(self.settings.size), failure });

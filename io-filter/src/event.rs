@@ -182,6 +182,12 @@ pub struct Settings {
     pub resync_buffer_bytes: ByteCount,
     /// The longest the receiver may delay a guest write; zero for never.
     pub guest_delay_max: Duration,
+    /// How long an answer waits for a receiver that is connected and silent, before that counts as
+    /// away; with [`OnOutage::Continue`] only.
+    pub outage_after: Duration,
+    /// How long a block that could not be read for a pass is left alone; a pass that had to do without
+    /// some is followed by the next after ten times that, doubling.
+    pub read_retry: Duration,
     /// The activity log.
     pub activity: ActivityLimits,
 }

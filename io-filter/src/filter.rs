@@ -99,6 +99,10 @@ pub struct Filter {
     pub(crate) scanning: Option<Scanning>,
     pub(crate) pass: Option<Pass>,
     pub(crate) pace: Pace,
+    /// After a pass that could not read some block: when the next may begin, and that pause.
+    pub(crate) next_pass: Option<(Duration, Duration)>,
+    /// The blocks it could not read.
+    pub(crate) unreadable: DirtyBitmap,
     /// Bytes a second a pass last got through, for the choice of what to do with new writes.
     pub(crate) pass_rate: Option<u64>,
     /// The window overflowed while the receiver was there, and no small pass has ended since.
@@ -144,6 +148,8 @@ impl Filter {
             scanning: None,
             pass: None,
             pace: Pace::default(),
+            next_pass: None,
+            unreadable: DirtyBitmap::new(),
             pass_rate: None,
             slow: false,
             guard: RangeGuard::default(),
@@ -270,7 +276,9 @@ impl Filter {
         let retries = self.pass.as_ref().and_then(|pass| pass.next_retry(self.now.monotonic));
         let reads = self.next_paced_read();
         let idle = self.next_idle_snapshot();
-        [copies, answers, retries, reads, idle].into_iter().flatten().min()
+        let pass = self.pause_between_passes();
+        let stall = self.next_stall();
+        [copies, answers, stall, retries, reads, idle, pass].into_iter().flatten().min()
     }
 
     pub(crate) fn observe(&mut self, now: Now) {

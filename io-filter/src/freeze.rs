@@ -61,6 +61,10 @@ impl PassPlan {
     }
 }
 
+/// The pauses between passes that could not read some block, in times of its retries, doubling.
+const PAUSE_FIRST: u32 = 10;
+const PAUSE_LAST: u32 = 300;
+
 /// A pass that should take less than this leaves the hole in the timeline closed at once.
 const SHORT_PASS: Duration = Duration::from_secs(2);
 
@@ -96,6 +100,9 @@ impl Filter {
     }
 
     pub(crate) fn begin_pass_if_due(&mut self) {
+        if self.mode == Mode::Tracking && self.lost.is_none() && self.pause_between_passes().is_some() {
+            return;
+        }
         let may = self.is_connected() && self.pass.is_none() && self.scanning.is_none();
         if !may || !matches!(self.mode, Mode::Tracking | Mode::Sync) {
             return;
@@ -147,6 +154,7 @@ impl Filter {
             reads: BTreeMap::new(),
             queued: None,
             unreadable: BTreeMap::new(),
+            given_up: DirtyBitmap::new(),
             careful: BTreeSet::new(),
             compares: BTreeMap::new(),
             compare_bytes: 0,
@@ -187,6 +195,7 @@ impl Filter {
         }
         pass.phase = Phase::Ended;
         let valid_from = match (pass.forfeited && !offers_t, pass.new_writes) {
+            _ if !pass.given_up.is_empty() => None,
             (false, _) => Some(pass.at),
             // What was drained late holds changes up to here, and their records are in the log.
             (true, NewWrites::Forwarded) => Some(log_end),
@@ -198,6 +207,31 @@ impl Filter {
         self.retry_copies();
     }
 
+    /// Blocks could not be read: the next pass tries them again, later each time.
+    fn note_given_up(&mut self, given_up: &DirtyBitmap) {
+        if given_up.is_empty() {
+            (self.next_pass, self.unreadable) = (None, DirtyBitmap::new());
+            return;
+        }
+        let (first, last) = (self.settings.read_retry * PAUSE_FIRST, self.settings.read_retry * PAUSE_LAST);
+        let longer = self.next_pass.map_or(first, |(_, pause)| (pause * 2).min(last));
+        self.next_pass = Some((self.now.monotonic + longer, longer));
+        self.unreadable = given_up.clone();
+        let size = self.settings.size;
+        let first = given_up.next_run(BlockIndex(0), self.all_blocks().end(), given_up.count());
+        let place = first.map_or_else(String::new, |run| run.bytes(size).to_string());
+        self.effects.push_back(Effect::Alarm(format!(
+            "disk {}: {} blocks of the local disk cannot be read, the first at bytes {place}: until they can, or the guest writes them, no point can be given",
+            self.settings.name,
+            given_up.count()
+        )));
+    }
+
+    /// When the next pass may begin, if that lies ahead.
+    pub(crate) fn pause_between_passes(&self) -> Option<Duration> {
+        self.next_pass.map(|(at, _)| at).filter(|at| *at > self.now.monotonic)
+    }
+
     /// The pass is durable at the receiver.
     pub(crate) fn finish_pass(&mut self) {
         let pass = self.pass.take().expect("a pass has ended");
@@ -207,6 +241,7 @@ impl Filter {
         self.pass_rate = Some(u64::try_from(rate).unwrap_or(u64::MAX));
         self.counters.passes_completed += 1;
         self.activity.want_snapshot();
+        self.note_given_up(&pass.given_up);
         if pass.new_writes == NewWrites::Forwarded && self.lost.is_none() && self.passive.is_empty() {
             self.slow = false;
             self.received_lsn = self.received_lsn.max(self.durable_lsn);
@@ -214,6 +249,7 @@ impl Filter {
         }
         let reason = match (&self.lost, pass.new_writes) {
             (Some(plan), _) => plan.reason,
+            _ if !pass.given_up.is_empty() => Reason::LocalReadFailed,
             (None, NewWrites::Coalesced) => Reason::LinkTooSlow,
             (None, NewWrites::Forwarded) => Reason::LocalWriteFailed,
         };

@@ -149,6 +149,7 @@ impl Filter {
     /// Forces a resync; it begins when the receiver is connected and no pass is running.
     pub fn force_resync(&mut self, now: Now, kind: ResyncKind) {
         self.observe(now);
+        self.next_pass = None;
         match kind {
             ResyncKind::Changed if self.mode == Mode::Sync && self.is_connected() => {
                 if self.scanning.is_none() && self.lost.is_none() {

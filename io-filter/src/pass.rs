@@ -50,8 +50,11 @@ pub(crate) struct Pass {
     pub(crate) reads: BTreeMap<IoId, BlockRange>,
     /// Held while it waits its turn at the guard.
     pub(crate) queued: Option<BlockRange>,
-    /// Single blocks that could not be read, and when to try again.
-    pub(crate) unreadable: BTreeMap<BlockIndex, Duration>,
+    /// Single blocks that could not be read, when to try again, and how often it was tried.
+    pub(crate) unreadable: BTreeMap<BlockIndex, (Duration, u32)>,
+    /// Blocks that could not be read at all: they are left to the next pass, and this one gives no
+    /// point.
+    pub(crate) given_up: DirtyBitmap,
     /// Runs that could not be read whole: their blocks are read one by one.
     pub(crate) careful: BTreeSet<u64>,
     /// Comparisons the receiver has not answered.
@@ -78,7 +81,7 @@ impl Pass {
 
     /// When the next unreadable block is to be tried again, if that lies ahead.
     pub(crate) fn next_retry(&self, now: Duration) -> Option<Duration> {
-        self.unreadable.values().copied().filter(|retry_at| *retry_at > now).min()
+        self.unreadable.values().map(|(retry_at, _)| *retry_at).filter(|retry_at| *retry_at > now).min()
     }
 
     /// The bytes of the pass that sit in memory, unsent window data aside.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use backtide_units::{BlockCount, ByteCount, CaptureTime, HistoryId, Lsn, Reason};
+use backtide_units::{BlockCount, BlockIndex, ByteCount, ByteRange, CaptureTime, HistoryId, Lsn, Reason};
 
 use crate::{
     filter::{Filter, Mode},
@@ -108,6 +108,8 @@ pub struct Status {
     pub dirty: BlockCount,
     /// Extents that are hot; none when no activity log is kept.
     pub hot_extents: Option<u64>,
+    /// Blocks that the last pass could not read, and where the first are.
+    pub unreadable: Option<(BlockCount, ByteRange)>,
     /// Whether the dirty blocks are being found out.
     pub scanning: bool,
     /// Answers the guest is waiting for because of the receiver.
@@ -137,11 +139,18 @@ impl Filter {
             resync_buffer: self.window.data_bytes(),
             dirty: BlockCount(self.passive.count().0 + active),
             hot_extents: self.activity.hot_extents(),
+            unreadable: self.first_unreadable(),
             scanning: self.scanning.is_some() || self.lost.is_some(),
             waiting_answers: self.acknowledgements.waiting() as u64,
             pass: self.pass_status(),
             counters: self.counters,
         }
+    }
+
+    fn first_unreadable(&self) -> Option<(BlockCount, ByteRange)> {
+        let count = self.unreadable.count();
+        let first = self.unreadable.next_run(BlockIndex(0), self.all_blocks().end(), count)?;
+        Some((count, first.bytes(self.settings.size)))
     }
 
     fn pass_status(&self) -> Option<PassStatus> {

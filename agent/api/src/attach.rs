@@ -94,6 +94,10 @@ pub struct LimitsRequest {
     /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resync_bytes_per_second_max: Option<ByteCount>,
+    /// How long a guest waits for a silent receiver, where the policy makes it wait and `on_outage` is
+    /// `continue`, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outage_after_ms: Option<u32>,
     /// Extents that stay hot in the activity log; 0 = none is kept, and a crash means comparing all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activity_extents: Option<u32>,
@@ -114,6 +118,9 @@ pub struct Limits {
     pub guest_delay_max_ms: u32,
     /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
     pub resync_bytes_per_second_max: ByteCount,
+    /// How long a guest waits for a silent receiver, where the policy makes it wait and `on_outage` is
+    /// `continue`, in milliseconds.
+    pub outage_after_ms: u32,
     /// Extents that stay hot in the activity log: about what has to be compared after a crash.
     /// 0 = no log is kept, and all has to be.
     pub activity_extents: u32,
@@ -128,6 +135,7 @@ impl Default for Limits {
             resync_buffer_bytes: ByteCount(32 << 20),
             guest_delay_max_ms: 10,
             resync_bytes_per_second_max: ByteCount(0),
+            outage_after_ms: 5000,
             activity_extents: 1024,
             activity_extent_bytes: ByteCount(4 << 20),
         }
@@ -144,6 +152,7 @@ impl LimitsRequest {
             resync_bytes_per_second_max: self
                 .resync_bytes_per_second_max
                 .unwrap_or(otherwise.resync_bytes_per_second_max),
+            outage_after_ms: self.outage_after_ms.unwrap_or(otherwise.outage_after_ms),
             activity_extents: self.activity_extents.unwrap_or(otherwise.activity_extents),
             activity_extent_bytes: self.activity_extent_bytes.unwrap_or(otherwise.activity_extent_bytes),
         }

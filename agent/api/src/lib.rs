@@ -20,7 +20,8 @@ pub use requests::{DiskMark, MarkReport, MarkRequest, ResyncExtent, ResyncReques
 pub use routes::router;
 pub use service::AgentService;
 pub use status::{
-    AgentStatus, Counters, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError, ResyncStatus, Window,
+    AgentStatus, Counters, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError, ResyncStatus,
+    Unreadable, Window,
 };
 pub use verify::{ByteSpan, DIFFERING_SPANS_MAX, VerifyState, VerifyStatus};
 

@@ -1,7 +1,9 @@
 //! What a disk is doing, and why.
 
 use backtide_control::Address;
-use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
+use backtide_units::{
+    BlockCount, ByteCount, ByteOffset, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{AckPolicy, Limits, OnOutage};
@@ -76,6 +78,8 @@ pub struct DiskStatus {
     /// Whether a pass over the whole disk is to begin: a forced one, or the first protection. Its
     /// blocks are being found, or it waits for the receiver.
     pub resync_due: bool,
+    /// Blocks that the last pass could not read from the local disk.
+    pub unreadable: Option<Unreadable>,
     /// When the guest is acknowledged.
     pub ack: AckPolicy,
     /// What that means while the receiver is away.
@@ -134,6 +138,17 @@ pub struct Dirty {
     /// Extents that would be compared after a crash beside them; none without an activity log:
     /// the whole disk would be.
     pub hot_extents: Option<u64>,
+}
+
+/// What cannot be read of the local disk. It is tried again; until then no point can be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unreadable {
+    /// Blocks of 4 KiB.
+    pub blocks: BlockCount,
+    /// Where the first of them begin, in bytes.
+    pub offset: ByteOffset,
+    /// How many bytes follow one another there.
+    pub length: ByteCount,
 }
 
 /// The retained window.

@@ -54,6 +54,7 @@ fn vm1() -> DiskStatus {
         window: Window { bytes: ByteCount(8192), limit: ByteCount(64 << 20) },
         resync: None,
         resync_due: false,
+        unreadable: None,
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,
         limits: Limits::default(),

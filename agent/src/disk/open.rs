@@ -14,6 +14,9 @@ use uuid::Uuid;
 use super::trust;
 use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
 
+/// How long a block that could not be read is left alone.
+const READ_RETRY: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// The disk behind, before its thread has it.
 pub(crate) enum Behind {
     Image(ImageFile),
@@ -136,6 +139,8 @@ fn settings(record: &DiskRecord, size: ByteCount) -> Settings {
         window_bytes: limits.window_bytes,
         resync_buffer_bytes: limits.resync_buffer_bytes,
         guest_delay_max: std::time::Duration::from_millis(limits.guest_delay_max_ms.into()),
+        outage_after: std::time::Duration::from_millis(limits.outage_after_ms.max(1).into()),
+        read_retry: READ_RETRY,
         activity: activity_limits(record),
     }
 }

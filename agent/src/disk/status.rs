@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use backtide_agent_api::{
     ByteSpan, Counters, DIFFERING_SPANS_MAX, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError,
-    ResyncStatus, VerifyState, VerifyStatus, Window,
+    ResyncStatus, Unreadable, VerifyState, VerifyStatus, Window,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::NbdUri;
@@ -101,6 +101,11 @@ pub(crate) fn disk_status(
         window: Window { bytes: status.window, limit: record.limits.window_bytes },
         resync: status.pass.as_ref().map(|pass| resync(pass, status.counters.passes, rate)),
         resync_due: status.scanning,
+        unreadable: status.unreadable.map(|(blocks, first)| Unreadable {
+            blocks,
+            offset: first.start(),
+            length: first.count(),
+        }),
         ack: record.ack,
         on_outage: record.on_outage,
         limits: record.limits,

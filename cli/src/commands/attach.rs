@@ -72,6 +72,10 @@ pub(crate) struct Policy {
     /// [default: 10]
     #[arg(long, value_name = "MS")]
     guest_delay_max: Option<u32>,
+    /// With --on-outage continue, how long the guest waits for a receiver that is silent before that
+    /// counts as an outage, in milliseconds [default: 5000]
+    #[arg(long, value_name = "MS")]
+    outage_after: Option<u32>,
     /// The extents of the activity log that stay hot: about so many have to be compared after a
     /// crash; 0 to keep none, and compare the whole disk [default: 1024]
     #[arg(long, value_name = "COUNT")]
@@ -103,6 +107,7 @@ impl Policy {
             resync_buffer_bytes: self.resync_buffer,
             guest_delay_max_ms: self.guest_delay_max,
             resync_bytes_per_second_max: self.resync_rate,
+            outage_after_ms: self.outage_after,
             activity_extents: self.activity_extents,
             activity_extent_bytes: self.activity_extent_size,
         };

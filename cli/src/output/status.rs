@@ -45,6 +45,10 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     if let Some(trouble) = &disk.local_error {
         lines.push(("image error", trouble.clone()));
     }
+    if let Some(bad) = &disk.unreadable {
+        let place = format!("the first at byte {} for {}", bad.offset, size_text(bad.length));
+        lines.push(("unreadable", format!("{}, {place}", count_text(bad.blocks.0, "block"))));
+    }
     if let Some(error) = &disk.last_error {
         lines.push(("last error", format!("{}: {} ({})", time_text(error.time), error.message, error.code)));
     }

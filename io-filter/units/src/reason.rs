@@ -41,10 +41,12 @@ pub enum Reason {
     VerifyRepair,
     /// The receiver's store is damaged: what was there cannot be read any more.
     Damaged,
+    /// Some block of the local disk cannot be read: what it holds is not at the receiver.
+    LocalReadFailed,
 }
 
 /// Every reason with its code and the sentence people read.
-const TABLE: [(Reason, u8, &str); 15] = [
+const TABLE: [(Reason, u8, &str); 16] = [
     (Reason::FirstAttach, 1, "first protection of the disk"),
     (Reason::ReceiverAway, 2, "the receiver was away longer than the retained window lasts"),
     (Reason::LinkTooSlow, 3, "the receiver or the link to it was slower than the guest's writes"),
@@ -60,6 +62,7 @@ const TABLE: [(Reason, u8, &str); 15] = [
     (Reason::Resized, 13, "the local disk was resized"),
     (Reason::VerifyRepair, 14, "verify found differences and repaired them"),
     (Reason::Damaged, 15, "the receiver's store is damaged"),
+    (Reason::LocalReadFailed, 16, "a block of the local disk cannot be read"),
 ];
 
 impl Reason {

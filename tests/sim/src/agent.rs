@@ -120,6 +120,8 @@ impl World {
             window_bytes: self.plan.window,
             resync_buffer_bytes: self.plan.resync_buffer,
             guest_delay_max: self.plan.guest_delay_max,
+            outage_after: self.plan.outage_after,
+            read_retry: self.plan.read_retry,
             activity: self.plan.activity,
         };
         let mut filter = Filter::new(settings, resume, self.moment());
@@ -170,7 +172,8 @@ impl World {
             LocalOp::Read(_) => self.plan.read_errors_permille,
             LocalOp::Change(_) | LocalOp::Settle => self.plan.write_errors_permille,
         };
-        let fails = permille > 0 && self.random.permille(permille);
+        let bad = matches!(&op, LocalOp::Read(range) if self.local.is_bad(*range));
+        let fails = bad || (permille > 0 && self.random.permille(permille));
         let request = match &op {
             LocalOp::Change(change) => Some(self.start_request(change)),
             LocalOp::Read(_) | LocalOp::Settle => None,

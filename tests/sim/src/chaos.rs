@@ -17,7 +17,7 @@ impl World {
         }
         let pause = self.plan.chaos_us;
         self.within(pause, Event::Chaos);
-        let kind = self.random.below(38);
+        let kind = self.random.below(40);
         self.trace.note(self.now, "chaos", &[kind]);
         match kind {
             0..=3 => self.cut_link(),
@@ -36,6 +36,11 @@ impl World {
             30..=31 => self.stale_claim(),
             32..=33 => self.store_fault(),
             34 => self.tracking_fault(),
+            35..=36 => {
+                let blocks = self.plan.size.0.div_ceil(4096);
+                self.local.break_block(self.random.below(blocks));
+                self.within(self.plan.outage_us * 20, Event::DiskHeal);
+            }
             _ => {
                 self.lose_host_power();
                 self.within(self.plan.outage_us, Event::AgentStart);
@@ -177,6 +182,7 @@ impl World {
     pub(crate) fn calm_down(&mut self) {
         self.calm = true;
         self.trace.note(self.now, "calm", &[]);
+        self.local.heal();
         self.link.up = true;
         self.link.bandwidth = 400_000_000;
         self.link.latency_us = 100;
@@ -189,5 +195,6 @@ impl World {
             self.start_agent();
         }
         self.resume();
+        self.call(|filter, now| filter.force_resync(now, ResyncKind::Changed));
     }
 }

@@ -51,6 +51,7 @@ impl World {
             Effect::Alarm(why) if self.tracking.faulty && why.contains("tracking file") => {
                 self.stats.tracking_lost += 1;
             }
+            Effect::Alarm(why) if why.contains("cannot be read") => self.stats.unreadable += 1,
             Effect::Alarm(why) => panic!("nothing happened that an alarm is right for: {why}"),
         }
     }

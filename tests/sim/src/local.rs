@@ -24,13 +24,21 @@ pub struct LocalDisk {
     writes: u64,
     /// Blocks that may hold something else than zeroes.
     allocated: DirtyBitmap,
+    /// Blocks that cannot be read until they are written.
+    bad: DirtyBitmap,
 }
 
 impl LocalDisk {
     /// A disk of zeroes, nothing allocated.
     pub fn new(size: ByteCount) -> Self {
         let cache = vec![0; size.0 as usize];
-        Self { cache, unflushed: BTreeMap::new(), writes: 0, allocated: DirtyBitmap::new() }
+        Self {
+            cache,
+            unflushed: BTreeMap::new(),
+            writes: 0,
+            allocated: DirtyBitmap::new(),
+            bad: DirtyBitmap::new(),
+        }
     }
 
     /// What a reader sees now.
@@ -60,6 +68,8 @@ impl LocalDisk {
             return;
         }
         self.writes += 1;
+        let size = ByteCount(self.cache.len() as u64);
+        self.bad.remove(BlockRange::covered_by(range, size));
         for sector in at.start / SECTOR..at.end.div_ceil(SECTOR) {
             let content = self.sector(sector).to_vec();
             self.unflushed.entry(sector).or_insert_with(|| vec![(0, content)]);
@@ -111,6 +121,21 @@ impl LocalDisk {
                 self.allocated.insert((block..block + 1).into());
             }
         }
+    }
+
+    /// A block cannot be read from now on.
+    pub fn break_block(&mut self, block: u64) {
+        self.bad.insert((block..block + 1).into());
+    }
+
+    /// All blocks can be read again.
+    pub fn heal(&mut self) {
+        self.bad = DirtyBitmap::new();
+    }
+
+    /// Whether a read of the range fails.
+    pub fn is_bad(&self, range: ByteRange) -> bool {
+        self.bad.touches(BlockRange::touched_by(range))
     }
 
     /// Changes a byte behind everybody's back.

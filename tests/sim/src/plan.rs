@@ -63,6 +63,10 @@ pub struct Plan {
     pub store_faults: bool,
     /// Steps until the world is healed.
     pub steps: u64,
+    /// How long a silent receiver is waited for.
+    pub outage_after: Duration,
+    /// How long an unreadable block is left alone.
+    pub read_retry: Duration,
     /// The activity log: few small extents, so that they go cold all the time.
     pub activity: ActivityLimits,
     /// The longest that a write to the tracking file takes.
@@ -117,6 +121,8 @@ impl Plan {
             outage_us: chaos_us / random.pick(&[1, 4, 20]),
             store_faults: random.one_in(4),
             steps,
+            outage_after: Duration::from_micros(random.pick(&[10_000, 200_000, 5_000_000])),
+            read_retry: Duration::from_micros(random.pick(&[1_000, 30_000, 1_000_000])),
             activity: ActivityLimits {
                 extent: BlockCount(random.pick(&[1, 4, 16])),
                 hot: random.pick(&[0, 1, 2, 8, 64]),

@@ -82,6 +82,8 @@ pub enum Event {
     Resume,
     /// Held answers are given.
     GiveAnswers(u64),
+    /// The local disk can be read again.
+    DiskHeal,
     /// The store has room again.
     StoreHeal,
     /// Something goes wrong, or somebody asks for something.
@@ -129,6 +131,8 @@ pub struct Stats {
     pub crashes_tracked: u64,
     /// Of the others, those that found it torn.
     pub tracking_torn: u64,
+    /// Passes that ended without blocks they could not read.
+    pub unreadable: u64,
     /// Tracking files that were given up because their storage failed.
     pub tracking_lost: u64,
 }
@@ -250,6 +254,7 @@ impl World {
             Event::LinkHeal => self.link.up = true,
             Event::Resume => self.resume(),
             Event::GiveAnswers(life) => self.give_answers(life),
+            Event::DiskHeal => self.local.heal(),
             Event::StoreHeal => self.receiver.storage.set_capacity(None),
             Event::Chaos => self.chaos(),
         }

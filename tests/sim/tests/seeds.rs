@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 19] = [
+const SEEN: [Seen; 20] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -26,6 +26,7 @@ const SEEN: [Seen; 19] = [
     ("marks offered", |stats| stats.marks),
     ("snapshots of the tracking", |stats| stats.snapshots),
     ("crashes with a tracking file", |stats| stats.crashes_tracked),
+    ("passes without unreadable blocks", |stats| stats.unreadable),
     ("tracking files given up", |stats| stats.tracking_lost),
 ];
 

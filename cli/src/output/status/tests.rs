@@ -31,6 +31,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         window: Window { bytes: ByteCount(0), limit: ByteCount(64 << 20) },
         resync: None,
         resync_due: false,
+        unreadable: None,
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,
         limits: Limits::default(),

@@ -95,3 +95,18 @@ fn a_receiver_that_stands_still_does_not_stop_the_guest() {
     let status = disk.status();
     assert!(status["counters"]["window_overflows"].as_u64() >= Some(1), "{status}");
 }
+
+#[test]
+fn a_receiver_that_hangs_is_not_waited_for_for_ever() {
+    let bench = Bench::new();
+    let (receiver, _agent, disk) = bench.protected(SIZE, &["--ack", "durable", "--outage-after", "200"]);
+    disk.qemu_io(&["write -P 0x11 0 1M", "flush"]);
+    assert_eq!(disk.status()["counters"]["degraded_answers"], 0);
+    receiver.signal("STOP");
+    // The connection stands, and nothing says that nobody is at its other end.
+    disk.qemu_io(&["write -P 0x22 1M 1M", "flush"]);
+    let status = disk.status();
+    assert!(status["counters"]["degraded_answers"].as_u64() >= Some(1), "{status}");
+    receiver.signal("CONT");
+    disk.latest_is_the_image();
+}

@@ -214,3 +214,57 @@ fn a_disk_behind_that_comes_back_with_another_size_is_not_used() {
     disk.settle();
     tools::assert_same(&image, disk.restore("latest").to_str().unwrap());
 }
+
+/// A disk with a block at 1 MiB that cannot be read while a file `bad` is there.
+fn disk_with_a_bad_block(directory: &str, socket: &str) -> tools::Beside {
+    let overlaps = "[ -e bad ] && [ $4 -le 1048576 ] && [ $(($4 + $3)) -gt 1048576 ]";
+    let pread = format!(
+        "pread=if {overlaps}; then echo 'EIO a bad block' >&2; exit 1; fi; \
+         dd if=disk.img iflag=skip_bytes,count_bytes skip=$4 count=$3 bs=1M status=none"
+    );
+    let pwrite =
+        "pwrite=dd of=disk.img conv=notrunc oflag=seek_bytes seek=$4 bs=1M iflag=fullblock status=none";
+    let directory = format!("cd={directory}");
+    let script = |line: &str| line.replacen('=', &format!("=cd {} && ", &directory[3..]), 1);
+    let arguments = [
+        "-f".to_owned(),
+        "-U".to_owned(),
+        socket.to_owned(),
+        "eval".to_owned(),
+        "get_size=echo 2097152".to_owned(),
+        "can_write=exit 0".to_owned(),
+        "can_flush=exit 0".to_owned(),
+        "flush=exit 0".to_owned(),
+        script(&pread),
+        script(pwrite),
+    ];
+    let server = tools::Beside::start("nbdkit", &arguments.each_ref().map(String::as_str));
+    tools::wait_for_socket(socket.as_ref());
+    server
+}
+
+#[test]
+fn a_block_that_cannot_be_read_is_named_and_holds_up_no_other() {
+    let bench = Bench::new();
+    let (_receiver, mut agent) = (bench.receiver(), bench.agent());
+    agent.may_complain("cannot be read");
+    agent.may_complain("the disk behind failed");
+    let image = bench.image("disk.img", 2 << 20);
+    tools::qemu_io(image.to_str().unwrap(), &["write -P 0x11 0 2M"]);
+    std::fs::write(bench.path("bad"), "").unwrap();
+    let socket = bench.name("bad.sock");
+    let directory = bench.path("").to_str().unwrap().to_owned();
+    let _server = disk_with_a_bad_block(&directory, &socket);
+    let disk = bench.attach("vm1", &format!("nbd+unix:///?socket={socket}"), &[]);
+    let status =
+        disk.until("the pass ends without it", |status| status["reason_code"] == "local-read-failed");
+    let bad = serde_json::json!({"blocks": 1, "offset": 1 << 20, "length": 4096});
+    assert_eq!(status["unreadable"], bad, "{status}");
+    assert_eq!(status["dirty"]["blocks"], 1, "only that one is missing: {status}");
+    assert_eq!(disk.points()["intervals"], serde_json::json!([]), "there is no point without it");
+    std::fs::remove_file(bench.path("bad")).unwrap();
+    bench.json(&["resync", "vm1"]);
+    disk.settle();
+    assert_eq!(disk.status()["unreadable"], serde_json::Value::Null);
+    tools::assert_same(image.to_str().unwrap(), disk.restore("latest").to_str().unwrap());
+}
