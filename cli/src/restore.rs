@@ -7,11 +7,13 @@
 mod copy;
 mod device;
 mod file;
+mod leftovers;
 mod open_file;
 mod pieces;
 mod target;
 
 pub(crate) use copy::{copy, verify};
+pub(crate) use leftovers::clear;
 pub(crate) use target::Target;
 
 #[cfg(test)]

@@ -52,6 +52,9 @@ pub struct Limits {
     pub segment_bytes: ByteCount,
     /// Memory for index blocks of all readers. Default 64 MiB.
     pub index_cache_bytes: ByteCount,
+    /// How often an agent that is owed an acknowledgement hears that the receiver is still there, while
+    /// a slow device syncs; agents give a receiver up that is silent for 30 seconds. Default 5000 ms.
+    pub ping_interval_ms: u64,
     /// Sealed segment files kept open for readers. Default 256.
     pub open_segments: usize,
 }
@@ -72,6 +75,7 @@ impl Default for Limits {
             free_bytes_min: ByteCount(64 << 20),
             segment_bytes: log.segment_bytes_max,
             index_cache_bytes: cache.index_bytes_max,
+            ping_interval_ms: 5000,
             open_segments: cache.open_files_max,
         }
     }

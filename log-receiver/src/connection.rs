@@ -73,6 +73,8 @@ enum Event {
     Written(io::Result<usize>),
     Compared(Result<CompareResult, String>),
     Woken,
+    /// Time to be heard.
+    Beat,
 }
 
 /// Serves one agent until the connection ends.
@@ -116,6 +118,8 @@ impl Connection {
     async fn serve(&mut self, mut duplex: Duplex, first: Sequenced, wakeup: &Wakeup) -> io::Result<()> {
         self.take(first);
         self.take_decoded();
+        let mut beat = tokio::time::interval(self.ingest.ping_interval);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !self.ending {
             let may_read = self.may_read();
             let event = tokio::select! {
@@ -123,6 +127,7 @@ impl Connection {
                 () = wakeup.notify.notified() => Event::Woken,
                 written = duplex.writer.write(&self.output), if !self.output.is_empty() => Event::Written(written),
                 result = answer(&mut self.compares), if !self.compares.is_empty() => Event::Compared(result),
+                _ = beat.tick() => Event::Beat,
                 read = duplex.reader.read_buf(self.decoder.buffer()), if may_read => Event::Read(read),
             };
             match event {
@@ -132,6 +137,13 @@ impl Connection {
                         return Ok(());
                     }
                     self.take_decoded();
+                }
+                // A slow sync or comparison is no silence; nor is this more than one frame not taken.
+                Event::Beat => {
+                    let owes = self.session.owes_acknowledgement() || !self.compares.is_empty();
+                    if owes && self.output.is_empty() {
+                        self.send(&Message::Ping);
+                    }
                 }
                 Event::Written(written) => self.output.advance(written?),
                 Event::Compared(Ok(result)) => {

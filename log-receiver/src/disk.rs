@@ -12,7 +12,7 @@ use backtide_recovery::{
 use backtide_segment::{Entry, Seq};
 use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
-use crate::{logs::Past, memo::Memo, session::ConnectionId};
+use crate::{StoreWatch, logs::Past, memo::Memo, session::ConnectionId, watermark::Watermark};
 
 /// What an entry costs beside its payload.
 const ENTRY_HEADER_BYTES: u64 = 64;
@@ -42,9 +42,27 @@ pub struct Disk {
 /// ```
 enum Log {
     /// In use.
-    Open(Box<DiskLog>),
+    Open(Box<DiskLog>, LogMark),
     /// Out of use: opening, writing or syncing it failed.
     Failed(Box<Failed>),
+}
+
+/// What stands beside an open log.
+pub(crate) struct LogMark {
+    /// Where it is noted how far the log is durable, if that can be.
+    pub(crate) watermark: Option<Watermark>,
+    /// Sees whether the store is still there.
+    pub(crate) watch: StoreWatch,
+    /// Acknowledged bytes are missing at its end.
+    pub(crate) loss: Option<Loss>,
+}
+
+/// The end of a log was lost after it had been acknowledged.
+pub(crate) struct Loss {
+    /// A sentence.
+    pub(crate) why: String,
+    /// The last entry that is left.
+    pub(crate) end: Seq,
 }
 
 struct Failed {
@@ -87,18 +105,29 @@ impl From<&LogError> for Failure {
 pub struct CommitTicket {
     opened: u64,
     ticket: SyncTicket,
+    watermark: Option<Watermark>,
+    watch: StoreWatch,
 }
 
 /// How a ticket's sync went.
 pub struct CommitOutcome {
     opened: u64,
     outcome: SyncOutcome,
+    /// Why nothing that was synced can be found again.
+    gone: Option<String>,
 }
 
 impl CommitTicket {
     /// Syncs; blocks as long as the device takes.
     pub fn sync(self) -> CommitOutcome {
-        CommitOutcome { opened: self.opened, outcome: self.ticket.sync() }
+        let outcome = self.ticket.sync();
+        let gone = self.watch.check().err();
+        if let (Ok(durable), None, Some(watermark)) = (outcome.result(), &gone, &self.watermark)
+            && let Err(error) = watermark.write(durable)
+        {
+            tracing::debug!(%error, "cannot note beside the log how far it is durable");
+        }
+        CommitOutcome { opened: self.opened, outcome, gone }
     }
 }
 
@@ -115,9 +144,9 @@ pub enum DiskError {
 
 impl Disk {
     /// A disk with its opened log, or with the reason why it could not be opened.
-    pub(crate) fn new(id: DiskId, number: u32, log: Result<DiskLog, Failure>, past: Past) -> Self {
+    pub(crate) fn new(id: DiskId, number: u32, log: Result<(DiskLog, LogMark), Failure>, past: Past) -> Self {
         let log = match log {
-            Ok(log) => Log::Open(Box::new(log)),
+            Ok((log, mark)) => Log::Open(Box::new(log), mark),
             Err(failure) => Log::Failed(Box::new(Failed { failure, through: None, left: None })),
         };
         Self { id, log, number, past, opened: 1, owner: None, waiting: VecDeque::new(), waiting_bytes: 0 }
@@ -131,7 +160,7 @@ impl Disk {
     /// Why the log is out of use, if it is.
     pub fn failure(&self) -> Option<&Failure> {
         match &self.log {
-            Log::Open(_) => None,
+            Log::Open(..) => None,
             Log::Failed(failed) => Some(&failed.failure),
         }
     }
@@ -139,17 +168,25 @@ impl Disk {
     /// Everything that is damaged, in the log in use and in those before it: a sentence each, with
     /// file and place.
     pub fn damage(&self) -> impl Iterator<Item = &String> {
-        let present = match &self.log {
-            Log::Open(_) => None,
-            Log::Failed(failed) => failed.left.as_ref(),
+        let (present, loss) = match &self.log {
+            Log::Open(_, mark) => (None, mark.loss.as_ref()),
+            Log::Failed(failed) => (failed.left.as_ref(), None),
         };
-        self.past.damage.iter().chain(present.into_iter().flat_map(|left| &left.damage))
+        let present = present.into_iter().flat_map(|left| &left.damage);
+        self.past.damage.iter().chain(present).chain(loss.map(|loss| &loss.why))
+    }
+
+    /// Why acknowledged bytes are missing at the end of the open log, as long as nothing has followed:
+    /// what follows an agent's handshake either proves that nothing is missing, or is a resync.
+    pub fn lost_end(&self) -> Option<&str> {
+        let Log::Open(log, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
+        (log.appended() == loss.end).then_some(loss.why.as_str())
     }
 
     /// The newest attach that is known, also of a log that is out of use.
     pub fn attached(&self) -> Option<&Attached> {
         let present = match &self.log {
-            Log::Open(log) => log.timeline().attached(),
+            Log::Open(log, _) => log.timeline().attached(),
             Log::Failed(failed) => failed.left.as_ref().and_then(|left| left.attached.as_ref()),
         };
         present.or(self.past.attached.as_ref())
@@ -210,9 +247,14 @@ impl Disk {
     /// do, or when the log just failed (see [`Disk::failure`]). Run [`CommitTicket::sync`] where
     /// blocking is fine, then hand its outcome to [`Disk::synced`].
     pub fn ticket(&mut self) -> Option<CommitTicket> {
-        let Log::Open(log) = &mut self.log else { return None };
+        let Log::Open(log, mark) = &mut self.log else { return None };
         match log.ticket() {
-            Ok(ticket) => ticket.map(|ticket| CommitTicket { opened: self.opened, ticket }),
+            Ok(ticket) => ticket.map(|ticket| CommitTicket {
+                opened: self.opened,
+                ticket,
+                watermark: mark.watermark.clone(),
+                watch: mark.watch.clone(),
+            }),
             Err(error) => {
                 self.fail(Failure::from(&error));
                 None
@@ -223,9 +265,12 @@ impl Disk {
     /// Takes the outcome of a ticket's sync. A failed one takes the log out of use: after it nobody
     /// knows what is on the disk, and a second sync may lie.
     pub fn synced(&mut self, outcome: CommitOutcome) {
-        let Log::Open(log) = &mut self.log else { return };
+        let Log::Open(log, _) = &mut self.log else { return };
         if outcome.opened != self.opened {
             return;
+        }
+        if let Some(why) = outcome.gone {
+            return self.fail(Failure { why, damaged: false });
         }
         match log.synced(outcome.outcome) {
             Ok(durable) => {
@@ -246,7 +291,7 @@ impl Disk {
     /// Why it cannot be read.
     pub fn snapshot(&mut self) -> Result<Snapshot, Failure> {
         let taken = match &mut self.log {
-            Log::Open(log) => log.snapshot().map_err(|error| Failure::from(&error)),
+            Log::Open(log, _) => log.snapshot().map_err(|error| Failure::from(&error)),
             Log::Failed(failed) => match (&failed.left, &self.past.snapshot) {
                 (Some(left), _) => Ok(left.snapshot.clone()),
                 (None, Some(past)) => return Ok(past.clone()),
@@ -281,7 +326,7 @@ impl Disk {
     pub(crate) fn wants_salvage(&self) -> Option<Wanted> {
         match &self.log {
             Log::Failed(failed) if failed.left.is_none() => Some(Wanted { through: failed.through }),
-            Log::Failed(_) | Log::Open(_) => None,
+            Log::Failed(_) | Log::Open(..) => None,
         }
     }
 
@@ -300,7 +345,7 @@ impl Disk {
 
     pub(crate) fn append(&mut self, entry: Entry, payload: ByteCount) -> Result<Seq, DiskError> {
         let log = match &mut self.log {
-            Log::Open(log) => log,
+            Log::Open(log, _) => log,
             Log::Failed(failed) => return Err(DiskError::Store(failed.failure.why.clone())),
         };
         match log.append(entry) {
@@ -344,23 +389,29 @@ impl Disk {
 
     /// Puts a recovered log into use and gives the connection that had the failed one. That one loses
     /// the disk: entry numbers it waits for may be those of other entries now.
-    pub(crate) fn reopened(&mut self, log: DiskLog) -> Option<ConnectionId> {
-        self.log = Log::Open(Box::new(log));
+    pub(crate) fn reopened(&mut self, log: DiskLog, mark: LogMark) -> Option<ConnectionId> {
+        self.log = Log::Open(Box::new(log), mark);
         self.opened += 1;
         self.owner.take()
     }
 
     /// Puts a new log into use behind a damaged one. Gives the connection that had that one.
-    pub(crate) fn begun_anew(&mut self, log: DiskLog, number: u32, past: Past) -> Option<ConnectionId> {
+    pub(crate) fn begun_anew(
+        &mut self,
+        log: DiskLog,
+        mark: LogMark,
+        number: u32,
+        past: Past,
+    ) -> Option<ConnectionId> {
         self.number = number;
         self.past = past;
-        self.reopened(log)
+        self.reopened(log, mark)
     }
 
     pub(crate) fn fail(&mut self, failure: Failure) {
         tracing::error!(disk = %self.id, why = failure.why, "the disk's log failed and is out of use until it is opened again");
         let (through, left) = match &mut self.log {
-            Log::Open(log) => (Some(log.durable().seq), None),
+            Log::Open(log, _) => (Some(log.durable().seq), None),
             Log::Failed(failed) => (failed.through, failed.left.take()),
         };
         self.log = Log::Failed(Box::new(Failed { failure, through, left }));
@@ -370,7 +421,7 @@ impl Disk {
 
     fn log(&self) -> Option<&DiskLog> {
         match &self.log {
-            Log::Open(log) => Some(log),
+            Log::Open(log, _) => Some(log),
             Log::Failed(_) => None,
         }
     }

@@ -24,7 +24,7 @@ use backtide_storage::Storage;
 use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId};
 
 use crate::{
-    Names,
+    Names, StoreWatch,
     disk::{Disk, DiskError, Failure, chain},
     entries,
     logs::{LOGS_MAX, Past},
@@ -50,6 +50,8 @@ pub struct Shelf {
     pub space_floor: ByteCount,
     /// The most disks the store takes.
     pub disks_max: usize,
+    /// Whether the store is still where it was.
+    pub watch: StoreWatch,
     /// Makes the history ids of new disks; random but in a simulation.
     pub new_history: Arc<dyn Fn() -> HistoryId + Send + Sync>,
 }
@@ -164,6 +166,7 @@ impl Disks {
         hello: &Hello,
         now: CaptureTime,
     ) -> Result<Claim, Closed> {
+        self.shelf.watch.check().map_err(|why| closed(CloseCode::Store, why))?;
         self.space.look(ByteCount::ZERO).map_err(|why| closed(CloseCode::Store, why))?;
         let Found { fresh, displaced } = self.find_or_create(hello)?;
         let disk = self.disks.get_mut(&hello.disk).expect("the disk was found or created");
@@ -203,7 +206,8 @@ impl Disks {
 
     /// Refuses new data when the store has too little room for it.
     pub(crate) fn check_space(&self, wanted: ByteCount) -> Result<(), String> {
-        self.space.take(wanted)
+        // A store that has gone has no room either: what is wrong is said first.
+        self.space.take(wanted).map_err(|why| self.shelf.watch.check().err().unwrap_or(why))
     }
 
     /// Makes sure that the disk is there with an open log. A failed one is opened again only for a
@@ -218,7 +222,8 @@ impl Disks {
                     Ok(log) => {
                         check_attached(log.timeline().attached(), hello)?;
                         take_name(&self.shelf.names, hello)?;
-                        displaced = disk.reopened(log);
+                        let mark = self.shelf.mark(hello.disk, disk.log_number(), &log);
+                        displaced = disk.reopened(log, mark);
                     }
                     Err(error @ LogError::Damaged { .. }) => {
                         take_name(&self.shelf.names, hello)?;
@@ -245,7 +250,8 @@ impl Disks {
             store(error)
         })?;
         let fresh = log.timeline().attached().is_none();
-        self.disks.insert(hello.disk, Disk::new(hello.disk, 1, Ok(log), Past::default()));
+        let mark = self.shelf.mark(hello.disk, 1, &log);
+        self.disks.insert(hello.disk, Disk::new(hello.disk, 1, Ok((log, mark)), Past::default()));
         Ok(Found { fresh, displaced: None })
     }
 
@@ -271,7 +277,8 @@ fn begin_new_log(shelf: &Shelf, disk: &mut Disk, error: &LogError) -> Result<Opt
     let mut past = disk.past().clone();
     shelf.push_past(&mut past, disk.id(), disk.log_number());
     tracing::error!(disk = %disk.id(), why = chain(error), "the log is damaged: a new one begins, points before the damage stay");
-    Ok(disk.begun_anew(log, number, past))
+    let mark = shelf.mark(disk.id(), number, &log);
+    Ok(disk.begun_anew(log, mark, number, past))
 }
 
 /// Whether the newest attach leaves room for this one.

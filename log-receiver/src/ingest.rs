@@ -9,6 +9,7 @@ use std::{
     io,
     rc::Rc,
     thread::JoinHandle,
+    time::Duration,
 };
 
 use backtide_protocol::{CloseCode, Closed};
@@ -22,6 +23,7 @@ use tokio::{
 };
 
 use crate::{
+    Limits,
     accept::Arrival,
     clock, connection,
     disk::{Disk, Failure},
@@ -50,7 +52,7 @@ pub(crate) enum Task {
 pub(crate) struct Readable {
     pub(crate) snapshot: Snapshot,
     pub(crate) attached: Option<Attached>,
-    /// Why the log is out of use, when acknowledged bytes are not there any more.
+    /// What is wrong, when acknowledged bytes are not there any more.
     pub(crate) damage: Option<String>,
 }
 
@@ -61,6 +63,7 @@ pub(crate) struct Ingest {
     pub(crate) commits: Pool,
     pub(crate) readers: Pool,
     pub(crate) undurable_bytes_max: ByteCount,
+    pub(crate) ping_interval: Duration,
     connections: RefCell<BTreeMap<ConnectionId, Rc<Wakeup>>>,
     /// A connection has ended.
     ended: Notify,
@@ -89,18 +92,20 @@ pub(crate) async fn start(
     disks: Vec<DiskId>,
     commits: Pool,
     readers: Pool,
-    undurable_bytes_max: ByteCount,
+    limits: &Limits,
 ) -> io::Result<IngestThread> {
     let (tasks, inbox) = mpsc::channel(TASKS_MAX);
     let (ready, opened) = oneshot::channel();
     let runtime = Builder::new_current_thread().enable_all().build()?;
+    let limits = limits.clone();
     let body = move || {
         let ingest = Rc::new(Ingest {
             disks: RefCell::new(Disks::open(shelf, disks)),
             syncing: RefCell::default(),
             commits,
             readers,
-            undurable_bytes_max,
+            undurable_bytes_max: limits.undurable_bytes,
+            ping_interval: Duration::from_millis(limits.ping_interval_ms.max(1)),
             connections: RefCell::default(),
             ended: Notify::new(),
             synced: Notify::new(),
@@ -183,7 +188,12 @@ impl Ingest {
         let mut disks = self.disks.borrow_mut();
         let snapshot = disks.snapshot(disk)?;
         let state = disks.get(disk)?;
-        let damage = state.failure().filter(|failure| failure.damaged).map(|failure| failure.why.clone());
+        let damaged = state.failure().filter(|failure| failure.damaged).map(|failure| failure.why.clone());
+        let damage = damaged.or_else(|| state.lost_end().map(str::to_owned));
+        let snapshot = match state.lost_end() {
+            Some(why) => snapshot.map(|snapshot| snapshot.ending(why)),
+            None => snapshot,
+        };
         let attached = state.attached().cloned();
         let failed = state.failure().is_some();
         drop(disks);

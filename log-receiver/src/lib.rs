@@ -36,6 +36,8 @@ mod receiver;
 mod service;
 mod space;
 mod store_file;
+mod watch;
+mod watermark;
 
 pub use compare::CompareJob;
 pub use config::{Config, Limits};
@@ -46,3 +48,4 @@ pub use receiver::{Receiver, StartError};
 pub use session::{ConnectionId, Effect, Session};
 pub use socket::ListenError;
 pub use store_file::{STORE_VERSION, StoreFileError, StoreId};
+pub use watch::StoreWatch;

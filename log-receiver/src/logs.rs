@@ -18,9 +18,10 @@ use backtide_recovery::{Attached, DiskLog, LogError, LogIdentity, Salvage, Seq, 
 use backtide_units::{ByteCount, DiskId, Lsn};
 
 use crate::{
-    disk::{Disk, Failure, chain},
+    disk::{Disk, Failure, LogMark, Loss, chain},
     disks::{DISKS, Shelf},
     memo::{self, Memo},
+    watermark::Watermark,
 };
 
 /// A disk whose log was damaged so often has a store that cannot be trusted with one more.
@@ -113,9 +114,41 @@ impl Shelf {
         for &before in numbers.iter().filter(|before| **before < number) {
             self.push_past(&mut past, disk, before);
         }
+        let opened = opened.map(|log| {
+            let mark = self.mark(disk, number, &log);
+            (log, mark)
+        });
         let mut opened = Disk::new(disk, number, opened.map_err(|error| Failure::from(&error)), past);
         self.make_readable(&mut opened);
         Some(opened)
+    }
+
+    /// What is known beside an open log about how far it was durable. A log that ends before that has lost
+    /// bytes that were acknowledged: that is said loudly, and the agent's handshake finds it too.
+    pub(crate) fn mark(&self, disk: DiskId, number: u32, log: &DiskLog) -> LogMark {
+        let dir = Self::dir(disk, number);
+        let watermark = match Watermark::open(&*self.storage, &dir, log.identity().history) {
+            Ok(watermark) => Some(watermark),
+            Err(error) => {
+                tracing::warn!(%disk, %error, "cannot note beside the log how far it is durable");
+                None
+            }
+        };
+        let noted = watermark.as_ref().and_then(Watermark::read);
+        let found = log.durable();
+        let loss = noted.filter(|noted| noted.seq > found.seq).map(|noted| {
+            let why = format!(
+                "the end of the log in {} is lost: entries up to {} (lsn:{}) were durable, it ends with entry {} (lsn:{})",
+                self.storage.display(&dir.join("segments")).display(),
+                noted.seq,
+                noted.lsn,
+                found.seq,
+                found.lsn
+            );
+            tracing::error!(%disk, why, "acknowledged bytes are lost");
+            Loss { why, end: found.seq }
+        });
+        LogMark { watermark, watch: self.watch.clone(), loss }
     }
 
     pub(crate) fn push_past(&self, past: &mut Past, disk: DiskId, number: u32) {

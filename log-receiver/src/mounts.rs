@@ -4,7 +4,13 @@
 //! somebody else's mount; a mount is ready for clients when it is answered; their number is bounded.
 
 use std::{
-    cell::RefCell, collections::BTreeMap, io, path::PathBuf, rc::Rc, thread::JoinHandle, time::Duration,
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    io,
+    path::PathBuf,
+    rc::Rc,
+    thread::JoinHandle,
+    time::Duration,
 };
 
 use backtide_export::{BindError, Limits, Listener, NbdAddress, NbdUri, Server};
@@ -29,6 +35,11 @@ const ORDERS_MAX: usize = 64;
 /// How long an unmount waits for requests in flight.
 const UNMOUNT_GRACE: Duration = Duration::from_secs(5);
 
+/// How often a temporary mount is looked at ...
+const LEASE_LOOK: Duration = Duration::from_millis(500);
+/// ... and how long it waits for its first client.
+const LEASE_FIRST_CLIENT: Duration = Duration::from_secs(30);
+
 /// What others ask of the mounts' thread.
 pub(crate) enum Order {
     /// Serve a point.
@@ -48,6 +59,8 @@ pub(crate) struct Plan {
     pub(crate) view: View,
     /// Where; by default on a socket of its own.
     pub(crate) uri: Option<NbdUri>,
+    /// It ends by itself with its last client.
+    pub(crate) temporary: bool,
 }
 
 /// The thread, from outside.
@@ -66,6 +79,8 @@ struct Mounted {
 }
 
 struct Table {
+    /// Mounts that are being made.
+    begun: Cell<usize>,
     run_dir: PathBuf,
     mounts_max: usize,
     readers: Pool,
@@ -79,8 +94,14 @@ pub(crate) fn start(run_dir: PathBuf, mounts_max: usize, readers: Pool) -> io::R
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let body = move || {
-        let table =
-            Table { run_dir, mounts_max, readers, mounted: RefCell::default(), numbers: RefCell::default() };
+        let table = Table {
+            begun: Cell::new(0),
+            run_dir,
+            mounts_max,
+            readers,
+            mounted: RefCell::default(),
+            numbers: RefCell::default(),
+        };
         LocalSet::new().block_on(&runtime, Rc::new(table).serve(inbox));
     };
     let thread = std::thread::Builder::new().name("mounts".to_owned()).spawn(body)?;
@@ -93,7 +114,11 @@ impl Table {
             match order {
                 // Whoever asked may have gone: nobody misses the answer. A mount that nobody was
                 // told of is in the list.
-                Order::Mount(plan, answer) => drop(answer.send(self.mount(*plan).await)),
+                Order::Mount(plan, answer) => {
+                    // Apart from the others' orders: finding a host's address may take its time.
+                    let table = Rc::clone(&self);
+                    tokio::task::spawn_local(async move { drop(answer.send(table.mount(*plan).await)) });
+                }
                 Order::List(answer) => drop(answer.send(self.list())),
                 Order::Unmount(id, answer) => {
                     let mounted = self.mounted.borrow_mut().remove(&id);
@@ -118,11 +143,18 @@ impl Table {
         }
     }
 
-    async fn mount(&self, plan: Plan) -> Result<Mount, ApiError> {
-        if self.mounted.borrow().len() >= self.mounts_max {
+    async fn mount(self: &Rc<Self>, plan: Plan) -> Result<Mount, ApiError> {
+        if self.mounted.borrow().len() + self.begun.get() >= self.mounts_max {
             let why = format!("the receiver has its limit of {} mounts", self.mounts_max);
             return Err(ApiError::new(ErrorCode::Busy, why).with_hint("end one: backtide unmount ID"));
         }
+        self.begun.set(self.begun.get() + 1);
+        let mounted = self.serve_point(plan).await;
+        self.begun.set(self.begun.get() - 1);
+        mounted
+    }
+
+    async fn serve_point(self: &Rc<Self>, plan: Plan) -> Result<Mount, ApiError> {
         let id = self.next_id(&plan.disk.name);
         let wanted = plan.uri.unwrap_or_else(|| NbdUri {
             address: NbdAddress::Unix(self.run_dir.join(format!("{id}.sock"))),
@@ -138,8 +170,33 @@ impl Table {
         let mounted =
             Mounted { id: id.clone(), disk: plan.disk, at: plan.at, uri, since: clock::now(), server };
         let answer = mounted.describe();
-        self.mounted.borrow_mut().insert(id, mounted);
+        self.mounted.borrow_mut().insert(id.clone(), mounted);
+        if plan.temporary {
+            tokio::task::spawn_local(Rc::clone(self).end_with_its_client(id));
+        }
         Ok(answer)
+    }
+
+    /// Ends a mount when its clients have gone, or when none ever comes: whoever asked for it may have
+    /// been killed and cannot unmount it.
+    async fn end_with_its_client(self: Rc<Self>, id: String) {
+        let mut look = tokio::time::interval(LEASE_LOOK);
+        let begun = tokio::time::Instant::now();
+        let mut had_client = false;
+        loop {
+            look.tick().await;
+            let clients = self.mounted.borrow().get(&id).map(|mounted| mounted.server.connections());
+            let Some(clients) = clients else { return };
+            had_client |= clients > 0;
+            if clients == 0 && (had_client || begun.elapsed() > LEASE_FIRST_CLIENT) {
+                break;
+            }
+        }
+        let mounted = self.mounted.borrow_mut().remove(&id);
+        if let Some(mounted) = mounted {
+            tracing::info!(mount = id, "the mount's client has gone");
+            mounted.end().await;
+        }
     }
 
     fn list(&self) -> Mounts {

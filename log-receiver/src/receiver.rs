@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use crate::{
-    Config, ListError, ListenError, Names, Shelf, StoreFileError, StoreId,
+    Config, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch,
     accept::Door,
     ingest::{self, IngestThread, Task},
     mounts::{self, MountThread, Order},
@@ -33,6 +33,9 @@ use crate::{
 
 /// Threads of the runtime that accepts and answers the control API.
 const CONTROL_THREADS: usize = 2;
+
+/// How often a store without traffic is looked at.
+const STORE_LOOK: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Why a receiver did not start.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +124,7 @@ impl Receiver {
         let pool = |name, threads| Pool::start(name, threads).map_err(|e| failed("start a pool", e));
         let (commits, commit_threads) = pool("commit", limits.commit_threads)?;
         let (readers, read_threads) = pool("read", limits.read_threads)?;
+        let watch = lock.as_ref().map(|lock| lock.watch.clone()).unwrap_or_default();
         let shelf = Shelf {
             storage: Arc::clone(&storage),
             log: limits.log(),
@@ -128,6 +132,7 @@ impl Receiver {
             names: Arc::new(Names::new()),
             space_floor: limits.free_bytes_min,
             disks_max: limits.disks,
+            watch: watch.clone(),
             new_history: Arc::new(HistoryId::random),
         };
         let ingest = start_ingest(&shelf, &config, &commits, &readers).await?;
@@ -140,6 +145,7 @@ impl Receiver {
             store_id: store,
             storage,
             space_floor: limits.free_bytes_min,
+            watch: watch.clone(),
             listen: listen.clone(),
             names: shelf.names,
             threads: tasks.clone(),
@@ -149,9 +155,9 @@ impl Receiver {
         let api_address = api.address().clone();
         let (api_stop, stopped) = oneshot::channel();
         let api_task = runtime.spawn(serve_api(api, service, stopped));
+        let mut accepting = vec![runtime.spawn(watch_store(watch))];
         let door = Door::new(tasks, limits.connections);
-        let accepting: Vec<_> =
-            listeners.into_iter().map(|listener| runtime.spawn(door.clone().accept(listener))).collect();
+        accepting.extend(listeners.into_iter().map(|listener| runtime.spawn(door.clone().accept(listener))));
         tracing::info!(store = %config.store.display(), store_id = %store.0, ?listen, api = %api_address, "the receiver is ready");
         Ok(Self {
             store,
@@ -228,13 +234,33 @@ async fn start_ingest(
     }
     let mut threads = Vec::new();
     for (number, share) in shares.into_iter().enumerate() {
-        let undurable = config.limits.undurable_bytes;
-        let thread = ingest::start(number, shelf.clone(), share, commits.clone(), readers.clone(), undurable)
-            .await
-            .map_err(|source| failed("start an ingest thread", source))?;
+        let thread =
+            ingest::start(number, shelf.clone(), share, commits.clone(), readers.clone(), &config.limits)
+                .await
+                .map_err(|source| failed("start an ingest thread", source))?;
         threads.push(thread);
     }
     Ok(threads)
+}
+
+/// Says once that the store has gone, and once that it is back, also while no disk is written.
+async fn watch_store(watch: StoreWatch) {
+    let mut look = tokio::time::interval(STORE_LOOK);
+    let mut gone = false;
+    loop {
+        look.tick().await;
+        match (watch.check(), gone) {
+            (Err(why), false) => {
+                gone = true;
+                tracing::error!(why, "the store has gone");
+            }
+            (Ok(()), true) => {
+                gone = false;
+                tracing::info!("the store is back");
+            }
+            (Err(_), true) | (Ok(()), false) => {}
+        }
+    }
 }
 
 async fn serve_api(server: Server, service: Service, stopped: oneshot::Receiver<()>) {

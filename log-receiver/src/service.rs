@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use crate::{
-    Names, StoreId,
+    Names, StoreId, StoreWatch,
     accept::Door,
     changes, clock,
     disk::Failure,
@@ -32,6 +32,7 @@ pub(crate) struct Service {
     pub(crate) store_id: StoreId,
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) space_floor: ByteCount,
+    pub(crate) watch: StoreWatch,
     pub(crate) listen: Vec<Address>,
     pub(crate) names: Arc<Names>,
     pub(crate) threads: Vec<mpsc::Sender<Task>>,
@@ -51,10 +52,16 @@ impl ReceiverService for Service {
     async fn status(&self) -> Result<ReceiverStatus, ApiError> {
         let facts = self.facts().await?;
         let mounts = self.mounts().await?;
-        let free = self
-            .storage
-            .free_space()
-            .map_err(|e| ApiError::new(ErrorCode::Failed, format!("read the store's free space: {e}")))?;
+        let alarms = self.alarms(&facts);
+        let free = match self.storage.free_space() {
+            Ok(free) => free,
+            // A store that has gone is an alarm, and the rest of the answer is worth having.
+            Err(_) if self.watch.check().is_err() => ByteCount::ZERO,
+            Err(error) => {
+                let why = format!("read the free space of the store {}: {error}", self.store.display());
+                return Err(ApiError::new(ErrorCode::Failed, why));
+            }
+        };
         Ok(ReceiverStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             store: self.store.display().to_string(),
@@ -66,6 +73,7 @@ impl ReceiverService for Service {
             disks: facts.len() as u64,
             connected: facts.iter().filter(|facts| facts.connected).count() as u64,
             mounts: mounts.mounts.len() as u64,
+            alarms,
         })
     }
 
@@ -130,7 +138,7 @@ impl ReceiverService for Service {
         let at = self.resolve_in(&snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let (answer, mounted) = oneshot::channel();
-        let plan = Plan { disk, at, view, uri };
+        let plan = Plan { disk, at, view, uri, temporary: request.temporary };
         self.mounts.send(Order::Mount(Box::new(plan), answer)).await.map_err(|_| ending())?;
         mounted.await.map_err(|_| ending())?
     }
@@ -189,6 +197,18 @@ impl Service {
         };
         let disk = DiskRef { name: attached.name.clone(), uuid: disk, size: attached.size };
         Ok(Found { disk, snapshot, damage })
+    }
+
+    /// What a person should look at now.
+    fn alarms(&self, facts: &[DiskFacts]) -> Vec<String> {
+        let mut alarms: Vec<String> = self.watch.check().err().into_iter().collect();
+        for facts in facts {
+            let name = facts.name.as_ref().map_or_else(|| facts.id.to_string(), ToString::to_string);
+            alarms.extend(facts.error.iter().map(|why| format!("disk {name}: {why}")));
+            alarms.extend(facts.damage.iter().map(|why| format!("disk {name}: {why}")));
+        }
+        alarms.dedup();
+        alarms
     }
 
     async fn facts(&self) -> Result<Vec<DiskFacts>, ApiError> {

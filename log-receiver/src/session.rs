@@ -36,6 +36,9 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnectionId(pub u64);
 
+/// As much of a peer's text goes into the log.
+const SHOWN_MAX: usize = 1024;
+
 /// Told to a connection that finds out by itself that it lost its disk.
 const REPLACED: &str = "another connection has this disk now";
 
@@ -105,6 +108,14 @@ impl Session {
         }
     }
 
+    /// Whether the agent waits for something that was received to become durable.
+    pub fn owes_acknowledgement(&self) -> bool {
+        match &self.state {
+            State::Streaming(streaming) => streaming.acked.1 < streaming.received,
+            State::AwaitHello | State::AwaitClaim { .. } | State::Ended => false,
+        }
+    }
+
     /// Takes the agent's next message; `now` is the receiver's clock.
     pub fn handle(&mut self, disks: &mut Disks, message: Sequenced, now: CaptureTime) -> Vec<Effect> {
         if matches!(self.state, State::Ended) {
@@ -112,7 +123,7 @@ impl Session {
         }
         let Sequenced { seq: frame, message } = message;
         if let Message::Close(closed) = message {
-            tracing::info!(connection = self.connection.0, disk = ?self.disk(), code = ?closed.code, message = closed.message, "the agent closed the connection");
+            tracing::info!(connection = self.connection.0, disk = ?self.disk(), code = ?closed.code, message = shown(&closed.message), "the agent closed the connection");
             self.end(disks);
             return vec![Effect::End];
         }
@@ -369,9 +380,14 @@ fn payload_of(entry: &Entry) -> ByteCount {
     }
 }
 
+/// As much as is logged of a text that a peer can choose.
+fn shown(text: &str) -> &str {
+    &text[..text.floor_char_boundary(SHOWN_MAX)]
+}
+
 /// An end that belongs to ordinary life is no warning.
 fn log_close(connection: ConnectionId, disk: Option<DiskId>, closed: &Closed) {
-    let (connection, code, message) = (connection.0, closed.code, &closed.message);
+    let (connection, code, message) = (connection.0, closed.code, shown(&closed.message));
     match code {
         CloseCode::Bye | CloseCode::Busy | CloseCode::Fenced => {
             tracing::info!(connection, ?disk, ?code, message, "connection closed");

@@ -22,6 +22,8 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::StoreWatch;
+
 /// The version of the store's layout that this build reads and writes.
 ///
 /// | version | what changed |
@@ -96,6 +98,8 @@ pub enum StoreFileError {
 #[derive(Debug)]
 pub(crate) struct StoreLock {
     _file: File,
+    /// Sees whether the store is still where it was locked.
+    pub(crate) watch: StoreWatch,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -151,7 +155,8 @@ pub(crate) fn lock_store(path: &Path) -> Result<StoreLock, StoreFileError> {
     }
     file.set_len(0).map_err(io("write"))?;
     file.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(io("write"))?;
-    Ok(StoreLock { _file: file })
+    let watch = StoreWatch::new(path, &lock_path, &file).map_err(io("look at"))?;
+    Ok(StoreLock { _file: file, watch })
 }
 
 /// Reads `store.json`, or makes an empty directory a store.

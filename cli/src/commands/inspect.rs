@@ -1,7 +1,11 @@
 //! `backtide inspect`: a file of the store in readable form.
 
-use std::{io, path::PathBuf};
+use std::{
+    io::{self, Read},
+    path::PathBuf,
+};
 
+use backtide_control::{ApiError, ErrorCode};
 use backtide_storage::RealStorage;
 use clap::Args;
 use serde::Serialize;
@@ -26,8 +30,57 @@ struct Listing {
 }
 
 impl Inspect {
-    /// Prints the listing. Damage is a line of it, not an error.
+    /// Prints the listing; ends with the code of damage when the header, which all of it hangs on, is
+    /// damaged. Damage of an entry is a line of the listing.
     pub(crate) fn run(self, context: &Context) -> Result<Ending, Failure> {
+        self.refuse_others()?;
+        let ending = self.print(context)?;
+        if let Some(why) = self.bad_header()? {
+            context.warn(&format!("the segment is damaged: {why}"));
+            return Ok(Ending::Found(ErrorCode::Damaged));
+        }
+        Ok(ending)
+    }
+
+    /// Refuses what was never a segment, before anything is printed.
+    fn refuse_others(&self) -> Result<(), Failure> {
+        let failed = |error: io::Error| io_failure(self.file.display(), &error);
+        let metadata = std::fs::metadata(&self.file).map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(wrong_usage(format!("{} is no file", self.file.display())));
+        }
+        let mut start = Vec::new();
+        let file = std::fs::File::open(&self.file).map_err(failed)?;
+        file.take(backtide_segment::MAGIC.len() as u64).read_to_end(&mut start).map_err(failed)?;
+        if start != backtide_segment::MAGIC {
+            let message = format!(
+                "{} is no segment of a store: expected it to begin with {:?}, found {:?}",
+                self.file.display(),
+                String::from_utf8_lossy(&backtide_segment::MAGIC),
+                String::from_utf8_lossy(&start)
+            );
+            let hint = "segments are the *.seg files in disks/<uuid>/segments of a receiver's store";
+            return Err(ApiError::new(ErrorCode::Usage, message).with_hint(hint).into());
+        }
+        Ok(())
+    }
+
+    fn bad_header(&self) -> Result<Option<String>, Failure> {
+        let mut bytes = Vec::new();
+        let file =
+            std::fs::File::open(&self.file).map_err(|error| io_failure(self.file.display(), &error))?;
+        let limit = backtide_segment::SEGMENT_HEADER_LENGTH;
+        file.take(limit as u64)
+            .read_to_end(&mut bytes)
+            .map_err(|error| io_failure(self.file.display(), &error))?;
+        let Ok(header) = <&[u8; backtide_segment::SEGMENT_HEADER_LENGTH]>::try_from(&bytes[..]) else {
+            return Ok(Some(format!("{} ends within its header", self.file.display())));
+        };
+        let header = backtide_segment::SegmentHeader::decode(header, &self.file);
+        Ok(header.err().map(|error| error.to_string()))
+    }
+
+    fn print(&self, context: &Context) -> Result<Ending, Failure> {
         if !context.json() {
             let mut out = io::BufWriter::new(io::stdout().lock());
             return self.list(&mut out).map(|()| Ending::Done);
@@ -35,7 +88,7 @@ impl Inspect {
         let mut text = Vec::new();
         self.list(&mut text)?;
         let lines = String::from_utf8_lossy(&text).lines().map(str::to_owned).collect();
-        context.print(&Listing { file: self.file, lines }, String::new)?;
+        context.print(&Listing { file: self.file.clone(), lines }, String::new)?;
         Ok(Ending::Done)
     }
 

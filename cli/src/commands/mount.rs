@@ -47,7 +47,7 @@ impl Mount {
             return Ok(Ending::Done);
         };
         let at = self.at.ok_or_else(|| wrong_usage("a mount needs a point: --at POINT"))?;
-        let mount = receiver.mount(&MountRequest { name, at, nbd: self.nbd }).await?;
+        let mount = receiver.mount(&MountRequest { name, at, nbd: self.nbd, temporary: false }).await?;
         context.print(&mount, || mount_text(&mount))?;
         Ok(Ending::Done)
     }

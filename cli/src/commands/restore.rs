@@ -16,7 +16,7 @@ use crate::{
     ending::{Ending, Failure},
     output::progress::Progress,
     quantity::{duration_text, size_both, time_text},
-    restore::{Target, copy, verify},
+    restore::{Target, clear, copy, verify},
 };
 
 /// `backtide restore`
@@ -67,7 +67,7 @@ impl Restore {
     /// Restores, or ends with nothing changed but a device or server that was being written.
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let receiver = context.receiver(&self.api)?;
-        let request = MountRequest { name: self.name, at: self.at, nbd: None };
+        let request = MountRequest { name: self.name, at: self.at, nbd: None, temporary: true };
         let what = What { output: &self.output, force: self.force, verify: !self.no_verify };
         let report = restore(context, &receiver, &request, what, stop.asked()).await?;
         context.print(&report, || report_text(&report))?;
@@ -100,7 +100,10 @@ pub(crate) async fn restore(
         () = stop => Err(Failure::Interrupted),
     };
     let unmounted = receiver.unmount(&mount.id).await;
-    if let (Ok(_), Err(error)) = (&restored, &unmounted) {
+    // It ends by itself with its client, as a rule before this asks for it.
+    if let (Ok(_), Err(error)) = (&restored, &unmounted)
+        && error.code != ErrorCode::NotFound
+    {
         context.warn(&format!("the mount {} is still there: {error}", mount.id));
     }
     restored
@@ -108,6 +111,7 @@ pub(crate) async fn restore(
 
 async fn restore_mounted(context: &Context, mount: &Mount, what: What<'_>) -> Result<Report, Failure> {
     let begun = Instant::now();
+    clear(context, what.output)?;
     let target = Target::open(what.output, mount.size, what.force).await?;
     let uri: NbdUri = mount.uri.parse().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
     let source =

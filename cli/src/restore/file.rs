@@ -16,7 +16,7 @@ use tempfile::NamedTempFile;
 
 use crate::{
     ending::{Failure, io_failure},
-    restore::open_file::OpenFile,
+    restore::{leftovers, open_file::OpenFile},
 };
 
 /// A file that has no name yet. Dropped before [`NewFile::publish`], it is gone.
@@ -33,14 +33,13 @@ impl NewFile {
     pub(crate) fn create(path: &Path, size: ByteCount, replace: bool) -> Result<Self, Failure> {
         let failed = |error: io::Error| io_failure(format_args!("create {}", path.display()), &error);
         let parent = path.parent().unwrap_or(Path::new("/"));
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let prefix = format!(".{name}.");
         let temporary = tempfile::Builder::new()
-            .prefix(&prefix)
-            .suffix(".restoring")
+            .prefix(&leftovers::prefix(path))
+            .suffix(leftovers::SUFFIX)
             .tempfile_in(parent)
             // The path of the temporary file is in the error; people asked for another one.
             .map_err(|error| failed(error.kind().into()))?;
+        leftovers::hold(temporary.as_file()).map_err(failed)?;
         temporary.as_file().set_len(size.0).map_err(failed)?;
         if replace && let Ok(found) = std::fs::metadata(path) {
             temporary.as_file().set_permissions(found.permissions()).map_err(failed)?;

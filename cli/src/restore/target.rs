@@ -35,12 +35,7 @@ pub(crate) enum Target {
 /// Refuses what is in use: an image that an agent protects (it holds the lock), and files of a store.
 fn refuse_live(path: &Path) -> Result<(), Failure> {
     let real = std::fs::canonicalize(path).map_err(|error| io_failure(path.display(), &error))?;
-    if real.ancestors().any(|directory| directory.join("store.json").exists()) {
-        let message = format!("{} lies in a receiver's store", path.display());
-        return Err(ApiError::new(ErrorCode::Refused, message)
-            .with_hint("restore to a place outside it")
-            .into());
-    }
+    refuse_store(&real)?;
     let file = std::fs::File::open(&real).map_err(|error| io_failure(path.display(), &error))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(()),
@@ -51,6 +46,18 @@ fn refuse_live(path: &Path) -> Result<(), Failure> {
         }
         Err(errno) => Err(io_failure(path.display(), &errno.into())),
     }
+}
+
+/// Refuses what lies in a receiver's store, whether it is there already or not.
+fn refuse_store(path: &Path) -> Result<(), Failure> {
+    let Ok(real) = std::fs::canonicalize(path) else { return Ok(()) };
+    if real.ancestors().any(|directory| directory.join("store.json").exists()) {
+        let message = format!("{} lies in a receiver's store", path.display());
+        return Err(ApiError::new(ErrorCode::Refused, message)
+            .with_hint("restore to a place outside it")
+            .into());
+    }
+    Ok(())
 }
 
 /// Refuses the name of a symbolic link that leads nowhere, before anything is copied for it.
@@ -85,6 +92,7 @@ impl Target {
             }
             Ok(_) => Err(wrong_usage(format!("{} is neither a file nor a block device", path.display()))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                refuse_store(path.parent().unwrap_or(Path::new("/")))?;
                 refuse_dangling(&path)?;
                 NewFile::create(&path, size, force).map(Self::File)
             }

@@ -37,6 +37,9 @@ pub struct MountRequest {
     /// Where to serve it: an NBD URI. None: on a unix socket of the receiver's choice.
     #[serde(default)]
     pub nbd: Option<String>,
+    /// It ends by itself when its last client has gone, or when none comes within half a minute.
+    #[serde(default)]
+    pub temporary: bool,
 }
 
 /// A point that is served over NBD.

@@ -27,6 +27,9 @@ pub struct ReceiverStatus {
     pub connected: u64,
     /// Open mounts.
     pub mounts: u64,
+    /// What a person should look at now: sentences. Empty when all is well.
+    #[serde(default)]
+    pub alarms: Vec<String>,
 }
 
 /// The disks of a receiver.

@@ -74,6 +74,7 @@ impl ReceiverService for Fake {
             disks: 1,
             connected: 1,
             mounts: 0,
+            alarms: Vec::new(),
         })
     }
 
@@ -149,7 +150,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.resolve(&vm1, "mark:a b/ü").await.unwrap(), point("mark:a b/ü"));
     let diff = DiffRequest { from: "-5m".to_owned(), to: "latest".to_owned() };
     assert_eq!(client.diff(&vm1, &diff).await.unwrap().granularity, ByteCount(4096));
-    let request = MountRequest { name: vm1.clone(), at: "latest".to_owned(), nbd: None };
+    let request = MountRequest { name: vm1.clone(), at: "latest".to_owned(), nbd: None, temporary: false };
     assert_eq!(client.mount(&request).await.unwrap(), mount());
     assert_eq!(client.mounts().await.unwrap().mounts, [mount()]);
     assert_eq!(client.unmount("vm1-1").await.unwrap(), mount());
@@ -175,4 +176,18 @@ async fn every_call_reaches_its_method_and_comes_back() {
     let details: UnavailablePoint = serde_json::from_value(refused.details.unwrap()).unwrap();
     assert_eq!((refused.code, details), (ErrorCode::PointInHole, in_a_hole("lsn:6")));
     serving.abort();
+}
+
+#[test]
+fn unknown_fields_of_requests_are_refused() {
+    fn refuses<T: serde::de::DeserializeOwned>(text: &str) {
+        let good: Result<T, _> = serde_json::from_str(text);
+        assert!(good.is_ok(), "{text}");
+        let bad = text.replacen('{', r#"{"forse": true, "#, 1);
+        let error = serde_json::from_str::<T>(&bad).err().expect("it is refused").to_string();
+        assert!(error.contains("forse") && error.contains("expected"), "{error}");
+    }
+    refuses::<MountRequest>(r#"{"name": "vm1", "at": "latest"}"#);
+    refuses::<ResolveRequest>(r#"{"point": "latest"}"#);
+    refuses::<DiffRequest>(r#"{"from": "-5m", "to": "latest"}"#);
 }

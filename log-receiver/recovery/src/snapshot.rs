@@ -40,6 +40,14 @@ impl Snapshot {
         Self { timeline, before: Some(Arc::new(before)), ..self }
     }
 
+    /// The same with an open hole behind the last point: `damage` says that what followed is lost.
+    #[must_use]
+    pub fn ending(self, damage: &str) -> Self {
+        let mut timeline = Timeline::clone(&self.timeline);
+        timeline.end(Some(damage));
+        Self { timeline: Arc::new(timeline), ..self }
+    }
+
     /// The log that has the point, which the timeline offers.
     fn log_of(&self, at: Lsn) -> &Self {
         match &self.before {

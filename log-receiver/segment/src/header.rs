@@ -14,7 +14,8 @@ pub const SEGMENT_HEADER_LENGTH: usize = 128;
 /// The newest format version, the one we write.
 pub const VERSION: u32 = 1;
 
-pub(crate) const MAGIC: [u8; 8] = *b"BKTDSEG\n";
+/// How every segment file begins.
+pub const MAGIC: [u8; 8] = *b"BKTDSEG\n";
 
 const CRC_AT: usize = SEGMENT_HEADER_LENGTH - 4;
 

@@ -29,7 +29,7 @@ pub use entry::{Entry, PAYLOAD_MAX, PassContent, PassReason, TEXT_MAX};
 pub use entry_header::{ENTRY_HEADER_LENGTH, EntryHeader, EntryKind};
 pub use error::SegmentError;
 pub use guide::Guide;
-pub use header::{SEGMENT_HEADER_LENGTH, SegmentHeader, VERSION};
+pub use header::{MAGIC, SEGMENT_HEADER_LENGTH, SegmentHeader, VERSION};
 pub use ids::{Position, SegmentId, Seq};
 pub use index::{COARSE_LEVEL, Extent, ExtentKey, OpenIndex};
 pub use index_block::IndexBlock;

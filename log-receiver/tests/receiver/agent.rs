@@ -81,7 +81,7 @@ impl Agent {
                     assert_eq!(self.next().await, None, "nothing comes after a close");
                     return closed;
                 }
-                Some(Message::Ack { .. }) => {}
+                Some(Message::Ack { .. } | Message::Ping) => {}
                 other => panic!("expected a close, found {other:?}"),
             }
         }
@@ -97,6 +97,7 @@ impl Agent {
                     assert!(received >= last.0 && durable >= last.1 && durable <= received);
                     last = (received, durable);
                 }
+                Some(Message::Ping) => {}
                 other => panic!("expected an acknowledgement, found {other:?}"),
             }
         }

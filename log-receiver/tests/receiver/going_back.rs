@@ -46,7 +46,7 @@ async fn write_history(receiver: &Receiver) -> (Agent, History) {
 }
 
 pub(crate) fn request(at: &str, nbd: Option<String>) -> MountRequest {
-    MountRequest { name: vm1(), at: at.to_owned(), nbd }
+    MountRequest { name: vm1(), at: at.to_owned(), nbd, temporary: false }
 }
 
 /// Runs a real client, which must succeed.
@@ -273,5 +273,21 @@ async fn mounts_are_bounded_and_an_address_in_use_is_named() {
     assert_content(&place, &twenty, &history.at_20).await;
     assert_eq!(api.unmount(&twenty.id).await.unwrap().id, "vm1-3");
     api.mount(&request("latest", None)).await.unwrap();
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_temporary_mount_ends_with_its_client() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (_agent, _) = write_history(&receiver).await;
+    let api = client(&receiver);
+    let kept = api.mount(&request("latest", None)).await.unwrap();
+    let mount = api.mount(&MountRequest { temporary: true, ..request("latest", None) }).await.unwrap();
+    let nbd = backtide_export::Client::connect(&mount.uri.parse().unwrap()).await.unwrap();
+    while api.mounts().await.unwrap().mounts.iter().any(|found| found.clients == 0 && found.id == mount.id) {}
+    drop(nbd);
+    while api.mounts().await.unwrap().mounts.len() > 1 {}
+    assert_eq!(api.mounts().await.unwrap().mounts[0].id, kept.id, "others stay");
     receiver.shutdown().await;
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use backtide_protocol::{CloseCode, Hello};
 use backtide_units::Lsn;
 
 use crate::{agent::*, fixture::*};
@@ -91,5 +92,96 @@ async fn a_damaged_disk_is_told_and_the_others_are_served() {
     assert_eq!(disks[0].name.as_str(), "vm1", "it keeps its name");
     let (_agent, welcome) = Agent::welcomed(&receiver, hello(2, "vm2")).await;
     assert_eq!(welcome.durable, Lsn(1005));
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_store_that_is_moved_away_is_noticed_and_comes_back() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let (mut agent, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    agent.all_durable().await;
+    assert_eq!(api.status().await.unwrap().alarms, Vec::<String>::new());
+    fs::rename(place.store(), place.path("elsewhere")).unwrap();
+    agent.send(&write(6, 0, vec![6; 4096])).await;
+    let closed = agent.closed().await;
+    assert_eq!(closed.code, CloseCode::Store);
+    assert!(closed.message.contains("was moved, removed or replaced"), "{closed:?}");
+    for number in [1, 2] {
+        let refused = Agent::refused(&receiver, hello(number, &format!("vm{number}"))).await;
+        assert_eq!(refused.code, CloseCode::Store, "{refused:?}");
+        assert!(refused.message.contains("put it back"), "{refused:?}");
+    }
+    assert!(!place.store().exists(), "nothing is made in its place");
+    fs::create_dir(place.store()).unwrap();
+    let refused = Agent::refused(&receiver, hello(2, "vm2")).await;
+    assert!(refused.message.contains("was moved, removed or replaced"), "{refused:?}");
+    let alarms = api.status().await.unwrap().alarms;
+    assert!(alarms[0].contains("was moved, removed or replaced"), "{alarms:?}");
+
+    fs::remove_dir(place.store()).unwrap();
+    fs::rename(place.path("elsewhere"), place.store()).unwrap();
+    let again = Hello { history: Some(first.history), ..hello(1, "vm1") };
+    let (mut agent, welcome) = Agent::welcomed(&receiver, again).await;
+    assert!(welcome.durable >= Lsn(5), "{welcome:?}");
+    agent.send(&write(welcome.durable.0 + 1, 0, vec![7; 4096])).await;
+    agent.all_durable().await;
+    assert_eq!(api.status().await.unwrap().alarms, Vec::<String>::new());
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_segment_removed_under_the_receiver_is_an_error_and_no_acknowledgement() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    agent.all_durable().await;
+    let segments = place.store().join("disks").join(hello(1, "vm1").disk.to_string()).join("segments");
+    fs::remove_file(segments.join("0000000000000001.seg")).unwrap();
+    agent.send(&write(6, 0, vec![6; 4096])).await;
+    let closed = agent.closed().await;
+    assert_eq!(closed.code, CloseCode::Store);
+    assert!(closed.message.contains("was removed while it was in use"), "{closed:?}");
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_log_that_lost_its_acknowledged_end_says_so_before_the_agent_comes() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    for lsn in 6..=20 {
+        agent.send(&write(lsn, 0, vec![lsn as u8; 4096])).await;
+    }
+    agent.all_durable().await;
+    receiver.shutdown().await;
+    let disk = place.store().join("disks").join(hello(1, "vm1").disk.to_string());
+    let segment = disk.join("segments").join("0000000000000001.seg");
+    // The header, attach and pass, and about half of the records.
+    fs::OpenOptions::new().write(true).open(&segment).unwrap().set_len(40_000).unwrap();
+
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let vm1 = "vm1".parse().unwrap();
+    let points = api.points(&vm1).await.unwrap();
+    let damage = points.damage.expect("it is said");
+    assert!(damage.contains("the end of the log") && damage.contains("(lsn:20) were durable"), "{damage}");
+    let hole = points.holes.last().unwrap();
+    assert!(hole.open && hole.reason_code == "damaged", "{hole:?}");
+    let left = points.last.unwrap().lsn;
+    assert!(Lsn(6) <= left && left < Lsn(20), "{left}");
+    assert!(api.status().await.unwrap().alarms[0].contains("the end of the log"));
+    // The agent hears where the log really ends.
+    let again = Hello { history: Some(first.history), ..hello(1, "vm1") };
+    let (mut agent, welcome) = Agent::welcomed(&receiver, again).await;
+    assert_eq!(welcome.durable, left);
+    agent.send(&write(left.0 + 1, 0, vec![9; 4096])).await;
+    agent.all_durable().await;
+    let points = api.points(&vm1).await.unwrap();
+    assert_eq!((points.damage, points.holes.len()), (None, 0), "what follows exactly has lost nothing");
     receiver.shutdown().await;
 }

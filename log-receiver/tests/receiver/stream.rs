@@ -291,3 +291,30 @@ async fn streams_come_over_tcp_too() {
     assert_eq!(&welcome.await.unwrap()[..5], b"BTS1\x02");
     receiver.shutdown().await;
 }
+
+#[tokio::test]
+async fn an_agent_hears_from_a_receiver_whose_device_is_slow() {
+    let place = Place::new();
+    let storage = crate::faults::Faulty::new();
+    let mut config = place.config();
+    config.limits.ping_interval_ms = 20;
+    let receiver =
+        backtide_log_receiver::Receiver::start_on_storage(std::sync::Arc::new(storage.clone()), config);
+    let receiver = receiver.await.unwrap();
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    agent.all_durable().await;
+    storage.set(crate::faults::Fault::SyncsWait);
+    agent.send(&write(6, 0, vec![6; 4096])).await;
+    let mut pings = 0;
+    while pings < 3 {
+        match agent.next().await {
+            Some(Message::Ping) => pings += 1,
+            Some(Message::Ack { durable, .. }) => assert!(durable < agent.sent, "it is not durable"),
+            other => panic!("expected a ping, found {other:?}"),
+        }
+    }
+    storage.set(crate::faults::Fault::None);
+    agent.all_durable().await;
+    receiver.shutdown().await;
+}

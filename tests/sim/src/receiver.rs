@@ -11,6 +11,7 @@ use std::{
 
 use backtide_log_receiver::{
     CommitOutcome, CommitTicket, CompareJob, ConnectionId, Disk, Disks, Effect, Names, Session, Shelf,
+    StoreWatch,
 };
 use backtide_protocol::{CloseCode, Message, Sequenced};
 use backtide_recovery::{LogCache, LogOptions, Seq};
@@ -80,6 +81,7 @@ impl Receiver {
             names: Arc::new(Names::new()),
             space_floor: ByteCount(64 * 1024),
             disks_max: 3,
+            watch: StoreWatch::default(),
             new_history: Arc::new(move || {
                 HistoryId(Uuid::from_u128(histories.fetch_add(1, Ordering::Relaxed).into()))
             }),

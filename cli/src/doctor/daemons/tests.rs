@@ -19,6 +19,7 @@ fn receiver(free: u64) -> ReceiverStatus {
         disks: 1,
         connected: 1,
         mounts: 0,
+        alarms: Vec::new(),
     }
 }
 

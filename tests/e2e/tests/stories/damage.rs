@@ -127,3 +127,58 @@ fn a_rolled_back_store_is_noticed_and_compared() {
     let holes = disk.holes();
     assert!(holes.iter().any(|hole| hole["reason_code"] == "receiver-rolled-back"), "{}", disk.points());
 }
+
+#[test]
+fn a_bad_segment_header_takes_no_history_and_the_disk_comes_into_sync_again() {
+    let bench = Bench::new();
+    let (receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    agent.may_complain("has lost the history");
+    disk.qemu_io(&["write -P 0x11 0 4M"]);
+    disk.settle();
+    let old = disk.last();
+    std::fs::copy(&disk.image, bench.path("old.img")).unwrap();
+    assert_eq!(agent.log().matches("has lost the history").count(), 0);
+    assert_eq!(receiver.stop(), 0);
+    disk.qemu_io(&["write -P 0x22 1M 1M"]);
+    let segment = segments(&bench.path("store")).remove(0);
+    let header = std::fs::read(&segment).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&segment).unwrap();
+    file.write_all_at(&[header[40] ^ 1], 40).unwrap();
+
+    let mut receiver = bench.receiver();
+    receiver.may_complain("damaged");
+    receiver.may_complain("cannot be opened");
+    disk.wait("sync");
+    disk.latest_is_the_image();
+    tools::assert_same_images(&bench.path("old.img"), &disk.restore(&format!("lsn:{old}")));
+    let holes = disk.holes();
+    assert!(holes.iter().any(|hole| hole["reason_code"] == "damaged"), "{}", disk.points());
+
+    let said = bench.run(&["inspect", segment.to_str().unwrap()]);
+    assert_eq!(said.code, 8, "{said:?}");
+    assert!(said.stderr.contains("the segment is damaged"), "{said:?}");
+}
+
+#[test]
+fn points_of_a_damaged_log_name_the_place_and_end_with_8() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 4M"]);
+    disk.settle();
+    let last = disk.last();
+    assert_eq!(agent.stop(), 0);
+    assert_eq!(receiver.stop(), 0);
+    let segment = segments(&bench.path("store")).remove(0);
+    let file = std::fs::OpenOptions::new().write(true).open(&segment).unwrap();
+    file.write_all_at(&[0xff; 16], 100).unwrap();
+    let mut receiver = bench.receiver();
+    receiver.may_complain("damaged");
+    receiver.may_complain("cannot be opened");
+    let said = bench.run(&["points", "vm1"]);
+    assert_eq!(said.code, 8, "{said:?}");
+    let points: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    let damage = points["damage"].as_str().unwrap();
+    assert!(damage.contains("0000000000000001.seg is damaged at byte 0"), "{damage}");
+    assert_eq!(points["last"]["lsn"], last, "{points}");
+    tools::assert_same_images(&bench.path("vm1.img"), &disk.restore("latest"));
+}

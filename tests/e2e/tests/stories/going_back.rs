@@ -185,3 +185,38 @@ fn times_find_what_was_written_before_them() {
     let changes = bench.json(&["diff", "vm1", "--from", &then, "--to", "latest"]);
     assert_eq!(changes["ranges"], serde_json::json!([{"offset": 0, "length": 65536}]), "{changes}");
 }
+
+#[test]
+fn a_restore_never_goes_into_a_store_and_tells_of_a_killed_one() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(1 << 20, &[]);
+    disk.qemu_io(&["write -P 0x11 0 64k"]);
+    disk.settle();
+    let restore = |output: &str, more: &[&str]| {
+        let command = ["restore", "vm1", "--at", "latest", "--output", output];
+        bench.plain(&[&command, more].concat())
+    };
+    for name in ["store/store.json", "store/disks/new.img"] {
+        for force in [&["--force"][..], &[]] {
+            let said = restore(&bench.name(name), force);
+            assert_eq!(said.code, 5, "{name}: {said:?}");
+        }
+        let said = restore(&bench.name(name), &["--force"]);
+        assert!(said.stderr.contains("lies in a receiver's store"), "{name}: {said:?}");
+    }
+    // What a restore leaves that was killed.
+    let partial = bench.path(".out.img.Ab3dEf.restoring");
+    std::fs::write(&partial, b"half").unwrap();
+    let output = bench.name("out.img");
+    let held = std::fs::File::open(&partial).unwrap();
+    held.lock().unwrap();
+    let said = restore(&output, &[]);
+    assert_eq!(said.code, 5, "{said:?}");
+    assert!(said.stderr.contains("another restore to") && said.stderr.contains("is under way"), "{said:?}");
+    drop(held);
+    let said = restore(&output, &[]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.stderr.contains("was killed and left it half done"), "{said:?}");
+    assert!(!partial.exists());
+    disk.latest_is_the_image();
+}
