@@ -3,13 +3,10 @@
 //! Invariants: a socket file is replaced only when nobody answers on it, has mode 0600 (a stream has
 //! no authentication of its own), and is removed in the end only while it is the one made here.
 
-use std::{
-    fs, io,
-    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
-    path::{Path, PathBuf},
-};
+use std::{fs, io, os::unix::fs::PermissionsExt, path::Path};
 
 use backtide_control::Address;
+use backtide_socket::{Occupied, Place, SocketFile};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -161,49 +158,14 @@ async fn bind_tcp(address: &Address, host: &str, port: u16) -> Result<Listener, 
 
 async fn bind_unix(address: &Address, path: &Path) -> Result<Listener, ListenError> {
     let failed = |source| ListenError::Io { address: address.clone(), source };
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            remove_stale(address, path).await?;
-            UnixListener::bind(path).map_err(failed)?
-        }
-        bound => bound.map_err(failed)?,
-    };
+    Place::clear(path).await.map_err(|occupied| match occupied {
+        Occupied::Live => ListenError::InUse(address.clone()),
+        Occupied::NoSocket => ListenError::NoSocket(address.clone()),
+        Occupied::Io(source) => failed(source),
+    })?;
+    let listener = UnixListener::bind(path).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    let file = SocketFile { path: path.to_owned(), identity: identity(path).map_err(failed)? };
+    let file = SocketFile::of(path).map_err(failed)?;
     let kind = ListenerKind::Unix { listener, _file: file };
     Ok(Listener { kind, address: address.clone() })
-}
-
-/// Removes the socket file of a process that was killed.
-async fn remove_stale(address: &Address, path: &Path) -> Result<(), ListenError> {
-    let failed = |source| ListenError::Io { address: address.clone(), source };
-    if !fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket() {
-        return Err(ListenError::NoSocket(address.clone()));
-    }
-    // Only a refusal proves that nobody listens; a full backlog, for one, is an answer too.
-    match UnixStream::connect(path).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
-        }
-        Ok(_) | Err(_) => Err(ListenError::InUse(address.clone())),
-    }
-}
-
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            // Nothing is lost if it stays: the next receiver finds it stale.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
 }

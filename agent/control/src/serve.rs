@@ -4,8 +4,7 @@
 //! the same machine only: a unix socket has mode 0600 from its first moment, TCP is loopback.
 
 use std::{
-    future::poll_fn, io, net::SocketAddr, os::unix::fs::FileTypeExt, os::unix::fs::MetadataExt,
-    os::unix::fs::PermissionsExt, path::Path, path::PathBuf, pin::Pin, time::Duration,
+    future::poll_fn, io, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, pin::Pin, time::Duration,
 };
 
 use axum::{
@@ -16,7 +15,8 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
-use tokio::net::{TcpListener, UnixListener, UnixStream, lookup_host};
+use backtide_socket::{Occupied, Place, SocketFile};
+use tokio::net::{TcpListener, UnixListener, lookup_host};
 
 use crate::{Address, ApiError, ErrorCode, address::SOCKET_PATH_BYTES_MAX};
 
@@ -221,8 +221,12 @@ async fn bind_tcp(address: &Address, host: &str, port: u16) -> Result<Server, Bi
 }
 
 async fn bind_unix(address: &Address, path: &Path) -> Result<Server, BindError> {
-    refuse_live_socket(address, path).await?;
     let failed = |source| BindError::Io { address: address.clone(), source };
+    Place::at(path).await.map_err(|occupied| match occupied {
+        Occupied::Live => BindError::InUse { address: address.clone() },
+        Occupied::NoSocket => BindError::NoSocket { address: address.clone() },
+        Occupied::Io(source) => failed(source),
+    })?;
     let parent = path.parent().unwrap_or(Path::new("/"));
     // Bound in a directory of its own with mode 0700, then moved: at no time can anybody else
     // connect, and the rename replaces a stale socket without a moment in which none is there.
@@ -234,54 +238,7 @@ async fn bind_unix(address: &Address, path: &Path) -> Result<Server, BindError> 
     }
     let listener = UnixListener::bind(&newborn).map_err(failed)?;
     std::fs::set_permissions(&newborn, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    let socket = SocketFile::at(&newborn, path).map_err(failed)?;
+    let socket = SocketFile::moving(&newborn, path).map_err(failed)?;
     std::fs::rename(&newborn, path).map_err(failed)?;
     Ok(Server { listener: Listener::Unix { listener, socket }, address: address.clone() })
-}
-
-async fn refuse_live_socket(address: &Address, path: &Path) -> Result<(), BindError> {
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(BindError::NoSocket { address: address.clone() });
-        }
-        Ok(_) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(BindError::Io { address: address.clone(), source }),
-    }
-    match UnixStream::connect(path).await {
-        Ok(_) => Err(BindError::InUse { address: address.clone() }),
-        // Nobody listens: what a daemon that was killed leaves behind.
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
-        // Somebody listens whose queue is full.
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            Err(BindError::InUse { address: address.clone() })
-        }
-        Err(source) => Err(BindError::Io { address: address.clone(), source }),
-    }
-}
-
-/// Removes the socket at its path at the end, unless somebody else's has replaced it.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-}
-
-impl SocketFile {
-    /// Of the socket that is at `now` and will be at `path`.
-    fn at(now: &Path, path: &Path) -> io::Result<Self> {
-        let found = std::fs::symlink_metadata(now)?;
-        Ok(Self { path: path.to_owned(), device: found.dev(), inode: found.ino() })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let ours = std::fs::symlink_metadata(&self.path)
-            .is_ok_and(|found| (found.dev(), found.ino()) == (self.device, self.inode));
-        if ours && let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(socket = %self.path.display(), %error, "cannot remove the control socket");
-        }
-    }
 }

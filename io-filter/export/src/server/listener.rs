@@ -3,18 +3,13 @@
 //! Invariants: a socket file is replaced only when nobody answers on it, and removed only while
 //! it is the one made here.
 
-use std::{
-    io,
-    os::unix::fs::{FileTypeExt, MetadataExt},
-    path::{Path, PathBuf},
-    rc::Rc,
-    time::Duration,
-};
+use std::{io, path::Path, rc::Rc, time::Duration};
 
 use backtide_nbd::server::TlsMode;
 use backtide_nbd::{NbdAddress, NbdUri};
+use backtide_socket::{Occupied, Place, SocketFile};
 use rustix::net::sockopt;
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 
 use super::{Server, negotiate::Stream};
 use crate::{BindError, ClientCertificates, Exports, Limits, ServerTls};
@@ -57,13 +52,12 @@ impl Listener {
                 Ok(Self { socket: Socket::Tcp(socket), address, tls: ServerTls::off(), _file: None })
             }
             NbdAddress::Unix(path) => {
-                let socket = match UnixListener::bind(path) {
-                    Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                        remove_stale(path).await?;
-                        UnixListener::bind(path).map_err(failed)?
-                    }
-                    bound => bound.map_err(failed)?,
-                };
+                Place::clear(path).await.map_err(|occupied| match occupied {
+                    Occupied::Live => BindError::InUse(address.clone()),
+                    Occupied::NoSocket => BindError::NotASocket(path.clone()),
+                    Occupied::Io(source) => failed(source),
+                })?;
+                let socket = UnixListener::bind(path).map_err(failed)?;
                 let file = Some(SocketFile::of(path).map_err(failed)?);
                 let address = address.clone();
                 Ok(Self { socket: Socket::Unix(socket), address, tls: ServerTls::off(), _file: file })
@@ -158,49 +152,4 @@ fn bind_failed(address: &NbdAddress, source: io::Error) -> BindError {
     } else {
         BindError::Io { address, source }
     }
-}
-
-/// Removes a socket file that nobody listens on.
-async fn remove_stale(path: &Path) -> Result<(), BindError> {
-    let address = NbdAddress::Unix(path.to_path_buf());
-    let metadata = match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        metadata => metadata.map_err(|source| BindError::Io { address: address.clone(), source })?,
-    };
-    if !metadata.file_type().is_socket() {
-        return Err(BindError::NotASocket(path.to_path_buf()));
-    }
-    // Only a refusal proves that nobody listens; a full backlog, for one, is an answer too.
-    match UnixStream::connect(path).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-        Ok(_) | Err(_) => return Err(BindError::InUse(address)),
-    }
-    std::fs::remove_file(path).map_err(|source| BindError::Io { address, source })
-}
-
-/// A socket file, recognized by its inode: somebody may have put another in its place.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_path_buf(), identity: identity(path)? })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            // Nothing is lost if it stays: the next server finds it stale.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = std::fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
 }
