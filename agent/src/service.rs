@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use backtide_agent_api::{
     AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncExtent,
-    ResyncRequest, VerifyStatus,
+    ResyncRequest, VerifyRequest, VerifyStatus,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
@@ -148,8 +148,8 @@ impl AgentService for Service {
         Ok(MarkReport { label, marks })
     }
 
-    async fn start_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
-        self.ask(&disk, Command::StartVerify).await?.map_err(|error| {
+    async fn start_verify(&self, disk: DiskName, request: VerifyRequest) -> Result<VerifyStatus, ApiError> {
+        self.ask(&disk, |answer| Command::StartVerify(request.repair, answer)).await?.map_err(|error| {
             let code = match error {
                 VerifyError::Running => ErrorCode::Busy,
                 VerifyError::NotInSync => ErrorCode::Refused,

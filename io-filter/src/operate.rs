@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use backtide_protocol::{Compare, CompareItem, CompareResult, Message, message::LABEL_BYTES_MAX};
-use backtide_tracking::SavedTracking;
+use backtide_tracking::{DirtyBitmap, SavedTracking};
 use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn, Reason};
 use serde::{Deserialize, Serialize};
 
@@ -80,7 +80,7 @@ pub enum VerifyError {
 }
 
 /// What a verify found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct VerifyReport {
     /// Bytes compared so far.
     pub compared: ByteCount,
@@ -90,8 +90,16 @@ pub struct VerifyReport {
     pub from: Lsn,
     /// See `from`.
     pub to: Lsn,
-    /// Where disk and receiver differ, in chunks of at most 64 KiB.
-    pub differing: Vec<ByteRange>,
+    /// The blocks of the chunks, of at most 64 KiB, in which disk and receiver differ.
+    pub differing: DirtyBitmap,
+}
+
+impl VerifyReport {
+    /// The stretches that differ, in order; of a disk of `size`.
+    pub fn differing_ranges(&self, size: ByteCount) -> impl Iterator<Item = ByteRange> {
+        let all = BlockRange::whole_disk(size);
+        self.differing.runs(all, all.count()).map(move |run| run.bytes(size))
+    }
 }
 
 /// A run that a verify reads or waits to read; of an interrupted one, it is let go.
@@ -110,6 +118,8 @@ pub(crate) struct VerifyJob {
     /// Reads and turns at the guard under way.
     busy: usize,
     pending: BTreeMap<u64, Vec<ByteRange>>,
+    /// Whether what differs is sent anew at the end.
+    repair: bool,
     result: Option<Result<(), VerifyError>>,
 }
 
@@ -259,11 +269,12 @@ impl Filter {
 
     /// Compares the whole disk with the receiver while the guest goes on: each run at the LSN of the
     /// moment it is read, when no change of it is under way. So nothing needs to be copied before a
-    /// write, and a change in flight is never a difference.
+    /// write, and a change in flight is never a difference. With `repair` what differs is sent anew
+    /// when all is compared: the local disk is what the guest has.
     ///
     /// # Errors
     /// When the disk is not in sync, or a verify is running.
-    pub fn start_verify(&mut self, now: Now) -> Result<(), VerifyError> {
+    pub fn start_verify(&mut self, now: Now, repair: bool) -> Result<(), VerifyError> {
         self.observe(now);
         if self.verify.as_ref().is_some_and(|job| job.result.is_none()) {
             return Err(VerifyError::Running);
@@ -280,6 +291,7 @@ impl Filter {
             cursor: BlockIndex(0),
             busy: 0,
             pending: BTreeMap::new(),
+            repair,
             result: None,
         });
         self.pump();
@@ -316,7 +328,7 @@ impl Filter {
             let Some(job) = self.verify.as_mut().filter(|job| job.result.is_none()) else { return };
             if job.cursor >= end && job.busy == 0 && job.pending.is_empty() {
                 job.result = Some(Ok(()));
-                return;
+                return self.repair_if_asked();
             }
             let busy = job.busy >= VERIFY_READS_MAX || job.pending.len() >= VERIFY_PENDING_MAX;
             if job.cursor >= end || busy {
@@ -333,6 +345,18 @@ impl Filter {
             } else {
                 self.queued.insert(ticket, Queued::Verify(run));
             }
+        }
+    }
+
+    fn repair_if_asked(&mut self) {
+        let Some(job) = self.verify.as_ref().filter(|job| job.repair && !job.report.differing.is_empty())
+        else {
+            return;
+        };
+        self.passive.union_with(&job.report.differing);
+        // A scan under way is going to take them along.
+        if self.mode == Mode::Sync && self.is_connected() && self.scanning.is_none() && self.lost.is_none() {
+            self.begin_pass(Reason::VerifyRepair);
         }
     }
 
@@ -381,7 +405,8 @@ impl Filter {
         let Some(job) = &mut self.verify else { return };
         let Some(ranges) = job.pending.remove(&result.id) else { return };
         job.report.compared.0 += ranges.iter().map(|range| range.count().0).sum::<u64>();
-        let differing = result.differing.iter().filter_map(|index| ranges.get(*index as usize));
-        job.report.differing.extend(differing);
+        for range in result.differing.iter().filter_map(|index| ranges.get(*index as usize)) {
+            job.report.differing.insert(BlockRange::touched_by(*range));
+        }
     }
 }

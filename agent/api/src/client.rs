@@ -3,7 +3,10 @@
 use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
-use crate::{AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest, VerifyStatus};
+use crate::{
+    AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest, VerifyRequest,
+    VerifyStatus,
+};
 
 /// The agent, in the words of errors.
 pub const AGENT: Peer =
@@ -108,8 +111,12 @@ impl AgentClient {
     ///
     /// # Errors
     /// As [`AgentClient::status`].
-    pub async fn start_verify(&self, disk: &DiskName) -> Result<VerifyStatus, ApiError> {
-        self.client.post(&path(disk, "/verify"), &()).await
+    pub async fn start_verify(
+        &self,
+        disk: &DiskName,
+        request: VerifyRequest,
+    ) -> Result<VerifyStatus, ApiError> {
+        self.client.post(&path(disk, "/verify"), &request).await
     }
 
     /// The verify that is running, or the last one.

@@ -23,7 +23,7 @@ pub use status::{
     AgentStatus, Counters, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError, ResyncStatus,
     Unreadable, Window,
 };
-pub use verify::{ByteSpan, DIFFERING_SPANS_MAX, VerifyState, VerifyStatus};
+pub use verify::{ByteSpan, DIFFERING_SPANS_MAX, VerifyRequest, VerifyState, VerifyStatus};
 
 #[cfg(test)]
 mod tests;

@@ -12,7 +12,7 @@ use backtide_units::DiskName;
 
 use crate::{
     AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest,
-    VerifyStatus,
+    VerifyRequest, VerifyStatus,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -96,8 +96,9 @@ async fn mark<S: AgentService>(
 async fn start_verify<S: AgentService>(
     State(service): State<Arc<S>>,
     Path(disk): Path<String>,
+    ApiJson(request): ApiJson<VerifyRequest>,
 ) -> Answer<VerifyStatus> {
-    service.start_verify(disk_named(&disk)?).await.map(Json)
+    service.start_verify(disk_named(&disk)?, request).await.map(Json)
 }
 
 fn verify<S: AgentService>() -> MethodRouter<Arc<S>> {

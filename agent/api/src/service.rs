@@ -3,7 +3,10 @@
 use backtide_control::ApiError;
 use backtide_units::DiskName;
 
-use crate::{AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest, VerifyStatus};
+use crate::{
+    AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest, VerifyRequest,
+    VerifyStatus,
+};
 
 /// The agent's side of the control API. A disk may be named by its name or its UUID.
 ///
@@ -40,7 +43,11 @@ pub trait AgentService: Send + Sync + 'static {
 
     /// Begins to compare the live disk with the receiver. `busy` when one is running, `refused`
     /// when the disk is not in sync mode and connected.
-    fn start_verify(&self, disk: DiskName) -> impl Future<Output = Result<VerifyStatus, ApiError>> + Send;
+    fn start_verify(
+        &self,
+        disk: DiskName,
+        request: VerifyRequest,
+    ) -> impl Future<Output = Result<VerifyStatus, ApiError>> + Send;
 
     /// The verify that is running or, else, the last one. `not-found` when there was none.
     fn verify_status(&self, disk: DiskName) -> impl Future<Output = Result<VerifyStatus, ApiError>> + Send;

@@ -9,7 +9,7 @@ use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, Lsn};
 use crate::{
     AckPolicy, AgentClient, AgentService, AgentStatus, AttachRequest, Counters, Dirty, DiskMark, DiskStatus,
     Lag, Limits, LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResyncExtent,
-    ResyncRequest, VerifyState, VerifyStatus, Window, router,
+    ResyncRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
 };
 
 /// Answers for one disk, `vm1`, and notes every call.
@@ -118,7 +118,7 @@ impl AgentService for Fake {
         Ok(MarkReport { label: request.label, marks })
     }
 
-    async fn start_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
+    async fn start_verify(&self, disk: DiskName, _: VerifyRequest) -> Result<VerifyStatus, ApiError> {
         self.note("start_verify", &disk).map(|_| verify())
     }
 
@@ -164,7 +164,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
     let marked =
         client.mark(&MarkRequest { label: "ä b/c".to_owned(), disks: vec![vm1.clone()] }).await.unwrap();
     assert_eq!((marked.label.as_str(), marked.marks[0].lsn), ("ä b/c", Lsn(9)));
-    assert_eq!(client.start_verify(&vm1).await.unwrap(), verify());
+    assert_eq!(client.start_verify(&vm1, VerifyRequest::default()).await.unwrap(), verify());
     assert_eq!(client.verify_status(&vm1).await.unwrap(), verify());
     assert_eq!(client.cancel_verify(&vm1).await.unwrap(), verify());
     assert_eq!(

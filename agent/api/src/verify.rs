@@ -10,6 +10,15 @@ use serde::{Deserialize, Serialize};
 /// The most differing spans a report lists; more are counted only.
 pub const DIFFERING_SPANS_MAX: usize = 1000;
 
+/// Begin a verify.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyRequest {
+    /// Send what differs anew when all is compared: the live disk is what the guest has.
+    #[serde(default)]
+    pub repair: bool,
+}
+
 /// A verify of one disk: running, or its result. The last one is kept until the next begins.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VerifyStatus {

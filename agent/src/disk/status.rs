@@ -236,14 +236,17 @@ impl Verifies {
                     (VerifyState::Failed, Some(ApiError::from_error(ErrorCode::Failed, error)))
                 }
             };
-            let mut differing: Vec<ByteSpan> = report
-                .differing
-                .iter()
+            let size = filter.settings().size;
+            let differing: Vec<ByteSpan> = report
+                .differing_ranges(size)
+                .take(DIFFERING_SPANS_MAX)
                 .map(|range| ByteSpan { offset: range.start(), length: range.count() })
                 .collect();
-            differing.sort_unstable_by_key(|span| span.offset);
-            let differing_count = differing.len() as u64;
-            differing.truncate(DIFFERING_SPANS_MAX);
+            let (mut differing_count, mut differing_bytes) = (0, 0);
+            for range in report.differing_ranges(size) {
+                differing_count += 1;
+                differing_bytes += range.count().0;
+            }
             Some(VerifyStatus {
                 disk,
                 id: self.count,
@@ -255,7 +258,7 @@ impl Verifies {
                 ended: self.ended,
                 compared_bytes: report.compared,
                 total_bytes: report.total,
-                differing_bytes: ByteCount(report.differing.iter().map(|range| range.count().0).sum()),
+                differing_bytes: ByteCount(differing_bytes),
                 differing,
                 differing_count,
                 error,

@@ -48,7 +48,8 @@ pub(crate) enum Command {
     Mark(String, oneshot::Sender<Result<MarkAt, MarkError>>),
     /// Gives the held answers.
     Release(oneshot::Sender<()>),
-    StartVerify(oneshot::Sender<Result<VerifyStatus, VerifyError>>),
+    /// Begins a verify, which repairs what differs or not.
+    StartVerify(bool, oneshot::Sender<Result<VerifyStatus, VerifyError>>),
     VerifyStatus(oneshot::Sender<Option<VerifyStatus>>),
     CancelVerify(oneshot::Sender<Option<VerifyStatus>>),
     /// Ends the disk; refused with the number of clients when it is open and `force` is not set.
@@ -283,8 +284,8 @@ impl Disk {
                 self.engine.happen(|filter, _| filter.give_held_answers());
                 let _ = answer.send(());
             }
-            Command::StartVerify(answer) => {
-                let started = self.engine.happen(|filter, now| filter.start_verify(now));
+            Command::StartVerify(repair, answer) => {
+                let started = self.engine.happen(|filter, now| filter.start_verify(now, repair));
                 let began = started.map(|()| {
                     self.verifies.begin(self.engine.now().wall);
                     self.verify_status().expect("it began just now")

@@ -1,6 +1,6 @@
 //! `backtide verify`: the live disk against the receiver, while the guest goes on.
 
-use backtide_agent_api::{AgentClient, VerifyState, VerifyStatus};
+use backtide_agent_api::{AgentClient, Mode, VerifyRequest, VerifyState, VerifyStatus};
 use backtide_control::ErrorCode;
 use backtide_units::{ByteCount, DiskName};
 use clap::Args;
@@ -18,14 +18,17 @@ use crate::{
 pub(crate) struct Verify {
     /// The disk's name or UUID
     name: DiskName,
+    /// Send what differs anew, and wait until the receiver has it
+    #[arg(long)]
+    repair: bool,
     /// Do not wait for the result
     #[arg(long)]
     no_wait: bool,
     /// Show the verify that is running or the last one, and begin none
-    #[arg(long, conflicts_with = "no_wait")]
+    #[arg(long, conflicts_with_all = ["no_wait", "repair"])]
     last: bool,
     /// End the verify that is running
-    #[arg(long, conflicts_with_all = ["no_wait", "last"])]
+    #[arg(long, conflicts_with_all = ["no_wait", "last", "repair"])]
     cancel: bool,
 }
 
@@ -34,7 +37,7 @@ const SHOWN_MAX: usize = 20;
 
 impl Verify {
     /// Begins a verify and waits for its report. Differences end with the exit code of damage. Stopped
-    /// by a signal, it ends the verify it began.
+    /// by a signal, it ends the verify it began. Differences that were repaired end with warnings.
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let agent = context.agent()?;
         if self.cancel {
@@ -45,7 +48,7 @@ impl Verify {
         let begun = if self.last {
             agent.verify_status(&self.name).await?
         } else {
-            agent.start_verify(&self.name).await?
+            agent.start_verify(&self.name, VerifyRequest { repair: self.repair }).await?
         };
         let verify = if self.no_wait || self.last {
             begun
@@ -58,6 +61,17 @@ impl Verify {
                 }
             }
         };
+        let repairs = self.repair && !self.no_wait && verify.state == VerifyState::Done;
+        if repairs && verify.differing_count > 0 {
+            tokio::select! {
+                repaired = repaired(&agent, &verify) => repaired?,
+                () = stop.asked() => return Err(Failure::Interrupted),
+            }
+            context.print(&verify, || {
+                format!("{}\nrepaired: the receiver has them now", report_text(&verify))
+            })?;
+            return Ok(Ending::Warnings);
+        }
         context.print(&verify, || report_text(&verify))?;
         ending(verify)
     }
@@ -81,6 +95,21 @@ async fn ended(
     }
     progress.end();
     Ok(verify)
+}
+
+/// Waits until the pass that the verify began has brought the disk in sync again.
+async fn repaired(agent: &AgentClient, verify: &VerifyStatus) -> Result<(), Failure> {
+    loop {
+        let disk = agent.disk(&verify.disk).await?;
+        match disk.mode {
+            Mode::Sync => return Ok(()),
+            Mode::Resync | Mode::Tracking => tokio::time::sleep(POLL).await,
+            Mode::Paused | Mode::Detached => {
+                let message = format!("disk {} was not repaired: {}", disk.name.as_str(), disk.reason);
+                return Err(failed(message));
+            }
+        }
+    }
 }
 
 fn ending(verify: VerifyStatus) -> Result<Ending, Failure> {

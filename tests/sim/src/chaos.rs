@@ -114,7 +114,7 @@ impl World {
 
     fn verify(&mut self) {
         if self.agent.is_some() {
-            let started = self.call(|filter, now| filter.start_verify(now)).is_ok();
+            let started = self.call(|filter, now| filter.start_verify(now, false)).is_ok();
             self.agent.as_mut().expect("it is alive").verifying |= started;
         }
     }

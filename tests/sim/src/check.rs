@@ -121,12 +121,14 @@ impl World {
         self.check_all_ends();
         self.check_marks();
         self.check_equal();
-        self.verify_finds(None);
+        self.verify_finds(None, false);
         let planted = self.random.below(self.plan.size.0) as usize;
         self.local.flip(planted);
-        self.verify_finds(Some(planted));
-        self.local.flip(planted);
-        self.verify_finds(None);
+        self.verify_finds(Some(planted), true);
+        self.run_until("the repair is durable", |world| {
+            world.agent.as_ref().is_some_and(|agent| agent.filter.is_drained())
+        });
+        self.verify_finds(None, false);
         let agent = self.agent.take().expect("it is alive");
         self.count(&agent.filter);
     }
@@ -171,15 +173,15 @@ impl World {
         assert_eq!(mismatch, None, "the disk is not what the guest made of it");
     }
 
-    /// A verify finds exactly what was planted.
-    fn verify_finds(&mut self, planted: Option<usize>) {
+    /// A verify finds exactly what was planted, and repairs it when told to.
+    fn verify_finds(&mut self, planted: Option<usize>, repair: bool) {
         self.run_until("an older verify ends", |world| !world.is_verifying());
-        self.call(|filter, now| filter.start_verify(now)).expect("a disk in sync can be verified");
+        self.call(|filter, now| filter.start_verify(now, repair)).expect("a disk in sync can be verified");
         self.run_until("the verify ends", |world| !world.is_verifying());
         let agent = self.agent.as_ref().expect("it is alive");
         let (report, result) = agent.filter.verify_state().expect("it has run");
         assert_eq!(result, Some(&Ok(())));
-        let found: &[ByteRange] = &report.differing;
+        let found: Vec<ByteRange> = report.differing_ranges(self.plan.size).collect();
         match planted {
             None => assert!(found.is_empty(), "a false alarm: {report:?}"),
             Some(at) => {

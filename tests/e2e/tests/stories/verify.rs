@@ -52,3 +52,23 @@ fn verify_finds_a_byte_that_changed_behind_the_agent_and_a_compare_repairs_the_c
     assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0);
     disk.latest_is_the_image();
 }
+
+#[test]
+fn verify_repairs_what_differs_when_told_to() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 8M", "flush"]);
+    disk.settle();
+    let image = std::fs::OpenOptions::new().write(true).open(&disk.image).unwrap();
+    image.write_all_at(&[0x12], (5 << 20) + 4321).unwrap();
+    let load = disk.load(1);
+    load.goes_on(50);
+    let said = bench.plain(&["verify", "vm1", "--repair"]);
+    assert!(said.code == 3 && said.stdout.contains("repaired"), "{said:?}");
+    load.goes_on(50);
+    load.stop();
+    let sent = disk.status()["counters"]["resync_sent_bytes"].as_u64().unwrap();
+    assert!(sent <= 4 << 20, "only what differs: {sent}");
+    assert_eq!(bench.json(&["verify", "vm1", "--repair"])["differing_count"], 0);
+    disk.latest_is_the_image();
+}
