@@ -96,6 +96,9 @@ struct Current {
     writer: SegmentWriter,
 }
 
+/// A segment is sealed when its control entries take so much memory.
+const CONTROL_BYTES_MAX: ByteCount = ByteCount(4 << 20);
+
 /// Room for one entry of any length beside the header, so that positions stay below 4 GiB.
 const SEGMENT_BYTES_MAX: u64 = 2 << 30;
 
@@ -268,9 +271,12 @@ impl DiskLog {
     fn make_room(&mut self, entry: &Entry) -> Result<(), LogError> {
         if let Some(current) = &self.current {
             let end = current.writer.end().0 + SegmentWriter::stored_length(entry).0;
-            let extents = current.segment.with_open_mut(|open| open.contents.index().count());
+            let (extents, control) = current
+                .segment
+                .with_open_mut(|open| (open.contents.index().count(), open.contents.control_bytes()));
             let full = end > self.options.segment_bytes_max.0.min(SEGMENT_BYTES_MAX)
-                || extents >= self.options.segment_extents_max as usize;
+                || extents >= self.options.segment_extents_max as usize
+                || control > CONTROL_BYTES_MAX;
             if full && self.appended >= current.writer.header().first_seq {
                 self.fill_current()?;
             }

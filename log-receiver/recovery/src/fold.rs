@@ -78,10 +78,11 @@ impl Timeline {
             Entry::PassEnd { at, valid_from, .. } => self.end_pass(*at, *valid_from),
             Entry::Mark { lsn, time, label } => {
                 self.see(*lsn);
-                self.marks.push(Mark { label: label.clone(), at: TimedLsn { lsn: *lsn, time: *time } });
+                self.note_mark(Mark { label: label.clone(), at: TimedLsn { lsn: *lsn, time: *time } });
             }
             Entry::Attach { epoch, attach, next_lsn, size, name, time } => {
                 self.see(Lsn(next_lsn.0.saturating_sub(1)));
+                self.note_size(*next_lsn, *size);
                 let (epoch, attach, size, time) = (*epoch, *attach, *size, *time);
                 self.attached = Some(Attached { epoch, attach, name: name.clone(), size, time });
             }
@@ -107,11 +108,11 @@ impl Timeline {
         let timed = |(lsn, time): (Lsn, CaptureTime)| TimedLsn { lsn, time };
         if run.records > 0 {
             self.check_record(run.first.0)?;
-            self.records += run.records;
+            self.records = self.records.saturating_add(run.records);
             self.reach(timed(run.last));
         }
         if run.flushes > 0 {
-            self.flushes += run.flushes;
+            self.flushes = self.flushes.saturating_add(run.flushes);
             self.last_flush = Some(timed(run.last_flush));
         }
         Ok(())
@@ -155,6 +156,7 @@ impl Timeline {
             interval.to = self.last;
         } else {
             self.intervals.push(Interval { from, to: self.last });
+            self.keep_intervals();
             // What lies before the first point of all is no hole in anything.
             if hole.from.is_some() {
                 hole.to = Some(from);

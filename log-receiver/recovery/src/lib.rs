@@ -28,7 +28,7 @@ pub use point::{ParsePointError, Point, time_text};
 pub use salvage::{Salvage, salvage};
 pub use snapshot::Snapshot;
 pub use ticket::{Durable, SyncOutcome, SyncTicket};
-pub use timeline::{Attached, Hole, Interval, Mark, OpenPass, Timeline};
+pub use timeline::{Attached, Forgotten, Hole, INTERVALS_MAX, Interval, MARKS_MAX, Mark, OpenPass, Timeline};
 pub use view::{Allocation, View};
 
 pub use backtide_segment::{Entry, PassContent, PassReason, SegmentId, Seq, inspect};

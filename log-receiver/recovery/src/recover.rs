@@ -114,18 +114,20 @@ pub(crate) fn open(
     Ok(SegmentFile::new(file, name))
 }
 
-/// Every number from 1 to the last, missing ones too.
+/// Every segment, and of each gap between them the first number that is missing.
 pub(crate) fn find(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<Found>, LogError> {
     let ids = list(storage, segments_dir)?;
-    let Some(last) = ids.last() else { return Err(no_log(storage, segments_dir)) };
+    if ids.is_empty() {
+        return Err(no_log(storage, segments_dir));
+    }
     let mut found = Vec::new();
-    let mut id = SegmentId::FIRST;
-    while id <= *last {
-        if ids.binary_search(&id).is_err() {
-            found.push(Found { id, present: false, header: Err("the segment's file is missing".to_owned()) });
-            id = id.next();
-            continue;
+    let mut expected = SegmentId::FIRST;
+    for id in ids {
+        if id != expected {
+            let header = Err("the segment's file is missing".to_owned());
+            found.push(Found { id: expected, present: false, header });
         }
+        expected = id.next();
         let file = open(storage, segments_dir, id)?;
         let header = match file.header() {
             Ok(header) if header.id == id => Ok(header),
@@ -139,7 +141,6 @@ pub(crate) fn find(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<Fou
             ) => return Err(error.into()),
         };
         found.push(Found { id, present: true, header });
-        id = id.next();
     }
     Ok(found)
 }

@@ -2,8 +2,11 @@
 //!
 //! Invariants: intervals are ordered and do not touch; a hole lies between two of them, or after the
 //! last and is open; while `in_sync`, the last interval ends at `covered` and no hole is open.
+//!
+//! Bounded: of marks, and of holes with the intervals between them, the newest are kept and the others counted.
+//! Points before the oldest hole that is kept are not offered; a mark that is not kept is a point like any other.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use backtide_segment::PassReason;
 use backtide_units::{ByteCount, CaptureTime, DiskName, Epoch, Lsn, Reason};
@@ -69,12 +72,36 @@ pub struct Attached {
     pub time: CaptureTime,
 }
 
+/// Marks that a timeline keeps.
+pub const MARKS_MAX: usize = 16_384;
+
+/// Intervals that a timeline keeps.
+pub const INTERVALS_MAX: usize = 65_536;
+
+/// Sizes of the disk that a timeline keeps.
+const SIZES_MAX: usize = 1024;
+
+/// Lists are cut when they are longer than their limit by one part in so many, so that it costs little.
+const SLACK: usize = 16;
+
+/// What there was too much of to keep it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Forgotten {
+    /// How many marks; their points can still be had by LSN or time.
+    pub marks: u64,
+    /// How many intervals; their points cannot be had.
+    pub intervals: u64,
+}
+
 /// What a log can give back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Timeline {
     pub(crate) intervals: Vec<Interval>,
     pub(crate) holes: Vec<Hole>,
-    pub(crate) marks: Vec<Mark>,
+    pub(crate) marks: Arc<Vec<Mark>>,
+    /// Sizes of the disk in log order, with the first LSN that each counts for.
+    pub(crate) sizes: Vec<(Lsn, ByteCount)>,
+    pub(crate) forgotten: Forgotten,
     pub(crate) open_pass: Option<OpenPass>,
     pub(crate) in_interval: bool,
     pub(crate) last: TimedLsn,
@@ -99,6 +126,42 @@ impl Timeline {
     /// The marks in log order.
     pub fn marks(&self) -> &[Mark] {
         &self.marks
+    }
+
+    /// What there was too much of to keep it.
+    pub fn forgotten(&self) -> Forgotten {
+        self.forgotten
+    }
+
+    /// The size that the disk had at a point.
+    pub fn size_at(&self, lsn: Lsn) -> ByteCount {
+        let then = self.sizes.iter().rev().find(|(from, _)| *from <= lsn).or(self.sizes.first());
+        then.map_or(ByteCount::ZERO, |(_, size)| *size)
+    }
+
+    /// Notes the size of a disk whose agent gives LSNs from `from` on.
+    pub(crate) fn note_size(&mut self, from: Lsn, size: ByteCount) {
+        if self.sizes.last().is_none_or(|(_, last)| *last != size) {
+            self.sizes.push((from, size));
+        }
+        // The oldest becomes that of the time before it too.
+        drop_oldest(&mut self.sizes, SIZES_MAX);
+    }
+
+    pub(crate) fn note_mark(&mut self, mark: Mark) {
+        let marks = Arc::make_mut(&mut self.marks);
+        marks.push(mark);
+        self.forgotten.marks += drop_oldest(marks, MARKS_MAX) as u64;
+    }
+
+    /// Drops the oldest intervals beyond the limit, with the holes before those that are left.
+    pub(crate) fn keep_intervals(&mut self) {
+        let dropped = drop_oldest(&mut self.intervals, INTERVALS_MAX);
+        self.forgotten.intervals += dropped as u64;
+        if let Some(first) = self.intervals.first().filter(|_| dropped > 0) {
+            let first = first.from.lsn;
+            self.holes.retain(|hole| hole.to.is_none_or(|to| to.lsn > first));
+        }
     }
 
     /// The pass being received.
@@ -192,7 +255,10 @@ impl Timeline {
         joined.intervals.extend_from_slice(&after.intervals);
         // One without a beginning is the time before the newer log's first point: the hole above.
         joined.holes.extend(after.holes.iter().filter(|hole| hole.from.is_some()).cloned());
-        joined.marks.extend_from_slice(&after.marks);
+        Arc::make_mut(&mut joined.marks).extend_from_slice(&after.marks);
+        joined.sizes.extend_from_slice(&after.sizes);
+        joined.forgotten.marks += after.forgotten.marks;
+        joined.forgotten.intervals += after.forgotten.intervals;
         joined.open_pass = after.open_pass;
         joined.in_interval = after.in_interval;
         joined.last = joined.last.max(after.last);
@@ -220,6 +286,14 @@ impl Timeline {
             None => PointError::Outside { asked, nearest },
         }
     }
+}
+
+/// Cuts a list that is longer than `limit` and its slack; gives how many were dropped.
+fn drop_oldest<T>(list: &mut Vec<T>, limit: usize) -> usize {
+    if list.len() <= limit + limit / SLACK {
+        return 0;
+    }
+    list.drain(..list.len() - limit).count()
 }
 
 impl fmt::Display for Hole {

@@ -42,9 +42,9 @@ impl View {
         &self.snapshot
     }
 
-    /// The disk's size, as the newest attach gave it.
+    /// The size that the disk had at the point.
     pub fn disk_size(&self) -> ByteCount {
-        self.snapshot.timeline().attached().map_or(ByteCount::ZERO, |attached| attached.size)
+        self.snapshot.timeline().size_at(self.at)
     }
 
     /// The bytes of `range`, each checked against the checksum it was captured with.

@@ -153,7 +153,10 @@ impl Contents {
                 run.flushes += 1;
                 run.last_flush = at;
             }
-            EntryKind::PassData => self.run().pass_bytes += header.length,
+            EntryKind::PassData => {
+                let run = self.run();
+                run.pass_bytes = run.pass_bytes.saturating_add(header.length);
+            }
             EntryKind::PassBegin | EntryKind::PassEnd | EntryKind::Mark | EntryKind::Attach => {
                 let control = control.expect("a control entry comes with its text");
                 self.control_bytes += 128 + u64::from(header.payload_length);
@@ -186,6 +189,11 @@ impl Contents {
             Some(Step::Run(run)) => run,
             Some(Step::Control(_)) | None => unreachable!("a run was pushed"),
         }
+    }
+
+    /// What the control entries will take of the footer, and about what they take of memory.
+    pub fn control_bytes(&self) -> ByteCount {
+        ByteCount(self.control_bytes)
     }
 
     /// The index.

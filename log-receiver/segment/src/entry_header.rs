@@ -312,6 +312,9 @@ impl EntryHeader {
             segment: SegmentId(input.get_u32_le()),
             synced: None,
         };
+        if header.seq == Seq(0) || header.seq > Seq::MAX {
+            return Err(HeaderFault::Wrong("its number is out of range"));
+        }
         let behind = input.get_u32_le();
         if behind != NO_CLAIM {
             header.synced = header.seq.0.checked_sub(u64::from(behind)).map(Seq);

@@ -97,8 +97,9 @@ impl SegmentHeader {
         input.advance(4);
         let first_seq = Seq(input.get_u64_le());
         let synced = Seq(input.get_u64_le());
-        if id.0 == 0 || first_seq.0 == 0 {
-            return Err(damaged(48, "expected segment and entry numbers from 1, found 0".to_owned()));
+        if id.0 == 0 || first_seq.0 == 0 || first_seq > Seq::MAX {
+            let found = format!("expected segment and entry numbers from 1, found {id} and {first_seq}");
+            return Err(damaged(48, found));
         }
         Ok(Self { disk, history, id, first_seq, synced })
     }

@@ -40,11 +40,15 @@ impl SegmentId {
         if digits.len() != 16 || !digits.bytes().all(|b| b.is_ascii_digit()) {
             return None;
         }
-        digits.parse().ok().filter(|&number| number > 0).map(Self)
+        // The last number has none after it, so no log comes to it.
+        digits.parse().ok().filter(|&number| number > 0 && number < u32::MAX).map(Self)
     }
 }
 
 impl Seq {
+    /// The highest that a file may name, so that counting on from it never ends.
+    pub(crate) const MAX: Self = Self(u64::MAX >> 1);
+
     /// The entry after this one.
     ///
     /// # Panics

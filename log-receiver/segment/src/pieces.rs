@@ -203,6 +203,16 @@ impl SegmentFile {
         range: ByteRange,
     ) -> Result<EntryParts, SegmentError> {
         let table_at = position.offset().0 + ENTRY_HEADER_LENGTH as u64;
+        // A header made by hand could ask for memory for what is not there.
+        if u64::from(header.payload_length) > PIECE {
+            let ends = position.offset().0 + header.stored_length();
+            let length = self.length()?;
+            if ends > length {
+                let what =
+                    format!("expected entry {} up to byte {ends}, the file ends at {length}", header.seq);
+                return Err(self.damaged(position.offset().0, what));
+            }
+        }
         let mut table = vec![0; table_length(ByteCount(header.payload_length.into())) as usize];
         self.read_exact(table_at, &mut table)?;
         let running = decode_table(&header, &table).ok_or_else(|| {

@@ -9,9 +9,9 @@ use bytes::{Buf, Bytes};
 use roaring::RoaringTreemap;
 
 use crate::{
-    ENTRY_HEADER_LENGTH, EntryHeader, Guide, IndexBlock, RecordRun, SegmentError, SegmentFile, SegmentHeader,
-    SegmentStats, Seq, Step, VERSION,
-    footer::{BLOCK_LENGTH, STEP_CONTROL, STEP_RUN, TRAILER_LENGTH, TRAILER_MAGIC},
+    ENTRY_HEADER_LENGTH, EntryHeader, Guide, IndexBlock, RecordRun, SEGMENT_HEADER_LENGTH, SegmentError,
+    SegmentFile, SegmentHeader, SegmentStats, Seq, Step, VERSION,
+    footer::{BLOCK_LENGTH, RECORDS_PER_BLOCK, STEP_CONTROL, STEP_RUN, TRAILER_LENGTH, TRAILER_MAGIC},
 };
 
 /// What stays in memory of a sealed segment.
@@ -82,6 +82,8 @@ impl SealedSegment {
         let (at, sections) = (self.sections.summary_at(), &self.sections);
         let bytes = read_section(file, at, sections.summary, sections.summary_crc)?;
         decode_summary(bytes, &self.header)
+            // More buckets than extents would be a bitmap made to fill memory.
+            .filter(|summary| summary.buckets.len() <= u64::from(sections.extents))
             .ok_or_else(|| file.damaged(at, "the summary cannot be read".to_owned()))
     }
 
@@ -236,8 +238,14 @@ fn read_trailer(
         bitmap: input.get_u32_le(),
         bitmap_crc: input.get_u32_le(),
     };
-    let ours = segment == header.id.0 && first_seq == header.first_seq && stats.next_seq >= first_seq;
-    let fits = sections.entries_end <= length && sections.trailer_at() == at;
+    let ours = segment == header.id.0
+        && first_seq == header.first_seq
+        && stats.next_seq >= first_seq
+        && stats.next_seq <= Seq::MAX.next();
+    let fits = sections.entries_end <= length
+        && sections.entries_end >= SEGMENT_HEADER_LENGTH as u64
+        && sections.trailer_at() == at
+        && u64::from(sections.extents) <= u64::from(sections.blocks) * RECORDS_PER_BLOCK as u64;
     Ok((ours && fits).then_some((stats, sections)))
 }
 
