@@ -82,6 +82,7 @@ impl Agent {
             Places::of(&config),
             Records::new(Arc::new(storage)),
             config.limits.or(Limits::default()),
+            config.nbd_tls.clone(),
         );
         let restoring = match registry.restore().await.map_err(state)? {
             true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),

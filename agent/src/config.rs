@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use backtide_agent_api::LimitsRequest;
 use backtide_control::Address;
+use backtide_export::NbdTls;
 use serde::{Deserialize, Serialize};
 
 /// An agent's configuration.
@@ -19,6 +20,9 @@ pub struct Config {
     /// Bounds of disks that do not set their own; what is left out keeps its default.
     #[serde(default)]
     pub limits: LimitsRequest,
+    /// TLS of disks whose NBD URI says nothing of it. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd_tls: Option<NbdTls>,
 }
 
 /// The files under an agent's state directory.

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use backtide_agent_api::{AttachRequest, DiskStatus, Limits};
 use backtide_control::{ApiError, ErrorCode};
-use backtide_export::{NbdAddress, NbdUri};
+use backtide_export::{NbdAddress, NbdTls, NbdUri};
 use backtide_io_filter::Resume;
 use backtide_tracking::Snapshot;
 use backtide_units::DiskName;
@@ -25,6 +25,7 @@ pub(crate) struct Registry {
     places: Places,
     records: Records,
     defaults: Limits,
+    nbd_tls: Option<NbdTls>,
     disks: RwLock<BTreeMap<DiskName, Attached>>,
     /// Held by whoever attaches or detaches.
     changing: Mutex<()>,
@@ -39,8 +40,20 @@ struct Attached {
 }
 
 impl Registry {
-    pub(crate) fn new(places: Places, records: Records, defaults: Limits) -> Arc<Self> {
-        Arc::new(Self { places, records, defaults, disks: RwLock::default(), changing: Mutex::new(()) })
+    pub(crate) fn new(
+        places: Places,
+        records: Records,
+        defaults: Limits,
+        nbd_tls: Option<NbdTls>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            places,
+            records,
+            defaults,
+            nbd_tls,
+            disks: RwLock::default(),
+            changing: Mutex::new(()),
+        })
     }
 
     /// Attaches again every disk that was attached when the agent ended. One that cannot be is
@@ -203,15 +216,19 @@ impl Registry {
     }
 
     fn listen_uri(&self, record: &DiskRecord) -> Result<NbdUri, ApiError> {
-        match &record.nbd {
+        let uri = match &record.nbd {
             Some(text) => text.parse().map_err(|error: backtide_export::ParseUriError| {
                 ApiError::from_error(ErrorCode::Usage, &error)
-            }),
+            })?,
             None => {
                 let address = NbdAddress::Unix(self.places.nbd_socket(&record.name));
-                Ok(NbdUri { address, export: record.name.to_string(), tls: None })
+                NbdUri { address, export: record.name.to_string(), tls: None }
             }
-        }
+        };
+        Ok(match &self.nbd_tls {
+            Some(tls) => tls.unless_told(uri),
+            None => uri,
+        })
     }
 
     /// Detaches a disk; its record stays, so that an attach under its name goes on.

@@ -11,6 +11,7 @@ pub(crate) mod doctor;
 pub(crate) mod inspect;
 pub(crate) mod mark;
 pub(crate) mod mount;
+pub(crate) mod nbd_tls;
 pub(crate) mod points;
 pub(crate) mod receiver;
 pub(crate) mod restore;

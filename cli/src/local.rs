@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use backtide_agent::Agent;
 use backtide_agent_api::AgentClient;
 use backtide_control::{Address, ApiError, ErrorCode};
+use backtide_export::NbdTls;
 use backtide_log_receiver::Receiver;
 use backtide_receiver_api::ReceiverClient;
 
@@ -29,6 +30,7 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// The daemons of one directory, as far as they run.
 pub(crate) struct Local {
     directory: PathBuf,
+    nbd_tls: Option<NbdTls>,
     receiver: Option<Receiver>,
     agent: Option<Agent>,
 }
@@ -52,7 +54,12 @@ impl Local {
         refuse_no_directory(&directory)?;
         std::fs::create_dir_all(&directory)
             .map_err(|error| io_failure(format_args!("make {}", directory.display()), &error))?;
-        Ok(Self { directory, receiver: None, agent: None })
+        Ok(Self { directory, nbd_tls: None, receiver: None, agent: None })
+    }
+
+    /// The same with NBD sockets under TLS.
+    pub(crate) fn with_nbd_tls(self, nbd_tls: Option<NbdTls>) -> Self {
+        Self { nbd_tls, ..self }
     }
 
     /// The directory.
@@ -64,6 +71,7 @@ impl Local {
     pub(crate) async fn start_receiver(&mut self) -> Result<(), Failure> {
         let config = backtide_log_receiver::Config {
             run: Some(self.directory.join("run")),
+            nbd_tls: self.nbd_tls.clone(),
             ..backtide_log_receiver::Config::new(self.directory.join("store"))
         };
         self.receiver = Some(Receiver::start(config).await.map_err(receiver::start_failure)?);
@@ -84,6 +92,7 @@ impl Local {
             run: self.directory.join("run"),
             api: self.agent_api(),
             limits: backtide_agent_api::LimitsRequest::default(),
+            nbd_tls: self.nbd_tls.clone(),
         };
         self.agent = Some(Agent::start(config).await.map_err(agent::start_failure)?);
         Ok(())

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use backtide_control::Address;
+use backtide_export::NbdTls;
 use backtide_recovery::{CacheLimits, LogOptions};
 use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,9 @@ pub struct Config {
     /// Limits of memory, threads, files and space.
     #[serde(default)]
     pub limits: Limits,
+    /// TLS of mounts whose NBD URI says nothing of it. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd_tls: Option<NbdTls>,
 }
 
 /// Bounds of a receiver.
@@ -94,7 +98,14 @@ impl Limits {
 impl Config {
     /// The defaults for a store at `store`.
     pub fn new(store: impl Into<PathBuf>) -> Self {
-        Self { store: store.into(), run: None, listen: Vec::new(), api: None, limits: Limits::default() }
+        Self {
+            store: store.into(),
+            run: None,
+            listen: Vec::new(),
+            api: None,
+            limits: Limits::default(),
+            nbd_tls: None,
+        }
     }
 
     /// The directory of sockets.

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_export::{BindError, Limits, Listener, NbdAddress, NbdUri, Server};
+use backtide_export::{BindError, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server};
 use backtide_receiver_api::{ApiError, DiskRef, ErrorCode, Mount, Mounts};
 use backtide_recovery::{TimedLsn, View, time_text};
 use backtide_units::{CaptureTime, DiskName};
@@ -84,13 +84,19 @@ struct Table {
     run_dir: PathBuf,
     mounts_max: usize,
     readers: Pool,
+    nbd_tls: Option<NbdTls>,
     mounted: RefCell<BTreeMap<String, Mounted>>,
     /// The last number used for each disk's name.
     numbers: RefCell<BTreeMap<DiskName, u64>>,
 }
 
 /// Starts the mounts' thread; sockets are made in `run_dir`.
-pub(crate) fn start(run_dir: PathBuf, mounts_max: usize, readers: Pool) -> io::Result<MountThread> {
+pub(crate) fn start(
+    run_dir: PathBuf,
+    mounts_max: usize,
+    readers: Pool,
+    nbd_tls: Option<NbdTls>,
+) -> io::Result<MountThread> {
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let body = move || {
@@ -99,6 +105,7 @@ pub(crate) fn start(run_dir: PathBuf, mounts_max: usize, readers: Pool) -> io::R
             run_dir,
             mounts_max,
             readers,
+            nbd_tls,
             mounted: RefCell::default(),
             numbers: RefCell::default(),
         };
@@ -161,6 +168,10 @@ impl Table {
             export: id.clone(),
             tls: None,
         });
+        let wanted = match &self.nbd_tls {
+            Some(tls) => tls.unless_told(wanted),
+            None => wanted,
+        };
         let listener = Listener::bind_uri(&wanted).await.map_err(|error| bind_error(&error))?;
         let uri = NbdUri { address: listener.address().clone(), ..wanted };
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));

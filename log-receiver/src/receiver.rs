@@ -136,7 +136,7 @@ impl Receiver {
             new_history: Arc::new(HistoryId::random),
         };
         let ingest = start_ingest(&shelf, &config, &commits, &readers).await?;
-        let mounts = mounts::start(run_dir, limits.mounts, readers.clone())
+        let mounts = mounts::start(run_dir, limits.mounts, readers.clone(), config.nbd_tls.clone())
             .map_err(|source| failed("start the mounts' thread", source))?;
         let tasks: Vec<_> = ingest.iter().map(|thread| thread.tasks.clone()).collect();
         let listen: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();

@@ -22,9 +22,10 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         run: directory.to_owned(),
         api: backtide_control::Address::unix(directory.join("agent.sock")),
         limits: backtide_agent_api::LimitsRequest::default(),
+        nbd_tls: None,
     };
     let storage = Arc::new(RealStorage::open(&config.state).unwrap());
-    Service::new(Registry::new(Places::of(&config), Records::new(storage), Limits::default()))
+    Service::new(Registry::new(Places::of(&config), Records::new(storage), Limits::default(), None))
 }
 
 fn name(text: &str) -> DiskName {

@@ -11,6 +11,7 @@ use crate::{
     commands::{
         Stop,
         daemon::{Settings, prepare, serve},
+        nbd_tls::NbdTlsFlags,
     },
     context::Context,
     ending::{Ending, Failure},
@@ -37,6 +38,8 @@ pub(crate) struct Run {
     /// unix:/run/backtide/agent.sock for root, else $XDG_RUNTIME_DIR/backtide/agent.sock]
     #[arg(long, value_name = "ADDR")]
     api: Option<Address>,
+    #[command(flatten)]
+    nbd_tls: NbdTlsFlags,
 }
 
 /// What is printed when the agent is ready.
@@ -69,6 +72,7 @@ impl Run {
         settings.set_default("state", places.agent_state())?;
         settings.directory("state")?;
         settings.directory("run")?;
+        self.nbd_tls.apply(&mut settings)?;
         settings.config()
     }
 }

@@ -57,6 +57,16 @@ impl Settings {
         self.set(name, Some(path))
     }
 
+    /// Takes a setting back, whoever made it.
+    pub(crate) fn unset(&mut self, name: &str) {
+        self.table.remove(name);
+    }
+
+    /// One setting, if it is there.
+    pub(crate) fn find<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, Failure> {
+        if self.table.contains_key(name) { self.get(name).map(Some) } else { Ok(None) }
+    }
+
     /// Sets what nobody has set.
     pub(crate) fn set_default(&mut self, name: &str, value: impl Serialize) -> Result<(), Failure> {
         if self.table.contains_key(name) { Ok(()) } else { self.set(name, Some(value)) }

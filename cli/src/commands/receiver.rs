@@ -11,6 +11,7 @@ use crate::{
     commands::{
         Stop,
         daemon::{Settings, prepare, serve},
+        nbd_tls::NbdTlsFlags,
     },
     context::Context,
     ending::{Ending, Failure},
@@ -40,6 +41,8 @@ pub(crate) struct Run {
     /// unix:/run/backtide/receiver.sock for root, else $XDG_RUNTIME_DIR/backtide/receiver.sock]
     #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
     api: Option<Address>,
+    #[command(flatten)]
+    nbd_tls: NbdTlsFlags,
 }
 
 /// What is printed when the receiver is ready.
@@ -76,6 +79,7 @@ impl Run {
         settings.set_places(self.api, places.receiver_api(), places)?;
         settings.directory("store")?;
         settings.directory("run")?;
+        self.nbd_tls.apply(&mut settings)?;
         settings.config()
     }
 }

@@ -16,6 +16,7 @@ use crate::{
         Stop,
         attach::{POLL, Policy, absolute_image},
         daemon::prepare,
+        nbd_tls::NbdTlsFlags,
     },
     context::Context,
     ending::{Ending, Failure, failed, io_failure, wrong_usage},
@@ -42,6 +43,8 @@ pub(crate) struct Up {
     #[arg(long, value_name = "URI")]
     nbd: Option<String>,
     #[command(flatten)]
+    nbd_tls: NbdTlsFlags,
+    #[command(flatten)]
     policy: Policy,
 }
 
@@ -67,6 +70,7 @@ impl Up {
     /// Protects the image until a signal.
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let image = absolute_image(&self.image)?;
+        let nbd_tls = self.nbd_tls.over(None)?;
         let name = match self.name {
             Some(name) => name,
             None => name_of(&image)?,
@@ -74,7 +78,7 @@ impl Up {
         let directory = self.dir.unwrap_or_else(|| context.places().up().join(name.as_str()));
         prepare(context, "warn");
         let is_new = !directory.exists();
-        let mut local = Local::at(&directory)?;
+        let mut local = Local::at(&directory)?.with_nbd_tls(nbd_tls);
         claim(local.directory(), &image)?;
         let request = self.policy.request(name, image, local.stream(), self.nbd);
         let result = match begin(&mut local, &request).await {

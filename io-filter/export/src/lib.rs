@@ -23,7 +23,7 @@ pub use client::{Client, ClientOptions, ZeroOptions, list_exports};
 pub use error::{BindError, ClientError, ServeError};
 pub use export::{Export, Exports, Limits};
 pub use server::{Listener, Reply, Server, serve_connection};
-pub use tls::{ClientCertificates, ServerTls, TlsError};
+pub use tls::{ClientCertificates, NbdTls, ServerTls, TlsDemand, TlsError};
 
 pub use backtide_nbd::{
     BlockSizes, Command, CommandKind, ExportInfo, ExportSummary, Extent, NbdAddress, NbdError, NbdUri,

@@ -14,10 +14,51 @@ use std::{
 };
 
 use backtide_nbd::server::TlsMode;
-use backtide_nbd::{NbdAddress, UriTls};
+use backtide_nbd::{NbdAddress, NbdUri, UriTls};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem, pem::PemObject};
 use rustls::{ClientConfig, RootCertStore, ServerConfig, crypto::aws_lc_rs, server::WebPkiClientVerifier};
+use serde::{Deserialize, Serialize};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+/// What is configured for NBD sockets whose URI says nothing of TLS.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NbdTls {
+    /// Whether clients may go without.
+    pub mode: TlsDemand,
+    /// The folder of the server's certificate; clients have to be signed by its authority.
+    pub certificates: PathBuf,
+}
+
+/// Whether clients have to use TLS where it is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TlsDemand {
+    /// They may: whoever uses it needs a certificate, whoever does not is served in the clear.
+    Optional,
+    /// They must.
+    Required,
+}
+
+impl NbdTls {
+    /// Whether a server could start with it.
+    ///
+    /// # Errors
+    /// When the certificates cannot be used.
+    pub fn check(&self) -> Result<(), TlsError> {
+        ServerTls::load(TlsMode::Required, &self.certificates, ClientCertificates::Required).map(drop)
+    }
+
+    /// The same place to listen, with this TLS unless it names its own.
+    pub fn unless_told(&self, uri: NbdUri) -> NbdUri {
+        let configured = || UriTls {
+            certificates: self.certificates.clone(),
+            hostname: None,
+            required: self.mode == TlsDemand::Required,
+        };
+        NbdUri { tls: uri.tls.or_else(|| Some(configured())), ..uri }
+    }
+}
 
 /// Certificates and keys that cannot be used.
 #[derive(Debug, thiserror::Error)]

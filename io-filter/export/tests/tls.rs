@@ -8,8 +8,8 @@ use std::{
 };
 
 use backtide_export::{
-    Client, ClientCertificates, ClientError, Limits, Listener, NbdAddress, NbdUri, Server, ServerTls,
-    TlsError, TlsMode, UriTls, list_exports,
+    Client, ClientCertificates, ClientError, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, ServerTls,
+    TlsDemand, TlsError, TlsMode, UriTls, list_exports,
 };
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::Bytes;
@@ -63,7 +63,7 @@ async fn serve(place: &Place, mode: TlsMode, folder: &Path, clients: ClientCerti
 }
 
 fn secure(place: &Place, folder: &Path) -> NbdUri {
-    let tls = UriTls { certificates: folder.to_path_buf(), hostname: None };
+    let tls = UriTls { certificates: folder.to_path_buf(), hostname: None, required: true };
     NbdUri { tls: Some(tls), ..place.uri("disk") }
 }
 
@@ -192,6 +192,31 @@ fn a_uri_with_tls_is_enough_to_listen() {
         let clear = NbdUri { tls: None, ..uri };
         assert!(Client::connect(&clear).await.is_err());
         server.shutdown(GRACE).await;
+    });
+}
+
+#[test]
+fn what_is_configured_is_for_sockets_that_say_nothing_of_tls() {
+    on_a_worker(async {
+        let place = Place::new();
+        let folder = certificates(&place, "pki");
+        for (demand, in_the_clear) in [(TlsDemand::Optional, true), (TlsDemand::Required, false)] {
+            let configured = NbdTls { mode: demand, certificates: folder.clone() };
+            configured.check().unwrap();
+            let uri = configured.unless_told(place.uri("disk"));
+            assert_eq!(uri.to_string(), secure(&place, &folder).to_string());
+            let disk = FileExport::open("disk", &place.image(SIZE), false).unwrap();
+            let listener = Listener::bind_uri(&uri).await.unwrap();
+            let server = listener.serve(Fixed::one(disk), Limits::default());
+            works(&uri).await;
+            assert_eq!(Client::connect(&place.uri("disk")).await.is_ok(), in_the_clear);
+            server.shutdown(GRACE).await;
+            // What a URI says goes before.
+            let told = secure(&place, &place.path("other"));
+            assert_eq!(configured.unless_told(told.clone()), told);
+        }
+        let missing = NbdTls { mode: TlsDemand::Required, certificates: place.path("missing") };
+        assert!(missing.check().unwrap_err().to_string().contains("missing/ca-cert.pem"));
     });
 }
 

@@ -40,6 +40,8 @@ pub struct UriTls {
     pub certificates: PathBuf,
     /// The name the server's certificate must be for, where it is not the host's.
     pub hostname: Option<String>,
+    /// Where it says where to listen: nobody is served without TLS. Always so in a URI as text.
+    pub required: bool,
 }
 
 /// Text that is no NBD URI we can use.
@@ -101,7 +103,7 @@ impl std::str::FromStr for NbdUri {
         let tls = if secure {
             let folder = query.certificates.filter(|folder| !folder.is_empty());
             let folder = folder.ok_or_else(|| ParseUriError::NoCertificates(text.to_owned()))?;
-            Some(UriTls { certificates: path_of(folder), hostname: query.hostname })
+            Some(UriTls { certificates: path_of(folder), hostname: query.hostname, required: true })
         } else {
             None
         };
@@ -279,7 +281,11 @@ mod tests {
     #[test]
     fn tls_names_its_certificates() {
         let tls = |hostname: Option<&str>| {
-            Some(UriTls { certificates: "/etc/pki".into(), hostname: hostname.map(str::to_owned) })
+            Some(UriTls {
+                certificates: "/etc/pki".into(),
+                hostname: hostname.map(str::to_owned),
+                required: true,
+            })
         };
         let parsed = parse("nbds://h:1/e?tls-certificates=/etc/pki");
         assert_eq!(parsed, Ok(NbdUri { tls: tls(None), ..tcp("h", 1, "e") }));

@@ -65,7 +65,8 @@ impl Listener {
         }
     }
 
-    /// Listens where `uri` says: with `nbds` every client has to use TLS and to have a certificate.
+    /// Listens where `uri` says: with `nbds` every client has to use TLS, if it is
+    /// [required](backtide_nbd::UriTls::required), and then to have a certificate.
     ///
     /// # Errors
     /// As [`bind`](Self::bind), and when the certificates cannot be used.
@@ -74,7 +75,8 @@ impl Listener {
             None => ServerTls::off(),
             Some(tls) => {
                 let clients = ClientCertificates::Required;
-                ServerTls::load(TlsMode::Required, &tls.certificates, clients).map_err(BindError::Tls)?
+                let mode = if tls.required { TlsMode::Required } else { TlsMode::Optional };
+                ServerTls::load(mode, &tls.certificates, clients).map_err(BindError::Tls)?
             }
         };
         Ok(Self::bind(&uri.address).await?.with_tls(tls))

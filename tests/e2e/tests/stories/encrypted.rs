@@ -65,6 +65,28 @@ fn a_disk_and_its_points_are_served_under_tls_to_whom_they_know() {
 }
 
 #[test]
+fn daemons_told_to_use_tls_use_it_for_every_socket_of_theirs() {
+    let bench = Bench::new();
+    certificates(&bench.path("pki"));
+    let pki = bench.name("pki");
+    let tls = ["--nbd-tls", "required", "--nbd-tls-certificates", &pki];
+    let _receiver = bench.daemon(&[&["receiver", "run"], &tls[..]].concat());
+    let _agent = bench.daemon(&[&["agent", "run"], &tls[..]].concat());
+    bench.image("vm1.img", SIZE);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    assert!(disk.uri().starts_with("nbds+unix:///vm1?"), "{}", disk.uri());
+    assert!(tools::run("nbdinfo", &[&disk.uri()]).contains("with TLS"));
+    let mount = bench.json(&["mount", "vm1", "--at", "latest"]);
+    let point = mount["uri"].as_str().expect("a URI");
+    assert!(tools::run("nbdinfo", &[point]).contains("with TLS"), "{point}");
+
+    let said = bench.plain(&["agent", "run", "--nbd-tls", "required"]);
+    assert_eq!(said.code, 2, "{said:?}");
+    assert!(said.stderr.contains("--nbd-tls-certificates"), "{said:?}");
+}
+
+#[test]
 fn certificates_that_cannot_be_used_are_named_at_the_attach() {
     let bench = Bench::new();
     let (_receiver, _agent) = (bench.receiver(), bench.agent());
