@@ -123,6 +123,11 @@ impl TrackingFile {
             slot_bytes: slot_bytes(limits, size),
         };
         let file = Self { file: storage.create_new(&beside)?, layout };
+        if limits.hot > 0 && !snapshot.clean {
+            // Written once, so that a record need not wait for the file system to find it a place.
+            let log = vec![0; layout.sectors as usize * SECTOR_BYTES];
+            file.file.write_at(ByteOffset(LOG_AT), &log)?;
+        }
         let bytes = snapshot.encode();
         file.put_snapshot(snapshot.generation, &bytes)?;
         if snapshot.everything {
