@@ -36,9 +36,10 @@ fn at_granularity(
     spans_max: usize,
 ) -> Option<Vec<ByteSpan>> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
-    for block in blocks {
-        let start = BlockIndex(block).start().0 / granularity * granularity;
-        let end = start.saturating_add(granularity).min(size);
+    for (first, last) in runs(blocks) {
+        let start = BlockIndex(first).start().0 / granularity * granularity;
+        let end = BlockIndex(last).start().0.saturating_add(BLOCK_SIZE);
+        let end = end.checked_next_multiple_of(granularity).unwrap_or(u64::MAX).min(size);
         if start >= size {
             break;
         }
@@ -52,6 +53,15 @@ fn at_granularity(
     let span =
         |(start, end)| ByteSpan { offset: backtide_units::ByteOffset(start), length: ByteCount(end - start) };
     Some(ranges.into_iter().map(span).collect())
+}
+
+/// The runs of adjoining blocks, first and last: a trim of a huge disk is few of them and very many blocks.
+fn runs(blocks: &RoaringTreemap) -> impl Iterator<Item = (u64, u64)> + '_ {
+    blocks.bitmaps().flat_map(|(high, bitmap)| {
+        let mut blocks = bitmap.iter();
+        let whole = move |low: u32| u64::from(high) << 32 | u64::from(low);
+        std::iter::from_fn(move || blocks.next_range().map(|run| (whole(*run.start()), whole(*run.end()))))
+    })
 }
 
 #[cfg(test)]
@@ -76,6 +86,30 @@ mod tests {
         let changes = spans(&blocks, ByteCount(256 * 4096), 10);
         assert_eq!(changes.granularity, ByteCount(4 * 4096));
         assert_eq!(flat(&changes), [(0, 256 * 4096)]);
+    }
+
+    #[test]
+    fn a_trim_of_a_huge_disk_is_one_span() {
+        const BLOCKS: u64 = (64 << 40) / BLOCK_SIZE;
+        let mut blocks = RoaringTreemap::new();
+        blocks.insert_range(1..BLOCKS);
+        let changes = spans(&blocks, ByteCount(BLOCKS * BLOCK_SIZE), 10);
+        assert_eq!(flat(&changes), [(BLOCK_SIZE, (BLOCKS - 1) * BLOCK_SIZE)]);
+    }
+
+    #[test]
+    fn spans_of_many_runs_are_what_single_blocks_give() {
+        let blocks: RoaringTreemap = (0..5000_u64).map(|n| n * n % 7919 + (n % 3) * (1 << 31)).collect();
+        let size = ByteCount(BLOCK_SIZE << 33);
+        for spans_max in [1, 7, 300, 100_000] {
+            let Changes { granularity, spans } = spans(&blocks, size, spans_max);
+            assert!(spans.len() <= spans_max);
+            let inside = |block: u64, span: &ByteSpan| {
+                (span.offset.0..span.offset.0 + span.length.0).contains(&(block * BLOCK_SIZE))
+            };
+            assert!(blocks.iter().all(|block| spans.iter().any(|span| inside(block, span))), "{granularity}");
+            assert!(spans.windows(2).all(|two| two[0].offset.0 + two[0].length.0 < two[1].offset.0));
+        }
     }
 
     #[test]
