@@ -4,8 +4,8 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    agent, attach, completions, control, demo, diff, doctor, inspect, mark, mount, points, receiver, restore,
-    resync, status, support_bundle, up, verify, wait,
+    agent, attach, completions, control, demo, diff, doctor, fsck, inspect, mark, mount, points, receiver,
+    restore, resync, scrub, status, support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -87,6 +87,10 @@ pub(crate) enum Command {
     Doctor(doctor::Doctor),
     /// Gather versions, status, points, configuration and logs in one file, for somebody who helps
     SupportBundle(support_bundle::SupportBundle),
+    /// Check what a running receiver keeps against its checksums
+    Scrub(scrub::Scrub),
+    /// Check every file of a store that no receiver uses against its checksums
+    Fsck(fsck::Fsck),
     /// Print a file of the receiver's store in readable form
     Inspect(inspect::Inspect),
     /// Print completions for a shell
@@ -116,6 +120,8 @@ impl Command {
             | Self::Wait(_)
             | Self::Doctor(_)
             | Self::SupportBundle(_)
+            | Self::Scrub(_)
+            | Self::Fsck(_)
             | Self::Inspect(_)
             | Self::Completions(_) => None,
         }

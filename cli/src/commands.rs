@@ -8,6 +8,7 @@ pub(crate) mod daemon;
 pub(crate) mod demo;
 pub(crate) mod diff;
 pub(crate) mod doctor;
+pub(crate) mod fsck;
 pub(crate) mod inspect;
 pub(crate) mod mark;
 pub(crate) mod mount;
@@ -16,6 +17,7 @@ pub(crate) mod points;
 pub(crate) mod receiver;
 pub(crate) mod restore;
 pub(crate) mod resync;
+pub(crate) mod scrub;
 pub(crate) mod status;
 pub(crate) mod support_bundle;
 pub(crate) mod up;
@@ -62,6 +64,8 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Wait(wait) => wait.run(context).await,
         Command::Doctor(doctor) => doctor.run(context).await,
         Command::SupportBundle(bundle) => bundle.run(context).await,
+        Command::Scrub(scrub) => scrub.run(context).await,
+        Command::Fsck(fsck) => fsck.run(context).await,
         Command::Inspect(inspect) => inspect.run(context),
         Command::Completions(completions) => completions.run(context),
         Command::Up(_)

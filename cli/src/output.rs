@@ -1,5 +1,6 @@
 //! Answers as text for people. JSON needs nothing here: the API's types are the shapes.
 
+pub(crate) mod checks;
 pub(crate) mod mounts;
 pub(crate) mod points;
 pub(crate) mod progress;

@@ -333,7 +333,7 @@ impl Disk {
     /// Takes what is left of a log that is out of use.
     pub(crate) fn salvaged(&mut self, salvaged: Salvage, memo: Option<Memo>) {
         let Log::Failed(failed) = &mut self.log else { return };
-        let Salvage { snapshot, damage, size: _ } = salvaged;
+        let Salvage { snapshot, damage, .. } = salvaged;
         let own = snapshot.timeline().attached().cloned();
         let attached = match (own, memo.map(|memo| memo.attached)) {
             (Some(own), Some(memo)) if memo.epoch > own.epoch => Some(memo),

@@ -43,7 +43,7 @@ pub(crate) struct Past {
 impl Past {
     /// Puts what is left of the next log behind it.
     pub(crate) fn push(&mut self, salvaged: Salvage, memo: Option<Memo>) {
-        let Salvage { snapshot, damage, size } = salvaged;
+        let Salvage { snapshot, damage, size, .. } = salvaged;
         let own = snapshot.timeline().attached().cloned();
         let candidates = [self.attached.take(), own, memo.map(|memo| memo.attached)];
         // Of equal epochs the first: a memo knows no more than its log.
@@ -78,7 +78,7 @@ impl Shelf {
     }
 
     /// The numbers of a disk's logs, from 1 on.
-    fn numbers(&self, disk: DiskId) -> Result<Vec<u32>, LogError> {
+    pub(crate) fn numbers(&self, disk: DiskId) -> Result<Vec<u32>, LogError> {
         let dir = Self::dir(disk, 1);
         let names = match self.storage.list(&dir) {
             Ok(names) => names,
@@ -178,12 +178,12 @@ impl Shelf {
         }
     }
 
-    fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {
+    pub(crate) fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {
         let known = self.memo(disk, log).map(|memo| memo.identity);
         salvage(&self.storage, &Self::dir(disk, log), &self.cache, known, through)
     }
 
-    fn memo(&self, disk: DiskId, log: u32) -> Option<Memo> {
+    pub(crate) fn memo(&self, disk: DiskId, log: u32) -> Option<Memo> {
         memo::read(&*self.storage, &Self::dir(disk, log)).filter(|memo| memo.identity.disk == disk)
     }
 

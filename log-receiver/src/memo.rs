@@ -13,7 +13,8 @@ use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, DiskName, Epoch
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-const FILE: &str = "disk.json";
+/// Its name.
+pub(crate) const FILE: &str = "disk.json";
 const MAGIC: &str = "backtide-disk";
 const VERSION: u32 = 1;
 const FILE_BYTES_MAX: ByteCount = ByteCount(16 * 1024);
@@ -89,6 +90,11 @@ pub(crate) fn read(storage: &dyn Storage, dir: &Path) -> Option<Memo> {
     let identity = LogIdentity { disk: file.disk, history: file.history };
     let (epoch, attach, name, size, time) = (file.epoch, file.attach, file.name, file.size, file.time);
     Some(Memo { identity, attached: Attached { epoch, attach, name, size, time } })
+}
+
+/// Whether there is a memo that cannot be read.
+pub(crate) fn is_damaged(storage: &dyn Storage, dir: &Path) -> bool {
+    read_file(storage, &dir.join(FILE), FILE_BYTES_MAX).is_ok() && read(storage, dir).is_none()
 }
 
 #[cfg(test)]

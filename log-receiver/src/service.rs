@@ -7,6 +7,7 @@ use backtide_export::NbdUri;
 use backtide_receiver_api::{
     ApiError, DiffReport, DiffRequest, DiskRef, ErrorCode, Mount, MountRequest, Mounts, PointsReport,
     ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, ResolveRequest, ResolvedPoint,
+    ScrubRequest, ScrubStatus,
 };
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
 use backtide_storage::Storage;
@@ -24,6 +25,7 @@ use crate::{
     mounts::{Order, Plan},
     points,
     pool::Pool,
+    scrub::{self, Scrub},
 };
 
 /// What the control API is served from.
@@ -33,6 +35,7 @@ pub(crate) struct Service {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) space_floor: ByteCount,
     pub(crate) watch: StoreWatch,
+    pub(crate) scrub: Scrub,
     pub(crate) listen: Vec<Address>,
     pub(crate) names: Arc<Names>,
     pub(crate) threads: Vec<mpsc::Sender<Task>>,
@@ -74,6 +77,7 @@ impl ReceiverService for Service {
             connected: facts.iter().filter(|facts| facts.connected).count() as u64,
             mounts: mounts.mounts.len() as u64,
             alarms,
+            scrub: self.scrub.status(),
         })
     }
 
@@ -157,6 +161,40 @@ impl ReceiverService for Service {
                 .with_hint("the control API's /v1/mounts lists them")
         })
     }
+
+    async fn scrub(&self, request: ScrubRequest) -> Result<ScrubStatus, ApiError> {
+        let wanted = request.name.map(|name| self.find(&name)).transpose()?;
+        let mut facts = self.facts().await?;
+        facts.retain(|facts| wanted.is_none_or(|wanted| wanted == facts.id));
+        if let (true, Some(wanted)) = (facts.is_empty(), wanted) {
+            return Err(self.unknown(&wanted.to_string()));
+        }
+        facts.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+        let mut targets = Vec::new();
+        for facts in facts {
+            let snapshot = self.read_disk(facts.id).await?;
+            let snapshot = match snapshot {
+                Some(Ok(readable)) => Ok(readable.snapshot),
+                Some(Err(failure)) => Err(failure.why),
+                None => continue,
+            };
+            let DiskFacts { id, name, damage, .. } = facts;
+            targets.push(scrub::Target { name, uuid: id, snapshot, damage });
+        }
+        self.scrub.start(targets, request.bytes_per_second_max.unwrap_or(scrub::RATE_DEFAULT))
+    }
+
+    async fn scrub_status(&self) -> Result<ScrubStatus, ApiError> {
+        self.scrub.status().ok_or_else(|| {
+            ApiError::new(ErrorCode::NotFound, "no scrub has run since the receiver started")
+                .with_hint("backtide scrub runs one")
+        })
+    }
+
+    async fn cancel_scrub(&self) -> Result<ScrubStatus, ApiError> {
+        self.scrub.cancel();
+        self.scrub_status().await
+    }
 }
 
 impl Service {
@@ -176,12 +214,16 @@ impl Service {
         ApiError::new(ErrorCode::NotFound, format!("there is no disk {name:?}")).with_hint(hint)
     }
 
-    async fn look_at(&self, name: &DiskName) -> Result<Found, ApiError> {
-        let disk = self.find(name)?;
+    async fn read_disk(&self, disk: DiskId) -> Result<Option<Result<Readable, Failure>>, ApiError> {
         let thread = &self.threads[Door::owner(disk, self.threads.len())];
         let (answer, readable) = oneshot::channel();
         thread.send(Task::Read(disk, answer)).await.map_err(|_| ending())?;
-        let readable = readable.await.map_err(|_| ending())?.ok_or_else(|| self.unknown(name.as_str()))?;
+        readable.await.map_err(|_| ending())
+    }
+
+    async fn look_at(&self, name: &DiskName) -> Result<Found, ApiError> {
+        let disk = self.find(name)?;
+        let readable = self.read_disk(disk).await?.ok_or_else(|| self.unknown(name.as_str()))?;
         let readable = readable.map_err(|Failure { why, damaged }| {
             let code = if damaged { ErrorCode::Damaged } else { ErrorCode::Failed };
             ApiError::new(code, format!("disk {name} cannot be read: {why}"))

@@ -143,13 +143,7 @@ pub(crate) fn lock_store(path: &Path) -> Result<StoreLock, StoreFileError> {
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
-            let mut text = String::new();
-            let read = file.read_to_string(&mut text).is_ok();
-            let by = match text.trim().parse::<u32>() {
-                Ok(process) if read => format!(" (process {process})"),
-                Ok(_) | Err(_) => String::new(),
-            };
-            return Err(StoreFileError::Locked { path: path.to_owned(), by });
+            return Err(StoreFileError::Locked { path: path.to_owned(), by: holder(&mut file) });
         }
         Err(error) => return Err(io("lock")(error.into())),
     }
@@ -157,6 +151,50 @@ pub(crate) fn lock_store(path: &Path) -> Result<StoreLock, StoreFileError> {
     file.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(io("write"))?;
     let watch = StoreWatch::new(path, &lock_path, &file).map_err(io("look at"))?;
     Ok(StoreLock { _file: file, watch })
+}
+
+/// Keeps receivers out of the store while it is only read: nothing is written.
+///
+/// # Errors
+/// [`StoreFileError::Locked`] when a receiver has it.
+pub(crate) fn hold_store(path: &Path) -> Result<Option<File>, StoreFileError> {
+    let lock_path = path.join(LOCK);
+    let io = |what, source| StoreFileError::Io { what, path: lock_path.clone(), source };
+    let mut file = match File::open(&lock_path) {
+        Ok(file) => file,
+        // No receiver ever had it, or it was copied without.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io("open", error)),
+    };
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(StoreFileError::Locked { path: path.to_owned(), by: holder(&mut file) })
+        }
+        Err(error) => Err(io("lock", error.into())),
+    }
+}
+
+/// ` (process N)`, when the lock file tells.
+fn holder(file: &mut File) -> String {
+    let mut text = String::new();
+    let read = file.read_to_string(&mut text).is_ok();
+    match text.trim().parse::<u32>() {
+        Ok(process) if read => format!(" (process {process})"),
+        Ok(_) | Err(_) => String::new(),
+    }
+}
+
+/// Reads `store.json`.
+///
+/// # Errors
+/// Also when there is none.
+pub(crate) fn read_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFileError> {
+    let path = storage.display(Path::new(FILE));
+    let content = read_file(storage.as_ref(), Path::new(FILE), FILE_BYTES_MAX);
+    let content =
+        content.map_err(|source| StoreFileError::Io { what: "read", path: path.clone(), source })?;
+    parse(&path, &content)
 }
 
 /// Reads `store.json`, or makes an empty directory a store.

@@ -40,6 +40,12 @@ impl Watermark {
         Ok(Self { file, history })
     }
 
+    /// What was durable of the log in a directory; none when no mark tells. Makes nothing.
+    pub(crate) fn find(storage: &dyn Storage, dir: &Path, history: HistoryId) -> Option<Durable> {
+        let file = storage.open(&dir.join(FILE)).ok()?;
+        Self { file, history }.read()
+    }
+
     /// Notes what is durable.
     ///
     /// # Errors

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_log_receiver::{Config, ListenError, StartError, StoreFileError};
+use backtide_receiver_api::ReceiverStatus;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use crate::{
+    arguments::ReceiverApi,
     commands::{
         Stop,
         daemon::{Settings, prepare, serve},
@@ -15,6 +17,8 @@ use crate::{
     },
     context::Context,
     ending::{Ending, Failure},
+    output::facts,
+    quantity::size_both,
 };
 
 /// `backtide receiver`
@@ -22,6 +26,15 @@ use crate::{
 pub(crate) enum Receiver {
     /// Run the receiver until SIGTERM or ctrl-c; logs go to stderr, filtered by RUST_LOG [default: info]
     Run(Run),
+    /// Show what a receiver keeps, and what a person should look at
+    Status(Status),
+}
+
+/// `backtide receiver status`
+#[derive(Args, Debug)]
+pub(crate) struct Status {
+    #[command(flatten)]
+    api: ReceiverApi,
 }
 
 /// `backtide receiver run`
@@ -54,9 +67,12 @@ struct Ready {
 }
 
 impl Receiver {
-    /// Runs the receiver until a signal.
+    /// Runs the receiver until a signal, or asks one that runs.
     pub(crate) async fn run(self, context: &Context, stop: Stop) -> Result<Ending, Failure> {
-        let Self::Run(run) = self;
+        let run = match self {
+            Self::Run(run) => run,
+            Self::Status(status) => return stop.or(status.run(context)).await,
+        };
         let config = run.settings(context)?;
         prepare(context, "info");
         let receiver = backtide_log_receiver::Receiver::start(config).await.map_err(start_failure)?;
@@ -66,6 +82,18 @@ impl Receiver {
             store_id: receiver.store_id().0.to_string(),
         };
         serve(context, stop, &ready, || ready_text(&ready), receiver.shutdown()).await
+    }
+}
+
+impl Status {
+    /// Prints the status; alarms are warnings.
+    async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let status = context.receiver(&self.api)?.status().await?;
+        context.print(&status, || status_text(&status))?;
+        for alarm in &status.alarms {
+            context.warn(alarm);
+        }
+        Ok(if status.alarms.is_empty() { Ending::Done } else { Ending::Warnings })
     }
 }
 
@@ -89,17 +117,48 @@ pub(crate) fn start_failure(error: StartError) -> Failure {
     let code = match &error {
         StartError::Api(bind) => bind.code(),
         StartError::Listen(ListenError::InUse(_) | ListenError::NoSocket(_)) => ErrorCode::Locked,
-        StartError::Store(StoreFileError::Locked { .. }) => ErrorCode::Locked,
-        StartError::Store(StoreFileError::NotAStore { .. } | StoreFileError::Version { .. }) => {
-            ErrorCode::Refused
+        StartError::Store(error) => store_failure_code(error),
+        StartError::Listen(ListenError::Io { .. }) | StartError::List(_) | StartError::Io { .. } => {
+            ErrorCode::Failed
         }
-        StartError::Store(StoreFileError::Damaged { .. }) => ErrorCode::Damaged,
-        StartError::Store(StoreFileError::Io { .. })
-        | StartError::Listen(ListenError::Io { .. })
-        | StartError::List(_)
-        | StartError::Io { .. } => ErrorCode::Failed,
     };
     ApiError::from_error(code, &error).into()
+}
+
+/// The code of a store that cannot be used.
+pub(crate) fn store_failure_code(error: &StoreFileError) -> ErrorCode {
+    match error {
+        StoreFileError::Locked { .. } => ErrorCode::Locked,
+        StoreFileError::NotAStore { .. } | StoreFileError::Version { .. } => ErrorCode::Refused,
+        StoreFileError::Damaged { .. } => ErrorCode::Damaged,
+        StoreFileError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            ErrorCode::NotFound
+        }
+        StoreFileError::Io { .. } => ErrorCode::Failed,
+    }
+}
+
+fn status_text(status: &ReceiverStatus) -> String {
+    let mut lines = vec![
+        ("store", format!("{} ({})", status.store, status.store_id)),
+        ("disks", format!("{}, {} connected", status.disks, status.connected)),
+        ("logs", size_both(status.log_bytes)),
+        (
+            "free",
+            format!("{}, {} in reserve", size_both(status.free_bytes), size_both(status.free_bytes_min)),
+        ),
+        ("mounts", status.mounts.to_string()),
+    ];
+    if let Some(scrub) = &status.scrub {
+        let state = match (scrub.running, scrub.sound) {
+            (true, _) => "running",
+            (false, true) => "ended, sound",
+            (false, false) => "ended, DAMAGE FOUND",
+        };
+        let (done, total) = (size_both(scrub.done_bytes), size_both(scrub.total_bytes));
+        lines.push(("scrub", format!("{state}, {done} of {total}")));
+    }
+    facts(&lines)
 }
 
 fn ready_text(ready: &Ready) -> String {

@@ -5,7 +5,7 @@ use backtide_units::DiskName;
 
 use crate::{
     DiffReport, DiffRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus,
-    ResolveRequest, ResolvedPoint,
+    ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus,
 };
 
 /// The receiver, in the words of errors.
@@ -95,6 +95,30 @@ impl ReceiverClient {
     /// As [`ReceiverClient::status`].
     pub async fn mounts(&self) -> Result<Mounts, ApiError> {
         self.client.get("/v1/mounts", NO_QUERY).await
+    }
+
+    /// Starts a scrub.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn scrub(&self, request: &ScrubRequest) -> Result<ScrubStatus, ApiError> {
+        self.client.post("/v1/scrub", request).await
+    }
+
+    /// The scrub that runs, or ran last.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn scrub_status(&self) -> Result<ScrubStatus, ApiError> {
+        self.client.get("/v1/scrub", NO_QUERY).await
+    }
+
+    /// Calls the scrub off.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn cancel_scrub(&self) -> Result<ScrubStatus, ApiError> {
+        self.client.delete("/v1/scrub").await
     }
 
     /// Ends a mount.

@@ -6,6 +6,7 @@
 //! microseconds since the Unix epoch, unless a field's name says otherwise. Points are taken as
 //! people write them (`latest`, `lsn:N`, an RFC 3339 time, `-5m`, `mark:NAME`): the receiver reads them.
 
+mod check;
 mod client;
 mod going_back;
 mod points;
@@ -14,6 +15,7 @@ mod service;
 mod status;
 
 pub use backtide_control::{Address, ApiError, ErrorCode};
+pub use check::{DiskCheck, ScrubRequest, ScrubStatus, StoreCheck};
 pub use client::{RECEIVER, ReceiverClient};
 pub use going_back::{
     ByteSpan, DiffReport, DiffRequest, Mount, MountRequest, Mounts, ResolveRequest, ResolvedPoint,

@@ -12,7 +12,7 @@ use backtide_units::DiskName;
 
 use crate::{
     DiffReport, DiffRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverService,
-    ReceiverStatus, ResolveRequest, ResolvedPoint,
+    ReceiverStatus, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -26,6 +26,7 @@ pub fn router<S: ReceiverService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/points", get(points::<S>))
         .route("/v1/disks/{disk}/resolve", post(resolve::<S>))
         .route("/v1/disks/{disk}/diff", post(diff::<S>))
+        .route("/v1/scrub", get(scrub_status::<S>).merge(post(scrub::<S>)).merge(delete(cancel_scrub::<S>)))
         .route("/v1/mounts", get(mounts::<S>).merge(post(mount::<S>)))
         .route("/v1/mounts/{id}", delete(unmount::<S>))
         .with_state(service);
@@ -83,6 +84,21 @@ async fn mount<S: ReceiverService>(
     ApiJson(request): ApiJson<MountRequest>,
 ) -> Answer<Mount> {
     service.mount(request).await.map(Json)
+}
+
+async fn scrub<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    ApiJson(request): ApiJson<ScrubRequest>,
+) -> Answer<ScrubStatus> {
+    service.scrub(request).await.map(Json)
+}
+
+async fn scrub_status<S: ReceiverService>(State(service): State<Arc<S>>) -> Answer<ScrubStatus> {
+    service.scrub_status().await.map(Json)
+}
+
+async fn cancel_scrub<S: ReceiverService>(State(service): State<Arc<S>>) -> Answer<ScrubStatus> {
+    service.cancel_scrub().await.map(Json)
 }
 
 async fn unmount<S: ReceiverService>(State(service): State<Arc<S>>, Path(id): Path<String>) -> Answer<Mount> {

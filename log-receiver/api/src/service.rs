@@ -5,7 +5,7 @@ use backtide_units::DiskName;
 
 use crate::{
     DiffReport, DiffRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus,
-    ResolveRequest, ResolvedPoint,
+    ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus,
 };
 
 /// The receiver's side of the control API. A disk may be named by its name or its UUID.
@@ -42,6 +42,15 @@ pub trait ReceiverService: Send + Sync + 'static {
 
     /// What is served.
     fn mounts(&self) -> impl Future<Output = Result<Mounts, ApiError>> + Send;
+
+    /// Starts to read everything that is kept, or one disk, against its checksums.
+    fn scrub(&self, request: ScrubRequest) -> impl Future<Output = Result<ScrubStatus, ApiError>> + Send;
+
+    /// The scrub that runs, or ran last.
+    fn scrub_status(&self) -> impl Future<Output = Result<ScrubStatus, ApiError>> + Send;
+
+    /// Calls the scrub off; it ends soon.
+    fn cancel_scrub(&self) -> impl Future<Output = Result<ScrubStatus, ApiError>> + Send;
 
     /// Ends a mount and closes its connections. Answers with what it was.
     fn unmount(&self, id: String) -> impl Future<Output = Result<Mount, ApiError>> + Send;

@@ -4,6 +4,8 @@ use backtide_control::Address;
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 use serde::{Deserialize, Serialize};
 
+use crate::ScrubStatus;
+
 /// The receiver as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReceiverStatus {
@@ -30,6 +32,9 @@ pub struct ReceiverStatus {
     /// What a person should look at now: sentences. Empty when all is well.
     #[serde(default)]
     pub alarms: Vec<String>,
+    /// The scrub that runs, or the last one since the receiver started.
+    #[serde(default)]
+    pub scrub: Option<ScrubStatus>,
 }
 
 /// The disks of a receiver.

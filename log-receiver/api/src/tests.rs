@@ -9,7 +9,7 @@ use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use crate::{
     DiffReport, DiffRequest, DiskRef, FlushPoints, Hole, Mount, MountRequest, Mounts, Point, PointsReport,
     ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus, ResolveRequest, ResolvedPoint,
-    UnavailablePoint, router,
+    ScrubRequest, ScrubStatus, UnavailablePoint, router,
 };
 
 /// Notes every call.
@@ -60,6 +60,20 @@ fn in_a_hole(asked: &str) -> UnavailablePoint {
     UnavailablePoint { asked: asked.to_owned(), hole: Some(hole), before, after }
 }
 
+fn scrubbed() -> ScrubStatus {
+    ScrubStatus {
+        running: false,
+        cancelled: false,
+        started: CaptureTime(1),
+        ended: Some(CaptureTime(2)),
+        done_bytes: ByteCount(3),
+        total_bytes: ByteCount(3),
+        bytes_per_second_max: ByteCount(0),
+        disks: Vec::new(),
+        sound: true,
+    }
+}
+
 impl ReceiverService for Fake {
     async fn status(&self) -> Result<ReceiverStatus, ApiError> {
         self.note("status".to_owned());
@@ -75,6 +89,7 @@ impl ReceiverService for Fake {
             connected: 1,
             mounts: 0,
             alarms: Vec::new(),
+            scrub: None,
         })
     }
 
@@ -122,6 +137,21 @@ impl ReceiverService for Fake {
         Ok(mount())
     }
 
+    async fn scrub(&self, request: ScrubRequest) -> Result<ScrubStatus, ApiError> {
+        self.note(format!("scrub {}", request.name.unwrap().as_str()));
+        Ok(scrubbed())
+    }
+
+    async fn scrub_status(&self) -> Result<ScrubStatus, ApiError> {
+        self.note("scrub-status".to_owned());
+        Ok(scrubbed())
+    }
+
+    async fn cancel_scrub(&self) -> Result<ScrubStatus, ApiError> {
+        self.note("cancel-scrub".to_owned());
+        Ok(scrubbed())
+    }
+
     async fn mounts(&self) -> Result<Mounts, ApiError> {
         self.note("mounts".to_owned());
         Ok(Mounts { mounts: vec![mount()] })
@@ -154,6 +184,10 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.mount(&request).await.unwrap(), mount());
     assert_eq!(client.mounts().await.unwrap().mounts, [mount()]);
     assert_eq!(client.unmount("vm1-1").await.unwrap(), mount());
+    let request = ScrubRequest { name: Some(vm1.clone()), bytes_per_second_max: None };
+    assert_eq!(client.scrub(&request).await.unwrap(), scrubbed());
+    client.scrub_status().await.unwrap();
+    client.cancel_scrub().await.unwrap();
     for strange in ["", "..", "a/b", "a?b"] {
         assert_eq!(client.unmount(strange).await.unwrap_err().code, ErrorCode::NotFound, "{strange}");
     }
@@ -168,7 +202,10 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "diff vm1 -5m latest",
             "mount vm1 latest",
             "mounts",
-            "unmount vm1-1"
+            "unmount vm1-1",
+            "scrub vm1",
+            "scrub-status",
+            "cancel-scrub"
         ]
     );
 
@@ -188,6 +225,7 @@ fn unknown_fields_of_requests_are_refused() {
         assert!(error.contains("forse") && error.contains("expected"), "{error}");
     }
     refuses::<MountRequest>(r#"{"name": "vm1", "at": "latest"}"#);
+    refuses::<ScrubRequest>(r#"{"name": null}"#);
     refuses::<ResolveRequest>(r#"{"point": "latest"}"#);
     refuses::<DiffRequest>(r#"{"from": "-5m", "to": "latest"}"#);
 }

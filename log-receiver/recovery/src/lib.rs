@@ -5,6 +5,7 @@
 //! one of them. It is a library: no sockets, no clock, no threads of its own.
 
 mod cache;
+mod check;
 mod chores;
 mod directory;
 mod disk_log;
@@ -22,6 +23,7 @@ mod timeline;
 mod view;
 
 pub use cache::{CacheLimits, LogCache};
+pub use check::Checked;
 pub use disk_log::{DiskLog, LogIdentity, LogOptions, Recovered};
 pub use error::{AppendError, InvalidEntry, LogError, Nearest, PointError, TimedLsn};
 pub use point::{ParsePointError, Point, time_text};

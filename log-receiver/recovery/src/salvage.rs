@@ -15,6 +15,7 @@ use backtide_segment::{
 };
 use backtide_storage::Storage;
 use backtide_units::ByteCount;
+use roaring::RoaringTreemap;
 
 use crate::{
     LogCache, LogError, LogIdentity, LogOptions, Snapshot, Timeline,
@@ -31,6 +32,8 @@ pub struct Salvage {
     pub damage: Vec<String>,
     /// Bytes of what can be read.
     pub size: ByteCount,
+    /// Segments behind a lost place: they give no points.
+    pub(crate) beyond: Vec<Arc<Segment>>,
 }
 
 /// One segment, as far as it can be read.
@@ -50,6 +53,7 @@ struct Work<'a> {
     next: Seq,
     damage: Vec<String>,
     size: u64,
+    beyond: Vec<Arc<Segment>>,
 }
 
 /// Reads what is left of the log in `dir`, up to entry `through` when that is given. `known` says whose
@@ -75,7 +79,7 @@ pub fn salvage(
         let mut timeline = Timeline::default();
         timeline.end(damage.first().map(String::as_str));
         let snapshot = Snapshot::new(Arc::new(timeline), Arc::new(Segments::new(ByteCount::ZERO)), Seq(0));
-        return Ok(Salvage { snapshot, damage, size: ByteCount::ZERO });
+        return Ok(Salvage { snapshot, damage, size: ByteCount::ZERO, beyond: Vec::new() });
     };
     let mut work = Work {
         storage,
@@ -88,6 +92,7 @@ pub fn salvage(
         next: Seq(1),
         damage,
         size: 0,
+        beyond: Vec::new(),
     };
     let mut rest = found.iter().zip(durable_later(&found));
     for (here, durable) in rest.by_ref() {
@@ -101,7 +106,7 @@ pub fn salvage(
     work.timeline.end(work.damage.first().map(String::as_str));
     let last = Seq(work.next.0 - 1);
     let snapshot = Snapshot::new(Arc::new(work.timeline), Arc::new(work.segments), last);
-    Ok(Salvage { snapshot, damage: work.damage, size: ByteCount(work.size) })
+    Ok(Salvage { snapshot, damage: work.damage, size: ByteCount(work.size), beyond: work.beyond })
 }
 
 /// For each segment, the newest entry that headers of later segments say was durable.
@@ -196,23 +201,31 @@ impl Work<'_> {
     }
 
     fn keep(&mut self, file: SegmentFile, header: SegmentHeader, part: Part) {
+        let (segment, buckets) = self.segment(file, header, part);
+        self.next = segment.stats().next_seq;
+        self.size += segment.entries_end().0;
+        self.segments.push_finished(segment, &buckets);
+    }
+
+    fn segment(
+        &self,
+        file: SegmentFile,
+        header: SegmentHeader,
+        part: Part,
+    ) -> (Arc<Segment>, RoaringTreemap) {
         let path = self.segments_dir.join(header.id.file_name());
         let storage = Arc::clone(self.storage);
         let (segment, buckets) = match part {
             Part::Sealed(sealed, summary) => {
-                self.next = sealed.stats().next_seq;
-                self.size += sealed.length().0;
                 (Segment::new_sealed(storage, path, header, self.cache, *sealed), summary.buckets)
             }
             Part::Prefix(scanned) => {
-                self.next = scanned.contents.stats().next_seq;
-                self.size += scanned.end.0;
                 let open = OpenSegment { file, contents: scanned.contents, end: scanned.end };
                 let buckets = open.contents.index().buckets();
                 (Segment::new_open(storage, path, header, self.cache, open), buckets)
             }
         };
-        self.segments.push_finished(Arc::new(segment), &buckets);
+        (Arc::new(segment), buckets)
     }
 
     /// What stands behind the lost place gives no points, but it knows newer attaches: a stale epoch must
@@ -245,6 +258,8 @@ impl Work<'_> {
                     ) => {}
                 }
             }
+            let (segment, _) = self.segment(file, *header, part);
+            self.beyond.push(segment);
         }
         Ok(())
     }

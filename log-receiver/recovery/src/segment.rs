@@ -228,6 +228,11 @@ impl Segment {
         Ok(Some(sealed.disk_blocks(&self.file()?)?))
     }
 
+    /// Whether it is sealed.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.sealed.get().is_some()
+    }
+
     /// Where the entries that are in the file end.
     pub(crate) fn entries_end(&self) -> ByteOffset {
         self.with(|open| open.end, SealedSegment::entries_end)

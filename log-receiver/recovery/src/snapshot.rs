@@ -21,7 +21,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Snapshot {
     timeline: Arc<Timeline>,
-    segments: Arc<Segments>,
+    pub(crate) segments: Arc<Segments>,
     through: Seq,
     /// The log that ended before this one began; its points are in the timeline too.
     before: Option<Arc<Snapshot>>,
@@ -46,6 +46,11 @@ impl Snapshot {
         let mut timeline = Timeline::clone(&self.timeline);
         timeline.end(Some(damage));
         Self { timeline: Arc::new(timeline), ..self }
+    }
+
+    /// The log that ended before this one began.
+    pub(crate) fn before(&self) -> Option<&Self> {
+        self.before.as_deref()
     }
 
     /// The log that has the point, which the timeline offers.

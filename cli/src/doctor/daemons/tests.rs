@@ -20,6 +20,7 @@ fn receiver(free: u64) -> ReceiverStatus {
         connected: 1,
         mounts: 0,
         alarms: Vec::new(),
+        scrub: None,
     }
 }
 

@@ -182,3 +182,45 @@ fn points_of_a_damaged_log_name_the_place_and_end_with_8() {
     assert_eq!(points["last"]["lsn"], last, "{points}");
     tools::assert_same_images(&bench.path("vm1.img"), &disk.restore("latest"));
 }
+
+#[test]
+fn fsck_and_scrub_say_what_is_sound_and_what_is_not() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x5c 1M 64k"]);
+    disk.settle();
+    let store = bench.name("store");
+    let said = bench.run(&["fsck", &store]);
+    assert_eq!((said.code, said.error()["code"].as_str()), (5, Some("locked")), "{said:?}");
+    let scrub = bench.json(&["scrub"]);
+    assert_eq!((&scrub["sound"], &scrub["disks"][0]["name"]), (&true.into(), &"vm1".into()), "{scrub}");
+    let status = bench.json(&["receiver", "status"]);
+    assert_eq!((&status["scrub"], &status["alarms"]), (&scrub, &serde_json::json!([])), "{status}");
+
+    let segment = segments(&bench.path("store")).remove(0);
+    flip(&segment, 0x5c);
+    let scrub = bench.json_ending(8, &["scrub", "vm1", "--rate", "0"]);
+    let name = segment.file_name().unwrap().to_str().unwrap();
+    let damage = scrub["disks"][0]["damage"][0].as_str().unwrap();
+    assert!(damage.contains(name) && damage.contains("at byte"), "{damage}");
+    let mut receiver = receiver;
+    receiver.may_complain("the scrub found damage");
+    assert_eq!(agent.stop(), 0);
+    assert_eq!(receiver.stop(), 0);
+    let report = bench.json_ending(8, &["fsck", &store]);
+    let damage = report["disks"][0]["damage"][0].as_str().unwrap();
+    // No entry behind it tells that it was durable, but the mark beside the log does.
+    let directory = segment.parent().unwrap().to_str().unwrap();
+    assert!(damage.contains(directory), "{damage}");
+    flip_back(&segment, 0x5c);
+    assert_eq!(bench.json(&["fsck", &store])["sound"], true);
+    assert_eq!(bench.run(&["fsck", &bench.name("nothing")]).code, 4);
+}
+
+/// Undoes [`flip`].
+fn flip_back(path: &Path, pattern: u8) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let at = bytes.windows(3).position(|window| window == [pattern, pattern ^ 1, pattern]).unwrap() + 1;
+    bytes[at] = pattern;
+    std::fs::write(path, bytes).unwrap();
+}

@@ -1,0 +1,96 @@
+//! `backtide fsck`: a store that no receiver uses, against its checksums.
+
+use std::path::{Path, PathBuf};
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_log_receiver::{StoreFileError, fsck};
+use backtide_receiver_api::StoreCheck;
+use backtide_units::ByteCount;
+use clap::Args;
+use tokio::sync::mpsc;
+
+use crate::{
+    commands::receiver::store_failure_code,
+    context::Context,
+    ending::{Ending, Failure, failed},
+    output::{
+        checks::{disks_text, problems_text},
+        progress::Progress,
+    },
+};
+
+/// Progress reports on their way; who reads slowly gets fewer.
+const REPORTS_MAX: usize = 16;
+
+/// `backtide fsck`
+#[derive(Args, Debug)]
+pub(crate) struct Fsck {
+    /// The store's directory; its receiver must not be running (`backtide scrub` is for that)
+    store: PathBuf,
+}
+
+impl Fsck {
+    /// Reads every file, changes none, and ends with the code of damage when there is some.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let total = ByteCount(bytes_below(&self.store));
+        let (reports, mut progress) = mpsc::channel(REPORTS_MAX);
+        let store = self.store;
+        // A thread that nobody waits for: ctrl-c ends the command while it reads.
+        let (ended, result) = tokio::sync::oneshot::channel();
+        std::thread::Builder::new()
+            .name("fsck".to_owned())
+            .spawn(move || {
+                let result = fsck(&store, &mut |done| {
+                    // A report that finds no room is followed by another.
+                    let _ = reports.try_send(done);
+                });
+                drop(reports);
+                let _ = ended.send(result);
+            })
+            .map_err(|error| failed(format!("start the thread that reads: {error}")))?;
+        let mut shown = Progress::new(context, "checked");
+        while let Some(done) = progress.recv().await {
+            shown.at(done, total);
+        }
+        shown.end();
+        let report = result.await.map_err(|_| failed("the thread that reads has panicked"))?;
+        let report = report.map_err(failure)?;
+        context.print(&report, || text(&report))?;
+        Ok(if report.sound { Ending::Done } else { Ending::Found(ErrorCode::Damaged) })
+    }
+}
+
+fn failure(error: StoreFileError) -> Failure {
+    let api = ApiError::from_error(store_failure_code(&error), &error);
+    match error {
+        StoreFileError::Locked { .. } => {
+            ApiError { message: api.message, ..api }.with_hint("backtide scrub checks a store in use").into()
+        }
+        StoreFileError::Io { .. }
+        | StoreFileError::NotAStore { .. }
+        | StoreFileError::Damaged { .. }
+        | StoreFileError::Version { .. } => api.into(),
+    }
+}
+
+/// What there is to read, for the progress only: what cannot be looked at counts nothing.
+fn bytes_below(directory: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(directory) else { return 0 };
+    let bytes = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(found) if found.is_dir() => bytes_below(&entry.path()),
+        Ok(found) => found.len(),
+        Err(_) => 0,
+    };
+    entries.flatten().map(bytes).sum()
+}
+
+fn text(report: &StoreCheck) -> String {
+    let mut lines = vec![disks_text(&report.disks)];
+    lines.extend(problems_text(&report.damage, &report.disks));
+    lines.push(if report.sound {
+        format!("{} is sound", report.store)
+    } else {
+        format!("{} is DAMAGED", report.store)
+    });
+    lines.join("\n")
+}

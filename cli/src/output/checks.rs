@@ -1,0 +1,45 @@
+//! What `fsck` and `scrub` found, as text.
+
+use backtide_receiver_api::DiskCheck;
+
+use crate::{output::plain_table, quantity::size_text};
+
+/// The disks, a line each.
+pub(crate) fn disks_text(disks: &[DiskCheck]) -> String {
+    if disks.is_empty() {
+        return "no disks".to_owned();
+    }
+    let row = |disk: &DiskCheck| {
+        let verdict = match (&disk.error, disk.sound) {
+            (Some(_), _) => "UNREADABLE",
+            (None, true) => "sound",
+            (None, false) => "DAMAGED",
+        };
+        vec![
+            name(disk),
+            disk.segments.to_string(),
+            disk.entries.to_string(),
+            size_text(disk.bytes),
+            verdict.to_owned(),
+        ]
+    };
+    plain_table(&["DISK", "SEGMENTS", "ENTRIES", "READ", "STATE"], disks.iter().map(row))
+}
+
+/// What is wrong, a line each.
+pub(crate) fn problems_text(store: &[String], disks: &[DiskCheck]) -> Vec<String> {
+    let mut lines: Vec<String> = store.to_vec();
+    for disk in disks {
+        let name = name(disk);
+        lines.extend(disk.damage.iter().map(|damage| format!("{name}: {damage}")));
+        if disk.more_damage > 0 {
+            lines.push(format!("{name}: {} more damaged places", disk.more_damage));
+        }
+        lines.extend(disk.error.iter().map(|error| format!("{name}: {error}")));
+    }
+    lines
+}
+
+fn name(disk: &DiskCheck) -> String {
+    disk.name.as_ref().map_or_else(|| disk.uuid.to_string(), ToString::to_string)
+}

@@ -1,0 +1,193 @@
+//! Reading every byte of a log against its checksums: what `fsck` and `scrub` do.
+//!
+//! It walks the segments that a snapshot or a salvage has, with the readers that everybody else uses,
+//! so it may run beside a log that grows. Nothing is written and nothing is cached.
+
+use std::sync::Arc;
+
+use backtide_segment::{SealedSegment, SegmentError, SegmentFile, Seq};
+use backtide_units::ByteCount;
+
+use crate::{LogError, Salvage, Snapshot, segment::Segment};
+
+/// So many places are named; the rest is counted.
+const DAMAGE_MAX: usize = 100;
+
+/// What a check has read, and what it found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Checked {
+    /// Segment files.
+    pub segments: u64,
+    /// Entries that are whole.
+    pub entries: u64,
+    /// Bytes read.
+    pub bytes: ByteCount,
+    /// What is damaged, a sentence each with file and place; at most 100.
+    pub damage: Vec<String>,
+    /// Damaged places beyond those.
+    pub more_damage: u64,
+    /// Whether it was called off.
+    pub called_off: bool,
+}
+
+impl Checked {
+    /// Notes a damaged place, once.
+    pub fn note(&mut self, damage: String) {
+        if self.damage.contains(&damage) {
+            return;
+        }
+        if self.damage.len() < DAMAGE_MAX { self.damage.push(damage) } else { self.more_damage += 1 }
+    }
+
+    /// Whether nothing is damaged.
+    pub fn is_sound(&self) -> bool {
+        self.damage.is_empty()
+    }
+
+    /// Takes a result: damage is a finding, any other error ends the check.
+    fn take<T>(&mut self, result: Result<T, SegmentError>) -> Result<Option<T>, LogError> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(damage @ SegmentError::Damaged { .. }) => {
+                self.note(damage.to_string());
+                Ok(None)
+            }
+            Err(
+                error @ (SegmentError::UnknownVersion { .. }
+                | SegmentError::Full { .. }
+                | SegmentError::Io { .. }
+                | SegmentError::Poisoned),
+            ) => Err(error.into()),
+        }
+    }
+}
+
+impl Snapshot {
+    /// Reads and checks everything that the snapshot has, of older logs too. `step` is told how many
+    /// bytes were read since it was last asked, and says whether to go on.
+    ///
+    /// # Errors
+    /// The file system's: then nobody knows what it would have found.
+    pub fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
+        let mut checked = Checked::default();
+        self.check_into(&mut checked, step)?;
+        Ok(checked)
+    }
+
+    fn check_into(
+        &self,
+        checked: &mut Checked,
+        step: &mut dyn FnMut(ByteCount) -> bool,
+    ) -> Result<(), LogError> {
+        if let Some(before) = self.before() {
+            before.check_into(checked, step)?;
+        }
+        for segment in self.segments.iter() {
+            if checked.called_off {
+                break;
+            }
+            check_segment(segment, self.through().0, checked, step)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes that a check reads.
+    pub fn bytes(&self) -> ByteCount {
+        let own: u64 = self.segments.iter().map(|segment| segment.entries_end().0).sum();
+        ByteCount(own + self.before().map_or(0, |before| before.bytes().0))
+    }
+}
+
+impl Salvage {
+    /// As [`Snapshot::check`], with what stands behind a lost place, and what was found on the way.
+    ///
+    /// # Errors
+    /// As [`Snapshot::check`].
+    pub fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
+        let mut checked = Checked::default();
+        self.damage.iter().for_each(|damage| checked.note(damage.clone()));
+        self.snapshot.check_into(&mut checked, step)?;
+        for segment in &self.beyond {
+            if checked.called_off {
+                break;
+            }
+            check_segment(segment, u64::MAX, &mut checked, step)?;
+        }
+        self.note_lost_footers(&mut checked)?;
+        Ok(checked)
+    }
+
+    /// A segment without a footer was not sealed yet, unless a later one knows that the footer was
+    /// durable: nothing behind a segment is called durable before that.
+    fn note_lost_footers(&self, checked: &mut Checked) -> Result<(), LogError> {
+        let segments: Vec<_> = self.snapshot.segments.iter().chain(&self.beyond).collect();
+        let mut durable = Seq(0);
+        for segment in segments.into_iter().rev() {
+            let stats = segment.stats();
+            if !segment.is_sealed() && durable >= stats.next_seq {
+                checked.note(no_footer(segment, &segment.file()?));
+            }
+            durable = durable.max(stats.synced).max(segment.header().synced);
+        }
+        Ok(())
+    }
+}
+
+fn no_footer(segment: &Segment, file: &SegmentFile) -> String {
+    let end = segment.entries_end();
+    format!("{} is damaged at byte {end}: its footer is not whole", file.name().display())
+}
+
+fn check_segment(
+    segment: &Arc<Segment>,
+    through: u64,
+    checked: &mut Checked,
+    step: &mut dyn FnMut(ByteCount) -> bool,
+) -> Result<(), LogError> {
+    let file = segment.file()?;
+    checked.segments += 1;
+    if let Some(found) = checked.take(file.header())?
+        && (found.disk, found.history, found.id)
+            != (segment.header().disk, segment.header().history, segment.header().id)
+    {
+        checked.note(format!("{} is damaged at byte 0: it is another segment's file", file.name().display()));
+    }
+    let end = segment.entries_end();
+    let mut at = 0;
+    for item in file.headers(*segment.header(), end) {
+        // Without its header nobody knows where the next entry stands.
+        let Some((header, position)) = checked.take(item)? else { break };
+        if header.seq.0 > through {
+            break;
+        }
+        if checked.take(file.entry(segment.header(), position))?.is_some() {
+            checked.entries += 1;
+        }
+        let read = position.offset().0 - at;
+        at = position.offset().0;
+        checked.bytes.0 += read;
+        if !step(ByteCount(read)) {
+            checked.called_off = true;
+            return Ok(());
+        }
+    }
+    let rest = end.0.saturating_sub(at);
+    checked.bytes.0 += rest;
+    checked.called_off = !step(ByteCount(rest));
+    check_footer(segment, &file, checked)
+}
+
+/// A footer that cannot be read is built again when the log is opened, but it is damage all the same.
+fn check_footer(segment: &Segment, file: &SegmentFile, checked: &mut Checked) -> Result<(), LogError> {
+    if !segment.is_sealed() {
+        return Ok(());
+    }
+    let Some(opened) = checked.take(SealedSegment::open(file, *segment.header()))? else { return Ok(()) };
+    match opened {
+        Some(sealed) => checked.take(sealed.verify(file)).map(|_| ()),
+        None => {
+            checked.note(no_footer(segment, file));
+            Ok(())
+        }
+    }
+}

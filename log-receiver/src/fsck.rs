@@ -1,0 +1,158 @@
+//! A store that no receiver has open, read against its checksums: every file, without changing any.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use backtide_receiver_api::{DiskCheck, StoreCheck};
+use backtide_recovery::{Checked, LogCache, LogOptions, Salvage, Snapshot};
+use backtide_storage::{RealStorage, Storage};
+use backtide_units::{ByteCount, DiskId, HistoryId};
+
+use crate::{
+    Names, Shelf, StoreFileError, StoreWatch,
+    disk::chain,
+    disks::DISKS,
+    memo,
+    store_file::{hold_store, read_store},
+    watermark::Watermark,
+};
+
+/// Checks the store at `path`. `progress` is told the bytes read so far.
+///
+/// # Errors
+/// When there is no store, another process has it open, or it is of another version. Damage is no
+/// error but what the report is for.
+pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreCheck, StoreFileError> {
+    let io = |what, path: PathBuf| move |source| StoreFileError::Io { what, path, source };
+    // Opening a storage would make its directory.
+    fs::metadata(path).map_err(io("open the store", path.to_owned()))?;
+    let _held = hold_store(path)?;
+    let storage: Arc<dyn Storage> =
+        Arc::new(RealStorage::open(path).map_err(io("open the store", path.to_owned()))?);
+    let mut damage = Vec::new();
+    match read_store(&storage) {
+        Ok(_) => {}
+        Err(error @ StoreFileError::Damaged { .. }) => damage.push(error.to_string()),
+        Err(error) => return Err(error),
+    }
+    let shelf = reading(&storage);
+    let names = match storage.list(Path::new(DISKS)) {
+        Ok(names) => names,
+        Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+        Err(source) => return Err(io("list", storage.display(Path::new(DISKS)))(source)),
+    };
+    let mut done = 0;
+    let mut step = |bytes: ByteCount| {
+        done += bytes.0;
+        progress(ByteCount(done));
+        true
+    };
+    let disks = names.iter().filter_map(|name| name.parse().ok()).map(DiskId);
+    let mut disks: Vec<_> = disks.filter_map(|disk| check_disk(&shelf, disk, &mut step)).collect();
+    disks.sort_by(|a, b| (&a.name, a.uuid).cmp(&(&b.name, b.uuid)));
+    let sound = damage.is_empty() && disks.iter().all(|disk| disk.sound);
+    Ok(StoreCheck { store: path.display().to_string(), damage, disks, sound })
+}
+
+/// A shelf that only reads.
+fn reading(storage: &Arc<dyn Storage>) -> Shelf {
+    Shelf {
+        storage: Arc::clone(storage),
+        log: LogOptions::default(),
+        cache: LogCache::new(Default::default()),
+        names: Arc::new(Names::new()),
+        space_floor: ByteCount::ZERO,
+        disks_max: 0,
+        watch: StoreWatch::default(),
+        new_history: Arc::new(HistoryId::random),
+    }
+}
+
+/// None for a directory in which no log was ever used.
+fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bool) -> Option<DiskCheck> {
+    let mut report = DiskCheck {
+        name: None,
+        uuid: disk,
+        segments: 0,
+        entries: 0,
+        bytes: ByteCount::ZERO,
+        damage: Vec::new(),
+        more_damage: 0,
+        error: None,
+        sound: false,
+    };
+    let numbers = match shelf.numbers(disk) {
+        Ok(numbers) => numbers,
+        Err(error) => return Some(DiskCheck { error: Some(chain(&error)), ..report }),
+    };
+    let mut any = false;
+    for number in numbers {
+        let salvaged = match shelf.salvage(disk, number, None) {
+            Err(backtide_recovery::LogError::NoLog { .. }) => continue,
+            salvaged => salvaged,
+        };
+        any = true;
+        let checked = salvaged.and_then(|salvaged| {
+            let mut checked = salvaged.check(step)?;
+            check_beside(shelf, disk, number, &salvaged, &mut checked);
+            let attached = salvaged.snapshot.timeline().attached().map(|attached| attached.name.clone());
+            let memo = shelf.memo(disk, number).map(|memo| memo.attached.name);
+            report.name = attached.or(memo).or(report.name.take());
+            Ok(checked)
+        });
+        match checked {
+            Ok(checked) => add(&mut report, checked),
+            Err(error) => report.error = Some(chain(&error)),
+        }
+    }
+    report.sound = report.damage.is_empty() && report.error.is_none();
+    any.then_some(report)
+}
+
+/// The files beside the segments.
+fn check_beside(shelf: &Shelf, disk: DiskId, number: u32, salvaged: &Salvage, checked: &mut Checked) {
+    let dir = Shelf::dir(disk, number);
+    if memo::is_damaged(&*shelf.storage, &dir) {
+        let name = shelf.storage.display(&dir.join(memo::FILE));
+        checked.note(format!("{} is damaged: it is written again at the next attach", name.display()));
+    }
+    let history = shelf.memo(disk, number).map(|memo| memo.identity.history);
+    let noted = history.and_then(|history| Watermark::find(&*shelf.storage, &dir, history));
+    let end = salvaged.snapshot.through();
+    if let Some(noted) = noted.filter(|noted| noted.seq > end && salvaged.damage.is_empty()) {
+        let name = shelf.storage.display(&dir.join("segments"));
+        checked.note(format!(
+            "the end of the log in {} is lost: entries up to {} (lsn:{}) were durable, it ends with entry {end}",
+            name.display(),
+            noted.seq,
+            noted.lsn
+        ));
+    }
+}
+
+/// Adds what was found in one log.
+pub(crate) fn add(report: &mut DiskCheck, checked: Checked) {
+    report.segments += checked.segments;
+    report.entries += checked.entries;
+    report.bytes.0 += checked.bytes.0;
+    report.damage.extend(checked.damage);
+    report.more_damage += checked.more_damage;
+}
+
+/// A snapshot of a disk that is in use, checked.
+pub(crate) fn check_snapshot(
+    mut report: DiskCheck,
+    snapshot: &Snapshot,
+    step: &mut dyn FnMut(ByteCount) -> bool,
+) -> DiskCheck {
+    match snapshot.check(step) {
+        Ok(checked) => add(&mut report, checked),
+        Err(error) => report.error = Some(chain(&error)),
+    }
+    report.sound = report.damage.is_empty() && report.error.is_none();
+    report
+}
