@@ -179,6 +179,7 @@ impl Filter {
     fn new_writes_for(&self, active: &DirtyBitmap) -> NewWrites {
         let crowded = self.window.retained_bytes().0 > self.settings.window_bytes.0 / 2;
         let short = match self.pass_rate {
+            _ if active.is_empty() => true,
             Some(rate) => active.count().bytes().0 < rate.saturating_mul(SHORT_PASS.as_secs()),
             None => false,
         };
@@ -235,10 +236,13 @@ impl Filter {
     /// The pass is durable at the receiver.
     pub(crate) fn finish_pass(&mut self) {
         let pass = self.pass.take().expect("a pass has ended");
-        let took = self.now.monotonic.saturating_sub(pass.started);
-        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
-        let rate = u128::from(pass.total.0) * 1_000_000 / u128::from(micros);
-        self.pass_rate = Some(u64::try_from(rate).unwrap_or(u64::MAX));
+        // A pass that had nothing to move says nothing about the link.
+        if !pass.total.is_zero() {
+            let took = self.now.monotonic.saturating_sub(pass.started);
+            let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+            let rate = u128::from(pass.total.0) * 1_000_000 / u128::from(micros);
+            self.pass_rate = Some(u64::try_from(rate).unwrap_or(u64::MAX));
+        }
         self.counters.passes_completed += 1;
         self.activity.want_snapshot();
         self.note_given_up(&pass.given_up);

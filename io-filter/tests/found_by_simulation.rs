@@ -54,6 +54,11 @@ fn write(block: u64) -> Change {
     Change::Write { range, data: Bytes::from(vec![7; 4096]), fua: false }
 }
 
+fn trim(block: u64) -> Change {
+    let range = ByteRange::new(ByteOffset(block * 4096), ByteCount(4096)).unwrap();
+    Change::Zero { range, trim: true, fua: false }
+}
+
 fn effects(filter: &mut Filter) -> Vec<Effect> {
     std::iter::from_fn(|| filter.next_effect()).collect()
 }
@@ -154,4 +159,39 @@ fn a_scan_that_outlived_its_connection_says_nothing() {
     assert_eq!(filter.mode(), Mode::Tracking, "the second scan is waited for");
     filter.scanned(at(6), second, &DirtyBitmap::of((5..6).into()));
     assert_eq!(filter.status().pass.expect("a pass has begun").total, ByteCount(4096));
+}
+
+/// Found by the model checker: a pass without a block was taken for one that had moved nothing in its
+/// time. The next one was then held to be long, did not forward, and was followed by another, for ever.
+#[test]
+fn a_pass_with_nothing_to_move_is_the_last() {
+    let settings = Settings { window_bytes: ByteCount(450), ..filter(AckPolicy::Local).settings().clone() };
+    let mut filter = Filter::new(settings, Resume::New, at(0));
+    filter.connected(at(0), &welcome(ReceiverState::New));
+    let scan = scan(&mut filter);
+    filter.scanned(at(0), scan, &DirtyBitmap::new());
+    let last = send_all(&mut filter, at(0));
+    filter.receive(at(0), Message::Ack { received: last, durable: last });
+    assert_eq!(filter.mode(), Mode::Sync);
+    effects(&mut filter);
+    // The window overflows with the receiver there: the link counts as too slow.
+    for number in 0..3 {
+        filter.submit(at(1), RequestId(number), trim(number));
+        let (io, _) = local(&mut filter);
+        filter.local_done(at(1), io, Ok(LocalData::Changed));
+    }
+    let frozen = filter.status().pass.expect("a pass has begun").at;
+    let (read, _) = local(&mut filter);
+    filter.local_done(at(2), read, Ok(LocalData::Read(Bytes::from(vec![0; 3 * 4096]))));
+    // All its blocks are durable, its end is not, when the stream is lost.
+    let last = send_all(&mut filter, at(3));
+    filter.receive(at(4), Message::Ack { received: last - 1, durable: last - 1 });
+    filter.disconnected(at(5));
+    let known = Welcome { durable: frozen, highest: frozen, in_pass: true, ..welcome(ReceiverState::Known) };
+    filter.connected(at(6), &known);
+    for millis in 7..10 {
+        let last = send_all(&mut filter, at(millis));
+        filter.receive(at(millis), Message::Ack { received: last, durable: last });
+    }
+    assert_eq!(filter.mode(), Mode::Sync, "{:?}", filter.status());
 }
