@@ -1,0 +1,200 @@
+//! All interleavings of tiny worlds: every promise holds in every state.
+//!
+//! `MODEL=large` walks larger ones too, for some minutes.
+
+use std::time::{Duration, Instant};
+
+use backtide_model::{Budget, Config, Op, Start, walk};
+
+const NONE: Budget = Config::new("", &[]).budget;
+
+/// Two blocks that are no neighbors: the second has to wait for room in a buffer of one block.
+const APART: Start = Start::Dirty(&[Op::Write(0), Op::Write(2)]);
+
+fn holds(config: &Config) {
+    let started = Instant::now();
+    let walked = walk(config);
+    println!(
+        "{}: {} states, {} transitions, {} deep, {} healed, in {:.1?}",
+        config.name,
+        walked.states,
+        walked.transitions,
+        walked.depth,
+        walked.healed,
+        started.elapsed()
+    );
+    if let Some(violation) = &walked.violation {
+        panic!("{}: {violation}", config.name);
+    }
+    assert!(walked.states > 500, "{}: a walk that goes nowhere shows nothing", config.name);
+}
+
+#[test]
+fn the_link_and_the_receiver_fail_in_sync() {
+    holds(&Config {
+        budget: Budget { cuts: 1, receiver_crashes: 1, ..NONE },
+        ..Config::new("link and receiver", &[&[Op::Write(0), Op::Write(1)], &[Op::Write(0)]])
+    });
+}
+
+#[test]
+fn the_first_protection() {
+    holds(&Config {
+        content: &[5, 6],
+        start: Start::FirstAttach,
+        ..Config::new("first attach", &[&[Op::Write(0)], &[Op::Write(1)]])
+    });
+}
+
+#[test]
+fn a_pass_is_interrupted() {
+    holds(&Config {
+        start: Start::Dirty(&[Op::Write(0), Op::Write(1)]),
+        budget: Budget { cuts: 1, ..NONE },
+        ..Config::new("pass and cut", &[&[Op::Write(0)]])
+    });
+}
+
+#[test]
+fn writes_land_late_during_a_pass() {
+    holds(&Config {
+        start: Start::Dirty(&[Op::Write(0), Op::Write(1)]),
+        slow_landing: true,
+        ..Config::new("slow writes", &[&[Op::Write(0)], &[Op::Write(0)]])
+    });
+}
+
+#[test]
+fn old_content_is_copied_before_a_write() {
+    holds(&Config {
+        blocks: 3,
+        start: APART,
+        buffer_bytes: 4096,
+        budget: Budget { ticks: 1, ..NONE },
+        ..Config::new("copies and deadlines", &[&[Op::Write(2)], &[Op::Write(0)]])
+    });
+}
+
+#[test]
+fn a_pass_is_forfeited() {
+    holds(&Config {
+        blocks: 3,
+        start: APART,
+        buffer_bytes: 4096,
+        delay_max: Duration::ZERO,
+        ..Config::new("forfeit", &[&[Op::Write(2)], &[Op::Trim(0)]])
+    });
+}
+
+#[test]
+fn the_link_is_too_slow() {
+    holds(&Config {
+        start: Start::Dirty(&[Op::Write(0)]),
+        window_bytes: 450,
+        ..Config::new("coalescing", &[&[Op::Write(0), Op::Write(1)], &[Op::Write(0)]])
+    });
+}
+
+#[test]
+fn the_window_overflows_in_sync() {
+    holds(&Config {
+        window_bytes: 300,
+        budget: Budget { cuts: 1, ..NONE },
+        ..Config::new("overflow", &[&[Op::Write(0)], &[Op::Write(0)]])
+    });
+}
+
+#[test]
+fn the_agent_dies() {
+    holds(&Config {
+        hot: 1,
+        budget: Budget { agent_crashes: 1, ..NONE },
+        ..Config::new("agent crash", &[&[Op::Write(0), Op::Write(1)]])
+    });
+}
+
+#[test]
+fn the_host_loses_power() {
+    holds(&Config {
+        hot: 1,
+        budget: Budget { power_losses: 1, ..NONE },
+        ..Config::new("power loss", &[&[Op::Write(0), Op::Flush]])
+    });
+}
+
+#[test]
+fn both_sides_die() {
+    holds(&Config {
+        hot: 1,
+        budget: Budget { agent_crashes: 1, receiver_crashes: 1, ..NONE },
+        ..Config::new("agent and receiver crash", &[&[Op::Write(0)]])
+    });
+}
+
+#[test]
+fn frames_of_a_lost_connection_arrive_late() {
+    holds(&Config {
+        ghosts: true,
+        received_acks: true,
+        budget: Budget { cuts: 2, ..NONE },
+        ..Config::new("late frames", &[&[Op::Write(0)], &[Op::Trim(0)]])
+    });
+}
+
+#[test]
+fn an_operator_interferes() {
+    holds(&Config {
+        budget: Budget { pauses: 1, forces: 1, ..NONE },
+        ..Config::new("pause and force", &[&[Op::Write(0)]])
+    });
+}
+
+/// Larger worlds; see the module's description.
+#[test]
+fn larger_worlds() {
+    if std::env::var("MODEL").as_deref() != Ok("large") {
+        return println!("MODEL=large walks larger worlds");
+    }
+    const TWO: &[&[Op]] = &[&[Op::Write(0)], &[Op::Write(1)]];
+    let dirty = Start::Dirty(&[Op::Write(0), Op::Write(1)]);
+    holds(&Config {
+        content: &[5, 6],
+        start: Start::FirstAttach,
+        budget: Budget { cuts: 1, ..NONE },
+        ..Config::new("large: first attach and cut", TWO)
+    });
+    holds(&Config {
+        start: dirty,
+        lane: 2,
+        budget: Budget { cuts: 1, ..NONE },
+        ..Config::new("large: pass and cut", TWO)
+    });
+    holds(&Config {
+        blocks: 3,
+        start: APART,
+        buffer_bytes: 4096,
+        slow_landing: true,
+        budget: Budget { cuts: 1, ticks: 1, ..NONE },
+        ..Config::new("large: copies and cut", &[&[Op::Write(2)], &[Op::Write(0)]])
+    });
+    holds(&Config {
+        start: dirty,
+        window_bytes: 450,
+        budget: Budget { cuts: 1, ..NONE },
+        ..Config::new("large: coalescing and cut", &[&[Op::Write(0), Op::Write(1)], &[Op::Write(0)]])
+    });
+    holds(&Config {
+        hot: 1,
+        budget: Budget { agent_crashes: 1, ..NONE },
+        ..Config::new("large: agent crash", TWO)
+    });
+    holds(&Config {
+        hot: 1,
+        budget: Budget { power_losses: 1, ..NONE },
+        ..Config::new("large: power loss", &[&[Op::Write(0), Op::Flush, Op::Write(1)]])
+    });
+    holds(&Config {
+        budget: Budget { pauses: 1, forces: 1, cuts: 1, ..NONE },
+        ..Config::new("large: operator and cut", &[&[Op::Write(0)]])
+    });
+}
