@@ -180,6 +180,8 @@ pub struct Settings {
     pub window_bytes: ByteCount,
     /// Limit of the resync buffer.
     pub resync_buffer_bytes: ByteCount,
+    /// What the passive bitmap may take; above it, it becomes coarser.
+    pub bitmap_bytes: ByteCount,
     /// The longest the receiver may delay a guest write; zero for never.
     pub guest_delay_max: Duration,
     /// How long an answer waits for a receiver that is connected and silent, before that counts as

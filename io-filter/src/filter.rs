@@ -127,6 +127,8 @@ pub struct Filter {
 impl Filter {
     /// The filter of a disk that begins an attach.
     pub fn new(settings: Settings, resume: Resume, now: Now) -> Self {
+        let end = BlockRange::whole_disk(settings.size).end();
+        let passive = DirtyBitmap::bounded(settings.bitmap_bytes, end);
         let mut filter = Self {
             window: Window::new(Lsn::ZERO),
             activity: Activity::new(settings.activity, settings.size, &resume),
@@ -141,7 +143,7 @@ impl Filter {
             received_lsn: Lsn::ZERO,
             acked_durable: Lsn::ZERO,
             acked_in_pass: false,
-            passive: DirtyBitmap::new(),
+            passive,
             passive_zeroes: DirtyBitmap::new(),
             passive_compare: false,
             lost: None,
@@ -182,7 +184,7 @@ impl Filter {
                 self.last_lsn = saved.last_lsn;
                 self.acked_durable = saved.acked_durable;
                 self.durable_lsn = saved.acked_durable;
-                self.passive = saved.dirty;
+                self.passive.union_with(&saved.dirty);
                 self.passive_zeroes = saved.zeroes;
                 self.passive_compare = saved.compare;
                 self.window = Window::new(saved.gap_from);

@@ -128,7 +128,7 @@ impl Filter {
         let gap_from = self.window.log_end();
         let at = self.take_lsn();
         let time = self.stamp();
-        let mut active = std::mem::take(&mut self.passive);
+        let mut active = self.passive.take();
         let freezes_ongoing = !self.is_mutant(Mutant::FreezeForgetsOngoing);
         for ongoing in self.ongoing.values_mut().filter(|_| freezes_ongoing) {
             if let Ongoing::Change(change) = ongoing {

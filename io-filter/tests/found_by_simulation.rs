@@ -32,6 +32,7 @@ fn filter(ack: AckPolicy) -> Filter {
         resync_buffer_bytes: ByteCount(4096),
         guest_delay_max: Duration::from_millis(10),
         outage_after: Duration::from_secs(5),
+        bitmap_bytes: ByteCount(1 << 20),
         read_retry: Duration::from_secs(1),
         activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
     };

@@ -94,6 +94,9 @@ pub struct LimitsRequest {
     /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resync_bytes_per_second_max: Option<ByteCount>,
+    /// The most memory for the bitmap of changed blocks; above it, it becomes coarser.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bitmap_bytes: Option<ByteCount>,
     /// How long a guest waits for a silent receiver, where the policy makes it wait and `on_outage` is
     /// `continue`, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -118,6 +121,9 @@ pub struct Limits {
     pub guest_delay_max_ms: u32,
     /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
     pub resync_bytes_per_second_max: ByteCount,
+    /// The most memory for the bitmap of changed blocks; above it, it becomes coarser: a resync sends
+    /// more than has changed then, in stretches of 64 KiB or more.
+    pub bitmap_bytes: ByteCount,
     /// How long a guest waits for a silent receiver, where the policy makes it wait and `on_outage` is
     /// `continue`, in milliseconds.
     pub outage_after_ms: u32,
@@ -135,6 +141,7 @@ impl Default for Limits {
             resync_buffer_bytes: ByteCount(32 << 20),
             guest_delay_max_ms: 10,
             resync_bytes_per_second_max: ByteCount(0),
+            bitmap_bytes: ByteCount(64 << 20),
             outage_after_ms: 5000,
             activity_extents: 1024,
             activity_extent_bytes: ByteCount(4 << 20),
@@ -152,6 +159,7 @@ impl LimitsRequest {
             resync_bytes_per_second_max: self
                 .resync_bytes_per_second_max
                 .unwrap_or(otherwise.resync_bytes_per_second_max),
+            bitmap_bytes: self.bitmap_bytes.unwrap_or(otherwise.bitmap_bytes),
             outage_after_ms: self.outage_after_ms.unwrap_or(otherwise.outage_after_ms),
             activity_extents: self.activity_extents.unwrap_or(otherwise.activity_extents),
             activity_extent_bytes: self.activity_extent_bytes.unwrap_or(otherwise.activity_extent_bytes),

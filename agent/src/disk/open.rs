@@ -140,6 +140,7 @@ fn settings(record: &DiskRecord, size: ByteCount) -> Settings {
         resync_buffer_bytes: limits.resync_buffer_bytes,
         guest_delay_max: std::time::Duration::from_millis(limits.guest_delay_max_ms.into()),
         outage_after: std::time::Duration::from_millis(limits.outage_after_ms.max(1).into()),
+        bitmap_bytes: limits.bitmap_bytes,
         read_retry: READ_RETRY,
         activity: activity_limits(record),
     }

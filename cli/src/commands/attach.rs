@@ -72,6 +72,9 @@ pub(crate) struct Policy {
     /// [default: 10]
     #[arg(long, value_name = "MS")]
     guest_delay_max: Option<u32>,
+    /// The most memory for the bitmap of changed blocks; above it, it becomes coarser [default: 64MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    bitmap: Option<ByteCount>,
     /// With --on-outage continue, how long the guest waits for a receiver that is silent before that
     /// counts as an outage, in milliseconds [default: 5000]
     #[arg(long, value_name = "MS")]
@@ -107,6 +110,7 @@ impl Policy {
             resync_buffer_bytes: self.resync_buffer,
             guest_delay_max_ms: self.guest_delay_max,
             resync_bytes_per_second_max: self.resync_rate,
+            bitmap_bytes: self.bitmap,
             outage_after_ms: self.outage_after,
             activity_extents: self.activity_extents,
             activity_extent_bytes: self.activity_extent_size,

@@ -2,22 +2,58 @@
 
 use std::io;
 
-use backtide_units::{BlockCount, BlockIndex, BlockRange};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount};
 use roaring::RoaringTreemap;
+
+mod coarse;
 
 /// A set of dirty blocks.
 ///
 /// A Roaring treemap: a few bytes for a run of any length, two bytes for a lone block among
-/// scattered ones, and never more than one bit a block.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// scattered ones, and never more than one bit a block. One with a [`bound`](Self::bounded) becomes
+/// coarser above it: then it holds more than was marked, and never less.
+#[derive(Clone, Debug, Default)]
 pub struct DirtyBitmap {
     blocks: RoaringTreemap,
+    bound: Option<Bound>,
+}
+
+/// What a bitmap may take, and of how large a disk it is.
+#[derive(Clone, Copy, Debug)]
+struct Bound {
+    bytes: ByteCount,
+    end: BlockIndex,
+    /// Ranges marked since the size was looked at.
+    marked: u32,
+}
+
+/// A range costs at most a few bytes more than it did before it was marked; looking costs more.
+const MARKS_BETWEEN_LOOKS: u32 = 16 * 1024;
+
+/// Two bitmaps are equal when the same blocks are dirty.
+impl PartialEq for DirtyBitmap {
+    fn eq(&self, other: &Self) -> bool {
+        self.blocks == other.blocks
+    }
 }
 
 impl DirtyBitmap {
     /// No dirty block.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// No dirty block, of a disk that ends at `end`. Above about `bytes` of memory the densest regions
+    /// are marked in stretches of 64 KiB, then of 1 MiB and more, instead of blocks.
+    pub fn bounded(bytes: ByteCount, end: BlockIndex) -> Self {
+        Self { blocks: RoaringTreemap::new(), bound: Some(Bound { bytes, end, marked: 0 }) }
+    }
+
+    /// Takes all blocks out; the bound stays.
+    #[must_use]
+    pub fn take(&mut self) -> Self {
+        let blocks = std::mem::take(&mut self.blocks);
+        Self { blocks, bound: self.bound }
     }
 
     /// Exactly these blocks.
@@ -40,6 +76,12 @@ impl DirtyBitmap {
     /// Marks blocks dirty.
     pub fn insert(&mut self, range: BlockRange) {
         self.blocks.insert_range(range.indices());
+        if let Some(bound) = &mut self.bound {
+            bound.marked += 1;
+            if bound.marked >= MARKS_BETWEEN_LOOKS {
+                self.keep_bound();
+            }
+        }
     }
 
     /// Marks blocks clean.
@@ -50,6 +92,7 @@ impl DirtyBitmap {
     /// Marks every block of `other` dirty here too.
     pub fn union_with(&mut self, other: &Self) {
         self.blocks |= &other.blocks;
+        self.keep_bound();
     }
 
     /// Marks every block of `other` clean here.
@@ -128,7 +171,7 @@ impl DirtyBitmap {
                 format!("{} bytes after the bitmap", bytes.len()),
             ));
         }
-        Ok(Self { blocks })
+        Ok(Self { blocks, bound: None })
     }
 }
 

@@ -121,6 +121,7 @@ impl World {
             resync_buffer_bytes: self.plan.resync_buffer,
             guest_delay_max: self.plan.guest_delay_max,
             outage_after: self.plan.outage_after,
+            bitmap_bytes: self.plan.bitmap,
             read_retry: self.plan.read_retry,
             activity: self.plan.activity,
         };

@@ -65,6 +65,8 @@ pub struct Plan {
     pub steps: u64,
     /// How long a silent receiver is waited for.
     pub outage_after: Duration,
+    /// What the passive bitmap may take.
+    pub bitmap: ByteCount,
     /// How long an unreadable block is left alone.
     pub read_retry: Duration,
     /// The activity log: few small extents, so that they go cold all the time.
@@ -122,6 +124,7 @@ impl Plan {
             store_faults: random.one_in(4),
             steps,
             outage_after: Duration::from_micros(random.pick(&[10_000, 200_000, 5_000_000])),
+            bitmap: ByteCount(random.pick(&[40, 100, 1 << 20])),
             read_retry: Duration::from_micros(random.pick(&[1_000, 30_000, 1_000_000])),
             activity: ActivityLimits {
                 extent: BlockCount(random.pick(&[1, 4, 16])),
