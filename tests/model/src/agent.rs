@@ -18,7 +18,7 @@ use crate::{
     world::{InFlight, Waiting, World},
 };
 
-const DISK: DiskId = DiskId(Uuid::from_u128(9));
+pub(crate) const DISK: DiskId = DiskId(Uuid::from_u128(9));
 
 pub(crate) fn settings(config: &Config, epoch: u64) -> Settings {
     Settings {

@@ -50,6 +50,7 @@ impl World {
             writers: Vec::new(),
             told: Lsn::ZERO,
             connections: Vec::new(),
+            connected: 0,
             receiver: Receiver::new(),
             pass: None,
         };

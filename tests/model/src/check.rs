@@ -7,9 +7,11 @@
 //! 4. What was offered durably is offered.
 //!
 //! Promise 7 (a pass only shrinks) is checked at each step; that sync is reached, by `heal`. Promise 8
-//! (a stale epoch changes nothing) is checked by offering one.
+//! (a stale epoch changes nothing) is checked by offering one: here to the receiver of the walks, in
+//! `lockstep` to the one that is shipped.
 
 use backtide_io_filter::TrackingOp;
+use backtide_protocol::CloseCode;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, Epoch, Lsn};
 
@@ -102,7 +104,8 @@ impl World {
         let mut hello = self.filter.hello();
         hello.epoch = Epoch(seen - 1);
         let mut receiver = self.receiver.clone();
-        assert!(receiver.claim(&hello, 1).is_err(), "a stale epoch is refused");
+        let refused = receiver.claim(&hello, 1).err();
+        assert_eq!(refused, Some(CloseCode::Fenced), "a stale epoch is refused");
         assert_eq!(receiver.log.len(), self.receiver.log.len(), "a stale epoch changed something");
     }
 }

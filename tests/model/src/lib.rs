@@ -13,7 +13,8 @@
 //! What is not: the local disk (a few values a block), the tracking file's bytes (an operation under
 //! way at a crash has happened or not; that this is so, `tests/sim` and the file's own tests show), and
 //! the receiver's sessions and log files, which are said again in `receiver` because a walk has to copy
-//! them a million times. No local I/O fails, and nothing is damaged.
+//! them a million times; [`lockstep`] shows that they are said right, by long random walks in which the
+//! production sessions and logs have to give the same answers. No local I/O fails, nothing is damaged.
 //!
 //! The walk is breadth first with a set of seen fingerprints, so what it finds it finds by a shortest
 //! way. A library such as `stateright` would add a web page and a way of writing actions down; what is
@@ -33,6 +34,7 @@ mod fingerprint;
 mod heal;
 mod history;
 mod link;
+mod lockstep;
 mod receiver;
 mod tracking;
 mod world;
@@ -40,3 +42,4 @@ mod world;
 pub use actions::{Action, Crash};
 pub use config::{Budget, Config, Op, Start};
 pub use explore::{Violation, Walk, walk};
+pub use lockstep::{Steps, lockstep};

@@ -14,7 +14,9 @@ use crate::{
 impl World {
     pub(crate) fn connect(&mut self, config: &Config) {
         let hello = Message::Hello(self.filter.hello());
+        self.connected += 1;
         self.connections.push(Connection {
+            number: self.connected,
             agent_side: true,
             welcomed: false,
             owns: false,

@@ -2,7 +2,7 @@
 //!
 //! The log's rules (which entry may follow, what is a point) are the production [`Timeline`]. The
 //! session's are said again here in a few lines, because a production `Session` over its files cannot
-//! be copied as cheaply as a walk needs. Which version of
+//! be copied as cheaply as a walk needs; `lockstep` compares both, answer by answer. Which version of
 //! a block a point has is the rule of DESIGN's layers: the newest at or below it, and of equal ones
 //! the later entry.
 

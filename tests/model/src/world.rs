@@ -38,6 +38,8 @@ pub(crate) struct World {
     pub(crate) history: History,
     /// The one the agent has, if it has one, is the last.
     pub(crate) connections: Vec<Connection>,
+    /// How many there were; nothing depends on it.
+    pub(crate) connected: u64,
     pub(crate) receiver: Receiver,
     /// T of the running pass, and how many blocks it has left.
     pub(crate) pass: Option<(Lsn, u64)>,
@@ -76,6 +78,8 @@ pub(crate) struct Waiting {
 /// A connection, seen from both sides.
 #[derive(Clone, Debug)]
 pub(crate) struct Connection {
+    /// Which one of this walk; nothing depends on it.
+    pub(crate) number: u64,
     /// The agent has it.
     pub(crate) agent_side: bool,
     pub(crate) welcomed: bool,

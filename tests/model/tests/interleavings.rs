@@ -1,6 +1,6 @@
 //! All interleavings of tiny worlds: every promise holds in every state.
 //!
-//! `MODEL=large` walks larger ones too, for some minutes.
+//! `MODEL=large` walks larger ones too, for a quarter of an hour.
 
 use std::time::{Duration, Instant};
 
