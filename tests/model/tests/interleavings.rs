@@ -56,6 +56,25 @@ fn a_pass_is_interrupted() {
 }
 
 #[test]
+fn the_receiver_dies_during_a_pass() {
+    holds(&Config {
+        start: Start::Dirty(&[Op::Write(0), Op::Write(1)]),
+        budget: Budget { receiver_crashes: 1, ..NONE },
+        ..Config::new("pass and receiver crash", &[&[Op::Write(0)]])
+    });
+}
+
+#[test]
+fn the_agent_dies_during_a_pass() {
+    holds(&Config {
+        start: Start::Dirty(&[Op::Write(0)]),
+        hot: 1,
+        budget: Budget { agent_crashes: 1, ..NONE },
+        ..Config::new("pass and agent crash", &[&[Op::Write(0)]])
+    });
+}
+
+#[test]
 fn writes_land_late_during_a_pass() {
     holds(&Config {
         start: Start::Dirty(&[Op::Write(0), Op::Write(1)]),
@@ -192,6 +211,12 @@ fn larger_worlds() {
         hot: 1,
         budget: Budget { power_losses: 1, ..NONE },
         ..Config::new("large: power loss", &[&[Op::Write(0), Op::Flush, Op::Write(1)]])
+    });
+    holds(&Config {
+        start: dirty,
+        hot: 1,
+        budget: Budget { power_losses: 1, receiver_crashes: 1, ..NONE },
+        ..Config::new("large: pass, power loss and receiver crash", &[&[Op::Write(0)]])
     });
     holds(&Config {
         budget: Budget { pauses: 1, forces: 1, cuts: 1, ..NONE },
