@@ -69,6 +69,8 @@ struct Failed {
     failure: Failure,
     /// How far it was durable when it failed; none when it was never open, and all of it counts.
     through: Option<Seq>,
+    /// The newest attach it had taken when it failed: it fences, whether or not the log can be read again.
+    attached: Option<Attached>,
     /// What can still be read, once somebody has asked.
     left: Option<Left>,
 }
@@ -147,7 +149,9 @@ impl Disk {
     pub(crate) fn new(id: DiskId, number: u32, log: Result<(DiskLog, LogMark), Failure>, past: Past) -> Self {
         let log = match log {
             Ok((log, mark)) => Log::Open(Box::new(log), mark),
-            Err(failure) => Log::Failed(Box::new(Failed { failure, through: None, left: None })),
+            Err(failure) => {
+                Log::Failed(Box::new(Failed { failure, through: None, attached: None, left: None }))
+            }
         };
         Self { id, log, number, past, opened: 1, owner: None, waiting: VecDeque::new(), waiting_bytes: 0 }
     }
@@ -183,13 +187,17 @@ impl Disk {
         (log.appended() == loss.end).then_some(loss.why.as_str())
     }
 
-    /// The newest attach that is known, also of a log that is out of use.
+    /// The newest attach that any log of this disk is known to have, also one that is out of use.
     pub fn attached(&self) -> Option<&Attached> {
-        let present = match &self.log {
-            Log::Open(log, _) => log.timeline().attached(),
-            Log::Failed(failed) => failed.left.as_ref().and_then(|left| left.attached.as_ref()),
+        let (taken, left) = match &self.log {
+            Log::Open(log, _) => (log.timeline().attached(), None),
+            Log::Failed(failed) => {
+                (failed.attached.as_ref(), failed.left.as_ref().and_then(|left| left.attached.as_ref()))
+            }
         };
-        present.or(self.past.attached.as_ref())
+        let known = [taken, left, self.past.attached.as_ref()].into_iter().flatten();
+        // Of equal epochs the first: a log in use knows what its agent said last.
+        known.reduce(|a, b| if b.epoch > a.epoch { b } else { a })
     }
 
     /// The highest LSN that any log of this disk names.
@@ -410,11 +418,11 @@ impl Disk {
 
     pub(crate) fn fail(&mut self, failure: Failure) {
         tracing::error!(disk = %self.id, why = failure.why, "the disk's log failed and is out of use until it is opened again");
-        let (through, left) = match &mut self.log {
-            Log::Open(log, _) => (Some(log.durable().seq), None),
-            Log::Failed(failed) => (failed.through, failed.left.take()),
+        let (through, attached, left) = match &mut self.log {
+            Log::Open(log, _) => (Some(log.durable().seq), log.timeline().attached().cloned(), None),
+            Log::Failed(failed) => (failed.through, failed.attached.take(), failed.left.take()),
         };
-        self.log = Log::Failed(Box::new(Failed { failure, through, left }));
+        self.log = Log::Failed(Box::new(Failed { failure, through, attached, left }));
         self.waiting.clear();
         self.waiting_bytes = 0;
     }

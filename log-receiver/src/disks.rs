@@ -170,10 +170,12 @@ impl Disks {
         self.space.look(ByteCount::ZERO).map_err(|why| closed(CloseCode::Store, why))?;
         let Found { fresh, displaced } = self.find_or_create(hello)?;
         let disk = self.disks.get_mut(&hello.disk).expect("the disk was found or created");
-        let attached = disk.timeline().and_then(|timeline| timeline.attached()).cloned();
+        // A log that began behind a damaged one may have no attach yet: those before it fence as well.
+        let attached = disk.attached().cloned();
         check_attached(attached.as_ref(), hello)?;
         take_name(&self.shelf.names, hello)?;
-        let unchanged = attached.as_ref().is_some_and(|attached| {
+        let own = disk.timeline().and_then(|timeline| timeline.attached());
+        let unchanged = own.is_some_and(|attached| {
             attached.epoch == hello.epoch && attached.size == hello.size && attached.name == hello.name
         });
         let through = if unchanged {
@@ -226,6 +228,9 @@ impl Disks {
                         displaced = disk.reopened(log, mark);
                     }
                     Err(error @ LogError::Damaged { .. }) => {
+                        // What is left of it may know an attach that nothing else does.
+                        self.shelf.make_readable(disk);
+                        check_attached(disk.attached(), hello)?;
                         take_name(&self.shelf.names, hello)?;
                         displaced = begin_new_log(&self.shelf, disk, &error)?;
                     }
