@@ -213,12 +213,6 @@ fn larger_worlds() {
         ..Config::new("large: power loss", &[&[Op::Write(0), Op::Flush, Op::Write(1)]])
     });
     holds(&Config {
-        start: dirty,
-        hot: 1,
-        budget: Budget { power_losses: 1, receiver_crashes: 1, ..NONE },
-        ..Config::new("large: pass, power loss and receiver crash", &[&[Op::Write(0)]])
-    });
-    holds(&Config {
         budget: Budget { pauses: 1, forces: 1, cuts: 1, ..NONE },
         ..Config::new("large: operator and cut", &[&[Op::Write(0)]])
     });
