@@ -13,7 +13,8 @@
 //!
 //! Also: the power can fail at the n-th operation that changes something (the operation may have
 //! happened in part; every later one fails), the n-th write or sync can fail alone, space can run out
-//! after so many bytes, and a bit can be flipped anywhere. Everything follows from the seeds given:
+//! after so many bytes, a bit can be flipped anywhere, and a place can become unreadable until it is written
+//! whole. Everything follows from the seeds given:
 //! the same calls with the same seeds give the same content.
 
 mod content;
@@ -28,7 +29,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use backtide_units::{ByteCount, ByteOffset};
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 use crate::{Storage, StorageFile};
 use content::Content;
@@ -56,6 +57,8 @@ struct World {
     syncs: u64,
     fail_sync: Option<u64>,
     capacity: Option<ByteCount>,
+    /// A file and the place in it that cannot be read.
+    unreadable: Option<(usize, ByteRange)>,
 }
 
 /// How many operations a storage has done: where a test can put the next fault.
@@ -149,6 +152,17 @@ impl MemoryStorage {
         world.files[file].flip_bit(offset.0, bit);
     }
 
+    /// Lets every read that touches `range` of a file fail with `EIO`, as a bad sector does, until all of it is
+    /// written again. There is one such place at a time.
+    ///
+    /// # Panics
+    /// When there is no such file: the test names the wrong one.
+    pub fn make_unreadable(&self, path: &Path, range: ByteRange) {
+        let mut world = self.world();
+        let file = world.names.find(path).expect("the file to damage exists");
+        world.unreadable = Some((file, range));
+    }
+
     /// All files, as they are visible now, for a test to look at or copy.
     pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let world = self.world();
@@ -175,6 +189,18 @@ impl World {
         let fails = self.fail_sync == Some(self.syncs);
         self.syncs += 1;
         fails
+    }
+
+    /// Whether a bad sector is among `length` bytes of a file.
+    fn is_unreadable(&self, file: usize, offset: ByteOffset, length: usize) -> bool {
+        let read = ByteRange::between(offset, ByteOffset(offset.0 + length as u64));
+        self.unreadable.is_some_and(|(bad, range)| bad == file && range.intersection(read).is_some())
+    }
+
+    /// A sector that is written whole can be read again.
+    fn heal(&mut self, file: usize, offset: ByteOffset, length: usize) {
+        let written = ByteRange::between(offset, ByteOffset(offset.0 + length as u64));
+        self.unreadable = self.unreadable.filter(|(bad, range)| *bad != file || !written.contains(*range));
     }
 
     fn used(&self) -> ByteCount {

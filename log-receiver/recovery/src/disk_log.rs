@@ -206,7 +206,7 @@ impl DiskLog {
             KeptState::Sealed(sealed) => {
                 self.appended = Seq(sealed.stats().next_seq.0 - 1);
                 self.sealed_bytes += sealed.length().0;
-                let file = recover::open(&*storage, &self.segments_dir, kept.header.id)?;
+                let file = recover::open_to_recover(&*storage, &self.segments_dir, kept.header.id)?;
                 let summary = sealed.summary(&file)?;
                 self.fold(&kept.header, &summary.steps)?;
                 let segment = Segment::new_sealed(storage, path, kept.header, &self.cache, *sealed);
@@ -217,6 +217,7 @@ impl DiskLog {
                 self.fold(&kept.header, scanned.contents.steps())?;
                 let writer =
                     SegmentWriter::resume(file.clone(), kept.header, self.options.writer(), scanned.end);
+                let file = file.for_readers();
                 let open = OpenSegment { file, contents: scanned.contents, end: scanned.end };
                 let segment = Arc::new(Segment::new_open(storage, path, kept.header, &self.cache, open));
                 Arc::make_mut(&mut self.segments).push(Arc::clone(&segment));

@@ -64,7 +64,7 @@ pub(crate) fn recover(
     segments_dir: &Path,
     options: WriterOptions,
 ) -> Result<Opened, LogError> {
-    let found = find(storage, segments_dir)?;
+    let found = find(storage, segments_dir, open_to_recover)?;
     let identity = identity_of(storage, segments_dir, &found)?;
     let recovered = Recovered::default();
     let mut recovery = Recovery { storage, segments_dir, options, identity, synced: Seq(0), recovered };
@@ -114,8 +114,21 @@ pub(crate) fn open(
     Ok(SegmentFile::new(file, name))
 }
 
+/// Opens one segment's file for deciding what the log is: where the device cannot read it, that is no damage but
+/// an error, and nothing changes. The next try may read it; a new log would put this one aside for good.
+pub(crate) fn open_to_recover(
+    storage: &dyn Storage,
+    segments_dir: &Path,
+    id: SegmentId,
+) -> Result<SegmentFile, LogError> {
+    Ok(open(storage, segments_dir, id)?.for_recovery())
+}
+
+/// [`open`] or [`open_to_recover`].
+type Open = fn(&dyn Storage, &Path, SegmentId) -> Result<SegmentFile, LogError>;
+
 /// Every segment, and of each gap between them the first number that is missing.
-pub(crate) fn find(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<Found>, LogError> {
+pub(crate) fn find(storage: &dyn Storage, segments_dir: &Path, open: Open) -> Result<Vec<Found>, LogError> {
     let ids = list(storage, segments_dir)?;
     if ids.is_empty() {
         return Err(no_log(storage, segments_dir));
@@ -153,7 +166,7 @@ fn identity_of(storage: &dyn Storage, segments_dir: &Path, found: &[Found]) -> R
         // behind it, this was never a log, and a power cut tore the header while it was made.
         for Found { id, present, header } in found {
             if let (true, Err(what)) = (present, header) {
-                let file = open(storage, segments_dir, *id)?;
+                let file = open_to_recover(storage, segments_dir, *id)?;
                 if has_entries(&file)? {
                     let (file, what) = (file.name().clone(), what.clone());
                     return Err(LogError::Damaged { file, offset: ByteOffset::ZERO, what });
@@ -197,7 +210,7 @@ impl Recovery<'_> {
                 next_begins = None;
                 continue;
             }
-            let file = open(self.storage, self.segments_dir, *id)?;
+            let file = open_to_recover(self.storage, self.segments_dir, *id)?;
             let Ok(header) = header else {
                 let LogIdentity { disk, history } = self.identity;
                 let lost = SegmentHeader { disk, history, id: *id, first_seq: Seq(1), synced: Seq(0) };
@@ -311,7 +324,7 @@ impl Recovery<'_> {
                 }
             }
             if doubtful {
-                let file = open(self.storage, self.segments_dir, segment.header.id)?;
+                let file = open_to_recover(self.storage, self.segments_dir, segment.header.id)?;
                 self.write_again(&file, segment)?;
                 let synced = file.file().sync_data();
                 synced.map_err(|source| failed(format!("sync {}", file.name().display()), source))?;

@@ -69,7 +69,7 @@ pub fn salvage(
     through: Option<Seq>,
 ) -> Result<Salvage, LogError> {
     let segments_dir = dir.join("segments");
-    let found = find(&**storage, &segments_dir)?;
+    let found = find(&**storage, &segments_dir, open)?;
     let stated = found.iter().filter_map(|found| found.header.as_ref().ok());
     let stated = stated.map(|header| LogIdentity { disk: header.disk, history: header.history }).next();
     let mut damage = Vec::new();

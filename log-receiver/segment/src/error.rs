@@ -7,7 +7,7 @@ use backtide_units::ByteOffset;
 /// A segment file cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum SegmentError {
-    /// Bytes are not what they must be.
+    /// Bytes are not what they must be, or the device cannot read them.
     #[error("{} is damaged at byte {offset}: {what}", file.display())]
     Damaged {
         /// The file.

@@ -1,6 +1,6 @@
 //! Reading one segment file: its header, and the headers of its entries. Payloads: [`crate::pieces`].
 
-use std::{path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc};
 
 use backtide_storage::StorageFile;
 use backtide_units::ByteOffset;
@@ -15,10 +15,26 @@ use crate::{
 pub struct SegmentFile {
     file: Arc<dyn StorageFile>,
     name: PathBuf,
+    unreadable: Unreadable,
+}
+
+/// What a place is that the device cannot read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unreadable {
+    /// Damage of that place, as wrong bytes are: for everybody who only reads.
+    Damage,
+    /// A failure that may pass: for whoever decides what the log is from now on.
+    Failure,
 }
 
 /// Bytes read at once when walking over headers.
 const WINDOW: usize = 256 << 10;
+
+/// The system reads from the device in pages: one bad sector takes its page and no more.
+pub(crate) const PAGE: u64 = 4096;
+
+/// What the system says of a place that it cannot read: `EIO`, `EBADMSG` and `EUCLEAN` of Linux.
+const UNREADABLE: [i32; 3] = [5, 74, 117];
 
 /// The headers of a segment, in order, without payloads.
 pub struct HeaderScan<'a> {
@@ -34,12 +50,27 @@ pub(crate) struct Window<'a> {
     file: &'a SegmentFile,
     start: u64,
     bytes: Vec<u8>,
+    /// Whether some place could not be read: from then on no read takes more pages than it needs.
+    careful: bool,
 }
 
 impl SegmentFile {
-    /// Names the file for errors.
+    /// Names the file for errors. A place that the device cannot read is [`SegmentError::Damaged`].
     pub fn new(file: Arc<dyn StorageFile>, name: PathBuf) -> Self {
-        Self { file, name }
+        Self { file, name, unreadable: Unreadable::Damage }
+    }
+
+    /// The same file for whoever cuts, seals or replaces by what is read: there a place that the device cannot
+    /// read is [`SegmentError::Io`], for the next try may read it.
+    #[must_use]
+    pub fn for_recovery(&self) -> Self {
+        Self { unreadable: Unreadable::Failure, ..self.clone() }
+    }
+
+    /// The same file for everybody else.
+    #[must_use]
+    pub fn for_readers(&self) -> Self {
+        Self { unreadable: Unreadable::Damage, ..self.clone() }
     }
 
     /// The file.
@@ -96,7 +127,13 @@ impl SegmentFile {
     }
 
     pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, SegmentError> {
-        self.file.read_at(ByteOffset(offset), buffer).map_err(|source| self.failed("read", source))
+        let read = self.file.read_at(ByteOffset(offset), buffer);
+        read.map_err(|source| match (self.unreadable, source.raw_os_error()) {
+            (Unreadable::Damage, Some(code)) if UNREADABLE.contains(&code) => {
+                self.damaged(offset, format!("{} bytes from there on cannot be read: {source}", buffer.len()))
+            }
+            (Unreadable::Damage | Unreadable::Failure, _) => self.failed("read", source),
+        })
     }
 
     pub(crate) fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> Result<(), SegmentError> {
@@ -119,9 +156,9 @@ impl SegmentFile {
         SegmentError::Damaged { file: self.name.clone(), offset: ByteOffset(offset), what }
     }
 
-    pub(crate) fn failed(&self, verb: &str, source: std::io::Error) -> SegmentError {
+    pub(crate) fn failed(&self, verb: &str, source: io::Error) -> SegmentError {
         let step = format!("{verb} {}", self.name.display());
-        if source.kind() == std::io::ErrorKind::StorageFull {
+        if source.kind() == io::ErrorKind::StorageFull {
             SegmentError::Full { step, source }
         } else {
             SegmentError::Io { step, source }
@@ -174,21 +211,39 @@ impl HeaderScan<'_> {
 
 impl<'a> Window<'a> {
     pub(crate) fn new(file: &'a SegmentFile) -> Self {
-        Self { file, start: 0, bytes: Vec::new() }
+        Self { file, start: 0, bytes: Vec::new(), careful: false }
     }
 
     /// `length` bytes at `offset`; fewer at the end of the file.
     pub(crate) fn at(&mut self, offset: u64, length: usize) -> Result<&[u8], SegmentError> {
         let have = offset >= self.start && offset + length as u64 <= self.start + self.bytes.len() as u64;
         if !have {
-            self.bytes.resize(length.max(WINDOW), 0);
-            let found = self.file.read_at(offset, &mut self.bytes)?;
-            self.bytes.truncate(found);
-            self.start = offset;
+            self.fill(offset, length)?;
         }
         let from = (offset - self.start) as usize;
         let to = (from + length).min(self.bytes.len());
         Ok(&self.bytes[from.min(to)..to])
+    }
+
+    /// Reads ahead, unless that meets a place that cannot be read: what stands before it can.
+    fn fill(&mut self, offset: u64, length: usize) -> Result<(), SegmentError> {
+        let needed = ((offset + length as u64).next_multiple_of(PAGE) - offset) as usize;
+        if !self.careful && needed < WINDOW {
+            match self.read(offset, WINDOW) {
+                Err(SegmentError::Damaged { .. }) => self.careful = true,
+                read => return read,
+            }
+        }
+        self.read(offset, needed)
+    }
+
+    fn read(&mut self, offset: u64, length: usize) -> Result<(), SegmentError> {
+        self.bytes.resize(length, 0);
+        let found = self.file.read_at(offset, &mut self.bytes);
+        // After an error nothing is in the window.
+        self.bytes.truncate(*found.as_ref().unwrap_or(&0));
+        self.start = offset;
+        found.map(|_| ())
     }
 }
 

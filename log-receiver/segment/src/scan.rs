@@ -10,7 +10,7 @@ use crate::{
     SegmentError, SegmentFile, SegmentHeader, Seq, Verdict,
     entry_header::{ALIGNMENT, HeaderFault},
     pieces::{is_sound, table_length},
-    read::Window,
+    read::{PAGE, Window},
     verdict,
 };
 
@@ -94,7 +94,20 @@ pub fn claims(
     let mut highest = None;
     let mut at = from.0.next_multiple_of(ALIGNMENT);
     while at + ENTRY_HEADER_LENGTH as u64 <= length {
-        let bytes = window.at(at, ENTRY_HEADER_LENGTH)?;
+        let bytes = match window.at(at, ENTRY_HEADER_LENGTH) {
+            Ok(bytes) => bytes,
+            // What cannot be read says nothing; what stands behind it may.
+            Err(SegmentError::Damaged { .. }) => {
+                at = (at + 1).next_multiple_of(PAGE);
+                continue;
+            }
+            Err(
+                error @ (SegmentError::UnknownVersion { .. }
+                | SegmentError::Full { .. }
+                | SegmentError::Io { .. }
+                | SegmentError::Poisoned),
+            ) => return Err(error),
+        };
         if let Ok(bytes) = <&[u8; ENTRY_HEADER_LENGTH]>::try_from(bytes)
             && EntryHeader::looks_right(bytes, header.id)
             && let Ok(entry) = EntryHeader::decode(bytes, header.salt(), header.id)
@@ -140,8 +153,16 @@ impl<'a> Scan<'a> {
             (None, Some(HeaderFault::Wrong(_))) => HeaderState::Bad,
             (None, Some(HeaderFault::Zero) | None) => HeaderState::None,
         };
+        let mut unreadable = None;
         let (payload, control) = match &header {
-            Some(header) => self.payload_state(header)?,
+            Some(header) => match self.payload_state(header) {
+                // The next entry can still be found, as behind other bytes than were written.
+                Err(damage @ SegmentError::Damaged { .. }) if header.kind.is_data() => {
+                    unreadable = Some(damage);
+                    (PayloadState::Wrong, None)
+                }
+                read => read?,
+            },
             None => (PayloadState::Lost, None),
         };
         let whole = state == HeaderState::Good && payload == PayloadState::Good;
@@ -160,7 +181,8 @@ impl<'a> Scan<'a> {
                 self.at += header.stored_length();
                 Ok(true)
             }
-            (Verdict::End, _) => Ok(false),
+            // A torn write can be read: this is damage, acknowledged or not.
+            (Verdict::End, _) => unreadable.map_or(Ok(false), Err),
             (Verdict::Damage | Verdict::Accept | Verdict::AcceptDamaged, _) => {
                 let found = match (state, fault) {
                     (_, Some(fault)) => fault.describe(),

@@ -69,7 +69,9 @@ impl SealedSegment {
     /// # Errors
     /// [`SegmentError::UnknownVersion`] or the file's.
     pub fn open(file: &SegmentFile, header: SegmentHeader) -> Result<Option<Self>, SegmentError> {
-        let Some((stats, sections)) = read_trailer(file, &header)? else { return Ok(None) };
+        let Some((stats, sections)) = missing_if_damaged(read_trailer(file, &header))?.flatten() else {
+            return Ok(None);
+        };
         let sealed = Self { header, stats, sections };
         Ok(missing_if_damaged(sealed.summary(file))?.map(|_| sealed))
     }

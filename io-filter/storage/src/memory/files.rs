@@ -16,6 +16,9 @@ pub(super) struct MemoryFile {
     pub(super) generation: u64,
 }
 
+/// What a device answers for a bad sector.
+const EIO: i32 = 5;
+
 impl MemoryFile {
     fn world(&self) -> io::Result<MutexGuard<'_, World>> {
         let world = self.storage.world();
@@ -35,7 +38,11 @@ fn fitting(space: u64, free: u64, offset: u64, bytes: usize) -> usize {
 
 impl StorageFile for MemoryFile {
     fn read_at(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<usize> {
-        Ok(self.world()?.files[self.file].read(offset.0, buffer))
+        let world = self.world()?;
+        if world.is_unreadable(self.file, offset, buffer.len()) {
+            return Err(io::Error::from_raw_os_error(EIO));
+        }
+        Ok(world.files[self.file].read(offset.0, buffer))
     }
 
     fn write_vectored_at(&self, offset: ByteOffset, buffers: &[IoSlice<'_>]) -> io::Result<()> {
@@ -50,6 +57,7 @@ impl StorageFile for MemoryFile {
         // A failing write has written half, so that callers meet a torn record.
         let written = if fails { fits.min(bytes.len() / 2) } else { fits };
         content.write(offset.0, &bytes[..written]);
+        world.heal(self.file, offset, written);
         if cut {
             return Err(power_off());
         }
