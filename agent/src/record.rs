@@ -7,6 +7,7 @@
 
 use std::{
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::UNIX_EPOCH,
@@ -78,6 +79,8 @@ pub(crate) struct DiskRecord {
 pub(crate) struct ImageStamp {
     pub(crate) size: ByteCount,
     pub(crate) modified_ns: u64,
+    #[serde(default)]
+    pub(crate) inode: u64,
 }
 
 impl ImageStamp {
@@ -85,7 +88,11 @@ impl ImageStamp {
     pub(crate) fn of(path: &Path) -> Option<Self> {
         let metadata = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
         let since = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-        Some(Self { size: ByteCount(metadata.len()), modified_ns: u64::try_from(since.as_nanos()).ok()? })
+        Some(Self {
+            size: ByteCount(metadata.len()),
+            modified_ns: u64::try_from(since.as_nanos()).ok()?,
+            inode: metadata.ino(),
+        })
     }
 }
 

@@ -193,6 +193,7 @@ impl Registry {
             ),
             false => None,
         };
+        let stopped = record.stopped;
         let behind = qcow2.as_ref().map_or(record.image.clone(), |server| server.uri().to_owned());
         let (record, opened) = disk::open(&self.records, record, &behind, stamp.clone())
             .await
@@ -206,10 +207,15 @@ impl Registry {
                 Ok(handle)
             }
             Err(error) => {
-                if let Some(server) = qcow2 {
-                    server.stop().await;
-                }
-                self.put_back(record, &resume);
+                // What a qcow2's server writes when it starts and ends is no change of the disk.
+                let as_left = match qcow2 {
+                    Some(server) => {
+                        server.stop().await;
+                        ImageStamp::of(Path::new(&record.image))
+                    }
+                    None => stamp,
+                };
+                self.put_back(DiskRecord { image_at_detach: as_left, stopped, ..record }, &resume);
                 Err(disk::start_error(&error))
             }
         }
@@ -247,12 +253,17 @@ impl Registry {
             Ok(Ok(status)) => Ok(status),
         };
         let attached = self.disks.write().await.remove(&name);
-        if let Some(Attached { qcow2: Some(server), .. }) = attached {
+        let server = attached.and_then(|attached| attached.qcow2);
+        let has_server = server.is_some();
+        if let Some(server) = server {
             server.stop().await;
         }
         if let Ok(Some(mut record)) = self.records.load(&name) {
             record.attached = false;
-            record.image_at_detach = ImageStamp::of(Path::new(&record.image)).filter(|_| result.is_ok());
+            if has_server {
+                record.image_at_detach = ImageStamp::of(Path::new(&record.image));
+            }
+            record.image_at_detach.take_if(|_| result.is_err());
             self.records.save(&record).map_err(|error| failed(&error))?;
         }
         result
@@ -270,9 +281,8 @@ impl Registry {
     }
 
     /// Nothing was written since the tracking file was taken: it is as good as before.
-    fn put_back(&self, mut record: DiskRecord, resume: &Resume) {
+    fn put_back(&self, record: DiskRecord, resume: &Resume) {
         let Resume::Clean(saved) = resume else { return };
-        record.image_at_detach = ImageStamp::of(Path::new(&record.image));
         let snapshot = Snapshot::first(saved.clone(), true, false);
         let limits = disk::activity_limits(&record);
         let put_back = self
@@ -307,13 +317,16 @@ async fn end(name: DiskName, attached: Attached, records: Records) {
         Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),
         Err(error) => tracing::error!(disk = %name, %error, "detach"),
     }
+    let has_server = qcow2.is_some();
     if let Some(server) = qcow2 {
         server.stop().await;
     }
     let stamped = records.load(&name).and_then(|known| match known {
-        Some(record) => {
-            let image_at_detach = ImageStamp::of(Path::new(&record.image));
-            records.save(&DiskRecord { image_at_detach, stopped: true, ..record })
+        Some(mut record) => {
+            if has_server {
+                record.image_at_detach = ImageStamp::of(Path::new(&record.image));
+            }
+            records.save(&DiskRecord { stopped: true, ..record })
         }
         None => Ok(()),
     });

@@ -19,6 +19,9 @@ use crate::{
     window::Window,
 };
 
+/// When a tracking file that could not be removed is tried again.
+const DISCARD_AGAIN: Duration = Duration::from_secs(5);
+
 /// Copies of a snapshot by which everything may differ: as many as the file has places.
 const COPIES: u8 = 2;
 
@@ -56,6 +59,10 @@ pub(crate) struct Activity {
     doubtful: DirtyBitmap,
     /// When idle extents are let go next.
     idle_at: Option<Duration>,
+    /// When a file that could not be removed is to be removed again.
+    discard_again_at: Option<Duration>,
+    /// A flush of the filter's own failed, and no guest was told.
+    untold: Option<IoFailure>,
 }
 
 impl Activity {
@@ -82,6 +89,8 @@ impl Activity {
             flushing: None,
             doubtful: DirtyBitmap::new(),
             idle_at: None,
+            discard_again_at: None,
+            untold: None,
         }
     }
 
@@ -122,12 +131,23 @@ impl Activity {
 
     pub(crate) fn flush_ended(&mut self, io: IoId, done: bool) {
         if !done {
-            // Which of several flushes is told of lost pages is chance.
-            let flushing = self.flushing.as_ref().map(|(_, blocks)| blocks.clone()).unwrap_or_default();
-            self.doubtful.union_with(&flushing);
-            self.doubtful.union_with(&self.unflushed);
+            self.stability_failed();
         }
         self.flushing.take_if(|(covering, _)| *covering == io);
+    }
+
+    /// A flush or a stable write failed. Which of several is told of lost pages is chance, and it is
+    /// told once.
+    pub(crate) fn stability_failed(&mut self) {
+        if let Some((_, flushing)) = &self.flushing {
+            self.doubtful.union_with(flushing);
+        }
+        self.doubtful.union_with(&self.unflushed);
+    }
+
+    /// What the next guest that flushes has to be told instead of success.
+    pub(crate) fn take_untold(&mut self) -> Option<IoFailure> {
+        self.untold.take()
     }
 
     /// Blocks that the local disk may lose, or may have lost.
@@ -208,7 +228,8 @@ impl Filter {
     pub(crate) fn keep_tracking(&mut self) {
         let Some(log) = self.activity.log.as_mut().filter(|_| self.mode != Mode::Detached) else { return };
         if self.activity.broken {
-            if self.activity.has_parked() && self.activity.discard.is_none() {
+            let again = self.activity.discard_again_at.is_some_and(|at| at <= self.now.monotonic);
+            if (self.activity.has_parked() || again) && self.activity.discard.is_none() {
                 self.discard_tracking();
             }
             return;
@@ -328,14 +349,22 @@ impl Filter {
     fn discard_tracking(&mut self) {
         let io = self.take_io_id();
         self.activity.discard = Some(io);
+        self.activity.discard_again_at = None;
         self.effects.push_back(Effect::Tracking(io, TrackingOp::Discard));
     }
 
     /// The file is gone, durably; or it stays, and who would have to be in it gets an error.
     fn discarded(&mut self, result: Result<ByteCount, IoFailure>) {
         let parked = std::mem::take(&mut self.activity.parked);
-        if result.is_ok() {
-            self.activity.log = None;
+        match result {
+            Ok(_) => self.activity.log = None,
+            Err(failure) => {
+                let name = &self.settings.name;
+                self.effects.push_back(Effect::Alarm(format!(
+                    "disk {name}: the tracking file cannot be removed either ({failure}): writes to where nothing was written lately fail until it can"
+                )));
+                self.activity.discard_again_at = Some(self.now.monotonic + DISCARD_AGAIN);
+            }
         }
         for parked in parked.into_values().flatten() {
             match result {
@@ -356,7 +385,7 @@ impl Filter {
 
     /// When idle extents have to be let go, if there are any.
     pub(crate) fn next_idle_snapshot(&self) -> Option<Duration> {
-        self.activity.idle_at
+        [self.activity.idle_at, self.activity.discard_again_at].into_iter().flatten().min()
     }
 
     /// Lets idle extents go: after a flush, so that what it covers need not be compared either.
@@ -377,7 +406,15 @@ impl Filter {
         self.effects.push_back(Effect::Local(io, LocalOp::Settle));
     }
 
-    pub(crate) fn settled(&mut self) {
+    pub(crate) fn settled(&mut self, result: Result<(), IoFailure>) {
+        if let Err(failure) = result {
+            let name = &self.settings.name;
+            let text = format!(
+                "disk {name}: flushing the local disk failed ({failure}): what was written last may be lost"
+            );
+            self.activity.untold = Some(failure);
+            self.effects.push_back(Effect::Alarm(text));
+        }
         self.begin_snapshot(true);
     }
 

@@ -146,7 +146,7 @@ impl Filter {
             Ongoing::Verify(run) => self.verify_read_done(run, result),
             Ongoing::Settle => {
                 self.activity.flush_ended(io, result.is_ok());
-                self.settled();
+                self.settled(result.map(|_| ()));
             }
         }
         self.pump();
@@ -338,6 +338,9 @@ impl Filter {
             }
             Err(failure) => {
                 self.counters.failed_changes += 1;
+                if stable {
+                    self.activity.stability_failed();
+                }
                 if !in_pass {
                     self.passive.insert(blocks);
                 }
@@ -410,6 +413,11 @@ impl Filter {
 
     fn flush_done(&mut self, request: RequestId, covers: Lsn, result: Result<(), IoFailure>) {
         if let Err(failure) = result {
+            self.effects.push_back(Effect::Complete { request, result: Err(failure) });
+            return;
+        }
+        if let Some(failure) = self.activity.take_untold() {
+            // The system told the filter of lost pages, and tells nobody twice.
             self.effects.push_back(Effect::Complete { request, result: Err(failure) });
             return;
         }

@@ -91,7 +91,7 @@ impl Filter {
             if self.guard.is_free(first) {
                 return Some(first);
             }
-            from = first.end();
+            from = self.guard.busy_until(first);
         }
         None
     }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use backtide_units::BlockRange;
+use backtide_units::{BlockIndex, BlockRange};
 
 /// Who waits for a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,6 +67,14 @@ impl RangeGuard {
         !self.overlaps_held(range) && !self.waiting.iter().any(|(_, waiting)| waiting.overlaps(range))
     }
 
+    /// Where the range that keeps the block from being free ends; that of a waiting one, too.
+    pub(crate) fn busy_until(&self, block: BlockRange) -> BlockIndex {
+        let held = self.held.range(..block.end().0).next_back().map(|(_, end)| *end);
+        let waiting = self.waiting.iter().filter(|(_, waiting)| waiting.overlaps(block));
+        let ends = held.into_iter().chain(waiting.map(|(_, waiting)| waiting.end().0));
+        BlockIndex(ends.max().unwrap_or(0).max(block.end().0))
+    }
+
     fn hold(&mut self, range: BlockRange) {
         assert!(!range.is_empty(), "an empty range cannot be held");
         self.held.insert(range.start().0, range.end().0);
@@ -100,6 +108,16 @@ mod tests {
         assert!(!guard.acquire(Ticket(2), (0..10).into()));
         assert!(!guard.try_acquire((9..10).into()));
         assert!(guard.try_acquire((10..11).into()));
+    }
+
+    #[test]
+    fn who_is_in_the_way_says_until_where() {
+        let mut guard = RangeGuard::default();
+        assert!(guard.acquire(Ticket(1), (4..4000).into()));
+        assert!(!guard.acquire(Ticket(2), (3990..5000).into()));
+        assert_eq!(guard.busy_until((10..11).into()), BlockIndex(4000));
+        assert_eq!(guard.busy_until((3995..3996).into()), BlockIndex(5000));
+        assert_eq!(guard.busy_until((9000..9001).into()), BlockIndex(9001));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! What the filter answers for, for whoever checks it: the simulation, a self-test.
+//! What the filter answers for: what a snapshot of the tracking has to say, and what the simulation and
+//! the model check.
 
 use backtide_tracking::DirtyBitmap;
 use backtide_units::BlockRange;
@@ -8,9 +9,10 @@ use crate::{capture::Ongoing, filter::Filter};
 impl Filter {
     /// Every block that may differ between the local disk and the newest version at the receiver:
     /// the crate's invariant says there is no other. `None` while everything may, because a scan
-    /// is due or under way.
+    /// of the whole disk is due or under way.
     pub fn unsettled_blocks(&self) -> Option<DirtyBitmap> {
-        let mut blocks = self.passive.clone();
+        // Made often: nothing is coarsened for it.
+        let mut blocks = self.passive.unbounded();
         let plan = self.lost.as_ref().or(self.scanning.as_ref().map(|scanning| &scanning.plan));
         if let Some(plan) = plan {
             blocks.union_with(plan.within.as_ref()?);

@@ -235,18 +235,27 @@ impl Filter {
         let reason = self.reason;
         self.stop_forwarding();
         self.release_answers_after_outage();
-        let known = self.lost.is_none();
+        // Only where something is known of the differences is there something to save.
+        let within = match &self.lost {
+            None => Some(DirtyBitmap::new()),
+            Some(plan) => plan.within.clone(),
+        };
         self.enter(Mode::Detached, Some(Reason::Detached));
-        let mut dirty = self.passive.clone();
+        let mut dirty = self.passive.unbounded();
         dirty.union_with(self.activity.doubtful());
-        known.then(|| SavedTracking {
+        let candidates = self.lost.is_some() || !self.activity.doubtful().is_empty();
+        if let Some(within) = &within {
+            dirty.union_with(within);
+            dirty.keep_only(self.all_blocks());
+        }
+        within.is_some().then(|| SavedTracking {
             disk: self.settings.disk,
             history: self.history,
             last_lsn: self.last_lsn,
             gap_from: self.window.log_end(),
             acked_durable: self.acked_durable,
             reason: if clean { None } else { Some(reason.unwrap_or(Reason::Detached)) },
-            compare: self.passive_compare || !self.activity.doubtful().is_empty(),
+            compare: self.passive_compare || candidates,
             dirty,
             zeroes: self.passive_zeroes.clone(),
         })

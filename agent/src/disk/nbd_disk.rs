@@ -70,6 +70,10 @@ impl NbdDisk {
     /// Connects to the disk of this size.
     pub(crate) async fn connect(uri: NbdUri, size: ByteCount) -> Result<Self, BehindError> {
         let client = reach(&uri, size).await?;
+        // What an agent that died wrote is not in our memory: it has to be stable before this one
+        // begins, or nobody could make it again.
+        let stable = client.flush().await;
+        stable.map_err(|source| BehindError::Client { uri: uri.clone(), source })?;
         let shared = Shared {
             uri,
             size,
@@ -132,10 +136,7 @@ impl NbdDisk {
 
     async fn change(&self, change: Change) -> Result<(), IoFailure> {
         let shared = &self.shared;
-        let stable = matches!(&change, Change::Write { fua: true, .. } | Change::Zero { fua: true, .. });
-        if stable {
-            return self.request(|client| send(client, change.clone())).await;
-        }
+        // One that is stable at once is kept as well: what is made again must not undo it.
         while shared.unflushed.borrow().is_full() {
             self.flush().await?;
         }

@@ -69,7 +69,7 @@ pub(crate) async fn open(
     let snapshot = resume.first_snapshot(record.uuid, activity);
     let tracking = records
         .create_tracking(&record.name, activity, size, &snapshot)
-        .and_then(|file| file.sign(trust::alive_now()).map(|()| file))
+        .and_then(|file| file.sign(trust::alive_since(stamp.as_ref())).map(|()| file))
         .map_err(|source| record_error(&record, source))?;
     record.epoch = record.epoch.next();
     record.lsn_bound = Lsn(record.lsn_bound.0.max(last_lsn(&resume).0)).plus(LSN_STEP);

@@ -1,6 +1,12 @@
 //! The thread that owns a disk: starts everything the disk needs, takes commands, ends it cleanly.
 
-use std::{io, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use backtide_agent_api::{DiskStatus, VerifyStatus};
 use backtide_control::{ApiError, ErrorCode};
@@ -21,7 +27,7 @@ use super::{
     stream::Stream,
     trust,
 };
-use crate::record::{DiskRecord, LSN_STEP, Records};
+use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
 
 /// Commands waiting for a disk.
 const COMMANDS_MAX: usize = 64;
@@ -112,23 +118,17 @@ struct Disk {
     life: Life,
 }
 
-/// The tracking file's sign of life, renewed as long as the guest changes something.
+/// The tracking file's sign of life, renewed as long as clients may change something.
 struct Life {
     file: TrackingFile,
-    changes: u64,
+    image: PathBuf,
 }
 
 impl Life {
-    fn of(file: TrackingFile) -> Self {
-        Self { file, changes: 0 }
-    }
-
-    fn renew(&mut self, changes: u64, disk: &str) {
-        if std::mem::replace(&mut self.changes, changes) == changes {
-            return;
-        }
+    async fn renew(&self, disk: &str) {
+        let (file, image) = (self.file.clone(), self.image.clone());
         // An old sign is a doubt the next attach settles by comparing everything.
-        if let Err(error) = self.file.sign(trust::alive_now()) {
+        if let Err(error) = blocking(move || file.sign(trust::alive_now(&image))).await {
             tracing::warn!(disk, %error, "cannot renew the sign of life in the tracking file");
         }
     }
@@ -184,7 +184,7 @@ impl Disk {
             Behind::Nbd(uri, size) => (Local::Nbd(NbdDisk::connect(uri, size).await?), None),
         };
         let tracking = Tracking { file: tracking, records: records.clone(), disk: record.name.clone() };
-        let life = Life::of(tracking.file.clone());
+        let life = Life { file: tracking.file.clone(), image: PathBuf::from(&record.image) };
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
         let rate = record.limits.resync_bytes_per_second_max;
         engine.happen(|filter, _| {
@@ -318,8 +318,9 @@ impl Disk {
     async fn keep_house(&mut self) {
         let status = self.engine.look(Filter::status);
         self.rate.sample(&status);
-        let changes = status.counters.records + status.counters.failed_changes;
-        self.life.renew(changes, self.record.name.as_str());
+        if self.server.connections() > 0 {
+            self.life.renew(self.record.name.as_str()).await;
+        }
         let acked = self.engine.look(Filter::acked_durable);
         let bound_is_near = status.last_lsn.0 + LSN_STEP / 2 > self.record.lsn_bound.0;
         let history_is_new = status.history != self.record.history;
@@ -360,6 +361,8 @@ impl Disk {
         if let Err(failure) = &flushed {
             tracing::error!(disk = %record.name, errno = failure.errno, "cannot flush the local disk");
         }
+        // Before anybody else can have the image; a qcow2's server writes it when it ends.
+        record.image_at_detach = ImageStamp::of(Path::new(&record.image)).filter(|_| flushed.is_ok());
         // A receiver that takes longer gets the rest at the next attach.
         let caught_up = |filter: &Filter| {
             filter.is_drained() || !filter.status().connected || filter.mode() != Mode::Sync

@@ -5,12 +5,17 @@
 //! - after a clean detach, a regular file must have the size and time it was left with; what tells
 //!   no time (a device, an NBD server) is trusted only when the agent itself ended, since a disk
 //!   that is attached is written by nobody else;
-//! - after a crash, a regular file must not have been written later than the agent lived.
+//! - after a crash, a regular file must be the one the agent had, written neither before the agent saw
+//!   it last nor later than the agent lived. What tells no time is trusted: a device or server that
+//!   somebody writes between the agent's death and its next start is not noticed.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use backtide_io_filter::Resume;
-use backtide_tracking::{LoadError, Loaded, SignOfLife};
+use backtide_tracking::{ImageSeen, LoadError, Loaded, SignOfLife};
 use backtide_units::{ByteCount, CaptureTime, Lsn, Reason};
 use uuid::Uuid;
 
@@ -23,11 +28,22 @@ const SLACK: Duration = Duration::from_secs(5);
 /// The same when the host went down with it: the last signs may not have reached the disk.
 const SLACK_OF_A_POWER_LOSS: Duration = Duration::from_secs(60);
 
-/// The sign of life of now.
-pub(crate) fn alive_now() -> SignOfLife {
+/// The sign of life of now, of an agent that has the disk at `image`.
+pub(crate) fn alive_now(image: &Path) -> SignOfLife {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let at = CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX));
-    SignOfLife { at, boot: boot_id() }
+    SignOfLife { at, boot: boot_id(), image: ImageStamp::of(image).as_ref().map(seen) }
+}
+
+/// The sign of life of an attach that begins with the image as `stamp` says and has written nothing:
+/// whatever is written before the first sign of its own is by somebody else.
+pub(crate) fn alive_since(stamp: Option<&ImageStamp>) -> SignOfLife {
+    let at = CaptureTime(stamp.map_or(0, |stamp| stamp.modified_ns / 1000));
+    SignOfLife { at, boot: boot_id(), image: stamp.map(seen) }
+}
+
+fn seen(stamp: &ImageStamp) -> ImageSeen {
+    ImageSeen { inode: stamp.inode, modified_ns: stamp.modified_ns }
 }
 
 fn boot_id() -> Uuid {
@@ -108,21 +124,29 @@ fn foreign_write(
         (true, Some(stamp)) => touched.filter(|_| record.image_at_detach.as_ref() != Some(stamp)),
         (true, None) => touched.filter(|_| !record.stopped),
         // Detached on purpose, and nothing tells what happened then.
-        (false, None) if loaded.clean => touched,
+        (false, None) if loaded.clean || !record.attached => touched,
         (false, None) => None,
         (false, Some(stamp)) => {
-            let late = "the image was written after the agent that had it was last alive";
+            let late = "the image is not as the agent that had it last saw it";
             Some((Reason::BitmapUntrusted, late)).filter(|_| !lived_until(loaded.alive, stamp))
         }
     }
 }
 
-/// Whether the agent may have been alive when the image was written last.
+/// Whether it is the image the agent had, and the agent may have been alive when it was written last.
 fn lived_until(alive: Option<SignOfLife>, stamp: &ImageStamp) -> bool {
-    let Some(SignOfLife { at, boot }) = alive else { return false };
-    let slack = if boot == boot_id() { SLACK } else { SLACK_OF_A_POWER_LOSS };
-    let slack = u64::try_from(slack.as_micros()).unwrap_or(u64::MAX);
-    stamp.modified_ns / 1000 <= at.0.saturating_add(slack)
+    let Some(SignOfLife { at, boot, image: Some(seen) }) = alive else { return false };
+    // A power loss may take the last writes' times with it; the death of a process takes nothing.
+    let (before, after) = if boot == boot_id() {
+        (Duration::ZERO, SLACK)
+    } else {
+        (SLACK_OF_A_POWER_LOSS, SLACK_OF_A_POWER_LOSS)
+    };
+    let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+    let (written, seen_written) = (stamp.modified_ns / 1000, seen.modified_ns / 1000);
+    seen.inode == stamp.inode
+        && written >= seen_written.saturating_sub(micros(before))
+        && written <= at.0.max(seen_written).saturating_add(micros(after))
 }
 
 #[cfg(test)]

@@ -229,16 +229,19 @@ impl ActivityLog {
     }
 
     /// Whether a snapshot is due: the log fills up, or more is hot than has to be compared after a
-    /// crash. One that is larger is due later, so that snapshots cost no more than the log.
+    /// crash. One that is larger is due later, as far as the log has room, so that snapshots do not
+    /// cost many times what the log does.
     pub fn wants_snapshot(&self) -> bool {
         if self.capturing.is_some() {
             return false;
         }
         let hot = u64::from(self.limits.hot);
-        let slack = (hot / 2).max(self.snapshot_bytes / SECTOR_BYTES);
+        let sectors = u64::from(self.limits.sectors);
+        let last = self.snapshot_bytes / SECTOR_BYTES;
+        let slack = (hot / 2).max(last);
         let logged = self.issued + self.queued.len() as u64 + 1 - self.base.0;
         let crowded = !self.base.1 && (self.hot.len() + self.wide.len()) as u64 > hot + slack.max(1);
-        logged >= (u64::from(self.limits.sectors) / 2).max(1) || crowded
+        logged >= last.clamp(sectors / 4, sectors * 3 / 4).max(1) || crowded
     }
 
     /// Begins a snapshot: from here on exactly the extents it lists are hot. `everything`: it says

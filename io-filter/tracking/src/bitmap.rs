@@ -49,6 +49,12 @@ impl DirtyBitmap {
         Self { blocks: RoaringTreemap::new(), bound: Some(Bound { bytes, end, marked: 0 }) }
     }
 
+    /// The same blocks, without the bound.
+    #[must_use]
+    pub fn unbounded(&self) -> Self {
+        Self { blocks: self.blocks.clone(), bound: None }
+    }
+
     /// Takes all blocks out; the bound stays.
     #[must_use]
     pub fn take(&mut self) -> Self {

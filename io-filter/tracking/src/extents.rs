@@ -20,7 +20,7 @@ pub struct ActivityLimits {
 
 impl Default for ActivityLimits {
     fn default() -> Self {
-        Self { extent: BlockCount(1024), hot: 1024, sectors: 1024, idle: Duration::from_secs(60) }
+        Self { extent: BlockCount(1024), hot: 1024, sectors: 2048, idle: Duration::from_secs(60) }
     }
 }
 

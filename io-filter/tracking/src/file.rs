@@ -26,7 +26,7 @@ use crate::{
 const MAGIC: [u8; 8] = *b"BTTRFILE";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 8 + 4 + 4 + 16 + 8 + 4 + 4 + 8 + 4;
-const LIFE_BYTES: usize = 8 + 16 + 4;
+const LIFE_BYTES: usize = 8 + 16 + 8 + 8 + 4;
 const SECTOR: u64 = SECTOR_BYTES as u64;
 
 /// Where the sign of life lies; the log follows in the next sector.
@@ -43,6 +43,17 @@ pub struct SignOfLife {
     pub at: CaptureTime,
     /// Which boot of the host: `/proc/sys/kernel/random/boot_id`.
     pub boot: Uuid,
+    /// The image as it was then; none where a device or a server is behind.
+    pub image: Option<ImageSeen>,
+}
+
+/// Which file an image is, and when it was written last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageSeen {
+    /// Its inode.
+    pub inode: u64,
+    /// Nanoseconds since 1970, by the file system's clock.
+    pub modified_ns: u64,
 }
 
 /// An open tracking file. Cheap to share; calls may overlap, but for two snapshots or two records.
@@ -169,6 +180,9 @@ impl TrackingFile {
         let mut bytes = Vec::with_capacity(LIFE_BYTES);
         bytes.put_u64_le(alive.at.0);
         bytes.put_slice(alive.boot.as_bytes());
+        let ImageSeen { inode, modified_ns } = alive.image.unwrap_or(ImageSeen { inode: 0, modified_ns: 0 });
+        bytes.put_u64_le(inode);
+        bytes.put_u64_le(modified_ns);
         let crc = crc32c::crc32c(&bytes);
         bytes.put_u32_le(crc);
         self.file.write_at(ByteOffset(LIFE_AT), &bytes)
@@ -319,7 +333,9 @@ impl Reader<'_> {
         let at = CaptureTime(input.get_u64_le());
         let mut boot = [0; 16];
         input.copy_to_slice(&mut boot);
-        Ok(Some(SignOfLife { at, boot: Uuid::from_bytes(boot) }))
+        let image = ImageSeen { inode: input.get_u64_le(), modified_ns: input.get_u64_le() };
+        let image = (image.inode != 0).then_some(image);
+        Ok(Some(SignOfLife { at, boot: Uuid::from_bytes(boot), image }))
     }
 }
 

@@ -12,7 +12,7 @@ mod snapshot;
 pub use activity::{ActivityLog, Captured, Sequence};
 pub use bitmap::DirtyBitmap;
 pub use extents::{ActivityLimits, ExtentRun};
-pub use file::{LoadError, Loaded, SignOfLife, TrackingFile};
+pub use file::{ImageSeen, LoadError, Loaded, SignOfLife, TrackingFile};
 pub use record::LogRecord;
 pub use saved::{SavedError, SavedTracking};
 pub use snapshot::Snapshot;

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_tracking::{
-    ActivityLimits, Captured, DirtyBitmap, ExtentRun, Loaded, LogRecord, SavedTracking, SignOfLife, Snapshot,
-    TrackingFile,
+    ActivityLimits, Captured, DirtyBitmap, ExtentRun, ImageSeen, Loaded, LogRecord, SavedTracking,
+    SignOfLife, Snapshot, TrackingFile,
 };
 use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, HistoryId, Lsn, Reason};
 use uuid::Uuid;
@@ -44,8 +44,9 @@ fn write(storage: &MemoryStorage) -> (Snapshot, DirtyBitmap) {
     let newer = Snapshot::of(captured, false, saved(400));
     file.write_snapshot(&newer).unwrap();
     file.write_record(&record(3, 9, 1)).unwrap();
-    file.sign(SignOfLife { at: CaptureTime(1_700_000_000_000_000), boot: Uuid::from_bytes([3; 16]) })
-        .unwrap();
+    let image = Some(ImageSeen { inode: 12, modified_ns: 1_699_999_999_000_000_000 });
+    let alive = SignOfLife { at: CaptureTime(1_700_000_000_000_000), boot: Uuid::from_bytes([3; 16]), image };
+    file.sign(alive).unwrap();
     let mut hot = DirtyBitmap::of((112..128).into());
     hot.insert((48..80).into());
     hot.insert((144..160).into());

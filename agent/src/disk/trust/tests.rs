@@ -19,10 +19,18 @@ fn record() -> DiskRecord {
     }
 }
 
-/// Written so many seconds from now.
+/// When the agent was last alive.
+const ALIVE: u64 = 1_700_000_000;
+
+/// Written so many seconds from then.
 fn stamp(seconds: i64) -> ImageStamp {
-    let us = alive_now().at.0 / 60_000_000 * 60_000_000;
-    ImageStamp { size: SIZE, modified_ns: us.saturating_add_signed(seconds * 1_000_000) * 1000 }
+    ImageStamp { size: SIZE, modified_ns: ALIVE.saturating_add_signed(seconds) * 1_000_000_000, inode: 12 }
+}
+
+/// The agent saw the image as written ten seconds before its last sign of life.
+fn alive() -> SignOfLife {
+    let image = Some(seen(&stamp(-10)));
+    SignOfLife { at: CaptureTime(ALIVE * 1_000_000), boot: boot_id(), image }
 }
 
 fn left(record: &DiskRecord, clean: bool) -> Loaded {
@@ -33,7 +41,7 @@ fn left(record: &DiskRecord, clean: bool) -> Loaded {
         ..SavedTracking::unknown(record.uuid)
     };
     let snapshot = Snapshot::first(saved, clean, false);
-    Loaded { snapshot, hot: DirtyBitmap::of((8..12).into()), clean, alive: Some(alive_now()) }
+    Loaded { snapshot, hot: DirtyBitmap::of((8..12).into()), clean, alive: Some(alive()) }
 }
 
 fn is_lost(resume: &Resume, why: Reason) -> bool {
@@ -70,11 +78,11 @@ fn a_device_is_believed_after_the_end_of_the_agent_and_not_after_a_detach() {
 
 #[test]
 fn after_a_crash_what_may_differ_is_compared_and_nothing_else() {
-    let record = DiskRecord { image_at_detach: None, ..record() };
+    let record = DiskRecord { image_at_detach: None, attached: true, ..record() };
     let mut expected = DirtyBitmap::of((3..5).into());
     expected.insert((8..12).into());
-    let old = stamp(-3600);
-    for stamp in [Some(&old), None] {
+    let (then, later) = (stamp(-10), stamp(2));
+    for stamp in [Some(&then), Some(&later), None] {
         match resume(&record, Ok(Some(left(&record, false))), stamp, SIZE) {
             Resume::Crashed { candidates, last_lsn: Lsn(77), .. } => assert_eq!(candidates, expected),
             other => panic!("expected a crash, found {other:?}"),
@@ -86,17 +94,35 @@ fn after_a_crash_what_may_differ_is_compared_and_nothing_else() {
 fn an_image_written_after_the_agent_died_is_compared_whole() {
     let record = DiskRecord { image_at_detach: None, ..record() };
     let loaded = left(&record, false);
-    let at = |seconds| Some(stamp(seconds));
-    let resumed = resume(&record, Ok(Some(loaded.clone())), at(600).as_ref(), SIZE);
-    assert!(is_lost(&resumed, Reason::BitmapUntrusted));
-    let silent = Loaded { alive: None, ..loaded };
-    let resumed = resume(&record, Ok(Some(silent)), at(-600).as_ref(), SIZE);
+    let untrusted = |loaded: &Loaded, stamp: Option<ImageStamp>| {
+        let resumed = resume(&record, Ok(Some(loaded.clone())), stamp.as_ref(), SIZE);
+        assert!(is_lost(&resumed, Reason::BitmapUntrusted), "{resumed:?}");
+    };
+    untrusted(&loaded, Some(stamp(600)));
+    // An older copy put in its place, and another file.
+    untrusted(&loaded, Some(stamp(-11)));
+    untrusted(&loaded, Some(ImageStamp { inode: 13, ..stamp(-10) }));
+    untrusted(&Loaded { alive: None, ..loaded.clone() }, Some(stamp(-10)));
+    // A device that was detached, though that could not be saved.
+    untrusted(&loaded, None);
+}
+
+#[test]
+fn a_power_loss_may_take_the_last_times_with_it() {
+    let record = DiskRecord { image_at_detach: None, attached: true, ..record() };
+    let before = SignOfLife { boot: Uuid::from_bytes([1; 16]), ..alive() };
+    let loaded = Loaded { alive: Some(before), ..left(&record, false) };
+    for seconds in [-40, 30] {
+        let resumed = resume(&record, Ok(Some(loaded.clone())), Some(&stamp(seconds)), SIZE);
+        assert!(matches!(resumed, Resume::Crashed { .. }), "{seconds} s: {resumed:?}");
+    }
+    let resumed = resume(&record, Ok(Some(loaded)), Some(&stamp(3600)), SIZE);
     assert!(is_lost(&resumed, Reason::BitmapUntrusted));
 }
 
 #[test]
 fn a_file_that_says_everything_or_is_of_another_history_means_everything() {
-    let record = DiskRecord { image_at_detach: None, ..record() };
+    let record = DiskRecord { image_at_detach: None, attached: true, ..record() };
     let mut loaded = left(&record, false);
     loaded.snapshot.everything = true;
     assert!(is_lost(&resume(&record, Ok(Some(loaded)), None, SIZE), Reason::AgentCrashed));

@@ -142,7 +142,11 @@ fn a_sign_of_life_comes_back_and_a_damaged_one_is_none() {
     let storage = MemoryStorage::new();
     let file = create(&storage, false, false);
     assert_eq!(load(&storage).unwrap().alive, None);
-    let alive = SignOfLife { at: CaptureTime(1234), boot: Uuid::from_bytes([9; 16]) };
+    let alive = SignOfLife {
+        at: CaptureTime(1234),
+        boot: Uuid::from_bytes([9; 16]),
+        image: Some(ImageSeen { inode: 5, modified_ns: 6 }),
+    };
     file.sign(alive).unwrap();
     assert_eq!(load(&storage).unwrap().alive, Some(alive));
     flip(&storage, LIFE_AT + 3);
