@@ -133,3 +133,20 @@ fn kills_one_after_the_other_under_load_lose_nothing() {
     assert_eq!(found["differing_count"], 0, "{found}");
     drop(receiver);
 }
+
+#[test]
+fn an_older_copy_in_the_place_of_the_image_is_compared_whole() {
+    let bench = Bench::new();
+    let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 48M"]);
+    disk.settle();
+    let copy = bench.name("yesterday.img");
+    tools::run("cp", &["-a", &disk.image, &copy]);
+    disk.qemu_io(&["write -P 0x22 40M 1M"]);
+    disk.settle();
+    agent.kill();
+    tools::run("mv", &[&copy, &disk.image]);
+    let _agent = bench.agent();
+    disk.latest_is_the_image();
+    assert!(looked_at(&disk.status()) >= 48 << 20, "{}", disk.status());
+}
