@@ -204,7 +204,12 @@ impl Shelf {
 
     pub(crate) fn open(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
         let dir = Self::dir(disk, log);
-        let (log, recovered) = DiskLog::open(Arc::clone(&self.storage), &dir, self.log, &self.cache)?;
+        let noted = |identity: LogIdentity| {
+            let noted = Watermark::find(&*self.storage, &dir, identity.history);
+            noted.map_or(Seq(0), |durable| durable.seq)
+        };
+        let storage = Arc::clone(&self.storage);
+        let (log, recovered) = DiskLog::open_noted(storage, &dir, self.log, &self.cache, noted)?;
         let durable = log.durable();
         tracing::info!(%disk, lsn = %durable.lsn, segments = recovered.segments, "log opened");
         if !recovered.cut_bytes.is_zero() || !recovered.removed_segments.is_empty() {

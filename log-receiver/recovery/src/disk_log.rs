@@ -120,7 +120,7 @@ impl DiskLog {
             let step = format!("{what} {}", storage.display(path).display());
             move |source| failed(step, source)
         };
-        match recover::recover(&*storage, &segments_dir, options.writer()) {
+        match recover::recover(&*storage, &segments_dir, options.writer(), |_| Seq(0)) {
             Err(LogError::NoLog { .. }) => {}
             Ok(_) | Err(LogError::Damaged { .. } | LogError::UnknownVersion { .. }) => {
                 return Err(LogError::LogExists { dir: storage.display(dir) });
@@ -157,8 +157,23 @@ impl DiskLog {
         options: LogOptions,
         cache: &LogCache,
     ) -> Result<(Self, Recovered), LogError> {
+        Self::open_noted(storage, dir, options, cache, |_| Seq(0))
+    }
+
+    /// As [`DiskLog::open`], when something beside the log may tell which entry of it was durable. Entries up to
+    /// there are not cut because a payload is damaged: that one is an error when it is read.
+    ///
+    /// # Errors
+    /// As [`DiskLog::open`].
+    pub fn open_noted(
+        storage: Arc<dyn Storage>,
+        dir: &Path,
+        options: LogOptions,
+        cache: &LogCache,
+        noted: impl FnOnce(LogIdentity) -> Seq,
+    ) -> Result<(Self, Recovered), LogError> {
         let segments_dir = dir.join("segments");
-        let opened = recover::recover(&*storage, &segments_dir, options.writer())?;
+        let opened = recover::recover(&*storage, &segments_dir, options.writer(), noted)?;
         // Whoever created the log may have crashed before its directories were durable.
         sync_above(&*storage, dir)?;
         let mut log = Self::empty(storage, segments_dir, opened.identity, options, cache);

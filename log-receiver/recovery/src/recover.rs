@@ -52,22 +52,28 @@ struct Recovery<'a> {
     identity: LogIdentity,
     /// Every entry up to this one was durable at some time.
     synced: Seq,
+    /// So it was up to this one, as is noted beside the log.
+    noted: Seq,
     recovered: Recovered,
 }
 
 /// How much behind a lost header is looked at for entries.
 const ENTRIES_LOOKED_AT: usize = 64 * 1024;
 
-/// Recovers the log whose segments are in `segments_dir`.
+/// Recovers the log whose segments are in `segments_dir`. `noted` says of which entry somebody noted beside the log
+/// that it was durable.
 pub(crate) fn recover(
     storage: &dyn Storage,
     segments_dir: &Path,
     options: WriterOptions,
+    noted: impl FnOnce(LogIdentity) -> Seq,
 ) -> Result<Opened, LogError> {
     let found = find(storage, segments_dir, open_to_recover)?;
     let identity = identity_of(storage, segments_dir, &found)?;
     let recovered = Recovered::default();
-    let mut recovery = Recovery { storage, segments_dir, options, identity, synced: Seq(0), recovered };
+    let noted = noted(identity);
+    let mut recovery =
+        Recovery { storage, segments_dir, options, identity, synced: Seq(0), noted, recovered };
     let states = recovery.read_backwards(&found)?;
     let mut kept = recovery.chain(&found, states)?;
     if kept.is_empty() {
@@ -247,7 +253,7 @@ impl Recovery<'_> {
             Some(_) | None => {}
         }
         let expected = next_begins.map_or(self.synced, |next| self.synced.min(Seq(next.0 - 1)));
-        let scanned = scan(&file, header, expected)?;
+        let scanned = scan(&file, header, expected, self.noted)?;
         self.synced = self.synced.max(scanned.synced);
         self.report_damage(&file, &scanned);
         match footer {

@@ -149,3 +149,49 @@ fn an_only_segment_whose_header_became_zeros_is_damage_and_no_new_log() {
     let error = opened.err().expect("acknowledged entries are behind the header");
     names_a_segment(&error);
 }
+
+#[test]
+fn a_damaged_payload_up_to_what_was_noted_as_durable_cuts_nothing() {
+    let mut agent = Agent::new(9, MemoryStorage::new()).expect("create");
+    agent.attach().expect("attach");
+    agent.settle().expect("settle");
+    agent.sync().expect("sync");
+    // One batch, of which no later entry knows that it became durable.
+    for _ in 0..3 {
+        agent.write().expect("write");
+    }
+    agent.sync().expect("sync");
+    let (noted, latest) = (agent.log.durable().seq, agent.log.timeline().latest());
+    let first = agent.model.changes[agent.model.changes.len() - 3].bytes.clone().expect("a write");
+    for (known, kept) in [(noted, true), (Seq(noted.0 - 3), false)] {
+        let storage = MemoryStorage::new();
+        storage.create_dir(&directory().join("segments")).expect("create dir");
+        let mut harmed = false;
+        for (path, content) in agent.storage.files() {
+            let file = storage.create_new(&path).expect("create");
+            file.write_at(ByteOffset(0), &content).expect("write");
+            if let Some(at) = content.windows(first.len()).position(|bytes| bytes == first) {
+                storage.flip_bit(&path, ByteOffset(at as u64), 1);
+                harmed = true;
+            }
+        }
+        assert!(harmed);
+        let storage: Arc<dyn Storage> = Arc::new(storage);
+        let opened = DiskLog::open_noted(storage, directory(), agent.options, &cache(), |_| known);
+        let (mut log, recovered) = opened.expect("open");
+        assert_eq!(
+            (log.appended() == noted, log.timeline().latest() == latest),
+            (kept, kept),
+            "{recovered:?}"
+        );
+        assert_eq!(
+            (recovered.damaged_entries.len(), recovered.cut_bytes.is_zero()),
+            (usize::from(kept), kept)
+        );
+        if let (true, Some(latest)) = (kept, latest) {
+            names_a_segment(
+                &log.view(latest.lsn).expect("a point").read(whole()).expect_err("it is damaged"),
+            );
+        }
+    }
+}

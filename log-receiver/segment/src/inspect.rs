@@ -25,7 +25,7 @@ pub fn inspect(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> i
             entries(&file, header, sealed.entries_end(), out)?;
             footer(&file, &sealed, out)
         }
-        Ok(None) => match scan(&file, header, Seq(0)) {
+        Ok(None) => match scan(&file, header, Seq(0), Seq(0)) {
             Ok(scanned) => {
                 entries(&file, header, scanned.end, out)?;
                 writeln!(

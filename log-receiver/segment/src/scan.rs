@@ -38,14 +38,22 @@ struct Scan<'a> {
     at: u64,
     scanned: Scanned,
     searched: bool,
+    noted: Seq,
 }
 
-/// Scans a segment. `synced` is what later segments claim to have been durable.
+/// Scans a segment. `synced` is what later segments claim to have been durable. `noted` is what somebody noted
+/// beside the log: entries up to there were whole, so a payload that is not is damage and no torn write. It refuses
+/// nothing: an entry that is gone at the end is missed by whoever noted it.
 ///
 /// # Errors
 /// [`SegmentError::Damaged`] when an acknowledged entry is missing; the file's.
-pub fn scan(file: &SegmentFile, header: SegmentHeader, synced: Seq) -> Result<Scanned, SegmentError> {
-    let mut scan = Scan::new(file, header, synced)?;
+pub fn scan(
+    file: &SegmentFile,
+    header: SegmentHeader,
+    synced: Seq,
+    noted: Seq,
+) -> Result<Scanned, SegmentError> {
+    let mut scan = Scan::new(file, header, synced, noted)?;
     while scan.step()? {}
     scan.scanned.trailing = scan.trailing()?;
     Ok(scan.finish())
@@ -61,7 +69,7 @@ pub fn scan_prefix(
     header: SegmentHeader,
     through: Seq,
 ) -> Result<(Scanned, Option<SegmentError>), SegmentError> {
-    let mut scan = Scan::new(file, header, Seq(0))?;
+    let mut scan = Scan::new(file, header, Seq(0), Seq(0))?;
     while scan.scanned.contents.stats.next_seq <= through {
         match scan.step() {
             Ok(true) => {}
@@ -120,7 +128,12 @@ pub fn claims(
 }
 
 impl<'a> Scan<'a> {
-    fn new(file: &'a SegmentFile, header: SegmentHeader, synced: Seq) -> Result<Self, SegmentError> {
+    fn new(
+        file: &'a SegmentFile,
+        header: SegmentHeader,
+        synced: Seq,
+        noted: Seq,
+    ) -> Result<Self, SegmentError> {
         Ok(Self {
             file,
             header,
@@ -136,6 +149,7 @@ impl<'a> Scan<'a> {
                 damaged: Vec::new(),
             },
             searched: false,
+            noted,
         })
     }
 
@@ -169,7 +183,8 @@ impl<'a> Scan<'a> {
         if !whole {
             self.search()?;
         }
-        let acknowledged = next_seq <= self.scanned.synced;
+        let noted = payload == PayloadState::Wrong && next_seq <= self.noted;
+        let acknowledged = noted || next_seq <= self.scanned.synced;
         match (verdict(state, payload, acknowledged), header) {
             (Verdict::Accept | Verdict::AcceptDamaged, Some(header)) => {
                 let position = self.position()?;

@@ -16,8 +16,8 @@ fn read_everything(bytes: &[u8]) {
     let mut out = Vec::new();
     inspect(&storage, path, &mut out).expect("a listing");
     let Ok(header) = file.header() else { return };
-    let _ = scan(&file, header, Seq(0));
-    let _ = scan(&file, header, Seq(1000));
+    let _ = scan(&file, header, Seq(0), Seq(0));
+    let _ = scan(&file, header, Seq(1000), Seq(0));
     if let Ok(Some(sealed)) = SealedSegment::open(&file, header) {
         let _ = sealed.verify(&file);
     }

@@ -156,7 +156,7 @@ fn the_golden_files_read_back() {
     let (_, open) = loaded("open.seg");
     let header = open.header().expect("a header");
     assert!(SealedSegment::open(&open, header).expect("no error").is_none());
-    let scanned = scan(&open, header, Seq(0)).expect("no damage");
+    let scanned = scan(&open, header, Seq(0), Seq(0)).expect("no damage");
     assert_eq!((scanned.synced, scanned.trailing, scanned.damaged.len()), (Seq(39), ByteCount(0), 0));
     assert_eq!(read_back(&open, header, scanned.end), entries());
 
@@ -222,7 +222,7 @@ fn every_flipped_bit_of_a_sealed_file_is_noticed() {
         if sealed.verify(&file).is_err() {
             continue;
         }
-        let whole = scan(&file, header, Seq(0)).is_ok_and(|scanned| {
+        let whole = scan(&file, header, Seq(0), Seq(0)).is_ok_and(|scanned| {
             scanned.end == entries_end
                 && scanned.contents.stats() == sealed.stats()
                 && scanned.damaged.is_empty()
@@ -270,7 +270,7 @@ fn damage_of_a_piece_is_found_there_and_nowhere_else() {
         let file = SegmentFile::new(copy, "x".into());
         let header = file.header().expect("a header");
         assert!(file.entry(&header, Position(128)).is_err(), "byte {byte}");
-        let scanned = scan(&file, header, Seq(41)).expect("acknowledged and not lost");
+        let scanned = scan(&file, header, Seq(41), Seq(0)).expect("acknowledged and not lost");
         assert_eq!(scanned.damaged, [(Seq(40), Position(128))], "byte {byte}");
         match file.parts(&header, &long_extent()) {
             Err(error) => assert!(byte < payload, "byte {byte}: {error}"),
