@@ -264,25 +264,22 @@ impl Segment {
         Ok(())
     }
 
-    /// Reads `wanted` parts of the disk (in order, apart from each other) from the entry of an extent and hands
-    /// their bytes to `copy`, piece by piece; each was checked.
+    /// Reads parts of the disk (in order, apart from each other) from the entry at which their extents point and
+    /// hands their bytes to `copy`, piece by piece; each was checked.
+    ///
+    /// # Panics
+    /// When there are none.
     pub(crate) fn read_entry(
         &self,
-        extent: &Extent,
-        wanted: &[ByteRange],
+        parts_of: &[(Extent, ByteRange)],
         mut copy: impl FnMut(ByteRange, &[u8]),
     ) -> Result<(), LogError> {
+        let (extent, _) = &parts_of[0];
         let parts = self
             .cache
             .entry(self.key, extent.position, || Ok(self.file()?.parts(&self.header, extent)?))?;
-        assert_eq!(parts.header().seq, extent.seq, "one entry stands at a position for ever");
-        if let Some(part) = wanted.iter().find(|part| !parts.range().contains(**part)) {
-            return Err(LogError::Damaged {
-                file: self.storage.display(&self.path),
-                offset: extent.position.offset(),
-                what: format!("the index expects {part} in entry {}, it has {}", extent.seq, parts.range()),
-            });
-        }
+        self.check_extents(&parts, parts_of)?;
+        let wanted: Vec<ByteRange> = parts_of.iter().map(|(_, part)| *part).collect();
         let mut pieces: Vec<usize> = wanted.iter().flat_map(|part| parts.pieces_of(*part)).collect();
         pieces.dedup();
         for run in pieces.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(PIECES_AT_ONCE)) {
@@ -299,6 +296,27 @@ impl Segment {
             })?;
         }
         Ok(())
+    }
+
+    /// An index may say anything, and only one of its extents was looked at when the entry was read.
+    fn check_extents(&self, parts: &EntryParts, parts_of: &[(Extent, ByteRange)]) -> Result<(), LogError> {
+        let header = parts.header();
+        let fits = |(extent, part): &&(Extent, ByteRange)| {
+            (extent.seq, extent.version) == (header.seq, header.lsn) && parts.range().contains(*part)
+        };
+        let Some((extent, part)) = parts_of.iter().find(|wanted| !fits(wanted)) else { return Ok(()) };
+        Err(LogError::Damaged {
+            file: self.storage.display(&self.path),
+            offset: extent.position.offset(),
+            what: format!(
+                "the index expects {part} in entry {} at lsn {}, found entry {} at lsn {} with {}",
+                extent.seq,
+                extent.version,
+                header.seq,
+                header.lsn,
+                parts.range()
+            ),
+        })
     }
 
     /// Hands consecutive pieces to `take`, which says whether it used all of one; others are kept.

@@ -3,6 +3,7 @@
 //! Opening a view costs nothing; each read merges the indexes of the segments that have the range and
 //! reads only the entries it needs. Every payload is checked against the checksum from its capture.
 
+use backtide_segment::Extent;
 use backtide_units::{ByteCount, ByteRange, Lsn};
 use bytes::Bytes;
 
@@ -71,8 +72,9 @@ impl View {
         sourced.sort_by_key(|(source, range)| (entry(source), range.start()));
         for entry in sourced.chunk_by(|(a, _), (b, _)| entry(a) == entry(b)) {
             let (source, _) = entry[0];
-            let wanted: Vec<ByteRange> = entry.iter().map(|(_, part)| *part).collect();
-            source.segment.read_entry(&source.extent, &wanted, |part, bytes| {
+            let wanted: Vec<(Extent, ByteRange)> =
+                entry.iter().map(|(source, part)| (source.extent, *part)).collect();
+            source.segment.read_entry(&wanted, |part, bytes| {
                 let to = offset_in(range, part);
                 buffer[to..to + bytes.len()].copy_from_slice(bytes);
             })?;

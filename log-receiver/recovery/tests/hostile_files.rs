@@ -5,9 +5,9 @@ mod common;
 
 use std::{ops::Range, path::PathBuf, sync::Arc};
 
-use backtide_recovery::{DiskLog, LogError, Snapshot, inspect, salvage};
+use backtide_recovery::{DiskLog, Entry, LogError, LogOptions, Snapshot, inspect, salvage};
 use backtide_storage::{MemoryStorage, Storage};
-use backtide_units::{ByteOffset, ByteRange, CaptureTime, Lsn};
+use backtide_units::{ByteOffset, ByteRange, CaptureTime, Lsn, PayloadChecksum};
 
 use common::{Agent, Random, SayOnPanic, cache, directory, seeds};
 
@@ -152,4 +152,44 @@ fn any_field_with_a_right_checksum_is_read_without_a_panic() {
         }
         try_all(&harmed, options);
     }
+}
+
+#[test]
+fn an_index_that_points_to_another_entry_is_damage_and_no_panic() {
+    let mut agent = Agent::new(6, MemoryStorage::new()).expect("create");
+    agent.attach().expect("attach");
+    agent.settle().expect("settle");
+    agent.log.seal().expect("seal");
+    agent.sync().expect("sync");
+    // One segment for both.
+    agent.options = LogOptions::default();
+    agent.reopen().expect("open");
+    let before = agent.log.timeline().highest_lsn();
+    // Of several pieces, so that what is known of the newer entry is kept; the older one's extents are the same.
+    for lsn in 1..3 {
+        let payload = bytes::Bytes::from(vec![lsn as u8; 150_000]);
+        let checksum = PayloadChecksum::captured(crc32c::crc32c(&payload));
+        let range = ByteRange::between(ByteOffset(0), ByteOffset(150_000));
+        let (lsn, time) = (Lsn(before.0 + lsn), CaptureTime(9_000_000));
+        agent.log.append(Entry::Write { lsn, time, range, payload, checksum }).expect("append");
+    }
+    agent.log.seal().expect("seal");
+    agent.sync().expect("sync");
+    let (path, mut bytes) = agent.storage.files().into_iter().max().expect("a segment");
+    let trailer = bytes.len() - 144;
+    let index = u64_at(&bytes, trailer + 96) as usize;
+    let newer = u32_at(&bytes, index + 20);
+    for record in 0..u32_at(&bytes, trailer + 108) as usize {
+        bytes[index + record * 24 + 20..][..4].copy_from_slice(&newer.to_le_bytes());
+    }
+    let crc = crc32c::crc32c(&bytes[index..index + 4092]);
+    bytes[index + 4092..index + 4096].copy_from_slice(&crc.to_le_bytes());
+    agent.storage.open(&path).expect("open").write_at(ByteOffset(0), &bytes).expect("write");
+    agent.reopen().expect("open");
+    let range = ByteRange::between(ByteOffset(0), ByteOffset(150_000));
+    let mut read =
+        |lsn: u64| agent.log.snapshot().expect("snapshot").newest_view(Lsn(before.0 + lsn)).read(range);
+    assert!(read(2).expect("the newer one is sound").iter().all(|byte| *byte == 2));
+    let error = read(1).map(|bytes| bytes.len()).expect_err("the index says what is not so");
+    assert!(matches!(error, LogError::Damaged { .. }), "{error}");
 }
