@@ -215,14 +215,18 @@ impl Records {
         TrackingFile::create(&*self.storage, &tracking_path(disk), limits, size, snapshot)
     }
 
-    /// Removes the tracking file, durably: everything will be compared.
+    /// Removes the tracking file, durably: everything will be compared. Where somebody has removed the
+    /// whole state directory there is nothing left to remove.
     pub(crate) fn discard_tracking(&self, disk: &DiskName) -> io::Result<()> {
+        let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
         match self.storage.remove(&tracking_path(disk)) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+            Err(error) if !gone(&error) => return Err(error),
+            Ok(()) | Err(_) => {}
         }
-        self.storage.sync_dir(&PathBuf::new())
+        match self.storage.sync_dir(&PathBuf::new()) {
+            Err(error) if gone(&error) => Ok(()),
+            result => result,
+        }
     }
 }
 

@@ -150,3 +150,21 @@ fn an_older_copy_in_the_place_of_the_image_is_compared_whole() {
     disk.latest_is_the_image();
     assert!(looked_at(&disk.status()) >= 48 << 20, "{}", disk.status());
 }
+
+#[test]
+fn a_state_directory_that_is_removed_costs_the_guest_no_write() {
+    let bench = Bench::new();
+    let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
+    assert_eq!(agent.stop(), 0);
+    let mut agent = bench.agent();
+    agent.may_complain("the tracking file cannot be written");
+    agent.may_complain("cannot save the disk's record");
+    agent.may_complain("tracking could not be saved");
+    disk.settle();
+    std::fs::remove_dir_all(bench.path("state")).unwrap();
+    disk.qemu_io(&["write -P 0x11 0 1M", "write -P 0x22 40M 1M", "flush"]);
+    disk.latest_is_the_image();
+    let log = agent.log();
+    assert!(log.contains("after a crash the whole disk will be compared"), "{log}");
+    agent.kill();
+}
