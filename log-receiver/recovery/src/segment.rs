@@ -154,7 +154,7 @@ impl Segment {
     }
 
     fn block(&self, sealed: &SealedSegment, number: u32) -> Result<IndexBlock, LogError> {
-        let load = || Ok(IndexPart::Block(sealed.block(&self.file()?, number)?));
+        let load = || Ok(IndexPart::Block(sealed.block(&self.file()?, &*self.guide(sealed)?, number)?));
         match self.cache.part(self.key, PartName::Block(number), load)? {
             IndexPart::Block(block) => Ok(block),
             IndexPart::Buckets(_) | IndexPart::Guide(_) => unreachable!("a part has one kind"),

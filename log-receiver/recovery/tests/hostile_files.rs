@@ -193,3 +193,32 @@ fn an_index_that_points_to_another_entry_is_damage_and_no_panic() {
     let error = read(1).map(|bytes| bytes.len()).expect_err("the index says what is not so");
     assert!(matches!(error, LogError::Damaged { .. }), "{error}");
 }
+
+#[test]
+fn an_index_out_of_order_is_damage_and_hides_nothing() {
+    let (mut files, options) = files();
+    files.retain(|(path, _)| path.extension().is_some_and(|extension| extension == "seg"));
+    let index_of = |bytes: &[u8]| {
+        let trailer = bytes.len().checked_sub(144).filter(|at| &bytes[*at..at + 8] == b"BKTDEND\n")?;
+        (u32_at(bytes, trailer + 108) > 2).then(|| u64_at(bytes, trailer + 96) as usize)
+    };
+    let (path, index) =
+        files.iter().find_map(|(path, bytes)| Some((path.clone(), index_of(bytes)?))).expect("an index");
+    // The first two extents change places, in the block alone: then it begins with another key than its fence, and
+    // its keys do not ascend.
+    let storage = MemoryStorage::new();
+    storage.create_dir(&directory().join("segments")).expect("create dir");
+    for (name, content) in &mut files {
+        if *name == path {
+            let (first, second) = content[index..index + 48].split_at_mut(24);
+            first.swap_with_slice(second);
+            let crc = crc32c::crc32c(&content[index..index + 4092]);
+            content[index + 4092..index + 4096].copy_from_slice(&crc.to_le_bytes());
+        }
+        storage.create_new(name).expect("create").write_at(ByteOffset(0), content).expect("write");
+    }
+    let (mut log, _) = DiskLog::open(Arc::new(storage), directory(), options, &cache()).expect("open");
+    let whole = log.snapshot().expect("snapshot").newest_view(Lsn::MAX).read(common::whole());
+    let error = whole.map(|bytes| bytes.len()).expect_err("damage");
+    assert!(error.to_string().contains(".seg is damaged at byte"), "{error}");
+}

@@ -4,7 +4,7 @@ use backtide_units::{CaptureTime, Lsn};
 use bytes::{Buf, Bytes};
 
 use crate::{
-    Bucket, ExtentKey, Position, SEGMENT_HEADER_LENGTH, SegmentHeader, Seq, Stretch,
+    Bucket, ExtentKey, IndexBlock, Position, SEGMENT_HEADER_LENGTH, SegmentHeader, Seq, Stretch,
     footer::{FENCE_LENGTH, STRETCH_LENGTH},
 };
 
@@ -20,6 +20,15 @@ impl Guide {
     /// The block in which a walk from `key` begins.
     pub fn block_of(&self, key: ExtentKey) -> u32 {
         (self.fences.partition_point(|fence| *fence <= key) as u32).saturating_sub(1)
+    }
+
+    /// Whether a block is the one that this says: look-ups go by the fences alone, so a block that begins elsewhere,
+    /// or reaches into the next, would hide what it holds.
+    pub(crate) fn is_block(&self, number: u32, block: &IndexBlock) -> bool {
+        let fence = |number: usize| self.fences.get(number).copied();
+        let Some(last) = block.len().checked_sub(1) else { return false };
+        let number = number as usize;
+        fence(number) == Some(block.get(0).0) && fence(number + 1).is_none_or(|next| block.get(last).0 < next)
     }
 
     /// The stretches of entries, in order; they adjoin.

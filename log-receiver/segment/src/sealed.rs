@@ -130,20 +130,26 @@ impl SealedSegment {
         self.sections.blocks
     }
 
-    /// Reads one index block.
+    /// Reads one index block, which must be the one that the guide says.
     ///
     /// # Errors
     /// [`SegmentError::Damaged`] or the file's.
     ///
     /// # Panics
     /// When there is no such block.
-    pub fn block(&self, file: &SegmentFile, number: u32) -> Result<IndexBlock, SegmentError> {
+    pub fn block(&self, file: &SegmentFile, guide: &Guide, number: u32) -> Result<IndexBlock, SegmentError> {
         assert!(number < self.sections.blocks, "block {number} of {}", self.sections.blocks);
         let at = self.sections.entries_end + u64::from(number) * BLOCK_LENGTH as u64;
         let mut bytes = vec![0; BLOCK_LENGTH];
         file.read_exact(at, &mut bytes)?;
-        IndexBlock::decode(bytes.into(), self.header.first_seq)
-            .ok_or_else(|| file.damaged(at, format!("the checksum of index block {number} is wrong")))
+        let block = IndexBlock::decode(bytes.into(), self.header.first_seq)
+            .ok_or_else(|| file.damaged(at, format!("index block {number} is not what was written")))?;
+        if !guide.is_block(number, &block) {
+            return Err(
+                file.damaged(at, format!("index block {number} is not the one that the guide expects"))
+            );
+        }
+        Ok(block)
     }
 
     /// Reads and checks every part of the footer: the trailer alone does not say that the parts before it
@@ -152,10 +158,10 @@ impl SealedSegment {
     /// # Errors
     /// [`SegmentError::Damaged`] for the first part that is not whole, or the file's.
     pub fn verify(&self, file: &SegmentFile) -> Result<(), SegmentError> {
+        let guide = self.guide(file)?;
         for number in 0..self.sections.blocks {
-            self.block(file, number)?;
+            self.block(file, &guide, number)?;
         }
-        self.guide(file)?;
         self.summary(file)?;
         self.disk_blocks(file).map(|_| ())
     }
