@@ -13,7 +13,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
-use backtide_segment::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId};
+use backtide_segment::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId, Seq};
 use backtide_storage::{Storage, StorageFile};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
@@ -185,6 +185,11 @@ impl Sealed {
     /// Which segment.
     pub(crate) fn id(&self) -> SegmentId {
         self.footer.header().id
+    }
+
+    /// Its last entry.
+    pub(crate) fn last(&self) -> Seq {
+        Seq(self.footer.stats().next_seq.0 - 1)
     }
 
     /// The file's length.

@@ -354,6 +354,7 @@ impl DiskLog {
         self.poison_on_failure(result)?;
         self.unsynced.retain(|(_, change)| *change > outcome.change);
         self.change_durable = self.change_durable.max(outcome.change);
+        self.rotation.note_durable(outcome.change);
         if outcome.through.seq > self.durable.seq {
             self.durable = outcome.through;
         }

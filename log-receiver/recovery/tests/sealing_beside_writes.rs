@@ -4,7 +4,7 @@ mod common;
 
 use std::{path::PathBuf, sync::Arc};
 
-use backtide_recovery::{DiskLog, LogOptions, SegmentId};
+use backtide_recovery::{DiskLog, LogOptions, SegmentId, Seq};
 use backtide_storage::{MemoryStorage, OperationCounts, Storage};
 use backtide_units::{ByteCount, ByteOffset, Lsn};
 
@@ -140,6 +140,44 @@ fn nothing_behind_a_segment_that_waits_is_claimed_durable() {
     assert!(agent.log.appended() >= acknowledged);
     assert!(agent.log.timeline().offers(promised));
     agent.model.check(&mut agent.log);
+}
+
+#[test]
+fn nothing_behind_a_segment_sealed_on_the_spot_is_claimed_before_its_footer_is_durable() {
+    let storage = MemoryStorage::new();
+    let mut agent = in_sync(&storage);
+    agent.log.seal().expect("seal");
+    agent.write().expect("write");
+    agent.sync().expect("sync");
+    fill(&mut agent, &storage);
+    // It has work to do, so the next segment that is full waits, and a ticket beside it has none.
+    let busy = agent.log.ticket().expect("ticket").expect("something to sync");
+    let waits = agent.log.segment_count();
+    agent.log.seal().expect("seal");
+    let last = agent.log.appended();
+    agent.write().expect("write");
+    let beside = agent.log.ticket().expect("ticket").expect("something to sync").sync();
+    assert!(!is_sealed(&storage, waits), "the first ticket has the work");
+    drop(busy);
+    agent.log.seal().expect("seal");
+    assert!(is_sealed(&storage, waits), "sealed on the spot");
+    let durable = agent.log.synced(beside).expect("synced");
+    assert!(durable.seq > last, "the entry behind it is durable, its footer is not");
+    agent.write().expect("write");
+    agent.log.snapshot().expect("it is in the file");
+    let claimed = synced_of(&storage, agent.log.segment_count());
+    assert!(claimed <= last, "{claimed} of {last}");
+    agent.sync().expect("sync");
+    agent.log.seal().expect("seal");
+    agent.write().expect("write");
+    assert!(synced_of(&storage, agent.log.segment_count()) > last, "and then it is");
+}
+
+/// What the header of a segment claims to be durable.
+fn synced_of(storage: &MemoryStorage, number: usize) -> Seq {
+    let path = segment_path(number);
+    let file = storage.open(&path).expect("a segment");
+    backtide_segment::SegmentFile::new(file, path).header().expect("a header").synced
 }
 
 #[test]

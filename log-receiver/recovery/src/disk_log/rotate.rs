@@ -5,8 +5,8 @@
 //!   open ────────▶ waiting ──────────────────────────────────────────────▶ sealed
 //! ```
 //! The thread that owns the log only moves a full segment aside and goes on in the next, whose file an earlier
-//! ticket made. Invariant: as long as a segment waits, no entry and no header claims anything behind it to be durable
-//! ([`DiskLog::claimable`]), for that is what recovery trusts a footer by.
+//! ticket made. Invariant: as long as a segment waits, or its footer is not known durable, no entry and no header claims
+//! anything behind it to be durable ([`DiskLog::claimable`]), for that is what recovery trusts a footer by.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -29,6 +29,9 @@ const WAITING_MAX: usize = 4;
 #[derive(Default)]
 pub(super) struct Rotation {
     waiting: VecDeque<Waiting>,
+    /// The change that sealed a segment on the spot, and its last entry, until a ticket that covers it is back: one
+    /// taken before makes entries behind it durable, not its footer.
+    on_the_spot: VecDeque<(u64, Seq)>,
     away: Away,
     gate: Gate,
     spare: Option<Spare>,
@@ -48,6 +51,11 @@ impl Rotation {
     pub(super) fn bytes(&self) -> ByteCount {
         ByteCount(self.waiting.iter().map(|waiting| waiting.end.0).sum())
     }
+
+    /// Forgets the segments whose footers are durable now that everything up to `change` is.
+    pub(super) fn note_durable(&mut self, change: u64) {
+        self.on_the_spot.retain(|(sealed, _)| *sealed > change);
+    }
 }
 
 impl DiskLog {
@@ -58,8 +66,10 @@ impl DiskLog {
 
     /// The newest entry that may be claimed durable.
     pub(super) fn claimable(&self) -> Seq {
-        let first = self.rotation.waiting.front();
-        first.map_or(self.durable.seq, |first| self.durable.seq.min(first.last))
+        let waiting = self.rotation.waiting.front().map(|waiting| waiting.last);
+        let on_the_spot = self.rotation.on_the_spot.front().map(|(_, last)| *last);
+        let first = [waiting, on_the_spot].into_iter().flatten().min();
+        first.map_or(self.durable.seq, |first| self.durable.seq.min(first))
     }
 
     /// Moves the open segment aside, to be sealed.
@@ -84,6 +94,7 @@ impl DiskLog {
             self.unsynced.push((Arc::clone(job.file.file()), self.change));
             let sealed = job.run().map_err(LogError::from);
             let sealed = self.poison_always(sealed)?;
+            self.rotation.on_the_spot.push_back((self.change, sealed.last()));
             // Not durable before the next ticket, which is before any later entry.
             let done = Done::of(sealed);
             done.publish();
