@@ -122,6 +122,8 @@ struct Disk {
 struct Life {
     file: TrackingFile,
     image: PathBuf,
+    /// As counted at the last sign.
+    changes: u64,
 }
 
 impl Life {
@@ -184,7 +186,7 @@ impl Disk {
             Behind::Nbd(uri, size) => (Local::Nbd(NbdDisk::connect(uri, size).await?), None),
         };
         let tracking = Tracking { file: tracking, records: records.clone(), disk: record.name.clone() };
-        let life = Life { file: tracking.file.clone(), image: PathBuf::from(&record.image) };
+        let life = Life { file: tracking.file.clone(), image: PathBuf::from(&record.image), changes: 0 };
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
         let rate = record.limits.resync_bytes_per_second_max;
         engine.happen(|filter, _| {
@@ -318,7 +320,10 @@ impl Disk {
     async fn keep_house(&mut self) {
         let status = self.engine.look(Filter::status);
         self.rate.sample(&status);
-        if self.server.connections() > 0 {
+        let changes = status.counters.records + status.counters.failed_changes;
+        // Clients may come and go between two looks.
+        if self.server.connections() > 0 || changes != self.life.changes {
+            self.life.changes = changes;
             self.life.renew(self.record.name.as_str()).await;
         }
         let acked = self.engine.look(Filter::acked_durable);
