@@ -63,6 +63,8 @@ pub(crate) struct Loss {
     pub(crate) why: String,
     /// The last entry that is left.
     pub(crate) end: Seq,
+    /// A pass has begun since: as the agent was told of the loss, that pass compares everything.
+    pub(crate) compared: bool,
 }
 
 struct Failed {
@@ -187,6 +189,13 @@ impl Disk {
         (log.appended() == loss.end).then_some(loss.why.as_str())
     }
 
+    /// Why nothing that the agent believes of this log may be relied on: acknowledged bytes are missing at
+    /// its end, and no pass has compared everything since.
+    pub(crate) fn uncompared_loss(&self) -> Option<&str> {
+        let Log::Open(_, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
+        (!loss.compared).then_some(loss.why.as_str())
+    }
+
     /// The newest attach that any log of this disk is known to have, also one that is out of use.
     pub fn attached(&self) -> Option<&Attached> {
         let (taken, left) = match &self.log {
@@ -255,12 +264,14 @@ impl Disk {
     /// do, or when the log just failed (see [`Disk::failure`]). Run [`CommitTicket::sync`] where
     /// blocking is fine, then hand its outcome to [`Disk::synced`].
     pub fn ticket(&mut self) -> Option<CommitTicket> {
+        // As long as a loss is not made good, the mark that told of it stays for the next start.
+        let lossy = self.uncompared_loss().is_some();
         let Log::Open(log, mark) = &mut self.log else { return None };
         match log.ticket() {
             Ok(ticket) => ticket.map(|ticket| CommitTicket {
                 opened: self.opened,
                 ticket,
-                watermark: mark.watermark.clone(),
+                watermark: mark.watermark.clone().filter(|_| !lossy),
                 watch: mark.watch.clone(),
             }),
             Err(error) => {
@@ -352,12 +363,16 @@ impl Disk {
     }
 
     pub(crate) fn append(&mut self, entry: Entry, payload: ByteCount) -> Result<Seq, DiskError> {
-        let log = match &mut self.log {
-            Log::Open(log, _) => log,
+        let (log, mark) = match &mut self.log {
+            Log::Open(log, mark) => (log, mark),
             Log::Failed(failed) => return Err(DiskError::Store(failed.failure.why.clone())),
         };
+        let begins_pass = matches!(entry, Entry::PassBegin { .. });
         match log.append(entry) {
             Ok(seq) => {
+                if let (true, Some(loss)) = (begins_pass, &mut mark.loss) {
+                    loss.compared = true;
+                }
                 self.note_waiting(seq, ByteCount(payload.0 + ENTRY_HEADER_BYTES));
                 Ok(seq)
             }

@@ -194,8 +194,14 @@ impl Disks {
             self.shelf.remember(disk);
         }
         let history = disk.history().expect("the log is open: it took the claim");
+        let loss = disk.uncompared_loss();
+        if let Some(why) = loss {
+            tracing::warn!(disk = %hello.disk, why, "the agent is told to compare everything");
+        }
         let state = match hello.history {
             _ if fresh => ReceiverState::New,
+            // The agent's bitmap knows nothing of what was lost after it had been acknowledged.
+            Some(_) if loss.is_some() => ReceiverState::Foreign,
             Some(named) if named == history => ReceiverState::Known,
             Some(_) | None => ReceiverState::Foreign,
         };

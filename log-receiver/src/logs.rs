@@ -146,7 +146,7 @@ impl Shelf {
                 found.lsn
             );
             tracing::error!(%disk, why, "acknowledged bytes are lost");
-            Loss { why, end: found.seq }
+            Loss { why, end: found.seq, compared: false }
         });
         LogMark { watermark, watch: self.watch.clone(), loss }
     }

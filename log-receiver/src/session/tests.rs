@@ -3,5 +3,6 @@
 mod fencing;
 mod fixture;
 mod handshake;
+mod loss;
 mod streaming;
 mod table;
