@@ -16,7 +16,7 @@ use std::{
 use backtide_export::{BindError, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server};
 use backtide_receiver_api::{ApiError, DiskRef, ErrorCode, Mount, Mounts};
 use backtide_recovery::{TimedLsn, View, time_text};
-use backtide_units::{CaptureTime, DiskName};
+use backtide_units::{ByteCount, CaptureTime, DiskName};
 use tokio::{
     runtime::Builder,
     sync::{mpsc, oneshot},
@@ -73,6 +73,8 @@ struct Mounted {
     id: String,
     disk: DiskRef,
     at: TimedLsn,
+    /// The disk's size at that point.
+    size: ByteCount,
     uri: NbdUri,
     since: CaptureTime,
     server: Server,
@@ -174,12 +176,13 @@ impl Table {
         };
         let listener = Listener::bind_uri(&wanted).await.map_err(|error| bind_error(&error))?;
         let uri = NbdUri { address: listener.address().clone(), ..wanted };
+        let size = plan.view.disk_size();
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));
         let export = PointExport::new(&uri.export, description, plan.view, self.readers.clone());
         let server = listener.serve(Rc::new(OneExport(Rc::new(export))), Limits::default());
         tracing::info!(mount = id, disk = %plan.disk.uuid, lsn = %plan.at.lsn, %uri, "mounted");
         let mounted =
-            Mounted { id: id.clone(), disk: plan.disk, at: plan.at, uri, since: clock::now(), server };
+            Mounted { id: id.clone(), disk: plan.disk, at: plan.at, size, uri, since: clock::now(), server };
         let answer = mounted.describe();
         self.mounted.borrow_mut().insert(id.clone(), mounted);
         if plan.temporary {
@@ -230,7 +233,7 @@ impl Mounted {
             uri: self.uri.to_string(),
             lsn: self.at.lsn,
             time: self.at.time,
-            size: self.disk.size,
+            size: self.size,
             mounted: self.since,
             clients: u32::try_from(self.server.connections()).unwrap_or(u32::MAX),
         }

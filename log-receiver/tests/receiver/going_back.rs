@@ -3,9 +3,9 @@
 use std::{fs, path::Path, process::Command};
 
 use backtide_log_receiver::Receiver;
-use backtide_protocol::Message;
+use backtide_protocol::{Hello, Message};
 use backtide_receiver_api::{ApiError, DiffRequest, ErrorCode, Mount, MountRequest, UnavailablePoint};
-use backtide_units::{DiskName, Lsn, Reason};
+use backtide_units::{ByteCount, DiskName, Lsn, Reason};
 
 use crate::{agent::*, fixture::*};
 
@@ -289,5 +289,25 @@ async fn a_temporary_mount_ends_with_its_client() {
     drop(nbd);
     while api.mounts().await.unwrap().mounts.len() > 1 {}
     assert_eq!(api.mounts().await.unwrap().mounts[0].id, kept.id, "others stay");
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_mount_of_a_disk_that_has_grown_tells_the_size_it_serves() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    agent.all_durable().await;
+    let size = ByteCount(DISK_BYTES * 2);
+    let grown = Hello { history: Some(first.history), size, next_lsn: Lsn(6), ..hello(1, "vm1") };
+    let (mut agent, _) = Agent::welcomed(&receiver, grown).await;
+    agent.send(&write(6, DISK_BYTES, vec![6; 4096])).await;
+    agent.all_durable().await;
+    let api = client(&receiver);
+    for (at, expected) in [("lsn:5", ByteCount(DISK_BYTES)), ("lsn:6", size)] {
+        let mount = api.mount(&request(at, None)).await.unwrap();
+        assert_eq!((mount.size, mount.disk.size), (expected, size), "{at}");
+    }
     receiver.shutdown().await;
 }
