@@ -377,8 +377,11 @@ impl Disk {
                 Ok(seq)
             }
             Err(AppendError::Invalid(invalid)) => Err(DiskError::Invalid(invalid.to_string())),
-            // Nothing was written: the log itself is sound and goes on when there is space again.
-            Err(AppendError::Log(error @ LogError::Full { .. })) => Err(DiskError::Store(chain(&error))),
+            // Nothing was written: the log itself is sound and goes on when there is space again. Where
+            // a segment could not be closed that is not so, and only opening it again helps.
+            Err(AppendError::Log(error @ LogError::Full { .. })) if !log.is_poisoned() => {
+                Err(DiskError::Store(chain(&error)))
+            }
             Err(AppendError::Log(error)) => {
                 let failure = Failure::from(&error);
                 self.fail(failure.clone());

@@ -23,6 +23,7 @@ pub(super) const TIME: CaptureTime = CaptureTime(1_000_000);
 pub(super) struct Bench {
     pub(super) storage: MemoryStorage,
     pub(super) disks: Disks,
+    log: LogOptions,
     connections: u64,
 }
 
@@ -46,15 +47,20 @@ pub(super) enum Seen {
 
 impl Bench {
     pub(super) fn new() -> Self {
+        Self::with(LogOptions::default())
+    }
+
+    /// With these limits of each log.
+    pub(super) fn with(log: LogOptions) -> Self {
         let storage = MemoryStorage::new();
-        let disks = open(&storage);
-        Self { storage, disks, connections: 0 }
+        let disks = open(&storage, log);
+        Self { storage, disks, log, connections: 0 }
     }
 
     /// The process ends and starts again; nothing written is lost.
     pub(super) fn restart(&mut self) {
         self.storage.kill_handles();
-        self.disks = open(&self.storage);
+        self.disks = open(&self.storage, self.log);
     }
 
     pub(super) fn connect(&mut self) -> Peer {
@@ -91,11 +97,11 @@ impl Bench {
     }
 }
 
-fn open(storage: &MemoryStorage) -> Disks {
+fn open(storage: &MemoryStorage, log: LogOptions) -> Disks {
     let histories = AtomicU64::new(1);
     let shelf = Shelf {
         storage: Arc::new(storage.clone()),
-        log: LogOptions::default(),
+        log,
         cache: LogCache::new(Default::default()),
         names: Arc::new(Names::new()),
         space_floor: ByteCount(64 * 1024),

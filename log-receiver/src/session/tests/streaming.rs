@@ -3,10 +3,12 @@
 use std::cell::Cell;
 
 use backtide_protocol::{CloseCode, Compare, CompareItem, CompareResult, Content, Hello, Message};
+use backtide_recovery::LogOptions;
+use backtide_storage::Storage;
 use backtide_units::{ByteCount, Epoch, Lsn};
 
 use super::fixture::*;
-use crate::{Disk, Effect};
+use crate::{Disk, DiskError, Effect, entries};
 
 /// In sync, the log at LSN 5, everything durable and acknowledged up to frame 3.
 fn in_sync(bench: &mut Bench) -> Peer {
@@ -244,4 +246,20 @@ fn a_compare_that_nobody_waits_for_stops_within_a_long_range() {
     assert_eq!(stopped_after(10), (None, 11), "within the first item");
     let all = 2 * (1 + WINDOWS);
     assert_eq!(stopped_after(all), (Some(CompareResult { id: 1, differing: vec![] }), all));
+}
+
+#[test]
+fn a_log_that_a_full_device_has_torn_is_out_of_use() {
+    let mut bench = Bench::with(LogOptions { buffer_bytes_max: ByteCount(4096), ..LogOptions::default() });
+    in_sync(&mut bench);
+    // A file system that does not keep what it has reserved.
+    let files = bench.storage.files().into_iter();
+    let (path, _) =
+        files.clone().find(|(path, _)| path.extension().is_some_and(|name| name == "seg")).unwrap();
+    bench.storage.open(&path).unwrap().set_len(ByteCount(512)).unwrap();
+    bench.storage.set_capacity(Some(bench.storage.used()));
+    let Message::Record(record) = write_at(6, 5, 0, &[6; 65536]) else { panic!("no record") };
+    let refused = the_disk(&mut bench).append(entries::record(record), ByteCount(65536));
+    assert!(matches!(refused, Err(DiskError::Store(_))));
+    assert!(the_disk(&mut bench).failure().is_some(), "part of the entry may be in the file");
 }
