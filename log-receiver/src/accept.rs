@@ -1,7 +1,8 @@
 //! Accepts agents, waits for their first message, and sends each to the thread that owns its disk.
 //!
 //! Invariants: an agent that says nothing has a few seconds; the number of connections, greeted or
-//! not, is bounded; what was read beyond the first message travels along.
+//! not, is bounded, and so is the memory of one that is not greeted; what was read beyond the first
+//! message travels along.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -13,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_protocol::{Decoder, Message, Sequenced, encode};
+use backtide_protocol::{Decoder, Message, PAYLOAD_BYTES_MAX, Sequenced, encode};
 use backtide_units::DiskId;
 use tokio::{
     io::AsyncWriteExt,
@@ -29,6 +30,9 @@ use crate::{
 
 /// How long an agent may take for its first message.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The longest first message: memory of a peer of whom nothing is known yet. A hello has less than this.
+const FIRST_PAYLOAD_BYTES_MAX: u64 = 64 * 1024;
 
 /// How long the accept loop waits after an error that is not about one connection, such as too
 /// many open files.
@@ -140,10 +144,13 @@ impl Door {
 /// Reads until the first message is there; none when the agent leaves before, or sends what is no
 /// stream and is told so.
 async fn greet(mut stream: Stream) -> io::Result<Option<(Stream, Decoder, Sequenced)>> {
-    let mut decoder = Decoder::new();
+    let mut decoder = Decoder::limited(FIRST_PAYLOAD_BYTES_MAX);
     loop {
         match decoder.next_message() {
-            Ok(Some(first)) => return Ok(Some((stream, decoder, first))),
+            Ok(Some(first)) => {
+                decoder.limit(PAYLOAD_BYTES_MAX);
+                return Ok(Some((stream, decoder, first)));
+            }
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(%error, "a peer was refused");

@@ -44,6 +44,11 @@ impl Decoder {
         Self { buffer: BytesMut::new(), header: None, next_seq: 1, payload_bytes_max, failed: false }
     }
 
+    /// The peer has said who it is: from here on it may send payloads as long as this.
+    pub fn limit(&mut self, payload_bytes_max: u64) {
+        self.payload_bytes_max = payload_bytes_max;
+    }
+
     /// Where the driver appends what it read; there is room for a useful read, and for the rest of
     /// the frame that is arriving.
     pub fn buffer(&mut self) -> &mut BytesMut {

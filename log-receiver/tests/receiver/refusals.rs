@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::net::UnixListener};
 
-use backtide_protocol::{CloseCode, Hello, Message};
+use backtide_protocol::{CloseCode, Hello, Message, encode};
 
 use crate::{agent::*, fixture::*};
 
@@ -90,4 +90,23 @@ async fn an_address_in_use_is_named_and_a_stale_socket_is_replaced() {
     let why = place.refusal(place.config()).await;
     assert!(why.contains("there is a file of that name that is no socket"), "{why}");
     assert_eq!(fs::read_to_string(place.path("run/stream.sock")).unwrap(), "precious");
+}
+
+#[tokio::test]
+async fn who_has_not_said_hello_is_given_little_memory() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let mut stranger = Agent::connect(&receiver).await;
+    let (header, _) = encode(1, &write(6, 0, vec![6; 1 << 20]));
+    stranger.send_raw(&header).await;
+    // The header alone is enough: what it announces is not waited for.
+    let closed = stranger.closed().await;
+    assert_eq!(closed.code, CloseCode::Invalid);
+    assert!(closed.message.contains("65536"), "{closed:?}");
+    // An agent that has said hello may send that much.
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    agent.send(&write(6, 0, vec![6; 1 << 20])).await;
+    agent.all_durable().await;
+    receiver.shutdown().await;
 }
