@@ -118,7 +118,10 @@ impl Connection {
     async fn serve(&mut self, mut duplex: Duplex, first: Sequenced, wakeup: &Wakeup) -> io::Result<()> {
         self.take(first);
         self.take_decoded();
-        let mut beat = tokio::time::interval(self.ingest.ping_interval);
+        // The first beat is due after an interval of silence: one at once may be a little late, and meet a
+        // record that has just come.
+        let interval = self.ingest.ping_interval;
+        let mut beat = tokio::time::interval_at(tokio::time::Instant::now() + interval, interval);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !self.ending {
             let may_read = self.may_read();
