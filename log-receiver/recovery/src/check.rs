@@ -177,7 +177,8 @@ fn check_segment(
     check_footer(segment, &file, checked)
 }
 
-/// A footer that cannot be read is built again when the log is opened, but it is damage all the same.
+/// A trailer or summary that is damaged is built again when the log is opened, but it is damage all the same. So are the
+/// other parts, which opening does not read where a later segment says that the footer was durable.
 fn check_footer(segment: &Segment, file: &SegmentFile, checked: &mut Checked) -> Result<(), LogError> {
     if !segment.is_sealed() {
         return Ok(());

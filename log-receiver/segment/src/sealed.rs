@@ -1,7 +1,8 @@
 //! Reading the footer of a sealed segment.
 //!
-//! A footer that is not whole makes the segment one that is not sealed, never an error: the entries
-//! are the truth and the footer is built again from them. Its parts are read when they are asked for, index blocks
+//! A footer whose trailer or summary is not whole makes the segment one that is not sealed, never an error: the entries
+//! are the truth and the footer is built again from them. Damage of its other parts is found when they are read, and is
+//! an error there. Its parts are read when they are asked for, index blocks
 //! one by one: what stays in memory of a sealed segment does not depend on what it holds.
 
 use backtide_units::{ByteCount, ByteOffset, CaptureTime, Lsn};
