@@ -28,6 +28,7 @@ mod changes;
 mod clock;
 mod config;
 mod facts;
+mod findings;
 mod fsck;
 mod mounts;
 mod point_export;

@@ -25,7 +25,8 @@ use tokio::{
 
 use crate::{
     clock,
-    point_export::{OneExport, PointExport},
+    findings::Findings,
+    point_export::{OneExport, PointExport, Reading},
     pool::Pool,
 };
 
@@ -80,37 +81,33 @@ struct Mounted {
     server: Server,
 }
 
+/// What all mounts have in common.
+pub(crate) struct Serving {
+    /// Sockets are made here.
+    pub(crate) run_dir: PathBuf,
+    pub(crate) mounts_max: usize,
+    pub(crate) readers: Pool,
+    pub(crate) nbd_tls: Option<NbdTls>,
+    /// Where damage is noted that a read meets.
+    pub(crate) findings: Findings,
+}
+
 struct Table {
     /// Mounts that are being made.
     begun: Cell<usize>,
-    run_dir: PathBuf,
-    mounts_max: usize,
-    readers: Pool,
-    nbd_tls: Option<NbdTls>,
+    serving: Serving,
     mounted: RefCell<BTreeMap<String, Mounted>>,
     /// The last number used for each disk's name.
     numbers: RefCell<BTreeMap<DiskName, u64>>,
 }
 
-/// Starts the mounts' thread; sockets are made in `run_dir`.
-pub(crate) fn start(
-    run_dir: PathBuf,
-    mounts_max: usize,
-    readers: Pool,
-    nbd_tls: Option<NbdTls>,
-) -> io::Result<MountThread> {
+/// Starts the mounts' thread.
+pub(crate) fn start(serving: Serving) -> io::Result<MountThread> {
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let body = move || {
-        let table = Table {
-            begun: Cell::new(0),
-            run_dir,
-            mounts_max,
-            readers,
-            nbd_tls,
-            mounted: RefCell::default(),
-            numbers: RefCell::default(),
-        };
+        let table =
+            Table { begun: Cell::new(0), serving, mounted: RefCell::default(), numbers: RefCell::default() };
         LocalSet::new().block_on(&runtime, Rc::new(table).serve(inbox));
     };
     let thread = std::thread::Builder::new().name("mounts".to_owned()).spawn(body)?;
@@ -153,8 +150,8 @@ impl Table {
     }
 
     async fn mount(self: &Rc<Self>, plan: Plan) -> Result<Mount, ApiError> {
-        if self.mounted.borrow().len() + self.begun.get() >= self.mounts_max {
-            let why = format!("the receiver has its limit of {} mounts", self.mounts_max);
+        if self.mounted.borrow().len() + self.begun.get() >= self.serving.mounts_max {
+            let why = format!("the receiver has its limit of {} mounts", self.serving.mounts_max);
             return Err(ApiError::new(ErrorCode::Busy, why).with_hint("end one: backtide unmount ID"));
         }
         self.begun.set(self.begun.get() + 1);
@@ -166,11 +163,11 @@ impl Table {
     async fn serve_point(self: &Rc<Self>, plan: Plan) -> Result<Mount, ApiError> {
         let id = self.next_id(&plan.disk.name);
         let wanted = plan.uri.unwrap_or_else(|| NbdUri {
-            address: NbdAddress::Unix(self.run_dir.join(format!("{id}.sock"))),
+            address: NbdAddress::Unix(self.serving.run_dir.join(format!("{id}.sock"))),
             export: id.clone(),
             tls: None,
         });
-        let wanted = match &self.nbd_tls {
+        let wanted = match &self.serving.nbd_tls {
             Some(tls) => tls.unless_told(wanted),
             None => wanted,
         };
@@ -178,7 +175,9 @@ impl Table {
         let uri = NbdUri { address: listener.address().clone(), ..wanted };
         let size = plan.view.disk_size();
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));
-        let export = PointExport::new(&uri.export, description, plan.view, self.readers.clone());
+        let Serving { readers, findings, .. } = &self.serving;
+        let reading = Reading { disk: plan.disk.uuid, readers: readers.clone(), findings: findings.clone() };
+        let export = PointExport::new(&uri.export, description, plan.view, reading);
         let server = listener.serve(Rc::new(OneExport(Rc::new(export))), Limits::default());
         tracing::info!(mount = id, disk = %plan.disk.uuid, lsn = %plan.at.lsn, %uri, "mounted");
         let mounted =

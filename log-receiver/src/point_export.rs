@@ -8,9 +8,9 @@ use std::rc::Rc;
 
 use backtide_export::{Command, Export, ExportInfo, ExportSummary, Exports, Extent, NbdError, Reply};
 use backtide_recovery::{Allocation, LogError, View};
-use backtide_units::{ByteCount, ByteRange};
+use backtide_units::{ByteCount, ByteRange, DiskId};
 
-use crate::{disk::chain, pool::Pool};
+use crate::{disk::chain, findings::Findings, pool::Pool};
 
 /// One question for block status looks no further than this.
 const STATUS_BYTES_MAX: u64 = 1 << 30;
@@ -22,14 +22,22 @@ const EXTENTS_MAX: usize = 4096;
 pub(crate) struct PointExport {
     info: ExportInfo,
     view: View,
-    readers: Pool,
+    reading: Reading,
+}
+
+/// How a point is read.
+pub(crate) struct Reading {
+    pub(crate) disk: DiskId,
+    pub(crate) readers: Pool,
+    /// Where damage is noted that a read meets.
+    pub(crate) findings: Findings,
 }
 
 /// The one export of a mount: under its name, and as the default.
 pub(crate) struct OneExport(pub(crate) Rc<PointExport>);
 
 impl PointExport {
-    pub(crate) fn new(name: &str, description: String, view: View, readers: Pool) -> Self {
+    pub(crate) fn new(name: &str, description: String, view: View, reading: Reading) -> Self {
         let info = ExportInfo {
             description,
             read_only: true,
@@ -37,7 +45,7 @@ impl PointExport {
             write_zeroes: false,
             ..ExportInfo::new(name, view.disk_size())
         };
-        Self { info, view, readers }
+        Self { info, view, reading }
     }
 
     /// Answers `reply` with what `work` yields on the readers' pool.
@@ -47,13 +55,17 @@ impl PointExport {
         work: impl FnOnce(View) -> Result<T, LogError> + Send + 'static,
         complete: impl FnOnce(Reply, T) + 'static,
     ) {
-        let (view, readers) = (self.view.clone(), self.readers.clone());
+        let (view, readers) = (self.view.clone(), self.reading.readers.clone());
+        let (disk, findings) = (self.reading.disk, self.reading.findings.clone());
         let name = self.info.name.clone();
         tokio::task::spawn_local(async move {
             match readers.run(move || work(view)).await {
                 Ok(Ok(value)) => complete(reply, value),
                 Ok(Err(error)) => {
                     let why = chain(&error);
+                    if matches!(error, LogError::Damaged { .. }) {
+                        findings.note(disk, &why);
+                    }
                     tracing::error!(mount = name, why, "cannot read a mounted point");
                     reply.fail_with(NbdError::Io, &why);
                 }

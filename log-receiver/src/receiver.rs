@@ -23,6 +23,7 @@ use tokio::{
 use crate::{
     Config, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch,
     accept::Door,
+    findings::Findings,
     ingest::{self, IngestThread, Task},
     mounts::{self, MountThread, Order},
     pool::{Pool, PoolThreads},
@@ -137,8 +138,15 @@ impl Receiver {
             new_history: Arc::new(HistoryId::random),
         };
         let ingest = start_ingest(&shelf, &config, &commits, &readers).await?;
-        let mounts = mounts::start(run_dir, limits.mounts, readers.clone(), config.nbd_tls.clone())
-            .map_err(|source| failed("start the mounts' thread", source))?;
+        let findings = Findings::default();
+        let serving = mounts::Serving {
+            run_dir,
+            mounts_max: limits.mounts,
+            readers: readers.clone(),
+            nbd_tls: config.nbd_tls.clone(),
+            findings: findings.clone(),
+        };
+        let mounts = mounts::start(serving).map_err(|source| failed("start the mounts' thread", source))?;
         let tasks: Vec<_> = ingest.iter().map(|thread| thread.tasks.clone()).collect();
         let listen: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();
         let service = Service {
@@ -147,7 +155,8 @@ impl Receiver {
             storage,
             space_floor: limits.free_bytes_min,
             watch: watch.clone(),
-            scrub: Scrub::default(),
+            scrub: Scrub::new(findings.clone()),
+            findings,
             listen: listen.clone(),
             names: shelf.names,
             threads: tasks.clone(),

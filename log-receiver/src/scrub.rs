@@ -13,7 +13,7 @@ use backtide_receiver_api::{ApiError, DiskCheck, ErrorCode, ScrubStatus};
 use backtide_recovery::Snapshot;
 use backtide_units::{ByteCount, DiskId, DiskName};
 
-use crate::{clock, fsck::check_snapshot};
+use crate::{clock, findings::Findings, fsck::check_snapshot};
 
 /// The rate when nobody says another.
 pub(crate) const RATE_DEFAULT: ByteCount = ByteCount(64 << 20);
@@ -32,13 +32,18 @@ pub(crate) struct Target {
 }
 
 /// The scrub of a receiver: at most one runs. Dropped, it is called off.
-#[derive(Default)]
 pub(crate) struct Scrub {
     status: Arc<Mutex<Option<ScrubStatus>>>,
     unwanted: Mutex<Arc<AtomicBool>>,
+    findings: Findings,
 }
 
 impl Scrub {
+    /// None has run; what one finds goes to `findings`.
+    pub(crate) fn new(findings: Findings) -> Self {
+        Self { status: Arc::default(), unwanted: Mutex::default(), findings }
+    }
+
     /// What runs, or ran last.
     pub(crate) fn status(&self) -> Option<ScrubStatus> {
         lock(&self.status).clone()
@@ -69,7 +74,8 @@ impl Scrub {
             *status = Some(begun.clone());
         }
         *lock(&self.unwanted) = Arc::clone(&unwanted);
-        let work = Work { status: Arc::clone(&self.status), unwanted, rate, begun: Instant::now(), done: 0 };
+        let (status, findings) = (Arc::clone(&self.status), self.findings.clone());
+        let work = Work { status, unwanted, findings, rate, begun: Instant::now(), done: 0 };
         let spawned = std::thread::Builder::new().name("scrub".to_owned()).spawn(move || work.run(targets));
         if let Err(error) = spawned {
             *lock(&self.status) = None;
@@ -93,6 +99,7 @@ impl Drop for Scrub {
 struct Work {
     status: Arc<Mutex<Option<ScrubStatus>>>,
     unwanted: Arc<AtomicBool>,
+    findings: Findings,
     rate: ByteCount,
     begun: Instant,
     done: u64,
@@ -127,7 +134,18 @@ impl Work {
         let (more_damage, error, sound) = (0, None, false);
         let report = DiskCheck { name, uuid, segments, entries, bytes, damage, more_damage, error, sound };
         match snapshot {
-            Ok(snapshot) => check_snapshot(report, &snapshot, &mut |bytes| self.step(bytes)),
+            Ok(snapshot) => {
+                let (known, noted) = (report.damage.len(), self.findings.of(uuid));
+                let checked = check_snapshot(report, &snapshot, &mut |bytes| self.step(bytes));
+                let found: Vec<_> = checked.damage.iter().skip(known).chain(&checked.error).collect();
+                found.iter().for_each(|why| self.findings.note(uuid, why));
+                // One that was called off has seen a part of it, nor does all have a name in its report.
+                if !self.unwanted.load(Ordering::Relaxed) && checked.error.is_none() {
+                    let gone: Vec<_> = noted.into_iter().filter(|place| !found.contains(&place)).collect();
+                    self.findings.forget(uuid, &gone);
+                }
+                checked
+            }
             Err(why) => DiskCheck { error: Some(why), ..report },
         }
     }

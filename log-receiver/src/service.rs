@@ -21,6 +21,7 @@ use crate::{
     changes, clock,
     disk::Failure,
     facts::DiskFacts,
+    findings::Findings,
     ingest::{Readable, Task},
     mounts::{Order, Plan},
     points,
@@ -36,6 +37,7 @@ pub(crate) struct Service {
     pub(crate) space_floor: ByteCount,
     pub(crate) watch: StoreWatch,
     pub(crate) scrub: Scrub,
+    pub(crate) findings: Findings,
     pub(crate) listen: Vec<Address>,
     pub(crate) names: Arc<Names>,
     pub(crate) threads: Vec<mpsc::Sender<Task>>,
@@ -164,7 +166,7 @@ impl ReceiverService for Service {
 
     async fn scrub(&self, request: ScrubRequest) -> Result<ScrubStatus, ApiError> {
         let wanted = request.name.map(|name| self.find(&name)).transpose()?;
-        let mut facts = self.facts().await?;
+        let mut facts = self.own_facts().await?;
         facts.retain(|facts| wanted.is_none_or(|wanted| wanted == facts.id));
         if let (true, Some(wanted)) = (facts.is_empty(), wanted) {
             return Err(self.unknown(&wanted.to_string()));
@@ -229,6 +231,7 @@ impl Service {
             ApiError::new(code, format!("disk {name} cannot be read: {why}"))
         })?;
         let Readable { snapshot, attached, damage } = readable;
+        let damage = damage.or_else(|| self.findings.of(disk).into_iter().next());
         let Some(attached) = attached else {
             return Err(match damage {
                 Some(why) => {
@@ -254,6 +257,17 @@ impl Service {
     }
 
     async fn facts(&self) -> Result<Vec<DiskFacts>, ApiError> {
+        let mut all = self.own_facts().await?;
+        for facts in &mut all {
+            let mut found = self.findings.of(facts.id);
+            found.retain(|place| !facts.damage.contains(place));
+            facts.damage.extend(found);
+        }
+        Ok(all)
+    }
+
+    /// What the disks' owners know, without what was found beside them.
+    async fn own_facts(&self) -> Result<Vec<DiskFacts>, ApiError> {
         let mut all = Vec::new();
         for thread in &self.threads {
             let (answer, facts) = oneshot::channel();

@@ -31,9 +31,10 @@ pub struct PointsReport {
     pub first: Option<Point>,
     /// The newest point.
     pub last: Option<Point>,
-    /// What is wrong with the disk's log when it is damaged and nothing can be added to it: a
-    /// sentence with file and place. What is listed is what can still be read. The next connection
-    /// of the disk's agent begins a new log.
+    /// What is wrong with the disk's log: a sentence with file and place. Either it is damaged and
+    /// nothing can be added to it: what is listed is what can still be read, and the next connection
+    /// of the disk's agent begins a new log. Or a scrub or a read has found a damaged place in it:
+    /// points that need the place are listed and cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,
 }

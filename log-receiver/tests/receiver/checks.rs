@@ -150,6 +150,17 @@ async fn fsck_leaves_a_store_in_use_and_other_directories_alone() {
     assert!(!place.path("nowhere").exists() && fs::read_dir(place.path("empty")).unwrap().next().is_none());
 }
 
+/// Damage of vm1 is told wherever somebody asks, and none of vm2.
+async fn is_remembered(api: &ReceiverClient, place: &str) {
+    let damage = api.points(&"vm1".parse().unwrap()).await.unwrap().damage;
+    assert!(damage.as_ref().is_some_and(|damage| damage.contains(place)), "{damage:?}");
+    assert_eq!(api.points(&"vm2".parse().unwrap()).await.unwrap().damage, None);
+    let disks = api.disks(None).await.unwrap().disks;
+    assert!(disks[0].damage[0].contains(place) && disks[1].damage.is_empty(), "{disks:?}");
+    let alarms = api.status().await.unwrap().alarms;
+    assert!(alarms.len() == 1 && alarms[0].contains("disk vm1") && alarms[0].contains(place), "{alarms:?}");
+}
+
 #[tokio::test]
 async fn a_scrub_finds_a_flipped_bit_while_the_receiver_works_and_says_how_far_it_is() {
     let place = Place::new();
@@ -164,7 +175,8 @@ async fn a_scrub_finds_a_flipped_bit_while_the_receiver_works_and_says_how_far_i
     assert_eq!(api.status().await.unwrap().scrub, Some(status));
 
     let segment = &segments(&place)[0];
-    let mut bytes = fs::read(segment).unwrap();
+    let whole = fs::read(segment).unwrap();
+    let mut bytes = whole.clone();
     bytes[5000] ^= 1;
     fs::write(segment, bytes).unwrap();
     let status = scrubbed(&api, &everything).await;
@@ -173,6 +185,13 @@ async fn a_scrub_finds_a_flipped_bit_while_the_receiver_works_and_says_how_far_i
     let one = ScrubRequest { name: Some("vm2".parse().unwrap()), ..everything.clone() };
     let status = scrubbed(&api, &one).await;
     assert!(status.sound && status.disks.len() == 1, "{status:?}");
+    // It is remembered, until a scrub of the disk finds it sound.
+    is_remembered(&api, "0000000000000001.seg is damaged at byte").await;
+    fs::write(segment, whole).unwrap();
+    let status = scrubbed(&api, &everything).await;
+    assert!(status.sound, "{status:?}");
+    assert!(api.status().await.unwrap().alarms.is_empty());
+    assert_eq!(api.points(&"vm1".parse().unwrap()).await.unwrap().damage, None);
     let unknown = ScrubRequest { name: Some("vm9".parse().unwrap()), ..everything.clone() };
     assert_eq!(api.scrub(&unknown).await.unwrap_err().code, ErrorCode::NotFound);
 

@@ -224,3 +224,31 @@ async fn a_point_is_offered_only_when_it_is_durable_and_latest_has_all_that_was_
     assert_eq!(api.mount(&request("latest", None)).await.unwrap().lsn, Lsn(7));
     receiver.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_that_a_read_of_a_mounted_point_meets_is_remembered() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    write_log(&receiver, 50).await;
+    let [only, ..] = &segments(&place)[..] else { panic!("a segment") };
+    let payload = fs::read(only).unwrap().windows(512).position(|bytes| bytes.iter().all(|&byte| byte == 20));
+    flip(only, payload.expect("the payload of LSN 20 stands in the file as it is"));
+    let api = client(&receiver);
+    read_point(&place, &api, 50).await;
+    assert_eq!(api.points(&vm1()).await.unwrap().damage, None, "nobody has met it yet");
+
+    let mount = api.mount(&request("lsn:20", None)).await.unwrap();
+    let copy = place.path("copy.img");
+    let copied = tokio::task::spawn_blocking(move || {
+        std::process::Command::new("nbdcopy").arg(&mount.uri).arg(copy).output().unwrap()
+    });
+    assert!(!copied.await.unwrap().status.success(), "damage is never data");
+    let damage = api.points(&vm1()).await.unwrap().damage.expect("it is said");
+    assert!(damage.contains("0000000000000001.seg is damaged at byte"), "{damage}");
+    let alarms = api.status().await.unwrap().alarms;
+    assert!(alarms.iter().any(|alarm| alarm.contains(&damage)), "{alarms:?}");
+    let disks = api.disks(None).await.unwrap().disks;
+    assert_eq!(disks[0].damage, [damage], "{disks:?}");
+    read_point(&place, &api, 50).await;
+    receiver.shutdown().await;
+}
