@@ -67,6 +67,11 @@ pub(crate) enum Qcow2Error {
 
 /// Whether a path is a qcow2 file. What cannot be read is left for its opener to complain about.
 pub(crate) fn is_qcow2(path: &Path) -> bool {
+    // To open a FIFO is to wait for who is at its other end, perhaps for ever.
+    let kind = std::fs::metadata(path).map(|metadata| metadata.file_type());
+    if !kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device()) {
+        return false;
+    }
     let mut magic = [0; 4];
     std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == MAGIC
 }

@@ -151,6 +151,16 @@ impl Records {
         Self { storage }
     }
 
+    /// Where the records are, for people.
+    pub(crate) fn directory(&self) -> PathBuf {
+        self.storage.display(Path::new(""))
+    }
+
+    /// Where a disk's tracking file is, for people.
+    pub(crate) fn tracking_file(&self, disk: &DiskName) -> PathBuf {
+        self.storage.display(&tracking_path(disk))
+    }
+
     /// Every record, by name.
     pub(crate) fn load_all(&self) -> io::Result<Vec<DiskRecord>> {
         let names = self.storage.list(&PathBuf::new())?;

@@ -249,7 +249,7 @@ impl Registry {
                 return Err(ApiError::new(ErrorCode::Busy, format!("disk {name} is in use: {error}"))
                     .with_hint("take the disk out of the virtual machine, or shut it down, then detach"));
             }
-            Ok(Err(error @ disk::DetachError::Save(_))) => Err(failed(&error)),
+            Ok(Err(error @ disk::DetachError::Save { .. })) => Err(not_saved(&error)),
             Ok(Ok(status)) => Ok(status),
         };
         let attached = self.disks.write().await.remove(&name);
@@ -264,7 +264,14 @@ impl Registry {
                 record.image_at_detach = ImageStamp::of(Path::new(&record.image));
             }
             record.image_at_detach.take_if(|_| result.is_err());
-            self.records.save(&record).map_err(|error| failed(&error))?;
+            // What the disk's own thread could not save says more.
+            if let Err(error) = self.records.save(&record)
+                && result.is_ok()
+            {
+                let directory = self.records.directory();
+                let error = disk::DetachError::Save { path: directory, source: error };
+                return Err(not_saved(&error));
+            }
         }
         result
     }
@@ -361,6 +368,11 @@ fn failed(error: &dyn std::error::Error) -> ApiError {
     ApiError::from_error(ErrorCode::Failed, error)
 }
 
+/// A detached disk of which something was not saved.
+fn not_saved(error: &dyn std::error::Error) -> ApiError {
+    failed(error).with_hint("make room on the file system of the agent's state directory")
+}
+
 fn open_error(error: &OpenError) -> ApiError {
     use backtide_storage::ImageError;
     if let OpenError::Image(ImageError::Missing { path }) = error
@@ -387,7 +399,10 @@ fn open_error(error: &OpenError) -> ApiError {
         OpenError::Uri(_) => (ErrorCode::Usage, "name an absolute path or an NBD URI"),
         OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
         OpenError::Nbd { .. } => (ErrorCode::Unreachable, "start the NBD server first"),
-        OpenError::Image(ImageError::Io { .. }) | OpenError::Record { .. } => return failed(error),
+        OpenError::Record { .. } => {
+            (ErrorCode::Failed, "the agent's state directory has to have room and be writable")
+        }
+        OpenError::Image(ImageError::Io { .. }) => return failed(error),
     };
     ApiError::new(code, error.to_string()).with_hint(hint)
 }

@@ -205,3 +205,31 @@ fn a_file_that_is_not_there_is_not_found() {
     let said = bench.run(&["inspect", bench.path("none.seg").to_str().unwrap()]);
     assert_eq!((said.code, said.stdout.as_str()), (4, ""), "{said:?}");
 }
+
+/// A daemon that takes connections and says nothing.
+#[test]
+fn a_silent_daemon_keeps_no_command_beyond_its_timeout_or_a_signal() {
+    use std::os::unix::net::UnixListener;
+    let bench = Bench::new();
+    let _agent = UnixListener::bind(bench.path("agent.sock")).unwrap();
+    let _receiver = UnixListener::bind(bench.path("receiver.sock")).unwrap();
+    for state in [&["durable"][..], &["sync"], &["point", "--at", "latest"]] {
+        let arguments = [&["wait", "vm1", "--timeout", "100ms", "--for"], state].concat();
+        let said = bench.run(&arguments);
+        assert_eq!(said.code, 1, "{said:?}");
+        assert!(said.stderr.contains("in vain: the "), "{said:?}");
+        assert!(said.stderr.contains("does not answer"), "{said:?}");
+    }
+    // Another one, so that the connection seen is that of this command.
+    let other = UnixListener::bind(bench.path("other.sock")).unwrap();
+    let output = bench.path("out.raw");
+    let mut restore = bench
+        .command(&["restore", "vm1", "--at", "latest", "--output", output.to_str().unwrap()])
+        .env("BACKTIDE_RECEIVER", bench.socket("other.sock"))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _asked = other.accept().unwrap();
+    support::signal(&restore, "TERM");
+    assert_eq!(support::exit_code(restore.wait().unwrap()), 130);
+}

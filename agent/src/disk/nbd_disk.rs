@@ -12,7 +12,7 @@ use std::{
 };
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_export::{BlockSizes, Client, ClientError, Extent, NbdUri, ZeroOptions};
+use backtide_export::{BlockSizes, Client, ClientError, ClientOptions, Extent, NbdUri, ZeroOptions};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
@@ -51,6 +51,9 @@ pub(crate) enum BehindError {
     /// It cannot be reached, or refuses.
     #[error("cannot use {uri}: {source}")]
     Client { uri: NbdUri, source: ClientError },
+    /// It takes connections, and nothing more.
+    #[error("{uri} did not answer a flush for {} s", FIRST_FLUSH_MAX.as_secs())]
+    Silent { uri: NbdUri },
     /// It serves something of another size.
     #[error("{uri} has {found} bytes now, and the disk has {expected}")]
     Size { uri: NbdUri, expected: ByteCount, found: ByteCount },
@@ -58,6 +61,9 @@ pub(crate) enum BehindError {
 
 /// What a linear search for block status asks for at once.
 const STATUS_STEP: u64 = 1 << 30;
+
+/// How long the flush of an attach may take: other attaches and detaches wait meanwhile.
+const FIRST_FLUSH_MAX: Duration = Duration::from_secs(10);
 
 /// How long a lost NBD server may take to come back before requests fail.
 const OUTAGE_MAX: Duration = Duration::from_secs(10);
@@ -69,11 +75,13 @@ const RETRY_LAST: Duration = Duration::from_secs(1);
 impl NbdDisk {
     /// Connects to the disk of this size.
     pub(crate) async fn connect(uri: NbdUri, size: ByteCount) -> Result<Self, BehindError> {
-        let client = reach(&uri, size).await?;
+        let client = reach(&uri, size, super::open::attach_options()).await?;
         // What an agent that died wrote is not in our memory: it has to be stable before this one
         // begins, or nobody could make it again.
-        let stable = client.flush().await;
-        stable.map_err(|source| BehindError::Client { uri: uri.clone(), source })?;
+        match tokio::time::timeout(FIRST_FLUSH_MAX, client.flush()).await {
+            Ok(stable) => stable.map_err(|source| BehindError::Client { uri: uri.clone(), source })?,
+            Err(_) => return Err(BehindError::Silent { uri }),
+        }
         let shared = Shared {
             uri,
             size,
@@ -230,7 +238,7 @@ impl Shared {
 
     /// A connection to a server that has everything the last one had answered.
     async fn reach_again(&self) -> Result<Client, BehindError> {
-        let client = reach(&self.uri, self.size).await?;
+        let client = reach(&self.uri, self.size, ClientOptions::default()).await?;
         let changes = self.unflushed.borrow().changes();
         if !changes.is_empty() {
             tracing::info!(uri = %self.uri, changes = changes.len(), "making again what was not flushed");
@@ -295,9 +303,10 @@ async fn send(client: Client, change: Change) -> Result<(), ClientError> {
     }
 }
 
-async fn reach(uri: &NbdUri, expected: ByteCount) -> Result<Client, BehindError> {
-    let client =
-        Client::connect(uri).await.map_err(|source| BehindError::Client { uri: uri.clone(), source })?;
+async fn reach(uri: &NbdUri, expected: ByteCount, options: ClientOptions) -> Result<Client, BehindError> {
+    let client = Client::connect_with(uri, options)
+        .await
+        .map_err(|source| BehindError::Client { uri: uri.clone(), source })?;
     let found = client.size();
     if found != expected {
         return Err(BehindError::Size { uri: uri.clone(), expected, found });

@@ -1,10 +1,13 @@
 //! What an attach does before the disk's thread starts: claims the epoch, opens the disk behind,
 //! finds out what the filter may trust, and leaves a tracking file that says so.
 
-use std::{io, path::Path};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use backtide_agent_api::{AckPolicy, OnOutage};
-use backtide_export::{ClientError, NbdUri, ParseUriError};
+use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError};
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{ImageError, ImageFile};
 use backtide_tracking::{ActivityLimits, TrackingFile};
@@ -16,6 +19,14 @@ use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
 
 /// How long a block that could not be read is left alone.
 const READ_RETRY: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// How long an NBD server may take to answer at an attach: other attaches and detaches wait meanwhile.
+const ATTACH_CONNECT: std::time::Duration = std::time::Duration::from_secs(3);
+
+/// How an NBD server is connected at an attach.
+pub(super) fn attach_options() -> ClientOptions {
+    ClientOptions { connect_timeout: ATTACH_CONNECT, ..ClientOptions::default() }
+}
 
 /// The disk behind, before its thread has it.
 pub(crate) enum Behind {
@@ -49,8 +60,8 @@ pub(crate) enum OpenError {
     #[error("{uri} has {size} bytes, which is not a positive multiple of 512")]
     NbdSize { uri: NbdUri, size: ByteCount },
     /// The agent's own records failed.
-    #[error("cannot keep the record of disk {disk}: {source}")]
-    Record { disk: String, source: io::Error },
+    #[error("cannot keep the record of disk {disk} in {}: {source}", directory.display())]
+    Record { disk: String, directory: PathBuf, source: io::Error },
 }
 
 /// Opens the disk behind `record` and begins a new attach: when this returns, the new epoch is
@@ -70,7 +81,7 @@ pub(crate) async fn open(
     let tracking = records
         .create_tracking(&record.name, activity, size, &snapshot)
         .and_then(|file| file.sign(trust::alive_since(stamp.as_ref())).map(|()| file))
-        .map_err(|source| record_error(&record, source))?;
+        .map_err(|source| record_error(records, &record, source))?;
     record.epoch = record.epoch.next();
     record.lsn_bound = Lsn(record.lsn_bound.0.max(last_lsn(&resume).0)).plus(LSN_STEP);
     record.image_at_detach = None;
@@ -78,13 +89,13 @@ pub(crate) async fn open(
     record.image_changed = false;
     record.size = size;
     record.attached = true;
-    records.save(&record).map_err(|source| record_error(&record, source))?;
+    records.save(&record).map_err(|source| record_error(records, &record, source))?;
     let settings = settings(&record, behind.size());
     Ok((record.clone(), Opened { record, behind, settings, resume, tracking }))
 }
 
-fn record_error(record: &DiskRecord, source: io::Error) -> OpenError {
-    OpenError::Record { disk: record.name.to_string(), source }
+fn record_error(records: &Records, record: &DiskRecord, source: io::Error) -> OpenError {
+    OpenError::Record { disk: record.name.to_string(), directory: records.directory(), source }
 }
 
 async fn open_behind(behind: &str) -> Result<Behind, OpenError> {
@@ -93,7 +104,7 @@ async fn open_behind(behind: &str) -> Result<Behind, OpenError> {
         return Ok(Behind::Image(ImageFile::open(Path::new(behind))?));
     }
     let uri: NbdUri = behind.parse()?;
-    let client = backtide_export::Client::connect(&uri).await;
+    let client = Client::connect_with(&uri, attach_options()).await;
     let size = client.map_err(|source| OpenError::Nbd { uri: uri.clone(), source })?.size();
     if size.is_zero() || !size.0.is_multiple_of(512) {
         return Err(OpenError::NbdSize { uri, size });

@@ -82,8 +82,16 @@ pub(crate) enum DetachError {
     Open { clients: usize },
     /// What the next attach needs could not be saved; the disk is detached all the same and will be
     /// compared as after a crash.
-    #[error("the disk is detached, but its tracking could not be saved and will be compared anew: {0}")]
-    Save(io::Error),
+    #[error(
+        "the disk is detached, but {} could not be saved, so all of it will be compared at the next attach: {source}",
+        path.display()
+    )]
+    Save {
+        /// What could not be saved.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
 }
 
 fn open_by(clients: usize) -> String {
@@ -397,6 +405,7 @@ impl Disk {
         {
             tracing::warn!(disk = %record.name, %error, "cannot unlock the image before it is closed");
         }
+        let path = records.tracking_file(&record.name);
         let save = move || {
             let snapshot = match saved {
                 Some(saved) => Snapshot::first(saved, true, false),
@@ -406,7 +415,7 @@ impl Disk {
             records.create_tracking(&record.name, limits, record.size, &snapshot)?;
             records.save(&record)
         };
-        blocking(save).await.map_err(DetachError::Save)?;
+        blocking(save).await.map_err(|source| DetachError::Save { path, source })?;
         tracing::info!(disk = %last.name, dirty_blocks = %last.dirty.blocks, "disk detached");
         Ok(last)
     }
@@ -418,6 +427,7 @@ pub(crate) fn start_error(error: &StartError) -> ApiError {
         StartError::Bind(BindError::InUse(_)) => ErrorCode::Locked,
         StartError::Bind(_) | StartError::Thread(_) => ErrorCode::Failed,
         StartError::Behind(BehindError::Client { .. }) => ErrorCode::Unreachable,
+        StartError::Behind(BehindError::Silent { .. }) => ErrorCode::Unreachable,
         StartError::Behind(BehindError::Size { .. }) => ErrorCode::Failed,
     };
     ApiError::from_error(code, error)

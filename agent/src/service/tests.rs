@@ -95,3 +95,19 @@ async fn a_mark_whose_asker_is_gone_gives_the_held_answers() {
         answer.send(()).unwrap();
     }
 }
+
+#[tokio::test]
+async fn what_is_no_disk_is_refused_without_waiting_for_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let service = service(directory.path());
+    let fifo = directory.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let socket = directory.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for image in [fifo, socket] {
+        let text = serde_json::json!({ "name": "vm1", "image": image, "receiver": "unix:/nobody" });
+        let refused = service.attach(serde_json::from_value(text).unwrap()).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Usage, "{refused:?}");
+        assert!(refused.message.ends_with("is neither a regular file nor a block device"), "{refused:?}");
+    }
+}

@@ -1,6 +1,6 @@
 //! `backtide restore`: a point of a disk to a file, a device or an NBD server.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{Client, NbdUri};
@@ -18,6 +18,9 @@ use crate::{
     quantity::{duration_text, size_both, time_text},
     restore::{Target, clear, copy, verify},
 };
+
+/// How long the receiver may take to unmount what was restored: it ends by itself, too.
+const UNMOUNT_TIME: Duration = Duration::from_secs(3);
 
 /// `backtide restore`
 #[derive(Args, Debug)]
@@ -94,12 +97,22 @@ pub(crate) async fn restore(
     what: What<'_>,
     stop: impl Future<Output = ()>,
 ) -> Result<Report, Failure> {
-    let mount = receiver.mount(request).await?;
+    let mut stop = std::pin::pin!(stop);
+    // A mount that comes after the signal is without a client and ends by itself.
+    let mount = tokio::select! {
+        mount = receiver.mount(request) => mount?,
+        () = &mut stop => return Err(Failure::Interrupted),
+    };
     let restored = tokio::select! {
         restored = restore_mounted(context, &mount, what) => restored,
-        () = stop => Err(Failure::Interrupted),
+        () = &mut stop => Err(Failure::Interrupted),
     };
-    let unmounted = receiver.unmount(&mount.id).await;
+    let Ok(unmounted) = tokio::time::timeout(UNMOUNT_TIME, receiver.unmount(&mount.id)).await else {
+        if restored.is_ok() {
+            context.warn(&format!("the mount {} may still be there: the receiver does not answer", mount.id));
+        }
+        return restored;
+    };
     // It ends by itself with its client, as a rule before this asks for it.
     if let (Ok(_), Err(error)) = (&restored, &unmounted)
         && error.code != ErrorCode::NotFound

@@ -3,9 +3,7 @@
 //! It holds no content of a disk, and of configuration files no value that may be a secret.
 
 use std::{
-    fs::OpenOptions,
-    io::{Read, Seek, SeekFrom, Write},
-    os::unix::fs::OpenOptionsExt,
+    io::{self, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
 };
 
@@ -13,6 +11,7 @@ use backtide_control::{ApiError, ErrorCode};
 use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
+use tempfile::NamedTempFile;
 
 use crate::{
     archive::Archive,
@@ -48,6 +47,21 @@ pub(crate) struct SupportBundle {
     api: ReceiverApi,
 }
 
+/// A file of mode 0600 beside `output`, which must not exist; it is gone unless it gets that name.
+fn beside(output: &Path) -> io::Result<NamedTempFile> {
+    match output.symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+        Ok(_) => return Err(io::ErrorKind::AlreadyExists.into()),
+    }
+    let directory = output.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let made = tempfile::Builder::new()
+        .prefix(".backtide-support.")
+        .tempfile_in(directory.unwrap_or(Path::new(".")));
+    // The error names the path of the file beside; people asked for another one.
+    made.map_err(|error| error.kind().into())
+}
+
 /// What was written; the JSON of the command.
 #[derive(Debug, Serialize)]
 struct Written {
@@ -67,24 +81,16 @@ impl SupportBundle {
         let now = Timestamp::now();
         let stem = format!("backtide-support-{}", now.strftime("%Y%m%dT%H%M%SZ"));
         let output = self.output.clone().unwrap_or_else(|| PathBuf::from(format!("{stem}.tar")));
-        // Before anything is asked, so that nothing is asked in vain.
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&output);
-        let file = file.map_err(|error| match error.kind() {
-            std::io::ErrorKind::AlreadyExists => {
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::AlreadyExists => {
                 let message = format!("{} exists already", output.display());
                 ApiError::new(ErrorCode::Exists, message).with_hint("take another name").into()
             }
             _ => io_failure(output.display(), &error),
-        })?;
-        let (parts, missing) = match self.gather(context).await {
-            Ok(gathered) => gathered,
-            Err(failure) => {
-                // Made just now, and empty.
-                let _ = std::fs::remove_file(&output);
-                return Err(failure);
-            }
         };
-        let failed = |error: std::io::Error| io_failure(output.display(), &error);
+        // Before anything is asked, so that nothing is asked in vain.
+        let file = beside(&output).map_err(failed)?;
+        let (parts, missing) = self.gather(context).await?;
         let time = u64::try_from(now.as_second()).unwrap_or_default();
         let mut archive = Archive::new(file, time);
         let mut files = Vec::new();
@@ -92,7 +98,8 @@ impl SupportBundle {
             archive.add(&format!("backtide-support/{name}"), &content).map_err(failed)?;
             files.push(name);
         }
-        archive.finish().and_then(|mut file| file.flush()).map_err(failed)?;
+        let whole = archive.finish().map_err(failed)?;
+        whole.persist_noclobber(&output).map_err(|error| failed(error.error))?;
         let written = Written { output, files };
         context.print(&written, || {
             format!("wrote {}, which holds: {}", written.output.display(), written.files.join(", "))
@@ -227,5 +234,15 @@ mod tests {
         std::fs::write(&path, "one two three").unwrap();
         assert_eq!(tail(&path, 5).unwrap(), b"three");
         assert_eq!(tail(&path, 500).unwrap(), b"one two three");
+    }
+
+    #[test]
+    fn a_bundle_that_is_not_whole_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let output = directory.path().join("bundle.tar");
+        drop(beside(&output).unwrap());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        beside(&output).unwrap().persist_noclobber(&output).unwrap();
+        assert_eq!(beside(&output).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
     }
 }

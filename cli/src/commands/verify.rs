@@ -1,5 +1,7 @@
 //! `backtide verify`: the live disk against the receiver, while the guest goes on.
 
+use std::time::Duration;
+
 use backtide_agent_api::{AgentClient, Mode, VerifyRequest, VerifyState, VerifyStatus};
 use backtide_control::ErrorCode;
 use backtide_units::{ByteCount, DiskName};
@@ -35,28 +37,34 @@ pub(crate) struct Verify {
 /// How many differing ranges people are shown; JSON has more.
 const SHOWN_MAX: usize = 20;
 
+/// How long the agent may take to end a verify whose command was stopped.
+const CANCEL_TIME: Duration = Duration::from_secs(3);
+
 impl Verify {
     /// Begins a verify and waits for its report. Differences end with the exit code of damage. Stopped
     /// by a signal, it ends the verify it began. Differences that were repaired end with warnings.
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let agent = context.agent()?;
+        let begun = tokio::select! {
+            begun = self.begin(&agent) => begun?,
+            () = stop.asked() => return Err(Failure::Interrupted),
+        };
         if self.cancel {
-            let verify = agent.cancel_verify(&self.name).await?;
-            context.print(&verify, || report_text(&verify))?;
+            context.print(&begun, || report_text(&begun))?;
             return Ok(Ending::Done);
         }
-        let begun = if self.last {
-            agent.verify_status(&self.name).await?
-        } else {
-            agent.start_verify(&self.name, VerifyRequest { repair: self.repair }).await?
-        };
         let verify = if self.no_wait || self.last {
             begun
         } else {
             tokio::select! {
                 ended = ended(context, &agent, begun) => ended?,
                 () = stop.asked() => {
-                    agent.cancel_verify(&self.name).await?;
+                    // An agent that does not answer is not waited for.
+                    if let Ok(cancelled) =
+                        tokio::time::timeout(CANCEL_TIME, agent.cancel_verify(&self.name)).await
+                    {
+                        cancelled?;
+                    }
                     return Err(Failure::Interrupted);
                 }
             }
@@ -74,6 +82,16 @@ impl Verify {
         }
         context.print(&verify, || report_text(&verify))?;
         ending(verify)
+    }
+
+    async fn begin(&self, agent: &AgentClient) -> Result<VerifyStatus, Failure> {
+        Ok(if self.cancel {
+            agent.cancel_verify(&self.name).await?
+        } else if self.last {
+            agent.verify_status(&self.name).await?
+        } else {
+            agent.start_verify(&self.name, VerifyRequest { repair: self.repair }).await?
+        })
     }
 }
 

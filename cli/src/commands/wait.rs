@@ -1,6 +1,6 @@
 //! `backtide wait`: for scripts, instead of polling.
 
-use std::time::Duration;
+use std::{cell::OnceCell, time::Duration};
 
 use backtide_agent_api::{AgentClient, DiskStatus, Mode};
 use backtide_control::{ApiError, ErrorCode};
@@ -70,8 +70,12 @@ impl Wait {
                 until(context, &agent, name, |disk| disk.mode == Mode::Tracking, self.timeout).await?
             }
             State::Durable => {
-                let last = agent.disk(name).await?.lsn.last;
-                let durable = move |disk: &DiskStatus| in_sync(disk) && disk.lsn.durable >= last;
+                // What was written when the waiting began.
+                let last = OnceCell::new();
+                let durable = |disk: &DiskStatus| {
+                    let last = *last.get_or_init(|| disk.lsn.last);
+                    in_sync(disk) && disk.lsn.durable >= last
+                };
                 until(context, &agent, name, durable, self.timeout).await?
             }
             State::Point => {
@@ -95,22 +99,27 @@ pub(crate) async fn until(
     reached: impl Fn(&DiskStatus) -> bool,
     timeout: Option<Duration>,
 ) -> Result<DiskStatus, Failure> {
-    let mut last = agent.disk(name).await?;
+    let mut last = None;
     let waiting = async {
         let mut progress = Progress::new(context, "resynchronized");
-        while !reached(&last) {
-            if let Some(resync) = &last.resync {
+        loop {
+            let disk = last.insert(agent.disk(name).await?);
+            if reached(disk) {
+                progress.end();
+                return Ok(disk.clone());
+            }
+            if let Some(resync) = &disk.resync {
                 progress.at(resync.done_bytes, resync.total_bytes);
             }
             tokio::time::sleep(POLL).await;
-            last = agent.disk(name).await?;
         }
-        progress.end();
-        Ok::<(), Failure>(())
     };
     match within(timeout, waiting).await {
-        Some(result) => result.map(|()| last),
-        None => Err(timed_out(timeout, &disk_line(&last))),
+        Some(result) => result,
+        None => {
+            let now = last.map_or_else(|| "the agent does not answer".to_owned(), |disk| disk_line(&disk));
+            Err(timed_out(timeout, &now))
+        }
     }
 }
 
@@ -120,7 +129,7 @@ async fn until_point(
     at: &str,
     timeout: Option<Duration>,
 ) -> Result<backtide_receiver_api::ResolvedPoint, Failure> {
-    let mut why = String::new();
+    let mut why = "the receiver does not answer".to_owned();
     let waiting = async {
         loop {
             match receiver.resolve(name, at).await {

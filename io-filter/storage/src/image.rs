@@ -326,6 +326,10 @@ mod tests {
                 .ends_with("has 1000 bytes, which is not a positive multiple of 512")
         );
         assert!(matches!(ImageFile::open(directory.path()), Err(ImageError::Kind { .. })));
+        // Not opened: that would wait for somebody at the other end of a FIFO.
+        let fifo = directory.path().join("fifo");
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        assert!(matches!(ImageFile::open(&fifo), Err(ImageError::Kind { .. })));
         assert!(matches!(ImageFile::open(&directory.path().join("none")), Err(ImageError::Missing { .. })));
     }
 

@@ -111,7 +111,8 @@ impl TrackingFile {
     /// should one be damaged later, nobody takes the file for an older one that knew better.
     ///
     /// # Errors
-    /// The storage's. After one, the old file or the new one is in place.
+    /// The storage's. After one, the old file or the new one is in place, and none beside it as far
+    /// as the storage allows.
     pub fn create(
         storage: &dyn Storage,
         path: &Path,
@@ -127,13 +128,33 @@ impl TrackingFile {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
+        let created = Self::write_new(storage, &beside, limits, size, snapshot).and_then(|file| {
+            storage.rename(&beside, path)?;
+            storage.sync_dir(path.parent().unwrap_or(Path::new("")))?;
+            Ok(file)
+        });
+        if created.is_err() {
+            // Half a file takes room that may be what is missing. The next attempt removes it too.
+            let _ = storage.remove(&beside);
+        }
+        created
+    }
+
+    /// A durable file at `path` that holds `snapshot`.
+    fn write_new(
+        storage: &dyn Storage,
+        path: &Path,
+        limits: ActivityLimits,
+        size: ByteCount,
+        snapshot: &Snapshot,
+    ) -> io::Result<Self> {
         let layout = Layout {
             disk: snapshot.saved.disk,
             extent: limits.extent,
             sectors: limits.sectors.clamp(1, SECTORS_MAX),
             slot_bytes: slot_bytes(limits, size),
         };
-        let file = Self { file: storage.create_new(&beside)?, layout };
+        let file = Self { file: storage.create_new(path)?, layout };
         if limits.hot > 0 && !snapshot.clean {
             // Written once, so that a record need not wait for the file system to find it a place.
             let log = vec![0; layout.sectors as usize * SECTOR_BYTES];
@@ -146,8 +167,6 @@ impl TrackingFile {
         }
         file.file.write_at(ByteOffset::ZERO, &layout.encode())?;
         file.file.sync_data()?;
-        storage.rename(&beside, path)?;
-        storage.sync_dir(path.parent().unwrap_or(Path::new("")))?;
         Ok(file)
     }
 

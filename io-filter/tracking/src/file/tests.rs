@@ -170,3 +170,17 @@ fn a_crash_while_a_new_file_takes_the_place_leaves_one_of_them() {
         }
     }
 }
+
+#[test]
+fn what_cannot_be_created_leaves_nothing_beside_and_the_old_file_in_place() {
+    for writes in 0..3 {
+        let storage = MemoryStorage::new();
+        create(&storage, true, false);
+        storage.fail_write_after(writes);
+        let snapshot = Snapshot::first(saved(), false, true);
+        let created = TrackingFile::create(&storage, Path::new(PATH), limits(), SIZE, &snapshot);
+        assert!(created.is_err(), "{writes}");
+        assert_eq!(storage.list(Path::new("")).unwrap(), [PATH], "{writes}");
+        assert!(load(&storage).unwrap().clean, "{writes}");
+    }
+}
