@@ -18,7 +18,7 @@ use crate::{
     disks::DISKS,
     memo,
     store_file::{hold_store, read_store},
-    watermark::Watermark,
+    watermark::{self, Watermark},
 };
 
 /// Checks the store at `path`. `progress` is told the bytes read so far.
@@ -120,6 +120,10 @@ fn check_beside(shelf: &Shelf, disk: DiskId, number: u32, salvaged: &Salvage, ch
         let name = shelf.storage.display(&dir.join(memo::FILE));
         checked.note(format!("{} is damaged: it is written again at the next attach", name.display()));
     }
+    if Watermark::is_damaged(&*shelf.storage, &dir) {
+        let name = shelf.storage.display(&dir.join(watermark::FILE));
+        checked.note(format!("{} is damaged: it is written again when the receiver starts", name.display()));
+    }
     let history = shelf.memo(disk, number).map(|memo| memo.identity.history);
     let noted = history.and_then(|history| Watermark::find(&*shelf.storage, &dir, history));
     let end = salvaged.snapshot.through();
@@ -139,7 +143,8 @@ pub(crate) fn add(report: &mut DiskCheck, checked: Checked) {
     report.segments += checked.segments;
     report.entries += checked.entries;
     report.bytes.0 += checked.bytes.0;
-    report.damage.extend(checked.damage);
+    let new: Vec<_> = checked.damage.into_iter().filter(|place| !report.damage.contains(place)).collect();
+    report.damage.extend(new);
     report.more_damage += checked.more_damage;
 }
 

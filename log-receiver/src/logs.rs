@@ -15,7 +15,7 @@ use std::{
 };
 
 use backtide_recovery::{Attached, DiskLog, LogError, LogIdentity, Salvage, Seq, Snapshot, salvage};
-use backtide_units::{ByteCount, DiskId, Lsn};
+use backtide_units::{ByteCount, ByteOffset, DiskId, Lsn};
 
 use crate::{
     disk::{Disk, Failure, LogMark, Loss, chain},
@@ -127,7 +127,7 @@ impl Shelf {
     /// bytes that were acknowledged: that is said loudly, and the agent's handshake finds it too.
     pub(crate) fn mark(&self, disk: DiskId, number: u32, log: &DiskLog) -> LogMark {
         let dir = Self::dir(disk, number);
-        let watermark = match Watermark::open(&*self.storage, &dir, log.identity().history) {
+        let watermark = match Watermark::open(&*self.storage, &dir, log.identity().history, log.durable()) {
             Ok(watermark) => Some(watermark),
             Err(error) => {
                 tracing::warn!(%disk, %error, "cannot note beside the log how far it is durable");
@@ -179,8 +179,42 @@ impl Shelf {
     }
 
     pub(crate) fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {
+        let dir = Self::dir(disk, log);
         let known = self.memo(disk, log).map(|memo| memo.identity);
-        salvage(&self.storage, &Self::dir(disk, log), &self.cache, known, through)
+        let noted = match known {
+            Some(known) => Watermark::find(&*self.storage, &dir, known.history),
+            None => Watermark::of_any(&*self.storage, &dir),
+        };
+        let salvaged = match salvage(&self.storage, &dir, &self.cache, known, through) {
+            Err(error @ LogError::NoLog { .. }) => {
+                Salvage::nothing(chain(&self.lost(disk, log).ok_or(error)?))
+            }
+            salvaged => salvaged?,
+        };
+        Ok(salvaged.reaching(noted.map_or(Lsn::ZERO, |noted| noted.lsn)))
+    }
+
+    /// What to say of a directory without a segment to go by, when something beside tells that a log was in use
+    /// there: it is written when the first segment is durable, so nothing but damage leaves it alone.
+    fn lost(&self, disk: DiskId, log: u32) -> Option<LogError> {
+        let dir = Self::dir(disk, log);
+        let noted = Watermark::of_any(&*self.storage, &dir);
+        if noted.is_none()
+            && self.memo(disk, log).is_none()
+            && !memo::is_damaged(&*self.storage, &dir)
+            && !Watermark::is_damaged(&*self.storage, &dir)
+        {
+            return None;
+        }
+        let end = match noted {
+            Some(noted) => format!("entries up to {} (lsn:{}) were durable", noted.seq, noted.lsn),
+            None => "nothing tells how much was durable".to_owned(),
+        };
+        Some(LogError::Damaged {
+            file: self.storage.display(&dir.join("segments")),
+            offset: ByteOffset::ZERO,
+            what: format!("all of the log is lost, no segment of it is left; {end}"),
+        })
     }
 
     pub(crate) fn memo(&self, disk: DiskId, log: u32) -> Option<Memo> {
@@ -209,7 +243,10 @@ impl Shelf {
             noted.map_or(Seq(0), |durable| durable.seq)
         };
         let storage = Arc::clone(&self.storage);
-        let (log, recovered) = DiskLog::open_noted(storage, &dir, self.log, &self.cache, noted)?;
+        let (log, recovered) = match DiskLog::open_noted(storage, &dir, self.log, &self.cache, noted) {
+            Err(error @ LogError::NoLog { .. }) => return Err(self.lost(disk, log).unwrap_or(error)),
+            opened => opened?,
+        };
         let durable = log.durable();
         tracing::info!(%disk, lsn = %durable.lsn, segments = recovered.segments, "log opened");
         if !recovered.cut_bytes.is_zero() || !recovered.removed_segments.is_empty() {

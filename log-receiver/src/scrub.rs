@@ -135,9 +135,10 @@ impl Work {
         let report = DiskCheck { name, uuid, segments, entries, bytes, damage, more_damage, error, sound };
         match snapshot {
             Ok(snapshot) => {
-                let (known, noted) = (report.damage.len(), self.findings.of(uuid));
+                let (known, noted) = (report.damage.clone(), self.findings.of(uuid));
                 let checked = check_snapshot(report, &snapshot, &mut |bytes| self.step(bytes));
-                let found: Vec<_> = checked.damage.iter().skip(known).chain(&checked.error).collect();
+                let all = checked.damage.iter().chain(&checked.error);
+                let found: Vec<_> = all.filter(|place| !known.contains(place)).collect();
                 found.iter().for_each(|why| self.findings.note(uuid, why));
                 // One that was called off has seen a part of it, nor does all have a name in its report.
                 if !self.unwanted.load(Ordering::Relaxed) && checked.error.is_none() {

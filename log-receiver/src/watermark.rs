@@ -4,8 +4,9 @@
 //! ```text
 //! 0  magic "BKTDDUR\n"   8  history   24  entry   32  LSN   40  zero   44  CRC32C of 0..44
 //! ```
-//! Little-endian. It is written in place and never synced: what a power cut leaves of it is an older
-//! mark or none, and each mark was true when it was written.
+//! Little-endian. The first mark is synced before it gets the file's name, so a file without one is damaged.
+//! Later ones are written in place, within a sector, and never synced: what a power cut leaves is an older
+//! mark, and each was true when it was written.
 
 use std::{io, path::Path, sync::Arc};
 
@@ -13,8 +14,10 @@ use backtide_recovery::Durable;
 use backtide_segment::Seq;
 use backtide_storage::{Storage, StorageFile};
 use backtide_units::{ByteOffset, HistoryId, Lsn};
+use uuid::Uuid;
 
-const FILE: &str = "durable";
+pub(crate) const FILE: &str = "durable";
+const FILE_NEW: &str = "durable.new";
 const MAGIC: &[u8; 8] = b"BKTDDUR\n";
 const LENGTH: usize = 48;
 const CRC_AT: usize = 44;
@@ -27,17 +30,52 @@ pub(crate) struct Watermark {
 }
 
 impl Watermark {
-    /// Opens the mark in the directory of a log.
+    /// Opens the mark in the directory of a log; when none tells, makes it anew with what is durable now.
     ///
     /// # Errors
     /// The file system's.
-    pub(crate) fn open(storage: &dyn Storage, dir: &Path, history: HistoryId) -> io::Result<Self> {
+    pub(crate) fn open(
+        storage: &dyn Storage,
+        dir: &Path,
+        history: HistoryId,
+        durable: Durable,
+    ) -> io::Result<Self> {
         let path = dir.join(FILE);
-        let file = match storage.open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => storage.create_new(&path)?,
-            opened => opened?,
-        };
-        Ok(Self { file, history })
+        match storage.open(&path) {
+            Ok(file) => {
+                let mark = Self { file, history };
+                if mark.read().is_some() {
+                    return Ok(mark);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let beside = dir.join(FILE_NEW);
+        match storage.remove(&beside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        let new = Self { file: storage.create_new(&beside)?, history };
+        new.write(durable)?;
+        new.file.sync_data()?;
+        storage.rename(&beside, &path)?;
+        Ok(Self { file: storage.open(&path)?, history })
+    }
+
+    /// What was durable of whatever log is in a directory; none when no mark tells.
+    pub(crate) fn of_any(storage: &dyn Storage, dir: &Path) -> Option<Durable> {
+        let file = storage.open(&dir.join(FILE)).ok()?;
+        let mut bytes = [0; LENGTH];
+        file.read_exact_at(ByteOffset::ZERO, &mut bytes).ok()?;
+        let mut history = [0; 16];
+        history.copy_from_slice(&bytes[8..24]);
+        decode(&bytes, HistoryId(Uuid::from_bytes(history)))
+    }
+
+    /// Whether there is a file without a mark.
+    pub(crate) fn is_damaged(storage: &dyn Storage, dir: &Path) -> bool {
+        storage.open(&dir.join(FILE)).is_ok() && Self::of_any(storage, dir).is_none()
     }
 
     /// What was durable of the log in a directory; none when no mark tells. Makes nothing.
@@ -85,8 +123,6 @@ fn decode(bytes: &[u8; LENGTH], history: HistoryId) -> Option<Durable> {
 
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
-
     use super::*;
 
     #[test]

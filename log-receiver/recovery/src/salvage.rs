@@ -14,7 +14,7 @@ use backtide_segment::{
     Entry, Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, Step, Summary, scan_prefix,
 };
 use backtide_storage::Storage;
-use backtide_units::ByteCount;
+use backtide_units::{ByteCount, Lsn};
 use roaring::RoaringTreemap;
 
 use crate::{
@@ -34,6 +34,22 @@ pub struct Salvage {
     pub size: ByteCount,
     /// Segments behind a lost place: they give no points.
     pub(crate) beyond: Vec<Arc<Segment>>,
+}
+
+impl Salvage {
+    /// Of a log of which no segment is left: no points, and a hole that says why.
+    pub fn nothing(damage: String) -> Self {
+        let mut timeline = Timeline::default();
+        timeline.end(Some(&damage));
+        let snapshot = Snapshot::new(Arc::new(timeline), Arc::new(Segments::new(ByteCount::ZERO)), Seq(0));
+        Self { snapshot, damage: vec![damage], size: ByteCount::ZERO, beyond: Vec::new() }
+    }
+
+    /// The same of a log that is known to have reached `lsn`: none up to there may come a second time.
+    #[must_use]
+    pub fn reaching(self, lsn: Lsn) -> Self {
+        Self { snapshot: self.snapshot.reaching(lsn), ..self }
+    }
 }
 
 /// One segment, as far as it can be read.

@@ -48,6 +48,13 @@ impl Snapshot {
         Self { timeline: Arc::new(timeline), ..self }
     }
 
+    /// The same of a log that is known to have reached `lsn`.
+    pub(crate) fn reaching(self, lsn: Lsn) -> Self {
+        let mut timeline = Timeline::clone(&self.timeline);
+        timeline.see(lsn);
+        Self { timeline: Arc::new(timeline), ..self }
+    }
+
     /// The log that ended before this one began.
     pub(crate) fn before(&self) -> Option<&Self> {
         self.before.as_deref()

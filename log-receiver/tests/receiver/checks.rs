@@ -85,8 +85,8 @@ async fn fsck_finds_a_flipped_bit_wherever_it_is() {
     let files = content(&place);
     let first = &segments(&place)[0];
     for (path, bytes) in &files {
-        if path.ends_with("lock") || path.ends_with("durable") || path.ends_with("spare.new") {
-            // No data: a process id, a hint that is none when it is wrong, space made ready.
+        if path.ends_with("lock") || path.ends_with("spare.new") {
+            // No data: a process id, space made ready.
             continue;
         }
         // Of a segment that is sealed: header, an entry, a payload, index, trailer. Of others their middle.
@@ -116,6 +116,13 @@ async fn fsck_finds_a_flipped_bit_wherever_it_is() {
         }
     }
     assert!(fsck(&place.store(), &mut |_| {}).unwrap().sound);
+    let mark = place.store().join("disks").join(hello(1, "vm1").disk.to_string()).join("durable");
+    fs::write(&mark, b"").unwrap();
+    let report = fsck(&place.store(), &mut |_| {}).unwrap();
+    let damage = &report.disks[0].damage;
+    assert!(damage.len() == 1 && damage[0].contains("durable is damaged"), "an emptied one: {report:?}");
+    place.start().await.shutdown().await;
+    assert!(fsck(&place.store(), &mut |_| {}).unwrap().sound, "it is written again");
 }
 
 #[tokio::test]

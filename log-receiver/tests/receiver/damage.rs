@@ -3,9 +3,9 @@
 
 use std::{fs, path::PathBuf};
 
-use backtide_log_receiver::Receiver;
+use backtide_log_receiver::{Receiver, fsck};
 use backtide_protocol::{CloseCode, Hello, Message, ReceiverState};
-use backtide_receiver_api::{DiffRequest, ErrorCode, Hole, PointsReport, ReceiverClient};
+use backtide_receiver_api::{DiffRequest, ErrorCode, Hole, PointsReport, ReceiverClient, ScrubRequest};
 use backtide_units::{DiskName, Epoch, Lsn, Reason};
 
 use crate::{
@@ -251,4 +251,64 @@ async fn damage_that_a_read_of_a_mounted_point_meets_is_remembered() {
     assert_eq!(disks[0].damage, [damage], "{disks:?}");
     read_point(&place, &api, 50).await;
     receiver.shutdown().await;
+}
+
+/// A log of which nothing is left but what stands beside it: emptied or removed.
+async fn a_lost_log_is_told(lose: fn(&PathBuf)) {
+    let place = Place::new();
+    let receiver = place.start().await;
+    write_log(&receiver, 50).await;
+    let (agent, _) = Agent::welcomed(&receiver, Hello { epoch: Epoch(7), ..hello(1, "vm1") }).await;
+    drop(agent);
+    receiver.shutdown().await;
+    segments(&place).iter().for_each(lose);
+    let report = fsck(&place.store(), &mut |_| {}).unwrap();
+    let [disk] = &report.disks[..] else { panic!("{report:?}") };
+    assert!(!report.sound && disk.name == Some(vm1()), "{report:?}");
+
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let points = api.points(&vm1()).await.unwrap();
+    let damage = points.damage.clone().expect("it is said");
+    assert!(damage.contains("all of the log is lost") && damage.contains("lsn:50"), "{damage}");
+    assert!(points.intervals.is_empty() && points.holes.len() == 1, "{points:?}");
+    let hole = damaged_hole(&points);
+    assert!(hole.open && hole.after_lsn == Lsn(0), "{hole:?}");
+    let disks = api.disks(None).await.unwrap().disks;
+    assert!(disks[0].name == vm1() && disks[0].error.is_some(), "{disks:?}");
+    let alarms = api.status().await.unwrap().alarms;
+    assert!(alarms.iter().any(|alarm| alarm.contains(&damage)), "{alarms:?}");
+    let mut scrub = api.scrub(&ScrubRequest::default()).await.unwrap();
+    while scrub.running {
+        scrub = api.scrub_status().await.unwrap();
+    }
+    assert!(!scrub.sound, "{scrub:?}");
+
+    // Its agent goes on in a new log, a stale one does not.
+    let stale = Agent::refused(&receiver, Hello { epoch: Epoch(6), ..hello(1, "vm1") }).await;
+    assert_eq!(stale.code, CloseCode::Fenced, "{stale:?}");
+    let (mut agent, welcome) = Agent::welcomed(&receiver, Hello { epoch: Epoch(8), ..hello(1, "vm1") }).await;
+    assert_eq!((welcome.state, welcome.durable, welcome.highest), (ReceiverState::New, Lsn(0), Lsn(50)));
+    agent.send(&pass_begin(60, 0, Reason::ReceiverRolledBack)).await;
+    agent.send(&pass_data(60, 0, vec![60; 4096])).await;
+    agent.send(&pass_end(60)).await;
+    agent.all_durable().await;
+    for _ in 0..2 {
+        let points = api.points(&vm1()).await.unwrap();
+        assert_eq!((points.damage.as_ref(), points.intervals.len()), (None, 1), "{points:?}");
+        let hole = damaged_hole(&points);
+        assert_eq!((hole.after_lsn, hole.before_lsn), (Lsn(0), Some(Lsn(60))), "{hole:?}");
+        read_point(&place, &api, 60).await;
+    }
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_whose_only_segment_was_emptied_is_damaged_and_not_unknown() {
+    a_lost_log_is_told(|segment| fs::write(segment, b"").unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_whose_segments_were_removed_is_damaged_and_not_unknown() {
+    a_lost_log_is_told(|segment| fs::remove_file(segment).unwrap()).await;
 }
