@@ -29,6 +29,8 @@ pub(crate) struct Registry {
     disks: RwLock<BTreeMap<DiskName, Attached>>,
     /// Held by whoever attaches or detaches.
     changing: Mutex<()>,
+    /// Disks that could not be attached again, as the status tells of them.
+    failing: RwLock<BTreeMap<DiskName, DiskStatus>>,
 }
 
 /// How long after a failed start of the agent's disks the next attempt is made.
@@ -53,6 +55,7 @@ impl Registry {
             nbd_tls,
             disks: RwLock::default(),
             changing: Mutex::new(()),
+            failing: RwLock::default(),
         })
     }
 
@@ -66,9 +69,11 @@ impl Registry {
             if self.disks.read().await.contains_key(&name) {
                 continue;
             }
-            if let Err(error) = self.start(record).await {
+            if let Err(error) = self.start(record.clone()).await {
                 missing = true;
                 tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again: will try again");
+                let status = disk::not_attached(&record, &error.message);
+                self.failing.write().await.insert(name, status);
             }
         }
         Ok(missing)
@@ -88,6 +93,11 @@ impl Registry {
 
     pub(crate) async fn handles(&self) -> Vec<DiskHandle> {
         self.disks.read().await.values().map(|attached| attached.handle.clone()).collect()
+    }
+
+    /// Disks that the agent goes on trying to attach again.
+    pub(crate) async fn failing(&self) -> Vec<DiskStatus> {
+        self.failing.read().await.values().cloned().collect()
     }
 
     /// A disk that a test plays.
@@ -118,6 +128,7 @@ impl Registry {
     }
 
     pub(crate) async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
+        request.limits.check().map_err(|why| ApiError::new(ErrorCode::Usage, why))?;
         let _only = self.changing.lock().await;
         if self.disks.read().await.contains_key(&request.name) {
             let message = format!("disk {} is attached already", request.name);
@@ -133,7 +144,7 @@ impl Registry {
         let handle = match self.start(record).await {
             Ok(handle) => handle,
             Err(error) => {
-                self.forget_attached(&name);
+                self.forget_attached(&name).await;
                 return Err(error);
             }
         };
@@ -203,7 +214,9 @@ impl Registry {
             Ok(handle) => {
                 // Known from now on, also when the disk stands still one day.
                 let _ = handle.status().await;
-                self.disks.write().await.insert(name, Attached { handle: handle.clone(), qcow2 });
+                self.disks.write().await.insert(name.clone(), Attached { handle: handle.clone(), qcow2 });
+                // In this order: whoever asks meanwhile finds it here or there.
+                self.failing.write().await.remove(&name);
                 Ok(handle)
             }
             Err(error) => {
@@ -277,7 +290,8 @@ impl Registry {
     }
 
     /// A disk whose attach failed is not attached again at the next start.
-    fn forget_attached(&self, name: &DiskName) {
+    async fn forget_attached(&self, name: &DiskName) {
+        self.failing.write().await.remove(name);
         let saved = self.records.load(name).and_then(|known| match known {
             Some(record) if record.attached => self.records.save(&DiskRecord { attached: false, ..record }),
             Some(_) | None => Ok(()),

@@ -49,6 +49,12 @@ impl Service {
             asking.spawn(async move { handle.status().await.ok() });
         }
         let mut disks: Vec<DiskStatus> = asking.join_all().await.into_iter().flatten().collect();
+        for failing in self.registry.failing().await {
+            // It may have been attached since its disks were asked.
+            if disks.iter().all(|disk| disk.name != failing.name) {
+                disks.push(failing);
+            }
+        }
         disks.sort_by(|one, other| one.name.cmp(&other.name));
         disks
     }
@@ -76,6 +82,13 @@ impl AgentService for Service {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let disks = match disk {
             Some(name) => {
+                let failing = self.registry.failing().await;
+                if let Some(disk) = failing
+                    .into_iter()
+                    .find(|disk| disk.name == name || disk.uuid.to_string() == name.as_str())
+                {
+                    return Ok(AgentStatus { version, disks: vec![disk] });
+                }
                 let (name, handle) = self.registry.find(&name).await?;
                 vec![handle.status().await.map_err(|error| no_answer(&name, error))?]
             }

@@ -6,13 +6,21 @@ use backtide_units::{ByteCount, CaptureTime};
 use bytesize::ByteSize;
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 
+/// No size is larger: 8 EiB.
+const SIZE_MAX: u64 = 1 << 63;
+
 /// A size: bytes, or a number with KiB, MiB, GiB (K, M, G mean the same).
 pub(crate) fn parse_size(text: &str) -> Result<ByteCount, String> {
     let wrong = || format!("{text:?} is no size: write bytes, or a number with KiB, MiB or GiB");
     // `64M` is 64 MiB to everybody who works with disks; `64MB` is what it says.
     let binary = text.strip_suffix(['K', 'M', 'G', 'T', 'k', 'm', 'g', 't']).is_some();
     let text = if binary { format!("{text}iB") } else { text.to_owned() };
-    text.parse::<ByteSize>().map(|size| ByteCount(size.as_u64())).map_err(|_| wrong())
+    let size = text.parse::<ByteSize>().map_err(|_| wrong())?;
+    // Beyond what a number holds, the parser gives the largest one.
+    if size.as_u64() > SIZE_MAX {
+        return Err(format!("{text:?} is more than 8 EiB, and no disk or memory has that"));
+    }
+    Ok(ByteCount(size.as_u64()))
 }
 
 /// A duration: a number with ms, s, m, h or d.
@@ -94,6 +102,9 @@ mod tests {
             ("1MB", 1_000_000),
         ] {
             assert_eq!(parse_size(text), Ok(ByteCount(bytes)), "{text}");
+        }
+        for large in ["17EiB", "16EiB", "99999999999999GiB"] {
+            assert!(parse_size(large).unwrap_err().contains("more than 8 EiB"), "{large}");
         }
         for wrong in ["", "M", "64X", "-1", "lots"] {
             assert!(parse_size(wrong).unwrap_err().contains("is no size"), "{wrong}");

@@ -109,6 +109,12 @@ pub struct LimitsRequest {
     pub activity_extent_bytes: Option<ByteCount>,
 }
 
+/// The least memory a bitmap of changed blocks can do with.
+const BITMAP_BYTES_MIN: u64 = 1 << 20;
+
+/// The smallest extent of an activity log.
+const EXTENT_BYTES_MIN: u64 = 64 << 10;
+
 /// Bounds of one disk as they are in force. What a configuration leaves out is the default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -150,6 +156,30 @@ impl Default for Limits {
 }
 
 impl LimitsRequest {
+    /// Whether what is asked for can be.
+    ///
+    /// # Errors
+    /// A sentence that names the first limit that cannot.
+    pub fn check(&self) -> Result<(), String> {
+        let below = |value: Option<ByteCount>, least: u64| value.is_some_and(|value| value.0 < least);
+        if below(self.window_bytes, 1) {
+            return Err("the retained window has to hold something: it cannot have 0 bytes".to_owned());
+        }
+        if below(self.resync_buffer_bytes, 1) {
+            return Err("the resync buffer has to hold something: it cannot have 0 bytes".to_owned());
+        }
+        if below(self.bitmap_bytes, BITMAP_BYTES_MIN) {
+            return Err("the bitmap of changed blocks needs at least 1 MiB".to_owned());
+        }
+        let extent = self.activity_extent_bytes;
+        if below(extent, EXTENT_BYTES_MIN) || extent.is_some_and(|bytes| !bytes.0.is_multiple_of(4096)) {
+            return Err(
+                "an extent of the activity log has a multiple of 4096 bytes, at least 64 KiB".to_owned()
+            );
+        }
+        Ok(())
+    }
+
     /// What is asked for, and `otherwise` where nothing is.
     pub fn or(self, otherwise: Limits) -> Limits {
         Limits {
@@ -255,6 +285,22 @@ mod tests {
         let zero = r#"{"guest_delay_max_ms":0}"#;
         let limits = serde_json::from_str::<LimitsRequest>(zero).unwrap().or(Limits::default());
         assert_eq!(limits.guest_delay_max_ms, 0, "zero is a value, not the default");
+    }
+
+    #[test]
+    fn limits_that_cannot_be_are_named() {
+        for (limits, part) in [
+            (r#"{"window_bytes":0}"#, "window"),
+            (r#"{"resync_buffer_bytes":0}"#, "resync buffer"),
+            (r#"{"bitmap_bytes":1048575}"#, "bitmap"),
+            (r#"{"activity_extent_bytes":32768}"#, "extent"),
+            (r#"{"activity_extent_bytes":65537}"#, "extent"),
+        ] {
+            let limits: LimitsRequest = serde_json::from_str(limits).unwrap();
+            assert!(limits.check().unwrap_err().contains(part), "{limits:?}");
+        }
+        let least = r#"{"window_bytes":1,"resync_buffer_bytes":1,"bitmap_bytes":1048576,"activity_extent_bytes":65536,"guest_delay_max_ms":0}"#;
+        assert_eq!(serde_json::from_str::<LimitsRequest>(least).unwrap().check(), Ok(()));
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod unflushed;
 
 pub(crate) use handle::{DiskHandle, NoAnswer};
 pub(crate) use open::{OpenError, activity_limits, open};
+pub(crate) use status::not_attached;
 #[cfg(test)]
 pub(crate) use thread::MarkAt;
 pub(crate) use thread::{Command, DetachError, start, start_error};

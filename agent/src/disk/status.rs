@@ -9,7 +9,7 @@ use backtide_agent_api::{
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::NbdUri;
 use backtide_io_filter::{Filter, PassStatus, Status};
-use backtide_units::{BlockCount, ByteCount, CaptureTime, Reason};
+use backtide_units::{BlockCount, ByteCount, CaptureTime, Lsn, Reason};
 
 use super::{engine::Engine, stream::Stream};
 use crate::record::DiskRecord;
@@ -17,18 +17,27 @@ use crate::record::DiskRecord;
 /// How fast a pass moves, over the last few seconds.
 #[derive(Debug, Default)]
 pub(crate) struct Rate {
-    last: Option<(Instant, backtide_units::Lsn, u64)>,
+    last: Option<(Instant, Lsn, u64)>,
     bytes_per_second: u64,
     saved: Option<Instant>,
+    /// Since when the guest has waited for answers, and how far the receiver had come then.
+    waiting: Option<(Instant, Lsn, Lsn)>,
 }
+
+/// So long may answers wait before the status tells of it.
+const WAIT_TOLD: Duration = Duration::from_secs(1);
 
 impl Rate {
     /// Takes a sample; called about once a second.
     pub(crate) fn sample(&mut self, status: &Status) {
         let now = Instant::now();
         self.saved.get_or_insert(now);
+        let (received, durable) = (status.received_lsn, status.durable_lsn);
+        let stands = |&(_, then, stable): &(Instant, Lsn, Lsn)| (then, stable) == (received, durable);
+        self.waiting = (status.waiting_answers > 0)
+            .then(|| self.waiting.filter(stands).unwrap_or((now, received, durable)));
         let Some(pass) = &status.pass else {
-            *self = Self { saved: self.saved, ..Self::default() };
+            *self = Self { saved: self.saved, waiting: self.waiting, ..Self::default() };
             return;
         };
         if let Some((then, at, done)) = self.last
@@ -50,6 +59,14 @@ impl Rate {
             self.saved = Some(Instant::now());
         }
         over
+    }
+
+    /// For how long the guest has waited for a receiver that says nothing, when that is long.
+    fn guest_waits(&self, status: &Status) -> Option<Duration> {
+        let (since, received, durable) = self.waiting?;
+        let stands = (received, durable) == (status.received_lsn, status.durable_lsn);
+        let waited = since.elapsed();
+        (stands && status.waiting_answers > 0 && waited > WAIT_TOLD).then_some(waited)
     }
 
     fn of(&self, pass: &PassStatus) -> u64 {
@@ -74,12 +91,12 @@ pub(crate) fn disk_status(
     rate: &Rate,
 ) -> DiskStatus {
     let status = engine.look(Filter::status);
-    let (reason, reason_code) = reason_of(&status);
     let last_error = stream.last_error.borrow().as_ref().map(|last| PeerError {
         code: last.code.to_owned(),
         message: last.message.clone(),
         time: last.time,
     });
+    let (reason, reason_code) = reason_of(&status, last_error.as_ref(), rate);
     DiskStatus {
         name: record.name.clone(),
         uuid: record.uuid,
@@ -115,6 +132,39 @@ pub(crate) fn disk_status(
     }
 }
 
+/// The status of a disk that is to be attached and cannot be, for this reason.
+pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
+    DiskStatus {
+        name: record.name.clone(),
+        uuid: record.uuid,
+        mode: Mode::Detached,
+        reason: format!("it cannot be attached again, and will be tried: {why}"),
+        reason_code: "not-attached".to_owned(),
+        connected: false,
+        receiver: record.receiver.clone(),
+        last_error: None,
+        nbd_uri: record.nbd.clone().unwrap_or_default(),
+        image: record.image.clone(),
+        local_error: None,
+        size: record.size,
+        epoch: record.epoch,
+        history: record.history,
+        lsn: LsnStatus::default(),
+        lag: Lag::default(),
+        dirty: Dirty::default(),
+        window: Window { bytes: ByteCount::ZERO, limit: record.limits.window_bytes },
+        resync: None,
+        resync_due: false,
+        unreadable: None,
+        ack: record.ack,
+        on_outage: record.on_outage,
+        limits: record.limits,
+        counters: Counters::default(),
+        engine: String::new(),
+        clients: 0,
+    }
+}
+
 fn mode(mode: backtide_io_filter::Mode) -> Mode {
     match mode {
         backtide_io_filter::Mode::Sync => Mode::Sync,
@@ -126,9 +176,23 @@ fn mode(mode: backtide_io_filter::Mode) -> Mode {
 }
 
 /// A sentence and a code for people and scripts; in sync there is nothing to explain but a
-/// connection that is away.
-fn reason_of(status: &Status) -> (String, String) {
+/// connection that is away. What holds at this moment goes before what began it.
+fn reason_of(status: &Status, last_error: Option<&PeerError>, rate: &Rate) -> (String, String) {
+    let serving =
+        !matches!(status.mode, backtide_io_filter::Mode::Paused | backtide_io_filter::Mode::Detached);
+    if let Some(error) = last_error.filter(|error| error.code == "fenced" && serving && !status.connected) {
+        return (error.message.clone(), "fenced".to_owned());
+    }
+    if let Some(waiting) = rate.guest_waits(status) {
+        let seconds = waiting.as_secs();
+        let reason = format!("the guest waits for the receiver, which has said nothing for {seconds} s");
+        return (reason, "guest-waits".to_owned());
+    }
     match status.reason {
+        // The operator's part is over: what is missing is the receiver.
+        Some(Reason::Paused | Reason::Detached) if serving && !status.connected => {
+            ("the receiver has not answered yet".to_owned(), code(Reason::ReceiverAway))
+        }
         Some(reason) => (reason.to_string(), code(reason)),
         None if status.connected => ("every write is forwarded".to_owned(), "in-sync".to_owned()),
         None => ("the receiver is away: writes are retained".to_owned(), "retaining".to_owned()),

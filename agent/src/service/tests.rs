@@ -111,3 +111,29 @@ async fn what_is_no_disk_is_refused_without_waiting_for_it() {
         assert!(refused.message.ends_with("is neither a regular file nor a block device"), "{refused:?}");
     }
 }
+
+#[tokio::test]
+async fn a_disk_that_cannot_be_attached_again_is_shown_with_the_reason() {
+    let directory = tempfile::tempdir().unwrap();
+    let service = service(directory.path());
+    let receiver = backtide_control::Address::unix(directory.path().join("nobody.sock"));
+    let image = directory.path().join("gone.img").display().to_string();
+    let record = crate::record::DiskRecord {
+        attached: true,
+        ..crate::record::DiskRecord::new(name("vm1"), image.clone(), receiver)
+    };
+    let storage = RealStorage::open(&directory.path().join("state")).unwrap();
+    Records::new(Arc::new(storage)).save(&record).unwrap();
+    assert!(service.registry.restore().await.unwrap());
+    for asked in [None, Some(name("vm1"))] {
+        let disks = service.status(asked).await.unwrap().disks;
+        assert_eq!((disks[0].reason_code.as_str(), disks.len()), ("not-attached", 1));
+        assert!(disks[0].reason.contains(&image), "{}", disks[0].reason);
+    }
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    assert!(!service.registry.restore().await.unwrap());
+    let disks = service.status(None).await.unwrap().disks;
+    assert_eq!(disks.len(), 1);
+    assert_ne!(disks[0].reason_code, "not-attached");
+    service.registry.shut_down().await;
+}

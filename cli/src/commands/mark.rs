@@ -29,9 +29,10 @@ impl Mark {
         let mut ending = Ending::Done;
         for mark in report.marks.iter().filter(|mark| !mark.recoverable) {
             context.warn(&format!(
-                "disk {} is not forwarding, so nothing can be restored to its mark {:?}",
-                mark.disk.as_str(),
-                report.label
+                "the receiver does not have the mark {:?} of disk {} yet: it is lost if the receiver \
+                 stays away for longer than the retained window lasts",
+                report.label,
+                mark.disk.as_str()
             ));
             ending = Ending::Warnings;
         }

@@ -20,10 +20,13 @@ pub(crate) struct Status {
     /// Show it again and again, until ctrl-c
     #[arg(long)]
     watch: bool,
-    /// How often with --watch
+    /// How often with --watch, at most every 100ms
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = parse_duration, requires = "watch")]
     every: Duration,
 }
+
+/// More often nobody can read it, and the agent has other things to do.
+const EVERY_MIN: Duration = Duration::from_millis(100);
 
 /// Clears the screen and goes to its first line.
 const CLEAR: &str = "\x1b[H\x1b[2J";
@@ -45,7 +48,7 @@ impl Status {
             if !self.watch {
                 return Ok(Ending::Done);
             }
-            tokio::time::sleep(self.every).await;
+            tokio::time::sleep(self.every.max(EVERY_MIN)).await;
         }
     }
 }

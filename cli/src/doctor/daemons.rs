@@ -125,6 +125,9 @@ fn disk(disk: &DiskStatus) -> Finding {
     if let Some(trouble) = &disk.local_error {
         return finding(Verdict::Failed, &format!("its image cannot be used: {trouble}"));
     }
+    if disk.reason_code == "not-attached" {
+        return finding(Verdict::Failed, &disk.reason);
+    }
     if disk.reason_code == "not-answering" {
         return finding(Verdict::Failed, &disk.reason).hint("look at the storage its image is on");
     }

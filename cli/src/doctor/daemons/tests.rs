@@ -95,6 +95,7 @@ fn a_disk_that_is_not_protected_is_found() {
     for (wrong, verdict) in [
         (DiskStatus { local_error: Some("away".to_owned()), ..in_sync() }, Verdict::Failed),
         (DiskStatus { reason_code: "not-answering".to_owned(), ..in_sync() }, Verdict::Failed),
+        (DiskStatus { reason_code: "not-attached".to_owned(), ..in_sync() }, Verdict::Failed),
         (DiskStatus { connected: false, ..in_sync() }, Verdict::Failed),
         (DiskStatus { connected: false, mode: Mode::Paused, ..in_sync() }, Verdict::Warning),
         (code("agent-crashed"), Verdict::Warning),

@@ -34,9 +34,11 @@ fn a_disk_whose_image_is_missing_at_the_start_is_attached_when_it_is_there() {
     std::fs::rename(&disk.image, bench.path("away.img")).unwrap();
     let mut agent = bench.agent();
     agent.may_complain("cannot attach the disk again");
-    assert_eq!(bench.run(&["status", "vm1"]).code, 4, "it is not there yet");
+    let status = disk.status();
+    assert_eq!(status["reason_code"], "not-attached", "{status}");
+    assert!(status["reason"].as_str().is_some_and(|reason| reason.contains("there is no image")), "{status}");
     std::fs::rename(bench.path("away.img"), &disk.image).unwrap();
-    while bench.run(&["status", "vm1"]).code == 4 {}
+    while disk.status()["reason_code"] == "not-attached" {}
     disk.qemu_io(&["write -P 0x11 0 1M"]);
     disk.latest_is_the_image();
 }
