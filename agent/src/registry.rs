@@ -137,7 +137,13 @@ impl Registry {
             );
         }
         self.refuse_protected(&request).await?;
-        let known = self.records.load(&request.name).map_err(|error| failed(&error))?;
+        let known = self.records.load(&request.name).map_err(|error| match error.kind() {
+            std::io::ErrorKind::InvalidData => failed(&error).with_hint(format!(
+                "move it out of {}, then attach with --adopt: that continues its history",
+                self.records.directory().display()
+            )),
+            _ => failed(&error),
+        })?;
         refuse_adopted(&request, known.as_ref())?;
         let record = self.record_for(request, known);
         let name = record.name.clone();

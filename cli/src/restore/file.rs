@@ -33,6 +33,10 @@ impl NewFile {
     pub(crate) fn create(path: &Path, size: ByteCount, replace: bool) -> Result<Self, Failure> {
         let failed = |error: io::Error| io_failure(format_args!("create {}", path.display()), &error);
         let parent = path.parent().unwrap_or(Path::new("/"));
+        if !parent.is_dir() {
+            let message = format!("there is no directory {}", parent.display());
+            return Err(ApiError::new(ErrorCode::NotFound, message).with_hint("create it first").into());
+        }
         let temporary = tempfile::Builder::new()
             .prefix(&leftovers::prefix(path))
             .suffix(leftovers::SUFFIX)
