@@ -32,7 +32,7 @@ pub(crate) enum Target {
     },
 }
 
-/// Refuses what is in use: an image that an agent protects (it holds the lock), and files of a store.
+/// Refuses what is in use: an image that an agent protects (it holds the lock), and files of a daemon.
 fn refuse_live(path: &Path) -> Result<(), Failure> {
     let real = std::fs::canonicalize(path).map_err(|error| io_failure(path.display(), &error))?;
     refuse_store(&real)?;
@@ -48,7 +48,7 @@ fn refuse_live(path: &Path) -> Result<(), Failure> {
     }
 }
 
-/// Refuses what lies in a receiver's store, whether it is there already or not.
+/// Refuses what lies in a receiver's store or an agent's state directory, whether it is there already or not.
 fn refuse_store(path: &Path) -> Result<(), Failure> {
     let Ok(real) = std::fs::canonicalize(path) else { return Ok(()) };
     if real.ancestors().any(|directory| directory.join("store.json").exists()) {
@@ -57,7 +57,22 @@ fn refuse_store(path: &Path) -> Result<(), Failure> {
             .with_hint("restore to a place outside it")
             .into());
     }
+    if real.ancestors().any(is_agent_state) {
+        let message = format!("{} lies in an agent's state directory", path.display());
+        return Err(ApiError::new(ErrorCode::Refused, message)
+            .with_hint("restore to a place outside it")
+            .into());
+    }
     Ok(())
+}
+
+/// Whether an agent keeps its disks' tracking files here, under its lock.
+fn is_agent_state(directory: &Path) -> bool {
+    let tracking = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.is_ok_and(|entry| entry.path().extension().is_some_and(|ending| ending == "tracking"))
+    };
+    directory.join("lock").is_file()
+        && std::fs::read_dir(directory).is_ok_and(|mut entries| entries.any(tracking))
 }
 
 /// Refuses the name of a symbolic link that leads nowhere, before anything is copied for it.

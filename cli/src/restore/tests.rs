@@ -282,3 +282,29 @@ fn a_read_only_or_missing_server_is_refused() {
         assert_eq!(code(fixture.restore("nbds://host/x", false).await.unwrap_err()), ErrorCode::Usage);
     });
 }
+
+#[tokio::test]
+async fn what_an_agent_keeps_is_not_overwritten_and_a_missing_directory_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path();
+    let record = state.join("vm1.json");
+    for name in ["lock", "vm1.json", "vm1.tracking"] {
+        std::fs::write(state.join(name), "kept").unwrap();
+    }
+    let message = |opened: Result<Target, Failure>| match opened {
+        Err(Failure::Error(error)) => (error.code, error.message),
+        Err(other) => panic!("{other:?}"),
+        Ok(target) => panic!("{target} is taken"),
+    };
+    let (code, said) = message(Target::open(record.to_str().unwrap(), ByteCount(4096), true).await);
+    assert_eq!(code, ErrorCode::Refused, "{said}");
+    assert!(said.ends_with("lies in an agent's state directory"), "{said}");
+    assert_eq!(std::fs::read(&record).unwrap(), b"kept");
+    let nowhere = state.join("none/x.raw");
+    std::fs::remove_file(state.join("lock")).unwrap();
+    let (code, said) = message(Target::open(nowhere.to_str().unwrap(), ByteCount(4096), false).await);
+    assert_eq!(
+        (code, said),
+        (ErrorCode::NotFound, format!("there is no directory {}/none", state.display()))
+    );
+}
