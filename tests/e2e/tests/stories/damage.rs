@@ -203,6 +203,13 @@ fn fsck_and_scrub_say_what_is_sound_and_what_is_not() {
     let name = segment.file_name().unwrap().to_str().unwrap();
     let damage = scrub["disks"][0]["damage"][0].as_str().unwrap();
     assert!(damage.contains(name) && damage.contains("at byte"), "{damage}");
+    // What it found is told by whoever is asked next.
+    let points = bench.json_ending(8, &["points", "vm1"]);
+    assert_eq!(points["damage"], damage, "{points}");
+    let status = bench.json_ending(3, &["receiver", "status"]);
+    assert!(status["alarms"][0].as_str().unwrap().contains(damage), "{status}");
+    let doctor = bench.run(&["doctor"]);
+    assert!(doctor.code != 0 && doctor.stdout.contains(name), "{doctor:?}");
     let mut receiver = receiver;
     receiver.may_complain("the scrub found damage");
     assert_eq!(agent.stop(), 0);
