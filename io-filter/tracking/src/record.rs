@@ -20,7 +20,7 @@ const MAGIC: [u8; 4] = *b"BTAL";
 pub struct LogRecord {
     /// Its place in the log.
     pub sequence: u64,
-    /// Which; at most [`RUNS_MAX`].
+    /// Which; at most `RUNS_MAX`.
     pub runs: Vec<ExtentRun>,
 }
 
