@@ -426,3 +426,6 @@ fn open_error(error: &OpenError) -> ApiError {
     };
     ApiError::new(code, error.to_string()).with_hint(hint)
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,7 @@
 use std::{path::Path, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_export::{Client, NbdAddress, NbdUri};
-use backtide_io_filter::{IoFailure, LocalData, LocalOp, MarkError};
+use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, MarkError};
 use backtide_storage::RealStorage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use tokio::{
@@ -25,7 +25,9 @@ impl Started {
     /// Over a raw image of 1 MiB.
     pub(crate) async fn image(directory: &Path) -> Self {
         let image = directory.join("vm1.img");
-        std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+        // Another start goes on with the same content.
+        let file = std::fs::File::options().write(true).create(true).truncate(false).open(&image).unwrap();
+        file.set_len(1 << 20).unwrap();
         let storage = Arc::new(RealStorage::open(&directory.join("records")).unwrap());
         let records = Records::new(storage);
         let behind = image.display().to_string();
@@ -36,6 +38,11 @@ impl Started {
         let nbd = NbdUri { address, export: "vm1".to_owned(), tls: None };
         let handle = start(opened, records, nbd.clone()).await.unwrap();
         Self { handle, nbd }
+    }
+
+    /// Where it is served.
+    pub(crate) fn uri(&self) -> String {
+        self.nbd.to_string()
     }
 
     async fn end(&self) {
@@ -103,6 +110,46 @@ async fn requests_of_a_lost_nbd_disk_fail_together_and_it_recovers() {
                 tokio::task::yield_now().await;
             }
             assert!(matches!(read(&behind).await, Ok(LocalData::Read(_))));
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn an_nbd_disk_is_flushed_before_anybody_relies_on_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Started::image(directory.path()).await;
+    let guest = Client::connect(&server.nbd).await.unwrap();
+    // An agent wrote this and died: it is in nobody's memory but the server's.
+    guest.write(ByteOffset::ZERO, vec![0x11; 4096].into(), false).await.unwrap();
+    let flushes = || async { server.handle.status().await.unwrap().counters.flushes };
+    assert_eq!(flushes().await, 0);
+    let tasks = LocalSet::new();
+    let connected = tasks.run_until(NbdDisk::connect(server.nbd.clone(), ByteCount(1 << 20))).await;
+    connected.unwrap();
+    assert_eq!(flushes().await, 1);
+}
+
+#[tokio::test]
+async fn what_was_stable_at_once_is_not_undone_by_what_is_made_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let tasks = LocalSet::new();
+    tasks
+        .run_until(async {
+            let server = Started::image(directory.path()).await;
+            let behind = NbdDisk::connect(server.nbd.clone(), ByteCount(1 << 20)).await.unwrap();
+            // Nothing flushes the first, so a new server is given it again; the second lies above it.
+            for (pattern, fua) in [(0x11, false), (0x22, true)] {
+                let range = ByteRange::between(ByteOffset::ZERO, ByteOffset(4096));
+                let change = Change::Write { range, data: vec![pattern; 4096].into(), fua };
+                behind.run(LocalOp::Change(change)).await.unwrap();
+            }
+            server.end().await;
+            // A request finds out that the server has gone, and may fail when this machine is slow.
+            let (_, _server) = tokio::join!(read(&behind), Started::image(directory.path()));
+            while behind.trouble().is_some() {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(read(&behind).await, Ok(LocalData::Read(vec![0x22; 4096].into())));
         })
         .await;
 }

@@ -1,0 +1,64 @@
+//! What a start that fails leaves behind.
+
+use std::{os::unix::net::UnixListener, path::Path};
+
+use backtide_storage::RealStorage;
+use backtide_tracking::SavedTracking;
+use backtide_units::{HistoryId, Lsn};
+
+use super::*;
+use crate::{Config, disk::tests::Started};
+
+/// The agent of `directory`.
+fn registry(directory: &Path) -> Arc<Registry> {
+    let config = Config {
+        state: directory.join("state"),
+        run: directory.to_owned(),
+        api: backtide_control::Address::unix(directory.join("agent.sock")),
+        limits: backtide_agent_api::LimitsRequest::default(),
+        nbd_tls: None,
+    };
+    let storage = Arc::new(RealStorage::open(&config.state).unwrap());
+    Registry::new(Places::of(&config), Records::new(storage), Limits::default(), None)
+}
+
+/// A server that tells no time is believed only because the agent ended in good order with the disk
+/// attached; a start that came to nothing changes nothing of that.
+#[tokio::test]
+async fn a_start_that_fails_leaves_a_disk_without_times_as_trusted_as_it_was() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let behind = Started::image(directory).await;
+    let registry = registry(directory);
+    let name: DiskName = "vm2".parse().unwrap();
+    let receiver = backtide_control::Address::unix(directory.join("nobody.sock"));
+    let record = DiskRecord {
+        history: Some(HistoryId::random()),
+        lsn_bound: Lsn(77),
+        attached: true,
+        stopped: true,
+        size: backtide_units::ByteCount(1 << 20),
+        nbd: Some(format!("nbd+unix:///vm2?socket={}", directory.join("taken.sock").display())),
+        ..DiskRecord::new(name.clone(), behind.uri(), receiver)
+    };
+    let saved = SavedTracking { history: record.history, ..SavedTracking::unknown(record.uuid) };
+    let limits = disk::activity_limits(&record);
+    let snapshot = Snapshot::first(saved, true, false);
+    registry.records.create_tracking(&name, limits, record.size, &snapshot).unwrap();
+    registry.records.save(&record).unwrap();
+
+    let taken = UnixListener::bind(directory.join("taken.sock")).unwrap();
+    assert!(registry.restore().await.unwrap(), "its socket is taken: it has to be tried again");
+    let left = registry.records.load(&name).unwrap().unwrap();
+    assert!(left.stopped && left.attached, "{left:?}");
+    assert!(registry.records.load_tracking(&name).unwrap().unwrap().clean);
+    assert_eq!(registry.failing().await.len(), 1);
+
+    drop(taken);
+    std::fs::remove_file(directory.join("taken.sock")).unwrap();
+    assert!(!registry.restore().await.unwrap());
+    let (_, handle) = registry.find(&name).await.unwrap();
+    let status = handle.status().await.unwrap();
+    assert_eq!((status.mode, status.dirty.blocks.0), (backtide_agent_api::Mode::Sync, 0), "{status:?}");
+    registry.shut_down().await;
+}

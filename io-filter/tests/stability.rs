@@ -1,0 +1,113 @@
+//! What the local disk may lose, and what is known of it, outlives a failed flush and a clean stop.
+
+use std::time::Duration;
+
+use backtide_io_filter::{
+    AckPolicy, Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
+    Settings, TrackingOp,
+};
+use backtide_tracking::{ActivityLimits, DirtyBitmap};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn, Reason};
+use bytes::Bytes;
+use uuid::Uuid;
+
+fn at(millis: u64) -> Now {
+    Now { monotonic: Duration::from_millis(millis), wall: CaptureTime(1_000_000 + millis * 1000) }
+}
+
+/// A disk whose agent died with these blocks in doubt; no receiver is there.
+fn crashed(candidates: &DirtyBitmap) -> Filter {
+    let settings = Settings {
+        disk: DiskId(Uuid::from_u128(1)),
+        name: "vm1".parse().unwrap(),
+        size: ByteCount(64 * 4096),
+        epoch: Epoch(2),
+        attach: Uuid::from_u128(1),
+        ack: AckPolicy::Local,
+        on_outage: OnOutage::Continue,
+        window_bytes: ByteCount(1 << 20),
+        resync_buffer_bytes: ByteCount(4096),
+        guest_delay_max: Duration::from_millis(10),
+        outage_after: Duration::from_secs(5),
+        bitmap_bytes: ByteCount(1 << 20),
+        read_retry: Duration::from_secs(1),
+        activity: ActivityLimits::default(),
+    };
+    let resume = Resume::Crashed {
+        reason: Reason::AgentCrashed,
+        history: Some(HistoryId(Uuid::from_u128(5))),
+        last_lsn: Lsn(100),
+        acked_durable: Lsn(40),
+        candidates: candidates.clone(),
+    };
+    Filter::new(settings, resume, at(0))
+}
+
+fn write(block: u64) -> Change {
+    let range = ByteRange::new(ByteOffset(block * 4096), ByteCount(4096)).unwrap();
+    Change::Write { range, data: Bytes::from(vec![7; 4096]), fua: false }
+}
+
+/// Carries out what is asked of the tracking file; gives what is asked of the local disk, and the answers.
+fn go_on(filter: &mut Filter, now: Now) -> (Vec<(IoId, LocalOp)>, Vec<Result<Lsn, IoFailure>>) {
+    let (mut local, mut answers) = (Vec::new(), Vec::new());
+    while let Some(effect) = filter.next_effect() {
+        match effect {
+            Effect::Tracking(io, TrackingOp::Record(_) | TrackingOp::Snapshot(_)) => {
+                filter.tracking_done(now, io, Ok(ByteCount(512)));
+            }
+            Effect::Local(io, op) => local.push((io, op)),
+            Effect::Complete { result, .. } => answers.push(result),
+            Effect::Alarm(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    (local, answers)
+}
+
+#[test]
+fn a_flush_that_failed_unasked_is_told_to_the_next_guest_that_flushes_and_once() {
+    let mut filter = crashed(&DirtyBitmap::new());
+    filter.submit(at(1), RequestId(1), write(3));
+    let (local, _) = go_on(&mut filter, at(1));
+    filter.local_done(at(1), local[0].0, Ok(LocalData::Changed));
+    go_on(&mut filter, at(1));
+    // The filter flushes for itself before it lets an idle extent go, and the disk has lost pages.
+    let mut due = filter.next_deadline().expect("an idle extent is let go some time");
+    let settle = loop {
+        let now = Now { monotonic: due, ..at(2) };
+        filter.tick(now);
+        match go_on(&mut filter, now).0.pop() {
+            Some((io, LocalOp::Settle)) => break io,
+            Some((_, other)) => panic!("{other:?}"),
+            None => due = filter.next_deadline().expect("the extent is still hot"),
+        }
+    };
+    let now = Now { monotonic: due, ..at(3) };
+    let lost = IoFailure { errno: 5 };
+    filter.local_done(now, settle, Err(lost));
+    go_on(&mut filter, now);
+    // The system tells of lost pages once, and it told the filter: the guest's flush succeeds there.
+    for expected in [Some(lost), None] {
+        filter.submit(now, RequestId(2), Change::Flush);
+        let (flush, _) = go_on(&mut filter, now);
+        filter.local_done(now, flush[0].0, Ok(LocalData::Changed));
+        let (_, answers) = go_on(&mut filter, now);
+        assert_eq!(answers.iter().map(|answer| answer.err()).collect::<Vec<_>>(), [expected]);
+    }
+}
+
+#[test]
+fn a_clean_stop_before_the_crash_was_made_good_keeps_what_is_in_doubt() {
+    let candidates = DirtyBitmap::of((8..12).into());
+    let mut filter = crashed(&candidates);
+    filter.submit(at(1), RequestId(1), write(3));
+    let (local, _) = go_on(&mut filter, at(1));
+    filter.local_done(at(1), local[0].0, Ok(LocalData::Changed));
+    go_on(&mut filter, at(1));
+    let saved = filter.detach(at(2)).expect("what may differ is known");
+    let mut expected = candidates;
+    expected.insert((3..4).into());
+    assert_eq!(saved.dirty, expected);
+    assert!(saved.compare, "they may differ, and need not");
+}
