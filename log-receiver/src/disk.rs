@@ -7,15 +7,26 @@
 use std::collections::VecDeque;
 
 use backtide_recovery::{
-    AppendError, Attached, DiskLog, Durable, LogError, Salvage, Snapshot, SyncOutcome, SyncTicket, Timeline,
+    AppendError, Attached, DiskLog, Durable, LastWork, LogError, Salvage, Snapshot, SyncOutcome, SyncTicket,
+    Timeline,
 };
-use backtide_segment::{Entry, Seq};
+use backtide_segment::{Bucket, DISK_SIZE_MAX, Entry, PassContent, Seq};
 use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
-use crate::{StoreWatch, logs::Past, memo::Memo, session::ConnectionId, watermark::Watermark};
+use crate::{
+    StoreWatch,
+    log_mark::{Followed, LogMark, Loss},
+    logs::Past,
+    memo::Memo,
+    session::ConnectionId,
+    watermark::Watermark,
+};
 
 /// What an entry costs beside its payload.
 const ENTRY_HEADER_BYTES: u64 = 64;
+
+/// What an extent costs in the index of a segment that is written: an entry without a payload may have many.
+const EXTENT_BYTES: u64 = 64;
 
 /// Undurable bytes are counted in groups of about this size.
 const WAITING_GROUP_BYTES: u64 = 64 * 1024;
@@ -47,26 +58,7 @@ enum Log {
     Failed(Box<Failed>),
 }
 
-/// What stands beside an open log.
-pub(crate) struct LogMark {
-    /// Where it is noted how far the log is durable, if that can be.
-    pub(crate) watermark: Option<Watermark>,
-    /// Sees whether the store is still there.
-    pub(crate) watch: StoreWatch,
-    /// Acknowledged bytes are missing at its end.
-    pub(crate) loss: Option<Loss>,
-}
-
-/// The end of a log was lost after it had been acknowledged.
-pub(crate) struct Loss {
-    /// A sentence.
-    pub(crate) why: String,
-    /// The last entry that is left.
-    pub(crate) end: Seq,
-    /// A pass has begun since: as the agent was told of the loss, that pass compares everything.
-    pub(crate) compared: bool,
-}
-
+#[derive(Default)]
 struct Failed {
     failure: Failure,
     /// How far it was durable when it failed; none when it was never open, and all of it counts.
@@ -75,6 +67,8 @@ struct Failed {
     attached: Option<Attached>,
     /// What can still be read, once somebody has asked.
     left: Option<Left>,
+    /// What another thread was doing to its files.
+    work: Option<LastWork>,
 }
 
 /// What is left of a failed log.
@@ -91,7 +85,7 @@ pub(crate) struct Wanted {
 }
 
 /// Why a disk's log is out of use.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Failure {
     /// A sentence.
     pub why: String,
@@ -110,6 +104,7 @@ pub struct CommitTicket {
     opened: u64,
     ticket: SyncTicket,
     watermark: Option<Watermark>,
+    loss: Option<Loss>,
     watch: StoreWatch,
 }
 
@@ -127,7 +122,8 @@ impl CommitTicket {
         let outcome = self.ticket.sync();
         let gone = self.watch.check().err();
         if let (Ok(durable), None, Some(watermark)) = (outcome.result(), &gone, &self.watermark)
-            && let Err(error) = watermark.write(durable)
+            && let Some(Err(error)) =
+                outcome.while_owned(|| watermark.write(Loss::noted(self.loss.as_ref(), durable)))
         {
             tracing::debug!(%error, "cannot note beside the log how far it is durable");
         }
@@ -151,9 +147,7 @@ impl Disk {
     pub(crate) fn new(id: DiskId, number: u32, log: Result<(DiskLog, LogMark), Failure>, past: Past) -> Self {
         let log = match log {
             Ok((log, mark)) => Log::Open(Box::new(log), mark),
-            Err(failure) => {
-                Log::Failed(Box::new(Failed { failure, through: None, attached: None, left: None }))
-            }
+            Err(failure) => Log::Failed(Box::new(Failed { failure, ..Failed::default() })),
         };
         Self { id, log, number, past, opened: 1, owner: None, waiting: VecDeque::new(), waiting_bytes: 0 }
     }
@@ -182,18 +176,18 @@ impl Disk {
         self.past.damage.iter().chain(present).chain(loss.map(|loss| &loss.why))
     }
 
-    /// Why acknowledged bytes are missing at the end of the open log, as long as nothing has followed:
-    /// what follows an agent's handshake either proves that nothing is missing, or is a resync.
+    /// Why acknowledged bytes are missing at the end of the open log, as long as only attaches have
+    /// followed: anything else either follows exactly, or is a pass with a hole of its own.
     pub fn lost_end(&self) -> Option<&str> {
-        let Log::Open(log, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
-        (log.appended() == loss.end).then_some(loss.why.as_str())
+        let Log::Open(_, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
+        (!loss.followed).then_some(loss.why.as_str())
     }
 
     /// Why nothing that the agent believes of this log may be relied on: acknowledged bytes are missing at
-    /// its end, and no pass has compared everything since.
+    /// its end, and no pass that compares everything is durable since.
     pub(crate) fn uncompared_loss(&self) -> Option<&str> {
-        let Log::Open(_, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
-        (!loss.compared).then_some(loss.why.as_str())
+        let Log::Open(log, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
+        (!loss.is_compared(log.durable().seq)).then_some(loss.why.as_str())
     }
 
     /// The newest attach that any log of this disk is known to have, also one that is out of use.
@@ -212,7 +206,11 @@ impl Disk {
     /// The highest LSN that any log of this disk names.
     pub fn highest_lsn(&self) -> Lsn {
         let present = self.timeline().map_or(Lsn::ZERO, Timeline::highest_lsn);
-        present.max(self.past.highest())
+        let lost = match &self.log {
+            Log::Open(_, LogMark { loss: Some(loss), .. }) => loss.lost.lsn,
+            Log::Open(..) | Log::Failed(_) => Lsn::ZERO,
+        };
+        present.max(lost).max(self.past.highest())
     }
 
     /// What the log gives back; `None` while it is out of use.
@@ -264,14 +262,13 @@ impl Disk {
     /// do, or when the log just failed (see [`Disk::failure`]). Run [`CommitTicket::sync`] where
     /// blocking is fine, then hand its outcome to [`Disk::synced`].
     pub fn ticket(&mut self) -> Option<CommitTicket> {
-        // As long as a loss is not made good, the mark that told of it stays for the next start.
-        let lossy = self.uncompared_loss().is_some();
         let Log::Open(log, mark) = &mut self.log else { return None };
         match log.ticket() {
             Ok(ticket) => ticket.map(|ticket| CommitTicket {
                 opened: self.opened,
                 ticket,
-                watermark: mark.watermark.clone().filter(|_| !lossy),
+                watermark: mark.watermark.clone(),
+                loss: mark.loss.clone(),
                 watch: mark.watch.clone(),
             }),
             Err(error) => {
@@ -367,13 +364,14 @@ impl Disk {
             Log::Open(log, mark) => (log, mark),
             Log::Failed(failed) => return Err(DiskError::Store(failed.failure.why.clone())),
         };
-        let begins_pass = matches!(entry, Entry::PassBegin { .. });
+        let followed = Followed::of(&entry);
+        let cost = ByteCount(payload.0 + ENTRY_HEADER_BYTES + EXTENT_BYTES * bare_extents(&entry));
         match log.append(entry) {
             Ok(seq) => {
-                if let (true, Some(loss)) = (begins_pass, &mut mark.loss) {
-                    loss.compared = true;
+                if let Some(loss) = &mut mark.loss {
+                    loss.follow(seq, followed);
                 }
-                self.note_waiting(seq, ByteCount(payload.0 + ENTRY_HEADER_BYTES));
+                self.note_waiting(seq, cost);
                 Ok(seq)
             }
             Err(AppendError::Invalid(invalid)) => Err(DiskError::Invalid(invalid.to_string())),
@@ -436,13 +434,30 @@ impl Disk {
 
     pub(crate) fn fail(&mut self, failure: Failure) {
         tracing::error!(disk = %self.id, why = failure.why, "the disk's log failed and is out of use until it is opened again");
-        let (through, attached, left) = match &mut self.log {
-            Log::Open(log, _) => (Some(log.durable().seq), log.timeline().attached().cloned(), None),
-            Log::Failed(failed) => (failed.through, failed.attached.take(), failed.left.take()),
-        };
-        self.log = Log::Failed(Box::new(Failed { failure, through, attached, left }));
+        let failed = Box::new(Failed { failure, ..Failed::default() });
+        match (std::mem::replace(&mut self.log, Log::Failed(failed)), &mut self.log) {
+            (Log::Open(log, _), Log::Failed(failed)) => {
+                failed.through = Some(log.durable().seq);
+                failed.attached = log.timeline().attached().cloned();
+                // A device that hangs under another thread holds up nobody here.
+                failed.work = Some(log.abandon());
+            }
+            (Log::Failed(before), Log::Failed(failed)) => {
+                let failure = failed.failure.clone();
+                **failed = Failed { failure, ..*before };
+            }
+            (_, Log::Open(..)) => unreachable!("it was just replaced"),
+        }
         self.waiting.clear();
         self.waiting_bytes = 0;
+    }
+
+    /// Whether another thread still works on the files of a log that failed: it cannot be opened before that ends.
+    pub(crate) fn is_worked_on(&self) -> bool {
+        match &self.log {
+            Log::Open(..) => false,
+            Log::Failed(failed) => failed.work.as_ref().is_some_and(LastWork::is_under_way),
+        }
     }
 
     fn log(&self) -> Option<&DiskLog> {
@@ -450,6 +465,24 @@ impl Disk {
             Log::Open(log, _) => Some(log),
             Log::Failed(_) => None,
         }
+    }
+}
+
+/// How many extents an entry without a payload becomes; those of a payload are little beside it.
+fn bare_extents(entry: &Entry) -> u64 {
+    match entry {
+        Entry::Zero { range, .. } | Entry::PassData { range, content: PassContent::Zeroes, .. } => {
+            // A range that no log takes is refused when it is appended.
+            let known = range.end().0 <= DISK_SIZE_MAX.0;
+            if known { Bucket::split(*range).len() as u64 } else { 0 }
+        }
+        Entry::Write { .. }
+        | Entry::PassData { content: PassContent::Bytes { .. }, .. }
+        | Entry::Flush { .. }
+        | Entry::PassBegin { .. }
+        | Entry::PassEnd { .. }
+        | Entry::Mark { .. }
+        | Entry::Attach { .. } => 0,
     }
 }
 

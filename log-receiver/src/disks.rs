@@ -226,6 +226,11 @@ impl Disks {
             let mut displaced = None;
             if disk.failure().is_some() {
                 check_attached(disk.attached(), hello)?;
+                if disk.is_worked_on() {
+                    let why =
+                        "the disk's log failed, and work on its files has not ended: the device may be slow";
+                    return Err(closed(CloseCode::Store, why));
+                }
                 match self.shelf.open(hello.disk, disk.log_number()) {
                     Ok(log) => {
                         check_attached(log.timeline().attached(), hello)?;

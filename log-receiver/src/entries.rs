@@ -7,7 +7,7 @@ use backtide_segment::{Entry, PassContent, PassReason};
 use backtide_units::{ByteRange, CaptureTime, Lsn, Reason};
 
 /// The entry of a guest's write, zeroing or trim.
-pub(crate) fn record(record: Record) -> Entry {
+pub fn record(record: Record) -> Entry {
     let Record { lsn, previous: _, time, range, body } = record;
     match body {
         RecordBody::Write(data) => {
@@ -21,13 +21,13 @@ pub(crate) fn record(record: Record) -> Entry {
 
 /// The entry that begins a pass; the reason's sentence is kept beside its code, so that the log can
 /// be read without this build's table.
-pub(crate) fn pass_begin(at: Lsn, gap_from: Lsn, time: CaptureTime, reason: Reason) -> Entry {
+pub fn pass_begin(at: Lsn, gap_from: Lsn, time: CaptureTime, reason: Reason) -> Entry {
     let reason = PassReason { code: reason.code(), text: reason.to_string() };
     Entry::PassBegin { at, gap_from, time, reason }
 }
 
 /// The entry of a pass's data; on the stream no payload means zeroes.
-pub(crate) fn pass_data(at: Lsn, range: ByteRange, data: &Data) -> Entry {
+pub fn pass_data(at: Lsn, range: ByteRange, data: &Data) -> Entry {
     let content = if data.bytes().is_empty() {
         PassContent::Zeroes
     } else {
@@ -37,7 +37,7 @@ pub(crate) fn pass_data(at: Lsn, range: ByteRange, data: &Data) -> Entry {
 }
 
 /// The entry with which an agent claims the disk for its epoch.
-pub(crate) fn attach(hello: &Hello, time: CaptureTime) -> Entry {
+pub fn attach(hello: &Hello, time: CaptureTime) -> Entry {
     Entry::Attach {
         epoch: hello.epoch,
         attach: hello.attach,

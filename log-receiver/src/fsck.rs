@@ -8,7 +8,7 @@ use std::{
 };
 
 use backtide_receiver_api::{DiskCheck, StoreCheck};
-use backtide_recovery::{Checked, LogCache, LogOptions, Salvage, Snapshot};
+use backtide_recovery::{Checked, LogCache, LogOptions, Snapshot};
 use backtide_storage::{RealStorage, Storage};
 use backtide_units::{ByteCount, DiskId, HistoryId};
 
@@ -98,7 +98,7 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
         any = true;
         let checked = salvaged.and_then(|salvaged| {
             let mut checked = salvaged.check(step)?;
-            check_beside(shelf, disk, number, &salvaged, &mut checked);
+            check_beside(shelf, disk, number, &mut checked);
             let attached = salvaged.snapshot.timeline().attached().map(|attached| attached.name.clone());
             let memo = shelf.memo(disk, number).map(|memo| memo.attached.name);
             report.name = attached.or(memo).or(report.name.take());
@@ -114,7 +114,7 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
 }
 
 /// The files beside the segments.
-fn check_beside(shelf: &Shelf, disk: DiskId, number: u32, salvaged: &Salvage, checked: &mut Checked) {
+fn check_beside(shelf: &Shelf, disk: DiskId, number: u32, checked: &mut Checked) {
     let dir = Shelf::dir(disk, number);
     if memo::is_damaged(&*shelf.storage, &dir) {
         let name = shelf.storage.display(&dir.join(memo::FILE));
@@ -123,18 +123,6 @@ fn check_beside(shelf: &Shelf, disk: DiskId, number: u32, salvaged: &Salvage, ch
     if Watermark::is_damaged(&*shelf.storage, &dir) {
         let name = shelf.storage.display(&dir.join(watermark::FILE));
         checked.note(format!("{} is damaged: it is written again when the receiver starts", name.display()));
-    }
-    let history = shelf.memo(disk, number).map(|memo| memo.identity.history);
-    let noted = history.and_then(|history| Watermark::find(&*shelf.storage, &dir, history));
-    let end = salvaged.snapshot.through();
-    if let Some(noted) = noted.filter(|noted| noted.seq > end && salvaged.damage.is_empty()) {
-        let name = shelf.storage.display(&dir.join("segments"));
-        checked.note(format!(
-            "the end of the log in {} is lost: entries up to {} (lsn:{}) were durable, it ends with entry {end}",
-            name.display(),
-            noted.seq,
-            noted.lsn
-        ));
     }
 }
 

@@ -14,14 +14,15 @@ use std::{
     sync::Arc,
 };
 
-use backtide_recovery::{Attached, DiskLog, LogError, LogIdentity, Salvage, Seq, Snapshot, salvage};
+use backtide_recovery::{Attached, DiskLog, Durable, LogError, LogIdentity, Salvage, Seq, Snapshot, salvage};
 use backtide_units::{ByteCount, ByteOffset, DiskId, Lsn};
 
 use crate::{
-    disk::{Disk, Failure, LogMark, Loss, chain},
+    disk::{Disk, Failure, chain},
     disks::{DISKS, Shelf},
+    log_mark::{LogMark, Loss},
     memo::{self, Memo},
-    watermark::Watermark,
+    watermark::{Noted, Watermark},
 };
 
 /// A disk whose log was damaged so often has a store that cannot be trusted with one more.
@@ -124,10 +125,11 @@ impl Shelf {
     }
 
     /// What is known beside an open log about how far it was durable. A log that ends before that has lost
-    /// bytes that were acknowledged: that is said loudly, and the agent's handshake finds it too.
+    /// bytes that were acknowledged: that is said loudly and noted durably, and the agent's handshake finds it too.
     pub(crate) fn mark(&self, disk: DiskId, number: u32, log: &DiskLog) -> LogMark {
         let dir = Self::dir(disk, number);
-        let watermark = match Watermark::open(&*self.storage, &dir, log.identity().history, log.durable()) {
+        let mut watermark = match Watermark::open(&*self.storage, &dir, log.identity().history, log.durable())
+        {
             Ok(watermark) => Some(watermark),
             Err(error) => {
                 tracing::warn!(%disk, %error, "cannot note beside the log how far it is durable");
@@ -136,19 +138,35 @@ impl Shelf {
         };
         let noted = watermark.as_ref().and_then(Watermark::read);
         let found = log.durable();
-        let loss = noted.filter(|noted| noted.seq > found.seq).map(|noted| {
-            let why = format!(
-                "the end of the log in {} is lost: entries up to {} (lsn:{}) were durable, it ends with entry {} (lsn:{})",
-                self.storage.display(&dir.join("segments")).display(),
-                noted.seq,
-                noted.lsn,
-                found.seq,
-                found.lsn
-            );
-            tracing::error!(%disk, why, "acknowledged bytes are lost");
-            Loss { why, end: found.seq, compared: false }
+        let loss = noted.and_then(|noted| {
+            let lost = if noted.durable.seq > found.seq { Some(noted.durable) } else { noted.lost };
+            lost.map(|lost| Loss {
+                why: self.lost_end(&dir, lost, found.seq),
+                lost,
+                followed: false,
+                pass: None,
+            })
         });
+        if let (Some(mark), Some(loss)) = (&watermark, &loss) {
+            tracing::error!(%disk, why = loss.why, "acknowledged bytes are lost");
+            if let Err(error) = mark.write_durably(Loss::noted(Some(loss), found)) {
+                // The mark that tells of the loss stays for the next start.
+                tracing::warn!(%disk, %error, "cannot note beside the log that its end is lost");
+                watermark = None;
+            }
+        }
         LogMark { watermark, watch: self.watch.clone(), loss }
+    }
+
+    /// A sentence.
+    fn lost_end(&self, dir: &Path, lost: Durable, end: Seq) -> String {
+        format!(
+            "the end of the log in {} is lost: entries up to {} (lsn:{}) were durable, and nothing has been compared \
+             since; it ends with entry {end}",
+            self.storage.display(&dir.join("segments")).display(),
+            lost.seq,
+            lost.lsn,
+        )
     }
 
     pub(crate) fn push_past(&self, past: &mut Past, disk: DiskId, number: u32) {
@@ -181,17 +199,23 @@ impl Shelf {
     pub(crate) fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {
         let dir = Self::dir(disk, log);
         let known = self.memo(disk, log).map(|memo| memo.identity);
-        let noted = match known {
-            Some(known) => Watermark::find(&*self.storage, &dir, known.history),
-            None => Watermark::of_any(&*self.storage, &dir),
-        };
-        let salvaged = match salvage(&self.storage, &dir, &self.cache, known, through) {
+        let mut salvaged = match salvage(&self.storage, &dir, &self.cache, known, through) {
             Err(error @ LogError::NoLog { .. }) => {
                 Salvage::nothing(chain(&self.lost(disk, log).ok_or(error)?))
             }
             salvaged => salvaged?,
         };
-        Ok(salvaged.reaching(noted.map_or(Lsn::ZERO, |noted| noted.lsn)))
+        let noted = match salvaged.identity.or(known) {
+            Some(known) => Watermark::find(&*self.storage, &dir, known.history),
+            None => Watermark::of_any(&*self.storage, &dir),
+        };
+        let Some(noted) = noted else { return Ok(salvaged) };
+        let end = salvaged.reached();
+        let lost = if noted.durable.seq > end { Some(noted.durable) } else { noted.lost };
+        if let Some(lost) = lost.filter(|_| end > Seq(0)) {
+            salvaged.damage.push(self.lost_end(&dir, lost, end));
+        }
+        Ok(salvaged.reaching(noted.highest()))
     }
 
     /// What to say of a directory without a segment to go by, when something beside tells that a log was in use
@@ -207,7 +231,9 @@ impl Shelf {
             return None;
         }
         let end = match noted {
-            Some(noted) => format!("entries up to {} (lsn:{}) were durable", noted.seq, noted.lsn),
+            Some(Noted { durable, .. }) => {
+                format!("entries up to {} (lsn:{}) were durable", durable.seq, durable.lsn)
+            }
             None => "nothing tells how much was durable".to_owned(),
         };
         Some(LogError::Damaged {
@@ -240,7 +266,7 @@ impl Shelf {
         let dir = Self::dir(disk, log);
         let noted = |identity: LogIdentity| {
             let noted = Watermark::find(&*self.storage, &dir, identity.history);
-            noted.map_or(Seq(0), |durable| durable.seq)
+            noted.map_or(Seq(0), |noted| noted.durable.seq)
         };
         let storage = Arc::clone(&self.storage);
         let (log, recovered) = match DiskLog::open_noted(storage, &dir, self.log, &self.cache, noted) {

@@ -2,31 +2,57 @@
 //! bytes that were acknowledged, which its own entries cannot tell of their end.
 //!
 //! ```text
-//! 0  magic "BKTDDUR\n"   8  history   24  entry   32  LSN   40  zero   44  CRC32C of 0..44
+//! 0  magic "BKTDDUR\n"   8  history   24  entry   32  LSN   40  lost entry   48  its LSN
+//! 56  zero   60  CRC32C of 0..60
 //! ```
-//! Little-endian. The first mark is synced before it gets the file's name, so a file without one is damaged.
-//! Later ones are written in place, within a sector, and never synced: what a power cut leaves is an older
-//! mark, and each was true when it was written.
+//! Little-endian. Entry and LSN: everything up to there is durable. When a log is found to end before its mark, a mark with its
+//! actual end is synced before anything is appended, and names as *lost* how far it had been durable (0 and 0 otherwise): so what
+//! is appended and torn later is cut like any other tail, and the loss is known at every start until all of it has been
+//! compared.
+//!
+//! The first mark is synced before it gets the file's name, so a file without one is damaged. Others are
+//! written in place, within a sector, and not synced but the one that tells of a loss: what a power cut leaves is an
+//! older mark, and each was true when it was written.
 
 use std::{io, path::Path, sync::Arc};
 
 use backtide_recovery::Durable;
 use backtide_segment::Seq;
-use backtide_storage::{Storage, StorageFile};
+use backtide_storage::{Storage, StorageFile, replace_with};
 use backtide_units::{ByteOffset, HistoryId, Lsn};
 use uuid::Uuid;
 
 pub(crate) const FILE: &str = "durable";
-const FILE_NEW: &str = "durable.new";
 const MAGIC: &[u8; 8] = b"BKTDDUR\n";
-const LENGTH: usize = 48;
-const CRC_AT: usize = 44;
+const LENGTH: usize = 64;
+const CRC_AT: usize = 60;
+
+/// What a mark says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Noted {
+    /// Everything up to there is durable.
+    pub(crate) durable: Durable,
+    /// How far the log was durable once, when its end was lost and no pass has compared everything since.
+    pub(crate) lost: Option<Durable>,
+}
 
 /// The mark of one log.
 #[derive(Clone)]
 pub(crate) struct Watermark {
     file: Arc<dyn StorageFile>,
     history: HistoryId,
+}
+
+impl Noted {
+    /// Nothing is lost up to there.
+    pub(crate) fn whole(durable: Durable) -> Self {
+        Self { durable, lost: None }
+    }
+
+    /// The highest LSN that was ever durable.
+    pub(crate) fn highest(&self) -> Lsn {
+        self.durable.lsn.max(self.lost.map_or(Lsn::ZERO, |lost| lost.lsn))
+    }
 }
 
 impl Watermark {
@@ -51,20 +77,13 @@ impl Watermark {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        let beside = dir.join(FILE_NEW);
-        match storage.remove(&beside) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            Ok(()) | Err(_) => {}
-        }
-        let new = Self { file: storage.create_new(&beside)?, history };
-        new.write(durable)?;
-        new.file.sync_data()?;
-        storage.rename(&beside, &path)?;
-        Ok(Self { file: storage.open(&path)?, history })
+        let noted = encode(history, Noted::whole(durable));
+        let file = replace_with(storage, &path, |file| file.write_at(ByteOffset::ZERO, &noted))?;
+        Ok(Self { file, history })
     }
 
-    /// What was durable of whatever log is in a directory; none when no mark tells.
-    pub(crate) fn of_any(storage: &dyn Storage, dir: &Path) -> Option<Durable> {
+    /// What is noted of whatever log is in a directory; none when no mark tells.
+    pub(crate) fn of_any(storage: &dyn Storage, dir: &Path) -> Option<Noted> {
         let file = storage.open(&dir.join(FILE)).ok()?;
         let mut bytes = [0; LENGTH];
         file.read_exact_at(ByteOffset::ZERO, &mut bytes).ok()?;
@@ -78,8 +97,8 @@ impl Watermark {
         storage.open(&dir.join(FILE)).is_ok() && Self::of_any(storage, dir).is_none()
     }
 
-    /// What was durable of the log in a directory; none when no mark tells. Makes nothing.
-    pub(crate) fn find(storage: &dyn Storage, dir: &Path, history: HistoryId) -> Option<Durable> {
+    /// What is noted of the log in a directory; none when no mark tells. Makes nothing.
+    pub(crate) fn find(storage: &dyn Storage, dir: &Path, history: HistoryId) -> Option<Noted> {
         let file = storage.open(&dir.join(FILE)).ok()?;
         Self { file, history }.read()
     }
@@ -88,37 +107,53 @@ impl Watermark {
     ///
     /// # Errors
     /// The file system's; the mark may be none then.
-    pub(crate) fn write(&self, durable: Durable) -> io::Result<()> {
-        self.file.write_at(ByteOffset::ZERO, &encode(self.history, durable))
+    pub(crate) fn write(&self, noted: Noted) -> io::Result<()> {
+        self.file.write_at(ByteOffset::ZERO, &encode(self.history, noted))
     }
 
-    /// What was durable; none when no mark tells.
-    pub(crate) fn read(&self) -> Option<Durable> {
+    /// Notes it durably.
+    ///
+    /// # Errors
+    /// The file system's; the mark may be the one before then.
+    pub(crate) fn write_durably(&self, noted: Noted) -> io::Result<()> {
+        self.write(noted)?;
+        self.file.sync_data()
+    }
+
+    /// What is noted; none when no mark tells.
+    pub(crate) fn read(&self) -> Option<Noted> {
         let mut bytes = [0; LENGTH];
         self.file.read_exact_at(ByteOffset::ZERO, &mut bytes).ok()?;
         decode(&bytes, self.history)
     }
 }
 
-fn encode(history: HistoryId, durable: Durable) -> [u8; LENGTH] {
+fn encode(history: HistoryId, noted: Noted) -> [u8; LENGTH] {
     let mut bytes = [0; LENGTH];
     bytes[..8].copy_from_slice(MAGIC);
     bytes[8..24].copy_from_slice(history.0.as_bytes());
-    bytes[24..32].copy_from_slice(&durable.seq.0.to_le_bytes());
-    bytes[32..40].copy_from_slice(&durable.lsn.0.to_le_bytes());
+    let lost = noted.lost.unwrap_or_default();
+    let numbers = [noted.durable.seq.0, noted.durable.lsn.0, lost.seq.0, lost.lsn.0];
+    for (number, place) in numbers.iter().zip(bytes[24..56].chunks_exact_mut(8)) {
+        place.copy_from_slice(&number.to_le_bytes());
+    }
     let crc = crc32c::crc32c(&bytes[..CRC_AT]);
     bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
     bytes
 }
 
-fn decode(bytes: &[u8; LENGTH], history: HistoryId) -> Option<Durable> {
-    let number = |at: usize| {
-        let mut number = [0; 8];
-        number.copy_from_slice(&bytes[at..at + 8]);
-        u64::from_le_bytes(number)
+fn decode(bytes: &[u8; LENGTH], history: HistoryId) -> Option<Noted> {
+    let durable = |at: usize| {
+        let number = |at: usize| {
+            let mut number = [0; 8];
+            number.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_le_bytes(number)
+        };
+        Durable { seq: Seq(number(at)), lsn: Lsn(number(at + 8)) }
     };
-    let durable = Durable { seq: Seq(number(24)), lsn: Lsn(number(32)) };
-    (*bytes == encode(history, durable)).then_some(durable)
+    let lost = Some(durable(40)).filter(|lost| lost.seq > Seq(0));
+    let noted = Noted { durable: durable(24), lost };
+    (*bytes == encode(history, noted)).then_some(noted)
 }
 
 #[cfg(test)]
@@ -129,13 +164,16 @@ mod tests {
     fn a_mark_reads_back_and_every_flipped_bit_makes_it_none() {
         let history = HistoryId(Uuid::from_u128(5));
         let durable = Durable { seq: Seq(7), lsn: Lsn(9) };
-        let good = encode(history, durable);
-        assert_eq!(decode(&good, history), Some(durable));
-        assert_eq!(decode(&good, HistoryId(Uuid::from_u128(6))), None, "a mark of another log");
-        for bit in 0..LENGTH * 8 {
-            let mut bytes = good;
-            bytes[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(decode(&bytes, history), None, "bit {bit}");
+        let lost = Durable { seq: Seq(12), lsn: Lsn(11) };
+        for noted in [Noted::whole(durable), Noted { durable, lost: Some(lost) }] {
+            let good = encode(history, noted);
+            assert_eq!(decode(&good, history), Some(noted));
+            assert_eq!(decode(&good, HistoryId(Uuid::from_u128(6))), None, "a mark of another log");
+            for bit in 0..LENGTH * 8 {
+                let mut bytes = good;
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                assert_eq!(decode(&bytes, history), None, "bit {bit}");
+            }
         }
     }
 }

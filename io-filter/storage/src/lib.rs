@@ -16,4 +16,4 @@ mod seam;
 pub use image::{ImageError, ImageFile};
 pub use memory::{MemoryStorage, OperationCounts};
 pub use real::RealStorage;
-pub use seam::{Storage, StorageFile, read_file, replace_file};
+pub use seam::{Storage, StorageFile, read_file, replace_file, replace_with};

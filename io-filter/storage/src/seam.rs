@@ -160,12 +160,25 @@ pub fn read_file(storage: &dyn Storage, path: &Path, limit: ByteCount) -> io::Re
     Ok(content)
 }
 
-/// Replaces a small file so that a power cut leaves the old content or the new, never a mixture:
-/// write beside it, sync, rename over it, sync the directory.
+/// Replaces a small file so that a power cut leaves the old content or the new, never a mixture.
 ///
 /// # Errors
-/// After one, the old or the new content is in place; a leftover `PATH.new` does no harm.
+/// As [`replace_with`].
 pub fn replace_file(storage: &dyn Storage, path: &Path, content: &[u8]) -> io::Result<()> {
+    replace_with(storage, path, |file| file.write_at(ByteOffset::ZERO, content)).map(|_| ())
+}
+
+/// Replaces a file with one that `fill` writes, and gives that one: written beside it, synced, renamed over it,
+/// the directory synced. A power cut leaves the old file or the new one.
+///
+/// # Errors
+/// After one, the old or the new file is in place, and none beside it as far as the storage allows; a leftover
+/// `PATH.new` does no harm.
+pub fn replace_with(
+    storage: &dyn Storage,
+    path: &Path,
+    fill: impl FnOnce(&dyn StorageFile) -> io::Result<()>,
+) -> io::Result<Arc<dyn StorageFile>> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = PathBuf::from(beside);
@@ -174,9 +187,18 @@ pub fn replace_file(storage: &dyn Storage, path: &Path, content: &[u8]) -> io::R
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let file = storage.create_new(&beside)?;
-    file.write_at(ByteOffset::ZERO, content)?;
-    file.sync_data()?;
-    storage.rename(&beside, path)?;
-    storage.sync_dir(path.parent().unwrap_or(Path::new("")))
+    let replace = || {
+        let file = storage.create_new(&beside)?;
+        fill(&*file)?;
+        file.sync_data()?;
+        storage.rename(&beside, path)?;
+        storage.sync_dir(path.parent().unwrap_or(Path::new("")))?;
+        Ok(file)
+    };
+    let replaced = replace();
+    if replaced.is_err() {
+        // Half a file takes room that may be what is missing. The next attempt removes it too.
+        let _ = storage.remove(&beside);
+    }
+    replaced
 }

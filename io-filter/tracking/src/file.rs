@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use backtide_storage::{Storage, StorageFile};
+use backtide_storage::{Storage, StorageFile, replace_with};
 use backtide_units::{BlockCount, BlockRange, ByteCount, ByteOffset, CaptureTime, DiskId};
 use bytes::{Buf, BufMut};
 use uuid::Uuid;
@@ -120,54 +120,26 @@ impl TrackingFile {
         size: ByteCount,
         snapshot: &Snapshot,
     ) -> io::Result<Self> {
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(".new");
-        let beside = PathBuf::from(beside);
-        match storage.remove(&beside) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-        let created = Self::write_new(storage, &beside, limits, size, snapshot).and_then(|file| {
-            storage.rename(&beside, path)?;
-            storage.sync_dir(path.parent().unwrap_or(Path::new("")))?;
-            Ok(file)
-        });
-        if created.is_err() {
-            // Half a file takes room that may be what is missing. The next attempt removes it too.
-            let _ = storage.remove(&beside);
-        }
-        created
-    }
-
-    /// A durable file at `path` that holds `snapshot`.
-    fn write_new(
-        storage: &dyn Storage,
-        path: &Path,
-        limits: ActivityLimits,
-        size: ByteCount,
-        snapshot: &Snapshot,
-    ) -> io::Result<Self> {
         let layout = Layout {
             disk: snapshot.saved.disk,
             extent: limits.extent,
             sectors: limits.sectors.clamp(1, SECTORS_MAX),
             slot_bytes: slot_bytes(limits, size),
         };
-        let file = Self { file: storage.create_new(path)?, layout };
-        if limits.hot > 0 && !snapshot.clean {
-            // Written once, so that a record need not wait for the file system to find it a place.
-            let log = vec![0; layout.sectors as usize * SECTOR_BYTES];
-            file.file.write_at(ByteOffset(LOG_AT), &log)?;
-        }
-        let bytes = snapshot.encode();
-        file.put_snapshot(snapshot.generation, &bytes)?;
-        if snapshot.everything {
-            file.put_snapshot(snapshot.generation + 1, &bytes)?;
-        }
-        file.file.write_at(ByteOffset::ZERO, &layout.encode())?;
-        file.file.sync_data()?;
-        Ok(file)
+        let file = replace_with(storage, path, |file| {
+            if limits.hot > 0 && !snapshot.clean {
+                // Written once, so that a record need not wait for the file system to find it a place.
+                let log = vec![0; layout.sectors as usize * SECTOR_BYTES];
+                file.write_at(ByteOffset(LOG_AT), &log)?;
+            }
+            let bytes = snapshot.encode();
+            put_snapshot(file, layout, snapshot.generation, &bytes)?;
+            if snapshot.everything {
+                put_snapshot(file, layout, snapshot.generation + 1, &bytes)?;
+            }
+            file.write_at(ByteOffset::ZERO, &layout.encode())
+        })?;
+        Ok(Self { file, layout })
     }
 
     /// Makes a record of the activity log durable.
@@ -186,7 +158,7 @@ impl TrackingFile {
     /// As [`write_record`](Self::write_record).
     pub fn write_snapshot(&self, snapshot: &Snapshot) -> io::Result<ByteCount> {
         let bytes = snapshot.encode();
-        self.put_snapshot(snapshot.generation, &bytes)?;
+        put_snapshot(&*self.file, self.layout, snapshot.generation, &bytes)?;
         self.file.sync_data()?;
         Ok(ByteCount(bytes.len() as u64))
     }
@@ -206,15 +178,14 @@ impl TrackingFile {
         bytes.put_u32_le(crc);
         self.file.write_at(ByteOffset(LIFE_AT), &bytes)
     }
+}
 
-    fn put_snapshot(&self, generation: u64, bytes: &[u8]) -> io::Result<()> {
-        if bytes.len() as u64 > self.layout.slot_bytes {
-            let message =
-                format!("a snapshot of {} bytes does not fit into {}", bytes.len(), self.layout.slot_bytes);
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
-        }
-        self.file.write_at(ByteOffset(self.layout.slot_at(generation)), bytes)
+fn put_snapshot(file: &dyn StorageFile, layout: Layout, generation: u64, bytes: &[u8]) -> io::Result<()> {
+    if bytes.len() as u64 > layout.slot_bytes {
+        let message = format!("a snapshot of {} bytes does not fit into {}", bytes.len(), layout.slot_bytes);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
     }
+    file.write_at(ByteOffset(layout.slot_at(generation)), bytes)
 }
 
 impl Loaded {

@@ -46,19 +46,21 @@ impl Checked {
 
     /// Takes a result: damage is a finding, any other error ends the check.
     fn take<T>(&mut self, result: Result<T, SegmentError>) -> Result<Option<T>, LogError> {
-        match result {
-            Ok(value) => Ok(Some(value)),
-            Err(damage @ SegmentError::Damaged { .. }) => {
-                self.note(damage.to_string());
-                Ok(None)
-            }
-            Err(
-                error @ (SegmentError::UnknownVersion { .. }
-                | SegmentError::Full { .. }
-                | SegmentError::Io { .. }
-                | SegmentError::Poisoned),
-            ) => Err(error.into()),
-        }
+        Ok(told(result)?.map_err(|damage| self.note(damage)).ok())
+    }
+}
+
+/// Tells damage from errors that say nothing of what is in a file.
+pub(crate) fn told<T>(result: Result<T, SegmentError>) -> Result<Result<T, String>, LogError> {
+    match result {
+        Ok(value) => Ok(Ok(value)),
+        Err(damage @ SegmentError::Damaged { .. }) => Ok(Err(damage.to_string())),
+        Err(
+            error @ (SegmentError::UnknownVersion { .. }
+            | SegmentError::Full { .. }
+            | SegmentError::Io { .. }
+            | SegmentError::Poisoned),
+        ) => Err(error.into()),
     }
 }
 

@@ -4,13 +4,16 @@
 //! Chores travel with a ticket and are done before it syncs, so a footer is as durable as the ticket says.
 //! Only one set is under way at a time: no two of them ever touch one file. Who drops a ticket gives its
 //! chores back: the log sees that their token is gone and hands them out again. When the log itself is dropped its
-//! gate closes, for the files may belong to a log that was opened again: chores under way are waited for, later
-//! ones do nothing.
+//! gate closes, for the files may belong to a log that is opened again: later chores do nothing, and those under way
+//! are waited for, unless the log was [abandoned](crate::DiskLog::abandon); then whoever opens it again sees to that.
 
 use std::{
     io,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use backtide_segment::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId, Seq};
@@ -34,17 +37,45 @@ pub(crate) struct Token;
 #[derive(Debug, Default)]
 pub(crate) struct Away(Weak<Token>);
 
-/// Whether a log still owns its files. Closes when it is dropped.
+/// Whether a log still owns its files. Closes when it is dropped, or before.
 #[derive(Debug, Default)]
-pub(crate) struct Gate(Arc<Mutex<Closed>>);
+pub(crate) struct Gate {
+    owned: Arc<Owned>,
+    /// Dropping it does not wait.
+    abandoned: bool,
+}
 
+/// What a gate and the work behind it share.
 #[derive(Debug, Default)]
-struct Closed(bool);
+pub(crate) struct Owned {
+    closed: AtomicBool,
+    /// Held by work on the log's files.
+    working: Mutex<()>,
+}
+
+/// The work on an abandoned log's files that was under way.
+#[derive(Clone, Debug)]
+pub struct LastWork(Arc<Owned>);
+
+impl LastWork {
+    /// Whether it is still under way: nobody may open the log again before it has ended. None begins any more.
+    pub fn is_under_way(&self) -> bool {
+        matches!(self.0.working.try_lock(), Err(TryLockError::WouldBlock))
+    }
+}
+
+impl Owned {
+    /// Keeps the files in hand; none when they are not the log's any more.
+    pub(crate) fn work(&self) -> Option<MutexGuard<'_, ()>> {
+        let working = self.working.lock().unwrap_or_else(PoisonError::into_inner);
+        (!self.closed.load(Ordering::Acquire)).then_some(working)
+    }
+}
 
 /// See the module's description.
 pub(crate) struct Chores {
     token: Arc<Token>,
-    gate: Arc<Mutex<Closed>>,
+    owned: Arc<Owned>,
     pub(crate) seal: Vec<SealJob>,
     pub(crate) allocate: Option<AllocateJob>,
     pub(crate) spare: Option<SpareJob>,
@@ -110,16 +141,31 @@ impl Away {
 }
 
 impl Gate {
+    /// What the work behind it asks.
+    pub(crate) fn owned(&self) -> Arc<Owned> {
+        Arc::clone(&self.owned)
+    }
+
     /// No chores yet, of this log and this moment.
     pub(crate) fn chores(&self, away: &mut Away) -> Chores {
-        let (token, gate) = (away.begin(), Arc::clone(&self.0));
-        Chores { token, gate, seal: Vec::new(), allocate: None, spare: None, upkeep: None }
+        let (token, owned) = (away.begin(), self.owned());
+        Chores { token, owned, seal: Vec::new(), allocate: None, spare: None, upkeep: None }
+    }
+
+    /// Closes without waiting for work that is under way.
+    pub(crate) fn abandon(&mut self) -> LastWork {
+        self.abandoned = true;
+        self.owned.closed.store(true, Ordering::Release);
+        LastWork(self.owned())
     }
 }
 
 impl Drop for Gate {
     fn drop(&mut self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).0 = true;
+        self.owned.closed.store(true, Ordering::Release);
+        if !self.abandoned {
+            drop(self.owned.working.lock());
+        }
     }
 }
 
@@ -127,11 +173,10 @@ impl Chores {
     /// Does them. What only saves time later may fail without a word: it is done when it is needed, and
     /// fails there.
     pub(crate) fn run(self) -> io::Result<Done> {
-        let Self { token, gate, seal, allocate, spare, upkeep } = self;
-        let closed = gate.lock().unwrap_or_else(PoisonError::into_inner);
-        if closed.0 {
+        let Self { token, owned, seal, allocate, spare, upkeep } = self;
+        let Some(_working) = owned.work() else {
             return Err(io::Error::other("the log was closed meanwhile"));
-        }
+        };
         let mut done = Done { _token: token, sealed: Vec::new(), allocated: None, spare: None, upkept: None };
         for job in seal {
             done.sealed.push(job.run().map_err(into_io)?);

@@ -17,6 +17,7 @@ use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 use crate::{
     AppendError, Durable, InvalidEntry, LogCache, LogError, PointError, Snapshot, SyncOutcome, SyncTicket,
     Timeline, View,
+    chores::LastWork,
     recover::{self, Kept, KeptState, failed},
     segment::{OpenSegment, Segment},
     segments::Segments,
@@ -337,7 +338,8 @@ impl DiskLog {
         let directory = (self.change_durable < self.started)
             .then(|| DirectorySync { storage: Arc::clone(&self.storage), path: self.segments_dir.clone() });
         let through = Durable { seq: self.appended, lsn: self.timeline.covered() };
-        SyncTicket { through, change: self.change, files, directory, chores }
+        let owned = self.rotation.owned();
+        SyncTicket { through, change: self.change, files, directory, chores, owned }
     }
 
     /// Takes a ticket's outcome. A failed sync poisons the log.
@@ -396,6 +398,11 @@ impl DiskLog {
     /// Whether a write or sync has failed: the log must be dropped and opened again.
     pub fn is_poisoned(&self) -> bool {
         self.poisoned
+    }
+
+    /// Gives the log up without waiting for what other threads do to its files.
+    pub fn abandon(mut self) -> LastWork {
+        self.rotation.abandon()
     }
 
     /// The log as it is now, for other threads; stays valid while the log grows on.

@@ -24,6 +24,7 @@ mod view;
 
 pub use cache::{CacheLimits, LogCache};
 pub use check::Checked;
+pub use chores::LastWork;
 pub use disk_log::{DiskLog, LogIdentity, LogOptions, Recovered};
 pub use error::{AppendError, InvalidEntry, LogError, Nearest, PointError, TimedLsn};
 pub use point::{ParsePointError, Point, time_text};

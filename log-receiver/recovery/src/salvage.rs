@@ -19,6 +19,7 @@ use roaring::RoaringTreemap;
 
 use crate::{
     LogCache, LogError, LogIdentity, LogOptions, Snapshot, Timeline,
+    check::told,
     recover::{Found, find, open},
     segment::{OpenSegment, Segment},
     segments::Segments,
@@ -26,6 +27,8 @@ use crate::{
 
 /// What is left of a log.
 pub struct Salvage {
+    /// Whose log it is; none when nothing says it.
+    pub identity: Option<LogIdentity>,
     /// Reads it.
     pub snapshot: Snapshot,
     /// What is wrong, the first place first: a sentence each, with file and place. Empty when nothing is.
@@ -42,7 +45,13 @@ impl Salvage {
         let mut timeline = Timeline::default();
         timeline.end(Some(&damage));
         let snapshot = Snapshot::new(Arc::new(timeline), Arc::new(Segments::new(ByteCount::ZERO)), Seq(0));
-        Self { snapshot, damage: vec![damage], size: ByteCount::ZERO, beyond: Vec::new() }
+        Self { identity: None, snapshot, damage: vec![damage], size: ByteCount::ZERO, beyond: Vec::new() }
+    }
+
+    /// The last entry that can be read, also behind a lost place.
+    pub fn reached(&self) -> Seq {
+        let ends = self.beyond.iter().map(|segment| Seq(segment.stats().next_seq.0 - 1));
+        ends.max().unwrap_or_default().max(self.snapshot.through())
     }
 
     /// The same of a log that is known to have reached `lsn`: none up to there may come a second time.
@@ -95,7 +104,7 @@ pub fn salvage(
         let mut timeline = Timeline::default();
         timeline.end(damage.first().map(String::as_str));
         let snapshot = Snapshot::new(Arc::new(timeline), Arc::new(Segments::new(ByteCount::ZERO)), Seq(0));
-        return Ok(Salvage { snapshot, damage, size: ByteCount::ZERO, beyond: Vec::new() });
+        return Ok(Salvage { identity: None, snapshot, damage, size: ByteCount::ZERO, beyond: Vec::new() });
     };
     let mut work = Work {
         storage,
@@ -122,7 +131,8 @@ pub fn salvage(
     work.timeline.end(work.damage.first().map(String::as_str));
     let last = Seq(work.next.0 - 1);
     let snapshot = Snapshot::new(Arc::new(work.timeline), Arc::new(work.segments), last);
-    Ok(Salvage { snapshot, damage: work.damage, size: ByteCount(work.size), beyond: work.beyond })
+    let Work { damage, size, beyond, .. } = work;
+    Ok(Salvage { identity: Some(identity), snapshot, damage, size: ByteCount(size), beyond })
 }
 
 /// For each segment, the newest entry that headers of later segments say was durable.
@@ -205,7 +215,7 @@ impl Work<'_> {
     ) -> Result<(Part, Option<SegmentError>), LogError> {
         if let Some(sealed) = SealedSegment::open(file, header)?
             && sealed.stats().next_seq.0 - 1 <= self.through.0
-            && whole(sealed.verify(file))?
+            && told(sealed.verify(file))?.is_ok()
         {
             let summary = sealed.summary(file)?;
             let doubtful = durable < sealed.stats().next_seq;
@@ -278,18 +288,5 @@ impl Work<'_> {
             self.beyond.push(segment);
         }
         Ok(())
-    }
-}
-
-fn whole(verified: Result<(), SegmentError>) -> Result<bool, LogError> {
-    match verified {
-        Ok(()) => Ok(true),
-        Err(SegmentError::Damaged { .. }) => Ok(false),
-        Err(
-            error @ (SegmentError::UnknownVersion { .. }
-            | SegmentError::Full { .. }
-            | SegmentError::Io { .. }
-            | SegmentError::Poisoned),
-        ) => Err(error.into()),
     }
 }

@@ -12,7 +12,7 @@ use backtide_segment::Seq;
 use backtide_storage::{Storage, StorageFile};
 use backtide_units::Lsn;
 
-use crate::chores::{Chores, Done};
+use crate::chores::{Chores, Done, Owned};
 
 /// How far the log is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,6 +33,7 @@ pub struct SyncTicket {
     pub(crate) files: Vec<Arc<dyn StorageFile>>,
     pub(crate) directory: Option<DirectorySync>,
     pub(crate) chores: Option<Chores>,
+    pub(crate) owned: Arc<Owned>,
 }
 
 /// A directory whose names are not durable.
@@ -48,6 +49,7 @@ pub struct SyncOutcome {
     pub(crate) change: u64,
     pub(crate) result: io::Result<()>,
     pub(crate) done: Option<Done>,
+    owned: Arc<Owned>,
 }
 
 impl SyncTicket {
@@ -58,7 +60,7 @@ impl SyncTicket {
 
     /// Syncs; blocks as long as the device takes.
     pub fn sync(self) -> SyncOutcome {
-        let Self { through, change, files, directory, chores } = self;
+        let Self { through, change, files, directory, chores, owned } = self;
         let mut done = None;
         let mut result = match chores.map(Chores::run).transpose() {
             Ok(chores) => {
@@ -76,7 +78,7 @@ impl SyncTicket {
         if let (Ok(()), Some(done)) = (&result, &done) {
             done.publish();
         }
-        SyncOutcome { through, change, result, done }
+        SyncOutcome { through, change, result, done, owned }
     }
 }
 
@@ -87,5 +89,11 @@ impl SyncOutcome {
     /// Why it did not.
     pub fn result(&self) -> Result<Durable, &io::Error> {
         self.result.as_ref().map(|()| self.through)
+    }
+
+    /// Does something to what belongs to the log, while it does: none when the log was dropped or abandoned
+    /// since, and somebody else may have it.
+    pub fn while_owned<R>(&self, act: impl FnOnce() -> R) -> Option<R> {
+        self.owned.work().map(|_working| act())
     }
 }

@@ -114,6 +114,30 @@ fn a_ticket_of_a_log_that_was_dropped_changes_no_file() {
 }
 
 #[test]
+fn an_abandoned_log_waits_for_nobody_and_says_when_its_last_work_has_ended() {
+    let storage = MemoryStorage::new();
+    let mut agent = in_sync(&storage);
+    fill(&mut agent, &storage);
+    let outcome = agent.log.ticket().expect("ticket").expect("something to sync").sync();
+    let late = agent.log.ticket().expect("ticket").expect("something to sync");
+    let log = agent.log;
+    let (work, mut taken) = (std::cell::RefCell::new(None), Some(log));
+    // Work on the files is under way here: dropping the log would wait for it for ever.
+    let under_way = outcome.while_owned(|| {
+        let abandoned = taken.take().expect("once").abandon();
+        let under_way = abandoned.is_under_way();
+        *work.borrow_mut() = Some(abandoned);
+        under_way
+    });
+    assert_eq!(under_way, Some(true));
+    assert!(!work.into_inner().expect("it was abandoned").is_under_way());
+    assert!(outcome.while_owned(|| ()).is_none(), "the files may be another log's");
+    let files = storage.files();
+    drop(late.sync());
+    assert!(storage.files() == files);
+}
+
+#[test]
 fn nothing_behind_a_segment_that_waits_is_claimed_durable() {
     let storage = MemoryStorage::new();
     let mut agent = in_sync(&storage);

@@ -8,12 +8,13 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use backtide_log_receiver::entries;
 use backtide_protocol::{
     CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Hello, Message, PROTOCOL_VERSION,
-    ReceiverState, Record, RecordBody, Welcome,
+    ReceiverState, Welcome,
 };
 use backtide_recovery::Timeline;
-use backtide_segment::{Entry, PassContent, PassReason};
+use backtide_segment::{Entry, PassContent};
 use backtide_units::{CaptureTime, HistoryId, Lsn};
 use uuid::Uuid;
 
@@ -82,10 +83,7 @@ impl Receiver {
             return Err(CloseCode::Fenced);
         }
         if attached.is_none_or(|seen| seen.epoch != hello.epoch) {
-            let (epoch, attach, next_lsn) = (hello.epoch, hello.attach, hello.next_lsn);
-            let (size, name) = (hello.size, hello.name.clone());
-            let entry = Entry::Attach { epoch, attach, next_lsn, size, name, time: TIME };
-            self.append(entry).map_err(|_| CloseCode::Invalid)?;
+            self.append(entries::attach(hello, TIME)).map_err(|_| CloseCode::Invalid)?;
         }
         let known = hello.history == Some(HISTORY);
         Ok(Session::AwaitClaim { through: self.log.len(), frame, known, fresh })
@@ -99,23 +97,15 @@ impl Receiver {
                 let why = format!("a record that follows {}, the log is at {covered}", record.previous);
                 return Taken::Refused(CloseCode::Invalid, why);
             }
-            Message::Record(record) => entry_of(record),
-            Message::PassData { at, range, data } => {
-                let content = if data.bytes().is_empty() {
-                    PassContent::Zeroes
-                } else {
-                    PassContent::Bytes { payload: data.bytes().clone(), checksum: data.checksum().clone() }
-                };
-                Entry::PassData { at, range, content }
-            }
+            Message::Record(record) => entries::record(record),
+            Message::PassData { at, range, data } => entries::pass_data(at, range, &data),
             Message::Flush { lsn, .. } | Message::Mark { lsn, .. } if lsn > covered => {
                 return Taken::Refused(CloseCode::Invalid, format!("LSN {lsn} beyond {covered}"));
             }
             Message::Flush { lsn, time } => Entry::Flush { lsn, time },
             Message::Mark { lsn, time, label } => Entry::Mark { lsn, time, label },
             Message::PassBegin { at, gap_from, time, reason } => {
-                let reason = PassReason { code: reason.code(), text: reason.to_string() };
-                Entry::PassBegin { at, gap_from, time, reason }
+                entries::pass_begin(at, gap_from, time, reason)
             }
             Message::PassEnd { at, valid_from, time } => Entry::PassEnd { at, valid_from, time },
             Message::Compare(question) => return Taken::Compared(self.compare(&question)),
@@ -262,16 +252,4 @@ impl Session {
 /// The message that ends a connection.
 pub(crate) fn close(code: CloseCode, why: &str) -> Message {
     Message::Close(Closed { code, message: why.to_owned() })
-}
-
-fn entry_of(record: Record) -> Entry {
-    let Record { lsn, previous: _, time, range, body } = record;
-    match body {
-        RecordBody::Write(data) => {
-            let (payload, checksum) = (data.bytes().clone(), data.checksum().clone());
-            Entry::Write { lsn, time, range, payload, checksum }
-        }
-        RecordBody::Zero => Entry::Zero { lsn, time, range, trim: false },
-        RecordBody::Trim => Entry::Zero { lsn, time, range, trim: true },
-    }
 }

@@ -15,7 +15,9 @@ use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 use crate::{
     LogError,
-    chores::{AllocateJob, Away, Chores, Done, Gate, SPARE, SealJob, Sealed, Spare, SpareJob},
+    chores::{
+        AllocateJob, Away, Chores, Done, Gate, LastWork, Owned, SPARE, SealJob, Sealed, Spare, SpareJob,
+    },
     recover::failed,
     segment::{OpenSegment, Segment},
 };
@@ -50,6 +52,16 @@ impl Rotation {
     /// Bytes of the entries of segments that wait.
     pub(super) fn bytes(&self) -> ByteCount {
         ByteCount(self.waiting.iter().map(|waiting| waiting.end.0).sum())
+    }
+
+    /// Whether the log's files are still its own, for work on other threads.
+    pub(super) fn owned(&self) -> Arc<Owned> {
+        self.gate.owned()
+    }
+
+    /// See [`DiskLog::abandon`].
+    pub(super) fn abandon(&mut self) -> LastWork {
+        self.gate.abandon()
     }
 
     /// Forgets the segments whose footers are durable now that everything up to `change` is.

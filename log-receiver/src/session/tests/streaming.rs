@@ -2,10 +2,13 @@
 
 use std::cell::Cell;
 
-use backtide_protocol::{CloseCode, Compare, CompareItem, CompareResult, Content, Hello, Message};
+use backtide_protocol::{
+    CloseCode, Compare, CompareItem, CompareResult, Content, Hello, Message, Record, RecordBody,
+};
 use backtide_recovery::LogOptions;
+use backtide_segment::Bucket;
 use backtide_storage::Storage;
-use backtide_units::{ByteCount, Epoch, Lsn};
+use backtide_units::{ByteCount, CaptureTime, Epoch, Lsn};
 
 use super::fixture::*;
 use crate::{Disk, DiskError, Effect, entries};
@@ -65,6 +68,19 @@ fn undurable_bytes_are_counted_until_they_are_durable() {
     assert_eq!(the_disk(&mut bench).undurable_bytes(), ByteCount(64 + 16));
     bench.commit(disk(7));
     assert_eq!(the_disk(&mut bench).undurable_bytes(), ByteCount::ZERO);
+}
+
+#[test]
+fn what_has_no_payload_counts_with_its_place_in_the_index() {
+    let mut bench = Bench::new();
+    let mut peer = in_sync(&mut bench);
+    let body = RecordBody::Zero;
+    let range = range(1, SIZE.0 - 2);
+    let zero = Record { lsn: Lsn(6), previous: Lsn(5), time: CaptureTime(6000), range, body };
+    let extents = Bucket::split(range).len() as u64;
+    assert!(extents > 2);
+    peer.tell(&mut bench, Message::Record(zero));
+    assert_eq!(the_disk(&mut bench).undurable_bytes(), ByteCount(64 + 64 * extents));
 }
 
 #[test]

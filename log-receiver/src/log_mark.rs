@@ -1,0 +1,83 @@
+//! What stands beside an open log: the mark of how far it is durable, and a loss that the mark told of.
+//!
+//! Invariant: once a loss was found, every mark that is written names it until a pass has begun, durably. As the
+//! agent was told of the loss before that pass, it compares everything.
+
+use backtide_recovery::Durable;
+use backtide_segment::{Entry, Seq};
+
+use crate::{
+    StoreWatch,
+    watermark::{Noted, Watermark},
+};
+
+/// See the module's description.
+pub(crate) struct LogMark {
+    /// Where it is noted how far the log is durable, if that can be.
+    pub(crate) watermark: Option<Watermark>,
+    /// Sees whether the store is still there.
+    pub(crate) watch: StoreWatch,
+    /// Acknowledged bytes are missing at its end.
+    pub(crate) loss: Option<Loss>,
+}
+
+/// The end of a log was lost after it had been acknowledged.
+#[derive(Clone)]
+pub(crate) struct Loss {
+    /// A sentence.
+    pub(crate) why: String,
+    /// How far the log had been durable.
+    pub(crate) lost: Durable,
+    /// Something else than an attach has followed: it either follows exactly, or is a pass with a hole of its own.
+    pub(crate) followed: bool,
+    /// The entry with which a pass has begun since.
+    pub(crate) pass: Option<Seq>,
+}
+
+/// What was appended to a log that has a loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Followed {
+    Attach,
+    PassBegin,
+    Other,
+}
+
+impl Followed {
+    pub(crate) fn of(entry: &Entry) -> Self {
+        match entry {
+            Entry::Attach { .. } => Self::Attach,
+            Entry::PassBegin { .. } => Self::PassBegin,
+            Entry::Write { .. }
+            | Entry::Zero { .. }
+            | Entry::PassData { .. }
+            | Entry::Flush { .. }
+            | Entry::PassEnd { .. }
+            | Entry::Mark { .. } => Self::Other,
+        }
+    }
+}
+
+impl Loss {
+    /// Takes note of an entry that was appended.
+    pub(crate) fn follow(&mut self, entry: Seq, kind: Followed) {
+        match kind {
+            Followed::Attach => {}
+            Followed::PassBegin => {
+                self.followed = true;
+                self.pass.get_or_insert(entry);
+            }
+            Followed::Other => self.followed = true,
+        }
+    }
+
+    /// Whether a pass that compares everything is known to later starts, when the log is durable up to there.
+    pub(crate) fn is_compared(&self, durable: Seq) -> bool {
+        self.pass.is_some_and(|pass| pass <= durable)
+    }
+
+    /// What to note of a log with this loss, or without one.
+    pub(crate) fn noted(loss: Option<&Self>, durable: Durable) -> Noted {
+        let lost = loss.filter(|loss| !loss.is_compared(durable.seq)).map(|loss| loss.lost);
+        Noted { durable, lost }
+    }
+}
