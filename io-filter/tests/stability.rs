@@ -48,8 +48,11 @@ fn write(block: u64) -> Change {
     Change::Write { range, data: Bytes::from(vec![7; 4096]), fua: false }
 }
 
+type Asked = Vec<(IoId, LocalOp)>;
+type Answers = Vec<Result<Lsn, IoFailure>>;
+
 /// Carries out what is asked of the tracking file; gives what is asked of the local disk, and the answers.
-fn go_on(filter: &mut Filter, now: Now) -> (Vec<(IoId, LocalOp)>, Vec<Result<Lsn, IoFailure>>) {
+fn go_on(filter: &mut Filter, now: Now) -> (Asked, Answers) {
     let (mut local, mut answers) = (Vec::new(), Vec::new());
     while let Some(effect) = filter.next_effect() {
         match effect {

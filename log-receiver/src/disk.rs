@@ -11,6 +11,7 @@ use backtide_recovery::{
     Timeline,
 };
 use backtide_segment::{Bucket, DISK_SIZE_MAX, Entry, PassContent, Seq};
+use backtide_storage::KillPoint;
 use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
 use crate::{
@@ -127,6 +128,7 @@ impl CommitTicket {
         {
             tracing::debug!(%error, "cannot note beside the log how far it is durable");
         }
+        KillPoint::MarkWritten.reached();
         CommitOutcome { opened: self.opened, outcome, gone }
     }
 }

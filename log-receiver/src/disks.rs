@@ -20,7 +20,7 @@ use std::{
 use backtide_protocol::{CloseCode, Closed, Hello, ReceiverState};
 use backtide_recovery::{Attached, LogCache, LogError, LogOptions, Snapshot};
 use backtide_segment::Seq;
-use backtide_storage::Storage;
+use backtide_storage::{KillPoint, Storage};
 use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId};
 
 use crate::{
@@ -182,7 +182,9 @@ impl Disks {
             disk.appended()
         } else {
             let entry = entries::attach(hello, now);
-            disk.append(entry, ByteCount::ZERO).map_err(|error| {
+            let appended = disk.append(entry, ByteCount::ZERO);
+            KillPoint::ClaimAppended.reached();
+            appended.map_err(|error| {
                 // The log does not know the new name: it keeps the old one.
                 if let Some(attached) = &attached {
                     let _ = self.shelf.names.take(&attached.name, hello.disk);

@@ -15,6 +15,7 @@ use backtide_export::{NbdError, Reply};
 use backtide_io_filter::{
     Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId, TrackingOp,
 };
+use backtide_storage::KillPoint;
 use backtide_tracking::TrackingFile;
 use backtide_units::{ByteCount, CaptureTime, DiskName, Lsn};
 use tokio::sync::Notify;
@@ -195,7 +196,11 @@ impl Engine {
             Err(op) => {
                 let engine = Rc::clone(self);
                 tokio::task::spawn_local(async move {
+                    let reads = matches!(op, LocalOp::Read(_));
                     let result = engine.local.run(op).await;
+                    if reads {
+                        KillPoint::PassRead.reached();
+                    }
                     engine.happen(|filter, now| filter.local_done(now, io, result));
                 });
             }
@@ -261,6 +266,11 @@ impl Engine {
     }
 
     fn log_transition(&self, from: Mode, to: Mode, reason: Option<backtide_units::Reason>) {
+        match (from, to) {
+            (_, Mode::Resync) => KillPoint::PassFrozen.reached(),
+            (Mode::Resync, Mode::Sync) => KillPoint::PassDurable.reached(),
+            (_, Mode::Tracking | Mode::Sync | Mode::Paused | Mode::Detached) => {}
+        }
         let lsn = self.look(Filter::last_lsn);
         let reason = reason.map(|reason| reason.to_string()).unwrap_or_default();
         tracing::info!(disk = %self.name(), ?from, ?to, reason, %lsn, "mode changed");

@@ -9,7 +9,7 @@ use std::{
 use backtide_agent_api::{AckPolicy, OnOutage};
 use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError};
 use backtide_io_filter::{Resume, Settings};
-use backtide_storage::{ImageError, ImageFile};
+use backtide_storage::{ImageError, ImageFile, KillPoint};
 use backtide_tracking::{ActivityLimits, TrackingFile};
 use backtide_units::{BlockCount, ByteCount, Lsn};
 use uuid::Uuid;
@@ -73,6 +73,7 @@ pub(crate) async fn open(
     stamp: Option<ImageStamp>,
 ) -> Result<(DiskRecord, Opened), OpenError> {
     let behind = open_behind(behind).await?;
+    KillPoint::AttachOpened.reached();
     let size = behind.size();
     let resume = trust::resume(&record, records.load_tracking(&record.name), stamp.as_ref(), size);
     // Before the record, by which the next attach would take the old file for that of a crash.
@@ -82,6 +83,7 @@ pub(crate) async fn open(
         .create_tracking(&record.name, activity, size, &snapshot)
         .and_then(|file| file.sign(trust::alive_since(stamp.as_ref())).map(|()| file))
         .map_err(|source| record_error(records, &record, source))?;
+    KillPoint::AttachTracking.reached();
     record.epoch = record.epoch.next();
     record.lsn_bound = Lsn(record.lsn_bound.0.max(last_lsn(&resume).0)).plus(LSN_STEP);
     record.image_at_detach = None;
@@ -90,6 +92,7 @@ pub(crate) async fn open(
     record.size = size;
     record.attached = true;
     records.save(&record).map_err(|source| record_error(records, &record, source))?;
+    KillPoint::AttachRecord.reached();
     let settings = settings(&record, behind.size());
     Ok((record.clone(), Opened { record, behind, settings, resume, tracking }))
 }

@@ -12,6 +12,7 @@ use backtide_control::Address;
 use backtide_protocol::{
     CloseCode, Closed, Data, Decoder, FRAME_HEADER_BYTES, Message, ProtocolError, RecordBody, Welcome, encode,
 };
+use backtide_storage::KillPoint;
 use backtide_units::CaptureTime;
 use bytes::Bytes;
 use tokio::{
@@ -307,6 +308,7 @@ impl Stream {
                 Message::PassData { data, .. } => add(&self.engine.traffic.resync_sent_bytes, length(data)),
                 _ => {}
             }
+            at_kill_point(&message);
             self.last_seq.set(seq);
             let frame = encode(seq, &message);
             bytes += FRAME_HEADER_BYTES + frame.1.len();
@@ -354,6 +356,15 @@ impl Stream {
                 return;
             }
         }
+    }
+}
+
+fn at_kill_point(message: &Message) {
+    match message {
+        Message::PassBegin { .. } => KillPoint::PassBeginSent.reached(),
+        Message::PassData { .. } => KillPoint::PassDataSent.reached(),
+        Message::PassEnd { .. } => KillPoint::PassEndSent.reached(),
+        _ => {}
     }
 }
 

@@ -12,6 +12,7 @@ use backtide_agent_api::{DiskStatus, VerifyStatus};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{BindError, Limits, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
+use backtide_storage::KillPoint;
 use backtide_tracking::{SavedTracking, Snapshot, TrackingFile};
 use backtide_units::{CaptureTime, Lsn};
 use tokio::sync::{mpsc, oneshot};
@@ -211,6 +212,7 @@ impl Disk {
         let stream = Stream::new(Rc::clone(&engine), record.receiver.clone());
         tokio::task::spawn_local(Rc::clone(&engine).keep_time());
         tokio::task::spawn_local(Rc::clone(&stream).keep());
+        KillPoint::AttachServed.reached();
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
         let (verifies, rate) = (Verifies::default(), super::status::Rate::default());
         Ok(Self { engine, stream, server, nbd, record, records, image, verifies, rate, life })
@@ -370,10 +372,12 @@ impl Disk {
         // Requests of a client that was cut off may still be under way; none may follow the bitmap.
         engine.happen(|filter, _| filter.give_held_answers());
         engine.until(Filter::is_quiet).await;
+        KillPoint::DetachQuiet.reached();
         let flushed = engine.local.run(LocalOp::Change(Change::Flush)).await;
         if let Err(failure) = &flushed {
             tracing::error!(disk = %record.name, errno = failure.errno, "cannot flush the local disk");
         }
+        KillPoint::DetachFlushed.reached();
         // Before anybody else can have the image; a qcow2's server writes it when it ends.
         record.image_at_detach = ImageStamp::of(Path::new(&record.image)).filter(|_| flushed.is_ok());
         // A receiver that takes longer gets the rest at the next attach.
@@ -405,6 +409,7 @@ impl Disk {
         {
             tracing::warn!(disk = %record.name, %error, "cannot unlock the image before it is closed");
         }
+        KillPoint::DetachUnlocked.reached();
         let path = records.tracking_file(&record.name);
         let save = move || {
             let snapshot = match saved {
@@ -413,7 +418,10 @@ impl Disk {
             };
             let limits = super::activity_limits(&record);
             records.create_tracking(&record.name, limits, record.size, &snapshot)?;
-            records.save(&record)
+            KillPoint::DetachTracking.reached();
+            records.save(&record)?;
+            KillPoint::DetachRecord.reached();
+            Ok(())
         };
         blocking(save).await.map_err(|source| DetachError::Save { path, source })?;
         tracing::info!(disk = %last.name, dirty_blocks = %last.dirty.blocks, "disk detached");

@@ -9,11 +9,13 @@
 //! function table is nothing beside a system call, and no generic parameter spreads through the store.
 
 mod image;
+mod kill_point;
 mod memory;
 mod real;
 mod seam;
 
 pub use image::{ImageError, ImageFile};
+pub use kill_point::KillPoint;
 pub use memory::{MemoryStorage, OperationCounts};
 pub use real::RealStorage;
 pub use seam::{Storage, StorageFile, read_file, replace_file, replace_with};

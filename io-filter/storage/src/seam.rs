@@ -13,6 +13,8 @@ use std::{
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
+use crate::KillPoint;
+
 /// A directory tree. Paths are relative to its root.
 ///
 /// All errors are the operating system's; a full file system is [`io::ErrorKind::StorageFull`].
@@ -191,7 +193,9 @@ pub fn replace_with(
         let file = storage.create_new(&beside)?;
         fill(&*file)?;
         file.sync_data()?;
+        KillPoint::FileBeside.reached();
         storage.rename(&beside, path)?;
+        KillPoint::FileRenamed.reached();
         storage.sync_dir(path.parent().unwrap_or(Path::new("")))?;
         Ok(file)
     };

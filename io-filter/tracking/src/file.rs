@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use backtide_storage::{Storage, StorageFile, replace_with};
+use backtide_storage::{KillPoint, Storage, StorageFile, replace_with};
 use backtide_units::{BlockCount, BlockRange, ByteCount, ByteOffset, CaptureTime, DiskId};
 use bytes::{Buf, BufMut};
 use uuid::Uuid;
@@ -149,7 +149,10 @@ impl TrackingFile {
     pub fn write_record(&self, record: &LogRecord) -> io::Result<()> {
         let place = (record.sequence - 1) % u64::from(self.layout.sectors);
         self.file.write_at(ByteOffset(LOG_AT + place * SECTOR), &record.encode())?;
-        self.file.sync_data()
+        KillPoint::ActivityWritten.reached();
+        self.file.sync_data()?;
+        KillPoint::ActivityDurable.reached();
+        Ok(())
     }
 
     /// Makes a snapshot durable; returns what it takes.
@@ -159,7 +162,9 @@ impl TrackingFile {
     pub fn write_snapshot(&self, snapshot: &Snapshot) -> io::Result<ByteCount> {
         let bytes = snapshot.encode();
         put_snapshot(&*self.file, self.layout, snapshot.generation, &bytes)?;
+        KillPoint::SnapshotWritten.reached();
         self.file.sync_data()?;
+        KillPoint::SnapshotDurable.reached();
         Ok(ByteCount(bytes.len() as u64))
     }
 

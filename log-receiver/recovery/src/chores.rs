@@ -17,7 +17,7 @@ use std::{
 };
 
 use backtide_segment::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId, Seq};
-use backtide_storage::{Storage, StorageFile};
+use backtide_storage::{KillPoint, Storage, StorageFile};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 use crate::{
@@ -212,6 +212,7 @@ impl SealJob {
             backtide_segment::seal(&file, &header, &open.contents, open.end)?;
             Ok(open.contents.index().buckets())
         });
+        KillPoint::FooterWritten.reached();
         let footer = SealedSegment::open(&file, header)?.ok_or_else(|| SegmentError::Damaged {
             file: file.name().clone(),
             offset: segment.entries_end(),
@@ -264,7 +265,9 @@ impl SpareJob {
         };
         // One that is there was left by a try whose ticket was dropped, or by this one.
         let removed = |_: io::Error| storage.remove(&path).ok();
-        create().map_err(removed).ok()
+        let spare = create().map_err(removed).ok();
+        KillPoint::SpareMade.reached();
+        spare
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use backtide_segment::{Entry, SegmentHeader, SegmentId, SegmentWriter, Seq, Step, WriterOptions};
-use backtide_storage::{Storage, StorageFile};
+use backtide_storage::{KillPoint, Storage, StorageFile};
 use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 
 use crate::{
@@ -281,6 +281,7 @@ impl DiskLog {
         self.poison_on_failure(appended)?;
         Arc::make_mut(&mut self.timeline).fold(&folded);
         self.appended = self.appended.next();
+        KillPoint::EntryAppended.reached();
         Ok(self.appended)
     }
 
@@ -436,6 +437,7 @@ impl DiskLog {
         let written = current.writer.write_waiting().map_err(LogError::from);
         let end = current.writer.end();
         current.segment.with_open_mut(|open| open.end = end);
+        KillPoint::EntriesWritten.reached();
         self.poison_on_failure(written)
     }
 

@@ -9,7 +9,7 @@
 use std::{io, path::PathBuf, sync::Arc};
 
 use backtide_segment::Seq;
-use backtide_storage::{Storage, StorageFile};
+use backtide_storage::{KillPoint, Storage, StorageFile};
 use backtide_units::Lsn;
 
 use crate::chores::{Chores, Done, Owned};
@@ -75,6 +75,7 @@ impl SyncTicket {
         if let Some(directory) = &directory {
             result = result.and_then(|()| directory.storage.sync_dir(&directory.path));
         }
+        KillPoint::LogSynced.reached();
         if let (Ok(()), Some(done)) = (&result, &done) {
             done.publish();
         }

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{Daemon, Disk};
+use crate::{Daemon, Disk, Doomed};
 
 /// A directory with everything in it: sockets, store, state, images and logs.
 pub struct Bench {
@@ -155,6 +155,18 @@ impl Bench {
 
     /// The same with more in its environment.
     pub fn daemon_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Daemon {
+        let (command, log) = self.daemon_command(arguments, environment);
+        Daemon::start(command, &log)
+    }
+
+    /// Starts a daemon that is going to die at a kill point: a name of `backtide_storage::KillPoint`,
+    /// perhaps with how often it is to be reached, as `NAME:3`.
+    pub fn doomed(&self, arguments: &[&str], kill_at: &str) -> Doomed {
+        let (command, log) = self.daemon_command(arguments, &[("BACKTIDE_KILL_AT", kill_at)]);
+        Doomed::start(command, &log)
+    }
+
+    fn daemon_command(&self, arguments: &[&str], environment: &[(&str, &str)]) -> (Command, PathBuf) {
         self.started.set(self.started.get() + 1);
         let log = self.path(&format!("{}-{}.log", arguments[0], self.started.get()));
         let binary = text(&binary());
@@ -163,7 +175,7 @@ impl Bench {
         command.args(["--pdeathsig", "KILL", &binary, "--json"]);
         self.set_up(&mut command, arguments);
         command.envs(environment.iter().copied());
-        Daemon::start(command, &log)
+        (command, log)
     }
 
     /// A receiver with the defaults, that takes streams at `stream.sock`.

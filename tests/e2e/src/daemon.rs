@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Read},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
 };
@@ -24,6 +25,44 @@ pub struct Daemon {
 
 /// How much of a log is shown when a test fails.
 const SHOWN_LINES: usize = 60;
+
+/// A daemon that is going to die by itself, at a kill point.
+pub struct Doomed(Child);
+
+impl Doomed {
+    pub(crate) fn start(mut command: Command, log: &Path) -> Self {
+        let file = std::fs::File::create(log).expect("create a log");
+        let spawned = command.stdout(Stdio::null()).stderr(file).spawn();
+        Self(spawned.unwrap_or_else(|error| panic!("run {command:?}: {error}")))
+    }
+
+    /// Whether it has died, which must be by SIGKILL.
+    pub fn is_dead(&mut self) -> bool {
+        let Some(status) = self.0.try_wait().expect("wait for a daemon") else { return false };
+        assert_eq!(status.signal(), Some(9), "it was to die at its kill point: {status}");
+        true
+    }
+
+    /// Waits for its death, which must be by SIGKILL: it answers no longer.
+    pub fn died(&mut self) -> bool {
+        self.0.wait().expect("wait for a daemon");
+        self.is_dead()
+    }
+
+    /// Ends it where it is.
+    pub fn kill(mut self) {
+        self.0.kill().expect("kill a daemon");
+        self.0.wait().expect("wait for a daemon");
+    }
+}
+
+impl Drop for Doomed {
+    fn drop(&mut self) {
+        // It has ended, unless a test failed.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 impl Daemon {
     pub(crate) fn start(mut command: Command, log: &Path) -> Self {
@@ -78,6 +117,12 @@ impl Daemon {
         let id = self.child.id().to_string();
         let status = Command::new("kill").args(["-s", name, &id]).status().expect("run kill");
         assert!(status.success(), "kill -s {name} {id}");
+    }
+
+    /// Whether it is stopped by a signal.
+    pub fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("read /proc");
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
     }
 
     /// The rest of what it prints, until it ends.

@@ -19,7 +19,7 @@ pub mod tools;
 pub mod wire;
 
 pub use bench::{Bench, Said};
-pub use daemon::Daemon;
+pub use daemon::{Daemon, Doomed};
 pub use disk::Disk;
 pub use load::{Guest, Load, Written};
 pub use model::{Model, Write, fill};

@@ -61,9 +61,17 @@ const SECTOR: u64 = 512;
 impl Load {
     /// Begins to write to the export at `uri`, which is on a unix socket.
     pub fn start(uri: &str, seed: u64) -> Self {
+        Self::of(Guest::connect(uri), seed)
+    }
+
+    /// The same when it may be that nobody serves it.
+    pub fn try_start(uri: &str, seed: u64) -> Option<Self> {
+        Guest::try_connect(uri).ok().map(|guest| Self::of(guest, seed))
+    }
+
+    fn of(mut guest: Guest, seed: u64) -> Self {
         let shared = Arc::new(Shared::default());
-        let (uri, of_thread) = (uri.to_owned(), Arc::clone(&shared));
-        let mut guest = Guest::connect(&uri);
+        let of_thread = Arc::clone(&shared);
         let thread = std::thread::spawn(move || {
             let written = guest.write_until_stopped(seed, &of_thread);
             of_thread.state.lock().expect("no panic").ended = true;
@@ -75,11 +83,22 @@ impl Load {
 
     /// Waits until `more` writes have been acknowledged from now on.
     pub fn goes_on(&self, more: u64) {
+        assert!(self.goes_on_or_breaks(more), "the guest's connection broke");
+    }
+
+    /// Waits for so many writes or for the end of its connection; whether it still has one.
+    pub fn goes_on_or_breaks(&self, more: u64) -> bool {
         let state = self.shared.state.lock().expect("no panic");
         let target = state.acknowledged + more;
         let pending = |state: &mut State| state.acknowledged < target && !state.ended;
         let state = self.shared.changed.wait_while(state, pending).expect("no panic");
-        assert!(state.acknowledged >= target, "the guest's connection broke after {}", state.acknowledged);
+        state.acknowledged >= target
+    }
+
+    /// Stops it, whether or not its connection has broken.
+    pub fn end(self) -> Written {
+        self.shared.state.lock().expect("no panic").stop = true;
+        self.thread.join().expect("the guest does not panic")
     }
 
     /// Stops it; no request may have failed.

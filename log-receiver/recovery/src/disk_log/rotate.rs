@@ -11,6 +11,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use backtide_segment::{Contents, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq};
+use backtide_storage::KillPoint;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 use crate::{
@@ -206,6 +207,7 @@ impl DiskLog {
         let path = self.segments_dir.join(header.id.file_name());
         let name = self.storage.display(&path);
         let Spare { file, allocated } = self.next_file(header.id)?;
+        KillPoint::SegmentCreated.reached();
         self.change += 1;
         self.started = self.change;
         let file = SegmentFile::new(file, name);
@@ -217,6 +219,7 @@ impl DiskLog {
                 return Err(error.into());
             }
         };
+        KillPoint::SegmentBegun.reached();
         let contents = Contents::new(header.first_seq, header.synced);
         let open = OpenSegment { file, contents, end: writer.end() };
         let segment = Arc::new(Segment::new_open(Arc::clone(&self.storage), path, header, &self.cache, open));

@@ -146,6 +146,25 @@ fn a_block_device_is_compared_after_a_detach_for_anybody_may_have_written_it() {
     bench.json(&["detach", "vm1"]);
 }
 
+/// Somebody waits for the image, and writes it as soon as the agent lets go of it.
+#[test]
+fn an_image_written_in_the_middle_of_its_detach_is_compared() {
+    let bench = Bench::new();
+    let _receiver = bench.receiver();
+    let agent = bench.daemon_with(&["agent", "run"], &[("BACKTIDE_STOP_AT", "detach-unlocked")]);
+    bench.image("vm1.img", SIZE);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.qemu_io(&["write -P 0x11 0 32M"]);
+    disk.settle();
+    let detach = tools::Beside::spawn(bench.command(&["detach", "vm1"]));
+    while !agent.is_stopped() {}
+    tools::qemu_io(&disk.image, &["write -P 0x22 10M 1M"]);
+    agent.signal("CONT");
+    detach.succeed();
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.latest_is_the_image();
+}
+
 /// A loop device that goes with its test.
 struct Loop(String);
 

@@ -14,6 +14,7 @@ mod encrypted;
 mod filesystem;
 mod going_back;
 mod helping;
+mod kill_points;
 mod one_command;
 mod operating;
 mod operator;
