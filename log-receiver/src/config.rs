@@ -47,6 +47,12 @@ pub struct Limits {
     pub disks: usize,
     /// Mounts open at once. Default 64.
     pub mounts: usize,
+    /// Overlays of writable mounts, mounted or kept. Default 64.
+    pub overlays: usize,
+    /// What one overlay may hold. Default 16 GiB.
+    pub overlay_bytes: ByteCount,
+    /// What all overlays in use may hold together; each GiB takes about 8 MiB of memory. Default 64 GiB.
+    pub overlays_bytes: ByteCount,
     /// Bytes per disk that were received and are not durable yet; above it nothing more is read
     /// from that disk's stream. Default 64 MiB.
     pub undurable_bytes: ByteCount,
@@ -75,6 +81,9 @@ impl Default for Limits {
             connections: 1024,
             disks: 1024,
             mounts: 64,
+            overlays: 64,
+            overlay_bytes: ByteCount(16 << 30),
+            overlays_bytes: ByteCount(64 << 30),
             undurable_bytes: ByteCount(64 << 20),
             free_bytes_min: ByteCount(64 << 20),
             segment_bytes: log.segment_bytes_max,

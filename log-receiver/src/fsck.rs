@@ -16,7 +16,7 @@ use crate::{
     Names, Shelf, StoreFileError, StoreWatch,
     disk::chain,
     disks::DISKS,
-    memo,
+    memo, overlays,
     store_file::{hold_store, read_store},
     watermark::{self, Watermark},
 };
@@ -54,8 +54,11 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
     let disks = names.iter().filter_map(|name| name.parse().ok()).map(DiskId);
     let mut disks: Vec<_> = disks.filter_map(|disk| check_disk(&shelf, disk, &mut step)).collect();
     disks.sort_by(|a, b| (&a.name, a.uuid).cmp(&(&b.name, b.uuid)));
-    let sound = damage.is_empty() && disks.iter().all(|disk| disk.sound);
-    Ok(StoreCheck { store: path.display().to_string(), damage, disks, sound })
+    let overlays = overlays::check_store(&storage, &mut step);
+    let sound = damage.is_empty()
+        && disks.iter().all(|disk| disk.sound)
+        && overlays.iter().all(|overlay| overlay.sound);
+    Ok(StoreCheck { store: path.display().to_string(), damage, disks, overlays, sound })
 }
 
 /// A shelf that only reads.

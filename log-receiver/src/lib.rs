@@ -4,7 +4,7 @@
 //! to the thread that owns the disk (`ingest`); `connection` reads; [`session`] decides what a
 //! message means; `entries` puts it into the log's words; `disks` and `disk` hold the logs;
 //! `commit` makes them durable. The way back: `service` answers the control API with `points`
-//! and `changes`, `mounts` serves a `point_export` over NBD.
+//! and `changes`, `mounts` serves a `point_export` over NBD, or an `overlay_export` of one of `overlays`.
 //!
 //! [`session`], `disks` and `disk` know no socket, no clock and no thread: a simulation drives
 //! them over a storage in memory. Everything around is [`Receiver`].
@@ -32,6 +32,8 @@ mod facts;
 mod findings;
 mod fsck;
 mod mounts;
+mod overlay_export;
+mod overlays;
 mod point_export;
 mod points;
 mod pool;

@@ -1,7 +1,8 @@
 //! Mounts: points of disks served over NBD, all on one thread of their own.
 //!
 //! Invariants: ids are never used twice in a receiver's life, so that a late unmount cannot end
-//! somebody else's mount; a mount is ready for clients when it is answered; their number is bounded.
+//! somebody else's mount; a mount is ready for clients when it is answered; their number is bounded; an
+//! overlay's record says where it is served before its mount is answered.
 
 use std::{
     cell::{Cell, RefCell},
@@ -9,12 +10,14 @@ use std::{
     io,
     path::PathBuf,
     rc::Rc,
+    sync::Arc,
     thread::JoinHandle,
     time::Duration,
 };
 
-use backtide_export::{BindError, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server};
-use backtide_receiver_api::{ApiError, DiskRef, ErrorCode, Mount, Mounts};
+use backtide_export::{BindError, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server};
+use backtide_overlay::{Overlay, OverlayId};
+use backtide_receiver_api::{ApiError, DiskRef, ErrorCode, Mount, MountOverlay, Mounts, OverlayFate};
 use backtide_recovery::{TimedLsn, View, time_text};
 use backtide_units::{ByteCount, CaptureTime, DiskName};
 use tokio::{
@@ -23,9 +26,14 @@ use tokio::{
     task::LocalSet,
 };
 
+use uuid::Uuid;
+
 use crate::{
     clock,
+    disk::chain,
     findings::Findings,
+    overlay_export::OverlayExport,
+    overlays::{Overlays, record::Record},
     point_export::{OneExport, PointExport, Reading},
     pool::Pool,
 };
@@ -48,7 +56,7 @@ pub(crate) enum Order {
     /// What is served?
     List(oneshot::Sender<Mounts>),
     /// Serve it no longer; none when there is no such mount.
-    Unmount(String, oneshot::Sender<Option<Mount>>),
+    Unmount(String, Option<OverlayFate>, oneshot::Sender<Result<Mount, ApiError>>),
     /// End all mounts and the thread.
     Shutdown,
 }
@@ -62,6 +70,16 @@ pub(crate) struct Plan {
     pub(crate) uri: Option<NbdUri>,
     /// It ends by itself with its last client.
     pub(crate) temporary: bool,
+    /// What is written goes here.
+    pub(crate) overlay: Option<PlanOverlay>,
+}
+
+/// An overlay to serve.
+pub(crate) enum PlanOverlay {
+    /// A new one.
+    New,
+    /// The one with this id.
+    Kept(String),
 }
 
 /// The thread, from outside.
@@ -78,6 +96,7 @@ struct Mounted {
     size: ByteCount,
     uri: NbdUri,
     since: CaptureTime,
+    overlay: Option<Arc<Overlay>>,
     server: Server,
 }
 
@@ -90,6 +109,10 @@ pub(crate) struct Serving {
     pub(crate) nbd_tls: Option<NbdTls>,
     /// Where damage is noted that a read meets.
     pub(crate) findings: Findings,
+    /// What is written to mounts.
+    pub(crate) overlays: Overlays,
+    /// Threads that write it.
+    pub(crate) writers: Pool,
 }
 
 struct Table {
@@ -126,13 +149,14 @@ impl Table {
                     tokio::task::spawn_local(async move { drop(answer.send(table.mount(*plan).await)) });
                 }
                 Order::List(answer) => drop(answer.send(self.list())),
-                Order::Unmount(id, answer) => {
-                    let mounted = self.mounted.borrow_mut().remove(&id);
+                Order::Unmount(id, fate, answer) => {
+                    let table = Rc::clone(&self);
+                    let taken = self.take(&id, fate);
                     // Apart from the others' orders: it may take its grace.
                     tokio::task::spawn_local(async move {
-                        let ended = match mounted {
-                            Some(mounted) => Some(mounted.end().await),
-                            None => None,
+                        let ended = match taken {
+                            Ok(mounted) => table.end(mounted, fate).await,
+                            Err(why) => Err(why),
                         };
                         drop(answer.send(ended));
                     });
@@ -141,8 +165,12 @@ impl Table {
             }
         }
         let mounted = std::mem::take(&mut *self.mounted.borrow_mut());
-        let ends: Vec<_> =
-            mounted.into_values().map(|mounted| tokio::task::spawn_local(mounted.end())).collect();
+        // Overlays stay, and their records say that they are served: after a restart they are.
+        let writers = &self.serving.writers;
+        let ends: Vec<_> = mounted
+            .into_values()
+            .map(|mounted| tokio::task::spawn_local(mounted.end(writers.clone())))
+            .collect();
         for end in ends {
             // An error is a task that panicked: its mount is gone too.
             let _ = end.await;
@@ -161,7 +189,10 @@ impl Table {
     }
 
     async fn serve_point(self: &Rc<Self>, plan: Plan) -> Result<Mount, ApiError> {
-        let id = self.next_id(&plan.disk.name);
+        let id = match &plan.overlay {
+            Some(PlanOverlay::Kept(id)) => id.clone(),
+            Some(PlanOverlay::New) | None => self.next_id(&plan.disk.name),
+        };
         let wanted = plan.uri.unwrap_or_else(|| NbdUri {
             address: NbdAddress::Unix(self.serving.run_dir.join(format!("{id}.sock"))),
             export: id.clone(),
@@ -175,13 +206,23 @@ impl Table {
         let uri = NbdUri { address: listener.address().clone(), ..wanted };
         let size = plan.view.disk_size();
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));
-        let Serving { readers, findings, .. } = &self.serving;
+        let Serving { readers, findings, overlays, writers, .. } = &self.serving;
         let reading = Reading { disk: plan.disk.uuid, readers: readers.clone(), findings: findings.clone() };
-        let export = PointExport::new(&uri.export, description, plan.view, reading);
-        let server = listener.serve(Rc::new(OneExport(Rc::new(export))), Limits::default());
+        let info = ExportInfo { description, ..ExportInfo::new(&uri.export, size) };
+        let (overlay, export) = match &plan.overlay {
+            None => (None, OneExport(Rc::new(PointExport::new(info, plan.view, reading)))),
+            Some(wanted) => {
+                let overlay = self.overlay(wanted, &id, &plan.disk, plan.at, size, &uri).await?;
+                let (whose, writers) = ((overlays.clone(), id.clone()), writers.clone());
+                let shared = Arc::clone(&overlay);
+                let export = OverlayExport::new(info, plan.view, shared, reading, writers, whose);
+                (Some(overlay), OneExport(Rc::new(export)))
+            }
+        };
+        let server = listener.serve(Rc::new(export), Limits::default());
         tracing::info!(mount = id, disk = %plan.disk.uuid, lsn = %plan.at.lsn, %uri, "mounted");
-        let mounted =
-            Mounted { id: id.clone(), disk: plan.disk, at: plan.at, size, uri, since: clock::now(), server };
+        let (disk, at, since) = (plan.disk, plan.at, clock::now());
+        let mounted = Mounted { id: id.clone(), disk, at, size, uri, since, overlay, server };
         let answer = mounted.describe();
         self.mounted.borrow_mut().insert(id.clone(), mounted);
         if plan.temporary {
@@ -208,19 +249,94 @@ impl Table {
         let mounted = self.mounted.borrow_mut().remove(&id);
         if let Some(mounted) = mounted {
             tracing::info!(mount = id, "the mount's client has gone");
-            mounted.end().await;
+            mounted.end(self.serving.writers.clone()).await;
         }
     }
 
+    /// Makes or opens an overlay, with a record that says where it is served.
+    async fn overlay(
+        &self,
+        wanted: &PlanOverlay,
+        id: &str,
+        disk: &DiskRef,
+        at: TimedLsn,
+        size: ByteCount,
+        uri: &NbdUri,
+    ) -> Result<Arc<Overlay>, ApiError> {
+        let (overlays, id) = (self.serving.overlays.clone(), id.to_owned());
+        let uri = Some(uri.to_string());
+        let opened = match wanted {
+            PlanOverlay::New => {
+                let disk = DiskRef { size, ..disk.clone() };
+                let overlay = OverlayId(Uuid::new_v4());
+                let (lsn, time, created) = (at.lsn, at.time, clock::now());
+                let record = Record { id, overlay, disk, lsn, time, created, uri };
+                self.serving.writers.run(move || overlays.create(record)).await
+            }
+            PlanOverlay::Kept(_) if self.mounted.borrow().contains_key(&id) => {
+                return Err(ApiError::new(ErrorCode::Busy, format!("overlay {id} is mounted already")));
+            }
+            PlanOverlay::Kept(_) => {
+                let open = move || {
+                    let overlay = overlays.open(&id)?;
+                    overlays.serve_at(&id, uri)?;
+                    Ok(overlay)
+                };
+                self.serving.writers.run(open).await
+            }
+        };
+        opened.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))?
+    }
+
+    /// Takes a mount out of the table, when it can end so.
+    fn take(&self, id: &str, fate: Option<OverlayFate>) -> Result<Mounted, ApiError> {
+        let mut mounts = self.mounted.borrow_mut();
+        let writable = mounts.get(id).map(|mounted| mounted.overlay.is_some());
+        match (writable, fate) {
+            (Some(true), None) => {
+                let why = format!("mount {id} is writable: what was written to it is kept or discarded");
+                Err(ApiError::new(ErrorCode::Usage, why)
+                    .with_hint(format!("backtide unmount {id} --keep, or backtide unmount {id} --discard")))
+            }
+            (Some(false), Some(_)) => {
+                let why = format!("mount {id} is read-only: there is nothing to keep or discard");
+                Err(ApiError::new(ErrorCode::Usage, why).with_hint(format!("backtide unmount {id}")))
+            }
+            (Some(_), _) => Ok(mounts.remove(id).expect("it is there")),
+            (None, _) => Err(ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?}"))
+                .with_hint("the control API's /v1/mounts lists them")),
+        }
+    }
+
+    /// Ends a mount, and does with its overlay what is asked.
+    async fn end(&self, mounted: Mounted, fate: Option<OverlayFate>) -> Result<Mount, ApiError> {
+        let (overlays, id) = (self.serving.overlays.clone(), mounted.id.clone());
+        let ended = mounted.end(self.serving.writers.clone()).await;
+        let done = match fate {
+            None => return Ok(ended),
+            Some(OverlayFate::Keep) => self.serving.writers.run(move || overlays.serve_at(&id, None)).await,
+            Some(OverlayFate::Discard) => self.serving.writers.run(move || overlays.discard(&id, true)).await,
+        };
+        done.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))?.map(|()| ended)
+    }
+
     fn list(&self) -> Mounts {
-        Mounts { mounts: self.mounted.borrow().values().map(Mounted::describe).collect() }
+        let mounts: Vec<Mount> = self.mounted.borrow().values().map(Mounted::describe).collect();
+        let served: Vec<String> = mounts.iter().map(|mount| mount.id.clone()).collect();
+        Mounts { mounts, kept: self.serving.overlays.kept(&served) }
     }
 
     fn next_id(&self, name: &DiskName) -> String {
         let mut numbers = self.numbers.borrow_mut();
         let number = numbers.entry(name.clone()).or_default();
-        *number += 1;
-        format!("{name}-{number}")
+        loop {
+            *number += 1;
+            let id = format!("{name}-{number}");
+            // An overlay of an earlier life of the receiver may have it.
+            if !self.serving.overlays.contains(&id) && !self.mounted.borrow().contains_key(&id) {
+                return id;
+            }
+        }
     }
 }
 
@@ -235,12 +351,22 @@ impl Mounted {
             size: self.size,
             mounted: self.since,
             clients: u32::try_from(self.server.connections()).unwrap_or(u32::MAX),
+            overlay: self.overlay.as_ref().map(|overlay| {
+                let usage = overlay.usage();
+                MountOverlay { bytes: usage.bytes, limit: usage.limit, file_bytes: usage.file_bytes }
+            }),
         }
     }
 
-    async fn end(self) -> Mount {
+    async fn end(self, writers: Pool) -> Mount {
         let description = self.describe();
         self.server.shutdown(UNMOUNT_GRACE).await;
+        if let Some(overlay) = self.overlay {
+            // A client that did not flush was promised nothing; yet what can be kept is kept.
+            if let Ok(Err(error)) = writers.run(move || overlay.flush()).await {
+                tracing::warn!(mount = self.id, why = chain(&error), "cannot flush the mount's overlay");
+            }
+        }
         tracing::info!(mount = self.id, disk = %self.disk.uuid, "unmounted");
         description
     }

@@ -13,10 +13,10 @@ use backtide_units::{ByteCount, ByteRange, DiskId};
 use crate::{disk::chain, findings::Findings, pool::Pool};
 
 /// One question for block status looks no further than this.
-const STATUS_BYTES_MAX: u64 = 1 << 30;
+pub(crate) const STATUS_BYTES_MAX: u64 = 1 << 30;
 
 /// The most extents of one answer.
-const EXTENTS_MAX: usize = 4096;
+pub(crate) const EXTENTS_MAX: usize = 4096;
 
 /// A point of a disk.
 pub(crate) struct PointExport {
@@ -34,17 +34,11 @@ pub(crate) struct Reading {
 }
 
 /// The one export of a mount: under its name, and as the default.
-pub(crate) struct OneExport(pub(crate) Rc<PointExport>);
+pub(crate) struct OneExport(pub(crate) Rc<dyn Export>);
 
 impl PointExport {
-    pub(crate) fn new(name: &str, description: String, view: View, reading: Reading) -> Self {
-        let info = ExportInfo {
-            description,
-            read_only: true,
-            trim: false,
-            write_zeroes: false,
-            ..ExportInfo::new(name, view.disk_size())
-        };
+    pub(crate) fn new(info: ExportInfo, view: View, reading: Reading) -> Self {
+        let info = ExportInfo { read_only: true, trim: false, write_zeroes: false, ..info };
         Self { info, view, reading }
     }
 
@@ -120,11 +114,11 @@ fn status(view: &View, range: ByteRange, extents_max: usize) -> Result<Vec<Exten
 
 impl Exports for OneExport {
     fn find(&self, name: &str) -> Option<Rc<dyn Export>> {
-        (name.is_empty() || name == self.0.info.name).then(|| Rc::clone(&self.0) as Rc<dyn Export>)
+        (name.is_empty() || name == self.0.info().name).then(|| Rc::clone(&self.0))
     }
 
     fn list(&self) -> Vec<ExportSummary> {
-        let info = &self.0.info;
-        vec![ExportSummary { name: info.name.clone(), description: info.description.clone() }]
+        let ExportInfo { name, description, .. } = self.0.info();
+        vec![ExportSummary { name, description }]
     }
 }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use backtide_control::{Address, Server};
+use backtide_overlay::{Budget, OverlayOptions};
 use backtide_recovery::LogCache;
 use backtide_storage::{RealStorage, Storage};
 use backtide_units::{DiskId, HistoryId};
@@ -21,15 +22,17 @@ use tokio::{
 };
 
 use crate::{
-    Config, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch,
+    Config, Limits, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch,
     accept::Door,
     findings::Findings,
     ingest::{self, IngestThread, Task},
     mounts::{self, MountThread, Order},
+    overlays::Overlays,
     pool::{Pool, PoolThreads},
     scrub::Scrub,
     service::Service,
     socket::Listener,
+    space::Space,
     store_file::{StoreLock, lock_store, open_store},
 };
 
@@ -75,7 +78,7 @@ pub struct Receiver {
     ingest: Vec<IngestThread>,
     mounts: MountThread,
     runtime: Background,
-    pools: [PoolThreads; 2],
+    pools: [PoolThreads; 3],
     lock: Option<StoreLock>,
 }
 
@@ -126,6 +129,7 @@ impl Receiver {
         let pool = |name, threads| Pool::start(name, threads).map_err(|e| failed("start a pool", e));
         let (commits, commit_threads) = pool("commit", limits.commit_threads)?;
         let (readers, read_threads) = pool("read", limits.read_threads)?;
+        let (writers, write_threads) = pool("overlay", limits.read_threads)?;
         let watch = lock.as_ref().map(|lock| lock.watch.clone()).unwrap_or_default();
         let shelf = Shelf {
             storage: Arc::clone(&storage),
@@ -139,12 +143,15 @@ impl Receiver {
         };
         let ingest = start_ingest(&shelf, &config, &commits, &readers).await?;
         let findings = Findings::default();
+        let overlays = open_overlays(&storage, &limits)?;
         let serving = mounts::Serving {
             run_dir,
             mounts_max: limits.mounts,
             readers: readers.clone(),
             nbd_tls: config.nbd_tls.clone(),
             findings: findings.clone(),
+            overlays: overlays.clone(),
+            writers,
         };
         let mounts = mounts::start(serving).map_err(|source| failed("start the mounts' thread", source))?;
         let tasks: Vec<_> = ingest.iter().map(|thread| thread.tasks.clone()).collect();
@@ -161,10 +168,13 @@ impl Receiver {
             names: shelf.names,
             threads: tasks.clone(),
             mounts: mounts.orders.clone(),
+            overlays,
             readers,
         };
         let api_address = api.address().clone();
         let (api_stop, stopped) = oneshot::channel();
+        let service = Arc::new(service);
+        service.serve_again().await;
         let api_task = runtime.spawn(serve_api(api, service, stopped));
         let mut accepting = vec![runtime.spawn(watch_store(watch))];
         let door = Door::new(tasks, limits.connections);
@@ -180,7 +190,7 @@ impl Receiver {
             ingest,
             mounts,
             runtime,
-            pools: [commit_threads, read_threads],
+            pools: [commit_threads, read_threads, write_threads],
             lock,
         })
     }
@@ -232,6 +242,17 @@ impl Receiver {
     }
 }
 
+fn open_overlays(storage: &Arc<dyn Storage>, limits: &Limits) -> Result<Overlays, StartError> {
+    let space = Space::new(Arc::clone(storage), limits.free_bytes_min);
+    let options = OverlayOptions {
+        budget: Budget::new(limits.overlays_bytes),
+        room: Arc::new(move |wanted| space.take(wanted)),
+        ..OverlayOptions::alone(limits.overlay_bytes)
+    };
+    Overlays::load(Arc::clone(storage), options, limits.overlays)
+        .map_err(|source| failed("read the overlays of mounts", source))
+}
+
 async fn start_ingest(
     shelf: &Shelf,
     config: &Config,
@@ -274,8 +295,8 @@ async fn watch_store(watch: StoreWatch) {
     }
 }
 
-async fn serve_api(server: Server, service: Service, stopped: oneshot::Receiver<()>) {
-    let router = backtide_receiver_api::router(Arc::new(service));
+async fn serve_api(server: Server, service: Arc<Service>, stopped: oneshot::Receiver<()>) {
+    let router = backtide_receiver_api::router(service);
     let stop = async move {
         // An error means that the receiver was dropped: stop all the same.
         let _ = stopped.await;

@@ -13,7 +13,7 @@ use backtide_receiver_api::{ApiError, DiskCheck, ErrorCode, ScrubStatus};
 use backtide_recovery::Snapshot;
 use backtide_units::{ByteCount, DiskId, DiskName};
 
-use crate::{clock, findings::Findings, fsck::check_snapshot};
+use crate::{clock, findings::Findings, fsck::check_snapshot, overlays::Overlays};
 
 /// The rate when nobody says another.
 pub(crate) const RATE_DEFAULT: ByteCount = ByteCount(64 << 20);
@@ -50,9 +50,15 @@ impl Scrub {
     }
 
     /// Starts one.
-    pub(crate) fn start(&self, targets: Vec<Target>, rate: ByteCount) -> Result<ScrubStatus, ApiError> {
+    pub(crate) fn start(
+        &self,
+        targets: Vec<Target>,
+        overlays: Option<Overlays>,
+        rate: ByteCount,
+    ) -> Result<ScrubStatus, ApiError> {
         let total: u64 =
             targets.iter().filter_map(|target| target.snapshot.as_ref().ok()).map(|s| s.bytes().0).sum();
+        let total = total + overlays.as_ref().map_or(0, |overlays| overlays.all_file_bytes().0);
         let begun = ScrubStatus {
             running: true,
             cancelled: false,
@@ -62,6 +68,7 @@ impl Scrub {
             total_bytes: ByteCount(total),
             bytes_per_second_max: rate,
             disks: Vec::new(),
+            overlays: Vec::new(),
             sound: true,
         };
         let unwanted = Arc::new(AtomicBool::new(false));
@@ -76,7 +83,8 @@ impl Scrub {
         *lock(&self.unwanted) = Arc::clone(&unwanted);
         let (status, findings) = (Arc::clone(&self.status), self.findings.clone());
         let work = Work { status, unwanted, findings, rate, begun: Instant::now(), done: 0 };
-        let spawned = std::thread::Builder::new().name("scrub".to_owned()).spawn(move || work.run(targets));
+        let spawned =
+            std::thread::Builder::new().name("scrub".to_owned()).spawn(move || work.run(targets, overlays));
         if let Err(error) = spawned {
             *lock(&self.status) = None;
             return Err(ApiError::new(ErrorCode::Failed, format!("start the scrub's thread: {error}")));
@@ -106,7 +114,7 @@ struct Work {
 }
 
 impl Work {
-    fn run(mut self, targets: Vec<Target>) {
+    fn run(mut self, targets: Vec<Target>, overlays: Option<Overlays>) {
         for target in targets {
             if self.unwanted.load(Ordering::Relaxed) {
                 break;
@@ -118,6 +126,13 @@ impl Work {
             self.change(|status| {
                 status.sound &= checked.sound;
                 status.disks.push(checked);
+            });
+        }
+        if let Some(overlays) = overlays.filter(|_| !self.unwanted.load(Ordering::Relaxed)) {
+            let checked = overlays.check(&mut |bytes| self.step(bytes));
+            self.change(|status| {
+                status.sound &= checked.iter().all(|overlay| overlay.sound);
+                status.overlays = checked;
             });
         }
         let cancelled = self.unwanted.load(Ordering::Relaxed);

@@ -5,9 +5,9 @@ use std::{path::PathBuf, sync::Arc};
 use backtide_control::Address;
 use backtide_export::NbdUri;
 use backtide_receiver_api::{
-    ApiError, DiffReport, DiffRequest, DiskRef, ErrorCode, Mount, MountRequest, Mounts, PointsReport,
-    ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, ResolveRequest, ResolvedPoint,
-    ScrubRequest, ScrubStatus,
+    ApiError, DiffReport, DiffRequest, DiskRef, ErrorCode, KeptOverlay, Mount, MountRequest, Mounts,
+    PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
+    ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnmountRequest,
 };
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
 use backtide_storage::Storage;
@@ -23,7 +23,8 @@ use crate::{
     facts::DiskFacts,
     findings::Findings,
     ingest::{Readable, Task},
-    mounts::{Order, Plan},
+    mounts::{Order, Plan, PlanOverlay},
+    overlays::Overlays,
     points,
     pool::Pool,
     scrub::{self, Scrub},
@@ -42,6 +43,7 @@ pub(crate) struct Service {
     pub(crate) names: Arc<Names>,
     pub(crate) threads: Vec<mpsc::Sender<Task>>,
     pub(crate) mounts: mpsc::Sender<Order>,
+    pub(crate) overlays: Overlays,
     pub(crate) readers: Pool,
 }
 
@@ -78,6 +80,8 @@ impl ReceiverService for Service {
             disks: facts.len() as u64,
             connected: facts.iter().filter(|facts| facts.connected).count() as u64,
             mounts: mounts.mounts.len() as u64,
+            overlays: self.overlays.count() as u64,
+            overlay_bytes: self.overlays.all_file_bytes(),
             alarms,
             scrub: self.scrub.status(),
         })
@@ -135,18 +139,33 @@ impl ReceiverService for Service {
     }
 
     async fn mount(&self, request: MountRequest) -> Result<Mount, ApiError> {
-        let uri: Option<NbdUri> = request
-            .nbd
-            .map(|uri| uri.parse())
-            .transpose()
-            .map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
+        let uri = nbd_uri(request.nbd)?;
+        if request.writable && request.temporary {
+            let why = "a temporary mount cannot be writable: its overlay is kept until it is discarded";
+            return Err(ApiError::new(ErrorCode::Usage, why));
+        }
         let Found { disk, snapshot, damage: _ } = self.look_at(&request.name).await?;
         let at = self.resolve_in(&snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
-        let (answer, mounted) = oneshot::channel();
-        let plan = Plan { disk, at, view, uri, temporary: request.temporary };
-        self.mounts.send(Order::Mount(Box::new(plan), answer)).await.map_err(|_| ending())?;
-        mounted.await.map_err(|_| ending())?
+        let overlay = request.writable.then_some(PlanOverlay::New);
+        self.serve(Plan { disk, at, view, uri, temporary: request.temporary, overlay }).await
+    }
+
+    async fn remount(&self, id: String, request: RemountRequest) -> Result<Mount, ApiError> {
+        let uri = nbd_uri(request.nbd)?;
+        self.serve_overlay(id, uri).await
+    }
+
+    async fn discard(&self, id: String) -> Result<KeptOverlay, ApiError> {
+        let mounts = self.mounts().await?;
+        let Some(kept) = mounts.kept.into_iter().find(|kept| kept.id == id) else {
+            self.overlays.record(&id)?;
+            let busy = ApiError::new(ErrorCode::Busy, format!("overlay {id} is mounted"));
+            return Err(busy.with_hint(format!("backtide unmount {id} --discard")));
+        };
+        let overlays = self.overlays.clone();
+        self.read(move || overlays.discard(&id, false)).await??;
+        Ok(kept)
     }
 
     async fn mounts(&self) -> Result<Mounts, ApiError> {
@@ -155,13 +174,11 @@ impl ReceiverService for Service {
         mounts.await.map_err(|_| ending())
     }
 
-    async fn unmount(&self, id: String) -> Result<Mount, ApiError> {
+    async fn unmount(&self, id: String, request: UnmountRequest) -> Result<Mount, ApiError> {
         let (answer, ended) = oneshot::channel();
-        self.mounts.send(Order::Unmount(id.clone(), answer)).await.map_err(|_| ending())?;
-        ended.await.map_err(|_| ending())?.ok_or_else(|| {
-            ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?}"))
-                .with_hint("the control API's /v1/mounts lists them")
-        })
+        let order = Order::Unmount(id, request.overlay, answer);
+        self.mounts.send(order).await.map_err(|_| ending())?;
+        ended.await.map_err(|_| ending())?
     }
 
     async fn scrub(&self, request: ScrubRequest) -> Result<ScrubStatus, ApiError> {
@@ -183,7 +200,8 @@ impl ReceiverService for Service {
             let DiskFacts { id, name, damage, .. } = facts;
             targets.push(scrub::Target { name, uuid: id, snapshot, damage });
         }
-        self.scrub.start(targets, request.bytes_per_second_max.unwrap_or(scrub::RATE_DEFAULT))
+        let overlays = wanted.is_none().then(|| self.overlays.clone());
+        self.scrub.start(targets, overlays, request.bytes_per_second_max.unwrap_or(scrub::RATE_DEFAULT))
     }
 
     async fn scrub_status(&self) -> Result<ScrubStatus, ApiError> {
@@ -200,6 +218,48 @@ impl ReceiverService for Service {
 }
 
 impl Service {
+    /// Serves the overlays that were served when the receiver ended. One that cannot be is told as an alarm.
+    pub(crate) async fn serve_again(&self) {
+        for record in self.overlays.served() {
+            let uri = nbd_uri(record.uri);
+            let served = match uri {
+                Ok(uri) => self.serve_overlay(record.id.clone(), uri).await.map(drop),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = served {
+                let why = format!("it cannot be mounted again: {}", error.message);
+                tracing::error!(overlay = record.id, why, "a writable mount is not served");
+                self.overlays.note(&record.id, &why);
+            }
+        }
+    }
+
+    async fn serve_overlay(&self, id: String, uri: Option<NbdUri>) -> Result<Mount, ApiError> {
+        let record = self.overlays.record(&id)?;
+        // By its identity: the disk may have another name by now.
+        let uuid: DiskName = record.disk.uuid.to_string().parse().expect("a UUID is a good name");
+        let Found { snapshot, .. } = self.look_at(&uuid).await?;
+        let asked = format!("lsn:{}", record.lsn);
+        let view = snapshot.view(record.lsn).map_err(|error| points::unavailable(&asked, &error))?;
+        if view.disk_size() != record.disk.size {
+            let why = format!(
+                "overlay {id} is of a disk of {} bytes, at {asked} it has {}",
+                record.disk.size,
+                view.disk_size()
+            );
+            return Err(ApiError::new(ErrorCode::Damaged, why));
+        }
+        let at = TimedLsn { lsn: record.lsn, time: record.time };
+        let overlay = Some(PlanOverlay::Kept(id));
+        self.serve(Plan { disk: record.disk, at, view, uri, temporary: false, overlay }).await
+    }
+
+    async fn serve(&self, plan: Plan) -> Result<Mount, ApiError> {
+        let (answer, mounted) = oneshot::channel();
+        self.mounts.send(Order::Mount(Box::new(plan), answer)).await.map_err(|_| ending())?;
+        mounted.await.map_err(|_| ending())?
+    }
+
     fn find(&self, name: &DiskName) -> Result<DiskId, ApiError> {
         let text = name.as_str();
         let by_name = self.names.find(text);
@@ -252,6 +312,7 @@ impl Service {
             alarms.extend(facts.error.iter().map(|why| format!("disk {name}: {why}")));
             alarms.extend(facts.damage.iter().map(|why| format!("disk {name}: {why}")));
         }
+        alarms.extend(self.overlays.alarms());
         alarms.dedup();
         alarms
     }
@@ -325,6 +386,11 @@ impl Service {
 
 fn resolved(disk: &DiskRef, asked: String, at: TimedLsn) -> ResolvedPoint {
     ResolvedPoint { disk: disk.clone(), asked, lsn: at.lsn, time: at.time }
+}
+
+fn nbd_uri(uri: Option<String>) -> Result<Option<NbdUri>, ApiError> {
+    let parsed = uri.map(|uri| uri.parse()).transpose();
+    parsed.map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))
 }
 
 fn ending() -> ApiError {

@@ -14,7 +14,7 @@ use crate::{
     context::Context,
     ending::{Ending, Failure, failed},
     output::{
-        checks::{disks_text, problems_text},
+        checks::{disks_text, overlays_text, problems_text},
         progress::Progress,
     },
 };
@@ -87,6 +87,7 @@ fn bytes_below(directory: &Path) -> u64 {
 fn text(report: &StoreCheck) -> String {
     let mut lines = vec![disks_text(&report.disks)];
     lines.extend(problems_text(&report.damage, &report.disks));
+    lines.extend(overlays_text(&report.overlays));
     lines.push(if report.sound {
         format!("{} is sound", report.store)
     } else {

@@ -1,7 +1,7 @@
 //! `backtide mount` and `unmount`: a point of a disk over NBD.
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_receiver_api::MountRequest;
+use backtide_receiver_api::{MountRequest, OverlayFate, RemountRequest};
 use backtide_units::DiskName;
 use clap::Args;
 
@@ -9,7 +9,7 @@ use crate::{
     arguments::ReceiverApi,
     context::Context,
     ending::{Ending, Failure, wrong_usage},
-    output::mounts::{mount_text, table},
+    output::mounts::{mount_text, mounts_text},
 };
 
 /// `backtide mount`
@@ -21,8 +21,15 @@ pub(crate) struct Mount {
     /// The point to serve
     #[arg(long, value_name = "POINT", allow_hyphen_values = true, requires = "name")]
     at: Option<String>,
+    /// It can be written: what is written is kept beside the point, also when the receiver is started
+    /// again, until `backtide unmount ID --discard`
+    #[arg(long, requires = "name")]
+    writable: bool,
+    /// Serve again what `backtide unmount ID --keep` has kept
+    #[arg(long, value_name = "ID", conflicts_with_all = ["name", "at", "writable"])]
+    kept: Option<String>,
     /// Where to serve it [default: a unix socket of the receiver's choice]
-    #[arg(long, value_name = "URI", requires = "name")]
+    #[arg(long, value_name = "URI")]
     nbd: Option<String>,
     #[command(flatten)]
     api: ReceiverApi,
@@ -33,6 +40,12 @@ pub(crate) struct Mount {
 pub(crate) struct Unmount {
     /// What `backtide mount` printed as the mount's id
     id: String,
+    /// Keep what was written to a writable mount, for `backtide mount --kept ID`
+    #[arg(long, conflicts_with = "discard")]
+    keep: bool,
+    /// Remove for good what was written to a writable mount, or to one that is only kept
+    #[arg(long)]
+    discard: bool,
     #[command(flatten)]
     api: ReceiverApi,
 }
@@ -41,13 +54,22 @@ impl Mount {
     /// Mounts and prints the URI, or lists mounts.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let receiver = context.receiver(&self.api)?;
-        let Some(name) = self.name else {
-            let mounts = receiver.mounts().await?;
-            context.print(&mounts, || table(&mounts.mounts))?;
-            return Ok(Ending::Done);
+        let (nbd, writable) = (self.nbd, self.writable);
+        let mount = match (self.name, self.kept) {
+            (Some(name), _) => {
+                let at = self.at.ok_or_else(|| wrong_usage("a mount needs a point: --at POINT"))?;
+                receiver.mount(&MountRequest { name, at, nbd, temporary: false, writable }).await?
+            }
+            (None, Some(id)) => receiver.remount(&id, &RemountRequest { nbd }).await?,
+            (None, None) if nbd.is_some() => {
+                return Err(wrong_usage("a mount needs a disk and a point: NAME --at POINT").into());
+            }
+            (None, None) => {
+                let mounts = receiver.mounts().await?;
+                context.print(&mounts, || mounts_text(&mounts))?;
+                return Ok(Ending::Done);
+            }
         };
-        let at = self.at.ok_or_else(|| wrong_usage("a mount needs a point: --at POINT"))?;
-        let mount = receiver.mount(&MountRequest { name, at, nbd: self.nbd, temporary: false }).await?;
         context.print(&mount, || mount_text(&mount))?;
         Ok(Ending::Done)
     }
@@ -61,8 +83,30 @@ impl Unmount {
             let unknown = error.code == ErrorCode::NotFound;
             if unknown { error.with_hint("`backtide mount` lists the mounts there are") } else { error }
         };
-        let mount = context.receiver(&self.api)?.unmount(&self.id).await.map_err(no_mount)?;
-        context.print(&mount, || format!("unmounted {}", mount.id))?;
+        let receiver = context.receiver(&self.api)?;
+        let fate = match (self.keep, self.discard) {
+            (true, _) => Some(OverlayFate::Keep),
+            (false, true) => Some(OverlayFate::Discard),
+            (false, false) => None,
+        };
+        match receiver.unmount(&self.id, fate).await {
+            Ok(mount) => {
+                context.print(&mount, || format!("unmounted {}{}", mount.id, fate_text(fate)))?;
+            }
+            Err(error) if error.code == ErrorCode::NotFound && self.discard => {
+                let kept = receiver.discard(&self.id).await.map_err(no_mount)?;
+                context.print(&kept, || format!("discarded what was written to {}", kept.id))?;
+            }
+            Err(error) => return Err(no_mount(error).into()),
+        }
         Ok(Ending::Done)
+    }
+}
+
+fn fate_text(fate: Option<OverlayFate>) -> &'static str {
+    match fate {
+        None => "",
+        Some(OverlayFate::Keep) => "; what was written to it is kept",
+        Some(OverlayFate::Discard) => "; what was written to it is discarded",
     }
 }

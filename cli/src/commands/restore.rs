@@ -70,7 +70,8 @@ impl Restore {
     /// Restores, or ends with nothing changed but a device or server that was being written.
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let receiver = context.receiver(&self.api)?;
-        let request = MountRequest { name: self.name, at: self.at, nbd: None, temporary: true };
+        let (name, at) = (self.name, self.at);
+        let request = MountRequest { name, at, nbd: None, temporary: true, writable: false };
         let what = What { output: &self.output, force: self.force, verify: !self.no_verify };
         let report = restore(context, &receiver, &request, what, stop.asked()).await?;
         context.print(&report, || report_text(&report))?;
@@ -107,7 +108,7 @@ pub(crate) async fn restore(
         restored = restore_mounted(context, &mount, what) => restored,
         () = &mut stop => Err(Failure::Interrupted),
     };
-    let Ok(unmounted) = tokio::time::timeout(UNMOUNT_TIME, receiver.unmount(&mount.id)).await else {
+    let Ok(unmounted) = tokio::time::timeout(UNMOUNT_TIME, receiver.unmount(&mount.id, None)).await else {
         if restored.is_ok() {
             context.warn(&format!("the mount {} may still be there: the receiver does not answer", mount.id));
         }

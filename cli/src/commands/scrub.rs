@@ -12,7 +12,7 @@ use crate::{
     context::Context,
     ending::{Ending, Failure},
     output::{
-        checks::{disks_text, problems_text},
+        checks::{disks_text, overlays_text, problems_text},
         progress::Progress,
     },
     quantity::parse_size,
@@ -75,6 +75,7 @@ impl Scrub {
 fn text(status: &ScrubStatus) -> String {
     let mut lines = vec![disks_text(&status.disks)];
     lines.extend(problems_text(&[], &status.disks));
+    lines.extend(overlays_text(&status.overlays));
     lines.push(
         match (status.running, status.cancelled, status.sound) {
             (true, _, _) => "the scrub goes on",

@@ -204,7 +204,8 @@ impl Stage<'_> {
             "latest" => "latest".to_owned(),
             _ => format!("lsn:{}", moment.lsn),
         };
-        let request = MountRequest { name: self.disk.clone(), at, nbd: None, temporary: true };
+        let request =
+            MountRequest { name: self.disk.clone(), at, nbd: None, temporary: true, writable: false };
         let path = output.to_string_lossy().into_owned();
         let what = What { output: &path, force: true, verify: true };
         let restored = restore(self.context, &self.receiver, &request, what, std::future::pending()).await?;

@@ -1,6 +1,6 @@
 //! What `fsck` and `scrub` found, as text.
 
-use backtide_receiver_api::DiskCheck;
+use backtide_receiver_api::{DiskCheck, OverlayCheck};
 
 use crate::{output::plain_table, quantity::size_text};
 
@@ -24,6 +24,29 @@ pub(crate) fn disks_text(disks: &[DiskCheck]) -> String {
         ]
     };
     plain_table(&["DISK", "SEGMENTS", "ENTRIES", "READ", "STATE"], disks.iter().map(row))
+}
+
+/// The overlays, a line each; nothing when there are none.
+pub(crate) fn overlays_text(overlays: &[OverlayCheck]) -> Vec<String> {
+    if overlays.is_empty() {
+        return Vec::new();
+    }
+    let row = |overlay: &OverlayCheck| {
+        let verdict = match (&overlay.error, overlay.sound) {
+            (Some(_), _) => "UNREADABLE",
+            (None, true) => "sound",
+            (None, false) => "DAMAGED",
+        };
+        vec![overlay.id.clone(), size_text(overlay.bytes), verdict.to_owned()]
+    };
+    let mut lines = vec![plain_table(&["OVERLAY", "READ", "STATE"], overlays.iter().map(row))];
+    for OverlayCheck { id, damage, more_damage, error, .. } in overlays {
+        lines.extend(damage.iter().chain(error).map(|why| format!("overlay {id}: {why}")));
+        if *more_damage > 0 {
+            lines.push(format!("overlay {id}: {more_damage} more damaged places"));
+        }
+    }
+    lines
 }
 
 /// What is wrong, a line each.

@@ -1,25 +1,55 @@
 //! Mounts as text.
 
-use backtide_receiver_api::Mount;
+use backtide_receiver_api::{KeptOverlay, Mount, MountOverlay, Mounts};
 
 use crate::{
     output::{facts, plain_table},
-    quantity::{size_both, time_text},
+    quantity::{size_both, size_text, time_text},
 };
 
 /// One mount that was made just now.
 pub(crate) fn mount_text(mount: &Mount) -> String {
-    facts(&[
+    let mut all = vec![
         ("mount", mount.id.clone()),
         ("disk", mount.disk.name.as_str().to_owned()),
         ("point", format!("lsn:{}  {}", mount.lsn, time_text(mount.time))),
         ("size", size_both(mount.size)),
-        ("NBD", mount.uri.clone()),
-    ])
+    ];
+    if let Some(overlay) = &mount.overlay {
+        let holds = format!("{}, at most {}", size_text(overlay.bytes), size_text(overlay.limit));
+        all.push(("written", holds));
+    }
+    all.push(("NBD", mount.uri.clone()));
+    facts(&all)
 }
 
-/// All mounts.
-pub(crate) fn table(mounts: &[Mount]) -> String {
+/// All mounts, and the overlays that are kept.
+pub(crate) fn mounts_text(mounts: &Mounts) -> String {
+    let mut lines = vec![table(&mounts.mounts)];
+    if !mounts.kept.is_empty() {
+        lines.push(kept_table(&mounts.kept));
+    }
+    for KeptOverlay { id, problem, .. } in &mounts.kept {
+        lines.extend(problem.iter().map(|why| format!("{id}: {why}")));
+    }
+    lines.join("\n")
+}
+
+fn kept_table(kept: &[KeptOverlay]) -> String {
+    let unknown = || "?".to_owned();
+    let row = |overlay: &KeptOverlay| {
+        vec![
+            overlay.id.clone(),
+            overlay.disk.as_ref().map_or_else(unknown, |disk| disk.name.as_str().to_owned()),
+            overlay.lsn.map_or_else(unknown, |lsn| format!("lsn:{lsn}")),
+            overlay.time.map_or_else(unknown, time_text),
+            size_text(overlay.file_bytes),
+        ]
+    };
+    plain_table(&["KEPT", "DISK", "POINT", "TIME", "TAKES"], kept.iter().map(row))
+}
+
+fn table(mounts: &[Mount]) -> String {
     if mounts.is_empty() {
         return "no mounts; `backtide mount NAME --at POINT` makes one".to_owned();
     }
@@ -30,8 +60,9 @@ pub(crate) fn table(mounts: &[Mount]) -> String {
             format!("lsn:{}", mount.lsn),
             time_text(mount.time),
             mount.clients.to_string(),
+            mount.overlay.map_or_else(String::new, |MountOverlay { bytes, .. }| size_text(bytes)),
             mount.uri.clone(),
         ]
     };
-    plain_table(&["MOUNT", "DISK", "POINT", "TIME", "CLIENTS", "NBD"], mounts.iter().map(row))
+    plain_table(&["MOUNT", "DISK", "POINT", "TIME", "CLIENTS", "WRITTEN", "NBD"], mounts.iter().map(row))
 }

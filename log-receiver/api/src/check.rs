@@ -34,6 +34,9 @@ pub struct ScrubStatus {
     pub bytes_per_second_max: ByteCount,
     /// The disks that are done, in the order of their names.
     pub disks: Vec<DiskCheck>,
+    /// The overlays of mounts, after the disks.
+    #[serde(default)]
+    pub overlays: Vec<OverlayCheck>,
     /// Whether nothing is damaged in what was read so far.
     pub sound: bool,
 }
@@ -61,6 +64,25 @@ pub struct DiskCheck {
     pub sound: bool,
 }
 
+/// What was written to a mounted point, against its checksums.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverlayCheck {
+    /// Its id.
+    pub id: String,
+    /// The disk it lies over; none when its record is damaged.
+    pub disk: Option<DiskName>,
+    /// Bytes of blocks read.
+    pub bytes: ByteCount,
+    /// What is damaged: a sentence each with file and place.
+    pub damage: Vec<String>,
+    /// Damaged places beyond those.
+    pub more_damage: u64,
+    /// Why it could not be read, when it could not.
+    pub error: Option<String>,
+    /// Whether all of it was read and nothing is damaged.
+    pub sound: bool,
+}
+
 /// A whole store against its checksums.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreCheck {
@@ -70,6 +92,9 @@ pub struct StoreCheck {
     pub damage: Vec<String>,
     /// Its disks.
     pub disks: Vec<DiskCheck>,
+    /// Its overlays of mounts.
+    #[serde(default)]
+    pub overlays: Vec<OverlayCheck>,
     /// Whether nothing is damaged.
     pub sound: bool,
 }

@@ -4,8 +4,8 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus,
-    ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus,
+    DiffReport, DiffRequest, KeptOverlay, Mount, MountRequest, Mounts, OverlayFate, PointsReport,
+    ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus,
 };
 
 /// The receiver, in the words of errors.
@@ -121,20 +121,42 @@ impl ReceiverClient {
         self.client.delete("/v1/scrub").await
     }
 
-    /// Ends a mount.
+    /// Ends a mount; `overlay` says what becomes of its overlay, if it has one.
     ///
     /// # Errors
     /// As [`ReceiverClient::status`].
-    pub async fn unmount(&self, id: &str) -> Result<Mount, ApiError> {
-        // Mount ids are a disk's name and a number; anything else would change the path.
-        if !id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-            || id.is_empty()
-            || id.starts_with('.')
-        {
-            return Err(ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?}")));
-        }
-        self.client.delete(&format!("/v1/mounts/{id}")).await
+    pub async fn unmount(&self, id: &str, overlay: Option<OverlayFate>) -> Result<Mount, ApiError> {
+        let id = mount_id(id)?;
+        let query = match overlay {
+            None => "",
+            Some(OverlayFate::Keep) => "?overlay=keep",
+            Some(OverlayFate::Discard) => "?overlay=discard",
+        };
+        self.client.delete(&format!("/v1/mounts/{id}{query}")).await
     }
+
+    /// Serves an overlay again that was kept.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn remount(&self, id: &str, request: &RemountRequest) -> Result<Mount, ApiError> {
+        self.client.post(&format!("/v1/overlays/{}/mount", mount_id(id)?), request).await
+    }
+
+    /// Removes an overlay that is not served.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn discard(&self, id: &str) -> Result<KeptOverlay, ApiError> {
+        self.client.delete(&format!("/v1/overlays/{}", mount_id(id)?)).await
+    }
+}
+
+/// Mount ids are a disk's name and a number; anything else would change the path.
+fn mount_id(id: &str) -> Result<&str, ApiError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let good = !id.is_empty() && !id.starts_with('.') && id.chars().all(allowed);
+    if good { Ok(id) } else { Err(ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?}"))) }
 }
 
 /// Disk names need no escaping in a path: that is what they are restricted for.

@@ -26,7 +26,7 @@ pub struct ResolvedPoint {
     pub time: CaptureTime,
 }
 
-/// Serve a point of a disk over NBD, read-only.
+/// Serve a point of a disk over NBD.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MountRequest {
@@ -40,6 +40,38 @@ pub struct MountRequest {
     /// It ends by itself when its last client has gone, or when none comes within half a minute.
     #[serde(default)]
     pub temporary: bool,
+    /// It can be written: what is written goes to an overlay of its own, which is kept until it is
+    /// discarded. Not together with `temporary`.
+    #[serde(default)]
+    pub writable: bool,
+}
+
+/// Serve an overlay again that was kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemountRequest {
+    /// Where to serve it: an NBD URI. None: on a unix socket of the receiver's choice.
+    #[serde(default)]
+    pub nbd: Option<String>,
+}
+
+/// What becomes of the overlay of a mount that ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OverlayFate {
+    /// It stays for another mount.
+    Keep,
+    /// It is removed for good.
+    Discard,
+}
+
+/// How a mount ends; the query of its call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UnmountRequest {
+    /// What becomes of its overlay; needed when it has one, refused when it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<OverlayFate>,
 }
 
 /// A point that is served over NBD.
@@ -61,6 +93,39 @@ pub struct Mount {
     pub mounted: CaptureTime,
     /// Open NBD connections.
     pub clients: u32,
+    /// What was written to it, when it is writable.
+    #[serde(default)]
+    pub overlay: Option<MountOverlay>,
+}
+
+/// What the overlay of a mount takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountOverlay {
+    /// Bytes of blocks that were written, and not zeroed or discarded since.
+    pub bytes: ByteCount,
+    /// The most it may hold; a client that writes more is told that there is no space.
+    pub limit: ByteCount,
+    /// What its files take in the store, at most.
+    pub file_bytes: ByteCount,
+}
+
+/// An overlay that is not served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptOverlay {
+    /// What it is mounted or discarded by: the id of its mount.
+    pub id: String,
+    /// The disk, with the size that is served; none when its record is damaged, and so for what follows.
+    pub disk: Option<DiskRef>,
+    /// The last write the point below includes.
+    pub lsn: Option<Lsn>,
+    /// When that was captured.
+    pub time: Option<CaptureTime>,
+    /// When the overlay was made.
+    pub created: Option<CaptureTime>,
+    /// What its files take in the store, at most.
+    pub file_bytes: ByteCount,
+    /// What is wrong with it, or why it is not served although it should be: a sentence.
+    pub problem: Option<String>,
 }
 
 /// All mounts of a receiver.
@@ -68,6 +133,9 @@ pub struct Mount {
 pub struct Mounts {
     /// Sorted by id.
     pub mounts: Vec<Mount>,
+    /// Overlays that are not served, sorted by id.
+    #[serde(default)]
+    pub kept: Vec<KeptOverlay>,
 }
 
 /// Which bytes changed between two points?

@@ -15,10 +15,11 @@ mod service;
 mod status;
 
 pub use backtide_control::{Address, ApiError, ErrorCode};
-pub use check::{DiskCheck, ScrubRequest, ScrubStatus, StoreCheck};
+pub use check::{DiskCheck, OverlayCheck, ScrubRequest, ScrubStatus, StoreCheck};
 pub use client::{RECEIVER, ReceiverClient};
 pub use going_back::{
-    ByteSpan, DiffReport, DiffRequest, Mount, MountRequest, Mounts, ResolveRequest, ResolvedPoint,
+    ByteSpan, DiffReport, DiffRequest, KeptOverlay, Mount, MountOverlay, MountRequest, Mounts, OverlayFate,
+    RemountRequest, ResolveRequest, ResolvedPoint, UnmountRequest,
 };
 pub use points::{DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport, UnavailablePoint};
 pub use routes::router;

@@ -4,15 +4,16 @@ use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::{Path, State},
+    extract::{Path, Query, State, rejection::QueryRejection},
     routing::{delete, get, post},
 };
 use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverService,
-    ReceiverStatus, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus,
+    DiffReport, DiffRequest, KeptOverlay, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks,
+    ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest,
+    ScrubStatus, UnmountRequest,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -29,6 +30,8 @@ pub fn router<S: ReceiverService>(service: Arc<S>) -> Router {
         .route("/v1/scrub", get(scrub_status::<S>).merge(post(scrub::<S>)).merge(delete(cancel_scrub::<S>)))
         .route("/v1/mounts", get(mounts::<S>).merge(post(mount::<S>)))
         .route("/v1/mounts/{id}", delete(unmount::<S>))
+        .route("/v1/overlays/{id}", delete(discard::<S>))
+        .route("/v1/overlays/{id}/mount", post(remount::<S>))
         .with_state(service);
     json_fallbacks(router)
 }
@@ -101,6 +104,26 @@ async fn cancel_scrub<S: ReceiverService>(State(service): State<Arc<S>>) -> Answ
     service.cancel_scrub().await.map(Json)
 }
 
-async fn unmount<S: ReceiverService>(State(service): State<Arc<S>>, Path(id): Path<String>) -> Answer<Mount> {
-    service.unmount(id).await.map(Json)
+async fn remount<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(id): Path<String>,
+    ApiJson(request): ApiJson<RemountRequest>,
+) -> Answer<Mount> {
+    service.remount(id, request).await.map(Json)
+}
+
+async fn discard<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(id): Path<String>,
+) -> Answer<KeptOverlay> {
+    service.discard(id).await.map(Json)
+}
+
+async fn unmount<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(id): Path<String>,
+    request: Result<Query<UnmountRequest>, QueryRejection>,
+) -> Answer<Mount> {
+    let Query(request) = request.map_err(|error| ApiError::new(ErrorCode::Usage, error.body_text()))?;
+    service.unmount(id, request).await.map(Json)
 }

@@ -4,8 +4,8 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus,
-    ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus,
+    DiffReport, DiffRequest, KeptOverlay, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks,
+    ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnmountRequest,
 };
 
 /// The receiver's side of the control API. A disk may be named by its name or its UUID.
@@ -52,6 +52,20 @@ pub trait ReceiverService: Send + Sync + 'static {
     /// Calls the scrub off; it ends soon.
     fn cancel_scrub(&self) -> impl Future<Output = Result<ScrubStatus, ApiError>> + Send;
 
+    /// Serves an overlay again that was kept.
+    fn remount(
+        &self,
+        id: String,
+        request: RemountRequest,
+    ) -> impl Future<Output = Result<Mount, ApiError>> + Send;
+
+    /// Removes an overlay that is not served, for good. Answers with what it was.
+    fn discard(&self, id: String) -> impl Future<Output = Result<KeptOverlay, ApiError>> + Send;
+
     /// Ends a mount and closes its connections. Answers with what it was.
-    fn unmount(&self, id: String) -> impl Future<Output = Result<Mount, ApiError>> + Send;
+    fn unmount(
+        &self,
+        id: String,
+        request: UnmountRequest,
+    ) -> impl Future<Output = Result<Mount, ApiError>> + Send;
 }

@@ -29,6 +29,12 @@ pub struct ReceiverStatus {
     pub connected: u64,
     /// Open mounts.
     pub mounts: u64,
+    /// Overlays of writable mounts, mounted or kept.
+    #[serde(default)]
+    pub overlays: u64,
+    /// Bytes that their files take, at most.
+    #[serde(default)]
+    pub overlay_bytes: ByteCount,
     /// What a person should look at now: sentences. Empty when all is well.
     #[serde(default)]
     pub alarms: Vec<String>,

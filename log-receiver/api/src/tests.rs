@@ -7,9 +7,10 @@ use backtide_control::{Address, ApiError, ErrorCode, Server};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 
 use crate::{
-    DiffReport, DiffRequest, DiskRef, FlushPoints, Hole, Mount, MountRequest, Mounts, Point, PointsReport,
-    ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus, ResolveRequest, ResolvedPoint,
-    ScrubRequest, ScrubStatus, UnavailablePoint, router,
+    DiffReport, DiffRequest, DiskRef, FlushPoints, Hole, KeptOverlay, Mount, MountOverlay, MountRequest,
+    Mounts, OverlayFate, Point, PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus,
+    RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnavailablePoint,
+    UnmountRequest, router,
 };
 
 /// Notes every call.
@@ -42,6 +43,7 @@ fn mount() -> Mount {
         size: ByteCount(1 << 20),
         mounted: CaptureTime(6),
         clients: 0,
+        overlay: Some(MountOverlay { bytes: ByteCount(1), limit: ByteCount(2), file_bytes: ByteCount(3) }),
     }
 }
 
@@ -60,6 +62,18 @@ fn in_a_hole(asked: &str) -> UnavailablePoint {
     UnavailablePoint { asked: asked.to_owned(), hole: Some(hole), before, after }
 }
 
+fn kept() -> KeptOverlay {
+    KeptOverlay {
+        id: "vm1-1".to_owned(),
+        disk: Some(vm1()),
+        lsn: Some(Lsn(5)),
+        time: Some(CaptureTime(1)),
+        created: Some(CaptureTime(2)),
+        file_bytes: ByteCount(4096),
+        problem: None,
+    }
+}
+
 fn scrubbed() -> ScrubStatus {
     ScrubStatus {
         running: false,
@@ -70,6 +84,7 @@ fn scrubbed() -> ScrubStatus {
         total_bytes: ByteCount(3),
         bytes_per_second_max: ByteCount(0),
         disks: Vec::new(),
+        overlays: Vec::new(),
         sound: true,
     }
 }
@@ -88,6 +103,8 @@ impl ReceiverService for Fake {
             disks: 1,
             connected: 1,
             mounts: 0,
+            overlays: 0,
+            overlay_bytes: ByteCount(0),
             alarms: Vec::new(),
             scrub: None,
         })
@@ -154,11 +171,21 @@ impl ReceiverService for Fake {
 
     async fn mounts(&self) -> Result<Mounts, ApiError> {
         self.note("mounts".to_owned());
-        Ok(Mounts { mounts: vec![mount()] })
+        Ok(Mounts { mounts: vec![mount()], kept: vec![kept()] })
     }
 
-    async fn unmount(&self, id: String) -> Result<Mount, ApiError> {
-        self.note(format!("unmount {id}"));
+    async fn remount(&self, id: String, request: RemountRequest) -> Result<Mount, ApiError> {
+        self.note(format!("remount {id} {:?}", request.nbd));
+        Ok(mount())
+    }
+
+    async fn discard(&self, id: String) -> Result<KeptOverlay, ApiError> {
+        self.note(format!("discard {id}"));
+        Ok(kept())
+    }
+
+    async fn unmount(&self, id: String, request: UnmountRequest) -> Result<Mount, ApiError> {
+        self.note(format!("unmount {id} {:?}", request.overlay));
         Ok(mount())
     }
 }
@@ -180,16 +207,21 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.resolve(&vm1, "mark:a b/ü").await.unwrap(), point("mark:a b/ü"));
     let diff = DiffRequest { from: "-5m".to_owned(), to: "latest".to_owned() };
     assert_eq!(client.diff(&vm1, &diff).await.unwrap().granularity, ByteCount(4096));
-    let request = MountRequest { name: vm1.clone(), at: "latest".to_owned(), nbd: None, temporary: false };
+    let at = "latest".to_owned();
+    let request = MountRequest { name: vm1.clone(), at, nbd: None, temporary: false, writable: true };
     assert_eq!(client.mount(&request).await.unwrap(), mount());
     assert_eq!(client.mounts().await.unwrap().mounts, [mount()]);
-    assert_eq!(client.unmount("vm1-1").await.unwrap(), mount());
+    assert_eq!(client.unmount("vm1-1", None).await.unwrap(), mount());
+    assert_eq!(client.unmount("vm1-2", Some(OverlayFate::Keep)).await.unwrap(), mount());
+    assert_eq!(client.unmount("vm1-3", Some(OverlayFate::Discard)).await.unwrap(), mount());
+    assert_eq!(client.remount("vm1-2", &RemountRequest::default()).await.unwrap(), mount());
+    assert_eq!(client.discard("vm1-2").await.unwrap(), kept());
     let request = ScrubRequest { name: Some(vm1.clone()), bytes_per_second_max: None };
     assert_eq!(client.scrub(&request).await.unwrap(), scrubbed());
     client.scrub_status().await.unwrap();
     client.cancel_scrub().await.unwrap();
     for strange in ["", "..", "a/b", "a?b"] {
-        assert_eq!(client.unmount(strange).await.unwrap_err().code, ErrorCode::NotFound, "{strange}");
+        assert_eq!(client.unmount(strange, None).await.unwrap_err().code, ErrorCode::NotFound, "{strange}");
     }
     assert_eq!(
         *fake.calls.lock().unwrap(),
@@ -202,7 +234,11 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "diff vm1 -5m latest",
             "mount vm1 latest",
             "mounts",
-            "unmount vm1-1",
+            "unmount vm1-1 None",
+            "unmount vm1-2 Some(Keep)",
+            "unmount vm1-3 Some(Discard)",
+            "remount vm1-2 None",
+            "discard vm1-2",
             "scrub vm1",
             "scrub-status",
             "cancel-scrub"

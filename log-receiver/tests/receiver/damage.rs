@@ -57,7 +57,7 @@ fn flip(path: &PathBuf, at: usize) {
 async fn read_point(place: &Place, api: &ReceiverClient, lsn: u64) {
     let mount = api.mount(&request(&format!("lsn:{lsn}"), None)).await.unwrap();
     assert_content(place, &mount, &image(lsn)).await;
-    api.unmount(&mount.id).await.unwrap();
+    api.unmount(&mount.id, None).await.unwrap();
 }
 
 fn damaged_hole(points: &PointsReport) -> &Hole {

@@ -46,7 +46,7 @@ async fn write_history(receiver: &Receiver) -> (Agent, History) {
 }
 
 pub(crate) fn request(at: &str, nbd: Option<String>) -> MountRequest {
-    MountRequest { name: vm1(), at: at.to_owned(), nbd, temporary: false }
+    MountRequest { name: vm1(), at: at.to_owned(), nbd, temporary: false, writable: false }
 }
 
 /// Runs a real client, which must succeed.
@@ -110,10 +110,10 @@ async fn mounted_points_read_exactly_as_they_were() {
         assert_content(&place, mount, content).await;
     }
     for id in ids {
-        assert_eq!(api.unmount(&id).await.unwrap().id, id);
+        assert_eq!(api.unmount(&id, None).await.unwrap().id, id);
         assert!(!place.path(&format!("run/{id}.sock")).exists());
     }
-    assert_eq!(api.unmount("vm1-1").await.unwrap_err().code, ErrorCode::NotFound);
+    assert_eq!(api.unmount("vm1-1", None).await.unwrap_err().code, ErrorCode::NotFound);
     receiver.shutdown().await;
 }
 
@@ -271,7 +271,7 @@ async fn mounts_are_bounded_and_an_address_in_use_is_named() {
         (ErrorCode::Busy, "the receiver has its limit of 2 mounts")
     );
     assert_content(&place, &twenty, &history.at_20).await;
-    assert_eq!(api.unmount(&twenty.id).await.unwrap().id, "vm1-3");
+    assert_eq!(api.unmount(&twenty.id, None).await.unwrap().id, "vm1-3");
     api.mount(&request("latest", None)).await.unwrap();
     receiver.shutdown().await;
 }

@@ -9,3 +9,4 @@ mod going_back;
 mod refusals;
 mod store;
 mod stream;
+mod writable;

@@ -3,7 +3,7 @@
 use backtide_tidy::{dependencies, files, manifests};
 
 /// Crates that know no daemon, no socket, no clock of a runtime.
-const LEAVES: [&str; 8] = [
+const LEAVES: [&str; 9] = [
     "backtide-units",
     "backtide-storage",
     "backtide-nbd",
@@ -12,6 +12,7 @@ const LEAVES: [&str; 8] = [
     "backtide-protocol",
     "backtide-segment",
     "backtide-recovery",
+    "backtide-overlay",
 ];
 
 /// What a leaf must not be able to reach.

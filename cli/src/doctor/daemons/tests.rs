@@ -18,6 +18,8 @@ fn receiver(free: u64) -> ReceiverStatus {
         free_bytes_min: ByteCount(64 << 20),
         disks: 1,
         connected: 1,
+        overlays: 0,
+        overlay_bytes: ByteCount(0),
         mounts: 0,
         alarms: Vec::new(),
         scrub: None,

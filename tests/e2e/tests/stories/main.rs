@@ -22,3 +22,4 @@ mod protection;
 mod receiver_outages;
 mod strangers;
 mod verify;
+mod writable_mounts;

@@ -1,0 +1,361 @@
+//! The overlays of a store: made for writable mounts, kept until they are discarded.
+//!
+//! One table for the receiver: which there are, which are in use, and what is wrong with one. Invariants:
+//! an overlay in use is open once, whoever uses it; a file in the directory without a record is from a
+//! crash and removed; a record that cannot be read is left alone, and told.
+
+pub(crate) mod record;
+
+use std::{
+    collections::BTreeMap,
+    io::{self, ErrorKind},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use backtide_overlay::{Existing, Overlay, OverlayError, OverlayFiles, OverlayOptions, remove};
+use backtide_receiver_api::{ApiError, ErrorCode, KeptOverlay, OverlayCheck};
+use backtide_storage::Storage;
+use backtide_units::ByteCount;
+
+use crate::disk::chain;
+use record::{DIR, Record};
+
+/// The overlays of a store. Clones share it.
+#[derive(Clone)]
+pub(crate) struct Overlays {
+    storage: Arc<dyn Storage>,
+    options: OverlayOptions,
+    overlays_max: usize,
+    table: Arc<Mutex<BTreeMap<String, Known>>>,
+    /// Held while one is opened or removed, which may take its time; the table never is.
+    opening: Arc<Mutex<()>>,
+}
+
+/// An overlay that there is.
+struct Known {
+    /// What its record says; or what is wrong with that.
+    record: Result<Record, String>,
+    open: Weak<Overlay>,
+    /// What is wrong with it.
+    problem: Option<String>,
+}
+
+impl Overlays {
+    /// The overlays of a store.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(crate) fn load(
+        storage: Arc<dyn Storage>,
+        options: OverlayOptions,
+        overlays_max: usize,
+    ) -> io::Result<Self> {
+        let this = Self { storage, options, overlays_max, table: Arc::default(), opening: Arc::default() };
+        this.storage.create_dir(Path::new(DIR))?;
+        this.storage.sync_dir(Path::new(""))?;
+        let names = this.storage.list(Path::new(DIR))?;
+        let mut table = this.table();
+        for id in names.iter().filter_map(|name| name.strip_suffix(".json")) {
+            let record = record::read(&*this.storage, id);
+            if let Err(why) = &record {
+                tracing::error!(overlay = id, why, "an overlay cannot be used");
+            }
+            let problem = record.as_ref().err().cloned();
+            table.insert(id.to_owned(), Known { record, open: Weak::new(), problem });
+        }
+        let endings = [".map.new", ".map", ".data", ".json.new"];
+        let left = |name: &&String| {
+            let id = endings.iter().find_map(|ending| name.strip_suffix(ending));
+            id.is_some_and(|id| !table.contains_key(id))
+        };
+        for name in names.iter().filter(left) {
+            tracing::info!(name, "removing what a crash left of an overlay");
+            this.storage.remove(&Path::new(DIR).join(name))?;
+        }
+        drop(table);
+        Ok(this)
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<String, Known>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether there is one called `id`.
+    pub(crate) fn contains(&self, id: &str) -> bool {
+        self.table().contains_key(id)
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.table().len()
+    }
+
+    /// The record of an overlay.
+    ///
+    /// # Errors
+    /// When there is none, or it is damaged.
+    pub(crate) fn record(&self, id: &str) -> Result<Record, ApiError> {
+        match self.table().get(id).map(|known| known.record.clone()) {
+            Some(Ok(record)) => Ok(record),
+            Some(Err(why)) => Err(ApiError::new(ErrorCode::Damaged, why)),
+            None => Err(ApiError::new(ErrorCode::NotFound, format!("there is no overlay {id:?}"))
+                .with_hint("`backtide mount` lists the mounts and overlays there are")),
+        }
+    }
+
+    /// The records of all that are served.
+    pub(crate) fn served(&self) -> Vec<Record> {
+        let table = self.table();
+        let records = table.values().filter_map(|known| known.record.as_ref().ok());
+        records.filter(|record| record.uri.is_some()).cloned().collect()
+    }
+
+    /// Makes an overlay.
+    ///
+    /// # Errors
+    /// When there are as many as there may be; the store's.
+    pub(crate) fn create(&self, record: Record) -> Result<Arc<Overlay>, ApiError> {
+        let count = self.count();
+        if count >= self.overlays_max {
+            let why = format!("the receiver keeps its limit of {count} overlays");
+            return Err(ApiError::new(ErrorCode::Busy, why)
+                .with_hint("discard one: `backtide mount` lists them, `backtide unmount ID --discard`"));
+        }
+        (self.options.room)(ByteCount::ZERO).map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
+        let made = self.open_files(&record, Existing::Create);
+        let written = made.and_then(|overlay| {
+            record::write(&*self.storage, &record).map_err(|error| {
+                let path = self.storage.display(&record::path(&record.id));
+                ApiError::new(ErrorCode::Failed, format!("write {}: {error}", path.display()))
+            })?;
+            Ok(overlay)
+        });
+        match written {
+            Ok(overlay) => {
+                let known =
+                    Known { open: Arc::downgrade(&overlay), problem: None, record: Ok(record.clone()) };
+                self.table().insert(record.id, known);
+                Ok(overlay)
+            }
+            Err(error) => {
+                // What cannot be removed now is removed when the receiver starts.
+                let _ = self.remove_files(&record.id);
+                Err(error)
+            }
+        }
+    }
+
+    /// Opens an overlay; one that is in use is shared.
+    ///
+    /// # Errors
+    /// When there is none; damage of it; the store's.
+    pub(crate) fn open(&self, id: &str) -> Result<Arc<Overlay>, ApiError> {
+        let record = self.record(id)?;
+        let _one = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = self.table().get(id).map(|known| known.open.upgrade());
+        match open {
+            Some(Some(open)) => return Ok(open),
+            Some(None) => {}
+            None => return Err(gone(id)),
+        }
+        let opened = self.open_files(&record, Existing::Open);
+        let mut table = self.table();
+        let Some(known) = table.get_mut(id) else { return Err(gone(id)) };
+        known.problem = opened.as_ref().err().map(|error| error.message.clone());
+        let overlay = opened?;
+        known.open = Arc::downgrade(&overlay);
+        Ok(overlay)
+    }
+
+    fn open_files(&self, record: &Record, existing: Existing) -> Result<Arc<Overlay>, ApiError> {
+        let (storage, files) = (Arc::clone(&self.storage), files(&record.id));
+        Overlay::open(storage, files, record.overlay, record.disk.size, self.options.clone(), existing)
+            .map(Arc::new)
+            .map_err(|error| api_error(&error))
+    }
+
+    /// Notes where an overlay is served, or that it is only kept.
+    ///
+    /// # Errors
+    /// The store's; then it is as it was.
+    pub(crate) fn serve_at(&self, id: &str, uri: Option<String>) -> Result<(), ApiError> {
+        let record = Record { uri, ..self.record(id)? };
+        record::write(&*self.storage, &record).map_err(|error| {
+            ApiError::new(ErrorCode::Failed, format!("write the overlay's record: {error}"))
+        })?;
+        if let Some(known) = self.table().get_mut(id) {
+            known.record = Ok(record);
+        }
+        Ok(())
+    }
+
+    /// Removes an overlay for good. One whose mount has `ended` just now may be held by requests in flight:
+    /// they end with nothing changed.
+    ///
+    /// # Errors
+    /// When there is none, or it is in use; the store's.
+    pub(crate) fn discard(&self, id: &str, ended: bool) -> Result<(), ApiError> {
+        let _one = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        let users = self.table().get(id).map(|known| known.open.strong_count());
+        if users.ok_or_else(|| gone(id))? > 0 && !ended {
+            return Err(ApiError::new(ErrorCode::Busy, format!("overlay {id} is in use")));
+        }
+        self.remove_files(id).map_err(|error| ApiError::new(ErrorCode::Failed, error))?;
+        self.table().remove(id);
+        Ok(())
+    }
+
+    /// The record goes first, durably: what has none is no overlay.
+    fn remove_files(&self, id: &str) -> Result<(), String> {
+        let io = |error: io::Error| format!("remove overlay {id}: {error}");
+        match self.storage.remove(&record::path(id)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
+            Ok(()) | Err(_) => {}
+        }
+        self.storage.sync_dir(Path::new(DIR)).map_err(io)?;
+        remove(&*self.storage, &files(id)).map_err(|error| chain(&error))
+    }
+
+    /// Notes what is wrong with an overlay.
+    pub(crate) fn note(&self, id: &str, why: &str) {
+        if let Some(known) = self.table().get_mut(id) {
+            known.problem = Some(why.to_owned());
+        }
+    }
+
+    /// What is wrong with overlays: a sentence each.
+    pub(crate) fn alarms(&self) -> Vec<String> {
+        let table = self.table();
+        let problem =
+            |(id, known): (&String, &Known)| known.problem.as_ref().map(|why| format!("overlay {id}: {why}"));
+        table.iter().filter_map(problem).collect()
+    }
+
+    /// What an overlay's files take, at most.
+    pub(crate) fn file_bytes(&self, id: &str) -> ByteCount {
+        let files = files(id);
+        let length = |path| self.storage.open(path).and_then(|file| file.len()).unwrap_or_default().0;
+        ByteCount(length(&files.map) + length(&files.data))
+    }
+
+    /// What all of them take, at most.
+    pub(crate) fn all_file_bytes(&self) -> ByteCount {
+        let ids: Vec<String> = self.table().keys().cloned().collect();
+        ByteCount(ids.iter().map(|id| self.file_bytes(id).0).sum())
+    }
+
+    /// Those that are not served, `served` being those that are.
+    pub(crate) fn kept(&self, served: &[String]) -> Vec<KeptOverlay> {
+        let table = self.table();
+        let rest = table.iter().filter(|(id, _)| !served.contains(id));
+        let kept = rest.map(|(id, known)| {
+            let record = known.record.as_ref().ok();
+            KeptOverlay {
+                id: id.clone(),
+                disk: record.map(|record| record.disk.clone()),
+                lsn: record.map(|record| record.lsn),
+                time: record.map(|record| record.time),
+                created: record.map(|record| record.created),
+                file_bytes: self.file_bytes(id),
+                problem: known.problem.clone(),
+            }
+        });
+        kept.collect()
+    }
+
+    /// Reads every overlay against its checksums. `step` is told the bytes read and says whether to go on.
+    pub(crate) fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Vec<OverlayCheck> {
+        let ids: Vec<String> = self.table().keys().cloned().collect();
+        let mut checks = Vec::new();
+        for id in ids {
+            let Ok(record) = self.record(&id) else {
+                checks.extend(self.table().get(&id).map(|known| unreadable(&id, known.problem.clone())));
+                continue;
+            };
+            let mut check = empty(&record);
+            match self.open(&id) {
+                Ok(overlay) => add(&mut check, overlay.check(step)),
+                // Discarded meanwhile.
+                Err(error) if error.code == ErrorCode::NotFound => continue,
+                Err(error) => check.error = Some(error.message),
+            }
+            finish(&mut check);
+            if let Some(why) = check.damage.first() {
+                self.note(&id, why);
+            }
+            checks.push(check);
+        }
+        checks
+    }
+}
+
+/// Reads the overlays of a store that no receiver has open, without changing any.
+pub(crate) fn check_store(
+    storage: &Arc<dyn Storage>,
+    step: &mut dyn FnMut(ByteCount) -> bool,
+) -> Vec<OverlayCheck> {
+    let names = storage.list(Path::new(DIR)).unwrap_or_default();
+    let ids = names.iter().filter_map(|name| name.strip_suffix(".json"));
+    ids.map(|id| match record::read(&**storage, id) {
+        Err(why) => unreadable(id, Some(why)),
+        Ok(record) => {
+            let mut check = empty(&record);
+            match backtide_overlay::check(storage, &files(id), record.overlay, record.disk.size, step) {
+                Ok(checked) => add(&mut check, checked),
+                Err(error) => check.error = Some(chain(&error)),
+            }
+            finish(&mut check);
+            check
+        }
+    })
+    .collect()
+}
+
+fn files(id: &str) -> OverlayFiles {
+    OverlayFiles::named(Path::new(DIR), id)
+}
+
+fn empty(record: &Record) -> OverlayCheck {
+    OverlayCheck {
+        id: record.id.clone(),
+        disk: Some(record.disk.name.clone()),
+        bytes: ByteCount::ZERO,
+        damage: Vec::new(),
+        more_damage: 0,
+        error: None,
+        sound: false,
+    }
+}
+
+fn unreadable(id: &str, error: Option<String>) -> OverlayCheck {
+    let (bytes, damage, more_damage) = (ByteCount::ZERO, Vec::new(), 0);
+    OverlayCheck { id: id.to_owned(), disk: None, bytes, damage, more_damage, error, sound: false }
+}
+
+fn add(check: &mut OverlayCheck, checked: backtide_overlay::Checked) {
+    check.bytes = checked.blocks.bytes();
+    check.damage = checked.damage;
+    check.more_damage = checked.more_damage;
+}
+
+fn finish(check: &mut OverlayCheck) {
+    check.sound = check.damage.is_empty() && check.error.is_none();
+}
+
+fn gone(id: &str) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("there is no overlay {id:?}"))
+}
+
+fn api_error(error: &OverlayError) -> ApiError {
+    let code = match error {
+        OverlayError::Damaged { .. } => ErrorCode::Damaged,
+        OverlayError::Full { .. } => ErrorCode::Busy,
+        OverlayError::Io { .. }
+        | OverlayError::UnknownVersion { .. }
+        | OverlayError::NoRoom(_)
+        | OverlayError::Poisoned(_)
+        | OverlayError::Base(_) => ErrorCode::Failed,
+    };
+    ApiError::new(code, chain(error))
+}

@@ -1,0 +1,245 @@
+//! Writable mounts: overlays that are kept, discarded, bounded, checked, and served again after a restart.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use backtide_log_receiver::{Receiver, fsck};
+use backtide_receiver_api::{
+    ErrorCode, Mount, MountRequest, OverlayFate, ReceiverClient, RemountRequest, ScrubRequest,
+};
+use backtide_units::ByteCount;
+
+use crate::{agent::*, fixture::*, going_back::*};
+
+fn writable(at: &str) -> MountRequest {
+    MountRequest { writable: true, ..request(at, None) }
+}
+
+/// Does steps of qemu-io on a mount; says whether all of them succeeded, and what was said.
+async fn try_qemu_io(uri: &str, steps: &[&str]) -> (bool, String) {
+    let mut command = Command::new("qemu-io");
+    command.args(["-f", "raw", uri]);
+    for step in steps {
+        command.args(["-c", step]);
+    }
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let said =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.success() && !said.contains("failed"), said)
+}
+
+async fn qemu_io(mount: &Mount, steps: &[&str]) {
+    let (done, said) = try_qemu_io(&mount.uri, steps).await;
+    assert!(done, "{said}");
+}
+
+async fn unmount(api: &ReceiverClient, id: &str, fate: OverlayFate) {
+    api.unmount(id, Some(fate)).await.unwrap();
+}
+
+/// A disk whose point `latest` is all of 0x11 in its first MiB.
+async fn one_point(receiver: &Receiver) -> Vec<u8> {
+    let (mut agent, _) = Agent::welcomed(receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    agent.send(&write(6, 0, vec![0x11; 1 << 20])).await;
+    agent.all_durable().await;
+    let mut image = vec![0; DISK_BYTES as usize];
+    image[..1 << 20].fill(0x11);
+    image
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_of_one_point_are_written_apart_and_the_point_stays() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let mut image = one_point(&receiver).await;
+    let api = client(&receiver);
+    let plain = api.mount(&request("latest", None)).await.unwrap();
+    let one = api.mount(&writable("latest")).await.unwrap();
+    let two = api.mount(&writable("latest")).await.unwrap();
+    qemu_io(&one, &["write -P 0x22 512 3k", "write -z -u 64k 64k", "discard 200k 4k", "flush"]).await;
+    qemu_io(&two, &["write -P 0x33 2M 1M", "write -f -P 0x44 0 4k"]).await;
+    assert_content(&place, &plain, &image).await;
+    let mut other = image.clone();
+    image[512..512 + 3072].fill(0x22);
+    image[64 << 10..128 << 10].fill(0);
+    image[200 << 10..204 << 10].fill(0);
+    assert_content(&place, &one, &image).await;
+    other[2 << 20..3 << 20].fill(0x33);
+    other[..4096].fill(0x44);
+    assert_content(&place, &two, &other).await;
+    let overlay = api.mounts().await.unwrap().mounts[2].overlay.unwrap();
+    assert_eq!(overlay.bytes, ByteCount((1 << 20) + 4096));
+    let status = api.status().await.unwrap();
+    assert_eq!((status.mounts, status.overlays), (3, 2));
+    assert!(status.overlay_bytes.0 > 1 << 20, "{status:?}");
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_writable_mount_says_what_it_can_and_where_it_has_data() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    one_point(&receiver).await;
+    let mount = client(&receiver).mount(&writable("latest")).await.unwrap();
+    qemu_io(&mount, &["write -P 1 3M 64k", "write -z -u 0 512k"]).await;
+    let uri = mount.uri.clone();
+    let (info, map) = tokio::task::spawn_blocking(move || {
+        let run = |arguments: &[&str]| {
+            let output = Command::new("nbdinfo").args(arguments).arg(&uri).output().unwrap();
+            serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+        };
+        (run(&["--json"]), run(&["--map", "--json"]))
+    })
+    .await
+    .unwrap();
+    let export = &info["exports"][0];
+    assert_eq!(export["is_read_only"], false);
+    for can in ["can_multi_conn", "can_flush", "can_fua", "can_trim", "can_zero"] {
+        assert_eq!(export[can], true, "{can}: {export}");
+    }
+    let map: Vec<(u64, u64)> = map
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|extent| extent["type"] == 0)
+        .map(|extent| (extent["offset"].as_u64().unwrap(), extent["length"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(map, [(512 << 10, 512 << 10), (3 << 20, 64 << 10)]);
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_is_served_again_until_it_is_discarded() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let mut image = one_point(&receiver).await;
+    let api = client(&receiver);
+    let mount = api.mount(&writable("latest")).await.unwrap();
+    qemu_io(&mount, &["write -P 0x22 0 8k", "flush"]).await;
+    image[..8192].fill(0x22);
+    let refused = api.unmount(&mount.id, None).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Usage, "{refused}");
+    receiver.shutdown().await;
+
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let again = api.mounts().await.unwrap().mounts;
+    assert_eq!(again.len(), 1);
+    assert_eq!((&again[0].id, &again[0].uri), (&mount.id, &mount.uri), "the same place, without asking");
+    assert_content(&place, &again[0], &image).await;
+    qemu_io(&again[0], &["write -P 0x33 1M 4k"]).await;
+    image[1 << 20..(1 << 20) + 4096].fill(0x33);
+    assert_eq!(api.discard(&mount.id).await.unwrap_err().code, ErrorCode::Busy);
+    unmount(&api, &mount.id, OverlayFate::Keep).await;
+    let kept = api.mounts().await.unwrap();
+    assert_eq!((kept.mounts.len(), kept.kept[0].id.as_str()), (0, mount.id.as_str()));
+    receiver.shutdown().await;
+
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    assert_eq!(api.mounts().await.unwrap().mounts, [], "what is only kept is not served");
+    let other = api.mount(&writable("latest")).await.unwrap();
+    assert_ne!(other.id, mount.id);
+    let again = api.remount(&mount.id, &RemountRequest::default()).await.unwrap();
+    assert_content(&place, &again, &image).await;
+    let twice = api.remount(&mount.id, &RemountRequest::default()).await.unwrap_err();
+    assert_eq!(twice.code, ErrorCode::Busy, "{twice}");
+    unmount(&api, &mount.id, OverlayFate::Discard).await;
+    unmount(&api, &other.id, OverlayFate::Keep).await;
+    assert_eq!(api.discard(&other.id).await.unwrap().id, other.id);
+    for id in [&mount.id, &other.id] {
+        assert_eq!(api.discard(id).await.unwrap_err().code, ErrorCode::NotFound);
+        let gone = api.remount(id, &RemountRequest::default()).await.unwrap_err();
+        assert_eq!(gone.code, ErrorCode::NotFound);
+    }
+    assert_eq!(fs::read_dir(place.store().join("overlays")).unwrap().count(), 0);
+    let plain = api.mount(&request("latest", None)).await.unwrap();
+    let wrong = api.unmount(&plain.id, Some(OverlayFate::Keep)).await.unwrap_err();
+    assert_eq!(wrong.code, ErrorCode::Usage, "{wrong}");
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_overlay_is_no_space_to_its_client_and_overlays_are_bounded() {
+    let place = Place::new();
+    let mut config = place.config();
+    config.limits.overlay_bytes = ByteCount(256 << 10);
+    config.limits.overlays_bytes = ByteCount(320 << 10);
+    config.limits.overlays = 2;
+    let receiver = Receiver::start(config).await.unwrap();
+    one_point(&receiver).await;
+    let api = client(&receiver);
+    let mount = api.mount(&writable("latest")).await.unwrap();
+    qemu_io(&mount, &["write -P 1 0 256k"]).await;
+    let (written, said) = try_qemu_io(&mount.uri, &["write -P 1 1M 4k"]).await;
+    assert!(!written && said.contains("No space left on device"), "{said}");
+    qemu_io(&mount, &["write -P 2 0 256k", "read -P 2 0 256k", "read -P 0 1M 4k"]).await;
+    qemu_io(&mount, &["discard 0 64k", "write -P 3 1M 64k"]).await;
+    let second = api.mount(&writable("latest")).await.unwrap();
+    let (written, said) = try_qemu_io(&second.uri, &["write -P 1 0 128k"]).await;
+    assert!(!written && said.contains("No space left on device"), "{said}");
+    let third = api.mount(&writable("latest")).await.unwrap_err();
+    assert_eq!(third.code, ErrorCode::Busy, "{third}");
+    let temporary = MountRequest { temporary: true, ..writable("latest") };
+    assert_eq!(api.mount(&temporary).await.unwrap_err().code, ErrorCode::Usage);
+    receiver.shutdown().await;
+}
+
+fn data_of(place: &Place, id: &str) -> PathBuf {
+    place.store().join("overlays").join(format!("{id}.data"))
+}
+
+fn flip(path: &PathBuf, at: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_of_an_overlay_is_an_error_and_told_by_scrub_fsck_and_status() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    one_point(&receiver).await;
+    let api = client(&receiver);
+    let mount = api.mount(&writable("latest")).await.unwrap();
+    qemu_io(&mount, &["write -P 1 0 64k", "flush"]).await;
+    let scrub = || async {
+        let mut status = api.scrub(&ScrubRequest::default()).await.unwrap();
+        while status.running {
+            status = api.scrub_status().await.unwrap();
+        }
+        status
+    };
+    let sound = scrub().await;
+    assert!(sound.sound, "{sound:?}");
+    assert_eq!((sound.overlays.len(), sound.overlays[0].bytes), (1, ByteCount(64 << 10)));
+    flip(&data_of(&place, &mount.id), 4096 + 5 * 4096 + 7);
+    let damaged = scrub().await;
+    assert!(!damaged.sound && damaged.overlays[0].damage.len() == 1, "{damaged:?}");
+    let (read, said) = try_qemu_io(&mount.uri, &["read 20k 4k"]).await;
+    assert!(!read && said.contains("Input/output error"), "{said}");
+    qemu_io(&mount, &["read -P 1 24k 40k"]).await;
+    let alarms = api.status().await.unwrap().alarms;
+    assert!(alarms.iter().any(|alarm| alarm.contains("vm1-1.data is damaged at byte 24576")), "{alarms:?}");
+    receiver.shutdown().await;
+    let report = fsck(&place.store(), &mut |_| {}).unwrap();
+    assert!(!report.sound && !report.overlays[0].sound, "{report:?}");
+
+    // A map that is damaged is not served, and everything else is.
+    flip(&place.store().join("overlays").join("vm1-1.map"), 1024 + 40);
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let mounts = api.mounts().await.unwrap();
+    assert_eq!(mounts.mounts, []);
+    let problem = mounts.kept[0].problem.clone().unwrap();
+    assert!(problem.contains("vm1-1.map is damaged at byte 1024"), "{problem}");
+    assert_eq!(api.remount("vm1-1", &RemountRequest::default()).await.unwrap_err().code, ErrorCode::Damaged);
+    flip(&place.store().join("overlays").join("vm1-1.json"), 40);
+    receiver.shutdown().await;
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    assert_eq!(api.mounts().await.unwrap().kept[0].disk, None);
+    api.discard("vm1-1").await.unwrap();
+    receiver.shutdown().await;
+    assert!(fsck(&place.store(), &mut |_| {}).unwrap().sound);
+}

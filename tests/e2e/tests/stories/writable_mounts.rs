@@ -1,0 +1,87 @@
+//! Points that can be written: a file system made on one, a receiver killed under it.
+
+use std::path::PathBuf;
+
+use backtide_e2e::{Bench, is_root, skip, tools};
+
+const SIZE: u64 = 64 << 20;
+
+#[test]
+fn what_was_written_to_a_mount_survives_a_killed_receiver_and_no_longer_than_wanted() {
+    let bench = Bench::new();
+    let (receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.settle();
+    let mount = bench.json(&["mount", "vm1", "--at", "latest", "--writable"]);
+    let (id, uri) = (mount["id"].as_str().unwrap(), mount["uri"].as_str().unwrap());
+    tools::qemu_io(uri, &["write -P 0x22 64k 64k", "write -z 128k 64k", "flush", "write -P 0x33 8M 64k"]);
+    receiver.kill();
+    let receiver = bench.receiver();
+    let shown = bench.plain(&["mount"]);
+    assert!(shown.stdout.contains(id), "{shown:?}");
+    let story = ["read -P 0x11 0 64k", "read -P 0x22 64k 64k", "read -P 0 128k 64k", "read -P 0x33 8M 64k"];
+    tools::qemu_io(uri, &story);
+    disk.wait("sync");
+    // What the disk itself holds is not touched by any of it.
+    disk.latest_is_the_image();
+
+    assert_eq!(bench.plain(&["unmount", id]).code, 2);
+    assert_eq!(bench.plain(&["unmount", id, "--keep"]).code, 0);
+    assert!(!tools::try_run("nbdinfo", &[uri]).0, "nothing is served after unmount");
+    assert_eq!(bench.json(&["mount"])["kept"][0]["id"], id);
+    assert_eq!(receiver.stop(), 0);
+    assert!(bench.plain(&["fsck", &bench.name("store")]).stdout.contains(id));
+    let _receiver = bench.receiver();
+    let socket = bench.name("elsewhere.sock");
+    let elsewhere = format!("nbd+unix:///?socket={socket}");
+    bench.json(&["mount", "--kept", id, "--nbd", &elsewhere]);
+    tools::qemu_io(&elsewhere, &story);
+    assert_eq!(bench.plain(&["unmount", id, "--discard"]).code, 0);
+    assert_eq!(bench.json(&["mount"]), serde_json::json!({"mounts": [], "kept": []}));
+    assert_eq!(bench.run(&["mount", "--kept", id]).code, 4);
+    assert_eq!(bench.run(&["unmount", id, "--discard"]).code, 4);
+}
+
+/// Ends what nbdfuse serves.
+struct Unfuse(PathBuf);
+
+impl Drop for Unfuse {
+    fn drop(&mut self) {
+        tools::try_run("umount", &["-l", self.0.to_str().unwrap()]);
+    }
+}
+
+#[test]
+fn a_file_system_made_on_a_mount_is_whole_after_the_receiver_is_killed() {
+    if !is_root() || !std::path::Path::new("/dev/fuse").exists() || !tools::is_there("nbdfuse") {
+        return skip("nbdfuse of the Debian package libnbd-bin, root and /dev/fuse are needed");
+    }
+    let bench = Bench::new();
+    let (receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.settle();
+    let mount = bench.json(&["mount", "vm1", "--at", "latest", "--writable"]);
+    let uri = mount["uri"].as_str().unwrap();
+    let served = bench.path("disk");
+    std::fs::write(&served, "").unwrap();
+    let served_name = served.to_str().unwrap();
+    let nbdfuse = tools::Beside::start("nbdfuse", &[served_name, uri]);
+    let unfuse = Unfuse(served.clone());
+    while std::fs::metadata(&served).is_ok_and(|found| found.len() != SIZE) {
+        std::thread::yield_now();
+    }
+    let file = bench.path("file");
+    std::fs::write(&file, vec![0x5a; 3 << 20]).unwrap();
+    tools::run("mkfs.ext4", &["-q", "-F", served_name]);
+    tools::run("debugfs", &["-w", "-R", &format!("write {} file", bench.name("file")), served_name]);
+    // Each of them has synced what it wrote.
+    drop(unfuse);
+    drop(nbdfuse);
+    receiver.kill();
+    let _receiver = bench.receiver();
+    let copy = bench.name("copy.img");
+    tools::run("nbdcopy", &[uri, &copy]);
+    tools::run("e2fsck", &["-fn", &copy]);
+    tools::run("debugfs", &["-R", &format!("dump file {}", bench.name("dumped")), &copy]);
+    assert!(std::fs::read(bench.path("dumped")).unwrap() == std::fs::read(&file).unwrap());
+}
