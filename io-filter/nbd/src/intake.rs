@@ -3,10 +3,13 @@
 //!
 //! The driver reads into [`Intake::space`]; the machines take from the front. Short payloads are
 //! slices of the read buffer. A payload of [`DEDICATED`] bytes or more that is not wholly there
-//! gets a buffer of exactly its size, and the driver reads straight into it.
+//! gets a buffer of its own, and the driver reads straight into it. It begins at a multiple of
+//! [`ALIGNMENT`], so that direct I/O takes it as it lies, and its memory is used again when nothing
+//! refers to it: fresh memory of that size costs more than filling it.
 //!
 //! Invariants: the read buffer never holds more than its capacity, so a peer can make this
-//! structure grow only by one announced payload, which the caller has checked against its limit.
+//! structure grow only by one announced payload, which the caller has checked against its limit, and
+//! by [`KEPT_BYTES`].
 
 use std::collections::VecDeque;
 
@@ -21,6 +24,10 @@ pub(crate) const MIN_ROOM: usize = 64 << 10;
 const DEDICATED: usize = 64 << 10;
 /// How many used-up read buffers are kept to be used again once nothing refers to them.
 const SPENT_MAX: usize = 4;
+/// What a payload's own buffer begins at a multiple of, in bytes: a page.
+const ALIGNMENT: usize = 4096;
+/// How much memory of payloads is kept to be used again.
+const KEPT_BYTES: usize = 8 << 20;
 
 /// A connection's input: bytes that were read and not yet understood.
 #[derive(Debug, Default)]
@@ -28,6 +35,9 @@ pub struct Intake {
     buffer: BytesMut,
     /// Empty handles on earlier read buffers, oldest first; slices of them may still be out.
     spent: VecDeque<BytesMut>,
+    /// Empty handles on buffers of earlier payloads and their capacities, oldest first.
+    kept: VecDeque<(BytesMut, usize)>,
+    kept_bytes: usize,
     payload: Option<Payload>,
 }
 
@@ -35,6 +45,8 @@ pub struct Intake {
 struct Payload {
     wanted: usize,
     filled: BytesMut,
+    /// Of the whole buffer.
+    capacity: usize,
 }
 
 impl Intake {
@@ -90,18 +102,51 @@ impl Intake {
             if payload.filled.len() < wanted {
                 return None;
             }
-            return self.payload.take().map(|payload| payload.filled.freeze());
+            let Payload { mut filled, capacity, .. } = self.payload.take()?;
+            let data = filled.split().freeze();
+            self.keep(filled, capacity);
+            return Some(data);
         }
         if self.buffer.len() >= wanted {
             return Some(self.buffer.split_to(wanted).freeze());
         }
         if wanted >= DEDICATED {
-            let mut filled = BytesMut::with_capacity(wanted);
+            let (mut filled, capacity) = self.dedicated(wanted);
             filled.extend_from_slice(&self.buffer);
             self.buffer.clear();
-            self.payload = Some(Payload { wanted, filled });
+            self.payload = Some(Payload { wanted, filled, capacity });
         }
         None
+    }
+
+    /// An empty, aligned buffer with room for `wanted` bytes, and the capacity of all of it.
+    fn dedicated(&mut self, wanted: usize) -> (BytesMut, usize) {
+        let needed = wanted + ALIGNMENT;
+        let reclaimed = self.kept.front_mut().is_some_and(|(oldest, _)| oldest.try_reclaim(needed));
+        let (mut buffer, capacity) = match reclaimed.then(|| self.kept.pop_front()).flatten() {
+            Some((buffer, capacity)) => {
+                self.kept_bytes -= capacity;
+                (buffer, capacity)
+            }
+            None => (BytesMut::with_capacity(needed), needed),
+        };
+        let beyond = buffer.as_ptr().addr() % ALIGNMENT;
+        if beyond > 0 {
+            buffer.resize(ALIGNMENT - beyond, 0);
+            buffer.advance(ALIGNMENT - beyond);
+        }
+        (buffer, capacity)
+    }
+
+    /// Keeps what is left of a payload's buffer; one that is of no use now makes room for it.
+    fn keep(&mut self, rest: BytesMut, capacity: usize) {
+        self.kept.push_back((rest, capacity));
+        self.kept_bytes += capacity;
+        while self.kept_bytes > KEPT_BYTES
+            && let Some((_, capacity)) = self.kept.pop_front()
+        {
+            self.kept_bytes -= capacity;
+        }
     }
 
     /// How many bytes of a started payload are still to come; they will be held in memory.
@@ -177,6 +222,38 @@ mod tests {
             starts.insert(payload.as_ptr() as usize & !(CAPACITY - 1));
         }
         assert!(starts.len() < 16, "{} different buffers", starts.len());
+    }
+
+    #[test]
+    fn long_payloads_are_aligned_and_their_memory_is_used_again() {
+        let mut intake = Intake::new();
+        let mut places = std::collections::BTreeSet::new();
+        for round in 0..100_u8 {
+            feed(&mut intake, &[round; 100]);
+            assert!(intake.take(1 << 20).is_none());
+            feed(&mut intake, &[round; (1 << 20) - 100]);
+            let payload = intake.take(1 << 20).expect("is complete");
+            assert_eq!(payload.as_ptr().addr() % ALIGNMENT, 0);
+            assert!(payload.len() == 1 << 20 && payload.iter().all(|&byte| byte == round));
+            places.insert(payload.as_ptr().addr());
+        }
+        assert_eq!(places.len(), 1, "one buffer is enough for one payload at a time");
+    }
+
+    #[test]
+    fn payloads_that_are_kept_long_are_not_written_over() {
+        let mut intake = Intake::new();
+        let mut payloads = Vec::new();
+        for round in 0..20_u8 {
+            feed(&mut intake, &[round; 1]);
+            assert!(intake.take(1 << 20).is_none());
+            feed(&mut intake, &[round; (1 << 20) - 1]);
+            payloads.push(intake.take(1 << 20).expect("is complete"));
+            assert!(intake.kept_bytes <= KEPT_BYTES);
+        }
+        for (round, payload) in payloads.iter().enumerate() {
+            assert!(payload.iter().all(|&byte| usize::from(byte) == round));
+        }
     }
 
     #[test]
