@@ -1,7 +1,7 @@
 //! Measures Backtide beside other NBD servers, in interleaved rounds of one run.
 //!
 //! Every server serves a file of its own, of one size, on one file system, over a unix socket, through
-//! the page cache; `fio` is the client of all. A row is one access pattern; what is printed is the
+//! the page cache, those called direct around it; `fio` is the client of all. A row is one access pattern; what is printed is the
 //! median over the rounds and its ratio to the peers.
 
 mod fio;

@@ -24,6 +24,10 @@ pub(crate) enum Kind {
     Tracking,
     /// Backtide in sync with a receiver on this machine.
     Sync,
+    /// `qemu-nbd` around the page cache.
+    QemuNbdDirect,
+    /// Backtide in sync, around the page cache.
+    SyncDirect,
 }
 
 /// A running server.
@@ -35,8 +39,15 @@ pub(crate) struct Server {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::QemuNbd, Self::NbdkitFile, Self::Mirror, Self::Tracking, Self::Sync];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::QemuNbd,
+        Self::NbdkitFile,
+        Self::Mirror,
+        Self::Tracking,
+        Self::Sync,
+        Self::QemuNbdDirect,
+        Self::SyncDirect,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -45,6 +56,23 @@ impl Kind {
             Self::Mirror => "qsd mirror",
             Self::Tracking => "backtide tracking",
             Self::Sync => "backtide sync",
+            Self::QemuNbdDirect => "qemu-nbd direct",
+            Self::SyncDirect => "backtide sync direct",
+        }
+    }
+
+    /// Whether it goes around the page cache.
+    fn is_direct(self) -> bool {
+        match self {
+            Self::QemuNbdDirect | Self::SyncDirect => true,
+            Self::QemuNbd | Self::NbdkitFile | Self::Mirror | Self::Tracking | Self::Sync => false,
+        }
+    }
+
+    fn has_receiver(self) -> bool {
+        match self {
+            Self::Sync | Self::SyncDirect => true,
+            Self::QemuNbd | Self::NbdkitFile | Self::Mirror | Self::Tracking | Self::QemuNbdDirect => false,
         }
     }
 }
@@ -76,7 +104,9 @@ impl Server {
             agent: None,
         };
         match kind {
-            Kind::QemuNbd => server.spawn("server", qemu_nbd(&image, &socket, "disk"))?,
+            Kind::QemuNbd | Kind::QemuNbdDirect => {
+                server.spawn("server", qemu_nbd(&image, &socket, "disk", kind.is_direct()))?;
+            }
             Kind::NbdkitFile => {
                 let mut command = Command::new("nbdkit");
                 command.args(["--foreground", "--exit-with-parent", "--exportname=disk", "--unix"]);
@@ -84,7 +114,9 @@ impl Server {
                 server.spawn("server", command)?;
             }
             Kind::Mirror => server.start_mirror(directory, &image, &socket, size_mib)?,
-            Kind::Tracking | Kind::Sync => server.start_backtide(directory, &image, &socket, backtide)?,
+            Kind::Tracking | Kind::Sync | Kind::SyncDirect => {
+                server.start_backtide(directory, &image, &socket, backtide)?
+            }
         }
         wait_for(&socket)?;
         if kind == Kind::Mirror {
@@ -112,7 +144,7 @@ impl Server {
     ) -> anyhow::Result<()> {
         let copy = self::image(directory, "copy.raw", size_mib)?;
         let copy_socket = directory.join("copy.sock");
-        self.spawn("copy's server", qemu_nbd(&copy, &copy_socket, "copy"))?;
+        self.spawn("copy's server", qemu_nbd(&copy, &copy_socket, "copy", false))?;
         wait_for(&copy_socket)?;
         let mut command = Command::new("qemu-storage-daemon");
         command
@@ -134,7 +166,7 @@ impl Server {
     ) -> anyhow::Result<()> {
         let [agent, receiver, stream] = ["agent.sock", "receiver.sock", "stream.sock"]
             .map(|name| format!("unix:{}", directory.join(name).display()));
-        if self.kind == Kind::Sync {
+        if self.kind.has_receiver() {
             let mut command = Command::new(backtide);
             command.args(["receiver", "run", "--store"]).arg(directory.join("store"));
             command.args(["--listen", &stream, "--api", &receiver]).env("RUST_LOG", "error");
@@ -153,6 +185,8 @@ impl Server {
             &stream,
             "--nbd",
             &nbd,
+            "--cache",
+            if self.kind.is_direct() { "direct" } else { "writeback" },
         ]);
         succeed(attach)?;
         self.agent = Some((backtide.to_path_buf(), agent));
@@ -161,7 +195,7 @@ impl Server {
 
     /// Waits until the server is in the state that is to be measured.
     pub(crate) fn settle(&self) -> anyhow::Result<()> {
-        if self.kind == Kind::Sync {
+        if self.kind.has_receiver() {
             let (backtide, agent) = self.agent.as_ref().expect("started with an agent");
             let mut wait = Command::new(backtide);
             wait.args(["--agent", agent, "wait", "disk", "--for", "sync"]);
@@ -222,9 +256,10 @@ fn image(directory: &Path, name: &str, size_mib: u64) -> anyhow::Result<PathBuf>
     Ok(path)
 }
 
-fn qemu_nbd(image: &Path, socket: &Path, name: &str) -> Command {
+fn qemu_nbd(image: &Path, socket: &Path, name: &str, direct: bool) -> Command {
     let mut command = Command::new("qemu-nbd");
-    command.args(["--format=raw", "--persistent", "--shared=8", "--cache=writeback", "--discard=unmap"]);
+    command.args(["--format=raw", "--persistent", "--shared=8", "--discard=unmap"]);
+    command.arg(if direct { "--cache=none" } else { "--cache=writeback" });
     command.arg(format!("--export-name={name}")).arg("--socket").arg(socket).arg(image);
     command
 }
