@@ -7,7 +7,12 @@ use backtide_control::{Address, BindError, ErrorCode, Server};
 use backtide_storage::RealStorage;
 use tokio::{sync::oneshot, task::JoinHandle};
 
-use crate::{Config, Places, record::Records, registry::Registry, service::Service};
+use crate::{
+    Config, Places,
+    record::Records,
+    registry::{LocalIo, Registry},
+    service::Service,
+};
 
 /// A running agent. Ends in good order by [`shutdown`](Self::shutdown); dropped, it leaves its
 /// disks to be found as after a crash.
@@ -83,6 +88,7 @@ impl Agent {
             Records::new(Arc::new(storage)),
             config.limits.or(Limits::default()),
             config.nbd_tls.clone(),
+            LocalIo { cache: config.cache, engine: config.io_engine },
         );
         let restoring = match registry.restore().await.map_err(state)? {
             true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),

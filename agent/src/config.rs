@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use backtide_agent_api::LimitsRequest;
+use backtide_agent_api::{CacheMode, LimitsRequest};
 use backtide_control::Address;
 use backtide_export::NbdTls;
 use serde::{Deserialize, Serialize};
@@ -20,9 +20,28 @@ pub struct Config {
     /// Bounds of disks that do not set their own; what is left out keeps its default.
     #[serde(default)]
     pub limits: LimitsRequest,
+    /// Whether images of disks that do not say are read and written through the page cache.
+    #[serde(default)]
+    pub cache: CacheMode,
+    /// How local I/O is done that may wait for a device.
+    #[serde(default)]
+    pub io_engine: IoEngine,
     /// TLS of disks whose NBD URI says nothing of it. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_tls: Option<NbdTls>,
+}
+
+/// How local I/O is done that may wait for a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoEngine {
+    /// By io_uring where that can be used, else by threads.
+    #[default]
+    Auto,
+    /// By io_uring; a disk is not attached without.
+    IoUring,
+    /// By a pool of threads.
+    Threads,
 }
 
 /// The files under an agent's state directory.

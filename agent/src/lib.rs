@@ -15,4 +15,4 @@ mod registry;
 mod service;
 
 pub use agent::{Agent, AgentError};
-pub use config::{Config, Places};
+pub use config::{Config, IoEngine, Places};

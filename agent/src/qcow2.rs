@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use backtide_agent_api::CacheMode;
 use backtide_units::DiskName;
 use tokio::{
     io::AsyncReadExt,
@@ -82,6 +83,7 @@ struct Opening {
     image: PathBuf,
     disk: DiskName,
     socket: PathBuf,
+    cache: CacheMode,
 }
 
 /// A `qemu-nbd` that serves.
@@ -95,9 +97,14 @@ struct Running {
 
 impl Qcow2Server {
     /// Opens `image` on a socket of its own.
-    pub(crate) async fn start(image: &Path, disk: &DiskName, socket: PathBuf) -> Result<Self, Qcow2Error> {
+    pub(crate) async fn start(
+        image: &Path,
+        disk: &DiskName,
+        socket: PathBuf,
+        cache: CacheMode,
+    ) -> Result<Self, Qcow2Error> {
         let uri = format!("nbd+unix:///{disk}?socket={}", socket.display());
-        let opening = Opening { image: image.to_owned(), disk: disk.clone(), socket };
+        let opening = Opening { image: image.to_owned(), disk: disk.clone(), socket, cache };
         let running = opening.start().await?;
         let (stop, stopped) = oneshot::channel();
         let keeping = tokio::spawn(opening.keep(running, stopped));
@@ -124,7 +131,11 @@ impl Opening {
     async fn start(&self) -> Result<Running, Qcow2Error> {
         end_predecessor(&self.socket).await.map_err(Qcow2Error::Predecessor)?;
         let mut child = Command::new("qemu-nbd")
-            .args(["--format=qcow2", "--persistent", "--shared=0", "--cache=writeback", "--discard=unmap"])
+            .args(["--format=qcow2", "--persistent", "--shared=0", "--discard=unmap"])
+            .arg(match self.cache {
+                CacheMode::Writeback => "--cache=writeback",
+                CacheMode::Direct => "--cache=none",
+            })
             .arg(format!("--export-name={}", self.disk))
             .arg("--socket")
             .arg(&self.socket)

@@ -13,7 +13,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use backtide_agent_api::{AckPolicy, Adopted, Limits, OnOutage};
+use backtide_agent_api::{AckPolicy, Adopted, CacheMode, Limits, OnOutage};
 use backtide_control::Address;
 use backtide_storage::{Storage, read_file, replace_file};
 use backtide_tracking::{ActivityLimits, LoadError, Loaded, Snapshot, TrackingFile};
@@ -45,6 +45,8 @@ pub(crate) struct DiskRecord {
     pub(crate) nbd: Option<String>,
     pub(crate) ack: AckPolicy,
     pub(crate) on_outage: OnOutage,
+    #[serde(default)]
+    pub(crate) cache: CacheMode,
     pub(crate) limits: Limits,
     /// Whether the agent attaches it when it starts.
     pub(crate) attached: bool,
@@ -113,6 +115,7 @@ impl DiskRecord {
             nbd: None,
             ack: AckPolicy::default(),
             on_outage: OnOutage::default(),
+            cache: CacheMode::default(),
             limits: Limits::default(),
             attached: false,
             paused: false,

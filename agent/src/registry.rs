@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
-use backtide_agent_api::{AttachRequest, DiskStatus, Limits};
+use backtide_agent_api::{AttachRequest, CacheMode, DiskStatus, Limits};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdTls, NbdUri};
 use backtide_io_filter::Resume;
@@ -14,7 +14,7 @@ use backtide_units::DiskName;
 use tokio::sync::{Mutex, RwLock};
 
 use crate::{
-    config::Places,
+    config::{IoEngine, Places},
     disk::{self, Command, DiskHandle, OpenError},
     qcow2::{Qcow2Server, is_qcow2},
     record::{DiskRecord, ImageStamp, Records},
@@ -26,6 +26,7 @@ pub(crate) struct Registry {
     records: Records,
     defaults: Limits,
     nbd_tls: Option<NbdTls>,
+    local_io: LocalIo,
     disks: RwLock<BTreeMap<DiskName, Attached>>,
     /// Held by whoever attaches or detaches.
     changing: Mutex<()>,
@@ -35,6 +36,14 @@ pub(crate) struct Registry {
 
 /// How long after a failed start of the agent's disks the next attempt is made.
 const RESTORE_AGAIN: Duration = Duration::from_secs(5);
+
+/// How disks' images are read and written.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct LocalIo {
+    /// Of disks that do not say.
+    pub(crate) cache: CacheMode,
+    pub(crate) engine: IoEngine,
+}
 
 struct Attached {
     handle: DiskHandle,
@@ -47,12 +56,14 @@ impl Registry {
         records: Records,
         defaults: Limits,
         nbd_tls: Option<NbdTls>,
+        local_io: LocalIo,
     ) -> Arc<Self> {
         Arc::new(Self {
             places,
             records,
             defaults,
             nbd_tls,
+            local_io,
             disks: RwLock::default(),
             changing: Mutex::new(()),
             failing: RwLock::default(),
@@ -173,7 +184,7 @@ impl Registry {
 
     /// The record of an attach: what is asked for now, on top of what the disk's life so far is.
     fn record_for(&self, request: AttachRequest, known: Option<DiskRecord>) -> DiskRecord {
-        let AttachRequest { name, image, receiver, nbd, ack, on_outage, limits, adopt } = request;
+        let AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, adopt } = request;
         let fresh = || DiskRecord::new(name.clone(), image.clone(), receiver.clone());
         let mut record = match adopt {
             Some(adopted) => DiskRecord::adopted(fresh(), adopted),
@@ -190,6 +201,7 @@ impl Registry {
             nbd,
             ack,
             on_outage,
+            cache: cache.unwrap_or(self.local_io.cache),
             limits: limits.or(self.defaults),
             paused: false,
             ..record
@@ -204,7 +216,7 @@ impl Registry {
         let stamp = ImageStamp::of(image);
         let qcow2 = match is_qcow2(image) {
             true => Some(
-                Qcow2Server::start(image, &name, self.places.qcow2_socket(&name))
+                Qcow2Server::start(image, &name, self.places.qcow2_socket(&name), record.cache)
                     .await
                     .map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?,
             ),
@@ -212,9 +224,10 @@ impl Registry {
         };
         let stopped = record.stopped;
         let behind = qcow2.as_ref().map_or(record.image.clone(), |server| server.uri().to_owned());
-        let (record, opened) = disk::open(&self.records, record, &behind, stamp.clone())
+        let (record, mut opened) = disk::open(&self.records, record, &behind, stamp.clone())
             .await
             .map_err(|error| open_error(&error))?;
+        opened.io_engine = self.local_io.engine;
         let resume = opened.resume.clone();
         match disk::start(opened, self.records.clone(), nbd).await {
             Ok(handle) => {
@@ -417,6 +430,15 @@ fn open_error(error: &OpenError) -> ApiError {
             (ErrorCode::Usage, "name a raw image, a block device, a qcow2 file or an NBD URI")
         }
         OpenError::Uri(_) => (ErrorCode::Usage, "name an absolute path or an NBD URI"),
+        OpenError::NbdCache { .. } => {
+            (ErrorCode::Usage, "choose the cache of the NBD server where it is started")
+        }
+        OpenError::Image(ImageError::NotDirect { .. } | ImageError::Alignment { .. }) => {
+            (ErrorCode::Usage, "use the page cache: --cache writeback")
+        }
+        OpenError::Image(ImageError::Blocks { .. }) => {
+            (ErrorCode::Usage, "extend the image with truncate, or use the page cache: --cache writeback")
+        }
         OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
         OpenError::Nbd { .. } => (ErrorCode::Unreachable, "start the NBD server first"),
         OpenError::Record { .. } => {

@@ -92,6 +92,8 @@ impl Local {
             run: self.directory.join("run"),
             api: self.agent_api(),
             limits: backtide_agent_api::LimitsRequest::default(),
+            cache: backtide_agent_api::CacheMode::default(),
+            io_engine: backtide_agent::IoEngine::default(),
             nbd_tls: self.nbd_tls.clone(),
         };
         self.agent = Some(Agent::start(config).await.map_err(agent::start_failure)?);

@@ -6,6 +6,8 @@ use backtide_control::Address;
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 use serde::{Deserialize, Serialize};
 
+use crate::CacheMode;
+
 /// Protect a disk: serve it over NBD through the filter and forward its writes to a receiver.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,6 +28,10 @@ pub struct AttachRequest {
     /// What `ack` means while the receiver is away.
     #[serde(default)]
     pub on_outage: OnOutage,
+    /// Whether the image is read and written through the page cache. None: as the agent's configuration
+    /// says.
+    #[serde(default)]
+    pub cache: Option<CacheMode>,
     /// Bounds; what is left out keeps its default.
     #[serde(default)]
     pub limits: LimitsRequest,

@@ -6,6 +6,7 @@
 //! the Unix epoch, unless a field's name says otherwise.
 
 mod attach;
+mod cache;
 mod client;
 mod requests;
 mod routes;
@@ -15,6 +16,7 @@ mod verify;
 
 pub use attach::{AckPolicy, Adopted, AttachRequest, Limits, LimitsRequest, OnOutage};
 pub use backtide_control::{Address, ApiError, ErrorCode};
+pub use cache::CacheMode;
 pub use client::{AGENT, AgentClient};
 pub use requests::{DiskMark, MarkReport, MarkRequest, ResyncExtent, ResyncRequest};
 pub use routes::router;

@@ -6,7 +6,7 @@ use backtide_units::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{AckPolicy, Limits, OnOutage};
+use crate::{AckPolicy, CacheMode, Limits, OnOutage};
 
 /// The answer to a status call, and what `backtide status --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,8 +88,14 @@ pub struct DiskStatus {
     pub limits: Limits,
     /// What has happened since the disk was attached.
     pub counters: Counters,
-    /// How local I/O is done: `io_uring`, `pread` or `nbd`.
+    /// How local I/O is done that may wait for a device: `io_uring`, `pread` (a pool of threads) or `nbd`.
     pub engine: String,
+    /// Why it is `pread`, where it is.
+    #[serde(default)]
+    pub engine_reason: Option<String>,
+    /// Whether the image is read and written through the page cache.
+    #[serde(default)]
+    pub cache: CacheMode,
     /// Open NBD connections.
     pub clients: u32,
 }

@@ -7,8 +7,8 @@ use backtide_control::{Address, ApiError, ErrorCode, Server};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, Lsn};
 
 use crate::{
-    AckPolicy, AgentClient, AgentService, AgentStatus, AttachRequest, Counters, Dirty, DiskMark, DiskStatus,
-    Lag, Limits, LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResyncExtent,
+    AckPolicy, AgentClient, AgentService, AgentStatus, AttachRequest, CacheMode, Counters, Dirty, DiskMark,
+    DiskStatus, Lag, Limits, LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResyncExtent,
     ResyncRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
 };
 
@@ -60,6 +60,8 @@ fn vm1() -> DiskStatus {
         limits: Limits::default(),
         counters: Counters { writes: 9, ..Counters::default() },
         engine: "pread".to_owned(),
+        engine_reason: Some("io_uring cannot be used: Operation not permitted (os error 1)".to_owned()),
+        cache: CacheMode::Writeback,
         clients: 1,
     }
 }
@@ -139,6 +141,7 @@ fn attach_request() -> AttachRequest {
         nbd: None,
         ack: AckPolicy::Durable,
         on_outage: OnOutage::Continue,
+        cache: Some(CacheMode::Direct),
         limits: LimitsRequest::default(),
         adopt: None,
     }

@@ -15,13 +15,16 @@ use backtide_export::{NbdError, Reply};
 use backtide_io_filter::{
     Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId, TrackingOp,
 };
-use backtide_storage::KillPoint;
+use backtide_storage::{Completion, KillPoint};
 use backtide_tracking::TrackingFile;
-use backtide_units::{ByteCount, CaptureTime, DiskName, Lsn};
+use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskName, Lsn};
 use tokio::sync::Notify;
 
-use super::local::{SharedLocal, blocking, failure};
+use super::local::{Began, Purpose, SharedLocal, blocking, failure};
 use crate::record::Records;
+
+/// How long a kernel that could not take requests is left alone.
+const RING_RETRY: Duration = Duration::from_millis(1);
 
 /// One disk's filter, its disk behind, and the guest's requests under way.
 pub(crate) struct Engine {
@@ -174,7 +177,7 @@ impl Engine {
 
     fn carry_out_one(self: &Rc<Self>, effect: Effect) {
         match effect {
-            Effect::Local(io, op) => self.start_local(io, op),
+            Effect::Local(io, op) => self.start_local(op, Purpose::Filter(io)),
             Effect::Tracking(io, op) => self.start_tracking(io, op),
             Effect::Complete { request, result } => self.complete(request, result),
             Effect::Scan(io) => self.start_scan(io),
@@ -190,26 +193,75 @@ impl Engine {
         }
     }
 
-    fn start_local(self: &Rc<Self>, io: IoId, op: LocalOp) {
-        match self.local.try_now(op) {
-            Ok(result) => self.local_done(io, result),
-            Err(op) => {
+    /// Has the disk behind do something. What follows from its end is to be carried out by the caller
+    /// when it ends at once.
+    fn start_local(self: &Rc<Self>, op: LocalOp, purpose: Purpose) {
+        match self.local.begin(op, purpose) {
+            Began::Ended(result, purpose) => self.local_ended(purpose, result),
+            Began::UnderWay => {}
+            Began::Later(op, purpose) => {
                 let engine = Rc::clone(self);
                 tokio::task::spawn_local(async move {
-                    let reads = matches!(op, LocalOp::Read(_));
                     let result = engine.local.run(op).await;
-                    if reads {
-                        KillPoint::PassRead.reached();
-                    }
-                    engine.happen(|filter, now| filter.local_done(now, io, result));
+                    engine.local_ended(purpose, result);
+                    engine.carry_out();
                 });
             }
         }
     }
 
-    fn local_done(&self, io: IoId, result: Result<LocalData, IoFailure>) {
-        let now = self.now();
-        self.filter.borrow_mut().local_done(now, io, result);
+    fn local_ended(&self, purpose: Purpose, result: Result<LocalData, IoFailure>) {
+        match purpose {
+            Purpose::Filter(io) => {
+                if matches!(result, Ok(LocalData::Read(_))) {
+                    KillPoint::PassRead.reached();
+                }
+                let now = self.now();
+                self.filter.borrow_mut().local_done(now, io, result);
+            }
+            Purpose::Reader(range, reply) => self.answer_read(range.count(), result, reply),
+        }
+    }
+
+    /// A guest's read; reads are no business of the filter.
+    pub(crate) fn read(self: &Rc<Self>, range: ByteRange, reply: Reply) {
+        self.start_local(LocalOp::Read(range), Purpose::Reader(range, reply));
+    }
+
+    fn answer_read(&self, bytes: ByteCount, read: Result<LocalData, IoFailure>, reply: Reply) {
+        match read {
+            Ok(LocalData::Read(data)) => {
+                add(&self.traffic.reads, 1);
+                add(&self.traffic.read_bytes, bytes.0);
+                reply.data(data);
+            }
+            Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
+            Err(failure) => {
+                add(&self.traffic.errors, 1);
+                reply.fail(nbd_error(failure));
+            }
+        }
+    }
+
+    /// Hands over what the disk's ring was given, and takes what it brings back, for ever. A disk
+    /// without a ring has no need of it.
+    pub(crate) async fn keep_ring(self: Rc<Self>) {
+        let Some(ring) = self.local.ring() else { return };
+        let mut done = Vec::new();
+        loop {
+            ring.due().await;
+            let turned = ring.turn(&mut done);
+            for Completion { tag, result } in done.drain(..) {
+                let read = result.map_err(failure);
+                self.local_ended(tag, read.map(|bytes| bytes.map_or(LocalData::Changed, LocalData::Read)));
+            }
+            self.carry_out();
+            if let Err(error) = turned {
+                tracing::warn!(disk = %self.name(), %error, "the kernel does not take local I/O now: will try again");
+                tokio::time::sleep(RING_RETRY).await;
+                ring.wake();
+            }
+        }
     }
 
     fn start_tracking(self: &Rc<Self>, io: IoId, op: TrackingOp) {

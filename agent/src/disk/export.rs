@@ -3,11 +3,10 @@
 use std::rc::Rc;
 
 use backtide_export::{Command, Export, ExportInfo, ExportSummary, Exports, Reply};
-use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
-use backtide_units::{ByteCount, ByteRange};
-use bytes::Bytes;
+use backtide_io_filter::Change;
+use backtide_units::ByteRange;
 
-use super::engine::{Engine, add, nbd_error};
+use super::engine::{Engine, nbd_error};
 
 /// The export of one disk.
 pub(crate) struct DiskExport {
@@ -24,22 +23,8 @@ impl DiskExport {
         let mut info = ExportInfo::new(name.as_str(), size);
         info.description = "protected by backtide".to_owned();
         info.block_sizes = engine.local.block_sizes();
+        info.serves_any_range = engine.local.serves_any_range();
         Rc::new(Self { engine, info })
-    }
-
-    fn read(&self, range: ByteRange, reply: Reply) {
-        if let Some(read) = self.engine.local.try_read(range) {
-            return answer_read(&self.engine, range.count(), read.map_err(super::local::failure), reply);
-        }
-        let engine = Rc::clone(&self.engine);
-        tokio::task::spawn_local(async move {
-            let read = match engine.local.run(LocalOp::Read(range)).await {
-                Ok(LocalData::Read(bytes)) => Ok(bytes),
-                Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
-                Err(failure) => Err(failure),
-            };
-            answer_read(&engine, range.count(), read, reply);
-        });
     }
 
     fn block_status(&self, range: ByteRange, one: bool, reply: Reply) {
@@ -53,20 +38,6 @@ impl DiskExport {
     }
 }
 
-fn answer_read(engine: &Engine, bytes: ByteCount, read: Result<Bytes, IoFailure>, reply: Reply) {
-    match read {
-        Ok(data) => {
-            add(&engine.traffic.reads, 1);
-            add(&engine.traffic.read_bytes, bytes.0);
-            reply.data(data);
-        }
-        Err(failure) => {
-            add(&engine.traffic.errors, 1);
-            reply.fail(nbd_error(failure));
-        }
-    }
-}
-
 impl Export for DiskExport {
     fn info(&self) -> ExportInfo {
         self.info.clone()
@@ -75,7 +46,7 @@ impl Export for DiskExport {
     fn submit(&self, command: Command, reply: Reply) {
         let range = command.range();
         match command {
-            Command::Read { .. } => self.read(range, reply),
+            Command::Read { .. } => self.engine.read(range, reply),
             Command::Write { data, fua, .. } => self.engine.submit(Change::Write { range, data, fua }, reply),
             Command::Trim { fua, .. } => self.engine.submit(Change::Zero { range, trim: true, fua }, reply),
             Command::WriteZeroes { fua, no_hole, .. } => {

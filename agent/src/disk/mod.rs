@@ -1,15 +1,18 @@
 //! One disk and the thread that owns it.
 //!
 //! [`thread`] starts and ends it and takes commands; [`engine`] runs the filter; [`export`] is the
-//! guest's side, [`local`] the disk behind and [`nbd_disk`] one kind of it, [`stream`] the way to the receiver, [`status`] what can
-//! be told of it all.
+//! guest's side, [`local`] the disk behind, [`image_disk`] and [`nbd_disk`] its kinds, [`stream`] the way
+//! to the receiver, [`status`] what can be told of it all.
 
 pub(crate) mod engine;
 mod export;
 mod handle;
+mod image_disk;
 pub(crate) mod local;
 mod nbd_disk;
 mod open;
+mod pace;
+mod ring;
 mod status;
 mod stream;
 mod thread;

@@ -6,15 +6,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use backtide_agent_api::{AckPolicy, OnOutage};
+use backtide_agent_api::{AckPolicy, CacheMode, OnOutage};
 use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError};
 use backtide_io_filter::{Resume, Settings};
-use backtide_storage::{ImageError, ImageFile, KillPoint};
+use backtide_storage::{Cache, ImageError, ImageFile, KillPoint, Opening};
 use backtide_tracking::{ActivityLimits, TrackingFile};
 use backtide_units::{BlockCount, ByteCount, Lsn};
 use uuid::Uuid;
 
 use super::trust;
+use crate::config::IoEngine;
 use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
 
 /// How long a block that could not be read is left alone.
@@ -42,6 +43,7 @@ pub(crate) struct Opened {
     pub(crate) settings: Settings,
     pub(crate) resume: Resume,
     pub(crate) tracking: TrackingFile,
+    pub(crate) io_engine: IoEngine,
 }
 
 /// Why a disk cannot be attached.
@@ -56,6 +58,9 @@ pub(crate) enum OpenError {
     /// The NBD server behind cannot be used.
     #[error("cannot use {uri} as the disk behind: {source}")]
     Nbd { uri: NbdUri, source: ClientError },
+    /// It has a cache of its own, or none.
+    #[error("{uri} is an NBD server: whether it uses the page cache is not for its client to say")]
+    NbdCache { uri: NbdUri },
     /// Its size cannot be a disk's.
     #[error("{uri} has {size} bytes, which is not a positive multiple of 512")]
     NbdSize { uri: NbdUri, size: ByteCount },
@@ -72,7 +77,7 @@ pub(crate) async fn open(
     behind: &str,
     stamp: Option<ImageStamp>,
 ) -> Result<(DiskRecord, Opened), OpenError> {
-    let behind = open_behind(behind).await?;
+    let behind = open_behind(behind, &record).await?;
     KillPoint::AttachOpened.reached();
     let size = behind.size();
     let resume = trust::resume(&record, records.load_tracking(&record.name), stamp.as_ref(), size);
@@ -94,19 +99,29 @@ pub(crate) async fn open(
     records.save(&record).map_err(|source| record_error(records, &record, source))?;
     KillPoint::AttachRecord.reached();
     let settings = settings(&record, behind.size());
-    Ok((record.clone(), Opened { record, behind, settings, resume, tracking }))
+    let io_engine = IoEngine::default();
+    Ok((record.clone(), Opened { record, behind, settings, resume, tracking, io_engine }))
 }
 
 fn record_error(records: &Records, record: &DiskRecord, source: io::Error) -> OpenError {
     OpenError::Record { disk: record.name.to_string(), directory: records.directory(), source }
 }
 
-async fn open_behind(behind: &str) -> Result<Behind, OpenError> {
+async fn open_behind(behind: &str, record: &DiskRecord) -> Result<Behind, OpenError> {
     // A path given to the agent is absolute, so it cannot look like a URI.
     if Path::new(behind).is_absolute() {
-        return Ok(Behind::Image(ImageFile::open(Path::new(behind))?));
+        let cache = match record.cache {
+            CacheMode::Writeback => Cache::Writeback,
+            CacheMode::Direct => Cache::Direct,
+        };
+        let opening = Opening { cache, ..Opening::default() };
+        return Ok(Behind::Image(ImageFile::open_with(Path::new(behind), opening)?));
     }
     let uri: NbdUri = behind.parse()?;
+    // A qcow2 file has a server of the agent's own, which is told.
+    if record.cache == CacheMode::Direct && record.image == behind {
+        return Err(OpenError::NbdCache { uri });
+    }
     let client = Client::connect_with(&uri, attach_options()).await;
     let size = client.map_err(|source| OpenError::Nbd { uri: uri.clone(), source })?.size();
     if size.is_zero() || !size.0.is_multiple_of(512) {

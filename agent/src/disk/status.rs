@@ -127,7 +127,9 @@ pub(crate) fn disk_status(
         on_outage: record.on_outage,
         limits: record.limits,
         counters: counters(engine, &status),
-        engine: engine.local.engine().to_owned(),
+        engine: engine.local.engine().0.to_owned(),
+        engine_reason: engine.local.engine().1.map(str::to_owned),
+        cache: record.cache,
         clients,
     }
 }
@@ -161,6 +163,8 @@ pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
         limits: record.limits,
         counters: Counters::default(),
         engine: String::new(),
+        engine_reason: None,
+        cache: record.cache,
         clients: 0,
     }
 }

@@ -21,6 +21,7 @@ use super::{
     DiskHandle,
     engine::{Engine, Kick, Tracking},
     export::{DiskExport, OneExport},
+    image_disk::{EngineError, ImageDisk},
     local::{Local, blocking},
     nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
@@ -109,6 +110,8 @@ pub(crate) enum StartError {
     Bind(#[from] BindError),
     #[error("cannot use the disk behind: {0}")]
     Behind(#[from] BehindError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
 }
@@ -186,11 +189,11 @@ fn run(
 
 impl Disk {
     async fn begin(opened: Opened, records: Records, nbd: NbdUri) -> Result<Self, StartError> {
-        let Opened { record, behind, settings, resume, tracking } = opened;
+        let Opened { record, behind, settings, resume, tracking, io_engine } = opened;
         let (local, image) = match behind {
             Behind::Image(image) => {
                 let image = Arc::new(image);
-                (Local::Image(Arc::clone(&image)), Some(image))
+                (Local::Image(Box::new(ImageDisk::new(Arc::clone(&image), io_engine)?)), Some(image))
             }
             Behind::Nbd(uri, size) => (Local::Nbd(NbdDisk::connect(uri, size).await?), None),
         };
@@ -212,6 +215,7 @@ impl Disk {
         let stream = Stream::new(Rc::clone(&engine), record.receiver.clone());
         tokio::task::spawn_local(Rc::clone(&engine).keep_time());
         tokio::task::spawn_local(Rc::clone(&stream).keep());
+        tokio::task::spawn_local(Rc::clone(&engine).keep_ring());
         KillPoint::AttachServed.reached();
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
         let (verifies, rate) = (Verifies::default(), super::status::Rate::default());
@@ -434,6 +438,7 @@ pub(crate) fn start_error(error: &StartError) -> ApiError {
     let code = match error {
         StartError::Bind(BindError::InUse(_)) => ErrorCode::Locked,
         StartError::Bind(_) | StartError::Thread(_) => ErrorCode::Failed,
+        StartError::Engine(EngineError::Ring(_)) => ErrorCode::Failed,
         StartError::Behind(BehindError::Client { .. }) => ErrorCode::Unreachable,
         StartError::Behind(BehindError::Silent { .. }) => ErrorCode::Unreachable,
         StartError::Behind(BehindError::Size { .. }) => ErrorCode::Failed,

@@ -16,10 +16,12 @@ fn registry(directory: &Path) -> Arc<Registry> {
         run: directory.to_owned(),
         api: backtide_control::Address::unix(directory.join("agent.sock")),
         limits: backtide_agent_api::LimitsRequest::default(),
+        cache: CacheMode::default(),
+        io_engine: IoEngine::default(),
         nbd_tls: None,
     };
     let storage = Arc::new(RealStorage::open(&config.state).unwrap());
-    Registry::new(Places::of(&config), Records::new(storage), Limits::default(), None)
+    Registry::new(Places::of(&config), Records::new(storage), Limits::default(), None, LocalIo::default())
 }
 
 /// A server that tells no time is believed only because the agent ended in good order with the disk

@@ -13,6 +13,7 @@ use crate::{
     config::Places,
     disk::{DiskHandle, MarkAt, tests::Started},
     record::Records,
+    registry::LocalIo,
 };
 
 /// The service of an agent in `directory`, without disks.
@@ -22,10 +23,18 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         run: directory.to_owned(),
         api: backtide_control::Address::unix(directory.join("agent.sock")),
         limits: backtide_agent_api::LimitsRequest::default(),
+        cache: backtide_agent_api::CacheMode::default(),
+        io_engine: crate::config::IoEngine::default(),
         nbd_tls: None,
     };
     let storage = Arc::new(RealStorage::open(&config.state).unwrap());
-    Service::new(Registry::new(Places::of(&config), Records::new(storage), Limits::default(), None))
+    Service::new(Registry::new(
+        Places::of(&config),
+        Records::new(storage),
+        Limits::default(),
+        None,
+        LocalIo::default(),
+    ))
 }
 
 fn name(text: &str) -> DiskName {

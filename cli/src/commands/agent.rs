@@ -38,6 +38,10 @@ pub(crate) struct Run {
     /// unix:/run/backtide/agent.sock for root, else $XDG_RUNTIME_DIR/backtide/agent.sock]
     #[arg(long, value_name = "ADDR")]
     api: Option<Address>,
+    /// How local I/O is done that may wait for a device: by `io-uring`, by `threads`, or by io_uring
+    /// where the host allows it (`auto`) [default: auto]
+    #[arg(long, value_name = "ENGINE", value_parser = ["auto", "io-uring", "threads"])]
+    io_engine: Option<String>,
     #[command(flatten)]
     nbd_tls: NbdTlsFlags,
 }
@@ -70,6 +74,7 @@ impl Run {
         let api = self.api.or_else(|| context.given_agent());
         settings.set_places(api, places.agent_api(), places)?;
         settings.set_default("state", places.agent_state())?;
+        settings.set("io_engine", self.io_engine)?;
         settings.directory("state")?;
         settings.directory("run")?;
         self.nbd_tls.apply(&mut settings)?;

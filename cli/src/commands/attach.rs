@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use backtide_agent_api::{
-    AckPolicy, Adopted, AgentClient, AttachRequest, DiskStatus, LimitsRequest, OnOutage,
+    AckPolicy, Adopted, AgentClient, AttachRequest, CacheMode, DiskStatus, LimitsRequest, OnOutage,
 };
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_units::{ByteCount, DiskName};
@@ -59,6 +59,10 @@ pub(crate) struct Policy {
     /// What --ack means while the receiver is away: `continue` without it, or `block` the guest
     #[arg(long, value_name = "WHAT", default_value = "continue", value_parser = on_outage())]
     on_outage: OnOutage,
+    /// Whether the image is read and written through the page cache (`writeback`) or directly to its
+    /// device (`direct`) [default: writeback, or as the agent's configuration says]
+    #[arg(long, value_name = "HOW", value_parser = cache_mode())]
+    cache: Option<CacheMode>,
     /// The most bytes of records kept until they are durable at the receiver [default: 64MiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     window: Option<ByteCount>,
@@ -92,6 +96,10 @@ fn ack_policy() -> impl TypedValueParser<Value = AckPolicy> {
     PossibleValuesParser::new(AckPolicy::ALL.map(AckPolicy::as_str)).try_map(|text| text.parse::<AckPolicy>())
 }
 
+fn cache_mode() -> impl TypedValueParser<Value = CacheMode> {
+    PossibleValuesParser::new(CacheMode::ALL.map(CacheMode::as_str)).try_map(|text| text.parse::<CacheMode>())
+}
+
 fn on_outage() -> impl TypedValueParser<Value = OnOutage> {
     PossibleValuesParser::new(OnOutage::ALL.map(OnOutage::as_str)).try_map(|text| text.parse::<OnOutage>())
 }
@@ -115,8 +123,8 @@ impl Policy {
             activity_extents: self.activity_extents,
             activity_extent_bytes: self.activity_extent_size,
         };
-        let (ack, on_outage) = (self.ack, self.on_outage);
-        AttachRequest { name, image, receiver, nbd, ack, on_outage, limits, adopt: None }
+        let (ack, on_outage, cache) = (self.ack, self.on_outage, self.cache);
+        AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, adopt: None }
     }
 }
 

@@ -129,6 +129,7 @@ impl Stage<'_> {
             ack: AckPolicy::Durable,
             on_outage: OnOutage::Continue,
             adopt: None,
+            cache: None,
             limits: LimitsRequest { window_bytes: Some(WINDOW), ..LimitsRequest::default() },
         };
         let attached = self.agent.attach(&request).await?;

@@ -1,6 +1,6 @@
 //! Disks' status: a line each, or one in full.
 
-use backtide_agent_api::{DiskStatus, Mode, PassKind, ResyncStatus};
+use backtide_agent_api::{CacheMode, DiskStatus, Mode, PassKind, ResyncStatus};
 
 use crate::{
     output::{facts, plain_table},
@@ -36,12 +36,13 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
         ("disk", format!("{} ({})", disk.name.as_str(), disk.uuid.0)),
         ("mode", format!("{}: {}", mode_text(disk), disk.reason)),
         ("NBD", disk.nbd_uri.clone()),
-        ("image", format!("{}, {}, by {}", disk.image, size_both(disk.size), disk.engine)),
-        (
-            "receiver",
-            format!("{}, {}", disk.receiver, if disk.connected { "connected" } else { "not connected" }),
-        ),
+        ("image", image_text(disk)),
     ];
+    if let Some(why) = &disk.engine_reason {
+        lines.push(("", why.clone()));
+    }
+    let connected = if disk.connected { "connected" } else { "not connected" };
+    lines.push(("receiver", format!("{}, {connected}", disk.receiver)));
     if let Some(trouble) = &disk.local_error {
         lines.push(("image error", trouble.clone()));
     }
@@ -84,6 +85,14 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
         ),
     ));
     facts(&lines)
+}
+
+fn image_text(disk: &DiskStatus) -> String {
+    let how = match disk.cache {
+        CacheMode::Writeback => "by",
+        CacheMode::Direct => "directly by",
+    };
+    format!("{}, {}, {how} {}", disk.image, size_both(disk.size), disk.engine)
 }
 
 /// What the receiver lacks of a disk, if it lacks anything.

@@ -72,6 +72,9 @@ pub struct ExportInfo {
     pub multi_conn: bool,
     /// Block size constraints.
     pub block_sizes: BlockSizes,
+    /// Requests that are no multiples of the minimum block size are served, though they may be slow:
+    /// clients may not have asked for it.
+    pub serves_any_range: bool,
 }
 
 impl ExportInfo {
@@ -92,6 +95,7 @@ impl ExportInfo {
             block_status: true,
             multi_conn: true,
             block_sizes: BlockSizes::default(),
+            serves_any_range: false,
         }
     }
 

@@ -1,22 +1,33 @@
-//! The guest's own image: a raw file or a block device, with the calls a disk needs.
+//! The guest's own image: a raw file or a block device, with the calls a disk needs. It is read and
+//! written through the page cache, or directly (`direct.rs`).
 //!
 //! The image is shared with QEMU by design: an operator may put the plain file back under a running
 //! VM at any moment. So it is locked with `flock(2)`, which QEMU's own image locks (open file
 //! description locks of `fcntl(2)`) do not conflict with on local file systems. (On NFS they would.) On a
 //! block device the same lock keeps udev from probing it.
 
+mod direct;
+mod transfer;
+
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
 };
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use rustix::{
-    fs::{FallocateFlags, FlockOperation, SeekFrom},
-    io::{Errno, ReadWriteFlags},
+    fs::{FlockOperation, OFlags, SeekFrom},
+    io::Errno,
 };
+
+pub use self::{direct::Alignment, transfer::Wrote};
+use crate::buffer::BufferPool;
 
 /// An image opened for reading and writing.
 #[derive(Debug)]
@@ -25,6 +36,33 @@ pub struct ImageFile {
     path: PathBuf,
     size: ByteCount,
     is_device: bool,
+    /// With direct I/O, what it has to be multiples of.
+    direct: Option<Alignment>,
+    /// What zeroes without writing them has to be multiples of, in bytes.
+    zero_block: u64,
+    /// Whether the file system has said that it cannot tell whether a write would wait.
+    cannot_tell: AtomicBool,
+    buffers: BufferPool,
+}
+
+/// Whether the page cache of the host is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// Reads and writes go through it.
+    #[default]
+    Writeback,
+    /// They go around it, to the device.
+    Direct,
+}
+
+/// How an image is opened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Opening {
+    /// Whether the page cache is used.
+    pub cache: Cache,
+    /// With direct I/O: the image is taken to have blocks of at least so many bytes; a power of two. 0:
+    /// those it has.
+    pub block_min: u32,
 }
 
 /// Why an image cannot be used.
@@ -58,6 +96,30 @@ pub enum ImageError {
         /// Its size.
         size: ByteCount,
     },
+    /// There is no way around the page cache.
+    #[error("{} does not take direct I/O: its file system has only its page cache", path.display())]
+    NotDirect {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Direct I/O would need what cannot be served.
+    #[error("direct I/O to {} needs blocks of {} and memory aligned to {} bytes, and at most 4096 can be served", path.display(), alignment.block, alignment.memory)]
+    Alignment {
+        /// Which.
+        path: PathBuf,
+        /// What it needs.
+        alignment: Alignment,
+    },
+    /// The last block of it is not whole.
+    #[error("{} has {size} bytes, which is not a multiple of the {block} that direct I/O to it needs", path.display())]
+    Blocks {
+        /// Which.
+        path: PathBuf,
+        /// Its size.
+        size: ByteCount,
+        /// Bytes of a block.
+        block: u32,
+    },
     /// The operating system refused.
     #[error("cannot open {}: {source}", path.display())]
     Io {
@@ -71,15 +133,20 @@ pub enum ImageError {
 /// The unit disk sizes are multiples of.
 const SECTOR_BYTES: u64 = 512;
 
-/// Zeroes are written in pieces of this size where the file system cannot make them.
-static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
-
 impl ImageFile {
-    /// Opens and locks an image.
+    /// Opens and locks an image, to be used through the page cache.
     ///
     /// # Errors
     /// See [`ImageError`].
     pub fn open(path: &Path) -> Result<Self, ImageError> {
+        Self::open_with(path, Opening::default())
+    }
+
+    /// Opens and locks an image.
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub fn open_with(path: &Path, opening: Opening) -> Result<Self, ImageError> {
         let path = path.to_path_buf();
         let io = |source: io::Error| match source.kind() {
             io::ErrorKind::NotFound => ImageError::Missing { path: path.clone() },
@@ -89,7 +156,17 @@ impl ImageFile {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(ImageError::Kind { path });
         }
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(io)?;
+        let is_direct = opening.cache == Cache::Direct;
+        let flags = if is_direct { OFlags::DIRECT } else { OFlags::empty() };
+        let opened =
+            OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(&path);
+        let file = match opened {
+            // What the system answers to a flag that a file system does not know.
+            Err(error) if is_direct && error.kind() == io::ErrorKind::InvalidInput => {
+                return Err(ImageError::NotDirect { path });
+            }
+            opened => opened.map_err(io)?,
+        };
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => return Err(ImageError::Locked { by: lock_owner(&file), path }),
@@ -101,7 +178,22 @@ impl ImageFile {
         if size.is_zero() || !size.0.is_multiple_of(SECTOR_BYTES) {
             return Err(ImageError::Size { path, size });
         }
-        Ok(Self { file, path, size, is_device: kind.is_block_device() })
+        let is_device = kind.is_block_device();
+        let direct = match is_direct {
+            true => Some(alignment(&file, &path, size, is_device, opening.block_min)?),
+            false => None,
+        };
+        let zero_block = if is_device { rustix::fs::ioctl_blksszget(&file).unwrap_or(1) } else { 1 };
+        Ok(Self {
+            file,
+            path,
+            size,
+            is_device,
+            direct,
+            zero_block: zero_block.into(),
+            cannot_tell: AtomicBool::new(false),
+            buffers: BufferPool::default(),
+        })
     }
 
     /// Gives the lock up before the file is closed.
@@ -115,6 +207,16 @@ impl ImageFile {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// With direct I/O, what it has to be multiples of.
+    pub fn alignment(&self) -> Option<Alignment> {
+        self.direct
+    }
+
+    /// The memory its I/O is done in.
+    pub fn buffers(&self) -> &BufferPool {
+        &self.buffers
     }
 
     /// Its size when it was opened.
@@ -136,91 +238,11 @@ impl ImageFile {
         Ok(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
     }
 
-    /// Fills `buffer` from `offset` without waiting for a device, as far as the page cache has it.
-    /// Whether it did.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub fn try_read(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<bool> {
-        let wanted = buffer.len();
-        let mut slices = [io::IoSliceMut::new(buffer)];
-        match rustix::io::preadv2(&self.file, &mut slices, offset.0, ReadWriteFlags::NOWAIT) {
-            Ok(read) => Ok(read == wanted),
-            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR | Errno::NOSYS) => Ok(false),
-            Err(errno) => Err(errno.into()),
-        }
-    }
-
-    /// Fills `buffer` from `offset`.
-    ///
-    /// # Errors
-    /// The operating system's; also at the end of a file that was cut short.
-    pub fn read_at(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset.0)
-    }
-
-    /// Writes all of `data` at `offset`.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub fn write_at(&self, offset: ByteOffset, data: &[u8]) -> io::Result<()> {
-        self.require_inside(offset, ByteCount::of(data))?;
-        self.file.write_all_at(data, offset.0)
-    }
-
-    /// Makes the range read as zeroes; `may_unmap`: its space may be given back.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub fn zero(&self, range: ByteRange, may_unmap: bool) -> io::Result<()> {
-        self.require_inside(range.start(), range.count())?;
-        if range.is_empty() {
-            return Ok(());
-        }
-        let how = if may_unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-        let flags = how | FallocateFlags::KEEP_SIZE;
-        loop {
-            match rustix::fs::fallocate(&self.file, flags, range.start().0, range.count().0) {
-                Ok(()) => return Ok(()),
-                Err(Errno::INTR) => {}
-                // Not this file system, or not at this alignment of this device.
-                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => {
-                    return self.write_zeroes(range);
-                }
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-
-    /// A write beyond the end would grow the file, and the guest's disk has no such place.
-    fn require_inside(&self, offset: ByteOffset, count: ByteCount) -> io::Result<()> {
-        match offset.checked_add(count) {
-            Some(end) if end.0 <= self.size.0 => Ok(()),
-            Some(_) | None => Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{count} bytes at {offset} end beyond the image's {} bytes", self.size),
-            )),
-        }
-    }
-
-    fn write_zeroes(&self, range: ByteRange) -> io::Result<()> {
-        for piece in range.split_at_multiples(ByteCount(ZEROES.len() as u64)) {
-            let length = usize::try_from(piece.count().0).expect("a piece is small");
-            self.file.write_all_at(&ZEROES[..length], piece.start().0)?;
-        }
-        Ok(())
-    }
-
-    /// Everything written so far to stable storage.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
-    }
-
-    /// Asks for the range to be read ahead.
+    /// Asks for the range to be read ahead, into the page cache.
     pub fn read_ahead(&self, range: ByteRange) {
+        if self.direct.is_some() {
+            return;
+        }
         let Some(length) = std::num::NonZeroU64::new(range.count().0) else { return };
         // Only advice: a file system that cannot take it changes nothing.
         let _ = rustix::fs::fadvise(&self.file, range.start().0, Some(length), rustix::fs::Advice::WillNeed);
@@ -271,6 +293,36 @@ impl ImageFile {
     }
 }
 
+impl AsFd for ImageFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// What direct I/O to an image of this size has to be multiples of.
+fn alignment(
+    file: &File,
+    path: &Path,
+    size: ByteCount,
+    is_device: bool,
+    block_min: u32,
+) -> Result<Alignment, ImageError> {
+    let path = path.to_path_buf();
+    let found =
+        Alignment::of(file, is_device).map_err(|source| ImageError::Io { path: path.clone(), source })?;
+    let Some(alignment) = found else { return Err(ImageError::NotDirect { path }) };
+    let alignment = alignment.at_least(block_min);
+    let block = alignment.block;
+    if !alignment.is_usable() {
+        return Err(ImageError::Alignment { path, alignment });
+    }
+    // A write of its last block would make it longer.
+    if !size.0.is_multiple_of(block.into()) {
+        return Err(ImageError::Blocks { path, size, block });
+    }
+    Ok(alignment)
+}
+
 /// Who holds the lock on `file`, from `/proc/locks`: a help for people, so any trouble is no answer.
 fn lock_owner(file: &File) -> Option<String> {
     let inode = file.metadata().ok()?.ino().to_string();
@@ -287,99 +339,4 @@ fn lock_owner(file: &File) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn image(directory: &Path, size: u64) -> PathBuf {
-        let path = directory.join("disk.raw");
-        File::create(&path).unwrap().set_len(size).unwrap();
-        path
-    }
-
-    fn range(start: u64, end: u64) -> ByteRange {
-        ByteRange::between(ByteOffset(start), ByteOffset(end))
-    }
-
-    #[test]
-    fn a_second_agent_is_locked_out() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = image(directory.path(), 1 << 20);
-        let first = ImageFile::open(&path).unwrap();
-        let refused = ImageFile::open(&path).unwrap_err();
-        assert!(matches!(refused, ImageError::Locked { .. }));
-        // Where the system lists locks, the holder is this process.
-        let text = refused.to_string();
-        let named = text.contains(&format!("process {} (", std::process::id()));
-        assert!(named || text.contains("another process"), "{text}");
-        drop(first);
-        ImageFile::open(&path).unwrap();
-    }
-
-    #[test]
-    fn what_cannot_be_a_disk_is_named() {
-        let directory = tempfile::tempdir().unwrap();
-        let odd = image(directory.path(), 1000);
-        assert!(
-            ImageFile::open(&odd)
-                .unwrap_err()
-                .to_string()
-                .ends_with("has 1000 bytes, which is not a positive multiple of 512")
-        );
-        assert!(matches!(ImageFile::open(directory.path()), Err(ImageError::Kind { .. })));
-        // Not opened: that would wait for somebody at the other end of a FIFO.
-        let fifo = directory.path().join("fifo");
-        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
-        assert!(matches!(ImageFile::open(&fifo), Err(ImageError::Kind { .. })));
-        assert!(matches!(ImageFile::open(&directory.path().join("none")), Err(ImageError::Missing { .. })));
-    }
-
-    #[test]
-    fn holes_and_data_are_told_apart() {
-        let directory = tempfile::tempdir().unwrap();
-        let image = ImageFile::open(&image(directory.path(), 16 << 20)).unwrap();
-        image.write_at(ByteOffset(8 << 20), &[7; 4096]).unwrap();
-        let allocated = image.allocated(range(0, 16 << 20)).unwrap();
-        assert!(
-            allocated.iter().any(|extent| extent.contains(range(8 << 20, (8 << 20) + 4096))),
-            "{allocated:?}"
-        );
-        image.zero(range(8 << 20, (8 << 20) + 4096), true).unwrap();
-        let mut buffer = [1; 4096];
-        image.read_at(ByteOffset(8 << 20), &mut buffer).unwrap();
-        assert_eq!(buffer, [0; 4096]);
-    }
-
-    #[test]
-    fn zeroes_leave_the_bytes_around_them() {
-        for may_unmap in [true, false] {
-            let directory = tempfile::tempdir().unwrap();
-            let path = image(directory.path(), 1 << 20);
-            let image = ImageFile::open(&path).unwrap();
-            image.write_at(ByteOffset(0), &vec![7; 1 << 20]).unwrap();
-            image.zero(range(5000, 300_001), may_unmap).unwrap();
-            let content = std::fs::read(&path).unwrap();
-            assert!(content[..5000].iter().chain(&content[300_001..]).all(|&byte| byte == 7));
-            assert!(content[5000..300_001].iter().all(|&byte| byte == 0));
-        }
-    }
-
-    #[test]
-    fn nothing_is_written_beyond_the_end() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = image(directory.path(), 1 << 20);
-        let image = ImageFile::open(&path).unwrap();
-        assert!(image.write_at(ByteOffset((1 << 20) - 10), &[1; 11]).is_err());
-        assert!(image.zero(range((1 << 20) - 10, (1 << 20) + 1), true).is_err());
-        assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
-    }
-
-    #[test]
-    fn a_read_beyond_a_cut_file_is_an_error() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = image(directory.path(), 1 << 20);
-        let image = ImageFile::open(&path).unwrap();
-        OpenOptions::new().write(true).open(&path).unwrap().set_len(4096).unwrap();
-        assert!(image.read_at(ByteOffset(8192), &mut [0; 512]).is_err());
-        assert!(!image.try_read(ByteOffset(8192), &mut [0; 512]).unwrap());
-    }
-}
+mod tests;

@@ -3,19 +3,24 @@
 //! Everything Backtide keeps on a disk of its own goes through [`Storage`] and [`StorageFile`], so
 //! that the same code runs on a real directory ([`RealStorage`]) and on one whose power can be cut
 //! at any operation ([`MemoryStorage`]). The guest's own image is another matter: [`ImageFile`] is
-//! real only and has the calls an image needs (try-read, punch hole, allocated ranges, own lock).
+//! real only and has the calls an image needs (try-read, punch hole, allocated ranges, own lock); a
+//! [`Ring`] does its I/O by io_uring.
 //!
 //! Both traits are synchronous and object-safe: callers hold `Arc<dyn Storage>`. A call to a
 //! function table is nothing beside a system call, and no generic parameter spreads through the store.
 
+mod buffer;
 mod image;
 mod kill_point;
 mod memory;
 mod real;
+mod ring;
 mod seam;
 
-pub use image::{ImageError, ImageFile};
+pub use buffer::{BUFFER_ALIGNMENT, Buffer, BufferPool};
+pub use image::{Alignment, Cache, ImageError, ImageFile, Opening, Wrote};
 pub use kill_point::KillPoint;
 pub use memory::{MemoryStorage, OperationCounts};
 pub use real::RealStorage;
+pub use ring::{Completion, Ring, RingOp};
 pub use seam::{Storage, StorageFile, read_file, replace_file, replace_with};

@@ -153,6 +153,16 @@ impl Bench {
         Daemon::start(command, &self.path("limited.log"))
     }
 
+    /// The same when `wrapper`, a program with its first arguments, starts it.
+    pub fn daemon_under(&self, wrapper: &[&str], arguments: &[&str]) -> Daemon {
+        self.started.set(self.started.get() + 1);
+        let log = self.path(&format!("{}-{}.log", arguments[0], self.started.get()));
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).args(["setpriv", "--pdeathsig", "KILL", &text(&binary()), "--json"]);
+        self.set_up(&mut command, arguments);
+        Daemon::start(command, &log)
+    }
+
     /// The same with more in its environment.
     pub fn daemon_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Daemon {
         let (command, log) = self.daemon_command(arguments, environment);

@@ -1,8 +1,8 @@
 //! What people see of a disk's status.
 
 use backtide_agent_api::{
-    AckPolicy, Counters, Dirty, DiskStatus, Lag, Limits, LsnStatus, Mode, OnOutage, PassKind, PeerError,
-    ResyncStatus, Window,
+    AckPolicy, CacheMode, Counters, Dirty, DiskStatus, Lag, Limits, LsnStatus, Mode, OnOutage, PassKind,
+    PeerError, ResyncStatus, Window,
 };
 use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, Epoch, Lsn};
 
@@ -37,6 +37,8 @@ pub(crate) fn in_sync() -> DiskStatus {
         limits: Limits::default(),
         counters: Counters::default(),
         engine: "pread".to_owned(),
+        engine_reason: Some("io_uring cannot be used: Operation not permitted (os error 1)".to_owned()),
+        cache: CacheMode::Writeback,
         clients: 1,
     }
 }

@@ -81,7 +81,7 @@ impl RequestParser {
             size: session.export.size,
             flags: session.export.transmission_flags(session.style, session.base_allocation),
             block_status: session.base_allocation,
-            minimum_block: sizes.minimum,
+            minimum_block: if session.export.serves_any_range { 1 } else { sizes.minimum },
             maximum_length: u64::from(sizes.maximum).min(MAX_PAYLOAD.0),
         }
     }

@@ -15,6 +15,7 @@ mod filesystem;
 mod going_back;
 mod helping;
 mod kill_points;
+mod local_io;
 mod one_command;
 mod operating;
 mod operator;
