@@ -74,6 +74,9 @@ pub(crate) struct DiskRecord {
     /// The disk behind is another one than at the last attach.
     #[serde(default)]
     pub(crate) image_changed: bool,
+    /// The receiver has refused the last attach: a later one, which this state knows nothing of, has had the disk.
+    #[serde(default)]
+    pub(crate) fenced: bool,
 }
 
 /// Enough of an image's state to notice that somebody else wrote it.
@@ -128,6 +131,7 @@ impl DiskRecord {
             stopped: false,
             size: ByteCount::ZERO,
             image_changed: false,
+            fenced: false,
         }
     }
 }

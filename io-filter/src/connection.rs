@@ -66,6 +66,7 @@ impl Filter {
             return self.refuse(why);
         }
         let decision = self.decide(welcome);
+        self.known_until = None;
         self.link = Link::Up { next_seq: 2, received: 1, durable: 1 };
         self.history = Some(welcome.history);
         self.last_lsn = self.last_lsn.max(welcome.highest).max(welcome.durable);
@@ -144,6 +145,16 @@ impl Filter {
                 ));
                 Decision::Everything(PassPlan::compare(Reason::ReceiverRolledBack))
             }
+            ReceiverState::Known
+                if self
+                    .known_until
+                    .is_some_and(|until| welcome.last_time.is_some_and(|last| last > until)) =>
+            {
+                self.alarm(format!(
+                    "the receiver has records of disk {name} that are newer than this agent's state: was the state directory put back from a copy? everything is compared"
+                ));
+                Decision::Everything(PassPlan::compare(Reason::AgentRolledBack))
+            }
             ReceiverState::Known if self.mode == Mode::Sync => {
                 if self.window.continues(welcome.durable) && !welcome.in_pass {
                     Decision::Replay
@@ -162,7 +173,7 @@ impl Filter {
                         "the receiver has LSN {} of disk {name}, this agent gave none above {}: was its state rolled back?",
                         welcome.highest, self.last_lsn
                     ));
-                    Decision::Everything(PassPlan::compare(Reason::BitmapUntrusted))
+                    Decision::Everything(PassPlan::compare(Reason::AgentRolledBack))
                 }
                 None => Decision::Bitmap,
             },

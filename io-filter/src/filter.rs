@@ -80,6 +80,9 @@ pub struct Filter {
     pub(crate) last_lsn: Lsn,
     /// The last capture time given.
     pub(crate) last_time: CaptureTime,
+    /// Until the first handshake: no record that the receiver has was captured later, unless this state is
+    /// an older copy.
+    pub(crate) known_until: Option<CaptureTime>,
     /// The highest LSN at which the disk is recoverable and durable at the receiver.
     pub(crate) durable_lsn: Lsn,
     /// The highest LSN the receiver has in memory.
@@ -139,6 +142,7 @@ impl Filter {
             history: None,
             last_lsn: Lsn::ZERO,
             last_time: CaptureTime::default(),
+            known_until: None,
             durable_lsn: Lsn::ZERO,
             received_lsn: Lsn::ZERO,
             acked_durable: Lsn::ZERO,
@@ -254,6 +258,12 @@ impl Filter {
     /// No capture time is earlier than this: the last one of the attach before.
     pub fn not_before(&mut self, time: CaptureTime) {
         self.last_time = self.last_time.max(time);
+    }
+
+    /// What the filter resumed from knows of everything captured up to then. A receiver with something later
+    /// has it from an attach, or a part of one, that was forgotten since: nothing is trusted then.
+    pub fn knows_until(&mut self, time: CaptureTime) {
+        self.known_until = Some(time);
     }
 
     /// Limits what passes read and send, in bytes a second; zero for no limit. A pass that collects

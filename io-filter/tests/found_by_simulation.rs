@@ -47,6 +47,7 @@ fn welcome(state: ReceiverState) -> Welcome {
         durable: Lsn::ZERO,
         highest: Lsn::ZERO,
         in_pass: false,
+        last_time: None,
     }
 }
 

@@ -307,14 +307,14 @@ fn check_attached(attached: Option<&Attached>, hello: &Hello) -> Result<(), Clos
             "epoch {} of disk {} is fenced: epoch {} has attached it since",
             hello.epoch, attached.name, attached.epoch
         );
-        return Err(closed(CloseCode::Fenced, why));
+        return Err(fenced(attached, why));
     }
     if hello.epoch == attached.epoch && hello.attach != attached.attach {
         let why = format!(
             "epoch {} of disk {} is fenced: another agent with a copy of this agent's state has attached it with the same epoch; attach it again to take it over",
             hello.epoch, attached.name
         );
-        return Err(closed(CloseCode::Fenced, why));
+        return Err(fenced(attached, why));
     }
     if hello.size < attached.size {
         let why = format!(
@@ -324,6 +324,10 @@ fn check_attached(attached: Option<&Attached>, hello: &Hello) -> Result<(), Clos
         return Err(closed(CloseCode::Refused, why));
     }
     Ok(())
+}
+
+fn fenced(attached: &Attached, why: String) -> Closed {
+    Closed { epoch: Some(attached.epoch), ..closed(CloseCode::Fenced, why) }
 }
 
 fn take_name(names: &Names, hello: &Hello) -> Result<(), Closed> {
@@ -340,7 +344,7 @@ fn take_name(names: &Names, hello: &Hello) -> Result<(), Closed> {
 fn replaced_by(hello: &Hello, higher: bool) -> Closed {
     if higher {
         let why = format!("epoch {} has attached disk {}", hello.epoch, hello.name);
-        closed(CloseCode::Fenced, why)
+        Closed { epoch: Some(hello.epoch), ..closed(CloseCode::Fenced, why) }
     } else {
         let why = format!("disk {} was connected again with the same epoch {}", hello.name, hello.epoch);
         closed(CloseCode::Busy, why)
@@ -356,5 +360,5 @@ pub(crate) fn refusal(error: DiskError) -> Closed {
 }
 
 pub(crate) fn closed(code: CloseCode, message: impl Into<String>) -> Closed {
-    Closed { code, message: message.into() }
+    Closed::new(code, message)
 }

@@ -363,6 +363,7 @@ fn welcome(disk: &Disk, claim: &Claim) -> Welcome {
         durable: timeline.covered(),
         highest: disk.highest_lsn(),
         // Also after a pass that ended without a point: records could follow, points could not.
+        last_time: timeline.last_time(),
         in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && timeline.covered() > Lsn::ZERO),
     }
 }

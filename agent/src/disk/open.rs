@@ -11,7 +11,7 @@ use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError}
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{Cache, ImageError, ImageFile, KillPoint, Opening};
 use backtide_tracking::{ActivityLimits, TrackingFile};
-use backtide_units::{BlockCount, ByteCount, Lsn};
+use backtide_units::{BlockCount, ByteCount, CaptureTime, Lsn};
 use uuid::Uuid;
 
 use super::trust;
@@ -44,6 +44,8 @@ pub(crate) struct Opened {
     pub(crate) resume: Resume,
     pub(crate) tracking: TrackingFile,
     pub(crate) io_engine: IoEngine,
+    /// See [`trust::known_until`].
+    pub(crate) known_until: Option<CaptureTime>,
 }
 
 /// Why a disk cannot be attached.
@@ -80,13 +82,19 @@ pub(crate) async fn open(
     let behind = open_behind(behind, &record).await?;
     KillPoint::AttachOpened.reached();
     let size = behind.size();
-    let resume = trust::resume(&record, records.load_tracking(&record.name), stamp.as_ref(), size);
+    let left = records.load_tracking(&record.name);
+    let whole = left.as_ref().ok().and_then(Option::as_ref);
+    if let Some(alive) = whole.and_then(|loaded| loaded.alive) {
+        record.last_time = record.last_time.max(alive.captured);
+    }
+    let known_until = trust::known_until(&record, whole);
+    let resume = trust::resume(&record, left, stamp.as_ref(), size);
     // Before the record, by which the next attach would take the old file for that of a crash.
     let activity = activity_limits(&record);
     let snapshot = resume.first_snapshot(record.uuid, activity);
     let tracking = records
         .create_tracking(&record.name, activity, size, &snapshot)
-        .and_then(|file| file.sign(trust::alive_since(stamp.as_ref())).map(|()| file))
+        .and_then(|file| file.sign(trust::alive_since(stamp.as_ref(), record.last_time)).map(|()| file))
         .map_err(|source| record_error(records, &record, source))?;
     KillPoint::AttachTracking.reached();
     record.epoch = record.epoch.next();
@@ -94,13 +102,15 @@ pub(crate) async fn open(
     record.image_at_detach = None;
     record.stopped = false;
     record.image_changed = false;
+    // From here on the tracking file says that everything may differ.
+    record.fenced = false;
     record.size = size;
     record.attached = true;
     records.save(&record).map_err(|source| record_error(records, &record, source))?;
     KillPoint::AttachRecord.reached();
     let settings = settings(&record, behind.size());
     let io_engine = IoEngine::default();
-    Ok((record.clone(), Opened { record, behind, settings, resume, tracking, io_engine }))
+    Ok((record.clone(), Opened { record, behind, settings, resume, tracking, io_engine, known_until }))
 }
 
 fn record_error(records: &Records, record: &DiskRecord, source: io::Error) -> OpenError {

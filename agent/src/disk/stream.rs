@@ -13,7 +13,7 @@ use backtide_protocol::{
     CloseCode, Closed, Data, Decoder, FRAME_HEADER_BYTES, Message, ProtocolError, RecordBody, Welcome, encode,
 };
 use backtide_storage::KillPoint;
-use backtide_units::CaptureTime;
+use backtide_units::{CaptureTime, Epoch};
 use bytes::Bytes;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -85,6 +85,8 @@ pub(crate) struct Stream {
     pub(crate) last_error: RefCell<Option<LastError>>,
     /// A connection has ended.
     pub(crate) ended: Notify,
+    /// The epoch that has the disk, since the receiver refused this one; until it is in the disk's record.
+    pub(crate) fenced_by: Cell<Option<Epoch>>,
     /// The last frame sent on this connection.
     last_seq: Cell<u64>,
     /// A batch is partly sent: nothing can follow it but its rest.
@@ -114,8 +116,11 @@ impl StreamError {
     }
 
     /// A fenced agent never comes back with this epoch.
-    fn is_final(&self) -> bool {
-        matches!(self, Self::Closed(Closed { code: CloseCode::Fenced, .. }))
+    fn fenced_by(&self) -> Option<Epoch> {
+        match self {
+            Self::Closed(Closed { code: CloseCode::Fenced, epoch, .. }) => Some(epoch.unwrap_or_default()),
+            _ => None,
+        }
     }
 }
 
@@ -126,6 +131,7 @@ impl Stream {
             receiver,
             last_error: RefCell::default(),
             ended: Notify::new(),
+            fenced_by: Cell::default(),
             last_seq: Cell::new(1),
             writing: Cell::new(false),
         })
@@ -147,7 +153,10 @@ impl Stream {
             }
             self.note(&error);
             self.ended.notify_waiters();
-            if error.is_final() {
+            if let Some(epoch) = error.fenced_by() {
+                self.fenced_by.set(Some(epoch));
+                // The next attach has to know, also after a crash.
+                self.engine.acquainted.notify_one();
                 return;
             }
             if began.elapsed() > RETRY_LAST {
@@ -321,7 +330,7 @@ impl Stream {
         if self.writing.get() {
             return;
         }
-        let closed = Closed { code: CloseCode::Bye, message: why.to_owned() };
+        let closed = Closed::new(CloseCode::Bye, why);
         let frame = encode(self.last_seq.get() + 1, &Message::Close(closed));
         let _ = tokio::time::timeout(RETRY_FIRST, write_batch(writer, &[frame])).await;
     }

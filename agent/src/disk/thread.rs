@@ -136,13 +136,15 @@ struct Life {
     image: PathBuf,
     /// As counted at the last sign.
     changes: u64,
+    /// The last capture time at the last sign.
+    captured: CaptureTime,
 }
 
 impl Life {
     async fn renew(&self, disk: &str) {
-        let (file, image) = (self.file.clone(), self.image.clone());
+        let (file, image, captured) = (self.file.clone(), self.image.clone(), self.captured);
         // An old sign is a doubt the next attach settles by comparing everything.
-        if let Err(error) = blocking(move || file.sign(trust::alive_now(&image))).await {
+        if let Err(error) = blocking(move || file.sign(trust::alive_now(&image, captured))).await {
             tracing::warn!(disk, %error, "cannot renew the sign of life in the tracking file");
         }
     }
@@ -189,7 +191,7 @@ fn run(
 
 impl Disk {
     async fn begin(opened: Opened, records: Records, nbd: NbdUri) -> Result<Self, StartError> {
-        let Opened { record, behind, settings, resume, tracking, io_engine } = opened;
+        let Opened { record, behind, settings, resume, tracking, io_engine, known_until } = opened;
         let (local, image) = match behind {
             Behind::Image(image) => {
                 let image = Arc::new(image);
@@ -198,12 +200,20 @@ impl Disk {
             Behind::Nbd(uri, size) => (Local::Nbd(NbdDisk::connect(uri, size).await?), None),
         };
         let tracking = Tracking { file: tracking, records: records.clone(), disk: record.name.clone() };
-        let life = Life { file: tracking.file.clone(), image: PathBuf::from(&record.image), changes: 0 };
+        let life = Life {
+            file: tracking.file.clone(),
+            image: PathBuf::from(&record.image),
+            changes: 0,
+            captured: record.last_time,
+        };
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
         let rate = record.limits.resync_bytes_per_second_max;
         engine.happen(|filter, _| {
             filter.limit_resync(rate);
             filter.not_before(record.last_time);
+            if let Some(until) = known_until {
+                filter.knows_until(until);
+            }
         });
         if record.paused {
             engine.happen(|filter, now| filter.pause(now));
@@ -336,9 +346,14 @@ impl Disk {
         self.rate.sample(&status);
         let changes = status.counters.records + status.counters.failed_changes;
         // Clients may come and go between two looks.
-        if self.server.connections() > 0 || changes != self.life.changes {
-            self.life.changes = changes;
+        let seen = (changes, status.last_time);
+        if self.server.connections() > 0 || seen != (self.life.changes, self.life.captured) {
+            (self.life.changes, self.life.captured) = seen;
             self.life.renew(self.record.name.as_str()).await;
+        }
+        if let Some(epoch) = self.stream.fenced_by.take() {
+            let epoch = epoch.max(self.record.epoch);
+            self.save_record(DiskRecord { fenced: true, epoch, ..self.record.clone() }).await;
         }
         let acked = self.engine.look(Filter::acked_durable);
         let bound_is_near = status.last_lsn.0 + LSN_STEP / 2 > self.record.lsn_bound.0;

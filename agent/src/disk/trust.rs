@@ -29,17 +29,17 @@ const SLACK: Duration = Duration::from_secs(5);
 const SLACK_OF_A_POWER_LOSS: Duration = Duration::from_secs(60);
 
 /// The sign of life of now, of an agent that has the disk at `image`.
-pub(crate) fn alive_now(image: &Path) -> SignOfLife {
+pub(crate) fn alive_now(image: &Path, captured: CaptureTime) -> SignOfLife {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let at = CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX));
-    SignOfLife { at, boot: boot_id(), image: ImageStamp::of(image).as_ref().map(seen) }
+    SignOfLife { at, boot: boot_id(), image: ImageStamp::of(image).as_ref().map(seen), captured }
 }
 
 /// The sign of life of an attach that begins with the image as `stamp` says and has written nothing:
 /// whatever is written before the first sign of its own is by somebody else.
-pub(crate) fn alive_since(stamp: Option<&ImageStamp>) -> SignOfLife {
+pub(crate) fn alive_since(stamp: Option<&ImageStamp>, captured: CaptureTime) -> SignOfLife {
     let at = CaptureTime(stamp.map_or(0, |stamp| stamp.modified_ns / 1000));
-    SignOfLife { at, boot: boot_id(), image: stamp.map(seen) }
+    SignOfLife { at, boot: boot_id(), image: stamp.map(seen), captured }
 }
 
 fn seen(stamp: &ImageStamp) -> ImageSeen {
@@ -49,6 +49,20 @@ fn seen(stamp: &ImageStamp) -> ImageSeen {
 fn boot_id() -> Uuid {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     text.trim().parse().unwrap_or_default()
+}
+
+/// Until when everything that was captured is known to what was left: a receiver with something later has
+/// it from an attach that this state, then an older copy, knows nothing of. None where that is not told.
+/// The record has the time of the last sign of life already.
+pub(crate) fn known_until(record: &DiskRecord, left: Option<&Loaded>) -> Option<CaptureTime> {
+    let left = left.filter(|_| record.last_time > CaptureTime::default())?;
+    if left.clean && (record.stopped || record.image_at_detach.is_some()) {
+        return Some(record.last_time);
+    }
+    // The agent lived on for a while after its last sign; that what is put back is younger is not worth an alarm.
+    let micros = u64::try_from(SLACK_OF_A_POWER_LOSS.as_micros()).unwrap_or(u64::MAX);
+    left.alive?;
+    Some(CaptureTime(record.last_time.0.saturating_add(micros)))
 }
 
 /// What the filter may trust: `left` is what the tracking file says, `stamp` the image as it is now,
@@ -78,6 +92,10 @@ pub(crate) fn resume(
     };
     if record.history.is_none() {
         return lost(Reason::FirstAttach);
+    }
+    if record.fenced {
+        tracing::warn!(%disk, "another attach has had the disk since: everything is compared");
+        return lost(Reason::AgentRolledBack);
     }
     let foreign = foreign_write(record, &loaded, stamp, size);
     if let Some((reason, why)) = foreign {
@@ -135,7 +153,7 @@ fn foreign_write(
 
 /// Whether it is the image the agent had, and the agent may have been alive when it was written last.
 fn lived_until(alive: Option<SignOfLife>, stamp: &ImageStamp) -> bool {
-    let Some(SignOfLife { at, boot, image: Some(seen) }) = alive else { return false };
+    let Some(SignOfLife { at, boot, image: Some(seen), captured: _ }) = alive else { return false };
     // A power loss may take the last writes' times with it; the death of a process takes nothing.
     let (before, after) = if boot == boot_id() {
         (Duration::ZERO, SLACK)

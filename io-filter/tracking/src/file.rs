@@ -26,7 +26,7 @@ use crate::{
 const MAGIC: [u8; 8] = *b"BTTRFILE";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 8 + 4 + 4 + 16 + 8 + 4 + 4 + 8 + 4;
-const LIFE_BYTES: usize = 8 + 16 + 8 + 8 + 4;
+const LIFE_BYTES: usize = 8 + 16 + 8 + 8 + 8 + 4;
 const SECTOR: u64 = SECTOR_BYTES as u64;
 
 /// Where the sign of life lies; the log follows in the next sector.
@@ -45,6 +45,8 @@ pub struct SignOfLife {
     pub boot: Uuid,
     /// The image as it was then; none where a device or a server is behind.
     pub image: Option<ImageSeen>,
+    /// The last capture time given until then.
+    pub captured: CaptureTime,
 }
 
 /// Which file an image is, and when it was written last.
@@ -179,6 +181,7 @@ impl TrackingFile {
         let ImageSeen { inode, modified_ns } = alive.image.unwrap_or(ImageSeen { inode: 0, modified_ns: 0 });
         bytes.put_u64_le(inode);
         bytes.put_u64_le(modified_ns);
+        bytes.put_u64_le(alive.captured.0);
         let crc = crc32c::crc32c(&bytes);
         bytes.put_u32_le(crc);
         self.file.write_at(ByteOffset(LIFE_AT), &bytes)
@@ -330,7 +333,8 @@ impl Reader<'_> {
         input.copy_to_slice(&mut boot);
         let image = ImageSeen { inode: input.get_u64_le(), modified_ns: input.get_u64_le() };
         let image = (image.inode != 0).then_some(image);
-        Ok(Some(SignOfLife { at, boot: Uuid::from_bytes(boot), image }))
+        let captured = CaptureTime(input.get_u64_le());
+        Ok(Some(SignOfLife { at, boot: Uuid::from_bytes(boot), image, captured }))
     }
 }
 

@@ -45,7 +45,9 @@ fn write(storage: &MemoryStorage) -> (Snapshot, DirtyBitmap) {
     file.write_snapshot(&newer).unwrap();
     file.write_record(&record(3, 9, 1)).unwrap();
     let image = Some(ImageSeen { inode: 12, modified_ns: 1_699_999_999_000_000_000 });
-    let alive = SignOfLife { at: CaptureTime(1_700_000_000_000_000), boot: Uuid::from_bytes([3; 16]), image };
+    let at = CaptureTime(1_700_000_000_000_000);
+    let captured = CaptureTime(at.0 - 250_000);
+    let alive = SignOfLife { at, boot: Uuid::from_bytes([3; 16]), image, captured };
     file.sign(alive).unwrap();
     let mut hot = DirtyBitmap::of((112..128).into());
     hot.insert((48..80).into());
@@ -72,5 +74,7 @@ fn the_golden_file_says_what_was_written() {
     file.write_at(backtide_units::ByteOffset::ZERO, &std::fs::read(golden()).unwrap()).unwrap();
     let loaded = Loaded::from_file(&storage, Path::new(NAME)).unwrap().unwrap();
     assert_eq!((loaded.snapshot, loaded.hot, loaded.clean), (newer, hot, false));
-    assert_eq!(loaded.alive.unwrap().at, CaptureTime(1_700_000_000_000_000));
+    let alive = loaded.alive.unwrap();
+    assert_eq!(alive.at, CaptureTime(1_700_000_000_000_000));
+    assert_eq!(alive.captured, CaptureTime(1_699_999_999_750_000));
 }

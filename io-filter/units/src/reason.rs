@@ -43,10 +43,12 @@ pub enum Reason {
     Damaged,
     /// Some block of the local disk cannot be read: what it holds is not at the receiver.
     LocalReadFailed,
+    /// The agent's state is older than what the receiver has from it: a copy of before was put back.
+    AgentRolledBack,
 }
 
 /// Every reason with its code and the sentence people read.
-const TABLE: [(Reason, u8, &str); 16] = [
+const TABLE: [(Reason, u8, &str); 17] = [
     (Reason::FirstAttach, 1, "first protection of the disk"),
     (Reason::ReceiverAway, 2, "the receiver was away longer than the retained window lasts"),
     (Reason::LinkTooSlow, 3, "the receiver or the link to it was slower than the guest's writes"),
@@ -63,6 +65,7 @@ const TABLE: [(Reason, u8, &str); 16] = [
     (Reason::VerifyRepair, 14, "verify found differences and repaired them"),
     (Reason::Damaged, 15, "the receiver's store is damaged"),
     (Reason::LocalReadFailed, 16, "a block of the local disk cannot be read"),
+    (Reason::AgentRolledBack, 17, "the agent's state is older than what the receiver has from it"),
 ];
 
 impl Reason {

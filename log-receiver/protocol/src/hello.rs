@@ -1,6 +1,6 @@
 //! The handshake's messages, and how a connection ends. Rare and evolvable, so they are JSON.
 
-use backtide_units::{ByteCount, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -71,6 +71,9 @@ pub struct Welcome {
     pub highest: Lsn,
     /// Whether the log ends in an unfinished pass: only another pass can continue it.
     pub in_pass: bool,
+    /// When the newest record in the log was captured, or its newest pass frozen, by the agent's clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_time: Option<CaptureTime>,
 }
 
 /// What the receiver had of the disk before this handshake.
@@ -92,6 +95,16 @@ pub struct Closed {
     pub code: CloseCode,
     /// A sentence for people.
     pub message: String,
+    /// Of a fenced agent: the epoch that has the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<Epoch>,
+}
+
+impl Closed {
+    /// An end for this reason.
+    pub fn new(code: CloseCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), epoch: None }
+    }
 }
 
 /// Kinds of ends, each with one right reaction.

@@ -139,6 +139,11 @@ impl Timeline {
         then.map_or(ByteCount::ZERO, |(_, size)| *size)
     }
 
+    /// When the newest record was captured, or the newest pass frozen, whichever came last.
+    pub fn last_time(&self) -> Option<CaptureTime> {
+        (self.last.lsn > Lsn::ZERO).then_some(self.last.time)
+    }
+
     /// Notes the size of a disk whose agent gives LSNs from `from` on.
     pub(crate) fn note_size(&mut self, from: Lsn, size: ByteCount) {
         if self.sizes.last().is_none_or(|(_, last)| *last != size) {

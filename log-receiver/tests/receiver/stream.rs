@@ -69,7 +69,7 @@ async fn large_payloads_and_many_disks_at_once() {
 
 #[tokio::test]
 async fn what_came_before_the_end_of_a_stream_becomes_durable() {
-    let bye = Message::Close(Closed { code: CloseCode::Bye, message: String::new() });
+    let bye = Message::Close(Closed::new(CloseCode::Bye, ""));
     let close = {
         let (header, payload) = encode(4, &bye);
         [&header[..], &payload[..]].concat()

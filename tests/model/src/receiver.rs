@@ -213,6 +213,7 @@ impl Receiver {
             state,
             durable: covered,
             highest: timeline.highest_lsn(),
+            last_time: timeline.last_time(),
             in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && covered > Lsn::ZERO),
         }
     }
@@ -251,5 +252,5 @@ impl Session {
 
 /// The message that ends a connection.
 pub(crate) fn close(code: CloseCode, why: &str) -> Message {
-    Message::Close(Closed { code, message: why.to_owned() })
+    Message::Close(Closed::new(code, why))
 }

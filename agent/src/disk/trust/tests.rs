@@ -30,7 +30,8 @@ fn stamp(seconds: i64) -> ImageStamp {
 /// The agent saw the image as written ten seconds before its last sign of life.
 fn alive() -> SignOfLife {
     let image = Some(seen(&stamp(-10)));
-    SignOfLife { at: CaptureTime(ALIVE * 1_000_000), boot: boot_id(), image }
+    let at = CaptureTime(ALIVE * 1_000_000);
+    SignOfLife { at, boot: boot_id(), image, captured: at }
 }
 
 fn left(record: &DiskRecord, clean: bool) -> Loaded {
@@ -138,4 +139,32 @@ fn no_tracking_file_means_a_crash_unless_the_disk_is_new() {
     assert!(is_lost(&resume(&known, Err(damaged), None, SIZE), Reason::BitmapUntrusted));
     let fresh = DiskRecord { history: None, lsn_bound: Lsn::ZERO, ..known };
     assert_eq!(resume(&fresh, Ok(None), None, SIZE), Resume::New);
+}
+
+#[test]
+fn what_a_state_knows_of_ends_with_its_last_sign_of_life_and_a_clean_one_with_the_last_capture() {
+    let last_time = CaptureTime(ALIVE * 1_000_000);
+    let crashed = DiskRecord { image_at_detach: None, attached: true, last_time, ..record() };
+    let until = |record: &DiskRecord, loaded: &Loaded| {
+        known_until(record, Some(loaded)).map(|until| until.0 - last_time.0)
+    };
+    assert_eq!(until(&crashed, &left(&crashed, false)), Some(60_000_000));
+    let clean = DiskRecord { last_time, ..record() };
+    assert_eq!(until(&clean, &left(&clean, true)), Some(0));
+    // Nothing was ever captured, or nobody tells.
+    assert_eq!(
+        known_until(
+            &DiskRecord { last_time: CaptureTime(0), ..crashed.clone() },
+            Some(&left(&crashed, false))
+        ),
+        None
+    );
+    assert_eq!(known_until(&crashed, Some(&Loaded { alive: None, ..left(&crashed, false) })), None);
+}
+
+#[test]
+fn a_state_that_was_fenced_is_not_trusted() {
+    let record = DiskRecord { fenced: true, ..record() };
+    let resumed = resume(&record, Ok(Some(left(&record, true))), Some(&stamp(0)), SIZE);
+    assert!(is_lost(&resumed, Reason::AgentRolledBack));
 }

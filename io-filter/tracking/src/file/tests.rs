@@ -146,6 +146,7 @@ fn a_sign_of_life_comes_back_and_a_damaged_one_is_none() {
         at: CaptureTime(1234),
         boot: Uuid::from_bytes([9; 16]),
         image: Some(ImageSeen { inode: 5, modified_ns: 6 }),
+        captured: CaptureTime(1230),
     };
     file.sign(alive).unwrap();
     assert_eq!(load(&storage).unwrap().alive, Some(alive));

@@ -42,7 +42,10 @@ fn one_of_each() -> Vec<Message> {
         Message::CompareResult(CompareResult { id: 4, differing: vec![0, 3] }),
         Message::Ack { received: 10, durable: 8 },
         Message::Ping,
-        Message::Close(Closed { code: CloseCode::Fenced, message: "epoch 3 owns the disk".into() }),
+        Message::Close(Closed {
+            epoch: Some(backtide_units::Epoch(3)),
+            ..Closed::new(CloseCode::Fenced, "epoch 3 owns the disk")
+        }),
     ]
 }
 

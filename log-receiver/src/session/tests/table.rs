@@ -48,7 +48,7 @@ fn session_in(bench: &mut Bench, state: In) -> Peer {
 }
 
 fn close() -> Message {
-    Message::Close(Closed { code: CloseCode::Bye, message: "detached".into() })
+    Message::Close(Closed::new(CloseCode::Bye, "detached"))
 }
 
 /// One of each kind, all of them good ones in the streaming state but for the direction.
@@ -60,6 +60,7 @@ fn messages() -> Vec<(Message, Then)> {
         durable: Lsn(0),
         highest: Lsn(0),
         in_pass: false,
+        last_time: None,
     };
     let item = CompareItem { range: range(0, 4096), content: Content::Zeroes };
     vec![
@@ -114,7 +115,7 @@ fn an_ended_session_does_nothing_more() {
     assert_eq!(peer.send(&mut bench, close()), [Seen::End]);
     assert_eq!(peer.send(&mut bench, close()), []);
     assert_eq!(peer.settle(&mut bench), []);
-    let reason = Closed { code: CloseCode::Bye, message: String::new() };
+    let reason = Closed::new(CloseCode::Bye, "");
     assert_eq!(seen(peer.session.close(&mut bench.disks, reason)), []);
     assert_eq!(peer.session.disk(), None);
 }

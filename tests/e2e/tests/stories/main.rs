@@ -13,6 +13,7 @@ mod damage;
 mod encrypted;
 mod filesystem;
 mod going_back;
+mod handshake;
 mod helping;
 mod kill_points;
 mod local_io;
