@@ -1,9 +1,18 @@
 //! The files of unix sockets: one rule for everything that listens on one - disks, streams and
-//! control APIs.
+//! control APIs. And how listening sockets outlive the process that listens: [`Sockets`] keeps them
+//! for the next one, [`Notifier`] tells a service manager, [`passing`] is the way from process to
+//! process.
 //!
 //! Invariants: a file is replaced only when it is a socket on which nobody answers, which is what a
 //! process that was killed leaves behind; and it is removed in the end only while it is the one that
 //! was made.
+
+mod notifier;
+pub mod passing;
+mod sockets;
+
+pub use notifier::Notifier;
+pub use sockets::{Place as Listening, Sockets};
 
 use std::{
     io,
@@ -74,6 +83,7 @@ impl Place {
 pub struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
+    stays: bool,
 }
 
 impl SocketFile {
@@ -90,12 +100,20 @@ impl SocketFile {
     /// # Errors
     /// When it cannot be looked at.
     pub fn moving(now: &Path, path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), identity: identity(now)? })
+        Ok(Self { path: path.to_owned(), identity: identity(now)?, stays: false })
+    }
+
+    /// The file stays: whoever listens next has the same socket.
+    pub fn leave(mut self) {
+        self.stays = true;
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
         let ours = identity(&self.path).is_ok_and(|now| now == self.identity);
         // Nothing is lost if it stays: the next process finds it stale.
         if ours && let Err(error) = std::fs::remove_file(&self.path) {
