@@ -4,7 +4,13 @@
 //! the same machine only: a unix socket has mode 0600 from its first moment, TCP is loopback.
 
 use std::{
-    future::poll_fn, io, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, pin::Pin, time::Duration,
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    os::{fd::OwnedFd, unix::fs::PermissionsExt},
+    path::Path,
+    pin::Pin,
+    time::Duration,
 };
 
 use axum::{
@@ -15,7 +21,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
-use backtide_socket::{Occupied, Place, SocketFile};
+use backtide_socket::{Listening, Occupied, Place, SocketFile, Sockets};
 use tokio::net::{TcpListener, UnixListener, lookup_host};
 
 use crate::{Address, ApiError, ErrorCode, address::SOCKET_PATH_BYTES_MAX};
@@ -38,7 +44,7 @@ pub struct Server {
 
 #[derive(Debug)]
 enum Listener {
-    Unix { listener: UnixListener, socket: SocketFile },
+    Unix { listener: UnixListener, socket: Option<SocketFile> },
     Tcp(TcpListener),
 }
 
@@ -106,6 +112,29 @@ impl Server {
             Address::Unix(path) => bind_unix(address, path).await,
             Address::Tcp { host, port } => bind_tcp(address, host, *port).await,
         }
+    }
+
+    /// The same on a socket that `sockets` has kept for `purpose` or, if there is none, on a new one
+    /// that it keeps from now on: the end of this server does not close it.
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub async fn bind_kept(address: &Address, sockets: &Sockets, purpose: &str) -> Result<Self, BindError> {
+        let place = match address {
+            Address::Unix(path) => Listening::Unix(path),
+            Address::Tcp { host, port } => Listening::Tcp(host, *port),
+        };
+        let failed = |source| BindError::Io { address: address.clone(), source };
+        if let Some(socket) = sockets.take(purpose, place) {
+            return inherit(address, socket).map_err(failed);
+        }
+        let mut server = Self::bind(address).await?;
+        match &mut server.listener {
+            Listener::Unix { listener, socket } => sockets.keep(purpose, place, &*listener, socket.take()),
+            Listener::Tcp(listener) => sockets.keep(purpose, place, &*listener, None),
+        }
+        .map_err(failed)?;
+        Ok(server)
     }
 
     /// Where it listens, with the real port when port 0 was asked for.
@@ -202,6 +231,25 @@ async fn loopback_host_only(request: Request, next: Next) -> Response {
     (StatusCode::FORBIDDEN, error.into_response()).into_response()
 }
 
+/// A socket that listens already, here or at the same host with a port of its own.
+fn inherit(address: &Address, socket: OwnedFd) -> io::Result<Server> {
+    match address {
+        Address::Unix(_) => {
+            let socket = std::os::unix::net::UnixListener::from(socket);
+            socket.set_nonblocking(true)?;
+            let listener = UnixListener::from_std(socket)?;
+            Ok(Server { listener: Listener::Unix { listener, socket: None }, address: address.clone() })
+        }
+        Address::Tcp { host, .. } => {
+            let socket = std::net::TcpListener::from(socket);
+            socket.set_nonblocking(true)?;
+            let listener = TcpListener::from_std(socket)?;
+            let address = Address::Tcp { host: host.clone(), port: listener.local_addr()?.port() };
+            Ok(Server { listener: Listener::Tcp(listener), address })
+        }
+    }
+}
+
 async fn bind_tcp(address: &Address, host: &str, port: u16) -> Result<Server, BindError> {
     let failed = |source| BindError::Io { address: address.clone(), source };
     let resolved: Vec<SocketAddr> = lookup_host((host, port)).await.map_err(failed)?.collect();
@@ -240,5 +288,5 @@ async fn bind_unix(address: &Address, path: &Path) -> Result<Server, BindError> 
     std::fs::set_permissions(&newborn, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     let socket = SocketFile::moving(&newborn, path).map_err(failed)?;
     std::fs::rename(&newborn, path).map_err(failed)?;
-    Ok(Server { listener: Listener::Unix { listener, socket }, address: address.clone() })
+    Ok(Server { listener: Listener::Unix { listener, socket: Some(socket) }, address: address.clone() })
 }

@@ -7,7 +7,7 @@ use std::{io, path::Path, rc::Rc, time::Duration};
 
 use backtide_nbd::server::TlsMode;
 use backtide_nbd::{NbdAddress, NbdUri};
-use backtide_socket::{Occupied, Place, SocketFile};
+use backtide_socket::{Listening, Occupied, Place, SocketFile, Sockets};
 use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 
@@ -28,7 +28,7 @@ pub struct Listener {
     address: NbdAddress,
     tls: ServerTls,
     /// The socket file to remove in the end.
-    _file: Option<SocketFile>,
+    file: Option<SocketFile>,
 }
 
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl Listener {
                 let socket = TcpListener::bind((host.as_str(), *port)).await.map_err(failed)?;
                 let bound = socket.local_addr().map_err(failed)?;
                 let address = NbdAddress::Tcp { host: host.clone(), port: bound.port() };
-                Ok(Self { socket: Socket::Tcp(socket), address, tls: ServerTls::off(), _file: None })
+                Ok(Self { socket: Socket::Tcp(socket), address, tls: ServerTls::off(), file: None })
             }
             NbdAddress::Unix(path) => {
                 Place::clear(path).await.map_err(|occupied| match occupied {
@@ -60,7 +60,7 @@ impl Listener {
                 let socket = UnixListener::bind(path).map_err(failed)?;
                 let file = Some(SocketFile::of(path).map_err(failed)?);
                 let address = address.clone();
-                Ok(Self { socket: Socket::Unix(socket), address, tls: ServerTls::off(), _file: file })
+                Ok(Self { socket: Socket::Unix(socket), address, tls: ServerTls::off(), file })
             }
         }
     }
@@ -71,15 +71,38 @@ impl Listener {
     /// # Errors
     /// As [`bind`](Self::bind), and when the certificates cannot be used.
     pub async fn bind_uri(uri: &NbdUri) -> Result<Self, BindError> {
-        let tls = match &uri.tls {
-            None => ServerTls::off(),
-            Some(tls) => {
-                let clients = ClientCertificates::Required;
-                let mode = if tls.required { TlsMode::Required } else { TlsMode::Optional };
-                ServerTls::load(mode, &tls.certificates, clients).map_err(BindError::Tls)?
-            }
-        };
+        let tls = tls_of(uri)?;
         Ok(Self::bind(&uri.address).await?.with_tls(tls))
+    }
+
+    /// The same on a socket that `sockets` has kept for `purpose` or, if there is none, on a new one
+    /// that it keeps from now on: the end of this listener does not close it.
+    ///
+    /// # Errors
+    /// As [`bind_uri`](Self::bind_uri).
+    pub async fn bind_kept(uri: &NbdUri, sockets: &Sockets, purpose: &str) -> Result<Self, BindError> {
+        let tls = tls_of(uri)?;
+        let failed = |source| bind_failed(&uri.address, source);
+        let place = match &uri.address {
+            NbdAddress::Tcp { host, port } => Listening::Tcp(host, *port),
+            NbdAddress::Unix(path) => Listening::Unix(path),
+        };
+        if let Some(socket) = sockets.take(purpose, place) {
+            return match &uri.address {
+                NbdAddress::Tcp { .. } => Self::from_tcp(socket.into()),
+                NbdAddress::Unix(_) => Self::from_unix(socket.into()),
+            }
+            .map(|kept| Self { address: with_port_of(&uri.address, &kept.address), ..kept.with_tls(tls) })
+            .map_err(failed);
+        }
+        let mut listener = Self::bind(&uri.address).await?.with_tls(tls);
+        let file = listener.file.take();
+        let kept = match &listener.socket {
+            Socket::Tcp(socket) => sockets.keep(purpose, place, socket, file),
+            Socket::Unix(socket) => sockets.keep(purpose, place, socket, file),
+        };
+        kept.map_err(failed)?;
+        Ok(listener)
     }
 
     /// The same listener, encrypting as `tls` says.
@@ -96,7 +119,7 @@ impl Listener {
         socket.set_nonblocking(true)?;
         let path = socket.local_addr()?.as_pathname().map(Path::to_path_buf).unwrap_or_default();
         let socket = Socket::Unix(UnixListener::from_std(socket)?);
-        Ok(Self { socket, address: NbdAddress::Unix(path), tls: ServerTls::off(), _file: None })
+        Ok(Self { socket, address: NbdAddress::Unix(path), tls: ServerTls::off(), file: None })
     }
 
     /// Takes over a TCP socket that somebody else bound and keeps.
@@ -108,7 +131,7 @@ impl Listener {
         let bound = socket.local_addr()?;
         let address = NbdAddress::Tcp { host: bound.ip().to_string(), port: bound.port() };
         let socket = Socket::Tcp(TcpListener::from_std(socket)?);
-        Ok(Self { socket, address, tls: ServerTls::off(), _file: None })
+        Ok(Self { socket, address, tls: ServerTls::off(), file: None })
     }
 
     /// Where clients connect; the port is the real one.
@@ -137,6 +160,23 @@ impl Listener {
             },
             Socket::Unix(socket) => Ok(Box::new(socket.accept().await?.0)),
         }
+    }
+}
+
+/// How a server at `uri` encrypts.
+fn tls_of(uri: &NbdUri) -> Result<ServerTls, BindError> {
+    let Some(tls) = &uri.tls else { return Ok(ServerTls::off()) };
+    let mode = if tls.required { TlsMode::Required } else { TlsMode::Optional };
+    ServerTls::load(mode, &tls.certificates, ClientCertificates::Required).map_err(BindError::Tls)
+}
+
+/// The address asked for, with the port that was found for it.
+fn with_port_of(asked: &NbdAddress, bound: &NbdAddress) -> NbdAddress {
+    match (asked, bound) {
+        (NbdAddress::Tcp { host, .. }, NbdAddress::Tcp { port, .. }) => {
+            NbdAddress::Tcp { host: host.clone(), port: *port }
+        }
+        (asked, _) => asked.clone(),
     }
 }
 
