@@ -1,20 +1,30 @@
 //! An agent from start to end.
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
 
 use backtide_agent_api::{Limits, router};
 use backtide_control::{Address, BindError, ErrorCode, Server};
+use backtide_socket::Sockets;
 use backtide_storage::RealStorage;
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use crate::{
-    Config, Places,
+    Config, Places, Successor,
     record::Records,
     registry::{LocalIo, Registry},
+    restart::Restart,
     service::Service,
+    watch,
 };
 
-/// A running agent. Ends in good order by [`shutdown`](Self::shutdown); dropped, it leaves its
+/// What the API's socket is kept for.
+const API_PURPOSE: &str = "api";
+
+/// How long calls of the API may take that are under way when the agent hands over.
+const LAST_CALLS: Duration = Duration::from_millis(100);
+
+/// A running agent. Ends in good order by [`shutdown`](Self::shutdown) or
+/// [`hand_over`](Self::hand_over); dropped, it leaves its
 /// disks to be found as after a crash.
 pub struct Agent {
     registry: Arc<Registry>,
@@ -23,6 +33,8 @@ pub struct Agent {
     serving: JoinHandle<io::Result<()>>,
     /// Tries disks again that could not be attached at the start.
     restoring: Option<JoinHandle<()>>,
+    restart: Arc<Restart>,
+    sockets: Sockets,
 }
 
 /// Why an agent does not start.
@@ -66,12 +78,33 @@ impl AgentError {
     }
 }
 
+/// What an agent has from the process it runs in. By default nothing: an agent inside of another
+/// program.
+#[derive(Clone, Debug, Default)]
+pub struct Surroundings {
+    /// Listening sockets of the process before, and who keeps them for the next.
+    pub sockets: Sockets,
+    /// What this process becomes at a restart; without it a restart is refused.
+    pub successor: Option<Successor>,
+    /// Why the last restart came to nothing, if this agent stands in for its successor.
+    pub restart_failure: Option<String>,
+}
+
 impl Agent {
-    /// Starts an agent: when this returns, its API answers and the disks it had are attached again.
+    /// Starts an agent: when this returns, its API answers and the disks it had are attached again,
+    /// but for those that cannot be for the moment.
     ///
     /// # Errors
     /// See [`AgentError`].
     pub async fn start(config: Config) -> Result<Self, AgentError> {
+        Self::start_in(config, Surroundings::default()).await
+    }
+
+    /// The same in a process of its own.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn start_in(config: Config, surroundings: Surroundings) -> Result<Self, AgentError> {
         let directory = config.state.display().to_string();
         let state = |source| AgentError::State { directory: directory.clone(), source };
         std::fs::create_dir_all(&config.state).map_err(state)?;
@@ -81,7 +114,8 @@ impl Agent {
         })?;
         std::fs::create_dir_all(&config.run)
             .map_err(|source| AgentError::Run { directory: config.run.display().to_string(), source })?;
-        let server = Server::bind(&config.api).await?;
+        let Surroundings { sockets, successor, restart_failure } = surroundings;
+        let server = Server::bind_kept(&config.api, &sockets, API_PURPOSE).await?;
         let api = server.address().clone();
         let registry = Registry::new(
             Places::of(&config),
@@ -89,19 +123,22 @@ impl Agent {
             config.limits.or(Limits::default()),
             config.nbd_tls.clone(),
             LocalIo { cache: config.cache, engine: config.io_engine },
+            sockets.clone(),
         );
+        registry.forget_other_sockets(&[API_PURPOSE]).map_err(state)?;
         let restoring = match registry.restore().await.map_err(state)? {
             true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),
             false => None,
         };
-        let router = router(Service::new(Arc::clone(&registry)));
+        let restart = Arc::new(Restart::new(successor, restart_failure));
+        let router = router(Service::new(Arc::clone(&registry), Arc::clone(&restart)));
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.run(router, async move {
             // Dropped or sent: both mean the end.
             let _ = stopped.await;
         }));
         tracing::info!(%api, state = directory, "agent started");
-        Ok(Self { registry, api, stop, serving, restoring })
+        Ok(Self { registry, api, stop, serving, restoring, restart, sockets })
     }
 
     /// Where the control API is.
@@ -109,9 +146,51 @@ impl Agent {
         &self.api
     }
 
+    /// Tells the service manager how it goes, if there is one; for as long as this is polled.
+    pub async fn tell_service_manager(&self) {
+        match self.sockets.notifier() {
+            Some(notifier) => watch::tell(notifier, &self.registry).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Ready when somebody asks through the API that this process become its successor.
+    pub async fn asked_to_restart(&self) {
+        self.restart.asked.notified().await;
+    }
+
+    /// Lets go of every disk and of the API, with clients waiting at the sockets for whoever comes
+    /// next. When a disk does not let go, the agent goes on with all of them, and says why in its
+    /// status: that is `Err`, with the agent.
+    ///
+    /// # Errors
+    /// When a disk stands still.
+    pub async fn hand_over(mut self) -> Result<(), Box<Self>> {
+        if let Err(error) = self.registry.hand_over().await {
+            tracing::error!(error = error.message, "the agent is not restarted");
+            self.restart.failed(&error.message);
+            if let Some(restoring) = self.restoring.take() {
+                restoring.abort();
+            }
+            self.restoring = Some(tokio::spawn(Arc::clone(&self.registry).restore_at_once()));
+            return Err(Box::new(self));
+        }
+        if let Some(restoring) = self.restoring {
+            restoring.abort();
+        }
+        let _ = self.stop.send(());
+        // Calls under way may take a moment, which every guest waits for.
+        let _ = tokio::time::timeout(LAST_CALLS, self.serving).await;
+        tracing::info!("agent hands over");
+        Ok(())
+    }
+
     /// Ends every disk in good order, then the API. The next agent with this state directory
     /// attaches them again.
     pub async fn shutdown(self) {
+        if let Some(notifier) = self.sockets.notifier() {
+            notifier.tell("STOPPING=1\nSTATUS=detaching the disks");
+        }
         if let Some(restoring) = self.restoring {
             restoring.abort();
         }
@@ -120,6 +199,7 @@ impl Agent {
         if let Ok(Err(error)) = self.serving.await {
             tracing::warn!(%error, "control API");
         }
+        self.sockets.close();
         tracing::info!("agent ended");
     }
 }

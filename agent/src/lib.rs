@@ -6,13 +6,19 @@
 //! its disks; `service` is the control API; `marks` names one instant on several disks.
 
 mod agent;
+mod claims;
 mod config;
 mod disk;
 mod marks;
 mod qcow2;
 mod record;
 mod registry;
+mod restart;
 mod service;
+mod successor;
+mod watch;
 
-pub use agent::{Agent, AgentError};
+pub use agent::{Agent, AgentError, Surroundings};
+pub use backtide_socket::Sockets;
 pub use config::{Config, IoEngine, Places};
+pub use successor::Successor;

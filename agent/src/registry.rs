@@ -1,7 +1,11 @@
 //! The agent's disks: attached ones with their threads, and the names of all it remembers.
 //!
-//! Invariant: attaches and detaches of one agent happen one after the other, so a name is never
-//! attached twice; everything else goes on meanwhile.
+//! Invariant: the name of a disk that is being attached or detached is claimed, so it is never
+//! attached twice; every other disk goes on meanwhile, whatever that one waits for.
+
+mod errors;
+mod leave;
+mod restore;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
@@ -9,13 +13,19 @@ use backtide_agent_api::{AttachRequest, CacheMode, DiskStatus, Limits};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdTls, NbdUri};
 use backtide_io_filter::Resume;
+use backtide_socket::Sockets;
 use backtide_tracking::Snapshot;
 use backtide_units::DiskName;
-use tokio::sync::{Mutex, RwLock};
+use tokio::{
+    sync::{RwLock, Semaphore},
+    time::Instant,
+};
 
+use self::errors::{failed, not_saved, open_error, refuse_adopted};
 use crate::{
+    claims::{Claim, Claimed, Claims, Identity},
     config::{IoEngine, Places},
-    disk::{self, Command, DiskHandle, OpenError},
+    disk::{self, Command, DiskHandle, Leaving, OpenError, Opened},
     qcow2::{Qcow2Server, is_qcow2},
     record::{DiskRecord, ImageStamp, Records},
 };
@@ -28,14 +38,28 @@ pub(crate) struct Registry {
     nbd_tls: Option<NbdTls>,
     local_io: LocalIo,
     disks: RwLock<BTreeMap<DiskName, Attached>>,
-    /// Held by whoever attaches or detaches.
-    changing: Mutex<()>,
+    /// Held by whoever attaches or detaches, for the name he changes.
+    claims: Arc<Claims>,
+    /// The disks' listening sockets.
+    sockets: Sockets,
+    /// Disks opened at once at the start.
+    opening: Semaphore,
     /// Disks that could not be attached again, as the status tells of them.
     failing: RwLock<BTreeMap<DiskName, DiskStatus>>,
 }
 
-/// How long after a failed start of the agent's disks the next attempt is made.
-const RESTORE_AGAIN: Duration = Duration::from_secs(5);
+/// Disks opened at once at the start of the agent: each syncs some small files.
+const OPENING_MAX: usize = 16;
+
+/// How long whoever attaches or detaches waits for another change of the same disk.
+const CLAIM_TIME: Duration = Duration::from_secs(10);
+
+/// How long an image may be locked by an agent that is dying: what it had in flight is completed, or
+/// cancelled, before the kernel gives up its lock.
+const PREDECESSOR_TIME: Duration = Duration::from_secs(2);
+
+/// How often its lock is looked at.
+const PREDECESSOR_POLL: Duration = Duration::from_millis(5);
 
 /// How disks' images are read and written.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,6 +81,7 @@ impl Registry {
         defaults: Limits,
         nbd_tls: Option<NbdTls>,
         local_io: LocalIo,
+        sockets: Sockets,
     ) -> Arc<Self> {
         Arc::new(Self {
             places,
@@ -65,41 +90,11 @@ impl Registry {
             nbd_tls,
             local_io,
             disks: RwLock::default(),
-            changing: Mutex::new(()),
+            claims: Arc::default(),
+            sockets,
+            opening: Semaphore::new(OPENING_MAX),
             failing: RwLock::default(),
         })
-    }
-
-    /// Attaches again every disk that was attached when the agent ended. One that cannot be is
-    /// logged; whether there are such, to be tried again.
-    pub(crate) async fn restore(&self) -> std::io::Result<bool> {
-        let mut missing = false;
-        for record in self.records.load_all()?.into_iter().filter(|record| record.attached) {
-            let _only = self.changing.lock().await;
-            let name = record.name.clone();
-            if self.disks.read().await.contains_key(&name) {
-                continue;
-            }
-            if let Err(error) = self.start(record.clone()).await {
-                missing = true;
-                tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again: will try again");
-                let status = disk::not_attached(&record, &error.message);
-                self.failing.write().await.insert(name, status);
-            }
-        }
-        Ok(missing)
-    }
-
-    /// Goes on trying: an image may lie on a file system that is mounted late.
-    pub(crate) async fn keep_restoring(self: Arc<Self>) {
-        loop {
-            tokio::time::sleep(RESTORE_AGAIN).await;
-            match self.restore().await {
-                Ok(false) => return,
-                Ok(true) => {}
-                Err(error) => tracing::error!(%error, "cannot read the disks' records"),
-            }
-        }
     }
 
     pub(crate) async fn handles(&self) -> Vec<DiskHandle> {
@@ -140,14 +135,13 @@ impl Registry {
 
     pub(crate) async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
         request.limits.check().map_err(|why| ApiError::new(ErrorCode::Usage, why))?;
-        let _only = self.changing.lock().await;
+        let claim = self.claim(&request.name).await?;
         if self.disks.read().await.contains_key(&request.name) {
             let message = format!("disk {} is attached already", request.name);
             return Err(
                 ApiError::new(ErrorCode::Exists, message).with_hint("detach it first, or use another name")
             );
         }
-        self.refuse_protected(&request).await?;
         let known = self.records.load(&request.name).map_err(|error| match error.kind() {
             std::io::ErrorKind::InvalidData => failed(&error).with_hint(format!(
                 "move it out of {}, then attach with --adopt: that continues its history",
@@ -158,7 +152,7 @@ impl Registry {
         refuse_adopted(&request, known.as_ref())?;
         let record = self.record_for(request, known);
         let name = record.name.clone();
-        let handle = match self.start(record).await {
+        let handle = match self.start(&claim, record, Duration::ZERO).await {
             Ok(handle) => handle,
             Err(error) => {
                 self.forget_attached(&name).await;
@@ -168,18 +162,14 @@ impl Registry {
         handle.status().await.map_err(|error| failed(&error))
     }
 
-    /// One image is one disk: two would write past each other.
-    async fn refuse_protected(&self, request: &AttachRequest) -> Result<(), ApiError> {
-        for name in self.disks.read().await.keys() {
-            let record = self.records.load(name).map_err(|error| failed(&error))?;
-            if record.is_some_and(|record| is_same_image(&record.image, &request.image)) {
-                let message =
-                    format!("{} is protected already: it is disk {name} of this agent", request.image);
-                return Err(ApiError::new(ErrorCode::Locked, message)
-                    .with_hint(format!("use disk {name}, or detach it first")));
-            }
-        }
-        Ok(())
+    async fn claim(&self, name: &DiskName) -> Result<Claim, ApiError> {
+        self.claims.claim(name, CLAIM_TIME).await.map_err(|claimed| {
+            let message = match claimed {
+                Claimed::Changing => format!("disk {name} cannot be changed now: {claimed}"),
+                Claimed::Closed => claimed.to_string(),
+            };
+            ApiError::new(ErrorCode::Busy, message)
+        })
     }
 
     /// The record of an attach: what is asked for now, on top of what the disk's life so far is.
@@ -208,28 +198,56 @@ impl Registry {
         }
     }
 
-    async fn start(&self, record: DiskRecord) -> Result<DiskHandle, ApiError> {
+    /// Attaches the disk of a record whose name is claimed; when a predecessor may still have the
+    /// image, with `patience`.
+    async fn start(
+        &self,
+        claim: &Claim,
+        record: DiskRecord,
+        patience: Duration,
+    ) -> Result<DiskHandle, ApiError> {
+        let name = record.name.clone();
+        assert!(claim.is_of(&name), "whoever attaches {name} has claimed it");
+        let image = record.image.clone();
+        let identity = waiting(move || Identity::of(&image)).await?;
+        self.claims.take_image(&name, identity).map_err(|other| {
+            let message = format!("{} is protected already: it is disk {other} of this agent", record.image);
+            ApiError::new(ErrorCode::Locked, message)
+                .with_hint(format!("use disk {other}, or detach it first"))
+        })?;
+        let started = self.start_on(record, patience).await;
+        if started.is_err() {
+            self.claims.leave_image(&name);
+        }
+        started
+    }
+
+    async fn start_on(&self, record: DiskRecord, patience: Duration) -> Result<DiskHandle, ApiError> {
         let name = record.name.clone();
         let nbd = self.listen_uri(&record)?;
-        let image = Path::new(&record.image);
-        // Before qemu-nbd opens it, which writes it already.
-        let stamp = ImageStamp::of(image);
-        let qcow2 = match is_qcow2(image) {
+        let path = record.image.clone();
+        // The stamp before qemu-nbd opens it, which writes it already.
+        let look = move || (ImageStamp::of(Path::new(&path)), is_qcow2(Path::new(&path)));
+        let (stamp, is_qcow2) = waiting(look).await?;
+        let qcow2 = match is_qcow2 {
             true => Some(
-                Qcow2Server::start(image, &name, self.places.qcow2_socket(&name), record.cache)
-                    .await
-                    .map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?,
+                Qcow2Server::start(
+                    Path::new(&record.image),
+                    &name,
+                    self.places.qcow2_socket(&name),
+                    record.cache,
+                )
+                .await
+                .map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?,
             ),
             false => None,
         };
         let stopped = record.stopped;
         let behind = qcow2.as_ref().map_or(record.image.clone(), |server| server.uri().to_owned());
-        let (record, mut opened) = disk::open(&self.records, record, &behind, stamp.clone())
-            .await
-            .map_err(|error| open_error(&error))?;
+        let (record, mut opened) = self.open(record, behind, stamp.clone(), patience).await?;
         opened.io_engine = self.local_io.engine;
         let resume = opened.resume.clone();
-        match disk::start(opened, self.records.clone(), nbd).await {
+        match disk::start(opened, self.records.clone(), nbd, self.sockets.clone()).await {
             Ok(handle) => {
                 // Known from now on, also when the disk stands still one day.
                 let _ = handle.status().await;
@@ -253,6 +271,32 @@ impl Registry {
         }
     }
 
+    /// Opens the disk behind where it may wait for its storage: on no thread that others need.
+    async fn open(
+        &self,
+        record: DiskRecord,
+        behind: String,
+        stamp: Option<ImageStamp>,
+        patience: Duration,
+    ) -> Result<(DiskRecord, Opened), ApiError> {
+        let until = Instant::now() + patience;
+        loop {
+            let (records, record, behind, stamp) =
+                (self.records.clone(), record.clone(), behind.clone(), stamp.clone());
+            let runtime = tokio::runtime::Handle::current();
+            let opening = move || {
+                let opened = runtime.block_on(disk::open(&records, record, &behind, stamp));
+                opened.map_err(Box::new)
+            };
+            match waiting(opening).await? {
+                Err(error) if is_locked(&error) && Instant::now() < until => {
+                    tokio::time::sleep(PREDECESSOR_POLL).await;
+                }
+                result => return result.map_err(|error| open_error(&error)),
+            }
+        }
+    }
+
     fn listen_uri(&self, record: &DiskRecord) -> Result<NbdUri, ApiError> {
         let uri = match &record.nbd {
             Some(text) => text.parse().map_err(|error: backtide_export::ParseUriError| {
@@ -271,9 +315,12 @@ impl Registry {
 
     /// Detaches a disk; its record stays, so that an attach under its name goes on.
     pub(crate) async fn detach(&self, name: &DiskName, force: bool) -> Result<DiskStatus, ApiError> {
-        let _only = self.changing.lock().await;
-        let (name, handle) = self.find(name).await?;
-        let answer = handle.ask_at_length(|answer| Command::Detach { force, answer }).await;
+        let (name, _) = self.find(name).await?;
+        let _claim = self.claim(&name).await?;
+        // It may have been detached while this waited.
+        let (name, handle) = self.find(&name).await?;
+        let leaving = if force { Leaving::Stopped } else { Leaving::Asked };
+        let answer = handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await;
         let result = match answer.map_err(|error| failed(&error)) {
             // Its thread has ended without us: what is left of it goes all the same.
             Err(ended) => Err(ended),
@@ -285,11 +332,13 @@ impl Registry {
             Ok(Ok(status)) => Ok(status),
         };
         let attached = self.disks.write().await.remove(&name);
+        self.sockets.forget(&disk::nbd_purpose(&name));
         let server = attached.and_then(|attached| attached.qcow2);
         let has_server = server.is_some();
         if let Some(server) = server {
             server.stop().await;
         }
+        self.claims.leave_image(&name);
         if let Ok(Some(mut record)) = self.records.load(&name) {
             record.attached = false;
             if has_server {
@@ -311,6 +360,7 @@ impl Registry {
     /// A disk whose attach failed is not attached again at the next start.
     async fn forget_attached(&self, name: &DiskName) {
         self.failing.write().await.remove(name);
+        self.sockets.forget(&disk::nbd_purpose(name));
         let saved = self.records.load(name).and_then(|known| match known {
             Some(record) if record.attached => self.records.save(&DiskRecord { attached: false, ..record }),
             Some(_) | None => Ok(()),
@@ -333,120 +383,15 @@ impl Registry {
             tracing::error!(disk = %record.name, %error, "cannot put the tracking file back: everything will be compared");
         }
     }
-
-    /// Ends every disk in good order, for the end of the agent: they are attached again by the next.
-    pub(crate) async fn shut_down(&self) {
-        let _only = self.changing.lock().await;
-        let disks = std::mem::take(&mut *self.disks.write().await);
-        let detaching: Vec<_> = disks
-            .into_iter()
-            .map(|(name, attached)| tokio::spawn(end(name, attached, self.records.clone())))
-            .collect();
-        for task in detaching {
-            if let Err(error) = task.await {
-                tracing::error!(%error, "detach");
-            }
-        }
-    }
 }
 
-async fn end(name: DiskName, attached: Attached, records: Records) {
-    let Attached { handle, qcow2 } = attached;
-    match handle.ask_at_length(|answer| Command::Detach { force: true, answer }).await {
-        Ok(Ok(_)) => {}
-        Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),
-        Err(error) => tracing::error!(disk = %name, %error, "detach"),
-    }
-    let has_server = qcow2.is_some();
-    if let Some(server) = qcow2 {
-        server.stop().await;
-    }
-    let stamped = records.load(&name).and_then(|known| match known {
-        Some(mut record) => {
-            if has_server {
-                record.image_at_detach = ImageStamp::of(Path::new(&record.image));
-            }
-            records.save(&DiskRecord { stopped: true, ..record })
-        }
-        None => Ok(()),
-    });
-    if let Err(error) = stamped {
-        tracing::error!(disk = %name, %error, "cannot save the disk's record");
-    }
+fn is_locked(error: &OpenError) -> bool {
+    matches!(error, OpenError::Image(backtide_storage::ImageError::Locked { .. }))
 }
 
-/// Whether two images, each a path or a URI, are the same file or device.
-fn is_same_image(one: &str, other: &str) -> bool {
-    use std::os::unix::fs::{FileTypeExt, MetadataExt};
-    let identity = |image: &str| {
-        let found = std::fs::metadata(image).ok()?;
-        // A device has many names, and its number is not that of the file system it is named in.
-        let device = found.file_type().is_block_device();
-        Some((device, if device { (found.rdev(), 0) } else { (found.dev(), found.ino()) }))
-    };
-    one == other || identity(one).is_some_and(|found| identity(other) == Some(found))
-}
-
-/// Only what this agent has no history of can be adopted: it would forget its own.
-fn refuse_adopted(request: &AttachRequest, known: Option<&DiskRecord>) -> Result<(), ApiError> {
-    let own = known.is_some_and(|record| record.history.is_some());
-    if request.adopt.is_none() || !own {
-        return Ok(());
-    }
-    let message = format!("this agent knows the history of disk {} itself", request.name);
-    Err(ApiError::new(ErrorCode::Exists, message).with_hint("attach it without adopting one"))
-}
-
-fn failed(error: &dyn std::error::Error) -> ApiError {
-    ApiError::from_error(ErrorCode::Failed, error)
-}
-
-/// A detached disk of which something was not saved.
-fn not_saved(error: &dyn std::error::Error) -> ApiError {
-    failed(error).with_hint("make room on the file system of the agent's state directory")
-}
-
-fn open_error(error: &OpenError) -> ApiError {
-    use backtide_storage::ImageError;
-    if let OpenError::Image(ImageError::Missing { path }) = error
-        && let Ok(target) = std::fs::read_link(path)
-    {
-        let message =
-            format!("{} is a symbolic link to {}, which does not exist", path.display(), target.display());
-        return ApiError::new(ErrorCode::NotFound, message)
-            .with_hint("create or mount what the link points to");
-    }
-    let (code, hint) = match error {
-        OpenError::Image(ImageError::Missing { .. }) => {
-            (ErrorCode::NotFound, "create the image first, for example with truncate or qemu-img")
-        }
-        OpenError::Image(ImageError::Locked { .. }) => {
-            (ErrorCode::Locked, "detach it from the other agent first")
-        }
-        OpenError::Image(ImageError::Size { .. }) => {
-            (ErrorCode::Usage, "extend the image with truncate to a multiple of 512 bytes")
-        }
-        OpenError::Image(ImageError::Kind { .. }) => {
-            (ErrorCode::Usage, "name a raw image, a block device, a qcow2 file or an NBD URI")
-        }
-        OpenError::Uri(_) => (ErrorCode::Usage, "name an absolute path or an NBD URI"),
-        OpenError::NbdCache { .. } => {
-            (ErrorCode::Usage, "choose the cache of the NBD server where it is started")
-        }
-        OpenError::Image(ImageError::NotDirect { .. } | ImageError::Alignment { .. }) => {
-            (ErrorCode::Usage, "use the page cache: --cache writeback")
-        }
-        OpenError::Image(ImageError::Blocks { .. }) => {
-            (ErrorCode::Usage, "extend the image with truncate, or use the page cache: --cache writeback")
-        }
-        OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
-        OpenError::Nbd { .. } => (ErrorCode::Unreachable, "start the NBD server first"),
-        OpenError::Record { .. } => {
-            (ErrorCode::Failed, "the agent's state directory has to have room and be writable")
-        }
-        OpenError::Image(ImageError::Io { .. }) => return failed(error),
-    };
-    ApiError::new(code, error.to_string()).with_hint(hint)
+/// Does what may wait for storage, which may stand still for ever: on no thread that others need.
+async fn waiting<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| failed(&error))
 }
 
 #[cfg(test)]

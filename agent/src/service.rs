@@ -1,6 +1,6 @@
 //! The control API's calls.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{
     AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncExtent,
@@ -19,18 +19,20 @@ use crate::{
     disk::{Command, NoAnswer},
     marks::{self, MarksError},
     registry::Registry,
+    restart::Restart,
 };
 
 /// Serves the calls out of the registry.
 pub(crate) struct Service {
     registry: Arc<Registry>,
+    restart: Arc<Restart>,
     /// One mark at a time: two that hold disks in different orders would wait for each other.
     marking: Arc<Mutex<()>>,
 }
 
 impl Service {
-    pub(crate) fn new(registry: Arc<Registry>) -> Arc<Self> {
-        Arc::new(Self { registry, marking: Arc::new(Mutex::new(())) })
+    pub(crate) fn new(registry: Arc<Registry>, restart: Arc<Restart>) -> Arc<Self> {
+        Arc::new(Self { registry, restart, marking: Arc::new(Mutex::new(())) })
     }
 
     async fn ask<T>(
@@ -42,11 +44,11 @@ impl Service {
         handle.ask(command).await.map_err(|error| no_answer(&name, error))
     }
 
-    /// Of all disks; one that is detached meanwhile is not among them.
+    /// Of all disks; one that is being detached, which storage may hold up, says so.
     async fn status_of_all(&self) -> Vec<DiskStatus> {
         let mut asking = JoinSet::new();
         for handle in self.registry.handles().await {
-            asking.spawn(async move { handle.status().await.ok() });
+            asking.spawn(async move { handle.status().await.ok().or_else(|| handle.leaving()) });
         }
         let mut disks: Vec<DiskStatus> = asking.join_all().await.into_iter().flatten().collect();
         for failing in self.registry.failing().await {
@@ -70,16 +72,32 @@ fn no_answer(disk: &DiskName, error: NoAnswer) -> ApiError {
     ApiError::new(ErrorCode::Busy, message)
 }
 
+/// How long whoever asks for a change waits for it. Storage that stands still may hold it up for ever.
+const CHANGE_TIME: Duration = Duration::from_secs(50);
+
 /// Carries a change of the agent's disks to its end, also when the asker goes away meanwhile.
 async fn to_its_end<T: Send + 'static>(
     change: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> Result<T, ApiError> {
-    tokio::spawn(change).await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?
+    match tokio::time::timeout(CHANGE_TIME, tokio::spawn(change)).await {
+        Ok(ended) => ended.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?,
+        Err(_) => {
+            let message =
+                format!("this has not ended after {} s: storage may stand still", CHANGE_TIME.as_secs());
+            Err(ApiError::new(ErrorCode::Busy, message)
+                .with_hint("the agent goes on with it; see its status"))
+        }
+    }
 }
 
 impl AgentService for Service {
     async fn status(&self, disk: Option<DiskName>) -> Result<AgentStatus, ApiError> {
-        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let status = |disks| AgentStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            instance: self.restart.instance.to_string(),
+            restart_failure: self.restart.failure(),
+            disks,
+        };
         let disks = match disk {
             Some(name) => {
                 let failing = self.registry.failing().await;
@@ -87,14 +105,21 @@ impl AgentService for Service {
                     .into_iter()
                     .find(|disk| disk.name == name || disk.uuid.to_string() == name.as_str())
                 {
-                    return Ok(AgentStatus { version, disks: vec![disk] });
+                    return Ok(status(vec![disk]));
                 }
                 let (name, handle) = self.registry.find(&name).await?;
                 vec![handle.status().await.map_err(|error| no_answer(&name, error))?]
             }
             None => self.status_of_all().await,
         };
-        Ok(AgentStatus { version, disks })
+        Ok(status(disks))
+    }
+
+    async fn restart(&self) -> Result<AgentStatus, ApiError> {
+        let before = self.status(None).await?;
+        let (restart, registry) = (Arc::clone(&self.restart), Arc::clone(&self.registry));
+        to_its_end(async move { restart.ask(&registry).await }).await?;
+        Ok(before)
     }
 
     async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {

@@ -102,7 +102,8 @@ impl Command {
     pub(crate) fn threads(&self) -> Option<usize> {
         match self {
             // These hold daemons, which answer calls while the command itself asks them.
-            Self::Up(_) | Self::Demo(_) | Self::Receiver(_) | Self::Agent(_) => Some(2),
+            Self::Up(_) | Self::Demo(_) | Self::Receiver(_) => Some(2),
+            Self::Agent(agent) => agent.is_agent().then_some(2),
             // Hashing and copying at once.
             Self::Restore(_) => Some(2),
             Self::Attach(_)

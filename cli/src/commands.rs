@@ -40,7 +40,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Ending, F
         // These have something to put in order when they are stopped.
         Command::Up(up) => up.run(context, stop).await,
         Command::Demo(demo) => demo.run(context, stop).await,
-        Command::Agent(agent) => agent.run(context, stop.outliving_the_terminal()).await,
+        Command::Agent(agent) => agent.run(context, stop).await,
         Command::Receiver(receiver) => receiver.run(context, stop.outliving_the_terminal()).await,
         Command::Restore(restore) => restore.run(context, stop).await,
         Command::Verify(verify) => verify.run(context, stop).await,
@@ -109,6 +109,15 @@ impl Stop {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
             _ = self.hang_up.recv(), if !outlives_terminal => {}
+        }
+    }
+
+    /// Whether a signal has asked to stop already.
+    pub(crate) async fn was_asked(&mut self) -> bool {
+        tokio::select! {
+            biased;
+            () = self.asked() => true,
+            () = std::future::ready(()) => false,
         }
     }
 

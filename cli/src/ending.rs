@@ -24,6 +24,8 @@ pub(crate) enum Ending {
     Warnings,
     /// The work was to check something, and this is what it found; said already.
     Found(ErrorCode),
+    /// As the process ended that this one stood in front of.
+    As(u8),
 }
 
 /// Why a command did not do its work.
@@ -71,6 +73,7 @@ pub(crate) fn exit_code(result: Result<Ending, Failure>, context: &Context) -> E
         Ok(Ending::Done) | Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
         Ok(Ending::Warnings) => ExitCode::from(WARNINGS),
         Ok(Ending::Found(code)) => code.into(),
+        Ok(Ending::As(code)) => ExitCode::from(code),
         Err(Failure::Interrupted) => {
             let error = ApiError::new(ErrorCode::Interrupted, "interrupted");
             say(&error_text(&error, context.json()));

@@ -45,6 +45,14 @@ impl AgentClient {
         }
     }
 
+    /// Has the program the agent was started from take over.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn restart(&self) -> Result<AgentStatus, ApiError> {
+        self.client.post("/v1/restart", &()).await
+    }
+
     /// The status of one disk.
     ///
     /// # Errors

@@ -21,6 +21,7 @@ type Answer<T> = Result<Json<T>, ApiError>;
 pub fn router<S: AgentService>(service: Arc<S>) -> Router {
     let router = Router::new()
         .route("/v1/status", get(status::<S>))
+        .route("/v1/restart", post(restart::<S>))
         .route("/v1/disks", post(attach::<S>))
         .route("/v1/disks/{disk}", get(disk_status::<S>).merge(delete(detach::<S>)))
         .route("/v1/disks/{disk}/pause", post(pause::<S>))
@@ -38,6 +39,10 @@ fn disk_named(text: &str) -> Result<DiskName, ApiError> {
 
 async fn status<S: AgentService>(State(service): State<Arc<S>>) -> Answer<AgentStatus> {
     service.status(None).await.map(Json)
+}
+
+async fn restart<S: AgentService>(State(service): State<Arc<S>>) -> Answer<AgentStatus> {
+    service.restart().await.map(Json)
 }
 
 async fn disk_status<S: AgentService>(

@@ -15,6 +15,14 @@ pub trait AgentService: Send + Sync + 'static {
     /// All disks, or the one named.
     fn status(&self, disk: Option<DiskName>) -> impl Future<Output = Result<AgentStatus, ApiError>> + Send;
 
+    /// Has the program the agent was started from, perhaps a newer one, take over. Answers when that
+    /// program has passed a check and begins to follow, with the status of before: a status with
+    /// another `instance` is the new one's, one with the same and a `restart_failure` says why not.
+    ///
+    /// `refused`: the program cannot start, or the agent runs inside of another command; `busy`: a
+    /// disk stands still.
+    fn restart(&self) -> impl Future<Output = Result<AgentStatus, ApiError>> + Send;
+
     /// Protects a disk. Succeeds also when its receiver is away: the status says so then.
     ///
     /// `exists`: a disk of that name is attached; `locked`: another process holds the image;

@@ -13,6 +13,12 @@ use crate::{AckPolicy, CacheMode, Limits, OnOutage};
 pub struct AgentStatus {
     /// The agent's version.
     pub version: String,
+    /// Another one after every start and restart of the agent.
+    #[serde(default)]
+    pub instance: String,
+    /// Why the last restart that was asked for came to nothing, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart_failure: Option<String>,
     /// The disks, sorted by name.
     pub disks: Vec<DiskStatus>,
 }

@@ -86,9 +86,18 @@ fn verify() -> VerifyStatus {
 }
 
 impl AgentService for Fake {
+    async fn restart(&self) -> Result<AgentStatus, ApiError> {
+        self.status(None).await
+    }
+
     async fn status(&self, disk: Option<DiskName>) -> Result<AgentStatus, ApiError> {
         let one = self.note("status", &disk.unwrap_or_else(|| name("vm1")))?;
-        Ok(AgentStatus { version: "1".to_owned(), disks: vec![one] })
+        Ok(AgentStatus {
+            version: "1".to_owned(),
+            instance: "one".to_owned(),
+            restart_failure: None,
+            disks: vec![one],
+        })
     }
 
     async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {

@@ -83,6 +83,18 @@ impl DiskHandle {
     }
 }
 
+impl DiskHandle {
+    /// The last known status of a disk that is being detached, which says so.
+    pub(crate) fn leaving(&self) -> Option<DiskStatus> {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        last.map(|(_, status)| DiskStatus {
+            reason: "the disk is being detached".to_owned(),
+            reason_code: "detaching".to_owned(),
+            ..status
+        })
+    }
+}
+
 fn not_answering(at: Instant, status: DiskStatus) -> DiskStatus {
     let seconds = at.elapsed().as_secs();
     let reason = format!("the disk is not answering: this is its status of {seconds} s ago");

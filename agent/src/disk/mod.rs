@@ -8,6 +8,7 @@ pub(crate) mod engine;
 mod export;
 mod handle;
 mod image_disk;
+mod leaving;
 pub(crate) mod local;
 mod nbd_disk;
 mod open;
@@ -20,11 +21,12 @@ mod trust;
 mod unflushed;
 
 pub(crate) use handle::{DiskHandle, NoAnswer};
-pub(crate) use open::{OpenError, activity_limits, open};
+pub(crate) use leaving::Leaving;
+pub(crate) use open::{OpenError, Opened, activity_limits, open};
 pub(crate) use status::not_attached;
 #[cfg(test)]
 pub(crate) use thread::MarkAt;
-pub(crate) use thread::{Command, DetachError, start, start_error};
+pub(crate) use thread::{Command, DetachError, nbd_purpose, start, start_error};
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -4,6 +4,7 @@ use std::{path::Path, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_export::{Client, NbdAddress, NbdUri};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, MarkError};
+use backtide_socket::Sockets;
 use backtide_storage::RealStorage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use tokio::{
@@ -12,13 +13,15 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Command, DiskHandle, nbd_disk::NbdDisk, open, start};
+use super::{Command, DiskHandle, Leaving, nbd_disk::NbdDisk, open, start};
 use crate::record::{DiskRecord, ImageStamp, Records};
 
 /// A disk that was started in a test's directory.
 pub(crate) struct Started {
     pub(crate) handle: DiskHandle,
     nbd: NbdUri,
+    /// Its listening socket lives as long as they do.
+    sockets: Sockets,
 }
 
 impl Started {
@@ -36,8 +39,9 @@ impl Started {
         let (_, opened) = open(&records, record, &behind, ImageStamp::of(&image)).await.unwrap();
         let address = NbdAddress::Unix(directory.join("vm1.nbd"));
         let nbd = NbdUri { address, export: "vm1".to_owned(), tls: None };
-        let handle = start(opened, records, nbd.clone()).await.unwrap();
-        Self { handle, nbd }
+        let sockets = Sockets::default();
+        let handle = start(opened, records, nbd.clone(), sockets.clone()).await.unwrap();
+        Self { handle, nbd, sockets }
     }
 
     /// Where it is served.
@@ -46,8 +50,9 @@ impl Started {
     }
 
     async fn end(&self) {
-        let detach = |answer| Command::Detach { force: true, answer };
+        let detach = |answer| Command::Detach { leaving: Leaving::Stopped, answer };
         self.handle.ask_at_length(detach).await.unwrap().unwrap();
+        self.sockets.forget("disk-vm1");
     }
 }
 

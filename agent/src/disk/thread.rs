@@ -12,9 +12,10 @@ use backtide_agent_api::{DiskStatus, VerifyStatus};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{BindError, Limits, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
+use backtide_socket::Sockets;
 use backtide_storage::KillPoint;
 use backtide_tracking::{SavedTracking, Snapshot, TrackingFile};
-use backtide_units::{CaptureTime, Lsn};
+use backtide_units::{CaptureTime, DiskName, Lsn};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -22,6 +23,7 @@ use super::{
     engine::{Engine, Kick, Tracking},
     export::{DiskExport, OneExport},
     image_disk::{EngineError, ImageDisk},
+    leaving::Leaving,
     local::{Local, blocking},
     nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
@@ -36,9 +38,6 @@ const COMMANDS_MAX: usize = 64;
 
 /// How often the record is brought up to date.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
-
-/// How long a detach waits for requests in flight and for the receiver.
-const DETACH_GRACE: Duration = Duration::from_secs(5);
 
 /// How long a detach waits for its good-bye to be on its way.
 const GOODBYE_TIME: Duration = Duration::from_millis(200);
@@ -60,9 +59,11 @@ pub(crate) enum Command {
     StartVerify(bool, oneshot::Sender<Result<VerifyStatus, VerifyError>>),
     VerifyStatus(oneshot::Sender<Option<VerifyStatus>>),
     CancelVerify(oneshot::Sender<Option<VerifyStatus>>),
-    /// Ends the disk; refused with the number of clients when it is open and `force` is not set.
+    /// Flushes the local disk while it is served, so that the flush of a detach soon after is short.
+    Flush(oneshot::Sender<()>),
+    /// Ends the disk.
     Detach {
-        force: bool,
+        leaving: Leaving,
         answer: oneshot::Sender<Result<DiskStatus, DetachError>>,
     },
 }
@@ -151,12 +152,17 @@ impl Life {
 }
 
 /// Starts the thread of an opened disk, serving it at `nbd`. Returns when clients can connect.
-pub(crate) async fn start(opened: Opened, records: Records, nbd: NbdUri) -> Result<DiskHandle, StartError> {
+pub(crate) async fn start(
+    opened: Opened,
+    records: Records,
+    nbd: NbdUri,
+    sockets: Sockets,
+) -> Result<DiskHandle, StartError> {
     let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
     let (ready, started) = oneshot::channel();
     std::thread::Builder::new()
         .name(format!("disk-{}", opened.record.name))
-        .spawn(move || run(opened, records, nbd, inbox, ready))
+        .spawn(move || run(opened, records, (nbd, sockets), inbox, ready))
         .map_err(StartError::Thread)?;
     match started.await {
         Ok(Ok(())) => Ok(DiskHandle::new(commands)),
@@ -168,7 +174,7 @@ pub(crate) async fn start(opened: Opened, records: Records, nbd: NbdUri) -> Resu
 fn run(
     opened: Opened,
     records: Records,
-    nbd: NbdUri,
+    nbd: (NbdUri, Sockets),
     inbox: mpsc::Receiver<Command>,
     ready: oneshot::Sender<Result<(), StartError>>,
 ) {
@@ -190,7 +196,11 @@ fn run(
 }
 
 impl Disk {
-    async fn begin(opened: Opened, records: Records, nbd: NbdUri) -> Result<Self, StartError> {
+    async fn begin(
+        opened: Opened,
+        records: Records,
+        (nbd, sockets): (NbdUri, Sockets),
+    ) -> Result<Self, StartError> {
         let Opened { record, behind, settings, resume, tracking, io_engine, known_until } = opened;
         let (local, image) = match behind {
             Behind::Image(image) => {
@@ -218,7 +228,7 @@ impl Disk {
         if record.paused {
             engine.happen(|filter, now| filter.pause(now));
         }
-        let listener = Listener::bind_uri(&nbd).await?;
+        let listener = Listener::bind_kept(&nbd, &sockets, &nbd_purpose(&record.name)).await?;
         let nbd = NbdUri { address: listener.address().clone(), ..nbd };
         let export = DiskExport::new(Rc::clone(&engine));
         let server = listener.serve(Rc::new(OneExport(export)), Limits::default());
@@ -237,14 +247,14 @@ impl Disk {
         loop {
             tokio::select! {
                 command = inbox.recv() => match command {
-                    Some(Command::Detach { force, answer }) => {
+                    Some(Command::Detach { leaving, answer }) => {
                         let clients = self.server.connections();
-                        if clients > 0 && !force {
+                        if clients > 0 && leaving == Leaving::Asked {
                             let _ = answer.send(Err(DetachError::Open { clients }));
                             continue;
                         }
                         inbox.close();
-                        let result = self.detach().await;
+                        let result = self.detach(leaving).await;
                         // Who asked may have gone; the disk is detached all the same.
                         let _ = answer.send(result);
                         return;
@@ -252,7 +262,7 @@ impl Disk {
                     Some(command) => self.obey(command).await,
                     // The agent is gone without a word: end as cleanly as possible.
                     None => {
-                        if let Err(error) = self.detach().await {
+                        if let Err(error) = self.detach(Leaving::Stopped).await {
                             tracing::error!(%error, "detach");
                         }
                         return;
@@ -323,6 +333,14 @@ impl Disk {
                 self.engine.happen(Filter::cancel_verify);
                 drop(answer.send(self.verify_status()));
             }
+            Command::Flush(answer) => {
+                let engine = Rc::clone(&self.engine);
+                tokio::task::spawn_local(async move {
+                    // One that fails fails again at the detach, which says so.
+                    let _ = engine.local.run(LocalOp::Change(Change::Flush)).await;
+                    let _ = answer.send(());
+                });
+            }
             Command::Detach { .. } => unreachable!("taken by the caller"),
         }
     }
@@ -382,12 +400,12 @@ impl Disk {
     }
 
     /// Ends service, lets the receiver catch up if it can at once, saves what is left.
-    async fn detach(self) -> Result<DiskStatus, DetachError> {
+    async fn detach(self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
         let Self { engine, stream, server, mut record, records, image, .. } = self;
         // A client that reconnects to what serves the disk next sends again what was not begun; an
         // error would reach the guest.
-        server.hand_over(DETACH_GRACE).await;
+        server.hand_over(leaving.requests()).await;
         // Requests of a client that was cut off may still be under way; none may follow the bitmap.
         engine.happen(|filter, _| filter.give_held_answers());
         engine.until(Filter::is_quiet).await;
@@ -403,15 +421,18 @@ impl Disk {
         let caught_up = |filter: &Filter| {
             filter.is_drained() || !filter.status().connected || filter.mode() != Mode::Sync
         };
-        let _ = tokio::time::timeout(DETACH_GRACE, engine.until(caught_up)).await;
+        let _ = tokio::time::timeout(leaving.receiver(), engine.until(caught_up)).await;
         let acked = engine.look(Filter::acked_durable);
         let history = engine.look(Filter::history);
         let saved = engine.happen(|filter, now| filter.detach(now));
         // What the device did not take is not on the disk: nothing is trusted then.
         let saved = saved.filter(|_| flushed.is_ok());
+        let connected = engine.look(|filter| filter.status().connected);
         engine.end_stream(Kick::Operator("detached by an operator"));
-        // The stream's task says good-bye to the receiver; nothing depends on it.
-        let _ = tokio::time::timeout(GOODBYE_TIME, stream.ended.notified()).await;
+        if connected {
+            // The stream's task says good-bye to the receiver; nothing depends on it.
+            let _ = tokio::time::timeout(GOODBYE_TIME, stream.ended.notified()).await;
+        }
         record.history = history;
         record.acked_durable = acked;
         record.lsn_bound = record.lsn_bound.max(engine.look(Filter::last_lsn));
@@ -446,6 +467,11 @@ impl Disk {
         tracing::info!(disk = %last.name, dirty_blocks = %last.dirty.blocks, "disk detached");
         Ok(last)
     }
+}
+
+/// What the socket of a disk is kept for.
+pub(crate) fn nbd_purpose(disk: &DiskName) -> String {
+    format!("disk-{disk}")
 }
 
 /// What the control API says of a disk whose thread did not start.

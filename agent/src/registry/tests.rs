@@ -21,7 +21,8 @@ fn registry(directory: &Path) -> Arc<Registry> {
         nbd_tls: None,
     };
     let storage = Arc::new(RealStorage::open(&config.state).unwrap());
-    Registry::new(Places::of(&config), Records::new(storage), Limits::default(), None, LocalIo::default())
+    let (local_io, sockets) = (LocalIo::default(), Sockets::default());
+    Registry::new(Places::of(&config), Records::new(storage), Limits::default(), None, local_io, sockets)
 }
 
 /// A server that tells no time is believed only because the agent ended in good order with the disk

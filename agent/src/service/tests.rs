@@ -28,13 +28,10 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         nbd_tls: None,
     };
     let storage = Arc::new(RealStorage::open(&config.state).unwrap());
-    Service::new(Registry::new(
-        Places::of(&config),
-        Records::new(storage),
-        Limits::default(),
-        None,
-        LocalIo::default(),
-    ))
+    let (local_io, sockets) = (LocalIo::default(), backtide_socket::Sockets::default());
+    let records = Records::new(storage);
+    let registry = Registry::new(Places::of(&config), records, Limits::default(), None, local_io, sockets);
+    Service::new(registry, Arc::new(Restart::new(None, None)))
 }
 
 fn name(text: &str) -> DiskName {

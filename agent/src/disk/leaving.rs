@@ -1,0 +1,38 @@
+//! The ways a disk is given up, and how long each may take.
+
+use std::time::Duration;
+
+/// How long a detach waits for requests in flight and for the receiver.
+const DETACH_GRACE: Duration = Duration::from_secs(5);
+
+/// The same of a disk that is handed over: a part of the pause its guest sees.
+const HAND_OVER_GRACE: Duration = Duration::from_millis(100);
+
+/// How a disk is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// By a person: refused with the number of clients while it is open.
+    Asked,
+    /// With its agent, whoever has it open.
+    Stopped,
+    /// To the agent that follows at once, for which clients wait.
+    HandedOver,
+}
+
+impl Leaving {
+    /// How long requests in flight may take. Those that take longer are sent again by their clients.
+    pub(super) fn requests(self) -> Duration {
+        match self {
+            Self::Asked | Self::Stopped => DETACH_GRACE,
+            Self::HandedOver => HAND_OVER_GRACE,
+        }
+    }
+
+    /// How long the receiver may take. What it has not acknowledged by then is resynchronized.
+    pub(super) fn receiver(self) -> Duration {
+        match self {
+            Self::Asked | Self::Stopped => DETACH_GRACE,
+            Self::HandedOver => HAND_OVER_GRACE,
+        }
+    }
+}

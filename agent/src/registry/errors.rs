@@ -1,0 +1,68 @@
+//! What the control API says of attaches and detaches that fail.
+
+use backtide_agent_api::AttachRequest;
+use backtide_control::{ApiError, ErrorCode};
+
+use crate::{disk::OpenError, record::DiskRecord};
+
+/// Only what this agent has no history of can be adopted: it would forget its own.
+pub(super) fn refuse_adopted(request: &AttachRequest, known: Option<&DiskRecord>) -> Result<(), ApiError> {
+    let own = known.is_some_and(|record| record.history.is_some());
+    if request.adopt.is_none() || !own {
+        return Ok(());
+    }
+    let message = format!("this agent knows the history of disk {} itself", request.name);
+    Err(ApiError::new(ErrorCode::Exists, message).with_hint("attach it without adopting one"))
+}
+
+pub(super) fn failed(error: &dyn std::error::Error) -> ApiError {
+    ApiError::from_error(ErrorCode::Failed, error)
+}
+
+/// A detached disk of which something was not saved.
+pub(super) fn not_saved(error: &dyn std::error::Error) -> ApiError {
+    failed(error).with_hint("make room on the file system of the agent's state directory")
+}
+
+pub(super) fn open_error(error: &OpenError) -> ApiError {
+    use backtide_storage::ImageError;
+    if let OpenError::Image(ImageError::Missing { path }) = error
+        && let Ok(target) = std::fs::read_link(path)
+    {
+        let message =
+            format!("{} is a symbolic link to {}, which does not exist", path.display(), target.display());
+        return ApiError::new(ErrorCode::NotFound, message)
+            .with_hint("create or mount what the link points to");
+    }
+    let (code, hint) = match error {
+        OpenError::Image(ImageError::Missing { .. }) => {
+            (ErrorCode::NotFound, "create the image first, for example with truncate or qemu-img")
+        }
+        OpenError::Image(ImageError::Locked { .. }) => {
+            (ErrorCode::Locked, "detach it from the other agent first")
+        }
+        OpenError::Image(ImageError::Size { .. }) => {
+            (ErrorCode::Usage, "extend the image with truncate to a multiple of 512 bytes")
+        }
+        OpenError::Image(ImageError::Kind { .. }) => {
+            (ErrorCode::Usage, "name a raw image, a block device, a qcow2 file or an NBD URI")
+        }
+        OpenError::Uri(_) => (ErrorCode::Usage, "name an absolute path or an NBD URI"),
+        OpenError::NbdCache { .. } => {
+            (ErrorCode::Usage, "choose the cache of the NBD server where it is started")
+        }
+        OpenError::Image(ImageError::NotDirect { .. } | ImageError::Alignment { .. }) => {
+            (ErrorCode::Usage, "use the page cache: --cache writeback")
+        }
+        OpenError::Image(ImageError::Blocks { .. }) => {
+            (ErrorCode::Usage, "extend the image with truncate, or use the page cache: --cache writeback")
+        }
+        OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
+        OpenError::Nbd { .. } => (ErrorCode::Unreachable, "start the NBD server first"),
+        OpenError::Record { .. } => {
+            (ErrorCode::Failed, "the agent's state directory has to have room and be writable")
+        }
+        OpenError::Image(ImageError::Io { .. }) => return failed(error),
+    };
+    ApiError::new(code, error.to_string()).with_hint(hint)
+}

@@ -1,0 +1,146 @@
+//! The end of the agent's disks: with the agent, or handed over to the one that follows at once.
+//!
+//! Invariant: what is handed over is let go of before the process becomes another program - the image
+//! is flushed, unlocked and written by nobody here any more. When one disk does not let go, none is
+//! handed over: the others are attached again.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_units::DiskName;
+use tokio::task::JoinSet;
+
+use super::{Attached, Registry};
+use crate::{
+    claims::Claim,
+    disk::{Command, DiskHandle, Leaving},
+    record::{DiskRecord, ImageStamp, Records},
+};
+
+/// How long the end of the agent waits for attaches and detaches that are under way.
+const CHANGES_TIME: Duration = Duration::from_secs(10);
+
+/// How long a disk may take to flush while it is served, before it is handed over.
+const FLUSH_TIME: Duration = Duration::from_secs(20);
+
+/// How often all disks are flushed so: the last time there is little left.
+const FLUSHES: usize = 2;
+
+/// How long a disk may take to let go of its image when it is handed over.
+const LET_GO_TIME: Duration = Duration::from_secs(10);
+
+impl Registry {
+    /// Ends every disk in good order, for the end of the agent: they are attached again by the next.
+    pub(crate) async fn shut_down(&self) {
+        if !self.claims.close(CHANGES_TIME).await {
+            tracing::warn!("the agent ends while a disk is being attached or detached");
+        }
+        let disks = std::mem::take(&mut *self.disks.write().await);
+        let mut ending = JoinSet::new();
+        for (name, attached) in disks {
+            ending.spawn(end(name, attached, self.records.clone(), Leaving::Stopped));
+        }
+        while let Some(ended) = ending.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "detach");
+            }
+        }
+    }
+
+    /// Brings every disk close to its end while it is served: afterwards there is little to flush.
+    ///
+    /// # Errors
+    /// `busy` when a disk stands still: it would not let go.
+    pub(crate) async fn prepare_to_hand_over(&self) -> Result<(), ApiError> {
+        for _ in 0..FLUSHES {
+            let mut flushing = JoinSet::new();
+            for (name, attached) in self.disks.read().await.iter() {
+                let (name, handle) = (name.clone(), attached.handle.clone());
+                flushing.spawn(async move { (flush(&handle).await, name) });
+            }
+            while let Some(flushed) = flushing.join_next().await {
+                if let Ok((false, name)) = flushed {
+                    return Err(stands_still(&name));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends every disk for the program that follows. On an error the disks can be
+    /// [restored](Self::restore), those that stand still once they have let go.
+    ///
+    /// # Errors
+    /// `busy` when a disk does not let go, or is being attached or detached.
+    pub(crate) async fn hand_over(self: &Arc<Self>) -> Result<(), ApiError> {
+        if !self.claims.close(CHANGES_TIME).await {
+            self.claims.open();
+            let message = "a disk is being attached or detached for long";
+            return Err(ApiError::new(ErrorCode::Busy, message));
+        }
+        let disks = std::mem::take(&mut *self.disks.write().await);
+        let mut ending = JoinSet::new();
+        let mut left: Vec<DiskName> = Vec::new();
+        for (name, attached) in disks {
+            let claim = self.claims.claim_closed(&name);
+            left.push(name.clone());
+            ending.spawn(Arc::clone(self).let_go(claim, name, attached));
+        }
+        let all = async {
+            while let Some(ended) = ending.join_next().await {
+                if let Ok(name) = ended {
+                    left.retain(|other| *other != name);
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LET_GO_TIME, all).await;
+        let Some(name) = left.first() else { return Ok(()) };
+        // Those that stand still end when they can, and are attached again then.
+        ending.detach_all();
+        self.claims.open();
+        Err(stands_still(name))
+    }
+
+    async fn let_go(self: Arc<Self>, _claim: Claim, name: DiskName, attached: Attached) -> DiskName {
+        end(name.clone(), attached, self.records.clone(), Leaving::HandedOver).await;
+        self.claims.leave_image(&name);
+        name
+    }
+}
+
+fn stands_still(disk: &DiskName) -> ApiError {
+    let message = format!("disk {disk} does not let go: its image or server stands still");
+    ApiError::new(ErrorCode::Busy, message)
+        .with_hint("every disk goes on as before; bring its storage back, or detach it, and try again")
+}
+
+async fn flush(handle: &DiskHandle) -> bool {
+    let flushed = tokio::time::timeout(FLUSH_TIME, handle.ask_at_length(Command::Flush)).await;
+    // A disk that has ended meanwhile has flushed.
+    flushed.is_ok()
+}
+
+async fn end(name: DiskName, attached: Attached, records: Records, leaving: Leaving) {
+    let Attached { handle, qcow2 } = attached;
+    match handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),
+        Err(error) => tracing::error!(disk = %name, %error, "detach"),
+    }
+    let has_server = qcow2.is_some();
+    if let Some(server) = qcow2 {
+        server.stop().await;
+    }
+    let stamped = records.load(&name).and_then(|known| match known {
+        Some(mut record) => {
+            if has_server {
+                record.image_at_detach = ImageStamp::of(Path::new(&record.image));
+            }
+            records.save(&DiskRecord { stopped: true, ..record })
+        }
+        None => Ok(()),
+    });
+    if let Err(error) = stamped {
+        tracing::error!(disk = %name, %error, "cannot save the disk's record");
+    }
+}

@@ -1,0 +1,99 @@
+//! The start of the agent's disks: those that were attached when it ended are attached again.
+//!
+//! Invariants: they are opened side by side, and one whose storage stands still holds up the start
+//! for a bounded time; every one that is missing is shown and tried again.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::task::JoinSet;
+
+use super::{PREDECESSOR_TIME, Registry};
+use crate::{disk, record::DiskRecord};
+
+/// How long after a failed start of the agent's disks the next attempt is made.
+const RESTORE_AGAIN: Duration = Duration::from_secs(5);
+
+/// How long the start of the agent waits for its disks; those that take longer follow.
+const RESTORE_TIME: Duration = Duration::from_secs(10);
+
+impl Registry {
+    /// Attaches again every disk that was attached when the agent ended. One that cannot be is
+    /// logged; whether there are such, to be tried again.
+    pub(crate) async fn restore(self: &Arc<Self>) -> std::io::Result<bool> {
+        let mut restoring = JoinSet::new();
+        let mut wanted = Vec::new();
+        for record in self.records.load_all()?.into_iter().filter(|record| record.attached) {
+            if !self.disks.read().await.contains_key(&record.name) {
+                wanted.push(record.clone());
+                restoring.spawn(Arc::clone(self).restore_one(record));
+            }
+        }
+        let all = async { while restoring.join_next().await.is_some() {} };
+        if tokio::time::timeout(RESTORE_TIME, all).await.is_err() {
+            restoring.detach_all();
+        }
+        let mut missing = false;
+        let mut failing = self.failing.write().await;
+        let disks = self.disks.read().await;
+        for record in wanted.into_iter().filter(|record| !disks.contains_key(&record.name)) {
+            missing = true;
+            failing.entry(record.name.clone()).or_insert_with(|| {
+                tracing::warn!(disk = %record.name, "the disk is still being opened");
+                disk::not_attached(&record, "its storage has not answered yet")
+            });
+        }
+        Ok(missing)
+    }
+
+    async fn restore_one(self: Arc<Self>, record: DiskRecord) {
+        let name = record.name.clone();
+        // Somebody else attaches it now, or still tries to.
+        let Ok(claim) = self.claims.try_claim(&name) else { return };
+        // Those that stand still must not keep the others from being opened.
+        let _turn = tokio::time::timeout(RESTORE_TIME, self.opening.acquire()).await;
+        if self.disks.read().await.contains_key(&name) {
+            return;
+        }
+        // As it is now: it may have been detached since it was read.
+        let record = match self.records.load(&name) {
+            Ok(Some(record)) if record.attached => record,
+            Ok(_) => return,
+            Err(error) => return tracing::error!(disk = %name, %error, "cannot use the disk's record"),
+        };
+        if let Err(error) = self.start(&claim, record.clone(), PREDECESSOR_TIME).await {
+            tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again: will try again");
+            let status = disk::not_attached(&record, &error.message);
+            self.failing.write().await.insert(name, status);
+        }
+    }
+
+    /// The same at once, and then until every disk is there.
+    pub(crate) async fn restore_at_once(self: Arc<Self>) {
+        match self.restore().await {
+            Ok(false) => {}
+            Ok(true) | Err(_) => self.keep_restoring().await,
+        }
+    }
+
+    /// Goes on trying: an image may lie on a file system that is mounted late.
+    pub(crate) async fn keep_restoring(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(RESTORE_AGAIN).await;
+            match self.restore().await {
+                Ok(false) => return,
+                Ok(true) => {}
+                Err(error) => tracing::error!(%error, "cannot read the disks' records"),
+            }
+        }
+    }
+
+    /// Lets go of listening sockets that were kept for disks which are attached no more: an agent may
+    /// have died between the end of a disk and that of its socket.
+    pub(crate) fn forget_other_sockets(&self, others: &[&str]) -> std::io::Result<()> {
+        let attached = self.records.load_all()?.into_iter().filter(|record| record.attached);
+        let mut purposes: Vec<String> = attached.map(|record| disk::nbd_purpose(&record.name)).collect();
+        purposes.extend(others.iter().map(|purpose| (*purpose).to_owned()));
+        self.sockets.forget_others(&purposes);
+        Ok(())
+    }
+}
