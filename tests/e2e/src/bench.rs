@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
 };
@@ -186,6 +187,17 @@ impl Bench {
         self.set_up(&mut command, arguments);
         command.envs(environment.iter().copied());
         (command, log)
+    }
+
+    /// An agent that a service manager starts with one listening socket, which it calls `name`.
+    pub fn activated_agent(&self, name: &str, socket: OwnedFd, environment: &[(&str, &str)]) -> Daemon {
+        let (inner, log) = self.daemon_command(&["agent", "run"], environment);
+        let script = "export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$@\" 3<&0 </dev/null";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, "sh"]).arg(inner.get_program()).args(inner.get_args());
+        command.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.env_remove("RUST_LOG").env("LISTEN_FDNAMES", name).stdin(Stdio::from(socket));
+        Daemon::start(command, &log)
     }
 
     /// A receiver with the defaults, that takes streams at `stream.sock`.

@@ -12,6 +12,7 @@
 mod bench;
 mod daemon;
 mod disk;
+mod held;
 pub mod http;
 mod load;
 mod model;
@@ -21,6 +22,7 @@ pub mod wire;
 pub use bench::{Bench, Said};
 pub use daemon::{Daemon, Doomed};
 pub use disk::Disk;
+pub use held::{Held, Reconnecting};
 pub use load::{Guest, Load, Written};
 pub use model::{Model, Write, fill};
 

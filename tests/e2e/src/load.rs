@@ -5,6 +5,7 @@ use std::{
     os::unix::net::UnixStream,
     sync::{Arc, Condvar, Mutex},
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use crate::{Model, Write, fill};
@@ -28,6 +29,8 @@ pub struct Written {
     pub unanswered: Option<Write>,
     /// Why the connection broke, if it did.
     pub broken: Option<io::Error>,
+    /// The longest that a write or flush took.
+    pub slowest: Duration,
 }
 
 impl Written {
@@ -154,13 +157,20 @@ impl Guest {
 
     fn write_until_stopped(&mut self, seed: u64, shared: &Shared) -> Written {
         let mut random = Random(seed);
-        let mut written = Written { size: self.size, writes: Vec::new(), unanswered: None, broken: None };
+        let mut written = Written {
+            size: self.size,
+            writes: Vec::new(),
+            unanswered: None,
+            broken: None,
+            slowest: Duration::ZERO,
+        };
         let mut buffer = Vec::new();
         for count in 1_u64.. {
             let sectors = 1 + random.below(SECTORS_MAX);
             let first = random.below(self.size / SECTOR - sectors);
             let write = Write { tag: (seed << 32) + count, offset: first * SECTOR, length: sectors * SECTOR };
             fill(&write, &mut buffer);
+            let began = Instant::now();
             if let Err(error) = self.write(write.offset, &buffer) {
                 (written.unanswered, written.broken) = (Some(write), Some(error));
                 break;
@@ -172,6 +182,7 @@ impl Guest {
                 written.broken = Some(error);
                 break;
             }
+            written.slowest = written.slowest.max(began.elapsed());
             let mut state = shared.state.lock().expect("no panic");
             state.acknowledged = count;
             shared.changed.notify_all();
