@@ -2,19 +2,14 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use backtide_agent_api::{Limits, router};
+use backtide_agent_api::router;
 use backtide_control::{Address, BindError, ErrorCode, Server};
 use backtide_socket::Sockets;
 use backtide_storage::RealStorage;
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use crate::{
-    Config, Places, Successor,
-    record::Records,
-    registry::{LocalIo, Registry},
-    restart::Restart,
-    service::Service,
-    watch,
+    Config, Successor, record::Records, registry::Registry, restart::Restart, service::Service, watch,
 };
 
 /// What the API's socket is kept for.
@@ -117,14 +112,7 @@ impl Agent {
         let Surroundings { sockets, successor, restart_failure } = surroundings;
         let server = Server::bind_kept(&config.api, &sockets, API_PURPOSE).await?;
         let api = server.address().clone();
-        let registry = Registry::new(
-            Places::of(&config),
-            Records::new(Arc::new(storage)),
-            config.limits.or(Limits::default()),
-            config.nbd_tls.clone(),
-            LocalIo { cache: config.cache, engine: config.io_engine },
-            sockets.clone(),
-        );
+        let registry = Registry::new(&config, Records::new(Arc::new(storage)), sockets.clone());
         registry.forget_other_sockets(&[API_PURPOSE]).map_err(state)?;
         let restoring = match registry.restore().await.map_err(state)? {
             true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),

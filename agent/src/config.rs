@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use backtide_agent_api::{CacheMode, LimitsRequest};
+use backtide_agent_api::{CacheMode, LimitsRequest, StreamTls};
 use backtide_control::Address;
 use backtide_export::NbdTls;
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,12 @@ pub struct Config {
     /// TLS of disks whose NBD URI says nothing of it. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_tls: Option<NbdTls>,
+    /// Bounds of the NBD server of each disk.
+    #[serde(default)]
+    pub nbd: backtide_export::Limits,
+    /// TLS of `tls://` receivers, for disks that name no certificates of their own. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream_tls: Option<StreamTls>,
 }
 
 /// How local I/O is done that may wait for a device.

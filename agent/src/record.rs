@@ -13,7 +13,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use backtide_agent_api::{AckPolicy, Adopted, CacheMode, Limits, OnOutage};
+use backtide_agent_api::{AckPolicy, Adopted, CacheMode, Limits, OnOutage, StreamTls};
 use backtide_control::Address;
 use backtide_storage::{Storage, read_file, replace_file};
 use backtide_tracking::{ActivityLimits, LoadError, Loaded, Snapshot, TrackingFile};
@@ -41,6 +41,9 @@ pub(crate) struct DiskRecord {
     /// Path or NBD URI of the disk behind.
     pub(crate) image: String,
     pub(crate) receiver: Address,
+    /// TLS of the stream, where the attach named certificates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) stream_tls: Option<StreamTls>,
     /// The NBD listen URI asked for, if one was.
     pub(crate) nbd: Option<String>,
     pub(crate) ack: AckPolicy,
@@ -115,6 +118,7 @@ impl DiskRecord {
             uuid: DiskId::random(),
             image,
             receiver,
+            stream_tls: None,
             nbd: None,
             ack: AckPolicy::default(),
             on_outage: OnOutage::default(),

@@ -9,7 +9,7 @@ mod restore;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
-use backtide_agent_api::{AttachRequest, CacheMode, DiskStatus, Limits};
+use backtide_agent_api::{AttachRequest, CacheMode, DiskStatus, Limits, StreamTls};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdTls, NbdUri};
 use backtide_io_filter::Resume;
@@ -24,7 +24,7 @@ use tokio::{
 use self::errors::{failed, not_saved, open_error, refuse_adopted};
 use crate::{
     claims::{Claim, Claimed, Claims, Identity},
-    config::{IoEngine, Places},
+    config::{Config, IoEngine, Places},
     disk::{self, Command, DiskHandle, Leaving, OpenError, Opened},
     qcow2::{Qcow2Server, is_qcow2},
     record::{DiskRecord, ImageStamp, Records},
@@ -37,6 +37,8 @@ pub(crate) struct Registry {
     defaults: Limits,
     nbd_tls: Option<NbdTls>,
     local_io: LocalIo,
+    stream_tls: Option<StreamTls>,
+    nbd_limits: backtide_export::Limits,
     disks: RwLock<BTreeMap<DiskName, Attached>>,
     /// Held by whoever attaches or detaches, for the name he changes.
     claims: Arc<Claims>,
@@ -75,20 +77,15 @@ struct Attached {
 }
 
 impl Registry {
-    pub(crate) fn new(
-        places: Places,
-        records: Records,
-        defaults: Limits,
-        nbd_tls: Option<NbdTls>,
-        local_io: LocalIo,
-        sockets: Sockets,
-    ) -> Arc<Self> {
+    pub(crate) fn new(config: &Config, records: Records, sockets: Sockets) -> Arc<Self> {
         Arc::new(Self {
-            places,
+            places: Places::of(config),
             records,
-            defaults,
-            nbd_tls,
-            local_io,
+            defaults: config.limits.or(Limits::default()),
+            nbd_tls: config.nbd_tls.clone(),
+            stream_tls: config.stream_tls.clone(),
+            nbd_limits: config.nbd,
+            local_io: LocalIo { cache: config.cache, engine: config.io_engine },
             disks: RwLock::default(),
             claims: Arc::default(),
             sockets,
@@ -135,6 +132,7 @@ impl Registry {
 
     pub(crate) async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
         request.limits.check().map_err(|why| ApiError::new(ErrorCode::Usage, why))?;
+        disk::check_tls(&request.receiver, request.stream_tls.as_ref().or(self.stream_tls.as_ref()))?;
         let claim = self.claim(&request.name).await?;
         if self.disks.read().await.contains_key(&request.name) {
             let message = format!("disk {} is attached already", request.name);
@@ -174,7 +172,8 @@ impl Registry {
 
     /// The record of an attach: what is asked for now, on top of what the disk's life so far is.
     fn record_for(&self, request: AttachRequest, known: Option<DiskRecord>) -> DiskRecord {
-        let AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, adopt } = request;
+        let AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, stream_tls, adopt } =
+            request;
         let fresh = || DiskRecord::new(name.clone(), image.clone(), receiver.clone());
         let mut record = match adopt {
             Some(adopted) => DiskRecord::adopted(fresh(), adopted),
@@ -188,6 +187,7 @@ impl Registry {
         DiskRecord {
             image,
             receiver,
+            stream_tls,
             nbd,
             ack,
             on_outage,
@@ -246,6 +246,8 @@ impl Registry {
         let behind = qcow2.as_ref().map_or(record.image.clone(), |server| server.uri().to_owned());
         let (record, mut opened) = self.open(record, behind, stamp.clone(), patience).await?;
         opened.io_engine = self.local_io.engine;
+        opened.tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
+        opened.nbd = self.nbd_limits;
         let resume = opened.resume.clone();
         match disk::start(opened, self.records.clone(), nbd, self.sockets.clone()).await {
             Ok(handle) => {

@@ -4,8 +4,8 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    agent, attach, completions, control, demo, diff, doctor, fsck, inspect, mark, mount, points, receiver,
-    restore, resync, scrub, status, support_bundle, up, verify, wait,
+    agent, attach, completions, control, demo, diff, doctor, fsck, inspect, mark, mount, pki, points,
+    receiver, restore, resync, scrub, status, support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -14,7 +14,7 @@ use crate::commands::{
     name = "backtide",
     version,
     propagate_version = true,
-    after_help = "ADDR is unix:/path or tcp://host:port. An NBD URI is nbd+unix:///EXPORT?socket=/path or \
+    after_help = "ADDR is unix:/path or tcp://host:port, for streams also tls://host:port. An NBD URI is nbd+unix:///EXPORT?socket=/path or \
                   nbd://host:port/EXPORT. A POINT is latest, lsn:N, an RFC 3339 time, a duration ago (-5m) \
                   or mark:NAME.\n\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 done with warnings, \
                   4 not found, 5 refused (busy, fenced, locked), 6 peer unreachable, 8 damaged data, \
@@ -91,6 +91,9 @@ pub(crate) enum Command {
     Scrub(scrub::Scrub),
     /// Check every file of a store that no receiver uses against its checksums
     Fsck(fsck::Fsck),
+    /// Make certificates for streams and NBD sockets under TLS
+    #[command(subcommand)]
+    Pki(pki::Pki),
     /// Print a file of the receiver's store in readable form
     Inspect(inspect::Inspect),
     /// Print completions for a shell
@@ -123,6 +126,7 @@ impl Command {
             | Self::SupportBundle(_)
             | Self::Scrub(_)
             | Self::Fsck(_)
+            | Self::Pki(_)
             | Self::Inspect(_)
             | Self::Completions(_) => None,
         }

@@ -13,12 +13,14 @@ pub(crate) mod inspect;
 pub(crate) mod mark;
 pub(crate) mod mount;
 pub(crate) mod nbd_tls;
+pub(crate) mod pki;
 pub(crate) mod points;
 pub(crate) mod receiver;
 pub(crate) mod restore;
 pub(crate) mod resync;
 pub(crate) mod scrub;
 pub(crate) mod status;
+pub(crate) mod stream_tls;
 pub(crate) mod support_bundle;
 pub(crate) mod up;
 pub(crate) mod verify;
@@ -66,6 +68,7 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::SupportBundle(bundle) => bundle.run(context).await,
         Command::Scrub(scrub) => scrub.run(context).await,
         Command::Fsck(fsck) => fsck.run(context).await,
+        Command::Pki(pki) => pki.run(context),
         Command::Inspect(inspect) => inspect.run(context),
         Command::Completions(completions) => completions.run(context),
         Command::Up(_)

@@ -1,10 +1,12 @@
 //! What can be wrong with an installation: looked at one thing after the other, each with a verdict
 //! and, where it is not well, what to do.
 //!
-//! [`daemons`] judges what agent and receiver answer, [`machine`] what is around them.
+//! [`daemons`] judges what agent and receiver answer, [`streams`] the way between them, [`machine`] what
+//! is around them.
 
 mod daemons;
 mod machine;
+mod streams;
 
 use backtide_agent_api::AgentStatus;
 use backtide_control::ApiError;
@@ -29,7 +31,7 @@ pub(crate) enum Verdict {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Finding {
     /// What was looked at, for scripts: `agent`, `receiver`, `versions`, `sockets`, `store`, `disks`,
-    /// `clock`, `open-files`, `programs`.
+    /// `streams`, `clock`, `open-files`, `programs`.
     pub(crate) check: &'static str,
     pub(crate) verdict: Verdict,
     /// How it is: a sentence.
@@ -81,10 +83,12 @@ pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -
         findings.push(daemons::free_space(receiver));
         findings.extend(machine::store(receiver));
         findings.extend(daemons::kept(kept));
+        findings.extend(streams::receiver(receiver));
         findings.push(daemons::clock(kept, machine::now()));
     }
     if let Ok(agent) = &answers.agent {
         findings.extend(daemons::disks(&agent.disks));
+        findings.extend(streams::disks(&agent.disks));
     }
     findings.push(machine::program("qemu-nbd", "qcow2 images need it (Debian package qemu-utils)"));
     findings.push(machine::qemu());

@@ -95,6 +95,8 @@ impl Local {
             cache: backtide_agent_api::CacheMode::default(),
             io_engine: backtide_agent::IoEngine::default(),
             nbd_tls: self.nbd_tls.clone(),
+            stream_tls: None,
+            nbd: Default::default(),
         };
         self.agent = Some(Agent::start(config).await.map_err(agent::start_failure)?);
         Ok(())

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use backtide_control::Address;
 use backtide_export::NbdTls;
 use backtide_recovery::{CacheLimits, LogOptions};
+use backtide_tls::WhichDisks;
 use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +30,26 @@ pub struct Config {
     /// TLS of mounts whose NBD URI says nothing of it. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_tls: Option<NbdTls>,
+    /// Bounds of the NBD server of each mount.
+    #[serde(default)]
+    pub nbd: backtide_export::Limits,
+    /// TLS of `tls://` addresses of `listen`, which need it. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream_tls: Option<StreamTls>,
+    /// Whether streams may come in the clear, and from whomever, over TCP that is not loopback.
+    #[serde(default)]
+    pub insecure: bool,
+}
+
+/// TLS of the streams that come to `tls://` addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StreamTls {
+    /// The folder of `ca-cert.pem`, whose authorities sign agents, `server-cert.pem` and `server-key.pem`.
+    pub certificates: PathBuf,
+    /// What an agent's certificate that names no disks may speak for.
+    #[serde(default)]
+    pub disks: WhichDisks,
 }
 
 /// Bounds of a receiver.
@@ -114,6 +135,9 @@ impl Config {
             api: None,
             limits: Limits::default(),
             nbd_tls: None,
+            nbd: backtide_export::Limits::default(),
+            stream_tls: None,
+            insecure: false,
         }
     }
 

@@ -21,12 +21,13 @@ use backtide_protocol::{
 use backtide_recovery::LogError;
 use bytes::{Buf, BytesMut};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
     task::JoinHandle,
 };
 
 use crate::{
-    accept::{Arrival, drain},
+    accept::Arrival,
+    admit::drain,
     disk::{Disk, chain},
     disks::closed,
     ingest::{Ingest, Wakeup},
@@ -52,6 +53,8 @@ struct Connection {
     /// Frames sent so far.
     sent: u64,
     output: BytesMut,
+    /// Of what was written some may not be out.
+    unflushed: bool,
     compares: VecDeque<Answering>,
     /// Set at the end: compares under way stop and queued ones do nothing, for other agents wait
     /// for the same threads.
@@ -71,6 +74,7 @@ impl Drop for Connection {
 enum Event {
     Read(io::Result<usize>),
     Written(io::Result<usize>),
+    Flushed(io::Result<()>),
     Compared(Result<CompareResult, String>),
     Woken,
     /// Time to be heard.
@@ -79,16 +83,17 @@ enum Event {
 
 /// Serves one agent until the connection ends.
 pub(crate) async fn run(ingest: Rc<Ingest>, arrival: Arrival, wakeup: Rc<Wakeup>) {
-    let Arrival { id, socket, decoder, first, _permit } = arrival;
+    let Arrival { id, socket, decoder, first, rights, _permit } = arrival;
     let _entry = Entry { id, ingest: Rc::clone(&ingest) };
     let mut connection = Connection {
         id,
         ingest: Rc::clone(&ingest),
-        session: Session::new(id),
+        session: Session::with_rights(id, rights),
         decoder,
         sent: 0,
         output: BytesMut::new(),
         compares: VecDeque::new(),
+        unflushed: false,
         unwanted: Arc::default(),
         ending: false,
     };
@@ -128,7 +133,7 @@ impl Connection {
             let event = tokio::select! {
                 biased;
                 () = wakeup.notify.notified() => Event::Woken,
-                written = duplex.writer.write(&self.output), if !self.output.is_empty() => Event::Written(written),
+                event = put_out(&mut *duplex.writer, &self.output), if !self.output.is_empty() || self.unflushed => event,
                 result = answer(&mut self.compares), if !self.compares.is_empty() => Event::Compared(result),
                 _ = beat.tick() => Event::Beat,
                 read = duplex.reader.read_buf(self.decoder.buffer()), if may_read => Event::Read(read),
@@ -148,7 +153,14 @@ impl Connection {
                         self.send(&Message::Ping);
                     }
                 }
-                Event::Written(written) => self.output.advance(written?),
+                Event::Written(written) => {
+                    self.output.advance(written?);
+                    self.unflushed = duplex.buffered;
+                }
+                Event::Flushed(flushed) => {
+                    flushed?;
+                    self.unflushed = false;
+                }
                 Event::Compared(Ok(result)) => {
                     self.send(&Message::CompareResult(result));
                     self.take_decoded();
@@ -241,6 +253,15 @@ impl Connection {
         let (header, payload) = encode(self.sent, message);
         self.output.extend_from_slice(&header);
         self.output.extend_from_slice(&payload);
+    }
+}
+
+/// Writes some of `output` or, when all of it was, sees that it goes out. Safe to drop and call again.
+async fn put_out(writer: &mut (dyn AsyncWrite + Send + Unpin), output: &[u8]) -> Event {
+    if output.is_empty() {
+        Event::Flushed(writer.flush().await)
+    } else {
+        Event::Written(writer.write(output).await)
     }
 }
 

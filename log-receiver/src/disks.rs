@@ -21,7 +21,7 @@ use backtide_protocol::{CloseCode, Closed, Hello, ReceiverState};
 use backtide_recovery::{Attached, LogCache, LogError, LogOptions, Snapshot};
 use backtide_segment::Seq;
 use backtide_storage::{KillPoint, Storage};
-use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, HistoryId};
 
 use crate::{
     Names, StoreWatch,
@@ -149,6 +149,12 @@ impl Disks {
         // Taking it may have failed the log just now.
         self.shelf.make_readable(disk);
         Some(if snapshot.is_err() { disk.snapshot() } else { snapshot })
+    }
+
+    /// What a disk is called, by its log or by the name that was kept for it; none for an unknown one.
+    pub(crate) fn name_of(&self, disk: DiskId) -> Option<DiskName> {
+        let attached = self.disks.get(&disk).and_then(Disk::attached).map(|attached| attached.name.clone());
+        attached.or_else(|| self.shelf.names.name_of(disk))
     }
 
     /// All disks, by id.

@@ -10,6 +10,7 @@
 //! them over a storage in memory. Everything around is [`Receiver`].
 
 mod accept;
+mod admit;
 mod connection;
 mod ingest;
 mod socket;
@@ -45,8 +46,9 @@ mod store_file;
 mod watch;
 mod watermark;
 
+pub use backtide_tls::WhichDisks;
 pub use compare::CompareJob;
-pub use config::{Config, Limits};
+pub use config::{Config, Limits, StreamTls};
 pub use disk::{CommitOutcome, CommitTicket, Disk, DiskError, Failure};
 pub use disks::{Claim, Disks, ListError, Shelf};
 pub use fsck::fsck;

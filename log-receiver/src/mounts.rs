@@ -102,6 +102,8 @@ struct Mounted {
 
 /// What all mounts have in common.
 pub(crate) struct Serving {
+    /// Bounds of each server.
+    pub(crate) nbd: Limits,
     /// Sockets are made here.
     pub(crate) run_dir: PathBuf,
     pub(crate) mounts_max: usize,
@@ -219,7 +221,7 @@ impl Table {
                 (Some(overlay), OneExport(Rc::new(export)))
             }
         };
-        let server = listener.serve(Rc::new(export), Limits::default());
+        let server = listener.serve(Rc::new(export), self.serving.nbd);
         tracing::info!(mount = id, disk = %plan.disk.uuid, lsn = %plan.at.lsn, %uri, "mounted");
         let (disk, at, since) = (plan.disk, plan.at, clock::now());
         let mounted = Mounted { id: id.clone(), disk, at, size, uri, since, overlay, server };

@@ -14,6 +14,7 @@ use backtide_control::{Address, Server};
 use backtide_overlay::{Budget, OverlayOptions};
 use backtide_recovery::LogCache;
 use backtide_storage::{RealStorage, Storage};
+use backtide_tls::StreamServer;
 use backtide_units::{DiskId, HistoryId};
 use tokio::{
     runtime::{Builder, Runtime},
@@ -22,7 +23,7 @@ use tokio::{
 };
 
 use crate::{
-    Config, Limits, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch,
+    Config, Limits, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch, StreamTls,
     accept::Door,
     findings::Findings,
     ingest::{self, IngestThread, Task},
@@ -31,7 +32,7 @@ use crate::{
     pool::{Pool, PoolThreads},
     scrub::Scrub,
     service::Service,
-    socket::Listener,
+    socket::{Entrance, Listener},
     space::Space,
     store_file::{StoreLock, lock_store, open_store},
 };
@@ -124,7 +125,10 @@ impl Receiver {
             .build()
             .map_err(|source| failed("start the control threads", source))?;
         let runtime = Background(Some(runtime));
-        let (listeners, api) = runtime.bind(config.listen_addresses(), config.api_address()).await?;
+        let entrance = entrance(&config)?;
+        let tls = entrance.tls.clone();
+        let (listeners, api) =
+            runtime.bind(config.listen_addresses(), entrance, config.api_address()).await?;
 
         let pool = |name, threads| Pool::start(name, threads).map_err(|e| failed("start a pool", e));
         let (commits, commit_threads) = pool("commit", limits.commit_threads)?;
@@ -149,6 +153,7 @@ impl Receiver {
             mounts_max: limits.mounts,
             readers: readers.clone(),
             nbd_tls: config.nbd_tls.clone(),
+            nbd: config.nbd,
             findings: findings.clone(),
             overlays: overlays.clone(),
             writers,
@@ -165,6 +170,7 @@ impl Receiver {
             scrub: Scrub::new(findings.clone()),
             findings,
             listen: listen.clone(),
+            tls,
             names: shelf.names,
             threads: tasks.clone(),
             mounts: mounts.orders.clone(),
@@ -242,6 +248,13 @@ impl Receiver {
     }
 }
 
+/// How streams over TCP come in.
+fn entrance(config: &Config) -> Result<Entrance, StartError> {
+    let load = |tls: &StreamTls| StreamServer::load(&tls.certificates, tls.disks).map_err(ListenError::Tls);
+    let tls = config.stream_tls.as_ref().map(load).transpose()?.map(Arc::new);
+    Ok(Entrance { tls, insecure: config.insecure })
+}
+
 fn open_overlays(storage: &Arc<dyn Storage>, limits: &Limits) -> Result<Overlays, StartError> {
     let space = Space::new(Arc::clone(storage), limits.free_bytes_min);
     let options = OverlayOptions {
@@ -312,11 +325,16 @@ impl Background {
     }
 
     /// Binds on this runtime, whose event loop the sockets belong to from then on.
-    async fn bind(&self, streams: Vec<Address>, api: Address) -> Result<(Vec<Listener>, Server), StartError> {
+    async fn bind(
+        &self,
+        streams: Vec<Address>,
+        entrance: Entrance,
+        api: Address,
+    ) -> Result<(Vec<Listener>, Server), StartError> {
         let bound = self.spawn(async move {
             let mut listeners = Vec::new();
             for address in &streams {
-                listeners.push(Listener::bind(address).await?);
+                listeners.push(Listener::bind(address, &entrance).await?);
             }
             Ok::<_, StartError>((listeners, Server::bind(&api).await?))
         });

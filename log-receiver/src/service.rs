@@ -5,12 +5,13 @@ use std::{path::PathBuf, sync::Arc};
 use backtide_control::Address;
 use backtide_export::NbdUri;
 use backtide_receiver_api::{
-    ApiError, DiffReport, DiffRequest, DiskRef, ErrorCode, KeptOverlay, Mount, MountRequest, Mounts,
-    PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
-    ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnmountRequest,
+    ApiError, CertificateStatus, DiffReport, DiffRequest, DiskRef, ErrorCode, KeptOverlay, Mount,
+    MountRequest, Mounts, PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus,
+    RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnmountRequest,
 };
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
 use backtide_storage::Storage;
+use backtide_tls::StreamServer;
 use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
@@ -40,6 +41,7 @@ pub(crate) struct Service {
     pub(crate) scrub: Scrub,
     pub(crate) findings: Findings,
     pub(crate) listen: Vec<Address>,
+    pub(crate) tls: Option<Arc<StreamServer>>,
     pub(crate) names: Arc<Names>,
     pub(crate) threads: Vec<mpsc::Sender<Task>>,
     pub(crate) mounts: mpsc::Sender<Order>,
@@ -74,6 +76,7 @@ impl ReceiverService for Service {
             store: self.store.display().to_string(),
             store_id: self.store_id.0.to_string(),
             listen: self.listen.clone(),
+            certificate: self.tls.as_ref().and_then(|tls| certificate(tls)),
             log_bytes: ByteCount(facts.iter().map(|facts| facts.log_bytes.0).sum()),
             free_bytes: free,
             free_bytes_min: self.space_floor,
@@ -313,6 +316,7 @@ impl Service {
             alarms.extend(facts.damage.iter().map(|why| format!("disk {name}: {why}")));
         }
         alarms.extend(self.overlays.alarms());
+        alarms.extend(self.tls.iter().flat_map(|tls| tls.warnings()));
         alarms.dedup();
         alarms
     }
@@ -391,6 +395,19 @@ fn resolved(disk: &DiskRef, asked: String, at: TimedLsn) -> ResolvedPoint {
 fn nbd_uri(uri: Option<String>) -> Result<Option<NbdUri>, ApiError> {
     let parsed = uri.map(|uri| uri.parse()).transpose();
     parsed.map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))
+}
+
+fn certificate(tls: &StreamServer) -> Option<CertificateStatus> {
+    let own = tls.certificate()?;
+    let folder = tls.folder().display().to_string();
+    let warnings = tls.warnings();
+    Some(CertificateStatus {
+        subject: own.subject,
+        names: own.hosts,
+        not_after: own.not_after,
+        folder,
+        warnings,
+    })
 }
 
 fn ending() -> ApiError {

@@ -23,6 +23,7 @@ use backtide_protocol::{
     CloseCode, Closed, Compare, Hello, Message, PROTOCOL_VERSION, Record, Sequenced, Welcome,
 };
 use backtide_segment::{Entry, Seq};
+use backtide_tls::Rights;
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, Lsn};
 
 use crate::{
@@ -45,6 +46,8 @@ const REPLACED: &str = "another connection has this disk now";
 /// One agent's connection.
 pub struct Session {
     connection: ConnectionId,
+    /// The disks its agent may claim.
+    rights: Rights,
     state: State,
 }
 
@@ -94,9 +97,14 @@ struct Streaming {
 }
 
 impl Session {
-    /// For a connection that was just accepted.
+    /// For a connection that was just accepted, of an agent that may speak for every disk.
     pub fn new(connection: ConnectionId) -> Self {
-        Self { connection, state: State::AwaitHello }
+        Self::with_rights(connection, Rights::all())
+    }
+
+    /// The same of an agent that may speak for these disks.
+    pub fn with_rights(connection: ConnectionId, rights: Rights) -> Self {
+        Self { connection, rights, state: State::AwaitHello }
     }
 
     /// The disk this connection has claimed; none before its hello and after its end.
@@ -196,6 +204,9 @@ impl Session {
         if hello.version != PROTOCOL_VERSION {
             return self.close(disks, another_version(hello.version));
         }
+        if let Err(why) = self.check_rights(disks, hello) {
+            return self.close(disks, closed(CloseCode::Denied, why));
+        }
         match disks.claim(self.connection, hello, now) {
             Ok(claim) => {
                 tracing::info!(connection = self.connection.0, disk = %hello.disk, name = %hello.name, epoch = %hello.epoch, state = ?claim.state, "disk claimed");
@@ -204,6 +215,16 @@ impl Session {
                 replaced.map(|(other, closed)| Effect::CloseOther(other, closed)).into_iter().collect()
             }
             Err(closed) => self.close(disks, closed),
+        }
+    }
+
+    /// A disk is what it is called here as well as what its agent calls it: who may speak for one name
+    /// gets no other disk by it.
+    fn check_rights(&self, disks: &Disks, hello: &Hello) -> Result<(), String> {
+        self.rights.check(&hello.name)?;
+        match disks.name_of(hello.disk) {
+            Some(name) => self.rights.check(&name),
+            None => Ok(()),
         }
     }
 
@@ -393,7 +414,11 @@ fn log_close(connection: ConnectionId, disk: Option<DiskId>, closed: &Closed) {
         CloseCode::Bye | CloseCode::Busy | CloseCode::Fenced => {
             tracing::info!(connection, ?disk, ?code, message, "connection closed");
         }
-        CloseCode::Version | CloseCode::Invalid | CloseCode::Store | CloseCode::Refused => {
+        CloseCode::Version
+        | CloseCode::Invalid
+        | CloseCode::Store
+        | CloseCode::Refused
+        | CloseCode::Denied => {
             tracing::warn!(connection, ?disk, ?code, message, "connection closed");
         }
     }

@@ -1,15 +1,17 @@
 //! Sockets that streams arrive on: unix or TCP, listening and accepted.
 //!
-//! Invariants: a socket file is replaced only when nobody answers on it, has mode 0600 (a stream has
-//! no authentication of its own), and is removed in the end only while it is the one made here.
+//! Invariants: a socket file is replaced only when nobody answers on it, has mode 0600 (a stream in the
+//! clear has no authentication), and is removed in the end only while it is the one made here; TCP in
+//! the clear is on loopback, or somebody has said that it may be elsewhere.
 
-use std::{fs, io, os::unix::fs::PermissionsExt, path::Path};
+use std::{fs, io, net::IpAddr, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 
 use backtide_control::Address;
 use backtide_socket::{Occupied, Place, SocketFile};
+use backtide_tls::{Secured, Session, StreamServer, TlsError};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream, lookup_host},
 };
 
 /// A peer that is silent for this long is asked whether it is there...
@@ -28,6 +30,17 @@ pub enum ListenError {
     /// Something that is no socket has the path.
     #[error("cannot listen at {0}: there is a file of that name that is no socket")]
     NoSocket(Address),
+    /// In the clear on a network.
+    #[error(
+        "{0} is refused: streams would come in the clear, from whoever reaches it: use tls:// with certificates, or --insecure on a network that only hosts you trust are on"
+    )]
+    Insecure(Address),
+    /// TLS without certificates.
+    #[error("{0} needs certificates: give --tls-certificates DIR, or certificates in [stream_tls]")]
+    NoCertificates(Address),
+    /// Certificates that cannot be used.
+    #[error("cannot take streams under TLS: {}", .0.chain())]
+    Tls(TlsError),
     /// The operating system refused.
     #[error("cannot listen at {address}")]
     Io {
@@ -44,34 +57,67 @@ pub(crate) struct Listener {
     address: Address,
 }
 
+/// How streams over TCP are let in.
+#[derive(Clone, Default)]
+pub(crate) struct Entrance {
+    /// For `tls://`.
+    pub(crate) tls: Option<Arc<StreamServer>>,
+    /// Whether TCP in the clear may be off loopback.
+    pub(crate) insecure: bool,
+}
+
 enum ListenerKind {
     Unix { listener: UnixListener, _file: SocketFile },
     Tcp(TcpListener),
+    Tls(TcpListener, Arc<StreamServer>),
+}
+
+/// A connection that was just accepted.
+pub(crate) struct Accepted {
+    pub(crate) stream: Stream,
+    /// Where it comes from, over a network.
+    pub(crate) from: Option<IpAddr>,
+    /// The handshake that is due before anything else.
+    pub(crate) tls: Option<Arc<StreamServer>>,
 }
 
 /// An accepted stream that belongs to no thread's event loop yet.
 pub(crate) enum Socket {
     Unix(std::os::unix::net::UnixStream),
     Tcp(std::net::TcpStream),
+    Tls(std::net::TcpStream, Session),
 }
 
 /// An accepted stream on this thread's event loop, in its two directions.
 pub(crate) struct Duplex {
     pub(crate) reader: Box<dyn AsyncRead + Send + Unpin>,
     pub(crate) writer: Box<dyn AsyncWrite + Send + Unpin>,
+    /// What was written is out only after a flush.
+    pub(crate) buffered: bool,
 }
 
 /// An accepted stream on this thread's event loop.
 pub(crate) enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
+    Tls(Secured<TcpStream>),
 }
 
 impl Listener {
-    pub(crate) async fn bind(address: &Address) -> Result<Self, ListenError> {
+    pub(crate) async fn bind(address: &Address, entrance: &Entrance) -> Result<Self, ListenError> {
         match address {
             Address::Unix(path) => bind_unix(address, path).await,
-            Address::Tcp { host, port } => bind_tcp(address, host, *port).await,
+            Address::Tcp { host, port } => {
+                let (listener, port) = bind_tcp(address, host, *port, entrance.insecure).await?;
+                let address = Address::Tcp { host: host.clone(), port };
+                Ok(Self { kind: ListenerKind::Tcp(listener), address })
+            }
+            Address::Tls { host, port } => {
+                let tls = entrance.tls.clone().ok_or_else(|| ListenError::NoCertificates(address.clone()))?;
+                let (listener, port) = bind_tcp(address, host, *port, true).await?;
+                let address = Address::Tls { host: host.clone(), port };
+                Ok(Self { kind: ListenerKind::Tls(listener, tls), address })
+            }
         }
     }
 
@@ -80,15 +126,14 @@ impl Listener {
         &self.address
     }
 
-    pub(crate) async fn accept(&self) -> io::Result<Stream> {
+    pub(crate) async fn accept(&self) -> io::Result<Accepted> {
         match &self.kind {
-            ListenerKind::Unix { listener, .. } => Ok(Stream::Unix(listener.accept().await?.0)),
-            ListenerKind::Tcp(listener) => {
-                let (stream, _) = listener.accept().await?;
-                stream.set_nodelay(true)?;
-                keep_alive(&stream)?;
-                Ok(Stream::Tcp(stream))
+            ListenerKind::Unix { listener, .. } => {
+                let stream = Stream::Unix(listener.accept().await?.0);
+                Ok(Accepted { stream, from: None, tls: None })
             }
+            ListenerKind::Tcp(listener) => accept_tcp(listener, None).await,
+            ListenerKind::Tls(listener, tls) => accept_tcp(listener, Some(Arc::clone(tls))).await,
         }
     }
 }
@@ -99,6 +144,10 @@ impl Stream {
         Ok(match self {
             Self::Unix(stream) => Socket::Unix(stream.into_std()?),
             Self::Tcp(stream) => Socket::Tcp(stream.into_std()?),
+            Self::Tls(stream) => {
+                let (socket, session) = stream.into_parts();
+                Socket::Tls(socket.into_std()?, session)
+            }
         })
     }
 
@@ -106,11 +155,15 @@ impl Stream {
         match self {
             Self::Unix(stream) => {
                 let (reader, writer) = stream.into_split();
-                Duplex { reader: Box::new(reader), writer: Box::new(writer) }
+                Duplex { reader: Box::new(reader), writer: Box::new(writer), buffered: false }
             }
             Self::Tcp(stream) => {
                 let (reader, writer) = stream.into_split();
-                Duplex { reader: Box::new(reader), writer: Box::new(writer) }
+                Duplex { reader: Box::new(reader), writer: Box::new(writer), buffered: false }
+            }
+            Self::Tls(stream) => {
+                let (reader, writer) = tokio::io::split(stream);
+                Duplex { reader: Box::new(reader), writer: Box::new(writer), buffered: true }
             }
         }
     }
@@ -121,6 +174,7 @@ impl Stream {
         match self {
             Self::Unix(stream) => stream.read_buf(buffer).await,
             Self::Tcp(stream) => stream.read_buf(buffer).await,
+            Self::Tls(stream) => stream.read_buf(buffer).await,
         }
     }
 }
@@ -131,6 +185,7 @@ impl Socket {
         Ok(match self {
             Self::Unix(stream) => Stream::Unix(UnixStream::from_std(stream)?),
             Self::Tcp(stream) => Stream::Tcp(TcpStream::from_std(stream)?),
+            Self::Tls(stream, session) => Stream::Tls(Secured::new(TcpStream::from_std(stream)?, session)),
         })
     }
 }
@@ -145,15 +200,30 @@ fn keep_alive(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-async fn bind_tcp(address: &Address, host: &str, port: u16) -> Result<Listener, ListenError> {
+async fn accept_tcp(listener: &TcpListener, tls: Option<Arc<StreamServer>>) -> io::Result<Accepted> {
+    let (stream, from) = listener.accept().await?;
+    stream.set_nodelay(true)?;
+    keep_alive(&stream)?;
+    Ok(Accepted { stream: Stream::Tcp(stream), from: Some(from.ip().to_canonical()), tls })
+}
+
+async fn bind_tcp(
+    address: &Address,
+    host: &str,
+    port: u16,
+    anywhere: bool,
+) -> Result<(TcpListener, u16), ListenError> {
     let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::AddrInUse => ListenError::InUse(address.clone()),
         _ => ListenError::Io { address: address.clone(), source },
     };
-    let listener = TcpListener::bind((host, port)).await.map_err(failed)?;
+    let resolved: Vec<_> = lookup_host((host, port)).await.map_err(failed)?.collect();
+    if !anywhere && resolved.iter().any(|at| !at.ip().is_loopback()) {
+        return Err(ListenError::Insecure(address.clone()));
+    }
+    let listener = TcpListener::bind(resolved.as_slice()).await.map_err(failed)?;
     let port = listener.local_addr().map_err(failed)?.port();
-    let address = Address::Tcp { host: host.to_owned(), port };
-    Ok(Listener { kind: ListenerKind::Tcp(listener), address })
+    Ok((listener, port))
 }
 
 async fn bind_unix(address: &Address, path: &Path) -> Result<Listener, ListenError> {

@@ -1,6 +1,6 @@
 //! What it takes to protect a disk.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, path::PathBuf, str::FromStr};
 
 use backtide_control::Address;
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
@@ -35,10 +35,25 @@ pub struct AttachRequest {
     /// Bounds; what is left out keeps its default.
     #[serde(default)]
     pub limits: LimitsRequest,
+    /// TLS of a `tls://` receiver. None: what the agent's configuration says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream_tls: Option<StreamTls>,
     /// A history that the receiver keeps and this agent knows nothing of, to be continued: everything
     /// is compared. None: a new disk, or one that the agent knows by its name.
     #[serde(default)]
     pub adopt: Option<Adopted>,
+}
+
+/// TLS of a stream, on the agent's side.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StreamTls {
+    /// The absolute path of a folder with `ca-cert.pem`, whose authorities sign receivers,
+    /// `client-cert.pem` and `client-key.pem`.
+    pub certificates: PathBuf,
+    /// The name the receiver's certificate has to be for. None: the host of its address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
 }
 
 /// A disk as its receiver knows it, for an agent that has lost what it knew.

@@ -14,7 +14,7 @@ mod service;
 mod status;
 mod verify;
 
-pub use attach::{AckPolicy, Adopted, AttachRequest, Limits, LimitsRequest, OnOutage};
+pub use attach::{AckPolicy, Adopted, AttachRequest, Limits, LimitsRequest, OnOutage, StreamTls};
 pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use cache::CacheMode;
 pub use client::{AGENT, AgentClient};
@@ -23,7 +23,7 @@ pub use routes::router;
 pub use service::AgentService;
 pub use status::{
     AgentStatus, Counters, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError, ResyncStatus,
-    Unreadable, Window,
+    StreamTlsStatus, Unreadable, Window,
 };
 pub use verify::{ByteSpan, DIFFERING_SPANS_MAX, VerifyRequest, VerifyState, VerifyStatus};
 

@@ -58,6 +58,9 @@ pub struct DiskStatus {
     pub receiver: Address,
     /// Why the last connection failed or ended, if it did.
     pub last_error: Option<PeerError>,
+    /// TLS of the stream; none where it is in the clear.
+    #[serde(default)]
+    pub stream_tls: Option<StreamTlsStatus>,
     /// Where the guest's QEMU finds the disk.
     pub nbd_uri: String,
     /// The disk behind: path or NBD URI.
@@ -110,12 +113,29 @@ pub struct DiskStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerError {
     /// For scripts: the stream's close code (`fenced`, `version`, `invalid`, `store`, `busy`,
-    /// `refused`), `unreachable`, or `lost` for a stream that broke.
+    /// `refused`, `denied`), `unreachable`, `tls` when one side does not accept the other's certificate,
+    /// or `lost` for a stream that broke.
     pub code: String,
     /// A sentence; the receiver's own words when it gave some.
     pub message: String,
     /// When.
     pub time: CaptureTime,
+}
+
+/// Certificates of a stream under TLS, as its agent knows them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamTlsStatus {
+    /// Whose certificate the agent shows; none when it cannot be read.
+    pub subject: Option<String>,
+    /// Until when that is valid.
+    pub not_after: Option<CaptureTime>,
+    /// Whose certificate the receiver has shown; none before the first connection.
+    pub receiver: Option<String>,
+    /// Until when that is valid.
+    pub receiver_not_after: Option<CaptureTime>,
+    /// What a person should see to: certificates that end soon or cannot be used. Sentences.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// How far a disk's writes got.

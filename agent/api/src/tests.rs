@@ -42,6 +42,7 @@ fn vm1() -> DiskStatus {
         connected: true,
         receiver: Address::unix("/run/backtide/stream.sock"),
         last_error: None,
+        stream_tls: None,
         nbd_uri: "nbd+unix:///vm1?socket=/run/backtide/vm1.nbd".to_owned(),
         image: "/images/vm1.img".to_owned(),
         local_error: None,
@@ -152,6 +153,7 @@ fn attach_request() -> AttachRequest {
         on_outage: OnOutage::Continue,
         cache: Some(CacheMode::Direct),
         limits: LimitsRequest::default(),
+        stream_tls: None,
         adopt: None,
     }
 }

@@ -1,6 +1,6 @@
 //! Where a daemon listens, for its control API or for disks' streams.
 //!
-//! Text form, everywhere the same: `unix:/path` or `tcp://host:port`.
+//! Text form, everywhere the same: `unix:/path`, `tcp://host:port` or, for streams, `tls://host:port`.
 
 use std::{
     fmt,
@@ -23,11 +23,18 @@ pub enum Address {
         /// Port number.
         port: u16,
     },
+    /// A TCP port whose connections are under TLS. For disks' streams; a control API has none.
+    Tls {
+        /// Name or IP address, an IPv6 address without its brackets.
+        host: String,
+        /// Port number.
+        port: u16,
+    },
 }
 
 /// Text that is no address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{found:?} is no address: {problem} (write unix:/path or tcp://host:port)")]
+#[error("{found:?} is no address: {problem} (write unix:/path, tcp://host:port or tls://host:port)")]
 pub struct InvalidAddress {
     found: String,
     problem: &'static str,
@@ -46,7 +53,7 @@ impl Address {
     pub fn socket_path(&self) -> Option<&Path> {
         match self {
             Self::Unix(path) => Some(path),
-            Self::Tcp { .. } => None,
+            Self::Tcp { .. } | Self::Tls { .. } => None,
         }
     }
 
@@ -55,12 +62,15 @@ impl Address {
             return parse_unix(path);
         }
         if let Some(rest) = text.strip_prefix("tcp://") {
-            return parse_tcp(rest);
+            return parse_tcp(rest).map(|(host, port)| Self::Tcp { host, port });
+        }
+        if let Some(rest) = text.strip_prefix("tls://") {
+            return parse_tcp(rest).map(|(host, port)| Self::Tls { host, port });
         }
         if text.starts_with('/') {
             return Err("a path needs unix: before it");
         }
-        Err("it begins with neither unix: nor tcp://")
+        Err("it begins with none of unix:, tcp:// and tls://")
     }
 }
 
@@ -79,7 +89,7 @@ fn parse_unix(path: &str) -> Result<Address, &'static str> {
     Ok(Address::Unix(PathBuf::from(path)))
 }
 
-fn parse_tcp(rest: &str) -> Result<Address, &'static str> {
+fn parse_tcp(rest: &str) -> Result<(String, u16), &'static str> {
     let rest = rest.strip_suffix('/').unwrap_or(rest);
     let (host, port) = rest.rsplit_once(':').ok_or("the port is missing")?;
     let host = match host.strip_prefix('[') {
@@ -95,7 +105,7 @@ fn parse_tcp(rest: &str) -> Result<Address, &'static str> {
         return Err("the host holds characters that no host name has");
     }
     let port = port.parse().map_err(|_| "the port is no number from 0 to 65535")?;
-    Ok(Address::Tcp { host: host.to_owned(), port })
+    Ok((host.to_owned(), port))
 }
 
 impl FromStr for Address {
@@ -126,6 +136,8 @@ impl fmt::Display for Address {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
+            Self::Tls { host, port } if host.contains(':') => write!(f, "tls://[{host}]:{port}"),
+            Self::Tls { host, port } => write!(f, "tls://{host}:{port}"),
         }
     }
 }
@@ -136,9 +148,14 @@ mod tests {
 
     #[test]
     fn addresses_come_back_as_written() {
-        for text in
-            ["unix:/run/backtide/agent.sock", "tcp://127.0.0.1:7300", "tcp://[::1]:0", "tcp://kvm-3:9"]
-        {
+        for text in [
+            "unix:/run/backtide/agent.sock",
+            "tcp://127.0.0.1:7300",
+            "tcp://[::1]:0",
+            "tcp://kvm-3:9",
+            "tls://backup.example:7301",
+            "tls://[::1]:7301",
+        ] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
         }
         assert_eq!("unix:///run/x".parse::<Address>().unwrap(), Address::unix("/run/x"));
@@ -156,12 +173,13 @@ mod tests {
             ("tcp://:80", "the host is missing"),
             ("tcp://::1:80", "needs brackets"),
             ("tcp://a/b:80", "no host name has"),
-            ("http://host:80", "neither unix: nor tcp://"),
-            ("", "neither unix: nor tcp://"),
+            ("tls://host", "the port is missing"),
+            ("http://host:80", "none of unix:, tcp:// and tls://"),
+            ("", "none of unix:, tcp:// and tls://"),
         ] {
             let message = text.parse::<Address>().unwrap_err().to_string();
             assert!(message.contains(problem), "{text:?}: {message}");
-            assert!(message.contains("write unix:/path or tcp://host:port"), "{message}");
+            assert!(message.contains("write unix:/path, tcp://host:port or tls://host:port"), "{message}");
         }
     }
 }

@@ -54,6 +54,11 @@ impl Client {
             }
             Address::Tcp { host, port } if host.contains(':') => format!("http://[{host}]:{port}"),
             Address::Tcp { host, port } => format!("http://{host}:{port}"),
+            Address::Tls { .. } => {
+                let message = format!("{address} cannot be asked: a control API is never under TLS");
+                return Err(ApiError::new(ErrorCode::Usage, message)
+                    .with_hint("it is served on a unix socket or on loopback; `ssh -L` brings it here"));
+            }
         };
         let http = builder.build().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
         Ok(Self { http, base, address: address.clone(), peer })

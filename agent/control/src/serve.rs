@@ -71,6 +71,12 @@ pub enum BindError {
         /// Where.
         address: Address,
     },
+    /// Only streams are under TLS.
+    #[error("{address} is refused: a control API is served on a unix socket or on loopback, never under TLS")]
+    Tls {
+        /// Where.
+        address: Address,
+    },
     /// The path of the unix socket, with what it takes to create it safely, is too long.
     #[error("{address} cannot be used: the path of a control socket has at most {max} bytes")]
     PathTooLong {
@@ -95,7 +101,7 @@ impl BindError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::InUse { .. } | Self::NoSocket { .. } => ErrorCode::Locked,
-            Self::NotLoopback { .. } => ErrorCode::Refused,
+            Self::NotLoopback { .. } | Self::Tls { .. } => ErrorCode::Refused,
             Self::PathTooLong { .. } => ErrorCode::Usage,
             Self::Io { .. } => ErrorCode::Failed,
         }
@@ -111,6 +117,7 @@ impl Server {
         match address {
             Address::Unix(path) => bind_unix(address, path).await,
             Address::Tcp { host, port } => bind_tcp(address, host, *port).await,
+            Address::Tls { .. } => Err(BindError::Tls { address: address.clone() }),
         }
     }
 
@@ -123,6 +130,7 @@ impl Server {
         let place = match address {
             Address::Unix(path) => Listening::Unix(path),
             Address::Tcp { host, port } => Listening::Tcp(host, *port),
+            Address::Tls { .. } => return Err(BindError::Tls { address: address.clone() }),
         };
         let failed = |source| BindError::Io { address: address.clone(), source };
         if let Some(socket) = sockets.take(purpose, place) {
@@ -247,6 +255,7 @@ fn inherit(address: &Address, socket: OwnedFd) -> io::Result<Server> {
             let address = Address::Tcp { host: host.clone(), port: listener.local_addr()?.port() };
             Ok(Server { listener: Listener::Tcp(listener), address })
         }
+        Address::Tls { .. } => unreachable!("no control API listens under TLS"),
     }
 }
 

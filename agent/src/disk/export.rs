@@ -1,8 +1,8 @@
 //! The disk as NBD clients see it: reads go to the disk behind, changes through the filter.
 
-use std::rc::Rc;
+use std::{cell::OnceCell, rc::Rc};
 
-use backtide_export::{Command, Export, ExportInfo, ExportSummary, Exports, Reply};
+use backtide_export::{Command, Export, ExportInfo, ExportSummary, Exports, NbdError, Reply};
 use backtide_io_filter::Change;
 use backtide_units::ByteRange;
 
@@ -12,6 +12,9 @@ use super::engine::{Engine, nbd_error};
 pub(crate) struct DiskExport {
     engine: Rc<Engine>,
     info: ExportInfo,
+    /// Whether zeroes that keep their space, and those that need not, are made fast; known from the
+    /// first request on that asks.
+    fast_zeroes: [OnceCell<bool>; 2],
 }
 
 /// The exports of one disk's sockets: itself, by its name and as the default.
@@ -24,7 +27,14 @@ impl DiskExport {
         info.description = "protected by backtide".to_owned();
         info.block_sizes = engine.local.block_sizes();
         info.serves_any_range = engine.local.serves_any_range();
-        Rc::new(Self { engine, info })
+        // Promised is only that one that would be slow fails at once.
+        info.fast_zero = true;
+        Rc::new(Self { engine, info, fast_zeroes: Default::default() })
+    }
+
+    /// Refused before the filter sees it: nothing was tried, so nothing is known to differ.
+    fn zeroes_fast(&self, may_unmap: bool) -> bool {
+        *self.fast_zeroes[usize::from(may_unmap)].get_or_init(|| self.engine.local.zeroes_fast(may_unmap))
     }
 
     fn block_status(&self, range: ByteRange, one: bool, reply: Reply) {
@@ -49,6 +59,9 @@ impl Export for DiskExport {
             Command::Read { .. } => self.engine.read(range, reply),
             Command::Write { data, fua, .. } => self.engine.submit(Change::Write { range, data, fua }, reply),
             Command::Trim { fua, .. } => self.engine.submit(Change::Zero { range, trim: true, fua }, reply),
+            Command::WriteZeroes { fast: true, no_hole, .. } if !self.zeroes_fast(!no_hole) => {
+                reply.fail(NbdError::NotSupported);
+            }
             Command::WriteZeroes { fua, no_hole, .. } => {
                 self.engine.submit(Change::Zero { range, trim: !no_hole, fua }, reply);
             }

@@ -115,6 +115,14 @@ impl Local {
         }
     }
 
+    /// Whether zeroes are made without writing them; never promised for a disk behind an NBD server.
+    pub(crate) fn zeroes_fast(&self, may_unmap: bool) -> bool {
+        match self {
+            Self::Image(image) => image.image().zeroes_fast(may_unmap),
+            Self::Nbd(_) => false,
+        }
+    }
+
     pub(crate) fn read_ahead(&self, range: ByteRange) {
         if let Self::Image(image) = self {
             image.image().read_ahead(range);

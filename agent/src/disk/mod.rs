@@ -4,6 +4,7 @@
 //! guest's side, [`local`] the disk behind, [`image_disk`] and [`nbd_disk`] its kinds, [`stream`] the way
 //! to the receiver, [`status`] what can be told of it all.
 
+mod dial;
 pub(crate) mod engine;
 mod export;
 mod handle;
@@ -20,6 +21,7 @@ mod thread;
 mod trust;
 mod unflushed;
 
+pub(crate) use dial::check_tls;
 pub(crate) use handle::{DiskHandle, NoAnswer};
 pub(crate) use leaving::Leaving;
 pub(crate) use open::{OpenError, Opened, activity_limits, open};

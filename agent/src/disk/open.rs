@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use backtide_agent_api::{AckPolicy, CacheMode, OnOutage};
+use backtide_agent_api::{AckPolicy, CacheMode, OnOutage, StreamTls};
 use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError};
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{Cache, ImageError, ImageFile, KillPoint, Opening};
@@ -46,6 +46,10 @@ pub(crate) struct Opened {
     pub(crate) io_engine: IoEngine,
     /// See [`trust::known_until`].
     pub(crate) known_until: Option<CaptureTime>,
+    /// TLS of the stream, for a `tls://` receiver.
+    pub(crate) tls: Option<StreamTls>,
+    /// Bounds of its NBD server.
+    pub(crate) nbd: backtide_export::Limits,
 }
 
 /// Why a disk cannot be attached.
@@ -110,7 +114,9 @@ pub(crate) async fn open(
     KillPoint::AttachRecord.reached();
     let settings = settings(&record, behind.size());
     let io_engine = IoEngine::default();
-    Ok((record.clone(), Opened { record, behind, settings, resume, tracking, io_engine, known_until }))
+    let (tls, nbd) = (None, Default::default());
+    let opened = Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, nbd };
+    Ok((opened.record.clone(), opened))
 }
 
 fn record_error(records: &Records, record: &DiskRecord, source: io::Error) -> OpenError {

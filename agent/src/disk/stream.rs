@@ -17,12 +17,14 @@ use backtide_units::{CaptureTime, Epoch};
 use bytes::Bytes;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::{TcpStream, UnixStream},
     sync::Notify,
     time::Instant,
 };
 
-use super::engine::{Engine, Kick, add};
+use super::{
+    dial::Dialer,
+    engine::{Engine, Kick, add},
+};
 
 /// How long connecting and the handshake may take.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
@@ -53,6 +55,9 @@ pub(crate) enum StreamError {
     /// The handshake or an acknowledgement took too long.
     #[error("the receiver at {address} does not answer")]
     Silent { address: Address },
+    /// One side does not accept the other's certificate.
+    #[error("{0}")]
+    Tls(String),
     /// The connection broke.
     #[error("the stream was lost: {0}")]
     Lost(io::Error),
@@ -81,7 +86,7 @@ pub(crate) struct LastError {
 /// One disk's stream.
 pub(crate) struct Stream {
     engine: Rc<Engine>,
-    receiver: Address,
+    receiver: Dialer,
     pub(crate) last_error: RefCell<Option<LastError>>,
     /// A connection has ended.
     pub(crate) ended: Notify,
@@ -93,13 +98,11 @@ pub(crate) struct Stream {
     writing: Cell<bool>,
 }
 
-trait Duplex: AsyncRead + AsyncWrite + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
-
 impl StreamError {
     fn code(&self) -> &'static str {
         match self {
             Self::Unreachable { .. } => "unreachable",
+            Self::Tls(_) => "tls",
             Self::Silent { .. } | Self::Lost(_) | Self::Operator(_) => "lost",
             Self::Protocol(ProtocolError::Version { .. }) => "version",
             Self::Protocol(_) | Self::Unexpected(_) => "invalid",
@@ -111,6 +114,7 @@ impl StreamError {
                 CloseCode::Store => "store",
                 CloseCode::Busy => "busy",
                 CloseCode::Refused => "refused",
+                CloseCode::Denied => "denied",
             },
         }
     }
@@ -125,7 +129,7 @@ impl StreamError {
 }
 
 impl Stream {
-    pub(crate) fn new(engine: Rc<Engine>, receiver: Address) -> Rc<Self> {
+    pub(crate) fn new(engine: Rc<Engine>, receiver: Dialer) -> Rc<Self> {
         Rc::new(Self {
             engine,
             receiver,
@@ -145,7 +149,7 @@ impl Stream {
                 self.engine.wanted.notified().await;
             }
             let began = Instant::now();
-            let error = self.connect_and_run().await;
+            let error = self.receiver.explained(self.connect_and_run().await);
             let was_connected = self.engine.look(|filter| filter.status().connected);
             if was_connected {
                 add(&self.engine.traffic.disconnects, 1);
@@ -172,6 +176,11 @@ impl Stream {
         }
     }
 
+    /// What is known of the stream's certificates.
+    pub(crate) fn tls(&self) -> Option<backtide_agent_api::StreamTlsStatus> {
+        self.receiver.status()
+    }
+
     fn note(&self, error: &StreamError) {
         let disk = self.engine.name();
         let message: String = error.to_string().chars().take(SHOWN_MAX).collect();
@@ -188,11 +197,10 @@ impl Stream {
     }
 
     async fn connect_and_run(&self) -> StreamError {
-        let silent = || StreamError::Silent { address: self.receiver.clone() };
-        let unreachable = |source| StreamError::Unreachable { address: self.receiver.clone(), source };
-        let socket = match tokio::time::timeout(HANDSHAKE_TIME, connect(&self.receiver)).await {
+        let silent = || StreamError::Silent { address: self.receiver.address().clone() };
+        let socket = match tokio::time::timeout(HANDSHAKE_TIME, self.receiver.connect()).await {
             Ok(Ok(socket)) => socket,
-            Ok(Err(source)) => return unreachable(source),
+            Ok(Err(error)) => return error,
             Err(_) => return silent(),
         };
         let (mut reader, mut writer) = tokio::io::split(socket);
@@ -212,7 +220,7 @@ impl Stream {
             return self.kick_error().unwrap_or(StreamError::Operator("the disk wants no connection"));
         }
         let disk = self.engine.name();
-        tracing::info!(%disk, receiver = %self.receiver, history = %welcome.history, durable = %welcome.durable, "connected");
+        tracing::info!(%disk, receiver = %self.receiver.address(), history = %welcome.history, durable = %welcome.durable, "connected");
         self.last_error.replace(None);
         self.last_seq.set(1);
         self.writing.set(false);
@@ -379,17 +387,6 @@ fn at_kill_point(message: &Message) {
 
 fn length(data: &Data) -> u64 {
     data.bytes().len() as u64
-}
-
-async fn connect(address: &Address) -> io::Result<Box<dyn Duplex>> {
-    Ok(match address {
-        Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
-        Address::Tcp { host, port } => {
-            let stream = TcpStream::connect((host.as_str(), *port)).await?;
-            stream.set_nodelay(true)?;
-            Box::new(stream)
-        }
-    })
 }
 
 async fn fill(reader: &mut (impl AsyncRead + Unpin), decoder: &mut Decoder) -> Result<(), StreamError> {

@@ -10,7 +10,7 @@ use std::{
 
 use backtide_agent_api::{DiskStatus, VerifyStatus};
 use backtide_control::{ApiError, ErrorCode};
-use backtide_export::{BindError, Limits, Listener, NbdUri, Server};
+use backtide_export::{BindError, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
 use backtide_socket::Sockets;
 use backtide_storage::KillPoint;
@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     DiskHandle,
+    dial::Dialer,
     engine::{Engine, Kick, Tracking},
     export::{DiskExport, OneExport},
     image_disk::{EngineError, ImageDisk},
@@ -201,7 +202,8 @@ impl Disk {
         records: Records,
         (nbd, sockets): (NbdUri, Sockets),
     ) -> Result<Self, StartError> {
-        let Opened { record, behind, settings, resume, tracking, io_engine, known_until } = opened;
+        let Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, nbd: limits } =
+            opened;
         let (local, image) = match behind {
             Behind::Image(image) => {
                 let image = Arc::new(image);
@@ -231,8 +233,8 @@ impl Disk {
         let listener = Listener::bind_kept(&nbd, &sockets, &nbd_purpose(&record.name)).await?;
         let nbd = NbdUri { address: listener.address().clone(), ..nbd };
         let export = DiskExport::new(Rc::clone(&engine));
-        let server = listener.serve(Rc::new(OneExport(export)), Limits::default());
-        let stream = Stream::new(Rc::clone(&engine), record.receiver.clone());
+        let server = listener.serve(Rc::new(OneExport(export)), limits);
+        let stream = Stream::new(Rc::clone(&engine), Dialer::new(record.receiver.clone(), tls));
         tokio::task::spawn_local(Rc::clone(&engine).keep_time());
         tokio::task::spawn_local(Rc::clone(&stream).keep());
         tokio::task::spawn_local(Rc::clone(&engine).keep_ring());

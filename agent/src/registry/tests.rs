@@ -19,10 +19,11 @@ fn registry(directory: &Path) -> Arc<Registry> {
         cache: CacheMode::default(),
         io_engine: IoEngine::default(),
         nbd_tls: None,
+        stream_tls: None,
+        nbd: Default::default(),
     };
     let storage = Arc::new(RealStorage::open(&config.state).unwrap());
-    let (local_io, sockets) = (LocalIo::default(), Sockets::default());
-    Registry::new(Places::of(&config), Records::new(storage), Limits::default(), None, local_io, sockets)
+    Registry::new(&config, Records::new(storage), Sockets::default())
 }
 
 /// A server that tells no time is believed only because the agent ended in good order with the disk

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use backtide_agent_api::{AgentService, Limits, MarkRequest};
+use backtide_agent_api::{AgentService, MarkRequest};
 use backtide_storage::RealStorage;
 use backtide_units::{CaptureTime, Lsn};
 use tokio::sync::mpsc;
@@ -10,10 +10,8 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::{
     Config,
-    config::Places,
     disk::{DiskHandle, MarkAt, tests::Started},
     record::Records,
-    registry::LocalIo,
 };
 
 /// The service of an agent in `directory`, without disks.
@@ -26,11 +24,12 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         cache: backtide_agent_api::CacheMode::default(),
         io_engine: crate::config::IoEngine::default(),
         nbd_tls: None,
+        stream_tls: None,
+        nbd: Default::default(),
     };
     let storage = Arc::new(RealStorage::open(&config.state).unwrap());
-    let (local_io, sockets) = (LocalIo::default(), backtide_socket::Sockets::default());
-    let records = Records::new(storage);
-    let registry = Registry::new(Places::of(&config), records, Limits::default(), None, local_io, sockets);
+    let sockets = backtide_socket::Sockets::default();
+    let registry = Registry::new(&config, Records::new(storage), sockets);
     Service::new(registry, Arc::new(Restart::new(None, None)))
 }
 

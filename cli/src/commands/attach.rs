@@ -1,9 +1,12 @@
 //! `backtide attach`: protect a disk.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use backtide_agent_api::{
-    AckPolicy, Adopted, AgentClient, AttachRequest, CacheMode, DiskStatus, LimitsRequest, OnOutage,
+    AckPolicy, Adopted, AgentClient, AttachRequest, CacheMode, DiskStatus, LimitsRequest, OnOutage, StreamTls,
 };
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_units::{ByteCount, DiskName};
@@ -11,6 +14,7 @@ use clap::{Args, builder::PossibleValuesParser, builder::TypedValueParser};
 
 use crate::{
     arguments::ReceiverApi,
+    commands::stream_tls::absolute_folder,
     context::Context,
     ending::{Ending, Failure, failed, io_failure},
     output::status::disk_text,
@@ -33,6 +37,13 @@ pub(crate) struct Attach {
     /// Where the receiver takes streams
     #[arg(long, value_name = "ADDR")]
     receiver: Address,
+    /// Certificates for a tls:// receiver: the folder of ca-cert.pem, client-cert.pem and client-key.pem
+    /// [default: those of the agent's configuration]
+    #[arg(long, value_name = "DIR")]
+    tls_certificates: Option<PathBuf>,
+    /// The name the receiver's certificate is for, where that is not the host of its address
+    #[arg(long, value_name = "NAME", requires = "tls_certificates")]
+    tls_hostname: Option<String>,
     /// Where to serve the disk [default: a unix socket of the agent's choice]
     #[arg(long, value_name = "URI")]
     nbd: Option<String>,
@@ -124,7 +135,8 @@ impl Policy {
             activity_extent_bytes: self.activity_extent_size,
         };
         let (ack, on_outage, cache) = (self.ack, self.on_outage, self.cache);
-        AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, adopt: None }
+        let (stream_tls, adopt) = (None, None);
+        AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, stream_tls, adopt }
     }
 }
 
@@ -134,6 +146,13 @@ impl Attach {
         let agent = context.agent()?;
         let image = absolute_image(&self.image)?;
         let mut request = self.policy.request(self.name, image, self.receiver, self.nbd);
+        request.stream_tls = match self.tls_certificates {
+            Some(folder) => {
+                let certificates = absolute_folder(&folder)?;
+                Some(StreamTls { certificates, hostname: self.tls_hostname })
+            }
+            None => None,
+        };
         if self.adopt {
             let api = ReceiverApi { receiver: self.receiver_api };
             request.adopt = Some(adopted(context, &api, &request.name).await?);

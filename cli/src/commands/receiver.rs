@@ -14,11 +14,12 @@ use crate::{
         Stop,
         daemon::{Settings, prepare, serve},
         nbd_tls::NbdTlsFlags,
+        stream_tls::ReceiverTlsFlags,
     },
     context::Context,
-    ending::{Ending, Failure},
+    ending::{Ending, Failure, wrong_usage},
     output::facts,
-    quantity::size_both,
+    quantity::{size_both, time_text},
 };
 
 /// `backtide receiver`
@@ -54,6 +55,8 @@ pub(crate) struct Run {
     /// unix:/run/backtide/receiver.sock for root, else $XDG_RUNTIME_DIR/backtide/receiver.sock]
     #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
     api: Option<Address>,
+    #[command(flatten)]
+    stream_tls: ReceiverTlsFlags,
     #[command(flatten)]
     nbd_tls: NbdTlsFlags,
 }
@@ -107,8 +110,11 @@ impl Run {
         settings.set_places(self.api, places.receiver_api(), places)?;
         settings.directory("store")?;
         settings.directory("run")?;
+        self.stream_tls.apply(&mut settings)?;
         self.nbd_tls.apply(&mut settings)?;
-        settings.config()
+        let config: Config = settings.config()?;
+        config.nbd.check().map_err(wrong_usage)?;
+        Ok(config)
     }
 }
 
@@ -117,6 +123,8 @@ pub(crate) fn start_failure(error: StartError) -> Failure {
     let code = match &error {
         StartError::Api(bind) => bind.code(),
         StartError::Listen(ListenError::InUse(_) | ListenError::NoSocket(_)) => ErrorCode::Locked,
+        StartError::Listen(ListenError::Insecure(_)) => ErrorCode::Refused,
+        StartError::Listen(ListenError::NoCertificates(_) | ListenError::Tls(_)) => ErrorCode::Usage,
         StartError::Store(error) => store_failure_code(error),
         StartError::Listen(ListenError::Io { .. }) | StartError::List(_) | StartError::Io { .. } => {
             ErrorCode::Failed
@@ -149,6 +157,10 @@ fn status_text(status: &ReceiverStatus) -> String {
         ),
         ("mounts", status.mounts.to_string()),
     ];
+    if let Some(certificate) = &status.certificate {
+        let until = time_text(certificate.not_after);
+        lines.push(("certificate", format!("{}, valid until {until}", certificate.subject)));
+    }
     if let Some(scrub) = &status.scrub {
         let state = match (scrub.running, scrub.sound) {
             (true, _) => "running",

@@ -128,6 +128,7 @@ impl Stage<'_> {
             // The guest's flushes pace it while the receiver is there, and cost nothing in the outage.
             ack: AckPolicy::Durable,
             on_outage: OnOutage::Continue,
+            stream_tls: None,
             adopt: None,
             cache: None,
             limits: LimitsRequest { window_bytes: Some(WINDOW), ..LimitsRequest::default() },

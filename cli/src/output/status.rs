@@ -1,6 +1,6 @@
 //! Disks' status: a line each, or one in full.
 
-use backtide_agent_api::{CacheMode, DiskStatus, Mode, PassKind, ResyncStatus};
+use backtide_agent_api::{CacheMode, DiskStatus, Mode, PassKind, ResyncStatus, StreamTlsStatus};
 
 use crate::{
     output::{facts, plain_table},
@@ -43,6 +43,9 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     }
     let connected = if disk.connected { "connected" } else { "not connected" };
     lines.push(("receiver", format!("{}, {connected}", disk.receiver)));
+    if let Some(tls) = &disk.stream_tls {
+        lines.extend(tls_lines(tls));
+    }
     if let Some(trouble) = &disk.local_error {
         lines.push(("image error", trouble.clone()));
     }
@@ -85,6 +88,19 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
         ),
     ));
     facts(&lines)
+}
+
+/// Both sides' certificates, and what is the matter with them.
+fn tls_lines(tls: &StreamTlsStatus) -> Vec<(&'static str, String)> {
+    let whose = |subject: &Option<String>, until: Option<backtide_units::CaptureTime>| {
+        let subject = subject.as_deref().unwrap_or("not known yet");
+        until.map_or(subject.to_owned(), |until| format!("{subject} until {}", time_text(until)))
+    };
+    let own = whose(&tls.subject, tls.not_after);
+    let receiver = whose(&tls.receiver, tls.receiver_not_after);
+    let mut lines = vec![("TLS", format!("as {own}, the receiver as {receiver}"))];
+    lines.extend(tls.warnings.iter().map(|warning| ("TLS warning", warning.clone())));
+    lines
 }
 
 fn image_text(disk: &DiskStatus) -> String {

@@ -4,6 +4,7 @@ use std::{rc::Rc, time::Duration};
 
 use backtide_nbd::{Command, ExportInfo, ExportSummary};
 use backtide_units::ByteCount;
+use serde::{Deserialize, Serialize};
 
 use crate::Reply;
 
@@ -32,8 +33,9 @@ pub trait Exports: 'static {
     fn list(&self) -> Vec<ExportSummary>;
 }
 
-/// Bounds of a server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Bounds of a server. In a configuration each is optional; times are in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Limits {
     /// Requests in flight per connection: from being read until the reply is sent. Default 128.
     pub requests: usize,
@@ -47,10 +49,31 @@ pub struct Limits {
     /// served; a further one takes the place of the oldest. Default 64.
     pub handshakes: usize,
     /// How long a client may take for its handshake. Default 10 s.
+    #[serde(rename = "handshake_ms", with = "milliseconds")]
     pub handshake: Duration,
     /// How long a client may read nothing of the replies it is owed. Default 2 minutes: longer
     /// than a stopped or migrating guest takes, much shorter than forever.
+    #[serde(rename = "stalled_ms", with = "milliseconds")]
     pub stalled: Duration,
+}
+
+impl Limits {
+    /// Whether a server can work within them.
+    ///
+    /// # Errors
+    /// A sentence that names the first that cannot be.
+    pub fn check(&self) -> Result<(), String> {
+        let counts =
+            [("requests", self.requests), ("connections", self.connections), ("handshakes", self.handshakes)];
+        if let Some((name, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
+            return Err(format!("the limit {name} of NBD servers cannot be 0: nobody would be served"));
+        }
+        let times = [("handshake_ms", self.handshake), ("stalled_ms", self.stalled)];
+        match times.into_iter().find(|(_, time)| time.is_zero()) {
+            Some((name, _)) => Err(format!("the limit {name} of NBD servers cannot be 0: nobody is so fast")),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Default for Limits {
@@ -62,6 +85,40 @@ impl Default for Limits {
             handshakes: 64,
             handshake: Duration::from_secs(10),
             stalled: Duration::from_secs(120),
+        }
+    }
+}
+
+/// Durations as whole milliseconds.
+mod milliseconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        u64::try_from(time.as_millis()).unwrap_or(u64::MAX).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        u64::deserialize(deserializer).map(Duration::from_millis)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_in_a_configuration_are_defaults_but_for_what_is_named() {
+        let limits: Limits = serde_json::from_str(r#"{"connections": 8, "stalled_ms": 1500}"#).unwrap();
+        let expected = Limits { connections: 8, stalled: Duration::from_millis(1500), ..Limits::default() };
+        assert_eq!(limits, expected);
+        assert_eq!(limits.check(), Ok(()));
+        assert!(serde_json::from_str::<Limits>(r#"{"conections": 8}"#).is_err());
+        for nothing in ["requests", "connections", "handshakes", "handshake_ms", "stalled_ms"] {
+            let text = format!(r#"{{"{nothing}": 0}}"#);
+            let limits: Limits = serde_json::from_str(&text).unwrap();
+            assert!(limits.check().unwrap_err().contains(nothing));
         }
     }
 }

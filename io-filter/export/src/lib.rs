@@ -19,11 +19,12 @@ mod output;
 mod server;
 mod tls;
 
+pub use backtide_tls::TlsError;
 pub use client::{Client, ClientOptions, ZeroOptions, list_exports};
 pub use error::{BindError, ClientError, ServeError};
 pub use export::{Export, Exports, Limits};
 pub use server::{Listener, Reply, Server, serve_connection};
-pub use tls::{ClientCertificates, NbdTls, ServerTls, TlsDemand, TlsError};
+pub use tls::{ClientCertificates, NbdTls, ServerTls, TlsDemand};
 
 pub use backtide_nbd::{
     BlockSizes, Command, CommandKind, ExportInfo, ExportSummary, Extent, NbdAddress, NbdError, NbdUri,

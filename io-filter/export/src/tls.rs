@@ -1,11 +1,10 @@
 //! TLS with x509 certificates, on either side: which files, and what is checked.
 //!
-//! A folder holds them under the names QEMU and libnbd use: `ca-cert.pem` (who signed the peer's
-//! certificate), `server-cert.pem` and `server-key.pem`, `client-cert.pem` and `client-key.pem`.
+//! A folder holds them under the names QEMU and libnbd use, see [`backtide_tls::folder`].
 //!
 //! Invariants: TLS 1.2 or 1.3 and nothing older; a server's certificate is always verified, also
 //! its name, which has to be a subject alternative name; a client's is unless told otherwise.
-//! Files are read when a server starts to listen and when a client connects.
+//! Files are read when a server starts to listen, again when they have changed, and when a client connects.
 
 use std::{
     fmt,
@@ -15,8 +14,10 @@ use std::{
 
 use backtide_nbd::server::TlsMode;
 use backtide_nbd::{NbdAddress, NbdUri, UriTls};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem, pem::PemObject};
-use rustls::{ClientConfig, RootCertStore, ServerConfig, crypto::aws_lc_rs, server::WebPkiClientVerifier};
+use backtide_tls::folder::{authorities, identity};
+use backtide_tls::{Reloading, Role, TlsError};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ServerConfig, crypto::aws_lc_rs, server::WebPkiClientVerifier};
 use serde::{Deserialize, Serialize};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
@@ -60,44 +61,6 @@ impl NbdTls {
     }
 }
 
-/// Certificates and keys that cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// A file is missing, unreadable or no PEM file.
-    #[error("cannot read {path:?} for TLS")]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: pem::Error,
-    },
-    /// A file without what it should hold.
-    #[error("{path:?} holds no certificate")]
-    Empty {
-        /// Which.
-        path: PathBuf,
-    },
-    /// The files are no usable identity together: a key of another certificate, for one.
-    #[error("cannot use the certificates of {folder:?} for TLS")]
-    Unusable {
-        /// The folder.
-        folder: PathBuf,
-        /// Why.
-        source: rustls::Error,
-    },
-    /// The authorities that sign clients cannot be used.
-    #[error("cannot verify clients with the authorities of {folder:?}")]
-    Authorities {
-        /// The folder.
-        folder: PathBuf,
-        /// Why.
-        source: rustls::server::VerifierBuilderError,
-    },
-    /// A server's name no certificate can be for.
-    #[error("{0:?} is no name a server's certificate can be for: give tls-hostname=NAME")]
-    Name(String),
-}
-
 /// What a server wants of its clients under TLS.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ClientCertificates {
@@ -112,7 +75,7 @@ pub enum ClientCertificates {
 #[derive(Clone, Default)]
 pub struct ServerTls {
     mode: TlsMode,
-    acceptor: Option<TlsAcceptor>,
+    config: Option<Arc<Reloading<Arc<ServerConfig>>>>,
 }
 
 impl ServerTls {
@@ -129,24 +92,10 @@ impl ServerTls {
         if mode == TlsMode::Off {
             return Ok(Self::off());
         }
-        let unusable = |source| TlsError::Unusable { folder: folder.to_path_buf(), source };
-        let provider = Arc::new(aws_lc_rs::default_provider());
-        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
-            .with_safe_default_protocol_versions()
-            .map_err(unusable)?;
-        let builder = match clients {
-            ClientCertificates::Required => {
-                let roots = Arc::new(authorities(folder)?);
-                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
-                    .build()
-                    .map_err(|source| TlsError::Authorities { folder: folder.to_path_buf(), source })?;
-                builder.with_client_cert_verifier(verifier)
-            }
-            ClientCertificates::NotAsked => builder.with_no_client_auth(),
-        };
-        let (chain, key) = identity(folder, "server")?;
-        let config = builder.with_single_cert(chain, key).map_err(unusable)?;
-        Ok(Self { mode, acceptor: Some(TlsAcceptor::from(Arc::new(config))) })
+        let place = folder.to_path_buf();
+        let load = move || server_config(&place, clients);
+        let config = Reloading::new(Role::Server.files(folder), load)?;
+        Ok(Self { mode, config: Some(Arc::new(config)) })
     }
 
     /// What the handshake is told.
@@ -158,8 +107,9 @@ impl ServerTls {
     ///
     /// # Panics
     /// When TLS is off.
-    pub(crate) fn acceptor(&self) -> &TlsAcceptor {
-        self.acceptor.as_ref().expect("TLS is started only where it is on")
+    pub(crate) fn acceptor(&self) -> TlsAcceptor {
+        let config = self.config.as_ref().expect("TLS is started only where it is on");
+        TlsAcceptor::from(Arc::clone(&*config.current()))
     }
 }
 
@@ -167,6 +117,26 @@ impl fmt::Debug for ServerTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ServerTls").field("mode", &self.mode).finish_non_exhaustive()
     }
+}
+
+fn server_config(folder: &Path, clients: ClientCertificates) -> Result<Arc<ServerConfig>, TlsError> {
+    let unusable = |source| TlsError::Unusable { folder: folder.to_path_buf(), source };
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .map_err(unusable)?;
+    let builder = match clients {
+        ClientCertificates::Required => {
+            let roots = Arc::new(authorities(folder)?);
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
+                .build()
+                .map_err(|source| TlsError::Authorities { folder: folder.to_path_buf(), source })?;
+            builder.with_client_cert_verifier(verifier)
+        }
+        ClientCertificates::NotAsked => builder.with_no_client_auth(),
+    };
+    let own = identity(folder, Role::Server)?;
+    Ok(Arc::new(builder.with_single_cert(own.chain, own.key).map_err(unusable)?))
 }
 
 /// A client's side of TLS to one server.
@@ -186,8 +156,8 @@ impl ClientTls {
             .with_root_certificates(authorities(folder)?);
         // A client shows who it is when it has something to show.
         let config = if folder.join("client-cert.pem").exists() {
-            let (chain, key) = identity(folder, "client")?;
-            builder.with_client_auth_cert(chain, key).map_err(unusable)?
+            let own = identity(folder, Role::Client)?;
+            builder.with_client_auth_cert(own.chain, own.key).map_err(unusable)?
         } else {
             builder.with_no_client_auth()
         };
@@ -198,35 +168,5 @@ impl ClientTls {
         };
         let name = ServerName::try_from(name.clone()).map_err(|_| TlsError::Name(name))?;
         Ok(Self { connector: TlsConnector::from(Arc::new(config)), name })
-    }
-}
-
-/// Who may sign the peer's certificate.
-fn authorities(folder: &Path) -> Result<RootCertStore, TlsError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(folder.join("ca-cert.pem"))? {
-        roots
-            .add(certificate)
-            .map_err(|source| TlsError::Unusable { folder: folder.to_path_buf(), source })?;
-    }
-    Ok(roots)
-}
-
-/// A certificate with those that lead to its authority, and its key.
-type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
-
-fn identity(folder: &Path, whose: &str) -> Result<Identity, TlsError> {
-    let chain = certificates(folder.join(format!("{whose}-cert.pem")))?;
-    let path = folder.join(format!("{whose}-key.pem"));
-    let key = PrivateKeyDer::from_pem_file(&path).map_err(|source| TlsError::File { path, source })?;
-    Ok((chain, key))
-}
-
-fn certificates(path: PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let read = CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    match read {
-        Ok(found) if found.is_empty() => Err(TlsError::Empty { path }),
-        Ok(found) => Ok(found),
-        Err(source) => Err(TlsError::File { path, source }),
     }
 }

@@ -353,3 +353,24 @@ fn our_client_speaks_tls_with_foreign_servers() {
         server.kill().await.unwrap();
     });
 }
+
+#[test]
+fn a_server_shows_the_certificate_that_is_there_now() {
+    on_a_worker(async {
+        let place = Place::new();
+        let folder = certificates(&place, "pki");
+        let server = serve(&place, TlsMode::Required, &folder, ClientCertificates::Required).await;
+        let uri = secure(&place, &folder);
+        let client = Client::connect(&uri).await.unwrap();
+        // Of another authority altogether: who knew the old one only is let in no more.
+        let old = place.path("old");
+        std::fs::rename(&folder, &old).unwrap();
+        certificates(&place, "pki");
+        assert!(Client::connect(&secure(&place, &old)).await.is_err());
+        works(&uri).await;
+        // Who is there stays there.
+        let bytes = client.read(ByteOffset(0), ByteCount(4096)).await.unwrap();
+        assert_eq!(bytes.len(), 4096);
+        server.shutdown(GRACE).await;
+    });
+}

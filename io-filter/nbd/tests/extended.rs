@@ -7,7 +7,7 @@ use backtide_nbd::server::{Incoming, ReplyEncoder, RequestParser, Step};
 use backtide_nbd::{Command, Cookie, Extent, Intake, NbdError, ProtocolError, ReplyStyle, wire};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::{Bytes, BytesMut};
-use support::{SIZE, Server, contexts, extended, extended_session, feed, go, option};
+use support::{Requests, SIZE, Server, contexts, extended, extended_session, feed, go, option};
 use wire::{option as code, option_reply as reply};
 
 const READ: u16 = 0;
@@ -24,61 +24,17 @@ const PAYLOAD: u16 = 1 << 5;
 /// As large as a disk can be.
 const HUGE: u64 = 1 << 62;
 
-/// A server's parser and encoder of a disk of 2^62 bytes with fast zeroes.
-struct Ext {
-    parser: RequestParser,
-    encoder: ReplyEncoder,
-    intake: Intake,
+/// The requests of a disk of 2^62 bytes with fast zeroes.
+fn huge() -> Requests {
+    of("disk", HUGE)
 }
 
-impl Ext {
-    fn new() -> Self {
-        Self::of("disk", HUGE)
-    }
-
-    fn of(export: &str, size: u64) -> Self {
-        let mut session = extended_session(export);
-        session.export.size = ByteCount(size);
-        session.export.fast_zero = true;
-        assert_eq!(session.style, ReplyStyle::Extended);
-        let (parser, encoder) = (RequestParser::new(&session), ReplyEncoder::new(&session));
-        Self { parser, encoder, intake: Intake::new() }
-    }
-
-    fn try_send(&mut self, bytes: &[u8]) -> Result<Option<Incoming>, ProtocolError> {
-        feed(&mut self.intake, bytes);
-        self.parser.next(&mut self.intake)
-    }
-
-    fn command(&mut self, bytes: &[u8]) -> Command {
-        match self.try_send(bytes) {
-            Ok(Some(Incoming::Request(_, command))) => command,
-            other => panic!("not taken: {other:?}"),
-        }
-    }
-
-    fn refusal(&mut self, bytes: &[u8]) -> NbdError {
-        match self.try_send(bytes) {
-            Ok(Some(Incoming::Refused(_, error))) => error,
-            other => panic!("not refused: {other:?}"),
-        }
-    }
-
-    /// The reply `encode` makes to a request, as it travels.
-    fn reply(
-        &mut self,
-        bytes: &[u8],
-        encode: impl Fn(ReplyEncoder, backtide_nbd::server::ReplyTo, &mut BytesMut),
-    ) -> Vec<u8> {
-        let mut out = BytesMut::new();
-        match self.try_send(bytes) {
-            Ok(Some(Incoming::Request(to, _) | Incoming::Refused(to, _))) => {
-                encode(self.encoder, to, &mut out);
-            }
-            other => panic!("not taken: {other:?}"),
-        }
-        out.to_vec()
-    }
+fn of(export: &str, size: u64) -> Requests {
+    let mut session = extended_session(export);
+    session.export.size = ByteCount(size);
+    session.export.fast_zero = true;
+    assert_eq!(session.style, ReplyStyle::Extended);
+    Requests::new(&session)
 }
 
 /// A reply chunk of extended headers.
@@ -138,7 +94,7 @@ fn payloads_of_block_status_are_announced_only_where_they_are_served() {
 
 #[test]
 fn lengths_have_64_bits_where_nothing_is_carried() {
-    let mut server = Ext::new();
+    let mut server = huge();
     let (offset, length) = (ByteOffset(512), ByteCount(1 << 61));
     let long = |kind, flags| extended(kind, flags, 1, 512, 1 << 61);
     assert_eq!(server.command(&long(TRIM, 0)), Command::Trim { offset, length, fua: false });
@@ -158,7 +114,7 @@ fn lengths_have_64_bits_where_nothing_is_carried() {
 
 #[test]
 fn a_write_has_its_payload_whether_announced_or_not() {
-    let mut server = Ext::new();
+    let mut server = huge();
     // QEMU up to 10.0 does not announce it.
     for flag in [PAYLOAD, 0] {
         let write = [&extended(WRITE, flag | 1, 2, 512, 3)[..], b"abc"].concat();
@@ -173,7 +129,7 @@ fn a_write_has_its_payload_whether_announced_or_not() {
 
 #[test]
 fn a_payload_nobody_has_a_use_for_is_consumed_and_refused() {
-    let mut server = Ext::new();
+    let mut server = huge();
     for kind in [READ, FLUSH, TRIM, CACHE, ZEROES, 8, 0xffff] {
         let request = [extended(kind, PAYLOAD, 1, 0, 5000), vec![0x55; 5000]].concat();
         assert_eq!(server.refusal(&request), NbdError::Invalid, "command {kind}");
@@ -185,7 +141,7 @@ fn a_payload_nobody_has_a_use_for_is_consumed_and_refused() {
 fn a_payload_beyond_the_largest_ends_the_connection() {
     for length in [(32 << 20) + 1, u64::from(u32::MAX), u64::MAX] {
         for kind in [WRITE, READ, STATUS] {
-            let found = Ext::new().try_send(&extended(kind, PAYLOAD, 1, 0, length));
+            let found = huge().try_send(&extended(kind, PAYLOAD, 1, 0, length));
             assert!(matches!(found, Err(ProtocolError::TooLong { found, .. }) if found == length));
         }
     }
@@ -193,7 +149,7 @@ fn a_payload_beyond_the_largest_ends_the_connection() {
 
 #[test]
 fn block_status_can_be_filtered_to_the_one_context() {
-    let mut server = Ext::new();
+    let mut server = huge();
     let filter = |payload: &[u8]| {
         [extended(STATUS, PAYLOAD, 7, 4096, payload.len() as u64), payload.to_vec()].concat()
     };
@@ -221,7 +177,7 @@ fn block_status_can_be_filtered_to_the_one_context() {
 
 #[test]
 fn compact_requests_are_not_understood_any_more_and_the_flag_not_before() {
-    let found = Ext::new().try_send(&[support::request(FLUSH, 0, 0, 0, 0), vec![0; 4]].concat());
+    let found = huge().try_send(&[support::request(FLUSH, 0, 0, 0, 0), vec![0; 4]].concat());
     assert!(matches!(found, Err(ProtocolError::BadMagic { .. })), "{found:?}");
     let (mut parser, mut intake) = (RequestParser::new(&support::session("disk")), Intake::new());
     feed(&mut intake, &support::request(READ, PAYLOAD, 0, 0, 512));
@@ -230,7 +186,7 @@ fn compact_requests_are_not_understood_any_more_and_the_flag_not_before() {
 
 #[test]
 fn every_reply_is_a_chunk_that_repeats_cookie_and_offset() {
-    let mut server = Ext::new();
+    let mut server = huge();
     let cookie = 0x0102_0304_0506_0708;
     let done = server.reply(&extended(TRIM, 0, cookie, 512, 1 << 40), |e, to, out| e.done(to, out));
     assert_eq!(done, chunk(0, cookie, 512, &[]));
@@ -261,7 +217,7 @@ fn every_reply_is_a_chunk_that_repeats_cookie_and_offset() {
 fn only_a_fast_zero_fails_as_not_supported() {
     let failed = |flags, error| {
         let fail = |e: ReplyEncoder, to, out: &mut BytesMut| e.error(to, error, "", out);
-        Ext::new().reply(&extended(ZEROES, flags, 1, 0, 512), fail)[35]
+        huge().reply(&extended(ZEROES, flags, 1, 0, 512), fail)[35]
     };
     assert_eq!(failed(FAST, NbdError::NotSupported), 95);
     assert_eq!(failed(FAST, NbdError::Overflow), 95, "its length is no reason");
@@ -279,7 +235,7 @@ fn extents_come_in_whole_blocks() {
     let data = |length| Extent::data(ByteCount(length));
     // `coarse` has blocks of 4096 bytes and here ends in the middle of one.
     let of = |flags, length, extents: &[Extent]| {
-        let mut server = Ext::of("coarse", 5 * 4096 + 100);
+        let mut server = of("coarse", 5 * 4096 + 100);
         let bytes =
             server.reply(&extended(STATUS, flags, 1, 0, length), |e, to, out| e.extents(to, extents, out));
         let words: Vec<u64> =
@@ -370,16 +326,16 @@ fn the_clients_requests_are_what_the_server_understands() {
         if let Command::Write { data, .. } = &command {
             out.extend_from_slice(data);
         }
-        assert_eq!(Ext::new().command(&out), command);
+        assert_eq!(huge().command(&out), command);
     }
     let mut out = BytesMut::new();
     encode_disconnect(&mut out, ReplyStyle::Extended);
-    assert_eq!(Ext::new().try_send(&out), Ok(Some(Incoming::Disconnect)));
+    assert_eq!(huge().try_send(&out), Ok(Some(Incoming::Disconnect)));
 }
 
 #[test]
 fn extended_requests_may_arrive_byte_by_byte() {
-    let mut server = Ext::of("disk", SIZE);
+    let mut server = of("disk", SIZE);
     let write = [&extended(WRITE, PAYLOAD, 2, 512, 3)[..], b"abc"].concat();
     for byte in &write[..write.len() - 1] {
         assert_eq!(server.try_send(&[*byte]), Ok(None));

@@ -2,11 +2,11 @@
 
 mod support;
 
-use backtide_nbd::server::{Incoming, ReplyEncoder, RequestParser};
-use backtide_nbd::{Command, Extent, Intake, NbdError, ProtocolError, ReplyStyle};
+use backtide_nbd::server::{Incoming, ReplyEncoder, ReplyTo};
+use backtide_nbd::{Command, Extent, NbdError, ProtocolError, ReplyStyle};
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::{Bytes, BytesMut};
-use support::{SIZE, feed, request, session};
+use support::{Requests, SIZE, feed, request, session};
 
 const READ: u16 = 0;
 const WRITE: u16 = 1;
@@ -18,44 +18,13 @@ const ZEROES: u16 = 6;
 const STATUS: u16 = 7;
 const MAX: u32 = 32 << 20;
 
-struct Requests {
-    parser: RequestParser,
-    intake: Intake,
-}
-
-impl Requests {
-    fn of(export: &str) -> Self {
-        Self { parser: RequestParser::new(&session(export)), intake: Intake::new() }
-    }
-
-    fn send(&mut self, bytes: &[u8]) -> Option<Incoming> {
-        let mut incoming = None;
-        for piece in bytes.chunks(32 << 10) {
-            assert_eq!(incoming, None, "one request was sent");
-            feed(&mut self.intake, piece);
-            incoming = self.parser.next(&mut self.intake).expect("the framing is right");
-        }
-        incoming
-    }
-
-    fn command(&mut self, bytes: &[u8]) -> Command {
-        match self.send(bytes) {
-            Some(Incoming::Request(_, command)) => command,
-            other => panic!("not taken: {other:?}"),
-        }
-    }
-
-    fn refusal(&mut self, bytes: &[u8]) -> NbdError {
-        match self.send(bytes) {
-            Some(Incoming::Refused(_, error)) => error,
-            other => panic!("not refused: {other:?}"),
-        }
-    }
+fn of(export: &str) -> Requests {
+    Requests::new(&session(export))
 }
 
 #[test]
 fn every_command_arrives_with_its_flags() {
-    let mut requests = Requests::of("disk");
+    let mut requests = of("disk");
     let (offset, length) = (ByteOffset(512), ByteCount(1024));
     assert_eq!(
         requests.command(&request(READ, 4, 1, 512, 1024)),
@@ -79,7 +48,7 @@ fn every_command_arrives_with_its_flags() {
         requests.command(&request(STATUS, 8, 7, 512, 1024)),
         Command::BlockStatus { offset, length, one: true }
     );
-    assert_eq!(requests.send(&request(DISC, 0, 0, 0, 0)), Some(Incoming::Disconnect));
+    assert_eq!(requests.try_send(&request(DISC, 0, 0, 0, 0)), Ok(Some(Incoming::Disconnect)));
 }
 
 #[test]
@@ -115,7 +84,7 @@ fn bad_requests_get_the_specified_errors() {
         ("coarse", READ, 0, 0, 512, Invalid),
         ("coarse", WRITE, 0, 512, 4096, Invalid),
     ] {
-        let mut requests = Requests::of(export);
+        let mut requests = of(export);
         let mut bytes = request(kind, flags, 9, offset, length);
         if kind == WRITE {
             bytes.resize(bytes.len() + length as usize, 7);
@@ -127,11 +96,11 @@ fn bad_requests_get_the_specified_errors() {
     // A size large enough for reads beyond the limit; old clients do not know EOVERFLOW.
     let mut session = session("disk");
     session.export.size = ByteCount(1 << 40);
-    let mut large = Requests { parser: RequestParser::new(&session), intake: Intake::new() };
+    let mut large = Requests::new(&session);
     assert_eq!(large.refusal(&request(READ, 4, 0, 0, MAX + 1)), Overflow);
     assert_eq!(large.refusal(&request(READ, 0, 0, 0, MAX + 1)), Overflow);
     session.style = ReplyStyle::Simple;
-    let mut large = Requests { parser: RequestParser::new(&session), intake: Intake::new() };
+    let mut large = Requests::new(&session);
     assert_eq!(large.refusal(&request(READ, 0, 0, 0, MAX + 1)), Invalid);
     assert!(matches!(large.command(&request(READ, 0, 0, 0, MAX)), Command::Read { .. }));
     assert!(matches!(large.command(&request(TRIM, 0, 0, 0, u32::MAX)), Command::Trim { .. }));
@@ -141,19 +110,19 @@ fn bad_requests_get_the_specified_errors() {
 fn block_status_without_its_context_is_refused() {
     let mut session = session("disk");
     session.base_allocation = false;
-    let mut requests = Requests { parser: RequestParser::new(&session), intake: Intake::new() };
+    let mut requests = Requests::new(&session);
     assert_eq!(requests.refusal(&request(STATUS, 0, 0, 0, 512)), NbdError::Invalid);
 }
 
 #[test]
 fn the_payload_of_a_refused_write_is_skipped_and_not_kept() {
-    let mut requests = Requests::of("golden");
-    assert_eq!(requests.send(&request(WRITE, 0, 1, 0, u32::MAX)), None);
+    let mut requests = of("golden");
+    assert_eq!(requests.try_send(&request(WRITE, 0, 1, 0, u32::MAX)), Ok(None));
     assert!(requests.parser.is_inside());
     let mut left = u32::MAX as usize;
     let piece = vec![0; 200 << 10];
     while left > piece.len() {
-        assert_eq!(requests.send(&piece), None);
+        assert_eq!(requests.try_send(&piece), Ok(None));
         assert_eq!(requests.intake.buffered().len() + requests.intake.payload_missing(), 0);
         left -= piece.len();
     }
@@ -165,12 +134,12 @@ fn the_payload_of_a_refused_write_is_skipped_and_not_kept() {
 fn a_long_write_may_arrive_in_any_pieces() {
     let data: Vec<u8> = (0..300_000_u32).map(|at| at as u8).collect();
     for piece in [1000, 65_536, 262_144, 1 << 20] {
-        let mut requests = Requests::of("disk");
+        let mut requests = of("disk");
         let bytes = [request(WRITE, 0, 1, 0, data.len() as u32), data.clone()].concat();
         let mut taken = None;
         for part in bytes.chunks(piece) {
             assert_eq!(taken, None);
-            taken = requests.send(part);
+            taken = requests.try_send(part).expect("the framing is right");
         }
         let Some(Incoming::Request(_, Command::Write { data: got, .. })) = taken else {
             panic!("no write but {taken:?}");
@@ -181,7 +150,7 @@ fn a_long_write_may_arrive_in_any_pieces() {
 
 #[test]
 fn a_broken_request_is_an_error_that_names_what_was_found() {
-    let mut requests = Requests::of("disk");
+    let mut requests = of("disk");
     feed(&mut requests.intake, &[0x11; 28]);
     assert_eq!(
         requests.parser.next(&mut requests.intake),
@@ -190,20 +159,10 @@ fn a_broken_request_is_an_error_that_names_what_was_found() {
 }
 
 /// The reply `encode` makes to a request, as it travels.
-fn reply(
-    style: ReplyStyle,
-    bytes: &[u8],
-    encode: impl Fn(ReplyEncoder, backtide_nbd::server::ReplyTo, &mut BytesMut),
-) -> Vec<u8> {
-    let mut out = BytesMut::new();
+fn reply(style: ReplyStyle, bytes: &[u8], encode: impl Fn(ReplyEncoder, ReplyTo, &mut BytesMut)) -> Vec<u8> {
     let mut session = session("disk");
-    let mut requests = Requests { parser: RequestParser::new(&session), intake: Intake::new() };
     session.style = style;
-    match requests.send(bytes) {
-        Some(Incoming::Request(to, _)) => encode(ReplyEncoder::new(&session), to, &mut out),
-        other => panic!("not taken: {other:?}"),
-    }
-    out.to_vec()
+    Requests::new(&session).reply(bytes, encode)
 }
 
 #[test]

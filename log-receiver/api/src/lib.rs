@@ -24,7 +24,7 @@ pub use going_back::{
 pub use points::{DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport, UnavailablePoint};
 pub use routes::router;
 pub use service::ReceiverService;
-pub use status::{ReceiverDisk, ReceiverDisks, ReceiverStatus};
+pub use status::{CertificateStatus, ReceiverDisk, ReceiverDisks, ReceiverStatus};
 
 #[cfg(test)]
 mod tests;

@@ -17,6 +17,9 @@ pub struct ReceiverStatus {
     pub store_id: String,
     /// Where streams are taken, with real ports.
     pub listen: Vec<Address>,
+    /// The certificate that streams under TLS are shown, when there are such.
+    #[serde(default)]
+    pub certificate: Option<CertificateStatus>,
     /// Bytes of all disks' logs.
     pub log_bytes: ByteCount,
     /// Bytes the store's file system has left.
@@ -41,6 +44,22 @@ pub struct ReceiverStatus {
     /// The scrub that runs, or the last one since the receiver started.
     #[serde(default)]
     pub scrub: Option<ScrubStatus>,
+}
+
+/// A certificate that a daemon shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateStatus {
+    /// Whose it is.
+    pub subject: String,
+    /// The hosts it is for.
+    pub names: Vec<String>,
+    /// Until when it is valid.
+    pub not_after: CaptureTime,
+    /// The folder it is in.
+    pub folder: String,
+    /// What a person should see to: it ends soon, or its files have changed and cannot be used. Sentences.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// The disks of a receiver.

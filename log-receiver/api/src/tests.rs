@@ -107,6 +107,7 @@ impl ReceiverService for Fake {
             overlay_bytes: ByteCount(0),
             alarms: Vec::new(),
             scrub: None,
+            certificate: None,
         })
     }
 

@@ -125,6 +125,9 @@ pub enum CloseCode {
     Busy,
     /// The disk's size or identity contradicts the receiver's.
     Refused,
+    /// The peer may not speak here: it comes without TLS where that is asked for, or its certificate is
+    /// not for this disk. Retry later, for a person has to change something.
+    Denied,
 }
 
 #[cfg(test)]

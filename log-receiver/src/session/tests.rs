@@ -4,5 +4,6 @@ mod fencing;
 mod fixture;
 mod handshake;
 mod loss;
+mod rights;
 mod streaming;
 mod table;

@@ -232,6 +232,11 @@ impl Bench {
         Disk::new(self, name, &image)
     }
 
+    /// A disk that is attached already, its image in this directory under its name.
+    pub fn disk(&self, name: &str) -> Disk<'_> {
+        Disk::new(self, name, &self.name(name))
+    }
+
     /// A receiver, an agent, and a disk `vm1` of `bytes` that is in sync.
     pub fn protected(&self, bytes: u64, options: &[&str]) -> (Daemon, Daemon, Disk<'_>) {
         let (receiver, agent) = (self.receiver(), self.agent());

@@ -215,7 +215,7 @@ impl World {
                     CloseCode::Store => self.plan.store_faults,
                     CloseCode::Fenced => stale,
                     CloseCode::Busy | CloseCode::Bye => true,
-                    CloseCode::Version | CloseCode::Invalid | CloseCode::Refused => false,
+                    CloseCode::Version | CloseCode::Invalid | CloseCode::Refused | CloseCode::Denied => false,
                 };
                 assert!(right, "the receiver closed the connection: {closed:?}");
             }

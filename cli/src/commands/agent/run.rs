@@ -13,9 +13,10 @@ use crate::{
         Stop,
         daemon::{Settings, prepare},
         nbd_tls::NbdTlsFlags,
+        stream_tls::AgentTlsFlags,
     },
     context::Context,
-    ending::{Ending, Failure, io_failure},
+    ending::{Ending, Failure, io_failure, wrong_usage},
 };
 
 /// How long the state directory may stay locked by what was let go of in this process.
@@ -42,6 +43,8 @@ pub(crate) struct Run {
     /// where the host allows it (`auto`) [default: auto]
     #[arg(long, value_name = "ENGINE", value_parser = ["auto", "io-uring", "threads"])]
     io_engine: Option<String>,
+    #[command(flatten)]
+    stream_tls: AgentTlsFlags,
     #[command(flatten)]
     nbd_tls: NbdTlsFlags,
     /// Run the agent in a process of its own, keep its listening sockets open, and start it again
@@ -95,8 +98,11 @@ impl Run {
         settings.set("io_engine", self.io_engine)?;
         settings.directory("state")?;
         settings.directory("run")?;
+        self.stream_tls.apply(&mut settings)?;
         self.nbd_tls.apply(&mut settings)?;
-        settings.config()
+        let config: Config = settings.config()?;
+        config.nbd.check().map_err(wrong_usage)?;
+        Ok(config)
     }
 }
 

@@ -19,6 +19,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         connected: true,
         receiver: "unix:/run/backtide/stream.sock".parse().unwrap(),
         last_error: None,
+        stream_tls: None,
         nbd_uri: "nbd+unix:///vm1?socket=/run/backtide/vm1.nbd".to_owned(),
         image: "/images/vm1.img".to_owned(),
         local_error: None,

@@ -8,7 +8,9 @@ use std::io::{Read, Write};
 use backtide_nbd::server::{
     Catalog, Handshake, Incoming, ReplyEncoder, ReplyTo, RequestParser, Session, Step, TlsMode, Unavailable,
 };
-use backtide_nbd::{Command, ExportInfo, ExportSummary, Extent, Intake, ProtocolError, ReplyStyle, wire};
+use backtide_nbd::{
+    Command, ExportInfo, ExportSummary, Extent, Intake, NbdError, ProtocolError, ReplyStyle, wire,
+};
 use backtide_units::ByteCount;
 use bytes::{BufMut, BytesMut};
 
@@ -208,6 +210,63 @@ fn session_with(style: u32, name: &str) -> Session {
     match server.send(&option(wire::option::GO, &data)).1 {
         Ok(Step::Transmission(session)) => *session,
         other => panic!("GO brought {other:?}"),
+    }
+}
+
+/// A server's parser and encoder of one session.
+pub(crate) struct Requests {
+    pub(crate) parser: RequestParser,
+    pub(crate) intake: Intake,
+    encoder: ReplyEncoder,
+}
+
+impl Requests {
+    pub(crate) fn new(session: &Session) -> Self {
+        let (parser, encoder) = (RequestParser::new(session), ReplyEncoder::new(session));
+        Self { parser, encoder, intake: Intake::new() }
+    }
+
+    /// What becomes of one request, as soon as it is told.
+    pub(crate) fn try_send(&mut self, bytes: &[u8]) -> Result<Option<Incoming>, ProtocolError> {
+        let mut incoming = None;
+        for piece in bytes.chunks(32 << 10) {
+            assert_eq!(incoming, None, "one request was sent");
+            feed(&mut self.intake, piece);
+            incoming = self.parser.next(&mut self.intake)?;
+        }
+        Ok(incoming)
+    }
+
+    /// What a request asks for that is taken.
+    pub(crate) fn command(&mut self, bytes: &[u8]) -> Command {
+        match self.try_send(bytes) {
+            Ok(Some(Incoming::Request(_, command))) => command,
+            other => panic!("not taken: {other:?}"),
+        }
+    }
+
+    /// Why a request is refused.
+    pub(crate) fn refusal(&mut self, bytes: &[u8]) -> NbdError {
+        match self.try_send(bytes) {
+            Ok(Some(Incoming::Refused(_, error))) => error,
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+
+    /// The reply `encode` makes to a request, as it travels.
+    pub(crate) fn reply(
+        &mut self,
+        bytes: &[u8],
+        encode: impl Fn(ReplyEncoder, ReplyTo, &mut BytesMut),
+    ) -> Vec<u8> {
+        let mut out = BytesMut::new();
+        match self.try_send(bytes) {
+            Ok(Some(Incoming::Request(to, _) | Incoming::Refused(to, _))) => {
+                encode(self.encoder, to, &mut out);
+            }
+            other => panic!("not taken: {other:?}"),
+        }
+        out.to_vec()
     }
 }
 

@@ -62,6 +62,19 @@ fn holes_and_data_are_told_apart() {
 }
 
 #[test]
+fn looking_for_fast_zeroes_changes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), (1 << 20) + 512);
+    std::fs::write(&path, vec![7; (1 << 20) + 512]).unwrap();
+    let image = ImageFile::open(&path).unwrap();
+    // Whether it is fast is for the file system to say; twice it says the same.
+    for may_unmap in [true, false] {
+        assert_eq!(image.zeroes_fast(may_unmap), image.zeroes_fast(may_unmap));
+    }
+    assert!(std::fs::read(&path).unwrap() == vec![7; (1 << 20) + 512]);
+}
+
+#[test]
 fn zeroes_leave_the_bytes_around_them() {
     for may_unmap in [true, false] {
         let directory = tempfile::tempdir().unwrap();

@@ -31,6 +31,9 @@ struct Zeroes([u8; 64 * 1024]);
 
 static ZEROES: Zeroes = Zeroes([0; 64 * 1024]);
 
+/// As much is zeroed behind the end of a file to see whether it can be.
+const PROBE_BYTES: u64 = 4096;
+
 impl ImageFile {
     /// Reads a range without waiting for a device, if the page cache has all of it.
     ///
@@ -166,6 +169,25 @@ impl ImageFile {
                 Err(errno) => return Err(errno.into()),
             }
         }
+    }
+
+    /// Whether [`zero`](Self::zero) is a matter of the file system's books, not of writing zeroes. Found
+    /// out behind the end of the file, where there is nothing: ask it before the first such change, not
+    /// of a disk that nobody changes. A device is never known to be fast.
+    pub fn zeroes_fast(&self, may_unmap: bool) -> bool {
+        if self.is_device {
+            return false;
+        }
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        let done = |flags| rustix::fs::fallocate(&self.file, flags, self.size.0, PROBE_BYTES).is_ok();
+        if may_unmap {
+            return done(punch);
+        }
+        let zeroes = done(zero);
+        // The space that this has taken is given back; where that cannot be, it is a block.
+        let _ = zeroes && done(punch);
+        zeroes
     }
 
     /// A write beyond the end would grow the file, and the guest's disk has no such place.

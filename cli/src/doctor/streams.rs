@@ -1,0 +1,83 @@
+//! Whether disks' streams are kept from others, and for how long yet.
+
+use backtide_agent_api::DiskStatus;
+use backtide_control::Address;
+use backtide_receiver_api::ReceiverStatus;
+
+use super::{Finding, Verdict};
+use crate::quantity::{count_text, time_text};
+
+/// What to do about a certificate.
+const RENEW: &str = "`backtide pki issue` makes a new one; daemons take it without a restart";
+
+/// The receiver's certificate; nothing where no stream comes under TLS.
+pub(super) fn receiver(receiver: &ReceiverStatus) -> Vec<Finding> {
+    let Some(certificate) = &receiver.certificate else { return Vec::new() };
+    if certificate.warnings.is_empty() {
+        let until = time_text(certificate.not_after);
+        return vec![Finding::ok("streams", format!("the receiver's certificate is valid until {until}"))];
+    }
+    certificate.warnings.iter().map(|warning| warned(warning)).collect()
+}
+
+/// The agent's, and disks whose streams others can read. Each thing is said once.
+pub(super) fn disks(disks: &[DiskStatus]) -> Vec<Finding> {
+    let mut warnings: Vec<&String> =
+        disks.iter().filter_map(|disk| disk.stream_tls.as_ref()).flat_map(|tls| &tls.warnings).collect();
+    warnings.sort();
+    warnings.dedup();
+    let mut findings: Vec<Finding> = warnings.into_iter().map(|warning| warned(warning)).collect();
+    for disk in disks.iter().filter(|disk| is_in_the_clear(&disk.receiver)) {
+        let message = format!("{}: its stream to {} is in the clear", disk.name.as_str(), disk.receiver);
+        findings.push(
+            Finding::new("streams", Verdict::Warning, message)
+                .hint("use tls:// (README.md, \"Over a network\") unless nobody else is on that network"),
+        );
+    }
+    let secured = disks.iter().filter(|disk| disk.stream_tls.is_some()).count() as u64;
+    if findings.is_empty() && secured > 0 {
+        findings.push(Finding::ok("streams", format!("{} under TLS", count_text(secured, "stream"))));
+    }
+    findings
+}
+
+fn warned(warning: &str) -> Finding {
+    Finding::new("streams", Verdict::Warning, warning).hint(RENEW)
+}
+
+/// TCP that leaves this machine, as far as its address tells.
+fn is_in_the_clear(receiver: &Address) -> bool {
+    match receiver {
+        Address::Unix(_) | Address::Tls { .. } => false,
+        Address::Tcp { host, .. } => {
+            let loopback = host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+            !loopback && host != "localhost"
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_agent_api::StreamTlsStatus;
+
+    use super::*;
+    use crate::output::status::tests::in_sync;
+
+    #[test]
+    fn what_others_can_read_and_what_ends_soon_is_said_once() {
+        let at = |address: &str| DiskStatus { receiver: address.parse().unwrap(), ..in_sync() };
+        let tls = |warnings: &[&str]| DiskStatus {
+            stream_tls: Some(StreamTlsStatus {
+                warnings: warnings.iter().map(|warning| (*warning).to_owned()).collect(),
+                ..StreamTlsStatus::default()
+            }),
+            ..at("tls://backup:7301")
+        };
+        let quiet = [at("unix:/r"), at("tcp://127.0.0.1:1"), at("tcp://[::1]:1"), at("tcp://localhost:1")];
+        assert_eq!(disks(&quiet), []);
+        assert_eq!(disks(&[tls(&[]), tls(&[])]), [Finding::ok("streams", "2 streams under TLS")]);
+        let found = disks(&[tls(&["it ends"]), tls(&["it ends"]), at("tcp://10.0.0.5:7300")]);
+        let said: Vec<_> = found.iter().map(|finding| finding.message.as_str()).collect();
+        assert_eq!(said, ["it ends", "vm1: its stream to tcp://10.0.0.5:7300 is in the clear"]);
+    }
+}

@@ -1,0 +1,146 @@
+//! A folder of certificates under the names QEMU and libnbd use: `ca-cert.pem` (who signed the
+//! peer's certificate), `server-cert.pem` and `server-key.pem`, `client-cert.pem` and `client-key.pem`.
+
+use std::path::{Path, PathBuf};
+
+use rustls::RootCertStore;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject};
+
+use crate::Certificate;
+
+/// Which side of a connection an identity is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Who listens.
+    Server,
+    /// Who connects.
+    Client,
+}
+
+/// Certificates and keys that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file is missing, unreadable or no PEM file.
+    #[error("cannot read {path:?} for TLS")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: pem::Error,
+    },
+    /// A file without what it should hold.
+    #[error("{path:?} holds no certificate")]
+    Empty {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The files are no usable identity together: a key of another certificate, for one.
+    #[error("cannot use the certificates of {folder:?} for TLS")]
+    Unusable {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        source: rustls::Error,
+    },
+    /// The authorities that sign clients cannot be used.
+    #[error("cannot verify clients with the authorities of {folder:?}")]
+    Authorities {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        source: rustls::server::VerifierBuilderError,
+    },
+    /// A server's name no certificate can be for.
+    #[error("{0:?} is no name a server's certificate can be for: give tls-hostname=NAME")]
+    Name(String),
+}
+
+impl TlsError {
+    /// It with its causes, in one sentence.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+}
+
+/// A certificate with those that lead to its authority, and its key.
+pub struct Identity {
+    /// The certificates, its own first.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// The key.
+    pub key: PrivateKeyDer<'static>,
+}
+
+impl Role {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Server => "server",
+            Self::Client => "client",
+        }
+    }
+
+    /// Its certificate's file.
+    pub fn certificate(self, folder: &Path) -> PathBuf {
+        folder.join(format!("{}-cert.pem", self.word()))
+    }
+
+    /// Its key's file.
+    pub fn key(self, folder: &Path) -> PathBuf {
+        folder.join(format!("{}-key.pem", self.word()))
+    }
+
+    /// Everything this side reads.
+    pub fn files(self, folder: &Path) -> Vec<PathBuf> {
+        vec![authority_file(folder), self.certificate(folder), self.key(folder)]
+    }
+}
+
+/// The file of the authorities.
+pub fn authority_file(folder: &Path) -> PathBuf {
+    folder.join("ca-cert.pem")
+}
+
+/// Who may sign the peer's certificate.
+///
+/// # Errors
+/// When the file is missing or holds no certificates.
+pub fn authorities(folder: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(authority_file(folder))? {
+        roots
+            .add(certificate)
+            .map_err(|source| TlsError::Unusable { folder: folder.to_path_buf(), source })?;
+    }
+    Ok(roots)
+}
+
+/// Who this side is.
+///
+/// # Errors
+/// When a file is missing or holds something else.
+pub fn identity(folder: &Path, role: Role) -> Result<Identity, TlsError> {
+    let chain = certificates(role.certificate(folder))?;
+    let path = role.key(folder);
+    let key = PrivateKeyDer::from_pem_file(&path).map_err(|source| TlsError::File { path, source })?;
+    Ok(Identity { chain, key })
+}
+
+/// What the certificate of an identity says of itself.
+pub fn described(chain: &[CertificateDer<'_>]) -> Option<Certificate> {
+    chain.first().and_then(|own| Certificate::read(own))
+}
+
+fn certificates(path: PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let read = CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    match read {
+        Ok(found) if found.is_empty() => Err(TlsError::Empty { path }),
+        Ok(found) => Ok(found),
+        Err(source) => Err(TlsError::File { path, source }),
+    }
+}
