@@ -198,3 +198,73 @@ pub(crate) async fn blocking<T: Send + 'static>(
 ) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{path::PathBuf, time::Duration};
+
+    use backtide_io_filter::IoId;
+    use backtide_units::ByteOffset;
+
+    use super::*;
+
+    fn disk(directory: &tempfile::TempDir, engine: IoEngine) -> (PathBuf, ImageDisk) {
+        let path = directory.path().join("vm1.img");
+        std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let image = ImageFile::open(&path).unwrap();
+        (path, ImageDisk::new(Arc::new(image), engine).unwrap())
+    }
+
+    fn write(start: u64, data: &'static [u8]) -> LocalOp {
+        let range = ByteRange::between(ByteOffset(start), ByteOffset(start + data.len() as u64));
+        LocalOp::Change(Change::Write { range, data: Bytes::from_static(data), fua: false })
+    }
+
+    /// Does it by whatever way the disk chooses: how it ended, and whether that was at once.
+    async fn done(disk: &ImageDisk, op: LocalOp) -> (Result<LocalData, IoFailure>, bool) {
+        match disk.begin(op, Purpose::Filter(IoId(7))) {
+            Began::Ended(result, _) => (result, true),
+            Began::Later(op, _) => (disk.run(op).await, false),
+            Began::UnderWay => {
+                let ring = disk.ring().expect("what is under way is in the ring");
+                let mut completed = Vec::new();
+                while completed.is_empty() {
+                    ring.due().await;
+                    ring.turn(&mut completed).unwrap();
+                }
+                let result = completed.remove(0).result.map_err(failure);
+                (result.map(|read| read.map_or(LocalData::Changed, LocalData::Read)), false)
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn writes_are_handed_over_while_the_page_cache_makes_them_wait() {
+        for engine in [IoEngine::Auto, IoEngine::Threads] {
+            let directory = tempfile::tempdir().unwrap();
+            let (path, disk) = disk(&directory, engine);
+            let (result, _) = done(&disk, write(0, &[1; 4096])).await;
+            assert_eq!(result, Ok(LocalData::Changed));
+            let began = Instant::now();
+            disk.pace.took(began, began + Duration::from_secs(3600));
+            let (result, at_once) = done(&disk, write(4096, &[2; 4096])).await;
+            assert_eq!((result, at_once), (Ok(LocalData::Changed), false));
+            let content = std::fs::read(&path).unwrap();
+            assert!(content[..4096] == [1; 4096] && content[4096..8192] == [2; 4096]);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_image_has_lost_is_an_error_by_either_engine() {
+        for engine in [IoEngine::Auto, IoEngine::Threads] {
+            let directory = tempfile::tempdir().unwrap();
+            let (path, disk) = disk(&directory, engine);
+            std::fs::File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
+            let lost = ByteRange::between(ByteOffset(0), ByteOffset(8192));
+            let (result, _) = done(&disk, LocalOp::Read(lost)).await;
+            assert_eq!(result, Err(IoFailure { errno: 5 }));
+            let (result, _) = done(&disk, write((1 << 20) - 1, &[1; 2])).await;
+            assert_eq!(result, Err(IoFailure { errno: 5 }), "beyond the end");
+        }
+    }
+}
