@@ -4,8 +4,8 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    agent, attach, completions, control, demo, diff, doctor, fsck, inspect, mark, mount, pki, points,
-    receiver, restore, resync, scrub, status, support_bundle, up, verify, wait,
+    agent, attach, completions, control, demo, diff, doctor, find_change, fsck, inspect, mark, mount, pki,
+    points, receiver, restore, resync, scrub, status, support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -73,7 +73,9 @@ pub(crate) enum Command {
     Points(points::Points),
     /// Show which blocks changed between two points
     Diff(diff::Diff),
-    /// Serve a point of a disk over NBD, read-only
+    /// Tell when a block last changed before a point
+    FindChange(find_change::FindChange),
+    /// Serve a point of a disk over NBD, read-only or with what is written kept beside it
     Mount(mount::Mount),
     /// End a mount
     Unmount(mount::Unmount),
@@ -118,6 +120,7 @@ impl Command {
             | Self::Mark(_)
             | Self::Points(_)
             | Self::Diff(_)
+            | Self::FindChange(_)
             | Self::Mount(_)
             | Self::Unmount(_)
             | Self::Verify(_)

@@ -2,19 +2,23 @@
 //!
 //! The disk is looked at in pieces of 1 MiB on a fixed grid, in windows of 1 GiB. Each side gives a
 //! digest per window, so that verifying needs 32 bytes of memory per GiB and can name the window
-//! that differs. A piece without data has a digest without being read, on either side.
+//! that differs. A piece without data has a digest without being read, on either side. What is done of a
+//! new file is noted piece by piece: a restore that was killed, or lost the receiver, is gone on with.
 
 mod copy;
 mod device;
 mod file;
 mod leftovers;
+mod notes;
+mod old_file;
 mod open_file;
 mod pieces;
 mod target;
 
 pub(crate) use copy::{copy, verify};
-pub(crate) use leftovers::clear;
-pub(crate) use target::Target;
+pub(crate) use leftovers::take;
+pub(crate) use notes::Goal;
+pub(crate) use target::{Target, Wanted};
 
 #[cfg(test)]
 mod tests;

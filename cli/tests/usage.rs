@@ -32,6 +32,7 @@ fn every_command_has_help_and_says_it_on_stdout() {
         "mark",
         "points",
         "diff",
+        "find-change",
         "mount",
         "unmount",
         "restore",

@@ -1,8 +1,11 @@
-//! Which bytes changed between two points, as spans that fit into an answer.
+//! Which bytes changed between two points, as spans that fit into an answer; and when a block last did.
 
-use backtide_receiver_api::ByteSpan;
-use backtide_units::{BLOCK_SIZE, BlockIndex, ByteCount};
+use backtide_receiver_api::{ApiError, BlockChange, ByteSpan, ChangedBy, ErrorCode, Point};
+use backtide_recovery::{LogError, Snapshot, View};
+use backtide_units::{BLOCK_SIZE, BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, Lsn};
 use roaring::RoaringTreemap;
+
+use crate::points;
 
 /// The most spans of one answer; beyond it neighbors are joined.
 pub(crate) const SPANS_MAX: usize = 100_000;
@@ -14,6 +17,52 @@ pub(crate) struct Changes {
     pub(crate) granularity: ByteCount,
     /// Ascending, apart from each other.
     pub(crate) spans: Vec<ByteSpan>,
+}
+
+/// The block of a byte, on a disk of `size` bytes.
+///
+/// # Errors
+/// When the disk has no such byte.
+pub(crate) fn block_at(offset: ByteOffset, size: ByteCount) -> Result<ByteRange, ApiError> {
+    if offset.0 >= size.0 {
+        let why = format!("byte {offset} is beyond the disk, which has {size} bytes at that point");
+        return Err(ApiError::new(ErrorCode::Usage, why));
+    }
+    let block = BlockIndex::holding(offset).0;
+    Ok(BlockRange::from(block..block + 1).bytes(size))
+}
+
+/// The newest change of a block that a view has.
+///
+/// # Errors
+/// When the log cannot be read.
+pub(crate) fn last_change(
+    snapshot: &Snapshot,
+    view: &View,
+    block: ByteRange,
+) -> Result<Option<BlockChange>, LogError> {
+    let Some(lsn) = view.newest_version(block)? else { return Ok(None) };
+    let timeline = snapshot.timeline();
+    let record = snapshot.record_at(lsn)?;
+    // A pass is at the begin of an interval, when it gave a point; else its time is that of what was before.
+    let begun = || points::interval_of(timeline, lsn).map(|interval| interval.from.time);
+    let (time, by) = match record {
+        Some(record) => (record.time, ChangedBy::Write),
+        None => {
+            let time = begun().max(snapshot.time_of(lsn)?).unwrap_or_default();
+            (time, ChangedBy::Resync)
+        }
+    };
+    let before = timeline.intervals().iter().rev().find(|interval| interval.from.lsn < lsn);
+    let before = match before {
+        Some(interval) => {
+            let last = interval.to.lsn.min(Lsn(lsn.0 - 1));
+            let time = snapshot.time_of(last)?.max(Some(interval.from.time)).unwrap_or_default();
+            Some(Point { lsn: last, time })
+        }
+        None => None,
+    };
+    Ok(Some(BlockChange { lsn, time, by, before }))
 }
 
 /// The spans of `blocks` on a disk of `size` bytes: exact at first, and twice as coarse until there
@@ -50,8 +99,7 @@ fn at_granularity(
             Some(_) | None => ranges.push((start, end)),
         }
     }
-    let span =
-        |(start, end)| ByteSpan { offset: backtide_units::ByteOffset(start), length: ByteCount(end - start) };
+    let span = |(start, end)| ByteSpan { offset: ByteOffset(start), length: ByteCount(end - start) };
     Some(ranges.into_iter().map(span).collect())
 }
 

@@ -5,9 +5,10 @@ use std::{path::PathBuf, sync::Arc};
 use backtide_control::Address;
 use backtide_export::NbdUri;
 use backtide_receiver_api::{
-    ApiError, CertificateStatus, DiffReport, DiffRequest, DiskRef, ErrorCode, KeptOverlay, Mount,
-    MountRequest, Mounts, PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus,
-    RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnmountRequest,
+    ApiError, ByteSpan, CertificateStatus, DiffReport, DiffRequest, DiskRef, ErrorCode, FindChangeRequest,
+    FoundChange, KeptOverlay, Mount, MountRequest, Mounts, PointsReport, ReceiverDisk, ReceiverDisks,
+    ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest,
+    ScrubStatus, UnmountRequest,
 };
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
 use backtide_storage::Storage;
@@ -139,6 +140,19 @@ impl ReceiverService for Service {
             bytes: ByteCount(changes.spans.iter().map(|span| span.length.0).sum()),
             ranges: changes.spans,
         })
+    }
+
+    async fn find_change(&self, disk: DiskName, request: FindChangeRequest) -> Result<FoundChange, ApiError> {
+        let Found { disk, snapshot, damage: _ } = self.look_at(&disk).await?;
+        let at = self.resolve_in(&snapshot, &request.at).await?;
+        let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
+        let block = changes::block_at(request.offset, view.disk_size())?;
+        let change = self
+            .read(move || changes::last_change(&snapshot, &view, block))
+            .await?
+            .map_err(|error| points::log_error(&error))?;
+        let block = ByteSpan { offset: block.start(), length: block.count() };
+        Ok(FoundChange { at: resolved(&disk, request.at, at), block, change })
     }
 
     async fn mount(&self, request: MountRequest) -> Result<Mount, ApiError> {

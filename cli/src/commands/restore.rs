@@ -16,7 +16,7 @@ use crate::{
     ending::{Ending, Failure},
     output::progress::Progress,
     quantity::{duration_text, size_both, time_text},
-    restore::{Target, clear, copy, verify},
+    restore::{Goal, Target, Wanted, copy, take, verify},
 };
 
 /// How long the receiver may take to unmount what was restored: it ends by itself, too.
@@ -36,6 +36,9 @@ pub(crate) struct Restore {
     /// Overwrite a file or a block device that exists
     #[arg(long)]
     force: bool,
+    /// Write only what differs from what the output holds, in place; needs --force for a file or a device
+    #[arg(long)]
+    only_changed: bool,
     /// Do not read the result back to compare it
     #[arg(long)]
     no_verify: bool,
@@ -58,8 +61,10 @@ pub(crate) struct Report {
     pub(crate) output: String,
     /// The size of the disk.
     pub(crate) size: ByteCount,
-    /// How much was written; the rest are zeroes.
+    /// How much was written; the rest are zeroes, or were there.
     pub(crate) data_bytes: ByteCount,
+    /// How much of the rest an earlier restore had written that did not come to its end.
+    pub(crate) resumed_bytes: ByteCount,
     /// Whether it was read back and compared.
     pub(crate) verified: bool,
     /// How long it took.
@@ -72,7 +77,8 @@ impl Restore {
         let receiver = context.receiver(&self.api)?;
         let (name, at) = (self.name, self.at);
         let request = MountRequest { name, at, nbd: None, temporary: true, writable: false };
-        let what = What { output: &self.output, force: self.force, verify: !self.no_verify };
+        let (force, only_changed) = (self.force, self.only_changed);
+        let what = What { output: &self.output, force, only_changed, verify: !self.no_verify };
         let report = restore(context, &receiver, &request, what, stop.asked()).await?;
         context.print(&report, || report_text(&report))?;
         Ok(Ending::Done)
@@ -86,6 +92,8 @@ pub(crate) struct What<'a> {
     pub(crate) output: &'a str,
     /// Whether to replace what is there.
     pub(crate) force: bool,
+    /// Whether to write only what differs from that.
+    pub(crate) only_changed: bool,
     /// Whether to read it back.
     pub(crate) verify: bool,
 }
@@ -125,12 +133,21 @@ pub(crate) async fn restore(
 
 async fn restore_mounted(context: &Context, mount: &Mount, what: What<'_>) -> Result<Report, Failure> {
     let begun = Instant::now();
-    clear(context, what.output)?;
-    let target = Target::open(what.output, mount.size, what.force).await?;
+    let goal = Goal { disk: mount.disk.uuid, lsn: mount.lsn, size: mount.size };
+    let leftover = take(context, what.output, &goal)?;
+    let wanted = Wanted { goal, force: what.force, only_changed: what.only_changed, leftover };
+    let target = Target::open(what.output, wanted).await?;
     let uri: NbdUri = mount.uri.parse().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
     let source =
         Client::connect(&uri).await.map_err(|error| ApiError::from_error(ErrorCode::Unreachable, &error))?;
-    let copied = copy(&source, &target, &mut Progress::new(context, "restored")).await?;
+    let copied = match copy(&source, &target, &mut Progress::new(context, "restored")).await {
+        Ok(copied) => copied,
+        Err(Failure::Error(error)) if error.code == ErrorCode::Unreachable => {
+            let hint = format!("{}: --at lsn:{}", target.leave(), mount.lsn);
+            return Err(error.with_hint(hint).into());
+        }
+        Err(error) => return Err(error),
+    };
     drop(source);
     if what.verify {
         verify(&target, &copied, &mut Progress::new(context, "verified")).await?;
@@ -144,20 +161,26 @@ async fn restore_mounted(context: &Context, mount: &Mount, what: What<'_>) -> Re
         output: target.to_string(),
         size: mount.size,
         data_bytes: copied.data_bytes,
+        resumed_bytes: copied.resumed_bytes,
         verified: what.verify,
         seconds: begun.elapsed().as_secs_f64(),
     })
 }
 
 fn report_text(report: &Report) -> String {
+    let resumed = match report.resumed_bytes.is_zero() {
+        true => String::new(),
+        false => format!(" and {} were there from before", size_both(report.resumed_bytes)),
+    };
     format!(
-        "restored {} as of lsn:{} ({}) to {}: {}, of which {} are data, in {}{}",
+        "restored {} as of lsn:{} ({}) to {}: {}, of which {} were written{}, in {}{}",
         report.disk.as_str(),
         report.lsn,
         time_text(report.time),
         report.output,
         size_both(report.size),
         size_both(report.data_bytes),
+        resumed,
         duration_text(report.seconds),
         if report.verified { ", verified" } else { ", not verified" }
     )

@@ -209,7 +209,7 @@ impl Stage<'_> {
         let request =
             MountRequest { name: self.disk.clone(), at, nbd: None, temporary: true, writable: false };
         let path = output.to_string_lossy().into_owned();
-        let what = What { output: &path, force: true, verify: true };
+        let what = What { output: &path, force: true, only_changed: false, verify: true };
         let restored = restore(self.context, &self.receiver, &request, what, std::future::pending()).await?;
         let hash = hash_of(output).await?;
         let same = hash == moment.expected && restored.lsn == moment.lsn;

@@ -1,11 +1,15 @@
-//! Progress of long work: a bar where a person watches, else a plain line every ten seconds.
+//! Progress of long work: a bar where a person watches, else a plain line every ten seconds. Both tell
+//! the rate and how long it will take.
 
 use std::time::{Duration, Instant};
 
 use backtide_units::ByteCount;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{context::Context, quantity::size_text};
+use crate::{
+    context::Context,
+    quantity::{duration_text, size_text},
+};
 
 /// How often a plain line comes.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -20,14 +24,15 @@ pub(crate) struct Progress {
 
 enum Shown {
     Bar(ProgressBar),
-    Lines { last: Instant, json: bool },
+    Lines { begun: Instant, last: Instant, json: bool },
 }
 
 impl Progress {
     /// `what` is what happens to the bytes: `restored`.
     pub(crate) fn new(context: &Context, what: &'static str) -> Self {
         if !context.draws_progress() {
-            return Self { what, shown: Shown::Lines { last: Instant::now(), json: context.json() } };
+            let (begun, json) = (Instant::now(), context.json());
+            return Self { what, shown: Shown::Lines { begun, last: begun, json } };
         }
         let bar = ProgressBar::new(0);
         if let Ok(style) = ProgressStyle::with_template(BAR) {
@@ -44,10 +49,10 @@ impl Progress {
                 bar.set_length(total.0);
                 bar.set_position(done.0);
             }
-            Shown::Lines { last, json } => {
+            Shown::Lines { begun, last, json } => {
                 if last.elapsed() >= LINE_EVERY {
                     *last = Instant::now();
-                    line(self.what, done, total, *json);
+                    line(self.what, done, total, begun.elapsed(), *json);
                 }
             }
         }
@@ -68,13 +73,39 @@ impl Drop for Progress {
     }
 }
 
-fn line(what: &str, done: ByteCount, total: ByteCount, json: bool) {
+/// Bytes a second so far, and the seconds that the rest takes at that rate; none before anything is done.
+fn pace(done: ByteCount, total: ByteCount, elapsed: Duration) -> (u64, Option<u64>) {
+    let rate = (done.0 as f64 / elapsed.as_secs_f64().max(0.001)) as u64;
+    let left = total.0.saturating_sub(done.0);
+    (rate, left.checked_div(rate))
+}
+
+fn line(what: &str, done: ByteCount, total: ByteCount, elapsed: Duration, json: bool) {
     use std::io::Write;
+    let (rate, eta) = pace(done, total, elapsed);
     let text = if json {
-        serde_json::json!({ "progress": what, "done_bytes": done, "total_bytes": total }).to_string()
+        serde_json::json!({
+            "progress": what, "done_bytes": done, "total_bytes": total,
+            "bytes_per_second": rate, "eta_seconds": eta,
+        })
+        .to_string()
     } else {
-        format!("{what} {} of {}", size_text(done), size_text(total))
+        let left = eta.map_or_else(String::new, |eta| format!(", {} left", duration_text(eta as f64)));
+        format!("{what} {} of {}, {}/s{left}", size_text(done), size_text(total), size_text(ByteCount(rate)))
     };
     // Nothing can be done when stderr is gone.
     let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rest_takes_as_long_as_what_is_done_did() {
+        let (mib, second) = (1 << 20, Duration::from_secs(1));
+        assert_eq!(pace(ByteCount(mib), ByteCount(5 * mib), second), (mib, Some(4)));
+        assert_eq!(pace(ByteCount(0), ByteCount(mib), second), (0, None));
+        assert_eq!(pace(ByteCount(mib), ByteCount(mib), second).1, Some(0));
+    }
 }

@@ -1,9 +1,12 @@
 //! The copy: many pieces at once, window after window; and the proof that it arrived.
 
+use std::sync::Arc;
+
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{Client, Extent};
 use backtide_units::{ByteCount, ByteRange};
 use blake3::Hash;
+use bytes::Bytes;
 use tokio::task::JoinSet;
 
 use crate::{
@@ -11,7 +14,7 @@ use crate::{
     output::progress::Progress,
     restore::{
         pieces::{WindowDigest, digest, pieces, runs, windows},
-        target::Target,
+        target::{Target, Way},
     },
 };
 
@@ -25,15 +28,19 @@ pub(crate) struct Copied {
     windows: Vec<Hash>,
     /// The point's size.
     size: ByteCount,
-    /// How many bytes were written; the rest are zeroes.
+    /// How many bytes were written; the rest are zeroes, or were there.
     pub(crate) data_bytes: ByteCount,
+    /// How many of the rest an earlier restore had written.
+    pub(crate) resumed_bytes: ByteCount,
 }
 
 /// What became of one piece.
+#[derive(Default)]
 struct Piece {
     index: usize,
     digest: [u8; 32],
     written: u64,
+    resumed: u64,
 }
 
 /// Copies all of `source` to `target` and makes it durable there.
@@ -43,22 +50,33 @@ pub(crate) async fn copy(
     progress: &mut Progress,
 ) -> Result<Copied, Failure> {
     let size = source.size();
-    let mut copied = Copied { windows: Vec::new(), size, data_bytes: ByteCount(0) };
+    let (data_bytes, resumed_bytes) = (ByteCount(0), ByteCount(0));
+    let mut copied = Copied { windows: Vec::new(), size, data_bytes, resumed_bytes };
+    target.prepare().await?;
     for window in windows(size) {
         let extents = source
             .block_status(window.start(), window.count())
             .await
             .map_err(|error| read_failure(&error))?;
-        if !target.is_fresh() {
-            zero_the_holes(target, window, &extents).await?;
+        let mut work = pieces(window, &extents);
+        let holds_data: Arc<[bool]> = work.iter().map(|(_, holds_data)| *holds_data).collect();
+        match target.way() {
+            Way::Fresh => {}
+            Way::Over => zero_the_holes(target, window, &extents).await?,
+            // What may hold data there and holds none here has to be looked at, too.
+            Way::Changed => {
+                let there = pieces(window, &target.extents(window).await?);
+                work.iter_mut().zip(there).for_each(|(piece, (_, holds_data))| piece.1 |= holds_data);
+            }
         }
         let (source, target) = (source.clone(), target.clone());
-        let (hash, written) = each_piece(window, size, &extents, progress, move |index, range| {
-            copy_piece(source.clone(), target.clone(), index, range)
+        let done = each_piece(work, size, progress, move |index, range| {
+            copy_piece(source.clone(), target.clone(), index, range, holds_data[index])
         })
         .await?;
-        copied.windows.push(hash);
-        copied.data_bytes.0 += written;
+        copied.windows.push(done.hash);
+        copied.data_bytes.0 += done.written;
+        copied.resumed_bytes.0 += done.resumed;
     }
     target.sync().await?;
     progress.end();
@@ -70,15 +88,16 @@ pub(crate) async fn verify(target: &Target, copied: &Copied, progress: &mut Prog
     for (window, expected) in windows(copied.size).zip(&copied.windows) {
         let extents = target.extents(window).await?;
         let reader = target.clone();
-        let (hash, _) = each_piece(window, copied.size, &extents, progress, move |index, range| {
+        let work = pieces(window, &extents);
+        let read = each_piece(work, copied.size, progress, move |index, range| {
             let target = reader.clone();
             async move {
                 let data = target.read(range).await?;
-                Ok(Piece { index, digest: digest(&data), written: 0 })
+                Ok(Piece { index, digest: digest(&data), ..Piece::default() })
             }
         })
         .await?;
-        if hash != *expected {
+        if read.hash != *expected {
             let message =
                 format!("what was read back from {target} differs from the point in bytes {window}");
             return Err(ApiError::new(ErrorCode::Damaged, message)
@@ -90,40 +109,57 @@ pub(crate) async fn verify(target: &Target, copied: &Copied, progress: &mut Prog
     Ok(())
 }
 
-/// Works on all pieces of a window that may hold data, [`IN_FLIGHT`] at once.
+/// What became of a window.
+struct Window {
+    hash: Hash,
+    written: u64,
+    resumed: u64,
+}
+
+/// Works on those pieces of a window that ask for it, [`IN_FLIGHT`] at once.
 async fn each_piece<W>(
-    window: ByteRange,
+    pieces: Vec<(ByteRange, bool)>,
     size: ByteCount,
-    extents: &[Extent],
     progress: &mut Progress,
     work: impl Fn(usize, ByteRange) -> W,
-) -> Result<(Hash, u64), Failure>
+) -> Result<Window, Failure>
 where
     W: Future<Output = Result<Piece, Failure>> + Send + 'static,
 {
-    let pieces = pieces(window, extents);
     let mut digests = WindowDigest::of(pieces.len());
     let mut running = JoinSet::new();
-    let mut written = 0;
-    let mut finish = |piece: Piece| {
-        digests.set(piece.index, piece.digest);
-        written += piece.written;
+    let (mut written, mut resumed) = (0, 0);
+    let mut failure = None;
+    // After a failure what is in flight still comes to its end: what is done is noted then.
+    let mut finish = |ended, failure: &mut Option<Failure>| match unwrap(ended) {
+        Ok(Piece { index, digest, written: new, resumed: old }) => {
+            digests.set(index, digest);
+            written += new;
+            resumed += old;
+        }
+        Err(error) => drop(failure.get_or_insert(error)),
     };
-    for (index, (range, holds_data)) in pieces.into_iter().enumerate() {
-        if holds_data {
+    for (index, (range, wanted)) in pieces.into_iter().enumerate() {
+        if wanted {
             if running.len() >= IN_FLIGHT
                 && let Some(ended) = running.join_next().await
             {
-                finish(unwrap(ended)?);
+                finish(ended, &mut failure);
+            }
+            if failure.is_some() {
+                break;
             }
             running.spawn(work(index, range));
         }
         progress.at(ByteCount(range.end().0), size);
     }
     while let Some(ended) = running.join_next().await {
-        finish(unwrap(ended)?);
+        finish(ended, &mut failure);
     }
-    Ok((digests.finish(), written))
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    Ok(Window { hash: digests.finish(), written, resumed })
 }
 
 fn unwrap(ended: Result<Result<Piece, Failure>, tokio::task::JoinError>) -> Result<Piece, Failure> {
@@ -135,20 +171,36 @@ async fn copy_piece(
     target: Target,
     index: usize,
     range: ByteRange,
+    holds_data: bool,
 ) -> Result<Piece, Failure> {
-    let data = source.read(range.start(), range.count()).await.map_err(|error| read_failure(&error))?;
+    if let Some(noted) = target.noted(range)
+        && digest(&target.read(range).await?) == noted
+    {
+        return Ok(Piece { index, digest: noted, written: 0, resumed: range.count().0 });
+    }
+    let data = if holds_data {
+        source.read(range.start(), range.count()).await.map_err(|error| read_failure(&error))?
+    } else {
+        Bytes::from(vec![0; range.count().0 as usize])
+    };
+    let there = match target.way() {
+        Way::Changed => Some(target.read(range).await?),
+        Way::Fresh | Way::Over => None,
+    };
     let mut written = 0;
-    for (run, zero) in runs(&data) {
+    for (run, zero) in runs(&data, there.as_deref()) {
         let (start, end) = (range.start().0 + run.start as u64, range.start().0 + run.end as u64);
         let at = ByteRange::between(backtide_units::ByteOffset(start), backtide_units::ByteOffset(end));
         if !zero {
             written += at.count().0;
             target.write(at, data.slice(run)).await?;
-        } else if !target.is_fresh() {
+        } else if target.way() != Way::Fresh {
             target.zero(at).await?;
         }
     }
-    Ok(Piece { index, digest: digest(&data), written })
+    let digest = digest(&data);
+    target.note(range, &digest)?;
+    Ok(Piece { index, digest, written, resumed: 0 })
 }
 
 /// Zeroes what no piece writes to. Each run of such pieces is one request.

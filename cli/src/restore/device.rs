@@ -60,7 +60,7 @@ impl Device {
 }
 
 /// Makes a range read as zeroes, by the device's own means if it has some.
-fn zero(file: &File, range: ByteRange) -> io::Result<()> {
+pub(super) fn zero(file: &File, range: ByteRange) -> io::Result<()> {
     let (start, count) = (range.start().0, range.count().0);
     match fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, count) {
         Ok(()) => return Ok(()),

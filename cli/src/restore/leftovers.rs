@@ -1,11 +1,12 @@
-//! What a killed restore leaves beside its output: a partial file under a name of its own.
+//! What a killed restore leaves beside its output: a partial file under a name of its own, and its notes.
 //!
 //! ```text
-//! .NAME.XXXXXX.restoring     locked (flock) by the restore that writes it, as long as that lives
+//! .NAME.XXXXXX.restoring           locked (flock) by the restore that writes it, as long as that lives
+//! .NAME.XXXXXX.restoring.notes     what is done of which point
 //! ```
-//! The output's own name never stands for half a restore. A leftover that nobody holds is removed by
-//! the next restore to the same output, which says so; one that is held is another restore under way,
-//! and that is refused.
+//! The output's own name never stands for half a restore. A leftover that nobody holds is gone on with by
+//! the next restore of the same point to the same output; one of another point is removed. Both are told.
+//! One that is held is another restore under way, and that is refused.
 
 use std::{
     ffi::OsStr,
@@ -20,6 +21,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::{
     context::Context,
     ending::{Failure, io_failure},
+    restore::notes::{self, Goal, Notes},
 };
 
 /// Ends the name of every partial file.
@@ -35,16 +37,24 @@ pub(super) fn hold(file: &File) -> io::Result<()> {
     Ok(flock(file, FlockOperation::NonBlockingLockExclusive)?)
 }
 
-/// Removes what killed restores to `output` left.
-pub(crate) fn clear(context: &Context, output: &str) -> Result<(), Failure> {
+/// A partial file to go on with, held.
+pub(crate) struct Leftover {
+    pub(super) file: File,
+    pub(super) path: PathBuf,
+    pub(super) notes: Notes,
+}
+
+/// Finds what a killed restore of the same point to `output` left, and removes what others left.
+pub(crate) fn take(context: &Context, output: &str, goal: &Goal) -> Result<Option<Leftover>, Failure> {
     if output.contains("://") {
-        return Ok(());
+        return Ok(None);
     }
+    let mut taken = None;
     let output = &std::path::absolute(output).map_err(|error| io_failure(output, &error))?;
     // A link that is there is followed: the partial file stands beside what it names.
     let output = &fs::canonicalize(output).unwrap_or_else(|_| output.clone());
     for path in find(output).map_err(|error| io_failure(output.display(), &error))? {
-        let file = match File::open(&path) {
+        let file = match File::options().read(true).write(true).open(&path) {
             Ok(file) => file,
             // Published or removed since it was listed.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -55,6 +65,17 @@ pub(crate) fn clear(context: &Context, output: &str) -> Result<(), Failure> {
             let hint = format!("it writes to {}; wait for it or end it", path.display());
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint(hint).into());
         }
+        let same_size = file.metadata().is_ok_and(|found| found.len() == goal.size.0);
+        if let Some(notes) =
+            Notes::open(&notes::path_of(&path), goal).filter(|_| same_size && taken.is_none())
+        {
+            let path_name = path.display();
+            context.tell(&format!("going on with {path_name}, which an earlier restore of this point left"));
+            taken = Some(Leftover { file, path, notes });
+            continue;
+        }
+        // Without notes it is nothing that could be gone on with.
+        let _ = fs::remove_file(notes::path_of(&path));
         match fs::remove_file(&path) {
             Ok(()) => {
                 let (path, output) = (path.display(), output.display());
@@ -65,7 +86,7 @@ pub(crate) fn clear(context: &Context, output: &str) -> Result<(), Failure> {
             Err(error) => return Err(io_failure(path.display(), &error)),
         }
     }
-    Ok(())
+    Ok(taken)
 }
 
 fn find(output: &Path) -> io::Result<Vec<PathBuf>> {

@@ -47,14 +47,18 @@ pub(crate) fn pieces(window: ByteRange, extents: &[Extent]) -> Vec<(ByteRange, b
     pieces
 }
 
-/// The runs of one piece's bytes: which to write, and which are zeroes.
-pub(crate) fn runs(data: &[u8]) -> Vec<(std::ops::Range<usize>, bool)> {
+/// The runs of one piece's bytes: which to write, and which are zeroes. Those that equal `there` are left out.
+pub(crate) fn runs(data: &[u8], there: Option<&[u8]>) -> Vec<(std::ops::Range<usize>, bool)> {
     let mut runs: Vec<(std::ops::Range<usize>, bool)> = Vec::new();
     let mut at = 0;
     for grain in data.chunks(ZERO_GRAIN) {
         let (end, zero) = (at + grain.len(), is_zero(grain));
+        if there.is_some_and(|there| there[at..end] == *grain) {
+            at = end;
+            continue;
+        }
         match runs.last_mut() {
-            Some((run, same)) if *same == zero => run.end = end,
+            Some((run, same)) if *same == zero && run.end == at => run.end = end,
             Some(_) | None => runs.push((at..end, zero)),
         }
         at = end;
@@ -134,14 +138,20 @@ mod tests {
         data[ZERO_GRAIN + 7] = 1;
         data[2 * ZERO_GRAIN] = 1;
         assert_eq!(
-            runs(&data),
+            runs(&data, None),
             [
                 (0..ZERO_GRAIN, true),
                 (ZERO_GRAIN..3 * ZERO_GRAIN, false),
                 (3 * ZERO_GRAIN..4 * ZERO_GRAIN, true)
             ]
         );
-        assert_eq!(runs(&[0; 100]), [(0..100, true)]);
+        assert_eq!(runs(&[0; 100], None), [(0..100, true)]);
+        let mut there = data.clone();
+        there[ZERO_GRAIN + 8] = 1;
+        assert_eq!(runs(&data, Some(&there)), [(ZERO_GRAIN..2 * ZERO_GRAIN, false)]);
+        there[3 * ZERO_GRAIN] = 1;
+        assert_eq!(runs(&data, Some(&there))[1], (3 * ZERO_GRAIN..4 * ZERO_GRAIN, true));
+        assert_eq!(runs(&data, Some(&data)), []);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use crate::{
     ending::{Failure, io_failure, wrong_usage},
     quantity::size_both,
-    restore::{device::Device, file::NewFile},
+    restore::{device::Device, file::NewFile, leftovers::Leftover, notes::Goal, old_file::OldFile},
 };
 
 /// A target that is open.
@@ -21,15 +21,42 @@ use crate::{
 pub(crate) enum Target {
     /// A new file under a temporary name.
     File(NewFile),
+    /// A file that exists, changed in place.
+    OldFile(OldFile),
     /// A block device.
-    Device(Device),
+    Device(Device, Way),
     /// An export of an NBD server.
     Nbd {
         /// As it was given.
         uri: String,
         /// The connection.
         client: Client,
+        /// How it is written.
+        way: Way,
     },
+}
+
+/// How a target is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// All of it reads as zeroes: only data is written.
+    Fresh,
+    /// Nothing is known of it: data and zeroes are written.
+    Over,
+    /// It may be nearly the point already: what differs is written.
+    Changed,
+}
+
+/// What is wanted of a target.
+pub(crate) struct Wanted {
+    /// The point.
+    pub(crate) goal: Goal,
+    /// To replace what is there.
+    pub(crate) force: bool,
+    /// To write only what differs from what is there.
+    pub(crate) only_changed: bool,
+    /// A partial file to go on with.
+    pub(crate) leftover: Option<Leftover>,
 }
 
 /// Refuses what is in use: an image that an agent protects (it holds the lock), and files of a daemon.
@@ -84,10 +111,12 @@ fn refuse_dangling(path: &Path) -> Result<(), Failure> {
 }
 
 impl Target {
-    /// Opens `output` for a point of `size` bytes. `force` allows to replace what is there.
-    pub(crate) async fn open(output: &str, size: ByteCount, force: bool) -> Result<Self, Failure> {
+    /// Opens `output` for a point.
+    pub(crate) async fn open(output: &str, wanted: Wanted) -> Result<Self, Failure> {
+        let size = wanted.goal.size;
+        let way = if wanted.only_changed { Way::Changed } else { Way::Over };
         if output.contains("://") {
-            return Self::connect(output, size).await;
+            return Self::connect(output, size, way).await;
         }
         let path = std::path::absolute(output).map_err(|error| io_failure(output, &error))?;
         match std::fs::metadata(&path) {
@@ -95,7 +124,7 @@ impl Target {
                 let message = format!("{} is a directory", path.display());
                 Err(ApiError::new(ErrorCode::Usage, message).with_hint("name a file in it").into())
             }
-            Ok(_) if !force => {
+            Ok(_) if !wanted.force => {
                 let message = format!("{} exists already", path.display());
                 Err(ApiError::new(ErrorCode::Exists, message)
                     .with_hint("take another name, or --force to overwrite it")
@@ -103,27 +132,30 @@ impl Target {
             }
             Ok(found) if found.is_file() || found.file_type().is_block_device() => {
                 refuse_live(&path)?;
-                Self::replace(&path, &found, size)
+                Self::replace(&path, &found, way, wanted)
             }
             Ok(_) => Err(wrong_usage(format!("{} is neither a file nor a block device", path.display()))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 refuse_store(path.parent().unwrap_or(Path::new("/")))?;
                 refuse_dangling(&path)?;
-                NewFile::create(&path, size, force).map(Self::File)
+                NewFile::create(&path, &wanted.goal, wanted.force, wanted.leftover).map(Self::File)
             }
             Err(error) => Err(io_failure(path.display(), &error)),
         }
     }
 
-    fn replace(path: &Path, found: &std::fs::Metadata, size: ByteCount) -> Result<Self, Failure> {
+    fn replace(path: &Path, found: &std::fs::Metadata, way: Way, wanted: Wanted) -> Result<Self, Failure> {
         if found.file_type().is_block_device() {
-            return Device::open(path, size).map(Self::Device);
+            return Device::open(path, wanted.goal.size).map(|device| Self::Device(device, way));
         }
         let real = std::fs::canonicalize(path).map_err(|error| io_failure(path.display(), &error))?;
-        NewFile::create(&real, size, true).map(Self::File)
+        if wanted.only_changed {
+            return OldFile::open(&real, found, wanted.goal.size).map(Self::OldFile);
+        }
+        NewFile::create(&real, &wanted.goal, true, wanted.leftover).map(Self::File)
     }
 
-    async fn connect(output: &str, size: ByteCount) -> Result<Self, Failure> {
+    async fn connect(output: &str, size: ByteCount, way: Way) -> Result<Self, Failure> {
         let uri: NbdUri = output.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
         let client = Client::connect(&uri)
             .await
@@ -132,14 +164,52 @@ impl Target {
             return Err(ApiError::new(ErrorCode::Refused, format!("{output} is read-only")).into());
         }
         enough_room(output, client.size(), size)?;
-        Ok(Self::Nbd { uri: output.to_owned(), client })
+        Ok(Self::Nbd { uri: output.to_owned(), client, way })
     }
 
-    /// Whether everything in it reads as zeroes, so that zeroes need not be written.
-    pub(crate) fn is_fresh(&self) -> bool {
+    /// How it is written.
+    pub(crate) fn way(&self) -> Way {
         match self {
-            Self::File(_) => true,
-            Self::Device(_) | Self::Nbd { .. } => false,
+            Self::File(_) => Way::Fresh,
+            Self::OldFile(_) => Way::Changed,
+            Self::Device(_, way) | Self::Nbd { way, .. } => *way,
+        }
+    }
+
+    /// Makes it ready to be written: from here on it is changed.
+    pub(crate) async fn prepare(&self) -> Result<(), Failure> {
+        match self {
+            Self::OldFile(file) => file.prepare().await,
+            Self::File(_) | Self::Device(..) | Self::Nbd { .. } => Ok(()),
+        }
+    }
+
+    /// The digest that an earlier restore has noted of a piece.
+    pub(crate) fn noted(&self, piece: ByteRange) -> Option<[u8; 32]> {
+        match self {
+            Self::File(file) => file.noted(piece),
+            Self::OldFile(_) | Self::Device(..) | Self::Nbd { .. } => None,
+        }
+    }
+
+    /// Notes that a piece is there, for a later restore.
+    pub(crate) fn note(&self, piece: ByteRange, digest: &[u8; 32]) -> Result<(), Failure> {
+        match self {
+            Self::File(file) => file.note(piece, digest),
+            Self::OldFile(_) | Self::Device(..) | Self::Nbd { .. } => Ok(()),
+        }
+    }
+
+    /// Leaves what is done for a later restore; says how that goes on.
+    pub(crate) fn leave(&self) -> &'static str {
+        match self {
+            Self::File(file) => {
+                file.leave();
+                "what is done stays: the same command with the same point goes on there"
+            }
+            Self::OldFile(_) | Self::Device(..) | Self::Nbd { .. } => {
+                "the same command with --only-changed writes what is missing"
+            }
         }
     }
 
@@ -147,8 +217,9 @@ impl Target {
     pub(crate) async fn write(&self, range: ByteRange, data: Bytes) -> Result<(), Failure> {
         match self {
             Self::File(file) => file.content().write(range, data).await,
-            Self::Device(device) => device.content().write(range, data).await,
-            Self::Nbd { uri, client } => client
+            Self::OldFile(file) => file.content().write(range, data).await,
+            Self::Device(device, _) => device.content().write(range, data).await,
+            Self::Nbd { uri, client, .. } => client
                 .write(range.start(), data, false)
                 .await
                 .map_err(|error| nbd_failure("write", uri, &error)),
@@ -159,8 +230,9 @@ impl Target {
     pub(crate) async fn zero(&self, range: ByteRange) -> Result<(), Failure> {
         match self {
             Self::File(_) => Ok(()),
-            Self::Device(device) => device.zero(range).await,
-            Self::Nbd { uri, client } => client
+            Self::OldFile(file) => file.zero(range).await,
+            Self::Device(device, _) => device.zero(range).await,
+            Self::Nbd { uri, client, .. } => client
                 .write_zeroes(range.start(), range.count(), ZeroOptions::default())
                 .await
                 .map_err(|error| nbd_failure("write zeroes", uri, &error)),
@@ -171,8 +243,9 @@ impl Target {
     pub(crate) async fn sync(&self) -> Result<(), Failure> {
         match self {
             Self::File(file) => file.content().sync().await,
-            Self::Device(device) => device.content().sync().await,
-            Self::Nbd { uri, client } => {
+            Self::OldFile(file) => file.content().sync().await,
+            Self::Device(device, _) => device.content().sync().await,
+            Self::Nbd { uri, client, .. } => {
                 client.flush().await.map_err(|error| nbd_failure("flush", uri, &error))
             }
         }
@@ -182,8 +255,9 @@ impl Target {
     pub(crate) async fn read(&self, range: ByteRange) -> Result<Bytes, Failure> {
         match self {
             Self::File(file) => file.content().read(range).await,
-            Self::Device(device) => device.content().read(range).await,
-            Self::Nbd { uri, client } => client
+            Self::OldFile(file) => file.content().read(range).await,
+            Self::Device(device, _) => device.content().read(range).await,
+            Self::Nbd { uri, client, .. } => client
                 .read(range.start(), range.count())
                 .await
                 .map_err(|error| nbd_failure("read", uri, &error)),
@@ -194,8 +268,9 @@ impl Target {
     pub(crate) async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, Failure> {
         match self {
             Self::File(file) => file.extents(range).await,
-            Self::Device(_) => Ok(vec![Extent::data(range.count())]),
-            Self::Nbd { uri, client } => client
+            Self::OldFile(file) => file.extents(range).await,
+            Self::Device(..) => Ok(vec![Extent::data(range.count())]),
+            Self::Nbd { uri, client, .. } => client
                 .block_status(range.start(), range.count())
                 .await
                 .map_err(|error| nbd_failure("read the block status of", uri, &error)),
@@ -206,7 +281,7 @@ impl Target {
     pub(crate) async fn publish(&self) -> Result<(), Failure> {
         match self {
             Self::File(file) => file.publish().await,
-            Self::Device(_) | Self::Nbd { .. } => Ok(()),
+            Self::OldFile(_) | Self::Device(..) | Self::Nbd { .. } => Ok(()),
         }
     }
 }
@@ -215,7 +290,8 @@ impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(file) => file.path().display().fmt(f),
-            Self::Device(device) => device.path().display().fmt(f),
+            Self::OldFile(file) => file.path().display().fmt(f),
+            Self::Device(device, _) => device.path().display().fmt(f),
             Self::Nbd { uri, .. } => uri.fmt(f),
         }
     }

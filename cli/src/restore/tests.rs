@@ -12,7 +12,7 @@ use backtide_export::{
     Client, Command, Export, ExportInfo, ExportSummary, Exports, Extent, Limits, Listener, NbdAddress,
     NbdError, NbdUri, Reply, Server,
 };
-use backtide_units::{ByteCount, ByteRange};
+use backtide_units::{ByteCount, ByteRange, DiskId, Lsn};
 use bytes::Bytes;
 use tokio::task::LocalSet;
 
@@ -21,7 +21,7 @@ use crate::{
     context::Context,
     ending::Failure,
     output::progress::Progress,
-    restore::{Target, copy, verify},
+    restore::{Goal, Target, Wanted, copy, take, verify},
 };
 
 const MIB: usize = 1 << 20;
@@ -33,6 +33,10 @@ struct Ram {
     /// Flips one bit of what is written here.
     spoils: Cell<Option<usize>>,
     zeroed: RefCell<Vec<ByteRange>>,
+    /// From here on reads are refused.
+    unreadable_from: Cell<u64>,
+    read: Cell<u64>,
+    written: Cell<u64>,
 }
 
 impl Ram {
@@ -42,6 +46,9 @@ impl Ram {
             read_only: false,
             spoils: Cell::new(None),
             zeroed: RefCell::default(),
+            unreadable_from: Cell::new(u64::MAX),
+            read: Cell::new(0),
+            written: Cell::new(0),
         })
     }
 
@@ -69,8 +76,13 @@ impl Export for Ram {
         let range = command.range();
         let at = range.start().0 as usize..range.end().0 as usize;
         match command {
-            Command::Read { .. } => reply.data(Bytes::copy_from_slice(&self.bytes.borrow()[at])),
+            Command::Read { .. } if range.end().0 > self.unreadable_from.get() => reply.fail(NbdError::Io),
+            Command::Read { .. } => {
+                self.read.set(self.read.get() + range.count().0);
+                reply.data(Bytes::copy_from_slice(&self.bytes.borrow()[at]));
+            }
             Command::Write { data, .. } => {
+                self.written.set(self.written.get() + range.count().0);
                 self.bytes.borrow_mut()[at.clone()].copy_from_slice(&data);
                 if let Some(spoilt) = self.spoils.get().filter(|spoilt| at.contains(spoilt)) {
                     self.bytes.borrow_mut()[spoilt] ^= 1;
@@ -130,16 +142,18 @@ struct Fixture {
     directory: tempfile::TempDir,
     _server: Server,
     source: Client,
+    ram: Rc<Ram>,
     context: Context,
 }
 
 impl Fixture {
     async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let (server, uri) = serve(&Ram::of(disk()), directory.path(), "source").await;
+        let ram = Ram::of(disk());
+        let (server, uri) = serve(&ram, directory.path(), "source").await;
         let source = Client::connect(&uri.parse::<NbdUri>().unwrap()).await.unwrap();
         let arguments = <Arguments as clap::Parser>::parse_from(["backtide", "--json", "status"]);
-        Self { directory, _server: server, source, context: Context::new(&arguments) }
+        Self { directory, _server: server, source, ram, context: Context::new(&arguments) }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -147,11 +161,23 @@ impl Fixture {
     }
 
     async fn restore(&self, output: &str, force: bool) -> Result<ByteCount, Failure> {
-        let target = Target::open(output, self.source.size(), force).await?;
+        self.restore_way(output, force, false).await.map(|(written, _)| written)
+    }
+
+    /// How much was written, and how much was there from an earlier restore.
+    async fn restore_way(
+        &self,
+        output: &str,
+        force: bool,
+        only_changed: bool,
+    ) -> Result<(ByteCount, ByteCount), Failure> {
+        let leftover = take(&self.context, output, &goal(self.source.size()))?;
+        let wanted = Wanted { only_changed, leftover, ..wanted(self.source.size(), force) };
+        let target = Target::open(output, wanted).await?;
         let copied = copy(&self.source, &target, &mut Progress::new(&self.context, "restored")).await?;
         verify(&target, &copied, &mut Progress::new(&self.context, "verified")).await?;
         target.publish().await?;
-        Ok(copied.data_bytes)
+        Ok((copied.data_bytes, copied.resumed_bytes))
     }
 
     fn names(&self) -> Vec<String> {
@@ -161,6 +187,14 @@ impl Fixture {
         names.sort();
         names
     }
+}
+
+fn goal(size: ByteCount) -> Goal {
+    Goal { disk: DiskId("11111111-2222-3333-4444-555555555555".parse().unwrap()), lsn: Lsn(7), size }
+}
+
+fn wanted(size: ByteCount, force: bool) -> Wanted {
+    Wanted { goal: goal(size), force, only_changed: false, leftover: None }
 }
 
 fn code(failure: Failure) -> ErrorCode {
@@ -262,7 +296,8 @@ fn a_restore_that_is_given_up_leaves_nothing() {
     run(async {
         let fixture = Fixture::new().await;
         let output = fixture.path("out.img");
-        let target = Target::open(output.to_str().unwrap(), fixture.source.size(), false).await.unwrap();
+        let target =
+            Target::open(output.to_str().unwrap(), wanted(fixture.source.size(), false)).await.unwrap();
         copy(&fixture.source, &target, &mut Progress::new(&fixture.context, "restored")).await.unwrap();
         drop(target);
         assert_eq!(fixture.names(), ["source"]);
@@ -296,15 +331,97 @@ async fn what_an_agent_keeps_is_not_overwritten_and_a_missing_directory_is_named
         Err(other) => panic!("{other:?}"),
         Ok(target) => panic!("{target} is taken"),
     };
-    let (code, said) = message(Target::open(record.to_str().unwrap(), ByteCount(4096), true).await);
+    let (code, said) = message(Target::open(record.to_str().unwrap(), wanted(ByteCount(4096), true)).await);
     assert_eq!(code, ErrorCode::Refused, "{said}");
     assert!(said.ends_with("lies in an agent's state directory"), "{said}");
     assert_eq!(std::fs::read(&record).unwrap(), b"kept");
     let nowhere = state.join("none/x.raw");
     std::fs::remove_file(state.join("lock")).unwrap();
-    let (code, said) = message(Target::open(nowhere.to_str().unwrap(), ByteCount(4096), false).await);
+    let (code, said) = message(Target::open(nowhere.to_str().unwrap(), wanted(ByteCount(4096), false)).await);
     assert_eq!(
         (code, said),
         (ErrorCode::NotFound, format!("there is no directory {}/none", state.display()))
     );
+}
+
+#[test]
+fn a_killed_restore_is_gone_on_with_and_what_it_wrote_is_checked() {
+    run(async {
+        let fixture = Fixture::new().await;
+        let output = fixture.path("out.img");
+        let name = output.to_str().unwrap();
+        fixture.ram.unreadable_from.set(3 * MIB as u64);
+        let target = Target::open(name, wanted(fixture.source.size(), false)).await.unwrap();
+        copy(&fixture.source, &target, &mut Progress::new(&fixture.context, "restored")).await.unwrap_err();
+        // As when it is killed: nothing of it is cleared away, and its lock is gone.
+        target.leave();
+        drop(target);
+        let left = fixture.names();
+        assert_eq!(left.len(), 3, "a partial file and its notes: {left:?}");
+        fixture.ram.unreadable_from.set(u64::MAX);
+        let before = fixture.ram.read.get();
+        let (_, resumed) = fixture.restore_way(name, false, false).await.unwrap();
+        assert_eq!(resumed, ByteCount(MIB as u64));
+        assert_eq!(
+            fixture.ram.read.get() - before,
+            MIB as u64 + MIB as u64 / 256 + 512,
+            "two pieces are read"
+        );
+        assert!(std::fs::read(&output).unwrap() == disk(), "the file differs from the disk");
+        assert_eq!(fixture.names(), ["out.img", "source"]);
+    });
+}
+
+#[test]
+fn what_is_left_of_another_point_or_was_lost_since_is_not_taken() {
+    run(async {
+        let fixture = Fixture::new().await;
+        let output = fixture.path("out.img");
+        let name = output.to_str().unwrap();
+        for lost in [false, true] {
+            let size = fixture.source.size();
+            let other = if lost { goal(size) } else { Goal { lsn: Lsn(6), ..goal(size) } };
+            let target = Target::open(name, Wanted { goal: other, ..wanted(size, true) }).await.unwrap();
+            copy(&fixture.source, &target, &mut Progress::new(&fixture.context, "restored")).await.unwrap();
+            target.leave();
+            drop(target);
+            let partial = fixture.names().into_iter().find(|name| name.ends_with(".restoring")).unwrap();
+            // As a power cut may leave it: notes of what is not there.
+            std::fs::write(fixture.path(&partial), vec![0; disk().len()]).unwrap();
+            let (_, resumed) = fixture.restore_way(name, true, false).await.unwrap();
+            assert_eq!(resumed, ByteCount(0));
+            assert!(std::fs::read(&output).unwrap() == disk(), "the file differs from the disk");
+            assert_eq!(fixture.names(), ["out.img", "source"]);
+        }
+    });
+}
+
+#[test]
+fn onto_an_old_copy_only_the_difference_is_written() {
+    run(async {
+        let fixture = Fixture::new().await;
+        let mut old = disk();
+        old[100] ^= 1;
+        old[2 * MIB + 5] = 9;
+        let output = fixture.path("old.img");
+        let name = output.to_str().unwrap();
+        for length in [old.len(), old.len() - 512, old.len() + 9000] {
+            let mut copy = old.clone();
+            copy.resize(length, 0xee);
+            std::fs::write(&output, &copy).unwrap();
+            let refused = fixture.restore_way(name, false, true).await.unwrap_err();
+            assert_eq!(code(refused), ErrorCode::Exists);
+            assert!(std::fs::read(&output).unwrap() == copy, "untouched");
+            let (written, _) = fixture.restore_way(name, true, true).await.unwrap();
+            assert!(std::fs::read(&output).unwrap() == disk(), "the file differs from the disk");
+            let end = if length < old.len() { 4608 } else { 0 };
+            assert_eq!(written, ByteCount((64 << 10) + end), "{length}");
+        }
+        let ram = Ram::of(old);
+        let (_server, uri) = serve(&ram, fixture.directory.path(), "target").await;
+        fixture.restore_way(&uri, false, true).await.unwrap();
+        assert!(*ram.bytes.borrow() == disk(), "the export differs from the disk");
+        assert_eq!(ram.written.get(), 64 << 10);
+        assert_eq!(ram.zeroed.borrow().len(), 1);
+    });
 }

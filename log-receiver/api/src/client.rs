@@ -4,8 +4,9 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, KeptOverlay, Mount, MountRequest, Mounts, OverlayFate, PointsReport,
-    ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus,
+    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeptOverlay, Mount, MountRequest, Mounts,
+    OverlayFate, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint,
+    ScrubRequest, ScrubStatus,
 };
 
 /// The receiver, in the words of errors.
@@ -79,6 +80,18 @@ impl ReceiverClient {
     /// As [`ReceiverClient::status`].
     pub async fn diff(&self, disk: &DiskName, request: &DiffRequest) -> Result<DiffReport, ApiError> {
         self.client.post(&path(disk, "/diff"), request).await
+    }
+
+    /// When a block last changed before a point.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn find_change(
+        &self,
+        disk: &DiskName,
+        request: &FindChangeRequest,
+    ) -> Result<FoundChange, ApiError> {
+        self.client.post(&path(disk, "/find-change"), request).await
     }
 
     /// Serves a point over NBD.

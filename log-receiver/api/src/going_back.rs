@@ -3,7 +3,7 @@
 use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
-use crate::DiskRef;
+use crate::{DiskRef, Point};
 
 /// Which point is that?
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,6 +136,50 @@ pub struct Mounts {
     /// Overlays that are not served, sorted by id.
     #[serde(default)]
     pub kept: Vec<KeptOverlay>,
+}
+
+/// When did a block last change?
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FindChangeRequest {
+    /// A byte of the block.
+    pub offset: ByteOffset,
+    /// Changes up to this point count; as people write it.
+    pub at: String,
+}
+
+/// The newest change of a block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundChange {
+    /// The point up to which changes were looked for.
+    pub at: ResolvedPoint,
+    /// The block that was looked at.
+    pub block: ByteSpan,
+    /// The change; none when the block was never written up to that point.
+    pub change: Option<BlockChange>,
+}
+
+/// A change of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockChange {
+    /// The first point that has it.
+    pub lsn: Lsn,
+    /// When it was captured.
+    pub time: CaptureTime,
+    /// What brought it.
+    pub by: ChangedBy,
+    /// The last point without it; none when there is none.
+    pub before: Option<Point>,
+}
+
+/// What brought a change to the receiver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ChangedBy {
+    /// The guest's write, zeroing or discard itself.
+    Write,
+    /// A resync: the block was written between the point before and this one, or was only sent again.
+    Resync,
 }
 
 /// Which bytes changed between two points?

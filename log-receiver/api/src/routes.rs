@@ -11,9 +11,9 @@ use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, KeptOverlay, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks,
-    ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest,
-    ScrubStatus, UnmountRequest,
+    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeptOverlay, Mount, MountRequest, Mounts,
+    PointsReport, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest,
+    ResolvedPoint, ScrubRequest, ScrubStatus, UnmountRequest,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -27,6 +27,7 @@ pub fn router<S: ReceiverService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/points", get(points::<S>))
         .route("/v1/disks/{disk}/resolve", post(resolve::<S>))
         .route("/v1/disks/{disk}/diff", post(diff::<S>))
+        .route("/v1/disks/{disk}/find-change", post(find_change::<S>))
         .route("/v1/scrub", get(scrub_status::<S>).merge(post(scrub::<S>)).merge(delete(cancel_scrub::<S>)))
         .route("/v1/mounts", get(mounts::<S>).merge(post(mount::<S>)))
         .route("/v1/mounts/{id}", delete(unmount::<S>))
@@ -76,6 +77,14 @@ async fn diff<S: ReceiverService>(
     ApiJson(request): ApiJson<DiffRequest>,
 ) -> Answer<DiffReport> {
     service.diff(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn find_change<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<FindChangeRequest>,
+) -> Answer<FoundChange> {
+    service.find_change(disk_named(&disk)?, request).await.map(Json)
 }
 
 async fn mounts<S: ReceiverService>(State(service): State<Arc<S>>) -> Answer<Mounts> {

@@ -4,8 +4,9 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, KeptOverlay, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks,
-    ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnmountRequest,
+    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeptOverlay, Mount, MountRequest, Mounts,
+    PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest,
+    ScrubStatus, UnmountRequest,
 };
 
 /// The receiver's side of the control API. A disk may be named by its name or its UUID.
@@ -36,6 +37,13 @@ pub trait ReceiverService: Send + Sync + 'static {
         disk: DiskName,
         request: DiffRequest,
     ) -> impl Future<Output = Result<DiffReport, ApiError>> + Send;
+
+    /// When a block last changed before a point.
+    fn find_change(
+        &self,
+        disk: DiskName,
+        request: FindChangeRequest,
+    ) -> impl Future<Output = Result<FoundChange, ApiError>> + Send;
 
     /// Serves a point over NBD; ready for clients when this answers.
     fn mount(&self, request: MountRequest) -> impl Future<Output = Result<Mount, ApiError>> + Send;

@@ -4,13 +4,13 @@
 use std::sync::{Arc, Mutex};
 
 use backtide_control::{Address, ApiError, ErrorCode, Server};
-use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
+use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, DiskName, Lsn};
 
 use crate::{
-    DiffReport, DiffRequest, DiskRef, FlushPoints, Hole, KeptOverlay, Mount, MountOverlay, MountRequest,
-    Mounts, OverlayFate, Point, PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus,
-    RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnavailablePoint,
-    UnmountRequest, router,
+    BlockChange, ByteSpan, ChangedBy, DiffReport, DiffRequest, DiskRef, FindChangeRequest, FlushPoints,
+    FoundChange, Hole, KeptOverlay, Mount, MountOverlay, MountRequest, Mounts, OverlayFate, Point,
+    PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
+    ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnavailablePoint, UnmountRequest, router,
 };
 
 /// Notes every call.
@@ -45,6 +45,13 @@ fn mount() -> Mount {
         clients: 0,
         overlay: Some(MountOverlay { bytes: ByteCount(1), limit: ByteCount(2), file_bytes: ByteCount(3) }),
     }
+}
+
+fn found() -> FoundChange {
+    let before = Some(Point { lsn: Lsn(3), time: CaptureTime(4) });
+    let change = BlockChange { lsn: Lsn(4), time: CaptureTime(5), by: ChangedBy::Resync, before };
+    let block = ByteSpan { offset: ByteOffset(4096), length: ByteCount(4096) };
+    FoundChange { at: point("latest"), block, change: Some(change) }
 }
 
 fn in_a_hole(asked: &str) -> UnavailablePoint {
@@ -150,6 +157,11 @@ impl ReceiverService for Fake {
         })
     }
 
+    async fn find_change(&self, disk: DiskName, request: FindChangeRequest) -> Result<FoundChange, ApiError> {
+        self.note(format!("find-change {} {} {}", disk.as_str(), request.offset, request.at));
+        Ok(found())
+    }
+
     async fn mount(&self, request: MountRequest) -> Result<Mount, ApiError> {
         self.note(format!("mount {} {}", request.name.as_str(), request.at));
         Ok(mount())
@@ -209,6 +221,8 @@ async fn every_call_reaches_its_method_and_comes_back() {
     let diff = DiffRequest { from: "-5m".to_owned(), to: "latest".to_owned() };
     assert_eq!(client.diff(&vm1, &diff).await.unwrap().granularity, ByteCount(4096));
     let at = "latest".to_owned();
+    let wanted = FindChangeRequest { offset: ByteOffset(5000), at: at.clone() };
+    assert_eq!(client.find_change(&vm1, &wanted).await.unwrap(), found());
     let request = MountRequest { name: vm1.clone(), at, nbd: None, temporary: false, writable: true };
     assert_eq!(client.mount(&request).await.unwrap(), mount());
     assert_eq!(client.mounts().await.unwrap().mounts, [mount()]);
@@ -233,6 +247,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "points vm1",
             "resolve vm1 mark:a b/ü",
             "diff vm1 -5m latest",
+            "find-change vm1 5000 latest",
             "mount vm1 latest",
             "mounts",
             "unmount vm1-1 None",

@@ -21,11 +21,13 @@ use crate::{LogError, directory::Candidates, segment::Segment, segments::Segment
 /// Extents fetched from a segment at once.
 const FETCH: usize = 16;
 
-/// Bytes of the disk and where they come from; `None` is zeros.
+/// Bytes of the disk and where they come from; without a source they are zeros.
 #[derive(Clone)]
 pub(crate) struct Piece<'a> {
     pub(crate) range: ByteRange,
     pub(crate) source: Option<Source<'a>>,
+    /// The version of these bytes, also of zeros; none of what was never written.
+    pub(crate) version: Option<Lsn>,
 }
 
 /// An extent, with its segment.
@@ -95,7 +97,7 @@ impl<'a> Merge<'a> {
             }
             self.push(&mut heap, cursor)?;
         }
-        pieces.extend(gaps.into_iter().map(|range| Piece { range, source: None }));
+        pieces.extend(gaps.into_iter().map(|range| Piece { range, source: None, version: None }));
         pieces.sort_by_key(|piece| piece.range.start());
         pieces.into_iter().for_each(take);
         Ok(())
@@ -157,7 +159,8 @@ fn cover<'a>(gaps: &mut Vec<ByteRange>, source: Source<'a>, pieces: &mut Vec<Pie
             left.push(gap);
             continue;
         };
-        pieces.push(Piece { range, source: (!source.extent.zero).then_some(source) });
+        let version = Some(source.extent.version);
+        pieces.push(Piece { range, source: (!source.extent.zero).then_some(source), version });
         let before = ByteRange::between(gap.start(), range.start());
         let after = ByteRange::between(range.end(), gap.end());
         left.extend([before, after].into_iter().filter(|rest| !rest.is_empty()));

@@ -167,6 +167,14 @@ impl Snapshot {
         Ok(self.last_record(&|record, _| record <= lsn)?.map(|record| record.time))
     }
 
+    /// The record with this LSN, when there is one: an LSN can be that of a pass as well.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn record_at(&self, lsn: Lsn) -> Result<Option<TimedLsn>, LogError> {
+        Ok(self.last_record(&|record, _| record <= lsn)?.filter(|record| record.lsn == lsn))
+    }
+
     /// The last record that `wanted` takes. It looks from the newest segment back, and reads headers only
     /// of the stretches that can have it.
     fn last_record(&self, wanted: &dyn Fn(Lsn, CaptureTime) -> bool) -> Result<Option<TimedLsn>, LogError> {

@@ -82,6 +82,17 @@ impl View {
         Ok(())
     }
 
+    /// The version of the newest change of any byte of `range`; none when nothing of it ever changed in this
+    /// log. Takes a few look-ups in the indexes, whatever the history's length.
+    ///
+    /// # Errors
+    /// When an index cannot be read.
+    pub fn newest_version(&self, range: ByteRange) -> Result<Option<Lsn>, LogError> {
+        let mut newest = None;
+        self.snapshot.merge(self.at).pieces(range, &mut |piece| newest = newest.max(piece.version))?;
+        Ok(newest)
+    }
+
     /// Where `range` has data and where it is known to be zero: adjoining, in order, covering it.
     /// Takes time and memory by the number of extents, whatever the range's length.
     ///
@@ -89,7 +100,7 @@ impl View {
     /// When an index cannot be read.
     pub fn extents(&self, range: ByteRange) -> Result<Vec<(ByteRange, Allocation)>, LogError> {
         let mut extents: Vec<(ByteRange, Allocation)> = Vec::new();
-        self.snapshot.merge(self.at).pieces(range, &mut |Piece { range, source }| {
+        self.snapshot.merge(self.at).pieces(range, &mut |Piece { range, source, .. }| {
             let allocation = if source.is_some() { Allocation::Data } else { Allocation::Zero };
             match extents.last_mut() {
                 Some((last, same)) if *same == allocation => {

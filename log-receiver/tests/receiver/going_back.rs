@@ -4,8 +4,10 @@ use std::{fs, path::Path, process::Command};
 
 use backtide_log_receiver::Receiver;
 use backtide_protocol::{Hello, Message};
-use backtide_receiver_api::{ApiError, DiffRequest, ErrorCode, Mount, MountRequest, UnavailablePoint};
-use backtide_units::{ByteCount, DiskName, Lsn, Reason};
+use backtide_receiver_api::{
+    ApiError, ChangedBy, DiffRequest, ErrorCode, FindChangeRequest, Mount, MountRequest, UnavailablePoint,
+};
+use backtide_units::{ByteCount, ByteOffset, DiskName, Lsn, Reason};
 
 use crate::{agent::*, fixture::*};
 
@@ -309,5 +311,36 @@ async fn a_mount_of_a_disk_that_has_grown_tells_the_size_it_serves() {
         let mount = api.mount(&request(at, None)).await.unwrap();
         assert_eq!((mount.size, mount.disk.size), (expected, size), "{at}");
     }
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_last_change_of_a_block_is_found_with_the_point_before_it() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (_agent, _) = write_history(&receiver).await;
+    let api = client(&receiver);
+    let find = async |offset: u64, at: &str| {
+        let request = FindChangeRequest { offset: ByteOffset(offset), at: at.to_owned() };
+        api.find_change(&vm1(), &request).await
+    };
+    let told = async |offset: u64, at: &str| {
+        let change = find(offset, at).await.unwrap().change?;
+        Some((change.lsn.0, change.time, change.by, change.before.map(|before| before.lsn.0)))
+    };
+    let write = ChangedBy::Write;
+    assert_eq!(told(0, "latest").await, Some((6, time(6), write, Some(5))));
+    assert_eq!(told(5000, "latest").await, Some((8, time(8), write, Some(7))), "a trim is a change");
+    assert_eq!(told(5000, "lsn:7").await, Some((6, time(6), write, Some(5))));
+    assert_eq!(told(5000, "lsn:5").await, None);
+    assert_eq!(told(3 << 20, "latest").await.map(|told| (told.0, told.2)), Some((20, ChangedBy::Resync)));
+    assert_eq!(told(3 << 20, "latest").await.unwrap().3, Some(8), "the hole is between");
+    assert_eq!(told(3 << 20, "lsn:8").await, None);
+    assert_eq!(told(DISK_BYTES - 1, "latest").await, Some((21, time(21), write, Some(20))));
+    assert_eq!(told(2 << 20, "latest").await, None, "never written");
+    let block = find(DISK_BYTES - 1, "latest").await.unwrap().block;
+    assert_eq!((block.offset.0, block.length.0), (DISK_BYTES - 4096, 4096));
+    assert_eq!(find(DISK_BYTES, "latest").await.unwrap_err().code, ErrorCode::Usage);
+    assert_eq!(find(0, "lsn:12").await.unwrap_err().code, ErrorCode::PointInHole);
     receiver.shutdown().await;
 }

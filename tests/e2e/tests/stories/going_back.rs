@@ -207,6 +207,8 @@ fn a_restore_never_goes_into_a_store_and_tells_of_a_killed_one() {
     // What a restore leaves that was killed.
     let partial = bench.path(".out.img.Ab3dEf.restoring");
     std::fs::write(&partial, b"half").unwrap();
+    let notes = bench.path(".out.img.Ab3dEf.restoring.notes");
+    std::fs::write(&notes, b"none that can be read").unwrap();
     let output = bench.name("out.img");
     let held = std::fs::File::open(&partial).unwrap();
     held.lock().unwrap();
@@ -217,6 +219,49 @@ fn a_restore_never_goes_into_a_store_and_tells_of_a_killed_one() {
     let said = restore(&output, &[]);
     assert_eq!(said.code, 0, "{said:?}");
     assert!(said.stderr.contains("was killed and left it half done"), "{said:?}");
-    assert!(!partial.exists());
+    assert!(!partial.exists() && !notes.exists());
     disk.latest_is_the_image();
+}
+
+#[test]
+fn a_restore_killed_at_any_moment_is_gone_on_with() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 24M", "write -P 0x22 28M 1M"]);
+    disk.settle();
+    let output = bench.name("out.img");
+    let command = ["restore", "vm1", "--at", "latest", "--output", &output];
+    let mut killed = 0;
+    for pieces in [0_u64, 5, 12, 20] {
+        let mut child = bench.command(&command).stdout(std::process::Stdio::null()).spawn().unwrap();
+        let noted = || {
+            let entries = std::fs::read_dir(bench.path("")).unwrap().flatten();
+            let notes = entries.filter(|entry| entry.path().to_string_lossy().ends_with(".restoring.notes"));
+            notes.filter_map(|entry| entry.metadata().ok()).map(|found| found.len()).max()
+        };
+        // It may have come to its end before it is killed: then that is what was tried.
+        while noted().is_none_or(|length| length < 52 + pieces * 44) && child.try_wait().unwrap().is_none() {}
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if std::fs::exists(&output).unwrap() {
+            tools::assert_same_images(disk.image.as_ref(), output.as_ref());
+            std::fs::remove_file(&output).unwrap();
+        } else {
+            killed += 1;
+        }
+    }
+    let report = bench.json(&command);
+    assert_eq!(report["verified"], true, "{report}");
+    tools::assert_same_images(disk.image.as_ref(), output.as_ref());
+    let names: Vec<_> = std::fs::read_dir(bench.path("")).unwrap().flatten().map(|e| e.file_name()).collect();
+    let left = names.iter().any(|name| name.to_string_lossy().contains(".restoring"));
+    assert!(!left, "killed {killed} times: {names:?}");
+    // Onto an old copy only what differs is written.
+    disk.qemu_io(&["write -P 0x33 2M 64k"]);
+    disk.settle();
+    let refused = bench.run(&[&command[..], &["--only-changed"]].concat());
+    assert_eq!(refused.code, 5, "{refused:?}");
+    let report = bench.json(&[&command[..], &["--only-changed", "--force"]].concat());
+    assert_eq!(report["data_bytes"], 65536, "{report}");
+    tools::assert_same_images(disk.image.as_ref(), output.as_ref());
 }
