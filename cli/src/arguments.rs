@@ -4,8 +4,8 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    agent, attach, completions, control, demo, diff, doctor, find_change, fsck, inspect, mark, mount, pki,
-    points, receiver, restore, resync, scrub, status, support_bundle, up, verify, wait,
+    agent, attach, completions, control, demo, diff, doctor, files, find_change, fsck, inspect, mark, mount,
+    pki, points, receiver, restore, resync, scrub, status, support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -77,6 +77,10 @@ pub(crate) enum Command {
     FindChange(find_change::FindChange),
     /// Serve a point of a disk over NBD, read-only or with what is written kept beside it
     Mount(mount::Mount),
+    /// List files of a point, without root and without mounting it here
+    Ls(files::Ls),
+    /// Copy a file or directory out of a point
+    Cp(files::Cp),
     /// End a mount
     Unmount(mount::Unmount),
     /// Write a point of a disk to a file, a device or an NBD server
@@ -121,6 +125,8 @@ impl Command {
             | Self::Points(_)
             | Self::Diff(_)
             | Self::FindChange(_)
+            | Self::Ls(_)
+            | Self::Cp(_)
             | Self::Mount(_)
             | Self::Unmount(_)
             | Self::Verify(_)

@@ -8,6 +8,7 @@ pub(crate) mod daemon;
 pub(crate) mod demo;
 pub(crate) mod diff;
 pub(crate) mod doctor;
+pub(crate) mod files;
 pub(crate) mod find_change;
 pub(crate) mod fsck;
 pub(crate) mod inspect;
@@ -62,6 +63,8 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Mark(mark) => mark.run(context).await,
         Command::Points(points) => points.run(context).await,
         Command::Diff(diff) => diff.run(context).await,
+        Command::Ls(ls) => ls.run(context).await,
+        Command::Cp(cp) => cp.run(context).await,
         Command::FindChange(find) => find.run(context).await,
         Command::Mount(mount) => mount.run(context).await,
         Command::Unmount(unmount) => unmount.run(context).await,

@@ -11,6 +11,7 @@ mod context;
 mod demo;
 mod doctor;
 mod ending;
+mod inside;
 mod local;
 mod open_files;
 mod output;

@@ -9,7 +9,7 @@ pub(crate) mod status;
 use comfy_table::{Cell, ContentArrangement, Table, presets};
 
 /// A table without lines: columns of text, the first row its titles.
-fn plain_table(titles: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+pub(crate) fn plain_table(titles: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(titles.iter().map(Cell::new));

@@ -33,6 +33,8 @@ fn every_command_has_help_and_says_it_on_stdout() {
         "points",
         "diff",
         "find-change",
+        "ls",
+        "cp",
         "mount",
         "unmount",
         "restore",

@@ -1,5 +1,6 @@
 //! Which bytes changed between two points, as spans that fit into an answer; and when a block last did.
 
+use backtide_export::DirtyExtent;
 use backtide_receiver_api::{ApiError, BlockChange, ByteSpan, ChangedBy, ErrorCode, Point};
 use backtide_recovery::{LogError, Snapshot, View};
 use backtide_units::{BLOCK_SIZE, BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, Lsn};
@@ -17,6 +18,44 @@ pub(crate) struct Changes {
     pub(crate) granularity: ByteCount,
     /// Ascending, apart from each other.
     pub(crate) spans: Vec<ByteSpan>,
+}
+
+/// Which parts of `range` lie in `blocks`: adjoining, from its begin on, at most `extents_max`.
+pub(crate) fn dirty_extents(
+    blocks: &RoaringTreemap,
+    range: ByteRange,
+    extents_max: usize,
+) -> Vec<DirtyExtent> {
+    let mut extents: Vec<DirtyExtent> = Vec::new();
+    let mut push = |bytes: u64, dirty: bool| {
+        let full = extents.len() == extents_max;
+        match extents.last_mut() {
+            _ if bytes == 0 => true,
+            Some(last) if last.dirty == dirty => {
+                last.length.0 += bytes;
+                true
+            }
+            Some(_) | None if full => false,
+            Some(_) | None => {
+                extents.push(DirtyExtent { length: ByteCount(bytes), dirty });
+                true
+            }
+        }
+    };
+    let touched = BlockRange::touched_by(range);
+    let mut iter = blocks.iter();
+    iter.advance_to(touched.start().0);
+    let mut done = range.start().0;
+    for block in iter.take_while(|block| *block < touched.end().0) {
+        let start = BlockIndex(block).start().0.max(done);
+        let end = (BlockIndex(block).start().0 + BLOCK_SIZE).min(range.end().0);
+        if !push(start - done, false) || !push(end - start, true) {
+            return extents;
+        }
+        done = end;
+    }
+    push(range.end().0 - done, false);
+    extents
 }
 
 /// The block of a byte, on a disk of `size` bytes.
@@ -134,6 +173,21 @@ mod tests {
         let changes = spans(&blocks, ByteCount(256 * 4096), 10);
         assert_eq!(changes.granularity, ByteCount(4 * 4096));
         assert_eq!(flat(&changes), [(0, 256 * 4096)]);
+    }
+
+    #[test]
+    fn dirty_extents_cover_the_range_from_its_begin() {
+        let blocks: RoaringTreemap = [0, 1, 5].into_iter().collect();
+        let told = |start: u64, end: u64, most: usize| {
+            let range = ByteRange::between(ByteOffset(start), ByteOffset(end));
+            let extents = dirty_extents(&blocks, range, most);
+            extents.iter().map(|extent| (extent.length.0, extent.dirty)).collect::<Vec<_>>()
+        };
+        assert_eq!(told(0, 40960, 9), [(8192, true), (12288, false), (4096, true), (16384, false)]);
+        assert_eq!(told(512, 9000, 9), [(7680, true), (808, false)]);
+        assert_eq!(told(20480, 21000, 9), [(520, true)]);
+        assert_eq!(told(8192, 16384, 9), [(8192, false)]);
+        assert_eq!(told(0, 40960, 2), [(8192, true), (12288, false)]);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
     rc::Rc,
@@ -15,11 +15,16 @@ use std::{
     time::Duration,
 };
 
-use backtide_export::{BindError, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server};
+use backtide_export::{
+    BindError, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, dirty_bitmap,
+};
 use backtide_overlay::{Overlay, OverlayId};
-use backtide_receiver_api::{ApiError, DiskRef, ErrorCode, Mount, MountOverlay, Mounts, OverlayFate};
+use backtide_receiver_api::{
+    ApiError, ChangedSince, DiskRef, ErrorCode, Mount, MountOverlay, Mounts, OverlayFate,
+};
 use backtide_recovery::{TimedLsn, View, time_text};
 use backtide_units::{ByteCount, CaptureTime, DiskName};
+use roaring::RoaringTreemap;
 use tokio::{
     runtime::Builder,
     sync::{mpsc, oneshot},
@@ -72,6 +77,15 @@ pub(crate) struct Plan {
     pub(crate) temporary: bool,
     /// What is written goes here.
     pub(crate) overlay: Option<PlanOverlay>,
+    /// What changed since another point; not with an overlay.
+    pub(crate) changed: Option<Changed>,
+}
+
+/// What changed since another point.
+#[derive(Clone)]
+pub(crate) struct Changed {
+    pub(crate) since: TimedLsn,
+    pub(crate) blocks: Arc<RoaringTreemap>,
 }
 
 /// An overlay to serve.
@@ -97,6 +111,7 @@ struct Mounted {
     uri: NbdUri,
     since: CaptureTime,
     overlay: Option<Arc<Overlay>>,
+    changed_since: Option<TimedLsn>,
     server: Server,
 }
 
@@ -120,6 +135,8 @@ pub(crate) struct Serving {
 struct Table {
     /// Mounts that are being made.
     begun: Cell<usize>,
+    /// Overlays whose mounts begin or end just now.
+    settling: RefCell<BTreeSet<String>>,
     serving: Serving,
     mounted: RefCell<BTreeMap<String, Mounted>>,
     /// The last number used for each disk's name.
@@ -131,8 +148,13 @@ pub(crate) fn start(serving: Serving) -> io::Result<MountThread> {
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let body = move || {
-        let table =
-            Table { begun: Cell::new(0), serving, mounted: RefCell::default(), numbers: RefCell::default() };
+        let table = Table {
+            begun: Cell::new(0),
+            settling: RefCell::default(),
+            serving,
+            mounted: RefCell::default(),
+            numbers: RefCell::default(),
+        };
         LocalSet::new().block_on(&runtime, Rc::new(table).serve(inbox));
     };
     let thread = std::thread::Builder::new().name("mounts".to_owned()).spawn(body)?;
@@ -184,9 +206,21 @@ impl Table {
             let why = format!("the receiver has its limit of {} mounts", self.serving.mounts_max);
             return Err(ApiError::new(ErrorCode::Busy, why).with_hint("end one: backtide unmount ID"));
         }
+        let kept = match &plan.overlay {
+            Some(PlanOverlay::Kept(id)) => Some(id.clone()),
+            Some(PlanOverlay::New) | None => None,
+        };
+        if let Some(id) = &kept
+            && (self.mounted.borrow().contains_key(id) || !self.settling.borrow_mut().insert(id.clone()))
+        {
+            return Err(ApiError::new(ErrorCode::Busy, format!("overlay {id} is mounted already")));
+        }
         self.begun.set(self.begun.get() + 1);
         let mounted = self.serve_point(plan).await;
         self.begun.set(self.begun.get() - 1);
+        if let Some(id) = kept {
+            self.settling.borrow_mut().remove(&id);
+        }
         mounted
     }
 
@@ -210,9 +244,14 @@ impl Table {
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));
         let Serving { readers, findings, overlays, writers, .. } = &self.serving;
         let reading = Reading { disk: plan.disk.uuid, readers: readers.clone(), findings: findings.clone() };
-        let info = ExportInfo { description, ..ExportInfo::new(&uri.export, size) };
+        let changed_since = plan.changed.as_ref().map(|changed| changed.since);
+        let dirty_bitmap = plan.changed.as_ref().map(|_| plan.disk.name.to_string());
+        let info = ExportInfo { description, dirty_bitmap, ..ExportInfo::new(&uri.export, size) };
         let (overlay, export) = match &plan.overlay {
-            None => (None, OneExport(Rc::new(PointExport::new(info, plan.view, reading)))),
+            None => {
+                let changed = plan.changed.map(|changed| changed.blocks);
+                (None, OneExport(Rc::new(PointExport::new(info, plan.view, reading, changed))))
+            }
             Some(wanted) => {
                 let overlay = self.overlay(wanted, &id, &plan.disk, plan.at, size, &uri).await?;
                 let (whose, writers) = ((overlays.clone(), id.clone()), writers.clone());
@@ -224,7 +263,7 @@ impl Table {
         let server = listener.serve(Rc::new(export), self.serving.nbd);
         tracing::info!(mount = id, disk = %plan.disk.uuid, lsn = %plan.at.lsn, %uri, "mounted");
         let (disk, at, since) = (plan.disk, plan.at, clock::now());
-        let mounted = Mounted { id: id.clone(), disk, at, size, uri, since, overlay, server };
+        let mounted = Mounted { id: id.clone(), disk, at, size, uri, since, overlay, changed_since, server };
         let answer = mounted.describe();
         self.mounted.borrow_mut().insert(id.clone(), mounted);
         if plan.temporary {
@@ -275,9 +314,6 @@ impl Table {
                 let record = Record { id, overlay, disk, lsn, time, created, uri };
                 self.serving.writers.run(move || overlays.create(record)).await
             }
-            PlanOverlay::Kept(_) if self.mounted.borrow().contains_key(&id) => {
-                return Err(ApiError::new(ErrorCode::Busy, format!("overlay {id} is mounted already")));
-            }
             PlanOverlay::Kept(_) => {
                 let open = move || {
                     let overlay = overlays.open(&id)?;
@@ -304,7 +340,12 @@ impl Table {
                 let why = format!("mount {id} is read-only: there is nothing to keep or discard");
                 Err(ApiError::new(ErrorCode::Usage, why).with_hint(format!("backtide unmount {id}")))
             }
-            (Some(_), _) => Ok(mounts.remove(id).expect("it is there")),
+            (Some(writable), _) => {
+                if writable {
+                    self.settling.borrow_mut().insert(id.to_owned());
+                }
+                Ok(mounts.remove(id).expect("it is there"))
+            }
             (None, _) => Err(ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?}"))
                 .with_hint("the control API's /v1/mounts lists them")),
         }
@@ -312,6 +353,13 @@ impl Table {
 
     /// Ends a mount, and does with its overlay what is asked.
     async fn end(&self, mounted: Mounted, fate: Option<OverlayFate>) -> Result<Mount, ApiError> {
+        let id = mounted.id.clone();
+        let ended = self.end_and_settle(mounted, fate).await;
+        self.settling.borrow_mut().remove(&id);
+        ended
+    }
+
+    async fn end_and_settle(&self, mounted: Mounted, fate: Option<OverlayFate>) -> Result<Mount, ApiError> {
         let (overlays, id) = (self.serving.overlays.clone(), mounted.id.clone());
         let ended = mounted.end(self.serving.writers.clone()).await;
         let done = match fate {
@@ -353,6 +401,11 @@ impl Mounted {
             size: self.size,
             mounted: self.since,
             clients: u32::try_from(self.server.connections()).unwrap_or(u32::MAX),
+            changed_since: self.changed_since.map(|since| ChangedSince {
+                lsn: since.lsn,
+                time: since.time,
+                context: format!("{}{}", dirty_bitmap::PREFIX, self.disk.name),
+            }),
             overlay: self.overlay.as_ref().map(|overlay| {
                 let usage = overlay.usage();
                 MountOverlay { bytes: usage.bytes, limit: usage.limit, file_bytes: usage.file_bytes }

@@ -4,13 +4,15 @@
 //! up neither other mounts nor ingest. The view is a snapshot: it reads the same however the log
 //! grows on. Damage is answered with EIO and told in the log with its place, never with data.
 
-use std::rc::Rc;
+use std::{rc::Rc, sync::Arc};
 
 use backtide_export::{Command, Export, ExportInfo, ExportSummary, Exports, Extent, NbdError, Reply};
 use backtide_recovery::{Allocation, LogError, View};
 use backtide_units::{ByteCount, ByteRange, DiskId};
 
-use crate::{disk::chain, findings::Findings, pool::Pool};
+use roaring::RoaringTreemap;
+
+use crate::{changes::dirty_extents, disk::chain, findings::Findings, pool::Pool};
 
 /// One question for block status looks no further than this.
 pub(crate) const STATUS_BYTES_MAX: u64 = 1 << 30;
@@ -23,6 +25,8 @@ pub(crate) struct PointExport {
     info: ExportInfo,
     view: View,
     reading: Reading,
+    /// The blocks that changed since another point.
+    changed: Option<Arc<RoaringTreemap>>,
 }
 
 /// How a point is read.
@@ -37,9 +41,14 @@ pub(crate) struct Reading {
 pub(crate) struct OneExport(pub(crate) Rc<dyn Export>);
 
 impl PointExport {
-    pub(crate) fn new(info: ExportInfo, view: View, reading: Reading) -> Self {
+    pub(crate) fn new(
+        info: ExportInfo,
+        view: View,
+        reading: Reading,
+        changed: Option<Arc<RoaringTreemap>>,
+    ) -> Self {
         let info = ExportInfo { read_only: true, trim: false, write_zeroes: false, ..info };
-        Self { info, view, reading }
+        Self { info, view, reading, changed }
     }
 
     /// Answers `reply` with what `work` yields on the readers' pool.
@@ -78,11 +87,21 @@ impl Export for PointExport {
         let range = command.range();
         match command {
             Command::Read { .. } => self.answer(reply, move |view| view.read(range), Reply::data),
-            Command::BlockStatus { one, .. } => self.answer(
-                reply,
-                move |view| status(&view, range, if one { 1 } else { EXTENTS_MAX }),
-                |reply, extents| reply.extents(&extents),
-            ),
+            Command::BlockStatus { one, .. } => {
+                let extents_max = if one { 1 } else { EXTENTS_MAX };
+                let Some(changed) = self.changed.clone() else {
+                    return self.answer(
+                        reply,
+                        move |view| status(&view, range, extents_max),
+                        |reply, extents| reply.extents(&extents),
+                    );
+                };
+                let both = move |view: View| {
+                    let dirty = dirty_extents(&changed, first_part(range), extents_max);
+                    Ok((status(&view, range, extents_max)?, dirty))
+                };
+                self.answer(reply, both, |reply, (extents, dirty)| reply.statuses(&extents, &dirty));
+            }
             // Nothing is ever written, so everything is flushed; reading ahead is the kernel's work.
             Command::Flush | Command::Cache { .. } => reply.done(),
             Command::Write { .. } | Command::Trim { .. } | Command::WriteZeroes { .. } => {
@@ -94,8 +113,7 @@ impl Export for PointExport {
 
 /// The first extents of `range`, neighbors of one kind joined.
 fn status(view: &View, range: ByteRange, extents_max: usize) -> Result<Vec<Extent>, LogError> {
-    let count = ByteCount(range.count().0.min(STATUS_BYTES_MAX));
-    let range = ByteRange::new(range.start(), count).expect("a part of a range is a range");
+    let range = first_part(range);
     let mut extents: Vec<Extent> = Vec::new();
     for (piece, allocation) in view.extents(range)? {
         let next = match allocation {
@@ -110,6 +128,12 @@ fn status(view: &View, range: ByteRange, extents_max: usize) -> Result<Vec<Exten
         }
     }
     Ok(extents)
+}
+
+/// As much of `range` as one question looks at.
+fn first_part(range: ByteRange) -> ByteRange {
+    let count = ByteCount(range.count().0.min(STATUS_BYTES_MAX));
+    ByteRange::new(range.start(), count).expect("a part of a range is a range")
 }
 
 impl Exports for OneExport {

@@ -25,7 +25,7 @@ use crate::{
     facts::DiskFacts,
     findings::Findings,
     ingest::{Readable, Task},
-    mounts::{Order, Plan, PlanOverlay},
+    mounts::{Changed, Order, Plan, PlanOverlay},
     overlays::Overlays,
     points,
     pool::Pool,
@@ -165,7 +165,16 @@ impl ReceiverService for Service {
         let at = self.resolve_in(&snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let overlay = request.writable.then_some(PlanOverlay::New);
-        self.serve(Plan { disk, at, view, uri, temporary: request.temporary, overlay }).await
+        let changed = match &request.changed_since {
+            Some(_) if request.writable => {
+                let why =
+                    "what changed since a point is told of a read-only mount: clients write to this one";
+                return Err(ApiError::new(ErrorCode::Usage, why));
+            }
+            Some(since) => Some(self.changed_since(&snapshot, since, at).await?),
+            None => None,
+        };
+        self.serve(Plan { disk, at, view, uri, temporary: request.temporary, overlay, changed }).await
     }
 
     async fn remount(&self, id: String, request: RemountRequest) -> Result<Mount, ApiError> {
@@ -268,7 +277,23 @@ impl Service {
         }
         let at = TimedLsn { lsn: record.lsn, time: record.time };
         let overlay = Some(PlanOverlay::Kept(id));
-        self.serve(Plan { disk: record.disk, at, view, uri, temporary: false, overlay }).await
+        let (temporary, changed) = (false, None);
+        self.serve(Plan { disk: record.disk, at, view, uri, temporary, overlay, changed }).await
+    }
+
+    /// The blocks that may differ between a point that a person named and `at`.
+    async fn changed_since(
+        &self,
+        snapshot: &Snapshot,
+        since: &str,
+        at: TimedLsn,
+    ) -> Result<Changed, ApiError> {
+        let since = self.resolve_in(snapshot, since).await?;
+        let snapshot = snapshot.clone();
+        let (after, through) = (since.lsn.min(at.lsn), since.lsn.max(at.lsn));
+        let blocks = self.read(move || snapshot.changed_blocks(after, through)).await?;
+        let blocks = blocks.map_err(|error| points::log_error(&error))?;
+        Ok(Changed { since, blocks: Arc::new(blocks) })
     }
 
     async fn serve(&self, plan: Plan) -> Result<Mount, ApiError> {

@@ -25,8 +25,17 @@ pub(crate) struct Mount {
     /// again, until `backtide unmount ID --discard`
     #[arg(long, requires = "name")]
     writable: bool,
+    /// Tell what changed since another point in an NBD metadata context of the mount, as QEMU tells it
+    #[arg(
+        long,
+        value_name = "POINT",
+        allow_hyphen_values = true,
+        requires = "name",
+        conflicts_with = "writable"
+    )]
+    changed_since: Option<String>,
     /// Serve again what `backtide unmount ID --keep` has kept
-    #[arg(long, value_name = "ID", conflicts_with_all = ["name", "at", "writable"])]
+    #[arg(long, value_name = "ID", conflicts_with_all = ["name", "at", "writable", "changed_since"])]
     kept: Option<String>,
     /// Where to serve it [default: a unix socket of the receiver's choice]
     #[arg(long, value_name = "URI")]
@@ -58,7 +67,9 @@ impl Mount {
         let mount = match (self.name, self.kept) {
             (Some(name), _) => {
                 let at = self.at.ok_or_else(|| wrong_usage("a mount needs a point: --at POINT"))?;
-                receiver.mount(&MountRequest { name, at, nbd, temporary: false, writable }).await?
+                let (temporary, changed_since) = (false, self.changed_since);
+                let request = MountRequest { name, at, nbd, temporary, writable, changed_since };
+                receiver.mount(&request).await?
             }
             (None, Some(id)) => receiver.remount(&id, &RemountRequest { nbd }).await?,
             (None, None) if nbd.is_some() => {

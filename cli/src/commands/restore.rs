@@ -76,7 +76,8 @@ impl Restore {
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let receiver = context.receiver(&self.api)?;
         let (name, at) = (self.name, self.at);
-        let request = MountRequest { name, at, nbd: None, temporary: true, writable: false };
+        let (temporary, writable) = (true, false);
+        let request = MountRequest { name, at, nbd: None, temporary, writable, changed_since: None };
         let (force, only_changed) = (self.force, self.only_changed);
         let what = What { output: &self.output, force, only_changed, verify: !self.no_verify };
         let report = restore(context, &receiver, &request, what, stop.asked()).await?;

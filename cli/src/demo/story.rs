@@ -206,8 +206,14 @@ impl Stage<'_> {
             "latest" => "latest".to_owned(),
             _ => format!("lsn:{}", moment.lsn),
         };
-        let request =
-            MountRequest { name: self.disk.clone(), at, nbd: None, temporary: true, writable: false };
+        let request = MountRequest {
+            name: self.disk.clone(),
+            at,
+            nbd: None,
+            temporary: true,
+            writable: false,
+            changed_since: None,
+        };
         let path = output.to_string_lossy().into_owned();
         let what = What { output: &path, force: true, only_changed: false, verify: true };
         let restored = restore(self.context, &self.receiver, &request, what, std::future::pending()).await?;

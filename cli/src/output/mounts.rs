@@ -19,6 +19,10 @@ pub(crate) fn mount_text(mount: &Mount) -> String {
         let holds = format!("{}, at most {}", size_text(overlay.bytes), size_text(overlay.limit));
         all.push(("written", holds));
     }
+    if let Some(since) = &mount.changed_since {
+        let told = format!("since lsn:{} in {}", since.lsn, since.context);
+        all.push(("changes", told));
+    }
     all.push(("NBD", mount.uri.clone()));
     facts(&all)
 }

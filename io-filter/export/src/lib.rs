@@ -26,7 +26,8 @@ pub use export::{Export, Exports, Limits};
 pub use server::{Listener, Reply, Server, serve_connection};
 pub use tls::{ClientCertificates, NbdTls, ServerTls, TlsDemand};
 
+pub use backtide_nbd::wire::dirty_bitmap;
 pub use backtide_nbd::{
-    BlockSizes, Command, CommandKind, ExportInfo, ExportSummary, Extent, NbdAddress, NbdError, NbdUri,
-    ParseUriError, UriTls, server::TlsMode,
+    BlockSizes, Command, CommandKind, DirtyExtent, ExportInfo, ExportSummary, Extent, NbdAddress, NbdError,
+    NbdUri, ParseUriError, UriTls, server::TlsMode,
 };

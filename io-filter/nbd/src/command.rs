@@ -146,6 +146,15 @@ pub struct Extent {
     pub zero: bool,
 }
 
+/// One run of the answer to BLOCK_STATUS, in a context `qemu:dirty-bitmap:`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirtyExtent {
+    /// How many bytes; extents follow each other without gaps.
+    pub length: ByteCount,
+    /// They may have changed.
+    pub dirty: bool,
+}
+
 impl Extent {
     /// Allocated bytes of unknown content.
     pub fn data(length: ByteCount) -> Self {

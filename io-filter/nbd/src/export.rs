@@ -68,6 +68,8 @@ pub struct ExportInfo {
     pub cache: bool,
     /// BLOCK_STATUS in `base:allocation` is served.
     pub block_status: bool,
+    /// BLOCK_STATUS in `qemu:dirty-bitmap:` and this name is served, too.
+    pub dirty_bitmap: Option<String>,
     /// Several connections see one disk: a flush on one covers the writes answered on all.
     pub multi_conn: bool,
     /// Block size constraints.
@@ -93,6 +95,7 @@ impl ExportInfo {
             fast_zero: false,
             cache: true,
             block_status: true,
+            dirty_bitmap: None,
             multi_conn: true,
             block_sizes: BlockSizes::default(),
             serves_any_range: false,

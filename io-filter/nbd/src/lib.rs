@@ -25,7 +25,7 @@ pub mod wire;
 pub mod client;
 pub mod server;
 
-pub use command::{Command, CommandKind, Cookie, Extent, ReplyStyle};
+pub use command::{Command, CommandKind, Cookie, DirtyExtent, Extent, ReplyStyle};
 pub use error::{NbdError, ProtocolError};
 pub use export::{BlockSizes, ExportInfo, ExportSummary, TransmissionFlags};
 pub use intake::Intake;

@@ -176,6 +176,16 @@ pub mod base_allocation {
     pub const ZERO: u32 = 1 << 1;
 }
 
+/// Metadata contexts that tell what changed since a point, as QEMU serves them.
+pub mod dirty_bitmap {
+    /// The name of their namespace.
+    pub const NAMESPACE: &str = "qemu:";
+    /// Begins the name of each.
+    pub const PREFIX: &str = "qemu:dirty-bitmap:";
+    /// Extent flag: changed.
+    pub const DIRTY: u32 = 1 << 0;
+}
+
 /// Bytes of a request's header.
 pub const REQUEST_HEADER: usize = 4 + 2 + 2 + 8 + 8 + 4;
 /// Bytes of a request's header, and of a reply chunk's, with extended headers.

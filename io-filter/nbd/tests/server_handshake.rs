@@ -55,7 +55,7 @@ fn info_describes_and_go_begins() {
     let Ok(Step::Transmission(session)) = step else { panic!("GO brought {step:?}") };
     assert_eq!((session.requested.as_str(), session.export.name.as_str()), ("disk", "disk"));
     assert_eq!(session.style, ReplyStyle::Simple);
-    assert!(!session.base_allocation);
+    assert!(!session.contexts.base_allocation);
     assert_eq!(option_replies(code::GO, &written).last(), Some(&(reply::ACK, vec![])));
 }
 
@@ -156,7 +156,7 @@ fn contexts_are_listed_by_name_by_namespace_or_all() {
 
 #[test]
 fn block_status_needs_its_context_chosen_for_the_same_export() {
-    assert!(session("disk").base_allocation);
+    assert!(session("disk").contexts.base_allocation);
     let chosen = |context_of: &str, again: Option<&[u8]>| {
         let mut server = Server::fixed();
         server.answers(code::STRUCTURED_REPLY, &[]);
@@ -165,7 +165,7 @@ fn block_status_needs_its_context_chosen_for_the_same_export() {
             server.answers(code::SET_META_CONTEXT, data);
         }
         match server.send(&option(code::GO, &go("disk", &[]))).1 {
-            Ok(Step::Transmission(session)) => session.base_allocation,
+            Ok(Step::Transmission(session)) => session.contexts.base_allocation,
             other => panic!("GO brought {other:?}"),
         }
     };

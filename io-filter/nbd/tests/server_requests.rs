@@ -109,7 +109,7 @@ fn bad_requests_get_the_specified_errors() {
 #[test]
 fn block_status_without_its_context_is_refused() {
     let mut session = session("disk");
-    session.base_allocation = false;
+    session.contexts.base_allocation = false;
     let mut requests = Requests::new(&session);
     assert_eq!(requests.refusal(&request(STATUS, 0, 0, 0, 512)), NbdError::Invalid);
 }

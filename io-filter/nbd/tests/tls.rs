@@ -111,7 +111,7 @@ fn what_was_settled_in_the_clear_is_forgotten_under_tls() {
         assert_eq!(answer(&mut server, code::SET_META_CONTEXT, &contexts), reply::ERR_INVALID);
         let (_, step) = server.send(&option(code::GO, &go("disk", &[])));
         let Ok(Step::Transmission(session)) = step else { panic!("GO brought {step:?}") };
-        assert_eq!((session.style, session.base_allocation), (ReplyStyle::Simple, false));
+        assert_eq!((session.style, session.contexts.base_allocation), (ReplyStyle::Simple, false));
     }
 }
 

@@ -44,6 +44,10 @@ pub struct MountRequest {
     /// discarded. Not together with `temporary`.
     #[serde(default)]
     pub writable: bool,
+    /// Another point as people write it: what changed between the two is told in the metadata context
+    /// `qemu:dirty-bitmap:` and the disk's name. Not together with `writable`.
+    #[serde(default)]
+    pub changed_since: Option<String>,
 }
 
 /// Serve an overlay again that was kept.
@@ -96,6 +100,20 @@ pub struct Mount {
     /// What was written to it, when it is writable.
     #[serde(default)]
     pub overlay: Option<MountOverlay>,
+    /// The other point, when it was asked for what changed.
+    #[serde(default)]
+    pub changed_since: Option<ChangedSince>,
+}
+
+/// What tells the changes between a mount's point and another one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangedSince {
+    /// The last write the other point includes.
+    pub lsn: Lsn,
+    /// When that was captured.
+    pub time: CaptureTime,
+    /// The NBD metadata context.
+    pub context: String,
 }
 
 /// What the overlay of a mount takes.

@@ -18,9 +18,9 @@ pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use check::{DiskCheck, OverlayCheck, ScrubRequest, ScrubStatus, StoreCheck};
 pub use client::{RECEIVER, ReceiverClient};
 pub use going_back::{
-    BlockChange, ByteSpan, ChangedBy, DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeptOverlay,
-    Mount, MountOverlay, MountRequest, Mounts, OverlayFate, RemountRequest, ResolveRequest, ResolvedPoint,
-    UnmountRequest,
+    BlockChange, ByteSpan, ChangedBy, ChangedSince, DiffReport, DiffRequest, FindChangeRequest, FoundChange,
+    KeptOverlay, Mount, MountOverlay, MountRequest, Mounts, OverlayFate, RemountRequest, ResolveRequest,
+    ResolvedPoint, UnmountRequest,
 };
 pub use points::{DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport, UnavailablePoint};
 pub use routes::router;

@@ -44,6 +44,7 @@ fn mount() -> Mount {
         mounted: CaptureTime(6),
         clients: 0,
         overlay: Some(MountOverlay { bytes: ByteCount(1), limit: ByteCount(2), file_bytes: ByteCount(3) }),
+        changed_since: None,
     }
 }
 
@@ -223,7 +224,14 @@ async fn every_call_reaches_its_method_and_comes_back() {
     let at = "latest".to_owned();
     let wanted = FindChangeRequest { offset: ByteOffset(5000), at: at.clone() };
     assert_eq!(client.find_change(&vm1, &wanted).await.unwrap(), found());
-    let request = MountRequest { name: vm1.clone(), at, nbd: None, temporary: false, writable: true };
+    let request = MountRequest {
+        name: vm1.clone(),
+        at,
+        nbd: None,
+        temporary: false,
+        writable: true,
+        changed_since: None,
+    };
     assert_eq!(client.mount(&request).await.unwrap(), mount());
     assert_eq!(client.mounts().await.unwrap().mounts, [mount()]);
     assert_eq!(client.unmount("vm1-1", None).await.unwrap(), mount());

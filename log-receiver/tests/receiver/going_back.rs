@@ -48,7 +48,14 @@ async fn write_history(receiver: &Receiver) -> (Agent, History) {
 }
 
 pub(crate) fn request(at: &str, nbd: Option<String>) -> MountRequest {
-    MountRequest { name: vm1(), at: at.to_owned(), nbd, temporary: false, writable: false }
+    MountRequest {
+        name: vm1(),
+        at: at.to_owned(),
+        nbd,
+        temporary: false,
+        writable: false,
+        changed_since: None,
+    }
 }
 
 /// Runs a real client, which must succeed.
@@ -342,5 +349,51 @@ async fn the_last_change_of_a_block_is_found_with_the_point_before_it() {
     assert_eq!((block.offset.0, block.length.0), (DISK_BYTES - 4096, 4096));
     assert_eq!(find(DISK_BYTES, "latest").await.unwrap_err().code, ErrorCode::Usage);
     assert_eq!(find(0, "lsn:12").await.unwrap_err().code, ErrorCode::PointInHole);
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn foreign_tools_read_what_changed_between_two_points() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (_agent, _) = write_history(&receiver).await;
+    let api = client(&receiver);
+    let mounted =
+        |at: &str, since: &str| MountRequest { changed_since: Some(since.to_owned()), ..request(at, None) };
+    let refused = MountRequest { writable: true, ..mounted("latest", "lsn:8") };
+    assert_eq!(api.mount(&refused).await.unwrap_err().code, ErrorCode::Usage);
+    assert_eq!(api.mount(&mounted("latest", "lsn:12")).await.unwrap_err().code, ErrorCode::PointInHole);
+    let mount = api.mount(&mounted("latest", "lsn:8")).await.unwrap();
+    let context = mount.changed_since.clone().unwrap().context;
+    assert_eq!(context, "qemu:dirty-bitmap:vm1");
+    let back = api.mount(&mounted("lsn:6", "lsn:8")).await.unwrap();
+    let maps = tokio::task::spawn_blocking(move || {
+        let dirty = |map: &str, kind: &dyn Fn(&serde_json::Value) -> bool| -> Vec<(u64, u64)> {
+            let map: Vec<serde_json::Value> = serde_json::from_str(map).unwrap();
+            let number = |extent: &serde_json::Value, name: &str| extent[name].as_u64().unwrap();
+            let dirty = map.iter().filter(|extent| kind(extent));
+            dirty.map(|e| (number(e, "offset").max(number(e, "start")), number(e, "length"))).collect()
+        };
+        let info = |uri: &str| {
+            let map = run("nbdinfo", "libnbd-bin", &[&format!("--map={context}"), "--json", uri]);
+            dirty(&map.replace("\"offset\"", "\"start\": 0, \"offset\""), &|extent| extent["type"] == 1)
+        };
+        let both = run("nbdinfo", "libnbd-bin", &["--list", &mount.uri]);
+        assert!(both.contains("base:allocation") && both.contains(&context), "{both}");
+        let socket = mount.uri.split("socket=").nth(1).unwrap();
+        let options = format!(
+            "driver=nbd,export={},server.type=unix,server.path={socket},x-dirty-bitmap={context}",
+            mount.id
+        );
+        let map = run("qemu-img", "qemu-utils", &["map", "--output=json", "--image-opts", &options]);
+        let qemu = dirty(&map.replace("\"start\"", "\"offset\": 0, \"start\""), &|e| e["data"] == false);
+        (info(&mount.uri), qemu, info(&back.uri))
+    })
+    .await
+    .unwrap();
+    let changed = vec![(3 << 20, 65536), (DISK_BYTES - 4096, 4096)];
+    assert_eq!((maps.0, maps.1), (changed.clone(), changed));
+    // To an older point, too: a MiB was written, and a block discarded.
+    assert_eq!(maps.2, [(4096, 4096), (1 << 20, 1 << 20)]);
     receiver.shutdown().await;
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use backtide_nbd::server::{ReplyEncoder, ReplyTo};
-use backtide_nbd::{Cookie, Extent, NbdError};
+use backtide_nbd::{Cookie, DirtyExtent, Extent, NbdError};
 use backtide_units::ByteCount;
 use bytes::Bytes;
 use tokio::io::AsyncWrite;
@@ -162,6 +162,14 @@ impl Reply {
     /// When the request was no BLOCK_STATUS, or the extents are empty.
     pub fn extents(mut self, extents: &[Extent]) {
         self.answer(Bytes::new(), |encoder, to, out| encoder.extents(to, extents, out));
+    }
+
+    /// The answer to BLOCK_STATUS of an export with a dirty bitmap: what of the two was asked for is sent.
+    ///
+    /// # Panics
+    /// As [`Reply::extents`].
+    pub fn statuses(mut self, extents: &[Extent], dirty: &[DirtyExtent]) {
+        self.answer(Bytes::new(), |encoder, to, out| encoder.statuses(to, extents, dirty, out));
     }
 
     /// Failure.

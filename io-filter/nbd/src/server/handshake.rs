@@ -67,8 +67,24 @@ pub struct Session {
     pub export: ExportInfo,
     /// How replies are framed.
     pub style: ReplyStyle,
-    /// BLOCK_STATUS may be asked, in `base:allocation`.
+    /// In which contexts BLOCK_STATUS may be asked.
+    pub contexts: Contexts,
+}
+
+/// Metadata contexts that were chosen, or that one answer has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Contexts {
+    /// `base:allocation`.
     pub base_allocation: bool,
+    /// The export's dirty bitmap.
+    pub dirty_bitmap: bool,
+}
+
+impl Contexts {
+    /// Whether there is one.
+    pub fn any(self) -> bool {
+        self.base_allocation || self.dirty_bitmap
+    }
 }
 
 /// What comes next.
@@ -306,7 +322,7 @@ impl Handshake {
         let export = catalog.find(name).ok_or_else(|| ProtocolError::UnknownExport(name.to_owned()))?;
         let session = self.options.session(name, export);
         out.put_u64(session.export.size.0);
-        out.put_u16(session.export.transmission_flags(session.style, session.base_allocation).0);
+        out.put_u16(session.export.transmission_flags(session.style, session.contexts.any()).0);
         if !self.no_zeroes {
             out.put_bytes(0, wire::EXPORT_NAME_ZEROES);
         }

@@ -7,12 +7,15 @@ use std::borrow::Cow;
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::handshake::{Catalog, Session, TlsMode};
-use crate::wire::{self, base_allocation, info, magic, option_reply};
+use super::handshake::{Catalog, Contexts, Session, TlsMode};
+use crate::wire::{self, base_allocation, dirty_bitmap, info, magic, option_reply};
 use crate::{BlockSizes, ExportInfo, ReplyStyle};
 
 /// The id `base:allocation` has on every connection.
 pub(super) const BASE_ALLOCATION_ID: u32 = 1;
+
+/// The id an export's dirty bitmap has on every connection.
+pub(super) const DIRTY_BITMAP_ID: u32 = 2;
 
 /// An error reply to an option.
 #[derive(Debug)]
@@ -59,8 +62,8 @@ impl Refusal {
 #[derive(Debug, Default)]
 pub(super) struct Options {
     style: ReplyStyle,
-    /// The export SET_META_CONTEXT chose `base:allocation` for, by the name the client used.
-    base_allocation_of: Option<String>,
+    /// What SET_META_CONTEXT chose, and for which export, by the name the client used.
+    chosen: Option<(String, Contexts)>,
 }
 
 /// LIST: one reply per export.
@@ -98,9 +101,15 @@ pub(super) fn start_tls(tls: TlsMode, secured: bool, data: &[u8], out: &mut Byte
 impl Options {
     /// What transmission on `export` will be like.
     pub(super) fn session(&self, requested: &str, export: ExportInfo) -> Session {
-        let chosen = self.base_allocation_of.as_deref() == Some(requested);
-        let base_allocation = self.style != ReplyStyle::Simple && chosen && export.block_status;
-        Session { requested: requested.to_owned(), export, style: self.style, base_allocation }
+        let chosen = self.chosen.as_ref().filter(|(export, _)| export == requested);
+        let chosen = chosen.map_or_else(Contexts::default, |(_, contexts)| *contexts);
+        // The export may have been described anew since they were chosen.
+        let served = self.style != ReplyStyle::Simple && export.block_status;
+        let contexts = Contexts {
+            base_allocation: served && chosen.base_allocation,
+            dirty_bitmap: served && chosen.dirty_bitmap && export.dirty_bitmap.is_some(),
+        };
+        Session { requested: requested.to_owned(), export, style: self.style, contexts }
     }
 
     /// INFO and GO: describes the export.
@@ -133,7 +142,7 @@ impl Options {
         body.clear();
         body.put_u16(info::EXPORT);
         body.put_u64(export.size.0);
-        body.put_u16(export.transmission_flags(session.style, session.base_allocation).0);
+        body.put_u16(export.transmission_flags(session.style, session.contexts.any()).0);
         put_reply(out, option, option_reply::INFO, &body);
         for (kind, text) in [(info::NAME, &export.name), (info::DESCRIPTION, &export.description)] {
             if wanted(kind) && (kind == info::NAME || !text.is_empty()) {
@@ -186,10 +195,12 @@ impl Options {
     ) -> Result<(), Refusal> {
         let queries = self.context_queries(data, catalog)?;
         // No query at all asks for everything; a bare namespace for everything in it.
-        let all = queries.total == 0 || queries.namespace;
-        if queries.block_status && (all || queries.exact) {
-            put_context(out, wire::option::LIST_META_CONTEXT, 0);
-        }
+        let all = queries.total == 0;
+        let contexts = Contexts {
+            base_allocation: all || queries.listed.base_allocation,
+            dirty_bitmap: all || queries.listed.dirty_bitmap,
+        };
+        put_contexts(out, wire::option::LIST_META_CONTEXT, &queries, contexts, [0, 0]);
         put_reply(out, wire::option::LIST_META_CONTEXT, option_reply::ACK, &[]);
         Ok(())
     }
@@ -201,12 +212,11 @@ impl Options {
         catalog: &dyn Catalog,
         out: &mut BytesMut,
     ) -> Result<(), Refusal> {
-        self.base_allocation_of = None;
+        self.chosen = None;
         let queries = self.context_queries(data, catalog)?;
-        if queries.block_status && queries.exact {
-            put_context(out, wire::option::SET_META_CONTEXT, BASE_ALLOCATION_ID);
-            self.base_allocation_of = Some(queries.export);
-        }
+        let ids = [BASE_ALLOCATION_ID, DIRTY_BITMAP_ID];
+        let contexts = put_contexts(out, wire::option::SET_META_CONTEXT, &queries, queries.exact, ids);
+        self.chosen = contexts.any().then_some((queries.export, contexts));
         put_reply(out, wire::option::SET_META_CONTEXT, option_reply::ACK, &[]);
         Ok(())
     }
@@ -217,27 +227,37 @@ impl Options {
         }
         let export = take_string(&mut data)?;
         let total = data.try_get_u32().map_err(|_| Refusal::invalid("data is cut off"))?;
-        let (mut exact, mut namespace) = (false, false);
+        let found = catalog.find(export).ok_or_else(|| Refusal::unknown_export(export))?;
+        let dirty = found.dirty_bitmap.map(|name| format!("{}{name}", dirty_bitmap::PREFIX));
+        let (mut exact, mut listed) = (Contexts::default(), Contexts::default());
         // Each query takes four bytes at least, so the count cannot outlast the data.
         for _ in 0..total {
             let query = take_string(&mut data)?;
-            exact |= query == base_allocation::NAME;
-            namespace |= query == "base:";
+            exact.base_allocation |= query == base_allocation::NAME;
+            exact.dirty_bitmap |= dirty.as_deref() == Some(query);
+            listed.base_allocation |= query == "base:";
+            listed.dirty_bitmap |= query == dirty_bitmap::NAMESPACE || query == dirty_bitmap::PREFIX;
         }
+        listed.base_allocation |= exact.base_allocation;
+        listed.dirty_bitmap |= exact.dirty_bitmap;
         if !data.is_empty() {
             return Err(Refusal::invalid("data after the last query"));
         }
-        let found = catalog.find(export).ok_or_else(|| Refusal::unknown_export(export))?;
-        Ok(Queries { export: export.to_owned(), block_status: found.block_status, total, exact, namespace })
+        let block_status = found.block_status;
+        Ok(Queries { export: export.to_owned(), block_status, dirty, total, exact, listed })
     }
 }
 
 struct Queries {
     export: String,
     block_status: bool,
+    /// The full name of the export's dirty bitmap.
+    dirty: Option<String>,
     total: u32,
-    exact: bool,
-    namespace: bool,
+    /// Asked for by name.
+    exact: Contexts,
+    /// Asked for by name or namespace.
+    listed: Contexts,
 }
 
 /// Takes a string with its length in front.
@@ -263,11 +283,30 @@ fn put_block_sizes(out: &mut BytesMut, option: u32, sizes: BlockSizes, body: &mu
     put_reply(out, option, option_reply::INFO, body);
 }
 
-fn put_context(out: &mut BytesMut, option: u32, id: u32) {
-    let mut body = BytesMut::new();
-    body.put_u32(id);
-    body.put_slice(base_allocation::NAME.as_bytes());
-    put_reply(out, option, option_reply::META_CONTEXT, &body);
+/// Appends those of `wanted` that the export has, and gives them.
+fn put_contexts(
+    out: &mut BytesMut,
+    option: u32,
+    queries: &Queries,
+    wanted: Contexts,
+    [base_id, dirty_id]: [u32; 2],
+) -> Contexts {
+    let mut put = |id: u32, name: &str| {
+        let mut body = BytesMut::new();
+        body.put_u32(id);
+        body.put_slice(name.as_bytes());
+        put_reply(out, option, option_reply::META_CONTEXT, &body);
+    };
+    let mut contexts = Contexts::default();
+    if queries.block_status && wanted.base_allocation {
+        put(base_id, base_allocation::NAME);
+        contexts.base_allocation = true;
+    }
+    if let Some(name) = queries.dirty.as_ref().filter(|_| queries.block_status && wanted.dirty_bitmap) {
+        put(dirty_id, name);
+        contexts.dirty_bitmap = true;
+    }
+    contexts
 }
 
 /// Appends one answer to an option.

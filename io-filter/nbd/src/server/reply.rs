@@ -10,10 +10,10 @@
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::{BufMut, BytesMut};
 
-use super::handshake::Session;
-use super::option::{BASE_ALLOCATION_ID, cut};
-use crate::wire::{self, base_allocation, chunk, magic};
-use crate::{Cookie, Extent, NbdError, ReplyStyle};
+use super::handshake::{Contexts, Session};
+use super::option::{BASE_ALLOCATION_ID, DIRTY_BITMAP_ID, cut};
+use crate::wire::{self, base_allocation, chunk, dirty_bitmap, magic};
+use crate::{Cookie, DirtyExtent, Extent, NbdError, ReplyStyle};
 
 /// The most extents in one answer; the client asks again for the rest.
 const EXTENTS_MAX: usize = 16 << 10;
@@ -35,7 +35,7 @@ pub(super) enum Shape {
     /// The bytes of a READ.
     Read { length: ByteCount },
     /// The extents of a BLOCK_STATUS.
-    Status { length: ByteCount, one: bool },
+    Status { length: ByteCount, one: bool, contexts: Contexts },
 }
 
 impl ReplyTo {
@@ -112,15 +112,52 @@ impl ReplyEncoder {
     /// # Panics
     /// When the request was no BLOCK_STATUS, or the extents are no bytes at all.
     pub fn extents(&self, to: ReplyTo, extents: &[Extent], out: &mut BytesMut) {
-        let Shape::Status { length, one } = to.shape else {
-            panic!("a request that is no block status was answered with extents");
-        };
-        let joined = Joined::of(extents, length, if one { 1 } else { EXTENTS_MAX }, self.block);
+        let contexts = self.status_of(to).2;
+        assert!(!contexts.dirty_bitmap, "a block status was answered without its dirty bitmap");
+        self.statuses(to, extents, &[], out);
+    }
+
+    /// The same of a BLOCK_STATUS that may ask for the dirty bitmap, too, or for it alone: a chunk for each
+    /// context that it asks for.
+    ///
+    /// # Panics
+    /// As [`ReplyEncoder::extents`], of each context that is asked for.
+    pub fn statuses(&self, to: ReplyTo, extents: &[Extent], dirty: &[DirtyExtent], out: &mut BytesMut) {
+        let (length, one, contexts) = self.status_of(to);
+        let most = if one { 1 } else { EXTENTS_MAX };
+        if contexts.base_allocation {
+            let flags = |extent: &Extent| {
+                let hole = if extent.hole { base_allocation::HOLE } else { 0 };
+                (extent.length.0, hole | if extent.zero { base_allocation::ZERO } else { 0 })
+            };
+            let all = Both { of_both: |a, b| a & b, unknown: 0 };
+            let joined = Joined::of(extents.iter().map(flags), length, most, self.block, all);
+            self.put_extents(out, to, BASE_ALLOCATION_ID, joined, !contexts.dirty_bitmap);
+        }
+        if contexts.dirty_bitmap {
+            let flags =
+                |extent: &DirtyExtent| (extent.length.0, if extent.dirty { dirty_bitmap::DIRTY } else { 0 });
+            let any = Both { of_both: |a, b| a | b, unknown: dirty_bitmap::DIRTY };
+            let joined = Joined::of(dirty.iter().map(flags), length, most, self.block, any);
+            self.put_extents(out, to, DIRTY_BITMAP_ID, joined, true);
+        }
+    }
+
+    fn status_of(&self, to: ReplyTo) -> (ByteCount, bool, Contexts) {
+        match to.shape {
+            Shape::Status { length, one, contexts } => (length, one, contexts),
+            Shape::Plain | Shape::FastZero | Shape::Read { .. } => {
+                panic!("a request that is no block status was answered with extents")
+            }
+        }
+    }
+
+    fn put_extents(&self, out: &mut BytesMut, to: ReplyTo, id: u32, joined: Vec<(u64, u32)>, last: bool) {
         assert!(!joined.is_empty(), "a block status was answered with no extents");
         let count = joined.len() as u32;
         if self.style == ReplyStyle::Extended {
-            self.put_chunk(out, to, chunk::BLOCK_STATUS_EXT, 4 + 4 + 16 * count);
-            out.put_u32(BASE_ALLOCATION_ID);
+            self.put_one_chunk(out, to, chunk::BLOCK_STATUS_EXT, 4 + 4 + 16 * count, last);
+            out.put_u32(id);
             out.put_u32(count);
             for (length, flags) in joined {
                 out.put_u64(length);
@@ -128,8 +165,8 @@ impl ReplyEncoder {
             }
             return;
         }
-        self.put_chunk(out, to, chunk::BLOCK_STATUS, 4 + 8 * count);
-        out.put_u32(BASE_ALLOCATION_ID);
+        self.put_one_chunk(out, to, chunk::BLOCK_STATUS, 4 + 8 * count, last);
+        out.put_u32(id);
         for (length, flags) in joined {
             // No longer than the request, whose length had 32 bits.
             out.put_u32(length as u32);
@@ -161,13 +198,19 @@ impl ReplyEncoder {
         out.put_slice(text);
     }
 
-    /// A chunk's header; every reply of ours is one chunk, so each is the last.
+    /// The header of a reply's only chunk.
     fn put_chunk(&self, out: &mut BytesMut, to: ReplyTo, kind: u16, length: u32) {
+        self.put_one_chunk(out, to, kind, length, true);
+    }
+
+    /// The header of one of a reply's chunks.
+    fn put_one_chunk(&self, out: &mut BytesMut, to: ReplyTo, kind: u16, length: u32, last: bool) {
+        let flags = if last { chunk::FLAG_DONE } else { 0 };
         match self.style {
             ReplyStyle::Simple => unreachable!("chunks were not negotiated"),
             ReplyStyle::Structured => {
                 out.put_u32(magic::STRUCTURED_REPLY);
-                out.put_u16(chunk::FLAG_DONE);
+                out.put_u16(flags);
                 out.put_u16(kind);
                 out.put_u64(to.cookie.0);
                 out.put_u32(length);
@@ -175,7 +218,7 @@ impl ReplyEncoder {
             ReplyStyle::Extended => {
                 let mut header = [0; wire::EXTENDED_HEADER];
                 header[..4].copy_from_slice(&magic::EXTENDED_REPLY.to_be_bytes());
-                header[4..6].copy_from_slice(&chunk::FLAG_DONE.to_be_bytes());
+                header[4..6].copy_from_slice(&flags.to_be_bytes());
                 header[6..8].copy_from_slice(&kind.to_be_bytes());
                 header[8..16].copy_from_slice(&to.cookie.0.to_be_bytes());
                 header[16..24].copy_from_slice(&to.offset.0.to_be_bytes());
@@ -200,29 +243,42 @@ fn other_error(error: NbdError) -> NbdError {
 struct Joined {
     extents: Vec<(u64, u32)>,
     most: usize,
+    both: Both,
+}
+
+/// What is said of a block of which a part is so and a part otherwise.
+#[derive(Clone, Copy)]
+struct Both {
+    of_both: fn(u32, u32) -> u32,
+    /// Of a block of which a part is not known.
+    unknown: u32,
 }
 
 impl Joined {
     /// At most `most` extents covering at most `length` bytes, in blocks of `block` bytes.
-    fn of(extents: &[Extent], length: ByteCount, most: usize, block: u64) -> Vec<(u64, u32)> {
-        let mut joined = Self { extents: Vec::new(), most };
+    fn of(
+        extents: impl Iterator<Item = (u64, u32)>,
+        length: ByteCount,
+        most: usize,
+        block: u64,
+        both: Both,
+    ) -> Vec<(u64, u32)> {
+        let mut joined = Self { extents: Vec::new(), most, both };
         // None is no failure: there is no room for more.
         let _ = joined.gather(extents, length.0, block);
         joined.extents
     }
 
-    fn gather(&mut self, extents: &[Extent], length: u64, block: u64) -> Option<()> {
+    fn gather(&mut self, extents: impl Iterator<Item = (u64, u32)>, length: u64, block: u64) -> Option<()> {
         let mut left = length;
         // Bytes of a block that is not whole yet, and what is true of all of them.
         let (mut partial, mut common) = (0, 0);
-        for extent in extents {
-            let hole = if extent.hole { base_allocation::HOLE } else { 0 };
-            let flags = hole | if extent.zero { base_allocation::ZERO } else { 0 };
-            let mut take = extent.length.0.min(left);
+        for (length, flags) in extents {
+            let mut take = length.min(left);
             left -= take;
             if partial > 0 {
                 let fill = take.min(block - partial);
-                (partial, common, take) = (partial + fill, common & flags, take - fill);
+                (partial, common, take) = (partial + fill, (self.both.of_both)(common, flags), take - fill);
                 if partial < block {
                     continue;
                 }
@@ -234,8 +290,8 @@ impl Joined {
         if left == 0 {
             self.push(partial, common)
         } else if self.extents.is_empty() && partial > 0 {
-            // Nothing is known of the rest of the block: it may be data.
-            self.push(block.min(partial + left), 0)
+            // Nothing is known of the rest of the block.
+            self.push(block.min(partial + left), self.both.unknown)
         } else {
             Some(())
         }

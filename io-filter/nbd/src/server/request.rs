@@ -18,8 +18,8 @@
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::{Buf, Bytes};
 
-use super::handshake::Session;
-use super::option::BASE_ALLOCATION_ID;
+use super::handshake::{Contexts, Session};
+use super::option::{BASE_ALLOCATION_ID, DIRTY_BITMAP_ID};
 use super::reply::{ReplyTo, Shape};
 use crate::wire::{self, command, command_flag, magic};
 use crate::{Command, Cookie, Intake, MAX_PAYLOAD, NbdError, ProtocolError, ReplyStyle, TransmissionFlags};
@@ -35,9 +35,9 @@ pub enum Incoming {
     Disconnect,
 }
 
-/// The payload of a BLOCK_STATUS that asks for the one context there is: the effect length and
-/// the context's id.
-const FILTER_LENGTH: u64 = 8 + 4;
+/// The payload of a BLOCK_STATUS that names the contexts it wants begins with the effect length; ids follow.
+const FILTER_LENGTH: u64 = 8;
+const FILTER_ID_LENGTH: u64 = 4;
 
 #[derive(Clone, Copy, Debug)]
 struct Header {
@@ -65,7 +65,7 @@ pub struct RequestParser {
     style: ReplyStyle,
     size: ByteCount,
     flags: TransmissionFlags,
-    block_status: bool,
+    contexts: Contexts,
     minimum_block: u32,
     maximum_length: u64,
 }
@@ -79,8 +79,8 @@ impl RequestParser {
             state: State::Header,
             style: session.style,
             size: session.export.size,
-            flags: session.export.transmission_flags(session.style, session.base_allocation),
-            block_status: session.base_allocation,
+            flags: session.export.transmission_flags(session.style, session.contexts.any()),
+            contexts: session.contexts,
             minimum_block: if session.export.serves_any_range { 1 } else { sizes.minimum },
             maximum_length: u64::from(sizes.maximum).min(MAX_PAYLOAD.0),
         }
@@ -107,7 +107,7 @@ impl RequestParser {
                     return Ok(Some(header.into_write(data)));
                 }
                 State::Filter(header) => {
-                    let Some(payload) = intake.take(FILTER_LENGTH as usize) else {
+                    let Some(payload) = intake.take(header.length.0 as usize) else {
                         return Ok(None);
                     };
                     self.state = State::Header;
@@ -180,7 +180,7 @@ impl RequestParser {
             }
         } else if header.kind == command::BLOCK_STATUS
             && self.flags.block_status_payload()
-            && header.length.0 == FILTER_LENGTH
+            && [1, 2].iter().any(|ids| header.length.0 == FILTER_LENGTH + ids * FILTER_ID_LENGTH)
         {
             self.state = State::Filter(header);
             return Ok(None);
@@ -195,18 +195,32 @@ impl RequestParser {
 
     /// A BLOCK_STATUS that names the contexts it wants.
     fn filtered(&self, header: Header, mut payload: Bytes) -> Incoming {
-        let (length, context) = (ByteCount(payload.get_u64()), payload.get_u32());
-        if context != BASE_ALLOCATION_ID {
-            return Incoming::Refused(header.reply_to(Shape::Plain), NbdError::Invalid);
+        let length = ByteCount(payload.get_u64());
+        let mut contexts = Contexts::default();
+        while payload.has_remaining() {
+            let (named, chosen) = match payload.get_u32() {
+                BASE_ALLOCATION_ID => (&mut contexts.base_allocation, self.contexts.base_allocation),
+                DIRTY_BITMAP_ID => (&mut contexts.dirty_bitmap, self.contexts.dirty_bitmap),
+                _ => return Incoming::Refused(header.reply_to(Shape::Plain), NbdError::Invalid),
+            };
+            // One that was not chosen, or is named twice.
+            if !chosen || std::mem::replace(named, true) {
+                return Incoming::Refused(header.reply_to(Shape::Plain), NbdError::Invalid);
+            }
         }
-        self.without_payload(Header { length, ..header })
+        self.in_contexts(Header { length, ..header }, contexts)
     }
 
     fn without_payload(&self, header: Header) -> Incoming {
+        self.in_contexts(header, self.contexts)
+    }
+
+    fn in_contexts(&self, header: Header, contexts: Contexts) -> Incoming {
         let shape = match header.kind {
             command::READ => Shape::Read { length: header.length },
             command::BLOCK_STATUS => {
-                Shape::Status { length: header.length, one: header.flags & command_flag::REQ_ONE != 0 }
+                let one = header.flags & command_flag::REQ_ONE != 0;
+                Shape::Status { length: header.length, one, contexts }
             }
             command::WRITE_ZEROES if header.flags & command_flag::FAST_ZERO != 0 => Shape::FastZero,
             _ => Shape::Plain,
@@ -270,7 +284,7 @@ impl RequestParser {
             }
             command::BLOCK_STATUS => {
                 self.check_flags(header, command_flag::REQ_ONE)?;
-                self.offered(self.block_status && length.0 > 0)?;
+                self.offered(self.contexts.any() && length.0 > 0)?;
                 self.check_range(header, NbdError::Invalid)?;
                 Ok(Command::BlockStatus { offset, length, one: flag(command_flag::REQ_ONE) })
             }

@@ -11,6 +11,7 @@ mod connecting;
 mod crash_tracking;
 mod damage;
 mod encrypted;
+mod files_inside;
 mod filesystem;
 mod going_back;
 mod handshake;

@@ -1,0 +1,197 @@
+//! Which partitions a point has, and what seems to be in each.
+
+use std::io;
+
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use gpt::{GptConfig, disk::LogicalBlockSize};
+use serde::Serialize;
+
+use super::PointReader;
+
+const SECTOR: u64 = 512;
+
+/// Logical partitions that are looked for: a table can be a circle.
+const LOGICAL_MAX: u32 = 128;
+
+/// A part of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Partition {
+    /// Its number as Linux gives it; 0 is a disk without partitions.
+    pub(crate) number: u32,
+    /// Its first byte.
+    pub(crate) offset: ByteOffset,
+    /// How many bytes.
+    pub(crate) length: ByteCount,
+    /// What it seems to hold.
+    pub(crate) content: Content,
+}
+
+/// What a partition seems to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Content {
+    /// ext2, ext3 or ext4: the one that can be read here.
+    Ext4,
+    /// XFS.
+    Xfs,
+    /// Btrfs.
+    Btrfs,
+    /// NTFS.
+    Ntfs,
+    /// FAT.
+    Fat,
+    /// A physical volume of LVM.
+    Lvm,
+    /// An encrypted volume.
+    Luks,
+    /// Swap space.
+    Swap,
+    /// Nothing that is known here.
+    Unknown,
+}
+
+impl Content {
+    /// What people call it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext2/3/4",
+            Self::Xfs => "XFS",
+            Self::Btrfs => "Btrfs",
+            Self::Ntfs => "NTFS",
+            Self::Fat => "FAT",
+            Self::Lvm => "LVM",
+            Self::Luks => "LUKS",
+            Self::Swap => "swap",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+impl Partition {
+    /// Its bytes on the disk.
+    pub(crate) fn range(&self) -> ByteRange {
+        let end = self.offset.0.saturating_add(self.length.0);
+        ByteRange::between(self.offset, ByteOffset(end))
+    }
+}
+
+/// The partitions of a disk, or the disk as a whole when it has no table.
+///
+/// # Errors
+/// When it cannot be read, or its table is damaged.
+pub(crate) fn partitions(disk: &mut PointReader) -> io::Result<Vec<Partition>> {
+    let mut first = [0; SECTOR as usize];
+    // A file system lies on a bare disk more often than a table's signature is there by chance; FAT has both.
+    let whole = content(disk);
+    let bare = disk.size().0 < 2 * SECTOR || whole != Content::Unknown;
+    if !bare {
+        disk.read_at(0, &mut first)?;
+    }
+    let ranges = match first {
+        _ if bare => Vec::new(),
+        first if first[510..] != [0x55, 0xaa] => Vec::new(),
+        first if primary(&first).any(|(kind, _)| kind == 0xee) => gpt_partitions(disk)?,
+        first => mbr_partitions(disk, &first)?,
+    };
+    if ranges.is_empty() {
+        let (offset, length) = (ByteOffset::ZERO, disk.size());
+        return Ok(vec![Partition { number: 0, offset, length, content: whole }]);
+    }
+    let found = ranges.into_iter().map(|(number, range)| {
+        let mut part = disk.part(range);
+        Partition { number, offset: range.start(), length: part.size(), content: content(&mut part) }
+    });
+    Ok(found.collect())
+}
+
+fn gpt_partitions(disk: &PointReader) -> io::Result<Vec<(u32, ByteRange)>> {
+    let block = LogicalBlockSize::Lb512;
+    let config = GptConfig::new().writable(false).logical_block_size(block);
+    let table = config.open_from_device(disk.clone()).map_err(io::Error::other)?;
+    let mut ranges = Vec::new();
+    for (number, partition) in table.partitions() {
+        let (start, length) = (partition.bytes_start(block)?, partition.bytes_len(block)?);
+        let range = ByteRange::new(ByteOffset(start), ByteCount(length));
+        ranges.push((*number, range.ok_or(io::ErrorKind::InvalidData)?));
+    }
+    Ok(ranges)
+}
+
+/// The four entries of a boot record, with their kind and the sectors they name.
+fn primary(sector: &[u8; SECTOR as usize]) -> impl Iterator<Item = (u8, (u64, u64))> + '_ {
+    sector[446..510].chunks_exact(16).map(|entry| {
+        let number = |at: usize| u32::from_le_bytes(entry[at..at + 4].try_into().expect("four bytes"));
+        (entry[4], (u64::from(number(8)), u64::from(number(12))))
+    })
+}
+
+fn is_extended(kind: u8) -> bool {
+    matches!(kind, 0x05 | 0x0f | 0x85)
+}
+
+fn sectors(start: u64, count: u64) -> ByteRange {
+    // Numbers of 32 bits each: far below what a byte offset can be.
+    let start = ByteOffset(start * SECTOR);
+    ByteRange::new(start, ByteCount(count * SECTOR)).expect("sectors of 32 bits")
+}
+
+fn mbr_partitions(
+    disk: &mut PointReader,
+    first: &[u8; SECTOR as usize],
+) -> io::Result<Vec<(u32, ByteRange)>> {
+    let mut ranges = Vec::new();
+    let mut extended = None;
+    for (number, (kind, (start, count))) in (1..).zip(primary(first)) {
+        match kind {
+            0 => {}
+            kind if is_extended(kind) => extended = Some(start),
+            _ => ranges.push((number, sectors(start, count))),
+        }
+    }
+    let Some(base) = extended else { return Ok(ranges) };
+    // Each boot record of the chain names one partition, relative to itself, and the next record, relative
+    // to the first.
+    let mut at = base;
+    for number in 5..5 + LOGICAL_MAX {
+        let mut record = [0; SECTOR as usize];
+        disk.read_at(at * SECTOR, &mut record)?;
+        if record[510..] != [0x55, 0xaa] {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the table of logical partitions is damaged",
+            ));
+        }
+        let mut next = None;
+        for (kind, (start, count)) in primary(&record).take(2) {
+            match kind {
+                0 => {}
+                kind if is_extended(kind) => next = Some(base + start),
+                _ => ranges.push((number, sectors(at + start, count))),
+            }
+        }
+        match next {
+            Some(next) => at = next,
+            None => break,
+        }
+    }
+    Ok(ranges)
+}
+
+/// What a volume seems to hold, by its marks.
+fn content(volume: &mut PointReader) -> Content {
+    let mut is = |at: u64, mark: &[u8]| {
+        let mut found = vec![0; mark.len()];
+        volume.read_at(at, &mut found).is_ok() && found == mark
+    };
+    match () {
+        () if is(1080, &[0x53, 0xef]) => Content::Ext4,
+        () if is(0, b"XFSB") => Content::Xfs,
+        () if is(0x1_0040, b"_BHRfS_M") => Content::Btrfs,
+        () if is(3, b"NTFS    ") => Content::Ntfs,
+        () if is(0, b"LUKS\xba\xbe") => Content::Luks,
+        () if is(536, b"LVM2 001") => Content::Lvm,
+        () if is(4086, b"SWAPSPACE2") => Content::Swap,
+        () if is(54, b"FAT1") || is(82, b"FAT32") => Content::Fat,
+        () => Content::Unknown,
+    }
+}

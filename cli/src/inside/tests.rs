@@ -1,0 +1,155 @@
+//! Partition tables over real NBD connections; files are tried in the stories of whole systems.
+
+use std::rc::Rc;
+
+use backtide_export::{
+    Client, Command, Export, ExportInfo, ExportSummary, Exports, Limits, Listener, NbdAddress, NbdError,
+    NbdUri, Reply,
+};
+use backtide_units::ByteCount;
+use bytes::Bytes;
+use tokio::{runtime::Handle, task::LocalSet};
+
+use super::*;
+
+const MIB: usize = 1 << 20;
+
+struct Ram(Bytes);
+
+impl Export for Ram {
+    fn info(&self) -> ExportInfo {
+        ExportInfo { read_only: true, ..ExportInfo::new("ram", ByteCount::of(&self.0)) }
+    }
+
+    fn submit(&self, command: Command, reply: Reply) {
+        let range = command.range();
+        match command {
+            Command::Read { .. } => {
+                reply.data(self.0.slice(range.start().0 as usize..range.end().0 as usize));
+            }
+            _ => reply.fail(NbdError::NotSupported),
+        }
+    }
+}
+
+struct Only(Rc<Ram>);
+
+impl Exports for Only {
+    fn find(&self, _: &str) -> Option<Rc<dyn Export>> {
+        Some(Rc::clone(&self.0) as Rc<dyn Export>)
+    }
+
+    fn list(&self) -> Vec<ExportSummary> {
+        Vec::new()
+    }
+}
+
+/// What `look` finds on a disk of these bytes.
+fn on<T: Send + 'static>(disk: Vec<u8>, look: impl FnOnce(PointReader) -> T + Send + 'static) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    LocalSet::new().block_on(&runtime, async move {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("disk");
+        let listener = Listener::bind(&NbdAddress::Unix(socket.clone())).await.unwrap();
+        let _server = listener.serve(Rc::new(Only(Rc::new(Ram(disk.into())))), Limits::default());
+        let uri: NbdUri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
+        let client = Client::connect(&uri).await.unwrap();
+        let runtime = Handle::current();
+        tokio::task::spawn_blocking(move || look(PointReader::new(client, runtime))).await.unwrap()
+    })
+}
+
+fn told(disk: Vec<u8>) -> Vec<(u32, u64, u64, Content)> {
+    let found = on(disk, |mut disk| partitions(&mut disk).unwrap());
+    found.iter().map(|part| (part.number, part.offset.0, part.length.0, part.content)).collect()
+}
+
+/// Writes an entry of a boot record.
+fn entry(disk: &mut [u8], record: usize, number: usize, kind: u8, start: u32, count: u32) {
+    let at = record * 512 + 446 + number * 16;
+    disk[at + 4] = kind;
+    disk[at + 8..at + 12].copy_from_slice(&start.to_le_bytes());
+    disk[at + 12..at + 16].copy_from_slice(&count.to_le_bytes());
+    disk[record * 512 + 510..record * 512 + 512].copy_from_slice(&[0x55, 0xaa]);
+}
+
+#[test]
+fn a_disk_without_a_table_is_one_part() {
+    assert_eq!(told(vec![0; MIB]), [(0, 0, MIB as u64, Content::Unknown)]);
+    assert_eq!(told(vec![0; 512]), [(0, 0, 512, Content::Unknown)]);
+    let mut ext = vec![0; MIB];
+    ext[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    assert_eq!(told(ext), [(0, 0, MIB as u64, Content::Ext4)]);
+    // The boot record of a FAT volume has a table's signature and no table.
+    let mut fat = vec![0; MIB];
+    fat[54..59].copy_from_slice(b"FAT16");
+    fat[510..512].copy_from_slice(&[0x55, 0xaa]);
+    assert_eq!(told(fat), [(0, 0, MIB as u64, Content::Fat)]);
+}
+
+#[test]
+fn primary_and_logical_partitions_are_found_with_what_they_hold() {
+    let mut disk = vec![0; 8 * MIB];
+    entry(&mut disk, 0, 0, 0x83, 2048, 2048);
+    entry(&mut disk, 0, 1, 0x05, 6144, 10240);
+    entry(&mut disk, 0, 3, 0x07, 4096, 2048);
+    entry(&mut disk, 6144, 0, 0x83, 2048, 2048);
+    entry(&mut disk, 6144, 1, 0x05, 4096, 4096);
+    entry(&mut disk, 10240, 0, 0x83, 2048, 100_000);
+    disk[MIB + 1080..MIB + 1082].copy_from_slice(&[0x53, 0xef]);
+    disk[2 * MIB + 3..2 * MIB + 11].copy_from_slice(b"NTFS    ");
+    disk[4 * MIB..4 * MIB + 4].copy_from_slice(b"XFSB");
+    let mib = MIB as u64;
+    assert_eq!(
+        told(disk),
+        [
+            (1, mib, mib, Content::Ext4),
+            (4, 2 * mib, mib, Content::Ntfs),
+            (5, 4 * mib, mib, Content::Xfs),
+            (6, 6 * mib, 2 * mib, Content::Unknown),
+        ],
+        "the last one is cut at the disk's end"
+    );
+}
+
+#[test]
+fn a_chain_of_tables_that_is_a_circle_or_leads_nowhere_ends() {
+    let mut disk = vec![0; 8 * MIB];
+    entry(&mut disk, 0, 0, 0x05, 2048, 4096);
+    entry(&mut disk, 2048, 0, 0x83, 1, 1);
+    entry(&mut disk, 2048, 1, 0x05, 0, 1);
+    assert_eq!(told(disk.clone()).len(), 128);
+    entry(&mut disk, 2048, 1, 0x05, u32::MAX, 1);
+    assert!(on(disk.clone(), |mut disk| partitions(&mut disk).is_err()));
+    entry(&mut disk, 2048, 1, 0x05, 2048, 1);
+    assert!(on(disk, |mut disk| partitions(&mut disk).is_err()), "no record is there");
+}
+
+#[test]
+fn a_damaged_gpt_is_an_error() {
+    let mut disk = vec![0; MIB];
+    entry(&mut disk, 0, 0, 0xee, 1, 2047);
+    disk[512..520].copy_from_slice(b"EFI PART");
+    disk[592..596].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert!(on(disk, |mut disk| partitions(&mut disk).is_err()));
+}
+
+#[test]
+fn a_part_reads_its_own_bytes_and_no_others() {
+    let disk: Vec<u8> = (0..MIB).map(|at| (at / 4096) as u8).collect();
+    on(disk, |disk| {
+        let range = backtide_units::ByteRange::between(
+            backtide_units::ByteOffset(8192),
+            backtide_units::ByteOffset(200_000),
+        );
+        let mut part = disk.part(range);
+        let mut bytes = vec![0; 191_808];
+        part.read_at(0, &mut bytes).unwrap();
+        assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == ((at + 8192) / 4096) as u8));
+        assert!(part.read_at(191_808, &mut [0]).is_err());
+        assert!(part.read_at(u64::MAX, &mut [0]).is_err());
+        let mut pair = [0; 2];
+        part.read_at(4095, &mut pair).unwrap();
+        assert_eq!(pair, [2, 3]);
+    });
+}
