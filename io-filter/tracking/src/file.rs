@@ -7,8 +7,9 @@
 
 use std::{
     io,
+    ops::Range,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use backtide_storage::{KillPoint, Storage, StorageFile, replace_with};
@@ -32,6 +33,10 @@ const SECTOR: u64 = SECTOR_BYTES as u64;
 /// Where the sign of life lies; the log follows in the next sector.
 const LIFE_AT: u64 = SECTOR;
 const LOG_AT: u64 = 2 * SECTOR;
+
+/// So many sectors of the log are given a place on the file system at once, which costs as much as
+/// one. All at once would make every attach wait for the whole log to be written.
+const FILL_SECTORS: u64 = 64;
 
 /// No log is longer: 1 GiB.
 const SECTORS_MAX: u32 = 1 << 18;
@@ -63,6 +68,30 @@ pub struct ImageSeen {
 pub struct TrackingFile {
     file: Arc<dyn StorageFile>,
     layout: Layout,
+    filled: Arc<Mutex<Filled>>,
+}
+
+/// Which sectors of the log have a place on the file system, as far as this process gave them one.
+#[derive(Debug, Default)]
+struct Filled {
+    /// The first record written by this process.
+    first: Option<u64>,
+    /// Records below have a place.
+    until: u64,
+}
+
+impl Filled {
+    /// The records whose sectors have to be filled with record `sequence`: a stretch ahead of it, once
+    /// for each stretch of the first round.
+    fn with(&mut self, sequence: u64, sectors: u32) -> Range<u64> {
+        let first = *self.first.get_or_insert(sequence);
+        let end = (sequence + FILL_SECTORS).min(first.saturating_add(sectors.into()));
+        if sequence < self.until || end <= sequence {
+            return sequence..sequence;
+        }
+        self.until = end;
+        sequence + 1..end
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,11 +158,6 @@ impl TrackingFile {
             slot_bytes: slot_bytes(limits, size),
         };
         let file = replace_with(storage, path, |file| {
-            if limits.hot > 0 && !snapshot.clean {
-                // Written once, so that a record need not wait for the file system to find it a place.
-                let log = vec![0; layout.sectors as usize * SECTOR_BYTES];
-                file.write_at(ByteOffset(LOG_AT), &log)?;
-            }
             let bytes = snapshot.encode();
             put_snapshot(file, layout, snapshot.generation, &bytes)?;
             if snapshot.everything {
@@ -141,7 +165,7 @@ impl TrackingFile {
             }
             file.write_at(ByteOffset::ZERO, &layout.encode())
         })?;
-        Ok(Self { file, layout })
+        Ok(Self { file, layout, filled: Arc::default() })
     }
 
     /// Makes a record of the activity log durable.
@@ -149,12 +173,35 @@ impl TrackingFile {
     /// # Errors
     /// The storage's. After one, nobody knows what of the file is durable: use it no more.
     pub fn write_record(&self, record: &LogRecord) -> io::Result<()> {
-        let place = (record.sequence - 1) % u64::from(self.layout.sectors);
-        self.file.write_at(ByteOffset(LOG_AT + place * SECTOR), &record.encode())?;
+        self.fill_ahead(record.sequence)?;
+        self.file.write_at(self.place_of(record.sequence), &record.encode())?;
         KillPoint::ActivityWritten.reached();
         self.file.sync_data()?;
         KillPoint::ActivityDurable.reached();
         Ok(())
+    }
+
+    /// Gives the sectors after a record a place on the file system, so that the records which follow need
+    /// not wait for it to find one. None of them holds a record: the log is in its first round.
+    fn fill_ahead(&self, sequence: u64) -> io::Result<()> {
+        let sectors = self.layout.sectors;
+        let ahead = self.filled.lock().unwrap_or_else(PoisonError::into_inner).with(sequence, sectors);
+        if ahead.is_empty() {
+            return Ok(());
+        }
+        let zeroes = vec![0; (ahead.end - ahead.start) as usize * SECTOR_BYTES];
+        // Up to the end of the log, and the rest at its beginning.
+        let to_end = u64::from(sectors) - (ahead.start - 1) % u64::from(sectors);
+        let split = (to_end as usize * SECTOR_BYTES).min(zeroes.len());
+        self.file.write_at(self.place_of(ahead.start), &zeroes[..split])?;
+        if split < zeroes.len() {
+            self.file.write_at(ByteOffset(LOG_AT), &zeroes[split..])?;
+        }
+        Ok(())
+    }
+
+    fn place_of(&self, sequence: u64) -> ByteOffset {
+        ByteOffset(LOG_AT + (sequence - 1) % u64::from(self.layout.sectors) * SECTOR)
     }
 
     /// Makes a snapshot durable; returns what it takes.

@@ -185,3 +185,21 @@ fn what_cannot_be_created_leaves_nothing_beside_and_the_old_file_in_place() {
         assert!(load(&storage).unwrap().clean, "{writes}");
     }
 }
+
+#[test]
+fn sectors_are_filled_ahead_once_and_never_over_a_record() {
+    for (sectors, first) in [(1, 1), (2, 1), (64, 1), (100, 7), (1000, 1), (1000, 999)] {
+        let mut filled = Filled::default();
+        let mut places: Vec<Option<u64>> = vec![None; sectors as usize];
+        let place = |sequence: u64| ((sequence - 1) % u64::from(sectors)) as usize;
+        for sequence in first..first + 3 * u64::from(sectors) {
+            let ahead = filled.with(sequence, sectors);
+            assert!(ahead.end - ahead.start <= FILL_SECTORS);
+            for filled in ahead {
+                let there = places[place(filled)].replace(0);
+                assert_eq!(there, None, "record {sequence} of {sectors} from {first} fills {filled}");
+            }
+            places[place(sequence)] = Some(sequence);
+        }
+    }
+}

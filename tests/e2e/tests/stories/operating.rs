@@ -26,7 +26,8 @@ fn a_pause_is_a_hole_that_an_operator_made() {
     assert_eq!(holes[0]["reason_code"], "paused");
     let ends = [holes[0]["after_lsn"].as_u64().unwrap(), holes[0]["before_lsn"].as_u64().unwrap()];
     let counts = disk.points_are_prefixes(&[before, ends[0], ends[1], disk.last()], &model);
-    assert!(counts[1] >= 100 && counts[2] >= counts[1] + 100, "a hundred writes in the pause: {counts:?}");
+    // What the receiver had not made durable yet when the stream ended is in the hole too.
+    assert!(counts[2] >= counts[1] + 100, "a hundred writes in the pause: {counts:?}");
     assert_eq!((counts[0], counts[3]), (0, model.len()));
 }
 
