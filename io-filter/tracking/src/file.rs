@@ -339,18 +339,23 @@ impl Reader<'_> {
     /// something follows the last that is neither a record nor empty: a record torn by a power loss
     /// looks like one that was durable and rotted, and only one of them may be passed over.
     fn records(&self, layout: Layout, log_from: u64) -> Result<Vec<LogRecord>, Failure> {
-        let log = self.bytes(LOG_AT, u64::from(layout.sectors) * SECTOR)?;
         let mut records = Vec::new();
         let mut damaged = None;
-        for (place, sector) in (0u64..).zip(log.chunks(SECTOR_BYTES)) {
-            match Sector::decode(sector) {
-                Sector::Empty => {}
-                Sector::Record(record) if (record.sequence - 1) % u64::from(layout.sectors) != place => {
-                    damaged = Some(place);
+        let sectors = u64::from(layout.sectors);
+        // Piece by piece: many disks are opened at once.
+        for first in (0..sectors).step_by(FILL_SECTORS as usize) {
+            let count = FILL_SECTORS.min(sectors - first);
+            let log = self.bytes(LOG_AT + first * SECTOR, count * SECTOR)?;
+            for (place, sector) in (first..).zip(log.chunks(SECTOR_BYTES)) {
+                match Sector::decode(sector) {
+                    Sector::Empty => {}
+                    Sector::Record(record) if (record.sequence - 1) % sectors != place => {
+                        damaged = Some(place);
+                    }
+                    Sector::Record(record) if record.sequence >= log_from => records.push(record),
+                    Sector::Record(_) => {}
+                    Sector::Damaged => damaged = Some(place),
                 }
-                Sector::Record(record) if record.sequence >= log_from => records.push(record),
-                Sector::Record(_) => {}
-                Sector::Damaged => damaged = Some(place),
             }
         }
         if let Some(place) = damaged {
