@@ -1,6 +1,6 @@
 //! When a guest is acknowledged, and what survives then.
 
-use backtide_e2e::Bench;
+use backtide_e2e::{Bench, Daemon, Written};
 
 const SIZE: u64 = 32 << 20;
 
@@ -109,4 +109,55 @@ fn a_receiver_that_hangs_is_not_waited_for_for_ever() {
     assert!(status["counters"]["degraded_answers"].as_u64() >= Some(1), "{status}");
     receiver.signal("CONT");
     disk.latest_is_the_image();
+}
+
+/// How many of its writes a guest was promised, which flushes after every fiftieth.
+fn promised(policy: &str, written: &Written) -> usize {
+    let answered = written.writes.len();
+    match policy {
+        // The flush that was not answered promises nothing.
+        "durable" if written.unanswered.is_none() => (answered - 1) / 50 * 50,
+        "durable" => answered / 50 * 50,
+        _ => answered,
+    }
+}
+
+/// Ends a load under `policy` by `death` at a moment that nobody chose, and looks for what the guest
+/// was promised in what the receiver has then.
+fn what_was_promised_is_kept(policy: &str, death: impl FnOnce(&Bench, Daemon, Daemon) -> Daemon) {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &["--ack", policy, "--on-outage", "block"]);
+    let before = disk.last();
+    let load = disk.load(1);
+    let more = 50 + u64::from(std::process::id()) % 97;
+    load.goes_on(more);
+    let receiver = death(&bench, receiver, agent);
+    let written = load.broken();
+    let (promised, model) = (promised(policy, &written), written.model());
+    let last = disk.points()["last"]["lsn"].as_u64().expect("a point");
+    let kept = usize::try_from(last - before).expect("a small number");
+    assert!(kept >= promised, "{policy}, after {more} writes: {kept} of {promised} promised are kept");
+    disk.point_is_the_model(before, promised, &model);
+    drop(receiver);
+}
+
+#[test]
+fn what_was_promised_survives_the_agents_death_at_any_moment() {
+    for policy in ["received", "durable", "durable-every-write"] {
+        what_was_promised_is_kept(policy, |_, receiver, agent| {
+            agent.kill();
+            receiver
+        });
+    }
+}
+
+#[test]
+fn what_was_promised_as_durable_survives_the_death_of_both_at_any_moment() {
+    for policy in ["durable", "durable-every-write"] {
+        what_was_promised_is_kept(policy, |bench, receiver, agent| {
+            receiver.kill();
+            agent.kill();
+            bench.receiver()
+        });
+    }
 }
