@@ -13,7 +13,7 @@ use std::{
 };
 
 use backtide_agent_api::CacheMode;
-use backtide_units::DiskName;
+use backtide_units::{ByteCount, DiskName};
 use tokio::{
     io::AsyncReadExt,
     net::UnixStream,
@@ -75,6 +75,23 @@ pub(crate) fn is_qcow2(path: &Path) -> bool {
     }
     let mut magic = [0; 4];
     std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == MAGIC
+}
+
+/// Makes a qcow2 file that nobody has open longer.
+pub(crate) async fn grow(image: &Path, size: ByteCount) -> Result<(), Qcow2Error> {
+    let output = Command::new("qemu-img")
+        .args(["resize", "-q", "-f", "qcow2"])
+        .arg(image)
+        .arg(size.0.to_string())
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .map_err(Qcow2Error::Start)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let message = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
+    Err(Qcow2Error::Refused { image: image.to_owned(), message })
 }
 
 /// What is opened, and where it is served.

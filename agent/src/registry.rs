@@ -5,6 +5,7 @@
 
 mod errors;
 mod leave;
+mod resize;
 mod restore;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};

@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{
-    AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncExtent,
-    ResyncRequest, VerifyRequest, VerifyStatus,
+    AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResizeReport,
+    ResizeRequest, ResyncExtent, ResyncRequest, VerifyRequest, VerifyStatus,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
@@ -130,6 +130,11 @@ impl AgentService for Service {
     async fn detach(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
         let registry = Arc::clone(&self.registry);
         to_its_end(async move { registry.detach(&disk, false).await }).await
+    }
+
+    async fn resize(&self, disk: DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
+        let registry = Arc::clone(&self.registry);
+        to_its_end(async move { registry.resize(&disk, request).await }).await
     }
 
     async fn pause(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {

@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
     agent, attach, completions, control, demo, diff, doctor, files, find_change, fsck, inspect, mark, mount,
-    pki, points, receiver, restore, resync, scrub, status, support_bundle, up, verify, wait,
+    pki, points, receiver, resize, restore, resync, scrub, status, support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -67,6 +67,8 @@ pub(crate) enum Command {
     Resume(control::Resume),
     /// Force a resync
     Resync(resync::Resync),
+    /// Take over the size that a disk has grown to
+    Resize(resize::Resize),
     /// Give the present state of one or several disks a name, at one instant
     Mark(mark::Mark),
     /// Show what a disk can go back to, and what not and why
@@ -121,6 +123,7 @@ impl Command {
             | Self::Pause(_)
             | Self::Resume(_)
             | Self::Resync(_)
+            | Self::Resize(_)
             | Self::Mark(_)
             | Self::Points(_)
             | Self::Diff(_)

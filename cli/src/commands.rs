@@ -18,6 +18,7 @@ pub(crate) mod nbd_tls;
 pub(crate) mod pki;
 pub(crate) mod points;
 pub(crate) mod receiver;
+pub(crate) mod resize;
 pub(crate) mod restore;
 pub(crate) mod resync;
 pub(crate) mod scrub;
@@ -59,6 +60,7 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Status(status) => status.run(context).await,
         Command::Pause(pause) => pause.run(context).await,
         Command::Resume(resume) => resume.run(context).await,
+        Command::Resize(resize) => resize.run(context).await,
         Command::Resync(resync) => resync.run(context).await,
         Command::Mark(mark) => mark.run(context).await,
         Command::Points(points) => points.run(context).await,

@@ -4,8 +4,8 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest, VerifyRequest,
-    VerifyStatus,
+    AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
+    ResyncRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent, in the words of errors.
@@ -81,6 +81,14 @@ impl AgentClient {
     /// As [`AgentClient::status`].
     pub async fn detach(&self, disk: &DiskName) -> Result<DiskStatus, ApiError> {
         self.client.delete(&path(disk, "")).await
+    }
+
+    /// Takes over the size that the disk behind has grown to.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn resize(&self, disk: &DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
+        self.client.post(&path(disk, "/resize"), &request).await
     }
 
     /// Stops forwarding.

@@ -18,7 +18,9 @@ pub use attach::{AckPolicy, Adopted, AttachRequest, Limits, LimitsRequest, OnOut
 pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use cache::CacheMode;
 pub use client::{AGENT, AgentClient};
-pub use requests::{DiskMark, MarkReport, MarkRequest, ResyncExtent, ResyncRequest};
+pub use requests::{
+    DiskMark, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest,
+};
 pub use routes::router;
 pub use service::AgentService;
 pub use status::{

@@ -1,7 +1,9 @@
-//! Asking for a resync, and for marks.
+//! Asking for a resync, for another size, and for marks.
 
-use backtide_units::{CaptureTime, DiskName, Lsn};
+use backtide_units::{ByteCount, CaptureTime, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
+
+use crate::DiskStatus;
 
 /// Force a resync.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +25,29 @@ pub enum ResyncExtent {
     Compare,
     /// Every allocated block is sent.
     Full,
+}
+
+/// Take over the size that the disk behind has grown to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeRequest {
+    /// The size it has to have; a raw or qcow2 file is made so long first. Left out: what the disk behind has.
+    #[serde(default)]
+    pub size: Option<ByteCount>,
+    /// Whether NBD clients that have the disk open are hung up, for them to connect again.
+    #[serde(default)]
+    pub reconnect: bool,
+}
+
+/// A disk with another size.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResizeReport {
+    /// Its size before.
+    pub size_before: ByteCount,
+    /// NBD clients that were hung up.
+    pub hung_up: u32,
+    /// The disk now.
+    pub disk: DiskStatus,
 }
 
 /// One name for the state of several disks at one instant.

@@ -11,8 +11,8 @@ use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest,
-    VerifyRequest, VerifyStatus,
+    AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResizeReport,
+    ResizeRequest, ResyncRequest, VerifyRequest, VerifyStatus,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -27,6 +27,7 @@ pub fn router<S: AgentService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/pause", post(pause::<S>))
         .route("/v1/disks/{disk}/resume", post(resume::<S>))
         .route("/v1/disks/{disk}/resync", post(resync::<S>))
+        .route("/v1/disks/{disk}/resize", post(resize::<S>))
         .route("/v1/disks/{disk}/verify", verify::<S>())
         .route("/v1/marks", post(mark::<S>))
         .with_state(service);
@@ -86,6 +87,14 @@ async fn resync<S: AgentService>(
     ApiJson(request): ApiJson<ResyncRequest>,
 ) -> Answer<DiskStatus> {
     service.resync(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn resize<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<ResizeRequest>,
+) -> Answer<ResizeReport> {
+    service.resize(disk_named(&disk)?, request).await.map(Json)
 }
 
 async fn mark<S: AgentService>(

@@ -4,8 +4,8 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResyncRequest, VerifyRequest,
-    VerifyStatus,
+    AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
+    ResyncRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent's side of the control API. A disk may be named by its name or its UUID.
@@ -44,6 +44,14 @@ pub trait AgentService: Send + Sync + 'static {
         disk: DiskName,
         request: ResyncRequest,
     ) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
+
+    /// Takes over the size that the disk behind has grown to. `busy`: clients have it open, which see the
+    /// new size only once they connect again; `refused`: a disk cannot shrink.
+    fn resize(
+        &self,
+        disk: DiskName,
+        request: ResizeRequest,
+    ) -> impl Future<Output = Result<ResizeReport, ApiError>> + Send;
 
     /// Marks all disks named at one instant: no write that began after one disk's mark was
     /// acknowledged before another's. All of them or none.

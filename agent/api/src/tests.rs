@@ -8,8 +8,8 @@ use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, Lsn};
 
 use crate::{
     AckPolicy, AgentClient, AgentService, AgentStatus, AttachRequest, CacheMode, Counters, Dirty, DiskMark,
-    DiskStatus, Lag, Limits, LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResyncExtent,
-    ResyncRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
+    DiskStatus, Lag, Limits, LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResizeReport,
+    ResizeRequest, ResyncExtent, ResyncRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
 };
 
 /// Answers for one disk, `vm1`, and notes every call.
@@ -115,6 +115,11 @@ impl AgentService for Fake {
 
     async fn resume(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
         self.note("resume", &disk)
+    }
+
+    async fn resize(&self, disk: DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
+        let disk = self.note(&format!("resize {:?} {}", request.size, request.reconnect), &disk)?;
+        Ok(ResizeReport { size_before: disk.size, hung_up: 1, disk })
     }
 
     async fn resync(&self, disk: DiskName, request: ResyncRequest) -> Result<DiskStatus, ApiError> {

@@ -70,6 +70,9 @@ pub(crate) enum OpenError {
     /// Its size cannot be a disk's.
     #[error("{uri} has {size} bytes, which is not a positive multiple of 512")]
     NbdSize { uri: NbdUri, size: ByteCount },
+    /// The disk had more, and its points have.
+    #[error("{image} has {size} bytes and disk {disk} had {before}: a disk cannot shrink")]
+    Shrunk { disk: String, image: String, before: ByteCount, size: ByteCount },
     /// The agent's own records failed.
     #[error("cannot keep the record of disk {disk} in {}: {source}", directory.display())]
     Record { disk: String, directory: PathBuf, source: io::Error },
@@ -86,6 +89,10 @@ pub(crate) async fn open(
     let behind = open_behind(behind, &record).await?;
     KillPoint::AttachOpened.reached();
     let size = behind.size();
+    if size < record.size && record.history.is_some() {
+        let (disk, image) = (record.name.to_string(), record.image.clone());
+        return Err(OpenError::Shrunk { disk, image, before: record.size, size });
+    }
     let left = records.load_tracking(&record.name);
     let whole = left.as_ref().ok().and_then(Option::as_ref);
     if let Some(alive) = whole.and_then(|loaded| loaded.alive) {

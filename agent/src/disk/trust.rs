@@ -16,7 +16,7 @@ use std::{
 
 use backtide_io_filter::Resume;
 use backtide_tracking::{ImageSeen, LoadError, Loaded, SignOfLife};
-use backtide_units::{ByteCount, CaptureTime, Lsn, Reason};
+use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, Reason};
 use uuid::Uuid;
 
 use crate::record::{DiskRecord, ImageStamp};
@@ -106,13 +106,23 @@ pub(crate) fn resume(
         let reason = loaded.snapshot.saved.reason.unwrap_or(Reason::AgentCrashed);
         return lost(reason);
     }
-    if loaded.clean && (record.stopped || record.image_at_detach.is_some()) {
-        return Resume::Clean(loaded.snapshot.saved);
-    }
+    let clean = loaded.clean && (record.stopped || record.image_at_detach.is_some());
+    let grown = grown(record.size, size);
     let saved = loaded.snapshot.saved;
+    if clean && grown.is_none() {
+        return Resume::Clean(saved);
+    }
     let mut candidates = loaded.hot;
     candidates.union_with(&saved.dirty);
     candidates.union_with(&saved.zeroes);
+    if let Some(grown) = grown {
+        candidates.insert(grown);
+    }
+    if clean {
+        tracing::info!(%disk, blocks = %candidates.count(), "the disk has grown: its new blocks are compared");
+        let (history, last_lsn, acked_durable) = (saved.history, saved.last_lsn, saved.acked_durable);
+        return Resume::Crashed { reason: Reason::Resized, history, last_lsn, acked_durable, candidates };
+    }
     tracing::info!(%disk, blocks = %candidates.count(), "the agent ended without a clean detach: these blocks are compared");
     Resume::Crashed {
         reason: Reason::AgentCrashed,
@@ -121,6 +131,12 @@ pub(crate) fn resume(
         acked_durable: record.acked_durable.max(saved.acked_durable),
         candidates,
     }
+}
+
+/// The blocks that a disk has gained, the last one of before included when it was not whole.
+fn grown(before: ByteCount, now: ByteCount) -> Option<BlockRange> {
+    (before < now)
+        .then(|| BlockRange::touched_by(ByteRange::between(ByteOffset(before.0), ByteOffset(now.0))))
 }
 
 /// Why the disk may have been written by somebody else.
@@ -133,8 +149,8 @@ fn foreign_write(
     if loaded.snapshot.saved.disk != record.uuid || record.image_changed {
         return Some((Reason::BitmapUntrusted, "the tracking file is of another disk"));
     }
-    if record.size != size {
-        return Some((Reason::Resized, "the disk has another size than it had"));
+    if record.size > size {
+        return Some((Reason::Resized, "the disk is smaller than it was"));
     }
     let touched = Some((Reason::BitmapUntrusted, "the disk may have been changed while it was detached"));
     let detached = loaded.clean && (record.stopped || record.image_at_detach.is_some());

@@ -57,6 +57,9 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
         OpenError::Image(ImageError::Blocks { .. }) => {
             (ErrorCode::Usage, "extend the image with truncate, or use the page cache: --cache writeback")
         }
+        OpenError::Shrunk { .. } => {
+            (ErrorCode::Refused, "attach the smaller image under another name: it is a new disk")
+        }
         OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
         OpenError::Nbd { .. } => (ErrorCode::Unreachable, "start the NBD server first"),
         OpenError::Record { .. } => {

@@ -120,7 +120,7 @@ async fn flush(handle: &DiskHandle) -> bool {
     flushed.is_ok()
 }
 
-async fn end(name: DiskName, attached: Attached, records: Records, leaving: Leaving) {
+pub(super) async fn end(name: DiskName, attached: Attached, records: Records, leaving: Leaving) {
     let Attached { handle, qcow2 } = attached;
     match handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await {
         Ok(Ok(_)) => {}

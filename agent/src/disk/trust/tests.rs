@@ -63,8 +63,8 @@ fn a_clean_detach_is_believed_when_the_image_is_as_it_was_left() {
     untrusted(&record, good.clone(), None);
     untrusted(&DiskRecord { uuid: DiskId::random(), ..record.clone() }, good.clone(), Some(&stamp(0)));
     untrusted(&DiskRecord { image_changed: true, ..record.clone() }, good.clone(), Some(&stamp(0)));
-    let resized = resume(&record, Ok(Some(good)), Some(&stamp(0)), ByteCount(2 << 20));
-    assert!(is_lost(&resized, Reason::Resized));
+    let shrunk = resume(&record, Ok(Some(good)), Some(&stamp(0)), ByteCount(1 << 19));
+    assert!(is_lost(&shrunk, Reason::Resized));
 }
 
 #[test]
@@ -167,4 +167,27 @@ fn a_state_that_was_fenced_is_not_trusted() {
     let record = DiskRecord { fenced: true, ..record() };
     let resumed = resume(&record, Ok(Some(left(&record, true))), Some(&stamp(0)), SIZE);
     assert!(is_lost(&resumed, Reason::AgentRolledBack));
+}
+
+#[test]
+fn of_a_disk_that_has_grown_the_new_blocks_are_compared_and_what_was_known_before() {
+    let grown = ByteCount((2 << 20) + 512);
+    let clean = record();
+    let mut expected = DirtyBitmap::of((3..5).into());
+    // What is left of an activity log says nothing of a clean detach, and does no harm.
+    expected.insert((8..12).into());
+    expected.insert((256..513).into());
+    match resume(&clean, Ok(Some(left(&clean, true))), Some(&stamp(0)), grown) {
+        Resume::Crashed { reason: Reason::Resized, candidates, last_lsn: Lsn(5), .. } => {
+            assert_eq!(candidates, expected);
+        }
+        other => panic!("{other:?}"),
+    }
+    let crashed = DiskRecord { image_at_detach: None, attached: true, ..record() };
+    match resume(&crashed, Ok(Some(left(&crashed, false))), None, grown) {
+        Resume::Crashed { reason: Reason::AgentCrashed, candidates, .. } => assert_eq!(candidates, expected),
+        other => panic!("{other:?}"),
+    }
+    // The last block of before was not whole.
+    assert_eq!(super::grown(ByteCount(4096 + 512), ByteCount(8192)), Some((1..2).into()));
 }

@@ -14,6 +14,7 @@ mod encrypted;
 mod files_inside;
 mod filesystem;
 mod going_back;
+mod growing;
 mod handshake;
 mod helping;
 mod kill_points;

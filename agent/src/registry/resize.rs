@@ -1,0 +1,203 @@
+//! A disk that grows while it is attached.
+//!
+//! NBD tells a client the size once, when it connects. So a disk takes its new size over by a short
+//! detach and attach inside the agent: it is let go of in good order, the receiver gets what it can,
+//! and the attach finds a longer disk behind, whose new blocks are all that has to be looked at (see
+//! [`crate::disk::trust`]). A QEMU with `reconnect-delay` connects again by itself and sends again what
+//! was not answered.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::Seek,
+    path::Path,
+    sync::Arc,
+};
+
+use backtide_agent_api::{ResizeReport, ResizeRequest};
+use backtide_control::{ApiError, ErrorCode};
+use backtide_units::{ByteCount, DiskName};
+
+use super::{PREDECESSOR_TIME, Registry, errors::failed, leave::end};
+use crate::{
+    claims::Claim,
+    disk::{self, Leaving},
+    qcow2::{self, is_qcow2},
+    record::{DiskRecord, ImageStamp},
+};
+
+/// The unit disk sizes are multiples of.
+const SECTOR_BYTES: u64 = 512;
+
+/// What is behind a disk, as far as growing it is concerned.
+enum Kind {
+    /// Of this length now.
+    RawFile(ByteCount),
+    /// Of this length now.
+    Device(ByteCount),
+    /// Its size is known when its server has ended and serves again.
+    Qcow2,
+    /// Its size is known at the next connection.
+    Nbd,
+}
+
+impl Registry {
+    /// Takes over the size that the disk behind has grown to, after growing it where that was asked for.
+    pub(crate) async fn resize(
+        self: &Arc<Self>,
+        name: &DiskName,
+        request: ResizeRequest,
+    ) -> Result<ResizeReport, ApiError> {
+        let (name, _) = self.find(name).await?;
+        let claim = self.claim(&name).await?;
+        // It may have been detached while this waited.
+        let (name, handle) = self.find(&name).await?;
+        let record = self.records.load(&name).map_err(|error| failed(&error))?;
+        let record = record.ok_or_else(|| missing_record(&name))?;
+        let status = handle.status().await.map_err(|error| failed(&error))?;
+        let size_before = status.size;
+        let kind = kind_of(&record.image)?;
+        let target = target(&name, &kind, request.size, size_before)?;
+        if target == Some(size_before) {
+            return Ok(ResizeReport { size_before, hung_up: 0, disk: status });
+        }
+        if status.clients > 0 && !request.reconnect {
+            return Err(ApiError::new(ErrorCode::Busy, in_use(&name, status.clients)).with_hint(
+                "resize it with --reconnect, which hangs up: QEMU with a reconnect-delay connects again by itself",
+            ));
+        }
+        if let (Kind::RawFile(_), Some(target)) = (&kind, target) {
+            grow_file(Path::new(&record.image), target)?;
+        }
+        // For whoever asks meanwhile.
+        let shown = disk::not_attached(&record, "it is being resized");
+        self.failing.write().await.insert(name.clone(), shown);
+        let attached = self.disks.write().await.remove(&name);
+        let attached = attached.ok_or_else(|| missing_record(&name))?;
+        end(name.clone(), attached, self.records.clone(), Leaving::Stopped).await;
+        self.claims.leave_image(&name);
+        let grown = match (&kind, target) {
+            (Kind::Qcow2, Some(target)) => self.grow_qcow2(&name, target).await,
+            _ => Ok(()),
+        };
+        let disk = self.attach_again(&claim, &name).await?;
+        grown?;
+        tracing::info!(disk = %name, before = %size_before, now = %disk.size, "the disk has another size");
+        Ok(ResizeReport { size_before, hung_up: status.clients, disk })
+    }
+
+    async fn attach_again(
+        self: &Arc<Self>,
+        claim: &Claim,
+        name: &DiskName,
+    ) -> Result<backtide_agent_api::DiskStatus, ApiError> {
+        let record = self.records.load(name).map_err(|error| failed(&error))?;
+        let record = record.ok_or_else(|| missing_record(name))?;
+        match self.start(claim, record.clone(), PREDECESSOR_TIME).await {
+            Ok(handle) => handle.status().await.map_err(|error| failed(&error)),
+            Err(error) => {
+                tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again: will try again");
+                let status = disk::not_attached(&record, &error.message);
+                self.failing.write().await.insert(name.clone(), status);
+                tokio::spawn(Arc::clone(self).keep_restoring());
+                Err(error)
+            }
+        }
+    }
+
+    /// Nobody has the file now. What `qemu-img` writes there is no change of the disk's content.
+    async fn grow_qcow2(&self, name: &DiskName, target: ByteCount) -> Result<(), ApiError> {
+        let record = self.records.load(name).map_err(|error| failed(&error))?;
+        let record = record.ok_or_else(|| missing_record(name))?;
+        let image = Path::new(&record.image);
+        let as_left = ImageStamp::of(image) == record.image_at_detach;
+        qcow2::grow(image, target).await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
+        let image_at_detach = ImageStamp::of(image).filter(|_| as_left);
+        self.records.save(&DiskRecord { image_at_detach, ..record }).map_err(|error| failed(&error))
+    }
+}
+
+fn missing_record(name: &DiskName) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("there is no record of disk {name}"))
+}
+
+fn in_use(name: &DiskName, clients: u32) -> String {
+    let who = match clients {
+        1 => "an NBD client has".to_owned(),
+        clients => format!("{clients} NBD clients have"),
+    };
+    format!("disk {name} is in use: {who} it open, and sees a new size only when it connects again")
+}
+
+fn kind_of(image: &str) -> Result<Kind, ApiError> {
+    let path = Path::new(image);
+    if !path.is_absolute() {
+        return Ok(Kind::Nbd);
+    }
+    if is_qcow2(path) {
+        return Ok(Kind::Qcow2);
+    }
+    let length = || -> std::io::Result<Kind> {
+        let mut file = File::open(path)?;
+        // The end is the size of files and of block devices alike.
+        let length = ByteCount(file.seek(std::io::SeekFrom::End(0))?);
+        Ok(if file.metadata()?.is_file() { Kind::RawFile(length) } else { Kind::Device(length) })
+    };
+    length().map_err(|error| failed(&error))
+}
+
+/// The size to be reached; none where only the next connection tells.
+fn target(
+    name: &DiskName,
+    kind: &Kind,
+    wanted: Option<ByteCount>,
+    before: ByteCount,
+) -> Result<Option<ByteCount>, ApiError> {
+    let target = match (kind, wanted) {
+        (Kind::RawFile(found), wanted) => Some(wanted.unwrap_or(*found).max(*found)),
+        (Kind::Device(found), None) => Some(*found),
+        (Kind::Device(found), Some(wanted)) if wanted == *found => Some(wanted),
+        (Kind::Device(found), Some(wanted)) => {
+            let message = format!("the device behind disk {name} has {found} bytes, not {wanted}");
+            return Err(
+                ApiError::new(ErrorCode::Usage, message).with_hint("grow the device first, then resize")
+            );
+        }
+        (Kind::Qcow2, Some(wanted)) => Some(wanted),
+        (Kind::Qcow2, None) => {
+            let message = format!("disk {name} is a qcow2 file, which only grows to a size that is named");
+            return Err(ApiError::new(ErrorCode::Usage, message).with_hint("add --size"));
+        }
+        (Kind::Nbd, None) => None,
+        (Kind::Nbd, Some(_)) => {
+            let message =
+                format!("disk {name} lies behind an NBD server, whose disk only the server can grow");
+            return Err(ApiError::new(ErrorCode::Usage, message)
+                .with_hint("grow it there, then resize without --size"));
+        }
+    };
+    let smallest = wanted.into_iter().chain(target).min();
+    if let Some(smaller) = smallest.filter(|size| *size < before) {
+        return Err(ApiError::new(
+            ErrorCode::Refused,
+            format!("disk {name} cannot shrink from {before} to {smaller} bytes"),
+        )
+        .with_hint("attach the smaller image under another name: it is a new disk"));
+    }
+    if let Some(odd) = target.filter(|size| !size.0.is_multiple_of(SECTOR_BYTES)) {
+        let message = format!("{odd} bytes are no multiple of 512");
+        return Err(ApiError::new(ErrorCode::Usage, message));
+    }
+    Ok(target)
+}
+
+fn grow_file(image: &Path, target: ByteCount) -> Result<(), ApiError> {
+    let grow = || {
+        let file = OpenOptions::new().write(true).open(image)?;
+        if file.metadata()?.len() < target.0 {
+            file.set_len(target.0)?;
+            file.sync_all()?;
+        }
+        Ok(())
+    };
+    grow().map_err(|error: std::io::Error| failed(&error))
+}
