@@ -1,8 +1,7 @@
 //! One disk of the store: its log, who is connected to it, and what is wrong with it if anything.
 //!
-//! Owned by one thread (in the daemon a worker, in a simulation the simulation); a failed log is
-//! kept out of use until the next handshake opens it again, which recovers it. What is durable in it
-//! can be read all the time.
+//! Owned by one thread (a worker of the daemon, or a simulation). A failed log is kept out of use until the next
+//! handshake opens it again, which recovers it. What is durable in it can be read all the time.
 
 use std::collections::VecDeque;
 

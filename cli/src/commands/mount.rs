@@ -73,7 +73,7 @@ impl Mount {
             }
             (None, Some(id)) => receiver.remount(&id, &RemountRequest { nbd }).await?,
             (None, None) if nbd.is_some() => {
-                return Err(wrong_usage("a mount needs a disk and a point: NAME --at POINT").into());
+                return Err(wrong_usage("a mount needs a disk and a point: NAME --at POINT"));
             }
             (None, None) => {
                 let mounts = receiver.mounts().await?;
