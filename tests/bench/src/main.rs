@@ -7,6 +7,7 @@
 mod fio;
 mod report;
 mod servers;
+mod tracking;
 
 use std::path::PathBuf;
 
@@ -17,6 +18,7 @@ use crate::{
     fio::ROWS,
     report::Table,
     servers::{Kind, Server},
+    tracking::Setting,
 };
 
 /// Measure Backtide beside qemu-nbd, nbdkit and a qemu-storage-daemon mirror.
@@ -37,7 +39,8 @@ struct Arguments {
     /// Size of the disk in MiB.
     #[arg(long, default_value_t = 512)]
     size: u64,
-    /// Only these servers, by a part of their name.
+    /// Only these, by a part of their name: servers of the tables, and rows of tracking and resync
+    /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare).
     #[arg(long)]
     only: Vec<String>,
 }
@@ -49,12 +52,7 @@ fn main() -> anyhow::Result<()> {
         None => tempfile::tempdir(),
     };
     let place = place.context("make a directory for the images")?;
-    let kinds: Vec<Kind> = Kind::ALL
-        .into_iter()
-        .filter(|kind| {
-            arguments.only.is_empty() || arguments.only.iter().any(|part| kind.name().contains(part))
-        })
-        .collect();
+    let kinds: Vec<Kind> = Kind::ALL.into_iter().filter(|kind| arguments.wants(kind.name())).collect();
     let mut table = Table::new(&kinds);
     for round in 1..=arguments.rounds {
         for &kind in &kinds {
@@ -72,11 +70,26 @@ fn main() -> anyhow::Result<()> {
             std::fs::remove_dir_all(&directory).context("remove the images")?;
         }
     }
-    print!("{}", table.markdown(&arguments.sentence()));
+    if !kinds.is_empty() {
+        print!("{}", table.markdown(&arguments.sentence()));
+    }
+    let setting = Setting {
+        backtide: &arguments.backtide,
+        place: place.path(),
+        rounds: arguments.rounds,
+        seconds: arguments.seconds,
+    };
+    for row in tracking::ROWS.iter().filter(|row| arguments.wants(row.name)) {
+        print!("{}", row.measure(&setting).with_context(|| format!("measure {}", row.name))?);
+    }
     Ok(())
 }
 
 impl Arguments {
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|part| name.contains(part))
+    }
+
     fn sentence(&self) -> String {
         format!(
             "{} rounds of {} s, a disk of {} MiB, fio over a unix socket, page cache",

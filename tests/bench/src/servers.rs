@@ -238,7 +238,7 @@ impl Server {
 }
 
 /// A file of that size, all of it written, so that no server meets a hole.
-fn image(directory: &Path, name: &str, size_mib: u64) -> anyhow::Result<PathBuf> {
+pub(crate) fn image(directory: &Path, name: &str, size_mib: u64) -> anyhow::Result<PathBuf> {
     let path = directory.join(name);
     let mut file = File::create(&path)?;
     let mut block = vec![0u8; 1 << 20];
@@ -296,7 +296,7 @@ fn start_mirroring(qmp: &Path, copy: &Path) -> anyhow::Result<()> {
     bail!("qemu-storage-daemon ended before the mirror was ready")
 }
 
-fn wait_for(socket: &Path) -> anyhow::Result<()> {
+pub(crate) fn wait_for(socket: &Path) -> anyhow::Result<()> {
     for _ in 0..1000 {
         if UnixStream::connect(socket).is_ok() {
             return Ok(());
@@ -306,7 +306,7 @@ fn wait_for(socket: &Path) -> anyhow::Result<()> {
     bail!("nobody listens at {}", socket.display())
 }
 
-fn succeed(mut command: Command) -> anyhow::Result<()> {
+pub(crate) fn succeed(mut command: Command) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("run {command:?}"))?;
     // 3: done with a warning, as an attach is whose receiver is away on purpose.
     if !matches!(output.status.code(), Some(0 | 3)) {

@@ -1,0 +1,105 @@
+//! An agent with one disk, and a receiver when the row needs one, in a directory of their own.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::Context;
+use serde_json::Value;
+
+use crate::servers::{succeed, wait_for};
+
+/// See the module's description.
+pub(super) struct Stand {
+    backtide: PathBuf,
+    directory: PathBuf,
+    agent: Child,
+    receiver: Option<Child>,
+}
+
+impl Drop for Stand {
+    fn drop(&mut self) {
+        for child in [Some(&mut self.agent), self.receiver.as_mut()].into_iter().flatten() {
+            // Gone already, or ended now: either is fine at the end.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Stand {
+    /// The daemons, before a disk is attached.
+    pub(super) fn start(backtide: &Path, directory: &Path, receives: bool) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(directory)?;
+        let start = |arguments: &[&str]| {
+            let mut command = daemon(backtide, directory);
+            command.args(arguments).spawn().context("start a daemon")
+        };
+        let receiver = receives.then(|| start(&["receiver", "run"])).transpose()?;
+        let agent = start(&["agent", "run"])?;
+        let stand = Self { backtide: backtide.to_owned(), directory: directory.to_owned(), agent, receiver };
+        if receives {
+            wait_for(&directory.join("stream.sock"))?;
+        }
+        wait_for(&directory.join("agent.sock"))?;
+        Ok(stand)
+    }
+
+    /// Attaches the image as `disk`.
+    pub(super) fn attach(&self, image: &Path, options: &[&str]) -> anyhow::Result<()> {
+        let stream = format!("unix:{}", self.directory.join("stream.sock").display());
+        let image = image.to_str().context("a path that is text")?;
+        self.obey(
+            &[&["attach", "disk", image, "--receiver", &stream, "--nbd", &self.uri()], options].concat(),
+        )
+    }
+
+    pub(super) fn uri(&self) -> String {
+        format!("nbd+unix:///disk?socket={}", self.directory.join("nbd.sock").display())
+    }
+
+    /// Runs a command of backtide to its end.
+    pub(super) fn obey(&self, arguments: &[&str]) -> anyhow::Result<()> {
+        let mut command = daemon(&self.backtide, &self.directory);
+        command.args(arguments);
+        succeed(command)
+    }
+
+    pub(super) fn wait_for_sync(&self) -> anyhow::Result<()> {
+        self.obey(&["wait", "disk", "--for", "sync", "--timeout", "30m"])
+    }
+
+    pub(super) fn status(&self) -> anyhow::Result<Value> {
+        let mut command = daemon(&self.backtide, &self.directory);
+        let output = command.args(["--json", "status", "disk"]).stdout(Stdio::piped()).output()?;
+        let status: Value = serde_json::from_slice(&output.stdout).context("read the status")?;
+        Ok(status["disks"][0].clone())
+    }
+
+    /// Everything the agent has written to files and sockets so far, in bytes.
+    pub(super) fn agent_wrote(&self) -> anyhow::Result<u64> {
+        let io = std::fs::read_to_string(format!("/proc/{}/io", self.agent.id()))?;
+        let written = io.lines().find_map(|line| line.strip_prefix("wchar: "));
+        Ok(written.context("a count of bytes written")?.trim().parse()?)
+    }
+
+    /// Where the receiver keeps its disks.
+    pub(super) fn store(&self) -> PathBuf {
+        self.directory.join("store")
+    }
+}
+
+fn daemon(backtide: &Path, directory: &Path) -> Command {
+    let socket = |name: &str| format!("unix:{}", directory.join(name).display());
+    let mut command = Command::new(backtide);
+    command
+        .env("BACKTIDE_AGENT", socket("agent.sock"))
+        .env("BACKTIDE_RECEIVER", socket("receiver.sock"))
+        .env("BACKTIDE_STORE", directory.join("store"))
+        .env("BACKTIDE_STATE", directory.join("state"))
+        .env("RUST_LOG", "error")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    command
+}
