@@ -1,6 +1,6 @@
 //! A set of blocks, compressed: the passive and the active bitmap of a disk are two of these.
 
-use std::io;
+use std::{io, ops::Range};
 
 use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount};
 use roaring::RoaringTreemap;
@@ -9,11 +9,17 @@ mod coarse;
 
 /// A set of dirty blocks.
 ///
-/// A Roaring treemap: a few bytes for a run of any length, two bytes for a lone block among
-/// scattered ones, and never more than one bit a block. One with a [`bound`](Self::bounded) becomes
-/// coarser above it: then it holds more than was marked, and never less.
+/// Two Roaring treemaps. One has the regions of 256 MiB that are dirty as a whole: a disk dirty from end
+/// to end is one run there. The other has the blocks of all other regions: a few bytes for a run of
+/// any length, two bytes for a lone block among scattered ones, and never more than one bit a block.
+///
+/// A set with a [`bound`](Self::bounded) becomes coarser above it: then it holds more than was marked,
+/// and never less.
+///
+/// Invariant: a region that is in `whole` has nothing in `blocks`.
 #[derive(Clone, Debug, Default)]
 pub struct DirtyBitmap {
+    whole: RoaringTreemap,
     blocks: RoaringTreemap,
     bound: Option<Bound>,
 }
@@ -23,17 +29,25 @@ pub struct DirtyBitmap {
 struct Bound {
     bytes: ByteCount,
     end: BlockIndex,
-    /// Ranges marked since the size was looked at.
-    marked: u32,
+    /// Ranges marked or unmarked since the size was looked at.
+    touched: u32,
+    /// It took more than that when blocks were marked clean, which cannot be mended.
+    exceeded: bool,
 }
 
 /// A range costs at most a few bytes more than it did before it was marked; looking costs more.
 const MARKS_BETWEEN_LOOKS: u32 = 16 * 1024;
 
+/// Blocks of a region: 256 MiB, what one Roaring container holds.
+const REGION: u64 = 1 << 16;
+
 /// Two bitmaps are equal when the same blocks are dirty.
 impl PartialEq for DirtyBitmap {
     fn eq(&self, other: &Self) -> bool {
-        self.blocks == other.blocks
+        let (mut one, mut other) = (self.unbounded(), other.unbounded());
+        one.compact();
+        other.compact();
+        one.whole == other.whole && one.blocks == other.blocks
     }
 }
 
@@ -46,20 +60,20 @@ impl DirtyBitmap {
     /// No dirty block, of a disk that ends at `end`. Above about `bytes` of memory the densest regions
     /// are marked in stretches of 64 KiB, then of 1 MiB and more, instead of blocks.
     pub fn bounded(bytes: ByteCount, end: BlockIndex) -> Self {
-        Self { blocks: RoaringTreemap::new(), bound: Some(Bound { bytes, end, marked: 0 }) }
+        Self { bound: Some(Bound { bytes, end, touched: 0, exceeded: false }), ..Self::default() }
     }
 
     /// The same blocks, without the bound.
     #[must_use]
     pub fn unbounded(&self) -> Self {
-        Self { blocks: self.blocks.clone(), bound: None }
+        Self { whole: self.whole.clone(), blocks: self.blocks.clone(), bound: None }
     }
 
     /// Takes all blocks out; the bound stays.
     #[must_use]
     pub fn take(&mut self) -> Self {
-        let blocks = std::mem::take(&mut self.blocks);
-        Self { blocks, bound: self.bound }
+        let empty = Self { bound: self.bound, ..Self::default() };
+        std::mem::replace(self, empty)
     }
 
     /// Exactly these blocks.
@@ -71,50 +85,167 @@ impl DirtyBitmap {
 
     /// Whether no block is dirty.
     pub fn is_empty(&self) -> bool {
-        self.blocks.is_empty()
+        self.whole.is_empty() && self.blocks.is_empty()
     }
 
     /// How many blocks are dirty.
     pub fn count(&self) -> BlockCount {
-        BlockCount(self.blocks.len())
+        BlockCount(self.whole.len() * REGION + self.blocks.len())
     }
 
-    /// Marks blocks dirty.
-    pub fn insert(&mut self, range: BlockRange) {
-        self.blocks.insert_range(range.indices());
-        if let Some(bound) = &mut self.bound {
-            bound.marked += 1;
-            if bound.marked >= MARKS_BETWEEN_LOOKS {
-                self.keep_bound();
-            }
+    /// Whether marking blocks clean has made it larger than its bound: single clean blocks among dirty
+    /// ones take memory too, and cannot be given up as single dirty ones can.
+    pub fn exceeds_bound(&self) -> bool {
+        self.bound.is_some_and(|bound| bound.exceeded)
+    }
+
+    /// Marks blocks dirty; returns how many were not.
+    pub fn insert(&mut self, range: BlockRange) -> BlockCount {
+        let (start, end) = (range.start().0, range.end().0);
+        let regions = start.div_ceil(REGION)..end / REGION;
+        let mut news = 0;
+        if regions.start < regions.end {
+            let covered = regions.start * REGION..regions.end * REGION;
+            let before = self.blocks.range_cardinality(covered.clone());
+            self.blocks.remove_range(covered);
+            news += self.whole.insert_range(regions.clone()) * REGION - before;
+            news += self.insert_within(start..regions.start * REGION);
+            news += self.insert_within(regions.end * REGION..end);
+        } else {
+            let middle = (start / REGION + 1) * REGION;
+            news += self.insert_within(start..end.min(middle));
+            news += self.insert_within(middle..end.max(middle));
         }
+        if self.is_time_to_look() {
+            self.keep_bound();
+        }
+        BlockCount(news)
+    }
+
+    /// Blocks of one region.
+    fn insert_within(&mut self, blocks: Range<u64>) -> u64 {
+        if blocks.is_empty() || self.whole.contains(blocks.start / REGION) {
+            return 0;
+        }
+        self.blocks.insert_range(blocks)
     }
 
     /// Marks blocks clean.
     pub fn remove(&mut self, range: BlockRange) {
-        self.blocks.remove_range(range.indices());
+        let (start, end) = (range.start().0, range.end().0);
+        if start >= end {
+            return;
+        }
+        self.open(start / REGION);
+        self.open((end - 1) / REGION);
+        self.whole.remove_range(start / REGION..(end - 1) / REGION + 1);
+        self.blocks.remove_range(start..end);
+        if self.is_time_to_look() {
+            self.compact();
+            let exceeded = self.memory();
+            if let Some(bound) = &mut self.bound {
+                bound.touched = 0;
+                bound.exceeded = exceeded > bound.bytes;
+            }
+        }
+    }
+
+    fn is_time_to_look(&mut self) -> bool {
+        let Some(bound) = &mut self.bound else { return false };
+        bound.touched += 1;
+        bound.touched >= MARKS_BETWEEN_LOOKS
+    }
+
+    /// A region is not going to be dirty as a whole.
+    fn open(&mut self, region: u64) {
+        if self.whole.remove(region) {
+            self.blocks.insert_range(region * REGION..(region + 1) * REGION);
+        }
+    }
+
+    /// Finds the regions that are dirty as a whole, and holds each container in its shortest form.
+    pub(crate) fn compact(&mut self) {
+        self.blocks.optimize();
+        let regions = self.regions();
+        for region in regions {
+            let blocks = region * REGION..(region + 1) * REGION;
+            if self.blocks.range_cardinality(blocks.clone()) == REGION {
+                self.blocks.remove_range(blocks);
+                self.whole.insert(region);
+            }
+        }
+    }
+
+    /// The regions that have something in `blocks`.
+    fn regions(&self) -> Vec<u64> {
+        let mut regions = Vec::new();
+        let mut blocks = self.blocks.iter();
+        while let Some(block) = blocks.next() {
+            regions.push(block / REGION);
+            blocks.advance_to((block / REGION + 1) * REGION);
+        }
+        regions
+    }
+
+    /// The blocks of the regions that are dirty as a whole, as ranges.
+    fn whole_runs(&self) -> Vec<Range<u64>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for region in &self.whole {
+            let (start, end) = (region * REGION, (region + 1) * REGION);
+            match runs.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                Some(_) | None => runs.push(start..end),
+            }
+        }
+        runs
     }
 
     /// Marks every block of `other` dirty here too.
     pub fn union_with(&mut self, other: &Self) {
         self.blocks |= &other.blocks;
+        self.whole |= &other.whole;
+        for run in self.whole_runs() {
+            self.blocks.remove_range(run);
+        }
         self.keep_bound();
     }
 
     /// Marks every block of `other` clean here.
     pub fn subtract(&mut self, other: &Self) {
+        if !self.whole.is_empty() {
+            for region in other.regions() {
+                self.open(region);
+            }
+        }
+        self.whole -= &other.whole;
         self.blocks -= &other.blocks;
+        for run in other.whole_runs() {
+            self.blocks.remove_range(run);
+        }
     }
 
     /// Keeps only the blocks that are dirty in `other` too.
     pub fn intersect_with(&mut self, other: &Self) {
+        let mut other = other.unbounded();
+        for region in self.regions() {
+            other.open(region);
+        }
+        for region in other.regions() {
+            self.open(region);
+        }
+        self.whole &= &other.whole;
         self.blocks &= &other.blocks;
     }
 
     /// Marks every block outside the range clean.
     pub fn keep_only(&mut self, range: BlockRange) {
-        self.blocks.remove_range(..range.start().0);
-        self.blocks.remove_range(range.end().0..);
+        let (start, end) = (range.start().0, range.end().0);
+        self.open(start / REGION);
+        self.open(end / REGION);
+        self.whole.remove_range(..start / REGION);
+        self.whole.remove_range(end / REGION..);
+        self.blocks.remove_range(..start);
+        self.blocks.remove_range(end..);
     }
 
     /// Whether any block of the range is dirty.
@@ -124,7 +255,7 @@ impl DirtyBitmap {
 
     /// Whether every block of the range is dirty.
     pub fn contains(&self, range: BlockRange) -> bool {
-        self.blocks.range_cardinality(range.indices()) == range.count().0
+        range.is_empty() || self.next_run(range.start(), range.end(), range.count()) == Some(range)
     }
 
     /// The first run of dirty blocks in `[from, end)`, cut to `limit` blocks.
@@ -134,16 +265,34 @@ impl DirtyBitmap {
         }
         let mut blocks = self.blocks.iter();
         blocks.advance_to(from.0);
-        let start = blocks.next().filter(|start| *start < end.0)?;
+        let mut whole = self.whole.iter();
+        whole.advance_to(from.0 / REGION);
+        let whole = whole.next().map(|region| (region * REGION).max(from.0));
+        let start = [blocks.next(), whole].into_iter().flatten().min().filter(|start| *start < end.0)?;
         let stop = end.0.min(start.saturating_add(limit.0.max(1)));
-        let mut last = start;
-        for block in blocks {
-            if block != last + 1 || block >= stop {
+        let mut at = start;
+        while at < stop {
+            let region_end = (at / REGION + 1) * REGION;
+            at = match self.whole.contains(at / REGION) {
+                true => region_end,
+                false => self.end_of_run(at, region_end.min(stop)),
+            };
+            if at < region_end {
                 break;
             }
-            last = block;
         }
-        Some(BlockRange::from(start..last + 1))
+        (at > start).then(|| BlockRange::from(start..at.min(stop)))
+    }
+
+    /// Where the run ends that begins at `from`, at `stop` at the latest.
+    fn end_of_run(&self, from: u64, stop: u64) -> u64 {
+        let mut blocks = self.blocks.iter();
+        blocks.advance_to(from);
+        let mut at = from;
+        while at < stop && blocks.next() == Some(at) {
+            at += 1;
+        }
+        at
     }
 
     /// The runs of dirty blocks inside `range`, in order, none longer than `limit`.
@@ -159,6 +308,9 @@ impl DirtyBitmap {
     /// The bitmap in Roaring's portable serialization, run-compressed first.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut blocks = self.blocks.clone();
+        for run in self.whole_runs() {
+            blocks.insert_range(run);
+        }
         blocks.optimize();
         let mut bytes = Vec::with_capacity(blocks.serialized_size());
         blocks.serialize_into(&mut bytes).expect("writing to memory cannot fail");
@@ -177,9 +329,14 @@ impl DirtyBitmap {
                 format!("{} bytes after the bitmap", bytes.len()),
             ));
         }
-        Ok(Self { blocks, bound: None })
+        let mut bitmap = Self { blocks, ..Self::default() };
+        bitmap.compact();
+        Ok(bitmap)
     }
 }
+
+#[cfg(test)]
+mod model_tests;
 
 #[cfg(test)]
 mod tests {

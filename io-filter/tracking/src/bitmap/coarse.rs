@@ -1,13 +1,11 @@
 //! Keeping a bitmap small: above its bound the densest regions forget single blocks.
 //!
-//! A region is what one Roaring container holds, 65 536 blocks (256 MiB of disk): an array of two
-//! bytes a block, or a bitmap of 8 KiB. In coarse stretches it becomes a few runs of four bytes each.
+//! A region takes an array of two bytes a block, or a bitmap of 8 KiB. In coarse stretches it becomes a
+//! few runs of four bytes each, and as a whole next to nothing.
 
 use backtide_units::{BlockIndex, ByteCount};
 
-use super::{Bound, DirtyBitmap};
-
-const REGION: u64 = 1 << 16;
+use super::{Bound, DirtyBitmap, REGION};
 
 /// Blocks of a stretch: 64 KiB, 1 MiB, 16 MiB, a region.
 const STRETCHES: [u64; 4] = [16, 256, 4096, REGION];
@@ -26,18 +24,24 @@ impl DirtyBitmap {
                 + u64::from(numbers.n_bitset_containers) * (REGION / 8)
                 + numbers.n_bytes_run_containers
         };
-        ByteCount(self.blocks.bitmaps().map(|(_, bitmap)| of(bitmap)).sum())
+        ByteCount(
+            [&self.whole, &self.blocks]
+                .into_iter()
+                .flat_map(|map| map.bitmaps())
+                .map(|(_, bitmap)| of(bitmap))
+                .sum(),
+        )
     }
 
     /// Coarsens what is above the bound.
     pub(super) fn keep_bound(&mut self) {
         let Some(bound) = &mut self.bound else { return };
-        bound.marked = 0;
+        (bound.touched, bound.exceeded) = (0, false);
         let Bound { bytes, end, .. } = *bound;
         if self.memory() <= bytes {
             return;
         }
-        self.blocks.optimize();
+        self.compact();
         let enough = ByteCount(bytes.0 / ROOM.1 * ROOM.0);
         for stretch in STRETCHES {
             let mut memory = self.memory();
@@ -56,16 +60,9 @@ impl DirtyBitmap {
 
     /// The regions by what they take, the most first; without those that are as coarse already.
     fn costliest_regions(&self, stretch: u64) -> Vec<(u64, u64)> {
-        let mut regions = Vec::new();
-        let mut blocks = self.blocks.iter();
-        while let Some(block) = blocks.next() {
-            let region = block / REGION;
-            let cost = self.cost_of(region);
-            if cost > (REGION / stretch).min(8) * RUN_BYTES {
-                regions.push((cost, region));
-            }
-            blocks.advance_to((region + 1) * REGION);
-        }
+        let costs = self.regions().into_iter().map(|region| (self.cost_of(region), region));
+        let mut regions: Vec<(u64, u64)> =
+            costs.filter(|(cost, _)| *cost > (REGION / stretch).min(8) * RUN_BYTES).collect();
         regions.sort_unstable_by(|one, other| other.cmp(one));
         regions
     }
@@ -73,9 +70,6 @@ impl DirtyBitmap {
     /// What a region takes: of the three ways to hold it the cheapest, which `optimize` chose.
     fn cost_of(&self, region: u64) -> u64 {
         let blocks = self.blocks.range_cardinality(region * REGION..(region + 1) * REGION);
-        if blocks == REGION {
-            return RUN_BYTES;
-        }
         let flat = (2 * blocks).min(REGION / 8);
         let mut runs = 0;
         let (start, end) = (BlockIndex(region * REGION), BlockIndex((region + 1) * REGION));
@@ -106,7 +100,11 @@ impl DirtyBitmap {
         let taken = stretches.len() as u64 * RUN_BYTES;
         self.blocks.remove_range(region * REGION..stop);
         for (first, last) in stretches {
-            self.blocks.insert_range(first..last.min(end.0));
+            if last - first == REGION && last <= end.0 {
+                self.whole.insert(region);
+            } else {
+                self.blocks.insert_range(first..last.min(end.0));
+            }
         }
         taken.min(REGION / 8)
     }
