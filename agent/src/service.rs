@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{
-    AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResizeReport,
-    ResizeRequest, ResyncExtent, ResyncRequest, VerifyRequest, VerifyStatus,
+    AgentService, AgentStatus, AttachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest,
+    ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, VerifyRequest, VerifyStatus,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
@@ -152,6 +152,10 @@ impl AgentService for Service {
             ResyncExtent::Full => ResyncKind::Full,
         };
         self.ask(&disk, |answer| Command::Resync(kind, answer)).await
+    }
+
+    async fn set_limits(&self, disk: DiskName, change: LimitsChange) -> Result<DiskStatus, ApiError> {
+        self.ask(&disk, |answer| Command::Limits(change, answer)).await
     }
 
     async fn mark(&self, request: MarkRequest) -> Result<MarkReport, ApiError> {

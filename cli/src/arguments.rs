@@ -4,8 +4,8 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    agent, attach, completions, control, demo, diff, doctor, files, find_change, fsck, inspect, mark, mount,
-    pki, points, receiver, resize, restore, resync, scrub, status, support_bundle, up, verify, wait,
+    agent, attach, completions, control, demo, diff, doctor, files, find_change, fsck, inspect, limits, mark,
+    mount, pki, points, receiver, resize, restore, resync, scrub, status, support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Resync(resync::Resync),
     /// Take over the size that a disk has grown to
     Resize(resize::Resize),
+    /// Show how fast a resync may be and what else bounds a disk, or change it while it is attached
+    Limits(limits::LimitsOf),
     /// Give the present state of one or several disks a name, at one instant
     Mark(mark::Mark),
     /// Show what a disk can go back to, and what not and why
@@ -124,6 +126,7 @@ impl Command {
             | Self::Resume(_)
             | Self::Resync(_)
             | Self::Resize(_)
+            | Self::Limits(_)
             | Self::Mark(_)
             | Self::Points(_)
             | Self::Diff(_)

@@ -12,6 +12,7 @@ pub(crate) mod files;
 pub(crate) mod find_change;
 pub(crate) mod fsck;
 pub(crate) mod inspect;
+pub(crate) mod limits;
 pub(crate) mod mark;
 pub(crate) mod mount;
 pub(crate) mod nbd_tls;
@@ -62,6 +63,7 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Resume(resume) => resume.run(context).await,
         Command::Resize(resize) => resize.run(context).await,
         Command::Resync(resync) => resync.run(context).await,
+        Command::Limits(limits) => limits.run(context).await,
         Command::Mark(mark) => mark.run(context).await,
         Command::Points(points) => points.run(context).await,
         Command::Diff(diff) => diff.run(context).await,

@@ -29,6 +29,7 @@ fn every_command_has_help_and_says_it_on_stdout() {
         "pause",
         "resume",
         "resync",
+        "limits",
         "mark",
         "points",
         "diff",

@@ -42,8 +42,8 @@ pub(crate) struct Acknowledgements {
     since: VecDeque<(Duration, Lsn, RequestId)>,
     /// An answer has waited too long and the receiver has said nothing since: it counts as away.
     stalled: bool,
-    /// By the end of their delay.
-    delayed: BTreeMap<(Duration, RequestId), Lsn>,
+    /// By the end of their delay; since when, and how long the change had been held up before.
+    delayed: BTreeMap<(Duration, RequestId), (Lsn, Duration, Duration)>,
     /// Held for a consistency-group mark.
     held: Option<Held>,
 }
@@ -73,8 +73,9 @@ impl Acknowledgements {
 
 impl Filter {
     /// The change `lsn` is done locally; answer its request when the policy allows.
-    /// It may be delayed by at most `delay_left` for the receiver's sake.
-    pub(crate) fn answer(&mut self, request: RequestId, lsn: Lsn, stable: bool, delay_left: Duration) {
+    /// It was held up for `delayed` already: the bound is for all delays of a change together.
+    pub(crate) fn answer(&mut self, request: RequestId, lsn: Lsn, stable: bool, delayed: Duration) {
+        self.note_delay(delayed);
         let need = match self.settings.ack {
             AckPolicy::Local => None,
             AckPolicy::Received => Some(Need::Received),
@@ -82,7 +83,7 @@ impl Filter {
             AckPolicy::DurableEveryWrite => Some(Need::Durable),
         };
         match need {
-            None => self.answer_after_delay(request, lsn, delay_left),
+            None => self.answer_after_delay(request, lsn, delayed),
             Some(need) if self.is_met(need, lsn) => self.complete(request, lsn),
             Some(need) if self.is_in_sync() || self.settings.on_outage == OnOutage::Block => {
                 self.acknowledgements.waiting.insert((lsn, request), need);
@@ -109,8 +110,8 @@ impl Filter {
             }
         }
         if !self.acknowledgements.delayed.is_empty() && self.delay_now().is_zero() {
-            for ((_, request), lsn) in std::mem::take(&mut self.acknowledgements.delayed) {
-                self.complete(request, lsn);
+            for ((_, request), delayed) in std::mem::take(&mut self.acknowledgements.delayed) {
+                self.complete_delayed(request, delayed);
             }
         }
     }
@@ -159,8 +160,8 @@ impl Filter {
             if entry.key().0 > now {
                 break;
             }
-            let ((_, request), lsn) = entry.remove_entry();
-            self.complete(request, lsn);
+            let ((_, request), delayed) = entry.remove_entry();
+            self.complete_delayed(request, delayed);
         }
     }
 
@@ -184,15 +185,25 @@ impl Filter {
         }
     }
 
-    fn answer_after_delay(&mut self, request: RequestId, lsn: Lsn, delay_left: Duration) {
-        let delay = self.delay_now().min(delay_left);
+    fn answer_after_delay(&mut self, request: RequestId, lsn: Lsn, delayed: Duration) {
+        let delay = self.delay_now().min(self.settings.guest_delay_max.saturating_sub(delayed));
         if delay.is_zero() {
             return self.complete(request, lsn);
         }
         self.counters.delayed_answers += 1;
+        let now = self.now.monotonic;
+        self.acknowledgements.delayed.insert((now + delay, request), (lsn, now, delayed));
+    }
+
+    fn complete_delayed(&mut self, request: RequestId, (lsn, since, before): (Lsn, Duration, Duration)) {
+        self.note_delay(before + self.now.monotonic.saturating_sub(since));
+        self.complete(request, lsn);
+    }
+
+    /// What a change really was held up for, not what was meant.
+    fn note_delay(&mut self, delay: Duration) {
         let delay_us = u64::try_from(delay.as_micros()).unwrap_or(u64::MAX);
         self.counters.guest_delay_us_max = self.counters.guest_delay_us_max.max(delay_us);
-        self.acknowledgements.delayed.insert((self.now.monotonic + delay, request), lsn);
     }
 
     /// None while the window is less than half full, then growing to the bound at a full window.

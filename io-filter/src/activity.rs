@@ -12,9 +12,10 @@ use backtide_units::{BlockRange, ByteCount, DiskId, Reason};
 
 use crate::{
     capture::Ongoing,
-    event::{Change, Effect, IoFailure, IoId, LocalOp, Now, RequestId, Resume, TrackingOp},
+    event::{Change, Effect, IoFailure, IoId, LocalOp, Now, RequestId, Resume, Settings, TrackingOp},
     filter::{Filter, Mode},
     freeze::PassPlan,
+    give_way::Asked,
     mutant::Mutant,
     window::Window,
 };
@@ -31,6 +32,8 @@ pub(crate) struct Parked {
     request: RequestId,
     change: Change,
     blocks: BlockRange,
+    asked: Asked,
+    since: Duration,
 }
 
 /// See the module's description.
@@ -67,14 +70,17 @@ pub(crate) struct Activity {
 
 impl Activity {
     /// Of a disk whose tracking file was just made.
-    pub(crate) fn new(limits: ActivityLimits, size: ByteCount, resume: &Resume) -> Self {
+    pub(crate) fn new(settings: &Settings, resume: &Resume) -> Self {
+        let Settings { activity: limits, size, bitmap_bytes, .. } = *settings;
+        let bounded = || DirtyBitmap::bounded(bitmap_bytes, BlockRange::whole_disk(size).end());
         let everything = resume.is_everything();
         // What an agent wrote that died may be in the page cache still, and go with the power.
-        let unflushed = match resume {
-            Resume::Clean(_) => DirtyBitmap::new(),
-            Resume::Crashed { candidates, .. } => candidates.clone(),
-            Resume::New | Resume::Lost { .. } => DirtyBitmap::of(BlockRange::whole_disk(size)),
-        };
+        let mut unflushed = bounded();
+        match resume {
+            Resume::Clean(_) => {}
+            Resume::Crashed { candidates, .. } => unflushed.union_with(candidates),
+            Resume::New | Resume::Lost { .. } => drop(unflushed.insert(BlockRange::whole_disk(size))),
+        }
         Self {
             log: (limits.hot > 0).then(|| ActivityLog::new(limits, size, everything)),
             parked: BTreeMap::new(),
@@ -87,7 +93,7 @@ impl Activity {
             everything_coming: false,
             unflushed,
             flushing: None,
-            doubtful: DirtyBitmap::new(),
+            doubtful: bounded(),
             idle_at: None,
             discard_again_at: None,
             untold: None,
@@ -125,7 +131,7 @@ impl Activity {
     /// A flush covers what was changed before it began.
     pub(crate) fn flush_begins(&mut self, io: IoId) {
         if self.flushing.is_none() && !self.unflushed.is_empty() {
-            self.flushing = Some((io, std::mem::take(&mut self.unflushed)));
+            self.flushing = Some((io, self.unflushed.take()));
         }
     }
 
@@ -202,15 +208,16 @@ impl Resume {
 
 impl Filter {
     /// The range is held. A change goes on when its extents are hot, durably.
-    pub(crate) fn begin_change(&mut self, request: RequestId, change: Change, submitted: Duration) {
+    pub(crate) fn begin_change(&mut self, request: RequestId, change: Change, asked: Asked) {
         let blocks = BlockRange::touched_by(change.range().expect("flushes take no range"));
         let waits_for = self.activity.log.as_mut().and_then(|log| log.enter(blocks));
         let skips = self.is_mutant(Mutant::NoWaitForHot);
         match waits_for.filter(|_| !skips) {
-            None => self.begin_hot_change(request, change, submitted),
+            None => self.begin_hot_change(request, change, asked),
             Some(sequence) => {
                 self.counters.cold_changes += 1;
-                self.activity.parked.entry(sequence).or_default().push(Parked { request, change, blocks });
+                let parked = Parked { request, change, blocks, asked, since: self.now.monotonic };
+                self.activity.parked.entry(sequence).or_default().push(parked);
             }
         }
         self.keep_tracking();
@@ -318,7 +325,7 @@ impl Filter {
         let durable = log.record_done();
         while let Some(waiting) = self.activity.parked.first_entry().filter(|entry| *entry.key() <= durable) {
             for parked in waiting.remove() {
-                self.begin_hot_change(parked.request, parked.change, self.now.monotonic);
+                self.begin_parked(parked);
             }
         }
     }
@@ -368,10 +375,16 @@ impl Filter {
         }
         for parked in parked.into_values().flatten() {
             match result {
-                Ok(_) => self.begin_hot_change(parked.request, parked.change, self.now.monotonic),
+                Ok(_) => self.begin_parked(parked),
                 Err(failure) => self.refuse_parked(parked, failure),
             }
         }
+    }
+
+    /// Waiting for the activity log is not waiting for the receiver.
+    fn begin_parked(&mut self, parked: Parked) {
+        let asked = parked.asked.later_by(self.now.monotonic.saturating_sub(parked.since));
+        self.begin_hot_change(parked.request, parked.change, asked);
     }
 
     fn refuse_parked(&mut self, parked: Parked, failure: IoFailure) {

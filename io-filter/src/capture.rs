@@ -7,15 +7,17 @@
 use std::time::Duration;
 
 use backtide_protocol::{Data, Message, Record, RecordBody};
-use backtide_units::{BlockRange, Lsn, Reason};
+use backtide_units::{BlockRange, ByteCount, ByteRange, Lsn, Reason};
 use bytes::Bytes;
 
 use crate::{
+    courtesy::{Request, Watch},
     event::{Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, RequestId},
     filter::{Filter, Link, Mode},
+    give_way::Asked,
     mutant::Mutant,
-    operate::VerifyRun,
     pass::{NewWrites, Pass, Phase},
+    verify::VerifyRun,
 };
 
 /// A local I/O under way.
@@ -24,7 +26,7 @@ pub(crate) enum Ongoing {
     /// A guest's change.
     Change(ChangeOngoing),
     /// A guest's flush, which covers everything up to the LSN.
-    Flush(RequestId, Lsn),
+    Flush(RequestId, Lsn, Watch),
     /// Old content read before a change overwrites it.
     Copy(CopyOngoing),
     /// A copy whose change did not wait for it.
@@ -42,8 +44,7 @@ pub(crate) struct ChangeOngoing {
     request: RequestId,
     change: Change,
     blocks: BlockRange,
-    /// How long the answer may still be delayed: the bound is for all delays of a change together.
-    delay_left: Duration,
+    asked: Asked,
     /// The T of the pass that was frozen while this was under way.
     pub(crate) frozen_into: Option<Lsn>,
 }
@@ -60,7 +61,7 @@ pub(crate) struct CopyOngoing {
 /// A change that waits for its turn at the guard.
 #[derive(Clone, Debug)]
 pub(crate) enum Queued {
-    Change(RequestId, Change, Duration),
+    Change(RequestId, Change, Asked),
     /// The drain's run.
     Drain(BlockRange),
     /// A verify's run.
@@ -73,6 +74,9 @@ pub(crate) struct CopyWait {
     request: RequestId,
     change: Change,
     blocks: BlockRange,
+    asked: Asked,
+    /// Since when.
+    since: Duration,
     deadline: Duration,
 }
 
@@ -106,7 +110,7 @@ impl Filter {
             let covers = if self.is_forwarding() { self.window.log_end() } else { self.last_lsn };
             let io = self.take_io_id();
             self.activity.flush_begins(io);
-            self.ongoing.insert(io, Ongoing::Flush(request, covers));
+            self.ongoing.insert(io, Ongoing::Flush(request, covers, self.pace.watch(now.monotonic)));
             self.effects.push_back(Effect::Local(io, LocalOp::Change(Change::Flush)));
             return;
         };
@@ -120,10 +124,14 @@ impl Filter {
         }
         let blocks = BlockRange::touched_by(range);
         let ticket = self.take_ticket();
+        let at = self.now.monotonic;
+        let mut asked = Asked::now(at, self.pace.watch(at));
         if self.guard.acquire(ticket, blocks) {
-            self.begin_change(request, change, now.monotonic);
+            self.begin_change(request, change, asked);
         } else {
-            self.queued.insert(ticket, Queued::Change(request, change, now.monotonic));
+            asked.behind_read = self.is_behind_read(blocks);
+            self.queued.insert(ticket, Queued::Change(request, change, asked));
+            self.give_way_to_overdue();
         }
     }
 
@@ -136,14 +144,21 @@ impl Filter {
         let ongoing = self.ongoing.remove(&io).expect("a local I/O ends once");
         match ongoing {
             Ongoing::Change(change) => self.change_done(change, result.map(|_| ())),
-            Ongoing::Flush(request, covers) => {
+            Ongoing::Flush(request, covers, watch) => {
+                self.pace.guest_took(self.now.monotonic, watch, Request::Flush);
                 self.activity.flush_ended(io, result.is_ok());
                 self.flush_done(request, covers, result.map(|_| ()));
             }
             Ongoing::Copy(copy) => self.copy_done(copy, result),
             Ongoing::Abandoned => {}
-            Ongoing::Drain(run) => self.drain_read_done(io, run, result),
-            Ongoing::Verify(run) => self.verify_read_done(run, result),
+            Ongoing::Drain(run) => {
+                self.read_ended(io);
+                self.drain_read_done(io, run, result);
+            }
+            Ongoing::Verify(run) => {
+                self.read_ended(io);
+                self.verify_read_done(run, result);
+            }
             Ongoing::Settle => {
                 self.activity.flush_ended(io, result.is_ok());
                 self.settled(result.map(|_| ()));
@@ -153,16 +168,18 @@ impl Filter {
     }
 
     /// The range is held and hot. Copy what a running pass still needs of it, then change it.
-    pub(crate) fn begin_hot_change(&mut self, request: RequestId, change: Change, submitted: Duration) {
+    pub(crate) fn begin_hot_change(&mut self, request: RequestId, change: Change, asked: Asked) {
         let range = change.range().expect("flushes take no range");
         let blocks = BlockRange::touched_by(range);
         self.tell_zeroes_before_change(blocks);
         let needed = self.copy_needed(blocks);
-        let deadline = submitted + self.settings.guest_delay_max;
-        let wait = CopyWait { request, change, blocks, deadline };
+        let deadline = asked.at + self.settings.guest_delay_max;
+        let wait = CopyWait { request, change, blocks, asked, since: self.now.monotonic, deadline };
         match needed {
             None => self.start_change(wait),
-            Some(_) if self.settings.guest_delay_max.is_zero() => self.forfeit_and_start(wait),
+            Some(_) if deadline <= self.now.monotonic => self.forfeit_and_start(wait),
+            // Every block taken out of its middle makes it larger, and a copy would take one out.
+            Some(_) if self.active_exceeds_bound() => self.forfeit_and_start(wait),
             Some(hull) if hull.count().bytes().0 > COPY_BYTES_MAX => self.forfeit_and_start(wait),
             Some(hull) if self.buffer_has_room(hull) => self.start_copy(wait, hull),
             Some(_) => self.waiting_for_buffer.push_back(wait),
@@ -302,25 +319,33 @@ impl Filter {
     }
 
     fn start_change(&mut self, wait: CopyWait) {
-        let CopyWait { request, change, blocks, deadline } = wait;
-        let delay_left = deadline.saturating_sub(self.now.monotonic);
+        let exceeds = self.active_exceeds_bound();
+        let CopyWait { request, change, blocks, mut asked, since, .. } = wait;
+        asked.delayed += self.now.monotonic.saturating_sub(since);
+        if let Some(job) = &mut self.verify {
+            job.note_change(blocks);
+        }
         // Dirty before the write: the block leaves this pass and is the next one's.
         if let Some(pass) = &mut self.pass
             && pass.forfeited
             && pass.new_writes == NewWrites::Coalesced
         {
-            pass.active.remove(blocks);
+            if !exceeds {
+                pass.active.remove(blocks);
+            }
             self.passive.insert(blocks);
         }
         let io = self.take_io_id();
         self.effects.push_back(Effect::Local(io, LocalOp::Change(change.clone())));
-        let ongoing = ChangeOngoing { request, change, blocks, delay_left, frozen_into: None };
+        let ongoing = ChangeOngoing { request, change, blocks, asked, frozen_into: None };
         self.ongoing.insert(io, Ongoing::Change(ongoing));
     }
 
     fn change_done(&mut self, done: ChangeOngoing, result: Result<(), IoFailure>) {
-        let ChangeOngoing { request, change, blocks, delay_left, frozen_into } = done;
+        let ChangeOngoing { request, change, blocks, asked, frozen_into } = done;
         let stable = change.wants_stable();
+        let bytes = change.range().map_or(ByteCount::ZERO, ByteRange::count);
+        self.pace.guest_took(self.now.monotonic, asked.watch, Request::Change(bytes));
         self.activity_changed(blocks);
         if let Some(scanning) = &mut self.scanning {
             scanning.touched.insert(blocks);
@@ -334,7 +359,7 @@ impl Filter {
                     None => self.record(change, blocks),
                 };
                 self.release(blocks);
-                self.answer(request, lsn, stable, delay_left);
+                self.answer(request, lsn, stable, asked.delayed);
             }
             Err(failure) => {
                 self.counters.failed_changes += 1;
@@ -356,7 +381,8 @@ impl Filter {
         let time = self.stamp();
         self.counters.records += 1;
         if !self.is_forwarding() {
-            self.passive.insert(blocks);
+            let news = self.passive.insert(blocks);
+            self.note_changed(news.bytes());
             return lsn;
         }
         let (range, body) = match change {
@@ -365,10 +391,13 @@ impl Filter {
             Change::Zero { range, trim: false, .. } => (range, RecordBody::Zero),
             Change::Flush => unreachable!("a flush is no record"),
         };
+        self.note_changed(range.count());
+        let exceeds = self.active_exceeds_bound();
         let previous = self.window.log_end();
         self.window.push(Message::Record(Record { lsn, previous, time, range, body }));
         if let Some(pass) = &mut self.pass
             && pass.forfeited
+            && !exceeds
         {
             // Every offered point will be above this record, which says all there is to say.
             pass.active.remove(BlockRange::covered_by(range, self.settings.size));
@@ -377,6 +406,11 @@ impl Filter {
             self.overflow();
         }
         lsn
+    }
+
+    /// Whether the active bitmap has no room for more blocks taken out of its middle.
+    fn active_exceeds_bound(&self) -> bool {
+        self.pass.as_ref().is_some_and(|pass| pass.active.exceeds_bound())
     }
 
     /// Whether changes become records.
@@ -428,14 +462,19 @@ impl Filter {
             let time = self.stamp();
             self.window.push(Message::Flush { lsn, time });
         }
-        self.answer(request, covers, true, self.settings.guest_delay_max);
+        self.answer(request, covers, true, Duration::ZERO);
     }
 
     /// Gives a range back; whoever waited for it goes on.
     pub(crate) fn release(&mut self, blocks: BlockRange) {
         for ticket in self.guard.release(blocks) {
             match self.queued.remove(&ticket).expect("who waits is queued") {
-                Queued::Change(request, change, submitted) => self.begin_change(request, change, submitted),
+                Queued::Change(request, change, mut asked) => {
+                    if asked.behind_read {
+                        asked.delayed += self.now.monotonic.saturating_sub(asked.at);
+                    }
+                    self.begin_change(request, change, asked);
+                }
                 Queued::Drain(run) => self.queued_drain_admitted(run),
                 Queued::Verify(run) => self.queued_verify_admitted(run),
             }

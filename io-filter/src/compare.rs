@@ -11,7 +11,7 @@ use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, L
 use bytes::Bytes;
 
 use crate::{
-    drain::{is_zeroes, pass_data},
+    drain::{is_zeroes, moved_bytes, pass_data},
     filter::Filter,
     pass::Phase,
 };
@@ -24,7 +24,10 @@ pub(crate) struct PendingCompare {
 }
 
 /// The longest stretch of zeroes in one item.
-const ZEROES_RUN_MAX: BlockCount = BlockCount(16 * 1024);
+pub(crate) const ZEROES_RUN_MAX: BlockCount = BlockCount(16 * 1024);
+
+/// Zeroes are told of in such stretches at least, where they are.
+const TELL_BLOCKS: u64 = 256;
 
 /// Questions about zeroes under way at once.
 const ZEROES_PENDING_MAX: usize = 8;
@@ -69,7 +72,9 @@ impl Filter {
             .map(|(item, bytes)| (item.range, (item.content != Content::Zeroes).then(|| own(bytes, whole))))
             .collect();
         let items = items.into_iter().map(|(item, _)| item).collect();
-        self.ask(items, PendingCompare { chunks });
+        let pending = PendingCompare { chunks };
+        pass.moving += pending.held_bytes();
+        self.ask(items, pending);
     }
 
     /// Asks about stretches of zeroes, a few at a time.
@@ -90,7 +95,11 @@ impl Filter {
     /// A change is about to end the zeroes of these blocks: the receiver is told of them first.
     pub(crate) fn tell_zeroes_before_change(&mut self, blocks: BlockRange) {
         let Some(pass) = self.pass.as_ref().filter(|pass| pass.phase == Phase::Draining) else { return };
-        if !pass.zeroes.is_empty() {
+        if pass.zeroes.touches(blocks) {
+            // And of those around them: single blocks taken out would make the bitmap large.
+            let (first, end) = (blocks.start().0 / TELL_BLOCKS, blocks.end().0.div_ceil(TELL_BLOCKS));
+            let end = (end * TELL_BLOCKS).min(self.all_blocks().end().0);
+            let blocks = BlockRange::between(BlockIndex(first * TELL_BLOCKS), BlockIndex(end));
             let runs: Vec<BlockRange> = pass.zeroes.runs(blocks, ZEROES_RUN_MAX).collect();
             for some in runs.chunks(COMPARE_ITEMS_MAX) {
                 self.ask_about_zero_runs(some);
@@ -131,18 +140,20 @@ impl Filter {
         let at = self.pass.as_ref().expect("its question was found").at;
         let mut differing: VecDeque<u32> = result.differing.into();
         let held = pending.held_bytes();
-        let mut equal = 0;
+        let (mut equal, mut moved) = (0, 0);
         for (index, (range, bytes)) in (0u32..).zip(pending.chunks) {
             if differing.front() == Some(&index) {
                 differing.pop_front();
-                self.window.push(content_or_zeroes(at, range, bytes));
+                let message = content_or_zeroes(at, range, bytes);
+                moved += moved_bytes(&message);
+                self.window.push(message);
             } else if bytes.is_some() {
                 equal += range.count().0;
             }
         }
         let pass = self.pass.as_mut().expect("its question was found");
         pass.compare_bytes -= held;
-        pass.done.0 += equal;
+        pass.moving = pass.moving + moved - held;
         self.counters.resync_bytes_equal += equal;
         if !differing.is_empty() {
             self.refuse(format!(

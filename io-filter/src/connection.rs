@@ -296,9 +296,10 @@ impl Filter {
             Acknowledged::Data(bytes) => {
                 self.counters.resync_bytes_durable += bytes.0;
                 if let Some(pass) = &mut self.pass {
-                    pass.done.0 += bytes.0;
+                    pass.moving = pass.moving.saturating_sub(bytes.0);
                 }
             }
+            Acknowledged::Zeroes(bytes) => self.counters.resync_bytes_durable += bytes.0,
             Acknowledged::PassBegin(at) => {
                 self.acked_durable = at;
                 self.acked_in_pass = true;
@@ -332,5 +333,6 @@ impl Filter {
         self.passive_compare |= pass.compare;
         self.window.abandon(&mut self.passive);
         self.counters.passes_aborted += 1;
+        self.pace.set_free(false);
     }
 }

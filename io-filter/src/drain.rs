@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use backtide_protocol::{Data, Message};
+use backtide_protocol::{Data, Message, message::COMPARE_CHUNK_BYTES_MAX};
 use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn};
 use bytes::Bytes;
 
@@ -26,10 +26,14 @@ const READS_MAX: usize = 4;
 /// So often a pass tries to read a block, alone.
 const READ_TRIES_MAX: u32 = 5;
 
+/// So often it is looked whether a pass gains on the guest.
+const GROUND_LOOK: Duration = Duration::from_secs(1);
+
 impl Filter {
     /// Starts as many reads as the buffer allows.
     pub(crate) fn drain(&mut self) {
         self.ask_about_zeroes();
+        self.look_at_ground();
         while let Some(run) = self.next_drain_run() {
             self.start_drain_read(run);
         }
@@ -51,6 +55,10 @@ impl Filter {
         if self.next_paced_read().is_some() {
             return None;
         }
+        let in_flight_max = self.pace.in_flight_max();
+        if in_flight_max.is_some_and(|max| pass.reading_bytes >= max.0) {
+            return None;
+        }
         let end = self.all_blocks().end();
         let start = pass.cursor;
         let found = self.free_run(pass, start, end).or_else(|| self.free_run(pass, BlockIndex(0), end));
@@ -61,6 +69,7 @@ impl Filter {
             }
             return None;
         };
+        let run = at_most(run, in_flight_max);
         if !self.buffer_has_room(run) {
             return None;
         }
@@ -70,13 +79,31 @@ impl Filter {
         Some(run)
     }
 
-    /// When the drain may read on, if the limit holds it back and nothing else does.
+    /// When the drain or a verify may read on, if the limit or the guest holds it back and nothing else
+    /// does.
     pub(crate) fn next_paced_read(&self) -> Option<Duration> {
-        let pass = self.pass.as_ref()?;
-        let held_back = pass.phase == Phase::Draining
-            && pass.new_writes == NewWrites::Forwarded
-            && !pass.active.is_empty();
-        self.pace.due(self.now.monotonic).filter(|_| held_back)
+        let drains =
+            |pass: &Pass| pass.phase == Phase::Draining && !pass.active.is_empty() && pass.queued.is_none();
+        let held_back = self.pass.as_ref().map_or_else(|| self.has_to_verify(), drains);
+        // What waits for a read to end hears of that.
+        self.pace.due(self.now.monotonic).filter(|due| held_back && *due < Duration::MAX)
+    }
+
+    /// A pass that gathers new writes and does not gain on them is held back by nothing any more.
+    fn look_at_ground(&mut self) {
+        let now = self.now.monotonic;
+        let Some(pass) = self.pass.as_mut().filter(|pass| pass.new_writes == NewWrites::Coalesced) else {
+            return;
+        };
+        let due = |(since, _, _): (Duration, _, _)| now.saturating_sub(since) >= GROUND_LOOK;
+        if self.pace.rate().is_none() || pass.ground.is_some_and(|ground| !due(ground)) {
+            return;
+        }
+        let (left, gathered) = (pass.active.count(), self.passive.count());
+        if let Some((_, left_then, gathered_then)) = pass.ground.replace((now, left, gathered)) {
+            let drained = left_then.0.saturating_sub(left.0);
+            self.pace.set_free(gathered.0.saturating_sub(gathered_then.0) >= drained);
+        }
     }
 
     /// The first readable run in `[from, end)` that nobody changes or reads.
@@ -147,7 +174,7 @@ impl Filter {
         let pass = self.pass.as_mut().expect("only a pass drains");
         pass.reads.insert(io, run);
         pass.reading_bytes += run.count().bytes().0;
-        self.pace.took(self.now.monotonic, run.count().bytes());
+        self.hold_for_read(io, run);
         if self.is_mutant(Mutant::ClearBeforeRead)
             && let Some(pass) = &mut self.pass
         {
@@ -155,6 +182,16 @@ impl Filter {
         }
         self.ongoing.insert(io, Ongoing::Drain(run));
         self.effects.push_back(Effect::Local(io, LocalOp::Read(run.bytes(self.settings.size))));
+    }
+
+    /// A read was given up for the guest's sake: its blocks are as active as before.
+    pub(crate) fn drain_gave_way(&mut self, io: IoId, run: BlockRange) {
+        if let Some(pass) = &mut self.pass
+            && pass.reads.remove(&io).is_some()
+        {
+            pass.reading_bytes -= run.count().bytes().0;
+            pass.careful.insert(run.start().0 / RUN_BLOCKS_MAX.0);
+        }
     }
 
     pub(crate) fn drain_read_done(
@@ -218,8 +255,27 @@ impl Filter {
             let part = bytes.slice(skip..skip + length);
             // A small part must not keep the whole read in memory.
             let part = if length < bytes.len() / 2 { Bytes::copy_from_slice(&part) } else { part };
-            self.window.push(pass_data(at, range, part));
+            let message = pass_data(at, range, part);
+            pass.moving += moved_bytes(&message);
+            self.window.push(message);
         }
+    }
+}
+
+/// The first blocks of a run, as many as may be under way at once; to the end of a chunk of a comparison.
+fn at_most(run: BlockRange, in_flight_max: Option<ByteCount>) -> BlockRange {
+    let Some(max) = in_flight_max else { return run };
+    let chunk = COMPARE_CHUNK_BYTES_MAX / BlockCount(1).bytes().0;
+    let chunks = (max.0 / COMPARE_CHUNK_BYTES_MAX).max(1);
+    let end = (run.start().0 / chunk + chunks) * chunk;
+    BlockRange::between(run.start(), BlockIndex(run.end().0.min(end)))
+}
+
+/// What a frame of pass data carries: zeroes are as good as there.
+pub(crate) fn moved_bytes(message: &Message) -> u64 {
+    match message {
+        Message::PassData { data, .. } => data.bytes().len() as u64,
+        _ => 0,
     }
 }
 

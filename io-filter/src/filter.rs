@@ -13,13 +13,15 @@ use crate::{
     acknowledge::Acknowledgements,
     activity::Activity,
     capture::{CopyWait, Ongoing, Queued},
+    courtesy::{Request, Watch},
     event::{Effect, IoId, Now, Resume, Settings},
     freeze::{PassPlan, Scanning},
     guard::{RangeGuard, Ticket},
-    operate::VerifyJob,
     pace::Pace,
     pass::Pass,
+    progress::Progress,
     status::Counters,
+    verify::VerifyJob,
     window::Window,
 };
 
@@ -102,6 +104,9 @@ pub struct Filter {
     pub(crate) scanning: Option<Scanning>,
     pub(crate) pass: Option<Pass>,
     pub(crate) pace: Pace,
+    /// Bytes of the last pass, if new writes were gathered meanwhile: the next has to be smaller.
+    pub(crate) gathering_total: Option<ByteCount>,
+    pub(crate) progress: Progress,
     /// After a pass that could not read some block: when the next may begin, and that pause.
     pub(crate) next_pass: Option<(Duration, Duration)>,
     /// The blocks it could not read.
@@ -111,6 +116,8 @@ pub struct Filter {
     /// The window overflowed while the receiver was there, and no small pass has ended since.
     pub(crate) slow: bool,
     pub(crate) guard: RangeGuard,
+    /// Reads of passes and verifies that hold their range at the guard.
+    pub(crate) reads: BTreeMap<IoId, BlockRange>,
     pub(crate) ongoing: BTreeMap<IoId, Ongoing>,
     pub(crate) queued: BTreeMap<Ticket, Queued>,
     pub(crate) waiting_for_buffer: VecDeque<CopyWait>,
@@ -134,7 +141,7 @@ impl Filter {
         let passive = DirtyBitmap::bounded(settings.bitmap_bytes, end);
         let mut filter = Self {
             window: Window::new(Lsn::ZERO),
-            activity: Activity::new(settings.activity, settings.size, &resume),
+            activity: Activity::new(&settings, &resume),
             settings,
             mode: Mode::Tracking,
             reason: None,
@@ -154,11 +161,14 @@ impl Filter {
             scanning: None,
             pass: None,
             pace: Pace::default(),
+            gathering_total: None,
+            progress: Progress::default(),
             next_pass: None,
             unreadable: DirtyBitmap::new(),
             pass_rate: None,
             slow: false,
             guard: RangeGuard::default(),
+            reads: BTreeMap::new(),
             ongoing: BTreeMap::new(),
             queued: BTreeMap::new(),
             waiting_for_buffer: VecDeque::new(),
@@ -266,16 +276,40 @@ impl Filter {
         self.known_until = Some(time);
     }
 
-    /// Limits what passes read and send, in bytes a second; zero for no limit. A pass that collects
-    /// new writes for the next one is not held back: it is losing ground already.
-    pub fn limit_resync(&mut self, bytes_per_second: ByteCount) {
+    /// Limits what passes and verifies read and send, in bytes a second; zero for no limit. A pass that
+    /// loses ground is not held back.
+    pub fn limit_resync(&mut self, now: Now, bytes_per_second: ByteCount) {
+        self.observe(now);
         self.pace.limit(bytes_per_second);
+        self.pump();
+    }
+
+    /// How much the reads of passes and verifies may add to the guest's latency; zero to give way to
+    /// nobody. A pass that loses ground gives way to nobody either.
+    pub fn yield_to_guest(&mut self, now: Now, added_latency: Duration) {
+        self.observe(now);
+        self.pace.aim(added_latency);
+        self.pump();
+    }
+
+    /// A guest's read begins, which is the driver's: to be told of its end with what this returns.
+    pub fn watch_read(&self, now: Now) -> Watch {
+        self.pace.watch(now.monotonic)
+    }
+
+    /// It has ended, on the local disk.
+    pub fn read_took(&mut self, now: Now, watch: Watch, bytes: ByteCount) {
+        self.observe(now);
+        if self.pace.guest_took(self.now.monotonic, watch, Request::Read(bytes)) {
+            self.pump();
+        }
     }
 
     /// Time passes: delayed answers and overdue copies are let go. Due at [`Self::next_deadline`].
     pub fn tick(&mut self, now: Now) {
         self.observe(now);
         self.release_due_answers();
+        self.give_way_to_overdue();
         self.give_up_overdue_copies();
         self.let_idle_extents_go();
         self.pump();
@@ -290,12 +324,14 @@ impl Filter {
         let idle = self.next_idle_snapshot();
         let pass = self.pause_between_passes();
         let stall = self.next_stall();
-        [copies, answers, stall, retries, reads, idle, pass].into_iter().flatten().min()
+        let ways = self.next_give_way();
+        [copies, answers, ways, stall, retries, reads, idle, pass].into_iter().flatten().min()
     }
 
     pub(crate) fn observe(&mut self, now: Now) {
         self.now.monotonic = self.now.monotonic.max(now.monotonic);
         self.now.wall = now.wall;
+        self.pace.observe(self.now.monotonic);
     }
 
     /// The capture time of something that happens now; never goes back.
@@ -321,6 +357,11 @@ impl Filter {
 
     pub(crate) fn is_connected(&self) -> bool {
         self.link != Link::Down
+    }
+
+    /// For a set of blocks that may hold more than were marked, when it becomes large.
+    pub(crate) fn bounded_bitmap(&self) -> DirtyBitmap {
+        DirtyBitmap::bounded(self.settings.bitmap_bytes, self.all_blocks().end())
     }
 
     /// All blocks of the disk.
@@ -350,5 +391,6 @@ impl Filter {
         self.end_pass_if_drained();
         self.go_on_verifying();
         self.keep_tracking();
+        self.sample_progress();
     }
 }

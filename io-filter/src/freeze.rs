@@ -72,26 +72,27 @@ impl Filter {
     /// The driver found the blocks that may hold data, since it was told to [`Effect::Scan`].
     pub fn scanned(&mut self, now: Now, io: IoId, allocated: &DirtyBitmap) {
         self.observe(now);
+        if self.take_verify_scan(io, allocated) {
+            return self.pump();
+        }
         // The connection was lost meanwhile: the next one scans again.
         let Some(Scanning { plan, touched, .. }) = self.scanning.take_if(|scanning| scanning.io == io) else {
             return;
         };
-        let mut holding_data = allocated.clone();
-        let mut zeroes = DirtyBitmap::new();
-        match &plan.within {
-            Some(within) => {
-                holding_data.intersect_with(within);
-                zeroes = within.clone();
-                // Extents may reach beyond the disk's end.
-                zeroes.keep_only(self.all_blocks());
-                holding_data.keep_only(self.all_blocks());
-            }
-            None => zeroes.insert(self.all_blocks()),
+        // Within its bound: blocks that are read although they hold nothing cost time only.
+        let mut holding_data = self.bounded_bitmap();
+        holding_data.union_with(allocated);
+        let mut zeroes = DirtyBitmap::of(self.all_blocks());
+        if let Some(within) = &plan.within {
+            // Extents may reach beyond the disk's end.
+            zeroes.intersect_with(within);
+            holding_data.intersect_with(&zeroes);
         }
         self.passive.union_with(&holding_data);
         self.passive.union_with(&touched);
         if plan.tell_zeroes {
             zeroes.subtract(&self.passive);
+            zeroes.compact();
             self.passive_zeroes.union_with(&zeroes);
         }
         self.passive_compare = plan.compare;
@@ -113,7 +114,7 @@ impl Filter {
                 return;
             }
             let io = self.take_io_id();
-            self.scanning = Some(Scanning { io, plan, touched: DirtyBitmap::new() });
+            self.scanning = Some(Scanning { io, plan, touched: self.bounded_bitmap() });
             self.effects.push_back(Effect::Scan(io));
         } else if self.mode == Mode::Tracking {
             self.begin_pass(self.reason.unwrap_or(Reason::ReceiverAway));
@@ -140,6 +141,9 @@ impl Filter {
         zeroes.subtract(&active);
         let new_writes = self.new_writes_for(&active);
         let total = ByteCount(active.count().bytes().0);
+        // A pass that is not smaller than the one before it loses ground.
+        let smaller = self.gathering_total.is_none_or(|last| total.0 < last.0 / 10 * 9);
+        self.pace.set_free(new_writes == NewWrites::Coalesced && !smaller);
         self.window.push(Message::PassBegin { at, gap_from, time, reason });
         self.pass = Some(Pass {
             at,
@@ -161,8 +165,10 @@ impl Filter {
             reading_bytes: 0,
             started: self.now.monotonic,
             total,
-            done: ByteCount::ZERO,
+            moving: 0,
+            ground: None,
         });
+        self.restart_progress();
         self.counters.passes += 1;
         if self.activity.says_everything() {
             // The pass knows better now.
@@ -244,6 +250,9 @@ impl Filter {
             self.pass_rate = Some(u64::try_from(rate).unwrap_or(u64::MAX));
         }
         self.counters.passes_completed += 1;
+        self.pace.set_free(false);
+        let gathered = pass.new_writes == NewWrites::Coalesced;
+        self.gathering_total = gathered.then_some(pass.total);
         self.activity.want_snapshot();
         self.note_given_up(&pass.given_up);
         if pass.new_writes == NewWrites::Forwarded && self.lost.is_none() && self.passive.is_empty() {

@@ -10,9 +10,10 @@
 //! 2. `window`: the record on its way to the receiver, retained until durable there.
 //! 3. `acknowledge`: when the guest hears of it.
 //! 4. `connection`: the handshake's decision, acks, a lost stream.
-//! 5. `freeze`, `drain`, `compare`: a resync pass.
+//! 5. `freeze`, `drain`, `compare`: a resync pass; `pace`, `courtesy`: how fast it may be; `progress`: how
+//!    fast it is.
 //! 6. `activity`: what the tracking file has to say, before a change may happen.
-//! 7. `operate`: what a person can ask for.
+//! 7. `operate`, `verify`: what a person can ask for.
 //!
 //! # Invariants
 //! For every block that differs between the local disk and the newest version at the receiver,
@@ -25,19 +26,24 @@ mod activity;
 mod capture;
 mod compare;
 mod connection;
+mod courtesy;
 mod drain;
 mod event;
 mod filter;
 mod freeze;
+mod give_way;
 mod guard;
 mod inspect;
 mod mutant;
 mod operate;
 mod pace;
 mod pass;
+mod progress;
 mod status;
+mod verify;
 mod window;
 
+pub use courtesy::Watch;
 pub use event::{
     AckPolicy, Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
     Settings, TrackingOp,
@@ -45,5 +51,7 @@ pub use event::{
 pub use filter::{Filter, Mode};
 #[cfg(feature = "mutants")]
 pub use mutant::Mutant;
-pub use operate::{MarkError, ResyncKind, VerifyError, VerifyReport};
+pub use operate::{MarkError, ResyncKind};
+pub use progress::Speed;
 pub use status::{Counters, PassStatus, Status};
+pub use verify::{VerifyError, VerifyReport};

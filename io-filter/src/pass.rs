@@ -6,7 +6,7 @@ use std::{
 };
 
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockIndex, BlockRange, ByteCount, Lsn, Reason};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, Lsn, Reason};
 
 use crate::{compare::PendingCompare, event::IoId};
 
@@ -65,8 +65,11 @@ pub(crate) struct Pass {
     pub(crate) reading_bytes: u64,
     pub(crate) started: Duration,
     pub(crate) total: ByteCount,
-    /// Drained bytes that are durable at the receiver or were found equal.
-    pub(crate) done: ByteCount,
+    /// Bytes that were read and are neither durable at the receiver nor found equal.
+    pub(crate) moving: u64,
+    /// While new writes are gathered: when it was last looked whether the pass gains on them, and how many
+    /// blocks it had left and the next one had then.
+    pub(crate) ground: Option<(Duration, BlockCount, BlockCount)>,
 }
 
 impl Pass {
@@ -77,6 +80,13 @@ impl Pass {
             && self.reads.is_empty()
             && self.queued.is_none()
             && self.compares.is_empty()
+    }
+
+    /// The bytes of the pass that need nothing more: they are durable at the receiver, equal there, or
+    /// another pass's by now.
+    pub(crate) fn settled(&self) -> ByteCount {
+        let left = self.active.count().bytes().0 + self.moving;
+        ByteCount(self.total.0.saturating_sub(left))
     }
 
     /// When the next unreadable block is to be tried again, if that lies ahead.

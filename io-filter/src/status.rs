@@ -5,8 +5,10 @@ use std::time::Duration;
 use backtide_units::{BlockCount, BlockIndex, ByteCount, ByteRange, CaptureTime, HistoryId, Lsn, Reason};
 
 use crate::{
+    event::Now,
     filter::{Filter, Mode},
     pass::NewWrites,
+    progress::Speed,
 };
 
 /// What has happened since the attach. All only grow, maxima included.
@@ -38,7 +40,8 @@ pub struct Counters {
     pub copies_before_write: u64,
     /// Answers delayed because the window filled up.
     pub delayed_answers: u64,
-    /// The longest such delay, in microseconds.
+    /// The longest a change was held up for the receiver's sake, by such a delay or by a pass, as
+    /// measured, in microseconds.
     pub guest_delay_us_max: u64,
     /// Answers given with less than the acknowledgement policy promises, the receiver being away.
     pub degraded_answers: u64,
@@ -48,6 +51,8 @@ pub struct Counters {
     pub resync_bytes_durable: u64,
     /// Resync payload that was compared and found equal.
     pub resync_bytes_equal: u64,
+    /// Reads of passes and verifies given up because a change had waited its time for them.
+    pub reads_abandoned: u64,
     /// Changes that waited for their extents to become hot.
     pub cold_changes: u64,
     /// Snapshots of the tracking.
@@ -75,6 +80,10 @@ pub struct PassStatus {
     pub total: ByteCount,
     /// Since it began.
     pub running: Duration,
+    /// How fast it gets on, and what follows.
+    pub speed: Speed,
+    /// What holds its reads back to so many bytes a second, if anything does: the limit, or the guest.
+    pub held_to: Option<ByteCount>,
 }
 
 /// Everything about a disk's protection at one moment.
@@ -121,8 +130,13 @@ pub struct Status {
 }
 
 impl Filter {
-    /// The disk's state now.
+    /// The disk's state at the last event.
     pub fn status(&self) -> Status {
+        self.status_at(self.now)
+    }
+
+    /// The disk's state now.
+    pub fn status_at(&self, now: Now) -> Status {
         let active = self.pass.as_ref().map_or(0, |pass| pass.active.count().0);
         Status {
             mode: self.mode,
@@ -142,7 +156,7 @@ impl Filter {
             unreadable: self.first_unreadable(),
             scanning: self.scanning.is_some() || self.lost.is_some(),
             waiting_answers: self.acknowledgements.waiting() as u64,
-            pass: self.pass_status(),
+            pass: self.pass_status(now.monotonic.max(self.now.monotonic)),
             counters: self.counters,
         }
     }
@@ -153,7 +167,7 @@ impl Filter {
         Some((count, first.bytes(self.settings.size)))
     }
 
-    fn pass_status(&self) -> Option<PassStatus> {
+    fn pass_status(&self, now: Duration) -> Option<PassStatus> {
         let pass = self.pass.as_ref()?;
         Some(PassStatus {
             at: pass.at,
@@ -162,9 +176,11 @@ impl Filter {
             compare: pass.compare,
             forfeited: pass.forfeited,
             left: pass.active.count(),
-            done: pass.done,
+            done: pass.settled(),
             total: pass.total,
-            running: self.now.monotonic.saturating_sub(pass.started),
+            running: now.saturating_sub(pass.started),
+            speed: self.speed_of(pass, now),
+            held_to: self.pace.rate(),
         })
     }
 }

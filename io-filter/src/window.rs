@@ -55,6 +55,8 @@ pub(crate) enum Acknowledged {
     Record(Lsn, ByteCount),
     /// Drained blocks.
     Data(ByteCount),
+    /// Drained blocks that are zeroes.
+    Zeroes(ByteCount),
     /// The begin of a pass.
     PassBegin(Lsn),
     /// The end of a pass.
@@ -145,7 +147,12 @@ impl Window {
         self.sent += 1;
         entry.seq = Some(seq);
         let Item::Kept(message) = &entry.item else { unreachable!("what was sent is before the cursor") };
-        if let Message::PassData { range, .. } = message {
+        if let Message::PassData { range, data, .. } = message {
+            if data.bytes().is_empty() {
+                // Its cost is that of its place from now on, which is not limited.
+                self.data_bytes -= std::mem::take(&mut entry.cost);
+                return Some(message.clone());
+            }
             let range = *range;
             let sent = std::mem::replace(&mut entry.item, Item::DataSent(range));
             self.data_bytes -= std::mem::take(&mut entry.cost);
@@ -277,6 +284,7 @@ impl Window {
                         self.base = record.lsn;
                         Acknowledged::Record(record.lsn, record.range.count())
                     }
+                    Message::PassData { range, .. } => Acknowledged::Zeroes(range.count()),
                     Message::PassBegin { at, .. } => {
                         self.base = at;
                         Acknowledged::PassBegin(at)

@@ -115,6 +115,10 @@ pub struct LimitsRequest {
     /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resync_bytes_per_second_max: Option<ByteCount>,
+    /// The most that the local reads of a resync or a verify add to the guest's latency, in
+    /// microseconds; 0 = as much as it takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resync_latency_us_max: Option<u32>,
     /// The most memory for the bitmap of changed blocks; above it, it becomes coarser.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap_bytes: Option<ByteCount>,
@@ -148,6 +152,10 @@ pub struct Limits {
     pub guest_delay_max_ms: u32,
     /// The most a resync sends, in bytes per second; 0 = as fast as it goes.
     pub resync_bytes_per_second_max: ByteCount,
+    /// The most that the local reads of a resync or a verify shall add to the guest's latency, in
+    /// microseconds: a target that their speed follows; 0 = as much as it takes. A resync that loses
+    /// ground to the guest is held back neither by this nor by its limit.
+    pub resync_latency_us_max: u32,
     /// The most memory for the bitmap of changed blocks; above it, it becomes coarser: a resync sends
     /// more than has changed then, in stretches of 64 KiB or more.
     pub bitmap_bytes: ByteCount,
@@ -168,6 +176,7 @@ impl Default for Limits {
             resync_buffer_bytes: ByteCount(32 << 20),
             guest_delay_max_ms: 10,
             resync_bytes_per_second_max: ByteCount(0),
+            resync_latency_us_max: 500,
             bitmap_bytes: ByteCount(64 << 20),
             outage_after_ms: 5000,
             activity_extents: 1024,
@@ -210,6 +219,7 @@ impl LimitsRequest {
             resync_bytes_per_second_max: self
                 .resync_bytes_per_second_max
                 .unwrap_or(otherwise.resync_bytes_per_second_max),
+            resync_latency_us_max: self.resync_latency_us_max.unwrap_or(otherwise.resync_latency_us_max),
             bitmap_bytes: self.bitmap_bytes.unwrap_or(otherwise.bitmap_bytes),
             outage_after_ms: self.outage_after_ms.unwrap_or(otherwise.outage_after_ms),
             activity_extents: self.activity_extents.unwrap_or(otherwise.activity_extents),

@@ -4,8 +4,8 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
-    ResyncRequest, VerifyRequest, VerifyStatus,
+    AgentStatus, AttachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest, ResizeReport,
+    ResizeRequest, ResyncRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent, in the words of errors.
@@ -113,6 +113,14 @@ impl AgentClient {
     /// As [`AgentClient::status`].
     pub async fn resync(&self, disk: &DiskName, request: ResyncRequest) -> Result<DiskStatus, ApiError> {
         self.client.post(&path(disk, "/resync"), &request).await
+    }
+
+    /// Changes bounds of an attached disk.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn set_limits(&self, disk: &DiskName, change: LimitsChange) -> Result<DiskStatus, ApiError> {
+        self.client.post(&path(disk, "/limits"), &change).await
     }
 
     /// Marks disks at one instant.

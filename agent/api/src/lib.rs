@@ -19,7 +19,7 @@ pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use cache::CacheMode;
 pub use client::{AGENT, AgentClient};
 pub use requests::{
-    DiskMark, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest,
+    DiskMark, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest,
 };
 pub use routes::router;
 pub use service::AgentService;

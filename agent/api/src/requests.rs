@@ -1,4 +1,4 @@
-//! Asking for a resync, for another size, and for marks.
+//! Asking for a resync, for another size, for other limits, and for marks.
 
 use backtide_units::{ByteCount, CaptureTime, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,18 @@ pub struct ResyncRequest {
     /// How much is looked at.
     #[serde(default)]
     pub extent: ResyncExtent,
+}
+
+/// Change bounds of an attached disk; what is none stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsChange {
+    /// As in [`Limits`](crate::Limits).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resync_bytes_per_second_max: Option<ByteCount>,
+    /// As in [`Limits`](crate::Limits).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resync_latency_us_max: Option<u32>,
 }
 
 /// How much a forced resync looks at.

@@ -11,8 +11,8 @@ use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentService, AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResizeReport,
-    ResizeRequest, ResyncRequest, VerifyRequest, VerifyStatus,
+    AgentService, AgentStatus, AttachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest,
+    ResizeReport, ResizeRequest, ResyncRequest, VerifyRequest, VerifyStatus,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -28,6 +28,7 @@ pub fn router<S: AgentService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/resume", post(resume::<S>))
         .route("/v1/disks/{disk}/resync", post(resync::<S>))
         .route("/v1/disks/{disk}/resize", post(resize::<S>))
+        .route("/v1/disks/{disk}/limits", post(limits::<S>))
         .route("/v1/disks/{disk}/verify", verify::<S>())
         .route("/v1/marks", post(mark::<S>))
         .with_state(service);
@@ -95,6 +96,14 @@ async fn resize<S: AgentService>(
     ApiJson(request): ApiJson<ResizeRequest>,
 ) -> Answer<ResizeReport> {
     service.resize(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn limits<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(change): ApiJson<LimitsChange>,
+) -> Answer<DiskStatus> {
+    service.set_limits(disk_named(&disk)?, change).await.map(Json)
 }
 
 async fn mark<S: AgentService>(

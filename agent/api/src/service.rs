@@ -4,8 +4,8 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    AgentStatus, AttachRequest, DiskStatus, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
-    ResyncRequest, VerifyRequest, VerifyStatus,
+    AgentStatus, AttachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest, ResizeReport,
+    ResizeRequest, ResyncRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent's side of the control API. A disk may be named by its name or its UUID.
@@ -52,6 +52,13 @@ pub trait AgentService: Send + Sync + 'static {
         disk: DiskName,
         request: ResizeRequest,
     ) -> impl Future<Output = Result<ResizeReport, ApiError>> + Send;
+
+    /// Changes bounds of an attached disk, now and for its next attach.
+    fn set_limits(
+        &self,
+        disk: DiskName,
+        change: LimitsChange,
+    ) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
 
     /// Marks all disks named at one instant: no write that began after one disk's mark was
     /// acknowledged before another's. All of them or none.

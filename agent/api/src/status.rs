@@ -224,6 +224,17 @@ pub struct ResyncStatus {
     pub rate: ByteCount,
     /// Until this pass ends, when that can be told.
     pub eta_seconds: Option<u64>,
+    /// Bytes per second of the guest's that have to be sent beside, lately: every write of a forwarding
+    /// pass, and blocks that were not dirty before otherwise.
+    #[serde(default)]
+    pub guest_rate: ByteCount,
+    /// Until the disk is in sync, when that can be told: passes that gather writes are followed by
+    /// others, and never catch up with a guest that is faster.
+    #[serde(default)]
+    pub sync_eta_seconds: Option<u64>,
+    /// What its reads are held back to, in bytes per second, for the sake of the guest or by the limit.
+    #[serde(default)]
+    pub held_to: Option<ByteCount>,
     /// Why the resync began: a sentence.
     pub reason: String,
     /// Why, for scripts.
@@ -250,7 +261,7 @@ pub struct Counters {
     pub flushes: u64,
     /// Guest requests answered with an error.
     pub errors: u64,
-    /// The longest a guest request was delayed for the receiver's sake, in microseconds.
+    /// The longest a guest request was delayed for the receiver's sake, as measured, in microseconds.
     pub guest_delay_max_us: u64,
     /// Record bytes sent to the receiver.
     pub sent_bytes: ByteCount,
@@ -278,6 +289,10 @@ pub struct Counters {
     pub failed_changes: u64,
     /// Guest requests answered with less than the acknowledgement policy promises.
     pub degraded_answers: u64,
+    /// Guest requests that were delayed because the retained window filled up.
+    pub delayed_answers: u64,
+    /// Reads for passes and verifies given up because the guest had waited its time for them.
+    pub reads_gave_way: u64,
     /// Guest changes that waited for the activity log.
     pub cold_changes: u64,
     /// Snapshots of the tracking.

@@ -8,8 +8,9 @@ use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, Lsn};
 
 use crate::{
     AckPolicy, AgentClient, AgentService, AgentStatus, AttachRequest, CacheMode, Counters, Dirty, DiskMark,
-    DiskStatus, Lag, Limits, LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResizeReport,
-    ResizeRequest, ResyncExtent, ResyncRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
+    DiskStatus, Lag, Limits, LimitsChange, LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage,
+    ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, VerifyRequest, VerifyState, VerifyStatus,
+    Window, router,
 };
 
 /// Answers for one disk, `vm1`, and notes every call.
@@ -124,6 +125,10 @@ impl AgentService for Fake {
 
     async fn resync(&self, disk: DiskName, request: ResyncRequest) -> Result<DiskStatus, ApiError> {
         self.note(&format!("resync {:?}", request.extent), &disk)
+    }
+
+    async fn set_limits(&self, disk: DiskName, change: LimitsChange) -> Result<DiskStatus, ApiError> {
+        self.note(&format!("limits {:?}", change.resync_bytes_per_second_max), &disk)
     }
 
     async fn mark(&self, request: MarkRequest) -> Result<MarkReport, ApiError> {

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use backtide_agent_api::Limits;
 use backtide_export::{NbdError, Reply};
 use backtide_io_filter::{
     Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId, TrackingOp,
@@ -197,6 +198,10 @@ impl Engine {
     /// when it ends at once.
     fn start_local(self: &Rc<Self>, op: LocalOp, purpose: Purpose) {
         match self.local.begin(op, purpose) {
+            // Out of the page cache: that tells nothing of the disk.
+            Began::Ended(result, Purpose::Reader(range, reply, _)) => {
+                self.answer_read(range.count(), result, reply);
+            }
             Began::Ended(result, purpose) => self.local_ended(purpose, result),
             Began::UnderWay => {}
             Began::Later(op, purpose) => {
@@ -219,13 +224,18 @@ impl Engine {
                 let now = self.now();
                 self.filter.borrow_mut().local_done(now, io, result);
             }
-            Purpose::Reader(range, reply) => self.answer_read(range.count(), result, reply),
+            Purpose::Reader(range, reply, watch) => {
+                let now = self.now();
+                self.filter.borrow_mut().read_took(now, watch, range.count());
+                self.answer_read(range.count(), result, reply);
+            }
         }
     }
 
-    /// A guest's read; reads are no business of the filter.
+    /// A guest's read. The filter only hears how long it takes.
     pub(crate) fn read(self: &Rc<Self>, range: ByteRange, reply: Reply) {
-        self.start_local(LocalOp::Read(range), Purpose::Reader(range, reply));
+        let watch = self.look(|filter| filter.watch_read(self.now()));
+        self.start_local(LocalOp::Read(range), Purpose::Reader(range, reply, watch));
     }
 
     fn answer_read(&self, bytes: ByteCount, read: Result<LocalData, IoFailure>, reply: Reply) {
@@ -383,6 +393,15 @@ impl Engine {
     pub(crate) fn name(&self) -> backtide_units::DiskName {
         self.filter.borrow().settings().name.clone()
     }
+}
+
+/// Tells the filter how fast passes and verifies may read.
+pub(crate) fn set_pace(engine: &Rc<Engine>, limits: &Limits) {
+    let added = Duration::from_micros(limits.resync_latency_us_max.into());
+    engine.happen(|filter, now| {
+        filter.limit_resync(now, limits.resync_bytes_per_second_max);
+        filter.yield_to_guest(now, added);
+    });
 }
 
 fn now_since(started: Instant) -> Now {

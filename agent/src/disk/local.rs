@@ -3,7 +3,7 @@
 use std::{io, rc::Rc};
 
 use backtide_export::{BlockSizes, Extent, Reply};
-use backtide_io_filter::{IoFailure, IoId, LocalData, LocalOp};
+use backtide_io_filter::{IoFailure, IoId, LocalData, LocalOp, Watch};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
 
@@ -22,8 +22,8 @@ pub(crate) enum Local {
 pub(crate) enum Purpose {
     /// The filter, by its name of it.
     Filter(IoId),
-    /// A client that reads this range.
-    Reader(ByteRange, Reply),
+    /// A client that reads this range, watched for what reads of a resync add to its wait.
+    Reader(ByteRange, Reply, Watch),
 }
 
 /// How far an operation got at once.

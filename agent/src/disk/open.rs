@@ -19,6 +19,9 @@ use crate::config::IoEngine;
 use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
 
 /// How long a block that could not be read is left alone.
+/// How exact timers are.
+const TIMER_GRAIN: std::time::Duration = std::time::Duration::from_millis(1);
+
 const READ_RETRY: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// How long an NBD server may take to answer at an attach: other attaches and detaches wait meanwhile.
@@ -190,12 +193,18 @@ fn settings(record: &DiskRecord, size: ByteCount) -> Settings {
         },
         window_bytes: limits.window_bytes,
         resync_buffer_bytes: limits.resync_buffer_bytes,
-        guest_delay_max: std::time::Duration::from_millis(limits.guest_delay_max_ms.into()),
+        guest_delay_max: delay_bound(limits.guest_delay_max_ms),
         outage_after: std::time::Duration::from_millis(limits.outage_after_ms.max(1).into()),
         bitmap_bytes: limits.bitmap_bytes,
         read_retry: READ_RETRY,
         activity: activity_limits(record),
     }
+}
+
+/// A timer is late by up to a millisecond, and the bound is for what the guest waits.
+fn delay_bound(max_ms: u32) -> std::time::Duration {
+    let bound = std::time::Duration::from_millis(max_ms.into());
+    bound.saturating_sub(TIMER_GRAIN.min(bound / 2))
 }
 
 /// How the disk's activity log is kept.

@@ -8,17 +8,15 @@ use backtide_agent_api::{
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::NbdUri;
-use backtide_io_filter::{Filter, PassStatus, Status};
+use backtide_io_filter::{PassStatus, Status};
 use backtide_units::{BlockCount, ByteCount, CaptureTime, Lsn, Reason};
 
 use super::{engine::Engine, stream::Stream};
 use crate::record::DiskRecord;
 
-/// How fast a pass moves, over the last few seconds.
+/// What is seen of a disk from one second to the next.
 #[derive(Debug, Default)]
-pub(crate) struct Rate {
-    last: Option<(Instant, Lsn, u64)>,
-    bytes_per_second: u64,
+pub(crate) struct Watch {
     saved: Option<Instant>,
     /// Since when the guest has waited for answers, and how far the receiver had come then.
     waiting: Option<(Instant, Lsn, Lsn)>,
@@ -27,7 +25,7 @@ pub(crate) struct Rate {
 /// So long may answers wait before the status tells of it.
 const WAIT_TOLD: Duration = Duration::from_secs(1);
 
-impl Rate {
+impl Watch {
     /// Takes a sample; called about once a second.
     pub(crate) fn sample(&mut self, status: &Status) {
         let now = Instant::now();
@@ -36,20 +34,6 @@ impl Rate {
         let stands = |&(_, then, stable): &(Instant, Lsn, Lsn)| (then, stable) == (received, durable);
         self.waiting = (status.waiting_answers > 0)
             .then(|| self.waiting.filter(stands).unwrap_or((now, received, durable)));
-        let Some(pass) = &status.pass else {
-            *self = Self { saved: self.saved, waiting: self.waiting, ..Self::default() };
-            return;
-        };
-        if let Some((then, at, done)) = self.last
-            && at == pass.at
-        {
-            let millis = u64::try_from(now.duration_since(then).as_millis()).unwrap_or(u64::MAX).max(1);
-            let rate = pass.done.0.saturating_sub(done).saturating_mul(1000) / millis;
-            // Half of what it was, half of what it is: follows a change within seconds.
-            self.bytes_per_second =
-                if self.bytes_per_second == 0 { rate } else { (self.bytes_per_second + rate) / 2 };
-        }
-        self.last = Some((now, pass.at, pass.done.0));
     }
 
     /// Whether a minute has gone by since it last said so.
@@ -68,14 +52,6 @@ impl Rate {
         let waited = since.elapsed();
         (stands && status.waiting_answers > 0 && waited > WAIT_TOLD).then_some(waited)
     }
-
-    fn of(&self, pass: &PassStatus) -> u64 {
-        if self.bytes_per_second > 0 {
-            return self.bytes_per_second;
-        }
-        let millis = u64::try_from(pass.running.as_millis()).unwrap_or(u64::MAX).max(1);
-        pass.done.0.saturating_mul(1000) / millis
-    }
 }
 
 pub(crate) fn dirty(blocks: BlockCount, hot_extents: Option<u64>) -> Dirty {
@@ -88,15 +64,15 @@ pub(crate) fn disk_status(
     record: &DiskRecord,
     nbd: &NbdUri,
     clients: u32,
-    rate: &Rate,
+    watch: &Watch,
 ) -> DiskStatus {
-    let status = engine.look(Filter::status);
+    let status = engine.look(|filter| filter.status_at(engine.now()));
     let last_error = stream.last_error.borrow().as_ref().map(|last| PeerError {
         code: last.code.to_owned(),
         message: last.message.clone(),
         time: last.time,
     });
-    let (reason, reason_code) = reason_of(&status, last_error.as_ref(), rate);
+    let (reason, reason_code) = reason_of(&status, last_error.as_ref(), watch);
     DiskStatus {
         name: record.name.clone(),
         uuid: record.uuid,
@@ -117,7 +93,7 @@ pub(crate) fn disk_status(
         lag: lag(engine, &status),
         dirty: dirty(status.dirty, status.hot_extents),
         window: Window { bytes: status.window, limit: record.limits.window_bytes },
-        resync: status.pass.as_ref().map(|pass| resync(pass, status.counters.passes, rate)),
+        resync: status.pass.as_ref().map(|pass| resync(pass, status.counters.passes)),
         resync_due: status.scanning,
         unreadable: status.unreadable.map(|(blocks, first)| Unreadable {
             blocks,
@@ -183,13 +159,13 @@ fn mode(mode: backtide_io_filter::Mode) -> Mode {
 
 /// A sentence and a code for people and scripts; in sync there is nothing to explain but a
 /// connection that is away. What holds at this moment goes before what began it.
-fn reason_of(status: &Status, last_error: Option<&PeerError>, rate: &Rate) -> (String, String) {
+fn reason_of(status: &Status, last_error: Option<&PeerError>, watch: &Watch) -> (String, String) {
     let serving =
         !matches!(status.mode, backtide_io_filter::Mode::Paused | backtide_io_filter::Mode::Detached);
     if let Some(error) = last_error.filter(|error| error.code == "fenced" && serving && !status.connected) {
         return (error.message.clone(), "fenced".to_owned());
     }
-    if let Some(waiting) = rate.guest_waits(status) {
+    if let Some(waiting) = watch.guest_waits(status) {
         let seconds = waiting.as_secs();
         let reason = format!("the guest waits for the receiver, which has said nothing for {seconds} s");
         return (reason, "guest-waits".to_owned());
@@ -225,19 +201,22 @@ fn lag(engine: &Engine, status: &Status) -> Lag {
     Lag { records: status.lag_records, bytes, seconds }
 }
 
-fn resync(pass: &PassStatus, passes: u64, rate: &Rate) -> ResyncStatus {
-    let bytes_per_second = rate.of(pass);
-    let left = pass.total.0.saturating_sub(pass.done.0);
+fn resync(pass: &PassStatus, passes: u64) -> ResyncStatus {
+    // Rounded up: what is left takes some time.
+    let seconds = |time: Duration| time.as_secs() + u64::from(time.subsec_nanos() > 0);
     ResyncStatus {
         pass: u32::try_from(passes).unwrap_or(u32::MAX),
         at: pass.at,
         kind: if pass.forwarding { PassKind::Forwarding } else { PassKind::Coalescing },
         compare: pass.compare,
         forfeited: pass.forfeited,
-        done_bytes: pass.done.min(pass.total),
+        done_bytes: pass.done,
         total_bytes: pass.total,
-        rate: ByteCount(bytes_per_second),
-        eta_seconds: (bytes_per_second > 0).then(|| left.div_ceil(bytes_per_second)),
+        rate: pass.speed.rate,
+        eta_seconds: pass.speed.pass_ends_in.map(seconds),
+        guest_rate: pass.speed.guest,
+        sync_eta_seconds: pass.speed.sync_in.map(seconds),
+        held_to: pass.held_to,
         reason: pass.reason.to_string(),
         reason_code: code(pass.reason),
         point_recoverable: !pass.forfeited,
@@ -269,6 +248,8 @@ fn counters(engine: &Engine, status: &Status) -> Counters {
         failed_reads: filter.failed_reads,
         failed_changes: filter.failed_changes,
         degraded_answers: filter.degraded_answers,
+        delayed_answers: filter.delayed_answers,
+        reads_gave_way: filter.reads_abandoned,
         cold_changes: filter.cold_changes,
         snapshots: filter.snapshots,
         transitions: filter.transitions,

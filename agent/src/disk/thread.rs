@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_agent_api::{DiskStatus, VerifyStatus};
+use backtide_agent_api::{DiskStatus, LimitsChange, VerifyStatus};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{BindError, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
@@ -50,6 +50,7 @@ pub(crate) enum Command {
     Pause(oneshot::Sender<DiskStatus>),
     Resume(oneshot::Sender<DiskStatus>),
     Resync(ResyncKind, oneshot::Sender<DiskStatus>),
+    Limits(LimitsChange, oneshot::Sender<DiskStatus>),
     /// Holds all answers; whether the disk forwards now.
     Hold(oneshot::Sender<bool>),
     /// Marks, while answers are held.
@@ -128,7 +129,7 @@ struct Disk {
     records: Records,
     image: Option<Arc<backtide_storage::ImageFile>>,
     verifies: Verifies,
-    rate: super::status::Rate,
+    watch: super::status::Watch,
     life: Life,
 }
 
@@ -219,9 +220,8 @@ impl Disk {
             captured: record.last_time,
         };
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
-        let rate = record.limits.resync_bytes_per_second_max;
+        super::engine::set_pace(&engine, &record.limits);
         engine.happen(|filter, _| {
-            filter.limit_resync(rate);
             filter.not_before(record.last_time);
             if let Some(until) = known_until {
                 filter.knows_until(until);
@@ -240,8 +240,8 @@ impl Disk {
         tokio::task::spawn_local(Rc::clone(&engine).keep_ring());
         KillPoint::AttachServed.reached();
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
-        let (verifies, rate) = (Verifies::default(), super::status::Rate::default());
-        Ok(Self { engine, stream, server, nbd, record, records, image, verifies, rate, life })
+        let (verifies, watch) = (Verifies::default(), super::status::Watch::default());
+        Ok(Self { engine, stream, server, nbd, record, records, image, verifies, watch, life })
     }
 
     async fn serve(mut self, mut inbox: mpsc::Receiver<Command>) {
@@ -297,6 +297,10 @@ impl Disk {
                 self.engine.happen(|filter, now| filter.force_resync(now, kind));
                 drop(answer.send(self.status()));
             }
+            Command::Limits(change, answer) => {
+                self.set_limits(change).await;
+                drop(answer.send(self.status()));
+            }
             Command::Hold(answer) => {
                 let forwarding = self.engine.happen(|filter, now| {
                     filter.hold_answers(now);
@@ -349,11 +353,20 @@ impl Disk {
 
     fn status(&self) -> DiskStatus {
         let clients = u32::try_from(self.server.connections()).unwrap_or(u32::MAX);
-        super::status::disk_status(&self.engine, &self.stream, &self.record, &self.nbd, clients, &self.rate)
+        super::status::disk_status(&self.engine, &self.stream, &self.record, &self.nbd, clients, &self.watch)
     }
 
     fn verify_status(&mut self) -> Option<VerifyStatus> {
         self.verifies.status(&self.engine)
+    }
+
+    async fn set_limits(&mut self, change: LimitsChange) {
+        let mut limits = self.record.limits;
+        let rate = change.resync_bytes_per_second_max;
+        limits.resync_bytes_per_second_max = rate.unwrap_or(limits.resync_bytes_per_second_max);
+        limits.resync_latency_us_max = change.resync_latency_us_max.unwrap_or(limits.resync_latency_us_max);
+        super::engine::set_pace(&self.engine, &limits);
+        self.save_record(DiskRecord { limits, ..self.record.clone() }).await;
     }
 
     async fn set_paused(&mut self, paused: bool) {
@@ -363,7 +376,7 @@ impl Disk {
     /// Brings the record up to date, ahead of what the filter needs of it.
     async fn keep_house(&mut self) {
         let status = self.engine.look(Filter::status);
-        self.rate.sample(&status);
+        self.watch.sample(&status);
         let changes = status.counters.records + status.counters.failed_changes;
         // Clients may come and go between two looks.
         let seen = (changes, status.last_time);
@@ -380,7 +393,7 @@ impl Disk {
         let history_is_new = status.history != self.record.history;
         // A bound of what was acknowledged, so it need not follow every acknowledgement.
         let acked_is_stale = acked > self.record.acked_durable && status.mode == Mode::Sync;
-        if bound_is_near || history_is_new || (acked_is_stale && self.rate.is_minute_over()) {
+        if bound_is_near || history_is_new || (acked_is_stale && self.watch.is_minute_over()) {
             let record = DiskRecord {
                 lsn_bound: status.last_lsn.plus(LSN_STEP).max(self.record.lsn_bound),
                 history: status.history,

@@ -83,6 +83,10 @@ pub(crate) struct Policy {
     /// The most bytes per second that a resync sends, 0 for as fast as it goes [default: 0]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     resync_rate: Option<ByteCount>,
+    /// The most that the reads of a resync or a verify shall add to the guest's latency, in microseconds:
+    /// they slow down until they do; 0 for as much as it takes [default: 500]
+    #[arg(long, value_name = "US")]
+    resync_latency_max: Option<u32>,
     /// The longest a guest request is delayed for the receiver's sake, in milliseconds, 0 for never
     /// [default: 10]
     #[arg(long, value_name = "MS")]
@@ -129,6 +133,7 @@ impl Policy {
             resync_buffer_bytes: self.resync_buffer,
             guest_delay_max_ms: self.guest_delay_max,
             resync_bytes_per_second_max: self.resync_rate,
+            resync_latency_us_max: self.resync_latency_max,
             bitmap_bytes: self.bitmap,
             outage_after_ms: self.outage_after,
             activity_extents: self.activity_extents,

@@ -1,6 +1,6 @@
 //! Disks' status: a line each, or one in full.
 
-use backtide_agent_api::{CacheMode, DiskStatus, Mode, PassKind, ResyncStatus, StreamTlsStatus};
+use backtide_agent_api::{CacheMode, DiskStatus, Limits, Mode, PassKind, ResyncStatus, StreamTlsStatus};
 
 use crate::{
     output::{facts, plain_table},
@@ -68,9 +68,11 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     lines.push(("window", format!("{} of {}", size_text(disk.window.bytes), size_text(disk.window.limit))));
     if let Some(resync) = &disk.resync {
         lines.push(("resync", format!("{}, {}", resync_text(resync), resync.reason)));
+        lines.push(("", resync_speed_text(resync)));
         lines.push(("", resync_point_text(resync)));
     }
     lines.push(("acknowledged", format!("{}, {} in an outage", disk.ack, disk.on_outage)));
+    lines.push(("delayed", delay_text(disk)));
     lines.push(("clients", disk.clients.to_string()));
     lines.push((
         "since attach",
@@ -158,6 +160,61 @@ fn resync_text(resync: &ResyncStatus) -> String {
     };
     let what = if resync.compare { "compared" } else { "sent" };
     format!("pass {} {percent}% {what} at {}/s{eta}", resync.pass, size_text(resync.rate))
+}
+
+fn resync_speed_text(resync: &ResyncStatus) -> String {
+    let done = format!("{} of {}", size_text(resync.done_bytes), size_text(resync.total_bytes));
+    let guest = format!("the guest changes {}/s", size_text(resync.guest_rate));
+    let held = match resync.held_to {
+        Some(rate) => format!(", held back to {}/s", size_text(rate)),
+        None => String::new(),
+    };
+    let sync = match resync.sync_eta_seconds {
+        Some(seconds) => format!("in sync in about {}", duration_text(seconds as f64)),
+        None => "when it is in sync cannot be told yet".to_owned(),
+    };
+    format!("{done}, {guest}{held}; {sync}")
+}
+
+fn delay_text(disk: &DiskStatus) -> String {
+    let counters = &disk.counters;
+    let longest = f64::from(u32::try_from(counters.guest_delay_max_us).unwrap_or(u32::MAX)) / 1000.0;
+    let bound = match disk.limits.guest_delay_max_ms {
+        0 => "never".to_owned(),
+        bound => format!("at most {bound} ms"),
+    };
+    match counters.guest_delay_max_us {
+        0 => format!("no request was, for the receiver; {bound}"),
+        _ => format!("{longest:.1} ms at the longest, for the receiver; {bound}"),
+    }
+}
+
+/// The bounds of a disk, a line each.
+pub(crate) fn limits_text(limits: &Limits) -> String {
+    let rate = match limits.resync_bytes_per_second_max.0 {
+        0 => "as fast as it goes".to_owned(),
+        _ => format!("{}/s at the most", size_text(limits.resync_bytes_per_second_max)),
+    };
+    let latency = match limits.resync_latency_us_max {
+        0 => "as much as it takes".to_owned(),
+        us => format!("about {us} µs at the most"),
+    };
+    let delay = match limits.guest_delay_max_ms {
+        0 => "never".to_owned(),
+        ms => format!("{ms} ms at the most"),
+    };
+    facts(&[
+        ("resync", rate),
+        ("adds to the guest's latency", latency),
+        ("a full window delays the guest", delay),
+        ("window", size_text(limits.window_bytes)),
+        ("resync buffer", size_text(limits.resync_buffer_bytes)),
+        ("bitmap", size_text(limits.bitmap_bytes)),
+        (
+            "hot extents",
+            format!("{} of {}", limits.activity_extents, size_text(limits.activity_extent_bytes)),
+        ),
+    ])
 }
 
 fn resync_point_text(resync: &ResyncStatus) -> String {

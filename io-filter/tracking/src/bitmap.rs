@@ -163,8 +163,8 @@ impl DirtyBitmap {
         }
     }
 
-    /// Finds the regions that are dirty as a whole, and holds each container in its shortest form.
-    pub(crate) fn compact(&mut self) {
+    /// Holds the same blocks in as little memory as can be.
+    pub fn compact(&mut self) {
         self.blocks.optimize();
         let regions = self.regions();
         for region in regions {

@@ -7,7 +7,7 @@ use backtide_io_filter::{
     Change, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, Settings, TrackingOp,
 };
 use backtide_tracking::{DirtyBitmap, TrackingFile};
-use backtide_units::{BlockIndex, BlockRange, ByteOffset, ByteRange, Epoch, HistoryId, Lsn};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteOffset, ByteRange, Epoch, HistoryId, Lsn};
 use bytes::Bytes;
 
 use crate::{
@@ -79,9 +79,18 @@ impl Agent {
     }
 
     /// Whether a local read is under way in these blocks.
-    pub(crate) fn occupies(&self, blocks: BlockRange) -> bool {
+    pub(crate) fn reads(&self, blocks: BlockRange) -> bool {
         self.inflight.values().any(|inflight| match &inflight.op {
             LocalOp::Read(range) => BlockRange::touched_by(*range).overlaps(blocks),
+            LocalOp::Change(_) | LocalOp::Settle => false,
+        })
+    }
+
+    /// Whether a local read of a single block is under way in these: longer ones give way.
+    pub(crate) fn occupies(&self, blocks: BlockRange) -> bool {
+        let holds = |read: BlockRange| read.count() == BlockCount(1) && read.overlaps(blocks);
+        self.inflight.values().any(|inflight| match &inflight.op {
+            LocalOp::Read(range) => holds(BlockRange::touched_by(*range)),
             LocalOp::Change(_) | LocalOp::Settle => false,
         })
     }
@@ -92,9 +101,13 @@ impl World {
     pub(crate) fn call<R>(&mut self, event: impl FnOnce(&mut Filter, Now) -> R) -> R {
         let now = self.moment();
         let agent = self.agent.as_mut().expect("only a living agent is called");
-        let before = agent.filter.status().counters.degraded_answers;
+        let before = agent.filter.status().counters;
         let result = event(&mut agent.filter, now);
-        agent.degraded = agent.filter.status().counters.degraded_answers > before;
+        let after = agent.filter.status().counters;
+        agent.degraded = after.degraded_answers > before.degraded_answers;
+        if after.cold_changes > before.cold_changes {
+            self.more_are_cold();
+        }
         self.carry_out();
         result
     }
@@ -129,7 +142,8 @@ impl World {
         if let Some(mutant) = self.mutant {
             filter.mutate(mutant);
         }
-        filter.limit_resync(self.plan.resync_rate);
+        filter.limit_resync(self.moment(), self.plan.resync_rate);
+        filter.yield_to_guest(self.moment(), self.plan.added_latency);
         self.agent = Some(Agent {
             life: self.lives,
             filter,
@@ -384,5 +398,6 @@ impl World {
         self.stats.forfeited += counters.forfeited;
         self.stats.completed += counters.passes_completed;
         self.stats.copies += counters.copies_before_write;
+        self.stats.gave_way += counters.reads_abandoned;
     }
 }

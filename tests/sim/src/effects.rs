@@ -78,11 +78,13 @@ impl World {
     fn watch_pass(&mut self) {
         let agent = self.agent.as_mut().expect("it is alive");
         let status = agent.filter.status();
+        self.stats.held += u64::from(status.pass.is_some_and(|pass| pass.held_to.is_some()));
         match (&mut agent.pass, status.pass) {
             (Some((at, left)), Some(pass)) => {
                 assert_eq!(*at, pass.at, "one pass follows the other unseen");
                 assert!(pass.left.0 <= *left, "the pass at {at} grew from {left} to {} blocks", pass.left.0);
                 *left = pass.left.0;
+                assert!(pass.done <= pass.total, "a pass does no more than it is");
             }
             (None, None) => {}
             (known, found) => panic!("the running pass is {known:?} by its effects and is {found:?}"),

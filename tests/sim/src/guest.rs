@@ -31,6 +31,8 @@ pub struct Request {
     pub(crate) held: bool,
     /// It waited for an extent to become hot.
     pub(crate) cold: bool,
+    /// Something was read there when it was sent.
+    pub(crate) behind_read: bool,
 }
 
 /// See the module's description.
@@ -86,6 +88,7 @@ impl World {
             contended: self.is_contended(&change),
             held,
             cold: false,
+            behind_read: change.range().is_some_and(|range| self.is_read(BlockRange::touched_by(range))),
         };
         let (start, count) = change.range().map_or((u64::MAX, 0), |range| (range.start().0, range.count().0));
         self.trace.note(self.now, "guest sends", &[number, start, count]);
@@ -108,6 +111,17 @@ impl World {
             if request.started.is_none() {
                 request.submitted = self.now;
             }
+        }
+    }
+
+    fn is_read(&self, blocks: BlockRange) -> bool {
+        self.agent.as_ref().is_some_and(|agent| agent.reads(blocks))
+    }
+
+    /// Requests that had to wait for reads and wait for extents to become hot now.
+    pub(crate) fn more_are_cold(&mut self) {
+        for request in self.guest.requests.values_mut().filter(|request| request.behind_read) {
+            request.cold |= request.started.is_none();
         }
     }
 

@@ -25,9 +25,11 @@ pub mod points;
 pub mod random;
 pub mod receiver;
 pub mod run;
+pub mod steady;
 pub mod trace;
 mod tracking;
 pub mod world;
 
 pub use run::{Mistake, Outcome, run, run_many};
+pub use steady::{PassSeen, Said, Steady};
 pub use world::Stats;

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteCount, ByteRange};
+use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
 use bytes::Bytes;
 
 use crate::random::Random;
@@ -141,6 +141,10 @@ impl LocalDisk {
     /// Changes a byte behind everybody's back.
     pub fn flip(&mut self, offset: usize) {
         self.cache[offset] ^= 0x40;
+        self.allocated.insert(BlockRange::touched_by(ByteRange::between(
+            ByteOffset(offset as u64),
+            ByteOffset(offset as u64 + 1),
+        )));
     }
 
     fn sector(&self, sector: usize) -> &[u8] {

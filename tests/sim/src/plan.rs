@@ -35,6 +35,8 @@ pub struct Plan {
     pub hot_permille: u64,
     /// The limit of what passes read, in bytes a second; zero for none.
     pub resync_rate: ByteCount,
+    /// What passes may add to the guest's latency; zero for anything.
+    pub added_latency: Duration,
     /// The longest that a local I/O takes.
     pub local_us: u64,
     /// Local writes and reads that fail, of a thousand.
@@ -109,6 +111,7 @@ impl Plan {
             alignment: random.pick(&[512, 512, 4096, 1]),
             hot_permille: random.pick(&[0, 300, 800]),
             resync_rate: ByteCount(random.pick(&[0, 0, 300_000, 5_000_000])),
+            added_latency: Duration::from_micros(random.pick(&[0, 50, 500, 5_000])),
             local_us: random.pick(&[100, 1_000, 10_000]),
             write_errors_permille: if faulty { random.pick(&[1, 5, 30]) } else { 0 },
             read_errors_permille: if faulty { random.pick(&[0, 10, 100]) } else { 0 },

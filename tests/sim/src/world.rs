@@ -121,6 +121,10 @@ pub struct Stats {
     pub forfeited: u64,
     /// Old content copied before a write.
     pub copies: u64,
+    /// Reads that gave way to the guest.
+    pub gave_way: u64,
+    /// Passes that were held to a rate.
+    pub held: u64,
     /// Marks that are points in the end.
     pub marks: u64,
     /// Stale claims that were refused.
@@ -170,6 +174,11 @@ impl World {
     pub fn new(seed: u64, steps: u64, printing: bool) -> Self {
         let mut random = Random::new(seed);
         let plan = Plan::draw(&mut random, steps);
+        Self::of(plan, random, printing)
+    }
+
+    /// The world of a plan.
+    pub(crate) fn of(plan: Plan, mut random: Random, printing: bool) -> Self {
         let mut local = LocalDisk::new(plan.size);
         if plan.prefilled {
             crate::guest::prefill(&mut local, &mut random);

@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 20] = [
+const SEEN: [Seen; 22] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -22,6 +22,8 @@ const SEEN: [Seen; 20] = [
     ("window overflows", |stats| stats.overflows),
     ("passes forfeited", |stats| stats.forfeited),
     ("copies before a write", |stats| stats.copies),
+    ("reads that gave way to the guest", |stats| stats.gave_way),
+    ("looks at a pass held to a rate", |stats| stats.held),
     ("stale claims refused", |stats| stats.stale_refused),
     ("marks offered", |stats| stats.marks),
     ("snapshots of the tracking", |stats| stats.snapshots),

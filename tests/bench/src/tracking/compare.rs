@@ -73,8 +73,9 @@ fn bound(image: &Path, store: &Path) -> anyhow::Result<Duration> {
     collect(store, &mut segments)?;
     let began = Instant::now();
     std::thread::scope(|scope| {
-        let theirs = scope
-            .spawn(|| segments.iter().try_fold(0, |read, file| Ok(read + hash(file, (MIB << 20).saturating_sub(read))?)));
+        let theirs = scope.spawn(|| {
+            segments.iter().try_fold(0, |read, file| Ok(read + hash(file, (MIB << 20).saturating_sub(read))?))
+        });
         let ours = hash(image, MIB << 20).map(drop);
         let theirs: std::io::Result<u64> = theirs.join().expect("hashing does not panic");
         ours.and(theirs.map(drop))

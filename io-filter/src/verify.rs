@@ -1,0 +1,378 @@
+//! Comparing the whole disk with the receiver while the guest goes on.
+//!
+//! Each run is compared at the LSN of the moment it is read, under the guard, when no change of it is
+//! under way: so nothing needs to be copied before a write, and a change in flight is never a
+//! difference. Where the disk holds no data, and nothing was changed since that was found out, the
+//! receiver is told of zeroes without a read: a sparse disk takes as long as its data.
+
+use std::collections::BTreeMap;
+
+use backtide_protocol::{Compare, CompareItem, CompareResult, Content, Message};
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn, Reason};
+
+use crate::{
+    capture::{Ongoing, Queued},
+    compare::{ZEROES_RUN_MAX, chunk_items},
+    event::{Effect, IoFailure, IoId, LocalData, LocalOp, Now},
+    filter::{Filter, Mode},
+};
+
+/// Why a verify did not come to a result.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VerifyError {
+    /// Only a disk in sync can be compared.
+    #[error("only a disk in sync and connected can be verified")]
+    NotInSync,
+    /// One is running.
+    #[error("a verify of this disk is running")]
+    Running,
+    /// The disk left sync mode on the way.
+    #[error("the disk left sync mode during the verify")]
+    Interrupted,
+    /// Somebody asked for its end.
+    #[error("the verify was cancelled")]
+    Cancelled,
+    /// The local disk could not be read.
+    #[error("cannot read bytes {range} of the local disk: errno {errno}")]
+    Read {
+        /// Where.
+        range: String,
+        /// What the operating system said.
+        errno: i32,
+    },
+}
+
+/// What a verify found.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct VerifyReport {
+    /// Bytes compared so far.
+    pub compared: ByteCount,
+    /// Bytes to compare in all.
+    pub total: ByteCount,
+    /// Every run was compared at a point in `from..=to`.
+    pub from: Lsn,
+    /// See `from`.
+    pub to: Lsn,
+    /// The blocks of the chunks, of at most 64 KiB, in which disk and receiver differ.
+    pub differing: DirtyBitmap,
+}
+
+impl VerifyReport {
+    /// The stretches that differ, in order; of a disk of `size`.
+    pub fn differing_ranges(&self, size: ByteCount) -> impl Iterator<Item = ByteRange> {
+        let all = BlockRange::whole_disk(size);
+        self.differing.runs(all, all.count()).map(move |run| run.bytes(size))
+    }
+}
+
+/// A run that a verify reads or waits to read; of an interrupted one, it is let go.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VerifyRun {
+    job: u64,
+    blocks: BlockRange,
+}
+
+impl VerifyRun {
+    pub(crate) fn blocks(self) -> BlockRange {
+        self.blocks
+    }
+}
+
+/// A verify under way, or its result.
+#[derive(Clone, Debug)]
+pub(crate) struct VerifyJob {
+    number: u64,
+    report: VerifyReport,
+    /// Which blocks hold data is being found out.
+    scan: Option<IoId>,
+    /// Blocks that have to be read: they held data at the scan, or were changed since it began.
+    data: DirtyBitmap,
+    cursor: BlockIndex,
+    /// Blocks the receiver does not have zeroes for, where the disk holds no data.
+    again: DirtyBitmap,
+    /// Blocks whose read gave way to the guest: they are read one by one.
+    careful: DirtyBitmap,
+    /// Reads and turns at the guard under way.
+    busy: usize,
+    pending: BTreeMap<u64, Vec<CompareItem>>,
+    /// Whether what differs is sent anew at the end.
+    repair: bool,
+    result: Option<Result<(), VerifyError>>,
+}
+
+/// What a verify does next.
+enum Next {
+    Read(BlockRange),
+    Zeroes(BlockRange),
+    Nothing,
+}
+
+impl VerifyJob {
+    /// A change of these blocks begins: nobody knows any more that they hold no data.
+    pub(crate) fn note_change(&mut self, blocks: BlockRange) {
+        if self.result.is_none() {
+            self.data.insert(blocks);
+        }
+    }
+
+    fn is_through(&self, end: BlockIndex) -> bool {
+        self.scan.is_none() && self.cursor >= end && self.again.is_empty() && self.careful.is_empty()
+    }
+
+    /// The next run, taken.
+    fn take_next(&mut self, end: BlockIndex, may_read: bool) -> Next {
+        let (start, chunk) = (BlockIndex(0), VERIFY_RUN_BLOCKS_MAX);
+        let left_over = [(&mut self.careful, BlockCount(1)), (&mut self.again, chunk)];
+        for (blocks, limit) in left_over.into_iter().filter(|_| may_read) {
+            if let Some(run) = blocks.next_run(start, end, limit) {
+                blocks.remove(run);
+                return Next::Read(run);
+            }
+        }
+        if self.cursor >= end {
+            return Next::Nothing;
+        }
+        let data = self.data.next_run(self.cursor, end, BlockCount(1)).map_or(end, BlockRange::start);
+        let hole = data.0.min(self.cursor.0 + ZEROES_RUN_MAX.0) - self.cursor.0;
+        let next = if hole >= chunk.0 || data == end {
+            Next::Zeroes(BlockRange::from(self.cursor.0..self.cursor.0 + hole))
+        } else if may_read {
+            let stop = (self.cursor.0 / chunk.0 + 1) * chunk.0;
+            Next::Read(BlockRange::from(self.cursor.0..stop.min(end.0)))
+        } else {
+            return Next::Nothing;
+        };
+        if let Next::Read(run) | Next::Zeroes(run) = &next {
+            self.cursor = run.end();
+        }
+        next
+    }
+}
+
+/// The longest run a verify reads: changes of it wait as long as that takes, and as long as the
+/// run waits for its turn.
+const VERIFY_RUN_BLOCKS_MAX: BlockCount = BlockCount(16);
+
+/// Verify reads under way at once, those that wait for their turn included.
+const VERIFY_READS_MAX: usize = 4;
+
+/// Questions of a verify under way at once.
+const VERIFY_PENDING_MAX: usize = 64;
+
+impl Filter {
+    /// Compares the whole disk with the receiver while the guest goes on: each run at the LSN of the
+    /// moment it is read, when no change of it is under way. So nothing needs to be copied before a
+    /// write, and a change in flight is never a difference. With `repair` what differs is sent anew
+    /// when all is compared: the local disk is what the guest has.
+    ///
+    /// # Errors
+    /// When the disk is not in sync, or a verify is running.
+    pub fn start_verify(&mut self, now: Now, repair: bool) -> Result<(), VerifyError> {
+        self.observe(now);
+        if self.verify.as_ref().is_some_and(|job| job.result.is_none()) {
+            return Err(VerifyError::Running);
+        }
+        if self.mode != Mode::Sync || !self.is_connected() {
+            return Err(VerifyError::NotInSync);
+        }
+        let lsn = self.window.log_end();
+        let report = VerifyReport {
+            total: self.settings.size,
+            from: lsn,
+            to: lsn,
+            differing: self.bounded_bitmap(),
+            ..VerifyReport::default()
+        };
+        let io = self.take_io_id();
+        let mut data = self.bounded_bitmap();
+        for ongoing in self.ongoing.values() {
+            if let Ongoing::Change(change) = ongoing {
+                data.insert(change.blocks());
+            }
+        }
+        self.effects.push_back(Effect::Scan(io));
+        self.verify = Some(VerifyJob {
+            number: self.take_compare_id(),
+            report,
+            scan: Some(io),
+            data,
+            cursor: BlockIndex(0),
+            again: DirtyBitmap::new(),
+            careful: DirtyBitmap::new(),
+            busy: 0,
+            pending: BTreeMap::new(),
+            repair,
+            result: None,
+        });
+        self.pump();
+        Ok(())
+    }
+
+    /// The last verify: what it found so far and, when it has ended, how.
+    pub fn verify_state(&self) -> Option<(&VerifyReport, Option<&Result<(), VerifyError>>)> {
+        self.verify.as_ref().map(|job| (&job.report, job.result.as_ref()))
+    }
+
+    /// Ends the verify that is running, if one is; what it found so far stays.
+    pub fn cancel_verify(&mut self, now: Now) {
+        self.observe(now);
+        self.end_verify(VerifyError::Cancelled);
+    }
+
+    pub(crate) fn interrupt_verify(&mut self) {
+        self.end_verify(VerifyError::Interrupted);
+    }
+
+    fn end_verify(&mut self, why: VerifyError) {
+        if let Some(job) = &mut self.verify
+            && job.result.is_none()
+        {
+            job.result = Some(Err(why));
+            job.pending.clear();
+            job.scan = None;
+            // Nothing of it is needed any more but what it found.
+            for blocks in [&mut job.data, &mut job.again, &mut job.careful] {
+                *blocks = DirtyBitmap::new();
+            }
+        }
+    }
+
+    /// The driver's scan was for a verify: which blocks hold data.
+    pub(crate) fn take_verify_scan(&mut self, io: IoId, allocated: &DirtyBitmap) -> bool {
+        let Some(job) = self.verify.as_mut().filter(|job| job.scan == Some(io)) else { return false };
+        job.scan = None;
+        job.data.union_with(allocated);
+        true
+    }
+
+    /// Whether a verify would read now.
+    pub(crate) fn has_to_verify(&self) -> bool {
+        let end = self.all_blocks().end();
+        self.verify.as_ref().is_some_and(|job| {
+            let busy = job.busy >= VERIFY_READS_MAX || job.pending.len() >= VERIFY_PENDING_MAX;
+            job.result.is_none() && job.scan.is_none() && !job.is_through(end) && !busy
+        })
+    }
+
+    pub(crate) fn go_on_verifying(&mut self) {
+        let end = self.all_blocks().end();
+        loop {
+            let held_back = self.pace.due(self.now.monotonic).is_some();
+            let Some(job) = self.verify.as_mut().filter(|job| job.result.is_none()) else { return };
+            if job.is_through(end) && job.busy == 0 && job.pending.is_empty() {
+                job.result = Some(Ok(()));
+                job.data = DirtyBitmap::new();
+                return self.repair_if_asked();
+            }
+            if job.scan.is_some() || job.pending.len() >= VERIFY_PENDING_MAX {
+                return;
+            }
+            let may_read = job.busy < VERIFY_READS_MAX && !held_back;
+            match job.take_next(end, may_read) {
+                Next::Read(blocks) => self.queue_for_verify(blocks),
+                Next::Zeroes(blocks) => self.verify_zeroes(blocks),
+                Next::Nothing => return,
+            }
+        }
+    }
+
+    fn queue_for_verify(&mut self, blocks: BlockRange) {
+        let job = self.verify.as_mut().expect("the caller has one");
+        job.busy += 1;
+        let run = VerifyRun { job: job.number, blocks };
+        let ticket = self.take_ticket();
+        if self.guard.acquire(ticket, blocks) {
+            self.read_for_verify(run);
+        } else {
+            self.queued.insert(ticket, Queued::Verify(run));
+        }
+    }
+
+    /// Nothing was changed there since it was seen to hold no data: these are zeroes at the log's end.
+    fn verify_zeroes(&mut self, blocks: BlockRange) {
+        let range = blocks.bytes(self.settings.size);
+        self.ask_for_verify(vec![CompareItem { range, content: Content::Zeroes }]);
+    }
+
+    fn ask_for_verify(&mut self, items: Vec<CompareItem>) {
+        let (id, at) = (self.take_compare_id(), self.window.log_end());
+        let job = self.verify.as_mut().expect("the caller has one");
+        job.pending.insert(id, items.clone());
+        job.report.to = at;
+        self.window.push(Message::Compare(Compare { id, at, items }));
+    }
+
+    fn repair_if_asked(&mut self) {
+        let Some(job) = self.verify.as_ref().filter(|job| job.repair && !job.report.differing.is_empty())
+        else {
+            return;
+        };
+        self.passive.union_with(&job.report.differing);
+        // A scan under way is going to take them along.
+        if self.mode == Mode::Sync && self.is_connected() && self.scanning.is_none() && self.lost.is_none() {
+            self.begin_pass(Reason::VerifyRepair);
+        }
+    }
+
+    /// The run's turn has come; its verify may have been interrupted meanwhile.
+    pub(crate) fn queued_verify_admitted(&mut self, run: VerifyRun) {
+        if self.verify_of(run).is_some() { self.read_for_verify(run) } else { self.release(run.blocks) }
+    }
+
+    fn read_for_verify(&mut self, run: VerifyRun) {
+        let io = self.take_io_id();
+        self.ongoing.insert(io, Ongoing::Verify(run));
+        self.hold_for_read(io, run.blocks);
+        let read = LocalOp::Read(run.blocks.bytes(self.settings.size));
+        self.effects.push_back(Effect::Local(io, read));
+    }
+
+    /// Its read was given up for the guest's sake.
+    pub(crate) fn verify_gave_way(&mut self, run: VerifyRun) {
+        if let Some(job) = self.verify_of(run) {
+            job.busy -= 1;
+            job.careful.insert(run.blocks);
+        }
+    }
+
+    fn verify_of(&mut self, run: VerifyRun) -> Option<&mut VerifyJob> {
+        self.verify.as_mut().filter(|job| job.number == run.job && job.result.is_none())
+    }
+
+    /// The run's content and the log's end belong together: the guard kept changes out.
+    pub(crate) fn verify_read_done(&mut self, run: VerifyRun, result: Result<LocalData, IoFailure>) {
+        let range = run.blocks.bytes(self.settings.size);
+        if let Some(job) = self.verify_of(run) {
+            job.busy -= 1;
+            match result {
+                Ok(LocalData::Read(bytes)) => {
+                    let items = chunk_items(range, &bytes).into_iter().map(|(item, _)| item).collect();
+                    self.ask_for_verify(items);
+                }
+                Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
+                Err(IoFailure { errno }) => {
+                    job.result = Some(Err(VerifyError::Read { range: range.to_string(), errno }));
+                }
+            }
+        }
+        self.release(run.blocks);
+    }
+
+    pub(crate) fn verify_compared(&mut self, result: CompareResult) {
+        // An answer to a question of before an interruption is of no use.
+        let Some(job) = &mut self.verify else { return };
+        let Some(items) = job.pending.remove(&result.id) else { return };
+        job.report.compared.0 += items.iter().map(|item| item.range.count().0).sum::<u64>();
+        for item in result.differing.iter().filter_map(|index| items.get(*index as usize)) {
+            let blocks = BlockRange::touched_by(item.range);
+            if item.content == Content::Zeroes && blocks.count() > VERIFY_RUN_BLOCKS_MAX {
+                // Somewhere in it: looked at in chunks.
+                job.report.compared.0 -= item.range.count().0;
+                job.again.insert(blocks);
+            } else {
+                job.report.differing.insert(blocks);
+            }
+        }
+    }
+}
