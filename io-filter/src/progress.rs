@@ -127,7 +127,9 @@ impl Filter {
         let settled = pass.settled();
         let rate = self.progress.pass.at(now, settled.0, span_of(pass, now)).unwrap_or(0);
         let guest = self.progress.guest.at(now, self.progress.changed, GUEST_SPAN).unwrap_or(0);
-        let pass_ends_in = time_for(pass.total.0.saturating_sub(settled.0), rate);
+        // The first moments are faster than what it is held to.
+        let lasting = self.pace.rate().map_or(rate, |held| rate.min(held.0));
+        let pass_ends_in = time_for(pass.total.0.saturating_sub(settled.0), lasting);
         let sync_in = match pass.new_writes {
             NewWrites::Forwarded => pass_ends_in,
             NewWrites::Coalesced => pass_ends_in.and_then(|ends| {

@@ -21,7 +21,7 @@ mod coarse;
 pub struct DirtyBitmap {
     whole: RoaringTreemap,
     blocks: RoaringTreemap,
-    bound: Option<Bound>,
+    bound: Option<Box<Bound>>,
 }
 
 /// What a bitmap may take, and of how large a disk it is.
@@ -60,7 +60,8 @@ impl DirtyBitmap {
     /// No dirty block, of a disk that ends at `end`. Above about `bytes` of memory the densest regions
     /// are marked in stretches of 64 KiB, then of 1 MiB and more, instead of blocks.
     pub fn bounded(bytes: ByteCount, end: BlockIndex) -> Self {
-        Self { bound: Some(Bound { bytes, end, touched: 0, exceeded: false }), ..Self::default() }
+        let bound = Bound { bytes, end, touched: 0, exceeded: false };
+        Self { bound: Some(Box::new(bound)), ..Self::default() }
     }
 
     /// The same blocks, without the bound.
@@ -72,7 +73,7 @@ impl DirtyBitmap {
     /// Takes all blocks out; the bound stays.
     #[must_use]
     pub fn take(&mut self) -> Self {
-        let empty = Self { bound: self.bound, ..Self::default() };
+        let empty = Self { bound: self.bound.clone(), ..Self::default() };
         std::mem::replace(self, empty)
     }
 
@@ -96,7 +97,7 @@ impl DirtyBitmap {
     /// Whether marking blocks clean has made it larger than its bound: single clean blocks among dirty
     /// ones take memory too, and cannot be given up as single dirty ones can.
     pub fn exceeds_bound(&self) -> bool {
-        self.bound.is_some_and(|bound| bound.exceeded)
+        self.bound.as_ref().is_some_and(|bound| bound.exceeded)
     }
 
     /// Marks blocks dirty; returns how many were not.

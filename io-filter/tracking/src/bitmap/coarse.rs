@@ -37,7 +37,7 @@ impl DirtyBitmap {
     pub(super) fn keep_bound(&mut self) {
         let Some(bound) = &mut self.bound else { return };
         (bound.touched, bound.exceeded) = (0, false);
-        let Bound { bytes, end, .. } = *bound;
+        let Bound { bytes, end, .. } = **bound;
         if self.memory() <= bytes {
             return;
         }
