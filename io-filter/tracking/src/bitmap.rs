@@ -103,6 +103,7 @@ impl DirtyBitmap {
     /// Marks blocks dirty; returns how many were not.
     pub fn insert(&mut self, range: BlockRange) -> BlockCount {
         let (start, end) = (range.start().0, range.end().0);
+        self.reach(end);
         let regions = start.div_ceil(REGION)..end / REGION;
         let mut news = 0;
         if regions.start < regions.end {
@@ -121,6 +122,13 @@ impl DirtyBitmap {
             self.keep_bound();
         }
         BlockCount(news)
+    }
+
+    /// A disk may have grown since its end was told: nothing that was marked is cut off.
+    fn reach(&mut self, end: u64) {
+        if let Some(bound) = &mut self.bound {
+            bound.end = bound.end.max(BlockIndex(end));
+        }
     }
 
     /// Blocks of one region.
@@ -203,6 +211,8 @@ impl DirtyBitmap {
 
     /// Marks every block of `other` dirty here too.
     pub fn union_with(&mut self, other: &Self) {
+        let whole = other.whole.max().map_or(0, |region| (region + 1) * REGION);
+        self.reach(other.blocks.max().map_or(0, |block| block + 1).max(whole));
         self.blocks |= &other.blocks;
         self.whole |= &other.whole;
         for run in self.whole_runs() {

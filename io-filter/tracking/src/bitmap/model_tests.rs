@@ -94,6 +94,20 @@ fn a_bitmap_is_the_list_of_its_blocks_whatever_is_done_to_it() {
 }
 
 #[test]
+fn a_disk_that_has_grown_loses_no_block_to_the_bound() {
+    let mut bitmap = DirtyBitmap::bounded(ByteCount(1 << 10), BlockIndex(100));
+    let mut marked = DirtyBitmap::new();
+    for block in (REGION..3 * REGION).step_by(64) {
+        bitmap.insert((block..block + 1).into());
+        marked.insert((block..block + 1).into());
+    }
+    bitmap.union_with(&DirtyBitmap::of((4 * REGION + 5..4 * REGION + 6).into()));
+    marked.subtract(&bitmap);
+    assert!(marked.is_empty() && bitmap.contains((4 * REGION + 5..4 * REGION + 6).into()));
+    assert!(bitmap.memory() <= ByteCount(1 << 10));
+}
+
+#[test]
 fn what_cannot_be_given_up_is_noticed() {
     let mut bitmap = DirtyBitmap::bounded(ByteCount(64 << 10), BlockIndex(64 * REGION));
     bitmap.insert((0..64 * REGION).into());
