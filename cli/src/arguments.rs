@@ -5,7 +5,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
     agent, attach, completions, control, demo, diff, doctor, files, find_change, fsck, inspect, limits, mark,
-    mount, pki, points, receiver, resize, restore, resync, scrub, status, support_bundle, up, verify, wait,
+    mount, pki, points, receiver, resize, restore, resync, retention, scrub, status, support_bundle, up,
+    verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -97,6 +98,8 @@ pub(crate) enum Command {
     Doctor(doctor::Doctor),
     /// Gather versions, status, points, configuration and logs in one file, for somebody who helps
     SupportBundle(support_bundle::SupportBundle),
+    /// Show and change how long history is kept, and try it out
+    Retention(retention::Retention),
     /// Check what a running receiver keeps against its checksums
     Scrub(scrub::Scrub),
     /// Check every file of a store that no receiver uses against its checksums
@@ -139,6 +142,7 @@ impl Command {
             | Self::Wait(_)
             | Self::Doctor(_)
             | Self::SupportBundle(_)
+            | Self::Retention(_)
             | Self::Scrub(_)
             | Self::Fsck(_)
             | Self::Pki(_)

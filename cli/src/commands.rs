@@ -22,6 +22,7 @@ pub(crate) mod receiver;
 pub(crate) mod resize;
 pub(crate) mod restore;
 pub(crate) mod resync;
+pub(crate) mod retention;
 pub(crate) mod scrub;
 pub(crate) mod status;
 pub(crate) mod stream_tls;
@@ -75,6 +76,7 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Wait(wait) => wait.run(context).await,
         Command::Doctor(doctor) => doctor.run(context).await,
         Command::SupportBundle(bundle) => bundle.run(context).await,
+        Command::Retention(retention) => retention.run(context).await,
         Command::Scrub(scrub) => scrub.run(context).await,
         Command::Fsck(fsck) => fsck.run(context).await,
         Command::Pki(pki) => pki.run(context),

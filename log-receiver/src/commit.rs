@@ -9,10 +9,7 @@ use std::rc::Rc;
 
 use backtide_units::DiskId;
 
-use crate::{
-    disk::{CommitTicket, Failure},
-    ingest::Ingest,
-};
+use crate::{commit_ticket::CommitTicket, disk::Failure, ingest::Ingest};
 
 impl Ingest {
     /// Makes sure that what is in the disk's log becomes durable. Its connection is woken when it

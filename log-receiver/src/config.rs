@@ -27,6 +27,9 @@ pub struct Config {
     /// Limits of memory, threads, files and space.
     #[serde(default)]
     pub limits: Limits,
+    /// How long history is kept.
+    #[serde(default)]
+    pub retention: Retention,
     /// TLS of mounts whose NBD URI says nothing of it. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_tls: Option<NbdTls>,
@@ -90,6 +93,47 @@ pub struct Limits {
     pub open_segments: usize,
 }
 
+/// How long history is kept, and at what pace it is thinned.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retention {
+    /// The ladder of disks that have none of their own, such as `any=24h hourly=7d daily=30d weekly=1y`. Default
+    /// `forever`.
+    pub default: String,
+    /// The most of the store that is read in a second to fold old history into images; 0 is without limit. Default
+    /// 64 MiB.
+    pub bytes_per_second_max: ByteCount,
+    /// How often it is looked for history that has grown old. Default 60,000 ms.
+    pub interval_ms: u64,
+    /// Less free room than this is an alarm, and with `on_full = "shrink"` the oldest history goes. Default 1 GiB.
+    pub low_bytes: ByteCount,
+    /// What a store does that is nearly full. Default `refuse`.
+    pub on_full: OnFull,
+}
+
+/// What a store does that is nearly full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFull {
+    /// It keeps what was promised and refuses new data in the end; agents then track.
+    #[default]
+    Refuse,
+    /// It gives up the oldest history, whatever was promised.
+    Shrink,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self {
+            default: "forever".to_owned(),
+            bytes_per_second_max: ByteCount(64 << 20),
+            interval_ms: 60_000,
+            low_bytes: ByteCount(1 << 30),
+            on_full: OnFull::Refuse,
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         let log = LogOptions::default();
@@ -134,6 +178,7 @@ impl Config {
             listen: Vec::new(),
             api: None,
             limits: Limits::default(),
+            retention: Retention::default(),
             nbd_tls: None,
             nbd: backtide_export::Limits::default(),
             stream_tls: None,

@@ -6,20 +6,18 @@
 use std::collections::VecDeque;
 
 use backtide_recovery::{
-    AppendError, Attached, DiskLog, Durable, LastWork, LogError, Salvage, Snapshot, SyncOutcome, SyncTicket,
-    Timeline,
+    AppendError, Attached, Base, DiskLog, Durable, LastWork, LogError, RebaseTicket, Rebased, Salvage,
+    Snapshot, Timeline,
 };
 use backtide_segment::{Bucket, DISK_SIZE_MAX, Entry, PassContent, Seq};
-use backtide_storage::KillPoint;
 use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
 use crate::{
-    StoreWatch,
-    log_mark::{Followed, LogMark, Loss},
+    commit_ticket::{CommitOutcome, CommitTicket},
+    log_mark::{Followed, LogMark},
     logs::Past,
     memo::Memo,
     session::ConnectionId,
-    watermark::Watermark,
 };
 
 /// What an entry costs beside its payload.
@@ -96,39 +94,6 @@ pub struct Failure {
 impl From<&LogError> for Failure {
     fn from(error: &LogError) -> Self {
         Self { why: chain(error), damaged: matches!(error, LogError::Damaged { .. }) }
-    }
-}
-
-/// Files to sync for a disk's entries to be durable.
-pub struct CommitTicket {
-    opened: u64,
-    ticket: SyncTicket,
-    watermark: Option<Watermark>,
-    loss: Option<Loss>,
-    watch: StoreWatch,
-}
-
-/// How a ticket's sync went.
-pub struct CommitOutcome {
-    opened: u64,
-    outcome: SyncOutcome,
-    /// Why nothing that was synced can be found again.
-    gone: Option<String>,
-}
-
-impl CommitTicket {
-    /// Syncs; blocks as long as the device takes.
-    pub fn sync(self) -> CommitOutcome {
-        let outcome = self.ticket.sync();
-        let gone = self.watch.check().err();
-        if let (Ok(durable), None, Some(watermark)) = (outcome.result(), &gone, &self.watermark)
-            && let Some(Err(error)) =
-                outcome.while_owned(|| watermark.write(Loss::noted(self.loss.as_ref(), durable)))
-        {
-            tracing::debug!(%error, "cannot note beside the log how far it is durable");
-        }
-        KillPoint::MarkWritten.reached();
-        CommitOutcome { opened: self.opened, outcome, gone }
     }
 }
 
@@ -321,6 +286,18 @@ impl Disk {
                 self.fail(failure.clone());
                 Err(failure)
             }
+        }
+    }
+
+    /// Lets the log begin later, once the ticket is written; none when it is out of use or has changed.
+    pub(crate) fn rebase(&self, base: Base) -> Option<(u64, RebaseTicket)> {
+        Some((self.opened, self.log()?.rebase(base)?))
+    }
+
+    /// Takes note that it begins later. A log that was opened again since knows it from the file.
+    pub(crate) fn rebased(&mut self, life: u64, rebased: Rebased) {
+        if let (Log::Open(log, _), true) = (&mut self.log, self.opened == life) {
+            log.rebased(rebased);
         }
     }
 

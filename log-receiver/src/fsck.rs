@@ -16,7 +16,7 @@ use crate::{
     Names, Shelf, StoreFileError, StoreWatch,
     disk::chain,
     disks::DISKS,
-    memo, overlays,
+    memo, overlays, retention,
     store_file::{hold_store, read_store},
     watermark::{self, Watermark},
 };
@@ -39,6 +39,7 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
         Err(error @ StoreFileError::Damaged { .. }) => damage.push(error.to_string()),
         Err(error) => return Err(error),
     }
+    damage.extend(retention::damage_of(&*storage));
     let shelf = reading(&storage);
     let names = match storage.list(Path::new(DISKS)) {
         Ok(names) => names,

@@ -13,7 +13,7 @@ use std::{
 };
 
 use backtide_protocol::{CloseCode, Closed};
-use backtide_recovery::{Attached, Snapshot};
+use backtide_recovery::{Attached, Base, RebaseTicket, Rebased, Snapshot};
 use backtide_segment::Seq;
 use backtide_units::{ByteCount, CaptureTime, DiskId};
 use tokio::{
@@ -44,6 +44,10 @@ pub(crate) enum Task {
     Facts(oneshot::Sender<Vec<DiskFacts>>),
     /// Give what can be read of a disk, or the reason why nothing can; none for an unknown disk.
     Read(DiskId, oneshot::Sender<Option<Result<Readable, Failure>>>),
+    /// Begin a disk's log later: which life of it, and what makes that durable; none when it cannot be.
+    Rebase { disk: DiskId, base: Box<Base>, answer: oneshot::Sender<Option<(u64, RebaseTicket)>> },
+    /// That is durable now.
+    Rebased { disk: DiskId, life: u64, rebased: Box<Rebased>, answer: oneshot::Sender<()> },
     /// Close all connections, make everything durable, end.
     Shutdown,
 }
@@ -132,6 +136,16 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
             Task::Read(disk, answer) => {
                 let ingest = Rc::clone(&ingest);
                 tokio::task::spawn_local(async move { drop(answer.send(ingest.read(disk).await)) });
+            }
+            Task::Rebase { disk, base, answer } => {
+                let state = ingest.disks.borrow();
+                drop(answer.send(state.get(disk).and_then(|disk| disk.rebase(*base))));
+            }
+            Task::Rebased { disk, life, rebased, answer } => {
+                if let Some(disk) = ingest.disks.borrow_mut().get_mut(disk) {
+                    disk.rebased(life, *rebased);
+                }
+                let _ = answer.send(());
             }
             Task::Shutdown => break,
         }

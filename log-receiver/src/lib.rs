@@ -16,6 +16,7 @@ mod ingest;
 mod socket;
 
 mod commit;
+mod commit_ticket;
 mod compare;
 mod disk;
 mod disks;
@@ -39,6 +40,7 @@ mod point_export;
 mod points;
 mod pool;
 mod receiver;
+mod retention;
 mod scrub;
 mod service;
 mod space;
@@ -47,9 +49,10 @@ mod watch;
 mod watermark;
 
 pub use backtide_tls::WhichDisks;
+pub use commit_ticket::{CommitOutcome, CommitTicket};
 pub use compare::CompareJob;
-pub use config::{Config, Limits, StreamTls};
-pub use disk::{CommitOutcome, CommitTicket, Disk, DiskError, Failure};
+pub use config::{Config, Limits, OnFull, Retention, StreamTls};
+pub use disk::{Disk, DiskError, Failure};
 pub use disks::{Claim, Disks, ListError, Shelf};
 pub use fsck::fsck;
 pub use names::Names;

@@ -16,7 +16,7 @@ use std::{
 use backtide_overlay::{Existing, Overlay, OverlayError, OverlayFiles, OverlayOptions, remove};
 use backtide_receiver_api::{ApiError, ErrorCode, KeptOverlay, OverlayCheck};
 use backtide_storage::Storage;
-use backtide_units::ByteCount;
+use backtide_units::{ByteCount, CaptureTime, DiskId, Lsn};
 
 use crate::disk::chain;
 use record::{DIR, Record};
@@ -109,6 +109,14 @@ impl Overlays {
         let table = self.table();
         let records = table.values().filter_map(|known| known.record.as_ref().ok());
         records.filter(|record| record.uri.is_some()).cloned().collect()
+    }
+
+    /// The points of a disk that overlays lie above, mounted or kept: without them nothing in those can be read.
+    pub(crate) fn points(&self, disk: DiskId) -> BTreeMap<Lsn, CaptureTime> {
+        let table = self.table();
+        let records = table.values().filter_map(|known| known.record.as_ref().ok());
+        let records = records.filter(|record| record.disk.uuid == disk);
+        records.map(|record| (record.lsn, record.time)).collect()
     }
 
     /// Makes an overlay.

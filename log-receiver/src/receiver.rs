@@ -30,6 +30,7 @@ use crate::{
     mounts::{self, MountThread, Order},
     overlays::Overlays,
     pool::{Pool, PoolThreads},
+    retention::{Keeper, Ladder, LadderError, Policies},
     scrub::Scrub,
     service::Service,
     socket::{Entrance, Listener},
@@ -55,6 +56,9 @@ pub enum StartError {
     /// A stream address cannot be listened at.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The default retention is none.
+    #[error("{0}")]
+    Retention(String),
     /// The control API's address cannot be listened at.
     #[error(transparent)]
     Api(#[from] backtide_control::BindError),
@@ -78,6 +82,7 @@ pub struct Receiver {
     api_task: JoinHandle<()>,
     ingest: Vec<IngestThread>,
     mounts: MountThread,
+    keeper: Keeper,
     runtime: Background,
     pools: [PoolThreads; 3],
     lock: Option<StoreLock>,
@@ -114,6 +119,11 @@ impl Receiver {
         config: Config,
     ) -> Result<Self, StartError> {
         let store = open_store(&storage)?;
+        let default: Ladder = config
+            .retention
+            .default
+            .parse()
+            .map_err(|error: LadderError| StartError::Retention(error.to_string()))?;
         let limits = config.limits.clone();
         let run_dir = config.run_dir();
         make_dir(&run_dir)?;
@@ -160,6 +170,15 @@ impl Receiver {
         };
         let mounts = mounts::start(serving).map_err(|source| failed("start the mounts' thread", source))?;
         let tasks: Vec<_> = ingest.iter().map(|thread| thread.tasks.clone()).collect();
+        let policies = Policies::open(Arc::clone(&storage), default);
+        let keeper = Keeper::start(
+            shelf.clone(),
+            tasks.clone(),
+            policies.clone(),
+            overlays.clone(),
+            config.retention.clone(),
+        )
+        .map_err(|source| failed("start the thread of retention", source))?;
         let listen: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();
         let service = Service {
             store: config.store.clone(),
@@ -171,6 +190,10 @@ impl Receiver {
             findings,
             listen: listen.clone(),
             tls,
+            images: shelf.cache.images(&shelf.storage),
+            policies,
+            keeper: keeper.watch(),
+            on_full: config.retention.on_full,
             names: shelf.names,
             threads: tasks.clone(),
             mounts: mounts.orders.clone(),
@@ -195,6 +218,7 @@ impl Receiver {
             api_task,
             ingest,
             mounts,
+            keeper,
             runtime,
             pools: [commit_threads, read_threads, write_threads],
             lock,
@@ -219,7 +243,7 @@ impl Receiver {
     /// Ends it in good order: no new agents, those connected are told, everything received is made
     /// durable, mounts finish what is in flight.
     pub async fn shutdown(self) {
-        let Self { accepting, api_stop, api_task, ingest, mounts, runtime, pools, lock, .. } = self;
+        let Self { accepting, api_stop, api_task, ingest, mounts, keeper, runtime, pools, lock, .. } = self;
         for task in accepting {
             task.abort();
             // Aborted is what it should be; its end closes the socket.
@@ -228,6 +252,8 @@ impl Receiver {
         // Whoever has ended already need not be told.
         let _ = api_stop.send(());
         let _ = api_task.await;
+        // It asks the others, so it ends first.
+        let _ = tokio::task::spawn_blocking(move || keeper.end()).await;
         for thread in &ingest {
             let _ = thread.tasks.send(Task::Shutdown).await;
         }

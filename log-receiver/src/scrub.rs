@@ -138,6 +138,9 @@ impl Work {
         let cancelled = self.unwanted.load(Ordering::Relaxed);
         self.change(|status| {
             status.running = false;
+            if !cancelled {
+                status.done_bytes = status.total_bytes;
+            }
             status.cancelled = cancelled;
             status.ended = Some(clock::now());
         });
@@ -170,7 +173,8 @@ impl Work {
     fn step(&mut self, bytes: ByteCount) -> bool {
         self.done += bytes.0;
         let done = self.done;
-        self.change(|status| status.done_bytes = ByteCount(done));
+        // Images are counted by their files, and read as they were before they were compressed.
+        self.change(|status| status.done_bytes = ByteCount(done.min(status.total_bytes.0)));
         if self.rate.is_zero() {
             return !self.unwanted.load(Ordering::Relaxed);
         }

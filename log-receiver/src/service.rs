@@ -4,11 +4,12 @@ use std::{path::PathBuf, sync::Arc};
 
 use backtide_control::Address;
 use backtide_export::NbdUri;
+use backtide_images::Images;
 use backtide_receiver_api::{
     ApiError, ByteSpan, CertificateStatus, DiffReport, DiffRequest, DiskRef, ErrorCode, FindChangeRequest,
-    FoundChange, KeptOverlay, Mount, MountRequest, Mounts, PointsReport, ReceiverDisk, ReceiverDisks,
-    ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest,
-    ScrubStatus, UnmountRequest,
+    FoundChange, KeepRequest, KeptOverlay, Mount, MountRequest, Mounts, PointsReport, ReceiverDisk,
+    ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint,
+    RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, UnmountRequest,
 };
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
 use backtide_storage::Storage;
@@ -17,8 +18,10 @@ use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
+mod retention;
+
 use crate::{
-    Names, StoreId, StoreWatch,
+    Names, OnFull, StoreId, StoreWatch,
     accept::Door,
     changes, clock,
     disk::Failure,
@@ -29,6 +32,7 @@ use crate::{
     overlays::Overlays,
     points,
     pool::Pool,
+    retention::{KeeperWatch, Policies},
     scrub::{self, Scrub},
 };
 
@@ -43,6 +47,10 @@ pub(crate) struct Service {
     pub(crate) findings: Findings,
     pub(crate) listen: Vec<Address>,
     pub(crate) tls: Option<Arc<StreamServer>>,
+    pub(crate) images: Images,
+    pub(crate) policies: Policies,
+    pub(crate) keeper: KeeperWatch,
+    pub(crate) on_full: OnFull,
     pub(crate) names: Arc<Names>,
     pub(crate) threads: Vec<mpsc::Sender<Task>>,
     pub(crate) mounts: mpsc::Sender<Order>,
@@ -153,6 +161,30 @@ impl ReceiverService for Service {
             .map_err(|error| points::log_error(&error))?;
         let block = ByteSpan { offset: block.start(), length: block.count() };
         Ok(FoundChange { at: resolved(&disk, request.at, at), block, change })
+    }
+
+    async fn retention(&self, disk: Option<DiskName>) -> Result<RetentionReport, ApiError> {
+        self.report_retention(disk).await
+    }
+
+    async fn set_retention(
+        &self,
+        disk: DiskName,
+        request: RetentionRequest,
+    ) -> Result<RetentionReport, ApiError> {
+        self.change_retention(disk, request).await
+    }
+
+    async fn preview_retention(
+        &self,
+        disk: DiskName,
+        request: RetentionRequest,
+    ) -> Result<RetentionPreview, ApiError> {
+        self.preview(disk, request).await
+    }
+
+    async fn keep(&self, request: KeepRequest) -> Result<RetentionReport, ApiError> {
+        self.keep_point(request).await
     }
 
     async fn mount(&self, request: MountRequest) -> Result<Mount, ApiError> {
@@ -349,9 +381,18 @@ impl Service {
     /// What a person should look at now.
     fn alarms(&self, facts: &[DiskFacts]) -> Vec<String> {
         let mut alarms: Vec<String> = self.watch.check().err().into_iter().collect();
+        let keeper = self.keeper.status();
+        alarms.extend(keeper.low.into_iter().chain(self.policies.damage()).chain(keeper.error));
         for facts in facts {
             let name = facts.name.as_ref().map_or_else(|| facts.id.to_string(), ToString::to_string);
             alarms.extend(facts.error.iter().map(|why| format!("disk {name}: {why}")));
+            let undone = keeper.errors.get(&facts.id);
+            alarms.extend(undone.map(|why| format!("disk {name}: old history cannot be thinned: {why}")));
+            if keeper.shrunk.contains_key(&facts.id) {
+                alarms.push(format!(
+                    "disk {name}: the store was nearly full, history that its retention promises is gone"
+                ));
+            }
             alarms.extend(facts.damage.iter().map(|why| format!("disk {name}: {why}")));
         }
         alarms.extend(self.overlays.alarms());

@@ -18,9 +18,25 @@ use crate::{
 /// `backtide inspect`
 #[derive(Args, Debug)]
 pub(crate) struct Inspect {
-    /// A segment file of a receiver's store (*.seg); a receiver may be running on it
+    /// A file of a receiver's store: a segment (*.seg), a pack of images (*.pack) or the base of a log (base.1, base.2); a
+    /// receiver may be running on it
     file: PathBuf,
 }
+
+/// What a file of a store is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Segment,
+    Pack,
+    Base,
+}
+
+/// How each kind begins.
+const KINDS: [([u8; 8], Kind); 3] = [
+    (backtide_segment::MAGIC, Kind::Segment),
+    (backtide_images::PACK_MAGIC, Kind::Pack),
+    (backtide_recovery::BASE_MAGIC, Kind::Base),
+];
 
 /// The JSON of the command. The lines are for people.
 #[derive(Debug, Serialize)]
@@ -33,8 +49,11 @@ impl Inspect {
     /// Prints the listing; ends with the code of damage when the header, which all of it hangs on, is
     /// damaged. Damage of an entry is a line of the listing.
     pub(crate) fn run(self, context: &Context) -> Result<Ending, Failure> {
-        self.refuse_others()?;
-        let ending = self.print(context)?;
+        let kind = self.kind()?;
+        let ending = self.print(context, kind)?;
+        if kind != Kind::Segment {
+            return Ok(ending);
+        }
         if let Some(why) = self.bad_header()? {
             context.warn(&format!("the segment is damaged: {why}"));
             return Ok(Ending::Found(ErrorCode::Damaged));
@@ -42,8 +61,8 @@ impl Inspect {
         Ok(ending)
     }
 
-    /// Refuses what was never a segment, before anything is printed.
-    fn refuse_others(&self) -> Result<(), Failure> {
+    /// What the file is; refuses what was never of a store, before anything is printed.
+    fn kind(&self) -> Result<Kind, Failure> {
         let failed = |error: io::Error| io_failure(self.file.display(), &error);
         let metadata = std::fs::metadata(&self.file).map_err(failed)?;
         if !metadata.is_file() {
@@ -52,17 +71,19 @@ impl Inspect {
         let mut start = Vec::new();
         let file = std::fs::File::open(&self.file).map_err(failed)?;
         file.take(backtide_segment::MAGIC.len() as u64).read_to_end(&mut start).map_err(failed)?;
-        if start != backtide_segment::MAGIC {
+        let known = KINDS.iter().find(|(magic, _)| start == *magic);
+        let Some((_, kind)) = known else {
             let message = format!(
                 "{} is no segment of a store: expected it to begin with {:?}, found {:?}",
                 self.file.display(),
                 String::from_utf8_lossy(&backtide_segment::MAGIC),
                 String::from_utf8_lossy(&start)
             );
-            let hint = "segments are the *.seg files in disks/<uuid>/segments of a receiver's store";
+            let hint = "segments are the *.seg files in disks/<uuid>/segments of a receiver's store, packs the *.pack files \
+                        in images/packs";
             return Err(ApiError::new(ErrorCode::Usage, message).with_hint(hint).into());
-        }
-        Ok(())
+        };
+        Ok(*kind)
     }
 
     fn bad_header(&self) -> Result<Option<String>, Failure> {
@@ -80,19 +101,19 @@ impl Inspect {
         Ok(header.err().map(|error| error.to_string()))
     }
 
-    fn print(&self, context: &Context) -> Result<Ending, Failure> {
+    fn print(&self, context: &Context, kind: Kind) -> Result<Ending, Failure> {
         if !context.json() {
             let mut out = io::BufWriter::new(io::stdout().lock());
-            return self.list(&mut out).map(|()| Ending::Done);
+            return self.list(kind, &mut out).map(|()| Ending::Done);
         }
         let mut text = Vec::new();
-        self.list(&mut text)?;
+        self.list(kind, &mut text)?;
         let lines = String::from_utf8_lossy(&text).lines().map(str::to_owned).collect();
         context.print(&Listing { file: self.file.clone(), lines }, String::new)?;
         Ok(Ending::Done)
     }
 
-    fn list(&self, out: &mut dyn io::Write) -> Result<(), Failure> {
+    fn list(&self, kind: Kind, out: &mut dyn io::Write) -> Result<(), Failure> {
         let name = self.file.display();
         let path = std::path::absolute(&self.file).map_err(|error| io_failure(name, &error))?;
         let (Some(parent), Some(file)) = (path.parent(), path.file_name()) else {
@@ -108,7 +129,12 @@ impl Inspect {
         }
         let storage = RealStorage::open(parent)
             .map_err(|error| io_failure(format_args!("open {}", parent.display()), &error))?;
-        match backtide_segment::inspect(&storage, file.as_ref(), out).and_then(|()| out.flush()) {
+        let listed = match kind {
+            Kind::Segment => backtide_segment::inspect(&storage, file.as_ref(), out),
+            Kind::Pack => backtide_images::inspect(&storage, file.as_ref(), out),
+            Kind::Base => backtide_recovery::inspect_base(&storage, file.as_ref(), out),
+        };
+        match listed.and_then(|()| out.flush()) {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::ClosedPipe),
             Err(error) => Err(failed(format!("inspect {}: {error}", self.file.display()))),

@@ -126,6 +126,7 @@ pub(crate) fn start_failure(error: StartError) -> Failure {
         StartError::Listen(ListenError::Insecure(_)) => ErrorCode::Refused,
         StartError::Listen(ListenError::NoCertificates(_) | ListenError::Tls(_)) => ErrorCode::Usage,
         StartError::Store(error) => store_failure_code(error),
+        StartError::Retention(_) => ErrorCode::Usage,
         StartError::Listen(ListenError::Io { .. }) | StartError::List(_) | StartError::Io { .. } => {
             ErrorCode::Failed
         }

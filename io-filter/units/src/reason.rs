@@ -45,10 +45,12 @@ pub enum Reason {
     LocalReadFailed,
     /// The agent's state is older than what the receiver has from it: a copy of before was put back.
     AgentRolledBack,
+    /// Retention has thinned the history: single points are left of it.
+    Thinned,
 }
 
 /// Every reason with its code and the sentence people read.
-const TABLE: [(Reason, u8, &str); 17] = [
+const TABLE: [(Reason, u8, &str); 18] = [
     (Reason::FirstAttach, 1, "first protection of the disk"),
     (Reason::ReceiverAway, 2, "the receiver was away longer than the retained window lasts"),
     (Reason::LinkTooSlow, 3, "the receiver or the link to it was slower than the guest's writes"),
@@ -66,6 +68,7 @@ const TABLE: [(Reason, u8, &str); 17] = [
     (Reason::Damaged, 15, "the receiver's store is damaged"),
     (Reason::LocalReadFailed, 16, "a block of the local disk cannot be read"),
     (Reason::AgentRolledBack, 17, "the agent's state is older than what the receiver has from it"),
+    (Reason::Thinned, 18, "retention keeps single points of this time"),
 ];
 
 impl Reason {

@@ -4,9 +4,9 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeptOverlay, Mount, MountRequest, Mounts,
-    OverlayFate, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint,
-    ScrubRequest, ScrubStatus,
+    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, Mount, MountRequest,
+    Mounts, OverlayFate, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest,
+    ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus,
 };
 
 /// The receiver, in the words of errors.
@@ -92,6 +92,49 @@ impl ReceiverClient {
         request: &FindChangeRequest,
     ) -> Result<FoundChange, ApiError> {
         self.client.post(&path(disk, "/find-change"), request).await
+    }
+
+    /// How long history is kept.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn retention(&self, disk: Option<&DiskName>) -> Result<RetentionReport, ApiError> {
+        match disk {
+            None => self.client.get("/v1/retention", NO_QUERY).await,
+            Some(disk) => self.client.get(&path(disk, "/retention"), NO_QUERY).await,
+        }
+    }
+
+    /// Gives a disk another ladder.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn set_retention(
+        &self,
+        disk: &DiskName,
+        request: &RetentionRequest,
+    ) -> Result<RetentionReport, ApiError> {
+        self.client.post(&path(disk, "/retention"), request).await
+    }
+
+    /// What a ladder would do to a disk now.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn preview_retention(
+        &self,
+        disk: &DiskName,
+        request: &RetentionRequest,
+    ) -> Result<RetentionPreview, ApiError> {
+        self.client.post(&path(disk, "/retention/preview"), request).await
+    }
+
+    /// Keeps a point whatever the ladder says, or does so no longer.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn keep(&self, request: &KeepRequest) -> Result<RetentionReport, ApiError> {
+        self.client.post("/v1/retention/keep", request).await
     }
 
     /// Serves a point over NBD.

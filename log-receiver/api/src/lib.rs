@@ -10,6 +10,7 @@ mod check;
 mod client;
 mod going_back;
 mod points;
+mod retention;
 mod routes;
 mod service;
 mod status;
@@ -23,6 +24,7 @@ pub use going_back::{
     ResolvedPoint, UnmountRequest,
 };
 pub use points::{DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport, UnavailablePoint};
+pub use retention::{DiskRetention, KeepRequest, RetentionPreview, RetentionReport, RetentionRequest};
 pub use routes::router;
 pub use service::ReceiverService;
 pub use status::{CertificateStatus, ReceiverDisk, ReceiverDisks, ReceiverStatus};

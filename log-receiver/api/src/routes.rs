@@ -11,9 +11,10 @@ use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeptOverlay, Mount, MountRequest, Mounts,
-    PointsReport, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest,
-    ResolvedPoint, ScrubRequest, ScrubStatus, UnmountRequest,
+    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, Mount, MountRequest,
+    Mounts, PointsReport, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest,
+    ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus,
+    UnmountRequest,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -28,6 +29,10 @@ pub fn router<S: ReceiverService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/resolve", post(resolve::<S>))
         .route("/v1/disks/{disk}/diff", post(diff::<S>))
         .route("/v1/disks/{disk}/find-change", post(find_change::<S>))
+        .route("/v1/disks/{disk}/retention", get(disk_retention::<S>).merge(post(set_retention::<S>)))
+        .route("/v1/disks/{disk}/retention/preview", post(preview_retention::<S>))
+        .route("/v1/retention", get(retention::<S>))
+        .route("/v1/retention/keep", post(keep::<S>))
         .route("/v1/scrub", get(scrub_status::<S>).merge(post(scrub::<S>)).merge(delete(cancel_scrub::<S>)))
         .route("/v1/mounts", get(mounts::<S>).merge(post(mount::<S>)))
         .route("/v1/mounts/{id}", delete(unmount::<S>))
@@ -85,6 +90,40 @@ async fn find_change<S: ReceiverService>(
     ApiJson(request): ApiJson<FindChangeRequest>,
 ) -> Answer<FoundChange> {
     service.find_change(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn retention<S: ReceiverService>(State(service): State<Arc<S>>) -> Answer<RetentionReport> {
+    service.retention(None).await.map(Json)
+}
+
+async fn disk_retention<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<RetentionReport> {
+    service.retention(Some(disk_named(&disk)?)).await.map(Json)
+}
+
+async fn set_retention<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<RetentionRequest>,
+) -> Answer<RetentionReport> {
+    service.set_retention(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn preview_retention<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<RetentionRequest>,
+) -> Answer<RetentionPreview> {
+    service.preview_retention(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn keep<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    ApiJson(request): ApiJson<KeepRequest>,
+) -> Answer<RetentionReport> {
+    service.keep(request).await.map(Json)
 }
 
 async fn mounts<S: ReceiverService>(State(service): State<Arc<S>>) -> Answer<Mounts> {

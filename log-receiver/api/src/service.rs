@@ -4,9 +4,9 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeptOverlay, Mount, MountRequest, Mounts,
-    PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, ScrubRequest,
-    ScrubStatus, UnmountRequest,
+    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, Mount, MountRequest,
+    Mounts, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint,
+    RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, UnmountRequest,
 };
 
 /// The receiver's side of the control API. A disk may be named by its name or its UUID.
@@ -44,6 +44,29 @@ pub trait ReceiverService: Send + Sync + 'static {
         disk: DiskName,
         request: FindChangeRequest,
     ) -> impl Future<Output = Result<FoundChange, ApiError>> + Send;
+
+    /// How long history is kept: of all disks, or of the one named.
+    fn retention(
+        &self,
+        disk: Option<DiskName>,
+    ) -> impl Future<Output = Result<RetentionReport, ApiError>> + Send;
+
+    /// Gives a disk another ladder. What goes by it goes soon.
+    fn set_retention(
+        &self,
+        disk: DiskName,
+        request: RetentionRequest,
+    ) -> impl Future<Output = Result<RetentionReport, ApiError>> + Send;
+
+    /// What a ladder would do to a disk now.
+    fn preview_retention(
+        &self,
+        disk: DiskName,
+        request: RetentionRequest,
+    ) -> impl Future<Output = Result<RetentionPreview, ApiError>> + Send;
+
+    /// Keeps a point whatever the ladder says, or does so no longer.
+    fn keep(&self, request: KeepRequest) -> impl Future<Output = Result<RetentionReport, ApiError>> + Send;
 
     /// Serves a point over NBD; ready for clients when this answers.
     fn mount(&self, request: MountRequest) -> impl Future<Output = Result<Mount, ApiError>> + Send;

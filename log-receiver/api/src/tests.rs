@@ -8,9 +8,10 @@ use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, DiskName, Lsn};
 
 use crate::{
     BlockChange, ByteSpan, ChangedBy, DiffReport, DiffRequest, DiskRef, FindChangeRequest, FlushPoints,
-    FoundChange, Hole, KeptOverlay, Mount, MountOverlay, MountRequest, Mounts, OverlayFate, Point,
-    PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
-    ResolveRequest, ResolvedPoint, ScrubRequest, ScrubStatus, UnavailablePoint, UnmountRequest, router,
+    FoundChange, Hole, KeepRequest, KeptOverlay, Mount, MountOverlay, MountRequest, Mounts, OverlayFate,
+    Point, PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
+    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
+    ScrubStatus, UnavailablePoint, UnmountRequest, router,
 };
 
 /// Notes every call.
@@ -97,6 +98,19 @@ fn scrubbed() -> ScrubStatus {
     }
 }
 
+fn retained() -> RetentionReport {
+    RetentionReport {
+        default: "forever".to_owned(),
+        on_full: "refuse".to_owned(),
+        low: None,
+        error: None,
+        image_bytes: ByteCount(1),
+        freed_bytes: ByteCount(2),
+        rounds: 3,
+        disks: Vec::new(),
+    }
+}
+
 impl ReceiverService for Fake {
     async fn status(&self) -> Result<ReceiverStatus, ApiError> {
         self.note("status".to_owned());
@@ -161,6 +175,42 @@ impl ReceiverService for Fake {
     async fn find_change(&self, disk: DiskName, request: FindChangeRequest) -> Result<FoundChange, ApiError> {
         self.note(format!("find-change {} {} {}", disk.as_str(), request.offset, request.at));
         Ok(found())
+    }
+
+    async fn retention(&self, disk: Option<DiskName>) -> Result<RetentionReport, ApiError> {
+        self.note(format!("retention {}", disk.map_or_else(String::new, |disk| disk.as_str().to_owned())));
+        Ok(retained())
+    }
+
+    async fn set_retention(
+        &self,
+        disk: DiskName,
+        request: RetentionRequest,
+    ) -> Result<RetentionReport, ApiError> {
+        self.note(format!("set retention {} {:?}", disk.as_str(), request.ladder));
+        Ok(retained())
+    }
+
+    async fn preview_retention(
+        &self,
+        disk: DiskName,
+        request: RetentionRequest,
+    ) -> Result<RetentionPreview, ApiError> {
+        self.note(format!("preview {} {:?}", disk.as_str(), request.ladder));
+        Ok(RetentionPreview {
+            disk: vm1(),
+            ladder: "forever".to_owned(),
+            every_point_from: None,
+            keep: Vec::new(),
+            drop: Vec::new(),
+            log_bytes_freed: ByteCount(1),
+            changes: true,
+        })
+    }
+
+    async fn keep(&self, request: KeepRequest) -> Result<RetentionReport, ApiError> {
+        self.note(format!("keep {} {} {}", request.name.as_str(), request.at, request.release));
+        Ok(retained())
     }
 
     async fn mount(&self, request: MountRequest) -> Result<Mount, ApiError> {
@@ -243,6 +293,13 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.scrub(&request).await.unwrap(), scrubbed());
     client.scrub_status().await.unwrap();
     client.cancel_scrub().await.unwrap();
+    client.retention(None).await.unwrap();
+    assert_eq!(client.retention(Some(&vm1)).await.unwrap(), retained());
+    let request = RetentionRequest { ladder: Some("any=24h".to_owned()) };
+    client.set_retention(&vm1, &request).await.unwrap();
+    assert!(client.preview_retention(&vm1, &RetentionRequest::default()).await.unwrap().changes);
+    let request = KeepRequest { name: vm1.clone(), at: "mark:x".to_owned(), release: true };
+    client.keep(&request).await.unwrap();
     for strange in ["", "..", "a/b", "a?b"] {
         assert_eq!(client.unmount(strange, None).await.unwrap_err().code, ErrorCode::NotFound, "{strange}");
     }
@@ -265,7 +322,12 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "discard vm1-2",
             "scrub vm1",
             "scrub-status",
-            "cancel-scrub"
+            "cancel-scrub",
+            "retention ",
+            "retention vm1",
+            "set retention vm1 Some(\"any=24h\")",
+            "preview vm1 None",
+            "keep vm1 mark:x true"
         ]
     );
 

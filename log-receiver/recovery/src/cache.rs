@@ -7,20 +7,22 @@
 //! Loading happens outside the lock; two readers may then load the same block, and one copy is kept.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    hash::Hash,
+    collections::BTreeSet,
+    path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
 
+use backtide_images::{Images, ImagesLimits, Recent};
 use backtide_segment::{EntryParts, Guide, IndexBlock, Position, SegmentFile};
+use backtide_storage::Storage;
 use backtide_units::ByteCount;
 use bytes::Bytes;
 use roaring::RoaringTreemap;
 
-use crate::LogError;
+use crate::{LogError, origin::Origins};
 
 /// What is kept beside the bytes of a value weighs about this much.
 const OVERHEAD: usize = 128;
@@ -81,15 +83,8 @@ struct Shared {
     files: Mutex<Recent<SegmentKey, SegmentFile>>,
     entries: Mutex<Recent<(SegmentKey, Position), EntryParts>>,
     pieces: Mutex<Recent<PieceKey, Bytes>>,
-}
-
-/// Values with weights; the one used longest ago goes first.
-struct Recent<K, V> {
-    values: HashMap<K, (u64, usize, V)>,
-    by_use: BTreeMap<u64, K>,
-    uses: u64,
-    weight: usize,
-    weight_max: usize,
+    origins: Origins,
+    images: OnceLock<Images>,
 }
 
 impl LogCache {
@@ -104,6 +99,8 @@ impl LogCache {
                 files: Mutex::new(Recent::new(limits.open_files_max.max(1))),
                 entries: Mutex::new(Recent::new(TABLE_BYTES_MAX)),
                 pieces: Mutex::new(Recent::new(PIECE_BYTES_MAX)),
+                origins: Origins::default(),
+                images: OnceLock::new(),
             }),
         }
     }
@@ -115,7 +112,23 @@ impl LogCache {
 
     /// Bytes of index parts in memory now.
     pub fn index_bytes(&self) -> ByteCount {
-        ByteCount(self.shared.parts.lock().unwrap_or_else(PoisonError::into_inner).weight as u64)
+        ByteCount(self.shared.parts.lock().unwrap_or_else(PoisonError::into_inner).weight() as u64)
+    }
+
+    /// The images of the store on `storage`, which is that of all logs with this cache.
+    pub fn images(&self, storage: &Arc<dyn Storage>) -> Images {
+        let new = || Images::new(Arc::clone(storage), ImagesLimits::default());
+        self.shared.images.get_or_init(new).clone()
+    }
+
+    pub(crate) fn origins(&self) -> &Origins {
+        &self.shared.origins
+    }
+
+    /// Closes files by their names.
+    pub(crate) fn forget_files(&self, names: &BTreeSet<PathBuf>) {
+        let mut files = self.shared.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.retain(|file: &SegmentFile| !names.contains(file.name()));
     }
 
     pub(crate) fn new_key(&self) -> SegmentKey {
@@ -190,66 +203,8 @@ impl LogCache {
     }
 }
 
-impl<K: Clone + Eq + Hash, V: Clone> Recent<K, V> {
-    fn new(weight_max: usize) -> Self {
-        Self { values: HashMap::new(), by_use: BTreeMap::new(), uses: 0, weight: 0, weight_max }
-    }
-
-    fn get(&mut self, key: &K) -> Option<V> {
-        let (used, _, value) = self.values.get_mut(key)?;
-        self.by_use.remove(used);
-        self.uses += 1;
-        *used = self.uses;
-        self.by_use.insert(self.uses, key.clone());
-        Some(value.clone())
-    }
-
-    fn put(&mut self, key: K, weight: usize, value: V) {
-        self.uses += 1;
-        if let Some((used, weight, _)) = self.values.insert(key.clone(), (self.uses, weight, value)) {
-            self.by_use.remove(&used);
-            self.weight -= weight;
-        }
-        self.by_use.insert(self.uses, key);
-        self.weight += weight;
-        while self.weight > self.weight_max {
-            let Some((_, oldest)) = self.by_use.pop_first() else { return };
-            if let Some((_, weight, _)) = self.values.remove(&oldest) {
-                self.weight -= weight;
-            }
-        }
-    }
-}
-
 impl Default for CacheLimits {
     fn default() -> Self {
         Self { index_bytes_max: ByteCount(64 << 20), open_files_max: 256 }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_one_used_longest_ago_goes_first() {
-        let mut recent = Recent::new(10);
-        recent.put("a", 4, 1);
-        recent.put("b", 4, 2);
-        assert_eq!(recent.get(&"a"), Some(1));
-        recent.put("c", 4, 3);
-        assert_eq!((recent.get(&"a"), recent.get(&"b"), recent.get(&"c")), (Some(1), None, Some(3)));
-        assert_eq!(recent.weight, 8);
-    }
-
-    #[test]
-    fn what_is_too_large_is_not_kept() {
-        let mut recent = Recent::new(10);
-        recent.put("a", 11, 1);
-        assert_eq!(recent.get(&"a"), None);
-        assert_eq!(recent.weight, 0);
-        recent.put("b", 3, 1);
-        recent.put("b", 5, 2);
-        assert_eq!((recent.weight, recent.by_use.len()), (5, 1));
     }
 }

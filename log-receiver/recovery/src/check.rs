@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use backtide_segment::{SealedSegment, SegmentError, SegmentFile, Seq};
 use backtide_units::ByteCount;
+use roaring::RoaringTreemap;
 
 use crate::{LogError, Salvage, Snapshot, segment::Segment};
 
@@ -18,6 +19,8 @@ const DAMAGE_MAX: usize = 100;
 pub struct Checked {
     /// Segment files.
     pub segments: u64,
+    /// Images.
+    pub images: u64,
     /// Entries that are whole.
     pub entries: u64,
     /// Bytes read.
@@ -90,13 +93,40 @@ impl Snapshot {
             }
             check_segment(segment, self.through().0, checked, step)?;
         }
+        self.check_images(checked, step)
+    }
+
+    /// Each chunk once: most of them belong to several images.
+    fn check_images(
+        &self,
+        checked: &mut Checked,
+        step: &mut dyn FnMut(ByteCount) -> bool,
+    ) -> Result<(), LogError> {
+        let mut seen = RoaringTreemap::new();
+        for (_, image) in self.origin().images() {
+            if checked.called_off {
+                break;
+            }
+            let mut bytes = 0;
+            let mut damage = Vec::new();
+            let whole = image.check(&mut seen, &mut |what| damage.push(what), &mut |read| {
+                bytes += read.0;
+                step(read)
+            })?;
+            checked.images += 1;
+            checked.bytes.0 += bytes;
+            checked.called_off |= !whole;
+            damage.into_iter().for_each(|what| checked.note(what));
+        }
         Ok(())
     }
 
-    /// Bytes that a check reads.
+    /// Bytes that a check reads; with images about.
     pub fn bytes(&self) -> ByteCount {
         let own: u64 = self.segments.iter().map(|segment| segment.entries_end().0).sum();
-        ByteCount(own + self.before().map_or(0, |before| before.bytes().0))
+        // Most chunks belong to several images, and to several disks: this is too much rather than too little.
+        let images = self.base().and_then(|_| self.images().size().ok()).unwrap_or_default();
+        ByteCount(own + images.0 + self.before().map_or(0, |before| before.bytes().0))
     }
 }
 

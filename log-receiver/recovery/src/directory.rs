@@ -129,6 +129,18 @@ impl<S: Clone> Directory<S> {
         self.nodes.push(Placed { node, max_before });
     }
 
+    /// Drops nodes from the first on, as long as all segments of a node are `unwanted`; none while there is work under
+    /// way, which knows nodes by their places.
+    pub(crate) fn drop_first(&mut self, unwanted: impl Fn(&S) -> bool) {
+        let all = |placed: &Placed<S>| placed.node.segments().iter().all(&unwanted);
+        let dropped = self.nodes.iter().take_while(|placed| all(placed)).count();
+        let rest = self.nodes.split_off(dropped);
+        self.nodes.clear();
+        for placed in rest {
+            self.place(placed.node);
+        }
+    }
+
     /// What is to be done for few nodes and little memory, if anything. Look-ups are right without it.
     pub(crate) fn upkeep(&self) -> Option<Upkeep<S>> {
         self.full_tier().map(Upkeep::Join).or_else(|| self.coarsening())
@@ -176,11 +188,6 @@ impl<S: Clone> Directory<S> {
     /// Memory of all nodes, without the segments themselves.
     pub(crate) fn bytes(&self) -> ByteCount {
         ByteCount(self.nodes.iter().map(|placed| placed.node.bytes() as u64).sum())
-    }
-
-    /// How many segments there are.
-    pub(crate) fn len(&self) -> usize {
-        self.nodes.iter().map(|placed| placed.node.segments().len()).sum()
     }
 
     /// All segments in log order.

@@ -3,6 +3,8 @@
 //! Invariants: at most one segment is open, the last; entries of a segment are durable only together
 //! with all segments before it; after a failed write or sync nothing is written any more.
 
+mod options;
+mod rebase;
 mod rotate;
 
 use std::{
@@ -10,20 +12,23 @@ use std::{
     sync::Arc,
 };
 
-use backtide_segment::{Entry, SegmentHeader, SegmentId, SegmentWriter, Seq, Step, WriterOptions};
+use backtide_segment::{Entry, SegmentHeader, SegmentId, SegmentWriter, Seq, Step};
 use backtide_storage::{KillPoint, Storage, StorageFile};
 use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 
 use crate::{
-    AppendError, Durable, InvalidEntry, LogCache, LogError, PointError, Snapshot, SyncOutcome, SyncTicket,
-    Timeline, View,
+    AppendError, Base, Durable, FoundBase, InvalidEntry, LogCache, LogError, PointError, Snapshot,
+    SyncOutcome, SyncTicket, Timeline, View,
     chores::LastWork,
+    origin::Origin,
     recover::{self, Kept, KeptState, failed},
     segment::{OpenSegment, Segment},
     segments::Segments,
     ticket::DirectorySync,
 };
 
+pub use options::LogOptions;
+pub use rebase::{FoldError, Foldable, RebaseTicket, Rebased};
 use rotate::Rotation;
 
 /// Whose log it is.
@@ -33,23 +38,6 @@ pub struct LogIdentity {
     pub disk: DiskId,
     /// Its history at this receiver.
     pub history: HistoryId,
-}
-
-/// Limits of one log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LogOptions {
-    /// A segment is sealed when it would grow beyond this. Default 64 MiB, at most 2 GiB.
-    pub segment_bytes_max: ByteCount,
-    /// A segment is sealed at so many index extents: bounds memory. Default 262,144.
-    pub segment_extents_max: u32,
-    /// Entries are held back until so many bytes are waiting, a ticket is taken, or a view.
-    /// Default 1 MiB.
-    pub buffer_bytes_max: ByteCount,
-    /// Space is reserved in steps of this, so that a sync need not grow the file. Default 8 MiB.
-    pub allocation_step: ByteCount,
-    /// Memory of the directory that finds segments by the buckets they touch; beyond it look-ups look into
-    /// more segments than have what is looked for. Default 64 MiB, about 20 million records at random places.
-    pub directory_bytes_max: ByteCount,
 }
 
 /// What recovery found and did.
@@ -76,6 +64,8 @@ pub struct DiskLog {
     cache: LogCache,
     timeline: Arc<Timeline>,
     segments: Arc<Segments>,
+    origin: Arc<Origin>,
+    dir: PathBuf,
     current: Option<Current>,
     appended: Seq,
     durable: Durable,
@@ -121,7 +111,10 @@ impl DiskLog {
             let step = format!("{what} {}", storage.display(path).display());
             move |source| failed(step, source)
         };
-        match recover::recover(&*storage, &segments_dir, options.writer(), |_| Seq(0)) {
+        if !FoundBase::read(&*storage, dir)?.is_none() {
+            return Err(LogError::LogExists { dir: storage.display(dir) });
+        }
+        match recover::recover(&*storage, &segments_dir, options.writer(), None, |_| Seq(0)) {
             Err(LogError::NoLog { .. }) => {}
             Ok(_) | Err(LogError::Damaged { .. } | LogError::UnknownVersion { .. }) => {
                 return Err(LogError::LogExists { dir: storage.display(dir) });
@@ -138,7 +131,7 @@ impl DiskLog {
             let path = segments_dir.join(leftover.file_name());
             storage.remove(&path).map_err(io("remove", &path))?;
         }
-        let mut log = Self::empty(Arc::clone(&storage), segments_dir.clone(), identity, options, cache);
+        let mut log = Self::empty(Arc::clone(&storage), dir, identity, options, cache, None);
         log.start_segment()?;
         let ticket = log.ticket_now();
         log.synced(ticket.sync())?;
@@ -174,12 +167,21 @@ impl DiskLog {
         noted: impl FnOnce(LogIdentity) -> Seq,
     ) -> Result<(Self, Recovered), LogError> {
         let segments_dir = dir.join("segments");
-        let opened = recover::recover(&*storage, &segments_dir, options.writer(), noted)?;
+        let base = FoundBase::read(&*storage, dir)?;
+        let doubtful = !base.is_settled();
+        let base = base.usable(&*storage, dir)?;
+        let opened = recover::recover(&*storage, &segments_dir, options.writer(), base.as_ref(), noted)?;
+        if let Some(base) = base.as_ref().filter(|_| doubtful) {
+            base.write(&*storage, dir)?;
+        }
         // Whoever created the log may have crashed before its directories were durable.
         sync_above(&*storage, dir)?;
-        let mut log = Self::empty(storage, segments_dir, opened.identity, options, cache);
+        let mut log = Self::empty(storage, dir, opened.identity, options, cache, base);
         for kept in opened.kept {
             log.keep(kept)?;
+        }
+        if let Some(base) = log.origin.base() {
+            base.thin(Arc::make_mut(&mut log.timeline));
         }
         log.durable = Durable { seq: log.appended, lsn: log.timeline.covered() };
         Ok((log, opened.recovered))
@@ -187,19 +189,28 @@ impl DiskLog {
 
     fn empty(
         storage: Arc<dyn Storage>,
-        segments_dir: PathBuf,
+        dir: &Path,
         identity: LogIdentity,
         options: LogOptions,
         cache: &LogCache,
+        base: Option<Base>,
     ) -> Self {
+        let timeline = base.as_ref().map(|base| base.timeline.clone()).unwrap_or_default();
+        let mut segments = Segments::new(options.directory_bytes_max);
+        if let Some(base) = &base {
+            segments.begin_with(base.first_segment, true);
+        }
+        let origin = Origin::new(dir, base, &cache.images(&storage), cache.origins());
         Self {
             storage,
-            segments_dir,
+            segments_dir: dir.join("segments"),
+            dir: dir.to_owned(),
+            origin,
             identity,
             options,
             cache: cache.clone(),
-            timeline: Arc::new(Timeline::default()),
-            segments: Arc::new(Segments::new(options.directory_bytes_max)),
+            timeline: Arc::new(timeline),
+            segments: Arc::new(segments),
             current: None,
             appended: Seq(0),
             durable: Durable::default(),
@@ -412,7 +423,8 @@ impl DiskLog {
     /// When entries held back cannot be written; the log is then poisoned.
     pub fn snapshot(&mut self) -> Result<Snapshot, LogError> {
         self.write_waiting()?;
-        Ok(Snapshot::new(Arc::clone(&self.timeline), Arc::clone(&self.segments), self.appended))
+        let (timeline, segments) = (Arc::clone(&self.timeline), Arc::clone(&self.segments));
+        Ok(Snapshot::new(timeline, segments, self.appended, Arc::clone(&self.origin)))
     }
 
     /// The disk at a point.
@@ -451,24 +463,6 @@ impl DiskLog {
             && current.is_some_and(|current| !current.writer.is_poisoned());
         self.poisoned |= result.is_err() && !refused;
         result
-    }
-}
-
-impl LogOptions {
-    fn writer(&self) -> WriterOptions {
-        WriterOptions { buffer_bytes_max: self.buffer_bytes_max, allocation_step: self.allocation_step }
-    }
-}
-
-impl Default for LogOptions {
-    fn default() -> Self {
-        Self {
-            segment_bytes_max: ByteCount(64 << 20),
-            segment_extents_max: 1 << 18,
-            buffer_bytes_max: ByteCount(1 << 20),
-            allocation_step: ByteCount(8 << 20),
-            directory_bytes_max: ByteCount(64 << 20),
-        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! order and makes them durable, [`Timeline`] says which points they give, a [`View`] reads the disk at
 //! one of them. It is a library: no sockets, no clock, no threads of its own.
 
+mod base;
 mod cache;
 mod check;
 mod chores;
@@ -12,6 +13,7 @@ mod disk_log;
 mod error;
 mod fold;
 mod merge;
+mod origin;
 mod point;
 mod recover;
 mod salvage;
@@ -22,11 +24,13 @@ mod ticket;
 mod timeline;
 mod view;
 
+pub use base::{BASE_MAGIC, Base, FoundBase, KeptPoint, inspect_base};
 pub use cache::{CacheLimits, LogCache};
 pub use check::Checked;
 pub use chores::LastWork;
-pub use disk_log::{DiskLog, LogIdentity, LogOptions, Recovered};
+pub use disk_log::{DiskLog, FoldError, Foldable, LogIdentity, LogOptions, RebaseTicket, Rebased, Recovered};
 pub use error::{AppendError, InvalidEntry, LogError, Nearest, PointError, TimedLsn};
+pub use origin::{Removed, remove_unused};
 pub use point::{ParsePointError, Point, time_text};
 pub use salvage::{Salvage, salvage};
 pub use snapshot::Snapshot;

@@ -21,13 +21,24 @@ use crate::{LogError, directory::Candidates, segment::Segment, segments::Segment
 /// Extents fetched from a segment at once.
 const FETCH: usize = 16;
 
-/// Bytes of the disk and where they come from; without a source they are zeros.
+/// Bytes of the disk and where they come from.
 #[derive(Clone)]
 pub(crate) struct Piece<'a> {
     pub(crate) range: ByteRange,
-    pub(crate) source: Option<Source<'a>>,
-    /// The version of these bytes, also of zeros; none of what was never written.
+    pub(crate) content: Content<'a>,
+    /// The version of these bytes, also of zeros; none of what the log has nothing of.
     pub(crate) version: Option<Lsn>,
+}
+
+/// Where bytes come from.
+#[derive(Clone, Copy)]
+pub(crate) enum Content<'a> {
+    /// An extent with a payload.
+    Payload(Source<'a>),
+    /// An extent of zeroes.
+    Zeroes,
+    /// Nothing above the floor: what was there at the floor, or zeroes when the log begins with itself.
+    Below,
 }
 
 /// An extent, with its segment.
@@ -55,6 +66,8 @@ struct Waiting<'a> {
 pub(crate) struct Merge<'a> {
     pub(crate) segments: &'a Segments,
     pub(crate) at: Lsn,
+    /// Versions at or below it do not count.
+    pub(crate) floor: Lsn,
     pub(crate) through: Seq,
 }
 
@@ -97,7 +110,8 @@ impl<'a> Merge<'a> {
             }
             self.push(&mut heap, cursor)?;
         }
-        pieces.extend(gaps.into_iter().map(|range| Piece { range, source: None, version: None }));
+        let below = |range| Piece { range, content: Content::Below, version: None };
+        pieces.extend(gaps.into_iter().map(below));
         pieces.sort_by_key(|piece| piece.range.start());
         pieces.into_iter().for_each(take);
         Ok(())
@@ -117,7 +131,8 @@ impl<'a> Merge<'a> {
     }
 
     fn wait(&self, heap: &mut BinaryHeap<Waiting<'a>>, segment: &'a Segment, bucket: Bucket) {
-        let Some(version) = segment.version_max_at(self.at) else { return };
+        let version = segment.version_max_at(self.at).filter(|version| *version > self.floor);
+        let Some(version) = version else { return };
         let next = Some(ExtentKey::newest(bucket, self.at));
         let cursor = Cursor { segment, fetched: VecDeque::new(), next };
         // Under the highest number, so that it is opened before an extent of the same version is taken.
@@ -142,7 +157,8 @@ impl<'a> Merge<'a> {
             let extents = cursor.segment.fetch(from, FETCH)?;
             cursor.next = extents.last().filter(|_| extents.len() == FETCH).map(|(last, _)| last.older());
             let known = extents.into_iter().map(|(_, extent)| extent);
-            cursor.fetched.extend(known.filter(|extent| extent.seq <= self.through));
+            let counts = |extent: &Extent| extent.seq <= self.through && extent.version > self.floor;
+            cursor.fetched.extend(known.filter(counts));
         }
         if let Some(extent) = cursor.fetched.front() {
             heap.push(Waiting { version: extent.version, seq: extent.seq, cursor });
@@ -159,8 +175,9 @@ fn cover<'a>(gaps: &mut Vec<ByteRange>, source: Source<'a>, pieces: &mut Vec<Pie
             left.push(gap);
             continue;
         };
+        let content = if source.extent.zero { Content::Zeroes } else { Content::Payload(source) };
         let version = Some(source.extent.version);
-        pieces.push(Piece { range, source: (!source.extent.zero).then_some(source), version });
+        pieces.push(Piece { range, content, version });
         let before = ByteRange::between(gap.start(), range.start());
         let after = ByteRange::between(range.end(), gap.end());
         left.extend([before, after].into_iter().filter(|rest| !rest.is_empty()));

@@ -14,7 +14,7 @@ use backtide_segment::{
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset};
 
-use crate::{LogError, LogIdentity, Recovered, chores::SPARE};
+use crate::{Base, LogError, LogIdentity, Recovered, chores::SPARE};
 
 /// A segment that is kept.
 pub(crate) struct Kept {
@@ -50,6 +50,8 @@ struct Recovery<'a> {
     segments_dir: &'a Path,
     options: WriterOptions,
     identity: LogIdentity,
+    /// The number of the first entry.
+    first_seq: Seq,
     /// Every entry up to this one was durable at some time.
     synced: Seq,
     /// So it was up to this one, as is noted beside the log.
@@ -60,20 +62,31 @@ struct Recovery<'a> {
 /// How much behind a lost header is looked at for entries.
 const ENTRIES_LOOKED_AT: usize = 64 * 1024;
 
-/// Recovers the log whose segments are in `segments_dir`. `noted` says of which entry somebody noted beside the log
+/// Recovers the log whose segments are in `segments_dir` and which begins with `base`. `noted` says of which entry somebody noted beside the log
 /// that it was durable.
 pub(crate) fn recover(
     storage: &dyn Storage,
     segments_dir: &Path,
     options: WriterOptions,
+    base: Option<&Base>,
     noted: impl FnOnce(LogIdentity) -> Seq,
 ) -> Result<Opened, LogError> {
-    let found = find(storage, segments_dir, open_to_recover)?;
+    let (first, first_seq) =
+        base.map_or((SegmentId::FIRST, Seq(1)), |base| (base.first_segment, base.first_seq));
+    let found = find(storage, segments_dir, first, open_to_recover)?;
     let identity = identity_of(storage, segments_dir, &found)?;
+    if let Some(other) = base.map(|base| base.identity).filter(|other| *other != identity) {
+        return Err(LogError::Damaged {
+            file: storage.display(segments_dir),
+            offset: ByteOffset::ZERO,
+            what: format!("its base belongs to disk {}, history {}", other.disk, other.history),
+        });
+    }
     let recovered = Recovered::default();
     let noted = noted(identity);
+    let synced = Seq(0);
     let mut recovery =
-        Recovery { storage, segments_dir, options, identity, synced: Seq(0), noted, recovered };
+        Recovery { storage, segments_dir, options, identity, first_seq, synced, noted, recovered };
     let states = recovery.read_backwards(&found)?;
     let mut kept = recovery.chain(&found, states)?;
     if kept.is_empty() {
@@ -133,14 +146,20 @@ pub(crate) fn open_to_recover(
 /// [`open`] or [`open_to_recover`].
 type Open = fn(&dyn Storage, &Path, SegmentId) -> Result<SegmentFile, LogError>;
 
-/// Every segment, and of each gap between them the first number that is missing.
-pub(crate) fn find(storage: &dyn Storage, segments_dir: &Path, open: Open) -> Result<Vec<Found>, LogError> {
-    let ids = list(storage, segments_dir)?;
+/// Every segment from `first` on, and of each gap between them the first number that is missing.
+pub(crate) fn find(
+    storage: &dyn Storage,
+    segments_dir: &Path,
+    first: SegmentId,
+    open: Open,
+) -> Result<Vec<Found>, LogError> {
+    let mut ids = list(storage, segments_dir)?;
+    ids.retain(|id| *id >= first);
     if ids.is_empty() {
         return Err(no_log(storage, segments_dir));
     }
     let mut found = Vec::new();
-    let mut expected = SegmentId::FIRST;
+    let mut expected = first;
     for id in ids {
         if id != expected {
             let header = Err("the segment's file is missing".to_owned());
@@ -271,7 +290,7 @@ impl Recovery<'_> {
     /// Keeps segments as long as each begins where the one before ends; removes the rest.
     fn chain(&mut self, found: &[Found], states: Vec<Option<KeptState>>) -> Result<Vec<Kept>, LogError> {
         let mut kept = Vec::new();
-        let mut expected = Seq(1);
+        let mut expected = self.first_seq;
         for (place, (found_here, state)) in found.iter().zip(states).enumerate() {
             let why = match (&found_here.header, state) {
                 (Ok(header), Some(state)) if header.first_seq == expected => {

@@ -11,15 +11,17 @@
 use std::{path::Path, sync::Arc};
 
 use backtide_segment::{
-    Entry, Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, Step, Summary, scan_prefix,
+    Entry, Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId, Seq, Step, Summary,
+    scan_prefix,
 };
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, Lsn};
 use roaring::RoaringTreemap;
 
 use crate::{
-    LogCache, LogError, LogIdentity, LogOptions, Snapshot, Timeline,
+    FoundBase, LogCache, LogError, LogIdentity, LogOptions, Snapshot, Timeline,
     check::told,
+    origin::Origin,
     recover::{Found, find, open},
     segment::{OpenSegment, Segment},
     segments::Segments,
@@ -44,7 +46,7 @@ impl Salvage {
     pub fn nothing(damage: String) -> Self {
         let mut timeline = Timeline::default();
         timeline.end(Some(&damage));
-        let snapshot = Snapshot::new(Arc::new(timeline), Arc::new(Segments::new(ByteCount::ZERO)), Seq(0));
+        let snapshot = nothing_of(timeline);
         Self { identity: None, snapshot, damage: vec![damage], size: ByteCount::ZERO, beyond: Vec::new() }
     }
 
@@ -94,16 +96,19 @@ pub fn salvage(
     through: Option<Seq>,
 ) -> Result<Salvage, LogError> {
     let segments_dir = dir.join("segments");
-    let found = find(&**storage, &segments_dir, open)?;
+    let FoundBase { base, damage: base_damage, .. } = FoundBase::read(&**storage, dir)?;
+    let first = base.as_ref().map_or(SegmentId::FIRST, |base| base.first_segment);
+    let found = find(&**storage, &segments_dir, first, open)?;
     let stated = found.iter().filter_map(|found| found.header.as_ref().ok());
     let stated = stated.map(|header| LogIdentity { disk: header.disk, history: header.history }).next();
-    let mut damage = Vec::new();
+    let known = known.or(base.as_ref().map(|base| base.identity));
+    let mut damage = base_damage;
     let Some(identity) = known.or(stated) else {
         let describe = |found: &Found| describe(&**storage, &segments_dir, found);
         damage.extend(found.iter().filter_map(describe));
         let mut timeline = Timeline::default();
         timeline.end(damage.first().map(String::as_str));
-        let snapshot = Snapshot::new(Arc::new(timeline), Arc::new(Segments::new(ByteCount::ZERO)), Seq(0));
+        let snapshot = nothing_of(timeline);
         return Ok(Salvage { identity: None, snapshot, damage, size: ByteCount::ZERO, beyond: Vec::new() });
     };
     let mut work = Work {
@@ -112,9 +117,9 @@ pub fn salvage(
         cache,
         identity,
         through: through.unwrap_or(Seq(u64::MAX)),
-        timeline: Timeline::default(),
+        timeline: base.as_ref().map(|base| base.timeline.clone()).unwrap_or_default(),
         segments: Segments::new(LogOptions::default().directory_bytes_max),
-        next: Seq(1),
+        next: base.as_ref().map_or(Seq(1), |base| base.first_seq),
         damage,
         size: 0,
         beyond: Vec::new(),
@@ -128,11 +133,27 @@ pub fn salvage(
     if work.next <= work.through {
         work.survey(rest)?;
     }
+    if let Some(base) = &base {
+        work.segments.begin_with(base.first_segment, true);
+        if work.timeline.offers(base.floor().at.lsn) {
+            base.thin(&mut work.timeline);
+        } else {
+            // Nothing of the log is left that reaches the floor: its images are.
+            base.thin_to_images(&mut work.timeline);
+        }
+    }
     work.timeline.end(work.damage.first().map(String::as_str));
     let last = Seq(work.next.0 - 1);
-    let snapshot = Snapshot::new(Arc::new(work.timeline), Arc::new(work.segments), last);
+    let origin = Origin::new(dir, base, &cache.images(storage), cache.origins());
+    let snapshot = Snapshot::new(Arc::new(work.timeline), Arc::new(work.segments), last, origin);
     let Work { damage, size, beyond, .. } = work;
     Ok(Salvage { identity: Some(identity), snapshot, damage, size: ByteCount(size), beyond })
+}
+
+/// A log of which no segment is left.
+fn nothing_of(timeline: Timeline) -> Snapshot {
+    let segments = Arc::new(Segments::new(ByteCount::ZERO));
+    Snapshot::new(Arc::new(timeline), segments, Seq(0), Origin::none())
 }
 
 /// For each segment, the newest entry that headers of later segments say was durable.

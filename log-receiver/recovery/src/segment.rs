@@ -9,10 +9,10 @@ use std::{
 
 use backtide_segment::{
     Bucket, Contents, EntryHeader, EntryParts, Extent, ExtentKey, Guide, IndexBlock, Position, SealedSegment,
-    SegmentFile, SegmentHeader, SegmentStats, Stretch,
+    SegmentFile, SegmentHeader, SegmentStats, Step, Stretch,
 };
 use backtide_storage::Storage;
-use backtide_units::{ByteOffset, ByteRange, Lsn};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
 use bytes::Bytes;
 use roaring::RoaringTreemap;
 
@@ -231,6 +231,24 @@ impl Segment {
     /// Whether it is sealed.
     pub(crate) fn is_sealed(&self) -> bool {
         self.sealed.get().is_some()
+    }
+
+    /// Bytes of its file; of one that is written, of its entries.
+    pub(crate) fn file_bytes(&self) -> ByteCount {
+        self.with(|open| ByteCount(open.end.0), SealedSegment::length)
+    }
+
+    /// The steps of its summary, when it is sealed; of one that is written those that it has now.
+    pub(crate) fn steps(&self) -> Result<Vec<Step>, LogError> {
+        self.with(
+            |open| Ok(open.contents.steps().to_vec()),
+            |sealed| Ok(sealed.summary(&self.file()?)?.steps),
+        )
+    }
+
+    /// How an error names its file.
+    pub(crate) fn name(&self) -> PathBuf {
+        self.storage.display(&self.path)
     }
 
     /// Where the entries that are in the file end.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use backtide_segment::SegmentId;
 use backtide_units::{ByteCount, ByteRange};
 use roaring::RoaringTreemap;
 
@@ -16,12 +17,14 @@ use crate::{
 pub(crate) struct Segments {
     directory: Directory<Arc<Segment>>,
     recent: Vec<Arc<Segment>>,
+    /// Those before it are folded into images.
+    first: SegmentId,
 }
 
 impl Segments {
     /// None yet; the directory takes so much memory at most.
     pub(crate) fn new(directory_bytes_max: ByteCount) -> Self {
-        Self { directory: Directory::new(directory_bytes_max), recent: Vec::new() }
+        Self { directory: Directory::new(directory_bytes_max), recent: Vec::new(), first: SegmentId::FIRST }
     }
 
     /// Adds a segment that is written.
@@ -72,11 +75,21 @@ impl Segments {
     }
 
     pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = &Arc<Segment>> {
-        self.directory.iter().chain(&self.recent)
+        let all = self.directory.iter().chain(&self.recent);
+        all.filter(|segment| segment.header().id >= self.first)
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.directory.len() + self.recent.len()
+        self.iter().count()
+    }
+
+    /// Does without all segments before `first`, which are not written any more. Their memory is given back as far as
+    /// nobody works on the directory.
+    pub(crate) fn begin_with(&mut self, first: SegmentId, nobody_works: bool) {
+        self.first = first;
+        if nobody_works {
+            self.directory.drop_first(|segment| segment.header().id < first);
+        }
     }
 
     pub(crate) fn last(&self) -> Option<&Arc<Segment>> {

@@ -5,13 +5,15 @@
 
 use std::sync::Arc;
 
+use backtide_images::{Image, Images};
 use backtide_segment::{Extent, Seq};
 use backtide_units::{BlockRange, CaptureTime, Lsn};
 use roaring::RoaringTreemap;
 
 use crate::{
-    LogError, Mark, Point, PointError, TimedLsn, Timeline, View,
+    Base, LogError, Mark, Point, PointError, TimedLsn, Timeline, View,
     merge::Merge,
+    origin::Origin,
     point::{ago, time_text},
     segment::Segment,
     segments::Segments,
@@ -23,13 +25,49 @@ pub struct Snapshot {
     timeline: Arc<Timeline>,
     pub(crate) segments: Arc<Segments>,
     through: Seq,
-    /// The log that ended before this one began; its points are in the timeline too.
-    before: Option<Arc<Snapshot>>,
+    origin: Arc<Origin>,
+    /// The log that ended before this one began, whose points are in the timeline too, and the timeline without them.
+    before: Option<(Arc<Snapshot>, Arc<Timeline>)>,
 }
 
 impl Snapshot {
-    pub(crate) fn new(timeline: Arc<Timeline>, segments: Arc<Segments>, through: Seq) -> Self {
-        Self { timeline, segments, through, before: None }
+    pub(crate) fn new(
+        timeline: Arc<Timeline>,
+        segments: Arc<Segments>,
+        through: Seq,
+        origin: Arc<Origin>,
+    ) -> Self {
+        Self { timeline, segments, through, origin, before: None }
+    }
+
+    /// The images of its store; none of a log of which nothing is left.
+    pub(crate) fn images(&self) -> Images {
+        self.origin.images_store().clone()
+    }
+
+    pub(crate) fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// Where the log begins, when its oldest part is folded into images.
+    pub fn base(&self) -> Option<&Base> {
+        self.origin.base()
+    }
+
+    /// What of the log counts lies above this.
+    pub(crate) fn floor(&self) -> Lsn {
+        self.origin.floor()
+    }
+
+    /// The images of points up to `at`, the oldest first.
+    pub(crate) fn images_until(&self, at: Lsn) -> &[(TimedLsn, Image)] {
+        let images = self.origin.images();
+        &images[..images.partition_point(|(point, _)| point.lsn <= at)]
+    }
+
+    /// What stands for everything that the log has nothing of at `at`.
+    pub(crate) fn image_at(&self, at: Lsn) -> Option<&Image> {
+        self.origin.image_at(at)
     }
 
     /// The same with the points of a log of this disk that ended before this one began. What was
@@ -37,7 +75,8 @@ impl Snapshot {
     #[must_use]
     pub fn following(self, before: Self) -> Self {
         let timeline = Arc::new(Timeline::joined(&before.timeline, &self.timeline));
-        Self { timeline, before: Some(Arc::new(before)), ..self }
+        let own = self.timeline;
+        Self { timeline, before: Some((Arc::new(before), own)), ..self }
     }
 
     /// The same with an open hole behind the last point: `damage` says that what followed is lost.
@@ -57,12 +96,19 @@ impl Snapshot {
 
     /// The log that ended before this one began.
     pub(crate) fn before(&self) -> Option<&Self> {
-        self.before.as_deref()
+        self.before.as_ref().map(|(before, _)| &**before)
+    }
+
+    /// The same without the logs that ended before this one began.
+    #[must_use]
+    pub fn alone(&self) -> Self {
+        let timeline = self.before.as_ref().map_or(&self.timeline, |(_, own)| own);
+        Self { timeline: Arc::clone(timeline), before: None, ..self.clone() }
     }
 
     /// The log that has the point, which the timeline offers.
     fn log_of(&self, at: Lsn) -> &Self {
-        match &self.before {
+        match self.before() {
             Some(before) if before.timeline.offers(at) => before.log_of(at),
             Some(_) | None => self,
         }
@@ -79,7 +125,7 @@ impl Snapshot {
     }
 
     pub(crate) fn merge(&self, at: Lsn) -> Merge<'_> {
-        Merge { segments: &self.segments, at, through: self.through }
+        Merge { segments: &self.segments, at, floor: self.floor(), through: self.through }
     }
 
     /// The disk at a point.
@@ -159,6 +205,21 @@ impl Snapshot {
         }
     }
 
+    /// The newest point captured at or before `time`, whatever lies between them.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn newest_point_by(&self, time: CaptureTime) -> Result<Option<TimedLsn>, LogError> {
+        let record = self.last_record(&|_, captured| captured <= time)?;
+        if let Some(record) = record.filter(|record| self.timeline.offers(record.lsn)) {
+            let begun = self.timeline.intervals().iter().map(|interval| interval.from);
+            return Ok(begun.filter(|from| from.time <= time).chain([record]).max());
+        }
+        // The last point of an interval that ended before, or the first of one that has begun.
+        let ends = self.timeline.intervals().iter().flat_map(|interval| [interval.from, interval.to]);
+        Ok(ends.filter(|point| point.time <= time).max())
+    }
+
     /// When the newest record at or below `lsn` was captured.
     ///
     /// # Errors
@@ -193,7 +254,8 @@ impl Snapshot {
                 let mut last = None;
                 segment.each_header(stretch, stretches.get(place + 1), |header| {
                     let known = header.seq <= self.through;
-                    if known && header.kind.is_record() && wanted(header.lsn, header.time) {
+                    let counts = known && header.lsn >= self.floor();
+                    if counts && header.kind.is_record() && wanted(header.lsn, header.time) {
                         last = Some(TimedLsn { lsn: header.lsn, time: header.time });
                     }
                     known
@@ -203,7 +265,7 @@ impl Snapshot {
                 }
             }
         }
-        match &self.before {
+        match self.before() {
             Some(before) => before.last_record(wanted),
             None => Ok(None),
         }
@@ -218,13 +280,21 @@ impl Snapshot {
     pub fn changed_blocks(&self, after: Lsn, through: Lsn) -> Result<RoaringTreemap, LogError> {
         let mut changed = RoaringTreemap::new();
         let mut after = after;
-        if let Some(before) = self.before.as_deref().filter(|before| before.timeline.offers(after)) {
+        if let Some(before) = self.before().filter(|before| before.timeline.offers(after)) {
             if before.timeline.offers(through) {
                 return before.changed_blocks(after, through);
             }
             // The newer log begins with an empty disk: all of both may differ.
             changed |= before.changed_blocks(Lsn::ZERO, after)?;
             after = Lsn::ZERO;
+        }
+        let floor = self.floor();
+        if after < floor {
+            changed |= self.origin.differing(after, through.min(floor))?;
+            if through <= floor {
+                return Ok(changed);
+            }
+            after = floor;
         }
         let between = |extent: &Extent| {
             after < extent.version && extent.version <= through && extent.seq <= self.through

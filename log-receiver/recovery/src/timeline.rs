@@ -246,6 +246,25 @@ impl Timeline {
         }
     }
 
+    /// Leaves of everything below `floor`, which is a point, only the points in `kept`.
+    pub(crate) fn thin(&mut self, floor: TimedLsn, kept: &[TimedLsn]) {
+        self.intervals.retain(|interval| interval.to.lsn >= floor.lsn);
+        if let Some(first) = self.intervals.first_mut().filter(|first| first.from.lsn < floor.lsn) {
+            first.from = floor;
+        }
+        self.holes.retain(|hole| hole.to.is_none_or(|to| to.lsn > floor.lsn));
+        let reason = || PassReason { code: Reason::Thinned.code(), text: Reason::Thinned.to_string() };
+        let behind = kept.iter().skip(1).chain([&floor]);
+        let hole = |(from, to): (&TimedLsn, &TimedLsn)| Hole {
+            from: Some(*from),
+            to: Some(*to),
+            reason: reason(),
+            passes: 0,
+        };
+        self.holes.splice(..0, kept.iter().zip(behind).map(hole));
+        self.intervals.splice(..0, kept.iter().map(|point| Interval { from: *point, to: *point }));
+    }
+
     /// The timeline of a disk whose log ended and was followed by a new one: an open hole of the older
     /// one lasts until the first point of the newer one.
     pub(crate) fn joined(before: &Self, after: &Self) -> Self {

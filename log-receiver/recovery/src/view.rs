@@ -3,13 +3,14 @@
 //! Opening a view costs nothing; each read merges the indexes of the segments that have the range and
 //! reads only the entries it needs. Every payload is checked against the checksum from its capture.
 
+use backtide_images::Image;
 use backtide_segment::Extent;
 use backtide_units::{ByteCount, ByteRange, Lsn};
 use bytes::Bytes;
 
 use crate::{
     LogError, Snapshot,
-    merge::{Piece, Source},
+    merge::{Content, Piece, Source},
 };
 
 /// The disk at one point. Cheap to clone; reads block on the file system.
@@ -64,9 +65,23 @@ impl View {
 
     /// The bytes of `range` into `buffer`, which must hold zeros and be as long.
     fn read_into(&self, range: ByteRange, buffer: &mut [u8]) -> Result<(), LogError> {
+        let image = self.snapshot.image_at(self.at);
+        if self.is_below_the_log() {
+            return Ok(image.map_or(Ok(()), |image| image.read_into(range, buffer))?);
+        }
         let merge = self.snapshot.merge(self.at);
         let mut sourced: Vec<(Source<'_>, ByteRange)> = Vec::new();
-        merge.pieces(range, &mut |piece| sourced.extend(piece.source.map(|source| (source, piece.range))))?;
+        let mut below = Vec::new();
+        merge.pieces(range, &mut |piece| match piece.content {
+            Content::Payload(source) => sourced.push((source, piece.range)),
+            Content::Zeroes => {}
+            Content::Below => below.push(piece.range),
+        })?;
+        for (part, image) in below.into_iter().filter_map(|part| Some((part, image?))) {
+            let from = offset_in(range, part);
+            let length = usize::try_from(part.count().0).expect("a part of a buffer");
+            image.read_into(part, &mut buffer[from..from + length])?;
+        }
         // A piece of a payload is read and checked as a whole, so once for all parts that it gives.
         let entry = |source: &Source<'_>| (source.segment.header().id, source.extent.position.0);
         sourced.sort_by_key(|(source, range)| (entry(source), range.start()));
@@ -83,14 +98,38 @@ impl View {
     }
 
     /// The version of the newest change of any byte of `range`; none when nothing of it ever changed in this
-    /// log. Takes a few look-ups in the indexes, whatever the history's length.
+    /// log. Of a time of which single points are left it is the first of those that has the bytes. Takes a few look-ups in the indexes, whatever the history's length.
     ///
     /// # Errors
     /// When an index cannot be read.
     pub fn newest_version(&self, range: ByteRange) -> Result<Option<Lsn>, LogError> {
-        let mut newest = None;
-        self.snapshot.merge(self.at).pieces(range, &mut |piece| newest = newest.max(piece.version))?;
-        Ok(newest)
+        let (mut newest, mut below) = (None, self.is_below_the_log());
+        if !below {
+            self.snapshot.merge(self.at).pieces(range, &mut |piece| {
+                newest = newest.max(piece.version);
+                below |= matches!(piece.content, Content::Below);
+            })?;
+        }
+        if newest.is_none() && below { self.newest_image(range) } else { Ok(newest) }
+    }
+
+    /// The oldest of the images that have `range` as the newest at the point has it; none when all have zeroes.
+    fn newest_image(&self, range: ByteRange) -> Result<Option<Lsn>, LogError> {
+        let read = |image: &Image| -> Result<Vec<u8>, LogError> {
+            let mut bytes = vec![0; range.count().as_usize().expect("a read that fits in memory")];
+            image.read_into(range, &mut bytes)?;
+            Ok(bytes)
+        };
+        let images = self.snapshot.images_until(self.at);
+        let Some(((at, newest), older)) = images.split_last() else { return Ok(None) };
+        let (mut changed, bytes) = (at.lsn, read(newest)?);
+        for (at, image) in older.iter().rev() {
+            if read(image)? != bytes {
+                return Ok(Some(changed));
+            }
+            changed = at.lsn;
+        }
+        Ok(bytes.iter().any(|byte| *byte != 0).then_some(changed))
     }
 
     /// Where `range` has data and where it is known to be zero: adjoining, in order, covering it.
@@ -99,17 +138,68 @@ impl View {
     /// # Errors
     /// When an index cannot be read.
     pub fn extents(&self, range: ByteRange) -> Result<Vec<(ByteRange, Allocation)>, LogError> {
-        let mut extents: Vec<(ByteRange, Allocation)> = Vec::new();
-        self.snapshot.merge(self.at).pieces(range, &mut |Piece { range, source, .. }| {
-            let allocation = if source.is_some() { Allocation::Data } else { Allocation::Zero };
-            match extents.last_mut() {
-                Some((last, same)) if *same == allocation => {
-                    *last = ByteRange::between(last.start(), range.end());
+        let mut pieces: Vec<(ByteRange, Where)> = Vec::new();
+        if self.is_below_the_log() {
+            pieces.push((range, Where::Below));
+        } else {
+            self.snapshot.merge(self.at).pieces(range, &mut |Piece { range, content, .. }| {
+                let place = match content {
+                    Content::Payload(_) => Where::Data,
+                    Content::Zeroes => Where::Zero,
+                    Content::Below => Where::Below,
+                };
+                pieces.push((range, place));
+            })?;
+        }
+        let image = self.snapshot.image_at(self.at);
+        let mut extents = Extents::default();
+        for (piece, place) in pieces {
+            match (place, image) {
+                (Where::Data, _) => extents.add(piece, Allocation::Data),
+                (Where::Below, Some(image)) => {
+                    let mut at = piece.start();
+                    image.data_in(piece, &mut |data| {
+                        extents.add(ByteRange::between(at, data.start()), Allocation::Zero);
+                        extents.add(data, Allocation::Data);
+                        at = data.end();
+                    })?;
+                    extents.add(ByteRange::between(at, piece.end()), Allocation::Zero);
                 }
-                Some(_) | None => extents.push((range, allocation)),
+                (Where::Zero, _) | (Where::Below, None) => extents.add(piece, Allocation::Zero),
             }
-        })?;
-        Ok(extents)
+        }
+        Ok(extents.0)
+    }
+
+    /// Whether the point is an image and the log has nothing to do with it.
+    fn is_below_the_log(&self) -> bool {
+        self.at < self.snapshot.floor()
+    }
+}
+
+/// [`Content`] without its source.
+#[derive(Clone, Copy)]
+enum Where {
+    Data,
+    Zero,
+    Below,
+}
+
+/// Extents in order, neighbors of one kind joined.
+#[derive(Default)]
+struct Extents(Vec<(ByteRange, Allocation)>);
+
+impl Extents {
+    fn add(&mut self, range: ByteRange, allocation: Allocation) {
+        if range.is_empty() {
+            return;
+        }
+        match self.0.last_mut() {
+            Some((last, same)) if *same == allocation => {
+                *last = ByteRange::between(last.start(), range.end());
+            }
+            Some(_) | None => self.0.push((range, allocation)),
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod faults;
 mod fixture;
 mod going_back;
 mod refusals;
+mod retention;
 mod store;
 mod stream;
 mod writable;

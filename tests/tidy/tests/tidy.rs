@@ -3,7 +3,7 @@
 use backtide_tidy::{dependencies, files, manifests};
 
 /// Crates that know no daemon, no socket, no clock of a runtime.
-const LEAVES: [&str; 9] = [
+const LEAVES: [&str; 10] = [
     "backtide-units",
     "backtide-storage",
     "backtide-nbd",
@@ -11,6 +11,7 @@ const LEAVES: [&str; 9] = [
     "backtide-io-filter",
     "backtide-protocol",
     "backtide-segment",
+    "backtide-images",
     "backtide-recovery",
     "backtide-overlay",
 ];

@@ -60,6 +60,11 @@ impl Rotation {
         self.gate.owned()
     }
 
+    /// Whether chores are under way.
+    pub(super) fn is_away(&self) -> bool {
+        self.away.is_so()
+    }
+
     /// See [`DiskLog::abandon`].
     pub(super) fn abandon(&mut self) -> LastWork {
         self.gate.abandon()

@@ -28,6 +28,7 @@ mod operator;
 mod protection;
 mod receiver_outages;
 mod restarts;
+mod retention;
 mod secured_stream;
 mod service_manager;
 mod strangers;

@@ -1,0 +1,165 @@
+//! `backtide retention`: how long history is kept.
+
+use backtide_receiver_api::{
+    DiskRetention, KeepRequest, Point, RetentionPreview, RetentionReport, RetentionRequest,
+};
+use backtide_units::DiskName;
+use clap::{Args, Subcommand};
+
+use crate::{
+    arguments::ReceiverApi,
+    context::Context,
+    ending::{Ending, Failure, wrong_usage},
+    quantity::{count_text, size_both, time_text},
+};
+
+/// `backtide retention`
+#[derive(Args, Debug)]
+pub(crate) struct Retention {
+    #[command(subcommand)]
+    what: What,
+    #[command(flatten)]
+    api: ReceiverApi,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// Show what is promised of each disk, and what there is
+    Show {
+        /// A disk's name or UUID [default: all disks]
+        name: Option<DiskName>,
+    },
+    /// Give a disk another ladder: what that does not keep goes soon
+    Set {
+        /// The disk's name or UUID
+        name: DiskName,
+        /// Such as `any=24h hourly=7d daily=30d weekly=1y`, or `forever`
+        #[arg(required_unless_present = "default", conflicts_with = "default", num_args = 1..)]
+        ladder: Vec<String>,
+        /// The receiver's default instead
+        #[arg(long)]
+        default: bool,
+        /// Also when points go by it now
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Show which points a ladder would keep and drop now, without doing it
+    Preview {
+        /// The disk's name or UUID
+        name: DiskName,
+        /// The ladder [default: the one that counts now]
+        ladder: Vec<String>,
+    },
+    /// Keep a point, whatever the ladder says
+    Keep {
+        /// The disk's name or UUID
+        name: DiskName,
+        /// The point: latest, lsn:N, an RFC 3339 time, a duration ago such as -5m, or mark:LABEL
+        #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+        at: String,
+    },
+    /// Leave a point that was kept to the ladder again
+    Release {
+        /// The disk's name or UUID
+        name: DiskName,
+        /// The point, as with `keep`
+        #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+        at: String,
+    },
+}
+
+impl Retention {
+    /// Asks the receiver; `set` asks for a preview first and refuses to let points go that nobody agreed to.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let receiver = context.receiver(&self.api)?;
+        let report = match self.what {
+            What::Show { name } => receiver.retention(name.as_ref()).await?,
+            What::Preview { name, ladder } => {
+                let request = RetentionRequest { ladder: joined(&ladder) };
+                let preview = receiver.preview_retention(&name, &request).await?;
+                context.print(&preview, || preview_text(&preview))?;
+                return Ok(Ending::Done);
+            }
+            What::Set { name, ladder, default, yes } => {
+                let mut request = RetentionRequest { ladder: joined(&ladder) };
+                if default {
+                    request.ladder = Some(receiver.retention(Some(&name)).await?.default);
+                }
+                let preview = receiver.preview_retention(&name, &request).await?;
+                if preview.changes && !yes {
+                    return Err(wrong_usage(format!(
+                        "history would go; with --yes it does\n{}",
+                        preview_text(&preview)
+                    )));
+                }
+                if default {
+                    request.ladder = None;
+                }
+                receiver.set_retention(&name, &request).await?
+            }
+            What::Keep { name, at } => receiver.keep(&KeepRequest { name, at, release: false }).await?,
+            What::Release { name, at } => receiver.keep(&KeepRequest { name, at, release: true }).await?,
+        };
+        context.print(&report, || text(&report))?;
+        Ok(if report.error.is_some() { Ending::Warnings } else { Ending::Done })
+    }
+}
+
+fn joined(ladder: &[String]) -> Option<String> {
+    (!ladder.is_empty()).then(|| ladder.join(" "))
+}
+
+fn text(report: &RetentionReport) -> String {
+    let mut lines =
+        vec![format!("default {}; a store that is nearly full: {}", report.default, report.on_full)];
+    lines.push(format!(
+        "images {}, given back since the start {}",
+        size_both(report.image_bytes),
+        size_both(report.freed_bytes)
+    ));
+    lines.extend(report.low.iter().chain(&report.error).cloned());
+    lines.extend(report.disks.iter().map(disk_text));
+    lines.join("\n")
+}
+
+fn disk_text(disk: &DiskRetention) -> String {
+    let own = if disk.own { "" } else { " (default)" };
+    let mut lines = vec![format!("disk {}: {}{own}", disk.disk.name.as_str(), disk.ladder)];
+    match (&disk.oldest, &disk.every_point_from) {
+        (Some(oldest), Some(from)) => {
+            lines.push(format!("  oldest point {}", point_text(oldest)));
+            lines.push(format!("  every point from {}, log {}", point_text(from), size_both(disk.log_bytes)));
+        }
+        (Some(_), None) | (None, _) => lines.push("  no points yet".to_owned()),
+    }
+    if !disk.single_points.is_empty() {
+        lines.push(format!("  {} before that", count_text(disk.single_points.len() as u64, "single point")));
+    }
+    lines.extend(disk.keep.iter().map(|point| format!("  kept until released: {}", point_text(point))));
+    if disk.shrunk > 0 {
+        lines.push("  GONE before its time: the store was nearly full".to_owned());
+    }
+    lines.extend(disk.error.iter().map(|why| format!("  cannot be thinned: {why}")));
+    lines.join("\n")
+}
+
+fn preview_text(preview: &RetentionPreview) -> String {
+    let mut lines = vec![format!("disk {} with {}", preview.disk.name.as_str(), preview.ladder)];
+    if !preview.changes {
+        lines.push("  nothing goes now".to_owned());
+    }
+    if let Some(from) = &preview.every_point_from {
+        lines.push(format!("  every point from {}", point_text(from)));
+    }
+    lines.extend(preview.keep.iter().map(|point| format!("  keeps  {}", point_text(point))));
+    lines.extend(preview.drop.iter().map(|point| format!("  drops  {}", point_text(point))));
+    if !preview.log_bytes_freed.is_zero() {
+        let freed = size_both(preview.log_bytes_freed);
+        lines.push(format!("  {freed} of the log go; the images of what is kept take a part of that"));
+    }
+    lines.join("\n")
+}
+
+fn point_text(point: &Point) -> String {
+    format!("lsn:{} ({})", point.lsn, time_text(point.time))
+}

@@ -1,0 +1,95 @@
+//! How long history is kept: what is promised of each disk, what is there, and what another ladder would change.
+
+use backtide_units::{ByteCount, DiskName};
+use serde::{Deserialize, Serialize};
+
+use crate::{DiskRef, Point};
+
+/// Retention of the receiver and its disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetentionReport {
+    /// The ladder of disks that have none of their own.
+    pub default: String,
+    /// What a store does that is nearly full: `refuse` or `shrink`.
+    pub on_full: String,
+    /// The store is nearly full: a sentence.
+    pub low: Option<String>,
+    /// Why room cannot be given back, or why nothing goes.
+    pub error: Option<String>,
+    /// Bytes of the files with the images of all disks.
+    pub image_bytes: ByteCount,
+    /// Bytes that retention has given back since the receiver started.
+    pub freed_bytes: ByteCount,
+    /// How often it has looked since then.
+    pub rounds: u64,
+    /// The disks, by name.
+    pub disks: Vec<DiskRetention>,
+}
+
+/// Retention of one disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRetention {
+    /// The disk.
+    pub disk: DiskRef,
+    /// The ladder that counts.
+    pub ladder: String,
+    /// Whether it is the disk's own, and not the default.
+    pub own: bool,
+    /// The oldest point that is left.
+    pub oldest: Option<Point>,
+    /// From this point on everything is kept, but for holes.
+    pub every_point_from: Option<Point>,
+    /// Single points before that, each an image, oldest first.
+    pub single_points: Vec<Point>,
+    /// Points that somebody wants kept whatever the ladder says.
+    pub keep: Vec<Point>,
+    /// Bytes of the log.
+    pub log_bytes: ByteCount,
+    /// How often its oldest history went before its time because the store was nearly full, since the receiver
+    /// started.
+    pub shrunk: u64,
+    /// Why its history could not be thinned the last time.
+    pub error: Option<String>,
+}
+
+/// Give a disk another ladder.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RetentionRequest {
+    /// The ladder, such as `any=24h hourly=7d`, or `forever`. None: the receiver's default. In a preview none is the one
+    /// that counts now.
+    #[serde(default)]
+    pub ladder: Option<String>,
+}
+
+/// Keep a point, or do so no longer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeepRequest {
+    /// The disk's name or UUID.
+    pub name: DiskName,
+    /// The point.
+    pub at: String,
+    /// Keep it no longer.
+    #[serde(default)]
+    pub release: bool,
+}
+
+/// What a ladder would do to a disk now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetentionPreview {
+    /// The disk.
+    pub disk: DiskRef,
+    /// The ladder.
+    pub ladder: String,
+    /// From this point on everything is kept.
+    pub every_point_from: Option<Point>,
+    /// Single points before that, oldest first.
+    pub keep: Vec<Point>,
+    /// Single points of now that go.
+    pub drop: Vec<Point>,
+    /// Bytes of the log that go. The images of the points that are kept take a part of that, or more.
+    pub log_bytes_freed: ByteCount,
+    /// Whether it would change anything now.
+    pub changes: bool,
+}

@@ -1,0 +1,223 @@
+//! The packs of a store, with what readers share: open packs, nodes and chunks, all bounded.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use backtide_storage::Storage;
+use backtide_units::ByteCount;
+use bytes::Bytes;
+
+use crate::{
+    Image, ImageError, Recent, Root,
+    chunk::{ChunkRef, Kind},
+    error::failed,
+    node::{NODE_LENGTH, Node},
+    pack::Pack,
+};
+
+/// Where packs are, from the store's directory.
+pub const PACKS_DIR: &str = "images/packs";
+
+/// What is kept beside a value weighs about this much.
+const OVERHEAD: usize = 128;
+
+/// Limits of what readers and the writer keep in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImagesLimits {
+    /// Memory for nodes of trees. Default 16 MiB.
+    pub node_bytes_max: ByteCount,
+    /// Memory for chunks. Default 32 MiB.
+    pub chunk_bytes_max: ByteCount,
+    /// Packs kept open. Default 64.
+    pub open_packs_max: usize,
+    /// A pack is finished when it has grown to this. Default 64 MiB, at most 1 GiB.
+    pub pack_bytes_max: ByteCount,
+    /// Chunks that a writer knows, so as not to store them twice, beside those of the image before. Default
+    /// 262,144: 16 GiB of disks, about 30 MiB of memory.
+    pub known_chunks_max: usize,
+}
+
+/// The images of a store. Clones share it.
+#[derive(Clone)]
+pub struct Images {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) limits: ImagesLimits,
+    packs: Mutex<Recent<u32, Arc<Pack>>>,
+    nodes: Mutex<Recent<[u8; 32], Arc<Node>>>,
+    chunks: Mutex<Recent<[u8; 32], Bytes>>,
+    /// Images that somebody has: their chunks stay, whatever is written anywhere.
+    held: Mutex<BTreeMap<[u8; 41], Weak<Root>>>,
+}
+
+impl Images {
+    /// The images of the store on `storage`; makes nothing.
+    pub fn new(storage: Arc<dyn Storage>, limits: ImagesLimits) -> Self {
+        let bytes = |limit: ByteCount| limit.as_usize().unwrap_or(usize::MAX);
+        Self {
+            shared: Arc::new(Shared {
+                storage,
+                limits,
+                packs: Mutex::new(Recent::new(limits.open_packs_max.max(1))),
+                nodes: Mutex::new(Recent::new(bytes(limits.node_bytes_max))),
+                chunks: Mutex::new(Recent::new(bytes(limits.chunk_bytes_max))),
+                held: Mutex::default(),
+            }),
+        }
+    }
+
+    /// The image with this root. As long as it or a clone is there, its chunks stay.
+    pub fn image(&self, root: Root) -> Image {
+        let key = root.key();
+        let mut held = lock(&self.shared.held);
+        held.retain(|_, root| root.strong_count() > 0);
+        let known = held.get(&key).and_then(Weak::upgrade).filter(|known| **known == root);
+        let root = known.unwrap_or_else(|| Arc::new(root));
+        held.insert(key, Arc::downgrade(&root));
+        Image::new(self.clone(), root)
+    }
+
+    /// The roots of all images that somebody has.
+    pub(crate) fn held(&self) -> Vec<Root> {
+        lock(&self.shared.held).values().filter_map(Weak::upgrade).map(|root| *root).collect()
+    }
+
+    /// Bytes of all pack files.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn size(&self) -> Result<ByteCount, ImageError> {
+        let mut bytes = 0;
+        for number in self.numbers()? {
+            let file = self.shared.storage.open(&path_of(number));
+            let length = file.and_then(|file| file.len());
+            match length {
+                Ok(length) => bytes += length.0,
+                // Collected meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => {
+                    return Err(failed(format!("read {}", self.name_of(number).display()), source));
+                }
+            }
+        }
+        Ok(ByteCount(bytes))
+    }
+
+    /// The numbers of all packs, in order.
+    pub(crate) fn numbers(&self) -> Result<Vec<u32>, ImageError> {
+        let dir = Path::new(PACKS_DIR);
+        match self.shared.storage.list(dir) {
+            Ok(names) => {
+                let mut numbers: Vec<u32> = names.iter().filter_map(|name| number_of(name)).collect();
+                numbers.sort_unstable();
+                Ok(numbers)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(source) => {
+                Err(failed(format!("list {}", self.shared.storage.display(dir).display()), source))
+            }
+        }
+    }
+
+    pub(crate) fn name_of(&self, number: u32) -> PathBuf {
+        self.shared.storage.display(&path_of(number))
+    }
+
+    pub(crate) fn pack(&self, number: u32) -> Result<Arc<Pack>, ImageError> {
+        if let Some(pack) = lock(&self.shared.packs).get(&number) {
+            return Ok(pack);
+        }
+        let pack = Arc::new(self.open_pack(number)?);
+        lock(&self.shared.packs).put(number, 1, Arc::clone(&pack));
+        Ok(pack)
+    }
+
+    /// A pack as its file is now.
+    pub(crate) fn open_pack(&self, number: u32) -> Result<Pack, ImageError> {
+        let name = self.name_of(number);
+        let file = self.shared.storage.open(&path_of(number)).map_err(|source| {
+            if source.kind() == io::ErrorKind::NotFound {
+                let what = "the pack's file is missing".to_owned();
+                let offset = backtide_units::ByteOffset::ZERO;
+                return ImageError::Damaged { file: name.clone(), offset, what };
+            }
+            failed(format!("open {}", name.display()), source)
+        })?;
+        Pack::open(file, name, number)
+    }
+
+    /// Lets the next reader open the file anew.
+    pub(crate) fn forget_pack(&self, number: u32) {
+        lock(&self.shared.packs).remove(&number);
+    }
+
+    /// A node of a tree, at this level.
+    pub(crate) fn node(&self, name: &ChunkRef, level: u8) -> Result<Arc<Node>, ImageError> {
+        if let Some(node) = lock(&self.shared.nodes).get(&name.hash).filter(|node| node.level == level) {
+            return Ok(node);
+        }
+        let (pack, content) = self.content(name, Kind::Node(level))?;
+        let node = Node::decode(&content, level);
+        let what = || format!("expected a node of level {level} in chunk {}", name.ordinal);
+        let node = Arc::new(node.ok_or_else(|| pack.damaged(0, what()))?);
+        lock(&self.shared.nodes).put(name.hash, NODE_LENGTH + OVERHEAD, Arc::clone(&node));
+        Ok(node)
+    }
+
+    /// Bytes of a disk.
+    pub(crate) fn data(&self, name: &ChunkRef) -> Result<Bytes, ImageError> {
+        if let Some(bytes) = lock(&self.shared.chunks).get(&name.hash) {
+            return Ok(bytes);
+        }
+        let (_, bytes) = self.content(name, Kind::Data)?;
+        lock(&self.shared.chunks).put(name.hash, bytes.len() + OVERHEAD, bytes.clone());
+        Ok(bytes)
+    }
+
+    /// A chunk's content from its file, past what is kept in memory.
+    pub(crate) fn content(&self, name: &ChunkRef, kind: Kind) -> Result<(Arc<Pack>, Bytes), ImageError> {
+        let pack = self.pack(name.pack)?;
+        let (found, content) = pack.chunk(name)?;
+        let right_length = kind != Kind::Data || content.len() as u64 == crate::CHUNK_BYTES.0;
+        if found != kind || !right_length {
+            return Err(pack.damaged(0, format!("chunk {} is {found:?}, expected {kind:?}", name.ordinal)));
+        }
+        Ok((pack, content))
+    }
+}
+
+/// A pack's file, from the store's directory.
+pub(crate) fn path_of(number: u32) -> PathBuf {
+    Path::new(PACKS_DIR).join(format!("{number:016}.pack"))
+}
+
+/// The number of the pack with this file name, if it is one.
+pub(crate) fn number_of(name: &str) -> Option<u32> {
+    let digits = name.strip_suffix(".pack").filter(|digits| digits.len() == 16)?;
+    let number = digits.parse().ok().filter(|number| *number > 0)?;
+    (format!("{number:016}") == digits).then_some(number)
+}
+
+/// Nothing that could panic runs under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Default for ImagesLimits {
+    fn default() -> Self {
+        Self {
+            node_bytes_max: ByteCount(16 << 20),
+            chunk_bytes_max: ByteCount(32 << 20),
+            open_packs_max: 64,
+            pack_bytes_max: ByteCount(64 << 20),
+            known_chunks_max: 1 << 18,
+        }
+    }
+}

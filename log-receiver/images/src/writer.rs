@@ -1,0 +1,251 @@
+//! Making images: one after the other into packs that become durable together.
+//!
+//! An image begins with the one before it: what did not change since is taken over by reference, subtree by subtree, so an
+//! image costs what changed. A chunk that is stored already is not stored again, of whatever disk it was, as far as the
+//! writer knows the packs.
+//!
+//! Invariant: nothing may name an image before [`ImageWriter::finish`] has returned. A writer that is dropped leaves packs
+//! that nobody names; [`Images::collect`] removes them. One writer at a time, and none beside a collection.
+
+use std::path::Path;
+
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use bytes::Bytes;
+
+use crate::{
+    CHUNK_BYTES, Image, ImageError, Images, Recent, Root,
+    chunk::{ChunkHeader, ChunkRef, Kind},
+    error::failed,
+    image::{height_of, span},
+    node::{FANOUT, Node},
+    pack_writer::PackWriter,
+    store::{PACKS_DIR, path_of},
+};
+
+/// Compression that pays on any processor.
+const ZSTD_LEVEL: i32 = 1;
+
+/// The most a pack grows to, whatever the limits say.
+const PACK_BYTES_MAX: u64 = 1 << 30;
+
+/// What an image is made of.
+pub trait ImageSource {
+    /// Why it cannot be read.
+    type Error: From<ImageError>;
+
+    /// Whether anything in `range` may differ from the image before, or from zeroes when there is none.
+    fn changed(&self, range: ByteRange) -> bool;
+
+    /// Whether all of `range` is known to be zeroes, without reading it.
+    ///
+    /// # Errors
+    /// When that cannot be found out.
+    fn is_zero(&mut self, range: ByteRange) -> Result<bool, Self::Error>;
+
+    /// The bytes of `range`; may take its time, to keep to a rate.
+    ///
+    /// # Errors
+    /// When they cannot be read, or the image is not wanted any more.
+    fn read(&mut self, range: ByteRange) -> Result<Bytes, Self::Error>;
+}
+
+/// What was written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Chunks that were stored.
+    pub chunks: u64,
+    /// Chunks that were there already.
+    pub known: u64,
+    /// Bytes of packs.
+    pub bytes: ByteCount,
+}
+
+/// Makes images.
+pub struct ImageWriter {
+    images: Images,
+    pack: Option<PackWriter>,
+    /// Packs from this one on are this writer's.
+    first_pack: u32,
+    next_pack: u32,
+    known: Recent<[u8; 32], (u32, u32)>,
+    compressor: zstd::bulk::Compressor<'static>,
+    written: Written,
+}
+
+impl Images {
+    /// Begins to make images.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn write(&self) -> Result<ImageWriter, ImageError> {
+        let storage = &self.shared.storage;
+        let dir = Path::new(PACKS_DIR);
+        let fail = |source| failed(format!("create {}", storage.display(dir).display()), source);
+        storage.create_dir(dir).map_err(fail)?;
+        let numbers = self.numbers()?;
+        let mut known = Recent::new(self.shared.limits.known_chunks_max);
+        let mut room = self.shared.limits.known_chunks_max;
+        for number in numbers.iter().rev() {
+            let Ok(pack) = self.pack(*number) else { continue };
+            // One that was not finished is removed by the next collection.
+            if pack.broken().is_some() || pack.lines().len() > room {
+                continue;
+            }
+            room -= pack.lines().len();
+            for line in pack.lines() {
+                known.put(line.hash, 1, (*number, line.ordinal));
+            }
+        }
+        let next_pack = numbers.last().map_or(1, |last| last + 1);
+        let compressor = zstd::bulk::Compressor::new(ZSTD_LEVEL)
+            .map_err(|source| failed("start the compression of images".to_owned(), source))?;
+        let written = Written::default();
+        let first_pack = next_pack;
+        Ok(ImageWriter {
+            images: self.clone(),
+            pack: None,
+            first_pack,
+            next_pack,
+            known,
+            compressor,
+            written,
+        })
+    }
+}
+
+impl ImageWriter {
+    /// Makes an image of a disk of `size` bytes.
+    ///
+    /// # Errors
+    /// The source's, or of writing: then the writer is of no use any more.
+    pub fn image<S: ImageSource>(
+        &mut self,
+        before: Option<&Image>,
+        size: ByteCount,
+        source: &mut S,
+    ) -> Result<Root, S::Error> {
+        let old = before.map(Image::root).filter(|old| old.size() <= size);
+        let old = old.map_or((ChunkRef::ZEROES, 0), |old| (old.top, old.height));
+        if self.pack.as_ref().is_some_and(|pack| old.0.pack >= self.first_pack && !pack.is_empty()) {
+            // Its nodes may be in the pack that is written, which cannot be read yet.
+            self.finish_pack()?;
+        }
+        let top = self.build(height_of(size), ByteOffset::ZERO, size, old, source)?;
+        Ok(Root::new(top, size))
+    }
+
+    /// Finishes the packs: after this the images may be named.
+    ///
+    /// # Errors
+    /// The file system's: then none may be.
+    pub fn finish(mut self) -> Result<Written, ImageError> {
+        self.finish_pack()?;
+        let storage = &self.images.shared.storage;
+        let dir = Path::new(PACKS_DIR);
+        for path in dir.ancestors() {
+            let synced = storage.sync_dir(path);
+            synced.map_err(|source| failed(format!("sync {}", storage.display(path).display()), source))?;
+        }
+        Ok(self.written)
+    }
+
+    fn build<S: ImageSource>(
+        &mut self,
+        level: u8,
+        start: ByteOffset,
+        size: ByteCount,
+        old: (ChunkRef, u8),
+        source: &mut S,
+    ) -> Result<ChunkRef, S::Error> {
+        let range = ByteRange::between(start, ByteOffset(size.0.min(start.0.saturating_add(span(level).0))));
+        let as_it_was = old.1 == level || old.0.is_zeroes();
+        if range.is_empty() || (as_it_was && !source.changed(range)) {
+            return Ok(old.0);
+        }
+        // At this level an answer is about few extents, and spares the look at 256 chunks.
+        if level <= 1 && source.is_zero(range)? {
+            return Ok(ChunkRef::ZEROES);
+        }
+        let Some(below) = level.checked_sub(1) else { return self.data(range, source) };
+        let old_children = self.images.children(old, level)?;
+        let mut node = Node::zeroes(level);
+        for (place, old) in (0..).zip(old_children) {
+            let start = ByteOffset(start.0 + place * span(below).0);
+            if start.0 >= size.0 {
+                break;
+            }
+            node.children[place as usize] = self.build(below, start, size, old, source)?;
+        }
+        debug_assert_eq!(node.children.len(), FANOUT);
+        if node.is_zeroes() {
+            return Ok(ChunkRef::ZEROES);
+        }
+        Ok(self.put(Kind::Node(level), &node.encode())?)
+    }
+
+    fn data<S: ImageSource>(&mut self, range: ByteRange, source: &mut S) -> Result<ChunkRef, S::Error> {
+        let mut bytes = source.read(range)?;
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Ok(ChunkRef::ZEROES);
+        }
+        if (bytes.len() as u64) < CHUNK_BYTES.0 {
+            let mut whole = bytes.to_vec();
+            whole.resize(CHUNK_BYTES.0 as usize, 0);
+            bytes = whole.into();
+        }
+        Ok(self.put(Kind::Data, &bytes)?)
+    }
+
+    /// Stores a chunk that is not stored yet.
+    fn put(&mut self, kind: Kind, content: &[u8]) -> Result<ChunkRef, ImageError> {
+        let hash = *blake3::hash(content).as_bytes();
+        if let Some((pack, ordinal)) = self.known.get(&hash) {
+            self.written.known += 1;
+            return Ok(ChunkRef { hash, pack, ordinal });
+        }
+        let limit = self.images.shared.limits.pack_bytes_max.0.min(PACK_BYTES_MAX);
+        if self.pack.as_ref().is_some_and(|pack| pack.end().0 >= limit) {
+            self.finish_pack()?;
+        }
+        let compressed = self.compressor.compress(content).ok();
+        // An eighth less is worth the time that each read then takes.
+        let compressed = compressed.filter(|short| short.len() <= content.len() / 8 * 7);
+        let stored = compressed.as_deref().unwrap_or(content);
+        if self.pack.is_none() {
+            self.pack = Some(self.begin_pack()?);
+        }
+        let pack = self.pack.as_mut().expect("one was begun");
+        let name = ChunkRef { hash, pack: pack.number(), ordinal: pack.next_ordinal() };
+        let header = ChunkHeader {
+            kind,
+            compressed: compressed.is_some(),
+            name,
+            stored_length: stored.len() as u32,
+            length: content.len() as u32,
+            crc: crc32c::crc32c(stored),
+        };
+        pack.append(&header, stored)?;
+        self.written.chunks += 1;
+        self.known.put(hash, 1, (name.pack, name.ordinal));
+        Ok(name)
+    }
+
+    fn begin_pack(&mut self) -> Result<PackWriter, ImageError> {
+        let number = self.next_pack;
+        self.next_pack += 1;
+        let name = self.images.name_of(number);
+        let file = self.images.shared.storage.create_new(&path_of(number));
+        let file = file.map_err(|source| failed(format!("create {}", name.display()), source))?;
+        Ok(PackWriter::new(file, name, number))
+    }
+
+    fn finish_pack(&mut self) -> Result<(), ImageError> {
+        if let Some(pack) = self.pack.take() {
+            let number = pack.number();
+            self.written.bytes.0 += pack.finish()?.0;
+            // Whoever looked at it while it was written saw a part.
+            self.images.forget_pack(number);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,346 @@
+//! Images against a plain model: every version that is kept reads back, whatever else was made, collected, torn or flipped.
+
+use std::{path::PathBuf, sync::Arc};
+
+use backtide_images::{CHUNK_BYTES, Image, ImageError, ImageSource, Images, ImagesLimits, Root};
+use backtide_storage::{MemoryStorage, Storage};
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use bytes::Bytes;
+use roaring::RoaringTreemap;
+
+const CHUNK: usize = CHUNK_BYTES.0 as usize;
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+/// A disk as a plain array, and which of its chunks changed since the last image.
+struct Disk<'a> {
+    content: &'a [u8],
+    changed: &'a [bool],
+}
+
+impl ImageSource for Disk<'_> {
+    type Error = ImageError;
+
+    fn changed(&self, range: ByteRange) -> bool {
+        let (first, behind) = (range.start().0 as usize / CHUNK, (range.end().0 as usize).div_ceil(CHUNK));
+        self.changed[first.min(self.changed.len())..behind.min(self.changed.len())]
+            .iter()
+            .any(|changed| *changed)
+    }
+
+    fn is_zero(&mut self, _range: ByteRange) -> Result<bool, ImageError> {
+        Ok(false)
+    }
+
+    fn read(&mut self, range: ByteRange) -> Result<Bytes, ImageError> {
+        Ok(Bytes::copy_from_slice(&self.content[range.start().0 as usize..range.end().0 as usize]))
+    }
+}
+
+struct Bench {
+    storage: MemoryStorage,
+    images: Images,
+    random: Random,
+    content: Vec<u8>,
+}
+
+fn images(storage: &MemoryStorage) -> Images {
+    let limits = ImagesLimits {
+        pack_bytes_max: ByteCount(256 << 10),
+        node_bytes_max: ByteCount(40 << 10),
+        chunk_bytes_max: ByteCount(300 << 10),
+        open_packs_max: 3,
+        known_chunks_max: 50,
+    };
+    Images::new(Arc::new(storage.clone()), limits)
+}
+
+impl Bench {
+    fn new(seed: u64, size: usize) -> Self {
+        let storage = MemoryStorage::new();
+        Self { images: images(&storage), storage, random: Random(seed), content: vec![0; size] }
+    }
+
+    /// Changes some of the disk; gives the chunks that changed.
+    fn change(&mut self) -> Vec<bool> {
+        let mut changed = vec![false; self.content.len().div_ceil(CHUNK)];
+        for _ in 0..=self.random.below(4) {
+            let start = self.random.below(self.content.len() as u64) as usize;
+            let length = 1 + self.random.below(3 * CHUNK as u64) as usize;
+            let end = (start + length).min(self.content.len());
+            let (kind, salt) = (self.random.below(3), self.random.next());
+            for (at, byte) in self.content[start..end].iter_mut().enumerate() {
+                *byte = match kind {
+                    0 => 0,
+                    1 => salt as u8,
+                    _ => (salt.wrapping_mul(at as u64 + 1) >> 29) as u8,
+                };
+            }
+            changed[start / CHUNK..end.div_ceil(CHUNK)].fill(true);
+        }
+        changed
+    }
+
+    fn make(&mut self, before: Option<&Image>, changed: &[bool]) -> Result<Root, ImageError> {
+        let mut writer = self.images.write()?;
+        let size = ByteCount(self.content.len() as u64);
+        let root = writer.image(before, size, &mut Disk { content: &self.content, changed })?;
+        writer.finish()?;
+        Ok(root)
+    }
+
+    /// A new version and its image.
+    fn next(&mut self, before: Option<&Image>) -> (Root, Vec<u8>) {
+        let changed = self.change();
+        let root = self.make(before, &changed).expect("no fault");
+        (root, self.content.clone())
+    }
+
+    fn packs(&self) -> Vec<PathBuf> {
+        let packs = self.storage.files().into_iter().map(|(path, _)| path);
+        packs.filter(|path| path.extension().is_some_and(|name| name == "pack")).collect()
+    }
+}
+
+fn read(image: &Image) -> Result<Vec<u8>, ImageError> {
+    let mut found = vec![0; image.size().0 as usize];
+    image.read_into(ByteRange::between(ByteOffset::ZERO, ByteOffset(image.size().0)), &mut found)?;
+    Ok(found)
+}
+
+fn assert_reads(image: &Image, expected: &[u8], random: &mut Random) {
+    assert!(read(image).expect("it can be read") == expected, "another content");
+    // Parts of it, and where its data is.
+    for _ in 0..5 {
+        let start = random.below(expected.len() as u64);
+        let length = random.below(4 * CHUNK as u64).min(expected.len() as u64 - start);
+        let range = ByteRange::new(ByteOffset(start), ByteCount(length)).unwrap();
+        let mut part = vec![0; length as usize];
+        image.read_into(range, &mut part).expect("it can be read");
+        assert!(part == expected[start as usize..][..length as usize]);
+        let mut rest = part;
+        let mut clear = |data: ByteRange| {
+            assert!(range.contains(data));
+            rest[(data.start().0 - start) as usize..(data.end().0 - start) as usize].fill(0);
+        };
+        image.data_in(range, &mut clear).expect("its tree can be read");
+        assert!(rest.iter().all(|byte| *byte == 0), "data where it says that there is none");
+    }
+}
+
+fn check(images: &Images, root: Root) -> Vec<String> {
+    let mut damage = Vec::new();
+    let mut seen = RoaringTreemap::new();
+    let whole = images.image(root).check(&mut seen, &mut |what| damage.push(what), &mut |_| true);
+    assert!(whole.expect("no failure"));
+    damage
+}
+
+#[test]
+fn every_version_that_is_kept_reads_back_and_others_give_their_room_back() {
+    for seed in 0..6 {
+        // The last one has trees of two levels, and a last chunk that is not whole.
+        let size = if seed == 5 { 270 * CHUNK + 5000 } else { 20 * CHUNK };
+        let mut bench = Bench::new(seed, size);
+        let mut kept: Vec<(Root, Vec<u8>)> = Vec::new();
+        let mut last: Option<Image> = None;
+        for _ in 0..25 {
+            let (root, content) = bench.next(last.as_ref());
+            last = Some(bench.images.image(root));
+            kept.push((root, content));
+            if bench.random.below(4) == 0 {
+                let gone = bench.random.below(kept.len() as u64) as usize;
+                kept.remove(gone);
+                let before = bench.storage.used();
+                let roots: Vec<Root> = kept.iter().map(|(root, _)| *root).collect();
+                let collected = bench.images.collect(&roots).expect("no fault");
+                assert_eq!(bench.storage.used().0, before.0 - collected.bytes.0);
+            }
+            if bench.random.below(5) == 0 {
+                bench.images = images(&bench.storage);
+                last = last.map(|last| bench.images.image(last.root()));
+            }
+        }
+        for (root, content) in &kept {
+            assert_reads(&bench.images.image(*root), content, &mut bench.random);
+            assert_eq!(check(&bench.images, *root), Vec::<String>::new());
+        }
+        for two in kept.windows(2) {
+            let (a, b) = (bench.images.image(two[0].0), bench.images.image(two[1].0));
+            let mut same = two[0].1.clone();
+            let mut take = |range: ByteRange| {
+                let range = range.start().0 as usize..(range.end().0 as usize).min(same.len());
+                same[range.clone()].copy_from_slice(&two[1].1[range]);
+            };
+            a.differing(&b, &mut take).unwrap();
+            assert!(same == two[1].1, "what differs is told");
+            a.differing(&a, &mut |range| panic!("{range} does not differ")).unwrap();
+        }
+        drop(last);
+        bench.images.collect(&[]).expect("no fault");
+        assert_eq!((bench.packs().len(), bench.storage.used()), (0, ByteCount::ZERO));
+    }
+}
+
+#[test]
+fn equal_content_is_stored_once_whatever_the_disk() {
+    let mut bench = Bench::new(1, 4 * CHUNK);
+    for (at, byte) in (0_u64..).zip(&mut bench.content) {
+        *byte = (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 31) as u8;
+    }
+    bench.make(None, &[true; 4]).unwrap();
+    let used = bench.storage.used();
+    // Another disk with the same content, and a writer that was started later.
+    bench.images = images(&bench.storage);
+    bench.make(None, &[true; 4]).unwrap();
+    assert_eq!(bench.storage.used(), used);
+    // What compresses is stored compressed.
+    bench.content.fill(7);
+    bench.make(None, &[true; 4]).unwrap();
+    assert!(bench.storage.used().0 < used.0 + CHUNK as u64);
+}
+
+#[test]
+fn a_disk_that_grows_keeps_its_tree() {
+    let mut bench = Bench::new(2, CHUNK / 2);
+    let mut last: Option<Image> = None;
+    let mut kept = Vec::new();
+    for size in [CHUNK / 2, CHUNK, 3 * CHUNK + 1, 255 * CHUNK, 257 * CHUNK, 300 * CHUNK] {
+        bench.content.resize(size, 0);
+        let (root, content) = bench.next(last.as_ref());
+        last = Some(bench.images.image(root));
+        kept.push((root, content));
+    }
+    for (root, content) in kept {
+        assert_reads(&bench.images.image(root), &content, &mut bench.random);
+    }
+}
+
+#[test]
+fn an_image_that_is_open_stays_whatever_is_collected() {
+    let mut bench = Bench::new(3, 20 * CHUNK);
+    let (root, content) = bench.next(None);
+    let open = bench.images.image(root);
+    let (next, newer) = bench.next(Some(&open));
+    bench.images.collect(&[next]).unwrap();
+    assert_reads(&open, &content, &mut bench.random);
+    drop(open);
+    bench.images.collect(&[next]).unwrap();
+    assert_reads(&bench.images.image(next), &newer, &mut bench.random);
+    assert!(read(&images(&bench.storage).image(root)).is_err(), "its chunks are gone");
+}
+
+#[test]
+fn a_flipped_bit_gives_the_right_data_or_an_error_that_names_the_file() {
+    let mut bench = Bench::new(4, 6 * CHUNK);
+    let (first, _) = bench.next(None);
+    let image = bench.images.image(first);
+    let (root, content) = bench.next(Some(&image));
+    drop(image);
+    let (mut refused, mut places) = (0, 0);
+    for pack in bench.packs() {
+        let length = bench.storage.open(&pack).unwrap().len().unwrap().0;
+        // Everything but the middle of long contents byte by byte.
+        let around = |at: &u64| at % 4096 < 200 || *at > length - 600;
+        for at in (0..length).filter(around) {
+            places += 1;
+            bench.storage.flip_bit(&pack, ByteOffset(at), (at % 8) as u32);
+            let images = images(&bench.storage);
+            let damage = check(&images, root);
+            match read(&images.image(root)) {
+                Ok(found) => assert!(found == content, "wrong data after a flip at {at}"),
+                Err(ImageError::Damaged { file, .. }) => {
+                    assert_eq!(file, pack);
+                    assert!(!damage.is_empty());
+                    refused += 1;
+                }
+                Err(error) => panic!("{error}"),
+            }
+            bench.storage.flip_bit(&pack, ByteOffset(at), (at % 8) as u32);
+        }
+    }
+    assert!(refused > 100 && places > refused, "{refused} of {places}");
+    assert!(check(&bench.images, root).is_empty());
+}
+
+#[test]
+fn a_pack_with_a_damaged_trailer_or_table_is_read_by_its_chunks() {
+    let mut bench = Bench::new(5, 6 * CHUNK);
+    let (root, content) = bench.next(None);
+    for pack in bench.packs() {
+        let length = bench.storage.open(&pack).unwrap().len().unwrap().0;
+        bench.storage.flip_bit(&pack, ByteOffset(length - 30), 2);
+    }
+    let images = images(&bench.storage);
+    assert_reads(&images.image(root), &content, &mut bench.random);
+    assert!(check(&images, root)[0].contains("trailer"));
+    images.collect(&[root]).unwrap();
+    assert_reads(&images.image(root), &content, &mut bench.random);
+}
+
+/// Cuts the power at each operation of `act`, on a store with two images of which the first is to stay.
+fn at_every_operation(act: impl Fn(&mut Bench, &Image) -> Result<(), ImageError>) {
+    let mut cuts = 0;
+    for seed in 0..4 {
+        let mut cut = 0;
+        loop {
+            let mut bench = Bench::new(seed, 12 * CHUNK);
+            let (first, _) = bench.next(None);
+            let older = bench.images.image(first);
+            let (root, content) = bench.next(Some(&older));
+            drop(older);
+            let image = bench.images.image(root);
+            bench.storage.cut_power_after(cut);
+            let done = act(&mut bench, &image);
+            if !bench.storage.is_off() {
+                done.expect("no fault");
+                cuts += cut;
+                break;
+            }
+            drop(image);
+            bench.storage.crash(seed ^ cut);
+            bench.images = images(&bench.storage);
+            bench.content.clone_from(&content);
+            assert_reads(&bench.images.image(root), &content, &mut bench.random);
+            bench.images.collect(&[root]).expect("what is left is removed");
+            assert!(check(&bench.images, root).is_empty());
+            // And the next image is made as ever.
+            let image = bench.images.image(root);
+            let (next, newer) = bench.next(Some(&image));
+            bench.storage.crash(!cut);
+            bench.images = images(&bench.storage);
+            assert_reads(&bench.images.image(next), &newer, &mut bench.random);
+            assert_reads(&bench.images.image(root), &content, &mut bench.random);
+            cut += 1;
+        }
+    }
+    assert!(cuts > 5, "it was cut somewhere: {cuts}");
+}
+
+#[test]
+fn a_power_cut_while_an_image_is_made_costs_no_other() {
+    at_every_operation(|bench, image| {
+        let changed = bench.change();
+        bench.make(Some(image), &changed).map(|_| ())
+    });
+}
+
+#[test]
+fn a_power_cut_while_room_is_given_back_costs_no_image() {
+    at_every_operation(|bench, image| bench.images.collect(&[image.root()]).map(|_| ()));
+}

@@ -1,0 +1,37 @@
+//! The base of a log for people.
+
+use std::{io, path::Path};
+
+use backtide_storage::{Storage, read_file};
+
+use super::{FILE_BYTES_MAX, codec};
+
+/// Writes a readable listing of one base; damage is a line of the listing.
+///
+/// # Errors
+/// Of reading the file and of writing to `out`.
+pub fn inspect_base(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> io::Result<()> {
+    let name = storage.display(path);
+    writeln!(out, "{}", name.display())?;
+    let base = match codec::decode(&read_file(storage, path, FILE_BYTES_MAX)?, &name) {
+        Ok(base) => base,
+        Err(error) => return writeln!(out, "{error}"),
+    };
+    writeln!(
+        out,
+        "base {} of disk {}, history {}",
+        base.generation, base.identity.disk, base.identity.history
+    )?;
+    writeln!(out, "the log begins with segment {}, entry {}", base.first_segment, base.first_seq)?;
+    writeln!(out, "every point from {}", base.floor.at)?;
+    for kept in &base.kept {
+        writeln!(out, "single point {}", kept.at)?;
+    }
+    let timeline = &base.timeline;
+    let (intervals, holes, marks) = (timeline.intervals.len(), timeline.holes.len(), timeline.marks.len());
+    writeln!(
+        out,
+        "before it: {intervals} intervals, {holes} holes, {marks} marks, {} records",
+        timeline.records
+    )
+}

@@ -1,0 +1,39 @@
+//! Making a disk durable: what to sync, where blocking is fine, and how that went.
+
+use backtide_recovery::{SyncOutcome, SyncTicket};
+use backtide_storage::KillPoint;
+
+use crate::{StoreWatch, log_mark::Loss, watermark::Watermark};
+
+/// Files to sync for a disk's entries to be durable.
+pub struct CommitTicket {
+    pub(crate) opened: u64,
+    pub(crate) ticket: SyncTicket,
+    pub(crate) watermark: Option<Watermark>,
+    pub(crate) loss: Option<Loss>,
+    pub(crate) watch: StoreWatch,
+}
+
+/// How a ticket's sync went.
+pub struct CommitOutcome {
+    pub(crate) opened: u64,
+    pub(crate) outcome: SyncOutcome,
+    /// Why nothing that was synced can be found again.
+    pub(crate) gone: Option<String>,
+}
+
+impl CommitTicket {
+    /// Syncs; blocks as long as the device takes.
+    pub fn sync(self) -> CommitOutcome {
+        let outcome = self.ticket.sync();
+        let gone = self.watch.check().err();
+        if let (Ok(durable), None, Some(watermark)) = (outcome.result(), &gone, &self.watermark)
+            && let Some(Err(error)) =
+                outcome.while_owned(|| watermark.write(Loss::noted(self.loss.as_ref(), durable)))
+        {
+            tracing::debug!(%error, "cannot note beside the log how far it is durable");
+        }
+        KillPoint::MarkWritten.reached();
+        CommitOutcome { opened: self.opened, outcome, gone }
+    }
+}

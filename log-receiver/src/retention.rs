@@ -1,0 +1,15 @@
+//! How long history is kept: the ladder of each disk, what of it goes when, and the thread that sees to it.
+//!
+//! Every point is kept for a while; then single points, each an image, at the pace of the ladder's rungs; points that
+//! somebody pinned as long as they are pinned. Nothing goes that the ladder still promises, unless the store is nearly full and
+//! the receiver was told to shrink the oldest history then.
+
+mod keeper;
+mod ladder;
+mod plan;
+mod policy;
+
+pub(crate) use keeper::{Keeper, KeeperWatch};
+pub(crate) use ladder::{Ladder, LadderError};
+pub(crate) use plan::{Plan, Pressure, every_change_from, plan};
+pub(crate) use policy::{Policies, damage_of};

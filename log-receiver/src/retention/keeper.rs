@@ -1,0 +1,428 @@
+//! The thread that sees to retention: makes images of history that grows old, lets logs begin later, gives room back.
+//!
+//! It is alone in that, for all disks of the store, so no image is made while another thread collects. It reads snapshots as
+//! everybody does, at a bounded rate, and asks the threads that own the logs only for the moment in which a log begins later.
+//! What it does is whole whenever it ends: it can be stopped at any time.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use backtide_images::Root;
+use backtide_recovery::{
+    Base, FoldError, FoundBase, KeptPoint, RebaseTicket, Rebased, Snapshot, remove_unused,
+};
+use backtide_units::{ByteCount, DiskId};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Plan, Policies, Pressure, every_change_from, plan};
+use crate::{
+    Shelf,
+    accept::Door,
+    clock,
+    config::{OnFull, Retention},
+    disk::chain,
+    facts::DiskFacts,
+    ingest::{Readable, Task},
+    overlays::Overlays,
+};
+
+/// After so many rounds the store is looked through for what nobody has, even if nothing seems to have changed.
+const COLLECT_ROUNDS: u64 = 60;
+
+/// It waits no longer at once for its rate, so as to be stopped soon.
+const WAIT_MAX: Duration = Duration::from_millis(100);
+
+/// What it does and did.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct KeeperStatus {
+    /// Why history of a disk could not be thinned.
+    pub(crate) errors: BTreeMap<DiskId, String>,
+    /// Why room could not be given back.
+    pub(crate) error: Option<String>,
+    /// Disks whose oldest history went although it was promised, since the receiver started.
+    pub(crate) shrunk: BTreeMap<DiskId, u64>,
+    /// Bytes of segments and packs that were removed since the receiver started.
+    pub(crate) freed: ByteCount,
+    /// The store has little room left.
+    pub(crate) low: Option<String>,
+    /// Rounds that have ended.
+    pub(crate) rounds: u64,
+}
+
+/// The keeper, from outside. Dropped, it ends soon.
+pub(crate) struct Keeper {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    status: Mutex<KeeperStatus>,
+    /// Somebody wants a round now.
+    wanted: Mutex<bool>,
+    changed: Condvar,
+    stop: AtomicBool,
+}
+
+struct Work {
+    shelf: Shelf,
+    threads: Vec<mpsc::Sender<Task>>,
+    policies: Policies,
+    overlays: Overlays,
+    settings: Retention,
+    shared: Arc<Shared>,
+    /// Room may be given back.
+    collect: bool,
+}
+
+/// The receiver is shutting down.
+struct Ending;
+
+/// Why a disk's history was not thinned.
+enum Undone {
+    Ending,
+    Why(String),
+}
+
+impl Keeper {
+    /// Starts it.
+    pub(crate) fn start(
+        shelf: Shelf,
+        threads: Vec<mpsc::Sender<Task>>,
+        policies: Policies,
+        overlays: Overlays,
+        settings: Retention,
+    ) -> std::io::Result<Self> {
+        let shared = Arc::<Shared>::default();
+        let work =
+            Work { shelf, threads, policies, overlays, settings, shared: Arc::clone(&shared), collect: true };
+        let thread = std::thread::Builder::new().name("retention".to_owned()).spawn(move || work.run())?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// What others see of it.
+    pub(crate) fn watch(&self) -> KeeperWatch {
+        KeeperWatch(Arc::clone(&self.shared))
+    }
+
+    /// Ends it and waits for that; blocks.
+    pub(crate) fn end(mut self) {
+        self.stop();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread of retention panicked");
+        }
+    }
+
+    fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What others see of the keeper. Clones see the same.
+#[derive(Clone)]
+pub(crate) struct KeeperWatch(Arc<Shared>);
+
+impl KeeperWatch {
+    /// What it does and did.
+    pub(crate) fn status(&self) -> KeeperStatus {
+        lock(&self.0.status).clone()
+    }
+
+    /// Wants a round now.
+    pub(crate) fn wake(&self) {
+        *lock(&self.0.wanted) = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Shared {
+    fn is_ending(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Waits for the next round; false when there is none.
+    fn wait(&self, interval: Duration) -> bool {
+        let begun = Instant::now();
+        let mut wanted = lock(&self.wanted);
+        while !self.is_ending() && !*wanted && begun.elapsed() < interval {
+            let left = interval.saturating_sub(begun.elapsed()).min(Duration::from_secs(1));
+            wanted = self.changed.wait_timeout(wanted, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        *wanted = false;
+        !self.is_ending()
+    }
+}
+
+impl Work {
+    fn run(mut self) {
+        let interval = Duration::from_millis(self.settings.interval_ms.max(1));
+        while self.shared.wait(interval) {
+            if self.round().is_err() {
+                return;
+            }
+            lock(&self.shared.status).rounds += 1;
+        }
+    }
+
+    fn round(&mut self) -> Result<(), Ending> {
+        let pressure = self.look_at_the_room();
+        let mut disks = self.disks()?;
+        if pressure == Pressure::Shrink {
+            // The longest history first, and one disk a round: then the room is looked at again.
+            let mut windows = Vec::new();
+            for disk in &disks {
+                let begins = self.snapshot(*disk)?.and_then(|snapshot| every_change_from(&snapshot));
+                windows.extend(begins.map(|begins| (begins.time, *disk)));
+            }
+            windows.sort();
+            disks = windows.into_iter().map(|(_, disk)| disk).collect();
+        }
+        for disk in disks {
+            match self.thin(disk, pressure) {
+                Ok(done) => {
+                    lock(&self.shared.status).errors.remove(&disk);
+                    if done && pressure == Pressure::Shrink {
+                        *lock(&self.shared.status).shrunk.entry(disk).or_default() += 1;
+                        break;
+                    }
+                }
+                Err(Undone::Ending) => return Err(Ending),
+                Err(Undone::Why(why)) => {
+                    tracing::warn!(%disk, why, "old history stays");
+                    lock(&self.shared.status).errors.insert(disk, why);
+                }
+            }
+        }
+        let rounds = lock(&self.shared.status).rounds;
+        self.collect |= rounds.is_multiple_of(COLLECT_ROUNDS);
+        let given = self.give_room_back();
+        if let Err(why) = &given {
+            tracing::warn!(why, "room cannot be given back");
+        }
+        lock(&self.shared.status).error = given.err();
+        Ok(())
+    }
+
+    fn look_at_the_room(&self) -> Pressure {
+        let low = self.settings.low_bytes.0.max(self.shelf.space_floor.0);
+        let free = match self.shelf.storage.free_space() {
+            Ok(free) => free,
+            // A store that has gone is told of elsewhere.
+            Err(_) => return Pressure::None,
+        };
+        let why = (free.0 < low).then(|| {
+            let then = match self.settings.on_full {
+                OnFull::Refuse => "new data is refused when it is full",
+                OnFull::Shrink => "the oldest history goes",
+            };
+            format!("the store is nearly full: {free} bytes are free, below {low}; {then}")
+        });
+        let mut status = lock(&self.shared.status);
+        if let (Some(why), None) = (&why, &status.low) {
+            tracing::warn!(why, "little room");
+        }
+        status.low = why;
+        if status.low.is_some() && self.settings.on_full == OnFull::Shrink {
+            Pressure::Shrink
+        } else {
+            Pressure::None
+        }
+    }
+
+    /// The disks whose logs are in use.
+    fn disks(&self) -> Result<Vec<DiskId>, Ending> {
+        let mut disks = Vec::new();
+        for thread in &self.threads {
+            let facts: Vec<DiskFacts> = ask(thread, Task::Facts)?;
+            disks.extend(facts.into_iter().filter(|facts| facts.error.is_none()).map(|facts| facts.id));
+        }
+        Ok(disks)
+    }
+
+    fn thread_of(&self, disk: DiskId) -> &mpsc::Sender<Task> {
+        &self.threads[Door::owner(disk, self.threads.len())]
+    }
+
+    /// The log in use of a disk, durable; none when it has failed since.
+    fn snapshot(&self, disk: DiskId) -> Result<Option<Snapshot>, Ending> {
+        let readable = ask(self.thread_of(disk), |answer| Task::Read(disk, answer))?;
+        Ok(match readable {
+            Some(Ok(Readable { snapshot, .. })) => Some(snapshot.alone()),
+            Some(Err(_)) | None => None,
+        })
+    }
+
+    /// Does what the ladder wants of a disk; whether that was anything.
+    fn thin(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
+        let policy = self.policies.of(disk);
+        let ladder = self.policies.ladder(disk);
+        if self.policies.damage().is_some() || (ladder.any.is_none() && pressure == Pressure::None) {
+            return Ok(false);
+        }
+        let Some(snapshot) = self.snapshot(disk)? else { return Ok(false) };
+        // What was written to a mounted point is worth nothing without the point.
+        let below = self.overlays.points(disk);
+        let mut pins = policy.pins.clone();
+        pins.extend(below.iter().map(|(lsn, time)| (*lsn, *time)));
+        let Some(plan) = plan(&snapshot, &ladder, &pins, clock::now(), pressure)? else {
+            return Ok(false);
+        };
+        let base = self.base(&snapshot, &plan)?;
+        let asked = |answer| Task::Rebase { disk, base: Box::new(base), answer };
+        let Some((life, ticket)): Option<(u64, RebaseTicket)> = ask(self.thread_of(disk), asked)? else {
+            return Err(Undone::Why("the log changed while its images were made".to_owned()));
+        };
+        self.collect = true;
+        // Whoever wants a point kept meanwhile waits for this, and sees what is left then.
+        let done = self.policies.while_wanted(disk, &policy, || {
+            let unchanged = self.overlays.points(disk) == below;
+            if unchanged { self.begin_later(disk, life, ticket) } else { Ok(false) }
+        });
+        if !done.transpose()?.unwrap_or(false) {
+            return Ok(false);
+        }
+        let (segments, bytes) = plan.fold.map_or((0, 0), |(fold, _)| (fold.segments, fold.bytes.0));
+        tracing::info!(%disk, segments, bytes, kept = plan.kept.len(), dropped = plan.dropped.len(), "old history thinned");
+        Ok(true)
+    }
+
+    fn begin_later(&self, disk: DiskId, life: u64, ticket: RebaseTicket) -> Result<bool, Undone> {
+        let Some(rebased) = ticket.write()? else { return Ok(false) };
+        let rebased: Box<Rebased> = Box::new(rebased);
+        ask(self.thread_of(disk), |answer| Task::Rebased { disk, life, rebased, answer })?;
+        Ok(true)
+    }
+
+    /// Makes the images of a plan; gives what the log begins with then.
+    fn base(&self, snapshot: &Snapshot, plan: &Plan) -> Result<Base, Undone> {
+        let old = snapshot.base();
+        let mut known: BTreeMap<_, KeptPoint> = BTreeMap::new();
+        for kept in old.iter().flat_map(|base| base.kept().iter().copied().chain([base.floor()])) {
+            known.insert(kept.at.lsn, kept);
+        }
+        let Some((foldable, floor)) = plan.fold else {
+            let kept = plan.kept.iter().filter_map(|point| known.get(&point.lsn).copied()).collect();
+            return snapshot
+                .rebase_kept(kept)
+                .ok_or_else(|| Undone::Why("there is nothing to thin".to_owned()));
+        };
+        let images = self.shelf.cache.images(&self.shelf.storage);
+        let mut writer = images.write().map_err(|error| Undone::Why(chain(&error)))?;
+        let mut last = old.map(Base::floor);
+        let (begun, mut done) = (Instant::now(), 0);
+        let mut full = false;
+        let mut kept = Vec::new();
+        for at in plan.kept.iter().chain([&floor]) {
+            if let Some(known) = known.get(&at.lsn) {
+                kept.push(*known);
+                continue;
+            }
+            let made = snapshot.make_image(&mut writer, at.lsn, last, &mut |bytes| {
+                full = self.shelf.storage.free_space().is_ok_and(|free| free < self.shelf.space_floor);
+                done += bytes.0;
+                !full && self.pace(begun, done)
+            });
+            let root = match made {
+                Ok(root) => root,
+                Err(FoldError::CalledOff) if full => {
+                    return Err(Undone::Why(
+                        "there is no room for the image that history is folded into".to_owned(),
+                    ));
+                }
+                Err(FoldError::CalledOff) => return Err(Undone::Ending),
+                Err(FoldError::Log(error)) => return Err(Undone::Why(chain(&error))),
+            };
+            last = Some(KeptPoint { at: *at, root });
+            kept.extend(last);
+        }
+        writer.finish().map_err(|error| Undone::Why(chain(&error)))?;
+        let floor = kept.pop().expect("the floor was the last");
+        Ok(snapshot.rebase(&foldable, floor, kept)?)
+    }
+
+    /// Waits when more was read than the rate allows; false when the receiver ends.
+    fn pace(&self, begun: Instant, done: u64) -> bool {
+        let rate = self.settings.bytes_per_second_max.0;
+        let due = if rate == 0 { Duration::ZERO } else { Duration::from_secs_f64(done as f64 / rate as f64) };
+        while !self.shared.is_ending() {
+            let early = due.saturating_sub(begun.elapsed());
+            if early.is_zero() {
+                return true;
+            }
+            std::thread::sleep(early.min(WAIT_MAX));
+        }
+        false
+    }
+
+    /// Removes segments and chunks that nobody has.
+    fn give_room_back(&mut self) -> Result<(), String> {
+        let storage = &self.shelf.storage;
+        let mut roots: Vec<Root> = Vec::new();
+        for dir in self.logs()? {
+            let removed =
+                remove_unused(&**storage, &dir, &self.shelf.cache).map_err(|error| chain(&error))?;
+            lock(&self.shared.status).freed.0 += removed.bytes.0;
+            let found = FoundBase::read(&**storage, &dir).map_err(|error| chain(&error))?;
+            if let (None, Some(why)) = (&found.base, found.damage.first()) {
+                return Err(format!("nobody knows which images a log has: {why}"));
+            }
+            roots.extend(found.roots);
+        }
+        if self.collect {
+            let images = self.shelf.cache.images(storage);
+            let collected = images.collect(&roots).map_err(|error| chain(&error))?;
+            lock(&self.shared.status).freed.0 += collected.bytes.0;
+            self.collect = false;
+        }
+        Ok(())
+    }
+
+    /// The directories of all logs, whether or not they are in use.
+    fn logs(&self) -> Result<Vec<PathBuf>, String> {
+        let mut logs = Vec::new();
+        for disk in self.shelf.list().map_err(|error| chain(&error))? {
+            let numbers = self.shelf.numbers(disk).map_err(|error| chain(&error))?;
+            logs.extend(numbers.into_iter().map(|number| Shelf::dir(disk, number)));
+        }
+        Ok(logs)
+    }
+}
+
+impl From<Ending> for Undone {
+    fn from(Ending: Ending) -> Self {
+        Self::Ending
+    }
+}
+
+impl From<backtide_recovery::LogError> for Undone {
+    fn from(error: backtide_recovery::LogError) -> Self {
+        Self::Why(chain(&error))
+    }
+}
+
+/// Asks a thread that owns disks, and waits.
+fn ask<T>(thread: &mpsc::Sender<Task>, task: impl FnOnce(oneshot::Sender<T>) -> Task) -> Result<T, Ending> {
+    let (answer, answered) = oneshot::channel();
+    thread.blocking_send(task(answer)).map_err(|_| Ending)?;
+    answered.blocking_recv().map_err(|_| Ending)
+}
+
+/// Nothing that could panic runs under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,172 @@
+//! What of a disk's history goes now: decided from its log as it is, its ladder and the clock, without changing anything.
+//!
+//! A slot is a multiple of a rung's period since 1970. What stands for a slot is the newest point at or before it, so a point
+//! stands for every slot until the next point that is kept. The log is folded up to the point of a slot that is older than
+//! `any`, and only when whole segments go with it: until then all points stay, at no cost.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use backtide_recovery::{Foldable, LogError, Snapshot, TimedLsn};
+use backtide_units::{CaptureTime, Lsn};
+
+use super::ladder::{Ladder, Span};
+
+/// Slots that are looked for at once, the newest; a log that is older gives up the others.
+const SLOTS_MAX: u64 = 4096;
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// The oldest segments that go, and the point from which on every change is kept then.
+    pub(crate) fold: Option<(Foldable, TimedLsn)>,
+    /// Single points below that, ascending.
+    pub(crate) kept: Vec<TimedLsn>,
+    /// Points of the log that go although they are single ones now.
+    pub(crate) dropped: Vec<TimedLsn>,
+}
+
+/// Whether the store has room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pressure {
+    /// It has.
+    None,
+    /// It has not: half of the time of which everything is kept goes, whatever the ladder says.
+    Shrink,
+}
+
+/// What the ladder wants done at `now` to a log that stands alone; none when nothing is to be done.
+///
+/// # Errors
+/// When the log cannot be read.
+pub(crate) fn plan(
+    snapshot: &Snapshot,
+    ladder: &Ladder,
+    pins: &BTreeMap<Lsn, CaptureTime>,
+    now: CaptureTime,
+    pressure: Pressure,
+) -> Result<Option<Plan>, LogError> {
+    let base = snapshot.base();
+    let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect();
+    let old_floor = base.map(|base| base.floor().at);
+    let fold = match horizon(snapshot, ladder, now, pressure) {
+        Some(horizon) => foldable(snapshot, horizon, old_floor)?,
+        None => None,
+    };
+    let mut points: BTreeSet<TimedLsn> = old.iter().copied().chain(old_floor).collect();
+    if let Some((_, floor)) = fold {
+        points.extend(new_points(snapshot, ladder, pins, now, old_floor, floor)?);
+        points.insert(floor);
+    }
+    let points: Vec<TimedLsn> = points.into_iter().collect();
+    let stands = |two: &&[TimedLsn]| {
+        pins.contains_key(&two[0].lsn)
+            || ladder.any.is_none()
+            || is_wanted(ladder, two[0].time, two[1].time, now)
+    };
+    let kept: Vec<TimedLsn> = points.windows(2).filter(stands).map(|two| two[0]).collect();
+    let gone = old.iter().chain(old_floor.iter().filter(|_| fold.is_some()));
+    let dropped: Vec<TimedLsn> = gone.filter(|point| !kept.contains(point)).copied().collect();
+    if fold.is_none() && kept == old {
+        return Ok(None);
+    }
+    Ok(Some(Plan { fold, kept, dropped }))
+}
+
+/// The time before which not every point is kept any more.
+fn horizon(
+    snapshot: &Snapshot,
+    ladder: &Ladder,
+    now: CaptureTime,
+    pressure: Pressure,
+) -> Option<CaptureTime> {
+    match pressure {
+        Pressure::None => {
+            let (any, step) = (ladder.any?, ladder.step()?);
+            let horizon = now.0.checked_sub(any.0)?;
+            Some(CaptureTime(horizon / step.0 * step.0))
+        }
+        Pressure::Shrink => {
+            let begins = every_change_from(snapshot)?.time;
+            Some(CaptureTime(begins.0 + now.0.checked_sub(begins.0)? / 2))
+        }
+    }
+}
+
+/// The first point of those of which every one is kept.
+pub(crate) fn every_change_from(snapshot: &Snapshot) -> Option<TimedLsn> {
+    match snapshot.base() {
+        Some(base) => Some(base.floor().at),
+        None => snapshot.timeline().intervals().first().map(|interval| interval.from),
+    }
+}
+
+fn foldable(
+    snapshot: &Snapshot,
+    horizon: CaptureTime,
+    old_floor: Option<TimedLsn>,
+) -> Result<Option<(Foldable, TimedLsn)>, LogError> {
+    let floor = snapshot.newest_point_by(horizon)?;
+    let floor = floor.filter(|floor| old_floor.is_none_or(|old| old.lsn < floor.lsn));
+    Ok(floor.and_then(|floor| Some((snapshot.foldable(floor.lsn)?, floor))))
+}
+
+/// The points between two floors that stand for slots, or are pinned.
+fn new_points(
+    snapshot: &Snapshot,
+    ladder: &Ladder,
+    pins: &BTreeMap<Lsn, CaptureTime>,
+    now: CaptureTime,
+    old_floor: Option<TimedLsn>,
+    floor: TimedLsn,
+) -> Result<Vec<TimedLsn>, LogError> {
+    let begins = every_change_from(snapshot).map_or(CaptureTime(0), |begins| begins.time);
+    let mut slots = BTreeSet::new();
+    for rung in &ladder.rungs {
+        let every = rung.every.0;
+        let oldest = begins.0.max(now.0.saturating_sub(rung.keep.0)).div_ceil(every);
+        let newest = floor.time.0 / every;
+        let oldest = oldest.max(newest.saturating_sub(SLOTS_MAX));
+        slots.extend((oldest..=newest).map(|slot| CaptureTime(slot * every)));
+    }
+    let mut points = Vec::new();
+    for slot in slots {
+        points.extend(snapshot.newest_point_by(slot)?);
+    }
+    let pinned = pins.iter().map(|(lsn, time)| TimedLsn { lsn: *lsn, time: *time });
+    points.extend(pinned.filter(|point| snapshot.timeline().offers(point.lsn)));
+    points.retain(|point| point.lsn < floor.lsn && old_floor.is_none_or(|old| old.lsn < point.lsn));
+    // A pin and a record may name one point with two times.
+    points.sort();
+    points.dedup_by_key(|point| point.lsn);
+    Ok(points)
+}
+
+/// Whether a point at `time` stands for a slot that is kept at `now`, when the next one is at `next`.
+fn is_wanted(ladder: &Ladder, time: CaptureTime, next: CaptureTime, now: CaptureTime) -> bool {
+    let stands = |every: Span, keep: Span| {
+        let Some(last) = next.0.checked_sub(1) else { return false };
+        let slot = last / every.0 * every.0;
+        slot >= time.0 && slot.saturating_add(keep.0) >= now.0
+    };
+    ladder.rungs.iter().any(|rung| stands(rung.every, rung.keep))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_point_stands_for_every_slot_until_the_next() {
+        let ladder: Ladder = "any=1h hourly=10h daily=3d".parse().unwrap();
+        let hour = |hours: u64| CaptureTime(hours * 3_600_000_000);
+        let just_before = |time: CaptureTime| CaptureTime(time.0 - 1);
+        let wanted = |time, next, now| is_wanted(&ladder, time, next, now);
+        assert!(wanted(just_before(hour(100)), hour(101), hour(105)), "the hour at 100");
+        assert!(!wanted(CaptureTime(hour(100).0 + 1), hour(101), hour(105)), "no hour between them");
+        assert!(!wanted(just_before(hour(100)), hour(101), hour(111)), "its hour is too old");
+        assert!(wanted(just_before(hour(100)), hour(105), hour(111)), "it stands for 104 as well");
+        assert!(wanted(just_before(hour(96)), hour(97), hour(120)), "the day");
+        assert!(!wanted(just_before(hour(96)), hour(97), hour(170)));
+        assert!(wanted(hour(100), hour(101), hour(105)), "a point at the slot itself");
+    }
+}

@@ -1,0 +1,166 @@
+//! The control API's answers about retention.
+
+use backtide_receiver_api::{
+    ApiError, DiskRetention, ErrorCode, KeepRequest, RetentionPreview, RetentionReport, RetentionRequest,
+};
+use backtide_recovery::{LogError, Snapshot, TimedLsn};
+use backtide_units::{ByteCount, DiskName};
+
+use super::{Found, Service};
+use crate::{
+    OnFull, clock,
+    facts::DiskFacts,
+    points,
+    retention::{Ladder, LadderError, Pressure, every_change_from, plan},
+};
+
+impl Service {
+    pub(super) async fn report_retention(&self, disk: Option<DiskName>) -> Result<RetentionReport, ApiError> {
+        let wanted = disk.map(|name| self.find(&name)).transpose()?;
+        let mut facts = self.own_facts().await?;
+        facts.retain(|facts| wanted.is_none_or(|wanted| wanted == facts.id));
+        if let (true, Some(wanted)) = (facts.is_empty(), wanted) {
+            return Err(self.unknown(&wanted.to_string()));
+        }
+        let mut disks = Vec::new();
+        for facts in facts {
+            disks.extend(self.disk_retention(facts).await?);
+        }
+        disks.sort_by(|a, b| a.disk.name.cmp(&b.disk.name));
+        let images = self.images.clone();
+        let image_bytes = self
+            .read(move || images.size())
+            .await?
+            .map_err(|error| points::log_error(&LogError::from(error)))?;
+        let keeper = self.keeper.status();
+        Ok(RetentionReport {
+            default: self.policies.default_ladder().to_string(),
+            on_full: match self.on_full {
+                OnFull::Refuse => "refuse".to_owned(),
+                OnFull::Shrink => "shrink".to_owned(),
+            },
+            low: keeper.low,
+            error: self.policies.damage().or(keeper.error),
+            image_bytes,
+            freed_bytes: keeper.freed,
+            rounds: keeper.rounds,
+            disks,
+        })
+    }
+
+    /// None when nothing can be read of it.
+    async fn disk_retention(&self, facts: DiskFacts) -> Result<Option<DiskRetention>, ApiError> {
+        let Some(Ok(readable)) = self.read_disk(facts.id).await? else { return Ok(None) };
+        let (Some(name), snapshot) = (facts.name, readable.snapshot) else { return Ok(None) };
+        let policy = self.policies.of(facts.id);
+        let timeline = snapshot.timeline();
+        let alone = snapshot.alone();
+        let single =
+            alone.base().iter().flat_map(|base| base.kept()).map(|kept| points::point(kept.at)).collect();
+        let pinned = |(lsn, time): (&_, &_)| points::point(TimedLsn { lsn: *lsn, time: *time });
+        let keeper = self.keeper.status();
+        Ok(Some(DiskRetention {
+            disk: backtide_receiver_api::DiskRef { name, uuid: facts.id, size: facts.size },
+            ladder: self.policies.ladder(facts.id).to_string(),
+            own: policy.ladder.is_some(),
+            oldest: timeline.intervals().first().map(|interval| points::point(interval.from)),
+            every_point_from: every_change_from(&alone).map(points::point),
+            single_points: single,
+            keep: policy.pins.iter().map(pinned).collect(),
+            log_bytes: facts.log_bytes,
+            shrunk: keeper.shrunk.get(&facts.id).copied().unwrap_or(0),
+            error: keeper.errors.get(&facts.id).cloned(),
+        }))
+    }
+
+    pub(super) async fn change_retention(
+        &self,
+        disk: DiskName,
+        request: RetentionRequest,
+    ) -> Result<RetentionReport, ApiError> {
+        let id = self.find(&disk)?;
+        let ladder = request.ladder.as_deref().map(parse).transpose()?;
+        let policies = self.policies.clone();
+        let changed = self.read(move || policies.change(id, |policy| policy.ladder = ladder)).await?;
+        changed.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
+        tracing::info!(disk = %id, ladder = request.ladder.as_deref().unwrap_or("default"), "another retention");
+        self.keeper.wake();
+        self.report_retention(Some(disk)).await
+    }
+
+    pub(super) async fn preview(
+        &self,
+        name: DiskName,
+        request: RetentionRequest,
+    ) -> Result<RetentionPreview, ApiError> {
+        let Found { disk, snapshot, damage: _ } = self.look_at(&name).await?;
+        let ladder = match request.ladder.as_deref() {
+            Some(text) => parse(text)?,
+            None => self.policies.ladder(disk.uuid),
+        };
+        let mut pins = self.policies.of(disk.uuid).pins;
+        pins.extend(self.overlays.points(disk.uuid));
+        let alone = snapshot.alone();
+        let (wanted, read) = (ladder.clone(), alone.clone());
+        let planned = self.read(move || plan(&read, &wanted, &pins, clock::now(), Pressure::None)).await?;
+        let planned = planned.map_err(|error| points::log_error(&error))?;
+        let list = |points: &[TimedLsn]| points.iter().copied().map(points::point).collect();
+        Ok(match planned {
+            Some(plan) => RetentionPreview {
+                every_point_from: match plan.fold {
+                    Some((_, floor)) => Some(points::point(floor)),
+                    None => every_change_from(&alone).map(points::point),
+                },
+                keep: list(&plan.kept),
+                drop: list(&plan.dropped),
+                log_bytes_freed: plan.fold.map_or(ByteCount::ZERO, |(fold, _)| fold.bytes),
+                changes: true,
+                disk,
+                ladder: ladder.to_string(),
+            },
+            None => RetentionPreview {
+                every_point_from: every_change_from(&alone).map(points::point),
+                keep: single_points(&alone).into_iter().map(points::point).collect(),
+                drop: Vec::new(),
+                log_bytes_freed: ByteCount::ZERO,
+                changes: false,
+                disk,
+                ladder: ladder.to_string(),
+            },
+        })
+    }
+
+    pub(super) async fn keep_point(&self, request: KeepRequest) -> Result<RetentionReport, ApiError> {
+        let KeepRequest { name, at, release } = request;
+        let Found { disk, snapshot, damage: _ } = self.look_at(&name).await?;
+        let point = self.resolve_in(&snapshot, &at).await?;
+        let policies = self.policies.clone();
+        let changed = self
+            .read(move || {
+                policies.change(disk.uuid, |policy| {
+                    if release {
+                        policy.pins.remove(&point.lsn);
+                    } else {
+                        policy.pins.insert(point.lsn, point.time);
+                    }
+                })
+            })
+            .await?;
+        changed.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
+        if !release {
+            // It may have gone while it was asked for; from now on it stays.
+            let Found { snapshot, .. } = self.look_at(&name).await?;
+            let there = snapshot.view(point.lsn).map(|_| ());
+            there.map_err(|error| points::unavailable(&at, &error))?;
+        }
+        self.report_retention(Some(name)).await
+    }
+}
+
+fn single_points(snapshot: &Snapshot) -> Vec<TimedLsn> {
+    snapshot.base().iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect()
+}
+
+fn parse(text: &str) -> Result<Ladder, ApiError> {
+    text.parse().map_err(|error: LadderError| ApiError::from_error(ErrorCode::Usage, &error))
+}
