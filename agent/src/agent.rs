@@ -49,6 +49,9 @@ pub enum AgentError {
         /// Which.
         directory: String,
     },
+    /// A setting cannot be.
+    #[error("the configuration cannot be used: {0}")]
+    Config(String),
     /// The run directory cannot be made.
     #[error("cannot make the run directory {directory}: {source}")]
     Run {
@@ -66,6 +69,7 @@ impl AgentError {
     /// The kind of error a daemon ends with.
     pub fn code(&self) -> ErrorCode {
         match self {
+            Self::Config(_) => ErrorCode::Usage,
             Self::State { .. } | Self::Run { .. } => ErrorCode::Failed,
             Self::Locked { .. } => ErrorCode::Locked,
             Self::Api(error) => error.code(),
@@ -100,6 +104,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub async fn start_in(config: Config, surroundings: Surroundings) -> Result<Self, AgentError> {
+        let spill = config.spill().map_err(AgentError::Config)?;
         let directory = config.state.display().to_string();
         let state = |source| AgentError::State { directory: directory.clone(), source };
         std::fs::create_dir_all(&config.state).map_err(state)?;
@@ -112,7 +117,8 @@ impl Agent {
         let Surroundings { sockets, successor, restart_failure } = surroundings;
         let server = Server::bind_kept(&config.api, &sockets, API_PURPOSE).await?;
         let api = server.address().clone();
-        let registry = Registry::new(&config, Records::new(Arc::new(storage)), sockets.clone());
+        let registry =
+            Registry::new(&config, Records::new(Arc::new(storage)).with_spill(spill), sockets.clone());
         registry.forget_other_sockets(&[API_PURPOSE]).map_err(state)?;
         let restoring = match registry.restore().await.map_err(state)? {
             true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use backtide_agent_api::{CacheMode, LimitsRequest, StreamTls};
 use backtide_control::Address;
 use backtide_export::NbdTls;
+use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
+
+use crate::spill::{SPILL_SIZE_DEFAULT, SPILL_SIZE_MIN, SpillPlace};
 
 /// An agent's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +29,13 @@ pub struct Config {
     /// How local I/O is done that may wait for a device.
     #[serde(default)]
     pub io_engine: IoEngine,
+    /// Where disks spill what the receiver lacks and memory has no room for; created when missing.
+    /// Default: nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_dir: Option<PathBuf>,
+    /// What each disk may spill. Default: 4 GiB, if there is a directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_size: Option<ByteCount>,
     /// TLS of disks whose NBD URI says nothing of it. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_tls: Option<NbdTls>,
@@ -48,6 +58,24 @@ pub enum IoEngine {
     IoUring,
     /// By a pool of threads.
     Threads,
+}
+
+impl Config {
+    /// Where spills are, if anywhere.
+    ///
+    /// # Errors
+    /// When a size cannot be, or has no directory.
+    pub(crate) fn spill(&self) -> Result<Option<SpillPlace>, String> {
+        let bytes = self.spill_size.unwrap_or(SPILL_SIZE_DEFAULT);
+        match &self.spill_dir {
+            None if self.spill_size.is_some() => Err("spill_size is set and no spill_dir".to_owned()),
+            None => Ok(None),
+            Some(_) if bytes < SPILL_SIZE_MIN => {
+                Err(format!("spill_size is {bytes} bytes, expected at least {SPILL_SIZE_MIN}"))
+            }
+            Some(directory) => Ok(Some(SpillPlace { directory: directory.clone(), bytes })),
+        }
+    }
 }
 
 /// The files under an agent's state directory.

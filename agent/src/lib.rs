@@ -15,6 +15,7 @@ mod record;
 mod registry;
 mod restart;
 mod service;
+mod spill;
 mod successor;
 mod watch;
 

@@ -20,6 +20,8 @@ use backtide_tracking::{ActivityLimits, LoadError, Loaded, Snapshot, TrackingFil
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 use serde::{Deserialize, Serialize};
 
+use crate::spill::SpillPlace;
+
 /// The version of the record's JSON.
 const VERSION: u32 = 1;
 
@@ -108,6 +110,7 @@ impl ImageStamp {
 #[derive(Clone)]
 pub(crate) struct Records {
     storage: Arc<dyn Storage>,
+    spill: Option<SpillPlace>,
 }
 
 impl DiskRecord {
@@ -159,7 +162,17 @@ impl DiskRecord {
 
 impl Records {
     pub(crate) fn new(storage: Arc<dyn Storage>) -> Self {
-        Self { storage }
+        Self { storage, spill: None }
+    }
+
+    /// The same with a place for spills.
+    pub(crate) fn with_spill(self, spill: Option<SpillPlace>) -> Self {
+        Self { spill, ..self }
+    }
+
+    /// Where spills are, if anywhere.
+    pub(crate) fn spill(&self) -> Option<&SpillPlace> {
+        self.spill.as_ref()
     }
 
     /// Where the records are, for people.

@@ -94,6 +94,8 @@ impl Local {
             limits: backtide_agent_api::LimitsRequest::default(),
             cache: backtide_agent_api::CacheMode::default(),
             io_engine: backtide_agent::IoEngine::default(),
+            spill_dir: None,
+            spill_size: None,
             nbd_tls: self.nbd_tls.clone(),
             stream_tls: None,
             nbd: Default::default(),

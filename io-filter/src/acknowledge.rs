@@ -1,8 +1,8 @@
 //! When the guest hears that its change is done: by the acknowledgement policy, and slowed down a
 //! little when the window fills faster than the receiver empties it.
 //!
-//! Invariant: while the receiver is away no answer waits unless the policy says `block`; the delay
-//! never exceeds the configured bound.
+//! Invariant: while the receiver is away no answer waits for it unless the policy says `block`; the
+//! delay, for the receiver or for the spill, never exceeds the configured bound.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -208,7 +208,8 @@ impl Filter {
 
     /// None while the window is less than half full, then growing to the bound at a full window.
     fn delay_now(&self) -> Duration {
-        if !self.is_connected() || !self.is_forwarding() {
+        let somebody_catches_up = self.is_connected() || self.is_spilling();
+        if !somebody_catches_up || !self.is_forwarding() {
             return Duration::ZERO;
         }
         let half = self.settings.window_bytes.0 / 2;

@@ -9,7 +9,7 @@ use crate::{
     filter::{Filter, Link, Mode},
     freeze::PassPlan,
     pass::Phase,
-    window::{Acknowledged, Window},
+    window::Acknowledged,
 };
 
 /// What follows from a handshake.
@@ -67,6 +67,9 @@ impl Filter {
         }
         let decision = self.decide(welcome);
         self.known_until = None;
+        let rolled_back =
+            matches!(&decision, Decision::Everything(plan) if plan.reason == Reason::AgentRolledBack);
+        let continues = !rolled_back && self.log_continues(welcome);
         self.link = Link::Up { next_seq: 2, received: 1, durable: 1 };
         self.history = Some(welcome.history);
         self.last_lsn = self.last_lsn.max(welcome.highest).max(welcome.durable);
@@ -81,10 +84,9 @@ impl Filter {
                 self.received_lsn = self.received_lsn.max(welcome.durable);
                 self.release_answers();
             }
-            Decision::Bitmap => self.start_log_at(welcome.durable),
+            Decision::Bitmap => self.go_on_or_restart(continues, welcome.durable),
             Decision::Everything(plan) => {
-                self.window.abandon(&mut self.passive);
-                self.start_log_at(welcome.durable);
+                self.go_on_or_restart(continues, welcome.durable);
                 self.enter(Mode::Tracking, Some(plan.reason));
                 self.lost = Some(plan);
             }
@@ -108,9 +110,27 @@ impl Filter {
             .then(|| format!("the receiver calls history {history} known, which this agent never named"))
     }
 
-    fn start_log_at(&mut self, durable: Lsn) {
-        assert!(self.window.is_empty(), "what the window held became dirty blocks");
-        self.window = Window::new(durable);
+    /// Whether what the spill holds of the log is what comes next at the receiver. It is true history,
+    /// whatever has become of the disk since: only what follows it has to be compared.
+    fn log_continues(&self, welcome: &Welcome) -> bool {
+        self.window.holds_spill()
+            && welcome.state == ReceiverState::Known
+            && welcome.durable >= self.acked_durable
+            && welcome.highest <= self.last_lsn
+            && !welcome.in_pass
+            && self.window.continues(welcome.durable)
+    }
+
+    /// The log at the receiver goes on with what is retained of it, or begins anew where it stands.
+    fn go_on_or_restart(&mut self, continues: bool, durable: Lsn) {
+        if continues {
+            self.window.trim_to(durable);
+            self.durable_lsn = self.durable_lsn.max(durable);
+            self.received_lsn = self.received_lsn.max(durable);
+            return;
+        }
+        self.window.abandon(&mut self.passive);
+        self.window.restart_at(durable);
         self.durable_lsn = self.durable_lsn.min(durable);
     }
 
@@ -248,11 +268,15 @@ impl Filter {
                 self.abort_pass();
                 self.enter(Mode::Tracking, Some(Reason::ResyncInterrupted));
             }
+            Mode::Tracking | Mode::Paused | Mode::Detached if self.window.holds_spill() => {
+                self.window.rewind();
+            }
             Mode::Tracking | Mode::Paused | Mode::Detached => self.window.abandon(&mut self.passive),
         }
         self.interrupt_verify();
         self.retry_copies();
         self.release_answers_after_outage();
+        self.keep_spilling();
     }
 
     fn acknowledged(&mut self, received: u64, durable: u64) {
@@ -273,6 +297,7 @@ impl Filter {
         if let Some(lsn) = self.window.received(received) {
             self.received_lsn = self.received_lsn.max(lsn);
         }
+        self.trim_spill_too_early();
         let mut pass_ended = false;
         while let Some(item) = self.window.pop_durable(durable) {
             pass_ended |= self.note_durable(item);

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use backtide_protocol::Message;
+use backtide_spill::{Place, Slot};
 use backtide_tracking::{ActivityLimits, DirtyBitmap, LogRecord, SavedTracking, Snapshot};
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
 use bytes::Bytes;
@@ -75,6 +77,29 @@ pub enum TrackingOp {
     Discard,
 }
 
+/// Something the driver does to the disk's spill, answered by [`crate::Filter::spill_done`]. At most one
+/// read is under way, and one of the others.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SpillOp {
+    /// Make these frames durable in their slot.
+    Append(Slot, Vec<Message>),
+    /// Read the frames of a place back.
+    Read(Place),
+    /// Remove these files, durably.
+    Remove(Vec<u64>),
+}
+
+/// How an operation of the spill ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SpillDone {
+    /// An append or a removal is durable.
+    Durable,
+    /// What was read, from the beginning of the place on; with the reason when it is not all of it.
+    Read(Vec<Message>, Option<String>),
+    /// An append or a removal failed, for this reason.
+    Failed(String),
+}
+
 /// What a local I/O brought.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LocalData {
@@ -106,6 +131,8 @@ pub enum Effect {
     },
     /// Do this to the tracking file.
     Tracking(IoId, TrackingOp),
+    /// Do this to the spill.
+    Spill(IoId, SpillOp),
     /// Find out which blocks may hold data and call [`crate::Filter::scanned`].
     Scan(IoId),
     /// The mode changed: log it.

@@ -20,6 +20,7 @@ use crate::{
     pace::Pace,
     pass::Pass,
     progress::Progress,
+    spill::SpillState,
     status::Counters,
     verify::VerifyJob,
     window::Window,
@@ -94,6 +95,7 @@ pub struct Filter {
     /// Whether the newest durable frames belong to a pass that has not ended.
     pub(crate) acked_in_pass: bool,
     pub(crate) window: Window,
+    pub(crate) spill: SpillState,
     pub(crate) passive: DirtyBitmap,
     /// Blocks that read as zeroes, of which an interrupted compare pass has not told the receiver.
     pub(crate) passive_zeroes: DirtyBitmap,
@@ -141,6 +143,7 @@ impl Filter {
         let passive = DirtyBitmap::bounded(settings.bitmap_bytes, end);
         let mut filter = Self {
             window: Window::new(Lsn::ZERO),
+            spill: SpillState::default(),
             activity: Activity::new(&settings, &resume),
             settings,
             mode: Mode::Tracking,
@@ -202,6 +205,7 @@ impl Filter {
                 self.passive_zeroes = saved.zeroes;
                 self.passive_compare = saved.compare;
                 self.window = Window::new(saved.gap_from);
+                self.spill.complete_to = saved.spilled_to;
                 match saved.reason {
                     None if saved.history.is_some() => self.mode = Mode::Sync,
                     None | Some(Reason::FirstAttach) if saved.history.is_none() => {
@@ -325,7 +329,8 @@ impl Filter {
         let pass = self.pause_between_passes();
         let stall = self.next_stall();
         let ways = self.next_give_way();
-        [copies, answers, ways, stall, retries, reads, idle, pass].into_iter().flatten().min()
+        let spill = self.next_spill_try();
+        [copies, answers, ways, stall, retries, reads, idle, pass, spill].into_iter().flatten().min()
     }
 
     pub(crate) fn observe(&mut self, now: Now) {
@@ -392,5 +397,6 @@ impl Filter {
         self.go_on_verifying();
         self.keep_tracking();
         self.sample_progress();
+        self.keep_spilling();
     }
 }

@@ -96,7 +96,7 @@ impl Filter {
             self.passive_zeroes.union_with(&zeroes);
         }
         self.passive_compare = plan.compare;
-        self.begin_pass(plan.reason);
+        self.begin_pass_when_possible(plan.reason);
         self.pump();
     }
 
@@ -105,10 +105,12 @@ impl Filter {
             return;
         }
         let may = self.is_connected() && self.pass.is_none() && self.scanning.is_none();
-        if !may || !matches!(self.mode, Mode::Tracking | Mode::Sync) {
+        if !may || !matches!(self.mode, Mode::Tracking | Mode::Sync) || !self.is_spill_idle() {
             return;
         }
-        if let Some(plan) = self.lost.take() {
+        if let Some(reason) = self.spill.pass_wanted.take().filter(|_| self.lost.is_none()) {
+            self.begin_pass(reason);
+        } else if let Some(plan) = self.lost.take() {
             if self.must_save_everything(&plan) {
                 self.lost = Some(plan);
                 return;
@@ -121,6 +123,11 @@ impl Filter {
         } else if !self.passive.is_empty() {
             self.begin_pass(Reason::LocalWriteFailed);
         }
+    }
+
+    /// Begins a pass, or has it begin when the spill is empty.
+    pub(crate) fn begin_pass_when_possible(&mut self, reason: Reason) {
+        if self.is_spill_idle() { self.begin_pass(reason) } else { self.spill.pass_wanted = Some(reason) }
     }
 
     /// Freezes: T is now. Changes whose local I/O is under way belong to T, later ones do not.

@@ -13,7 +13,8 @@
 //! 5. `freeze`, `drain`, `compare`: a resync pass; `pace`, `courtesy`: how fast it may be; `progress`: how
 //!    fast it is.
 //! 6. `activity`: what the tracking file has to say, before a change may happen.
-//! 7. `operate`, `verify`: what a person can ask for.
+//! 7. `spill`: the window's part on disk.
+//! 8. `operate`, `verify`: what a person can ask for.
 //!
 //! # Invariants
 //! For every block that differs between the local disk and the newest version at the receiver,
@@ -39,6 +40,7 @@ mod operate;
 mod pace;
 mod pass;
 mod progress;
+mod spill;
 mod status;
 mod verify;
 mod window;
@@ -46,12 +48,12 @@ mod window;
 pub use courtesy::Watch;
 pub use event::{
     AckPolicy, Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
-    Settings, TrackingOp,
+    Settings, SpillDone, SpillOp, TrackingOp,
 };
 pub use filter::{Filter, Mode};
 #[cfg(feature = "mutants")]
 pub use mutant::Mutant;
 pub use operate::{MarkError, ResyncKind};
 pub use progress::Speed;
-pub use status::{Counters, PassStatus, Status};
+pub use status::{Counters, PassStatus, SpillStatus, Status};
 pub use verify::{VerifyError, VerifyReport};

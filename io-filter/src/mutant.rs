@@ -21,6 +21,10 @@ pub enum Mutant {
     SnapshotForgetsUnflushed,
     /// A snapshot leaves out what is on its way to the receiver.
     SnapshotForgetsWindow,
+    /// The spill is trimmed by what the receiver has in memory.
+    SpillTrimsReceived,
+    /// When the spill cannot be used any more, the blocks of what was in it are forgotten.
+    SpillForgetsBlocks,
 }
 
 impl Filter {

@@ -81,7 +81,7 @@ impl Filter {
         match kind {
             ResyncKind::Changed if self.mode == Mode::Sync && self.is_connected() => {
                 if self.scanning.is_none() && self.lost.is_none() {
-                    self.begin_pass(Reason::Forced);
+                    self.begin_pass_when_possible(Reason::Forced);
                 }
             }
             ResyncKind::Changed => {}
@@ -150,6 +150,7 @@ impl Filter {
             return None;
         }
         let clean = self.is_drained();
+        let spilled_to = self.complete_in_spill();
         let reason = self.reason;
         self.stop_forwarding();
         self.release_answers_after_outage();
@@ -160,6 +161,8 @@ impl Filter {
         };
         self.enter(Mode::Detached, Some(Reason::Detached));
         let mut dirty = self.passive.unbounded();
+        // As long as nobody can say that the spill's records reach the receiver.
+        self.window.mark_all_dirty(&mut dirty);
         dirty.union_with(self.activity.doubtful());
         let candidates = self.lost.is_some() || !self.activity.doubtful().is_empty();
         if let Some(within) = &within {
@@ -170,8 +173,9 @@ impl Filter {
             disk: self.settings.disk,
             history: self.history,
             last_lsn: self.last_lsn,
-            gap_from: self.window.log_end(),
+            gap_from: if self.window.is_empty() { self.window.log_end() } else { self.window.base() },
             acked_durable: self.acked_durable,
+            spilled_to,
             reason: if clean { None } else { Some(reason.unwrap_or(Reason::Detached)) },
             compare: self.passive_compare || candidates,
             dirty,
@@ -189,7 +193,7 @@ impl Filter {
         match self.mode {
             Mode::Resync => self.abort_pass(),
             Mode::Sync | Mode::Tracking | Mode::Paused | Mode::Detached => {
-                self.window.abandon(&mut self.passive)
+                self.window.abandon_unspilled(&mut self.passive)
             }
         }
     }

@@ -28,6 +28,10 @@ pub struct Counters {
     pub connections: u64,
     /// Window overflows.
     pub overflows: u64,
+    /// Bytes written to the spill.
+    pub spilled_bytes: u64,
+    /// Bytes read back from it.
+    pub unspilled_bytes: u64,
     /// Passes begun.
     pub passes: u64,
     /// Passes made durable at the receiver.
@@ -86,6 +90,25 @@ pub struct PassStatus {
     pub held_to: Option<ByteCount>,
 }
 
+/// The window's part on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpillStatus {
+    /// What its files take.
+    pub bytes: ByteCount,
+    /// What they may take.
+    pub limit: ByteCount,
+    /// What is in them and not in memory.
+    pub unread: ByteCount,
+    /// Where the log stands before the first record in it.
+    pub from: Lsn,
+    /// Records in it that the receiver has not made durable.
+    pub records: u64,
+    /// Whether it had no room for what came last.
+    pub full: bool,
+    /// Why it is not used any more, until it is empty.
+    pub failure: Option<String>,
+}
+
 /// Everything about a disk's protection at one moment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Status {
@@ -109,8 +132,10 @@ pub struct Status {
     pub lag_records: u64,
     /// When the oldest of them was captured.
     pub oldest_time: Option<CaptureTime>,
-    /// What the window holds.
+    /// What the window holds in memory.
     pub window: ByteCount,
+    /// What it holds on disk; none without a spill.
+    pub spill: Option<SpillStatus>,
     /// What resync data waits to be sent.
     pub resync_buffer: ByteCount,
     /// Dirty blocks, of a running pass and beside it.
@@ -150,6 +175,7 @@ impl Filter {
             lag_records: self.window.records(),
             oldest_time: self.window.oldest_time(),
             window: self.window.retained_bytes(),
+            spill: self.spill_status(),
             resync_buffer: self.window.data_bytes(),
             dirty: BlockCount(self.passive.count().0 + active),
             hot_extents: self.activity.hot_extents(),

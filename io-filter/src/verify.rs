@@ -311,7 +311,7 @@ impl Filter {
         self.passive.union_with(&job.report.differing);
         // A scan under way is going to take them along.
         if self.mode == Mode::Sync && self.is_connected() && self.scanning.is_none() && self.lost.is_none() {
-            self.begin_pass(Reason::VerifyRepair);
+            self.begin_pass_when_possible(Reason::VerifyRepair);
         }
     }
 

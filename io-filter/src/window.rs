@@ -2,13 +2,18 @@
 //! durable there.
 //!
 //! Records keep their payload (they are sent again when the stream is lost); drained blocks keep
-//! only their place once they are sent (they return to the passive bitmap instead).
+//! only their place once they are sent (they return to the passive bitmap instead). With a spill,
+//! records may leave memory for a while: see [`spilled`].
 
 use std::collections::VecDeque;
 
 use backtide_protocol::{Message, Record, RecordBody};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, ByteRange, CaptureTime, Lsn};
+
+pub(crate) mod spilled;
+
+use self::spilled::Spilled;
 
 /// Accounts for what an item costs beside its payload.
 const ITEM_BYTES: u64 = 192;
@@ -46,6 +51,9 @@ pub(crate) struct Window {
     base: Lsn,
     /// Where the log stands after all entries: the next record's `previous`.
     log_end: Lsn,
+    /// What was sent and is not acknowledged costs so much.
+    in_flight_bytes: u64,
+    pub(crate) spill: Spilled,
 }
 
 /// What an acknowledgement took out of the window.
@@ -76,11 +84,19 @@ impl Window {
             data_bytes: 0,
             base,
             log_end: base,
+            in_flight_bytes: 0,
+            spill: Spilled::default(),
         }
     }
 
+    /// The log stands at `base`, and nothing is retained.
+    pub(crate) fn restart_at(&mut self, base: Lsn) {
+        self.spill.forget();
+        *self = Self { spill: std::mem::take(&mut self.spill), ..Self::new(base) };
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.entries.is_empty() && !self.spill.has_gap()
     }
 
     pub(crate) fn retained_bytes(&self) -> ByteCount {
@@ -99,22 +115,27 @@ impl Window {
         self.log_end
     }
 
+    /// Whether there is something that can be sent now.
     pub(crate) fn has_unsent(&self) -> bool {
-        self.sent < self.entries.len()
+        let end = if self.spill.has_gap() { self.spill.written() } else { self.entries.len() };
+        self.sent < end && self.spill.in_flight_max.is_none_or(|limit| self.in_flight_bytes < limit)
     }
 
     /// How many records there are, for the lag.
     pub(crate) fn records(&self) -> u64 {
-        self.entries.iter().filter(|entry| matches!(entry.item, Item::Kept(Message::Record(_)))).count()
-            as u64
+        let in_memory =
+            self.entries.iter().filter(|entry| matches!(entry.item, Item::Kept(Message::Record(_)))).count();
+        in_memory as u64 + self.spill.records(self.base)
     }
 
     /// When the oldest record was captured.
     pub(crate) fn oldest_time(&self) -> Option<CaptureTime> {
-        self.entries.iter().find_map(|entry| match &entry.item {
+        let time = |entry: &Entry| match &entry.item {
             Item::Kept(Message::Record(record)) => Some(record.time),
             Item::Kept(_) | Item::DataSent(_) => None,
-        })
+        };
+        let before_gap = self.entries.iter().take(self.spill.written()).find_map(time);
+        before_gap.or_else(|| self.spill.time(self.base)).or_else(|| self.entries.iter().find_map(time))
     }
 
     /// Appends a message to the stream.
@@ -133,7 +154,7 @@ impl Window {
             }
             _ => {}
         }
-        let cost = ITEM_BYTES + payload_bytes(&message);
+        let cost = item_cost(&message);
         match &message {
             Message::PassData { .. } => self.data_bytes += cost,
             _ => self.retained_bytes += cost,
@@ -143,6 +164,9 @@ impl Window {
 
     /// The next message to send, as frame `seq`.
     pub(crate) fn send(&mut self, seq: u64) -> Option<Message> {
+        if !self.has_unsent() {
+            return None;
+        }
         let entry = self.entries.get_mut(self.sent)?;
         self.sent += 1;
         entry.seq = Some(seq);
@@ -159,6 +183,7 @@ impl Window {
             let Item::Kept(message) = sent else { unreachable!("matched above") };
             return Some(message);
         }
+        self.in_flight_bytes += entry.cost;
         Some(message.clone())
     }
 
@@ -190,6 +215,12 @@ impl Window {
     /// Takes out records the receiver has had durable since an earlier connection.
     pub(crate) fn trim_to(&mut self, durable: Lsn) {
         assert_eq!(self.sent, 0, "only before anything is sent again");
+        if self.holds_spill() {
+            self.trim_spilled_to(durable);
+            self.base = self.base.max(durable);
+            self.log_end = self.log_end.max(durable);
+            return;
+        }
         self.entries.retain(|entry| match &entry.item {
             Item::Kept(Message::Record(record)) => record.lsn > durable,
             Item::Kept(Message::Flush { lsn, .. }) => *lsn > durable,
@@ -203,7 +234,11 @@ impl Window {
     /// Whether the log at the receiver, standing at `durable`, can be continued from here.
     pub(crate) fn continues(&self, durable: Lsn) -> bool {
         let in_reach = self.base <= durable && durable <= self.log_end;
-        in_reach && (durable == self.base || durable == self.log_end || self.has_record(durable))
+        in_reach
+            && (durable == self.base
+                || durable == self.log_end
+                || self.has_record(durable)
+                || self.spill.has_record(durable))
     }
 
     fn has_record(&self, lsn: Lsn) -> bool {
@@ -216,6 +251,7 @@ impl Window {
     pub(crate) fn rewind(&mut self) {
         self.sent = 0;
         self.received = 0;
+        self.in_flight_bytes = 0;
         for entry in &mut self.entries {
             entry.seq = None;
         }
@@ -223,19 +259,23 @@ impl Window {
 
     /// Gives up: every block of every entry becomes dirty, and the window is empty.
     pub(crate) fn abandon(&mut self, dirty: &mut DirtyBitmap) {
-        for entry in self.entries.drain(..) {
-            mark_dirty(&entry.item, dirty);
-        }
-        *self = Self::new(self.base);
+        self.mark_all_dirty(dirty);
+        self.restart_at(self.base);
+    }
+
+    /// Gives up what is in no spill: those records' blocks become dirty, and the log ends before them.
+    pub(crate) fn abandon_unspilled(&mut self, dirty: &mut DirtyBitmap) {
+        self.rewind();
+        if self.holds_spill() { self.abandon_unsent_records(dirty) } else { self.abandon(dirty) }
     }
 
     /// Gives up what has not been sent: those records' blocks become dirty, and the log ends before
     /// them. Drained data and marks at or below that end stay, and so does everything up to the
-    /// begin of a pass, whose T lies above the records before it.
+    /// begin of a pass, whose T lies above the records before it. What is in the spill stays.
     pub(crate) fn abandon_unsent_records(&mut self, dirty: &mut DirtyBitmap) {
         let begins = |entry: &Entry| matches!(entry.item, Item::Kept(Message::PassBegin { .. }));
         let after_begin = self.entries.iter().rposition(begins).map_or(0, |position| position + 1);
-        let unsent = self.entries.split_off(self.sent.max(after_begin));
+        let unsent = self.entries.split_off(self.sent.max(after_begin).max(self.spill.kept()));
         let first = unsent.iter().find_map(|entry| match &entry.item {
             Item::Kept(Message::Record(record)) => Some(record.previous),
             Item::Kept(_) | Item::DataSent(_) => None,
@@ -269,12 +309,17 @@ impl Window {
         for entry in &self.entries {
             mark_dirty(&entry.item, dirty);
         }
+        self.spill.mark(dirty);
     }
 
     fn pop_front(&mut self) -> Acknowledged {
         let entry = self.entries.pop_front().expect("the caller saw it");
         self.sent -= 1;
         self.received = self.received.saturating_sub(1);
+        self.spill.front_left(entry.cost);
+        if matches!(entry.item, Item::Kept(_)) {
+            self.in_flight_bytes -= entry.cost;
+        }
         match entry.item {
             Item::DataSent(range) => Acknowledged::Data(range.count()),
             Item::Kept(message) => {
@@ -305,6 +350,10 @@ fn mark_dirty(item: &Item, dirty: &mut DirtyBitmap) {
         }
         Item::Kept(_) => {}
     }
+}
+
+fn item_cost(message: &Message) -> u64 {
+    ITEM_BYTES + payload_bytes(message)
 }
 
 fn payload_bytes(message: &Message) -> u64 {

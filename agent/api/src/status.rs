@@ -82,6 +82,9 @@ pub struct DiskStatus {
     pub dirty: Dirty,
     /// What is retained until it is durable at the receiver.
     pub window: Window,
+    /// What of it lies on disk; none when the agent has no place for spills.
+    #[serde(default)]
+    pub spill: Option<Spill>,
     /// The pass that is running.
     pub resync: Option<ResyncStatus>,
     /// Whether a pass over the whole disk is to begin: a forced one, or the first protection. Its
@@ -192,6 +195,21 @@ pub struct Window {
     pub limit: ByteCount,
 }
 
+/// The part of the retained window that is in files.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spill {
+    /// What the files take.
+    pub bytes: ByteCount,
+    /// The most they take.
+    pub limit: ByteCount,
+    /// Writes in them that the receiver has not got durably.
+    pub records: u64,
+    /// Whether there was no room for what came last.
+    pub full: bool,
+    /// Why it cannot be used at this moment.
+    pub error: Option<String>,
+}
+
 /// What happens to writes while a pass runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -273,6 +291,10 @@ pub struct Counters {
     pub disconnects: u64,
     /// Times the retained window overflowed.
     pub window_overflows: u64,
+    /// Bytes written to the spill.
+    pub spilled_bytes: ByteCount,
+    /// Bytes read back from it.
+    pub unspilled_bytes: ByteCount,
     /// Passes begun.
     pub passes: u64,
     /// Passes that gave up their point.

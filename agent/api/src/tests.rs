@@ -54,6 +54,7 @@ fn vm1() -> DiskStatus {
         lag: Lag { records: 2, bytes: ByteCount(8192), seconds: 0.25 },
         dirty: Dirty::default(),
         window: Window { bytes: ByteCount(8192), limit: ByteCount(64 << 20) },
+        spill: None,
         resync: None,
         resync_due: false,
         unreadable: None,

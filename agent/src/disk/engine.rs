@@ -14,15 +14,17 @@ use std::{
 use backtide_agent_api::Limits;
 use backtide_export::{NbdError, Reply};
 use backtide_io_filter::{
-    Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId, TrackingOp,
+    Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId, SpillDone, SpillOp,
+    TrackingOp,
 };
+use backtide_spill::{Recovered, SpillError, SpillFiles};
 use backtide_storage::{Completion, KillPoint};
 use backtide_tracking::TrackingFile;
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskName, Lsn};
 use tokio::sync::Notify;
 
 use super::local::{Began, Purpose, SharedLocal, blocking, failure};
-use crate::record::Records;
+use crate::{record::Records, spill::OpenedSpill};
 
 /// How long a kernel that could not take requests is left alone.
 const RING_RETRY: Duration = Duration::from_millis(1);
@@ -61,6 +63,27 @@ pub(crate) struct Tracking {
     pub(crate) file: TrackingFile,
     pub(crate) records: Records,
     pub(crate) disk: DiskName,
+    pub(crate) spill: Option<SpillFiles>,
+    /// Why there is none, although there should be one.
+    pub(crate) spill_error: Option<String>,
+}
+
+impl Tracking {
+    /// With a spill, if it could be opened; gives what the last attach left in it.
+    pub(crate) fn new(
+        file: TrackingFile,
+        records: Records,
+        disk: DiskName,
+        spill: Option<OpenedSpill>,
+    ) -> (Self, Option<Recovered>) {
+        let (opened, spill_error) = match spill {
+            Some(Ok(opened)) => (Some(opened), None),
+            Some(Err(error)) => (None, Some(error)),
+            None => (None, None),
+        };
+        let (spill, left) = opened.unzip();
+        (Self { file, records, disk, spill, spill_error }, left)
+    }
 }
 
 /// Why this side ends a connection.
@@ -180,6 +203,7 @@ impl Engine {
         match effect {
             Effect::Local(io, op) => self.start_local(op, Purpose::Filter(io)),
             Effect::Tracking(io, op) => self.start_tracking(io, op),
+            Effect::Spill(io, op) => self.start_spill(io, op),
             Effect::Complete { request, result } => self.complete(request, result),
             Effect::Scan(io) => self.start_scan(io),
             Effect::Transition { from, to, reason } => self.log_transition(from, to, reason),
@@ -276,7 +300,7 @@ impl Engine {
 
     fn start_tracking(self: &Rc<Self>, io: IoId, op: TrackingOp) {
         let engine = Rc::clone(self);
-        let Tracking { file, records, disk } = self.tracking.clone();
+        let Tracking { file, records, disk, .. } = self.tracking.clone();
         tokio::task::spawn_local(async move {
             let done = blocking(move || match op {
                 TrackingOp::Record(record) => file.write_record(&record).map(|()| ByteCount::ZERO),
@@ -286,6 +310,21 @@ impl Engine {
             let result = done.await.map_err(failure);
             engine.happen(|filter, now| filter.tracking_done(now, io, result));
         });
+    }
+
+    fn start_spill(self: &Rc<Self>, io: IoId, op: SpillOp) {
+        let engine = Rc::clone(self);
+        let files = self.tracking.spill.clone().expect("the filter was given a spill");
+        tokio::task::spawn_local(async move {
+            let done = tokio::task::spawn_blocking(move || do_spill(&files, &op)).await;
+            let done = done.unwrap_or_else(|error| SpillDone::Failed(error.to_string()));
+            engine.happen(|filter, now| filter.spill_done(now, io, done));
+        });
+    }
+
+    /// Why there is no spill, although there should be one.
+    pub(crate) fn spill_error(&self) -> Option<&String> {
+        self.tracking.spill_error.as_ref()
     }
 
     fn start_scan(self: &Rc<Self>, io: IoId) {
@@ -402,6 +441,18 @@ pub(crate) fn set_pace(engine: &Rc<Engine>, limits: &Limits) {
         filter.limit_resync(now, limits.resync_bytes_per_second_max);
         filter.yield_to_guest(now, added);
     });
+}
+
+fn do_spill(files: &SpillFiles, op: &SpillOp) -> SpillDone {
+    let result = match op {
+        SpillOp::Append(slot, messages) => files.append(slot, messages),
+        SpillOp::Remove(numbers) => files.remove(numbers),
+        SpillOp::Read(place) => {
+            let back = files.read(place);
+            return SpillDone::Read(back.messages, back.failure.as_ref().map(SpillError::to_string));
+        }
+    };
+    result.map_or_else(|failure| SpillDone::Failed(failure.to_string()), |()| SpillDone::Durable)
 }
 
 fn now_since(started: Instant) -> Now {

@@ -15,6 +15,7 @@ mod nbd_disk;
 mod open;
 mod pace;
 mod ring;
+mod start_error;
 mod status;
 mod stream;
 mod thread;
@@ -25,10 +26,11 @@ pub(crate) use dial::check_tls;
 pub(crate) use handle::{DiskHandle, NoAnswer};
 pub(crate) use leaving::Leaving;
 pub(crate) use open::{OpenError, Opened, activity_limits, open};
+pub(crate) use start_error::start_error;
 pub(crate) use status::not_attached;
 #[cfg(test)]
 pub(crate) use thread::MarkAt;
-pub(crate) use thread::{Command, DetachError, nbd_purpose, start, start_error};
+pub(crate) use thread::{Command, DetachError, nbd_purpose, start};
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -15,8 +15,11 @@ use backtide_units::{BlockCount, ByteCount, CaptureTime, Lsn};
 use uuid::Uuid;
 
 use super::trust;
-use crate::config::IoEngine;
-use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
+use crate::{
+    config::IoEngine,
+    record::{DiskRecord, ImageStamp, LSN_STEP, Records},
+    spill::OpenedSpill,
+};
 
 /// How long a block that could not be read is left alone.
 /// How exact timers are.
@@ -53,6 +56,8 @@ pub(crate) struct Opened {
     pub(crate) tls: Option<StreamTls>,
     /// Bounds of its NBD server.
     pub(crate) nbd: backtide_export::Limits,
+    /// None when the agent has no place for spills.
+    pub(crate) spill: Option<OpenedSpill>,
 }
 
 /// Why a disk cannot be attached.
@@ -123,9 +128,11 @@ pub(crate) async fn open(
     records.save(&record).map_err(|source| record_error(records, &record, source))?;
     KillPoint::AttachRecord.reached();
     let settings = settings(&record, behind.size());
+    let spill = records.spill().map(|place| place.open(&settings));
     let io_engine = IoEngine::default();
     let (tls, nbd) = (None, Default::default());
-    let opened = Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, nbd };
+    let opened =
+        Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, nbd, spill };
     Ok((opened.record.clone(), opened))
 }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use backtide_agent_api::{
     ByteSpan, Counters, DIFFERING_SPANS_MAX, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError,
-    ResyncStatus, Unreadable, VerifyState, VerifyStatus, Window,
+    ResyncStatus, Spill, Unreadable, VerifyState, VerifyStatus, Window,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::NbdUri;
@@ -93,6 +93,7 @@ pub(crate) fn disk_status(
         lag: lag(engine, &status),
         dirty: dirty(status.dirty, status.hot_extents),
         window: Window { bytes: status.window, limit: record.limits.window_bytes },
+        spill: spill(engine, &status),
         resync: status.pass.as_ref().map(|pass| resync(pass, status.counters.passes)),
         resync_due: status.scanning,
         unreadable: status.unreadable.map(|(blocks, first)| Unreadable {
@@ -133,6 +134,7 @@ pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
         lag: Lag::default(),
         dirty: Dirty::default(),
         window: Window { bytes: ByteCount::ZERO, limit: record.limits.window_bytes },
+        spill: None,
         resync: None,
         resync_due: false,
         unreadable: None,
@@ -189,7 +191,8 @@ fn code(reason: Reason) -> String {
 }
 
 fn lag(engine: &Engine, status: &Status) -> Lag {
-    let bytes = ByteCount(status.window.0 + status.dirty.bytes().0);
+    let on_disk = status.spill.as_ref().map_or(0, |spill| spill.unread.0);
+    let bytes = ByteCount(status.window.0 + on_disk + status.dirty.bytes().0);
     let in_sync = status.mode == backtide_io_filter::Mode::Sync && status.dirty.0 == 0;
     let seconds = match (in_sync, status.oldest_time) {
         (true, Some(oldest)) => {
@@ -199,6 +202,21 @@ fn lag(engine: &Engine, status: &Status) -> Lag {
         (false, _) => engine.behind_for().as_secs_f64(),
     };
     Lag { records: status.lag_records, bytes, seconds }
+}
+
+/// The spill, or why there is none although there should be one.
+fn spill(engine: &Engine, status: &Status) -> Option<Spill> {
+    if let Some(error) = engine.spill_error() {
+        return Some(Spill { error: Some(error.clone()), ..Spill::default() });
+    }
+    let spill = status.spill.as_ref()?;
+    Some(Spill {
+        bytes: spill.bytes,
+        limit: spill.limit,
+        records: spill.records,
+        full: spill.full,
+        error: spill.failure.clone(),
+    })
 }
 
 fn resync(pass: &PassStatus, passes: u64) -> ResyncStatus {
@@ -240,6 +258,8 @@ fn counters(engine: &Engine, status: &Status) -> Counters {
         connects: filter.connections,
         disconnects: traffic.disconnects.get(),
         window_overflows: filter.overflows,
+        spilled_bytes: ByteCount(filter.spilled_bytes),
+        unspilled_bytes: ByteCount(filter.unspilled_bytes),
         passes: filter.passes,
         passes_forfeited: filter.forfeited,
         copies_before_write: filter.copies_before_write,

@@ -9,7 +9,6 @@ use std::{
 };
 
 use backtide_agent_api::{DiskStatus, LimitsChange, VerifyStatus};
-use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{BindError, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
 use backtide_socket::Sockets;
@@ -203,8 +202,8 @@ impl Disk {
         records: Records,
         (nbd, sockets): (NbdUri, Sockets),
     ) -> Result<Self, StartError> {
-        let Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, nbd: limits } =
-            opened;
+        let (limits, spill) = (opened.nbd, opened.spill);
+        let Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, .. } = opened;
         let (local, image) = match behind {
             Behind::Image(image) => {
                 let image = Arc::new(image);
@@ -212,7 +211,7 @@ impl Disk {
             }
             Behind::Nbd(uri, size) => (Local::Nbd(NbdDisk::connect(uri, size).await?), None),
         };
-        let tracking = Tracking { file: tracking, records: records.clone(), disk: record.name.clone() };
+        let (tracking, left) = Tracking::new(tracking, records.clone(), record.name.clone(), spill);
         let life = Life {
             file: tracking.file.clone(),
             image: PathBuf::from(&record.image),
@@ -225,6 +224,9 @@ impl Disk {
             filter.not_before(record.last_time);
             if let Some(until) = known_until {
                 filter.knows_until(until);
+            }
+            if let Some(left) = left {
+                filter.use_spill(left);
             }
         });
         if record.paused {
@@ -437,6 +439,9 @@ impl Disk {
             filter.is_drained() || !filter.status().connected || filter.mode() != Mode::Sync
         };
         let _ = tokio::time::timeout(leaving.receiver(), engine.until(caught_up)).await;
+        // What it still lacks may go to the spill, for the next attach to send.
+        engine.happen(Filter::prepare_detach);
+        let _ = tokio::time::timeout(leaving.receiver(), engine.until(Filter::is_spill_settled)).await;
         let acked = engine.look(Filter::acked_durable);
         let history = engine.look(Filter::history);
         let saved = engine.happen(|filter, now| filter.detach(now));
@@ -487,17 +492,4 @@ impl Disk {
 /// What the socket of a disk is kept for.
 pub(crate) fn nbd_purpose(disk: &DiskName) -> String {
     format!("disk-{disk}")
-}
-
-/// What the control API says of a disk whose thread did not start.
-pub(crate) fn start_error(error: &StartError) -> ApiError {
-    let code = match error {
-        StartError::Bind(BindError::InUse(_)) => ErrorCode::Locked,
-        StartError::Bind(_) | StartError::Thread(_) => ErrorCode::Failed,
-        StartError::Engine(EngineError::Ring(_)) => ErrorCode::Failed,
-        StartError::Behind(BehindError::Client { .. }) => ErrorCode::Unreachable,
-        StartError::Behind(BehindError::Silent { .. }) => ErrorCode::Unreachable,
-        StartError::Behind(BehindError::Size { .. }) => ErrorCode::Failed,
-    };
-    ApiError::from_error(code, error)
 }

@@ -18,6 +18,8 @@ fn registry(directory: &Path) -> Arc<Registry> {
         limits: backtide_agent_api::LimitsRequest::default(),
         cache: CacheMode::default(),
         io_engine: IoEngine::default(),
+        spill_dir: None,
+        spill_size: None,
         nbd_tls: None,
         stream_tls: None,
         nbd: Default::default(),

@@ -23,6 +23,8 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         limits: backtide_agent_api::LimitsRequest::default(),
         cache: backtide_agent_api::CacheMode::default(),
         io_engine: crate::config::IoEngine::default(),
+        spill_dir: None,
+        spill_size: None,
         nbd_tls: None,
         stream_tls: None,
         nbd: Default::default(),

@@ -1,6 +1,8 @@
 //! Disks' status: a line each, or one in full.
 
-use backtide_agent_api::{CacheMode, DiskStatus, Limits, Mode, PassKind, ResyncStatus, StreamTlsStatus};
+use backtide_agent_api::{
+    CacheMode, DiskStatus, Limits, Mode, PassKind, ResyncStatus, Spill, StreamTlsStatus,
+};
 
 use crate::{
     output::{facts, plain_table},
@@ -66,6 +68,9 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
         format!("{}, {}", count_text(disk.dirty.blocks.0, "block"), size_text(disk.dirty.bytes)),
     ));
     lines.push(("window", format!("{} of {}", size_text(disk.window.bytes), size_text(disk.window.limit))));
+    if let Some(spill) = &disk.spill {
+        lines.push(("spill", spill_text(spill)));
+    }
     if let Some(resync) = &disk.resync {
         lines.push(("resync", format!("{}, {}", resync_text(resync), resync.reason)));
         lines.push(("", resync_speed_text(resync)));
@@ -150,6 +155,15 @@ fn lag_text(disk: &DiskStatus) -> String {
     }
     let writes = count_text(disk.lag.records, "write");
     format!("{}, {writes}, {}", duration_text(disk.lag.seconds), size_text(disk.lag.bytes))
+}
+
+fn spill_text(spill: &Spill) -> String {
+    if let Some(error) = &spill.error {
+        return format!("cannot be used: {error}");
+    }
+    let records = count_text(spill.records, "write");
+    let full = if spill.full { ", full" } else { "" };
+    format!("{records}, {} of {}{full}", size_text(spill.bytes), size_text(spill.limit))
 }
 
 fn resync_text(resync: &ResyncStatus) -> String {

@@ -20,6 +20,8 @@ pub struct SavedTracking {
     pub gap_from: Lsn,
     /// The highest LSN the receiver acknowledged as durable.
     pub acked_durable: Lsn,
+    /// With the records in the spill, which end here, the log is complete and no block is dirty.
+    pub spilled_to: Option<Lsn>,
     /// Why blocks are dirty; none when the log is complete and the bitmap empty.
     pub reason: Option<Reason>,
     /// Whether dirty blocks are only candidates that have to be compared.
@@ -68,7 +70,7 @@ pub enum SavedError {
 
 const MAGIC: [u8; 8] = *b"BTTRACK\0";
 const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 8 + 4 + 1 + 1 + 2 + 16 + 16 + 8 + 8 + 8 + 8 + 8 + 4;
+const HEADER_BYTES: usize = 8 + 4 + 1 + 1 + 2 + 16 + 16 + 8 + 8 + 8 + 8 + 8 + 8 + 4;
 
 const FLAG_COMPARE: u8 = 1;
 const FLAG_HAS_HISTORY: u8 = 2;
@@ -82,6 +84,7 @@ impl SavedTracking {
             last_lsn: Lsn::ZERO,
             gap_from: Lsn::ZERO,
             acked_durable: Lsn::ZERO,
+            spilled_to: None,
             reason: None,
             compare: true,
             dirty: DirtyBitmap::new(),
@@ -106,6 +109,7 @@ impl SavedTracking {
         out.put_u64_le(self.last_lsn.0);
         out.put_u64_le(self.gap_from.0);
         out.put_u64_le(self.acked_durable.0);
+        out.put_u64_le(self.spilled_to.unwrap_or_default().0);
         out.put_u64_le(dirty.len() as u64);
         out.put_u64_le(zeroes.len() as u64);
         out.put_u32_le(0);
@@ -138,7 +142,8 @@ impl SavedTracking {
         input.advance(2);
         let disk = DiskId(uuid(&mut input));
         let history = HistoryId(uuid(&mut input));
-        let [last_lsn, gap_from, acked_durable] = std::array::from_fn(|_| Lsn(input.get_u64_le()));
+        let [last_lsn, gap_from, acked_durable, spilled_to] =
+            std::array::from_fn(|_| Lsn(input.get_u64_le()));
         let [dirty_bytes, zeroes_bytes] = std::array::from_fn(|_| input.get_u64_le());
         let expected =
             (HEADER_BYTES as u64 + 4).checked_add(dirty_bytes).and_then(|n| n.checked_add(zeroes_bytes));
@@ -161,6 +166,7 @@ impl SavedTracking {
             last_lsn,
             gap_from,
             acked_durable,
+            spilled_to: (spilled_to != Lsn::ZERO).then_some(spilled_to),
             reason: if reason == 0 { None } else { Some(Reason::from_code(reason).ok_or_else(unknown)?) },
             compare: flags & FLAG_COMPARE != 0,
             dirty: bitmap(dirty)?,
@@ -186,6 +192,7 @@ pub(crate) mod tests {
             last_lsn: Lsn(300),
             gap_from: Lsn(200),
             acked_durable: Lsn(199),
+            spilled_to: Some(Lsn(250)),
             reason: Some(Reason::ReceiverAway),
             compare: true,
             dirty: DirtyBitmap::of((5..900).into()),

@@ -47,10 +47,14 @@ pub enum Reason {
     AgentRolledBack,
     /// Retention has thinned the history: single points are left of it.
     Thinned,
+    /// The retained window and its spill were full before the receiver had everything.
+    SpillFull,
+    /// The spill could not be written or read back, and memory alone was not enough.
+    SpillFailed,
 }
 
 /// Every reason with its code and the sentence people read.
-const TABLE: [(Reason, u8, &str); 18] = [
+const TABLE: [(Reason, u8, &str); 20] = [
     (Reason::FirstAttach, 1, "first protection of the disk"),
     (Reason::ReceiverAway, 2, "the receiver was away longer than the retained window lasts"),
     (Reason::LinkTooSlow, 3, "the receiver or the link to it was slower than the guest's writes"),
@@ -69,6 +73,8 @@ const TABLE: [(Reason, u8, &str); 18] = [
     (Reason::LocalReadFailed, 16, "a block of the local disk cannot be read"),
     (Reason::AgentRolledBack, 17, "the agent's state is older than what the receiver has from it"),
     (Reason::Thinned, 18, "retention keeps single points of this time"),
+    (Reason::SpillFull, 19, "the outage was longer than the retained window and its spill last"),
+    (Reason::SpillFailed, 20, "the spill could not be written or read, and the retained window was full"),
 ];
 
 impl Reason {

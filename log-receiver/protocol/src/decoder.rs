@@ -44,9 +44,19 @@ impl Decoder {
         Self { buffer: BytesMut::new(), header: None, next_seq: 1, payload_bytes_max, failed: false }
     }
 
+    /// For frames that were kept: expects frame `seq`, with payloads of any length a frame may have.
+    pub fn starting_at(seq: u64) -> Self {
+        Self { next_seq: seq, ..Self::new() }
+    }
+
     /// The peer has said who it is: from here on it may send payloads as long as this.
     pub fn limit(&mut self, payload_bytes_max: u64) {
         self.payload_bytes_max = payload_bytes_max;
+    }
+
+    /// How many bytes wait for the rest of their frame.
+    pub fn unfinished(&self) -> usize {
+        self.buffer.len() + self.header.map_or(0, |_| FRAME_HEADER_BYTES)
     }
 
     /// Where the driver appends what it read; there is room for a useful read, and for the rest of

@@ -101,6 +101,7 @@ impl World {
             Effect::Tracking(io, op) => {
                 self.tracking_ops.insert(io, op);
             }
+            Effect::Spill(..) => panic!("this world has no spill"),
             Effect::Scan(io) => {
                 self.scans.insert(io, self.allocated());
             }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use backtide_io_filter::{
-    Change, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, Settings, TrackingOp,
+    Change, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, Settings, SpillOp, TrackingOp,
 };
 use backtide_tracking::{DirtyBitmap, TrackingFile};
 use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteOffset, ByteRange, Epoch, HistoryId, Lsn};
@@ -37,6 +37,7 @@ pub struct Agent {
     pub(crate) inflight: BTreeMap<IoId, InFlight>,
     pub(crate) tracking: TrackingFile,
     pub(crate) tracking_ops: BTreeMap<IoId, TrackingOp>,
+    pub(crate) spill_ops: BTreeMap<IoId, SpillOp>,
     pub(crate) connection: Option<u64>,
     /// T of the running pass, and how many blocks it has left.
     pub(crate) pass: Option<(Lsn, u64)>,
@@ -144,12 +145,14 @@ impl World {
         }
         filter.limit_resync(self.moment(), self.plan.resync_rate);
         filter.yield_to_guest(self.moment(), self.plan.added_latency);
+        self.recover_spill(&mut filter);
         self.agent = Some(Agent {
             life: self.lives,
             filter,
             inflight: BTreeMap::new(),
             tracking,
             tracking_ops: BTreeMap::new(),
+            spill_ops: BTreeMap::new(),
             connection: None,
             pass: None,
             timer: None,
@@ -338,11 +341,14 @@ impl World {
         let Some(mut agent) = self.agent.take() else {
             if power {
                 self.lose_tracking_power();
+                self.lose_spill_power();
             }
             return;
         };
         let ops = std::mem::take(&mut agent.tracking_ops).into_values().collect();
         self.kill_tracking(ops, &agent.tracking, power);
+        let ops = std::mem::take(&mut agent.spill_ops).into_values().collect();
+        self.kill_spill(ops, power);
         self.trace.note(self.now, "agent dies", &[agent.life]);
         self.stats.agent_deaths += 1;
         let next = agent.filter.last_lsn().next();
@@ -377,6 +383,9 @@ impl World {
         if !agent.detaching || !agent.filter.is_quiet() {
             return;
         }
+        self.call(Filter::prepare_detach);
+        let Some(agent) = self.agent.as_ref().filter(|agent| agent.filter.is_spill_settled()) else { return };
+        assert!(agent.spill_ops.is_empty(), "a settled spill has nothing under way");
         let saved = self.call(|filter, now| filter.detach(now));
         let agent = self.agent.take().expect("it was alive");
         assert_eq!(agent.filter.mode(), Mode::Detached);
@@ -395,6 +404,8 @@ impl World {
     pub(crate) fn count(&mut self, filter: &Filter) {
         let counters = filter.status().counters;
         self.stats.overflows += counters.overflows;
+        self.stats.spilled_bytes += counters.spilled_bytes;
+        self.stats.unspilled_bytes += counters.unspilled_bytes;
         self.stats.forfeited += counters.forfeited;
         self.stats.completed += counters.passes_completed;
         self.stats.copies += counters.copies_before_write;

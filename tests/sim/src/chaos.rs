@@ -17,7 +17,7 @@ impl World {
         }
         let pause = self.plan.chaos_us;
         self.within(pause, Event::Chaos);
-        let kind = self.random.below(40);
+        let kind = self.random.below(42);
         self.trace.note(self.now, "chaos", &[kind]);
         match kind {
             0..=3 => self.cut_link(),
@@ -41,6 +41,7 @@ impl World {
                 self.local.break_block(self.random.below(blocks));
                 self.within(self.plan.outage_us * 20, Event::DiskHeal);
             }
+            37..=38 => self.spill_fault(),
             _ => {
                 self.lose_host_power();
                 self.within(self.plan.outage_us, Event::AgentStart);
@@ -187,6 +188,7 @@ impl World {
         self.link.bandwidth = 400_000_000;
         self.link.latency_us = 100;
         self.receiver.storage.set_capacity(None);
+        self.spill.storage.set_capacity(None);
         self.start_receiver();
         if let Some(agent) = &self.agent {
             let life = agent.life;

@@ -26,6 +26,7 @@ impl World {
         match effect {
             Effect::Local(io, op) => self.begin_local(io, op),
             Effect::Tracking(io, op) => self.begin_tracking(io, op),
+            Effect::Spill(io, op) => self.begin_spill(io, op),
             Effect::Complete { request, result } => self.answered(request, result),
             Effect::Scan(io) => {
                 let life = self.agent.as_ref().expect("it asked").life;
@@ -38,6 +39,9 @@ impl World {
             Effect::Transition { from, to, reason } => {
                 self.trace.note(self.now, "mode", &[from as u64, to as u64]);
                 self.trace.say(self.now, || format!("{from:?} -> {to:?} ({reason:?})"));
+                if from == Mode::Sync && to == Mode::Tracking {
+                    self.check_spill_was_used(reason);
+                }
                 if to == Mode::Resync {
                     self.freeze();
                 } else if from == Mode::Resync {
@@ -51,6 +55,7 @@ impl World {
             Effect::Alarm(why) if self.tracking.faulty && why.contains("tracking file") => {
                 self.stats.tracking_lost += 1;
             }
+            Effect::Alarm(why) if self.spill.faulty && why.contains("spill") => {}
             Effect::Alarm(why) if why.contains("cannot be read") => self.stats.unreadable += 1,
             // A flush of the filter's own failed, as planned.
             Effect::Alarm(why) if self.plan.write_errors_permille > 0 && why.contains("flushing") => {}

@@ -25,6 +25,7 @@ pub mod points;
 pub mod random;
 pub mod receiver;
 pub mod run;
+mod spill;
 pub mod steady;
 pub mod trace;
 mod tracking;

@@ -75,6 +75,10 @@ pub struct Plan {
     pub activity: ActivityLimits,
     /// The longest that a write to the tracking file takes.
     pub tracking_us: u64,
+    /// What the spill may take, if there is one.
+    pub spill: Option<ByteCount>,
+    /// The longest that an operation of the spill takes.
+    pub spill_us: u64,
     /// Whether the disk holds data before it is first protected.
     pub prefilled: bool,
 }
@@ -137,6 +141,8 @@ impl Plan {
             },
             tracking_us: random.pick(&[100, 1_000, 20_000]),
             prefilled: random.one_in(2),
+            spill: random.pick(&[None, Some(100), Some(600), Some(8192)]).map(|kib| ByteCount(kib * 1024)),
+            spill_us: random.pick(&[100, 2_000, 30_000]),
         }
     }
 }

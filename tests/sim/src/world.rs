@@ -17,6 +17,7 @@ use crate::{
     points::Promises,
     random::Random,
     receiver::Receiver,
+    spill::Spill,
     trace::Trace,
     tracking::Tracking,
 };
@@ -38,6 +39,13 @@ pub enum Event {
     },
     /// Something is done to the tracking file.
     Tracking {
+        /// The agent's incarnation.
+        life: u64,
+        /// Which.
+        io: IoId,
+    },
+    /// Something is done to the spill.
+    Spill {
         /// The agent's incarnation.
         life: u64,
         /// Which.
@@ -86,6 +94,8 @@ pub enum Event {
     DiskHeal,
     /// The store has room again.
     StoreHeal,
+    /// The spill's storage has room again.
+    SpillHeal,
     /// Something goes wrong, or somebody asks for something.
     Chaos,
 }
@@ -139,6 +149,20 @@ pub struct Stats {
     pub unreadable: u64,
     /// Tracking files that were given up because their storage failed.
     pub tracking_lost: u64,
+    /// Spills that a new agent found something in.
+    pub spills_found: u64,
+    /// Of these, those with which nothing was missing.
+    pub spills_complete: u64,
+    /// Bytes written to spills.
+    pub spilled_bytes: u64,
+    /// Bytes read back from them.
+    pub unspilled_bytes: u64,
+    /// Gaps because a spill was full.
+    pub spills_full: u64,
+    /// Because it failed.
+    pub spills_failed: u64,
+    /// Because it was slower than the guest.
+    pub spills_slow: u64,
 }
 
 /// See the module's description.
@@ -158,6 +182,7 @@ pub struct World {
     pub(crate) agent: Option<Agent>,
     pub(crate) persisted: Persisted,
     pub(crate) tracking: Tracking,
+    pub(crate) spill: Spill,
     pub(crate) lives: u64,
     pub(crate) link: Link,
     pub(crate) connections: BTreeMap<u64, Connection>,
@@ -198,6 +223,7 @@ impl World {
             agent: None,
             persisted: Persisted::default(),
             tracking: Tracking::default(),
+            spill: Spill::default(),
             lives: 0,
             connections: BTreeMap::new(),
             receiver: Receiver::new(&plan),
@@ -247,6 +273,7 @@ impl World {
             Event::Guest => self.guest_turn(),
             Event::Local { life, io, stage } => self.local_goes_on(life, io, stage),
             Event::Tracking { life, io } => self.tracking_goes_on(life, io),
+            Event::Spill { life, io } => self.spill_goes_on(life, io),
             Event::Scan { life, io, stage } => self.scan_goes_on(life, io, stage),
             Event::Tick(life) => self.tick(life),
             Event::Room(connection) => self.room(connection),
@@ -265,6 +292,7 @@ impl World {
             Event::GiveAnswers(life) => self.give_answers(life),
             Event::DiskHeal => self.local.heal(),
             Event::StoreHeal => self.receiver.storage.set_capacity(None),
+            Event::SpillHeal => self.spill.storage.set_capacity(None),
             Event::Chaos => self.chaos(),
         }
     }

@@ -51,6 +51,16 @@ fn a_snapshot_without_the_window_is_found() {
 }
 
 #[test]
+fn trimming_the_spill_by_what_was_received_is_found() {
+    is_found(Mistake::Filter(Mutant::SpillTrimsReceived), 20);
+}
+
+#[test]
+fn forgetting_the_blocks_of_a_spill_is_found() {
+    is_found(Mistake::Filter(Mutant::SpillForgetsBlocks), 20);
+}
+
+#[test]
 fn acknowledging_before_the_sync_is_found() {
     is_found(Mistake::AckBeforeSync, 20);
 }

@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 22] = [
+const SEEN: [Seen; 29] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -30,6 +30,13 @@ const SEEN: [Seen; 22] = [
     ("crashes with a tracking file", |stats| stats.crashes_tracked),
     ("passes without unreadable blocks", |stats| stats.unreadable),
     ("tracking files given up", |stats| stats.tracking_lost),
+    ("spills found by a new agent", |stats| stats.spills_found),
+    ("of these without a gap", |stats| stats.spills_complete),
+    ("bytes spilled", |stats| stats.spilled_bytes),
+    ("bytes read back", |stats| stats.unspilled_bytes),
+    ("spills full", |stats| stats.spills_full),
+    ("spills failed", |stats| stats.spills_failed),
+    ("spills slower than the guest", |stats| stats.spills_slow),
 ];
 
 fn number(name: &str) -> Option<u64> {

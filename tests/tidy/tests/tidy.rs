@@ -8,6 +8,7 @@ const LEAVES: [&str; 10] = [
     "backtide-storage",
     "backtide-nbd",
     "backtide-tracking",
+    "backtide-spill",
     "backtide-io-filter",
     "backtide-protocol",
     "backtide-segment",

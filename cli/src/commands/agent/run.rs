@@ -4,6 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use backtide_agent::{Agent, AgentError, Config, Sockets, Successor, Surroundings};
 use backtide_control::{Address, ApiError};
+use backtide_units::ByteCount;
 use clap::Args;
 use serde::Serialize;
 
@@ -17,6 +18,7 @@ use crate::{
     },
     context::Context,
     ending::{Ending, Failure, io_failure, wrong_usage},
+    quantity::parse_size,
 };
 
 /// How long the state directory may stay locked by what was let go of in this process.
@@ -43,6 +45,13 @@ pub(crate) struct Run {
     /// where the host allows it (`auto`) [default: auto]
     #[arg(long, value_name = "ENGINE", value_parser = ["auto", "io-uring", "threads"])]
     io_engine: Option<String>,
+    /// Where disks keep what the receiver lacks and memory has no room for, so that an outage of
+    /// minutes leaves no hole [default: nowhere]
+    #[arg(long, value_name = "DIR", env = "BACKTIDE_SPILL_DIR", hide_env_values = true)]
+    spill_dir: Option<PathBuf>,
+    /// What each disk may keep there [default: 4GiB]
+    #[arg(long, value_name = "BYTES", value_parser = parse_size)]
+    spill_size: Option<ByteCount>,
     #[command(flatten)]
     stream_tls: AgentTlsFlags,
     #[command(flatten)]
@@ -98,6 +107,11 @@ impl Run {
         settings.set("io_engine", self.io_engine)?;
         settings.directory("state")?;
         settings.directory("run")?;
+        settings.set("spill_dir", self.spill_dir)?;
+        settings.set("spill_size", self.spill_size)?;
+        if settings.find::<PathBuf>("spill_dir")?.is_some() {
+            settings.directory("spill_dir")?;
+        }
         self.stream_tls.apply(&mut settings)?;
         self.nbd_tls.apply(&mut settings)?;
         let config: Config = settings.config()?;

@@ -30,6 +30,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         lag: Lag::default(),
         dirty: Dirty::default(),
         window: Window { bytes: ByteCount(0), limit: ByteCount(64 << 20) },
+        spill: None,
         resync: None,
         resync_due: false,
         unreadable: None,

@@ -31,6 +31,7 @@ mod restarts;
 mod retention;
 mod secured_stream;
 mod service_manager;
+mod spill;
 mod strangers;
 mod verify;
 mod writable_mounts;
