@@ -293,7 +293,7 @@ impl Filter {
         self.activity.everything_coming = everything;
         self.counters.snapshots += 1;
         let snapshot = Snapshot::of(captured, everything, saved);
-        self.effects.push_back(Effect::Tracking(io, TrackingOp::Snapshot(snapshot)));
+        self.effects.push_back(Effect::Tracking(io, TrackingOp::Snapshot(Box::new(snapshot))));
     }
 
     /// An operation of [`Effect::Tracking`] has ended: durable, or failed. With what a snapshot took.

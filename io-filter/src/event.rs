@@ -72,7 +72,7 @@ pub enum TrackingOp {
     /// Append to the activity log. Guest changes wait for it.
     Record(LogRecord),
     /// Put a snapshot in the place of the older one.
-    Snapshot(Snapshot),
+    Snapshot(Box<Snapshot>),
     /// Remove the file: it cannot be written and must not be believed.
     Discard,
 }

@@ -264,8 +264,8 @@ impl Filter {
         let under_way =
             self.spill.append.is_some() || self.spill.remove.is_some() || self.spill.read.is_some();
         let wanted = self.mode == Mode::Sync && self.spill.failure.is_none() && !self.spill.full;
-        let missing = self.window.ring().is_some() && !self.window.is_all_spilled();
-        !under_way && !(wanted && missing)
+        let is_whole = self.window.ring().is_none() || self.window.is_all_spilled();
+        !under_way && (is_whole || !wanted)
     }
 
     /// Whether something of the log is in the spill.

@@ -18,7 +18,7 @@ pub(crate) use run::start_failure;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Agent {
     /// Run the agent until SIGTERM or ctrl-c; logs go to stderr, filtered by RUST_LOG [default: info]
-    Run(run::Run),
+    Run(Box<run::Run>),
     /// Have the agent's program take over from the running agent, under running guests
     Restart(restart::Restart),
 }

@@ -29,7 +29,7 @@ impl TrackingFile {
             TrackingOp::Record(record) => self.records.push(record.clone()),
             TrackingOp::Snapshot(snapshot) => {
                 assert!(snapshot.generation > self.snapshot.generation, "snapshots follow one another");
-                self.snapshot = snapshot.clone();
+                self.snapshot = Snapshot::clone(snapshot);
                 self.records.retain(|record| record.sequence >= snapshot.log_from);
             }
             TrackingOp::Discard => unreachable!("the file does not fail"),

@@ -3,7 +3,7 @@
 use backtide_tidy::{dependencies, files, manifests};
 
 /// Crates that know no daemon, no socket, no clock of a runtime.
-const LEAVES: [&str; 10] = [
+const LEAVES: [&str; 11] = [
     "backtide-units",
     "backtide-storage",
     "backtide-nbd",
