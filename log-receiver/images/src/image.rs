@@ -64,14 +64,6 @@ impl Root {
         let known = size <= span(HEIGHT_MAX) && height == height_of(size);
         known.then_some(Self { top, height, size })
     }
-
-    pub(crate) fn key(&self) -> [u8; 41] {
-        let mut key = [0; 41];
-        key[..32].copy_from_slice(&self.top.hash);
-        key[32] = self.height;
-        key[33..].copy_from_slice(&self.top.place().to_le_bytes());
-        key
-    }
 }
 
 /// What a node of a level, or a chunk (0), covers.

@@ -4,7 +4,10 @@ use std::{
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use backtide_storage::Storage;
@@ -15,6 +18,7 @@ use crate::{
     Image, ImageError, Recent, Root,
     chunk::{ChunkRef, Kind},
     error::failed,
+    image::ROOT_LENGTH,
     node::{NODE_LENGTH, Node},
     pack::Pack,
 };
@@ -51,10 +55,12 @@ pub(crate) struct Shared {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) limits: ImagesLimits,
     packs: Mutex<Recent<u32, Arc<Pack>>>,
+    /// How often a pack was forgotten; changes under the lock of `packs`.
+    forgotten: AtomicU64,
     nodes: Mutex<Recent<[u8; 32], Arc<Node>>>,
     chunks: Mutex<Recent<[u8; 32], Bytes>>,
     /// Images that somebody has: their chunks stay, whatever is written anywhere.
-    held: Mutex<BTreeMap<[u8; 41], Weak<Root>>>,
+    held: Mutex<BTreeMap<[u8; ROOT_LENGTH], Weak<Root>>>,
 }
 
 impl Images {
@@ -66,6 +72,7 @@ impl Images {
                 storage,
                 limits,
                 packs: Mutex::new(Recent::new(limits.open_packs_max.max(1))),
+                forgotten: AtomicU64::new(0),
                 nodes: Mutex::new(Recent::new(bytes(limits.node_bytes_max))),
                 chunks: Mutex::new(Recent::new(bytes(limits.chunk_bytes_max))),
                 held: Mutex::default(),
@@ -75,7 +82,8 @@ impl Images {
 
     /// The image with this root. As long as it or a clone is there, its chunks stay.
     pub fn image(&self, root: Root) -> Image {
-        let key = root.key();
+        // With its size: disks of several sizes may have one tree.
+        let key = root.encode();
         let mut held = lock(&self.shared.held);
         held.retain(|_, root| root.strong_count() > 0);
         let known = held.get(&key).and_then(Weak::upgrade).filter(|known| **known == root);
@@ -134,8 +142,13 @@ impl Images {
         if let Some(pack) = lock(&self.shared.packs).get(&number) {
             return Ok(pack);
         }
+        let forgotten = self.shared.forgotten.load(Ordering::Acquire);
         let pack = Arc::new(self.open_pack(number)?);
-        lock(&self.shared.packs).put(number, 1, Arc::clone(&pack));
+        let mut packs = lock(&self.shared.packs);
+        // What was opened before its file was replaced serves this reader only.
+        if self.shared.forgotten.load(Ordering::Acquire) == forgotten {
+            packs.put(number, 1, Arc::clone(&pack));
+        }
         Ok(pack)
     }
 
@@ -155,7 +168,9 @@ impl Images {
 
     /// Lets the next reader open the file anew.
     pub(crate) fn forget_pack(&self, number: u32) {
-        lock(&self.shared.packs).remove(&number);
+        let mut packs = lock(&self.shared.packs);
+        self.shared.forgotten.fetch_add(1, Ordering::Release);
+        packs.remove(&number);
     }
 
     /// A node of a tree, at this level.
@@ -219,5 +234,75 @@ impl Default for ImagesLimits {
             pack_bytes_max: ByteCount(64 << 20),
             known_chunks_max: 1 << 18,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_storage::MemoryStorage;
+    use backtide_units::{ByteOffset, ByteRange};
+
+    use super::*;
+    use crate::{CHUNK_BYTES, ImageSource};
+
+    /// A disk of whole chunks, each of one byte.
+    struct Chunks(&'static [u8]);
+
+    impl ImageSource for Chunks {
+        type Error = ImageError;
+
+        fn changed(&self, _range: ByteRange) -> bool {
+            true
+        }
+
+        fn is_zero(&mut self, _range: ByteRange) -> Result<bool, ImageError> {
+            Ok(false)
+        }
+
+        fn read(&mut self, range: ByteRange) -> Result<Bytes, ImageError> {
+            let byte = self.0[(range.start().0 / CHUNK_BYTES.0) as usize];
+            Ok(vec![byte; CHUNK_BYTES.0 as usize].into())
+        }
+    }
+
+    fn make(images: &Images, disks: &[&'static [u8]]) -> Vec<Root> {
+        let mut writer = images.write().unwrap();
+        let one = |disk: &&'static [u8]| {
+            let size = ByteCount(disk.len() as u64 * CHUNK_BYTES.0);
+            writer.image(None, size, &mut Chunks(disk)).unwrap()
+        };
+        let roots = disks.iter().map(one).collect();
+        writer.finish().unwrap();
+        roots
+    }
+
+    #[test]
+    fn a_writer_names_no_chunk_that_only_the_pack_before_a_collection_has() {
+        let storage = MemoryStorage::new();
+        let images = Images::new(Arc::new(storage.clone()), ImagesLimits::default());
+        let roots = make(&images, &[&[1], &[2, 3, 4, 5, 6, 7]]);
+        let before = images.pack(1).unwrap();
+        assert_eq!(images.collect(&roots[..1]).unwrap().rewritten, 1);
+        // A reader that opened the pack just before keeps it just after.
+        lock(&images.shared.packs).put(1, 1, before);
+        let again = make(&images, &[&[5]]);
+        let fresh = Images::new(Arc::new(storage), ImagesLimits::default());
+        let mut read = vec![0; CHUNK_BYTES.0 as usize];
+        let range = ByteRange::between(ByteOffset(0), ByteOffset(CHUNK_BYTES.0));
+        fresh.image(again[0]).read_into(range, &mut read).unwrap();
+        assert!(read.iter().all(|byte| *byte == 5));
+    }
+
+    #[test]
+    fn images_of_two_sizes_with_one_tree_are_held_apart() {
+        let storage = MemoryStorage::new();
+        let images = Images::new(Arc::new(storage), ImagesLimits::default());
+        let roots = make(&images, &[&[1, 2], &[1, 2, 0]]);
+        assert_eq!(roots[0].top, roots[1].top);
+        let (short, long) = (images.image(roots[0]), images.image(roots[1]));
+        drop(long);
+        assert_eq!(images.collect(&[]).unwrap().removed, 0);
+        drop(short);
+        assert_eq!(images.collect(&[]).unwrap().removed, 1);
     }
 }

@@ -86,7 +86,8 @@ impl Images {
         let mut known = Recent::new(self.shared.limits.known_chunks_max);
         let mut room = self.shared.limits.known_chunks_max;
         for number in numbers.iter().rev() {
-            let Ok(pack) = self.pack(*number) else { continue };
+            // Not one that readers share: it may be the file before a collection wrote it anew, and name what has gone.
+            let Ok(pack) = self.open_pack(*number) else { continue };
             // One that was not finished is removed by the next collection.
             if pack.broken().is_some() || pack.lines().len() > room {
                 continue;
