@@ -48,24 +48,40 @@ impl Images {
         }
         let mut collected = Collected::default();
         let mut changed = self.remove_leftovers()?;
+        let mut part = Vec::new();
+        // What makes room first, whatever state its file is in: writing anew needs some.
         for number in self.numbers()? {
-            let pack = self.open_pack(number)?;
             let first = u64::from(number) << 32;
             let alive = live.rank(first | u64::from(u32::MAX)) - live.rank(first - 1);
-            if alive == 0 {
-                let length = self.length(number)?;
-                self.shared.storage.remove(&path_of(number)).map_err(|e| self.failed("remove", number, e))?;
-                self.forget_pack(number);
-                collected.removed += 1;
-                collected.bytes.0 += length;
-                changed = true;
-            } else if pack.broken().is_none() && (alive as usize) < pack.lines().len() {
-                let before = self.length(number)?;
-                if self.rewrite(number, &pack, &live)? {
+            if alive > 0 {
+                part.push((number, alive));
+                continue;
+            }
+            let length = self.length(number)?;
+            self.shared.storage.remove(&path_of(number)).map_err(|e| self.failed("remove", number, e))?;
+            self.forget_pack(number);
+            collected.removed += 1;
+            collected.bytes.0 += length;
+            changed = true;
+        }
+        for (number, alive) in part {
+            let pack = self.open_pack(number)?;
+            if pack.broken().is_some() || alive as usize >= pack.lines().len() {
+                continue;
+            }
+            let before = self.length(number)?;
+            match self.rewrite(number, &pack, &live) {
+                Ok(false) => {}
+                Ok(true) => {
                     collected.rewritten += 1;
                     collected.bytes.0 += before.saturating_sub(self.length(number)?);
                     changed = true;
                 }
+                // Another may be shorter; what was begun of this one goes, and needs no room meanwhile.
+                Err(ImageError::Full { .. }) => {
+                    self.remove_leftovers()?;
+                }
+                Err(error) => return Err(error),
             }
         }
         if changed {
