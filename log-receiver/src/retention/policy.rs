@@ -1,6 +1,7 @@
 //! What people want kept, durable in the store: `retention.json`, written whole.
 //!
-//! A file that is damaged says nothing of what may go: then nothing goes, and the next change writes it again.
+//! A file that cannot be understood says nothing of what may go: then nothing goes, and it stays as it is, for it may hold
+//! what others want kept. Changes are refused until somebody restores it or removes it.
 
 use std::{
     collections::BTreeMap,
@@ -59,6 +60,13 @@ struct PolicyFile {
     checksum: String,
 }
 
+/// What a file of any version has.
+#[derive(Deserialize)]
+struct Version {
+    magic: String,
+    version: u32,
+}
+
 /// The policies of a store. Clones share them.
 #[derive(Clone)]
 pub(crate) struct Policies {
@@ -88,7 +96,7 @@ impl Policies {
             Ok(disks) => (disks, None),
             Err(why) => {
                 let name = storage.display(Path::new(FILE));
-                let why = format!("{} is damaged, no history goes: {why}", name.display());
+                let why = format!("{} {why}; no history goes", name.display());
                 tracing::error!(why);
                 (BTreeMap::new(), Some(why))
             }
@@ -127,6 +135,12 @@ impl Policies {
     /// A sentence: then nothing has changed that anybody goes by.
     pub(crate) fn change(&self, disk: DiskId, change: impl FnOnce(&mut Policy)) -> Result<(), String> {
         let mut state = self.lock();
+        if let Some(why) = &state.damage {
+            return Err(format!(
+                "{why}, and no retention is changed, for that would forget what it says: stop the receiver and restore \
+                 the file, or remove it to forget every ladder and kept point"
+            ));
+        }
         let mut disks = state.disks.clone();
         let policy = disks.entry(disk).or_default();
         change(policy);
@@ -150,7 +164,7 @@ impl Policies {
         let written = replace_file(&*self.storage, Path::new(FILE), &content);
         written
             .map_err(|error| format!("write {}: {error}", self.storage.display(Path::new(FILE)).display()))?;
-        *state = State { disks, damage: None };
+        state.disks = disks;
         Ok(())
     }
 
@@ -166,19 +180,36 @@ impl Policies {
         (state.damage.is_none() && now == *policy).then(act)
     }
 
+    /// Waits until nothing is done that goes by what was wanted before: after it a log shows whether it did.
+    pub(crate) fn settle(&self) {
+        drop(self.lock());
+    }
+
     /// Nothing that could panic runs under the lock.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// What is wrong with the file ends a sentence that begins with its name.
 fn read(storage: &dyn Storage) -> Result<BTreeMap<DiskId, Policy>, String> {
     let content = match read_file(storage, Path::new(FILE), FILE_BYTES_MAX) {
         Ok(content) => content,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
-        Err(error) => return Err(error.to_string()),
+        Err(error) => return Err(format!("cannot be read: {error}")),
     };
-    let mut file: PolicyFile = serde_json::from_slice(&content).map_err(|error| error.to_string())?;
+    // Before all else: another version may have other fields.
+    if let Ok(Version { magic, version }) = serde_json::from_slice(&content)
+        && magic == MAGIC
+        && version > VERSION
+    {
+        return Err(format!("has format version {version}, this program reads up to {VERSION}"));
+    }
+    understand(&content).map_err(|why| format!("is damaged: {why}"))
+}
+
+fn understand(content: &[u8]) -> Result<BTreeMap<DiskId, Policy>, String> {
+    let mut file: PolicyFile = serde_json::from_slice(content).map_err(|error| error.to_string())?;
     let found = std::mem::take(&mut file.checksum);
     let expected = file.sum();
     if file.magic != MAGIC || file.version != VERSION || found != expected {
@@ -195,7 +226,7 @@ fn read(storage: &dyn Storage) -> Result<BTreeMap<DiskId, Policy>, String> {
 /// What is wrong with the file of a store that nobody uses.
 pub(crate) fn damage_of(storage: &dyn Storage) -> Option<String> {
     let name = storage.display(Path::new(FILE));
-    read(storage).err().map(|why| format!("{} is damaged: {why}", name.display()))
+    read(storage).err().map(|why| format!("{} {why}", name.display()))
 }
 
 #[cfg(test)]
@@ -234,10 +265,18 @@ mod tests {
             assert!(found.damage().is_some() || found.of(a) == policies.of(a), "byte {byte}");
             if found.damage().is_some() {
                 assert_eq!(found.ladder(a), Ladder::default());
+                let refused = found.change(a, |policy| policy.ladder = None).unwrap_err();
+                assert!(refused.contains(FILE) && refused.contains("remove it"), "{refused}");
             }
             storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
         }
         policies.change(a, |policy| policy.ladder = None).unwrap();
         assert_eq!(open().ladder(a).to_string(), "any=9d");
+        let newer = br#"{"magic": "backtide-retention", "version": 2, "sites": [], "checksum": "0"}"#;
+        replace_file(&storage, Path::new(FILE), newer).unwrap();
+        let found = open();
+        assert!(found.damage().unwrap().contains("has format version 2"), "{:?}", found.damage());
+        assert!(found.change(a, |policy| policy.ladder = None).is_err());
+        assert_eq!(read_file(&storage, Path::new(FILE), FILE_BYTES_MAX).unwrap(), newer);
     }
 }
