@@ -119,6 +119,17 @@ impl Overlays {
         records.map(|record| (record.lsn, record.time)).collect()
     }
 
+    /// Why nobody knows which points overlays lie above.
+    pub(crate) fn unreadable(&self) -> Option<String> {
+        let table = self.table();
+        table.iter().find_map(|(id, known)| {
+            let why = known.record.as_ref().err()?;
+            Some(format!(
+                "nobody knows above which point overlay {id} lies ({why}): restore its record, or discard it"
+            ))
+        })
+    }
+
     /// Makes an overlay.
     ///
     /// # Errors

@@ -206,7 +206,9 @@ impl ReceiverService for Service {
             Some(since) => Some(self.changed_since(&snapshot, since, at).await?),
             None => None,
         };
-        self.serve(Plan { disk, at, view, uri, temporary: request.temporary, overlay, changed }).await
+        let plan = Plan { disk, at, view, uri, temporary: request.temporary, overlay, changed };
+        let mount = self.serve(plan).await?;
+        if request.writable { self.unless_its_point_goes(&request.at, mount).await } else { Ok(mount) }
     }
 
     async fn remount(&self, id: String, request: RemountRequest) -> Result<Mount, ApiError> {

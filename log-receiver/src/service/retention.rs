@@ -1,7 +1,8 @@
 //! The control API's answers about retention.
 
 use backtide_receiver_api::{
-    ApiError, DiskRetention, ErrorCode, KeepRequest, RetentionPreview, RetentionReport, RetentionRequest,
+    ApiError, DiskRetention, ErrorCode, KeepRequest, Mount, OverlayFate, ReceiverService, RetentionPreview,
+    RetentionReport, RetentionRequest, UnmountRequest,
 };
 use backtide_recovery::{LogError, Snapshot, TimedLsn};
 use backtide_units::{ByteCount, DiskName};
@@ -154,6 +155,28 @@ impl Service {
             there.map_err(|error| points::unavailable(&at, &error))?;
         }
         self.report_retention(Some(name)).await
+    }
+
+    /// A new writable mount, when its point stays for it. That may have gone while the mount was made; from now on it does
+    /// not.
+    pub(super) async fn unless_its_point_goes(&self, asked: &str, mount: Mount) -> Result<Mount, ApiError> {
+        let policies = self.policies.clone();
+        self.read(move || policies.settle()).await?;
+        let uuid: DiskName = mount.disk.uuid.to_string().parse().expect("a UUID is a good name");
+        let there = match self.look_at(&uuid).await {
+            Ok(Found { snapshot, .. }) => snapshot.view(mount.lsn).map(|_| ()),
+            Err(error) => return self.take_back(mount, error).await,
+        };
+        match there {
+            Ok(()) => Ok(mount),
+            Err(error) => self.take_back(mount, points::unavailable(asked, &error)).await,
+        }
+    }
+
+    async fn take_back(&self, mount: Mount, why: ApiError) -> Result<Mount, ApiError> {
+        tracing::warn!(mount = mount.id, why = why.message, "the mount's point went while it was made");
+        self.unmount(mount.id, UnmountRequest { overlay: Some(OverlayFate::Discard) }).await?;
+        Err(why)
     }
 }
 
