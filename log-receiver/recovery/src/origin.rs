@@ -40,6 +40,8 @@ pub struct Removed {
     pub segments: u64,
     /// Their bytes.
     pub bytes: ByteCount,
+    /// Bytes of segments that the log does without but a reader has, or that stay until its base is written twice.
+    pub left: ByteCount,
 }
 
 impl Origin {
@@ -130,15 +132,20 @@ pub fn remove_unused(storage: &dyn Storage, dir: &Path, cache: &LogCache) -> Res
     let mut removed = Removed::default();
     let found = crate::FoundBase::read(storage, dir)?;
     let settled = found.is_settled();
-    let Some(base) = found.base.filter(|_| settled) else { return Ok(removed) };
+    let Some(base) = found.base else { return Ok(removed) };
     let had = cache.origins().first_had(dir);
     let first = had.map_or(base.first_segment, |had| had.min(base.first_segment));
     let segments_dir = dir.join("segments");
     let mut names = BTreeSet::new();
-    for id in list(storage, &segments_dir)?.into_iter().filter(|id| *id < first) {
+    for id in list(storage, &segments_dir)?.into_iter().filter(|id| *id < base.first_segment) {
         let path = segments_dir.join(id.file_name());
         let fail = |source| failed(format!("remove {}", storage.display(&path).display()), source);
-        removed.bytes.0 += storage.open(&path).and_then(|file| file.len()).map_err(fail)?.0;
+        let length = storage.open(&path).and_then(|file| file.len()).map_err(fail)?.0;
+        if !settled || id >= first {
+            removed.left.0 += length;
+            continue;
+        }
+        removed.bytes.0 += length;
         storage.remove(&path).map_err(fail)?;
         removed.segments += 1;
         names.insert(storage.display(&path));

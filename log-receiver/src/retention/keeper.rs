@@ -4,9 +4,10 @@
 //! everybody does, at a bounded rate, and asks the threads that own the logs only for the moment in which a log begins later.
 //! What it does is whole whenever it ends: it can be stopped at any time.
 
+mod room;
+
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -15,10 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backtide_images::Root;
-use backtide_recovery::{
-    Base, FoldError, FoundBase, KeptPoint, RebaseTicket, Rebased, Snapshot, remove_unused,
-};
+use backtide_recovery::{Base, FoldError, KeptPoint, RebaseTicket, Rebased, Snapshot};
 use backtide_units::{ByteCount, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
@@ -36,6 +34,9 @@ use crate::{
 
 /// After so many rounds the store is looked through for what nobody has, even if nothing seems to have changed.
 const COLLECT_ROUNDS: u64 = 60;
+
+/// Why history stays that does not fit; it is tried again when more is free, and now and then.
+const NO_ROOM: &str = "there is no room for the image that history is folded into";
 
 /// It waits no longer at once for its rate, so as to be stopped soon.
 const WAIT_MAX: Duration = Duration::from_millis(100);
@@ -81,6 +82,12 @@ struct Work {
     shared: Arc<Shared>,
     /// Room may be given back.
     collect: bool,
+    /// The disk whose history went last for want of room.
+    shrunk_last: Option<DiskId>,
+    /// Bytes of history given up that are still there; none before the first look.
+    left: Option<BTreeMap<DiskId, ByteCount>>,
+    /// What was free when a disk's images did not fit.
+    no_room: BTreeMap<DiskId, ByteCount>,
 }
 
 /// The receiver is shutting down.
@@ -102,8 +109,18 @@ impl Keeper {
         settings: Retention,
     ) -> std::io::Result<Self> {
         let shared = Arc::<Shared>::default();
-        let work =
-            Work { shelf, threads, policies, overlays, settings, shared: Arc::clone(&shared), collect: true };
+        let work = Work {
+            shelf,
+            threads,
+            policies,
+            overlays,
+            settings,
+            shared: Arc::clone(&shared),
+            collect: true,
+            shrunk_last: None,
+            left: None,
+            no_room: BTreeMap::new(),
+        };
         let thread = std::thread::Builder::new().name("retention".to_owned()).spawn(move || work.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -191,6 +208,9 @@ impl Work {
             }
             windows.sort();
             disks = windows.into_iter().map(|(_, disk)| disk).collect();
+            // What went before must have given its room first, and more of such a disk would give none either.
+            let waits = self.left.is_none() || self.held().is_some();
+            disks.retain(|disk| !waits && self.left_of(*disk).0 == 0);
         }
         for disk in disks {
             match self.thin(disk, pressure) {
@@ -198,6 +218,7 @@ impl Work {
                     lock(&self.shared.status).errors.remove(&disk);
                     if done && pressure == Pressure::Shrink {
                         *lock(&self.shared.status).shrunk.entry(disk).or_default() += 1;
+                        self.shrunk_last = Some(disk);
                         break;
                     }
                 }
@@ -209,7 +230,10 @@ impl Work {
             }
         }
         let rounds = lock(&self.shared.status).rounds;
-        self.collect |= rounds.is_multiple_of(COLLECT_ROUNDS);
+        if rounds.is_multiple_of(COLLECT_ROUNDS) {
+            self.collect = true;
+            self.no_room.clear();
+        }
         let given = self.give_room_back();
         if let Err(why) = &given {
             tracing::warn!(why, "room cannot be given back");
@@ -219,16 +243,20 @@ impl Work {
     }
 
     fn look_at_the_room(&self) -> Pressure {
-        let low = self.settings.low_bytes.0.max(self.shelf.space_floor.0);
+        let low = self.low();
         let free = match self.shelf.storage.free_space() {
             Ok(free) => free,
             // A store that has gone is told of elsewhere.
             Err(_) => return Pressure::None,
         };
         let why = (free.0 < low).then(|| {
-            let then = match self.settings.on_full {
-                OnFull::Refuse => "new data is refused when it is full",
-                OnFull::Shrink => "the oldest history goes",
+            let then = match (self.settings.on_full, self.held()) {
+                (OnFull::Refuse, _) => "new data is refused when it is full".to_owned(),
+                (OnFull::Shrink, None) => "the oldest history goes".to_owned(),
+                (OnFull::Shrink, Some(disk)) => format!(
+                    "history of disk {disk} that was given up is still there: mounts or other readers hold it \
+                     (`backtide mount` lists the mounts); no more goes until it is gone"
+                ),
             };
             format!("the store is nearly full: {free} bytes are free, below {low}; {then}")
         });
@@ -242,6 +270,26 @@ impl Work {
         } else {
             Pressure::None
         }
+    }
+
+    fn low(&self) -> u64 {
+        self.settings.low_bytes.0.max(self.shelf.space_floor.0)
+    }
+
+    fn left_of(&self, disk: DiskId) -> ByteCount {
+        self.left.as_ref().and_then(|left| left.get(&disk)).copied().unwrap_or_default()
+    }
+
+    /// The disk whose history went last for want of room, while that has not given its room.
+    fn held(&self) -> Option<DiskId> {
+        self.shrunk_last.filter(|disk| self.left_of(*disk).0 > 0)
+    }
+
+    /// Making images stops when less than this is free: new data goes first. A store with little room gives some of
+    /// that, since images are what lets history go.
+    fn room_to_leave(&self, free: ByteCount) -> ByteCount {
+        let (low, floor) = (self.low(), self.shelf.space_floor.0);
+        ByteCount(if free.0 >= low { low } else { floor + (low - floor) / 4 })
     }
 
     /// The disks whose logs are in use.
@@ -275,6 +323,9 @@ impl Work {
             return Ok(false);
         }
         let Some(snapshot) = self.snapshot(disk)? else { return Ok(false) };
+        if let Some(why) = self.overlays.unreadable() {
+            return Err(Undone::Why(why));
+        }
         // What was written to a mounted point is worth nothing without the point.
         let below = self.overlays.points(disk);
         let mut pins = policy.pins.clone();
@@ -282,7 +333,7 @@ impl Work {
         let Some(plan) = plan(&snapshot, &ladder, &pins, clock::now(), pressure)? else {
             return Ok(false);
         };
-        let base = self.base(&snapshot, &plan)?;
+        let base = self.base(disk, &snapshot, &plan)?;
         let asked = |answer| Task::Rebase { disk, base: Box::new(base), answer };
         let Some((life, ticket)): Option<(u64, RebaseTicket)> = ask(self.thread_of(disk), asked)? else {
             return Err(Undone::Why("the log changed while its images were made".to_owned()));
@@ -309,7 +360,7 @@ impl Work {
     }
 
     /// Makes the images of a plan; gives what the log begins with then.
-    fn base(&self, snapshot: &Snapshot, plan: &Plan) -> Result<Base, Undone> {
+    fn base(&mut self, disk: DiskId, snapshot: &Snapshot, plan: &Plan) -> Result<Base, Undone> {
         let old = snapshot.base();
         let mut known: BTreeMap<_, KeptPoint> = BTreeMap::new();
         for kept in old.iter().flat_map(|base| base.kept().iter().copied().chain([base.floor()])) {
@@ -321,6 +372,13 @@ impl Work {
                 .rebase_kept(kept)
                 .ok_or_else(|| Undone::Why("there is nothing to thin".to_owned()));
         };
+        let free = self.shelf.storage.free_space().unwrap_or(ByteCount(u64::MAX));
+        if self.no_room.get(&disk).is_some_and(|then| free.0 <= then.0.saturating_add(then.0 / 16)) {
+            return Err(Undone::Why(NO_ROOM.to_owned()));
+        }
+        let leave = self.room_to_leave(free);
+        // What is made is of no use to anybody if this ends early.
+        self.collect = true;
         let images = self.shelf.cache.images(&self.shelf.storage);
         let mut writer = images.write().map_err(|error| Undone::Why(chain(&error)))?;
         let mut last = old.map(Base::floor);
@@ -333,16 +391,15 @@ impl Work {
                 continue;
             }
             let made = snapshot.make_image(&mut writer, at.lsn, last, &mut |bytes| {
-                full = self.shelf.storage.free_space().is_ok_and(|free| free < self.shelf.space_floor);
+                full = self.shelf.storage.free_space().is_ok_and(|free| free < leave);
                 done += bytes.0;
                 !full && self.pace(begun, done)
             });
             let root = match made {
                 Ok(root) => root,
                 Err(FoldError::CalledOff) if full => {
-                    return Err(Undone::Why(
-                        "there is no room for the image that history is folded into".to_owned(),
-                    ));
+                    self.no_room.insert(disk, free);
+                    return Err(Undone::Why(NO_ROOM.to_owned()));
                 }
                 Err(FoldError::CalledOff) => return Err(Undone::Ending),
                 Err(FoldError::Log(error)) => return Err(Undone::Why(chain(&error))),
@@ -351,6 +408,7 @@ impl Work {
             kept.extend(last);
         }
         writer.finish().map_err(|error| Undone::Why(chain(&error)))?;
+        self.no_room.remove(&disk);
         let floor = kept.pop().expect("the floor was the last");
         Ok(snapshot.rebase(&foldable, floor, kept)?)
     }
@@ -367,39 +425,6 @@ impl Work {
             std::thread::sleep(early.min(WAIT_MAX));
         }
         false
-    }
-
-    /// Removes segments and chunks that nobody has.
-    fn give_room_back(&mut self) -> Result<(), String> {
-        let storage = &self.shelf.storage;
-        let mut roots: Vec<Root> = Vec::new();
-        for dir in self.logs()? {
-            let removed =
-                remove_unused(&**storage, &dir, &self.shelf.cache).map_err(|error| chain(&error))?;
-            lock(&self.shared.status).freed.0 += removed.bytes.0;
-            let found = FoundBase::read(&**storage, &dir).map_err(|error| chain(&error))?;
-            if let (None, Some(why)) = (&found.base, found.damage.first()) {
-                return Err(format!("nobody knows which images a log has: {why}"));
-            }
-            roots.extend(found.roots);
-        }
-        if self.collect {
-            let images = self.shelf.cache.images(storage);
-            let collected = images.collect(&roots).map_err(|error| chain(&error))?;
-            lock(&self.shared.status).freed.0 += collected.bytes.0;
-            self.collect = false;
-        }
-        Ok(())
-    }
-
-    /// The directories of all logs, whether or not they are in use.
-    fn logs(&self) -> Result<Vec<PathBuf>, String> {
-        let mut logs = Vec::new();
-        for disk in self.shelf.list().map_err(|error| chain(&error))? {
-            let numbers = self.shelf.numbers(disk).map_err(|error| chain(&error))?;
-            logs.extend(numbers.into_iter().map(|number| Shelf::dir(disk, number)));
-        }
-        Ok(logs)
     }
 }
 

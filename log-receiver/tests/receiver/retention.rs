@@ -71,7 +71,11 @@ fn at(lsn: u64) -> Vec<u8> {
 async fn rounds(api: &ReceiverClient, name: &DiskName, wanted: &str) -> RetentionReport {
     let begun = api.retention(None).await.unwrap().rounds;
     loop {
-        let report = api.set_retention(name, &ladder(wanted)).await.unwrap();
+        let seen = api.retention(None).await.unwrap().rounds;
+        let mut report = api.set_retention(name, &ladder(wanted)).await.unwrap();
+        while report.rounds <= seen {
+            report = api.retention(Some(name)).await.unwrap();
+        }
         // The one that was under way does not count.
         if report.rounds > begun + 1 {
             return report;
@@ -282,6 +286,65 @@ async fn a_store_that_is_nearly_full_says_so_and_shrinks_only_when_told_to() {
         drop(agent);
         receiver.shutdown().await;
     }
+}
+
+#[tokio::test]
+async fn history_that_a_mount_holds_is_given_up_once_and_the_alarm_says_why_no_more_goes() {
+    let place = Place::new();
+    let storage = MemoryStorage::new();
+    let config = config(&place, OnFull::Shrink);
+    let receiver = Receiver::start_on_storage(std::sync::Arc::new(storage.clone()), config).await.unwrap();
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    for lsn in 6..=200 {
+        agent.send(&write(lsn, place_in_a_corner(lsn), content(lsn))).await;
+    }
+    agent.all_durable().await;
+    let api = client(&receiver);
+    let mounted = api.mount(&request("lsn:33", None)).await.unwrap();
+    storage.set_capacity(Some(ByteCount(storage.used().0 + (3 << 20))));
+    let held = loop {
+        let report = api.retention(None).await.unwrap();
+        if report.low.as_ref().is_some_and(|low| low.contains("still there")) {
+            break report;
+        }
+    };
+    let later = loop {
+        let report = api.retention(None).await.unwrap();
+        if report.rounds > held.rounds + 3 {
+            break report;
+        }
+    };
+    assert_eq!(later.disks[0].shrunk, 1, "{later:?}");
+    assert_eq!(later.disks[0].every_point_from, held.disks[0].every_point_from);
+    api.unmount(&mounted.id, None).await.unwrap();
+    while api.retention(None).await.unwrap().low.is_some() {}
+    assert!(storage.free_space().unwrap().0 > 4 << 20);
+    drop(agent);
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn while_an_overlays_record_cannot_be_read_no_history_goes() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let agent = write_history(&receiver, 6..=95).await;
+    let writable = MountRequest { writable: true, ..request("lsn:52", None) };
+    let overlay = client(&receiver).mount(&writable).await.unwrap().id;
+    client(&receiver).unmount(&overlay, Some(OverlayFate::Keep)).await.unwrap();
+    drop(agent);
+    receiver.shutdown().await;
+    fs::write(place.store().join("overlays").join(format!("{overlay}.json")), "{").unwrap();
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let report = rounds(&api, &vm1(), TENS).await;
+    let why = report.disks[0].error.clone().unwrap_or_default();
+    assert!(why.contains(&format!("above which point overlay {overlay} lies")), "{report:?}");
+    assert!(api.points(&vm1()).await.unwrap().holes.is_empty());
+    api.discard(&overlay).await.unwrap();
+    let report = rounds(&api, &vm1(), TENS).await;
+    assert!(report.disks[0].error.is_none() && !report.disks[0].single_points.is_empty(), "{report:?}");
+    receiver.shutdown().await;
 }
 
 fn place_in_a_corner(lsn: u64) -> u64 {

@@ -1,0 +1,71 @@
+//! Gives room back: segments that logs do without and no reader has, and what no image has any more.
+//!
+//! Invariant: no image goes unless the base of every log was read, for nobody else knows which there are.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use backtide_images::Root;
+use backtide_recovery::{FoundBase, remove_unused};
+use backtide_units::{ByteCount, DiskId};
+
+use super::{Work, lock};
+use crate::{Shelf, disk::chain};
+
+impl Work {
+    /// Removes segments and chunks that nobody has.
+    pub(super) fn give_room_back(&mut self) -> Result<(), String> {
+        let mut roots: Vec<Root> = Vec::new();
+        let mut left = BTreeMap::<DiskId, ByteCount>::new();
+        let mut wrong = None;
+        // One log that cannot be read keeps only its own segments, and the images of all.
+        for (disk, dir) in self.logs()? {
+            let known = match self.remove_segments(&dir, &mut roots) {
+                Ok(known) => known,
+                Err(why) => {
+                    wrong.get_or_insert(why);
+                    // Nobody knows: at least something.
+                    ByteCount(1)
+                }
+            };
+            left.entry(disk).or_default().0 += known.0;
+        }
+        self.left = Some(left);
+        if let Some(why) = wrong {
+            return Err(why);
+        }
+        if self.collect {
+            let images = self.shelf.cache.images(&self.shelf.storage);
+            let collected = images.collect(&roots).map_err(|error| chain(&error))?;
+            lock(&self.shared.status).freed.0 += collected.bytes.0;
+            self.collect = false;
+        }
+        Ok(())
+    }
+
+    /// Removes a log's segments that nobody has, and adds the images it has; gives the bytes that readers hold.
+    fn remove_segments(&self, dir: &Path, roots: &mut Vec<Root>) -> Result<ByteCount, String> {
+        let storage = &*self.shelf.storage;
+        let removed = remove_unused(storage, dir, &self.shelf.cache).map_err(|error| chain(&error));
+        let found = FoundBase::read(storage, dir).map_err(|error| chain(&error))?;
+        if let (None, Some(why)) = (&found.base, found.damage.first()) {
+            return Err(format!("nobody knows which images a log has: {why}"));
+        }
+        roots.extend(found.roots);
+        let removed = removed?;
+        lock(&self.shared.status).freed.0 += removed.bytes.0;
+        Ok(removed.left)
+    }
+
+    /// The directories of all logs, whether or not they are in use.
+    fn logs(&self) -> Result<Vec<(DiskId, PathBuf)>, String> {
+        let mut logs = Vec::new();
+        for disk in self.shelf.list().map_err(|error| chain(&error))? {
+            let numbers = self.shelf.numbers(disk).map_err(|error| chain(&error))?;
+            logs.extend(numbers.into_iter().map(|number| (disk, Shelf::dir(disk, number))));
+        }
+        Ok(logs)
+    }
+}
