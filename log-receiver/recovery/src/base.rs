@@ -140,8 +140,9 @@ impl FoundBase {
     fn take(&mut self, base: Base) {
         self.roots.extend(base.roots());
         match &self.base {
-            Some(known) if known.generation == base.generation => self.alike += 1,
-            Some(known) if known.generation > base.generation => {}
+            Some(known) if *known == base => self.alike += 1,
+            // Two of one generation that differ are of two attempts: neither is there twice.
+            Some(known) if known.generation >= base.generation => {}
             Some(_) | None => {
                 self.base = Some(base);
                 self.alike = 1;
