@@ -381,6 +381,10 @@ impl Filter {
         assert!(to != Mode::Resync || self.pass.is_some(), "a resync is a pass");
         assert!(to == Mode::Resync || self.pass.is_none(), "a pass is a resync");
         assert!(to != Mode::Sync || self.lost.is_none(), "what is unknown is not in sync");
+        if to != Mode::Sync {
+            // What is asked of the receiver from now on is not what the local disk has.
+            self.interrupt_verify();
+        }
         self.mode = to;
         self.reason = reason;
         if from != to {

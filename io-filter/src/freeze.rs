@@ -181,7 +181,6 @@ impl Filter {
             // The pass knows better now.
             self.activity.want_snapshot();
         }
-        self.interrupt_verify();
         self.enter(Mode::Resync, Some(reason));
         // Answers that wait for the receiver would wait for the whole pass now.
         self.release_answers_after_outage();

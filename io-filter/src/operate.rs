@@ -60,7 +60,6 @@ impl Filter {
         }
         self.stop_forwarding();
         self.enter(Mode::Paused, Some(Reason::Paused));
-        self.interrupt_verify();
         self.retry_copies();
         self.release_answers_after_outage();
     }
