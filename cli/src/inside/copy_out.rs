@@ -1,20 +1,22 @@
 //! Files of a volume copied to this machine.
 //!
 //! Invariant: nothing is written through a name that was not made here: directories and files are created, never
-//! opened, so that no symbolic link of the volume leads out of the destination.
+//! opened, so that no symbolic link of the volume leads out of the destination. Nobody else reads anything
+//! before it has the mode that it has on the volume.
 
 use std::{
     ffi::OsStr,
-    fs::{self, File},
+    fs::{self, DirBuilder, File},
     io::{self, Write},
     os::unix::{
         ffi::OsStrExt,
-        fs::{OpenOptionsExt, PermissionsExt, symlink},
+        fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink},
     },
     path::{Path, PathBuf},
 };
 
 use backtide_control::{ApiError, ErrorCode};
+use rustix::fs::OFlags;
 use serde::Serialize;
 
 use super::{Entry, Kind, Volume, volume::api_error};
@@ -100,7 +102,8 @@ fn directory(
     if depth > DEPTH_MAX {
         return Err(refused(&format!("{} is deeper than {DEPTH_MAX} directories", path.display())));
     }
-    fs::create_dir(path).map_err(|error| exists_or_failed(path, &error))?;
+    // Nobody else looks in before its own mode says so, and what is read-only can still be filled.
+    DirBuilder::new().mode(0o700).create(path).map_err(|error| exists_or_failed(path, &error))?;
     copied.directories += 1;
     for inner in volume.list(entry)? {
         // A name on the volume is one word here, too, or it is nothing.
@@ -126,7 +129,11 @@ fn directory(
             Kind::Special => copied.skipped += 1,
         }
     }
-    Ok(())
+    // Not through a link that somebody has put in its place meanwhile.
+    let flags = (OFlags::DIRECTORY | OFlags::NOFOLLOW).bits().cast_signed();
+    let made = File::options().read(true).custom_flags(flags).open(path);
+    let set = made.and_then(|made| made.set_permissions(mode(entry)));
+    set.map_err(|error| io_failure(path.display(), &error))
 }
 
 /// Copies the bytes of a file.

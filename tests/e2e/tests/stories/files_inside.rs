@@ -1,5 +1,7 @@
 //! Files out of a point: no root, and nothing mounted on this machine.
 
+use std::{fs::Permissions, os::unix::fs::PermissionsExt};
+
 use backtide_e2e::{Bench, tools};
 
 /// A directory with files of all kinds, and a big one.
@@ -8,6 +10,7 @@ fn tree(bench: &Bench) -> std::path::PathBuf {
     std::fs::create_dir_all(tree.join("etc/deep")).unwrap();
     std::fs::write(tree.join("etc/hosts"), "127.0.0.1 here\n").unwrap();
     std::fs::write(tree.join("etc/deep/empty"), "").unwrap();
+    std::fs::set_permissions(tree.join("etc"), Permissions::from_mode(0o710)).unwrap();
     let big: Vec<u8> = (0..3 << 20_u32).map(|at| (at / 1000 % 251) as u8).collect();
     std::fs::write(tree.join("big"), big).unwrap();
     std::os::unix::fs::symlink("etc/hosts", tree.join("link")).unwrap();
@@ -51,6 +54,11 @@ fn files_are_listed_and_copied_out_of_a_point_as_they_were() {
     assert_eq!(copy(&["/etc", &whole]).code, 2, "a directory needs --recursive");
     let copied = copy(&["/", &whole, "--recursive"]);
     assert_eq!(copied.code, 0, "{copied:?}");
+    // What only root may look into stays so.
+    for (name, mode) in [("copy/lost+found", 0o700), ("copy/etc", 0o710)] {
+        let found = std::fs::metadata(bench.path(name)).unwrap().permissions().mode();
+        assert_eq!(found & 0o777, mode, "{name}");
+    }
     std::fs::remove_dir(bench.path("copy/lost+found")).unwrap();
     tools::run("diff", &["-r", "--no-dereference", tree.to_str().unwrap(), &whole]);
     assert_eq!(copy(&["/none", &bench.name("none")]).code, 4);
