@@ -13,6 +13,12 @@ const SECTOR: u64 = 512;
 /// Logical partitions that are looked for: a table can be a circle.
 const LOGICAL_MAX: u32 = 128;
 
+/// Bytes of an entry of a GPT: the only length that is in use.
+const ENTRY_LENGTH: u32 = 128;
+
+/// Entries of a GPT: there are 128 nearly everywhere.
+const ENTRIES_MAX: u32 = 1024;
+
 /// A part of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Partition {
@@ -104,7 +110,32 @@ pub(crate) fn partitions(disk: &mut PointReader) -> io::Result<Vec<Partition>> {
     Ok(found.collect())
 }
 
-fn gpt_partitions(disk: &PointReader) -> io::Result<Vec<(u32, ByteRange)>> {
+/// Refuses a header of a table that `gpt` would panic about or take memory for without bounds: the numbers are
+/// the guest's, and a checksum keeps nobody from writing any.
+fn check_gpt_header(disk: &mut PointReader, at: u64) -> io::Result<()> {
+    let mut header = [0; 92];
+    disk.read_at(at, &mut header)?;
+    if header[..8] != *b"EFI PART" {
+        return Ok(());
+    }
+    let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
+    let (entries, length) = (number(80), number(84));
+    if length == ENTRY_LENGTH && entries <= ENTRIES_MAX {
+        return Ok(());
+    }
+    let why = format!(
+        "the partition table (GPT) says it has {entries} entries of {length} bytes; \
+         {ENTRIES_MAX} of {ENTRY_LENGTH} at most can be read here"
+    );
+    Err(io::Error::new(io::ErrorKind::InvalidData, why))
+}
+
+fn gpt_partitions(disk: &mut PointReader) -> io::Result<Vec<(u32, ByteRange)>> {
+    // Either header may be the one that is used: the second takes the place of a damaged first.
+    let last = (disk.size().0 / SECTOR).saturating_sub(1) * SECTOR;
+    for at in [SECTOR, last] {
+        check_gpt_header(disk, at)?;
+    }
     let block = LogicalBlockSize::Lb512;
     let config = GptConfig::new().writable(false).logical_block_size(block);
     let table = config.open_from_device(disk.clone()).map_err(io::Error::other)?;

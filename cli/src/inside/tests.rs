@@ -134,6 +134,47 @@ fn a_damaged_gpt_is_an_error() {
     assert!(on(disk, |mut disk| partitions(&mut disk).is_err()));
 }
 
+/// Writes the header of a GPT, with a checksum that is right.
+fn gpt_header(disk: &mut [u8], sector: usize, entries: u32, length: u32) {
+    let header = &mut disk[sector * 512..sector * 512 + 92];
+    header[..8].copy_from_slice(b"EFI PART");
+    header[8..12].copy_from_slice(&0x1_0000_u32.to_le_bytes());
+    header[12..16].copy_from_slice(&92_u32.to_le_bytes());
+    header[24..32].copy_from_slice(&(sector as u64).to_le_bytes());
+    header[72..80].copy_from_slice(&2_u64.to_le_bytes());
+    header[80..84].copy_from_slice(&entries.to_le_bytes());
+    header[84..88].copy_from_slice(&length.to_le_bytes());
+    let mut crc = u32::MAX;
+    for byte in &*header {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = (crc >> 1) ^ if crc & 1 == 1 { 0xedb8_8320 } else { 0 };
+        }
+    }
+    header[16..20].copy_from_slice(&(!crc).to_le_bytes());
+}
+
+#[test]
+fn a_gpt_with_numbers_nobody_uses_is_refused_in_a_sentence() {
+    let last = MIB / 512 - 1;
+    for sector in [1, last] {
+        for (entries, length) in [(128, 256), (128, 0), (1025, 128), (u32::MAX, 128)] {
+            let mut disk = vec![0; MIB];
+            entry(&mut disk, 0, 0, 0xee, 1, 2047);
+            gpt_header(&mut disk, sector, entries, length);
+            let why = on(disk, |mut disk| partitions(&mut disk).unwrap_err().to_string());
+            let said = format!("says it has {entries} entries of {length} bytes");
+            assert!(why.contains(&said), "sector {sector}: {why}");
+        }
+        // With these it is the checksum of the entries that is wrong: the header is read.
+        let mut disk = vec![0; MIB];
+        entry(&mut disk, 0, 0, 0xee, 1, 2047);
+        gpt_header(&mut disk, sector, 1024, 128);
+        let why = on(disk, |mut disk| partitions(&mut disk).unwrap_err().to_string());
+        assert!(why.contains("CRC mismatch"), "sector {sector}: {why}");
+    }
+}
+
 #[test]
 fn a_part_reads_its_own_bytes_and_no_others() {
     let disk: Vec<u8> = (0..MIB).map(|at| (at / 4096) as u8).collect();
