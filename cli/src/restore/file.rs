@@ -76,9 +76,6 @@ impl NewFile {
             }
         };
         temporary.as_file().set_len(goal.size.0).map_err(failed)?;
-        if replace && let Ok(found) = std::fs::metadata(path) {
-            temporary.as_file().set_permissions(found.permissions()).map_err(failed)?;
-        }
         let file = OpenFile::new(temporary.as_file().try_clone().map_err(failed)?, path);
         let notes_path = TempPath::try_from_path(notes_path).map_err(failed)?;
         let partial = Partial { file: temporary, notes: notes_path };
@@ -127,6 +124,10 @@ impl NewFile {
         let Partial { file: temporary, notes } = temporary.expect("a restored file gets its name once");
         let (path, replace) = (self.path().to_owned(), self.replace);
         let name = move |_: &File| {
+            // Not earlier: a partial file that others may open is not gone on with.
+            if replace && let Ok(found) = std::fs::metadata(&path) {
+                temporary.as_file().set_permissions(found.permissions())?;
+            }
             let kept = if replace { temporary.persist(&path) } else { temporary.persist_noclobber(&path) };
             match kept {
                 Ok(_) => {

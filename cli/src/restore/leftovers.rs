@@ -7,16 +7,23 @@
 //! The output's own name never stands for half a restore. A leftover that nobody holds is gone on with by
 //! the next restore of the same point to the same output; one of another point is removed. Both are told.
 //! One that is held is another restore under way, and that is refused.
+//!
+//! Invariant: nothing is written to a file that somebody else has put there under such a name, nor to what it
+//! links to: what is gone on with is a regular file of this user, with one name, that nobody else may open.
 
 use std::{
     ffi::OsStr,
     fs::{self, File},
     io,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use backtide_control::{ApiError, ErrorCode};
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    fs::{FlockOperation, OFlags, flock},
+    process::geteuid,
+};
 
 use crate::{
     context::Context,
@@ -37,6 +44,30 @@ pub(super) fn hold(file: &File) -> io::Result<()> {
     Ok(flock(file, FlockOperation::NonBlockingLockExclusive)?)
 }
 
+/// Opens a file that an earlier restore of this user left; none when it is somebody else's, or no regular file.
+pub(super) fn open_own(path: &Path, append: bool) -> io::Result<Option<File>> {
+    // No link is followed, and no pipe waited for.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let opened = File::options().read(true).write(true).append(append).custom_flags(flags).open(path);
+    let Ok(file) = opened else {
+        return match fs::symlink_metadata(path) {
+            Ok(found) if is_own(&found) => opened.map(Some),
+            Ok(_) => Ok(None),
+            Err(error) => Err(error),
+        };
+    };
+    Ok(Some(file).filter(|file| file.metadata().is_ok_and(|found| is_own(&found))))
+}
+
+fn is_own(found: &fs::Metadata) -> bool {
+    found.is_file() && found.uid() == geteuid().as_raw()
+}
+
+/// Whether nobody else can have opened it: it has the mode that a restore gives it, and no other name.
+pub(super) fn is_private(file: &File) -> bool {
+    file.metadata().is_ok_and(|found| found.nlink() == 1 && found.mode() & 0o077 == 0)
+}
+
 /// A partial file to go on with, held.
 pub(crate) struct Leftover {
     pub(super) file: File,
@@ -54,8 +85,14 @@ pub(crate) fn take(context: &Context, output: &str, goal: &Goal) -> Result<Optio
     // A link that is there is followed: the partial file stands beside what it names.
     let output = &fs::canonicalize(output).unwrap_or_else(|_| output.clone());
     for path in find(output).map_err(|error| io_failure(output.display(), &error))? {
-        let file = match File::options().read(true).write(true).open(&path) {
-            Ok(file) => file,
+        let file = match open_own(&path, false) {
+            Ok(Some(file)) => file,
+            Ok(None) => {
+                let path = path.display();
+                context
+                    .tell(&format!("{path} is no file of this user: it is left alone, and not gone on with"));
+                continue;
+            }
             // Published or removed since it was listed.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(io_failure(path.display(), &error)),
@@ -66,9 +103,8 @@ pub(crate) fn take(context: &Context, output: &str, goal: &Goal) -> Result<Optio
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint(hint).into());
         }
         let same_size = file.metadata().is_ok_and(|found| found.len() == goal.size.0);
-        if let Some(notes) =
-            Notes::open(&notes::path_of(&path), goal).filter(|_| same_size && taken.is_none())
-        {
+        let usable = same_size && taken.is_none() && is_private(&file);
+        if let Some(notes) = usable.then(|| Notes::open(&notes::path_of(&path), goal)).flatten() {
             let path_name = path.display();
             context.tell(&format!("going on with {path_name}, which an earlier restore of this point left"));
             taken = Some(Leftover { file, path, notes });

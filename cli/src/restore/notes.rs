@@ -12,14 +12,14 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, Write},
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use backtide_units::{ByteCount, DiskId, Lsn};
 
-use super::pieces::PIECE;
+use super::{leftovers, pieces::PIECE};
 
 /// Ends the name of the notes of a partial file.
 const SUFFIX: &str = ".notes";
@@ -77,14 +77,16 @@ fn note(piece: u64, digest: &[u8; 32]) -> [u8; NOTE_LENGTH] {
 impl Notes {
     /// New notes at `path`.
     pub(super) fn create(path: &Path, goal: &Goal) -> io::Result<Self> {
-        let mut file = File::create(path)?;
+        // Made here and for this user, as the partial file is: never what somebody has put there.
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
         file.write_all(&goal.header())?;
         Ok(Self { file: Arc::new(Mutex::new(file)), known: Arc::default() })
     }
 
-    /// The notes at `path`, to go on with; none when they are of another point, or none at all.
+    /// The notes at `path`, to go on with; none when they are of another point, somebody else may have
+    /// written them, or there are none at all.
     pub(super) fn open(path: &Path, goal: &Goal) -> Option<Self> {
-        let file = File::options().read(true).append(true).open(path).ok()?;
+        let file = leftovers::open_own(path, true).ok()?.filter(leftovers::is_private)?;
         let length = usize::try_from(file.metadata().ok()?.len()).ok()?;
         let mut header = [0; HEADER_LENGTH];
         file.read_exact_at(&mut header, 0).ok()?;

@@ -397,6 +397,47 @@ fn what_is_left_of_another_point_or_was_lost_since_is_not_taken() {
 }
 
 #[test]
+fn what_somebody_else_may_have_put_there_is_not_gone_on_with() {
+    use std::{fs, os::unix::fs::PermissionsExt};
+    type Tamper = fn(&Path, &Path);
+    // Each is given the partial file or its notes, and a place that must not be written to.
+    let link: Tamper = |path, victim| {
+        fs::rename(path, victim).unwrap();
+        std::os::unix::fs::symlink(victim, path).unwrap();
+    };
+    let second_name: Tamper = |path, victim| fs::hard_link(path, victim).unwrap();
+    let open_to_all: Tamper = |path, victim| {
+        fs::copy(path, victim).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
+    };
+    run(async {
+        for (number, tamper) in [link, second_name, open_to_all].into_iter().enumerate() {
+            for which in [".restoring", ".restoring.notes"] {
+                let fixture = Fixture::new().await;
+                let (output, victim) = (fixture.path("out.img"), fixture.path("victim"));
+                let name = output.to_str().unwrap();
+                let target = Target::open(name, wanted(fixture.source.size(), false)).await.unwrap();
+                copy(&fixture.source, &target, &mut Progress::new(&fixture.context, "restored"))
+                    .await
+                    .unwrap();
+                target.leave();
+                drop(target);
+                let path = fixture.names().into_iter().find(|name| name.ends_with(which)).unwrap();
+                tamper(&fixture.path(&path), &victim);
+                let before = fs::read(&victim).unwrap();
+                let (_, resumed) = fixture.restore_way(name, false, false).await.unwrap();
+                assert_eq!(resumed, ByteCount(0), "{number} {which}");
+                assert!(fs::read(&output).unwrap() == disk(), "{number} {which}");
+                assert!(fs::symlink_metadata(&output).unwrap().is_file(), "{number} {which}");
+                assert!(fs::read(&victim).unwrap() == before, "{number} {which}: it is untouched");
+                fs::write(&victim, "changed").unwrap();
+                assert!(fs::read(&output).unwrap() == disk(), "{number} {which}: it is another file");
+            }
+        }
+    });
+}
+
+#[test]
 fn onto_an_old_copy_only_the_difference_is_written() {
     run(async {
         let fixture = Fixture::new().await;
