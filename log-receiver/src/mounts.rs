@@ -239,6 +239,7 @@ impl Table {
             None => wanted,
         };
         let listener = Listener::bind_uri(&wanted).await.map_err(|error| bind_error(&error))?;
+        let listener = listener.for_disk(plan.disk.name.clone());
         let uri = NbdUri { address: listener.address().clone(), ..wanted };
         let size = plan.view.disk_size();
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));

@@ -233,6 +233,7 @@ impl Disk {
             engine.happen(|filter, now| filter.pause(now));
         }
         let listener = Listener::bind_kept(&nbd, &sockets, &nbd_purpose(&record.name)).await?;
+        let listener = listener.for_disk(record.name.clone());
         let nbd = NbdUri { address: listener.address().clone(), ..nbd };
         let export = DiskExport::new(Rc::clone(&engine));
         let server = listener.serve(Rc::new(OneExport(export)), limits);

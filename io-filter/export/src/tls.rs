@@ -5,6 +5,8 @@
 //! Invariants: TLS 1.2 or 1.3 and nothing older; a server's certificate is always verified, also
 //! its name, which has to be a subject alternative name; a client's is unless told otherwise.
 //! Files are read when a server starts to listen, again when they have changed, and when a client connects.
+//! A client whose certificate names disks is served no other where the server knows its disk; no session is
+//! resumed, so that each connection's certificate is looked at.
 
 use std::{
     fmt,
@@ -14,10 +16,12 @@ use std::{
 
 use backtide_nbd::server::TlsMode;
 use backtide_nbd::{NbdAddress, NbdUri, UriTls};
-use backtide_tls::folder::{authorities, identity};
-use backtide_tls::{Reloading, Role, TlsError};
-use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ServerConfig, crypto::aws_lc_rs, server::WebPkiClientVerifier};
+use backtide_tls::folder::{authorities, described, identity};
+use backtide_tls::{Reloading, Rights, Role, TlsError, WhichDisks};
+use backtide_units::DiskName;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::{ClientConfig, ServerConfig, crypto::aws_lc_rs};
 use serde::{Deserialize, Serialize};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
@@ -76,6 +80,8 @@ pub enum ClientCertificates {
 pub struct ServerTls {
     mode: TlsMode,
     config: Option<Arc<Reloading<Arc<ServerConfig>>>>,
+    /// What is served: a client's certificate has to speak for it.
+    disk: Option<DiskName>,
 }
 
 impl ServerTls {
@@ -95,7 +101,22 @@ impl ServerTls {
         let place = folder.to_path_buf();
         let load = move || server_config(&place, clients);
         let config = Reloading::new(Role::Server.files(folder), load)?;
-        Ok(Self { mode, config: Some(Arc::new(config)) })
+        Ok(Self { mode, config: Some(Arc::new(config)), disk: None })
+    }
+
+    /// The same for clients whose certificate speaks for `disk`, or names no disks; see [`Rights`].
+    #[must_use]
+    pub fn for_disk(self, disk: DiskName) -> Self {
+        Self { disk: Some(disk), ..self }
+    }
+
+    /// Whether a client of this chain, which was verified, may be served. One that was not asked for
+    /// a certificate may.
+    pub(crate) fn admit(&self, chain: Option<&[CertificateDer<'_>]>) -> Result<(), String> {
+        let (Some(disk), Some(chain)) = (&self.disk, chain) else { return Ok(()) };
+        let certificate =
+            described(chain).ok_or_else(|| "the client's certificate cannot be read".to_owned())?;
+        Rights::of(&certificate, WhichDisks::Any).check(disk)
     }
 
     /// What the handshake is told.
@@ -136,7 +157,11 @@ fn server_config(folder: &Path, clients: ClientCertificates) -> Result<Arc<Serve
         ClientCertificates::NotAsked => builder.with_no_client_auth(),
     };
     let own = identity(folder, Role::Server)?;
-    Ok(Arc::new(builder.with_single_cert(own.chain, own.key).map_err(unusable)?))
+    let mut config = builder.with_single_cert(own.chain, own.key).map_err(unusable)?;
+    // A session that was resumed would not be asked for its certificate, which may have ended.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
 }
 
 /// A client's side of TLS to one server.

@@ -13,7 +13,7 @@ use backtide_export::{
 };
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::Bytes;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, KeyUsagePurpose};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, KeyUsagePurpose, SanType};
 use support::{FileExport, Fixed, GRACE, Manual, Place, command, on_a_worker, run};
 
 const SIZE: u64 = 64 << 20;
@@ -34,6 +34,17 @@ fn issue(folder: &Path, whose: &str, name: &str, authority: &Authority) {
         CertificateParams::new(vec![name.to_owned()]).unwrap().signed_by(&key, authority).unwrap();
     std::fs::write(folder.join(format!("{whose}-cert.pem")), certificate.pem()).unwrap();
     std::fs::write(folder.join(format!("{whose}-key.pem")), key.serialize_pem()).unwrap();
+}
+
+/// Makes the client's certificate one that speaks for `disk`.
+fn limit(folder: &Path, disk: &str, authority: &Authority) {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(vec!["client".to_owned()]).unwrap();
+    let uri = format!("backtide:disk/{disk}");
+    params.subject_alt_names.push(SanType::URI(uri.try_into().unwrap()));
+    let certificate = params.signed_by(&key, authority).unwrap();
+    std::fs::write(folder.join("client-cert.pem"), certificate.pem()).unwrap();
+    std::fs::write(folder.join("client-key.pem"), key.serialize_pem()).unwrap();
 }
 
 /// A folder with everything for both sides.
@@ -129,6 +140,36 @@ fn a_client_nobody_vouches_for_is_not_let_in() {
 
         let server = serve(&place, TlsMode::Required, &folder, ClientCertificates::NotAsked).await;
         works(&secure(&place, &stranger)).await;
+        server.shutdown(GRACE).await;
+    });
+}
+
+#[test]
+fn a_client_whose_certificate_names_disks_is_served_no_other() {
+    on_a_worker(async {
+        let place = Place::new();
+        let folder = certificates(&place, "pki");
+        let authority = authority();
+        std::fs::write(folder.join("ca-cert.pem"), authority.pem()).unwrap();
+        issue(&folder, "server", "localhost", &authority);
+        issue(&folder, "client", "client", &authority);
+        let tls = ServerTls::load(TlsMode::Required, &folder, ClientCertificates::Required).unwrap();
+        let disk = FileExport::open("disk", &place.image(SIZE), false).unwrap();
+        let listener = Listener::bind(&place.address()).await.unwrap().with_tls(tls);
+        let server = listener.for_disk("db-1".parse().unwrap()).serve(Fixed::one(disk), Limits::default());
+        let uri = secure(&place, &folder);
+        works(&uri).await;
+        for (named, served) in [("db-*", true), ("db-1", true), ("db-2", false), ("web-*", false)] {
+            limit(&folder, named, &authority);
+            if served {
+                works(&uri).await;
+                assert_eq!(list_exports(&uri, &Default::default()).await.unwrap().len(), 1, "{named}");
+                continue;
+            }
+            assert_eq!(list_exports(&uri, &Default::default()).await.unwrap().len(), 0, "{named}");
+            let refused = Client::connect(&uri).await.unwrap_err();
+            assert!(format!("{refused:?}").contains("no such export"), "{named}: {refused:?}");
+        }
         server.shutdown(GRACE).await;
     });
 }

@@ -5,7 +5,14 @@
 //! the place of the one that has been in its handshake for longest, never the other way round;
 //! after [`Server::shutdown`] nothing of the server is left running.
 
-use std::{cell::RefCell, collections::BTreeMap, io, pin::pin, rc::Rc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    io,
+    pin::pin,
+    rc::Rc,
+    time::Duration,
+};
 
 use backtide_nbd::NbdAddress;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -218,7 +225,7 @@ async fn connection(stream: Stream, entry: Entry, stop: Rc<Stop>) {
 async fn serve(stream: Stream, entry: &Entry, stop: &Stop) -> Result<(), ServeError> {
     let Shared { exports, limits, tls, connections } = &*entry.shared;
     let has_room = || connections.borrow().served() < limits.connections;
-    let gate = Gate { exports: &**exports, limits, tls, stop, has_room: &has_room };
+    let gate = Gate { exports: &**exports, limits, tls, stop, has_room: &has_room, denied: Cell::new(false) };
     let Some(negotiated) = negotiate(stream, &gate).await? else { return Ok(()) };
     if !has_room() {
         // Another client came first while the answer to this one was sent.

@@ -13,6 +13,7 @@
 //! owed is dropped after [`Limits::stalled`].
 
 use std::{
+    cell::Cell,
     future::poll_fn,
     pin::{Pin, pin},
     rc::Rc,
@@ -49,8 +50,14 @@ pub async fn serve_connection(
     limits: Limits,
 ) -> Result<(), ServeError> {
     let stop = Stop::default();
-    let gate =
-        Gate { exports: &*exports, limits: &limits, tls: &ServerTls::off(), stop: &stop, has_room: &|| true };
+    let gate = Gate {
+        exports: &*exports,
+        limits: &limits,
+        tls: &ServerTls::off(),
+        stop: &stop,
+        has_room: &|| true,
+        denied: Cell::new(false),
+    };
     let Some(negotiated) = negotiate(Box::new(stream), &gate).await? else {
         return Ok(());
     };

@@ -8,6 +8,7 @@ use std::{io, path::Path, rc::Rc, time::Duration};
 use backtide_nbd::server::TlsMode;
 use backtide_nbd::{NbdAddress, NbdUri};
 use backtide_socket::{Listening, Occupied, Place, SocketFile, Sockets};
+use backtide_units::DiskName;
 use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 
@@ -109,6 +110,12 @@ impl Listener {
     #[must_use]
     pub fn with_tls(self, tls: ServerTls) -> Self {
         Self { tls, ..self }
+    }
+
+    /// The same listener, which serves `disk`: a client that shows a certificate needs one that speaks for it.
+    #[must_use]
+    pub fn for_disk(self, disk: DiskName) -> Self {
+        Self { tls: self.tls.for_disk(disk), ..self }
     }
 
     /// Takes over a unix socket that somebody else bound and keeps, such as systemd.

@@ -3,7 +3,7 @@
 //! Invariants: a client has one span of time for all of it, however it spreads its bytes; nothing
 //! that came in the clear is read under TLS.
 
-use std::io;
+use std::{cell::Cell, io};
 
 use backtide_nbd::server::{Catalog, Handshake, Session, Step, Unavailable};
 use backtide_nbd::{ExportInfo, ExportSummary, Intake};
@@ -33,6 +33,8 @@ pub(crate) struct Gate<'server> {
     pub(crate) stop: &'server Stop,
     /// Whether one client more may begin transmission.
     pub(crate) has_room: &'server dyn Fn() -> bool,
+    /// The client's certificate is for other disks: there is no export for it.
+    pub(crate) denied: Cell<bool>,
 }
 
 /// Does the handshake with the client behind `stream`. `None` when the client wanted nothing
@@ -74,7 +76,12 @@ async fn handshake(mut stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotia
             Step::StartTls => {
                 let secured = gate.tls.acceptor().accept(stream);
                 let Some(secured) = gate.unless_stopped(secured).await else { return Ok(None) };
-                stream = Box::new(secured.map_err(ServeError::Tls)?);
+                let secured = secured.map_err(ServeError::Tls)?;
+                if let Err(why) = gate.tls.admit(secured.get_ref().1.peer_certificates()) {
+                    tracing::warn!(why, "an NBD client is served nothing");
+                    gate.denied.set(true);
+                }
+                stream = Box::new(secured);
                 machine.tls_started();
             }
             Step::Transmission(session) => {
@@ -113,10 +120,13 @@ impl Catalog for Gate<'_> {
     }
 
     fn find(&self, name: &str) -> Option<ExportInfo> {
+        if self.denied.get() {
+            return None;
+        }
         self.exports.find(name).map(|export| export.info())
     }
 
     fn list(&self) -> Vec<ExportSummary> {
-        self.exports.list()
+        if self.denied.get() { Vec::new() } else { self.exports.list() }
     }
 }
