@@ -107,7 +107,6 @@ impl Agent {
         let spill = config.spill().map_err(AgentError::Config)?;
         let directory = config.state.display().to_string();
         let state = |source| AgentError::State { directory: directory.clone(), source };
-        std::fs::create_dir_all(&config.state).map_err(state)?;
         let storage = RealStorage::open_locked(&config.state).map_err(|source| match source.kind() {
             io::ErrorKind::WouldBlock => AgentError::Locked { directory: directory.clone() },
             _ => state(source),

@@ -98,10 +98,10 @@ impl Receiver {
     /// # Errors
     /// See [`StartError`]; nothing is left running then.
     pub async fn start(config: Config) -> Result<Self, StartError> {
-        make_dir(&config.store)?;
-        let lock = lock_store(&config.store)?;
+        // Made, if it is missing, for its owner only.
         let storage = RealStorage::open(&config.store)
             .map_err(|source| failed(format!("open the store {}", config.store.display()), source))?;
+        let lock = lock_store(&config.store)?;
         Self::start_on(Arc::new(storage), Some(lock), config).await
     }
 

@@ -2,11 +2,14 @@
 //!
 //! Creating is exclusive and syncing a directory opens it anew, so nothing here keeps state between
 //! calls except the root and, when asked for, the lock on it.
+//!
+//! Invariant: what lies here is a guest's data or tells of it, so files and directories made here are
+//! for their owner only, whatever the process's umask.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{self, IoSlice},
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -35,7 +38,11 @@ impl RealStorage {
     pub fn open(root: &Path) -> io::Result<Self> {
         let missing: Vec<_> =
             root.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
-        fs::create_dir_all(root)?;
+        // The way to it may be that of others too.
+        if let Some(way) = root.parent() {
+            fs::create_dir_all(way)?;
+        }
+        private_dir(root)?;
         // What is made durable in the tree is only there when the way to it is.
         for made in missing {
             File::open(made.canonicalize()?.parent().unwrap_or(made))?.sync_all()?;
@@ -69,7 +76,9 @@ impl RealStorage {
 
 impl Storage for RealStorage {
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(self.path(path)?)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options.open(self.path(path)?)?;
         Ok(Arc::new(RealFile(file)))
     }
 
@@ -99,7 +108,7 @@ impl Storage for RealStorage {
     }
 
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        fs::create_dir_all(self.path(dir)?)
+        private_dir(&self.path(dir)?)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
@@ -114,6 +123,11 @@ impl Storage for RealStorage {
     fn display(&self, path: &Path) -> PathBuf {
         self.root.join(path)
     }
+}
+
+/// Makes it and what is missing on the way, for the owner only; one that is there stays as it is.
+fn private_dir(dir: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
 impl StorageFile for RealFile {

@@ -2,6 +2,7 @@
 
 use std::{
     io::{ErrorKind, IoSlice},
+    os::unix::fs::PermissionsExt,
     path::Path,
 };
 
@@ -93,4 +94,16 @@ fn a_small_file_is_replaced_whole() {
     assert_eq!(read_file(&storage, Path::new("f"), ByteCount(10)).expect("read"), b"two!");
     assert!(read_file(&storage, Path::new("f"), ByteCount(3)).is_err(), "larger than allowed");
     assert_eq!(storage.list(Path::new("")).expect("list"), ["f"]);
+}
+
+#[test]
+fn what_is_made_is_for_its_owner_only() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let storage = RealStorage::open(&dir.path().join("way/store")).expect("open");
+    storage.create_dir(Path::new("a/b")).expect("create dir");
+    storage.create_new(Path::new("a/b/f")).expect("create");
+    let mode = |path: &str| {
+        std::fs::metadata(dir.path().join("way/store").join(path)).expect("look").permissions().mode() & 0o777
+    };
+    assert_eq!((mode(""), mode("a"), mode("a/b"), mode("a/b/f")), (0o700, 0o700, 0o700, 0o600));
 }
