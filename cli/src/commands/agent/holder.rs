@@ -78,24 +78,34 @@ pub(super) async fn hold(config: &Config, mut stop: Stop) -> Result<Ending, Fail
     loop {
         let started = Instant::now();
         holder.ready = false;
-        let child = holder.start().map_err(|error| io_failure(holder.program.display(), &error))?;
-        let end =
-            holder.look_after(child, &mut stop).await.map_err(|error| io_failure("the agent", &error))?;
-        ever_ready |= holder.ready;
-        let status = match end {
-            End::Wanted(status) => return Ok(ending_as(status)),
-            // Its settings are wrong, or another agent runs: it has said so.
-            End::Died(status) if !ever_ready && status.code().is_some() => return Ok(ending_as(status)),
-            End::Died(status) => status,
+        let why = match holder.start() {
+            Ok(child) => {
+                let end = holder.look_after(child, &mut stop).await;
+                let end = end.map_err(|error| io_failure("the agent", &error))?;
+                ever_ready |= holder.ready;
+                match end {
+                    End::Wanted(status) => return Ok(ending_as(status)),
+                    // Its settings are wrong, or another agent runs: it has said so.
+                    End::Died(status) if !ever_ready && status.code().is_some() => {
+                        return Ok(ending_as(status));
+                    }
+                    End::Died(status) => format!("the agent has died ({status})"),
+                }
+            }
+            Err(error) if !ever_ready => return Err(io_failure(holder.program.display(), &error)),
+            // No memory, no process id, a program that is being replaced: it may pass, and with this
+            // process every kept socket would go.
+            Err(error) => format!("the agent cannot be started ({}: {error})", holder.program.display()),
         };
         deaths = if holder.ready && started.elapsed() >= LIVED { 1 } else { deaths + 1 };
         if deaths > DEATHS_MAX {
-            let why = format!("the agent has died {deaths} times in a row soon after its start: giving up");
+            let why =
+                format!("{why}, which makes {deaths} times in a row soon after or at its start: giving up");
             tracing::error!("{why}");
             return Err(failed(why));
         }
-        tracing::error!(%status, deaths, "the agent has died: starting it again");
-        holder.tell_above("STATUS=the agent has died: starting it again");
+        tracing::error!(deaths, "{why}: starting it again");
+        holder.tell_above(&format!("STATUS={why}: starting it again"));
         tokio::select! {
             () = tokio::time::sleep(pause(deaths)) => {}
             () = stop.asked() => return Ok(Ending::Done),

@@ -141,6 +141,31 @@ fn an_agent_that_dies_at_any_step_of_a_restart_costs_a_pause() {
 }
 
 #[test]
+fn an_agent_that_cannot_be_started_again_for_a_while_is_waited_for() {
+    let bench = Bench::new();
+    // A program of its own, which is away for a moment, as in an upgrade.
+    let (own, away) = (bench.path("own"), bench.path("away"));
+    let script = format!(
+        "{{ ln \"$4\" {own} || cp \"$4\" {own}; }} && shift 4 && exec setpriv --pdeathsig KILL {own} \"$@\"",
+        own = own.display()
+    );
+    let holder = bench.daemon_under(&["sh", "-c", &script, "sh"], &["agent", "run", "--hold"]);
+    let mut held = Held { holder: Some(holder) };
+    let holder = held.holder.as_mut().unwrap();
+    holder.may_complain("the agent has died");
+    holder.may_complain("the agent cannot be started");
+    let instance = bench.json(&["status"])["instance"].clone();
+    std::fs::rename(&own, &away).unwrap();
+    held.kill_agent();
+    while !held.holder().log().contains("the agent cannot be started") {
+        std::thread::yield_now();
+    }
+    std::fs::rename(&away, &own).unwrap();
+    assert_ne!(bench.json(&["status"])["instance"], instance, "at the socket that was kept");
+    assert_eq!(held.stop(), 0);
+}
+
+#[test]
 fn two_agents_never_serve_one_disk() {
     let bench = Bench::new();
     let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
