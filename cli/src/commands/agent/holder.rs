@@ -154,7 +154,8 @@ impl Holder {
     fn start(&self) -> io::Result<Child> {
         let packed = passing::pack(self.kept.sockets())?;
         let mut command = Command::new(&self.program);
-        for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"] {
+        // Without a process id the watchdog's time is the agent's: its signs of life are passed on.
+        for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
             command.env_remove(variable);
         }
         command

@@ -98,3 +98,18 @@ fn a_socket_that_a_service_manager_opened_is_used_and_left() {
     assert_eq!(agent.stop(), 0);
     assert!(bench.path("vm1.nbd").exists());
 }
+
+#[test]
+fn a_holder_passes_the_signs_of_life_on() {
+    let bench = Bench::new();
+    let manager = Manager::of(&bench);
+    let address = bench.name("notify.sock");
+    // The watchdog's process is the holder, which is no process of the agent's.
+    let environment =
+        [("NOTIFY_SOCKET", address.as_str()), ("WATCHDOG_USEC", "300000"), ("WATCHDOG_PID", "1")];
+    let holder = bench.daemon_with(&["agent", "run", "--hold"], &environment);
+    manager.hears("READY=1");
+    manager.hears("WATCHDOG=1");
+    manager.hears("WATCHDOG=1");
+    assert_eq!(holder.stop(), 0);
+}
