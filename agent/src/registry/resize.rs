@@ -17,7 +17,7 @@ use backtide_agent_api::{ResizeReport, ResizeRequest};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::{ByteCount, DiskName};
 
-use super::{PREDECESSOR_TIME, Registry, errors::failed, leave::end};
+use super::{PREDECESSOR_TIME, Registry, errors::failed, leave::end, waiting};
 use crate::{
     claims::Claim,
     disk::{self, Leaving},
@@ -55,7 +55,8 @@ impl Registry {
         let record = record.ok_or_else(|| missing_record(&name))?;
         let status = handle.status().await.map_err(|error| failed(&error))?;
         let size_before = status.size;
-        let kind = kind_of(&record.image)?;
+        let image = record.image.clone();
+        let kind = waiting(move || kind_of(&image)).await??;
         let target = target(&name, &kind, request.size, size_before)?;
         if target == Some(size_before) {
             return Ok(ResizeReport { size_before, hung_up: 0, disk: status });
@@ -66,7 +67,8 @@ impl Registry {
             ));
         }
         if let (Kind::RawFile(_), Some(target)) = (&kind, target) {
-            grow_file(Path::new(&record.image), target)?;
+            let image = record.image.clone();
+            waiting(move || grow_file(Path::new(&image), target)).await??;
         }
         // For whoever asks meanwhile.
         let shown = disk::not_attached(&record, "it is being resized");
