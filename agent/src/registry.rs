@@ -75,6 +75,8 @@ pub(crate) struct LocalIo {
 struct Attached {
     handle: DiskHandle,
     qcow2: Option<Qcow2Server>,
+    /// With direct I/O, what its size has to be a multiple of, in bytes.
+    direct_block: Option<u32>,
 }
 
 impl Registry {
@@ -107,7 +109,7 @@ impl Registry {
     /// A disk that a test plays.
     #[cfg(test)]
     pub(crate) async fn insert(&self, name: DiskName, handle: DiskHandle) {
-        self.disks.write().await.insert(name, Attached { handle, qcow2: None });
+        self.disks.write().await.insert(name, Attached { handle, qcow2: None, direct_block: None });
     }
 
     /// The disk of this name or UUID.
@@ -250,11 +252,13 @@ impl Registry {
         opened.tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
         opened.nbd = self.nbd_limits;
         let resume = opened.resume.clone();
+        let direct_block = opened.behind.direct_block();
         match disk::start(opened, self.records.clone(), nbd, self.sockets.clone()).await {
             Ok(handle) => {
                 // Known from now on, also when the disk stands still one day.
                 let _ = handle.status().await;
-                self.disks.write().await.insert(name.clone(), Attached { handle: handle.clone(), qcow2 });
+                let attached = Attached { handle: handle.clone(), qcow2, direct_block };
+                self.disks.write().await.insert(name.clone(), attached);
                 // In this order: whoever asks meanwhile finds it here or there.
                 self.failing.write().await.remove(&name);
                 Ok(handle)

@@ -170,6 +170,14 @@ impl Behind {
             Self::Nbd(_, size) => *size,
         }
     }
+
+    /// With direct I/O, what its size has to be a multiple of, in bytes.
+    pub(crate) fn direct_block(&self) -> Option<u32> {
+        match self {
+            Self::Image(image) => image.alignment().map(|alignment| alignment.block),
+            Self::Nbd(..) => None,
+        }
+    }
 }
 
 fn last_lsn(resume: &Resume) -> Lsn {

@@ -57,7 +57,11 @@ impl Registry {
         let size_before = status.size;
         let image = record.image.clone();
         let kind = waiting(move || kind_of(&image)).await??;
+        let direct_block = self.disks.read().await.get(&name).and_then(|attached| attached.direct_block);
         let target = target(&name, &kind, request.size, size_before)?;
+        if let Some(target) = target {
+            whole_blocks(&name, target, direct_block)?;
+        }
         if target == Some(size_before) {
             return Ok(ResizeReport { size_before, hung_up: 0, disk: status });
         }
@@ -185,11 +189,23 @@ fn target(
         )
         .with_hint("attach the smaller image under another name: it is a new disk"));
     }
-    if let Some(odd) = target.filter(|size| !size.0.is_multiple_of(SECTOR_BYTES)) {
-        let message = format!("{odd} bytes are no multiple of 512");
+    Ok(target)
+}
+
+/// Refuses a size that the disk could not be attached with again.
+fn whole_blocks(name: &DiskName, target: ByteCount, direct_block: Option<u32>) -> Result<(), ApiError> {
+    if !target.0.is_multiple_of(SECTOR_BYTES) {
+        let message = format!("{target} bytes are no multiple of 512");
         return Err(ApiError::new(ErrorCode::Usage, message));
     }
-    Ok(target)
+    match direct_block.filter(|block| !target.0.is_multiple_of((*block).into())) {
+        Some(block) => {
+            let message =
+                format!("{target} bytes are no multiple of the {block} that direct I/O to disk {name} needs");
+            Err(ApiError::new(ErrorCode::Usage, message))
+        }
+        None => Ok(()),
+    }
 }
 
 fn grow_file(image: &Path, target: ByteCount) -> Result<(), ApiError> {
@@ -202,4 +218,22 @@ fn grow_file(image: &Path, target: ByteCount) -> Result<(), ApiError> {
         Ok(())
     };
     grow().map_err(|error: std::io::Error| failed(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_that_direct_io_cannot_serve_is_refused_before_anything_is_done() {
+        let name: DiskName = "vm1".parse().unwrap();
+        let said = |bytes, block| whole_blocks(&name, ByteCount(bytes), block).map_err(|error| error.message);
+        let grown = (1 << 20) + 512;
+        assert_eq!(said(grown, None), Ok(()));
+        assert_eq!(said(grown, Some(512)), Ok(()));
+        assert_eq!(said(1 << 20, Some(4096)), Ok(()));
+        let why = "1049088 bytes are no multiple of the 4096 that direct I/O to disk vm1 needs";
+        assert_eq!(said(grown, Some(4096)), Err(why.to_owned()));
+        assert_eq!(said(1000, None), Err("1000 bytes are no multiple of 512".to_owned()));
+    }
 }
