@@ -75,7 +75,9 @@ impl Filter {
             return self.keep_spilling();
         };
         self.not_before(left.last_time);
-        if complete_to == Some(ring.end()) && self.lost.is_none() {
+        // From where the window was to where the log ended: a first file may be missing as well.
+        let is_whole = complete_to == Some(ring.end()) && ring.base() <= self.window.base();
+        if is_whole && self.lost.is_none() {
             // Every block that is dirty without it is one of a record in it.
             let _ = self.passive.take();
             self.mode = Mode::Sync;

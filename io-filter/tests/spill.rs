@@ -8,7 +8,7 @@ use backtide_io_filter::{
 };
 use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
 use backtide_spill::{RingLimits, SpillFiles};
-use backtide_storage::MemoryStorage;
+use backtide_storage::{MemoryStorage, Storage};
 use backtide_tracking::{ActivityLimits, DirtyBitmap, SavedTracking};
 use backtide_units::{
     BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn, Reason,
@@ -326,6 +326,28 @@ fn a_detach_in_an_outage_leaves_everything_to_the_next_attach() {
     assert_eq!((world.filter.mode(), world.dirty()), (Mode::Tracking, 100));
     world.connect(100, ReceiverState::Known);
     assert_eq!(world.drain()[0], "pass after 100");
+}
+
+#[test]
+fn a_spill_whose_first_file_is_missing_is_not_complete() {
+    let mut world = World::new(1 << 20);
+    world.write(0, 100);
+    let now = world.now();
+    world.filter.prepare_detach(now);
+    world.carry_out();
+    let now = world.now();
+    let saved = world.filter.detach(now).unwrap();
+    assert_eq!((saved.spilled_to, saved.dirty.count().0), (Some(Lsn(200)), 100));
+    let storage = world.storage.clone();
+    let files: Vec<_> = storage.files().into_iter().map(|(path, _)| path).collect();
+    assert!(files.len() > 2, "{files:?}");
+    storage.remove(files.iter().min().unwrap()).unwrap();
+    let mut world = World::attached(storage, 1 << 20, Epoch(3), Resume::Clean(saved));
+    assert_eq!((world.filter.mode(), world.dirty()), (Mode::Tracking, 100), "the bitmap says it");
+    world.connect(100, ReceiverState::Known);
+    let sent = world.drain();
+    assert!(sent[0].starts_with("pass after"), "{sent:?}");
+    assert!(world.filter.is_drained());
 }
 
 #[test]
