@@ -43,6 +43,8 @@ struct Shared {
     unflushed: RefCell<Unflushed>,
     /// Whether a flush is on its way that nobody asked for.
     flushing: Cell<bool>,
+    /// The server refused such a flush, and may refuse none that follows: nobody was told yet.
+    untold: Cell<Option<IoFailure>>,
 }
 
 /// Why an NBD server is not, or not any more, the disk behind.
@@ -92,6 +94,7 @@ impl NbdDisk {
             back: Notify::new(),
             unflushed: RefCell::default(),
             flushing: Cell::default(),
+            untold: Cell::default(),
         };
         Ok(Self { shared: Rc::new(shared) })
     }
@@ -136,7 +139,11 @@ impl NbdDisk {
         match op {
             LocalOp::Read(range) => Ok(LocalData::Read(self.read(range).await?)),
             LocalOp::Change(Change::Flush) | LocalOp::Settle => {
-                self.flush().await.map(|()| LocalData::Changed)
+                self.flush().await?;
+                match self.shared.untold.take() {
+                    Some(failure) => Err(failure),
+                    None => Ok(LocalData::Changed),
+                }
             }
             LocalOp::Change(change) => self.change(change).await.map(|()| LocalData::Changed),
         }
@@ -146,7 +153,7 @@ impl NbdDisk {
         let shared = &self.shared;
         // One that is stable at once is kept as well: what is made again must not undo it.
         while shared.unflushed.borrow().is_full() {
-            self.flush().await?;
+            self.flush_unasked().await?;
         }
         let id = shared.unflushed.borrow_mut().submit(&change);
         let result = self.request(|client| send(client, change.clone())).await;
@@ -160,8 +167,8 @@ impl NbdDisk {
         if is_due && !shared.flushing.replace(true) {
             let disk = Self { shared: Rc::clone(shared) };
             tokio::task::spawn_local(async move {
-                // One that fails is logged, and tried again with the next change.
-                let _ = disk.flush().await;
+                // One that fails is tried again with the next change.
+                let _ = disk.flush_unasked().await;
                 disk.shared.flushing.set(false);
             });
         }
@@ -173,6 +180,18 @@ impl NbdDisk {
         self.request(|client| send(client, Change::Flush)).await?;
         self.shared.unflushed.borrow_mut().flushed(mark);
         Ok(())
+    }
+
+    /// A flush that no guest asked for: the next that one asks for tells of its failure.
+    async fn flush_unasked(&self) -> Result<(), IoFailure> {
+        let flushed = self.flush().await;
+        // What a server that went away may have lost is made again when it is back.
+        if let Err(failure) = flushed
+            && self.shared.outage.get().is_none()
+        {
+            self.shared.untold.set(Some(failure));
+        }
+        flushed
     }
 
     async fn read(&self, range: ByteRange) -> Result<Bytes, IoFailure> {
