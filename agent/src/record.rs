@@ -82,6 +82,9 @@ pub(crate) struct DiskRecord {
     /// The receiver has refused the last attach: a later one, which this state knows nothing of, has had the disk.
     #[serde(default)]
     pub(crate) fenced: bool,
+    /// A flush of the disk behind failed and no guest was told: the next that flushes is.
+    #[serde(default)]
+    pub(crate) flush_failed: bool,
 }
 
 /// Enough of an image's state to notice that somebody else wrote it.
@@ -139,6 +142,7 @@ impl DiskRecord {
             size: ByteCount::ZERO,
             image_changed: false,
             fenced: false,
+            flush_failed: false,
         }
     }
 }

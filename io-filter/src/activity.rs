@@ -431,6 +431,25 @@ impl Filter {
         self.begin_snapshot(true);
     }
 
+    /// A flush that the filter did not ask for, and no guest, has failed. The system told of lost
+    /// pages there, and tells nobody twice: the next guest that flushes is told.
+    pub fn flush_failed(&mut self, now: Now, failure: IoFailure) {
+        self.observe(now);
+        self.activity.stability_failed();
+        self.settled(Err(failure));
+        self.pump();
+    }
+
+    /// Before the last detach a flush failed, and no guest was told: the next that flushes is.
+    pub fn owes_failure(&mut self, failure: IoFailure) {
+        self.activity.untold = Some(failure);
+    }
+
+    /// The failure of a flush that no guest was told of yet.
+    pub fn untold_failure(&self) -> Option<IoFailure> {
+        self.activity.untold
+    }
+
     /// Whether a pass that begins knowing nothing has to wait for the file to say so: should the
     /// agent die in the middle, the handshake would find nothing wrong.
     pub(crate) fn must_save_everything(&mut self, plan: &PassPlan) -> bool {

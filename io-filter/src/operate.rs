@@ -122,8 +122,14 @@ impl Filter {
         Ok(lsn)
     }
 
-    /// Whether no change is under way: [`detach`](Self::detach) is possible.
+    /// Whether nothing is under way of which a guest has to hear: [`detach`](Self::detach) is
+    /// possible, and [`untold_failure`](Self::untold_failure) is the last word.
     pub fn is_quiet(&self) -> bool {
+        let settles = self.ongoing.values().any(|ongoing| matches!(ongoing, Ongoing::Settle));
+        !settles && self.is_unchanging()
+    }
+
+    fn is_unchanging(&self) -> bool {
         self.ongoing
             .values()
             .all(|ongoing| matches!(ongoing, Ongoing::Drain(_) | Ongoing::Verify(_) | Ongoing::Settle))
@@ -144,7 +150,7 @@ impl Filter {
     /// When a change is under way, see [`is_quiet`](Self::is_quiet).
     pub fn detach(&mut self, now: Now) -> Option<SavedTracking> {
         self.observe(now);
-        assert!(self.is_quiet(), "a disk is detached when no change is under way");
+        assert!(self.is_unchanging(), "a disk is detached when no change is under way");
         if self.mode == Mode::Detached {
             return None;
         }

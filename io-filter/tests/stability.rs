@@ -88,8 +88,10 @@ fn a_flush_that_failed_unasked_is_told_to_the_next_guest_that_flushes_and_once()
     };
     let now = Now { monotonic: due, ..at(3) };
     let lost = IoFailure { errno: 5 };
+    assert!(!filter.is_quiet(), "a detach has to wait for what it says");
     filter.local_done(now, settle, Err(lost));
     go_on(&mut filter, now);
+    assert!(filter.is_quiet() && filter.untold_failure() == Some(lost));
     // The system tells of lost pages once, and it told the filter: the guest's flush succeeds there.
     for expected in [Some(lost), None] {
         filter.submit(now, RequestId(2), Change::Flush);
@@ -97,6 +99,33 @@ fn a_flush_that_failed_unasked_is_told_to_the_next_guest_that_flushes_and_once()
         filter.local_done(now, flush[0].0, Ok(LocalData::Changed));
         let (_, answers) = go_on(&mut filter, now);
         assert_eq!(answers.iter().map(|answer| answer.err()).collect::<Vec<_>>(), [expected]);
+    }
+}
+
+#[test]
+fn a_flush_of_the_drivers_that_failed_is_told_once_also_by_the_next_attach() {
+    let mut filter = crashed(&DirtyBitmap::new());
+    let lost = IoFailure { errno: 5 };
+    filter.submit(at(1), RequestId(1), write(3));
+    let (local, _) = go_on(&mut filter, at(1));
+    filter.local_done(at(1), local[0].0, Ok(LocalData::Changed));
+    go_on(&mut filter, at(1));
+    filter.flush_failed(at(2), lost);
+    go_on(&mut filter, at(2));
+    assert_eq!(filter.untold_failure(), Some(lost), "what the next attach has to be told");
+    let saved = filter.clone().detach(at(3)).expect("what may differ is known");
+    assert_eq!((saved.dirty, saved.compare), (DirtyBitmap::of((3..4).into()), true));
+    let mut next = crashed(&DirtyBitmap::new());
+    next.owes_failure(lost);
+    for mut filter in [filter, next] {
+        for expected in [Some(lost), None] {
+            filter.submit(at(3), RequestId(2), Change::Flush);
+            let (flush, _) = go_on(&mut filter, at(3));
+            filter.local_done(at(3), flush[0].0, Ok(LocalData::Changed));
+            let (_, answers) = go_on(&mut filter, at(3));
+            assert_eq!(answers.iter().map(|answer| answer.err()).collect::<Vec<_>>(), [expected]);
+            assert_eq!(filter.untold_failure(), None);
+        }
     }
 }
 

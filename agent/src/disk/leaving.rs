@@ -1,6 +1,6 @@
-//! The ways a disk is given up, and how long each may take.
+//! The ways a disk is given up, how long each may take, and why it may not come about.
 
-use std::time::Duration;
+use std::{io, path::PathBuf, time::Duration};
 
 /// How long a detach waits for requests in flight and for the receiver.
 const DETACH_GRACE: Duration = Duration::from_secs(5);
@@ -34,5 +34,32 @@ impl Leaving {
             Self::Asked | Self::Stopped => DETACH_GRACE,
             Self::HandedOver => HAND_OVER_GRACE,
         }
+    }
+}
+
+/// Why a disk stays attached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DetachError {
+    /// Clients would lose their disk.
+    #[error("{}", open_by(*clients))]
+    Open { clients: usize },
+    /// What the next attach needs could not be saved; the disk is detached all the same and will be
+    /// compared as after a crash.
+    #[error(
+        "the disk is detached, but {} could not be saved, so all of it will be compared at the next attach: {source}",
+        path.display()
+    )]
+    Save {
+        /// What could not be saved.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn open_by(clients: usize) -> String {
+    match clients {
+        1 => "an NBD client has the disk open".to_owned(),
+        clients => format!("{clients} NBD clients have the disk open"),
     }
 }

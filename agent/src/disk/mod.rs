@@ -24,13 +24,13 @@ mod unflushed;
 
 pub(crate) use dial::check_tls;
 pub(crate) use handle::{DiskHandle, NoAnswer};
-pub(crate) use leaving::Leaving;
+pub(crate) use leaving::{DetachError, Leaving};
 pub(crate) use open::{OpenError, Opened, activity_limits, open};
 pub(crate) use start_error::start_error;
 pub(crate) use status::not_attached;
 #[cfg(test)]
 pub(crate) use thread::MarkAt;
-pub(crate) use thread::{Command, DetachError, nbd_purpose, start};
+pub(crate) use thread::{Command, nbd_purpose, start};
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -27,15 +27,19 @@ pub(crate) struct Started {
 impl Started {
     /// Over a raw image of 1 MiB.
     pub(crate) async fn image(directory: &Path) -> Self {
+        Self::image_of(directory, |record| record).await
+    }
+
+    /// The same with another record.
+    async fn image_of(directory: &Path, change: impl FnOnce(DiskRecord) -> DiskRecord) -> Self {
         let image = directory.join("vm1.img");
         // Another start goes on with the same content.
         let file = std::fs::File::options().write(true).create(true).truncate(false).open(&image).unwrap();
         file.set_len(1 << 20).unwrap();
-        let storage = Arc::new(RealStorage::open(&directory.join("records")).unwrap());
-        let records = Records::new(storage);
+        let records = records(directory);
         let behind = image.display().to_string();
         let receiver = backtide_control::Address::unix(directory.join("nobody.sock"));
-        let record = DiskRecord::new("vm1".parse().unwrap(), behind.clone(), receiver);
+        let record = change(DiskRecord::new("vm1".parse().unwrap(), behind.clone(), receiver));
         let (_, opened) = open(&records, record, &behind, ImageStamp::of(&image)).await.unwrap();
         let address = NbdAddress::Unix(directory.join("vm1.nbd"));
         let nbd = NbdUri { address, export: "vm1".to_owned(), tls: None };
@@ -54,6 +58,29 @@ impl Started {
         self.handle.ask_at_length(detach).await.unwrap().unwrap();
         self.sockets.forget("disk-vm1");
     }
+}
+
+fn records(directory: &Path) -> Records {
+    Records::new(Arc::new(RealStorage::open(&directory.join("records")).unwrap()))
+}
+
+#[tokio::test]
+async fn a_flush_that_failed_before_a_detach_is_kept_until_a_guest_was_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let owes = || records(directory).load(&"vm1".parse().unwrap()).unwrap().unwrap().flush_failed;
+    let owing = |record| DiskRecord { flush_failed: true, ..record };
+    let disk = Started::image_of(directory, owing).await;
+    assert!(disk.handle.ask(Command::Flush).await.unwrap(), "this one did not fail");
+    disk.end().await;
+    assert!(owes(), "no guest flushed");
+    let disk = Started::image_of(directory, owing).await;
+    let guest = Client::connect(&disk.nbd).await.unwrap();
+    guest.flush().await.unwrap_err();
+    guest.flush().await.unwrap();
+    drop(guest);
+    disk.end().await;
+    assert!(!owes());
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use std::{
 
 use backtide_agent_api::{DiskStatus, LimitsChange, VerifyStatus};
 use backtide_export::{BindError, Listener, NbdUri, Server};
-use backtide_io_filter::{Change, Filter, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
+use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
 use backtide_socket::Sockets;
 use backtide_storage::KillPoint;
 use backtide_tracking::{SavedTracking, Snapshot, TrackingFile};
@@ -23,8 +23,8 @@ use super::{
     engine::{Engine, Kick, Tracking},
     export::{DiskExport, OneExport},
     image_disk::{EngineError, ImageDisk},
-    leaving::Leaving,
-    local::{Local, blocking},
+    leaving::{DetachError, Leaving},
+    local::{EIO, Local, blocking},
     nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
     status::Verifies,
@@ -61,7 +61,8 @@ pub(crate) enum Command {
     VerifyStatus(oneshot::Sender<Option<VerifyStatus>>),
     CancelVerify(oneshot::Sender<Option<VerifyStatus>>),
     /// Flushes the local disk while it is served, so that the flush of a detach soon after is short.
-    Flush(oneshot::Sender<()>),
+    /// Whether that succeeded.
+    Flush(oneshot::Sender<bool>),
     /// Ends the disk.
     Detach {
         leaving: Leaving,
@@ -76,33 +77,6 @@ pub(crate) struct MarkAt {
     pub(crate) time: CaptureTime,
     /// Nothing stands between it and a point but its way to the receiver.
     pub(crate) recoverable: bool,
-}
-
-/// Why a disk stays attached.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum DetachError {
-    /// Clients would lose their disk.
-    #[error("{}", open_by(*clients))]
-    Open { clients: usize },
-    /// What the next attach needs could not be saved; the disk is detached all the same and will be
-    /// compared as after a crash.
-    #[error(
-        "the disk is detached, but {} could not be saved, so all of it will be compared at the next attach: {source}",
-        path.display()
-    )]
-    Save {
-        /// What could not be saved.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-fn open_by(clients: usize) -> String {
-    match clients {
-        1 => "an NBD client has the disk open".to_owned(),
-        clients => format!("{clients} NBD clients have the disk open"),
-    }
 }
 
 /// Why a disk's thread did not start.
@@ -222,6 +196,9 @@ impl Disk {
         super::engine::set_pace(&engine, &record.limits);
         engine.happen(|filter, _| {
             filter.not_before(record.last_time);
+            if record.flush_failed {
+                filter.owes_failure(IoFailure { errno: EIO });
+            }
             if let Some(until) = known_until {
                 filter.knows_until(until);
             }
@@ -345,9 +322,12 @@ impl Disk {
             Command::Flush(answer) => {
                 let engine = Rc::clone(&self.engine);
                 tokio::task::spawn_local(async move {
-                    // One that fails fails again at the detach, which says so.
-                    let _ = engine.local.run(LocalOp::Change(Change::Flush)).await;
-                    let _ = answer.send(());
+                    let flushed = engine.local.run(LocalOp::Change(Change::Flush)).await;
+                    // The system tells of lost pages once: neither a guest nor the detach hears again.
+                    if let Err(failure) = &flushed {
+                        engine.happen(|filter, now| filter.flush_failed(now, *failure));
+                    }
+                    let _ = answer.send(flushed.is_ok());
                 });
             }
             Command::Detach { .. } => unreachable!("taken by the caller"),
@@ -390,6 +370,11 @@ impl Disk {
         if let Some(epoch) = self.stream.fenced_by.take() {
             let epoch = epoch.max(self.record.epoch);
             self.save_record(DiskRecord { fenced: true, epoch, ..self.record.clone() }).await;
+        }
+        // Also should the agent die before a guest was told.
+        let flush_failed = self.engine.look(Filter::untold_failure).is_some();
+        if flush_failed != self.record.flush_failed {
+            self.save_record(DiskRecord { flush_failed, ..self.record.clone() }).await;
         }
         let acked = self.engine.look(Filter::acked_durable);
         let bound_is_near = status.last_lsn.0 + LSN_STEP / 2 > self.record.lsn_bound.0;
@@ -445,7 +430,10 @@ impl Disk {
         let _ = tokio::time::timeout(leaving.receiver(), engine.until(Filter::is_spill_settled)).await;
         let acked = engine.look(Filter::acked_durable);
         let history = engine.look(Filter::history);
+        // The filter may have begun a flush of its own meanwhile.
+        engine.until(Filter::is_quiet).await;
         let saved = engine.happen(|filter, now| filter.detach(now));
+        record.flush_failed = flushed.is_err() || engine.look(Filter::untold_failure).is_some();
         // What the device did not take is not on the disk: nothing is trusted then.
         let saved = saved.filter(|_| flushed.is_ok());
         let connected = engine.look(|filter| filter.status().connected);
@@ -458,11 +446,7 @@ impl Disk {
         record.acked_durable = acked;
         record.lsn_bound = record.lsn_bound.max(engine.look(Filter::last_lsn));
         record.last_time = engine.look(|filter| filter.status().last_time);
-        last.mode = backtide_agent_api::Mode::Detached;
-        last.reason = backtide_units::Reason::Detached.to_string();
-        last.reason_code = "detached".to_owned();
-        last.connected = false;
-        last.clients = 0;
+        say_detached(&mut last);
         last.dirty =
             saved.as_ref().map_or(last.dirty, |saved| super::status::dirty(saved.dirty.count(), Some(0)));
         if let Some(image) = image
@@ -488,6 +472,15 @@ impl Disk {
         tracing::info!(disk = %last.name, dirty_blocks = %last.dirty.blocks, "disk detached");
         Ok(last)
     }
+}
+
+/// The last status of a disk, which is detached now.
+fn say_detached(last: &mut DiskStatus) {
+    last.mode = backtide_agent_api::Mode::Detached;
+    last.reason = backtide_units::Reason::Detached.to_string();
+    last.reason_code = "detached".to_owned();
+    last.connected = false;
+    last.clients = 0;
 }
 
 /// What the socket of a disk is kept for.

@@ -50,18 +50,18 @@ impl Registry {
     /// Brings every disk close to its end while it is served: afterwards there is little to flush.
     ///
     /// # Errors
-    /// `busy` when a disk stands still: it would not let go.
+    /// `busy` when a disk stands still: it would not let go. `failed` when one lost what it had
+    /// acknowledged, which its guest has to hear first.
     pub(crate) async fn prepare_to_hand_over(&self) -> Result<(), ApiError> {
         for _ in 0..FLUSHES {
             let mut flushing = JoinSet::new();
             for (name, attached) in self.disks.read().await.iter() {
                 let (name, handle) = (name.clone(), attached.handle.clone());
-                flushing.spawn(async move { (flush(&handle).await, name) });
+                flushing.spawn(async move { flush(&name, &handle).await });
             }
             while let Some(flushed) = flushing.join_next().await {
-                if let Ok((false, name)) = flushed {
-                    return Err(stands_still(&name));
-                }
+                // A task that ends otherwise has flushed nothing to hand over.
+                flushed.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))??;
             }
         }
         Ok(())
@@ -114,10 +114,18 @@ fn stands_still(disk: &DiskName) -> ApiError {
         .with_hint("every disk goes on as before; bring its storage back, or detach it, and try again")
 }
 
-async fn flush(handle: &DiskHandle) -> bool {
+async fn flush(disk: &DiskName, handle: &DiskHandle) -> Result<(), ApiError> {
     let flushed = tokio::time::timeout(FLUSH_TIME, handle.ask_at_length(Command::Flush)).await;
-    // A disk that has ended meanwhile has flushed.
-    flushed.is_ok()
+    match flushed {
+        Err(_) => Err(stands_still(disk)),
+        Ok(Ok(false)) => {
+            let message = format!("disk {disk} cannot be flushed: what was written last may be lost");
+            Err(ApiError::new(ErrorCode::Failed, message)
+                .with_hint("its guest is told at its next flush; look at the storage, then try again"))
+        }
+        // A disk that has ended meanwhile has flushed.
+        Ok(Ok(true) | Err(_)) => Ok(()),
+    }
 }
 
 pub(super) async fn end(name: DiskName, attached: Attached, records: Records, leaving: Leaving) {
