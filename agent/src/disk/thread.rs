@@ -367,9 +367,13 @@ impl Disk {
             (self.life.changes, self.life.captured) = seen;
             self.life.renew(self.record.name.as_str()).await;
         }
-        if let Some(epoch) = self.stream.fenced_by.take() {
+        if let Some(epoch) = self.stream.fenced_by.get() {
             let epoch = epoch.max(self.record.epoch);
             self.save_record(DiskRecord { fenced: true, epoch, ..self.record.clone() }).await;
+            // Only what is saved is forgotten here.
+            if self.record.fenced && self.stream.fenced_by.get() <= Some(self.record.epoch) {
+                self.stream.fenced_by.set(None);
+            }
         }
         // Also should the agent die before a guest was told.
         let flush_failed = self.engine.look(Filter::untold_failure).is_some();
@@ -441,6 +445,9 @@ impl Disk {
         if connected {
             // The stream's task says good-bye to the receiver; nothing depends on it.
             let _ = tokio::time::timeout(GOODBYE_TIME, stream.ended.notified()).await;
+        }
+        if let Some(epoch) = stream.fenced_by.take() {
+            (record.fenced, record.epoch) = (true, record.epoch.max(epoch));
         }
         record.history = history;
         record.acked_durable = acked;
