@@ -186,9 +186,7 @@ impl Snapshot {
     pub fn point_at(&self, time: CaptureTime) -> Result<Lsn, PointError> {
         let asked = || time_text(time);
         let record = self.last_record(&|_, captured| captured <= time)?;
-        let begun = self.timeline.intervals().iter().rev().map(|interval| interval.from);
-        let begun = begun.filter(|from| from.time <= time).max();
-        let Some(lsn) = record.map(|record| record.lsn).max(begun.map(|from| from.lsn)) else {
+        let Some(lsn) = record.max(self.last_end(&|end| end.time <= time)).map(|last| last.lsn) else {
             return Err(self.timeline.refusal(Lsn::ZERO, asked()));
         };
         let inside = |from: TimedLsn, to: Option<TimedLsn>| {
@@ -211,21 +209,24 @@ impl Snapshot {
     /// When the log cannot be read.
     pub fn newest_point_by(&self, time: CaptureTime) -> Result<Option<TimedLsn>, LogError> {
         let record = self.last_record(&|_, captured| captured <= time)?;
-        if let Some(record) = record.filter(|record| self.timeline.offers(record.lsn)) {
-            let begun = self.timeline.intervals().iter().map(|interval| interval.from);
-            return Ok(begun.filter(|from| from.time <= time).chain([record]).max());
-        }
-        // The last point of an interval that ended before, or the first of one that has begun.
-        let ends = self.timeline.intervals().iter().flat_map(|interval| [interval.from, interval.to]);
-        Ok(ends.filter(|point| point.time <= time).max())
+        let record = record.filter(|record| self.timeline.offers(record.lsn));
+        Ok(record.max(self.last_end(&|end| end.time <= time)))
     }
 
-    /// When the newest record at or below `lsn` was captured.
+    /// The last begin or end of an interval that `wanted` takes: it may be the T of a pass, which no
+    /// record has. A pass without a change before it begins no interval and may yet end one.
+    fn last_end(&self, wanted: &dyn Fn(TimedLsn) -> bool) -> Option<TimedLsn> {
+        let ends = self.timeline.intervals().iter().flat_map(|interval| [interval.from, interval.to]);
+        ends.filter(|end| wanted(*end)).max()
+    }
+
+    /// When the newest record at or below `lsn` was captured, or the pass frozen whose T it is.
     ///
     /// # Errors
     /// When the log cannot be read.
     pub fn time_of(&self, lsn: Lsn) -> Result<Option<CaptureTime>, LogError> {
-        Ok(self.last_record(&|record, _| record <= lsn)?.map(|record| record.time))
+        let record = self.last_record(&|record, _| record <= lsn)?;
+        Ok(record.max(self.last_end(&|end| end.lsn == lsn)).map(|last| last.time))
     }
 
     /// The record with this LSN, when there is one: an LSN can be that of a pass as well.

@@ -15,8 +15,9 @@ fn second(number: u64) -> CaptureTime {
     CaptureTime(number * SECOND)
 }
 
-/// One record a second with LSN = second; an outage from 20 to 40; a mark at 10; flushes at 5 and 50.
-fn story(sealed_every: u64) -> Snapshot {
+/// One record a second with LSN = second; an outage from 20 to 40, before it if asked for a pass at 21
+/// that misses nothing; a mark at 10; flushes at 5 and 50.
+fn story(sealed_every: u64, quiet_pass: bool) -> Snapshot {
     let storage = Arc::new(MemoryStorage::new());
     let options = LogOptions { segment_bytes_max: ByteCount(4096), ..LogOptions::default() };
     let mut log = DiskLog::create(storage, directory(), identity(), options, &cache()).expect("create");
@@ -47,7 +48,11 @@ fn story(sealed_every: u64) -> Snapshot {
             put(Entry::Mark { lsn: Lsn(10), time: second(10), label: "before".to_owned() });
         }
     }
-    put(begin(40, 20));
+    if quiet_pass {
+        put(begin(21, 20));
+        put(end(21));
+    }
+    put(begin(40, if quiet_pass { 21 } else { 20 }));
     put(end(40));
     for n in 45..=60 {
         put(record(n));
@@ -60,7 +65,7 @@ fn story(sealed_every: u64) -> Snapshot {
 
 fn each(check: impl Fn(&Snapshot)) {
     for sealed_every in [1, 7, 1000] {
-        check(&story(sealed_every));
+        check(&story(sealed_every, false));
     }
 }
 
@@ -92,6 +97,23 @@ fn a_time_in_the_outage_is_refused_with_the_hole() {
             assert!(text.contains("lsn:20") && text.contains("lsn:40"), "{text}");
         }
     });
+}
+
+#[test]
+fn a_time_after_a_pass_that_missed_nothing_is_in_the_outage_behind_it() {
+    for sealed_every in [1, 7, 1000] {
+        let snapshot = story(sealed_every, true);
+        let found = |time: CaptureTime| snapshot.point_at(time).expect("a point");
+        assert_eq!(found(second(21)), Lsn(21));
+        assert_eq!(snapshot.time_of(Lsn(21)).expect("readable"), Some(second(21)));
+        assert_eq!(found(CaptureTime(21 * SECOND - 1)), Lsn(20));
+        for time in [CaptureTime(21 * SECOND + 1), second(30), CaptureTime(40 * SECOND - 1)] {
+            let error = snapshot.point_at(time).expect_err("in the hole");
+            assert!(matches!(error, PointError::InHole { .. }), "{error}");
+            let newest = snapshot.newest_point_by(time).expect("readable").expect("a point");
+            assert_eq!(newest.lsn, Lsn(21));
+        }
+    }
 }
 
 #[test]
@@ -134,6 +156,7 @@ fn a_point_has_the_time_of_its_record() {
     each(|snapshot| {
         assert_eq!(snapshot.time_of(Lsn(12)).expect("readable"), Some(second(12)));
         assert_eq!(snapshot.time_of(Lsn(43)).expect("readable"), Some(second(20)));
-        assert_eq!(snapshot.time_of(Lsn(1)).expect("readable"), None);
+        assert_eq!(snapshot.time_of(Lsn(40)).expect("readable"), Some(second(40)), "that of a pass");
+        assert_eq!(snapshot.time_of(Lsn(0)).expect("readable"), None);
     });
 }
