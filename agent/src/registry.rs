@@ -8,7 +8,12 @@ mod leave;
 mod resize;
 mod restore;
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use backtide_agent_api::{AttachRequest, CacheMode, DiskStatus, Limits, StreamTls};
 use backtide_control::{ApiError, ErrorCode};
@@ -19,6 +24,7 @@ use backtide_tracking::Snapshot;
 use backtide_units::DiskName;
 use tokio::{
     sync::{RwLock, Semaphore},
+    task::AbortHandle,
     time::Instant,
 };
 
@@ -49,6 +55,8 @@ pub(crate) struct Registry {
     opening: Semaphore,
     /// Disks that could not be attached again, as the status tells of them.
     failing: RwLock<BTreeMap<DiskName, DiskStatus>>,
+    /// What goes on trying to attach disks that a resize left detached, each with this registry.
+    restoring: Mutex<Vec<AbortHandle>>,
 }
 
 /// Disks opened at once at the start of the agent: each syncs some small files.
@@ -94,6 +102,7 @@ impl Registry {
             sockets,
             opening: Semaphore::new(OPENING_MAX),
             failing: RwLock::default(),
+            restoring: Mutex::default(),
         })
     }
 

@@ -35,6 +35,7 @@ impl Registry {
         if !self.claims.close(CHANGES_TIME).await {
             tracing::warn!("the agent ends while a disk is being attached or detached");
         }
+        self.end_restoring();
         let disks = std::mem::take(&mut *self.disks.write().await);
         let mut ending = JoinSet::new();
         for (name, attached) in disks {
@@ -94,7 +95,10 @@ impl Registry {
             }
         };
         let _ = tokio::time::timeout(LET_GO_TIME, all).await;
-        let Some(name) = left.first() else { return Ok(()) };
+        let Some(name) = left.first() else {
+            self.end_restoring();
+            return Ok(());
+        };
         // Those that stand still end when they can, and are attached again then.
         ending.detach_all();
         self.claims.open();

@@ -104,7 +104,7 @@ impl Registry {
                 tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again: will try again");
                 let status = disk::not_attached(&record, &error.message);
                 self.failing.write().await.insert(name.clone(), status);
-                tokio::spawn(Arc::clone(self).keep_restoring());
+                self.restore_beside();
                 Err(error)
             }
         }

@@ -3,7 +3,10 @@
 //! Invariants: they are opened side by side, and one whose storage stands still holds up the start
 //! for a bounded time; every one that is missing is shown and tried again.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use tokio::task::JoinSet;
 
@@ -84,6 +87,22 @@ impl Registry {
                 Ok(true) => {}
                 Err(error) => tracing::error!(%error, "cannot read the disks' records"),
             }
+        }
+    }
+
+    /// The same beside whatever else tries, until [`end_restoring`](Self::end_restoring): none that may
+    /// be in the middle of an attach is ended for another.
+    pub(super) fn restore_beside(self: &Arc<Self>) {
+        let task = tokio::spawn(Arc::clone(self).keep_restoring()).abort_handle();
+        let mut restoring = self.restoring.lock().unwrap_or_else(PoisonError::into_inner);
+        restoring.retain(|other| !other.is_finished());
+        restoring.push(task);
+    }
+
+    /// Ends what goes on trying, which has this registry, and with it the lock on the state directory.
+    pub(super) fn end_restoring(&self) {
+        for task in self.restoring.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            task.abort();
         }
     }
 

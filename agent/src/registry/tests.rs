@@ -68,3 +68,24 @@ async fn a_start_that_fails_leaves_a_disk_without_times_as_trusted_as_it_was() {
     assert_eq!((status.mode, status.dirty.blocks.0), (backtide_agent_api::Mode::Sync, 0), "{status:?}");
     registry.shut_down().await;
 }
+
+/// A lock on the state directory lives as long as the registry does.
+#[tokio::test]
+async fn nothing_that_goes_on_trying_outlives_the_agent() {
+    for hands_over in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let registry = registry(directory.path());
+        registry.restore_beside();
+        let tasks: Vec<AbortHandle> = registry.restoring.lock().unwrap().clone();
+        match hands_over {
+            true => registry.hand_over().await.unwrap(),
+            false => registry.shut_down().await,
+        }
+        assert_eq!(tasks.len(), 1);
+        assert!(registry.restoring.lock().unwrap().is_empty());
+        while !tasks[0].is_finished() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(Arc::strong_count(&registry), 1);
+    }
+}
