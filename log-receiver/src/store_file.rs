@@ -74,6 +74,15 @@ pub enum StoreFileError {
         /// The first name found there.
         found: String,
     },
+    /// There is no `store.json`.
+    #[error(
+        "{} is no store of a receiver: it has no {FILE}; name the directory that `receiver run --store` was given",
+        path.display()
+    )]
+    NoStore {
+        /// The directory.
+        path: PathBuf,
+    },
     /// `store.json` does not hold what it should.
     #[error("{} is damaged: {why}", path.display())]
     Damaged {
@@ -193,8 +202,10 @@ fn holder(file: &mut File) -> String {
 pub(crate) fn read_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFileError> {
     let path = storage.display(Path::new(FILE));
     let content = read_file(storage.as_ref(), Path::new(FILE), FILE_BYTES_MAX);
-    let content =
-        content.map_err(|source| StoreFileError::Io { what: "read", path: path.clone(), source })?;
+    let content = content.map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => StoreFileError::NoStore { path: storage.display(Path::new("")) },
+        _ => StoreFileError::Io { what: "read", path: path.clone(), source },
+    })?;
     parse(&path, &content)
 }
 

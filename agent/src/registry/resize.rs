@@ -217,7 +217,10 @@ fn grow_file(image: &Path, target: ByteCount) -> Result<(), ApiError> {
         }
         Ok(())
     };
-    grow().map_err(|error: std::io::Error| failed(&error))
+    grow().map_err(|error: std::io::Error| {
+        let message = format!("cannot grow {} to {target} bytes: {error}", image.display());
+        ApiError::new(ErrorCode::Failed, message)
+    })
 }
 
 #[cfg(test)]

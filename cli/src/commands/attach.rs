@@ -168,9 +168,12 @@ impl Attach {
         context.print(&disk, || disk_text(&disk))?;
         match &disk.last_error {
             Some(error) if !disk.connected => {
-                let what = if error.code == "unreachable" { "is not there" } else { "does not take it" };
+                let (what, until) = match error.code == "unreachable" {
+                    true => ("is not there", "is"),
+                    false => ("does not take it", "does"),
+                };
                 context.warn(&format!(
-                    "disk {} is attached, but its receiver at {} {what}: {}; changed blocks are tracked until it does",
+                    "disk {} is attached, but its receiver at {} {what}: {}; changed blocks are tracked until it {until}",
                     disk.name.as_str(),
                     disk.receiver,
                     error.message

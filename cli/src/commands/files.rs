@@ -188,7 +188,7 @@ fn choose(partitions: &[Partition], wanted: Option<u32>) -> Result<&Partition, F
     if let Some(number) = wanted {
         let found = partitions.iter().find(|partition| partition.number == number);
         return found.ok_or_else(|| {
-            let why = format!("there is no partition {number}: there are {}", names(partitions));
+            let why = format!("there is no partition {number}; what there is: {}", names(partitions));
             ApiError::new(ErrorCode::NotFound, why).into()
         });
     }

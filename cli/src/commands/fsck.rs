@@ -68,6 +68,7 @@ fn failure(error: StoreFileError) -> Failure {
         }
         StoreFileError::Io { .. }
         | StoreFileError::NotAStore { .. }
+        | StoreFileError::NoStore { .. }
         | StoreFileError::Damaged { .. }
         | StoreFileError::Version { .. } => api.into(),
     }

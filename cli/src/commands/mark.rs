@@ -30,7 +30,7 @@ impl Mark {
         for mark in report.marks.iter().filter(|mark| !mark.recoverable) {
             context.warn(&format!(
                 "the receiver does not have the mark {:?} of disk {} yet: it is lost if the receiver \
-                 stays away for longer than the retained window lasts",
+                 stays away for longer than the retained window, and the spill if there is one, last",
                 report.label,
                 mark.disk.as_str()
             ));

@@ -139,6 +139,7 @@ pub(crate) fn store_failure_code(error: &StoreFileError) -> ErrorCode {
     match error {
         StoreFileError::Locked { .. } => ErrorCode::Locked,
         StoreFileError::NotAStore { .. } | StoreFileError::Version { .. } => ErrorCode::Refused,
+        StoreFileError::NoStore { .. } => ErrorCode::NotFound,
         StoreFileError::Damaged { .. } => ErrorCode::Damaged,
         StoreFileError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             ErrorCode::NotFound

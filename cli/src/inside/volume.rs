@@ -68,9 +68,15 @@ impl Volume {
             | Content::Luks
             | Content::Swap
             | Content::Unknown => {
-                let what = partition.content.name();
-                let why =
-                    format!("partition {} holds {what}, and only ext2/3/4 is read here", partition.number);
+                let what = match partition.content == Content::Unknown {
+                    true => "no file system that is known here",
+                    false => partition.content.name(),
+                };
+                let place = match partition.number {
+                    0 => "the whole disk".to_owned(),
+                    number => format!("partition {number}"),
+                };
+                let why = format!("{place} holds {what}, and only ext2/3/4 is read here");
                 return Err(ApiError::new(ErrorCode::Refused, why).with_hint(
                     "mount the point and read it with guestfish: `backtide mount NAME --at POINT`, then \
                      `guestfish --ro --format=raw -a URI -i`",

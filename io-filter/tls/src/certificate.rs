@@ -1,6 +1,9 @@
 //! What a certificate says of itself: whose it is, for which names, from when until when.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use backtide_units::CaptureTime;
 
@@ -93,8 +96,17 @@ impl Certificate {
     }
 }
 
+/// What a person should see to of a stream's end: its own certificate, in `file`, that ends, and files that
+/// have changed and cannot be used.
+pub(crate) fn warnings(own: Option<&Certificate>, file: &Path, trouble: Option<String>) -> Vec<String> {
+    let ends = own.and_then(|own| own.warning_now(&file.display().to_string()));
+    let trouble = trouble
+        .map(|why| format!("certificates have changed and cannot be used, the old ones stay in use: {why}"));
+    ends.into_iter().chain(trouble).collect()
+}
+
 /// The wall clock, as certificates are judged by it.
-pub(crate) fn now() -> CaptureTime {
+fn now() -> CaptureTime {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
 }

@@ -13,7 +13,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     Certificate, Reloading, Role, TlsError,
-    certificate::now,
+    certificate::warnings,
     folder::{authorities, described, identity},
     refusal::refused_receiver,
 };
@@ -82,12 +82,7 @@ impl StreamClient {
     /// What a person should see to: a certificate that ends, files that cannot be used.
     pub fn warnings(&self) -> Vec<String> {
         let loaded = self.loaded.current();
-        let file = Role::Client.certificate(&self.folder).display().to_string();
-        let ends = loaded.own.as_ref().and_then(|own| own.warning(&file, now()));
-        let trouble = self.loaded.trouble().map(|why| {
-            format!("certificates have changed and cannot be used, the old ones stay in use: {why}")
-        });
-        ends.into_iter().chain(trouble).collect()
+        warnings(loaded.own.as_ref(), &Role::Client.certificate(&self.folder), self.loaded.trouble())
     }
 
     /// The agent's own certificate.

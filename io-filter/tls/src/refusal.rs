@@ -78,7 +78,8 @@ fn problem_text(problem: &CertificateError, authority: &impl std::fmt::Display) 
         }
         CertificateError::NotValidForName => "is for another name".to_owned(),
         CertificateError::NotValidForNameContext { expected, presented } => {
-            let names = presented.join(", ");
+            let names: Vec<_> = presented.iter().map(|name| plain_name(name)).collect();
+            let names = names.join(", ");
             format!("is for {names} and not for {}", expected.to_str())
         }
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
@@ -86,6 +87,12 @@ fn problem_text(problem: &CertificateError, authority: &impl std::fmt::Display) 
         }
         other => format!("cannot be used: {other}"),
     }
+}
+
+/// A name as rustls lists it, `DnsName("a.example")`, without the frame.
+fn plain_name(name: &str) -> &str {
+    let inside = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
+    inside.map_or(name, |inside| inside.trim_matches('"'))
 }
 
 /// What the other side says of our certificate.

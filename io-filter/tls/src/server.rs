@@ -13,7 +13,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::{
     Certificate, Reloading, Rights, Role, Secured, Session, TlsError, WhichDisks,
-    certificate::now,
+    certificate::warnings,
     folder::{authorities, described, identity},
     refusal::refused_agent,
 };
@@ -85,12 +85,7 @@ impl StreamServer {
     /// What a person should see to: a certificate that ends, files that cannot be used.
     pub fn warnings(&self) -> Vec<String> {
         let loaded = self.loaded.current();
-        let file = Role::Server.certificate(&self.folder).display().to_string();
-        let ends = loaded.own.as_ref().and_then(|own| own.warning(&file, now()));
-        let trouble = self.loaded.trouble().map(|why| {
-            format!("certificates have changed and cannot be used, the old ones stay in use: {why}")
-        });
-        ends.into_iter().chain(trouble).collect()
+        warnings(loaded.own.as_ref(), &Role::Server.certificate(&self.folder), self.loaded.trouble())
     }
 
     /// The receiver's own certificate.
