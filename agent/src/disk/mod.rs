@@ -15,6 +15,8 @@ mod nbd_disk;
 mod open;
 mod pace;
 mod ring;
+#[allow(dead_code, reason = "its two sides are being built")]
+pub(crate) mod source;
 mod start_error;
 mod status;
 mod stream;

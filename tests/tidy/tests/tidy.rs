@@ -3,12 +3,13 @@
 use backtide_tidy::{dependencies, files, manifests};
 
 /// Crates that know no daemon, no socket, no clock of a runtime.
-const LEAVES: [&str; 11] = [
+const LEAVES: [&str; 12] = [
     "backtide-units",
     "backtide-storage",
     "backtide-nbd",
     "backtide-tracking",
     "backtide-spill",
+    "backtide-hydration",
     "backtide-io-filter",
     "backtide-protocol",
     "backtide-segment",

@@ -1,0 +1,62 @@
+//! Where the content of missing blocks comes from: a point at a log receiver.
+//!
+//! A [`PointSource`] is used on one thread by whoever hydrates a disk, and by the registry before a disk
+//! is set to a point. Its futures belong to that thread's `LocalSet`; dropped, they cost nothing but what
+//! was fetched.
+
+use std::{future::Future, pin::Pin};
+
+use backtide_hydration::SourcePoint;
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{ByteRange, Lsn};
+use bytes::Bytes;
+
+/// What a [`PointSource`] gives, later.
+pub(crate) type Fetching<'source, T> = Pin<Box<dyn Future<Output = Result<T, FetchError>> + 'source>>;
+
+/// What a stretch holds at the point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Piece {
+    /// These bytes, as many as the stretch has; checked against their checksum.
+    Data(Bytes),
+    /// Zeroes.
+    Zeroes,
+}
+
+/// Why nothing was fetched.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum FetchError {
+    /// The receiver is away or too busy: the same may succeed later.
+    #[error("{0}")]
+    Unreachable(String),
+    /// What the receiver has of this range is damaged: it will not succeed, while other ranges may.
+    #[error("{0}")]
+    Damaged(String),
+    /// The receiver has no such point (any more), or does not give it to this agent.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A point of a disk at a log receiver.
+pub(crate) trait PointSource {
+    /// Which point it is.
+    fn point(&self) -> &SourcePoint;
+
+    /// What `range` holds at the point: pieces in order, which together are the range. Any number of
+    /// these may be under way; `range` is at most 1 MiB.
+    fn fetch(&self, range: ByteRange) -> Fetching<'_, Vec<(ByteRange, Piece)>>;
+
+    /// The blocks whose content at the point may differ from that at `since`, a later or earlier point of
+    /// the same history.
+    fn changed(&self, since: Lsn) -> Fetching<'_, DirtyBitmap>;
+
+    /// The blocks that may hold anything but zeroes at the point.
+    fn data(&self) -> Fetching<'_, DirtyBitmap>;
+
+    /// Has the receiver keep the point until [`release`](Self::release), also while nobody is connected.
+    /// `owner` says to people who needs it; asked again with the same owner it changes nothing.
+    fn hold(&self, owner: &str) -> Fetching<'_, ()>;
+
+    /// Gives up what [`hold`](Self::hold) with this owner asked for.
+    fn release(&self, owner: &str) -> Fetching<'_, ()>;
+}
