@@ -2,7 +2,8 @@
 //!
 //! A log keeps every change from its *floor* on: an image of the disk at the floor stands for all segments before. Older
 //! points that are kept are images of their own. The file that says so is there twice, `base.1` and `base.2`, for without it
-//! nobody finds the images; the newer one that is whole counts.
+//! nobody finds the images; of two that are whole the older one counts until both are the same, so a base that could not be
+//! written twice has changed nothing.
 //!
 //! Invariants: the file is durable, twice, before a segment goes; every entry before `first_seq` with a version has one at
 //! or below the floor, and every image it names is durable. So readers take from the log what lies above the floor and from
@@ -17,11 +18,11 @@ pub use inspect::inspect_base;
 use std::{io, path::Path};
 
 use backtide_images::{ImageError, Root};
-use backtide_segment::{SegmentId, Seq};
+use backtide_segment::{Entry, SegmentId, Seq};
 use backtide_storage::{Storage, read_file, replace_with};
 use backtide_units::{ByteCount, ByteOffset, Lsn};
 
-use crate::{Interval, LogError, LogIdentity, TimedLsn, Timeline, recover::failed};
+use crate::{Interval, LogError, LogIdentity, TimedLsn, Timeline, recover::failed, timeline::damage_reason};
 
 /// The names of the file, which is there twice.
 pub(crate) const FILES: [&str; 2] = ["base.1", "base.2"];
@@ -75,6 +76,21 @@ impl Base {
         timeline.thin(self.floor.at, &kept);
     }
 
+    /// Whether a log with this timeline ends before the floor: something has removed its end.
+    pub(crate) fn is_above(&self, timeline: &Timeline) -> bool {
+        timeline.covered() < self.floor.at.lsn
+    }
+
+    /// The entries that take a log that ends before the floor to it: the floor's image is a pass that is complete.
+    pub(crate) fn bridge(&self, timeline: &Timeline, what: &str) -> [Entry; 2] {
+        let TimedLsn { lsn: at, time } = self.floor.at;
+        let reason = damage_reason(what);
+        [
+            Entry::PassBegin { at, gap_from: timeline.covered(), time, reason },
+            Entry::PassEnd { at, valid_from: Some(at), time },
+        ]
+    }
+
     /// Leaves of a timeline that does not reach the floor what is an image.
     pub(crate) fn thin_to_images(&self, timeline: &mut Timeline) {
         timeline.intervals.clear();
@@ -99,7 +115,7 @@ impl Base {
 /// What the directory of a log says about where it begins.
 #[derive(Debug, Default)]
 pub struct FoundBase {
-    /// The newest that is whole.
+    /// The oldest that is whole: what a newer one does without is there as long as it is not there twice.
     pub base: Option<Base>,
     /// Images that any of them names that is whole.
     pub roots: Vec<Root>,
@@ -141,8 +157,8 @@ impl FoundBase {
         self.roots.extend(base.roots());
         match &self.base {
             Some(known) if *known == base => self.alike += 1,
-            // Two of one generation that differ are of two attempts: neither is there twice.
-            Some(known) if known.generation >= base.generation => {}
+            Some(known) if known.generation < base.generation => {}
+            // Two of one generation that differ are of two attempts, and the second file has the earlier one.
             Some(_) | None => {
                 self.base = Some(base);
                 self.alike = 1;

@@ -180,11 +180,13 @@ impl DiskLog {
         for kept in opened.kept {
             log.keep(kept)?;
         }
+        log.durable = Durable { seq: log.appended, lsn: log.timeline.covered() };
+        let mut recovered = opened.recovered;
+        recovered.damaged_entries.extend(log.reach_the_floor()?);
         if let Some(base) = log.origin.base() {
             base.thin(Arc::make_mut(&mut log.timeline));
         }
-        log.durable = Durable { seq: log.appended, lsn: log.timeline.covered() };
-        Ok((log, opened.recovered))
+        Ok((log, recovered))
     }
 
     fn empty(

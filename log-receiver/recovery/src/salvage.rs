@@ -135,11 +135,11 @@ pub fn salvage(
     }
     if let Some(base) = &base {
         work.segments.begin_with(base.first_segment, true);
-        if work.timeline.offers(base.floor().at.lsn) {
-            base.thin(&mut work.timeline);
-        } else {
+        if base.is_above(&work.timeline) {
             // Nothing of the log is left that reaches the floor: its images are.
             base.thin_to_images(&mut work.timeline);
+        } else {
+            base.thin(&mut work.timeline);
         }
     }
     work.timeline.end(work.damage.first().map(String::as_str));

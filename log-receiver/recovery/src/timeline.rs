@@ -236,9 +236,7 @@ impl Timeline {
         self.in_interval = false;
         self.open_pass = None;
         let Some(damage) = damage else { return };
-        let mut text = format!("{}: {damage}", Reason::Damaged);
-        text.truncate(text.floor_char_boundary(HOLE_TEXT_MAX));
-        let reason = PassReason { code: Reason::Damaged.code(), text };
+        let reason = damage_reason(damage);
         match self.holes.last_mut().filter(|hole| hole.to.is_none()) {
             // What would have closed it is not there any more.
             Some(hole) => hole.reason = reason,
@@ -246,14 +244,28 @@ impl Timeline {
         }
     }
 
-    /// Leaves of everything below `floor`, which is a point, only the points in `kept`.
+    /// Leaves of everything below `floor` only the points in `kept`. The floor is an image, so it is a point, whatever the
+    /// log has left of the pass that made it one.
     pub(crate) fn thin(&mut self, floor: TimedLsn, kept: &[TimedLsn]) {
-        self.intervals.retain(|interval| interval.to.lsn >= floor.lsn);
-        if let Some(first) = self.intervals.first_mut().filter(|first| first.from.lsn < floor.lsn) {
-            first.from = floor;
-        }
-        self.holes.retain(|hole| hole.to.is_none_or(|to| to.lsn > floor.lsn));
         let reason = || PassReason { code: Reason::Thinned.code(), text: Reason::Thinned.to_string() };
+        self.intervals.retain(|interval| interval.to.lsn >= floor.lsn);
+        self.holes.retain(|hole| hole.to.is_none_or(|to| to.lsn > floor.lsn));
+        match self.intervals.first_mut() {
+            Some(first) if first.from.lsn <= floor.lsn => first.from = floor,
+            first => {
+                let to = first.map(|first| first.from);
+                self.intervals.insert(0, Interval { from: floor, to: floor });
+                match self.holes.first_mut() {
+                    Some(hole) if hole.from.is_none_or(|from| from.lsn < floor.lsn) => {
+                        hole.from = Some(floor)
+                    }
+                    Some(_) | None if to.is_some() => {
+                        self.holes.insert(0, Hole { from: Some(floor), to, reason: reason(), passes: 0 });
+                    }
+                    Some(_) | None => {}
+                }
+            }
+        }
         let behind = kept.iter().skip(1).chain([&floor]);
         let hole = |(from, to): (&TimedLsn, &TimedLsn)| Hole {
             from: Some(*from),
@@ -310,6 +322,13 @@ impl Timeline {
             None => PointError::Outside { asked, nearest },
         }
     }
+}
+
+/// The reason of a hole that damage has made.
+pub(crate) fn damage_reason(damage: &str) -> PassReason {
+    let mut text = format!("{}: {damage}", Reason::Damaged);
+    text.truncate(text.floor_char_boundary(HOLE_TEXT_MAX));
+    PassReason { code: Reason::Damaged.code(), text }
 }
 
 /// Cuts a list that is longer than `limit` and its slack; gives how many were dropped.

@@ -8,8 +8,9 @@ use backtide_images::{Images, Root};
 use backtide_recovery::{
     DiskLog, FoldError, FoundBase, KeptPoint, LogError, PointError, Snapshot, TimedLsn, remove_unused,
 };
+use backtide_segment::SEGMENT_HEADER_LENGTH;
 use backtide_storage::{MemoryStorage, Storage};
-use backtide_units::{BLOCK_SIZE, ByteOffset, Lsn, Reason};
+use backtide_units::{BLOCK_SIZE, ByteCount, ByteOffset, Lsn, Reason};
 use common::{Agent, SayOnPanic, assert_same, cache, check_view, directory, seeds, whole};
 
 /// What a log offered, and must offer.
@@ -364,4 +365,88 @@ fn what_is_left_of_a_log_has_its_images() {
     let points = left.snapshot.timeline().intervals().len();
     assert_eq!(points, kept.points.len() + 1);
     assert_eq!(world.agent.model.check_snapshot(&left.snapshot, 6), points);
+}
+
+#[test]
+fn a_base_that_was_written_once_only_drops_no_kept_point() {
+    let mut world = World::new(5);
+    let kept = loop {
+        world.steps(60);
+        if let Some(kept) = world.fold().expect("no fault")
+            && !kept.points.is_empty()
+        {
+            break kept;
+        }
+    };
+    world.agent.sync().expect("sync");
+    let snapshot = world.agent.log.snapshot().expect("snapshot");
+    let base = snapshot.rebase_kept(Vec::new()).expect("there is a base");
+    drop(snapshot);
+    let ticket = world.agent.log.rebase(base).expect("it follows");
+    world.agent.storage.fail_write_after(1);
+    assert!(ticket.write().is_err(), "the second file was not written");
+    world.check(&kept);
+    world.tidy().expect("no fault");
+    world.reopen().expect("open");
+    world.check(&kept);
+    assert!(FoundBase::read(&world.agent.storage, directory()).expect("read").is_settled());
+}
+
+#[test]
+fn a_log_that_has_lost_all_above_its_floor_gives_its_images_and_goes_on_from_them() {
+    let (mut ended_below, mut went_on) = (0, 0);
+    for seed in seeds(8) {
+        let _say = SayOnPanic(format!("SEED={seed}"));
+        let mut world = World::new(seed);
+        let kept = loop {
+            world.steps(60);
+            if let Some(kept) = world.fold().expect("no fault")
+                && world.agent.log.segment_count() > 1
+            {
+                break kept;
+            }
+        };
+        let floor = kept.floor.expect("it was folded");
+        world.agent.sync().expect("sync");
+        world.tidy().expect("no fault");
+        // Nothing beside the log tells that it was longer.
+        let first = world.agent.storage.files().into_iter().map(|(path, _)| path);
+        let mut segments: Vec<_> =
+            first.filter(|path| path.extension().is_some_and(|e| e == "seg")).collect();
+        segments.sort();
+        world.agent.storage.kill_handles();
+        for segment in &segments[1..] {
+            world.agent.storage.remove(segment).expect("remove");
+        }
+        let file = world.agent.storage.open(&segments[0]).expect("open");
+        file.set_len(ByteCount(SEGMENT_HEADER_LENGTH as u64)).expect("cut");
+        drop(file);
+        world.reopen().expect("open");
+        let covered = world.agent.log.timeline().covered();
+        world.check(&kept);
+        if covered > floor.lsn {
+            continue;
+        }
+        assert_eq!(covered, floor.lsn);
+        ended_below += 1;
+        let points = world.agent.log.timeline().intervals().len();
+        assert_eq!(points, kept.points.len() + 1, "the images and nothing else");
+        world.reopen().expect("open");
+        world.check(&kept);
+        // What follows the floor exactly is a point; what a pass brings is one from then on.
+        let next = world.agent.model.changes.iter().find(|change| change.lsn > floor.lsn).cloned();
+        if let Some(next) = next.filter(|_| world.agent.log.timeline().in_sync()) {
+            went_on += 1;
+            world.agent.replay(&next).expect("it follows");
+            let view = world.agent.log.view(next.lsn).expect("a point");
+            assert_same(&view.read(whole()).expect("read"), &world.agent.model.at(next.lsn), next.lsn);
+        }
+        world.agent.restart().expect("attach");
+        world.agent.settle().expect("settle");
+        world.steps(20);
+        world.check(&kept);
+        world.reopen().expect("open");
+        world.check(&kept);
+    }
+    assert!(ended_below > 4 && went_on > 2, "{ended_below}, {went_on}");
 }

@@ -18,7 +18,8 @@ use bytes::Bytes;
 use roaring::RoaringTreemap;
 
 use crate::{
-    Allocation, Base, KeptPoint, LogError, LogIdentity, Snapshot, View, chores::Owned, origin::Origin,
+    Allocation, AppendError, Base, KeptPoint, LogError, LogIdentity, Snapshot, View, chores::Owned,
+    origin::Origin,
 };
 
 use super::DiskLog;
@@ -243,5 +244,30 @@ impl DiskLog {
         Arc::make_mut(&mut self.segments).begin_with(base.first_segment, nobody_works);
         let images = self.cache.images(&self.storage);
         self.origin = Origin::new(&self.dir, Some(base), &images, self.cache.origins());
+    }
+
+    /// Takes a log that ends before its floor to it, durably, for something has removed its end: what lies below is in
+    /// the floor's image, so the log goes on from there as after a complete pass. Says what was found, if that is so.
+    pub(super) fn reach_the_floor(&mut self) -> Result<Option<String>, LogError> {
+        let origin = Arc::clone(&self.origin);
+        let Some(base) = origin.base().filter(|base| base.is_above(&self.timeline)) else { return Ok(None) };
+        let what = format!(
+            "the log in {} ends at lsn:{}, before lsn:{}, the first point of which everything was kept",
+            self.storage.display(&self.segments_dir).display(),
+            self.timeline.covered(),
+            base.floor().at.lsn
+        );
+        for entry in base.bridge(&self.timeline, &what) {
+            self.append(entry).map_err(|error| match error {
+                AppendError::Log(error) => error,
+                AppendError::Invalid(invalid) => {
+                    panic!("the bridge follows any log below the floor: {invalid}")
+                }
+            })?;
+        }
+        if let Some(ticket) = self.ticket()? {
+            self.synced(ticket.sync())?;
+        }
+        Ok(Some(what))
     }
 }

@@ -75,6 +75,7 @@ impl Drop for SayOnPanic {
 }
 
 /// One write of the guest; `None` is zeroes.
+#[derive(Clone)]
 pub struct Change {
     pub lsn: Lsn,
     pub range: ByteRange,
@@ -309,6 +310,19 @@ impl Agent {
     pub fn zero(&mut self) -> Step {
         let range = self.random.range(DISK);
         self.change(range, None)
+    }
+
+    /// Sends a change that was made before.
+    pub fn replay(&mut self, change: &Change) -> Step {
+        let (time, Change { lsn, range, bytes }) = (self.time(), change.clone());
+        let entry = match bytes {
+            Some(bytes) => {
+                let payload = Bytes::from(bytes);
+                Entry::Write { lsn, time, range, checksum: captured(&payload), payload }
+            }
+            None => Entry::Zero { lsn, time, range, trim: false },
+        };
+        self.log.append(entry).map(|_| ())
     }
 
     fn change(&mut self, range: ByteRange, bytes: Option<Vec<u8>>) -> Step {
