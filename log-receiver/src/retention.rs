@@ -11,5 +11,5 @@ mod policy;
 
 pub(crate) use keeper::{Keeper, KeeperWatch};
 pub(crate) use ladder::{Ladder, LadderError};
-pub(crate) use plan::{Plan, Pressure, every_change_from, plan};
+pub(crate) use plan::{Plan, Pressure, SLOTS_MAX, every_change_from, plan};
 pub(crate) use policy::{Policies, damage_of};

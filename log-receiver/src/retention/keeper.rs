@@ -20,7 +20,7 @@ use backtide_recovery::{Base, FoldError, KeptPoint, RebaseTicket, Rebased, Snaps
 use backtide_units::{ByteCount, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Plan, Policies, Pressure, every_change_from, plan};
+use super::{Plan, Policies, Pressure, SLOTS_MAX, every_change_from, plan};
 use crate::{
     Shelf,
     accept::Door,
@@ -330,7 +330,7 @@ impl Work {
         let below = self.overlays.points(disk);
         let mut pins = policy.pins.clone();
         pins.extend(below.iter().map(|(lsn, time)| (*lsn, *time)));
-        let Some(plan) = plan(&snapshot, &ladder, &pins, clock::now(), pressure)? else {
+        let Some(plan) = plan(&snapshot, &ladder, &pins, clock::now(), pressure, Some(SLOTS_MAX))? else {
             return Ok(false);
         };
         let base = self.base(disk, &snapshot, &plan)?;

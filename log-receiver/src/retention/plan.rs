@@ -11,8 +11,8 @@ use backtide_units::{CaptureTime, Lsn};
 
 use super::ladder::{Ladder, Span};
 
-/// Slots that are looked for at once, the newest; a log that is older gives up the others.
-const SLOTS_MAX: u64 = 4096;
+/// Slots of a rung that are looked for in one round, the oldest: a log with more is folded in several.
+pub(crate) const SLOTS_MAX: u64 = 4096;
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +34,8 @@ pub(crate) enum Pressure {
     Shrink,
 }
 
-/// What the ladder wants done at `now` to a log that stands alone; none when nothing is to be done.
+/// What the ladder wants done at `now` to a log that stands alone; none when nothing is to be done. With `slots_max` only
+/// as much of it as has about so many slots of a rung.
 ///
 /// # Errors
 /// When the log cannot be read.
@@ -44,12 +45,13 @@ pub(crate) fn plan(
     pins: &BTreeMap<Lsn, CaptureTime>,
     now: CaptureTime,
     pressure: Pressure,
+    slots_max: Option<u64>,
 ) -> Result<Option<Plan>, LogError> {
     let base = snapshot.base();
     let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect();
     let old_floor = base.map(|base| base.floor().at);
     let fold = match horizon(snapshot, ladder, now, pressure) {
-        Some(horizon) => foldable(snapshot, horizon, old_floor)?,
+        Some(horizon) => step(snapshot, ladder, now, horizon, slots_max, old_floor)?,
         None => None,
     };
     let mut points: BTreeSet<TimedLsn> = old.iter().copied().chain(old_floor).collect();
@@ -100,6 +102,37 @@ pub(crate) fn every_change_from(snapshot: &Snapshot) -> Option<TimedLsn> {
     }
 }
 
+/// What can be folded below the horizon, in steps of so many slots: as many steps as it takes for a segment to go.
+fn step(
+    snapshot: &Snapshot,
+    ladder: &Ladder,
+    now: CaptureTime,
+    horizon: CaptureTime,
+    slots_max: Option<u64>,
+    old_floor: Option<TimedLsn>,
+) -> Result<Option<(Foldable, TimedLsn)>, LogError> {
+    let begins = every_change_from(snapshot).map_or(horizon, |begins| begins.time);
+    let mut slots = slots_max.unwrap_or(u64::MAX);
+    loop {
+        let near = nearer(ladder, begins, now, slots).min(horizon);
+        let fold = foldable(snapshot, near, old_floor)?;
+        if fold.is_some() || near == horizon {
+            return Ok(fold);
+        }
+        slots = slots.saturating_mul(2);
+    }
+}
+
+/// The time up to which no rung has more than so many slots in a log that begins at `begins`.
+fn nearer(ladder: &Ladder, begins: CaptureTime, now: CaptureTime, slots: u64) -> CaptureTime {
+    let limit = |every: Span, keep: Span| {
+        let oldest = begins.0.max(now.0.saturating_sub(keep.0)).div_ceil(every.0);
+        oldest.saturating_add(slots).saturating_mul(every.0)
+    };
+    let limits = ladder.rungs.iter().map(|rung| limit(rung.every, rung.keep));
+    CaptureTime(limits.min().unwrap_or(u64::MAX))
+}
+
 fn foldable(
     snapshot: &Snapshot,
     horizon: CaptureTime,
@@ -120,17 +153,17 @@ fn new_points(
     floor: TimedLsn,
 ) -> Result<Vec<TimedLsn>, LogError> {
     let begins = every_change_from(snapshot).map_or(CaptureTime(0), |begins| begins.time);
-    let mut slots = BTreeSet::new();
+    let mut points = Vec::new();
     for rung in &ladder.rungs {
         let every = rung.every.0;
         let oldest = begins.0.max(now.0.saturating_sub(rung.keep.0)).div_ceil(every);
-        let newest = floor.time.0 / every;
-        let oldest = oldest.max(newest.saturating_sub(SLOTS_MAX));
-        slots.extend((oldest..=newest).map(|slot| CaptureTime(slot * every)));
-    }
-    let mut points = Vec::new();
-    for slot in slots {
-        points.extend(snapshot.newest_point_by(slot)?);
+        let mut next = Some(floor.time.0 / every);
+        while let Some(slot) = next.filter(|slot| *slot >= oldest) {
+            let Some(point) = snapshot.newest_point_by(CaptureTime(slot * every))? else { break };
+            points.push(point);
+            // It stands for all slots down to its own.
+            next = point.time.0.div_ceil(every).min(slot).checked_sub(1);
+        }
     }
     let pinned = pins.iter().map(|(lsn, time)| TimedLsn { lsn: *lsn, time: *time });
     points.extend(pinned.filter(|point| snapshot.timeline().offers(point.lsn)));
@@ -154,6 +187,17 @@ fn is_wanted(ladder: &Ladder, time: CaptureTime, next: CaptureTime, now: Capture
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_round_has_a_bounded_number_of_slots_and_the_next_goes_on_from_there() {
+        let ladder: Ladder = "any=1h per-1m=3d hourly=1y".parse().unwrap();
+        let hours = |hours: u64| CaptureTime(hours * 3_600_000_000);
+        let at = |begins, slots| nearer(&ladder, hours(begins), hours(10_000), slots);
+        assert_eq!(at(0, 100), hours(10_000 - 8760 + 100), "older hours than a year are not wanted");
+        assert_eq!(at(9000, 100), hours(9100));
+        assert_eq!(at(9990, 120), hours(9992), "minutes are closer");
+        assert!(at(9000, u64::MAX) > hours(10_000));
+    }
 
     #[test]
     fn a_point_stands_for_every_slot_until_the_next() {

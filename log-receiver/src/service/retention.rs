@@ -103,7 +103,8 @@ impl Service {
         pins.extend(self.overlays.points(disk.uuid));
         let alone = snapshot.alone();
         let (wanted, read) = (ladder.clone(), alone.clone());
-        let planned = self.read(move || plan(&read, &wanted, &pins, clock::now(), Pressure::None)).await?;
+        let planned =
+            self.read(move || plan(&read, &wanted, &pins, clock::now(), Pressure::None, None)).await?;
         let planned = planned.map_err(|error| points::log_error(&error))?;
         let list = |points: &[TimedLsn]| points.iter().copied().map(points::point).collect();
         Ok(match planned {
