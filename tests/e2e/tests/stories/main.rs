@@ -10,6 +10,7 @@ mod behind;
 mod connecting;
 mod crash_tracking;
 mod damage;
+mod databases;
 mod during_a_pass;
 mod encrypted;
 mod files_inside;

@@ -1,8 +1,10 @@
 //! Points that can be written: a file system made on one, a receiver killed under it.
 
-use std::path::PathBuf;
-
-use backtide_e2e::{Bench, is_root, skip, tools};
+use backtide_e2e::{
+    Bench,
+    kernel_disk::{Served, cannot_mount},
+    skip, tools,
+};
 
 const SIZE: u64 = 64 << 20;
 
@@ -42,19 +44,10 @@ fn what_was_written_to_a_mount_survives_a_killed_receiver_and_no_longer_than_wan
     assert_eq!(bench.run(&["unmount", id, "--discard"]).code, 4);
 }
 
-/// Ends what nbdfuse serves.
-struct Unfuse(PathBuf);
-
-impl Drop for Unfuse {
-    fn drop(&mut self) {
-        tools::try_run("umount", &["-l", self.0.to_str().unwrap()]);
-    }
-}
-
 #[test]
 fn a_file_system_made_on_a_mount_is_whole_after_the_receiver_is_killed() {
-    if !is_root() || !std::path::Path::new("/dev/fuse").exists() || !tools::is_there("nbdfuse") {
-        return skip("nbdfuse of the Debian package libnbd-bin, root and /dev/fuse are needed");
+    if let Some(why) = cannot_mount() {
+        return skip(why);
     }
     let bench = Bench::new();
     let (receiver, _agent, disk) = bench.protected(SIZE, &[]);
@@ -62,21 +55,14 @@ fn a_file_system_made_on_a_mount_is_whole_after_the_receiver_is_killed() {
     disk.settle();
     let mount = bench.json(&["mount", "vm1", "--at", "latest", "--writable"]);
     let uri = mount["uri"].as_str().unwrap();
-    let served = bench.path("disk");
-    std::fs::write(&served, "").unwrap();
-    let served_name = served.to_str().unwrap();
-    let nbdfuse = tools::Beside::start("nbdfuse", &[served_name, uri]);
-    let unfuse = Unfuse(served.clone());
-    while std::fs::metadata(&served).is_ok_and(|found| found.len() != SIZE) {
-        std::thread::yield_now();
-    }
+    let served = Served::start(&bench, "disk", uri, SIZE);
+    let served_name = served.path().to_str().unwrap();
     let file = bench.path("file");
     std::fs::write(&file, vec![0x5a; 3 << 20]).unwrap();
     tools::run("mkfs.ext4", &["-q", "-F", served_name]);
     tools::run("debugfs", &["-w", "-R", &format!("write {} file", bench.name("file")), served_name]);
     // Each of them has synced what it wrote.
-    drop(unfuse);
-    drop(nbdfuse);
+    drop(served);
     receiver.kill();
     let _receiver = bench.receiver();
     let copy = bench.name("copy.img");
