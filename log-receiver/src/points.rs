@@ -21,6 +21,7 @@ pub(crate) fn report(disk: DiskRef, timeline: &Timeline, damage: Option<String>)
         holes: timeline.holes().iter().map(hole).collect(),
         marks: marks(timeline),
         flush_points: FlushPoints { count: flushes, last: last_flush.map(point) },
+        locks: Vec::new(),
         damage,
     }
 }
@@ -115,7 +116,7 @@ fn reason_code(reason: Reason) -> String {
 }
 
 /// Of several marks with one label the newest counts, and only it is listed.
-fn marks(timeline: &Timeline) -> Vec<MarkPoint> {
+pub(crate) fn marks(timeline: &Timeline) -> Vec<MarkPoint> {
     let mut seen = std::collections::BTreeSet::new();
     let newest = timeline.marks().iter().rev().filter(|mark| seen.insert(mark.label.clone()));
     let mut marks: Vec<_> = newest

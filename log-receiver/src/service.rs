@@ -7,9 +7,10 @@ use backtide_export::NbdUri;
 use backtide_images::Images;
 use backtide_receiver_api::{
     ApiError, ByteSpan, CertificateStatus, DiffReport, DiffRequest, DiskRef, ErrorCode, FindChangeRequest,
-    FoundChange, KeepRequest, KeptOverlay, Mount, MountRequest, Mounts, PointsReport, ReceiverDisk,
-    ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint,
-    RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, UnmountRequest,
+    FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount, MountRequest, Mounts, PointsReport,
+    ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest,
+    ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus,
+    UnmountRequest,
 };
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
 use backtide_storage::Storage;
@@ -18,6 +19,8 @@ use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
+mod alarms;
+mod locks;
 mod retention;
 
 use crate::{
@@ -119,7 +122,8 @@ impl ReceiverService for Service {
 
     async fn points(&self, disk: DiskName) -> Result<PointsReport, ApiError> {
         let found = self.look_at(&disk).await?;
-        Ok(points::report(found.disk, found.snapshot.timeline(), found.damage))
+        let locks = self.locks(found.disk.uuid);
+        Ok(PointsReport { locks, ..points::report(found.disk, found.snapshot.timeline(), found.damage) })
     }
 
     async fn resolve(&self, disk: DiskName, request: ResolveRequest) -> Result<ResolvedPoint, ApiError> {
@@ -181,6 +185,10 @@ impl ReceiverService for Service {
         request: RetentionRequest,
     ) -> Result<RetentionPreview, ApiError> {
         self.preview(disk, request).await
+    }
+
+    async fn lock(&self, request: LockRequest) -> Result<RetentionReport, ApiError> {
+        self.lock_points(request).await
     }
 
     async fn keep(&self, request: KeepRequest) -> Result<RetentionReport, ApiError> {
@@ -378,29 +386,6 @@ impl Service {
         };
         let disk = DiskRef { name: attached.name.clone(), uuid: disk, size: attached.size };
         Ok(Found { disk, snapshot, damage })
-    }
-
-    /// What a person should look at now.
-    fn alarms(&self, facts: &[DiskFacts]) -> Vec<String> {
-        let mut alarms: Vec<String> = self.watch.check().err().into_iter().collect();
-        let keeper = self.keeper.status();
-        alarms.extend(keeper.low.into_iter().chain(self.policies.damage()).chain(keeper.error));
-        for facts in facts {
-            let name = facts.name.as_ref().map_or_else(|| facts.id.to_string(), ToString::to_string);
-            alarms.extend(facts.error.iter().map(|why| format!("disk {name}: {why}")));
-            let undone = keeper.errors.get(&facts.id);
-            alarms.extend(undone.map(|why| format!("disk {name}: old history cannot be thinned: {why}")));
-            if keeper.shrunk.contains_key(&facts.id) {
-                alarms.push(format!(
-                    "disk {name}: the store was nearly full, history that its retention promises is gone"
-                ));
-            }
-            alarms.extend(facts.damage.iter().map(|why| format!("disk {name}: {why}")));
-        }
-        alarms.extend(self.overlays.alarms());
-        alarms.extend(self.tls.iter().flat_map(|tls| tls.warnings()));
-        alarms.dedup();
-        alarms
     }
 
     async fn facts(&self) -> Result<Vec<DiskFacts>, ApiError> {

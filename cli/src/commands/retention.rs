@@ -1,7 +1,8 @@
 //! `backtide retention`: how long history is kept.
 
 use backtide_receiver_api::{
-    DiskRetention, KeepRequest, Point, RetentionPreview, RetentionReport, RetentionRequest,
+    DiskRetention, KeepRequest, LockRequest, MarkPoint, Point, RetentionPreview, RetentionReport,
+    RetentionRequest,
 };
 use backtide_units::DiskName;
 use clap::{Args, Subcommand};
@@ -10,6 +11,7 @@ use crate::{
     arguments::ReceiverApi,
     context::Context,
     ending::{Ending, Failure, wrong_usage},
+    output::points::lock_text,
     quantity::{count_text, size_both, time_text},
 };
 
@@ -66,6 +68,20 @@ enum What {
         #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
         at: String,
     },
+    /// Lock a point, or every point of a disk, until a time: nobody can let it go before, also when the store is full
+    Lock {
+        /// The disk's name or UUID
+        name: DiskName,
+        /// The point, as with `keep`
+        #[arg(long, value_name = "POINT", allow_hyphen_values = true, required_unless_present = "all")]
+        at: Option<String>,
+        /// Every point: those that are there and those that come
+        #[arg(long, conflicts_with = "at")]
+        all: bool,
+        /// An RFC 3339 time, or a duration from now on such as 30d; it can be made later, never earlier
+        #[arg(long, value_name = "TIME")]
+        until: String,
+    },
 }
 
 impl Retention {
@@ -98,6 +114,7 @@ impl Retention {
                 receiver.set_retention(&name, &request).await?
             }
             What::Keep { name, at } => receiver.keep(&KeepRequest { name, at, release: false }).await?,
+            What::Lock { name, at, all: _, until } => receiver.lock(&LockRequest { name, at, until }).await?,
             What::Release { name, at } => receiver.keep(&KeepRequest { name, at, release: true }).await?,
         };
         context.print(&report, || text(&report))?;
@@ -136,6 +153,7 @@ fn disk_text(disk: &DiskRetention) -> String {
         lines.push(format!("  {} before that", count_text(disk.single_points.len() as u64, "single point")));
     }
     lines.extend(disk.keep.iter().map(|point| format!("  kept until released: {}", point_text(point))));
+    lines.extend(disk.locks.iter().map(lock_text));
     if disk.shrunk > 0 {
         lines.push("  GONE before its time: the store was nearly full".to_owned());
     }
@@ -145,6 +163,9 @@ fn disk_text(disk: &DiskRetention) -> String {
 
 fn preview_text(preview: &RetentionPreview) -> String {
     let mut lines = vec![format!("disk {} with {}", preview.disk.name.as_str(), preview.ladder)];
+    if let Some(until) = preview.locked_until {
+        lines.push(format!("  every point is locked until {}", time_text(until)));
+    }
     if !preview.changes {
         lines.push("  nothing goes now".to_owned());
     }
@@ -153,6 +174,10 @@ fn preview_text(preview: &RetentionPreview) -> String {
     }
     lines.extend(preview.keep.iter().map(|point| format!("  keeps  {}", point_text(point))));
     lines.extend(preview.drop.iter().map(|point| format!("  drops  {}", point_text(point))));
+    let mark = |mark: &MarkPoint| {
+        format!("  drops  mark:{} at lsn:{} ({})", mark.label, mark.lsn, time_text(mark.time))
+    };
+    lines.extend(preview.drop_marks.iter().map(mark));
     if !preview.log_bytes_freed.is_zero() {
         let freed = size_both(preview.log_bytes_freed);
         lines.push(format!("  {freed} of the log go; the images of what is kept take a part of that"));

@@ -1,9 +1,12 @@
 //! A disk's timeline as text: intervals and holes in their order, then marks.
 
-use backtide_receiver_api::{Hole, Interval, MarkPoint, PointsReport};
+use backtide_receiver_api::{Hole, Interval, Lock, MarkPoint, PointsReport};
 use backtide_units::{CaptureTime, Lsn};
 
 use crate::quantity::{count_text, size_both, time_text};
+
+/// A lock that lasts so much longer than was asked is not told of: starts of the receiver take some time.
+const LONGER_US: u64 = 60_000_000;
 
 /// One stretch of the timeline.
 enum Stretch<'a> {
@@ -28,11 +31,26 @@ pub(crate) fn timeline_text(report: &PointsReport) -> String {
         lines.push("marks".to_owned());
         lines.extend(report.marks.iter().map(mark_text));
     }
+    lines.extend(report.locks.iter().map(lock_text));
     if let Some(last) = report.flush_points.last {
         let points = count_text(report.flush_points.count, "flush point");
         lines.push(format!("{points}, the last at lsn:{} ({})", last.lsn, time_text(last.time)));
     }
     lines.join("\n")
+}
+
+/// A lock, and why it lasts longer than was asked, if it does.
+pub(crate) fn lock_text(lock: &Lock) -> String {
+    let what = match lock.point {
+        Some(point) => format!("lsn:{} ({})", point.lsn, time_text(point.time)),
+        None => "every point".to_owned(),
+    };
+    let ends = if lock.ends.0 > lock.until.0 + LONGER_US {
+        format!(", in fact until {}: locks go by the time that the receiver has run", time_text(lock.ends))
+    } else {
+        String::new()
+    };
+    format!("  locked until {}: {what}{ends}", time_text(lock.until))
 }
 
 /// Intervals and holes, oldest first.
@@ -124,6 +142,7 @@ mod tests {
             flush_points: FlushPoints { count: 2, last: Some(Point { lsn: Lsn(70), time: time(7) }) },
             first: Some(Point { lsn: Lsn(1), time: time(0) }),
             last: Some(Point { lsn: Lsn(75), time: time(8) }),
+            locks: Vec::new(),
             damage: None,
         }
     }

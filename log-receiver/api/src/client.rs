@@ -4,9 +4,10 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, Mount, MountRequest,
-    Mounts, OverlayFate, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest,
-    ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus,
+    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount,
+    MountRequest, Mounts, OverlayFate, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest,
+    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
+    ScrubStatus,
 };
 
 /// The receiver, in the words of errors.
@@ -135,6 +136,14 @@ impl ReceiverClient {
     /// As [`ReceiverClient::status`].
     pub async fn keep(&self, request: &KeepRequest) -> Result<RetentionReport, ApiError> {
         self.client.post("/v1/retention/keep", request).await
+    }
+
+    /// Locks a point, or every point of a disk, until a time.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn lock(&self, request: &LockRequest) -> Result<RetentionReport, ApiError> {
+        self.client.post("/v1/retention/lock", request).await
     }
 
     /// Serves a point over NBD.

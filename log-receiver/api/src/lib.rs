@@ -24,7 +24,9 @@ pub use going_back::{
     ResolvedPoint, UnmountRequest,
 };
 pub use points::{DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport, UnavailablePoint};
-pub use retention::{DiskRetention, KeepRequest, RetentionPreview, RetentionReport, RetentionRequest};
+pub use retention::{
+    DiskRetention, KeepRequest, Lock, LockRequest, RetentionPreview, RetentionReport, RetentionRequest,
+};
 pub use routes::router;
 pub use service::ReceiverService;
 pub use status::{CertificateStatus, ReceiverDisk, ReceiverDisks, ReceiverStatus};

@@ -3,6 +3,8 @@
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
+use crate::Lock;
+
 /// Which disk an answer is about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskRef {
@@ -31,6 +33,9 @@ pub struct PointsReport {
     pub first: Option<Point>,
     /// The newest point.
     pub last: Option<Point>,
+    /// Points that nobody can let go before a time.
+    #[serde(default)]
+    pub locks: Vec<Lock>,
     /// What is wrong with the disk's log: a sentence with file and place. Either it is damaged and
     /// nothing can be added to it: what is listed is what can still be read, and the next connection
     /// of the disk's agent begins a new log. Or a scrub or a read has found a damaged place in it:

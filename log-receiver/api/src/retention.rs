@@ -1,9 +1,9 @@
 //! How long history is kept: what is promised of each disk, what is there, and what another ladder would change.
 
-use backtide_units::{ByteCount, DiskName};
+use backtide_units::{ByteCount, CaptureTime, DiskName};
 use serde::{Deserialize, Serialize};
 
-use crate::{DiskRef, Point};
+use crate::{DiskRef, MarkPoint, Point};
 
 /// Retention of the receiver and its disks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,9 @@ pub struct DiskRetention {
     pub single_points: Vec<Point>,
     /// Points that somebody wants kept whatever the ladder says.
     pub keep: Vec<Point>,
+    /// Points that nobody can let go before a time.
+    #[serde(default)]
+    pub locks: Vec<Lock>,
     /// Bytes of the log.
     pub log_bytes: ByteCount,
     /// How often its oldest history went before its time because the store was nearly full, since the receiver
@@ -75,6 +78,31 @@ pub struct KeepRequest {
     pub release: bool,
 }
 
+/// Lock a point, or every point of a disk, until a time: until then nobody can let it go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LockRequest {
+    /// The disk's name or UUID.
+    pub name: DiskName,
+    /// The point. None: every point, those that are there and those that come.
+    #[serde(default)]
+    pub at: Option<String>,
+    /// An RFC 3339 time, or a duration from now on, such as `30d`.
+    pub until: String,
+}
+
+/// A lock that holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    /// The point; none is every point.
+    pub point: Option<Point>,
+    /// The time that was asked for.
+    pub until: CaptureTime,
+    /// When it ends if the receiver runs until then: later than asked when the receiver did not run for a while, or its
+    /// machine's clock went ahead.
+    pub ends: CaptureTime,
+}
+
 /// What a ladder would do to a disk now.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RetentionPreview {
@@ -88,6 +116,12 @@ pub struct RetentionPreview {
     pub keep: Vec<Point>,
     /// Single points of now that go.
     pub drop: Vec<Point>,
+    /// Marks whose points go, the newest of each label.
+    #[serde(default)]
+    pub drop_marks: Vec<MarkPoint>,
+    /// Every point is locked: nothing goes before then, whatever the ladder says.
+    #[serde(default)]
+    pub locked_until: Option<CaptureTime>,
     /// Bytes of the log that go. The images of the points that are kept take a part of that, or more.
     pub log_bytes_freed: ByteCount,
     /// Whether it would change anything now.

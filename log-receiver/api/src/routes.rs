@@ -11,10 +11,10 @@ use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, Mount, MountRequest,
-    Mounts, PointsReport, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest,
-    ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus,
-    UnmountRequest,
+    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount,
+    MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
+    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
+    ScrubStatus, UnmountRequest,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -33,6 +33,7 @@ pub fn router<S: ReceiverService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/retention/preview", post(preview_retention::<S>))
         .route("/v1/retention", get(retention::<S>))
         .route("/v1/retention/keep", post(keep::<S>))
+        .route("/v1/retention/lock", post(lock::<S>))
         .route("/v1/scrub", get(scrub_status::<S>).merge(post(scrub::<S>)).merge(delete(cancel_scrub::<S>)))
         .route("/v1/mounts", get(mounts::<S>).merge(post(mount::<S>)))
         .route("/v1/mounts/{id}", delete(unmount::<S>))
@@ -124,6 +125,13 @@ async fn keep<S: ReceiverService>(
     ApiJson(request): ApiJson<KeepRequest>,
 ) -> Answer<RetentionReport> {
     service.keep(request).await.map(Json)
+}
+
+async fn lock<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    ApiJson(request): ApiJson<LockRequest>,
+) -> Answer<RetentionReport> {
+    service.lock(request).await.map(Json)
 }
 
 async fn mounts<S: ReceiverService>(State(service): State<Arc<S>>) -> Answer<Mounts> {

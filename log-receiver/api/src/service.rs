@@ -4,9 +4,10 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, Mount, MountRequest,
-    Mounts, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint,
-    RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, UnmountRequest,
+    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount,
+    MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest,
+    ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus,
+    UnmountRequest,
 };
 
 /// The receiver's side of the control API. A disk may be named by its name or its UUID.
@@ -67,6 +68,9 @@ pub trait ReceiverService: Send + Sync + 'static {
 
     /// Keeps a point whatever the ladder says, or does so no longer.
     fn keep(&self, request: KeepRequest) -> impl Future<Output = Result<RetentionReport, ApiError>> + Send;
+
+    /// Locks a point, or every point of a disk, until a time. One that would end a lock earlier is `refused`.
+    fn lock(&self, request: LockRequest) -> impl Future<Output = Result<RetentionReport, ApiError>> + Send;
 
     /// Serves a point over NBD; ready for clients when this answers.
     fn mount(&self, request: MountRequest) -> impl Future<Output = Result<Mount, ApiError>> + Send;

@@ -8,10 +8,10 @@ use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, DiskName, Lsn};
 
 use crate::{
     BlockChange, ByteSpan, ChangedBy, DiffReport, DiffRequest, DiskRef, FindChangeRequest, FlushPoints,
-    FoundChange, Hole, KeepRequest, KeptOverlay, Mount, MountOverlay, MountRequest, Mounts, OverlayFate,
-    Point, PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
-    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
-    ScrubStatus, UnavailablePoint, UnmountRequest, router,
+    FoundChange, Hole, KeepRequest, KeptOverlay, LockRequest, Mount, MountOverlay, MountRequest, Mounts,
+    OverlayFate, Point, PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus,
+    RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
+    ScrubRequest, ScrubStatus, UnavailablePoint, UnmountRequest, router,
 };
 
 /// Notes every call.
@@ -148,6 +148,7 @@ impl ReceiverService for Fake {
             flush_points: FlushPoints::default(),
             first: None,
             last: None,
+            locks: Vec::new(),
             damage: None,
         })
     }
@@ -203,6 +204,8 @@ impl ReceiverService for Fake {
             every_point_from: None,
             keep: Vec::new(),
             drop: Vec::new(),
+            drop_marks: Vec::new(),
+            locked_until: None,
             log_bytes_freed: ByteCount(1),
             changes: true,
         })
@@ -210,6 +213,11 @@ impl ReceiverService for Fake {
 
     async fn keep(&self, request: KeepRequest) -> Result<RetentionReport, ApiError> {
         self.note(format!("keep {} {} {}", request.name.as_str(), request.at, request.release));
+        Ok(retained())
+    }
+
+    async fn lock(&self, request: LockRequest) -> Result<RetentionReport, ApiError> {
+        self.note(format!("lock {} {:?} {}", request.name.as_str(), request.at, request.until));
         Ok(retained())
     }
 
@@ -300,6 +308,8 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert!(client.preview_retention(&vm1, &RetentionRequest::default()).await.unwrap().changes);
     let request = KeepRequest { name: vm1.clone(), at: "mark:x".to_owned(), release: true };
     client.keep(&request).await.unwrap();
+    let request = LockRequest { name: vm1.clone(), at: None, until: "30d".to_owned() };
+    client.lock(&request).await.unwrap();
     for strange in ["", "..", "a/b", "a?b"] {
         assert_eq!(client.unmount(strange, None).await.unwrap_err().code, ErrorCode::NotFound, "{strange}");
     }
@@ -327,7 +337,8 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "retention vm1",
             "set retention vm1 Some(\"any=24h\")",
             "preview vm1 None",
-            "keep vm1 mark:x true"
+            "keep vm1 mark:x true",
+            "lock vm1 None 30d"
         ]
     );
 
@@ -348,6 +359,7 @@ fn unknown_fields_of_requests_are_refused() {
     }
     refuses::<MountRequest>(r#"{"name": "vm1", "at": "latest"}"#);
     refuses::<ScrubRequest>(r#"{"name": null}"#);
+    refuses::<LockRequest>(r#"{"name": "vm1", "until": "30d"}"#);
     refuses::<ResolveRequest>(r#"{"point": "latest"}"#);
     refuses::<DiffRequest>(r#"{"from": "-5m", "to": "latest"}"#);
 }

@@ -197,6 +197,7 @@ impl Work {
     }
 
     fn round(&mut self) -> Result<(), Ending> {
+        self.note_time();
         let pressure = self.look_at_the_room();
         let mut disks = self.disks()?;
         if pressure == Pressure::Shrink {
@@ -242,6 +243,15 @@ impl Work {
         Ok(())
     }
 
+    /// Locks go by how long the store has been open.
+    fn note_time(&self) {
+        match self.policies.note_time() {
+            Ok(None) => {}
+            Ok(Some(jump)) => tracing::warn!(jump, "locks last longer"),
+            Err(why) => tracing::warn!(why, "locks last longer, their time cannot be noted"),
+        }
+    }
+
     fn look_at_the_room(&self) -> Pressure {
         let low = self.low();
         let free = match self.shelf.storage.free_space() {
@@ -252,7 +262,11 @@ impl Work {
         let why = (free.0 < low).then(|| {
             let then = match (self.settings.on_full, self.held()) {
                 (OnFull::Refuse, _) => "new data is refused when it is full".to_owned(),
-                (OnFull::Shrink, None) => "the oldest history goes".to_owned(),
+                (OnFull::Shrink, None) => match self.policies.locked_disks() {
+                    0 => "the oldest history goes".to_owned(),
+                    1 => "the oldest history goes, where it may: 1 disk is locked as a whole".to_owned(),
+                    disks => format!("the oldest history goes, where it may: {disks} disks are locked as a whole"),
+                },
                 (OnFull::Shrink, Some(disk)) => format!(
                     "history of disk {disk} that was given up is still there: mounts or other readers hold it \
                      (`backtide mount` lists the mounts); no more goes until it is gone"
@@ -319,7 +333,11 @@ impl Work {
     fn thin(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
         let policy = self.policies.of(disk);
         let ladder = self.policies.ladder(disk);
-        if self.policies.damage().is_some() || (ladder.any.is_none() && pressure == Pressure::None) {
+        let now = self.policies.moment();
+        if self.policies.damage().is_some() || policy.all_locked(now).is_some() {
+            return Ok(false);
+        }
+        if ladder.any.is_none() && pressure == Pressure::None {
             return Ok(false);
         }
         let Some(snapshot) = self.snapshot(disk)? else { return Ok(false) };
@@ -328,7 +346,7 @@ impl Work {
         }
         // What was written to a mounted point is worth nothing without the point.
         let below = self.overlays.points(disk);
-        let mut pins = policy.pins.clone();
+        let mut pins = policy.staying(now);
         pins.extend(below.iter().map(|(lsn, time)| (*lsn, *time)));
         let Some(plan) = plan(&snapshot, &ladder, &pins, clock::now(), pressure, Some(SLOTS_MAX))? else {
             return Ok(false);

@@ -9,7 +9,7 @@ use std::{fmt, str::FromStr};
 const SECOND: u64 = 1_000_000;
 
 /// A period or a time to keep, in microseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Span(pub(crate) u64);
 
 /// One point of each period is kept for a while.
@@ -45,7 +45,7 @@ const UNITS: [(char, u64); 6] =
     [('y', 31_536_000), ('w', 604_800), ('d', 86_400), ('h', 3600), ('m', 60), ('s', 1)];
 
 impl Span {
-    fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let (unit, seconds) = UNITS.iter().find(|(unit, _)| text.ends_with(*unit))?;
         let number: u64 = text.strip_suffix(*unit)?.parse().ok().filter(|number| *number > 0)?;
         // Some hundred thousand years are enough, and times never overflow.

@@ -14,7 +14,11 @@ use backtide_storage::{Storage, read_file, replace_file};
 use backtide_units::{ByteCount, CaptureTime, DiskId, Lsn};
 use serde::{Deserialize, Serialize};
 
-use super::Ladder;
+use super::{
+    Ladder,
+    ladder::{LadderError, Span},
+    locks::{LOCKS_MAX, Lock, LockClock, LockedPoint, Locks, Moment},
+};
 
 /// Its name.
 pub(crate) const FILE: &str = "retention.json";
@@ -39,6 +43,31 @@ pub(crate) struct Policy {
     /// None: the receiver's default.
     pub(crate) ladder: Option<Ladder>,
     pub(crate) pins: BTreeMap<Lsn, CaptureTime>,
+    pub(crate) locks: Locks,
+}
+
+impl Policy {
+    /// The points that stay whatever the ladder says: pinned, or locked.
+    pub(crate) fn staying(&self, now: Moment) -> BTreeMap<Lsn, CaptureTime> {
+        let locked = self.locks.points.iter().filter(|(_, locked)| locked.lock.holds(now));
+        let mut staying = self.pins.clone();
+        staying.extend(locked.map(|(lsn, locked)| (*lsn, locked.time)));
+        staying
+    }
+
+    /// The lock of all points, while it holds.
+    pub(crate) fn all_locked(&self, now: Moment) -> Option<Lock> {
+        self.locks.all.filter(|lock| lock.holds(now))
+    }
+}
+
+/// A lock of a point.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PointLockFile {
+    lsn: Lsn,
+    time: CaptureTime,
+    lock: Lock,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -48,6 +77,36 @@ struct DiskFile {
     ladder: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     keep: Vec<Pin>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    all_locked: Option<Lock>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    locked: Vec<PointLockFile>,
+}
+
+impl DiskFile {
+    fn of(policy: &Policy) -> Self {
+        let keep = policy.pins.iter().map(|(lsn, time)| Pin { lsn: *lsn, time: *time }).collect();
+        let locked = |(lsn, locked): (&Lsn, &LockedPoint)| PointLockFile {
+            lsn: *lsn,
+            time: locked.time,
+            lock: locked.lock,
+        };
+        Self {
+            ladder: policy.ladder.as_ref().map(ToString::to_string),
+            keep,
+            all_locked: policy.locks.all,
+            locked: policy.locks.points.iter().map(locked).collect(),
+        }
+    }
+
+    fn policy(self) -> Result<Policy, LadderError> {
+        let ladder = self.ladder.map(|ladder| ladder.parse()).transpose()?;
+        let locked = self.locked.into_iter();
+        let points =
+            locked.map(|file| (file.lsn, LockedPoint { time: file.time, lock: file.lock })).collect();
+        let pins = self.keep.into_iter().map(|pin| (pin.lsn, pin.time)).collect();
+        Ok(Policy { ladder, pins, locks: Locks { all: self.all_locked, points } })
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -55,6 +114,9 @@ struct DiskFile {
 struct PolicyFile {
     magic: String,
     version: u32,
+    /// How long receivers have had the store open, in microseconds, as long as there are locks.
+    #[serde(default)]
+    open_us: u64,
     disks: BTreeMap<DiskId, DiskFile>,
     /// CRC32C of the JSON of this with an empty checksum, in hexadecimal.
     checksum: String,
@@ -72,11 +134,16 @@ struct Version {
 pub(crate) struct Policies {
     storage: Arc<dyn Storage>,
     default: Ladder,
+    clock: LockClock,
     state: Arc<Mutex<State>>,
 }
 
 struct State {
     disks: BTreeMap<DiskId, Policy>,
+    /// How long receivers had had the store open when this one opened it.
+    open_before: Span,
+    /// When that was noted last.
+    noted: Moment,
     /// Why nobody knows what is wanted.
     damage: Option<String>,
 }
@@ -92,16 +159,22 @@ impl PolicyFile {
 impl Policies {
     /// Reads the file of a store; disks that it does not name have the default.
     pub(crate) fn open(storage: Arc<dyn Storage>, default: Ladder) -> Self {
-        let (disks, damage) = match read(&*storage) {
-            Ok(disks) => (disks, None),
+        Self::open_with(storage, default, LockClock::default())
+    }
+
+    fn open_with(storage: Arc<dyn Storage>, default: Ladder, clock: LockClock) -> Self {
+        let ((disks, open_before), damage) = match read(&*storage) {
+            Ok(read) => (read, None),
             Err(why) => {
                 let name = storage.display(Path::new(FILE));
                 let why = format!("{} {why}; no history goes", name.display());
                 tracing::error!(why);
-                (BTreeMap::new(), Some(why))
+                (Default::default(), Some(why))
             }
         };
-        Self { storage, default, state: Arc::new(Mutex::new(State { disks, damage })) }
+        let noted = clock.moment(open_before);
+        let state = Arc::new(Mutex::new(State { disks, open_before, noted, damage }));
+        Self { storage, default, clock, state }
     }
 
     /// The ladder of disks that have none of their own.
@@ -138,7 +211,7 @@ impl Policies {
         if let Some(why) = &state.damage {
             return Err(format!(
                 "{why}, and no retention is changed, for that would forget what it says: stop the receiver and restore \
-                 the file, or remove it to forget every ladder and kept point"
+                 the file, or remove it to forget every ladder, kept point and lock"
             ));
         }
         let mut disks = state.disks.clone();
@@ -147,25 +220,75 @@ impl Policies {
         if policy.pins.len() > PINS_MAX {
             return Err(format!("{PINS_MAX} points of a disk can be kept, and are: release some"));
         }
+        if policy.locks.points.len() > LOCKS_MAX {
+            return Err(format!(
+                "{LOCKS_MAX} points of a disk can be locked, and are: lock all points instead"
+            ));
+        }
+        let now = self.clock.moment(state.open_before);
+        disks.values_mut().for_each(|policy| policy.locks.prune(now));
         disks.retain(|_, policy| *policy != Policy::default());
-        let of = |(disk, policy): (&DiskId, &Policy)| {
-            let keep = policy.pins.iter().map(|(lsn, time)| Pin { lsn: *lsn, time: *time }).collect();
-            (*disk, DiskFile { ladder: policy.ladder.as_ref().map(ToString::to_string), keep })
-        };
-        let disks_file = disks.iter().map(of).collect();
+        self.write(&disks, now)?;
+        state.noted = now;
+        state.disks = disks;
+        Ok(())
+    }
+
+    fn write(&self, disks: &BTreeMap<DiskId, Policy>, now: Moment) -> Result<(), String> {
         let mut file = PolicyFile {
             magic: MAGIC.to_owned(),
             version: VERSION,
-            disks: disks_file,
+            open_us: now.open.0,
+            disks: disks.iter().map(|(disk, policy)| (*disk, DiskFile::of(policy))).collect(),
             checksum: String::new(),
         };
         file.checksum = file.sum();
         let content = serde_json::to_vec_pretty(&file).expect("plain data becomes JSON");
         let written = replace_file(&*self.storage, Path::new(FILE), &content);
-        written
-            .map_err(|error| format!("write {}: {error}", self.storage.display(Path::new(FILE)).display()))?;
-        state.disks = disks;
-        Ok(())
+        written.map_err(|error| format!("write {}: {error}", self.storage.display(Path::new(FILE)).display()))
+    }
+
+    /// Both clocks of locks, now.
+    pub(crate) fn moment(&self) -> Moment {
+        self.clock.moment(self.lock().open_before)
+    }
+
+    /// How many disks have every point locked.
+    pub(crate) fn locked_disks(&self) -> usize {
+        let state = self.lock();
+        let now = self.clock.moment(state.open_before);
+        state.disks.values().filter(|policy| policy.all_locked(now).is_some()).count()
+    }
+
+    /// Notes durably how long the store has been open, as long as there are locks; blocks. What is not noted counts for
+    /// nothing at the next start. Says when the machine's clock went ahead.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub(crate) fn note_time(&self) -> Result<Option<String>, String> {
+        let mut state = self.lock();
+        let now = self.clock.moment(state.open_before);
+        if state.damage.is_some() || state.disks.values().all(|policy| policy.locks.is_empty()) {
+            state.noted = now;
+            return Ok(None);
+        }
+        let jump = LockClock::jump(state.noted, now);
+        self.write(&state.disks, now)?;
+        state.noted = now;
+        Ok(jump)
+    }
+
+    /// Locks a point, or all points, until a lock ends that has begun; blocks. It never becomes shorter.
+    ///
+    /// # Errors
+    /// As [`Policies::change`].
+    pub(crate) fn add_lock(
+        &self,
+        disk: DiskId,
+        point: Option<(Lsn, CaptureTime)>,
+        lock: Lock,
+    ) -> Result<(), String> {
+        self.change(disk, |policy| policy.locks.add(point, lock))
     }
 
     /// Does something while what is wanted of a disk is still that, and stays that; none when it has changed.
@@ -192,10 +315,10 @@ impl Policies {
 }
 
 /// What is wrong with the file ends a sentence that begins with its name.
-fn read(storage: &dyn Storage) -> Result<BTreeMap<DiskId, Policy>, String> {
+fn read(storage: &dyn Storage) -> Result<(BTreeMap<DiskId, Policy>, Span), String> {
     let content = match read_file(storage, Path::new(FILE), FILE_BYTES_MAX) {
         Ok(content) => content,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Default::default()),
         Err(error) => return Err(format!("cannot be read: {error}")),
     };
     // Before all else: another version may have other fields.
@@ -208,19 +331,16 @@ fn read(storage: &dyn Storage) -> Result<BTreeMap<DiskId, Policy>, String> {
     understand(&content).map_err(|why| format!("is damaged: {why}"))
 }
 
-fn understand(content: &[u8]) -> Result<BTreeMap<DiskId, Policy>, String> {
+fn understand(content: &[u8]) -> Result<(BTreeMap<DiskId, Policy>, Span), String> {
     let mut file: PolicyFile = serde_json::from_slice(content).map_err(|error| error.to_string())?;
     let found = std::mem::take(&mut file.checksum);
     let expected = file.sum();
     if file.magic != MAGIC || file.version != VERSION || found != expected {
         return Err(format!("expected magic {MAGIC}, version {VERSION} and checksum {expected}"));
     }
-    let policy = |file: DiskFile| -> Result<Policy, String> {
-        let ladder = file.ladder.map(|ladder| ladder.parse()).transpose();
-        let ladder = ladder.map_err(|error: super::ladder::LadderError| error.to_string())?;
-        Ok(Policy { ladder, pins: file.keep.into_iter().map(|pin| (pin.lsn, pin.time)).collect() })
-    };
-    file.disks.into_iter().map(|(disk, file)| Ok((disk, policy(file)?))).collect()
+    let policies = file.disks.into_iter().map(|(disk, file)| Ok((disk, file.policy()?)));
+    let policies: Result<_, LadderError> = policies.collect();
+    Ok((policies.map_err(|error| error.to_string())?, Span(file.open_us)))
 }
 
 /// What is wrong with the file of a store that nobody uses.
@@ -230,53 +350,4 @@ pub(crate) fn damage_of(storage: &dyn Storage) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use backtide_storage::MemoryStorage;
-    use backtide_units::ByteOffset;
-
-    use super::*;
-
-    #[test]
-    fn policies_are_durable_and_a_damaged_file_lets_nothing_go() {
-        let storage = MemoryStorage::new();
-        let (a, b) = (DiskId::random(), DiskId::random());
-        let open = || Policies::open(Arc::new(storage.clone()), "any=9d".parse().unwrap());
-        let policies = open();
-        assert_eq!(policies.ladder(a).to_string(), "any=9d");
-        policies.change(a, |policy| policy.ladder = Some("any=1h daily=7d".parse().unwrap())).unwrap();
-        policies.change(b, |policy| policy.pins.extend([(Lsn(7), CaptureTime(8))])).unwrap();
-        storage.crash(1);
-        let policies = open();
-        assert_eq!(
-            (policies.ladder(a).to_string(), policies.of(b).pins.len()),
-            ("any=1h daily=1w".to_owned(), 1)
-        );
-        assert!(
-            policies
-                .change(b, |policy| policy.pins = (0..9999).map(|n| (Lsn(n), CaptureTime(n))).collect())
-                .is_err()
-        );
-        assert_eq!(policies.of(b).pins.len(), 1);
-        let length = storage.open(Path::new(FILE)).unwrap().len().unwrap().0;
-        for byte in 0..length {
-            storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
-            let found = open();
-            // White space may change into other white space.
-            assert!(found.damage().is_some() || found.of(a) == policies.of(a), "byte {byte}");
-            if found.damage().is_some() {
-                assert_eq!(found.ladder(a), Ladder::default());
-                let refused = found.change(a, |policy| policy.ladder = None).unwrap_err();
-                assert!(refused.contains(FILE) && refused.contains("remove it"), "{refused}");
-            }
-            storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
-        }
-        policies.change(a, |policy| policy.ladder = None).unwrap();
-        assert_eq!(open().ladder(a).to_string(), "any=9d");
-        let newer = br#"{"magic": "backtide-retention", "version": 2, "sites": [], "checksum": "0"}"#;
-        replace_file(&storage, Path::new(FILE), newer).unwrap();
-        let found = open();
-        assert!(found.damage().unwrap().contains("has format version 2"), "{:?}", found.damage());
-        assert!(found.change(a, |policy| policy.ladder = None).is_err());
-        assert_eq!(read_file(&storage, Path::new(FILE), FILE_BYTES_MAX).unwrap(), newer);
-    }
-}
+mod tests;

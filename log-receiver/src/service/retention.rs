@@ -1,15 +1,15 @@
 //! The control API's answers about retention.
 
 use backtide_receiver_api::{
-    ApiError, DiskRetention, ErrorCode, KeepRequest, Mount, OverlayFate, ReceiverService, RetentionPreview,
-    RetentionReport, RetentionRequest, UnmountRequest,
+    ApiError, DiskRetention, ErrorCode, KeepRequest, MarkPoint, Mount, OverlayFate, ReceiverService,
+    RetentionPreview, RetentionReport, RetentionRequest, UnmountRequest,
 };
 use backtide_recovery::{LogError, Snapshot, TimedLsn};
 use backtide_units::{ByteCount, DiskName};
 
 use super::{Found, Service};
 use crate::{
-    OnFull, clock,
+    OnFull,
     facts::DiskFacts,
     points,
     retention::{Ladder, LadderError, Pressure, every_change_from, plan},
@@ -68,6 +68,7 @@ impl Service {
             every_point_from: every_change_from(&alone).map(points::point),
             single_points: single,
             keep: policy.pins.iter().map(pinned).collect(),
+            locks: self.locks(facts.id),
             log_bytes: facts.log_bytes,
             shrunk: keeper.shrunk.get(&facts.id).copied().unwrap_or(0),
             error: keeper.errors.get(&facts.id).cloned(),
@@ -81,6 +82,7 @@ impl Service {
     ) -> Result<RetentionReport, ApiError> {
         let id = self.find(&disk)?;
         let ladder = request.ladder.as_deref().map(parse).transpose()?;
+        self.unless_locked(&disk, ladder.as_ref()).await?;
         let policies = self.policies.clone();
         let changed = self.read(move || policies.change(id, |policy| policy.ladder = ladder)).await?;
         changed.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
@@ -99,36 +101,38 @@ impl Service {
             Some(text) => parse(text)?,
             None => self.policies.ladder(disk.uuid),
         };
-        let mut pins = self.policies.of(disk.uuid).pins;
-        pins.extend(self.overlays.points(disk.uuid));
+        let (now, policy) = (self.policies.moment(), self.policies.of(disk.uuid));
+        let mut staying = policy.staying(now);
+        staying.extend(self.overlays.points(disk.uuid));
+        let locked_until = policy.all_locked(now).map(|lock| lock.ends(now));
         let alone = snapshot.alone();
         let (wanted, read) = (ladder.clone(), alone.clone());
         let planned =
-            self.read(move || plan(&read, &wanted, &pins, clock::now(), Pressure::None, None)).await?;
+            self.read(move || plan(&read, &wanted, &staying, now.wall, Pressure::None, None)).await?;
         let planned = planned.map_err(|error| points::log_error(&error))?;
         let list = |points: &[TimedLsn]| points.iter().copied().map(points::point).collect();
-        Ok(match planned {
-            Some(plan) => RetentionPreview {
-                every_point_from: match plan.fold {
-                    Some((_, floor)) => Some(points::point(floor)),
-                    None => every_change_from(&alone).map(points::point),
-                },
-                keep: list(&plan.kept),
-                drop: list(&plan.dropped),
-                log_bytes_freed: plan.fold.map_or(ByteCount::ZERO, |(fold, _)| fold.bytes),
-                changes: true,
-                disk,
-                ladder: ladder.to_string(),
-            },
-            None => RetentionPreview {
-                every_point_from: every_change_from(&alone).map(points::point),
-                keep: single_points(&alone).into_iter().map(points::point).collect(),
-                drop: Vec::new(),
-                log_bytes_freed: ByteCount::ZERO,
-                changes: false,
-                disk,
-                ladder: ladder.to_string(),
-            },
+        let begins = every_change_from(&alone);
+        let plan = planned.filter(|_| locked_until.is_none());
+        let floor = plan.as_ref().and_then(|plan| plan.fold).map(|(_, floor)| floor).or(begins);
+        let keep = plan.as_ref().map_or_else(|| single_points(&alone), |plan| plan.kept.clone());
+        let goes = |mark: &MarkPoint| {
+            mark.recoverable
+                && floor.is_some_and(|floor| mark.lsn < floor.lsn)
+                && !keep.iter().any(|kept| kept.lsn == mark.lsn)
+        };
+        Ok(RetentionPreview {
+            every_point_from: floor.map(points::point),
+            keep: list(&keep),
+            drop: plan.as_ref().map_or_else(Vec::new, |plan| list(&plan.dropped)),
+            drop_marks: points::marks(alone.timeline()).into_iter().filter(goes).collect(),
+            locked_until,
+            log_bytes_freed: plan
+                .as_ref()
+                .and_then(|plan| plan.fold)
+                .map_or(ByteCount::ZERO, |(fold, _)| fold.bytes),
+            changes: plan.is_some(),
+            disk,
+            ladder: ladder.to_string(),
         })
     }
 

@@ -6,6 +6,7 @@ mod damage;
 mod faults;
 mod fixture;
 mod going_back;
+mod locks;
 mod refusals;
 mod retention;
 mod store;

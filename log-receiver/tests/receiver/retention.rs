@@ -23,16 +23,16 @@ const RECORD: usize = 64 << 10;
 /// Captured in 1970, every point is older than an hour; those at tens of seconds stay for a hundred years.
 const TENS: &str = "any=1h per-10s=100y";
 
-fn vm1() -> DiskName {
+pub(crate) fn vm1() -> DiskName {
     "vm1".parse().unwrap()
 }
 
-fn ladder(text: &str) -> RetentionRequest {
+pub(crate) fn ladder(text: &str) -> RetentionRequest {
     RetentionRequest { ladder: Some(text.to_owned()) }
 }
 
 /// The first point is LSN 5; records from then on go around on the disk.
-async fn write_history(receiver: &Receiver, lsns: std::ops::RangeInclusive<u64>) -> Agent {
+pub(crate) async fn write_history(receiver: &Receiver, lsns: std::ops::RangeInclusive<u64>) -> Agent {
     let (mut agent, _) = Agent::welcomed(receiver, hello(1, "vm1")).await;
     agent.first_pass(5).await;
     go_on(&mut agent, lsns).await;
@@ -51,7 +51,7 @@ fn place(lsn: u64) -> usize {
 }
 
 /// Bytes that do not compress.
-fn content(lsn: u64) -> Vec<u8> {
+pub(crate) fn content(lsn: u64) -> Vec<u8> {
     let mut state = lsn;
     let mut word = || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -68,7 +68,7 @@ fn at(lsn: u64) -> Vec<u8> {
 }
 
 /// Waits for rounds that began after now to end.
-async fn rounds(api: &ReceiverClient, name: &DiskName, wanted: &str) -> RetentionReport {
+pub(crate) async fn rounds(api: &ReceiverClient, name: &DiskName, wanted: &str) -> RetentionReport {
     let begun = api.retention(None).await.unwrap().rounds;
     loop {
         let seen = api.retention(None).await.unwrap().rounds;
@@ -229,7 +229,7 @@ async fn damage_of_images_is_found_by_fsck_and_by_a_scrub() {
     assert!(fsck(&place.store(), &mut |_| {}).unwrap().sound, "it is written again");
 }
 
-fn config(place: &Place, on_full: OnFull) -> Config {
+pub(crate) fn config(place: &Place, on_full: OnFull) -> Config {
     let retention =
         Retention { on_full, low_bytes: ByteCount(4 << 20), interval_ms: 20, ..Retention::default() };
     Config { retention, ..place.config() }
@@ -347,7 +347,7 @@ async fn while_an_overlays_record_cannot_be_read_no_history_goes() {
     receiver.shutdown().await;
 }
 
-fn place_in_a_corner(lsn: u64) -> u64 {
+pub(crate) fn place_in_a_corner(lsn: u64) -> u64 {
     (lsn % 4) * RECORD as u64
 }
 

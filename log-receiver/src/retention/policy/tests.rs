@@ -1,0 +1,98 @@
+//! Policies: durable, and a file that cannot be understood lets nothing go.
+
+use backtide_storage::MemoryStorage;
+use backtide_units::ByteOffset;
+
+use super::*;
+
+#[test]
+fn policies_are_durable_and_a_damaged_file_lets_nothing_go() {
+    let storage = MemoryStorage::new();
+    let (a, b) = (DiskId::random(), DiskId::random());
+    let open = || Policies::open(Arc::new(storage.clone()), "any=9d".parse().unwrap());
+    let policies = open();
+    assert_eq!(policies.ladder(a).to_string(), "any=9d");
+    policies.change(a, |policy| policy.ladder = Some("any=1h daily=7d".parse().unwrap())).unwrap();
+    policies.change(b, |policy| policy.pins.extend([(Lsn(7), CaptureTime(8))])).unwrap();
+    storage.crash(1);
+    let policies = open();
+    assert_eq!(
+        (policies.ladder(a).to_string(), policies.of(b).pins.len()),
+        ("any=1h daily=1w".to_owned(), 1)
+    );
+    assert!(
+        policies
+            .change(b, |policy| policy.pins = (0..9999).map(|n| (Lsn(n), CaptureTime(n))).collect())
+            .is_err()
+    );
+    assert_eq!(policies.of(b).pins.len(), 1);
+    let length = storage.open(Path::new(FILE)).unwrap().len().unwrap().0;
+    for byte in 0..length {
+        storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
+        let found = open();
+        // White space may change into other white space.
+        assert!(found.damage().is_some() || found.of(a) == policies.of(a), "byte {byte}");
+        if found.damage().is_some() {
+            assert_eq!(found.ladder(a), Ladder::default());
+            let refused = found.change(a, |policy| policy.ladder = None).unwrap_err();
+            assert!(refused.contains(FILE) && refused.contains("remove it"), "{refused}");
+        }
+        storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
+    }
+    policies.change(a, |policy| policy.ladder = None).unwrap();
+    assert_eq!(open().ladder(a).to_string(), "any=9d");
+    let newer = br#"{"magic": "backtide-retention", "version": 2, "sites": [], "checksum": "0"}"#;
+    replace_file(&storage, Path::new(FILE), newer).unwrap();
+    let found = open();
+    assert!(found.damage().unwrap().contains("has format version 2"), "{:?}", found.damage());
+    assert!(found.change(a, |policy| policy.ladder = None).is_err());
+    assert_eq!(read_file(&storage, Path::new(FILE), FILE_BYTES_MAX).unwrap(), newer);
+}
+
+/// A store whose clocks the test sets: the machine's, and the seconds since the receiver has started.
+fn clocked(storage: &MemoryStorage, wall: u64, running: u64) -> Policies {
+    let second = 1_000_000;
+    let clock =
+        LockClock::of(move || CaptureTime(wall * second), move || std::time::Duration::from_secs(running));
+    Policies::open_with(Arc::new(storage.clone()), "any=9d".parse().unwrap(), clock)
+}
+
+#[test]
+fn a_lock_lasts_while_no_receiver_runs_and_is_not_fooled_by_the_clock() {
+    let (storage, disk) = (MemoryStorage::new(), DiskId::random());
+    let policies = clocked(&storage, 1000, 0);
+    let lock = Lock::new(CaptureTime(1_600_000_000), policies.moment()).unwrap();
+    policies.add_lock(disk, Some((Lsn(7), CaptureTime(5))), lock).unwrap();
+    let stays = |policies: &Policies| policies.of(disk).staying(policies.moment()).contains_key(&Lsn(7));
+    storage.crash(1);
+    // A receiver that runs for 500 of the 600 seconds.
+    let policies = clocked(&storage, 1500, 500);
+    assert!(stays(&policies));
+    assert_eq!(policies.note_time().unwrap(), None);
+    storage.crash(2);
+    for wall in [1400, 1600, 999_999] {
+        assert!(stays(&clocked(&storage, wall, 99)), "the machine says {wall}");
+        assert!(!stays(&clocked(&storage, wall, 100)) || wall < 1600, "the machine says {wall}");
+    }
+    // What has ended is forgotten at the next change.
+    let policies = clocked(&storage, 1600, 100);
+    policies.change(disk, |_| {}).unwrap();
+    assert_eq!(policies.of(disk), Policy::default());
+}
+
+#[test]
+fn locks_are_bounded_and_a_damaged_file_lets_nothing_go() {
+    let (storage, disk) = (MemoryStorage::new(), DiskId::random());
+    let policies = clocked(&storage, 1000, 0);
+    let lock = Lock::new(CaptureTime(1_600_000_000), policies.moment()).unwrap();
+    let full = policies.change(disk, |policy| {
+        (0..=LOCKS_MAX as u64).for_each(|lsn| policy.locks.add(Some((Lsn(lsn), CaptureTime(lsn))), lock));
+    });
+    assert!(full.unwrap_err().contains("can be locked"));
+    policies.add_lock(disk, None, lock).unwrap();
+    assert!(policies.of(disk).all_locked(policies.moment()).is_some());
+    storage.flip_bit(Path::new(FILE), ByteOffset(90), 1);
+    let damaged = clocked(&storage, 1000, 0);
+    assert!(damaged.damage().unwrap().contains(FILE));
+    assert!(damaged.note_time().is_ok(), "and it stays as it is");
+}
