@@ -252,14 +252,18 @@ pub(crate) fn text(path: &Path) -> String {
     path.to_str().expect("a path that is text").to_owned()
 }
 
+/// Where cargo puts what it builds: `target/PROFILE`.
+pub(crate) fn build_directory() -> PathBuf {
+    let test = std::env::current_exe().expect("this executable has a path");
+    test.parent().and_then(Path::parent).expect("an executable is in target/PROFILE/deps").to_owned()
+}
+
 /// The binary of the same build: cargo puts it beside the directory of test executables.
 fn binary() -> PathBuf {
     if let Some(binary) = std::env::var_os("BACKTIDE_BINARY") {
         return binary.into();
     }
-    let test = std::env::current_exe().expect("this executable has a path");
-    let profile = test.parent().and_then(Path::parent).expect("an executable is in target/PROFILE/deps");
-    let binary = profile.join("backtide");
+    let binary = build_directory().join("backtide");
     assert!(binary.exists(), "{} is missing: run `cargo build -p backtide` first", binary.display());
     binary
 }

@@ -4,7 +4,7 @@
 //! [`Bench`] is a directory with daemons in it, [`Disk`] an attached disk, [`Load`] a guest that
 //! writes until it is told to stop and remembers in which order it was acknowledged, [`Model`] what
 //! the disk must hold after each of those writes, [`tools`] the judges, [`kernel_disk`] a file system of the kernel on a disk,
-//! [`postgres`] a database on that, [`ledger`] what it has acknowledged and when, [`wire`] the stream by hand,
+//! [`postgres`] a database on that, [`machine`] a virtual machine, [`ledger`] what it has acknowledged and when, [`wire`] the stream by hand,
 //! [`http`] a control API by hand. Every process that is started ends with its owner, also when a
 //! test panics or is killed.
 //!
@@ -18,6 +18,7 @@ pub mod http;
 pub mod kernel_disk;
 pub mod ledger;
 mod load;
+pub mod machine;
 mod model;
 pub mod postgres;
 pub mod tools;

@@ -94,6 +94,14 @@ impl Beside {
 
     /// Waits for its end, which must be a success; what it printed.
     pub fn succeed(mut self) -> String {
+        let said = self.said();
+        let status = self.0.wait().expect("wait for a program");
+        assert!(status.success(), "{status}: {said}");
+        said
+    }
+
+    /// All that it prints, until it ends.
+    pub fn said(&mut self) -> String {
         use std::io::Read;
         let mut said = String::new();
         for pipe in [
@@ -102,8 +110,6 @@ impl Beside {
         ] {
             pipe.expect("a pipe").read_to_string(&mut said).expect("read what a program prints");
         }
-        let status = self.0.wait().expect("wait for a program");
-        assert!(status.success(), "{status}: {said}");
         said
     }
 

@@ -4,26 +4,20 @@
 //! `BACKTIDE_MOMENTS=30` looks at so many random moments, `SEED=` at the same again when the story
 //! takes as long.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
-};
+mod postgresql;
+mod sqlite;
 
 use backtide_e2e::{
     Bench, Daemon, Disk,
-    kernel_disk::{Mounted, Served, cannot_mount},
-    ledger::{Client, Ledger, Moment, moments, moments_asked_for, seed},
-    postgres::{Postgres, cannot_serve},
-    skip, tools,
+    ledger::{Client, Ledger, Moment, moments, moments_asked_for},
 };
 use serde_json::Value;
 
-const SIZE: u64 = 512 << 20;
-
 /// The parts of a story with two outages, and a moment in the hole of the second.
 struct Story {
-    receiver: Daemon,
-    ledger: Ledger,
+    _receiver: Daemon,
+    /// What each client has done.
+    ledgers: Vec<Ledger>,
     /// When the link was cut for long: everything before is at the receiver.
     cut: Moment,
     /// A moment in the hole.
@@ -32,72 +26,22 @@ struct Story {
     back: Moment,
 }
 
-#[test]
-fn postgresql_has_at_every_moment_what_it_had_acknowledged() {
-    if let Some(why) = cannot_mount().or_else(cannot_serve) {
-        return skip(why);
-    }
-    let seed = seed();
-    let bench = Bench::new();
-    let (receiver, _agent, disk) = bench.protected(SIZE, &["--window", "64MiB", "--guest-delay-max", "0"]);
-    let served = Served::start(&bench, "disk", &disk.uri(), SIZE);
-    tools::run("mkfs.ext4", &["-q", "-F", served.path().to_str().unwrap()]);
-    let mounted = match Mounted::at(bench.path("mnt"), &served) {
-        Ok(mounted) => mounted,
-        Err(why) => return skip(&format!("no ext4 on a loop device here: {why}")),
-    };
-    Postgres::create(&bench, mounted.directory());
-    let server = Postgres::start(&bench, "server", mounted.directory());
-    server.prepare_pgbench();
-    server.query("create table ledger (n bigint primary key, ballast text)");
-
-    let pgbench = server.pgbench(20);
-    let ballast = Arc::new(AtomicU32::new(100));
-    let (mut session, of_client) = (server.session(), Arc::clone(&ballast));
-    let client = Client::start(move |number| {
-        let rows = of_client.load(Ordering::Relaxed);
-        let text = format!("select string_agg(md5(random()::text), '') from generate_series(1, {rows})");
-        session.run(&format!("insert into ledger values ({number}, ({text}))"))
-    });
-    let story = two_outages(&bench, receiver, &disk, client, |heavy| {
-        ballast.store(if heavy { 32_768 } else { 100 }, Ordering::Relaxed);
-    });
-    drop(pgbench);
-    server.cut_off();
-    mounted.unmount();
-    drop(served);
-    disk.settle();
-
-    let (first, last) = story.ledger.span();
-    let refused = mount_at(&bench, story.in_hole).expect_err("a moment of the outage is no point");
-    assert_eq!(refused["hole"]["reason_code"], "receiver-away", "{refused}");
-    let _receiver = story.receiver;
-    let count = moments_asked_for().div_ceil(3);
-    for (span, whole) in [((first, story.cut), true), ((first, last), false), ((story.back, last), true)] {
-        for at in moments(span, count, seed) {
-            match mount_at(&bench, at) {
-                Ok(mount) => look(&bench, &mount, at, &story.ledger),
-                Err(refused) => assert_in_hole(&refused, at, whole),
-            }
-        }
-    }
-}
-
 /// A short outage that is replayed, then one that outlasts the window and costs a resync.
 fn two_outages(
     bench: &Bench,
     receiver: Daemon,
     disk: &Disk<'_>,
-    client: Client,
+    clients: Vec<Client>,
     write_much: impl Fn(bool),
 ) -> Story {
-    client.goes_on(20);
+    let go_on = |more| clients.iter().for_each(|client| client.goes_on(more));
+    go_on(10);
     receiver.kill();
     disk.until("the stream is lost", |status| status["connected"] == false);
-    client.goes_on(10);
+    go_on(5);
     let receiver = bench.receiver();
     disk.wait("sync");
-    client.goes_on(20);
+    go_on(10);
     assert_eq!(disk.holes(), Vec::<Value>::new(), "the first outage was replayed");
 
     let cut = Moment::now();
@@ -106,14 +50,39 @@ fn two_outages(
     write_much(true);
     disk.until("tracking", |status| status["mode"] == "tracking");
     write_much(false);
-    client.goes_on(3);
+    go_on(2);
     let in_hole = Moment::now();
-    client.goes_on(3);
+    go_on(2);
     let receiver = bench.receiver();
     disk.wait("sync");
     let back = Moment::now();
-    client.goes_on(20);
-    Story { receiver, ledger: client.stop(), cut, in_hole, back }
+    go_on(10);
+    Story {
+        _receiver: receiver,
+        ledgers: clients.into_iter().map(Client::stop).collect(),
+        cut,
+        in_hole,
+        back,
+    }
+}
+
+impl Story {
+    /// The moments to look at: as many before the long outage, anywhere, and after it. With each
+    /// whether it must be a point as far as that outage goes.
+    fn moments(&self, seed: u64) -> Vec<(Moment, bool)> {
+        let spans: Vec<_> = self.ledgers.iter().map(Ledger::span).collect();
+        let first = spans.iter().map(|span| span.0).max().expect("a client");
+        let last = spans.iter().map(|span| span.1).max().expect("a client");
+        let count = moments_asked_for().div_ceil(3);
+        let of = |from, to, whole| moments((from, to), count, seed).into_iter().map(move |at| (at, whole));
+        of(first, self.cut, true).chain(of(first, last, false)).chain(of(self.back, last, true)).collect()
+    }
+
+    /// The moment in the hole is refused, and the hole named.
+    fn assert_refused_in_the_hole(&self, bench: &Bench) {
+        let refused = mount_at(bench, self.in_hole).expect_err("a moment of the outage is no point");
+        assert_eq!(refused["hole"]["reason_code"], "receiver-away", "{refused}");
+    }
 }
 
 /// Mounts the disk as it was, writable; else why it cannot be had.
@@ -133,30 +102,4 @@ fn assert_in_hole(refused: &Value, at: Moment, whole: bool) {
     let ends = (hole["from_time"].as_u64().unwrap(), hole["to_time"].as_u64().unwrap());
     assert!(ends.0 <= at.0 && at.0 <= ends.1, "{at:?} is refused for a hole elsewhere: {refused}");
     assert!(!whole || hole["reason_code"] != "receiver-away", "{at:?} was not in the outage: {refused}");
-}
-
-/// Starts the database on a mounted point, as after a power cut, and counts.
-fn look(bench: &Bench, mount: &Value, at: Moment, ledger: &Ledger) {
-    let (id, what) = (mount["id"].as_str().unwrap(), format!("lsn:{}", mount["lsn"]));
-    let name = format!("{id}-at-{}", at.0);
-    let served = Served::start(bench, &format!("{name}.disk"), mount["uri"].as_str().unwrap(), SIZE);
-    served.check_ext4();
-    let mounted = Mounted::at(bench.path(&format!("{name}.mnt")), &served).expect("mount it as before");
-    let server = Postgres::start(bench, &name, mounted.directory());
-    let counted = server.query("select count(*), coalesce(max(n), 0), coalesce(min(n), 1) from ledger");
-    let numbers: Vec<u64> = counted.split('|').map(|number| number.parse().unwrap()).collect();
-    assert_eq!((numbers[0], 1), (numbers[1], numbers[2]), "{what}: no transaction is missing in between");
-    ledger.assert_holds(numbers[0], at, &what);
-    // pgbench moves the same sum in all of its tables.
-    let sums = "select (select sum(abalance) from pgbench_accounts) - (select sum(bbalance) from \
-                pgbench_branches), (select sum(tbalance) from pgbench_tellers) - (select \
-                coalesce(sum(delta), 0) from pgbench_history), (select sum(abalance) from pgbench_accounts) \
-                - (select sum(tbalance) from pgbench_tellers)";
-    assert_eq!(server.query(sums), "0|0|0", "{what}: the sums of pgbench's tables");
-    // Every page is read, and its checksum with it.
-    server.query("select count(length(ballast)) from ledger");
-    server.cut_off();
-    mounted.unmount();
-    drop(served);
-    bench.json(&["unmount", id, "--discard"]);
 }
