@@ -246,6 +246,7 @@ impl Filter {
             | Message::PassEnd { .. }
             | Message::Mark { .. }
             | Message::Compare(_)
+            | Message::Reading(_)
             | Message::Close(_) => self.refuse(format!("the receiver sent an unexpected {}", message.name())),
         }
         self.pump();

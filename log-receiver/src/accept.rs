@@ -1,4 +1,4 @@
-//! Accepts agents and sends each to the thread that owns its disk.
+//! Accepts agents and sends each to the thread that owns its disk, or has its questions about a point answered.
 //!
 //! Invariants: an agent that says nothing has a few seconds; the number of connections, greeted or
 //! not, is bounded.
@@ -15,11 +15,13 @@ use std::{
 use backtide_protocol::{Decoder, Message, Sequenced};
 use backtide_tls::Rights;
 use backtide_units::DiskId;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::{
     admit::{Admitted, Doorkeeper},
     ingest::Task,
+    reading,
+    service::Service,
     session::ConnectionId,
     socket::{Listener, Socket},
 };
@@ -49,11 +51,22 @@ pub(crate) struct Door {
     connections: Arc<Semaphore>,
     next: Arc<AtomicU64>,
     keeper: Arc<Doorkeeper>,
+    /// Answers who reads a point.
+    service: Arc<Service>,
+    /// Says when that ends.
+    ending: Arc<watch::Sender<bool>>,
 }
 
 impl Door {
-    pub(crate) fn new(threads: Vec<mpsc::Sender<Task>>, connections_max: usize) -> Self {
+    pub(crate) fn new(
+        threads: Vec<mpsc::Sender<Task>>,
+        connections_max: usize,
+        service: Arc<Service>,
+        ending: Arc<watch::Sender<bool>>,
+    ) -> Self {
         Self {
+            service,
+            ending,
             threads: threads.into(),
             connections: Arc::new(Semaphore::new(connections_max)),
             next: Arc::default(),
@@ -102,10 +115,19 @@ impl Door {
         }
     }
 
+    /// An agent that reads a point stays here: it has nothing to do with whoever owns the disk's log.
+    async fn give_a_point(self, id: ConnectionId, admitted: Admitted, permit: OwnedSemaphorePermit) {
+        let ending = self.ending.subscribe();
+        tokio::spawn(async move {
+            reading::run(id, self.service, admitted, ending).await;
+            drop(permit);
+        });
+    }
+
     async fn pass_on(self, id: ConnectionId, admitted: Admitted, permit: OwnedSemaphorePermit) {
-        let Admitted { stream, decoder, first, rights } = admitted;
-        let thread = match &first.message {
+        let thread = match &admitted.first.message {
             Message::Hello(hello) => Self::owner(hello.disk, self.threads.len()),
+            Message::Reading(_) => return self.give_a_point(id, admitted, permit).await,
             // Any thread's session refuses it in the right words.
             Message::Welcome(_)
             | Message::Record(_)
@@ -120,6 +142,7 @@ impl Door {
             | Message::Ping
             | Message::Close(_) => 0,
         };
+        let Admitted { stream, decoder, first, rights } = admitted;
         match stream.detach() {
             Ok(socket) => {
                 let arrival = Arrival { id, socket, decoder, first, rights, _permit: permit };

@@ -4,7 +4,8 @@
 //! to the thread that owns the disk (`ingest`); `connection` reads; [`session`] decides what a
 //! message means; `entries` puts it into the log's words; `disks` and `disk` hold the logs;
 //! `commit` makes them durable. The way back: `service` answers the control API with `points`
-//! and `changes`, `mounts` serves a `point_export` over NBD, or an `overlay_export` of one of `overlays`.
+//! and `changes`, `mounts` serves a `point_export` over NBD, or an `overlay_export` of one of `overlays`;
+//! `reading` gives an agent the content of an `open_point` over the stream.
 //!
 //! [`session`], `disks` and `disk` know no socket, no clock and no thread: a simulation drives
 //! them over a storage in memory. Everything around is [`Receiver`].
@@ -13,6 +14,8 @@ mod accept;
 mod admit;
 mod connection;
 mod ingest;
+mod open_point;
+mod reading;
 mod socket;
 
 mod commit;

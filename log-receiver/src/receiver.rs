@@ -18,7 +18,7 @@ use backtide_tls::StreamServer;
 use backtide_units::{DiskId, HistoryId};
 use tokio::{
     runtime::{Builder, Runtime},
-    sync::oneshot,
+    sync::{oneshot, watch},
     task::JoinHandle,
 };
 
@@ -40,6 +40,9 @@ use crate::{
 
 /// Threads of the runtime that accepts and answers the control API.
 const CONTROL_THREADS: usize = 2;
+
+/// How long agents that read points may take to hear that the receiver ends.
+const POINTS_GRACE: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// How often a store without traffic is looked at.
 const STORE_LOOK: std::time::Duration = std::time::Duration::from_secs(5);
@@ -78,6 +81,8 @@ pub struct Receiver {
     listen: Vec<Address>,
     api: Address,
     accepting: Vec<JoinHandle<()>>,
+    /// Tells agents that read points.
+    points_end: Arc<watch::Sender<bool>>,
     api_stop: oneshot::Sender<()>,
     api_task: JoinHandle<()>,
     ingest: Vec<IngestThread>,
@@ -204,9 +209,10 @@ impl Receiver {
         let (api_stop, stopped) = oneshot::channel();
         let service = Arc::new(service);
         service.serve_again().await;
-        let api_task = runtime.spawn(serve_api(api, service, stopped));
+        let api_task = runtime.spawn(serve_api(api, Arc::clone(&service), stopped));
         let mut accepting = vec![runtime.spawn(watch_store(watch))];
-        let door = Door::new(tasks, limits.connections);
+        let points_end = Arc::new(watch::Sender::new(false));
+        let door = Door::new(tasks, limits.connections, service, Arc::clone(&points_end));
         accepting.extend(listeners.into_iter().map(|listener| runtime.spawn(door.clone().accept(listener))));
         tracing::info!(store = %config.store.display(), store_id = %store.0, ?listen, api = %api_address, "the receiver is ready");
         Ok(Self {
@@ -214,6 +220,7 @@ impl Receiver {
             listen,
             api: api_address,
             accepting,
+            points_end,
             api_stop,
             api_task,
             ingest,
@@ -243,12 +250,27 @@ impl Receiver {
     /// Ends it in good order: no new agents, those connected are told, everything received is made
     /// durable, mounts finish what is in flight.
     pub async fn shutdown(self) {
-        let Self { accepting, api_stop, api_task, ingest, mounts, keeper, runtime, pools, lock, .. } = self;
+        let Self {
+            accepting,
+            points_end,
+            api_stop,
+            api_task,
+            ingest,
+            mounts,
+            keeper,
+            runtime,
+            pools,
+            lock,
+            ..
+        } = self;
         for task in accepting {
             task.abort();
             // Aborted is what it should be; its end closes the socket.
             let _ = task.await;
         }
+        points_end.send_replace(true);
+        // None is left when nobody listens any more; one that does not take its last words is not waited for.
+        let _ = tokio::time::timeout(POINTS_GRACE, points_end.closed()).await;
         // Whoever has ended already need not be told.
         let _ = api_stop.send(());
         let _ = api_task.await;

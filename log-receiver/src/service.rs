@@ -62,11 +62,11 @@ pub(crate) struct Service {
 }
 
 /// A disk as it was when somebody asked.
-struct Found {
-    disk: DiskRef,
-    snapshot: Snapshot,
+pub(crate) struct Found {
+    pub(crate) disk: DiskRef,
+    pub(crate) snapshot: Snapshot,
     /// What is wrong with its log, when acknowledged bytes are not there any more.
-    damage: Option<String>,
+    pub(crate) damage: Option<String>,
 }
 
 impl ReceiverService for Service {
@@ -344,7 +344,7 @@ impl Service {
         mounted.await.map_err(|_| ending())?
     }
 
-    fn find(&self, name: &DiskName) -> Result<DiskId, ApiError> {
+    pub(crate) fn find(&self, name: &DiskName) -> Result<DiskId, ApiError> {
         let text = name.as_str();
         let by_name = self.names.find(text);
         by_name.or_else(|| text.parse().ok().map(DiskId)).ok_or_else(|| self.unknown(text))
@@ -367,7 +367,7 @@ impl Service {
         readable.await.map_err(|_| ending())
     }
 
-    async fn look_at(&self, name: &DiskName) -> Result<Found, ApiError> {
+    pub(crate) async fn look_at(&self, name: &DiskName) -> Result<Found, ApiError> {
         let disk = self.find(name)?;
         let readable = self.read_disk(disk).await?.ok_or_else(|| self.unknown(name.as_str()))?;
         let readable = readable.map_err(|Failure { why, damaged }| {
@@ -431,7 +431,7 @@ impl Service {
         }
     }
 
-    async fn resolve_in(&self, snapshot: &Snapshot, asked: &str) -> Result<TimedLsn, ApiError> {
+    pub(crate) async fn resolve_in(&self, snapshot: &Snapshot, asked: &str) -> Result<TimedLsn, ApiError> {
         let point: Point = asked.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
         let snapshot = snapshot.clone();
         let now = clock::now();
@@ -447,7 +447,7 @@ impl Service {
         at.map_err(|error: PointError| points::unavailable(asked, &error))
     }
 
-    async fn read<T: Send + 'static>(
+    pub(crate) async fn read<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, ApiError> {

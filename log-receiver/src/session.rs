@@ -286,6 +286,7 @@ impl Streaming {
             | Message::Welcome(_)
             | Message::CompareResult(_)
             | Message::Ack { .. }
+            | Message::Reading(_)
             | Message::Close(_)) => return Err(unexpected("a record, pass, mark, compare or ping", &other)),
         };
         if !payload.is_zero() {
@@ -425,25 +426,7 @@ fn log_close(connection: ConnectionId, disk: Option<DiskId>, closed: &Closed) {
 }
 
 fn unexpected(expected: &str, found: &Message) -> Closed {
-    closed(CloseCode::Invalid, format!("expected {expected}, found {}", kind(found)))
-}
-
-fn kind(message: &Message) -> &'static str {
-    match message {
-        Message::Hello(_) => "hello",
-        Message::Welcome(_) => "welcome",
-        Message::Record(_) => "record",
-        Message::Flush { .. } => "flush",
-        Message::PassBegin { .. } => "pass-begin",
-        Message::PassData { .. } => "pass-data",
-        Message::PassEnd { .. } => "pass-end",
-        Message::Mark { .. } => "mark",
-        Message::Compare(_) => "compare",
-        Message::CompareResult(_) => "compare-result",
-        Message::Ack { .. } => "ack",
-        Message::Ping => "ping",
-        Message::Close(_) => "close",
-    }
+    closed(CloseCode::Invalid, format!("expected {expected}, found {}", found.name()))
 }
 
 #[cfg(test)]

@@ -154,6 +154,11 @@ fn disk_text(disk: &DiskRetention) -> String {
     }
     lines.extend(disk.keep.iter().map(|point| format!("  kept until released: {}", point_text(point))));
     lines.extend(disk.locks.iter().map(lock_text));
+    lines.extend(
+        disk.held
+            .iter()
+            .map(|held| format!("  held for {}: lsn:{} ({})", held.owner, held.lsn, time_text(held.time))),
+    );
     if disk.shrunk > 0 {
         lines.push("  GONE before its time: the store was nearly full".to_owned());
     }

@@ -149,6 +149,7 @@ impl Walk<'_> {
             | Message::Compare(_)
             | Message::CompareResult(_)
             | Message::Ack { .. }
+            | Message::Reading(_)
             | Message::Close(_) => wrong(format!("a {}", message.name())),
         }
     }

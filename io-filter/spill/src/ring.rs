@@ -115,6 +115,7 @@ pub fn frame_bytes(message: &Message) -> ByteCount {
         | Message::Compare(_)
         | Message::CompareResult(_)
         | Message::Ack { .. }
+        | Message::Reading(_)
         | Message::Close(_) => panic!("a {} is not spilled", message.name()),
     };
     ByteCount((FRAME_HEADER_BYTES + payload) as u64)

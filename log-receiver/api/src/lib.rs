@@ -25,7 +25,8 @@ pub use going_back::{
 };
 pub use points::{DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport, UnavailablePoint};
 pub use retention::{
-    DiskRetention, KeepRequest, Lock, LockRequest, RetentionPreview, RetentionReport, RetentionRequest,
+    DiskRetention, HeldPoint, KeepRequest, Lock, LockRequest, RetentionPreview, RetentionReport,
+    RetentionRequest,
 };
 pub use routes::router;
 pub use service::ReceiverService;

@@ -1,6 +1,6 @@
 //! How long history is kept: what is promised of each disk, what is there, and what another ladder would change.
 
-use backtide_units::{ByteCount, CaptureTime, DiskName};
+use backtide_units::{ByteCount, CaptureTime, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
 use crate::{DiskRef, MarkPoint, Point};
@@ -46,6 +46,9 @@ pub struct DiskRetention {
     /// Points that nobody can let go before a time.
     #[serde(default)]
     pub locks: Vec<Lock>,
+    /// Points that agents need: for disks whose content is still fetched from there.
+    #[serde(default)]
+    pub held: Vec<HeldPoint>,
     /// Bytes of the log.
     pub log_bytes: ByteCount,
     /// How often its oldest history went before its time because the store was nearly full, since the receiver
@@ -53,6 +56,17 @@ pub struct DiskRetention {
     pub shrunk: u64,
     /// Why its history could not be thinned the last time.
     pub error: Option<String>,
+}
+
+/// A point that stays until the agent that needs it says that it does not, or a person releases it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldPoint {
+    /// Who needs it.
+    pub owner: String,
+    /// The point.
+    pub lsn: Lsn,
+    /// When it was captured.
+    pub time: CaptureTime,
 }
 
 /// Give a disk another ladder.

@@ -4,6 +4,8 @@
 //! checksummed too. Encoding yields the header and the payload apart, so that a driver can hand
 //! both to one vectored write without copying the payload.
 
+mod reading;
+
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, PayloadChecksum, Reason};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -13,6 +15,7 @@ use crate::{
         COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, Compare, CompareItem, CompareResult, Content, Data,
         LABEL_BYTES_MAX, Message, Record, RecordBody, Sequenced,
     },
+    reading::{FETCH_BYTES_MAX, OWNER_BYTES_MAX},
 };
 
 /// "BTS1", little-endian: begins every frame.
@@ -52,9 +55,19 @@ enum Type {
     Ack = 13,
     Ping = 14,
     Close = 15,
+    OpenPoint = 16,
+    PointOpened = 17,
+    Fetch = 18,
+    Piece = 19,
+    AskBlocks = 20,
+    Blocks = 21,
+    Hold = 22,
+    Release = 23,
+    Answered = 24,
+    Failed = 25,
 }
 
-const TYPES: [Type; 15] = [
+const TYPES: [Type; 25] = [
     Type::Hello,
     Type::Welcome,
     Type::Write,
@@ -70,19 +83,38 @@ const TYPES: [Type; 15] = [
     Type::Ack,
     Type::Ping,
     Type::Close,
+    Type::OpenPoint,
+    Type::PointOpened,
+    Type::Fetch,
+    Type::Piece,
+    Type::AskBlocks,
+    Type::Blocks,
+    Type::Hold,
+    Type::Release,
+    Type::Answered,
+    Type::Failed,
 ];
 
 impl Type {
     /// The longest payload of the type: checked before a byte of it is kept.
     fn payload_bytes_max(self) -> u64 {
         match self {
-            Self::Hello | Self::Welcome | Self::Close => JSON_BYTES_MAX,
+            Self::Hello
+            | Self::Welcome
+            | Self::Close
+            | Self::OpenPoint
+            | Self::PointOpened
+            | Self::Failed => JSON_BYTES_MAX,
+            Self::Piece => FETCH_BYTES_MAX,
+            Self::Blocks => reading::BLOCKS_BYTES_MAX,
             Self::Write | Self::PassData => PAYLOAD_BYTES_MAX,
             Self::Zero | Self::Trim => 8,
             Self::Mark => LABEL_BYTES_MAX as u64,
             Self::Compare => (COMPARE_ITEMS_MAX * COMPARE_ITEM_BYTES) as u64,
             Self::CompareResult => (COMPARE_ITEMS_MAX * 4) as u64,
             Self::Flush | Self::PassBegin | Self::PassEnd | Self::Ack | Self::Ping => 0,
+            Self::Fetch | Self::AskBlocks | Self::Answered => 0,
+            Self::Hold | Self::Release => OWNER_BYTES_MAX as u64,
         }
     }
 }
@@ -172,9 +204,6 @@ pub fn encode(seq: u64, message: &Message) -> ([u8; FRAME_HEADER_BYTES], Bytes) 
 
 fn encode_parts(message: &Message) -> (Header, Data) {
     let none = || Data::capture(Bytes::new());
-    let json = |bytes: Result<Vec<u8>, serde_json::Error>| {
-        Data::capture(bytes.expect("plain structs always serialize").into())
-    };
     match message {
         Message::Hello(hello) => (Header::of(Type::Hello), json(serde_json::to_vec(hello))),
         Message::Welcome(welcome) => (Header::of(Type::Welcome), json(serde_json::to_vec(welcome))),
@@ -206,7 +235,12 @@ fn encode_parts(message: &Message) -> (Header, Data) {
             (Header::of(Type::Ack).fields(*received, *durable, 0, 0), none())
         }
         Message::Ping => (Header::of(Type::Ping), none()),
+        Message::Reading(reading) => reading::encode(reading),
     }
+}
+
+fn json(bytes: Result<Vec<u8>, serde_json::Error>) -> Data {
+    Data::capture(bytes.expect("plain structs always serialize").into())
 }
 
 fn encode_record(record: &Record) -> (Header, Data) {
@@ -291,6 +325,16 @@ fn decode_message(
         Type::CompareResult => Message::CompareResult(compare_result(a, payload)?),
         Type::Ack => Message::Ack { received: a, durable: b },
         Type::Ping => Message::Ping,
+        Type::OpenPoint
+        | Type::PointOpened
+        | Type::Fetch
+        | Type::Piece
+        | Type::AskBlocks
+        | Type::Blocks
+        | Type::Hold
+        | Type::Release
+        | Type::Answered
+        | Type::Failed => Message::Reading(reading::decode(header, Data::with_checksum(payload, checksum))?),
     })
 }
 

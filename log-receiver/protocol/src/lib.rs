@@ -1,6 +1,6 @@
 //! The stream between a disk's filter and the log receiver: messages, framing, versions.
 //!
-//! Pure: bytes in, messages out and back. One connection carries one disk. [`FORMAT.md`] beside
+//! Pure: bytes in, messages out and back. One connection carries one disk, or reads one point of one. [`FORMAT.md`] beside
 //! this crate is the description of the bytes; [`message`] says what they mean, [`frame`] how they
 //! lie on the wire, [`decoder`] finds them in a byte stream.
 //!
@@ -11,6 +11,7 @@ mod error;
 pub mod frame;
 pub mod hello;
 pub mod message;
+pub mod reading;
 
 pub use decoder::Decoder;
 pub use error::ProtocolError;
@@ -18,6 +19,9 @@ pub use frame::{FRAME_HEADER_BYTES, PAYLOAD_BYTES_MAX, encode};
 pub use hello::{CloseCode, Closed, Hello, ReceiverState, Tracking, Welcome};
 pub use message::{
     Compare, CompareItem, CompareResult, Content, Data, Message, Record, RecordBody, Sequenced,
+};
+pub use reading::{
+    Blocks, FETCH_BYTES_MAX, FailureCode, OpenPoint, PointOpened, ReadFailure, Reading, collect_part,
 };
 
 /// The version this build speaks. A peer with another one is refused with [`CloseCode::Version`].

@@ -6,10 +6,13 @@
 use backtide_units::{ByteRange, CaptureTime, Lsn, PayloadChecksum, Reason};
 use bytes::Bytes;
 
-use crate::hello::{Closed, Hello, Welcome};
+use crate::{
+    hello::{Closed, Hello, Welcome},
+    reading::Reading,
+};
 
 /// One message of the stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Message {
     /// Agent: who is there. The first frame, once.
     Hello(Hello),
@@ -77,6 +80,8 @@ pub enum Message {
     Ping,
     /// Either side: the connection ends here, and why.
     Close(Closed),
+    /// Either side, on a connection that reads a point and feeds no log.
+    Reading(Reading),
 }
 
 impl Message {
@@ -96,6 +101,7 @@ impl Message {
             Self::Ack { .. } => "ack",
             Self::Ping => "ping",
             Self::Close(_) => "close",
+            Self::Reading(reading) => reading.name(),
         }
     }
 }
@@ -217,7 +223,7 @@ pub struct CompareResult {
 }
 
 /// A message with its place in its sender's stream: 1 for the first frame, then one more each.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Sequenced {
     /// The sequence number.
     pub seq: u64,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use backtide_images::{Image, Images};
 use backtide_segment::{Extent, Seq};
-use backtide_units::{BlockRange, CaptureTime, Lsn};
+use backtide_units::{BlockRange, CaptureTime, HistoryId, Lsn};
 use roaring::RoaringTreemap;
 
 use crate::{
@@ -38,6 +38,12 @@ impl Snapshot {
         origin: Arc<Origin>,
     ) -> Self {
         Self { timeline, segments, through, origin, before: None }
+    }
+
+    /// Whose log it is.
+    pub(crate) fn history(&self) -> Option<HistoryId> {
+        let based = self.base().map(|base| base.identity.history);
+        based.or_else(|| self.segments.iter().next().map(|segment| segment.header().history))
     }
 
     /// The images of its store; none of a log of which nothing is left.
@@ -270,6 +276,12 @@ impl Snapshot {
             Some(before) => before.last_record(wanted),
             None => Ok(None),
         }
+    }
+
+    /// Whether [`changed_blocks`](Self::changed_blocks) can tell what changed since `lsn` or until then: it is a
+    /// point, or every change from there on is kept, whatever of that is a point.
+    pub fn knows_changes_at(&self, lsn: Lsn) -> bool {
+        self.timeline.offers(lsn) || (lsn >= self.floor() && self.before.is_none())
     }
 
     /// The blocks (of 4 KiB) with a version in `(after, through]`: those whose content may differ

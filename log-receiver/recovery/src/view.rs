@@ -5,7 +5,7 @@
 
 use backtide_images::Image;
 use backtide_segment::Extent;
-use backtide_units::{ByteCount, ByteRange, Lsn};
+use backtide_units::{ByteCount, ByteRange, HistoryId, Lsn};
 use bytes::Bytes;
 
 use crate::{
@@ -42,6 +42,11 @@ impl View {
     /// The snapshot it belongs to.
     pub fn snapshot(&self) -> &Snapshot {
         &self.snapshot
+    }
+
+    /// The history that has the point; none when nothing of its log is left.
+    pub fn history(&self) -> Option<HistoryId> {
+        self.snapshot.history()
     }
 
     /// The size that the disk had at the point.

@@ -26,7 +26,7 @@ const MAGIC: &str = "backtide-retention";
 const VERSION: u32 = 1;
 const FILE_BYTES_MAX: ByteCount = ByteCount(64 << 20);
 
-/// Pins of one disk.
+/// Pins and holds of one disk.
 const PINS_MAX: usize = 4096;
 
 /// A point that stays until somebody releases it.
@@ -44,13 +44,16 @@ pub(crate) struct Policy {
     pub(crate) ladder: Option<Ladder>,
     pub(crate) pins: BTreeMap<Lsn, CaptureTime>,
     pub(crate) locks: Locks,
+    /// Points that agents need until they say that they do not, by who needs them.
+    pub(crate) holds: BTreeMap<String, Pin>,
 }
 
 impl Policy {
-    /// The points that stay whatever the ladder says: pinned, or locked.
+    /// The points that stay whatever the ladder says: pinned, held, or locked.
     pub(crate) fn staying(&self, now: Moment) -> BTreeMap<Lsn, CaptureTime> {
         let locked = self.locks.points.iter().filter(|(_, locked)| locked.lock.holds(now));
         let mut staying = self.pins.clone();
+        staying.extend(self.holds.values().map(|held| (held.lsn, held.time)));
         staying.extend(locked.map(|(lsn, locked)| (*lsn, locked.time)));
         staying
     }
@@ -81,6 +84,8 @@ struct DiskFile {
     all_locked: Option<Lock>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     locked: Vec<PointLockFile>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    held: BTreeMap<String, Pin>,
 }
 
 impl DiskFile {
@@ -96,6 +101,7 @@ impl DiskFile {
             keep,
             all_locked: policy.locks.all,
             locked: policy.locks.points.iter().map(locked).collect(),
+            held: policy.holds.clone(),
         }
     }
 
@@ -105,7 +111,7 @@ impl DiskFile {
         let points =
             locked.map(|file| (file.lsn, LockedPoint { time: file.time, lock: file.lock })).collect();
         let pins = self.keep.into_iter().map(|pin| (pin.lsn, pin.time)).collect();
-        Ok(Policy { ladder, pins, locks: Locks { all: self.all_locked, points } })
+        Ok(Policy { ladder, pins, locks: Locks { all: self.all_locked, points }, holds: self.held })
     }
 }
 
@@ -217,7 +223,7 @@ impl Policies {
         let mut disks = state.disks.clone();
         let policy = disks.entry(disk).or_default();
         change(policy);
-        if policy.pins.len() > PINS_MAX {
+        if policy.pins.len() + policy.holds.len() > PINS_MAX {
             return Err(format!("{PINS_MAX} points of a disk can be kept, and are: release some"));
         }
         if policy.locks.points.len() > LOCKS_MAX {

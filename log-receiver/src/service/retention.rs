@@ -1,8 +1,8 @@
 //! The control API's answers about retention.
 
 use backtide_receiver_api::{
-    ApiError, DiskRetention, ErrorCode, KeepRequest, MarkPoint, Mount, OverlayFate, ReceiverService,
-    RetentionPreview, RetentionReport, RetentionRequest, UnmountRequest,
+    ApiError, DiskRetention, ErrorCode, HeldPoint, KeepRequest, MarkPoint, Mount, OverlayFate,
+    ReceiverService, RetentionPreview, RetentionReport, RetentionRequest, UnmountRequest,
 };
 use backtide_recovery::{LogError, Snapshot, TimedLsn};
 use backtide_units::{ByteCount, DiskName};
@@ -12,7 +12,7 @@ use crate::{
     OnFull,
     facts::DiskFacts,
     points,
-    retention::{Ladder, LadderError, Pressure, every_change_from, plan},
+    retention::{Ladder, LadderError, Pin, Pressure, every_change_from, plan},
 };
 
 impl Service {
@@ -59,6 +59,7 @@ impl Service {
         let single =
             alone.base().iter().flat_map(|base| base.kept()).map(|kept| points::point(kept.at)).collect();
         let pinned = |(lsn, time): (&_, &_)| points::point(TimedLsn { lsn: *lsn, time: *time });
+        let held = |(owner, held): (String, Pin)| HeldPoint { owner, lsn: held.lsn, time: held.time };
         let keeper = self.keeper.status();
         Ok(Some(DiskRetention {
             disk: backtide_receiver_api::DiskRef { name, uuid: facts.id, size: facts.size },
@@ -69,6 +70,7 @@ impl Service {
             single_points: single,
             keep: policy.pins.iter().map(pinned).collect(),
             locks: self.locks(facts.id),
+            held: policy.holds.into_iter().map(held).collect(),
             log_bytes: facts.log_bytes,
             shrunk: keeper.shrunk.get(&facts.id).copied().unwrap_or(0),
             error: keeper.errors.get(&facts.id).cloned(),
@@ -146,6 +148,7 @@ impl Service {
                 policies.change(disk.uuid, |policy| {
                     if release {
                         policy.pins.remove(&point.lsn);
+                        policy.holds.retain(|_, held| held.lsn != point.lsn);
                     } else {
                         policy.pins.insert(point.lsn, point.time);
                     }

@@ -4,15 +4,16 @@
 use std::{fs, path::PathBuf};
 
 use backtide_log_receiver::{Receiver, fsck};
-use backtide_protocol::{CloseCode, Hello, Message, ReceiverState};
+use backtide_protocol::{CloseCode, FailureCode, Hello, Message, Reading, ReceiverState};
 use backtide_receiver_api::{DiffRequest, ErrorCode, Hole, PointsReport, ReceiverClient, ScrubRequest};
-use backtide_units::{DiskName, Epoch, Lsn, Reason};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, DiskName, Epoch, Lsn, Reason};
 
 use crate::{
     agent::*,
     faults::{Fault, Faulty},
     fixture::*,
     going_back::{assert_content, request},
+    point_reader::{PointReader, open},
 };
 
 fn vm1() -> DiskName {
@@ -311,4 +312,34 @@ async fn a_log_whose_only_segment_was_emptied_is_damaged_and_not_unknown() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_whose_segments_were_removed_is_damaged_and_not_unknown() {
     a_lost_log_is_told(|segment| fs::remove_file(segment).unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_is_an_error_that_names_it_for_an_agent_that_reads_a_point() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    // Enough for a sealed segment, in places of their own.
+    for lsn in 6..=40 {
+        agent.send(&write(lsn, (lsn - 6) << 16, vec![lsn as u8; 1 << 16])).await;
+    }
+    agent.all_durable().await;
+    let mut bytes = fs::read(&segments(&place)[0]).unwrap();
+    let lies = bytes.windows(4096).position(|window| window.iter().all(|byte| *byte == 8)).unwrap();
+    bytes[lies] ^= 1;
+    fs::write(&segments(&place)[0], bytes).unwrap();
+    let mut reader = PointReader::open(&receiver, open("vm1", Some(40))).await;
+    let fetch = |at: u64| {
+        let range = ByteRange::new(ByteOffset(at << 16), ByteCount(4096)).unwrap();
+        move |id| Reading::Fetch { id, range }
+    };
+    let failure = reader.done(fetch(2)).await.unwrap_err();
+    assert_eq!(failure.code, FailureCode::Damaged);
+    assert!(failure.message.contains(".seg"), "{}", failure.message);
+    // The rest can be read, and people hear of it.
+    reader.done(fetch(3)).await.unwrap();
+    let alarms = client(&receiver).status().await.unwrap().alarms;
+    assert!(alarms.iter().any(|alarm| alarm.contains(&failure.message)), "{alarms:?}");
+    receiver.shutdown().await;
 }

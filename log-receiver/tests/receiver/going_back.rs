@@ -16,14 +16,14 @@ fn vm1() -> DiskName {
 }
 
 /// What the disk holds at each point, and at LSN 5 nothing.
-struct History {
-    at_8: Vec<u8>,
-    at_20: Vec<u8>,
-    at_21: Vec<u8>,
+pub(crate) struct History {
+    pub(crate) at_8: Vec<u8>,
+    pub(crate) at_20: Vec<u8>,
+    pub(crate) at_21: Vec<u8>,
 }
 
 /// LSN 5 to 8 in sync, a hole, a pass at 20, and records from there to 21.
-async fn write_history(receiver: &Receiver) -> (Agent, History) {
+pub(crate) async fn write_history(receiver: &Receiver) -> (Agent, History) {
     let mut image = vec![0; DISK_BYTES as usize];
     let (mut agent, _) = Agent::welcomed(receiver, hello(1, "vm1")).await;
     agent.first_pass(5).await;

@@ -7,6 +7,8 @@ mod faults;
 mod fixture;
 mod going_back;
 mod locks;
+mod point_reader;
+mod reading;
 mod refusals;
 mod retention;
 mod store;

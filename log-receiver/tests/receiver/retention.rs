@@ -21,7 +21,7 @@ use crate::{
 const RECORD: usize = 64 << 10;
 
 /// Captured in 1970, every point is older than an hour; those at tens of seconds stay for a hundred years.
-const TENS: &str = "any=1h per-10s=100y";
+pub(crate) const TENS: &str = "any=1h per-10s=100y";
 
 pub(crate) fn vm1() -> DiskName {
     "vm1".parse().unwrap()
@@ -61,7 +61,7 @@ pub(crate) fn content(lsn: u64) -> Vec<u8> {
     (0..RECORD / 8).flat_map(|_| word()).collect()
 }
 
-fn at(lsn: u64) -> Vec<u8> {
+pub(crate) fn at(lsn: u64) -> Vec<u8> {
     let mut image = vec![0; DISK_BYTES as usize];
     (6..=lsn).for_each(|lsn| image[place(lsn)..place(lsn) + RECORD].copy_from_slice(&content(lsn)));
     image

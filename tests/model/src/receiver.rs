@@ -114,6 +114,7 @@ impl Receiver {
             | Message::Welcome(_)
             | Message::CompareResult(_)
             | Message::Ack { .. }
+            | Message::Reading(_)
             | Message::Close(_)) => {
                 return Taken::Refused(CloseCode::Invalid, format!("an unexpected {}", other.name()));
             }

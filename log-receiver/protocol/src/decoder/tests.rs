@@ -1,11 +1,12 @@
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, Reason};
+use backtide_units::{BlockIndex, ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, Reason};
 use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Data, Message, PAYLOAD_BYTES_MAX,
-    Record, RecordBody, encode,
+    CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Data, FETCH_BYTES_MAX, Message,
+    PAYLOAD_BYTES_MAX, PROTOCOL_VERSION, Record, RecordBody, encode,
+    reading::{Blocks, FailureCode, OpenPoint, PointOpened, ReadFailure, Reading},
 };
 
 fn range(start: u64, count: u64) -> ByteRange {
@@ -20,7 +21,7 @@ fn record(lsn: u64, range: ByteRange, body: RecordBody) -> Message {
 fn one_of_each() -> Vec<Message> {
     let data = Data::capture(Bytes::from_static(b"sixteen bytes!!!"));
     let time = CaptureTime(5);
-    vec![
+    let mut messages = vec![
         record(1, range(4096, 16), RecordBody::Write(data.clone())),
         record(2, range(0, 1 << 40), RecordBody::Zero),
         record(3, range(512, 512), RecordBody::Trim),
@@ -46,6 +47,39 @@ fn one_of_each() -> Vec<Message> {
             epoch: Some(backtide_units::Epoch(3)),
             ..Closed::new(CloseCode::Fenced, "epoch 3 owns the disk")
         }),
+    ];
+    messages.extend(one_of_each_reading().into_iter().map(Message::Reading));
+    messages
+}
+
+fn one_of_each_reading() -> Vec<Reading> {
+    let data = Data::capture(Bytes::from_static(b"sixteen bytes!!!"));
+    let name: backtide_units::DiskName = "vm1".parse().unwrap();
+    let history = backtide_units::HistoryId(uuid::Uuid::from_u128(7));
+    let (version, lsn, size, time) = (PROTOCOL_VERSION, Lsn(9), ByteCount(1 << 30), CaptureTime(5));
+    let (disk, latest) = (backtide_units::DiskId(uuid::Uuid::from_u128(8)), Lsn(11));
+    vec![
+        Reading::Open(OpenPoint {
+            version,
+            disk: name.clone(),
+            history: Some(history),
+            lsn: Some(lsn),
+            reader: "vm1 on kvm-3".into(),
+        }),
+        Reading::Opened(PointOpened { version, disk, name, size, lsn, time, history, latest }),
+        Reading::Fetch { id: 1, range: range(4096, FETCH_BYTES_MAX) },
+        Reading::Piece { id: 1, range: range(4096, 16), data },
+        Reading::Piece { id: 1, range: range(8192, 4096), data: Data::capture(Bytes::new()) },
+        Reading::AskBlocks { id: 2, which: Blocks::Data },
+        Reading::AskBlocks { id: 3, which: Blocks::Changed(Lsn(4)) },
+        Reading::Blocks { id: 3, first: BlockIndex(1 << 22), blocks: [0, 70_000].into_iter().collect() },
+        Reading::Hold { id: 4, owner: "rewind of vm1".into() },
+        Reading::Release { id: 4, owner: "rewind of vm1".into() },
+        Reading::Answered { id: 4 },
+        Reading::Failed {
+            id: 5,
+            failure: ReadFailure { code: FailureCode::Damaged, message: "segment 3 is damaged".into() },
+        },
     ]
 }
 
@@ -106,6 +140,21 @@ fn a_frame_over_the_limit_is_refused_by_its_header_alone() {
 }
 
 #[test]
+fn a_reader_that_asks_for_too_much_at_once_is_refused() {
+    for reading in [
+        Reading::Fetch { id: 1, range: range(0, FETCH_BYTES_MAX + 1) },
+        Reading::Piece { id: 1, range: range(0, FETCH_BYTES_MAX + 1), data: Data::capture(Bytes::new()) },
+        Reading::Blocks { id: 1, first: BlockIndex(1), blocks: [0].into_iter().collect() },
+        Reading::Blocks { id: 1, first: BlockIndex(0), blocks: [1 << 22].into_iter().collect() },
+        Reading::Blocks { id: 1, first: BlockIndex(0), blocks: Default::default() },
+    ] {
+        let name = reading.name();
+        let result = decode_all(&wire(&[Message::Reading(reading)]), 64);
+        assert!(matches!(result, Err(ProtocolError::Invalid { what, .. }) if what == name), "{result:?}");
+    }
+}
+
+#[test]
 fn another_protocol_is_named_as_such() {
     let error = decode_all(&[b'G'; 64], 64).unwrap_err();
     assert!(error.to_string().starts_with("the peer does not speak the backtide stream protocol"), "{error}");
@@ -114,7 +163,7 @@ fn another_protocol_is_named_as_such() {
 #[test]
 fn another_version_is_known_by_its_number_whatever_its_shape() {
     let newer = Bytes::from_static(br#"{"version":2,"everything":"else"}"#);
-    for kind in [1, 2] {
+    for kind in [1, 2, 16, 17] {
         let (mut header, _) = encode(1, &Message::Ping);
         header[4] = kind;
         header[48..52].copy_from_slice(&(newer.len() as u32).to_le_bytes());
@@ -134,7 +183,7 @@ proptest! {
 
     /// Headers that pass their checksum and are nonsense otherwise.
     #[test]
-    fn arbitrary_checksummed_headers_never_panic(kind in 0u8..20, fields in any::<[u64; 4]>(), payload in proptest::collection::vec(any::<u8>(), 0..64)) {
+    fn arbitrary_checksummed_headers_never_panic(kind in 0u8..28, fields in any::<[u64; 4]>(), payload in proptest::collection::vec(any::<u8>(), 0..64)) {
         let (mut header, _) = encode(1, &Message::Ping);
         header[4] = kind;
         for (index, field) in fields.iter().enumerate() {

@@ -14,12 +14,14 @@ fn policies_are_durable_and_a_damaged_file_lets_nothing_go() {
     assert_eq!(policies.ladder(a).to_string(), "any=9d");
     policies.change(a, |policy| policy.ladder = Some("any=1h daily=7d".parse().unwrap())).unwrap();
     policies.change(b, |policy| policy.pins.extend([(Lsn(7), CaptureTime(8))])).unwrap();
+    let held = Pin { lsn: Lsn(9), time: CaptureTime(9) };
+    policies.change(b, |policy| policy.holds.extend([("rewind of b".to_owned(), held)])).unwrap();
     storage.crash(1);
     let policies = open();
-    assert_eq!(
-        (policies.ladder(a).to_string(), policies.of(b).pins.len()),
-        ("any=1h daily=1w".to_owned(), 1)
-    );
+    assert_eq!(policies.ladder(a).to_string(), "any=1h daily=1w");
+    assert_eq!(policies.of(b).holds["rewind of b"], held);
+    let staying: Vec<Lsn> = policies.of(b).staying(policies.moment()).into_keys().collect();
+    assert_eq!(staying, [Lsn(7), Lsn(9)]);
     assert!(
         policies
             .change(b, |policy| policy.pins = (0..9999).map(|n| (Lsn(n), CaptureTime(n))).collect())

@@ -1,7 +1,7 @@
 //! Every state with every message.
 
 use backtide_protocol::{
-    CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Message, ReceiverState, Welcome,
+    CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Message, Reading, ReceiverState, Welcome,
 };
 use backtide_units::{HistoryId, Lsn};
 use uuid::Uuid;
@@ -76,6 +76,7 @@ fn messages() -> Vec<(Message, Then)> {
         (Message::CompareResult(CompareResult { id: 1, differing: vec![] }), Then::Invalid),
         (Message::Ack { received: 1, durable: 1 }, Then::Invalid),
         (Message::Ping, Then::Nothing),
+        (Message::Reading(Reading::Answered { id: 1 }), Then::Invalid),
         (close(), Then::End),
     ]
 }

@@ -1,0 +1,245 @@
+//! A point that an agent reads: found, checked against the agent's rights, read in pieces, and held.
+//!
+//! The content comes through the same verified view as that of a mount.
+
+use std::collections::VecDeque;
+
+use backtide_protocol::{
+    Blocks, CloseCode, Closed, Data, FailureCode, OpenPoint, PROTOCOL_VERSION, PointOpened, ReadFailure,
+    Reading,
+};
+use backtide_receiver_api::{ApiError, DiskRef, ErrorCode};
+use backtide_recovery::{Allocation, LogError, Snapshot, TimedLsn, View};
+use backtide_tls::Rights;
+use backtide_units::{BlockRange, ByteOffset, ByteRange, DiskId, DiskName, HistoryId, Lsn};
+use bytes::Bytes;
+use roaring::RoaringTreemap;
+
+use crate::{
+    disk::chain,
+    disks::closed,
+    findings::Findings,
+    reading::failed,
+    retention::Pin,
+    service::{Found, Service},
+};
+
+/// Zeroes shorter than this travel as data: a frame of their own would cost as much.
+const ZEROES_MIN: u64 = 4096;
+
+/// Extents are asked for in windows of this size: bounds memory, and shows how far it is.
+const WINDOW_BYTES: u64 = 4 << 30;
+
+/// A point that can be read as long as this is there.
+pub(crate) struct OpenedPoint {
+    pub(crate) disk: DiskRef,
+    pub(crate) at: TimedLsn,
+    /// Who reads it, for people.
+    pub(crate) reader: String,
+    history: HistoryId,
+    view: View,
+    /// The view's, with what came before and after it.
+    snapshot: Snapshot,
+    findings: Findings,
+}
+
+impl Service {
+    /// Finds the point that an agent with these rights asks for.
+    ///
+    /// # Errors
+    /// What the agent is told.
+    pub(crate) async fn open_point(&self, open: &OpenPoint, rights: &Rights) -> Result<OpenedPoint, Closed> {
+        // Whether there is such a disk is nothing to tell to whoever may not speak for it.
+        let known = self.find(&open.disk).ok().and_then(|disk| self.names.name_of(disk));
+        let denied = |why| closed(CloseCode::Denied, why);
+        rights.check(known.as_ref().unwrap_or(&open.disk)).map_err(denied)?;
+        let Found { disk, snapshot, damage: _ } = self.look_at(&open.disk).await.map_err(refused)?;
+        rights.check(&disk.name).map_err(denied)?;
+        let asked = open.lsn.map_or_else(|| "latest".to_owned(), |lsn| format!("lsn:{lsn}"));
+        let at = self.resolve_in(&snapshot, &asked).await.map_err(refused)?;
+        let no_point = |error| refused(crate::points::unavailable(&asked, &error));
+        let view = snapshot.view(at.lsn).map_err(no_point)?;
+        let history = view.history().unwrap_or(HistoryId(uuid::Uuid::nil()));
+        if let Some(wanted) = open.history.filter(|wanted| *wanted != history) {
+            let why = format!(
+                "lsn:{} of disk {} is of history {history} here, not of {wanted}: it is another point",
+                at.lsn, disk.name
+            );
+            return Err(closed(CloseCode::Refused, why));
+        }
+        let (reader, findings) = (open.reader.clone(), self.findings.clone());
+        Ok(OpenedPoint { disk, at, reader, history, view, snapshot, findings })
+    }
+
+    /// Keeps the point for `owner`, durably, until that releases it.
+    pub(crate) async fn hold_point(&self, point: &OpenedPoint, owner: String) -> Result<(), ReadFailure> {
+        let (disk, held) = (point.disk.uuid, Pin { lsn: point.at.lsn, time: point.at.time });
+        self.change_holds(disk, owner.clone(), Some(held)).await?;
+        // It may have gone while it was asked for, though this connection still has it; from now on it stays.
+        let uuid: DiskName = disk.to_string().parse().expect("a UUID is a good name");
+        let there = self.look_at(&uuid).await.map_err(|error| failed(error.message))?;
+        let Err(gone) = there.snapshot.view(held.lsn) else {
+            tracing::info!(%disk, lsn = %held.lsn, owner, "a point is held");
+            return Ok(());
+        };
+        self.change_holds(disk, owner, None).await?;
+        let message = crate::points::unavailable(&format!("lsn:{}", held.lsn), &gone).message;
+        Err(ReadFailure { code: FailureCode::Gone, message })
+    }
+
+    /// Leaves what `owner` holds of a disk to its ladder again.
+    pub(crate) async fn release_point(&self, disk: DiskId, owner: String) -> Result<(), ReadFailure> {
+        if !self.policies.of(disk).holds.contains_key(&owner) {
+            return Ok(());
+        }
+        tracing::info!(%disk, owner, "a point is held no longer");
+        self.change_holds(disk, owner, None).await
+    }
+
+    async fn change_holds(&self, disk: DiskId, owner: String, held: Option<Pin>) -> Result<(), ReadFailure> {
+        let policies = self.policies.clone();
+        let change = move || {
+            policies.change(disk, |policy| {
+                match held {
+                    Some(held) => policy.holds.insert(owner, held),
+                    None => policy.holds.remove(&owner),
+                };
+            })
+        };
+        let changed = self.read(change).await.map_err(|error| failed(error.message))?;
+        changed.map_err(failed)
+    }
+}
+
+impl OpenedPoint {
+    /// What the agent is told of it.
+    pub(crate) fn describe(&self) -> PointOpened {
+        PointOpened {
+            version: PROTOCOL_VERSION,
+            disk: self.disk.uuid,
+            name: self.disk.name.clone(),
+            size: self.view.disk_size(),
+            lsn: self.at.lsn,
+            time: self.at.time,
+            history: self.history,
+            latest: self.snapshot.timeline().latest().map_or(self.at.lsn, |latest| latest.lsn),
+        }
+    }
+
+    /// The answer to a fetch: its parts. Blocks.
+    pub(crate) fn pieces(&self, id: u64, range: ByteRange) -> Result<VecDeque<Reading>, ReadFailure> {
+        let size = self.view.disk_size();
+        if range.end().0 > size.0 {
+            let message = format!("bytes {range} lie beyond the end of the disk at {size}");
+            return Err(ReadFailure { code: FailureCode::Invalid, message });
+        }
+        let stretches = joined(self.view.extents(range).map_err(|error| self.failure(&error))?);
+        let holds_data = stretches.iter().any(|(_, allocation)| *allocation == Allocation::Data);
+        let bytes = match holds_data {
+            true => self.view.read(range).map_err(|error| self.failure(&error))?,
+            false => Bytes::new(),
+        };
+        let piece = |(part, allocation): (ByteRange, Allocation)| {
+            let data = match allocation {
+                Allocation::Zero => Bytes::new(),
+                Allocation::Data => {
+                    let from = usize::try_from(part.start().0 - range.start().0).expect("a place in memory");
+                    bytes.slice(from..from + part.count().as_usize().expect("a part of memory"))
+                }
+            };
+            Reading::Piece { id, range: part, data: Data::capture(data) }
+        };
+        Ok(stretches.into_iter().map(piece).collect())
+    }
+
+    /// The blocks that are asked for. Blocks the thread, for as long as `wanted` says yes.
+    pub(crate) fn blocks(
+        &self,
+        which: Blocks,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<RoaringTreemap, ReadFailure> {
+        match which {
+            Blocks::Changed(other) => self.changed(other),
+            Blocks::Data => self.data(wanted),
+        }
+    }
+
+    fn changed(&self, other: Lsn) -> Result<RoaringTreemap, ReadFailure> {
+        if other != Lsn::MAX && !self.snapshot.knows_changes_at(other) {
+            let message = format!(
+                "lsn:{other} is no point of disk {} (any more): nobody knows what changed since",
+                self.disk.name
+            );
+            return Err(ReadFailure { code: FailureCode::Gone, message });
+        }
+        let (after, through) = (self.at.lsn.min(other), self.at.lsn.max(other));
+        self.snapshot.changed_blocks(after, through).map_err(|error| self.failure(&error))
+    }
+
+    fn data(&self, wanted: &dyn Fn() -> bool) -> Result<RoaringTreemap, ReadFailure> {
+        let (mut blocks, size) = (RoaringTreemap::new(), self.view.disk_size().0);
+        let mut at = 0;
+        while at < size && wanted() {
+            let end = at.saturating_add(WINDOW_BYTES).min(size);
+            let window = ByteRange::between(ByteOffset(at), ByteOffset(end));
+            let extents = self.view.extents(window).map_err(|error| self.failure(&error))?;
+            for (part, allocation) in extents {
+                if allocation == Allocation::Data {
+                    blocks.insert_range(BlockRange::touched_by(part).indices());
+                }
+            }
+            at = end;
+        }
+        Ok(blocks)
+    }
+
+    fn failure(&self, error: &LogError) -> ReadFailure {
+        let message = chain(error);
+        let code = match error {
+            LogError::Damaged { .. } => {
+                self.findings.note(self.disk.uuid, &message);
+                FailureCode::Damaged
+            }
+            LogError::NoLog { .. }
+            | LogError::LogExists { .. }
+            | LogError::UnknownVersion { .. }
+            | LogError::Poisoned
+            | LogError::Full { .. }
+            | LogError::Io { .. } => FailureCode::Failed,
+        };
+        tracing::error!(disk = %self.disk.uuid, lsn = %self.at.lsn, why = message, "cannot read a point for an agent");
+        ReadFailure { code, message }
+    }
+}
+
+/// The same stretches, short zeroes counted as the data that they are.
+fn joined(extents: Vec<(ByteRange, Allocation)>) -> Vec<(ByteRange, Allocation)> {
+    let mut stretches: Vec<(ByteRange, Allocation)> = Vec::with_capacity(extents.len());
+    for (part, allocation) in extents {
+        let short = allocation == Allocation::Zero && part.count().0 < ZEROES_MIN;
+        let kind = if short { Allocation::Data } else { allocation };
+        match stretches.last_mut() {
+            Some((last, same)) if *same == kind => *last = ByteRange::between(last.start(), part.end()),
+            Some(_) | None => stretches.push((part, kind)),
+        }
+    }
+    stretches
+}
+
+/// A refusal of the control API in the stream's words.
+fn refused(error: ApiError) -> Closed {
+    let code = match error.code {
+        ErrorCode::Failed | ErrorCode::Unreachable | ErrorCode::Damaged => CloseCode::Store,
+        ErrorCode::Usage
+        | ErrorCode::NotFound
+        | ErrorCode::PointNotFound
+        | ErrorCode::PointInHole
+        | ErrorCode::Exists
+        | ErrorCode::Busy
+        | ErrorCode::Fenced
+        | ErrorCode::Locked
+        | ErrorCode::Refused
+        | ErrorCode::Interrupted => CloseCode::Refused,
+    };
+    closed(code, error.message)
+}
