@@ -4,12 +4,18 @@
 //! is set to a point. Its futures belong to that thread's `LocalSet`; dropped, they cost nothing but what
 //! was fetched.
 
+mod asking;
+mod remote;
+
 use std::{future::Future, pin::Pin};
 
 use backtide_hydration::SourcePoint;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteRange, Lsn};
 use bytes::Bytes;
+
+#[allow(unused_imports, reason = "its two sides are being built")]
+pub(crate) use remote::{find_point, remote};
 
 /// What a [`PointSource`] gives, later.
 pub(crate) type Fetching<'source, T> = Pin<Box<dyn Future<Output = Result<T, FetchError>> + 'source>>;
