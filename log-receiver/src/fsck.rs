@@ -16,7 +16,7 @@ use crate::{
     Names, Shelf, StoreFileError, StoreWatch,
     disk::chain,
     disks::DISKS,
-    memo, overlays, retention,
+    findings, memo, overlays, retention,
     store_file::{hold_store, read_store},
     watermark::{self, Watermark},
 };
@@ -40,6 +40,7 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
         Err(error) => return Err(error),
     }
     damage.extend(retention::damage_of(&*storage));
+    damage.extend(findings::damage_of(&*storage));
     let shelf = reading(&storage);
     let names = match storage.list(Path::new(DISKS)) {
         Ok(names) => names,
@@ -86,6 +87,7 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
         bytes: ByteCount::ZERO,
         damage: Vec::new(),
         more_damage: 0,
+        mended: Vec::new(),
         error: None,
         sound: false,
     };
@@ -138,15 +140,18 @@ pub(crate) fn add(report: &mut DiskCheck, checked: Checked) {
     let new: Vec<_> = checked.damage.into_iter().filter(|place| !report.damage.contains(place)).collect();
     report.damage.extend(new);
     report.more_damage += checked.more_damage;
+    report.mended.extend(checked.mended);
 }
 
-/// A snapshot of a disk that is in use, checked.
+/// A snapshot of a disk that is in use, checked; with `mends` what can be mended is.
 pub(crate) fn check_snapshot(
     mut report: DiskCheck,
     snapshot: &Snapshot,
+    mends: bool,
     step: &mut dyn FnMut(ByteCount) -> bool,
 ) -> DiskCheck {
-    match snapshot.check(step) {
+    let checked = if mends { snapshot.check_and_mend(step) } else { snapshot.check(step) };
+    match checked {
         Ok(checked) => add(&mut report, checked),
         Err(error) => report.error = Some(chain(&error)),
     }

@@ -161,7 +161,7 @@ impl Receiver {
             new_history: Arc::new(HistoryId::random),
         };
         let ingest = start_ingest(&shelf, &config, &commits, &readers).await?;
-        let findings = Findings::default();
+        let findings = Findings::open(Arc::clone(&storage));
         let overlays = open_overlays(&storage, &limits)?;
         let serving = mounts::Serving {
             run_dir,

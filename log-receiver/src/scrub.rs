@@ -1,5 +1,5 @@
 //! The scrub: everything that is kept is read and checked while the receiver works, one disk after
-//! the other, at a bounded rate, on a thread of its own.
+//! the other, at a bounded rate, on a thread of its own. What can be mended is.
 
 use std::{
     sync::{
@@ -29,6 +29,8 @@ pub(crate) struct Target {
     pub(crate) snapshot: Result<Snapshot, String>,
     /// What is known damaged of it already.
     pub(crate) damage: Vec<String>,
+    /// Its log is in use: what can be mended is.
+    pub(crate) mends: bool,
 }
 
 /// The scrub of a receiver: at most one runs. Dropped, it is called off.
@@ -123,6 +125,9 @@ impl Work {
             if let Some(why) = checked.damage.first().or(checked.error.as_ref()) {
                 tracing::error!(disk = %checked.uuid, damage = checked.damage.len(), why, "the scrub found damage");
             }
+            for damage in &checked.mended {
+                tracing::warn!(disk = %checked.uuid, damage, "the scrub has mended damage");
+            }
             self.change(|status| {
                 status.sound &= checked.sound;
                 status.disks.push(checked);
@@ -147,14 +152,16 @@ impl Work {
     }
 
     fn check(&mut self, target: Target) -> DiskCheck {
-        let Target { name, uuid, snapshot, damage } = target;
+        let Target { name, uuid, snapshot, damage, mends } = target;
         let (segments, entries, bytes) = (0, 0, ByteCount::ZERO);
         let (more_damage, error, sound) = (0, None, false);
-        let report = DiskCheck { name, uuid, segments, entries, bytes, damage, more_damage, error, sound };
+        let mended = Vec::new();
+        let report =
+            DiskCheck { name, uuid, segments, entries, bytes, damage, more_damage, mended, error, sound };
         match snapshot {
             Ok(snapshot) => {
                 let (known, noted) = (report.damage.clone(), self.findings.of(uuid));
-                let checked = check_snapshot(report, &snapshot, &mut |bytes| self.step(bytes));
+                let checked = check_snapshot(report, &snapshot, mends, &mut |bytes| self.step(bytes));
                 let all = checked.damage.iter().chain(&checked.error);
                 let found: Vec<_> = all.filter(|place| !known.contains(place)).collect();
                 found.iter().for_each(|why| self.findings.note(uuid, why));

@@ -265,8 +265,9 @@ impl ReceiverService for Service {
                 Some(Err(failure)) => Err(failure.why),
                 None => continue,
             };
+            let mends = facts.error.is_none();
             let DiskFacts { id, name, damage, .. } = facts;
-            targets.push(scrub::Target { name, uuid: id, snapshot, damage });
+            targets.push(scrub::Target { name, uuid: id, snapshot, damage, mends });
         }
         let overlays = wanted.is_none().then(|| self.overlays.clone());
         self.scrub.start(targets, overlays, request.bytes_per_second_max.unwrap_or(scrub::RATE_DEFAULT))

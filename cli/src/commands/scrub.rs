@@ -64,7 +64,8 @@ impl Scrub {
             progress.end();
         }
         context.print(&status, || text(&status))?;
-        Ok(match (status.sound, status.cancelled && !self.cancel) {
+        let mended = status.disks.iter().any(|disk| !disk.mended.is_empty());
+        Ok(match (status.sound, mended || (status.cancelled && !self.cancel)) {
             (false, _) => Ending::Found(ErrorCode::Damaged),
             (true, true) => Ending::Warnings,
             (true, false) => Ending::Done,

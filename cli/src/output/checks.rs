@@ -54,6 +54,7 @@ pub(crate) fn problems_text(store: &[String], disks: &[DiskCheck]) -> Vec<String
     let mut lines: Vec<String> = store.to_vec();
     for disk in disks {
         let name = name(disk);
+        lines.extend(disk.mended.iter().map(|damage| format!("{name}: MENDED, it is whole again: {damage}")));
         lines.extend(disk.damage.iter().map(|damage| format!("{name}: {damage}")));
         if disk.more_damage > 0 {
             lines.push(format!("{name}: {} more damaged places", disk.more_damage));

@@ -58,6 +58,9 @@ pub struct DiskCheck {
     pub damage: Vec<String>,
     /// Damaged places beyond those.
     pub more_damage: u64,
+    /// What a scrub found damaged and has mended: it is whole again.
+    #[serde(default)]
+    pub mended: Vec<String>,
     /// Why it could not be read to its end, when it could not.
     pub error: Option<String>,
     /// Whether all of it was read and nothing is damaged.

@@ -1,15 +1,16 @@
 //! Reading every byte of a log against its checksums: what `fsck` and `scrub` do.
 //!
 //! It walks the segments that a snapshot or a salvage has, with the readers that everybody else uses,
-//! so it may run beside a log that grows. Nothing is written and nothing is cached.
+//! so it may run beside a log that grows. Nothing is cached, and nothing is written but by a check that mends: that puts
+//! back what the checksums ask for, where it is still to be had (`mend.rs`).
 
 use std::sync::Arc;
 
-use backtide_segment::{SealedSegment, SegmentError, SegmentFile, Seq};
+use backtide_segment::{EntryHeader, Position, SealedSegment, SegmentError, SegmentFile, Seq};
 use backtide_units::ByteCount;
 use roaring::RoaringTreemap;
 
-use crate::{LogError, Salvage, Snapshot, segment::Segment};
+use crate::{LogError, Salvage, Snapshot, mend::Mender, segment::Segment};
 
 /// So many places are named; the rest is counted.
 const DAMAGE_MAX: usize = 100;
@@ -29,6 +30,8 @@ pub struct Checked {
     pub damage: Vec<String>,
     /// Damaged places beyond those.
     pub more_damage: u64,
+    /// What was damaged and has been mended, a sentence each; at most 100.
+    pub mended: Vec<String>,
     /// Whether it was called off.
     pub called_off: bool,
 }
@@ -40,6 +43,15 @@ impl Checked {
             return;
         }
         if self.damage.len() < DAMAGE_MAX { self.damage.push(damage) } else { self.more_damage += 1 }
+    }
+
+    /// Notes damage, or that it was mended.
+    fn note_or_mended(&mut self, damage: String, mended: bool) {
+        if !mended {
+            self.note(damage);
+        } else if self.mended.len() < DAMAGE_MAX {
+            self.mended.push(damage);
+        }
     }
 
     /// Whether nothing is damaged.
@@ -75,23 +87,36 @@ impl Snapshot {
     /// The file system's: then nobody knows what it would have found.
     pub fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
         let mut checked = Checked::default();
-        self.check_into(&mut checked, step)?;
+        self.check_into(&mut checked, None, step)?;
+        Ok(checked)
+    }
+
+    /// As [`Snapshot::check`], and mends in sealed segments what can be: footers and segment headers, and payloads whose bytes are
+    /// somewhere else too.
+    ///
+    /// # Errors
+    /// As [`Snapshot::check`]; also when something that was mended cannot be written.
+    pub fn check_and_mend(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
+        let mut checked = Checked::default();
+        self.check_into(&mut checked, Some(&Mender::new(self)), step)?;
         Ok(checked)
     }
 
     fn check_into(
         &self,
         checked: &mut Checked,
+        mender: Option<&Mender<'_>>,
         step: &mut dyn FnMut(ByteCount) -> bool,
     ) -> Result<(), LogError> {
         if let Some(before) = self.before() {
-            before.check_into(checked, step)?;
+            // A log that is out of use is never written again.
+            before.check_into(checked, None, step)?;
         }
         for segment in self.segments.iter() {
             if checked.called_off {
                 break;
             }
-            check_segment(segment, self.through().0, checked, step)?;
+            check_segment(segment, self.through().0, checked, mender, step)?;
         }
         self.check_images(checked, step)
     }
@@ -138,12 +163,12 @@ impl Salvage {
     pub fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
         let mut checked = Checked::default();
         self.damage.iter().for_each(|damage| checked.note(damage.clone()));
-        self.snapshot.check_into(&mut checked, step)?;
+        self.snapshot.check_into(&mut checked, None, step)?;
         for segment in &self.beyond {
             if checked.called_off {
                 break;
             }
-            check_segment(segment, u64::MAX, &mut checked, step)?;
+            check_segment(segment, u64::MAX, &mut checked, None, step)?;
         }
         self.note_lost_footers(&mut checked)?;
         Ok(checked)
@@ -174,16 +199,12 @@ fn check_segment(
     segment: &Arc<Segment>,
     through: u64,
     checked: &mut Checked,
+    mender: Option<&Mender<'_>>,
     step: &mut dyn FnMut(ByteCount) -> bool,
 ) -> Result<(), LogError> {
     let file = segment.file()?;
     checked.segments += 1;
-    if let Some(found) = checked.take(file.header())?
-        && (found.disk, found.history, found.id)
-            != (segment.header().disk, segment.header().history, segment.header().id)
-    {
-        checked.note(format!("{} is damaged at byte 0: it is another segment's file", file.name().display()));
-    }
+    check_header(segment, &file, checked, mender)?;
     let end = segment.entries_end();
     let mut at = 0;
     for item in file.headers(*segment.header(), end) {
@@ -192,9 +213,7 @@ fn check_segment(
         if header.seq.0 > through {
             break;
         }
-        if checked.take(file.entry(segment.header(), position))?.is_some() {
-            checked.entries += 1;
-        }
+        check_entry(segment, &file, (&header, position), checked, mender)?;
         let read = position.offset().0 - at;
         at = position.offset().0;
         checked.bytes.0 += read;
@@ -206,21 +225,66 @@ fn check_segment(
     let rest = end.0.saturating_sub(at);
     checked.bytes.0 += rest;
     checked.called_off = !step(ByteCount(rest));
-    check_footer(segment, &file, checked)
+    check_footer(segment, &file, checked, mender)
+}
+
+fn check_header(
+    segment: &Segment,
+    file: &SegmentFile,
+    checked: &mut Checked,
+    mender: Option<&Mender<'_>>,
+) -> Result<(), LogError> {
+    let ours = segment.header();
+    match told(file.header())? {
+        Ok(found) if (found.disk, found.history, found.id) == (ours.disk, ours.history, ours.id) => {}
+        Ok(_) => {
+            checked.note(format!(
+                "{} is damaged at byte 0: it is another segment's file",
+                file.name().display()
+            ));
+        }
+        Err(damage) => {
+            let mended = mender.map_or(Ok(false), |mender| mender.header(segment, file))?;
+            checked.note_or_mended(damage, mended);
+        }
+    }
+    Ok(())
+}
+
+fn check_entry(
+    segment: &Segment,
+    file: &SegmentFile,
+    (header, position): (&EntryHeader, Position),
+    checked: &mut Checked,
+    mender: Option<&Mender<'_>>,
+) -> Result<(), LogError> {
+    let mut whole = true;
+    if let Err(damage) = told(file.entry(segment.header(), position))? {
+        whole = mender.map_or(Ok(false), |mender| mender.entry(segment, file, header, position))?;
+        checked.note_or_mended(damage, whole);
+    }
+    checked.entries += u64::from(whole);
+    Ok(())
 }
 
 /// A trailer or summary that is damaged is built again when the log is opened, but it is damage all the same. So are the
 /// other parts, which opening does not read where a later segment says that the footer was durable.
-fn check_footer(segment: &Segment, file: &SegmentFile, checked: &mut Checked) -> Result<(), LogError> {
+fn check_footer(
+    segment: &Segment,
+    file: &SegmentFile,
+    checked: &mut Checked,
+    mender: Option<&Mender<'_>>,
+) -> Result<(), LogError> {
     if !segment.is_sealed() {
         return Ok(());
     }
-    let Some(opened) = checked.take(SealedSegment::open(file, *segment.header()))? else { return Ok(()) };
-    match opened {
-        Some(sealed) => checked.take(sealed.verify(file)).map(|_| ()),
-        None => {
-            checked.note(no_footer(segment, file));
-            Ok(())
-        }
-    }
+    let damage = match told(SealedSegment::open(file, *segment.header()))? {
+        Ok(Some(sealed)) => told(sealed.verify(file))?.err(),
+        Ok(None) => Some(no_footer(segment, file)),
+        Err(damage) => Some(damage),
+    };
+    let Some(damage) = damage else { return Ok(()) };
+    let mended = mender.map_or(Ok(false), |mender| mender.footer(segment, file))?;
+    checked.note_or_mended(damage, mended);
+    Ok(())
 }

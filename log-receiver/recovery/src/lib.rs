@@ -12,6 +12,7 @@ mod directory;
 mod disk_log;
 mod error;
 mod fold;
+mod mend;
 mod merge;
 mod origin;
 mod point;

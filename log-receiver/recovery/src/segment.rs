@@ -107,6 +107,11 @@ impl Segment {
         }
     }
 
+    /// The footer, when it has one.
+    pub(crate) fn sealed(&self) -> Option<&SealedSegment> {
+        self.sealed.get()
+    }
+
     pub(crate) fn stats(&self) -> SegmentStats {
         self.with(|open| *open.contents.stats(), |sealed| *sealed.stats())
     }

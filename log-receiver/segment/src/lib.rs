@@ -16,6 +16,7 @@ mod ids;
 mod index;
 mod index_block;
 mod inspect;
+mod mend;
 mod pieces;
 mod read;
 mod scan;

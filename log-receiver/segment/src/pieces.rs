@@ -108,6 +108,16 @@ impl EntryParts {
         ByteRange::between(ByteOffset(start), ByteOffset((start + PIECE).min(self.range.end().0)))
     }
 
+    /// CRC32C of the payload up to the end of each piece.
+    pub(crate) fn running(&self) -> &[u32] {
+        &self.running
+    }
+
+    /// Where a piece stands in the file.
+    pub(crate) fn piece_at(&self, number: usize) -> u64 {
+        self.payload_at + number as u64 * PIECE
+    }
+
     /// The pieces that hold `part` of the disk.
     ///
     /// # Panics
@@ -186,6 +196,17 @@ impl SegmentFile {
             }
         }
         Ok(bytes.into())
+    }
+
+    /// The header of the entry at `position`, and its parts, or what is wrong with its table.
+    pub(crate) fn parts_at(
+        &self,
+        segment: &SegmentHeader,
+        position: Position,
+    ) -> Result<(EntryHeader, Result<EntryParts, SegmentError>), SegmentError> {
+        let header = self.entry_header(segment, position)?;
+        let range = header.range().unwrap_or_default();
+        Ok((header, self.parts_behind(header, position, range)))
     }
 
     fn entry_header(&self, segment: &SegmentHeader, position: Position) -> Result<EntryHeader, SegmentError> {

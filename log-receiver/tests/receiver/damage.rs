@@ -343,3 +343,53 @@ async fn damage_is_an_error_that_names_it_for_an_agent_that_reads_a_point() {
     assert!(alarms.iter().any(|alarm| alarm.contains(&failure.message)), "{alarms:?}");
     receiver.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_is_told_after_a_start_and_mended_from_what_was_sent_again() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    // The guest writes the same bytes over and over.
+    let bytes = |at: u64| vec![at as u8 + 1; 64 << 10];
+    for lsn in 6..=70 {
+        agent.send(&write(lsn, lsn % 16 * (64 << 10), bytes(lsn % 16))).await;
+    }
+    agent.all_durable().await;
+    let [first, _, ..] = &segments(&place)[..] else { panic!("several segments") };
+    let sound = fs::read(first).unwrap();
+    flip(first, 300_000);
+    flip(first, sound.len() - 200);
+
+    let api = client(&receiver);
+    let scrub = ScrubRequest { name: None, bytes_per_second_max: Some(backtide_units::ByteCount(0)) };
+    let points = api.points(&vm1()).await.unwrap();
+    let mount = api.mount(&request("lsn:20", None)).await.unwrap();
+    let mut image = vec![0; DISK_BYTES as usize];
+    for lsn in 6..=20_u64 {
+        let at = (lsn % 16) as usize * (64 << 10);
+        image[at..at + (64 << 10)].copy_from_slice(&bytes(lsn % 16));
+    }
+    assert_eq!(points.damage, None, "nobody has read it yet");
+    crate::going_back::assert_unreadable(&place, &mount).await;
+    while api.points(&vm1()).await.unwrap().damage.is_none() {}
+    api.unmount(&mount.id, None).await.unwrap();
+    drop(agent);
+    receiver.shutdown().await;
+
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let damage = api.points(&vm1()).await.unwrap().damage.expect("it is still told");
+    assert!(damage.contains(".seg is damaged"), "{damage}");
+    let mut status = api.scrub(&scrub).await.unwrap();
+    while status.running {
+        status = api.scrub_status().await.unwrap();
+    }
+    assert!(status.sound && !status.disks[0].mended.is_empty(), "{status:?}");
+    assert_eq!(api.points(&vm1()).await.unwrap().damage, None);
+    assert!(fs::read(first).unwrap() == sound, "byte for byte");
+    let mount = api.mount(&request("lsn:20", None)).await.unwrap();
+    assert_content(&place, &mount, &image).await;
+    receiver.shutdown().await;
+    assert!(fsck(&place.store(), &mut |_| {}).unwrap().sound);
+}

@@ -85,6 +85,17 @@ pub(crate) async fn assert_content(place: &Place, mount: &Mount, expected: &[u8]
     .unwrap();
 }
 
+/// A client meets damage when it reads all of it.
+pub(crate) async fn assert_unreadable(place: &Place, mount: &Mount) {
+    let (copy, uri) = (place.path("copy.img"), mount.uri.clone());
+    let copied = tokio::task::spawn_blocking(move || {
+        Command::new("nbdcopy").arg(uri).arg(copy).output().expect("nbdcopy of libnbd-bin")
+    });
+    let copied = copied.await.unwrap();
+    let said = String::from_utf8_lossy(&copied.stderr).into_owned();
+    assert!(!copied.status.success() && said.contains("Input/output error"), "{said}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn mounted_points_read_exactly_as_they_were() {
     let place = Place::new();

@@ -445,6 +445,14 @@ impl Agent {
         Ok(())
     }
 
+    /// Syncs until everything is durable and every segment that is full is sealed.
+    pub fn flush_all(&mut self) {
+        for _ in 0..3 {
+            self.sync().expect("sync");
+        }
+        self.log.snapshot().expect("everything is in the files");
+    }
+
     /// Ends the process and starts it again; what was written to files is still there.
     pub fn reopen(&mut self) -> Result<backtide_recovery::Recovered, backtide_recovery::LogError> {
         self.storage.kill_handles();

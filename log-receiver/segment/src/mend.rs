@@ -1,0 +1,128 @@
+//! Mending a sealed segment in place: bytes that are damaged become again what was written.
+//!
+//! Nothing is written that a checksum in the segment does not ask for: a payload is taken from somewhere else only when it
+//! has the checksum it was captured with, a footer is built from entries that are whole. So whoever reads meanwhile sees the
+//! damage or what was written, and after a power cut on the way it is one of both. An entry whose header is damaged cannot
+//! be mended: nothing tells what stood there.
+
+use backtide_units::{ByteCount, ByteOffset, ByteRange, PayloadChecksum};
+use bytes::{Bytes, BytesMut};
+
+use crate::{
+    ENTRY_HEADER_LENGTH, EntryParts, Position, SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq,
+    footer::write_footer,
+    pieces::{put_table, table_length},
+    scan_prefix,
+};
+
+impl SegmentFile {
+    /// Writes the segment's header again, durably.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn mend_header(&self, header: &SegmentHeader) -> Result<(), SegmentError> {
+        self.put(0, &header.encode())?;
+        self.synced()
+    }
+
+    /// Mends the entry at `position` when its header is whole. `find` gives what the disk has, or had, in a range; what of it
+    /// has the right checksum is put there, durably. False when nothing has, and then what was found is there.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] when the header is; the file's.
+    pub fn mend_entry(
+        &self,
+        segment: &SegmentHeader,
+        position: Position,
+        find: &mut dyn FnMut(ByteRange) -> Vec<Bytes>,
+    ) -> Result<bool, SegmentError> {
+        let (header, parts) = match self.parts_at(segment, position)? {
+            (header, Ok(parts)) => (header, parts),
+            (header, Err(_)) => {
+                if !self.mend_table(position, header.payload_length, header.payload_crc)? {
+                    return Ok(false);
+                }
+                let (header, parts) = self.parts_at(segment, position)?;
+                (header, parts?)
+            }
+        };
+        if header.range().is_none() || header.payload_length == 0 {
+            return Ok(false);
+        }
+        for number in 0..parts.count() {
+            if !damage_of(self.payload(&parts, number..number + 1))? {
+                continue;
+            }
+            let found = find(parts.piece(number));
+            let Some(piece) = found.into_iter().find(|bytes| parts.is_piece(number, bytes)) else {
+                return Ok(false);
+            };
+            self.put(parts.piece_at(number), &piece)?;
+        }
+        self.synced()?;
+        Ok(!damage_of(self.entry(segment, position))?)
+    }
+
+    /// Builds the footer of a sealed segment again from its entries, durably; false when they are not all whole.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn mend_footer(&self, sealed: &SealedSegment) -> Result<bool, SegmentError> {
+        let (scanned, damage) = scan_prefix(self, *sealed.header(), Seq::MAX)?;
+        let whole = damage.is_none() && scanned.damaged.is_empty();
+        if !whole || scanned.contents.stats() != sealed.stats() || scanned.end != sealed.entries_end() {
+            return Ok(false);
+        }
+        let file = &**self.file();
+        let written = write_footer(file, sealed.header(), &scanned.contents, scanned.end);
+        written.map_err(|source| self.failed("write", source))?;
+        self.synced()?;
+        Ok(!damage_of(sealed.verify(self))? && SealedSegment::open(self, *sealed.header())?.is_some())
+    }
+
+    /// The checksums of a payload's pieces follow from the payload, when that is whole.
+    fn mend_table(&self, position: Position, length: u32, crc: u32) -> Result<bool, SegmentError> {
+        let table_at = position.offset().0 + ENTRY_HEADER_LENGTH as u64;
+        let mut payload = vec![0; length as usize];
+        let at = table_at + table_length(ByteCount(length.into()));
+        if damage_of(self.read_exact(at, &mut payload))? || crc32c::crc32c(&payload) != crc {
+            return Ok(false);
+        }
+        let mut table = BytesMut::new();
+        put_table(&mut table, &payload, &PayloadChecksum::of(&payload));
+        self.put(table_at, &table)?;
+        self.synced()?;
+        Ok(true)
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) -> Result<(), SegmentError> {
+        self.file().write_at(ByteOffset(at), bytes).map_err(|source| self.failed("write", source))
+    }
+
+    fn synced(&self) -> Result<(), SegmentError> {
+        self.file().sync_data().map_err(|source| self.failed("sync", source))
+    }
+}
+
+impl EntryParts {
+    /// Whether these bytes are what was captured as a piece.
+    fn is_piece(&self, number: usize, bytes: &Bytes) -> bool {
+        let before = number.checked_sub(1).map_or(0, |before| self.running()[before]);
+        ByteCount::of(bytes) == self.piece(number).count()
+            && crc32c::crc32c_append(before, bytes) == self.running()[number]
+    }
+}
+
+/// Whether it is damage; any other error goes on.
+fn damage_of<T>(result: Result<T, SegmentError>) -> Result<bool, SegmentError> {
+    match result {
+        Ok(_) => Ok(false),
+        Err(SegmentError::Damaged { .. }) => Ok(true),
+        Err(
+            error @ (SegmentError::UnknownVersion { .. }
+            | SegmentError::Full { .. }
+            | SegmentError::Io { .. }
+            | SegmentError::Poisoned),
+        ) => Err(error),
+    }
+}
