@@ -83,7 +83,9 @@ impl OverlayExport {
                 }
                 OverlayError::Base(below) => {
                     if let Some(LogError::Damaged { .. }) = below.downcast_ref() {
-                        findings.note(disk, &why);
+                        let place = why.clone();
+                        // Noting it writes a file. A receiver that ends while this waits notes nothing.
+                        let _ = pool.run(move || findings.note(disk, &place)).await;
                     }
                 }
                 OverlayError::Io { .. }

@@ -67,7 +67,9 @@ impl PointExport {
                 Ok(Err(error)) => {
                     let why = chain(&error);
                     if matches!(error, LogError::Damaged { .. }) {
-                        findings.note(disk, &why);
+                        let place = why.clone();
+                        // Noting it writes a file. A receiver that ends while this waits notes nothing.
+                        let _ = readers.run(move || findings.note(disk, &place)).await;
                     }
                     tracing::error!(mount = name, why, "cannot read a mounted point");
                     reply.fail_with(NbdError::Io, &why);
