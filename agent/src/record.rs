@@ -15,10 +15,12 @@ use std::{
 
 use backtide_agent_api::{AckPolicy, Adopted, CacheMode, Limits, OnOutage, StreamTls};
 use backtide_control::Address;
+use backtide_hydration::{Header, HydrationError, HydrationFile};
 use backtide_storage::{Storage, read_file, replace_file};
-use backtide_tracking::{ActivityLimits, LoadError, Loaded, Snapshot, TrackingFile};
+use backtide_tracking::{ActivityLimits, DirtyBitmap, LoadError, Loaded, Snapshot, TrackingFile};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::spill::SpillPlace;
 
@@ -253,6 +255,25 @@ impl Records {
         TrackingFile::create(&*self.storage, &tracking_path(disk), limits, size, snapshot)
     }
 
+    /// What the disk lacks, if its hydration file is there, in the boot `boot` of the host.
+    pub(crate) fn open_hydration(
+        &self,
+        disk: &DiskName,
+        boot: Uuid,
+    ) -> Result<Option<HydrationFile>, HydrationError> {
+        HydrationFile::open(Arc::clone(&self.storage), &hydration_path(disk), boot)
+    }
+
+    /// From when this has succeeded the disk lacks `missing`.
+    pub(crate) fn create_hydration(
+        &self,
+        disk: &DiskName,
+        header: Header,
+        missing: DirtyBitmap,
+    ) -> io::Result<()> {
+        HydrationFile::create(Arc::clone(&self.storage), &hydration_path(disk), header, missing).map(drop)
+    }
+
     /// Removes the tracking file, durably: everything will be compared. Where somebody has removed the
     /// whole state directory there is nothing left to remove.
     pub(crate) fn discard_tracking(&self, disk: &DiskName) -> io::Result<()> {
@@ -270,6 +291,10 @@ impl Records {
 
 fn record_path(disk: &DiskName) -> PathBuf {
     PathBuf::from(format!("{disk}.json"))
+}
+
+fn hydration_path(disk: &DiskName) -> PathBuf {
+    PathBuf::from(format!("{disk}.hydration"))
 }
 
 fn tracking_path(disk: &DiskName) -> PathBuf {

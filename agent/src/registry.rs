@@ -7,6 +7,7 @@ mod errors;
 mod leave;
 mod resize;
 mod restore;
+mod rewind;
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_agent_api::{AttachRequest, CacheMode, DiskStatus, Limits, StreamTls};
+use backtide_agent_api::{AttachRequest, CacheMode, DetachRequest, DiskStatus, Limits, StreamTls};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdTls, NbdUri};
 use backtide_io_filter::Resume;
@@ -28,11 +29,14 @@ use tokio::{
     time::Instant,
 };
 
-use self::errors::{failed, not_saved, open_error, refuse_adopted};
+use self::errors::{failed, not_saved, open_error, refuse_adopted, refuse_incomplete};
 use crate::{
     claims::{Claim, Claimed, Claims, Identity},
     config::{Config, IoEngine, Places},
-    disk::{self, Command, DiskHandle, Leaving, OpenError, Opened},
+    disk::{
+        self, Command, DiskHandle, Leaving, OpenError, Opened,
+        source::{Remote, Sources},
+    },
     qcow2::{Qcow2Server, is_qcow2},
     record::{DiskRecord, ImageStamp, Records},
 };
@@ -49,6 +53,8 @@ pub(crate) struct Registry {
     disks: RwLock<BTreeMap<DiskName, Attached>>,
     /// Held by whoever attaches or detaches, for the name he changes.
     claims: Arc<Claims>,
+    /// Where missing blocks come from.
+    sources: Arc<dyn Sources>,
     /// The disks' listening sockets.
     sockets: Sockets,
     /// Disks opened at once at the start.
@@ -99,6 +105,7 @@ impl Registry {
             local_io: LocalIo { cache: config.cache, engine: config.io_engine },
             disks: RwLock::default(),
             claims: Arc::default(),
+            sources: Arc::new(Remote),
             sockets,
             opening: Semaphore::new(OPENING_MAX),
             failing: RwLock::default(),
@@ -299,9 +306,10 @@ impl Registry {
         loop {
             let (records, record, behind, stamp) =
                 (self.records.clone(), record.clone(), behind.clone(), stamp.clone());
+            let sources = Arc::clone(&self.sources);
             let runtime = tokio::runtime::Handle::current();
             let opening = move || {
-                let opened = runtime.block_on(disk::open(&records, record, &behind, stamp));
+                let opened = runtime.block_on(disk::open(&records, record, &behind, stamp, &sources));
                 opened.map_err(Box::new)
             };
             match waiting(opening).await? {
@@ -330,12 +338,19 @@ impl Registry {
     }
 
     /// Detaches a disk; its record stays, so that an attach under its name goes on.
-    pub(crate) async fn detach(&self, name: &DiskName, force: bool) -> Result<DiskStatus, ApiError> {
+    pub(crate) async fn detach(
+        &self,
+        name: &DiskName,
+        request: DetachRequest,
+    ) -> Result<DiskStatus, ApiError> {
         let (name, _) = self.find(name).await?;
         let _claim = self.claim(&name).await?;
         // It may have been detached while this waited.
         let (name, handle) = self.find(&name).await?;
-        let leaving = if force { Leaving::Stopped } else { Leaving::Asked };
+        if !request.incomplete {
+            refuse_incomplete(&handle).await?;
+        }
+        let leaving = Leaving::Asked;
         let answer = handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await;
         let result = match answer.map_err(|error| failed(&error)) {
             // Its thread has ended without us: what is left of it goes all the same.

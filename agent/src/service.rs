@@ -3,8 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{
-    AgentService, AgentStatus, AttachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest,
-    ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, VerifyRequest, VerifyStatus,
+    AgentService, AgentStatus, AttachRequest, DetachRequest, DiskStatus, LimitsChange, MarkReport,
+    MarkRequest, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest,
+    VerifyRequest, VerifyStatus,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
@@ -127,14 +128,19 @@ impl AgentService for Service {
         to_its_end(async move { registry.attach(request).await }).await
     }
 
-    async fn detach(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
+    async fn detach(&self, disk: DiskName, request: DetachRequest) -> Result<DiskStatus, ApiError> {
         let registry = Arc::clone(&self.registry);
-        to_its_end(async move { registry.detach(&disk, false).await }).await
+        to_its_end(async move { registry.detach(&disk, request).await }).await
     }
 
     async fn resize(&self, disk: DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
         let registry = Arc::clone(&self.registry);
         to_its_end(async move { registry.resize(&disk, request).await }).await
+    }
+
+    async fn rewind(&self, disk: DiskName, request: RewindRequest) -> Result<RewindReport, ApiError> {
+        let registry = Arc::clone(&self.registry);
+        to_its_end(async move { registry.rewind(&disk, request).await }).await
     }
 
     async fn pause(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {

@@ -5,7 +5,7 @@ use backtide_units::DiskName;
 
 use crate::{
     AgentStatus, AttachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest, ResizeReport,
-    ResizeRequest, ResyncRequest, VerifyRequest, VerifyStatus,
+    ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent, in the words of errors.
@@ -83,12 +83,28 @@ impl AgentClient {
         self.client.delete(&path(disk, "")).await
     }
 
+    /// The same of a disk whose image lacks blocks, which only the same agent can go on with.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn detach_incomplete(&self, disk: &DiskName) -> Result<DiskStatus, ApiError> {
+        self.client.delete(&path(disk, "?incomplete=true")).await
+    }
+
     /// Takes over the size that the disk behind has grown to.
     ///
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn resize(&self, disk: &DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
         self.client.post(&path(disk, "/resize"), &request).await
+    }
+
+    /// Sets a disk back to an earlier point of its history.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn rewind(&self, disk: &DiskName, request: RewindRequest) -> Result<RewindReport, ApiError> {
+        self.client.post(&path(disk, "/rewind"), &request).await
     }
 
     /// Stops forwarding.

@@ -8,6 +8,7 @@
 mod attach;
 mod cache;
 mod client;
+mod hydration;
 mod requests;
 mod routes;
 mod service;
@@ -18,8 +19,10 @@ pub use attach::{AckPolicy, Adopted, AttachRequest, Limits, LimitsRequest, OnOut
 pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use cache::CacheMode;
 pub use client::{AGENT, AgentClient};
+pub use hydration::{HydrationKind, HydrationStatus, RewindReport, RewindRequest};
 pub use requests::{
-    DiskMark, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest,
+    DetachRequest, DiskMark, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
+    ResyncExtent, ResyncRequest,
 };
 pub use routes::router;
 pub use service::AgentService;

@@ -51,6 +51,15 @@ pub struct ResizeRequest {
     pub reconnect: bool,
 }
 
+/// Which disks may be detached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DetachRequest {
+    /// Also one whose image lacks blocks, which are still at the receiver.
+    #[serde(default)]
+    pub incomplete: bool,
+}
+
 /// A disk with another size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResizeReport {

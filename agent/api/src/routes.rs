@@ -4,15 +4,16 @@ use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::{Path, State},
+    extract::{Path, Query, State},
     routing::{MethodRouter, delete, get, post},
 };
 use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentService, AgentStatus, AttachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest,
-    ResizeReport, ResizeRequest, ResyncRequest, VerifyRequest, VerifyStatus,
+    AgentService, AgentStatus, AttachRequest, DetachRequest, DiskStatus, LimitsChange, MarkReport,
+    MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest,
+    VerifyStatus,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -28,6 +29,7 @@ pub fn router<S: AgentService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/resume", post(resume::<S>))
         .route("/v1/disks/{disk}/resync", post(resync::<S>))
         .route("/v1/disks/{disk}/resize", post(resize::<S>))
+        .route("/v1/disks/{disk}/rewind", post(rewind::<S>))
         .route("/v1/disks/{disk}/limits", post(limits::<S>))
         .route("/v1/disks/{disk}/verify", verify::<S>())
         .route("/v1/marks", post(mark::<S>))
@@ -64,8 +66,9 @@ async fn attach<S: AgentService>(
 async fn detach<S: AgentService>(
     State(service): State<Arc<S>>,
     Path(disk): Path<String>,
+    Query(request): Query<DetachRequest>,
 ) -> Answer<DiskStatus> {
-    service.detach(disk_named(&disk)?).await.map(Json)
+    service.detach(disk_named(&disk)?, request).await.map(Json)
 }
 
 async fn pause<S: AgentService>(
@@ -96,6 +99,14 @@ async fn resize<S: AgentService>(
     ApiJson(request): ApiJson<ResizeRequest>,
 ) -> Answer<ResizeReport> {
     service.resize(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn rewind<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<RewindRequest>,
+) -> Answer<RewindReport> {
+    service.rewind(disk_named(&disk)?, request).await.map(Json)
 }
 
 async fn limits<S: AgentService>(

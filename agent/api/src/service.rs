@@ -4,8 +4,8 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    AgentStatus, AttachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest, ResizeReport,
-    ResizeRequest, ResyncRequest, VerifyRequest, VerifyStatus,
+    AgentStatus, AttachRequest, DetachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest,
+    ResizeReport, ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent's side of the control API. A disk may be named by its name or its UUID.
@@ -29,8 +29,13 @@ pub trait AgentService: Send + Sync + 'static {
     /// `usage`: the image's size is no multiple of 512; `not-found`: there is no such image.
     fn attach(&self, request: AttachRequest) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
 
-    /// Ends protection cleanly and saves what is not at the receiver. Answers with the last status.
-    fn detach(&self, disk: DiskName) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
+    /// Ends protection cleanly and saves what is not at the receiver. Answers with the last status. `busy`:
+    /// clients have it open; `refused`: its image lacks blocks, and that was not asked for.
+    fn detach(
+        &self,
+        disk: DiskName,
+        request: DetachRequest,
+    ) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
 
     /// Stops forwarding; changes are tracked. Nothing changes when it is paused already.
     fn pause(&self, disk: DiskName) -> impl Future<Output = Result<DiskStatus, ApiError>> + Send;
@@ -52,6 +57,14 @@ pub trait AgentService: Send + Sync + 'static {
         disk: DiskName,
         request: ResizeRequest,
     ) -> impl Future<Output = Result<ResizeReport, ApiError>> + Send;
+
+    /// Sets a disk back to an earlier point of its history. `busy`: clients have it open, or it lacks blocks of
+    /// the last such point; `refused`: it is not in sync, or the receiver has no such point; `unreachable`.
+    fn rewind(
+        &self,
+        disk: DiskName,
+        request: RewindRequest,
+    ) -> impl Future<Output = Result<RewindReport, ApiError>> + Send;
 
     /// Changes bounds of an attached disk, now and for its next attach.
     fn set_limits(

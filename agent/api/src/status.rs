@@ -6,7 +6,7 @@ use backtide_units::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{AckPolicy, CacheMode, Limits, OnOutage};
+use crate::{AckPolicy, CacheMode, HydrationStatus, Limits, OnOutage};
 
 /// The answer to a status call, and what `backtide status --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,6 +92,9 @@ pub struct DiskStatus {
     pub resync_due: bool,
     /// Blocks that the last pass could not read from the local disk.
     pub unreadable: Option<Unreadable>,
+    /// What the image lacks of the disk; none where nothing is missing.
+    #[serde(default)]
+    pub hydration: Option<HydrationStatus>,
     /// When the guest is acknowledged.
     pub ack: AckPolicy,
     /// What that means while the receiver is away.

@@ -4,13 +4,13 @@
 use std::sync::{Arc, Mutex};
 
 use backtide_control::{Address, ApiError, ErrorCode, Server};
-use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, Lsn};
+use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch, Lsn};
 
 use crate::{
-    AckPolicy, AgentClient, AgentService, AgentStatus, AttachRequest, CacheMode, Counters, Dirty, DiskMark,
-    DiskStatus, Lag, Limits, LimitsChange, LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage,
-    ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, VerifyRequest, VerifyState, VerifyStatus,
-    Window, router,
+    AckPolicy, AgentClient, AgentService, AgentStatus, AttachRequest, CacheMode, Counters, DetachRequest,
+    Dirty, DiskMark, DiskStatus, Lag, Limits, LimitsChange, LimitsRequest, LsnStatus, MarkReport,
+    MarkRequest, Mode, OnOutage, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, RewindReport,
+    RewindRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
 };
 
 /// Answers for one disk, `vm1`, and notes every call.
@@ -58,6 +58,7 @@ fn vm1() -> DiskStatus {
         resync: None,
         resync_due: false,
         unreadable: None,
+        hydration: None,
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,
         limits: Limits::default(),
@@ -107,8 +108,8 @@ impl AgentService for Fake {
         self.note(&format!("attach {} {}", request.image, request.ack), &request.name)
     }
 
-    async fn detach(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
-        self.note("detach", &disk)
+    async fn detach(&self, disk: DiskName, request: DetachRequest) -> Result<DiskStatus, ApiError> {
+        self.note(if request.incomplete { "detach-incomplete" } else { "detach" }, &disk)
     }
 
     async fn pause(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
@@ -117,6 +118,14 @@ impl AgentService for Fake {
 
     async fn resume(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
         self.note("resume", &disk)
+    }
+
+    async fn rewind(&self, disk: DiskName, request: RewindRequest) -> Result<RewindReport, ApiError> {
+        let disk = self.note(&format!("rewind {} {}", request.to, request.reconnect), &disk)?;
+        let (from, to) = (Lsn(90), request.to);
+        let (changed_blocks, changed_bytes) = (BlockCount(2), ByteCount(8192));
+        let to_time = CaptureTime(5);
+        Ok(RewindReport { from, to, to_time, changed_blocks, changed_bytes, blocked_ms: 9, hung_up: 0, disk })
     }
 
     async fn resize(&self, disk: DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
@@ -183,6 +192,9 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.disk(&vm1).await.unwrap(), self::vm1());
     assert_eq!(client.attach(&attach_request()).await.unwrap(), self::vm1());
     client.detach(&vm1).await.unwrap();
+    client.detach_incomplete(&vm1).await.unwrap();
+    let rewind = RewindRequest { to: Lsn(40), reconnect: true };
+    assert_eq!(client.rewind(&vm1, rewind).await.unwrap().from, Lsn(90));
     client.pause(&vm1).await.unwrap();
     client.resume(&vm1).await.unwrap();
     client.resync(&vm1, ResyncRequest { extent: ResyncExtent::Compare }).await.unwrap();
@@ -199,6 +211,8 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "status vm1",
             "attach /images/vm1.img durable vm1",
             "detach vm1",
+            "detach-incomplete vm1",
+            "rewind 40 true vm1",
             "pause vm1",
             "resume vm1",
             "resync Compare vm1",

@@ -436,6 +436,7 @@ impl Engine {
 
 /// Tells the filter how fast passes and verifies may read.
 pub(crate) fn set_pace(engine: &Rc<Engine>, limits: &Limits) {
+    engine.local.limit_hydration(limits.resync_bytes_per_second_max);
     let added = Duration::from_micros(limits.resync_latency_us_max.into());
     engine.happen(|filter, now| {
         filter.limit_resync(now, limits.resync_bytes_per_second_max);

@@ -2,13 +2,14 @@
 
 use std::{io, rc::Rc};
 
+use backtide_agent_api::HydrationStatus;
 use backtide_export::{BlockSizes, Extent, Reply};
 use backtide_io_filter::{IoFailure, IoId, LocalData, LocalOp, Watch};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
 
 pub(crate) use super::image_disk::blocking;
-use super::{image_disk::ImageDisk, nbd_disk::NbdDisk, ring::RingDisk};
+use super::{hydrating::HydratingDisk, image_disk::ImageDisk, nbd_disk::NbdDisk, ring::RingDisk};
 
 /// The disk behind.
 pub(crate) enum Local {
@@ -16,6 +17,8 @@ pub(crate) enum Local {
     Image(Box<ImageDisk>),
     /// An NBD server.
     Nbd(NbdDisk),
+    /// A raw file or block device that lacks blocks.
+    Hydrating(Rc<HydratingDisk>),
 }
 
 /// Whom an operation is for.
@@ -44,6 +47,7 @@ impl Local {
         match self {
             Self::Image(image) => image.engine(),
             Self::Nbd(_) => ("nbd", None),
+            Self::Hydrating(disk) => disk.image().engine(),
         }
     }
 
@@ -52,6 +56,7 @@ impl Local {
         match self {
             Self::Image(image) => image.ring(),
             Self::Nbd(_) => None,
+            Self::Hydrating(disk) => disk.image().ring(),
         }
     }
 
@@ -59,6 +64,7 @@ impl Local {
         match self {
             Self::Image(image) => image.image().size(),
             Self::Nbd(disk) => disk.size(),
+            Self::Hydrating(disk) => disk.image().image().size(),
         }
     }
 
@@ -68,6 +74,7 @@ impl Local {
         let ours = BlockSizes::default();
         match self {
             Self::Image(image) => image.block_sizes(),
+            Self::Hydrating(disk) => disk.image().block_sizes(),
             Self::Nbd(disk) => {
                 let BlockSizes { minimum, preferred, .. } = disk.block_sizes();
                 BlockSizes { minimum, preferred: preferred.max(ours.preferred), ..ours }
@@ -78,7 +85,7 @@ impl Local {
     /// Whether clients are served that do not keep to its block sizes.
     pub(crate) fn serves_any_range(&self) -> bool {
         match self {
-            Self::Image(_) => true,
+            Self::Image(_) | Self::Hydrating(_) => true,
             Self::Nbd(_) => false,
         }
     }
@@ -88,6 +95,37 @@ impl Local {
         match self {
             Self::Image(_) => None,
             Self::Nbd(disk) => disk.trouble(),
+            Self::Hydrating(disk) => disk.status()?.trouble,
+        }
+    }
+
+    /// What it lacks; none where nothing is missing.
+    pub(crate) fn hydration(&self) -> Option<HydrationStatus> {
+        match self {
+            Self::Image(_) | Self::Nbd(_) => None,
+            Self::Hydrating(disk) => disk.status(),
+        }
+    }
+
+    /// Limits what is fetched of missing blocks without being asked for, in bytes a second; zero for no
+    /// limit.
+    pub(crate) fn limit_hydration(&self, rate: ByteCount) {
+        if let Self::Hydrating(disk) = self {
+            disk.limit(rate);
+        }
+    }
+
+    /// Begins to bring what is missing, for as long as this thread runs its tasks.
+    pub(crate) fn hydrate(&self) {
+        if let Self::Hydrating(disk) = self {
+            tokio::task::spawn_local(Rc::clone(disk).hydrate());
+        }
+    }
+
+    /// Ends what waits for a receiver, with an error, and what writes the disk by itself.
+    pub(crate) async fn stop(&self) {
+        if let Self::Hydrating(disk) = self {
+            disk.stop().await;
         }
     }
 
@@ -96,6 +134,7 @@ impl Local {
         match self {
             Self::Image(image) => image.begin(op, purpose),
             Self::Nbd(_) => Began::Later(op, purpose),
+            Self::Hydrating(disk) => disk.begin(op, purpose),
         }
     }
 
@@ -104,6 +143,7 @@ impl Local {
         match self {
             Self::Image(image) => image.run(op).await,
             Self::Nbd(disk) => disk.run(op).await,
+            Self::Hydrating(disk) => disk.run(op).await,
         }
     }
 
@@ -112,6 +152,7 @@ impl Local {
         match self {
             Self::Image(image) => image.extents(range, one).await,
             Self::Nbd(disk) => disk.extents(range).await,
+            Self::Hydrating(disk) => disk.extents(range, one).await,
         }
     }
 
@@ -119,13 +160,16 @@ impl Local {
     pub(crate) fn zeroes_fast(&self, may_unmap: bool) -> bool {
         match self {
             Self::Image(image) => image.image().zeroes_fast(may_unmap),
+            Self::Hydrating(disk) => disk.image().image().zeroes_fast(may_unmap),
             Self::Nbd(_) => false,
         }
     }
 
     pub(crate) fn read_ahead(&self, range: ByteRange) {
-        if let Self::Image(image) = self {
-            image.image().read_ahead(range);
+        match self {
+            Self::Image(image) => image.image().read_ahead(range),
+            Self::Nbd(_) => {}
+            Self::Hydrating(disk) => disk.read_ahead(range),
         }
     }
 
@@ -133,16 +177,25 @@ impl Local {
     pub(crate) async fn allocated(&self) -> Result<DirtyBitmap, IoFailure> {
         let whole = ByteRange::between(ByteOffset::ZERO, ByteOffset(self.size().0));
         match self {
-            Self::Image(image) => {
-                let mut blocks = DirtyBitmap::new();
-                for extent in image.allocated(whole).await? {
-                    blocks.insert(BlockRange::touched_by(extent));
-                }
+            Self::Image(image) => allocated_of(image, whole).await,
+            Self::Nbd(disk) => disk.allocated(whole).await,
+            Self::Hydrating(disk) => {
+                // Before the look at the image, where blocks that come meanwhile are found.
+                let missing = disk.missing_blocks();
+                let mut blocks = allocated_of(disk.image(), whole).await?;
+                blocks.union_with(&missing);
                 Ok(blocks)
             }
-            Self::Nbd(disk) => disk.allocated(whole).await,
         }
     }
+}
+
+async fn allocated_of(image: &ImageDisk, whole: ByteRange) -> Result<DirtyBitmap, IoFailure> {
+    let mut blocks = DirtyBitmap::new();
+    for extent in image.allocated(whole).await? {
+        blocks.insert(BlockRange::touched_by(extent));
+    }
+    Ok(blocks)
 }
 
 pub(crate) fn failure(error: io::Error) -> IoFailure {

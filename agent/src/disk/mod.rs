@@ -8,24 +8,28 @@ mod dial;
 pub(crate) mod engine;
 mod export;
 mod handle;
+pub(crate) mod hydrating;
 mod image_disk;
+mod incomplete;
 mod leaving;
+mod life;
 pub(crate) mod local;
 mod nbd_disk;
 mod open;
 mod pace;
 mod ring;
-#[allow(dead_code, reason = "its two sides are being built")]
+#[allow(dead_code, reason = "an attach from a point needs more of it")]
 pub(crate) mod source;
 mod start_error;
 mod status;
 mod stream;
 mod thread;
-mod trust;
+pub(crate) mod trust;
 mod unflushed;
 
-pub(crate) use dial::check_tls;
+pub(crate) use dial::{Dialer, check_tls};
 pub(crate) use handle::{DiskHandle, NoAnswer};
+pub(crate) use incomplete::HydrationProblem;
 pub(crate) use leaving::{DetachError, Leaving};
 pub(crate) use open::{OpenError, Opened, activity_limits, open};
 pub(crate) use start_error::start_error;

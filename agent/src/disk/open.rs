@@ -4,6 +4,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use backtide_agent_api::{AckPolicy, CacheMode, OnOutage, StreamTls};
@@ -14,7 +15,11 @@ use backtide_tracking::{ActivityLimits, TrackingFile};
 use backtide_units::{BlockCount, ByteCount, CaptureTime, Lsn};
 use uuid::Uuid;
 
-use super::trust;
+use super::{
+    incomplete::{self, HydrationProblem, OpenedHydration},
+    source::Sources,
+    trust,
+};
 use crate::{
     config::IoEngine,
     record::{DiskRecord, ImageStamp, LSN_STEP, Records},
@@ -58,6 +63,8 @@ pub(crate) struct Opened {
     pub(crate) nbd: backtide_export::Limits,
     /// None when the agent has no place for spills.
     pub(crate) spill: Option<OpenedSpill>,
+    /// What the disk lacks, if anything.
+    pub(crate) hydration: Option<OpenedHydration>,
 }
 
 /// Why a disk cannot be attached.
@@ -81,6 +88,9 @@ pub(crate) enum OpenError {
     /// The disk had more, and its points have.
     #[error("{image} has {size} bytes and disk {disk} had {before}: a disk cannot shrink")]
     Shrunk { disk: String, image: String, before: ByteCount, size: ByteCount },
+    /// Nobody knows which blocks the image lacks, or it is another image.
+    #[error(transparent)]
+    Hydration(#[from] HydrationProblem),
     /// The agent's own records failed.
     #[error("cannot keep the record of disk {disk} in {}: {source}", directory.display())]
     Record { disk: String, directory: PathBuf, source: io::Error },
@@ -93,10 +103,12 @@ pub(crate) async fn open(
     mut record: DiskRecord,
     behind: &str,
     stamp: Option<ImageStamp>,
+    sources: &Arc<dyn Sources>,
 ) -> Result<(DiskRecord, Opened), OpenError> {
     let behind = open_behind(behind, &record).await?;
     KillPoint::AttachOpened.reached();
     let size = behind.size();
+    let hydration = incomplete::look(records, &record, behind.image(), sources)?;
     if size < record.size && record.history.is_some() {
         let (disk, image) = (record.name.to_string(), record.image.clone());
         return Err(OpenError::Shrunk { disk, image, before: record.size, size });
@@ -108,6 +120,7 @@ pub(crate) async fn open(
     }
     let known_until = trust::known_until(&record, whole);
     let resume = trust::resume(&record, left, stamp.as_ref(), size);
+    let resume = incomplete::dirty_too(resume, &record, hydration.as_ref());
     // Before the record, by which the next attach would take the old file for that of a crash.
     let activity = activity_limits(&record);
     let snapshot = resume.first_snapshot(record.uuid, activity);
@@ -131,8 +144,19 @@ pub(crate) async fn open(
     let spill = records.spill().map(|place| place.open(&settings));
     let io_engine = IoEngine::default();
     let (tls, nbd) = (None, Default::default());
-    let opened =
-        Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, nbd, spill };
+    let opened = Opened {
+        record,
+        behind,
+        settings,
+        resume,
+        tracking,
+        io_engine,
+        known_until,
+        tls,
+        nbd,
+        spill,
+        hydration,
+    };
     Ok((opened.record.clone(), opened))
 }
 
@@ -164,6 +188,13 @@ async fn open_behind(behind: &str, record: &DiskRecord) -> Result<Behind, OpenEr
 }
 
 impl Behind {
+    fn image(&self) -> Option<&ImageFile> {
+        match self {
+            Self::Image(image) => Some(image),
+            Self::Nbd(..) => None,
+        }
+    }
+
     fn size(&self) -> ByteCount {
         match self {
             Self::Image(image) => image.size(),

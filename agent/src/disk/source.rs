@@ -5,17 +5,54 @@
 //! was fetched.
 
 mod asking;
+#[cfg(test)]
+pub(crate) mod fake;
 mod remote;
 
-use std::{future::Future, pin::Pin};
+use std::{future::Future, pin::Pin, rc::Rc};
 
 use backtide_hydration::SourcePoint;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{ByteRange, Lsn};
+use backtide_units::{ByteRange, DiskId, HistoryId, Lsn};
 use bytes::Bytes;
 
-#[allow(unused_imports, reason = "its two sides are being built")]
-pub(crate) use remote::{find_point, remote};
+pub(crate) use self::remote::find_point;
+use self::remote::remote;
+use super::dial::Dialer;
+
+/// Ways to points: over the stream, or in memory for tests.
+pub(crate) trait Sources: Send + Sync {
+    /// The point at the receiver that `dialer` reaches; connected when something is asked of it.
+    fn open(&self, point: SourcePoint, dialer: Dialer) -> Rc<dyn PointSource>;
+
+    /// A point of which only the history and the LSN are known.
+    fn find(
+        &self,
+        dialer: Dialer,
+        disk: DiskId,
+        history: HistoryId,
+        lsn: Lsn,
+    ) -> Fetching<'static, Rc<dyn PointSource>>;
+}
+
+/// Points at log receivers.
+pub(crate) struct Remote;
+
+impl Sources for Remote {
+    fn open(&self, point: SourcePoint, dialer: Dialer) -> Rc<dyn PointSource> {
+        remote(point, dialer)
+    }
+
+    fn find(
+        &self,
+        dialer: Dialer,
+        disk: DiskId,
+        history: HistoryId,
+        lsn: Lsn,
+    ) -> Fetching<'static, Rc<dyn PointSource>> {
+        Box::pin(find_point(dialer, disk, Some(history), Some(lsn)))
+    }
+}
 
 /// What a [`PointSource`] gives, later.
 pub(crate) type Fetching<'source, T> = Pin<Box<dyn Future<Output = Result<T, FetchError>> + 'source>>;

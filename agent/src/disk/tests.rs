@@ -40,7 +40,8 @@ impl Started {
         let behind = image.display().to_string();
         let receiver = backtide_control::Address::unix(directory.join("nobody.sock"));
         let record = change(DiskRecord::new("vm1".parse().unwrap(), behind.clone(), receiver));
-        let (_, opened) = open(&records, record, &behind, ImageStamp::of(&image)).await.unwrap();
+        let sources: Arc<dyn crate::disk::source::Sources> = Arc::new(crate::disk::source::Remote);
+        let (_, opened) = open(&records, record, &behind, ImageStamp::of(&image), &sources).await.unwrap();
         let address = NbdAddress::Unix(directory.join("vm1.nbd"));
         let nbd = NbdUri { address, export: "vm1".to_owned(), tls: None };
         let sockets = Sockets::default();

@@ -13,7 +13,7 @@ use backtide_export::{BindError, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
 use backtide_socket::Sockets;
 use backtide_storage::KillPoint;
-use backtide_tracking::{SavedTracking, Snapshot, TrackingFile};
+use backtide_tracking::{SavedTracking, Snapshot};
 use backtide_units::{CaptureTime, DiskName, Lsn};
 use tokio::sync::{mpsc, oneshot};
 
@@ -22,14 +22,15 @@ use super::{
     dial::Dialer,
     engine::{Engine, Kick, Tracking},
     export::{DiskExport, OneExport},
+    hydrating::HydratingDisk,
     image_disk::{EngineError, ImageDisk},
     leaving::{DetachError, Leaving},
+    life::Life,
     local::{EIO, Local, blocking},
     nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
     status::Verifies,
     stream::Stream,
-    trust,
 };
 use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
 
@@ -106,26 +107,6 @@ struct Disk {
     life: Life,
 }
 
-/// The tracking file's sign of life, renewed as long as clients may change something.
-struct Life {
-    file: TrackingFile,
-    image: PathBuf,
-    /// As counted at the last sign.
-    changes: u64,
-    /// The last capture time at the last sign.
-    captured: CaptureTime,
-}
-
-impl Life {
-    async fn renew(&self, disk: &str) {
-        let (file, image, captured) = (self.file.clone(), self.image.clone(), self.captured);
-        // An old sign is a doubt the next attach settles by comparing everything.
-        if let Err(error) = blocking(move || file.sign(trust::alive_now(&image, captured))).await {
-            tracing::warn!(disk, %error, "cannot renew the sign of life in the tracking file");
-        }
-    }
-}
-
 /// Starts the thread of an opened disk, serving it at `nbd`. Returns when clients can connect.
 pub(crate) async fn start(
     opened: Opened,
@@ -181,7 +162,15 @@ impl Disk {
         let (local, image) = match behind {
             Behind::Image(image) => {
                 let image = Arc::new(image);
-                (Local::Image(Box::new(ImageDisk::new(Arc::clone(&image), io_engine)?)), Some(image))
+                let disk = ImageDisk::new(Arc::clone(&image), io_engine)?;
+                let local = match opened.hydration {
+                    None => Local::Image(Box::new(disk)),
+                    Some(hydration) => {
+                        let (file, source) = hydration.begin(tls.clone());
+                        Local::Hydrating(HydratingDisk::new(record.name.clone(), disk, file, source))
+                    }
+                };
+                (local, Some(image))
             }
             Behind::Nbd(uri, size) => (Local::Nbd(NbdDisk::connect(uri, size).await?), None),
         };
@@ -218,6 +207,7 @@ impl Disk {
         tokio::task::spawn_local(Rc::clone(&engine).keep_time());
         tokio::task::spawn_local(Rc::clone(&stream).keep());
         tokio::task::spawn_local(Rc::clone(&engine).keep_ring());
+        engine.local.hydrate();
         KillPoint::AttachServed.reached();
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
         let (verifies, watch) = (Verifies::default(), super::status::Watch::default());
@@ -413,6 +403,8 @@ impl Disk {
         // A client that reconnects to what serves the disk next sends again what was not begun; an
         // error would reach the guest.
         server.hand_over(leaving.requests()).await;
+        // What waits for a receiver that is away would wait for ever.
+        engine.local.stop().await;
         // Requests of a client that was cut off may still be under way; none may follow the bitmap.
         engine.happen(|filter, _| filter.give_held_answers());
         engine.until(Filter::is_quiet).await;

@@ -46,7 +46,8 @@ fn seen(stamp: &ImageStamp) -> ImageSeen {
     ImageSeen { inode: stamp.inode, modified_ns: stamp.modified_ns }
 }
 
-fn boot_id() -> Uuid {
+/// Which boot of the host this is; nil when that is not known.
+pub(crate) fn boot_id() -> Uuid {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     text.trim().parse().unwrap_or_default()
 }

@@ -3,7 +3,10 @@
 use backtide_agent_api::AttachRequest;
 use backtide_control::{ApiError, ErrorCode};
 
-use crate::{disk::OpenError, record::DiskRecord};
+use crate::{
+    disk::{DiskHandle, HydrationProblem, OpenError},
+    record::DiskRecord,
+};
 
 /// Only what this agent has no history of can be adopted: it would forget its own.
 pub(super) fn refuse_adopted(request: &AttachRequest, known: Option<&DiskRecord>) -> Result<(), ApiError> {
@@ -57,6 +60,23 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
         OpenError::Image(ImageError::Blocks { .. }) => {
             (ErrorCode::Usage, "extend the image with truncate, or use the page cache: --cache writeback")
         }
+        OpenError::Hydration(HydrationProblem::File(_)) => (
+            ErrorCode::Damaged,
+            "restore the disk from its receiver into a new image, and attach that under another name",
+        ),
+        OpenError::Hydration(HydrationProblem::Unknown { .. }) => (
+            ErrorCode::Refused,
+            "attach it to that agent under that name until nothing is missing, or restore the disk from its receiver",
+        ),
+        OpenError::Hydration(HydrationProblem::OtherImage { .. } | HydrationProblem::Behind { .. }) => {
+            (ErrorCode::Refused, "attach the disk with the image it had, or this image under another name")
+        }
+        OpenError::Hydration(HydrationProblem::Size { .. }) => {
+            (ErrorCode::Refused, "give the image back the size it had")
+        }
+        OpenError::Hydration(HydrationProblem::Receiver { .. } | HydrationProblem::Note { .. }) => {
+            return failed(error);
+        }
         OpenError::Shrunk { .. } => {
             (ErrorCode::Refused, "attach the smaller image under another name: it is a new disk")
         }
@@ -68,4 +88,16 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
         OpenError::Image(ImageError::Io { .. }) => return failed(error),
     };
     ApiError::new(code, error.to_string()).with_hint(hint)
+}
+
+/// A disk whose image lacks blocks is of no use without the agent.
+pub(super) async fn refuse_incomplete(handle: &DiskHandle) -> Result<(), ApiError> {
+    // One that stands still has its own answer.
+    let Ok(status) = handle.status().await else { return Ok(()) };
+    let Some(hydration) = status.hydration else { return Ok(()) };
+    let (disk, missing) = (&status.name, hydration.missing_bytes);
+    let message = format!("the image of disk {disk} lacks {missing} bytes, which are still at the receiver");
+    Err(ApiError::new(ErrorCode::Refused, message).with_hint(
+        "detach it when nothing is missing; with --incomplete only the same agent can go on with it",
+    ))
 }

@@ -54,6 +54,13 @@ impl Registry {
         let record = self.records.load(&name).map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(&name))?;
         let status = handle.status().await.map_err(|error| failed(&error))?;
+        if status.hydration.is_some() {
+            let message =
+                format!("disk {name} lacks blocks of the point it was set to: it cannot be resized now");
+            return Err(
+                ApiError::new(ErrorCode::Busy, message).with_hint("resize it when nothing is missing")
+            );
+        }
         let size_before = status.size;
         let image = record.image.clone();
         let kind = waiting(move || kind_of(&image)).await??;
@@ -91,7 +98,7 @@ impl Registry {
         Ok(ResizeReport { size_before, hung_up: status.clients, disk })
     }
 
-    async fn attach_again(
+    pub(super) async fn attach_again(
         self: &Arc<Self>,
         claim: &Claim,
         name: &DiskName,
@@ -122,7 +129,7 @@ impl Registry {
     }
 }
 
-fn missing_record(name: &DiskName) -> ApiError {
+pub(super) fn missing_record(name: &DiskName) -> ApiError {
     ApiError::new(ErrorCode::NotFound, format!("there is no record of disk {name}"))
 }
 

@@ -15,6 +15,10 @@ use crate::{
 pub(crate) struct Detach {
     /// The disk's name or UUID
     name: DiskName,
+    /// Detach it although its image lacks blocks, which are still at the receiver: only the same agent can go on
+    /// with it
+    #[arg(long)]
+    incomplete: bool,
 }
 
 /// `backtide pause`
@@ -34,7 +38,11 @@ pub(crate) struct Resume {
 impl Detach {
     /// Detaches, and warns of what the receiver lacks.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
-        let disk = context.agent()?.detach(&self.name).await?;
+        let agent = context.agent()?;
+        let disk = match self.incomplete {
+            true => agent.detach_incomplete(&self.name).await?,
+            false => agent.detach(&self.name).await?,
+        };
         print(context, &disk)?;
         match missing_at_receiver(&disk) {
             Some(missing) => {

@@ -155,7 +155,8 @@ async fn detach(context: &Context, agent: &AgentClient, name: &DiskName) -> Resu
     if let Ok(waited) = tokio::time::timeout(LAST_WRITES, durable).await {
         waited?;
     }
-    let disk = agent.detach(name).await?;
+    // What its image lacks comes when it is up again: the agent's state stays in the same directory.
+    let disk = agent.detach_incomplete(name).await?;
     let Some(missing) = missing_at_receiver(&disk) else { return Ok(Ending::Done) };
     context.warn(&format!("the history lacks {missing}; they follow when the disk is up again"));
     Ok(Ending::Warnings)

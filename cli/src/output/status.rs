@@ -1,7 +1,7 @@
 //! Disks' status: a line each, or one in full.
 
 use backtide_agent_api::{
-    CacheMode, DiskStatus, Limits, Mode, PassKind, ResyncStatus, Spill, StreamTlsStatus,
+    CacheMode, DiskStatus, HydrationStatus, Limits, Mode, PassKind, ResyncStatus, Spill, StreamTlsStatus,
 };
 
 use crate::{
@@ -50,6 +50,9 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     }
     if let Some(trouble) = &disk.local_error {
         lines.push(("image error", trouble.clone()));
+    }
+    if let Some(lacks) = &disk.hydration {
+        lines.push(("image lacks", hydration_text(lacks)));
     }
     if let Some(bad) = &disk.unreadable {
         let place = format!("the first at byte {} for {}", bad.offset, size_text(bad.length));
@@ -241,6 +244,19 @@ fn resync_point_text(resync: &ResyncStatus) -> String {
     } else {
         format!("{meanwhile}; lsn:{} is not going to be a point", resync.at)
     }
+}
+
+/// What an image lacks, and how it comes.
+fn hydration_text(lacks: &HydrationStatus) -> String {
+    let (missing, total) = (size_text(lacks.missing_bytes), size_text(lacks.total_bytes));
+    let mut text = format!("{missing} of {total}, at LSN {} of disk {}", lacks.point, lacks.disk);
+    if lacks.rate.0 > 0 {
+        text.push_str(&format!(", {}/s", size_text(lacks.rate)));
+    }
+    if let Some(trouble) = &lacks.trouble {
+        text.push_str(&format!(": {trouble}"));
+    }
+    text
 }
 
 #[cfg(test)]

@@ -37,8 +37,8 @@ pub struct HydrationFile {
     storage: Arc<dyn Storage>,
     path: PathBuf,
     header: Header,
-    /// Held from the sync of the image to what is said of it.
-    settling: Mutex<()>,
+    /// Held from the sync of the image to what is said of it; whether the file is gone, since nothing is missing.
+    settling: Mutex<bool>,
     state: Mutex<State>,
 }
 
@@ -118,7 +118,14 @@ impl HydrationFile {
     /// # Errors
     /// The image's or the storage's. After one of the image's, nothing is said to be present any more.
     pub fn settle(&self, sync_image: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let finished = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        if *finished {
+            return sync_image();
+        }
+        self.settle_held(sync_image)
+    }
+
+    fn settle_held(&self, sync_image: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let until = {
             let state = self.state();
             state.is_sound()?;
@@ -162,8 +169,14 @@ impl HydrationFile {
     /// When something is missing.
     pub fn finish(&self, sync_image: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         assert!(self.state().missing.is_empty(), "what is missing has to be remembered");
-        self.settle(sync_image)?;
-        remove(&*self.storage, &self.path)
+        let mut finished = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        self.settle_held(sync_image)?;
+        match self.storage.remove(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        *finished = true;
+        self.storage.sync_dir(self.path.parent().unwrap_or(Path::new("")))
     }
 
     /// A new file without what is known to be durable up to the entry `until`.
@@ -210,15 +223,6 @@ impl HydrationFile {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Removes a hydration file, durably. That it is gone already is no error.
-pub(crate) fn remove(storage: &dyn Storage, path: &Path) -> io::Result<()> {
-    match storage.remove(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
-    storage.sync_dir(path.parent().unwrap_or(Path::new("")))
 }
 
 impl State {

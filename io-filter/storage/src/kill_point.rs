@@ -74,6 +74,16 @@ kill_points! {
     DetachTracking = "detach-tracking-made",
     /// Detach: both do.
     DetachRecord = "detach-record-saved",
+    /// Rewind: the disk is let go of, and as it was.
+    RewindDetached = "rewind-detached",
+    /// The hydration file is there, durably: the disk lacks blocks from now on.
+    HydrationMade = "hydration-made",
+    /// Missing blocks are on the image; the hydration file does not know.
+    HydrationStored = "hydration-stored",
+    /// It does.
+    HydrationNoted = "hydration-noted",
+    /// Nothing is missing, and the hydration file is removed.
+    HydrationFinished = "hydration-finished",
     /// Receiver: an attach is in the log, not yet durable.
     ClaimAppended = "claim-appended",
     /// Receiver: a segment has its file, empty.

@@ -51,10 +51,12 @@ pub enum Reason {
     SpillFull,
     /// The spill could not be written or read back, and memory alone was not enough.
     SpillFailed,
+    /// The disk was set back to an earlier point.
+    Rewind,
 }
 
 /// Every reason with its code and the sentence people read.
-const TABLE: [(Reason, u8, &str); 20] = [
+const TABLE: [(Reason, u8, &str); 21] = [
     (Reason::FirstAttach, 1, "first protection of the disk"),
     (Reason::ReceiverAway, 2, "the receiver was away longer than the retained window lasts"),
     (Reason::LinkTooSlow, 3, "the receiver or the link to it was slower than the guest's writes"),
@@ -75,6 +77,7 @@ const TABLE: [(Reason, u8, &str); 20] = [
     (Reason::Thinned, 18, "retention keeps single points of this time"),
     (Reason::SpillFull, 19, "the outage was longer than the retained window and its spill last"),
     (Reason::SpillFailed, 20, "the spill could not be written or read, and the retained window was full"),
+    (Reason::Rewind, 21, "the disk was set back to an earlier point"),
 ];
 
 impl Reason {

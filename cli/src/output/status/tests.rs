@@ -34,6 +34,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         resync: None,
         resync_due: false,
         unreadable: None,
+        hydration: None,
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,
         limits: Limits::default(),

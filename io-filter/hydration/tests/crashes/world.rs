@@ -106,7 +106,7 @@ impl World {
         let mut world_seed = seed;
         let mut lacking = DirtyBitmap::new();
         for block in 0..30 {
-            if random(&mut world_seed) % 4 > 0 {
+            if !random(&mut world_seed).is_multiple_of(4) {
                 lacking.insert((block..block + 1).into());
             }
         }

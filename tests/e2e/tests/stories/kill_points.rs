@@ -19,6 +19,8 @@ const UNREACHABLE: i32 = 6;
 enum Side {
     Agent,
     Receiver,
+    /// Stories of their own come to these.
+    Elsewhere,
 }
 
 fn side(point: KillPoint) -> Side {
@@ -44,6 +46,11 @@ fn side(point: KillPoint) -> Side {
         | KillPoint::DetachUnlocked
         | KillPoint::DetachTracking
         | KillPoint::DetachRecord => Side::Agent,
+        KillPoint::RewindDetached
+        | KillPoint::HydrationMade
+        | KillPoint::HydrationStored
+        | KillPoint::HydrationNoted
+        | KillPoint::HydrationFinished => Side::Elsewhere,
         KillPoint::ClaimAppended
         | KillPoint::SegmentCreated
         | KillPoint::SegmentBegun

@@ -30,6 +30,7 @@ mod protection;
 mod receiver_outages;
 mod restarts;
 mod retention;
+mod rewinding;
 mod secured_stream;
 mod service_manager;
 mod spill;

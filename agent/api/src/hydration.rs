@@ -1,0 +1,85 @@
+//! Setting a disk back to a point, and disks that lack blocks of the point they were set to.
+
+use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskName, Lsn};
+use serde::{Deserialize, Serialize};
+
+use crate::DiskStatus;
+
+/// Sets a disk back to an earlier point of its own history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RewindRequest {
+    /// The point.
+    pub to: Lsn,
+    /// Whether NBD clients that have the disk open are hung up, for them to connect again to another content.
+    /// Only a guest that is paused or shut down bears that.
+    #[serde(default)]
+    pub reconnect: bool,
+}
+
+/// A disk that was set back.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RewindReport {
+    /// The point it was at before: a rewind to it undoes this one.
+    pub from: Lsn,
+    /// The point it is at now.
+    pub to: Lsn,
+    /// When the last change of that point was captured.
+    pub to_time: CaptureTime,
+    /// Blocks whose content may differ between the two: they are fetched.
+    pub changed_blocks: BlockCount,
+    /// The same in bytes.
+    pub changed_bytes: ByteCount,
+    /// For how long the disk was not served, in milliseconds.
+    pub blocked_ms: u64,
+    /// NBD clients that were hung up.
+    pub hung_up: u32,
+    /// The disk now.
+    pub disk: DiskStatus,
+}
+
+/// Why a disk lacks blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HydrationKind {
+    /// It was set back to an earlier point of its own history.
+    Rewind,
+    /// It began as a point of another disk.
+    Origin,
+    /// It is the same disk on another host, or back on the first.
+    Failover,
+}
+
+/// What a disk lacks, and how it comes. While there is one the image alone is no disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HydrationStatus {
+    /// Why.
+    pub kind: HydrationKind,
+    /// Where the receiver listens that has the missing blocks.
+    pub receiver: String,
+    /// The disk whose history has them.
+    pub disk: DiskName,
+    /// The point there.
+    pub point: Lsn,
+    /// When its last change was captured.
+    pub point_time: CaptureTime,
+    /// After a rewind: a rewind to this point undoes it.
+    #[serde(default)]
+    pub before: Option<Lsn>,
+    /// What was missing at first.
+    pub total_bytes: ByteCount,
+    /// What is missing now.
+    pub missing_bytes: ByteCount,
+    /// What of it is damaged at the receiver: reads of it fail, and only writes make it whole.
+    pub damaged_bytes: ByteCount,
+    /// What was fetched since the disk was attached.
+    pub fetched_bytes: ByteCount,
+    /// Missing bytes that come a second, lately.
+    pub rate: ByteCount,
+    /// Seconds until nothing is missing, at that rate; none while nothing comes.
+    #[serde(default)]
+    pub eta_seconds: Option<u64>,
+    /// What keeps blocks from coming, if anything does: a sentence.
+    #[serde(default)]
+    pub trouble: Option<String>,
+}

@@ -1,0 +1,315 @@
+//! Bringing missing blocks: fetches, what becomes of those that fail, and whoever fetches everything.
+//!
+//! A receiver that is away is tried again, with growing pauses, until the disk is given up: what waits for it
+//! waits. What the receiver has lost is found out block by block, and is an error of those blocks from then on.
+
+use std::{
+    io,
+    num::NonZeroU64,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use backtide_hydration::FetchId;
+use backtide_io_filter::IoFailure;
+use backtide_storage::{ImageFile, KillPoint};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteRange, DiskId};
+
+use super::{FAILURES_MAX, HydratingDisk};
+use crate::disk::{
+    image_disk::blocking,
+    incomplete::remove_note,
+    local::failure,
+    source::{FetchError, Piece},
+};
+
+/// Pauses between attempts to reach the source, doubling.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LAST: Duration = Duration::from_secs(5);
+
+/// Fetches under way that nobody has asked for, and as many while somebody waits.
+const AHEAD_MAX: usize = 4;
+const AHEAD_MAX_BESIDE_GUEST: usize = 1;
+
+/// How long what could not be stored is left alone by whoever fetches everything.
+const STORE_RETRY: Duration = Duration::from_secs(5);
+
+/// For whom the receiver keeps a point that a disk lacks blocks of.
+pub(crate) fn owner(disk: DiskId) -> String {
+    format!("missing blocks of disk {disk}")
+}
+
+/// So many runs are fetched between two flushes: a journal is begun anew at one, when it has become long.
+const RUNS_BETWEEN_FLUSHES: u64 = 4096;
+
+type Pieces = Vec<(ByteRange, Piece)>;
+
+impl HydratingDisk {
+    /// Begins to fetch blocks that nobody fetches yet.
+    pub(super) fn start_fetch(self: &Rc<Self>, blocks: BlockRange) {
+        let id = self.missing.borrow_mut().begin_fetch(blocks);
+        tokio::task::spawn_local(Rc::clone(self).fetch(id, blocks));
+    }
+
+    /// A future in a box, for it may need others of its kind.
+    fn fetch(self: Rc<Self>, id: FetchId, blocks: BlockRange) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(async move {
+            match self.bring(blocks).await {
+                Some(Ok(pieces)) => self.store(id, blocks, pieces).await,
+                Some(Err(why)) => self.narrow(id, blocks, &why).await,
+                None => drop(self.missing.borrow_mut().end_fetch(id, false)),
+            }
+            self.changed.notify_waiters();
+        })
+    }
+
+    /// What the source has, or why it has not; none when the disk is given up.
+    async fn bring(&self, blocks: BlockRange) -> Option<Result<Pieces, String>> {
+        let range = blocks.bytes(self.image.image().size());
+        let mut pause = RETRY_FIRST;
+        loop {
+            let fetched = tokio::select! {
+                fetched = self.source.fetch(range) => fetched,
+                () = self.until_stopped() => return None,
+            };
+            let why = match fetched {
+                Ok(pieces) if is_all(&pieces, range) => {
+                    self.is_well();
+                    return Some(Ok(pieces));
+                }
+                Ok(_) => "the receiver's answer is not what was asked for".to_owned(),
+                Err(FetchError::Damaged(why)) => return Some(Err(why)),
+                Err(FetchError::Unreachable(why) | FetchError::Refused(why)) => why,
+            };
+            self.is_troubled(&why);
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.until_stopped() => return None,
+            }
+            pause = (pause * 2).min(RETRY_LAST);
+        }
+    }
+
+    async fn until_stopped(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.stopped.get() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Fetches half and half what cannot be fetched whole, down to the block that is lost.
+    async fn narrow(self: &Rc<Self>, id: FetchId, blocks: BlockRange, why: &str) {
+        self.missing.borrow_mut().end_fetch(id, false);
+        if blocks.count() == BlockCount(1) {
+            let (disk, offset) = (&self.name, blocks.start().start());
+            tracing::error!(%disk, %offset, why, "a missing block is damaged at the receiver: it can only be overwritten");
+            self.missing.borrow_mut().is_damaged(blocks.start());
+            return;
+        }
+        let middle = BlockIndex(blocks.start().0 + blocks.count().0 / 2);
+        for half in [BlockRange::between(blocks.start(), middle), BlockRange::between(middle, blocks.end())] {
+            let id = self.missing.borrow_mut().begin_fetch(half);
+            Rc::clone(self).fetch(id, half).await;
+        }
+    }
+
+    async fn store(&self, id: FetchId, blocks: BlockRange, pieces: Pieces) {
+        let wanted = self.missing.borrow_mut().end_fetch(id, true);
+        if wanted.is_empty() {
+            return;
+        }
+        self.storing.set(self.storing.get() + 1);
+        let (image, file) = (self.shared_image(), Arc::clone(&self.file));
+        let stored = blocking(move || {
+            for run in &wanted {
+                write(&image, run.bytes(image.size()), &pieces)?;
+            }
+            KillPoint::HydrationStored.reached();
+            file.present(&wanted)?;
+            KillPoint::HydrationNoted.reached();
+            Ok(())
+        });
+        let stored = stored.await;
+        let before = self.missing.borrow().blocks().count();
+        self.missing.borrow_mut().end_store(id, stored.is_ok());
+        self.has_brought(before, true);
+        if let Err(error) = stored {
+            self.is_troubled(&format!("what was fetched cannot be stored: {error}"));
+            self.has_failed(blocks, failure(error));
+        }
+        self.storing.set(self.storing.get() - 1);
+    }
+
+    fn has_failed(&self, blocks: BlockRange, failure: IoFailure) {
+        let number = self.failure_count.get();
+        self.failure_count.set(number + 1);
+        let mut failures = self.failures.borrow_mut();
+        failures.push_back((number, blocks, failure));
+        if failures.len() > FAILURES_MAX {
+            failures.pop_front();
+        }
+    }
+
+    fn is_troubled(&self, why: &str) {
+        let mut trouble = self.trouble.borrow_mut();
+        if trouble.as_deref() != Some(why) {
+            tracing::warn!(disk = %self.name, why, "missing blocks cannot be brought: will try again");
+            *trouble = Some(why.to_owned());
+        }
+    }
+
+    fn is_well(&self) {
+        if self.trouble.take().is_some() {
+            tracing::info!(disk = %self.name, "missing blocks can be brought again");
+        }
+    }
+
+    /// Fetches everything, piece by piece, then makes the image the disk.
+    pub(crate) async fn hydrate(self: Rc<Self>) {
+        let mut from = BlockIndex(0);
+        let mut failures = self.failure_count.get();
+        let mut runs = 0_u64;
+        let ahead = Rc::new(std::cell::Cell::new(0));
+        while !self.stopped.get() && !self.complete.get() {
+            let changed = self.changed.notified();
+            let most = if self.waiting.get() > 0 { AHEAD_MAX_BESIDE_GUEST } else { AHEAD_MAX };
+            if failures != self.failure_count.get() {
+                failures = self.failure_count.get();
+                self.pause(STORE_RETRY).await;
+                continue;
+            }
+            let next = {
+                let missing = self.missing.borrow();
+                missing.next_unfetched(from).or_else(|| missing.next_unfetched(BlockIndex(0)))
+            };
+            match next {
+                Some(run) if ahead.get() < most => {
+                    from = run.end();
+                    ahead.set(ahead.get() + 1);
+                    let id = self.missing.borrow_mut().begin_fetch(run);
+                    let (disk, ahead) = (Rc::clone(&self), Rc::clone(&ahead));
+                    tokio::task::spawn_local(async move {
+                        Rc::clone(&disk).fetch(id, run).await;
+                        ahead.set(ahead.get() - 1);
+                        disk.changed.notify_waiters();
+                    });
+                    self.keep_pace(run.count()).await;
+                    runs += 1;
+                    if runs % RUNS_BETWEEN_FLUSHES == 0 {
+                        // A failure is one of every flush that follows.
+                        let _ = self.flush().await;
+                    }
+                }
+                None if self.missing.borrow().is_empty() => self.finish().await,
+                Some(_) | None => changed.await,
+            }
+        }
+    }
+
+    /// The receiver need not keep the point any longer.
+    async fn release(&self) {
+        let owner = owner(self.file.header().disk);
+        let mut pause = RETRY_FIRST;
+        while !self.stopped.get() {
+            let released = tokio::select! {
+                released = self.source.release(&owner) => released,
+                () = self.until_stopped() => break,
+            };
+            match released {
+                Ok(()) => return,
+                Err(FetchError::Unreachable(_)) => self.pause(pause).await,
+                Err(FetchError::Damaged(why) | FetchError::Refused(why)) => {
+                    tracing::warn!(disk = %self.name, why, "the receiver does not release the point");
+                    return;
+                }
+            }
+            pause = (pause * 2).min(RETRY_LAST);
+        }
+        tracing::warn!(disk = %self.name, owner, "the receiver was not told that the point is needed no more: release it there");
+    }
+
+    async fn keep_pace(&self, blocks: BlockCount) {
+        let began = Instant::now();
+        while !self.stopped.get() {
+            let changed = self.changed.notified();
+            // It may change meanwhile.
+            let Some(limit) = NonZeroU64::new(self.rate_max.get()) else { return };
+            let takes = Duration::from_secs_f64(blocks.bytes().0 as f64 / limit.get() as f64);
+            let Some(left) = takes.checked_sub(began.elapsed()) else { return };
+            tokio::select! {
+                () = tokio::time::sleep(left) => {}
+                () = changed => {}
+            }
+        }
+    }
+
+    async fn pause(&self, time: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(time) => {}
+            () = self.until_stopped() => {}
+        }
+    }
+
+    /// Nothing is missing: when that is durable the image is the disk.
+    async fn finish(&self) {
+        self.storing.set(self.storing.get() + 1);
+        let (file, image) = (Arc::clone(&self.file), self.shared_image());
+        let finished = blocking(move || {
+            // While the file is there the next attach writes the note again.
+            file.finish(|| image.sync().and_then(|()| remove_note(image.path())))?;
+            KillPoint::HydrationFinished.reached();
+            Ok(())
+        });
+        let finished = finished.await;
+        self.storing.set(self.storing.get() - 1);
+        self.changed.notify_waiters();
+        match finished {
+            Ok(()) => {
+                self.complete.set(true);
+                tracing::info!(disk = %self.name, "nothing is missing any more: the image is the disk");
+                self.release().await;
+            }
+            Err(error) => {
+                self.is_troubled(&format!("that nothing is missing cannot be made durable: {error}"));
+                self.pause(STORE_RETRY).await;
+            }
+        }
+    }
+}
+
+/// Whether the pieces are of all of `range`, in order.
+fn is_all(pieces: &Pieces, range: ByteRange) -> bool {
+    let mut at = range.start();
+    for (of, piece) in pieces {
+        let whole = match piece {
+            Piece::Data(data) => data.len() as u64 == of.count().0,
+            Piece::Zeroes => true,
+        };
+        if of.start() != at || !whole {
+            return false;
+        }
+        at = of.end();
+    }
+    at == range.end()
+}
+
+/// Writes what pieces have of `range`.
+fn write(image: &ImageFile, range: ByteRange, pieces: &Pieces) -> io::Result<()> {
+    for (of, piece) in pieces {
+        let Some(part) = of.intersection(range) else { continue };
+        match piece {
+            Piece::Data(data) => {
+                let skipped = (part.start().0 - of.start().0) as usize;
+                let length = part.count().0 as usize;
+                image.write_at(part.start(), &data[skipped..skipped + length])?;
+            }
+            Piece::Zeroes => image.zero(part, true)?,
+        }
+    }
+    Ok(())
+}

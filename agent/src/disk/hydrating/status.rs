@@ -1,0 +1,100 @@
+//! What can be told of a hydration.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use backtide_agent_api::{HydrationKind, HydrationStatus};
+use backtide_hydration::Kind;
+use backtide_units::{BlockCount, ByteCount};
+
+use super::HydratingDisk;
+
+/// The rate is that of so much time.
+const RATE_TIME: Duration = Duration::from_secs(10);
+
+/// How far samples are apart.
+const SAMPLE_TIME: Duration = Duration::from_millis(250);
+
+/// How fast missing blocks come.
+pub(super) struct Progress {
+    samples: VecDeque<(Instant, BlockCount)>,
+    fetched: BlockCount,
+}
+
+impl Progress {
+    pub(super) fn new(missing: BlockCount) -> Self {
+        Self { samples: VecDeque::from([(Instant::now(), missing)]), fetched: BlockCount(0) }
+    }
+
+    fn sample(&mut self, now: Instant, missing: BlockCount) {
+        let last = self.samples.back().expect("there is one since the beginning");
+        if now.duration_since(last.0) >= SAMPLE_TIME {
+            self.samples.push_back((now, missing));
+        }
+        while self.samples.len() > 2 && now.duration_since(self.samples[0].0) > RATE_TIME {
+            self.samples.pop_front();
+        }
+    }
+
+    /// Bytes a second, lately.
+    fn rate(&self, now: Instant, missing: BlockCount) -> ByteCount {
+        let (since, before) = self.samples[0];
+        let seconds = now.duration_since(since).as_secs_f64().max(0.001);
+        let came = BlockCount(before.0.saturating_sub(missing.0)).bytes();
+        ByteCount((came.0 as f64 / seconds) as u64)
+    }
+}
+
+impl HydratingDisk {
+    /// Limits what is fetched without being asked for, in bytes a second; zero for no limit.
+    pub(crate) fn limit(&self, rate: ByteCount) {
+        self.rate_max.set(rate.0);
+        self.changed.notify_waiters();
+    }
+
+    /// Blocks have come since there were `before`.
+    pub(super) fn has_brought(&self, before: BlockCount, fetched: bool) {
+        let missing = self.missing.borrow().blocks().count();
+        let mut progress = self.progress.borrow_mut();
+        if fetched {
+            progress.fetched = BlockCount(progress.fetched.0 + before.0.saturating_sub(missing.0));
+        }
+        progress.sample(Instant::now(), missing);
+    }
+
+    /// None when nothing is missing any more.
+    pub(crate) fn status(&self) -> Option<HydrationStatus> {
+        if self.complete.get() {
+            return None;
+        }
+        let missing = self.missing.borrow();
+        let (left, damaged) = (missing.blocks().count(), missing.damaged().count());
+        let header = self.file.header();
+        let progress = self.progress.borrow();
+        let rate = progress.rate(Instant::now(), left);
+        let trouble = self.trouble.borrow().clone().or_else(|| {
+            (damaged.0 > 0).then(|| format!("{damaged} missing blocks are damaged at the receiver"))
+        });
+        Some(HydrationStatus {
+            kind: match header.kind {
+                Kind::Rewind => HydrationKind::Rewind,
+                Kind::Origin => HydrationKind::Origin,
+                Kind::Failover => HydrationKind::Failover,
+            },
+            receiver: header.source.receiver.clone(),
+            disk: header.source.name.clone(),
+            point: header.source.lsn,
+            point_time: header.source.time,
+            before: (header.kind == Kind::Rewind).then_some(header.before),
+            total_bytes: header.total.bytes(),
+            missing_bytes: left.bytes(),
+            damaged_bytes: damaged.bytes(),
+            fetched_bytes: progress.fetched.bytes(),
+            rate,
+            eta_seconds: (rate.0 > 0).then(|| left.bytes().0.div_ceil(rate.0)),
+            trouble,
+        })
+    }
+}

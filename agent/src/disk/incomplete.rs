@@ -1,0 +1,184 @@
+//! An image that lacks blocks is no disk by itself: what an attach looks at before it uses one, and the note
+//! beside the image that says so to people and to other agents.
+//!
+//! Invariants: the note is there, durably, before the first byte of an image is changed for which there is a
+//! hydration file; it goes when nothing is missing, before that file does. So a note without a hydration file
+//! means that somebody else has it, or that it is lost.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    rc::Rc,
+    sync::Arc,
+};
+
+use backtide_agent_api::StreamTls;
+use backtide_control::Address;
+use backtide_hydration::{Header, HydrationError, HydrationFile, Kind};
+use backtide_io_filter::Resume;
+use backtide_storage::ImageFile;
+use backtide_units::{ByteCount, Reason};
+
+use super::{
+    dial::Dialer,
+    source::{PointSource, Sources},
+    trust,
+};
+use crate::record::{DiskRecord, ImageStamp, Records};
+
+/// What the note's name ends with, behind that of the image.
+const SUFFIX: &str = ".backtide-incomplete";
+
+/// What a disk lacks, and how to come by it.
+pub(crate) struct OpenedHydration {
+    file: HydrationFile,
+    receiver: Address,
+    sources: Arc<dyn Sources>,
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HydrationProblem {
+    /// What the agent knows of the missing blocks cannot be used.
+    #[error("the image lacks blocks, and nobody knows which: {0}")]
+    File(#[from] HydrationError),
+    /// Somebody else knows.
+    #[error("{} lacks blocks of its disk, and this agent does not know which: {} says whose it is", image.display(), note.display())]
+    Unknown { image: PathBuf, note: PathBuf },
+    /// Another image is in the place of the one that lacks blocks.
+    #[error("disk {disk} lacks blocks of the image it had, and {image} is another file")]
+    OtherImage { disk: String, image: String },
+    /// Such a disk does not change its size.
+    #[error("disk {disk} lacks blocks of its {expected} bytes, and {image} has {found}")]
+    Size { disk: String, image: String, expected: ByteCount, found: ByteCount },
+    /// What the agent was killed with may be lost there.
+    #[error("disk {disk} lacks blocks, and {image} is neither a raw file nor a block device")]
+    Behind { disk: String, image: String },
+    /// The address in the file.
+    #[error("disk {disk} lacks blocks that are at {receiver}, which is no address: {why}")]
+    Receiver { disk: String, receiver: String, why: String },
+    /// The note cannot be written.
+    #[error("cannot write {}, which says that the image lacks blocks: {source}", note.display())]
+    Note { note: PathBuf, source: io::Error },
+}
+
+impl OpenedHydration {
+    /// On the disk's thread.
+    pub(crate) fn begin(self, tls: Option<StreamTls>) -> (HydrationFile, Rc<dyn PointSource>) {
+        let point = self.file.header().source.clone();
+        let source = self.sources.open(point, Dialer::new(self.receiver, tls));
+        (self.file, source)
+    }
+}
+
+/// What the image behind a disk lacks, if anything. When it lacks something the note beside it is there.
+pub(crate) fn look(
+    records: &Records,
+    record: &DiskRecord,
+    image: Option<&ImageFile>,
+    sources: &Arc<dyn Sources>,
+) -> Result<Option<OpenedHydration>, HydrationProblem> {
+    let found = records.open_hydration(&record.name, trust::boot_id())?;
+    let note = image.and_then(|image| note_of(image.path()));
+    let disk = || record.name.to_string();
+    let Some(file) = found else {
+        return match note.filter(|note| note.exists()) {
+            Some(note) => Err(HydrationProblem::Unknown { image: PathBuf::from(&record.image), note }),
+            None => Ok(None),
+        };
+    };
+    let (header, shown) = (file.header(), record.image.clone());
+    let Some(image) = image else { return Err(HydrationProblem::Behind { disk: disk(), image: shown }) };
+    let inode = ImageStamp::of(image.path()).map_or(0, |stamp| stamp.inode);
+    if header.disk != record.uuid || header.inode != inode {
+        return Err(HydrationProblem::OtherImage { disk: disk(), image: shown });
+    }
+    let (expected, found) = (header.source.size, image.size());
+    if expected != found {
+        return Err(HydrationProblem::Size { disk: disk(), image: shown, expected, found });
+    }
+    let receiver = header.source.receiver.clone();
+    let receiver = match receiver.parse() {
+        Ok(address) => address,
+        Err(error) => {
+            let why = format!("{error}");
+            return Err(HydrationProblem::Receiver { disk: disk(), receiver, why });
+        }
+    };
+    if let Some(note) = note {
+        let text = text_of(record, header);
+        write_note(&note, &text).map_err(|source| HydrationProblem::Note { note, source })?;
+    }
+    Ok(Some(OpenedHydration { file, receiver, sources: Arc::clone(sources) }))
+}
+
+/// The first attach after a rewind takes what is missing for changed: it has to reach the receiver again, as the
+/// newest content of these blocks.
+pub(crate) fn dirty_too(resume: Resume, record: &DiskRecord, hydration: Option<&OpenedHydration>) -> Resume {
+    let Some(OpenedHydration { file, .. }) = hydration else { return resume };
+    let header = file.header();
+    match header.kind {
+        Kind::Rewind if header.epoch == record.epoch => {}
+        Kind::Rewind | Kind::Origin | Kind::Failover => return resume,
+    }
+    match resume {
+        Resume::Clean(mut saved) => {
+            saved.dirty.union_with(&file.missing());
+            saved.reason = Some(Reason::Rewind);
+            Resume::Clean(saved)
+        }
+        Resume::Crashed { mut candidates, history, last_lsn, acked_durable, reason: _ } => {
+            candidates.union_with(&file.missing());
+            Resume::Crashed { reason: Reason::Rewind, history, last_lsn, acked_durable, candidates }
+        }
+        // Everything is compared.
+        Resume::New | Resume::Lost { .. } => resume,
+    }
+}
+
+/// Where the note beside an image is; none beside a device.
+fn note_of(image: &Path) -> Option<PathBuf> {
+    let is_file = std::fs::metadata(image).is_ok_and(|found| found.is_file());
+    // Of the file itself, by whatever link it is named.
+    let image = std::fs::canonicalize(image).unwrap_or_else(|_| image.to_owned());
+    let mut note = image.into_os_string();
+    note.push(SUFFIX);
+    is_file.then(|| PathBuf::from(note))
+}
+
+/// Removes the note beside an image, which lacks nothing any more.
+pub(super) fn remove_note(image: &Path) -> io::Result<()> {
+    let Some(note) = note_of(image) else { return Ok(()) };
+    match std::fs::remove_file(&note) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => sync_directory(&note),
+    }
+}
+
+fn write_note(note: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::create(note)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    sync_directory(note)
+}
+
+fn sync_directory(of: &Path) -> io::Result<()> {
+    match of.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+fn text_of(record: &DiskRecord, header: &Header) -> String {
+    let (name, uuid, image) = (&record.name, record.uuid, &record.image);
+    let source = &header.source;
+    format!(
+        "{image} is not complete: do not use it by itself.\n\
+         It is the image of disk {name} ({uuid}), which lacks blocks of it. They are at the log receiver\n\
+         {}, in the history of disk {}, at LSN {}. The agent that has the disk fetches them;\n\
+         `backtide status {name}` there says how far it is. This file goes when nothing is missing.\n\
+         To use the image on another host or without the agent, wait for that.\n",
+        source.receiver, source.name, source.lsn
+    )
+}

@@ -1,0 +1,138 @@
+//! A source in memory, for tests: away, damaged or slow as told.
+
+use std::cell::{Cell, RefCell};
+
+use backtide_hydration::SourcePoint;
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{BlockRange, ByteRange, CaptureTime, DiskId, HistoryId, Lsn};
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+use super::{FetchError, Fetching, Piece, PointSource};
+
+/// A point whose content is known.
+pub(crate) struct FakeSource {
+    point: SourcePoint,
+    content: Vec<u8>,
+    /// Nobody answers.
+    away: Cell<bool>,
+    /// Answers wait until this is open.
+    closed: Cell<bool>,
+    opened: Notify,
+    damaged: RefCell<DirtyBitmap>,
+    /// What was asked for.
+    asked: RefCell<Vec<ByteRange>>,
+    /// Somebody has asked.
+    was_asked: Notify,
+}
+
+impl FakeSource {
+    pub(crate) fn new(content: Vec<u8>) -> Self {
+        let point = SourcePoint {
+            receiver: "unix:/run/receiver.sock".to_owned(),
+            disk: DiskId::random(),
+            name: "vm1".parse().unwrap(),
+            history: HistoryId::random(),
+            lsn: Lsn(40),
+            time: CaptureTime(7),
+            size: backtide_units::ByteCount::of(&content),
+        };
+        Self {
+            point,
+            content,
+            away: Cell::new(false),
+            closed: Cell::new(false),
+            opened: Notify::new(),
+            damaged: RefCell::default(),
+            asked: RefCell::default(),
+            was_asked: Notify::new(),
+        }
+    }
+
+    pub(crate) fn set_away(&self, away: bool) {
+        self.away.set(away);
+    }
+
+    /// Answers wait from now on, until it is opened again.
+    pub(crate) fn close(&self) {
+        self.closed.set(true);
+    }
+
+    pub(crate) fn open(&self) {
+        self.closed.set(false);
+        self.opened.notify_waiters();
+    }
+
+    pub(crate) fn damage(&self, blocks: BlockRange) {
+        self.damaged.borrow_mut().insert(blocks);
+    }
+
+    pub(crate) fn asked(&self) -> Vec<ByteRange> {
+        self.asked.borrow().clone()
+    }
+
+    /// Waits until somebody has asked for so much.
+    pub(crate) async fn until_asked(&self, times: usize) {
+        loop {
+            let asked = self.was_asked.notified();
+            if self.asked.borrow().len() >= times {
+                return;
+            }
+            asked.await;
+        }
+    }
+}
+
+impl PointSource for FakeSource {
+    fn point(&self) -> &SourcePoint {
+        &self.point
+    }
+
+    fn fetch(&self, range: ByteRange) -> Fetching<'_, Vec<(ByteRange, Piece)>> {
+        Box::pin(async move {
+            self.asked.borrow_mut().push(range);
+            self.was_asked.notify_waiters();
+            loop {
+                let opened = self.opened.notified();
+                if !self.closed.get() {
+                    break;
+                }
+                opened.await;
+            }
+            if self.away.get() {
+                return Err(FetchError::Unreachable("the receiver is away".to_owned()));
+            }
+            if self.damaged.borrow().touches(BlockRange::touched_by(range)) {
+                return Err(FetchError::Damaged("a checksum does not match".to_owned()));
+            }
+            let bytes = &self.content[range.start().0 as usize..range.end().0 as usize];
+            // In two pieces, of which one may be zeroes.
+            let middle = backtide_units::ByteOffset(range.start().0 + range.count().0 / 2);
+            let (first, second) = bytes.split_at(bytes.len() / 2);
+            let piece = |bytes: &[u8]| match bytes.iter().all(|byte| *byte == 0) {
+                true => Piece::Zeroes,
+                false => Piece::Data(Bytes::copy_from_slice(bytes)),
+            };
+            Ok(vec![
+                (ByteRange::between(range.start(), middle), piece(first)),
+                (ByteRange::between(middle, range.end()), piece(second)),
+            ])
+        })
+    }
+
+    fn changed(&self, _since: Lsn) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(async { Ok(DirtyBitmap::of(BlockRange::whole_disk(self.point.size))) })
+    }
+
+    fn data(&self) -> Fetching<'_, DirtyBitmap> {
+        self.changed(Lsn::ZERO)
+    }
+
+    fn hold(&self, _owner: &str) -> Fetching<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn release(&self, _owner: &str) -> Fetching<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}

@@ -1,0 +1,162 @@
+//! A disk that is set back to a point: served at once, complete soon, whoever dies meanwhile; and every point of
+//! before stays.
+//!
+//! Every kill point of a rewind is reached once; `BACKTIDE_KILL_ROUNDS=n` goes through all of them n times.
+
+use std::{io::Read, path::Path};
+
+use backtide_e2e::{Bench, Disk, Load, Model, http};
+use backtide_storage::KillPoint;
+use serde_json::{Value, json};
+
+const SIZE: u64 = 4 << 20;
+
+/// Sets the disk back; gives the report.
+fn rewind(bench: &Bench, to: u64) -> Value {
+    http::call(&bench.path("agent.sock"), "POST", "/v1/disks/vm1/rewind", Some(&json!({ "to": to })))
+}
+
+/// The same with an agent that may die of it.
+fn rewind_or_die(bench: &Bench, to: u64) {
+    let body = json!({ "to": to });
+    let mut asking = http::ask(&bench.path("agent.sock"), "POST", "/v1/disks/vm1/rewind", Some(&body));
+    // An answer or none.
+    let _ = asking.read_to_end(&mut Vec::new());
+}
+
+/// A guest that writes, and goes; what it did is in the model.
+fn write(disk: &Disk<'_>, model: &mut Model, seed: u64, count: u64) {
+    let load = disk.load(seed);
+    load.goes_on(count);
+    model.then(load.stop());
+    disk.settle();
+}
+
+/// Waits until the disk lacks nothing and the receiver has everything.
+fn whole(disk: &Disk<'_>) {
+    disk.until("whole", |status| status["hydration"].is_null());
+    disk.settle();
+}
+
+fn is_the_model(disk: &Disk<'_>, model: &Model, what: &str) {
+    disk.latest_is_the_image();
+    model.assert_is_in(Path::new(&disk.image), model.len(), what);
+}
+
+fn note_of(disk: &Disk<'_>) -> String {
+    format!("{}.backtide-incomplete", disk.image)
+}
+
+#[test]
+fn a_disk_goes_back_and_back_again() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    let mut model = Model::of_zeroes(SIZE, Vec::new());
+    write(&disk, &mut model, 1, 80);
+    let (early, at_early) = (disk.last(), model.clone());
+    write(&disk, &mut model, 2, 80);
+    let (late, at_late) = (disk.last(), model.clone());
+
+    let report = rewind(&bench, early);
+    assert_eq!((&report["from"], &report["to"]), (&json!(late), &json!(early)), "{report}");
+    assert!(report["changed_blocks"].as_u64().unwrap() > 0, "{report}");
+    // A guest uses it while blocks are missing, or not any more.
+    let mut other = at_early.clone();
+    write(&disk, &mut other, 3, 80);
+    whole(&disk);
+    is_the_model(&disk, &other, "the early point and what came after it");
+    assert!(!Path::new(&note_of(&disk)).exists() && !bench.path("state/vm1.hydration").exists());
+    let reasons: Vec<Value> = disk.holes().into_iter().map(|hole| hole["reason_code"].clone()).collect();
+    assert!(reasons.iter().all(|reason| reason == "rewind"), "{}", disk.points());
+
+    // Undone.
+    rewind(&bench, late);
+    whole(&disk);
+    is_the_model(&disk, &at_late, "the late point");
+    for (lsn, model) in [(early, &at_early), (late, &at_late)] {
+        let at = format!("lsn:{lsn}");
+        model.assert_is_in(&disk.restore(&at), model.len(), &at);
+    }
+    assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0);
+}
+
+#[test]
+fn a_disk_that_lacks_blocks_says_so_and_waits_for_its_receiver() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    let mut model = Model::of_zeroes(SIZE, Vec::new());
+    write(&disk, &mut model, 1, 80);
+    let (early, at_early) = (disk.last(), model.clone());
+    write(&disk, &mut model, 2, 80);
+    // So slow that it lasts.
+    bench.json(&["limits", "vm1", "--resync-rate", "4096"]);
+    rewind(&bench, early);
+    let status = disk.status();
+    assert_eq!(status["hydration"]["kind"], "rewind", "{status}");
+    assert_eq!(status["hydration"]["point"], early);
+    assert!(Path::new(&note_of(&disk)).exists());
+    let refused = bench.run(&["detach", "vm1"]);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    receiver.kill();
+    // It goes on where it was, and ends although it waits.
+    assert_eq!(agent.stop(), 0);
+    let _agent = bench.agent();
+    let status = disk.status();
+    assert_eq!(status["hydration"]["point"], early, "{status}");
+    let _receiver = bench.receiver();
+    bench.json(&["limits", "vm1", "--resync-rate", "0"]);
+    whole(&disk);
+    is_the_model(&disk, &at_early, "the early point");
+}
+
+/// How often all kill points are gone through: once, or what `BACKTIDE_KILL_ROUNDS` says.
+fn rounds() -> u64 {
+    let asked = std::env::var("BACKTIDE_KILL_ROUNDS").ok();
+    asked.map_or(1, |text| text.parse().expect("BACKTIDE_KILL_ROUNDS is a number"))
+}
+
+#[test]
+fn whoever_dies_in_a_rewind_leaves_one_point_or_the_other() {
+    let steps = [
+        KillPoint::RewindDetached,
+        KillPoint::HydrationMade,
+        KillPoint::HydrationStored,
+        KillPoint::HydrationNoted,
+        KillPoint::HydrationFinished,
+    ];
+    let bench = Bench::new();
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    let uri = disk.uri();
+    let mut model = Model::of_zeroes(SIZE, Vec::new());
+    let mut seeds = 1..;
+    let mut seed = || seeds.next().expect("there are more numbers");
+    let mut points = Vec::new();
+    for step in (0..rounds()).flat_map(|_| steps) {
+        write(&disk, &mut model, seed(), 40);
+        let (early, at_early) = (disk.last(), model.clone());
+        points.push((early, at_early.clone()));
+        write(&disk, &mut model, seed(), 40);
+        points.push((disk.last(), model.clone()));
+        assert_eq!(agent.stop(), 0);
+        let mut doomed = bench.doomed(&["agent", "run"], step.name());
+        while !doomed.is_dead() && bench.run(&["wait", "vm1", "--for", "durable"]).code != 0 {}
+        rewind_or_die(&bench, early);
+        let load = Load::try_start(&uri, seed());
+        if step != KillPoint::RewindDetached {
+            model = at_early;
+        }
+        if let Some(load) = load {
+            load.goes_on_or_breaks(40);
+            model.then(load.end());
+        }
+        assert!(doomed.died(), "{} is never reached", step.name());
+        agent = bench.agent();
+        whole(&disk);
+        is_the_model(&disk, &model, step.name());
+        assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0, "{}", step.name());
+    }
+    for (lsn, model) in points {
+        let at = format!("lsn:{lsn}");
+        model.assert_is_in(&disk.restore(&at), model.len(), &at);
+    }
+}
