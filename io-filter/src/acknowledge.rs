@@ -66,6 +66,18 @@ impl Acknowledgements {
         None
     }
 
+    /// Whether an answer waits for what lies above `asked` and at or below `sent`, and whether for it to be
+    /// durable.
+    pub(crate) fn waits_between(&self, asked: Lsn, sent: Lsn) -> Option<bool> {
+        if self.waiting.is_empty() || asked >= sent {
+            return None;
+        }
+        let between = (asked.next(), RequestId(0))..=(sent, RequestId(u64::MAX));
+        let mut needs = self.waiting.range(between).map(|(_, need)| *need == Need::Durable);
+        let first = needs.next()?;
+        Some(first || needs.any(|durable| durable))
+    }
+
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len() + self.delayed.len()
     }

@@ -8,6 +8,7 @@ use crate::{
     event::{Effect, Now},
     filter::{Filter, Link, Mode},
     freeze::PassPlan,
+    hasten::Asked,
     pass::Phase,
     window::Acknowledged,
 };
@@ -70,7 +71,7 @@ impl Filter {
         let rolled_back =
             matches!(&decision, Decision::Everything(plan) if plan.reason == Reason::AgentRolledBack);
         let continues = !rolled_back && self.log_continues(welcome);
-        self.link = Link::Up { next_seq: 2, received: 1, durable: 1 };
+        self.link = Link::Up { next_seq: 2, received: 1, durable: 1, asked: Asked::default() };
         self.history = Some(welcome.history);
         self.last_lsn = self.last_lsn.max(welcome.highest).max(welcome.durable);
         self.acked_durable = welcome.durable;
@@ -207,9 +208,13 @@ impl Filter {
     /// The next frame to send, when the transport can take one.
     pub fn poll_send(&mut self, now: Now) -> Option<(u64, Message)> {
         self.observe(now);
-        let Link::Up { next_seq, .. } = &mut self.link else { return None };
+        let asks = self.next_hasten();
+        let Link::Up { next_seq, asked, .. } = &mut self.link else { return None };
         let seq = *next_seq;
-        let message = self.window.send(seq)?;
+        let message = match asks {
+            Some(durable) => asked.asks(seq, durable, self.window.sent_end()),
+            None => self.window.send(seq)?,
+        };
         *next_seq += 1;
         if matches!(message, Message::PassData { .. }) {
             // Sent data leaves the buffer: there is room for more.
@@ -221,7 +226,7 @@ impl Filter {
 
     /// Whether [`poll_send`](Self::poll_send) would give a frame.
     pub fn has_to_send(&self) -> bool {
-        self.is_connected() && self.window.has_unsent()
+        self.is_connected() && (self.window.has_unsent() || self.next_hasten().is_some())
     }
 
     /// Whether frames are out that the receiver has not acknowledged as durable.
@@ -245,6 +250,7 @@ impl Filter {
             | Message::PassData { .. }
             | Message::PassEnd { .. }
             | Message::Mark { .. }
+            | Message::Hasten { .. }
             | Message::Compare(_)
             | Message::Reading(_)
             | Message::Close(_) => self.refuse(format!("the receiver sent an unexpected {}", message.name())),
@@ -281,7 +287,8 @@ impl Filter {
     }
 
     fn acknowledged(&mut self, received: u64, durable: u64) {
-        let Link::Up { next_seq, received: known_received, durable: known_durable } = &mut self.link else {
+        let Link::Up { next_seq, received: known_received, durable: known_durable, .. } = &mut self.link
+        else {
             return;
         };
         let valid = durable <= received && received < *next_seq;

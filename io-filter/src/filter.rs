@@ -17,6 +17,7 @@ use crate::{
     event::{Effect, IoId, Now, Resume, Settings},
     freeze::{PassPlan, Scanning},
     guard::{RangeGuard, Ticket},
+    hasten::Asked,
     pace::Pace,
     pass::Pass,
     progress::Progress,
@@ -67,6 +68,8 @@ pub(crate) enum Link {
         received: u64,
         /// Frames up to here are durable there.
         durable: u64,
+        /// What the receiver was asked to hear about soon.
+        asked: Asked,
     },
 }
 

@@ -9,7 +9,8 @@
 //! 1. `capture`: a guest's request, the local write, its LSN.
 //! 2. `window`: the record on its way to the receiver, retained until durable there.
 //! 3. `acknowledge`: when the guest hears of it.
-//! 4. `connection`: the handshake's decision, acks, a lost stream.
+//! 4. `connection`: the handshake's decision, acks, a lost stream; `hasten`: when the receiver is told that
+//!    somebody waits.
 //! 5. `freeze`, `drain`, `compare`: a resync pass; `pace`, `courtesy`: how fast it may be; `progress`: how
 //!    fast it is.
 //! 6. `activity`: what the tracking file has to say, before a change may happen.
@@ -34,6 +35,7 @@ mod filter;
 mod freeze;
 mod give_way;
 mod guard;
+mod hasten;
 mod inspect;
 mod mutant;
 mod operate;

@@ -49,6 +49,8 @@ pub(crate) struct Window {
     data_bytes: u64,
     /// Everything at or below it has left the window, or never was in it.
     base: Lsn,
+    /// Where the log stands after what has been sent on this connection.
+    sent_end: Lsn,
     /// Where the log stands after all entries: the next record's `previous`.
     log_end: Lsn,
     /// What was sent and is not acknowledged costs so much.
@@ -83,6 +85,7 @@ impl Window {
             retained_bytes: 0,
             data_bytes: 0,
             base,
+            sent_end: base,
             log_end: base,
             in_flight_bytes: 0,
             spill: Spilled::default(),
@@ -113,6 +116,15 @@ impl Window {
 
     pub(crate) fn log_end(&self) -> Lsn {
         self.log_end
+    }
+
+    pub(crate) fn sent_end(&self) -> Lsn {
+        self.sent_end
+    }
+
+    /// Whether so much is out that no more may be sent soon.
+    pub(crate) fn is_held_back(&self) -> bool {
+        self.spill.in_flight_max.is_some_and(|limit| self.in_flight_bytes >= limit / 2)
     }
 
     /// Whether there is something that can be sent now.
@@ -171,6 +183,10 @@ impl Window {
         self.sent += 1;
         entry.seq = Some(seq);
         let Item::Kept(message) = &entry.item else { unreachable!("what was sent is before the cursor") };
+        match message {
+            Message::Record(Record { lsn: at, .. }) | Message::PassBegin { at, .. } => self.sent_end = *at,
+            _ => {}
+        }
         if let Message::PassData { range, data, .. } = message {
             if data.bytes().is_empty() {
                 // Its cost is that of its place from now on, which is not limited.
@@ -218,6 +234,7 @@ impl Window {
         if self.holds_spill() {
             self.trim_spilled_to(durable);
             self.base = self.base.max(durable);
+            self.sent_end = self.base;
             self.log_end = self.log_end.max(durable);
             return;
         }
@@ -228,6 +245,7 @@ impl Window {
         });
         self.retained_bytes = self.entries.iter().map(|entry| entry.cost).sum();
         self.base = self.base.max(durable);
+        self.sent_end = self.base;
         self.log_end = self.log_end.max(durable);
     }
 
@@ -252,6 +270,7 @@ impl Window {
         self.sent = 0;
         self.received = 0;
         self.in_flight_bytes = 0;
+        self.sent_end = self.base;
         for entry in &mut self.entries {
             entry.seq = None;
         }

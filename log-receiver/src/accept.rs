@@ -139,6 +139,7 @@ impl Door {
             | Message::Compare(_)
             | Message::CompareResult(_)
             | Message::Ack { .. }
+            | Message::Hasten { .. }
             | Message::Ping
             | Message::Close(_) => 0,
         };

@@ -1,9 +1,14 @@
-//! Group commit: makes the logs durable, for all disks of a thread, as fast as the device allows.
+//! Group commit: makes the logs durable, for all disks of a thread, at a pace that suits who waits.
 //!
-//! At most one sync per disk is under way. What arrives during it is covered by the next, which
-//! starts when it ends: batches grow with the load by themselves and nothing ever waits for a timer.
-//! Syncs of different disks run side by side on one small pool, so that the file system can write
-//! one journal record for several of them.
+//! A device that syncs without a pause is slow for everybody who shares it, a guest's own flushes among
+//! them, and most of what arrives nobody waits for: the agents keep it until it is durable. So it gathers
+//! for the commit interval, or until there is enough of it. Whoever waits - an agent that asked, a claim,
+//! a reader - has the sync begun at once.
+//!
+//! At most one sync per disk is under way. What arrives during it is covered by the next: batches grow
+//! with the load by themselves. Syncs of different disks run side by side on one small pool, and those that
+//! waited for the interval begin together, so that the file system can write one journal record for several
+//! of them.
 
 use std::rc::Rc;
 
@@ -12,12 +17,14 @@ use backtide_units::DiskId;
 use crate::{commit_ticket::CommitTicket, disk::Failure, ingest::Ingest};
 
 impl Ingest {
-    /// Makes sure that what is in the disk's log becomes durable. Its connection is woken when it
-    /// is, and when it cannot be.
+    /// Makes sure that what is in the disk's log becomes durable, from now on. Its connection is woken
+    /// when it is, and when it cannot be.
     pub(crate) fn commit(self: &Rc<Self>, disk: DiskId) {
         if self.syncing.borrow().contains(&disk) {
+            self.hastened.borrow_mut().insert(disk);
             return;
         }
+        self.gathering.borrow_mut().remove(&disk);
         let ticket = self.disks.borrow_mut().get_mut(disk).and_then(|disk| disk.ticket());
         match ticket {
             Some(ticket) => {
@@ -25,6 +32,36 @@ impl Ingest {
                 tokio::task::spawn_local(Rc::clone(self).sync(disk, ticket));
             }
             None => self.wake_owner(disk),
+        }
+    }
+
+    /// The same within the commit interval; none waits for it. Whether the connection is going to be woken:
+    /// it is not when everything is durable.
+    pub(crate) fn commit_soon(self: &Rc<Self>, disk: DiskId) -> bool {
+        let (wanted, enough) = match self.disks.borrow().get(disk) {
+            Some(state) => (state.wants_sync(), state.undurable_bytes() >= self.commit_bytes),
+            None => (false, false),
+        };
+        if self.syncing.borrow().contains(&disk) {
+            return true;
+        }
+        if wanted && (enough || self.commit_interval.is_zero()) {
+            self.commit(disk);
+        } else if wanted {
+            self.gathering.borrow_mut().insert(disk);
+            if !self.ticking.replace(true) {
+                tokio::task::spawn_local(Rc::clone(self).tick());
+            }
+        }
+        wanted
+    }
+
+    /// The end of an interval, for all disks that have gathered something.
+    async fn tick(self: Rc<Self>) {
+        tokio::time::sleep(self.commit_interval).await;
+        self.ticking.set(false);
+        for disk in self.gathering.take() {
+            self.commit(disk);
         }
     }
 
@@ -39,7 +76,11 @@ impl Ingest {
         self.syncing.borrow_mut().remove(&disk);
         self.synced.notify_waiters();
         // The next sync first: the acknowledgement need not wait for it, nor it for that.
-        self.commit(disk);
+        if self.hastened.borrow_mut().remove(&disk) {
+            self.commit(disk);
+        } else {
+            self.commit_soon(disk);
+        }
         self.wake_owner(disk);
     }
 }

@@ -1,6 +1,9 @@
 //! What a receiver can be told. Every value has a default but the store's place.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use backtide_control::Address;
 use backtide_export::NbdTls;
@@ -8,6 +11,9 @@ use backtide_recovery::{CacheLimits, LogOptions};
 use backtide_tls::WhichDisks;
 use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
+
+/// Undurable bytes gather no longer: agents keep them in memory meanwhile.
+const COMMIT_INTERVAL_MAX: Duration = Duration::from_secs(60);
 
 /// A receiver's configuration; in TOML the same names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +86,12 @@ pub struct Limits {
     /// Bytes per disk that were received and are not durable yet; above it nothing more is read
     /// from that disk's stream. Default 64 MiB.
     pub undurable_bytes: ByteCount,
+    /// How long what was received may wait for more to be synced with it, unless somebody waits for it; 0 is
+    /// not at all, and more than 60,000 counts as that. Default 20 ms.
+    pub commit_interval_ms: u64,
+    /// As many undurable bytes of a disk are not gathered any longer; at most half of `undurable_bytes`.
+    /// Default 4 MiB.
+    pub commit_bytes: ByteCount,
     /// New data is refused when less than this is free in the store. Default 64 MiB.
     pub free_bytes_min: ByteCount,
     /// A segment is sealed when it would grow beyond this. Default 64 MiB.
@@ -150,6 +162,8 @@ impl Default for Limits {
             overlay_bytes: ByteCount(16 << 30),
             overlays_bytes: ByteCount(64 << 30),
             undurable_bytes: ByteCount(64 << 20),
+            commit_interval_ms: 20,
+            commit_bytes: ByteCount(4 << 20),
             free_bytes_min: ByteCount(64 << 20),
             segment_bytes: log.segment_bytes_max,
             index_cache_bytes: cache.index_bytes_max,
@@ -162,6 +176,16 @@ impl Default for Limits {
 impl Limits {
     pub(crate) fn log(&self) -> LogOptions {
         LogOptions { segment_bytes_max: self.segment_bytes, ..LogOptions::default() }
+    }
+
+    /// How long undurable bytes gather.
+    pub(crate) fn commit_interval(&self) -> Duration {
+        Duration::from_millis(self.commit_interval_ms).min(COMMIT_INTERVAL_MAX)
+    }
+
+    /// How many of them at the most: a stream that is not read any more must not wait for the interval.
+    pub(crate) fn commit_bytes(&self) -> ByteCount {
+        ByteCount(self.commit_bytes.0.min(self.undurable_bytes.0 / 2))
     }
 
     pub(crate) fn cache(&self) -> CacheLimits {

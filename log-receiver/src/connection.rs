@@ -206,10 +206,19 @@ impl Connection {
                 Err(error) => self.close(undecodable(&error)),
             }
         }
-        if let Some(disk) = disk {
-            self.ingest.commit(disk);
+        let answer = self.session.end_batch(&self.ingest.disks.borrow());
+        let woken = match disk.or(self.session.disk()) {
+            Some(disk) if self.session.wants_commit() => {
+                self.ingest.commit(disk);
+                false
+            }
+            Some(disk) => self.ingest.commit_soon(disk),
+            None => false,
+        };
+        // An acknowledgement costs both sides: one that nobody waits for comes with the next sync.
+        if answer || !woken {
+            self.settle();
         }
-        self.settle();
     }
 
     fn take(&mut self, message: Sequenced) {

@@ -224,6 +224,11 @@ impl Disk {
         ByteCount(self.waiting_bytes)
     }
 
+    /// Whether a [`ticket`](Self::ticket) would have something to do.
+    pub fn wants_sync(&self) -> bool {
+        self.log().is_some_and(DiskLog::wants_sync)
+    }
+
     /// What to sync for everything appended so far to be durable; `None` when nothing is left to
     /// do, or when the log just failed (see [`Disk::failure`]). Run [`CommitTicket::sync`] where
     /// blocking is fine, then hand its outcome to [`Disk::synced`].

@@ -4,7 +4,7 @@
 //! there, one step at a time: so the way of a record takes no lock. Others send [`Task`]s.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet},
     io,
     rc::Rc,
@@ -64,6 +64,14 @@ pub(crate) struct Readable {
 pub(crate) struct Ingest {
     pub(crate) disks: RefCell<Disks>,
     pub(crate) syncing: RefCell<BTreeSet<DiskId>>,
+    /// Of these the next sync begins when the one under way ends.
+    pub(crate) hastened: RefCell<BTreeSet<DiskId>>,
+    /// These are synced when the commit interval ends.
+    pub(crate) gathering: RefCell<BTreeSet<DiskId>>,
+    /// Whether it has begun.
+    pub(crate) ticking: Cell<bool>,
+    pub(crate) commit_interval: Duration,
+    pub(crate) commit_bytes: ByteCount,
     pub(crate) commits: Pool,
     pub(crate) readers: Pool,
     pub(crate) undurable_bytes_max: ByteCount,
@@ -106,6 +114,11 @@ pub(crate) async fn start(
         let ingest = Rc::new(Ingest {
             disks: RefCell::new(Disks::open(shelf, disks)),
             syncing: RefCell::default(),
+            hastened: RefCell::default(),
+            gathering: RefCell::default(),
+            ticking: Cell::default(),
+            commit_interval: limits.commit_interval(),
+            commit_bytes: limits.commit_bytes(),
             commits,
             readers,
             undurable_bytes_max: limits.undurable_bytes,

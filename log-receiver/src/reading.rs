@@ -228,7 +228,8 @@ impl PointReader {
             | Message::Mark { .. }
             | Message::Compare(_)
             | Message::CompareResult(_)
-            | Message::Ack { .. } => return Err(unexpected(message.name())),
+            | Message::Ack { .. }
+            | Message::Hasten { .. } => return Err(unexpected(message.name())),
         };
         match reading {
             Reading::Fetch { id, range } => self.fetch(id, range),

@@ -4,7 +4,8 @@
 //! (`connection.rs`) or in a simulation, on the thread that owns the [`Disks`]:
 //!
 //! 1. For each message that has arrived: [`Session::handle`]. Entries go into the disk's log at once.
-//! 2. After each batch of messages: [`Session::settle`]. It yields the acknowledgement `received`.
+//! 2. After each batch of messages: [`Session::end_batch`], and when that says so [`Session::settle`]. It yields
+//!    the acknowledgement `received`, which may as well come along with the next `durable`.
 //! 3. While [`Disk::ticket`](crate::Disk::ticket) of [`Session::disk`] yields one: sync it wherever
 //!    blocking is fine, hand the outcome to [`Disk::synced`](crate::Disk::synced), then call
 //!    [`Session::settle`] again. It yields the Welcome, or the acknowledgement `durable`.
@@ -92,6 +93,8 @@ struct Streaming {
     durable: u64,
     /// The last acknowledgement sent.
     acked: (u64, u64),
+    /// The last frames that the agent asked to hear of, as received and as durable.
+    asked: (u64, u64),
     /// Frames that become durable with an entry, in order; one per batch.
     waiting: VecDeque<(Seq, u64)>,
 }
@@ -121,6 +124,30 @@ impl Session {
         match &self.state {
             State::Streaming(streaming) => streaming.acked.1 < streaming.received,
             State::AwaitHello | State::AwaitClaim { .. } | State::Ended => false,
+        }
+    }
+
+    /// Whether somebody waits for what was received to become durable, so that nothing is gained by
+    /// gathering more.
+    pub fn wants_commit(&self) -> bool {
+        match &self.state {
+            State::AwaitClaim { .. } => true,
+            State::Streaming(streaming) => streaming.asked.1 > streaming.acked.1,
+            State::AwaitHello | State::Ended => false,
+        }
+    }
+
+    /// A batch of messages has been taken. Whether the agent waits to hear of it before it is durable.
+    pub fn end_batch(&mut self, disks: &Disks) -> bool {
+        match &mut self.state {
+            State::AwaitClaim { .. } => true,
+            State::Streaming(streaming) => {
+                if let Some(disk) = disks.get(streaming.disk) {
+                    streaming.note(disk);
+                }
+                streaming.asked.0 > streaming.acked.0
+            }
+            State::AwaitHello | State::Ended => false,
         }
     }
 
@@ -160,7 +187,7 @@ impl Session {
         }
     }
 
-    /// What is due after a batch of messages, and after a sync: at most one acknowledgement, or the
+    /// What is due, after a batch of messages and after a sync: at most one acknowledgement, or the
     /// Welcome, or the end when the store failed.
     pub fn settle(&mut self, disks: &mut Disks) -> Vec<Effect> {
         let Some(disk) = self.disk().and_then(|disk| disks.get(disk)) else { return Vec::new() };
@@ -248,7 +275,8 @@ impl Streaming {
     fn after(claim: &Claim, frame: u64) -> Self {
         // The Welcome acknowledges the hello by itself.
         let acked = (frame, frame);
-        Self { disk: claim.disk, received: frame, durable: frame, acked, waiting: VecDeque::new() }
+        let (disk, waiting) = (claim.disk, VecDeque::new());
+        Self { disk, received: frame, durable: frame, acked, asked: acked, waiting }
     }
 
     fn take(&mut self, disks: &mut Disks, message: Message) -> Result<Option<Effect>, Closed> {
@@ -281,6 +309,10 @@ impl Streaming {
                 (Entry::Mark { lsn, time, label }, ByteCount::ZERO)
             }
             Message::Compare(question) => return self.compare(disks, question).map(Some),
+            Message::Hasten { durable } => {
+                self.asked = (self.received, if durable { self.received } else { self.asked.1 });
+                return Ok(None);
+            }
             Message::Ping => return Ok(None),
             other @ (Message::Hello(_)
             | Message::Welcome(_)
@@ -353,12 +385,17 @@ impl Streaming {
         Ok(Effect::Compare(CompareJob::new(question, view)))
     }
 
-    /// The acknowledgement that is due, if one is.
-    fn acknowledge(&mut self, disk: &Disk) -> Option<Message> {
+    /// Notes the entry with which the last frame becomes durable.
+    fn note(&mut self, disk: &Disk) {
         let noted = self.waiting.back().map_or(self.durable, |(_, frame)| *frame);
         if self.received > noted {
             self.waiting.push_back((disk.appended(), self.received));
         }
+    }
+
+    /// The acknowledgement that is due, if one is.
+    fn acknowledge(&mut self, disk: &Disk) -> Option<Message> {
+        self.note(disk);
         let durable = disk.durable().seq;
         while let Some(&(seq, frame)) = self.waiting.front()
             && seq <= durable

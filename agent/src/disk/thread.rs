@@ -420,6 +420,7 @@ impl Disk {
         let caught_up = |filter: &Filter| {
             filter.is_drained() || !filter.status().connected || filter.mode() != Mode::Sync
         };
+        engine.happen(|filter, _| filter.hasten());
         let _ = tokio::time::timeout(leaving.receiver(), engine.until(caught_up)).await;
         // What it still lacks may go to the spill, for the next attach to send.
         engine.happen(Filter::prepare_detach);

@@ -150,6 +150,7 @@ impl Walk<'_> {
             | Message::CompareResult(_)
             | Message::Ack { .. }
             | Message::Reading(_)
+            | Message::Hasten { .. }
             | Message::Close(_) => wrong(format!("a {}", message.name())),
         }
     }

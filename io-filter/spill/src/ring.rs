@@ -116,6 +116,7 @@ pub fn frame_bytes(message: &Message) -> ByteCount {
         | Message::CompareResult(_)
         | Message::Ack { .. }
         | Message::Reading(_)
+        | Message::Hasten { .. }
         | Message::Close(_) => panic!("a {} is not spilled", message.name()),
     };
     ByteCount((FRAME_HEADER_BYTES + payload) as u64)

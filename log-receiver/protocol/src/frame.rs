@@ -65,9 +65,10 @@ enum Type {
     Release = 23,
     Answered = 24,
     Failed = 25,
+    Hasten = 26,
 }
 
-const TYPES: [Type; 25] = [
+const TYPES: [Type; 26] = [
     Type::Hello,
     Type::Welcome,
     Type::Write,
@@ -93,6 +94,7 @@ const TYPES: [Type; 25] = [
     Type::Release,
     Type::Answered,
     Type::Failed,
+    Type::Hasten,
 ];
 
 impl Type {
@@ -112,9 +114,9 @@ impl Type {
             Self::Mark => LABEL_BYTES_MAX as u64,
             Self::Compare => (COMPARE_ITEMS_MAX * COMPARE_ITEM_BYTES) as u64,
             Self::CompareResult => (COMPARE_ITEMS_MAX * 4) as u64,
-            Self::Flush | Self::PassBegin | Self::PassEnd | Self::Ack | Self::Ping => 0,
             Self::Fetch | Self::AskBlocks | Self::Answered => 0,
             Self::Hold | Self::Release => OWNER_BYTES_MAX as u64,
+            Self::Flush | Self::PassBegin | Self::PassEnd | Self::Ack | Self::Ping | Self::Hasten => 0,
         }
     }
 }
@@ -191,6 +193,7 @@ impl Header {
 }
 
 const FLAG_HAS_VALID_FROM: u8 = 1;
+const FLAG_DURABLE: u8 = 1;
 
 /// The frame of `message` as the `seq`-th of its sender: header and payload, to be written one
 /// after the other.
@@ -233,6 +236,10 @@ fn encode_parts(message: &Message) -> (Header, Data) {
         }
         Message::Ack { received, durable } => {
             (Header::of(Type::Ack).fields(*received, *durable, 0, 0), none())
+        }
+        Message::Hasten { durable } => {
+            let flags = if *durable { FLAG_DURABLE } else { 0 };
+            (Header { flags, ..Header::of(Type::Hasten) }, none())
         }
         Message::Ping => (Header::of(Type::Ping), none()),
         Message::Reading(reading) => reading::encode(reading),
@@ -324,6 +331,7 @@ fn decode_message(
         Type::Compare => Message::Compare(Compare { id: a, at: Lsn(b), items: compare_items(payload)? }),
         Type::CompareResult => Message::CompareResult(compare_result(a, payload)?),
         Type::Ack => Message::Ack { received: a, durable: b },
+        Type::Hasten => Message::Hasten { durable: header.flags & FLAG_DURABLE != 0 },
         Type::Ping => Message::Ping,
         Type::OpenPoint
         | Type::PointOpened

@@ -76,6 +76,11 @@ pub enum Message {
         /// Frames up to this sequence number survive power loss.
         durable: u64,
     },
+    /// Agent: somebody waits for the frames before this one.
+    Hasten {
+        /// Whether to hear that they are durable; otherwise that they are in memory.
+        durable: bool,
+    },
     /// Either side: are you there? An agent's ping is acknowledged like any frame.
     Ping,
     /// Either side: the connection ends here, and why.
@@ -99,6 +104,7 @@ impl Message {
             Self::Compare(_) => "compare",
             Self::CompareResult(_) => "compare-result",
             Self::Ack { .. } => "ack",
+            Self::Hasten { .. } => "hasten",
             Self::Ping => "ping",
             Self::Close(_) => "close",
             Self::Reading(reading) => reading.name(),

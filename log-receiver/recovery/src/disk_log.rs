@@ -332,10 +332,15 @@ impl DiskLog {
     /// When entries held back cannot be written; the log is then poisoned.
     pub fn ticket(&mut self) -> Result<Option<SyncTicket>, LogError> {
         self.write_waiting()?;
-        if self.appended == self.durable.seq && !self.has_waiting() {
+        if !self.wants_sync() {
             return Ok(None);
         }
         Ok(Some(self.ticket_now()))
+    }
+
+    /// Whether a [`ticket`](Self::ticket) would have something to do.
+    pub fn wants_sync(&self) -> bool {
+        self.appended != self.durable.seq || self.has_waiting()
     }
 
     /// A ticket over all that is in the files, entries or not.

@@ -2,6 +2,7 @@
 
 mod agent;
 mod checks;
+mod commit;
 mod damage;
 mod faults;
 mod fixture;

@@ -109,7 +109,7 @@ impl Receiver {
             }
             Message::PassEnd { at, valid_from, time } => Entry::PassEnd { at, valid_from, time },
             Message::Compare(question) => return Taken::Compared(self.compare(&question)),
-            Message::Ping => return Taken::Fine,
+            Message::Hasten { .. } | Message::Ping => return Taken::Fine,
             other @ (Message::Hello(_)
             | Message::Welcome(_)
             | Message::CompareResult(_)

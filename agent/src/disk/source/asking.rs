@@ -139,7 +139,8 @@ fn take_all(decoder: &mut Decoder, out: &mut BTreeMap<u64, Out>) -> Result<(), S
             | Message::Mark { .. }
             | Message::Compare(_)
             | Message::CompareResult(_)
-            | Message::Ack { .. } => return Err(strange(message.message.name())),
+            | Message::Ack { .. }
+            | Message::Hasten { .. } => return Err(strange(message.message.name())),
         }
     }
     Ok(())

@@ -42,6 +42,8 @@ fn one_of_each() -> Vec<Message> {
         }),
         Message::CompareResult(CompareResult { id: 4, differing: vec![0, 3] }),
         Message::Ack { received: 10, durable: 8 },
+        Message::Hasten { durable: true },
+        Message::Hasten { durable: false },
         Message::Ping,
         Message::Close(Closed {
             epoch: Some(backtide_units::Epoch(3)),

@@ -84,6 +84,7 @@ pub(super) fn decode(header: &Header, data: Data) -> Result<Reading, ProtocolErr
         | Type::CompareResult
         | Type::Ack
         | Type::Ping
+        | Type::Hasten
         | Type::Close => unreachable!("the caller has those"),
     })
 }

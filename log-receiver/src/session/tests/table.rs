@@ -75,6 +75,7 @@ fn messages() -> Vec<(Message, Then)> {
         (Message::Compare(Compare { id: 1, at: Lsn(5), items: vec![item] }), Then::Compare),
         (Message::CompareResult(CompareResult { id: 1, differing: vec![] }), Then::Invalid),
         (Message::Ack { received: 1, durable: 1 }, Then::Invalid),
+        (Message::Hasten { durable: true }, Then::Nothing),
         (Message::Ping, Then::Nothing),
         (Message::Reading(Reading::Answered { id: 1 }), Then::Invalid),
         (close(), Then::End),

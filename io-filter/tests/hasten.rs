@@ -1,0 +1,217 @@
+//! The receiver gathers what it makes durable, unless it is told that somebody waits.
+
+use std::time::Duration;
+
+use backtide_io_filter::{
+    AckPolicy, Change, Effect, Filter, IoId, LocalData, Mode, Now, OnOutage, RequestId, Resume, Settings,
+};
+use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
+use backtide_tracking::{ActivityLimits, DirtyBitmap};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
+use bytes::Bytes;
+use uuid::Uuid;
+
+const WINDOW: u64 = 1 << 20;
+
+/// A disk in sync, and the last frame of the connection.
+struct Disk {
+    filter: Filter,
+    requests: u64,
+    last: u64,
+}
+
+fn now() -> Now {
+    Now { monotonic: Duration::ZERO, wall: CaptureTime(1_000_000) }
+}
+
+fn welcome(state: ReceiverState, durable: Lsn) -> Welcome {
+    Welcome {
+        version: PROTOCOL_VERSION,
+        history: HistoryId(Uuid::from_u128(5)),
+        state,
+        durable,
+        highest: durable,
+        in_pass: false,
+        last_time: None,
+    }
+}
+
+impl Disk {
+    fn in_sync(ack: AckPolicy) -> Self {
+        let settings = Settings {
+            disk: DiskId(Uuid::from_u128(1)),
+            name: "vm1".parse().unwrap(),
+            size: ByteCount(64 * 4096),
+            epoch: Epoch(1),
+            attach: Uuid::from_u128(1),
+            ack,
+            on_outage: OnOutage::Block,
+            window_bytes: ByteCount(WINDOW),
+            resync_buffer_bytes: ByteCount(4096),
+            guest_delay_max: Duration::ZERO,
+            outage_after: Duration::from_secs(5),
+            bitmap_bytes: ByteCount(1 << 20),
+            read_retry: Duration::from_secs(1),
+            activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
+        };
+        let mut filter = Filter::new(settings, Resume::New, now());
+        filter.connected(now(), &welcome(ReceiverState::New, Lsn::ZERO));
+        let mut disk = Self { filter, requests: 0, last: 1 };
+        let scan = |effect| if let Effect::Scan(io) = effect { Some(io) } else { None };
+        let scan = disk.effects().into_iter().find_map(scan).expect("a scan was asked for");
+        disk.filter.scanned(now(), scan, &DirtyBitmap::new());
+        disk.sent();
+        disk.acknowledge();
+        assert_eq!(disk.filter.mode(), Mode::Sync);
+        disk.effects();
+        disk
+    }
+
+    fn effects(&mut self) -> Vec<Effect> {
+        std::iter::from_fn(|| self.filter.next_effect()).collect()
+    }
+
+    fn change(&mut self, change: Change, done: LocalData) -> RequestId {
+        self.requests += 1;
+        let request = RequestId(self.requests);
+        self.filter.submit(now(), request, change);
+        let local = |effect| if let Effect::Local(io, _) = effect { Some(io) } else { None };
+        let io: IoId = self.effects().into_iter().find_map(local).expect("a local I/O was asked for");
+        self.filter.local_done(now(), io, Ok(done));
+        request
+    }
+
+    fn write(&mut self) -> RequestId {
+        let range = ByteRange::new(ByteOffset(0), ByteCount(4096)).unwrap();
+        let data = Bytes::from(vec![7; 4096]);
+        self.change(Change::Write { range, data, fua: false }, LocalData::Changed)
+    }
+
+    fn flush(&mut self) -> RequestId {
+        self.change(Change::Flush, LocalData::Changed)
+    }
+
+    /// The names of the frames that go out, with what is asked.
+    fn sent(&mut self) -> Vec<&'static str> {
+        let mut names = Vec::new();
+        while self.filter.has_to_send() {
+            let (seq, message) = self.filter.poll_send(now()).expect("it has something");
+            self.last = seq;
+            names.push(match message {
+                Message::Hasten { durable: true } => "ask durable",
+                Message::Hasten { durable: false } => "ask received",
+                message => message.name(),
+            });
+        }
+        assert_eq!(self.filter.poll_send(now()), None, "it said that there is nothing");
+        names
+    }
+
+    fn acknowledge(&mut self) {
+        self.filter.receive(now(), Message::Ack { received: self.last, durable: self.last });
+    }
+
+    fn is_answered(&mut self, request: RequestId) -> bool {
+        self.effects().iter().any(
+            |effect| matches!(effect, Effect::Complete { request: answered, .. } if *answered == request),
+        )
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_write_that_is_acknowledged_locally() {
+    let mut disk = Disk::in_sync(AckPolicy::Local);
+    disk.write();
+    disk.flush();
+    assert_eq!(disk.sent(), ["record", "flush"]);
+}
+
+#[test]
+fn a_flush_waits_for_what_is_durable_and_a_write_does_not() {
+    let mut disk = Disk::in_sync(AckPolicy::Durable);
+    disk.write();
+    assert_eq!(disk.sent(), ["record"]);
+    let flush = disk.flush();
+    assert!(!disk.is_answered(flush), "nothing is durable");
+    assert_eq!(disk.sent(), ["flush", "ask durable"], "and asked once");
+    disk.acknowledge();
+    assert!(disk.is_answered(flush));
+    let again = disk.flush();
+    assert!(disk.is_answered(again), "nothing was written since");
+    assert_eq!(disk.sent(), [""; 0]);
+}
+
+#[test]
+fn each_write_waits_for_what_its_policy_says() {
+    let table = [(AckPolicy::Received, "ask received"), (AckPolicy::DurableEveryWrite, "ask durable")];
+    for (ack, asked) in table {
+        let mut disk = Disk::in_sync(ack);
+        let writes = [disk.write(), disk.write()];
+        assert_eq!(disk.sent(), ["record", "record", asked], "one question for both");
+        let third = disk.write();
+        assert_eq!(disk.sent(), ["record", asked]);
+        disk.acknowledge();
+        let answered = disk.effects();
+        for request in writes.into_iter().chain([third]) {
+            let is_it =
+                |effect: &&Effect| matches!(effect, Effect::Complete { request: of, .. } if *of == request);
+            assert!(answered.iter().any(|effect| is_it(&effect)), "{request:?} under {ack:?}");
+        }
+    }
+}
+
+#[test]
+fn who_waits_is_asked_for_in_a_stream_without_a_pause() {
+    let mut disk = Disk::in_sync(AckPolicy::DurableEveryWrite);
+    for _ in 0..200 {
+        disk.write();
+    }
+    let sent = disk.sent();
+    let asked: Vec<_> = sent.iter().enumerate().filter(|(_, name)| **name == "ask durable").collect();
+    assert!(asked.len() >= 3, "{asked:?}");
+    assert!(asked.len() <= 6, "a question for each frame costs more than it brings: {asked:?}");
+    assert_eq!(sent.last(), Some(&"ask durable"));
+}
+
+#[test]
+fn a_filling_window_waits_for_the_receiver() {
+    let mut disk = Disk::in_sync(AckPolicy::Local);
+    let mut sent = Vec::new();
+    let mut writes = 0;
+    while sent.is_empty() {
+        disk.write();
+        writes += 1;
+        sent = disk.sent().into_iter().filter(|name| *name != "record").collect();
+    }
+    assert_eq!(sent, ["ask durable"]);
+    assert!((48..=64).contains(&writes), "a quarter of the window, and not before: {writes} writes");
+    disk.write();
+    assert_eq!(disk.sent(), ["record"], "it has been asked");
+    disk.filter.receive(now(), Message::Ack { received: disk.last, durable: disk.last - 1 });
+    disk.write();
+    assert_eq!(disk.sent(), ["record"], "there is room again");
+}
+
+#[test]
+fn a_lost_stream_forgets_what_was_asked() {
+    let mut disk = Disk::in_sync(AckPolicy::DurableEveryWrite);
+    let durable = disk.filter.acked_durable();
+    let write = disk.write();
+    assert_eq!(disk.sent(), ["record", "ask durable"]);
+    disk.filter.disconnected(now());
+    disk.filter.connected(now(), &welcome(ReceiverState::Known, durable));
+    assert_eq!(disk.sent(), ["record", "ask durable"]);
+    disk.acknowledge();
+    assert!(disk.is_answered(write));
+}
+
+#[test]
+fn who_takes_the_disk_away_waits_for_all_of_it() {
+    let mut disk = Disk::in_sync(AckPolicy::Local);
+    disk.write();
+    assert_eq!(disk.sent(), ["record"]);
+    disk.filter.hasten();
+    assert_eq!(disk.sent(), ["ask durable"]);
+    disk.acknowledge();
+    assert!(disk.filter.is_drained());
+}

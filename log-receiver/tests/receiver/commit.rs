@@ -1,0 +1,100 @@
+//! When the receiver makes durable what it has: at once for who waits, gathered for the others.
+//!
+//! A disk of which nobody asked anything shows that the interval has not ended: it would be durable too.
+
+use backtide_log_receiver::{Config, Receiver};
+use backtide_protocol::Message;
+use backtide_units::ByteCount;
+
+use crate::{
+    agent::{Agent, hello, write},
+    fixture::Place,
+};
+
+/// One thread, so that the disks share their interval, which no test lives to see the end of.
+fn patient(place: &Place) -> Config {
+    let mut config = place.config();
+    config.limits.ingest_threads = 1;
+    config.limits.commit_interval_ms = 60_000;
+    config
+}
+
+/// A disk that is in sync at LSN 5, all of it durable.
+async fn synced(receiver: &Receiver, number: u128, name: &str) -> Agent {
+    let (mut agent, _) = Agent::welcomed(receiver, hello(number, name)).await;
+    agent.first_pass(5).await;
+    agent.send(&Message::Hasten { durable: true }).await;
+    agent.all_durable().await;
+    agent
+}
+
+/// What is received and durable now.
+async fn heard(agent: &mut Agent) -> (u64, u64) {
+    agent.send(&Message::Hasten { durable: false }).await;
+    loop {
+        match agent.next().await {
+            Some(Message::Ack { received, durable }) if received == agent.sent => return (received, durable),
+            Some(Message::Ack { .. } | Message::Ping) => {}
+            other => panic!("expected an acknowledgement, found {other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_asks_is_not_kept_waiting_and_the_others_gather() {
+    let place = Place::new();
+    let receiver = Receiver::start(patient(&place)).await.unwrap();
+    let mut quiet = synced(&receiver, 1, "quiet").await;
+    let mut asking = synced(&receiver, 2, "asking").await;
+    quiet.send(&write(6, 0, vec![6; 4096])).await;
+    let record = quiet.sent;
+    let (received, durable) = heard(&mut quiet).await;
+    assert!(received > record && durable < record, "received {received}, durable {durable}");
+    for lsn in 6..16 {
+        asking.send(&write(lsn, 0, vec![6; 4096])).await;
+        asking.send(&Message::Hasten { durable: true }).await;
+        asking.all_durable().await;
+    }
+    let (_, durable) = heard(&mut quiet).await;
+    assert!(durable < record, "the interval has not ended: what was asked for did not wait for it");
+    quiet.send(&Message::Hasten { durable: true }).await;
+    quiet.all_durable().await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn enough_of_it_is_not_gathered_any_longer() {
+    let place = Place::new();
+    let mut config = patient(&place);
+    config.limits.commit_bytes = ByteCount(64 << 10);
+    let receiver = Receiver::start(config).await.unwrap();
+    let mut quiet = synced(&receiver, 1, "quiet").await;
+    let mut busy = synced(&receiver, 2, "busy").await;
+    quiet.send(&write(6, 0, vec![6; 4096])).await;
+    let record = quiet.sent;
+    heard(&mut quiet).await;
+    for lsn in 6..22 {
+        busy.send(&write(lsn, 0, vec![6; 4096])).await;
+    }
+    busy.all_durable().await;
+    let (_, durable) = heard(&mut quiet).await;
+    assert!(durable < record, "the interval has not ended: 64 KiB did not wait for it");
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_end_of_the_interval_makes_everything_durable() {
+    let place = Place::new();
+    let mut config = patient(&place);
+    config.limits.commit_interval_ms = 1;
+    let receiver = Receiver::start(config).await.unwrap();
+    let mut first = synced(&receiver, 1, "first").await;
+    let mut second = synced(&receiver, 2, "second").await;
+    for lsn in 6..16 {
+        first.send(&write(lsn, 0, vec![6; 4096])).await;
+        second.send(&write(lsn, 0, vec![6; 4096])).await;
+        first.all_durable().await;
+        second.all_durable().await;
+    }
+    receiver.shutdown().await;
+}
