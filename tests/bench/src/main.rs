@@ -40,7 +40,7 @@ struct Arguments {
     #[arg(long, default_value_t = 512)]
     size: u64,
     /// Only these, by a part of their name: servers of the tables, and rows of tracking and resync
-    /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare).
+    /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare, many-disks, restart).
     #[arg(long)]
     only: Vec<String>,
 }

@@ -61,13 +61,15 @@ impl Table {
     }
 
     fn ratios(&self, text: &mut String) {
-        const PAIRS: [(Kind, Kind, &str); 6] = [
+        const PAIRS: [(Kind, Kind, &str); 8] = [
             (Kind::Tracking, Kind::QemuNbd, "tracking / qemu-nbd"),
             (Kind::Tracking, Kind::NbdkitFile, "tracking / nbdkit"),
             (Kind::Sync, Kind::QemuNbd, "sync / qemu-nbd"),
             (Kind::Sync, Kind::NbdkitFile, "sync / nbdkit"),
             (Kind::Sync, Kind::Mirror, "sync / mirror"),
             (Kind::SyncDirect, Kind::QemuNbdDirect, "direct: sync / qemu-nbd"),
+            (Kind::SyncDurable, Kind::NbdkitFile, "sync durable / nbdkit"),
+            (Kind::SyncTls, Kind::SyncTcp, "sync: tls / tcp"),
         ];
         let names: Vec<&str> = PAIRS.iter().map(|(_, _, name)| *name).collect();
         let _ = writeln!(text, "| ratio | {} |\n|---|{}", names.join(" | "), "---|".repeat(PAIRS.len()));

@@ -1,8 +1,10 @@
 //! The servers measured, each started as its own documentation says, each with files of its own.
 
 use std::{
+    ffi::OsString,
     fs::File,
     io::{BufRead, BufReader, Write},
+    net::TcpListener,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -28,6 +30,25 @@ pub(crate) enum Kind {
     QemuNbdDirect,
     /// Backtide in sync, around the page cache.
     SyncDirect,
+    /// Backtide in sync, where flushes wait for the receiver.
+    SyncDurable,
+    /// Backtide in sync over TCP, without TLS and with it.
+    SyncTcp,
+    SyncTls,
+}
+
+/// Where a receiver takes the stream.
+struct StreamAt {
+    address: String,
+    pki: Option<PathBuf>,
+}
+
+impl StreamAt {
+    /// The options that name the certificates of `whose`.
+    fn certificates(&self, whose: &str) -> Vec<OsString> {
+        let folder = self.pki.as_ref().map(|pki| pki.join(whose));
+        folder.map_or(Vec::new(), |folder| vec!["--tls-certificates".into(), folder.into()])
+    }
 }
 
 /// A running server.
@@ -39,7 +60,7 @@ pub(crate) struct Server {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::QemuNbd,
         Self::NbdkitFile,
         Self::Mirror,
@@ -47,6 +68,9 @@ impl Kind {
         Self::Sync,
         Self::QemuNbdDirect,
         Self::SyncDirect,
+        Self::SyncDurable,
+        Self::SyncTcp,
+        Self::SyncTls,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -58,6 +82,9 @@ impl Kind {
             Self::Sync => "backtide sync",
             Self::QemuNbdDirect => "qemu-nbd direct",
             Self::SyncDirect => "backtide sync direct",
+            Self::SyncDurable => "backtide sync durable",
+            Self::SyncTcp => "backtide sync tcp",
+            Self::SyncTls => "backtide sync tls",
         }
     }
 
@@ -66,12 +93,13 @@ impl Kind {
         match self {
             Self::QemuNbdDirect | Self::SyncDirect => true,
             Self::QemuNbd | Self::NbdkitFile | Self::Mirror | Self::Tracking | Self::Sync => false,
+            Self::SyncDurable | Self::SyncTcp | Self::SyncTls => false,
         }
     }
 
     fn has_receiver(self) -> bool {
         match self {
-            Self::Sync | Self::SyncDirect => true,
+            Self::Sync | Self::SyncDirect | Self::SyncDurable | Self::SyncTcp | Self::SyncTls => true,
             Self::QemuNbd | Self::NbdkitFile | Self::Mirror | Self::Tracking | Self::QemuNbdDirect => false,
         }
     }
@@ -114,9 +142,12 @@ impl Server {
                 server.spawn("server", command)?;
             }
             Kind::Mirror => server.start_mirror(directory, &image, &socket, size_mib)?,
-            Kind::Tracking | Kind::Sync | Kind::SyncDirect => {
-                server.start_backtide(directory, &image, &socket, backtide)?
-            }
+            Kind::Tracking
+            | Kind::Sync
+            | Kind::SyncDirect
+            | Kind::SyncDurable
+            | Kind::SyncTcp
+            | Kind::SyncTls => server.start_backtide(directory, &image, &socket, backtide)?,
         }
         wait_for(&socket)?;
         if kind == Kind::Mirror {
@@ -164,14 +195,16 @@ impl Server {
         socket: &Path,
         backtide: &Path,
     ) -> anyhow::Result<()> {
-        let [agent, receiver, stream] = ["agent.sock", "receiver.sock", "stream.sock"]
-            .map(|name| format!("unix:{}", directory.join(name).display()));
+        let [agent, receiver] =
+            ["agent.sock", "receiver.sock"].map(|name| format!("unix:{}", directory.join(name).display()));
+        let stream = self.stream(directory, backtide)?;
         if self.kind.has_receiver() {
             let mut command = Command::new(backtide);
             command.args(["receiver", "run", "--store"]).arg(directory.join("store"));
-            command.args(["--listen", &stream, "--api", &receiver]).env("RUST_LOG", "error");
+            command.args(["--listen", &stream.address, "--api", &receiver]).env("RUST_LOG", "error");
+            command.args(stream.certificates("localhost"));
             self.spawn("receiver", command)?;
-            wait_for(&directory.join("stream.sock"))?;
+            wait_for(&directory.join("receiver.sock"))?;
         }
         let mut command = Command::new(backtide);
         command.args(["agent", "run", "--state"]).arg(directory.join("state"));
@@ -182,15 +215,44 @@ impl Server {
         let mut attach = Command::new(backtide);
         attach.args(["--agent", &agent, "attach", "disk"]).arg(image).args([
             "--receiver",
-            &stream,
+            &stream.address.replace("127.0.0.1", "localhost"),
             "--nbd",
             &nbd,
             "--cache",
             if self.kind.is_direct() { "direct" } else { "writeback" },
+            "--ack",
+            if self.kind == Kind::SyncDurable { "durable" } else { "local" },
         ]);
-        succeed(attach)?;
+        attach.args(stream.certificates("agent"));
+        succeed(&mut attach)?;
         self.agent = Some((backtide.to_path_buf(), agent));
         Ok(())
+    }
+
+    /// The address of the stream, and certificates of its own where it has them.
+    fn stream(&self, directory: &Path, backtide: &Path) -> anyhow::Result<StreamAt> {
+        // Free a moment ago: whoever takes it first has it, and then this run ends with an error.
+        let free_port = || Ok::<_, std::io::Error>(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port());
+        let address = match self.kind {
+            Kind::SyncTcp => format!("tcp://127.0.0.1:{}", free_port()?),
+            Kind::SyncTls => format!("tls://127.0.0.1:{}", free_port()?),
+            Kind::QemuNbd
+            | Kind::NbdkitFile
+            | Kind::Mirror
+            | Kind::Tracking
+            | Kind::Sync
+            | Kind::QemuNbdDirect
+            | Kind::SyncDirect
+            | Kind::SyncDurable => format!("unix:{}", directory.join("stream.sock").display()),
+        };
+        let pki = (self.kind == Kind::SyncTls).then(|| directory.join("pki"));
+        if let Some(pki) = &pki {
+            for arguments in [["init", "--receiver", "localhost"].as_slice(), &["issue", "agent"]] {
+                let mut command = Command::new(backtide);
+                succeed(command.args(["pki", arguments[0]]).arg(pki).args(&arguments[1..]))?;
+            }
+        }
+        Ok(StreamAt { address, pki })
     }
 
     /// Waits until the server is in the state that is to be measured.
@@ -199,7 +261,7 @@ impl Server {
             let (backtide, agent) = self.agent.as_ref().expect("started with an agent");
             let mut wait = Command::new(backtide);
             wait.args(["--agent", agent, "wait", "disk", "--for", "sync"]);
-            succeed(wait)?;
+            succeed(&mut wait)?;
         }
         Ok(())
     }
@@ -306,7 +368,7 @@ pub(crate) fn wait_for(socket: &Path) -> anyhow::Result<()> {
     bail!("nobody listens at {}", socket.display())
 }
 
-pub(crate) fn succeed(mut command: Command) -> anyhow::Result<()> {
+pub(crate) fn succeed(command: &mut Command) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("run {command:?}"))?;
     // 3: done with a warning, as an attach is whose receiver is away on purpose.
     if !matches!(output.status.code(), Some(0 | 3)) {

@@ -5,6 +5,8 @@ mod bitmap;
 mod compare;
 mod guest;
 mod latency;
+mod many;
+mod restart;
 mod scattered;
 mod stand;
 
@@ -32,13 +34,15 @@ impl Row {
 }
 
 /// All rows, in the order they run in.
-pub(crate) const ROWS: [Row; 6] = [
+pub(crate) const ROWS: [Row; 8] = [
     Row { name: "al-hot", run: activity::hot },
     Row { name: "al-cold", run: activity::cold },
     Row { name: "resync-latency", run: latency::run },
     Row { name: "resync-scattered", run: scattered::run },
     Row { name: "bitmap-memory", run: bitmap::run },
     Row { name: "compare", run: compare::run },
+    Row { name: "many-disks", run: many::run },
+    Row { name: "restart", run: restart::run },
 ];
 
 /// The middle of what the rounds brought.

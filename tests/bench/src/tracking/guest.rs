@@ -11,6 +11,7 @@ pub(super) struct Seen {
     pub(super) operations: f64,
     pub(super) p50_us: f64,
     pub(super) p99_us: f64,
+    pub(super) longest_us: f64,
 }
 
 /// A guest at work.
@@ -66,6 +67,7 @@ impl Guest {
             operations: number(&side["iops"])?,
             p50_us: percentile("50.000000")?,
             p99_us: percentile("99.000000")?,
+            longest_us: number(&side["clat_ns"]["max"])? / 1000.0,
         })
     }
 }

@@ -16,10 +16,19 @@ pub(super) struct Stand {
     directory: PathBuf,
     agent: Child,
     receiver: Option<Child>,
+    /// Whether `agent` is the process that starts it again when it dies.
+    held: bool,
 }
 
 impl Drop for Stand {
     fn drop(&mut self) {
+        if self.held {
+            // One that is killed leaves its agent behind.
+            let asked = Command::new("kill").arg(self.agent.id().to_string()).status();
+            if asked.is_ok_and(|asked| asked.success()) {
+                let _ = self.agent.wait();
+            }
+        }
         for child in [Some(&mut self.agent), self.receiver.as_mut()].into_iter().flatten() {
             // Gone already, or ended now: either is fine at the end.
             let _ = child.kill();
@@ -31,14 +40,25 @@ impl Drop for Stand {
 impl Stand {
     /// The daemons, before a disk is attached.
     pub(super) fn start(backtide: &Path, directory: &Path, receives: bool) -> anyhow::Result<Self> {
+        Self::start_with(backtide, directory, receives, false)
+    }
+
+    /// The same, with a receiver and an agent that is started again when it dies.
+    pub(super) fn held(backtide: &Path, directory: &Path) -> anyhow::Result<Self> {
+        Self::start_with(backtide, directory, true, true)
+    }
+
+    fn start_with(backtide: &Path, directory: &Path, receives: bool, held: bool) -> anyhow::Result<Self> {
         std::fs::create_dir_all(directory)?;
         let start = |arguments: &[&str]| {
             let mut command = daemon(backtide, directory);
             command.args(arguments).spawn().context("start a daemon")
         };
         let receiver = receives.then(|| start(&["receiver", "run"])).transpose()?;
-        let agent = start(&["agent", "run"])?;
-        let stand = Self { backtide: backtide.to_owned(), directory: directory.to_owned(), agent, receiver };
+        let agent = start(if held { &["agent", "run", "--hold"] } else { &["agent", "run"] })?;
+        let (backtide, directory) = (backtide.to_owned(), directory.to_owned());
+        let stand = Self { backtide, directory, agent, receiver, held };
+        let directory = &stand.directory;
         if receives {
             wait_for(&directory.join("stream.sock"))?;
         }
@@ -63,7 +83,7 @@ impl Stand {
     pub(super) fn obey(&self, arguments: &[&str]) -> anyhow::Result<()> {
         let mut command = daemon(&self.backtide, &self.directory);
         command.args(arguments);
-        succeed(command)
+        succeed(&mut command)
     }
 
     pub(super) fn wait_for_sync(&self) -> anyhow::Result<()> {
@@ -82,6 +102,11 @@ impl Stand {
         let io = std::fs::read_to_string(format!("/proc/{}/io", self.agent.id()))?;
         let written = io.lines().find_map(|line| line.strip_prefix("wchar: "));
         Ok(written.context("a count of bytes written")?.trim().parse()?)
+    }
+
+    /// The process that was started to be the agent, or to hold it.
+    pub(super) fn agent_id(&self) -> u32 {
+        self.agent.id()
     }
 
     /// Where the receiver keeps its disks.
