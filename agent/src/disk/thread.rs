@@ -351,9 +351,10 @@ impl Disk {
         let status = self.engine.look(Filter::status);
         self.watch.sample(&status);
         let changes = status.counters.records + status.counters.failed_changes;
-        // Clients may come and go between two looks.
+        // Clients may come and go between two looks. What is missing is written by nobody's wish.
         let seen = (changes, status.last_time);
-        if self.server.connections() > 0 || seen != (self.life.changes, self.life.captured) {
+        let may_change = self.server.connections() > 0 || self.engine.local.hydration().is_some();
+        if may_change || seen != (self.life.changes, self.life.captured) {
             (self.life.changes, self.life.captured) = seen;
             self.life.renew(self.record.name.as_str()).await;
         }

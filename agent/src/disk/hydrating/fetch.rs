@@ -44,6 +44,9 @@ pub(crate) fn owner(disk: DiskId) -> String {
 /// So many runs are fetched between two flushes: a journal is begun anew at one, when it has become long.
 const RUNS_BETWEEN_FLUSHES: u64 = 4096;
 
+/// How long the last step of a hydration waits for the receiver, which may as well hear of it later.
+const RELEASE_TIME: Duration = Duration::from_secs(2);
+
 type Pieces = Vec<(ByteRange, Piece)>;
 
 impl HydratingDisk {
@@ -200,7 +203,7 @@ impl HydratingDisk {
                     });
                     self.keep_pace(run.count()).await;
                     runs += 1;
-                    if runs % RUNS_BETWEEN_FLUSHES == 0 {
+                    if runs.is_multiple_of(RUNS_BETWEEN_FLUSHES) {
                         // A failure is one of every flush that follows.
                         let _ = self.flush().await;
                     }
@@ -257,6 +260,8 @@ impl HydratingDisk {
 
     /// Nothing is missing: when that is durable the image is the disk.
     async fn finish(&self) {
+        // Who dies after it asks for the release again.
+        let released = self.flush().await.is_ok() && self.release_once().await;
         self.storing.set(self.storing.get() + 1);
         let (file, image) = (Arc::clone(&self.file), self.shared_image());
         let finished = blocking(move || {
@@ -272,12 +277,25 @@ impl HydratingDisk {
             Ok(()) => {
                 self.complete.set(true);
                 tracing::info!(disk = %self.name, "nothing is missing any more: the image is the disk");
-                self.release().await;
+                if !released {
+                    self.release().await;
+                }
             }
             Err(error) => {
                 self.is_troubled(&format!("that nothing is missing cannot be made durable: {error}"));
                 self.pause(STORE_RETRY).await;
             }
+        }
+    }
+
+    /// Tells the receiver, if it is there, that it need not keep the point any longer.
+    async fn release_once(&self) -> bool {
+        let owner = owner(self.file.header().disk);
+        tokio::select! {
+            released = tokio::time::timeout(RELEASE_TIME, self.source.release(&owner)) => {
+                matches!(released, Ok(Ok(())))
+            }
+            () = self.until_stopped() => false,
         }
     }
 }

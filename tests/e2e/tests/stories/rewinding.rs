@@ -5,7 +5,7 @@
 
 use std::{io::Read, path::Path};
 
-use backtide_e2e::{Bench, Disk, Load, Model, http};
+use backtide_e2e::{Bench, Disk, Guest, Load, Model, http};
 use backtide_storage::KillPoint;
 use serde_json::{Value, json};
 
@@ -34,6 +34,7 @@ fn write(disk: &Disk<'_>, model: &mut Model, seed: u64, count: u64) {
 
 /// Waits until the disk lacks nothing and the receiver has everything.
 fn whole(disk: &Disk<'_>) {
+    disk.settle();
     disk.until("whole", |status| status["hydration"].is_null());
     disk.settle();
 }
@@ -69,8 +70,13 @@ fn a_disk_goes_back_and_back_again() {
     let reasons: Vec<Value> = disk.holes().into_iter().map(|hole| hole["reason_code"].clone()).collect();
     assert!(reasons.iter().all(|reason| reason == "rewind"), "{}", disk.points());
 
-    // Undone.
-    rewind(&bench, late);
+    // Undone, with a client that is hung up: it would see another content.
+    let mut client = Guest::connect(&disk.uri());
+    let path = "/v1/disks/vm1/rewind";
+    let report =
+        http::call(&bench.path("agent.sock"), "POST", path, Some(&json!({ "to": late, "reconnect": true })));
+    assert_eq!(report["hung_up"], 1, "{report}");
+    assert!(client.flush().is_err());
     whole(&disk);
     is_the_model(&disk, &at_late, "the late point");
     for (lsn, model) in [(early, &at_early), (late, &at_late)] {
@@ -98,6 +104,23 @@ fn a_disk_that_lacks_blocks_says_so_and_waits_for_its_receiver() {
     let refused = bench.run(&["detach", "vm1"]);
     assert_eq!(refused.code, 5, "{refused:?}");
     receiver.kill();
+    // Nobody takes the image for a disk.
+    bench.json_ending(3, &["detach", "vm1", "--incomplete"]);
+    let stream = bench.socket("stream.sock");
+    let image = disk.image.clone();
+    let refused = bench.run(&["attach", "other", &image, "--receiver", &stream]);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    assert!(refused.sentence().contains("lacks blocks"), "{refused:?}");
+    // What the agent knows of it is damaged.
+    let file = bench.path("state/vm1.hydration");
+    let good = std::fs::read(&file).unwrap();
+    let mut damaged = good.clone();
+    damaged[100] ^= 1;
+    std::fs::write(&file, damaged).unwrap();
+    let refused = bench.run(&["attach", "vm1", &image, "--receiver", &stream]);
+    assert_eq!(refused.code, 8, "{refused:?}");
+    std::fs::write(&file, good).unwrap();
+    bench.json_ending(3, &["attach", "vm1", &image, "--receiver", &stream]);
     // It goes on where it was, and ends although it waits.
     assert_eq!(agent.stop(), 0);
     let _agent = bench.agent();
@@ -139,7 +162,9 @@ fn whoever_dies_in_a_rewind_leaves_one_point_or_the_other() {
         points.push((disk.last(), model.clone()));
         assert_eq!(agent.stop(), 0);
         let mut doomed = bench.doomed(&["agent", "run"], step.name());
-        while !doomed.is_dead() && bench.run(&["wait", "vm1", "--for", "durable"]).code != 0 {}
+        for state in ["sync", "durable"] {
+            while !doomed.is_dead() && bench.run(&["wait", "vm1", "--for", state]).code != 0 {}
+        }
         rewind_or_die(&bench, early);
         let load = Load::try_start(&uri, seed());
         if step != KillPoint::RewindDetached {
