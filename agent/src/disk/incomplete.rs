@@ -147,6 +147,16 @@ fn note_of(image: &Path) -> Option<PathBuf> {
     is_file.then(|| PathBuf::from(note))
 }
 
+/// Whether a note could be written beside an image; found out before anything depends on it.
+pub(crate) fn try_note(image: &Path) -> io::Result<()> {
+    let Some(note) = note_of(image) else { return Ok(()) };
+    // Under another name: who dies here leaves no image that seems to be incomplete.
+    let mut probe = note.into_os_string();
+    probe.push(".probe");
+    write_note(Path::new(&probe), "")?;
+    std::fs::remove_file(probe)
+}
+
 /// Removes the note beside an image, which lacks nothing any more.
 pub(super) fn remove_note(image: &Path) -> io::Result<()> {
     let Some(note) = note_of(image) else { return Ok(()) };

@@ -22,6 +22,7 @@ use tokio::{task::LocalSet, time::Instant};
 use super::{Registry, errors::failed, leave::end, resize::missing_record, waiting};
 use crate::{
     disk::{self, Dialer, DiskHandle, Leaving, hydrating::owner, source::FetchError, trust},
+    marks,
     record::{DiskRecord, ImageStamp},
 };
 
@@ -31,6 +32,9 @@ const SETTLE_POLL: Duration = Duration::from_millis(10);
 
 /// How long the receiver may take to find the point, and what differs.
 const FIND_TIME: Duration = Duration::from_secs(60);
+
+/// The label of the moment before: a rewind to it undoes the last one.
+const MARK: &str = "before-rewind";
 
 /// What a rewind is going to do.
 struct Plan {
@@ -64,6 +68,10 @@ impl Registry {
             return Err(ApiError::new(ErrorCode::Usage, message));
         }
         let plan = self.plan(&record, history, request.to, status.lsn.last).await?;
+        // So that whoever looks at the timeline finds what was left; the rewind goes on without it.
+        if let Err(error) = marks::mark(MARK, &[(name.clone(), handle.clone())]).await {
+            tracing::warn!(disk = %name, %error, "the moment before the rewind is not marked");
+        }
         // Clients may have come meanwhile.
         let status = settled(&handle, request).await?;
         let began = Instant::now();
@@ -222,6 +230,11 @@ fn refuse_unfit(image: &str) -> Result<Option<ImageStamp>, ApiError> {
         return Err(ApiError::new(ErrorCode::Refused, message)
             .with_hint("restore the point into a new image instead"));
     }
+    disk::try_note(path).map_err(|error| {
+        let message =
+            format!("cannot write beside {image}, where the agent says that an image is incomplete: {error}");
+        ApiError::new(ErrorCode::Failed, message)
+    })?;
     Ok(ImageStamp::of(path))
 }
 

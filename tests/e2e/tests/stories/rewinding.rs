@@ -70,6 +70,9 @@ fn a_disk_goes_back_and_back_again() {
     let reasons: Vec<Value> = disk.holes().into_iter().map(|hole| hole["reason_code"].clone()).collect();
     assert!(reasons.iter().all(|reason| reason == "rewind"), "{}", disk.points());
 
+    let marks = disk.points()["marks"].clone();
+    assert_eq!((&marks[0]["label"], &marks[0]["lsn"]), (&json!("before-rewind"), &json!(late)), "{marks}");
+
     // Undone, with a client that is hung up: it would see another content.
     let mut client = Guest::connect(&disk.uri());
     let path = "/v1/disks/vm1/rewind";
@@ -148,7 +151,7 @@ fn whoever_dies_in_a_rewind_leaves_one_point_or_the_other() {
         KillPoint::HydrationFinished,
     ];
     let bench = Bench::new();
-    let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &["--cache", "direct"]);
     let uri = disk.uri();
     let mut model = Model::of_zeroes(SIZE, Vec::new());
     let mut seeds = 1..;
