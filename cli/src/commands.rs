@@ -23,6 +23,7 @@ pub(crate) mod resize;
 pub(crate) mod restore;
 pub(crate) mod resync;
 pub(crate) mod retention;
+pub(crate) mod rewind;
 pub(crate) mod scrub;
 pub(crate) mod status;
 pub(crate) mod stream_tls;
@@ -66,6 +67,7 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Resync(resync) => resync.run(context).await,
         Command::Limits(limits) => limits.run(context).await,
         Command::Mark(mark) => mark.run(context).await,
+        Command::Rewind(rewind) => rewind.run(context).await,
         Command::Points(points) => points.run(context).await,
         Command::Diff(diff) => diff.run(context).await,
         Command::Ls(ls) => ls.run(context).await,

@@ -7,6 +7,7 @@
 mod archive;
 mod arguments;
 mod commands;
+mod confirm;
 mod context;
 mod demo;
 mod doctor;
@@ -16,6 +17,7 @@ mod local;
 mod open_files;
 mod output;
 mod places;
+mod qmp;
 mod quantity;
 mod restore;
 

@@ -1,0 +1,241 @@
+//! `backtide rewind`: the live disk back to a point.
+
+use std::path::PathBuf;
+
+use backtide_agent_api::{AgentClient, DiskStatus, RewindReport, RewindRequest};
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::{NbdAddress, NbdUri};
+use backtide_receiver_api::{DiffReport, DiffRequest};
+use backtide_units::{ByteCount, DiskName};
+use clap::Args;
+use serde::Serialize;
+
+use crate::{
+    arguments::ReceiverApi,
+    commands::attach::POLL,
+    confirm::confirm,
+    context::Context,
+    ending::{Ending, Failure},
+    output::progress::Progress,
+    qmp::Qmp,
+    quantity::{duration_text, size_both, time_text},
+};
+
+/// `backtide rewind`
+#[derive(Args, Debug)]
+pub(crate) struct Rewind {
+    /// The disk's name or UUID
+    name: DiskName,
+    /// The point: latest, lsn:N, an RFC 3339 time, a duration ago such as -5m, or mark:LABEL
+    #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+    to: String,
+    /// Do it without asking
+    #[arg(long)]
+    yes: bool,
+    /// Wait until everything that changed has been fetched and the image is complete
+    #[arg(long)]
+    wait: bool,
+    /// Also while a virtual machine has the disk open: it is paused for it, and stays so, for its memory
+    /// knows the disk as it was
+    #[arg(long, requires = "qmp")]
+    live: bool,
+    /// The QMP socket of that virtual machine
+    #[arg(long, value_name = "SOCKET", requires = "live")]
+    qmp: Option<PathBuf>,
+    #[command(flatten)]
+    api: ReceiverApi,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Rewound<'a> {
+    #[serde(flatten)]
+    report: &'a RewindReport,
+    /// Whether the guest was paused, and is to be reset before it goes on.
+    guest_paused: bool,
+}
+
+impl Rewind {
+    /// Finds the point, says what will change, and has the agent do it.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let agent = context.agent()?;
+        let disk = agent.disk(&self.name).await?;
+        let uuid: DiskName = disk.uuid.to_string().parse().expect("a UUID is a good name");
+        let request = DiffRequest { from: self.to.clone(), to: "latest".to_owned() };
+        let diff = context.receiver(&self.api)?.diff(&uuid, &request).await?;
+        if disk.clients > 0 && self.qmp.is_none() {
+            return Err(in_use(&disk));
+        }
+        if self.yes {
+            context.tell(&plan_text(&disk, &diff));
+        } else {
+            confirm(context, &plan_text(&disk, &diff)).await?;
+        }
+        let mut guest = match &self.qmp {
+            Some(socket) => Some(Guest::paused(socket, &disk).await?),
+            None => None,
+        };
+        let request = RewindRequest { to: diff.from.lsn, reconnect: guest.is_some() };
+        let mut report = match agent.rewind(&disk.name, request).await {
+            Ok(report) => report,
+            Err(error) => {
+                if let Some(guest) = &mut guest {
+                    guest.let_go(context, &agent, &disk).await;
+                }
+                return Err(error.into());
+            }
+        };
+        if self.wait {
+            report.disk = until_complete(context, &agent, &disk.name).await?;
+        }
+        let guest_paused = guest.is_some();
+        context.print(&Rewound { report: &report, guest_paused }, || report_text(&report, guest_paused))?;
+        Ok(Ending::Done)
+    }
+}
+
+/// A virtual machine whose guest does not run.
+struct Guest {
+    qmp: Qmp,
+    /// Whether it did before.
+    ran: bool,
+}
+
+impl Guest {
+    /// The machine behind `socket`, which has to be one that has the disk open; its guest is paused if it runs.
+    async fn paused(socket: &std::path::Path, disk: &DiskStatus) -> Result<Self, Failure> {
+        let mut qmp = Qmp::connect(socket).await?;
+        if !qmp.uses(&place_of(&disk.nbd_uri)).await? {
+            let message = format!(
+                "the virtual machine at {} does not have disk {} open at {}",
+                socket.display(),
+                disk.name.as_str(),
+                disk.nbd_uri
+            );
+            return Err(ApiError::new(ErrorCode::Refused, message)
+                .with_hint("give the QMP socket of the machine that has it")
+                .into());
+        }
+        let (ran, _) = qmp.runs().await?;
+        if ran {
+            qmp.stop().await?;
+            let (runs, state) = qmp.runs().await?;
+            if runs {
+                let message = format!("the guest is not paused: QEMU says {state}");
+                return Err(ApiError::new(ErrorCode::Busy, message).into());
+            }
+        }
+        Ok(Self { qmp, ran })
+    }
+
+    /// After a rewind that failed: the guest goes on when its disk was never let go of.
+    async fn let_go(&mut self, context: &Context, agent: &AgentClient, before: &DiskStatus) {
+        if !self.ran {
+            return;
+        }
+        let untouched = agent.disk(&before.name).await.is_ok_and(|disk| disk.epoch == before.epoch);
+        if !untouched || self.qmp.cont().await.is_err() {
+            context.warn("the guest was paused and stays so: look at its disk before `cont`");
+        }
+    }
+}
+
+/// What an NBD client of this URI has in its own words: the socket's path, or host and port.
+fn place_of(uri: &str) -> String {
+    match uri.parse::<NbdUri>().map(|uri| uri.address) {
+        Ok(NbdAddress::Unix(path)) => path.display().to_string(),
+        Ok(NbdAddress::Tcp { host, port }) => format!("{host}:{port}"),
+        Err(_) => uri.to_owned(),
+    }
+}
+
+fn in_use(disk: &DiskStatus) -> Failure {
+    let name = disk.name.as_str();
+    let message = format!("disk {name} is in use: its guest would see another content under its feet");
+    ApiError::new(ErrorCode::Busy, message)
+        .with_hint("shut the virtual machine down first, or give its QMP socket with --live --qmp: it is paused then, and reset afterwards")
+        .into()
+}
+
+/// The disk when nothing of it is missing any more.
+pub(crate) async fn until_complete(
+    context: &Context,
+    agent: &AgentClient,
+    name: &DiskName,
+) -> Result<DiskStatus, Failure> {
+    let mut progress = Progress::new(context, "fetched");
+    let mut told = None;
+    loop {
+        let disk = agent.disk(name).await?;
+        let Some(hydration) = &disk.hydration else {
+            progress.end();
+            return Ok(disk);
+        };
+        if !hydration.damaged_bytes.is_zero() && hydration.damaged_bytes == hydration.missing_bytes {
+            let message = format!(
+                "{} of disk {} cannot be had: they are damaged at the receiver",
+                size_both(hydration.damaged_bytes),
+                name.as_str()
+            );
+            return Err(ApiError::new(ErrorCode::Damaged, message).into());
+        }
+        if hydration.trouble.is_some() && hydration.trouble != told {
+            told.clone_from(&hydration.trouble);
+            context.warn(told.as_deref().unwrap_or_default());
+        }
+        let done = hydration.total_bytes.0.saturating_sub(hydration.missing_bytes.0);
+        progress.at(ByteCount(done), hydration.total_bytes);
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn plan_text(disk: &DiskStatus, diff: &DiffReport) -> String {
+    let (from, to) = (&diff.to, &diff.from);
+    format!(
+        "disk {} goes from lsn:{} ({}) back to lsn:{} ({}): {} may change; what is there now stays in its history",
+        disk.name.as_str(),
+        from.lsn,
+        time_text(from.time),
+        to.lsn,
+        time_text(to.time),
+        size_both(diff.bytes),
+    )
+}
+
+fn report_text(report: &RewindReport, guest_paused: bool) -> String {
+    let name = report.disk.name.as_str();
+    let mut lines = vec![
+        format!(
+            "{name} is at lsn:{} ({}) again, {} may have changed; it was not served for {}",
+            report.to,
+            time_text(report.to_time),
+            size_both(report.changed_bytes),
+            duration_text(report.blocked_ms as f64 / 1000.0),
+        ),
+        format!("to undo it: backtide rewind {name} --to lsn:{}", report.from),
+    ];
+    if let Some(hydration) = &report.disk.hydration {
+        lines.push(format!(
+            "{} still come from the receiver, on first touch and in the background: until then the image alone is not the disk; `backtide status {name}` shows how far it is",
+            size_both(hydration.missing_bytes)
+        ));
+    }
+    if guest_paused {
+        lines.push(
+            "the guest is paused, and its memory knows the disk as it was: reset it before it goes on, in QMP system_reset and then cont"
+                .to_owned(),
+        );
+    }
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_names_its_disk_by_the_socket() {
+        assert_eq!(place_of("nbd+unix:///vm1?socket=/run/vm1.sock"), "/run/vm1.sock");
+        assert_eq!(place_of("nbd://127.0.0.1:10809/vm1"), "127.0.0.1:10809");
+    }
+}
