@@ -13,7 +13,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use backtide_agent_api::{AckPolicy, Adopted, CacheMode, Limits, OnOutage, StreamTls};
+use backtide_agent_api::{AckPolicy, Adopted, CacheMode, Limits, OnOutage, Origin, StreamTls};
 use backtide_control::Address;
 use backtide_hydration::{Header, HydrationError, HydrationFile};
 use backtide_storage::{Storage, read_file, replace_file};
@@ -87,6 +87,9 @@ pub(crate) struct DiskRecord {
     /// A flush of the disk behind failed and no guest was told: the next that flushes is.
     #[serde(default)]
     pub(crate) flush_failed: bool,
+    /// The point of another disk that it began as.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) origin: Option<Origin>,
 }
 
 /// Enough of an image's state to notice that somebody else wrote it.
@@ -145,6 +148,7 @@ impl DiskRecord {
             image_changed: false,
             fenced: false,
             flush_failed: false,
+            origin: None,
         }
     }
 }

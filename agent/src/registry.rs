@@ -5,6 +5,7 @@
 
 mod errors;
 mod leave;
+mod origin;
 mod resize;
 mod restore;
 mod rewind;
@@ -167,7 +168,12 @@ impl Registry {
             _ => failed(&error),
         })?;
         refuse_adopted(&request, known.as_ref())?;
+        let from = request.from;
         let record = self.record_for(request, known);
+        let record = match from {
+            Some(from) => self.begin_from(record, from).await?,
+            None => record,
+        };
         let name = record.name.clone();
         let handle = match self.start(&claim, record, Duration::ZERO).await {
             Ok(handle) => handle,
@@ -191,8 +197,19 @@ impl Registry {
 
     /// The record of an attach: what is asked for now, on top of what the disk's life so far is.
     fn record_for(&self, request: AttachRequest, known: Option<DiskRecord>) -> DiskRecord {
-        let AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, stream_tls, adopt } =
-            request;
+        let AttachRequest {
+            name,
+            image,
+            receiver,
+            nbd,
+            ack,
+            on_outage,
+            cache,
+            limits,
+            stream_tls,
+            adopt,
+            from: _,
+        } = request;
         let fresh = || DiskRecord::new(name.clone(), image.clone(), receiver.clone());
         let mut record = match adopt {
             Some(adopted) => DiskRecord::adopted(fresh(), adopted),

@@ -42,6 +42,19 @@ pub struct AttachRequest {
     /// is compared. None: a new disk, or one that the agent knows by its name.
     #[serde(default)]
     pub adopt: Option<Adopted>,
+    /// A point at the receiver that a new disk begins as; its image is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<FromPoint>,
+}
+
+/// A point of another disk that a new one begins as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FromPoint {
+    /// The other disk.
+    pub disk: DiskId,
+    /// The point.
+    pub lsn: Lsn,
 }
 
 /// TLS of a stream, on the agent's side.

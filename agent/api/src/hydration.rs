@@ -1,6 +1,6 @@
 //! Setting a disk back to a point, and disks that lack blocks of the point they were set to.
 
-use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskName, Lsn};
+use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
 use crate::DiskStatus;
@@ -36,6 +36,21 @@ pub struct RewindReport {
     pub hung_up: u32,
     /// The disk now.
     pub disk: DiskStatus,
+}
+
+/// The point of another disk that a disk began as.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Where the receiver listens that keeps the other disk's history.
+    pub receiver: String,
+    /// The other disk's name then.
+    pub disk: DiskName,
+    /// Its identity.
+    pub uuid: DiskId,
+    /// The point.
+    pub lsn: Lsn,
+    /// When the last change of that point was captured.
+    pub time: CaptureTime,
 }
 
 /// Why a disk lacks blocks.

@@ -15,11 +15,11 @@ mod service;
 mod status;
 mod verify;
 
-pub use attach::{AckPolicy, Adopted, AttachRequest, Limits, LimitsRequest, OnOutage, StreamTls};
+pub use attach::{AckPolicy, Adopted, AttachRequest, FromPoint, Limits, LimitsRequest, OnOutage, StreamTls};
 pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use cache::CacheMode;
 pub use client::{AGENT, AgentClient};
-pub use hydration::{HydrationKind, HydrationStatus, RewindReport, RewindRequest};
+pub use hydration::{HydrationKind, HydrationStatus, Origin, RewindReport, RewindRequest};
 pub use requests::{
     DetachRequest, DiskMark, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
     ResyncExtent, ResyncRequest,

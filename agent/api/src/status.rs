@@ -6,7 +6,7 @@ use backtide_units::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{AckPolicy, CacheMode, HydrationStatus, Limits, OnOutage};
+use crate::{AckPolicy, CacheMode, HydrationStatus, Limits, OnOutage, Origin};
 
 /// The answer to a status call, and what `backtide status --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -95,6 +95,9 @@ pub struct DiskStatus {
     /// What the image lacks of the disk; none where nothing is missing.
     #[serde(default)]
     pub hydration: Option<HydrationStatus>,
+    /// The point of another disk that this one began as.
+    #[serde(default)]
+    pub origin: Option<Origin>,
     /// When the guest is acknowledged.
     pub ack: AckPolicy,
     /// What that means while the receiver is away.

@@ -175,6 +175,7 @@ fn attach_request() -> AttachRequest {
         limits: LimitsRequest::default(),
         stream_tls: None,
         adopt: None,
+        from: None,
     }
 }
 

@@ -30,7 +30,7 @@ pub(crate) trait Sources: Send + Sync {
         &self,
         dialer: Dialer,
         disk: DiskId,
-        history: HistoryId,
+        history: Option<HistoryId>,
         lsn: Lsn,
     ) -> Fetching<'static, Rc<dyn PointSource>>;
 }
@@ -47,10 +47,10 @@ impl Sources for Remote {
         &self,
         dialer: Dialer,
         disk: DiskId,
-        history: HistoryId,
+        history: Option<HistoryId>,
         lsn: Lsn,
     ) -> Fetching<'static, Rc<dyn PointSource>> {
-        Box::pin(find_point(dialer, disk, Some(history), Some(lsn)))
+        Box::pin(find_point(dialer, disk, history, Some(lsn)))
     }
 }
 

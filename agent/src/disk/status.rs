@@ -109,6 +109,7 @@ pub(crate) fn disk_status(
         engine: engine.local.engine().0.to_owned(),
         engine_reason: engine.local.engine().1.map(str::to_owned),
         cache: record.cache,
+        origin: record.origin.clone(),
         clients,
     }
 }
@@ -147,6 +148,7 @@ pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
         engine: String::new(),
         engine_reason: None,
         cache: record.cache,
+        origin: record.origin.clone(),
         clients: 0,
     }
 }

@@ -6,7 +6,8 @@ use std::{
 };
 
 use backtide_agent_api::{
-    AckPolicy, Adopted, AgentClient, AttachRequest, CacheMode, DiskStatus, LimitsRequest, OnOutage, StreamTls,
+    AckPolicy, Adopted, AgentClient, AttachRequest, CacheMode, DiskStatus, FromPoint, LimitsRequest,
+    OnOutage, StreamTls,
 };
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_units::{ByteCount, DiskName};
@@ -51,7 +52,11 @@ pub(crate) struct Attach {
     /// lost what it knew: everything is compared. The receiver's control API is asked for it
     #[arg(long)]
     adopt: bool,
-    /// The receiver's control API, with --adopt [default: unix:/run/backtide/receiver.sock for root,
+    /// Begin as a point of another disk of that receiver, as DISK@POINT: the image is made, and what it lacks
+    /// comes on first touch and in the background. The receiver's control API is asked for the point
+    #[arg(long, value_name = "DISK@POINT", conflicts_with = "adopt", value_parser = from_point)]
+    from: Option<(DiskName, String)>,
+    /// The receiver's control API, with --adopt or --from [default: unix:/run/backtide/receiver.sock for root,
     /// else $XDG_RUNTIME_DIR/backtide/receiver.sock]
     #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
     receiver_api: Option<Address>,
@@ -140,8 +145,8 @@ impl Policy {
             activity_extent_bytes: self.activity_extent_size,
         };
         let (ack, on_outage, cache) = (self.ack, self.on_outage, self.cache);
-        let (stream_tls, adopt) = (None, None);
-        AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, stream_tls, adopt }
+        let (stream_tls, adopt, from) = (None, None, None);
+        AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, stream_tls, adopt, from }
     }
 }
 
@@ -159,8 +164,13 @@ impl Attach {
             None => None,
         };
         if self.adopt {
-            let api = ReceiverApi { receiver: self.receiver_api };
+            let api = ReceiverApi { receiver: self.receiver_api.clone() };
             request.adopt = Some(adopted(context, &api, &request.name).await?);
+        }
+        if let Some((disk, point)) = &self.from {
+            let receiver = context.receiver(&ReceiverApi { receiver: self.receiver_api.clone() })?;
+            let point = receiver.resolve(disk, point).await?;
+            request.from = Some(FromPoint { disk: point.disk.uuid, lsn: point.lsn });
         }
         let attached = agent.attach(&request).await?;
         let disk = first_contact(&agent, attached).await?;
@@ -183,6 +193,14 @@ impl Attach {
             Some(_) | None => Ok(Ending::Done),
         }
     }
+}
+
+/// A disk and one of its points, as `DISK@POINT`.
+fn from_point(text: &str) -> Result<(DiskName, String), String> {
+    let wrong = || format!("{text:?} is no point of a disk: write DISK@POINT, such as vm1@-5m or vm1@latest");
+    let (disk, point) = text.split_once('@').filter(|(_, point)| !point.is_empty()).ok_or_else(wrong)?;
+    let disk = disk.parse().map_err(|_| wrong())?;
+    Ok((disk, point.to_owned()))
 }
 
 /// What the receiver knows of a disk that this agent has lost.
@@ -248,6 +266,15 @@ pub(crate) fn absolute_image(image: &str) -> Result<String, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_point_of_a_disk_has_both() {
+        let (disk, point) = from_point("vm1@mark:a@b").unwrap();
+        assert_eq!((disk.as_str(), point.as_str()), ("vm1", "mark:a@b"));
+        for wrong in ["vm1", "vm1@", "@latest", "a b@latest"] {
+            assert!(from_point(wrong).unwrap_err().contains("DISK@POINT"), "{wrong}");
+        }
+    }
 
     #[test]
     fn images_become_absolute_and_uris_stay() {

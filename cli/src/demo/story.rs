@@ -130,6 +130,7 @@ impl Stage<'_> {
             on_outage: OnOutage::Continue,
             stream_tls: None,
             adopt: None,
+            from: None,
             cache: None,
             limits: LimitsRequest { window_bytes: Some(WINDOW), ..LimitsRequest::default() },
         };

@@ -1,7 +1,8 @@
 //! Disks' status: a line each, or one in full.
 
 use backtide_agent_api::{
-    CacheMode, DiskStatus, HydrationStatus, Limits, Mode, PassKind, ResyncStatus, Spill, StreamTlsStatus,
+    CacheMode, DiskStatus, HydrationStatus, Limits, Mode, Origin, PassKind, ResyncStatus, Spill,
+    StreamTlsStatus,
 };
 
 use crate::{
@@ -50,6 +51,10 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     }
     if let Some(trouble) = &disk.local_error {
         lines.push(("image error", trouble.clone()));
+    }
+    if let Some(origin) = &disk.origin {
+        let Origin { disk, lsn, time, .. } = origin;
+        lines.push(("began as", format!("{}@lsn:{lsn} ({})", disk.as_str(), time_text(*time))));
     }
     if let Some(lacks) = &disk.hydration {
         lines.push(("image lacks", hydration_text(lacks)));
