@@ -191,15 +191,18 @@ impl Resume {
                 acked_durable: *acked_durable,
                 ..unknown
             },
-            Self::Crashed { reason, history, last_lsn, acked_durable, candidates } => SavedTracking {
-                reason: Some(*reason),
-                history: *history,
-                last_lsn: *last_lsn,
-                gap_from: *acked_durable,
-                acked_durable: *acked_durable,
-                dirty: candidates.clone(),
-                ..unknown
-            },
+            Self::Crashed { reason, history, last_lsn, acked_durable, acked_position, candidates } => {
+                SavedTracking {
+                    reason: Some(*reason),
+                    history: *history,
+                    last_lsn: *last_lsn,
+                    gap_from: *acked_durable,
+                    acked_durable: *acked_durable,
+                    acked_position: *acked_position,
+                    dirty: candidates.clone(),
+                    ..unknown
+                }
+            }
         };
         // Without an activity log nothing else can be promised.
         Snapshot::first(saved, false, self.is_everything() || limits.hot == 0)
@@ -283,6 +286,7 @@ impl Filter {
             last_lsn: self.last_lsn,
             gap_from: self.acked_durable,
             acked_durable: self.acked_durable,
+            acked_position: self.acked_position,
             reason: self.reason,
             dirty,
             ..SavedTracking::unknown(self.settings.disk)

@@ -2,7 +2,7 @@
 //! what a lost stream means.
 
 use backtide_protocol::{Hello, Message, PROTOCOL_VERSION, ReceiverState, Tracking, Welcome};
-use backtide_units::{BlockRange, Lsn, Reason};
+use backtide_units::{BlockRange, CaptureTime, Lsn, Reason};
 
 use crate::{
     event::{Effect, Now},
@@ -75,6 +75,8 @@ impl Filter {
         self.history = Some(welcome.history);
         self.last_lsn = self.last_lsn.max(welcome.highest).max(welcome.durable);
         self.acked_durable = welcome.durable;
+        self.acked_position = welcome.position;
+        self.last_time = self.last_time.max(welcome.last_time.unwrap_or_default());
         self.acked_in_pass = false;
         self.counters.connections += 1;
         self.receiver_is_alive();
@@ -106,6 +108,9 @@ impl Filter {
         if durable > highest || *highest > LSN_PLAUSIBLE_MAX {
             return Some(format!("the receiver claims LSN {durable} of at most {highest}: that cannot be"));
         }
+        if welcome.last_time.is_some_and(|last| last > CaptureTime::PLAUSIBLE_MAX) {
+            return Some("the receiver claims a record of after the year 9999: that cannot be".to_owned());
+        }
         let known = *state == ReceiverState::Known;
         (known && self.history != Some(*history))
             .then(|| format!("the receiver calls history {history} known, which this agent never named"))
@@ -116,10 +121,16 @@ impl Filter {
     fn log_continues(&self, welcome: &Welcome) -> bool {
         self.window.holds_spill()
             && welcome.state == ReceiverState::Known
-            && welcome.durable >= self.acked_durable
+            && !self.is_behind(welcome)
             && welcome.highest <= self.last_lsn
             && !welcome.in_pass
             && self.window.continues(welcome.durable)
+    }
+
+    /// Whether the receiver has less than it acknowledged as durable. Its LSN does not tell all: the blocks of
+    /// a pass have none of their own.
+    fn is_behind(&self, welcome: &Welcome) -> bool {
+        welcome.durable < self.acked_durable || welcome.position < self.acked_position
     }
 
     /// The log at the receiver goes on with what is retained of it, or begins anew where it stands.
@@ -159,10 +170,10 @@ impl Filter {
                 ));
                 Decision::Everything(PassPlan::compare(Reason::ForeignHistory))
             }
-            ReceiverState::Known if welcome.durable < self.acked_durable => {
+            ReceiverState::Known if self.is_behind(welcome) => {
                 self.alarm(format!(
-                    "the receiver has disk {name} up to LSN {} only, but acknowledged LSN {} as durable: was its store rolled back?",
-                    welcome.durable, self.acked_durable
+                    "the receiver has disk {name} up to LSN {} (log entry {}) only, but acknowledged LSN {} (log entry {}) as durable: was its store rolled back?",
+                    welcome.durable, welcome.position.0, self.acked_durable, self.acked_position.0
                 ));
                 Decision::Everything(PassPlan::compare(Reason::ReceiverRolledBack))
             }
@@ -239,7 +250,10 @@ impl Filter {
     pub fn receive(&mut self, now: Now, message: Message) {
         self.observe(now);
         match message {
-            Message::Ack { received, durable } => self.acknowledged(received, durable),
+            Message::Ack { received, durable, position } => {
+                self.acknowledged(received, durable);
+                self.acked_position = self.acked_position.max(position);
+            }
             Message::CompareResult(result) => self.compared(result),
             Message::Ping => {}
             Message::Hello(_)

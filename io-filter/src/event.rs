@@ -5,7 +5,9 @@ use std::time::Duration;
 use backtide_protocol::Message;
 use backtide_spill::{Place, Slot};
 use backtide_tracking::{ActivityLimits, DirtyBitmap, LogRecord, SavedTracking, Snapshot};
-use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
+use backtide_units::{
+    ByteCount, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, LogPosition, Lsn, Reason,
+};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -238,6 +240,8 @@ pub enum Resume {
         last_lsn: Lsn,
         /// The highest LSN known to be durable at the receiver.
         acked_durable: Lsn,
+        /// How much of its log is known to be.
+        acked_position: LogPosition,
         /// The blocks: no other differs.
         candidates: DirtyBitmap,
     },

@@ -6,7 +6,7 @@ use std::{
 };
 
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteCount, CaptureTime, HistoryId, Lsn, Reason};
+use backtide_units::{BlockRange, ByteCount, CaptureTime, HistoryId, LogPosition, Lsn, Reason};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -95,6 +95,8 @@ pub struct Filter {
     pub(crate) received_lsn: Lsn,
     /// The highest record LSN the receiver acknowledged as durable.
     pub(crate) acked_durable: Lsn,
+    /// How much of the receiver's log was acknowledged as durable: what left the bitmaps is within it.
+    pub(crate) acked_position: LogPosition,
     /// Whether the newest durable frames belong to a pass that has not ended.
     pub(crate) acked_in_pass: bool,
     pub(crate) window: Window,
@@ -159,6 +161,7 @@ impl Filter {
             durable_lsn: Lsn::ZERO,
             received_lsn: Lsn::ZERO,
             acked_durable: Lsn::ZERO,
+            acked_position: LogPosition::default(),
             acked_in_pass: false,
             passive,
             passive_zeroes: DirtyBitmap::new(),
@@ -203,6 +206,7 @@ impl Filter {
                 self.history = saved.history;
                 self.last_lsn = saved.last_lsn;
                 self.acked_durable = saved.acked_durable;
+                self.acked_position = saved.acked_position;
                 self.durable_lsn = saved.acked_durable;
                 self.passive.union_with(&saved.dirty);
                 self.passive_zeroes = saved.zeroes;
@@ -221,7 +225,8 @@ impl Filter {
             Resume::Lost { reason, history, last_lsn, acked_durable } => {
                 self.resume_unknown(history, last_lsn, acked_durable, PassPlan::compare(reason));
             }
-            Resume::Crashed { reason, history, last_lsn, acked_durable, candidates } => {
+            Resume::Crashed { reason, history, last_lsn, acked_durable, acked_position, candidates } => {
+                self.acked_position = acked_position;
                 let plan = Self::crash_plan(reason, candidates);
                 self.resume_unknown(history, last_lsn, acked_durable, plan);
             }
@@ -344,7 +349,7 @@ impl Filter {
 
     /// The capture time of something that happens now; never goes back.
     pub(crate) fn stamp(&mut self) -> CaptureTime {
-        self.last_time = self.now.wall.at_least_after(self.last_time);
+        self.last_time = self.now.wall.after(self.last_time);
         self.last_time
     }
 

@@ -200,7 +200,7 @@ impl Filter {
 
     pub(crate) fn end_pass_if_drained(&mut self) {
         let log_end = self.window.log_end();
-        let time = self.now.wall.at_least_after(self.last_time);
+        let time = self.now.wall.after(self.last_time);
         let offers_t = self.is_mutant(Mutant::ForfeitedOffersT);
         let Some(pass) = &mut self.pass else { return };
         if pass.phase != Phase::Draining || !pass.is_drained() {

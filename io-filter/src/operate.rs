@@ -180,6 +180,7 @@ impl Filter {
             last_lsn: self.last_lsn,
             gap_from: if self.window.is_empty() { self.window.log_end() } else { self.window.base() },
             acked_durable: self.acked_durable,
+            acked_position: self.acked_position,
             spilled_to,
             reason: if clean { None } else { Some(reason.unwrap_or(Reason::Detached)) },
             compare: self.passive_compare || candidates,

@@ -10,7 +10,8 @@ use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
 use backtide_tracking::ActivityLimits;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{
-    BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn,
+    BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId,
+    LogPosition, Lsn, Reason,
 };
 use bytes::Bytes;
 use uuid::Uuid;
@@ -46,9 +47,15 @@ fn welcome(state: ReceiverState) -> Welcome {
         state,
         durable: Lsn::ZERO,
         highest: Lsn::ZERO,
+        position: LogPosition::default(),
         in_pass: false,
         last_time: None,
     }
+}
+
+/// Of a receiver that has the beginning of a pass, and so many entries.
+fn within_pass(at: Lsn, position: LogPosition) -> Welcome {
+    Welcome { durable: at, highest: at, position, in_pass: true, ..welcome(ReceiverState::Known) }
 }
 
 fn write(block: u64) -> Change {
@@ -105,7 +112,7 @@ fn a_resync_that_begins_keeps_no_answer_waiting() {
     let scan = scan(&mut filter);
     filter.scanned(at(0), scan, &DirtyBitmap::new());
     let last = send_all(&mut filter, at(0));
-    filter.receive(at(0), Message::Ack { received: last, durable: last });
+    filter.receive(at(0), Message::Ack { received: last, durable: last, position: LogPosition(last) });
     assert_eq!(filter.mode(), Mode::Sync);
     effects(&mut filter);
 
@@ -173,7 +180,7 @@ fn a_pass_with_nothing_to_move_is_the_last() {
     let scan = scan(&mut filter);
     filter.scanned(at(0), scan, &DirtyBitmap::new());
     let last = send_all(&mut filter, at(0));
-    filter.receive(at(0), Message::Ack { received: last, durable: last });
+    filter.receive(at(0), Message::Ack { received: last, durable: last, position: LogPosition(last) });
     assert_eq!(filter.mode(), Mode::Sync);
     effects(&mut filter);
     // The window overflows with the receiver there: the link counts as too slow.
@@ -187,13 +194,40 @@ fn a_pass_with_nothing_to_move_is_the_last() {
     filter.local_done(at(2), read, Ok(LocalData::Read(Bytes::from(vec![0; 3 * 4096]))));
     // All its blocks are durable, its end is not, when the stream is lost.
     let last = send_all(&mut filter, at(3));
-    filter.receive(at(4), Message::Ack { received: last - 1, durable: last - 1 });
+    filter.receive(
+        at(4),
+        Message::Ack { received: last - 1, durable: last - 1, position: LogPosition(last - 1) },
+    );
     filter.disconnected(at(5));
-    let known = Welcome { durable: frozen, highest: frozen, in_pass: true, ..welcome(ReceiverState::Known) };
-    filter.connected(at(6), &known);
+    filter.connected(at(6), &within_pass(frozen, LogPosition(last - 1)));
     for millis in 7..10 {
         let last = send_all(&mut filter, at(millis));
-        filter.receive(at(millis), Message::Ack { received: last, durable: last });
+        filter
+            .receive(at(millis), Message::Ack { received: last, durable: last, position: LogPosition(last) });
     }
     assert_eq!(filter.mode(), Mode::Sync, "{:?}", filter.status());
+}
+
+/// A store put back from a copy made within a pass: its LSN is what was acknowledged, the blocks that had
+/// come by then and were clean from then on are not there.
+#[test]
+fn a_store_put_back_to_the_middle_of_a_pass_is_noticed() {
+    let mut filter = filter(AckPolicy::Local);
+    filter.connected(at(0), &welcome(ReceiverState::New));
+    let scan = scan(&mut filter);
+    filter.scanned(at(0), scan, &DirtyBitmap::of((0..2).into()));
+    let frozen = filter.status().pass.expect("a pass has begun").at;
+    let (read, _) = local(&mut filter);
+    filter.local_done(at(1), read, Ok(LocalData::Read(Bytes::from(vec![7; 8192]))));
+    let last = send_all(&mut filter, at(2));
+    let begun = LogPosition(2);
+    filter.receive(at(3), Message::Ack { received: last - 1, durable: last - 1, position: LogPosition(3) });
+    assert_eq!(filter.acked_durable(), frozen, "the block's entry moves no LSN");
+    filter.disconnected(at(4));
+    effects(&mut filter);
+    filter.connected(at(5), &within_pass(frozen, begun));
+    assert_eq!(filter.status().reason, Some(Reason::ReceiverRolledBack));
+    let alarms = effects(&mut filter).into_iter();
+    let alarms: Vec<_> = alarms.filter(|effect| matches!(effect, Effect::Alarm(_))).collect();
+    assert!(matches!(&alarms[..], [Effect::Alarm(why)] if why.contains("log entry 2)")), "{alarms:?}");
 }

@@ -11,7 +11,8 @@ use backtide_spill::{RingLimits, SpillFiles};
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_tracking::{ActivityLimits, DirtyBitmap, SavedTracking};
 use backtide_units::{
-    BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn, Reason,
+    BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn,
+    Reason,
 };
 use bytes::Bytes;
 use uuid::Uuid;
@@ -40,6 +41,7 @@ fn saved() -> SavedTracking {
         last_lsn: Lsn(100),
         gap_from: Lsn(100),
         acked_durable: Lsn(100),
+        acked_position: LogPosition::default(),
         compare: false,
         ..SavedTracking::unknown(DISK)
     }
@@ -158,8 +160,16 @@ impl World {
     fn connect(&mut self, durable: u64, state: ReceiverState) {
         let (history, durable) = (HISTORY, Lsn(durable));
         let version = PROTOCOL_VERSION;
-        let welcome =
-            Welcome { version, history, state, durable, highest: durable, last_time: None, in_pass: false };
+        let welcome = Welcome {
+            version,
+            history,
+            state,
+            durable,
+            highest: durable,
+            position: LogPosition::default(),
+            last_time: None,
+            in_pass: false,
+        };
         let now = self.now();
         self.filter.connected(now, &welcome);
         self.carry_out();
@@ -178,7 +188,8 @@ impl World {
                 _ => {}
             }
             let now = self.now();
-            self.filter.receive(now, Message::Ack { received: seq, durable: seq });
+            self.filter
+                .receive(now, Message::Ack { received: seq, durable: seq, position: LogPosition(seq) });
             self.carry_out();
         }
     }
@@ -203,6 +214,7 @@ fn crashed(last: u64, candidates: DirtyBitmap) -> Resume {
         history: Some(HISTORY),
         last_lsn: Lsn(last),
         acked_durable: Lsn(100),
+        acked_position: LogPosition::default(),
         candidates,
     }
 }

@@ -7,7 +7,9 @@ use backtide_io_filter::{
     Settings, TrackingOp,
 };
 use backtide_tracking::{ActivityLimits, DirtyBitmap};
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn, Reason};
+use backtide_units::{
+    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn, Reason,
+};
 use bytes::Bytes;
 use uuid::Uuid;
 
@@ -38,6 +40,7 @@ fn crashed(candidates: &DirtyBitmap) -> Filter {
         history: Some(HistoryId(Uuid::from_u128(5))),
         last_lsn: Lsn(100),
         acked_durable: Lsn(40),
+        acked_position: LogPosition::default(),
         candidates: candidates.clone(),
     };
     Filter::new(settings, resume, at(0))

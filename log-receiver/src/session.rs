@@ -25,7 +25,7 @@ use backtide_protocol::{
 };
 use backtide_segment::{Entry, Seq};
 use backtide_tls::Rights;
-use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, Lsn};
+use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, LogPosition, Lsn};
 
 use crate::{
     compare::CompareJob,
@@ -408,7 +408,7 @@ impl Streaming {
             return None;
         }
         self.acked = due;
-        Some(Message::Ack { received: due.0, durable: due.1 })
+        Some(Message::Ack { received: due.0, durable: due.1, position: LogPosition(durable.0) })
     }
 }
 
@@ -423,6 +423,7 @@ fn welcome(disk: &Disk, claim: &Claim) -> Welcome {
         highest: disk.highest_lsn(),
         // Also after a pass that ended without a point: records could follow, points could not.
         last_time: timeline.last_time(),
+        position: LogPosition(disk.durable().seq.0),
         in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && timeline.covered() > Lsn::ZERO),
     }
 }

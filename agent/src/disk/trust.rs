@@ -122,7 +122,15 @@ pub(crate) fn resume(
     if clean {
         tracing::info!(%disk, blocks = %candidates.count(), "the disk has grown: its new blocks are compared");
         let (history, last_lsn, acked_durable) = (saved.history, saved.last_lsn, saved.acked_durable);
-        return Resume::Crashed { reason: Reason::Resized, history, last_lsn, acked_durable, candidates };
+        let acked_position = saved.acked_position;
+        return Resume::Crashed {
+            reason: Reason::Resized,
+            history,
+            last_lsn,
+            acked_durable,
+            acked_position,
+            candidates,
+        };
     }
     tracing::info!(%disk, blocks = %candidates.count(), "the agent ended without a clean detach: these blocks are compared");
     Resume::Crashed {
@@ -130,6 +138,7 @@ pub(crate) fn resume(
         history: record.history,
         last_lsn: record.lsn_bound,
         acked_durable: record.acked_durable.max(saved.acked_durable),
+        acked_position: saved.acked_position,
         candidates,
     }
 }

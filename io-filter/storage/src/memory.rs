@@ -136,6 +136,15 @@ impl MemoryStorage {
         self.world().used()
     }
 
+    /// Another tree with what is visible in this one now, as a copy of the directory has it: all of it durable,
+    /// no faults planned, no handles open.
+    pub fn copy(&self) -> Self {
+        let world = self.world();
+        let files = world.files.iter().map(Content::copy).collect();
+        let copy = World { names: world.names.copy(), files, ..World::default() };
+        Self { world: Arc::new(Mutex::new(copy)) }
+    }
+
     /// What has been done so far.
     pub fn counts(&self) -> OperationCounts {
         let world = self.world();

@@ -1,7 +1,7 @@
 //! What the filter knows of a disk at a moment, as bytes: the inner part of a snapshot.
 //! `FORMAT.md` beside this crate describes them.
 
-use backtide_units::{DiskId, HistoryId, Lsn, Reason};
+use backtide_units::{DiskId, HistoryId, LogPosition, Lsn, Reason};
 use bytes::{Buf, BufMut};
 use uuid::Uuid;
 
@@ -20,6 +20,8 @@ pub struct SavedTracking {
     pub gap_from: Lsn,
     /// The highest LSN the receiver acknowledged as durable.
     pub acked_durable: Lsn,
+    /// How much of its log it acknowledged so.
+    pub acked_position: LogPosition,
     /// With the records in the spill, which end here, the log is complete and no block is dirty.
     pub spilled_to: Option<Lsn>,
     /// Why blocks are dirty; none when the log is complete and the bitmap empty.
@@ -70,7 +72,7 @@ pub enum SavedError {
 
 const MAGIC: [u8; 8] = *b"BTTRACK\0";
 const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 8 + 4 + 1 + 1 + 2 + 16 + 16 + 8 + 8 + 8 + 8 + 8 + 8 + 4;
+const HEADER_BYTES: usize = 8 + 4 + 1 + 1 + 2 + 16 + 16 + 8 + 8 + 8 + 8 + 8 + 8 + 8 + 4;
 
 const FLAG_COMPARE: u8 = 1;
 const FLAG_HAS_HISTORY: u8 = 2;
@@ -84,6 +86,7 @@ impl SavedTracking {
             last_lsn: Lsn::ZERO,
             gap_from: Lsn::ZERO,
             acked_durable: Lsn::ZERO,
+            acked_position: LogPosition::default(),
             spilled_to: None,
             reason: None,
             compare: true,
@@ -109,6 +112,7 @@ impl SavedTracking {
         out.put_u64_le(self.last_lsn.0);
         out.put_u64_le(self.gap_from.0);
         out.put_u64_le(self.acked_durable.0);
+        out.put_u64_le(self.acked_position.0);
         out.put_u64_le(self.spilled_to.unwrap_or_default().0);
         out.put_u64_le(dirty.len() as u64);
         out.put_u64_le(zeroes.len() as u64);
@@ -142,8 +146,9 @@ impl SavedTracking {
         input.advance(2);
         let disk = DiskId(uuid(&mut input));
         let history = HistoryId(uuid(&mut input));
-        let [last_lsn, gap_from, acked_durable, spilled_to] =
-            std::array::from_fn(|_| Lsn(input.get_u64_le()));
+        let [last_lsn, gap_from, acked_durable] = std::array::from_fn(|_| Lsn(input.get_u64_le()));
+        let acked_position = LogPosition(input.get_u64_le());
+        let spilled_to = Lsn(input.get_u64_le());
         let [dirty_bytes, zeroes_bytes] = std::array::from_fn(|_| input.get_u64_le());
         let expected =
             (HEADER_BYTES as u64 + 4).checked_add(dirty_bytes).and_then(|n| n.checked_add(zeroes_bytes));
@@ -166,6 +171,7 @@ impl SavedTracking {
             last_lsn,
             gap_from,
             acked_durable,
+            acked_position,
             spilled_to: (spilled_to != Lsn::ZERO).then_some(spilled_to),
             reason: if reason == 0 { None } else { Some(Reason::from_code(reason).ok_or_else(unknown)?) },
             compare: flags & FLAG_COMPARE != 0,
@@ -192,6 +198,7 @@ pub(crate) mod tests {
             last_lsn: Lsn(300),
             gap_from: Lsn(200),
             acked_durable: Lsn(199),
+            acked_position: LogPosition(777),
             spilled_to: Some(Lsn(250)),
             reason: Some(Reason::ReceiverAway),
             compare: true,

@@ -10,7 +10,7 @@ use backtide_tracking::{
     ActivityLimits, Captured, DirtyBitmap, ExtentRun, ImageSeen, Loaded, LogRecord, SavedTracking,
     SignOfLife, Snapshot, TrackingFile,
 };
-use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, HistoryId, Lsn, Reason};
+use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, HistoryId, LogPosition, Lsn, Reason};
 use uuid::Uuid;
 
 const NAME: &str = "crashed.tracking";
@@ -25,6 +25,7 @@ fn saved(last_lsn: u64) -> SavedTracking {
         last_lsn: Lsn(last_lsn),
         gap_from: Lsn(200),
         acked_durable: Lsn(199),
+        acked_position: LogPosition(777),
         reason: Some(Reason::ReceiverAway),
         dirty: DirtyBitmap::of((5..90).into()),
         zeroes: DirtyBitmap::of((100..109).into()),

@@ -16,6 +16,12 @@ pub struct Lsn(pub u64);
 #[serde(transparent)]
 pub struct Epoch(pub u64);
 
+/// How many entries a receiver's log of a disk has. It grows with everything that is appended, with the blocks of
+/// a pass too, which have no LSN of their own: of two states of one history the older has the lower one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LogPosition(pub u64);
+
 /// When a write was captured: microseconds since the Unix epoch, by the agent's clock made
 /// monotonic per disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -63,9 +69,13 @@ impl Epoch {
 }
 
 impl CaptureTime {
-    /// This moment or, when the clock went back, the one just after `previous`.
-    pub fn at_least_after(self, previous: Self) -> Self {
-        self.max(previous)
+    /// The latest that is believed, the end of the year 9999: what a clock or a peer says beyond is nonsense.
+    pub const PLAUSIBLE_MAX: Self = Self(253_402_300_799_999_999);
+
+    /// This moment or, when the clock did not move on or went back, the one just after `previous`. So no
+    /// two have the same time, and each can be named by it.
+    pub fn after(self, previous: Self) -> Self {
+        self.max(Self(previous.0.saturating_add(1)))
     }
 }
 

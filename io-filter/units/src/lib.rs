@@ -2,7 +2,7 @@
 //!
 //! Three families: places on a disk ([`ByteOffset`], [`ByteCount`], [`ByteRange`] and, at the
 //! tracking granularity, [`BlockIndex`], [`BlockCount`], [`BlockRange`]), places in a disk's history ([`Lsn`],
-//! [`CaptureTime`], [`Epoch`]), and identities ([`DiskId`], [`HistoryId`], a payload's [`PayloadChecksum`]).
+//! [`LogPosition`], [`CaptureTime`], [`Epoch`]), and identities ([`DiskId`], [`HistoryId`], a payload's [`PayloadChecksum`]).
 //! Ranges are half-open.
 //! Arithmetic that could leave the type's range is checked and has a name.
 
@@ -16,6 +16,6 @@ mod reason;
 pub use blocks::{BLOCK_SIZE, BlockCount, BlockIndex, BlockRange};
 pub use bytes::{ByteCount, ByteOffset, ByteRange};
 pub use checksum::PayloadChecksum;
-pub use history::{CaptureTime, Epoch, Lsn, ParseLsnError};
+pub use history::{CaptureTime, Epoch, LogPosition, Lsn, ParseLsnError};
 pub use identity::{DiskId, DiskName, HistoryId, InvalidDiskName};
 pub use reason::Reason;

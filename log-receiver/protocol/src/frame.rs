@@ -6,7 +6,9 @@
 
 mod reading;
 
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, PayloadChecksum, Reason};
+use backtide_units::{
+    ByteCount, ByteOffset, ByteRange, CaptureTime, LogPosition, Lsn, PayloadChecksum, Reason,
+};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::{
@@ -234,8 +236,8 @@ fn encode_parts(message: &Message) -> (Header, Data) {
             result.differing.iter().for_each(|index| payload.put_u32_le(*index));
             (Header::of(Type::CompareResult).fields(result.id, 0, 0, 0), Data::capture(payload.freeze()))
         }
-        Message::Ack { received, durable } => {
-            (Header::of(Type::Ack).fields(*received, *durable, 0, 0), none())
+        Message::Ack { received, durable, position } => {
+            (Header::of(Type::Ack).fields(*received, *durable, position.0, 0), none())
         }
         Message::Hasten { durable } => {
             let flags = if *durable { FLAG_DURABLE } else { 0 };
@@ -330,7 +332,7 @@ fn decode_message(
         Type::Mark => Message::Mark { lsn: Lsn(a), time: CaptureTime(d), label: label(&payload)? },
         Type::Compare => Message::Compare(Compare { id: a, at: Lsn(b), items: compare_items(payload)? }),
         Type::CompareResult => Message::CompareResult(compare_result(a, payload)?),
-        Type::Ack => Message::Ack { received: a, durable: b },
+        Type::Ack => Message::Ack { received: a, durable: b, position: LogPosition(c) },
         Type::Hasten => Message::Hasten { durable: header.flags & FLAG_DURABLE != 0 },
         Type::Ping => Message::Ping,
         Type::OpenPoint

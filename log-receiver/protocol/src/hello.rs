@@ -1,6 +1,6 @@
 //! The handshake's messages, and how a connection ends. Rare and evolvable, so they are JSON.
 
-use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, LogPosition, Lsn, Reason};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -69,6 +69,10 @@ pub struct Welcome {
     pub durable: Lsn,
     /// The highest LSN that occurs anywhere in the log: the agent goes on above it.
     pub highest: Lsn,
+    /// How many entries of the log are durable: never fewer than any acknowledgement said, or the store was put
+    /// back from an older copy.
+    #[serde(default)]
+    pub position: LogPosition,
     /// Whether the log ends in an unfinished pass: only another pass can continue it.
     pub in_pass: bool,
     /// When the newest record in the log was captured, or its newest pass frozen, by the agent's clock.

@@ -3,7 +3,7 @@
 //! Order is meaning: the receiver applies the agent's messages in the order they come, so
 //! "everything before this message" is well defined on both sides.
 
-use backtide_units::{ByteRange, CaptureTime, Lsn, PayloadChecksum, Reason};
+use backtide_units::{ByteRange, CaptureTime, LogPosition, Lsn, PayloadChecksum, Reason};
 use bytes::Bytes;
 
 use crate::{
@@ -75,6 +75,8 @@ pub enum Message {
         received: u64,
         /// Frames up to this sequence number survive power loss.
         durable: u64,
+        /// As many entries of the disk's log do.
+        position: LogPosition,
     },
     /// Agent: somebody waits for the frames before this one.
     Hasten {

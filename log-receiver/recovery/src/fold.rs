@@ -17,7 +17,10 @@ use backtide_segment::{
 };
 use backtide_units::{ByteCount, ByteRange, CaptureTime, Lsn};
 
-use crate::{Attached, Hole, Interval, InvalidEntry, Mark, OpenPass, TimedLsn, Timeline};
+use crate::{
+    Attached, Hole, INTERVALS_MAX, Interval, InvalidEntry, Mark, OpenPass, TimedLsn, Timeline,
+    timeline::drop_oldest,
+};
 
 impl Timeline {
     /// Whether `entry` may come now.
@@ -154,6 +157,8 @@ impl Timeline {
         if seam {
             let interval = self.intervals.last_mut().expect("a hole after a point means an interval");
             interval.to = self.last;
+            self.seams.push(from);
+            drop_oldest(&mut self.seams, INTERVALS_MAX);
         } else {
             self.intervals.push(Interval { from, to: self.last });
             self.keep_intervals();

@@ -219,11 +219,11 @@ impl Snapshot {
         Ok(record.max(self.last_end(&|end| end.time <= time)))
     }
 
-    /// The last begin or end of an interval that `wanted` takes: it may be the T of a pass, which no
-    /// record has. A pass without a change before it begins no interval and may yet end one.
+    /// The last begin or end of an interval, or seam within one, that `wanted` takes: it may be the T of a pass,
+    /// which no record has.
     fn last_end(&self, wanted: &dyn Fn(TimedLsn) -> bool) -> Option<TimedLsn> {
         let ends = self.timeline.intervals().iter().flat_map(|interval| [interval.from, interval.to]);
-        ends.filter(|end| wanted(*end)).max()
+        ends.chain(self.timeline.seams.iter().copied()).filter(|end| wanted(*end)).max()
     }
 
     /// When the newest record at or below `lsn` was captured, or the pass frozen whose T it is.
@@ -232,7 +232,7 @@ impl Snapshot {
     /// When the log cannot be read.
     pub fn time_of(&self, lsn: Lsn) -> Result<Option<CaptureTime>, LogError> {
         let record = self.last_record(&|record, _| record <= lsn)?;
-        Ok(record.max(self.last_end(&|end| end.lsn == lsn)).map(|last| last.time))
+        Ok(record.max(self.last_end(&|end| end.lsn <= lsn)).map(|last| last.time))
     }
 
     /// The record with this LSN, when there is one: an LSN can be that of a pass as well.

@@ -98,6 +98,9 @@ pub struct Forgotten {
 pub struct Timeline {
     pub(crate) intervals: Vec<Interval>,
     pub(crate) holes: Vec<Hole>,
+    /// The points within intervals at which a pass has joined two that have no point missing between them. What a
+    /// pass delivers there has no record: only its T says when.
+    pub(crate) seams: Vec<TimedLsn>,
     pub(crate) marks: Arc<Vec<Mark>>,
     /// Sizes of the disk in log order, with the first LSN that each counts for.
     pub(crate) sizes: Vec<(Lsn, ByteCount)>,
@@ -250,6 +253,7 @@ impl Timeline {
         let reason = || PassReason { code: Reason::Thinned.code(), text: Reason::Thinned.to_string() };
         self.intervals.retain(|interval| interval.to.lsn >= floor.lsn);
         self.holes.retain(|hole| hole.to.is_none_or(|to| to.lsn > floor.lsn));
+        self.seams.retain(|seam| seam.lsn > floor.lsn);
         match self.intervals.first_mut() {
             Some(first) if first.from.lsn <= floor.lsn => first.from = floor,
             first => {
@@ -289,6 +293,7 @@ impl Timeline {
             hole.to = first;
         }
         joined.intervals.extend_from_slice(&after.intervals);
+        joined.seams.extend_from_slice(&after.seams);
         // One without a beginning is the time before the newer log's first point: the hole above.
         joined.holes.extend(after.holes.iter().filter(|hole| hole.from.is_some()).cloned());
         Arc::make_mut(&mut joined.marks).extend_from_slice(&after.marks);
@@ -332,7 +337,7 @@ pub(crate) fn damage_reason(damage: &str) -> PassReason {
 }
 
 /// Cuts a list that is longer than `limit` and its slack; gives how many were dropped.
-fn drop_oldest<T>(list: &mut Vec<T>, limit: usize) -> usize {
+pub(crate) fn drop_oldest<T>(list: &mut Vec<T>, limit: usize) -> usize {
     if list.len() <= limit + limit / SLACK {
         return 0;
     }

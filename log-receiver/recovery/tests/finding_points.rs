@@ -16,7 +16,7 @@ fn second(number: u64) -> CaptureTime {
 }
 
 /// One record a second with LSN = second; an outage from 20 to 40, before it if asked for a pass at 21
-/// that misses nothing; a mark at 10; flushes at 5 and 50.
+/// that misses nothing, and another behind all with a record after it; a mark at 10; flushes at 5 and 50.
 fn story(sealed_every: u64, quiet_pass: bool) -> Snapshot {
     let storage = Arc::new(MemoryStorage::new());
     let options = LogOptions { segment_bytes_max: ByteCount(4096), ..LogOptions::default() };
@@ -59,6 +59,11 @@ fn story(sealed_every: u64, quiet_pass: bool) -> Snapshot {
         if n == 50 {
             put(Entry::Flush { lsn: Lsn(50), time: second(50) });
         }
+    }
+    if quiet_pass {
+        put(begin(61, 60));
+        put(end(61));
+        put(record(65));
     }
     log.snapshot().expect("snapshot")
 }
@@ -116,6 +121,21 @@ fn a_time_after_a_pass_that_missed_nothing_is_in_the_outage_behind_it() {
     }
 }
 
+/// Writes under way when a pass froze belong to its T, and have no other time.
+#[test]
+fn a_time_after_a_pass_within_an_interval_has_what_the_pass_brought() {
+    for sealed_every in [1, 7, 1000] {
+        let snapshot = story(sealed_every, true);
+        let found = |time: CaptureTime| snapshot.point_at(time).expect("a point");
+        assert_eq!(
+            [found(CaptureTime(61 * SECOND - 1)), found(second(61)), found(second(64))],
+            [60, 61, 61].map(Lsn)
+        );
+        assert_eq!(found(second(65)), Lsn(65));
+        assert_eq!(snapshot.time_of(Lsn(63)).expect("readable"), Some(second(61)));
+    }
+}
+
 #[test]
 fn a_time_before_the_first_point_is_outside() {
     each(|snapshot| {
@@ -155,7 +175,7 @@ fn flush_points_come_newest_first() {
 fn a_point_has_the_time_of_its_record() {
     each(|snapshot| {
         assert_eq!(snapshot.time_of(Lsn(12)).expect("readable"), Some(second(12)));
-        assert_eq!(snapshot.time_of(Lsn(43)).expect("readable"), Some(second(20)));
+        assert_eq!(snapshot.time_of(Lsn(43)).expect("readable"), Some(second(40)), "of the pass before it");
         assert_eq!(snapshot.time_of(Lsn(40)).expect("readable"), Some(second(40)), "that of a pass");
         assert_eq!(snapshot.time_of(Lsn(0)).expect("readable"), None);
     });

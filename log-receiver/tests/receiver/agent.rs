@@ -93,7 +93,7 @@ impl Agent {
         let mut last = (0, 0);
         while last.1 < self.sent {
             match self.next().await {
-                Some(Message::Ack { received, durable }) => {
+                Some(Message::Ack { received, durable, .. }) => {
                     assert!(received >= last.0 && durable >= last.1 && durable <= received);
                     last = (received, durable);
                 }

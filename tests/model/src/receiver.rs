@@ -15,7 +15,7 @@ use backtide_protocol::{
 };
 use backtide_recovery::Timeline;
 use backtide_segment::{Entry, PassContent};
-use backtide_units::{CaptureTime, HistoryId, Lsn};
+use backtide_units::{CaptureTime, HistoryId, LogPosition, Lsn};
 use uuid::Uuid;
 
 use crate::content::{blocks_in, bytes_of, value_in};
@@ -215,6 +215,7 @@ impl Receiver {
             durable: covered,
             highest: timeline.highest_lsn(),
             last_time: timeline.last_time(),
+            position: LogPosition(self.durable as u64),
             in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && covered > Lsn::ZERO),
         }
     }
@@ -244,7 +245,11 @@ impl Session {
                     return None;
                 }
                 *acked = due;
-                Some(Message::Ack { received: due.0, durable: due.1 })
+                Some(Message::Ack {
+                    received: due.0,
+                    durable: due.1,
+                    position: LogPosition(receiver.durable as u64),
+                })
             }
             Self::AwaitHello | Self::AwaitClaim { .. } | Self::Ended => None,
         }

@@ -60,6 +60,7 @@ impl TrackingFile {
                 history,
                 last_lsn,
                 acked_durable: self.snapshot.saved.acked_durable,
+                acked_position: self.snapshot.saved.acked_position,
                 candidates,
             },
             None => {

@@ -7,7 +7,9 @@ use backtide_io_filter::{
     Change, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, Settings, SpillOp, TrackingOp,
 };
 use backtide_tracking::{DirtyBitmap, TrackingFile};
-use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteOffset, ByteRange, Epoch, HistoryId, Lsn};
+use backtide_units::{
+    BlockCount, BlockIndex, BlockRange, ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, Lsn,
+};
 use bytes::Bytes;
 
 use crate::{
@@ -26,6 +28,8 @@ pub struct Persisted {
     pub(crate) reserved: Lsn,
     /// Saved now and then.
     pub(crate) acked_durable: Lsn,
+    /// No capture time above it was given.
+    pub(crate) last_time: CaptureTime,
     /// Requests wait to be sent again.
     pub(crate) machine_waits: bool,
 }
@@ -145,6 +149,7 @@ impl World {
         }
         filter.limit_resync(self.moment(), self.plan.resync_rate);
         filter.yield_to_guest(self.moment(), self.plan.added_latency);
+        filter.not_before(self.persisted.last_time);
         self.recover_spill(&mut filter);
         self.agent = Some(Agent {
             life: self.lives,
@@ -173,6 +178,7 @@ impl World {
     pub(crate) fn persist(&mut self) {
         let Some(agent) = &self.agent else { return };
         self.persisted.history = agent.filter.history();
+        self.persisted.last_time = agent.filter.status().last_time;
         let last = agent.filter.last_lsn();
         if last > self.persisted.reserved {
             self.persisted.reserved = last.plus(RESERVE);
@@ -297,7 +303,7 @@ impl World {
         };
         if inflight.fails {
             match in_pass {
-                Some(at) => self.model.change(at, range, What::Bytes(self.local.read(range))),
+                Some(at) => self.model.settle(at, range, self.local.read(range)),
                 None => self.model.lose(last, range),
             }
             return;

@@ -17,7 +17,7 @@ impl World {
         }
         let pause = self.plan.chaos_us;
         self.within(pause, Event::Chaos);
-        let kind = self.random.below(42);
+        let kind = self.random.below(44);
         self.trace.note(self.now, "chaos", &[kind]);
         match kind {
             0..=3 => self.cut_link(),
@@ -32,7 +32,7 @@ impl World {
             21..=23 => self.mark(),
             24..=26 => self.verify(),
             27..=28 => self.hold_answers(),
-            29 => self.wall_ahead = self.wall_ahead.saturating_add_signed(self.jump()),
+            29 => self.clock_jumps(),
             30..=31 => self.stale_claim(),
             32..=33 => self.store_fault(),
             34 => self.tracking_fault(),
@@ -42,6 +42,8 @@ impl World {
                 self.within(self.plan.outage_us * 20, Event::DiskHeal);
             }
             37..=38 => self.spill_fault(),
+            39 => self.receiver.take_copy(),
+            40 => self.put_store_back(),
             _ => {
                 self.lose_host_power();
                 self.within(self.plan.outage_us, Event::AgentStart);
@@ -49,8 +51,24 @@ impl World {
         }
     }
 
-    fn jump(&mut self) -> i64 {
-        self.random.below(20_000_000) as i64 - 10_000_000
+    /// A clock is set: that of both hosts, or of the receiver's alone. By seconds, or by hours.
+    fn clock_jumps(&mut self) {
+        let most: i64 = self.random.pick(&[10_000_000, 10_000_000, 7_200_000_000]);
+        let jump = self.random.below(2 * most as u64) as i64 - most;
+        if self.random.one_in(2) {
+            self.receiver_ahead = jump;
+        } else {
+            self.wall_ahead = self.wall_ahead.saturating_add_signed(jump);
+        }
+    }
+
+    /// Somebody restores the receiver's store from a copy made earlier.
+    fn put_store_back(&mut self) {
+        if self.receiver.has_copy() {
+            self.stop_receiver(false);
+            self.put_copy_back();
+            self.within(self.plan.outage_us, Event::ReceiverStart);
+        }
     }
 
     fn cut_link(&mut self) {
@@ -148,7 +166,7 @@ impl World {
         hello.epoch = Epoch(seen - 1);
         let before = self.receiver_disk().map(|disk| (disk.appended(), disk.owner()));
         let mut session = Session::new(ConnectionId(u64::MAX));
-        let now = self.wall();
+        let now = self.receiver_wall();
         let disks = self.receiver.disks.as_mut().expect("seen above");
         let effects = session.handle(disks, Sequenced { seq: 1, message: Message::Hello(hello) }, now);
         let full = |effect: &Effect| matches!(effect, Effect::Send(Message::Close(closed)) if closed.code == CloseCode::Store);

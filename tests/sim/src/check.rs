@@ -34,6 +34,9 @@ impl World {
 
     /// Nothing acknowledged is forgotten: the filter answers for every difference.
     pub(crate) fn check_differences(&mut self) {
+        if self.receiver.is_put_back_unseen() {
+            return;
+        }
         let Some(agent) = &self.agent else { return };
         let Some(unsettled) = agent.filter.unsettled_blocks() else { return };
         let Some(snapshot) = self.snapshot() else { return };
@@ -88,7 +91,7 @@ impl World {
             AckPolicy::Received | AckPolicy::DurableEveryWrite => true,
             AckPolicy::Durable => request.change.wants_stable(),
         };
-        if !waits || agent.degraded || request.held {
+        if !waits || agent.degraded || request.held || self.receiver.is_put_back_unseen() {
             return;
         }
         let needed = request.lsn.unwrap_or(Lsn::ZERO).max(request.floor());

@@ -55,6 +55,10 @@ impl World {
             Effect::Alarm(why) if self.tracking.faulty && why.contains("tracking file") => {
                 self.stats.tracking_lost += 1;
             }
+            // A store was put back from a copy: an agent that knows more than it says so.
+            Effect::Alarm(why) if self.stats.stores_put_back > 0 && is_of_a_rollback(&why) => {
+                self.stats.put_back_noticed += 1;
+            }
             Effect::Alarm(why) if self.spill.faulty && why.contains("spill") => {}
             Effect::Alarm(why) if why.contains("cannot be read") => self.stats.unreadable += 1,
             // A flush of the filter's own failed, as planned.
@@ -170,6 +174,13 @@ impl World {
             self.carry_out();
         }
     }
+}
+
+/// Whether the receiver is said to have less, or something else, than it once acknowledged.
+fn is_of_a_rollback(alarm: &str) -> bool {
+    ["rolled back", "lost the history", "another history", "cannot be continued"]
+        .iter()
+        .any(|words| alarm.contains(words))
 }
 
 /// Never before the moment.

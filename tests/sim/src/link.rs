@@ -197,7 +197,15 @@ impl World {
         match message {
             Message::Welcome(welcome) => {
                 self.connections.get_mut(&id).expect("it came on it").welcomed = true;
+                let agent = self.agent.as_ref().expect("seen above");
+                let behind = welcome.durable < agent.filter.hello().acked_durable;
+                let noticed = self.stats.put_back_noticed;
                 self.call(|filter, now| filter.connected(now, &welcome));
+                assert!(
+                    !behind || self.stats.put_back_noticed > noticed,
+                    "acknowledged LSNs are gone, and nobody says so"
+                );
+                self.welcome_seen(id);
             }
             Message::Close(closed) => {
                 let expected = matches!(closed.code, CloseCode::Store | CloseCode::Busy);

@@ -81,9 +81,13 @@ impl Model {
     /// A freeze at `at`: the disk holds `content`, which settles what was unknown.
     pub fn resolve(&mut self, at: Lsn, content: &[u8]) {
         for range in std::mem::take(&mut self.unresolved) {
-            let bytes = Bytes::copy_from_slice(&content[indices(range)]);
-            self.change(at, range, What::Bytes(bytes));
+            self.settle(at, range, Bytes::copy_from_slice(&content[indices(range)]));
         }
+    }
+
+    /// The pass frozen at `at` finds these bytes, of which nobody knew.
+    pub(crate) fn settle(&mut self, at: Lsn, range: ByteRange, bytes: Bytes) {
+        self.change(at, range, What::Bytes(bytes));
     }
 
     /// The disk at `lsn`.

@@ -67,7 +67,9 @@ impl World {
                 _ => Lsn(self.random.between(from.0, to.0)),
             };
             self.check_point(&snapshot, lsn);
+            self.check_time(&snapshot, lsn);
         }
+        self.check_clock(&snapshot);
         let lsn = Lsn(self.random.below(self.last_lsn().0 + 2));
         self.check_refused(&snapshot, lsn);
         let gap = self.random.pick(&intervals).1.next();
@@ -101,6 +103,30 @@ impl World {
                 &found[at..(at + 16).min(found.len())],
                 snapshot.timeline().intervals()
             );
+        }
+    }
+
+    /// The point of a time is the last captured by then, whatever clocks did: no two changes have one time.
+    fn check_time(&mut self, snapshot: &Snapshot, lsn: Lsn) {
+        let time = snapshot.time_of(lsn).expect("the log can be read");
+        let Some(time) = time else { return };
+        let found =
+            snapshot.point_at(time).unwrap_or_else(|error| panic!("{lsn} of {time:?} is a point: {error:?}"));
+        self.stats.times_asked += 1;
+        let (wanted, named) = (self.model.image_at(lsn), self.model.image_at(found));
+        assert_eq!(
+            wanted.mismatch(&named.bytes),
+            None,
+            "{lsn} was captured at {time:?}, which names {found}"
+        );
+    }
+
+    /// Later points are not captured earlier, whatever clocks did.
+    fn check_clock(&self, snapshot: &Snapshot) {
+        let intervals = snapshot.timeline().intervals();
+        let ends: Vec<_> = intervals.iter().flat_map(|interval| [interval.from, interval.to]).collect();
+        for two in ends.windows(2) {
+            assert!(two[0].time <= two[1].time, "times go back from {:?} to {:?}", two[0], two[1]);
         }
     }
 

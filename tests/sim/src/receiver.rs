@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use crate::{
     plan::Plan,
+    points::Promises,
     world::{Event, World},
 };
 
@@ -35,6 +36,11 @@ pub struct Receiver {
     histories: Arc<AtomicU64>,
     syncing: Option<Syncing>,
     compares: VecDeque<(u64, CompareJob)>,
+    /// What a copy of the store's directory holds.
+    copy: Option<MemoryStorage>,
+    /// The store was put back from a copy; connections above this number are to what it holds. An agent that
+    /// has not heard from it yet believes in what it was told before.
+    put_back: Option<u64>,
     /// Acknowledges as durable what is not: a deliberate mistake.
     pub(crate) acks_before_sync: bool,
 }
@@ -68,8 +74,24 @@ impl Receiver {
             histories: Arc::new(AtomicU64::new(1)),
             syncing: None,
             compares: VecDeque::new(),
+            copy: None,
+            put_back: None,
             acks_before_sync: false,
         }
+    }
+
+    /// Copies the store's directory, as it is at this moment.
+    pub(crate) fn take_copy(&mut self) {
+        self.copy = Some(self.storage.copy());
+    }
+
+    pub(crate) fn has_copy(&self) -> bool {
+        self.copy.is_some()
+    }
+
+    /// Whether the store was put back from a copy and no agent has been told by it what it holds.
+    pub(crate) fn is_put_back_unseen(&self) -> bool {
+        self.put_back.is_some()
     }
 
     fn shelf(&self) -> Shelf {
@@ -139,12 +161,30 @@ impl World {
         self.receiver_sides_gone();
     }
 
+    /// The store is what the copy holds. The promises are those of the copy from here on: whoever puts it back
+    /// takes back the others.
+    pub(crate) fn put_copy_back(&mut self) {
+        let Some(copy) = &self.receiver.copy else { return };
+        self.receiver.storage = copy.copy();
+        self.receiver.put_back = Some(self.receiver.connections);
+        self.promises = Promises::default();
+        self.stats.stores_put_back += 1;
+        self.trace.note(self.now, "store put back", &[self.stats.stores_put_back]);
+    }
+
+    /// A welcome reaches the agent: if it is of a store that was put back, everything is known again.
+    pub(crate) fn welcome_seen(&mut self, id: u64) {
+        if self.receiver.put_back.is_some_and(|before| id > before) {
+            self.receiver.put_back = None;
+        }
+    }
+
     pub(crate) fn receiver_disk(&self) -> Option<&Disk> {
         self.receiver.disks.as_ref()?.get(self.disk)
     }
 
     pub(crate) fn handle_at_receiver(&mut self, id: u64, message: Sequenced) {
-        let (now, owner) = (self.wall(), self.receiver_disk().and_then(Disk::owner));
+        let (now, owner) = (self.receiver_wall(), self.receiver_disk().and_then(Disk::owner));
         let replaced = owner.is_some_and(|owner| owner != ConnectionId(id)) && message.seq > 1;
         let before = self.receiver_disk().map(Disk::appended);
         self.trace.note(self.now, "receive", &[id, message.seq]);
@@ -195,7 +235,7 @@ impl World {
 
     fn receiver_sends(&mut self, id: u64, mut message: Message) {
         match &mut message {
-            Message::Ack { received, durable } => {
+            Message::Ack { received, durable, .. } => {
                 if self.receiver.acks_before_sync {
                     *durable = *received;
                 }

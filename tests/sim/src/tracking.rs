@@ -73,6 +73,7 @@ impl World {
             history: self.persisted.history,
             last_lsn: self.persisted.reserved,
             acked_durable: self.persisted.acked_durable.max(saved.acked_durable),
+            acked_position: saved.acked_position,
             candidates,
         }
     }

@@ -121,6 +121,12 @@ pub struct Stats {
     pub agent_deaths: u64,
     /// Receivers that died.
     pub receiver_deaths: u64,
+    /// Receivers whose store was put back from an old copy.
+    pub stores_put_back: u64,
+    /// Of these, those that an agent noticed to be behind what they had acknowledged.
+    pub put_back_noticed: u64,
+    /// Times of points that were asked for.
+    pub times_asked: u64,
     /// Clean detaches.
     pub detaches: u64,
     /// Verifies that came to a result.
@@ -172,6 +178,8 @@ pub struct World {
     pub(crate) trace: Trace,
     pub(crate) now: u64,
     pub(crate) wall_ahead: u64,
+    /// How far the clock of the receiver's host is ahead of the agent's.
+    pub(crate) receiver_ahead: i64,
     queue: BTreeMap<(u64, u64), Event>,
     queued: u64,
     pub(crate) steps: u64,
@@ -213,6 +221,7 @@ impl World {
             trace: Trace::new(printing),
             now: 0,
             wall_ahead: 1_700_000_000_000_000,
+            receiver_ahead: 0,
             queue: BTreeMap::new(),
             queued: 0,
             steps: 0,
@@ -250,6 +259,11 @@ impl World {
 
     pub(crate) fn wall(&self) -> CaptureTime {
         CaptureTime(self.wall_ahead + self.now)
+    }
+
+    /// The clock of the receiver's host.
+    pub(crate) fn receiver_wall(&self) -> CaptureTime {
+        CaptureTime((self.wall_ahead + self.now).saturating_add_signed(self.receiver_ahead))
     }
 
     /// Lets something happen so many microseconds from now, after everything due then already.

@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 29] = [
+const SEEN: [Seen; 32] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -17,6 +17,9 @@ const SEEN: [Seen; 29] = [
     ("comparisons of all blocks", |stats| stats.differences_checked),
     ("agents dead", |stats| stats.agent_deaths),
     ("receivers dead", |stats| stats.receiver_deaths),
+    ("stores put back from a copy", |stats| stats.stores_put_back),
+    ("of these noticed by an agent", |stats| stats.put_back_noticed),
+    ("times of points asked for", |stats| stats.times_asked),
     ("clean detaches", |stats| stats.detaches),
     ("verifies under load", |stats| stats.verifies),
     ("window overflows", |stats| stats.overflows),

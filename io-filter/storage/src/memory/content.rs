@@ -30,6 +30,11 @@ struct Unsynced {
 }
 
 impl Content {
+    /// What is visible, as durable content of another file.
+    pub(super) fn copy(&self) -> Self {
+        Self { visible: self.visible.clone(), len: self.len, allocated: self.allocated, ..Self::default() }
+    }
+
     pub(super) fn len(&self) -> u64 {
         self.len
     }

@@ -49,6 +49,12 @@ impl Change {
 }
 
 impl Names {
+    /// What is visible, as durable names of another tree.
+    pub(super) fn copy(&self) -> Self {
+        let visible = self.visible.clone();
+        Self { durable: visible.clone(), visible, directories: self.directories.clone(), pending: Vec::new() }
+    }
+
     pub(super) fn find(&self, path: &Path) -> Option<FileNumber> {
         self.visible.get(path).copied()
     }

@@ -1,4 +1,4 @@
-use backtide_units::{BlockIndex, ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, Reason};
+use backtide_units::{BlockIndex, ByteCount, ByteOffset, ByteRange, CaptureTime, LogPosition, Lsn, Reason};
 use bytes::Bytes;
 use proptest::prelude::*;
 
@@ -41,7 +41,7 @@ fn one_of_each() -> Vec<Message> {
             ],
         }),
         Message::CompareResult(CompareResult { id: 4, differing: vec![0, 3] }),
-        Message::Ack { received: 10, durable: 8 },
+        Message::Ack { received: 10, durable: 8, position: LogPosition(77) },
         Message::Hasten { durable: true },
         Message::Hasten { durable: false },
         Message::Ping,

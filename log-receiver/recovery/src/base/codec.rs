@@ -74,6 +74,7 @@ fn put_timeline(out: &mut Vec<u8>, timeline: &Timeline) {
         put_text(out, &hole.reason.text);
         out.put_u64_le(hole.passes);
     });
+    put_list(out, &timeline.seams, |out, seam| put_timed(out, *seam));
     put_list(out, &timeline.marks, |out, mark| {
         put_text(out, &mark.label);
         put_timed(out, mark.at);
@@ -209,6 +210,7 @@ impl Input<'_> {
             let reason = PassReason { code: input.u8()?, text: input.text()? };
             Some(Hole { from, to, reason, passes: input.u64()? })
         })?;
+        let seams = self.list(Self::timed)?;
         let marks = self.list(|input| Some(Mark { label: input.text()?, at: input.timed()? }))?;
         let sizes = self.list(|input| Some((Lsn(input.u64()?), ByteCount(input.u64()?))))?;
         let forgotten = Forgotten { marks: self.u64()?, intervals: self.u64()? };
@@ -228,6 +230,7 @@ impl Input<'_> {
         let timeline = Timeline {
             intervals,
             holes,
+            seams,
             marks,
             sizes,
             forgotten,

@@ -148,7 +148,7 @@ impl Peer {
 pub(super) fn seen(effects: Vec<Effect>) -> Vec<Seen> {
     let seen = |effect| match effect {
         Effect::Send(Message::Welcome(welcome)) => Seen::Welcome(welcome),
-        Effect::Send(Message::Ack { received, durable }) => Seen::Ack { received, durable },
+        Effect::Send(Message::Ack { received, durable, .. }) => Seen::Ack { received, durable },
         Effect::Send(Message::Close(closed)) => Seen::Close(closed.code, closed.message),
         Effect::Send(other) => panic!("a receiver never sends {other:?} by itself"),
         Effect::Compare(_) => Seen::Compare,

@@ -3,7 +3,7 @@
 use backtide_protocol::{
     CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Message, Reading, ReceiverState, Welcome,
 };
-use backtide_units::{HistoryId, Lsn};
+use backtide_units::{HistoryId, LogPosition, Lsn};
 use uuid::Uuid;
 
 use super::fixture::*;
@@ -59,6 +59,7 @@ fn messages() -> Vec<(Message, Then)> {
         state: ReceiverState::New,
         durable: Lsn(0),
         highest: Lsn(0),
+        position: LogPosition::default(),
         in_pass: false,
         last_time: None,
     };
@@ -74,7 +75,7 @@ fn messages() -> Vec<(Message, Then)> {
         (mark(5, "here"), Then::Nothing),
         (Message::Compare(Compare { id: 1, at: Lsn(5), items: vec![item] }), Then::Compare),
         (Message::CompareResult(CompareResult { id: 1, differing: vec![] }), Then::Invalid),
-        (Message::Ack { received: 1, durable: 1 }, Then::Invalid),
+        (Message::Ack { received: 1, durable: 1, position: LogPosition(1) }, Then::Invalid),
         (Message::Hasten { durable: true }, Then::Nothing),
         (Message::Ping, Then::Nothing),
         (Message::Reading(Reading::Answered { id: 1 }), Then::Invalid),

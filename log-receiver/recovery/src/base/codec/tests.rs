@@ -20,7 +20,9 @@ fn base() -> Base {
         Entry::PassEnd { at: Lsn(5), valid_from: Some(Lsn(5)), time },
         Entry::Flush { lsn: Lsn(5), time },
         Entry::Mark { lsn: Lsn(5), time, label: "one".to_owned() },
-        Entry::PassBegin { at: Lsn(9), gap_from: Lsn(5), time, reason: reason() },
+        Entry::PassBegin { at: Lsn(6), gap_from: Lsn(5), time, reason: reason() },
+        Entry::PassEnd { at: Lsn(6), valid_from: Some(Lsn(6)), time },
+        Entry::PassBegin { at: Lsn(9), gap_from: Lsn(6), time, reason: reason() },
     ];
     for entry in &entries {
         timeline.check(entry).unwrap();
