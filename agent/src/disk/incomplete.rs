@@ -128,9 +128,10 @@ pub(crate) fn dirty_too(resume: Resume, record: &DiskRecord, hydration: Option<&
             saved.reason = Some(Reason::Rewind);
             Resume::Clean(saved)
         }
-        Resume::Crashed { mut candidates, history, last_lsn, acked_durable, reason: _ } => {
+        Resume::Crashed { mut candidates, history, last_lsn, acked_durable, acked_position, reason: _ } => {
             candidates.union_with(&file.missing());
-            Resume::Crashed { reason: Reason::Rewind, history, last_lsn, acked_durable, candidates }
+            let reason = Reason::Rewind;
+            Resume::Crashed { reason, history, last_lsn, acked_durable, acked_position, candidates }
         }
         // Everything is compared.
         Resume::New | Resume::Lost { .. } => resume,

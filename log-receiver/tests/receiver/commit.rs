@@ -33,7 +33,9 @@ async fn heard(agent: &mut Agent) -> (u64, u64) {
     agent.send(&Message::Hasten { durable: false }).await;
     loop {
         match agent.next().await {
-            Some(Message::Ack { received, durable }) if received == agent.sent => return (received, durable),
+            Some(Message::Ack { received, durable, .. }) if received == agent.sent => {
+                return (received, durable);
+            }
             Some(Message::Ack { .. } | Message::Ping) => {}
             other => panic!("expected an acknowledgement, found {other:?}"),
         }
