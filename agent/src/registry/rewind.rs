@@ -261,6 +261,12 @@ async fn settled(handle: &DiskHandle, request: RewindRequest) -> Result<DiskStat
         if in_sync && durable && status.resync.is_none() {
             return Ok(status);
         }
+        if !status.connected && Instant::now() >= until {
+            let message = format!("disk {name} cannot be set back: {}", status.reason);
+            return Err(
+                ApiError::new(ErrorCode::Unreachable, message).with_hint("the receiver has the point")
+            );
+        }
         if Instant::now() >= until || !in_sync {
             return Err(not_in_sync(&status));
         }

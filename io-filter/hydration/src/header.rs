@@ -2,7 +2,9 @@
 //! `FORMAT.md` describes the bytes.
 
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
+use backtide_units::{
+    BlockCount, BlockIndex, BlockRange, ByteCount, CaptureTime, DiskId, Epoch, HistoryId, Lsn,
+};
 use bytes::{Buf, BufMut};
 use uuid::Uuid;
 
@@ -212,6 +214,10 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Header, Uuid, DirtyBitmap), Header
         source,
     };
     let missing = DirtyBitmap::from_bytes(missing).map_err(|error| invalid(&error))?;
+    let end = BlockRange::whole_disk(header.source.size).end();
+    if missing.next_run(end, BlockIndex(u64::MAX), BlockCount(1)).is_some() {
+        return Err(HeaderError::Invalid(format!("blocks are missing beyond the disk's end at block {end}")));
+    }
     Ok((header, file, missing))
 }
 
@@ -255,6 +261,24 @@ pub(crate) mod tests {
         }
         for length in 0..bytes.len() {
             assert!(decode(&bytes[..length]).is_err(), "cut to {length}");
+        }
+        let beyond = DirtyBitmap::of((256..257).into());
+        assert!(decode(&encode(&header(), file, &beyond)).is_err(), "the disk has 256 blocks");
+    }
+
+    /// Every byte behind the length changed to every value, with a right checksum: an error or a header.
+    #[test]
+    fn no_field_makes_it_panic() {
+        let bytes = encode(&header(), Uuid::from_bytes([7; 16]), &DirtyBitmap::of((3..12).into()));
+        let end = bytes.len() - 4;
+        for at in PREFIX_BYTES..end {
+            for value in 0..=u8::MAX {
+                let mut changed = bytes.clone();
+                changed[at] = value;
+                let crc = crc32c::crc32c(&changed[..end]);
+                changed[end..].copy_from_slice(&crc.to_le_bytes());
+                let _ = decode(&changed);
+            }
         }
     }
 }

@@ -124,7 +124,9 @@ fn a_long_journal_is_begun_anew_at_a_flush() {
     let blocks = 40_000;
     let missing = DirtyBitmap::of((0..2 * blocks).into());
     let shared = Arc::new(storage.clone());
-    let file = HydrationFile::create(shared.clone(), Path::new(NAME), header(), missing).unwrap();
+    let mut header = header();
+    header.source.size = ByteCount(2 * blocks * 4096);
+    let file = HydrationFile::create(shared.clone(), Path::new(NAME), header, missing).unwrap();
     for block in 0..blocks {
         file.present(&[(2 * block..2 * block + 1).into()]).unwrap();
     }

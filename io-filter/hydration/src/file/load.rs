@@ -91,7 +91,12 @@ impl HydrationFile {
         if let Some(at) = entries.gap.filter(|_| same_boot) {
             return Err(journal((at, "entries are missing")));
         }
+        let disk = BlockRange::whole_disk(head.source.size);
         for (number, run) in &entries.present {
+            if run.end() > disk.end() {
+                let at = ByteOffset(journal_at + (number - 1) * ENTRY_BYTES);
+                return Err(journal((at, "blocks beyond the end of the disk")));
+            }
             if same_boot || *number <= entries.durable {
                 missing.remove(*run);
             }
