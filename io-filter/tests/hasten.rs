@@ -7,7 +7,9 @@ use backtide_io_filter::{
 };
 use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
 use backtide_tracking::{ActivityLimits, DirtyBitmap};
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
+use backtide_units::{
+    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn,
+};
 use bytes::Bytes;
 use uuid::Uuid;
 
@@ -26,6 +28,7 @@ fn now() -> Now {
 
 fn welcome(state: ReceiverState, durable: Lsn) -> Welcome {
     Welcome {
+        position: LogPosition::default(),
         version: PROTOCOL_VERSION,
         history: HistoryId(Uuid::from_u128(5)),
         state,
@@ -108,7 +111,10 @@ impl Disk {
     }
 
     fn acknowledge(&mut self) {
-        self.filter.receive(now(), Message::Ack { received: self.last, durable: self.last });
+        self.filter.receive(
+            now(),
+            Message::Ack { received: self.last, durable: self.last, position: LogPosition::default() },
+        );
     }
 
     fn is_answered(&mut self, request: RequestId) -> bool {
@@ -187,7 +193,10 @@ fn a_filling_window_waits_for_the_receiver() {
     assert!((48..=64).contains(&writes), "a quarter of the window, and not before: {writes} writes");
     disk.write();
     assert_eq!(disk.sent(), ["record"], "it has been asked");
-    disk.filter.receive(now(), Message::Ack { received: disk.last, durable: disk.last - 1 });
+    disk.filter.receive(
+        now(),
+        Message::Ack { received: disk.last, durable: disk.last - 1, position: LogPosition::default() },
+    );
     disk.write();
     assert_eq!(disk.sent(), ["record"], "there is room again");
 }
