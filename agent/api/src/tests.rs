@@ -59,6 +59,7 @@ fn vm1() -> DiskStatus {
         resync_due: false,
         unreadable: None,
         hydration: None,
+        origin: None,
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,
         limits: Limits::default(),
