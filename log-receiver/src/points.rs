@@ -2,10 +2,10 @@
 //! point cannot be had.
 
 use backtide_receiver_api::{
-    ApiError, DiskRef, ErrorCode, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport,
-    UnavailablePoint,
+    ApiError, AroundReport, Density, DensityPart, DiskRef, ErrorCode, FlushPoints, Hole, Interval, MarkPoint,
+    Point, PointsReport, UnavailablePoint,
 };
-use backtide_recovery::{self as recovery, LogError, Nearest, PointError, TimedLsn, Timeline};
+use backtide_recovery::{self as recovery, LogError, Nearest, PointError, Snapshot, TimedLsn, Timeline};
 use backtide_units::{CaptureTime, Lsn, Reason};
 
 /// Everything a timeline tells.
@@ -22,8 +22,63 @@ pub(crate) fn report(disk: DiskRef, timeline: &Timeline, damage: Option<String>)
         marks: marks(timeline),
         flush_points: FlushPoints { count: flushes, last: last_flush.map(point) },
         locks: Vec::new(),
+        density: None,
         damage,
     }
+}
+
+/// How much was written when.
+pub(crate) fn density(density: recovery::Density) -> Density {
+    let part = |part: recovery::DensityPart| DensityPart { changes: part.changes, bytes: part.bytes };
+    Density {
+        from_time: density.from,
+        to_time: density.to,
+        parts: density.parts.into_iter().map(part).collect(),
+    }
+}
+
+/// The points around a time of a disk that has points.
+///
+/// # Errors
+/// When there is no point, or the log cannot be read.
+pub(crate) fn around(
+    disk: DiskRef,
+    asked: String,
+    snapshot: &Snapshot,
+    time: CaptureTime,
+) -> Result<AroundReport, PointError> {
+    let timeline = snapshot.timeline();
+    let (lsn, hole, nearest) = match snapshot.point_at(time) {
+        Ok(lsn) => (Some(lsn), None, Nearest::default()),
+        Err(PointError::InHole { hole, nearest, .. }) => (None, Some(hole), nearest),
+        Err(PointError::Outside { nearest, .. }) => (None, None, nearest),
+        Err(error @ (PointError::NoPoints { .. } | PointError::UnknownMark { .. } | PointError::Log(_))) => {
+            return Err(error);
+        }
+    };
+    let at = match lsn {
+        Some(lsn) => Some(TimedLsn { lsn, time: snapshot.time_of(lsn)?.unwrap_or(time) }),
+        None => None,
+    };
+    let before = at.or(nearest.before);
+    let after = match nearest.after {
+        Some(after) => Some(after),
+        None => snapshot.first_point_after(time)?,
+    };
+    let flushes = before.map(|before| snapshot.flush_points(before.lsn, 1)).transpose()?;
+    let marks: Vec<_> = marks(timeline).into_iter().filter(|mark| mark.recoverable).collect();
+    Ok(AroundReport {
+        disk,
+        asked,
+        time,
+        point: at.map(point),
+        hole: hole.as_deref().map(self::hole),
+        before: before.map(point),
+        after: after.map(point),
+        flush_before: flushes.and_then(|flushes| flushes.first().copied()).map(point),
+        mark_before: marks.iter().rev().find(|mark| mark.time <= time).cloned(),
+        mark_after: marks.iter().find(|mark| mark.time > time).cloned(),
+    })
 }
 
 /// The interval that holds a point.

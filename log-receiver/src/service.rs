@@ -6,11 +6,11 @@ use backtide_control::Address;
 use backtide_export::NbdUri;
 use backtide_images::Images;
 use backtide_receiver_api::{
-    ApiError, ByteSpan, CertificateStatus, DiffReport, DiffRequest, DiskRef, ErrorCode, FindChangeRequest,
-    FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount, MountRequest, Mounts, PointsReport,
-    ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest,
-    ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus,
-    UnmountRequest,
+    ApiError, AroundReport, ByteSpan, CertificateStatus, DiffReport, DiffRequest, DiskRef, ErrorCode,
+    FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount, MountRequest, Mounts,
+    PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
+    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
+    ScrubStatus, UnmountRequest,
 };
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
 use backtide_storage::Storage;
@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 mod alarms;
+mod around;
 mod locks;
 mod retention;
 
@@ -121,9 +122,11 @@ impl ReceiverService for Service {
     }
 
     async fn points(&self, disk: DiskName) -> Result<PointsReport, ApiError> {
-        let found = self.look_at(&disk).await?;
-        let locks = self.locks(found.disk.uuid);
-        Ok(PointsReport { locks, ..points::report(found.disk, found.snapshot.timeline(), found.damage) })
+        self.points_of(&disk).await
+    }
+
+    async fn around(&self, disk: DiskName, request: ResolveRequest) -> Result<AroundReport, ApiError> {
+        self.points_around(&disk, request).await
     }
 
     async fn resolve(&self, disk: DiskName, request: ResolveRequest) -> Result<ResolvedPoint, ApiError> {

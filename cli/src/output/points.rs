@@ -1,9 +1,11 @@
 //! A disk's timeline as text: intervals and holes in their order, then marks.
 
-use backtide_receiver_api::{Hole, Interval, Lock, MarkPoint, PointsReport};
-use backtide_units::{CaptureTime, Lsn};
+use backtide_receiver_api::{
+    AroundReport, Density, DiskRef, Hole, Interval, Lock, MarkPoint, Point, PointsReport,
+};
+use backtide_units::{ByteCount, CaptureTime, Lsn};
 
-use crate::quantity::{count_text, size_both, time_text};
+use crate::quantity::{count_text, duration_text, size_both, size_text, time_text};
 
 /// A lock that lasts so much longer than was asked is not told of: starts of the receiver take some time.
 const LONGER_US: u64 = 60_000_000;
@@ -16,17 +18,13 @@ enum Stretch<'a> {
 
 /// The whole timeline.
 pub(crate) fn timeline_text(report: &PointsReport) -> String {
-    let mut lines = vec![format!(
-        "disk {} ({}), {}",
-        report.disk.name.as_str(),
-        report.disk.uuid.0,
-        size_both(report.disk.size)
-    )];
+    let mut lines = vec![disk_text(&report.disk)];
     let stretches = stretches(report);
     if stretches.is_empty() {
         lines.push("no points yet: nothing of this disk has arrived".to_owned());
     }
     lines.extend(stretches.iter().map(stretch_text));
+    lines.extend(report.density.iter().map(density_text));
     if !report.marks.is_empty() {
         lines.push("marks".to_owned());
         lines.extend(report.marks.iter().map(mark_text));
@@ -37,6 +35,71 @@ pub(crate) fn timeline_text(report: &PointsReport) -> String {
         lines.push(format!("{points}, the last at lsn:{} ({})", last.lsn, time_text(last.time)));
     }
     lines.join("\n")
+}
+
+fn disk_text(disk: &DiskRef) -> String {
+    format!("disk {} ({}), {}", disk.name.as_str(), disk.uuid.0, size_both(disk.size))
+}
+
+/// How much was written when, as a line of columns: the highest stands for the most.
+fn density_text(density: &Density) -> String {
+    const HEIGHTS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let most = density.parts.iter().map(|part| part.bytes.0).max().unwrap_or(0).max(1);
+    let column = |bytes: u64| {
+        let height = (u128::from(bytes) * HEIGHTS.len() as u128).div_ceil(u128::from(most));
+        usize::try_from(height).ok().and_then(|height| height.checked_sub(1)).map_or(' ', |at| HEIGHTS[at])
+    };
+    let columns: String = density.parts.iter().map(|part| column(part.bytes.0)).collect();
+    let seconds = (density.to_time.0 - density.from_time.0) as f64 / 1e6;
+    let changes: u64 = density.parts.iter().map(|part| part.changes).sum();
+    format!(
+        "  written |{columns}|  {} to {}: {}; the highest column is {} in {}",
+        time_text(density.from_time),
+        time_text(density.to_time),
+        count_text(changes, "change"),
+        size_text(ByteCount(most)),
+        duration_text(seconds / density.parts.len().max(1) as f64)
+    )
+}
+
+/// The points around a time, and why it is none itself.
+pub(crate) fn around_text(report: &AroundReport) -> String {
+    let mut lines = vec![disk_text(&report.disk), standing_text(report)];
+    let mut row = |what: &str, lsn: Lsn, time: CaptureTime| {
+        let (apart, side) = if time <= report.time {
+            (report.time.0 - time.0, "before")
+        } else {
+            (time.0 - report.time.0, "after")
+        };
+        let apart = duration_text(apart as f64 / 1e6);
+        lines.push(format!("  {what}  lsn:{lsn}  {}  ({apart} {side})", time_text(time)));
+    };
+    let points: [(&str, Option<Point>); 3] = [
+        ("last point before ", report.before),
+        ("first point after ", report.after),
+        ("last flush before ", report.flush_before),
+    ];
+    for (what, point) in points {
+        if let Some(point) = point {
+            row(what, point.lsn, point.time);
+        }
+    }
+    for mark in [&report.mark_before, &report.mark_after].into_iter().flatten() {
+        row(&format!("mark:{}", mark.label), mark.lsn, mark.time);
+    }
+    lines.join("\n")
+}
+
+/// Whether the time can be gone back to.
+fn standing_text(report: &AroundReport) -> String {
+    let time = time_text(report.time);
+    match (report.point, &report.hole) {
+        (Some(point), _) => format!("{time} can be gone back to: it is lsn:{}", point.lsn),
+        (None, Some(hole)) => {
+            format!("{time} cannot be gone back to: {}", stretch_text(&Stretch::Hole(hole)).trim())
+        }
+        (None, None) => format!("{time} cannot be gone back to: it lies before the first point"),
+    }
 }
 
 /// A lock, and why it lasts longer than was asked, if it does.
@@ -70,11 +133,12 @@ fn stretch_text(stretch: &Stretch<'_>) -> String {
         Stretch::Interval(interval) => {
             let now = if interval.open { ", growing" } else { "" };
             format!(
-                "  points  lsn:{} to lsn:{}  {} to {}{now}",
+                "  points  lsn:{} to lsn:{}  {} to {} ({}){now}",
                 interval.from_lsn,
                 interval.to_lsn,
                 time_text(interval.from_time),
-                time_text(interval.to_time)
+                time_text(interval.to_time),
+                duration_text((interval.to_time.0 - interval.from_time.0) as f64 / 1e6)
             )
         }
         Stretch::Hole(hole) => {
@@ -101,8 +165,8 @@ fn mark_text(mark: &MarkPoint) -> String {
 
 #[cfg(test)]
 mod tests {
-    use backtide_receiver_api::{DiskRef, FlushPoints, Point};
-    use backtide_units::{ByteCount, DiskId};
+    use backtide_receiver_api::{DensityPart, FlushPoints};
+    use backtide_units::DiskId;
 
     use super::*;
 
@@ -143,6 +207,7 @@ mod tests {
             first: Some(Point { lsn: Lsn(1), time: time(0) }),
             last: Some(Point { lsn: Lsn(75), time: time(8) }),
             locks: Vec::new(),
+            density: None,
             damage: None,
         }
     }
@@ -157,6 +222,46 @@ mod tests {
         assert!(lines[3].contains("lsn:60 to lsn:75") && lines[3].ends_with(", growing"), "{text}");
         assert!(lines[5].contains("mark:m  lsn:50") && lines[5].contains("in a hole"), "{text}");
         assert!(lines[6].starts_with("2 flush points, the last at lsn:70"), "{text}");
+    }
+
+    #[test]
+    fn the_most_written_is_the_highest_column() {
+        let part = |bytes| DensityPart { changes: 2, bytes: ByteCount(bytes) };
+        let parts = [0, 1, 50, 100].map(part).to_vec();
+        let density = Density { from_time: time(0), to_time: time(240), parts };
+        let text = timeline_text(&PointsReport { density: Some(density), ..interrupted() });
+        let line = text.lines().find(|line| line.contains("written")).unwrap();
+        assert!(line.contains("| ▁▄█|") && line.contains(": 8 changes;"), "{text}");
+        assert!(
+            line.ends_with(&format!("{} in {}", size_text(ByteCount(100)), duration_text(60.0))),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_time_in_a_hole_says_why_not_and_what_else() {
+        let timeline = interrupted();
+        let point = |lsn, second| Some(Point { lsn: Lsn(lsn), time: time(second) });
+        let report = AroundReport {
+            disk: timeline.disk.clone(),
+            asked: "-5m".to_owned(),
+            time: time(5),
+            point: None,
+            hole: Some(timeline.holes[0].clone()),
+            before: point(40, 4),
+            after: point(60, 6),
+            flush_before: None,
+            mark_before: None,
+            mark_after: None,
+        };
+        let text = around_text(&report);
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[1].contains("cannot be gone back to: HOLE    above lsn:40"), "{text}");
+        assert!(lines[1].ends_with("the receiver was away"), "{text}");
+        assert!(lines[2].contains("lsn:40") && lines[2].ends_with("before)"), "{text}");
+        assert!(lines[3].contains("lsn:60") && lines[3].ends_with("after)"), "{text}");
+        let there = AroundReport { point: point(40, 4), hole: None, ..report };
+        assert!(around_text(&there).contains("can be gone back to: it is lsn:40"), "{text}");
     }
 
     #[test]

@@ -4,10 +4,10 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount,
-    MountRequest, Mounts, OverlayFate, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest,
-    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
-    ScrubStatus,
+    AroundReport, DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay,
+    LockRequest, Mount, MountRequest, Mounts, OverlayFate, PointsReport, ReceiverDisks, ReceiverStatus,
+    RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
+    ScrubRequest, ScrubStatus,
 };
 
 /// The receiver, in the words of errors.
@@ -65,6 +65,14 @@ impl ReceiverClient {
     /// As [`ReceiverClient::status`].
     pub async fn points(&self, disk: &DiskName) -> Result<PointsReport, ApiError> {
         self.client.get(&path(disk, "/points"), NO_QUERY).await
+    }
+
+    /// The points around a time.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn around(&self, disk: &DiskName, time: &str) -> Result<AroundReport, ApiError> {
+        self.client.post(&path(disk, "/around"), &ResolveRequest { point: time.to_owned() }).await
     }
 
     /// Which LSN a point is.

@@ -23,7 +23,10 @@ pub use going_back::{
     KeptOverlay, Mount, MountOverlay, MountRequest, Mounts, OverlayFate, RemountRequest, ResolveRequest,
     ResolvedPoint, UnmountRequest,
 };
-pub use points::{DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport, UnavailablePoint};
+pub use points::{
+    AroundReport, Density, DensityPart, DiskRef, FlushPoints, Hole, Interval, MarkPoint, Point, PointsReport,
+    UnavailablePoint,
+};
 pub use retention::{
     DiskRetention, HeldPoint, KeepRequest, Lock, LockRequest, RetentionPreview, RetentionReport,
     RetentionRequest,

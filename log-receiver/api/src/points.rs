@@ -36,12 +36,60 @@ pub struct PointsReport {
     /// Points that nobody can let go before a time.
     #[serde(default)]
     pub locks: Vec<Lock>,
+    /// How much was written when; none without writes, and when the log cannot be read for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub density: Option<Density>,
     /// What is wrong with the disk's log: a sentence with file and place. Either it is damaged and
     /// nothing can be added to it: what is listed is what can still be read, and the next connection
     /// of the disk's agent begins a new log. Or a scrub or a read has found a damaged place in it:
     /// points that need the place are listed and cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,
+}
+
+/// How much was written when: the time of a disk's log in equal parts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Density {
+    /// When the first part begins: at the first write.
+    pub from_time: CaptureTime,
+    /// When the last part ends: at the last write.
+    pub to_time: CaptureTime,
+    /// The parts, oldest first.
+    pub parts: Vec<DensityPart>,
+}
+
+/// What was written within one part of the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DensityPart {
+    /// Writes, zeroings and discards.
+    pub changes: u64,
+    /// About what they took in the log, and what resyncs brought meanwhile.
+    pub bytes: ByteCount,
+}
+
+/// The points around a time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AroundReport {
+    /// The disk.
+    pub disk: DiskRef,
+    /// The time as it was asked for.
+    pub asked: String,
+    /// That time.
+    pub time: CaptureTime,
+    /// What going back to it gives; none when it cannot be gone back to.
+    pub point: Option<Point>,
+    /// The hole it lies in.
+    pub hole: Option<Hole>,
+    /// The nearest point at or before it.
+    pub before: Option<Point>,
+    /// The nearest point after it.
+    pub after: Option<Point>,
+    /// The newest point at or before it at which the guest had flushed.
+    pub flush_before: Option<Point>,
+    /// The newest mark at or before it that can be gone back to.
+    pub mark_before: Option<MarkPoint>,
+    /// The oldest mark after it that can be gone back to.
+    pub mark_after: Option<MarkPoint>,
 }
 
 /// A place in a timeline.

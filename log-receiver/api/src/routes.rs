@@ -11,10 +11,10 @@ use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount,
-    MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
-    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
-    ScrubStatus, UnmountRequest,
+    AroundReport, DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay,
+    LockRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverService, ReceiverStatus,
+    RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
+    ScrubRequest, ScrubStatus, UnmountRequest,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -26,6 +26,7 @@ pub fn router<S: ReceiverService>(service: Arc<S>) -> Router {
         .route("/v1/disks", get(disks::<S>))
         .route("/v1/disks/{disk}", get(disk::<S>))
         .route("/v1/disks/{disk}/points", get(points::<S>))
+        .route("/v1/disks/{disk}/around", post(around::<S>))
         .route("/v1/disks/{disk}/resolve", post(resolve::<S>))
         .route("/v1/disks/{disk}/diff", post(diff::<S>))
         .route("/v1/disks/{disk}/find-change", post(find_change::<S>))
@@ -67,6 +68,14 @@ async fn points<S: ReceiverService>(
     Path(disk): Path<String>,
 ) -> Answer<PointsReport> {
     service.points(disk_named(&disk)?).await.map(Json)
+}
+
+async fn around<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<ResolveRequest>,
+) -> Answer<AroundReport> {
+    service.around(disk_named(&disk)?, request).await.map(Json)
 }
 
 async fn resolve<S: ReceiverService>(

@@ -4,10 +4,10 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount,
-    MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest,
-    ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus,
-    UnmountRequest,
+    AroundReport, DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay,
+    LockRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest,
+    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
+    ScrubStatus, UnmountRequest,
 };
 
 /// The receiver's side of the control API. A disk may be named by its name or its UUID.
@@ -24,6 +24,13 @@ pub trait ReceiverService: Send + Sync + 'static {
 
     /// A disk's timeline.
     fn points(&self, disk: DiskName) -> impl Future<Output = Result<PointsReport, ApiError>> + Send;
+
+    /// The points around a time, or around the time of a point.
+    fn around(
+        &self,
+        disk: DiskName,
+        request: ResolveRequest,
+    ) -> impl Future<Output = Result<AroundReport, ApiError>> + Send;
 
     /// Which LSN a point is.
     fn resolve(

@@ -7,9 +7,9 @@ use backtide_control::{Address, ApiError, ErrorCode, Server};
 use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, DiskName, Lsn};
 
 use crate::{
-    BlockChange, ByteSpan, ChangedBy, DiffReport, DiffRequest, DiskRef, FindChangeRequest, FlushPoints,
-    FoundChange, Hole, KeepRequest, KeptOverlay, LockRequest, Mount, MountOverlay, MountRequest, Mounts,
-    OverlayFate, Point, PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus,
+    AroundReport, BlockChange, ByteSpan, ChangedBy, DiffReport, DiffRequest, DiskRef, FindChangeRequest,
+    FlushPoints, FoundChange, Hole, KeepRequest, KeptOverlay, LockRequest, Mount, MountOverlay, MountRequest,
+    Mounts, OverlayFate, Point, PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus,
     RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
     ScrubRequest, ScrubStatus, UnavailablePoint, UnmountRequest, router,
 };
@@ -149,8 +149,14 @@ impl ReceiverService for Fake {
             first: None,
             last: None,
             locks: Vec::new(),
+            density: None,
             damage: None,
         })
+    }
+
+    async fn around(&self, disk: DiskName, request: ResolveRequest) -> Result<AroundReport, ApiError> {
+        self.note(format!("around {} {}", disk.as_str(), request.point));
+        Ok(around(request.point))
     }
 
     async fn resolve(&self, disk: DiskName, request: ResolveRequest) -> Result<ResolvedPoint, ApiError> {
@@ -262,6 +268,21 @@ impl ReceiverService for Fake {
     }
 }
 
+fn around(asked: String) -> AroundReport {
+    AroundReport {
+        disk: vm1(),
+        asked,
+        time: CaptureTime(4),
+        point: None,
+        hole: None,
+        before: None,
+        after: None,
+        flush_before: None,
+        mark_before: None,
+        mark_after: None,
+    }
+}
+
 #[tokio::test]
 async fn every_call_reaches_its_method_and_comes_back() {
     let directory = tempfile::tempdir().unwrap();
@@ -276,6 +297,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
     client.disks(None).await.unwrap();
     client.disks(Some(&vm1)).await.unwrap();
     client.points(&vm1).await.unwrap();
+    assert_eq!(client.around(&vm1, "-5m").await.unwrap(), around("-5m".to_owned()));
     assert_eq!(client.resolve(&vm1, "mark:a b/ü").await.unwrap(), point("mark:a b/ü"));
     let diff = DiffRequest { from: "-5m".to_owned(), to: "latest".to_owned() };
     assert_eq!(client.diff(&vm1, &diff).await.unwrap().granularity, ByteCount(4096));
@@ -320,6 +342,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "disks ",
             "disks vm1",
             "points vm1",
+            "around vm1 -5m",
             "resolve vm1 mark:a b/ü",
             "diff vm1 -5m latest",
             "find-change vm1 5000 latest",

@@ -192,7 +192,7 @@ pub enum PointError {
 }
 
 /// The nearest points around one that cannot be given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Nearest {
     /// The last point before.
     pub before: Option<TimedLsn>,

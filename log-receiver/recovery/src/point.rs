@@ -74,7 +74,7 @@ pub fn time_text(time: CaptureTime) -> String {
 }
 
 /// The time so long before `now`; the beginning of time when it is longer.
-pub(crate) fn ago(now: CaptureTime, duration: SignedDuration) -> CaptureTime {
+pub fn ago(now: CaptureTime, duration: SignedDuration) -> CaptureTime {
     let micros = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
     CaptureTime(now.0.saturating_sub(micros))
 }

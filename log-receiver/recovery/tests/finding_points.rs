@@ -180,3 +180,40 @@ fn a_point_has_the_time_of_its_record() {
         assert_eq!(snapshot.time_of(Lsn(0)).expect("readable"), None);
     });
 }
+
+#[test]
+fn the_first_point_after_a_time_is_a_record_or_the_end_of_a_hole() {
+    each(|snapshot| {
+        let after = |time: CaptureTime| {
+            let found = snapshot.first_point_after(time).expect("a readable log");
+            found.map(|point| (point.lsn.0, point.time))
+        };
+        assert_eq!(after(CaptureTime(0)), Some((1, second(1))), "the first pass");
+        assert_eq!(after(second(1)), Some((2, second(2))));
+        assert_eq!(after(second(7)), Some((8, second(8))));
+        assert_eq!(after(CaptureTime(7 * SECOND + 1)), Some((8, second(8))));
+        assert_eq!(after(second(20)), Some((40, second(40))), "behind the hole");
+        assert_eq!(after(second(30)), Some((40, second(40))));
+        assert_eq!(after(second(40)), Some((45, second(45))));
+        assert_eq!(after(second(59)), Some((60, second(60))));
+        assert_eq!(after(second(60)), None);
+    });
+}
+
+#[test]
+fn the_density_counts_every_change_in_its_part_of_the_time() {
+    for parts in [1, 2, 7, 60, 1000] {
+        each(|snapshot| {
+            let density = snapshot.density(parts).expect("a readable log").expect("there are records");
+            assert_eq!((density.from, density.to), (second(2), second(60)));
+            let mut expected = vec![0; parts];
+            for n in (2..=20).chain(45..=60) {
+                let span = 58 * SECOND + 1;
+                expected[((n - 2) * SECOND * parts as u64 / span) as usize] += 1;
+            }
+            let counted: Vec<u64> = density.parts.iter().map(|part| part.changes).collect();
+            assert_eq!(counted, expected, "{parts} parts");
+            assert!(parts > 60 || density.parts.iter().any(|part| part.bytes.0 > 0), "{density:?}");
+        });
+    }
+}

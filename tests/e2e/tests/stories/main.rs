@@ -37,5 +37,6 @@ mod secured_stream;
 mod service_manager;
 mod spill;
 mod strangers;
+mod timeline;
 mod verify;
 mod writable_mounts;

@@ -1,0 +1,46 @@
+//! The control API's answers about a disk's timeline: all of it, and what is around a time.
+
+use backtide_receiver_api::{ApiError, AroundReport, ErrorCode, PointsReport, ResolveRequest};
+use backtide_recovery::{Point, PointError, ago};
+use backtide_units::DiskName;
+
+use super::{Found, Service};
+use crate::{clock, points};
+
+/// Parts of the time in which a report says how much was written.
+const DENSITY_PARTS: usize = 60;
+
+impl Service {
+    /// Everything a timeline tells. How much was written when is left out when the log cannot be read
+    /// for it: then something worse is told.
+    pub(super) async fn points_of(&self, disk: &DiskName) -> Result<PointsReport, ApiError> {
+        let found = self.look_at(disk).await?;
+        let locks = self.locks(found.disk.uuid);
+        let snapshot = found.snapshot.clone();
+        let density = self.read(move || snapshot.density(DENSITY_PARTS)).await?;
+        let density = density.ok().flatten().map(points::density);
+        let report = points::report(found.disk, found.snapshot.timeline(), found.damage);
+        Ok(PointsReport { locks, density, ..report })
+    }
+
+    /// The points around a time, or around that of a point.
+    pub(super) async fn points_around(
+        &self,
+        disk: &DiskName,
+        request: ResolveRequest,
+    ) -> Result<AroundReport, ApiError> {
+        let point: Point =
+            request.point.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
+        let Found { disk, snapshot, damage: _ } = self.look_at(disk).await?;
+        let time = match point {
+            Point::Time(time) => time,
+            Point::Ago(duration) => ago(clock::now(), duration),
+            Point::Latest | Point::Lsn(_) | Point::Mark(_) => {
+                self.resolve_in(&snapshot, &request.point).await?.time
+            }
+        };
+        let asked = request.point.clone();
+        let found = self.read(move || points::around(disk, request.point, &snapshot, time)).await?;
+        found.map_err(|error: PointError| points::unavailable(&asked, &error))
+    }
+}
