@@ -36,6 +36,7 @@ mod config;
 mod facts;
 mod findings;
 mod fsck;
+mod mount_numbers;
 mod mounts;
 mod overlay_export;
 mod overlays;

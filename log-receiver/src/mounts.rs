@@ -37,6 +37,7 @@ use crate::{
     clock,
     disk::chain,
     findings::Findings,
+    mount_numbers::MountNumbers,
     overlay_export::OverlayExport,
     overlays::{Overlays, record::Record},
     point_export::{OneExport, PointExport, Reading},
@@ -130,6 +131,8 @@ pub(crate) struct Serving {
     pub(crate) overlays: Overlays,
     /// Threads that write it.
     pub(crate) writers: Pool,
+    /// Of which ids are made.
+    pub(crate) numbers: MountNumbers,
 }
 
 struct Table {
@@ -139,8 +142,6 @@ struct Table {
     settling: RefCell<BTreeSet<String>>,
     serving: Serving,
     mounted: RefCell<BTreeMap<String, Mounted>>,
-    /// The last number used for each disk's name.
-    numbers: RefCell<BTreeMap<DiskName, u64>>,
 }
 
 /// Starts the mounts' thread.
@@ -148,13 +149,8 @@ pub(crate) fn start(serving: Serving) -> io::Result<MountThread> {
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let body = move || {
-        let table = Table {
-            begun: Cell::new(0),
-            settling: RefCell::default(),
-            serving,
-            mounted: RefCell::default(),
-            numbers: RefCell::default(),
-        };
+        let table =
+            Table { begun: Cell::new(0), settling: RefCell::default(), serving, mounted: RefCell::default() };
         LocalSet::new().block_on(&runtime, Rc::new(table).serve(inbox));
     };
     let thread = std::thread::Builder::new().name("mounts".to_owned()).spawn(body)?;
@@ -227,7 +223,7 @@ impl Table {
     async fn serve_point(self: &Rc<Self>, plan: Plan) -> Result<Mount, ApiError> {
         let id = match &plan.overlay {
             Some(PlanOverlay::Kept(id)) => id.clone(),
-            Some(PlanOverlay::New) | None => self.next_id(&plan.disk.name),
+            Some(PlanOverlay::New) | None => self.next_id(&plan.disk.name).await?,
         };
         let wanted = plan.uri.unwrap_or_else(|| NbdUri {
             address: NbdAddress::Unix(self.serving.run_dir.join(format!("{id}.sock"))),
@@ -377,15 +373,15 @@ impl Table {
         Mounts { mounts, kept: self.serving.overlays.kept(&served) }
     }
 
-    fn next_id(&self, name: &DiskName) -> String {
-        let mut numbers = self.numbers.borrow_mut();
-        let number = numbers.entry(name.clone()).or_default();
+    async fn next_id(&self, name: &DiskName) -> Result<String, ApiError> {
         loop {
-            *number += 1;
+            let (numbers, of) = (self.serving.numbers.clone(), name.clone());
+            let number = self.serving.writers.run(move || numbers.next(&of)).await;
+            let number = number.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))?;
             let id = format!("{name}-{number}");
-            // An overlay of an earlier life of the receiver may have it.
+            // Nothing has it, unless the store's file of numbers was taken away.
             if !self.serving.overlays.contains(&id) && !self.mounted.borrow().contains_key(&id) {
-                return id;
+                return Ok(id);
             }
         }
     }

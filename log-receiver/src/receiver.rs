@@ -25,8 +25,10 @@ use tokio::{
 use crate::{
     Config, Limits, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch, StreamTls,
     accept::Door,
+    clock,
     findings::Findings,
     ingest::{self, IngestThread, Task},
+    mount_numbers::MountNumbers,
     mounts::{self, MountThread, Order},
     overlays::Overlays,
     pool::{Pool, PoolThreads},
@@ -172,6 +174,7 @@ impl Receiver {
             findings: findings.clone(),
             overlays: overlays.clone(),
             writers,
+            numbers: MountNumbers::open(Arc::clone(&storage), clock::now()),
         };
         let mounts = mounts::start(serving).map_err(|source| failed("start the mounts' thread", source))?;
         let tasks: Vec<_> = ingest.iter().map(|thread| thread.tasks.clone()).collect();

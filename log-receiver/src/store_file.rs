@@ -5,6 +5,7 @@
 //! STORE/lock                            flock(2) of the receiver that has the store open
 //! STORE/disks/<uuid>/segments/*.seg     one log per disk
 //! STORE/overlays/<id>.{json,map,data}   what was written to mounts
+//! STORE/mounts.json                     the last number of each disk's mounts
 //! ```
 //! Invariants: `store.json` is written once, whole (temporary file, sync, rename, sync of the
 //! directory), before the first disk; a version this build does not know is refused before anything

@@ -42,6 +42,9 @@ fn what_was_written_to_a_mount_survives_a_killed_receiver_and_no_longer_than_wan
     assert_eq!(bench.json(&["mount"]), serde_json::json!({"mounts": [], "kept": []}));
     assert_eq!(bench.run(&["mount", "--kept", id]).code, 4);
     assert_eq!(bench.run(&["unmount", id, "--discard"]).code, 4);
+    // Two receivers on, nothing else is ever called like it.
+    let other = bench.json(&["mount", "vm1", "--at", "latest"]);
+    assert_ne!(other["id"], id, "{other}");
 }
 
 #[test]

@@ -1,0 +1,153 @@
+//! `mounts.json` in a store: the last number that a mount of each disk was given.
+//!
+//! Whoever wrote an id down, in a script or a ticket, must not meet somebody else's mount under it, also
+//! after the receiver was started anew. So a number is in the file before it is used. A store that is full
+//! or failing still gives its points back: then the number is remembered until the receiver ends, and that
+//! is logged. A damaged file costs no more than small numbers: they go on above the clock's seconds, which
+//! no number was.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use backtide_storage::{Storage, read_file, replace_file};
+use backtide_units::{ByteCount, CaptureTime, DiskName};
+use serde::{Deserialize, Serialize};
+
+const FILE: &str = "mounts.json";
+const MAGIC: &str = "backtide-mounts";
+const VERSION: u32 = 1;
+const FILE_BYTES_MAX: ByteCount = ByteCount(16 << 20);
+
+/// The numbers of a store's mounts. Shared by threads; a call blocks on the file system.
+#[derive(Clone)]
+pub(crate) struct MountNumbers {
+    storage: Arc<dyn Storage>,
+    given: Arc<Mutex<Given>>,
+}
+
+#[derive(Default)]
+struct Given {
+    last: BTreeMap<DiskName, u64>,
+    /// Of disks that are not listed.
+    before: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NumbersFile {
+    magic: String,
+    version: u32,
+    before: u64,
+    last: BTreeMap<DiskName, u64>,
+    /// CRC32C of the JSON of this with an empty checksum, in hexadecimal.
+    checksum: String,
+}
+
+impl NumbersFile {
+    fn sum(mut self) -> String {
+        self.checksum.clear();
+        let text = serde_json::to_vec(&self).expect("plain data becomes JSON");
+        format!("{:08x}", crc32c::crc32c(&text))
+    }
+}
+
+impl MountNumbers {
+    /// Of the store that `storage` is, opened at `now`.
+    pub(crate) fn open(storage: Arc<dyn Storage>, now: CaptureTime) -> Self {
+        let given = match read(&*storage) {
+            Ok(given) => given,
+            Err(why) => {
+                tracing::warn!("{FILE} cannot be read, so mounts get large numbers from now on: {why}");
+                Given { last: BTreeMap::new(), before: now.0 / 1_000_000 }
+            }
+        };
+        Self { storage, given: Arc::new(Mutex::new(given)) }
+    }
+
+    /// A number that no mount of a disk of this name had.
+    pub(crate) fn next(&self, name: &DiskName) -> u64 {
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = given.before;
+        let last = given.last.entry(name.clone()).or_insert(before);
+        *last += 1;
+        let number = *last;
+        if let Err(error) = write(&*self.storage, &given) {
+            tracing::warn!("the number of a mount could not be noted in {FILE}: {error}");
+        }
+        number
+    }
+}
+
+fn read(storage: &dyn Storage) -> Result<Given, String> {
+    let content = match read_file(storage, Path::new(FILE), FILE_BYTES_MAX) {
+        Ok(content) => content,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Given::default()),
+        Err(error) => return Err(error.to_string()),
+    };
+    let file: NumbersFile = serde_json::from_slice(&content).map_err(|error| error.to_string())?;
+    if file.magic != MAGIC || file.version != VERSION {
+        return Err(format!("expected {MAGIC} {VERSION}, found {} {}", file.magic, file.version));
+    }
+    let (last, before, found) = (file.last.clone(), file.before, file.checksum.clone());
+    let expected = file.sum();
+    if found != expected {
+        return Err(format!("checksum expected {expected}, found {found}"));
+    }
+    Ok(Given { last, before })
+}
+
+fn write(storage: &dyn Storage, given: &Given) -> io::Result<()> {
+    let file = |checksum| NumbersFile {
+        magic: MAGIC.to_owned(),
+        version: VERSION,
+        before: given.before,
+        last: given.last.clone(),
+        checksum,
+    };
+    let content = serde_json::to_vec_pretty(&file(file(String::new()).sum()));
+    replace_file(storage, Path::new(FILE), &content.expect("plain data becomes JSON"))
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_storage::MemoryStorage;
+    use backtide_units::ByteOffset;
+
+    use super::*;
+
+    #[test]
+    fn no_number_is_given_twice_whoever_opens_the_store() {
+        let storage = Arc::new(MemoryStorage::new());
+        let (vm1, vm2): (DiskName, DiskName) = ("vm1".parse().unwrap(), "vm2".parse().unwrap());
+        for life in 0..3 {
+            let numbers = MountNumbers::open(storage.clone(), CaptureTime(0));
+            assert_eq!((numbers.next(&vm1), numbers.next(&vm1)), (life * 2 + 1, life * 2 + 2));
+            assert_eq!(numbers.next(&vm2), life + 1);
+        }
+    }
+
+    #[test]
+    fn after_damage_numbers_are_larger_than_any_before() {
+        let storage = Arc::new(MemoryStorage::new());
+        let vm1: DiskName = "vm1".parse().unwrap();
+        let noon = CaptureTime(1_772_366_400_000_000);
+        let length = |storage: &MemoryStorage| storage.open(Path::new(FILE)).unwrap().len().unwrap().0;
+        MountNumbers::open(storage.clone(), noon).next(&vm1);
+        for byte in 0..length(&storage) {
+            storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
+            // White space may change into other white space.
+            if read(&*storage).is_err() {
+                let given = MountNumbers::open(storage.clone(), noon);
+                assert!(given.given.lock().unwrap().before >= 1_772_366_400, "byte {byte}");
+            }
+            storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
+        }
+        storage.flip_bit(Path::new(FILE), ByteOffset(3), 1);
+        assert_eq!(MountNumbers::open(storage.clone(), noon).next(&vm1), 1_772_366_401);
+        assert_eq!(MountNumbers::open(storage, noon).next(&vm1), 1_772_366_402);
+    }
+}
