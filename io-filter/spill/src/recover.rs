@@ -5,7 +5,7 @@
 //! behind it is removed.
 
 use backtide_protocol::{Decoder, Message, ProtocolError};
-use backtide_units::{ByteOffset, CaptureTime, Epoch, HistoryId};
+use backtide_units::{BlockRange, ByteOffset, CaptureTime, Epoch, HistoryId};
 
 use crate::{
     files::{SpillError, SpillFiles},
@@ -125,11 +125,15 @@ impl Walk<'_> {
     }
 
     fn take(&mut self, message: &Message) -> Result<(), ProtocolError> {
-        let stands = self.ring.end();
+        let (stands, end) = (self.ring.end(), self.ring.limits().end);
         let wrong = |why: String| Err(ProtocolError::Invalid { what: "spilled", why });
         match message {
             Message::Record(record) if record.previous != stands || record.lsn <= stands => {
                 wrong(format!("record {} after {}, the log stands at {stands}", record.lsn, record.previous))
+            }
+            // The blocks that it touches are collected one by one.
+            Message::Record(record) if BlockRange::touched_by(record.range).indices().end > end.0 => {
+                wrong(format!("record {} at {}, the disk ends at block {end}", record.lsn, record.range))
             }
             Message::Flush { lsn, .. } | Message::Mark { lsn, .. } if *lsn > stands => {
                 wrong(format!("a {} at LSN {lsn}, the log stands at {stands}", message.name()))
