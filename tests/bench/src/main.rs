@@ -5,6 +5,7 @@
 //! median over the rounds and its ratio to the peers.
 
 mod fio;
+mod going_back;
 mod report;
 mod servers;
 mod tracking;
@@ -40,9 +41,13 @@ struct Arguments {
     #[arg(long, default_value_t = 512)]
     size: u64,
     /// Only these, by a part of their name: servers of the tables, and rows of tracking and resync
-    /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare, many-disks, restart).
+    /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare, many-disks, restart), and of
+    /// going back (mount-first-byte, restore, boot).
     #[arg(long)]
     only: Vec<String>,
+    /// Writes in the log of which mount-first-byte mounts points; ten million take 6 GB and minutes.
+    #[arg(long, default_value_t = 1_000_000)]
+    records: u64,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -78,8 +83,9 @@ fn main() -> anyhow::Result<()> {
         place: place.path(),
         rounds: arguments.rounds,
         seconds: arguments.seconds,
+        records: arguments.records,
     };
-    for row in tracking::ROWS.iter().filter(|row| arguments.wants(row.name)) {
+    for row in tracking::ROWS.iter().chain(&going_back::ROWS).filter(|row| arguments.wants(row.name)) {
         print!("{}", row.measure(&setting).with_context(|| format!("measure {}", row.name))?);
     }
     Ok(())

@@ -8,7 +8,7 @@ mod latency;
 mod many;
 mod restart;
 mod scattered;
-mod stand;
+pub(crate) mod stand;
 
 use std::path::Path;
 
@@ -18,12 +18,13 @@ pub(crate) struct Setting<'a> {
     pub(crate) place: &'a Path,
     pub(crate) rounds: usize,
     pub(crate) seconds: u32,
+    pub(crate) records: u64,
 }
 
 /// One measurement.
 pub(crate) struct Row {
     pub(crate) name: &'static str,
-    run: fn(&Setting<'_>) -> anyhow::Result<String>,
+    pub(crate) run: fn(&Setting<'_>) -> anyhow::Result<String>,
 }
 
 impl Row {
@@ -46,6 +47,6 @@ pub(crate) const ROWS: [Row; 8] = [
 ];
 
 /// The middle of what the rounds brought.
-fn middle(values: &[f64]) -> f64 {
+pub(crate) fn middle(values: &[f64]) -> f64 {
     crate::report::median(values.to_vec()).unwrap_or(f64::NAN)
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::servers::{succeed, wait_for};
 
 /// See the module's description.
-pub(super) struct Stand {
+pub(crate) struct Stand {
     backtide: PathBuf,
     directory: PathBuf,
     agent: Child,
@@ -39,12 +39,12 @@ impl Drop for Stand {
 
 impl Stand {
     /// The daemons, before a disk is attached.
-    pub(super) fn start(backtide: &Path, directory: &Path, receives: bool) -> anyhow::Result<Self> {
+    pub(crate) fn start(backtide: &Path, directory: &Path, receives: bool) -> anyhow::Result<Self> {
         Self::start_with(backtide, directory, receives, false)
     }
 
     /// The same, with a receiver and an agent that is started again when it dies.
-    pub(super) fn held(backtide: &Path, directory: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn held(backtide: &Path, directory: &Path) -> anyhow::Result<Self> {
         Self::start_with(backtide, directory, true, true)
     }
 
@@ -67,7 +67,7 @@ impl Stand {
     }
 
     /// Attaches the image as `disk`.
-    pub(super) fn attach(&self, image: &Path, options: &[&str]) -> anyhow::Result<()> {
+    pub(crate) fn attach(&self, image: &Path, options: &[&str]) -> anyhow::Result<()> {
         let stream = format!("unix:{}", self.directory.join("stream.sock").display());
         let image = image.to_str().context("a path that is text")?;
         self.obey(
@@ -75,42 +75,55 @@ impl Stand {
         )
     }
 
-    pub(super) fn uri(&self) -> String {
+    pub(crate) fn uri(&self) -> String {
         format!("nbd+unix:///disk?socket={}", self.directory.join("nbd.sock").display())
     }
 
     /// Runs a command of backtide to its end.
-    pub(super) fn obey(&self, arguments: &[&str]) -> anyhow::Result<()> {
+    pub(crate) fn obey(&self, arguments: &[&str]) -> anyhow::Result<()> {
         let mut command = daemon(&self.backtide, &self.directory);
         command.args(arguments);
         succeed(&mut command)
     }
 
-    pub(super) fn wait_for_sync(&self) -> anyhow::Result<()> {
+    pub(crate) fn wait_for_sync(&self) -> anyhow::Result<()> {
         self.obey(&["wait", "disk", "--for", "sync", "--timeout", "30m"])
     }
 
-    pub(super) fn status(&self) -> anyhow::Result<Value> {
+    pub(crate) fn status(&self) -> anyhow::Result<Value> {
+        Ok(self.ask(&["status", "disk"])?["disks"][0].clone())
+    }
+
+    /// What a command of backtide answers.
+    pub(crate) fn ask(&self, arguments: &[&str]) -> anyhow::Result<Value> {
         let mut command = daemon(&self.backtide, &self.directory);
-        let output = command.args(["--json", "status", "disk"]).stdout(Stdio::piped()).output()?;
-        let status: Value = serde_json::from_slice(&output.stdout).context("read the status")?;
-        Ok(status["disks"][0].clone())
+        let output = command.arg("--json").args(arguments).stdout(Stdio::piped()).output()?;
+        serde_json::from_slice(&output.stdout).with_context(|| format!("the answer to {arguments:?}"))
+    }
+
+    /// Ends the receiver in good order and starts another: nothing of the log is in its memory then.
+    pub(crate) fn restart_receiver(&mut self) -> anyhow::Result<()> {
+        let receiver = self.receiver.as_mut().context("a stand with a receiver")?;
+        succeed(Command::new("kill").arg(receiver.id().to_string()))?;
+        receiver.wait()?;
+        *receiver = daemon(&self.backtide, &self.directory).args(["receiver", "run"]).spawn()?;
+        wait_for(&self.directory.join("receiver.sock"))
     }
 
     /// Everything the agent has written to files and sockets so far, in bytes.
-    pub(super) fn agent_wrote(&self) -> anyhow::Result<u64> {
+    pub(crate) fn agent_wrote(&self) -> anyhow::Result<u64> {
         let io = std::fs::read_to_string(format!("/proc/{}/io", self.agent.id()))?;
         let written = io.lines().find_map(|line| line.strip_prefix("wchar: "));
         Ok(written.context("a count of bytes written")?.trim().parse()?)
     }
 
     /// The process that was started to be the agent, or to hold it.
-    pub(super) fn agent_id(&self) -> u32 {
+    pub(crate) fn agent_id(&self) -> u32 {
         self.agent.id()
     }
 
     /// Where the receiver keeps its disks.
-    pub(super) fn store(&self) -> PathBuf {
+    pub(crate) fn store(&self) -> PathBuf {
         self.directory.join("store")
     }
 }
