@@ -313,7 +313,11 @@ impl Streaming {
                 self.asked = (self.received, if durable { self.received } else { self.asked.1 });
                 return Ok(None);
             }
-            Message::Ping => return Ok(None),
+            Message::Ping => {
+                // Whoever asks whether this side is alive does not wait for the next sync.
+                self.asked.0 = self.received;
+                return Ok(None);
+            }
             other @ (Message::Hello(_)
             | Message::Welcome(_)
             | Message::CompareResult(_)

@@ -100,3 +100,23 @@ async fn the_end_of_the_interval_makes_everything_durable() {
     }
     receiver.shutdown().await;
 }
+
+/// An agent that hears nothing takes the receiver for hung.
+#[tokio::test]
+async fn a_ping_is_answered_while_the_receiver_gathers() {
+    let place = Place::new();
+    let receiver = Receiver::start(patient(&place)).await.unwrap();
+    let mut agent = synced(&receiver, 1, "vm1").await;
+    agent.send(&write(6, 0, vec![6; 4096])).await;
+    let record = agent.sent;
+    agent.send(&Message::Ping).await;
+    let durable = loop {
+        match agent.next().await {
+            Some(Message::Ack { received, durable, .. }) if received == agent.sent => break durable,
+            Some(Message::Ack { .. } | Message::Ping) => {}
+            other => panic!("expected an acknowledgement, found {other:?}"),
+        }
+    };
+    assert!(durable < record, "it did not wait for the sync");
+    receiver.shutdown().await;
+}
