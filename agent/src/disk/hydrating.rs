@@ -52,7 +52,7 @@ pub(crate) struct HydratingDisk {
     stopped: Cell<bool>,
     /// Requests that wait for a fetch.
     waiting: Cell<usize>,
-    /// Fetches that write the image now.
+    /// What writes the image or the hydration file now, beside the changes of guests.
     storing: Cell<usize>,
     /// Bytes a second that are fetched without being asked for; 0: no limit.
     rate_max: Cell<u64>,
@@ -176,7 +176,12 @@ impl HydratingDisk {
 
     async fn flush(&self) -> Result<LocalData, IoFailure> {
         let (file, image) = (Arc::clone(&self.file), Arc::clone(self.image.image()));
+        self.storing.set(self.storing.get() + 1);
         let settled = blocking(move || file.settle(|| image.sync())).await;
+        self.storing.set(self.storing.get() - 1);
+        if self.stopped.get() {
+            self.changed.notify_waiters();
+        }
         settled.map(|()| LocalData::Changed).map_err(failure)
     }
 

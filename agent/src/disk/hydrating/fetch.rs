@@ -4,6 +4,7 @@
 //! waits. What the receiver has lost is found out block by block, and is an error of those blocks from then on.
 
 use std::{
+    cell::Cell,
     io,
     num::NonZeroU64,
     pin::Pin,
@@ -29,9 +30,24 @@ use crate::disk::{
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LAST: Duration = Duration::from_secs(5);
 
-/// Fetches under way that nobody has asked for, and as many while somebody waits.
-const AHEAD_MAX: usize = 4;
-const AHEAD_MAX_BESIDE_GUEST: usize = 1;
+/// Fetches under way that nobody has asked for, and their blocks. What is scattered takes many small ones.
+const AHEAD_MAX: Ahead = Ahead { fetches: 16, blocks: 1024 };
+
+/// The same while somebody waits for another.
+const AHEAD_MAX_BESIDE_GUEST: Ahead = Ahead { fetches: 2, blocks: 256 };
+
+/// What is fetched without being asked for.
+#[derive(Clone, Copy, Default)]
+struct Ahead {
+    fetches: u64,
+    blocks: u64,
+}
+
+impl Ahead {
+    fn is_below(self, most: Self) -> bool {
+        self.fetches < most.fetches && self.blocks < most.blocks
+    }
+}
 
 /// How long what could not be stored is left alone by whoever fetches everything.
 const STORE_RETRY: Duration = Duration::from_secs(5);
@@ -177,7 +193,7 @@ impl HydratingDisk {
         let mut from = BlockIndex(0);
         let mut failures = self.failure_count.get();
         let mut runs = 0_u64;
-        let ahead = Rc::new(std::cell::Cell::new(0));
+        let ahead = Rc::new(Cell::new(Ahead::default()));
         while !self.stopped.get() && !self.complete.get() {
             let changed = self.changed.notified();
             let most = if self.waiting.get() > 0 { AHEAD_MAX_BESIDE_GUEST } else { AHEAD_MAX };
@@ -191,14 +207,16 @@ impl HydratingDisk {
                 missing.next_unfetched(from).or_else(|| missing.next_unfetched(BlockIndex(0)))
             };
             match next {
-                Some(run) if ahead.get() < most => {
+                Some(run) if ahead.get().is_below(most) => {
                     from = run.end();
-                    ahead.set(ahead.get() + 1);
+                    let (Ahead { fetches, blocks }, count) = (ahead.get(), run.count().0);
+                    ahead.set(Ahead { fetches: fetches + 1, blocks: blocks + count });
                     let id = self.missing.borrow_mut().begin_fetch(run);
                     let (disk, ahead) = (Rc::clone(&self), Rc::clone(&ahead));
                     tokio::task::spawn_local(async move {
                         Rc::clone(&disk).fetch(id, run).await;
-                        ahead.set(ahead.get() - 1);
+                        let Ahead { fetches, blocks } = ahead.get();
+                        ahead.set(Ahead { fetches: fetches - 1, blocks: blocks - count });
                         disk.changed.notify_waiters();
                     });
                     self.keep_pace(run.count()).await;
