@@ -46,19 +46,23 @@ struct Listing {
 }
 
 impl Inspect {
-    /// Prints the listing; ends with the code of damage when the header, which all of it hangs on, is
-    /// damaged. Damage of an entry is a line of the listing.
+    /// Prints the listing; ends with the code of damage when anything in a segment is damaged, which a line of
+    /// the listing names.
     pub(crate) fn run(self, context: &Context) -> Result<Ending, Failure> {
         let kind = self.kind()?;
-        let ending = self.print(context, kind)?;
+        let whole = self.print(context, kind)?;
         if kind != Kind::Segment {
-            return Ok(ending);
+            return Ok(Ending::Done);
         }
         if let Some(why) = self.bad_header()? {
             context.warn(&format!("the segment is damaged: {why}"));
             return Ok(Ending::Found(ErrorCode::Damaged));
         }
-        Ok(ending)
+        if !whole {
+            context.warn("the segment is damaged: the listing says where");
+            return Ok(Ending::Found(ErrorCode::Damaged));
+        }
+        Ok(Ending::Done)
     }
 
     /// What the file is; refuses what was never of a store, before anything is printed.
@@ -101,19 +105,20 @@ impl Inspect {
         Ok(header.err().map(|error| error.to_string()))
     }
 
-    fn print(&self, context: &Context, kind: Kind) -> Result<Ending, Failure> {
+    /// Prints it; whether all of it is whole.
+    fn print(&self, context: &Context, kind: Kind) -> Result<bool, Failure> {
         if !context.json() {
             let mut out = io::BufWriter::new(io::stdout().lock());
-            return self.list(kind, &mut out).map(|()| Ending::Done);
+            return self.list(kind, &mut out);
         }
         let mut text = Vec::new();
-        self.list(kind, &mut text)?;
+        let whole = self.list(kind, &mut text)?;
         let lines = String::from_utf8_lossy(&text).lines().map(str::to_owned).collect();
         context.print(&Listing { file: self.file.clone(), lines }, String::new)?;
-        Ok(Ending::Done)
+        Ok(whole)
     }
 
-    fn list(&self, kind: Kind, out: &mut dyn io::Write) -> Result<(), Failure> {
+    fn list(&self, kind: Kind, out: &mut dyn io::Write) -> Result<bool, Failure> {
         let name = self.file.display();
         let path = std::path::absolute(&self.file).map_err(|error| io_failure(name, &error))?;
         let (Some(parent), Some(file)) = (path.parent(), path.file_name()) else {
@@ -131,11 +136,11 @@ impl Inspect {
             .map_err(|error| io_failure(format_args!("open {}", parent.display()), &error))?;
         let listed = match kind {
             Kind::Segment => backtide_segment::inspect(&storage, file.as_ref(), out),
-            Kind::Pack => backtide_images::inspect(&storage, file.as_ref(), out),
-            Kind::Base => backtide_recovery::inspect_base(&storage, file.as_ref(), out),
+            Kind::Pack => backtide_images::inspect(&storage, file.as_ref(), out).map(|()| true),
+            Kind::Base => backtide_recovery::inspect_base(&storage, file.as_ref(), out).map(|()| true),
         };
-        match listed.and_then(|()| out.flush()) {
-            Ok(()) => Ok(()),
+        match listed.and_then(|whole| out.flush().map(|()| whole)) {
+            Ok(whole) => Ok(whole),
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::ClosedPipe),
             Err(error) => Err(failed(format!("inspect {}: {error}", self.file.display()))),
         }

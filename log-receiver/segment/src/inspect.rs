@@ -7,27 +7,28 @@ use backtide_units::{ByteCount, PayloadChecksum};
 
 use crate::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, scan};
 
-/// Writes a readable listing of one segment file, one entry a line; damage is a line of the listing.
+/// Writes a readable listing of one segment file, one entry a line; damage is a line of the listing. Whether
+/// there is none.
 ///
 /// # Errors
 /// Of opening the file and of writing to `out`.
-pub fn inspect(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> io::Result<()> {
+pub fn inspect(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> io::Result<bool> {
     let file = SegmentFile::new(storage.open(path)?, storage.display(path));
     writeln!(out, "{}", file.name().display())?;
     let header = match file.header() {
         Ok(header) => header,
-        Err(error) => return writeln!(out, "no header: {error}"),
+        Err(error) => return writeln!(out, "no header: {error}").map(|()| false),
     };
     writeln!(out, "segment {} of disk {}, history {}", header.id, header.disk, header.history)?;
     writeln!(out, "first entry {}, created when {} was durable", header.first_seq, header.synced)?;
     match SealedSegment::open(&file, header) {
         Ok(Some(sealed)) => {
-            entries(&file, header, sealed.entries_end(), out)?;
-            footer(&file, &sealed, out)
+            let whole = entries(&file, header, sealed.entries_end(), out)?;
+            Ok(footer(&file, &sealed, out)? && whole)
         }
         Ok(None) => match scan(&file, header, Seq(0), Seq(0)) {
             Ok(scanned) => {
-                entries(&file, header, scanned.end, out)?;
+                let whole = entries(&file, header, scanned.end, out)? && scanned.damaged.is_empty();
                 writeln!(
                     out,
                     "not sealed; ends at byte {}, then {} stray bytes",
@@ -36,11 +37,11 @@ pub fn inspect(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> i
                 for (seq, position) in scanned.damaged {
                     writeln!(out, "entry {seq} at byte {position} has a damaged payload")?;
                 }
-                Ok(())
+                Ok(whole)
             }
-            Err(error) => writeln!(out, "not sealed: {error}"),
+            Err(error) => writeln!(out, "not sealed: {error}").map(|()| false),
         },
-        Err(error) => writeln!(out, "no footer: {error}"),
+        Err(error) => writeln!(out, "no footer: {error}").map(|()| false),
     }
 }
 
@@ -49,11 +50,12 @@ fn entries(
     header: SegmentHeader,
     end: backtide_units::ByteOffset,
     out: &mut dyn io::Write,
-) -> io::Result<()> {
+) -> io::Result<bool> {
+    let mut whole = true;
     for item in file.headers(header, end) {
         let (entry, position) = match item {
             Ok(item) => item,
-            Err(error) => return writeln!(out, "{error}"),
+            Err(error) => return writeln!(out, "{error}").map(|()| false),
         };
         write!(
             out,
@@ -69,6 +71,7 @@ fn entries(
                 entry.entry(payload).map_err(|what| file.damaged(position.offset().0, what.to_owned()))?;
             Ok((payload_length, text))
         });
+        whole &= content.is_ok();
         match content {
             Ok((length, _)) if entry.kind.is_data() => {
                 let pieces = PayloadChecksum::pieces_in(ByteCount(length as u64));
@@ -80,10 +83,10 @@ fn entries(
             Err(error) => writeln!(out, " {error}")?,
         }
     }
-    Ok(())
+    Ok(whole)
 }
 
-fn footer(file: &SegmentFile, sealed: &SealedSegment, out: &mut dyn io::Write) -> io::Result<()> {
+fn footer(file: &SegmentFile, sealed: &SealedSegment, out: &mut dyn io::Write) -> io::Result<bool> {
     let stats = sealed.stats();
     writeln!(
         out,
@@ -111,8 +114,9 @@ fn footer(file: &SegmentFile, sealed: &SealedSegment, out: &mut dyn io::Write) -
         }
         Err(error) => writeln!(out, "{error}")?,
     }
+    // It reads the summary too.
     match sealed.verify(file) {
-        Ok(()) => Ok(()),
-        Err(error) => writeln!(out, "DAMAGED: {error}"),
+        Ok(()) => Ok(true),
+        Err(error) => writeln!(out, "DAMAGED: {error}").map(|()| false),
     }
 }

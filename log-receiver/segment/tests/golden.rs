@@ -183,13 +183,31 @@ fn inspect_lists_every_entry() {
     for name in ["open.seg", "sealed.seg"] {
         let (storage, _) = loaded(name);
         let mut out = Vec::new();
-        inspect(&storage, Path::new(name), &mut out).expect("a listing");
+        assert!(inspect(&storage, Path::new(name), &mut out).expect("a listing"), "it is whole");
         let text = String::from_utf8(out).expect("text");
         for seq in 40..51 {
             assert!(text.contains(&format!(" #{seq} ")), "{text}");
         }
         assert!(text.contains("vor dem Größeren") && text.contains("first protection"), "{text}");
         assert!(!text.contains("DAMAGED"), "{text}");
+    }
+}
+
+#[test]
+fn inspect_tells_whether_a_payload_is_damaged() {
+    for name in ["sealed.seg", "pieces.seg"] {
+        let (storage, file) = loaded(name);
+        let header = file.header().expect("a header");
+        let (payload, position) = file
+            .headers(header, ByteOffset(u64::MAX))
+            .map_while(Result::ok)
+            .find(|(header, _)| header.kind.is_data() && header.payload_length > 0)
+            .expect("an entry with a payload");
+        let middle = position.offset().0 + payload.stored_length() / 2;
+        storage.flip_bit(Path::new(name), ByteOffset(middle), 1);
+        let mut out = Vec::new();
+        let whole = inspect(&storage, Path::new(name), &mut out).expect("a listing");
+        assert!(!whole, "{name}: {}", String::from_utf8_lossy(&out));
     }
 }
 

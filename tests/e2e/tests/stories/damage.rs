@@ -50,6 +50,8 @@ fn a_flipped_bit_in_a_sealed_segment_is_named_and_other_points_are_served() {
     });
     let holder = holder.expect("a segment holds the data");
     flip(&holder, 0x5c);
+    let listing = bench.plain(&["inspect", holder.to_str().unwrap()]);
+    assert_eq!((listing.code, listing.stdout.contains("DAMAGED")), (8, true), "{listing:?}");
     // A receiver that has nothing of it in memory.
     receiver.kill();
     let mut receiver = bench.receiver_with("[limits]\nsegment_bytes = 1048576\n");
