@@ -36,6 +36,8 @@ mod config;
 mod facts;
 mod findings;
 mod fsck;
+#[cfg(test)]
+mod hostile;
 mod mount_numbers;
 mod mounts;
 mod overlay_export;

@@ -4,12 +4,14 @@
 //! somebody pinned as long as they are pinned, and locked ones until a time, even when the store is full. Nothing goes that the ladder still promises, unless the store is nearly full and
 //! the receiver was told to shrink the oldest history then.
 
+mod forecast;
 mod keeper;
 mod ladder;
 mod locks;
 mod plan;
 mod policy;
 
+pub(crate) use forecast::Growth;
 pub(crate) use keeper::{Keeper, KeeperWatch};
 pub(crate) use ladder::{Ladder, LadderError, Span};
 pub(crate) use locks::{Lock, Moment};

@@ -93,6 +93,7 @@ impl ReceiverService for Service {
             log_bytes: ByteCount(facts.iter().map(|facts| facts.log_bytes.0).sum()),
             free_bytes: free,
             free_bytes_min: self.space_floor,
+            growth: self.growth(),
             disks: facts.len() as u64,
             connected: facts.iter().filter(|facts| facts.connected).count() as u64,
             mounts: mounts.mounts.len() as u64,

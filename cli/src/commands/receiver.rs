@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_log_receiver::{Config, ListenError, StartError, StoreFileError};
-use backtide_receiver_api::ReceiverStatus;
+use backtide_receiver_api::{ReceiverStatus, StoreGrowth};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
@@ -19,7 +19,7 @@ use crate::{
     context::Context,
     ending::{Ending, Failure, wrong_usage},
     output::facts,
-    quantity::{size_both, time_text},
+    quantity::{duration_text, size_both, size_text, time_text},
 };
 
 /// `backtide receiver`
@@ -148,6 +148,19 @@ pub(crate) fn store_failure_code(error: &StoreFileError) -> ErrorCode {
     }
 }
 
+/// How the store fills, and when it is full if that goes on.
+fn growth_text(growth: &StoreGrowth) -> String {
+    let over = duration_text(growth.over_seconds as f64);
+    match growth.full_in_seconds {
+        Some(left) => format!(
+            "{} a second in the last {over}: full in {} at that rate",
+            size_text(growth.bytes_per_second),
+            duration_text(left as f64)
+        ),
+        None => format!("none in the last {over}"),
+    }
+}
+
 fn status_text(status: &ReceiverStatus) -> String {
     let mut lines = vec![
         ("store", format!("{} ({})", status.store, status.store_id)),
@@ -159,6 +172,9 @@ fn status_text(status: &ReceiverStatus) -> String {
         ),
         ("mounts", status.mounts.to_string()),
     ];
+    if let Some(growth) = &status.growth {
+        lines.push(("growth", growth_text(growth)));
+    }
     if let Some(certificate) = &status.certificate {
         let until = time_text(certificate.not_after);
         lines.push(("certificate", format!("{}, valid until {until}", certificate.subject)));

@@ -26,6 +26,9 @@ pub struct ReceiverStatus {
     pub free_bytes: ByteCount,
     /// New data is refused when less than this is left.
     pub free_bytes_min: ByteCount,
+    /// How the store filled in the last hour; none when it was not open for a minute.
+    #[serde(default)]
+    pub growth: Option<StoreGrowth>,
     /// How many disks it keeps.
     pub disks: u64,
     /// How many of them are connected.
@@ -102,4 +105,15 @@ pub struct ReceiverDisk {
     /// and place.
     #[serde(default)]
     pub damage: Vec<String>,
+}
+
+/// How the store's file system filled lately, and what that comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreGrowth {
+    /// Bytes a second; 0 when what is free did not become less.
+    pub bytes_per_second: ByteCount,
+    /// In so many seconds.
+    pub over_seconds: u64,
+    /// New data is refused after so many seconds, if that goes on; none when it does not grow.
+    pub full_in_seconds: Option<u64>,
 }

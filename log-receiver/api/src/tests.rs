@@ -122,6 +122,7 @@ impl ReceiverService for Fake {
             log_bytes: ByteCount(1),
             free_bytes: ByteCount(2),
             free_bytes_min: ByteCount(3),
+            growth: None,
             disks: 1,
             connected: 1,
             mounts: 0,

@@ -20,7 +20,7 @@ use backtide_recovery::{Base, FoldError, KeptPoint, RebaseTicket, Rebased, Snaps
 use backtide_units::{ByteCount, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Plan, Policies, Pressure, SLOTS_MAX, every_change_from, plan};
+use super::{Growth, Plan, Policies, Pressure, SLOTS_MAX, every_change_from, forecast::Forecast, plan};
 use crate::{
     Shelf,
     accept::Door,
@@ -54,6 +54,8 @@ pub(crate) struct KeeperStatus {
     pub(crate) freed: ByteCount,
     /// The store has little room left.
     pub(crate) low: Option<String>,
+    /// How the store filled; none when it is too early to say.
+    pub(crate) growth: Option<Growth>,
     /// Rounds that have ended.
     pub(crate) rounds: u64,
 }
@@ -88,6 +90,8 @@ struct Work {
     left: Option<BTreeMap<DiskId, ByteCount>>,
     /// What was free when a disk's images did not fit.
     no_room: BTreeMap<DiskId, ByteCount>,
+    started: Instant,
+    forecast: Forecast,
 }
 
 /// The receiver is shutting down.
@@ -120,6 +124,8 @@ impl Keeper {
             shrunk_last: None,
             left: None,
             no_room: BTreeMap::new(),
+            started: Instant::now(),
+            forecast: Forecast::default(),
         };
         let thread = std::thread::Builder::new().name("retention".to_owned()).spawn(move || work.run())?;
         Ok(Self { shared, thread: Some(thread) })
@@ -252,13 +258,14 @@ impl Work {
         }
     }
 
-    fn look_at_the_room(&self) -> Pressure {
+    fn look_at_the_room(&mut self) -> Pressure {
         let low = self.low();
         let free = match self.shelf.storage.free_space() {
             Ok(free) => free,
             // A store that has gone is told of elsewhere.
             Err(_) => return Pressure::None,
         };
+        let growth = self.forecast.look(self.started.elapsed(), free, self.shelf.space_floor);
         let why = (free.0 < low).then(|| {
             let then = match (self.settings.on_full, self.held()) {
                 (OnFull::Refuse, _) => "new data is refused when it is full".to_owned(),
@@ -279,6 +286,7 @@ impl Work {
             tracing::warn!(why, "little room");
         }
         status.low = why;
+        status.growth = growth;
         if status.low.is_some() && self.settings.on_full == OnFull::Shrink {
             Pressure::Shrink
         } else {

@@ -1,9 +1,20 @@
 //! What a person should look at now, in the control API's answers.
 
+use backtide_receiver_api::StoreGrowth;
+
 use super::Service;
 use crate::facts::DiskFacts;
 
 impl Service {
+    /// How the store fills.
+    pub(super) fn growth(&self) -> Option<StoreGrowth> {
+        self.keeper.status().growth.map(|growth| StoreGrowth {
+            bytes_per_second: growth.bytes_per_second,
+            over_seconds: growth.over.as_secs(),
+            full_in_seconds: growth.full_in.map(|left| left.as_secs()),
+        })
+    }
+
     /// What a person should look at now.
     pub(super) fn alarms(&self, facts: &[DiskFacts]) -> Vec<String> {
         let mut alarms: Vec<String> = self.watch.check().err().into_iter().collect();

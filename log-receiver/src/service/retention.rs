@@ -17,6 +17,8 @@ use crate::{
 
 impl Service {
     pub(super) async fn report_retention(&self, disk: Option<DiskName>) -> Result<RetentionReport, ApiError> {
+        // First of all: what is told of disks and room is as new as the rounds that are counted.
+        let keeper = self.keeper.status();
         let wanted = disk.map(|name| self.find(&name)).transpose()?;
         let mut facts = self.own_facts().await?;
         facts.retain(|facts| wanted.is_none_or(|wanted| wanted == facts.id));
@@ -33,7 +35,6 @@ impl Service {
             .read(move || images.size())
             .await?
             .map_err(|error| points::log_error(&LogError::from(error)))?;
-        let keeper = self.keeper.status();
         Ok(RetentionReport {
             default: self.policies.default_ladder().to_string(),
             on_full: match self.on_full {

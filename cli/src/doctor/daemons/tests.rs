@@ -17,6 +17,7 @@ fn receiver(free: u64) -> ReceiverStatus {
         log_bytes: ByteCount(0),
         free_bytes: ByteCount(free),
         free_bytes_min: ByteCount(64 << 20),
+        growth: None,
         disks: 1,
         connected: 1,
         overlays: 0,
