@@ -143,12 +143,16 @@ fn rounds() -> u64 {
 
 #[test]
 fn whoever_dies_in_a_rewind_leaves_one_point_or_the_other() {
+    // Which step, and at which occurrence: the first attach is that of the agent's start.
     let steps = [
-        KillPoint::RewindDetached,
-        KillPoint::HydrationMade,
-        KillPoint::HydrationStored,
-        KillPoint::HydrationNoted,
-        KillPoint::HydrationFinished,
+        (KillPoint::RewindDetached, 1),
+        (KillPoint::HydrationMade, 1),
+        (KillPoint::AttachTracking, 2),
+        (KillPoint::AttachRecord, 2),
+        (KillPoint::AttachServed, 2),
+        (KillPoint::HydrationStored, 1),
+        (KillPoint::HydrationNoted, 1),
+        (KillPoint::HydrationFinished, 1),
     ];
     let bench = Bench::new();
     let (_receiver, mut agent, disk) = bench.protected(SIZE, &["--cache", "direct"]);
@@ -157,14 +161,14 @@ fn whoever_dies_in_a_rewind_leaves_one_point_or_the_other() {
     let mut seeds = 1..;
     let mut seed = || seeds.next().expect("there are more numbers");
     let mut points = Vec::new();
-    for step in (0..rounds()).flat_map(|_| steps) {
+    for (step, times) in (0..rounds()).flat_map(|_| steps) {
         write(&disk, &mut model, seed(), 40);
         let (early, at_early) = (disk.last(), model.clone());
         points.push((early, at_early.clone()));
         write(&disk, &mut model, seed(), 40);
         points.push((disk.last(), model.clone()));
         assert_eq!(agent.stop(), 0);
-        let mut doomed = bench.doomed(&["agent", "run"], step.name());
+        let mut doomed = bench.doomed(&["agent", "run"], &format!("{}:{times}", step.name()));
         for state in ["sync", "durable"] {
             while !doomed.is_dead() && bench.run(&["wait", "vm1", "--for", state]).code != 0 {}
         }
