@@ -4,6 +4,7 @@
 //! attached twice; every other disk goes on meanwhile, whatever that one waits for.
 
 mod errors;
+mod failover;
 mod leave;
 mod origin;
 mod resize;
@@ -168,11 +169,12 @@ impl Registry {
             _ => failed(&error),
         })?;
         refuse_adopted(&request, known.as_ref())?;
-        let from = request.from;
+        let (from, failover) = (request.from, request.adopt.filter(|_| request.failover));
         let record = self.record_for(request, known);
-        let record = match from {
-            Some(from) => self.begin_from(record, from).await?,
-            None => record,
+        let record = match (from, failover) {
+            (Some(from), _) => self.begin_from(record, from).await?,
+            (None, Some(adopted)) => self.begin_failover(record, adopted).await?,
+            (None, None) => record,
         };
         let name = record.name.clone();
         let handle = match self.start(&claim, record, Duration::ZERO).await {
@@ -209,6 +211,7 @@ impl Registry {
             stream_tls,
             adopt,
             from: _,
+            failover: _,
         } = request;
         let fresh = || DiskRecord::new(name.clone(), image.clone(), receiver.clone());
         let mut record = match adopt {

@@ -4,9 +4,9 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    agent, attach, completions, control, demo, diff, doctor, files, find_change, fsck, inspect, limits, mark,
-    mount, pki, points, receiver, resize, restore, resync, retention, rewind, scrub, status, support_bundle,
-    up, verify, wait,
+    agent, attach, completions, control, demo, diff, doctor, failover, files, find_change, fsck, inspect,
+    limits, mark, mount, pki, points, receiver, resize, restore, resync, retention, rewind, scrub, status,
+    support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -90,6 +90,8 @@ pub(crate) enum Command {
     Unmount(mount::Unmount),
     /// Write a point of a disk to a file, a device or an NBD server
     Restore(restore::Restore),
+    /// Have a disk go on here whose host is gone: at its latest point, with its history
+    Failover(Box<failover::Failover>),
     /// Set the live disk back to a point: it is used at once, what changed comes meanwhile
     Rewind(rewind::Rewind),
     /// Compare the live disk with the receiver, while the guest goes on
@@ -133,6 +135,7 @@ impl Command {
             | Self::Resize(_)
             | Self::Limits(_)
             | Self::Mark(_)
+            | Self::Failover(_)
             | Self::Rewind(_)
             | Self::Points(_)
             | Self::Diff(_)

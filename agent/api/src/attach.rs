@@ -45,6 +45,10 @@ pub struct AttachRequest {
     /// A point at the receiver that a new disk begins as; its image is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<FromPoint>,
+    /// With `adopt`: the host that had the disk is gone, or is to be fenced. The disk goes on here at its latest point; its
+    /// image is made.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub failover: bool,
 }
 
 /// A point of another disk that a new one begins as.

@@ -177,6 +177,7 @@ fn attach_request() -> AttachRequest {
         stream_tls: None,
         adopt: None,
         from: None,
+        failover: false,
     }
 }
 

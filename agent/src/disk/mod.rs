@@ -4,6 +4,7 @@
 //! guest's side, [`local`] the disk behind, [`image_disk`] and [`nbd_disk`] its kinds, [`stream`] the way
 //! to the receiver, [`status`] what can be told of it all.
 
+pub(crate) mod claim;
 mod dial;
 pub(crate) mod engine;
 mod export;

@@ -25,13 +25,13 @@ pub(crate) trait Sources: Send + Sync {
     /// The point at the receiver that `dialer` reaches; connected when something is asked of it.
     fn open(&self, point: SourcePoint, dialer: Dialer) -> Rc<dyn PointSource>;
 
-    /// A point of which only the history and the LSN are known.
+    /// A point of which at most the history and the LSN are known; none: the latest.
     fn find(
         &self,
         dialer: Dialer,
         disk: DiskId,
         history: Option<HistoryId>,
-        lsn: Lsn,
+        lsn: Option<Lsn>,
     ) -> Fetching<'static, Rc<dyn PointSource>>;
 }
 
@@ -48,9 +48,9 @@ impl Sources for Remote {
         dialer: Dialer,
         disk: DiskId,
         history: Option<HistoryId>,
-        lsn: Lsn,
+        lsn: Option<Lsn>,
     ) -> Fetching<'static, Rc<dyn PointSource>> {
-        Box::pin(find_point(dialer, disk, history, Some(lsn)))
+        Box::pin(find_point(dialer, disk, history, lsn))
     }
 }
 

@@ -100,7 +100,8 @@ impl Registry {
             // A source belongs to one thread.
             let local = LocalSet::new();
             let look = async {
-                let source = sources.find(Dialer::new(receiver, tls), from.disk, None, from.lsn).await?;
+                let source =
+                    sources.find(Dialer::new(receiver, tls), from.disk, None, Some(from.lsn)).await?;
                 let mut missing = source.data().await?;
                 missing.keep_only(BlockRange::whole_disk(source.point().size));
                 if !missing.is_empty() {
@@ -113,23 +114,28 @@ impl Registry {
         let silent = |_| FetchError::Unreachable("the receiver does not answer".to_owned());
         let found = waiting(looking).await?.unwrap_or_else(|late| Err(silent(late)));
         found.map_err(|error| {
-            let message =
-                format!("disk {} cannot begin at LSN {} of {}: {error}", record.name, from.lsn, from.disk);
-            match error {
-                FetchError::Unreachable(_) => ApiError::new(ErrorCode::Unreachable, message),
-                FetchError::Damaged(_) => ApiError::new(ErrorCode::Damaged, message),
-                FetchError::Refused(_) => ApiError::new(ErrorCode::Refused, message),
-            }
+            let what = format!("disk {} cannot begin at LSN {} of {}", record.name, from.lsn, from.disk);
+            fetch_error(&what, error)
         })
     }
 }
 
-fn io_error(what: &str, error: &io::Error) -> ApiError {
+/// Why a point cannot be had, in the control API's words.
+pub(super) fn fetch_error(what: &str, error: FetchError) -> ApiError {
+    let message = format!("{what}: {error}");
+    match error {
+        FetchError::Unreachable(_) => ApiError::new(ErrorCode::Unreachable, message),
+        FetchError::Damaged(_) => ApiError::new(ErrorCode::Damaged, message),
+        FetchError::Refused(_) => ApiError::new(ErrorCode::Refused, message),
+    }
+}
+
+pub(super) fn io_error(what: &str, error: &io::Error) -> ApiError {
     ApiError::new(ErrorCode::Failed, format!("cannot {what}: {error}"))
 }
 
 /// Refuses an image that has a byte, or could be somebody's disk; `begun` when it was made for this one already.
-fn refuse_used(image: &str, begun: bool) -> Result<(), ApiError> {
+pub(super) fn refuse_used(image: &str, begun: bool) -> Result<(), ApiError> {
     let path = Path::new(image);
     if !path.is_absolute() {
         let message = format!("{image} is no raw file, and only that can begin as a point of another disk");
@@ -154,7 +160,7 @@ fn refuse_used(image: &str, begun: bool) -> Result<(), ApiError> {
 }
 
 /// Makes the image, all of it a hole, durably; its inode.
-fn make_image(image: &Path, size: ByteCount) -> io::Result<u64> {
+pub(super) fn make_image(image: &Path, size: ByteCount) -> io::Result<u64> {
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(image)?;
     file.set_len(size.0)?;
     file.sync_all()?;

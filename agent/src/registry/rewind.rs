@@ -189,7 +189,7 @@ impl Registry {
             // A source belongs to one thread.
             let local = LocalSet::new();
             let plan = async {
-                let source = sources.find(Dialer::new(receiver, tls), uuid, Some(history), to).await?;
+                let source = sources.find(Dialer::new(receiver, tls), uuid, Some(history), Some(to)).await?;
                 let point = source.point().clone();
                 if point.size != size {
                     let why = format!("the disk had {} bytes then and has {size} now", point.size);

@@ -10,6 +10,7 @@ use backtide_agent_api::{
     OnOutage, StreamTls,
 };
 use backtide_control::{Address, ApiError, ErrorCode};
+use backtide_receiver_api::ReceiverDisk;
 use backtide_units::{ByteCount, DiskName};
 use clap::{Args, builder::PossibleValuesParser, builder::TypedValueParser};
 
@@ -145,8 +146,21 @@ impl Policy {
             activity_extent_bytes: self.activity_extent_size,
         };
         let (ack, on_outage, cache) = (self.ack, self.on_outage, self.cache);
-        let (stream_tls, adopt, from) = (None, None, None);
-        AttachRequest { name, image, receiver, nbd, ack, on_outage, cache, limits, stream_tls, adopt, from }
+        let (stream_tls, adopt, from, failover) = (None, None, None, false);
+        AttachRequest {
+            name,
+            image,
+            receiver,
+            nbd,
+            ack,
+            on_outage,
+            cache,
+            limits,
+            stream_tls,
+            adopt,
+            from,
+            failover,
+        }
     }
 }
 
@@ -213,13 +227,18 @@ async fn adopted(context: &Context, api: &ReceiverApi, name: &DiskName) -> Resul
             .with_hint("detach it there first, or attach this image under another name")
             .into());
     }
-    Ok(Adopted {
+    Ok(adopted_of(&disk))
+}
+
+/// The same of a disk that the receiver has told of.
+pub(crate) fn adopted_of(disk: &ReceiverDisk) -> Adopted {
+    Adopted {
         uuid: disk.uuid,
         history: disk.history,
         epoch: disk.epoch,
         durable: disk.durable,
         last_time: disk.last_time,
-    })
+    }
 }
 
 /// A receiver refuses a disk it never met because it keeps another one of that name: most likely the

@@ -131,6 +131,7 @@ impl Stage<'_> {
             stream_tls: None,
             adopt: None,
             from: None,
+            failover: false,
             cache: None,
             limits: LimitsRequest { window_bytes: Some(WINDOW), ..LimitsRequest::default() },
         };

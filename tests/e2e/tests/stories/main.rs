@@ -14,6 +14,7 @@ mod damage;
 mod databases;
 mod during_a_pass;
 mod encrypted;
+mod failing_over;
 mod files_inside;
 mod filesystem;
 mod going_back;

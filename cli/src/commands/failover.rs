@@ -1,0 +1,99 @@
+//! `backtide failover`: a disk whose host is gone goes on here.
+
+use std::path::PathBuf;
+
+use backtide_agent_api::StreamTls;
+use backtide_control::Address;
+use backtide_receiver_api::{ReceiverDisk, ResolvedPoint};
+use backtide_units::DiskName;
+use clap::Args;
+
+use crate::{
+    arguments::ReceiverApi,
+    commands::{
+        attach::{Policy, absolute_image, adopted_of, first_contact},
+        stream_tls::absolute_folder,
+    },
+    confirm::confirm,
+    context::Context,
+    ending::{Ending, Failure, failed},
+    output::status::disk_text,
+    quantity::time_text,
+};
+
+/// `backtide failover`
+#[derive(Args, Debug)]
+pub(crate) struct Failover {
+    /// The disk's name, as its receiver knows it
+    name: DiskName,
+    /// Its image here, a new file: it is made
+    image: String,
+    /// Where the receiver takes streams
+    #[arg(long, value_name = "ADDR")]
+    receiver: Address,
+    /// Certificates for a tls:// receiver, as with `attach`
+    #[arg(long, value_name = "DIR")]
+    tls_certificates: Option<PathBuf>,
+    /// The name the receiver's certificate is for, where that is not the host of its address
+    #[arg(long, value_name = "NAME", requires = "tls_certificates")]
+    tls_hostname: Option<String>,
+    /// Where to serve the disk [default: a unix socket of the agent's choice]
+    #[arg(long, value_name = "URI")]
+    nbd: Option<String>,
+    /// Do it without asking
+    #[arg(long)]
+    yes: bool,
+    /// The receiver's control API, which is asked for the disk [default:
+    /// unix:/run/backtide/receiver.sock for root, else $XDG_RUNTIME_DIR/backtide/receiver.sock]
+    #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
+    receiver_api: Option<Address>,
+    #[command(flatten)]
+    policy: Policy,
+}
+
+impl Failover {
+    /// Finds the disk at its receiver, says what it means, and has the agent take it over.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let agent = context.agent()?;
+        let receiver = context.receiver(&ReceiverApi { receiver: self.receiver_api.clone() })?;
+        let disk = receiver.disks(Some(&self.name)).await?.disks.into_iter().next();
+        let disk = disk.ok_or_else(|| failed("the receiver answered nothing"))?;
+        let latest = receiver.resolve(&self.name, "latest").await?;
+        let what = plan_text(&disk, &latest);
+        if self.yes {
+            context.tell(&what);
+        } else {
+            confirm(context, &what).await?;
+        }
+        let image = absolute_image(&self.image)?;
+        let mut request = self.policy.request(disk.name.clone(), image, self.receiver, self.nbd);
+        request.stream_tls = match self.tls_certificates {
+            Some(folder) => {
+                let certificates = absolute_folder(&folder)?;
+                Some(StreamTls { certificates, hostname: self.tls_hostname })
+            }
+            None => None,
+        };
+        request.adopt = Some(adopted_of(&disk));
+        request.failover = true;
+        let attached = agent.attach(&request).await?;
+        let attached = first_contact(&agent, attached).await?;
+        context.print(&attached, || disk_text(&attached))?;
+        Ok(Ending::Done)
+    }
+}
+
+fn plan_text(disk: &ReceiverDisk, latest: &ResolvedPoint) -> String {
+    let name = disk.name.as_str();
+    let goes_on = format!(
+        "disk {name} goes on here from its latest point, lsn:{} ({}), and whoever has had it is fenced",
+        latest.lsn,
+        time_text(latest.time)
+    );
+    match disk.connected {
+        false => format!("{goes_on}: what that wrote since is not part of the disk any more"),
+        true => format!(
+            "{goes_on}: an agent is CONNECTED with it now, and whatever its guest writes from now on is lost"
+        ),
+    }
+}

@@ -1,0 +1,178 @@
+//! A host is gone, and its disk goes on at another one: the same disk and the same history, at its latest point, while
+//! the content still comes. Whoever had the disk is fenced.
+
+use std::path::Path;
+
+use backtide_e2e::{Bench, Daemon, Load, Model, Said, tools};
+use backtide_storage::KillPoint;
+use serde_json::{Value, json};
+
+const SIZE: u64 = 8 << 20;
+
+/// The agent of another host.
+struct Other<'bench> {
+    bench: &'bench Bench,
+    api: String,
+}
+
+impl<'bench> Other<'bench> {
+    fn start(bench: &'bench Bench) -> (Self, Daemon) {
+        std::fs::create_dir(bench.path("b")).expect("make a directory");
+        let other = Self { bench, api: bench.socket("b/agent.sock") };
+        let agent = other.agent();
+        (other, agent)
+    }
+
+    fn agent(&self) -> Daemon {
+        self.bench.daemon(&["agent", "run", "--api", &self.api, "--state", &self.bench.name("b/state")])
+    }
+
+    fn run(&self, arguments: &[&str]) -> Said {
+        self.bench.run(&[&["--agent", &self.api], arguments].concat())
+    }
+
+    fn failover(&self, rest: &[&str]) -> Said {
+        let (image, stream) = (self.bench.name("b.img"), self.bench.socket("stream.sock"));
+        self.run(&[&["failover", "vm1", &image, "--receiver", &stream], rest].concat())
+    }
+
+    fn status(&self) -> Value {
+        let said = self.run(&["status", "vm1"]);
+        assert_eq!(said.code, 0, "{said:?}");
+        serde_json::from_str::<Value>(&said.stdout).unwrap()["disks"][0].clone()
+    }
+
+    fn uri(&self) -> String {
+        self.status()["nbd_uri"].as_str().unwrap().to_owned()
+    }
+
+    fn until(&self, what: &str, reached: impl Fn(&Value) -> bool) {
+        loop {
+            let status = self.status();
+            if reached(&status) {
+                return;
+            }
+            assert!(status["mode"] != "detached", "{what}: {status}");
+        }
+    }
+
+    /// Nothing is missing, and the receiver has everything.
+    fn settle(&self) {
+        self.until("whole", |status| status["hydration"].is_null());
+        for state in ["sync", "durable"] {
+            assert_eq!(self.run(&["wait", "vm1", "--for", state]).code, 0);
+        }
+    }
+}
+
+#[test]
+fn a_disk_goes_on_at_another_host_and_the_first_is_fenced() {
+    let bench = Bench::new();
+    let (_receiver, mut first, disk) = bench.protected(SIZE, &[]);
+    let load = disk.load(1);
+    load.goes_on(120);
+    let mut model = Model::of_zeroes(SIZE, Vec::new());
+    model.then(load.stop());
+    disk.settle();
+    let (early, at_early) = (disk.last(), model.clone());
+    let (other, second) = Other::start(&bench);
+
+    let unasked = other.failover(&[]);
+    assert_eq!(unasked.code, 2, "{unasked:?}");
+    assert!(unasked.stderr.contains("CONNECTED"), "{unasked:?}");
+    assert!(disk.status()["connected"].as_bool().unwrap(), "nothing was done");
+    first.may_complain("fenced");
+    let done = other.failover(&["--yes"]);
+    assert_eq!(done.code, 0, "{done:?}");
+    disk.until("it is fenced", |status| status["reason_code"] == "fenced");
+    // In sync at once, without a pass, and its guest goes on.
+    assert_eq!(other.status()["mode"], "sync", "{}", other.status());
+    let load = Load::start(&other.uri(), 2);
+    load.goes_on(120);
+    model.then(load.stop());
+    other.settle();
+    model.assert_is_in(&bench.path("b.img"), model.len(), "the other host's image");
+    assert!(!Path::new(&bench.name("b.img.backtide-incomplete")).exists());
+    assert_eq!(disk.holes(), Vec::<Value>::new(), "one history without a hole");
+    at_early.assert_is_in(&disk.restore(&format!("lsn:{early}")), at_early.len(), "a point of before");
+    model.assert_is_in(&disk.restore("latest"), model.len(), "the latest point");
+    let verified = other.run(&["verify", "vm1"]);
+    assert_eq!(verified.code, 0, "{verified:?}");
+    assert_eq!(second.stop(), 0);
+}
+
+#[test]
+fn a_host_that_died_writing_is_left_behind_and_the_next_may_die_too() {
+    let bench = Bench::new();
+    let (_receiver, first, disk) = bench.protected(SIZE, &[]);
+    let load = disk.load(1);
+    load.goes_on(100);
+    first.kill();
+    let written = load.broken();
+    let (other, second) = Other::start(&bench);
+    let done = other.failover(&["--yes", "--resync-rate", "4096"]);
+    assert_eq!(done.code, 0, "{done:?}");
+    // What the receiver had is a beginning of what the guest wrote.
+    let latest = bench.path("latest.img");
+    std::fs::copy(disk.restore("latest"), &latest).unwrap();
+    let count = written.model().prefix_in(&latest, "the latest point");
+    tools::assert_same(&other.uri(), latest.to_str().unwrap());
+    tools::qemu_io(&other.uri(), &["write -P 0x66 1M 1M", "flush"]);
+    second.kill();
+    let _second = other.agent();
+    assert_eq!(other.run(&["limits", "vm1", "--resync-rate", "0"]).code, 0);
+    other.settle();
+    let mut expected = written.model().after(count);
+    expected[1 << 20..2 << 20].fill(0x66);
+    std::fs::write(&latest, &expected).unwrap();
+    tools::assert_same_images(&latest, &bench.path("b.img"));
+    tools::assert_same_images(&latest, &disk.restore("latest"));
+}
+
+#[test]
+fn a_failover_that_dies_half_way_is_no_disk_and_is_begun_again() {
+    let bench = Bench::new();
+    let (_receiver, first, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 6M", "flush"]);
+    disk.settle();
+    let expected = disk.restore("latest");
+    assert_eq!(first.stop(), 0);
+    std::fs::create_dir(bench.path("b")).expect("make a directory");
+    let other = Other { bench: &bench, api: bench.socket("b/agent.sock") };
+    let arguments = ["agent", "run", "--api", &other.api, "--state", &bench.name("b/state")];
+    let mut doomed = bench.doomed(&arguments, KillPoint::HydrationMade.name());
+    // It takes its time to begin, and dies of the first that reaches it.
+    while !doomed.is_dead() {
+        assert_ne!(other.failover(&["--yes"]).code, 0);
+    }
+    let _second = other.agent();
+    // The image is nobody's disk: all of it is a hole.
+    let (image, stream) = (bench.name("b.img"), bench.socket("stream.sock"));
+    let plain = other.run(&["attach", "vm1", &image, "--receiver", &stream]);
+    assert_eq!(plain.code, 5, "{plain:?}");
+    let again = other.failover(&["--yes"]);
+    assert_eq!(again.code, 0, "{again:?}");
+    other.settle();
+    tools::assert_same_images(&expected, &bench.path("b.img"));
+    tools::assert_same_images(&expected, &disk.restore("latest"));
+}
+
+#[test]
+fn a_failover_that_cannot_be_leaves_the_disk_where_it_is() {
+    let bench = Bench::new();
+    let (_receiver, _first, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M", "flush"]);
+    disk.settle();
+    let (other, _second) = Other::start(&bench);
+    std::fs::write(bench.path("b.img"), vec![1; 4096]).unwrap();
+    let refused = other.failover(&["--yes"]);
+    assert_eq!((refused.code, refused.error()["code"].clone()), (5, json!("exists")), "{refused:?}");
+    // The host that has the disk does not take it over from itself.
+    let (image, stream) = (bench.name("c.img"), bench.socket("stream.sock"));
+    let own = bench.run(&["failover", "vm1", &image, "--receiver", &stream, "--yes"]);
+    assert_eq!(own.code, 5, "{own:?}");
+    assert_eq!(disk.status()["mode"], "sync");
+    disk.qemu_io(&["write -P 0x12 0 1M", "flush"]);
+    disk.settle();
+    disk.latest_is_the_image();
+}
