@@ -3,7 +3,9 @@
 //!
 //! The driver reads into [`Intake::space`]; the machines take from the front. Short payloads are
 //! slices of the read buffer. A payload of [`DEDICATED`] bytes or more that is not wholly there
-//! gets a buffer of its own, and the driver reads straight into it. It begins at a multiple of
+//! gets a buffer of its own, and the driver reads straight into it. What has been read of it before is
+//! copied; where one long payload was, another is likely, and of that little more than the header is read
+//! before. It begins at a multiple of
 //! [`ALIGNMENT`], so that direct I/O takes it as it lies, and its memory is used again when nothing
 //! refers to it: fresh memory of that size costs more than filling it.
 //!
@@ -22,6 +24,8 @@ const CAPACITY: usize = 256 << 10;
 pub(crate) const MIN_ROOM: usize = 64 << 10;
 /// Payloads from this length on get a buffer of their own.
 const DEDICATED: usize = 64 << 10;
+/// As much is read after a long payload, until it is known what follows.
+const LEAD: usize = 512;
 /// How many used-up read buffers are kept to be used again once nothing refers to them.
 const SPENT_MAX: usize = 4;
 /// What a payload's own buffer begins at a multiple of, in bytes: a page.
@@ -39,6 +43,8 @@ pub struct Intake {
     kept: VecDeque<(BytesMut, usize)>,
     kept_bytes: usize,
     payload: Option<Payload>,
+    /// A long payload was taken last, and nothing since.
+    after_long: bool,
 }
 
 #[derive(Debug)]
@@ -71,7 +77,8 @@ impl Intake {
         }
         let room = self.buffer.capacity() - self.buffer.len();
         assert!(room > 0, "more is read than the machines were asked to take");
-        (&mut self.buffer).limit(room)
+        let lead = self.after_long && self.buffer.is_empty();
+        (&mut self.buffer).limit(if lead { room.min(LEAD) } else { room })
     }
 
     /// The bytes that are there, outside a payload being collected.
@@ -84,6 +91,7 @@ impl Intake {
     /// # Panics
     /// When there are fewer.
     pub fn consume(&mut self, count: usize) {
+        self.after_long = false;
         self.buffer.advance(count);
     }
 
@@ -105,6 +113,7 @@ impl Intake {
             let Payload { mut filled, capacity, .. } = self.payload.take()?;
             let data = filled.split().freeze();
             self.keep(filled, capacity);
+            self.after_long = true;
             return Some(data);
         }
         if self.buffer.len() >= wanted {
@@ -210,6 +219,23 @@ mod tests {
         let payload = intake.take(1 << 20).expect("is complete");
         assert_eq!((payload[99], payload[100], payload.len()), (1, 2, 1 << 20));
         assert_eq!(intake.payload_missing(), 0);
+    }
+
+    #[test]
+    fn little_of_a_long_payload_is_read_before_its_own_buffer() {
+        let mut intake = Intake::new();
+        for _ in 0..3 {
+            feed(&mut intake, &[1; 28]);
+            intake.consume(28);
+            assert!(intake.take(1 << 20).is_none());
+            assert_eq!(intake.payload_missing(), 1 << 20);
+            feed(&mut intake, &[2; 1 << 20]);
+            assert!(intake.take(1 << 20).is_some_and(|payload| payload.len() == 1 << 20));
+            assert_eq!(intake.space().remaining_mut(), LEAD);
+        }
+        feed(&mut intake, &[1; 28]);
+        intake.consume(28);
+        assert!(intake.space().remaining_mut() >= MIN_ROOM, "what follows is no long payload");
     }
 
     #[test]
