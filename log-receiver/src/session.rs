@@ -299,6 +299,8 @@ impl Streaming {
                 (entries::pass_begin(at, gap_from, time, reason), ByteCount::ZERO)
             }
             Message::PassEnd { at, valid_from, time } => {
+                // The disk is in sync, or the next pass begins, when it is durable.
+                self.asked.1 = self.received;
                 (Entry::PassEnd { at, valid_from, time }, ByteCount::ZERO)
             }
             Message::Mark { lsn, time, label } => {
