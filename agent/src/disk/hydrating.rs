@@ -238,6 +238,8 @@ impl HydratingDisk {
 
     /// Missing blocks are data, whatever the image has there.
     pub(crate) async fn extents(&self, range: ByteRange, one: bool) -> Result<Vec<Extent>, IoFailure> {
+        // As of before the look: what is stored meanwhile may have been a hole at it.
+        let missing = self.missing_blocks();
         let found = self.image.extents(range, one).await?;
         let mut extents = Vec::with_capacity(found.len());
         let mut at = range.start();
@@ -247,7 +249,7 @@ impl HydratingDisk {
             if extent == Extent::data(extent.length) {
                 extents.push(extent);
             } else {
-                self.split_hole(stretch, &mut extents);
+                self.split_hole(stretch, &missing, &mut extents);
             }
         }
         if one {
@@ -256,11 +258,10 @@ impl HydratingDisk {
         Ok(extents)
     }
 
-    fn split_hole(&self, hole: ByteRange, extents: &mut Vec<Extent>) {
-        let missing = self.missing.borrow();
+    fn split_hole(&self, hole: ByteRange, missing: &DirtyBitmap, extents: &mut Vec<Extent>) {
         let size = self.image.image().size();
         let mut at = hole.start();
-        for run in missing.blocks().runs(BlockRange::touched_by(hole), BlockCount(u64::MAX)) {
+        for run in missing.runs(BlockRange::touched_by(hole), BlockCount(u64::MAX)) {
             let Some(data) = run.bytes(size).intersection(hole) else { continue };
             if data.start() > at {
                 extents.push(Extent::hole(ByteRange::between(at, data.start()).count()));
