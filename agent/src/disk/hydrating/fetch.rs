@@ -90,8 +90,9 @@ impl HydratingDisk {
         let mut pause = RETRY_FIRST;
         loop {
             let fetched = tokio::select! {
-                fetched = self.source.fetch(range) => fetched,
+                biased;
                 () = self.until_stopped() => return None,
+                fetched = self.source.fetch(range) => fetched,
             };
             let why = match fetched {
                 Ok(pieces) if is_all(&pieces, range) => {
@@ -104,8 +105,9 @@ impl HydratingDisk {
             };
             self.is_troubled(&why);
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
+                biased;
                 () = self.until_stopped() => return None,
+                () = tokio::time::sleep(pause) => {}
             }
             pause = (pause * 2).min(RETRY_LAST);
         }
@@ -138,6 +140,11 @@ impl HydratingDisk {
     }
 
     async fn store(&self, id: FetchId, blocks: BlockRange, pieces: Pieces) {
+        // No await from here to the count: a stop waits for it, or it is seen here.
+        if self.stopped.get() {
+            drop(self.missing.borrow_mut().end_fetch(id, false));
+            return;
+        }
         let wanted = self.missing.borrow_mut().end_fetch(id, true);
         if wanted.is_empty() {
             return;
@@ -280,6 +287,10 @@ impl HydratingDisk {
     async fn finish(&self) {
         // Who dies after it asks for the release again.
         let released = self.flush().await.is_ok() && self.release_once().await;
+        // No await from here to the count, as in `store`.
+        if self.stopped.get() {
+            return;
+        }
         self.storing.set(self.storing.get() + 1);
         let (file, image) = (Arc::clone(&self.file), self.shared_image());
         let finished = blocking(move || {
