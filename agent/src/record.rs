@@ -84,6 +84,9 @@ pub(crate) struct DiskRecord {
     /// The receiver has refused the last attach: a later one, which this state knows nothing of, has had the disk.
     #[serde(default)]
     pub(crate) fenced: bool,
+    /// Somebody wants this attach to have a disk that is fenced; of this attach only.
+    #[serde(skip)]
+    pub(crate) take_over: bool,
     /// A flush of the disk behind failed and no guest was told: the next that flushes is.
     #[serde(default)]
     pub(crate) flush_failed: bool,
@@ -147,6 +150,7 @@ impl DiskRecord {
             size: ByteCount::ZERO,
             image_changed: false,
             fenced: false,
+            take_over: false,
             flush_failed: false,
             origin: None,
         }

@@ -31,7 +31,7 @@ use tokio::{
     time::Instant,
 };
 
-use self::errors::{failed, not_saved, open_error, refuse_adopted, refuse_incomplete};
+use self::errors::{failed, not_saved, open_error, refuse_adopted, refuse_fenced, refuse_incomplete};
 use crate::{
     claims::{Claim, Claimed, Claims, Identity},
     config::{Config, IoEngine, Places},
@@ -169,6 +169,7 @@ impl Registry {
             _ => failed(&error),
         })?;
         refuse_adopted(&request, known.as_ref())?;
+        refuse_fenced(&request, known.as_ref())?;
         let (from, failover) = (request.from, request.adopt.filter(|_| request.failover));
         let record = self.record_for(request, known);
         let record = match (from, failover) {
@@ -212,6 +213,7 @@ impl Registry {
             adopt,
             from: _,
             failover: _,
+            take_over,
         } = request;
         let fresh = || DiskRecord::new(name.clone(), image.clone(), receiver.clone());
         let mut record = match adopt {
@@ -233,6 +235,7 @@ impl Registry {
             cache: cache.unwrap_or(self.local_io.cache),
             limits: limits.or(self.defaults),
             paused: false,
+            take_over,
             ..record
         }
     }

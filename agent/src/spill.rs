@@ -8,7 +8,7 @@ use std::{path::PathBuf, sync::Arc};
 use backtide_io_filter::Settings;
 use backtide_spill::{Recovered, RingLimits, SpillFiles};
 use backtide_storage::RealStorage;
-use backtide_units::{BlockRange, ByteCount};
+use backtide_units::{BlockRange, ByteCount, DiskId};
 
 /// What a disk may spill when a directory is named and no size.
 pub(crate) const SPILL_SIZE_DEFAULT: ByteCount = ByteCount(4 << 30);
@@ -36,6 +36,18 @@ impl SpillPlace {
             tracing::error!(%disk, error, "the spill cannot be used: a longer outage will be tracked");
         }
         opened
+    }
+
+    /// Removes what was left of a disk, durably.
+    ///
+    /// # Errors
+    /// Why something may be left.
+    pub(crate) fn discard(&self, disk: DiskId) -> Result<(), String> {
+        let named = |error: std::io::Error| format!("{}: {error}", self.directory.display());
+        let storage = Arc::new(RealStorage::open(&self.directory).map_err(named)?);
+        let files = SpillFiles::new(storage, disk, self.bytes);
+        let numbers = files.list().map_err(|error| error.to_string())?;
+        files.remove(&numbers).map_err(|error| error.to_string())
     }
 
     fn recover(&self, settings: &Settings) -> OpenedSpill {

@@ -49,6 +49,10 @@ pub struct AttachRequest {
     /// image is made.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub failover: bool,
+    /// Attach the disk although another agent has had it since: that one is fenced, and what the image here holds
+    /// becomes the latest content, after a comparison of everything.
+    #[serde(default)]
+    pub take_over: bool,
 }
 
 /// A point of another disk that a new one begins as.

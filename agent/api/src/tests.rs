@@ -178,6 +178,7 @@ fn attach_request() -> AttachRequest {
         adopt: None,
         from: None,
         failover: false,
+        take_over: false,
     }
 }
 

@@ -91,6 +91,11 @@ pub(crate) enum OpenError {
     /// Nobody knows which blocks the image lacks, or it is another image.
     #[error(transparent)]
     Hydration(#[from] HydrationProblem),
+    /// Another agent has had the disk since, and may have given the LSNs of its records again.
+    #[error(
+        "disk {disk} was taken over by another agent, and what this one's spill has of it cannot be removed: {why}"
+    )]
+    Spill { disk: String, why: String },
     /// The agent's own records failed.
     #[error("cannot keep the record of disk {disk} in {}: {source}", directory.display())]
     Record { disk: String, directory: PathBuf, source: io::Error },
@@ -134,14 +139,22 @@ pub(crate) async fn open(
     record.image_at_detach = None;
     record.stopped = false;
     record.image_changed = false;
-    // From here on the tracking file says that everything may differ.
-    record.fenced = false;
+    let fenced = record.fenced;
+    if std::mem::take(&mut record.take_over) {
+        if let Some(place) = records.spill().filter(|_| fenced) {
+            let disk = record.name.to_string();
+            place.discard(record.uuid).map_err(|why| OpenError::Spill { disk, why })?;
+        }
+        // From here on the tracking file says that everything may differ.
+        record.fenced = false;
+    }
     record.size = size;
     record.attached = true;
     records.save(&record).map_err(|source| record_error(records, &record, source))?;
     KillPoint::AttachRecord.reached();
     let settings = settings(&record, behind.size());
-    let spill = records.spill().map(|place| place.open(&settings));
+    // A fenced disk sends nothing; what it has left in the spill is of another history than the receiver's by now.
+    let spill = records.spill().filter(|_| !record.fenced).map(|place| place.open(&settings));
     let io_engine = IoEngine::default();
     let (tls, nbd) = (None, Default::default());
     let opened = Opened {

@@ -141,6 +141,17 @@ impl Stream {
         })
     }
 
+    /// Never connects: another agent has the disk, and whoever comes with a higher epoch takes it away.
+    pub(crate) fn stay_fenced(&self) {
+        let message = format!(
+            "another agent has disk {} since: this one serves it, and forwards nothing",
+            self.engine.name()
+        );
+        tracing::error!(disk = %self.engine.name(), "{message}");
+        let time = self.engine.now().wall;
+        self.last_error.replace(Some(LastError { code: "fenced", message, time }));
+    }
+
     /// Keeps the disk connected for as long as it wants to be.
     pub(crate) async fn keep(self: Rc<Self>) {
         let mut retry = RETRY_FIRST;

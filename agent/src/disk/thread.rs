@@ -205,7 +205,11 @@ impl Disk {
         let server = listener.serve(Rc::new(OneExport(export)), limits);
         let stream = Stream::new(Rc::clone(&engine), Dialer::new(record.receiver.clone(), tls));
         tokio::task::spawn_local(Rc::clone(&engine).keep_time());
-        tokio::task::spawn_local(Rc::clone(&stream).keep());
+        if record.fenced {
+            stream.stay_fenced();
+        } else {
+            tokio::task::spawn_local(Rc::clone(&stream).keep());
+        }
         tokio::task::spawn_local(Rc::clone(&engine).keep_ring());
         engine.local.hydrate();
         KillPoint::AttachServed.reached();
@@ -288,7 +292,10 @@ impl Disk {
                         return Err(MarkError::HeldTooLong { disk });
                     }
                     let recoverable = filter.mode() == Mode::Sync && filter.status().connected;
-                    filter.mark(now, &label).map(|lsn| MarkAt { lsn, time: now.wall, recoverable })
+                    let marked = filter.mark(now, &label);
+                    // Whoever sets a mark goes to it, maybe at once.
+                    filter.hasten();
+                    marked.map(|lsn| MarkAt { lsn, time: now.wall, recoverable })
                 });
                 drop(answer.send(marked));
             }

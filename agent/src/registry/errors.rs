@@ -8,14 +8,29 @@ use crate::{
     record::DiskRecord,
 };
 
-/// Only what this agent has no history of can be adopted: it would forget its own.
+/// Only what this agent has no history of can be adopted: it would forget its own. A disk that another agent has had
+/// since has a newer one: it may come back by a failover.
 pub(super) fn refuse_adopted(request: &AttachRequest, known: Option<&DiskRecord>) -> Result<(), ApiError> {
-    let own = known.is_some_and(|record| record.history.is_some());
+    let own = known.is_some_and(|record| record.history.is_some() && !(record.fenced && request.failover));
     if request.adopt.is_none() || !own {
         return Ok(());
     }
     let message = format!("this agent knows the history of disk {} itself", request.name);
     Err(ApiError::new(ErrorCode::Exists, message).with_hint("attach it without adopting one"))
+}
+
+/// A disk that another agent has had since is taken back only knowingly.
+pub(super) fn refuse_fenced(request: &AttachRequest, known: Option<&DiskRecord>) -> Result<(), ApiError> {
+    let Some(known) = known.filter(|known| known.fenced && !request.take_over && !request.failover) else {
+        return Ok(());
+    };
+    let name = &known.name;
+    let message = format!("another agent has had disk {name} since this one");
+    Err(ApiError::new(ErrorCode::Fenced, message).with_hint(format!(
+        "`backtide failover {name} NEW_IMAGE` brings its latest point here; with --take-over the other agent is fenced, and what {} holds \
+         becomes the latest content",
+        request.image
+    )))
 }
 
 pub(super) fn failed(error: &dyn std::error::Error) -> ApiError {
@@ -82,6 +97,7 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
         }
         OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
         OpenError::Nbd { .. } => (ErrorCode::Unreachable, "start the NBD server first"),
+        OpenError::Spill { .. } => (ErrorCode::Failed, "remove it by hand: nothing needs it any more"),
         OpenError::Record { .. } => {
             (ErrorCode::Failed, "the agent's state directory has to have room and be writable")
         }

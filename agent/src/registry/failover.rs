@@ -10,12 +10,12 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use backtide_agent_api::Adopted;
-use backtide_control::ApiError;
+use backtide_control::{ApiError, ErrorCode};
 use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_protocol::{Hello, PROTOCOL_VERSION, ReceiverState, Tracking, Welcome};
 use backtide_storage::KillPoint;
 use backtide_tracking::{DirtyBitmap, SavedTracking, Snapshot};
-use backtide_units::{BlockRange, Lsn, Reason};
+use backtide_units::{BlockRange, Epoch, Lsn, Reason};
 use tokio::task::LocalSet;
 use uuid::Uuid;
 
@@ -32,6 +32,9 @@ use crate::{
 
 /// How long the receiver may take for all of it.
 const TAKE_OVER_TIME: Duration = Duration::from_secs(120);
+
+/// Attaches that no host begins while it is cut off from the receiver.
+const EPOCHS_BEYOND: u64 = 1 << 20;
 
 /// A disk that was taken over at its receiver.
 struct TakenOver {
@@ -59,8 +62,9 @@ impl Registry {
             refuse_used(&image, begun)
         };
         waiting(begun).await??;
-        // Above that of everybody who had it; the attach's own will be higher again.
-        record.epoch = adopted.epoch.next();
+        // Above that of everybody who had it, also of an agent that has begun attach after attach without reaching the
+        // receiver; the attach's own will be higher again.
+        record.epoch = Epoch(adopted.epoch.0.saturating_add(EPOCHS_BEYOND));
         let TakenOver { welcome, source, missing, newer } = self.take_over(&record, adopted).await?;
         record.history = Some(welcome.history);
         record.lsn_bound = welcome.highest;
@@ -74,6 +78,7 @@ impl Registry {
             last_lsn: welcome.highest,
             gap_from: welcome.durable,
             acked_durable: welcome.durable,
+            acked_position: welcome.position,
             reason: (!whole).then_some(Reason::ResyncInterrupted),
             dirty: newer,
             ..SavedTracking::unknown(record.uuid)
@@ -81,6 +86,10 @@ impl Registry {
         let records = self.records.clone();
         let begin = move || {
             let name = record.name.clone();
+            if let Some(place) = records.spill() {
+                // Of an earlier attach here, whose records the history has gone on without.
+                place.discard(record.uuid).map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
+            }
             let inode = make_image(Path::new(&record.image), source.size)
                 .map_err(|error| io_error(&format!("make the image {}", record.image), &error))?;
             record.image_at_detach = ImageStamp::of(Path::new(&record.image));

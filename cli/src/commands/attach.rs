@@ -53,6 +53,10 @@ pub(crate) struct Attach {
     /// lost what it knew: everything is compared. The receiver's control API is asked for it
     #[arg(long)]
     adopt: bool,
+    /// Take a disk back that another agent has had since: that one is fenced, and what IMAGE holds becomes the
+    /// latest content, after a comparison of everything
+    #[arg(long, conflicts_with_all = ["adopt", "from"])]
+    take_over: bool,
     /// Begin as a point of another disk of that receiver, as DISK@POINT: the image is made, and what it lacks
     /// comes on first touch and in the background. The receiver's control API is asked for the point
     #[arg(long, value_name = "DISK@POINT", conflicts_with = "adopt", value_parser = from_point)]
@@ -146,7 +150,7 @@ impl Policy {
             activity_extent_bytes: self.activity_extent_size,
         };
         let (ack, on_outage, cache) = (self.ack, self.on_outage, self.cache);
-        let (stream_tls, adopt, from, failover) = (None, None, None, false);
+        let (stream_tls, adopt, from, failover, take_over) = (None, None, None, false, false);
         AttachRequest {
             name,
             image,
@@ -160,6 +164,7 @@ impl Policy {
             adopt,
             from,
             failover,
+            take_over,
         }
     }
 }
@@ -177,6 +182,7 @@ impl Attach {
             }
             None => None,
         };
+        request.take_over = self.take_over;
         if self.adopt {
             let api = ReceiverApi { receiver: self.receiver_api.clone() };
             request.adopt = Some(adopted(context, &api, &request.name).await?);

@@ -132,6 +132,7 @@ impl Stage<'_> {
             adopt: None,
             from: None,
             failover: false,
+            take_over: false,
             cache: None,
             limits: LimitsRequest { window_bytes: Some(WINDOW), ..LimitsRequest::default() },
         };

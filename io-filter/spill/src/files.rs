@@ -213,7 +213,10 @@ impl SpillFiles {
     }
 
     /// The numbers of the files that are there, in order.
-    pub(crate) fn list(&self) -> Result<Vec<u64>, SpillError> {
+    ///
+    /// # Errors
+    /// When the directory cannot be listed.
+    pub fn list(&self) -> Result<Vec<u64>, SpillError> {
         let names = match self.storage.list(&self.dir()) {
             Ok(names) => names,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),

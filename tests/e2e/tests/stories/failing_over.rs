@@ -98,6 +98,14 @@ fn a_disk_goes_on_at_another_host_and_the_first_is_fenced() {
     model.assert_is_in(&disk.restore("latest"), model.len(), "the latest point");
     let verified = other.run(&["verify", "vm1"]);
     assert_eq!(verified.code, 0, "{verified:?}");
+    // The first host comes up again, and again: the disk stays where it is.
+    for _ in 0..2 {
+        first.kill();
+        first = bench.agent();
+        first.may_complain("another agent has disk vm1");
+        disk.until("it is fenced still", |status| status["reason_code"] == "fenced");
+    }
+    assert!(other.status()["connected"].as_bool().unwrap(), "{}", other.status());
     assert_eq!(second.stop(), 0);
 }
 

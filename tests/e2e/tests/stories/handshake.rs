@@ -80,7 +80,7 @@ fn another_history_of_the_disk_is_an_alarm_and_compared_whole() {
 }
 
 #[test]
-fn an_agent_that_was_fenced_takes_the_disk_over_at_its_next_attach_and_compares_it() {
+fn an_agent_that_was_fenced_stays_so_until_somebody_has_it_take_the_disk_over() {
     let bench = Bench::new();
     let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
     disk.qemu_io(&["write -P 0x11 0 32M"]);
@@ -100,10 +100,22 @@ fn an_agent_that_was_fenced_takes_the_disk_over_at_its_next_attach_and_compares_
     disk.until("it is fenced", |status| status["reason_code"] == "fenced");
     let record = || std::fs::read_to_string(bench.path("state/vm1.json")).unwrap();
     while !record().contains("\"fenced\": true") {}
+    // Neither its death nor a restart is a reason to take the disk away from whoever has it. It is served.
     agent.kill();
-    let _agent = bench.agent();
+    let mut agent = bench.agent();
+    agent.may_complain("another agent has disk vm1");
+    disk.until("it is fenced still", |status| status["reason_code"] == "fenced");
+    disk.qemu_io(&["write -P 0x22 0 1M"]);
+    bench.json_ending(3, &["detach", "vm1"]);
+    let (image, stream) = (bench.name("vm1.img"), bench.socket("stream.sock"));
+    let attach = ["attach", "vm1", &image, "--receiver", &stream];
+    let refused = bench.run(&attach);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    assert!(refused.sentence().contains("another agent has had disk vm1"), "{refused:?}");
+    assert!(refused.error()["hint"].as_str().is_some_and(|hint| hint.contains("--take-over")), "{refused:?}");
+    bench.json(&[&attach[..], &["--take-over"]].concat());
     disk.wait("sync");
-    assert!(looked_at(&disk.status()) >= 32 << 20, "all of it: {}", disk.status());
+    assert!(looked_at(&disk.status()) >= 31 << 20, "all of it: {}", disk.status());
     let holes = disk.holes();
     assert!(holes.iter().any(|hole| hole["reason_code"] == "agent-rolled-back"), "{holes:?}");
     disk.latest_is_the_image();
