@@ -4,7 +4,7 @@
 //! so it may run beside a log that grows. Nothing is cached, and nothing is written but by a check that mends: that puts
 //! back what the checksums ask for, where it is still to be had (`mend.rs`).
 
-use std::sync::Arc;
+use std::{error::Error as _, sync::Arc};
 
 use backtide_segment::{EntryHeader, Position, SealedSegment, SegmentError, SegmentFile, Seq};
 use backtide_units::ByteCount;
@@ -45,12 +45,17 @@ impl Checked {
         if self.damage.len() < DAMAGE_MAX { self.damage.push(damage) } else { self.more_damage += 1 }
     }
 
-    /// Notes damage, or that it was mended.
-    fn note_or_mended(&mut self, damage: String, mended: bool) {
-        if !mended {
-            self.note(damage);
-        } else if self.mended.len() < DAMAGE_MAX {
-            self.mended.push(damage);
+    /// Notes damage, or that it was mended. That a mend cannot be written says nothing of what else there is: the check
+    /// goes on.
+    fn note_or_mended(&mut self, damage: String, mended: Result<bool, LogError>) {
+        match mended {
+            Ok(false) => self.note(damage),
+            Ok(true) if self.mended.len() < DAMAGE_MAX => self.mended.push(damage),
+            Ok(true) => {}
+            Err(error) => {
+                let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
+                self.note(format!("{damage}: cannot be mended: {error}{source}"));
+            }
         }
     }
 
@@ -95,7 +100,7 @@ impl Snapshot {
     /// somewhere else too.
     ///
     /// # Errors
-    /// As [`Snapshot::check`]; also when something that was mended cannot be written.
+    /// As [`Snapshot::check`]. A mend that cannot be written is none: the damage stays, and says so.
     pub fn check_and_mend(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
         let mut checked = Checked::default();
         self.check_into(&mut checked, Some(&Mender::new(self)), step)?;
@@ -244,7 +249,7 @@ fn check_header(
             ));
         }
         Err(damage) => {
-            let mended = mender.map_or(Ok(false), |mender| mender.header(segment, file))?;
+            let mended = mender.map_or(Ok(false), |mender| mender.header(segment, file));
             checked.note_or_mended(damage, mended);
         }
     }
@@ -260,8 +265,9 @@ fn check_entry(
 ) -> Result<(), LogError> {
     let mut whole = true;
     if let Err(damage) = told(file.entry(segment.header(), position))? {
-        whole = mender.map_or(Ok(false), |mender| mender.entry(segment, file, header, position))?;
-        checked.note_or_mended(damage, whole);
+        let mended = mender.map_or(Ok(false), |mender| mender.entry(segment, file, header, position));
+        whole = matches!(mended, Ok(true));
+        checked.note_or_mended(damage, mended);
     }
     checked.entries += u64::from(whole);
     Ok(())
@@ -284,7 +290,7 @@ fn check_footer(
         Err(damage) => Some(damage),
     };
     let Some(damage) = damage else { return Ok(()) };
-    let mended = mender.map_or(Ok(false), |mender| mender.footer(segment, file))?;
+    let mended = mender.map_or(Ok(false), |mender| mender.footer(segment, file));
     checked.note_or_mended(damage, mended);
     Ok(())
 }
