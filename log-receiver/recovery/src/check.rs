@@ -222,7 +222,9 @@ fn check_segment(
         let read = position.offset().0 - at;
         at = position.offset().0;
         checked.bytes.0 += read;
-        if !step(ByteCount(read)) {
+        // What a mend reads is for the pace alone: it is no part of what is checked.
+        let mending = mender.map_or(ByteCount::ZERO, Mender::take_read);
+        if !step(ByteCount(read.saturating_add(mending.0))) {
             checked.called_off = true;
             return Ok(());
         }

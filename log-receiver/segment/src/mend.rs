@@ -34,7 +34,7 @@ impl SegmentFile {
         &self,
         segment: &SegmentHeader,
         position: Position,
-        find: &mut dyn FnMut(ByteRange) -> Vec<Bytes>,
+        find: &mut dyn FnMut(ByteRange, &dyn Fn(&Bytes) -> bool) -> Option<Bytes>,
     ) -> Result<bool, SegmentError> {
         let (header, parts) = match self.parts_at(segment, position)? {
             (header, Ok(parts)) => (header, parts),
@@ -53,10 +53,8 @@ impl SegmentFile {
             if !damage_of(self.payload(&parts, number..number + 1))? {
                 continue;
             }
-            let found = find(parts.piece(number));
-            let Some(piece) = found.into_iter().find(|bytes| parts.is_piece(number, bytes)) else {
-                return Ok(false);
-            };
+            let found = find(parts.piece(number), &|bytes| parts.is_piece(number, bytes));
+            let Some(piece) = found else { return Ok(false) };
             self.put(parts.piece_at(number), &piece)?;
         }
         self.synced()?;
