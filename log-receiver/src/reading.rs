@@ -213,8 +213,10 @@ impl PointReader {
         let reading = match message {
             Message::Reading(reading) => reading,
             Message::Ping => {
-                // At most one for each that the agent has sent.
-                self.send(&Message::Ping);
+                // Who has something to take hears enough; a peer that takes nothing shall not pile them up.
+                if self.output.is_empty() {
+                    self.send(&Message::Ping);
+                }
                 return Ok(());
             }
             Message::Close(_) => return Err(closed(CloseCode::Bye, "the agent has read what it wanted")),
