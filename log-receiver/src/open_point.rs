@@ -11,7 +11,7 @@ use backtide_protocol::{
 use backtide_receiver_api::{ApiError, DiskRef, ErrorCode};
 use backtide_recovery::{Allocation, LogError, Snapshot, TimedLsn, View};
 use backtide_tls::Rights;
-use backtide_units::{BlockRange, ByteOffset, ByteRange, DiskId, DiskName, HistoryId, Lsn};
+use backtide_units::{BlockRange, ByteOffset, ByteRange, DiskName, HistoryId, Lsn};
 use bytes::Bytes;
 use roaring::RoaringTreemap;
 
@@ -74,7 +74,9 @@ impl Service {
     /// Keeps the point for `owner`, durably, until that releases it.
     pub(crate) async fn hold_point(&self, point: &OpenedPoint, owner: String) -> Result<(), ReadFailure> {
         let (disk, held) = (point.disk.uuid, Pin { lsn: point.at.lsn, time: point.at.time });
-        self.change_holds(disk, owner.clone(), Some(held)).await?;
+        let (policies, holder) = (self.policies.clone(), owner.clone());
+        let hold = move || policies.change(disk, |policy| _ = policy.holds.insert(holder, held));
+        self.read(hold).await.map_err(|error| failed(error.message))?.map_err(failed)?;
         // It may have gone while it was asked for, though this connection still has it; from now on it stays.
         let uuid: DiskName = disk.to_string().parse().expect("a UUID is a good name");
         let there = self.look_at(&uuid).await.map_err(|error| failed(error.message))?;
@@ -82,32 +84,30 @@ impl Service {
             tracing::info!(%disk, lsn = %held.lsn, owner, "a point is held");
             return Ok(());
         };
-        self.change_holds(disk, owner, None).await?;
+        self.release_point(point, owner).await?;
         let message = crate::points::unavailable(&format!("lsn:{}", held.lsn), &gone).message;
         Err(ReadFailure { code: FailureCode::Gone, message })
     }
 
-    /// Leaves what `owner` holds of a disk to its ladder again.
-    pub(crate) async fn release_point(&self, disk: DiskId, owner: String) -> Result<(), ReadFailure> {
-        if !self.policies.of(disk).holds.contains_key(&owner) {
+    /// Leaves the point to the disk's ladder again, if it is what `owner` holds: another one that it holds by now
+    /// stays.
+    pub(crate) async fn release_point(&self, point: &OpenedPoint, owner: String) -> Result<(), ReadFailure> {
+        let (disk, lsn) = (point.disk.uuid, point.at.lsn);
+        let is_it = move |held: Option<&Pin>| held.is_some_and(|held| held.lsn == lsn);
+        if !is_it(self.policies.of(disk).holds.get(&owner)) {
             return Ok(());
         }
-        tracing::info!(%disk, owner, "a point is held no longer");
-        self.change_holds(disk, owner, None).await
-    }
-
-    async fn change_holds(&self, disk: DiskId, owner: String, held: Option<Pin>) -> Result<(), ReadFailure> {
+        tracing::info!(%disk, %lsn, owner, "a point is held no longer");
         let policies = self.policies.clone();
-        let change = move || {
+        let release = move || {
             policies.change(disk, |policy| {
-                match held {
-                    Some(held) => policy.holds.insert(owner, held),
-                    None => policy.holds.remove(&owner),
-                };
+                // Another may have come since.
+                if is_it(policy.holds.get(&owner)) {
+                    policy.holds.remove(&owner);
+                }
             })
         };
-        let changed = self.read(change).await.map_err(|error| failed(error.message))?;
-        changed.map_err(failed)
+        self.read(release).await.map_err(|error| failed(error.message))?.map_err(failed)
     }
 }
 

@@ -289,7 +289,7 @@ impl PointReader {
         self.working.spawn(async move {
             let done = match hold {
                 true => service.hold_point(&point, owner).await,
-                false => service.release_point(point.disk.uuid, owner).await,
+                false => service.release_point(&point, owner).await,
             };
             answer(id, done.map(|()| VecDeque::new()), None)
         });

@@ -133,6 +133,8 @@ async fn a_point_stays_while_it_is_read_and_while_it_is_held() {
     // Another point of the same owner takes the place of the first.
     let mut again = PointReader::open(&receiver, open("vm1", Some(47))).await;
     again.done(owned("rewind of vm1", true)).await.unwrap();
+    // What the first connection releases is its own point, which is held no longer.
+    held.done(owned("rewind of vm1", false)).await.unwrap();
     drop((held, again));
     let report = rounds(&api, &vm1, TENS).await;
     let [point] = &report.disks[0].held[..] else { panic!("{:?}", report.disks[0].held) };
