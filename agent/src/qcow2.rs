@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_agent_api::CacheMode;
+use backtide_agent_api::{CacheMode, ImageFormat};
 use backtide_units::{ByteCount, DiskName};
 use tokio::{
     io::AsyncReadExt,
@@ -66,8 +66,18 @@ pub(crate) enum Qcow2Error {
     },
 }
 
+/// What an image is: as known, else what it looks like; none of an NBD disk. A raw image is looked at only before its
+/// first attach: a guest may write a header into it that names files of the host.
+pub(crate) fn format_of(image: &str, known: Option<ImageFormat>) -> Option<ImageFormat> {
+    let path = Path::new(image);
+    if !path.is_absolute() {
+        return None;
+    }
+    Some(known.unwrap_or_else(|| if is_qcow2(path) { ImageFormat::Qcow2 } else { ImageFormat::Raw }))
+}
+
 /// Whether a path is a qcow2 file. What cannot be read is left for its opener to complain about.
-pub(crate) fn is_qcow2(path: &Path) -> bool {
+fn is_qcow2(path: &Path) -> bool {
     // To open a FIFO is to wait for who is at its other end, perhaps for ever.
     let kind = std::fs::metadata(path).map(|metadata| metadata.file_type());
     if !kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device()) {

@@ -13,7 +13,7 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use backtide_agent_api::{AckPolicy, Adopted, CacheMode, Limits, OnOutage, Origin, StreamTls};
+use backtide_agent_api::{AckPolicy, Adopted, CacheMode, ImageFormat, Limits, OnOutage, Origin, StreamTls};
 use backtide_control::Address;
 use backtide_hydration::{Header, HydrationError, HydrationFile};
 use backtide_storage::{Storage, read_file, replace_file};
@@ -87,6 +87,10 @@ pub(crate) struct DiskRecord {
     /// Somebody wants this attach to have a disk that is fenced; of this attach only.
     #[serde(skip)]
     pub(crate) take_over: bool,
+    /// What the image is, since the first attach: whatever a guest writes into a raw one, it stays raw. None of an NBD
+    /// disk, and before the first attach.
+    #[serde(default)]
+    pub(crate) format: Option<ImageFormat>,
     /// A flush of the disk behind failed and no guest was told: the next that flushes is.
     #[serde(default)]
     pub(crate) flush_failed: bool,
@@ -149,6 +153,7 @@ impl DiskRecord {
             stopped: false,
             size: ByteCount::ZERO,
             image_changed: false,
+            format: None,
             fenced: false,
             take_over: false,
             flush_failed: false,

@@ -18,7 +18,9 @@ use std::{
     time::Duration,
 };
 
-use backtide_agent_api::{AttachRequest, CacheMode, DetachRequest, DiskStatus, Limits, StreamTls};
+use backtide_agent_api::{
+    AttachRequest, CacheMode, DetachRequest, DiskStatus, ImageFormat, Limits, StreamTls,
+};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdTls, NbdUri};
 use backtide_io_filter::Resume;
@@ -31,7 +33,9 @@ use tokio::{
     time::Instant,
 };
 
-use self::errors::{failed, not_saved, open_error, refuse_adopted, refuse_fenced, refuse_incomplete};
+use self::errors::{
+    failed, not_saved, open_error, refuse_adopted, refuse_fenced, refuse_incomplete, refuse_other_format,
+};
 use crate::{
     claims::{Claim, Claimed, Claims, Identity},
     config::{Config, IoEngine, Places},
@@ -39,7 +43,7 @@ use crate::{
         self, Command, DiskHandle, Leaving, OpenError, Opened,
         source::{Remote, Sources},
     },
-    qcow2::{Qcow2Server, is_qcow2},
+    qcow2::{Qcow2Server, format_of},
     record::{DiskRecord, ImageStamp, Records},
 };
 
@@ -170,6 +174,7 @@ impl Registry {
         })?;
         refuse_adopted(&request, known.as_ref())?;
         refuse_fenced(&request, known.as_ref())?;
+        refuse_other_format(&request, known.as_ref()).await?;
         let (from, failover) = (request.from, request.adopt.filter(|_| request.failover));
         let record = self.record_for(request, known);
         let record = match (from, failover) {
@@ -214,6 +219,7 @@ impl Registry {
             from: _,
             failover: _,
             take_over,
+            format,
         } = request;
         let fresh = || DiskRecord::new(name.clone(), image.clone(), receiver.clone());
         let mut record = match adopt {
@@ -236,6 +242,7 @@ impl Registry {
             limits: limits.or(self.defaults),
             paused: false,
             take_over,
+            format: format.or(record.format),
             ..record
         }
     }
@@ -269,10 +276,12 @@ impl Registry {
         let nbd = self.listen_uri(&record)?;
         let path = record.image.clone();
         // The stamp before qemu-nbd opens it, which writes it already.
-        let look = move || (ImageStamp::of(Path::new(&path)), is_qcow2(Path::new(&path)));
-        let (stamp, is_qcow2) = waiting(look).await?;
-        let qcow2 = match is_qcow2 {
-            true => Some(
+        let known = record.format;
+        let look = move || (ImageStamp::of(Path::new(&path)), format_of(&path, known));
+        let (stamp, format) = waiting(look).await?;
+        let record = DiskRecord { format, ..record };
+        let qcow2 = match format {
+            Some(ImageFormat::Qcow2) => Some(
                 Qcow2Server::start(
                     Path::new(&record.image),
                     &name,
@@ -282,7 +291,7 @@ impl Registry {
                 .await
                 .map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?,
             ),
-            false => None,
+            Some(ImageFormat::Raw) | None => None,
         };
         let stopped = record.stopped;
         let behind = qcow2.as_ref().map_or(record.image.clone(), |server| server.uri().to_owned());

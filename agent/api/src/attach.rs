@@ -6,7 +6,7 @@ use backtide_control::Address;
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 use serde::{Deserialize, Serialize};
 
-use crate::CacheMode;
+use crate::{CacheMode, ImageFormat};
 
 /// Protect a disk: serve it over NBD through the filter and forward its writes to a receiver.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +16,9 @@ pub struct AttachRequest {
     pub name: DiskName,
     /// The disk behind: an absolute path of a raw image, a block device or a qcow2 file, or an NBD URI.
     pub image: String,
+    /// What the image is. None: what it was at the disk's first attach, and then what its first bytes look like.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<ImageFormat>,
     /// Where the receiver takes streams.
     pub receiver: Address,
     /// Where to serve the disk: an NBD URI (`nbd+unix:///NAME?socket=/path`, `nbd://host:port/NAME`).

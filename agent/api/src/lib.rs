@@ -8,6 +8,7 @@
 mod attach;
 mod cache;
 mod client;
+mod format;
 mod hydration;
 mod requests;
 mod routes;
@@ -19,6 +20,7 @@ pub use attach::{AckPolicy, Adopted, AttachRequest, FromPoint, Limits, LimitsReq
 pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use cache::CacheMode;
 pub use client::{AGENT, AgentClient};
+pub use format::ImageFormat;
 pub use hydration::{HydrationKind, HydrationStatus, Origin, RewindReport, RewindRequest};
 pub use requests::{
     DetachRequest, DiskMark, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,

@@ -179,6 +179,7 @@ fn attach_request() -> AttachRequest {
         from: None,
         failover: false,
         take_over: false,
+        format: None,
     }
 }
 

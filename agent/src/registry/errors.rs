@@ -5,6 +5,7 @@ use backtide_control::{ApiError, ErrorCode};
 
 use crate::{
     disk::{DiskHandle, HydrationProblem, OpenError},
+    qcow2::format_of,
     record::DiskRecord,
 };
 
@@ -31,6 +32,29 @@ pub(super) fn refuse_fenced(request: &AttachRequest, known: Option<&DiskRecord>)
          becomes the latest content",
         request.image
     )))
+}
+
+/// Another image than the one a disk had is looked at anew: the guest of a raw disk may have made it look like another
+/// format, by which it would reach files of the host.
+pub(super) async fn refuse_other_format(
+    request: &AttachRequest,
+    known: Option<&DiskRecord>,
+) -> Result<(), ApiError> {
+    let Some(known) = known.filter(|known| known.image != request.image && request.format.is_none()) else {
+        return Ok(());
+    };
+    let image = request.image.clone();
+    let found = super::waiting(move || format_of(&image, None)).await?;
+    match (known.format, found) {
+        (Some(was), Some(is)) if was != is => {
+            let message =
+                format!("{} looks like {is}, and the image of disk {} was {was}", request.image, known.name);
+            Err(ApiError::new(ErrorCode::Refused, message).with_hint(format!(
+                "say what it is: --format {was} if the guest may have written its beginning, --format {is} if you made it so"
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 pub(super) fn failed(error: &dyn std::error::Error) -> ApiError {

@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use backtide_agent_api::{ResizeReport, ResizeRequest};
+use backtide_agent_api::{ImageFormat, ResizeReport, ResizeRequest};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::{ByteCount, DiskName};
 
@@ -21,7 +21,7 @@ use super::{PREDECESSOR_TIME, Registry, errors::failed, leave::end, waiting};
 use crate::{
     claims::Claim,
     disk::{self, Leaving},
-    qcow2::{self, is_qcow2},
+    qcow2::{self, format_of},
     record::{DiskRecord, ImageStamp},
 };
 
@@ -63,7 +63,8 @@ impl Registry {
         }
         let size_before = status.size;
         let image = record.image.clone();
-        let kind = waiting(move || kind_of(&image)).await??;
+        let format = record.format;
+        let kind = waiting(move || kind_of(&image, format)).await??;
         let direct_block = self.disks.read().await.get(&name).and_then(|attached| attached.direct_block);
         let target = target(&name, &kind, request.size, size_before)?;
         if let Some(target) = target {
@@ -141,12 +142,12 @@ fn in_use(name: &DiskName, clients: u32) -> String {
     format!("disk {name} is in use: {who} it open, and sees a new size only when it connects again")
 }
 
-fn kind_of(image: &str) -> Result<Kind, ApiError> {
+fn kind_of(image: &str, format: Option<ImageFormat>) -> Result<Kind, ApiError> {
     let path = Path::new(image);
     if !path.is_absolute() {
         return Ok(Kind::Nbd);
     }
-    if is_qcow2(path) {
+    if format_of(image, format) == Some(ImageFormat::Qcow2) {
         return Ok(Kind::Qcow2);
     }
     let length = || -> std::io::Result<Kind> {

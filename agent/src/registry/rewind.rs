@@ -10,7 +10,7 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use backtide_agent_api::{DiskStatus, Mode, RewindReport, RewindRequest};
+use backtide_agent_api::{DiskStatus, ImageFormat, Mode, RewindReport, RewindRequest};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_io_filter::Resume;
@@ -58,8 +58,8 @@ impl Registry {
         let (name, handle) = self.find(&name).await?;
         let record = self.records.load(&name).map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(&name))?;
-        let image = record.image.clone();
-        let stamp = waiting(move || refuse_unfit(&image)).await??;
+        let (image, format) = (record.image.clone(), record.format);
+        let stamp = waiting(move || refuse_unfit(&image, format)).await??;
         let status = settled(&handle, request).await?;
         let history = status.history.ok_or_else(|| not_in_sync(&status))?;
         if request.to >= status.lsn.last {
@@ -223,9 +223,9 @@ fn silent() -> String {
 }
 
 /// The image as it is; refuses what cannot lack blocks.
-fn refuse_unfit(image: &str) -> Result<Option<ImageStamp>, ApiError> {
+fn refuse_unfit(image: &str, format: Option<ImageFormat>) -> Result<Option<ImageStamp>, ApiError> {
     let path = Path::new(image);
-    if !path.is_absolute() || crate::qcow2::is_qcow2(path) {
+    if crate::qcow2::format_of(image, format) != Some(ImageFormat::Raw) {
         let message = format!("{image} is neither a raw file nor a block device: only these can be set back");
         return Err(ApiError::new(ErrorCode::Refused, message)
             .with_hint("restore the point into a new image instead"));

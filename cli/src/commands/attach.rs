@@ -6,8 +6,8 @@ use std::{
 };
 
 use backtide_agent_api::{
-    AckPolicy, Adopted, AgentClient, AttachRequest, CacheMode, DiskStatus, FromPoint, LimitsRequest,
-    OnOutage, StreamTls,
+    AckPolicy, Adopted, AgentClient, AttachRequest, CacheMode, DiskStatus, FromPoint, ImageFormat,
+    LimitsRequest, OnOutage, StreamTls,
 };
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_receiver_api::ReceiverDisk;
@@ -49,6 +49,9 @@ pub(crate) struct Attach {
     /// Where to serve the disk [default: a unix socket of the agent's choice]
     #[arg(long, value_name = "URI")]
     nbd: Option<String>,
+    /// What IMAGE is, `raw` or `qcow2` [default: what it was at the disk's first attach, at the first what it looks like]
+    #[arg(long, value_name = "FORMAT", value_parser = image_format())]
+    format: Option<ImageFormat>,
     /// Continue the history that the receiver keeps of a disk of this name, after this agent has
     /// lost what it knew: everything is compared. The receiver's control API is asked for it
     #[arg(long)]
@@ -121,6 +124,11 @@ fn ack_policy() -> impl TypedValueParser<Value = AckPolicy> {
     PossibleValuesParser::new(AckPolicy::ALL.map(AckPolicy::as_str)).try_map(|text| text.parse::<AckPolicy>())
 }
 
+fn image_format() -> impl TypedValueParser<Value = ImageFormat> {
+    PossibleValuesParser::new(ImageFormat::ALL.map(ImageFormat::as_str))
+        .try_map(|text| text.parse::<ImageFormat>())
+}
+
 fn cache_mode() -> impl TypedValueParser<Value = CacheMode> {
     PossibleValuesParser::new(CacheMode::ALL.map(CacheMode::as_str)).try_map(|text| text.parse::<CacheMode>())
 }
@@ -165,6 +173,7 @@ impl Policy {
             from,
             failover,
             take_over,
+            format: None,
         }
     }
 }
@@ -183,6 +192,7 @@ impl Attach {
             None => None,
         };
         request.take_over = self.take_over;
+        request.format = self.format;
         if self.adopt {
             let api = ReceiverApi { receiver: self.receiver_api.clone() };
             request.adopt = Some(adopted(context, &api, &request.name).await?);

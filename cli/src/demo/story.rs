@@ -133,6 +133,7 @@ impl Stage<'_> {
             from: None,
             failover: false,
             take_over: false,
+            format: None,
             cache: None,
             limits: LimitsRequest { window_bytes: Some(WINDOW), ..LimitsRequest::default() },
         };

@@ -263,3 +263,41 @@ fn a_block_that_cannot_be_read_is_named_and_holds_up_no_other() {
     assert_eq!(disk.status()["unreadable"], serde_json::Value::Null);
     tools::assert_same(image.to_str().unwrap(), disk.restore("latest").to_str().unwrap());
 }
+
+/// A guest decides about every byte of a raw disk. A header of another format there must not be believed: it may name any
+/// file of the host.
+#[test]
+fn what_a_guest_writes_into_a_raw_disk_makes_it_no_qcow2_file() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    let (secret, evil) = (bench.image("secret", 1 << 16), bench.name("evil.qcow2"));
+    std::fs::write(&secret, vec![0x5e; 1 << 16]).unwrap();
+    let (secret, size) = (secret.to_str().unwrap(), SIZE.to_string());
+    tools::run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", &evil, &size]);
+    tools::run("nbdcopy", &[&evil, &disk.uri()]);
+    disk.settle();
+    let is_raw = || {
+        let (header, found) = (std::fs::read(&evil).unwrap(), bench.path("found.img"));
+        tools::run("nbdcopy", &[&disk.uri(), found.to_str().unwrap()]);
+        assert!(std::fs::read(found).unwrap().starts_with(&header), "the disk is what its guest wrote");
+    };
+    is_raw();
+    agent.kill();
+    let agent = bench.agent();
+    disk.settle();
+    is_raw();
+    // Under another name it is another file, and somebody has to say what.
+    bench.json(&["detach", "vm1"]);
+    std::fs::rename(bench.path("vm1.img"), bench.path("moved.img")).unwrap();
+    let (moved, stream) = (bench.name("moved.img"), bench.socket("stream.sock"));
+    let attach = ["attach", "vm1", &moved, "--receiver", &stream];
+    let refused = bench.run(&attach);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    assert!(
+        refused.sentence().contains("looks like qcow2, and the image of disk vm1 was raw"),
+        "{refused:?}"
+    );
+    bench.json(&[&attach[..], &["--format", "raw"]].concat());
+    is_raw();
+    assert_eq!((agent.stop(), receiver.stop()), (0, 0));
+}
