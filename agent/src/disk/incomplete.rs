@@ -108,7 +108,7 @@ pub(crate) fn look(
     };
     if let Some(note) = note {
         let text = text_of(record, header);
-        write_note(&note, &text).map_err(|source| HydrationProblem::Note { note, source })?;
+        have_note(note, &text)?;
     }
     Ok(Some(OpenedHydration { file, receiver, sources: Arc::clone(sources) }))
 }
@@ -167,10 +167,38 @@ pub(super) fn remove_note(image: &Path) -> io::Result<()> {
     }
 }
 
+/// Sees that the note is there. One that is there need not be right: a full file system keeps no disk away.
+fn have_note(note: PathBuf, text: &str) -> Result<(), HydrationProblem> {
+    let found = std::fs::read(&note).ok();
+    let done = match &found {
+        // Whoever wrote it may have died before it was durable.
+        Some(found) if *found == text.as_bytes() => {
+            File::open(&note).and_then(|file| file.sync_all()).and_then(|()| sync_directory(&note))
+        }
+        Some(_) | None => write_note(&note, text),
+    };
+    match done {
+        Err(error) if found.is_some() => {
+            tracing::warn!(note = %note.display(), %error, "the note beside the image cannot be brought up to date");
+            Ok(())
+        }
+        done => done.map_err(|source| HydrationProblem::Note { note, source }),
+    }
+}
+
+/// Puts a note in place: who dies or fails before leaves the one that was there.
 fn write_note(note: &Path, text: &str) -> io::Result<()> {
-    let mut file = File::create(note)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
+    let mut fresh = note.as_os_str().to_owned();
+    fresh.push(".new");
+    let written = File::create(&fresh).and_then(|mut file| {
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&fresh, note)
+    });
+    if let Err(error) = written {
+        let _ = std::fs::remove_file(&fresh);
+        return Err(error);
+    }
     sync_directory(note)
 }
 
@@ -192,4 +220,27 @@ fn text_of(record: &DiskRecord, header: &Header) -> String {
          To use the image on another host or without the agent, wait for that.\n",
         source.receiver, source.name, source.lsn
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_that_is_there_keeps_no_disk_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let note = directory.path().join("vm1.img.backtide-incomplete");
+        have_note(note.clone(), "first").unwrap();
+        assert_eq!(std::fs::read(&note).unwrap(), b"first");
+        have_note(note.clone(), "second").unwrap();
+        assert_eq!(std::fs::read(&note).unwrap(), b"second");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left over");
+        // Nothing can be written now.
+        std::fs::create_dir(directory.path().join("vm1.img.backtide-incomplete.new")).unwrap();
+        have_note(note.clone(), "second").unwrap();
+        have_note(note.clone(), "third").unwrap();
+        assert_eq!(std::fs::read(&note).unwrap(), b"second");
+        std::fs::remove_file(&note).unwrap();
+        have_note(note, "third").unwrap_err();
+    }
 }
