@@ -160,17 +160,24 @@ impl HydrationFile {
         Ok(())
     }
 
-    /// Removes the file when nothing is missing: from then on the image is the disk.
+    /// Removes the file when nothing is missing: from then on the image is the disk. What else says that it lacks
+    /// something is removed by `before`, after the sync and before the file.
     ///
     /// # Errors
-    /// As [`settle`](Self::settle); the file may be there then or not, and nothing is missing by it.
+    /// As [`settle`](Self::settle); the file may be there then or not, and nothing is missing by it. After one of
+    /// `before`, which says nothing of the image, it is there, and this can be tried again.
     ///
     /// # Panics
     /// When something is missing.
-    pub fn finish(&self, sync_image: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    pub fn finish(
+        &self,
+        sync_image: impl FnOnce() -> io::Result<()>,
+        before: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
         assert!(self.state().missing.is_empty(), "what is missing has to be remembered");
         let mut finished = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         self.settle_held(sync_image)?;
+        before()?;
         match self.storage.remove(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}

@@ -295,7 +295,7 @@ impl HydratingDisk {
         let (file, image) = (Arc::clone(&self.file), self.shared_image());
         let finished = blocking(move || {
             // While the file is there the next attach writes the note again.
-            file.finish(|| image.sync().and_then(|()| remove_note(image.path())))?;
+            file.finish(|| image.sync(), || remove_note(image.path()))?;
             KillPoint::HydrationFinished.reached();
             Ok(())
         });

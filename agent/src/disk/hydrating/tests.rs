@@ -241,6 +241,26 @@ async fn missing_blocks_are_data() {
         .await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_note_that_cannot_be_removed_is_no_failure_of_the_image() {
+    LocalSet::new()
+        .run_until(async {
+            let bench = Bench::new();
+            let note = bench.directory.path().join("vm1.img.backtide-incomplete");
+            std::fs::create_dir(&note).unwrap();
+            let hydrating = spawn_local(Rc::clone(&bench.disk).hydrate());
+            while bench.disk.status().unwrap().trouble.is_none() {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+            assert!(bench.file().exists());
+            assert_eq!(bench.disk.run(LocalOp::Change(Change::Flush)).await, Ok(LocalData::Changed));
+            std::fs::remove_dir(&note).unwrap();
+            hydrating.await.unwrap();
+            assert!(!bench.file().exists() && bench.disk.status().is_none());
+        })
+        .await;
+}
+
 /// Guests write and read everywhere, each in its own stripe, while everything is fetched.
 #[tokio::test]
 async fn a_disk_in_use_becomes_the_point_under_what_was_written() {

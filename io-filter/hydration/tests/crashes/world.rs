@@ -157,7 +157,7 @@ impl World {
             self.step()?;
         }
         let acknowledged = self.model.acknowledged();
-        self.file.finish(|| self.image.sync_data()).map_err(|error| error.to_string())?;
+        self.file.finish(|| self.image.sync_data(), || Ok(())).map_err(|error| error.to_string())?;
         self.model.flushed(&acknowledged);
         let seed = self.dice(1 << 40);
         self.storage.crash(seed);
