@@ -20,6 +20,12 @@ const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Longer lines are no QMP; a machine with very many block nodes has long ones.
 const LINE_BYTES_MAX: usize = 16 << 20;
 
+/// Whether what QEMU calls a node names the server at `place`, and none whose name only begins so.
+fn names(file: &str, place: &str) -> bool {
+    let ends = |rest: &str| rest.is_empty() || rest.starts_with(['/', '&', '?', '"']);
+    file.match_indices(place).any(|(at, found)| ends(&file[at + found.len()..]))
+}
+
 /// A connection to a machine's QMP socket.
 pub(crate) struct Qmp {
     socket: String,
@@ -64,7 +70,7 @@ impl Qmp {
         let nodes = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
         let is_client = |node: &Value| {
             let file = node["file"].as_str().unwrap_or_default();
-            node["drv"].as_str() == Some("nbd") && file.contains(place)
+            node["drv"].as_str() == Some("nbd") && names(file, place)
         };
         Ok(nodes.iter().any(is_client))
     }
@@ -144,5 +150,25 @@ impl Qmp {
     fn strange(&self, why: &str) -> Failure {
         let message = format!("QMP at {}: {why}", self.socket);
         ApiError::new(ErrorCode::Failed, message).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_is_named_wholly() {
+        for file in [
+            "nbd+unix:///vm1?socket=/run/vm1",
+            "nbd+unix:///vm1?socket=/run/vm1&a=b",
+            r#"json:{"driver": "nbd", "server.path": "/run/vm1", "server.type": "unix"}"#,
+        ] {
+            assert!(names(file, "/run/vm1"), "{file}");
+        }
+        assert!(!names("nbd+unix:///vm1?socket=/run/vm10", "/run/vm1"));
+        assert!(!names("nbd+unix:///vm1?socket=/run/vm1.sock", "/run/vm1"));
+        assert!(names("nbd://127.0.0.1:1080/vm1", "127.0.0.1:1080"));
+        assert!(!names("nbd://127.0.0.1:10809/vm1", "127.0.0.1:1080"));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use backtide_agent_api::{AgentClient, DiskStatus, RewindReport, RewindRequest};
+use backtide_agent_api::{AgentClient, DiskStatus, Mode, RewindReport, RewindRequest};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdUri};
 use backtide_receiver_api::{DiffReport, DiffRequest};
@@ -72,7 +72,7 @@ impl Rewind {
             confirm(context, &plan_text(&disk, &diff)).await?;
         }
         let mut guest = match &self.qmp {
-            Some(socket) => Some(Guest::paused(socket, &disk).await?),
+            Some(socket) => Some(Guest::paused(socket, &agent, &disk).await?),
             None => None,
         };
         let request = RewindRequest { to: diff.from.lsn, reconnect: guest.is_some() };
@@ -80,7 +80,7 @@ impl Rewind {
             Ok(report) => report,
             Err(error) => {
                 if let Some(guest) = &mut guest {
-                    guest.let_go(context, &agent, &disk).await;
+                    guest.let_go(context, &agent, &disk, &error).await;
                 }
                 return Err(error.into());
             }
@@ -103,7 +103,11 @@ struct Guest {
 
 impl Guest {
     /// The machine behind `socket`, which has to be one that has the disk open; its guest is paused if it runs.
-    async fn paused(socket: &std::path::Path, disk: &DiskStatus) -> Result<Self, Failure> {
+    async fn paused(
+        socket: &std::path::Path,
+        agent: &AgentClient,
+        disk: &DiskStatus,
+    ) -> Result<Self, Failure> {
         let mut qmp = Qmp::connect(socket).await?;
         if !qmp.uses(&place_of(&disk.nbd_uri)).await? {
             let message = format!(
@@ -114,6 +118,16 @@ impl Guest {
             );
             return Err(ApiError::new(ErrorCode::Refused, message)
                 .with_hint("give the QMP socket of the machine that has it")
+                .into());
+        }
+        // Whoever else has it open would not be paused.
+        let clients = agent.disk(&disk.name).await?.clients;
+        if clients != 1 {
+            let name = disk.name.as_str();
+            let message =
+                format!("disk {name} has {clients} clients, and only one of them can be paused for it");
+            return Err(ApiError::new(ErrorCode::Busy, message)
+                .with_hint("see that the virtual machine, and nobody else, has the disk open")
                 .into());
         }
         let (ran, _) = qmp.runs().await?;
@@ -128,16 +142,31 @@ impl Guest {
         Ok(Self { qmp, ran })
     }
 
-    /// After a rewind that failed: the guest goes on when its disk was never let go of.
-    async fn let_go(&mut self, context: &Context, agent: &AgentClient, before: &DiskStatus) {
+    /// After a rewind that failed: the guest goes on when its disk was surely never let go of.
+    async fn let_go(
+        &mut self,
+        context: &Context,
+        agent: &AgentClient,
+        before: &DiskStatus,
+        error: &ApiError,
+    ) {
         if !self.ran {
             return;
         }
-        let untouched = agent.disk(&before.name).await.is_ok_and(|disk| disk.epoch == before.epoch);
+        // An agent that has not answered may be at it still.
+        let untouched = is_final(error.code)
+            && agent.disk(&before.name).await.is_ok_and(|disk| {
+                disk.epoch == before.epoch && disk.mode != Mode::Detached && disk.hydration.is_none()
+            });
         if !untouched || self.qmp.cont().await.is_err() {
             context.warn("the guest was paused and stays so: look at its disk before `cont`");
         }
     }
+}
+
+/// Whether an error says that no rewind goes on, nor begins later.
+fn is_final(code: ErrorCode) -> bool {
+    !matches!(code, ErrorCode::Busy | ErrorCode::Unreachable | ErrorCode::Interrupted)
 }
 
 /// What an NBD client of this URI has in its own words: the socket's path, or host and port.
