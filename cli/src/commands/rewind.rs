@@ -196,6 +196,16 @@ pub(crate) async fn until_complete(
     let mut told = None;
     loop {
         let disk = agent.disk(name).await?;
+        // What it lacks is not known then; the agent tries to attach it again.
+        if disk.mode == Mode::Detached {
+            let why = Some(format!("disk {} is not attached: {}", name.as_str(), disk.reason));
+            if why != told {
+                context.warn(why.as_deref().unwrap_or_default());
+                told = why;
+            }
+            tokio::time::sleep(POLL).await;
+            continue;
+        }
         let Some(hydration) = &disk.hydration else {
             progress.end();
             return Ok(disk);
