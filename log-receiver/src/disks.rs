@@ -72,6 +72,8 @@ pub struct Claim {
     pub history: HistoryId,
     /// Whether that is what the agent expected.
     pub state: ReceiverState,
+    /// The newest entry before the claim's own.
+    pub before: Seq,
     /// The claim holds when the log is durable up to here.
     pub through: Seq,
     /// The connection that had the disk before, and what to tell it.
@@ -184,8 +186,9 @@ impl Disks {
         let unchanged = own.is_some_and(|attached| {
             attached.epoch == hello.epoch && attached.size == hello.size && attached.name == hello.name
         });
+        let before = disk.appended();
         let through = if unchanged {
-            disk.appended()
+            before
         } else {
             let entry = entries::attach(hello, now);
             let appended = disk.append(entry, ByteCount::ZERO);
@@ -217,7 +220,7 @@ impl Disks {
             let higher = attached.is_some_and(|attached| hello.epoch > attached.epoch);
             (old, replaced_by(hello, higher))
         });
-        Ok(Claim { disk: hello.disk, history, state, through, replaced })
+        Ok(Claim { disk: hello.disk, history, state, before, through, replaced })
     }
 
     /// Refuses new data when the store has too little room for it.

@@ -429,7 +429,8 @@ fn welcome(disk: &Disk, claim: &Claim) -> Welcome {
         highest: disk.highest_lsn(),
         // Also after a pass that ended without a point: records could follow, points could not.
         last_time: timeline.last_time(),
-        position: LogPosition(disk.durable().seq.0),
+        // The claim's own entry would hide that one is missing that was acknowledged before.
+        position: LogPosition(claim.before.0),
         in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && timeline.covered() > Lsn::ZERO),
     }
 }

@@ -69,8 +69,8 @@ pub struct Welcome {
     pub durable: Lsn,
     /// The highest LSN that occurs anywhere in the log: the agent goes on above it.
     pub highest: Lsn,
-    /// How many entries of the log are durable: never fewer than any acknowledgement said, or the store was put
-    /// back from an older copy.
+    /// How many entries of the log are durable, without that of this hello: never fewer than any acknowledgement said,
+    /// or the store was put back from an older copy.
     #[serde(default)]
     pub position: LogPosition,
     /// Whether the log ends in an unfinished pass: only another pass can continue it.

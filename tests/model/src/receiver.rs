@@ -46,7 +46,7 @@ pub(crate) struct Receiver {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Session {
     AwaitHello,
-    AwaitClaim { through: usize, frame: u64, known: bool, fresh: bool },
+    AwaitClaim { before: usize, through: usize, frame: u64, known: bool, fresh: bool },
     Streaming { received: u64, durable: u64, acked: (u64, u64), waiting: VecDeque<(usize, u64)> },
     Ended,
 }
@@ -82,11 +82,12 @@ impl Receiver {
         if stale {
             return Err(CloseCode::Fenced);
         }
+        let before = self.log.len();
         if attached.is_none_or(|seen| seen.epoch != hello.epoch) {
             self.append(entries::attach(hello, TIME)).map_err(|_| CloseCode::Invalid)?;
         }
         let known = hello.history == Some(HISTORY);
-        Ok(Session::AwaitClaim { through: self.log.len(), frame, known, fresh })
+        Ok(Session::AwaitClaim { before, through: self.log.len(), frame, known, fresh })
     }
 
     /// Takes a frame of a session that has the disk.
@@ -201,7 +202,7 @@ impl Receiver {
         }
     }
 
-    pub(crate) fn welcome(&self, known: bool, fresh: bool) -> Welcome {
+    pub(crate) fn welcome(&self, before: usize, known: bool, fresh: bool) -> Welcome {
         let state = match (fresh, known) {
             (true, _) => ReceiverState::New,
             (false, true) => ReceiverState::Known,
@@ -215,7 +216,7 @@ impl Receiver {
             durable: covered,
             highest: timeline.highest_lsn(),
             last_time: timeline.last_time(),
-            position: LogPosition(self.durable as u64),
+            position: LogPosition(before as u64),
             in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && covered > Lsn::ZERO),
         }
     }
@@ -225,8 +226,8 @@ impl Session {
     /// What a session that has the disk has to say now. Without `received`, only what is durable.
     pub(crate) fn settle(&mut self, receiver: &Receiver, received_too: bool) -> Option<Message> {
         match self {
-            Self::AwaitClaim { through, frame, known, fresh } if receiver.durable >= *through => {
-                let welcome = receiver.welcome(*known, *fresh);
+            Self::AwaitClaim { before, through, frame, known, fresh } if receiver.durable >= *through => {
+                let welcome = receiver.welcome(*before, *known, *fresh);
                 let acked = (*frame, *frame);
                 let waiting = VecDeque::new();
                 *self = Self::Streaming { received: acked.0, durable: acked.0, acked, waiting };

@@ -1,7 +1,7 @@
 //! The handshake, row by row.
 
 use backtide_protocol::{CloseCode, Hello, Message, ReceiverState, Tracking};
-use backtide_units::{ByteCount, DiskName, Epoch, HistoryId, Lsn};
+use backtide_units::{ByteCount, DiskName, Epoch, HistoryId, LogPosition, Lsn};
 use uuid::Uuid;
 
 use super::fixture::*;
@@ -45,6 +45,19 @@ fn a_history_that_was_welcomed_is_known_again_after_a_restart() {
     assert_eq!(welcome.history, first.history);
     assert_eq!((welcome.durable, welcome.in_pass), (Lsn(6), false));
     assert!(welcome.highest >= Lsn(6));
+}
+
+#[test]
+fn a_welcome_does_not_count_the_entry_of_its_own_hello() {
+    let mut bench = Bench::new();
+    let (mut peer, first) = bench.welcomed(of_epoch(1));
+    assert_eq!(first.position, LogPosition(0));
+    peer.tell(&mut bench, pass_begin(5, 0));
+    bench.commit(disk(7));
+    let (_, higher) = bench.welcomed(of_epoch(2));
+    assert_eq!(higher.position, LogPosition(2), "its attach is the third");
+    let (_, same) = bench.welcomed(of_epoch(2));
+    assert_eq!(same.position, LogPosition(3), "it has none");
 }
 
 #[test]
