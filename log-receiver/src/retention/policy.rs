@@ -250,6 +250,12 @@ impl Policies {
         };
         file.checksum = file.sum();
         let content = serde_json::to_vec_pretty(&file).expect("plain data becomes JSON");
+        if ByteCount::of(&content) > FILE_BYTES_MAX {
+            return Err(format!(
+                "{} would be larger than {FILE_BYTES_MAX}, and could not be read again: release points that are kept",
+                self.storage.display(Path::new(FILE)).display()
+            ));
+        }
         let written = replace_file(&*self.storage, Path::new(FILE), &content);
         written.map_err(|error| format!("write {}: {error}", self.storage.display(Path::new(FILE)).display()))
     }

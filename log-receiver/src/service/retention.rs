@@ -4,8 +4,8 @@ use backtide_receiver_api::{
     ApiError, DiskRetention, ErrorCode, HeldPoint, KeepRequest, MarkPoint, Mount, OverlayFate,
     ReceiverService, RetentionPreview, RetentionReport, RetentionRequest, UnmountRequest,
 };
-use backtide_recovery::{LogError, Snapshot, TimedLsn};
-use backtide_units::{ByteCount, DiskName};
+use backtide_recovery::{LogError, Point, Snapshot, TimedLsn};
+use backtide_units::{ByteCount, DiskId, DiskName};
 
 use super::{Found, Service};
 use crate::{
@@ -142,7 +142,11 @@ impl Service {
     pub(super) async fn keep_point(&self, request: KeepRequest) -> Result<RetentionReport, ApiError> {
         let KeepRequest { name, at, release } = request;
         let Found { disk, snapshot, damage: _ } = self.look_at(&name).await?;
-        let point = self.resolve_in(&snapshot, &at).await?;
+        let point = match self.resolve_in(&snapshot, &at).await {
+            Ok(point) => point,
+            // What cannot be had any more is released all the same.
+            Err(error) => self.kept_as(&at, disk.uuid).filter(|_| release).ok_or(error)?,
+        };
         let policies = self.policies.clone();
         let changed = self
             .read(move || {
@@ -164,6 +168,15 @@ impl Service {
             there.map_err(|error| points::unavailable(&at, &error))?;
         }
         self.report_retention(Some(name)).await
+    }
+
+    /// What is kept or held of a disk under `lsn:NUMBER`, wherever its history has got to.
+    fn kept_as(&self, at: &str, disk: DiskId) -> Option<TimedLsn> {
+        let Ok(Point::Lsn(lsn)) = at.parse() else { return None };
+        let policy = self.policies.of(disk);
+        let held = policy.holds.values().map(|held| (held.lsn, held.time));
+        let mut kept = policy.pins.into_iter().chain(held);
+        kept.find(|(kept, _)| *kept == lsn).map(|(lsn, time)| TimedLsn { lsn, time })
     }
 
     /// A new writable mount, when its point stays for it. That may have gone while the mount was made; from now on it does

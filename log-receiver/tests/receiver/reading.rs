@@ -5,7 +5,7 @@ use backtide_protocol::{
     Blocks, CloseCode, FETCH_BYTES_MAX, FailureCode, Message, OpenPoint, PROTOCOL_VERSION, Reading,
 };
 use backtide_receiver_api::{DiffRequest, KeepRequest};
-use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, HistoryId, Lsn};
+use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, DiskName, HistoryId, Lsn};
 use roaring::RoaringTreemap;
 use uuid::Uuid;
 
@@ -167,6 +167,25 @@ async fn a_point_stays_while_it_is_read_and_while_it_is_held() {
     let report = rounds(&api, &vm1, TENS).await;
     assert!(!report.disks[0].single_points.iter().any(|point| point.lsn == Lsn(47)));
     assert_eq!(report.disks[0].ladder, ladder(TENS).ladder.unwrap());
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_point_that_has_gone_is_released_all_the_same() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    drop(retention::write_history(&receiver, 6..=20).await);
+    let vm1: DiskName = "vm1".parse().unwrap();
+    let keep = |release| KeepRequest { name: vm1.clone(), at: "lsn:12".to_owned(), release };
+    assert_eq!(client(&receiver).keep(&keep(false)).await.unwrap().disks[0].keep.len(), 1);
+    receiver.shutdown().await;
+    std::fs::remove_dir_all(place.store().join("disks")).unwrap();
+    let receiver = place.start().await;
+    let _agent = retention::write_history(&receiver, 6..=8).await;
+    let api = client(&receiver);
+    assert!(api.keep(&keep(false)).await.is_err());
+    assert!(api.keep(&keep(true)).await.unwrap().disks[0].keep.is_empty());
+    assert!(api.keep(&keep(true)).await.is_err(), "nothing is kept there");
     receiver.shutdown().await;
 }
 

@@ -51,6 +51,20 @@ fn policies_are_durable_and_a_damaged_file_lets_nothing_go() {
     assert_eq!(read_file(&storage, Path::new(FILE), FILE_BYTES_MAX).unwrap(), newer);
 }
 
+#[test]
+fn no_file_is_written_that_is_too_large_to_be_read_again() {
+    let storage = MemoryStorage::new();
+    let open = || Policies::open(Arc::new(storage.clone()), Ladder::default());
+    let (policies, disk) = (open(), DiskId::random());
+    let held = Pin { lsn: Lsn(9), time: CaptureTime(9) };
+    policies.change(disk, |policy| policy.holds.extend([("a".to_owned(), held)])).unwrap();
+    let long = "b".repeat(64 << 20);
+    let refused = policies.change(disk, |policy| policy.holds.extend([(long, held)])).unwrap_err();
+    assert!(refused.contains(FILE) && refused.contains("larger than"), "{refused}");
+    assert_eq!(policies.of(disk).holds.len(), 1);
+    assert_eq!(open().of(disk), policies.of(disk));
+}
+
 /// A store whose clocks the test sets: the machine's, and the seconds since the receiver has started.
 fn clocked(storage: &MemoryStorage, wall: u64, running: u64) -> Policies {
     let second = 1_000_000;
