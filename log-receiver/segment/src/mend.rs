@@ -15,6 +15,9 @@ use crate::{
     scan_prefix,
 };
 
+/// Tells the bytes that are wanted from others.
+type IsWanted<'a> = &'a dyn Fn(&Bytes) -> bool;
+
 impl SegmentFile {
     /// Writes the segment's header again, durably.
     ///
@@ -34,7 +37,7 @@ impl SegmentFile {
         &self,
         segment: &SegmentHeader,
         position: Position,
-        find: &mut dyn FnMut(ByteRange, &dyn Fn(&Bytes) -> bool) -> Option<Bytes>,
+        find: &mut dyn FnMut(ByteRange, IsWanted<'_>) -> Option<Bytes>,
     ) -> Result<bool, SegmentError> {
         let (header, parts) = match self.parts_at(segment, position)? {
             (header, Ok(parts)) => (header, parts),
