@@ -22,6 +22,8 @@ pub(crate) struct DiskFacts {
     pub(crate) segments: u64,
     pub(crate) error: Option<String>,
     pub(crate) damage: Vec<String>,
+    /// Intervals beyond those that are offered.
+    pub(crate) forgotten_intervals: u64,
 }
 
 impl DiskFacts {
@@ -43,6 +45,7 @@ impl DiskFacts {
             segments: disk.segments(),
             error: disk.failure().map(|failure| failure.why.clone()),
             damage: disk.damage().cloned().collect(),
+            forgotten_intervals: timeline.map_or(0, |timeline| timeline.forgotten().intervals),
         }
     }
 }

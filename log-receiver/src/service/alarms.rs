@@ -1,6 +1,7 @@
 //! What a person should look at now, in the control API's answers.
 
 use backtide_receiver_api::StoreGrowth;
+use backtide_recovery::INTERVALS_MAX;
 
 use super::Service;
 use crate::facts::DiskFacts;
@@ -28,6 +29,13 @@ impl Service {
             if keeper.shrunk.contains_key(&facts.id) {
                 alarms.push(format!(
                     "disk {name}: the store was nearly full, history that its retention promises is gone"
+                ));
+            }
+            if facts.forgotten_intervals > 0 {
+                alarms.push(format!(
+                    "disk {name}: its history has more than {INTERVALS_MAX} intervals; the points of the oldest {} are not \
+                     offered, kept or locked ones neither",
+                    facts.forgotten_intervals
                 ));
             }
             alarms.extend(facts.damage.iter().map(|why| format!("disk {name}: {why}")));
