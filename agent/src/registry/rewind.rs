@@ -8,7 +8,7 @@
 //! Invariant: the hydration file is the only thing that is changed. Whoever dies before it is there leaves the
 //! disk as it was, whoever dies after it a disk that is set back.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{cell::OnceCell, path::Path, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::{DiskStatus, ImageFormat, Mode, RewindReport, RewindRequest};
 use backtide_control::{ApiError, ErrorCode};
@@ -73,7 +73,13 @@ impl Registry {
             tracing::warn!(disk = %name, %error, "the moment before the rewind is not marked");
         }
         // Clients may have come meanwhile.
-        let status = settled(&handle, request).await?;
+        let status = match settled(&handle, request).await {
+            Ok(status) => status,
+            Err(error) => {
+                self.release(&record, plan.source).await;
+                return Err(error);
+            }
+        };
         let began = Instant::now();
         // For whoever asks meanwhile.
         let shown = disk::not_attached(&record, "it is being set back to an earlier point");
@@ -188,6 +194,7 @@ impl Registry {
         let planning = move || {
             // A source belongs to one thread.
             let local = LocalSet::new();
+            let holding = OnceCell::new();
             let plan = async {
                 let source = sources.find(Dialer::new(receiver, tls), uuid, Some(history), Some(to)).await?;
                 let point = source.point().clone();
@@ -195,16 +202,22 @@ impl Registry {
                     let why = format!("the disk had {} bytes then and has {size} now", point.size);
                     return Err(FetchError::Refused(why));
                 }
+                let _ = holding.set(Rc::clone(&source));
                 source.hold(&owner(uuid)).await?;
-                match source.changed(since).await {
-                    Ok(changed) => Ok(Plan { source: point, since, changed }),
-                    Err(error) => {
-                        let _ = source.release(&owner(uuid)).await;
-                        Err(error)
-                    }
-                }
+                let changed = source.changed(since).await?;
+                Ok(Plan { source: point, since, changed })
             };
-            runtime.block_on(local.run_until(tokio::time::timeout(FIND_TIME, plan)))
+            let planned = async {
+                let planned = tokio::time::timeout(FIND_TIME, plan).await;
+                // Nothing comes of the point then.
+                if !matches!(planned, Ok(Ok(_)))
+                    && let Some(source) = holding.get()
+                {
+                    let _ = tokio::time::timeout(SETTLE_TIME, source.release(&owner(uuid))).await;
+                }
+                planned
+            };
+            runtime.block_on(local.run_until(planned))
         };
         let planned = waiting(planning).await?;
         planned.unwrap_or_else(|_| Err(FetchError::Unreachable(silent()))).map_err(|error| {
