@@ -86,6 +86,8 @@ pub struct Filter {
     pub(crate) last_lsn: Lsn,
     /// The last capture time given.
     pub(crate) last_time: CaptureTime,
+    /// A moment that reads waited for has passed in an event that had nothing to do with them.
+    pub(crate) reads_overdue: bool,
     /// Until the first handshake: no record that the receiver has was captured later, unless this state is
     /// an older copy.
     pub(crate) known_until: Option<CaptureTime>,
@@ -157,6 +159,7 @@ impl Filter {
             history: None,
             last_lsn: Lsn::ZERO,
             last_time: CaptureTime::default(),
+            reads_overdue: false,
             known_until: None,
             durable_lsn: Lsn::ZERO,
             received_lsn: Lsn::ZERO,
@@ -332,7 +335,7 @@ impl Filter {
         let copies = self.next_copy_deadline();
         let answers = self.acknowledgements.next_deadline();
         let retries = self.pass.as_ref().and_then(|pass| pass.next_retry(self.now.monotonic));
-        let reads = self.next_paced_read();
+        let reads = self.next_paced_read().or(self.reads_overdue.then_some(self.now.monotonic));
         let idle = self.next_idle_snapshot();
         let pass = self.pause_between_passes();
         let stall = self.next_stall();
@@ -342,9 +345,11 @@ impl Filter {
     }
 
     pub(crate) fn observe(&mut self, now: Now) {
+        let waited = self.next_paced_read().is_some();
         self.now.monotonic = self.now.monotonic.max(now.monotonic);
         self.now.wall = now.wall;
         self.pace.observe(self.now.monotonic);
+        self.reads_overdue |= waited && self.next_paced_read().is_none();
     }
 
     /// The capture time of something that happens now; never goes back.
@@ -403,6 +408,7 @@ impl Filter {
 
     /// Does whatever has become possible: passes begin, go on and end, verifies go on.
     pub(crate) fn pump(&mut self) {
+        self.reads_overdue = false;
         self.begin_pass_if_due();
         self.drain();
         self.end_pass_if_drained();

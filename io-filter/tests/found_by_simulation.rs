@@ -231,3 +231,27 @@ fn a_store_put_back_to_the_middle_of_a_pass_is_noticed() {
     let alarms: Vec<_> = alarms.filter(|effect| matches!(effect, Effect::Alarm(_))).collect();
     assert!(matches!(&alarms[..], [Effect::Alarm(why)] if why.contains("log entry 2)")), "{alarms:?}");
 }
+
+/// Found by a guest that read while a resync was held to a rate: its read ended just after the drain might have gone on,
+/// and just before the driver's timer said so. The timer was called off, and nothing else came.
+#[test]
+fn a_guests_read_does_not_take_the_turn_of_the_drain() {
+    let mut filter = filter(AckPolicy::Local);
+    filter.limit_resync(at(0), ByteCount(1 << 20));
+    filter.connected(at(0), &welcome(ReceiverState::New));
+    let scan = scan(&mut filter);
+    filter.scanned(at(0), scan, &DirtyBitmap::of((0..200).into()));
+    let (io, op) = local(&mut filter);
+    let LocalOp::Read(range) = op else { panic!("a drain reads, found {op:?}") };
+    let bytes = usize::try_from(range.count().0).unwrap();
+    filter.local_done(at(1), io, Ok(LocalData::Read(Bytes::from(vec![7; bytes]))));
+    send_all(&mut filter, at(1));
+    assert_eq!(effects(&mut filter), []);
+    let due = filter.next_deadline().expect("the drain goes on then");
+    let late = Now { monotonic: due, wall: at(1).wall };
+    let watch = filter.watch_read(late);
+    filter.read_took(late, watch, ByteCount(4096));
+    assert!(filter.next_deadline().is_some_and(|deadline| deadline <= due), "{:?}", filter.next_deadline());
+    filter.tick(late);
+    assert!(matches!(local(&mut filter), (_, LocalOp::Read(_))));
+}
