@@ -8,6 +8,7 @@ mod fio;
 mod going_back;
 mod report;
 mod servers;
+mod store;
 mod tracking;
 
 use std::path::PathBuf;
@@ -85,7 +86,8 @@ fn main() -> anyhow::Result<()> {
         seconds: arguments.seconds,
         records: arguments.records,
     };
-    for row in tracking::ROWS.iter().chain(&going_back::ROWS).filter(|row| arguments.wants(row.name)) {
+    let rows = tracking::ROWS.iter().chain(&going_back::ROWS).chain(store::ROWS);
+    for row in rows.filter(|row| arguments.wants(row.name)) {
         print!("{}", row.measure(&setting).with_context(|| format!("measure {}", row.name))?);
     }
     Ok(())
