@@ -123,6 +123,24 @@ impl Contents {
         Ok(())
     }
 
+    /// Whether `is` holds for any of the places on the volume that these bytes are at.
+    pub(crate) fn touches(
+        &self,
+        at: ByteOffset,
+        length: usize,
+        is: impl Fn(ByteOffset, usize) -> bool,
+    ) -> bool {
+        let end = at.0.saturating_add(length as u64);
+        let first = self.pieces.partition_point(|piece| piece.end() <= at.0);
+        self.pieces[first..].iter().take_while(|piece| piece.at.0 < end).any(|piece| match piece.place {
+            Place::Volume(start) => {
+                let (from, to) = (piece.at.0.max(at.0), piece.end().min(end));
+                is(ByteOffset(start.0 + from - piece.at.0), (to - from) as usize)
+            }
+            Place::Inline(_) => false,
+        })
+    }
+
     /// Reads bytes of the file: as many as the buffer takes, fewer at its end only.
     pub(crate) fn read_at(
         &self,

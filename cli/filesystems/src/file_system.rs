@@ -4,6 +4,9 @@ use backtide_units::ByteCount;
 
 use crate::{Contents, Error};
 
+/// The most names of one directory that are read.
+pub(crate) const NAMES_MAX: usize = 1 << 20;
+
 /// A file or directory of one volume: the number by which its file system finds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(pub u64);

@@ -11,9 +11,12 @@ mod contents;
 mod error;
 mod fields;
 mod file_system;
+#[cfg(test)]
+mod golden;
 pub mod lvm;
 pub mod path;
 mod source;
+pub mod xfs;
 
 pub use contents::{Contents, Piece, Place};
 pub use error::Error;
