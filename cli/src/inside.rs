@@ -1,4 +1,4 @@
-//! Files out of a mounted point: its partitions, what is in them, and the files of ext2, ext3 and ext4.
+//! Files out of a mounted point: its partitions, what is in them, and its files.
 //!
 //! Everything is read over NBD in this process, without root and without mounting anything on this machine. What is
 //! read was written by a guest, so it is taken as hostile: names and sizes are its words, never this machine's
@@ -6,11 +6,13 @@
 
 mod copy_out;
 mod partitions;
+mod parts;
 mod point_reader;
 mod volume;
 
 pub(crate) use copy_out::{Copied, Destination, copy_out};
-pub(crate) use partitions::{Content, Partition, partitions};
+pub(crate) use partitions::{Content, LogicalVolume, Partition, logical_volumes, partitions};
+pub(crate) use parts::{Part, Parts};
 pub(crate) use point_reader::PointReader;
 pub(crate) use volume::{Entry, Kind, Volume};
 

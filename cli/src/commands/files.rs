@@ -1,6 +1,6 @@
 //! `backtide ls` and `cp`: files of a point.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, rc::Rc};
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{Client, NbdUri};
@@ -15,7 +15,8 @@ use crate::{
     context::Context,
     ending::{Ending, Failure, failed, wrong_usage},
     inside::{
-        Content, Copied, Destination, Entry, Kind, Partition, PointReader, Volume, copy_out, partitions,
+        Copied, Destination, Entry, Kind, LogicalVolume, Part, Partition, Parts, PointReader, Volume,
+        copy_out,
     },
     output::plain_table,
     quantity::{count_text, size_text, time_text},
@@ -29,9 +30,9 @@ struct Where {
     /// The point to look into
     #[arg(long, value_name = "POINT", default_value = "latest", allow_hyphen_values = true)]
     at: String,
-    /// The partition [default: the only one with a file system that can be read]
-    #[arg(long, value_name = "NUMBER")]
-    partition: Option<u32>,
+    /// The partition, or the logical volume as GROUP/NAME [default: the only one with files that can be read]
+    #[arg(long, value_name = "NUMBER|GROUP/NAME")]
+    partition: Option<String>,
     #[command(flatten)]
     api: ReceiverApi,
 }
@@ -41,7 +42,7 @@ struct Where {
 pub(crate) struct Ls {
     #[command(flatten)]
     place: Where,
-    /// A file or directory [default: the root, and the partitions when there are several]
+    /// A file or directory [default: the root, or the partitions when there are several]
     path: Option<String>,
 }
 
@@ -67,9 +68,14 @@ pub(crate) struct Cp {
 struct Listing {
     disk: DiskName,
     lsn: Lsn,
-    partitions: Vec<Partition>,
-    /// The one that was looked into.
+    #[serde(flatten)]
+    parts: Parts,
+    /// The partition that was looked into.
     partition: Option<u32>,
+    /// The logical volume that was looked into.
+    logical_volume: Option<String>,
+    /// What to know before believing what was found.
+    warnings: Vec<String>,
     path: Option<String>,
     /// None when only the partitions were looked for.
     entries: Option<Vec<Entry>>,
@@ -84,36 +90,51 @@ struct CopyReport {
     output: String,
     #[serde(flatten)]
     copied: Copied,
+    /// What to know before believing what was found.
+    warnings: Vec<String>,
 }
 
 impl Ls {
     /// Lists a directory, or the partitions.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let Self { place, path } = self;
-        let (partition, only_table) = (place.partition, path.is_none() && place.partition.is_none());
+        let only_table = path.is_none() && place.partition.is_none();
+        let partition = place.partition.clone();
         let path = path.unwrap_or_else(|| "/".to_owned());
-        let listing = with_point(context, place, move |mount, mut disk| {
-            let partitions = read_partitions(&mut disk)?;
-            let readable = partitions.iter().filter(|part| part.content == Content::Ext4).count();
+        let listing = with_point(context, place.into_point(), move |mount, disk| {
             let (disk_name, lsn) = (mount.disk.name.clone(), mount.lsn);
-            if only_table && readable != 1 {
-                let (partition, path, entries) = (None, None, None);
-                return Ok(Listing { disk: disk_name, lsn, partitions, partition, path, entries });
+            let parts = Parts::find(&disk)?;
+            let mut listing = Listing {
+                disk: disk_name,
+                lsn,
+                parts,
+                partition: None,
+                logical_volume: None,
+                warnings: Vec::new(),
+                path: None,
+                entries: None,
+            };
+            if only_table && listing.parts.readable().count() != 1 {
+                return Ok(listing);
             }
-            let chosen = choose(&partitions, partition)?;
-            let volume = Volume::open(&disk, chosen)?;
+            let chosen = listing.parts.choose(partition.as_deref())?;
+            let volume = chosen.open(&disk)?;
             let found = volume.look(&path)?;
-            let entries = match found.kind {
+            listing.entries = Some(match found.kind {
                 Kind::Directory => volume.list(&found)?,
                 Kind::File | Kind::Symlink | Kind::Special => vec![found],
+            });
+            (listing.partition, listing.logical_volume) = match chosen {
+                Part::Partition(partition) => (Some(partition.number), None),
+                Part::Logical(volume) => (None, Some(volume.name.clone())),
             };
-            let partition = Some(chosen.number);
-            let (path, entries) = (Some(path), Some(entries));
-            Ok(Listing { disk: disk_name, lsn, partitions, partition, path, entries })
+            listing.warnings = volume.warnings().to_vec();
+            listing.path = Some(path);
+            Ok(listing)
         })
         .await?;
         context.print(&listing, || listing_text(&listing))?;
-        Ok(Ending::Done)
+        Ok(warn(context, &listing.warnings))
     }
 }
 
@@ -126,17 +147,18 @@ impl Cp {
             true => Destination::Stdout,
             false => Destination::Path { path: PathBuf::from(&output), replace: force },
         };
-        let partition = place.partition;
-        let report = with_point(context, place, move |mount, mut disk| {
-            let partitions = read_partitions(&mut disk)?;
-            let volume = Volume::open(&disk, choose(&partitions, partition)?)?;
+        let partition = place.partition.clone();
+        let report = with_point(context, place.into_point(), move |mount, disk| {
+            let parts = Parts::find(&disk)?;
+            let volume: Volume = parts.choose(partition.as_deref())?.open(&disk)?;
             let entry = volume.look_through(&path)?;
             if entry.kind == Kind::Directory && !recursive {
                 return Err(wrong_usage(format!("{path} is a directory: copy it with --recursive")));
             }
             let copied = copy_out(&volume, &entry, &to)?;
             let (disk, lsn) = (mount.disk.name.clone(), mount.lsn);
-            Ok(CopyReport { disk, lsn, path, output, copied })
+            let warnings = volume.warnings().to_vec();
+            Ok(CopyReport { disk, lsn, path, output, copied, warnings })
         })
         .await?;
         if to_stdout {
@@ -148,21 +170,45 @@ impl Cp {
         let skipped = report.copied.skipped;
         if skipped > 0 {
             context.warn(&format!("left out devices, sockets and pipes: {skipped}"));
+            warn(context, &report.warnings);
             return Ok(Ending::Warnings);
         }
-        Ok(Ending::Done)
+        Ok(warn(context, &report.warnings))
     }
 }
 
+impl Where {
+    fn into_point(self) -> Point {
+        Point { name: self.name, at: self.at, changed_since: None, api: self.api }
+    }
+}
+
+/// Says what is to be known, and how that ends.
+pub(super) fn warn(context: &Context, warnings: &[String]) -> Ending {
+    for warning in warnings {
+        context.warn(warning);
+    }
+    if warnings.is_empty() { Ending::Done } else { Ending::Warnings }
+}
+
+/// A point of a disk that is looked into.
+pub(super) struct Point {
+    pub(super) name: DiskName,
+    pub(super) at: String,
+    /// The earlier point since which blocks may have changed that the mount is to tell of.
+    pub(super) changed_since: Option<String>,
+    pub(super) api: ReceiverApi,
+}
+
 /// Mounts the point for as long as `work` takes, which runs where it may block.
-async fn with_point<T: Send + 'static>(
+pub(super) async fn with_point<T: Send + 'static>(
     context: &Context,
-    place: Where,
-    work: impl FnOnce(&Mount, PointReader) -> Result<T, Failure> + Send + 'static,
+    point: Point,
+    work: impl FnOnce(&Mount, Rc<PointReader>) -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
-    let receiver: ReceiverClient = context.receiver(&place.api)?;
-    let (name, at, nbd) = (place.name, place.at, None);
-    let (temporary, writable, changed_since) = (true, false, None);
+    let receiver: ReceiverClient = context.receiver(&point.api)?;
+    let Point { name, at, changed_since, .. } = point;
+    let (temporary, writable, nbd) = (true, false, None);
     let request = MountRequest { name, at, nbd, temporary, writable, changed_since };
     let mount = receiver.mount(&request).await?;
     let uri: NbdUri = mount.uri.parse().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
@@ -170,42 +216,11 @@ async fn with_point<T: Send + 'static>(
     let client = connected.map_err(|error| ApiError::from_error(ErrorCode::Unreachable, &error))?;
     let runtime = Handle::current();
     let id = mount.id.clone();
-    let done = tokio::task::spawn_blocking(move || work(&mount, PointReader::new(client, runtime))).await;
+    let reads = move || work(&mount, Rc::new(PointReader::new(client, runtime)));
+    let done = tokio::task::spawn_blocking(reads).await;
     // It ends by itself with its client, as a rule before this asks for it.
     let _ = receiver.unmount(&id, None).await;
     done.unwrap_or_else(|error| Err(failed(format!("the reader ended early: {error}"))))
-}
-
-fn read_partitions(disk: &mut PointReader) -> Result<Vec<Partition>, Failure> {
-    partitions(disk).map_err(|error| {
-        let why = format!("the partitions cannot be read: {error}");
-        ApiError::new(ErrorCode::Failed, why).into()
-    })
-}
-
-/// The partition that was named, or the only one that can be read.
-fn choose(partitions: &[Partition], wanted: Option<u32>) -> Result<&Partition, Failure> {
-    if let Some(number) = wanted {
-        let found = partitions.iter().find(|partition| partition.number == number);
-        return found.ok_or_else(|| {
-            let why = format!("there is no partition {number}; what there is: {}", names(partitions));
-            ApiError::new(ErrorCode::NotFound, why).into()
-        });
-    }
-    let readable: Vec<&Partition> =
-        partitions.iter().filter(|partition| partition.content == Content::Ext4).collect();
-    match readable[..] {
-        [only] => Ok(only),
-        // Opening it says why it cannot be read, and what can.
-        [] => Ok(partitions.iter().max_by_key(|partition| partition.length).expect("a disk has a part")),
-        _ => Err(wrong_usage(format!("say which --partition: there are {}", names(partitions)))),
-    }
-}
-
-fn names(partitions: &[Partition]) -> String {
-    let name =
-        |part: &Partition| format!("{} ({}, {})", part.number, part.content.name(), size_text(part.length));
-    partitions.iter().map(name).collect::<Vec<_>>().join(", ")
 }
 
 fn listing_text(listing: &Listing) -> String {
@@ -214,7 +229,16 @@ fn listing_text(listing: &Listing) -> String {
             let (offset, length) = (part.offset.to_string(), size_text(part.length));
             vec![part.number.to_string(), offset, length, part.content.name().to_owned()]
         };
-        return plain_table(&["PARTITION", "OFFSET", "SIZE", "CONTENT"], listing.partitions.iter().map(row));
+        let logical = |volume: &LogicalVolume| {
+            let content = match &volume.unreadable {
+                Some(why) => format!("not readable: {why}"),
+                None => volume.content.name().to_owned(),
+            };
+            vec![volume.name.clone(), "-".to_owned(), size_text(volume.length), content]
+        };
+        let rows = listing.parts.partitions.iter().map(row);
+        let rows = rows.chain(listing.parts.logical_volumes.iter().map(logical));
+        return plain_table(&["PARTITION", "OFFSET", "SIZE", "CONTENT"], rows);
     };
     let row = |entry: &Entry| {
         let kind = match entry.kind {

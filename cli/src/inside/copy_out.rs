@@ -7,7 +7,7 @@
 use std::{
     ffi::OsStr,
     fs::{self, DirBuilder, File},
-    io::{self, Write},
+    io::{self, Seek, SeekFrom, Write},
     os::unix::{
         ffi::OsStrExt,
         fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink},
@@ -19,7 +19,7 @@ use backtide_control::{ApiError, ErrorCode};
 use rustix::fs::OFlags;
 use serde::Serialize;
 
-use super::{Entry, Kind, Volume, volume::api_error};
+use super::{Entry, Kind, Volume};
 use crate::ending::{Failure, io_failure};
 
 /// What is read and written at once.
@@ -65,7 +65,7 @@ pub(crate) fn copy_out(volume: &Volume, entry: &Entry, to: &Destination) -> Resu
     match (entry.kind, to) {
         (Kind::File, Destination::Stdout) => {
             let name = Path::new("standard output");
-            copied.bytes = pour(volume, entry, &mut io::stdout().lock(), name)?;
+            copied.bytes = pour(volume, entry, To::Stream(&mut io::stdout().lock()), name)?;
             copied.files = 1;
         }
         (Kind::File, Destination::Path { path, replace }) => {
@@ -73,7 +73,7 @@ pub(crate) fn copy_out(volume: &Volume, entry: &Entry, to: &Destination) -> Resu
             let failed = |error: io::Error| io_failure(path.display(), &error);
             let mut file =
                 tempfile::NamedTempFile::new_in(parent.unwrap_or(Path::new("."))).map_err(failed)?;
-            copied.bytes = pour(volume, entry, file.as_file_mut(), path)?;
+            copied.bytes = pour(volume, entry, To::File(file.as_file_mut()), path)?;
             file.as_file().set_permissions(mode(entry)).map_err(failed)?;
             let kept = if *replace { file.persist(path) } else { file.persist_noclobber(path) };
             kept.map_err(|error| exists_or_failed(path, &error.error))?;
@@ -117,7 +117,7 @@ fn directory(
             Kind::File => {
                 let created = File::options().write(true).create_new(true).mode(0o600).open(&to);
                 let mut file = created.map_err(|error| exists_or_failed(&to, &error))?;
-                copied.bytes += pour(volume, &inner, &mut file, &to)?;
+                copied.bytes += pour(volume, &inner, To::File(&mut file), &to)?;
                 file.set_permissions(mode(&inner)).map_err(|error| io_failure(to.display(), &error))?;
                 copied.files += 1;
             }
@@ -136,20 +136,36 @@ fn directory(
     set.map_err(|error| io_failure(path.display(), &error))
 }
 
+/// What the bytes of a file go to.
+enum To<'to> {
+    Stream(&'to mut dyn Write),
+    /// A new file, which gets the holes of the one on the volume.
+    File(&'to mut File),
+}
+
 /// Copies the bytes of a file.
-fn pour(volume: &Volume, entry: &Entry, to: &mut dyn Write, name: &Path) -> Result<u64, Failure> {
+fn pour(volume: &Volume, entry: &Entry, mut to: To<'_>, name: &Path) -> Result<u64, Failure> {
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::BrokenPipe => Failure::ClosedPipe,
+        _ => io_failure(name.display(), &error),
+    };
     let mut file = volume.open_file(entry)?;
     let mut buffer = vec![0; PIECE];
     let mut bytes = 0;
     loop {
-        let count = file.read_bytes(&mut buffer).map_err(|error| api_error(&entry.name, &error))?;
+        if let To::File(to) = &mut to {
+            bytes = file.skip_hole().0;
+            to.seek(SeekFrom::Start(bytes)).map_err(failed)?;
+        }
+        let count = file.read(&mut buffer)?;
+        match &mut to {
+            To::Stream(to) => to.write_all(&buffer[..count]).map_err(failed)?,
+            To::File(to) if count == 0 => to.set_len(bytes).map_err(failed)?,
+            To::File(to) => to.write_all(&buffer[..count]).map_err(failed)?,
+        }
         if count == 0 {
             return Ok(bytes);
         }
-        to.write_all(&buffer[..count]).map_err(|error| match error.kind() {
-            io::ErrorKind::BrokenPipe => Failure::ClosedPipe,
-            _ => io_failure(name.display(), &error),
-        })?;
         bytes += count as u64;
     }
 }

@@ -1,7 +1,11 @@
-//! Which partitions a point has, and what seems to be in each.
+//! Which partitions and logical volumes a point has, and what seems to be in each.
 
-use std::io;
+use std::{io, rc::Rc};
 
+use backtide_filesystems::{
+    Source, Window,
+    lvm::{self, LogicalBytes, Segment},
+};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use gpt::{GptConfig, disk::LogicalBlockSize};
 use serde::Serialize;
@@ -36,7 +40,7 @@ pub(crate) struct Partition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Content {
-    /// ext2, ext3 or ext4: the one that can be read here.
+    /// ext2, ext3 or ext4.
     Ext4,
     /// XFS.
     Xfs,
@@ -57,6 +61,21 @@ pub(crate) enum Content {
 }
 
 impl Content {
+    /// Whether its files can be read here.
+    pub(crate) fn is_readable(self) -> bool {
+        match self {
+            Self::Ext4 | Self::Xfs => true,
+            Self::Ntfs | Self::Fat | Self::Btrfs | Self::Lvm | Self::Luks | Self::Swap | Self::Unknown => {
+                false
+            }
+        }
+    }
+
+    /// What people call those whose files can be read here.
+    pub(crate) fn readable_names() -> &'static str {
+        "ext2/3/4 and XFS"
+    }
+
     /// What people call it.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -81,17 +100,66 @@ impl Partition {
     }
 }
 
+/// A logical volume of LVM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct LogicalVolume {
+    /// The group's name and its own: `group/name`.
+    pub(crate) name: String,
+    /// How many bytes.
+    pub(crate) length: ByteCount,
+    /// What it seems to hold.
+    pub(crate) content: Content,
+    /// Why it cannot be read, when it cannot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) unreadable: Option<String>,
+    /// Where its bytes are.
+    #[serde(skip)]
+    segments: Vec<Segment>,
+}
+
+impl LogicalVolume {
+    /// Its bytes.
+    pub(crate) fn bytes(&self, disk: Rc<dyn Source>) -> LogicalBytes {
+        LogicalBytes::new(disk, self.segments.clone())
+    }
+}
+
+/// The logical volumes whose physical volumes are among `partitions`.
+///
+/// # Errors
+/// When the description of a group is damaged.
+pub(crate) fn logical_volumes(
+    disk: &Rc<PointReader>,
+    partitions: &[Partition],
+) -> Result<Vec<LogicalVolume>, backtide_filesystems::Error> {
+    let mut physicals = Vec::new();
+    for partition in partitions.iter().filter(|partition| partition.content == Content::Lvm) {
+        let window = Window::new(Rc::clone(disk) as Rc<dyn Source>, partition.range());
+        physicals.push((partition.range(), lvm::physical(&window)?));
+    }
+    let found = lvm::logical_volumes(&physicals)?.into_iter().map(|logical| {
+        let (segments, unreadable) = match logical.segments {
+            Ok(segments) => (segments, None),
+            Err(why) => (Vec::new(), Some(why)),
+        };
+        let content = content(&LogicalBytes::new(Rc::clone(disk) as Rc<dyn Source>, segments.clone()));
+        let name = format!("{}/{}", logical.group, logical.name);
+        LogicalVolume { name, length: logical.length, content, unreadable, segments }
+    });
+    Ok(found.collect())
+}
+
 /// The partitions of a disk, or the disk as a whole when it has no table.
 ///
 /// # Errors
 /// When it cannot be read, or its table is damaged.
-pub(crate) fn partitions(disk: &mut PointReader) -> io::Result<Vec<Partition>> {
+pub(crate) fn partitions(disk: &Rc<PointReader>) -> io::Result<Vec<Partition>> {
     let mut first = [0; SECTOR as usize];
     // A file system lies on a bare disk more often than a table's signature is there by chance; FAT has both.
-    let whole = content(disk);
+    let whole = content(disk.as_ref());
     let bare = disk.size().0 < 2 * SECTOR || whole != Content::Unknown;
     if !bare {
-        disk.read_at(0, &mut first)?;
+        disk.read_at(ByteOffset::ZERO, &mut first)?;
     }
     let ranges = match first {
         _ if bare => Vec::new(),
@@ -104,17 +172,17 @@ pub(crate) fn partitions(disk: &mut PointReader) -> io::Result<Vec<Partition>> {
         return Ok(vec![Partition { number: 0, offset, length, content: whole }]);
     }
     let found = ranges.into_iter().map(|(number, range)| {
-        let mut part = disk.part(range);
-        Partition { number, offset: range.start(), length: part.size(), content: content(&mut part) }
+        let part = Window::new(Rc::clone(disk) as Rc<dyn Source>, range);
+        Partition { number, offset: range.start(), length: part.size(), content: content(&part) }
     });
     Ok(found.collect())
 }
 
 /// Refuses a header of a table that `gpt` would panic about or take memory for without bounds: the numbers are
 /// the guest's, and a checksum keeps nobody from writing any.
-fn check_gpt_header(disk: &mut PointReader, at: u64) -> io::Result<()> {
+fn check_gpt_header(disk: &PointReader, at: u64) -> io::Result<()> {
     let mut header = [0; 92];
-    disk.read_at(at, &mut header)?;
+    disk.read_at(ByteOffset(at), &mut header)?;
     if header[..8] != *b"EFI PART" {
         return Ok(());
     }
@@ -130,7 +198,7 @@ fn check_gpt_header(disk: &mut PointReader, at: u64) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::InvalidData, why))
 }
 
-fn gpt_partitions(disk: &mut PointReader) -> io::Result<Vec<(u32, ByteRange)>> {
+fn gpt_partitions(disk: &PointReader) -> io::Result<Vec<(u32, ByteRange)>> {
     // Either header may be the one that is used: the second takes the place of a damaged first.
     let last = (disk.size().0 / SECTOR).saturating_sub(1) * SECTOR;
     for at in [SECTOR, last] {
@@ -166,10 +234,7 @@ fn sectors(start: u64, count: u64) -> ByteRange {
     ByteRange::new(start, ByteCount(count * SECTOR)).expect("sectors of 32 bits")
 }
 
-fn mbr_partitions(
-    disk: &mut PointReader,
-    first: &[u8; SECTOR as usize],
-) -> io::Result<Vec<(u32, ByteRange)>> {
+fn mbr_partitions(disk: &PointReader, first: &[u8; SECTOR as usize]) -> io::Result<Vec<(u32, ByteRange)>> {
     let mut ranges = Vec::new();
     let mut extended = None;
     for (number, (kind, (start, count))) in (1..).zip(primary(first)) {
@@ -185,7 +250,7 @@ fn mbr_partitions(
     let mut at = base;
     for number in 5..5 + LOGICAL_MAX {
         let mut record = [0; SECTOR as usize];
-        disk.read_at(at * SECTOR, &mut record)?;
+        disk.read_at(ByteOffset(at * SECTOR), &mut record)?;
         if record[510..] != [0x55, 0xaa] {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
@@ -209,10 +274,10 @@ fn mbr_partitions(
 }
 
 /// What a volume seems to hold, by its marks.
-fn content(volume: &mut PointReader) -> Content {
-    let mut is = |at: u64, mark: &[u8]| {
+fn content(volume: &dyn Source) -> Content {
+    let is = |at: u64, mark: &[u8]| {
         let mut found = vec![0; mark.len()];
-        volume.read_at(at, &mut found).is_ok() && found == mark
+        volume.read_at(ByteOffset(at), &mut found).is_ok() && found == mark
     };
     match () {
         () if is(1080, &[0x53, 0xef]) => Content::Ext4,

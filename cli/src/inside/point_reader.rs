@@ -1,58 +1,75 @@
 //! A mounted point for code that reads as from a file: blocks the thread it runs on.
 //!
-//! One stretch of 64 KiB is remembered: file systems read their tables in small pieces.
+//! Some stretches are remembered: file systems read their tables in small pieces, here and there.
 
 use std::{
+    cell::RefCell,
+    collections::VecDeque,
     fmt,
     io::{self, Read, Seek, SeekFrom, Write},
 };
 
 use backtide_export::Client;
-use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use backtide_filesystems::Source;
+use backtide_units::{ByteCount, ByteOffset};
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
 /// What is read at once at least.
 const STRETCH: u64 = 64 << 10;
 
-/// A part of a point, seen as a disk of its own. Must not be used on a thread of the runtime.
-#[derive(Clone)]
+/// The longest read: as long as one request may be.
+const READ_MAX: u64 = 1 << 20;
+
+/// How many stretches are remembered; they have a megabyte at most.
+const STRETCHES: usize = 64;
+
+/// A point. Must not be used on a thread of the runtime.
 pub(crate) struct PointReader {
     client: Client,
     runtime: Handle,
-    part: ByteRange,
     position: u64,
-    /// The last stretch that was read, and where it begins on the point.
-    stretch: (u64, Bytes),
+    /// Stretches that were read, the last used first, and where they begin.
+    stretches: RefCell<VecDeque<(u64, Bytes)>>,
 }
 
 impl PointReader {
-    /// All of the point behind `client`, whose connection runs on `runtime`.
+    /// The point behind `client`, whose connection runs on `runtime`.
     pub(crate) fn new(client: Client, runtime: Handle) -> Self {
-        let part = ByteRange::between(ByteOffset::ZERO, ByteOffset(client.size().0));
-        Self { client, runtime, part, position: 0, stretch: (0, Bytes::new()) }
+        Self { client, runtime, position: 0, stretches: RefCell::default() }
     }
 
-    /// A part of it, cut at its end.
-    pub(crate) fn part(&self, part: ByteRange) -> Self {
-        let clamp =
-            |at: ByteOffset| ByteOffset((self.part.start().0.saturating_add(at.0)).min(self.part.end().0));
-        let part = ByteRange::between(clamp(part.start()), clamp(part.end()));
-        Self { part, position: 0, ..self.clone() }
+    /// The stretch that has the byte `at`, of `wanted` bytes from there on if it is read anew.
+    fn stretch_with(&self, at: u64, wanted: usize) -> io::Result<(u64, Bytes)> {
+        let mut stretches = self.stretches.borrow_mut();
+        let has = |(start, bytes): &(u64, Bytes)| (*start..start + bytes.len() as u64).contains(&at);
+        if let Some(found) = stretches.iter().position(has) {
+            let found = stretches.remove(found).expect("it is there");
+            stretches.push_front(found.clone());
+            return Ok(found);
+        }
+        let start = at / STRETCH * STRETCH;
+        let end = at.saturating_add((wanted as u64).min(READ_MAX)).next_multiple_of(STRETCH);
+        let count = ByteCount(end.min(self.client.size().0).min(start + READ_MAX) - start);
+        let read = self.runtime.block_on(self.client.read(ByteOffset(start), count));
+        let bytes = read.map_err(io::Error::other)?;
+        stretches.truncate(STRETCHES - 1);
+        stretches.push_front((start, bytes.clone()));
+        Ok((start, bytes))
+    }
+}
+
+impl Source for PointReader {
+    fn size(&self) -> ByteCount {
+        self.client.size()
     }
 
-    /// How many bytes it has.
-    pub(crate) fn size(&self) -> ByteCount {
-        self.part.count()
-    }
-
-    /// Fills `buffer` from `offset` on.
-    pub(crate) fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= self.size().0);
+    fn read_at(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<()> {
+        let end = offset.checked_add(ByteCount::of(buffer)).filter(|end| end.0 <= self.size().0);
         if end.is_none() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let (mut at, mut done) = (self.part.start().0 + offset, 0);
+        let (mut at, mut done) = (offset.0, 0);
         while done < buffer.len() {
             let (start, stretch) = self.stretch_with(at, buffer.len() - done)?;
             let from = usize::try_from(at - start).expect("within a stretch");
@@ -62,31 +79,12 @@ impl PointReader {
         }
         Ok(())
     }
-
-    /// The stretch that has the byte `at` of the point, of `wanted` bytes from there on if it is read anew.
-    fn stretch_with(&mut self, at: u64, wanted: usize) -> io::Result<(u64, Bytes)> {
-        let (start, stretch) = &self.stretch;
-        if (*start..start + stretch.len() as u64).contains(&at) {
-            return Ok((*start, stretch.clone()));
-        }
-        let start = at / STRETCH * STRETCH;
-        // As long as one request may be, for a long read.
-        let end = at.saturating_add((wanted as u64).min(1 << 20)).next_multiple_of(STRETCH);
-        let count = ByteCount(end.min(self.client.size().0) - start);
-        let read = self.runtime.block_on(self.client.read(ByteOffset(start), count));
-        let stretch = read.map_err(io::Error::other)?;
-        self.stretch = (start, stretch.clone());
-        Ok((start, stretch))
-    }
 }
 
-impl ext4_view::Ext4Read for PointReader {
-    fn read(
-        &mut self,
-        start_byte: u64,
-        dst: &mut [u8],
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync + 'static>> {
-        self.read_at(start_byte, dst).map_err(Into::into)
+/// One that reads from the start, and remembers what it reads by itself.
+impl Clone for PointReader {
+    fn clone(&self) -> Self {
+        Self::new(self.client.clone(), self.runtime.clone())
     }
 }
 
@@ -94,7 +92,7 @@ impl Read for PointReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.size().0.saturating_sub(self.position);
         let count = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        self.read_at(self.position, &mut buffer[..count])?;
+        self.read_at(ByteOffset(self.position), &mut buffer[..count])?;
         self.position += count as u64;
         Ok(count)
     }
@@ -125,6 +123,6 @@ impl Write for PointReader {
 
 impl fmt::Debug for PointReader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PointReader({})", self.part)
+        write!(f, "PointReader({} bytes)", self.size())
     }
 }

@@ -6,7 +6,8 @@ use backtide_export::{
     Client, Command, Export, ExportInfo, ExportSummary, Exports, Limits, Listener, NbdAddress, NbdError,
     NbdUri, Reply,
 };
-use backtide_units::ByteCount;
+use backtide_filesystems::{Source, Window};
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::Bytes;
 use tokio::{runtime::Handle, task::LocalSet};
 
@@ -60,7 +61,7 @@ fn on<T: Send + 'static>(disk: Vec<u8>, look: impl FnOnce(PointReader) -> T + Se
 }
 
 fn told(disk: Vec<u8>) -> Vec<(u32, u64, u64, Content)> {
-    let found = on(disk, |mut disk| partitions(&mut disk).unwrap());
+    let found = on(disk, |disk| partitions(&Rc::new(disk)).unwrap());
     found.iter().map(|part| (part.number, part.offset.0, part.length.0, part.content)).collect()
 }
 
@@ -120,9 +121,9 @@ fn a_chain_of_tables_that_is_a_circle_or_leads_nowhere_ends() {
     entry(&mut disk, 2048, 1, 0x05, 0, 1);
     assert_eq!(told(disk.clone()).len(), 128);
     entry(&mut disk, 2048, 1, 0x05, u32::MAX, 1);
-    assert!(on(disk.clone(), |mut disk| partitions(&mut disk).is_err()));
+    assert!(on(disk.clone(), |disk| partitions(&Rc::new(disk)).is_err()));
     entry(&mut disk, 2048, 1, 0x05, 2048, 1);
-    assert!(on(disk, |mut disk| partitions(&mut disk).is_err()), "no record is there");
+    assert!(on(disk, |disk| partitions(&Rc::new(disk)).is_err()), "no record is there");
 }
 
 #[test]
@@ -131,7 +132,7 @@ fn a_damaged_gpt_is_an_error() {
     entry(&mut disk, 0, 0, 0xee, 1, 2047);
     disk[512..520].copy_from_slice(b"EFI PART");
     disk[592..596].copy_from_slice(&u32::MAX.to_le_bytes());
-    assert!(on(disk, |mut disk| partitions(&mut disk).is_err()));
+    assert!(on(disk, |disk| partitions(&Rc::new(disk)).is_err()));
 }
 
 /// Writes the header of a GPT, with a checksum that is right.
@@ -162,7 +163,7 @@ fn a_gpt_with_numbers_nobody_uses_is_refused_in_a_sentence() {
             let mut disk = vec![0; MIB];
             entry(&mut disk, 0, 0, 0xee, 1, 2047);
             gpt_header(&mut disk, sector, entries, length);
-            let why = on(disk, |mut disk| partitions(&mut disk).unwrap_err().to_string());
+            let why = on(disk, |disk| partitions(&Rc::new(disk)).unwrap_err().to_string());
             let said = format!("says it has {entries} entries of {length} bytes");
             assert!(why.contains(&said), "sector {sector}: {why}");
         }
@@ -170,27 +171,31 @@ fn a_gpt_with_numbers_nobody_uses_is_refused_in_a_sentence() {
         let mut disk = vec![0; MIB];
         entry(&mut disk, 0, 0, 0xee, 1, 2047);
         gpt_header(&mut disk, sector, 1024, 128);
-        let why = on(disk, |mut disk| partitions(&mut disk).unwrap_err().to_string());
+        let why = on(disk, |disk| partitions(&Rc::new(disk)).unwrap_err().to_string());
         assert!(why.contains("CRC mismatch"), "sector {sector}: {why}");
     }
 }
 
 #[test]
-fn a_part_reads_its_own_bytes_and_no_others() {
-    let disk: Vec<u8> = (0..MIB).map(|at| (at / 4096) as u8).collect();
+fn a_point_reads_its_bytes_in_any_order_and_a_part_no_others() {
+    let disk: Vec<u8> = (0..8 * MIB).map(|at| (at / 4096) as u8).collect();
     on(disk, |disk| {
-        let range = backtide_units::ByteRange::between(
-            backtide_units::ByteOffset(8192),
-            backtide_units::ByteOffset(200_000),
-        );
-        let mut part = disk.part(range);
-        let mut bytes = vec![0; 191_808];
-        part.read_at(0, &mut bytes).unwrap();
+        let disk: Rc<dyn Source> = Rc::new(disk);
+        // More stretches than are remembered, forth and back.
+        for at in (0..8 * MIB).step_by(100_000).chain((0..8 * MIB).rev().step_by(70_001)) {
+            let mut byte = [0];
+            disk.read_at(ByteOffset(at as u64), &mut byte).unwrap();
+            assert_eq!(byte[0], (at / 4096) as u8, "{at}");
+        }
+        let range = ByteRange::between(ByteOffset(8192), ByteOffset(2_000_000));
+        let part = Window::new(disk, range);
+        let mut bytes = vec![0; 1_991_808];
+        part.read_at(ByteOffset::ZERO, &mut bytes).unwrap();
         assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == ((at + 8192) / 4096) as u8));
-        assert!(part.read_at(191_808, &mut [0]).is_err());
-        assert!(part.read_at(u64::MAX, &mut [0]).is_err());
+        assert!(part.read_at(ByteOffset(1_991_808), &mut [0]).is_err());
+        assert!(part.read_at(ByteOffset(u64::MAX), &mut [0]).is_err());
         let mut pair = [0; 2];
-        part.read_at(4095, &mut pair).unwrap();
+        part.read_at(ByteOffset(4095), &mut pair).unwrap();
         assert_eq!(pair, [2, 3]);
     });
 }

@@ -1,14 +1,30 @@
-//! The files of one volume, in our words. It is where another file system would be added.
+//! The files of one volume, in our words.
+//!
+//! ext2, ext3 and ext4 are read by a library, the others by `backtide-filesystems`.
+
+mod ext4;
+
+use std::rc::Rc;
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_units::ByteCount;
-use ext4_view::{Ext4, Ext4Error, File, FileType, Metadata, PathBuf};
+use backtide_filesystems::{self as filesystems, Contents, FileId, FileSystem, Name, Node, Source, path};
+use backtide_units::{ByteCount, ByteOffset};
 use serde::Serialize;
 
-use super::{Content, Partition, PointReader};
+use self::ext4::{Ext4Volume, OpenExt4};
+use super::Content;
+
+/// What can be done about a volume that cannot be read here.
+pub(super) const OTHERWISE: &str = "mount the point and read it with guestfish (Debian package \
+    libguestfs-tools): `backtide mount NAME --at POINT`, then `guestfish --ro --format=raw -a URI -i`";
 
 /// A volume whose files can be read.
-pub(crate) struct Volume(Ext4);
+pub(crate) enum Volume {
+    /// ext2, ext3 or ext4.
+    Ext4(Ext4Volume),
+    /// Another.
+    Other(Box<dyn FileSystem>),
+}
 
 /// What a directory says of one of its entries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -35,7 +51,16 @@ pub(crate) struct Entry {
     pub(super) raw_name: Vec<u8>,
     /// Where it is.
     #[serde(skip)]
-    pub(super) path: Option<PathBuf>,
+    pub(super) place: Place,
+}
+
+/// How a volume finds a file again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// By its path.
+    Ext4(ext4_view::PathBuf),
+    /// By its number.
+    Other(FileId),
 }
 
 /// What a file is.
@@ -52,38 +77,84 @@ pub(crate) enum Kind {
     Special,
 }
 
+impl From<filesystems::Kind> for Kind {
+    fn from(kind: filesystems::Kind) -> Self {
+        match kind {
+            filesystems::Kind::File => Self::File,
+            filesystems::Kind::Directory => Self::Directory,
+            filesystems::Kind::Symlink => Self::Symlink,
+            filesystems::Kind::Special => Self::Special,
+        }
+    }
+}
+
+/// A file that is read from its start to its end.
+pub(super) enum OpenFile<'volume> {
+    Ext4(Box<OpenExt4>),
+    Other { volume: &'volume dyn FileSystem, name: String, contents: Contents, at: ByteOffset },
+}
+
+impl OpenFile<'_> {
+    /// The next bytes; none at the end.
+    pub(super) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ApiError> {
+        match self {
+            Self::Ext4(file) => file.read(buffer),
+            Self::Other { volume, name, contents, at } => {
+                let read = volume.read(contents, *at, buffer);
+                let count = read.map_err(|error| api_error(name, &error))?;
+                at.0 += count as u64;
+                Ok(count)
+            }
+        }
+    }
+
+    /// Goes to the next byte that may be other than zero, or to the end, and says where that is.
+    pub(super) fn skip_hole(&mut self) -> ByteOffset {
+        match self {
+            Self::Ext4(file) => file.position(),
+            Self::Other { contents, at, .. } => {
+                *at = contents.next_data(*at).unwrap_or(ByteOffset(contents.size().0.max(at.0)));
+                *at
+            }
+        }
+    }
+}
+
 impl Volume {
-    /// The volume in a partition.
+    /// The volume on `source`, which is called `name`.
     ///
     /// # Errors
     /// When it is none that can be read here: the way that can is named.
-    pub(crate) fn open(disk: &PointReader, partition: &Partition) -> Result<Self, ApiError> {
-        match partition.content {
-            Content::Ext4 => {}
-            Content::Xfs
-            | Content::Btrfs
-            | Content::Ntfs
+    pub(crate) fn open(source: Rc<dyn Source>, content: Content, name: &str) -> Result<Self, ApiError> {
+        match content {
+            Content::Ext4 => Ext4Volume::open(source).map(Self::Ext4),
+            Content::Xfs => {
+                let opened = filesystems::xfs::Xfs::open(source);
+                opened.map(|volume| Self::Other(Box::new(volume))).map_err(|error| api_error(name, &error))
+            }
+            Content::Ntfs
             | Content::Fat
+            | Content::Btrfs
             | Content::Lvm
             | Content::Luks
             | Content::Swap
             | Content::Unknown => {
-                let what = match partition.content == Content::Unknown {
+                let what = match content == Content::Unknown {
                     true => "no file system that is known here",
-                    false => partition.content.name(),
+                    false => content.name(),
                 };
-                let place = match partition.number {
-                    0 => "the whole disk".to_owned(),
-                    number => format!("partition {number}"),
-                };
-                let why = format!("{place} holds {what}, and only ext2/3/4 is read here");
-                return Err(ApiError::new(ErrorCode::Refused, why).with_hint(
-                    "mount the point and read it with guestfish: `backtide mount NAME --at POINT`, then \
-                     `guestfish --ro --format=raw -a URI -i`",
-                ));
+                let why = format!("{name} holds {what}, and {} are read here", Content::readable_names());
+                Err(ApiError::new(ErrorCode::Refused, why).with_hint(OTHERWISE))
             }
         }
-        Ext4::load(Box::new(disk.part(partition.range()))).map(Self).map_err(|error| api_error("/", &error))
+    }
+
+    /// What a reader has to know of the volume before believing what is seen, a sentence each.
+    pub(crate) fn warnings(&self) -> &[String] {
+        match self {
+            Self::Ext4(_) => &[],
+            Self::Other(volume) => volume.warnings(),
+        }
     }
 
     /// What `path` is.
@@ -91,10 +162,10 @@ impl Volume {
     /// # Errors
     /// When it is not there, or cannot be read.
     pub(crate) fn look(&self, path: &str) -> Result<Entry, ApiError> {
-        let metadata = self.0.symlink_metadata(path).map_err(|error| api_error(path, &error))?;
-        let name = last_part(path);
-        let found = PathBuf::try_from(path).map_err(|_| not_a_path(path))?;
-        self.entry(name, &metadata, found).map_err(|error| api_error(path, &error))
+        match self {
+            Self::Ext4(volume) => volume.look(path),
+            Self::Other(volume) => find(volume.as_ref(), path, false),
+        }
     }
 
     /// What `path` is when symbolic links are followed.
@@ -102,9 +173,10 @@ impl Volume {
     /// # Errors
     /// As [`Volume::look`].
     pub(crate) fn look_through(&self, path: &str) -> Result<Entry, ApiError> {
-        let metadata = self.0.metadata(path).map_err(|error| api_error(path, &error))?;
-        let real = self.0.canonicalize(path).map_err(|error| api_error(path, &error))?;
-        self.entry(last_part(path), &metadata, real).map_err(|error| api_error(path, &error))
+        match self {
+            Self::Ext4(volume) => volume.look_through(path),
+            Self::Other(volume) => find(volume.as_ref(), path, true),
+        }
     }
 
     /// The entries of a directory, sorted by name, without itself and the one above.
@@ -112,18 +184,15 @@ impl Volume {
     /// # Errors
     /// When it cannot be read.
     pub(crate) fn list(&self, directory: &Entry) -> Result<Vec<Entry>, ApiError> {
-        let failed = |error: Ext4Error| api_error(&directory.name, &error);
-        let path = directory.path.as_ref().expect("an entry of a volume has a path");
-        let mut entries = Vec::new();
-        for found in self.0.read_dir(path).map_err(failed)? {
-            let found = found.map_err(failed)?;
-            let name = found.file_name().as_ref().to_vec();
-            if name == b"." || name == b".." {
-                continue;
+        let mut entries = match (self, &directory.place) {
+            (Self::Ext4(volume), Place::Ext4(path)) => volume.list(&directory.name, path)?,
+            (Self::Other(volume), Place::Other(id)) => {
+                let failed = |error: filesystems::Error| api_error(&directory.name, &error);
+                let names = volume.names(*id).map_err(failed)?.into_iter();
+                names.map(|name| entry(volume.as_ref(), name)).collect::<Result<_, _>>()?
             }
-            let metadata = found.metadata().map_err(failed)?;
-            entries.push(self.entry(name, &metadata, found.path()).map_err(failed)?);
-        }
+            (Self::Ext4(_), Place::Other(_)) | (Self::Other(_), Place::Ext4(_)) => another_volume(),
+        };
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(entries)
     }
@@ -132,54 +201,55 @@ impl Volume {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub(super) fn open_file(&self, file: &Entry) -> Result<File, ApiError> {
-        let path = file.path.as_ref().expect("an entry of a volume has a path");
-        self.0.open(path).map_err(|error| api_error(&file.name, &error))
-    }
-
-    fn entry(&self, name: Vec<u8>, metadata: &Metadata, path: PathBuf) -> Result<Entry, Ext4Error> {
-        let kind = match metadata.file_type() {
-            FileType::Regular => Kind::File,
-            FileType::Directory => Kind::Directory,
-            FileType::Symlink => Kind::Symlink,
-            FileType::BlockDevice | FileType::CharacterDevice | FileType::Fifo | FileType::Socket => {
-                Kind::Special
+    pub(super) fn open_file(&self, file: &Entry) -> Result<OpenFile<'_>, ApiError> {
+        match (self, &file.place) {
+            (Self::Ext4(volume), Place::Ext4(path)) => {
+                volume.open_file(&file.name, path).map(|file| OpenFile::Ext4(Box::new(file)))
             }
-        };
-        let target = match kind {
-            Kind::Symlink => Some(self.0.read_link(&path)?.display().to_string()),
-            Kind::File | Kind::Directory | Kind::Special => None,
-        };
-        Ok(Entry {
-            name: String::from_utf8_lossy(&name).into_owned(),
-            raw_name: name,
-            kind,
-            size: ByteCount(metadata.len()),
-            mode: metadata.mode() & 0o7777,
-            uid: metadata.uid(),
-            gid: metadata.gid(),
-            modified: metadata.modified().seconds(),
-            target,
-            path: Some(path),
-        })
+            (Self::Other(volume), Place::Other(id)) => {
+                let contents = volume.contents(*id).map_err(|error| api_error(&file.name, &error))?;
+                let (volume, name) = (volume.as_ref(), file.name.clone());
+                Ok(OpenFile::Other { volume, name, contents, at: ByteOffset::ZERO })
+            }
+            (Self::Ext4(_), Place::Other(_)) | (Self::Other(_), Place::Ext4(_)) => another_volume(),
+        }
     }
 }
 
-/// The name that a path ends with.
-fn last_part(path: &str) -> Vec<u8> {
-    path.rsplit('/').find(|part| !part.is_empty()).unwrap_or("/").as_bytes().to_vec()
+fn another_volume() -> ! {
+    panic!("an entry belongs to the volume that has told of it")
 }
 
-fn not_a_path(path: &str) -> ApiError {
-    ApiError::new(ErrorCode::Usage, format!("{path:?} is no path"))
+fn find(volume: &dyn FileSystem, path: &str, through: bool) -> Result<Entry, ApiError> {
+    let found = path::find(volume, path, through).map_err(|error| api_error(path, &error))?;
+    let bytes = if found.name.is_empty() { b"/".to_vec() } else { found.name };
+    entry(volume, Name { bytes, id: found.id })
 }
 
-pub(super) fn api_error(path: &str, error: &Ext4Error) -> ApiError {
+fn entry(volume: &dyn FileSystem, name: Name) -> Result<Entry, ApiError> {
+    let text = String::from_utf8_lossy(&name.bytes).into_owned();
+    let failed = |error: filesystems::Error| api_error(&text, &error);
+    let Node { kind, size, mode, uid, gid, modified_ns, .. } = volume.node(name.id).map_err(failed)?;
+    let kind = Kind::from(kind);
+    let target = match kind {
+        Kind::Symlink => {
+            let target = volume.link_target(name.id).map_err(failed)?;
+            Some(String::from_utf8_lossy(&target).into_owned())
+        }
+        Kind::File | Kind::Directory | Kind::Special => None,
+    };
+    let modified = i64::try_from(modified_ns.div_euclid(1_000_000_000)).unwrap_or(i64::MAX);
+    let (raw_name, place) = (name.bytes, Place::Other(name.id));
+    Ok(Entry { name: text, kind, size, mode, uid, gid, modified, target, raw_name, place })
+}
+
+fn api_error(path: &str, error: &filesystems::Error) -> ApiError {
+    use filesystems::Error as Found;
     let code = match error {
-        Ext4Error::NotFound => ErrorCode::NotFound,
-        Ext4Error::NotAbsolute | Ext4Error::MalformedPath | Ext4Error::PathTooLong => ErrorCode::Usage,
-        Ext4Error::Corrupt(_) | Ext4Error::Io(_) => ErrorCode::Damaged,
-        _ => ErrorCode::Failed,
+        Found::NotFound { .. } => ErrorCode::NotFound,
+        Found::NotADirectory { .. } | Found::TooManyLinks { .. } => ErrorCode::Usage,
+        Found::Damaged { .. } | Found::Io { .. } => ErrorCode::Damaged,
+        Found::Unsupported { .. } | Found::TooMany { .. } => ErrorCode::Refused,
     };
     let cause = ApiError::from_error(code, error);
     ApiError { message: format!("{path} on the volume: {}", cause.message), ..cause }

@@ -3,7 +3,7 @@
 use backtide_tidy::{dependencies, files, manifests};
 
 /// Crates that know no daemon, no socket, no clock of a runtime.
-const LEAVES: [&str; 12] = [
+const LEAVES: [&str; 13] = [
     "backtide-units",
     "backtide-storage",
     "backtide-nbd",
@@ -16,6 +16,7 @@ const LEAVES: [&str; 12] = [
     "backtide-images",
     "backtide-recovery",
     "backtide-overlay",
+    "backtide-filesystems",
 ];
 
 /// What a leaf must not be able to reach.

@@ -40,4 +40,5 @@ mod spill;
 mod strangers;
 mod timeline;
 mod verify;
+mod volumes_inside;
 mod writable_mounts;

@@ -1,0 +1,140 @@
+//! The parts of a point - partitions and logical volumes - and the choice of one to look into.
+
+use std::rc::Rc;
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_filesystems::{Source, Window};
+use serde::Serialize;
+
+use super::{Content, LogicalVolume, Partition, PointReader, Volume, logical_volumes, partitions};
+use crate::{ending::Failure, ending::wrong_usage, quantity::size_text};
+
+/// What a point consists of.
+#[derive(Debug, Serialize)]
+pub(crate) struct Parts {
+    /// The partitions, or the whole disk.
+    pub(crate) partitions: Vec<Partition>,
+    /// What is on those that are physical volumes of LVM.
+    pub(crate) logical_volumes: Vec<LogicalVolume>,
+}
+
+/// One of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Part<'parts> {
+    Partition(&'parts Partition),
+    Logical(&'parts LogicalVolume),
+}
+
+impl Parts {
+    /// Those of `disk`.
+    ///
+    /// # Errors
+    /// When a table of them is damaged.
+    pub(crate) fn find(disk: &Rc<PointReader>) -> Result<Self, Failure> {
+        let found = partitions(disk);
+        let partitions = found.map_err(|error| {
+            ApiError::new(ErrorCode::Failed, format!("the partitions cannot be read: {error}"))
+        })?;
+        let found = logical_volumes(disk, &partitions);
+        let logical_volumes = found.map_err(|error| {
+            ApiError::from_error(ErrorCode::Damaged, &error).with_hint(
+                "without it the logical volumes cannot be found; a point before the damage may have it",
+            )
+        })?;
+        Ok(Self { partitions, logical_volumes })
+    }
+
+    fn all(&self) -> impl Iterator<Item = Part<'_>> {
+        self.partitions.iter().map(Part::Partition).chain(self.logical_volumes.iter().map(Part::Logical))
+    }
+
+    /// Those with a file system that can be read.
+    pub(crate) fn readable(&self) -> impl Iterator<Item = Part<'_>> {
+        self.all().filter(|part| part.content().is_readable())
+    }
+
+    /// The part of this number or name, or the only one that can be read.
+    ///
+    /// # Errors
+    /// When there is no such part, or more than one to choose from.
+    pub(crate) fn choose(&self, wanted: Option<&str>) -> Result<Part<'_>, Failure> {
+        if let Some(wanted) = wanted {
+            let is_it = |part: &Part<'_>| match part {
+                Part::Partition(partition) => wanted.parse() == Ok(partition.number),
+                Part::Logical(volume) => volume.name == wanted,
+            };
+            return self.all().find(is_it).ok_or_else(|| {
+                let why = format!("there is no partition {wanted}; what there is: {}", self.names());
+                ApiError::new(ErrorCode::NotFound, why).into()
+            });
+        }
+        let mut readable = self.readable();
+        match (readable.next(), readable.next()) {
+            (Some(only), None) => Ok(only),
+            // Opening it says why it cannot be read, and what can.
+            (None, _) => Ok(self.all().max_by_key(Part::length).expect("a disk has a part")),
+            (Some(_), Some(_)) => {
+                Err(wrong_usage(format!("say which --partition: there are {}", self.names())))
+            }
+        }
+    }
+
+    fn names(&self) -> String {
+        let name = |part: Part<'_>| {
+            format!("{} ({}, {})", part.name(), part.content().name(), size_text(part.length()))
+        };
+        self.all().map(name).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Part<'_> {
+    fn content(&self) -> Content {
+        match self {
+            Self::Partition(partition) => partition.content,
+            Self::Logical(volume) => volume.content,
+        }
+    }
+
+    fn length(&self) -> backtide_units::ByteCount {
+        match self {
+            Self::Partition(partition) => partition.length,
+            Self::Logical(volume) => volume.length,
+        }
+    }
+
+    /// What `--partition` calls it.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::Partition(partition) => partition.number.to_string(),
+            Self::Logical(volume) => volume.name.clone(),
+        }
+    }
+
+    /// The files in it.
+    ///
+    /// # Errors
+    /// When it has none that can be read here.
+    pub(crate) fn open(&self, disk: &Rc<PointReader>) -> Result<Volume, ApiError> {
+        let disk = Rc::clone(disk) as Rc<dyn Source>;
+        match self {
+            Self::Partition(partition) => {
+                let name = match partition.number {
+                    0 => "the whole disk".to_owned(),
+                    number => format!("partition {number}"),
+                };
+                let bytes = Rc::new(Window::new(disk, partition.range()));
+                Volume::open(bytes, partition.content, &name)
+            }
+            Self::Logical(volume) => {
+                let name = format!("the logical volume {}", volume.name);
+                match &volume.unreadable {
+                    Some(why) => {
+                        Err(ApiError::new(ErrorCode::Refused, format!("{name} cannot be read: {why}"))
+                            .with_hint(super::volume::OTHERWISE))
+                    }
+                    None => Volume::open(Rc::new(volume.bytes(disk)), volume.content, &name),
+                }
+            }
+        }
+    }
+}

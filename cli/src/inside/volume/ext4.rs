@@ -1,0 +1,127 @@
+//! ext2, ext3 and ext4, by a library that finds files by their paths.
+
+use std::rc::Rc;
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_filesystems::Source;
+use backtide_units::{ByteCount, ByteOffset};
+use ext4_view::{Ext4, Ext4Error, Ext4Read, File, FileType, Metadata, PathBuf};
+
+use super::{Entry, Kind, Place};
+
+/// A volume with one of them.
+pub(crate) struct Ext4Volume(Ext4);
+
+/// A file of it that is read.
+pub(crate) struct OpenExt4 {
+    name: String,
+    file: File,
+}
+
+struct Reader(Rc<dyn Source>);
+
+impl Ext4Read for Reader {
+    fn read(
+        &mut self,
+        start_byte: u64,
+        dst: &mut [u8],
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync + 'static>> {
+        self.0.read_at(ByteOffset(start_byte), dst).map_err(Into::into)
+    }
+}
+
+impl OpenExt4 {
+    pub(super) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ApiError> {
+        self.file.read_bytes(buffer).map_err(|error| api_error(&self.name, &error))
+    }
+
+    pub(super) fn position(&self) -> ByteOffset {
+        ByteOffset(self.file.position())
+    }
+}
+
+impl Ext4Volume {
+    pub(super) fn open(source: Rc<dyn Source>) -> Result<Self, ApiError> {
+        Ext4::load(Box::new(Reader(source))).map(Self).map_err(|error| api_error("/", &error))
+    }
+
+    pub(super) fn look(&self, path: &str) -> Result<Entry, ApiError> {
+        let metadata = self.0.symlink_metadata(path).map_err(|error| api_error(path, &error))?;
+        let name = last_part(path);
+        let found = PathBuf::try_from(path).map_err(|_| not_a_path(path))?;
+        self.entry(name, &metadata, found).map_err(|error| api_error(path, &error))
+    }
+
+    pub(super) fn look_through(&self, path: &str) -> Result<Entry, ApiError> {
+        let metadata = self.0.metadata(path).map_err(|error| api_error(path, &error))?;
+        let real = self.0.canonicalize(path).map_err(|error| api_error(path, &error))?;
+        self.entry(last_part(path), &metadata, real).map_err(|error| api_error(path, &error))
+    }
+
+    pub(super) fn list(&self, name: &str, path: &PathBuf) -> Result<Vec<Entry>, ApiError> {
+        let failed = |error: Ext4Error| api_error(name, &error);
+        let mut entries = Vec::new();
+        for found in self.0.read_dir(path).map_err(failed)? {
+            let found = found.map_err(failed)?;
+            let name = found.file_name().as_ref().to_vec();
+            if name == b"." || name == b".." {
+                continue;
+            }
+            let metadata = found.metadata().map_err(failed)?;
+            entries.push(self.entry(name, &metadata, found.path()).map_err(failed)?);
+        }
+        Ok(entries)
+    }
+
+    pub(super) fn open_file(&self, name: &str, path: &PathBuf) -> Result<OpenExt4, ApiError> {
+        let file = self.0.open(path).map_err(|error| api_error(name, &error))?;
+        Ok(OpenExt4 { name: name.to_owned(), file })
+    }
+
+    fn entry(&self, name: Vec<u8>, metadata: &Metadata, path: PathBuf) -> Result<Entry, Ext4Error> {
+        let kind = match metadata.file_type() {
+            FileType::Regular => Kind::File,
+            FileType::Directory => Kind::Directory,
+            FileType::Symlink => Kind::Symlink,
+            FileType::BlockDevice | FileType::CharacterDevice | FileType::Fifo | FileType::Socket => {
+                Kind::Special
+            }
+        };
+        let target = match kind {
+            Kind::Symlink => Some(self.0.read_link(&path)?.display().to_string()),
+            Kind::File | Kind::Directory | Kind::Special => None,
+        };
+        Ok(Entry {
+            name: String::from_utf8_lossy(&name).into_owned(),
+            raw_name: name,
+            kind,
+            size: ByteCount(metadata.len()),
+            mode: metadata.mode() & 0o7777,
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+            modified: metadata.modified().seconds(),
+            target,
+            place: Place::Ext4(path),
+        })
+    }
+}
+
+/// The name that a path ends with.
+fn last_part(path: &str) -> Vec<u8> {
+    path.rsplit('/').find(|part| !part.is_empty()).unwrap_or("/").as_bytes().to_vec()
+}
+
+fn not_a_path(path: &str) -> ApiError {
+    ApiError::new(ErrorCode::Usage, format!("{path:?} is no path"))
+}
+
+fn api_error(path: &str, error: &Ext4Error) -> ApiError {
+    let code = match error {
+        Ext4Error::NotFound => ErrorCode::NotFound,
+        Ext4Error::NotAbsolute | Ext4Error::MalformedPath | Ext4Error::PathTooLong => ErrorCode::Usage,
+        Ext4Error::Corrupt(_) | Ext4Error::Io(_) => ErrorCode::Damaged,
+        _ => ErrorCode::Failed,
+    };
+    let cause = ApiError::from_error(code, error);
+    ApiError { message: format!("{path} on the volume: {}", cause.message), ..cause }
+}

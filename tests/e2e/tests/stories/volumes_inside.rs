@@ -1,0 +1,94 @@
+//! Files on volumes that others have written: XFS, and logical volumes of LVM.
+
+use std::{io::Write, os::unix::fs::FileExt, path::Path};
+
+use backtide_e2e::{Bench, tools};
+
+/// A file of `testdata/volumes`.
+fn golden(name: &str) -> Vec<u8> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/volumes");
+    std::fs::read(folder.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// An image with a volume of `testdata/volumes`.
+fn unpack(bench: &Bench, image: &str, volume: &str) {
+    let bytes = zstd::decode_all(&golden(volume)[..]).unwrap();
+    let mut file = std::fs::File::create(bench.path(image)).unwrap();
+    file.write_all(&bytes).unwrap();
+}
+
+#[test]
+fn files_of_xfs_come_out_of_a_point_with_what_was_in_its_log_only() {
+    let bench = Bench::new();
+    unpack(&bench, "vm1.img", "xfs.zst");
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.settle();
+    bench.json(&["mark", "whole", "vm1"]);
+    disk.settle();
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.settle();
+
+    let listed = bench.json(&["ls", "vm1", "--at", "mark:whole", "/new"]);
+    let entries = listed["entries"].as_array().unwrap();
+    assert_eq!(entries.len(), 203, "{listed}");
+    assert_eq!((&listed["partitions"][0]["content"], &listed["warnings"][0]), (&"xfs".into(), &().into()));
+    let out = bench.name("new");
+    let copied = bench.run(&["cp", "vm1", "--at", "mark:whole", "/new", &out, "--recursive"]);
+    assert_eq!(copied.code, 0, "{copied:?}");
+    let expected: Vec<u8> = (0..20_000).map(|at| ((at / 1000 + 9) % 251) as u8).collect();
+    assert!(std::fs::read(bench.path("new/deep/file")).unwrap() == expected);
+    let link = std::fs::read_link(bench.path("new/long link")).unwrap();
+    assert_eq!(link.to_str().unwrap(), format!("{}by", "near/".repeat(150)));
+    // A file with holes is copied with them, and is as long as it was.
+    let sparse = bench.name("sparse");
+    assert_eq!(bench.run(&["cp", "vm1", "--at", "mark:whole", "/pieces", &sparse]).code, 0);
+    assert_eq!(std::fs::metadata(&sparse).unwrap().len(), 599 * 4096);
+    assert_eq!(bench.run(&["ls", "vm1", "--at", "mark:whole", "/few"]).code, 4, "it was deleted");
+    assert_eq!(bench.run(&["ls", "vm1", "/"]).code, 5, "the newest has no file system");
+    assert_eq!(bench.json(&["mount"])["mounts"], serde_json::json!([]), "nothing stays mounted");
+}
+
+#[test]
+fn files_on_a_logical_volume_in_two_stretches_are_found() {
+    let bench = Bench::new();
+    let tree = bench.path("tree");
+    std::fs::create_dir_all(&tree).unwrap();
+    let big: Vec<u8> = (0..9 << 20_u32).map(|at| (at / 1000 % 251) as u8).collect();
+    std::fs::write(tree.join("big"), &big).unwrap();
+    let volume = bench.name("root");
+    tools::run("truncate", &["-s", "16M", &volume]);
+    tools::run(
+        "mkfs.ext4",
+        &["-q", "-F", "-m", "0", "-O", "^has_journal", "-d", tree.to_str().unwrap(), &volume],
+    );
+    // Where LVM has the volume: extents of 4 MiB, the first two from 1 MiB of the physical volume on, then from 25 MiB on.
+    let (bytes, mib) = (std::fs::read(&volume).unwrap(), 1 << 20_u64);
+    let image = std::fs::File::create(bench.path("vm1.img")).unwrap();
+    image.set_len(64 * mib).unwrap();
+    image.write_all_at(&golden("lvm-pv1"), 0).unwrap();
+    image.write_all_at(&bytes[..8 << 20], mib).unwrap();
+    image.write_all_at(&bytes[8 << 20..], 25 * mib).unwrap();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.settle();
+
+    let listed = bench.json(&["ls", "vm1"]);
+    let volumes = listed["logical_volumes"].as_array().unwrap();
+    let names: Vec<_> = volumes.iter().map(|volume| &volume["name"]).collect();
+    assert_eq!(names, ["vg1/root", "vg1/fast", "vg1/home"], "{listed}");
+    assert_eq!(
+        (&listed["logical_volume"], &listed["entries"][0]["name"]),
+        (&"vg1/root".into(), &"big".into())
+    );
+    let out = bench.name("big");
+    assert_eq!(bench.run(&["cp", "vm1", "/big", &out, "--partition", "vg1/root"]).code, 0);
+    assert!(std::fs::read(&out).unwrap() == big);
+    let said = bench.plain(&["ls", "vm1", "--partition", "vg1/fast"]);
+    assert_eq!(said.code, 5, "{said:?}");
+    assert!(said.stderr.contains("on the physical volume pv1, on another disk"), "{said:?}");
+    assert_eq!(bench.run(&["ls", "vm1", "--partition", "vg1/none"]).code, 4);
+    assert_eq!(bench.run(&["ls", "vm1", "--partition", "0"]).code, 5, "a physical volume has no files");
+}
