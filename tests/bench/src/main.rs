@@ -43,12 +43,15 @@ struct Arguments {
     size: u64,
     /// Only these, by a part of their name: servers of the tables, and rows of tracking and resync
     /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare, many-disks, restart), and of
-    /// going back (mount-first-byte, restore, boot).
+    /// going back (mount-first-byte, restore, rewind, boot).
     #[arg(long)]
     only: Vec<String>,
     /// Writes in the log of which mount-first-byte mounts points; ten million take 6 GB and minutes.
     #[arg(long, default_value_t = 1_000_000)]
     records: u64,
+    /// A rewind of 64 MiB of 8 GiB instead of 1 GiB of 100.
+    #[arg(long)]
+    small: bool,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -85,6 +88,7 @@ fn main() -> anyhow::Result<()> {
         rounds: arguments.rounds,
         seconds: arguments.seconds,
         records: arguments.records,
+        small: arguments.small,
     };
     let rows = tracking::ROWS.iter().chain(&going_back::ROWS).chain(store::ROWS);
     for row in rows.filter(|row| arguments.wants(row.name)) {

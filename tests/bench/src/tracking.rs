@@ -19,6 +19,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) rounds: usize,
     pub(crate) seconds: u32,
     pub(crate) records: u64,
+    /// Whether rows that take long are cut short.
+    pub(crate) small: bool,
 }
 
 /// One measurement.

@@ -138,12 +138,22 @@ impl Guest {
         self.client.write_all(data)
     }
 
+    /// Reads as much as there is room for.
+    pub fn read(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.client.seek(SeekFrom::Start(offset))?;
+        self.client.read_exact(buffer)
+    }
+
     /// Flushes and waits for the answer.
     pub fn flush(&mut self) -> io::Result<()> {
         self.client.flush()
     }
 
-    fn try_connect(uri: &str) -> io::Result<Self> {
+    /// The same as [`connect`](Self::connect) when it may be that nobody serves it.
+    ///
+    /// # Errors
+    /// When nobody does, or whoever it is hangs up.
+    pub fn try_connect(uri: &str) -> io::Result<Self> {
         let (export, socket) = uri
             .strip_prefix("nbd+unix:///")
             .and_then(|rest| rest.split_once("?socket="))
