@@ -84,6 +84,10 @@ pub(crate) struct DiskRecord {
     /// The receiver has refused the last attach: a later one, which this state knows nothing of, has had the disk.
     #[serde(default)]
     pub(crate) fenced: bool,
+    /// With `fenced`: the last attach before, of which the receiver may know. `epoch` is as high as that of whoever has had the
+    /// disk since.
+    #[serde(default)]
+    pub(crate) own_epoch: Epoch,
     /// Somebody wants this attach to have a disk that is fenced; of this attach only.
     #[serde(skip)]
     pub(crate) take_over: bool,
@@ -155,6 +159,7 @@ impl DiskRecord {
             image_changed: false,
             format: None,
             fenced: false,
+            own_epoch: Epoch(0),
             take_over: false,
             flush_failed: false,
             origin: None,
@@ -176,6 +181,21 @@ impl DiskRecord {
             last_time: last_time.unwrap_or_default(),
             ..fresh
         }
+    }
+}
+
+impl DiskRecord {
+    /// Another agent has had the disk since, with this epoch.
+    pub(crate) fn fence(&mut self, by: Epoch) {
+        if !self.fenced {
+            (self.fenced, self.own_epoch) = (true, self.epoch);
+        }
+        self.epoch = self.epoch.max(by);
+    }
+
+    /// The last attach by which this agent had the disk for itself.
+    pub(crate) fn last_own_epoch(&self) -> Epoch {
+        if self.fenced { self.own_epoch } else { self.epoch }
     }
 }
 
@@ -275,6 +295,11 @@ impl Records {
         boot: Uuid,
     ) -> Result<Option<HydrationFile>, HydrationError> {
         HydrationFile::open(Arc::clone(&self.storage), &hydration_path(disk), boot)
+    }
+
+    /// Makes durable which files there are: one that was put in place may not be.
+    pub(crate) fn sync_names(&self) -> io::Result<()> {
+        self.storage.sync_dir(&PathBuf::new())
     }
 
     /// From when this has succeeded the disk lacks `missing`.

@@ -4,6 +4,7 @@
 //! attached twice; every other disk goes on meanwhile, whatever that one waits for.
 
 mod errors;
+mod failback;
 mod failover;
 mod leave;
 mod origin;
@@ -172,6 +173,8 @@ impl Registry {
             )),
             _ => failed(&error),
         })?;
+        let (records, asked) = (self.records.clone(), request.clone());
+        let known = waiting(move || origin::begun(&records, &asked, known)).await??;
         refuse_adopted(&request, known.as_ref())?;
         refuse_fenced(&request, known.as_ref())?;
         refuse_other_format(&request, known.as_ref()).await?;

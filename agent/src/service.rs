@@ -3,9 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{
-    AgentService, AgentStatus, AttachRequest, DetachRequest, DiskStatus, LimitsChange, MarkReport,
-    MarkRequest, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest,
-    VerifyRequest, VerifyStatus,
+    AgentService, AgentStatus, AttachRequest, DetachRequest, DiskStatus, FailbackReport, FailbackRequest,
+    LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest,
+    RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
@@ -141,6 +141,11 @@ impl AgentService for Service {
     async fn rewind(&self, disk: DiskName, request: RewindRequest) -> Result<RewindReport, ApiError> {
         let registry = Arc::clone(&self.registry);
         to_its_end(async move { registry.rewind(&disk, request).await }).await
+    }
+
+    async fn failback(&self, disk: DiskName, request: FailbackRequest) -> Result<FailbackReport, ApiError> {
+        let registry = Arc::clone(&self.registry);
+        to_its_end(async move { registry.failback(&disk, request).await }).await
     }
 
     async fn pause(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {

@@ -4,9 +4,9 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    agent, attach, completions, control, demo, diff, doctor, failover, files, find_change, fsck, inspect,
-    limits, mark, mount, pki, points, receiver, resize, restore, resync, retention, rewind, scrub, status,
-    support_bundle, up, verify, wait,
+    agent, attach, completions, control, demo, diff, doctor, failback, failover, files, find_change, fsck,
+    inspect, limits, mark, mount, pki, points, receiver, resize, restore, resync, retention, rewind, scrub,
+    status, support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -92,6 +92,8 @@ pub(crate) enum Command {
     Restore(restore::Restore),
     /// Have a disk go on here whose host is gone: at its latest point, with its history
     Failover(Box<failover::Failover>),
+    /// Have a disk go on here again that another host has had since: only what differs is fetched
+    Failback(failback::Failback),
     /// Set the live disk back to a point: it is used at once, what changed comes meanwhile
     Rewind(rewind::Rewind),
     /// Compare the live disk with the receiver, while the guest goes on
@@ -136,6 +138,7 @@ impl Command {
             | Self::Limits(_)
             | Self::Mark(_)
             | Self::Failover(_)
+            | Self::Failback(_)
             | Self::Rewind(_)
             | Self::Points(_)
             | Self::Diff(_)

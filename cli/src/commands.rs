@@ -8,6 +8,7 @@ pub(crate) mod daemon;
 pub(crate) mod demo;
 pub(crate) mod diff;
 pub(crate) mod doctor;
+pub(crate) mod failback;
 pub(crate) mod failover;
 pub(crate) mod files;
 pub(crate) mod find_change;
@@ -69,6 +70,7 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Limits(limits) => limits.run(context).await,
         Command::Mark(mark) => mark.run(context).await,
         Command::Failover(failover) => failover.run(context).await,
+        Command::Failback(failback) => failback.run(context).await,
         Command::Rewind(rewind) => rewind.run(context).await,
         Command::Points(points) => points.run(context).await,
         Command::Diff(diff) => diff.run(context).await,

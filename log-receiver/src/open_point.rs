@@ -2,7 +2,7 @@
 //!
 //! The content comes through the same verified view as that of a mount.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, ops::Range};
 
 use backtide_protocol::{
     Blocks, CloseCode, Closed, Data, FailureCode, OpenPoint, PROTOCOL_VERSION, PointOpened, ReadFailure,
@@ -11,7 +11,7 @@ use backtide_protocol::{
 use backtide_receiver_api::{ApiError, DiskRef, ErrorCode};
 use backtide_recovery::{Allocation, LogError, Snapshot, TimedLsn, View};
 use backtide_tls::Rights;
-use backtide_units::{BlockRange, ByteOffset, ByteRange, DiskName, HistoryId, Lsn};
+use backtide_units::{BlockIndex, BlockRange, ByteOffset, ByteRange, DiskName, Epoch, HistoryId, Lsn};
 use bytes::Bytes;
 use roaring::RoaringTreemap;
 
@@ -26,6 +26,9 @@ use crate::{
 
 /// Zeroes shorter than this travel as data: a frame of their own would cost as much.
 const ZEROES_MIN: u64 = 4096;
+
+/// So many blocks are read at once to see whether they can be.
+const LOOKED_AT_BLOCKS: u64 = 256;
 
 /// Extents are asked for in windows of this size: bounds memory, and shows how far it is.
 const WINDOW_BYTES: u64 = 4 << 30;
@@ -160,6 +163,8 @@ impl OpenedPoint {
     ) -> Result<RoaringTreemap, ReadFailure> {
         match which {
             Blocks::Changed(other) => self.changed(other),
+            Blocks::Left { epoch, durable } => self.left(epoch, durable),
+            Blocks::Damaged(since) => self.damaged(since, wanted),
             Blocks::Data => self.data(wanted),
         }
     }
@@ -174,6 +179,70 @@ impl OpenedPoint {
         }
         let (after, through) = (self.at.lsn.min(other), self.at.lsn.max(other));
         self.snapshot.changed_blocks(after, through).map_err(|error| self.failure(&error))
+    }
+
+    /// What an agent had when the disk was taken from it is here in whole only when everything it knew to be durable was
+    /// here then; later LSNs of others would hide that it was not.
+    fn left(&self, epoch: Epoch, durable: Lsn) -> Result<RoaringTreemap, ReadFailure> {
+        let gone = |why: String| ReadFailure { code: FailureCode::Gone, message: why };
+        let name = &self.disk.name;
+        let Some(takeover) = self.snapshot.timeline().takeover_from(epoch) else {
+            return Err(gone(format!(
+                "nobody knows how disk {name} was taken from the attach of epoch {epoch}"
+            )));
+        };
+        if takeover.highest < durable {
+            let found = takeover.highest;
+            return Err(gone(format!(
+                "disk {name} was taken over at LSN {found}, though everything up to LSN {durable} had been durable here"
+            )));
+        }
+        // What the agent had may be newer than the point: that differs too.
+        Ok(self.changed(durable)? | self.changed(Lsn::MAX)?)
+    }
+
+    /// What of the point's content cannot be read, of the blocks that may differ from `since` or else of all data: read only where
+    /// damage was found before, for it reads all of them.
+    fn damaged(&self, since: Option<Lsn>, wanted: &dyn Fn() -> bool) -> Result<RoaringTreemap, ReadFailure> {
+        let mut damaged = RoaringTreemap::new();
+        if self.findings.of(self.disk.uuid).is_empty() {
+            return Ok(damaged);
+        }
+        let blocks = match since {
+            Some(since) => self.changed(since)?,
+            None => self.data(wanted)?,
+        };
+        let end = BlockRange::whole_disk(self.view.disk_size()).end().0;
+        let mut rest = blocks.iter();
+        let mut next = rest.next();
+        while let Some(first) = next.filter(|first| *first < end && wanted()) {
+            let mut run = first..first + 1;
+            next = rest.next();
+            while next == Some(run.end) && run.end < end && run.end - run.start < LOOKED_AT_BLOCKS {
+                run.end += 1;
+                next = rest.next();
+            }
+            self.add_damaged(run, &mut damaged)?;
+        }
+        Ok(damaged)
+    }
+
+    /// Reads blocks, half and half where that fails, down to the one that is lost.
+    fn add_damaged(&self, run: Range<u64>, damaged: &mut RoaringTreemap) -> Result<(), ReadFailure> {
+        let blocks = BlockRange::between(BlockIndex(run.start), BlockIndex(run.end));
+        match self.view.read(blocks.bytes(self.view.disk_size())) {
+            Ok(_) => Ok(()),
+            Err(LogError::Damaged { .. }) if run.end - run.start == 1 => {
+                damaged.insert(run.start);
+                Ok(())
+            }
+            Err(LogError::Damaged { .. }) => {
+                let middle = run.start + (run.end - run.start) / 2;
+                self.add_damaged(run.start..middle, damaged)?;
+                self.add_damaged(middle..run.end, damaged)
+            }
+            Err(error) => Err(self.failure(&error)),
+        }
     }
 
     fn data(&self, wanted: &dyn Fn() -> bool) -> Result<RoaringTreemap, ReadFailure> {

@@ -66,6 +66,9 @@ pub struct FromPoint {
     pub disk: DiskId,
     /// The point.
     pub lsn: Lsn,
+    /// Also when blocks of it are damaged at the receiver: they cannot be read until they are written.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// TLS of a stream, on the agent's side.

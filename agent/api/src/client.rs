@@ -4,8 +4,9 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentStatus, AttachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest, ResizeReport,
-    ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
+    AgentStatus, AttachRequest, DiskStatus, FailbackReport, FailbackRequest, LimitsChange, MarkReport,
+    MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest,
+    VerifyStatus,
 };
 
 /// The agent, in the words of errors.
@@ -105,6 +106,18 @@ impl AgentClient {
     /// As [`AgentClient::status`].
     pub async fn rewind(&self, disk: &DiskName, request: RewindRequest) -> Result<RewindReport, ApiError> {
         self.client.post(&path(disk, "/rewind"), &request).await
+    }
+
+    /// Has a disk go on with the image it had here before another agent had it.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn failback(
+        &self,
+        disk: &DiskName,
+        request: &FailbackRequest,
+    ) -> Result<FailbackReport, ApiError> {
+        self.client.post(&path(disk, "/failback"), request).await
     }
 
     /// Stops forwarding.

@@ -3,7 +3,7 @@
 use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
-use crate::DiskStatus;
+use crate::{Address, Adopted, DiskStatus};
 
 /// Sets a disk back to an earlier point of its own history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +15,10 @@ pub struct RewindRequest {
     /// Only a guest that is paused or shut down bears that.
     #[serde(default)]
     pub reconnect: bool,
+    /// Also to a point of which blocks are damaged at the receiver, and also a disk that lacks blocks of another point and
+    /// is not in sync: what has not reached the receiver is given up.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// A disk that was set back.
@@ -36,6 +40,42 @@ pub struct RewindReport {
     pub hung_up: u32,
     /// The disk now.
     pub disk: DiskStatus,
+}
+
+/// Has a disk go on here again that another agent has had since, from its latest point and with the image it had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailbackRequest {
+    /// The disk as its receiver knows it now.
+    pub adopt: Adopted,
+    /// Where the receiver takes streams; none: where it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receiver: Option<Address>,
+    /// Whether nothing is done: the report says what would be.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// A disk that goes on where it was before.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailbackReport {
+    /// The point it goes on from: the latest of its history.
+    pub point: Lsn,
+    /// When the last change of that point was captured.
+    pub point_time: CaptureTime,
+    /// What is fetched: blocks that differ from what the image has, or may.
+    pub fetched_bytes: ByteCount,
+    /// What the image holds that stays.
+    pub kept_bytes: ByteCount,
+    /// At most so much was changed here that never reached the receiver: it is no part of the disk any more, and is
+    /// overwritten.
+    pub lost_bytes: ByteCount,
+    /// Why nothing of the image is kept, if so: a sentence.
+    #[serde(default)]
+    pub everything_because: Option<String>,
+    /// The disk now; none after a dry run.
+    #[serde(default)]
+    pub disk: Option<DiskStatus>,
 }
 
 /// The point of another disk that a disk began as.
@@ -97,4 +137,11 @@ pub struct HydrationStatus {
     /// What keeps blocks from coming, if anything does: a sentence.
     #[serde(default)]
     pub trouble: Option<String>,
+    /// Whether what is missing does not come before a person has done something: the receiver has no such point, or all of it
+    /// is damaged there.
+    #[serde(default)]
+    pub stuck: bool,
+    /// Requests of guests that wait for missing blocks now. They wait as long as the receiver is away.
+    #[serde(default)]
+    pub waiting_requests: u64,
 }

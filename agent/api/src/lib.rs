@@ -21,7 +21,9 @@ pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use cache::CacheMode;
 pub use client::{AGENT, AgentClient};
 pub use format::ImageFormat;
-pub use hydration::{HydrationKind, HydrationStatus, Origin, RewindReport, RewindRequest};
+pub use hydration::{
+    FailbackReport, FailbackRequest, HydrationKind, HydrationStatus, Origin, RewindReport, RewindRequest,
+};
 pub use requests::{
     DetachRequest, DiskMark, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
     ResyncExtent, ResyncRequest,

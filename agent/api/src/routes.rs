@@ -11,9 +11,9 @@ use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentService, AgentStatus, AttachRequest, DetachRequest, DiskStatus, LimitsChange, MarkReport,
-    MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest,
-    VerifyStatus,
+    AgentService, AgentStatus, AttachRequest, DetachRequest, DiskStatus, FailbackReport, FailbackRequest,
+    LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport,
+    RewindRequest, VerifyRequest, VerifyStatus,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -30,6 +30,7 @@ pub fn router<S: AgentService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/resync", post(resync::<S>))
         .route("/v1/disks/{disk}/resize", post(resize::<S>))
         .route("/v1/disks/{disk}/rewind", post(rewind::<S>))
+        .route("/v1/disks/{disk}/failback", post(failback::<S>))
         .route("/v1/disks/{disk}/limits", post(limits::<S>))
         .route("/v1/disks/{disk}/verify", verify::<S>())
         .route("/v1/marks", post(mark::<S>))
@@ -107,6 +108,14 @@ async fn rewind<S: AgentService>(
     ApiJson(request): ApiJson<RewindRequest>,
 ) -> Answer<RewindReport> {
     service.rewind(disk_named(&disk)?, request).await.map(Json)
+}
+
+async fn failback<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+    ApiJson(request): ApiJson<FailbackRequest>,
+) -> Answer<FailbackReport> {
+    service.failback(disk_named(&disk)?, request).await.map(Json)
 }
 
 async fn limits<S: AgentService>(

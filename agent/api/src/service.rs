@@ -4,8 +4,9 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    AgentStatus, AttachRequest, DetachRequest, DiskStatus, LimitsChange, MarkReport, MarkRequest,
-    ResizeReport, ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
+    AgentStatus, AttachRequest, DetachRequest, DiskStatus, FailbackReport, FailbackRequest, LimitsChange,
+    MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport, RewindRequest,
+    VerifyRequest, VerifyStatus,
 };
 
 /// The agent's side of the control API. A disk may be named by its name or its UUID.
@@ -65,6 +66,15 @@ pub trait AgentService: Send + Sync + 'static {
         disk: DiskName,
         request: RewindRequest,
     ) -> impl Future<Output = Result<RewindReport, ApiError>> + Send;
+
+    /// Has a disk go on here that another agent has had since: at its latest point, with the image it had, of which only
+    /// what differs is fetched. `busy`: it is attached here; `not-found`: this agent has never had it; `refused`: nobody else
+    /// has had it since, or the image cannot be the disk's.
+    fn failback(
+        &self,
+        disk: DiskName,
+        request: FailbackRequest,
+    ) -> impl Future<Output = Result<FailbackReport, ApiError>> + Send;
 
     /// Changes bounds of an attached disk, now and for its next attach.
     fn set_limits(

@@ -4,13 +4,14 @@
 use std::sync::{Arc, Mutex};
 
 use backtide_control::{Address, ApiError, ErrorCode, Server};
-use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch, Lsn};
+use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 
 use crate::{
-    AckPolicy, AgentClient, AgentService, AgentStatus, AttachRequest, CacheMode, Counters, DetachRequest,
-    Dirty, DiskMark, DiskStatus, Lag, Limits, LimitsChange, LimitsRequest, LsnStatus, MarkReport,
-    MarkRequest, Mode, OnOutage, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, RewindReport,
-    RewindRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
+    AckPolicy, Adopted, AgentClient, AgentService, AgentStatus, AttachRequest, CacheMode, Counters,
+    DetachRequest, Dirty, DiskMark, DiskStatus, FailbackReport, FailbackRequest, Lag, Limits, LimitsChange,
+    LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResizeReport, ResizeRequest,
+    ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyState, VerifyStatus,
+    Window, router,
 };
 
 /// Answers for one disk, `vm1`, and notes every call.
@@ -129,6 +130,19 @@ impl AgentService for Fake {
         Ok(RewindReport { from, to, to_time, changed_blocks, changed_bytes, blocked_ms: 9, hung_up: 0, disk })
     }
 
+    async fn failback(&self, disk: DiskName, request: FailbackRequest) -> Result<FailbackReport, ApiError> {
+        let disk = self.note(&format!("failback {} {}", request.adopt.epoch, request.dry_run), &disk)?;
+        Ok(FailbackReport {
+            point: Lsn(90),
+            point_time: CaptureTime(5),
+            fetched_bytes: ByteCount(8192),
+            kept_bytes: ByteCount(4096),
+            lost_bytes: ByteCount(0),
+            everything_because: None,
+            disk: (!request.dry_run).then_some(disk),
+        })
+    }
+
     async fn resize(&self, disk: DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
         let disk = self.note(&format!("resize {:?} {}", request.size, request.reconnect), &disk)?;
         Ok(ResizeReport { size_before: disk.size, hung_up: 1, disk })
@@ -198,8 +212,12 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.attach(&attach_request()).await.unwrap(), self::vm1());
     client.detach(&vm1).await.unwrap();
     client.detach_incomplete(&vm1).await.unwrap();
-    let rewind = RewindRequest { to: Lsn(40), reconnect: true };
+    let rewind = RewindRequest { to: Lsn(40), reconnect: true, force: false };
     assert_eq!(client.rewind(&vm1, rewind).await.unwrap().from, Lsn(90));
+    let (epoch, durable, last_time) = (Epoch(4), Lsn(90), None);
+    let adopt = Adopted { uuid: DiskId::random(), history: HistoryId::random(), epoch, durable, last_time };
+    let failback = FailbackRequest { adopt, receiver: None, dry_run: true };
+    assert_eq!(client.failback(&vm1, &failback).await.unwrap().disk, None);
     client.pause(&vm1).await.unwrap();
     client.resume(&vm1).await.unwrap();
     client.resync(&vm1, ResyncRequest { extent: ResyncExtent::Compare }).await.unwrap();
@@ -218,6 +236,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "detach vm1",
             "detach-incomplete vm1",
             "rewind 40 true vm1",
+            "failback 4 true vm1",
             "pause vm1",
             "resume vm1",
             "resync Compare vm1",

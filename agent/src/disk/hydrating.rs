@@ -31,7 +31,7 @@ use super::{
     local::{Began, EIO, Purpose, failure},
     source::PointSource,
 };
-pub(crate) use fetch::owner;
+pub(crate) use fetch::{owner, rewinding};
 use status::Progress;
 
 /// What is answered when the disk is given up while something waits for the receiver.
@@ -51,7 +51,7 @@ pub(crate) struct HydratingDisk {
     /// The disk is given up.
     stopped: Cell<bool>,
     /// Requests that wait for a fetch.
-    waiting: Cell<usize>,
+    waiting: Cell<u64>,
     /// What writes the image or the hydration file now, beside the changes of guests.
     storing: Cell<usize>,
     /// Bytes a second that are fetched without being asked for; 0: no limit.
@@ -61,6 +61,8 @@ pub(crate) struct HydratingDisk {
     failure_count: Cell<u64>,
     /// What keeps blocks from being fetched.
     trouble: RefCell<Option<String>>,
+    /// It is that the receiver does not give the point.
+    refused: Cell<bool>,
     progress: RefCell<Progress>,
 }
 
@@ -91,6 +93,7 @@ impl HydratingDisk {
             failures: RefCell::default(),
             failure_count: Cell::new(0),
             trouble: RefCell::default(),
+            refused: Cell::new(false),
             progress: RefCell::new(progress),
         })
     }

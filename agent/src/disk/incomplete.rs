@@ -58,6 +58,9 @@ pub(crate) enum HydrationProblem {
     /// The address in the file.
     #[error("disk {disk} lacks blocks that are at {receiver}, which is no address: {why}")]
     Receiver { disk: String, receiver: String, why: String },
+    /// A power loss could take what says that it lacks blocks, and which.
+    #[error("cannot make durable that the image lacks blocks: {0}")]
+    Name(io::Error),
     /// The note cannot be written.
     #[error("cannot write {}, which says that the image lacks blocks: {source}", note.display())]
     Note { note: PathBuf, source: io::Error },
@@ -88,6 +91,8 @@ pub(crate) fn look(
             None => Ok(None),
         };
     };
+    // Whoever made it may have failed before its name was durable.
+    records.sync_names().map_err(HydrationProblem::Name)?;
     let (header, shown) = (file.header(), record.image.clone());
     let Some(image) = image else { return Err(HydrationProblem::Behind { disk: disk(), image: shown }) };
     let inode = ImageStamp::of(image.path()).map_or(0, |stamp| stamp.inode);
@@ -146,6 +151,11 @@ fn note_of(image: &Path) -> Option<PathBuf> {
     let mut note = image.into_os_string();
     note.push(SUFFIX);
     is_file.then(|| PathBuf::from(note))
+}
+
+/// Whether a note beside an image says that it lacks blocks.
+pub(crate) fn has_note(image: &Path) -> bool {
+    note_of(image).is_some_and(|note| note.exists())
 }
 
 /// Whether a note could be written beside an image; found out before anything depends on it.

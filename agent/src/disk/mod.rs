@@ -30,7 +30,7 @@ mod unflushed;
 
 pub(crate) use dial::{Dialer, check_tls};
 pub(crate) use handle::{DiskHandle, NoAnswer};
-pub(crate) use incomplete::{HydrationProblem, try_note};
+pub(crate) use incomplete::{HydrationProblem, has_note, try_note};
 pub(crate) use leaving::{DetachError, Leaving};
 pub(crate) use open::{OpenError, Opened, activity_limits, open};
 pub(crate) use start_error::start_error;

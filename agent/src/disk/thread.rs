@@ -366,8 +366,9 @@ impl Disk {
             self.life.renew(self.record.name.as_str()).await;
         }
         if let Some(epoch) = self.stream.fenced_by.get() {
-            let epoch = epoch.max(self.record.epoch);
-            self.save_record(DiskRecord { fenced: true, epoch, ..self.record.clone() }).await;
+            let mut fenced = self.record.clone();
+            fenced.fence(epoch);
+            self.save_record(fenced).await;
             // Only what is saved is forgotten here.
             if self.record.fenced && self.stream.fenced_by.get() <= Some(self.record.epoch) {
                 self.stream.fenced_by.set(None);
@@ -448,7 +449,7 @@ impl Disk {
             let _ = tokio::time::timeout(GOODBYE_TIME, stream.ended.notified()).await;
         }
         if let Some(epoch) = stream.fenced_by.take() {
-            (record.fenced, record.epoch) = (true, record.epoch.max(epoch));
+            record.fence(epoch);
         }
         record.history = history;
         record.acked_durable = acked;

@@ -94,7 +94,8 @@ pub(crate) fn resume(
     if record.history.is_none() {
         return lost(Reason::FirstAttach);
     }
-    if record.fenced {
+    // As long as it is not taken back it sends nothing, and what it knows may serve to go back to it.
+    if record.fenced && record.take_over {
         tracing::warn!(%disk, "another attach has had the disk since: everything is compared");
         return lost(Reason::AgentRolledBack);
     }

@@ -28,7 +28,7 @@ pub(super) fn refuse_fenced(request: &AttachRequest, known: Option<&DiskRecord>)
     let name = &known.name;
     let message = format!("another agent has had disk {name} since this one");
     Err(ApiError::new(ErrorCode::Fenced, message).with_hint(format!(
-        "`backtide failover {name} NEW_IMAGE` brings its latest point here; with --take-over the other agent is fenced, and what {} holds \
+        "`backtide failback {name}` brings its latest point here, and fetches only what differs; with --take-over the other agent is fenced, and what {} holds \
          becomes the latest content",
         request.image
     )))
@@ -113,7 +113,9 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
         OpenError::Hydration(HydrationProblem::Size { .. }) => {
             (ErrorCode::Refused, "give the image back the size it had")
         }
-        OpenError::Hydration(HydrationProblem::Receiver { .. } | HydrationProblem::Note { .. }) => {
+        OpenError::Hydration(
+            HydrationProblem::Receiver { .. } | HydrationProblem::Note { .. } | HydrationProblem::Name(_),
+        ) => {
             return failed(error);
         }
         OpenError::Shrunk { .. } => {

@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_agent_api::{FromPoint, Origin};
+use backtide_agent_api::{AttachRequest, FromPoint, Origin};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_storage::KillPoint;
@@ -24,10 +24,10 @@ use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, Lsn};
 use tokio::task::LocalSet;
 
-use super::{Registry, errors::failed, waiting};
+use super::{Registry, errors::failed, rewind::refuse_damaged, waiting};
 use crate::{
     disk::{Dialer, hydrating::owner, source::FetchError, trust},
-    record::DiskRecord,
+    record::{DiskRecord, Records},
 };
 
 /// How long the receiver may take to find the point and its data.
@@ -102,6 +102,9 @@ impl Registry {
             let look = async {
                 let source =
                     sources.find(Dialer::new(receiver, tls), from.disk, None, Some(from.lsn)).await?;
+                if !from.force {
+                    refuse_damaged(&*source, None).await?;
+                }
                 let mut missing = source.data().await?;
                 missing.keep_only(BlockRange::whole_disk(source.point().size));
                 if !missing.is_empty() {
@@ -118,6 +121,37 @@ impl Registry {
             fetch_error(&what, error)
         })
     }
+}
+
+/// What an attach goes on with that does not begin as a point itself: nothing of one that was to and was cut off before its
+/// image lacked anything. Blocks.
+pub(super) fn begun(
+    records: &Records,
+    request: &AttachRequest,
+    known: Option<DiskRecord>,
+) -> Result<Option<DiskRecord>, ApiError> {
+    let Some(record) = known else { return Ok(None) };
+    let never_attached = record.epoch.0 == 0 && record.history.is_none();
+    if record.origin.is_none() || request.from.is_some() || !never_attached {
+        return Ok(Some(record));
+    }
+    let left = records.open_hydration(&record.name, trust::boot_id());
+    if left.is_ok_and(|left| left.is_some_and(|left| left.header().disk == record.uuid)) {
+        return Ok(Some(record));
+    }
+    let found = Path::new(&request.image).metadata();
+    if record.image == request.image && found.is_ok_and(|found| found.is_file() && found.blocks() == 0) {
+        let name = &record.name;
+        let message = format!(
+            "disk {name} was to begin as a point of another one, and that was cut off: {} is empty",
+            record.image
+        );
+        return Err(ApiError::new(ErrorCode::Refused, message).with_hint(
+            "give --from again, or remove the image to begin a disk of your own under this name",
+        ));
+    }
+    tracing::warn!(disk = %record.name, "the disk never became the point it was to begin as: it begins anew");
+    Ok(None)
 }
 
 /// Why a point cannot be had, in the control API's words.
@@ -159,13 +193,17 @@ pub(super) fn refuse_used(image: &str, begun: bool) -> Result<(), ApiError> {
     Err(ApiError::new(ErrorCode::Exists, message).with_hint("name a new file, or remove that one first"))
 }
 
-/// Makes the image, all of it a hole, durably; its inode.
+/// Makes the image, where it has nothing yet a hole, durably; its inode, or 0 of a device.
 pub(super) fn make_image(image: &Path, size: ByteCount) -> io::Result<u64> {
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(image)?;
-    file.set_len(size.0)?;
+    let found = file.metadata()?;
+    // One that is a disk already may be so long, or be a device, which has the size it has.
+    if found.is_file() && found.len() != size.0 {
+        file.set_len(size.0)?;
+    }
     file.sync_all()?;
     if let Some(parent) = image.parent() {
         File::open(parent)?.sync_all()?;
     }
-    Ok(file.metadata()?.ino())
+    Ok(if found.is_file() { found.ino() } else { 0 })
 }

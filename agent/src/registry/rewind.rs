@@ -5,10 +5,17 @@
 //! for changed (`disk/incomplete.rs`), so they reach the receiver again as the newest content: everything up to
 //! the rewind stays, and a rewind to there undoes it.
 //!
+//! A disk that still lacks blocks of another point is set back in the same way, and the new file takes the place of the
+//! old one: what was missing is missing still, of the new point. Where the receiver does not have everything - blocks that
+//! are damaged there keep a disk from ever being in sync - what it lacks is given up, if that is asked for.
+//!
 //! Invariant: the hydration file is the only thing that is changed. Whoever dies before it is there leaves the
-//! disk as it was, whoever dies after it a disk that is set back.
+//! disk as it was, whoever dies after it a disk that is set back. The point that a disk lacks blocks of is kept at the
+//! receiver until it lacks those of another one.
 
-use std::{cell::OnceCell, path::Path, rc::Rc, sync::Arc, time::Duration};
+mod plan;
+
+use std::{path::Path, sync::Arc, time::Duration};
 
 use backtide_agent_api::{DiskStatus, ImageFormat, Mode, RewindReport, RewindRequest};
 use backtide_control::{ApiError, ErrorCode};
@@ -16,32 +23,31 @@ use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_io_filter::Resume;
 use backtide_storage::KillPoint;
 use backtide_tracking::{DirtyBitmap, SavedTracking};
-use backtide_units::{BlockRange, DiskName, HistoryId, Lsn};
-use tokio::{task::LocalSet, time::Instant};
+use backtide_units::{BlockCount, BlockRange, DiskName, Lsn};
+use tokio::time::Instant;
 
+pub(super) use self::plan::refuse_damaged;
+use self::plan::{Goal, Plan, Since};
 use super::{Registry, errors::failed, leave::end, resize::missing_record, waiting};
 use crate::{
-    disk::{self, Dialer, DiskHandle, Leaving, hydrating::owner, source::FetchError, trust},
+    claims::Claim,
+    disk::{self, DiskHandle, Leaving, trust},
     marks,
-    record::{DiskRecord, ImageStamp},
+    record::{DiskRecord, ImageStamp, Records},
 };
 
 /// How long the receiver may take to have everything, and how often it is looked at.
 const SETTLE_TIME: Duration = Duration::from_secs(10);
 const SETTLE_POLL: Duration = Duration::from_millis(10);
 
-/// How long the receiver may take to find the point, and what differs.
-const FIND_TIME: Duration = Duration::from_secs(60);
-
 /// The label of the moment before: a rewind to it undoes the last one.
 const MARK: &str = "before-rewind";
 
-/// What a rewind is going to do.
-struct Plan {
-    source: SourcePoint,
-    /// What it was made for.
-    since: Lsn,
-    changed: DirtyBitmap,
+/// What a disk is before it is set back.
+struct Standing {
+    status: DiskStatus,
+    /// Whether the receiver has everything of it.
+    settled: bool,
 }
 
 impl Registry {
@@ -60,82 +66,118 @@ impl Registry {
         let record = record.ok_or_else(|| missing_record(&name))?;
         let (image, format) = (record.image.clone(), record.format);
         let stamp = waiting(move || refuse_unfit(&image, format)).await??;
-        let status = settled(&handle, request).await?;
+        let Standing { status, settled } = standing(&handle, request).await?;
         let history = status.history.ok_or_else(|| not_in_sync(&status))?;
         if request.to >= status.lsn.last {
             let message =
                 format!("disk {name} is at LSN {}: LSN {} is no point before", status.lsn.last, request.to);
             return Err(ApiError::new(ErrorCode::Usage, message));
         }
-        let plan = self.plan(&record, history, request.to, status.lsn.last).await?;
+        // Whatever the receiver has above the point, and what the image lacks already.
+        let since = match settled && status.hydration.is_none() {
+            true => Since::Lsn(status.lsn.last),
+            false => Since::Everything,
+        };
+        let keeper = plan::keeper(record.uuid, status.hydration.is_some());
+        let goal = Goal { history, to: request.to, force: request.force, keeper };
+        let plan = self.plan(&record, &goal, since).await?;
+        let held = plan.source.clone();
         // So that whoever looks at the timeline finds what was left; the rewind goes on without it.
         if let Err(error) = marks::mark(MARK, &[(name.clone(), handle.clone())]).await {
             tracing::warn!(disk = %name, %error, "the moment before the rewind is not marked");
         }
-        // Clients may have come meanwhile.
-        let status = match settled(&handle, request).await {
-            Ok(status) => status,
-            Err(error) => {
-                self.release(&record, plan.source).await;
-                return Err(error);
-            }
-        };
-        let began = Instant::now();
-        // For whoever asks meanwhile.
-        let shown = disk::not_attached(&record, "it is being set back to an earlier point");
-        self.failing.write().await.insert(name.clone(), shown);
-        let attached = self.disks.write().await.remove(&name);
-        let attached = attached.ok_or_else(|| missing_record(&name))?;
-        end(name.clone(), attached, self.records.clone(), Leaving::Stopped).await;
-        self.claims.leave_image(&name);
-        KillPoint::RewindDetached.reached();
-        let source = plan.source.clone();
-        let set_back = self.set_back(&name, plan, stamp).await;
-        if set_back.as_ref().map_or(true, |(_, _, changed)| changed.0 == 0) {
-            self.release(&record, source).await;
-        }
-        let attached = self.attach_again(&claim, &name).await;
-        let (from, source, changed_blocks) = set_back?;
-        let disk = attached?;
-        let blocked = began.elapsed();
-        tracing::info!(disk = %name, %from, to = %source.lsn, %changed_blocks, ?blocked, "the disk is set back");
+        let mut lacks = false;
+        let set_back = self.exchange(&claim, &name, request, &goal, plan, stamp, &mut lacks).await;
+        self.settle_hold(&record, held, goal.keeper, lacks).await;
+        let SetBack { from, source, changed, blocked, hung_up, disk } = set_back?;
+        tracing::info!(disk = %name, %from, to = %source.lsn, changed_blocks = %changed, ?blocked, "the disk is set back");
         Ok(RewindReport {
             from,
             to: source.lsn,
             to_time: source.time,
-            changed_blocks,
-            changed_bytes: changed_blocks.bytes(),
+            changed_blocks: changed,
+            changed_bytes: changed.bytes(),
             blocked_ms: u64::try_from(blocked.as_millis()).unwrap_or(u64::MAX),
-            hung_up: status.clients,
+            hung_up,
             disk,
         })
+    }
+
+    /// Lets go of the disk, sets it back, and has it again; `lacks`, also of one that cannot be attached then, whether it
+    /// lacks blocks of the point.
+    #[expect(clippy::too_many_arguments, reason = "all of it is the one rewind")]
+    async fn exchange(
+        self: &Arc<Self>,
+        claim: &Claim,
+        name: &DiskName,
+        request: RewindRequest,
+        goal: &Goal,
+        plan: Plan,
+        stamp: Option<ImageStamp>,
+        lacks: &mut bool,
+    ) -> Result<SetBack, ApiError> {
+        let (_, handle) = self.find(name).await?;
+        // Clients may have come meanwhile.
+        let Standing { status, .. } = standing(&handle, request).await?;
+        let record = self.records.load(name).map_err(|error| failed(&error))?;
+        let record = record.ok_or_else(|| missing_record(name))?;
+        let began = Instant::now();
+        // For whoever asks meanwhile.
+        let shown = disk::not_attached(&record, "it is being set back to an earlier point");
+        let attached = self.disks.write().await.remove(name);
+        let attached = attached.ok_or_else(|| missing_record(name))?;
+        self.failing.write().await.insert(name.clone(), shown);
+        end(name.clone(), attached, self.records.clone(), Leaving::Stopped).await;
+        self.claims.leave_image(name);
+        KillPoint::RewindDetached.reached();
+        let set_back = self.set_back(name, goal, plan, stamp).await;
+        *lacks = set_back.as_ref().is_ok_and(|(_, _, changed)| changed.0 > 0);
+        let attached = self.attach_again(claim, name).await;
+        let (from, source, changed) = set_back?;
+        let (blocked, hung_up) = (began.elapsed(), status.clients);
+        Ok(SetBack { from, source, changed, blocked, hung_up, disk: attached? })
     }
 
     /// Nobody has the disk now: says which blocks are missing, if it was left as it has to be.
     async fn set_back(
         &self,
         name: &DiskName,
+        goal: &Goal,
         plan: Plan,
         stamp: Option<ImageStamp>,
-    ) -> Result<(Lsn, SourcePoint, backtide_units::BlockCount), ApiError> {
-        let (records, disk) = (self.records.clone(), name.clone());
-        let (record, saved) = waiting(move || {
+    ) -> Result<(Lsn, SourcePoint, BlockCount), ApiError> {
+        let (records, disk, force) = (self.records.clone(), name.clone(), goal.force);
+        let (record, saved, lacked) = waiting(move || {
             let record = records.load(&disk).map_err(|error| failed(&error))?;
             let record = record.ok_or_else(|| missing_record(&disk))?;
-            let saved = as_left(&record, records.load_tracking(&disk));
+            let saved = as_left(&record, records.load_tracking(&disk), force);
             let saved = saved.ok_or_else(|| {
                 let message = format!("disk {disk} was not let go of in sync: it is as it was");
                 ApiError::new(ErrorCode::Busy, message).with_hint("try again when it is in sync")
             })?;
-            Ok::<_, ApiError>((record, saved))
+            let lacked = records.open_hydration(&disk, trust::boot_id()).map_err(|error| failed(&error))?;
+            let lacked = lacked.map(|file| file.missing());
+            Ok::<_, ApiError>((record, saved, lacked))
         })
         .await??;
-        // Whatever a client has changed at the last moment is among it.
-        let plan = match plan.since == saved.last_lsn {
-            true => plan,
-            false => self.plan(&record, plan.source.history, plan.source.lsn, saved.last_lsn).await?,
+        // Whatever a client has changed at the last moment is among it, or the receiver has got meanwhile.
+        let plan = match plan.since {
+            Since::Lsn(since) if since == saved.last_lsn && saved.dirty.is_empty() && lacked.is_none() => {
+                plan
+            }
+            Since::Lsn(_) | Since::Everything => {
+                let since = match lacked.is_none() && saved.dirty.is_empty() {
+                    true => Since::Lsn(saved.last_lsn),
+                    false => Since::Everything,
+                };
+                self.plan(&record, goal, since).await?
+            }
         };
         let Plan { source, mut changed, .. } = plan;
+        // What the receiver never got, and what the image has nothing of.
+        changed.union_with(&saved.dirty);
+        changed.union_with(&saved.zeroes);
+        changed.union_with(&lacked.unwrap_or_default());
         changed.keep_only(BlockRange::whole_disk(record.size));
         let blocks = changed.count();
         let report = (saved.last_lsn, source.clone(), blocks);
@@ -153,90 +195,27 @@ impl Registry {
             source,
         };
         let (records, disk) = (self.records.clone(), name.clone());
-        waiting(move || records.create_hydration(&disk, header, changed)).await?.map_err(|error| {
+        waiting(move || have_hydration(&records, &disk, header, changed)).await?.map_err(|error| {
             let message = format!("cannot remember what disk {name} lacks: {error}");
             ApiError::new(ErrorCode::Failed, message)
         })?;
         KillPoint::HydrationMade.reached();
         Ok(report)
     }
-
-    /// The receiver need not keep the point that nothing has come of.
-    async fn release(&self, record: &DiskRecord, source: SourcePoint) {
-        let tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
-        let (receiver, uuid) = (record.receiver.clone(), record.uuid);
-        let (sources, runtime) = (Arc::clone(&self.sources), tokio::runtime::Handle::current());
-        let releasing = move || {
-            let source = sources.open(source, Dialer::new(receiver, tls));
-            let owner = owner(uuid);
-            let released = tokio::time::timeout(SETTLE_TIME, source.release(&owner));
-            runtime.block_on(LocalSet::new().run_until(released))
-        };
-        match waiting(releasing).await {
-            Ok(Ok(Ok(()))) => {}
-            _ => {
-                tracing::warn!(disk = %record.name, "the receiver was not told that the point is needed no more: release it there")
-            }
-        }
-    }
-
-    /// Finds the point at the receiver, has it kept, and finds out what differs from `since`.
-    async fn plan(
-        &self,
-        record: &DiskRecord,
-        history: HistoryId,
-        to: Lsn,
-        since: Lsn,
-    ) -> Result<Plan, ApiError> {
-        let tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
-        let (receiver, uuid, size) = (record.receiver.clone(), record.uuid, record.size);
-        let (sources, runtime) = (Arc::clone(&self.sources), tokio::runtime::Handle::current());
-        let planning = move || {
-            // A source belongs to one thread.
-            let local = LocalSet::new();
-            let holding = OnceCell::new();
-            let plan = async {
-                let source = sources.find(Dialer::new(receiver, tls), uuid, Some(history), Some(to)).await?;
-                let point = source.point().clone();
-                if point.size != size {
-                    let why = format!("the disk had {} bytes then and has {size} now", point.size);
-                    return Err(FetchError::Refused(why));
-                }
-                let _ = holding.set(Rc::clone(&source));
-                source.hold(&owner(uuid)).await?;
-                let changed = source.changed(since).await?;
-                Ok(Plan { source: point, since, changed })
-            };
-            let planned = async {
-                let planned = tokio::time::timeout(FIND_TIME, plan).await;
-                // Nothing comes of the point then.
-                if !matches!(planned, Ok(Ok(_)))
-                    && let Some(source) = holding.get()
-                {
-                    let _ = tokio::time::timeout(SETTLE_TIME, source.release(&owner(uuid))).await;
-                }
-                planned
-            };
-            runtime.block_on(local.run_until(planned))
-        };
-        let planned = waiting(planning).await?;
-        planned.unwrap_or_else(|_| Err(FetchError::Unreachable(silent()))).map_err(|error| {
-            let message = format!("disk {} cannot be set back to LSN {to}: {error}", record.name);
-            match error {
-                FetchError::Unreachable(_) => ApiError::new(ErrorCode::Unreachable, message),
-                FetchError::Damaged(_) => ApiError::new(ErrorCode::Damaged, message),
-                FetchError::Refused(_) => ApiError::new(ErrorCode::Refused, message),
-            }
-        })
-    }
 }
 
-fn silent() -> String {
-    format!("the receiver has not answered for {} s", FIND_TIME.as_secs())
+/// A disk that was set back, and is there again.
+struct SetBack {
+    from: Lsn,
+    source: SourcePoint,
+    changed: BlockCount,
+    blocked: Duration,
+    hung_up: u32,
+    disk: DiskStatus,
 }
 
 /// The image as it is; refuses what cannot lack blocks.
-fn refuse_unfit(image: &str, format: Option<ImageFormat>) -> Result<Option<ImageStamp>, ApiError> {
+pub(super) fn refuse_unfit(image: &str, format: Option<ImageFormat>) -> Result<Option<ImageStamp>, ApiError> {
     let path = Path::new(image);
     if crate::qcow2::format_of(image, format) != Some(ImageFormat::Raw) {
         let message = format!("{image} is neither a raw file nor a block device: only these can be set back");
@@ -251,18 +230,30 @@ fn refuse_unfit(image: &str, format: Option<ImageFormat>) -> Result<Option<Image
     Ok(ImageStamp::of(path))
 }
 
-/// Waits until the receiver has everything; refuses a disk that is in use, or not in sync.
-async fn settled(handle: &DiskHandle, request: RewindRequest) -> Result<DiskStatus, ApiError> {
+/// From when this has succeeded the disk lacks `missing`. A file that failed after it got its name counts: the next attach
+/// sees that it is durable, or is none.
+fn have_hydration(
+    records: &Records,
+    disk: &DiskName,
+    header: Header,
+    missing: DirtyBitmap,
+) -> Result<(), String> {
+    let Err(error) = records.create_hydration(disk, header.clone(), missing) else { return Ok(()) };
+    let there = records.open_hydration(disk, trust::boot_id());
+    let is_it = there.is_ok_and(|there| there.is_some_and(|file| *file.header() == header));
+    if !is_it {
+        return Err(error.to_string());
+    }
+    tracing::warn!(%disk, %error, "what the disk lacks is noted, and not yet durably");
+    Ok(())
+}
+
+/// Waits until the receiver has everything; refuses a disk that is in use or, without force, one of which it never will.
+async fn standing(handle: &DiskHandle, request: RewindRequest) -> Result<Standing, ApiError> {
     let until = Instant::now() + SETTLE_TIME;
     loop {
         let status = handle.status().await.map_err(|error| failed(&error))?;
         let name = &status.name;
-        if status.hydration.is_some() {
-            let message = format!("disk {name} lacks blocks of the point it was set to already");
-            return Err(ApiError::new(ErrorCode::Busy, message).with_hint(format!(
-                "`backtide status {name}` says how far it is; try again when nothing is missing"
-            )));
-        }
         if status.clients > 0 && !request.reconnect {
             let message =
                 format!("disk {name} is in use: its guest would see another content under its feet");
@@ -272,7 +263,16 @@ async fn settled(handle: &DiskHandle, request: RewindRequest) -> Result<DiskStat
         let in_sync = status.mode == Mode::Sync && status.dirty.blocks.0 == 0;
         let durable = status.connected && status.lag.records == 0 && status.window.bytes.is_zero();
         if in_sync && durable && status.resync.is_none() {
-            return Ok(status);
+            return Ok(Standing { status, settled: true });
+        }
+        if status.hydration.is_some() {
+            if request.force {
+                return Ok(Standing { status, settled: false });
+            }
+            let message = format!("disk {name} lacks blocks of the point it was set to already");
+            return Err(ApiError::new(ErrorCode::Busy, message).with_hint(format!(
+                "`backtide status {name}` says how far it is; try again when it is in sync, or give up with --force what has not reached the receiver"
+            )));
         }
         if !status.connected && Instant::now() >= until {
             let message = format!("disk {name} cannot be set back: {}", status.reason);
@@ -295,16 +295,17 @@ fn not_in_sync(status: &DiskStatus) -> ApiError {
     ))
 }
 
-/// What a clean detach in sync has left; none when there was none.
+/// What a clean detach has left, in sync unless `force`; none when there was none.
 fn as_left(
     record: &DiskRecord,
     left: Result<Option<backtide_tracking::Loaded>, backtide_tracking::LoadError>,
+    force: bool,
 ) -> Option<SavedTracking> {
     let stamp = ImageStamp::of(Path::new(&record.image));
     match trust::resume(record, left, stamp.as_ref(), record.size) {
         Resume::Clean(saved) => Some(saved).filter(|saved| {
             let nothing = saved.dirty.is_empty() && saved.zeroes.is_empty() && saved.spilled_to.is_none();
-            nothing && saved.reason.is_none()
+            force || (nothing && saved.reason.is_none())
         }),
         Resume::New | Resume::Lost { .. } | Resume::Crashed { .. } => None,
     }

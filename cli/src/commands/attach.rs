@@ -64,6 +64,10 @@ pub(crate) struct Attach {
     /// comes on first touch and in the background. The receiver's control API is asked for the point
     #[arg(long, value_name = "DISK@POINT", conflicts_with = "adopt", value_parser = from_point)]
     from: Option<(DiskName, String)>,
+    /// With --from: also a point of which blocks are damaged at the receiver, which cannot be read until they are
+    /// written
+    #[arg(long, requires = "from")]
+    force: bool,
     /// The receiver's control API, with --adopt or --from [default: unix:/run/backtide/receiver.sock for root,
     /// else $XDG_RUNTIME_DIR/backtide/receiver.sock]
     #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
@@ -200,7 +204,7 @@ impl Attach {
         if let Some((disk, point)) = &self.from {
             let receiver = context.receiver(&ReceiverApi { receiver: self.receiver_api.clone() })?;
             let point = receiver.resolve(disk, point).await?;
-            request.from = Some(FromPoint { disk: point.disk.uuid, lsn: point.lsn });
+            request.from = Some(FromPoint { disk: point.disk.uuid, lsn: point.lsn, force: self.force });
         }
         let attached = agent.attach(&request).await?;
         let disk = first_contact(&agent, attached).await?;

@@ -32,6 +32,10 @@ pub(crate) struct Rewind {
     /// Do it without asking
     #[arg(long)]
     yes: bool,
+    /// Also to a point of which blocks are damaged at the receiver; and also while the disk lacks blocks of another
+    /// point and is not in sync: what has not reached the receiver is given up
+    #[arg(long)]
+    force: bool,
     /// Wait until everything that changed has been fetched and the image is complete
     #[arg(long)]
     wait: bool,
@@ -75,7 +79,7 @@ impl Rewind {
             Some(socket) => Some(Guest::paused(socket, &agent, &disk).await?),
             None => None,
         };
-        let request = RewindRequest { to: diff.from.lsn, reconnect: guest.is_some() };
+        let request = RewindRequest { to: diff.from.lsn, reconnect: guest.is_some(), force: self.force };
         let mut report = match agent.rewind(&disk.name, request).await {
             Ok(report) => report,
             Err(error) => {

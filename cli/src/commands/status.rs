@@ -2,6 +2,7 @@
 
 use std::{io::IsTerminal, time::Duration};
 
+use backtide_agent_api::DiskStatus;
 use backtide_units::DiskName;
 use clap::Args;
 
@@ -46,7 +47,8 @@ impl Status {
                 if clear { format!("{CLEAR}{text}") } else { text }
             })?;
             if !self.watch {
-                return Ok(Ending::Done);
+                let stuck = |disk: &DiskStatus| disk.hydration.as_ref().is_some_and(|lacks| lacks.stuck);
+                return Ok(if status.disks.iter().any(stuck) { Ending::Warnings } else { Ending::Done });
             }
             tokio::time::sleep(self.every.max(EVERY_MIN)).await;
         }

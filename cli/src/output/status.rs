@@ -261,6 +261,13 @@ fn hydration_text(lacks: &HydrationStatus) -> String {
     if let Some(trouble) = &lacks.trouble {
         text.push_str(&format!(": {trouble}"));
     }
+    if lacks.waiting_requests > 0 && lacks.trouble.is_some() {
+        let waiting = count_text(lacks.waiting_requests, "request");
+        text.push_str(&format!("; {waiting} of the guest waiting for it"));
+    }
+    if lacks.stuck {
+        text.push_str("; it does not come by itself: set the disk to another point, or see to the receiver");
+    }
     text
 }
 

@@ -76,6 +76,8 @@ kill_points! {
     DetachRecord = "detach-record-saved",
     /// Rewind: the disk is let go of, and as it was.
     RewindDetached = "rewind-detached",
+    /// Failover: the receiver has the higher epoch, and nothing is made here.
+    TakenOver = "disk-taken-over",
     /// The hydration file is there, durably: the disk lacks blocks from now on.
     HydrationMade = "hydration-made",
     /// Missing blocks are on the image; the hydration file does not know.

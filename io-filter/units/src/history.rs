@@ -59,6 +59,21 @@ impl Lsn {
 }
 
 impl Epoch {
+    /// How much an agent that takes a disk over from another one adds to the epoch that its receiver knows: more attaches
+    /// than a host begins while it is cut off from the receiver.
+    pub const TAKE_OVER_STEP: u64 = 1 << 20;
+
+    /// The epoch of whoever takes the disk over from an agent that had this one.
+    pub fn taken_over(self) -> Self {
+        Self(self.0.saturating_add(Self::TAKE_OVER_STEP))
+    }
+
+    /// Whether an attach of this epoch, after one of `before`, was that of an agent that took the disk over; the one it was
+    /// taken from may have begun some attaches in between.
+    pub fn takes_over_from(self, before: Self) -> bool {
+        self.0.saturating_sub(before.0) >= Self::TAKE_OVER_STEP / 2
+    }
+
     /// The next attach.
     ///
     /// # Panics

@@ -6,7 +6,7 @@
 //! between each other's parts.
 
 use backtide_units::{
-    BlockIndex, BlockRange, ByteCount, ByteRange, CaptureTime, DiskId, DiskName, HistoryId, Lsn,
+    BlockIndex, BlockRange, ByteCount, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn,
 };
 use roaring::{RoaringBitmap, RoaringTreemap};
 use serde::{Deserialize, Serialize};
@@ -98,6 +98,17 @@ pub enum Blocks {
     /// Those whose content may differ between the point and this LSN, older or newer; [`Lsn::MAX`] is
     /// everything that came after the point, also what is no point yet.
     Changed(Lsn),
+    /// Those of [`Blocks::Changed`] since this LSN, or without one of [`Blocks::Data`], whose content at the point is damaged
+    /// at the receiver. They are looked at only where it knows of damage to the disk's log at all.
+    Damaged(Option<Lsn>),
+    /// Those whose content at the point may differ from what an agent had when the disk was taken from it, as far as all of
+    /// that was durable at the receiver.
+    Left {
+        /// Its last attach.
+        epoch: Epoch,
+        /// Up to here the receiver had acknowledged everything as durable.
+        durable: Lsn,
+    },
 }
 
 /// The first frame of a connection that reads a point.

@@ -84,6 +84,7 @@ impl Timeline {
                 self.note_mark(Mark { label: label.clone(), at: TimedLsn { lsn: *lsn, time: *time } });
             }
             Entry::Attach { epoch, attach, next_lsn, size, name, time } => {
+                self.note_epoch(*epoch);
                 self.see(Lsn(next_lsn.0.saturating_sub(1)));
                 self.note_size(*next_lsn, *size);
                 let (epoch, attach, size, time) = (*epoch, *attach, *size, *time);

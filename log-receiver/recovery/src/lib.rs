@@ -38,7 +38,9 @@ pub use point::{ParsePointError, Point, ago, time_text};
 pub use salvage::{Salvage, salvage};
 pub use snapshot::Snapshot;
 pub use ticket::{Durable, SyncOutcome, SyncTicket};
-pub use timeline::{Attached, Forgotten, Hole, INTERVALS_MAX, Interval, MARKS_MAX, Mark, OpenPass, Timeline};
+pub use timeline::{
+    Attached, Forgotten, Hole, INTERVALS_MAX, Interval, MARKS_MAX, Mark, OpenPass, Takeover, Timeline,
+};
 pub use view::{Allocation, View};
 
 pub use backtide_segment::{Entry, PassContent, PassReason, SegmentId, Seq, inspect};

@@ -72,6 +72,21 @@ pub struct Attached {
     pub time: CaptureTime,
 }
 
+/// An attach by which another agent took the disk over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Takeover {
+    /// The epoch of the attach before it.
+    pub before: Epoch,
+    /// Its own.
+    pub epoch: Epoch,
+    /// The highest LSN that any entry before it names: what the agent before had acknowledged as durable lies at or below, or
+    /// was lost here.
+    pub highest: Lsn,
+}
+
+/// Takeovers that a timeline keeps.
+const TAKEOVERS_MAX: usize = 1024;
+
 /// Marks that a timeline keeps.
 pub const MARKS_MAX: usize = 16_384;
 
@@ -109,6 +124,8 @@ pub struct Timeline {
     pub(crate) in_interval: bool,
     pub(crate) last: TimedLsn,
     pub(crate) attached: Option<Attached>,
+    /// In log order.
+    pub(crate) takeovers: Vec<Takeover>,
     pub(crate) highest: Lsn,
     pub(crate) records: u64,
     pub(crate) flushes: u64,
@@ -156,6 +173,15 @@ impl Timeline {
         drop_oldest(&mut self.sizes, SIZES_MAX);
     }
 
+    /// Notes an attach of `epoch`, before anything else of it is.
+    pub(crate) fn note_epoch(&mut self, epoch: Epoch) {
+        let before = self.attached.as_ref().map(|attached| attached.epoch);
+        if let Some(before) = before.filter(|before| epoch.takes_over_from(*before)) {
+            self.takeovers.push(Takeover { before, epoch, highest: self.highest });
+            drop_oldest(&mut self.takeovers, TAKEOVERS_MAX);
+        }
+    }
+
     pub(crate) fn note_mark(&mut self, mark: Mark) {
         let marks = Arc::make_mut(&mut self.marks);
         marks.push(mark);
@@ -190,6 +216,13 @@ impl Timeline {
     /// The newest attach.
     pub fn attached(&self) -> Option<&Attached> {
         self.attached.as_ref()
+    }
+
+    /// How the disk was taken from an agent whose attach of `epoch` was its last: by the first attach with a higher one, if
+    /// that was a takeover that is kept.
+    pub fn takeover_from(&self, epoch: Epoch) -> Option<Takeover> {
+        let first = self.takeovers.iter().find(|takeover| takeover.epoch > epoch);
+        first.copied().filter(|takeover| takeover.before <= epoch)
     }
 
     /// The highest LSN that any entry names: new LSNs must lie above it.
@@ -304,6 +337,7 @@ impl Timeline {
         joined.in_interval = after.in_interval;
         joined.last = joined.last.max(after.last);
         joined.attached = after.attached.clone().or(joined.attached);
+        joined.takeovers.extend_from_slice(&after.takeovers);
         joined.highest = joined.highest.max(after.highest);
         joined.records += after.records;
         joined.flushes += after.flushes;

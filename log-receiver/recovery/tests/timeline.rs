@@ -142,6 +142,38 @@ fn an_attach_alone_leaves_no_hole() {
 }
 
 #[test]
+fn a_takeover_tells_how_far_the_log_was_and_from_whom() {
+    let attach = |epoch: u64, next_lsn| Entry::Attach {
+        epoch: Epoch(epoch),
+        attach: uuid::Uuid::from_u128(epoch.into()),
+        next_lsn: Lsn(next_lsn),
+        size: ByteCount(1 << 20),
+        name: "vm1".parse().expect("a name"),
+        time: CaptureTime(1),
+    };
+    let second = Epoch(3).taken_over();
+    let third = Epoch(second.0 + 5).taken_over();
+    let timeline = told(&[
+        attach(3, 1),
+        begin(1, 0),
+        end(1, Some(1)),
+        record(7),
+        attach(second.0, 8),
+        attach(second.0 + 1, 8),
+        record(9),
+        attach(third.0, 10),
+    ]);
+    let from =
+        |epoch| timeline.takeover_from(Epoch(epoch)).map(|takeover| (takeover.epoch, takeover.highest));
+    assert_eq!(from(3), Some((second, Lsn(7))));
+    assert_eq!(from(4), Some((second, Lsn(7))), "it may have tried again while it was cut off");
+    assert_eq!(from(2), None, "an attach of its own came after that one");
+    assert_eq!(from(second.0), None, "that had another attach");
+    assert_eq!(from(second.0 + 1), Some((third, Lsn(9))));
+    assert_eq!(from(third.0), None, "nobody has taken it");
+}
+
+#[test]
 fn what_breaks_the_order_is_refused() {
     let timeline = told(&[begin(5, 0), record(8)]);
     let refused = |entry: Entry| timeline.check(&entry).expect_err("refused");

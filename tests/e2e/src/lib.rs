@@ -20,6 +20,7 @@ pub mod ledger;
 mod load;
 pub mod machine;
 mod model;
+mod other_host;
 pub mod postgres;
 pub mod tools;
 pub mod wire;
@@ -30,6 +31,7 @@ pub use disk::Disk;
 pub use held::{Held, Reconnecting};
 pub use load::{Guest, Load, Written};
 pub use model::{Model, Write, fill};
+pub use other_host::OtherHost;
 
 /// Says why a test does nothing on this machine, where the test's output shows it.
 pub fn skip(why: &str) {

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backtide_hydration::FetchId;
+use backtide_hydration::{FetchId, Kind};
 use backtide_io_filter::IoFailure;
 use backtide_storage::{ImageFile, KillPoint};
 use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteRange, DiskId};
@@ -55,6 +55,11 @@ const STORE_RETRY: Duration = Duration::from_secs(5);
 /// For whom the receiver keeps a point that a disk lacks blocks of.
 pub(crate) fn owner(disk: DiskId) -> String {
     format!("missing blocks of disk {disk}")
+}
+
+/// The same while a disk that lacks blocks of another point is being set to this one.
+pub(crate) fn rewinding(disk: DiskId) -> String {
+    format!("a rewind of disk {disk}")
 }
 
 /// So many runs are fetched between two flushes: a journal is begun anew at one, when it has become long.
@@ -101,7 +106,13 @@ impl HydratingDisk {
                 }
                 Ok(_) => "the receiver's answer is not what was asked for".to_owned(),
                 Err(FetchError::Damaged(why)) => return Some(Err(why)),
-                Err(FetchError::Unreachable(why) | FetchError::Refused(why)) => why,
+                Err(FetchError::Unreachable(why)) => why,
+                Err(FetchError::Refused(why)) => {
+                    if !self.refused.replace(true) {
+                        tracing::error!(disk = %self.name, why, "the receiver does not give missing blocks: they wait for a person");
+                    }
+                    why
+                }
             };
             self.is_troubled(&why);
             tokio::select! {
@@ -190,6 +201,7 @@ impl HydratingDisk {
     }
 
     fn is_well(&self) {
+        self.refused.set(false);
         if self.trouble.take().is_some() {
             tracing::info!(disk = %self.name, "missing blocks can be brought again");
         }
@@ -245,7 +257,7 @@ impl HydratingDisk {
         let mut pause = RETRY_FIRST;
         while !self.stopped.get() {
             let released = tokio::select! {
-                released = self.source.release(&owner) => released,
+                released = self.give_up_point() => released,
                 () = self.until_stopped() => break,
             };
             match released {
@@ -319,12 +331,21 @@ impl HydratingDisk {
 
     /// Tells the receiver, if it is there, that it need not keep the point any longer.
     async fn release_once(&self) -> bool {
-        let owner = owner(self.file.header().disk);
         tokio::select! {
-            released = tokio::time::timeout(RELEASE_TIME, self.source.release(&owner)) => {
+            released = tokio::time::timeout(RELEASE_TIME, self.give_up_point()) => {
                 matches!(released, Ok(Ok(())))
             }
             () = self.until_stopped() => false,
+        }
+    }
+
+    /// In every name in which the receiver may keep this point for the disk.
+    async fn give_up_point(&self) -> Result<(), FetchError> {
+        let disk = self.file.header().disk;
+        self.source.release(&owner(disk)).await?;
+        match self.file.header().kind {
+            Kind::Rewind => self.source.release(&rewinding(disk)).await,
+            Kind::Origin | Kind::Failover => Ok(()),
         }
     }
 }

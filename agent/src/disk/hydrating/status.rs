@@ -95,6 +95,8 @@ impl HydratingDisk {
             rate,
             eta_seconds: (rate.0 > 0).then(|| left.bytes().0.div_ceil(rate.0)),
             trouble,
+            stuck: self.refused.get() || (left.0 > 0 && left == damaged),
+            waiting_requests: self.waiting.get(),
         })
     }
 }

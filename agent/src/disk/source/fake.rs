@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 
 use backtide_hydration::SourcePoint;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteRange, CaptureTime, DiskId, HistoryId, Lsn};
+use backtide_units::{BlockRange, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
 use bytes::Bytes;
 use tokio::sync::Notify;
 
@@ -122,6 +122,14 @@ impl PointSource for FakeSource {
 
     fn changed(&self, _since: Lsn) -> Fetching<'_, DirtyBitmap> {
         Box::pin(async { Ok(DirtyBitmap::of(BlockRange::whole_disk(self.point.size))) })
+    }
+
+    fn left(&self, _epoch: Epoch, _durable: Lsn) -> Fetching<'_, DirtyBitmap> {
+        self.changed(Lsn::ZERO)
+    }
+
+    fn damaged(&self, _since: Option<Lsn>) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(async { Ok(self.damaged.borrow().clone()) })
     }
 
     fn data(&self) -> Fetching<'_, DirtyBitmap> {

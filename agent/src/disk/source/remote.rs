@@ -11,7 +11,7 @@ use backtide_protocol::{
     Blocks, CloseCode, Closed, Decoder, Message, OpenPoint, PROTOCOL_VERSION, PointOpened, Reading, encode,
 };
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockIndex, BlockRange, ByteRange, DiskId, HistoryId, Lsn};
+use backtide_units::{BlockIndex, BlockRange, ByteRange, DiskId, Epoch, HistoryId, Lsn};
 use roaring::RoaringTreemap;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -266,6 +266,14 @@ impl PointSource for RemotePoint {
 
     fn changed(&self, since: Lsn) -> Fetching<'_, DirtyBitmap> {
         Box::pin(self.blocks(Blocks::Changed(since)))
+    }
+
+    fn left(&self, epoch: Epoch, durable: Lsn) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(self.blocks(Blocks::Left { epoch, durable }))
+    }
+
+    fn damaged(&self, since: Option<Lsn>) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(self.blocks(Blocks::Damaged(since)))
     }
 
     fn data(&self) -> Fetching<'_, DirtyBitmap> {

@@ -163,8 +163,11 @@ fn what_a_state_knows_of_ends_with_its_last_sign_of_life_and_a_clean_one_with_th
 }
 
 #[test]
-fn a_state_that_was_fenced_is_not_trusted() {
-    let record = DiskRecord { fenced: true, ..record() };
+fn a_state_that_was_fenced_is_not_trusted_by_whoever_takes_over() {
+    let fenced = DiskRecord { fenced: true, ..record() };
+    let resumed = resume(&fenced, Ok(Some(left(&fenced, true))), Some(&stamp(0)), SIZE);
+    assert!(matches!(resumed, Resume::Clean(_)), "it sends nothing: {resumed:?}");
+    let record = DiskRecord { take_over: true, ..fenced };
     let resumed = resume(&record, Ok(Some(left(&record, true))), Some(&stamp(0)), SIZE);
     assert!(is_lost(&resumed, Reason::AgentRolledBack));
 }

@@ -1,4 +1,6 @@
-use backtide_units::{BlockIndex, ByteCount, ByteOffset, ByteRange, CaptureTime, LogPosition, Lsn, Reason};
+use backtide_units::{
+    BlockIndex, ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, LogPosition, Lsn, Reason,
+};
 use bytes::Bytes;
 use proptest::prelude::*;
 
@@ -74,6 +76,9 @@ fn one_of_each_reading() -> Vec<Reading> {
         Reading::Piece { id: 1, range: range(8192, 4096), data: Data::capture(Bytes::new()) },
         Reading::AskBlocks { id: 2, which: Blocks::Data },
         Reading::AskBlocks { id: 3, which: Blocks::Changed(Lsn(4)) },
+        Reading::AskBlocks { id: 3, which: Blocks::Damaged(None) },
+        Reading::AskBlocks { id: 3, which: Blocks::Damaged(Some(Lsn(0))) },
+        Reading::AskBlocks { id: 3, which: Blocks::Left { epoch: Epoch(5), durable: Lsn(4) } },
         Reading::Blocks { id: 3, first: BlockIndex(1 << 22), blocks: [0, 70_000].into_iter().collect() },
         Reading::Hold { id: 4, owner: "rewind of vm1".into() },
         Reading::Release { id: 4, owner: "rewind of vm1".into() },

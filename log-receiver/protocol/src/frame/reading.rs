@@ -1,6 +1,6 @@
 //! How the messages of a connection that reads a point lie on the wire.
 
-use backtide_units::{BlockIndex, Lsn};
+use backtide_units::{BlockIndex, Epoch, Lsn};
 use bytes::{Buf, Bytes};
 use roaring::RoaringBitmap;
 
@@ -15,6 +15,8 @@ use crate::{
 pub(super) const BLOCKS_BYTES_MAX: u64 = 1 << 20;
 
 const FLAG_CHANGED: u8 = 1;
+const FLAG_LEFT: u8 = 2;
+const FLAG_DAMAGED: u8 = 4;
 
 pub(super) fn encode(reading: &Reading) -> (Header, Data) {
     let none = || Data::capture(Bytes::new());
@@ -27,11 +29,14 @@ pub(super) fn encode(reading: &Reading) -> (Header, Data) {
             (of(Type::Piece, *id, range.start().0, range.count().0), data.clone())
         }
         Reading::AskBlocks { id, which } => {
-            let (flags, since) = match which {
-                Blocks::Data => (0, Lsn::ZERO),
-                Blocks::Changed(since) => (FLAG_CHANGED, *since),
+            let (flags, since, epoch) = match which {
+                Blocks::Data => (0, Lsn::ZERO, Epoch(0)),
+                Blocks::Changed(since) => (FLAG_CHANGED, *since, Epoch(0)),
+                Blocks::Damaged(None) => (FLAG_DAMAGED, Lsn::ZERO, Epoch(0)),
+                Blocks::Damaged(Some(since)) => (FLAG_DAMAGED | FLAG_CHANGED, *since, Epoch(0)),
+                Blocks::Left { epoch, durable } => (FLAG_LEFT, *durable, *epoch),
             };
-            (Header { flags, ..Header::of(Type::AskBlocks).fields(*id, since.0, 0, 0) }, none())
+            (Header { flags, ..Header::of(Type::AskBlocks).fields(*id, since.0, epoch.0, 0) }, none())
         }
         Reading::Blocks { id, first, blocks } => {
             let mut payload = Vec::with_capacity(blocks.serialized_size());
@@ -62,7 +67,14 @@ pub(super) fn decode(header: &Header, data: Data) -> Result<Reading, ProtocolErr
             Reading::Piece { id, range, data }
         }
         Type::AskBlocks => {
-            let which = if flags & FLAG_CHANGED == 0 { Blocks::Data } else { Blocks::Changed(Lsn(b)) };
+            let which = match flags {
+                0 => Blocks::Data,
+                FLAG_CHANGED => Blocks::Changed(Lsn(b)),
+                FLAG_DAMAGED => Blocks::Damaged(None),
+                flags if flags == FLAG_DAMAGED | FLAG_CHANGED => Blocks::Damaged(Some(Lsn(b))),
+                FLAG_LEFT => Blocks::Left { epoch: Epoch(c), durable: Lsn(b) },
+                other => return Err(invalid("ask-blocks", format!("flags {other:#x}"))),
+            };
             Reading::AskBlocks { id, which }
         }
         Type::Blocks => Reading::Blocks { id, first: first(c)?, blocks: bitmap(payload)? },

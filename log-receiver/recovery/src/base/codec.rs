@@ -11,7 +11,9 @@ use bytes::{Buf, BufMut};
 use uuid::Uuid;
 
 use super::{Base, KeptPoint};
-use crate::{Attached, Forgotten, Hole, Interval, LogError, LogIdentity, Mark, OpenPass, TimedLsn, Timeline};
+use crate::{
+    Attached, Forgotten, Hole, Interval, LogError, LogIdentity, Mark, OpenPass, Takeover, TimedLsn, Timeline,
+};
 
 /// How every base begins.
 pub const MAGIC: [u8; 8] = *b"BKTDBAS\n";
@@ -96,6 +98,11 @@ fn put_timeline(out: &mut Vec<u8>, timeline: &Timeline) {
         put_text(out, attached.name.as_str());
         out.put_u64_le(attached.size.0);
         out.put_u64_le(attached.time.0);
+    });
+    put_list(out, &timeline.takeovers, |out, takeover| {
+        out.put_u64_le(takeover.before.0);
+        out.put_u64_le(takeover.epoch.0);
+        out.put_u64_le(takeover.highest.0);
     });
     out.put_u64_le(timeline.highest.0);
     out.put_u64_le(timeline.records);
@@ -221,6 +228,10 @@ impl Input<'_> {
             let (name, size) = (input.text()?.parse().ok()?, ByteCount(input.u64()?));
             Some(Attached { epoch, attach, name, size, time: CaptureTime(input.u64()?) })
         })?;
+        let takeovers = self.list(|input| {
+            let (before, epoch) = (Epoch(input.u64()?), Epoch(input.u64()?));
+            Some(Takeover { before, epoch, highest: Lsn(input.u64()?) })
+        })?;
         let highest = Lsn(self.u64()?);
         let (records, flushes, last_flush) = (self.u64()?, self.u64()?, self.some(Self::timed)?);
         // What folding relies on.
@@ -238,6 +249,7 @@ impl Input<'_> {
             in_interval,
             last,
             attached,
+            takeovers,
             highest,
             records,
             flushes,

@@ -3,67 +3,11 @@
 
 use std::path::Path;
 
-use backtide_e2e::{Bench, Daemon, Load, Model, Said, tools};
+use backtide_e2e::{Bench, Load, Model, OtherHost, tools};
 use backtide_storage::KillPoint;
 use serde_json::{Value, json};
 
 const SIZE: u64 = 8 << 20;
-
-/// The agent of another host.
-struct Other<'bench> {
-    bench: &'bench Bench,
-    api: String,
-}
-
-impl<'bench> Other<'bench> {
-    fn start(bench: &'bench Bench) -> (Self, Daemon) {
-        std::fs::create_dir(bench.path("b")).expect("make a directory");
-        let other = Self { bench, api: bench.socket("b/agent.sock") };
-        let agent = other.agent();
-        (other, agent)
-    }
-
-    fn agent(&self) -> Daemon {
-        self.bench.daemon(&["agent", "run", "--api", &self.api, "--state", &self.bench.name("b/state")])
-    }
-
-    fn run(&self, arguments: &[&str]) -> Said {
-        self.bench.run(&[&["--agent", &self.api], arguments].concat())
-    }
-
-    fn failover(&self, rest: &[&str]) -> Said {
-        let (image, stream) = (self.bench.name("b.img"), self.bench.socket("stream.sock"));
-        self.run(&[&["failover", "vm1", &image, "--receiver", &stream], rest].concat())
-    }
-
-    fn status(&self) -> Value {
-        let said = self.run(&["status", "vm1"]);
-        assert_eq!(said.code, 0, "{said:?}");
-        serde_json::from_str::<Value>(&said.stdout).unwrap()["disks"][0].clone()
-    }
-
-    fn uri(&self) -> String {
-        self.status()["nbd_uri"].as_str().unwrap().to_owned()
-    }
-
-    fn until(&self, what: &str, reached: impl Fn(&Value) -> bool) {
-        loop {
-            let status = self.status();
-            if reached(&status) {
-                return;
-            }
-            assert!(status["mode"] != "detached", "{what}: {status}");
-        }
-    }
-
-    /// Nothing is missing, and the receiver has everything.
-    fn settle(&self) {
-        self.until("whole", |status| status["hydration"].is_null());
-        for state in ["sync", "durable"] {
-            assert_eq!(self.run(&["wait", "vm1", "--for", state]).code, 0);
-        }
-    }
-}
 
 #[test]
 fn a_disk_goes_on_at_another_host_and_the_first_is_fenced() {
@@ -75,7 +19,7 @@ fn a_disk_goes_on_at_another_host_and_the_first_is_fenced() {
     model.then(load.stop());
     disk.settle();
     let (early, at_early) = (disk.last(), model.clone());
-    let (other, second) = Other::start(&bench);
+    let (other, second) = OtherHost::start(&bench);
 
     let unasked = other.failover(&[]);
     assert_eq!(unasked.code, 2, "{unasked:?}");
@@ -117,7 +61,7 @@ fn a_host_that_died_writing_is_left_behind_and_the_next_may_die_too() {
     load.goes_on(100);
     first.kill();
     let written = load.broken();
-    let (other, second) = Other::start(&bench);
+    let (other, second) = OtherHost::start(&bench);
     let done = other.failover(&["--yes", "--resync-rate", "4096"]);
     assert_eq!(done.code, 0, "{done:?}");
     // What the receiver had is a beginning of what the guest wrote.
@@ -145,10 +89,8 @@ fn a_failover_that_dies_half_way_is_no_disk_and_is_begun_again() {
     disk.settle();
     let expected = disk.restore("latest");
     assert_eq!(first.stop(), 0);
-    std::fs::create_dir(bench.path("b")).expect("make a directory");
-    let other = Other { bench: &bench, api: bench.socket("b/agent.sock") };
-    let arguments = ["agent", "run", "--api", &other.api, "--state", &bench.name("b/state")];
-    let mut doomed = bench.doomed(&arguments, KillPoint::HydrationMade.name());
+    let other = OtherHost::new(&bench);
+    let mut doomed = other.doomed(KillPoint::HydrationMade.name());
     // It takes its time to begin, and dies of the first that reaches it.
     while !doomed.is_dead() {
         assert_ne!(other.failover(&["--yes"]).code, 0);
@@ -171,7 +113,7 @@ fn a_failover_that_cannot_be_leaves_the_disk_where_it_is() {
     let (_receiver, _first, disk) = bench.protected(SIZE, &[]);
     disk.qemu_io(&["write -P 0x11 0 1M", "flush"]);
     disk.settle();
-    let (other, _second) = Other::start(&bench);
+    let (other, _second) = OtherHost::start(&bench);
     std::fs::write(bench.path("b.img"), vec![1; 4096]).unwrap();
     let refused = other.failover(&["--yes"]);
     assert_eq!((refused.code, refused.error()["code"].clone()), (5, json!("exists")), "{refused:?}");

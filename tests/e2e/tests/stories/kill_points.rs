@@ -47,6 +47,7 @@ fn side(point: KillPoint) -> Side {
         | KillPoint::DetachTracking
         | KillPoint::DetachRecord => Side::Agent,
         KillPoint::RewindDetached
+        | KillPoint::TakenOver
         | KillPoint::HydrationMade
         | KillPoint::HydrationStored
         | KillPoint::HydrationNoted

@@ -14,8 +14,12 @@ fn base() -> Base {
         name: "vm1".parse().unwrap(),
         time,
     };
+    let Entry::Attach { attach: id, size, ref name, .. } = attach else { unreachable!("made above") };
+    let epoch = Epoch(2).taken_over();
+    let taken_over = Entry::Attach { epoch, attach: id, next_lsn: Lsn(4), size, name: name.clone(), time };
     let entries = [
         attach,
+        taken_over,
         Entry::PassBegin { at: Lsn(5), gap_from: Lsn(0), time, reason: reason() },
         Entry::PassEnd { at: Lsn(5), valid_from: Some(Lsn(5)), time },
         Entry::Flush { lsn: Lsn(5), time },

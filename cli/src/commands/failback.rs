@@ -1,0 +1,129 @@
+//! `backtide failback`: a disk that has gone on at another host comes back to this one.
+
+use backtide_agent_api::{FailbackReport, FailbackRequest};
+use backtide_control::{Address, ApiError, ErrorCode};
+use backtide_receiver_api::ReceiverDisk;
+use backtide_units::DiskName;
+use clap::Args;
+
+use crate::{
+    arguments::ReceiverApi,
+    commands::{
+        attach::{adopted_of, first_contact},
+        rewind::until_complete,
+    },
+    confirm::confirm,
+    context::Context,
+    ending::{Ending, Failure, failed},
+    quantity::{size_both, time_text},
+};
+
+/// `backtide failback`
+#[derive(Args, Debug)]
+pub(crate) struct Failback {
+    /// The disk's name, which this agent has had it under
+    name: DiskName,
+    /// Where the receiver takes streams [default: where it did when the disk was here]
+    #[arg(long, value_name = "ADDR")]
+    receiver: Option<Address>,
+    /// Also while another agent is connected with it: what its guest writes from then on is lost
+    #[arg(long)]
+    force: bool,
+    /// Do it without asking
+    #[arg(long)]
+    yes: bool,
+    /// Wait until everything that differs has been fetched and the image is complete
+    #[arg(long)]
+    wait: bool,
+    /// The receiver's control API, which is asked for the disk [default:
+    /// unix:/run/backtide/receiver.sock for root, else $XDG_RUNTIME_DIR/backtide/receiver.sock]
+    #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
+    receiver_api: Option<Address>,
+}
+
+impl Failback {
+    /// Finds the disk at its receiver, says what it means, and has the agent go back to it.
+    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let agent = context.agent()?;
+        let receiver = context.receiver(&ReceiverApi { receiver: self.receiver_api.clone() })?;
+        let disk = receiver.disks(Some(&self.name)).await?.disks.into_iter().next();
+        let disk = disk.ok_or_else(|| failed("the receiver answered nothing"))?;
+        let mut request =
+            FailbackRequest { adopt: adopted_of(&disk), receiver: self.receiver, dry_run: true };
+        let plan = agent.failback(&disk.name, &request).await?;
+        if disk.connected && !self.force {
+            return Err(still_there(&disk));
+        }
+        let what = plan_text(&disk, &plan);
+        if self.yes {
+            context.tell(&what);
+        } else {
+            confirm(context, &what).await?;
+        }
+        request.dry_run = false;
+        let mut report = agent.failback(&disk.name, &request).await?;
+        if let Some(attached) = report.disk.take() {
+            report.disk = Some(first_contact(&agent, attached).await?);
+        }
+        if self.wait {
+            report.disk = Some(until_complete(context, &agent, &disk.name).await?);
+        }
+        context.print(&report, || report_text(&disk, &report))?;
+        Ok(Ending::Done)
+    }
+}
+
+fn still_there(disk: &ReceiverDisk) -> Failure {
+    let name = disk.name.as_str();
+    let message = format!("an agent is connected with disk {name} now");
+    ApiError::new(ErrorCode::Busy, message)
+        .with_hint(format!(
+            "shut the virtual machine down there and `backtide detach {name}`; with --force it is taken from that agent"
+        ))
+        .into()
+}
+
+fn plan_text(disk: &ReceiverDisk, plan: &FailbackReport) -> String {
+    let name = disk.name.as_str();
+    let mut text = format!(
+        "disk {name} comes back here at its latest point, lsn:{} ({}), and whoever has had it is fenced: {} of the image stay, {} are fetched",
+        plan.point,
+        time_text(plan.point_time),
+        size_both(plan.kept_bytes),
+        size_both(plan.fetched_bytes),
+    );
+    if let Some(why) = &plan.everything_because {
+        text.push_str(&format!("; nothing of the image can be kept, because {why}"));
+    } else if !plan.lost_bytes.is_zero() {
+        text.push_str(&format!(
+            "; up to {} that were changed here and never reached the receiver are OVERWRITTEN",
+            size_both(plan.lost_bytes)
+        ));
+    }
+    if disk.connected {
+        text.push_str(
+            "; an agent is CONNECTED with it now, and whatever its guest writes from now on is lost",
+        );
+    }
+    text
+}
+
+fn report_text(disk: &ReceiverDisk, report: &FailbackReport) -> String {
+    let name = disk.name.as_str();
+    let mut text = format!(
+        "{name} is back at lsn:{} ({}): {} of the image stayed, {} differ or may",
+        report.point,
+        time_text(report.point_time),
+        size_both(report.kept_bytes),
+        size_both(report.fetched_bytes),
+    );
+    let Some(attached) = &report.disk else { return text };
+    text.push_str(&format!("\nserved at {}", attached.nbd_uri));
+    if let Some(hydration) = &attached.hydration {
+        text.push_str(&format!(
+            "\n{} still come from the receiver, on first touch and in the background: until then the image alone is not the disk; `backtide status {name}` shows how far it is",
+            size_both(hydration.missing_bytes)
+        ));
+    }
+    text
+}
