@@ -15,8 +15,16 @@ pub(crate) const PIECES_MAX: usize = 4 << 20;
 pub struct Contents {
     size: ByteCount,
     pieces: Vec<Piece>,
-    /// Files that are stored compressed: how many bytes are compressed together.
-    pub(crate) compressed: Option<ByteCount>,
+    pub(crate) compressed: Option<Compressed>,
+}
+
+/// How a file is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Compressed {
+    /// How many bytes are compressed together.
+    pub(crate) unit: ByteCount,
+    /// Where the file's clusters end, holes included.
+    pub(crate) end: ByteOffset,
 }
 
 /// A stretch of a file.
@@ -91,7 +99,7 @@ impl Contents {
 
     /// The first byte at or after `at` that may be other than zero; none when there is none before the end.
     pub fn next_data(&self, at: ByteOffset) -> Option<ByteOffset> {
-        let unit = self.compressed.map_or(1, |unit| unit.0.max(1));
+        let unit = self.compressed.map_or(1, |compressed| compressed.unit.0.max(1));
         let index = self.pieces.partition_point(|piece| piece.end() <= at.0 / unit * unit);
         let start = ByteOffset(self.pieces.get(index)?.at.0 / unit * unit).max(at);
         (start.0 < self.size.0).then_some(start)
@@ -121,6 +129,13 @@ impl Contents {
             }
         }
         Ok(())
+    }
+
+    /// How many of the bytes from `start` to `end` of the file are stored.
+    pub(crate) fn stored(&self, start: ByteOffset, end: ByteOffset) -> ByteCount {
+        let first = self.pieces.partition_point(|piece| piece.end() <= start.0);
+        let pieces = self.pieces[first..].iter().take_while(|piece| piece.at < end);
+        ByteCount(pieces.map(|piece| piece.end().min(end.0) - piece.at.0.max(start.0)).sum())
     }
 
     /// Whether `is` holds for any of the places on the volume that these bytes are at.

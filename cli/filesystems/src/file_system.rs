@@ -52,6 +52,14 @@ pub struct Name {
     pub id: FileId,
 }
 
+/// Whether two names are one when capitals do not count.
+pub(crate) fn is_same_text(a: &[u8], b: &[u8]) -> bool {
+    match (std::str::from_utf8(a), std::str::from_utf8(b)) {
+        (Ok(a), Ok(b)) => a.chars().flat_map(char::to_lowercase).eq(b.chars().flat_map(char::to_lowercase)),
+        _ => a == b,
+    }
+}
+
 /// A volume whose files can be read.
 pub trait FileSystem {
     /// The root directory.

@@ -4,7 +4,7 @@ use std::{cell::Cell, collections::BTreeMap, fmt::Write as _, path::PathBuf};
 
 use backtide_units::ByteOffset;
 
-use crate::{FileId, FileSystem, Kind};
+use crate::{Error, FileId, FileSystem, Kind, Node};
 
 thread_local! {
     static EVERY_CHECKSUM: Cell<bool> = const { Cell::new(false) };
@@ -40,7 +40,10 @@ fn describe(volume: &dyn FileSystem, id: FileId) -> String {
     let node = volume.node(id).unwrap();
     let (kind, size, extra) = match node.kind {
         Kind::File => {
-            let contents = volume.contents(id).unwrap();
+            let contents = match volume.contents(id) {
+                Err(Error::Unsupported { .. }) => return line(&node, "file", node.size.0, "unreadable"),
+                contents => contents.unwrap(),
+            };
             let (mut at, mut sum, mut buffer) = (0, 0, vec![0; 70_000]);
             loop {
                 let count = volume.read(&contents, ByteOffset(at), &mut buffer).unwrap();
@@ -64,6 +67,10 @@ fn describe(volume: &dyn FileSystem, id: FileId) -> String {
         }
         Kind::Special => ("special", 0, String::new()),
     };
+    line(&node, kind, size, &extra)
+}
+
+fn line(node: &Node, kind: &str, size: u64, extra: &str) -> String {
     let seconds = node.modified_ns.div_euclid(1_000_000_000);
     format!("{kind}\t{:o}\t{}\t{}\t{size}\t{seconds}\t{extra}", node.mode, node.uid, node.gid)
 }
@@ -119,15 +126,17 @@ pub(crate) fn walk(volume: &dyn FileSystem) {
     }
 }
 
-/// Calls `take` with the volume damaged in different ways, the same ones every time. Checksums are taken as they are.
-pub(crate) fn damage(volume: &[u8], rounds: u64, mut take: impl FnMut(Vec<u8>)) {
+/// Calls `take` with the volume damaged in different ways, the same ones every time; `BACKTIDE_DAMAGE_ROUNDS` says in how
+/// many. Checksums are taken as they are.
+pub(crate) fn damage(volume: &[u8], mut take: impl FnMut(Vec<u8>)) {
+    let rounds = std::env::var("BACKTIDE_DAMAGE_ROUNDS").map_or(12, |rounds| rounds.parse().unwrap());
     // Where bytes are, so that damage is not done to nothing.
     let used: Vec<usize> = (0..volume.len() / 512)
         .filter(|sector| volume[sector * 512..][..512].iter().any(|byte| *byte != 0))
         .collect();
     EVERY_CHECKSUM.set(true);
     for round in 0..rounds {
-        let mut state = round.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut state = u64::wrapping_mul(round, 0x9e37_79b9_7f4a_7c15) | 1;
         let mut next = |below: usize| {
             state ^= state << 13;
             state ^= state >> 7;

@@ -9,11 +9,13 @@
 
 mod contents;
 mod error;
+pub mod fat;
 mod fields;
 mod file_system;
 #[cfg(test)]
 mod golden;
 pub mod lvm;
+pub mod ntfs;
 pub mod path;
 mod source;
 pub mod xfs;

@@ -179,7 +179,7 @@ impl Cp {
 
 impl Where {
     fn into_point(self) -> Point {
-        Point { name: self.name, at: self.at, changed_since: None, api: self.api }
+        Point { name: self.name, at: self.at, api: self.api }
     }
 }
 
@@ -195,32 +195,68 @@ pub(super) fn warn(context: &Context, warnings: &[String]) -> Ending {
 pub(super) struct Point {
     pub(super) name: DiskName,
     pub(super) at: String,
-    /// The earlier point since which blocks may have changed that the mount is to tell of.
-    pub(super) changed_since: Option<String>,
     pub(super) api: ReceiverApi,
 }
 
 /// Mounts the point for as long as `work` takes, which runs where it may block.
-pub(super) async fn with_point<T: Send + 'static>(
+async fn with_point<T: Send + 'static>(
     context: &Context,
     point: Point,
     work: impl FnOnce(&Mount, Rc<PointReader>) -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
+    let with_only = move |points: Vec<(Mount, PointReader)>| match points.into_iter().next() {
+        Some((mount, reader)) => work(&mount, Rc::new(reader)),
+        None => Err(failed("the point was not mounted")),
+    };
+    with_points(context, vec![point], with_only).await
+}
+
+/// Mounts points for as long as `work` takes, which runs where it may block and gets them in their order.
+pub(super) async fn with_points<T: Send + 'static>(
+    context: &Context,
+    points: Vec<Point>,
+    work: impl FnOnce(Vec<(Mount, PointReader)>) -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let (mut mounted, mut ids) = (Vec::new(), Vec::new());
+    let mut result = Ok(());
+    for point in points {
+        match mount(context, point, &mut ids).await {
+            Ok(point) => mounted.push(point),
+            Err(error) => result = Err(error),
+        }
+        if result.is_err() {
+            break;
+        }
+    }
+    let done = match result {
+        Ok(()) => {
+            let done = tokio::task::spawn_blocking(move || work(mounted)).await;
+            done.unwrap_or_else(|error| Err(failed(format!("the reader ended early: {error}"))))
+        }
+        Err(error) => Err(error),
+    };
+    // They end by themselves with their clients, as a rule before this asks for it.
+    for (receiver, id) in ids {
+        let _ = receiver.unmount(&id, None).await;
+    }
+    done
+}
+
+async fn mount(
+    context: &Context,
+    point: Point,
+    ids: &mut Vec<(ReceiverClient, String)>,
+) -> Result<(Mount, PointReader), Failure> {
     let receiver: ReceiverClient = context.receiver(&point.api)?;
-    let Point { name, at, changed_since, .. } = point;
-    let (temporary, writable, nbd) = (true, false, None);
+    let Point { name, at, .. } = point;
+    let (temporary, writable, nbd, changed_since) = (true, false, None, None);
     let request = MountRequest { name, at, nbd, temporary, writable, changed_since };
     let mount = receiver.mount(&request).await?;
+    ids.push((receiver, mount.id.clone()));
     let uri: NbdUri = mount.uri.parse().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
     let connected = Client::connect(&uri).await;
     let client = connected.map_err(|error| ApiError::from_error(ErrorCode::Unreachable, &error))?;
-    let runtime = Handle::current();
-    let id = mount.id.clone();
-    let reads = move || work(&mount, Rc::new(PointReader::new(client, runtime)));
-    let done = tokio::task::spawn_blocking(reads).await;
-    // It ends by itself with its client, as a rule before this asks for it.
-    let _ = receiver.unmount(&id, None).await;
-    done.unwrap_or_else(|error| Err(failed(format!("the reader ended early: {error}"))))
+    Ok((mount, PointReader::new(client, Handle::current())))
 }
 
 fn listing_text(listing: &Listing) -> String {
@@ -261,7 +297,7 @@ fn listing_text(listing: &Listing) -> String {
 }
 
 /// A guest's name without what a terminal would take for an order.
-fn printable(name: &str) -> String {
+pub(super) fn printable(name: &str) -> String {
     name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 

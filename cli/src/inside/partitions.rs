@@ -64,16 +64,14 @@ impl Content {
     /// Whether its files can be read here.
     pub(crate) fn is_readable(self) -> bool {
         match self {
-            Self::Ext4 | Self::Xfs => true,
-            Self::Ntfs | Self::Fat | Self::Btrfs | Self::Lvm | Self::Luks | Self::Swap | Self::Unknown => {
-                false
-            }
+            Self::Ext4 | Self::Xfs | Self::Ntfs | Self::Fat => true,
+            Self::Btrfs | Self::Lvm | Self::Luks | Self::Swap | Self::Unknown => false,
         }
     }
 
     /// What people call those whose files can be read here.
     pub(crate) fn readable_names() -> &'static str {
-        "ext2/3/4 and XFS"
+        "ext2/3/4, XFS, NTFS and FAT"
     }
 
     /// What people call it.

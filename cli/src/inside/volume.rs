@@ -7,7 +7,10 @@ mod ext4;
 use std::rc::Rc;
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_filesystems::{self as filesystems, Contents, FileId, FileSystem, Name, Node, Source, path};
+use backtide_filesystems::{
+    self as filesystems, Contents, FileId, FileSystem, Name, Node, Source, fat::Fat, ntfs::Ntfs, path,
+    xfs::Xfs,
+};
 use backtide_units::{ByteCount, ByteOffset};
 use serde::Serialize;
 
@@ -128,17 +131,10 @@ impl Volume {
     pub(crate) fn open(source: Rc<dyn Source>, content: Content, name: &str) -> Result<Self, ApiError> {
         match content {
             Content::Ext4 => Ext4Volume::open(source).map(Self::Ext4),
-            Content::Xfs => {
-                let opened = filesystems::xfs::Xfs::open(source);
-                opened.map(|volume| Self::Other(Box::new(volume))).map_err(|error| api_error(name, &error))
-            }
-            Content::Ntfs
-            | Content::Fat
-            | Content::Btrfs
-            | Content::Lvm
-            | Content::Luks
-            | Content::Swap
-            | Content::Unknown => {
+            Content::Xfs => other(name, Xfs::open(source)),
+            Content::Ntfs => other(name, Ntfs::open(source)),
+            Content::Fat => other(name, Fat::open(source)),
+            Content::Btrfs | Content::Lvm | Content::Luks | Content::Swap | Content::Unknown => {
                 let what = match content == Content::Unknown {
                     true => "no file system that is known here",
                     false => content.name(),
@@ -214,6 +210,13 @@ impl Volume {
             (Self::Ext4(_), Place::Other(_)) | (Self::Other(_), Place::Ext4(_)) => another_volume(),
         }
     }
+}
+
+fn other<Opened: FileSystem + 'static>(
+    name: &str,
+    opened: Result<Opened, filesystems::Error>,
+) -> Result<Volume, ApiError> {
+    opened.map(|volume| Volume::Other(Box::new(volume))).map_err(|error| api_error(name, &error))
 }
 
 fn another_volume() -> ! {

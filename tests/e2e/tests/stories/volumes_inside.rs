@@ -1,4 +1,4 @@
-//! Files on volumes that others have written: XFS, and logical volumes of LVM.
+//! Files on volumes that others have written: XFS, NTFS, FAT, and logical volumes of LVM.
 
 use std::{io::Write, os::unix::fs::FileExt, path::Path};
 
@@ -91,4 +91,27 @@ fn files_on_a_logical_volume_in_two_stretches_are_found() {
     assert!(said.stderr.contains("on the physical volume pv1, on another disk"), "{said:?}");
     assert_eq!(bench.run(&["ls", "vm1", "--partition", "vg1/none"]).code, 4);
     assert_eq!(bench.run(&["ls", "vm1", "--partition", "0"]).code, 5, "a physical volume has no files");
+}
+
+#[test]
+fn files_of_ntfs_and_fat_come_out_of_a_point() {
+    let bench = Bench::new();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let expected: Vec<u8> = (0..3_000_000).map(|at| ((at / 1000 + 1) % 251) as u8).collect();
+    for (name, content) in [("ntfs", "ntfs"), ("fat16", "fat")] {
+        unpack(&bench, &format!("{name}.img"), &format!("{name}.zst"));
+        let disk = bench.attach(name, &format!("{name}.img"), &[]);
+        disk.wait("sync");
+        disk.settle();
+        let listed = bench.json(&["ls", name, "/few"]);
+        assert_eq!(listed["entries"].as_array().unwrap().len(), 40, "{listed}");
+        assert_eq!(listed["partitions"][0]["content"], content);
+        let out = bench.name(&format!("{name}-big"));
+        let copied = bench.run(&["cp", name, "/BIG", &out]);
+        assert_eq!(copied.code, 0, "capitals do not count: {copied:?}");
+        assert!(std::fs::read(&out).unwrap() == expected);
+    }
+    let refused = bench.plain(&["cp", "ntfs", "/compact", "-"]);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    assert!(refused.stderr.contains("CompactOS"), "{refused:?}");
 }
