@@ -1,6 +1,6 @@
 //! `backtide points`: a disk's timeline.
 
-use backtide_receiver_api::ErrorCode;
+use backtide_receiver_api::{ErrorCode, PointsReport};
 use backtide_units::DiskName;
 use clap::Args;
 
@@ -20,6 +20,9 @@ pub(crate) struct Points {
     /// `-5m`, or another point
     #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     around: Option<String>,
+    /// Only the newest so many intervals with the holes between and after them, and so many marks
+    #[arg(long, value_name = "COUNT", conflicts_with = "around", value_parser = clap::value_parser!(u32).range(1..))]
+    last: Option<u32>,
     #[command(flatten)]
     api: ReceiverApi,
 }
@@ -33,10 +36,25 @@ impl Points {
             context.print(&report, || around_text(&report))?;
             return Ok(Ending::Done);
         }
-        let report = receiver.points(&self.name).await?;
+        let mut report = receiver.points(&self.name).await?;
+        if let Some(count) = self.last {
+            keep_newest(&mut report, count as usize);
+        }
         context.print(&report, || timeline_text(&report))?;
         let Some(damage) = &report.damage else { return Ok(Ending::Done) };
         context.warn(&format!("the log of disk {} is damaged: {damage}", report.disk.name));
         Ok(Ending::Found(ErrorCode::Damaged))
     }
+}
+
+/// Leaves the newest `count` intervals, the holes after the first of them, and the newest `count` marks.
+fn keep_newest(report: &mut PointsReport, count: usize) {
+    let older = report.intervals.len().saturating_sub(count);
+    report.intervals.drain(..older);
+    if let Some(first) = report.intervals.first().filter(|_| older > 0) {
+        let from = first.from_lsn;
+        report.holes.retain(|hole| hole.before_lsn.is_none_or(|before| before > from));
+    }
+    let older = report.marks.len().saturating_sub(count);
+    report.marks.drain(..older);
 }

@@ -240,3 +240,38 @@ fn an_image_that_nobody_can_vouch_for_is_replaced_whole() {
         bench.json(&["detach", "vm1"]);
     }
 }
+
+#[test]
+fn a_receiver_that_was_put_back_to_a_copy_before_cannot_pass_for_one_that_has_everything() {
+    let bench = Bench::new();
+    let (receiver, mut first, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 4M", "flush"]);
+    disk.settle();
+    assert_eq!(receiver.stop(), 0);
+    tools::run("cp", &["-a", &bench.name("store"), &bench.name("old")]);
+    let receiver = bench.receiver();
+    disk.settle();
+    disk.qemu_io(&["write -P 0x12 2M 64k", "flush"]);
+    disk.settle();
+    bench.json(&["detach", "vm1"]);
+    assert_eq!(receiver.stop(), 0);
+    tools::run("rm", &["-r", &bench.name("store")]);
+    std::fs::rename(bench.path("old"), bench.path("store")).unwrap();
+    let _receiver = bench.receiver();
+    let (other, _second) = OtherHost::start(&bench);
+    let gone = other.failover(&["--yes"]);
+    assert_eq!(gone.code, 0, "{gone:?}");
+    // As many as were lost, and more: their LSNs say nothing of it.
+    let load = Load::start(&other.uri(), 1);
+    load.goes_on(40);
+    load.stop();
+    other.settle();
+    assert_eq!(other.run(&["detach", "vm1"]).code, 0);
+    first.may_complain("everything is compared");
+    let report = bench.json(&["failback", "vm1", "--yes", "--wait"]);
+    let why = report["everything_because"].as_str().unwrap_or_else(|| panic!("{report}"));
+    assert!(why.contains("had been durable here"), "{why}");
+    whole(&disk);
+    tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
+    disk.latest_is_the_image();
+}

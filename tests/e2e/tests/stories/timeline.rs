@@ -1,7 +1,7 @@
 //! A person looks for a point: what is around a time, and how much was written when.
 
 use backtide_e2e::{Bench, ledger::Moment};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const SIZE: u64 = 64 << 20;
 
@@ -53,6 +53,14 @@ fn what_is_around_a_time_is_found_and_a_time_in_a_hole_says_why_it_is_none() {
     let newest = around("latest");
     assert_eq!((&newest["point"], &newest["after"]), (&report["last"], &Value::Null));
     assert_eq!(bench.run(&["points", "vm1", "--around", "yesterday"]).code, 2);
+
+    let newest = bench.json(&["points", "vm1", "--last", "1"]);
+    let intervals = report["intervals"].as_array().unwrap();
+    assert!(intervals.len() > 1, "there was an outage: {report}");
+    assert_eq!(newest["intervals"].as_array().unwrap(), &intervals[intervals.len() - 1..]);
+    assert_eq!(newest["holes"], json!([]), "{newest}");
+    assert_eq!(newest["first"], report["first"], "the others are there still");
+    assert_eq!(bench.json(&["points", "vm1", "--last", "99"])["intervals"], report["intervals"]);
 
     let parts = report["density"]["parts"].as_array().unwrap();
     let sum = |name: &str| parts.iter().map(|part| part[name].as_u64().unwrap()).sum::<u64>();
