@@ -82,11 +82,11 @@ impl Filter {
     /// When the drain or a verify may read on, if the limit or the guest holds it back and nothing else
     /// does.
     pub(crate) fn next_paced_read(&self) -> Option<Duration> {
+        // First what mostly ends it: every event looks here. What waits for a read to end hears of that.
+        let due = self.pace.due(self.now.monotonic).filter(|due| *due < Duration::MAX)?;
         let drains =
             |pass: &Pass| pass.phase == Phase::Draining && !pass.active.is_empty() && pass.queued.is_none();
-        let held_back = self.pass.as_ref().map_or_else(|| self.has_to_verify(), drains);
-        // What waits for a read to end hears of that.
-        self.pace.due(self.now.monotonic).filter(|due| held_back && *due < Duration::MAX)
+        self.pass.as_ref().map_or_else(|| self.has_to_verify(), drains).then_some(due)
     }
 
     /// A pass that gathers new writes and does not gain on them is held back by nothing any more.

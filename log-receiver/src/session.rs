@@ -281,8 +281,9 @@ impl Streaming {
 
     fn take(&mut self, disks: &mut Disks, message: Message) -> Result<Option<Effect>, Closed> {
         let (entry, payload) = match message {
-            Message::Record(record) => {
+            Message::Record(mut record) => {
                 self.check_record(disks, &record)?;
+                record.time = self.in_order(disks, record.time);
                 let entry = entries::record(record);
                 let payload = payload_of(&entry);
                 (entry, payload)
@@ -296,6 +297,7 @@ impl Streaming {
                 (Entry::Flush { lsn, time }, ByteCount::ZERO)
             }
             Message::PassBegin { at, gap_from, time, reason } => {
+                let time = self.in_order(disks, time);
                 (entries::pass_begin(at, gap_from, time, reason), ByteCount::ZERO)
             }
             Message::PassEnd { at, valid_from, time } => {
@@ -349,6 +351,13 @@ impl Streaming {
             return Err(closed(CloseCode::Invalid, why));
         }
         self.check_range(disks, record.range)
+    }
+
+    /// The time of what comes next in the log. Agents never go back; should one do, it takes no history with it: a
+    /// ladder goes by the times in the log, and must not find the newest record to be older than the first.
+    fn in_order(&self, disks: &mut Disks, time: CaptureTime) -> CaptureTime {
+        let last = self.disk(disks).timeline().and_then(|timeline| timeline.last_time());
+        time.max(last.unwrap_or_default()).min(CaptureTime::PLAUSIBLE_MAX)
     }
 
     fn check_range(&self, disks: &mut Disks, range: ByteRange) -> Result<(), Closed> {

@@ -4,12 +4,13 @@
 use std::fs;
 
 use backtide_log_receiver::{Config, OnFull, Receiver, Retention, fsck};
+use backtide_protocol::{Message, Record};
 use backtide_receiver_api::{
     ErrorCode, KeepRequest, MountRequest, OverlayFate, ReceiverClient, RemountRequest, RetentionReport,
     RetentionRequest, ScrubRequest,
 };
 use backtide_storage::{MemoryStorage, Storage};
-use backtide_units::{ByteCount, DiskName, Lsn};
+use backtide_units::{ByteCount, CaptureTime, DiskName, Lsn};
 
 use crate::{
     agent::*,
@@ -287,6 +288,25 @@ async fn a_store_that_is_nearly_full_says_so_and_shrinks_only_when_told_to() {
         drop(agent);
         receiver.shutdown().await;
     }
+}
+
+#[tokio::test]
+async fn a_record_of_long_ago_takes_no_newer_history_with_it() {
+    let store = Place::new();
+    let receiver = store.start().await;
+    let mut agent = write_history(&receiver, 6..=95).await;
+    let Message::Record(record) = write(96, place(96) as u64, content(96)) else { unreachable!() };
+    agent.send(&Message::Record(Record { time: CaptureTime(0), ..record })).await;
+    agent.all_durable().await;
+    let api = client(&receiver);
+    assert_eq!(api.points(&vm1()).await.unwrap().last.unwrap().time, time(95));
+    let report = rounds(&api, &vm1(), TENS).await;
+    let single: Vec<u64> = report.disks[0].single_points.iter().map(|point| point.lsn.0).collect();
+    assert_eq!(single, (1..=9).map(|tens| tens * 10).collect::<Vec<u64>>());
+    let mounted = api.mount(&request("lsn:50", None)).await.unwrap();
+    assert_content(&store, &mounted, &at(50)).await;
+    drop(agent);
+    receiver.shutdown().await;
 }
 
 #[tokio::test]
