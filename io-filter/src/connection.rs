@@ -260,6 +260,7 @@ impl Filter {
             | Message::Welcome(_)
             | Message::Record(_)
             | Message::Flush { .. }
+            | Message::Unchanged { .. }
             | Message::PassBegin { .. }
             | Message::PassData { .. }
             | Message::PassEnd { .. }

@@ -219,6 +219,8 @@ pub struct Settings {
     /// How long a block that could not be read for a pass is left alone; a pass that had to do without
     /// some is followed by the next after ten times that, doubling.
     pub read_retry: Duration,
+    /// How often a disk in sync that is idle says that it has not changed; the longest time for never.
+    pub unchanged_every: Duration,
     /// The activity log.
     pub activity: ActivityLimits,
 }

@@ -86,6 +86,8 @@ pub struct Filter {
     pub(crate) last_lsn: Lsn,
     /// The last capture time given.
     pub(crate) last_time: CaptureTime,
+    /// When that was taken, by the monotonic clock.
+    pub(crate) stamped_at: Duration,
     /// A moment that reads waited for has passed in an event that had nothing to do with them.
     pub(crate) reads_overdue: bool,
     /// Until the first handshake: no record that the receiver has was captured later, unless this state is
@@ -159,6 +161,7 @@ impl Filter {
             history: None,
             last_lsn: Lsn::ZERO,
             last_time: CaptureTime::default(),
+            stamped_at: Duration::ZERO,
             reads_overdue: false,
             known_until: None,
             durable_lsn: Lsn::ZERO,
@@ -327,6 +330,7 @@ impl Filter {
         self.give_way_to_overdue();
         self.give_up_overdue_copies();
         self.let_idle_extents_go();
+        self.say_unchanged();
         self.pump();
     }
 
@@ -341,7 +345,11 @@ impl Filter {
         let stall = self.next_stall();
         let ways = self.next_give_way();
         let spill = self.next_spill_try();
-        [copies, answers, ways, stall, retries, reads, idle, pass, spill].into_iter().flatten().min()
+        let unchanged = self.next_unchanged();
+        [copies, answers, ways, stall, retries, reads, idle, pass, spill, unchanged]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     pub(crate) fn observe(&mut self, now: Now) {
@@ -355,6 +363,7 @@ impl Filter {
     /// The capture time of something that happens now; never goes back.
     pub(crate) fn stamp(&mut self) -> CaptureTime {
         self.last_time = self.now.wall.after(self.last_time);
+        self.stamped_at = self.now.monotonic;
         self.last_time
     }
 

@@ -44,6 +44,7 @@ mod pass;
 mod progress;
 mod spill;
 mod status;
+mod unchanged;
 mod verify;
 mod window;
 

@@ -21,6 +21,8 @@ pub enum Mutant {
     SnapshotForgetsUnflushed,
     /// A snapshot leaves out what is on its way to the receiver.
     SnapshotForgetsWindow,
+    /// An idle disk says that it will not change for another second.
+    UnchangedAhead,
     /// The spill is trimmed by what the receiver has in memory.
     SpillTrimsReceived,
     /// When the spill cannot be used any more, the blocks of what was in it are forgotten.

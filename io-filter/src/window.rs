@@ -240,7 +240,7 @@ impl Window {
         }
         self.entries.retain(|entry| match &entry.item {
             Item::Kept(Message::Record(record)) => record.lsn > durable,
-            Item::Kept(Message::Flush { lsn, .. }) => *lsn > durable,
+            Item::Kept(Message::Flush { lsn, .. } | Message::Unchanged { lsn, .. }) => *lsn > durable,
             Item::Kept(_) | Item::DataSent(_) => true,
         });
         self.retained_bytes = self.entries.iter().map(|entry| entry.cost).sum();
@@ -310,7 +310,9 @@ impl Window {
             }
             let stays = match &entry.item {
                 Item::Kept(Message::Record(_)) => false,
-                Item::Kept(Message::Flush { lsn, .. } | Message::Mark { lsn, .. }) => *lsn <= end,
+                Item::Kept(
+                    Message::Flush { lsn, .. } | Message::Unchanged { lsn, .. } | Message::Mark { lsn, .. },
+                ) => *lsn <= end,
                 Item::Kept(_) | Item::DataSent(_) => true,
             };
             if stays {

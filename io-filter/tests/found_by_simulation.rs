@@ -35,6 +35,7 @@ fn filter(ack: AckPolicy) -> Filter {
         outage_after: Duration::from_secs(5),
         bitmap_bytes: ByteCount(1 << 20),
         read_retry: Duration::from_secs(1),
+        unchanged_every: Duration::MAX,
         activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
     };
     Filter::new(settings, Resume::New, at(0))

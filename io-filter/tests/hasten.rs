@@ -15,6 +15,8 @@ use uuid::Uuid;
 
 const WINDOW: u64 = 1 << 20;
 
+const UNCHANGED_EVERY: Duration = Duration::from_secs(30);
+
 /// A disk in sync, and the last frame of the connection.
 struct Disk {
     filter: Filter,
@@ -55,6 +57,7 @@ impl Disk {
             outage_after: Duration::from_secs(5),
             bitmap_bytes: ByteCount(1 << 20),
             read_retry: Duration::from_secs(1),
+            unchanged_every: UNCHANGED_EVERY,
             activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
         };
         let mut filter = Filter::new(settings, Resume::New, now());
@@ -223,4 +226,33 @@ fn who_takes_the_disk_away_waits_for_all_of_it() {
     assert_eq!(disk.sent(), ["ask durable"]);
     disk.acknowledge();
     assert!(disk.filter.is_drained());
+}
+
+#[test]
+fn an_idle_disk_in_sync_says_now_and_then_that_it_has_not_changed() {
+    let mut disk = Disk::in_sync(AckPolicy::Local);
+    disk.write();
+    disk.sent();
+    let later = |count: u32| Now { monotonic: UNCHANGED_EVERY * count, wall: CaptureTime(9_000_000) };
+    disk.filter.tick(later(1));
+    assert_eq!(disk.sent(), [""; 0], "the write is not durable yet");
+    disk.acknowledge();
+    assert_eq!(disk.filter.next_deadline(), Some(UNCHANGED_EVERY));
+    disk.filter.tick(later(1));
+    let (seq, message) = disk.filter.poll_send(later(1)).expect("it says so");
+    let lsn = disk.filter.last_lsn();
+    assert_eq!(message, Message::Unchanged { lsn, time: CaptureTime(9_000_000) });
+    disk.filter.tick(later(2));
+    assert_eq!(disk.sent(), [""; 0], "the first time has to be durable before the next");
+    disk.last = seq;
+    disk.acknowledge();
+    disk.filter.tick(later(2));
+    assert_eq!(disk.sent(), ["unchanged"]);
+    // Whatever comes next is later, also when the clock does not go on.
+    disk.write();
+    let (_, message) = disk.filter.poll_send(later(2)).expect("a record");
+    assert!(matches!(message, Message::Record(record) if record.time > CaptureTime(9_000_001)));
+    disk.filter.disconnected(later(2));
+    disk.filter.tick(later(9));
+    assert_eq!(disk.filter.next_deadline(), None, "who is not in sync says nothing");
 }

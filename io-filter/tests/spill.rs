@@ -68,6 +68,7 @@ impl World {
             outage_after: Duration::from_secs(5),
             bitmap_bytes: ByteCount(1 << 20),
             read_retry: Duration::from_secs(1),
+            unchanged_every: Duration::MAX,
             activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
         };
         let now = Now { monotonic: Duration::ZERO, wall: CaptureTime(1_000_000) };

@@ -33,6 +33,7 @@ fn crashed(candidates: &DirtyBitmap) -> Filter {
         outage_after: Duration::from_secs(5),
         bitmap_bytes: ByteCount(1 << 20),
         read_retry: Duration::from_secs(1),
+        unchanged_every: Duration::MAX,
         activity: ActivityLimits::default(),
     };
     let resume = Resume::Crashed {

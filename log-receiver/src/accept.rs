@@ -132,6 +132,7 @@ impl Door {
             Message::Welcome(_)
             | Message::Record(_)
             | Message::Flush { .. }
+            | Message::Unchanged { .. }
             | Message::PassBegin { .. }
             | Message::PassData { .. }
             | Message::PassEnd { .. }

@@ -462,6 +462,7 @@ fn bare_extents(entry: &Entry) -> u64 {
         Entry::Write { .. }
         | Entry::PassData { content: PassContent::Bytes { .. }, .. }
         | Entry::Flush { .. }
+        | Entry::Unchanged { .. }
         | Entry::PassBegin { .. }
         | Entry::PassEnd { .. }
         | Entry::Mark { .. }

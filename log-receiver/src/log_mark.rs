@@ -51,6 +51,7 @@ impl Followed {
             | Entry::Zero { .. }
             | Entry::PassData { .. }
             | Entry::Flush { .. }
+            | Entry::Unchanged { .. }
             | Entry::PassEnd { .. }
             | Entry::Mark { .. } => Self::Other,
         }

@@ -224,6 +224,7 @@ impl PointReader {
             | Message::Welcome(_)
             | Message::Record(_)
             | Message::Flush { .. }
+            | Message::Unchanged { .. }
             | Message::PassBegin { .. }
             | Message::PassData { .. }
             | Message::PassEnd { .. }

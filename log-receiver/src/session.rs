@@ -296,6 +296,11 @@ impl Streaming {
                 self.check_reached(disks, "flush", lsn)?;
                 (Entry::Flush { lsn, time }, ByteCount::ZERO)
             }
+            Message::Unchanged { lsn, time } => {
+                self.check_reached(disks, "unchanged", lsn)?;
+                let time = self.in_order(disks, time);
+                (Entry::Unchanged { lsn, time }, ByteCount::ZERO)
+            }
             Message::PassBegin { at, gap_from, time, reason } => {
                 let time = self.in_order(disks, time);
                 (entries::pass_begin(at, gap_from, time, reason), ByteCount::ZERO)
@@ -449,6 +454,7 @@ fn payload_of(entry: &Entry) -> ByteCount {
         Entry::Write { payload, .. } => ByteCount::of(payload),
         Entry::Zero { .. }
         | Entry::Flush { .. }
+        | Entry::Unchanged { .. }
         | Entry::PassBegin { .. }
         | Entry::PassData { .. }
         | Entry::PassEnd { .. }

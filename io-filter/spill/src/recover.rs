@@ -4,7 +4,7 @@
 //! `previous` is where the log stands. The first that does not, torn or damaged, is the end: what comes
 //! behind it is removed.
 
-use backtide_protocol::{Decoder, Message, ProtocolError};
+use backtide_protocol::{Decoder, Message, ProtocolError, Record};
 use backtide_units::{BlockRange, ByteOffset, CaptureTime, Epoch, HistoryId};
 
 use crate::{
@@ -135,14 +135,23 @@ impl Walk<'_> {
             Message::Record(record) if BlockRange::touched_by(record.range).indices().end > end.0 => {
                 wrong(format!("record {} at {}, the disk ends at block {end}", record.lsn, record.range))
             }
-            Message::Flush { lsn, .. } | Message::Mark { lsn, .. } if *lsn > stands => {
+            Message::Flush { lsn, .. } | Message::Unchanged { lsn, .. } | Message::Mark { lsn, .. }
+                if *lsn > stands =>
+            {
                 wrong(format!("a {} at LSN {lsn}, the log stands at {stands}", message.name()))
             }
-            Message::Record(_) | Message::Flush { .. } | Message::Mark { .. } | Message::Ping => {
+            Message::Record(Record { time, .. })
+            | Message::Flush { time, .. }
+            | Message::Unchanged { time, .. }
+            | Message::Mark { time, .. } => {
                 self.ring.append(message);
-                if let (Message::Record(record), Some(left)) = (message, &mut self.left) {
-                    left.last_time = left.last_time.max(record.time);
+                if let Some(left) = &mut self.left {
+                    left.last_time = left.last_time.max(*time);
                 }
+                Ok(())
+            }
+            Message::Ping => {
+                self.ring.append(message);
                 Ok(())
             }
             Message::Hello(_)

@@ -68,9 +68,10 @@ enum Type {
     Answered = 24,
     Failed = 25,
     Hasten = 26,
+    Unchanged = 27,
 }
 
-const TYPES: [Type; 26] = [
+const TYPES: [Type; 27] = [
     Type::Hello,
     Type::Welcome,
     Type::Write,
@@ -97,6 +98,7 @@ const TYPES: [Type; 26] = [
     Type::Answered,
     Type::Failed,
     Type::Hasten,
+    Type::Unchanged,
 ];
 
 impl Type {
@@ -118,7 +120,13 @@ impl Type {
             Self::CompareResult => (COMPARE_ITEMS_MAX * 4) as u64,
             Self::Fetch | Self::AskBlocks | Self::Answered => 0,
             Self::Hold | Self::Release => OWNER_BYTES_MAX as u64,
-            Self::Flush | Self::PassBegin | Self::PassEnd | Self::Ack | Self::Ping | Self::Hasten => 0,
+            Self::Flush
+            | Self::Unchanged
+            | Self::PassBegin
+            | Self::PassEnd
+            | Self::Ack
+            | Self::Ping
+            | Self::Hasten => 0,
         }
     }
 }
@@ -215,6 +223,7 @@ fn encode_parts(message: &Message) -> (Header, Data) {
         Message::Close(closed) => (Header::of(Type::Close), json(serde_json::to_vec(closed))),
         Message::Record(record) => encode_record(record),
         Message::Flush { lsn, time } => (Header::of(Type::Flush).fields(lsn.0, 0, 0, time.0), none()),
+        Message::Unchanged { lsn, time } => (Header::of(Type::Unchanged).fields(lsn.0, 0, 0, time.0), none()),
         Message::PassBegin { at, gap_from, time, reason } => {
             (Header::of(Type::PassBegin).fields(at.0, gap_from.0, reason.code().into(), time.0), none())
         }
@@ -309,6 +318,7 @@ fn decode_message(
         Type::Zero => Message::Record(record(header, zeroed_range(header, payload)?, RecordBody::Zero)),
         Type::Trim => Message::Record(record(header, zeroed_range(header, payload)?, RecordBody::Trim)),
         Type::Flush => Message::Flush { lsn: Lsn(a), time: CaptureTime(d) },
+        Type::Unchanged => Message::Unchanged { lsn: Lsn(a), time: CaptureTime(d) },
         Type::PassBegin => {
             let reason = u8::try_from(c).ok().and_then(Reason::from_code);
             let reason = reason.ok_or_else(|| invalid("pass-begin", format!("unknown reason code {c}")))?;

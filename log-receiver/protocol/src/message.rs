@@ -27,6 +27,14 @@ pub enum Message {
         /// When it completed.
         time: CaptureTime,
     },
+    /// Agent: the disk has not changed since `lsn`. Sent now and then by one in sync that is idle, so that a time
+    /// of which nobody wrote is one that can be gone back to.
+    Unchanged {
+        /// Its newest change.
+        lsn: Lsn,
+        /// Until when.
+        time: CaptureTime,
+    },
     /// Agent: a resync pass frozen at `at` begins. Changes in `(gap_from, at]` are not in the log.
     PassBegin {
         /// The resync point T. Above every LSN used before.
@@ -99,6 +107,7 @@ impl Message {
             Self::Welcome(_) => "welcome",
             Self::Record(_) => "record",
             Self::Flush { .. } => "flush",
+            Self::Unchanged { .. } => "unchanged",
             Self::PassBegin { .. } => "pass-begin",
             Self::PassData { .. } => "pass-data",
             Self::PassEnd { .. } => "pass-end",

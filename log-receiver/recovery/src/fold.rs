@@ -61,7 +61,7 @@ impl Timeline {
                 }
                 check_size(*size)
             }
-            Entry::Flush { .. } => Ok(()),
+            Entry::Flush { .. } | Entry::Unchanged { .. } => Ok(()),
         }
     }
 
@@ -75,7 +75,9 @@ impl Timeline {
             Entry::Flush { lsn, time } => {
                 self.flushes += 1;
                 self.last_flush = Some(TimedLsn { lsn: *lsn, time: *time });
+                self.unchanged_until(TimedLsn { lsn: *lsn, time: *time });
             }
+            Entry::Unchanged { lsn, time } => self.unchanged_until(TimedLsn { lsn: *lsn, time: *time }),
             Entry::PassBegin { at, time, reason, .. } => self.begin_pass(*at, *time, reason),
             Entry::PassData { .. } => {}
             Entry::PassEnd { at, valid_from, .. } => self.end_pass(*at, *valid_from),
@@ -119,6 +121,7 @@ impl Timeline {
             self.flushes = self.flushes.saturating_add(run.flushes);
             self.last_flush = Some(timed(run.last_flush));
         }
+        self.unchanged_until(timed(run.unchanged));
         Ok(())
     }
 
@@ -128,6 +131,14 @@ impl Timeline {
         if self.in_interval {
             let interval = self.intervals.last_mut().expect("in sync means an interval that grows");
             interval.to = at;
+        }
+    }
+
+    /// While in sync, the last point is the disk's content for as long as nothing was captured since: a hole behind it
+    /// begins only then. Of any other LSN, or out of sync, this says nothing about points.
+    fn unchanged_until(&mut self, at: TimedLsn) {
+        if self.in_interval && at.lsn == self.last.lsn && at.time > self.last.time {
+            self.reach(at);
         }
     }
 

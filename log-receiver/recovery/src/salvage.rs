@@ -299,6 +299,7 @@ impl Work<'_> {
                         Entry::Write { .. }
                         | Entry::Zero { .. }
                         | Entry::Flush { .. }
+                        | Entry::Unchanged { .. }
                         | Entry::PassData { .. }
                         | Entry::PassEnd { .. }
                         | Entry::Mark { .. },

@@ -217,3 +217,57 @@ fn the_density_counts_every_change_in_its_part_of_the_time() {
         });
     }
 }
+
+#[test]
+fn while_an_idle_disk_says_that_nothing_changed_there_is_no_hole() {
+    for sealed_every in [1, 2, 1000] {
+        let storage = Arc::new(MemoryStorage::new());
+        let mut log =
+            DiskLog::create(storage.clone(), directory(), identity(), LogOptions::default(), &cache())
+                .expect("create");
+        let mut put = |entry: Entry| {
+            let seq = log.append(entry).expect("append");
+            if seq.0.is_multiple_of(sealed_every) {
+                log.seal().expect("seal");
+            }
+        };
+        let range = ByteRange::between(ByteOffset(0), ByteOffset(4096));
+        let record = |n: u64| Entry::Zero { lsn: Lsn(n), time: second(n), range, trim: false };
+        let unchanged = |lsn: u64, at: u64| Entry::Unchanged { lsn: Lsn(lsn), time: second(at) };
+        let reason = || PassReason { code: 1, text: "the agent crashed".to_owned() };
+        let begin = |t: u64| Entry::PassBegin {
+            at: Lsn(t),
+            gap_from: Lsn(2),
+            time: second(t * 10),
+            reason: reason(),
+        };
+        let end = |t: u64| Entry::PassEnd { at: Lsn(t), valid_from: Some(Lsn(t)), time: second(t * 10) };
+        put(Entry::PassBegin { at: Lsn(1), gap_from: Lsn(0), time: second(1), reason: reason() });
+        // Out of sync it says nothing about points.
+        put(unchanged(1, 1));
+        put(end(1));
+        put(record(2));
+        put(unchanged(2, 5));
+        put(unchanged(2, 9));
+        // Not about the newest record, or earlier than what is known: nothing new.
+        put(unchanged(1, 30));
+        put(unchanged(2, 7));
+        put(begin(4));
+        put(unchanged(4, 50));
+        put(end(4));
+        let asked = |snapshot: &Snapshot, time: u64| snapshot.point_at(second(time)).ok();
+        let check = |snapshot: &Snapshot| {
+            assert_eq!([2, 4, 9].map(|time| asked(snapshot, time)), [Some(Lsn(2)); 3]);
+            assert_eq!([10, 39].map(|time| asked(snapshot, time)), [None; 2]);
+            assert_eq!(asked(snapshot, 40), Some(Lsn(4)));
+            let hole = &snapshot.timeline().holes()[0];
+            assert_eq!(hole.from, Some(TimedLsn { lsn: Lsn(2), time: second(9) }));
+        };
+        check(&log.snapshot().expect("snapshot"));
+        log.seal().expect("seal");
+        drop(log);
+        let (mut log, _) =
+            DiskLog::open(storage, directory(), LogOptions::default(), &cache()).expect("open");
+        check(&log.snapshot().expect("snapshot"));
+    }
+}

@@ -29,6 +29,8 @@ pub struct RecordRun {
     pub flushes: u64,
     /// LSN and time of the last flush; meaningless without flushes.
     pub last_flush: (Lsn, CaptureTime),
+    /// The newest change, and when the disk was last known not to have changed since; LSN 0 when nothing said so.
+    pub unchanged: (Lsn, CaptureTime),
     /// Bytes of the disk that pass data covers.
     pub pass_bytes: u64,
 }
@@ -152,6 +154,12 @@ impl Contents {
                 let run = self.run();
                 run.flushes += 1;
                 run.last_flush = at;
+                // When what it covers is still the last, nothing was captured until it ended.
+                run.unchanged = run.unchanged.max(at);
+            }
+            EntryKind::Unchanged => {
+                let run = self.run();
+                run.unchanged = run.unchanged.max(at);
             }
             EntryKind::PassData => {
                 let run = self.run();

@@ -49,6 +49,13 @@ pub enum Entry {
         /// When it was captured.
         time: CaptureTime,
     },
+    /// The disk had not changed since `lsn`: a time of which nobody wrote is a point too.
+    Unchanged {
+        /// Its newest change.
+        lsn: Lsn,
+        /// Until when.
+        time: CaptureTime,
+    },
     /// A resync pass begins: changes in `(gap_from, at]` are not in the log and come as pass data.
     PassBegin {
         /// The resync point T.
@@ -139,6 +146,7 @@ impl Entry {
             Self::PassData { content: PassContent::Zeroes, .. }
             | Self::Zero { .. }
             | Self::Flush { .. }
+            | Self::Unchanged { .. }
             | Self::PassBegin { .. }
             | Self::PassEnd { .. }
             | Self::Mark { .. }
@@ -165,6 +173,7 @@ impl Entry {
             Self::Write { lsn, .. } | Self::Zero { lsn, .. } => Some(*lsn),
             Self::PassData { at, .. } => Some(*at),
             Self::Flush { .. }
+            | Self::Unchanged { .. }
             | Self::PassBegin { .. }
             | Self::PassEnd { .. }
             | Self::Mark { .. }
@@ -183,6 +192,7 @@ impl Entry {
             Self::Zero { .. }
             | Self::PassData { content: PassContent::Zeroes, .. }
             | Self::Flush { .. }
+            | Self::Unchanged { .. }
             | Self::PassEnd { .. } => ByteCount::ZERO,
         }
     }

@@ -44,6 +44,8 @@ pub enum EntryKind {
     Mark = 7,
     /// [`Entry::Attach`].
     Attach = 8,
+    /// [`Entry::Unchanged`].
+    Unchanged = 9,
 }
 
 /// A decoded header. The meaning of `lsn`, `offset` and `length` depends on the kind.
@@ -96,6 +98,7 @@ impl EntryKind {
             6 => Self::PassEnd,
             7 => Self::Mark,
             8 => Self::Attach,
+            9 => Self::Unchanged,
             _ => return None,
         })
     }
@@ -105,7 +108,9 @@ impl EntryKind {
     pub fn is_data(self) -> bool {
         match self {
             Self::Write | Self::Zero | Self::PassData => true,
-            Self::Flush | Self::PassBegin | Self::PassEnd | Self::Mark | Self::Attach => false,
+            Self::Flush | Self::Unchanged | Self::PassBegin | Self::PassEnd | Self::Mark | Self::Attach => {
+                false
+            }
         }
     }
 }
@@ -164,6 +169,11 @@ impl EntryHeader {
                 (self.lsn, self.time) = (*lsn, *time);
                 Bytes::new()
             }
+            Entry::Unchanged { lsn, time } => {
+                self.kind = EntryKind::Unchanged;
+                (self.lsn, self.time) = (*lsn, *time);
+                Bytes::new()
+            }
             Entry::PassBegin { at, gap_from, time, reason } => {
                 self.kind = EntryKind::PassBegin;
                 (self.lsn, self.time, self.offset) = (*at, *time, gap_from.0);
@@ -215,7 +225,7 @@ impl EntryHeader {
         let text_fits = u64::from(self.payload_length) <= TEXT_MAX.0;
         match self.kind {
             EntryKind::Write | EntryKind::Zero | EntryKind::PassData => self.check_data(),
-            EntryKind::Flush | EntryKind::PassEnd if self.payload_length != 0 => {
+            EntryKind::Flush | EntryKind::Unchanged | EntryKind::PassEnd if self.payload_length != 0 => {
                 Some("a payload where none can be")
             }
             EntryKind::Attach if (self.payload_length as usize) < ATTACH_ID_LENGTH => {
@@ -223,6 +233,7 @@ impl EntryHeader {
             }
             EntryKind::PassBegin if self.code > 255 => Some("a reason code beyond 255"),
             EntryKind::Flush
+            | EntryKind::Unchanged
             | EntryKind::PassBegin
             | EntryKind::PassEnd
             | EntryKind::Mark
@@ -252,6 +263,7 @@ impl EntryHeader {
             | EntryKind::Zero
             | EntryKind::PassData
             | EntryKind::Flush
+            | EntryKind::Unchanged
             | EntryKind::PassBegin
             | EntryKind::PassEnd
             | EntryKind::Mark
@@ -282,7 +294,7 @@ impl EntryHeader {
 
     /// Whether `bytes` could begin a header of `segment`: a cheap test before the checksum.
     pub(crate) fn looks_right(bytes: &[u8], segment: SegmentId) -> bool {
-        bytes[56..60] == segment.0.to_le_bytes() && matches!(bytes[4], 1..=8)
+        bytes[56..60] == segment.0.to_le_bytes() && matches!(bytes[4], 1..=9)
     }
 
     pub(crate) fn decode(
@@ -357,6 +369,7 @@ impl EntryHeader {
             }
             EntryKind::Zero => Entry::Zero { lsn, time, range: range()?, trim: self.flags & FLAG_TRIM != 0 },
             EntryKind::Flush => Entry::Flush { lsn, time },
+            EntryKind::Unchanged => Entry::Unchanged { lsn, time },
             EntryKind::PassBegin => Entry::PassBegin {
                 at: lsn,
                 gap_from: Lsn(self.offset),

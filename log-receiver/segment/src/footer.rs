@@ -173,7 +173,7 @@ fn encode_summary(header: &SegmentHeader, contents: &Contents) -> io::Result<Vec
             Step::Run(run) => {
                 out.put_u8(STEP_RUN);
                 out.put_u64_le(run.records);
-                for (lsn, time) in [run.first, run.last, run.last_flush] {
+                for (lsn, time) in [run.first, run.last, run.last_flush, run.unchanged] {
                     out.put_u64_le(lsn.0);
                     out.put_u64_le(time.0);
                 }

@@ -252,9 +252,13 @@ impl EntryKind {
     pub fn is_record(self) -> bool {
         match self {
             Self::Write | Self::Zero => true,
-            Self::PassData | Self::Flush | Self::PassBegin | Self::PassEnd | Self::Mark | Self::Attach => {
-                false
-            }
+            Self::PassData
+            | Self::Flush
+            | Self::Unchanged
+            | Self::PassBegin
+            | Self::PassEnd
+            | Self::Mark
+            | Self::Attach => false,
         }
     }
 

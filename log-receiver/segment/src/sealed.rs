@@ -276,15 +276,15 @@ fn decode_summary(mut input: Bytes, header: &SegmentHeader) -> Option<Summary> {
 fn decode_step(input: &mut Bytes, header: &SegmentHeader) -> Option<Step> {
     match input.try_get_u8().ok()? {
         STEP_RUN => {
-            if input.len() < 9 * 8 {
+            if input.len() < 11 * 8 {
                 return None;
             }
             let records = input.get_u64_le();
             let mut at = || (Lsn(input.get_u64_le()), CaptureTime(input.get_u64_le()));
-            let (first, last, last_flush) = (at(), at(), at());
+            let (first, last, last_flush, unchanged) = (at(), at(), at(), at());
             let flushes = input.get_u64_le();
             let pass_bytes = input.get_u64_le();
-            Some(Step::Run(RecordRun { records, first, last, flushes, last_flush, pass_bytes }))
+            Some(Step::Run(RecordRun { records, first, last, flushes, last_flush, unchanged, pass_bytes }))
         }
         STEP_CONTROL => {
             if input.len() < ENTRY_HEADER_LENGTH {

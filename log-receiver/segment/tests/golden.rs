@@ -72,6 +72,7 @@ fn entries() -> Vec<Entry> {
         Entry::Flush { lsn: Lsn(13), time: time(6) },
         Entry::Mark { lsn: Lsn(13), time: time(7), label: "vor dem Größeren".to_owned() },
         Entry::PassEnd { at: Lsn(99), valid_from: None, time: time(8) },
+        Entry::Unchanged { lsn: Lsn(13), time: time(9) },
     ]
 }
 

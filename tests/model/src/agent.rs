@@ -31,6 +31,7 @@ pub(crate) fn settings(config: &Config, epoch: u64) -> Settings {
         on_outage: OnOutage::Continue,
         outage_after: Duration::from_secs(5),
         read_retry: Duration::from_secs(1),
+        unchanged_every: Duration::MAX,
         window_bytes: ByteCount(config.window_bytes),
         bitmap_bytes: ByteCount(1 << 20),
         resync_buffer_bytes: ByteCount(config.buffer_bytes),

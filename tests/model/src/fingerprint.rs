@@ -201,7 +201,9 @@ fn digest_entry(entry: &Entry, hasher: &mut DefaultHasher) {
         }
         Entry::PassBegin { at, gap_from, .. } => (5u8, at, gap_from).hash(hasher),
         Entry::PassEnd { at, valid_from, .. } => (6u8, at, valid_from).hash(hasher),
-        Entry::Flush { lsn, .. } | Entry::Mark { lsn, .. } => (7u8, lsn).hash(hasher),
+        Entry::Flush { lsn, .. } | Entry::Unchanged { lsn, .. } | Entry::Mark { lsn, .. } => {
+            (7u8, lsn).hash(hasher)
+        }
         Entry::Attach { epoch, next_lsn, .. } => (8u8, epoch, next_lsn).hash(hasher),
     }
 }

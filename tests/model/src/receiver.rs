@@ -100,10 +100,13 @@ impl Receiver {
             }
             Message::Record(record) => entries::record(record),
             Message::PassData { at, range, data } => entries::pass_data(at, range, &data),
-            Message::Flush { lsn, .. } | Message::Mark { lsn, .. } if lsn > covered => {
+            Message::Flush { lsn, .. } | Message::Unchanged { lsn, .. } | Message::Mark { lsn, .. }
+                if lsn > covered =>
+            {
                 return Taken::Refused(CloseCode::Invalid, format!("LSN {lsn} beyond {covered}"));
             }
             Message::Flush { lsn, time } => Entry::Flush { lsn, time },
+            Message::Unchanged { lsn, time } => Entry::Unchanged { lsn, time },
             Message::Mark { lsn, time, label } => Entry::Mark { lsn, time, label },
             Message::PassBegin { at, gap_from, time, reason } => {
                 entries::pass_begin(at, gap_from, time, reason)
@@ -160,6 +163,7 @@ impl Receiver {
                 }
                 Entry::PassData { at, range, content: PassContent::Zeroes } => (*at, *range, &[][..]),
                 Entry::Flush { .. }
+                | Entry::Unchanged { .. }
                 | Entry::PassBegin { .. }
                 | Entry::PassEnd { .. }
                 | Entry::Mark { .. }

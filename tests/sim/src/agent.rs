@@ -106,9 +106,13 @@ impl World {
     pub(crate) fn call<R>(&mut self, event: impl FnOnce(&mut Filter, Now) -> R) -> R {
         let now = self.moment();
         let agent = self.agent.as_mut().expect("only a living agent is called");
-        let before = agent.filter.status().counters;
+        let before = agent.filter.status();
         let result = event(&mut agent.filter, now);
-        let after = agent.filter.status().counters;
+        let status = agent.filter.status();
+        if status.last_lsn > before.last_lsn {
+            self.captured.insert(status.last_lsn, status.last_time);
+        }
+        let (before, after) = (before.counters, status.counters);
         agent.degraded = after.degraded_answers > before.degraded_answers;
         if after.cold_changes > before.cold_changes {
             self.more_are_cold();
@@ -141,6 +145,7 @@ impl World {
             outage_after: self.plan.outage_after,
             bitmap_bytes: self.plan.bitmap,
             read_retry: self.plan.read_retry,
+            unchanged_every: self.plan.unchanged_every,
             activity: self.plan.activity,
         };
         let mut filter = Filter::new(settings, resume, self.moment());

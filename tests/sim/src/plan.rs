@@ -71,6 +71,8 @@ pub struct Plan {
     pub bitmap: ByteCount,
     /// How long an unreadable block is left alone.
     pub read_retry: Duration,
+    /// How often a disk that is idle says that it has not changed.
+    pub unchanged_every: Duration,
     /// The activity log: few small extents, so that they go cold all the time.
     pub activity: ActivityLimits,
     /// The longest that a write to the tracking file takes.
@@ -133,6 +135,7 @@ impl Plan {
             outage_after: Duration::from_micros(random.pick(&[10_000, 200_000, 5_000_000])),
             bitmap: ByteCount(random.pick(&[40, 100, 1 << 20])),
             read_retry: Duration::from_micros(random.pick(&[1_000, 30_000, 1_000_000])),
+            unchanged_every: Duration::from_micros(random.pick(&[5_000, 100_000, 5_000_000])),
             activity: ActivityLimits {
                 extent: BlockCount(random.pick(&[1, 4, 16])),
                 hot: random.pick(&[0, 1, 2, 8, 64]),

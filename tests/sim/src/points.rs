@@ -121,12 +121,18 @@ impl World {
         );
     }
 
-    /// Later points are not captured earlier, whatever clocks did.
+    /// Later points are not captured earlier, whatever clocks did; and until the time of one, nothing was captured that is
+    /// not in it.
     fn check_clock(&self, snapshot: &Snapshot) {
         let intervals = snapshot.timeline().intervals();
         let ends: Vec<_> = intervals.iter().flat_map(|interval| [interval.from, interval.to]).collect();
         for two in ends.windows(2) {
             assert!(two[0].time <= two[1].time, "times go back from {:?} to {:?}", two[0], two[1]);
+        }
+        for end in intervals.iter().map(|interval| interval.to) {
+            if let Some((lsn, time)) = self.captured.range(end.lsn.next()..).next() {
+                assert!(*time > end.time, "{lsn} was captured at {time:?}, in the point {end:?}");
+            }
         }
     }
 

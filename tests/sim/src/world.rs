@@ -196,6 +196,8 @@ pub struct World {
     pub(crate) connections: BTreeMap<u64, Connection>,
     pub(crate) receiver: Receiver,
     pub(crate) promises: Promises,
+    /// When changes and passes were captured, by what the agents say of the newest after each event.
+    pub(crate) captured: BTreeMap<Lsn, CaptureTime>,
     pub(crate) mutant: Option<Mutant>,
     /// Nothing goes wrong any more.
     pub(crate) calm: bool,
@@ -237,6 +239,7 @@ impl World {
             connections: BTreeMap::new(),
             receiver: Receiver::new(&plan),
             promises: Promises::default(),
+            captured: BTreeMap::new(),
             mutant: None,
             calm: false,
             stats: Stats::default(),

@@ -51,6 +51,11 @@ fn a_snapshot_without_the_window_is_found() {
 }
 
 #[test]
+fn promising_that_nothing_changes_is_found() {
+    is_found(Mistake::Filter(Mutant::UnchangedAhead), 40);
+}
+
+#[test]
 fn trimming_the_spill_by_what_was_received_is_found() {
     is_found(Mistake::Filter(Mutant::SpillTrimsReceived), 20);
 }

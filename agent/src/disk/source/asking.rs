@@ -133,6 +133,7 @@ fn take_all(decoder: &mut Decoder, out: &mut BTreeMap<u64, Out>) -> Result<(), S
             | Message::Welcome(_)
             | Message::Record(_)
             | Message::Flush { .. }
+            | Message::Unchanged { .. }
             | Message::PassBegin { .. }
             | Message::PassData { .. }
             | Message::PassEnd { .. }

@@ -28,6 +28,7 @@ fn one_of_each() -> Vec<Message> {
         record(2, range(0, 1 << 40), RecordBody::Zero),
         record(3, range(512, 512), RecordBody::Trim),
         Message::Flush { lsn: Lsn(3), time },
+        Message::Unchanged { lsn: Lsn(3), time },
         Message::PassBegin { at: Lsn(9), gap_from: Lsn(3), time, reason: Reason::ReceiverAway },
         Message::PassData { at: Lsn(9), range: range(8192, 16), data },
         Message::PassData { at: Lsn(9), range: range(0, 1 << 20), data: Data::capture(Bytes::new()) },

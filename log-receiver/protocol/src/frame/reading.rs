@@ -97,6 +97,7 @@ pub(super) fn decode(header: &Header, data: Data) -> Result<Reading, ProtocolErr
         | Type::Ack
         | Type::Ping
         | Type::Hasten
+        | Type::Unchanged
         | Type::Close => unreachable!("the caller has those"),
     })
 }

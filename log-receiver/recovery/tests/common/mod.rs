@@ -353,12 +353,14 @@ impl Agent {
     fn flush(&mut self) -> Step {
         if matches!(self.mode, Mode::Sync) {
             let (lsn, time) = (self.lsn, self.time());
-            self.log.append(Entry::Flush { lsn, time })?;
+            let unchanged = self.random.one_in(2);
+            let entry = if unchanged { Entry::Unchanged { lsn, time } } else { Entry::Flush { lsn, time } };
+            self.log.append(entry)?;
         }
         Ok(())
     }
 
-    fn mark(&mut self) -> Step {
+    pub fn mark(&mut self) -> Step {
         if matches!(self.mode, Mode::Sync) {
             let (lsn, time) = (self.lsn, self.time());
             let label = format!("m{lsn}");

@@ -40,6 +40,7 @@ fn messages() -> Vec<Message> {
         record(8, RecordBody::Zero),
         record(9, RecordBody::Trim),
         Message::Flush { lsn: Lsn(9), time },
+        Message::Unchanged { lsn: Lsn(9), time },
         Message::PassBegin { at: Lsn(10), gap_from: Lsn(9), time, reason: Reason::Forced },
         Message::PassData { at: Lsn(10), range: range(0, 4096), data: bytes() },
         Message::PassEnd { at: Lsn(10), valid_from: Some(Lsn(10)), time },
