@@ -26,7 +26,7 @@ impl Filter {
 
     /// When it is due.
     pub(crate) fn next_unchanged(&self) -> Option<Duration> {
-        let says = self.is_connected() && self.is_drained();
-        says.then(|| self.stamped_at.checked_add(self.settings.unchanged_every)).flatten()
+        let every = Some(self.settings.unchanged_every).filter(|every| *every < Duration::MAX)?;
+        (self.is_connected() && self.is_drained()).then(|| self.stamped_at + every)
     }
 }

@@ -114,6 +114,9 @@ impl World {
         }
         let (before, after) = (before.counters, status.counters);
         agent.degraded = after.degraded_answers > before.degraded_answers;
+        if status.connected && status.mode == Mode::Sync {
+            self.agent_in_sync();
+        }
         if after.cold_changes > before.cold_changes {
             self.more_are_cold();
         }
@@ -130,6 +133,7 @@ impl World {
         let tracking = self.make_tracking(&resume.first_snapshot(self.disk, self.plan.activity), false);
         self.persisted.epoch += 1;
         self.trace.note(self.now, "agent starts", &[self.lives, self.persisted.epoch]);
+        self.agent_knows_less();
         self.trace.say(self.now, || format!("{resume:?}"));
         let settings = Settings {
             disk: self.disk,

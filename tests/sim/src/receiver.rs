@@ -41,6 +41,8 @@ pub struct Receiver {
     /// The store was put back from a copy; connections above this number are to what it holds. An agent that
     /// has not heard from it yet believes in what it was told before.
     put_back: Option<u64>,
+    /// And no agent has been in sync with that yet: one that dies may know less than it saw.
+    put_back_open: bool,
     /// Acknowledges as durable what is not: a deliberate mistake.
     pub(crate) acks_before_sync: bool,
 }
@@ -76,6 +78,7 @@ impl Receiver {
             compares: VecDeque::new(),
             copy: None,
             put_back: None,
+            put_back_open: false,
             acks_before_sync: false,
         }
     }
@@ -167,6 +170,7 @@ impl World {
         let Some(copy) = &self.receiver.copy else { return };
         self.receiver.storage = copy.copy();
         self.receiver.put_back = Some(self.receiver.connections);
+        self.receiver.put_back_open = true;
         self.promises = Promises::default();
         self.stats.stores_put_back += 1;
         self.trace.note(self.now, "store put back", &[self.stats.stores_put_back]);
@@ -177,6 +181,18 @@ impl World {
         if self.receiver.put_back.is_some_and(|before| id > before) {
             self.receiver.put_back = None;
         }
+    }
+
+    /// An agent that begins may not know yet what the one before it saw: it hears of it from the next welcome.
+    pub(crate) fn agent_knows_less(&mut self) {
+        if self.receiver.put_back_open {
+            self.receiver.put_back = Some(self.receiver.connections);
+        }
+    }
+
+    /// An agent is in sync: with what it was told of last.
+    pub(crate) fn agent_in_sync(&mut self) {
+        self.receiver.put_back_open &= self.receiver.put_back.is_some();
     }
 
     pub(crate) fn receiver_disk(&self) -> Option<&Disk> {
