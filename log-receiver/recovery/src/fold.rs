@@ -75,7 +75,6 @@ impl Timeline {
             Entry::Flush { lsn, time } => {
                 self.flushes += 1;
                 self.last_flush = Some(TimedLsn { lsn: *lsn, time: *time });
-                self.unchanged_until(TimedLsn { lsn: *lsn, time: *time });
             }
             Entry::Unchanged { lsn, time } => self.unchanged_until(TimedLsn { lsn: *lsn, time: *time }),
             Entry::PassBegin { at, time, reason, .. } => self.begin_pass(*at, *time, reason),
@@ -135,7 +134,8 @@ impl Timeline {
     }
 
     /// While in sync, the last point is the disk's content for as long as nothing was captured since: a hole behind it
-    /// begins only then. Of any other LSN, or out of sync, this says nothing about points.
+    /// begins only then. Of any other LSN, or out of sync, this says nothing about points. (Nor does a flush: a record that
+    /// was captured before its end may have become a dirty block since.)
     fn unchanged_until(&mut self, at: TimedLsn) {
         if self.in_interval && at.lsn == self.last.lsn && at.time > self.last.time {
             self.reach(at);

@@ -154,8 +154,6 @@ impl Contents {
                 let run = self.run();
                 run.flushes += 1;
                 run.last_flush = at;
-                // When what it covers is still the last, nothing was captured until it ended.
-                run.unchanged = run.unchanged.max(at);
             }
             EntryKind::Unchanged => {
                 let run = self.run();
