@@ -10,6 +10,7 @@
 //! - A `sync_data` that fails leaves its sectors as they were; a later one that succeeds does *not*
 //!   make them durable unless they are written again.
 //! - Handles from before the cut fail for ever.
+//! - A sync of the whole tree, where it is allowed, is all or nothing.
 //!
 //! Also: the power can fail at the n-th operation that changes something (the operation may have
 //! happened in part; every later one fails), the n-th write or sync can fail alone, space can run out
@@ -57,6 +58,7 @@ struct World {
     syncs: u64,
     fail_sync: Option<u64>,
     capacity: Option<ByteCount>,
+    shares_syncs: bool,
     /// A file and the place in it that cannot be read.
     unreadable: Option<(usize, ByteRange)>,
 }
@@ -124,6 +126,12 @@ impl MemoryStorage {
     pub fn fail_sync_after(&self, syncs: u64) {
         let mut world = self.world();
         world.fail_sync = Some(world.syncs + syncs);
+    }
+
+    /// Whether the whole tree can be synced at once. It ends with the first such sync that fails: after it each file
+    /// that was not durable has lost what was written, and its own sync says so, once.
+    pub fn share_syncs(&self, shares: bool) {
+        self.world().shares_syncs = shares;
     }
 
     /// Sets the size of the whole file system; `None` is without limit.
@@ -282,6 +290,25 @@ impl Storage for MemoryStorage {
             return Err(io::Error::other("injected failure of a directory sync"));
         }
         world.names.sync(dir)
+    }
+
+    fn shares_syncs(&self) -> bool {
+        self.world().shares_syncs
+    }
+
+    fn sync_tree(&self) -> bool {
+        let mut world = self.world();
+        if !world.shares_syncs || !matches!(world.change(), Ok(false)) {
+            return false;
+        }
+        if world.sync_fails() {
+            world.shares_syncs = false;
+            world.files.iter_mut().for_each(Content::fail_next_sync);
+            return false;
+        }
+        world.files.iter_mut().for_each(Content::sync);
+        world.names.sync_all();
+        true
     }
 
     fn free_space(&self) -> io::Result<ByteCount> {

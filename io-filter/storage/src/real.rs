@@ -1,10 +1,12 @@
 //! The seam on a real directory.
 //!
 //! Creating is exclusive and syncing a directory opens it anew, so nothing here keeps state between
-//! calls except the root and, when asked for, the lock on it.
+//! calls except the root, when asked for the lock on it, and what [`together`] has to know.
 //!
 //! Invariant: what lies here is a guest's data or tells of it, so files and directories made here are
 //! for their owner only, whatever the process's umask.
+
+mod together;
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -18,6 +20,7 @@ use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock, statvfs};
 
 use crate::{Storage, StorageFile};
+use together::Together;
 
 /// Most buffers in one vectored write; the kernel's own limit is 1024.
 const VECTORS_MAX: usize = 512;
@@ -25,6 +28,7 @@ const VECTORS_MAX: usize = 512;
 /// A directory tree of the operating system.
 pub struct RealStorage {
     root: PathBuf,
+    together: Together,
     _lock: Option<File>,
 }
 
@@ -47,7 +51,8 @@ impl RealStorage {
         for made in missing {
             File::open(made.canonicalize()?.parent().unwrap_or(made))?.sync_all()?;
         }
-        Ok(Self { root: root.canonicalize()?, _lock: None })
+        let root = root.canonicalize()?;
+        Ok(Self { together: Together::of(&root), root, _lock: None })
     }
 
     /// As [`RealStorage::open`], and nobody else has it open this way at the same time: a lock on
@@ -115,6 +120,14 @@ impl Storage for RealStorage {
         File::open(self.path(dir)?)?.sync_all()
     }
 
+    fn shares_syncs(&self) -> bool {
+        self.together.is_cheap()
+    }
+
+    fn sync_tree(&self) -> bool {
+        self.together.sync()
+    }
+
     fn free_space(&self) -> io::Result<ByteCount> {
         let stat = statvfs(&self.root)?;
         Ok(ByteCount(stat.f_bavail.saturating_mul(stat.f_frsize)))
@@ -168,7 +181,10 @@ impl StorageFile for RealFile {
 
     fn sync_data(&self) -> io::Result<()> {
         fdatasync(&self.0)?;
-        // Its bytes are safe, and nobody will ever find them.
+        self.require_name()
+    }
+
+    fn require_name(&self) -> io::Result<()> {
         if self.0.metadata()?.nlink() == 0 {
             return Err(io::Error::other("the file was removed while it was in use"));
         }

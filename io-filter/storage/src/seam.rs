@@ -62,6 +62,21 @@ pub trait Storage: Send + Sync + 'static {
     /// After one, nobody knows which names are durable: stop and reopen.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 
+    /// Whether [`Storage::sync_tree`] may be used now, and costs less than the syncs of several files.
+    fn shares_syncs(&self) -> bool {
+        false
+    }
+
+    /// Makes everything durable that was written to files of the tree before this call, and their names: what
+    /// `sync_data` of each file and `sync_dir` of each directory do, at the cost of one. The files' names are not
+    /// looked at, see [`StorageFile::require_name`].
+    ///
+    /// False when it cannot be vouched for that; then nothing is known yet. Nor is anything lost: each file's own sync
+    /// still tells how it went, and has to be called.
+    fn sync_tree(&self) -> bool {
+        false
+    }
+
     /// Bytes that can still be written before the file system is full.
     ///
     /// # Errors
@@ -92,6 +107,15 @@ pub trait StorageFile: Send + Sync + 'static {
     /// After one, nobody knows what is durable, and a second call may succeed without having
     /// written anything: stop writing, reopen, recover.
     fn sync_data(&self) -> io::Result<()>;
+
+    /// Looks whether the file still has a name, as `sync_data` does: without one its bytes are safe, and nobody
+    /// will ever find them.
+    ///
+    /// # Errors
+    /// When it has none, or as the operating system has it.
+    fn require_name(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// The length.
     ///

@@ -21,6 +21,8 @@ pub(super) struct Content {
     unsynced: BTreeMap<u64, Unsynced>,
     /// Lengths that the file may have after a power cut, besides the visible one.
     unsynced_lens: Vec<u64>,
+    /// What somebody else's sync could not write has to be told by the next of this file.
+    owes_failure: bool,
 }
 
 struct Unsynced {
@@ -102,6 +104,17 @@ impl Content {
         self.unsynced_lens.clear();
     }
 
+    /// A sync of everything has failed, and told nobody which file it was.
+    pub(super) fn fail_next_sync(&mut self) {
+        self.owes_failure |= !self.unsynced.is_empty();
+        self.fail_sync();
+    }
+
+    /// Whether the sync that is being done has to tell of a failure that is over.
+    pub(super) fn owed_failure(&mut self) -> bool {
+        std::mem::take(&mut self.owes_failure)
+    }
+
     pub(super) fn fail_sync(&mut self) {
         for sector in self.unsynced.values_mut() {
             sector.stuck = true;
@@ -109,6 +122,7 @@ impl Content {
     }
 
     pub(super) fn crash(&mut self, random: &mut Random) {
+        self.owes_failure = false;
         for (number, mut sector) in std::mem::take(&mut self.unsynced) {
             let choice = random.up_to(sector.before.len());
             if choice < sector.before.len() {

@@ -72,7 +72,7 @@ impl StorageFile for MemoryFile {
         if world.change()? {
             return Err(power_off());
         }
-        if world.sync_fails() {
+        if world.sync_fails() | world.files[self.file].owed_failure() {
             world.files[self.file].fail_sync();
             return Err(io::Error::other("injected failure of a sync"));
         }

@@ -107,6 +107,12 @@ impl Names {
         Ok(names.collect::<BTreeSet<_>>().into_iter().collect())
     }
 
+    pub(super) fn sync_all(&mut self) {
+        for (_, change) in self.pending.drain(..) {
+            change.apply(&mut self.durable);
+        }
+    }
+
     pub(super) fn sync(&mut self, dir: &Path) -> io::Result<()> {
         self.require_dir(dir)?;
         let durable = &mut self.durable;

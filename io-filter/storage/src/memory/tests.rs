@@ -133,3 +133,36 @@ fn replacing_a_file_leaves_old_or_new_at_every_cut() {
         }
     }
 }
+
+#[test]
+fn a_failed_sync_of_the_tree_is_told_by_each_file_that_lost_something() {
+    let storage = MemoryStorage::new();
+    storage.share_syncs(true);
+    let [lost, sound] = ["lost", "sound"].map(|name| storage.create_new(path(name)).expect("create"));
+    assert!(storage.sync_tree());
+    lost.write_at(ByteOffset(0), b"bytes").expect("write");
+    storage.fail_sync_after(0);
+    assert!(!storage.sync_tree());
+    assert!(!storage.shares_syncs() && !storage.sync_tree(), "it is not tried again");
+    sound.sync_data().expect("nothing of it was lost");
+    lost.sync_data().expect_err("its bytes are not on the device");
+    lost.sync_data().expect("it is told once");
+    storage.crash(1);
+    let names = storage.list(path("")).expect("list");
+    assert_eq!(names, ["lost", "sound"], "the first sync made them durable");
+}
+
+#[test]
+fn a_sync_of_the_tree_makes_files_and_names_durable() {
+    for seed in 0..16 {
+        let storage = MemoryStorage::new();
+        assert!(!storage.sync_tree(), "not unless it is allowed");
+        storage.share_syncs(true);
+        storage.create_dir(path("dir")).expect("create dir");
+        let file = storage.create_new(path("dir/f")).expect("create");
+        file.write_at(ByteOffset(0), &[7; 2000]).expect("write");
+        assert!(storage.sync_tree());
+        storage.crash(seed);
+        assert_eq!(read_file(&storage, path("dir/f"), ByteCount(4000)).expect("it is there"), [7; 2000]);
+    }
+}

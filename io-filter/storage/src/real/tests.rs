@@ -107,3 +107,17 @@ fn what_is_made_is_for_its_owner_only() {
     };
     assert_eq!((mode(""), mode("a"), mode("a/b"), mode("a/b/f")), (0o700, 0o700, 0o700, 0o600));
 }
+
+#[test]
+fn a_tree_is_synced_at_once_where_that_is_as_good_and_names_are_looked_at_all_the_same() {
+    let (_dir, storage) = storage();
+    let file = storage.create_new(Path::new("f")).expect("create");
+    file.write_at(ByteOffset(0), b"hello").expect("write");
+    // Where it is not, everybody is told so.
+    if storage.sync_tree() {
+        file.require_name().expect("it has its name");
+    }
+    storage.remove(Path::new("f")).expect("remove");
+    let why = file.require_name().expect_err("nobody finds it").to_string();
+    assert_eq!(file.sync_data().expect_err("nobody finds it").to_string(), why);
+}
