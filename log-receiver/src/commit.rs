@@ -6,32 +6,43 @@
 //! a reader - has the sync begun at once.
 //!
 //! At most one sync per disk is under way. What arrives during it is covered by the next: batches grow
-//! with the load by themselves. Syncs of different disks run side by side on one small pool, and those that
-//! waited for the interval begin together, so that the file system can write one journal record for several
-//! of them.
+//! with the load by themselves. Syncs of different disks run side by side, and those that waited for the
+//! interval begin together, so that they can share one flush ([`crate::committer`]).
 
 use std::rc::Rc;
 
 use backtide_units::DiskId;
 
-use crate::{commit_ticket::CommitTicket, disk::Failure, ingest::Ingest};
+use crate::{committer::Submitted, disk::Failure, ingest::Ingest};
 
 impl Ingest {
     /// Makes sure that what is in the disk's log becomes durable, from now on. Its connection is woken
     /// when it is, and when it cannot be.
     pub(crate) fn commit(self: &Rc<Self>, disk: DiskId) {
-        if self.syncing.borrow().contains(&disk) {
-            self.hastened.borrow_mut().insert(disk);
-            return;
-        }
-        self.gathering.borrow_mut().remove(&disk);
-        let ticket = self.disks.borrow_mut().get_mut(disk).and_then(|disk| disk.ticket());
-        match ticket {
-            Some(ticket) => {
-                self.syncing.borrow_mut().insert(disk);
-                tokio::task::spawn_local(Rc::clone(self).sync(disk, ticket));
+        self.commit_all([disk]);
+    }
+
+    /// The same of several disks, which share a flush where they can.
+    fn commit_all(self: &Rc<Self>, disks: impl IntoIterator<Item = DiskId>) {
+        let (mut due, mut tickets) = (Vec::new(), Vec::new());
+        for disk in disks {
+            if self.syncing.borrow().contains(&disk) {
+                self.hastened.borrow_mut().insert(disk);
+                continue;
             }
-            None => self.wake_owner(disk),
+            self.gathering.borrow_mut().remove(&disk);
+            let ticket = self.disks.borrow_mut().get_mut(disk).and_then(|disk| disk.ticket());
+            match ticket {
+                Some(ticket) => {
+                    self.syncing.borrow_mut().insert(disk);
+                    due.push(disk);
+                    tickets.push(ticket);
+                }
+                None => self.wake_owner(disk),
+            }
+        }
+        for (disk, submitted) in due.into_iter().zip(self.commits.submit(tickets)) {
+            tokio::task::spawn_local(Rc::clone(self).sync(disk, submitted));
         }
     }
 
@@ -60,13 +71,11 @@ impl Ingest {
     async fn tick(self: Rc<Self>) {
         tokio::time::sleep(self.commit_interval).await;
         self.ticking.set(false);
-        for disk in self.gathering.take() {
-            self.commit(disk);
-        }
+        self.commit_all(self.gathering.take());
     }
 
-    async fn sync(self: Rc<Self>, disk: DiskId, ticket: CommitTicket) {
-        let outcome = self.commits.run(|| ticket.sync()).await;
+    async fn sync(self: Rc<Self>, disk: DiskId, submitted: Submitted) {
+        let outcome = submitted.outcome().await;
         if let Some(state) = self.disks.borrow_mut().get_mut(disk) {
             match outcome {
                 Ok(outcome) => state.synced(outcome),

@@ -1,7 +1,7 @@
 //! Making a disk durable: what to sync, where blocking is fine, and how that went.
 
 use backtide_recovery::{SyncOutcome, SyncTicket};
-use backtide_storage::KillPoint;
+use backtide_storage::{KillPoint, Storage};
 
 use crate::{StoreWatch, log_mark::Loss, watermark::Watermark};
 
@@ -22,10 +22,37 @@ pub struct CommitOutcome {
     pub(crate) gone: Option<String>,
 }
 
+/// What is left to do once a ticket is synced.
+struct Noting {
+    opened: u64,
+    watermark: Option<Watermark>,
+    loss: Option<Loss>,
+    watch: StoreWatch,
+}
+
 impl CommitTicket {
     /// Syncs; blocks as long as the device takes.
     pub fn sync(self) -> CommitOutcome {
-        let outcome = self.ticket.sync();
+        let (ticket, noting) = self.split();
+        noting.note(ticket.sync())
+    }
+
+    /// Syncs tickets of logs on one storage, see [`SyncTicket::sync_together`]; blocks. Outcomes come in the order of
+    /// the tickets.
+    pub fn sync_together(storage: &dyn Storage, tickets: Vec<Self>) -> Vec<CommitOutcome> {
+        let (tickets, notings): (Vec<_>, Vec<_>) = tickets.into_iter().map(Self::split).unzip();
+        let outcomes = SyncTicket::sync_together(storage, tickets);
+        notings.into_iter().zip(outcomes).map(|(noting, outcome)| noting.note(outcome)).collect()
+    }
+
+    fn split(self) -> (SyncTicket, Noting) {
+        let Self { opened, ticket, watermark, loss, watch } = self;
+        (ticket, Noting { opened, watermark, loss, watch })
+    }
+}
+
+impl Noting {
+    fn note(self, outcome: SyncOutcome) -> CommitOutcome {
         let gone = self.watch.check().err();
         if let (Ok(durable), None, Some(watermark)) = (outcome.result(), &gone, &self.watermark)
             && let Some(Err(error)) =

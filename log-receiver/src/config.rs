@@ -92,6 +92,9 @@ pub struct Limits {
     /// As many undurable bytes of a disk are not gathered any longer; at most half of `undurable_bytes`.
     /// Default 4 MiB.
     pub commit_bytes: ByteCount,
+    /// When so many disks wait to be made durable, one flush of the store's file system serves all of them: where
+    /// file system and kernel are good for that, and little else waits to be written. 0 is never. Default 4.
+    pub commit_together: usize,
     /// New data is refused when less than this is free in the store. Default 64 MiB.
     pub free_bytes_min: ByteCount,
     /// A segment is sealed when it would grow beyond this. Default 64 MiB.
@@ -103,6 +106,9 @@ pub struct Limits {
     pub ping_interval_ms: u64,
     /// Sealed segment files kept open for readers. Default 256.
     pub open_segments: usize,
+    /// Extents in the indexes of segments that are still written, of all disks together; beyond it segments are sealed
+    /// before they are full. Each takes about 48 bytes. Default 2,097,152.
+    pub open_extents: u64,
 }
 
 /// How long history is kept, and at what pace it is thinned.
@@ -164,11 +170,13 @@ impl Default for Limits {
             undurable_bytes: ByteCount(64 << 20),
             commit_interval_ms: 20,
             commit_bytes: ByteCount(4 << 20),
+            commit_together: 4,
             free_bytes_min: ByteCount(64 << 20),
             segment_bytes: log.segment_bytes_max,
             index_cache_bytes: cache.index_bytes_max,
             ping_interval_ms: 5000,
             open_segments: cache.open_files_max,
+            open_extents: cache.open_extents_max,
         }
     }
 }
@@ -189,7 +197,11 @@ impl Limits {
     }
 
     pub(crate) fn cache(&self) -> CacheLimits {
-        CacheLimits { index_bytes_max: self.index_cache_bytes, open_files_max: self.open_segments }
+        CacheLimits {
+            index_bytes_max: self.index_cache_bytes,
+            open_files_max: self.open_segments,
+            open_extents_max: self.open_extents,
+        }
     }
 }
 

@@ -13,8 +13,12 @@
 use std::{
     collections::BTreeMap,
     io,
+    panic::resume_unwind,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use backtide_protocol::{CloseCode, Closed, Hello, ReceiverState};
@@ -116,15 +120,34 @@ impl Disks {
     /// Opens the logs of `disks` (recovering them). One that cannot be opened is kept with the
     /// reason; the others are served.
     pub fn open(shelf: Shelf, disks: impl IntoIterator<Item = DiskId>) -> Self {
+        let opened: Vec<_> = disks.into_iter().map(|id| shelf.open_disk(id)).collect();
+        Self::of(shelf, opened)
+    }
+
+    /// The same on several threads: what takes long is to wait for the device.
+    pub(crate) fn open_side_by_side(shelf: Shelf, disks: &[DiskId], threads: usize) -> Self {
+        let next = AtomicUsize::new(0);
+        let open = || {
+            let next = || disks.get(next.fetch_add(1, Ordering::Relaxed));
+            std::iter::from_fn(next).map(|id| shelf.open_disk(*id)).collect::<Vec<_>>()
+        };
+        let opened = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads.min(disks.len())).map(|_| scope.spawn(open)).collect();
+            let joined = threads.into_iter().map(|thread| thread.join());
+            joined.flat_map(|opened| opened.unwrap_or_else(|panic| resume_unwind(panic))).collect::<Vec<_>>()
+        });
+        Self::of(shelf, opened)
+    }
+
+    fn of(shelf: Shelf, opened: Vec<Option<Disk>>) -> Self {
         let space = Space::new(Arc::clone(&shelf.storage), shelf.space_floor);
-        let mut this = Self { shelf, space, disks: BTreeMap::new() };
-        for id in disks {
-            let Some(disk) = this.shelf.open_disk(id) else { continue };
+        let disks = opened.into_iter().flatten().map(|disk| (disk.id(), disk)).collect();
+        let this = Self { shelf, space, disks };
+        for disk in this.disks.values() {
             if let Some(failure) = disk.failure() {
-                tracing::error!(disk = %id, why = failure.why, "the disk's log cannot be opened");
+                tracing::error!(disk = %disk.id(), why = failure.why, "the disk's log cannot be opened");
             }
-            this.take_recorded_name(&disk);
-            this.disks.insert(id, disk);
+            this.take_recorded_name(disk);
         }
         this
     }

@@ -25,7 +25,9 @@ use tokio::{
 use crate::{
     Limits,
     accept::Arrival,
-    clock, connection,
+    clock,
+    committer::Committer,
+    connection,
     disk::{Disk, Failure},
     disks::{Disks, Shelf, closed},
     facts::DiskFacts,
@@ -35,6 +37,9 @@ use crate::{
 
 /// Tasks waiting for a thread; who sends more waits.
 const TASKS_MAX: usize = 256;
+
+/// Logs that a thread opens at once when it starts: each waits for a few syncs, which the file system does together.
+const OPENING_THREADS: usize = 8;
 
 /// What others ask of the thread.
 pub(crate) enum Task {
@@ -72,7 +77,7 @@ pub(crate) struct Ingest {
     pub(crate) ticking: Cell<bool>,
     pub(crate) commit_interval: Duration,
     pub(crate) commit_bytes: ByteCount,
-    pub(crate) commits: Pool,
+    pub(crate) commits: Committer,
     pub(crate) readers: Pool,
     pub(crate) undurable_bytes_max: ByteCount,
     pub(crate) ping_interval: Duration,
@@ -97,22 +102,22 @@ pub(crate) struct IngestThread {
     pub(crate) thread: JoinHandle<()>,
 }
 
-/// Starts a thread that opens and owns `disks`; ready when all are open.
-pub(crate) async fn start(
+/// Starts a thread that opens and owns `disks`; something comes when all are open, or nothing ever will.
+pub(crate) fn start(
     number: usize,
     shelf: Shelf,
     disks: Vec<DiskId>,
-    commits: Pool,
+    commits: Committer,
     readers: Pool,
     limits: &Limits,
-) -> io::Result<IngestThread> {
+) -> io::Result<(IngestThread, oneshot::Receiver<()>)> {
     let (tasks, inbox) = mpsc::channel(TASKS_MAX);
     let (ready, opened) = oneshot::channel();
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let limits = limits.clone();
     let body = move || {
         let ingest = Rc::new(Ingest {
-            disks: RefCell::new(Disks::open(shelf, disks)),
+            disks: RefCell::new(Disks::open_side_by_side(shelf, &disks, OPENING_THREADS)),
             syncing: RefCell::default(),
             hastened: RefCell::default(),
             gathering: RefCell::default(),
@@ -132,8 +137,7 @@ pub(crate) async fn start(
         LocalSet::new().block_on(&runtime, serve(ingest, inbox));
     };
     let thread = std::thread::Builder::new().name(format!("ingest-{number}")).spawn(body)?;
-    opened.await.map_err(|_| io::Error::other("an ingest thread ended while it opened its disks"))?;
-    Ok(IngestThread { tasks, thread })
+    Ok((IngestThread { tasks, thread }, opened))
 }
 
 async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
@@ -273,8 +277,9 @@ impl Ingest {
             let ids: Vec<_> = disks.iter().map(Disk::id).collect();
             ids.into_iter().filter_map(|id| Some((id, disks.get_mut(id)?.ticket()?))).collect()
         };
-        for (id, ticket) in tickets {
-            let outcome = self.commits.run(|| ticket.sync()).await;
+        let (ids, tickets): (Vec<_>, Vec<_>) = tickets.into_iter().unzip();
+        for (id, submitted) in ids.into_iter().zip(self.commits.submit(tickets)) {
+            let outcome = submitted.outcome().await;
             if let (Some(disk), Ok(outcome)) = (self.disks.borrow_mut().get_mut(id), outcome) {
                 disk.synced(outcome);
             }

@@ -20,6 +20,7 @@ mod socket;
 
 mod commit;
 mod commit_ticket;
+mod committer;
 mod compare;
 mod disk;
 mod disks;

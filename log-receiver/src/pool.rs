@@ -4,7 +4,10 @@
 //! exceeds them waits in a queue that is bounded by what can ask (one sync per disk, so many
 //! compares per connection, so many requests per NBD connection).
 
-use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::{
+    runtime::{Builder, Handle, Runtime},
+    task::JoinHandle,
+};
 
 /// A bounded pool of blocking threads.
 #[derive(Clone, Debug)]
@@ -20,8 +23,12 @@ pub(crate) struct PoolThreads {
 
 /// The work was given up because the receiver ends, or it panicked.
 #[derive(Debug, thiserror::Error)]
-#[error("the work was given up: {0}")]
-pub(crate) struct GivenUp(#[from] tokio::task::JoinError);
+pub(crate) enum GivenUp {
+    #[error("the work was given up: {0}")]
+    Run(#[from] tokio::task::JoinError),
+    #[error("the work was given up")]
+    Unanswered,
+}
 
 impl Pool {
     /// Starts a pool of `threads` threads at most, called `name`.
@@ -38,7 +45,15 @@ impl Pool {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, GivenUp> {
-        Ok(self.handle.spawn_blocking(work).await?)
+        Ok(self.spawn(work).await?)
+    }
+
+    /// Begins `work` where it may block.
+    pub(crate) fn spawn<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> JoinHandle<T> {
+        self.handle.spawn_blocking(work)
     }
 }
 

@@ -26,6 +26,7 @@ use crate::{
     Config, Limits, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch, StreamTls,
     accept::Door,
     clock,
+    committer::{CommitThreads, Committer},
     findings::Findings,
     ingest::{self, IngestThread, Task},
     mount_numbers::MountNumbers,
@@ -91,7 +92,8 @@ pub struct Receiver {
     mounts: MountThread,
     keeper: Keeper,
     runtime: Background,
-    pools: [PoolThreads; 3],
+    commits: CommitThreads,
+    pools: [PoolThreads; 2],
     lock: Option<StoreLock>,
 }
 
@@ -148,7 +150,10 @@ impl Receiver {
             runtime.bind(config.listen_addresses(), entrance, config.api_address()).await?;
 
         let pool = |name, threads| Pool::start(name, threads).map_err(|e| failed("start a pool", e));
-        let (commits, commit_threads) = pool("commit", limits.commit_threads)?;
+        let together_min = limits.commit_together;
+        let (commits, commit_threads) =
+            Committer::start(Arc::clone(&storage), limits.commit_threads, together_min)
+                .map_err(|source| failed("start a pool", source))?;
         let (readers, read_threads) = pool("read", limits.read_threads)?;
         let (writers, write_threads) = pool("overlay", limits.read_threads)?;
         let watch = lock.as_ref().map(|lock| lock.watch.clone()).unwrap_or_default();
@@ -207,6 +212,7 @@ impl Receiver {
             mounts: mounts.orders.clone(),
             overlays,
             readers,
+            commits,
         };
         let api_address = api.address().clone();
         let (api_stop, stopped) = oneshot::channel();
@@ -230,7 +236,8 @@ impl Receiver {
             mounts,
             keeper,
             runtime,
-            pools: [commit_threads, read_threads, write_threads],
+            commits: commit_threads,
+            pools: [read_threads, write_threads],
             lock,
         })
     }
@@ -262,6 +269,7 @@ impl Receiver {
             mounts,
             keeper,
             runtime,
+            commits,
             pools,
             lock,
             ..
@@ -293,6 +301,7 @@ impl Receiver {
         });
         let _ = joined.await;
         drop(runtime);
+        drop(commits);
         drop(pools);
         drop(lock);
         tracing::info!("the receiver has ended");
@@ -320,7 +329,7 @@ fn open_overlays(storage: &Arc<dyn Storage>, limits: &Limits) -> Result<Overlays
 async fn start_ingest(
     shelf: &Shelf,
     config: &Config,
-    commits: &Pool,
+    commits: &Committer,
     readers: &Pool,
 ) -> Result<Vec<IngestThread>, StartError> {
     let count = config.limits.ingest_threads.max(1);
@@ -328,15 +337,21 @@ async fn start_ingest(
     for disk in shelf.list()? {
         shares[Door::owner(disk, count)].push(disk);
     }
+    let fail = |source| failed("start an ingest thread", source);
     let mut threads = Vec::new();
     for (number, share) in shares.into_iter().enumerate() {
-        let thread =
-            ingest::start(number, shelf.clone(), share, commits.clone(), readers.clone(), &config.limits)
-                .await
-                .map_err(|source| failed("start an ingest thread", source))?;
-        threads.push(thread);
+        let (commits, readers) = (commits.clone(), readers.clone());
+        let started = ingest::start(number, shelf.clone(), share, commits, readers, &config.limits);
+        threads.push(started.map_err(fail)?);
     }
-    Ok(threads)
+    // They open their disks side by side.
+    let mut ready = Vec::new();
+    for (thread, opened) in threads {
+        let gone = |_| fail(io::Error::other("it ended while it opened its disks"));
+        opened.await.map_err(gone)?;
+        ready.push(thread);
+    }
+    Ok(ready)
 }
 
 /// Says once that the store has gone, and once that it is back, also while no disk is written.

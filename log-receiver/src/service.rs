@@ -6,9 +6,9 @@ use backtide_control::Address;
 use backtide_export::NbdUri;
 use backtide_images::Images;
 use backtide_receiver_api::{
-    ApiError, AroundReport, ByteSpan, CertificateStatus, DiffReport, DiffRequest, DiskRef, ErrorCode,
-    FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount, MountRequest, Mounts,
-    PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
+    ApiError, AroundReport, ByteSpan, CertificateStatus, CommitCounts, DiffReport, DiffRequest, DiskRef,
+    ErrorCode, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount, MountRequest,
+    Mounts, PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
     ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
     ScrubStatus, UnmountRequest,
 };
@@ -28,6 +28,7 @@ use crate::{
     Names, OnFull, StoreId, StoreWatch,
     accept::Door,
     changes, clock,
+    committer::Committer,
     disk::Failure,
     facts::DiskFacts,
     findings::Findings,
@@ -60,6 +61,7 @@ pub(crate) struct Service {
     pub(crate) mounts: mpsc::Sender<Order>,
     pub(crate) overlays: Overlays,
     pub(crate) readers: Pool,
+    pub(crate) commits: Committer,
 }
 
 /// A disk as it was when somebody asked.
@@ -99,6 +101,7 @@ impl ReceiverService for Service {
             mounts: mounts.mounts.len() as u64,
             overlays: self.overlays.count() as u64,
             overlay_bytes: self.overlays.all_file_bytes(),
+            commits: CommitCounts { disks: self.commits.commits(), flushes: self.commits.flushes() },
             alarms,
             scrub: self.scrub.status(),
         })

@@ -41,12 +41,24 @@ pub struct ReceiverStatus {
     /// Bytes that their files take, at most.
     #[serde(default)]
     pub overlay_bytes: ByteCount,
+    /// What making received data durable took since the receiver started.
+    #[serde(default)]
+    pub commits: CommitCounts,
     /// What a person should look at now: sentences. Empty when all is well.
     #[serde(default)]
     pub alarms: Vec<String>,
     /// The scrub that runs, or the last one since the receiver started.
     #[serde(default)]
     pub scrub: Option<ScrubStatus>,
+}
+
+/// How often received data was made durable, and what that took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommitCounts {
+    /// Disks that were made durable, each as often as it was.
+    pub disks: u64,
+    /// Flushes of the device for that: disks that wait at once share one.
+    pub flushes: u64,
 }
 
 /// A certificate that a daemon shows.

@@ -7,11 +7,11 @@ use backtide_control::{Address, ApiError, ErrorCode, Server};
 use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, DiskName, Lsn};
 
 use crate::{
-    AroundReport, BlockChange, ByteSpan, ChangedBy, DiffReport, DiffRequest, DiskRef, FindChangeRequest,
-    FlushPoints, FoundChange, Hole, KeepRequest, KeptOverlay, LockRequest, Mount, MountOverlay, MountRequest,
-    Mounts, OverlayFate, Point, PointsReport, ReceiverClient, ReceiverDisks, ReceiverService, ReceiverStatus,
-    RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
-    ScrubRequest, ScrubStatus, UnavailablePoint, UnmountRequest, router,
+    AroundReport, BlockChange, ByteSpan, ChangedBy, CommitCounts, DiffReport, DiffRequest, DiskRef,
+    FindChangeRequest, FlushPoints, FoundChange, Hole, KeepRequest, KeptOverlay, LockRequest, Mount,
+    MountOverlay, MountRequest, Mounts, OverlayFate, Point, PointsReport, ReceiverClient, ReceiverDisks,
+    ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview,
+    RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, UnavailablePoint, UnmountRequest, router,
 };
 
 /// Notes every call.
@@ -128,6 +128,7 @@ impl ReceiverService for Fake {
             mounts: 0,
             overlays: 0,
             overlay_bytes: ByteCount(0),
+            commits: CommitCounts::default(),
             alarms: Vec::new(),
             scrub: None,
             certificate: None,

@@ -22,7 +22,7 @@ use backtide_units::ByteCount;
 use bytes::Bytes;
 use roaring::RoaringTreemap;
 
-use crate::{LogError, origin::Origins};
+use crate::{LogError, open_extents::OpenExtents, origin::Origins};
 
 /// What is kept beside the bytes of a value weighs about this much.
 const OVERHEAD: usize = 128;
@@ -46,6 +46,9 @@ pub struct CacheLimits {
     pub index_bytes_max: ByteCount,
     /// Sealed segment files kept open. Default 256.
     pub open_files_max: usize,
+    /// Extents in the indexes of segments that are still written, of all logs together; beyond it segments are sealed
+    /// early. Each takes about 48 bytes. Default 2,097,152.
+    pub open_extents_max: u64,
 }
 
 /// Names a segment among all segments that share a cache.
@@ -85,6 +88,7 @@ struct Shared {
     pieces: Mutex<Recent<PieceKey, Bytes>>,
     origins: Origins,
     images: OnceLock<Images>,
+    open_extents: OpenExtents,
 }
 
 impl LogCache {
@@ -101,6 +105,7 @@ impl LogCache {
                 pieces: Mutex::new(Recent::new(PIECE_BYTES_MAX)),
                 origins: Origins::default(),
                 images: OnceLock::new(),
+                open_extents: OpenExtents::new(limits.open_extents_max),
             }),
         }
     }
@@ -108,6 +113,15 @@ impl LogCache {
     /// Its limits.
     pub fn limits(&self) -> CacheLimits {
         self.shared.limits
+    }
+
+    /// Extents in the indexes of segments that are still written, of all logs together.
+    pub fn open_extents(&self) -> u64 {
+        self.shared.open_extents.all()
+    }
+
+    pub(crate) fn open_indexes(&self) -> &OpenExtents {
+        &self.shared.open_extents
     }
 
     /// Bytes of index parts in memory now.
@@ -205,6 +219,6 @@ impl LogCache {
 
 impl Default for CacheLimits {
     fn default() -> Self {
-        Self { index_bytes_max: ByteCount(64 << 20), open_files_max: 256 }
+        Self { index_bytes_max: ByteCount(64 << 20), open_files_max: 256, open_extents_max: 1 << 21 }
     }
 }

@@ -247,7 +247,7 @@ impl DiskLog {
                 let writer =
                     SegmentWriter::resume(file.clone(), kept.header, self.options.writer(), scanned.end);
                 let file = file.for_readers();
-                let open = OpenSegment { file, contents: scanned.contents, end: scanned.end };
+                let open = OpenSegment::new(file, scanned.contents, scanned.end, &self.cache);
                 let segment = Arc::new(Segment::new_open(storage, path, kept.header, &self.cache, open));
                 Arc::make_mut(&mut self.segments).push(Arc::clone(&segment));
                 self.current = Some(Current { segment, writer });
@@ -287,7 +287,11 @@ impl DiskLog {
         let folded = entry.clone();
         let current = self.current.as_mut().expect("room was made in an open segment");
         let writer = &mut current.writer;
-        let appended = current.segment.with_open_mut(|open| writer.append(entry, synced, &mut open.contents));
+        let appended = current.segment.with_open_mut(|open| {
+            let appended = writer.append(entry, synced, &mut open.contents);
+            open.note_extents();
+            appended
+        });
         // An entry whose write failed is in the index and perhaps not in the file: nothing reads it,
         // for the log is poisoned and no later snapshot is given.
         let appended = appended.map_err(LogError::from);
@@ -307,6 +311,7 @@ impl DiskLog {
                 .with_open_mut(|open| (open.contents.index().count(), open.contents.control_bytes()));
             let full = end > self.options.segment_bytes_max.0.min(SEGMENT_BYTES_MAX)
                 || extents >= self.options.segment_extents_max as usize
+                || self.cache.open_indexes().asks_to_seal(extents)
                 || control > CONTROL_BYTES_MAX;
             if full && self.appended >= current.writer.header().first_seq {
                 self.fill_current()?;

@@ -15,6 +15,7 @@ mod error;
 mod fold;
 mod mend;
 mod merge;
+mod open_extents;
 mod origin;
 mod point;
 mod recover;

@@ -267,7 +267,7 @@ impl Work<'_> {
                 (Segment::new_sealed(storage, path, header, self.cache, *sealed), summary.buckets)
             }
             Part::Prefix(scanned) => {
-                let open = OpenSegment { file, contents: scanned.contents, end: scanned.end };
+                let open = OpenSegment::new(file, scanned.contents, scanned.end, self.cache);
                 let buckets = open.contents.index().buckets();
                 (Segment::new_open(storage, path, header, self.cache, open), buckets)
             }

@@ -19,6 +19,7 @@ use roaring::RoaringTreemap;
 use crate::{
     LogCache, LogError,
     cache::{IndexPart, PartName, PieceKey, SegmentKey},
+    open_extents::Counted,
 };
 
 /// Pieces of a payload read at once: 1 MiB.
@@ -40,6 +41,19 @@ pub(crate) struct OpenSegment {
     pub(crate) file: SegmentFile,
     pub(crate) contents: Contents,
     pub(crate) end: ByteOffset,
+    counted: Counted,
+}
+
+impl OpenSegment {
+    pub(crate) fn new(file: SegmentFile, contents: Contents, end: ByteOffset, cache: &LogCache) -> Self {
+        let counted = cache.open_indexes().count(contents.index().count());
+        Self { file, contents, end, counted }
+    }
+
+    /// Counts what the contents have become.
+    pub(crate) fn note_extents(&mut self) {
+        self.counted.note(self.contents.index().count());
+    }
 }
 
 impl Segment {

@@ -5,6 +5,9 @@
 //! when it has names that are not. Its outcome is a success only when all of them were synced; only
 //! then are its entries durable, for a segment is of no use without the ones before it. It also takes
 //! along what else may block ([`crate::chores`]).
+//!
+//! Tickets of several logs of one storage can be synced together, which may cost one flush for all of them. What
+//! cannot be had that way is synced file by file.
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -50,6 +53,13 @@ pub struct SyncOutcome {
     pub(crate) result: io::Result<()>,
     pub(crate) done: Option<Done>,
     owned: Arc<Owned>,
+    flushes: u32,
+}
+
+/// A ticket whose chores are done, or have failed.
+struct Prepared {
+    ticket: SyncTicket,
+    done: io::Result<Option<Done>>,
 }
 
 impl SyncTicket {
@@ -60,26 +70,64 @@ impl SyncTicket {
 
     /// Syncs; blocks as long as the device takes.
     pub fn sync(self) -> SyncOutcome {
-        let Self { through, change, files, directory, chores, owned } = self;
-        let mut done = None;
-        let mut result = match chores.map(Chores::run).transpose() {
-            Ok(chores) => {
-                done = chores;
-                Ok(())
+        self.prepare().sync()
+    }
+
+    /// Syncs tickets of logs on one storage with a single flush where the storage can, and one by one otherwise; blocks.
+    /// Outcomes come in the order of the tickets.
+    pub fn sync_together(storage: &dyn Storage, tickets: Vec<Self>) -> Vec<SyncOutcome> {
+        let prepared: Vec<Prepared> = tickets.into_iter().map(Self::prepare).collect();
+        if !storage.sync_tree() {
+            return prepared.into_iter().map(Prepared::sync).collect();
+        }
+        let synced = prepared.into_iter().enumerate();
+        // The flush is counted once.
+        synced.map(|(place, prepared)| prepared.synced(u32::from(place == 0))).collect()
+    }
+
+    fn prepare(mut self) -> Prepared {
+        let done = self.chores.take().map(Chores::run).transpose();
+        Prepared { ticket: self, done }
+    }
+}
+
+impl Prepared {
+    /// Syncs file by file.
+    fn sync(self) -> SyncOutcome {
+        let mut flushes = 0;
+        let mut result = Ok(());
+        if self.done.is_ok() {
+            for file in &self.ticket.files {
+                flushes += 1;
+                // After a failure as well: what a file has to tell would be told to whoever opens it next.
+                let synced = file.sync_data();
+                result = result.and(synced);
             }
-            Err(error) => Err(error),
-        };
-        for file in &files {
-            result = result.and_then(|()| file.sync_data());
+            if let Some(directory) = &self.ticket.directory {
+                flushes += 1;
+                result = result.and_then(|()| directory.storage.sync_dir(&directory.path));
+            }
         }
-        if let Some(directory) = &directory {
-            result = result.and_then(|()| directory.storage.sync_dir(&directory.path));
-        }
+        self.outcome(result, flushes)
+    }
+
+    /// Everything was synced with the whole tree.
+    fn synced(self, flushes: u32) -> SyncOutcome {
+        let named = self.ticket.files.iter().try_for_each(|file| file.require_name());
+        self.outcome(named, flushes)
+    }
+
+    fn outcome(self, synced: io::Result<()>, flushes: u32) -> SyncOutcome {
+        let Self { ticket: SyncTicket { through, change, owned, .. }, done } = self;
         KillPoint::LogSynced.reached();
+        let (result, done) = match done {
+            Ok(done) => (synced, done),
+            Err(error) => (Err(error), None),
+        };
         if let (Ok(()), Some(done)) = (&result, &done) {
             done.publish();
         }
-        SyncOutcome { through, change, result, done, owned }
+        SyncOutcome { through, change, result, done, owned, flushes }
     }
 }
 
@@ -90,6 +138,11 @@ impl SyncOutcome {
     /// Why it did not.
     pub fn result(&self) -> Result<Durable, &io::Error> {
         self.result.as_ref().map(|()| self.through)
+    }
+
+    /// How many flushes of the device it took; of tickets that were synced together the first one tells.
+    pub fn flushes(&self) -> u32 {
+        self.flushes
     }
 
     /// Does something to what belongs to the log, while it does: none when the log was dropped or abandoned

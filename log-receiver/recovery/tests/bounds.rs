@@ -5,7 +5,8 @@ mod common;
 use std::{path::Path, sync::Arc};
 
 use backtide_recovery::{
-    DiskLog, Entry, INTERVALS_MAX, LogOptions, MARKS_MAX, PassReason, SegmentId, Timeline,
+    CacheLimits, DiskLog, Entry, INTERVALS_MAX, LogCache, LogOptions, MARKS_MAX, PassReason, SegmentId,
+    Timeline,
 };
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, Lsn};
@@ -78,6 +79,53 @@ fn a_point_has_the_size_that_the_disk_had_then() {
     let (mut log, _) =
         DiskLog::open(Arc::new(storage), directory(), LogOptions::default(), &cache()).expect("open");
     check(&mut log);
+}
+
+/// A log at LSN 1 that takes writes.
+fn log_of_writes(cache: &LogCache, name: &str) -> DiskLog {
+    let storage = Arc::new(MemoryStorage::new());
+    let mut log =
+        DiskLog::create(storage, Path::new(name), identity(), LogOptions::default(), cache).expect("create");
+    let (at, time) = (Lsn(1), CaptureTime(1));
+    let reason = PassReason { code: 1, text: String::new() };
+    for entry in [
+        attach(1, 1, 1 << 30),
+        Entry::PassBegin { at, gap_from: Lsn(0), time, reason },
+        Entry::PassEnd { at, valid_from: Some(at), time },
+    ] {
+        log.append(entry).expect("append");
+    }
+    log
+}
+
+#[test]
+fn logs_share_the_memory_of_their_open_indexes() {
+    let most = 3000;
+    let cache = LogCache::new(CacheLimits { open_extents_max: most, ..CacheLimits::default() });
+    let mut logs = ["a", "b"].map(|name| log_of_writes(&cache, name));
+    let mut write = |log: usize, lsn: u64| {
+        let range = ByteRange::new(ByteOffset(lsn * 512), ByteCount(512)).expect("a range");
+        let entry = Entry::Zero { lsn: Lsn(lsn), time: CaptureTime(lsn), range, trim: false };
+        let log: &mut DiskLog = &mut logs[log];
+        log.append(entry).expect("append");
+        log.ticket().expect("ticket").map(|ticket| log.synced(ticket.sync())).transpose().expect("synced");
+        log.segment_count()
+    };
+    for lsn in 2..2502 {
+        assert_eq!(write(0, lsn), 1, "alone a log may have all of it");
+    }
+    let segments: Vec<usize> = (2..2502).map(|lsn| write(1, lsn)).collect();
+    assert_eq!(segments[1023], 1, "one with little is not sealed: {:?}", &segments[1000..1030]);
+    assert!(segments[2499] >= 2, "together they may have {most}");
+    assert!(cache.open_extents() <= most + 1024, "{}", cache.open_extents());
+    let mut next = 2502;
+    while cache.open_extents() <= most {
+        write(1, next);
+        next += 1;
+    }
+    assert_eq!(write(0, 2502), 2, "the one with the most is sealed when it is written again");
+    drop(logs);
+    assert_eq!(cache.open_extents(), 0);
 }
 
 #[test]

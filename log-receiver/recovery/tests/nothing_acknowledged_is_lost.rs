@@ -34,8 +34,9 @@ fn recover_and_check(agent: &mut Agent, acknowledged: Seq, promised: &[Lsn]) {
 }
 
 /// Cuts the power at operation `cut` of a history, twice: also while it goes on after the recovery.
-fn crash_at(seed: u64, steps: u64, cut: u64) {
+fn crash_at(seed: u64, steps: u64, cut: u64, shares_syncs: bool) {
     let storage = MemoryStorage::new();
+    storage.share_syncs(shares_syncs);
     let mut agent = Agent::new(seed, storage.clone()).expect("create");
     storage.cut_power_after(cut);
     let ended = run(&mut agent, steps);
@@ -66,15 +67,25 @@ fn crash_at(seed: u64, steps: u64, cut: u64) {
 
 #[test]
 fn a_power_cut_at_every_operation_loses_nothing_acknowledged() {
-    for seed in seeds(2) {
+    crash_everywhere(2, false);
+}
+
+#[test]
+fn nor_does_it_where_a_sync_of_the_whole_tree_is_what_acknowledges() {
+    crash_everywhere(1, true);
+}
+
+fn crash_everywhere(count: u64, shares_syncs: bool) {
+    for seed in seeds(count) {
         let storage = MemoryStorage::new();
+        storage.share_syncs(shares_syncs);
         let mut agent = Agent::new(seed, storage.clone()).expect("create");
         let before = storage.counts().changes;
         run(&mut agent, 45).expect("no fault yet");
         let changes = storage.counts().changes - before;
         for cut in 0..=changes {
             let _say = SayOnPanic(format!("SEED={seed}, the power cut at operation {cut}"));
-            crash_at(seed, 45, cut);
+            crash_at(seed, 45, cut, shares_syncs);
         }
     }
 }
@@ -111,6 +122,7 @@ fn a_failed_write_or_sync_poisons_and_loses_nothing_acknowledged() {
             let _say = SayOnPanic(format!("SEED={seed}, fault {fault}"));
             let storage = MemoryStorage::new();
             let mut agent = Agent::new(seed, storage.clone()).expect("create");
+            storage.share_syncs(fault % 4 == 1);
             if fault % 2 == 0 {
                 storage.fail_write_after(fault / 2);
             } else {

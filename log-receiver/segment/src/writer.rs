@@ -24,8 +24,19 @@ use crate::{
 pub struct WriterOptions {
     /// Entries are held back until so many bytes are waiting.
     pub buffer_bytes_max: ByteCount,
-    /// Space is reserved in steps of this.
+    /// Space is reserved in steps of this; at the beginning of a segment in smaller ones.
     pub allocation_step: ByteCount,
+}
+
+/// The first step in which space is reserved: disks that are hardly written take little.
+const FIRST_STEP: u64 = 64 << 10;
+
+impl WriterOptions {
+    /// The step in which space is reserved behind what takes so much: as much again, within limits.
+    pub fn step_at(&self, end: ByteOffset) -> ByteCount {
+        let most = self.allocation_step.0.max(1);
+        ByteCount(end.0.max(FIRST_STEP).next_power_of_two().min(most))
+    }
 }
 
 /// Appends to one segment file.
@@ -212,7 +223,7 @@ impl SegmentWriter {
         if needed.0 <= allocated {
             return Ok(());
         }
-        let step = self.options.allocation_step.0.max(1);
+        let step = self.options.step_at(ByteOffset(allocated)).0;
         let file = self.file.file();
         let to = |end: u64| ByteRange::between(ByteOffset(allocated), ByteOffset(end));
         let generous = needed.0.next_multiple_of(step);

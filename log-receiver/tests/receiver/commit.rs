@@ -2,9 +2,12 @@
 //!
 //! A disk of which nobody asked anything shows that the interval has not ended: it would be durable too.
 
+use std::sync::Arc;
+
 use backtide_log_receiver::{Config, Receiver};
 use backtide_protocol::Message;
-use backtide_units::ByteCount;
+use backtide_storage::MemoryStorage;
+use backtide_units::{ByteCount, Lsn};
 
 use crate::{
     agent::{Agent, hello, write},
@@ -118,5 +121,32 @@ async fn a_ping_is_answered_while_the_receiver_gathers() {
         }
     };
     assert!(durable < record, "it did not wait for the sync");
+    receiver.shutdown().await;
+}
+
+/// Whoever waits at the same moment shares a sync, and all of it is there after a power cut.
+#[tokio::test]
+async fn disks_that_wait_at_once_are_made_durable_together() {
+    let place = Place::new();
+    let storage = MemoryStorage::new();
+    storage.share_syncs(true);
+    let receiver = Receiver::start_on_storage(Arc::new(storage.clone()), patient(&place)).await.unwrap();
+    let mut agents = Vec::new();
+    for number in 1..=8u64 {
+        let mut agent = synced(&receiver, number.into(), &format!("vm{number}")).await;
+        agent.send(&write(6, 0, vec![6; 4096])).await;
+        heard(&mut agent).await;
+        agents.push(agent);
+    }
+    let before = storage.counts().syncs;
+    // It has everything made durable that gathers, at one moment.
+    receiver.shutdown().await;
+    assert_eq!(storage.counts().syncs, before + 1);
+    storage.crash(3);
+    let receiver = Receiver::start_on_storage(Arc::new(storage), patient(&place)).await.unwrap();
+    for number in 1..=8u64 {
+        let (_, welcome) = Agent::welcomed(&receiver, hello(number.into(), &format!("vm{number}"))).await;
+        assert_eq!(welcome.durable, Lsn(6), "disk {number}");
+    }
     receiver.shutdown().await;
 }

@@ -22,6 +22,7 @@ fn receiver(free: u64) -> ReceiverStatus {
         connected: 1,
         overlays: 0,
         overlay_bytes: ByteCount(0),
+        commits: Default::default(),
         mounts: 0,
         alarms: Vec::new(),
         scrub: None,

@@ -13,7 +13,8 @@ pub struct LogOptions {
     /// Entries are held back until so many bytes are waiting, a ticket is taken, or a view.
     /// Default 1 MiB.
     pub buffer_bytes_max: ByteCount,
-    /// Space is reserved in steps of this, so that a sync need not grow the file. Default 8 MiB.
+    /// Space is reserved in steps of this, so that a sync need not grow the file; in smaller ones while a segment is
+    /// small. Default 8 MiB.
     pub allocation_step: ByteCount,
     /// Memory of the directory that finds segments by the buckets they touch; beyond it look-ups look into
     /// more segments than have what is looked for. Default 64 MiB, about 20 million records at random places.

@@ -154,7 +154,7 @@ impl DiskLog {
     fn allocate_job(&self) -> Option<AllocateJob> {
         let writer = &self.current.as_ref()?.writer;
         let (end, allocated) = (writer.end(), writer.allocated()?);
-        let step = self.options.allocation_step.0.max(1);
+        let step = self.options.writer().step_at(allocated).0;
         let most = self.options.segment_bytes_max.0.min(super::SEGMENT_BYTES_MAX);
         if end.0 + step / 2 < allocated.0 || allocated.0 >= most {
             return None;
@@ -226,7 +226,7 @@ impl DiskLog {
         };
         KillPoint::SegmentBegun.reached();
         let contents = Contents::new(header.first_seq, header.synced);
-        let open = OpenSegment { file, contents, end: writer.end() };
+        let open = OpenSegment::new(file, contents, writer.end(), &self.cache);
         let segment = Arc::new(Segment::new_open(Arc::clone(&self.storage), path, header, &self.cache, open));
         Arc::make_mut(&mut self.segments).push(Arc::clone(&segment));
         self.current = Some(Current { segment, writer });

@@ -8,9 +8,10 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use backtide_recovery::{
-    CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason, Snapshot, View,
+    CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason, Snapshot,
+    SyncTicket, View,
 };
-use backtide_storage::MemoryStorage;
+use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{
     ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn, PayloadChecksum,
 };
@@ -214,7 +215,11 @@ pub fn identity() -> LogIdentity {
 
 pub fn cache() -> LogCache {
     // Small, so that blocks and files come and go.
-    LogCache::new(CacheLimits { index_bytes_max: ByteCount(3 * 4300), open_files_max: 2 })
+    LogCache::new(CacheLimits {
+        index_bytes_max: ByteCount(3 * 4300),
+        open_files_max: 2,
+        ..CacheLimits::default()
+    })
 }
 
 pub fn directory() -> &'static Path {
@@ -441,7 +446,12 @@ impl Agent {
             self.log.timeline().intervals().iter().flat_map(|i| [i.from.lsn, i.to.lsn]).collect();
         let Some(ticket) = self.log.ticket()? else { return Ok(()) };
         let through = ticket.through();
-        let durable = self.log.synced(ticket.sync())?;
+        let outcome = if self.storage.shares_syncs() {
+            SyncTicket::sync_together(&self.storage, vec![ticket]).remove(0)
+        } else {
+            ticket.sync()
+        };
+        let durable = self.log.synced(outcome)?;
         assert!(durable.seq >= through.seq);
         self.promised = offered;
         Ok(())

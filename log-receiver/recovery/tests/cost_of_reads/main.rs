@@ -29,7 +29,11 @@ fn range(start: u64, count: u64) -> ByteRange {
 }
 
 fn cache() -> LogCache {
-    LogCache::new(CacheLimits { index_bytes_max: ByteCount(MIB), open_files_max: 4 })
+    LogCache::new(CacheLimits {
+        index_bytes_max: ByteCount(MIB),
+        open_files_max: 4,
+        ..CacheLimits::default()
+    })
 }
 
 impl Fixture {

@@ -274,8 +274,8 @@ fn a_log_that_a_full_device_has_torn_is_out_of_use() {
         files.clone().find(|(path, _)| path.extension().is_some_and(|name| name == "seg")).unwrap();
     bench.storage.open(&path).unwrap().set_len(ByteCount(512)).unwrap();
     bench.storage.set_capacity(Some(bench.storage.used()));
-    let Message::Record(record) = write_at(6, 5, 0, &[6; 65536]) else { panic!("no record") };
-    let refused = the_disk(&mut bench).append(entries::record(record), ByteCount(65536));
+    let Message::Record(record) = write_at(6, 5, 0, &[6; 16384]) else { panic!("no record") };
+    let refused = the_disk(&mut bench).append(entries::record(record), ByteCount(16384));
     assert!(matches!(refused, Err(DiskError::Store(_))));
     assert!(the_disk(&mut bench).failure().is_some(), "part of the entry may be in the file");
 }

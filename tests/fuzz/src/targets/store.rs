@@ -128,7 +128,11 @@ fn log(bytes: &[u8]) {
     let path = Path::new(LOG).join("segments/0000000000000001.seg");
     let storage = storage_with(&[(&path, bytes)]);
     let shared: Arc<dyn Storage> = Arc::new(storage);
-    let cache = LogCache::new(CacheLimits { index_bytes_max: ByteCount(1 << 16), open_files_max: 4 });
+    let cache = LogCache::new(CacheLimits {
+        index_bytes_max: ByteCount(1 << 16),
+        open_files_max: 4,
+        ..CacheLimits::default()
+    });
     if let Ok(left) = salvage(&shared, Path::new(LOG), &cache, None, None) {
         read_everything(&left.snapshot);
         let _ = left.check(&mut |_| true);
