@@ -43,7 +43,7 @@ struct Arguments {
     size: u64,
     /// Only these, by a part of their name: servers of the tables, and rows of tracking and resync
     /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare, many-disks, restart), and of
-    /// going back (mount-first-byte, restore, rewind, boot).
+    /// going back (mount-first-byte, restore, rewind, boot), and of the store (thousand-disks, ingest).
     #[arg(long)]
     only: Vec<String>,
     /// Writes in the log of which mount-first-byte mounts points; ten million take 6 GB and minutes.

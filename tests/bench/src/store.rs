@@ -1,6 +1,12 @@
 //! What the receiver's store costs: what is written to it, and what is read from it.
 
+mod ingest;
+mod peer;
+mod receiver;
+mod thousand;
+
 use crate::tracking::Row;
 
 /// All rows, in the order they run in.
-pub(crate) const ROWS: &[Row] = &[];
+pub(crate) const ROWS: &[Row] =
+    &[Row { name: "thousand-disks", run: thousand::run }, Row { name: "ingest", run: ingest::run }];
