@@ -9,7 +9,8 @@
 //! - A failure is told once, to one call, whosever file it was. So one call is under way at a time, and after the first
 //!   failure there is no other: the kernel keeps the failures of each open file too, and its own sync tells of them.
 //! - It writes what others have written to the same file system as well. So it is used only while little waits to be
-//!   written on the whole machine: what a call may have to write is bounded by that.
+//!   written on the whole machine: what a call may have to write is bounded by that. Where one took long all the same,
+//!   the next comes only after many times as long.
 
 use std::{
     fs::{self, File},
@@ -18,12 +19,19 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FsWord, fstatfs, syncfs};
 
 /// Bytes that wait to be written on the whole machine; with more each file is synced by itself.
 const DIRTY_BYTES_MAX: u64 = 64 << 20;
+
+/// A call that takes longer has written what is others'.
+const SLOW: Duration = Duration::from_millis(250);
+
+/// After one that took long there is none for so many times as long.
+const PAUSE: u32 = 32;
 
 /// The first kernel that tells of every failure.
 const KERNEL_MIN: (u32, u32) = (5, 17);
@@ -37,6 +45,8 @@ pub(super) struct Together {
     /// good for it.
     root: Option<File>,
     turn: Mutex<()>,
+    /// None before then.
+    pause: Mutex<Option<Instant>>,
     /// A call has failed.
     failed: AtomicBool,
 }
@@ -48,12 +58,13 @@ impl Together {
             File::open(root).ok().filter(|file| fstatfs(file).is_ok_and(|stat| KINDS.contains(&stat.f_type)));
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         let root = opened.filter(|_| version(&release).is_some_and(|found| found >= KERNEL_MIN));
-        Self { root, turn: Mutex::default(), failed: AtomicBool::new(false) }
+        Self { root, turn: Mutex::default(), pause: Mutex::default(), failed: AtomicBool::new(false) }
     }
 
     /// Whether it costs less than to sync several files.
     pub(super) fn is_cheap(&self) -> bool {
         self.is_sound()
+            && !self.pauses()
             && fs::read_to_string("/proc/meminfo")
                 .ok()
                 .and_then(|text| dirty_bytes(&text))
@@ -72,9 +83,24 @@ impl Together {
         if !self.is_sound() {
             return false;
         }
+        let begun = Instant::now();
         let synced = sync(root);
+        self.note(begun.elapsed());
         self.failed.fetch_or(synced.is_err(), Ordering::AcqRel);
         synced.is_ok()
+    }
+
+    /// Takes note of how long one took.
+    fn note(&self, took: Duration) {
+        if took > SLOW {
+            *self.pause.lock().unwrap_or_else(PoisonError::into_inner) =
+                Instant::now().checked_add(took * PAUSE);
+        }
+    }
+
+    fn pauses(&self) -> bool {
+        let until = *self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
     }
 
     fn is_sound(&self) -> bool {
@@ -105,11 +131,26 @@ mod tests {
     fn after_a_failure_each_file_is_synced_by_itself_for_good() {
         let dir = tempfile::tempdir().expect("a directory");
         let root = Some(File::open(dir.path()).expect("open it"));
-        let together = Together { root, turn: Mutex::default(), failed: AtomicBool::new(false) };
+        let together = Together {
+            root,
+            turn: Mutex::default(),
+            pause: Mutex::default(),
+            failed: AtomicBool::new(false),
+        };
         assert!(together.sync_by(|_| Ok(())));
         assert!(!together.sync_by(|_| Err(std::io::ErrorKind::StorageFull.into())));
         assert!(!together.sync_by(|_| panic!("the kernel has told of the failure, and will not again")));
         assert!(!together.is_cheap());
+    }
+
+    #[test]
+    fn one_that_took_long_is_not_followed_soon() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let together = Together::of(dir.path());
+        together.note(SLOW);
+        assert!(!together.pauses());
+        together.note(Duration::from_secs(3600));
+        assert!(together.pauses() && !together.is_cheap());
     }
 
     #[test]
