@@ -310,3 +310,6 @@ fn as_left(
         Resume::New | Resume::Lost { .. } | Resume::Crashed { .. } => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,12 +26,28 @@ fn whole(disk: &Disk<'_>) {
     disk.settle();
 }
 
+/// Waits until the agent has noted that it lived after the image was written last: an image that was written long after the
+/// last sign of life is trusted by nobody.
+fn seen_alive(bench: &Bench, disk: &Disk<'_>) {
+    let written = std::fs::metadata(&disk.image).unwrap().modified().unwrap();
+    let written = written.duration_since(std::time::UNIX_EPOCH).unwrap().as_micros();
+    loop {
+        let tracking = std::fs::read(bench.path("state/vm1.tracking")).unwrap();
+        let sign = tracking[4096..4104].try_into().unwrap();
+        if u128::from(u64::from_le_bytes(sign)) >= written {
+            return;
+        }
+        disk.status();
+    }
+}
+
 /// The disk is at the other host, which has filled `b.img`, and the first host's agent is back, without it.
 fn gone_over<'bench>(
     bench: &'bench Bench,
     disk: &Disk<'_>,
     first: Daemon,
 ) -> (OtherHost<'bench>, Daemon, Daemon) {
+    seen_alive(bench, disk);
     first.kill();
     let (other, second) = OtherHost::start(bench);
     let done = other.failover(&["--yes"]);
@@ -113,6 +129,7 @@ fn an_agent_that_comes_up_fenced_still_knows_what_differs() {
     other.settle();
     // Its agent dies, and ends in good order, and each time a guest has written.
     disk.qemu_io(&["write -P 0x33 4M 64k", "flush"]);
+    seen_alive(&bench, &disk);
     first.kill();
     let mut first = bench.agent();
     first.may_complain("another agent has disk vm1");
