@@ -4,12 +4,14 @@
 //! read was written by a guest, so it is taken as hostile: names and sizes are its words, never this machine's
 //! paths.
 
+mod compare;
 mod copy_out;
 mod partitions;
 mod parts;
 mod point_reader;
 mod volume;
 
+pub(crate) use compare::{Change, Difference, Differences, Sides, compare};
 pub(crate) use copy_out::{Copied, Destination, copy_out};
 pub(crate) use partitions::{Content, LogicalVolume, Partition, logical_volumes, partitions};
 pub(crate) use parts::{Part, Parts};

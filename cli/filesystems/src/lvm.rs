@@ -94,6 +94,20 @@ impl Segment {
     }
 }
 
+/// Where bytes of a logical volume are on the disk, piece by piece.
+pub fn on_disk(segments: &[Segment], range: ByteRange) -> Vec<ByteRange> {
+    let (mut at, mut found) = (range.start().0, Vec::new());
+    while at < range.end().0 {
+        let index = segments.partition_point(|segment| segment.end() <= at);
+        let Some(segment) = segments.get(index) else { break };
+        let (from, left) = segment.place(at);
+        let count = left.min(range.end().0 - at);
+        found.extend(ByteRange::new(ByteOffset(from), ByteCount(count)));
+        at += count;
+    }
+    found
+}
+
 impl Source for LogicalBytes {
     fn size(&self) -> ByteCount {
         ByteCount(self.segments.last().map_or(0, Segment::end))

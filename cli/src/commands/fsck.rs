@@ -32,6 +32,11 @@ pub(crate) struct Fsck {
 impl Fsck {
     /// Reads every file, changes none, and ends with the code of damage when there is some.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        if self.store.is_file() {
+            let why = format!("{} is a file, and a store is a directory", self.store.display());
+            let hint = "name the directory that `receiver run --store` was given";
+            return Err(ApiError::new(ErrorCode::Usage, why).with_hint(hint).into());
+        }
         let total = ByteCount(bytes_below(&self.store));
         let (reports, mut progress) = mpsc::channel(REPORTS_MAX);
         let store = self.store;

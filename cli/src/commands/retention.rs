@@ -1,5 +1,6 @@
 //! `backtide retention`: how long history is kept.
 
+use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::{
     DiskRetention, KeepRequest, LockRequest, MarkPoint, Point, RetentionPreview, RetentionReport,
     RetentionRequest,
@@ -115,7 +116,21 @@ impl Retention {
             }
             What::Keep { name, at } => receiver.keep(&KeepRequest { name, at, release: false }).await?,
             What::Lock { name, at, all: _, until } => receiver.lock(&LockRequest { name, at, until }).await?,
-            What::Release { name, at } => receiver.keep(&KeepRequest { name, at, release: true }).await?,
+            What::Release { name, at } => {
+                let kept = |report: &RetentionReport| -> Vec<_> {
+                    report.disks.iter().flat_map(|disk| disk.keep.iter().map(|point| point.lsn)).collect()
+                };
+                let before = receiver.retention(Some(&name)).await?;
+                let request = KeepRequest { name: name.clone(), at, release: true };
+                let released = receiver.keep(&request).await?;
+                if kept(&before) == kept(&receiver.retention(Some(&name)).await?) {
+                    let why =
+                        format!("no point of disk {name} is kept at {}, so none was released", request.at);
+                    let hint = "`backtide retention show NAME` lists the points that are kept until released";
+                    return Err(ApiError::new(ErrorCode::NotFound, why).with_hint(hint).into());
+                }
+                released
+            }
         };
         context.print(&report, || text(&report))?;
         Ok(if report.error.is_some() { Ending::Warnings } else { Ending::Done })

@@ -120,6 +120,11 @@ impl LogicalVolume {
     pub(crate) fn bytes(&self, disk: Rc<dyn Source>) -> LogicalBytes {
         LogicalBytes::new(disk, self.segments.clone())
     }
+
+    /// Where bytes of it are on the disk.
+    pub(crate) fn on_disk(&self, range: ByteRange) -> Vec<ByteRange> {
+        lvm::on_disk(&self.segments, range)
+    }
 }
 
 /// The logical volumes whose physical volumes are among `partitions`.

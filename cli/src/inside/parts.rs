@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_filesystems::{Source, Window};
+use backtide_units::{ByteOffset, ByteRange};
 use serde::Serialize;
 
 use super::{Content, LogicalVolume, Partition, PointReader, Volume, logical_volumes, partitions};
@@ -107,6 +108,17 @@ impl Part<'_> {
         match self {
             Self::Partition(partition) => partition.number.to_string(),
             Self::Logical(volume) => volume.name.clone(),
+        }
+    }
+
+    /// Where bytes of it are on the disk.
+    pub(crate) fn on_disk(&self, range: ByteRange) -> Vec<ByteRange> {
+        match self {
+            Self::Partition(partition) => {
+                let start = partition.offset.0.saturating_add(range.start().0);
+                ByteRange::new(ByteOffset(start), range.count()).into_iter().collect()
+            }
+            Self::Logical(volume) => volume.on_disk(range),
         }
     }
 

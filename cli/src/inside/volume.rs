@@ -11,7 +11,7 @@ use backtide_filesystems::{
     self as filesystems, Contents, FileId, FileSystem, Name, Node, Source, fat::Fat, ntfs::Ntfs, path,
     xfs::Xfs,
 };
-use backtide_units::{ByteCount, ByteOffset};
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use serde::Serialize;
 
 use self::ext4::{Ext4Volume, OpenExt4};
@@ -46,6 +46,9 @@ pub(crate) struct Entry {
     pub(crate) gid: u32,
     /// When it was changed last, in seconds since 1970.
     pub(crate) modified: i64,
+    /// The same in nanoseconds.
+    #[serde(skip)]
+    pub(super) modified_ns: i128,
     /// Where it leads, when it is a symbolic link.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) target: Option<String>,
@@ -55,6 +58,16 @@ pub(crate) struct Entry {
     /// Where it is.
     #[serde(skip)]
     pub(super) place: Place,
+}
+
+impl Entry {
+    /// The file's number, where files have one.
+    pub(super) fn file_id(&self) -> Option<FileId> {
+        match self.place {
+            Place::Ext4(_) => None,
+            Place::Other(id) => Some(id),
+        }
+    }
 }
 
 /// How a volume finds a file again.
@@ -193,6 +206,20 @@ impl Volume {
         Ok(entries)
     }
 
+    /// Where the bytes of a file are on the volume; none when nobody tells.
+    ///
+    /// # Errors
+    /// When that cannot be read.
+    pub(super) fn places(&self, file: &Entry) -> Result<Option<Vec<ByteRange>>, ApiError> {
+        let (Self::Other(volume), Place::Other(id)) = (self, &file.place) else { return Ok(None) };
+        let contents = volume.contents(*id).map_err(|error| api_error(&file.name, &error))?;
+        let places = contents.pieces().iter().filter_map(|piece| match piece.place {
+            filesystems::Place::Volume(start) => ByteRange::new(start, piece.length),
+            filesystems::Place::Inline(_) => None,
+        });
+        Ok(Some(places.collect()))
+    }
+
     /// Opens a file to read it.
     ///
     /// # Errors
@@ -243,7 +270,7 @@ fn entry(volume: &dyn FileSystem, name: Name) -> Result<Entry, ApiError> {
     };
     let modified = i64::try_from(modified_ns.div_euclid(1_000_000_000)).unwrap_or(i64::MAX);
     let (raw_name, place) = (name.bytes, Place::Other(name.id));
-    Ok(Entry { name: text, kind, size, mode, uid, gid, modified, target, raw_name, place })
+    Ok(Entry { name: text, kind, size, mode, uid, gid, modified, modified_ns, target, raw_name, place })
 }
 
 fn api_error(path: &str, error: &filesystems::Error) -> ApiError {

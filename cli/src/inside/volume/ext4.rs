@@ -100,6 +100,8 @@ impl Ext4Volume {
             uid: metadata.uid(),
             gid: metadata.gid(),
             modified: metadata.modified().seconds(),
+            modified_ns: i128::from(metadata.modified().seconds()) * 1_000_000_000
+                + i128::from(metadata.modified().nanoseconds()),
             target,
             place: Place::Ext4(path),
         })

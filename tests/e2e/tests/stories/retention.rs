@@ -25,6 +25,9 @@ fn kept_points_outlive_the_log_and_the_disk_resyncs_against_images() {
     disk.settle();
 
     bench.json(&["retention", "keep", "vm1", "--at", "mark:kept"]);
+    let none = bench.plain(&["retention", "release", "vm1", "--at", "latest"]);
+    assert_eq!(none.code, 4, "{none:?}");
+    assert!(none.stderr.contains("no point of disk vm1 is kept at latest"), "{none:?}");
     let preview = bench.json(&["retention", "preview", "vm1", "any=1s"]);
     assert_eq!(preview["ladder"], "any=1s");
     bench.json(&["retention", "set", "vm1", "any=1s", "--yes"]);

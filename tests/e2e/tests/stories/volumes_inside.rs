@@ -115,3 +115,85 @@ fn files_of_ntfs_and_fat_come_out_of_a_point() {
     assert_eq!(refused.code, 5, "{refused:?}");
     assert!(refused.stderr.contains("CompactOS"), "{refused:?}");
 }
+
+/// The lines of `diff --files`, each without its path's slash.
+fn differences(bench: &Bench, name: &str) -> Vec<String> {
+    let report = bench.json(&["diff", name, "--from", "mark:before", "--files"]);
+    let line = |file: &serde_json::Value| {
+        let text = |field: &str| file[field].as_str().unwrap().to_owned();
+        format!("{} {} {}", text("change"), text("path"), file["what"])
+    };
+    report["files"].as_array().unwrap().iter().map(line).collect()
+}
+
+#[test]
+fn bytes_that_changed_under_a_file_that_looks_the_same_are_found() {
+    let bench = Bench::new();
+    unpack(&bench, "vm1.img", "xfs.zst");
+    let image = std::fs::read(bench.path("vm1.img")).unwrap();
+    let block: Vec<u8> = (409_600..413_696).map(|at| ((at / 1000 + 1) % 251) as u8).collect();
+    let at = image.chunks(4096).position(|found| found == block).expect("a block of the file") * 4096;
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.settle();
+    bench.json(&["mark", "before", "vm1"]);
+    disk.settle();
+    // The same bytes again are no difference.
+    let same = bench.path("same");
+    std::fs::write(&same, &image[at - 4096..at]).unwrap();
+    disk.qemu_io(&[&format!("write -s {} {} 4k", same.display(), at - 4096)]);
+    disk.settle();
+    assert_eq!(differences(&bench, "vm1"), [] as [&str; 0]);
+    disk.qemu_io(&[&format!("write -P 0xee {at} 4k")]);
+    disk.settle();
+    let expected = [r#"changed /another name of big ["content"]"#, r#"changed /moved ["content"]"#];
+    assert_eq!(differences(&bench, "vm1"), expected, "both names of the file");
+}
+
+#[test]
+fn files_that_were_added_removed_and_changed_are_told() {
+    let bench = Bench::new();
+    let volume = |name: &str, files: &[(&str, &str)]| {
+        let tree = bench.path(&format!("{name}-tree"));
+        for (path, content) in files {
+            let path = tree.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, content).unwrap();
+            let file = std::fs::File::options().write(true).open(&path).unwrap();
+            file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_600_000_000)).unwrap();
+        }
+        let image = bench.name(name);
+        tools::run("truncate", &["-s", "8M", &image]);
+        tools::run("mkfs.ext4", &["-q", "-F", "-O", "^has_journal", "-d", tree.to_str().unwrap(), &image]);
+        image
+    };
+    volume("vm1.img", &[("etc/same", "1"), ("etc/longer", "1"), ("old/file", "1"), ("z", "1")]);
+    let later =
+        volume("later", &[("etc/same", "1"), ("etc/longer", "12"), ("new/deep/file", "1"), ("z", "1")]);
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.settle();
+    bench.json(&["mark", "before", "vm1"]);
+    disk.settle();
+    disk.qemu_io(&[&format!("write -s {later} 0 8M")]);
+    disk.settle();
+    let expected = [
+        r#"changed /etc/longer ["size"]"#,
+        "added /new []",
+        "added /new/deep []",
+        "added /new/deep/file []",
+        "removed /old []",
+        "removed /old/file []",
+    ];
+    assert_eq!(differences(&bench, "vm1"), expected);
+    let text = bench.plain(&["diff", "vm1", "--from", "mark:before", "--files"]);
+    assert_eq!(text.code, 0, "{text:?}");
+    assert!(
+        text.stdout.contains("M /etc/longer  (size)") && text.stdout.contains("+ /new/deep/file"),
+        "{text:?}"
+    );
+    assert!(text.stderr.contains("files: 3 added, 2 removed, 1 changed"), "{text:?}");
+    assert_eq!(bench.json(&["mount"])["mounts"], serde_json::json!([]), "nothing stays mounted");
+}
