@@ -1,12 +1,14 @@
 //! A point written to a target: read over NBD, pipelined, sparse, then read back and compared.
 //!
-//! The disk is looked at in pieces of 1 MiB on a fixed grid, in windows of 1 GiB. Each side gives a
-//! digest per window, so that verifying needs 32 bytes of memory per GiB and can name the window
+//! The disk is looked at in pieces of 1 MiB on a fixed grid, in windows of 1 GiB. A file that takes direct I/O is read back
+//! piece by piece while others are written, and compared with what was written. Of other targets each side gives a
+//! digest per window at the end, so that verifying needs 32 bytes of memory per GiB and can name the window
 //! that differs. A piece without data has a digest without being read, on either side. What is done of a
 //! new file is noted piece by piece: a restore that was killed, or lost the receiver, is gone on with.
 
 mod copy;
 mod device;
+mod direct;
 mod file;
 mod leftovers;
 mod notes;

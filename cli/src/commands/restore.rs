@@ -141,7 +141,7 @@ async fn restore_mounted(context: &Context, mount: &Mount, what: What<'_>) -> Re
     let uri: NbdUri = mount.uri.parse().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
     let source =
         Client::connect(&uri).await.map_err(|error| ApiError::from_error(ErrorCode::Unreachable, &error))?;
-    let copied = match copy(&source, &target, &mut Progress::new(context, "restored")).await {
+    let copied = match copy(&source, &target, what.verify, &mut Progress::new(context, "restored")).await {
         Ok(copied) => copied,
         Err(Failure::Error(error)) if error.code == ErrorCode::Unreachable => {
             let hint = format!("{}: --at lsn:{}", target.leave(), mount.lsn);

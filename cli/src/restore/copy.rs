@@ -24,6 +24,8 @@ const IN_FLIGHT: usize = 16;
 /// What was copied.
 #[derive(Debug)]
 pub(crate) struct Copied {
+    /// Whether each piece was read back and compared when it was written.
+    read_back: bool,
     /// The digest of each window, in order.
     windows: Vec<Hash>,
     /// The point's size.
@@ -41,17 +43,21 @@ struct Piece {
     digest: [u8; 32],
     written: u64,
     resumed: u64,
+    read_back: bool,
 }
 
-/// Copies all of `source` to `target` and makes it durable there.
+/// Copies all of `source` to `target` and makes it durable there. With `check`, what can be read from the device
+/// at once is read back piece by piece, while others are written.
 pub(crate) async fn copy(
     source: &Client,
     target: &Target,
+    check: bool,
     progress: &mut Progress,
 ) -> Result<Copied, Failure> {
     let size = source.size();
     let (data_bytes, resumed_bytes) = (ByteCount(0), ByteCount(0));
-    let mut copied = Copied { windows: Vec::new(), size, data_bytes, resumed_bytes };
+    let read_back = check && target.reads_back();
+    let mut copied = Copied { read_back, windows: Vec::new(), size, data_bytes, resumed_bytes };
     target.prepare().await?;
     for window in windows(size) {
         let extents = source
@@ -69,11 +75,14 @@ pub(crate) async fn copy(
                 work.iter_mut().zip(there).for_each(|(piece, (_, holds_data))| piece.1 |= holds_data);
             }
         }
-        let (source, target) = (source.clone(), target.clone());
+        let (from, to) = (source.clone(), target.clone());
         let done = each_piece(work, size, progress, move |index, range| {
-            copy_piece(source.clone(), target.clone(), index, range, holds_data[index])
+            copy_piece(from.clone(), to.clone(), index, range, holds_data[index], read_back)
         })
         .await?;
+        if read_back {
+            refuse_other_data(target, window, &done.read_back).await?;
+        }
         copied.windows.push(done.hash);
         copied.data_bytes.0 += done.written;
         copied.resumed_bytes.0 += done.resumed;
@@ -83,8 +92,29 @@ pub(crate) async fn copy(
     Ok(copied)
 }
 
-/// Reads `target` back and compares it with what was copied.
+/// Sees to it that the target holds nothing where nothing was read back.
+async fn refuse_other_data(target: &Target, window: ByteRange, read_back: &[bool]) -> Result<(), Failure> {
+    let there = pieces(window, &target.extents(window).await?);
+    for ((piece, _), _) in there.into_iter().zip(read_back).filter(|((_, held), known)| *held && !**known) {
+        if runs(&target.read(piece).await?, None).iter().any(|(_, zero)| !zero) {
+            return Err(differs(target, piece));
+        }
+    }
+    Ok(())
+}
+
+fn differs(target: &Target, range: ByteRange) -> Failure {
+    let message = format!("what was read back from {target} differs from the point in bytes {range}");
+    ApiError::new(ErrorCode::Damaged, message)
+        .with_hint("the target does not keep what is written to it; do not use this restore")
+        .into()
+}
+
+/// Reads `target` back and compares it with what was copied, unless that is done.
 pub(crate) async fn verify(target: &Target, copied: &Copied, progress: &mut Progress) -> Result<(), Failure> {
+    if copied.read_back {
+        return Ok(());
+    }
     for (window, expected) in windows(copied.size).zip(&copied.windows) {
         let extents = target.extents(window).await?;
         let reader = target.clone();
@@ -98,11 +128,7 @@ pub(crate) async fn verify(target: &Target, copied: &Copied, progress: &mut Prog
         })
         .await?;
         if read.hash != *expected {
-            let message =
-                format!("what was read back from {target} differs from the point in bytes {window}");
-            return Err(ApiError::new(ErrorCode::Damaged, message)
-                .with_hint("the target does not keep what is written to it; do not use this restore")
-                .into());
+            return Err(differs(target, window));
         }
     }
     progress.end();
@@ -114,6 +140,8 @@ struct Window {
     hash: Hash,
     written: u64,
     resumed: u64,
+    /// Which pieces were read back.
+    read_back: Vec<bool>,
 }
 
 /// Works on those pieces of a window that ask for it, [`IN_FLIGHT`] at once.
@@ -127,13 +155,15 @@ where
     W: Future<Output = Result<Piece, Failure>> + Send + 'static,
 {
     let mut digests = WindowDigest::of(pieces.len());
+    let mut known = vec![false; pieces.len()];
     let mut running = JoinSet::new();
     let (mut written, mut resumed) = (0, 0);
     let mut failure = None;
     // After a failure what is in flight still comes to its end: what is done is noted then.
     let mut finish = |ended, failure: &mut Option<Failure>| match unwrap(ended) {
-        Ok(Piece { index, digest, written: new, resumed: old }) => {
+        Ok(Piece { index, digest, written: new, resumed: old, read_back }) => {
             digests.set(index, digest);
+            known[index] = read_back;
             written += new;
             resumed += old;
         }
@@ -159,7 +189,7 @@ where
     if let Some(error) = failure {
         return Err(error);
     }
-    Ok(Window { hash: digests.finish(), written, resumed })
+    Ok(Window { hash: digests.finish(), written, resumed, read_back: known })
 }
 
 fn unwrap(ended: Result<Result<Piece, Failure>, tokio::task::JoinError>) -> Result<Piece, Failure> {
@@ -172,11 +202,12 @@ async fn copy_piece(
     index: usize,
     range: ByteRange,
     holds_data: bool,
+    read_back: bool,
 ) -> Result<Piece, Failure> {
     if let Some(noted) = target.noted(range)
         && digest(&target.read(range).await?) == noted
     {
-        return Ok(Piece { index, digest: noted, written: 0, resumed: range.count().0 });
+        return Ok(Piece { index, digest: noted, written: 0, resumed: range.count().0, read_back });
     }
     let data = if holds_data {
         source.read(range.start(), range.count()).await.map_err(|error| read_failure(&error))?
@@ -187,8 +218,9 @@ async fn copy_piece(
         Way::Changed => Some(target.read(range).await?),
         Way::Fresh | Way::Over => None,
     };
-    let mut written = 0;
+    let (mut written, mut same) = (0, there.is_some());
     for (run, zero) in runs(&data, there.as_deref()) {
+        same = false;
         let (start, end) = (range.start().0 + run.start as u64, range.start().0 + run.end as u64);
         let at = ByteRange::between(backtide_units::ByteOffset(start), backtide_units::ByteOffset(end));
         if !zero {
@@ -198,9 +230,12 @@ async fn copy_piece(
             target.zero(at).await?;
         }
     }
+    if read_back && !same && target.read(range).await? != data {
+        return Err(differs(&target, range));
+    }
     let digest = digest(&data);
     target.note(range, &digest)?;
-    Ok(Piece { index, digest, written, resumed: 0 })
+    Ok(Piece { index, digest, written, resumed: 0, read_back })
 }
 
 /// Zeroes what no piece writes to. Each run of such pieces is one request.

@@ -1,5 +1,5 @@
 //! What files and block devices have in common as targets: reading and writing at a place, on the
-//! runtime's threads for what blocks.
+//! runtime's threads for what blocks; around the page cache where that can be.
 
 use std::{
     fs::File,
@@ -13,18 +13,28 @@ use backtide_units::ByteRange;
 use bytes::Bytes;
 use rustix::fs::{Advice, fadvise};
 
-use crate::ending::{Failure, io_failure};
+use crate::{
+    ending::{Failure, io_failure},
+    restore::direct::Direct,
+};
 
 /// An open file or device, with the name people know it by.
 #[derive(Clone)]
 pub(super) struct OpenFile {
     file: Arc<File>,
+    direct: Option<Arc<Direct>>,
     path: PathBuf,
 }
 
 impl OpenFile {
     pub(super) fn new(file: File, path: &Path) -> Self {
-        Self { file: Arc::new(file), path: path.to_owned() }
+        let direct = Direct::of(&file).map(Arc::new);
+        Self { file: Arc::new(file), direct, path: path.to_owned() }
+    }
+
+    /// Whether what was written can be read from the device at once.
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct.is_some()
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -32,14 +42,23 @@ impl OpenFile {
     }
 
     pub(super) async fn write(&self, range: ByteRange, data: Bytes) -> Result<(), Failure> {
-        self.blocking("write", move |file| file.write_all_at(&data, range.start().0)).await
+        let direct = self.direct.clone();
+        let write = move |file: &File| match direct {
+            Some(direct) => direct.write(file, range, &data),
+            None => file.write_all_at(&data, range.start().0),
+        };
+        self.blocking("write", write).await
     }
 
     pub(super) async fn read(&self, range: ByteRange) -> Result<Bytes, Failure> {
-        let read = move |file: &File| {
-            let mut data = vec![0; range.count().0 as usize];
-            file.read_exact_at(&mut data, range.start().0)?;
-            Ok(data.into())
+        let direct = self.direct.clone();
+        let read = move |file: &File| match direct {
+            Some(direct) => Ok(direct.read(range)?.freeze()),
+            None => {
+                let mut data = vec![0; range.count().0 as usize];
+                file.read_exact_at(&mut data, range.start().0)?;
+                Ok(data.into())
+            }
         };
         self.blocking("read", read).await
     }

@@ -176,6 +176,16 @@ impl Target {
         }
     }
 
+    /// Whether a piece can be read back from where it is kept as soon as it is written, and is as sure then as at the
+    /// end. A device or a server may be smaller than it says: what is written last may lie over the first.
+    pub(crate) fn reads_back(&self) -> bool {
+        match self {
+            Self::File(file) => file.content().is_direct(),
+            Self::OldFile(file) => file.content().is_direct(),
+            Self::Device(..) | Self::Nbd { .. } => false,
+        }
+    }
+
     /// Makes it ready to be written: from here on it is changed.
     pub(crate) async fn prepare(&self) -> Result<(), Failure> {
         match self {

@@ -174,7 +174,7 @@ impl Fixture {
         let leftover = take(&self.context, output, &goal(self.source.size()))?;
         let wanted = Wanted { only_changed, leftover, ..wanted(self.source.size(), force) };
         let target = Target::open(output, wanted).await?;
-        let copied = copy(&self.source, &target, &mut Progress::new(&self.context, "restored")).await?;
+        let copied = copy(&self.source, &target, true, &mut Progress::new(&self.context, "restored")).await?;
         verify(&target, &copied, &mut Progress::new(&self.context, "verified")).await?;
         target.publish().await?;
         Ok((copied.data_bytes, copied.resumed_bytes))
@@ -298,7 +298,7 @@ fn a_restore_that_is_given_up_leaves_nothing() {
         let output = fixture.path("out.img");
         let target =
             Target::open(output.to_str().unwrap(), wanted(fixture.source.size(), false)).await.unwrap();
-        copy(&fixture.source, &target, &mut Progress::new(&fixture.context, "restored")).await.unwrap();
+        copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "restored")).await.unwrap();
         drop(target);
         assert_eq!(fixture.names(), ["source"]);
     });
@@ -352,7 +352,9 @@ fn a_killed_restore_is_gone_on_with_and_what_it_wrote_is_checked() {
         let name = output.to_str().unwrap();
         fixture.ram.unreadable_from.set(3 * MIB as u64);
         let target = Target::open(name, wanted(fixture.source.size(), false)).await.unwrap();
-        copy(&fixture.source, &target, &mut Progress::new(&fixture.context, "restored")).await.unwrap_err();
+        copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "restored"))
+            .await
+            .unwrap_err();
         // As when it is killed: nothing of it is cleared away, and its lock is gone.
         target.leave();
         drop(target);
@@ -373,6 +375,23 @@ fn a_killed_restore_is_gone_on_with_and_what_it_wrote_is_checked() {
 }
 
 #[test]
+fn a_hole_that_holds_something_is_found() {
+    run(async {
+        let fixture = Fixture::new().await;
+        let output = fixture.path("out.img");
+        let name = output.to_str().unwrap();
+        let target = Target::open(name, wanted(fixture.source.size(), false)).await.unwrap();
+        target.leave();
+        drop(target);
+        let partial = fixture.names().into_iter().find(|name| name.ends_with(".restoring")).unwrap();
+        let file = std::fs::File::options().write(true).open(fixture.path(&partial)).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1], 2 * MIB as u64 + 5).unwrap();
+        assert_eq!(code(fixture.restore(name, false).await.unwrap_err()), ErrorCode::Damaged);
+        assert!(!output.exists());
+    });
+}
+
+#[test]
 fn what_is_left_of_another_point_or_was_lost_since_is_not_taken() {
     run(async {
         let fixture = Fixture::new().await;
@@ -382,7 +401,9 @@ fn what_is_left_of_another_point_or_was_lost_since_is_not_taken() {
             let size = fixture.source.size();
             let other = if lost { goal(size) } else { Goal { lsn: Lsn(6), ..goal(size) } };
             let target = Target::open(name, Wanted { goal: other, ..wanted(size, true) }).await.unwrap();
-            copy(&fixture.source, &target, &mut Progress::new(&fixture.context, "restored")).await.unwrap();
+            copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "restored"))
+                .await
+                .unwrap();
             target.leave();
             drop(target);
             let partial = fixture.names().into_iter().find(|name| name.ends_with(".restoring")).unwrap();
@@ -417,7 +438,7 @@ fn what_somebody_else_may_have_put_there_is_not_gone_on_with() {
                 let (output, victim) = (fixture.path("out.img"), fixture.path("victim"));
                 let name = output.to_str().unwrap();
                 let target = Target::open(name, wanted(fixture.source.size(), false)).await.unwrap();
-                copy(&fixture.source, &target, &mut Progress::new(&fixture.context, "restored"))
+                copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "restored"))
                     .await
                     .unwrap();
                 target.leave();
