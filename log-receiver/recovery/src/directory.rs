@@ -5,9 +5,11 @@
 //! long the log, and one binary search in each gives exactly the segments that touch a bucket. Nodes never
 //! change and are shared with snapshots.
 //!
-//! Memory is bounded: beyond the limit buckets are counted in larger units, the largest node first. Then some
+//! Memory is bounded, by a limit and by what the log has: beyond 1.75 bytes for each bucket that a segment
+//! has, buckets are counted in larger units, first in the node that takes most for each. Then some
 //! segments are named that do not have the bucket; whoever asks looks into their index and finds nothing.
 
+mod lists;
 mod node;
 
 use std::sync::Arc;
@@ -23,6 +25,9 @@ const FANOUT: usize = 8;
 
 /// Nodes of this tier (32,768 segments) are not joined: a place in a node has 16 bits.
 const TIER_MAX: u8 = 5;
+
+/// A log may take so much whatever it has.
+const BYTES_MIN: u64 = 512 << 10;
 
 /// The lowest and the highest version of a segment's extents; the lowest above the highest without any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +115,7 @@ pub(crate) struct Candidates<'a, S> {
     buckets: Vec<Bucket>,
     at: Lsn,
     /// Of the node that is walked through: for each bucket, places that are still to come.
-    places: Vec<&'a [u16]>,
+    places: Vec<Vec<u16>>,
 }
 
 impl<S: Clone> Directory<S> {
@@ -159,12 +164,16 @@ impl<S: Clone> Directory<S> {
     }
 
     fn coarsening(&self) -> Option<Upkeep<S>> {
-        if self.bytes() <= self.bytes_max {
+        let buckets: u64 = self.nodes.iter().map(|placed| placed.node.buckets()).sum();
+        let lists: u64 = self.nodes.iter().map(|placed| placed.node.list_bytes() as u64).sum();
+        if self.bytes() <= self.bytes_max && lists <= BYTES_MIN.max(buckets / 4 * 7) {
             return None;
         }
         let nodes = self.nodes.iter().enumerate().filter(|(_, placed)| placed.node.can_be_coarser());
-        let (first, largest) = nodes.max_by_key(|(_, placed)| placed.node.bytes())?;
-        Some(Upkeep::Coarsen(Job { first, nodes: vec![Arc::clone(&largest.node)] }))
+        let dearness = |node: &Node<S>| node.list_bytes() as u64 * 16 / node.buckets().max(1);
+        let (first, dearest) =
+            nodes.max_by_key(|(_, placed)| (dearness(&placed.node), placed.node.list_bytes()))?;
+        Some(Upkeep::Coarsen(Job { first, nodes: vec![Arc::clone(&dearest.node)] }))
     }
 
     /// Puts the outcome in place.
@@ -216,8 +225,10 @@ impl<'a, S> Candidates<'a, S> {
         self.places.clear();
         if let Some(Placed { node, .. }) = self.nodes.last() {
             let end = node.places_at(self.at);
-            let upto =
-                |places: &'a [u16]| &places[..places.partition_point(|place| usize::from(*place) < end)];
+            let upto = |mut places: Vec<u16>| {
+                places.truncate(places.partition_point(|place| usize::from(*place) < end));
+                places
+            };
             self.places.extend(self.buckets.iter().map(|bucket| upto(node.places(*bucket))));
         }
     }
@@ -243,9 +254,8 @@ impl<'a, S> Iterator for Candidates<'a, S> {
         self.version_max()?;
         let node = &self.nodes.last()?.node;
         let newest = (0..self.places.len()).max_by_key(|which| self.places[*which].last())?;
-        let (place, rest) = self.places[newest].split_last()?;
-        self.places[newest] = rest;
-        Some((&node.segments()[usize::from(*place)], self.buckets[newest]))
+        let place = self.places[newest].pop()?;
+        Some((&node.segments()[usize::from(place)], self.buckets[newest]))
     }
 }
 

@@ -4,7 +4,10 @@ use backtide_segment::{Bucket, LEVELS};
 use backtide_units::{ByteRange, Lsn};
 use roaring::RoaringTreemap;
 
-use super::Versions;
+use super::{
+    Versions,
+    lists::{Builder, Lists, Reader},
+};
 
 /// How much coarser a node becomes at a time, as a power of two.
 const COARSER: u8 = 4;
@@ -12,8 +15,7 @@ const COARSER: u8 = 4;
 /// Bits of a bucket's number.
 const NUMBER_BITS: u8 = 32;
 
-/// See the module's description. The lists are one array: those of bucket number `numbers[i]` are
-/// `places[starts[i]..starts[i + 1]]`, ascending.
+/// See the module's description.
 pub(super) struct Node<S> {
     tier: u8,
     segments: Vec<S>,
@@ -24,23 +26,41 @@ pub(super) struct Node<S> {
     versions: Vec<Versions>,
     /// Numbers of buckets are shifted right by this.
     shift: u8,
-    /// Where the numbers of each level begin, and where the last ends.
-    levels: [u32; LEVELS as usize + 1],
-    numbers: Vec<u32>,
-    starts: Vec<u32>,
+    /// The buckets of each level.
+    levels: Vec<Lists>,
+    /// Buckets of all segments as they came.
+    buckets: u64,
+}
+
+/// One of the nodes that another is made of.
+struct Source<'a> {
+    reader: Reader<'a>,
+    shift: u8,
+    first_place: u16,
+    /// The bucket that is next, its number as the new node has it.
+    number: Option<u32>,
     places: Vec<u16>,
 }
 
-/// A bucket and a place in one number, in their order: level, number, place.
-fn packed(level: u8, number: u32, place: u16) -> u64 {
-    u64::from(level) << 48 | u64::from(number) << 16 | u64::from(place)
+impl Source<'_> {
+    fn advance(&mut self) {
+        let number = self.reader.next(&mut self.places);
+        self.number = number.map(|number| shifted(number, self.shift));
+    }
+}
+
+fn shifted(number: u32, shift: u8) -> u32 {
+    number.checked_shr(shift.into()).unwrap_or(0)
 }
 
 impl<S: Clone> Node<S> {
     pub(super) fn leaf(segment: S, versions: Versions, buckets: &RoaringTreemap) -> Self {
-        let buckets = buckets.iter().filter_map(Bucket::from_code);
-        let entries = buckets.map(|bucket| packed(bucket.level(), bucket.number(), 0)).collect();
-        Self::build(0, vec![segment], vec![versions], 0, entries)
+        let mut levels: Vec<Builder> = (0..LEVELS).map(|_| Builder::new(true)).collect();
+        for bucket in buckets.iter().filter_map(Bucket::from_code) {
+            levels[usize::from(bucket.level())].push(bucket.number(), &[0]);
+        }
+        let levels = levels.into_iter().map(Builder::finish).collect();
+        Self::new(0, vec![segment], vec![versions], 0, levels, buckets.len())
     }
 
     /// The nodes in one of the next tier; they must be in log order.
@@ -50,38 +70,37 @@ impl<S: Clone> Node<S> {
     {
         let shift = nodes.clone().map(|node| node.shift).max().unwrap_or(0);
         let tier = nodes.clone().map(|node| node.tier + 1).max().unwrap_or(0);
-        let (mut segments, mut versions, mut entries) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut segments, mut versions, mut parts) = (Vec::new(), Vec::new(), Vec::new());
         for node in nodes {
-            node.entries(shift, segments.len() as u16, &mut entries);
+            parts.push((node, segments.len() as u16));
             segments.extend_from_slice(&node.segments);
             versions.extend_from_slice(&node.versions);
         }
-        Self::build(tier, segments, versions, shift, entries)
+        Self::build(tier, segments, versions, shift, &parts)
     }
 
     /// The same with buckets counted in larger units.
     pub(super) fn coarser(&self) -> Self {
-        let shift = self.shift + COARSER;
-        let mut entries = Vec::new();
-        self.entries(shift, 0, &mut entries);
-        Self::build(self.tier, self.segments.clone(), self.versions.clone(), shift, entries)
+        let (segments, versions) = (self.segments.clone(), self.versions.clone());
+        Self::build(self.tier, segments, versions, self.shift + COARSER, &[(self, 0)])
     }
 
-    fn entries(&self, shift: u8, first_place: u16, out: &mut Vec<u64>) {
-        for level in 0..LEVELS {
-            for which in self.level(level) {
-                let number = self.numbers[which].checked_shr((shift - self.shift).into()).unwrap_or(0);
-                let places = &self.places[self.starts[which] as usize..self.starts[which + 1] as usize];
-                out.extend(places.iter().map(|place| packed(level, number, first_place + place)));
-            }
-        }
+    /// Of nodes, each with the place that its first segment has from now on.
+    fn build(tier: u8, segments: Vec<S>, versions: Vec<Versions>, shift: u8, parts: &[(&Self, u16)]) -> Self {
+        let alone = segments.len() == 1;
+        let levels = (0..usize::from(LEVELS)).map(|level| merge(parts, level, shift, alone)).collect();
+        let buckets = parts.iter().map(|(node, _)| node.buckets).sum();
+        Self::new(tier, segments, versions, shift, levels, buckets)
     }
 
-    /// Of entries in any order, several of them equal.
-    fn build(tier: u8, segments: Vec<S>, versions: Vec<Versions>, shift: u8, mut entries: Vec<u64>) -> Self {
-        // Runs that are sorted already, which this sort makes use of.
-        entries.sort();
-        entries.dedup();
+    fn new(
+        tier: u8,
+        segments: Vec<S>,
+        versions: Vec<Versions>,
+        shift: u8,
+        levels: Vec<Lists>,
+        buckets: u64,
+    ) -> Self {
         let mut high: Vec<Lsn> = versions.iter().map(|versions| versions.max).collect();
         let mut low: Vec<Lsn> = versions.iter().map(|versions| versions.min).collect();
         for place in 1..versions.len() {
@@ -90,26 +109,39 @@ impl<S: Clone> Node<S> {
         for place in (1..versions.len()).rev() {
             low[place - 1] = low[place - 1].min(low[place]);
         }
-        let mut levels = [0; LEVELS as usize + 1];
-        let (mut numbers, mut starts) = (Vec::new(), Vec::new());
-        let mut last = None;
-        for (at, entry) in entries.iter().enumerate() {
-            if last != Some(entry >> 16) {
-                last = Some(entry >> 16);
-                numbers.push((entry >> 16) as u32);
-                starts.push(at as u32);
-                levels[(entry >> 48) as usize + 1] = numbers.len() as u32;
-            }
-        }
-        starts.push(entries.len() as u32);
-        for level in 1..levels.len() {
-            levels[level] = levels[level].max(levels[level - 1]);
-        }
-        let places: Vec<u16> = entries.iter().map(|entry| *entry as u16).collect();
-        numbers.shrink_to_fit();
-        starts.shrink_to_fit();
-        Self { tier, segments, low, high, versions, shift, levels, numbers, starts, places }
+        Self { tier, segments, low, high, versions, shift, levels, buckets }
     }
+}
+
+/// One level of several nodes in one. What is read is in order, so no more than a bucket of each is in memory twice.
+fn merge<S>(parts: &[(&Node<S>, u16)], level: usize, shift: u8, alone: bool) -> Lists {
+    let mut sources: Vec<Source<'_>> = Vec::with_capacity(parts.len());
+    for (node, first_place) in parts {
+        sources.push(Source {
+            reader: node.levels[level].read(node.is_alone()),
+            shift: shift - node.shift,
+            first_place: *first_place,
+            number: None,
+            places: Vec::new(),
+        });
+    }
+    sources.iter_mut().for_each(Source::advance);
+    let (mut builder, mut places) = (Builder::new(alone), Vec::new());
+    while let Some(number) = sources.iter().filter_map(|source| source.number).min() {
+        places.clear();
+        for source in &mut sources {
+            let from = places.len();
+            while source.number == Some(number) {
+                places.extend(source.places.iter().map(|place| source.first_place + place));
+                source.advance();
+            }
+            // Several of its buckets may be one now.
+            places[from..].sort_unstable();
+        }
+        places.dedup();
+        builder.push(number, &places);
+    }
+    builder.finish()
 }
 
 impl<S> Node<S> {
@@ -135,47 +167,48 @@ impl<S> Node<S> {
         self.low.partition_point(|low| *low <= at)
     }
 
+    /// Bytes of the lists, which are fewer when it is coarser.
+    pub(super) fn list_bytes(&self) -> usize {
+        self.levels.iter().map(Lists::bytes).sum()
+    }
+
     pub(super) fn bytes(&self) -> usize {
         let of_segments = size_of::<S>() + size_of::<Versions>() + 2 * size_of::<Lsn>();
-        self.segments.len() * of_segments
-            + (self.numbers.len() + self.starts.len()) * size_of::<u32>()
-            + self.places.len() * size_of::<u16>()
+        self.segments.len() * of_segments + self.list_bytes()
+    }
+
+    /// Buckets of all its segments as they came: no more than they have extents.
+    pub(super) fn buckets(&self) -> u64 {
+        self.buckets
     }
 
     pub(super) fn can_be_coarser(&self) -> bool {
-        self.shift < NUMBER_BITS && !self.numbers.is_empty()
+        self.shift < NUMBER_BITS && self.list_bytes() > 0
     }
 
-    fn level(&self, level: u8) -> std::ops::Range<usize> {
-        let level = usize::from(level);
-        self.levels[level] as usize..self.levels[level + 1] as usize
-    }
-
-    fn shifted(&self, bucket: Bucket) -> u32 {
-        bucket.number().checked_shr(self.shift.into()).unwrap_or(0)
+    fn is_alone(&self) -> bool {
+        self.segments.len() == 1
     }
 
     /// The places of the segments that may have extents in `bucket`, ascending.
-    pub(super) fn places(&self, bucket: Bucket) -> &[u16] {
-        let level = self.level(bucket.level());
-        match self.numbers[level.clone()].binary_search(&self.shifted(bucket)) {
-            Ok(found) => {
-                let which = level.start + found;
-                &self.places[self.starts[which] as usize..self.starts[which + 1] as usize]
-            }
-            Err(_) => &[],
+    pub(super) fn places(&self, bucket: Bucket) -> Vec<u16> {
+        let (wanted, mut places) = (shifted(bucket.number(), self.shift), Vec::new());
+        let lists = &self.levels[usize::from(bucket.level())];
+        match lists.find(wanted, self.is_alone(), &mut places) {
+            Some(found) if found == wanted => places,
+            Some(_) | None => Vec::new(),
         }
     }
 
     /// Whether any segment may have extents in the buckets of a level that touch `range`.
     pub(super) fn has(&self, level: u8, range: ByteRange) -> bool {
-        let numbers = &self.numbers[self.level(level)];
-        if range.is_empty() || numbers.is_empty() {
+        let lists = &self.levels[usize::from(level)];
+        if range.is_empty() {
             return false;
         }
-        let first = self.shifted(Bucket::holding(range.start(), level));
-        let last = Bucket::holding(backtide_units::ByteOffset(range.end().0 - 1), level);
-        let place = numbers.partition_point(|number| *number < first);
-        numbers.get(place).is_some_and(|number| *number <= self.shifted(last))
+        let last = backtide_units::ByteOffset(range.end().0 - 1);
+        let number = |at| shifted(Bucket::holding(at, level).number(), self.shift);
+        let found = lists.find(number(range.start()), self.is_alone(), &mut Vec::new());
+        found.is_some_and(|found| found <= number(last))
     }
 }

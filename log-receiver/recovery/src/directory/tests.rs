@@ -121,7 +121,8 @@ fn versions_of_a_pass_in_a_later_segment_are_not_missed() {
 #[test]
 fn with_little_memory_it_is_coarser_and_still_leaves_none_out() {
     let plenty = directory(600, PLENTY);
-    let limit = ByteCount(plenty.bytes().0 * 5 / 6);
+    let lists: usize = plenty.nodes.iter().map(|placed| placed.node.list_bytes()).sum();
+    let limit = ByteCount(plenty.bytes().0 - lists as u64 / 3);
     let little = directory(600, limit);
     assert!(little.bytes() <= limit, "{} of {limit}", little.bytes());
     for n in [0, 31, 32, 300, 599] {
@@ -129,6 +130,28 @@ fn with_little_memory_it_is_coarser_and_still_leaves_none_out() {
         assert!(found.contains(&n) && found.len() < 600, "{n}: {} found", found.len());
         assert!(little.has(0, bucket_range(n)));
     }
+}
+
+#[test]
+fn a_bucket_takes_less_than_two_bytes_however_they_lie() {
+    let mut state = 1_u64;
+    let mut directory = Directory::new(PLENTY);
+    for n in 0..100 {
+        let random = (0..20_000).map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as u32
+        });
+        directory.push(Leaf::new(n, versions(1, 9), &buckets(random)));
+        while let Some(upkeep) = directory.upkeep() {
+            directory.install(upkeep.run());
+        }
+    }
+    let buckets: u64 = directory.nodes.iter().map(|placed| placed.node.buckets()).sum();
+    let lists: usize = directory.nodes.iter().map(|placed| placed.node.list_bytes()).sum();
+    assert!(lists as u64 <= buckets / 4 * 7, "{lists} bytes for {buckets} buckets");
+    // And few segments are asked in vain.
+    let asked: usize = (0..100).map(|n| found(&directory, n * 100_003, Lsn::MAX).len()).sum();
+    assert!(asked < 100 * 30, "{asked} of 10,000");
 }
 
 #[test]

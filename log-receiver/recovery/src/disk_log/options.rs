@@ -16,8 +16,8 @@ pub struct LogOptions {
     /// Space is reserved in steps of this, so that a sync need not grow the file; in smaller ones while a segment is
     /// small. Default 8 MiB.
     pub allocation_step: ByteCount,
-    /// Memory of the directory that finds segments by the buckets they touch; beyond it look-ups look into
-    /// more segments than have what is looked for. Default 64 MiB, about 20 million records at random places.
+    /// Memory of the directory that finds segments by the buckets they touch; beyond it, and beyond 1.75 bytes
+    /// a record, look-ups look into more segments than have what is looked for. Default 64 MiB.
     pub directory_bytes_max: ByteCount,
 }
 
