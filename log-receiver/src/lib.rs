@@ -46,6 +46,7 @@ mod overlays;
 mod point_export;
 mod points;
 mod pool;
+mod read_queue;
 mod receiver;
 mod retention;
 mod scrub;

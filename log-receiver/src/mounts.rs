@@ -240,7 +240,8 @@ impl Table {
         let size = plan.view.disk_size();
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));
         let Serving { readers, findings, overlays, writers, .. } = &self.serving;
-        let reading = Reading { disk: plan.disk.uuid, readers: readers.clone(), findings: findings.clone() };
+        let (disk, name) = (plan.disk.uuid, uri.export.clone());
+        let reading = Reading { disk, name, readers: readers.clone(), findings: findings.clone() };
         let changed_since = plan.changed.as_ref().map(|changed| changed.since);
         let dirty_bitmap = plan.changed.as_ref().map(|_| plan.disk.name.to_string());
         let info = ExportInfo { description, dirty_bitmap, ..ExportInfo::new(&uri.export, size) };

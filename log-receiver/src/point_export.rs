@@ -1,6 +1,6 @@
 //! A point of a disk as a read-only NBD export.
 //!
-//! Runs on the mounts' thread; every read goes to the readers' pool, so that one slow client holds
+//! Runs on the mounts' thread; every read goes to the readers' pool ([`ReadQueue`]), so that one slow client holds
 //! up neither other mounts nor ingest. The view is a snapshot: it reads the same however the log
 //! grows on. Damage is answered with EIO and told in the log with its place, never with data.
 
@@ -12,7 +12,7 @@ use backtide_units::{ByteCount, ByteRange, DiskId};
 
 use roaring::RoaringTreemap;
 
-use crate::{changes::dirty_extents, disk::chain, findings::Findings, pool::Pool};
+use crate::{changes::dirty_extents, disk::chain, findings::Findings, pool::Pool, read_queue::ReadQueue};
 
 /// One question for block status looks no further than this.
 pub(crate) const STATUS_BYTES_MAX: u64 = 1 << 30;
@@ -24,7 +24,8 @@ pub(crate) const EXTENTS_MAX: usize = 4096;
 pub(crate) struct PointExport {
     info: ExportInfo,
     view: View,
-    reading: Reading,
+    reading: Rc<Reading>,
+    reads: ReadQueue,
     /// The blocks that changed since another point.
     changed: Option<Arc<RoaringTreemap>>,
 }
@@ -32,6 +33,8 @@ pub(crate) struct PointExport {
 /// How a point is read.
 pub(crate) struct Reading {
     pub(crate) disk: DiskId,
+    /// Of the mount.
+    pub(crate) name: String,
     pub(crate) readers: Pool,
     /// Where damage is noted that a read meets.
     pub(crate) findings: Findings,
@@ -48,7 +51,9 @@ impl PointExport {
         changed: Option<Arc<RoaringTreemap>>,
     ) -> Self {
         let info = ExportInfo { read_only: true, trim: false, write_zeroes: false, ..info };
-        Self { info, view, reading, changed }
+        let reading = Rc::new(reading);
+        let reads = ReadQueue::new(view.clone(), Rc::clone(&reading));
+        Self { info, view, reading, reads, changed }
     }
 
     /// Answers `reply` with what `work` yields on the readers' pool.
@@ -58,25 +63,28 @@ impl PointExport {
         work: impl FnOnce(View) -> Result<T, LogError> + Send + 'static,
         complete: impl FnOnce(Reply, T) + 'static,
     ) {
-        let (view, readers) = (self.view.clone(), self.reading.readers.clone());
-        let (disk, findings) = (self.reading.disk, self.reading.findings.clone());
-        let name = self.info.name.clone();
+        let (view, reading) = (self.view.clone(), Rc::clone(&self.reading));
         tokio::task::spawn_local(async move {
-            match readers.run(move || work(view)).await {
+            match reading.readers.run(move || work(view)).await {
                 Ok(Ok(value)) => complete(reply, value),
-                Ok(Err(error)) => {
-                    let why = chain(&error);
-                    if matches!(error, LogError::Damaged { .. }) {
-                        let place = why.clone();
-                        // Noting it writes a file. A receiver that ends while this waits notes nothing.
-                        let _ = readers.run(move || findings.note(disk, &place)).await;
-                    }
-                    tracing::error!(mount = name, why, "cannot read a mounted point");
-                    reply.fail_with(NbdError::Io, &why);
-                }
+                Ok(Err(error)) => reading.refuse(reply, error).await,
                 Err(_) => reply.fail(NbdError::Shutdown),
             }
         });
+    }
+}
+
+impl Reading {
+    /// Answers that the point cannot be read, and tells why in the log; damage is noted.
+    pub(crate) async fn refuse(&self, reply: Reply, error: LogError) {
+        let why = chain(&error);
+        if matches!(error, LogError::Damaged { .. }) {
+            let (disk, place, findings) = (self.disk, why.clone(), self.findings.clone());
+            // Noting it writes a file. A receiver that ends while this waits notes nothing.
+            let _ = self.readers.run(move || findings.note(disk, &place)).await;
+        }
+        tracing::error!(mount = self.name, why, "cannot read a mounted point");
+        reply.fail_with(NbdError::Io, &why);
     }
 }
 
@@ -88,7 +96,7 @@ impl Export for PointExport {
     fn submit(&self, command: Command, reply: Reply) {
         let range = command.range();
         match command {
-            Command::Read { .. } => self.answer(reply, move |view| view.read(range), Reply::data),
+            Command::Read { .. } => self.reads.push(range, reply),
             Command::BlockStatus { one, .. } => {
                 let extents_max = if one { 1 } else { EXTENTS_MAX };
                 let Some(changed) = self.changed.clone() else {

@@ -102,11 +102,9 @@ impl Image {
         assert_eq!(range.count().0, buffer.len() as u64, "a buffer as long as the range");
         self.each_chunk(range, &mut |covers, name| {
             let Some(part) = covers.intersection(range) else { return Ok(()) };
-            let bytes = self.images.data(name)?;
             let (from, to) = (part.start().0 - covers.start().0, part.start().0 - range.start().0);
             let (from, to, length) = (from as usize, to as usize, part.count().0 as usize);
-            buffer[to..to + length].copy_from_slice(&bytes[from..from + length]);
-            Ok(())
+            self.images.data(name, from, &mut buffer[to..to + length])
         })
     }
 

@@ -37,8 +37,8 @@ pub fn inspect(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> i
         let hash = blake3::Hash::from_bytes(line.hash).to_hex();
         write!(out, "{:>10}  #{} {}", line.offset, line.ordinal, &hash[..16])?;
         match pack.content(line, &name) {
-            Ok((kind, content)) => {
-                let kind = match kind {
+            Ok((header, content)) => {
+                let kind = match header.kind {
                     Kind::Data => "data".to_owned(),
                     Kind::Node(level) => format!("node of level {level}"),
                 };

@@ -16,6 +16,7 @@ mod inspect;
 mod node;
 mod pack;
 mod pack_writer;
+mod parts;
 mod recent;
 mod store;
 mod writer;

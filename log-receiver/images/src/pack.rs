@@ -11,8 +11,9 @@ use bytes::{Buf, BufMut, Bytes};
 
 use crate::{
     ImageError,
-    chunk::{CHUNK_HEADER_LENGTH, ChunkHeader, ChunkRef, Kind},
+    chunk::{CHUNK_HEADER_LENGTH, ChunkHeader, ChunkRef},
     error::failed,
+    parts::PartSums,
 };
 
 /// The newest format version, the one we write.
@@ -247,10 +248,34 @@ impl Pack {
         Ok((header, stored))
     }
 
-    /// A chunk's content, which has the hash in its name.
-    pub(crate) fn chunk(&self, name: &ChunkRef) -> Result<(Kind, Bytes), ImageError> {
+    fn line(&self, name: &ChunkRef) -> Option<&Line> {
         let found = self.lines.binary_search_by_key(&name.ordinal, |line| line.ordinal);
-        let Some(line) = found.ok().map(|place| &self.lines[place]) else {
+        found.ok().map(|place| &self.lines[place])
+    }
+
+    /// Bytes of a chunk that is stored as it is, from `from` on, by the sums of its content. False when they are not
+    /// there: it may be stored otherwise in a pack that took this one's place, or damaged; then a read of all of it tells.
+    pub(crate) fn part(
+        &self,
+        name: &ChunkRef,
+        sums: &PartSums,
+        from: usize,
+        buffer: &mut [u8],
+    ) -> Result<bool, ImageError> {
+        let Some(line) = self.line(name).filter(|line| line.hash == name.hash) else { return Ok(false) };
+        let behind = u64::from(line.offset) + CHUNK_HEADER_LENGTH as u64;
+        sums.read(from, buffer, |at, bytes| match self.read(behind + at as u64, bytes) {
+            Ok(()) => Ok(true),
+            Err(ImageError::Damaged { .. }) => Ok(false),
+            Err(
+                error @ (ImageError::UnknownVersion { .. } | ImageError::Full { .. } | ImageError::Io { .. }),
+            ) => Err(error),
+        })
+    }
+
+    /// A chunk's content, which has the hash in its name, and its header.
+    pub(crate) fn chunk(&self, name: &ChunkRef) -> Result<(ChunkHeader, Bytes), ImageError> {
+        let Some(line) = self.line(name) else {
             let what = match &self.broken {
                 Some(broken) => format!("chunk {} cannot be found: {broken}", name.ordinal),
                 None => format!("it has no chunk {}", name.ordinal),
@@ -261,7 +286,7 @@ impl Pack {
     }
 
     /// The content of the chunk of a line, which must be `name`.
-    pub(crate) fn content(&self, line: &Line, name: &ChunkRef) -> Result<(Kind, Bytes), ImageError> {
+    pub(crate) fn content(&self, line: &Line, name: &ChunkRef) -> Result<(ChunkHeader, Bytes), ImageError> {
         let (header, stored) = self.stored(line)?;
         let behind = u64::from(line.offset) + CHUNK_HEADER_LENGTH as u64;
         let content = if header.compressed {
@@ -273,7 +298,7 @@ impl Pack {
         if content.len() != header.length as usize || *blake3::hash(&content).as_bytes() != name.hash {
             return Err(self.damaged(behind, "the chunk's content does not have the hash in its name"));
         }
-        Ok((header.kind, content.into()))
+        Ok((header, content.into()))
     }
 }
 

@@ -10,24 +10,28 @@ use std::{
     },
 };
 
-use backtide_storage::Storage;
+use backtide_storage::{BufferPool, Storage};
 use backtide_units::ByteCount;
 use bytes::Bytes;
 
 use crate::{
     Image, ImageError, Recent, Root,
-    chunk::{ChunkRef, Kind},
+    chunk::{ChunkHeader, ChunkRef, Kind},
     error::failed,
     image::ROOT_LENGTH,
     node::{NODE_LENGTH, Node},
     pack::Pack,
+    parts::PartSums,
 };
 
 /// Where packs are, from the store's directory.
 pub const PACKS_DIR: &str = "images/packs";
 
 /// What is kept beside a value weighs about this much.
-const OVERHEAD: usize = 128;
+const OVERHEAD: usize = 192;
+
+/// Memory for checksums of parts of chunks, beside what the limits say: those of about 4 GiB.
+const SUM_BYTES_MAX: usize = 16 << 20;
 
 /// Limits of what readers and the writer keep in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +63,8 @@ pub(crate) struct Shared {
     forgotten: AtomicU64,
     nodes: Mutex<Recent<[u8; 32], Arc<Node>>>,
     chunks: Mutex<Recent<[u8; 32], Bytes>>,
+    sums: Mutex<Recent<[u8; 32], PartSums>>,
+    buffers: BufferPool,
     /// Images that somebody has: their chunks stay, whatever is written anywhere.
     held: Mutex<BTreeMap<[u8; ROOT_LENGTH], Weak<Root>>>,
 }
@@ -75,6 +81,8 @@ impl Images {
                 forgotten: AtomicU64::new(0),
                 nodes: Mutex::new(Recent::new(bytes(limits.node_bytes_max))),
                 chunks: Mutex::new(Recent::new(bytes(limits.chunk_bytes_max))),
+                sums: Mutex::new(Recent::new(SUM_BYTES_MAX)),
+                buffers: BufferPool::default(),
                 held: Mutex::default(),
             }),
         }
@@ -186,25 +194,60 @@ impl Images {
         Ok(node)
     }
 
-    /// Bytes of a disk.
-    pub(crate) fn data(&self, name: &ChunkRef) -> Result<Bytes, ImageError> {
-        if let Some(bytes) = lock(&self.shared.chunks).get(&name.hash) {
-            return Ok(bytes);
+    /// Memory for reads of this store's disks.
+    pub fn buffers(&self) -> &BufferPool {
+        &self.shared.buffers
+    }
+
+    /// Bytes of a disk: those of a chunk from `from` on, as many as the buffer has.
+    ///
+    /// A chunk is checked as a whole. What is stored as it is need not be read as a whole again: the checksums of its
+    /// parts are kept. What is compressed is kept itself, for a while. Whoever reads all of it reads on, elsewhere, so
+    /// nothing is kept then.
+    pub(crate) fn data(&self, name: &ChunkRef, from: usize, buffer: &mut [u8]) -> Result<(), ImageError> {
+        let kept = lock(&self.shared.chunks).get(&name.hash);
+        if let Some(bytes) = kept {
+            buffer.copy_from_slice(&bytes[from..from + buffer.len()]);
+            return Ok(());
         }
-        let (_, bytes) = self.content(name, Kind::Data)?;
-        lock(&self.shared.chunks).put(name.hash, bytes.len() + OVERHEAD, bytes.clone());
-        Ok(bytes)
+        let whole = buffer.len() as u64 == crate::CHUNK_BYTES.0;
+        let sums = if whole { None } else { lock(&self.shared.sums).get(&name.hash) };
+        if let Some(sums) = sums
+            && self.pack(name.pack)?.part(name, &sums, from, buffer)?
+        {
+            return Ok(());
+        }
+        let (_, header, bytes) = self.stored_content(name, Kind::Data)?;
+        buffer.copy_from_slice(&bytes[from..from + buffer.len()]);
+        match (whole, header.compressed) {
+            (true, _) => {}
+            (false, true) => lock(&self.shared.chunks).put(name.hash, bytes.len() + OVERHEAD, bytes),
+            (false, false) => {
+                let sums = PartSums::of(&bytes);
+                lock(&self.shared.sums).put(name.hash, sums.weight() + OVERHEAD, sums);
+            }
+        }
+        Ok(())
     }
 
     /// A chunk's content from its file, past what is kept in memory.
     pub(crate) fn content(&self, name: &ChunkRef, kind: Kind) -> Result<(Arc<Pack>, Bytes), ImageError> {
+        self.stored_content(name, kind).map(|(pack, _, content)| (pack, content))
+    }
+
+    fn stored_content(
+        &self,
+        name: &ChunkRef,
+        kind: Kind,
+    ) -> Result<(Arc<Pack>, ChunkHeader, Bytes), ImageError> {
         let pack = self.pack(name.pack)?;
-        let (found, content) = pack.chunk(name)?;
+        let (header, content) = pack.chunk(name)?;
         let right_length = kind != Kind::Data || content.len() as u64 == crate::CHUNK_BYTES.0;
+        let found = header.kind;
         if found != kind || !right_length {
             return Err(pack.damaged(0, format!("chunk {} is {found:?}, expected {kind:?}", name.ordinal)));
         }
-        Ok((pack, content))
+        Ok((pack, header, content))
     }
 }
 

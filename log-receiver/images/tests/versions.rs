@@ -279,6 +279,36 @@ fn a_flipped_bit_gives_the_right_data_or_an_error_that_names_the_file() {
 }
 
 #[test]
+fn a_block_is_read_without_its_chunk_once_that_was_checked_and_damage_since_is_found() {
+    let mut bench = Bench::new(9, 2 * CHUNK);
+    // It cannot be compressed.
+    bench.content = (0..2 * CHUNK).map(|_| bench.random.next() as u8).collect();
+    let root = bench.make(None, &[true, true]).expect("no fault");
+    let image = bench.images.image(root);
+    let block = |at: usize| {
+        let range = ByteRange::new(ByteOffset(at as u64), ByteCount(4096)).unwrap();
+        let mut found = vec![0; 4096];
+        image.read_into(range, &mut found).map(|()| found)
+    };
+    let expected = |at: usize| bench.content[at..at + 4096].to_vec();
+    for at in [0, 8192, 8192, 5000, CHUNK - 4096, CHUNK - 100, CHUNK] {
+        assert!(block(at).unwrap() == expected(at), "{at}");
+    }
+    let pack = &bench.packs()[0];
+    let file = bench.storage.open(pack).unwrap();
+    let mut stored = vec![0; file.len().unwrap().0 as usize];
+    file.read_at(ByteOffset(0), &mut stored).unwrap();
+    let place =
+        stored.windows(4096).position(|bytes| bytes == expected(8192)).expect("it is stored as it is");
+    bench.storage.flip_bit(pack, ByteOffset(place as u64 + 7), 3);
+    assert!(matches!(block(8192), Err(ImageError::Damaged { .. })));
+    assert!(matches!(block(5000), Err(ImageError::Damaged { .. })));
+    assert!(block(12_288).unwrap() == expected(12_288), "a block beside it is what it was");
+    bench.storage.flip_bit(pack, ByteOffset(place as u64 + 7), 3);
+    assert!(block(8192).unwrap() == expected(8192));
+}
+
+#[test]
 fn a_pack_with_a_damaged_trailer_or_table_is_read_by_its_chunks() {
     let mut bench = Bench::new(5, 6 * CHUNK);
     let (root, content) = bench.next(None);

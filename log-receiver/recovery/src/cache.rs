@@ -1,8 +1,8 @@
-//! What readers of all disks share: index blocks, open files and pieces of payloads, all bounded.
+//! What readers of all disks share: index blocks, open files and what payloads are checked by, all bounded.
 //!
-//! A piece of a payload (64 KiB) is checked as a whole, so a small read costs a read of all of it. Reads near
-//! each other are common, so pieces of which only a part was wanted are kept for a while, and so are the
-//! checksum tables of long payloads.
+//! A piece of a payload (64 KiB) is checked as a whole, so a small read costs a read of all of it. From then on the
+//! checksums of its parts (4 KiB) are kept, so that the next small read of it costs no more than it wants: the bytes
+//! themselves are the page cache's to keep. So are the checksum tables of long payloads.
 //!
 //! Loading happens outside the lock; two readers may then load the same block, and one copy is kept.
 
@@ -16,24 +16,23 @@ use std::{
 };
 
 use backtide_images::{Images, ImagesLimits, Recent};
-use backtide_segment::{EntryParts, Guide, IndexBlock, Position, SegmentFile};
+use backtide_segment::{EntryParts, Guide, IndexBlock, PartSums, Position, SegmentFile};
 use backtide_storage::Storage;
 use backtide_units::ByteCount;
-use bytes::Bytes;
 use roaring::RoaringTreemap;
 
 use crate::{LogError, open_extents::OpenExtents, origin::Origins};
 
 /// What is kept beside the bytes of a value weighs about this much.
-const OVERHEAD: usize = 128;
+const OVERHEAD: usize = 192;
 
-/// Memory for pieces of payloads of all disks, beside what the limits say.
-const PIECE_BYTES_MAX: usize = 32 << 20;
+/// Memory for checksums of parts of payloads of all disks, beside what the limits say: those of about 4 GiB.
+const SUM_BYTES_MAX: usize = 16 << 20;
 
 /// Memory for checksum tables of all disks, beside what the limits say.
 const TABLE_BYTES_MAX: usize = 4 << 20;
 
-/// A bounded cache of index blocks, open segment files and (32 MiB of) pieces of payloads. Clones share it.
+/// A bounded cache of index blocks, open segment files and (16 MiB of) checksums of payloads. Clones share it.
 #[derive(Clone)]
 pub struct LogCache {
     shared: Arc<Shared>,
@@ -85,7 +84,7 @@ struct Shared {
     parts: Mutex<Recent<(SegmentKey, PartName), IndexPart>>,
     files: Mutex<Recent<SegmentKey, SegmentFile>>,
     entries: Mutex<Recent<(SegmentKey, Position), EntryParts>>,
-    pieces: Mutex<Recent<PieceKey, Bytes>>,
+    sums: Mutex<Recent<PieceKey, PartSums>>,
     origins: Origins,
     images: OnceLock<Images>,
     open_extents: OpenExtents,
@@ -102,7 +101,7 @@ impl LogCache {
                 parts: Mutex::new(Recent::new(bytes)),
                 files: Mutex::new(Recent::new(limits.open_files_max.max(1))),
                 entries: Mutex::new(Recent::new(TABLE_BYTES_MAX)),
-                pieces: Mutex::new(Recent::new(PIECE_BYTES_MAX)),
+                sums: Mutex::new(Recent::new(SUM_BYTES_MAX)),
                 origins: Origins::default(),
                 images: OnceLock::new(),
                 open_extents: OpenExtents::new(limits.open_extents_max),
@@ -191,15 +190,15 @@ impl LogCache {
         Ok(loaded)
     }
 
-    /// A piece of an entry's payload, if it was kept.
-    pub(crate) fn piece(&self, key: PieceKey) -> Option<Bytes> {
-        self.shared.pieces.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
+    /// The sums of a piece that was checked, if they were kept.
+    pub(crate) fn sums(&self, key: PieceKey) -> Option<PartSums> {
+        self.shared.sums.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
     }
 
-    /// Keeps a piece, which was checked.
-    pub(crate) fn keep_piece(&self, key: PieceKey, bytes: Bytes) {
-        let weight = bytes.len() + OVERHEAD;
-        self.shared.pieces.lock().unwrap_or_else(PoisonError::into_inner).put(key, weight, bytes);
+    /// Keeps the sums of a piece that was checked.
+    pub(crate) fn keep_sums(&self, key: PieceKey, sums: PartSums) {
+        let weight = sums.count() * size_of::<u32>() + OVERHEAD;
+        self.shared.sums.lock().unwrap_or_else(PoisonError::into_inner).put(key, weight, sums);
     }
 
     pub(crate) fn file(

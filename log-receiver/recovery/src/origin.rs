@@ -11,7 +11,7 @@ use std::{
 
 use backtide_images::{Image, Images};
 use backtide_segment::SegmentId;
-use backtide_storage::Storage;
+use backtide_storage::{BufferPool, Storage};
 use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
 use roaring::RoaringTreemap;
 
@@ -78,6 +78,11 @@ impl Origin {
     /// When there is no log.
     pub(crate) fn images_store(&self) -> &Images {
         self.store.as_ref().expect("a log is in a store")
+    }
+
+    /// Memory for reads; none when there is no log.
+    pub(crate) fn buffers(&self) -> Option<&BufferPool> {
+        self.store.as_ref().map(Images::buffers)
     }
 
     /// All images, by their points.

@@ -13,7 +13,6 @@ use backtide_segment::{
 };
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
-use bytes::Bytes;
 use roaring::RoaringTreemap;
 
 use crate::{
@@ -21,9 +20,6 @@ use crate::{
     cache::{IndexPart, PartName, PieceKey, SegmentKey},
     open_extents::Counted,
 };
-
-/// Pieces of a payload read at once: 1 MiB.
-const PIECES_AT_ONCE: usize = 16;
 
 /// One segment, shared between the log and its views.
 pub(crate) struct Segment {
@@ -301,36 +297,73 @@ impl Segment {
         Ok(())
     }
 
-    /// Reads parts of the disk (in order, apart from each other) from the entry at which their extents point and
-    /// hands their bytes to `copy`, piece by piece; each was checked.
+    /// Reads parts of the disk (in order, apart from each other) from the entry at which their extents point into the
+    /// `buffer` of the `range` they lie in; each byte was checked.
     ///
     /// # Panics
     /// When there are none.
     pub(crate) fn read_entry(
         &self,
         parts_of: &[(Extent, ByteRange)],
-        mut copy: impl FnMut(ByteRange, &[u8]),
+        range: ByteRange,
+        buffer: &mut [u8],
     ) -> Result<(), LogError> {
-        let (extent, _) = &parts_of[0];
-        let parts = self
-            .cache
-            .entry(self.key, extent.position, || Ok(self.file()?.parts(&self.header, extent)?))?;
+        let (Extent { position, .. }, _) = parts_of[0];
+        let file = self.file()?;
+        let load = || Ok(file.parts(&self.header, &parts_of[0].0)?);
+        let parts = self.cache.entry(self.key, position, load)?;
         self.check_extents(&parts, parts_of)?;
-        let wanted: Vec<ByteRange> = parts_of.iter().map(|(_, part)| *part).collect();
-        let mut pieces: Vec<usize> = wanted.iter().flat_map(|part| parts.pieces_of(*part)).collect();
-        pieces.dedup();
-        for run in pieces.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(PIECES_AT_ONCE)) {
-            self.read_pieces(extent.position, &parts, run[0]..run[0] + run.len(), |piece, bytes| {
-                let first = wanted.partition_point(|part| part.end() <= piece.start());
-                let mut used = 0;
-                for part in wanted[first..].iter().map_while(|part| part.intersection(piece)) {
-                    let from = (part.start().0 - piece.start().0) as usize;
-                    let length = (part.count().0) as usize;
-                    copy(part, &bytes[from..from + length]);
-                    used += length;
-                }
-                used == bytes.len()
-            })?;
+        for (_, part) in parts_of {
+            let from = (part.start().0 - range.start().0) as usize;
+            let into = &mut buffer[from..from + part.count().0 as usize];
+            self.read_part(&file, position, &parts, *part, into)?;
+        }
+        Ok(())
+    }
+
+    /// Whole pieces are read right into the buffer; of others no more than is wanted, once they were checked.
+    fn read_part(
+        &self,
+        file: &SegmentFile,
+        entry: Position,
+        parts: &EntryParts,
+        part: ByteRange,
+        mut buffer: &mut [u8],
+    ) -> Result<(), LogError> {
+        let Range { start: mut next, end } = parts.pieces_of(part);
+        while next < end {
+            let whole = (next..end).take_while(|number| part.contains(parts.piece(*number))).count();
+            let last = if whole > 0 { next + whole - 1 } else { next };
+            let span = ByteRange::between(parts.piece(next).start(), parts.piece(last).end());
+            let wanted = span.intersection(part).expect("the piece holds some of it");
+            let (now, later) = buffer.split_at_mut(wanted.count().0 as usize);
+            match whole {
+                0 => self.read_inside(file, (entry, next), parts, wanted, now)?,
+                _ => file.payload_into(parts, next..last + 1, now)?,
+            }
+            (next, buffer) = (last + 1, later);
+        }
+        Ok(())
+    }
+
+    /// Bytes of one piece of an entry.
+    fn read_inside(
+        &self,
+        file: &SegmentFile,
+        (entry, piece): (Position, usize),
+        parts: &EntryParts,
+        wanted: ByteRange,
+        buffer: &mut [u8],
+    ) -> Result<(), LogError> {
+        let key = PieceKey { segment: self.key, entry, piece };
+        if let Some(sums) = self.cache.sums(key) {
+            return Ok(file.part(parts, piece, &sums, wanted, buffer)?);
+        }
+        let (bytes, sums) = file.piece(parts, piece)?;
+        let from = (wanted.start().0 - parts.piece(piece).start().0) as usize;
+        buffer.copy_from_slice(&bytes[from..from + buffer.len()]);
+        if sums.count() > 1 {
+            self.cache.keep_sums(key, sums);
         }
         Ok(())
     }
@@ -354,39 +387,6 @@ impl Segment {
                 parts.range()
             ),
         })
-    }
-
-    /// Hands consecutive pieces to `take`, which says whether it used all of one; others are kept.
-    fn read_pieces(
-        &self,
-        entry: Position,
-        parts: &EntryParts,
-        pieces: Range<usize>,
-        mut take: impl FnMut(ByteRange, &[u8]) -> bool,
-    ) -> Result<(), LogError> {
-        let key = |piece: usize| PieceKey { segment: self.key, entry, piece };
-        let mut next = pieces.start;
-        while next < pieces.end {
-            if let Some(kept) = self.cache.piece(key(next)) {
-                take(parts.piece(next), &kept);
-                next += 1;
-                continue;
-            }
-            let missing = (next + 1..pieces.end).find(|piece| self.cache.piece(key(*piece)).is_some());
-            let run = next..missing.unwrap_or(pieces.end);
-            next = run.end;
-            let bytes = self.file()?.payload(parts, run.clone())?;
-            let mut at = 0;
-            for number in run {
-                let piece = parts.piece(number);
-                let end = at + piece.count().0 as usize;
-                if !take(piece, &bytes[at..end]) {
-                    self.cache.keep_piece(key(number), Bytes::copy_from_slice(&bytes[at..end]));
-                }
-                at = end;
-            }
-        }
-        Ok(())
     }
 
     /// The file, opened when it is not.

@@ -13,6 +13,9 @@ use crate::{
     merge::{Content, Piece, Source},
 };
 
+/// Reads from this length on are made in memory that is used again: fresh memory costs more than filling it.
+const POOLED_MIN: ByteCount = ByteCount(64 << 10);
+
 /// The disk at one point. Cheap to clone; reads block on the file system.
 #[derive(Clone)]
 pub struct View {
@@ -62,16 +65,23 @@ impl View {
     /// # Panics
     /// When the range is longer than memory can be, or beyond the largest disk.
     pub fn read(&self, range: ByteRange) -> Result<Bytes, LogError> {
-        let length = range.count().as_usize().expect("a read that fits in memory");
-        let mut buffer = vec![0; length];
+        if range.count() >= POOLED_MIN
+            && let Some(pool) = self.snapshot.origin().buffers()
+        {
+            let mut buffer = pool.take(range.count());
+            self.read_into(range, &mut buffer)?;
+            return Ok(buffer.freeze());
+        }
+        let mut buffer = vec![0; range.count().as_usize().expect("a read that fits in memory")];
         self.read_into(range, &mut buffer)?;
         Ok(buffer.into())
     }
 
-    /// The bytes of `range` into `buffer`, which must hold zeros and be as long.
+    /// The bytes of `range` into `buffer`, which is as long and may hold anything.
     fn read_into(&self, range: ByteRange, buffer: &mut [u8]) -> Result<(), LogError> {
         let image = self.snapshot.image_at(self.at);
         if self.is_below_the_log() {
+            buffer.fill(0);
             return Ok(image.map_or(Ok(()), |image| image.read_into(range, buffer))?);
         }
         let merge = self.snapshot.merge(self.at);
@@ -79,25 +89,24 @@ impl View {
         let mut below = Vec::new();
         merge.pieces(range, &mut |piece| match piece.content {
             Content::Payload(source) => sourced.push((source, piece.range)),
-            Content::Zeroes => {}
+            Content::Zeroes => buffer[place_in(range, piece.range)].fill(0),
             Content::Below => below.push(piece.range),
         })?;
-        for (part, image) in below.into_iter().filter_map(|part| Some((part, image?))) {
-            let from = offset_in(range, part);
-            let length = usize::try_from(part.count().0).expect("a part of a buffer");
-            image.read_into(part, &mut buffer[from..from + length])?;
+        for part in below {
+            let buffer = &mut buffer[place_in(range, part)];
+            buffer.fill(0);
+            if let Some(image) = image {
+                image.read_into(part, buffer)?;
+            }
         }
-        // A piece of a payload is read and checked as a whole, so once for all parts that it gives.
+        // An entry's header is read and checked once for all parts that it gives.
         let entry = |source: &Source<'_>| (source.segment.header().id, source.extent.position.0);
         sourced.sort_by_key(|(source, range)| (entry(source), range.start()));
         for entry in sourced.chunk_by(|(a, _), (b, _)| entry(a) == entry(b)) {
             let (source, _) = entry[0];
             let wanted: Vec<(Extent, ByteRange)> =
                 entry.iter().map(|(source, part)| (source.extent, *part)).collect();
-            source.segment.read_entry(&wanted, |part, bytes| {
-                let to = offset_in(range, part);
-                buffer[to..to + bytes.len()].copy_from_slice(bytes);
-            })?;
+            source.segment.read_entry(&wanted, range, buffer)?;
         }
         Ok(())
     }
@@ -208,7 +217,9 @@ impl Extents {
     }
 }
 
-fn offset_in(whole: ByteRange, part: ByteRange) -> usize {
+/// Where a part of a range is in its buffer.
+fn place_in(whole: ByteRange, part: ByteRange) -> std::ops::Range<usize> {
     assert!(whole.contains(part), "{part} lies in {whole}");
-    usize::try_from(part.start().0 - whole.start().0).expect("an offset in memory")
+    let at = |offset: u64| usize::try_from(offset - whole.start().0).expect("an offset in memory");
+    at(part.start().0)..at(part.end().0)
 }

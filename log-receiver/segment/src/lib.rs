@@ -35,7 +35,7 @@ pub use ids::{Position, SegmentId, Seq};
 pub use index::{COARSE_LEVEL, Extent, ExtentKey, OpenIndex};
 pub use index_block::IndexBlock;
 pub use inspect::inspect;
-pub use pieces::EntryParts;
+pub use pieces::{EntryParts, PartSums};
 pub use read::{HeaderScan, SegmentFile};
 pub use scan::{Scanned, claims, scan, scan_prefix};
 pub use sealed::{SealedSegment, Summary};

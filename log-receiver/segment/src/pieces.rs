@@ -3,6 +3,9 @@
 //! The table of them stands between the header and the payload. It holds the CRC32C *so far* at the end of every
 //! piece but the last, whose is the whole payload's, in the header; and a CRC of its own that starts from the
 //! whole payload's, so that no other payload's table can pass for it. A short payload has one piece and no table.
+//!
+//! Whoever has checked a piece knows the CRC32C so far at the end of every 4 KiB of it as well ([`PartSums`]). By these any
+//! few blocks of it are read and checked again without the rest.
 
 use std::{ops::Range, sync::Arc};
 
@@ -16,6 +19,9 @@ use crate::{
 
 const PIECE: u64 = PayloadChecksum::PIECE.0;
 
+/// What a piece that was checked is read in from then on.
+const PART: u64 = 4096;
+
 /// An entry with a payload, and what is needed to read any piece of it: header and table, both checked.
 #[derive(Clone, Debug)]
 pub struct EntryParts {
@@ -24,6 +30,17 @@ pub struct EntryParts {
     payload_at: u64,
     /// CRC32C of the payload up to the end of each piece.
     running: Arc<[u32]>,
+}
+
+/// CRC32C of the payload up to the end of each 4 KiB of one piece, learned when that was checked as a whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartSums(Arc<[u32]>);
+
+impl PartSums {
+    /// How many parts the piece has.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
 }
 
 /// Bytes that the table of a payload takes, padding included; 0 for one piece.
@@ -113,6 +130,11 @@ impl EntryParts {
         &self.running
     }
 
+    /// CRC32C of the payload up to where a piece begins.
+    fn before(&self, number: usize) -> u32 {
+        number.checked_sub(1).map_or(0, |before| self.running[before])
+    }
+
     /// Where a piece stands in the file.
     pub(crate) fn piece_at(&self, number: usize) -> u64 {
         self.payload_at + number as u64 * PIECE
@@ -181,21 +203,121 @@ impl SegmentFile {
         let end = (pieces.end as u64 * PIECE).min(parts.header.payload_length.into());
         let start = (pieces.start as u64 * PIECE).min(end);
         let mut bytes = vec![0; (end - start) as usize];
-        self.read_exact(parts.payload_at + start, &mut bytes)?;
-        let before = |number: usize| number.checked_sub(1).map_or(0, |before| parts.running[before]);
-        for (number, piece) in pieces.clone().zip(bytes.chunks(PIECE as usize)) {
-            let (found, expected) = (crc32c::crc32c_append(before(number), piece), parts.running[number]);
-            if found != expected {
-                return Err(self.damaged(
-                    parts.payload_at + number as u64 * PIECE,
-                    format!(
-                        "the payload of entry {} (lsn {}) has checksum {found:08x}, it was captured with {expected:08x}",
-                        parts.header.seq, parts.header.lsn
-                    ),
-                ));
+        self.payload_into(parts, pieces, &mut bytes)?;
+        Ok(bytes.into())
+    }
+
+    /// The bytes of some pieces into `buffer`, one after the other, each checked.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] when one is not what was captured; the buffer holds anything then.
+    ///
+    /// # Panics
+    /// When there are no such pieces, or the buffer is not as long as they are.
+    pub fn payload_into(
+        &self,
+        parts: &EntryParts,
+        pieces: Range<usize>,
+        buffer: &mut [u8],
+    ) -> Result<(), SegmentError> {
+        assert!(pieces.end <= parts.count(), "pieces {pieces:?} of {}", parts.count());
+        let filled = buffer.len().div_ceil(PIECE as usize);
+        assert!(filled == pieces.len() || buffer.is_empty(), "a buffer for {pieces:?}");
+        self.read_exact(parts.piece_at(pieces.start), buffer)?;
+        for (number, piece) in pieces.zip(buffer.chunks(PIECE as usize)) {
+            self.check_piece(parts, number, crc32c::crc32c_append(parts.before(number), piece))?;
+        }
+        Ok(())
+    }
+
+    /// The bytes of one piece, checked, and what its parts are checked by from now on.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] when it is not what was captured.
+    ///
+    /// # Panics
+    /// When there is no such piece.
+    pub fn piece(&self, parts: &EntryParts, number: usize) -> Result<(Vec<u8>, PartSums), SegmentError> {
+        let length = parts.piece(number).count().0.min(parts.header.payload_length.into());
+        let mut bytes = vec![0; length as usize];
+        self.read_exact(parts.piece_at(number), &mut bytes)?;
+        let mut crc = parts.before(number);
+        let so_far = |part: &[u8]| {
+            crc = crc32c::crc32c_append(crc, part);
+            crc
+        };
+        let sums: Arc<[u32]> = bytes.chunks(PART as usize).map(so_far).collect();
+        self.check_piece(parts, number, crc)?;
+        Ok((bytes, PartSums(sums)))
+    }
+
+    /// Bytes of a piece that was checked before, by the sums of it, into `buffer`; reads no more than the 4 KiB parts
+    /// that have them.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] when they are not what was captured; the buffer holds anything then.
+    ///
+    /// # Panics
+    /// When they are not in that piece, the sums are of another one, or the buffer is not as long.
+    pub fn part(
+        &self,
+        parts: &EntryParts,
+        number: usize,
+        sums: &PartSums,
+        wanted: ByteRange,
+        buffer: &mut [u8],
+    ) -> Result<(), SegmentError> {
+        let piece = parts.piece(number);
+        assert!(piece.contains(wanted), "{wanted} lies in {piece}");
+        assert_eq!(ByteCount::of(buffer), wanted.count(), "a buffer for {wanted}");
+        assert_eq!(sums.count() as u64, piece.count().0.div_ceil(PART), "sums of {piece}");
+        let (from, to) = (wanted.start().0 - piece.start().0, wanted.end().0 - piece.start().0);
+        let (start, end) = (from / PART * PART, to.next_multiple_of(PART).min(piece.count().0));
+        if (start, end) == (from, to) {
+            return self.whole_parts(parts, number, sums, start, buffer);
+        }
+        let mut around = vec![0; (end - start) as usize];
+        self.whole_parts(parts, number, sums, start, &mut around)?;
+        buffer.copy_from_slice(&around[(from - start) as usize..(to - start) as usize]);
+        Ok(())
+    }
+
+    /// Whole parts of a piece, from byte `start` of it on.
+    fn whole_parts(
+        &self,
+        parts: &EntryParts,
+        number: usize,
+        PartSums(sums): &PartSums,
+        start: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), SegmentError> {
+        let (at, first) = (parts.piece_at(number) + start, (start / PART) as usize);
+        self.read_exact(at, buffer)?;
+        let mut crc = first.checked_sub(1).map_or_else(|| parts.before(number), |before| sums[before]);
+        for (place, part) in buffer.chunks(PART as usize).enumerate() {
+            let expected = sums[first + place];
+            crc = crc32c::crc32c_append(crc, part);
+            if crc != expected {
+                return Err(self.wrong_payload(parts, at + place as u64 * PART, crc, expected));
             }
         }
-        Ok(bytes.into())
+        Ok(())
+    }
+
+    fn check_piece(&self, parts: &EntryParts, number: usize, found: u32) -> Result<(), SegmentError> {
+        let expected = parts.running[number];
+        if found == expected {
+            return Ok(());
+        }
+        Err(self.wrong_payload(parts, parts.piece_at(number), found, expected))
+    }
+
+    fn wrong_payload(&self, parts: &EntryParts, at: u64, found: u32, expected: u32) -> SegmentError {
+        let EntryHeader { seq, lsn, .. } = parts.header;
+        let what = format!(
+            "the payload of entry {seq} (lsn {lsn}) has checksum {found:08x}, it was captured with {expected:08x}"
+        );
+        self.damaged(at, what)
     }
 
     /// The header of the entry at `position`, and its parts, or what is wrong with its table.
