@@ -1,6 +1,8 @@
 //! What the receiver's store costs: what is written to it, and what is read from it.
 
 mod ingest;
+mod mount_reads;
+mod open_point;
 mod peer;
 mod receiver;
 mod thousand;
@@ -8,5 +10,9 @@ mod thousand;
 use crate::tracking::Row;
 
 /// All rows, in the order they run in.
-pub(crate) const ROWS: &[Row] =
-    &[Row { name: "thousand-disks", run: thousand::run }, Row { name: "ingest", run: ingest::run }];
+pub(crate) const ROWS: &[Row] = &[
+    Row { name: "thousand-disks", run: thousand::run },
+    Row { name: "ingest", run: ingest::run },
+    Row { name: "open-point", run: open_point::run },
+    Row { name: "mount-reads", run: mount_reads::run },
+];

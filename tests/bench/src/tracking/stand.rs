@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::servers::{succeed, wait_for};
 
+/// A receiver's settings, in the stand's directory.
+const SETTINGS: &str = "receiver.toml";
+
 /// See the module's description.
 pub(crate) struct Stand {
     backtide: PathBuf,
@@ -43,6 +46,13 @@ impl Stand {
         Self::start_with(backtide, directory, receives, false)
     }
 
+    /// The same, with a receiver that has these settings.
+    pub(crate) fn with_settings(backtide: &Path, directory: &Path, settings: &str) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(directory)?;
+        std::fs::write(directory.join(SETTINGS), settings)?;
+        Self::start(backtide, directory, true)
+    }
+
     /// The same, with a receiver and an agent that is started again when it dies.
     pub(crate) fn held(backtide: &Path, directory: &Path) -> anyhow::Result<Self> {
         Self::start_with(backtide, directory, true, true)
@@ -54,7 +64,7 @@ impl Stand {
             let mut command = daemon(backtide, directory);
             command.args(arguments).spawn().context("start a daemon")
         };
-        let receiver = receives.then(|| start(&["receiver", "run"])).transpose()?;
+        let receiver = receives.then(|| receiver(backtide, directory).spawn()).transpose()?;
         let agent = start(if held { &["agent", "run", "--hold"] } else { &["agent", "run"] })?;
         let (backtide, directory) = (backtide.to_owned(), directory.to_owned());
         let stand = Self { backtide, directory, agent, receiver, held };
@@ -103,11 +113,31 @@ impl Stand {
 
     /// Ends the receiver in good order and starts another: nothing of the log is in its memory then.
     pub(crate) fn restart_receiver(&mut self) -> anyhow::Result<()> {
-        let receiver = self.receiver.as_mut().context("a stand with a receiver")?;
+        self.stop_receiver()?;
+        self.start_receiver()
+    }
+
+    /// Ends the receiver in good order.
+    pub(crate) fn stop_receiver(&mut self) -> anyhow::Result<()> {
+        let mut receiver = self.receiver.take().context("a stand with a receiver")?;
         succeed(Command::new("kill").arg(receiver.id().to_string()))?;
         receiver.wait()?;
-        *receiver = daemon(&self.backtide, &self.directory).args(["receiver", "run"]).spawn()?;
+        Ok(())
+    }
+
+    /// Starts a receiver where there is none; ready when it answers.
+    pub(crate) fn start_receiver(&mut self) -> anyhow::Result<()> {
+        self.receiver = Some(receiver(&self.backtide, &self.directory).spawn()?);
         wait_for(&self.directory.join("receiver.sock"))
+    }
+
+    /// Bytes of memory that the receiver has to itself.
+    pub(crate) fn receiver_memory(&self) -> anyhow::Result<f64> {
+        let receiver = self.receiver.as_ref().context("a stand with a receiver")?;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", receiver.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let kib = line.and_then(|text| text.trim().strip_suffix(" kB")).context("a size of memory")?;
+        Ok(kib.parse::<f64>()? * 1024.0)
     }
 
     /// Everything the agent has written to files and sockets so far, in bytes.
@@ -126,6 +156,17 @@ impl Stand {
     pub(crate) fn store(&self) -> PathBuf {
         self.directory.join("store")
     }
+}
+
+/// A receiver, with its settings where it has some.
+fn receiver(backtide: &Path, directory: &Path) -> Command {
+    let mut command = daemon(backtide, directory);
+    command.args(["receiver", "run"]);
+    let settings = directory.join(SETTINGS);
+    if settings.exists() {
+        command.arg("--config").arg(settings);
+    }
+    command
 }
 
 fn daemon(backtide: &Path, directory: &Path) -> Command {
