@@ -50,7 +50,10 @@ impl Ingest {
     /// it is not when everything is durable.
     pub(crate) fn commit_soon(self: &Rc<Self>, disk: DiskId) -> bool {
         let (wanted, enough) = match self.disks.borrow().get(disk) {
-            Some(state) => (state.wants_sync(), state.undurable_bytes() >= self.commit_bytes),
+            Some(state) => {
+                let crowded = state.undurable_bytes().0 >= self.undurable_bytes_max.0 / 2;
+                (state.wants_sync(), crowded || state.gathered_bytes() >= self.commit_bytes)
+            }
             None => (false, false),
         };
         if self.syncing.borrow().contains(&disk) {

@@ -89,8 +89,8 @@ pub struct Limits {
     /// How long what was received may wait for more to be synced with it, unless somebody waits for it; 0 is
     /// not at all, and more than 60,000 counts as that. Default 20 ms.
     pub commit_interval_ms: u64,
-    /// As many undurable bytes of a disk are not gathered any longer; at most half of `undurable_bytes`.
-    /// Default 4 MiB.
+    /// As many undurable bytes of a disk are not gathered any longer; of what a resync brings eight times as
+    /// many. At most half of `undurable_bytes`. Default 4 MiB.
     pub commit_bytes: ByteCount,
     /// When so many disks wait to be made durable, one flush of the store's file system serves all of them: where
     /// file system and kernel are good for that, and little else waits to be written. 0 is never. Default 4.

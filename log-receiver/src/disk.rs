@@ -26,6 +26,9 @@ const ENTRY_HEADER_BYTES: u64 = 64;
 /// What an extent costs in the index of a segment that is written: an entry without a payload may have many.
 const EXTENT_BYTES: u64 = 64;
 
+/// So many times as much of a pass is gathered for a sync as of what guests write.
+const PASS_GATHERS_LONGER: u64 = 8;
+
 /// Undurable bytes are counted in groups of about this size.
 const WAITING_GROUP_BYTES: u64 = 64 * 1024;
 
@@ -40,6 +43,8 @@ pub struct Disk {
     /// says nothing about the log of today, whose entries may have the same numbers.
     opened: u64,
     owner: Option<ConnectionId>,
+    /// What was appended since the last ticket and is worth a sync of its own, see [`Disk::gathered_bytes`].
+    gathered: u64,
     /// Bytes appended and not yet known durable, by the entry that brought them there.
     waiting: VecDeque<(Seq, ByteCount)>,
     waiting_bytes: u64,
@@ -115,7 +120,8 @@ impl Disk {
             Ok((log, mark)) => Log::Open(Box::new(log), mark),
             Err(failure) => Log::Failed(Box::new(Failed { failure, ..Failed::default() })),
         };
-        Self { id, log, number, past, opened: 1, owner: None, waiting: VecDeque::new(), waiting_bytes: 0 }
+        let waiting = VecDeque::new();
+        Self { id, log, number, past, opened: 1, owner: None, gathered: 0, waiting, waiting_bytes: 0 }
     }
 
     /// Which disk.
@@ -224,6 +230,12 @@ impl Disk {
         ByteCount(self.waiting_bytes)
     }
 
+    /// What was appended since the last ticket, as it counts for beginning a sync: nobody waits for one block of
+    /// a pass, and each sync is felt by the guests that share the device.
+    pub fn gathered_bytes(&self) -> ByteCount {
+        ByteCount(self.gathered)
+    }
+
     /// Whether a [`ticket`](Self::ticket) would have something to do.
     pub fn wants_sync(&self) -> bool {
         self.log().is_some_and(DiskLog::wants_sync)
@@ -234,6 +246,7 @@ impl Disk {
     /// blocking is fine, then hand its outcome to [`Disk::synced`].
     pub fn ticket(&mut self) -> Option<CommitTicket> {
         let Log::Open(log, mark) = &mut self.log else { return None };
+        self.gathered = 0;
         match log.ticket() {
             Ok(ticket) => ticket.map(|ticket| CommitTicket {
                 opened: self.opened,
@@ -348,6 +361,7 @@ impl Disk {
             Log::Failed(failed) => return Err(DiskError::Store(failed.failure.why.clone())),
         };
         let followed = Followed::of(&entry);
+        let parts = if matches!(entry, Entry::PassData { .. }) { PASS_GATHERS_LONGER } else { 1 };
         let cost = ByteCount(payload.0 + ENTRY_HEADER_BYTES + EXTENT_BYTES * bare_extents(&entry));
         match log.append(entry) {
             Ok(seq) => {
@@ -355,6 +369,7 @@ impl Disk {
                     loss.follow(seq, followed);
                 }
                 self.note_waiting(seq, cost);
+                self.gathered += cost.0 / parts;
                 Ok(seq)
             }
             Err(AppendError::Invalid(invalid)) => Err(DiskError::Invalid(invalid.to_string())),

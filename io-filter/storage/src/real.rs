@@ -11,13 +11,14 @@ mod together;
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, IoSlice},
+    num::NonZeroU64,
     os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock, statvfs};
+use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, fdatasync, flock, statvfs};
 
 use crate::{Storage, StorageFile};
 use together::Together;
@@ -209,6 +210,12 @@ impl StorageFile for RealFile {
                 result => return Ok(result?),
             }
         }
+    }
+
+    fn let_go(&self, range: ByteRange) {
+        let Some(length) = NonZeroU64::new(range.count().0) else { return };
+        // Only advice: a file system that cannot take it changes nothing.
+        let _ = fadvise(&self.0, range.start().0, Some(length), Advice::DontNeed);
     }
 }
 

@@ -136,6 +136,10 @@ pub trait StorageFile: Send + Sync + 'static {
     /// [`io::ErrorKind::StorageFull`], or [`io::ErrorKind::Unsupported`] on file systems without it.
     fn allocate(&self, range: ByteRange) -> io::Result<()>;
 
+    /// Advice: the range is durable, and nobody is going to read it soon, so the system need not keep it in
+    /// memory. Nothing else changes; what is not durable stays.
+    fn let_go(&self, _range: ByteRange) {}
+
     /// Whether the file is empty.
     ///
     /// # Errors

@@ -19,6 +19,7 @@ use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 use crate::{
     AppendError, Base, Durable, FoundBase, InvalidEntry, LogCache, LogError, PointError, Snapshot,
     SyncOutcome, SyncTicket, Timeline, View,
+    bulk::Bulk,
     chores::LastWork,
     origin::Origin,
     recover::{self, Kept, KeptState, failed},
@@ -78,6 +79,7 @@ pub struct DiskLog {
     change_durable: u64,
     sealed_bytes: u64,
     rotation: Rotation,
+    bulk: Bulk,
     poisoned: bool,
 }
 
@@ -222,6 +224,7 @@ impl DiskLog {
             change_durable: 0,
             sealed_bytes: 0,
             rotation: Rotation::default(),
+            bulk: Bulk::default(),
             poisoned: false,
         }
     }
@@ -287,11 +290,15 @@ impl DiskLog {
         let folded = entry.clone();
         let current = self.current.as_mut().expect("room was made in an open segment");
         let writer = &mut current.writer;
+        let start = Bulk::is_bulk(&entry).then(|| writer.end());
         let appended = current.segment.with_open_mut(|open| {
             let appended = writer.append(entry, synced, &mut open.contents);
             open.note_extents();
             appended
         });
+        if let Some(start) = start {
+            self.bulk.note(writer.sync_handle(), start, writer.end());
+        }
         // An entry whose write failed is in the index and perhaps not in the file: nothing reads it,
         // for the log is poisoned and no later snapshot is given.
         let appended = appended.map_err(LogError::from);
@@ -362,8 +369,8 @@ impl DiskLog {
         let directory = (self.change_durable < self.started)
             .then(|| DirectorySync { storage: Arc::clone(&self.storage), path: self.segments_dir.clone() });
         let through = Durable { seq: self.appended, lsn: self.timeline.covered() };
-        let owned = self.rotation.owned();
-        SyncTicket { through, change: self.change, files, directory, chores, owned }
+        let (bulk, owned) = (self.bulk.take(), self.rotation.owned());
+        SyncTicket { through, change: self.change, files, directory, chores, bulk, owned }
     }
 
     /// Takes a ticket's outcome. A failed sync poisons the log.

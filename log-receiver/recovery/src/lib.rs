@@ -5,6 +5,7 @@
 //! one of them. It is a library: no sockets, no clock, no threads of its own.
 
 mod base;
+mod bulk;
 mod cache;
 mod check;
 mod chores;

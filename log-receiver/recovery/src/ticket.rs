@@ -4,7 +4,7 @@
 //! A ticket holds every file with entries that are not known durable, oldest first, and the directory
 //! when it has names that are not. Its outcome is a success only when all of them were synced; only
 //! then are its entries durable, for a segment is of no use without the ones before it. It also takes
-//! along what else may block ([`crate::chores`]).
+//! along what else may block ([`crate::chores`]), and what the page cache may forget then ([`crate::bulk`]).
 //!
 //! Tickets of several logs of one storage can be synced together, which may cost one flush for all of them. What
 //! cannot be had that way is synced file by file.
@@ -15,7 +15,10 @@ use backtide_segment::Seq;
 use backtide_storage::{KillPoint, Storage, StorageFile};
 use backtide_units::Lsn;
 
-use crate::chores::{Chores, Done, Owned};
+use crate::{
+    bulk::BulkRange,
+    chores::{Chores, Done, Owned},
+};
 
 /// How far the log is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,6 +39,8 @@ pub struct SyncTicket {
     pub(crate) files: Vec<Arc<dyn StorageFile>>,
     pub(crate) directory: Option<DirectorySync>,
     pub(crate) chores: Option<Chores>,
+    /// What need not stay in memory once it is durable.
+    pub(crate) bulk: Vec<BulkRange>,
     pub(crate) owned: Arc<Owned>,
 }
 
@@ -118,7 +123,7 @@ impl Prepared {
     }
 
     fn outcome(self, synced: io::Result<()>, flushes: u32) -> SyncOutcome {
-        let Self { ticket: SyncTicket { through, change, owned, .. }, done } = self;
+        let Self { ticket: SyncTicket { through, change, bulk, owned, .. }, done } = self;
         KillPoint::LogSynced.reached();
         let (result, done) = match done {
             Ok(done) => (synced, done),
@@ -126,6 +131,9 @@ impl Prepared {
         };
         if let (Ok(()), Some(done)) = (&result, &done) {
             done.publish();
+        }
+        if result.is_ok() {
+            bulk.iter().for_each(BulkRange::let_go);
         }
         SyncOutcome { through, change, result, done, owned, flushes }
     }

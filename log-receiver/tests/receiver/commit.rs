@@ -7,10 +7,10 @@ use std::sync::Arc;
 use backtide_log_receiver::{Config, Receiver};
 use backtide_protocol::Message;
 use backtide_storage::MemoryStorage;
-use backtide_units::{ByteCount, Lsn};
+use backtide_units::{ByteCount, Lsn, Reason};
 
 use crate::{
-    agent::{Agent, hello, write},
+    agent::{Agent, hello, pass_begin, pass_data, write},
     fixture::Place,
 };
 
@@ -84,6 +84,28 @@ async fn enough_of_it_is_not_gathered_any_longer() {
     busy.all_durable().await;
     let (_, durable) = heard(&mut quiet).await;
     assert!(durable < record, "the interval has not ended: 64 KiB did not wait for it");
+    receiver.shutdown().await;
+}
+
+/// Nobody waits for one block of a pass, and a pass has many.
+#[tokio::test]
+async fn more_of_a_pass_is_gathered_than_of_what_guests_write() {
+    let place = Place::new();
+    let mut config = patient(&place);
+    config.limits.commit_bytes = ByteCount(64 << 10);
+    let receiver = Receiver::start(config).await.unwrap();
+    let mut agent = synced(&receiver, 1, "vm1").await;
+    agent.send(&pass_begin(6, 5, Reason::Forced)).await;
+    for number in 0..4 {
+        agent.send(&pass_data(6, number << 16, vec![6; 64 << 10])).await;
+    }
+    let first = agent.sent - 3;
+    let (_, durable) = heard(&mut agent).await;
+    assert!(durable < first, "four times what guests may write does not end the interval");
+    for number in 4..8 {
+        agent.send(&pass_data(6, number << 16, vec![6; 64 << 10])).await;
+    }
+    agent.all_durable().await;
     receiver.shutdown().await;
 }
 

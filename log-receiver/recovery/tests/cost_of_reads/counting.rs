@@ -1,10 +1,10 @@
-//! A storage in memory that counts what is read from it.
+//! A storage in memory that counts what is read from it, and notes what it may let go.
 
 use std::{
     io::{self, IoSlice},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -18,6 +18,7 @@ pub struct CountingStorage {
     inner: MemoryStorage,
     reads: Arc<AtomicU64>,
     bytes: Arc<AtomicU64>,
+    let_go: Arc<Mutex<Vec<ByteRange>>>,
 }
 
 /// What was read.
@@ -40,6 +41,16 @@ impl CountingStorage {
         let result = act();
         let after = now();
         (result, Reads { reads: after.0 - before.0, bytes: after.1 - before.1 })
+    }
+
+    /// What it was told to let go since it was last asked.
+    pub fn let_go(&self) -> Vec<ByteRange> {
+        std::mem::take(&mut *self.let_go.lock().unwrap())
+    }
+
+    /// The next sync fails.
+    pub fn fail_a_sync(&self) {
+        self.inner.fail_sync_after(0);
     }
 
     fn file(&self, inner: Arc<dyn StorageFile>) -> Arc<dyn StorageFile> {
@@ -111,5 +122,9 @@ impl StorageFile for CountingFile {
 
     fn allocate(&self, range: ByteRange) -> io::Result<()> {
         self.inner.allocate(range)
+    }
+
+    fn let_go(&self, range: ByteRange) {
+        self.counts.let_go.lock().unwrap().push(range);
     }
 }

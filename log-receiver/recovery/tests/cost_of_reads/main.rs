@@ -5,7 +5,9 @@ mod counting;
 
 use std::{path::Path, sync::Arc};
 
-use backtide_recovery::{CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassReason};
+use backtide_recovery::{
+    CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason,
+};
 use backtide_units::{
     ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, HistoryId, Lsn, PayloadChecksum,
 };
@@ -75,6 +77,20 @@ impl Fixture {
 
     fn append(&mut self, entry: Entry) {
         self.log.append(entry).expect("append");
+    }
+
+    fn begin_pass(&mut self) -> Lsn {
+        let (at, time) = (self.lsn.next(), CaptureTime(1));
+        let reason = PassReason { code: 1, text: String::new() };
+        self.append(Entry::PassBegin { at, gap_from: self.lsn, time, reason });
+        self.lsn = at;
+        at
+    }
+
+    fn pass_data(&mut self, at: Lsn, range: ByteRange) {
+        let payload = Bytes::from(vec![9; range.count().0 as usize]);
+        let checksum = PayloadChecksum::of(&payload);
+        self.append(Entry::PassData { at, range, content: PassContent::Bytes { payload, checksum } });
     }
 
     fn write(&mut self, range: ByteRange, byte: u8) -> Lsn {
@@ -200,4 +216,27 @@ fn the_status_of_a_huge_disk_costs_what_it_has_and_not_its_size() {
     let view = log.log.view(full).expect("a point");
     let (_, cost) = log.storage.during(|| view.extents(disk).expect("extents"));
     assert!(cost.reads <= 3, "{cost:?}");
+}
+
+#[test]
+fn what_a_pass_brought_is_let_go_when_it_is_durable_and_what_guests_write_is_not() {
+    let mut log = Fixture::new(LogOptions::default());
+    log.write(range(0, MIB), 1);
+    log.sync();
+    assert_eq!(log.storage.let_go(), []);
+    let at = log.begin_pass();
+    log.pass_data(at, range(0, MIB));
+    log.pass_data(at, range(MIB, MIB));
+    log.pass_data(at, range(2 * MIB, 4096));
+    let ticket = log.log.ticket().expect("a ticket").expect("there is something to sync");
+    assert_eq!(log.storage.let_go(), [], "nothing of it is durable");
+    log.log.synced(ticket.sync()).expect("durable");
+    let gone = log.storage.let_go();
+    assert_eq!(gone.len(), 1, "{gone:?}");
+    assert!((2 * MIB..2 * MIB + 4096).contains(&gone[0].count().0), "the short one stays: {gone:?}");
+    log.pass_data(at, range(3 * MIB, MIB));
+    let ticket = log.log.ticket().expect("a ticket").expect("there is something to sync");
+    log.storage.fail_a_sync();
+    assert!(log.log.synced(ticket.sync()).is_err());
+    assert_eq!(log.storage.let_go(), [], "nobody knows what is durable");
 }

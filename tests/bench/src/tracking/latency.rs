@@ -1,6 +1,6 @@
 //! What a resync of the whole disk at full speed costs the guest, and how fast it is.
 
-use std::{fmt::Write, path::Path, process::Command, time::Duration, time::Instant};
+use std::{fmt::Write, path::Path, process::Command, time::Instant};
 
 use anyhow::bail;
 
@@ -20,7 +20,10 @@ const PATTERNS: [&str; 2] = ["randwrite", "randread"];
 struct Round {
     without: Seen,
     during: Seen,
+    /// While `nbdcopy` reads the image and writes the copy.
+    beside_copy: Seen,
     drain: f64,
+    drain_alone: f64,
     copy: f64,
     copy_beside: f64,
 }
@@ -31,7 +34,7 @@ pub(super) fn run(setting: &Setting<'_>) -> anyhow::Result<String> {
     std::fs::create_dir_all(&directory)?;
     let image = image(&directory, "disk.raw", MIB)?;
     let mut text = format!(
-        "4 KiB requests, QD 1, over a disk of {MIB} MiB that is sent whole (`backtide resync --full`); `nbdcopy --flush` copies the image to a new file beside it, once alone and once with the same guest beside it. Medians of {} rounds.\n\n| guest | p99 without | p99 during | ratio | drain | nbdcopy alone | ratio | nbdcopy beside the guest | ratio |\n|---|---|---|---|---|---|---|---|---|\n",
+        "4 KiB requests, QD 1, over a disk of {MIB} MiB that is sent whole (`backtide resync --full`); `nbdcopy --flush` copies the image to a new file beside it; each once alone and once with the same guest beside it. Medians of {} rounds.\n\n| guest | p99 without | p99 during | ratio | p99 beside nbdcopy | drain alone | nbdcopy alone | ratio | drain beside the guest | ratio to nbdcopy alone | nbdcopy beside the guest | ratio |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n",
         setting.rounds
     );
     for pattern in PATTERNS {
@@ -41,11 +44,15 @@ pub(super) fn run(setting: &Setting<'_>) -> anyhow::Result<String> {
             let measured = measure(setting, &place, &image, pattern)?;
             std::fs::remove_dir_all(&place)?;
             eprintln!(
-                "resync-latency {pattern}: p50 {:.0} -> {:.0} us, p99 {:.0} -> {:.0} us, {:.0} MB/s, nbdcopy {:.0} and {:.0} MB/s",
+                "resync-latency {pattern}: p50 {:.0} -> {:.0} us, p99 {:.0} -> {:.0} us (beside nbdcopy {:.0}), longest {:.0} -> {:.0} us, {:.0} and beside the guest {:.0} MB/s, nbdcopy {:.0} and {:.0} MB/s",
                 measured.without.p50_us,
                 measured.during.p50_us,
                 measured.without.p99_us,
                 measured.during.p99_us,
+                measured.beside_copy.p99_us,
+                measured.without.longest_us,
+                measured.during.longest_us,
+                measured.drain_alone / 1e6,
                 measured.drain / 1e6,
                 measured.copy / 1e6,
                 measured.copy_beside / 1e6
@@ -55,12 +62,15 @@ pub(super) fn run(setting: &Setting<'_>) -> anyhow::Result<String> {
         let of = |value: fn(&Round) -> f64| middle(&rounds.iter().map(value).collect::<Vec<_>>());
         writeln!(
             text,
-            "| {pattern} | {:.0} µs | {:.0} µs | {:.2} | {:.0} MB/s | {:.0} MB/s | {:.2} | {:.0} MB/s | {:.2} |",
+            "| {pattern} | {:.0} µs | {:.0} µs | {:.2} | {:.0} µs | {:.0} MB/s | {:.0} MB/s | {:.2} | {:.0} MB/s | {:.2} | {:.0} MB/s | {:.2} |",
             of(|round| round.without.p99_us),
             of(|round| round.during.p99_us),
             of(|round| round.during.p99_us / round.without.p99_us),
-            of(|round| round.drain / 1e6),
+            of(|round| round.beside_copy.p99_us),
+            of(|round| round.drain_alone / 1e6),
             of(|round| round.copy / 1e6),
+            of(|round| round.drain_alone / round.copy),
+            of(|round| round.drain / 1e6),
             of(|round| round.drain / round.copy),
             of(|round| round.copy_beside / 1e6),
             of(|round| round.drain / round.copy_beside),
@@ -83,19 +93,23 @@ fn measure(
     let without = start(&stand, pattern, &runtime)?.end()?;
     stand.wait_for_sync()?;
     let guest = start(&stand, pattern, "--runtime=600")?;
-    std::thread::sleep(Duration::from_millis(500));
     let copy_beside = copy(image, &place.join("copy.raw"))?;
-    guest.stop()?;
+    let beside_copy = guest.stop()?;
     stand.wait_for_sync()?;
     let guest = start(&stand, pattern, "--runtime=600")?;
-    let began = Instant::now();
-    stand.obey(&["resync", "disk", "--full", "--wait"])?;
-    let took = began.elapsed();
+    let drain = drain(&stand)?;
     let during = guest.stop()?;
     stand.wait_for_sync()?;
+    let drain_alone = self::drain(&stand)?;
     let copy = copy(image, &place.join("copy.raw"))?;
-    let drain = (MIB << 20) as f64 / took.as_secs_f64();
-    Ok(Round { without, during, drain, copy, copy_beside })
+    Ok(Round { without, during, beside_copy, drain, drain_alone, copy, copy_beside })
+}
+
+/// Bytes a second of a resync of the whole disk.
+fn drain(stand: &Stand) -> anyhow::Result<f64> {
+    let began = Instant::now();
+    stand.obey(&["resync", "disk", "--full", "--wait"])?;
+    Ok((MIB << 20) as f64 / began.elapsed().as_secs_f64())
 }
 
 fn start(stand: &Stand, pattern: &'static str, runtime: &str) -> anyhow::Result<Guest> {
