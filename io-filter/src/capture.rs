@@ -221,13 +221,12 @@ impl Filter {
         // Asked anew: the pass may have ended, been lost or forfeited meanwhile.
         let Some(needed) = self.copy_needed(change.blocks) else { return self.start_change(change) };
         match result {
-            Ok(LocalData::Read(bytes)) if needed == hull => {
+            Ok(read) if needed == hull => {
                 self.counters.copies_before_write += 1;
-                self.deliver_content(hull, bytes);
+                self.deliver_content(hull, read.read().0);
                 self.start_change(change);
             }
-            Ok(LocalData::Read(_)) => self.forfeit_and_start(change),
-            Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
+            Ok(_) => self.forfeit_and_start(change),
             Err(failure) => {
                 self.effects.push_back(Effect::ReadFailed { range: hull.bytes(self.settings.size), failure });
                 self.forfeit_and_start(change);

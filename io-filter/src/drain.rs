@@ -29,7 +29,44 @@ const READ_TRIES_MAX: u32 = 5;
 /// So often it is looked whether a pass gains on the guest.
 const GROUND_LOOK: Duration = Duration::from_secs(1);
 
+/// Bytes that were read, and what a pass sends of them: that takes long enough to be made on a thread that
+/// nobody waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prepared {
+    bytes: Bytes,
+    /// Nothing when all of them are zeroes.
+    data: Data,
+}
+
+impl Prepared {
+    /// Looks through bytes that were just read.
+    pub fn new(bytes: Bytes) -> Self {
+        let data = Data::capture(if is_zeroes(&bytes) { Bytes::new() } else { bytes.clone() });
+        Self { bytes, data }
+    }
+}
+
+impl LocalData {
+    /// What a read brought, and what was prepared of it.
+    ///
+    /// # Panics
+    /// When it was no read.
+    pub(crate) fn read(self) -> (Bytes, Option<Data>) {
+        match self {
+            Self::Read(bytes) => (bytes, None),
+            Self::Prepared(Prepared { bytes, data }) => (bytes, Some(data)),
+            Self::Changed => unreachable!("a read brings bytes"),
+        }
+    }
+}
+
 impl Filter {
+    /// Whether what a pass reads now is sent as it is read, so that reads for the filter may end as
+    /// [`LocalData::Prepared`].
+    pub fn sends_what_it_reads(&self) -> bool {
+        self.pass.as_ref().is_some_and(|pass| !pass.compare)
+    }
+
     /// Starts as many reads as the buffer allows.
     pub(crate) fn drain(&mut self) {
         self.ask_about_zeroes();
@@ -204,11 +241,10 @@ impl Filter {
         if let Some(pass) = ours {
             pass.reading_bytes -= run.count().bytes().0;
             match result {
-                Ok(LocalData::Read(bytes)) => {
+                Ok(read) => {
                     pass.unreadable.remove(&run.start());
-                    self.drained(run, bytes);
+                    self.drained(run, read);
                 }
-                Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
                 Err(failure) => self.note_unreadable(run, failure),
             }
         }
@@ -216,9 +252,10 @@ impl Filter {
         self.retry_copies();
     }
 
-    fn drained(&mut self, run: BlockRange, bytes: Bytes) {
+    fn drained(&mut self, run: BlockRange, read: LocalData) {
         let pass = self.pass.as_ref().expect("the caller has one");
-        if pass.compare { self.ask_about(run, bytes) } else { self.deliver_content(run, bytes) }
+        let (bytes, prepared) = read.read();
+        if pass.compare { self.ask_about(run, bytes) } else { self.deliver_prepared(run, bytes, prepared) }
     }
 
     fn note_unreadable(&mut self, run: BlockRange, failure: IoFailure) {
@@ -243,6 +280,11 @@ impl Filter {
 
     /// `bytes` is what the hull's active blocks held at T: sends those, and clears their bits.
     pub(crate) fn deliver_content(&mut self, hull: BlockRange, bytes: Bytes) {
+        self.deliver_prepared(hull, bytes, None);
+    }
+
+    /// The same; `prepared` is of good use when all of the hull is still active.
+    fn deliver_prepared(&mut self, hull: BlockRange, bytes: Bytes, mut prepared: Option<Data>) {
         let size = self.settings.size;
         let pass = self.pass.as_mut().expect("only a pass delivers");
         let at = pass.at;
@@ -255,7 +297,10 @@ impl Filter {
             let part = bytes.slice(skip..skip + length);
             // A small part must not keep the whole read in memory.
             let part = if length < bytes.len() / 2 { Bytes::copy_from_slice(&part) } else { part };
-            let message = pass_data(at, range, part);
+            let message = match prepared.take_if(|_| run == hull) {
+                Some(data) => Message::PassData { at, range, data },
+                None => pass_data(at, range, part),
+            };
             pass.moving += moved_bytes(&message);
             self.window.push(message);
         }

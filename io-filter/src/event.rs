@@ -12,7 +12,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::filter::Mode;
+use crate::{drain::Prepared, filter::Mode};
 
 /// A moment, by both clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +109,8 @@ pub enum LocalData {
     Changed,
     /// The bytes read.
     Read(Bytes),
+    /// The same, and what a pass sends of them: see [`Filter::sends_what_it_reads`](crate::Filter::sends_what_it_reads).
+    Prepared(Prepared),
 }
 
 /// A local I/O failed; the number is the operating system's `errno`.

@@ -326,12 +326,23 @@ impl Filter {
     /// Time passes: delayed answers and overdue copies are let go. Due at [`Self::next_deadline`].
     pub fn tick(&mut self, now: Now) {
         self.observe(now);
+        self.note_lateness();
         self.release_due_answers();
         self.give_way_to_overdue();
         self.give_up_overdue_copies();
         self.let_idle_extents_go();
         self.say_unchanged();
         self.pump();
+    }
+
+    /// A change that has waited its time, and nobody came to see: that is part of its delay, and not meant.
+    fn note_lateness(&mut self) {
+        let deadlines =
+            [self.acknowledgements.next_deadline(), self.next_copy_deadline(), self.next_give_way()];
+        let Some(due) = deadlines.into_iter().flatten().min() else { return };
+        let late = self.now.monotonic.saturating_sub(due);
+        let late_us = u64::try_from(late.as_micros()).unwrap_or(u64::MAX);
+        self.counters.guest_late_us_max = self.counters.guest_late_us_max.max(late_us);
     }
 
     /// When [`Self::tick`] has to be called at the latest; by the monotonic clock.

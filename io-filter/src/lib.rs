@@ -49,6 +49,7 @@ mod verify;
 mod window;
 
 pub use courtesy::Watch;
+pub use drain::Prepared;
 pub use event::{
     AckPolicy, Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
     Settings, SpillDone, SpillOp, TrackingOp,

@@ -47,6 +47,9 @@ pub struct Counters {
     /// The longest a change was held up for the receiver's sake, by such a delay or by a pass, as
     /// measured, in microseconds.
     pub guest_delay_us_max: u64,
+    /// The longest that it took from the moment at which a change was to be held up no more until this was
+    /// noticed, in microseconds: the thread that owns the disk had no processor, or was busy.
+    pub guest_late_us_max: u64,
     /// Answers given with less than the acknowledgement policy promises, the receiver being away.
     pub degraded_answers: u64,
     /// Record payload made durable at the receiver.

@@ -346,11 +346,11 @@ impl Filter {
         if let Some(job) = self.verify_of(run) {
             job.busy -= 1;
             match result {
-                Ok(LocalData::Read(bytes)) => {
+                Ok(read) => {
+                    let (bytes, _) = read.read();
                     let items = chunk_items(range, &bytes).into_iter().map(|(item, _)| item).collect();
                     self.ask_for_verify(items);
                 }
-                Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
                 Err(IoFailure { errno }) => {
                     job.result = Some(Err(VerifyError::Read { range: range.to_string(), errno }));
                 }

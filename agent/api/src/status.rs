@@ -287,6 +287,9 @@ pub struct Counters {
     pub errors: u64,
     /// The longest a guest request was delayed for the receiver's sake, as measured, in microseconds.
     pub guest_delay_max_us: u64,
+    /// The longest that a request whose delay was over had to wait until the disk's thread saw to it, in
+    /// microseconds; contained in `guest_delay_max_us`.
+    pub guest_delay_late_max_us: u64,
     /// Record bytes sent to the receiver.
     pub sent_bytes: ByteCount,
     /// Pass bytes sent to the receiver.

@@ -230,8 +230,13 @@ impl Engine {
             Began::UnderWay => {}
             Began::Later(op, purpose) => {
                 let engine = Rc::clone(self);
+                let prepares =
+                    matches!(purpose, Purpose::Filter(_)) && self.look(Filter::sends_what_it_reads);
                 tokio::task::spawn_local(async move {
-                    let result = engine.local.run(op).await;
+                    let result = match prepares {
+                        true => engine.local.run_for_a_pass(op).await,
+                        false => engine.local.run(op).await,
+                    };
                     engine.local_ended(purpose, result);
                     engine.carry_out();
                 });
@@ -242,7 +247,7 @@ impl Engine {
     fn local_ended(&self, purpose: Purpose, result: Result<LocalData, IoFailure>) {
         match purpose {
             Purpose::Filter(io) => {
-                if matches!(result, Ok(LocalData::Read(_))) {
+                if matches!(result, Ok(LocalData::Read(_) | LocalData::Prepared(_))) {
                     KillPoint::PassRead.reached();
                 }
                 let now = self.now();
@@ -269,7 +274,7 @@ impl Engine {
                 add(&self.traffic.read_bytes, bytes.0);
                 reply.data(data);
             }
-            Ok(LocalData::Changed) => unreachable!("a read brings bytes"),
+            Ok(LocalData::Changed | LocalData::Prepared(_)) => unreachable!("a client's read brings bytes"),
             Err(failure) => {
                 add(&self.traffic.errors, 1);
                 reply.fail(nbd_error(failure));

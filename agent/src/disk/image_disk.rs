@@ -8,7 +8,7 @@
 use std::{io, sync::Arc, time::Instant};
 
 use backtide_export::{BlockSizes, Extent};
-use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
+use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, Prepared};
 use backtide_storage::{ImageFile, RingOp, Wrote};
 use backtide_units::ByteRange;
 use bytes::Bytes;
@@ -143,6 +143,13 @@ impl ImageDisk {
     pub(crate) async fn run(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
         let image = Arc::clone(&self.image);
         blocking(move || on_image(&image, op)).await.map_err(failure)
+    }
+
+    /// Reads on the blocking pool, and prepares there what a pass sends.
+    pub(crate) async fn read_for_a_pass(&self, range: ByteRange) -> Result<LocalData, IoFailure> {
+        let image = Arc::clone(&self.image);
+        let read = blocking(move || image.read(range).map(Prepared::new)).await;
+        read.map(LocalData::Prepared).map_err(failure)
     }
 
     pub(crate) async fn extents(&self, range: ByteRange, one: bool) -> Result<Vec<Extent>, IoFailure> {

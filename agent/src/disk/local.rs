@@ -147,6 +147,15 @@ impl Local {
         }
     }
 
+    /// The same while a pass sends what it reads: what it sends of a run is made where the run is read, where
+    /// that is another thread.
+    pub(crate) async fn run_for_a_pass(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
+        match (self, op) {
+            (Self::Image(image), LocalOp::Read(range)) => image.read_for_a_pass(range).await,
+            (Self::Image(_) | Self::Nbd(_) | Self::Hydrating(_), op) => self.run(op).await,
+        }
+    }
+
     /// The stretches of `range`, from its start: all of it, or only the first.
     pub(crate) async fn extents(&self, range: ByteRange, one: bool) -> Result<Vec<Extent>, IoFailure> {
         match self {

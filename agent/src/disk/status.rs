@@ -257,6 +257,7 @@ fn counters(engine: &Engine, status: &Status) -> Counters {
         flushes: traffic.flushes.get(),
         errors: traffic.errors.get(),
         guest_delay_max_us: filter.guest_delay_us_max,
+        guest_delay_late_max_us: filter.guest_late_us_max,
         sent_bytes: ByteCount(traffic.sent_bytes.get()),
         resync_sent_bytes: ByteCount(traffic.resync_sent_bytes.get()),
         connects: filter.connections,

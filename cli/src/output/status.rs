@@ -205,9 +205,16 @@ fn delay_text(disk: &DiskStatus) -> String {
         0 => "never".to_owned(),
         bound => format!("at most {bound} ms"),
     };
+    let late = match counters.guest_delay_late_max_us {
+        0..1000 => String::new(),
+        late => format!(
+            " (up to {:.1} ms of it waiting for a processor or local storage)",
+            f64::from(u32::try_from(late).unwrap_or(u32::MAX)) / 1000.0
+        ),
+    };
     match counters.guest_delay_max_us {
         0 => format!("no request was, for the receiver; {bound}"),
-        _ => format!("{longest:.1} ms at the longest, for the receiver; {bound}"),
+        _ => format!("{longest:.1} ms at the longest, for the receiver{late}; {bound}"),
     }
 }
 

@@ -104,7 +104,7 @@ impl Bench {
     async fn read(&self, range: std::ops::Range<u64>) -> Result<Bytes, IoFailure> {
         match self.disk.run(LocalOp::Read(bytes(range))).await? {
             LocalData::Read(data) => Ok(data),
-            LocalData::Changed => unreachable!("a read brings bytes"),
+            LocalData::Changed | LocalData::Prepared(_) => unreachable!("a read brings bytes"),
         }
     }
 
