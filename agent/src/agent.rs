@@ -104,6 +104,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub async fn start_in(config: Config, surroundings: Surroundings) -> Result<Self, AgentError> {
+        config.check().map_err(AgentError::Config)?;
         let spill = config.spill().map_err(AgentError::Config)?;
         let directory = config.state.display().to_string();
         let state = |source| AgentError::State { directory: directory.clone(), source };

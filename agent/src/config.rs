@@ -61,6 +61,15 @@ pub enum IoEngine {
 }
 
 impl Config {
+    /// Whether its limits and its spill can be used.
+    ///
+    /// # Errors
+    /// What cannot be, in a sentence.
+    pub fn check(&self) -> Result<(), String> {
+        self.limits.check().map_err(|why| format!("limits: {why}"))?;
+        self.spill().map(|_| ())
+    }
+
     /// Where spills are, if anywhere.
     ///
     /// # Errors
@@ -104,5 +113,30 @@ impl Places {
     /// The socket of the server that opens a disk's qcow2 file.
     pub fn qcow2_socket(&self, disk: &backtide_units::DiskName) -> PathBuf {
         self.run.join(format!("{disk}.qemu-nbd"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(more: &str) -> Config {
+        let text = format!(r#"{{"state": "/s", "run": "/r", "api": "unix:/r/agent.sock"{more}}}"#);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn limits_that_cannot_be_are_refused_as_those_of_an_attach_are() {
+        assert_eq!(config("").check(), Ok(()));
+        assert_eq!(config(r#", "limits": {"guest_delay_max_ms": 0}"#).check(), Ok(()));
+        for (more, part) in [
+            (r#", "limits": {"bitmap_bytes": 4096}"#, "limits: the bitmap of changed blocks needs"),
+            (r#", "limits": {"window_bytes": 0}"#, "limits: the retained window"),
+            (r#", "limits": {"activity_extent_bytes": 65537}"#, "limits: an extent of the activity log"),
+            (r#", "spill_size": 1048576"#, "no spill_dir"),
+        ] {
+            let why = config(more).check().unwrap_err();
+            assert!(why.contains(part), "{why}");
+        }
     }
 }

@@ -378,7 +378,10 @@ impl Registry {
         name: &DiskName,
         request: DetachRequest,
     ) -> Result<DiskStatus, ApiError> {
-        let (name, _) = self.find(name).await?;
+        let name = match self.find(name).await {
+            Ok((name, _)) => name,
+            Err(unknown) => return self.detach_failing(name).await?.ok_or(unknown),
+        };
         let _claim = self.claim(&name).await?;
         // It may have been detached while this waited.
         let (name, handle) = self.find(&name).await?;

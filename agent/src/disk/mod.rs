@@ -34,7 +34,7 @@ pub(crate) use incomplete::{HydrationProblem, has_note, try_note};
 pub(crate) use leaving::{DetachError, Leaving};
 pub(crate) use open::{OpenError, Opened, activity_limits, open};
 pub(crate) use start_error::start_error;
-pub(crate) use status::not_attached;
+pub(crate) use status::{given_up, not_attached};
 #[cfg(test)]
 pub(crate) use thread::MarkAt;
 pub(crate) use thread::{Command, nbd_purpose, start};

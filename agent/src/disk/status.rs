@@ -153,6 +153,15 @@ pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
     }
 }
 
+/// The last status of such a disk, when it is not to be attached any more.
+pub(crate) fn given_up(last: DiskStatus) -> DiskStatus {
+    DiskStatus {
+        reason: backtide_units::Reason::Detached.to_string(),
+        reason_code: "detached".to_owned(),
+        ..last
+    }
+}
+
 fn mode(mode: backtide_io_filter::Mode) -> Mode {
     match mode {
         backtide_io_filter::Mode::Sync => Mode::Sync,

@@ -1,16 +1,20 @@
 //! The start of the agent's disks: those that were attached when it ended are attached again.
 //!
 //! Invariants: they are opened side by side, and one whose storage stands still holds up the start
-//! for a bounded time; every one that is missing is shown and tried again.
+//! for a bounded time; every one that is missing is shown and tried again, until it is there or an operator
+//! gives it up.
 
 use std::{
     sync::{Arc, PoisonError},
     time::Duration,
 };
 
+use backtide_agent_api::DiskStatus;
+use backtide_control::{ApiError, ErrorCode};
+use backtide_units::DiskName;
 use tokio::task::JoinSet;
 
-use super::{PREDECESSOR_TIME, Registry};
+use super::{PREDECESSOR_TIME, Registry, errors::failed};
 use crate::{disk, record::DiskRecord};
 
 /// How long after a failed start of the agent's disks the next attempt is made.
@@ -39,6 +43,10 @@ impl Registry {
         let mut failing = self.failing.write().await;
         let disks = self.disks.read().await;
         for record in wanted.into_iter().filter(|record| !disks.contains_key(&record.name)) {
+            // It may have been given up meanwhile; whoever does that saves the record first.
+            if matches!(self.records.load(&record.name), Ok(Some(now)) if !now.attached) {
+                continue;
+            }
             missing = true;
             failing.entry(record.name.clone()).or_insert_with(|| {
                 tracing::warn!(disk = %record.name, "the disk is still being opened");
@@ -70,7 +78,31 @@ impl Registry {
         }
     }
 
-    /// The same at once, and then until every disk is there.
+    /// Gives up a disk that could not be attached again, by its name or UUID; none where there is no such.
+    /// What is known of it stays as it is, so an attach under its name goes on with it.
+    pub(super) async fn detach_failing(&self, disk: &DiskName) -> Result<Option<DiskStatus>, ApiError> {
+        let is_meant = |known: &DiskStatus| known.name == *disk || known.uuid.to_string() == disk.as_str();
+        let Some(known) = self.failing.read().await.values().find(|known| is_meant(known)).cloned() else {
+            return Ok(None);
+        };
+        // An attempt may be under way.
+        let _claim = self.claim(&known.name).await?;
+        if self.disks.read().await.contains_key(&known.name) {
+            let message = format!("disk {} has just been attached again", known.name);
+            return Err(ApiError::new(ErrorCode::Busy, message).with_hint("detach it once more"));
+        }
+        if let Some(record) = self.records.load(&known.name).map_err(|error| failed(&error))? {
+            self.records
+                .save(&DiskRecord { attached: false, ..record })
+                .map_err(|error| failed(&error).with_hint("it would be attached again at the next start"))?;
+        }
+        self.failing.write().await.remove(&known.name);
+        self.sockets.forget(&disk::nbd_purpose(&known.name));
+        tracing::info!(disk = %known.name, "disk given up: it could not be attached again");
+        Ok(Some(disk::given_up(known)))
+    }
+
+    /// [`restore`](Self::restore) at once, and then until every disk is there.
     pub(crate) async fn restore_at_once(self: Arc<Self>) {
         match self.restore().await {
             Ok(false) => {}

@@ -144,3 +144,34 @@ async fn a_disk_that_cannot_be_attached_again_is_shown_with_the_reason() {
     assert_ne!(disks[0].reason_code, "not-attached");
     service.registry.shut_down().await;
 }
+
+#[tokio::test]
+async fn a_disk_that_cannot_be_attached_again_can_be_given_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let service = service(directory.path());
+    let receiver = backtide_control::Address::unix(directory.path().join("nobody.sock"));
+    let image = directory.path().join("gone.img").display().to_string();
+    let fresh = |disk: &str| crate::record::DiskRecord {
+        attached: true,
+        ..crate::record::DiskRecord::new(name(disk), image.clone(), receiver.clone())
+    };
+    let (by_name, by_uuid) = (fresh("vm1"), fresh("vm2"));
+    let uuid = by_uuid.uuid.to_string();
+    let records = Records::new(Arc::new(RealStorage::open(&directory.path().join("state")).unwrap()));
+    records.save(&by_name).unwrap();
+    records.save(&by_uuid).unwrap();
+    assert!(service.registry.restore().await.unwrap());
+    for (asked, left) in [("vm1", 1), (uuid.as_str(), 0)] {
+        let detached = service.detach(name(asked), DetachRequest::default()).await.unwrap();
+        assert_eq!(detached.reason_code, "detached", "{}", detached.reason);
+        assert_eq!(service.status(None).await.unwrap().disks.len(), left);
+        let again = service.detach(name(asked), DetachRequest::default()).await.unwrap_err();
+        assert_eq!(again.code, ErrorCode::NotFound, "{}", again.message);
+    }
+    // Neither the next attempt nor the next agent has anything to do with them.
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    assert!(!service.registry.restore().await.unwrap());
+    assert!(service.status(None).await.unwrap().disks.is_empty());
+    let kept = records.load(&name("vm1")).unwrap().expect("what is known of it stays");
+    assert_eq!((kept.uuid, kept.attached), (by_name.uuid, false));
+}

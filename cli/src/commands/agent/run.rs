@@ -116,6 +116,7 @@ impl Run {
         self.nbd_tls.apply(&mut settings)?;
         let config: Config = settings.config()?;
         config.nbd.check().map_err(wrong_usage)?;
+        config.check().map_err(wrong_usage)?;
         Ok(config)
     }
 }
