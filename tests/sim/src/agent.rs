@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 
 use backtide_io_filter::{
-    Change, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, Settings, SpillOp, TrackingOp,
+    Change, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, Prepared, Settings, SpillOp, TrackingOp,
 };
 use backtide_tracking::{DirtyBitmap, TrackingFile};
 use backtide_units::{
-    BlockCount, BlockIndex, BlockRange, ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, Lsn,
+    BlockCount, BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, Lsn,
 };
 use bytes::Bytes;
 
@@ -22,6 +22,8 @@ use crate::{
 pub struct Persisted {
     /// The last attach.
     pub(crate) epoch: u64,
+    /// The disk's size at it.
+    pub(crate) size: Option<ByteCount>,
     /// Saved as soon as it is known.
     pub(crate) history: Option<HistoryId>,
     /// No LSN above it was given.
@@ -132,6 +134,7 @@ impl World {
         let resume = self.resume_from();
         let tracking = self.make_tracking(&resume.first_snapshot(self.disk, self.plan.activity), false);
         self.persisted.epoch += 1;
+        self.persisted.size = Some(self.plan.size);
         self.trace.note(self.now, "agent starts", &[self.lives, self.persisted.epoch]);
         self.agent_knows_less();
         self.trace.say(self.now, || format!("{resume:?}"));
@@ -260,7 +263,13 @@ impl World {
                 self.local.flush(inflight.flush_mark);
                 Ok(LocalData::Changed)
             }
-            LocalOp::Read(_) => Ok(LocalData::Read(inflight.content.expect("it was read before the end"))),
+            LocalOp::Read(_) => {
+                let bytes = inflight.content.expect("it was read before the end");
+                let agent = self.agent.as_ref().expect("it is alive");
+                // As some disks behind do, and not all.
+                let prepares = io.0.is_multiple_of(2) && agent.filter.sends_what_it_reads();
+                Ok(if prepares { LocalData::Prepared(Prepared::new(bytes)) } else { LocalData::Read(bytes) })
+            }
         };
         self.call(|filter, now| filter.local_done(now, io, result));
         self.detach_when_quiet();
@@ -411,6 +420,9 @@ impl World {
         self.leave_tracking(saved);
         if let Some(connection) = agent.connection {
             self.agent_gone(connection);
+        }
+        if self.random.one_in(4) {
+            self.grow(agent.filter.last_lsn());
         }
         let downtime = self.plan.outage_us;
         self.within(downtime, Event::AgentStart);

@@ -86,7 +86,13 @@ impl World {
     }
 
     fn agent_dies(&mut self) {
+        let last = self.agent.as_ref().map(|agent| agent.filter.last_lsn());
         self.kill_agent(false);
+        if let Some(last) = last
+            && self.random.one_in(4)
+        {
+            self.grow(last);
+        }
         self.within(self.plan.outage_us, Event::AgentStart);
     }
 

@@ -24,6 +24,7 @@ pub mod plan;
 pub mod points;
 pub mod random;
 pub mod receiver;
+mod resize;
 pub mod run;
 mod spill;
 pub mod steady;

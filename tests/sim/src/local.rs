@@ -41,6 +41,12 @@ impl LocalDisk {
         }
     }
 
+    /// Becomes larger, by what holds zeroes.
+    pub fn grow(&mut self, size: ByteCount) {
+        assert!(size.0 as usize >= self.cache.len(), "a disk does not shrink");
+        self.cache.resize(size.0 as usize, 0);
+    }
+
     /// What a reader sees now.
     pub fn content(&self) -> &[u8] {
         &self.cache

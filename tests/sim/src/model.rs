@@ -5,7 +5,7 @@
 //! Their range is unknown (any content is right) until a later change covers it, or until the next
 //! freeze, at which the disk's content is what it is.
 
-use backtide_units::{ByteRange, Lsn};
+use backtide_units::{ByteCount, ByteRange, Lsn};
 use bytes::Bytes;
 
 use crate::local::indices;
@@ -63,6 +63,13 @@ impl Model {
     /// Whether nothing was ever changed.
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty()
+    }
+
+    /// The disk is larger; it was zeroes there, as far as any point knows.
+    pub fn grow(&mut self, size: ByteCount) {
+        for (_, image) in &mut self.checkpoints {
+            image.bytes.resize(size.0 as usize, 0);
+        }
     }
 
     /// A change that is part of every point from `lsn` on.

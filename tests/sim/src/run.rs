@@ -20,6 +20,8 @@ pub enum Mistake {
     Filter(Mutant),
     /// The receiver acknowledges as durable what it only received.
     AckBeforeSync,
+    /// What a disk has gained in size is not compared.
+    ForgetsGrowth,
 }
 
 /// How a run ended.
@@ -57,6 +59,7 @@ fn live(seed: u64, steps: u64, mistake: Option<Mistake>, printing: bool) -> Outc
     match mistake {
         Some(Mistake::Filter(mutant)) => world.mutant = Some(mutant),
         Some(Mistake::AckBeforeSync) => world.receiver.acks_before_sync = true,
+        Some(Mistake::ForgetsGrowth) => world.forgets_growth = true,
         None => {}
     }
     while world.steps < steps {

@@ -6,7 +6,7 @@ use std::path::Path;
 use backtide_io_filter::{IoFailure, IoId, Resume, TrackingOp};
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_tracking::{ActivityLimits, LoadError, Loaded, SavedTracking, Snapshot, TrackingFile};
-use backtide_units::{ByteCount, Reason};
+use backtide_units::{BlockRange, ByteCount, Reason};
 
 use crate::world::{Event, World};
 
@@ -53,7 +53,10 @@ impl World {
             Ok(Some(loaded)) if loaded.snapshot.everything => lost(self, Reason::AgentCrashed),
             Ok(Some(loaded)) if clean => {
                 assert!(loaded.clean, "nothing was logged after the detach");
-                Resume::Clean(loaded.snapshot.saved)
+                match self.gained() {
+                    None => Resume::Clean(loaded.snapshot.saved),
+                    Some(gained) => after_growth(loaded, gained),
+                }
             }
             Ok(Some(loaded)) if loaded.snapshot.saved.history != self.persisted.history => {
                 lost(self, Reason::AgentCrashed)
@@ -68,6 +71,9 @@ impl World {
         let mut candidates = hot;
         candidates.union_with(&saved.dirty);
         candidates.union_with(&saved.zeroes);
+        if let Some(gained) = self.gained() {
+            candidates.insert(gained);
+        }
         Resume::Crashed {
             reason: Reason::AgentCrashed,
             history: self.persisted.history,
@@ -175,5 +181,22 @@ impl World {
         } else {
             self.tracking.storage.fail_sync_after(0);
         }
+    }
+}
+
+/// A clean detach, and then the disk grew.
+fn after_growth(loaded: Loaded, gained: BlockRange) -> Resume {
+    let Loaded { snapshot: Snapshot { saved, .. }, hot, .. } = loaded;
+    let mut candidates = hot;
+    candidates.union_with(&saved.dirty);
+    candidates.union_with(&saved.zeroes);
+    candidates.insert(gained);
+    Resume::Crashed {
+        reason: Reason::Resized,
+        history: saved.history,
+        last_lsn: saved.last_lsn,
+        acked_durable: saved.acked_durable,
+        acked_position: saved.acked_position,
+        candidates,
     }
 }

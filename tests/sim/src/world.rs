@@ -129,6 +129,8 @@ pub struct Stats {
     pub times_asked: u64,
     /// Clean detaches.
     pub detaches: u64,
+    /// Times the disk became larger.
+    pub grown: u64,
     /// Verifies that came to a result.
     pub verifies: u64,
     /// Window overflows.
@@ -199,6 +201,8 @@ pub struct World {
     /// When changes and passes were captured, by what the agents say of the newest after each event.
     pub(crate) captured: BTreeMap<Lsn, CaptureTime>,
     pub(crate) mutant: Option<Mutant>,
+    /// A disk that has grown is attached like any other: a deliberate mistake.
+    pub(crate) forgets_growth: bool,
     /// Nothing goes wrong any more.
     pub(crate) calm: bool,
     pub(crate) stats: Stats,
@@ -241,6 +245,7 @@ impl World {
             promises: Promises::default(),
             captured: BTreeMap::new(),
             mutant: None,
+            forgets_growth: false,
             calm: false,
             stats: Stats::default(),
             plan,

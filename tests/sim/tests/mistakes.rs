@@ -71,6 +71,11 @@ fn acknowledging_before_the_sync_is_found() {
 }
 
 #[test]
+fn not_comparing_what_a_disk_has_gained_is_found() {
+    is_found(Mistake::ForgetsGrowth, 40);
+}
+
+#[test]
 fn a_seed_repeats_exactly() {
     for seed in 0..6 {
         let first = run(seed, STEPS, None, false).expect("a good seed");

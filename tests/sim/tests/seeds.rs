@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 32] = [
+const SEEN: [Seen; 33] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -21,6 +21,7 @@ const SEEN: [Seen; 32] = [
     ("of these noticed by an agent", |stats| stats.put_back_noticed),
     ("times of points asked for", |stats| stats.times_asked),
     ("clean detaches", |stats| stats.detaches),
+    ("disks grown", |stats| stats.grown),
     ("verifies under load", |stats| stats.verifies),
     ("window overflows", |stats| stats.overflows),
     ("passes forfeited", |stats| stats.forfeited),
