@@ -10,6 +10,7 @@ use backtide_units::{ByteCount, ByteOffset};
 
 use crate::{
     Contents, Error, FileId, FileSystem, Kind, Name, Node, Piece, Place, Source,
+    contents::PIECES_MAX,
     fields::{byte, le16, le32},
     file_system::{NAMES_MAX, is_same_text},
 };
@@ -27,6 +28,9 @@ const READ_ONLY: u8 = 0x01;
 const LABEL: u8 = 0x08;
 const DIRECTORY: u8 = 0x10;
 const LONG_NAME: u8 = 0x0f;
+
+/// What is wrong with a chain that is a circle.
+const IN_TWICE: &str = "its chain of clusters has one of them twice";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Width {
@@ -84,7 +88,8 @@ impl Fat {
         let entries = u64::from(le16(sector, 17)?);
         let either = |short: u16, long: u32| if short == 0 { u64::from(long) } else { u64::from(short) };
         let total = either(le16(sector, 19)?, le32(sector, 32)?);
-        let table = either(le16(sector, 22)?, le32(sector, 36)?);
+        let (short_table, long_table) = (le16(sector, 22)?, le32(sector, 36)?);
+        let table = either(short_table, long_table);
         let root_sectors = (entries * ENTRY as u64).div_ceil(bytes.max(1));
         let before = reserved + tables * table + root_sectors;
         let makes_sense = bytes.is_power_of_two()
@@ -98,11 +103,21 @@ impl Fat {
             return Err(Error::damaged("", "its sizes do not go together"));
         }
         let clusters = (total - before) / per_cluster;
-        let width = match clusters {
-            0..4085 => Width::Bits12,
-            4085..65525 => Width::Bits16,
-            65525.. => Width::Bits32,
+        // As Linux decides: which fields are in use tells FAT32 from the others, their clusters do not.
+        let width = match (short_table, clusters) {
+            (0, _) => Width::Bits32,
+            (_, 0..4085) => Width::Bits12,
+            (_, 4085..65525) => Width::Bits16,
+            (_, 65525..) => {
+                return Err(Error::damaged(
+                    "",
+                    format!("its fields are FAT16's, and it has {clusters} clusters"),
+                ));
+            }
         };
+        if width != Width::Bits32 && entries == 0 {
+            return Err(Error::damaged("", "its root directory has no room"));
+        }
         let bits = match width {
             Width::Bits12 => 12,
             Width::Bits16 => 16,
@@ -160,9 +175,6 @@ impl Fat {
                     format!("its chain leads to cluster {number}, which is not there"),
                 ));
             }
-            if at / self.cluster > u64::from(self.clusters) {
-                return Err(Error::damaged("", "its chain of clusters is a circle"));
-            }
             let place = self.data + u64::from(number - 2) * self.cluster;
             match pieces.last_mut() {
                 Some(Piece { length, place: Place::Volume(start), .. }) if start.0 + length.0 == place => {
@@ -174,9 +186,17 @@ impl Fat {
                     place: Place::Volume(ByteOffset(place)),
                 }),
             }
+            if pieces.len() > PIECES_MAX {
+                let (what, limit) = ("a file of this FAT".to_owned(), PIECES_MAX as u64);
+                return Err(Error::TooMany { what, of: "pieces", limit });
+            }
             at += self.cluster;
+            if at / self.cluster > u64::from(self.clusters) {
+                return Err(Error::damaged("", IN_TWICE));
+            }
             cluster = if at < limit { self.next(number)? } else { None };
         }
+        refuse_overlap(&pieces)?;
         Ok(pieces)
     }
 
@@ -212,6 +232,22 @@ impl Fat {
             }
         };
         self.chain(first, DIRECTORY_MAX)
+    }
+}
+
+/// Refuses a chain that is a circle or comes back to itself: each cluster has bytes of one place of a file.
+fn refuse_overlap(pieces: &[Piece]) -> Result<(), Error> {
+    let mut places: Vec<(u64, u64)> = pieces
+        .iter()
+        .filter_map(|piece| match piece.place {
+            Place::Volume(start) => Some((start.0, start.0 + piece.length.0)),
+            Place::Inline(_) => None,
+        })
+        .collect();
+    places.sort_unstable();
+    match places.is_sorted_by(|before, after| before.1 <= after.0) {
+        true => Ok(()),
+        false => Err(Error::damaged("", IN_TWICE)),
     }
 }
 

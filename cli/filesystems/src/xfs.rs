@@ -36,10 +36,10 @@ impl Xfs {
     /// When it has no XFS, or one that is damaged or of a kind that is not known here.
     pub fn open(source: Rc<dyn Source>) -> Result<Self, Error> {
         let mut source = Patched::new(source);
-        let mut superblock = superblock::read(&source)?;
+        let mut superblock = superblock::read(&source, false)?;
         let mut warnings = Vec::new();
         match replay::replay(&superblock, &mut source) {
-            Ok(()) => superblock = superblock::read(&source)?,
+            Ok(()) => superblock = superblock::read(&source, source.is_patched(ByteOffset::ZERO, 512))?,
             // What is in its place can be read all the same.
             Err(error) => {
                 source.forget();
@@ -120,7 +120,7 @@ impl FileSystem for Xfs {
 
     fn read(&self, contents: &Contents, at: ByteOffset, buffer: &mut [u8]) -> Result<usize, Error> {
         contents
-            .read_at(&self.source, at, buffer)
+            .read_at(self.source.unpatched(), at, buffer)
             .map_err(|error| error.of(|| "a file of this XFS".to_owned()))
     }
 

@@ -37,13 +37,27 @@ fn a_chain_that_is_a_circle_or_leads_nowhere_or_ends_too_early_is_an_error() {
     assert!(why(0x0fff_ffff).contains("it has 3000000 bytes, and clusters for"), "{}", why(0x0fff_ffff));
     assert!(why(0).contains("leads to cluster 0"), "{}", why(0));
     assert!(why(0x0fff_0000).contains("which is not there"));
+    assert!(why(first).contains("has one of them twice"), "{}", why(first));
     // The chain of a file has an end: its size. That of a directory has none.
     let directory = path::find(&fat, "/some", true).unwrap().id;
     let first = fat.entry(directory).unwrap().cluster;
     let mut bad = volume;
     let at = fat.table as usize + first as usize * 4;
     bad[at..at + 4].copy_from_slice(&first.to_le_bytes());
-    assert!(open(bad).unwrap().names(directory).is_ok_and(|names| names.len() < NAMES_MAX));
+    let why = open(bad).unwrap().names(directory).unwrap_err().to_string();
+    assert!(why.contains("has one of them twice"), "{why}");
+}
+
+#[test]
+fn the_fields_in_use_tell_the_width_and_a_root_without_room_is_refused() {
+    // FAT32 with as few clusters as FAT16 has: Linux makes and reads it.
+    let mut small = golden::volume("fat32");
+    small[32..36].copy_from_slice(&20_000_u32.to_le_bytes());
+    assert_eq!(open(small).unwrap().width, Width::Bits32);
+    let mut none = golden::volume("fat16");
+    none[17..19].fill(0);
+    let why = open(none).err().unwrap().to_string();
+    assert!(why.contains("its root directory has no room"), "{why}");
 }
 
 #[test]

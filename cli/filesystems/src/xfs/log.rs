@@ -202,10 +202,12 @@ impl<'source> Log<'source> {
 /// Whether the checksum of a record is right. Its header has two lengths, by the machine it was written on.
 fn is_whole(headers: &[u8], operations: &[u8]) -> Result<bool, Error> {
     let stored = le32(headers, 32)?;
+    // Headers that this record has no cycles for are there, and not in the sum.
+    let used = operations.len().div_ceil(CYCLES * SECTOR as usize);
     for length in [328, 324] {
         let mut sum = crc32c::crc32c_append(crc32c::crc32c(&headers[..32]), &[0; 4]);
         sum = crc32c::crc32c_append(sum, &headers[36..length]);
-        for more in headers.chunks(SECTOR as usize).skip(1) {
+        for more in headers.chunks(SECTOR as usize).skip(1).take(used.saturating_sub(1)) {
             sum = crc32c::crc32c_append(sum, &more[..260]);
         }
         if crc32c::crc32c_append(sum, operations) == stored {
@@ -291,4 +293,28 @@ impl Transaction {
 fn is_complete(item: &Item) -> bool {
     let count = item.first().and_then(|format| crate::fields::le16(format, 2).ok());
     count.is_none_or(|count| item.len() >= usize::from(count))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sum_of_a_record_has_only_the_headers_that_it_needs() {
+        let mut headers = vec![7; 1024];
+        for (length, is_second_in) in [(512, false), (33_000, true)] {
+            let operations = vec![3; length];
+            let mut sum = crc32c::crc32c_append(crc32c::crc32c(&headers[..32]), &[0; 4]);
+            sum = crc32c::crc32c_append(sum, &headers[36..328]);
+            if is_second_in {
+                sum = crc32c::crc32c_append(sum, &headers[512..512 + 260]);
+            }
+            sum = crc32c::crc32c_append(sum, &operations);
+            headers[32..36].copy_from_slice(&sum.to_le_bytes());
+            assert!(is_whole(&headers, &operations).unwrap(), "{length}");
+            headers[600] ^= 1;
+            assert_eq!(is_whole(&headers, &operations).unwrap(), !is_second_in, "{length}");
+            headers[600] ^= 1;
+        }
+    }
 }

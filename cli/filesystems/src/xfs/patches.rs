@@ -28,6 +28,11 @@ impl Patched {
         self.sectors.range(at.0 / SECTOR..end).next().is_some()
     }
 
+    /// The volume as it is, without the log: no bytes of files are ever in it.
+    pub(super) fn unpatched(&self) -> &dyn Source {
+        self.source.as_ref()
+    }
+
     /// Replaces bytes.
     pub(super) fn patch(&mut self, at: ByteOffset, bytes: &[u8]) -> Result<(), Error> {
         let (mut at, mut left) = (at.0, bytes);

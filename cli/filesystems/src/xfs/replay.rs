@@ -79,21 +79,35 @@ pub(super) fn replay(superblock: &Superblock, source: &mut Patched) -> Result<()
         Ok(())
     };
     Log::new(source, place, superblock.has_crc).transactions(&mut first).map_err(named)?;
+    apply(superblock, source, transactions, cancelled).map_err(named)
+}
+
+/// Puts transactions over the volume, in their order; `cancelled` is how often each buffer is freed in them.
+fn apply(
+    superblock: &Superblock,
+    source: &mut Patched,
+    transactions: Vec<(u64, Vec<Item>)>,
+    mut cancelled: HashMap<Place, u32>,
+) -> Result<(), Error> {
     for (lsn, items) in transactions {
         // Buffers first, then inodes, then what was freed: so it is written, too.
         for item in &items {
-            if let Some((place, flags)) = buffer_format(item).map_err(named)?
+            if let Some((place, flags)) = buffer_format(item)?
                 && flags & CANCELLED == 0
                 && !cancelled.contains_key(&place)
             {
-                buffer(superblock, source, (place, flags), item, lsn).map_err(named)?;
+                buffer(superblock, source, (place, flags), item, lsn)?;
             }
         }
         for item in items.iter().filter(|item| kind(item) == Some(INODE)) {
-            inode(superblock, source, item, lsn).map_err(named)?;
+            // What was freed with its inodes may hold the bytes of a file by now.
+            let place = inode_cluster(&item[0])?;
+            if !place.is_some_and(|place| cancelled.contains_key(&place)) {
+                inode(superblock, source, item, lsn)?;
+            }
         }
         for item in &items {
-            let Some((place, flags)) = buffer_format(item).map_err(named)? else { continue };
+            let Some((place, flags)) = buffer_format(item)? else { continue };
             if let Some(count) = cancelled.get_mut(&place).filter(|_| flags & CANCELLED != 0) {
                 *count -= 1;
                 if *count == 0 {
@@ -132,6 +146,14 @@ fn buffer_format(item: &Item) -> Result<Option<(Place, u16)>, Error> {
         }
         Some(_) | None => Ok(None),
     }
+}
+
+/// The buffer that an inode lies in; none when no buffer can be so long.
+fn inode_cluster(format: &[u8]) -> Result<Option<Place>, Error> {
+    // Machines of 32 bits leave out four bytes before the number.
+    let at = if format.len() >= 56 { 40 } else { 36 };
+    let (sector, length) = (le64(format, at)?, le32(format, at + 8)?);
+    Ok(u16::try_from(length).ok().map(|sectors| Place { sector, sectors }))
 }
 
 /// Puts the logged chunks of a buffer over the volume.
@@ -213,7 +235,8 @@ fn inode(superblock: &Superblock, source: &mut Patched, item: &Item, lsn: u64) -
         // Blocks that get inodes may still have those of a volume that was there before.
         let own = be64(&bytes, 152)? == number && bytes[160..176] == superblock.id;
         let written = be64(&bytes, 112)?;
-        if own && written != 0 && written != u64::MAX && written >= lsn {
+        // Several transactions may have begun at one LSN, so an equal one does not say that this is in its place.
+        if own && written != 0 && written != u64::MAX && written > lsn {
             return Ok(());
         }
     } else if is_inode {
@@ -311,3 +334,6 @@ fn put_root(superblock: &Superblock, fork: &mut [u8], logged: &[u8]) -> Result<(
     fork[4 + room * 8..4 + (room + count) * 8].copy_from_slice(pointers);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

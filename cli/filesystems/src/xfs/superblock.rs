@@ -38,18 +38,18 @@ pub(super) struct Superblock {
     blocks: u64,
 }
 
-/// Reads and checks it.
-pub(super) fn read(source: &dyn Source) -> Result<Superblock, Error> {
+/// Reads and checks it. What `is_replayed` has the checksum of before.
+pub(super) fn read(source: &dyn Source, is_replayed: bool) -> Result<Superblock, Error> {
     let named = |error: Error| error.of(|| "the superblock of this XFS".to_owned());
     let mut sector = vec![0; 512];
     source.read_at(ByteOffset::ZERO, &mut sector).map_err(|error| named(error.into()))?;
     let length = 1 << u32::from(sector[121]).clamp(9, 15);
     sector.resize(length, 0);
     source.read_at(ByteOffset::ZERO, &mut sector).map_err(|error| named(error.into()))?;
-    parse(&sector).map_err(named)
+    parse(&sector, is_replayed).map_err(named)
 }
 
-fn parse(sector: &[u8]) -> Result<Superblock, Error> {
+fn parse(sector: &[u8], is_replayed: bool) -> Result<Superblock, Error> {
     if sector[..4] != *b"XFSB" {
         return Err(Error::damaged("", "its mark is not there"));
     }
@@ -63,7 +63,7 @@ fn parse(sector: &[u8]) -> Result<Superblock, Error> {
         let what = format!("this is XFS with the features {:#x}", incompatible & !(KNOWN | NEEDS_REPAIR));
         return Err(Error::Unsupported { what });
     }
-    if has_crc && !is_right(sector, 224)? {
+    if has_crc && !is_replayed && !is_right(sector, 224)? {
         return Err(Error::damaged("", "its checksum is another"));
     }
     let log = |at: usize| byte(sector, at).map(u32::from);

@@ -18,7 +18,7 @@ fn everything_is_there_as_the_kernel_sees_it_with_what_was_in_the_log_only() {
 #[test]
 fn without_its_log_the_volume_is_read_as_it_was_and_says_so() {
     let mut volume = golden::volume("xfs");
-    let superblock = superblock::read(&crate::Bytes(volume.clone())).unwrap();
+    let superblock = superblock::read(&crate::Bytes(volume.clone()), false).unwrap();
     let start = superblock.log.unwrap().0 as usize;
     volume[start..start + superblock.log_length.0 as usize].fill(0x5a);
     let xfs = open(volume).unwrap();
