@@ -29,6 +29,9 @@ const LOG_FILE: u64 = 2;
 const VOLUME: u64 = 3;
 const ROOT: u64 = 5;
 
+/// How often the table is read to find more of itself.
+const TABLE_ROUNDS: usize = 8;
+
 /// Records below are the volume's own: they are no files of anybody.
 const FIRST_FILE: u64 = 16;
 
@@ -37,6 +40,9 @@ const STANDARD: u32 = 0x10;
 const VOLUME_INFORMATION: u32 = 0x70;
 const DATA: u32 = 0x80;
 const REPARSE: u32 = 0xc0;
+
+/// The longest that says what a file stands for.
+const REPARSE_MAX: u64 = 64 << 10;
 
 /// From 1601, when NTFS counts from, to 1970, in ticks of 100 ns.
 const TICKS_TO_1970: i128 = 116_444_736_000_000_000;
@@ -63,14 +69,17 @@ impl Ntfs {
         source.read_at(ByteOffset::ZERO, &mut sector).map_err(|error| Error::from(error).of(name))?;
         let mut volume = Self::parse(source, &sector).map_err(|error| error.of(name))?;
         // The table's first record says where the rest of it is. When that takes more records, these are in what is
-        // known already.
-        for _ in 0..2 {
+        // known already, or become known with others.
+        for _ in 0..TABLE_ROUNDS {
             let attributes = volume.attributes(FileId(MFT))?;
             let table = attributes
                 .contents(&volume, DATA, &[])
                 .and_then(|table| table.ok_or_else(|| Error::damaged("", "it has no data")));
             volume.table =
                 table.map_err(|error| error.of(|| "the master file table of this NTFS".to_owned()))?;
+            if !attributes.is_partial {
+                break;
+            }
         }
         volume.node(FileId(ROOT))?;
         volume.warnings = volume.find_warnings();
@@ -143,14 +152,14 @@ impl Ntfs {
     }
 
     /// The tag of a file that stands for something else, and what it says.
-    fn reparse(attributes: &Attributes) -> Option<(u32, &[u8])> {
-        let bytes = attributes.resident(REPARSE)?;
-        Some((le32(bytes, 0).ok()?, bytes))
+    fn reparse(&self, attributes: &Attributes) -> Result<Option<(u32, Vec<u8>)>, Error> {
+        let Some(bytes) = attributes.whole(self, REPARSE, &[], REPARSE_MAX)? else { return Ok(None) };
+        Ok(Some((le32(&bytes, 0)?, bytes)))
     }
 }
 
 fn named(id: FileId) -> impl FnOnce() -> String {
-    move || match id.0 {
+    move || match id.0 & attribute::NUMBER {
         MFT => "the master file table of this NTFS".to_owned(),
         ROOT => "the root directory of this NTFS".to_owned(),
         number => format!("file record {number}"),
@@ -174,7 +183,8 @@ impl FileSystem for Ntfs {
         let times = time(standard, 8).and_then(|modified| Ok((modified, time(standard, 16)?)));
         let (modified_ns, changed_ns) = times.map_err(wrong)?;
         let is_read_only = le32(standard, 32).is_ok_and(|flags| flags & 1 != 0);
-        let is_link = Self::reparse(&attributes).is_some_and(|(tag, _)| reparse::is_link(tag));
+        let found = self.reparse(&attributes).map_err(wrong)?;
+        let is_link = found.is_some_and(|(tag, _)| reparse::is_link(tag));
         let kind = match attributes.is_directory {
             _ if is_link => Kind::Symlink,
             true => Kind::Directory,
@@ -204,16 +214,20 @@ impl FileSystem for Ntfs {
 
     fn link_target(&self, id: FileId) -> Result<Vec<u8>, Error> {
         let attributes = self.attributes(id)?;
-        let target = match Self::reparse(&attributes) {
-            Some((tag, bytes)) => reparse::target(tag, bytes),
+        let target = self.reparse(&attributes).and_then(|found| match found {
+            Some((tag, bytes)) => reparse::target(tag, &bytes),
             None => Err(Error::damaged("", "it is no symbolic link")),
-        };
+        });
         target.map_err(|error| error.of(named(id)))
     }
 
     fn contents(&self, id: FileId) -> Result<Contents, Error> {
         let attributes = self.attributes(id)?;
-        if let Some(what) = Self::reparse(&attributes).and_then(|(tag, _)| reparse::stands_for(tag)) {
+        let found = self.reparse(&attributes).map_err(|error| error.of(named(id)))?;
+        let flags = attributes.resident(STANDARD).and_then(|standard| le32(standard, 32).ok());
+        // Without attributes nothing says that the bytes are here.
+        let flags = flags.unwrap_or(u32::MAX);
+        if let Some(what) = found.and_then(|(tag, _)| reparse::stands_for(tag, flags)) {
             return Err(Error::Unsupported { what: format!("{} is {what}", named(id)()) });
         }
         if attributes.is_directory {

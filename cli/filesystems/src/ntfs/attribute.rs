@@ -38,9 +38,10 @@ struct Attribute {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Body {
     Resident(Vec<u8>),
-    /// Runs of clusters from this cluster of the attribute on.
+    /// Runs of clusters from this cluster of the attribute on, to its last.
     Runs {
         first: u64,
+        last: u64,
         runs: Vec<u8>,
         unit: u8,
         size: u64,
@@ -52,6 +53,8 @@ enum Body {
 #[derive(Debug)]
 pub(super) struct Attributes {
     pub(super) is_directory: bool,
+    /// Whether records of the file table could not be read yet, which only it can do without.
+    pub(super) is_partial: bool,
     all: Vec<Attribute>,
 }
 
@@ -62,18 +65,21 @@ pub(super) fn one_piece(start: u64, length: u64) -> Piece {
 }
 
 impl Attributes {
-    /// Those of the file with this record.
-    pub(super) fn gather(volume: &Ntfs, number: u64) -> Result<Self, Error> {
-        let record = read(volume, number)?;
+    /// Those of the file with this record: its number and, unless that is 0, how often it was used.
+    pub(super) fn gather(volume: &Ntfs, reference: u64) -> Result<Self, Error> {
+        let record = read(volume, reference)?;
+        let number = reference & NUMBER;
         if le64(&record, 32)? & NUMBER != 0 {
             return Err(Error::damaged("", "it belongs to another file"));
         }
-        let mut found = Self { is_directory: le16(&record, 22)? & 2 != 0, all: parse(&record)? };
+        let own = number | u64::from(le16(&record, 16)?) << 48;
+        let is_directory = le16(&record, 22)? & 2 != 0;
+        let mut found = Self { is_directory, is_partial: false, all: parse(&record)? };
         let Some(list) = found.whole(volume, LIST, &[], LIST_MAX)? else { return Ok(found) };
         let (mut others, mut at) = (BTreeSet::new(), 0);
         while at + 26 <= list.len() {
-            let other = le64(&list, at + 16)? & NUMBER;
-            if other != number {
+            let other = le64(&list, at + 16)?;
+            if other & NUMBER != number {
                 others.insert(other);
             }
             let length = usize::from(le16(&list, at + 4)?);
@@ -86,10 +92,14 @@ impl Attributes {
             // The table needs itself to be read: its records may be where it is not known yet.
             let record = match read(volume, other) {
                 Ok(record) => record,
-                Err(_) if number == super::MFT => continue,
-                Err(error) => return Err(error.of(|| format!("file record {other}"))),
+                Err(_) if number == super::MFT => {
+                    found.is_partial = true;
+                    continue;
+                }
+                Err(error) => return Err(error.of(|| format!("file record {}", other & NUMBER))),
             };
-            if le64(&record, 32)? & NUMBER != number && number != super::MFT {
+            if le64(&record, 32)? != own {
+                let other = other & NUMBER;
                 return Err(Error::damaged("", format!("record {other}, which it lists, is another file's")));
             }
             found.all.extend(parse(&record)?);
@@ -139,15 +149,33 @@ impl Attributes {
 
     /// Where the bytes of an attribute are; none when there is none.
     pub(super) fn contents(&self, volume: &Ntfs, kind: u32, name: &[u8]) -> Result<Option<Contents>, Error> {
-        let (mut pieces, mut start, mut end) = (Vec::new(), None, 0);
-        for attribute in self.of(kind, name) {
+        let (mut pieces, mut start) = (Vec::new(), None);
+        // The first cluster that no part before had, and the byte it begins at.
+        let (mut next, mut end) = (0, 0);
+        let mut parts: Vec<_> = self.of(kind, name).collect();
+        parts.sort_by_key(|attribute| attribute.first());
+        for attribute in parts {
             if attribute.flags & ENCRYPTED != 0 {
                 return Err(Error::Unsupported { what: "the file is encrypted".to_owned() });
             }
             match &attribute.body {
                 Body::Resident(bytes) => return Ok(Some(Contents::inline(bytes.clone()))),
-                Body::Runs { first, runs, unit, size, valid } => {
-                    end = end.max(add_runs(volume, *first, runs, &mut pieces)?);
+                Body::Runs { first, last, runs, unit, size, valid } => {
+                    if *first != next && self.is_partial {
+                        break;
+                    }
+                    if *first != next {
+                        let why = format!("the part of its attribute {kind:#x} at cluster {next} is missing");
+                        return Err(Error::damaged("", why));
+                    }
+                    next = add_runs(volume, *first, runs, &mut pieces)?;
+                    // Some writers leave the last cluster of what has one part at 0.
+                    if *last != 0 && last.wrapping_add(1) != next {
+                        let why = format!("the runs of its attribute {kind:#x} end before its last cluster");
+                        return Err(Error::damaged("", why));
+                    }
+                    // It was multiplied there.
+                    end = next * volume.cluster;
                     if *first == 0 {
                         start = Some((*unit, *size, *valid, attribute.flags));
                     }
@@ -160,6 +188,11 @@ impl Attributes {
                 false => Err(Error::damaged("", format!("the start of its attribute {kind:#x} is missing"))),
             };
         };
+        // What of the file table is not known yet is not in it.
+        let size = if self.is_partial { size.min(end) } else { size };
+        if size > end {
+            return Err(Error::damaged("", format!("it has {size} bytes, and clusters for {end}")));
+        }
         let is_compressed = flags & COMPRESSED != 0 && unit != 0;
         if !is_compressed {
             // What was reserved and never written reads as zeroes.
@@ -179,8 +212,19 @@ impl Attributes {
     }
 }
 
+impl Attribute {
+    /// The first cluster of a part.
+    fn first(&self) -> u64 {
+        match &self.body {
+            Body::Resident(_) => 0,
+            Body::Runs { first, .. } => *first,
+        }
+    }
+}
+
 /// A record of the table, checked.
-fn read(volume: &Ntfs, number: u64) -> Result<Vec<u8>, Error> {
+fn read(volume: &Ntfs, reference: u64) -> Result<Vec<u8>, Error> {
+    let (number, uses) = (reference & NUMBER, reference >> 48);
     let beyond = || Error::damaged("", format!("record {number} is not in the master file table"));
     let mut bytes = vec![0; volume.record];
     let at = number.checked_mul(volume.record as u64).ok_or_else(beyond)?;
@@ -190,6 +234,9 @@ fn read(volume: &Ntfs, number: u64) -> Result<Vec<u8>, Error> {
     restore(&mut bytes, b"FILE")?;
     if le16(&bytes, 22)? & 1 == 0 {
         return Err(Error::damaged("", "it is free"));
+    }
+    if uses != 0 && u64::from(le16(&bytes, 16)?) != uses {
+        return Err(Error::damaged("", "it was reused: whoever names it means a file that is gone"));
     }
     Ok(bytes)
 }
@@ -218,13 +265,15 @@ fn parse(record: &[u8]) -> Result<Vec<Attribute>, Error> {
             let first = le64(bytes, 16)?;
             // Only the first part of an attribute has its sizes.
             let (size, valid) = if first == 0 { (le64(bytes, 48)?, le64(bytes, 56)?) } else { (0, 0) };
-            Body::Runs { first, runs, unit: byte(bytes, 34)?, size, valid }
+            let last = le64(bytes, 24)?;
+            Body::Runs { first, last, runs, unit: byte(bytes, 34)?, size, valid }
         };
         all.push(Attribute { kind, name: name.to_vec(), flags: le16(bytes, 12)?, body });
     }
 }
 
-/// Runs: a byte with two lengths, then how many clusters, then how far from the last run's start; nothing is a hole.
+/// Runs: a byte with two lengths, then how many clusters, then how far from the last run's start; nothing is a hole. Gives
+/// the cluster of the attribute behind them.
 fn add_runs(volume: &Ntfs, first: u64, runs: &[u8], pieces: &mut Vec<Piece>) -> Result<u64, Error> {
     let wrong = || Error::damaged("", "its runs of clusters make no sense");
     let (mut at, mut vcn, mut lcn) = (0, first, 0_i64);
@@ -259,5 +308,6 @@ fn add_runs(volume: &Ntfs, first: u64, runs: &[u8], pieces: &mut Vec<Piece>) -> 
         let place = Place::Volume(ByteOffset(from));
         pieces.push(Piece { at: ByteOffset(start), length: ByteCount(length), place });
     }
-    vcn.checked_mul(volume.cluster).ok_or_else(wrong)
+    // Bytes of it can be counted, too.
+    vcn.checked_mul(volume.cluster).map(|_| vcn).ok_or_else(wrong)
 }

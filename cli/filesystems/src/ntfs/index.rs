@@ -69,9 +69,9 @@ fn entries(node: &[u8], names: &mut Vec<Name>) -> Result<(), Error> {
         }
         let entry = part(node, at, length)?;
         at += length;
-        let id = FileId(le64(entry, 0)? & NUMBER);
+        let id = FileId(le64(entry, 0)?);
         let letters = part(entry, 16 + 66, usize::from(byte(entry, 16 + 64)?) * 2)?;
-        if byte(entry, 16 + 65)? == DOS || id.0 < FIRST_FILE {
+        if byte(entry, 16 + 65)? == DOS || id.0 & NUMBER < FIRST_FILE {
             continue;
         }
         if names.len() >= NAMES_MAX {

@@ -31,17 +31,37 @@ fn damage_is_an_error_that_names_the_structure() {
     let ntfs = open(volume.clone()).unwrap();
     let big = path::find(&ntfs, "/big", true).unwrap().id;
     let crate::Place::Volume(table) = ntfs.table.pieces()[0].place else { panic!("it is on the volume") };
-    let record = table.0 as usize + big.0 as usize * ntfs.record;
+    let number = big.0 & attribute::NUMBER;
+    let record = table.0 as usize + number as usize * ntfs.record;
     let why = |at: usize, byte: u8| {
         let mut bad = volume.clone();
         bad[at] = byte;
         open(bad).unwrap().contents(big).unwrap_err().to_string()
     };
-    let said = |why: &str| format!("file record {} is damaged: {why}", big.0);
+    let said = |why: &str| format!("file record {number} is damaged: {why}");
     assert_eq!(why(record, 0), said("its mark is not there"));
     assert_eq!(why(record + 510, 0x77), said("it was not written to its end"));
     assert_eq!(why(record + 22, 0), said("it is free"));
     assert_eq!(why(record + 32, 77), said("it belongs to another file"));
+    let uses = volume[record + 16];
+    assert_eq!(why(record + 16, uses ^ 1), said("it was reused: whoever names it means a file that is gone"));
+    let mut at = record + usize::from(volume[record + 20]);
+    while volume[at] != DATA as u8 {
+        at += usize::from(u16::from_le_bytes([volume[at + 4], volume[at + 5]]));
+    }
+    assert_eq!(
+        why(at + 24, volume[at + 24] ^ 4),
+        said("the runs of its attribute 0x80 end before its last cluster")
+    );
+    // More bytes than clusters.
+    let mut bad = volume.clone();
+    bad[at + 48 + 3] = 0x7f;
+    let why = open(bad).unwrap().contents(big).unwrap_err().to_string();
+    assert!(why.contains("bytes, and clusters for"), "{why}");
+    let mut bad = volume.clone();
+    bad[at + 16] = 1;
+    let why = open(bad).unwrap().contents(big).unwrap_err().to_string();
+    assert_eq!(why, said("the part of its attribute 0x80 at cluster 0 is missing"));
 }
 
 #[test]
