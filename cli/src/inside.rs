@@ -9,6 +9,7 @@ mod copy_out;
 mod partitions;
 mod parts;
 mod point_reader;
+mod unreadable;
 mod volume;
 
 pub(crate) use compare::{Change, Difference, Differences, Sides, compare};
@@ -16,6 +17,7 @@ pub(crate) use copy_out::{Copied, Destination, copy_out};
 pub(crate) use partitions::{Content, LogicalVolume, Partition, logical_volumes, partitions};
 pub(crate) use parts::{Part, Parts};
 pub(crate) use point_reader::PointReader;
+pub(crate) use unreadable::Unreadable;
 pub(crate) use volume::{Entry, Kind, Volume};
 
 #[cfg(test)]

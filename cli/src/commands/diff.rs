@@ -82,9 +82,13 @@ impl Diff {
             let (from, to) = (old.open(&from)?, new.open(&to)?);
             let is_changed = |range: ByteRange| touches(&report.ranges, &new, range);
             let differences = compare(&Sides { from: &from, to: &to, is_changed: &is_changed })?;
-            let mut warnings = from.warnings().to_vec();
-            warnings
-                .extend(to.warnings().iter().filter(|warning| !from.warnings().contains(warning)).cloned());
+            let mut warnings: Vec<String> = Vec::new();
+            let all = [old_parts.warnings(), new_parts.warnings()].concat();
+            for warning in all.iter().chain(from.warnings()).chain(to.warnings()) {
+                if !warnings.contains(warning) {
+                    warnings.push(warning.clone());
+                }
+            }
             Ok(FilesReport { disk, from_lsn, to_lsn, part: new.name(), differences, warnings })
         })
         .await?;
@@ -96,7 +100,8 @@ impl Diff {
         if *omitted > 0 {
             context.tell(&format!("{omitted} of them are not listed"));
         }
-        Ok(warn(context, &found.warnings))
+        let warnings = [found.differences.unreadable.sentences(), found.warnings].concat();
+        Ok(warn(context, &warnings))
     }
 }
 

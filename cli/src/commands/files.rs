@@ -114,7 +114,8 @@ impl Ls {
                 path: None,
                 entries: None,
             };
-            if only_table && listing.parts.readable().count() != 1 {
+            listing.warnings = listing.parts.warnings();
+            if only_table && listing.parts.readable().count() != 1 && !listing.parts.is_lost() {
                 return Ok(listing);
             }
             let chosen = listing.parts.choose(partition.as_deref())?;
@@ -122,13 +123,17 @@ impl Ls {
             let found = volume.look(&path)?;
             listing.entries = Some(match found.kind {
                 Kind::Directory => volume.list(&found)?,
-                Kind::File | Kind::Symlink | Kind::Special => vec![found],
+                Kind::File | Kind::Symlink | Kind::Special | Kind::Unreadable => vec![found],
             });
+            let unreadable = listing.entries.iter().flatten().filter(|entry| entry.error.is_some()).count();
+            if unreadable > 0 {
+                listing.warnings.push(format!("of these entries {unreadable} cannot be read"));
+            }
             (listing.partition, listing.logical_volume) = match chosen {
                 Part::Partition(partition) => (Some(partition.number), None),
                 Part::Logical(volume) => (None, Some(volume.name.clone())),
             };
-            listing.warnings = volume.warnings().to_vec();
+            listing.warnings.extend_from_slice(volume.warnings());
             listing.path = Some(path);
             Ok(listing)
         })
@@ -157,7 +162,8 @@ impl Cp {
             }
             let copied = copy_out(&volume, &entry, &to)?;
             let (disk, lsn) = (mount.disk.name.clone(), mount.lsn);
-            let warnings = volume.warnings().to_vec();
+            let mut warnings = parts.warnings();
+            warnings.extend_from_slice(volume.warnings());
             Ok(CopyReport { disk, lsn, path, output, copied, warnings })
         })
         .await?;
@@ -167,13 +173,14 @@ impl Cp {
         } else {
             context.print(&report, || copy_text(&report))?;
         }
+        let warnings = [report.copied.unreadable.sentences(), report.warnings].concat();
         let skipped = report.copied.skipped;
         if skipped > 0 {
             context.warn(&format!("left out devices, sockets and pipes: {skipped}"));
-            warn(context, &report.warnings);
+            warn(context, &warnings);
             return Ok(Ending::Warnings);
         }
-        Ok(warn(context, &report.warnings))
+        Ok(warn(context, &warnings))
     }
 }
 
@@ -282,15 +289,17 @@ fn listing_text(listing: &Listing) -> String {
             Kind::Directory => 'd',
             Kind::Symlink => 'l',
             Kind::Special => 's',
+            Kind::Unreadable => '?',
         };
         let modified = u64::try_from(entry.modified).unwrap_or(0).saturating_mul(1_000_000);
         let arrow = entry.target.as_ref().map_or_else(String::new, |target| format!(" -> {target}"));
+        let why = entry.error.as_ref().map_or_else(String::new, |why| format!(" (cannot be read: {why})"));
         vec![
             format!("{kind}{:04o}", entry.mode),
             format!("{}:{}", entry.uid, entry.gid),
             entry.size.to_string(),
             time_text(backtide_units::CaptureTime(modified)),
-            printable(&format!("{}{arrow}", entry.name)),
+            printable(&format!("{}{arrow}{why}", entry.name)),
         ]
     };
     plain_table(&["MODE", "OWNER", "BYTES", "MODIFIED", "NAME"], entries.iter().map(row))

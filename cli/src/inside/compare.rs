@@ -7,11 +7,11 @@
 use std::{cmp::Ordering, collections::HashSet};
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_filesystems::FileId;
+use backtide_filesystems::{FileId, Place};
 use backtide_units::{ByteCount, ByteRange};
 use serde::Serialize;
 
-use super::{Entry, Kind, Volume};
+use super::{Entry, Kind, Unreadable, Volume};
 use crate::ending::Failure;
 
 /// What is read at once.
@@ -63,6 +63,9 @@ pub(crate) struct Differences {
     pub(crate) changed: u64,
     /// How many of these are not listed.
     pub(crate) omitted: u64,
+    /// What could not be compared, as one side of it cannot be read.
+    #[serde(flatten)]
+    pub(crate) unreadable: Unreadable,
 }
 
 /// The two sides of a comparison.
@@ -78,11 +81,13 @@ pub(crate) struct Sides<'volumes> {
 /// Compares all files of both sides.
 ///
 /// # Errors
-/// When a directory cannot be read, or file bytes that have to be.
+/// When the root of either cannot be read; what else cannot is noted.
 pub(crate) fn compare(sides: &Sides<'_>) -> Result<Differences, Failure> {
-    let mut walk = Walk { sides, seen: [HashSet::new(), HashSet::new()], found: Differences::default() };
+    let seen = [HashSet::new(), HashSet::new()];
+    let mut walk = Walk { sides, seen, entered: [0; 2], found: Differences::default() };
     let (from, to) = (sides.from.look("/")?, sides.to.look("/")?);
-    walk.directory(Some(&from), Some(&to), "", 0)?;
+    let entries = (walk.entries(0, Some(&from), "")?, walk.entries(1, Some(&to), "")?);
+    walk.directory(entries, "", 0)?;
     Ok(walk.found)
 }
 
@@ -90,6 +95,8 @@ struct Walk<'sides> {
     sides: &'sides Sides<'sides>,
     /// Directories that were entered: a tree has each once.
     seen: [HashSet<FileId>; 2],
+    /// How many were entered.
+    entered: [u64; 2],
     found: Differences,
 }
 
@@ -109,22 +116,30 @@ impl Walk<'_> {
         self.found.files.push(Difference { path, change, kind, size, what });
     }
 
-    fn entries(&mut self, side: usize, directory: &Entry, path: &str) -> Result<Vec<Entry>, Failure> {
-        if directory.file_id().is_some_and(|id| !self.seen[side].insert(id)) {
-            let why = format!("the directory {path}/ is in the tree more than once");
-            return Err(ApiError::new(ErrorCode::Damaged, why).into());
-        }
+    /// What is in a directory that was not entered yet; nothing where there is none.
+    fn entries(
+        &mut self,
+        side: usize,
+        directory: Option<&Entry>,
+        path: &str,
+    ) -> Result<Vec<Entry>, ApiError> {
+        let Some(directory) = directory else { return Ok(Vec::new()) };
         let volume = if side == 0 { self.sides.from } else { self.sides.to };
+        self.entered[side] += 1;
+        let is_again = directory.file_id().is_some_and(|id| !self.seen[side].insert(id));
+        if is_again || self.entered[side] > volume.directories_max() {
+            let why = format!("the directory {path}/ is in the tree more than once");
+            return Err(ApiError::new(ErrorCode::Damaged, why));
+        }
         let mut entries = volume.list(directory)?;
         entries.sort_by(|a, b| a.raw_name.cmp(&b.raw_name));
         Ok(entries)
     }
 
-    /// Compares what is in a directory; on a side where there is none, nothing is.
+    /// Compares what is in a directory at either side.
     fn directory(
         &mut self,
-        from: Option<&Entry>,
-        to: Option<&Entry>,
+        (mut old, mut new): (Vec<Entry>, Vec<Entry>),
         path: &str,
         depth: usize,
     ) -> Result<(), Failure> {
@@ -132,14 +147,6 @@ impl Walk<'_> {
             let why = format!("{path} is deeper than {DEPTH_MAX} directories");
             return Err(ApiError::new(ErrorCode::Refused, why).into());
         }
-        let mut old = match from {
-            Some(from) => self.entries(0, from, path)?,
-            None => Vec::new(),
-        };
-        let mut new = match to {
-            Some(to) => self.entries(1, to, path)?,
-            None => Vec::new(),
-        };
         old.reverse();
         new.reverse();
         loop {
@@ -153,20 +160,34 @@ impl Walk<'_> {
             let after = if order == Ordering::Less { None } else { new.pop() };
             let name = before.as_ref().or(after.as_ref()).map_or("", |entry| entry.name.as_str());
             let path = format!("{path}/{name}");
-            self.file(before.as_ref(), after.as_ref(), &path)?;
+            self.file(before.as_ref(), after.as_ref(), &path);
             let directory =
                 |entry: &Option<Entry>| entry.clone().filter(|entry| entry.kind == Kind::Directory);
             let (from, to) = (directory(&before), directory(&after));
-            if from.is_some() || to.is_some() {
-                self.directory(from.as_ref(), to.as_ref(), &path, depth + 1)?;
+            // What is a directory at one point and unreadable at the other may be one there, too.
+            let is_unreadable =
+                |entry: &Option<Entry>| entry.as_ref().is_some_and(|entry| entry.kind == Kind::Unreadable);
+            if from.is_none() && to.is_none() || is_unreadable(&before) || is_unreadable(&after) {
+                continue;
+            }
+            let old = self.entries(0, from.as_ref(), &path);
+            match old.and_then(|old| Ok((old, self.entries(1, to.as_ref(), &path)?))) {
+                Ok(entries) => self.directory(entries, &path, depth + 1)?,
+                // The names of one side alone would all be differences.
+                Err(error) => self.found.unreadable.add_error(&path, &error),
             }
         }
     }
 
-    fn file(&mut self, from: Option<&Entry>, to: Option<&Entry>, path: &str) -> Result<(), Failure> {
+    fn file(&mut self, from: Option<&Entry>, to: Option<&Entry>, path: &str) {
+        let unreadable = [from, to].into_iter().flatten().find_map(|entry| entry.error.as_deref());
+        if let Some(why) = unreadable {
+            self.found.unreadable.add(path, why);
+        }
         match (from, to) {
+            (Some(_), Some(_)) if unreadable.is_some() => {}
             (Some(from), Some(to)) => {
-                let what = self.differences(from, to)?;
+                let what = self.differences(from, to, path);
                 if !what.is_empty() {
                     self.add(path, Change::Changed, to, what);
                 }
@@ -175,10 +196,9 @@ impl Walk<'_> {
             (None, Some(to)) => self.add(path, Change::Added, to, Vec::new()),
             (None, None) => {}
         }
-        Ok(())
     }
 
-    fn differences(&self, from: &Entry, to: &Entry) -> Result<Vec<&'static str>, Failure> {
+    fn differences(&mut self, from: &Entry, to: &Entry, path: &str) -> Vec<&'static str> {
         // The size of a directory is a matter of its blocks, and its names are compared one by one.
         let is_directory = from.kind == Kind::Directory && to.kind == Kind::Directory;
         let looks = [
@@ -187,23 +207,33 @@ impl Walk<'_> {
             ("modified", from.modified_ns != to.modified_ns && !is_directory),
             ("mode", from.mode != to.mode),
             ("owner", (from.uid, from.gid) != (to.uid, to.gid)),
-            ("target", from.target != to.target),
+            ("target", from.raw_target != to.raw_target),
         ];
         let mut what: Vec<_> = looks.iter().filter(|(_, differs)| *differs).map(|(name, _)| *name).collect();
         let are_files = from.kind == Kind::File && to.kind == Kind::File && from.size == to.size;
-        if are_files && self.may_differ(to)? && self.bytes_differ(from, to)? {
-            what.push("content");
+        let is_another = || Ok(are_files && self.may_differ(from, to)? && self.bytes_differ(from, to)?);
+        match is_another() {
+            Ok(true) => what.push("content"),
+            Ok(false) => {}
+            Err(error) => self.found.unreadable.add_error(path, &error),
         }
-        Ok(what)
+        what
     }
 
-    /// Whether blocks changed where the bytes of a file are.
-    fn may_differ(&self, file: &Entry) -> Result<bool, Failure> {
-        let Some(places) = self.sides.to.places(file)? else { return Ok(false) };
-        Ok(places.into_iter().any(|range| (self.sides.is_changed)(range)))
+    /// Whether the bytes of a file are elsewhere than before, or other ones beside what is said of it, or
+    /// blocks changed where they are.
+    fn may_differ(&self, from: &Entry, to: &Entry) -> Result<bool, ApiError> {
+        let Some(now) = self.sides.to.contents(to)? else { return Ok(false) };
+        let is_changed = |range: Option<ByteRange>| range.is_some_and(|range| (self.sides.is_changed)(range));
+        let is_elsewhere = self.sides.from.contents(from)?.is_none_or(|before| before != now);
+        Ok(is_elsewhere
+            || now.pieces().iter().any(|piece| match piece.place {
+                Place::Volume(start) => is_changed(ByteRange::new(start, piece.length)),
+                Place::Inline(_) => false,
+            }))
     }
 
-    fn bytes_differ(&self, from: &Entry, to: &Entry) -> Result<bool, Failure> {
+    fn bytes_differ(&self, from: &Entry, to: &Entry) -> Result<bool, ApiError> {
         let (mut old, mut new) = (self.sides.from.open_file(from)?, self.sides.to.open_file(to)?);
         let (mut a, mut b) = (vec![0; PIECE], vec![0; PIECE]);
         loop {

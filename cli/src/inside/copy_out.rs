@@ -5,6 +5,7 @@
 //! before it has the mode that it has on the volume.
 
 use std::{
+    collections::HashSet,
     ffi::OsStr,
     fs::{self, DirBuilder, File},
     io::{self, Seek, SeekFrom, Write},
@@ -16,10 +17,11 @@ use std::{
 };
 
 use backtide_control::{ApiError, ErrorCode};
+use backtide_filesystems::FileId;
 use rustix::fs::OFlags;
 use serde::Serialize;
 
-use super::{Entry, Kind, Volume};
+use super::{Entry, Kind, Unreadable, Volume};
 use crate::ending::{Failure, io_failure};
 
 /// What is read and written at once.
@@ -54,12 +56,16 @@ pub(crate) struct Copied {
     pub(crate) bytes: u64,
     /// Devices, sockets and pipes, which were left out.
     pub(crate) skipped: u64,
+    /// What cannot be read, which was left out.
+    #[serde(flatten)]
+    pub(crate) unreadable: Unreadable,
 }
 
 /// Copies a file, or a directory with everything in it.
 ///
 /// # Errors
-/// What cannot be read or written; a directory that was begun stays, a file does not.
+/// What cannot be written, or cannot be read when it was asked for by name; of a directory's files those that cannot
+/// be read are left out. A directory that was begun stays, a file does not.
 pub(crate) fn copy_out(volume: &Volume, entry: &Entry, to: &Destination) -> Result<Copied, Failure> {
     let mut copied = Copied::default();
     match (entry.kind, to) {
@@ -80,60 +86,113 @@ pub(crate) fn copy_out(volume: &Volume, entry: &Entry, to: &Destination) -> Resu
             copied.files = 1;
         }
         (Kind::Directory, Destination::Path { path, .. }) => {
-            directory(volume, entry, path, 0, &mut copied)?;
+            let mut tree = Tree { volume, seen: HashSet::new(), copied };
+            let entries = tree.entries(entry)?;
+            tree.directory(entry, entries, path, 0)?;
+            copied = tree.copied;
         }
         (Kind::Directory, Destination::Stdout) => {
             return Err(refused("a directory cannot go to standard output: name a directory to make"));
         }
-        (Kind::Symlink | Kind::Special, _) => {
+        (Kind::Symlink | Kind::Special | Kind::Unreadable, _) => {
             return Err(refused(&format!("{} is no file and no directory", entry.name)));
         }
     }
     Ok(copied)
 }
 
-fn directory(
-    volume: &Volume,
-    entry: &Entry,
-    path: &Path,
-    depth: usize,
-    copied: &mut Copied,
-) -> Result<(), Failure> {
-    if depth > DEPTH_MAX {
-        return Err(refused(&format!("{} is deeper than {DEPTH_MAX} directories", path.display())));
+/// A directory that is copied with what is in it.
+struct Tree<'volume> {
+    volume: &'volume Volume,
+    /// Directories that were entered: a tree has each once.
+    seen: HashSet<FileId>,
+    copied: Copied,
+}
+
+impl Tree<'_> {
+    /// What is in a directory that was not entered yet.
+    fn entries(&mut self, directory: &Entry) -> Result<Vec<Entry>, ApiError> {
+        let is_again = directory.file_id().is_some_and(|id| !self.seen.insert(id));
+        if is_again || self.copied.directories >= self.volume.directories_max() {
+            let why = format!("the directory {} is in the tree more than once", directory.name);
+            return Err(ApiError::new(ErrorCode::Damaged, why));
+        }
+        self.volume.list(directory)
     }
-    // Nobody else looks in before its own mode says so, and what is read-only can still be filled.
-    DirBuilder::new().mode(0o700).create(path).map_err(|error| exists_or_failed(path, &error))?;
-    copied.directories += 1;
-    for inner in volume.list(entry)? {
+
+    fn directory(
+        &mut self,
+        entry: &Entry,
+        entries: Vec<Entry>,
+        path: &Path,
+        depth: usize,
+    ) -> Result<(), Failure> {
+        if depth > DEPTH_MAX {
+            return Err(refused(&format!("{} is deeper than {DEPTH_MAX} directories", path.display())));
+        }
+        // Nobody else looks in before its own mode says so, and what is read-only can still be filled.
+        DirBuilder::new().mode(0o700).create(path).map_err(|error| exists_or_failed(path, &error))?;
+        self.copied.directories += 1;
+        for inner in entries {
+            self.entry(&inner, path, depth)?;
+        }
+        // Not through a link that somebody has put in its place meanwhile.
+        let flags = (OFlags::DIRECTORY | OFlags::NOFOLLOW).bits().cast_signed();
+        let made = File::options().read(true).custom_flags(flags).open(path);
+        let set = made.and_then(|made| made.set_permissions(mode(entry)));
+        set.map_err(|error| io_failure(path.display(), &error))
+    }
+
+    /// Copies what a directory names; what cannot be read is noted.
+    fn entry(&mut self, inner: &Entry, path: &Path, depth: usize) -> Result<(), Failure> {
         // A name on the volume is one word here, too, or it is nothing.
-        let name = OsStr::from_bytes(&inner.raw_name);
-        if inner.raw_name.is_empty() || inner.raw_name.contains(&b'/') || inner.raw_name.contains(&0) {
-            return Err(ApiError::new(ErrorCode::Damaged, format!("{:?} is no file name", inner.name)).into());
+        let name = &inner.raw_name;
+        if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
+            self.copied.unreadable.add(path.display(), &format!("{:?} is no file name", inner.name));
+            return Ok(());
         }
-        let to = path.join(name);
+        let to = path.join(OsStr::from_bytes(name));
         match inner.kind {
-            Kind::Directory => directory(volume, &inner, &to, depth + 1, copied)?,
-            Kind::File => {
-                let created = File::options().write(true).create_new(true).mode(0o600).open(&to);
-                let mut file = created.map_err(|error| exists_or_failed(&to, &error))?;
-                copied.bytes += pour(volume, &inner, To::File(&mut file), &to)?;
-                file.set_permissions(mode(&inner)).map_err(|error| io_failure(to.display(), &error))?;
-                copied.files += 1;
-            }
+            Kind::Directory => match self.entries(inner) {
+                Ok(entries) => self.directory(inner, entries, &to, depth + 1)?,
+                Err(error) => self.copied.unreadable.add_error(to.display(), &error),
+            },
+            Kind::File => self.file(inner, &to)?,
             Kind::Symlink => {
-                let target = inner.target.as_deref().unwrap_or_default();
-                symlink(target, &to).map_err(|error| exists_or_failed(&to, &error))?;
-                copied.symlinks += 1;
+                let target = &inner.raw_target;
+                if target.is_empty() || target.contains(&0) {
+                    self.copied.unreadable.add(to.display(), "where it leads to is no path");
+                    return Ok(());
+                }
+                symlink(OsStr::from_bytes(target), &to).map_err(|error| exists_or_failed(&to, &error))?;
+                self.copied.symlinks += 1;
             }
-            Kind::Special => copied.skipped += 1,
+            Kind::Special => self.copied.skipped += 1,
+            Kind::Unreadable => {
+                let why = inner.error.as_deref().unwrap_or("it cannot be read");
+                self.copied.unreadable.add(to.display(), why);
+            }
         }
+        Ok(())
     }
-    // Not through a link that somebody has put in its place meanwhile.
-    let flags = (OFlags::DIRECTORY | OFlags::NOFOLLOW).bits().cast_signed();
-    let made = File::options().read(true).custom_flags(flags).open(path);
-    let set = made.and_then(|made| made.set_permissions(mode(entry)));
-    set.map_err(|error| io_failure(path.display(), &error))
+
+    fn file(&mut self, inner: &Entry, to: &Path) -> Result<(), Failure> {
+        let created = File::options().write(true).create_new(true).mode(0o600).open(to);
+        let mut file = created.map_err(|error| exists_or_failed(to, &error))?;
+        match pour(self.volume, inner, To::File(&mut file), to) {
+            Ok(bytes) => self.copied.bytes += bytes,
+            Err(halt) => {
+                // Half a file would be taken for a whole one.
+                fs::remove_file(to).map_err(|error| io_failure(to.display(), &error))?;
+                let Halt::Volume(error) = halt else { return Err(halt.into()) };
+                self.copied.unreadable.add_error(to.display(), &error);
+                return Ok(());
+            }
+        }
+        file.set_permissions(mode(inner)).map_err(|error| io_failure(to.display(), &error))?;
+        self.copied.files += 1;
+        Ok(())
+    }
 }
 
 /// What the bytes of a file go to.
@@ -143,13 +202,30 @@ enum To<'to> {
     File(&'to mut File),
 }
 
+/// What ended a copy.
+enum Halt {
+    /// The file cannot be read.
+    Volume(ApiError),
+    /// It cannot be written.
+    Here(Failure),
+}
+
+impl From<Halt> for Failure {
+    fn from(halt: Halt) -> Self {
+        match halt {
+            Halt::Volume(error) => error.into(),
+            Halt::Here(failure) => failure,
+        }
+    }
+}
+
 /// Copies the bytes of a file.
-fn pour(volume: &Volume, entry: &Entry, mut to: To<'_>, name: &Path) -> Result<u64, Failure> {
+fn pour(volume: &Volume, entry: &Entry, mut to: To<'_>, name: &Path) -> Result<u64, Halt> {
     let failed = |error: io::Error| match error.kind() {
-        io::ErrorKind::BrokenPipe => Failure::ClosedPipe,
-        _ => io_failure(name.display(), &error),
+        io::ErrorKind::BrokenPipe => Halt::Here(Failure::ClosedPipe),
+        _ => Halt::Here(io_failure(name.display(), &error)),
     };
-    let mut file = volume.open_file(entry)?;
+    let mut file = volume.open_file(entry).map_err(Halt::Volume)?;
     let mut buffer = vec![0; PIECE];
     let mut bytes = 0;
     loop {
@@ -157,7 +233,7 @@ fn pour(volume: &Volume, entry: &Entry, mut to: To<'_>, name: &Path) -> Result<u
             bytes = file.skip_hole().0;
             to.seek(SeekFrom::Start(bytes)).map_err(failed)?;
         }
-        let count = file.read(&mut buffer)?;
+        let count = file.read(&mut buffer).map_err(Halt::Volume)?;
         match &mut to {
             To::Stream(to) => to.write_all(&buffer[..count]).map_err(failed)?,
             To::File(to) if count == 0 => to.set_len(bytes).map_err(failed)?,

@@ -127,20 +127,24 @@ impl LogicalVolume {
     }
 }
 
-/// The logical volumes whose physical volumes are among `partitions`.
-///
-/// # Errors
-/// When the description of a group is damaged.
+/// The logical volumes whose physical volumes are among `partitions`, and what kept others from being found.
 pub(crate) fn logical_volumes(
     disk: &Rc<PointReader>,
     partitions: &[Partition],
-) -> Result<Vec<LogicalVolume>, backtide_filesystems::Error> {
-    let mut physicals = Vec::new();
+) -> (Vec<LogicalVolume>, Option<backtide_filesystems::Error>) {
+    let (mut physicals, mut damage) = (Vec::new(), None);
     for partition in partitions.iter().filter(|partition| partition.content == Content::Lvm) {
         let window = Window::new(Rc::clone(disk) as Rc<dyn Source>, partition.range());
-        physicals.push((partition.range(), lvm::physical(&window)?));
+        match lvm::physical(&window) {
+            Ok(physical) => physicals.push((partition.range(), physical)),
+            Err(error) => damage = damage.or(Some(error)),
+        }
     }
-    let found = lvm::logical_volumes(&physicals)?.into_iter().map(|logical| {
+    let found = lvm::logical_volumes(&physicals).unwrap_or_else(|error| {
+        damage.get_or_insert(error);
+        Vec::new()
+    });
+    let found = found.into_iter().map(|logical| {
         let (segments, unreadable) = match logical.segments {
             Ok(segments) => (segments, None),
             Err(why) => (Vec::new(), Some(why)),
@@ -149,7 +153,7 @@ pub(crate) fn logical_volumes(
         let name = format!("{}/{}", logical.group, logical.name);
         LogicalVolume { name, length: logical.length, content, unreadable, segments }
     });
-    Ok(found.collect())
+    (found.collect(), damage)
 }
 
 /// The partitions of a disk, or the disk as a whole when it has no table.

@@ -17,6 +17,9 @@ pub(crate) struct Parts {
     pub(crate) partitions: Vec<Partition>,
     /// What is on those that are physical volumes of LVM.
     pub(crate) logical_volumes: Vec<LogicalVolume>,
+    /// What keeps logical volumes from being found; other parts can be read all the same.
+    #[serde(skip)]
+    damage: Option<ApiError>,
 }
 
 /// One of them.
@@ -30,19 +33,30 @@ impl Parts {
     /// Those of `disk`.
     ///
     /// # Errors
-    /// When a table of them is damaged.
+    /// When the table of partitions is damaged.
     pub(crate) fn find(disk: &Rc<PointReader>) -> Result<Self, Failure> {
         let found = partitions(disk);
         let partitions = found.map_err(|error| {
             ApiError::new(ErrorCode::Failed, format!("the partitions cannot be read: {error}"))
         })?;
-        let found = logical_volumes(disk, &partitions);
-        let logical_volumes = found.map_err(|error| {
+        let (logical_volumes, damage) = logical_volumes(disk, &partitions);
+        let damage = damage.map(|error| {
             ApiError::from_error(ErrorCode::Damaged, &error).with_hint(
                 "without it the logical volumes cannot be found; a point before the damage may have it",
             )
-        })?;
-        Ok(Self { partitions, logical_volumes })
+        });
+        Ok(Self { partitions, logical_volumes, damage })
+    }
+
+    /// What a reader has to know of the parts, a sentence each.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let sentence = |error: &ApiError| format!("logical volumes cannot be found: {}", error.message);
+        self.damage.iter().map(sentence).collect()
+    }
+
+    /// Whether there is nothing to choose from because of what is damaged.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.damage.is_some() && self.readable().next().is_none()
     }
 
     fn all(&self) -> impl Iterator<Item = Part<'_>> {
@@ -65,6 +79,9 @@ impl Parts {
                 Part::Logical(volume) => volume.name == wanted,
             };
             return self.all().find(is_it).ok_or_else(|| {
+                if let Some(damage) = self.damage.as_ref().filter(|_| wanted.contains('/')) {
+                    return damage.clone().into();
+                }
                 let why = format!("there is no partition {wanted}; what there is: {}", self.names());
                 ApiError::new(ErrorCode::NotFound, why).into()
             });
@@ -72,6 +89,9 @@ impl Parts {
         let mut readable = self.readable();
         match (readable.next(), readable.next()) {
             (Some(only), None) => Ok(only),
+            (None, _) if self.is_lost() => {
+                Err(self.damage.clone().expect("it is damaged when it is lost").into())
+            }
             // Opening it says why it cannot be read, and what can.
             (None, _) => Ok(self.all().max_by_key(Part::length).expect("a disk has a part")),
             (Some(_), Some(_)) => {

@@ -127,6 +127,32 @@ fn a_chain_of_tables_that_is_a_circle_or_leads_nowhere_ends() {
 }
 
 #[test]
+fn damaged_lvm_keeps_nobody_from_the_other_partitions() {
+    let mut disk = vec![0; 3 * MIB];
+    entry(&mut disk, 0, 0, 0x8e, 2048, 2048);
+    entry(&mut disk, 0, 1, 0x83, 4096, 2048);
+    // A label whose checksum is another, and a volume with ext4.
+    disk[MIB + 512..MIB + 520].copy_from_slice(b"LABELONE");
+    disk[MIB + 536..MIB + 544].copy_from_slice(b"LVM2 001");
+    disk[2 * MIB + 1080..2 * MIB + 1082].copy_from_slice(&[0x53, 0xef]);
+    let (only, wanted, warnings) = on(disk.clone(), |disk| {
+        let parts = Parts::find(&Rc::new(disk)).unwrap();
+        let wanted = parts.choose(Some("vg1/root")).unwrap_err();
+        (parts.choose(None).unwrap().name(), format!("{wanted:?}"), parts.warnings())
+    });
+    assert_eq!(only, "2");
+    assert!(wanted.contains("label of the physical volume"), "{wanted}");
+    assert!(warnings[0].starts_with("logical volumes cannot be found: "), "{warnings:?}");
+    // When nothing else can be read, it is what is wrong.
+    disk[2 * MIB + 1080..2 * MIB + 1082].fill(0);
+    let why = on(disk, |disk| {
+        let parts = Parts::find(&Rc::new(disk)).unwrap();
+        format!("{:?}", parts.choose(None).unwrap_err())
+    });
+    assert!(why.contains("label of the physical volume"), "{why}");
+}
+
+#[test]
 fn a_damaged_gpt_is_an_error() {
     let mut disk = vec![0; MIB];
     entry(&mut disk, 0, 0, 0xee, 1, 2047);

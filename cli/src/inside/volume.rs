@@ -11,7 +11,7 @@ use backtide_filesystems::{
     self as filesystems, Contents, FileId, FileSystem, Name, Node, Source, fat::Fat, ntfs::Ntfs, path,
     xfs::Xfs,
 };
-use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use backtide_units::{ByteCount, ByteOffset};
 use serde::Serialize;
 
 use self::ext4::{Ext4Volume, OpenExt4};
@@ -52,6 +52,12 @@ pub(crate) struct Entry {
     /// Where it leads, when it is a symbolic link.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) target: Option<String>,
+    /// The same as it stands there.
+    #[serde(skip)]
+    pub(super) raw_target: Vec<u8>,
+    /// Why it cannot be read, when it cannot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
     /// Its name as it stands there.
     #[serde(skip)]
     pub(super) raw_name: Vec<u8>,
@@ -61,6 +67,25 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    /// A name behind which nothing can be read.
+    fn unreadable(raw_name: Vec<u8>, place: Place, error: &ApiError) -> Self {
+        Self {
+            name: String::from_utf8_lossy(&raw_name).into_owned(),
+            kind: Kind::Unreadable,
+            size: ByteCount::ZERO,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            modified: 0,
+            modified_ns: 0,
+            target: None,
+            raw_target: Vec::new(),
+            error: Some(error.message.clone()),
+            raw_name,
+            place,
+        }
+    }
+
     /// The file's number, where files have one.
     pub(super) fn file_id(&self) -> Option<FileId> {
         match self.place {
@@ -91,6 +116,8 @@ pub(crate) enum Kind {
     Symlink,
     /// A device, socket or pipe.
     Special,
+    /// What cannot be told: its directory names it, and no more of it can be read.
+    Unreadable,
 }
 
 impl From<filesystems::Kind> for Kind {
@@ -188,17 +215,17 @@ impl Volume {
         }
     }
 
-    /// The entries of a directory, sorted by name, without itself and the one above.
+    /// The entries of a directory, sorted by name, without itself and the one above; one that cannot be read says so.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When the directory cannot be read.
     pub(crate) fn list(&self, directory: &Entry) -> Result<Vec<Entry>, ApiError> {
         let mut entries = match (self, &directory.place) {
             (Self::Ext4(volume), Place::Ext4(path)) => volume.list(&directory.name, path)?,
             (Self::Other(volume), Place::Other(id)) => {
                 let failed = |error: filesystems::Error| api_error(&directory.name, &error);
                 let names = volume.names(*id).map_err(failed)?.into_iter();
-                names.map(|name| entry(volume.as_ref(), name)).collect::<Result<_, _>>()?
+                names.map(|name| entry_or_why(volume.as_ref(), name)).collect()
             }
             (Self::Ext4(_), Place::Other(_)) | (Self::Other(_), Place::Ext4(_)) => another_volume(),
         };
@@ -210,14 +237,17 @@ impl Volume {
     ///
     /// # Errors
     /// When that cannot be read.
-    pub(super) fn places(&self, file: &Entry) -> Result<Option<Vec<ByteRange>>, ApiError> {
+    pub(super) fn contents(&self, file: &Entry) -> Result<Option<Contents>, ApiError> {
         let (Self::Other(volume), Place::Other(id)) = (self, &file.place) else { return Ok(None) };
-        let contents = volume.contents(*id).map_err(|error| api_error(&file.name, &error))?;
-        let places = contents.pieces().iter().filter_map(|piece| match piece.place {
-            filesystems::Place::Volume(start) => ByteRange::new(start, piece.length),
-            filesystems::Place::Inline(_) => None,
-        });
-        Ok(Some(places.collect()))
+        volume.contents(*id).map(Some).map_err(|error| api_error(&file.name, &error))
+    }
+
+    /// More directories than this are not on it, where their numbers are not told; then one is in the tree twice.
+    pub(super) fn directories_max(&self) -> u64 {
+        match self {
+            Self::Ext4(volume) => volume.inodes(),
+            Self::Other(_) => u64::MAX,
+        }
     }
 
     /// Opens a file to read it.
@@ -256,21 +286,36 @@ fn find(volume: &dyn FileSystem, path: &str, through: bool) -> Result<Entry, Api
     entry(volume, Name { bytes, id: found.id })
 }
 
+fn entry_or_why(volume: &dyn FileSystem, name: Name) -> Entry {
+    let (bytes, id) = (name.bytes.clone(), name.id);
+    entry(volume, name).unwrap_or_else(|error| Entry::unreadable(bytes, Place::Other(id), &error))
+}
+
 fn entry(volume: &dyn FileSystem, name: Name) -> Result<Entry, ApiError> {
     let text = String::from_utf8_lossy(&name.bytes).into_owned();
     let failed = |error: filesystems::Error| api_error(&text, &error);
     let Node { kind, size, mode, uid, gid, modified_ns, .. } = volume.node(name.id).map_err(failed)?;
     let kind = Kind::from(kind);
-    let target = match kind {
-        Kind::Symlink => {
-            let target = volume.link_target(name.id).map_err(failed)?;
-            Some(String::from_utf8_lossy(&target).into_owned())
-        }
-        Kind::File | Kind::Directory | Kind::Special => None,
-    };
+    let is_link = kind == Kind::Symlink;
+    let raw_target = if is_link { volume.link_target(name.id).map_err(failed)? } else { Vec::new() };
+    let target = is_link.then(|| String::from_utf8_lossy(&raw_target).into_owned());
     let modified = i64::try_from(modified_ns.div_euclid(1_000_000_000)).unwrap_or(i64::MAX);
     let (raw_name, place) = (name.bytes, Place::Other(name.id));
-    Ok(Entry { name: text, kind, size, mode, uid, gid, modified, modified_ns, target, raw_name, place })
+    Ok(Entry {
+        name: text,
+        kind,
+        size,
+        mode,
+        uid,
+        gid,
+        modified,
+        modified_ns,
+        target,
+        raw_target,
+        error: None,
+        raw_name,
+        place,
+    })
 }
 
 fn api_error(path: &str, error: &filesystems::Error) -> ApiError {

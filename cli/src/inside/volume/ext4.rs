@@ -10,7 +10,10 @@ use ext4_view::{Ext4, Ext4Error, Ext4Read, File, FileType, Metadata, PathBuf};
 use super::{Entry, Kind, Place};
 
 /// A volume with one of them.
-pub(crate) struct Ext4Volume(Ext4);
+pub(crate) struct Ext4Volume {
+    files: Ext4,
+    inodes: u64,
+}
 
 /// A file of it that is read.
 pub(crate) struct OpenExt4 {
@@ -19,6 +22,12 @@ pub(crate) struct OpenExt4 {
 }
 
 struct Reader(Rc<dyn Source>);
+
+/// Where the superblock has the number of inodes.
+const INODES_AT: ByteOffset = ByteOffset(1024);
+
+/// The least that an inode takes.
+const INODE: u64 = 128;
 
 impl Ext4Read for Reader {
     fn read(
@@ -42,39 +51,53 @@ impl OpenExt4 {
 
 impl Ext4Volume {
     pub(super) fn open(source: Rc<dyn Source>) -> Result<Self, ApiError> {
-        Ext4::load(Box::new(Reader(source))).map(Self).map_err(|error| api_error("/", &error))
+        let (mut inodes, size) = ([0; 4], source.size().0);
+        let read = source.read_at(INODES_AT, &mut inodes);
+        let files = Ext4::load(Box::new(Reader(source))).map_err(|error| api_error("/", &error))?;
+        read.map_err(|error| api_error("/", &Ext4Error::Io(Box::new(error))))?;
+        // The number is the guest's word, and they have to be somewhere.
+        Ok(Self { files, inodes: u64::from(u32::from_le_bytes(inodes)).min(size / INODE) })
+    }
+
+    /// How many inodes it has, at most.
+    pub(super) fn inodes(&self) -> u64 {
+        self.inodes
     }
 
     pub(super) fn look(&self, path: &str) -> Result<Entry, ApiError> {
-        let metadata = self.0.symlink_metadata(path).map_err(|error| api_error(path, &error))?;
+        let metadata = self.files.symlink_metadata(path).map_err(|error| api_error(path, &error))?;
         let name = last_part(path);
         let found = PathBuf::try_from(path).map_err(|_| not_a_path(path))?;
         self.entry(name, &metadata, found).map_err(|error| api_error(path, &error))
     }
 
     pub(super) fn look_through(&self, path: &str) -> Result<Entry, ApiError> {
-        let metadata = self.0.metadata(path).map_err(|error| api_error(path, &error))?;
-        let real = self.0.canonicalize(path).map_err(|error| api_error(path, &error))?;
+        let metadata = self.files.metadata(path).map_err(|error| api_error(path, &error))?;
+        let real = self.files.canonicalize(path).map_err(|error| api_error(path, &error))?;
         self.entry(last_part(path), &metadata, real).map_err(|error| api_error(path, &error))
     }
 
     pub(super) fn list(&self, name: &str, path: &PathBuf) -> Result<Vec<Entry>, ApiError> {
         let failed = |error: Ext4Error| api_error(name, &error);
         let mut entries = Vec::new();
-        for found in self.0.read_dir(path).map_err(failed)? {
+        for found in self.files.read_dir(path).map_err(failed)? {
             let found = found.map_err(failed)?;
             let name = found.file_name().as_ref().to_vec();
             if name == b"." || name == b".." {
                 continue;
             }
-            let metadata = found.metadata().map_err(failed)?;
-            entries.push(self.entry(name, &metadata, found.path()).map_err(failed)?);
+            let entry =
+                found.metadata().and_then(|metadata| self.entry(name.clone(), &metadata, found.path()));
+            entries.push(entry.unwrap_or_else(|error| {
+                let why = api_error(&String::from_utf8_lossy(&name), &error);
+                Entry::unreadable(name, Place::Ext4(found.path()), &why)
+            }));
         }
         Ok(entries)
     }
 
     pub(super) fn open_file(&self, name: &str, path: &PathBuf) -> Result<OpenExt4, ApiError> {
-        let file = self.0.open(path).map_err(|error| api_error(name, &error))?;
+        let file = self.files.open(path).map_err(|error| api_error(name, &error))?;
         Ok(OpenExt4 { name: name.to_owned(), file })
     }
 
@@ -88,8 +111,8 @@ impl Ext4Volume {
             }
         };
         let target = match kind {
-            Kind::Symlink => Some(self.0.read_link(&path)?.display().to_string()),
-            Kind::File | Kind::Directory | Kind::Special => None,
+            Kind::Symlink => Some(self.files.read_link(&path)?),
+            Kind::File | Kind::Directory | Kind::Special | Kind::Unreadable => None,
         };
         Ok(Entry {
             name: String::from_utf8_lossy(&name).into_owned(),
@@ -102,7 +125,9 @@ impl Ext4Volume {
             modified: metadata.modified().seconds(),
             modified_ns: i128::from(metadata.modified().seconds()) * 1_000_000_000
                 + i128::from(metadata.modified().nanoseconds()),
-            target,
+            target: target.as_ref().map(|target| target.display().to_string()),
+            raw_target: target.map_or_else(Vec::new, |target| target.as_ref().to_vec()),
+            error: None,
             place: Place::Ext4(path),
         })
     }

@@ -114,6 +114,13 @@ fn files_of_ntfs_and_fat_come_out_of_a_point() {
     let refused = bench.plain(&["cp", "ntfs", "/compact", "-"]);
     assert_eq!(refused.code, 5, "{refused:?}");
     assert!(refused.stderr.contains("CompactOS"), "{refused:?}");
+    // One file that cannot be read keeps nobody from the others.
+    let tree = bench.name("tree");
+    let copied = bench.plain(&["cp", "ntfs", "/", &tree, "--recursive"]);
+    assert_eq!(copied.code, 3, "{copied:?}");
+    assert!(copied.stderr.contains("left out") && copied.stderr.contains("/tree/compact: "), "{copied:?}");
+    assert!(std::fs::read(bench.path("tree/big")).unwrap() == expected);
+    assert!(!bench.path("tree/compact").exists(), "no half of it stays");
 }
 
 /// The lines of `diff --files`, each without its path's slash.
