@@ -93,7 +93,8 @@ pub struct Limits {
     /// many. At most half of `undurable_bytes`. Default 4 MiB.
     pub commit_bytes: ByteCount,
     /// When so many disks wait to be made durable, one flush of the store's file system serves all of them: where
-    /// file system and kernel are good for that, and little else waits to be written. 0 is never. Default 4.
+    /// file system and kernel are good for that, and little else waits to be written. 0 is never, and the default: such a
+    /// flush does not tell of every error that a file's own does.
     pub commit_together: usize,
     /// New data is refused when less than this is free in the store. Default 64 MiB.
     pub free_bytes_min: ByteCount,
@@ -170,7 +171,7 @@ impl Default for Limits {
             undurable_bytes: ByteCount(64 << 20),
             commit_interval_ms: 20,
             commit_bytes: ByteCount(4 << 20),
-            commit_together: 4,
+            commit_together: 0,
             free_bytes_min: ByteCount(64 << 20),
             segment_bytes: log.segment_bytes_max,
             index_cache_bytes: cache.index_bytes_max,

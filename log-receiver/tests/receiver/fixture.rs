@@ -31,6 +31,7 @@ impl Place {
     pub(crate) fn config(&self) -> Config {
         let limits = Limits {
             ingest_threads: 2,
+            commit_together: 4,
             segment_bytes: ByteCount(1 << 20),
             free_bytes_min: ByteCount(1 << 16),
             ..Limits::default()
