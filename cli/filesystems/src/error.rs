@@ -87,7 +87,7 @@ impl From<Short> for Error {
     }
 }
 
-/// To be named by whoever knows which structure it is, with [`Error::of`].
+/// To be named by whoever knows which structure it is, with `Error::of`.
 impl From<io::Error> for Error {
     fn from(source: io::Error) -> Self {
         Self::Io { what: String::new(), source }

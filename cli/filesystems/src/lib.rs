@@ -1,8 +1,8 @@
 //! The files of XFS, NTFS and FAT, and the logical volumes of LVM, out of the bytes of a disk. Nothing is written.
 //!
 //! A [`Source`] gives bytes; a [`FileSystem`] tells from them what lies where. File systems only find things: where
-//! a file's bytes are is told as [`Contents`], which one place reads ([`contents`]), and paths are walked in
-//! one place ([`path`]).
+//! a file's bytes are is told as [`Contents`], which one place reads (`contents`), and paths are walked in
+//! one place (`path`).
 //!
 //! Invariant: what is read was written by a guest and is taken as hostile. Whatever it says, the answer is what is
 //! there or an [`Error`] that names the structure: never a panic, never an endless loop, never memory without bounds.

@@ -1,7 +1,7 @@
 //! Logical volumes of LVM2, found on the physical volumes of one disk.
 //!
-//! The way: the label of each physical volume ([`label`]) leads to the text that describes its group ([`text`]), which
-//! says of what stretches each logical volume is made ([`group`]). Linear and striped volumes can be read; what
+//! The way: the label of each physical volume (`label`) leads to the text that describes its group (`text`), which
+//! says of what stretches each logical volume is made (`group`). Linear and striped volumes can be read; what
 //! others hold is said, not guessed.
 
 mod group;

@@ -1,7 +1,7 @@
 //! NTFS, version 3, with sparse and compressed files.
 //!
-//! The way of a file: [`record`] reads its record of the master file table, [`attribute`] gathers what it consists of
-//! from there and from the records that it lists, [`index`] reads a directory's names, [`compression`] unpacks.
+//! The way of a file: `record` reads its record of the master file table, `attribute` gathers what it consists of
+//! from there and from the records that it lists, `index` reads a directory's names, `compression` unpacks.
 //!
 //! The log is not replayed: a volume that was in use at the point says so.
 

@@ -1,7 +1,7 @@
 //! XFS, versions 4 and 5, as it would be after the next mount: the log is replayed into memory first.
 //!
-//! The way of a file: [`superblock`] says where inodes are, [`inode`] what one says and where its bytes lie,
-//! [`directory`] what names it has; [`log`] and [`replay`] put over the volume what is in the log and not yet in its place.
+//! The way of a file: `superblock` says where inodes are, `inode` what one says and where its bytes lie,
+//! `directory` what names it has; `log` and `replay` put over the volume what is in the log and not yet in its place.
 //!
 //! Invariant: what has a checksum is checked against it, unless the replay has put it there.
 
