@@ -110,6 +110,7 @@ impl Filter {
             let covers = if self.is_forwarding() { self.window.log_end() } else { self.last_lsn };
             let io = self.take_io_id();
             self.activity.flush_begins(io);
+            self.hasten_for_flush(covers);
             self.ongoing.insert(io, Ongoing::Flush(request, covers, self.pace.watch(now.monotonic)));
             self.effects.push_back(Effect::Local(io, LocalOp::Change(Change::Flush)));
             return;

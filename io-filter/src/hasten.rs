@@ -1,14 +1,17 @@
 //! When the receiver is told that somebody waits: it gathers what it makes durable otherwise, and
 //! acknowledges along with that, for each sync slows down all that share its device.
 //!
-//! Waiting are a guest by its acknowledgement policy, everybody when the window grows, and whoever takes the
+//! Waiting are a guest by its acknowledgement policy, from the begin of its flush on, everybody when the window grows, and whoever takes the
 //! disk away ([`Filter::hasten`]). Invariant: for each answer that waits the receiver is asked once, after
 //! the record has been sent; a lost stream forgets what was asked, for everything is sent again.
 
 use backtide_protocol::Message;
 use backtide_units::Lsn;
 
-use crate::filter::{Filter, Link};
+use crate::{
+    event::AckPolicy,
+    filter::{Filter, Link, Mode},
+};
 
 /// While frames flow without a pause, who waits is asked for after so many of them.
 const FRAMES_BETWEEN: u64 = 64;
@@ -43,6 +46,18 @@ impl Asked {
 }
 
 impl Filter {
+    /// A guest's flush begins. Where its answer will wait for the receiver too, both devices are at it at the
+    /// same time.
+    pub(crate) fn hasten_for_flush(&mut self, covers: Lsn) {
+        let waits = match self.settings.ack {
+            AckPolicy::Local | AckPolicy::Received => false,
+            AckPolicy::Durable | AckPolicy::DurableEveryWrite => self.durable_lsn < covers,
+        };
+        if waits && self.mode == Mode::Sync {
+            self.hasten();
+        }
+    }
+
     /// Somebody waits for everything sent so far to be durable.
     pub fn hasten(&mut self) {
         if let Link::Up { asked, .. } = &mut self.link {

@@ -77,12 +77,16 @@ impl Disk {
         std::iter::from_fn(|| self.filter.next_effect()).collect()
     }
 
-    fn change(&mut self, change: Change, done: LocalData) -> RequestId {
+    fn begin(&mut self, change: Change) -> (RequestId, IoId) {
         self.requests += 1;
         let request = RequestId(self.requests);
         self.filter.submit(now(), request, change);
         let local = |effect| if let Effect::Local(io, _) = effect { Some(io) } else { None };
-        let io: IoId = self.effects().into_iter().find_map(local).expect("a local I/O was asked for");
+        (request, self.effects().into_iter().find_map(local).expect("a local I/O was asked for"))
+    }
+
+    fn change(&mut self, change: Change, done: LocalData) -> RequestId {
+        let (request, io) = self.begin(change);
         self.filter.local_done(now(), io, Ok(done));
         request
     }
@@ -148,6 +152,27 @@ fn a_flush_waits_for_what_is_durable_and_a_write_does_not() {
     let again = disk.flush();
     assert!(disk.is_answered(again), "nothing was written since");
     assert_eq!(disk.sent(), [""; 0]);
+}
+
+#[test]
+fn the_receiver_syncs_while_the_local_disk_does() {
+    for (ack, asked) in
+        [(AckPolicy::Durable, &["ask durable"][..]), (AckPolicy::Local, &[]), (AckPolicy::Received, &[])]
+    {
+        let mut disk = Disk::in_sync(ack);
+        disk.write();
+        disk.sent();
+        disk.acknowledge();
+        disk.write();
+        disk.sent();
+        let (flush, io) = disk.begin(Change::Flush);
+        assert_eq!(disk.sent(), asked, "{ack:?}, before the local disk has flushed");
+        disk.acknowledge();
+        assert!(!disk.is_answered(flush), "{ack:?}: the receiver alone is not enough");
+        disk.filter.local_done(now(), io, Ok(LocalData::Changed));
+        assert!(disk.is_answered(flush), "{ack:?}");
+        assert_eq!(disk.sent(), ["flush"], "{ack:?}: it was asked before");
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! A raw image or block device as the disk behind.
 //!
 //! Through the page cache, what needs no waiting is done at once on the disk's own thread: it costs less
-//! than handing it over, by whatever engine. Everything else goes to the engine: an io_uring, or the
+//! than handing it over, by whatever engine. Of a long write it is a piece at a time: between them the
+//! thread reads on what its clients send, which is why the next one is there when this one ends. Everything else goes to the engine: an io_uring, or the
 //! blocking pool where that is forbidden. What only the pool can do (zeroes; parts of a device's
 //! block, which are read, changed and written back) goes there with either.
 
@@ -10,8 +11,8 @@ use std::{io, sync::Arc, time::Instant};
 use backtide_export::{BlockSizes, Extent};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, Prepared};
 use backtide_storage::{ImageFile, RingOp, Wrote};
-use backtide_units::ByteRange;
-use bytes::Bytes;
+use backtide_units::{ByteOffset, ByteRange};
+use bytes::{Buf, Bytes};
 
 use super::{
     local::{Began, Purpose, failure},
@@ -23,6 +24,10 @@ use crate::config::IoEngine;
 /// The filter's reads out of the page cache that are longer are handed over, in bytes.
 const LONG_COPY: u64 = 64 << 10;
 
+/// Longer writes into the page cache are done in pieces of this size, in bytes: about as much as a client's
+/// socket holds meanwhile.
+const PIECE_BYTES: usize = 256 << 10;
+
 /// A raw image or block device on its disk's thread.
 pub(crate) struct ImageDisk {
     image: Arc<ImageFile>,
@@ -30,7 +35,7 @@ pub(crate) struct ImageDisk {
     ring: Option<RingDisk>,
     /// Why there is no ring.
     why: Option<String>,
-    pace: Pace,
+    writes: Pace,
 }
 
 /// Why an image cannot be served.
@@ -51,7 +56,7 @@ impl ImageDisk {
                 Err(error) => (None, Some(format!("io_uring cannot be used: {error}"))),
             },
         };
-        Ok(Self { image, ring, why, pace: Pace::default() })
+        Ok(Self { image, ring, why, writes: Pace::default() })
     }
 
     pub(crate) fn image(&self) -> &Arc<ImageFile> {
@@ -75,7 +80,7 @@ impl ImageDisk {
 
     /// Does it, or begins it; gives back what has to be [`run`](Self::run).
     pub(crate) fn begin(&self, op: LocalOp, purpose: Purpose) -> Began {
-        if self.is_long_copy(&op, &purpose) {
+        if self.is_long_copy(&op, &purpose) || self.is_for_this_thread(&op) {
             return Began::Later(op, purpose);
         }
         if let Some(result) = self.at_once(&op) {
@@ -106,6 +111,24 @@ impl ImageDisk {
         }
     }
 
+    /// A long write that [`run`](Self::run) does on this thread, little by little.
+    fn is_for_this_thread(&self, op: &LocalOp) -> bool {
+        match op {
+            LocalOp::Change(Change::Write { data, fua, .. }) => {
+                !fua && data.len() > PIECE_BYTES
+                    && self.image.alignment().is_none()
+                    && self.writes.is_at_once(self.has_handed_over(), Instant::now)
+            }
+            LocalOp::Read(_) | LocalOp::Change(Change::Zero { .. } | Change::Flush) | LocalOp::Settle => {
+                false
+            }
+        }
+    }
+
+    fn has_handed_over(&self) -> bool {
+        self.ring.as_ref().is_some_and(RingDisk::is_busy)
+    }
+
     /// What needs no waiting.
     fn at_once(&self, op: &LocalOp) -> Option<io::Result<LocalData>> {
         if self.image.alignment().is_some() {
@@ -121,8 +144,7 @@ impl ImageDisk {
     }
 
     fn write_at_once(&self, range: ByteRange, data: &Bytes) -> Option<io::Result<LocalData>> {
-        let handed_over = self.ring.as_ref().is_some_and(RingDisk::is_busy);
-        if !self.pace.is_at_once(handed_over, Instant::now) {
+        if !self.writes.is_at_once(self.has_handed_over(), Instant::now) {
             return None;
         }
         let wrote = match self.image.try_write(range.start(), data) {
@@ -131,7 +153,7 @@ impl ImageDisk {
             Ok(Wrote::CannotTell) => {
                 let began = Instant::now();
                 let wrote = self.image.write_at(range.start(), data);
-                self.pace.took(began, Instant::now());
+                self.writes.took(began, Instant::now());
                 wrote
             }
             Err(error) => Err(error),
@@ -139,10 +161,36 @@ impl ImageDisk {
         Some(wrote.map(|()| LocalData::Changed))
     }
 
-    /// Does it on the blocking pool, waiting as long as it takes.
+    /// Does it, waiting as long as it takes.
     pub(crate) async fn run(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
+        let rest = match op {
+            LocalOp::Change(Change::Write { range, data, fua: false }) if data.len() > PIECE_BYTES => {
+                match self.write_pieces(range, data).await.map_err(failure)? {
+                    None => return Ok(LocalData::Changed),
+                    Some(rest) => rest,
+                }
+            }
+            op => op,
+        };
         let image = Arc::clone(&self.image);
-        blocking(move || on_image(&image, op)).await.map_err(failure)
+        blocking(move || on_image(&image, rest)).await.map_err(failure)
+    }
+
+    /// Writes a piece at a time, as long as that needs no waiting; what is left then.
+    async fn write_pieces(&self, range: ByteRange, mut data: Bytes) -> io::Result<Option<LocalOp>> {
+        let mut rest = range;
+        while !data.is_empty() {
+            let piece = data.slice(..data.len().min(PIECE_BYTES));
+            let end = ByteOffset(rest.start().0 + piece.len() as u64);
+            let Some(wrote) = self.write_at_once(ByteRange::between(rest.start(), end), &piece) else {
+                return Ok(Some(LocalOp::Change(Change::Write { range: rest, data, fua: false })));
+            };
+            wrote?;
+            rest = ByteRange::between(end, rest.end());
+            data.advance(piece.len());
+            tokio::task::yield_now().await;
+        }
+        Ok(None)
     }
 
     /// Reads on the blocking pool, and prepares there what a pass sends.
@@ -210,10 +258,8 @@ pub(crate) async fn blocking<T: Send + 'static>(
 mod tests {
     use std::{path::PathBuf, time::Duration};
 
-    use backtide_io_filter::IoId;
-    use backtide_units::ByteOffset;
-
     use super::*;
+    use backtide_io_filter::IoId;
 
     fn disk(directory: &tempfile::TempDir, engine: IoEngine) -> (PathBuf, ImageDisk) {
         let path = directory.path().join("vm1.img");
@@ -253,11 +299,61 @@ mod tests {
             let (result, _) = done(&disk, write(0, &[1; 4096])).await;
             assert_eq!(result, Ok(LocalData::Changed));
             let began = Instant::now();
-            disk.pace.took(began, began + Duration::from_secs(3600));
+            disk.writes.took(began, began + Duration::from_secs(3600));
             let (result, at_once) = done(&disk, write(4096, &[2; 4096])).await;
             assert_eq!((result, at_once), (Ok(LocalData::Changed), false));
             let content = std::fs::read(&path).unwrap();
             assert!(content[..4096] == [1; 4096] && content[4096..8192] == [2; 4096]);
+        }
+    }
+
+    /// What a long write begins with, and how it looks when it is done.
+    fn long(disk: &ImageDisk) -> LocalOp {
+        let data: Vec<u8> = (0..1 << 20).map(|at: u32| (at >> 14) as u8 + 1).collect();
+        let range = ByteRange::between(ByteOffset(0), ByteOffset(disk.image().size().0));
+        LocalOp::Change(Change::Write { range, data: data.into(), fua: false })
+    }
+
+    fn is_written(path: &PathBuf) -> bool {
+        let content = std::fs::read(path).unwrap();
+        content.len() == 1 << 20 && content.iter().enumerate().all(|(at, &byte)| byte == (at >> 14) as u8 + 1)
+    }
+
+    #[tokio::test]
+    async fn others_have_their_turn_between_the_pieces_of_a_long_write() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, disk) = disk(&directory, IoEngine::Auto);
+        let turns = std::cell::Cell::new(0);
+        let others = async {
+            loop {
+                turns.set(turns.get() + 1);
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            (result, at_once) = done(&disk, long(&disk)) => {
+                assert_eq!((result, at_once), (Ok(LocalData::Changed), false));
+            }
+            () = others => unreachable!("they never end"),
+        }
+        assert!(turns.get() >= 1, "all of it was written at once");
+        assert!(is_written(&path));
+    }
+
+    #[tokio::test]
+    async fn the_rest_of_a_long_write_is_handed_over_when_a_piece_was_slow() {
+        for engine in [IoEngine::Auto, IoEngine::Threads] {
+            let directory = tempfile::tempdir().unwrap();
+            let (path, disk) = disk(&directory, engine);
+            let slow = async {
+                let began = Instant::now();
+                disk.writes.took(began, began + Duration::from_secs(3600));
+            };
+            let ((result, _), ()) = tokio::join!(done(&disk, long(&disk)), slow);
+            assert_eq!(result, Ok(LocalData::Changed));
+            assert!(is_written(&path));
+            assert!(!disk.writes.is_at_once(false, Instant::now), "it was the slow piece that ended it");
         }
     }
 

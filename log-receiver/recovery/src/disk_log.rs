@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use backtide_segment::{Entry, SegmentHeader, SegmentId, SegmentWriter, Seq, Step};
+use backtide_segment::{Entry, SegmentError, SegmentHeader, SegmentId, SegmentWriter, Seq, Step};
 use backtide_storage::{KillPoint, Storage, StorageFile};
 use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 
@@ -343,7 +343,7 @@ impl DiskLog {
     /// # Errors
     /// When entries held back cannot be written; the log is then poisoned.
     pub fn ticket(&mut self) -> Result<Option<SyncTicket>, LogError> {
-        self.write_waiting()?;
+        self.write_with(SegmentWriter::write_for_sync)?;
         if !self.wants_sync() {
             return Ok(None);
         }
@@ -463,9 +463,16 @@ impl DiskLog {
     }
 
     fn write_waiting(&mut self) -> Result<(), LogError> {
+        self.write_with(SegmentWriter::write_waiting)
+    }
+
+    fn write_with(
+        &mut self,
+        write: fn(&mut SegmentWriter) -> Result<(), SegmentError>,
+    ) -> Result<(), LogError> {
         self.require_sound()?;
         let Some(current) = &mut self.current else { return Ok(()) };
-        let written = current.writer.write_waiting().map_err(LogError::from);
+        let written = write(&mut current.writer).map_err(LogError::from);
         let end = current.writer.end();
         current.segment.with_open_mut(|open| open.end = end);
         KillPoint::EntriesWritten.reached();

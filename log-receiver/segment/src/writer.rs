@@ -4,6 +4,10 @@
 //! are written from where they are, never copied. Space is reserved ahead, for the footer too, so a
 //! full device is met when an entry is refused and not when bytes are half written. After a failed
 //! write nobody knows what is in the file: the writer is poisoned.
+//!
+//! Space that was only reserved has to be noted as used by the file system when it is written first, and a sync waits
+//! for that note, which takes longer than the entry itself. So while syncs come after little, zeroes are written
+//! ahead, where zeroes are read anyway: of many syncs one pays for the others.
 
 use std::{io::IoSlice, sync::Arc};
 
@@ -50,12 +54,22 @@ pub struct SegmentWriter {
     written: u64,
     /// Everything below has space; `None` where the file system cannot reserve.
     allocated: Option<u64>,
+    /// Zeroes have been written ahead up to here.
+    filled: u64,
+    /// Where entries ended at the last sync.
+    synced: u64,
     waiting: Vec<Bytes>,
     headers: BytesMut,
     poisoned: bool,
 }
 
 const PADDING: [u8; ALIGNMENT as usize] = [0; ALIGNMENT as usize];
+
+/// A sync after no more bytes than this is one of many.
+const LITTLE: u64 = 256 << 10;
+
+/// As many zeroes are written ahead then.
+static AHEAD: [u8; 1 << 20] = [0; 1 << 20];
 
 /// Headers are laid into memory in pieces of this size.
 const HEADERS: usize = 64 << 10;
@@ -88,6 +102,8 @@ impl SegmentWriter {
             end: end.0,
             written: end.0,
             allocated: Some(end.0),
+            filled: end.0,
+            synced: end.0,
             waiting: Vec::new(),
             headers: BytesMut::new(),
             poisoned: false,
@@ -190,6 +206,21 @@ impl SegmentWriter {
         self.waiting.clear();
         self.written = self.end;
         Ok(())
+    }
+
+    /// The same before a sync; it may write zeroes ahead, where space is reserved.
+    ///
+    /// # Errors
+    /// The file's; the writer is then poisoned.
+    pub fn write_for_sync(&mut self) -> Result<(), SegmentError> {
+        let little = self.end - self.synced <= LITTLE;
+        self.synced = self.end;
+        let to = self.allocated.unwrap_or(0).min(self.end + AHEAD.len() as u64);
+        if little && !self.waiting.is_empty() && self.end > self.filled && self.end < to {
+            self.waiting.push(Bytes::from_static(&AHEAD).slice(..(to - self.end) as usize));
+            self.filled = to;
+        }
+        self.write_waiting()
     }
 
     /// Writes the footer. The segment is sealed once the file has been synced.

@@ -42,7 +42,7 @@ struct Arguments {
     #[arg(long, default_value_t = 512)]
     size: u64,
     /// Only these, by a part of their name: servers of the tables, and rows of tracking and resync
-    /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare, many-disks, restart), of
+    /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare, many-disks, restart, instructions), of
     /// going back (mount-first-byte, restore, rewind, boot), and of the store (thousand-disks, ingest, open-point,
     /// mount-reads).
     #[arg(long)]

@@ -4,6 +4,7 @@ mod activity;
 mod bitmap;
 mod compare;
 mod guest;
+mod instructions;
 mod latency;
 mod many;
 mod restart;
@@ -37,7 +38,7 @@ impl Row {
 }
 
 /// All rows, in the order they run in.
-pub(crate) const ROWS: [Row; 8] = [
+pub(crate) const ROWS: [Row; 9] = [
     Row { name: "al-hot", run: activity::hot },
     Row { name: "al-cold", run: activity::cold },
     Row { name: "resync-latency", run: latency::run },
@@ -46,6 +47,7 @@ pub(crate) const ROWS: [Row; 8] = [
     Row { name: "compare", run: compare::run },
     Row { name: "many-disks", run: many::run },
     Row { name: "restart", run: restart::run },
+    Row { name: "instructions", run: instructions::run },
 ];
 
 /// The middle of what the rounds brought.

@@ -13,6 +13,22 @@ use crate::servers::{succeed, wait_for};
 /// A receiver's settings, in the stand's directory.
 const SETTINGS: &str = "receiver.toml";
 
+/// A daemon of a stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Agent,
+    Receiver,
+}
+
+impl Role {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::Receiver => "receiver",
+        }
+    }
+}
+
 /// See the module's description.
 pub(crate) struct Stand {
     backtide: PathBuf,
@@ -43,7 +59,17 @@ impl Drop for Stand {
 impl Stand {
     /// The daemons, before a disk is attached.
     pub(crate) fn start(backtide: &Path, directory: &Path, receives: bool) -> anyhow::Result<Self> {
-        Self::start_with(backtide, directory, receives, false)
+        Self::start_with(backtide, directory, receives, false, |_| Vec::new())
+    }
+
+    /// The same, run by another program each.
+    pub(crate) fn start_under(
+        backtide: &Path,
+        directory: &Path,
+        receives: bool,
+        under: impl Fn(Role) -> Vec<String>,
+    ) -> anyhow::Result<Self> {
+        Self::start_with(backtide, directory, receives, false, under)
     }
 
     /// The same, with a receiver that has these settings.
@@ -55,17 +81,22 @@ impl Stand {
 
     /// The same, with a receiver and an agent that is started again when it dies.
     pub(crate) fn held(backtide: &Path, directory: &Path) -> anyhow::Result<Self> {
-        Self::start_with(backtide, directory, true, true)
+        Self::start_with(backtide, directory, true, true, |_| Vec::new())
     }
 
-    fn start_with(backtide: &Path, directory: &Path, receives: bool, held: bool) -> anyhow::Result<Self> {
+    fn start_with(
+        backtide: &Path,
+        directory: &Path,
+        receives: bool,
+        held: bool,
+        under: impl Fn(Role) -> Vec<String>,
+    ) -> anyhow::Result<Self> {
         std::fs::create_dir_all(directory)?;
-        let start = |arguments: &[&str]| {
-            let mut command = daemon(backtide, directory);
-            command.args(arguments).spawn().context("start a daemon")
-        };
-        let receiver = receives.then(|| receiver(backtide, directory).spawn()).transpose()?;
-        let agent = start(if held { &["agent", "run", "--hold"] } else { &["agent", "run"] })?;
+        let start_receiver = || receiver(&under(Role::Receiver), backtide, directory).spawn();
+        let receiver = receives.then(start_receiver).transpose().context("start a receiver")?;
+        let mut agent = daemon_under(&under(Role::Agent), backtide, directory);
+        agent.args(["agent", "run"]).args(held.then_some("--hold"));
+        let agent = agent.spawn().context("start an agent")?;
         let (backtide, directory) = (backtide.to_owned(), directory.to_owned());
         let stand = Self { backtide, directory, agent, receiver, held };
         let directory = &stand.directory;
@@ -74,6 +105,21 @@ impl Stand {
         }
         wait_for(&directory.join("agent.sock"))?;
         Ok(stand)
+    }
+
+    /// The daemons that run, and their processes.
+    pub(crate) fn roles(&self) -> impl Iterator<Item = (Role, u32)> {
+        let receiver = self.receiver.as_ref().map(|receiver| (Role::Receiver, receiver.id()));
+        [(Role::Agent, self.agent.id())].into_iter().chain(receiver)
+    }
+
+    /// Ends the daemons in good order.
+    pub(crate) fn end(mut self) -> anyhow::Result<()> {
+        for child in [Some(&mut self.agent), self.receiver.as_mut()].into_iter().flatten() {
+            succeed(Command::new("kill").arg(child.id().to_string()))?;
+            child.wait()?;
+        }
+        Ok(())
     }
 
     /// Attaches the image as `disk`.
@@ -127,7 +173,7 @@ impl Stand {
 
     /// Starts a receiver where there is none; ready when it answers.
     pub(crate) fn start_receiver(&mut self) -> anyhow::Result<()> {
-        self.receiver = Some(receiver(&self.backtide, &self.directory).spawn()?);
+        self.receiver = Some(receiver(&[], &self.backtide, &self.directory).spawn()?);
         wait_for(&self.directory.join("receiver.sock"))
     }
 
@@ -159,13 +205,21 @@ impl Stand {
 }
 
 /// A receiver, with its settings where it has some.
-fn receiver(backtide: &Path, directory: &Path) -> Command {
-    let mut command = daemon(backtide, directory);
+fn receiver(under: &[String], backtide: &Path, directory: &Path) -> Command {
+    let mut command = daemon_under(under, backtide, directory);
     command.args(["receiver", "run"]);
     let settings = directory.join(SETTINGS);
     if settings.exists() {
         command.arg("--config").arg(settings);
     }
+    command
+}
+
+/// Run by another program, if there is one.
+fn daemon_under(under: &[String], backtide: &Path, directory: &Path) -> Command {
+    let Some((program, arguments)) = under.split_first() else { return daemon(backtide, directory) };
+    let mut command = daemon(Path::new(program), directory);
+    command.args(arguments).arg(backtide);
     command
 }
 
