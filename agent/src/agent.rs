@@ -5,11 +5,17 @@ use std::{io, sync::Arc, time::Duration};
 use backtide_agent_api::router;
 use backtide_control::{Address, BindError, ErrorCode, Server};
 use backtide_socket::Sockets;
-use backtide_storage::RealStorage;
+use backtide_storage::{RealStorage, Storage};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use crate::{
-    Config, Successor, record::Records, registry::Registry, restart::Restart, service::Service, watch,
+    Config, Successor,
+    mounts::{self, Leaving, Mounts},
+    record::Records,
+    registry::Registry,
+    restart::Restart,
+    service::Service,
+    watch,
 };
 
 /// What the API's socket is kept for.
@@ -23,6 +29,7 @@ const LAST_CALLS: Duration = Duration::from_millis(100);
 /// disks to be found as after a crash.
 pub struct Agent {
     registry: Arc<Registry>,
+    mounts: Arc<Mounts>,
     api: Address,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<io::Result<()>>,
@@ -117,22 +124,31 @@ impl Agent {
         let Surroundings { sockets, successor, restart_failure } = surroundings;
         let server = Server::bind_kept(&config.api, &sockets, API_PURPOSE).await?;
         let api = server.address().clone();
-        let registry =
-            Registry::new(&config, Records::new(Arc::new(storage)).with_spill(spill), sockets.clone());
+        let storage: Arc<dyn Storage> = Arc::new(storage);
+        let records = Records::new(Arc::clone(&storage)).with_spill(spill);
+        let registry = Registry::new(&config, records, sockets.clone());
         registry.forget_other_sockets(&[API_PURPOSE]).map_err(state)?;
         let restoring = match registry.restore().await.map_err(state)? {
             true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),
             false => None,
         };
+        let settings = mounts::Settings {
+            storage,
+            run: config.run.clone(),
+            nbd: config.nbd,
+            nbd_tls: config.nbd_tls.clone(),
+            sources: registry.sources(),
+        };
+        let mounts = Arc::new(Mounts::start(settings).map_err(state)?);
         let restart = Arc::new(Restart::new(successor, restart_failure));
-        let router = router(Service::new(Arc::clone(&registry), Arc::clone(&restart)));
+        let router = router(Service::new(Arc::clone(&registry), Arc::clone(&mounts), Arc::clone(&restart)));
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.run(router, async move {
             // Dropped or sent: both mean the end.
             let _ = stopped.await;
         }));
         tracing::info!(%api, state = directory, "agent started");
-        Ok(Self { registry, api, stop, serving, restoring, restart, sockets })
+        Ok(Self { registry, mounts, api, stop, serving, restoring, restart, sockets })
     }
 
     /// Where the control API is.
@@ -172,6 +188,7 @@ impl Agent {
         if let Some(restoring) = self.restoring {
             restoring.abort();
         }
+        self.mounts.end(Leaving::HandedOver).await;
         let _ = self.stop.send(());
         // Calls under way may take a moment, which every guest waits for.
         let _ = tokio::time::timeout(LAST_CALLS, self.serving).await;
@@ -189,6 +206,7 @@ impl Agent {
             restoring.abort();
         }
         self.registry.shut_down().await;
+        self.mounts.end(Leaving::ForGood).await;
         let _ = self.stop.send(());
         if let Ok(Err(error)) = self.serving.await {
             tracing::warn!(%error, "control API");

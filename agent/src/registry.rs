@@ -22,12 +22,12 @@ use std::{
 use backtide_agent_api::{
     AttachRequest, CacheMode, DetachRequest, DiskStatus, ImageFormat, Limits, StreamTls,
 };
-use backtide_control::{ApiError, ErrorCode};
+use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdTls, NbdUri};
 use backtide_io_filter::Resume;
 use backtide_socket::Sockets;
 use backtide_tracking::Snapshot;
-use backtide_units::DiskName;
+use backtide_units::{DiskId, DiskName};
 use tokio::{
     sync::{RwLock, Semaphore},
     task::AbortHandle,
@@ -37,6 +37,7 @@ use tokio::{
 use self::errors::{
     failed, not_saved, open_error, refuse_adopted, refuse_fenced, refuse_incomplete, refuse_other_format,
 };
+pub(crate) use self::origin::fetch_error;
 use crate::{
     claims::{Claim, Claimed, Claims, Identity},
     config::{Config, IoEngine, Places},
@@ -118,6 +119,24 @@ impl Registry {
             failing: RwLock::default(),
             restoring: Mutex::default(),
         })
+    }
+
+    /// Where missing blocks and mounted points come from.
+    pub(crate) fn sources(&self) -> Arc<dyn Sources> {
+        Arc::clone(&self.sources)
+    }
+
+    /// The receiver of a disk this agent knows, and what its certificates are; without such a disk the latter
+    /// are the agent's.
+    pub(crate) async fn receiver_of(
+        &self,
+        disk: DiskId,
+    ) -> Result<(Option<Address>, Option<StreamTls>), ApiError> {
+        let records = self.records.clone();
+        let known = waiting(move || records.load_all()).await?.map_err(|error| failed(&error))?;
+        let known = known.into_iter().find(|record| record.uuid == disk);
+        let tls = known.as_ref().and_then(|record| record.stream_tls.clone());
+        Ok((known.map(|record| record.receiver), tls.or_else(|| self.stream_tls.clone())))
     }
 
     pub(crate) async fn handles(&self) -> Vec<DiskHandle> {

@@ -3,9 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{
-    AgentService, AgentStatus, AttachRequest, DetachRequest, DiskStatus, FailbackReport, FailbackRequest,
-    LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest,
-    RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
+    AgentMount, AgentMountRequest, AgentMounts, AgentService, AgentStatus, AttachRequest, DetachRequest,
+    DiskStatus, FailbackReport, FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport,
+    ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
@@ -17,8 +17,9 @@ use tokio::{
 };
 
 use crate::{
-    disk::{Command, NoAnswer},
+    disk::{self, Command, NoAnswer},
     marks::{self, MarksError},
+    mounts::{Mounts, Wanted},
     registry::Registry,
     restart::Restart,
 };
@@ -26,14 +27,15 @@ use crate::{
 /// Serves the calls out of the registry.
 pub(crate) struct Service {
     registry: Arc<Registry>,
+    mounts: Arc<Mounts>,
     restart: Arc<Restart>,
     /// One mark at a time: two that hold disks in different orders would wait for each other.
     marking: Arc<Mutex<()>>,
 }
 
 impl Service {
-    pub(crate) fn new(registry: Arc<Registry>, restart: Arc<Restart>) -> Arc<Self> {
-        Arc::new(Self { registry, restart, marking: Arc::new(Mutex::new(())) })
+    pub(crate) fn new(registry: Arc<Registry>, mounts: Arc<Mounts>, restart: Arc<Restart>) -> Arc<Self> {
+        Arc::new(Self { registry, mounts, restart, marking: Arc::new(Mutex::new(())) })
     }
 
     async fn ask<T>(
@@ -221,6 +223,31 @@ impl AgentService for Service {
 
     async fn verify_status(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
         self.ask(&disk, Command::VerifyStatus).await?.ok_or_else(|| not_verified(&disk))
+    }
+
+    async fn mount(&self, request: AgentMountRequest) -> Result<AgentMount, ApiError> {
+        let AgentMountRequest { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes } = request;
+        let nbd = nbd.map(|uri| uri.parse()).transpose();
+        let nbd = nbd.map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
+        let (known, tls) = self.registry.receiver_of(disk).await?;
+        let receiver = receiver.or(known).ok_or_else(|| {
+            ApiError::new(ErrorCode::Usage, format!("this agent does not know the receiver of disk {disk}"))
+                .with_hint("say where it takes streams: --stream ADDR")
+        })?;
+        let stream_tls = stream_tls.or(tls);
+        disk::check_tls(&receiver, stream_tls.as_ref())?;
+        let wanted = Wanted { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes };
+        let mounts = Arc::clone(&self.mounts);
+        to_its_end(async move { mounts.mount(wanted).await }).await
+    }
+
+    async fn mounts(&self) -> Result<AgentMounts, ApiError> {
+        self.mounts.list().await
+    }
+
+    async fn unmount(&self, id: String) -> Result<AgentMount, ApiError> {
+        let mounts = Arc::clone(&self.mounts);
+        to_its_end(async move { mounts.unmount(id).await }).await
     }
 
     async fn cancel_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {

@@ -4,9 +4,9 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentStatus, AttachRequest, DiskStatus, FailbackReport, FailbackRequest, LimitsChange, MarkReport,
-    MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest,
-    VerifyStatus,
+    AgentMount, AgentMountRequest, AgentMounts, AgentStatus, AttachRequest, DiskStatus, FailbackReport,
+    FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncRequest,
+    RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent, in the words of errors.
@@ -158,6 +158,35 @@ impl AgentClient {
     /// As [`AgentClient::status`].
     pub async fn mark(&self, request: &MarkRequest) -> Result<MarkReport, ApiError> {
         self.client.post("/v1/marks", request).await
+    }
+
+    /// Serves a point of a disk on the agent's host.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn mount(&self, request: &AgentMountRequest) -> Result<AgentMount, ApiError> {
+        self.client.post("/v1/mounts", request).await
+    }
+
+    /// What is served so.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn mounts(&self) -> Result<AgentMounts, ApiError> {
+        self.client.get("/v1/mounts", NO_QUERY).await
+    }
+
+    /// Serves a point no longer.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn unmount(&self, id: &str) -> Result<AgentMount, ApiError> {
+        // It goes into a path.
+        if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
+            let message = format!("there is no mount {id:?} at the agent");
+            return Err(ApiError::new(ErrorCode::NotFound, message));
+        }
+        self.client.delete(&format!("/v1/mounts/{id}")).await
     }
 
     /// Begins a verify.

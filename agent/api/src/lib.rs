@@ -10,6 +10,7 @@ mod cache;
 mod client;
 mod format;
 mod hydration;
+mod mounts;
 mod requests;
 mod routes;
 mod service;
@@ -24,6 +25,7 @@ pub use format::ImageFormat;
 pub use hydration::{
     FailbackReport, FailbackRequest, HydrationKind, HydrationStatus, Origin, RewindReport, RewindRequest,
 };
+pub use mounts::{AgentCache, AgentChangedSince, AgentMount, AgentMountRequest, AgentMounts};
 pub use requests::{
     DetachRequest, DiskMark, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
     ResyncExtent, ResyncRequest,

@@ -11,9 +11,9 @@ use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentService, AgentStatus, AttachRequest, DetachRequest, DiskStatus, FailbackReport, FailbackRequest,
-    LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport,
-    RewindRequest, VerifyRequest, VerifyStatus,
+    AgentMount, AgentMountRequest, AgentMounts, AgentService, AgentStatus, AttachRequest, DetachRequest,
+    DiskStatus, FailbackReport, FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport,
+    ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -34,6 +34,8 @@ pub fn router<S: AgentService>(service: Arc<S>) -> Router {
         .route("/v1/disks/{disk}/limits", post(limits::<S>))
         .route("/v1/disks/{disk}/verify", verify::<S>())
         .route("/v1/marks", post(mark::<S>))
+        .route("/v1/mounts", get(mounts::<S>).merge(post(mount::<S>)))
+        .route("/v1/mounts/{id}", delete(unmount::<S>))
         .with_state(service);
     json_fallbacks(router)
 }
@@ -134,6 +136,24 @@ async fn mark<S: AgentService>(
         return Err(ApiError::new(ErrorCode::Usage, "a mark needs at least one disk"));
     }
     service.mark(request).await.map(Json)
+}
+
+async fn mount<S: AgentService>(
+    State(service): State<Arc<S>>,
+    ApiJson(request): ApiJson<AgentMountRequest>,
+) -> Answer<AgentMount> {
+    service.mount(request).await.map(Json)
+}
+
+async fn mounts<S: AgentService>(State(service): State<Arc<S>>) -> Answer<AgentMounts> {
+    service.mounts().await.map(Json)
+}
+
+async fn unmount<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(id): Path<String>,
+) -> Answer<AgentMount> {
+    service.unmount(id).await.map(Json)
 }
 
 async fn start_verify<S: AgentService>(

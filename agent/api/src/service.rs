@@ -4,9 +4,9 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    AgentStatus, AttachRequest, DetachRequest, DiskStatus, FailbackReport, FailbackRequest, LimitsChange,
-    MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport, RewindRequest,
-    VerifyRequest, VerifyStatus,
+    AgentMount, AgentMountRequest, AgentMounts, AgentStatus, AttachRequest, DetachRequest, DiskStatus,
+    FailbackReport, FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
+    ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent's side of the control API. A disk may be named by its name or its UUID.
@@ -101,4 +101,14 @@ pub trait AgentService: Send + Sync + 'static {
     /// Ends the verify that is running, if one is; its status, or the last one's. `not-found` when
     /// there was none.
     fn cancel_verify(&self, disk: DiskName) -> impl Future<Output = Result<VerifyStatus, ApiError>> + Send;
+
+    /// Serves a point of a disk over NBD, read from its receiver. `unreachable`: the receiver is away; `refused`: it has no
+    /// such point or does not give it to this agent; `usage`: nobody said which receiver.
+    fn mount(&self, request: AgentMountRequest) -> impl Future<Output = Result<AgentMount, ApiError>> + Send;
+
+    /// What is served so.
+    fn mounts(&self) -> impl Future<Output = Result<AgentMounts, ApiError>> + Send;
+
+    /// Serves it no longer, and answers with what it was. `not-found` when there is no such mount.
+    fn unmount(&self, id: String) -> impl Future<Output = Result<AgentMount, ApiError>> + Send;
 }

@@ -7,11 +7,11 @@ use backtide_control::{Address, ApiError, ErrorCode, Server};
 use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 
 use crate::{
-    AckPolicy, Adopted, AgentClient, AgentService, AgentStatus, AttachRequest, CacheMode, Counters,
-    DetachRequest, Dirty, DiskMark, DiskStatus, FailbackReport, FailbackRequest, Lag, Limits, LimitsChange,
-    LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResizeReport, ResizeRequest,
-    ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyState, VerifyStatus,
-    Window, router,
+    AckPolicy, Adopted, AgentCache, AgentClient, AgentMount, AgentMountRequest, AgentMounts, AgentService,
+    AgentStatus, AttachRequest, CacheMode, Counters, DetachRequest, Dirty, DiskMark, DiskStatus,
+    FailbackReport, FailbackRequest, Lag, Limits, LimitsChange, LimitsRequest, LsnStatus, MarkReport,
+    MarkRequest, Mode, OnOutage, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, RewindReport,
+    RewindRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
 };
 
 /// Answers for one disk, `vm1`, and notes every call.
@@ -88,6 +88,24 @@ fn verify() -> VerifyStatus {
         differing: Vec::new(),
         differing_count: 0,
         error: None,
+    }
+}
+
+fn mounted() -> AgentMount {
+    AgentMount {
+        id: "vm1-0a1b2c3d".to_owned(),
+        disk: name("vm1"),
+        uuid: DiskId::random(),
+        receiver: "unix:/run/stream.sock".to_owned(),
+        uri: "nbd+unix:///vm1-0a1b2c3d?socket=/run/vm1-0a1b2c3d.nbd".to_owned(),
+        lsn: Lsn(90),
+        time: CaptureTime(5),
+        size: ByteCount(1 << 30),
+        mounted: CaptureTime(6),
+        clients: 0,
+        changed_since: None,
+        cache: AgentCache::default(),
+        last_error: None,
     }
 }
 
@@ -176,6 +194,19 @@ impl AgentService for Fake {
     async fn cancel_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
         self.note("cancel_verify", &disk).map(|_| verify())
     }
+
+    async fn mount(&self, request: AgentMountRequest) -> Result<AgentMount, ApiError> {
+        self.note(&format!("mount {} {:?}", request.lsn, request.cache_bytes), &name("vm1"))?;
+        Ok(mounted())
+    }
+
+    async fn mounts(&self) -> Result<AgentMounts, ApiError> {
+        Ok(AgentMounts { mounts: vec![mounted()] })
+    }
+
+    async fn unmount(&self, id: String) -> Result<AgentMount, ApiError> {
+        self.note(&format!("unmount {id}"), &name("vm1")).map(|_| mounted())
+    }
 }
 
 fn attach_request() -> AttachRequest {
@@ -227,6 +258,19 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.start_verify(&vm1, VerifyRequest::default()).await.unwrap(), verify());
     assert_eq!(client.verify_status(&vm1).await.unwrap(), verify());
     assert_eq!(client.cancel_verify(&vm1).await.unwrap(), verify());
+    let mount = AgentMountRequest {
+        disk: DiskId::random(),
+        lsn: Lsn(90),
+        receiver: None,
+        stream_tls: None,
+        changed_since: None,
+        nbd: None,
+        cache_bytes: Some(ByteCount(7)),
+    };
+    assert_eq!(client.mount(&mount).await.unwrap().id, mounted().id);
+    assert_eq!(client.mounts().await.unwrap().mounts.len(), 1);
+    assert_eq!(client.unmount("vm1-0a1b2c3d").await.unwrap().lsn, Lsn(90));
+    assert_eq!(client.unmount("../disks/vm1").await.unwrap_err().code, ErrorCode::NotFound);
     assert_eq!(
         *fake.calls.lock().unwrap(),
         [
@@ -243,7 +287,9 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "mark \"ä b/c\" vm1",
             "start_verify vm1",
             "verify_status vm1",
-            "cancel_verify vm1"
+            "cancel_verify vm1",
+            "mount 90 Some(ByteCount(7)) vm1",
+            "unmount vm1-0a1b2c3d vm1"
         ]
     );
 

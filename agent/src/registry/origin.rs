@@ -155,7 +155,7 @@ pub(super) fn begun(
 }
 
 /// Why a point cannot be had, in the control API's words.
-pub(super) fn fetch_error(what: &str, error: FetchError) -> ApiError {
+pub(crate) fn fetch_error(what: &str, error: FetchError) -> ApiError {
     let message = format!("{what}: {error}");
     match error {
         FetchError::Unreachable(_) => ApiError::new(ErrorCode::Unreachable, message),

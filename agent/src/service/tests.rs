@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use backtide_agent_api::{AgentService, MarkRequest};
-use backtide_storage::RealStorage;
+use backtide_storage::{RealStorage, Storage};
 use backtide_units::{CaptureTime, Lsn};
 use tokio::sync::mpsc;
 
@@ -11,6 +11,7 @@ use super::*;
 use crate::{
     Config,
     disk::{DiskHandle, MarkAt, tests::Started},
+    mounts,
     record::Records,
 };
 
@@ -29,10 +30,12 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         stream_tls: None,
         nbd: Default::default(),
     };
-    let storage = Arc::new(RealStorage::open(&config.state).unwrap());
+    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(&config.state).unwrap());
     let sockets = backtide_socket::Sockets::default();
-    let registry = Registry::new(&config, Records::new(storage), sockets);
-    Service::new(registry, Arc::new(Restart::new(None, None)))
+    let registry = Registry::new(&config, Records::new(Arc::clone(&storage)), sockets);
+    let (run, nbd, nbd_tls, sources) = (config.run, config.nbd, None, registry.sources());
+    let mounts = Mounts::start(mounts::Settings { storage, run, nbd, nbd_tls, sources }).unwrap();
+    Service::new(registry, Arc::new(mounts), Arc::new(Restart::new(None, None)))
 }
 
 fn name(text: &str) -> DiskName {

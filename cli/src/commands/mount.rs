@@ -1,4 +1,4 @@
-//! `backtide mount` and `unmount`: a point of a disk over NBD.
+//! `backtide mount` and `unmount`: a point of a disk over NBD, by default of the receiver.
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::{MountRequest, OverlayFate, RemountRequest};
@@ -7,6 +7,7 @@ use clap::Args;
 
 use crate::{
     arguments::ReceiverApi,
+    commands::mount_here::{self, Here, Point},
     context::Context,
     ending::{Ending, Failure, wrong_usage},
     output::mounts::{mount_text, mounts_text},
@@ -41,6 +42,8 @@ pub(crate) struct Mount {
     #[arg(long, value_name = "URI")]
     nbd: Option<String>,
     #[command(flatten)]
+    here: Here,
+    #[command(flatten)]
     api: ReceiverApi,
 }
 
@@ -55,6 +58,9 @@ pub(crate) struct Unmount {
     /// Remove for good what was written to a writable mount, or to one that is only kept
     #[arg(long)]
     discard: bool,
+    /// It is served by this host's agent
+    #[arg(long, conflicts_with_all = ["keep", "discard"])]
+    here: bool,
     #[command(flatten)]
     api: ReceiverApi,
 }
@@ -62,6 +68,16 @@ pub(crate) struct Unmount {
 impl Mount {
     /// Mounts and prints the URI, or lists mounts.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        if self.here.here {
+            return match (self.name, self.at) {
+                (Some(name), Some(at)) => {
+                    let point = Point { name, at, changed_since: self.changed_since, nbd: self.nbd };
+                    self.here.mount(context, &self.api, point).await
+                }
+                (Some(_), None) => Err(wrong_usage("a mount needs a point: --at POINT")),
+                (None, _) => mount_here::list(context).await,
+            };
+        }
         let receiver = context.receiver(&self.api)?;
         let (nbd, writable) = (self.nbd, self.writable);
         let mount = match (self.name, self.kept) {
@@ -89,6 +105,9 @@ impl Mount {
 impl Unmount {
     /// Unmounts.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        if self.here {
+            return mount_here::unmount(context, &self.id).await;
+        }
         // The receiver's own hint is for programs that ask it.
         let no_mount = |error: ApiError| {
             let unknown = error.code == ErrorCode::NotFound;

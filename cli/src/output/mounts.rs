@@ -1,5 +1,6 @@
 //! Mounts as text.
 
+use backtide_agent_api::{AgentMount, AgentMounts};
 use backtide_receiver_api::{KeptOverlay, Mount, MountOverlay, Mounts};
 
 use crate::{
@@ -35,6 +36,47 @@ pub(crate) fn mounts_text(mounts: &Mounts) -> String {
     }
     for KeptOverlay { id, problem, .. } in &mounts.kept {
         lines.extend(problem.iter().map(|why| format!("{id}: {why}")));
+    }
+    lines.join("\n")
+}
+
+/// A mount of this host's agent that was made just now.
+pub(crate) fn agent_mount_text(mount: &AgentMount) -> String {
+    let mut all = vec![
+        ("mount", mount.id.clone()),
+        ("disk", mount.disk.as_str().to_owned()),
+        ("point", format!("lsn:{}  {}", mount.lsn, time_text(mount.time))),
+        ("size", size_both(mount.size)),
+        ("receiver", mount.receiver.clone()),
+        ("cache", format!("at most {}", size_text(mount.cache.limit))),
+    ];
+    if let Some(since) = &mount.changed_since {
+        all.push(("changes", format!("since lsn:{} in {}", since.lsn, since.context)));
+    }
+    all.push(("NBD", mount.uri.clone()));
+    facts(&all)
+}
+
+/// All mounts of this host's agent.
+pub(crate) fn agent_mounts_text(mounts: &AgentMounts) -> String {
+    if mounts.mounts.is_empty() {
+        return "no mounts; `backtide mount NAME --at POINT --here` makes one".to_owned();
+    }
+    let row = |mount: &AgentMount| {
+        vec![
+            mount.id.clone(),
+            mount.disk.as_str().to_owned(),
+            format!("lsn:{}", mount.lsn),
+            time_text(mount.time),
+            mount.clients.to_string(),
+            size_text(mount.cache.bytes),
+            mount.uri.clone(),
+        ]
+    };
+    let heads = ["MOUNT", "DISK", "POINT", "TIME", "CLIENTS", "CACHED", "NBD"];
+    let mut lines = vec![plain_table(&heads, mounts.mounts.iter().map(row))];
+    for mount in &mounts.mounts {
+        lines.extend(mount.last_error.iter().map(|why| format!("{}: {why}", mount.id)));
     }
     lines.join("\n")
 }

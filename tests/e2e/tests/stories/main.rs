@@ -25,6 +25,7 @@ mod helping;
 mod kill_points;
 mod local_io;
 mod many_disks;
+mod mounting_here;
 mod nbd_clients;
 mod one_command;
 mod operating;

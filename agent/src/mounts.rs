@@ -1,0 +1,134 @@
+//! Points of disks that the agent serves on its own host, read from a log receiver: all on one thread.
+//!
+//! What is read is kept in a [`cache`]; [`reader`] brings both together and [`export`] puts it on NBD. [`record`]
+//! is what outlives the agent: a mount is served again at the next start, under the same URI.
+//!
+//! Invariants: the receiver keeps a mounted point until the mount was ended, also while nobody is connected; no mount
+//! stands in the way of a disk, whose threads are others.
+
+mod cache;
+mod export;
+mod reader;
+mod record;
+mod table;
+
+use std::{io, path::PathBuf, sync::Arc, thread::JoinHandle};
+
+use backtide_agent_api::{AgentMount, AgentMounts, StreamTls};
+use backtide_control::{Address, ApiError, ErrorCode};
+use backtide_export::{Limits, NbdTls, NbdUri};
+use backtide_storage::Storage;
+use backtide_units::{ByteCount, DiskId, Lsn};
+use tokio::{
+    runtime::Builder,
+    sync::{Mutex, mpsc, oneshot},
+    task::LocalSet,
+};
+
+use self::{
+    record::MountRecords,
+    table::{Serving, Table},
+};
+use crate::disk::source::Sources;
+
+/// Orders waiting for the thread; who sends more waits.
+const ORDERS_MAX: usize = 64;
+
+/// What a mount keeps here by default: 1 GiB.
+const CACHE_BYTES: ByteCount = ByteCount(1 << 30);
+
+/// What all mounts of an agent have in common.
+pub(crate) struct Settings {
+    /// Of the state directory.
+    pub(crate) storage: Arc<dyn Storage>,
+    /// Sockets are made here.
+    pub(crate) run: PathBuf,
+    pub(crate) nbd: Limits,
+    pub(crate) nbd_tls: Option<NbdTls>,
+    pub(crate) sources: Arc<dyn Sources>,
+}
+
+/// A point to serve.
+pub(crate) struct Wanted {
+    pub(crate) disk: DiskId,
+    pub(crate) lsn: Lsn,
+    pub(crate) receiver: Address,
+    pub(crate) stream_tls: Option<StreamTls>,
+    pub(crate) changed_since: Option<Lsn>,
+    pub(crate) nbd: Option<NbdUri>,
+    pub(crate) cache_bytes: Option<ByteCount>,
+}
+
+/// What others ask of the thread.
+enum Order {
+    Mount(Box<Wanted>, oneshot::Sender<Result<AgentMount, ApiError>>),
+    List(oneshot::Sender<AgentMounts>),
+    Unmount(String, oneshot::Sender<Result<AgentMount, ApiError>>),
+    /// End, for a successor or for good. Records stay.
+    End(Leaving),
+}
+
+/// Why the agent ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// Clients are told.
+    ForGood,
+    /// Another one serves these clients at once.
+    HandedOver,
+}
+
+/// The mounts, from outside.
+pub(crate) struct Mounts {
+    orders: mpsc::Sender<Order>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Mounts {
+    /// Serves what was mounted when the last agent ended, and takes orders.
+    ///
+    /// # Errors
+    /// When there can be no thread, or the state directory cannot be read.
+    pub(crate) fn start(settings: Settings) -> io::Result<Self> {
+        let Settings { storage, run, nbd, nbd_tls, sources } = settings;
+        let records = MountRecords::new(storage);
+        let known = records.load_all()?;
+        let (orders, inbox) = mpsc::channel(ORDERS_MAX);
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let serving = Serving { records, run, nbd, nbd_tls, sources };
+        let body = move || LocalSet::new().block_on(&runtime, Table::new(serving).serve(known, inbox));
+        let thread = std::thread::Builder::new().name("mounts".to_owned()).spawn(body)?;
+        Ok(Self { orders, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Serves a point: when this returns, clients can connect.
+    pub(crate) async fn mount(&self, wanted: Wanted) -> Result<AgentMount, ApiError> {
+        self.ask(|answer| Order::Mount(Box::new(wanted), answer)).await?
+    }
+
+    /// What is served.
+    pub(crate) async fn list(&self) -> Result<AgentMounts, ApiError> {
+        self.ask(Order::List).await
+    }
+
+    /// Serves a point no longer.
+    pub(crate) async fn unmount(&self, id: String) -> Result<AgentMount, ApiError> {
+        self.ask(|answer| Order::Unmount(id, answer)).await?
+    }
+
+    /// Ends the thread with its servers.
+    pub(crate) async fn end(&self, leaving: Leaving) {
+        // It may have ended.
+        let _ = self.orders.send(Order::End(leaving)).await;
+        if let Some(thread) = self.thread.lock().await.take() {
+            // One that panicked has ended too.
+            let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+        }
+    }
+
+    async fn ask<T>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Result<T, ApiError> {
+        let ended = || ApiError::new(ErrorCode::Busy, "the agent is ending");
+        let (answer, answered) = oneshot::channel();
+        self.orders.send(order(answer)).await.map_err(|_| ended())?;
+        answered.await.map_err(|_| ended())
+    }
+}

@@ -1,0 +1,349 @@
+//! The mounts' thread: what is served, how it begins and how it ends.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    path::PathBuf,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use backtide_agent_api::{AgentCache, AgentChangedSince, AgentMount, AgentMounts};
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::{
+    BindError, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, dirty_bitmap,
+};
+use backtide_units::{CaptureTime, Lsn};
+use tokio::sync::mpsc;
+
+use super::{
+    CACHE_BYTES, Leaving, Order, Wanted,
+    cache::Cache,
+    export::{OneExport, PointExport},
+    reader::Reader,
+    record::{MountRecord, MountRecords},
+};
+use crate::{
+    disk::{
+        Dialer,
+        source::{FetchError, PointSource, Sources},
+    },
+    registry::fetch_error,
+};
+
+/// Mounts of one agent.
+const MOUNTS_MAX: usize = 64;
+
+/// How long the receiver may take to find a point and what there is to know of it.
+const FIND_TIME: Duration = Duration::from_secs(60);
+
+/// How long an unmount waits for requests in flight.
+const END_GRACE: Duration = Duration::from_secs(5);
+
+/// How long a successor's clients do.
+const HAND_OVER_GRACE: Duration = Duration::from_millis(100);
+
+/// Between attempts of what has to succeed some time.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Between attempts to listen where another process still does.
+const BIND_PAUSE: Duration = Duration::from_millis(200);
+
+/// What all mounts have in common.
+pub(super) struct Serving {
+    pub(super) records: MountRecords,
+    pub(super) run: PathBuf,
+    pub(super) nbd: Limits,
+    pub(super) nbd_tls: Option<NbdTls>,
+    pub(super) sources: Arc<dyn Sources>,
+}
+
+/// Everything that is served.
+pub(super) struct Table {
+    serving: Serving,
+    mounted: RefCell<BTreeMap<String, Mounted>>,
+    /// Mounts that are being made.
+    begun: Cell<usize>,
+}
+
+struct Mounted {
+    record: MountRecord,
+    source: Rc<dyn PointSource>,
+    reader: Rc<Reader>,
+    server: Server,
+}
+
+impl Table {
+    pub(super) fn new(serving: Serving) -> Rc<Self> {
+        Rc::new(Self { serving, mounted: RefCell::default(), begun: Cell::new(0) })
+    }
+
+    /// Serves what is known and carries orders out, until one is to end.
+    pub(super) async fn serve(self: Rc<Self>, known: Vec<MountRecord>, mut inbox: mpsc::Receiver<Order>) {
+        for record in known {
+            let table = Rc::clone(&self);
+            tokio::task::spawn_local(async move {
+                match record.ended {
+                    true => table.give_up(&table.source_of(&record), record).await,
+                    false => table.serve_again(record).await,
+                }
+            });
+        }
+        let mut leaving = Leaving::ForGood;
+        while let Some(order) = inbox.recv().await {
+            let table = Rc::clone(&self);
+            // Each apart from the others: a receiver may take its time. Whoever asked may have gone.
+            match order {
+                Order::Mount(wanted, answer) => {
+                    tokio::task::spawn_local(async move { drop(answer.send(table.mount(*wanted).await)) });
+                }
+                Order::List(answer) => drop(answer.send(table.list())),
+                Order::Unmount(id, answer) => {
+                    tokio::task::spawn_local(async move { drop(answer.send(table.unmount(&id).await)) });
+                }
+                Order::End(how) => {
+                    leaving = how;
+                    break;
+                }
+            }
+        }
+        let mounted = std::mem::take(&mut *self.mounted.borrow_mut());
+        let end = |mounted: Mounted| async move {
+            match leaving {
+                Leaving::ForGood => mounted.server.shutdown(END_GRACE).await,
+                Leaving::HandedOver => mounted.server.hand_over(HAND_OVER_GRACE).await,
+            }
+        };
+        let ends: Vec<_> = mounted.into_values().map(|one| tokio::task::spawn_local(end(one))).collect();
+        for end in ends {
+            // An error is a task that panicked: its mount is gone too.
+            let _ = end.await;
+        }
+    }
+
+    async fn mount(self: &Rc<Self>, wanted: Wanted) -> Result<AgentMount, ApiError> {
+        if self.mounted.borrow().len() + self.begun.get() >= MOUNTS_MAX {
+            let why = format!("the agent has its limit of {MOUNTS_MAX} mounts");
+            return Err(ApiError::new(ErrorCode::Busy, why).with_hint("end one: backtide unmount ID --here"));
+        }
+        self.begun.set(self.begun.get() + 1);
+        let mounted = self.begin(wanted).await;
+        self.begun.set(self.begun.get() - 1);
+        mounted
+    }
+
+    async fn begin(self: &Rc<Self>, wanted: Wanted) -> Result<AgentMount, ApiError> {
+        let Wanted { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes } = wanted;
+        let look = async {
+            let dialer = Dialer::new(receiver.clone(), stream_tls.clone());
+            let source = self.serving.sources.find(dialer, disk, None, Some(lsn)).await?;
+            let data = source.data().await?;
+            let changed = match changed_since {
+                Some(since) => Some(source.changed(since).await?),
+                None => None,
+            };
+            Ok((source, data, changed))
+        };
+        let looked = tokio::time::timeout(FIND_TIME, look).await;
+        let silent = |_| FetchError::Unreachable("the receiver does not answer".to_owned());
+        let (source, data, changed) = looked
+            .map_err(silent)
+            .and_then(|looked| looked)
+            .map_err(|error| fetch_error(&format!("cannot mount LSN {lsn} of disk {disk}"), error))?;
+        let mut record = MountRecord::new(source.point(), receiver, stream_tls, now());
+        record.changed_since = changed_since;
+        record.cache_bytes = cache_bytes.unwrap_or(CACHE_BYTES);
+        let socket = self.serving.run.join(format!("{}.nbd", record.id));
+        let own = || NbdUri { address: NbdAddress::Unix(socket), export: record.id.clone(), tls: None };
+        let uri = nbd.unwrap_or_else(own);
+        let uri = self.serving.nbd_tls.as_ref().map_or(uri.clone(), |tls| tls.unless_told(uri));
+        let listener = Listener::bind_uri(&uri).await.map_err(|error| bind_error(&error))?;
+        let uri = NbdUri { address: listener.address().clone(), ..uri };
+        record.uri = uri.to_string();
+        let reader = self.reader(&record, &source)?;
+        self.saved(&record).await?;
+        if let Err(error) = source.hold(&record.owner()).await {
+            let why = fetch_error(&format!("the receiver does not keep LSN {lsn} of disk {disk}"), error);
+            // It may have heard of it.
+            self.end_record(record, source).await;
+            return Err(why);
+        }
+        reader.know_data(data);
+        if let Some(changed) = changed {
+            reader.know_changed(changed);
+        }
+        Ok(self.serve_at(record, source, reader, listener, &uri))
+    }
+
+    /// Serves a mount of the last agent. As long as the receiver has not told what it knows of the point, nothing is
+    /// taken for zeroes or for unchanged.
+    async fn serve_again(self: Rc<Self>, record: MountRecord) {
+        let uri: NbdUri = match record.uri.parse() {
+            Ok(uri) => uri,
+            Err(error) => {
+                tracing::error!(mount = record.id, %error, "a mount cannot be served again");
+                return;
+            }
+        };
+        let mut told = false;
+        let listener = loop {
+            match Listener::bind_uri(&uri).await {
+                Ok(listener) => break listener,
+                Err(error) if !told => {
+                    tracing::error!(mount = record.id, %error, "a mount is served again as soon as that is possible");
+                    told = true;
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(BIND_PAUSE).await;
+        };
+        let source = self.source_of(&record);
+        let Ok(reader) = self.reader(&record, &source) else { return };
+        let (id, since) = (record.id.clone(), record.changed_since);
+        self.serve_at(record, Rc::clone(&source), Rc::clone(&reader), listener, &uri);
+        while self.mounted.borrow().contains_key(&id) {
+            match self.learn(&source, &reader, since).await {
+                Ok(()) => return,
+                Err(FetchError::Unreachable(_)) => tokio::time::sleep(PAUSE).await,
+                Err(error) => {
+                    tracing::error!(mount = id, %error, "the receiver does not tell what it knows of a mounted point");
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn learn(
+        &self,
+        source: &Rc<dyn PointSource>,
+        reader: &Reader,
+        since: Option<Lsn>,
+    ) -> Result<(), FetchError> {
+        reader.know_data(source.data().await?);
+        if let Some(since) = since {
+            reader.know_changed(source.changed(since).await?);
+        }
+        Ok(())
+    }
+
+    fn serve_at(
+        &self,
+        record: MountRecord,
+        source: Rc<dyn PointSource>,
+        reader: Rc<Reader>,
+        listener: Listener,
+        uri: &NbdUri,
+    ) -> AgentMount {
+        let listener = listener.for_disk(record.name.clone());
+        let tells = record.changed_since.map(|_| record.name.to_string());
+        let description = format!("{} at lsn:{}", record.name, record.lsn);
+        let info =
+            ExportInfo { description, dirty_bitmap: tells, ..ExportInfo::new(&uri.export, reader.size()) };
+        let export = PointExport::new(info, Rc::clone(&reader));
+        let server = listener.serve(Rc::new(OneExport(Rc::new(export))), self.serving.nbd);
+        tracing::info!(mount = record.id, disk = %record.name, lsn = %record.lsn, %uri, "mounted");
+        let mounted = Mounted { record, source, reader, server };
+        let told = mounted.describe();
+        self.mounted.borrow_mut().insert(told.id.clone(), mounted);
+        told
+    }
+
+    async fn unmount(self: &Rc<Self>, id: &str) -> Result<AgentMount, ApiError> {
+        let mounted = self.mounted.borrow_mut().remove(id).ok_or_else(|| {
+            ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?} at the agent")).with_hint(
+                "`backtide mount --here` lists the agent's, `backtide mount` those of the receiver",
+            )
+        })?;
+        let told = mounted.describe();
+        let Mounted { record, source, reader: _, server } = mounted;
+        server.shutdown(END_GRACE).await;
+        tracing::info!(mount = id, "unmounted");
+        self.end_record(record, source).await;
+        Ok(told)
+    }
+
+    /// Has the receiver give the point up, at once or when it is there again, also after a restart.
+    async fn end_record(self: &Rc<Self>, mut record: MountRecord, source: Rc<dyn PointSource>) {
+        record.ended = true;
+        if let Err(error) = self.saved(&record).await {
+            tracing::warn!(mount = record.id, %error, "an ended mount may be served again after a restart");
+        }
+        let table = Rc::clone(self);
+        tokio::task::spawn_local(async move { table.give_up(&source, record).await });
+    }
+
+    async fn give_up(&self, source: &Rc<dyn PointSource>, record: MountRecord) {
+        while let Err(FetchError::Unreachable(_)) = source.release(&record.owner()).await {
+            tokio::time::sleep(PAUSE).await;
+        }
+        let (records, id) = (self.serving.records.clone(), record.id);
+        let removed = tokio::task::spawn_blocking(move || records.remove(&id)).await;
+        if let Ok(Err(error)) = removed {
+            tracing::warn!(%error, "cannot remove the record of an ended mount");
+        }
+    }
+
+    fn source_of(&self, record: &MountRecord) -> Rc<dyn PointSource> {
+        let dialer = Dialer::new(record.receiver.clone(), record.stream_tls.clone());
+        self.serving.sources.open(record.point(), dialer)
+    }
+
+    fn reader(&self, record: &MountRecord, source: &Rc<dyn PointSource>) -> Result<Rc<Reader>, ApiError> {
+        let file = self.serving.records.cache_file(&record.id).map_err(|error| {
+            tracing::error!(mount = record.id, %error, "cannot make the cache of a mount");
+            ApiError::new(ErrorCode::Failed, format!("cannot make the cache of mount {}: {error}", record.id))
+        })?;
+        Ok(Rc::new(Reader::new(Rc::clone(source), Cache::new(file, record.cache_bytes))))
+    }
+
+    async fn saved(&self, record: &MountRecord) -> Result<(), ApiError> {
+        let (records, record) = (self.serving.records.clone(), record.clone());
+        let saved = tokio::task::spawn_blocking(move || records.save(&record)).await;
+        let failed =
+            |why: String| ApiError::new(ErrorCode::Failed, format!("cannot remember a mount: {why}"));
+        saved.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
+    }
+
+    fn list(&self) -> AgentMounts {
+        AgentMounts { mounts: self.mounted.borrow().values().map(Mounted::describe).collect() }
+    }
+}
+
+impl Mounted {
+    fn describe(&self) -> AgentMount {
+        let (record, point) = (&self.record, self.source.point());
+        let (bytes, fetched) = self.reader.usage();
+        AgentMount {
+            id: record.id.clone(),
+            disk: record.name.clone(),
+            uuid: point.disk,
+            receiver: record.receiver.to_string(),
+            uri: record.uri.clone(),
+            lsn: record.lsn,
+            time: point.time,
+            size: point.size,
+            mounted: record.mounted,
+            clients: u32::try_from(self.server.connections()).unwrap_or(u32::MAX),
+            changed_since: record.changed_since.map(|lsn| AgentChangedSince {
+                lsn,
+                context: format!("{}{}", dirty_bitmap::PREFIX, record.name),
+            }),
+            cache: AgentCache { bytes, limit: record.cache_bytes, fetched },
+            last_error: self.reader.last_error(),
+        }
+    }
+}
+
+fn now() -> CaptureTime {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+}
+
+fn bind_error(error: &BindError) -> ApiError {
+    let code = match error {
+        BindError::InUse(_) | BindError::NotASocket(_) => ErrorCode::Busy,
+        BindError::Io { .. } | BindError::Tls(_) => ErrorCode::Failed,
+    };
+    ApiError::from_error(code, error)
+}
