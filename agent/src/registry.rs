@@ -407,14 +407,13 @@ impl Registry {
         if !request.incomplete {
             refuse_incomplete(&handle).await?;
         }
-        let leaving = Leaving::Asked;
+        let leaving = if request.force { Leaving::Forced } else { Leaving::Asked };
         let answer = handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await;
         let result = match answer.map_err(|error| failed(&error)) {
             // Its thread has ended without us: what is left of it goes all the same.
             Err(ended) => Err(ended),
-            Ok(Err(error @ disk::DetachError::Open { .. })) => {
-                return Err(ApiError::new(ErrorCode::Busy, format!("disk {name} is in use: {error}"))
-                    .with_hint("take the disk out of the virtual machine, or shut it down, then detach"));
+            Ok(Err(error @ disk::DetachError::Open { waits, .. })) => {
+                return Err(errors::in_use(&name, &error, waits));
             }
             Ok(Err(error @ disk::DetachError::Save { .. })) => Err(not_saved(&error)),
             Ok(Ok(status)) => Ok(status),

@@ -12,7 +12,7 @@ use std::{
 use backtide_units::Lsn;
 
 use crate::{
-    event::{AckPolicy, Effect, Now, OnOutage, RequestId},
+    event::{AckPolicy, Effect, IoFailure, Now, OnOutage, RequestId},
     filter::{Filter, Mode},
 };
 
@@ -46,7 +46,13 @@ pub(crate) struct Acknowledgements {
     delayed: BTreeMap<(Duration, RequestId), (Lsn, Duration, Duration)>,
     /// Held for a consistency-group mark.
     held: Option<Held>,
+    /// The disk is given up though a guest waits: from now on whoever would wait is told so.
+    refusing: bool,
 }
+
+/// What a guest is told whose disk is given up while it waits for the receiver: `ESHUTDOWN`. Its change is on the
+/// local disk all the same.
+const GIVEN_UP: IoFailure = IoFailure { errno: 108 };
 
 impl Acknowledgements {
     pub(crate) fn next_deadline(&self) -> Option<Duration> {
@@ -78,6 +84,7 @@ impl Acknowledgements {
         Some(first || needs.any(|durable| durable))
     }
 
+    /// Answers that wait for the receiver, or for their delay to be over.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len() + self.delayed.len()
     }
@@ -97,6 +104,7 @@ impl Filter {
         match need {
             None => self.answer_after_delay(request, lsn, delayed),
             Some(need) if self.is_met(need, lsn) => self.complete(request, lsn),
+            Some(_) if self.acknowledgements.refusing => self.refuse_answer(request),
             Some(need) if self.is_in_sync() || self.settings.on_outage == OnOutage::Block => {
                 self.acknowledgements.waiting.insert((lsn, request), need);
                 self.acknowledgements.oldest_wait();
@@ -160,6 +168,22 @@ impl Filter {
             }
         }
         self.release_answers();
+    }
+
+    /// The disk is given up though its guest waits for the receiver: these requests fail, and so do later ones
+    /// that would wait. How many fail now.
+    pub fn give_up_answers(&mut self, now: Now) -> u64 {
+        self.observe(now);
+        self.acknowledgements.refusing = true;
+        let waiting = std::mem::take(&mut self.acknowledgements.waiting);
+        for (_, request) in waiting.keys() {
+            self.refuse_answer(*request);
+        }
+        waiting.len() as u64
+    }
+
+    fn refuse_answer(&mut self, request: RequestId) {
+        self.effects.push_back(Effect::Complete { request, result: Err(GIVEN_UP) });
     }
 
     pub(crate) fn release_due_answers(&mut self) {

@@ -4,9 +4,9 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentMount, AgentMountRequest, AgentMounts, AgentStatus, AttachRequest, DiskStatus, FailbackReport,
-    FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncRequest,
-    RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
+    AgentMount, AgentMountRequest, AgentMounts, AgentStatus, AttachRequest, DetachRequest, DiskStatus,
+    FailbackReport, FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
+    ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent, in the words of errors.
@@ -81,15 +81,19 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn detach(&self, disk: &DiskName) -> Result<DiskStatus, ApiError> {
-        self.client.delete(&path(disk, "")).await
+        self.detach_even(disk, DetachRequest::default()).await
     }
 
-    /// The same of a disk whose image lacks blocks, which only the same agent can go on with.
+    /// The same of a disk that is not detached otherwise.
     ///
     /// # Errors
     /// As [`AgentClient::status`].
-    pub async fn detach_incomplete(&self, disk: &DiskName) -> Result<DiskStatus, ApiError> {
-        self.client.delete(&path(disk, "?incomplete=true")).await
+    pub async fn detach_even(&self, disk: &DiskName, request: DetachRequest) -> Result<DiskStatus, ApiError> {
+        let asked = [("incomplete", request.incomplete), ("force", request.force)];
+        let asked: Vec<String> =
+            asked.iter().filter(|(_, asked)| *asked).map(|(name, _)| format!("{name}=true")).collect();
+        let query = if asked.is_empty() { String::new() } else { format!("?{}", asked.join("&")) };
+        self.client.delete(&path(disk, &query)).await
     }
 
     /// Takes over the size that the disk behind has grown to.

@@ -33,8 +33,8 @@ pub use requests::{
 pub use routes::router;
 pub use service::AgentService;
 pub use status::{
-    AgentStatus, Counters, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError, ResyncStatus, Spill,
-    StreamTlsStatus, Unreadable, Window,
+    AgentStatus, Counters, Dirty, DiskStatus, GuestWaits, Lag, LsnStatus, Mode, PassKind, PeerError,
+    ResyncStatus, Spill, StreamTlsStatus, Unreadable, Window,
 };
 pub use verify::{ByteSpan, DIFFERING_SPANS_MAX, VerifyRequest, VerifyState, VerifyStatus};
 

@@ -58,6 +58,9 @@ pub struct DetachRequest {
     /// Also one whose image lacks blocks, which are still at the receiver.
     #[serde(default)]
     pub incomplete: bool,
+    /// Also one that NBD clients have open: they lose it, and requests of theirs that wait for the receiver fail.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// A disk with another size.

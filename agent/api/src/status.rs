@@ -116,6 +116,19 @@ pub struct DiskStatus {
     pub cache: CacheMode,
     /// Open NBD connections.
     pub clients: u32,
+    /// Requests of theirs that have waited for the receiver for over a second; none where none has. In the answer
+    /// to a detach: those that were given up.
+    #[serde(default)]
+    pub guest_waits: Option<GuestWaits>,
+}
+
+/// Requests that are answered only when the receiver has what they changed.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GuestWaits {
+    /// How many.
+    pub requests: u64,
+    /// For how long, the first of them.
+    pub seconds: f64,
 }
 
 /// Why a connection to the receiver failed or ended.

@@ -69,6 +69,7 @@ fn vm1() -> DiskStatus {
         engine_reason: Some("io_uring cannot be used: Operation not permitted (os error 1)".to_owned()),
         cache: CacheMode::Writeback,
         clients: 1,
+        guest_waits: None,
     }
 }
 
@@ -129,7 +130,13 @@ impl AgentService for Fake {
     }
 
     async fn detach(&self, disk: DiskName, request: DetachRequest) -> Result<DiskStatus, ApiError> {
-        self.note(if request.incomplete { "detach-incomplete" } else { "detach" }, &disk)
+        let what = match (request.incomplete, request.force) {
+            (true, true) => "detach-incomplete-forced",
+            (true, false) => "detach-incomplete",
+            (false, true) => "detach-forced",
+            (false, false) => "detach",
+        };
+        self.note(what, &disk)
     }
 
     async fn pause(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
@@ -242,7 +249,8 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.disk(&vm1).await.unwrap(), self::vm1());
     assert_eq!(client.attach(&attach_request()).await.unwrap(), self::vm1());
     client.detach(&vm1).await.unwrap();
-    client.detach_incomplete(&vm1).await.unwrap();
+    client.detach_even(&vm1, DetachRequest { incomplete: true, force: false }).await.unwrap();
+    client.detach_even(&vm1, DetachRequest { incomplete: true, force: true }).await.unwrap();
     let rewind = RewindRequest { to: Lsn(40), reconnect: true, force: false };
     assert_eq!(client.rewind(&vm1, rewind).await.unwrap().from, Lsn(90));
     let (epoch, durable, last_time) = (Epoch(4), Lsn(90), None);
@@ -279,6 +287,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "attach /images/vm1.img durable vm1",
             "detach vm1",
             "detach-incomplete vm1",
+            "detach-incomplete-forced vm1",
             "rewind 40 true vm1",
             "failback 4 true vm1",
             "pause vm1",

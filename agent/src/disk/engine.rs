@@ -365,7 +365,11 @@ impl Engine {
             }
             Err(failure) => {
                 add(&self.traffic.errors, 1);
-                tracing::warn!(disk = %self.name(), errno = failure.errno, "the local disk refused a guest request");
+                let why = match failure.errno {
+                    108 => "a guest request ends with its disk",
+                    _ => "the local disk refused a guest request",
+                };
+                tracing::warn!(disk = %self.name(), errno = failure.errno, "{why}");
                 reply.fail(nbd_error(failure));
             }
         }

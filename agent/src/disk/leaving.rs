@@ -1,6 +1,12 @@
 //! The ways a disk is given up, how long each may take, and why it may not come about.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{io, path::PathBuf, rc::Rc, time::Duration};
+
+use backtide_agent_api::GuestWaits;
+use backtide_export::Server;
+use backtide_io_filter::Filter;
+
+use super::engine::Engine;
 
 /// How long a detach waits for requests in flight and for the receiver.
 const DETACH_GRACE: Duration = Duration::from_secs(5);
@@ -13,6 +19,8 @@ const HAND_OVER_GRACE: Duration = Duration::from_millis(100);
 pub(crate) enum Leaving {
     /// By a person: refused with the number of clients while it is open.
     Asked,
+    /// By a person who knows that clients have it open: what they wait for is answered with an error.
+    Forced,
     /// With its agent, whoever has it open.
     Stopped,
     /// To the agent that follows at once, for which clients wait.
@@ -23,7 +31,7 @@ impl Leaving {
     /// How long requests in flight may take. Those that take longer are sent again by their clients.
     pub(super) fn requests(self) -> Duration {
         match self {
-            Self::Asked | Self::Stopped => DETACH_GRACE,
+            Self::Asked | Self::Forced | Self::Stopped => DETACH_GRACE,
             Self::HandedOver => HAND_OVER_GRACE,
         }
     }
@@ -31,8 +39,37 @@ impl Leaving {
     /// How long the receiver may take. What it has not acknowledged by then is resynchronized.
     pub(super) fn receiver(self) -> Duration {
         match self {
-            Self::Asked | Self::Stopped => DETACH_GRACE,
+            Self::Asked | Self::Forced | Self::Stopped => DETACH_GRACE,
             Self::HandedOver => HAND_OVER_GRACE,
+        }
+    }
+}
+
+/// Ends what clients have of a disk. What was given up of it with an error, for clients that waited for the receiver.
+pub(super) async fn end_service(
+    engine: &Rc<Engine>,
+    server: Server,
+    leaving: Leaving,
+    waits: Option<GuestWaits>,
+) -> Option<GuestWaits> {
+    match leaving {
+        // A client that reconnects to what serves the disk next sends again what was not begun; an
+        // error would reach the guest.
+        Leaving::Stopped | Leaving::HandedOver => {
+            server.hand_over(leaving.requests()).await;
+            None
+        }
+        // Clients have gone: nobody hears what becomes of their last requests, which might wait for ever.
+        Leaving::Asked => {
+            engine.happen(Filter::give_up_answers);
+            server.hand_over(leaving.requests()).await;
+            None
+        }
+        Leaving::Forced => {
+            let requests = engine.happen(Filter::give_up_answers);
+            server.shutdown(leaving.requests()).await;
+            let seconds = waits.map_or(0.0, |waits| waits.seconds);
+            (requests > 0).then_some(GuestWaits { requests, seconds })
         }
     }
 }
@@ -41,8 +78,13 @@ impl Leaving {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DetachError {
     /// Clients would lose their disk.
-    #[error("{}", open_by(*clients))]
-    Open { clients: usize },
+    #[error("{}{}", open_by(*clients), if *waits { ", and waits for the receiver" } else { "" })]
+    Open {
+        /// How many.
+        clients: usize,
+        /// Whether one waits for the receiver, and will as long as that is away.
+        waits: bool,
+    },
     /// What the next attach needs could not be saved; the disk is detached all the same and will be
     /// compared as after a crash.
     #[error(

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use backtide_agent_api::{
-    ByteSpan, Counters, DIFFERING_SPANS_MAX, Dirty, DiskStatus, Lag, LsnStatus, Mode, PassKind, PeerError,
-    ResyncStatus, Spill, Unreadable, VerifyState, VerifyStatus, Window,
+    ByteSpan, Counters, DIFFERING_SPANS_MAX, Dirty, DiskStatus, GuestWaits, Lag, LsnStatus, Mode, PassKind,
+    PeerError, ResyncStatus, Spill, Unreadable, VerifyState, VerifyStatus, Window,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::NbdUri;
@@ -45,12 +45,15 @@ impl Watch {
         over
     }
 
-    /// For how long the guest has waited for a receiver that says nothing, when that is long.
-    fn guest_waits(&self, status: &Status) -> Option<Duration> {
-        let (since, received, durable) = self.waiting?;
+    /// What the guest waits for from a receiver that says nothing, when that is for long. Requests of a client
+    /// that has left keep nobody waiting.
+    fn guest_waits(&self, status: &Status, clients: u32) -> Option<GuestWaits> {
+        let (since, received, durable) = self.waiting.filter(|_| clients > 0)?;
         let stands = (received, durable) == (status.received_lsn, status.durable_lsn);
         let waited = since.elapsed();
-        (stands && status.waiting_answers > 0 && waited > WAIT_TOLD).then_some(waited)
+        let requests = status.waiting_answers;
+        let long = stands && requests > 0 && waited > WAIT_TOLD;
+        long.then(|| GuestWaits { requests, seconds: waited.as_secs_f64() })
     }
 }
 
@@ -72,7 +75,8 @@ pub(crate) fn disk_status(
         message: last.message.clone(),
         time: last.time,
     });
-    let (reason, reason_code) = reason_of(&status, last_error.as_ref(), watch);
+    let guest_waits = watch.guest_waits(&status, clients);
+    let (reason, reason_code) = reason_of(&status, last_error.as_ref(), guest_waits);
     DiskStatus {
         name: record.name.clone(),
         uuid: record.uuid,
@@ -111,6 +115,7 @@ pub(crate) fn disk_status(
         cache: record.cache,
         origin: record.origin.clone(),
         clients,
+        guest_waits,
     }
 }
 
@@ -150,6 +155,7 @@ pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
         cache: record.cache,
         origin: record.origin.clone(),
         clients: 0,
+        guest_waits: None,
     }
 }
 
@@ -174,14 +180,22 @@ fn mode(mode: backtide_io_filter::Mode) -> Mode {
 
 /// A sentence and a code for people and scripts; in sync there is nothing to explain but a
 /// connection that is away. What holds at this moment goes before what began it.
-fn reason_of(status: &Status, last_error: Option<&PeerError>, watch: &Watch) -> (String, String) {
+fn reason_of(
+    status: &Status,
+    last_error: Option<&PeerError>,
+    guest_waits: Option<GuestWaits>,
+) -> (String, String) {
     let serving =
         !matches!(status.mode, backtide_io_filter::Mode::Paused | backtide_io_filter::Mode::Detached);
     if let Some(error) = last_error.filter(|error| error.code == "fenced" && serving && !status.connected) {
-        return (error.message.clone(), "fenced".to_owned());
+        let reason = match guest_waits {
+            Some(waits) => format!("{}; the guest has waited for {:.0} s", error.message, waits.seconds),
+            None => error.message.clone(),
+        };
+        return (reason, "fenced".to_owned());
     }
-    if let Some(waiting) = watch.guest_waits(status) {
-        let seconds = waiting.as_secs();
+    if let Some(waits) = guest_waits {
+        let seconds = waits.seconds.floor();
         let reason = format!("the guest waits for the receiver, which has said nothing for {seconds} s");
         return (reason, "guest-waits".to_owned());
     }

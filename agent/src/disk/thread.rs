@@ -226,7 +226,8 @@ impl Disk {
                     Some(Command::Detach { leaving, answer }) => {
                         let clients = self.server.connections();
                         if clients > 0 && leaving == Leaving::Asked {
-                            let _ = answer.send(Err(DetachError::Open { clients }));
+                            let waits = self.engine.look(Filter::status).waiting_answers > 0;
+                            let _ = answer.send(Err(DetachError::Open { clients, waits }));
                             continue;
                         }
                         inbox.close();
@@ -409,9 +410,7 @@ impl Disk {
     async fn detach(self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
         let Self { engine, stream, server, mut record, records, image, .. } = self;
-        // A client that reconnects to what serves the disk next sends again what was not begun; an
-        // error would reach the guest.
-        server.hand_over(leaving.requests()).await;
+        last.guest_waits = super::leaving::end_service(&engine, server, leaving, last.guest_waits).await;
         // What waits for a receiver that is away would wait for ever.
         engine.local.stop().await;
         // Requests of a client that was cut off may still be under way; none may follow the bitmap.

@@ -2,9 +2,10 @@
 
 use backtide_agent_api::AttachRequest;
 use backtide_control::{ApiError, ErrorCode};
+use backtide_units::DiskName;
 
 use crate::{
-    disk::{DiskHandle, HydrationProblem, OpenError},
+    disk::{DetachError, DiskHandle, HydrationProblem, OpenError},
     qcow2::format_of,
     record::DiskRecord,
 };
@@ -55,6 +56,17 @@ pub(super) async fn refuse_other_format(
         }
         _ => Ok(()),
     }
+}
+
+/// A disk that clients have open is not detached.
+pub(super) fn in_use(name: &DiskName, error: &DetachError, waits: bool) -> ApiError {
+    let hint = match waits {
+        false => "take the disk out of the virtual machine, or shut it down, then detach".to_owned(),
+        true => format!(
+            "its machine may not come to an end while it waits: kill it, then detach; or `backtide detach {name} --force`, which answers what waits with an error"
+        ),
+    };
+    ApiError::new(ErrorCode::Busy, format!("disk {name} is in use: {error}")).with_hint(hint)
 }
 
 pub(super) fn failed(error: &dyn std::error::Error) -> ApiError {

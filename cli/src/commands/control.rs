@@ -1,6 +1,6 @@
 //! `backtide detach`, `pause` and `resume`: one call each.
 
-use backtide_agent_api::DiskStatus;
+use backtide_agent_api::{DetachRequest, DiskStatus};
 use backtide_units::DiskName;
 use clap::Args;
 
@@ -8,6 +8,7 @@ use crate::{
     context::Context,
     ending::{Ending, Failure},
     output::status::{disk_line, missing_at_receiver},
+    quantity::count_text,
 };
 
 /// `backtide detach`
@@ -19,6 +20,10 @@ pub(crate) struct Detach {
     /// with it
     #[arg(long)]
     incomplete: bool,
+    /// Detach it although NBD clients have it open: they lose it, and their requests that wait for the receiver are
+    /// answered with an error
+    #[arg(long)]
+    force: bool,
 }
 
 /// `backtide pause`
@@ -39,11 +44,17 @@ impl Detach {
     /// Detaches, and warns of what the receiver lacks.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let agent = context.agent()?;
-        let disk = match self.incomplete {
-            true => agent.detach_incomplete(&self.name).await?,
-            false => agent.detach(&self.name).await?,
-        };
+        let request = DetachRequest { incomplete: self.incomplete, force: self.force };
+        let disk = agent.detach_even(&self.name, request).await?;
         print(context, &disk)?;
+        if let Some(given_up) = &disk.guest_waits {
+            let requests = count_text(given_up.requests, "request");
+            context.warn(&format!(
+                "{requests} of the guest that waited for the receiver failed: what they wrote is in the image and was \
+                 never acknowledged, as `--ack {}` has it",
+                disk.ack
+            ));
+        }
         match missing_at_receiver(&disk) {
             Some(missing) => {
                 context.warn(&format!(
@@ -53,6 +64,7 @@ impl Detach {
                 ));
                 Ok(Ending::Warnings)
             }
+            None if disk.guest_waits.is_some() => Ok(Ending::Warnings),
             None => Ok(Ending::Done),
         }
     }

@@ -59,6 +59,8 @@ pub(crate) struct Report {
     pub(crate) time: CaptureTime,
     /// Where it was restored to.
     pub(crate) output: String,
+    /// The point as it was asked for.
+    pub(crate) asked: String,
     /// The size of the disk.
     pub(crate) size: ByteCount,
     /// How much was written; the rest are zeroes, or were there.
@@ -114,7 +116,7 @@ pub(crate) async fn restore(
         () = &mut stop => return Err(Failure::Interrupted),
     };
     let restored = tokio::select! {
-        restored = restore_mounted(context, &mount, what) => restored,
+        restored = restore_mounted(context, &mount, &request.at, what) => restored,
         () = &mut stop => Err(Failure::Interrupted),
     };
     let Ok(unmounted) = tokio::time::timeout(UNMOUNT_TIME, receiver.unmount(&mount.id, None)).await else {
@@ -132,7 +134,12 @@ pub(crate) async fn restore(
     restored
 }
 
-async fn restore_mounted(context: &Context, mount: &Mount, what: What<'_>) -> Result<Report, Failure> {
+async fn restore_mounted(
+    context: &Context,
+    mount: &Mount,
+    asked: &str,
+    what: What<'_>,
+) -> Result<Report, Failure> {
     let begun = Instant::now();
     let goal = Goal { disk: mount.disk.uuid, lsn: mount.lsn, size: mount.size };
     let leftover = take(context, what.output, &goal)?;
@@ -160,6 +167,7 @@ async fn restore_mounted(context: &Context, mount: &Mount, what: What<'_>) -> Re
         lsn: mount.lsn,
         time: mount.time,
         output: target.to_string(),
+        asked: asked.to_owned(),
         size: mount.size,
         data_bytes: copied.data_bytes,
         resumed_bytes: copied.resumed_bytes,
@@ -174,8 +182,9 @@ fn report_text(report: &Report) -> String {
         false => format!(" and {} were there from before", size_both(report.resumed_bytes)),
     };
     format!(
-        "restored {} as of lsn:{} ({}) to {}: {}, of which {} were written{}, in {}{}",
+        "restored {} at {}, which is lsn:{}, written last at {}, to {}: {}, of which {} were written{}, in {}{}",
         report.disk.as_str(),
+        report.asked,
         report.lsn,
         time_text(report.time),
         report.output,

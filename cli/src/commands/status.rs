@@ -2,14 +2,13 @@
 
 use std::{io::IsTerminal, time::Duration};
 
-use backtide_agent_api::DiskStatus;
 use backtide_units::DiskName;
 use clap::Args;
 
 use crate::{
     context::Context,
     ending::{Ending, Failure},
-    output::status::{disk_text, table},
+    output::status::{disk_text, needs_a_person, table},
     quantity::parse_duration,
 };
 
@@ -47,8 +46,8 @@ impl Status {
                 if clear { format!("{CLEAR}{text}") } else { text }
             })?;
             if !self.watch {
-                let stuck = |disk: &DiskStatus| disk.hydration.as_ref().is_some_and(|lacks| lacks.stuck);
-                return Ok(if status.disks.iter().any(stuck) { Ending::Warnings } else { Ending::Done });
+                let alarm = status.disks.iter().any(needs_a_person);
+                return Ok(if alarm { Ending::Warnings } else { Ending::Done });
             }
             tokio::time::sleep(self.every.max(EVERY_MIN)).await;
         }

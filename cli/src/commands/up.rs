@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_agent_api::{AgentClient, AttachRequest, DiskStatus};
+use backtide_agent_api::{AgentClient, AttachRequest, DetachRequest, DiskStatus};
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_units::{DiskId, DiskName};
 use clap::Args;
@@ -156,7 +156,7 @@ async fn detach(context: &Context, agent: &AgentClient, name: &DiskName) -> Resu
         waited?;
     }
     // What its image lacks comes when it is up again: the agent's state stays in the same directory.
-    let disk = agent.detach_incomplete(name).await?;
+    let disk = agent.detach_even(name, DetachRequest { incomplete: true, force: false }).await?;
     let Some(missing) = missing_at_receiver(&disk) else { return Ok(Ending::Done) };
     context.warn(&format!("the history lacks {missing}; they follow when the disk is up again"));
     Ok(Ending::Warnings)

@@ -6,7 +6,10 @@ use backtide_receiver_api::{ReceiverDisks, ReceiverStatus};
 use backtide_units::CaptureTime;
 
 use super::{Answers, Finding, Verdict};
-use crate::quantity::{count_text, duration_text, size_text};
+use crate::{
+    output::status::way_out,
+    quantity::{count_text, duration_text, size_text},
+};
 
 /// The version of this command; daemons have the same.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -130,6 +133,9 @@ fn disk(disk: &DiskStatus) -> Finding {
     }
     if disk.reason_code == "not-answering" {
         return finding(Verdict::Failed, &disk.reason).hint("look at the storage its image is on");
+    }
+    if let Some(way) = way_out(disk) {
+        return finding(Verdict::Failed, &disk.reason).hint(way);
     }
     if !disk.connected {
         let why = disk.last_error.as_ref().map_or(disk.reason.as_str(), |error| error.message.as_str());

@@ -94,6 +94,10 @@ pub(crate) fn around_text(report: &AroundReport) -> String {
 fn standing_text(report: &AroundReport) -> String {
     let time = time_text(report.time);
     match (report.point, &report.hole) {
+        (Some(point), _) if point.time < report.time => {
+            let written = time_text(point.time);
+            format!("{time} can be gone back to: it is lsn:{}, written last at {written}", point.lsn)
+        }
         (Some(point), _) => format!("{time} can be gone back to: it is lsn:{}", point.lsn),
         (None, Some(hole)) => {
             format!("{time} cannot be gone back to: {}", stretch_text(&Stretch::Hole(hole)).trim())
@@ -261,7 +265,8 @@ mod tests {
         assert!(lines[2].contains("lsn:40") && lines[2].ends_with("before)"), "{text}");
         assert!(lines[3].contains("lsn:60") && lines[3].ends_with("after)"), "{text}");
         let there = AroundReport { point: point(40, 4), hole: None, ..report };
-        assert!(around_text(&there).contains("can be gone back to: it is lsn:40"), "{text}");
+        let text = around_text(&there);
+        assert!(text.contains("05Z can be gone back to: it is lsn:40, written last at 2026"), "{text}");
     }
 
     #[test]

@@ -25,7 +25,35 @@ pub(crate) fn table(disks: &[DiskStatus]) -> String {
             reason_text(disk),
         ]
     };
-    plain_table(&["DISK", "MODE", "LAG", "DIRTY", "RESYNC", "REASON"], disks.iter().map(row))
+    let table = plain_table(&["DISK", "MODE", "LAG", "DIRTY", "RESYNC", "REASON"], disks.iter().map(row));
+    let ways_out =
+        disks.iter().filter_map(|disk| way_out(disk).map(|way| format!("{}: {way}", disk.name.as_str())));
+    std::iter::once(table).chain(ways_out).collect::<Vec<_>>().join("\n")
+}
+
+/// What a person has to do about a disk that does not come right by itself.
+pub(crate) fn way_out(disk: &DiskStatus) -> Option<String> {
+    let name = disk.name.as_str();
+    if disk.reason_code == "fenced" {
+        return Some(format!(
+            "shut its machine down here and `backtide detach {name}{}`; then `backtide failback {name}` brings the \
+             latest point here when the other host has let go of it, or `backtide attach {name} {} --receiver {} --take-over` makes \
+             what this image holds the latest content",
+            if disk.guest_waits.is_some() { " --force" } else { "" },
+            disk.image,
+            disk.receiver,
+        ));
+    }
+    disk.guest_waits.as_ref()?;
+    Some(format!(
+        "it goes on when {} answers; `backtide detach {name} --force` answers what waits with an error instead",
+        disk.receiver
+    ))
+}
+
+/// Whether a person should look at a disk now: the exit code says so.
+pub(crate) fn needs_a_person(disk: &DiskStatus) -> bool {
+    way_out(disk).is_some() || disk.hydration.as_ref().is_some_and(|lacks| lacks.stuck)
 }
 
 /// One disk in one line.
@@ -41,6 +69,14 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
         ("NBD", disk.nbd_uri.clone()),
         ("image", image_text(disk)),
     ];
+    if let Some(waits) = &disk.guest_waits {
+        let (requests, since) = (count_text(waits.requests, "request"), duration_text(waits.seconds));
+        let why = format!("acknowledged {}, {} in an outage", disk.ack, disk.on_outage);
+        lines.insert(2, ("guest waits", format!("{requests} for the receiver, for {since}: {why}")));
+    }
+    if let Some(way) = way_out(disk) {
+        lines.insert(2, ("way out", way));
+    }
     if let Some(why) = &disk.engine_reason {
         lines.push(("", why.clone()));
     }
@@ -57,7 +93,7 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
         lines.push(("began as", format!("{}@lsn:{lsn} ({})", disk.as_str(), time_text(*time))));
     }
     if let Some(lacks) = &disk.hydration {
-        lines.push(("image lacks", hydration_text(lacks)));
+        lines.push(("image lacks", hydration_text(lacks, disk.clients)));
     }
     if let Some(bad) = &disk.unreadable {
         let place = format!("the first at byte {} for {}", bad.offset, size_text(bad.length));
@@ -259,7 +295,7 @@ fn resync_point_text(resync: &ResyncStatus) -> String {
 }
 
 /// What an image lacks, and how it comes.
-fn hydration_text(lacks: &HydrationStatus) -> String {
+fn hydration_text(lacks: &HydrationStatus, clients: u32) -> String {
     let (missing, total) = (size_text(lacks.missing_bytes), size_text(lacks.total_bytes));
     let mut text = format!("{missing} of {total}, at LSN {} of disk {}", lacks.point, lacks.disk);
     if lacks.rate.0 > 0 {
@@ -270,7 +306,8 @@ fn hydration_text(lacks: &HydrationStatus) -> String {
     }
     if lacks.waiting_requests > 0 && lacks.trouble.is_some() {
         let waiting = count_text(lacks.waiting_requests, "request");
-        text.push_str(&format!("; {waiting} of the guest waiting for it"));
+        let whose = if clients > 0 { "the guest" } else { "clients that have gone" };
+        text.push_str(&format!("; {waiting} of {whose} waiting for it"));
     }
     if lacks.stuck {
         text.push_str("; it does not come by itself: set the disk to another point, or see to the receiver");

@@ -21,9 +21,12 @@ impl<'bench> Disk<'bench> {
         Self { bench, name: name.to_owned(), image: image.to_owned() }
     }
 
-    /// Its status.
+    /// Its status, whether it is all right or not.
     pub fn status(&self) -> Value {
-        self.bench.json(&["status", &self.name])["disks"][0].clone()
+        let said = self.bench.run(&["status", &self.name]);
+        assert!([0, 3].contains(&said.code), "{said:?}");
+        let status: Value = serde_json::from_str(&said.stdout).expect("a status is JSON");
+        status["disks"][0].clone()
     }
 
     /// Where it is served.

@@ -40,6 +40,11 @@ struct Connections {
 }
 
 impl Connections {
+    /// Those of them whose client is still there.
+    fn present(&self) -> usize {
+        self.open.values().filter(|open| open.export.is_some() && !open.stop.has_client_left()).count()
+    }
+
     /// How many are served, past their handshake.
     fn served(&self) -> usize {
         self.open.values().filter(|open| open.export.is_some()).count()
@@ -97,9 +102,10 @@ impl Server {
         &self.address
     }
 
-    /// Connections that are served now, past their handshake.
+    /// Connections that are served now, past their handshake. One whose client has left is none, though a request
+    /// of it is not done yet.
     pub fn connections(&self) -> usize {
-        self.shared.connections.borrow().served()
+        self.shared.connections.borrow().present()
     }
 
     /// Connections that are in their handshake now.

@@ -75,9 +75,16 @@ pub(crate) async fn serve_until(
     stop: &Stop,
 ) -> Result<(), ServeError> {
     let mut connection = Connection::new(negotiated, export, limits);
+    let polled = |cx: &mut Context<'_>| {
+        let polled = connection.poll(cx);
+        if connection.phase == Phase::Leaving {
+            stop.client_left();
+        }
+        polled
+    };
     let ended = tokio::select! {
         biased;
-        result = poll_fn(|cx| connection.poll(cx)) => Ok(result),
+        result = poll_fn(polled) => Ok(result),
         ending = stop.requested() => Err(ending),
     };
     match ended {

@@ -1,4 +1,4 @@
-//! Asking a task to come to an orderly end.
+//! Asking a connection's task to come to an orderly end, and its word that its client has left.
 
 use std::cell::Cell;
 
@@ -19,6 +19,8 @@ pub(crate) enum Ending {
 pub(crate) struct Stop {
     requested: Cell<Option<Ending>>,
     notify: Notify,
+    /// The client has said its last: what it still is owed, nobody needs to wait for.
+    left: Cell<bool>,
 }
 
 impl Stop {
@@ -26,6 +28,16 @@ impl Stop {
     pub(crate) fn request(&self, ending: Ending) {
         self.requested.set(Some(ending));
         self.notify.notify_waiters();
+    }
+
+    /// The client asks for nothing more: it has hung up or said good-bye.
+    pub(crate) fn client_left(&self) {
+        self.left.set(true);
+    }
+
+    /// Whether it has.
+    pub(crate) fn has_client_left(&self) -> bool {
+        self.left.get()
     }
 
     /// What was asked, if it was.

@@ -8,6 +8,7 @@ mod askers;
 mod bad_input;
 mod begun_elsewhere;
 mod behind;
+mod blocking;
 mod connecting;
 mod crash_tracking;
 mod damage;
