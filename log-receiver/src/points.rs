@@ -52,9 +52,12 @@ pub(crate) fn around(
         Ok(lsn) => (Some(lsn), None, Nearest::default()),
         Err(PointError::InHole { hole, nearest, .. }) => (None, Some(hole), nearest),
         Err(PointError::Outside { nearest, .. }) => (None, None, nearest),
-        Err(error @ (PointError::NoPoints { .. } | PointError::UnknownMark { .. } | PointError::Log(_))) => {
-            return Err(error);
-        }
+        Err(
+            error @ (PointError::Future { .. }
+            | PointError::NoPoints { .. }
+            | PointError::UnknownMark { .. }
+            | PointError::Log(_)),
+        ) => return Err(error),
     };
     let at = match lsn {
         Some(lsn) => Some(TimedLsn { lsn, time: snapshot.time_of(lsn)?.unwrap_or(time) }),
@@ -96,6 +99,12 @@ pub(crate) fn unavailable(asked: &str, error: &PointError) -> ApiError {
         PointError::Outside { nearest, .. } => {
             let details = details(asked, None, Some(nearest));
             hinted(ErrorCode::PointNotFound, error, nearest).with_details(details)
+        }
+        PointError::Future { latest, .. } => {
+            let nearest = Nearest { before: *latest, after: None };
+            ApiError::from_error(ErrorCode::PointNotFound, error)
+                .with_hint("`latest` is the newest point, whatever the clocks say")
+                .with_details(details(asked, None, Some(&nearest)))
         }
         PointError::NoPoints { .. } => ApiError::from_error(ErrorCode::PointNotFound, error)
             .with_hint("wait until the first resync is complete: backtide wait NAME --for point")

@@ -174,6 +174,16 @@ pub enum PointError {
         /// What can be had instead.
         nearest: Nearest,
     },
+    /// It is a time that has not come yet: what it will be is not known.
+    #[error("{asked} is in the future: it is {} now, and {}", crate::point::time_text(*now), newest(*latest))]
+    Future {
+        /// What was asked for.
+        asked: String,
+        /// The time of whoever was asked.
+        now: CaptureTime,
+        /// The newest point, if there is one.
+        latest: Option<TimedLsn>,
+    },
     /// There is no point at all yet.
     #[error("there is no recovery point yet: {why}")]
     NoPoints {
@@ -207,6 +217,10 @@ pub struct TimedLsn {
     pub lsn: Lsn,
     /// Its time.
     pub time: CaptureTime,
+}
+
+fn newest(latest: Option<TimedLsn>) -> String {
+    latest.map_or_else(|| "there is no point yet".to_owned(), |latest| format!("the latest point is {latest}"))
 }
 
 impl fmt::Display for Nearest {

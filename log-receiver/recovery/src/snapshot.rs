@@ -19,6 +19,9 @@ use crate::{
     segments::Segments,
 };
 
+/// So far may a time be ahead of the clock here, in microseconds.
+const SKEW_US: u64 = 2_000_000;
+
 /// A log as it was at one moment. Cheap to clone; reads block on the file system.
 #[derive(Clone)]
 pub struct Snapshot {
@@ -166,7 +169,10 @@ impl Snapshot {
                 None => Err(self.timeline.refusal(Lsn::ZERO, point.to_string())),
             },
             Point::Lsn(lsn) => self.require(*lsn, &point.to_string()),
-            Point::Time(time) => self.point_at(*time),
+            Point::Time(time) => {
+                self.refuse_future(*time, now)?;
+                self.point_at(*time)
+            }
             Point::Ago(duration) => self.point_at(ago(now, *duration)),
             Point::Mark(label) => {
                 let newest =
@@ -176,6 +182,20 @@ impl Snapshot {
                 self.require(at.lsn, &point.to_string())
             }
         }
+    }
+
+    /// Whether `time` has come at `now`. Clocks may differ a little, and that of the disk's host may be far ahead:
+    /// then its own times count.
+    ///
+    /// # Errors
+    /// When it has not.
+    pub fn refuse_future(&self, time: CaptureTime, now: CaptureTime) -> Result<(), PointError> {
+        let latest = self.timeline.latest();
+        let known = latest.map_or(now, |latest| now.max(latest.time));
+        if time.0 <= known.0.saturating_add(SKEW_US) {
+            return Ok(());
+        }
+        Err(PointError::Future { asked: time_text(time), now, latest })
     }
 
     fn require(&self, lsn: Lsn, asked: &str) -> Result<Lsn, PointError> {
@@ -222,17 +242,25 @@ impl Snapshot {
     /// The last begin or end of an interval, or seam within one, that `wanted` takes: it may be the T of a pass,
     /// which no record has.
     fn last_end(&self, wanted: &dyn Fn(TimedLsn) -> bool) -> Option<TimedLsn> {
-        let ends = self.timeline.intervals().iter().flat_map(|interval| [interval.from, interval.to]);
-        ends.chain(self.timeline.seams.iter().copied()).filter(|end| wanted(*end)).max()
+        self.ends().filter(|end| wanted(*end)).max()
     }
 
-    /// When the newest record at or below `lsn` was captured, or the pass frozen whose T it is.
+    fn ends(&self) -> impl Iterator<Item = TimedLsn> {
+        let ends = self.timeline.intervals().iter().flat_map(|interval| [interval.from, interval.to]);
+        ends.chain(self.timeline.seams.iter().copied())
+    }
+
+    /// When the newest record at or below `lsn` was captured, or the pass frozen whose T it is: not until when it
+    /// was known to be the newest, which the end of an interval tells.
     ///
     /// # Errors
     /// When the log cannot be read.
     pub fn time_of(&self, lsn: Lsn) -> Result<Option<CaptureTime>, LogError> {
         let record = self.last_record(&|record, _| record <= lsn)?;
-        Ok(record.max(self.last_end(&|end| end.lsn <= lsn)).map(|last| last.time))
+        let newest = record.max(self.last_end(&|end| end.lsn <= lsn)).map(|last| last.lsn);
+        let Some(newest) = newest else { return Ok(None) };
+        let ends = self.ends().filter(|end| end.lsn == newest);
+        Ok(ends.chain(record.filter(|record| record.lsn == newest)).map(|end| end.time).min())
     }
 
     /// The record with this LSN, when there is one: an LSN can be that of a pass as well.

@@ -160,6 +160,20 @@ fn every_form_of_a_point_is_resolved() {
     });
 }
 
+/// Clocks differ a little; what has not come yet is nothing to go back to.
+#[test]
+fn a_time_in_the_future_is_refused_with_the_latest_point() {
+    each(|snapshot| {
+        assert_eq!(resolve(snapshot, "1970-01-01T00:01:12Z").expect("a little ahead"), Lsn(60));
+        let error = resolve(snapshot, "1970-01-01T00:01:12.000001Z").expect_err("in the future");
+        let text = error.to_string();
+        assert!(text.contains("it is 1970-01-01T00:01:10Z now, and the latest point is lsn:60"), "{text}");
+        // A receiver whose clock is behind that of the disk's host.
+        let early = snapshot.resolve(&"1970-01-01T00:01:00Z".parse().expect("a point"), second(3));
+        assert_eq!(early.expect("a point"), Lsn(60));
+    });
+}
+
 #[test]
 fn flush_points_come_newest_first() {
     each(|snapshot| {
@@ -260,6 +274,8 @@ fn while_an_idle_disk_says_that_nothing_changed_there_is_no_hole() {
             assert_eq!([2, 4, 9].map(|time| asked(snapshot, time)), [Some(Lsn(2)); 3]);
             assert_eq!([10, 39].map(|time| asked(snapshot, time)), [None; 2]);
             assert_eq!(asked(snapshot, 40), Some(Lsn(4)));
+            assert_eq!(snapshot.time_of(Lsn(2)).expect("readable"), Some(second(2)), "of the write");
+            assert_eq!(snapshot.time_of(Lsn(3)).expect("readable"), Some(second(2)), "of the write");
             let hole = &snapshot.timeline().holes()[0];
             assert_eq!(hole.from, Some(TimedLsn { lsn: Lsn(2), time: second(9) }));
         };

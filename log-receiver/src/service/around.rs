@@ -33,7 +33,11 @@ impl Service {
             request.point.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
         let Found { disk, snapshot, damage: _ } = self.look_at(disk).await?;
         let time = match point {
-            Point::Time(time) => time,
+            Point::Time(time) => {
+                let now = snapshot.refuse_future(time, clock::now());
+                now.map_err(|error| points::unavailable(&request.point, &error))?;
+                time
+            }
             Point::Ago(duration) => ago(clock::now(), duration),
             Point::Latest | Point::Lsn(_) | Point::Mark(_) => {
                 self.resolve_in(&snapshot, &request.point).await?.time

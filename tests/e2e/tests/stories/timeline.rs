@@ -51,7 +51,12 @@ fn what_is_around_a_time_is_found_and_a_time_in_a_hole_says_why_it_is_none() {
     let report = disk.points();
     assert_eq!(around("2001-01-01T00:00:00Z")["after"], report["first"]);
     let newest = around("latest");
-    assert_eq!((&newest["point"], &newest["after"]), (&report["last"], &Value::Null));
+    assert_eq!((&newest["point"]["lsn"], &newest["after"]), (&report["last"]["lsn"], &Value::Null));
+    for command in [&["points", "vm1", "--around"][..], &["diff", "vm1", "--to", "latest", "--from"]] {
+        let future = bench.run(&[command, &["2200-01-01T00:00:00Z"]].concat());
+        assert_eq!(future.code, 4, "{future:?}");
+        assert!(future.sentence().starts_with("2200-01-01T00:00:00Z is in the future: it is 20"), "{future:?}");
+    }
     assert_eq!(bench.run(&["points", "vm1", "--around", "yesterday"]).code, 2);
 
     let newest = bench.json(&["points", "vm1", "--last", "1"]);
