@@ -76,6 +76,9 @@ pub(crate) fn disk_status(
         time: last.time,
     });
     let guest_waits = watch.guest_waits(&status, clients);
+    let hydration = engine.local.hydration();
+    // A pass reads what is missing as well, and waits for it.
+    let ends = hydration.as_ref().is_none_or(|lacks| !lacks.stuck && lacks.damaged_bytes.is_zero());
     let (reason, reason_code) = reason_of(&status, last_error.as_ref(), guest_waits);
     DiskStatus {
         name: record.name.clone(),
@@ -98,14 +101,14 @@ pub(crate) fn disk_status(
         dirty: dirty(status.dirty, status.hot_extents),
         window: Window { bytes: status.window, limit: record.limits.window_bytes },
         spill: spill(engine, &status),
-        resync: status.pass.as_ref().map(|pass| resync(pass, status.counters.passes)),
+        resync: status.pass.as_ref().map(|pass| resync(pass, status.counters.passes, ends)),
         resync_due: status.scanning,
         unreadable: status.unreadable.map(|(blocks, first)| Unreadable {
             blocks,
             offset: first.start(),
             length: first.count(),
         }),
-        hydration: engine.local.hydration(),
+        hydration,
         ack: record.ack,
         on_outage: record.on_outage,
         limits: record.limits,
@@ -246,7 +249,8 @@ fn spill(engine: &Engine, status: &Status) -> Option<Spill> {
     })
 }
 
-fn resync(pass: &PassStatus, passes: u64) -> ResyncStatus {
+/// `ends`: everything that the pass still has to read can be had.
+fn resync(pass: &PassStatus, passes: u64, ends: bool) -> ResyncStatus {
     // Rounded up: what is left takes some time.
     let seconds = |time: Duration| time.as_secs() + u64::from(time.subsec_nanos() > 0);
     ResyncStatus {
@@ -258,9 +262,9 @@ fn resync(pass: &PassStatus, passes: u64) -> ResyncStatus {
         done_bytes: pass.done,
         total_bytes: pass.total,
         rate: pass.speed.rate,
-        eta_seconds: pass.speed.pass_ends_in.map(seconds),
+        eta_seconds: pass.speed.pass_ends_in.filter(|_| ends).map(seconds),
         guest_rate: pass.speed.guest,
-        sync_eta_seconds: pass.speed.sync_in.map(seconds),
+        sync_eta_seconds: pass.speed.sync_in.filter(|_| ends).map(seconds),
         held_to: pass.held_to,
         reason: pass.reason.to_string(),
         reason_code: code(pass.reason),

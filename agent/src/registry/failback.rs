@@ -73,7 +73,9 @@ impl Registry {
         let claim = self.claim(name).await?;
         if self.disks.read().await.contains_key(name) {
             let message = format!("disk {name} is attached here");
-            let hint = format!("shut its virtual machine down and `backtide detach {name}` first");
+            let hint = format!(
+                "shut its virtual machine down and `backtide detach {name}` first: --force takes it from another agent, never from this one"
+            );
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint(hint));
         }
         let record = self.records.load(name).map_err(|error| failed(&error))?;
@@ -152,7 +154,10 @@ fn refuse_own(record: &DiskRecord, adopt: Adopted) -> Result<(), ApiError> {
     }
     if adopt.epoch <= record.last_own_epoch() {
         let message = format!("no other agent has had disk {name} since this one");
-        let hint = format!("`backtide attach {name} {}` goes on with it", record.image);
+        let hint = format!(
+            "`backtide attach {name} {} --receiver {}` goes on with it",
+            record.image, record.receiver
+        );
         return Err(ApiError::new(ErrorCode::Refused, message).with_hint(hint));
     }
     Ok(())

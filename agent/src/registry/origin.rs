@@ -118,7 +118,14 @@ impl Registry {
         let found = waiting(looking).await?.unwrap_or_else(|late| Err(silent(late)));
         found.map_err(|error| {
             let what = format!("disk {} cannot begin at LSN {} of {}", record.name, from.lsn, from.disk);
-            fetch_error(&what, error)
+            let damaged = matches!(error, FetchError::Damaged(_));
+            let error = fetch_error(&what, error);
+            match damaged {
+                true => error.with_hint(
+                    "choose a point before the damage; with --force its blocks cannot be read until they are written",
+                ),
+                false => error,
+            }
         })
     }
 }

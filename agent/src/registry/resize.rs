@@ -8,7 +8,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::Seek,
+    io::{ErrorKind, Seek},
     path::Path,
     sync::Arc,
 };
@@ -225,15 +225,41 @@ fn grow_file(image: &Path, target: ByteCount) -> Result<(), ApiError> {
         }
         Ok(())
     };
-    grow().map_err(|error: std::io::Error| {
-        let message = format!("cannot grow {} to {target} bytes: {error}", image.display());
-        ApiError::new(ErrorCode::Failed, message)
-    })
+    grow().map_err(|error: std::io::Error| cannot_grow(image, target, &error))
+}
+
+fn cannot_grow(image: &Path, target: ByteCount, error: &std::io::Error) -> ApiError {
+    match error.kind() {
+        // The latter is longer than any file can be.
+        ErrorKind::FileTooLarge | ErrorKind::InvalidInput => {
+            let message = format!(
+                "{target} bytes are more than the file system of {} lets a file have",
+                image.display()
+            );
+            ApiError::new(ErrorCode::Usage, message).with_hint("nothing has changed: name a smaller size")
+        }
+        // The rest has no way out of its own.
+        _ => {
+            let message = format!("cannot grow {} to {target} bytes: {error}", image.display());
+            ApiError::new(ErrorCode::Failed, message)
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_size_that_no_file_can_have_is_refused_and_the_file_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("vm1.img");
+        std::fs::write(&image, [0; 512]).unwrap();
+        let error = grow_file(&image, ByteCount(u64::MAX - 511)).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Usage, "{error}");
+        assert!(error.message.contains("more than the file system of "), "{error}");
+        assert_eq!(std::fs::metadata(&image).unwrap().len(), 512);
+    }
 
     #[test]
     fn a_size_that_direct_io_cannot_serve_is_refused_before_anything_is_done() {

@@ -231,7 +231,8 @@ impl Fat {
                 found.cluster
             }
         };
-        self.chain(first, DIRECTORY_MAX)
+        // One cluster more tells whether there is more than can be.
+        self.chain(first, DIRECTORY_MAX + 1)
     }
 }
 
@@ -280,10 +281,13 @@ impl FileSystem for Fat {
     fn names(&self, directory: FileId) -> Result<Vec<Name>, Error> {
         let pieces = self.directory(directory).map_err(|error| error.of(named(directory)))?;
         let (mut names, mut reader) = (Vec::new(), names::Reader::default());
+        let mut left = DIRECTORY_MAX;
         for piece in pieces {
             let Place::Volume(start) = piece.place else { continue };
-            // No longer than all clusters of a directory.
-            let mut bytes = vec![0; piece.length.0.min(DIRECTORY_MAX) as usize];
+            let length = piece.length.0.min(left);
+            left -= length;
+            let is_cut = length < piece.length.0;
+            let mut bytes = vec![0; length as usize];
             let read = self.source.read_at(start, &mut bytes);
             read.map_err(|error| Error::from(error).of(named(directory)))?;
             for (entry, number) in bytes.chunks_exact(ENTRY).zip(0_u64..) {
@@ -305,6 +309,10 @@ impl FileSystem for Fat {
                     let (what, limit) = (named(directory)(), NAMES_MAX as u64);
                     return Err(Error::TooMany { what, of: "names", limit });
                 }
+            }
+            if is_cut {
+                let (what, limit) = (named(directory)(), DIRECTORY_MAX);
+                return Err(Error::TooMany { what, of: "bytes", limit });
             }
         }
         Ok(names)

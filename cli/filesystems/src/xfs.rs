@@ -39,7 +39,15 @@ impl Xfs {
         let mut superblock = superblock::read(&source, false)?;
         let mut warnings = Vec::new();
         match replay::replay(&superblock, &mut source) {
-            Ok(()) => superblock = superblock::read(&source, source.is_patched(ByteOffset::ZERO, 512))?,
+            Ok(unfinished) => {
+                superblock = superblock::read(&source, source.is_patched(ByteOffset::ZERO, 512))?;
+                if unfinished > 0 {
+                    warnings.push(format!(
+                        "the log of this XFS has begun {unfinished} changes of where files' bytes are that a mount would end: \
+                         those files are as they were before"
+                    ));
+                }
+            }
             // What is in its place can be read all the same.
             Err(error) => {
                 source.forget();

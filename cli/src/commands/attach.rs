@@ -206,7 +206,8 @@ impl Attach {
             let point = receiver.resolve(disk, point).await?;
             request.from = Some(FromPoint { disk: point.disk.uuid, lsn: point.lsn, force: self.force });
         }
-        let attached = agent.attach(&request).await?;
+        let attached =
+            agent.attach(&request).await.map_err(|error| named(self.from.as_ref(), &request, error))?;
         let disk = first_contact(&agent, attached).await?;
         refuse_strange(&agent, &disk).await?;
         context.print(&disk, || disk_text(&disk))?;
@@ -227,6 +228,14 @@ impl Attach {
             Some(_) | None => Ok(Ending::Done),
         }
     }
+}
+
+/// The agent knows the disk of `--from` by its UUID only; whoever gave a name is told of that.
+fn named(asked: Option<&(DiskName, String)>, request: &AttachRequest, error: ApiError) -> ApiError {
+    let (Some((name, point)), Some(from)) = (asked, &request.from) else { return error };
+    let known = format!("LSN {} of {}", from.lsn, from.disk);
+    let message = error.message.replace(&known, &format!("{name}@{point}"));
+    ApiError { message, ..error }
 }
 
 /// A disk and one of its points, as `DISK@POINT`.

@@ -15,7 +15,7 @@ use crate::{
     context::Context,
     ending::{Ending, Failure, failed, wrong_usage},
     inside::{
-        Copied, Destination, Entry, Kind, LogicalVolume, Part, Partition, Parts, PointReader, Volume,
+        Copied, Destination, Entry, Kind, LogicalVolume, Lost, Part, Partition, Parts, PointReader, Volume,
         copy_out,
     },
     output::plain_table,
@@ -237,8 +237,16 @@ pub(super) async fn with_points<T: Send + 'static>(
     }
     let done = match result {
         Ok(()) => {
+            let lost: Vec<_> = mounted.iter().map(|(_, reader)| reader.lost()).collect();
             let done = tokio::task::spawn_blocking(move || work(mounted)).await;
-            done.unwrap_or_else(|error| Err(failed(format!("the reader ended early: {error}"))))
+            let done = done.unwrap_or_else(|error| Err(failed(format!("the reader ended early: {error}"))));
+            // Whatever was left out then was not damaged, and what was not left out is not all there is.
+            match lost.iter().find_map(Lost::why) {
+                Some(why) => {
+                    Err(why.clone().with_hint("what was copied so far is not all: begin again").into())
+                }
+                None => done,
+            }
         }
         Err(error) => Err(error),
     };

@@ -1,5 +1,7 @@
 //! `backtide retention`: how long history is kept.
 
+use std::time::Duration;
+
 use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::{
     DiskRetention, KeepRequest, LockRequest, MarkPoint, Point, RetentionPreview, RetentionReport,
@@ -85,6 +87,9 @@ enum What {
     },
 }
 
+/// A ladder that keeps every point for a shorter time than this is worth a warning.
+const ANY_LIKELY_MIN: Duration = Duration::from_secs(600);
+
 impl Retention {
     /// Asks the receiver; `set` asks for a preview first and refuses to let points go that nobody agreed to.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
@@ -112,6 +117,13 @@ impl Retention {
                 if default {
                     request.ladder = None;
                 }
+                let ladder = joined(&ladder);
+                if let Some(any) = ladder.as_deref().and_then(tiny) {
+                    context.warn(&format!(
+                        "every single point of disk {name} is kept for {any} only: what is noticed later than that cannot be \
+                         undone to the moment before it"
+                    ));
+                }
                 receiver.set_retention(&name, &request).await?
             }
             What::Keep { name, at } => receiver.keep(&KeepRequest { name, at, release: false }).await?,
@@ -135,6 +147,13 @@ impl Retention {
         context.print(&report, || text(&report))?;
         Ok(if report.error.is_some() { Ending::Warnings } else { Ending::Done })
     }
+}
+
+/// For how long a ladder keeps every point, when hardly anybody can mean that.
+fn tiny(ladder: &str) -> Option<&str> {
+    let any = ladder.split_whitespace().find_map(|rung| rung.strip_prefix("any="))?;
+    let length = crate::quantity::parse_duration(any).ok()?;
+    (length < ANY_LIKELY_MIN).then_some(any)
 }
 
 fn joined(ladder: &[String]) -> Option<String> {

@@ -216,11 +216,15 @@ pub(crate) async fn until_complete(
         };
         if !hydration.damaged_bytes.is_zero() && hydration.damaged_bytes == hydration.missing_bytes {
             let message = format!(
-                "{} of disk {} cannot be had: they are damaged at the receiver",
+                "{} of disk {} cannot be had: that is damaged at the receiver",
                 size_both(hydration.damaged_bytes),
                 name.as_str()
             );
-            return Err(ApiError::new(ErrorCode::Damaged, message).into());
+            let hint = format!(
+                "its guest can write there; `backtide rewind {} --to POINT --force` sets it to another point",
+                name.as_str()
+            );
+            return Err(ApiError::new(ErrorCode::Damaged, message).with_hint(hint).into());
         }
         if hydration.trouble.is_some() && hydration.trouble != told {
             told.clone_from(&hydration.trouble);

@@ -7,9 +7,11 @@ use std::{
     collections::VecDeque,
     fmt,
     io::{self, Read, Seek, SeekFrom, Write},
+    sync::{Arc, OnceLock},
 };
 
-use backtide_export::Client;
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::{Client, ClientError};
 use backtide_filesystems::Source;
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::Bytes;
@@ -24,11 +26,31 @@ const READ_MAX: u64 = 1 << 20;
 /// How many stretches are remembered; they have a megabyte at most.
 const STRETCHES: usize = 64;
 
+/// Whether the connection to a point has ended: then nothing of it can be read any more, which is no file's fault.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lost(Arc<OnceLock<ApiError>>);
+
+impl Lost {
+    fn note(&self, error: &ClientError) {
+        // What a server that goes on has refused is about these bytes alone.
+        if !matches!(error, ClientError::Refused { .. }) {
+            let _ = self.0.set(ApiError::from_error(ErrorCode::Unreachable, error));
+        }
+    }
+
+    /// Why, when it has.
+    pub(crate) fn why(&self) -> Option<&ApiError> {
+        self.0.get()
+    }
+}
+
 /// A point. Must not be used on a thread of the runtime.
 pub(crate) struct PointReader {
     client: Client,
     runtime: Handle,
     position: u64,
+    /// Why nothing more comes of the point, once its connection has ended.
+    lost: Lost,
     /// Stretches that were read, the last used first, and where they begin.
     stretches: RefCell<VecDeque<(u64, Bytes)>>,
 }
@@ -36,7 +58,12 @@ pub(crate) struct PointReader {
 impl PointReader {
     /// The point behind `client`, whose connection runs on `runtime`.
     pub(crate) fn new(client: Client, runtime: Handle) -> Self {
-        Self { client, runtime, position: 0, stretches: RefCell::default() }
+        Self { client, runtime, position: 0, lost: Lost::default(), stretches: RefCell::default() }
+    }
+
+    /// What tells, also when the reader is gone, whether its connection ended before it did.
+    pub(crate) fn lost(&self) -> Lost {
+        self.lost.clone()
     }
 
     /// The stretch that has the byte `at`, of `wanted` bytes from there on if it is read anew.
@@ -52,7 +79,10 @@ impl PointReader {
         let end = at.saturating_add((wanted as u64).min(READ_MAX)).next_multiple_of(STRETCH);
         let count = ByteCount(end.min(self.client.size().0).min(start + READ_MAX) - start);
         let read = self.runtime.block_on(self.client.read(ByteOffset(start), count));
-        let bytes = read.map_err(io::Error::other)?;
+        let bytes = read.map_err(|error| {
+            self.lost.note(&error);
+            io::Error::other(error)
+        })?;
         stretches.truncate(STRETCHES - 1);
         stretches.push_front((start, bytes.clone()));
         Ok((start, bytes))
@@ -84,7 +114,7 @@ impl Source for PointReader {
 /// One that reads from the start, and remembers what it reads by itself.
 impl Clone for PointReader {
     fn clone(&self) -> Self {
-        Self::new(self.client.clone(), self.runtime.clone())
+        Self { lost: self.lost.clone(), ..Self::new(self.client.clone(), self.runtime.clone()) }
     }
 }
 

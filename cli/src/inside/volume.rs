@@ -327,5 +327,9 @@ fn api_error(path: &str, error: &filesystems::Error) -> ApiError {
         Found::Unsupported { .. } | Found::TooMany { .. } => ErrorCode::Refused,
     };
     let cause = ApiError::from_error(code, error);
-    ApiError { message: format!("{path} on the volume: {}", cause.message), ..cause }
+    let error = ApiError { message: format!("{path} on the volume: {}", cause.message), ..cause };
+    match code {
+        ErrorCode::Refused => error.with_hint(OTHERWISE),
+        _ => error,
+    }
 }

@@ -266,7 +266,7 @@ mod tests {
         assert!(lines[3].contains("lsn:60") && lines[3].ends_with("after)"), "{text}");
         let there = AroundReport { point: point(40, 4), hole: None, ..report };
         let text = around_text(&there);
-        assert!(text.contains("05Z can be gone back to: it is lsn:40, written last at 2026"), "{text}");
+        assert!(text.contains("can be gone back to: it is lsn:40, written last at 2026"), "{text}");
     }
 
     #[test]

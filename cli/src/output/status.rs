@@ -117,7 +117,9 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     }
     if let Some(resync) = &disk.resync {
         lines.push(("resync", format!("{}, {}", resync_text(resync), resync.reason)));
-        lines.push(("", resync_speed_text(resync)));
+        let lacks = disk.hydration.as_ref();
+        let ends = lacks.is_none_or(|lacks| !lacks.stuck && lacks.damaged_bytes.is_zero());
+        lines.push(("", resync_speed_text(resync, ends)));
         lines.push(("", resync_point_text(resync)));
     }
     lines.push(("acknowledged", format!("{}, {} in an outage", disk.ack, disk.on_outage)));
@@ -220,7 +222,7 @@ fn resync_text(resync: &ResyncStatus) -> String {
     format!("pass {} {percent}% {what} at {}/s{eta}", resync.pass, size_text(resync.rate))
 }
 
-fn resync_speed_text(resync: &ResyncStatus) -> String {
+fn resync_speed_text(resync: &ResyncStatus, ends: bool) -> String {
     let done = format!("{} of {}", size_text(resync.done_bytes), size_text(resync.total_bytes));
     let guest = format!("the guest changes {}/s", size_text(resync.guest_rate));
     let held = match resync.held_to {
@@ -229,6 +231,7 @@ fn resync_speed_text(resync: &ResyncStatus) -> String {
     };
     let sync = match resync.sync_eta_seconds {
         Some(seconds) => format!("in sync in about {}", duration_text(seconds as f64)),
+        None if !ends => "it does not get in sync without what the image lacks".to_owned(),
         None => "when it is in sync cannot be told yet".to_owned(),
     };
     format!("{done}, {guest}{held}; {sync}")

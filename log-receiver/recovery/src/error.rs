@@ -220,7 +220,8 @@ pub struct TimedLsn {
 }
 
 fn newest(latest: Option<TimedLsn>) -> String {
-    latest.map_or_else(|| "there is no point yet".to_owned(), |latest| format!("the latest point is {latest}"))
+    latest
+        .map_or_else(|| "there is no point yet".to_owned(), |latest| format!("the latest point is {latest}"))
 }
 
 impl fmt::Display for Nearest {

@@ -74,9 +74,13 @@ impl HydratingDisk {
         let header = self.file.header();
         let progress = self.progress.borrow();
         let rate = progress.rate(Instant::now(), left);
-        let trouble = self.trouble.borrow().clone().or_else(|| {
-            (damaged.0 > 0).then(|| format!("{damaged} missing blocks are damaged at the receiver"))
+        let trouble = self.trouble.borrow().clone().or(match damaged.0 {
+            0 => None,
+            1 => Some("1 missing block is damaged at the receiver".to_owned()),
+            damaged => Some(format!("{damaged} missing blocks are damaged at the receiver")),
         });
+        // What is damaged does not come, however fast the rest does.
+        let ends = rate.0 > 0 && damaged.0 == 0 && !self.refused.get();
         Some(HydrationStatus {
             kind: match header.kind {
                 Kind::Rewind => HydrationKind::Rewind,
@@ -93,7 +97,7 @@ impl HydratingDisk {
             damaged_bytes: damaged.bytes(),
             fetched_bytes: progress.fetched.bytes(),
             rate,
-            eta_seconds: (rate.0 > 0).then(|| left.bytes().0.div_ceil(rate.0)),
+            eta_seconds: ends.then(|| left.bytes().0.div_ceil(rate.0)),
             trouble,
             stuck: self.refused.get() || (left.0 > 0 && left == damaged),
             waiting_requests: self.waiting.get(),

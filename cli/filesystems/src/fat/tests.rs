@@ -49,6 +49,33 @@ fn a_chain_that_is_a_circle_or_leads_nowhere_or_ends_too_early_is_an_error() {
 }
 
 #[test]
+fn a_directory_longer_than_any_can_be_is_not_cut_in_silence() {
+    let mut volume = golden::volume("fat32");
+    let fat = open(volume.clone()).unwrap();
+    let directory = path::find(&fat, "/some", true).unwrap().id;
+    let first = fat.entry(directory).unwrap().cluster;
+    // A file that was deleted, again and again, in a chain of all clusters from the directory's own on.
+    let count = (DIRECTORY_MAX / fat.cluster) as u32;
+    assert!(first + count + 1 < fat.clusters, "there are enough of them");
+    let fill = |volume: &mut [u8], clusters: u32| {
+        for number in first..first + clusters {
+            let next = if number + 1 == first + clusters { 0x0fff_ffff } else { number + 1 };
+            let at = fat.table as usize + number as usize * 4;
+            volume[at..at + 4].copy_from_slice(&u32::to_le_bytes(next));
+            let at = (fat.data + u64::from(number - 2) * fat.cluster) as usize;
+            for entry in volume[at..at + fat.cluster as usize].chunks_exact_mut(ENTRY) {
+                entry[0] = 0xe5;
+            }
+        }
+    };
+    fill(&mut volume, count);
+    assert_eq!(open(volume.clone()).unwrap().names(directory).unwrap(), []);
+    fill(&mut volume, count + 1);
+    let why = open(volume).unwrap().names(directory).unwrap_err().to_string();
+    assert!(why.contains("more bytes than the 2097152 that are read here"), "{why}");
+}
+
+#[test]
 fn the_fields_in_use_tell_the_width_and_a_root_without_room_is_refused() {
     // FAT32 with as few clusters as FAT16 has: Linux makes and reads it.
     let mut small = golden::volume("fat32");

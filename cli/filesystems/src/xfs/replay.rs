@@ -3,7 +3,7 @@
 //! Allocation is left as it is: nothing here reads it. What on the volume is newer than the log is not replaced, as
 //! in the kernel: each structure says which LSN it was written with.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use backtide_units::ByteOffset;
 
@@ -52,8 +52,32 @@ struct Place {
     sectors: u16,
 }
 
-/// Replays the log. What was put over `source` when it fails is not whole.
-pub(super) fn replay(superblock: &Superblock, source: &mut Patched) -> Result<(), Error> {
+/// Changes of files that the log has begun and not ended: by their kind and number. Those of allocation alone are left
+/// out, as nothing here reads it.
+#[derive(Default)]
+struct Unfinished(HashSet<(u16, u64)>);
+
+/// The kinds of such changes and of their ends: of where a file's bytes are, and of two files that exchange theirs.
+const BEGUN: [u16; 2] = [0x1244, 0x1248];
+const ENDED: [u16; 2] = [0x1245, 0x1249];
+
+impl Unfinished {
+    fn note(&mut self, items: &[Item]) -> Result<(), Error> {
+        for item in items {
+            let Some(kind) = kind(item) else { continue };
+            if BEGUN.contains(&kind) {
+                self.0.insert((kind, le64(&item[0], 8)?));
+            } else if ENDED.contains(&kind) {
+                self.0.remove(&(kind - 1, le64(&item[0], 8)?));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Replays the log. What was put over `source` when it fails is not whole. How many changes of files it has begun
+/// and not ended: a mount would end them.
+pub(super) fn replay(superblock: &Superblock, source: &mut Patched) -> Result<usize, Error> {
     let named = |error: Error| error.of(|| "the log of this XFS".to_owned());
     let Some(start) = superblock.log else {
         let what = "it is on a device of its own".to_owned();
@@ -62,8 +86,9 @@ pub(super) fn replay(superblock: &Superblock, source: &mut Patched) -> Result<()
     let place = (start, superblock.log_length);
     let mut cancelled: HashMap<Place, u32> = HashMap::new();
     let mut transactions = Vec::new();
-    let mut bytes = 0;
+    let (mut bytes, mut unfinished) = (0, Unfinished::default());
     let mut first = |lsn: u64, mut items: Vec<Item>| {
+        unfinished.note(&items)?;
         items.retain(is_wanted);
         bytes += items.iter().flatten().map(Vec::len).sum::<usize>();
         if bytes > BYTES_MAX {
@@ -79,7 +104,8 @@ pub(super) fn replay(superblock: &Superblock, source: &mut Patched) -> Result<()
         Ok(())
     };
     Log::new(source, place, superblock.has_crc).transactions(&mut first).map_err(named)?;
-    apply(superblock, source, transactions, cancelled).map_err(named)
+    apply(superblock, source, transactions, cancelled).map_err(named)?;
+    Ok(unfinished.0.len())
 }
 
 /// Puts transactions over the volume, in their order; `cancelled` is how often each buffer is freed in them.

@@ -7,7 +7,7 @@ use backtide_filesystems::Source;
 use backtide_units::{ByteCount, ByteOffset};
 use ext4_view::{Ext4, Ext4Error, Ext4Read, File, FileType, Metadata, PathBuf};
 
-use super::{Entry, Kind, Place};
+use super::{Entry, Kind, OTHERWISE, Place};
 
 /// A volume with one of them.
 pub(crate) struct Ext4Volume {
@@ -146,9 +146,19 @@ fn api_error(path: &str, error: &Ext4Error) -> ApiError {
     let code = match error {
         Ext4Error::NotFound => ErrorCode::NotFound,
         Ext4Error::NotAbsolute | Ext4Error::MalformedPath | Ext4Error::PathTooLong => ErrorCode::Usage,
+        Ext4Error::NotADirectory
+        | Ext4Error::IsADirectory
+        | Ext4Error::IsASpecialFile
+        | Ext4Error::NotASymlink
+        | Ext4Error::TooManySymlinks => ErrorCode::Usage,
         Ext4Error::Corrupt(_) | Ext4Error::Io(_) => ErrorCode::Damaged,
+        Ext4Error::Encrypted | Ext4Error::Incompatible(_) | Ext4Error::FileTooLarge => ErrorCode::Refused,
         _ => ErrorCode::Failed,
     };
     let cause = ApiError::from_error(code, error);
-    ApiError { message: format!("{path} on the volume: {}", cause.message), ..cause }
+    let error = ApiError { message: format!("{path} on the volume: {}", cause.message), ..cause };
+    match code {
+        ErrorCode::Refused => error.with_hint(OTHERWISE),
+        _ => error,
+    }
 }

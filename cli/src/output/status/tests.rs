@@ -1,8 +1,8 @@
 //! What people see of a disk's status.
 
 use backtide_agent_api::{
-    AckPolicy, CacheMode, Counters, Dirty, DiskStatus, Lag, Limits, LsnStatus, Mode, OnOutage, PassKind,
-    PeerError, ResyncStatus, Window,
+    AckPolicy, CacheMode, Counters, Dirty, DiskStatus, GuestWaits, Lag, Limits, LsnStatus, Mode, OnOutage,
+    PassKind, PeerError, ResyncStatus, Window,
 };
 use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, Epoch, Lsn};
 
@@ -104,6 +104,22 @@ fn one_disk_is_shown_in_full() {
     ] {
         assert!(text.contains(part), "{part:?} is missing in:\n{text}");
     }
+}
+
+#[test]
+fn a_guest_that_waits_and_a_fenced_disk_are_shown_with_the_way_out() {
+    let waits = Some(GuestWaits { requests: 2, seconds: 75.0 });
+    let mut disk = DiskStatus { connected: false, guest_waits: waits, ..in_sync() };
+    let text = disk_text(&disk);
+    assert!(text.contains("2 requests for the receiver, for 1m 15s: acknowledged local, continue"), "{text}");
+    assert!(text.contains("`backtide detach vm1 --force`"), "{text}");
+    assert!(needs_a_person(&disk));
+    disk.reason_code = "fenced".to_owned();
+    for text in [disk_text(&disk), table(std::slice::from_ref(&disk))] {
+        assert!(text.contains("`backtide detach vm1 --force`; then `backtide failback vm1`"), "{text}");
+    }
+    assert!(!needs_a_person(&in_sync()));
+    assert_eq!(way_out(&in_resync()), None);
 }
 
 #[test]

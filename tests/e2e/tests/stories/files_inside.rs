@@ -98,3 +98,30 @@ fn partitions_are_listed_and_the_readable_one_is_found() {
     assert_eq!(bench.run(&["ls", "vm1", "--partition", "1"]).code, 5);
     assert_eq!(bench.run(&["ls", "vm1", "--partition", "3"]).code, 4);
 }
+
+#[test]
+fn a_receiver_that_is_lost_meanwhile_is_no_damage_of_a_file() {
+    use std::{io::Read, process::Stdio};
+    let bench = Bench::new();
+    let tree = tree(&bench);
+    let image = bench.name("vm1.img");
+    tools::run("truncate", &["-s", "32M", &image]);
+    tools::run("mkfs.ext4", &["-q", "-F", "-d", tree.to_str().unwrap(), &image]);
+    let (receiver, _agent) = (bench.receiver(), bench.agent());
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.settle();
+    let mut copying = bench.command(&["cp", "vm1", "/big", "-"]);
+    let mut copying = copying.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // It waits for whoever reads its output, with most of the file still to come.
+    let mut output = copying.stdout.take().unwrap();
+    output.read_exact(&mut [0]).unwrap();
+    receiver.kill();
+    let mut rest = Vec::new();
+    output.read_to_end(&mut rest).unwrap();
+    assert!(rest.len() < 3 << 20, "{}", rest.len());
+    let ended = copying.wait_with_output().unwrap();
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!(ended.status.code(), Some(6), "{said}");
+    assert!(said.contains("begin again"), "{said}");
+}

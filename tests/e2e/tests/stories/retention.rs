@@ -30,7 +30,9 @@ fn kept_points_outlive_the_log_and_the_disk_resyncs_against_images() {
     assert!(none.stderr.contains("no point of disk vm1 is kept at latest"), "{none:?}");
     let preview = bench.json(&["retention", "preview", "vm1", "any=1s"]);
     assert_eq!(preview["ladder"], "any=1s");
-    bench.json(&["retention", "set", "vm1", "any=1s", "--yes"]);
+    let set = bench.run(&["retention", "set", "vm1", "any=1s", "--yes"]);
+    assert_eq!(set.code, 0, "{set:?}");
+    assert!(set.stderr.contains("kept for 1s only"), "{set:?}");
     let retention = loop {
         let report = bench.json(&["retention", "show", "vm1"]);
         let disk = report["disks"][0].clone();

@@ -55,7 +55,10 @@ fn what_is_around_a_time_is_found_and_a_time_in_a_hole_says_why_it_is_none() {
     for command in [&["points", "vm1", "--around"][..], &["diff", "vm1", "--to", "latest", "--from"]] {
         let future = bench.run(&[command, &["2200-01-01T00:00:00Z"]].concat());
         assert_eq!(future.code, 4, "{future:?}");
-        assert!(future.sentence().starts_with("2200-01-01T00:00:00Z is in the future: it is 20"), "{future:?}");
+        assert!(
+            future.sentence().starts_with("2200-01-01T00:00:00Z is in the future: it is 20"),
+            "{future:?}"
+        );
     }
     assert_eq!(bench.run(&["points", "vm1", "--around", "yesterday"]).code, 2);
 

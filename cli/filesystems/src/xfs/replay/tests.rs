@@ -43,6 +43,24 @@ fn inodes_of_a_freed_cluster_are_not_put_over_what_is_there_now() {
 }
 
 #[test]
+fn what_the_log_has_begun_and_not_ended_is_counted() {
+    let item = |kind: u16, id: u64| {
+        vec![
+            [&kind.to_le_bytes()[..], &1_u16.to_le_bytes(), &1_u32.to_le_bytes(), &id.to_le_bytes()].concat(),
+        ]
+    };
+    let (mapping, exchange, allocation) = (0x1244, 0x1248, 0x1236);
+    let mut unfinished = Unfinished::default();
+    unfinished.note(&[item(mapping, 1), item(mapping, 2), item(exchange, 2), item(allocation, 9)]).unwrap();
+    unfinished.note(&[item(mapping + 1, 2), item(allocation + 1, 9)]).unwrap();
+    assert_eq!(unfinished.0, HashSet::from([(mapping, 1), (exchange, 2)]));
+    unfinished.note(&[item(mapping + 1, 1), item(exchange + 1, 2)]).unwrap();
+    assert!(unfinished.0.is_empty());
+    // It ends where its number would be.
+    assert!(unfinished.note(&[vec![mapping.to_le_bytes().to_vec()]]).is_err());
+}
+
+#[test]
 fn an_inode_of_the_same_lsn_is_replayed_and_one_of_a_later_is_not() {
     let volume = golden::volume("xfs");
     let superblock = superblock::read(&Bytes(volume.clone()), false).unwrap();
