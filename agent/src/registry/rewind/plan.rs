@@ -173,7 +173,7 @@ pub(in crate::registry) async fn refuse_damaged(
     let whole = BlockRange::whole_disk(point.size);
     let Some(first) = damaged.next_run(whole.start(), whole.end(), whole.count()) else { return Ok(()) };
     Err(FetchError::Damaged(format!(
-        "{} bytes of that point are damaged at the receiver, the first of them at offset {}",
+        "{} bytes of that point are damaged at the receiver, the first at offset {}",
         damaged.count().bytes(),
         first.start().start()
     )))
