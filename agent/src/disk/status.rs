@@ -53,7 +53,7 @@ impl Watch {
         let waited = since.elapsed();
         let requests = status.waiting_answers;
         let long = stands && requests > 0 && waited > WAIT_TOLD;
-        long.then(|| GuestWaits { requests, seconds: waited.as_secs_f64() })
+        long.then_some(GuestWaits { requests, seconds: waited.as_secs_f64() })
     }
 }
 
