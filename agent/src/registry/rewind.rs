@@ -280,6 +280,12 @@ async fn standing(handle: &DiskHandle, request: RewindRequest) -> Result<Standin
                 ApiError::new(ErrorCode::Unreachable, message).with_hint("the receiver has the point")
             );
         }
+        if in_sync && status.clients > 0 && Instant::now() >= until {
+            let message = format!(
+                "disk {name} is in sync, and its clients go on writing: there is no moment to go back from"
+            );
+            return Err(ApiError::new(ErrorCode::Busy, message).with_hint("pause or stop them first"));
+        }
         if Instant::now() >= until || !in_sync {
             return Err(not_in_sync(&status));
         }

@@ -15,6 +15,7 @@ mod damage;
 mod databases;
 mod during_a_pass;
 mod encrypted;
+mod everything_at_once;
 mod failing_back;
 mod failing_over;
 mod files_inside;
