@@ -169,12 +169,13 @@ impl DiskRecord {
 
 impl DiskRecord {
     /// The record of a disk whose history another agent, or this one before it lost its state, has
-    /// made: as after a crash, nothing is known of what differs.
+    /// made: as after a crash, nothing is known of what differs. The disk changes hands, so that whoever had it before can
+    /// tell.
     pub(crate) fn adopted(fresh: Self, adopted: Adopted) -> Self {
         let Adopted { uuid, history, epoch, durable, last_time } = adopted;
         Self {
             uuid,
-            epoch,
+            epoch: epoch.taken_over(),
             history: Some(history),
             lsn_bound: durable,
             acked_durable: durable,
@@ -188,7 +189,9 @@ impl DiskRecord {
     /// Another agent has had the disk since, with this epoch.
     pub(crate) fn fence(&mut self, by: Epoch) {
         if !self.fenced {
-            (self.fenced, self.own_epoch) = (true, self.epoch);
+            // An attach with the same epoch was that of another agent with a copy of this one's state.
+            let before = Epoch(by.0.saturating_sub(1));
+            (self.fenced, self.own_epoch) = (true, self.epoch.min(before));
         }
         self.epoch = self.epoch.max(by);
     }
@@ -312,6 +315,15 @@ impl Records {
         HydrationFile::create(Arc::clone(&self.storage), &hydration_path(disk), header, missing).map(drop)
     }
 
+    /// Removes what says that the disk lacks blocks, durably: for whoever knows that its image is as before.
+    pub(crate) fn discard_hydration(&self, disk: &DiskName) -> io::Result<()> {
+        match self.storage.remove(&hydration_path(disk)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        self.sync_names()
+    }
+
     /// Removes the tracking file, durably: everything will be compared. Where somebody has removed the
     /// whole state directory there is nothing left to remove.
     pub(crate) fn discard_tracking(&self, disk: &DiskName) -> io::Result<()> {
@@ -337,4 +349,24 @@ fn hydration_path(disk: &DiskName) -> PathBuf {
 
 fn tracking_path(disk: &DiskName) -> PathBuf {
     PathBuf::from(format!("{disk}.tracking"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attach_whose_epoch_another_agent_had_too_was_not_its_own() {
+        let receiver: Address = "unix:/run/r.sock".parse().unwrap();
+        let record = DiskRecord::new("vm1".parse().unwrap(), "/images/vm1".to_owned(), receiver);
+        let mut record = DiskRecord { epoch: Epoch(6), ..record };
+        let mut equal = record.clone();
+        equal.fence(Epoch(6));
+        assert_eq!((equal.epoch, equal.last_own_epoch()), (Epoch(6), Epoch(5)));
+        record.fence(Epoch(9));
+        assert_eq!((record.epoch, record.last_own_epoch()), (Epoch(9), Epoch(6)));
+        // Fenced again it had no attach of its own in between.
+        record.fence(Epoch(30));
+        assert_eq!((record.epoch, record.last_own_epoch()), (Epoch(30), Epoch(6)));
+    }
 }

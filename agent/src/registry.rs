@@ -258,8 +258,9 @@ impl Registry {
             receiver,
             stream_tls,
             nbd,
-            ack,
-            on_outage,
+            // What was promised to the guest is not given up by saying nothing of it.
+            ack: ack.unwrap_or(record.ack),
+            on_outage: on_outage.unwrap_or(record.on_outage),
             cache: cache.unwrap_or(self.local_io.cache),
             limits: limits.or(self.defaults),
             paused: false,
@@ -279,18 +280,23 @@ impl Registry {
     ) -> Result<DiskHandle, ApiError> {
         let name = record.name.clone();
         assert!(claim.is_of(&name), "whoever attaches {name} has claimed it");
-        let image = record.image.clone();
-        let identity = waiting(move || Identity::of(&image)).await?;
-        self.claims.take_image(&name, identity).map_err(|other| {
-            let message = format!("{} is protected already: it is disk {other} of this agent", record.image);
-            ApiError::new(ErrorCode::Locked, message)
-                .with_hint(format!("use disk {other}, or detach it first"))
-        })?;
+        self.take_image(&name, &record.image).await?;
         let started = self.start_on(record, patience).await;
         if started.is_err() {
             self.claims.leave_image(&name);
         }
         started
+    }
+
+    /// Sees that no other disk of this agent has the image.
+    async fn take_image(&self, name: &DiskName, image: &str) -> Result<(), ApiError> {
+        let looked_at = image.to_owned();
+        let identity = waiting(move || Identity::of(&looked_at)).await?;
+        self.claims.take_image(name, identity).map_err(|other| {
+            let message = format!("{image} is protected already: it is disk {other} of this agent");
+            ApiError::new(ErrorCode::Locked, message)
+                .with_hint(format!("use disk {other}, or detach it first"))
+        })
     }
 
     async fn start_on(&self, record: DiskRecord, patience: Duration) -> Result<DiskHandle, ApiError> {

@@ -53,6 +53,8 @@ impl Filter {
             tracking,
             next_lsn: self.last_lsn.next(),
             acked_durable: self.acked_durable,
+            ack: None,
+            origin: None,
         }
     }
 

@@ -213,7 +213,7 @@ impl Disks {
         let through = if unchanged {
             before
         } else {
-            let entry = entries::attach(hello, now);
+            let entry = entries::attach(hello, before, now);
             let appended = disk.append(entry, ByteCount::ZERO);
             KillPoint::ClaimAppended.reached();
             appended.map_err(|error| {

@@ -2,8 +2,8 @@
 //!
 //! Pure. Payloads are shared, not copied, and keep the checksum they got where they were captured.
 
-use backtide_protocol::{Data, Hello, Record, RecordBody};
-use backtide_segment::{Entry, PassContent, PassReason};
+use backtide_protocol::{AckPolicy, Data, Hello, OriginPoint, Record, RecordBody};
+use backtide_segment::{AttachFacts, AttachOrigin, Entry, PassContent, PassReason, Seq};
 use backtide_units::{ByteRange, CaptureTime, Lsn, Reason};
 
 /// The entry of a guest's write, zeroing or trim.
@@ -36,9 +36,14 @@ pub fn pass_data(at: Lsn, range: ByteRange, data: &Data) -> Entry {
     Entry::PassData { at, range, content }
 }
 
-/// The entry with which an agent claims the disk for its epoch.
-pub fn attach(hello: &Hello, time: CaptureTime) -> Entry {
+/// The entry with which an agent claims the disk for its epoch, behind `before` others.
+pub fn attach(hello: &Hello, before: Seq, time: CaptureTime) -> Entry {
+    let origin = hello.origin.clone().map(|origin| {
+        let OriginPoint { receiver, disk, name, lsn, time } = origin;
+        Box::new(AttachOrigin { receiver, disk, name, lsn, time })
+    });
     Entry::Attach {
+        facts: AttachFacts { before, ack: hello.ack.map_or(0, AckPolicy::code), origin },
         epoch: hello.epoch,
         attach: hello.attach,
         next_lsn: hello.next_lsn,

@@ -1,8 +1,10 @@
 //! What a disk's owner tells others about it: plain values, taken at one moment.
 
+use backtide_protocol::AckPolicy;
+use backtide_receiver_api::DiskOrigin;
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 
-use crate::disk::Disk;
+use crate::{disk::Disk, points};
 
 /// One disk at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +20,10 @@ pub(crate) struct DiskFacts {
     pub(crate) received: Lsn,
     pub(crate) durable: Lsn,
     pub(crate) last_time: Option<CaptureTime>,
+    /// When its guest was answered last, as far as an agent said.
+    pub(crate) ack: Option<String>,
+    /// The point of another disk that it began as.
+    pub(crate) origin: Option<DiskOrigin>,
     pub(crate) log_bytes: ByteCount,
     pub(crate) segments: u64,
     pub(crate) error: Option<String>,
@@ -41,6 +47,10 @@ impl DiskFacts {
             received: timeline.map_or(Lsn::ZERO, |timeline| timeline.covered()),
             durable: disk.durable().lsn,
             last_time: timeline.and_then(|timeline| timeline.latest()).map(|point| point.time),
+            ack: timeline
+                .and_then(|timeline| AckPolicy::of_code(timeline.ack()))
+                .map(|ack| ack.name().to_owned()),
+            origin: timeline.and_then(|timeline| timeline.origin()).map(points::origin),
             log_bytes: disk.log_bytes(),
             segments: disk.segments(),
             error: disk.failure().map(|failure| failure.why.clone()),

@@ -11,7 +11,9 @@ use backtide_protocol::{
 use backtide_receiver_api::{ApiError, DiskRef, ErrorCode};
 use backtide_recovery::{Allocation, LogError, Snapshot, TimedLsn, View};
 use backtide_tls::Rights;
-use backtide_units::{BlockIndex, BlockRange, ByteOffset, ByteRange, DiskName, Epoch, HistoryId, Lsn};
+use backtide_units::{
+    BlockIndex, BlockRange, ByteOffset, ByteRange, DiskName, Epoch, HistoryId, LogPosition, Lsn,
+};
 use bytes::Bytes;
 use roaring::RoaringTreemap;
 
@@ -78,7 +80,12 @@ impl Service {
     pub(crate) async fn hold_point(&self, point: &OpenedPoint, owner: String) -> Result<(), ReadFailure> {
         let (disk, held) = (point.disk.uuid, Pin { lsn: point.at.lsn, time: point.at.time });
         let (policies, holder) = (self.policies.clone(), owner.clone());
-        let hold = move || policies.change(disk, |policy| _ = policy.holds.insert(holder, held));
+        let hold = move || {
+            policies.change(disk, |policy| {
+                policy.holds.retain(|other, _| !succeeds(&holder, other));
+                policy.holds.insert(holder, held);
+            })
+        };
         self.read(hold).await.map_err(|error| failed(error.message))?.map_err(failed)?;
         // It may have gone while it was asked for, though this connection still has it; from now on it stays.
         let uuid: DiskName = disk.to_string().parse().expect("a UUID is a good name");
@@ -163,7 +170,7 @@ impl OpenedPoint {
     ) -> Result<RoaringTreemap, ReadFailure> {
         match which {
             Blocks::Changed(other) => self.changed(other),
-            Blocks::Left { epoch, durable } => self.left(epoch, durable),
+            Blocks::Left { epoch, durable, entries } => self.left(epoch, durable, entries),
             Blocks::Damaged(since) => self.damaged(since, wanted),
             Blocks::Data => self.data(wanted),
         }
@@ -182,8 +189,9 @@ impl OpenedPoint {
     }
 
     /// What an agent had when the disk was taken from it is here in whole only when everything it knew to be durable was
-    /// here then; later LSNs of others would hide that it was not.
-    fn left(&self, epoch: Epoch, durable: Lsn) -> Result<RoaringTreemap, ReadFailure> {
+    /// here then: LSNs and entries of others, later, would hide that it was not. The LSN does not tell of a pass's blocks, nor
+    /// the entries of a log that was put back and went on.
+    fn left(&self, epoch: Epoch, durable: Lsn, entries: LogPosition) -> Result<RoaringTreemap, ReadFailure> {
         let gone = |why: String| ReadFailure { code: FailureCode::Gone, message: why };
         let name = &self.disk.name;
         let Some(takeover) = self.snapshot.timeline().takeover_from(epoch) else {
@@ -191,10 +199,11 @@ impl OpenedPoint {
                 "nobody knows how disk {name} was taken from the attach of epoch {epoch}"
             )));
         };
-        if takeover.highest < durable {
-            let found = takeover.highest;
+        let (found, entry) = (takeover.covered, takeover.entries.0);
+        if found < durable || entry < entries.0 {
             return Err(gone(format!(
-                "disk {name} was taken over at LSN {found}, though everything up to LSN {durable} had been durable here"
+                "disk {name} was taken over at LSN {found} (log entry {entry}), though everything up to LSN {durable} (log entry {}) had been durable here",
+                entries.0
             )));
         }
         // What the agent had may be newer than the point: that differs too.
@@ -281,6 +290,19 @@ impl OpenedPoint {
     }
 }
 
+/// Whether an owner of holds takes the place of another: the same at an earlier attach of the disk it speaks of, which ends
+/// with ` (attach N)`.
+fn succeeds(owner: &str, other: &str) -> bool {
+    let parts = |owner: &'_ str| {
+        let (name, number) = owner.strip_suffix(')')?.rsplit_once(" (attach ")?;
+        Some((name.to_owned(), number.parse::<u64>().ok()?))
+    };
+    match (parts(owner), parts(other)) {
+        (Some((name, number)), Some((other, before))) => name == other && before < number,
+        (Some(_) | None, _) => false,
+    }
+}
+
 /// The same stretches, short zeroes counted as the data that they are.
 fn joined(extents: Vec<(ByteRange, Allocation)>) -> Vec<(ByteRange, Allocation)> {
     let mut stretches: Vec<(ByteRange, Allocation)> = Vec::with_capacity(extents.len());
@@ -311,4 +333,25 @@ fn refused(error: ApiError) -> Closed {
         | ErrorCode::Interrupted => CloseCode::Refused,
     };
     closed(code, error.message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_takes_the_place_of_its_earlier_attaches_only() {
+        assert!(succeeds("blocks of a (attach 12)", "blocks of a (attach 9)"));
+        for other in [
+            "blocks of a (attach 12)",
+            "blocks of a (attach 13)",
+            "blocks of b (attach 9)",
+            "blocks of a",
+            "blocks of a (attach x)",
+            "blocks of a (attach 9) ",
+        ] {
+            assert!(!succeeds("blocks of a (attach 12)", other), "{other}");
+            assert!(!succeeds("blocks of a", other), "{other}");
+        }
+    }
 }

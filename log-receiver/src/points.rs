@@ -2,10 +2,11 @@
 //! point cannot be had.
 
 use backtide_receiver_api::{
-    ApiError, AroundReport, Density, DensityPart, DiskRef, ErrorCode, FlushPoints, Hole, Interval, MarkPoint,
-    Point, PointsReport, UnavailablePoint,
+    ApiError, AroundReport, Density, DensityPart, DiskOrigin, DiskRef, ErrorCode, FlushPoints, Hole,
+    Interval, MarkPoint, Point, PointsReport, UnavailablePoint,
 };
 use backtide_recovery::{self as recovery, LogError, Nearest, PointError, Snapshot, TimedLsn, Timeline};
+use backtide_segment::AttachOrigin;
 use backtide_units::{CaptureTime, Lsn, Reason};
 
 /// Everything a timeline tells.
@@ -21,10 +22,17 @@ pub(crate) fn report(disk: DiskRef, timeline: &Timeline, damage: Option<String>)
         holes: timeline.holes().iter().map(hole).collect(),
         marks: marks(timeline),
         flush_points: FlushPoints { count: flushes, last: last_flush.map(point) },
+        origin: timeline.origin().map(origin),
         locks: Vec::new(),
         density: None,
         damage,
     }
+}
+
+/// The point of another disk that one began as.
+pub(crate) fn origin(origin: &AttachOrigin) -> DiskOrigin {
+    let AttachOrigin { receiver, disk, name, lsn, time } = origin.clone();
+    DiskOrigin { receiver, disk: name, uuid: disk, lsn, time }
 }
 
 /// How much was written when.

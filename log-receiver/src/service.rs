@@ -432,6 +432,8 @@ impl Service {
             received: facts.received,
             durable: facts.durable,
             last_time: facts.last_time,
+            ack: facts.ack,
+            origin: facts.origin,
             log_bytes: facts.log_bytes,
             segments: facts.segments,
             error: facts.error,

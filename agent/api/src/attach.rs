@@ -25,12 +25,12 @@ pub struct AttachRequest {
     /// None: on a unix socket of the agent's choice.
     #[serde(default)]
     pub nbd: Option<String>,
-    /// When the guest is acknowledged.
-    #[serde(default)]
-    pub ack: AckPolicy,
-    /// What `ack` means while the receiver is away.
-    #[serde(default)]
-    pub on_outage: OnOutage,
+    /// When the guest is acknowledged. None: as at the disk's last attach here, and `local` at the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ack: Option<AckPolicy>,
+    /// What `ack` means while the receiver is away. None: as at the disk's last attach here, and `continue` at the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_outage: Option<OnOutage>,
     /// Whether the image is read and written through the page cache. None: as the agent's configuration
     /// says.
     #[serde(default)]
@@ -338,7 +338,7 @@ mod tests {
     fn an_attach_needs_no_more_than_name_image_and_receiver() {
         let text = r#"{"name":"vm1","image":"/vm1.img","receiver":"tcp://kvm-3:7300"}"#;
         let request: AttachRequest = serde_json::from_str(text).unwrap();
-        assert_eq!((request.ack, request.on_outage), (AckPolicy::Local, OnOutage::Continue));
+        assert_eq!((request.ack, request.on_outage), (None, None), "as before");
         assert_eq!(request.limits.or(Limits::default()), Limits::default());
         let zero = r#"{"guest_delay_max_ms":0}"#;
         let limits = serde_json::from_str::<LimitsRequest>(zero).unwrap().or(Limits::default());

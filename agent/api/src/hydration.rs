@@ -1,6 +1,6 @@
 //! Setting a disk back to a point, and disks that lack blocks of the point they were set to.
 
-use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Lsn};
+use backtide_units::{BLOCK_SIZE, BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
 use crate::{Address, Adopted, DiskStatus};
@@ -38,8 +38,31 @@ pub struct RewindReport {
     pub blocked_ms: u64,
     /// NBD clients that were hung up.
     pub hung_up: u32,
+    /// Whether the disk had been set to this point before this was asked, and lacks blocks of it still: nothing was done, and
+    /// what was written since stays.
+    #[serde(default)]
+    pub under_way: bool,
     /// The disk now.
     pub disk: DiskStatus,
+}
+
+impl RewindReport {
+    /// Of the rewind to this point that the disk still lacks blocks of; none of any other.
+    pub fn under_way(disk: &DiskStatus, to: Lsn) -> Option<Self> {
+        let found = disk.hydration.as_ref();
+        let found = found.filter(|found| found.kind == HydrationKind::Rewind && found.point == to)?;
+        Some(Self {
+            from: found.before.unwrap_or(found.point),
+            to,
+            to_time: found.point_time,
+            changed_blocks: BlockCount(found.total_bytes.0 / BLOCK_SIZE),
+            changed_bytes: found.total_bytes,
+            blocked_ms: 0,
+            hung_up: 0,
+            under_way: true,
+            disk: disk.clone(),
+        })
+    }
 }
 
 /// Has a disk go on here again that another agent has had since, from its latest point and with the image it had.
@@ -54,6 +77,9 @@ pub struct FailbackRequest {
     /// Whether nothing is done: the report says what would be.
     #[serde(default)]
     pub dry_run: bool,
+    /// Also over an image that is not the one the disk had here: all of it is replaced.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// A disk that goes on where it was before.
@@ -73,6 +99,9 @@ pub struct FailbackReport {
     /// Why nothing of the image is kept, if so: a sentence.
     #[serde(default)]
     pub everything_because: Option<String>,
+    /// Whether it had come back before this was asked: nothing was done, and what was fetched then is told, or is still being.
+    #[serde(default)]
+    pub here_already: bool,
     /// The disk now; none after a dry run.
     #[serde(default)]
     pub disk: Option<DiskStatus>,

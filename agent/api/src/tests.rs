@@ -126,7 +126,7 @@ impl AgentService for Fake {
     }
 
     async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
-        self.note(&format!("attach {} {}", request.image, request.ack), &request.name)
+        self.note(&format!("attach {} {}", request.image, request.ack.unwrap_or_default()), &request.name)
     }
 
     async fn detach(&self, disk: DiskName, request: DetachRequest) -> Result<DiskStatus, ApiError> {
@@ -152,7 +152,18 @@ impl AgentService for Fake {
         let (from, to) = (Lsn(90), request.to);
         let (changed_blocks, changed_bytes) = (BlockCount(2), ByteCount(8192));
         let to_time = CaptureTime(5);
-        Ok(RewindReport { from, to, to_time, changed_blocks, changed_bytes, blocked_ms: 9, hung_up: 0, disk })
+        let (blocked_ms, hung_up, under_way) = (9, 0, false);
+        Ok(RewindReport {
+            from,
+            to,
+            to_time,
+            changed_blocks,
+            changed_bytes,
+            blocked_ms,
+            hung_up,
+            under_way,
+            disk,
+        })
     }
 
     async fn failback(&self, disk: DiskName, request: FailbackRequest) -> Result<FailbackReport, ApiError> {
@@ -164,6 +175,7 @@ impl AgentService for Fake {
             kept_bytes: ByteCount(4096),
             lost_bytes: ByteCount(0),
             everything_because: None,
+            here_already: false,
             disk: (!request.dry_run).then_some(disk),
         })
     }
@@ -222,8 +234,8 @@ fn attach_request() -> AttachRequest {
         image: "/images/vm1.img".to_owned(),
         receiver: Address::unix("/run/backtide/stream.sock"),
         nbd: None,
-        ack: AckPolicy::Durable,
-        on_outage: OnOutage::Continue,
+        ack: Some(AckPolicy::Durable),
+        on_outage: Some(OnOutage::Continue),
         cache: Some(CacheMode::Direct),
         limits: LimitsRequest::default(),
         stream_tls: None,
@@ -255,7 +267,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.rewind(&vm1, rewind).await.unwrap().from, Lsn(90));
     let (epoch, durable, last_time) = (Epoch(4), Lsn(90), None);
     let adopt = Adopted { uuid: DiskId::random(), history: HistoryId::random(), epoch, durable, last_time };
-    let failback = FailbackRequest { adopt, receiver: None, dry_run: true };
+    let failback = FailbackRequest { adopt, receiver: None, dry_run: true, force: false };
     assert_eq!(client.failback(&vm1, &failback).await.unwrap().disk, None);
     client.pause(&vm1).await.unwrap();
     client.resume(&vm1).await.unwrap();

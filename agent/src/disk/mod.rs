@@ -24,6 +24,7 @@ pub(crate) mod source;
 mod start_error;
 mod status;
 mod stream;
+mod terms;
 mod thread;
 pub(crate) mod trust;
 mod unflushed;
@@ -35,6 +36,7 @@ pub(crate) use leaving::{DetachError, Leaving};
 pub(crate) use open::{OpenError, Opened, activity_limits, open};
 pub(crate) use start_error::start_error;
 pub(crate) use status::{given_up, not_attached};
+pub(crate) use terms::Terms;
 #[cfg(test)]
 pub(crate) use thread::MarkAt;
 pub(crate) use thread::{Command, nbd_purpose, start};

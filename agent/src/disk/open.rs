@@ -11,7 +11,7 @@ use backtide_agent_api::{AckPolicy, CacheMode, OnOutage, StreamTls};
 use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError};
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{Cache, ImageError, ImageFile, KillPoint, Opening};
-use backtide_tracking::{ActivityLimits, TrackingFile};
+use backtide_tracking::{ActivityLimits, SignOfLife, TrackingFile};
 use backtide_units::{BlockCount, ByteCount, CaptureTime, Lsn};
 use uuid::Uuid;
 
@@ -58,6 +58,8 @@ pub(crate) struct Opened {
     pub(crate) settings: Settings,
     pub(crate) resume: Resume,
     pub(crate) tracking: TrackingFile,
+    /// The sign of life in it.
+    pub(crate) alive: SignOfLife,
     pub(crate) io_engine: IoEngine,
     /// See [`trust::known_until`].
     pub(crate) known_until: Option<CaptureTime>,
@@ -133,9 +135,10 @@ pub(crate) async fn open(
     // Before the record, by which the next attach would take the old file for that of a crash.
     let activity = activity_limits(&record);
     let snapshot = resume.first_snapshot(record.uuid, activity);
+    let alive = trust::alive_since(stamp.as_ref(), record.last_time);
     let tracking = records
         .create_tracking(&record.name, activity, size, &snapshot)
-        .and_then(|file| file.sign(trust::alive_since(stamp.as_ref(), record.last_time)).map(|()| file))
+        .and_then(|file| file.sign(alive).map(|()| file))
         .map_err(|source| record_error(records, &record, source))?;
     KillPoint::AttachTracking.reached();
     record.epoch = record.epoch.next();
@@ -149,8 +152,10 @@ pub(crate) async fn open(
             let disk = record.name.to_string();
             place.discard(record.uuid).map_err(|why| OpenError::Spill { disk, why })?;
         }
-        // From here on the tracking file says that everything may differ.
-        record.fenced = false;
+        // From here on the tracking file says that everything may differ. The disk changes hands: whoever had it can tell.
+        if std::mem::take(&mut record.fenced) {
+            record.epoch = record.epoch.taken_over();
+        }
     }
     record.size = size;
     record.attached = true;
@@ -167,6 +172,7 @@ pub(crate) async fn open(
         settings,
         resume,
         tracking,
+        alive,
         io_engine,
         known_until,
         tls,

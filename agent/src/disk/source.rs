@@ -13,7 +13,7 @@ use std::{future::Future, pin::Pin, rc::Rc};
 
 use backtide_hydration::SourcePoint;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{ByteRange, DiskId, Epoch, HistoryId, Lsn};
+use backtide_units::{ByteRange, DiskId, Epoch, HistoryId, LogPosition, Lsn};
 use bytes::Bytes;
 
 pub(crate) use self::remote::find_point;
@@ -94,9 +94,9 @@ pub(crate) trait PointSource {
     fn changed(&self, since: Lsn) -> Fetching<'_, DirtyBitmap>;
 
     /// The blocks whose content at the point may differ from what this agent has, whose attach of `epoch` was its last before
-    /// the disk was taken from it, when it has been told that everything up to `durable` is durable. What it knows to be
-    /// changed here comes on top.
-    fn left(&self, epoch: Epoch, durable: Lsn) -> Fetching<'_, DirtyBitmap>;
+    /// the disk was taken from it, when it has been told that everything up to `durable`, and so many entries of the log, are
+    /// durable. What it knows to be changed here comes on top.
+    fn left(&self, epoch: Epoch, durable: Lsn, entries: LogPosition) -> Fetching<'_, DirtyBitmap>;
 
     /// Those of [`changed`](Self::changed), or without an LSN of [`data`](Self::data), that the receiver finds damaged. It looks
     /// only where it knows of damage at all.

@@ -22,6 +22,7 @@ use tokio::{
 };
 
 use super::{
+    Terms,
     dial::Dialer,
     engine::{Engine, Kick, add},
 };
@@ -87,6 +88,7 @@ pub(crate) struct LastError {
 pub(crate) struct Stream {
     engine: Rc<Engine>,
     receiver: Dialer,
+    terms: Terms,
     pub(crate) last_error: RefCell<Option<LastError>>,
     /// A connection has ended.
     pub(crate) ended: Notify,
@@ -129,10 +131,11 @@ impl StreamError {
 }
 
 impl Stream {
-    pub(crate) fn new(engine: Rc<Engine>, receiver: Dialer) -> Rc<Self> {
+    pub(crate) fn new(engine: Rc<Engine>, receiver: Dialer, terms: Terms) -> Rc<Self> {
         Rc::new(Self {
             engine,
             receiver,
+            terms,
             last_error: RefCell::default(),
             ended: Notify::new(),
             fenced_by: Cell::default(),
@@ -262,7 +265,7 @@ impl Stream {
         writer: &mut (impl AsyncWrite + Unpin),
         decoder: &mut Decoder,
     ) -> Result<Welcome, StreamError> {
-        let hello = self.engine.look(backtide_io_filter::Filter::hello);
+        let hello = self.terms.tell(self.engine.look(backtide_io_filter::Filter::hello));
         let (header, payload) = encode(1, &Message::Hello(hello));
         writer.write_all(&header).await.map_err(StreamError::Lost)?;
         writer.write_all(&payload).await.map_err(StreamError::Lost)?;

@@ -18,7 +18,7 @@ use backtide_units::{CaptureTime, DiskName, Lsn};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    DiskHandle,
+    DiskHandle, Terms,
     dial::Dialer,
     engine::{Engine, Kick, Tracking},
     export::{DiskExport, OneExport},
@@ -179,7 +179,7 @@ impl Disk {
             file: tracking.file.clone(),
             image: PathBuf::from(&record.image),
             changes: 0,
-            captured: record.last_time,
+            sign: opened.alive,
         };
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
         super::engine::set_pace(&engine, &record.limits);
@@ -203,7 +203,8 @@ impl Disk {
         let nbd = NbdUri { address: listener.address().clone(), ..nbd };
         let export = DiskExport::new(Rc::clone(&engine));
         let server = listener.serve(Rc::new(OneExport(export)), limits);
-        let stream = Stream::new(Rc::clone(&engine), Dialer::new(record.receiver.clone(), tls));
+        let stream =
+            Stream::new(Rc::clone(&engine), Dialer::new(record.receiver.clone(), tls), Terms::of(&record));
         tokio::task::spawn_local(Rc::clone(&engine).keep_time());
         if record.fenced {
             stream.stay_fenced();
@@ -360,12 +361,8 @@ impl Disk {
         self.watch.sample(&status);
         let changes = status.counters.records + status.counters.failed_changes;
         // Clients may come and go between two looks. What is missing is written by nobody's wish.
-        let seen = (changes, status.last_time);
         let may_change = self.server.connections() > 0 || self.engine.local.hydration().is_some();
-        if may_change || seen != (self.life.changes, self.life.captured) {
-            (self.life.changes, self.life.captured) = seen;
-            self.life.renew(self.record.name.as_str()).await;
-        }
+        self.life.keep(changes, status.last_time, may_change, self.record.name.as_str()).await;
         if let Some(epoch) = self.stream.fenced_by.get() {
             let mut fenced = self.record.clone();
             fenced.fence(epoch);

@@ -8,7 +8,13 @@
 //! that no record knows, which nothing takes for a disk; a failover begins anew then, with a higher epoch. A failback
 //! (`failback.rs`) ends in the same way, with an image that has most of it.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    cell::OnceCell,
+    path::{Path, PathBuf},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use backtide_agent_api::Adopted;
 use backtide_control::{ApiError, ErrorCode};
@@ -23,8 +29,9 @@ use uuid::Uuid;
 use super::{
     Registry,
     errors::failed,
-    failback::LeftBehind,
+    failback::{HeldImage, LeftBehind},
     origin::{fetch_error, io_error, make_image, refuse_used},
+    rewind::{RELEASE_TIME, have_hydration},
     waiting,
 };
 use crate::{
@@ -43,6 +50,15 @@ pub(super) struct TakenOver {
     pub(super) missing: DirtyBitmap,
     /// Where the receiver has something newer that is no point.
     newer: DirtyBitmap,
+    /// Nobody else has the image that the disk had here, until the record says what it is.
+    image: Option<HeldImage>,
+}
+
+/// A disk that was taken over at its receiver, and could not be begun here.
+struct Unfinished {
+    /// Whether something says nevertheless that it lacks blocks of the point.
+    lacks: bool,
+    error: ApiError,
 }
 
 impl Registry {
@@ -73,12 +89,14 @@ impl Registry {
         taken: TakenOver,
     ) -> Result<DiskRecord, ApiError> {
         let (records, source, held) = (self.records.clone(), taken.source.clone(), record.clone());
-        let begun = waiting(move || begin(&records, record, taken)).await?;
-        if begun.is_err() {
-            let keeper = owner(held.uuid);
-            self.settle_hold(&held, source, keeper, false).await;
+        match waiting(move || begin(&records, record, taken)).await? {
+            Ok(record) => Ok(record),
+            Err(Unfinished { lacks, error }) => {
+                let keeper = owner(held.uuid, held.epoch);
+                self.settle_hold(&held, source, keeper, lacks).await;
+                Err(error)
+            }
         }
-        begun
     }
 
     /// Claims the disk at its receiver, and finds out what it was then. `left`: the image it had here.
@@ -96,6 +114,7 @@ impl Registry {
             let dialer = || Dialer::new(known.receiver.clone(), tls.clone());
             // A source belongs to one thread.
             let local = LocalSet::new();
+            let (keeper, holding) = (owner(uuid, known.epoch), OnceCell::new());
             let take = async {
                 // Nobody is fenced for a disk that has no point.
                 let before = sources.find(dialer(), uuid, history, None).await?.point().clone();
@@ -113,7 +132,10 @@ impl Registry {
                     tracking: Tracking::Window { base: adopted.durable },
                     next_lsn: adopted.durable.next(),
                     acked_durable: adopted.durable,
+                    ack: None,
+                    origin: None,
                 };
+                let hello = disk::Terms::of(&known).tell(hello);
                 let welcome = claim::claim(&dialer(), hello).await?;
                 if welcome.state != ReceiverState::Known || welcome.durable < adopted.durable {
                     let why = "the receiver keeps another history than it has told".to_owned();
@@ -131,11 +153,30 @@ impl Registry {
                 missing.keep_only(all);
                 newer.keep_only(all);
                 if !missing.is_empty() {
-                    source.hold(&owner(uuid)).await?;
+                    let _ = holding.set(Rc::clone(&source));
+                    source.hold(&keeper).await?;
                 }
-                Ok::<_, FetchError>(TakenOver { welcome, source: source.point().clone(), missing, newer })
+                Ok::<_, FetchError>((welcome, source.point().clone(), missing, newer))
             };
-            runtime.block_on(local.run_until(tokio::time::timeout(TAKE_OVER_TIME, take)))
+            let taken = async {
+                let taken = tokio::time::timeout(TAKE_OVER_TIME, take).await;
+                // Nothing comes of the point then.
+                if let (Some(source), false) = (holding.get(), matches!(taken, Ok(Ok(_)))) {
+                    let _ = tokio::time::timeout(RELEASE_TIME, source.release(&keeper)).await;
+                }
+                taken
+            };
+            let taken = runtime.block_on(local.run_until(taken));
+            let image = left.map(|left| left.image);
+            taken.map(|taken| {
+                taken.map(|(welcome, source, missing, newer)| TakenOver {
+                    welcome,
+                    source,
+                    missing,
+                    newer,
+                    image,
+                })
+            })
         };
         let silent = || FetchError::Unreachable("the receiver does not answer".to_owned());
         let taken = waiting(taking).await?.unwrap_or_else(|_| Err(silent()));
@@ -144,26 +185,21 @@ impl Registry {
 }
 
 /// In the order of the invariant. Blocks.
-fn begin(records: &Records, mut record: DiskRecord, taken: TakenOver) -> Result<DiskRecord, ApiError> {
-    let TakenOver { welcome, source, missing, newer } = taken;
-    let whole = newer.is_empty() && !welcome.in_pass;
-    let saved = SavedTracking {
-        history: Some(welcome.history),
-        last_lsn: welcome.highest,
-        gap_from: welcome.durable,
-        acked_durable: welcome.durable,
-        acked_position: welcome.position,
-        reason: (!whole).then_some(Reason::ResyncInterrupted),
-        dirty: newer,
-        ..SavedTracking::unknown(record.uuid)
-    };
+fn begin(records: &Records, mut record: DiskRecord, taken: TakenOver) -> Result<DiskRecord, Unfinished> {
+    let unbegun = |error| Unfinished { lacks: false, error };
+    let TakenOver { welcome, source, missing, newer, image: held } = taken;
+    if let Some(held) = &held {
+        held.refuse_changed().map_err(unbegun)?;
+    }
+    let saved = in_sync(&record, &welcome, newer);
     if let Some(place) = records.spill() {
         // Of an earlier attach here, whose records the history has gone on without.
-        place.discard(record.uuid).map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
+        place.discard(record.uuid).map_err(|why| unbegun(ApiError::new(ErrorCode::Failed, why)))?;
     }
-    let image = Path::new(&record.image);
+    let image = PathBuf::from(&record.image);
+    let image = image.as_path();
     let inode = make_image(image, source.size)
-        .map_err(|error| io_error(&format!("make the image {}", record.image), &error))?;
+        .map_err(|error| unbegun(io_error(&format!("make the image {}", record.image), &error)))?;
     let stamp = ImageStamp::of(image);
     record.history = Some(welcome.history);
     record.lsn_bound = record.lsn_bound.max(welcome.highest);
@@ -175,25 +211,89 @@ fn begin(records: &Records, mut record: DiskRecord, taken: TakenOver) -> Result<
     record.stopped = stamp.is_none();
     record.image_at_detach = stamp;
     record.fenced = false;
-    let name = record.name.clone();
-    let lacks = |error| io_error(&format!("remember what disk {name} lacks"), &error);
+    let header = Header {
+        disk: record.uuid,
+        kind: Kind::Failover,
+        boot: trust::boot_id(),
+        epoch: record.epoch,
+        inode,
+        before: Lsn::ZERO,
+        total: missing.count(),
+        source,
+    };
+    let before = records.open_hydration(&record.name, trust::boot_id());
+    let (had_none, is_new) = (before.is_ok_and(|found| found.is_none()), held.is_none());
+    let written = save(records, &record, header, missing, &saved);
+    // By now whoever takes the image finds a record that says what it is.
+    drop(held);
+    written.map_err(|error| {
+        // What the image lacked before is in the new file only.
+        let undone = had_none && undo(records, &record);
+        if undone && is_new {
+            empty_again(image);
+        }
+        Unfinished { lacks: !undone, error }
+    })?;
+    Ok(record)
+}
+
+/// What the tracking file says of a disk that is what the receiver has, but for a pass that never ended.
+fn in_sync(record: &DiskRecord, welcome: &Welcome, newer: DirtyBitmap) -> SavedTracking {
+    let whole = newer.is_empty() && !welcome.in_pass;
+    SavedTracking {
+        history: Some(welcome.history),
+        last_lsn: welcome.highest,
+        gap_from: welcome.durable,
+        acked_durable: welcome.durable,
+        acked_position: welcome.position,
+        reason: (!whole).then_some(Reason::ResyncInterrupted),
+        dirty: newer,
+        ..SavedTracking::unknown(record.uuid)
+    }
+}
+
+fn save(
+    records: &Records,
+    record: &DiskRecord,
+    header: Header,
+    missing: DirtyBitmap,
+    saved: &SavedTracking,
+) -> Result<(), ApiError> {
+    let name = &record.name;
+    let lacks = |why: String| {
+        let message = format!("cannot remember what disk {name} lacks: {why}");
+        ApiError::new(ErrorCode::Failed, message)
+    };
     if !missing.is_empty() {
-        let header = Header {
-            disk: record.uuid,
-            kind: Kind::Failover,
-            boot: trust::boot_id(),
-            epoch: record.epoch,
-            inode,
-            before: Lsn::ZERO,
-            total: missing.count(),
-            source,
-        };
-        records.create_hydration(&name, header, missing).map_err(lacks)?;
+        have_hydration(records, name, header, missing).map_err(lacks)?;
     }
     KillPoint::HydrationMade.reached();
-    let snapshot = Snapshot::first(saved, true, false);
-    let limits = disk::activity_limits(&record);
-    records.create_tracking(&name, limits, record.size, &snapshot).map_err(lacks)?;
-    records.save(&record).map_err(|error| failed(&error))?;
-    Ok(record)
+    let snapshot = Snapshot::first(saved.clone(), true, false);
+    let limits = disk::activity_limits(record);
+    let tracking = records.create_tracking(name, limits, record.size, &snapshot);
+    tracking.map_err(|error| lacks(error.to_string()))?;
+    KillPoint::TakenTracking.reached();
+    records.save(record).map_err(|error| failed(&error))
+}
+
+/// An image that was made here is one that the next attempt may use; it has no byte.
+fn empty_again(image: &Path) {
+    if let Err(error) = std::fs::File::options().write(true).open(image).and_then(|file| file.set_len(0)) {
+        tracing::warn!(image = %image.display(), %error, "cannot empty the image that was made");
+    }
+}
+
+/// Leaves nothing that says the disk is here, if that is sure; else it lacks blocks.
+fn undo(records: &Records, record: &DiskRecord) -> bool {
+    let is_saved = |found: Option<DiskRecord>| found.is_some_and(|found| found.epoch == record.epoch);
+    if records.load(&record.name).map_or(true, is_saved) {
+        return false;
+    }
+    // In this order: a tracking file that says the image is the disk must not outlive what it lacks.
+    let undone =
+        records.discard_tracking(&record.name).and_then(|()| records.discard_hydration(&record.name));
+    if let Err(error) = &undone {
+        tracing::error!(disk = %record.name, %error, "cannot remove what was begun of the disk");
+    }
+    undone.is_ok()
 }

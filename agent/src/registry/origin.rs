@@ -8,10 +8,12 @@
 //! between leaves an empty image, and the same attach goes on from there.
 
 use std::{
+    cell::OnceCell,
     fs::{File, OpenOptions},
     io,
     os::unix::fs::MetadataExt,
     path::Path,
+    rc::Rc,
     sync::Arc,
     time::Duration,
 };
@@ -24,7 +26,12 @@ use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, Lsn};
 use tokio::task::LocalSet;
 
-use super::{Registry, errors::failed, rewind::refuse_damaged, waiting};
+use super::{
+    Registry,
+    errors::failed,
+    rewind::{RELEASE_TIME, refuse_damaged},
+    waiting,
+};
 use crate::{
     disk::{Dialer, hydrating::owner, source::FetchError, trust},
     record::{DiskRecord, Records},
@@ -59,7 +66,7 @@ impl Registry {
             lsn: source.lsn,
             time: source.time,
         });
-        let (records, saved) = (self.records.clone(), record.clone());
+        let (records, saved, held) = (self.records.clone(), record.clone(), source.clone());
         let begun = move || {
             records.save(&saved).map_err(|error| failed(&error))?;
             let inode = make_image(Path::new(&saved.image), source.size)
@@ -83,7 +90,16 @@ impl Registry {
             KillPoint::HydrationMade.reached();
             Ok::<_, ApiError>(())
         };
-        waiting(begun).await??;
+        if let Err(error) = waiting(begun).await? {
+            let (records, name, uuid) = (self.records.clone(), record.name.clone(), record.uuid);
+            let lacks = move || match records.open_hydration(&name, trust::boot_id()) {
+                Ok(found) => found.is_some_and(|found| found.header().disk == uuid),
+                Err(_) => true,
+            };
+            let lacks = waiting(lacks).await?;
+            self.settle_hold(&record, held, owner(uuid, record.epoch), lacks).await;
+            return Err(error);
+        }
         Ok(record)
     }
 
@@ -94,9 +110,10 @@ impl Registry {
         from: FromPoint,
     ) -> Result<(SourcePoint, DirtyBitmap), ApiError> {
         let tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
-        let (receiver, uuid) = (record.receiver.clone(), record.uuid);
+        let (receiver, keeper) = (record.receiver.clone(), owner(record.uuid, record.epoch));
         let (sources, runtime) = (Arc::clone(&self.sources), tokio::runtime::Handle::current());
         let looking = move || {
+            let holding = OnceCell::new();
             // A source belongs to one thread.
             let local = LocalSet::new();
             let look = async {
@@ -108,11 +125,20 @@ impl Registry {
                 let mut missing = source.data().await?;
                 missing.keep_only(BlockRange::whole_disk(source.point().size));
                 if !missing.is_empty() {
-                    source.hold(&owner(uuid)).await?;
+                    let _ = holding.set(Rc::clone(&source));
+                    source.hold(&keeper).await?;
                 }
                 Ok::<_, FetchError>((source.point().clone(), missing))
             };
-            runtime.block_on(local.run_until(tokio::time::timeout(FIND_TIME, look)))
+            let looked = async {
+                let looked = tokio::time::timeout(FIND_TIME, look).await;
+                // Nothing comes of the point then.
+                if let (Some(source), false) = (holding.get(), matches!(looked, Ok(Ok(_)))) {
+                    let _ = tokio::time::timeout(RELEASE_TIME, source.release(&keeper)).await;
+                }
+                looked
+            };
+            runtime.block_on(local.run_until(looked))
         };
         let silent = |_| FetchError::Unreachable("the receiver does not answer".to_owned());
         let found = waiting(looking).await?.unwrap_or_else(|late| Err(silent(late)));

@@ -26,8 +26,8 @@ use backtide_tracking::{DirtyBitmap, SavedTracking};
 use backtide_units::{BlockCount, BlockRange, DiskName, Lsn};
 use tokio::time::Instant;
 
-pub(super) use self::plan::refuse_damaged;
 use self::plan::{Goal, Plan, Since};
+pub(super) use self::plan::{RELEASE_TIME, refuse_damaged};
 use super::{Registry, errors::failed, leave::end, resize::missing_record, waiting};
 use crate::{
     claims::Claim,
@@ -66,6 +66,10 @@ impl Registry {
         let record = record.ok_or_else(|| missing_record(&name))?;
         let (image, format) = (record.image.clone(), record.format);
         let stamp = waiting(move || refuse_unfit(&image, format)).await??;
+        let now = handle.status().await.map_err(|error| failed(&error))?;
+        if let Some(report) = RewindReport::under_way(&now, request.to).filter(|_| !request.force) {
+            return Ok(report);
+        }
         let Standing { status, settled } = standing(&handle, request).await?;
         let history = status.history.ok_or_else(|| not_in_sync(&status))?;
         if request.to >= status.lsn.last {
@@ -78,7 +82,7 @@ impl Registry {
             true => Since::Lsn(status.lsn.last),
             false => Since::Everything,
         };
-        let keeper = plan::keeper(record.uuid, status.hydration.is_some());
+        let keeper = plan::keeper(&record, status.hydration.is_some());
         let goal = Goal { history, to: request.to, force: request.force, keeper };
         let plan = self.plan(&record, &goal, since).await?;
         let held = plan.source.clone();
@@ -99,6 +103,7 @@ impl Registry {
             changed_bytes: changed.bytes(),
             blocked_ms: u64::try_from(blocked.as_millis()).unwrap_or(u64::MAX),
             hung_up,
+            under_way: false,
             disk,
         })
     }
@@ -232,7 +237,7 @@ pub(super) fn refuse_unfit(image: &str, format: Option<ImageFormat>) -> Result<O
 
 /// From when this has succeeded the disk lacks `missing`. A file that failed after it got its name counts: the next attach
 /// sees that it is durable, or is none.
-fn have_hydration(
+pub(super) fn have_hydration(
     records: &Records,
     disk: &DiskName,
     header: Header,

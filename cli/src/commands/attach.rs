@@ -81,12 +81,13 @@ pub(crate) struct Attach {
 pub(crate) struct Policy {
     /// When the guest is acknowledged: when its write is `local`; when the receiver has `received`
     /// it; at once but for FLUSH and FUA, which wait until everything is `durable` at the receiver;
-    /// or every write only when it is durable there
-    #[arg(long, value_name = "POLICY", default_value = "local", value_parser = ack_policy())]
-    ack: AckPolicy,
-    /// What --ack means while the receiver is away: `continue` without it, or `block` the guest
-    #[arg(long, value_name = "WHAT", default_value = "continue", value_parser = on_outage())]
-    on_outage: OnOutage,
+    /// or every write only when it is durable there [default: as before, at the first attach local]
+    #[arg(long, value_name = "POLICY", value_parser = ack_policy())]
+    ack: Option<AckPolicy>,
+    /// What --ack means while the receiver is away: `continue` without it, or `block` the guest [default: as before,
+    /// at the first attach continue]
+    #[arg(long, value_name = "WHAT", value_parser = on_outage())]
+    on_outage: Option<OnOutage>,
     /// Whether the image is read and written through the page cache (`writeback`) or directly to its
     /// device (`direct`) [default: writeback, or as the agent's configuration says]
     #[arg(long, value_name = "HOW", value_parser = cache_mode())]
@@ -199,7 +200,9 @@ impl Attach {
         request.format = self.format;
         if self.adopt {
             let api = ReceiverApi { receiver: self.receiver_api.clone() };
-            request.adopt = Some(adopted(context, &api, &request.name).await?);
+            let disk = adopted(context, &api, &request.name).await?;
+            keep_ack(context, &mut request, &disk);
+            request.adopt = Some(adopted_of(&disk));
         }
         if let Some((disk, point)) = &self.from {
             let receiver = context.receiver(&ReceiverApi { receiver: self.receiver_api.clone() })?;
@@ -247,7 +250,7 @@ fn from_point(text: &str) -> Result<(DiskName, String), String> {
 }
 
 /// What the receiver knows of a disk that this agent has lost.
-async fn adopted(context: &Context, api: &ReceiverApi, name: &DiskName) -> Result<Adopted, Failure> {
+async fn adopted(context: &Context, api: &ReceiverApi, name: &DiskName) -> Result<ReceiverDisk, Failure> {
     let disks = context.receiver(api)?.disks(Some(name)).await?.disks;
     let disk = disks.into_iter().next().ok_or_else(|| failed("the receiver answered nothing"))?;
     if disk.connected {
@@ -256,7 +259,28 @@ async fn adopted(context: &Context, api: &ReceiverApi, name: &DiskName) -> Resul
             .with_hint("detach it there first, or attach this image under another name")
             .into());
     }
-    Ok(adopted_of(&disk))
+    Ok(disk)
+}
+
+/// A disk that is not told otherwise answers its guest as it did where it was before, and says so.
+pub(crate) fn keep_ack(context: &Context, request: &mut AttachRequest, disk: &ReceiverDisk) {
+    let Some(before) = disk.ack.as_deref() else { return };
+    let name = disk.name.as_str();
+    match (request.ack, before.parse::<AckPolicy>()) {
+        (None, Ok(ack)) => {
+            request.ack = Some(ack);
+            if ack != AckPolicy::default() {
+                context.tell(&format!("disk {name} had --ack {ack} before, and keeps it"));
+            }
+        }
+        (Some(ack), Ok(before)) if ack != before => {
+            context.tell(&format!("disk {name} had --ack {before} before, and has --ack {ack} from now on"));
+        }
+        (None, Err(_)) => {
+            context.warn(&format!("disk {name} had --ack {before} before, which is not known here"))
+        }
+        (Some(_), _) => {}
+    }
 }
 
 /// The same of a disk that the receiver has told of.

@@ -1,6 +1,6 @@
 //! `backtide failback`: a disk that has gone on at another host comes back to this one.
 
-use backtide_agent_api::{FailbackReport, FailbackRequest};
+use backtide_agent_api::{AgentClient, FailbackReport, FailbackRequest};
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_receiver_api::ReceiverDisk;
 use backtide_units::DiskName;
@@ -26,7 +26,8 @@ pub(crate) struct Failback {
     /// Where the receiver takes streams [default: where it did when the disk was here]
     #[arg(long, value_name = "ADDR")]
     receiver: Option<Address>,
-    /// Also while another agent is connected with it: what its guest writes from then on is lost
+    /// Also while another agent is connected with it: what its guest writes from then on is lost. And also over an
+    /// image that is not the one the disk had here: all of it is replaced
     #[arg(long)]
     force: bool,
     /// Do it without asking
@@ -48,9 +49,16 @@ impl Failback {
         let receiver = context.receiver(&ReceiverApi { receiver: self.receiver_api.clone() })?;
         let disk = receiver.disks(Some(&self.name)).await?.disks.into_iter().next();
         let disk = disk.ok_or_else(|| failed("the receiver answered nothing"))?;
-        let mut request =
-            FailbackRequest { adopt: adopted_of(&disk), receiver: self.receiver, dry_run: true };
+        let mut request = FailbackRequest {
+            adopt: adopted_of(&disk),
+            receiver: self.receiver.clone(),
+            dry_run: true,
+            force: self.force,
+        };
         let plan = agent.failback(&disk.name, &request).await?;
+        if plan.here_already {
+            return self.goes_on(context, &agent, plan).await;
+        }
         if disk.connected && !self.force {
             return Err(still_there(&disk));
         }
@@ -71,6 +79,36 @@ impl Failback {
         context.print(&report, || report_text(&disk, &report))?;
         Ok(Ending::Done)
     }
+}
+
+impl Failback {
+    /// The disk is here: nothing is asked, and there is nothing to do but to wait.
+    async fn goes_on(
+        &self,
+        context: &Context,
+        agent: &AgentClient,
+        mut report: FailbackReport,
+    ) -> Result<Ending, Failure> {
+        if self.wait {
+            report.disk = Some(until_complete(context, agent, &self.name).await?);
+        }
+        context.print(&report, || here_text(&self.name, &report))?;
+        Ok(Ending::Done)
+    }
+}
+
+fn here_text(name: &DiskName, report: &FailbackReport) -> String {
+    let name = name.as_str();
+    let Some(disk) = &report.disk else { return format!("{name} is here already") };
+    let mut text = format!("{name} is here already\nserved at {}", disk.nbd_uri);
+    if let Some(hydration) = &disk.hydration {
+        text.push_str(&format!(
+            "\nit came back at lsn:{}, and {} still come from the receiver; `backtide status {name}` shows how far it is",
+            hydration.point,
+            size_both(hydration.missing_bytes)
+        ));
+    }
+    text
 }
 
 fn still_there(disk: &ReceiverDisk) -> Failure {

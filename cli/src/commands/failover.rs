@@ -11,7 +11,7 @@ use clap::Args;
 use crate::{
     arguments::ReceiverApi,
     commands::{
-        attach::{Policy, absolute_image, adopted_of, first_contact},
+        attach::{Policy, absolute_image, adopted_of, first_contact, keep_ack},
         stream_tls::absolute_folder,
     },
     confirm::confirm,
@@ -74,6 +74,7 @@ impl Failover {
             }
             None => None,
         };
+        keep_ack(context, &mut request, &disk);
         request.adopt = Some(adopted_of(&disk));
         request.failover = true;
         let attached = agent.attach(&request).await?;

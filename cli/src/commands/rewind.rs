@@ -67,6 +67,10 @@ impl Rewind {
         let uuid: DiskName = disk.uuid.to_string().parse().expect("a UUID is a good name");
         let request = DiffRequest { from: self.to.clone(), to: "latest".to_owned() };
         let diff = context.receiver(&self.api)?.diff(&uuid, &request).await?;
+        let under_way = RewindReport::under_way(&disk, diff.from.lsn).filter(|_| !self.force);
+        if let Some(report) = under_way {
+            return self.goes_on(context, &agent, report).await;
+        }
         if disk.clients > 0 && self.qmp.is_none() {
             return Err(in_use(&disk));
         }
@@ -94,6 +98,22 @@ impl Rewind {
         }
         let guest_paused = guest.is_some();
         context.print(&Rewound { report: &report, guest_paused }, || report_text(&report, guest_paused))?;
+        Ok(Ending::Done)
+    }
+}
+
+impl Rewind {
+    /// The disk was set to the point already, and lacks blocks of it: nothing is asked, and there is nothing to do but to wait.
+    async fn goes_on(
+        &self,
+        context: &Context,
+        agent: &AgentClient,
+        mut report: RewindReport,
+    ) -> Result<Ending, Failure> {
+        if self.wait {
+            report.disk = until_complete(context, agent, &report.disk.name).await?;
+        }
+        context.print(&Rewound { report: &report, guest_paused: false }, || report_text(&report, false))?;
         Ok(Ending::Done)
     }
 }
@@ -251,16 +271,17 @@ fn plan_text(disk: &DiskStatus, diff: &DiffReport) -> String {
 
 fn report_text(report: &RewindReport, guest_paused: bool) -> String {
     let name = report.disk.name.as_str();
-    let mut lines = vec![
-        format!(
-            "{name} is at lsn:{} ({}) again, {} may have changed; it was not served for {}",
-            report.to,
-            time_text(report.to_time),
-            size_both(report.changed_bytes),
+    let (to, to_time, changed) = (report.to, time_text(report.to_time), size_both(report.changed_bytes));
+    let first = match report.under_way {
+        true => format!(
+            "{name} was set to lsn:{to} ({to_time}) already, {changed} may have changed; what was written since stays (--force sets it back anew)"
+        ),
+        false => format!(
+            "{name} is at lsn:{to} ({to_time}) again, {changed} may have changed; it was not served for {}",
             duration_text(report.blocked_ms as f64 / 1000.0),
         ),
-        format!("to undo it: backtide rewind {name} --to lsn:{}", report.from),
-    ];
+    };
+    let mut lines = vec![first, format!("to undo it: backtide rewind {name} --to lsn:{}", report.from)];
     if let Some(hydration) = &report.disk.hydration {
         lines.push(format!(
             "{} still come from the receiver, on first touch and in the background: until then the image alone is not the disk; `backtide status {name}` shows how far it is",

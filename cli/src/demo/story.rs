@@ -126,8 +126,8 @@ impl Stage<'_> {
             receiver: self.local.stream(),
             nbd: None,
             // The guest's flushes pace it while the receiver is there, and cost nothing in the outage.
-            ack: AckPolicy::Durable,
-            on_outage: OnOutage::Continue,
+            ack: Some(AckPolicy::Durable),
+            on_outage: Some(OnOutage::Continue),
             stream_tls: None,
             adopt: None,
             from: None,

@@ -19,6 +19,13 @@ enum Stretch<'a> {
 /// The whole timeline.
 pub(crate) fn timeline_text(report: &PointsReport) -> String {
     let mut lines = vec![disk_text(&report.disk)];
+    if let Some(origin) = &report.origin {
+        let (disk, lsn, time) = (origin.disk.as_str(), origin.lsn, time_text(origin.time));
+        lines.push(format!(
+            "  began as {disk}@lsn:{lsn} ({time}), kept by the receiver at {}",
+            origin.receiver
+        ));
+    }
     let stretches = stretches(report);
     if stretches.is_empty() {
         lines.push("no points yet: nothing of this disk has arrived".to_owned());
@@ -210,6 +217,7 @@ mod tests {
             flush_points: FlushPoints { count: 2, last: Some(Point { lsn: Lsn(70), time: time(7) }) },
             first: Some(Point { lsn: Lsn(1), time: time(0) }),
             last: Some(Point { lsn: Lsn(75), time: time(8) }),
+            origin: None,
             locks: Vec::new(),
             density: None,
             damage: None,

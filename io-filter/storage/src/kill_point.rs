@@ -80,6 +80,8 @@ kill_points! {
     TakenOver = "disk-taken-over",
     /// The hydration file is there, durably: the disk lacks blocks from now on.
     HydrationMade = "hydration-made",
+    /// A disk that was taken over has its tracking file, and not yet its record.
+    TakenTracking = "taken-tracking",
     /// Missing blocks are on the image; the hydration file does not know.
     HydrationStored = "hydration-stored",
     /// It does.

@@ -33,7 +33,9 @@ pub use retention::{
 };
 pub use routes::router;
 pub use service::ReceiverService;
-pub use status::{CertificateStatus, CommitCounts, ReceiverDisk, ReceiverDisks, ReceiverStatus, StoreGrowth};
+pub use status::{
+    CertificateStatus, CommitCounts, DiskOrigin, ReceiverDisk, ReceiverDisks, ReceiverStatus, StoreGrowth,
+};
 
 #[cfg(test)]
 mod tests;

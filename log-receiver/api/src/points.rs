@@ -3,7 +3,7 @@
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
-use crate::Lock;
+use crate::{DiskOrigin, Lock};
 
 /// Which disk an answer is about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +33,9 @@ pub struct PointsReport {
     pub first: Option<Point>,
     /// The newest point.
     pub last: Option<Point>,
+    /// The point of another disk that it began as; none when it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<DiskOrigin>,
     /// Points that nobody can let go before a time.
     #[serde(default)]
     pub locks: Vec<Lock>,

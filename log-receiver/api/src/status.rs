@@ -107,6 +107,12 @@ pub struct ReceiverDisk {
     pub durable: Lsn,
     /// When the last record was captured; none before the first.
     pub last_time: Option<CaptureTime>,
+    /// When its guest was answered by the last agent that said so, as `attach --ack` has it; none when nobody did.
+    #[serde(default)]
+    pub ack: Option<String>,
+    /// The point of another disk that it began as; none when it did not.
+    #[serde(default)]
+    pub origin: Option<DiskOrigin>,
     /// Bytes of its log.
     pub log_bytes: ByteCount,
     /// Files of its log.
@@ -117,6 +123,21 @@ pub struct ReceiverDisk {
     /// and place.
     #[serde(default)]
     pub damage: Vec<String>,
+}
+
+/// The point of another disk that a disk began as. While it lacks blocks of it, that disk's receiver holds the point.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskOrigin {
+    /// Where the receiver listens that keeps the other disk's history.
+    pub receiver: String,
+    /// The other disk's name then.
+    pub disk: DiskName,
+    /// Its identity.
+    pub uuid: DiskId,
+    /// The point.
+    pub lsn: Lsn,
+    /// When the last change of that point was captured.
+    pub time: CaptureTime,
 }
 
 /// How the store's file system filled lately, and what that comes to.

@@ -150,6 +150,7 @@ impl ReceiverService for Fake {
             flush_points: FlushPoints::default(),
             first: None,
             last: None,
+            origin: None,
             locks: Vec::new(),
             density: None,
             damage: None,

@@ -29,6 +29,69 @@ pub struct Hello {
     pub next_lsn: Lsn,
     /// The highest LSN this receiver acknowledged to the agent as durable.
     pub acked_durable: Lsn,
+    /// When the disk's guest is answered; whoever attaches the disk elsewhere is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ack: Option<AckPolicy>,
+    /// The point of another disk that this one began as, if it did and the agent knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<OriginPoint>,
+}
+
+/// When a guest's requests are acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AckPolicy {
+    /// When the local disk has completed them.
+    Local,
+    /// Writes when the receiver has them in memory.
+    Received,
+    /// FLUSH and FUA when the receiver has made everything before them durable.
+    Durable,
+    /// Every write when the receiver has made it durable.
+    DurableEveryWrite,
+}
+
+impl AckPolicy {
+    /// Its number in a log; 0 is none.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Local => 1,
+            Self::Received => 2,
+            Self::Durable => 3,
+            Self::DurableEveryWrite => 4,
+        }
+    }
+
+    /// The one with this number; none for 0 and for one of a later version.
+    pub fn of_code(code: u8) -> Option<Self> {
+        let all = [Self::Local, Self::Received, Self::Durable, Self::DurableEveryWrite];
+        all.into_iter().find(|policy| policy.code() == code)
+    }
+
+    /// As `attach --ack` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Received => "received",
+            Self::Durable => "durable",
+            Self::DurableEveryWrite => "durable-every-write",
+        }
+    }
+}
+
+/// A point of another disk that a disk began as.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OriginPoint {
+    /// Where the receiver listens that has that disk's history.
+    pub receiver: String,
+    /// The other disk.
+    pub disk: DiskId,
+    /// Its name then.
+    pub name: DiskName,
+    /// The point.
+    pub lsn: Lsn,
+    /// When its last change was captured.
+    pub time: CaptureTime,
 }
 
 /// What the agent knows of the differences between its disk and the receiver.
@@ -151,12 +214,20 @@ mod tests {
             tracking: Tracking::Bitmap { gap_from: Lsn(17), reason: Reason::ReceiverAway },
             next_lsn: Lsn(40),
             acked_durable: Lsn(17),
+            ack: Some(AckPolicy::DurableEveryWrite),
+            origin: None,
         };
+        assert!(
+            (0..=u8::MAX)
+                .filter_map(AckPolicy::of_code)
+                .all(|policy| { serde_json::to_string(&policy).unwrap() == format!("{:?}", policy.name()) })
+        );
         let text = serde_json::to_string(&hello).unwrap();
         assert!(
             text.contains(r#""tracking":{"state":"bitmap","gap_from":17,"reason":"receiver-away"}"#),
             "{text}"
         );
+        assert!(text.contains(r#""ack":"durable-every-write""#) && !text.contains("origin"), "{text}");
         assert_eq!(serde_json::from_str::<Hello>(&text).unwrap(), hello);
     }
 }

@@ -6,7 +6,8 @@
 //! between each other's parts.
 
 use backtide_units::{
-    BlockIndex, BlockRange, ByteCount, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn,
+    BlockIndex, BlockRange, ByteCount, ByteRange, CaptureTime, DiskId, DiskName, Epoch, HistoryId,
+    LogPosition, Lsn,
 };
 use roaring::{RoaringBitmap, RoaringTreemap};
 use serde::{Deserialize, Serialize};
@@ -108,6 +109,8 @@ pub enum Blocks {
         epoch: Epoch,
         /// Up to here the receiver had acknowledged everything as durable.
         durable: Lsn,
+        /// So many entries of the log it had acknowledged as durable.
+        entries: LogPosition,
     },
 }
 

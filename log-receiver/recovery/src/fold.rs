@@ -13,7 +13,7 @@
 //! A log begins out of sync. Records only ever extend `covered`; they become points while in sync.
 
 use backtide_segment::{
-    DISK_SIZE_MAX, Entry, PAYLOAD_MAX, PassContent, PassReason, RecordRun, Step, TEXT_MAX,
+    AttachFacts, DISK_SIZE_MAX, Entry, PAYLOAD_MAX, PassContent, PassReason, RecordRun, Step, TEXT_MAX,
 };
 use backtide_units::{ByteCount, ByteRange, CaptureTime, Lsn};
 
@@ -84,8 +84,9 @@ impl Timeline {
                 self.see(*lsn);
                 self.note_mark(Mark { label: label.clone(), at: TimedLsn { lsn: *lsn, time: *time } });
             }
-            Entry::Attach { epoch, attach, next_lsn, size, name, time } => {
-                self.note_epoch(*epoch);
+            Entry::Attach { epoch, attach, next_lsn, size, name, time, facts } => {
+                self.note_epoch(*epoch, facts.before);
+                self.note_facts(facts);
                 self.see(Lsn(next_lsn.0.saturating_sub(1)));
                 self.note_size(*next_lsn, *size);
                 let (epoch, attach, size, time) = (*epoch, *attach, *size, *time);
@@ -139,6 +140,15 @@ impl Timeline {
     fn unchanged_until(&mut self, at: TimedLsn) {
         if self.in_interval && at.lsn == self.last.lsn && at.time > self.last.time {
             self.reach(at);
+        }
+    }
+
+    fn note_facts(&mut self, facts: &AttachFacts) {
+        if facts.ack > 0 {
+            self.ack = facts.ack;
+        }
+        if facts.origin.is_some() {
+            self.origin.clone_from(&facts.origin);
         }
     }
 

@@ -8,7 +8,7 @@
 
 use std::{fmt, sync::Arc};
 
-use backtide_segment::PassReason;
+use backtide_segment::{AttachOrigin, PassReason, Seq};
 use backtide_units::{ByteCount, CaptureTime, DiskName, Epoch, Lsn, Reason};
 use uuid::Uuid;
 
@@ -79,9 +79,10 @@ pub struct Takeover {
     pub before: Epoch,
     /// Its own.
     pub epoch: Epoch,
-    /// The highest LSN that any entry before it names: what the agent before had acknowledged as durable lies at or below, or
-    /// was lost here.
-    pub highest: Lsn,
+    /// Where the log had got to: what the agent before had acknowledged as durable lies at or below, or was lost here.
+    pub covered: Lsn,
+    /// How many entries the log had: the blocks of a pass have no LSN of their own.
+    pub entries: Seq,
 }
 
 /// Takeovers that a timeline keeps.
@@ -124,6 +125,10 @@ pub struct Timeline {
     pub(crate) in_interval: bool,
     pub(crate) last: TimedLsn,
     pub(crate) attached: Option<Attached>,
+    /// When its guest is answered, by the newest attach that said so, as the stream's code.
+    pub(crate) ack: u8,
+    /// The point of another disk that it began as, by any attach: the agent that has it today need not know.
+    pub(crate) origin: Option<Box<AttachOrigin>>,
     /// In log order.
     pub(crate) takeovers: Vec<Takeover>,
     pub(crate) highest: Lsn,
@@ -174,10 +179,10 @@ impl Timeline {
     }
 
     /// Notes an attach of `epoch`, before anything else of it is.
-    pub(crate) fn note_epoch(&mut self, epoch: Epoch) {
+    pub(crate) fn note_epoch(&mut self, epoch: Epoch, entries: Seq) {
         let before = self.attached.as_ref().map(|attached| attached.epoch);
         if let Some(before) = before.filter(|before| epoch.takes_over_from(*before)) {
-            self.takeovers.push(Takeover { before, epoch, highest: self.highest });
+            self.takeovers.push(Takeover { before, epoch, covered: self.covered(), entries });
             drop_oldest(&mut self.takeovers, TAKEOVERS_MAX);
         }
     }
@@ -216,6 +221,16 @@ impl Timeline {
     /// The newest attach.
     pub fn attached(&self) -> Option<&Attached> {
         self.attached.as_ref()
+    }
+
+    /// When the disk's guest was answered last, as the stream's code; 0 when no agent said.
+    pub fn ack(&self) -> u8 {
+        self.ack
+    }
+
+    /// The point of another disk that this one began as.
+    pub fn origin(&self) -> Option<&AttachOrigin> {
+        self.origin.as_deref()
     }
 
     /// How the disk was taken from an agent whose attach of `epoch` was its last: by the first attach with a higher one, if
@@ -337,6 +352,8 @@ impl Timeline {
         joined.in_interval = after.in_interval;
         joined.last = joined.last.max(after.last);
         joined.attached = after.attached.clone().or(joined.attached);
+        joined.ack = if after.ack == 0 { joined.ack } else { after.ack };
+        joined.origin = after.origin.clone().or(joined.origin);
         joined.takeovers.extend_from_slice(&after.takeovers);
         joined.highest = joined.highest.max(after.highest);
         joined.records += after.records;

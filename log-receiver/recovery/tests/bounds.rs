@@ -22,6 +22,7 @@ fn attach(epoch: u64, next_lsn: u64, size: u64) -> Entry {
         size: ByteCount(size),
         name: "vm1".parse().expect("a name"),
         time: CaptureTime(epoch),
+        facts: Default::default(),
     }
 }
 

@@ -21,6 +21,7 @@ fn attach(epoch: u64) -> Entry {
         size: ByteCount(1 << 20),
         name: "vm1".parse().expect("a name"),
         time: CaptureTime(epoch),
+        facts: Default::default(),
     }
 }
 

@@ -3,7 +3,8 @@
 use backtide_recovery::{
     Entry, Interval, InvalidEntry, PassContent, PassReason, PointError, TimedLsn, Timeline,
 };
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, Lsn, PayloadChecksum};
+use backtide_segment::{AttachFacts, AttachOrigin, Seq};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, Lsn, PayloadChecksum};
 
 fn at(number: u64) -> TimedLsn {
     TimedLsn { lsn: Lsn(number), time: CaptureTime(number * 10) }
@@ -133,6 +134,7 @@ fn an_attach_alone_leaves_no_hole() {
         size: ByteCount(1 << 20),
         name: "vm1".parse().expect("a name"),
         time: CaptureTime(1),
+        facts: AttachFacts::default(),
     };
     let timeline = told(&[begin(1, 0), end(1, Some(1)), record(2), attach.clone(), record(100)]);
     assert_eq!(intervals(&timeline), [(1, 100)]);
@@ -143,34 +145,62 @@ fn an_attach_alone_leaves_no_hole() {
 
 #[test]
 fn a_takeover_tells_how_far_the_log_was_and_from_whom() {
-    let attach = |epoch: u64, next_lsn| Entry::Attach {
+    let attach = |epoch: u64, next_lsn, before| Entry::Attach {
         epoch: Epoch(epoch),
         attach: uuid::Uuid::from_u128(epoch.into()),
         next_lsn: Lsn(next_lsn),
         size: ByteCount(1 << 20),
         name: "vm1".parse().expect("a name"),
         time: CaptureTime(1),
+        facts: AttachFacts { before: Seq(before), ..AttachFacts::default() },
     };
     let second = Epoch(3).taken_over();
     let third = Epoch(second.0 + 5).taken_over();
     let timeline = told(&[
-        attach(3, 1),
+        attach(3, 1, 0),
         begin(1, 0),
         end(1, Some(1)),
         record(7),
-        attach(second.0, 8),
-        attach(second.0 + 1, 8),
-        record(9),
-        attach(third.0, 10),
+        // An agent that says hello with LSNs of which nothing came brings nothing of them.
+        attach(4, 90, 4),
+        attach(second.0, 91, 5),
+        attach(second.0 + 1, 91, 6),
+        record(99),
+        attach(third.0, 100, 8),
     ]);
-    let from =
-        |epoch| timeline.takeover_from(Epoch(epoch)).map(|takeover| (takeover.epoch, takeover.highest));
-    assert_eq!(from(3), Some((second, Lsn(7))));
-    assert_eq!(from(4), Some((second, Lsn(7))), "it may have tried again while it was cut off");
-    assert_eq!(from(2), None, "an attach of its own came after that one");
+    let from = |epoch| {
+        let takeover = timeline.takeover_from(Epoch(epoch));
+        takeover.map(|takeover| (takeover.epoch, takeover.covered, takeover.entries))
+    };
+    assert_eq!(from(4), Some((second, Lsn(7), Seq(5))));
+    assert_eq!(from(5), Some((second, Lsn(7), Seq(5))), "it may have tried again while it was cut off");
+    assert_eq!(from(3), None, "an attach of its own came after that one");
     assert_eq!(from(second.0), None, "that had another attach");
-    assert_eq!(from(second.0 + 1), Some((third, Lsn(9))));
+    assert_eq!(from(second.0 + 1), Some((third, Lsn(99), Seq(8))));
     assert_eq!(from(third.0), None, "nobody has taken it");
+}
+
+#[test]
+fn what_a_disk_began_as_outlives_the_agent_that_knew_it() {
+    let attach = |epoch: u64, facts| Entry::Attach {
+        epoch: Epoch(epoch),
+        attach: uuid::Uuid::from_u128(epoch.into()),
+        next_lsn: Lsn(1),
+        size: ByteCount(1 << 20),
+        name: "vm1".parse().expect("a name"),
+        time: CaptureTime(1),
+        facts,
+    };
+    let origin = Box::new(AttachOrigin {
+        receiver: "tcp://keeper:7400".to_owned(),
+        disk: DiskId(uuid::Uuid::from_u128(9)),
+        name: "golden".parse().expect("a name"),
+        lsn: Lsn(5),
+        time: CaptureTime(1),
+    });
+    let first = AttachFacts { before: Seq(0), ack: 3, origin: Some(origin.clone()) };
+    let timeline = told(&[attach(1, first), attach(2, AttachFacts::default())]);
+    assert_eq!((timeline.origin(), timeline.ack()), (Some(&*origin), 3));
 }
 
 #[test]

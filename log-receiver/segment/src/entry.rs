@@ -7,7 +7,7 @@ use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskName, Epoch, Lsn, Pa
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::entry_header::ATTACH_ID_LENGTH;
+use crate::AttachFacts;
 
 /// Largest payload of one entry: an NBD request of 32 MiB.
 pub const PAYLOAD_MAX: ByteCount = ByteCount(32 << 20);
@@ -109,6 +109,8 @@ pub enum Entry {
         name: DiskName,
         /// When.
         time: CaptureTime,
+        /// What else is known of it.
+        facts: AttachFacts,
     },
 }
 
@@ -188,7 +190,7 @@ impl Entry {
             | Self::PassData { content: PassContent::Bytes { payload, .. }, .. } => ByteCount::of(payload),
             Self::PassBegin { reason, .. } => ByteCount::of(reason.text.as_bytes()),
             Self::Mark { label, .. } => ByteCount::of(label.as_bytes()),
-            Self::Attach { name, .. } => ByteCount((ATTACH_ID_LENGTH + name.as_str().len()) as u64),
+            Self::Attach { name, facts, .. } => ByteCount::of(&facts.encode(Uuid::nil(), name)),
             Self::Zero { .. }
             | Self::PassData { content: PassContent::Zeroes, .. }
             | Self::Flush { .. }

@@ -5,18 +5,16 @@
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, Lsn, PayloadChecksum};
 use bytes::{Buf, BufMut, Bytes};
-use uuid::Uuid;
 
-use crate::{Entry, PAYLOAD_MAX, PassContent, PassReason, SegmentId, Seq, TEXT_MAX, pieces::table_length};
+use crate::{
+    AttachFacts, Entry, PAYLOAD_MAX, PassContent, PassReason, SegmentId, Seq, TEXT_MAX, pieces::table_length,
+};
 
 /// Bytes of an entry's header.
 pub const ENTRY_HEADER_LENGTH: usize = 64;
 
 /// Entries begin at multiples of this.
 pub(crate) const ALIGNMENT: u64 = 8;
-
-/// The id before the name in an attach's payload.
-pub(crate) const ATTACH_ID_LENGTH: usize = 16;
 
 /// No claim about what was synced.
 const NO_CLAIM: u32 = u32::MAX;
@@ -208,10 +206,10 @@ impl EntryHeader {
                 (self.lsn, self.time) = (*lsn, *time);
                 text(label)
             }
-            Entry::Attach { epoch, attach, next_lsn, size, name, time } => {
+            Entry::Attach { epoch, attach, next_lsn, size, name, time, facts } => {
                 self.kind = EntryKind::Attach;
                 (self.lsn, self.time, self.offset, self.length) = (*next_lsn, *time, epoch.0, size.0);
-                [attach.as_bytes(), name.as_str().as_bytes()].concat().into()
+                facts.encode(*attach, name)
             }
         }
     }
@@ -227,9 +225,6 @@ impl EntryHeader {
             EntryKind::Write | EntryKind::Zero | EntryKind::PassData => self.check_data(),
             EntryKind::Flush | EntryKind::Unchanged | EntryKind::PassEnd if self.payload_length != 0 => {
                 Some("a payload where none can be")
-            }
-            EntryKind::Attach if (self.payload_length as usize) < ATTACH_ID_LENGTH => {
-                Some("an attach without its id")
             }
             EntryKind::PassBegin if self.code > 255 => Some("a reason code beyond 255"),
             EntryKind::Flush
@@ -393,15 +388,10 @@ impl EntryHeader {
             }
             EntryKind::Mark => Entry::Mark { lsn, time, label: text()? },
             EntryKind::Attach => {
-                let (attach, name) = payload.split_first_chunk().ok_or("an attach without its id")?;
-                Entry::Attach {
-                    epoch: Epoch(self.offset),
-                    attach: Uuid::from_bytes(*attach),
-                    next_lsn: lsn,
-                    size: ByteCount(self.length),
-                    name: utf8(name)?.parse().map_err(|_| "its text is no disk name")?,
-                    time,
-                }
+                let told = AttachFacts::decode(&payload).ok_or("an attach that tells no disk")?;
+                let (attach, facts, name) = told;
+                let (epoch, size) = (Epoch(self.offset), ByteCount(self.length));
+                Entry::Attach { epoch, attach, next_lsn: lsn, size, name, time, facts }
             }
         })
     }

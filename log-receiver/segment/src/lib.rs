@@ -4,6 +4,7 @@
 //! every byte; this crate reads and writes them, one file at a time, and knows nothing of order
 //! between files, recovery points, sockets or clocks.
 
+mod attach;
 mod bucket;
 mod contents;
 mod entry;
@@ -24,6 +25,7 @@ mod sealed;
 mod verdict;
 mod writer;
 
+pub use attach::{AttachFacts, AttachOrigin};
 pub use bucket::{Bucket, DISK_SIZE_MAX, LEVELS};
 pub use contents::{Contents, RecordRun, SegmentStats, Step, Stretch};
 pub use entry::{Entry, PAYLOAD_MAX, PassContent, PassReason, TEXT_MAX};

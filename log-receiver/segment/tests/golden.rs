@@ -10,8 +10,8 @@ use std::{
 };
 
 use backtide_segment::{
-    Contents, Entry, Extent, PassContent, PassReason, Position, SealedSegment, SegmentFile, SegmentHeader,
-    SegmentId, SegmentWriter, Seq, Step, Summary, WriterOptions, inspect, scan,
+    AttachFacts, AttachOrigin, Contents, Entry, Extent, PassContent, PassReason, Position, SealedSegment,
+    SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq, Step, Summary, WriterOptions, inspect, scan,
 };
 use backtide_storage::{MemoryStorage, Storage, read_file};
 use backtide_units::{
@@ -38,6 +38,13 @@ fn entries() -> Vec<Entry> {
     let (write_crc, write) = payload(0xa1, 513);
     let (pass_crc, pass) = payload(0xb2, 100);
     let name: DiskName = "golden".parse().expect("a name");
+    let origin = AttachOrigin {
+        receiver: "tcp://keeper:7400".to_owned(),
+        disk: DiskId(Uuid::from_u128(0x89ab)),
+        name: "template".parse().expect("a name"),
+        lsn: Lsn(7),
+        time: time(0),
+    };
     vec![
         Entry::Attach {
             epoch: Epoch(3),
@@ -46,6 +53,7 @@ fn entries() -> Vec<Entry> {
             size: ByteCount(1 << 30),
             name,
             time: time(0),
+            facts: AttachFacts { before: Seq(39), ack: 3, origin: Some(Box::new(origin)) },
         },
         Entry::PassBegin {
             at: Lsn(10),
@@ -250,7 +258,7 @@ fn every_flipped_bit_of_a_sealed_file_is_noticed() {
         unnoticed += u64::from(whole);
     }
     // Padding behind payloads is in no checksum, and holds nothing.
-    assert_eq!(unnoticed, 2 + 4 + 7 + 6);
+    assert_eq!(unnoticed, 4 + 4 + 7 + 6);
 }
 
 /// The long entry of `pieces.seg` as an index knows it.

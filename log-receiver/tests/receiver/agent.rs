@@ -122,6 +122,8 @@ pub(crate) fn hello(number: u128, name: &str) -> Hello {
         tracking: Tracking::New,
         next_lsn: Lsn(1),
         acked_durable: Lsn::ZERO,
+        ack: None,
+        origin: None,
     }
 }
 

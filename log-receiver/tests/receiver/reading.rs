@@ -1,11 +1,15 @@
 //! Points read over the stream: the same as a mount gives, held while they are read and as long as an owner
 //! wants, and nobody else's trouble.
 
+use backtide_log_receiver::Receiver;
 use backtide_protocol::{
-    Blocks, CloseCode, FETCH_BYTES_MAX, FailureCode, Message, OpenPoint, PROTOCOL_VERSION, Reading,
+    AckPolicy, Blocks, CloseCode, FETCH_BYTES_MAX, FailureCode, Hello, Message, OpenPoint, OriginPoint,
+    PROTOCOL_VERSION, Reading,
 };
 use backtide_receiver_api::{DiffRequest, KeepRequest};
-use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, DiskName, HistoryId, Lsn};
+use backtide_units::{
+    BlockRange, ByteCount, ByteOffset, ByteRange, DiskName, Epoch, HistoryId, LogPosition, Lsn,
+};
 use roaring::RoaringTreemap;
 use uuid::Uuid;
 
@@ -232,5 +236,72 @@ async fn pings_of_an_agent_that_takes_nothing_are_not_all_answered() {
         }
     }
     assert!((1..PINGS / 2).contains(&answered), "{answered}");
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_agent_left_is_known_only_when_all_it_was_told_of_was_here_then() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, _) = write_history(&receiver).await;
+    agent.send(&pass_begin(30, 21, backtide_units::Reason::ReceiverAway)).await;
+    agent.send(&pass_data(30, 40960, vec![30; 8192])).await;
+    agent.all_durable().await;
+    let history = PointReader::open(&receiver, open("vm1", None)).await.opened.history;
+    // The agent of a receiver that was put back: its hello names LSNs of which nothing came.
+    let attach = |epoch: Epoch| Hello {
+        history: Some(history),
+        epoch,
+        attach: Uuid::from_u128(epoch.0.into()),
+        next_lsn: Lsn(90),
+        ..hello(1, "vm1")
+    };
+    let (last, taken) = (Epoch(2), Epoch(2).taken_over());
+    drop(Agent::welcomed(&receiver, attach(last)).await);
+    let (mut other, welcome) = Agent::welcomed(&receiver, attach(taken)).await;
+    let entries = welcome.position.0;
+    other.send(&pass_begin(100, 21, backtide_units::Reason::ResyncInterrupted)).await;
+    other.send(&pass_data(100, 40960, vec![21; 4096])).await;
+    other.send(&pass_end(100)).await;
+    other.all_durable().await;
+    let mut reader = PointReader::open(&receiver, open("vm1", None)).await;
+    let mut left = async |durable: u64, entries: u64| {
+        let (durable, entries) = (Lsn(durable), LogPosition(entries));
+        reader.blocks(Blocks::Left { epoch: last, durable, entries }).await
+    };
+    // Up to 30 it has them, and the other agent brought one block after that; up to 21 it lacks the pass.
+    assert_eq!(left(30, entries).await.unwrap(), [10].into_iter().collect());
+    assert_eq!(left(21, entries - 1).await.unwrap(), [10, 11].into_iter().collect());
+    for (durable, entries) in [(31, entries), (89, entries), (30, entries + 1)] {
+        let gone = left(durable, entries).await.unwrap_err();
+        assert!(gone.code == FailureCode::Gone && gone.message.contains("had been durable here"), "{gone:?}");
+    }
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_asks_is_told_how_a_disk_was_answered_and_what_it_began_as() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let origin = OriginPoint {
+        receiver: "tcp://keeper:7400".to_owned(),
+        disk: hello(9, "golden").disk,
+        name: "golden".parse().unwrap(),
+        lsn: Lsn(70),
+        time: time(7),
+    };
+    let first = Hello { ack: Some(AckPolicy::Durable), origin: Some(origin), ..hello(1, "vm1") };
+    drop(Agent::welcomed(&receiver, first).await);
+    // Another agent, which knows nothing of that.
+    drop(Agent::welcomed(&receiver, Hello { epoch: Epoch(2), ..hello(1, "vm1") }).await);
+    let told = async |receiver: &Receiver| {
+        let disk = client(receiver).disks(None).await.unwrap().disks.remove(0);
+        (disk.ack, disk.origin.map(|origin| (origin.disk.to_string(), origin.lsn, origin.time)))
+    };
+    let expected = (Some("durable".to_owned()), Some(("golden".to_owned(), Lsn(70), time(7))));
+    assert_eq!(told(&receiver).await, expected);
+    receiver.shutdown().await;
+    let receiver = place.start().await;
+    assert_eq!(told(&receiver).await, expected);
     receiver.shutdown().await;
 }

@@ -14,7 +14,7 @@ use backtide_protocol::{
     ReceiverState, Welcome,
 };
 use backtide_recovery::Timeline;
-use backtide_segment::{Entry, PassContent};
+use backtide_segment::{Entry, PassContent, Seq};
 use backtide_units::{CaptureTime, HistoryId, LogPosition, Lsn};
 use uuid::Uuid;
 
@@ -84,7 +84,7 @@ impl Receiver {
         }
         let before = self.log.len();
         if attached.is_none_or(|seen| seen.epoch != hello.epoch) {
-            self.append(entries::attach(hello, TIME)).map_err(|_| CloseCode::Invalid)?;
+            self.append(entries::attach(hello, Seq(before as u64), TIME)).map_err(|_| CloseCode::Invalid)?;
         }
         let known = hello.history == Some(HISTORY);
         Ok(Session::AwaitClaim { before, through: self.log.len(), frame, known, fresh })

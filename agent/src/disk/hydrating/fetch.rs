@@ -16,7 +16,7 @@ use std::{
 use backtide_hydration::{FetchId, Kind};
 use backtide_io_filter::IoFailure;
 use backtide_storage::{ImageFile, KillPoint};
-use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteRange, DiskId};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteRange, DiskId, Epoch};
 
 use super::{FAILURES_MAX, HydratingDisk};
 use crate::disk::{
@@ -53,13 +53,14 @@ impl Ahead {
 const STORE_RETRY: Duration = Duration::from_secs(5);
 
 /// For whom the receiver keeps a point that a disk lacks blocks of.
-pub(crate) fn owner(disk: DiskId) -> String {
-    format!("missing blocks of disk {disk}")
+/// Another attach, on another host, does not hold and release in its name; who comes later takes its place.
+pub(crate) fn owner(disk: DiskId, epoch: Epoch) -> String {
+    format!("missing blocks of disk {disk} (attach {epoch})")
 }
 
 /// The same while a disk that lacks blocks of another point is being set to this one.
-pub(crate) fn rewinding(disk: DiskId) -> String {
-    format!("a rewind of disk {disk}")
+pub(crate) fn rewinding(disk: DiskId, epoch: Epoch) -> String {
+    format!("a rewind of disk {disk} (attach {epoch})")
 }
 
 /// So many runs are fetched between two flushes: a journal is begun anew at one, when it has become long.
@@ -253,7 +254,7 @@ impl HydratingDisk {
 
     /// The receiver need not keep the point any longer.
     async fn release(&self) {
-        let owner = owner(self.file.header().disk);
+        let owner = owner(self.file.header().disk, self.file.header().epoch);
         let mut pause = RETRY_FIRST;
         while !self.stopped.get() {
             let released = tokio::select! {
@@ -341,10 +342,10 @@ impl HydratingDisk {
 
     /// In every name in which the receiver may keep this point for the disk.
     async fn give_up_point(&self) -> Result<(), FetchError> {
-        let disk = self.file.header().disk;
-        self.source.release(&owner(disk)).await?;
+        let (disk, epoch) = (self.file.header().disk, self.file.header().epoch);
+        self.source.release(&owner(disk, epoch)).await?;
         match self.file.header().kind {
-            Kind::Rewind => self.source.release(&rewinding(disk)).await,
+            Kind::Rewind => self.source.release(&rewinding(disk, epoch)).await,
             Kind::Origin | Kind::Failover => Ok(()),
         }
     }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 
 use backtide_hydration::SourcePoint;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
+use backtide_units::{BlockRange, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn};
 use bytes::Bytes;
 use tokio::sync::Notify;
 
@@ -124,7 +124,7 @@ impl PointSource for FakeSource {
         Box::pin(async { Ok(DirtyBitmap::of(BlockRange::whole_disk(self.point.size))) })
     }
 
-    fn left(&self, _epoch: Epoch, _durable: Lsn) -> Fetching<'_, DirtyBitmap> {
+    fn left(&self, _epoch: Epoch, _durable: Lsn, _entries: LogPosition) -> Fetching<'_, DirtyBitmap> {
         self.changed(Lsn::ZERO)
     }
 

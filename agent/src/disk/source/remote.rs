@@ -11,7 +11,7 @@ use backtide_protocol::{
     Blocks, CloseCode, Closed, Decoder, Message, OpenPoint, PROTOCOL_VERSION, PointOpened, Reading, encode,
 };
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockIndex, BlockRange, ByteRange, DiskId, Epoch, HistoryId, Lsn};
+use backtide_units::{BlockIndex, BlockRange, ByteRange, DiskId, Epoch, HistoryId, LogPosition, Lsn};
 use roaring::RoaringTreemap;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -268,8 +268,8 @@ impl PointSource for RemotePoint {
         Box::pin(self.blocks(Blocks::Changed(since)))
     }
 
-    fn left(&self, epoch: Epoch, durable: Lsn) -> Fetching<'_, DirtyBitmap> {
-        Box::pin(self.blocks(Blocks::Left { epoch, durable }))
+    fn left(&self, epoch: Epoch, durable: Lsn, entries: LogPosition) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(self.blocks(Blocks::Left { epoch, durable, entries }))
     }
 
     fn damaged(&self, since: Option<Lsn>) -> Fetching<'_, DirtyBitmap> {

@@ -8,7 +8,7 @@ use std::{cell::OnceCell, rc::Rc, sync::Arc, time::Duration};
 use backtide_control::ApiError;
 use backtide_hydration::SourcePoint;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, DiskId, HistoryId, Lsn};
+use backtide_units::{BlockRange, HistoryId, Lsn};
 use tokio::task::LocalSet;
 
 use super::super::{Registry, origin::fetch_error, waiting};
@@ -28,7 +28,7 @@ const FIND_TIME: Duration = Duration::from_secs(60);
 const LOOK_TIME: Duration = Duration::from_secs(20);
 
 /// How long it may take to give up a point.
-const RELEASE_TIME: Duration = Duration::from_secs(10);
+pub(in crate::registry) const RELEASE_TIME: Duration = Duration::from_secs(10);
 
 /// Where a disk is to be set.
 #[derive(Clone)]
@@ -59,8 +59,9 @@ pub(super) struct Plan {
 }
 
 /// In whose name the receiver keeps a point while a disk is being set to it.
-pub(super) fn keeper(disk: DiskId, lacks_another: bool) -> String {
-    if lacks_another { rewinding(disk) } else { owner(disk) }
+pub(super) fn keeper(record: &DiskRecord, lacks_another: bool) -> String {
+    let named = if lacks_another { rewinding } else { owner };
+    named(record.uuid, record.epoch)
 }
 
 impl Registry {
@@ -134,8 +135,8 @@ impl Registry {
         keeper: String,
         lacks: bool,
     ) {
-        let uuid = record.uuid;
-        if lacks && keeper == owner(uuid) {
+        let kept_as = owner(record.uuid, record.epoch);
+        if lacks && keeper == kept_as {
             return;
         }
         let tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
@@ -145,7 +146,7 @@ impl Registry {
             let source = sources.open(source, Dialer::new(receiver, tls));
             let settled = async {
                 if lacks {
-                    source.hold(&owner(uuid)).await?;
+                    source.hold(&kept_as).await?;
                 }
                 source.release(&keeper).await
             };

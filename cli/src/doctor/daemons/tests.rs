@@ -41,6 +41,8 @@ fn kept_disk(last_time: u64) -> ReceiverDisk {
         received: Lsn(9),
         durable: Lsn(9),
         last_time: Some(CaptureTime(last_time)),
+        ack: None,
+        origin: None,
         log_bytes: ByteCount(0),
         segments: 1,
         error: None,

@@ -79,7 +79,10 @@ fn one_of_each_reading() -> Vec<Reading> {
         Reading::AskBlocks { id: 3, which: Blocks::Changed(Lsn(4)) },
         Reading::AskBlocks { id: 3, which: Blocks::Damaged(None) },
         Reading::AskBlocks { id: 3, which: Blocks::Damaged(Some(Lsn(0))) },
-        Reading::AskBlocks { id: 3, which: Blocks::Left { epoch: Epoch(5), durable: Lsn(4) } },
+        Reading::AskBlocks {
+            id: 3,
+            which: Blocks::Left { epoch: Epoch(5), durable: Lsn(4), entries: LogPosition(6) },
+        },
         Reading::Blocks { id: 3, first: BlockIndex(1 << 22), blocks: [0, 70_000].into_iter().collect() },
         Reading::Hold { id: 4, owner: "rewind of vm1".into() },
         Reading::Release { id: 4, owner: "rewind of vm1".into() },

@@ -1,6 +1,6 @@
 //! How the messages of a connection that reads a point lie on the wire.
 
-use backtide_units::{BlockIndex, Epoch, Lsn};
+use backtide_units::{BlockIndex, Epoch, LogPosition, Lsn};
 use bytes::{Buf, Bytes};
 use roaring::RoaringBitmap;
 
@@ -29,14 +29,15 @@ pub(super) fn encode(reading: &Reading) -> (Header, Data) {
             (of(Type::Piece, *id, range.start().0, range.count().0), data.clone())
         }
         Reading::AskBlocks { id, which } => {
-            let (flags, since, epoch) = match which {
-                Blocks::Data => (0, Lsn::ZERO, Epoch(0)),
-                Blocks::Changed(since) => (FLAG_CHANGED, *since, Epoch(0)),
-                Blocks::Damaged(None) => (FLAG_DAMAGED, Lsn::ZERO, Epoch(0)),
-                Blocks::Damaged(Some(since)) => (FLAG_DAMAGED | FLAG_CHANGED, *since, Epoch(0)),
-                Blocks::Left { epoch, durable } => (FLAG_LEFT, *durable, *epoch),
+            let (flags, since, epoch, entries) = match which {
+                Blocks::Data => (0, Lsn::ZERO, 0, 0),
+                Blocks::Changed(since) => (FLAG_CHANGED, *since, 0, 0),
+                Blocks::Damaged(None) => (FLAG_DAMAGED, Lsn::ZERO, 0, 0),
+                Blocks::Damaged(Some(since)) => (FLAG_DAMAGED | FLAG_CHANGED, *since, 0, 0),
+                Blocks::Left { epoch, durable, entries } => (FLAG_LEFT, *durable, epoch.0, entries.0),
             };
-            (Header { flags, ..Header::of(Type::AskBlocks).fields(*id, since.0, epoch.0, 0) }, none())
+            let header = Header::of(Type::AskBlocks).fields(*id, since.0, epoch, entries);
+            (Header { flags, ..header }, none())
         }
         Reading::Blocks { id, first, blocks } => {
             let mut payload = Vec::with_capacity(blocks.serialized_size());
@@ -72,7 +73,7 @@ pub(super) fn decode(header: &Header, data: Data) -> Result<Reading, ProtocolErr
                 FLAG_CHANGED => Blocks::Changed(Lsn(b)),
                 FLAG_DAMAGED => Blocks::Damaged(None),
                 flags if flags == FLAG_DAMAGED | FLAG_CHANGED => Blocks::Damaged(Some(Lsn(b))),
-                FLAG_LEFT => Blocks::Left { epoch: Epoch(c), durable: Lsn(b) },
+                FLAG_LEFT => Blocks::Left { epoch: Epoch(c), durable: Lsn(b), entries: LogPosition(d) },
                 other => return Err(invalid("ask-blocks", format!("flags {other:#x}"))),
             };
             Reading::AskBlocks { id, which }

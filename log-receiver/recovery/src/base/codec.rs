@@ -5,7 +5,7 @@
 use std::{path::Path, sync::Arc};
 
 use backtide_images::{ROOT_LENGTH, Root};
-use backtide_segment::{PassReason, SegmentId, Seq};
+use backtide_segment::{AttachFacts, PassReason, SegmentId, Seq};
 use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
 use bytes::{Buf, BufMut};
 use uuid::Uuid;
@@ -99,10 +99,14 @@ fn put_timeline(out: &mut Vec<u8>, timeline: &Timeline) {
         out.put_u64_le(attached.size.0);
         out.put_u64_le(attached.time.0);
     });
+    let facts = AttachFacts { before: Seq(0), ack: timeline.ack, origin: timeline.origin.clone() };
+    out.put_u8(facts.ack);
+    facts.put_origin(out);
     put_list(out, &timeline.takeovers, |out, takeover| {
         out.put_u64_le(takeover.before.0);
         out.put_u64_le(takeover.epoch.0);
-        out.put_u64_le(takeover.highest.0);
+        out.put_u64_le(takeover.covered.0);
+        out.put_u64_le(takeover.entries.0);
     });
     out.put_u64_le(timeline.highest.0);
     out.put_u64_le(timeline.records);
@@ -228,9 +232,10 @@ impl Input<'_> {
             let (name, size) = (input.text()?.parse().ok()?, ByteCount(input.u64()?));
             Some(Attached { epoch, attach, name, size, time: CaptureTime(input.u64()?) })
         })?;
+        let (ack, origin) = (self.u8()?, AttachFacts::get_origin(&mut self.0)?);
         let takeovers = self.list(|input| {
             let (before, epoch) = (Epoch(input.u64()?), Epoch(input.u64()?));
-            Some(Takeover { before, epoch, highest: Lsn(input.u64()?) })
+            Some(Takeover { before, epoch, covered: Lsn(input.u64()?), entries: Seq(input.u64()?) })
         })?;
         let highest = Lsn(self.u64()?);
         let (records, flushes, last_flush) = (self.u64()?, self.u64()?, self.some(Self::timed)?);
@@ -249,6 +254,8 @@ impl Input<'_> {
             in_interval,
             last,
             attached,
+            ack,
+            origin,
             takeovers,
             highest,
             records,

@@ -285,7 +285,8 @@ impl Agent {
         let name = "vm1".parse().expect("a name");
         let (epoch, next_lsn) = (Epoch(self.epoch), self.lsn.next());
         let (attach, size) = (Uuid::from_u128(self.epoch.into()), ByteCount(DISK));
-        self.log.append(Entry::Attach { epoch, attach, next_lsn, size, name, time })?;
+        let facts = Default::default();
+        self.log.append(Entry::Attach { epoch, attach, next_lsn, size, name, time, facts })?;
         Ok(())
     }
 

@@ -175,6 +175,8 @@ pub(super) fn hello() -> Hello {
         tracking: Tracking::New,
         next_lsn: Lsn(1),
         acked_durable: Lsn::ZERO,
+        ack: None,
+        origin: None,
     }
 }
 

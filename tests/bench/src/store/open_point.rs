@@ -140,6 +140,7 @@ fn fill(
         size: ByteCount(SIZE),
         name: "disk".parse()?,
         time: time(0),
+        facts: Default::default(),
     })?;
     let (at, reason) = (Lsn(1), PassReason { code: 1, text: "the first".to_owned() });
     log.append(Entry::PassBegin { at, gap_from: Lsn(0), time: time(1), reason })?;

@@ -90,6 +90,8 @@ impl Peer {
             tracking: Tracking::New,
             next_lsn: Lsn(1),
             acked_durable: Lsn::ZERO,
+            ack: None,
+            origin: None,
         };
         peer.send(&[Message::Hello(hello)]).await?;
         let highest = peer.welcomed().await?;

@@ -49,6 +49,7 @@ fn side(point: KillPoint) -> Side {
         KillPoint::RewindDetached
         | KillPoint::TakenOver
         | KillPoint::HydrationMade
+        | KillPoint::TakenTracking
         | KillPoint::HydrationStored
         | KillPoint::HydrationNoted
         | KillPoint::HydrationFinished => Side::Elsewhere,

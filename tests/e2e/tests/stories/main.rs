@@ -44,6 +44,7 @@ mod service_manager;
 mod spill;
 mod strangers;
 mod timeline;
+mod trusting_back;
 mod verify;
 mod volumes_inside;
 mod writable_mounts;

@@ -1,4 +1,4 @@
-use backtide_segment::{Entry, PassReason};
+use backtide_segment::{AttachOrigin, Entry, PassReason};
 
 use super::*;
 
@@ -6,6 +6,13 @@ fn base() -> Base {
     let mut timeline = Timeline::default();
     let time = CaptureTime(5);
     let reason = || PassReason { code: 3, text: "why".to_owned() };
+    let origin = AttachOrigin {
+        receiver: "unix:/run/keeper.sock".to_owned(),
+        disk: DiskId(Uuid::from_u128(8)),
+        name: "golden".parse().unwrap(),
+        lsn: Lsn(70),
+        time,
+    };
     let attach = Entry::Attach {
         epoch: Epoch(2),
         attach: Uuid::from_u128(9),
@@ -13,10 +20,13 @@ fn base() -> Base {
         size: ByteCount(1 << 20),
         name: "vm1".parse().unwrap(),
         time,
+        facts: AttachFacts { before: Seq(0), ack: 3, origin: Some(Box::new(origin)) },
     };
     let Entry::Attach { attach: id, size, ref name, .. } = attach else { unreachable!("made above") };
     let epoch = Epoch(2).taken_over();
-    let taken_over = Entry::Attach { epoch, attach: id, next_lsn: Lsn(4), size, name: name.clone(), time };
+    let facts = AttachFacts { before: Seq(1), ..AttachFacts::default() };
+    let taken_over =
+        Entry::Attach { epoch, attach: id, next_lsn: Lsn(4), size, name: name.clone(), time, facts };
     let entries = [
         attach,
         taken_over,

@@ -1,0 +1,220 @@
+//! What a failback trusts: not a receiver that was put back within a pass, nor an image that is not the disk's, nor an epoch that
+//! two agents had; and the same command again goes on with what is under way.
+
+use std::path::Path;
+
+use backtide_e2e::{Bench, Daemon, Disk, OtherHost, tools};
+use serde_json::{Value, json};
+
+const SIZE: u64 = 64 << 20;
+const MIB: u64 = 1 << 20;
+
+/// Waits until the disk lacks nothing, and the receiver has everything.
+fn whole(disk: &Disk<'_>) {
+    disk.settle();
+    disk.until("whole", |status| status["hydration"].is_null());
+    disk.settle();
+}
+
+/// The other host has the disk, writes, and lets go of it.
+fn there_and_back(other: &OtherHost<'_>, gone: &[&str]) {
+    let gone = match gone {
+        ["failover", rest @ ..] => other.failover(rest),
+        command => other.run(command),
+    };
+    assert_eq!(gone.code, 0, "{gone:?}");
+    tools::qemu_io(&other.uri(), &["write -P 0x22 40M 64k", "flush"]);
+    other.settle();
+    assert_eq!(other.run(&["detach", "vm1"]).code, 0);
+}
+
+/// The disk here is what it was at the other host.
+fn is_what_it_was_there(bench: &Bench, disk: &Disk<'_>) {
+    whole(disk);
+    tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
+    disk.latest_is_the_image();
+    assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0);
+}
+
+/// The receiver is stopped, and begins with the copy of its store.
+fn put_back(bench: &Bench, receiver: Daemon) -> Daemon {
+    assert_eq!(receiver.stop(), 0);
+    tools::run("rm", &["-r", &bench.name("store")]);
+    std::fs::rename(bench.path("old"), bench.path("store")).unwrap();
+    bench.receiver()
+}
+
+#[test]
+fn a_receiver_that_was_put_back_within_a_pass_cannot_pass_for_one_that_has_it() {
+    let bench = Bench::new();
+    let (receiver, mut first, disk) = bench.protected(SIZE, &["--window", "1MiB"]);
+    disk.qemu_io(&["write -P 0x11 0 16M", "flush"]);
+    disk.settle();
+    assert_eq!(receiver.stop(), 0);
+    // More than the window keeps: only a pass brings it.
+    disk.qemu_io(&["write -P 0x12 0 16M", "flush"]);
+    bench.json(&["limits", "vm1", "--resync-rate", "4096"]);
+    let mut receiver = bench.receiver();
+    let begun = disk.until("the pass has begun", |status| status["resync"].is_object());
+    let dirty = |status: &Value| status["dirty"]["bytes"].as_u64().unwrap();
+    let at_copy = dirty(&disk.until("something has come", |status| dirty(status) < 16 * MIB));
+    receiver.signal("STOP");
+    tools::run("cp", &["-a", &bench.name("store"), &bench.name("old")]);
+    receiver.signal("CONT");
+    // The agent may have taken it for dead; then this would be another pass.
+    let pass = |status: &Value| status["resync"]["at"].clone();
+    bench.json(&["limits", "vm1", "--resync-rate", "1MiB"]);
+    let more = disk.until("more has come", |status| dirty(status) + 2 * MIB < at_copy);
+    assert_eq!(pass(&more), pass(&begun), "the same pass goes on");
+    bench.json_ending(3, &["detach", "vm1"]);
+    receiver.may_complain("the disk's log");
+    let _receiver = put_back(&bench, receiver);
+    let (other, _second) = OtherHost::start(&bench);
+    there_and_back(&other, &["failover", "--yes"]);
+    first.may_complain("everything is compared");
+    let report = bench.json(&["failback", "vm1", "--yes"]);
+    let why = report["everything_because"].as_str().unwrap_or_else(|| panic!("{report}"));
+    assert!(why.contains("had been durable here"), "{why}");
+    bench.json(&["limits", "vm1", "--resync-rate", "0"]);
+    is_what_it_was_there(&bench, &disk);
+}
+
+#[test]
+fn an_image_that_is_not_the_one_the_disk_had_is_not_overwritten_unasked() {
+    let bench = Bench::new();
+    let (_receiver, _first, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 8M", "flush"]);
+    disk.settle();
+    bench.json(&["detach", "vm1"]);
+    let (other, _second) = OtherHost::start(&bench);
+    there_and_back(&other, &["failover", "--yes"]);
+    let somebodys = bench.image("c.img", SIZE);
+    tools::qemu_io(somebodys.to_str().unwrap(), &["write -P 0x77 0 1M"]);
+    for size in [SIZE, SIZE / 2] {
+        std::fs::File::options().write(true).open(&somebodys).unwrap().set_len(size).unwrap();
+        let at_image = std::fs::read(&somebodys).unwrap();
+        std::fs::rename(&disk.image, bench.path("kept.img")).unwrap();
+        std::fs::rename(&somebodys, &disk.image).unwrap();
+        let said = bench.run(&["failback", "vm1", "--yes"]);
+        assert_eq!((said.code, said.error()["code"].clone()), (5, json!("refused")), "{said:?}");
+        let shown = said.error()["hint"].as_str().unwrap().contains("--force");
+        assert!(shown, "{said:?}");
+        assert!(std::fs::read(&disk.image).unwrap() == at_image, "it was not touched");
+        std::fs::rename(&disk.image, &somebodys).unwrap();
+        std::fs::rename(bench.path("kept.img"), &disk.image).unwrap();
+    }
+    // With the right one nothing has changed.
+    let report = bench.json(&["failback", "vm1", "--yes", "--wait"]);
+    assert_eq!(
+        (&report["everything_because"], &report["fetched_bytes"]),
+        (&Value::Null, &json!(64 << 10)),
+        "{report}"
+    );
+    is_what_it_was_there(&bench, &disk);
+    bench.json(&["detach", "vm1"]);
+    there_and_back(&other, &["failback", "vm1", "--yes"]);
+    std::fs::rename(&somebodys, &disk.image).unwrap();
+    let report = bench.json(&["failback", "vm1", "--yes", "--force", "--wait"]);
+    let why = report["everything_because"].as_str().unwrap_or_else(|| panic!("{report}"));
+    assert!(why.contains("it is not that one"), "{why}");
+    is_what_it_was_there(&bench, &disk);
+}
+
+#[test]
+fn two_agents_with_one_epoch_leave_no_dead_end_and_no_old_image() {
+    let bench = Bench::new();
+    let (_receiver, first, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 8M", "flush"]);
+    disk.settle();
+    assert_eq!(first.stop(), 0);
+    // A copy of the first host's state goes on at another one, with a copy of the image.
+    let other = OtherHost::new(&bench);
+    tools::run("cp", &["-a", &bench.name("state"), &bench.name("b/state")]);
+    tools::run("cp", &[&disk.image, &bench.name("b.img")]);
+    let record = bench.path("b/state/vm1.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    std::fs::write(&record, text.replace(&disk.image, &bench.name("b.img"))).unwrap();
+    let mut second = other.agent();
+    second.may_complain("everything is compared");
+    other.settle();
+    tools::qemu_io(&other.uri(), &["write -P 0x22 40M 64k", "flush"]);
+    other.settle();
+    assert_eq!(other.run(&["detach", "vm1"]).code, 0);
+    let mut first = bench.agent();
+    first.may_complain("another agent has disk vm1");
+    first.may_complain("fenced");
+    first.may_complain("everything is compared");
+    let fenced = disk.until("it is fenced", |status| status["reason_code"] == "fenced");
+    assert_eq!(fenced["epoch"], other_epoch(&bench), "both had it");
+    bench.json(&["detach", "vm1"]);
+    let report = bench.json(&["failback", "vm1", "--yes", "--wait"]);
+    let why = report["everything_because"].as_str().unwrap_or_else(|| panic!("{report}"));
+    assert!(why.contains("nobody knows how"), "{why}");
+    is_what_it_was_there(&bench, &disk);
+}
+
+/// The epoch that the receiver knows.
+fn other_epoch(bench: &Bench) -> Value {
+    let record = std::fs::read_to_string(bench.path("b/state/vm1.json")).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
+    record["epoch"].clone()
+}
+
+#[test]
+fn the_same_command_again_goes_on_with_what_is_under_way() {
+    let bench = Bench::new();
+    let (_receiver, _first, disk) = bench.protected(SIZE, &["--ack", "durable"]);
+    disk.qemu_io(&["write -P 0x11 0 8M", "flush"]);
+    disk.settle();
+    bench.json(&["limits", "vm1", "--resync-rate", "4096"]);
+    bench.json(&["detach", "vm1"]);
+    let (other, _second) = OtherHost::start(&bench);
+    there_and_back(&other, &["failover", "--yes"]);
+    let known = other.run(&["failback", "vm1", "--yes"]);
+    assert_eq!(known.code, 5, "nobody has had it since: {known:?}");
+    bench.json(&["failback", "vm1", "--yes"]);
+    let again = bench.json(&["failback", "vm1"]);
+    assert_eq!(
+        (&again["here_already"], &again["fetched_bytes"]),
+        (&json!(true), &json!(64 << 10)),
+        "{again}"
+    );
+    assert_eq!(again["disk"]["ack"], "durable", "{again}");
+    bench.json(&["limits", "vm1", "--resync-rate", "0"]);
+    let done = bench.json(&["failback", "vm1", "--wait"]);
+    assert_eq!((&done["here_already"], &done["disk"]["hydration"]), (&json!(true), &Value::Null), "{done}");
+    is_what_it_was_there(&bench, &disk);
+
+    let early = disk.last();
+    disk.qemu_io(&["write -P 0x44 0 1M", "flush"]);
+    disk.settle();
+    bench.json(&["limits", "vm1", "--resync-rate", "4096"]);
+    let to = format!("lsn:{early}");
+    let first = bench.json(&["rewind", "vm1", "--to", &to, "--yes"]);
+    assert_eq!(first["under_way"], false, "{first}");
+    let again = bench.json(&["rewind", "vm1", "--to", &to]);
+    assert_eq!((&again["under_way"], &again["from"]), (&json!(true), &first["from"]), "{again}");
+    assert_eq!(again["disk"]["epoch"], first["disk"]["epoch"], "nothing was done");
+    bench.json(&["limits", "vm1", "--resync-rate", "0"]);
+    whole(&disk);
+    tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
+}
+
+#[test]
+fn a_disk_keeps_its_promise_to_its_guest_wherever_it_goes_on() {
+    let bench = Bench::new();
+    let (_receiver, _first, disk) = bench.protected(SIZE, &["--ack", "durable"]);
+    disk.qemu_io(&["write -P 0x11 0 1M", "flush"]);
+    disk.settle();
+    bench.json(&["detach", "vm1"]);
+    let (other, _second) = OtherHost::start(&bench);
+    let gone = other.failover(&["--yes"]);
+    assert_eq!(gone.code, 0, "{gone:?}");
+    assert_eq!(other.status()["ack"], "durable");
+    other.settle();
+    assert_eq!(other.run(&["detach", "vm1"]).code, 0);
+    let (image, stream) = (bench.name("b.img"), bench.socket("stream.sock"));
+    let again = other.run(&["attach", "vm1", &image, "--receiver", &stream]);
+    assert_eq!(again.code, 0, "{again:?}");
+    assert_eq!(other.status()["ack"], "durable", "nobody has said otherwise");
+}
