@@ -37,6 +37,11 @@ impl CommitTicket {
         noting.note(ticket.sync())
     }
 
+    /// Whether it should not be synced together with others.
+    pub(crate) fn is_apart(&self) -> bool {
+        self.ticket.has_chores()
+    }
+
     /// Syncs tickets of logs on one storage, see [`SyncTicket::sync_together`]; blocks. Outcomes come in the order of
     /// the tickets.
     pub fn sync_together(storage: &dyn Storage, tickets: Vec<Self>) -> Vec<CommitOutcome> {

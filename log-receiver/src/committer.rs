@@ -2,19 +2,21 @@
 //!
 //! A ticket that comes alone is synced at once, beside others. When several wait, one run *leads*: it takes all of them
 //! and has them made durable with one flush, where the storage shares flushes. What comes meanwhile waits for the leader's
-//! next round, so that the work of a flush grows with the load and their number does not.
+//! next round, so that the work of a flush grows with the load and their number does not. A ticket with chores, which may
+//! take long or panic, goes its own way: nobody else's bytes wait for them or fall with them.
 //!
-//! Invariant: as long as a ticket waits, a run is due or one leads; so each is synced, unless the receiver ends.
+//! Invariant: as long as a ticket waits, a run is due or one leads, and runs are due for all with chores; so each is
+//! synced, unless the receiver ends.
 
 use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use backtide_storage::Storage;
+use backtide_storage::{Sharing, Storage};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use crate::{
@@ -42,10 +44,20 @@ struct Shared {
     queue: Mutex<Queue>,
     commits: AtomicU64,
     flushes: AtomicU64,
+    told: Told,
+}
+
+/// What was said about flushes that are not shared: each once.
+#[derive(Default)]
+struct Told {
+    not_now: AtomicBool,
+    never: AtomicBool,
 }
 
 #[derive(Default)]
 struct Queue {
+    /// With chores.
+    apart: VecDeque<Job>,
     waiting: VecDeque<Job>,
     /// A run takes whatever waits, as long as that is several.
     led: bool,
@@ -79,7 +91,12 @@ impl Committer {
             queue: Mutex::default(),
             commits: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
+            told: Told::default(),
         });
+        if together_min > 0 {
+            // At the start, when somebody looks.
+            shared.shares_syncs();
+        }
         Ok((Self { shared: Arc::clone(&shared) }, CommitThreads { _threads: threads, shared }))
     }
 
@@ -90,8 +107,11 @@ impl Committer {
             let mut queue = self.shared.queue();
             for ticket in tickets {
                 let (answer, receiver) = oneshot::channel();
-                if !queue.closed {
-                    queue.waiting.push_back(Job { ticket, answer });
+                let job = Job { ticket, answer };
+                match (queue.closed, job.ticket.is_apart()) {
+                    (true, _) => {}
+                    (false, true) => queue.apart.push_back(job),
+                    (false, false) => queue.waiting.push_back(job),
                 }
                 answers.push(receiver);
             }
@@ -124,6 +144,7 @@ impl Drop for CommitThreads {
     fn drop(&mut self) {
         let mut queue = self.shared.queue();
         queue.closed = true;
+        queue.apart.clear();
         queue.waiting.clear();
     }
 }
@@ -138,8 +159,13 @@ impl Shared {
         pool.spawn(move || self.run())
     }
 
-    /// Syncs the ticket that has waited longest, or leads.
+    /// Syncs one with chores or the ticket that has waited longest, or leads.
     fn run(self: Arc<Self>) {
+        let apart = self.queue().apart.pop_front();
+        if let Some(job) = apart {
+            self.sync(job);
+            return;
+        }
         if self.wants_leader() && !std::mem::replace(&mut self.queue().led, true) {
             Leading(self).lead();
             return;
@@ -149,9 +175,13 @@ impl Shared {
             // What waits for a leader is not taken from it: that would be a flush of its own.
             if queue.led && self.are_several(&queue) { None } else { queue.waiting.pop_front() }
         };
-        if let Some(Job { ticket, answer }) = job {
-            self.answer(vec![answer], vec![ticket.sync()]);
+        if let Some(job) = job {
+            self.sync(job);
         }
+    }
+
+    fn sync(&self, Job { ticket, answer }: Job) {
+        self.answer(vec![answer], vec![ticket.sync()]);
     }
 
     fn are_several(&self, queue: &Queue) -> bool {
@@ -161,7 +191,26 @@ impl Shared {
     fn wants_leader(&self) -> bool {
         // The storage is asked outside the lock, for it may take a moment.
         let several = self.are_several(&self.queue());
-        several && self.storage.shares_syncs()
+        several && self.shares_syncs()
+    }
+
+    /// Whether flushes are to be shared now; what stands against it is said once.
+    fn shares_syncs(&self) -> bool {
+        let first = |told: &AtomicBool| !told.swap(true, Ordering::Relaxed);
+        match self.storage.shares_syncs() {
+            Sharing::Cheap => return true,
+            Sharing::NotNow(why) if first(&self.told.not_now) => {
+                tracing::warn!(why, "disks do not share flushes for now, and whenever that is so again");
+            }
+            Sharing::Never(why) if first(&self.told.never) => {
+                tracing::warn!(
+                    why,
+                    "disks do not share flushes (commit_together): each is flushed by itself"
+                );
+            }
+            Sharing::NotNow(_) | Sharing::Never(_) => {}
+        }
+        false
     }
 
     fn answer(&self, answers: Vec<oneshot::Sender<CommitOutcome>>, outcomes: Vec<CommitOutcome>) {

@@ -92,9 +92,9 @@ pub struct Limits {
     /// As many undurable bytes of a disk are not gathered any longer; of what a resync brings eight times as
     /// many. At most half of `undurable_bytes`. Default 4 MiB.
     pub commit_bytes: ByteCount,
-    /// When so many disks wait to be made durable, one flush of the store's file system serves all of them: where
-    /// file system and kernel are good for that, and little else waits to be written. 0 is never, and the default: such a
-    /// flush does not tell of every error that a file's own does.
+    /// When so many disks wait to be made durable, two flushes of the store's file system serve all of them: where
+    /// file system and kernel are good for that, and little else waits to be written. 0 is never, and the default: each
+    /// disk then waits for the bytes of all others.
     pub commit_together: usize,
     /// New data is refused when less than this is free in the store. Default 64 MiB.
     pub free_bytes_min: ByteCount,

@@ -132,9 +132,15 @@ impl Disks {
             std::iter::from_fn(next).map(|id| shelf.open_disk(*id)).collect::<Vec<_>>()
         };
         let opened = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..threads.min(disks.len())).map(|_| scope.spawn(open)).collect();
-            let joined = threads.into_iter().map(|thread| thread.join());
-            joined.flat_map(|opened| opened.unwrap_or_else(|panic| resume_unwind(panic))).collect::<Vec<_>>()
+            let start = |_| std::thread::Builder::new().name("open".to_owned()).spawn_scoped(scope, open);
+            // A system without threads to spare lets fewer do it, or this one alone.
+            let threads: Vec<_> =
+                (0..threads.min(disks.len())).map_while(|number| start(number).ok()).collect();
+            let mut opened = if threads.is_empty() { open() } else { Vec::new() };
+            for thread in threads {
+                opened.extend(thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            }
+            opened
         });
         Self::of(shelf, opened)
     }

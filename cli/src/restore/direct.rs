@@ -23,13 +23,15 @@ const BLOCK: u64 = BUFFER_ALIGNMENT as u64;
 pub(super) struct Direct {
     file: File,
     buffers: BufferPool,
+    is_told: bool,
 }
 
 impl Direct {
     /// None when the file cannot be used like that.
     pub(super) fn of(file: &File) -> Option<Self> {
         let told = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
-        if let Some(told) = told.filter(|told| told.stx_mask & StatxFlags::DIOALIGN.bits() != 0) {
+        let told = told.filter(|told| told.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+        if let Some(told) = &told {
             let usable = |align: u32| align != 0 && BLOCK.is_multiple_of(align.into());
             if !usable(told.stx_dio_offset_align) || !usable(told.stx_dio_mem_align) {
                 return None;
@@ -38,12 +40,21 @@ impl Direct {
         // The same file whatever its name is by now; flags belong to what was opened, so it is opened again.
         let same = format!("/proc/self/fd/{}", file.as_raw_fd());
         let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
-        let direct =
-            Self { file: open(same, flags, Mode::empty()).ok()?.into(), buffers: BufferPool::default() };
+        let direct = Self {
+            file: open(same, flags, Mode::empty()).ok()?.into(),
+            buffers: BufferPool::default(),
+            is_told: told.is_some(),
+        };
         // Some file systems take the flag and then nothing that is read or written.
         let mut block = direct.buffers.take(ByteCount(BLOCK));
         direct.file.read_at(&mut block, 0).ok()?;
         Some(direct)
+    }
+
+    /// Whether the system says that reads come from the device. Some file systems take the flag and read from memory
+    /// all the same, and older kernels do not say.
+    pub(super) fn is_told(&self) -> bool {
+        self.is_told
     }
 
     /// Writes all of `data` at the start of `range`; `through` is the same file through the page cache.
@@ -122,5 +133,13 @@ mod tests {
             }
         }
         assert!(direct.read(range(0, end + 1)).is_err());
+    }
+    #[test]
+    fn a_file_system_in_memory_is_not_taken_for_a_device() {
+        let Ok(directory) = tempfile::tempdir_in("/dev/shm") else { return };
+        let file = File::options().read(true).write(true).create_new(true).open(directory.path().join("f"));
+        let direct = Direct::of(&file.unwrap());
+        // It may take the flag, and says nothing of an alignment.
+        assert!(direct.is_none_or(|direct| !direct.is_told()));
     }
 }

@@ -34,7 +34,7 @@ impl OpenFile {
 
     /// Whether what was written can be read from the device at once.
     pub(super) fn is_direct(&self) -> bool {
-        self.direct.is_some()
+        self.direct.as_ref().is_some_and(|direct| direct.is_told())
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -9,6 +9,7 @@
 //! Both traits are synchronous and object-safe: callers hold `Arc<dyn Storage>`. A call to a
 //! function table is nothing beside a system call, and no generic parameter spreads through the store.
 
+mod batch;
 mod buffer;
 mod image;
 mod kill_point;
@@ -17,10 +18,11 @@ mod real;
 mod ring;
 mod seam;
 
+pub use batch::{SetSync, Sharing, SyncSet};
 pub use buffer::{BUFFER_ALIGNMENT, Buffer, BufferPool};
 pub use image::{Alignment, Cache, ImageError, ImageFile, Opening, Wrote};
 pub use kill_point::KillPoint;
 pub use memory::{MemoryStorage, OperationCounts};
 pub use real::RealStorage;
 pub use ring::{Completion, Ring, RingOp};
-pub use seam::{Storage, StorageFile, read_file, replace_file, replace_with};
+pub use seam::{DeviceId, Storage, StorageFile, read_file, replace_file, replace_with};

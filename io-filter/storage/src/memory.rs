@@ -10,7 +10,8 @@
 //! - A `sync_data` that fails leaves its sectors as they were; a later one that succeeds does *not*
 //!   make them durable unless they are written again.
 //! - Handles from before the cut fail for ever.
-//! - A sync of the whole tree, where it is allowed, is all or nothing.
+//! - A sync of the whole file system, where it is allowed, is all or nothing, and reaches no file that was put on
+//!   another one.
 //!
 //! Also: the power can fail at the n-th operation that changes something (the operation may have
 //! happened in part; every later one fails), the n-th write or sync can fail alone, space can run out
@@ -25,6 +26,7 @@ mod names;
 mod tests;
 
 use std::{
+    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -32,10 +34,17 @@ use std::{
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
-use crate::{Storage, StorageFile};
+use crate::{
+    DeviceId, SetSync, Sharing, Storage, StorageFile, SyncSet,
+    batch::{self, Batch, FileSystem},
+};
 use content::Content;
 use files::MemoryFile;
 use names::Names;
+
+/// The file system that everything is on, and another one.
+const HERE: DeviceId = DeviceId(0);
+const ELSEWHERE: DeviceId = DeviceId(1);
 
 /// A directory tree in memory. Clones are the same tree.
 #[derive(Clone, Default)]
@@ -59,6 +68,9 @@ struct World {
     fail_sync: Option<u64>,
     capacity: Option<ByteCount>,
     shares_syncs: bool,
+    read_only: bool,
+    /// Files on another file system.
+    elsewhere: BTreeSet<usize>,
     /// A file and the place in it that cannot be read.
     unreadable: Option<(usize, ByteRange)>,
 }
@@ -132,6 +144,32 @@ impl MemoryStorage {
     /// that was not durable has lost what was written, and its own sync says so, once.
     pub fn share_syncs(&self, shares: bool) {
         self.world().shares_syncs = shares;
+    }
+
+    /// Lets the next attempt to write a file out fail, for that file alone.
+    ///
+    /// # Panics
+    /// When there is no such file: the test names the wrong one.
+    pub fn fail_write_out(&self, path: &Path) {
+        let mut world = self.world();
+        let file = world.names.find(path).expect("the file to fail exists");
+        world.files[file].fail_next_sync();
+    }
+
+    /// Puts a file on another file system.
+    ///
+    /// # Panics
+    /// When there is no such file: the test names the wrong one.
+    pub fn put_elsewhere(&self, path: &Path) {
+        let mut world = self.world();
+        let file = world.names.find(path).expect("the file to put elsewhere exists");
+        world.elsewhere.insert(file);
+    }
+
+    /// The file system gives up: a sync of all of it does nothing from now on and says that it went well, as the
+    /// kernel's does, and each file's own fails.
+    pub fn become_read_only(&self) {
+        self.world().read_only = true;
     }
 
     /// Sets the size of the whole file system; `None` is without limit.
@@ -292,23 +330,22 @@ impl Storage for MemoryStorage {
         world.names.sync(dir)
     }
 
-    fn shares_syncs(&self) -> bool {
-        self.world().shares_syncs
+    fn shares_syncs(&self) -> Sharing {
+        match self.world().shares_syncs {
+            true => Sharing::Cheap,
+            false => Sharing::Never("it was not asked for, or has failed".to_owned()),
+        }
     }
 
-    fn sync_tree(&self) -> bool {
-        let mut world = self.world();
-        if !world.shares_syncs || !matches!(world.change(), Ok(false)) {
-            return false;
+    fn sync_sets(&self, sets: &[SyncSet<'_>]) -> Vec<SetSync> {
+        if self.shares_syncs() != Sharing::Cheap {
+            return Batch::apart(sets).sets;
         }
-        if world.sync_fails() {
-            world.shares_syncs = false;
-            world.files.iter_mut().for_each(Content::fail_next_sync);
-            return false;
+        let Batch { sets, unsound } = batch::sync(self, sets);
+        if unsound.is_some() {
+            self.share_syncs(false);
         }
-        world.files.iter_mut().for_each(Content::sync);
-        world.names.sync_all();
-        true
+        sets
     }
 
     fn free_space(&self) -> io::Result<ByteCount> {
@@ -317,6 +354,42 @@ impl Storage for MemoryStorage {
 
     fn display(&self, path: &Path) -> PathBuf {
         path.to_owned()
+    }
+}
+
+impl FileSystem for MemoryStorage {
+    fn device(&self) -> DeviceId {
+        HERE
+    }
+
+    fn device_of(&self, _directory: &Path) -> io::Result<DeviceId> {
+        Ok(HERE)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut world = self.world();
+        if world.change()? {
+            return Err(power_off());
+        }
+        let (fails, read_only) = (world.sync_fails(), world.read_only);
+        let World { files, elsewhere, names, .. } = &mut *world;
+        for (_, content) in files.iter_mut().enumerate().filter(|(file, _)| !elsewhere.contains(file)) {
+            match (fails, read_only) {
+                (true, _) => content.fail_next_sync(),
+                (false, true) => {}
+                (false, false) => content.sync(),
+            }
+        }
+        match (fails, read_only) {
+            (true, _) => return Err(io::Error::other("injected failure of a sync")),
+            (false, true) => {}
+            (false, false) => names.sync_all(),
+        }
+        Ok(())
+    }
+
+    fn is_read_only(&self) -> io::Result<bool> {
+        Ok(self.world().read_only)
     }
 }
 

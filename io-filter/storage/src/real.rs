@@ -12,7 +12,10 @@ use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, IoSlice},
     num::NonZeroU64,
-    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt},
+    os::{
+        fd::AsFd,
+        unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -20,7 +23,7 @@ use std::{
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, fdatasync, flock, statvfs};
 
-use crate::{Storage, StorageFile};
+use crate::{DeviceId, SetSync, Sharing, Storage, StorageFile, SyncSet, ring};
 use together::Together;
 
 /// Most buffers in one vectored write; the kernel's own limit is 1024.
@@ -121,12 +124,12 @@ impl Storage for RealStorage {
         File::open(self.path(dir)?)?.sync_all()
     }
 
-    fn shares_syncs(&self) -> bool {
-        self.together.is_cheap()
+    fn shares_syncs(&self) -> Sharing {
+        self.together.sharing()
     }
 
-    fn sync_tree(&self) -> bool {
-        self.together.sync()
+    fn sync_sets(&self, sets: &[SyncSet<'_>]) -> Vec<SetSync> {
+        self.together.sync(sets)
     }
 
     fn free_space(&self) -> io::Result<ByteCount> {
@@ -183,6 +186,14 @@ impl StorageFile for RealFile {
     fn sync_data(&self) -> io::Result<()> {
         fdatasync(&self.0)?;
         self.require_name()
+    }
+
+    fn write_out(&self, wait: bool) -> io::Result<()> {
+        ring::write_out(self.0.as_fd(), wait)
+    }
+
+    fn device(&self) -> io::Result<DeviceId> {
+        Ok(DeviceId(self.0.metadata()?.dev()))
     }
 
     fn require_name(&self) -> io::Result<()> {

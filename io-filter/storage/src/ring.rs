@@ -7,6 +7,7 @@
 //! This is the only file with `unsafe`. Its argument is one: **memory the kernel may touch is owned by
 //! the [`Flight`] of its request, and a flight ends when the kernel has said that the request is
 //! complete** - never by a future that is dropped, and not when the ring is: that cancels and waits.
+//! [`write_out`] is here for that reason only: no safe crate has the call, and it is given no memory.
 
 use std::{
     io,
@@ -285,6 +286,32 @@ impl<T> Ring<T> {
             }
             self.reap(&mut ended);
             ended.clear();
+        }
+    }
+}
+
+/// Begins to write out what a file has in the page cache, and with `wait` waits until all of it is written and says
+/// what could not be. Nothing is durable by that.
+#[expect(unsafe_code, reason = "a system call that rustix does not have")]
+pub(crate) fn write_out(file: BorrowedFd<'_>, wait: bool) -> io::Result<()> {
+    let flags = if wait {
+        libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER
+    } else {
+        libc::SYNC_FILE_RANGE_WRITE
+    };
+    loop {
+        // SAFETY: the kernel is given no memory, and the descriptor is open as long as it is borrowed. A length of
+        // 0 is everything up to the end.
+        let written = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) };
+        if written == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            // What a sandbox answers: no device does.
+            Some(libc::EPERM) => return Err(io::Error::new(io::ErrorKind::Unsupported, error)),
+            Some(_) | None => return Err(error),
         }
     }
 }

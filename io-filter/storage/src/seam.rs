@@ -13,7 +13,11 @@ use std::{
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
-use crate::KillPoint;
+use crate::{KillPoint, SetSync, Sharing, SyncSet};
+
+/// Tells file systems apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceId(pub u64);
 
 /// A directory tree. Paths are relative to its root.
 ///
@@ -62,19 +66,15 @@ pub trait Storage: Send + Sync + 'static {
     /// After one, nobody knows which names are durable: stop and reopen.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 
-    /// Whether [`Storage::sync_tree`] may be used now, and costs less than the syncs of several files.
-    fn shares_syncs(&self) -> bool {
-        false
+    /// Whether [`Storage::sync_sets`] shares flushes now.
+    fn shares_syncs(&self) -> Sharing {
+        Sharing::Never("this storage syncs each file by itself".to_owned())
     }
 
-    /// Makes everything durable that was written to files of the tree before this call, and their names: what
-    /// `sync_data` of each file and `sync_dir` of each directory do, at the cost of one. The files' names are not
-    /// looked at, see [`StorageFile::require_name`].
-    ///
-    /// False when it cannot be vouched for that; then nothing is known yet. Nor is anything lost: each file's own sync
-    /// still tells how it went, and has to be called.
-    fn sync_tree(&self) -> bool {
-        false
+    /// Makes everything durable that was written to these sets before this call, at the cost of few flushes instead
+    /// of one for each file and directory. What became of each set, in their order.
+    fn sync_sets(&self, sets: &[SyncSet<'_>]) -> Vec<SetSync> {
+        sets.iter().map(|_| SetSync::Apart).collect()
     }
 
     /// Bytes that can still be written before the file system is full.
@@ -107,6 +107,24 @@ pub trait StorageFile: Send + Sync + 'static {
     /// After one, nobody knows what is durable, and a second call may succeed without having
     /// written anything: stop writing, reopen, recover.
     fn sync_data(&self) -> io::Result<()>;
+
+    /// Has what was written before this call written out, without making it durable: begins that, and with `wait`
+    /// waits for its end.
+    ///
+    /// # Errors
+    /// As those of [`StorageFile::sync_data`], which may not tell of the same again;
+    /// [`io::ErrorKind::Unsupported`] where there is no such thing.
+    fn write_out(&self, _wait: bool) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The device of its file system.
+    ///
+    /// # Errors
+    /// As the operating system has it; [`io::ErrorKind::Unsupported`] where there is no such thing.
+    fn device(&self) -> io::Result<DeviceId> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Looks whether the file still has a name, as `sync_data` does: without one its bytes are safe, and nobody
     /// will ever find them.

@@ -7,12 +7,13 @@
 //! along what else may block ([`crate::chores`]), and what the page cache may forget then ([`crate::bulk`]).
 //!
 //! Tickets of several logs of one storage can be synced together, which may cost one flush for all of them. What
-//! cannot be had that way is synced file by file.
+//! cannot be had that way is synced file by file. A ticket with chores is never synced together with others: they may
+//! take long, or fail.
 
 use std::{io, path::PathBuf, sync::Arc};
 
 use backtide_segment::Seq;
-use backtide_storage::{KillPoint, Storage, StorageFile};
+use backtide_storage::{KillPoint, SetSync, Storage, StorageFile, SyncSet};
 use backtide_units::Lsn;
 
 use crate::{
@@ -78,16 +79,39 @@ impl SyncTicket {
         self.prepare().sync()
     }
 
-    /// Syncs tickets of logs on one storage with a single flush where the storage can, and one by one otherwise; blocks.
+    /// Whether there is something to do before it is synced.
+    pub fn has_chores(&self) -> bool {
+        self.chores.is_some()
+    }
+
+    /// Syncs tickets of logs on one storage with a shared flush where the storage can, and one by one otherwise; blocks.
     /// Outcomes come in the order of the tickets.
     pub fn sync_together(storage: &dyn Storage, tickets: Vec<Self>) -> Vec<SyncOutcome> {
-        let prepared: Vec<Prepared> = tickets.into_iter().map(Self::prepare).collect();
-        if !storage.sync_tree() {
-            return prepared.into_iter().map(Prepared::sync).collect();
+        let (mut sets, mut shares) = (Vec::new(), Vec::new());
+        for ticket in &tickets {
+            shares.push(!ticket.has_chores());
+            if !ticket.has_chores() {
+                sets.push(ticket.set());
+            }
         }
-        let synced = prepared.into_iter().enumerate();
-        // The flush is counted once.
-        synced.map(|(place, prepared)| prepared.synced(u32::from(place == 0))).collect()
+        let mut synced = storage.sync_sets(&sets).into_iter();
+        // The file system's and the device's: the first ticket that they made durable tells.
+        let mut flushes = 2;
+        let outcomes = tickets.into_iter().zip(shares).map(|(ticket, shared)| {
+            match if shared { synced.next() } else { None } {
+                Some(SetSync::Durable) => ticket.prepare().outcome(Ok(()), std::mem::take(&mut flushes)),
+                Some(SetSync::Failed(error)) => ticket.prepare().outcome(Err(error), 0),
+                Some(SetSync::Apart) | None => ticket.sync(),
+            }
+        });
+        outcomes.collect()
+    }
+
+    fn set(&self) -> SyncSet<'_> {
+        SyncSet {
+            files: &self.files,
+            directory: self.directory.as_ref().map(|directory| directory.path.as_path()),
+        }
     }
 
     fn prepare(mut self) -> Prepared {
@@ -114,12 +138,6 @@ impl Prepared {
             }
         }
         self.outcome(result, flushes)
-    }
-
-    /// Everything was synced with the whole tree.
-    fn synced(self, flushes: u32) -> SyncOutcome {
-        let named = self.ticket.files.iter().try_for_each(|file| file.require_name());
-        self.outcome(named, flushes)
     }
 
     fn outcome(self, synced: io::Result<()>, flushes: u32) -> SyncOutcome {

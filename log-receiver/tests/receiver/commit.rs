@@ -11,6 +11,7 @@ use backtide_units::{ByteCount, Lsn, Reason};
 
 use crate::{
     agent::{Agent, hello, pass_begin, pass_data, write},
+    faults::{Fault, Faulty},
     fixture::Place,
 };
 
@@ -163,10 +164,40 @@ async fn disks_that_wait_at_once_are_made_durable_together() {
     let before = storage.counts().syncs;
     // It has everything made durable that gathers, at one moment.
     receiver.shutdown().await;
-    assert_eq!(storage.counts().syncs, before + 1);
+    assert_eq!(storage.counts().syncs, before + 2, "one of all, and one flush");
     storage.crash(3);
     let receiver = Receiver::start_on_storage(Arc::new(storage), patient(&place)).await.unwrap();
     for number in 1..=8u64 {
+        let (_, welcome) = Agent::welcomed(&receiver, hello(number.into(), &format!("vm{number}"))).await;
+        assert_eq!(welcome.durable, Lsn(6), "disk {number}");
+    }
+    receiver.shutdown().await;
+}
+
+/// What is to be done beside one disk's sync is nobody else's trouble.
+#[tokio::test]
+async fn a_disk_whose_chores_panic_takes_no_other_disk_along() {
+    let place = Place::new();
+    let storage = Faulty::new();
+    storage.memory.share_syncs(true);
+    let receiver = Receiver::start_on_storage(Arc::new(storage.clone()), patient(&place)).await.unwrap();
+    let mut agents = Vec::new();
+    for number in 1..=8u64 {
+        let mut agent = synced(&receiver, number.into(), &format!("vm{number}")).await;
+        // The last one has used enough of its segment for more to be reserved.
+        let bytes = if number == 8 { 48 << 10 } else { 4096 };
+        agent.send(&write(6, 0, vec![6; bytes])).await;
+        heard(&mut agent).await;
+        agents.push(agent);
+    }
+    storage.set(Fault::ReservationsPanic);
+    let before = storage.memory.counts().syncs;
+    receiver.shutdown().await;
+    assert_eq!(storage.memory.counts().syncs, before + 2, "the others were synced, together");
+    storage.set(Fault::None);
+    storage.memory.crash(3);
+    let receiver = Receiver::start_on_storage(Arc::new(storage), patient(&place)).await.unwrap();
+    for number in 1..8u64 {
         let (_, welcome) = Agent::welcomed(&receiver, hello(number.into(), &format!("vm{number}"))).await;
         assert_eq!(welcome.durable, Lsn(6), "disk {number}");
     }

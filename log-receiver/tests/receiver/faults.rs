@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Condvar, Mutex},
 };
 
-use backtide_storage::{MemoryStorage, Storage, StorageFile};
+use backtide_storage::{DeviceId, MemoryStorage, SetSync, Sharing, Storage, StorageFile, SyncSet};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 /// What happens to writes and syncs of files.
@@ -18,6 +18,8 @@ pub(crate) enum Fault {
     SyncsWait,
     /// Writes fail.
     WritesFail,
+    /// Reserving space panics.
+    ReservationsPanic,
 }
 
 #[derive(Debug)]
@@ -62,7 +64,7 @@ impl Faulty {
     fn write_fails(&self) -> io::Result<()> {
         match self.state.0.lock().unwrap().fault {
             Fault::WritesFail => Err(io::Error::other("injected failure of a write")),
-            Fault::None | Fault::SyncsWait => Ok(()),
+            Fault::None | Fault::SyncsWait | Fault::ReservationsPanic => Ok(()),
         }
     }
 
@@ -108,6 +110,14 @@ impl Storage for Faulty {
         self.memory.sync_dir(dir)
     }
 
+    fn shares_syncs(&self) -> Sharing {
+        self.memory.shares_syncs()
+    }
+
+    fn sync_sets(&self, sets: &[SyncSet<'_>]) -> Vec<SetSync> {
+        self.memory.sync_sets(sets)
+    }
+
     fn free_space(&self) -> io::Result<ByteCount> {
         self.memory.free_space()
     }
@@ -118,6 +128,14 @@ impl Storage for Faulty {
 }
 
 impl StorageFile for FaultyFile {
+    fn write_out(&self, wait: bool) -> io::Result<()> {
+        self.file.write_out(wait)
+    }
+
+    fn device(&self) -> io::Result<DeviceId> {
+        self.file.device()
+    }
+
     fn read_at(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<usize> {
         self.file.read_at(offset, buffer)
     }
@@ -141,6 +159,8 @@ impl StorageFile for FaultyFile {
     }
 
     fn allocate(&self, range: ByteRange) -> io::Result<()> {
+        let panics = self.storage.state.0.lock().unwrap().fault == Fault::ReservationsPanic;
+        assert!(!panics, "injected panic of a reservation");
         self.file.allocate(range)
     }
 }

@@ -7,8 +7,8 @@ use std::{
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
-use super::{MemoryStorage, World, power_off};
-use crate::StorageFile;
+use super::{ELSEWHERE, HERE, MemoryStorage, World, power_off};
+use crate::{DeviceId, StorageFile};
 
 pub(super) struct MemoryFile {
     pub(super) storage: MemoryStorage,
@@ -72,12 +72,23 @@ impl StorageFile for MemoryFile {
         if world.change()? {
             return Err(power_off());
         }
-        if world.sync_fails() | world.files[self.file].owed_failure() {
+        if world.sync_fails() | world.files[self.file].owed_failure() | world.read_only {
             world.files[self.file].fail_sync();
             return Err(io::Error::other("injected failure of a sync"));
         }
         world.files[self.file].sync();
         Ok(())
+    }
+
+    fn write_out(&self, _wait: bool) -> io::Result<()> {
+        match self.world()?.files[self.file].owed_failure() {
+            true => Err(io::Error::other("injected failure of writing out")),
+            false => Ok(()),
+        }
+    }
+
+    fn device(&self) -> io::Result<DeviceId> {
+        Ok(if self.world()?.elsewhere.contains(&self.file) { ELSEWHERE } else { HERE })
     }
 
     fn len(&self) -> io::Result<ByteCount> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 use super::MemoryStorage;
-use crate::{Storage, read_file, replace_file};
+use crate::{Storage, batch::FileSystem, read_file, replace_file};
 
 fn path(name: &str) -> &Path {
     Path::new(name)
@@ -135,15 +135,13 @@ fn replacing_a_file_leaves_old_or_new_at_every_cut() {
 }
 
 #[test]
-fn a_failed_sync_of_the_tree_is_told_by_each_file_that_lost_something() {
+fn a_failed_sync_of_the_file_system_is_told_by_each_file_that_lost_something() {
     let storage = MemoryStorage::new();
-    storage.share_syncs(true);
     let [lost, sound] = ["lost", "sound"].map(|name| storage.create_new(path(name)).expect("create"));
-    assert!(storage.sync_tree());
+    FileSystem::sync(&storage).expect("sync");
     lost.write_at(ByteOffset(0), b"bytes").expect("write");
     storage.fail_sync_after(0);
-    assert!(!storage.sync_tree());
-    assert!(!storage.shares_syncs() && !storage.sync_tree(), "it is not tried again");
+    FileSystem::sync(&storage).expect_err("planned");
     sound.sync_data().expect("nothing of it was lost");
     lost.sync_data().expect_err("its bytes are not on the device");
     lost.sync_data().expect("it is told once");
@@ -153,15 +151,13 @@ fn a_failed_sync_of_the_tree_is_told_by_each_file_that_lost_something() {
 }
 
 #[test]
-fn a_sync_of_the_tree_makes_files_and_names_durable() {
+fn a_sync_of_the_file_system_makes_files_and_names_durable() {
     for seed in 0..16 {
         let storage = MemoryStorage::new();
-        assert!(!storage.sync_tree(), "not unless it is allowed");
-        storage.share_syncs(true);
         storage.create_dir(path("dir")).expect("create dir");
         let file = storage.create_new(path("dir/f")).expect("create");
         file.write_at(ByteOffset(0), &[7; 2000]).expect("write");
-        assert!(storage.sync_tree());
+        FileSystem::sync(&storage).expect("sync");
         storage.crash(seed);
         assert_eq!(read_file(&storage, path("dir/f"), ByteCount(4000)).expect("it is there"), [7; 2000]);
     }

@@ -4,12 +4,13 @@ use std::{
     io::{ErrorKind, IoSlice},
     os::unix::fs::PermissionsExt,
     path::Path,
+    sync::Arc,
 };
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 use super::{RealStorage, VECTORS_MAX};
-use crate::{Storage, read_file, replace_file};
+use crate::{SetSync, Sharing, Storage, SyncSet, read_file, replace_file};
 
 fn storage() -> (tempfile::TempDir, RealStorage) {
     let dir = tempfile::tempdir().expect("a directory");
@@ -109,15 +110,52 @@ fn what_is_made_is_for_its_owner_only() {
 }
 
 #[test]
-fn a_tree_is_synced_at_once_where_that_is_as_good_and_names_are_looked_at_all_the_same() {
-    let (_dir, storage) = storage();
-    let file = storage.create_new(Path::new("f")).expect("create");
+fn sets_are_synced_at_once_where_that_is_as_good_and_names_are_looked_at_all_the_same() {
+    let (dir, storage) = storage();
+    storage.create_dir(Path::new("sub")).expect("create dir");
+    let file = storage.create_new(Path::new("sub/f")).expect("create");
     file.write_at(ByteOffset(0), b"hello").expect("write");
-    // Where it is not, everybody is told so.
-    if storage.sync_tree() {
-        file.require_name().expect("it has its name");
+    let files = [Arc::clone(&file)];
+    let set = [SyncSet { files: &files, directory: Some(Path::new("sub")) }];
+    let is_ext4 = rustix::fs::statfs(dir.path()).is_ok_and(|stat| stat.f_type == 0xef53);
+    match storage.sync_sets(&set).remove(0) {
+        SetSync::Durable => assert!(is_ext4),
+        SetSync::Apart => assert!(matches!(storage.shares_syncs(), Sharing::Never(_))),
+        SetSync::Failed(error) => panic!("{error}"),
     }
-    storage.remove(Path::new("f")).expect("remove");
+    storage.remove(Path::new("sub/f")).expect("remove");
     let why = file.require_name().expect_err("nobody finds it").to_string();
     assert_eq!(file.sync_data().expect_err("nobody finds it").to_string(), why);
+    assert!(!matches!(storage.sync_sets(&set).remove(0), SetSync::Durable));
+}
+
+#[test]
+fn a_file_that_a_link_leads_to_another_file_system_is_not_shared() {
+    let (dir, storage) = storage();
+    let Ok(other) = tempfile::tempdir_in("/dev/shm") else { return };
+    let (here, there) = (dir.path().join("store"), other.path());
+    std::os::unix::fs::symlink(there, here.join("away")).expect("link");
+    let file = storage.create_new(Path::new("away/f")).expect("create");
+    let own = storage.create_new(Path::new("f")).expect("create");
+    let is_other = file.device().expect("look") != own.device().expect("look");
+    let (files, owns) = ([file], [own]);
+    let away = SyncSet { files: &files, directory: None };
+    let linked = SyncSet { files: &owns, directory: Some(Path::new("away")) };
+    if is_other {
+        let synced = storage.sync_sets(&[away, linked]);
+        assert!(matches!(synced[..], [SetSync::Apart, SetSync::Apart]), "{synced:?}");
+    }
+}
+
+#[test]
+fn what_was_written_is_written_out() {
+    let (_dir, storage) = storage();
+    let file = storage.create_new(Path::new("f")).expect("create");
+    file.write_at(ByteOffset(0), &[7; 1 << 20]).expect("write");
+    for wait in [false, true] {
+        match file.write_out(wait) {
+            Ok(()) => {}
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "only where it is forbidden"),
+        }
+    }
 }

@@ -1,110 +1,182 @@
-//! One flush for many files: `syncfs` of the file system that a tree is on.
+//! Where and when [`crate::batch`] is as good as a sync of each file, and costs less.
 //!
-//! A sync of one file commits the file system's journal and flushes the device, so a thousand disks that write a
-//! little each cost a thousand of both, when one would do for all of them.
-//!
-//! What makes it as good as a sync of each file:
-//! - It is used where it is known to write everything and to tell of every failure: ext4, XFS and btrfs, from Linux
-//!   5.17 on. Older kernels keep failures of the journal to themselves, other file systems those of a file.
-//! - A failure is told once, to one call, whosever file it was. So one call is under way at a time, and after the first
-//!   failure there is no other: the kernel keeps the failures of each open file too, and its own sync tells of them.
-//! - It writes what others have written to the same file system as well. So it is used only while little waits to be
-//!   written on the whole machine: what a call may have to write is bounded by that. Where one took long all the same,
+//! - On ext4, from Linux 5.17 on: its sync of a file system flushes the device and waits for the journal, and older
+//!   kernels keep failures of the journal to themselves. XFS and btrfs are not known to flush the device then.
+//! - A failure of the whole file system is told once, to one call, whosever file it was. So one batch is under way at
+//!   a time, and after the first such failure there is no other: each file's own sync is what tells from then on.
+//! - It writes what others have written to the same file system as well, and every disk of the batch waits for that.
+//!   So it is used only while little waits to be written on the whole machine, and where one took long all the same,
 //!   the next comes only after many times as long.
 
 use std::{
     fs::{self, File},
-    path::Path,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use rustix::fs::{FsWord, fstatfs, syncfs};
+use rustix::fs::{FsWord, StatVfsMountFlags, fstatfs, fstatvfs, syncfs};
 
-/// Bytes that wait to be written on the whole machine; with more each file is synced by itself.
-const DIRTY_BYTES_MAX: u64 = 64 << 20;
+use crate::{
+    DeviceId, SetSync, Sharing, SyncSet,
+    batch::{self, Batch, FileSystem},
+};
 
-/// A call that takes longer has written what is others'.
-const SLOW: Duration = Duration::from_millis(250);
+/// Bytes that wait to be written on the whole machine; with more each file is synced by itself. A disk waits for the
+/// others' bytes: 8 MiB take 80 ms on a device that writes 100 MB/s, and many disks that write a little have less.
+const DIRTY_BYTES_MAX: u64 = 8 << 20;
 
-/// After one that took long there is none for so many times as long.
+/// A batch that takes longer has written what is others', or the device is slow: a few flushes of a disk that turns.
+const SLOW: Duration = Duration::from_millis(50);
+
+/// After one that took long there is none for so many times as long: at most 3% of the time is lost to it.
 const PAUSE: u32 = 32;
+
+/// What the kernel says of the machine is believed for so long: reading it takes longer than a record.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// The first kernel that tells of every failure.
 const KERNEL_MIN: (u32, u32) = (5, 17);
 
-/// What `statfs` says of file systems that are known to be good for it: ext4, XFS, btrfs.
-const KINDS: [FsWord; 3] = [0xef53, 0x5846_5342, 0x9123_683e];
+/// What `statfs` says of ext4.
+const EXT4: FsWord = 0xef53;
 
 /// See the module's description.
 pub(super) struct Together {
-    /// The tree's root, opened before anything in it was written: failures since then are told. None where it is not
-    /// good for it.
-    root: Option<File>,
+    /// None where it is not good for it.
+    tree: Option<Box<dyn FileSystem + Send + Sync>>,
+    /// One batch at a time.
     turn: Mutex<()>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Why there is no other batch.
+    never: Option<String>,
     /// None before then.
-    pause: Mutex<Option<Instant>>,
-    /// A call has failed.
-    failed: AtomicBool,
+    pause: Option<Instant>,
+    /// When the machine was looked at last, and whether little waited to be written.
+    look: Option<(Instant, bool)>,
+}
+
+/// The file system of a directory, which was opened before anything in it was written: failures since then are told.
+struct Tree {
+    root: File,
+    path: PathBuf,
+    device: DeviceId,
 }
 
 impl Together {
     /// For the tree below this directory.
     pub(super) fn of(root: &Path) -> Self {
-        let opened =
-            File::open(root).ok().filter(|file| fstatfs(file).is_ok_and(|stat| KINDS.contains(&stat.f_type)));
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let root = opened.filter(|_| version(&release).is_some_and(|found| found >= KERNEL_MIN));
-        Self { root, turn: Mutex::default(), pause: Mutex::default(), failed: AtomicBool::new(false) }
+        let tree = match version(&release) {
+            Some(found) if found >= KERNEL_MIN => Tree::open(root),
+            Some(_) | None => Err(format!("Linux {} does not tell of every failure", release.trim())),
+        };
+        match tree {
+            Ok(tree) => Self::on(Box::new(tree)),
+            Err(never) => Self {
+                tree: None,
+                turn: Mutex::default(),
+                state: Mutex::new(State { never: Some(never), ..State::default() }),
+            },
+        }
     }
 
-    /// Whether it costs less than to sync several files.
-    pub(super) fn is_cheap(&self) -> bool {
-        self.is_sound()
-            && !self.pauses()
-            && fs::read_to_string("/proc/meminfo")
-                .ok()
-                .and_then(|text| dirty_bytes(&text))
-                .is_some_and(|dirty| dirty <= DIRTY_BYTES_MAX)
+    fn on(tree: Box<dyn FileSystem + Send + Sync>) -> Self {
+        Self { tree: Some(tree), turn: Mutex::default(), state: Mutex::default() }
     }
 
-    /// Syncs; false when each file has to be synced by itself.
-    pub(super) fn sync(&self) -> bool {
-        self.sync_by(|root| syncfs(root).map_err(Into::into))
+    /// Whether it is good for it, and costs less than to sync several files.
+    pub(super) fn sharing(&self) -> Sharing {
+        let mut state = self.state();
+        let now = Instant::now();
+        if let Some(why) = &state.never {
+            return Sharing::Never(why.clone());
+        }
+        if state.pause.is_some_and(|until| now < until) {
+            return Sharing::NotNow("a sync of the whole file system took long");
+        }
+        let calm = match state.look {
+            Some((at, calm)) if now.saturating_duration_since(at) < LOOK => calm,
+            Some(_) | None => {
+                let text = fs::read_to_string("/proc/meminfo").ok();
+                let calm =
+                    text.and_then(|text| dirty_bytes(&text)).is_some_and(|dirty| dirty <= DIRTY_BYTES_MAX);
+                state.look = Some((now, calm));
+                calm
+            }
+        };
+        if calm {
+            Sharing::Cheap
+        } else {
+            Sharing::NotNow("more than 8 MiB wait to be written on this machine")
+        }
     }
 
-    fn sync_by(&self, sync: impl FnOnce(&File) -> std::io::Result<()>) -> bool {
-        let Some(root) = &self.root else { return false };
+    /// Syncs, as far as that can be shared.
+    pub(super) fn sync(&self, sets: &[SyncSet<'_>]) -> Vec<SetSync> {
+        let Some(tree) = &self.tree else { return Batch::apart(sets).sets };
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         // Whoever was before may have been told of a failure that was ours.
-        if !self.is_sound() {
-            return false;
+        if self.state().never.is_some() {
+            return Batch::apart(sets).sets;
         }
         let begun = Instant::now();
-        let synced = sync(root);
-        self.note(begun.elapsed());
-        self.failed.fetch_or(synced.is_err(), Ordering::AcqRel);
-        synced.is_ok()
+        let Batch { sets, unsound } = batch::sync(&**tree, sets);
+        self.note(begun.elapsed(), unsound);
+        sets
     }
 
-    /// Takes note of how long one took.
-    fn note(&self, took: Duration) {
+    /// Takes note of how long one took, and whether it was the last.
+    fn note(&self, took: Duration, unsound: Option<String>) {
+        let mut state = self.state();
         if took > SLOW {
-            *self.pause.lock().unwrap_or_else(PoisonError::into_inner) =
-                Instant::now().checked_add(took * PAUSE);
+            state.pause = Instant::now().checked_add(took * PAUSE);
+        }
+        if unsound.is_some() {
+            state.never = unsound;
         }
     }
 
-    fn pauses(&self) -> bool {
-        let until = *self.pause.lock().unwrap_or_else(PoisonError::into_inner);
-        until.is_some_and(|until| Instant::now() < until)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tree {
+    fn open(root: &Path) -> Result<Self, String> {
+        let open = || {
+            let opened = File::open(root)?;
+            let kind = fstatfs(&opened)?.f_type;
+            let device = DeviceId(opened.metadata()?.dev());
+            Ok((kind, Self { root: opened, path: root.to_owned(), device }))
+        };
+        let (kind, tree) =
+            open().map_err(|error: io::Error| format!("cannot look at {}: {error}", root.display()))?;
+        if kind == EXT4 { Ok(tree) } else { Err(format!("{} is not on ext4", root.display())) }
+    }
+}
+
+impl FileSystem for Tree {
+    fn device(&self) -> DeviceId {
+        self.device
     }
 
-    fn is_sound(&self) -> bool {
-        self.root.is_some() && !self.failed.load(Ordering::Acquire)
+    fn device_of(&self, directory: &Path) -> io::Result<DeviceId> {
+        Ok(DeviceId(fs::metadata(self.path.join(directory))?.dev()))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(syncfs(&self.root)?)
+    }
+
+    fn is_read_only(&self) -> io::Result<bool> {
+        Ok(fstatvfs(&self.root)?.f_flag.contains(StatVfsMountFlags::RDONLY))
     }
 }
 
@@ -126,31 +198,45 @@ fn dirty_bytes(meminfo: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{MemoryStorage, Storage};
 
     #[test]
     fn after_a_failure_each_file_is_synced_by_itself_for_good() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let root = Some(File::open(dir.path()).expect("open it"));
-        let together = Together {
-            root,
-            turn: Mutex::default(),
-            pause: Mutex::default(),
-            failed: AtomicBool::new(false),
-        };
-        assert!(together.sync_by(|_| Ok(())));
-        assert!(!together.sync_by(|_| Err(std::io::ErrorKind::StorageFull.into())));
-        assert!(!together.sync_by(|_| panic!("the kernel has told of the failure, and will not again")));
-        assert!(!together.is_cheap());
+        let storage = MemoryStorage::new();
+        let together = Together::on(Box::new(storage.clone()));
+        let files = [storage.create_new(Path::new("f")).expect("create")];
+        let set = [SyncSet { files: &files, directory: None }];
+        assert!(matches!(together.sync(&set)[..], [SetSync::Durable]));
+        storage.fail_sync_after(0);
+        assert!(matches!(together.sync(&set)[..], [SetSync::Apart]));
+        let before = storage.counts();
+        assert!(matches!(together.sync(&set)[..], [SetSync::Apart]));
+        assert_eq!(storage.counts(), before, "the kernel has told of the failure, and will not again");
+        let Sharing::Never(why) = together.sharing() else { panic!("it is over") };
+        assert!(why.contains("a sync of the file system failed"), "{why}");
     }
 
     #[test]
     fn one_that_took_long_is_not_followed_soon() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let together = Together::of(dir.path());
-        together.note(SLOW);
-        assert!(!together.pauses());
-        together.note(Duration::from_secs(3600));
-        assert!(together.pauses() && !together.is_cheap());
+        let together = Together::on(Box::new(MemoryStorage::new()));
+        let pauses = || together.sharing() == Sharing::NotNow("a sync of the whole file system took long");
+        together.note(SLOW, None);
+        assert!(!pauses());
+        together.note(Duration::from_secs(3600), None);
+        assert!(pauses());
+    }
+
+    #[test]
+    fn where_it_is_not_good_it_says_why() {
+        // Never ext4, and always there.
+        let Sharing::Never(why) = Together::of(Path::new("/proc")).sharing() else {
+            panic!("proc is no ext4")
+        };
+        assert_eq!(why, "/proc is not on ext4");
+        let Sharing::Never(why) = Together::of(Path::new("/proc/none")).sharing() else {
+            panic!("nothing is there")
+        };
+        assert!(why.starts_with("cannot look at /proc/none"), "{why}");
     }
 
     #[test]

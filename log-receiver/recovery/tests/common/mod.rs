@@ -11,7 +11,7 @@ use backtide_recovery::{
     CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason, Snapshot,
     SyncTicket, View,
 };
-use backtide_storage::{MemoryStorage, Storage};
+use backtide_storage::{MemoryStorage, Sharing, Storage};
 use backtide_units::{
     ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn, PayloadChecksum,
 };
@@ -447,7 +447,7 @@ impl Agent {
             self.log.timeline().intervals().iter().flat_map(|i| [i.from.lsn, i.to.lsn]).collect();
         let Some(ticket) = self.log.ticket()? else { return Ok(()) };
         let through = ticket.through();
-        let outcome = if self.storage.shares_syncs() {
+        let outcome = if self.storage.shares_syncs() == Sharing::Cheap {
             SyncTicket::sync_together(&self.storage, vec![ticket]).remove(0)
         } else {
             ticket.sync()
