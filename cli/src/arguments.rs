@@ -4,9 +4,9 @@ use backtide_control::Address;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    agent, attach, completions, control, demo, diff, doctor, failback, failover, files, find_change, fsck,
-    inspect, limits, mark, mount, pki, points, receiver, resize, restore, resync, retention, rewind, scrub,
-    status, support_bundle, up, verify, wait,
+    agent, attach, completions, control, demo, diff, doctor, failback, failover, files, find_change, forget,
+    fsck, inspect, limits, mark, mount, pki, points, receiver, resize, restore, resync, retention, rewind,
+    scrub, status, support_bundle, up, verify, wait,
 };
 
 /// Continuous data protection for the virtual disks of KVM/QEMU.
@@ -106,6 +106,8 @@ pub(crate) enum Command {
     SupportBundle(support_bundle::SupportBundle),
     /// Show and change how long history is kept, and try it out
     Retention(retention::Retention),
+    /// Remove a disk from its receiver, with all its history
+    Forget(forget::Forget),
     /// Check what a running receiver keeps against its checksums
     Scrub(scrub::Scrub),
     /// Check every file of a store that no receiver uses against its checksums
@@ -152,6 +154,7 @@ impl Command {
             | Self::Doctor(_)
             | Self::SupportBundle(_)
             | Self::Retention(_)
+            | Self::Forget(_)
             | Self::Scrub(_)
             | Self::Fsck(_)
             | Self::Pki(_)

@@ -12,6 +12,7 @@ pub(crate) mod failback;
 pub(crate) mod failover;
 pub(crate) mod files;
 pub(crate) mod find_change;
+pub(crate) mod forget;
 pub(crate) mod fsck;
 pub(crate) mod inspect;
 pub(crate) mod limits;
@@ -83,6 +84,7 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Wait(wait) => wait.run(context).await,
         Command::Doctor(doctor) => doctor.run(context).await,
         Command::SupportBundle(bundle) => bundle.run(context).await,
+        Command::Forget(forget) => forget.run(context).await,
         Command::Retention(retention) => retention.run(context).await,
         Command::Scrub(scrub) => scrub.run(context).await,
         Command::Fsck(fsck) => fsck.run(context).await,

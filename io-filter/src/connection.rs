@@ -157,7 +157,7 @@ impl Filter {
             }
             ReceiverState::New => {
                 self.alarm(format!(
-                    "the receiver has lost the history of disk {name}: it acknowledged everything up to LSN {} and knows nothing of it",
+                    "the receiver has lost the history of disk {name}, or was told to forget it: it acknowledged everything up to LSN {} and knows nothing of it; everything is sent anew",
                     self.acked_durable
                 ));
                 Decision::Everything(PassPlan::everything(Reason::ReceiverRolledBack))

@@ -28,7 +28,7 @@ use backtide_storage::{KillPoint, Storage};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, HistoryId};
 
 use crate::{
-    Names, StoreWatch,
+    Forgotten, Names, StoreWatch,
     disk::{Disk, DiskError, Failure, chain},
     entries,
     logs::{LOGS_MAX, Past},
@@ -50,6 +50,8 @@ pub struct Shelf {
     pub cache: LogCache,
     /// Names in use.
     pub names: Arc<Names>,
+    /// Disks that are not the store's any more.
+    pub forgotten: Forgotten,
     /// New data is refused when less than this is free, so that logs can always be closed cleanly.
     pub space_floor: ByteCount,
     /// The most disks the store takes.
@@ -101,7 +103,7 @@ pub struct ListError {
 }
 
 impl Shelf {
-    /// The disks that have a directory in the store, sorted.
+    /// The disks that have a directory in the store, sorted; none of those that are being forgotten.
     ///
     /// # Errors
     /// The file system's.
@@ -111,6 +113,7 @@ impl Shelf {
         self.storage.sync_dir(Path::new("")).map_err(fail)?;
         let names = self.storage.list(Path::new(DISKS)).map_err(fail)?;
         let mut disks: Vec<_> = names.iter().filter_map(|name| name.parse().ok()).map(DiskId).collect();
+        disks.retain(|disk| !self.forgotten.is_going(*disk));
         disks.sort();
         Ok(disks)
     }
@@ -163,6 +166,11 @@ impl Disks {
         self.disks.get(&disk)
     }
 
+    /// Gives up a disk that goes: nobody finds it any more.
+    pub(crate) fn take(&mut self, disk: DiskId) -> Option<Disk> {
+        self.disks.remove(&disk)
+    }
+
     /// A disk, to commit or read its log.
     pub fn get_mut(&mut self, disk: DiskId) -> Option<&mut Disk> {
         self.disks.get_mut(&disk)
@@ -205,6 +213,7 @@ impl Disks {
     ) -> Result<Claim, Closed> {
         self.shelf.watch.check().map_err(|why| closed(CloseCode::Store, why))?;
         self.space.look(ByteCount::ZERO).map_err(|why| closed(CloseCode::Store, why))?;
+        self.shelf.forgotten.admit(hello, self.disks.contains_key(&hello.disk))?;
         let Found { fresh, displaced } = self.find_or_create(hello)?;
         let disk = self.disks.get_mut(&hello.disk).expect("the disk was found or created");
         // A log that began behind a damaged one may have no attach yet: those before it fence as well.

@@ -77,6 +77,14 @@ impl Findings {
         }
     }
 
+    /// Forgets everything of a disk that is gone; blocks.
+    pub(crate) fn forget_all(&self, disk: DiskId) {
+        let mut all = self.lock();
+        if all.remove(&disk).is_some() {
+            self.write(&all);
+        }
+    }
+
     /// Forgets places, after all of the disk was read again; blocks.
     pub(crate) fn forget(&self, disk: DiskId, places: &[String]) {
         let mut all = self.lock();

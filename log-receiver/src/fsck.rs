@@ -7,16 +7,16 @@ use std::{
     sync::Arc,
 };
 
-use backtide_receiver_api::{DiskCheck, StoreCheck};
+use backtide_receiver_api::{DiskCheck, ForgottenDisk, StoreCheck};
 use backtide_recovery::{Checked, LogCache, LogOptions, Snapshot};
 use backtide_storage::{RealStorage, Storage};
-use backtide_units::{ByteCount, DiskId, HistoryId};
+use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
 
 use crate::{
-    Names, Shelf, StoreFileError, StoreWatch,
+    Forgotten, Names, Shelf, StoreFileError, StoreWatch,
     disk::chain,
     disks::DISKS,
-    findings, memo, overlays, retention,
+    findings, forgotten, memo, overlays, retention,
     store_file::{hold_store, read_store},
     watermark::{self, Watermark},
 };
@@ -41,7 +41,17 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
     }
     damage.extend(retention::damage_of(&*storage));
     damage.extend(findings::damage_of(&*storage));
-    let shelf = reading(&storage);
+    let tombstones =
+        forgotten::read_all(&*storage).map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
+    for (file, read) in &tombstones {
+        let Err(why) = read else { continue };
+        damage.push(format!("{} is damaged: {why}", storage.display(file).display()));
+    }
+    let forgotten = Forgotten::load(Arc::clone(&storage));
+    let forgotten = forgotten.map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
+    let going: Vec<ForgottenDisk> =
+        forgotten.going().into_iter().map(|(disk, stone)| half_forgotten(disk, stone.name)).collect();
+    let shelf = reading(&storage, forgotten);
     let names = match storage.list(Path::new(DISKS)) {
         Ok(names) => names,
         Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
@@ -54,22 +64,30 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
         true
     };
     let disks = names.iter().filter_map(|name| name.parse().ok()).map(DiskId);
+    let disks = disks.filter(|disk| !shelf.forgotten.is_going(*disk));
     let mut disks: Vec<_> = disks.filter_map(|disk| check_disk(&shelf, disk, &mut step)).collect();
     disks.sort_by(|a, b| (&a.name, a.uuid).cmp(&(&b.name, b.uuid)));
     let overlays = overlays::check_store(&storage, &mut step);
     let sound = damage.is_empty()
         && disks.iter().all(|disk| disk.sound)
         && overlays.iter().all(|overlay| overlay.sound);
-    Ok(StoreCheck { store: path.display().to_string(), damage, disks, overlays, sound })
+    Ok(StoreCheck { store: path.display().to_string(), damage, disks, overlays, forgotten: going, sound })
+}
+
+/// A disk of which a receiver removes the rest when it starts.
+fn half_forgotten(disk: DiskId, name: Option<DiskName>) -> ForgottenDisk {
+    let uuid = disk.to_string().parse().expect("a UUID is a good name");
+    ForgottenDisk { name: name.unwrap_or(uuid), uuid: disk, log_bytes: ByteCount::ZERO, overlays: Vec::new() }
 }
 
 /// A shelf that only reads.
-fn reading(storage: &Arc<dyn Storage>) -> Shelf {
+fn reading(storage: &Arc<dyn Storage>, forgotten: Forgotten) -> Shelf {
     Shelf {
         storage: Arc::clone(storage),
         log: LogOptions::default(),
         cache: LogCache::new(Default::default()),
         names: Arc::new(Names::new()),
+        forgotten,
         space_floor: ByteCount::ZERO,
         disks_max: 0,
         watch: StoreWatch::default(),

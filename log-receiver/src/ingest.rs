@@ -53,6 +53,10 @@ pub(crate) enum Task {
     Rebase { disk: DiskId, base: Box<Base>, answer: oneshot::Sender<Option<(u64, RebaseTicket)>> },
     /// That is durable now.
     Rebased { disk: DiskId, life: u64, rebased: Box<Rebased>, answer: oneshot::Sender<()> },
+    /// Whether a disk may go; none for an unknown disk. No agent gets it from then on.
+    Leave(DiskId, oneshot::Sender<Option<Result<Leaving, String>>>),
+    /// Give up a disk that goes.
+    Take(DiskId, oneshot::Sender<Option<Disk>>),
     /// Close all connections, make everything durable, end.
     Shutdown,
 }
@@ -63,6 +67,12 @@ pub(crate) struct Readable {
     pub(crate) attached: Option<Attached>,
     /// What is wrong, when acknowledged bytes are not there any more.
     pub(crate) damage: Option<String>,
+}
+
+/// A disk that may go.
+pub(crate) struct Leaving {
+    pub(crate) attached: Option<Attached>,
+    pub(crate) log_bytes: ByteCount,
 }
 
 /// What the thread's tasks share. Borrows never last across an await.
@@ -164,6 +174,8 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
                 }
                 let _ = answer.send(());
             }
+            Task::Leave(disk, answer) => drop(answer.send(ingest.leave(disk))),
+            Task::Take(disk, answer) => drop(answer.send(ingest.take_away(disk))),
             Task::Shutdown => break,
         }
     }
@@ -200,6 +212,26 @@ impl Ingest {
 
     fn facts(&self) -> Vec<DiskFacts> {
         self.disks.borrow().iter().map(DiskFacts::of).collect()
+    }
+
+    /// What ends a sentence that begins with the disk says why it may not go.
+    fn leave(&self, disk: DiskId) -> Option<Result<Leaving, String>> {
+        let disks = self.disks.borrow();
+        let state = disks.get(disk)?;
+        Some(if state.owner().is_some() {
+            Err("is connected: detach it at its agent".to_owned())
+        } else if state.is_worked_on() {
+            Err("has a log that failed, and work on its files has not ended: the device may be slow"
+                .to_owned())
+        } else {
+            Ok(Leaving { attached: state.attached().cloned(), log_bytes: state.log_bytes() })
+        })
+    }
+
+    fn take_away(&self, disk: DiskId) -> Option<Disk> {
+        self.gathering.borrow_mut().remove(&disk);
+        self.hastened.borrow_mut().remove(&disk);
+        self.disks.borrow_mut().take(disk)
     }
 
     /// What a disk gives back now. What was received by now is made durable first: no point is

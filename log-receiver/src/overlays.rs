@@ -119,6 +119,13 @@ impl Overlays {
         records.map(|record| (record.lsn, record.time)).collect()
     }
 
+    /// The overlays of a disk, mounted or kept.
+    pub(crate) fn of_disk(&self, disk: DiskId) -> Vec<String> {
+        let table = self.table();
+        let is_of = |known: &Known| known.record.as_ref().is_ok_and(|record| record.disk.uuid == disk);
+        table.iter().filter(|(_, known)| is_of(known)).map(|(id, _)| id.clone()).collect()
+    }
+
     /// Why nobody knows which points overlays lie above.
     pub(crate) fn unreadable(&self) -> Option<String> {
         let table = self.table();

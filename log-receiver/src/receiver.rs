@@ -23,7 +23,8 @@ use tokio::{
 };
 
 use crate::{
-    Config, Limits, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch, StreamTls,
+    Config, Forgotten, Limits, ListError, ListenError, Names, Shelf, StoreFileError, StoreId, StoreWatch,
+    StreamTls,
     accept::Door,
     clock,
     committer::{CommitThreads, Committer},
@@ -33,6 +34,7 @@ use crate::{
     mounts::{self, MountThread, Order},
     overlays::Overlays,
     pool::{Pool, PoolThreads},
+    removal::Removal,
     retention::{Keeper, Ladder, LadderError, Policies},
     scrub::Scrub,
     service::Service,
@@ -162,14 +164,25 @@ impl Receiver {
             log: limits.log(),
             cache: LogCache::new(limits.cache()),
             names: Arc::new(Names::new()),
+            forgotten: Forgotten::load(Arc::clone(&storage))
+                .map_err(|source| failed("read which disks were forgotten", source))?,
             space_floor: limits.free_bytes_min,
             disks_max: limits.disks,
             watch: watch.clone(),
             new_history: Arc::new(HistoryId::random),
         };
-        let ingest = start_ingest(&shelf, &config, &commits, &readers).await?;
         let findings = Findings::open(Arc::clone(&storage));
         let overlays = open_overlays(&storage, &limits)?;
+        let policies = Policies::open(Arc::clone(&storage), default);
+        let removal = Removal {
+            shelf: shelf.clone(),
+            overlays: overlays.clone(),
+            policies: policies.clone(),
+            findings: findings.clone(),
+        };
+        // Before anybody can ask for one of them.
+        removal.finish_all();
+        let ingest = start_ingest(&shelf, &config, &commits, &readers).await?;
         let serving = mounts::Serving {
             run_dir,
             mounts_max: limits.mounts,
@@ -183,7 +196,6 @@ impl Receiver {
         };
         let mounts = mounts::start(serving).map_err(|source| failed("start the mounts' thread", source))?;
         let tasks: Vec<_> = ingest.iter().map(|thread| thread.tasks.clone()).collect();
-        let policies = Policies::open(Arc::clone(&storage), default);
         let keeper = Keeper::start(
             shelf.clone(),
             tasks.clone(),
@@ -211,6 +223,7 @@ impl Receiver {
             threads: tasks.clone(),
             mounts: mounts.orders.clone(),
             overlays,
+            removal,
             readers,
             commits,
         };

@@ -16,4 +16,4 @@ pub(crate) use keeper::{Keeper, KeeperWatch};
 pub(crate) use ladder::{Ladder, LadderError, Span};
 pub(crate) use locks::{Lock, Moment};
 pub(crate) use plan::{Plan, Pressure, SLOTS_MAX, every_change_from, plan};
-pub(crate) use policy::{Pin, Policies, damage_of};
+pub(crate) use policy::{Pin, Policies, Policy, damage_of};

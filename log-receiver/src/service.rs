@@ -7,10 +7,10 @@ use backtide_export::NbdUri;
 use backtide_images::Images;
 use backtide_receiver_api::{
     ApiError, AroundReport, ByteSpan, CertificateStatus, CommitCounts, DiffReport, DiffRequest, DiskRef,
-    ErrorCode, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount, MountRequest,
-    Mounts, PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest,
-    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
-    ScrubStatus, UnmountRequest,
+    ErrorCode, FindChangeRequest, ForgottenDisk, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount,
+    MountRequest, Mounts, PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus,
+    RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
+    ScrubRequest, ScrubStatus, UnmountRequest,
 };
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
 use backtide_storage::Storage;
@@ -21,13 +21,12 @@ use uuid::Uuid;
 
 mod alarms;
 mod around;
+mod forget;
 mod locks;
 mod retention;
 
 use crate::{
-    Names, OnFull, StoreId, StoreWatch,
-    accept::Door,
-    changes, clock,
+    Names, OnFull, StoreId, StoreWatch, changes, clock,
     committer::Committer,
     disk::Failure,
     facts::DiskFacts,
@@ -37,6 +36,7 @@ use crate::{
     overlays::Overlays,
     points,
     pool::Pool,
+    removal::Removal,
     retention::{KeeperWatch, Policies},
     scrub::{self, Scrub},
 };
@@ -60,6 +60,7 @@ pub(crate) struct Service {
     pub(crate) threads: Vec<mpsc::Sender<Task>>,
     pub(crate) mounts: mpsc::Sender<Order>,
     pub(crate) overlays: Overlays,
+    pub(crate) removal: Removal,
     pub(crate) readers: Pool,
     pub(crate) commits: Committer,
 }
@@ -123,6 +124,10 @@ impl ReceiverService for Service {
             return Err(self.unknown(&wanted.to_string()));
         }
         Ok(ReceiverDisks { disks })
+    }
+
+    async fn forget(&self, disk: DiskName) -> Result<ForgottenDisk, ApiError> {
+        self.forget_disk(disk).await
     }
 
     async fn points(&self, disk: DiskName) -> Result<PointsReport, ApiError> {
@@ -369,14 +374,14 @@ impl Service {
     }
 
     async fn read_disk(&self, disk: DiskId) -> Result<Option<Result<Readable, Failure>>, ApiError> {
-        let thread = &self.threads[Door::owner(disk, self.threads.len())];
-        let (answer, readable) = oneshot::channel();
-        thread.send(Task::Read(disk, answer)).await.map_err(|_| ending())?;
-        readable.await.map_err(|_| ending())
+        self.ask_owner(disk, |answer| Task::Read(disk, answer)).await
     }
 
     pub(crate) async fn look_at(&self, name: &DiskName) -> Result<Found, ApiError> {
         let disk = self.find(name)?;
+        if self.removal.shelf.forgotten.is_leaving(disk) {
+            return Err(ApiError::new(ErrorCode::Busy, format!("disk {name} is being forgotten")));
+        }
         let readable = self.read_disk(disk).await?.ok_or_else(|| self.unknown(name.as_str()))?;
         let readable = readable.map_err(|Failure { why, damaged }| {
             let code = if damaged { ErrorCode::Damaged } else { ErrorCode::Failed };

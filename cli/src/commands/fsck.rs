@@ -94,6 +94,9 @@ fn text(report: &StoreCheck) -> String {
     let mut lines = vec![disks_text(&report.disks)];
     lines.extend(problems_text(&report.damage, &report.disks));
     lines.extend(overlays_text(&report.overlays));
+    lines.extend(report.forgotten.iter().map(|disk| {
+        format!("disk {} was forgotten: a receiver removes the rest of it when it starts", disk.name)
+    }));
     lines.push(if report.sound {
         format!("{} is sound", report.store)
     } else {

@@ -319,6 +319,23 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
+    fn remove_tree(&self, dir: &Path) -> io::Result<()> {
+        loop {
+            let mut world = self.world();
+            // File by file, so that the power can fail between any two of them.
+            let Some(path) = world.names.first_below(dir) else {
+                world.alive()?;
+                world.names.tree_removed(dir);
+                return Ok(());
+            };
+            let cut = world.change()?;
+            world.names.remove(&path)?;
+            if cut {
+                return Err(power_off());
+            }
+        }
+    }
+
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         let mut world = self.world();
         if world.change()? {

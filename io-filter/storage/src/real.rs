@@ -120,6 +120,30 @@ impl Storage for RealStorage {
         private_dir(&self.path(dir)?)
     }
 
+    fn remove_tree(&self, dir: &Path) -> io::Result<()> {
+        let path = self.path(dir)?;
+        let found = |result: io::Result<()>| match result {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        };
+        // It may be a link, or have something mounted on it: what it leads to is what it has.
+        let entries = match fs::read_dir(&path) {
+            Ok(entries) => entries,
+            Err(error) => return found(Err(error)),
+        };
+        for entry in entries {
+            let entry = entry?;
+            let is_dir = entry.file_type()?.is_dir();
+            found(if is_dir { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) })?;
+        }
+        let is_link = fs::symlink_metadata(&path)?.is_symlink();
+        match if is_link { fs::remove_file(&path) } else { fs::remove_dir(&path) } {
+            // Empty it is as good.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => File::open(&path)?.sync_all(),
+            result => found(result),
+        }
+    }
+
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         File::open(self.path(dir)?)?.sync_all()
     }

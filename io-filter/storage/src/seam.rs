@@ -60,6 +60,14 @@ pub trait Storage: Send + Sync + 'static {
     /// As the operating system has it.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
 
+    /// Removes a directory with everything in it; one that is missing is fine. Durable after `sync_dir` of its parent.
+    ///
+    /// # Errors
+    /// As the operating system has it; any part of it may be gone then.
+    fn remove_tree(&self, _dir: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Makes the names in a directory durable. The root is `""`.
     ///
     /// # Errors

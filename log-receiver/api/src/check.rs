@@ -3,6 +3,8 @@
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName};
 use serde::{Deserialize, Serialize};
 
+use crate::ForgottenDisk;
+
 /// Read everything that is kept and check it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -98,6 +100,9 @@ pub struct StoreCheck {
     /// Its overlays of mounts.
     #[serde(default)]
     pub overlays: Vec<OverlayCheck>,
+    /// Disks that were forgotten; the next start of a receiver removes the rest of them, and nothing of it was read.
+    #[serde(default)]
+    pub forgotten: Vec<ForgottenDisk>,
     /// Whether nothing is damaged.
     pub sound: bool,
 }

@@ -4,10 +4,10 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
 use backtide_units::DiskName;
 
 use crate::{
-    AroundReport, DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay,
-    LockRequest, Mount, MountRequest, Mounts, OverlayFate, PointsReport, ReceiverDisks, ReceiverStatus,
-    RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
-    ScrubRequest, ScrubStatus,
+    AroundReport, DiffReport, DiffRequest, FindChangeRequest, ForgottenDisk, FoundChange, KeepRequest,
+    KeptOverlay, LockRequest, Mount, MountRequest, Mounts, OverlayFate, PointsReport, ReceiverDisks,
+    ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport,
+    RetentionRequest, ScrubRequest, ScrubStatus,
 };
 
 /// The receiver, in the words of errors.
@@ -57,6 +57,14 @@ impl ReceiverClient {
             None => self.client.get("/v1/disks", NO_QUERY).await,
             Some(disk) => self.client.get(&path(disk, ""), NO_QUERY).await,
         }
+    }
+
+    /// Removes a disk with all its history.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn forget(&self, disk: &DiskName) -> Result<ForgottenDisk, ApiError> {
+        self.client.delete(&path(disk, "")).await
     }
 
     /// A disk's timeline.

@@ -34,7 +34,8 @@ pub use retention::{
 pub use routes::router;
 pub use service::ReceiverService;
 pub use status::{
-    CertificateStatus, CommitCounts, DiskOrigin, ReceiverDisk, ReceiverDisks, ReceiverStatus, StoreGrowth,
+    CertificateStatus, CommitCounts, DiskOrigin, ForgottenDisk, ReceiverDisk, ReceiverDisks, ReceiverStatus,
+    StoreGrowth,
 };
 
 #[cfg(test)]

@@ -4,10 +4,10 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    AroundReport, DiffReport, DiffRequest, FindChangeRequest, FoundChange, KeepRequest, KeptOverlay,
-    LockRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus, RemountRequest,
-    ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest,
-    ScrubStatus, UnmountRequest,
+    AroundReport, DiffReport, DiffRequest, FindChangeRequest, ForgottenDisk, FoundChange, KeepRequest,
+    KeptOverlay, LockRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus,
+    RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
+    ScrubRequest, ScrubStatus, UnmountRequest,
 };
 
 /// The receiver's side of the control API. A disk may be named by its name or its UUID.
@@ -21,6 +21,10 @@ pub trait ReceiverService: Send + Sync + 'static {
 
     /// All disks, or the one named.
     fn disks(&self, disk: Option<DiskName>) -> impl Future<Output = Result<ReceiverDisks, ApiError>> + Send;
+
+    /// Removes a disk with all its history, for good. `busy` while somebody uses it, `refused` while a point of it is
+    /// locked.
+    fn forget(&self, disk: DiskName) -> impl Future<Output = Result<ForgottenDisk, ApiError>> + Send;
 
     /// A disk's timeline.
     fn points(&self, disk: DiskName) -> impl Future<Output = Result<PointsReport, ApiError>> + Send;

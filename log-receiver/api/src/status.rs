@@ -140,6 +140,19 @@ pub struct DiskOrigin {
     pub time: CaptureTime,
 }
 
+/// A disk that its receiver keeps no longer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForgottenDisk {
+    /// The name it had.
+    pub name: DiskName,
+    /// Its identity.
+    pub uuid: DiskId,
+    /// Bytes of its log.
+    pub log_bytes: ByteCount,
+    /// Its overlays, which went too.
+    pub overlays: Vec<String>,
+}
+
 /// How the store's file system filled lately, and what that comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreGrowth {

@@ -8,10 +8,11 @@ use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, DiskName, Lsn};
 
 use crate::{
     AroundReport, BlockChange, ByteSpan, ChangedBy, CommitCounts, DiffReport, DiffRequest, DiskRef,
-    FindChangeRequest, FlushPoints, FoundChange, Hole, KeepRequest, KeptOverlay, LockRequest, Mount,
-    MountOverlay, MountRequest, Mounts, OverlayFate, Point, PointsReport, ReceiverClient, ReceiverDisks,
-    ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview,
-    RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, UnavailablePoint, UnmountRequest, router,
+    FindChangeRequest, FlushPoints, ForgottenDisk, FoundChange, Hole, KeepRequest, KeptOverlay, LockRequest,
+    Mount, MountOverlay, MountRequest, Mounts, OverlayFate, Point, PointsReport, ReceiverClient,
+    ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint,
+    RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, UnavailablePoint,
+    UnmountRequest, router,
 };
 
 /// Notes every call.
@@ -260,6 +261,12 @@ impl ReceiverService for Fake {
         Ok(mount())
     }
 
+    async fn forget(&self, disk: DiskName) -> Result<ForgottenDisk, ApiError> {
+        self.note(format!("forget {disk}"));
+        let DiskRef { name, uuid, .. } = vm1();
+        Ok(ForgottenDisk { name, uuid, log_bytes: ByteCount(1), overlays: vec!["vm1-1".to_owned()] })
+    }
+
     async fn discard(&self, id: String) -> Result<KeptOverlay, ApiError> {
         self.note(format!("discard {id}"));
         Ok(kept())
@@ -299,6 +306,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.status().await.unwrap().listen[0].to_string(), "tcp://127.0.0.1:7300");
     client.disks(None).await.unwrap();
     client.disks(Some(&vm1)).await.unwrap();
+    assert_eq!(client.forget(&vm1).await.unwrap().overlays, ["vm1-1"]);
     client.points(&vm1).await.unwrap();
     assert_eq!(client.around(&vm1, "-5m").await.unwrap(), around("-5m".to_owned()));
     assert_eq!(client.resolve(&vm1, "mark:a b/ü").await.unwrap(), point("mark:a b/ü"));
@@ -344,6 +352,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "status",
             "disks ",
             "disks vm1",
+            "forget vm1",
             "points vm1",
             "around vm1 -5m",
             "resolve vm1 mark:a b/ü",

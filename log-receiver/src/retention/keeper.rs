@@ -72,6 +72,8 @@ struct Shared {
     /// Somebody wants a round now.
     wanted: Mutex<bool>,
     changed: Condvar,
+    /// A disk was forgotten: room may be given back.
+    collect: AtomicBool,
     stop: AtomicBool,
 }
 
@@ -166,6 +168,12 @@ impl KeeperWatch {
         lock(&self.0.status).clone()
     }
 
+    /// Wants the room of what is gone back, now.
+    pub(crate) fn collect(&self) {
+        self.0.collect.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
     /// Wants a round now.
     pub(crate) fn wake(&self) {
         *lock(&self.0.wanted) = true;
@@ -206,6 +214,8 @@ impl Work {
         self.note_time();
         let pressure = self.look_at_the_room();
         let mut disks = self.disks()?;
+        self.collect |= self.shared.collect.swap(false, Ordering::Relaxed);
+        lock(&self.shared.status).errors.retain(|disk, _| disks.contains(disk));
         if pressure == Pressure::Shrink {
             // The longest history first, and one disk a round: then the room is looked at again.
             let mut windows = Vec::new();

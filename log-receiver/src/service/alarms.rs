@@ -41,6 +41,7 @@ impl Service {
             alarms.extend(facts.damage.iter().map(|why| format!("disk {name}: {why}")));
         }
         alarms.extend(self.overlays.alarms());
+        alarms.extend(self.removal.shelf.forgotten.alarms());
         alarms.extend(self.tls.iter().flat_map(|tls| tls.warnings()));
         alarms.dedup();
         alarms

@@ -106,6 +106,10 @@ impl Storage for Faulty {
         self.memory.create_dir(dir)
     }
 
+    fn remove_tree(&self, dir: &Path) -> io::Result<()> {
+        self.memory.remove_tree(dir)
+    }
+
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         self.memory.sync_dir(dir)
     }

@@ -6,6 +6,7 @@ mod commit;
 mod damage;
 mod faults;
 mod fixture;
+mod forget;
 mod going_back;
 mod locks;
 mod point_reader;

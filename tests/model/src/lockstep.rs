@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use backtide_log_receiver::{ConnectionId, Disk, Disks, Effect, Names, Session, Shelf, StoreWatch};
+use backtide_log_receiver::{
+    ConnectionId, Disk, Disks, Effect, Forgotten, Names, Session, Shelf, StoreWatch,
+};
 use backtide_protocol::{CloseCode, CompareResult, Hello, Message, Sequenced};
 use backtide_recovery::{LogCache, LogOptions};
 use backtide_storage::MemoryStorage;
@@ -327,6 +329,7 @@ fn open(storage: &MemoryStorage) -> Disks {
         },
         cache: LogCache::new(Default::default()),
         names: Arc::new(Names::new()),
+        forgotten: Forgotten::load(Arc::new(storage.clone())).expect("the store can be listed"),
         space_floor: ByteCount::ZERO,
         disks_max: 1,
         watch: StoreWatch::default(),

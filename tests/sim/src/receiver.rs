@@ -10,8 +10,8 @@ use std::{
 };
 
 use backtide_log_receiver::{
-    CommitOutcome, CommitTicket, CompareJob, ConnectionId, Disk, Disks, Effect, Names, Session, Shelf,
-    StoreWatch,
+    CommitOutcome, CommitTicket, CompareJob, ConnectionId, Disk, Disks, Effect, Forgotten, Names, Session,
+    Shelf, StoreWatch,
 };
 use backtide_protocol::{CloseCode, Message, Sequenced};
 use backtide_recovery::{LogCache, LogOptions, Seq};
@@ -104,6 +104,7 @@ impl Receiver {
             log: self.options,
             cache: LogCache::new(Default::default()),
             names: Arc::new(Names::new()),
+            forgotten: Forgotten::load(Arc::new(self.storage.clone())).expect("the store can be listed"),
             space_floor: ByteCount(64 * 1024),
             disks_max: 3,
             watch: StoreWatch::default(),

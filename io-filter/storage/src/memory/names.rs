@@ -18,6 +18,8 @@ pub(super) struct Names {
     durable: BTreeMap<PathBuf, FileNumber>,
     directories: BTreeSet<PathBuf>,
     pending: Vec<(PathBuf, Change)>,
+    /// Directories that were removed whole: what is below them goes for good with the name of each.
+    removed: Vec<PathBuf>,
 }
 
 enum Change {
@@ -52,7 +54,8 @@ impl Names {
     /// What is visible, as durable names of another tree.
     pub(super) fn copy(&self) -> Self {
         let visible = self.visible.clone();
-        Self { durable: visible.clone(), visible, directories: self.directories.clone(), pending: Vec::new() }
+        let directories = self.directories.clone();
+        Self { durable: visible.clone(), visible, directories, ..Self::default() }
     }
 
     pub(super) fn find(&self, path: &Path) -> Option<FileNumber> {
@@ -90,6 +93,17 @@ impl Names {
         Ok(())
     }
 
+    /// Some file below a directory.
+    pub(super) fn first_below(&self, dir: &Path) -> Option<PathBuf> {
+        self.visible.keys().find(|path| path.starts_with(dir)).cloned()
+    }
+
+    /// Nothing is below it any more, nor is it there itself.
+    pub(super) fn tree_removed(&mut self, dir: &Path) {
+        self.directories.retain(|directory| !directory.starts_with(dir));
+        self.removed.push(dir.to_owned());
+    }
+
     pub(super) fn create_dir(&mut self, dir: &Path) {
         for ancestor in dir.ancestors() {
             self.directories.insert(ancestor.to_owned());
@@ -115,12 +129,15 @@ impl Names {
 
     pub(super) fn sync(&mut self, dir: &Path) -> io::Result<()> {
         self.require_dir(dir)?;
+        let removed: Vec<PathBuf> = self.removed.extract_if(.., |tree| tree.parent() == Some(dir)).collect();
+        let is_synced =
+            |changed: &Path| changed == dir || removed.iter().any(|tree| changed.starts_with(tree));
         let durable = &mut self.durable;
         self.pending.retain(|(changed, change)| {
-            if changed == dir {
+            if is_synced(changed) {
                 change.apply(durable);
             }
-            changed != dir
+            !is_synced(changed)
         });
         Ok(())
     }
@@ -141,6 +158,9 @@ impl Names {
             }
         }
         self.visible = self.durable.clone();
+        self.removed.clear();
+        let parents = self.visible.keys().flat_map(|path| path.ancestors().skip(1));
+        self.directories.extend(parents.map(Path::to_owned));
     }
 
     fn change(&mut self, dir: PathBuf, change: Change) {

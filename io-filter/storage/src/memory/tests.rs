@@ -162,3 +162,29 @@ fn a_sync_of_the_file_system_makes_files_and_names_durable() {
         assert_eq!(read_file(&storage, path("dir/f"), ByteCount(4000)).expect("it is there"), [7; 2000]);
     }
 }
+
+#[test]
+fn a_removed_tree_is_gone_for_good_with_its_name_only() {
+    let (mut back, mut gone) = (0, 0);
+    for seed in 0..32 {
+        let storage = MemoryStorage::new();
+        for name in ["a/b/f", "a/g", "c/f"] {
+            storage.create_dir(path(name).parent().expect("a directory")).expect("create dir");
+            storage.create_new(path(name)).expect("create").sync_data().expect("sync");
+            storage.sync_dir(path(name).parent().expect("a directory")).expect("sync");
+        }
+        storage.remove_tree(path("a")).expect("remove");
+        storage.remove_tree(path("a")).expect("missing");
+        assert_eq!(storage.list(path("")).expect("list"), ["c"]);
+        let synced = seed % 2 == 0;
+        if synced {
+            storage.sync_dir(path("")).expect("sync");
+        }
+        storage.crash(seed);
+        let left = storage.files().len();
+        assert!(left == 1 || !synced, "seed {seed}: {left} files");
+        back += u32::from(left > 1);
+        gone += u32::from(left == 1);
+    }
+    assert!(back > 0 && gone > 16, "{back} came back, {gone} were gone");
+}

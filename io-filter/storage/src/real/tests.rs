@@ -159,3 +159,26 @@ fn what_was_written_is_written_out() {
         }
     }
 }
+
+#[test]
+fn a_tree_is_removed_with_all_below_it_and_nothing_beside() {
+    let (dir, storage) = storage();
+    for path in ["a/b/c/f", "a/f", "ab/f"] {
+        storage.create_dir(Path::new(path).parent().expect("a directory")).expect("create dir");
+        storage.create_new(Path::new(path)).expect("create");
+    }
+    // What a link below leads to is not of the tree; what the tree itself is a link to is.
+    let (there, root) = (dir.path().join("there"), dir.path().join("store"));
+    std::fs::create_dir_all(there.join("sub")).expect("create dir");
+    std::fs::write(there.join("sub/f"), b"bytes").expect("write");
+    std::os::unix::fs::symlink(there.join("sub"), root.join("a/link")).expect("link");
+    for _ in 0..2 {
+        storage.remove_tree(Path::new("a")).expect("removed, then missing");
+        assert_eq!(storage.list(Path::new("")).expect("list"), ["ab"]);
+    }
+    assert!(there.join("sub/f").exists());
+    std::os::unix::fs::symlink(&there, root.join("linked")).expect("link");
+    storage.remove_tree(Path::new("linked")).expect("remove");
+    assert_eq!(storage.list(Path::new("")).expect("list"), ["ab"]);
+    assert!(there.exists() && !there.join("sub").exists());
+}

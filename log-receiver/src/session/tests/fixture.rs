@@ -14,7 +14,7 @@ use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoc
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::{ConnectionId, Disks, Effect, Names, Session, Shelf, StoreWatch};
+use crate::{ConnectionId, Disks, Effect, Forgotten, Names, Session, Shelf, StoreWatch};
 
 pub(super) const SIZE: ByteCount = ByteCount(1 << 20);
 pub(super) const TIME: CaptureTime = CaptureTime(1_000_000);
@@ -104,6 +104,7 @@ fn open(storage: &MemoryStorage, log: LogOptions) -> Disks {
         log,
         cache: LogCache::new(Default::default()),
         names: Arc::new(Names::new()),
+        forgotten: Forgotten::load(Arc::new(storage.clone())).expect("the store can be listed"),
         space_floor: ByteCount(64 * 1024),
         disks_max: 3,
         watch: StoreWatch::default(),

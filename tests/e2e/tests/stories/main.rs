@@ -20,6 +20,7 @@ mod failing_back;
 mod failing_over;
 mod files_inside;
 mod filesystem;
+mod forgetting;
 mod going_back;
 mod growing;
 mod handshake;

@@ -1,0 +1,154 @@
+//! The control API's answer when a disk is to be forgotten: whether it may go, and that it goes.
+//!
+//! From the first look on no agent gets the disk, and no question about it is answered; so what was found to be
+//! nobody's stays that. Once its tombstone is durable it goes, whatever happens.
+
+use backtide_receiver_api::{ApiError, ErrorCode, ForgottenDisk, Mounts};
+use backtide_recovery::{Attached, time_text};
+use backtide_units::{DiskId, DiskName, Epoch};
+use tokio::sync::oneshot;
+
+use super::{Service, ending};
+use crate::{
+    accept::Door,
+    clock,
+    disk::Disk,
+    forgotten::Tombstone,
+    ingest::{Leaving, Task},
+    mounts::Order,
+    retention::Policy,
+};
+
+impl Service {
+    pub(super) async fn forget_disk(&self, name: DiskName) -> Result<ForgottenDisk, ApiError> {
+        let disk = self.find(&name)?;
+        // Whatever it was named by.
+        let name = self.names.name_of(disk).unwrap_or(name);
+        if !self.removal.shelf.forgotten.ask(disk) {
+            return Err(ApiError::new(ErrorCode::Busy, format!("disk {name} is being forgotten")));
+        }
+        let noted = self.let_go(disk, &name).await;
+        self.removal.shelf.forgotten.keep(disk);
+        let (report, stone) = noted?;
+        tracing::warn!(%disk, name = name.as_str(), log_bytes = %report.log_bytes, "the disk is forgotten");
+        let taken: Option<Disk> = self.ask_owner(disk, |answer| Task::Take(disk, answer)).await?;
+        // Whoever mounted it while somebody looked has nothing to read any more.
+        for mount in self.mounts_of(disk).await?.mounts {
+            let (answer, ended) = oneshot::channel();
+            let fate = mount.overlay.is_some().then_some(backtide_receiver_api::OverlayFate::Keep);
+            self.mounts.send(Order::Unmount(mount.id, fate, answer)).await.map_err(|_| ending())?;
+            let _ = ended.await;
+        }
+        let removal = self.removal.clone();
+        let removed = self
+            .read(move || {
+                // It waits for what other threads do to the log's files.
+                drop(taken);
+                removal.finish(disk, stone)
+            })
+            .await?;
+        self.keeper.collect();
+        removed.map_err(|why| {
+            ApiError::new(
+                ErrorCode::Failed,
+                format!("disk {name} is forgotten, but not all of it could be removed: {why}"),
+            )
+            .with_hint("the receiver tries again when it starts")
+        })?;
+        Ok(report)
+    }
+
+    /// Notes durably that a disk goes, if nothing stands against that.
+    async fn let_go(&self, disk: DiskId, name: &DiskName) -> Result<(ForgottenDisk, Tombstone), ApiError> {
+        let policy = self.policies.of(disk);
+        self.unless_promised(name, &policy)?;
+        if self.scrub.status().is_some_and(|scrub| scrub.running) {
+            let why = format!("a scrub runs and may be reading disk {name}");
+            return Err(ApiError::new(ErrorCode::Busy, why)
+                .with_hint("wait for its end, or `backtide scrub --cancel`"));
+        }
+        let mounts = self.mounts_of(disk).await?;
+        if let Some(mount) = mounts.mounts.first() {
+            let why = format!("disk {name} is mounted: {}", mount.id);
+            return Err(
+                ApiError::new(ErrorCode::Busy, why).with_hint(format!("backtide unmount {}", mount.id))
+            );
+        }
+        let leaving: Option<Result<Leaving, String>> =
+            self.ask_owner(disk, |answer| Task::Leave(disk, answer)).await?;
+        let leaving = leaving
+            .ok_or_else(|| self.unknown(name.as_str()))?
+            .map_err(|why| ApiError::new(ErrorCode::Busy, format!("disk {name} {why}")))?;
+        let Leaving { attached, log_bytes } = leaving;
+        let known = attached.as_ref().map(|attached: &Attached| attached.name.clone());
+        let stone = Tombstone {
+            name: known.or_else(|| self.names.name_of(disk)),
+            epoch: attached.as_ref().map_or(Epoch(0), |attached| attached.epoch),
+            time: clock::now(),
+            gone: false,
+        };
+        let report = ForgottenDisk {
+            name: stone.name.clone().unwrap_or_else(|| name.clone()),
+            uuid: disk,
+            log_bytes,
+            overlays: self.overlays.of_disk(disk),
+        };
+        let (policies, forgotten, written) =
+            (self.policies.clone(), self.removal.shelf.forgotten.clone(), stone.clone());
+        // Nobody locks a point of it between the look and the note.
+        let noted =
+            self.read(move || policies.while_wanted(disk, &policy, || forgotten.note(disk, written))).await?;
+        match noted {
+            Some(Ok(())) => Ok((report, stone)),
+            Some(Err(why)) => Err(ApiError::new(ErrorCode::Failed, why)),
+            None => {
+                let why = format!("what is kept of disk {name} was changed just now, or nobody knows it");
+                Err(ApiError::new(ErrorCode::Busy, why).with_hint("`backtide retention show` tells it"))
+            }
+        }
+    }
+
+    /// Refuses while anything is promised of a disk that only its history can keep.
+    fn unless_promised(&self, name: &DiskName, policy: &Policy) -> Result<(), ApiError> {
+        if let Some(why) = self.policies.damage() {
+            let why = format!("nobody knows which disks are locked: {why}");
+            return Err(ApiError::new(ErrorCode::Refused, why));
+        }
+        let now = self.policies.moment();
+        let single = policy.locks.points.iter().map(|(lsn, locked)| (format!("lsn:{lsn}"), locked.lock));
+        let all = policy.locks.all.map(|lock| ("every point".to_owned(), lock));
+        let holding = all.into_iter().chain(single).filter(|(_, lock)| lock.holds(now));
+        if let Some((point, lock)) = holding.max_by_key(|(_, lock)| lock.ends(now)) {
+            let why = format!("{point} of disk {name} is locked until {}", time_text(lock.ends(now)));
+            return Err(
+                ApiError::new(ErrorCode::Refused, why).with_hint("backtide retention show lists the locks")
+            );
+        }
+        if let Some((owner, held)) = policy.holds.iter().next() {
+            let why = format!("an agent still fetches lsn:{} of disk {name} for {owner}", held.lsn);
+            return Err(ApiError::new(ErrorCode::Busy, why).with_hint(
+                "`backtide status` of that agent tells how far it is; detaching the disk there gives it up",
+            ));
+        }
+        Ok(())
+    }
+
+    async fn mounts_of(&self, disk: DiskId) -> Result<Mounts, ApiError> {
+        let (answer, mounts) = oneshot::channel();
+        self.mounts.send(Order::List(answer)).await.map_err(|_| ending())?;
+        let mut mounts: Mounts = mounts.await.map_err(|_| ending())?;
+        mounts.mounts.retain(|mount| mount.disk.uuid == disk);
+        Ok(mounts)
+    }
+
+    pub(super) async fn ask_owner<T>(
+        &self,
+        disk: DiskId,
+        task: impl FnOnce(oneshot::Sender<T>) -> Task,
+    ) -> Result<T, ApiError> {
+        let thread = &self.threads[Door::owner(disk, self.threads.len())];
+        let (answer, answered) = oneshot::channel();
+        thread.send(task(answer)).await.map_err(|_| ending())?;
+        answered.await.map_err(|_| ending())
+    }
+}
