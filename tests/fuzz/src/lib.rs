@@ -1,4 +1,5 @@
-//! Every parser of foreign bytes against mutations of what is right: files of the store and of an agent, the stream, NBD.
+//! Every parser of foreign bytes against mutations of what is right: files of the store and of an agent, the
+//! stream, NBD, and volumes as guests write them.
 //!
 //! A *target* has samples, takes bytes, and must end with data or an error: never with a panic, nor with more memory than this
 //! process is allowed. What is done to a sample follows from one number, so that a failure is found again: it is printed, and

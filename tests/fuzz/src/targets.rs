@@ -4,12 +4,14 @@ mod agent;
 mod nbd;
 mod store;
 mod stream;
+mod volumes;
 
 use std::path::Path;
 
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::ByteOffset;
 
+pub use self::volumes::volume;
 use crate::Target;
 
 /// All of them.

@@ -1,0 +1,24 @@
+//! File systems and volume groups as a hostile guest may write them, a fixed number of seeds each;
+//! `BACKTIDE_FUZZ_SECONDS=60` goes on for so long, `SEED=N` runs one seed.
+
+use backtide_fuzz::targets::volume;
+
+#[test]
+fn fat() {
+    volume("fat").run();
+}
+
+#[test]
+fn ntfs() {
+    volume("ntfs").run();
+}
+
+#[test]
+fn xfs() {
+    volume("xfs").run();
+}
+
+#[test]
+fn lvm() {
+    volume("lvm").run();
+}
