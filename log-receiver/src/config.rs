@@ -7,7 +7,7 @@ use std::{
 
 use backtide_control::Address;
 use backtide_export::NbdTls;
-use backtide_recovery::{CacheLimits, LogOptions};
+use backtide_recovery::{CacheLimits, Compression, LogOptions};
 use backtide_tls::WhichDisks;
 use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
@@ -100,6 +100,9 @@ pub struct Limits {
     pub free_bytes_min: ByteCount,
     /// A segment is sealed when it would grow beyond this. Default 64 MiB.
     pub segment_bytes: ByteCount,
+    /// How what disks write is stored. Default: as it came. Others take part of a processor and of the store's room:
+    /// `docs/performance.md`. What is stored stays as it is.
+    pub journal_compression: JournalCompression,
     /// Memory for index blocks of all readers. Default 64 MiB.
     pub index_cache_bytes: ByteCount,
     /// How often an agent that is owed an acknowledgement hears that the receiver is still there, while
@@ -110,6 +113,19 @@ pub struct Limits {
     /// Extents in the indexes of segments that are still written, of all disks together; beyond it segments are sealed
     /// before they are full. Each takes about 48 bytes. Default 2,097,152.
     pub open_extents: u64,
+}
+
+/// How what disks write is stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JournalCompression {
+    /// As it came.
+    #[default]
+    None,
+    /// With LZ4, where that saves something.
+    Lz4,
+    /// With Zstandard, where that saves something.
+    Zstd,
 }
 
 /// How long history is kept, and at what pace it is thinned.
@@ -174,6 +190,7 @@ impl Default for Limits {
             commit_together: 0,
             free_bytes_min: ByteCount(64 << 20),
             segment_bytes: log.segment_bytes_max,
+            journal_compression: JournalCompression::None,
             index_cache_bytes: cache.index_bytes_max,
             ping_interval_ms: 5000,
             open_segments: cache.open_files_max,
@@ -184,7 +201,12 @@ impl Default for Limits {
 
 impl Limits {
     pub(crate) fn log(&self) -> LogOptions {
-        LogOptions { segment_bytes_max: self.segment_bytes, ..LogOptions::default() }
+        let compression = match self.journal_compression {
+            JournalCompression::None => Compression::None,
+            JournalCompression::Lz4 => Compression::Lz4,
+            JournalCompression::Zstd => Compression::Zstd,
+        };
+        LogOptions { segment_bytes_max: self.segment_bytes, compression, ..LogOptions::default() }
     }
 
     /// How long undurable bytes gather.
@@ -256,6 +278,19 @@ mod tests {
         let shown: Vec<_> = config.listen_addresses().iter().map(ToString::to_string).collect();
         assert_eq!(shown, ["unix:/srv/backtide/run/stream.sock"]);
         assert_eq!(config.api_address().to_string(), "unix:/srv/backtide/run/receiver.sock");
+    }
+
+    #[test]
+    fn compression_is_one_of_three_words() {
+        for (word, compression) in
+            [("none", Compression::None), ("lz4", Compression::Lz4), ("zstd", Compression::Zstd)]
+        {
+            let text = format!(r#"{{"journal_compression": "{word}"}}"#);
+            let limits: Limits = serde_json::from_str(&text).unwrap();
+            assert_eq!(limits.log().compression, compression);
+        }
+        assert_eq!(Limits::default().log().compression, Compression::None);
+        assert!(serde_json::from_str::<Limits>(r#"{"journal_compression": "gzip"}"#).is_err());
     }
 
     #[test]

@@ -61,7 +61,7 @@ mod watermark;
 pub use backtide_tls::WhichDisks;
 pub use commit_ticket::{CommitOutcome, CommitTicket};
 pub use compare::CompareJob;
-pub use config::{Config, Limits, OnFull, Retention, StreamTls};
+pub use config::{Config, JournalCompression, Limits, OnFull, Retention, StreamTls};
 pub use disk::{Disk, DiskError, Failure};
 pub use disks::{Claim, Disks, ListError, Shelf};
 pub use forgotten::Forgotten;

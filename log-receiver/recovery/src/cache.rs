@@ -2,7 +2,8 @@
 //!
 //! A piece of a payload (64 KiB) is checked as a whole, so a small read costs a read of all of it. From then on the
 //! checksums of its parts (4 KiB) are kept, so that the next small read of it costs no more than it wants: the bytes
-//! themselves are the page cache's to keep. So are the checksum tables of long payloads.
+//! themselves are the page cache's to keep. So are the checksum tables of long payloads. What was compressed is kept as it is
+//! when it is not, so that small reads of one batch decompress it once.
 //!
 //! Loading happens outside the lock; two readers may then load the same block, and one copy is kept.
 
@@ -16,9 +17,10 @@ use std::{
 };
 
 use backtide_images::{Images, ImagesLimits, Recent};
-use backtide_segment::{EntryParts, Guide, IndexBlock, PartSums, Position, SegmentFile};
+use backtide_segment::{Body, EntryParts, Guide, IndexBlock, PartSums, Position, SegmentFile};
 use backtide_storage::Storage;
-use backtide_units::ByteCount;
+use backtide_units::{ByteCount, ByteOffset};
+use bytes::Bytes;
 use roaring::RoaringTreemap;
 
 use crate::{LogError, open_extents::OpenExtents, origin::Origins};
@@ -32,7 +34,11 @@ const SUM_BYTES_MAX: usize = 16 << 20;
 /// Memory for checksum tables of all disks, beside what the limits say.
 const TABLE_BYTES_MAX: usize = 4 << 20;
 
-/// A bounded cache of index blocks, open segment files and (16 MiB of) checksums of payloads. Clones share it.
+/// Memory for what was decompressed last, of all disks, beside what the limits say.
+const FRAME_BYTES_MAX: usize = 16 << 20;
+
+/// A bounded cache of index blocks, open segment files, (16 MiB of) checksums of payloads and (16 MiB of) what was
+/// decompressed. Clones share it.
 #[derive(Clone)]
 pub struct LogCache {
     shared: Arc<Shared>,
@@ -62,6 +68,14 @@ pub(crate) struct PieceKey {
     pub(crate) piece: usize,
 }
 
+/// Names a frame of a batch: its body by where it stands, and the frame's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FrameKey {
+    pub(crate) segment: SegmentKey,
+    pub(crate) body: ByteOffset,
+    pub(crate) number: usize,
+}
+
 /// Names a part of a segment's index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum PartName {
@@ -85,6 +99,8 @@ struct Shared {
     files: Mutex<Recent<SegmentKey, SegmentFile>>,
     entries: Mutex<Recent<(SegmentKey, Position), EntryParts>>,
     sums: Mutex<Recent<PieceKey, PartSums>>,
+    bodies: Mutex<Recent<(SegmentKey, ByteOffset), Body>>,
+    frames: Mutex<Recent<FrameKey, Bytes>>,
     origins: Origins,
     images: OnceLock<Images>,
     open_extents: OpenExtents,
@@ -102,6 +118,8 @@ impl LogCache {
                 files: Mutex::new(Recent::new(limits.open_files_max.max(1))),
                 entries: Mutex::new(Recent::new(TABLE_BYTES_MAX)),
                 sums: Mutex::new(Recent::new(SUM_BYTES_MAX)),
+                bodies: Mutex::new(Recent::new(TABLE_BYTES_MAX)),
+                frames: Mutex::new(Recent::new(FRAME_BYTES_MAX)),
                 origins: Origins::default(),
                 images: OnceLock::new(),
                 open_extents: OpenExtents::new(limits.open_extents_max),
@@ -199,6 +217,32 @@ impl LogCache {
     pub(crate) fn keep_sums(&self, key: PieceKey, sums: PartSums) {
         let weight = sums.count() * size_of::<u32>() + OVERHEAD;
         self.shared.sums.lock().unwrap_or_else(PoisonError::into_inner).put(key, weight, sums);
+    }
+
+    /// The body of a batch, if it was kept.
+    pub(crate) fn body(&self, segment: SegmentKey, at: ByteOffset) -> Option<Body> {
+        self.shared.bodies.lock().unwrap_or_else(PoisonError::into_inner).get(&(segment, at))
+    }
+
+    /// What a frame of a batch holds, checked.
+    pub(crate) fn frame(
+        &self,
+        segment: SegmentKey,
+        body: &Body,
+        number: usize,
+        load: impl FnOnce() -> Result<Bytes, LogError>,
+    ) -> Result<Bytes, LogError> {
+        let (frames, bodies) = (&self.shared.frames, &self.shared.bodies);
+        let key = FrameKey { segment, body: body.at(), number };
+        if let Some(found) = frames.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(found);
+        }
+        let loaded = load()?;
+        let weight = loaded.len() + OVERHEAD;
+        frames.lock().unwrap_or_else(PoisonError::into_inner).put(key, weight, loaded.clone());
+        let mut bodies = bodies.lock().unwrap_or_else(PoisonError::into_inner);
+        bodies.put((segment, body.at()), body.weight() + OVERHEAD, body.clone());
+        Ok(loaded)
     }
 
     pub(crate) fn file(

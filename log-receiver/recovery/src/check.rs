@@ -6,7 +6,7 @@
 
 use std::{error::Error as _, sync::Arc};
 
-use backtide_segment::{EntryHeader, Position, SealedSegment, SegmentError, SegmentFile, Seq};
+use backtide_segment::{EntryReader, Position, SealedSegment, SegmentError, SegmentFile, Seq};
 use backtide_units::ByteCount;
 use roaring::RoaringTreemap;
 
@@ -212,13 +212,14 @@ fn check_segment(
     check_header(segment, &file, checked, mender)?;
     let end = segment.entries_end();
     let mut at = 0;
+    let mut reader = EntryReader::new(&file, *segment.header());
     for item in file.headers(*segment.header(), end) {
         // Without its header nobody knows where the next entry stands.
         let Some((header, position)) = checked.take(item)? else { break };
         if header.seq.0 > through {
             break;
         }
-        check_entry(segment, &file, (&header, position), checked, mender)?;
+        check_entry(segment, (&file, &mut reader), position, checked, mender)?;
         let read = position.offset().0 - at;
         at = position.offset().0;
         checked.bytes.0 += read;
@@ -260,14 +261,14 @@ fn check_header(
 
 fn check_entry(
     segment: &Segment,
-    file: &SegmentFile,
-    (header, position): (&EntryHeader, Position),
+    (file, reader): (&SegmentFile, &mut EntryReader<'_>),
+    position: Position,
     checked: &mut Checked,
     mender: Option<&Mender<'_>>,
 ) -> Result<(), LogError> {
     let mut whole = true;
-    if let Err(damage) = told(file.entry(segment.header(), position))? {
-        let mended = mender.map_or(Ok(false), |mender| mender.entry(segment, file, header, position));
+    if let Err(damage) = told(reader.entry(position))? {
+        let mended = mender.map_or(Ok(false), |mender| mender.entry(segment, file, position));
         whole = matches!(mended, Ok(true));
         checked.note_or_mended(damage, mended);
     }

@@ -312,7 +312,7 @@ impl DiskLog {
     /// Sees to it that there is an open segment with room for `entry`.
     fn make_room(&mut self, entry: &Entry) -> Result<(), LogError> {
         if let Some(current) = &self.current {
-            let end = current.writer.end().0 + SegmentWriter::stored_length(entry).0;
+            let end = current.writer.reach(entry).0;
             let (extents, control) = current
                 .segment
                 .with_open_mut(|open| (open.contents.index().count(), open.contents.control_bytes()));

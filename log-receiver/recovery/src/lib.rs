@@ -45,4 +45,4 @@ pub use timeline::{
 };
 pub use view::{Allocation, View};
 
-pub use backtide_segment::{Entry, PassContent, PassReason, SegmentId, Seq, inspect};
+pub use backtide_segment::{Compression, Entry, PassContent, PassReason, SegmentId, Seq, inspect};

@@ -6,7 +6,7 @@
 
 use std::cell::Cell;
 
-use backtide_segment::{EntryHeader, Position, SegmentError, SegmentFile};
+use backtide_segment::{Position, SegmentError, SegmentFile};
 use backtide_units::{ByteCount, ByteRange, Lsn};
 use bytes::Bytes;
 
@@ -29,13 +29,12 @@ impl<'a> Mender<'a> {
         &self,
         segment: &Segment,
         file: &SegmentFile,
-        header: &EntryHeader,
         position: Position,
     ) -> Result<bool, LogError> {
         if !segment.is_sealed() {
             return Ok(false);
         }
-        let mut find = |range, is_wanted: &dyn Fn(&Bytes) -> bool| self.version(range, header.lsn, is_wanted);
+        let mut find = |range, lsn, is_wanted: &dyn Fn(&Bytes) -> bool| self.version(range, lsn, is_wanted);
         done(file.mend_entry(segment.header(), position, &mut find))
     }
 

@@ -8,8 +8,8 @@ use std::{
 };
 
 use backtide_segment::{
-    Bucket, Contents, EntryHeader, EntryParts, Extent, ExtentKey, Guide, IndexBlock, Position, SealedSegment,
-    SegmentFile, SegmentHeader, SegmentStats, Step, Stretch,
+    Body, Bucket, Contents, EntryHeader, EntryParts, Extent, ExtentKey, Guide, IndexBlock, Position,
+    SealedSegment, SegmentFile, SegmentHeader, SegmentStats, Step, Stretch,
 };
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
@@ -310,7 +310,8 @@ impl Segment {
     ) -> Result<(), LogError> {
         let (Extent { position, .. }, _) = parts_of[0];
         let file = self.file()?;
-        let load = || Ok(file.parts(&self.header, &parts_of[0].0)?);
+        let known = |at| self.cache.body(self.key, at);
+        let load = || Ok(file.parts(&self.header, &parts_of[0].0, &known)?);
         let parts = self.cache.entry(self.key, position, load)?;
         self.check_extents(&parts, parts_of)?;
         for (_, part) in parts_of {
@@ -330,6 +331,9 @@ impl Segment {
         part: ByteRange,
         mut buffer: &mut [u8],
     ) -> Result<(), LogError> {
+        if let Some(body) = parts.body() {
+            return self.read_batched(file, (parts, body), part, buffer);
+        }
         let Range { start: mut next, end } = parts.pieces_of(part);
         while next < end {
             let whole = (next..end).take_while(|number| part.contains(parts.piece(*number))).count();
@@ -342,6 +346,27 @@ impl Segment {
                 _ => file.payload_into(parts, next..last + 1, now)?,
             }
             (next, buffer) = (last + 1, later);
+        }
+        Ok(())
+    }
+
+    /// Bytes of an entry in a batch.
+    fn read_batched(
+        &self,
+        file: &SegmentFile,
+        (parts, body): (&EntryParts, &Body),
+        part: ByteRange,
+        mut buffer: &mut [u8],
+    ) -> Result<(), LogError> {
+        for number in parts.pieces_of(part) {
+            let frame = self.cache.frame(self.key, body, number, || Ok(file.frame(body, number)?))?;
+            let bytes = file.piece_in(parts, number, &frame)?;
+            let piece = parts.piece(number);
+            let wanted = piece.intersection(part).expect("the piece holds some of it");
+            let from = (wanted.start().0 - piece.start().0) as usize;
+            let (now, later) = buffer.split_at_mut(wanted.count().0 as usize);
+            now.copy_from_slice(&bytes[from..from + now.len()]);
+            buffer = later;
         }
         Ok(())
     }

@@ -123,7 +123,7 @@ fn no_new_log_begins_where_a_header_cannot_be_read() {
 
 #[test]
 fn a_check_names_the_place_and_reads_everything_else() {
-    let agent = written(4);
+    let agent = written(3);
     let (storage, paths) = copied(&agent);
     let sound = left(&storage).check(&mut |_| true).expect("check");
     assert!(sound.is_sound(), "{sound:?}");

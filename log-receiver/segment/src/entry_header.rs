@@ -7,7 +7,8 @@ use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, Lsn, 
 use bytes::{Buf, BufMut, Bytes};
 
 use crate::{
-    AttachFacts, Entry, PAYLOAD_MAX, PassContent, PassReason, SegmentId, Seq, TEXT_MAX, pieces::table_length,
+    AttachFacts, Entry, PAYLOAD_MAX, PassContent, PassReason, SegmentId, Seq, TEXT_MAX,
+    body::BATCH_ENTRIES_MAX, pieces::table_length,
 };
 
 /// Bytes of an entry's header.
@@ -22,6 +23,8 @@ const NO_CLAIM: u32 = u32::MAX;
 const FLAG_TRIM: u8 = 1;
 const FLAG_ZEROES: u8 = 2;
 const FLAG_VALID: u8 = 4;
+/// In a batch; the code says how many headers on its body is.
+const FLAG_BATCHED: u8 = 8;
 
 /// The kinds of entries, by their number in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,6 +223,9 @@ impl EntryHeader {
 
     /// What is wrong with the fields; `None` when they fit together.
     fn check(&self) -> Option<&'static str> {
+        if self.flags & FLAG_BATCHED != 0 && !self.fits_in_a_batch() {
+            return Some("a batch where none can be");
+        }
         let text_fits = u64::from(self.payload_length) <= TEXT_MAX.0;
         match self.kind {
             EntryKind::Write | EntryKind::Zero | EntryKind::PassData => self.check_data(),
@@ -234,6 +240,29 @@ impl EntryHeader {
             | EntryKind::Mark
             | EntryKind::Attach => (!text_fits).then_some("a text longer than 1024 bytes"),
         }
+    }
+
+    fn fits_in_a_batch(&self) -> bool {
+        let kind = match self.kind {
+            EntryKind::Write
+            | EntryKind::Zero
+            | EntryKind::Flush
+            | EntryKind::PassData
+            | EntryKind::Unchanged => true,
+            EntryKind::PassBegin | EntryKind::PassEnd | EntryKind::Mark | EntryKind::Attach => false,
+        };
+        kind && (1..=BATCH_ENTRIES_MAX).contains(&self.code)
+    }
+
+    /// The same entry in a batch whose body stands so many headers on.
+    pub(crate) fn in_batch(mut self, headers_on: u16) -> Self {
+        (self.flags, self.code) = (self.flags | FLAG_BATCHED, headers_on);
+        self
+    }
+
+    /// How many headers on the body of its batch is; `None` for an entry that stands for itself.
+    pub(crate) fn body_ahead(&self) -> Option<u16> {
+        (self.flags & FLAG_BATCHED != 0).then_some(self.code)
     }
 
     fn check_data(&self) -> Option<&'static str> {
@@ -343,8 +372,12 @@ impl EntryHeader {
         ByteRange::new(ByteOffset(self.offset), ByteCount(self.length))
     }
 
-    /// Bytes that the entry takes in the file, table and padding included.
+    /// Bytes that the entry takes in the file, table and padding included. One in a batch takes its header; what
+    /// the batch takes beside them is known to the body.
     pub fn stored_length(&self) -> u64 {
+        if self.body_ahead().is_some() {
+            return ENTRY_HEADER_LENGTH as u64;
+        }
         stored_length(ByteCount(self.payload_length.into()))
     }
 

@@ -5,7 +5,9 @@ use std::{io, path::Path};
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, PayloadChecksum};
 
-use crate::{SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, scan};
+use crate::{
+    EntryHeader, EntryReader, Position, SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq, scan,
+};
 
 /// Writes a readable listing of one segment file, one entry a line; damage is a line of the listing. Whether
 /// there is none.
@@ -52,6 +54,7 @@ fn entries(
     out: &mut dyn io::Write,
 ) -> io::Result<bool> {
     let mut whole = true;
+    let mut reader = EntryReader::new(file, header);
     for item in file.headers(header, end) {
         let (entry, position) = match item {
             Ok(item) => item,
@@ -65,7 +68,7 @@ fn entries(
         if let Some(range) = entry.range() {
             write!(out, " bytes {range}")?;
         }
-        let content = file.entry(&header, position).and_then(|(entry, payload)| {
+        let content = reader.entry(position).and_then(|(entry, payload)| {
             let payload_length = payload.len();
             let text =
                 entry.entry(payload).map_err(|what| file.damaged(position.offset().0, what.to_owned()))?;
@@ -76,14 +79,32 @@ fn entries(
             Ok((length, _)) if entry.kind.is_data() => {
                 let pieces = PayloadChecksum::pieces_in(ByteCount(length as u64));
                 let pieces = if pieces > 1 { format!(" in {pieces} pieces") } else { String::new() };
-                writeln!(out, " payload {length}{pieces}")?;
+                let batch =
+                    entry.body_ahead().filter(|_| length > 0).map(|on| format!(" in the batch {on} on"));
+                writeln!(out, " payload {length}{pieces}{}", batch.unwrap_or_default())?;
             }
             Ok((_, control)) => writeln!(out, " {control:?}")?,
             Err(SegmentError::Damaged { what, .. }) => writeln!(out, " DAMAGED: {what}")?,
             Err(error) => writeln!(out, " {error}")?,
         }
+        if entry.body_ahead() == Some(1) {
+            body(file, &header, (&entry, position), out)?;
+        }
     }
     Ok(whole)
+}
+
+/// What stands behind the last header of a batch. Whether it is whole is known of its entries.
+fn body(
+    file: &SegmentFile,
+    header: &SegmentHeader,
+    (last, position): (&EntryHeader, Position),
+    out: &mut dyn io::Write,
+) -> io::Result<()> {
+    match file.body_of(header, last, position.offset().0) {
+        Ok(body) => writeln!(out, "{:>10}  batch of {}", body.at(), body.header()),
+        Err(error) => writeln!(out, "{error}"),
+    }
 }
 
 fn footer(file: &SegmentFile, sealed: &SealedSegment, out: &mut dyn io::Write) -> io::Result<bool> {

@@ -5,10 +5,14 @@
 //! between files, recovery points, sockets or clocks.
 
 mod attach;
+mod batch;
+mod body;
 mod bucket;
+mod compress;
 mod contents;
 mod entry;
 mod entry_header;
+mod entry_reader;
 mod error;
 mod footer;
 mod guide;
@@ -21,15 +25,19 @@ mod mend;
 mod pieces;
 mod read;
 mod scan;
+mod scan_batch;
 mod sealed;
 mod verdict;
 mod writer;
 
 pub use attach::{AttachFacts, AttachOrigin};
+pub use body::Body;
 pub use bucket::{Bucket, DISK_SIZE_MAX, LEVELS};
+pub use compress::Compression;
 pub use contents::{Contents, RecordRun, SegmentStats, Step, Stretch};
 pub use entry::{Entry, PAYLOAD_MAX, PassContent, PassReason, TEXT_MAX};
 pub use entry_header::{ENTRY_HEADER_LENGTH, EntryHeader, EntryKind};
+pub use entry_reader::EntryReader;
 pub use error::SegmentError;
 pub use guide::Guide;
 pub use header::{MAGIC, SEGMENT_HEADER_LENGTH, SegmentHeader, VERSION};
@@ -37,7 +45,7 @@ pub use ids::{Position, SegmentId, Seq};
 pub use index::{COARSE_LEVEL, Extent, ExtentKey, OpenIndex};
 pub use index_block::IndexBlock;
 pub use inspect::inspect;
-pub use pieces::{EntryParts, PartSums};
+pub use pieces::{EntryParts, KnownBody, PartSums};
 pub use read::{HeaderScan, SegmentFile};
 pub use scan::{Scanned, claims, scan, scan_prefix};
 pub use sealed::{SealedSegment, Summary};

@@ -5,11 +5,12 @@
 //! damage or what was written, and after a power cut on the way it is one of both. An entry whose header is damaged cannot
 //! be mended: nothing tells what stood there.
 
-use backtide_units::{ByteCount, ByteOffset, ByteRange, PayloadChecksum};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn, PayloadChecksum};
 use bytes::{Bytes, BytesMut};
 
 use crate::{
-    ENTRY_HEADER_LENGTH, EntryParts, Position, SealedSegment, SegmentError, SegmentFile, SegmentHeader, Seq,
+    Body, ENTRY_HEADER_LENGTH, EntryParts, Position, SealedSegment, SegmentError, SegmentFile, SegmentHeader,
+    Seq,
     footer::write_footer,
     pieces::{put_table, table_length},
     scan_prefix,
@@ -17,6 +18,9 @@ use crate::{
 
 /// Tells the bytes that are wanted from others.
 type IsWanted<'a> = &'a dyn Fn(&Bytes) -> bool;
+
+/// Gives what the disk has, or had around a version, in a range, if it is what is wanted.
+type Find<'a> = &'a mut dyn FnMut(ByteRange, Lsn, IsWanted<'_>) -> Option<Bytes>;
 
 impl SegmentFile {
     /// Writes the segment's header again, durably.
@@ -37,10 +41,12 @@ impl SegmentFile {
         &self,
         segment: &SegmentHeader,
         position: Position,
-        find: &mut dyn FnMut(ByteRange, IsWanted<'_>) -> Option<Bytes>,
+        find: Find<'_>,
     ) -> Result<bool, SegmentError> {
         let (header, parts) = match self.parts_at(segment, position)? {
             (header, Ok(parts)) => (header, parts),
+            // Nothing tells what stood in a body whose own header or table is damaged.
+            (header, Err(_)) if header.body_ahead().is_some() => return Ok(false),
             (header, Err(_)) => {
                 if !self.mend_table(position, header.payload_length, header.payload_crc)? {
                     return Ok(false);
@@ -56,12 +62,45 @@ impl SegmentFile {
             if !damage_of(self.payload(&parts, number..number + 1))? {
                 continue;
             }
-            let found = find(parts.piece(number), &|bytes| parts.is_piece(number, bytes));
-            let Some(piece) = found else { return Ok(false) };
-            self.put(parts.piece_at(number), &piece)?;
+            let found = match parts.body() {
+                None => find(parts.piece(number), header.lsn, &|bytes| parts.is_piece(number, bytes)),
+                Some(body) if body.count() > 1 => {
+                    let found = find(parts.piece(number), header.lsn, &|bytes| parts.is_piece(number, bytes));
+                    found.and_then(|piece| body.pack(number, &piece))
+                }
+                Some(body) => self.find_batch(segment, body, find)?,
+            };
+            let Some(stored) = found else { return Ok(false) };
+            self.put(parts.piece_at(number), &stored)?;
         }
         self.synced()?;
         Ok(!damage_of(self.entry(segment, position))?)
+    }
+
+    /// The stored bytes of the only frame of a batch, made again of all that it holds.
+    fn find_batch(
+        &self,
+        segment: &SegmentHeader,
+        body: &Body,
+        find: Find<'_>,
+    ) -> Result<Option<Bytes>, SegmentError> {
+        let mut all = BytesMut::new();
+        for nth in 0..u64::from(body.header().entries) {
+            let at = body.first_header_at() + nth * ENTRY_HEADER_LENGTH as u64;
+            let Ok(position) = u32::try_from(at).map(Position) else { return Ok(None) };
+            let header = match self.entry_header(segment, position) {
+                Ok(header) => header,
+                Err(damage) => return damage_of::<()>(Err(damage)).map(|_| None),
+            };
+            let Some(range) = header.range().filter(|_| header.payload_length > 0) else { continue };
+            let is_wanted = |bytes: &Bytes| {
+                ByteCount::of(bytes).0 == u64::from(header.payload_length)
+                    && crc32c::crc32c(bytes) == header.payload_crc
+            };
+            let Some(payload) = find(range, header.lsn, &is_wanted) else { return Ok(None) };
+            all.extend_from_slice(&payload);
+        }
+        Ok(body.pack(0, &all.freeze()))
     }
 
     /// Builds the footer of a sealed segment again from its entries, durably; false when they are not all whole.

@@ -13,8 +13,8 @@ use backtide_units::{ByteCount, ByteOffset, ByteRange, PayloadChecksum};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::{
-    ENTRY_HEADER_LENGTH, EntryHeader, Extent, Position, SegmentError, SegmentFile, SegmentHeader,
-    entry_header::ALIGNMENT,
+    Body, ENTRY_HEADER_LENGTH, EntryHeader, Extent, Position, SegmentError, SegmentFile, SegmentHeader,
+    body::body_at, entry_header::ALIGNMENT,
 };
 
 const PIECE: u64 = PayloadChecksum::PIECE.0;
@@ -22,14 +22,26 @@ const PIECE: u64 = PayloadChecksum::PIECE.0;
 /// What a piece that was checked is read in from then on.
 const PART: u64 = 4096;
 
+/// A body that was read before, by where it is.
+pub type KnownBody<'a> = &'a dyn Fn(ByteOffset) -> Option<Body>;
+
 /// An entry with a payload, and what is needed to read any piece of it: header and table, both checked.
 #[derive(Clone, Debug)]
 pub struct EntryParts {
     header: EntryHeader,
     range: ByteRange,
-    payload_at: u64,
+    place: Place,
     /// CRC32C of the payload up to the end of each piece.
     running: Arc<[u32]>,
+}
+
+/// Where the payload is.
+#[derive(Clone, Debug)]
+enum Place {
+    /// From there on in the file.
+    File(u64),
+    /// From there on among the bytes of a batch.
+    Batch(Body, u64),
 }
 
 /// CRC32C of the payload up to the end of each 4 KiB of one piece, learned when that was checked as a whole.
@@ -125,6 +137,11 @@ impl EntryParts {
         ByteRange::between(ByteOffset(start), ByteOffset((start + PIECE).min(self.range.end().0)))
     }
 
+    fn piece_length(&self, number: usize) -> u64 {
+        let before = number as u64 * PIECE;
+        (u64::from(self.header.payload_length) - before).min(PIECE)
+    }
+
     /// CRC32C of the payload up to the end of each piece.
     pub(crate) fn running(&self) -> &[u32] {
         &self.running
@@ -135,9 +152,20 @@ impl EntryParts {
         number.checked_sub(1).map_or(0, |before| self.running[before])
     }
 
-    /// Where a piece stands in the file.
+    /// Where a piece stands in the file; of one in a batch, where the frame that has it does.
     pub(crate) fn piece_at(&self, number: usize) -> u64 {
-        self.payload_at + number as u64 * PIECE
+        match &self.place {
+            Place::File(payload_at) => payload_at + number as u64 * PIECE,
+            Place::Batch(body, _) => body.frame_at(number).start,
+        }
+    }
+
+    /// The body of the batch that has the payload, if one does: a piece is in the frame of the same number.
+    pub fn body(&self) -> Option<&Body> {
+        match &self.place {
+            Place::File(_) => None,
+            Place::Batch(body, _) => Some(body),
+        }
     }
 
     /// The pieces that hold `part` of the disk.
@@ -152,34 +180,24 @@ impl EntryParts {
 }
 
 impl SegmentFile {
-    /// The header and the payload of the entry at `position`, checked.
-    ///
-    /// # Errors
-    /// [`SegmentError::Damaged`] when any of both is not what was written.
-    pub fn entry(
-        &self,
-        segment: &SegmentHeader,
-        position: Position,
-    ) -> Result<(EntryHeader, Bytes), SegmentError> {
-        let header = self.entry_header(segment, position)?;
-        let parts = self.parts_behind(header, position, ByteRange::default())?;
-        let payload = self.payload(&parts, 0..parts.count())?;
-        Ok((header, payload))
-    }
-
     /// The entry that an index's extent points to, checked to be that one, for reading pieces of it.
     ///
     /// # Errors
     /// [`SegmentError::Damaged`] when its header or table is not what was written, and when the index
     /// points elsewhere.
-    pub fn parts(&self, segment: &SegmentHeader, extent: &Extent) -> Result<EntryParts, SegmentError> {
+    pub fn parts(
+        &self,
+        segment: &SegmentHeader,
+        extent: &Extent,
+        known: KnownBody<'_>,
+    ) -> Result<EntryParts, SegmentError> {
         let header = self.entry_header(segment, extent.position)?;
         let range = header.range().filter(|range| range.contains(extent.range));
         match range {
             Some(range)
                 if header.seq == extent.seq && header.lsn == extent.version && header.payload_length > 0 =>
             {
-                self.parts_behind(header, extent.position, range)
+                self.parts_behind(segment, header, extent.position, range, known)
             }
             Some(_) | None => Err(self.damaged(
                 extent.position.offset().0,
@@ -223,11 +241,40 @@ impl SegmentFile {
         assert!(pieces.end <= parts.count(), "pieces {pieces:?} of {}", parts.count());
         let filled = buffer.len().div_ceil(PIECE as usize);
         assert!(filled == pieces.len() || buffer.is_empty(), "a buffer for {pieces:?}");
+        if let Some(body) = parts.body() {
+            for (number, into) in pieces.zip(buffer.chunks_mut(PIECE as usize)) {
+                let frame = self.frame(body, number)?;
+                into.copy_from_slice(self.piece_in(parts, number, &frame)?);
+            }
+            return Ok(());
+        }
         self.read_exact(parts.piece_at(pieces.start), buffer)?;
         for (number, piece) in pieces.zip(buffer.chunks(PIECE as usize)) {
             self.check_piece(parts, number, crc32c::crc32c_append(parts.before(number), piece))?;
         }
         Ok(())
+    }
+
+    /// The bytes of a piece of an entry in a batch, checked, out of the [`frame`](Self::frame) of the same number.
+    ///
+    /// # Errors
+    /// [`SegmentError::Damaged`] when they are not what was captured.
+    ///
+    /// # Panics
+    /// When the entry is in no batch, or there is no such piece.
+    pub fn piece_in<'f>(
+        &self,
+        parts: &EntryParts,
+        number: usize,
+        frame: &'f [u8],
+    ) -> Result<&'f [u8], SegmentError> {
+        let Place::Batch(_, start) = &parts.place else { panic!("an entry in a batch") };
+        let length = parts.piece_length(number);
+        // Of several frames the first begins with the payload, and each holds one piece.
+        let start = *start as usize;
+        let piece = &frame[start..start + length as usize];
+        self.check_piece(parts, number, crc32c::crc32c_append(parts.before(number), piece))?;
+        Ok(piece)
     }
 
     /// The bytes of one piece, checked, and what its parts are checked by from now on.
@@ -238,9 +285,11 @@ impl SegmentFile {
     /// # Panics
     /// When there is no such piece.
     pub fn piece(&self, parts: &EntryParts, number: usize) -> Result<(Vec<u8>, PartSums), SegmentError> {
-        let length = parts.piece(number).count().0.min(parts.header.payload_length.into());
-        let mut bytes = vec![0; length as usize];
-        self.read_exact(parts.piece_at(number), &mut bytes)?;
+        let mut bytes = vec![0; parts.piece_length(number) as usize];
+        match parts.body() {
+            Some(body) => bytes.copy_from_slice(self.piece_in(parts, number, &self.frame(body, number)?)?),
+            None => self.read_exact(parts.piece_at(number), &mut bytes)?,
+        }
         let mut crc = parts.before(number);
         let so_far = |part: &[u8]| {
             crc = crc32c::crc32c_append(crc, part);
@@ -292,7 +341,14 @@ impl SegmentFile {
         buffer: &mut [u8],
     ) -> Result<(), SegmentError> {
         let (at, first) = (parts.piece_at(number) + start, (start / PART) as usize);
-        self.read_exact(at, buffer)?;
+        match parts.body() {
+            Some(body) => {
+                let frame = self.frame(body, number)?;
+                let piece = self.piece_in(parts, number, &frame)?;
+                buffer.copy_from_slice(&piece[start as usize..][..buffer.len()]);
+            }
+            None => self.read_exact(at, buffer)?,
+        }
         let mut crc = first.checked_sub(1).map_or_else(|| parts.before(number), |before| sums[before]);
         for (place, part) in buffer.chunks(PART as usize).enumerate() {
             let expected = sums[first + place];
@@ -328,10 +384,14 @@ impl SegmentFile {
     ) -> Result<(EntryHeader, Result<EntryParts, SegmentError>), SegmentError> {
         let header = self.entry_header(segment, position)?;
         let range = header.range().unwrap_or_default();
-        Ok((header, self.parts_behind(header, position, range)))
+        Ok((header, self.parts_behind(segment, header, position, range, &|_| None)))
     }
 
-    fn entry_header(&self, segment: &SegmentHeader, position: Position) -> Result<EntryHeader, SegmentError> {
+    pub(crate) fn entry_header(
+        &self,
+        segment: &SegmentHeader,
+        position: Position,
+    ) -> Result<EntryHeader, SegmentError> {
         let mut bytes = [0; ENTRY_HEADER_LENGTH];
         let at = position.offset().0;
         self.read_exact(at, &mut bytes)?;
@@ -339,12 +399,19 @@ impl SegmentFile {
             .map_err(|fault| self.damaged(at, fault.describe()))
     }
 
-    fn parts_behind(
+    pub(crate) fn parts_behind(
         &self,
+        segment: &SegmentHeader,
         header: EntryHeader,
         position: Position,
         range: ByteRange,
+        known: KnownBody<'_>,
     ) -> Result<EntryParts, SegmentError> {
+        if let Some(at) = body_at(&header, position.offset().0).filter(|_| header.payload_length > 0) {
+            let read = || self.body_of(segment, &header, position.offset().0);
+            let body = known(ByteOffset(at)).map_or_else(read, Ok)?;
+            return self.parts_in(body, header, position, range);
+        }
         let table_at = position.offset().0 + ENTRY_HEADER_LENGTH as u64;
         // A header made by hand could ask for memory for what is not there.
         if u64::from(header.payload_length) > PIECE {
@@ -361,6 +428,31 @@ impl SegmentFile {
         let running = decode_table(&header, &table).ok_or_else(|| {
             self.damaged(table_at, format!("the checksum table of entry {} is damaged", header.seq))
         })?;
-        Ok(EntryParts { header, range, payload_at: table_at + table.len() as u64, running })
+        let place = Place::File(table_at + table.len() as u64);
+        Ok(EntryParts { header, range, place, running })
+    }
+
+    /// The parts of an entry whose payload `body` has.
+    pub(crate) fn parts_in(
+        &self,
+        body: Body,
+        header: EntryHeader,
+        position: Position,
+        range: ByteRange,
+    ) -> Result<EntryParts, SegmentError> {
+        let running: Arc<[u32]> = match u64::from(header.payload_length) {
+            0..=PIECE => [header.payload_crc].into(),
+            _ => body.running(),
+        };
+        let pieces = PayloadChecksum::pieces_in(ByteCount(header.payload_length.into())).max(1);
+        let payload = body
+            .payload_of(&header)
+            .filter(|_| running.len() == pieces && running.last() == Some(&header.payload_crc));
+        let Some(payload) = payload else {
+            let what =
+                format!("the batch's body at byte {} has no payload for entry {}", body.at(), header.seq);
+            return Err(self.damaged(position.offset().0, what));
+        };
+        Ok(EntryParts { header, range, place: Place::Batch(body, payload.start), running })
     }
 }

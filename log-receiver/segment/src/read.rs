@@ -7,7 +7,7 @@ use backtide_units::ByteOffset;
 
 use crate::{
     ENTRY_HEADER_LENGTH, EntryHeader, EntryKind, Position, SEGMENT_HEADER_LENGTH, SegmentError,
-    SegmentHeader, Seq, Stretch, entry_header::HeaderFault,
+    SegmentHeader, Seq, Stretch, body::BodyHeader, entry_header::HeaderFault,
 };
 
 /// An open segment file with the name that errors use.
@@ -43,6 +43,8 @@ pub struct HeaderScan<'a> {
     at: u64,
     end: u64,
     next_seq: Seq,
+    /// Within a batch, how many headers on its body is.
+    body_ahead: Option<u16>,
 }
 
 /// A part of a file in memory, moved along with the reads.
@@ -106,6 +108,7 @@ impl SegmentFile {
             at: SEGMENT_HEADER_LENGTH as u64,
             end: end.0,
             next_seq: header.first_seq,
+            body_ahead: None,
         }
     }
 
@@ -123,6 +126,7 @@ impl SegmentFile {
             at: stretch.position.offset().0,
             end: next.map_or(end.0, |next| next.position.offset().0),
             next_seq: stretch.seq,
+            body_ahead: None,
         }
     }
 
@@ -202,10 +206,30 @@ impl HeaderScan<'_> {
         if header.seq != self.next_seq {
             return Err(file.damaged(at, format!("expected entry {}, found {}", self.next_seq, header.seq)));
         }
+        if self.body_ahead.is_some() && self.body_ahead != header.body_ahead() {
+            return Err(file.damaged(at, format!("expected entry {} in the batch before it", header.seq)));
+        }
         self.next_seq = header.seq.next();
         self.at = at + header.stored_length();
+        self.body_ahead = header.body_ahead().map(|on| on - 1).filter(|on| *on > 0);
+        if header.body_ahead() == Some(1) {
+            self.at += self.body_length()?;
+        }
         let position = u32::try_from(at).map(Position);
         Ok((header, position.map_err(|_| file.damaged(at, "a segment of 4 GiB or more".to_owned()))?))
+    }
+}
+
+impl HeaderScan<'_> {
+    /// Bytes of the body that stands here.
+    fn body_length(&mut self) -> Result<u64, SegmentError> {
+        let (at, file) = (self.at, self.window.file);
+        let bytes = self.window.at(at, ENTRY_HEADER_LENGTH)?;
+        let body = <&[u8; ENTRY_HEADER_LENGTH]>::try_from(bytes)
+            .ok()
+            .and_then(|bytes| BodyHeader::decode(bytes, self.header.salt(), self.header.id));
+        let body = body.ok_or_else(|| file.damaged(at, "expected the body of a batch".to_owned()))?;
+        Ok(body.stored_length())
     }
 }
 

@@ -11,6 +11,7 @@ use crate::{
     entry_header::{ALIGNMENT, HeaderFault},
     pieces::{is_sound, table_length},
     read::{PAGE, Window},
+    scan_batch::{ScannedBatch, scan_batch},
     verdict,
 };
 
@@ -39,6 +40,8 @@ struct Scan<'a> {
     scanned: Scanned,
     searched: bool,
     noted: Seq,
+    /// The batch that the next entry is in, when it is not the first of one.
+    batch: Option<ScannedBatch>,
 }
 
 /// Scans a segment. `synced` is what later segments claim to have been durable. `noted` is what somebody noted
@@ -150,6 +153,7 @@ impl<'a> Scan<'a> {
             },
             searched: false,
             noted,
+            batch: None,
         })
     }
 
@@ -183,8 +187,10 @@ impl<'a> Scan<'a> {
         if !whole {
             self.search()?;
         }
+        // A batch is written at once: with its first entry all of it is taken.
+        let taken = self.batch.as_ref().is_some_and(|batch| batch.first < next_seq);
         let noted = payload == PayloadState::Wrong && next_seq <= self.noted;
-        let acknowledged = noted || next_seq <= self.scanned.synced;
+        let acknowledged = taken || noted || next_seq <= self.scanned.synced;
         match (verdict(state, payload, acknowledged), header) {
             (Verdict::Accept | Verdict::AcceptDamaged, Some(header)) => {
                 let position = self.position()?;
@@ -194,6 +200,9 @@ impl<'a> Scan<'a> {
                 self.scanned.synced = self.scanned.synced.max(header.synced.unwrap_or_default());
                 self.scanned.contents.add(&header, position, control);
                 self.at += header.stored_length();
+                if header.body_ahead() == Some(1) {
+                    self.at = self.batch.take().map_or(self.at, |batch| batch.end);
+                }
                 Ok(true)
             }
             // A torn write can be read: this is damage, acknowledged or not.
@@ -235,6 +244,9 @@ impl<'a> Scan<'a> {
         &mut self,
         header: &EntryHeader,
     ) -> Result<(PayloadState, Option<crate::Entry>), SegmentError> {
+        if header.body_ahead().is_some() {
+            return Ok((self.batched_state(header)?, None));
+        }
         if self.at + header.stored_length() > self.length
             || self.at + header.stored_length() > u64::from(u32::MAX)
         {
@@ -253,6 +265,25 @@ impl<'a> Scan<'a> {
             Some(control) => (PayloadState::Good, Some(control)),
             None => (PayloadState::Lost, None),
         })
+    }
+
+    /// The state of the payload of an entry in a batch. Looks at the whole batch where its first entry stands, for either
+    /// all of it is taken or nothing.
+    fn batched_state(&mut self, header: &EntryHeader) -> Result<PayloadState, SegmentError> {
+        if self.batch.is_none() {
+            let found = scan_batch(&mut self.window, (self.at, self.length), header, &self.header)?;
+            let Some(mut batch) = found else { return Ok(PayloadState::Lost) };
+            if !batch.is_whole() {
+                self.search()?;
+                let acknowledged = header.seq <= self.scanned.synced.max(self.noted);
+                if !acknowledged {
+                    return batch.unreadable.take().map_or(Ok(PayloadState::Wrong), Err);
+                }
+            }
+            self.batch = Some(batch);
+        }
+        let batch = self.batch.as_ref().expect("it was just scanned");
+        Ok(batch.state(header.seq))
     }
 
     /// Looks for claims in the rest of the file, once: they hold wherever they stand.

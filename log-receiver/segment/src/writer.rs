@@ -12,13 +12,14 @@
 use std::{io::IoSlice, sync::Arc};
 
 use backtide_storage::StorageFile;
-use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, PayloadChecksum};
 use bytes::{Bytes, BytesMut};
 
 use crate::{
-    Contents, Entry, EntryHeader, Position, SEGMENT_HEADER_LENGTH, SegmentError, SegmentFile, SegmentHeader,
-    Seq,
-    entry_header::{ALIGNMENT, stored_length},
+    Compression, Contents, Entry, EntryHeader, Position, SEGMENT_HEADER_LENGTH, SegmentError, SegmentFile,
+    SegmentHeader, Seq,
+    batch::{Gathering, Place},
+    entry_header::ALIGNMENT,
     footer::write_footer,
     pieces::put_table,
 };
@@ -30,6 +31,8 @@ pub struct WriterOptions {
     pub buffer_bytes_max: ByteCount,
     /// Space is reserved in steps of this; at the beginning of a segment in smaller ones.
     pub allocation_step: ByteCount,
+    /// How payloads are stored.
+    pub compression: Compression,
 }
 
 /// The first step in which space is reserved: disks that are hardly written take little.
@@ -60,6 +63,7 @@ pub struct SegmentWriter {
     synced: u64,
     waiting: Vec<Bytes>,
     headers: BytesMut,
+    gathering: Gathering,
     poisoned: bool,
 }
 
@@ -106,6 +110,7 @@ impl SegmentWriter {
             synced: end.0,
             waiting: Vec::new(),
             headers: BytesMut::new(),
+            gathering: Gathering::new(options.compression),
             poisoned: false,
         }
     }
@@ -135,9 +140,9 @@ impl SegmentWriter {
         ByteOffset(self.end)
     }
 
-    /// Bytes that `entry` would take.
-    pub fn stored_length(entry: &Entry) -> ByteCount {
-        ByteCount(stored_length(entry.payload_length()))
+    /// Where the entries would end at the most with `entry` behind them.
+    pub fn reach(&self, entry: &Entry) -> ByteOffset {
+        ByteOffset(self.gathering.reach(self.end, entry.payload_length()))
     }
 
     /// Appends the next entry. `synced` is the entry up to which the log is known durable.
@@ -159,16 +164,41 @@ impl SegmentWriter {
             return Err(SegmentError::Poisoned);
         }
         let (header, payload) = EntryHeader::of(&entry, contents.stats.next_seq, self.header.id, synced);
-        let length = header.stored_length();
-        assert!(self.end + length <= u64::from(u32::MAX), "a segment of 4 GiB");
+        let place = self.gathering.place(&header);
+        if place != Place::Joins {
+            self.close_batch();
+        }
         let position = Position(self.end as u32);
-        self.reserve(ByteCount(self.end + length + contents.footer_bytes_max().0))?;
+        let reach = self.gathering.end_max_with(self.end, place, &header);
+        assert!(reach <= u64::from(u32::MAX), "a segment of 4 GiB");
+        self.reserve(ByteCount(reach + contents.footer_bytes_max().0))?;
+        let control = (!header.kind.is_data()).then(|| entry.clone());
+        match (place, entry.data()) {
+            (Place::Alone, data) => self.put(&header, payload, data.map(|(_, checksum)| checksum)),
+            (Place::Begins | Place::Joins, data) => {
+                let checksum = data.map(|(_, checksum)| checksum);
+                self.end = self.gathering.add(self.end, header, payload, checksum);
+                if self.gathering.is_full() {
+                    self.close_batch();
+                }
+            }
+        }
+        contents.add(&header, position, control);
+        if self.end - self.written >= self.options.buffer_bytes_max.0 {
+            self.write_waiting()?;
+        }
+        Ok(position)
+    }
+
+    /// Lays an entry into memory that stands for itself.
+    fn put(&mut self, header: &EntryHeader, payload: Bytes, checksum: Option<&PayloadChecksum>) {
+        let length = header.stored_length();
         if self.headers.capacity() < crate::ENTRY_HEADER_LENGTH {
             self.headers.reserve(HEADERS);
         }
         self.headers.extend_from_slice(&header.encode(self.header.salt()));
-        if let Some((payload, checksum)) = entry.data() {
-            put_table(&mut self.headers, payload, checksum);
+        if let Some(checksum) = checksum {
+            put_table(&mut self.headers, &payload, checksum);
         }
         let padding = length as usize - self.headers.len() - payload.len();
         self.waiting.push(self.headers.split().freeze());
@@ -179,11 +209,14 @@ impl SegmentWriter {
             self.waiting.push(Bytes::from_static(&PADDING[..]).slice(..padding));
         }
         self.end += length;
-        contents.add(&header, position, (!header.kind.is_data()).then_some(entry));
-        if self.end - self.written >= self.options.buffer_bytes_max.0 {
-            self.write_waiting()?;
+    }
+
+    /// Lays the batch into memory that is gathered, so that the next entry stands behind it.
+    fn close_batch(&mut self) {
+        if let Some(closed) = self.gathering.close(self.header.salt()) {
+            self.waiting.extend(closed.parts);
+            self.end = closed.end;
         }
-        Ok(position)
     }
 
     /// Brings everything appended into the file (not onto the device).
@@ -194,6 +227,7 @@ impl SegmentWriter {
         if self.poisoned {
             return Err(SegmentError::Poisoned);
         }
+        self.close_batch();
         if self.waiting.is_empty() {
             return Ok(());
         }
@@ -213,6 +247,7 @@ impl SegmentWriter {
     /// # Errors
     /// The file's; the writer is then poisoned.
     pub fn write_for_sync(&mut self) -> Result<(), SegmentError> {
+        self.close_batch();
         let little = self.end - self.synced <= LITTLE;
         self.synced = self.end;
         let to = self.allocated.unwrap_or(0).min(self.end + AHEAD.len() as u64);

@@ -3,8 +3,8 @@
 use std::{path::Path, sync::Arc};
 
 use backtide_segment::{
-    Contents, Entry, EntryParts, Extent, PartSums, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq,
-    WriterOptions,
+    Compression, Contents, Entry, EntryParts, Extent, PartSums, SegmentFile, SegmentHeader, SegmentId,
+    SegmentWriter, Seq, WriterOptions,
 };
 use backtide_storage::{MemoryStorage, Storage, StorageFile};
 use backtide_units::{
@@ -38,7 +38,11 @@ fn written() -> (Arc<dyn StorageFile>, SegmentFile, EntryParts) {
         synced: Seq(0),
     };
     let mut contents = Contents::new(header.first_seq, header.synced);
-    let options = WriterOptions { buffer_bytes_max: ByteCount(1), allocation_step: ByteCount(4096) };
+    let options = WriterOptions {
+        buffer_bytes_max: ByteCount(1),
+        allocation_step: ByteCount(4096),
+        compression: Compression::None,
+    };
     let mut writer = SegmentWriter::create(named.clone(), header, options, ByteCount::ZERO).expect("create");
     let bytes = Bytes::from(payload());
     let checksum = PayloadChecksum::of(&bytes);
@@ -48,7 +52,7 @@ fn written() -> (Arc<dyn StorageFile>, SegmentFile, EntryParts) {
     writer.append(entry, Seq(0), &mut contents).expect("append");
     writer.write_waiting().expect("write");
     let extent: Extent = contents.index().extents().next().expect("an extent");
-    let parts = named.parts(&header, &extent).expect("a sound entry");
+    let parts = named.parts(&header, &extent, &|_| None).expect("a sound entry");
     (file, named, parts)
 }
 

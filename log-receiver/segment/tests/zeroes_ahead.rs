@@ -7,7 +7,7 @@ use std::{
 };
 
 use backtide_segment::{
-    Contents, Entry, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq, WriterOptions,
+    Compression, Contents, Entry, SegmentFile, SegmentHeader, SegmentId, SegmentWriter, Seq, WriterOptions,
 };
 use backtide_storage::{MemoryStorage, Storage, StorageFile, read_file};
 use backtide_units::{
@@ -72,8 +72,11 @@ impl Log {
             first_seq: Seq(1),
             synced: Seq(0),
         };
-        let options =
-            WriterOptions { buffer_bytes_max: ByteCount(1 << 20), allocation_step: ByteCount(STEP) };
+        let options = WriterOptions {
+            buffer_bytes_max: ByteCount(1 << 20),
+            allocation_step: ByteCount(STEP),
+            compression: Compression::None,
+        };
         let file = SegmentFile::new(Arc::new(file), path.to_owned());
         let writer = SegmentWriter::create(file, header, options, ByteCount::ZERO).unwrap();
         let contents = Contents::new(header.first_seq, header.synced);

@@ -43,8 +43,8 @@ struct Arguments {
     size: u64,
     /// Only these, by a part of their name: servers of the tables, and rows of tracking and resync
     /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare, many-disks, restart, instructions), of
-    /// going back (mount-first-byte, restore, rewind, boot), and of the store (thousand-disks, ingest, open-point,
-    /// mount-reads).
+    /// going back (mount-first-byte, restore, rewind, boot), and of the store (thousand-disks, ingest, journal-size,
+    /// open-point, mount-reads).
     #[arg(long)]
     only: Vec<String>,
     /// Writes in the log of which mount-first-byte and open-point open points; ten million take 6 GB and minutes.

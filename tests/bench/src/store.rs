@@ -1,6 +1,7 @@
 //! What the receiver's store costs: what is written to it, and what is read from it.
 
 mod ingest;
+mod journal_size;
 mod mount_reads;
 mod open_point;
 mod peer;
@@ -13,6 +14,7 @@ use crate::tracking::Row;
 pub(crate) const ROWS: &[Row] = &[
     Row { name: "thousand-disks", run: thousand::run },
     Row { name: "ingest", run: ingest::run },
+    Row { name: "journal-size", run: journal_size::run },
     Row { name: "open-point", run: open_point::run },
     Row { name: "mount-reads", run: mount_reads::run },
 ];

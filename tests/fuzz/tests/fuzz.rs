@@ -20,6 +20,7 @@ macro_rules! targets {
 }
 
 targets! {
+    batch: "batch",
     segment: "segment",
     log: "log",
     base: "base",

@@ -14,7 +14,7 @@ use backtide_log_receiver::{
     Shelf, StoreWatch,
 };
 use backtide_protocol::{CloseCode, Message, Sequenced};
-use backtide_recovery::{LogCache, LogOptions, Seq};
+use backtide_recovery::{Compression, LogCache, LogOptions, Seq};
 use backtide_storage::MemoryStorage;
 use backtide_units::{ByteCount, HistoryId, Lsn};
 use uuid::Uuid;
@@ -65,6 +65,11 @@ impl Receiver {
             segment_bytes_max: plan.segment,
             buffer_bytes_max: plan.log_buffer,
             allocation_step: ByteCount(64 * 1024),
+            compression: match plan.segment.0 >> 10 {
+                64 => Compression::Lz4,
+                256 => Compression::Zstd,
+                _ => Compression::None,
+            },
             ..LogOptions::default()
         };
         Self {

@@ -1,6 +1,6 @@
 //! What bounds a log.
 
-use backtide_segment::WriterOptions;
+use backtide_segment::{Compression, WriterOptions};
 use backtide_units::ByteCount;
 
 /// Limits of one log.
@@ -19,11 +19,17 @@ pub struct LogOptions {
     /// Memory of the directory that finds segments by the buckets they touch; beyond it, and beyond 1.75 bytes
     /// a record, look-ups look into more segments than have what is looked for. Default 64 MiB.
     pub directory_bytes_max: ByteCount,
+    /// How payloads are stored. Default: as they came.
+    pub compression: Compression,
 }
 
 impl LogOptions {
     pub(super) fn writer(&self) -> WriterOptions {
-        WriterOptions { buffer_bytes_max: self.buffer_bytes_max, allocation_step: self.allocation_step }
+        WriterOptions {
+            buffer_bytes_max: self.buffer_bytes_max,
+            allocation_step: self.allocation_step,
+            compression: self.compression,
+        }
     }
 }
 
@@ -35,6 +41,7 @@ impl Default for LogOptions {
             buffer_bytes_max: ByteCount(1 << 20),
             allocation_step: ByteCount(8 << 20),
             directory_bytes_max: ByteCount(64 << 20),
+            compression: Compression::None,
         }
     }
 }

@@ -5,11 +5,13 @@
 //! them up to L.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part, as a module of its own")]
 
+mod random;
+
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use backtide_recovery::{
-    CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason, Snapshot,
-    SyncTicket, View,
+    CacheLimits, Compression, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason,
+    Snapshot, SyncTicket, View,
 };
 use backtide_storage::{MemoryStorage, Sharing, Storage};
 use backtide_units::{
@@ -18,38 +20,11 @@ use backtide_units::{
 use bytes::Bytes;
 use uuid::Uuid;
 
+pub use random::Random;
+use random::half_noise;
+
 /// Not a multiple of a bucket, nor of a sector.
 pub const DISK: u64 = 21 * 65536 + 777;
-
-/// SplitMix64.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number in `0..bound`.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    pub fn one_in(&mut self, chances: u64) -> bool {
-        self.below(chances) == 0
-    }
-
-    /// A range of the disk: odd offsets and lengths, mostly small.
-    pub fn range(&mut self, longest: u64) -> ByteRange {
-        let longest = if self.one_in(6) { longest } else { 5000.min(longest) };
-        let length = 1 + self.below(longest);
-        let start = self.below(DISK - length + 1);
-        ByteRange::between(ByteOffset(start), ByteOffset(start + length))
-    }
-}
 
 /// The checksum that an agent captures: of the whole payload only.
 fn captured(payload: &[u8]) -> PayloadChecksum {
@@ -227,6 +202,8 @@ pub fn directory() -> &'static Path {
 }
 
 pub fn options(random: &mut Random) -> LogOptions {
+    let compressions = [Compression::None, Compression::Lz4, Compression::Zstd];
+    let compression = compressions[random.0 as usize % compressions.len()];
     LogOptions {
         segment_bytes_max: ByteCount(20_000 << random.below(5)),
         segment_extents_max: 20 + random.below(400) as u32,
@@ -234,6 +211,7 @@ pub fn options(random: &mut Random) -> LogOptions {
         allocation_step: ByteCount(1 << (8 + random.below(10))),
         // Often too little for exact look-ups.
         directory_bytes_max: ByteCount(1 << (6 + random.below(14))),
+        compression,
     }
 }
 
@@ -306,7 +284,7 @@ impl Agent {
 
     pub fn write(&mut self) -> Step {
         let range = self.random.range(200_000);
-        let mut bytes = vec![self.random.next() as u8; range.count().0 as usize];
+        let mut bytes = half_noise(self.random.next() as u8, range.count().0 as usize);
         let salt = self.random.next().to_le_bytes();
         let length = salt.len().min(bytes.len());
         bytes[..length].copy_from_slice(&salt[..length]);

@@ -6,7 +6,7 @@ mod counting;
 use std::{path::Path, sync::Arc};
 
 use backtide_recovery::{
-    CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason,
+    CacheLimits, Compression, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason,
 };
 use backtide_units::{
     ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, HistoryId, Lsn, PayloadChecksum,
@@ -239,4 +239,28 @@ fn what_a_pass_brought_is_let_go_when_it_is_durable_and_what_guests_write_is_not
     log.storage.fail_a_sync();
     assert!(log.log.synced(ticket.sync()).is_err());
     assert_eq!(log.storage.let_go(), [], "nobody knows what is durable");
+}
+
+#[test]
+fn a_small_read_of_what_was_compressed_reads_and_decompresses_one_batch_once() {
+    for compression in [Compression::Lz4, Compression::Zstd] {
+        let mut log = Fixture::new(LogOptions { compression, ..LogOptions::default() });
+        for n in 0..1000 {
+            log.write(range(n * MIB, 4096), n as u8);
+        }
+        log.log.seal().expect("seal");
+        assert!(log.log.size() < ByteCount(1000 * 4096 / 4), "it is compressed: {}", log.log.size());
+        let view = log.log.view(log.lsn).expect("a point");
+        let read = |n: u64| {
+            let (read, cost) = log.storage.during(|| view.read(range(n * MIB, 4096)).expect("read"));
+            assert_eq!(read, vec![n as u8; 4096]);
+            cost
+        };
+        let first = read(512);
+        // Header, body's header and table, frame, and what stands in the index.
+        assert!(first.bytes <= 65_536 + 2048 + 3 * 4096, "{first:?}");
+        // Its neighbor in the same batch: 16 of 4 KiB are in one, from the first write on.
+        let second = read(513);
+        assert_eq!((second.reads, second.bytes), (1, 64), "only its header");
+    }
 }

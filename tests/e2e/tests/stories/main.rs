@@ -9,6 +9,7 @@ mod bad_input;
 mod begun_elsewhere;
 mod behind;
 mod blocking;
+mod compressed;
 mod connecting;
 mod crash_tracking;
 mod damage;

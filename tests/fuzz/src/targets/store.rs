@@ -21,9 +21,19 @@ const PACK: &str = "images/packs/0000000000000001.pack";
 const LOG: &str = "disks/d1";
 
 pub(super) fn targets() -> Vec<Target> {
-    let segments =
-        || ["sealed", "open", "pieces"].map(|name| golden(&format!("segment/{name}.seg"))).to_vec();
+    let segments = || {
+        ["sealed", "open", "pieces", "lz4", "zstd"]
+            .map(|name| golden(&format!("segment/{name}.seg")))
+            .to_vec()
+    };
     vec![
+        Target {
+            name: "batch",
+            seeds: 3000,
+            samples: ["lz4", "zstd"].map(|name| golden(&format!("segment/{name}.seg"))).to_vec(),
+            mend: mend_batches,
+            take: segment,
+        },
         Target { name: "segment", seeds: 1500, samples: segments(), mend: mend_segment, take: segment },
         Target { name: "log", seeds: 1500, samples: segments(), mend: mend_segment, take: log },
         Target {
@@ -59,6 +69,15 @@ pub(super) fn targets() -> Vec<Target> {
 
 /// The parts of a segment that have a checksum right behind their start or end: its header, and its entries' headers.
 fn mend_segment(bytes: &mut [u8]) {
+    mend_entries(bytes, false);
+}
+
+/// The same, and the tables and frames of batches: what is decompressed is whatever it is then.
+fn mend_batches(bytes: &mut [u8]) {
+    mend_entries(bytes, true);
+}
+
+fn mend_entries(bytes: &mut [u8], bodies: bool) {
     let Some(header) = bytes.get(..128) else { return };
     let (salt, crc) = (crc32c::crc32c(&header[16..48]), crc32c::crc32c(&header[..124]));
     bytes[124..128].copy_from_slice(&crc.to_le_bytes());
@@ -70,10 +89,41 @@ fn mend_segment(bytes: &mut [u8]) {
         }
         let crc = crc32c::crc32c_append(salt, &entry[4..]);
         bytes[at..at + 4].copy_from_slice(&crc.to_le_bytes());
+        if bytes[at + 5] & 8 != 0 {
+            at += 64;
+            if u16::from_le_bytes([bytes[at - 58], bytes[at - 57]]) == 1 {
+                let Some(end) = mend_body(bytes, at, salt, bodies) else { break };
+                at = end;
+            }
+            continue;
+        }
         let table = if length > 65_536 { (length.div_ceil(65_536) * 4).next_multiple_of(8) } else { 0 };
         at += 64 + table + length.next_multiple_of(8);
     }
     mend_footer(bytes, salt);
+}
+
+/// The body of a batch: its header, and what it contains, frames and table. Gives its end when it has one.
+fn mend_body(bytes: &mut [u8], at: usize, salt: u32, contents: bool) -> Option<usize> {
+    let header = bytes.get(at..at + 64)?;
+    let entries = usize::from(u16::from_le_bytes([header[6], header[7]]));
+    let (payload, stored) = (u32_at(header, 16) as usize, u32_at(header, 20) as usize);
+    let table = at + 64 + entries * 4;
+    let frames = table + payload.div_ceil(65_536) * 12;
+    let end = frames.checked_add(stored).filter(|end| *end <= bytes.len())?;
+    let mut start = frames;
+    for record in (table..frames).step_by(12).take_while(|_| contents) {
+        let frame_end = frames + u32_at(bytes, record) as usize;
+        if (start..=end).contains(&frame_end) {
+            put_crc(bytes, start..frame_end, record + 4, 0);
+            start = frame_end;
+        }
+    }
+    if contents {
+        put_crc(bytes, at + 64..frames, at + 24, 0);
+    }
+    put_crc(bytes, at + 4..at + 64, at, salt);
+    Some(end.next_multiple_of(8))
 }
 
 /// The parts of a footer lie before its trailer, with lengths and checksums in it.
