@@ -128,10 +128,7 @@ impl Agent {
         let records = Records::new(Arc::clone(&storage)).with_spill(spill);
         let registry = Registry::new(&config, records, sockets.clone());
         registry.forget_other_sockets(&[API_PURPOSE]).map_err(state)?;
-        let restoring = match registry.restore().await.map_err(state)? {
-            true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),
-            false => None,
-        };
+        // Before anything is served that its failure would end.
         let settings = mounts::Settings {
             storage,
             run: config.run.clone(),
@@ -140,6 +137,10 @@ impl Agent {
             sources: registry.sources(),
         };
         let mounts = Arc::new(Mounts::start(settings).map_err(state)?);
+        let restoring = match registry.restore().await.map_err(state)? {
+            true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),
+            false => None,
+        };
         let restart = Arc::new(Restart::new(successor, restart_failure));
         let router = router(Service::new(Arc::clone(&registry), Arc::clone(&mounts), Arc::clone(&restart)));
         let (stop, stopped) = oneshot::channel::<()>();

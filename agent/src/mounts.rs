@@ -12,7 +12,7 @@ mod reader;
 mod record;
 mod table;
 
-use std::{io, path::PathBuf, sync::Arc, thread::JoinHandle};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use backtide_agent_api::{AgentMount, AgentMounts, StreamTls};
 use backtide_control::{Address, ApiError, ErrorCode};
@@ -33,6 +33,11 @@ use crate::disk::source::Sources;
 
 /// Orders waiting for the thread; who sends more waits.
 const ORDERS_MAX: usize = 64;
+
+/// How long the end of the thread is waited for, when a successor wants to serve ...
+const HAND_OVER_TIME: Duration = Duration::from_millis(500);
+/// ... and when nobody does. Storage or a resolver of names that stands still must hold up no disk.
+const END_TIME: Duration = Duration::from_secs(10);
 
 /// What a mount keeps here by default: 1 GiB.
 const CACHE_BYTES: ByteCount = ByteCount(1 << 30);
@@ -80,7 +85,8 @@ pub(crate) enum Leaving {
 /// The mounts, from outside.
 pub(crate) struct Mounts {
     orders: mpsc::Sender<Order>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Closed by the thread's end.
+    ended: Mutex<oneshot::Receiver<()>>,
 }
 
 impl Mounts {
@@ -95,9 +101,15 @@ impl Mounts {
         let (orders, inbox) = mpsc::channel(ORDERS_MAX);
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let serving = Serving { records, run, nbd, nbd_tls, sources };
-        let body = move || LocalSet::new().block_on(&runtime, Table::new(serving).serve(known, inbox));
-        let thread = std::thread::Builder::new().name("mounts".to_owned()).spawn(body)?;
-        Ok(Self { orders, thread: Mutex::new(Some(thread)) })
+        let (over, ended) = oneshot::channel();
+        let body = move || {
+            LocalSet::new().block_on(&runtime, Table::new(serving).serve(known, inbox));
+            // Not waiting for a name that is being looked up, or a file that is being written.
+            runtime.shutdown_background();
+            drop(over);
+        };
+        std::thread::Builder::new().name("mounts".to_owned()).spawn(body)?;
+        Ok(Self { orders, ended: Mutex::new(ended) })
     }
 
     /// Serves a point: when this returns, clients can connect.
@@ -115,13 +127,20 @@ impl Mounts {
         self.ask(|answer| Order::Unmount(id, answer)).await?
     }
 
-    /// Ends the thread with its servers.
+    /// Ends the thread with its servers. One that does not end in time is left behind: it has nothing that anybody
+    /// needs.
     pub(crate) async fn end(&self, leaving: Leaving) {
-        // It may have ended.
-        let _ = self.orders.send(Order::End(leaving)).await;
-        if let Some(thread) = self.thread.lock().await.take() {
-            // One that panicked has ended too.
-            let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+        let time = match leaving {
+            Leaving::ForGood => END_TIME,
+            Leaving::HandedOver => HAND_OVER_TIME,
+        };
+        let end = async {
+            // It may have ended.
+            let _ = self.orders.send(Order::End(leaving)).await;
+            let _ = (&mut *self.ended.lock().await).await;
+        };
+        if tokio::time::timeout(time, end).await.is_err() {
+            tracing::warn!("the thread of the mounts stands still");
         }
     }
 

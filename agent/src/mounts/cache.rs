@@ -8,7 +8,7 @@
 
 use std::{collections::HashMap, io::IoSlice, ops::Range, sync::Arc};
 
-use backtide_storage::StorageFile;
+use backtide_storage::{Storage, StorageFile};
 use backtide_units::{ByteCount, ByteOffset};
 
 /// Bytes of a chunk; the last one of a disk may be shorter.
@@ -19,9 +19,16 @@ const PART: usize = 4 << 10;
 
 const PARTS: usize = CHUNK as usize / PART;
 
+/// Below so many free bytes of the file system caches do not grow: the agent's own files lie there too.
+const FREE_MIN: ByteCount = ByteCount(512 << 20);
+
+/// Free space is looked at whenever the file has grown by so many chunks.
+const LOOK_EVERY: usize = 64;
+
 /// Chunks of one point.
 pub(super) struct Cache {
-    /// None once it has failed: then nothing is kept.
+    storage: Arc<dyn Storage>,
+    /// None when there can be none, or it has failed: then nothing is kept.
     file: Option<Arc<dyn StorageFile>>,
     slots_max: usize,
     slots: Vec<Slot>,
@@ -39,10 +46,14 @@ struct Slot {
 }
 
 impl Cache {
-    /// An empty one in `file`, of at most `limit` bytes.
-    pub(super) fn new(file: Arc<dyn StorageFile>, limit: ByteCount) -> Self {
+    /// An empty one in `file` of `storage`, of at most `limit` bytes.
+    pub(super) fn new(
+        storage: Arc<dyn Storage>,
+        file: Option<Arc<dyn StorageFile>>,
+        limit: ByteCount,
+    ) -> Self {
         let slots_max = usize::try_from(limit.0 / CHUNK).unwrap_or(usize::MAX);
-        Self { file: Some(file), slots_max, slots: Vec::new(), places: HashMap::new(), hand: 0 }
+        Self { storage, file, slots_max, slots: Vec::new(), places: HashMap::new(), hand: 0 }
     }
 
     /// How many bytes of the file are in use.
@@ -94,10 +105,11 @@ impl Cache {
     /// Keeps the whole `chunk`, in the place of another one when it is full.
     pub(super) fn put(&mut self, chunk: u64, bytes: &[u8]) {
         assert!(bytes.len() <= CHUNK as usize, "a chunk is no longer than that");
-        if self.contains(chunk) || self.slots_max == 0 {
+        let Some(file) = self.file.clone().filter(|_| !self.contains(chunk)) else { return };
+        self.look_at_free_space();
+        if self.slots_max == 0 {
             return;
         }
-        let Some(file) = self.file.clone() else { return };
         let place = self.free_place();
         let mut checksums = [0; PARTS];
         for (checksum, part) in checksums.iter_mut().zip(bytes.chunks(PART)) {
@@ -112,6 +124,21 @@ impl Cache {
         let length = u32::try_from(bytes.len()).expect("a chunk is short");
         self.slots[place] = Slot { chunk, used: true, length, checksums };
         self.places.insert(chunk, place);
+    }
+
+    /// Stays as large as it is where there is little room for more.
+    fn look_at_free_space(&mut self) {
+        let grows = self.slots.len() < self.slots_max;
+        if grows
+            && self.slots.len() % LOOK_EVERY == 0
+            && self.storage.free_space().is_ok_and(|free| free < FREE_MIN)
+        {
+            tracing::warn!(
+                bytes = self.bytes().0,
+                "the cache of a mount does not grow: its file system is nearly full"
+            );
+            self.slots_max = self.slots.len();
+        }
     }
 
     /// A place that nobody has, and nobody finds anything in.
@@ -139,7 +166,7 @@ impl Cache {
 mod tests {
     use std::path::Path;
 
-    use backtide_storage::{MemoryStorage, Storage};
+    use backtide_storage::MemoryStorage;
 
     use super::*;
 
@@ -148,8 +175,9 @@ mod tests {
     }
 
     fn cache(limit: u64) -> (Arc<dyn StorageFile>, Cache) {
-        let file = MemoryStorage::new().create_new(Path::new("cache")).unwrap();
-        (Arc::clone(&file), Cache::new(file, ByteCount(limit)))
+        let storage = MemoryStorage::new();
+        let file = storage.create_new(Path::new("cache")).unwrap();
+        (Arc::clone(&file), Cache::new(Arc::new(storage), Some(file), ByteCount(limit)))
     }
 
     fn has(cache: &mut Cache, chunk: u64, seed: u8, span: Range<usize>) -> bool {

@@ -234,9 +234,15 @@ impl Reader {
 
     /// Fetches `range` for a read that began at `begun`, again and again while the receiver is away.
     async fn patiently(&self, range: ByteRange, begun: Instant) -> Result<Vec<u8>, FetchError> {
-        let mut pause = PAUSE;
+        let (mut pause, until) = (PAUSE, begun + PATIENCE);
         loop {
-            match self.source.fetch(range).await {
+            let silent = |_| {
+                let why = format!("the receiver has not answered for {} s", PATIENCE.as_secs());
+                Err(FetchError::Unreachable(why))
+            };
+            // Also for one that has waited in vain for another's fetch.
+            let fetched = tokio::time::timeout_at(until, self.source.fetch(range)).await;
+            match fetched.unwrap_or_else(silent) {
                 Ok(pieces) => {
                     self.last_error.replace(None);
                     self.fetched.set(ByteCount(self.fetched.get().0 + range.count().0));
@@ -245,7 +251,7 @@ impl Reader {
                 Err(error) => {
                     self.last_error.replace(Some(error.to_string()));
                     let away = matches!(error, FetchError::Unreachable(_));
-                    if !away || begun.elapsed() >= PATIENCE {
+                    if !away || Instant::now() + pause >= until {
                         return Err(error);
                     }
                 }

@@ -121,7 +121,9 @@ impl MountRecords {
             }
             match self.load(Path::new(&name)) {
                 Ok(record) => records.push(record),
-                Err(error) => tracing::error!(file = name, %error, "cannot use the record of a mount"),
+                Err(error) => {
+                    tracing::error!(file = name, %error, "cannot use the record of a mount: its point stays at the receiver until `backtide retention release`")
+                }
             }
         }
         Ok(records)
@@ -146,6 +148,11 @@ impl MountRecords {
     pub(super) fn remove(&self, id: &str) -> io::Result<()> {
         self.0.remove(&path(id))?;
         self.0.sync_dir(Path::new(""))
+    }
+
+    /// Where all of it lies.
+    pub(super) fn storage(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.0)
     }
 
     /// A file without a name.

@@ -14,7 +14,7 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{
     BindError, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, dirty_bitmap,
 };
-use backtide_units::{CaptureTime, Lsn};
+use backtide_units::CaptureTime;
 use tokio::sync::mpsc;
 
 use super::{
@@ -70,6 +70,13 @@ pub(super) struct Table {
 struct Mounted {
     record: MountRecord,
     source: Rc<dyn PointSource>,
+    /// None as long as one of the last agent cannot be served again.
+    served: Option<Served>,
+    /// What is wrong with it, beside what its reads say.
+    trouble: Option<String>,
+}
+
+struct Served {
     reader: Rc<Reader>,
     server: Server,
 }
@@ -109,13 +116,14 @@ impl Table {
             }
         }
         let mounted = std::mem::take(&mut *self.mounted.borrow_mut());
-        let end = |mounted: Mounted| async move {
+        let end = |served: Served| async move {
             match leaving {
-                Leaving::ForGood => mounted.server.shutdown(END_GRACE).await,
-                Leaving::HandedOver => mounted.server.hand_over(HAND_OVER_GRACE).await,
+                Leaving::ForGood => served.server.shutdown(END_GRACE).await,
+                Leaving::HandedOver => served.server.hand_over(HAND_OVER_GRACE).await,
             }
         };
-        let ends: Vec<_> = mounted.into_values().map(|one| tokio::task::spawn_local(end(one))).collect();
+        let served = mounted.into_values().filter_map(|one| one.served);
+        let ends: Vec<_> = served.map(|one| tokio::task::spawn_local(end(one))).collect();
         for end in ends {
             // An error is a task that panicked: its mount is gone too.
             let _ = end.await;
@@ -161,7 +169,7 @@ impl Table {
         let listener = Listener::bind_uri(&uri).await.map_err(|error| bind_error(&error))?;
         let uri = NbdUri { address: listener.address().clone(), ..uri };
         record.uri = uri.to_string();
-        let reader = self.reader(&record, &source)?;
+        let reader = self.reader(&record, &source);
         self.saved(&record).await?;
         if let Err(error) = source.hold(&record.owner()).await {
             let why = fetch_error(&format!("the receiver does not keep LSN {lsn} of disk {disk}"), error);
@@ -173,68 +181,100 @@ impl Table {
         if let Some(changed) = changed {
             reader.know_changed(changed);
         }
-        Ok(self.serve_at(record, source, reader, listener, &uri))
+        let served = self.serve_at(&record, reader, listener, &uri);
+        let mounted = Mounted { record, source, served: Some(served), trouble: None };
+        let told = mounted.describe();
+        self.mounted.borrow_mut().insert(told.id.clone(), mounted);
+        Ok(told)
     }
 
     /// Serves a mount of the last agent. As long as the receiver has not told what it knows of the point, nothing is
     /// taken for zeroes or for unchanged.
     async fn serve_again(self: Rc<Self>, record: MountRecord) {
+        let source = self.source_of(&record);
+        let mounted =
+            Mounted { record: record.clone(), source: Rc::clone(&source), served: None, trouble: None };
+        self.mounted.borrow_mut().insert(record.id.clone(), mounted);
+        let Some((uri, listener)) = self.listen_again(&record).await else { return };
+        let reader = self.reader(&record, &source);
+        let served = self.serve_at(&record, Rc::clone(&reader), listener, &uri);
+        let id = &record.id;
+        if !self.with(id, |mounted| (mounted.served, mounted.trouble) = (Some(served), None)) {
+            return;
+        }
+        loop {
+            let (trouble, again) = match self.learn(&source, &reader, &record).await {
+                Ok(()) => (None, false),
+                Err(error) => (Some(error.to_string()), matches!(error, FetchError::Unreachable(_))),
+            };
+            if let Some(why) = &trouble {
+                tracing::warn!(
+                    mount = id,
+                    why,
+                    "the receiver does not tell what it knows of a mounted point"
+                );
+            }
+            if !self.with(id, |mounted| mounted.trouble = trouble) || !again {
+                return;
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Listens where a mount was, as soon as that is possible; none when nobody wants it any more, or it never is.
+    async fn listen_again(&self, record: &MountRecord) -> Option<(NbdUri, Listener)> {
+        let id = &record.id;
+        let cannot = |why: String| {
+            tracing::error!(mount = id, why, "a mount cannot be served again yet");
+            self.with(id, |mounted| mounted.trouble = Some(why))
+        };
         let uri: NbdUri = match record.uri.parse() {
             Ok(uri) => uri,
             Err(error) => {
-                tracing::error!(mount = record.id, %error, "a mount cannot be served again");
-                return;
+                cannot(format!("{}: {error}", record.uri));
+                return None;
             }
         };
-        let mut told = false;
-        let listener = loop {
-            match Listener::bind_uri(&uri).await {
-                Ok(listener) => break listener,
-                Err(error) if !told => {
-                    tracing::error!(mount = record.id, %error, "a mount is served again as soon as that is possible");
-                    told = true;
+        let mut told = None;
+        loop {
+            let why = match Listener::bind_uri(&uri).await {
+                Ok(listener) => return Some((uri, listener)),
+                Err(error) => ApiError::from_error(ErrorCode::Failed, &error).message,
+            };
+            if told.as_ref() != Some(&why) {
+                told = Some(why.clone());
+                if !cannot(why) {
+                    return None;
                 }
-                Err(_) => {}
             }
             tokio::time::sleep(BIND_PAUSE).await;
-        };
-        let source = self.source_of(&record);
-        let Ok(reader) = self.reader(&record, &source) else { return };
-        let (id, since) = (record.id.clone(), record.changed_since);
-        self.serve_at(record, Rc::clone(&source), Rc::clone(&reader), listener, &uri);
-        while self.mounted.borrow().contains_key(&id) {
-            match self.learn(&source, &reader, since).await {
-                Ok(()) => return,
-                Err(FetchError::Unreachable(_)) => tokio::time::sleep(PAUSE).await,
-                Err(error) => {
-                    tracing::error!(mount = id, %error, "the receiver does not tell what it knows of a mounted point");
-                    return;
-                }
+            if !self.with(id, |_| ()) {
+                return None;
             }
         }
     }
 
+    /// Changes a mount, unless it was ended.
+    fn with(&self, id: &str, change: impl FnOnce(&mut Mounted)) -> bool {
+        self.mounted.borrow_mut().get_mut(id).map(change).is_some()
+    }
+
+    /// The agent before may have ended between remembering the mount and having its point kept.
     async fn learn(
         &self,
         source: &Rc<dyn PointSource>,
         reader: &Reader,
-        since: Option<Lsn>,
+        record: &MountRecord,
     ) -> Result<(), FetchError> {
+        source.hold(&record.owner()).await?;
         reader.know_data(source.data().await?);
-        if let Some(since) = since {
+        if let Some(since) = record.changed_since {
             reader.know_changed(source.changed(since).await?);
         }
         Ok(())
     }
 
-    fn serve_at(
-        &self,
-        record: MountRecord,
-        source: Rc<dyn PointSource>,
-        reader: Rc<Reader>,
-        listener: Listener,
-        uri: &NbdUri,
-    ) -> AgentMount {
+    fn serve_at(&self, record: &MountRecord, reader: Rc<Reader>, listener: Listener, uri: &NbdUri) -> Served {
         let listener = listener.for_disk(record.name.clone());
         let tells = record.changed_since.map(|_| record.name.to_string());
         let description = format!("{} at lsn:{}", record.name, record.lsn);
@@ -243,10 +283,7 @@ impl Table {
         let export = PointExport::new(info, Rc::clone(&reader));
         let server = listener.serve(Rc::new(OneExport(Rc::new(export))), self.serving.nbd);
         tracing::info!(mount = record.id, disk = %record.name, lsn = %record.lsn, %uri, "mounted");
-        let mounted = Mounted { record, source, reader, server };
-        let told = mounted.describe();
-        self.mounted.borrow_mut().insert(told.id.clone(), mounted);
-        told
+        Served { reader, server }
     }
 
     async fn unmount(self: &Rc<Self>, id: &str) -> Result<AgentMount, ApiError> {
@@ -256,8 +293,10 @@ impl Table {
             )
         })?;
         let told = mounted.describe();
-        let Mounted { record, source, reader: _, server } = mounted;
-        server.shutdown(END_GRACE).await;
+        let Mounted { record, source, served, trouble: _ } = mounted;
+        if let Some(served) = served {
+            served.server.shutdown(END_GRACE).await;
+        }
         tracing::info!(mount = id, "unmounted");
         self.end_record(record, source).await;
         Ok(told)
@@ -289,12 +328,14 @@ impl Table {
         self.serving.sources.open(record.point(), dialer)
     }
 
-    fn reader(&self, record: &MountRecord, source: &Rc<dyn PointSource>) -> Result<Rc<Reader>, ApiError> {
-        let file = self.serving.records.cache_file(&record.id).map_err(|error| {
-            tracing::error!(mount = record.id, %error, "cannot make the cache of a mount");
-            ApiError::new(ErrorCode::Failed, format!("cannot make the cache of mount {}: {error}", record.id))
-        })?;
-        Ok(Rc::new(Reader::new(Rc::clone(source), Cache::new(file, record.cache_bytes))))
+    /// Without a place for its cache a mount is served without one.
+    fn reader(&self, record: &MountRecord, source: &Rc<dyn PointSource>) -> Rc<Reader> {
+        let records = &self.serving.records;
+        let file = records
+            .cache_file(&record.id)
+            .inspect_err(|error| tracing::warn!(mount = record.id, %error, "a mount goes without a cache"));
+        let cache = Cache::new(records.storage(), file.ok(), record.cache_bytes);
+        Rc::new(Reader::new(Rc::clone(source), cache))
     }
 
     async fn saved(&self, record: &MountRecord) -> Result<(), ApiError> {
@@ -313,7 +354,8 @@ impl Table {
 impl Mounted {
     fn describe(&self) -> AgentMount {
         let (record, point) = (&self.record, self.source.point());
-        let (bytes, fetched) = self.reader.usage();
+        let served = self.served.as_ref();
+        let (bytes, fetched) = served.map_or_else(Default::default, |served| served.reader.usage());
         AgentMount {
             id: record.id.clone(),
             disk: record.name.clone(),
@@ -324,13 +366,14 @@ impl Mounted {
             time: point.time,
             size: point.size,
             mounted: record.mounted,
-            clients: u32::try_from(self.server.connections()).unwrap_or(u32::MAX),
+            clients: u32::try_from(served.map_or(0, |served| served.server.connections()))
+                .unwrap_or(u32::MAX),
             changed_since: record.changed_since.map(|lsn| AgentChangedSince {
                 lsn,
                 context: format!("{}{}", dirty_bitmap::PREFIX, record.name),
             }),
             cache: AgentCache { bytes, limit: record.cache_bytes, fetched },
-            last_error: self.reader.last_error(),
+            last_error: self.trouble.clone().or_else(|| served.and_then(|served| served.reader.last_error())),
         }
     }
 }

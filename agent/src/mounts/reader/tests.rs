@@ -25,8 +25,9 @@ struct World {
 fn world(cache_chunks: u64) -> World {
     let content = content();
     let source = Rc::new(FakeSource::new(content.clone()));
-    let file = MemoryStorage::new().create_new(Path::new("cache")).unwrap();
-    let cache = Cache::new(file, ByteCount(cache_chunks * CHUNK));
+    let storage = MemoryStorage::new();
+    let file = storage.create_new(Path::new("cache")).unwrap();
+    let cache = Cache::new(std::sync::Arc::new(storage), Some(file), ByteCount(cache_chunks * CHUNK));
     let reader = Rc::new(Reader::new(Rc::clone(&source) as Rc<dyn PointSource>, cache));
     World { content, source, reader }
 }
@@ -143,23 +144,32 @@ fn a_receiver_that_comes_back_in_time_is_waited_for() {
 }
 
 #[test]
-fn one_that_does_not_is_an_error_of_every_read_that_waits() {
+fn one_that_does_not_is_an_error_of_every_read_that_waits_at_the_same_time() {
     local(async {
-        let world = Rc::new(world(100));
-        world.source.set_away(true);
-        let reads: Vec<_> = (0..3)
-            .map(|read| {
-                let reader = Rc::clone(&world.reader);
-                let range = ByteRange::new(ByteOffset(read * 512), ByteCount(512)).unwrap();
-                tokio::task::spawn_local(async move { reader.read(range).await })
-            })
-            .collect();
-        for read in reads {
-            let error = read.await.unwrap().unwrap_err();
-            assert!(matches!(error, FetchError::Unreachable(_)), "{error:?}");
+        // Away, and there without a word.
+        for silent in [false, true] {
+            let world = Rc::new(world(100));
+            world.source.set_away(true);
+            if silent {
+                world.source.close();
+            }
+            let begun = Instant::now();
+            let reads: Vec<_> = (0..16)
+                .map(|read| {
+                    let reader = Rc::clone(&world.reader);
+                    let range = ByteRange::new(ByteOffset(read * 512), ByteCount(512)).unwrap();
+                    tokio::task::spawn_local(async move { reader.read(range).await })
+                })
+                .collect();
+            for read in reads {
+                let error = read.await.unwrap().unwrap_err();
+                assert!(matches!(error, FetchError::Unreachable(_)), "{error:?}");
+            }
+            assert!(begun.elapsed() <= PATIENCE, "one after the other");
+            world.source.set_away(false);
+            world.source.open();
+            world.check(0, 4_096).await;
         }
-        world.source.set_away(false);
-        world.check(0, 4_096).await;
     });
 }
 
