@@ -130,7 +130,7 @@ impl Cache {
     fn look_at_free_space(&mut self) {
         let grows = self.slots.len() < self.slots_max;
         if grows
-            && self.slots.len() % LOOK_EVERY == 0
+            && self.slots.len().is_multiple_of(LOOK_EVERY)
             && self.storage.free_space().is_ok_and(|free| free < FREE_MIN)
         {
             tracing::warn!(
