@@ -13,6 +13,12 @@ use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{BLOCK_SIZE, ByteCount, ByteOffset, Lsn, Reason};
 use common::{Agent, SayOnPanic, assert_same, cache, check_view, directory, seeds, whole};
 
+/// Something can be folded after a few rounds of steps.
+const ROUNDS_MAX: usize = 40;
+
+/// Folding what a test has written takes some hundred changes of files at the most.
+const OPERATIONS_MAX: u64 = 2000;
+
 /// What a log offered, and must offer.
 #[derive(Clone, Debug, Default)]
 struct Kept {
@@ -119,6 +125,27 @@ impl World {
         let rebased = ticket.write()?.expect("the log is open");
         self.agent.log.rebased(rebased);
         Ok(Some(Kept { floor: Some(floor.at), points }))
+    }
+
+    /// Goes on until something was folded, and so as is wanted.
+    ///
+    /// # Panics
+    /// When it never was: a sequence of steps that leads nowhere must not fill the memory.
+    fn go_on_until_folded(&mut self, wanted: impl Fn(&Self, &Kept) -> bool) -> Kept {
+        for _ in 0..ROUNDS_MAX {
+            self.steps(60);
+            if let Some(kept) = self.fold().expect("no fault")
+                && wanted(self, &kept)
+            {
+                return kept;
+            }
+        }
+        let log = &self.agent.log;
+        panic!(
+            "nothing was folded as is wanted in {ROUNDS_MAX} rounds: {} segments, {:?}",
+            log.segment_count(),
+            log.timeline()
+        );
     }
 
     /// Gives the room of everything back that nobody has.
@@ -256,8 +283,8 @@ fn a_point_that_somebody_reads_is_never_pulled_away() {
 #[test]
 fn a_power_cut_while_history_is_folded_costs_no_point_that_is_kept() {
     for seed in seeds(1) {
-        let mut cut = 0;
-        loop {
+        let mut ended = false;
+        for cut in 0..OPERATIONS_MAX {
             let _say = SayOnPanic(format!("SEED={seed}, the power cut at operation {cut}"));
             let mut world = World::new(seed);
             world.steps(70);
@@ -278,6 +305,7 @@ fn a_power_cut_while_history_is_folded_costs_no_point_that_is_kept() {
                 if let Some(kept) = kept.or(first) {
                     world.check(&kept);
                 }
+                ended = true;
                 break;
             }
             world.agent.storage.crash(seed ^ cut);
@@ -301,20 +329,15 @@ fn a_power_cut_while_history_is_folded_costs_no_point_that_is_kept() {
             world.agent.storage.crash(!cut);
             world.reopen().expect("open");
             world.agent.model.check_some(&mut world.agent.log, 4);
-            cut += 1;
         }
+        assert!(ended, "SEED={seed}: folding takes more than {OPERATIONS_MAX} operations");
     }
 }
 
 #[test]
 fn a_damaged_copy_of_the_base_is_written_again_and_two_are_damage() {
     let mut world = World::new(3);
-    let kept = loop {
-        world.steps(60);
-        if let Some(kept) = world.fold().expect("no fault") {
-            break kept;
-        }
-    };
+    let kept = world.go_on_until_folded(|_, _| true);
     world.tidy().expect("no fault");
     let copies = ["base.1", "base.2"].map(|name| directory().join(name));
     for copy in &copies {
@@ -341,12 +364,7 @@ fn a_damaged_copy_of_the_base_is_written_again_and_two_are_damage() {
 #[test]
 fn what_is_left_of_a_log_has_its_images() {
     let mut world = World::new(4);
-    let kept = loop {
-        world.steps(60);
-        if let Some(kept) = world.fold().expect("no fault") {
-            break kept;
-        }
-    };
+    let kept = world.go_on_until_folded(|_, _| true);
     world.tidy().expect("no fault");
     world.agent.sync().expect("sync");
     let salvage = |world: &World| {
@@ -370,14 +388,7 @@ fn what_is_left_of_a_log_has_its_images() {
 #[test]
 fn a_base_that_was_written_once_only_drops_no_kept_point() {
     let mut world = World::new(5);
-    let kept = loop {
-        world.steps(60);
-        if let Some(kept) = world.fold().expect("no fault")
-            && !kept.points.is_empty()
-        {
-            break kept;
-        }
-    };
+    let kept = world.go_on_until_folded(|_, kept| !kept.points.is_empty());
     world.agent.sync().expect("sync");
     let snapshot = world.agent.log.snapshot().expect("snapshot");
     let base = snapshot.rebase_kept(Vec::new()).expect("there is a base");
@@ -398,14 +409,7 @@ fn a_log_that_has_lost_all_above_its_floor_gives_its_images_and_goes_on_from_the
     for seed in seeds(8) {
         let _say = SayOnPanic(format!("SEED={seed}"));
         let mut world = World::new(seed);
-        let kept = loop {
-            world.steps(60);
-            if let Some(kept) = world.fold().expect("no fault")
-                && world.agent.log.segment_count() > 1
-            {
-                break kept;
-            }
-        };
+        let kept = world.go_on_until_folded(|world, _| world.agent.log.segment_count() > 1);
         let floor = kept.floor.expect("it was folded");
         world.agent.sync().expect("sync");
         world.tidy().expect("no fault");

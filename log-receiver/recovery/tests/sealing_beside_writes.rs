@@ -42,16 +42,20 @@ fn is_sealed(storage: &MemoryStorage, number: usize) -> bool {
     length > 144 && file.read_at(ByteOffset(length - 144), &mut magic).is_ok() && magic == *b"BKTDEND\n"
 }
 
+/// A segment holds about ten.
+const WRITES_MAX: usize = 1000;
+
 /// Writes until the log has one more segment; gives what the write that began it cost.
 fn fill(agent: &mut Agent, storage: &MemoryStorage) -> OperationCounts {
     let segments = agent.log.segment_count();
-    loop {
+    for _ in 0..WRITES_MAX {
         let cost = during(storage, || agent.write().expect("write"));
         if agent.log.segment_count() > segments {
             return cost;
         }
         agent.sync().expect("sync");
     }
+    panic!("no segment was full after {WRITES_MAX} writes");
 }
 
 #[test]
