@@ -1,7 +1,7 @@
 //! The body of a batch: where the payloads of its entries are, compressed together.
 //!
-//! Headers stand in the clear, each with a checksum of its own, so that a damaged body costs the payloads of one batch
-//! and never the log. What is read of a body is checked three times: the stored bytes by their own checksum before anything is
+//! Headers stand in the clear, each with a checksum of its own, so that a damaged frame or table costs the payloads of one batch
+//! and never the log; nor does a damaged header of a body, where the batch's end can be found ([`crate::lost_body`]). What is read of a body is checked three times: the stored bytes by their own checksum before anything is
 //! decompressed, what comes out by the body's, and an entry's part of it by the checksum from its capture.
 
 use std::{fmt, ops::Range, sync::Arc};
@@ -128,12 +128,15 @@ impl BodyHeader {
             stored: input.get_u32_le(),
             table_crc: input.get_u32_le(),
         };
-        let frames = frames_in(header.bytes);
-        let fits = (1..=BATCH_ENTRIES_MAX).contains(&header.entries)
-            && (1..=PAYLOAD_MAX.0).contains(&header.bytes.into())
-            && (frames as u32..=header.bytes).contains(&header.stored)
-            && (frames == 1 || header.entries == 1);
-        fits.then_some(header)
+        header.fits().then_some(header)
+    }
+
+    fn fits(&self) -> bool {
+        let frames = frames_in(self.bytes);
+        (1..=BATCH_ENTRIES_MAX).contains(&self.entries)
+            && (1..=PAYLOAD_MAX.0).contains(&self.bytes.into())
+            && (frames as u32..=self.bytes).contains(&self.stored)
+            && (frames == 1 || self.entries == 1)
     }
 
     /// Bytes between the header and the frames.
@@ -265,6 +268,13 @@ impl Body {
 }
 
 impl Body {
+    /// Its header, as it is in a segment of a log.
+    pub(crate) fn encode_header(&self, segment: &SegmentHeader) -> Bytes {
+        let Inner { header, starts, frames, .. } = &*self.0;
+        let facts = (header.method, header.first_seq, header.bytes);
+        encode_body((segment.salt(), segment.id), facts, starts, frames).slice(..ENTRY_HEADER_LENGTH)
+    }
+
     /// The stored bytes of a frame, made again of what it holds; `None` when they are others than were written.
     pub(crate) fn pack(&self, number: usize, content: &Bytes) -> Option<Bytes> {
         let (stored, bytes) = (self.0.stored_of(number), self.0.bytes_of(number));
@@ -274,6 +284,56 @@ impl Body {
             packed.len() as u64 == stored.end - stored.start
                 && crc32c::crc32c(packed) == self.0.frames[number].crc
         })
+    }
+}
+
+/// What the headers of a batch say of its body.
+pub(crate) struct Expected {
+    first_seq: Seq,
+    starts: Vec<u32>,
+    bytes: u32,
+}
+
+impl Expected {
+    /// `None` when no batch has such headers.
+    pub(crate) fn of(headers: &[EntryHeader]) -> Option<Self> {
+        let (mut starts, mut bytes) = (Vec::with_capacity(headers.len()), 0_u32);
+        for header in headers {
+            starts.push(bytes);
+            bytes = bytes.checked_add(header.payload_length)?;
+        }
+        Some(Self { first_seq: headers.first()?.seq, starts, bytes }).filter(|expected| {
+            (1..=PAYLOAD_MAX.0).contains(&expected.bytes.into())
+                && (frames_in(expected.bytes) == 1 || expected.starts.len() == 1)
+        })
+    }
+
+    fn entries(&self) -> u16 {
+        self.starts.len() as u16
+    }
+
+    /// The number of the entry behind the batch.
+    pub(crate) fn next_seq(&self) -> Seq {
+        Seq(self.first_seq.0 + self.starts.len() as u64)
+    }
+
+    pub(crate) fn table_length(&self) -> usize {
+        table_length(self.entries(), self.bytes)
+    }
+
+    /// The most that the body takes.
+    pub(crate) fn length_max(&self) -> u64 {
+        body_length_max(self.entries(), self.bytes)
+    }
+
+    /// The body that has this table, whatever its header says; `None` when the table is not one of these entries.
+    pub(crate) fn body(&self, method: Method, at: u64, table: &[u8]) -> Option<Body> {
+        let stored = table.get(table.len().checked_sub(FRAME_LENGTH)?..)?.get_u32_le();
+        let table_crc = crc32c::crc32c(table);
+        let (entries, first_seq, bytes) = (self.entries(), self.first_seq, self.bytes);
+        let header = BodyHeader { method, entries, first_seq, bytes, stored, table_crc };
+        let body = Some(header).filter(BodyHeader::fits)?.with_table(at, table)?;
+        Some(body).filter(|body| body.0.starts == self.starts)
     }
 }
 

@@ -21,6 +21,7 @@ mod ids;
 mod index;
 mod index_block;
 mod inspect;
+mod lost_body;
 mod mend;
 mod pieces;
 mod read;

@@ -9,8 +9,9 @@ use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn, PayloadChecksum};
 use bytes::{Bytes, BytesMut};
 
 use crate::{
-    Body, ENTRY_HEADER_LENGTH, EntryParts, Position, SealedSegment, SegmentError, SegmentFile, SegmentHeader,
-    Seq,
+    Body, ENTRY_HEADER_LENGTH, EntryHeader, EntryParts, Position, SealedSegment, SegmentError, SegmentFile,
+    SegmentHeader, Seq,
+    body::body_at,
     footer::write_footer,
     pieces::{put_table, table_length},
     scan_prefix,
@@ -45,8 +46,13 @@ impl SegmentFile {
     ) -> Result<bool, SegmentError> {
         let (header, parts) = match self.parts_at(segment, position)? {
             (header, Ok(parts)) => (header, parts),
-            // Nothing tells what stood in a body whose own header or table is damaged.
-            (header, Err(_)) if header.body_ahead().is_some() => return Ok(false),
+            (header, Err(_)) if header.body_ahead().is_some() => {
+                if !self.mend_body_header(segment, &header, position)? {
+                    return Ok(false);
+                }
+                let (header, parts) = self.parts_at(segment, position)?;
+                (header, parts?)
+            }
             (header, Err(_)) => {
                 if !self.mend_table(position, header.payload_length, header.payload_crc)? {
                     return Ok(false);
@@ -118,6 +124,23 @@ impl SegmentFile {
         written.map_err(|source| self.failed("write", source))?;
         self.synced()?;
         Ok(!damage_of(sealed.verify(self))? && SealedSegment::open(self, *sealed.header())?.is_some())
+    }
+
+    /// What the header of a body says follows from the rest, when that is whole; nothing tells what stood in a table.
+    fn mend_body_header(
+        &self,
+        segment: &SegmentHeader,
+        header: &EntryHeader,
+        position: Position,
+    ) -> Result<bool, SegmentError> {
+        let Some(at) = body_at(header, position.offset().0) else { return Ok(false) };
+        if !damage_of(self.body_of(segment, header, position.offset().0))? {
+            return Ok(false);
+        }
+        let Some(body) = self.lost_body(segment, at)? else { return Ok(false) };
+        self.put(at, &body.encode_header(segment))?;
+        self.synced()?;
+        Ok(true)
     }
 
     /// The checksums of a payload's pieces follow from the payload, when that is whole.

@@ -224,18 +224,29 @@ impl HeaderScan<'_> {
     /// Bytes of the body that stands here.
     fn body_length(&mut self) -> Result<u64, SegmentError> {
         let (at, file) = (self.at, self.window.file);
-        let bytes = self.window.at(at, ENTRY_HEADER_LENGTH)?;
+        let bytes = match self.window.at(at, ENTRY_HEADER_LENGTH) {
+            // Behind what cannot be read the next entry may be found.
+            Err(SegmentError::Damaged { .. }) => &[],
+            read => read?,
+        };
         let body = <&[u8; ENTRY_HEADER_LENGTH]>::try_from(bytes)
             .ok()
             .and_then(|bytes| BodyHeader::decode(bytes, self.header.salt(), self.header.id));
-        let body = body.ok_or_else(|| file.damaged(at, "expected the body of a batch".to_owned()))?;
-        Ok(body.stored_length())
+        if let Some(body) = body {
+            return Ok(body.stored_length());
+        }
+        let end = file.end_of_lost_body(&self.header, at, self.end)?;
+        end.map(|end| end - at).ok_or_else(|| file.damaged(at, "expected the body of a batch".to_owned()))
     }
 }
 
 impl<'a> Window<'a> {
     pub(crate) fn new(file: &'a SegmentFile) -> Self {
         Self { file, start: 0, bytes: Vec::new(), careful: false }
+    }
+
+    pub(crate) fn file(&self) -> &'a SegmentFile {
+        self.file
     }
 
     /// `length` bytes at `offset`; fewer at the end of the file.

@@ -1,7 +1,8 @@
 //! Recovery of a batch: its headers, its body, and which payloads are what was captured.
 //!
 //! A batch is written by one write and acknowledged as a whole. So a scan looks at all of it before it takes the first entry:
-//! where the headers or the body's own do not stand, nothing of it does.
+//! where the headers do not stand, nothing of it does. Behind a body whose own header is not what was written the next entry is
+//! found all the same ([`crate::lost_body`]); no payload of such a batch is.
 
 use backtide_units::ByteCount;
 
@@ -12,7 +13,7 @@ use crate::{
 
 const HEADER: u64 = ENTRY_HEADER_LENGTH as u64;
 
-/// A batch whose headers, and that of its body, are good.
+/// A batch whose headers are good, and whose end is known.
 pub(crate) struct ScannedBatch {
     /// Its first entry.
     pub(crate) first: Seq,
@@ -58,11 +59,29 @@ pub(crate) fn scan_batch(
         }
     }
     let body_at = at + u64::from(entries) * HEADER;
-    let bytes = window.at(body_at, ENTRY_HEADER_LENGTH)?;
-    let Ok(bytes) = <&[u8; ENTRY_HEADER_LENGTH]>::try_from(bytes) else { return Ok(None) };
-    let body = BodyHeader::decode(bytes, segment.salt(), segment.id)
-        .filter(|body| body.entries == entries && body.first_seq == first.seq);
-    let Some(body) = body else { return Ok(None) };
+    let (body, unreadable) = match window.at(body_at, ENTRY_HEADER_LENGTH) {
+        Ok(bytes) => {
+            let Ok(bytes) = <&[u8; ENTRY_HEADER_LENGTH]>::try_from(bytes) else { return Ok(None) };
+            (BodyHeader::decode(bytes, segment.salt(), segment.id), None)
+        }
+        Err(damage @ SegmentError::Damaged { .. }) => (None, Some(damage)),
+        Err(
+            error @ (SegmentError::UnknownVersion { .. }
+            | SegmentError::Full { .. }
+            | SegmentError::Io { .. }
+            | SegmentError::Poisoned),
+        ) => return Err(error),
+    };
+    let body = body.filter(|body| body.entries == entries && body.first_seq == first.seq);
+    let Some(body) = body else {
+        let end = window.file().end_of_lost_body(segment, body_at, length)?;
+        let good = nothing_of(&headers);
+        return match (end, unreadable) {
+            (Some(end), unreadable) => Ok(Some(ScannedBatch { first: first.seq, end, unreadable, good })),
+            (None, Some(damage)) => Err(damage),
+            (None, None) => Ok(None),
+        };
+    };
     let end = body_at + body.stored_length();
     if end > length || end > u64::from(u32::MAX) {
         return Ok(None);

@@ -13,7 +13,7 @@
 //! *Acknowledged* means that some later entry or header, of this or a later segment, was written when
 //! this entry number was already durable. A power cut cannot undo that, so what is missing is damage
 //! and never cut. *Lost* is a payload that the file is too short for, or the text of a control entry:
-//! without it the log cannot go on.
+//! without it the log cannot go on. So is a batch's whose end cannot be found.
 
 /// What stands where a header must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -221,6 +221,70 @@ fn damage_in_an_acknowledged_batch_costs_its_payloads_and_no_other() {
 }
 
 #[test]
+fn a_damaged_header_of_a_body_costs_no_more_than_the_batch() {
+    for compression in BOTH {
+        let mut log = Log::new(compression);
+        for length in [4096; 5].into_iter().chain([200_000]).chain([4096; 5]) {
+            log.write(length, false);
+        }
+        log.writer.write_waiting().unwrap();
+        let end = log.writer.end();
+        let after = |number: usize| log.payloads[number].0.offset().0 as usize + ENTRY_HEADER_LENGTH;
+        for (body, lost) in [(after(4), 1..=5), (after(5), 6..=6), (after(10), 7..=11)] {
+            let lost: Vec<u64> = lost.collect();
+            for bit in (0..ENTRY_HEADER_LENGTH * 8).step_by(7) {
+                let flip = |bytes: &mut Vec<u8>| bytes[body + bit / 8] ^= 1 << (bit % 8);
+                let file = log.changed(flip);
+                let scanned = scan(&file, header(), Seq(11), Seq(0)).unwrap();
+                let damaged: Vec<u64> = scanned.damaged.iter().map(|(seq, _)| seq.0).collect();
+                assert_eq!((&damaged, scanned.end), (&lost, end), "bit {bit}");
+                let walked = file.headers(header(), end).map(|item| item.unwrap().0.seq.0);
+                assert!(walked.eq(1..=11), "bit {bit}");
+                for (seq, (position, payload)) in (1_u64..).zip(&log.payloads) {
+                    let read = file.entry(&header(), *position);
+                    assert_eq!(read.is_err(), lost.contains(&seq));
+                    assert!(read.is_err() || read.unwrap().1 == payload);
+                }
+                // Everything it said is known from elsewhere.
+                if bit % 35 == 0 {
+                    let (position, payload) = &log.payloads[lost[0] as usize - 1];
+                    assert!(file.mend_entry(&header(), *position, &mut |_, _, _| None).unwrap());
+                    assert_eq!(file.entry(&header(), *position).unwrap().1, payload);
+                    assert!(scan(&file, header(), Seq(11), Seq(0)).unwrap().damaged.is_empty());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_body_of_which_nothing_is_left_ends_where_the_next_entry_begins() {
+    for compression in BOTH {
+        let mut log = Log::new(compression);
+        for length in [4096; 5].into_iter().chain([200_000]).chain([4096; 5]) {
+            log.write(length, false);
+        }
+        log.writer.write_waiting().unwrap();
+        let end = log.writer.end();
+        let at = |number: usize| log.payloads[number].0.offset().0 as usize;
+        for (first, last) in [(0, 4), (5, 5)] {
+            let file = log.changed(|bytes| bytes[at(last) + ENTRY_HEADER_LENGTH..at(last + 1)].fill(0xa5));
+            let scanned = scan(&file, header(), Seq(11), Seq(0)).unwrap();
+            let damaged: Vec<u64> = scanned.damaged.iter().map(|(seq, _)| seq.0).collect();
+            assert_eq!((damaged, scanned.end), ((first as u64 + 1..=last as u64 + 1).collect(), end));
+            assert_eq!(file.headers(header(), end).filter(Result::is_ok).count(), 11);
+            let position = log.payloads[first].0;
+            assert!(!file.mend_entry(&header(), position, &mut |_, _, _| None).unwrap());
+        }
+        // Behind the last one nothing tells where it ended, as behind a damaged header of an entry.
+        let file = log.changed(|bytes| bytes[at(10) + ENTRY_HEADER_LENGTH..end.0 as usize].fill(0xa5));
+        let error = scan(&file, header(), Seq(11), Seq(0)).unwrap_err();
+        assert!(error.to_string().contains("entry 7 was durable"), "{error}");
+        assert_eq!(scan(&file, header(), Seq(6), Seq(0)).unwrap().contents.stats().next_seq, Seq(7));
+    }
+}
+
+#[test]
 fn a_damaged_batch_is_mended_when_all_of_it_is_somewhere_else() {
     for compression in BOTH {
         let mut log = Log::new(compression);
