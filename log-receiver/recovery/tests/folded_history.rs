@@ -139,6 +139,8 @@ impl World {
             {
                 return kept;
             }
+            // A guest that writes more than passes deliver gets no points by itself, ever.
+            self.agent.settle().expect("settle");
         }
         let log = &self.agent.log;
         panic!(
