@@ -35,14 +35,14 @@ impl Ingest {
             match ticket {
                 Some(ticket) => {
                     self.syncing.borrow_mut().insert(disk);
-                    due.push(disk);
+                    due.push((disk, ticket.opened));
                     tickets.push(ticket);
                 }
                 None => self.wake_owner(disk),
             }
         }
-        for (disk, submitted) in due.into_iter().zip(self.commits.submit(tickets)) {
-            tokio::task::spawn_local(Rc::clone(self).sync(disk, submitted));
+        for ((disk, life), submitted) in due.into_iter().zip(self.commits.submit(tickets)) {
+            tokio::task::spawn_local(Rc::clone(self).sync(disk, life, submitted));
         }
     }
 
@@ -77,11 +77,13 @@ impl Ingest {
         self.commit_all(self.gathering.take());
     }
 
-    async fn sync(self: Rc<Self>, disk: DiskId, submitted: Submitted) {
+    async fn sync(self: Rc<Self>, disk: DiskId, life: u64, submitted: Submitted) {
         let outcome = submitted.outcome().await;
         if let Some(state) = self.disks.borrow_mut().get_mut(disk) {
             match outcome {
                 Ok(outcome) => state.synced(outcome),
+                // A log that was opened since has nothing to do with it.
+                Err(_) if state.life() != life => {}
                 Err(given_up) => state.fail(Failure { why: given_up.to_string(), damaged: false }),
             }
         }

@@ -1,9 +1,17 @@
 //! Making a disk durable: what to sync, where blocking is fine, and how that went.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use backtide_recovery::{SyncOutcome, SyncTicket};
 use backtide_storage::{KillPoint, Storage};
 
 use crate::{StoreWatch, log_mark::Loss, watermark::Watermark};
+
+/// No two openings of logs are the same, whatever their disks: one that was forgotten may begin anew.
+pub(crate) fn next_life() -> u64 {
+    static LIVES: AtomicU64 = AtomicU64::new(1);
+    LIVES.fetch_add(1, Ordering::Relaxed)
+}
 
 /// Files to sync for a disk's entries to be durable.
 pub struct CommitTicket {

@@ -13,7 +13,7 @@ use backtide_segment::{Bucket, DISK_SIZE_MAX, Entry, PassContent, Seq};
 use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
 use crate::{
-    commit_ticket::{CommitOutcome, CommitTicket},
+    commit_ticket::{CommitOutcome, CommitTicket, next_life},
     log_mark::{Followed, LogMark},
     logs::Past,
     memo::Memo,
@@ -39,8 +39,8 @@ pub struct Disk {
     /// Which of the disk's logs is in use: all before it were damaged.
     number: u32,
     past: Past,
-    /// How often the log was opened: a sync that began before the log failed and was opened again
-    /// says nothing about the log of today, whose entries may have the same numbers.
+    /// Which opening of a log this is: a sync that began before the log failed and was opened again, or before the
+    /// disk was forgotten and began anew, says nothing about the log of today, whose entries may have the same numbers.
     opened: u64,
     owner: Option<ConnectionId>,
     /// What was appended since the last ticket and is worth a sync of its own, see [`Disk::gathered_bytes`].
@@ -121,7 +121,8 @@ impl Disk {
             Err(failure) => Log::Failed(Box::new(Failed { failure, ..Failed::default() })),
         };
         let waiting = VecDeque::new();
-        Self { id, log, number, past, opened: 1, owner: None, gathered: 0, waiting, waiting_bytes: 0 }
+        let opened = next_life();
+        Self { id, log, number, past, opened, owner: None, gathered: 0, waiting, waiting_bytes: 0 }
     }
 
     /// Which disk.
@@ -319,7 +320,7 @@ impl Disk {
         }
     }
 
-    /// How often the log was opened: what is known of an earlier life says nothing about this one.
+    /// Which opening of a log this is: what is known of an earlier life says nothing about this one.
     pub(crate) fn life(&self) -> u64 {
         self.opened
     }
@@ -413,7 +414,7 @@ impl Disk {
     /// the disk: entry numbers it waits for may be those of other entries now.
     pub(crate) fn reopened(&mut self, log: DiskLog, mark: LogMark) -> Option<ConnectionId> {
         self.log = Log::Open(Box::new(log), mark);
-        self.opened += 1;
+        self.opened = next_life();
         self.owner.take()
     }
 

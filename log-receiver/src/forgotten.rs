@@ -6,8 +6,9 @@
 //! removes the rest ([`crate::removal`]).
 //!
 //! A tombstone of a disk that is gone stays, for the agent that comes back: its attach, and every one before, is told that
-//! the disk was forgotten; only a later one, which somebody asked for, begins anew. Invariants: no agent has a disk that is
-//! asked for or going; no attach that the store has seen begins a disk again that is gone.
+//! the disk was forgotten; a later one begins anew, be it that somebody asked for it or that the agent started again. Invariants:
+//! no agent has a disk that is asked for or going; no attach that the store has seen begins a disk again that is gone;
+//! a disk whose tombstone could not be noted has none that a start could find, or it is going.
 
 use std::{
     collections::BTreeMap,
@@ -100,28 +101,27 @@ impl Forgotten {
         Ok(Self { storage, table: Arc::new(Mutex::new(table)) })
     }
 
-    /// Begins to look whether a disk may go: from now on no agent gets it. False when somebody does already.
-    pub(crate) fn ask(&self, disk: DiskId) -> bool {
+    /// Begins to look whether a disk may go, or to remove one that is going: no agent gets it meanwhile. None when
+    /// somebody does already.
+    pub(crate) fn ask(&self, disk: DiskId) -> Option<Asked> {
         let mut table = self.table();
-        let free = !table.asked.contains(&disk) && !table.is_going(disk);
-        if free {
+        let free = !table.asked.contains(&disk);
+        free.then(|| {
             table.asked.push(disk);
-        }
-        free
-    }
-
-    /// It stays.
-    pub(crate) fn keep(&self, disk: DiskId) {
-        self.table().asked.retain(|asked| *asked != disk);
+            Asked { forgotten: self.clone(), disk }
+        })
     }
 
     /// Notes durably that a disk goes, or is gone; blocks.
     ///
     /// # Errors
-    /// A sentence: after it nobody knows which of both a start would find.
+    /// A sentence. A disk that was not going is as it was: nothing of the note is left that a start could find. Where
+    /// nobody can make sure of that it is going, see [`Forgotten::going_stone`].
     pub(crate) fn note(&self, disk: DiskId, stone: Tombstone) -> Result<(), String> {
-        write(&*self.storage, disk, &stone)
-            .map_err(|error| format!("write {}: {error}", self.storage.display(&path(disk)).display()))?;
+        if let Err(error) = write(&*self.storage, disk, &stone) {
+            let why = format!("write {}: {error}", self.storage.display(&path(disk)).display());
+            return Err(self.take_back(disk, stone, why));
+        }
         let mut table = self.table();
         table.problems.remove(&disk);
         table.stones.insert(disk, stone);
@@ -135,6 +135,24 @@ impl Forgotten {
             let _ = self.storage.remove(&path(disk));
         }
         Ok(())
+    }
+
+    /// A note that failed may be in place all the same, and the next start would remove what the disk's agent has been
+    /// acknowledged since.
+    fn take_back(&self, disk: DiskId, stone: Tombstone, why: String) -> String {
+        let before = self.table().stones.get(&disk).cloned();
+        let undone = match before {
+            // It goes, whichever of both a start finds.
+            Some(Tombstone { gone: false, .. }) => return why,
+            Some(before) => write(&*self.storage, disk, &before),
+            None => remove(&*self.storage, disk),
+        };
+        let Err(error) = undone else { return why };
+        let why = format!("{why}; a start may find it all the same, for it cannot be taken back: {error}");
+        let mut table = self.table();
+        table.stones.insert(disk, stone);
+        table.problems.insert(disk, why.clone());
+        why
     }
 
     /// Notes why some of a disk is still there.
@@ -160,6 +178,11 @@ impl Forgotten {
     /// Whether a disk is going: what is there of it counts for nothing.
     pub(crate) fn is_going(&self, disk: DiskId) -> bool {
         self.table().is_going(disk)
+    }
+
+    /// What is noted of a disk that is going.
+    pub(crate) fn going_stone(&self, disk: DiskId) -> Option<Tombstone> {
+        self.table().stones.get(&disk).filter(|stone| !stone.gone).cloned()
     }
 
     /// The disks that are going.
@@ -196,6 +219,18 @@ impl Forgotten {
     /// Nothing that could panic runs under the lock.
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Somebody looks whether a disk may go, or removes it: nobody else does, as long as this is there.
+pub(crate) struct Asked {
+    forgotten: Forgotten,
+    disk: DiskId,
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.forgotten.table().asked.retain(|asked| *asked != self.disk);
     }
 }
 
@@ -243,6 +278,21 @@ fn read(storage: &dyn Storage, path: &Path) -> Read {
     }
     let TombstoneFile { disk, name, epoch, time, gone, .. } = file;
     Ok((disk, Tombstone { name, epoch, time, gone }))
+}
+
+/// Makes sure that a start finds none.
+fn remove(storage: &dyn Storage, disk: DiskId) -> io::Result<()> {
+    let path = path(disk);
+    let own = path.file_name().and_then(|name| name.to_str()).expect("a path that is made of text");
+    // A store that cannot be changed has most often not taken it either.
+    match storage.list(Path::new(DIR)) {
+        Ok(names) if names.iter().any(|name| name.as_str() == own) => {}
+        Ok(_) => return Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    storage.remove(&path)?;
+    storage.sync_dir(Path::new(DIR))
 }
 
 fn write(storage: &dyn Storage, disk: DiskId, stone: &Tombstone) -> io::Result<()> {

@@ -174,8 +174,21 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
                 }
                 let _ = answer.send(());
             }
-            Task::Leave(disk, answer) => drop(answer.send(ingest.leave(disk))),
-            Task::Take(disk, answer) => drop(answer.send(ingest.take_away(disk))),
+            Task::Leave(disk, answer) => {
+                let ingest = Rc::clone(&ingest);
+                tokio::task::spawn_local(async move {
+                    ingest.until_synced(disk).await;
+                    drop(answer.send(ingest.leave(disk)));
+                });
+            }
+            Task::Take(disk, answer) => {
+                let ingest = Rc::clone(&ingest);
+                tokio::task::spawn_local(async move {
+                    // Its outcome must not reach what has the same name later.
+                    ingest.until_synced(disk).await;
+                    drop(answer.send(ingest.take_away(disk)));
+                });
+            }
             Task::Shutdown => break,
         }
     }
@@ -212,6 +225,18 @@ impl Ingest {
 
     fn facts(&self) -> Vec<DiskFacts> {
         self.disks.borrow().iter().map(DiskFacts::of).collect()
+    }
+
+    /// Waits until no sync of the disk is under way.
+    async fn until_synced(&self, disk: DiskId) {
+        loop {
+            // Registered before the look, so that no end is missed between.
+            let synced = self.synced.notified();
+            if !self.syncing.borrow().contains(&disk) {
+                break;
+            }
+            synced.await;
+        }
     }
 
     /// What ends a sentence that begins with the disk says why it may not go.

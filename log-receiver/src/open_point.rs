@@ -89,14 +89,22 @@ impl Service {
         self.read(hold).await.map_err(|error| failed(error.message))?.map_err(failed)?;
         // It may have gone while it was asked for, though this connection still has it; from now on it stays.
         let uuid: DiskName = disk.to_string().parse().expect("a UUID is a good name");
-        let there = self.look_at(&uuid).await.map_err(|error| failed(error.message))?;
-        let Err(gone) = there.snapshot.view(held.lsn) else {
-            tracing::info!(%disk, lsn = %held.lsn, owner, "a point is held");
-            return Ok(());
+        let why = match self.look_at(&uuid).await {
+            Ok(there) => match there.snapshot.view(held.lsn) {
+                Ok(_) => {
+                    tracing::info!(%disk, lsn = %held.lsn, owner, "a point is held");
+                    return Ok(());
+                }
+                Err(gone) => {
+                    let message = crate::points::unavailable(&format!("lsn:{}", held.lsn), &gone).message;
+                    ReadFailure { code: FailureCode::Gone, message }
+                }
+            },
+            Err(error) => failed(error.message),
         };
+        // It hears that it has none, and will not release it.
         self.release_point(point, owner).await?;
-        let message = crate::points::unavailable(&format!("lsn:{}", held.lsn), &gone).message;
-        Err(ReadFailure { code: FailureCode::Gone, message })
+        Err(why)
     }
 
     /// Leaves the point to the disk's ladder again, if it is what `owner` holds: another one that it holds by now

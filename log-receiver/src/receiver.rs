@@ -211,7 +211,7 @@ impl Receiver {
             storage,
             space_floor: limits.free_bytes_min,
             watch: watch.clone(),
-            scrub: Scrub::new(findings.clone()),
+            scrub: Arc::new(Scrub::new(findings.clone())),
             findings,
             listen: listen.clone(),
             tls,

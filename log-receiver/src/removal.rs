@@ -28,6 +28,7 @@ impl Removal {
     /// Removes the rest of every disk that is going, before anybody asks for one; blocks.
     pub(crate) fn finish_all(&self) {
         for (disk, stone) in self.shelf.forgotten.going() {
+            let Some(_asked) = self.shelf.forgotten.ask(disk) else { continue };
             match self.finish(disk, stone) {
                 Ok(()) => tracing::info!(%disk, "the rest of a forgotten disk is removed"),
                 Err(why) => tracing::error!(%disk, why, "a forgotten disk cannot be removed"),

@@ -41,14 +41,15 @@ use crate::{
     scrub::{self, Scrub},
 };
 
-/// What the control API is served from.
+/// What the control API is served from. Clones share it.
+#[derive(Clone)]
 pub(crate) struct Service {
     pub(crate) store: PathBuf,
     pub(crate) store_id: StoreId,
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) space_floor: ByteCount,
     pub(crate) watch: StoreWatch,
-    pub(crate) scrub: Scrub,
+    pub(crate) scrub: Arc<Scrub>,
     pub(crate) findings: Findings,
     pub(crate) listen: Vec<Address>,
     pub(crate) tls: Option<Arc<StreamServer>>,

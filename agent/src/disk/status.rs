@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use backtide_agent_api::{
-    ByteSpan, Counters, DIFFERING_SPANS_MAX, Dirty, DiskStatus, GuestWaits, Lag, LsnStatus, Mode, PassKind,
-    PeerError, ResyncStatus, Spill, Unreadable, VerifyState, VerifyStatus, Window,
+    ByteSpan, Counters, DIFFERING_SPANS_MAX, Dirty, DiskStatus, GuestWaits, Lag, LsnStatus, Mode, OnOutage,
+    PassKind, PeerError, ResyncStatus, Spill, Unreadable, VerifyState, VerifyStatus, Window,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::NbdUri;
@@ -54,6 +54,15 @@ impl Watch {
         let requests = status.waiting_answers;
         let long = stands && requests > 0 && waited > WAIT_TOLD;
         long.then_some(GuestWaits { requests, seconds: waited.as_secs_f64() })
+    }
+
+    /// Whether the guest has waited for long, and goes on to do so as long as the receiver is away: an answer that is only
+    /// on its way comes by itself, and so does one of a disk that goes on without its receiver.
+    pub(crate) fn waits_on(&self, status: &Status, clients: u32, on_outage: OnOutage) -> bool {
+        match on_outage {
+            OnOutage::Block => self.guest_waits(status, clients).is_some(),
+            OnOutage::Continue => false,
+        }
     }
 }
 

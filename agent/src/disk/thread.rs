@@ -227,7 +227,9 @@ impl Disk {
                     Some(Command::Detach { leaving, answer }) => {
                         let clients = self.server.connections();
                         if clients > 0 && leaving == Leaving::Asked {
-                            let waits = self.engine.look(Filter::status).waiting_answers > 0;
+                            let status = self.engine.look(Filter::status);
+                            let watched = u32::try_from(clients).unwrap_or(u32::MAX);
+                            let waits = self.watch.waits_on(&status, watched, self.record.on_outage);
                             let _ = answer.send(Err(DetachError::Open { clients, waits }));
                             continue;
                         }

@@ -29,7 +29,15 @@ impl Forget {
     /// Shows what goes, asks for the disk's name, and has it forgotten.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let receiver = context.receiver(&self.api)?;
-        let found = receiver.disks(Some(&self.name)).await?.disks.into_iter().next();
+        let found = match receiver.disks(Some(&self.name)).await {
+            // One that was confirmed before and stopped half way is no disk any more: it is gone on with.
+            Err(unknown) if unknown.code == ErrorCode::NotFound && self.yes => {
+                let forgotten = receiver.forget(&self.name).await?;
+                context.print(&forgotten, || text(&forgotten))?;
+                return Ok(Ending::Done);
+            }
+            found => found?.disks.into_iter().next(),
+        };
         let disk = found.ok_or_else(|| {
             ApiError::new(ErrorCode::NotFound, format!("there is no disk {:?}", self.name.as_str()))
         })?;

@@ -1,7 +1,7 @@
 //! Disks' status: a line each, or one in full.
 
 use backtide_agent_api::{
-    CacheMode, DiskStatus, HydrationStatus, Limits, Mode, Origin, PassKind, ResyncStatus, Spill,
+    CacheMode, DiskStatus, HydrationStatus, Limits, Mode, OnOutage, Origin, PassKind, ResyncStatus, Spill,
     StreamTlsStatus,
 };
 
@@ -31,6 +31,9 @@ pub(crate) fn table(disks: &[DiskStatus]) -> String {
     std::iter::once(table).chain(ways_out).collect::<Vec<_>>().join("\n")
 }
 
+/// So long a guest may wait before a person is told what to do: a receiver that starts again is back by then.
+const WAIT_BORNE_SECONDS: f64 = 10.0;
+
 /// What a person has to do about a disk that does not come right by itself.
 pub(crate) fn way_out(disk: &DiskStatus) -> Option<String> {
     let name = disk.name.as_str();
@@ -44,7 +47,8 @@ pub(crate) fn way_out(disk: &DiskStatus) -> Option<String> {
             disk.receiver,
         ));
     }
-    disk.guest_waits.as_ref()?;
+    let for_good = disk.on_outage == OnOutage::Block;
+    disk.guest_waits.as_ref().filter(|waits| for_good && waits.seconds >= WAIT_BORNE_SECONDS)?;
     Some(format!(
         "it goes on when {} answers; `backtide detach {name} --force` answers what waits with an error instead",
         disk.receiver

@@ -1,11 +1,14 @@
 //! The control API's answer when a disk is to be forgotten: whether it may go, and that it goes.
 //!
 //! From the first look on no agent gets the disk, and no question about it is answered; so what was found to be
-//! nobody's stays that. Once its tombstone is durable it goes, whatever happens.
+//! nobody's stays that. Once its tombstone is durable it goes, whatever happens: whoever asked may leave, and one that a
+//! failure stopped half way is gone on with when somebody asks again, or at the next start.
+
+use std::time::Duration;
 
 use backtide_receiver_api::{ApiError, ErrorCode, ForgottenDisk, Mounts};
 use backtide_recovery::{Attached, time_text};
-use backtide_units::{DiskId, DiskName, Epoch};
+use backtide_units::{ByteCount, DiskId, DiskName, Epoch};
 use tokio::sync::oneshot;
 
 use super::{Service, ending};
@@ -13,23 +16,40 @@ use crate::{
     accept::Door,
     clock,
     disk::Disk,
-    forgotten::Tombstone,
+    forgotten::{Asked, Tombstone},
     ingest::{Leaving, Task},
     mounts::Order,
     retention::Policy,
 };
 
+/// How long whoever asks waits for it: less than a client does. A log of terabytes takes longer to remove.
+const FORGET_TIME: Duration = Duration::from_secs(50);
+
 impl Service {
+    /// Forgets a disk, also when the asker goes away meanwhile.
     pub(super) async fn forget_disk(&self, name: DiskName) -> Result<ForgottenDisk, ApiError> {
+        let (service, asked) = (self.clone(), name.clone());
+        let ended = tokio::spawn(async move { service.forget_to_its_end(asked).await });
+        match tokio::time::timeout(FORGET_TIME, ended).await {
+            Ok(ended) => ended.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?,
+            Err(_) => {
+                let why = format!("disk {name} is still being forgotten after {} s", FORGET_TIME.as_secs());
+                Err(ApiError::new(ErrorCode::Busy, why).with_hint("the receiver goes on with it"))
+            }
+        }
+    }
+
+    async fn forget_to_its_end(self, name: DiskName) -> Result<ForgottenDisk, ApiError> {
         let disk = self.find(&name)?;
         // Whatever it was named by.
         let name = self.names.name_of(disk).unwrap_or(name);
-        if !self.removal.shelf.forgotten.ask(disk) {
-            return Err(ApiError::new(ErrorCode::Busy, format!("disk {name} is being forgotten")));
-        }
-        let noted = self.let_go(disk, &name).await;
-        self.removal.shelf.forgotten.keep(disk);
-        let (report, stone) = noted?;
+        let forgotten = &self.removal.shelf.forgotten;
+        let busy = || ApiError::new(ErrorCode::Busy, format!("disk {name} is being forgotten"));
+        let _asked: Asked = forgotten.ask(disk).ok_or_else(busy)?;
+        let (report, stone) = match forgotten.going_stone(disk) {
+            Some(stone) => self.go_on(disk, stone, &name).await?,
+            None => self.let_go(disk, &name).await?,
+        };
         tracing::warn!(%disk, name = name.as_str(), log_bytes = %report.log_bytes, "the disk is forgotten");
         let taken: Option<Disk> = self.ask_owner(disk, |answer| Task::Take(disk, answer)).await?;
         // Whoever mounted it while somebody looked has nothing to read any more.
@@ -53,9 +73,41 @@ impl Service {
                 ErrorCode::Failed,
                 format!("disk {name} is forgotten, but not all of it could be removed: {why}"),
             )
-            .with_hint("the receiver tries again when it starts")
+            .with_hint(format!("`backtide forget {disk} --yes` tries again, and the receiver when it starts"))
         })?;
         Ok(report)
+    }
+
+    /// What is going already, for something failed: makes sure that this is durable.
+    async fn go_on(
+        &self,
+        disk: DiskId,
+        stone: Tombstone,
+        name: &DiskName,
+    ) -> Result<(ForgottenDisk, Tombstone), ApiError> {
+        // Nobody has it in use: that was seen to before, and nobody got it since.
+        let leaving: Option<Result<Leaving, String>> =
+            self.ask_owner(disk, |answer| Task::Leave(disk, answer)).await?;
+        let log_bytes = leaving.and_then(Result::ok).map_or(ByteCount::ZERO, |leaving| leaving.log_bytes);
+        let (forgotten, written) = (self.removal.shelf.forgotten.clone(), stone.clone());
+        let noted = self.read(move || forgotten.note(disk, written)).await?;
+        noted.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
+        Ok((self.report(disk, &stone, name, log_bytes), stone))
+    }
+
+    fn report(
+        &self,
+        disk: DiskId,
+        stone: &Tombstone,
+        name: &DiskName,
+        log_bytes: ByteCount,
+    ) -> ForgottenDisk {
+        ForgottenDisk {
+            name: stone.name.clone().unwrap_or_else(|| name.clone()),
+            uuid: disk,
+            log_bytes,
+            overlays: self.overlays.of_disk(disk),
+        }
     }
 
     /// Notes durably that a disk goes, if nothing stands against that.
@@ -87,12 +139,7 @@ impl Service {
             time: clock::now(),
             gone: false,
         };
-        let report = ForgottenDisk {
-            name: stone.name.clone().unwrap_or_else(|| name.clone()),
-            uuid: disk,
-            log_bytes,
-            overlays: self.overlays.of_disk(disk),
-        };
+        let report = self.report(disk, &stone, name, log_bytes);
         let (policies, forgotten, written) =
             (self.policies.clone(), self.removal.shelf.forgotten.clone(), stone.clone());
         // Nobody locks a point of it between the look and the note.
@@ -100,7 +147,14 @@ impl Service {
             self.read(move || policies.while_wanted(disk, &policy, || forgotten.note(disk, written))).await?;
         match noted {
             Some(Ok(())) => Ok((report, stone)),
-            Some(Err(why)) => Err(ApiError::new(ErrorCode::Failed, why)),
+            Some(Err(why)) => {
+                let failed = ApiError::new(ErrorCode::Failed, why);
+                let stays = self.removal.shelf.forgotten.going_stone(disk).is_none();
+                let hint = format!(
+                    "no agent gets it until `backtide forget {disk} --yes` goes on or the receiver starts again"
+                );
+                Err(if stays { failed } else { failed.with_hint(hint) })
+            }
             None => {
                 let why = format!("what is kept of disk {name} was changed just now, or nobody knows it");
                 Err(ApiError::new(ErrorCode::Busy, why).with_hint("`backtide retention show` tells it"))
@@ -126,9 +180,7 @@ impl Service {
         }
         if let Some((owner, held)) = policy.holds.iter().next() {
             let why = format!("an agent still fetches lsn:{} of disk {name} for {owner}", held.lsn);
-            return Err(ApiError::new(ErrorCode::Busy, why).with_hint(
-                "`backtide status` of that agent tells how far it is; detaching the disk there gives it up",
-            ));
+            return Err(ApiError::new(ErrorCode::Busy, why).with_hint(holder_hint(owner)));
         }
         Ok(())
     }
@@ -151,4 +203,16 @@ impl Service {
         thread.send(task(answer)).await.map_err(|_| ending())?;
         answered.await.map_err(|_| ending())
     }
+}
+
+/// What ends a hold, which tells whose it is in words for people.
+fn holder_hint(owner: &str) -> String {
+    let mount = owner.strip_prefix("mount ").and_then(|rest| rest.split(' ').next());
+    mount.map_or_else(
+        || {
+            "`backtide status` of that agent tells how far it is; detaching the disk there gives it up"
+                .to_owned()
+        },
+        |id| format!("`backtide unmount {id} --here` at that agent ends it"),
+    )
 }

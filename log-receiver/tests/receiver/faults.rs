@@ -16,6 +16,8 @@ pub(crate) enum Fault {
     None,
     /// Syncs wait until something else is set.
     SyncsWait,
+    /// Syncs of the directory of tombstones fail.
+    TombstonesFail,
     /// Writes fail.
     WritesFail,
     /// Reserving space panics.
@@ -64,7 +66,7 @@ impl Faulty {
     fn write_fails(&self) -> io::Result<()> {
         match self.state.0.lock().unwrap().fault {
             Fault::WritesFail => Err(io::Error::other("injected failure of a write")),
-            Fault::None | Fault::SyncsWait | Fault::ReservationsPanic => Ok(()),
+            Fault::None | Fault::SyncsWait | Fault::TombstonesFail | Fault::ReservationsPanic => Ok(()),
         }
     }
 
@@ -111,6 +113,9 @@ impl Storage for Faulty {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        if self.state.0.lock().unwrap().fault == Fault::TombstonesFail && dir == Path::new("forgotten") {
+            return Err(io::Error::other("injected failure of a directory sync"));
+        }
         self.memory.sync_dir(dir)
     }
 

@@ -22,7 +22,7 @@ fn vm2() -> DiskName {
 }
 
 /// The disk's agent is seen to be gone.
-async fn left(agent: Agent, api: &ReceiverClient, name: &DiskName) {
+pub(crate) async fn left(agent: Agent, api: &ReceiverClient, name: &DiskName) {
     drop(agent);
     while api.disks(Some(name)).await.unwrap().disks[0].connected {
         tokio::task::yield_now().await;
@@ -34,7 +34,7 @@ async fn names(api: &ReceiverClient) -> Vec<String> {
 }
 
 /// vm1 with several segments, an overlay that is kept and a point that is; vm2 with one record.
-async fn two_disks(receiver: &Receiver) {
+pub(crate) async fn two_disks(receiver: &Receiver) {
     let api = client(receiver);
     let one = write_history(receiver, 6..=40).await;
     let (mut two, _) = Agent::welcomed(receiver, hello(2, "vm2")).await;
@@ -50,7 +50,7 @@ async fn two_disks(receiver: &Receiver) {
     left(two, &api, &vm2()).await;
 }
 
-fn higher(name: &str) -> Hello {
+pub(crate) fn higher(name: &str) -> Hello {
     Hello { epoch: Epoch(2), ..hello(1, name) }
 }
 

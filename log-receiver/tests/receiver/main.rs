@@ -7,6 +7,7 @@ mod damage;
 mod faults;
 mod fixture;
 mod forget;
+mod forget_failing;
 mod going_back;
 mod locks;
 mod point_reader;

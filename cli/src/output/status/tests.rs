@@ -109,11 +109,21 @@ fn one_disk_is_shown_in_full() {
 #[test]
 fn a_guest_that_waits_and_a_fenced_disk_are_shown_with_the_way_out() {
     let waits = Some(GuestWaits { requests: 2, seconds: 75.0 });
-    let mut disk = DiskStatus { connected: false, guest_waits: waits, ..in_sync() };
+    let on_outage = OnOutage::Block;
+    let mut disk = DiskStatus { connected: false, guest_waits: waits, on_outage, ..in_sync() };
     let text = disk_text(&disk);
-    assert!(text.contains("2 requests for the receiver, for 1m 15s: acknowledged local, continue"), "{text}");
+    assert!(text.contains("2 requests for the receiver, for 1m 15s: acknowledged local, block"), "{text}");
     assert!(text.contains("`backtide detach vm1 --force`"), "{text}");
     assert!(needs_a_person(&disk));
+    // What comes right by itself is told, and no more.
+    let soon = Some(GuestWaits { requests: 2, seconds: 9.0 });
+    for itself in [
+        DiskStatus { guest_waits: soon, ..disk.clone() },
+        DiskStatus { on_outage: OnOutage::Continue, ..disk.clone() },
+    ] {
+        assert!(disk_text(&itself).contains("2 requests for the receiver, for "));
+        assert!(!needs_a_person(&itself) && way_out(&itself).is_none());
+    }
     disk.reason_code = "fenced".to_owned();
     for text in [disk_text(&disk), table(std::slice::from_ref(&disk))] {
         assert!(text.contains("`backtide detach vm1 --force`; then `backtide failback vm1`"), "{text}");

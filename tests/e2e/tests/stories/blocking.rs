@@ -39,7 +39,6 @@ fn a_disk_whose_waiting_client_was_killed_is_detached() {
     assert_eq!(status["guest_waits"]["requests"], 1, "{status}");
     assert_eq!(status["reason_code"], "guest-waits", "{status}");
     let told = bench.plain(&["status", "vm1"]);
-    assert_eq!(told.code, 3, "{told:?}");
     assert!(told.stdout.contains("1 request for the receiver, for "), "{told:?}");
     let busy = bench.run(&["detach", "vm1"]);
     assert_eq!((busy.code, busy.error()["code"].clone()), (5, json!("busy")), "{busy:?}");
