@@ -38,8 +38,8 @@ pub struct RewindReport {
     pub blocked_ms: u64,
     /// NBD clients that were hung up.
     pub hung_up: u32,
-    /// Whether the disk had been set to this point before this was asked, and lacks blocks of it still: nothing was done, and
-    /// what was written since stays.
+    /// Whether the disk had been set to this point before this was asked, lacks blocks of it still, and was not written to
+    /// since: nothing was done.
     #[serde(default)]
     pub under_way: bool,
     /// The disk now.
@@ -47,12 +47,20 @@ pub struct RewindReport {
 }
 
 impl RewindReport {
-    /// Of the rewind to this point that the disk still lacks blocks of; none of any other.
+    /// Of the rewind to this point that the disk still lacks blocks of; none of any other, and none when the disk was
+    /// written to since, or may have been: then it is to be set to that point anew.
     pub fn under_way(disk: &DiskStatus, to: Lsn) -> Option<Self> {
         let found = disk.hydration.as_ref();
         let found = found.filter(|found| found.kind == HydrationKind::Rewind && found.point == to)?;
+        let before = found.before?;
+        // Each change takes an LSN, and so does each pass. Those of earlier attaches are not among the passes counted, and a
+        // crash leaves a gap: either counts as written to.
+        let untouched = disk.lsn.last.0.checked_sub(before.0) == Some(disk.counters.passes);
+        if !untouched || disk.counters.failed_changes > 0 {
+            return None;
+        }
         Some(Self {
-            from: found.before.unwrap_or(found.point),
+            from: before,
             to,
             to_time: found.point_time,
             changed_blocks: BlockCount(found.total_bytes.0 / BLOCK_SIZE),

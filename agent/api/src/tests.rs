@@ -9,9 +9,10 @@ use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch
 use crate::{
     AckPolicy, Adopted, AgentCache, AgentClient, AgentMount, AgentMountRequest, AgentMounts, AgentService,
     AgentStatus, AttachRequest, CacheMode, Counters, DetachRequest, Dirty, DiskMark, DiskStatus,
-    FailbackReport, FailbackRequest, Lag, Limits, LimitsChange, LimitsRequest, LsnStatus, MarkReport,
-    MarkRequest, Mode, OnOutage, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, RewindReport,
-    RewindRequest, VerifyRequest, VerifyState, VerifyStatus, Window, router,
+    FailbackReport, FailbackRequest, HydrationKind, HydrationStatus, Lag, Limits, LimitsChange,
+    LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResizeReport, ResizeRequest,
+    ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyState, VerifyStatus,
+    Window, router,
 };
 
 /// Answers for one disk, `vm1`, and notes every call.
@@ -319,4 +320,45 @@ async fn every_call_reaches_its_method_and_comes_back() {
     let nothing = client.mark(&MarkRequest { label: "x".to_owned(), disks: vec![] }).await.unwrap_err();
     assert_eq!(nothing.code, ErrorCode::Usage);
     serving.abort();
+}
+
+/// A disk that was set back from LSN 90 to 40 and lacks blocks of it.
+fn set_back() -> DiskStatus {
+    let hydration = HydrationStatus {
+        kind: HydrationKind::Rewind,
+        receiver: "unix:/run/backtide/stream.sock".to_owned(),
+        disk: name("vm1"),
+        point: Lsn(40),
+        point_time: CaptureTime(5),
+        before: Some(Lsn(90)),
+        total_bytes: ByteCount(8192),
+        missing_bytes: ByteCount(4096),
+        damaged_bytes: ByteCount(0),
+        fetched_bytes: ByteCount(4096),
+        rate: ByteCount(0),
+        eta_seconds: None,
+        trouble: None,
+        stuck: false,
+        waiting_requests: 0,
+    };
+    let lsn = LsnStatus { last: Lsn(90), received: Lsn(40), durable: Lsn(40) };
+    DiskStatus { hydration: Some(hydration), lsn, counters: Counters::default(), ..vm1() }
+}
+
+#[test]
+fn a_rewind_is_under_way_only_while_nothing_was_written_since() {
+    let is = |passes, last, failed_changes| {
+        let counters = Counters { passes, failed_changes, ..Counters::default() };
+        let lsn = LsnStatus { last: Lsn(last), ..LsnStatus::default() };
+        RewindReport::under_way(&DiskStatus { lsn, counters, ..set_back() }, Lsn(40)).is_some()
+    };
+    assert!(is(0, 90, 0) && is(2, 92, 0), "a pass has an LSN of its own");
+    assert!(!is(0, 91, 0), "a write");
+    assert!(!is(1, 92, 0), "a write, and a pass");
+    assert!(!is(1, 93, 0), "in attaches before, writes or passes");
+    assert!(!is(0, 90, 1), "a write that failed may have changed something");
+    assert!(!is(1, 90, 0), "the agent's state is not what it was");
+    assert_eq!(RewindReport::under_way(&set_back(), Lsn(41)), None, "another point");
+    let report = RewindReport::under_way(&set_back(), Lsn(40)).unwrap();
+    assert_eq!((report.from, report.under_way), (Lsn(90), true));
 }

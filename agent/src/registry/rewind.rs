@@ -23,7 +23,7 @@ use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_io_filter::Resume;
 use backtide_storage::KillPoint;
 use backtide_tracking::{DirtyBitmap, SavedTracking};
-use backtide_units::{BlockCount, BlockRange, DiskName, Lsn};
+use backtide_units::{BlockCount, BlockRange, DiskName, Epoch, Lsn};
 use tokio::time::Instant;
 
 use self::plan::{Goal, Plan, Since};
@@ -83,7 +83,8 @@ impl Registry {
             false => Since::Everything,
         };
         let keeper = plan::keeper(&record, status.hydration.is_some());
-        let goal = Goal { history, to: request.to, force: request.force, keeper };
+        let (to, force, epoch) = (request.to, request.force, record.epoch);
+        let goal = Goal { history, to, force, keeper, epoch };
         let plan = self.plan(&record, &goal, since).await?;
         let held = plan.source.clone();
         // So that whoever looks at the timeline finds what was left; the rewind goes on without it.
@@ -151,10 +152,11 @@ impl Registry {
         plan: Plan,
         stamp: Option<ImageStamp>,
     ) -> Result<(Lsn, SourcePoint, BlockCount), ApiError> {
-        let (records, disk, force) = (self.records.clone(), name.clone(), goal.force);
+        let (records, disk, force, epoch) = (self.records.clone(), name.clone(), goal.force, goal.epoch);
         let (record, saved, lacked) = waiting(move || {
             let record = records.load(&disk).map_err(|error| failed(&error))?;
             let record = record.ok_or_else(|| missing_record(&disk))?;
+            refuse_taken(&record, epoch)?;
             let saved = as_left(&record, records.load_tracking(&disk), force);
             let saved = saved.ok_or_else(|| {
                 let message = format!("disk {disk} was not let go of in sync: it is as it was");
@@ -274,7 +276,14 @@ async fn standing(handle: &DiskHandle, request: RewindRequest) -> Result<Standin
             if request.force {
                 return Ok(Standing { status, settled: false });
             }
-            let message = format!("disk {name} lacks blocks of the point it was set to already");
+            let lacks = status.hydration.as_ref().is_some_and(|lacks| lacks.point == request.to);
+            let message = match lacks {
+                true => format!(
+                    "disk {name} was set to LSN {} before, lacks blocks of it still, and may have been written to since: what was written stays, for not all of it has reached the receiver",
+                    request.to
+                ),
+                false => format!("disk {name} lacks blocks of the point it was set to already"),
+            };
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint(format!(
                 "`backtide status {name}` says how far it is; try again when it is in sync, or give up with --force what has not reached the receiver"
             )));
@@ -304,6 +313,15 @@ fn not_in_sync(status: &DiskStatus) -> ApiError {
     ApiError::new(ErrorCode::Refused, message).with_hint(format!(
         "what the receiver lacks could not be gone back to: `backtide wait {name} --for sync` first"
     ))
+}
+
+/// Refuses a disk that another agent has taken since this began in `epoch`: the point is kept in the name of that.
+fn refuse_taken(record: &DiskRecord, epoch: Epoch) -> Result<(), ApiError> {
+    if record.epoch == epoch {
+        return Ok(());
+    }
+    let message = format!("another agent has taken disk {} meanwhile: it is as it was", record.name);
+    Err(ApiError::new(ErrorCode::Fenced, message))
 }
 
 /// What a clean detach has left, in sync unless `force`; none when there was none.

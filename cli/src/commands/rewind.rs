@@ -274,7 +274,7 @@ fn report_text(report: &RewindReport, guest_paused: bool) -> String {
     let (to, to_time, changed) = (report.to, time_text(report.to_time), size_both(report.changed_bytes));
     let first = match report.under_way {
         true => format!(
-            "{name} was set to lsn:{to} ({to_time}) already, {changed} may have changed; what was written since stays (--force sets it back anew)"
+            "{name} was set to lsn:{to} ({to_time}) already, {changed} may have changed, and nothing was written since"
         ),
         false => format!(
             "{name} is at lsn:{to} ({to_time}) again, {changed} may have changed; it was not served for {}",

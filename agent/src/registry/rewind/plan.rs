@@ -8,7 +8,7 @@ use std::{cell::OnceCell, rc::Rc, sync::Arc, time::Duration};
 use backtide_control::ApiError;
 use backtide_hydration::SourcePoint;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, HistoryId, Lsn};
+use backtide_units::{BlockRange, Epoch, HistoryId, Lsn};
 use tokio::task::LocalSet;
 
 use super::super::{Registry, origin::fetch_error, waiting};
@@ -39,6 +39,8 @@ pub(super) struct Goal {
     pub(super) force: bool,
     /// In whose name the receiver keeps the point.
     pub(super) keeper: String,
+    /// The disk's epoch, which that name has: what the disk lacks is noted of the same one.
+    pub(super) epoch: Epoch,
 }
 
 /// From where on changes count.
@@ -75,7 +77,7 @@ impl Registry {
         let tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
         let (receiver, uuid, size) = (record.receiver.clone(), record.uuid, record.size);
         let (sources, runtime) = (Arc::clone(&self.sources), tokio::runtime::Handle::current());
-        let Goal { history, to, force, keeper } = goal.clone();
+        let Goal { history, to, force, keeper, epoch: _ } = goal.clone();
         let planning = move || {
             // A source belongs to one thread.
             let local = LocalSet::new();

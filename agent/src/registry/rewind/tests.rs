@@ -1,7 +1,7 @@
 //! What becomes of a hydration file that cannot be put in place.
 
 use backtide_storage::MemoryStorage;
-use backtide_units::{ByteCount, CaptureTime, DiskId, Epoch, HistoryId};
+use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId};
 
 use super::*;
 
@@ -35,4 +35,15 @@ fn a_file_that_failed_once_it_had_its_name_counts_and_one_that_failed_before_doe
     }
     // The file's own sync, that of its name, and neither.
     assert_eq!(ends, [false, true, true]);
+}
+
+#[test]
+fn a_disk_that_is_taken_meanwhile_is_not_set_back() {
+    let receiver = "unix:/run/receiver.sock".parse().unwrap();
+    let mut record = DiskRecord::new("vm1".parse().unwrap(), "/images/vm1.raw".to_owned(), receiver);
+    record.epoch = Epoch(3);
+    let goal = record.epoch;
+    assert!(refuse_taken(&record, goal).is_ok());
+    record.fence(Epoch(4));
+    assert_eq!(refuse_taken(&record, goal).unwrap_err().code, ErrorCode::Fenced);
 }
