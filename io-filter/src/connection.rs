@@ -54,6 +54,7 @@ impl Filter {
             next_lsn: self.last_lsn.next(),
             acked_durable: self.acked_durable,
             ack: None,
+            on_outage: None,
             origin: None,
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Pure. Payloads are shared, not copied, and keep the checksum they got where they were captured.
 
-use backtide_protocol::{AckPolicy, Data, Hello, OriginPoint, Record, RecordBody};
+use backtide_protocol::{Data, Hello, OriginPoint, Record, RecordBody};
 use backtide_segment::{AttachFacts, AttachOrigin, Entry, PassContent, PassReason, Seq};
 use backtide_units::{ByteRange, CaptureTime, Lsn, Reason};
 
@@ -42,8 +42,10 @@ pub fn attach(hello: &Hello, before: Seq, time: CaptureTime) -> Entry {
         let OriginPoint { receiver, disk, name, lsn, time } = origin;
         Box::new(AttachOrigin { receiver, disk, name, lsn, time })
     });
+    let on_outage = hello.on_outage.unwrap_or_default();
+    let ack = hello.ack.map_or(0, |ack| ack.code(on_outage));
     Entry::Attach {
-        facts: AttachFacts { before, ack: hello.ack.map_or(0, AckPolicy::code), origin },
+        facts: AttachFacts { before, ack, origin },
         epoch: hello.epoch,
         attach: hello.attach,
         next_lsn: hello.next_lsn,

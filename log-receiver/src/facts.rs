@@ -22,6 +22,8 @@ pub(crate) struct DiskFacts {
     pub(crate) last_time: Option<CaptureTime>,
     /// When its guest was answered last, as far as an agent said.
     pub(crate) ack: Option<String>,
+    /// And what that means while the receiver is away.
+    pub(crate) on_outage: Option<String>,
     /// The point of another disk that it began as.
     pub(crate) origin: Option<DiskOrigin>,
     pub(crate) log_bytes: ByteCount,
@@ -36,6 +38,7 @@ impl DiskFacts {
     pub(crate) fn of(disk: &Disk) -> Self {
         let timeline = disk.timeline();
         let attached = disk.attached();
+        let answers = timeline.and_then(|timeline| AckPolicy::of_code(timeline.ack()));
         Self {
             id: disk.id(),
             name: attached.map(|attached| attached.name.clone()),
@@ -47,9 +50,8 @@ impl DiskFacts {
             received: timeline.map_or(Lsn::ZERO, |timeline| timeline.covered()),
             durable: disk.durable().lsn,
             last_time: timeline.and_then(|timeline| timeline.latest()).map(|point| point.time),
-            ack: timeline
-                .and_then(|timeline| AckPolicy::of_code(timeline.ack()))
-                .map(|ack| ack.name().to_owned()),
+            ack: answers.map(|(ack, _)| ack.name().to_owned()),
+            on_outage: answers.map(|(_, on_outage)| on_outage.name().to_owned()),
             origin: timeline.and_then(|timeline| timeline.origin()).map(points::origin),
             log_bytes: disk.log_bytes(),
             segments: disk.segments(),

@@ -439,6 +439,7 @@ impl Service {
             durable: facts.durable,
             last_time: facts.last_time,
             ack: facts.ack,
+            on_outage: facts.on_outage,
             origin: facts.origin,
             log_bytes: facts.log_bytes,
             segments: facts.segments,

@@ -133,6 +133,7 @@ impl Registry {
                     next_lsn: adopted.durable.next(),
                     acked_durable: adopted.durable,
                     ack: None,
+                    on_outage: None,
                     origin: None,
                 };
                 let hello = disk::Terms::of(&known).tell(hello);

@@ -1,7 +1,9 @@
 //! `backtide attach`: protect a disk.
 
 use std::{
+    fmt::Display,
     path::{Path, PathBuf},
+    str::FromStr,
     time::Duration,
 };
 
@@ -264,20 +266,31 @@ async fn adopted(context: &Context, api: &ReceiverApi, name: &DiskName) -> Resul
 
 /// A disk that is not told otherwise answers its guest as it did where it was before, and says so.
 pub(crate) fn keep_ack(context: &Context, request: &mut AttachRequest, disk: &ReceiverDisk) {
-    let Some(before) = disk.ack.as_deref() else { return };
+    keep(context, disk, "--ack", &mut request.ack, disk.ack.as_deref());
+    keep(context, disk, "--on-outage", &mut request.on_outage, disk.on_outage.as_deref());
+}
+
+/// The same of one option, which the disk had `before` as far as its receiver knows.
+fn keep<T: Copy + Default + PartialEq + Display + FromStr>(
+    context: &Context,
+    disk: &ReceiverDisk,
+    option: &str,
+    asked: &mut Option<T>,
+    before: Option<&str>,
+) {
+    let Some(before) = before else { return };
     let name = disk.name.as_str();
-    match (request.ack, before.parse::<AckPolicy>()) {
-        (None, Ok(ack)) => {
-            request.ack = Some(ack);
-            if ack != AckPolicy::default() {
-                context.tell(&format!("disk {name} had --ack {ack} before, and keeps it"));
+    match (*asked, before.parse::<T>()) {
+        (None, Ok(kept)) => {
+            *asked = Some(kept);
+            if kept != T::default() {
+                context.tell(&format!("disk {name} had {option} {kept} before, and keeps it"));
             }
         }
-        (Some(ack), Ok(before)) if ack != before => {
-            context.tell(&format!("disk {name} had --ack {before} before, and has --ack {ack} from now on"));
-        }
+        (Some(asked), Ok(before)) if asked != before => context
+            .tell(&format!("disk {name} had {option} {before} before, and has {option} {asked} from now on")),
         (None, Err(_)) => {
-            context.warn(&format!("disk {name} had --ack {before} before, which is not known here"))
+            context.warn(&format!("disk {name} had {option} {before} before, which is not known here"))
         }
         (Some(_), _) => {}
     }

@@ -110,6 +110,9 @@ pub struct ReceiverDisk {
     /// When its guest was answered by the last agent that said so, as `attach --ack` has it; none when nobody did.
     #[serde(default)]
     pub ack: Option<String>,
+    /// What that means while the receiver is away, as `attach --on-outage` has it; none when nobody said `ack`.
+    #[serde(default)]
+    pub on_outage: Option<String>,
     /// The point of another disk that it began as; none when it did not.
     #[serde(default)]
     pub origin: Option<DiskOrigin>,

@@ -32,6 +32,9 @@ pub struct Hello {
     /// When the disk's guest is answered; whoever attaches the disk elsewhere is told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ack: Option<AckPolicy>,
+    /// What `ack` means while the receiver is away; none says nothing, or `continue` beside an `ack`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_outage: Option<OnOutage>,
     /// The point of another disk that this one began as, if it did and the agent knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<OriginPoint>,
@@ -51,21 +54,54 @@ pub enum AckPolicy {
     DurableEveryWrite,
 }
 
-impl AckPolicy {
-    /// Its number in a log; 0 is none.
-    pub fn code(self) -> u8 {
+/// What happens to requests that wait for a receiver that is away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnOutage {
+    /// They are acknowledged when they are local.
+    #[default]
+    Continue,
+    /// They wait until the receiver is back.
+    Block,
+}
+
+impl OnOutage {
+    /// What a log adds to the number of a policy.
+    fn code(self) -> u8 {
         match self {
+            Self::Continue => 0,
+            Self::Block => 16,
+        }
+    }
+
+    /// As `attach --on-outage` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Continue => "continue",
+            Self::Block => "block",
+        }
+    }
+}
+
+impl AckPolicy {
+    /// Its number in a log, with what it means in an outage; 0 is none.
+    pub fn code(self, on_outage: OnOutage) -> u8 {
+        let policy = match self {
             Self::Local => 1,
             Self::Received => 2,
             Self::Durable => 3,
             Self::DurableEveryWrite => 4,
-        }
+        };
+        policy + on_outage.code()
     }
 
     /// The one with this number; none for 0 and for one of a later version.
-    pub fn of_code(code: u8) -> Option<Self> {
+    pub fn of_code(code: u8) -> Option<(Self, OnOutage)> {
         let all = [Self::Local, Self::Received, Self::Durable, Self::DurableEveryWrite];
-        all.into_iter().find(|policy| policy.code() == code)
+        let all = all
+            .into_iter()
+            .flat_map(|policy| [OnOutage::Continue, OnOutage::Block].map(|on_outage| (policy, on_outage)));
+        all.into_iter().find(|(policy, on_outage)| policy.code(*on_outage) == code)
     }
 
     /// As `attach --ack` has it.
@@ -215,19 +251,24 @@ mod tests {
             next_lsn: Lsn(40),
             acked_durable: Lsn(17),
             ack: Some(AckPolicy::DurableEveryWrite),
+            on_outage: Some(OnOutage::Block),
             origin: None,
         };
-        assert!(
-            (0..=u8::MAX)
-                .filter_map(AckPolicy::of_code)
-                .all(|policy| { serde_json::to_string(&policy).unwrap() == format!("{:?}", policy.name()) })
-        );
+        let codes: Vec<u8> = (0..=u8::MAX).filter(|code| AckPolicy::of_code(*code).is_some()).collect();
+        assert_eq!(codes, [1, 2, 3, 4, 17, 18, 19, 20]);
+        for code in codes {
+            let (policy, on_outage) = AckPolicy::of_code(code).unwrap();
+            assert_eq!(policy.code(on_outage), code);
+            assert_eq!(serde_json::to_string(&policy).unwrap(), format!("{:?}", policy.name()));
+            assert_eq!(serde_json::to_string(&on_outage).unwrap(), format!("{:?}", on_outage.name()));
+        }
         let text = serde_json::to_string(&hello).unwrap();
         assert!(
             text.contains(r#""tracking":{"state":"bitmap","gap_from":17,"reason":"receiver-away"}"#),
             "{text}"
         );
-        assert!(text.contains(r#""ack":"durable-every-write""#) && !text.contains("origin"), "{text}");
+        assert!(text.contains(r#""ack":"durable-every-write","on_outage":"block""#), "{text}");
+        assert!(!text.contains("origin"), "{text}");
         assert_eq!(serde_json::from_str::<Hello>(&text).unwrap(), hello);
     }
 }

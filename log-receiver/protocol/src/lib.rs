@@ -16,7 +16,9 @@ pub mod reading;
 pub use decoder::Decoder;
 pub use error::ProtocolError;
 pub use frame::{FRAME_HEADER_BYTES, PAYLOAD_BYTES_MAX, encode};
-pub use hello::{AckPolicy, CloseCode, Closed, Hello, OriginPoint, ReceiverState, Tracking, Welcome};
+pub use hello::{
+    AckPolicy, CloseCode, Closed, Hello, OnOutage, OriginPoint, ReceiverState, Tracking, Welcome,
+};
 pub use message::{
     Compare, CompareItem, CompareResult, Content, Data, Message, Record, RecordBody, Sequenced,
 };

@@ -20,7 +20,7 @@ const RECEIVER_MAX: usize = 512;
 pub struct AttachFacts {
     /// How many entries the log had before: what was acknowledged as durable until then was among them, or is lost.
     pub before: Seq,
-    /// When the disk's guest is answered, as the stream's code; 0 when the agent did not say.
+    /// When the disk's guest is answered, also in an outage, as the stream's code; 0 when the agent did not say.
     pub ack: u8,
     /// The point of another disk that this one began as; none when it did not, or its agent does not know it any more.
     pub origin: Option<Box<AttachOrigin>>,

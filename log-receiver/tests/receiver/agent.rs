@@ -123,6 +123,7 @@ pub(crate) fn hello(number: u128, name: &str) -> Hello {
         next_lsn: Lsn(1),
         acked_durable: Lsn::ZERO,
         ack: None,
+        on_outage: None,
         origin: None,
     }
 }

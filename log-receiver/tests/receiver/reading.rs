@@ -3,8 +3,8 @@
 
 use backtide_log_receiver::Receiver;
 use backtide_protocol::{
-    AckPolicy, Blocks, CloseCode, FETCH_BYTES_MAX, FailureCode, Hello, Message, OpenPoint, OriginPoint,
-    PROTOCOL_VERSION, Reading,
+    AckPolicy, Blocks, CloseCode, FETCH_BYTES_MAX, FailureCode, Hello, Message, OnOutage, OpenPoint,
+    OriginPoint, PROTOCOL_VERSION, Reading,
 };
 use backtide_receiver_api::{DiffRequest, KeepRequest};
 use backtide_units::{
@@ -290,15 +290,25 @@ async fn whoever_asks_is_told_how_a_disk_was_answered_and_what_it_began_as() {
         lsn: Lsn(70),
         time: time(7),
     };
-    let first = Hello { ack: Some(AckPolicy::Durable), origin: Some(origin), ..hello(1, "vm1") };
+    let first = Hello {
+        ack: Some(AckPolicy::Durable),
+        on_outage: Some(OnOutage::Block),
+        origin: Some(origin),
+        ..hello(1, "vm1")
+    };
     drop(Agent::welcomed(&receiver, first).await);
     // Another agent, which knows nothing of that.
     drop(Agent::welcomed(&receiver, Hello { epoch: Epoch(2), ..hello(1, "vm1") }).await);
     let told = async |receiver: &Receiver| {
         let disk = client(receiver).disks(None).await.unwrap().disks.remove(0);
-        (disk.ack, disk.origin.map(|origin| (origin.disk.to_string(), origin.lsn, origin.time)))
+        (
+            disk.ack,
+            disk.on_outage,
+            disk.origin.map(|origin| (origin.disk.to_string(), origin.lsn, origin.time)),
+        )
     };
-    let expected = (Some("durable".to_owned()), Some(("golden".to_owned(), Lsn(70), time(7))));
+    let said = |text: &str| Some(text.to_owned());
+    let expected = (said("durable"), said("block"), Some(("golden".to_owned(), Lsn(70), time(7))));
     assert_eq!(told(&receiver).await, expected);
     receiver.shutdown().await;
     let receiver = place.start().await;

@@ -42,6 +42,7 @@ fn kept_disk(last_time: u64) -> ReceiverDisk {
         durable: Lsn(9),
         last_time: Some(CaptureTime(last_time)),
         ack: None,
+        on_outage: None,
         origin: None,
         log_bytes: ByteCount(0),
         segments: 1,

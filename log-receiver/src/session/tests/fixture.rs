@@ -177,6 +177,7 @@ pub(super) fn hello() -> Hello {
         next_lsn: Lsn(1),
         acked_durable: Lsn::ZERO,
         ack: None,
+        on_outage: None,
         origin: None,
     }
 }

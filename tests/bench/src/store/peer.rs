@@ -91,6 +91,7 @@ impl Peer {
             next_lsn: Lsn(1),
             acked_durable: Lsn::ZERO,
             ack: None,
+            on_outage: None,
             origin: None,
         };
         peer.send(&[Message::Hello(hello)]).await?;
