@@ -166,15 +166,20 @@ fn the_same_disk_of_two_agents_has_one_writer() {
     assert_eq!(agent.stop(), 0);
     let mut stale = bench.daemon(&["agent", "run", "--api", &api, "--state", &bench.name("stale")]);
     stale.may_complain("fenced");
-    loop {
-        let status = bench.json(&["--agent", &api, "status", "vm1"])["disks"][0].clone();
+    let told = loop {
+        let said = bench.run(&["--agent", &api, "status", "vm1"]);
+        let told: serde_json::Value = serde_json::from_str(&said.stdout).expect("a status is JSON");
+        let status = told["disks"][0].clone();
         assert_ne!(status["connected"], true, "a lower epoch is refused: {status}");
-        if status["last_error"]["code"] == "fenced" {
-            break;
+        let fenced = status["reason_code"] == "fenced" || status["last_error"]["code"] == "fenced";
+        if said.code == 3 {
+            assert!(fenced, "{status}");
+            break status;
         }
-    }
+        assert_eq!(said.code, 0, "{said:?}");
+    };
     // Its guest is served all the same, and the receiver has nothing of it.
-    let uri = bench.json(&["--agent", &api, "status", "vm1"])["disks"][0]["nbd_uri"].clone();
+    let uri = told["nbd_uri"].clone();
     let restored = disk.restore("latest");
     tools::qemu_io(uri.as_str().unwrap(), &["write -P 0x99 0 1M"]);
     tools::assert_same_images(&restored, &disk.restore("latest"));
