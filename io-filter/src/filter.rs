@@ -393,7 +393,8 @@ impl Filter {
         Ticket(self.next_id)
     }
 
-    pub(crate) fn is_connected(&self) -> bool {
+    /// Whether there is a stream to the receiver, or one being negotiated.
+    pub fn is_connected(&self) -> bool {
         self.link != Link::Down
     }
 

@@ -113,7 +113,11 @@ impl Filter {
         let now = self.now.monotonic;
         self.progress.guest.sample(now, self.progress.changed, GUEST_SPAN);
         match &self.pass {
-            Some(pass) => self.progress.pass.sample(now, pass.settled().0, span_of(pass, now)),
+            // What is settled has to be counted, so not with every event.
+            Some(pass) if self.progress.pass.is_due(now) => {
+                self.progress.pass.sample(now, pass.settled().0, span_of(pass, now));
+            }
+            Some(_) => {}
             None => self.progress.pass = Rate::default(),
         }
     }

@@ -164,7 +164,7 @@ impl Stream {
             }
             let began = Instant::now();
             let error = self.receiver.explained(self.connect_and_run().await);
-            let was_connected = self.engine.look(|filter| filter.status().connected);
+            let was_connected = self.engine.look(backtide_io_filter::Filter::is_connected);
             if was_connected {
                 add(&self.engine.traffic.disconnects, 1);
                 self.engine.happen(|filter, now| filter.disconnected(now));
@@ -229,7 +229,7 @@ impl Stream {
         let _ = self.engine.take_kick();
         self.engine.happen(|filter, now| filter.connected(now, &welcome));
         self.engine.acquainted.notify_one();
-        if !self.engine.look(|filter| filter.status().connected) {
+        if !self.engine.look(backtide_io_filter::Filter::is_connected) {
             // Refused by the filter, or paused meanwhile.
             return self.kick_error().unwrap_or(StreamError::Operator("the disk wants no connection"));
         }

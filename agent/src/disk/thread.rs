@@ -295,7 +295,7 @@ impl Disk {
                         let disk = filter.settings().name.to_string();
                         return Err(MarkError::HeldTooLong { disk });
                     }
-                    let recoverable = filter.mode() == Mode::Sync && filter.status().connected;
+                    let recoverable = filter.mode() == Mode::Sync && filter.is_connected();
                     let marked = filter.mark(now, &label);
                     // Whoever sets a mark goes to it, maybe at once.
                     filter.hasten();
@@ -424,9 +424,8 @@ impl Disk {
         // Before anybody else can have the image; a qcow2's server writes it when it ends.
         record.image_at_detach = ImageStamp::of(Path::new(&record.image)).filter(|_| flushed.is_ok());
         // A receiver that takes longer gets the rest at the next attach.
-        let caught_up = |filter: &Filter| {
-            filter.is_drained() || !filter.status().connected || filter.mode() != Mode::Sync
-        };
+        let caught_up =
+            |filter: &Filter| filter.is_drained() || !filter.is_connected() || filter.mode() != Mode::Sync;
         engine.happen(|filter, _| filter.hasten());
         let _ = tokio::time::timeout(leaving.receiver(), engine.until(caught_up)).await;
         // What it still lacks may go to the spill, for the next attach to send.
@@ -440,7 +439,7 @@ impl Disk {
         record.flush_failed = flushed.is_err() || engine.look(Filter::untold_failure).is_some();
         // What the device did not take is not on the disk: nothing is trusted then.
         let saved = saved.filter(|_| flushed.is_ok());
-        let connected = engine.look(|filter| filter.status().connected);
+        let connected = engine.look(Filter::is_connected);
         engine.end_stream(Kick::Operator("detached by an operator"));
         if connected {
             // The stream's task says good-bye to the receiver; nothing depends on it.

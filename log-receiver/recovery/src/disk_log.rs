@@ -20,10 +20,10 @@ use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 use crate::{
     AppendError, Base, Durable, FoundBase, InvalidEntry, LogCache, LogError, PointError, Snapshot, Timeline,
     View,
-    bulk::Bulk,
     chores::LastWork,
     origin::Origin,
     recover::{self, Kept, KeptState, failed},
+    resident::Resident,
     segment::{OpenSegment, Segment},
     segments::Segments,
 };
@@ -79,7 +79,7 @@ pub struct DiskLog {
     change_durable: u64,
     sealed_bytes: u64,
     rotation: Rotation,
-    bulk: Bulk,
+    resident: Resident,
     poisoned: bool,
 }
 
@@ -224,7 +224,7 @@ impl DiskLog {
             change_durable: 0,
             sealed_bytes: 0,
             rotation: Rotation::default(),
-            bulk: Bulk::default(),
+            resident: Resident::default(),
             poisoned: false,
         }
     }
@@ -290,15 +290,11 @@ impl DiskLog {
         let folded = entry.clone();
         let current = self.current.as_mut().expect("room was made in an open segment");
         let writer = &mut current.writer;
-        let start = Bulk::is_bulk(&entry).then(|| writer.end());
         let appended = current.segment.with_open_mut(|open| {
             let appended = writer.append(entry, synced, &mut open.contents);
             open.note_extents();
             appended
         });
-        if let Some(start) = start {
-            self.bulk.note(writer.sync_handle(), start, writer.end());
-        }
         // An entry whose write failed is in the index and perhaps not in the file: nothing reads it,
         // for the log is poisoned and no later snapshot is given.
         let appended = appended.map_err(LogError::from);

@@ -5,7 +5,6 @@
 //! one of them. It is a library: no sockets, no clock, no threads of its own.
 
 mod base;
-mod bulk;
 mod cache;
 mod check;
 mod chores;
@@ -20,6 +19,7 @@ mod open_extents;
 mod origin;
 mod point;
 mod recover;
+mod resident;
 mod salvage;
 mod segment;
 mod segments;

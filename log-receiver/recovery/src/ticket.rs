@@ -4,7 +4,7 @@
 //! A ticket holds every file with entries that are not known durable, oldest first, and the directory
 //! when it has names that are not. Its outcome is a success only when all of them were synced; only
 //! then are its entries durable, for a segment is of no use without the ones before it. It also takes
-//! along what else may block ([`crate::chores`]), and what the page cache may forget then ([`crate::bulk`]).
+//! along what else may block ([`crate::chores`]), and what the page cache may forget then ([`crate::resident`]).
 //!
 //! Tickets of several logs of one storage can be synced together, which may cost one flush for all of them. What
 //! cannot be had that way is synced file by file. A ticket with chores is never synced together with others: they may
@@ -17,8 +17,8 @@ use backtide_storage::{KillPoint, SetSync, Storage, StorageFile, SyncSet};
 use backtide_units::Lsn;
 
 use crate::{
-    bulk::BulkRange,
     chores::{Chores, Done, Owned},
+    resident::LetGo,
 };
 
 /// How far the log is durable.
@@ -41,7 +41,7 @@ pub struct SyncTicket {
     pub(crate) directory: Option<DirectorySync>,
     pub(crate) chores: Option<Chores>,
     /// What need not stay in memory once it is durable.
-    pub(crate) bulk: Vec<BulkRange>,
+    pub(crate) let_go: Vec<LetGo>,
     pub(crate) owned: Arc<Owned>,
 }
 
@@ -141,7 +141,7 @@ impl Prepared {
     }
 
     fn outcome(self, synced: io::Result<()>, flushes: u32) -> SyncOutcome {
-        let Self { ticket: SyncTicket { through, change, bulk, owned, .. }, done } = self;
+        let Self { ticket: SyncTicket { through, change, let_go, owned, .. }, done } = self;
         KillPoint::LogSynced.reached();
         let (result, done) = match done {
             Ok(done) => (synced, done),
@@ -151,7 +151,7 @@ impl Prepared {
             done.publish();
         }
         if result.is_ok() {
-            bulk.iter().for_each(BulkRange::let_go);
+            let_go.iter().for_each(LetGo::advise);
         }
         SyncOutcome { through, change, result, done, owned, flushes }
     }

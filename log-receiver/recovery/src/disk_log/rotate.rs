@@ -97,6 +97,7 @@ impl DiskLog {
         self.change += 1;
         self.unsynced.push((writer.sync_handle(), self.change));
         let (file, header, end) = (writer.file().clone(), *writer.header(), writer.end());
+        self.resident.grew(writer.sync_handle(), end);
         self.rotation.waiting.push_back(Waiting { segment, file, header, end, last: self.appended });
         if self.rotation.waiting.len() > WAITING_MAX { self.seal_waiting() } else { Ok(()) }
     }

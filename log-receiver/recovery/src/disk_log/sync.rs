@@ -7,7 +7,7 @@ use backtide_storage::KillPoint;
 
 use crate::{Durable, LogError, SyncOutcome, SyncTicket, ticket::DirectorySync};
 
-use super::DiskLog;
+use super::{Current, DiskLog};
 
 impl DiskLog {
     /// What to sync for everything appended so far to be durable; `None` when it is already.
@@ -38,12 +38,15 @@ impl DiskLog {
                 files.insert(0, file);
             }
         }
-        files.extend(self.current.as_ref().map(|current| current.writer.sync_handle()));
+        if let Some(Current { writer, .. }) = &self.current {
+            files.push(writer.sync_handle());
+            self.resident.grew(writer.sync_handle(), writer.end());
+        }
         let directory = (self.change_durable < self.started)
             .then(|| DirectorySync { storage: Arc::clone(&self.storage), path: self.segments_dir.clone() });
         let through = Durable { seq: self.appended, lsn: self.timeline.covered() };
-        let (bulk, owned) = (self.bulk.take(), self.rotation.owned());
-        SyncTicket { through, change: self.change, files, directory, chores, bulk, owned }
+        let (let_go, owned) = (self.resident.take(), self.rotation.owned());
+        SyncTicket { through, change: self.change, files, directory, chores, let_go, owned }
     }
 
     /// Takes a ticket's outcome. A failed sync poisons the log.

@@ -219,22 +219,24 @@ fn the_status_of_a_huge_disk_costs_what_it_has_and_not_its_size() {
 }
 
 #[test]
-fn what_a_pass_brought_is_let_go_when_it_is_durable_and_what_guests_write_is_not() {
-    let mut log = Fixture::new(LogOptions::default());
-    log.write(range(0, MIB), 1);
+fn what_is_durable_is_let_go_but_for_the_newest() {
+    let mut log =
+        Fixture::new(LogOptions { segment_bytes_max: ByteCount(20 * MIB), ..LogOptions::default() });
+    log.write(range(0, 8 * MIB), 1);
     log.sync();
-    assert_eq!(log.storage.let_go(), []);
-    let at = log.begin_pass();
-    log.pass_data(at, range(0, MIB));
-    log.pass_data(at, range(MIB, MIB));
-    log.pass_data(at, range(2 * MIB, 4096));
+    assert_eq!(log.storage.let_go(), [], "a reader of the newest points wants it");
+    for n in 0..4 {
+        log.write(range(n * 8 * MIB, 8 * MIB), 1);
+    }
     let ticket = log.log.ticket().expect("a ticket").expect("there is something to sync");
     assert_eq!(log.storage.let_go(), [], "nothing of it is durable");
     log.log.synced(ticket.sync()).expect("durable");
+    // 16 MiB in each of two segments, and 8 in a third: the first goes, and of the second what is older than 16 MiB.
     let gone = log.storage.let_go();
-    assert_eq!(gone.len(), 1, "{gone:?}");
-    assert!((2 * MIB..2 * MIB + 4096).contains(&gone[0].count().0), "the short one stays: {gone:?}");
-    log.pass_data(at, range(3 * MIB, MIB));
+    assert_eq!(gone.len(), 2, "{gone:?}");
+    assert!((16 * MIB..17 * MIB).contains(&gone[0].end().0), "{gone:?}");
+    assert!((8 * MIB..9 * MIB).contains(&gone[1].end().0), "{gone:?}");
+    log.write(range(0, 8 * MIB), 1);
     let ticket = log.log.ticket().expect("a ticket").expect("there is something to sync");
     log.storage.fail_a_sync();
     assert!(log.log.synced(ticket.sync()).is_err());
