@@ -4,8 +4,16 @@
 //! STORE/store.json                      magic, version, store id, checksum
 //! STORE/lock                            flock(2) of the receiver that has the store open
 //! STORE/disks/<uuid>/segments/*.seg     one log per disk
+//! STORE/disks/<uuid>/base.{1,2}         what lies below the log once history was folded
+//! STORE/disks/<uuid>/disk.json          whose log it is, for the day when its header is damaged
+//! STORE/disks/<uuid>/durable            how far the log is known to be durable
+//! STORE/disks/<uuid>/log-<n>/           the same of the logs that began behind a damaged one
+//! STORE/images/                         chunks of whole versions, of all disks
 //! STORE/overlays/<id>.{json,map,data}   what was written to mounts
 //! STORE/mounts.json                     the last number of each disk's mounts
+//! STORE/retention.json                  ladders, kept points, locks
+//! STORE/findings.json                   damage that scrubs and reads have met
+//! STORE/forgotten/<uuid>.json           tombstones of disks that are forgotten
 //! ```
 //! Invariants: `store.json` is written once, whole (temporary file, sync, rename, sync of the
 //! directory), before the first disk; a version this build does not know is refused before anything
