@@ -7,11 +7,11 @@ use backtide_protocol::{
     Compare, CompareItem, CompareResult, Content, Data, Message,
     message::{COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX},
 };
-use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn, is_zeroes};
 use bytes::Bytes;
 
 use crate::{
-    drain::{is_zeroes, moved_bytes, pass_data},
+    drain::{moved_bytes, pass_data},
     filter::Filter,
     pass::Phase,
 };

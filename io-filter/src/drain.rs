@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use backtide_protocol::{Data, Message, message::COMPARE_CHUNK_BYTES_MAX};
-use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn, is_zeroes};
 use bytes::Bytes;
 
 use crate::{
@@ -329,11 +329,4 @@ pub(crate) fn pass_data(at: Lsn, range: ByteRange, bytes: Bytes) -> Message {
     debug_assert_eq!(ByteCount::of(&bytes), range.count());
     let bytes = if is_zeroes(&bytes) { Bytes::new() } else { bytes };
     Message::PassData { at, range, data: Data::capture(bytes) }
-}
-
-/// Whether all bytes are zero.
-pub(crate) fn is_zeroes(bytes: &[u8]) -> bool {
-    // Equal to itself shifted by one, and the first is zero: one pass at the speed of memcmp.
-    bytes.first().is_none_or(|first| *first == 0)
-        && (bytes.len() < 2 || bytes[1..] == bytes[..bytes.len() - 1])
 }

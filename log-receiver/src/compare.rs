@@ -6,7 +6,7 @@
 
 use backtide_protocol::{Compare, CompareItem, CompareResult, Content};
 use backtide_recovery::{Allocation, LogError, View};
-use backtide_units::{ByteCount, ByteRange};
+use backtide_units::{ByteCount, ByteRange, is_zeroes};
 
 /// Extents are asked for in windows of this size: bounds memory on long ranges of zeroes.
 const EXTENTS_WINDOW: ByteCount = ByteCount(1 << 30);
@@ -104,7 +104,7 @@ impl CompareJob {
             if !wanted() {
                 return Ok(None);
             }
-            if self.view.read(piece)?.iter().any(|byte| *byte != 0) {
+            if !is_zeroes(&self.view.read(piece)?) {
                 return Ok(Some(false));
             }
         }

@@ -1,7 +1,7 @@
 //! The grid a disk is copied and compared on.
 
 use backtide_export::Extent;
-use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, is_zeroes};
 use blake3::Hash;
 
 /// What is read, written and hashed at once.
@@ -52,7 +52,7 @@ pub(crate) fn runs(data: &[u8], there: Option<&[u8]>) -> Vec<(std::ops::Range<us
     let mut runs: Vec<(std::ops::Range<usize>, bool)> = Vec::new();
     let mut at = 0;
     for grain in data.chunks(ZERO_GRAIN) {
-        let (end, zero) = (at + grain.len(), is_zero(grain));
+        let (end, zero) = (at + grain.len(), is_zeroes(grain));
         if there.is_some_and(|there| there[at..end] == *grain) {
             at = end;
             continue;
@@ -68,7 +68,7 @@ pub(crate) fn runs(data: &[u8], there: Option<&[u8]>) -> Vec<(std::ops::Range<us
 
 /// The digest of one piece's bytes.
 pub(crate) fn digest(data: &[u8]) -> [u8; 32] {
-    if is_zero(data) { ZERO_DIGEST } else { *blake3::hash(data).as_bytes() }
+    if is_zeroes(data) { ZERO_DIGEST } else { *blake3::hash(data).as_bytes() }
 }
 
 /// The digests of a window's pieces, in their order; pieces nobody reads are zeroes.
@@ -93,12 +93,6 @@ impl WindowDigest {
         }
         hasher.finalize()
     }
-}
-
-fn is_zero(data: &[u8]) -> bool {
-    // By words: this runs over everything that is restored.
-    let (words, rest) = data.as_chunks::<16>();
-    words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|&byte| byte == 0)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@
 
 use std::path::Path;
 
-use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, is_zeroes};
 use bytes::Bytes;
 
 use crate::{
@@ -186,7 +186,7 @@ impl ImageWriter {
 
     fn data<S: ImageSource>(&mut self, range: ByteRange, source: &mut S) -> Result<ChunkRef, S::Error> {
         let mut bytes = source.read(range)?;
-        if bytes.iter().all(|byte| *byte == 0) {
+        if is_zeroes(&bytes) {
             return Ok(ChunkRef::ZEROES);
         }
         if (bytes.len() as u64) < CHUNK_BYTES.0 {
