@@ -69,6 +69,38 @@ fn somebody_elses_socket_is_not_removed() {
 }
 
 #[test]
+fn a_client_that_went_away_with_more_requests_than_may_be_under_way_is_gone() {
+    on_a_worker(async {
+        // Just as many as are let in, and more, of which the rest is not even read.
+        for requests in [4, 5, 10_000] {
+            let (place, disk) = (Place::new(), Manual::new("disk"));
+            let limits = Limits { requests: 4, ..Limits::default() };
+            let server = place.serve_all(Fixed::one(disk.clone()), limits).await;
+            let mut client = connect(&place, "disk").await;
+            // What the socket does not take is not sent.
+            for cookie in 0..requests {
+                let sent = client.send(FLUSH, cookie, 0, 0);
+                let full = async {
+                    for _ in 0..20 {
+                        settle().await
+                    }
+                };
+                tokio::select! { () = sent => {} () = full => break }
+            }
+            disk.until_waiting(4).await;
+            assert_eq!(server.connections(), 1);
+            drop(client);
+            for _ in 0..100 {
+                settle().await;
+            }
+            assert_eq!(server.connections(), 0, "{requests} requests");
+            assert_eq!(disk.waiting(), 4, "they are done all the same");
+            server.shutdown(Duration::ZERO).await;
+        }
+    });
+}
+
+#[test]
 fn shutdown_finishes_what_is_in_flight_and_refuses_what_comes() {
     on_a_worker(async {
         let (place, disk) = (Place::new(), Manual::new("disk"));

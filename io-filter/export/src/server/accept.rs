@@ -18,6 +18,7 @@ use backtide_nbd::NbdAddress;
 use tokio::task::{AbortHandle, JoinHandle};
 
 use super::connection::serve_until;
+use super::hangup::Hangup;
 use super::negotiate::{Gate, Stream, negotiate};
 use super::stop::{Ending, Stop};
 use crate::{Exports, Limits, Listener, ServeError, ServerTls};
@@ -186,8 +187,8 @@ async fn close(shared: &Shared, mut which: impl FnMut(&Open) -> bool, ending: En
 
 async fn accept(listener: Listener, shared: Rc<Shared>) {
     loop {
-        let stream = match listener.accept().await {
-            Ok(stream) => stream,
+        let (stream, hangup) = match listener.accept().await {
+            Ok(accepted) => accepted,
             // About a client that went away before it was accepted: the next may be waiting.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => {
@@ -202,7 +203,7 @@ async fn accept(listener: Listener, shared: Rc<Shared>) {
         connections.next += 1;
         let stop = Rc::<Stop>::default();
         let entry = Entry { shared: Rc::clone(&shared), id };
-        let task = tokio::task::spawn_local(connection(stream, entry, Rc::clone(&stop)));
+        let task = tokio::task::spawn_local(connection(stream, hangup, entry, Rc::clone(&stop)));
         connections.open.insert(id, Open { export: None, stop, task: Some(task) });
     }
 }
@@ -221,14 +222,14 @@ impl Drop for Entry {
     }
 }
 
-async fn connection(stream: Stream, entry: Entry, stop: Rc<Stop>) {
-    if let Err(error) = serve(stream, &entry, &stop).await {
+async fn connection(stream: Stream, hangup: Option<Hangup>, entry: Entry, stop: Rc<Stop>) {
+    if let Err(error) = serve(stream, hangup, &entry, &stop).await {
         let source = std::error::Error::source(&error);
         tracing::debug!(%error, source, "NBD connection ended");
     }
 }
 
-async fn serve(stream: Stream, entry: &Entry, stop: &Stop) -> Result<(), ServeError> {
+async fn serve(stream: Stream, hangup: Option<Hangup>, entry: &Entry, stop: &Stop) -> Result<(), ServeError> {
     let Shared { exports, limits, tls, connections } = &*entry.shared;
     let has_room = || connections.borrow().served() < limits.connections;
     let gate = Gate { exports: &**exports, limits, tls, stop, has_room: &has_room, denied: Cell::new(false) };
@@ -242,5 +243,5 @@ async fn serve(stream: Stream, entry: &Entry, stop: &Stop) -> Result<(), ServeEr
     if let Some(open) = connections.borrow_mut().open.get_mut(&entry.id) {
         open.export = Some(negotiated.session.export.name.clone());
     }
-    serve_until(negotiated, export, *limits, stop).await
+    serve_until(negotiated, hangup, export, *limits, stop).await
 }

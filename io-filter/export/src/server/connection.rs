@@ -30,6 +30,7 @@ use tokio::{
 
 use super::negotiate::{Gate, Negotiated, Stream, negotiate};
 use super::{
+    hangup::Hangup,
     reply::Channel,
     stop::{Ending, Stop},
 };
@@ -63,21 +64,27 @@ pub async fn serve_connection(
     };
     let name = &negotiated.session.requested;
     let export = exports.find(name).ok_or_else(|| ServeError::ExportGone(name.clone()))?;
-    serve_until(negotiated, export, limits, &stop).await
+    serve_until(negotiated, None, export, limits, &stop).await
 }
 
 /// Serves the transmission phase of a client that has chosen `export`, until it leaves or `stop`
-/// is requested: then what is in flight is finished and sent.
+/// is requested: then what is in flight is finished and sent. `hangup` tells that the client has left also while nothing is
+/// read from it.
 pub(crate) async fn serve_until(
     negotiated: Negotiated,
+    hangup: Option<Hangup>,
     export: Rc<dyn Export>,
     limits: Limits,
     stop: &Stop,
 ) -> Result<(), ServeError> {
     let mut connection = Connection::new(negotiated, export, limits);
+    let mut hung_up = pin!(hung_up(hangup));
     let polled = |cx: &mut Context<'_>| {
         let polled = connection.poll(cx);
-        if connection.phase == Phase::Leaving {
+        if polled.is_pending() && connection.takes_nothing() && !stop.has_client_left() {
+            connection.is_left |= hung_up.as_mut().poll(cx).is_ready();
+        }
+        if connection.phase == Phase::Leaving || connection.is_left {
             stop.client_left();
         }
         polled
@@ -102,6 +109,14 @@ pub(crate) async fn serve_until(
         .await
         .map_err(|_| ServeError::Stalled(limits.stalled))??;
     Ok(())
+}
+
+/// Waits for the client's end, where something tells of it.
+async fn hung_up(hangup: Option<Hangup>) {
+    match hangup {
+        Some(hangup) => hangup.closed().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// What becomes of requests that come.
@@ -131,6 +146,8 @@ struct Connection {
     taken: u64,
     /// The client's last message was cut off.
     truncated: bool,
+    /// The client sends nothing more, though not all of what it sent was read.
+    is_left: bool,
 }
 
 /// How far the requests that were read got.
@@ -159,6 +176,7 @@ impl Connection {
             stalled: None,
             taken: 0,
             truncated: false,
+            is_left: false,
         }
     }
 
@@ -271,6 +289,11 @@ impl Connection {
     /// Whether there is room for what will be read, above all for a long payload.
     fn may_read(&self) -> bool {
         self.phase != Phase::Leaving && self.fits(ByteCount(self.intake.payload_missing() as u64))
+    }
+
+    /// Whether nothing is read for want of room, so that nobody would notice the client's end.
+    fn takes_nothing(&self) -> bool {
+        self.held.is_some() || !self.may_read()
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServeError>> {

@@ -12,7 +12,7 @@ use backtide_units::DiskName;
 use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 
-use super::{Server, negotiate::Stream};
+use super::{Server, hangup::Hangup, negotiate::Stream};
 use crate::{BindError, ClientCertificates, Exports, Limits, ServerTls};
 
 /// A TCP client that is silent for so long is asked whether it is still there, and dropped after
@@ -155,17 +155,25 @@ impl Listener {
         Server::start(self, exports, limits, tls)
     }
 
-    pub(crate) async fn accept(&self) -> io::Result<Stream> {
+    /// The next client, and what tells that it has hung up.
+    pub(crate) async fn accept(&self) -> io::Result<(Stream, Option<Hangup>)> {
         match &self.socket {
             Socket::Tcp(socket) => loop {
                 let (stream, client) = socket.accept().await?;
                 // A client that is gone already is no trouble of the listener's.
                 match stream.set_nodelay(true).and_then(|()| keep_alive(&stream)) {
-                    Ok(()) => return Ok(Box::new(stream)),
+                    Ok(()) => {
+                        let hangup = Hangup::of_tcp(&stream).ok();
+                        return Ok((Box::new(stream), hangup));
+                    }
                     Err(error) => tracing::debug!(%client, %error, "NBD client went away"),
                 }
             },
-            Socket::Unix(socket) => Ok(Box::new(socket.accept().await?.0)),
+            Socket::Unix(socket) => {
+                let (stream, _) = socket.accept().await?;
+                let hangup = Hangup::of_unix(&stream).ok();
+                Ok((Box::new(stream), hangup))
+            }
         }
     }
 }

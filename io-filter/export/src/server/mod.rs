@@ -2,6 +2,7 @@
 
 mod accept;
 mod connection;
+mod hangup;
 mod listener;
 mod negotiate;
 mod reply;
