@@ -54,6 +54,14 @@ fn held(bench: &Bench) -> Vec<Value> {
     retention["disks"][0]["held"].as_array().expect("what is held").clone()
 }
 
+/// So often is looked at what has to come about; each look runs a command.
+const LOOKS_MAX: usize = 3000;
+
+/// Looks until it is so: what never comes about is a failure.
+fn until(what: &str, reached: impl Fn() -> bool) {
+    assert!((0..LOOKS_MAX).any(|_| reached()), "it never came about: {what}");
+}
+
 #[test]
 fn a_point_reads_the_same_here_as_where_it_is_kept_whatever_the_cache_holds() {
     let bench = Bench::new();
@@ -97,7 +105,7 @@ fn what_was_read_is_here_while_the_receiver_is_not_and_the_rest_when_it_is_back(
         let mut buffer = vec![0; half];
         guest.read(half as u64, &mut buffer).map(|()| buffer)
     });
-    while mount.told()["last_error"].is_null() {}
+    until("the receiver is missed", || !mount.told()["last_error"].is_null());
     let _receiver = bench.receiver();
     assert!(rest.join().expect("a thread").expect("read the rest") == expected[half..]);
 }
@@ -114,13 +122,19 @@ fn a_mount_outlives_its_agent_and_its_point_is_kept_until_it_was_ended() {
     other.kill();
     assert_eq!(held(&bench).len(), 1, "whoever comes back finds it");
     let other = host.agent();
-    while Guest::try_connect(&mount.uri).is_err() {}
+    until("it is served again", || {
+        host.run(&["mount", "--here"]);
+        Guest::try_connect(&mount.uri).is_ok()
+    });
     tools::assert_same(&mount.uri, &restored);
     json(&host.run(&["agent", "restart"]));
-    while Guest::try_connect(&mount.uri).is_err() {}
+    until("it is served again", || {
+        host.run(&["mount", "--here"]);
+        Guest::try_connect(&mount.uri).is_ok()
+    });
     tools::assert_same(&mount.uri, &restored);
     json(&host.run(&["unmount", &mount.id, "--here"]));
-    while !held(&bench).is_empty() {}
+    until("nobody needs the point", || held(&bench).is_empty());
     other.stop();
     let _other = host.agent();
     assert_eq!(json(&host.run(&["mount", "--here"]))["mounts"], Value::Array(Vec::new()));
