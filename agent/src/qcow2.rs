@@ -57,7 +57,7 @@ pub(crate) enum Qcow2Error {
     #[error("cannot end the qemu-nbd of an earlier agent: {0}")]
     Predecessor(io::Error),
     /// It ended at once.
-    #[error("qemu-nbd cannot open {}: {message}", image.display())]
+    #[error("QEMU cannot use {}: {message}", image.display())]
     Refused {
         /// Which file.
         image: PathBuf,
@@ -89,16 +89,34 @@ fn is_qcow2(path: &Path) -> bool {
 
 /// Makes a qcow2 file that nobody has open longer.
 pub(crate) async fn grow(image: &Path, size: ByteCount) -> Result<(), Qcow2Error> {
+    qemu_img(&["resize", "-q", "-f", "qcow2"], image, &[&size.0.to_string()]).await.map(drop)
+}
+
+/// Makes a qcow2 file without data, in the place of whatever is there.
+pub(crate) async fn create(image: &Path, size: ByteCount) -> Result<(), Qcow2Error> {
+    qemu_img(&["create", "-q", "-f", "qcow2"], image, &[&size.0.to_string()]).await.map(drop)
+}
+
+/// Whether no byte of a qcow2 file was ever written, nor of another file behind it.
+pub(crate) async fn is_blank(image: &Path) -> Result<bool, Qcow2Error> {
+    let map = qemu_img(&["map", "-f", "qcow2", "--output=json"], image, &[]).await?;
+    let stretches: Option<Vec<serde_json::Value>> = serde_json::from_slice(&map).ok();
+    // What is not understood is somebody's.
+    Ok(stretches.is_some_and(|all| all.iter().all(|stretch| stretch["data"] == false)))
+}
+
+/// What `qemu-img` prints of a file that nobody has open.
+async fn qemu_img(command: &[&str], image: &Path, rest: &[&str]) -> Result<Vec<u8>, Qcow2Error> {
     let output = Command::new("qemu-img")
-        .args(["resize", "-q", "-f", "qcow2"])
+        .args(command)
         .arg(image)
-        .arg(size.0.to_string())
+        .args(rest)
         .stdin(Stdio::null())
         .output()
         .await
         .map_err(Qcow2Error::Start)?;
     if output.status.success() {
-        return Ok(());
+        return Ok(output.stdout);
     }
     let message = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
     Err(Qcow2Error::Refused { image: image.to_owned(), message })

@@ -6,6 +6,7 @@
 mod errors;
 mod failback;
 mod failover;
+mod image;
 mod leave;
 mod origin;
 mod resize;
@@ -99,6 +100,8 @@ struct Attached {
     qcow2: Option<Qcow2Server>,
     /// With direct I/O, what its size has to be a multiple of, in bytes.
     direct_block: Option<u32>,
+    /// Whether single blocks of it can be written.
+    takes_blocks: bool,
 }
 
 impl Registry {
@@ -151,7 +154,10 @@ impl Registry {
     /// A disk that a test plays.
     #[cfg(test)]
     pub(crate) async fn insert(&self, name: DiskName, handle: DiskHandle) {
-        self.disks.write().await.insert(name, Attached { handle, qcow2: None, direct_block: None });
+        self.disks
+            .write()
+            .await
+            .insert(name, Attached { handle, qcow2: None, direct_block: None, takes_blocks: true });
     }
 
     /// The disk of this name or UUID.
@@ -328,12 +334,12 @@ impl Registry {
         opened.tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
         opened.nbd = self.nbd_limits;
         let resume = opened.resume.clone();
-        let direct_block = opened.behind.direct_block();
+        let (direct_block, takes_blocks) = (opened.behind.direct_block(), opened.behind.takes_blocks());
         match disk::start(opened, self.records.clone(), nbd, self.sockets.clone()).await {
             Ok(handle) => {
                 // Known from now on, also when the disk stands still one day.
                 let _ = handle.status().await;
-                let attached = Attached { handle: handle.clone(), qcow2, direct_block };
+                let attached = Attached { handle: handle.clone(), qcow2, direct_block, takes_blocks };
                 self.disks.write().await.insert(name.clone(), attached);
                 // In this order: whoever asks meanwhile finds it here or there.
                 self.failing.write().await.remove(&name);

@@ -6,7 +6,9 @@
 //! agent is in the [`HydrationFile`].
 //!
 //! Invariants: the order of `io-filter/hydration/FORMAT.md` - image, journal, answer; and image synced, journal
-//! synced, flush answered. When [`stop`](HydratingDisk::stop) has returned nothing of this writes the image.
+//! synced, flush answered. Behind an NBD server, which may end with this agent and take with it what it was not told to
+//! flush, the image is flushed before the journal says anything: what is present there is stable. When
+//! [`stop`](HydratingDisk::stop) has returned nothing of this writes the image.
 
 mod fetch;
 mod status;
@@ -14,6 +16,7 @@ mod status;
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
+    path::PathBuf,
     rc::Rc,
     sync::Arc,
 };
@@ -21,14 +24,14 @@ use std::{
 use backtide_export::Extent;
 use backtide_hydration::{ChangeId, HydrationFile, Missing, Need};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
-use backtide_storage::ImageFile;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockCount, BlockRange, ByteRange, DiskName};
 use tokio::sync::Notify;
 
 use super::{
-    image_disk::{ImageDisk, blocking},
+    image_disk::blocking,
     local::{Began, EIO, Purpose, failure},
+    medium::Medium,
     source::PointSource,
 };
 pub(crate) use fetch::{owner, rewinding};
@@ -40,7 +43,9 @@ const ESHUTDOWN: i32 = 108;
 /// An image some of whose blocks are still at the receiver.
 pub(crate) struct HydratingDisk {
     name: DiskName,
-    image: ImageDisk,
+    medium: Medium,
+    /// The file beside which a note says that it lacks blocks; none where there can be no note.
+    noted: Option<PathBuf>,
     file: Arc<HydrationFile>,
     source: Rc<dyn PointSource>,
     missing: RefCell<Missing>,
@@ -72,15 +77,17 @@ const FAILURES_MAX: usize = 64;
 impl HydratingDisk {
     pub(crate) fn new(
         name: DiskName,
-        image: ImageDisk,
+        medium: Medium,
+        noted: Option<PathBuf>,
         file: HydrationFile,
         source: Rc<dyn PointSource>,
     ) -> Rc<Self> {
-        let missing = Missing::new(image.image().size(), file.missing());
+        let missing = Missing::new(medium.size(), file.missing());
         let progress = Progress::new(missing.blocks().count());
         Rc::new(Self {
             name,
-            image,
+            medium,
+            noted,
             file: Arc::new(file),
             source,
             missing: RefCell::new(missing),
@@ -98,14 +105,14 @@ impl HydratingDisk {
         })
     }
 
-    pub(crate) fn image(&self) -> &ImageDisk {
-        &self.image
+    pub(crate) fn medium(&self) -> &Medium {
+        &self.medium
     }
 
     /// Does what needs nothing that is missing, as far as that goes at once.
     pub(crate) fn begin(&self, op: LocalOp, purpose: Purpose) -> Began {
         match self.goes_through(&op) {
-            true => self.image.begin(op, purpose),
+            true => self.medium.begin(op, purpose),
             false => Began::Later(op, purpose),
         }
     }
@@ -127,12 +134,12 @@ impl HydratingDisk {
     /// Does it, waiting as long as it takes.
     pub(crate) async fn run(self: &Rc<Self>, op: LocalOp) -> Result<LocalData, IoFailure> {
         if self.goes_through(&op) {
-            return self.image.run(op).await;
+            return self.medium.run(op).await;
         }
         match op {
             LocalOp::Read(range) => {
                 self.until_ready(range, |missing| missing.before_read(range).map_or(Ok(()), Err)).await?;
-                self.image.run(LocalOp::Read(range)).await
+                self.medium.run(LocalOp::Read(range)).await
             }
             LocalOp::Change(Change::Write { range, data, fua }) => {
                 let change = Change::Write { range, data, fua: false };
@@ -152,9 +159,8 @@ impl HydratingDisk {
         fua: bool,
     ) -> Result<LocalData, IoFailure> {
         let id = self.until_ready(range, |missing| missing.begin_change(range)).await?;
-        let written = self.image.run(LocalOp::Change(change)).await;
-        let changed = match written {
-            Ok(_) => self.note_change(id).await,
+        let changed = match self.overwrite(id, change).await {
+            Ok(()) => self.note_change(id).await,
             Err(failure) => Err(failure),
         };
         let before = self.missing.borrow().blocks().count();
@@ -168,6 +174,16 @@ impl HydratingDisk {
         }
     }
 
+    async fn overwrite(&self, id: ChangeId, change: Change) -> Result<(), IoFailure> {
+        let nothing_missing = self.missing.borrow().overwritten(id).is_empty();
+        match &self.medium {
+            Medium::Nbd(disk) if !nothing_missing => disk.change_stably([change]).await,
+            medium @ (Medium::Image(_) | Medium::Nbd(_)) => {
+                medium.run(LocalOp::Change(change)).await.map(drop)
+            }
+        }
+    }
+
     async fn note_change(&self, id: ChangeId) -> Result<(), IoFailure> {
         let blocks = self.missing.borrow().overwritten(id).to_vec();
         if blocks.is_empty() {
@@ -178,14 +194,28 @@ impl HydratingDisk {
     }
 
     async fn flush(&self) -> Result<LocalData, IoFailure> {
-        let (file, image) = (Arc::clone(&self.file), Arc::clone(self.image.image()));
         self.storing.set(self.storing.get() + 1);
-        let settled = blocking(move || file.settle(|| image.sync())).await;
+        let settled = self.settle().await;
         self.storing.set(self.storing.get() - 1);
         if self.stopped.get() {
             self.changed.notify_waiters();
         }
-        settled.map(|()| LocalData::Changed).map_err(failure)
+        settled.map(|()| LocalData::Changed)
+    }
+
+    async fn settle(&self) -> Result<(), IoFailure> {
+        let file = Arc::clone(&self.file);
+        match &self.medium {
+            Medium::Image(image) => {
+                let image = Arc::clone(image.image());
+                blocking(move || file.settle(|| image.sync())).await.map_err(failure)
+            }
+            Medium::Nbd(disk) => {
+                disk.run(LocalOp::Change(Change::Flush)).await?;
+                // Whatever the journal calls present was flushed before.
+                blocking(move || file.settle(|| Ok(()))).await.map_err(failure)
+            }
+        }
     }
 
     /// Has fetched what is needed until `ready` says that nothing is.
@@ -243,14 +273,14 @@ impl HydratingDisk {
     pub(crate) async fn extents(&self, range: ByteRange, one: bool) -> Result<Vec<Extent>, IoFailure> {
         // As of before the look: what is stored meanwhile may have been a hole at it.
         let missing = self.missing_blocks();
-        let found = self.image.extents(range, one).await?;
+        let found = self.medium.extents(range, one).await?;
         let mut extents = Vec::with_capacity(found.len());
         let mut at = range.start();
         for extent in found {
             let Some(stretch) = ByteRange::new(at, extent.length) else { break };
             at = stretch.end();
-            if extent == Extent::data(extent.length) {
-                extents.push(extent);
+            if !extent.zero {
+                extents.push(Extent::data(stretch.count()));
             } else {
                 self.split_hole(stretch, &missing, &mut extents);
             }
@@ -262,7 +292,7 @@ impl HydratingDisk {
     }
 
     fn split_hole(&self, hole: ByteRange, missing: &DirtyBitmap, extents: &mut Vec<Extent>) {
-        let size = self.image.image().size();
+        let size = self.medium.size();
         let mut at = hole.start();
         for run in missing.runs(BlockRange::touched_by(hole), BlockCount(u64::MAX)) {
             let Some(data) = run.bytes(size).intersection(hole) else { continue };
@@ -284,14 +314,12 @@ impl HydratingDisk {
 
     pub(crate) fn read_ahead(&self, range: ByteRange) {
         if !self.missing.borrow().touches(range) {
-            self.image.image().read_ahead(range);
+            self.medium.read_ahead(range);
         }
-    }
-
-    fn shared_image(&self) -> Arc<ImageFile> {
-        Arc::clone(self.image.image())
     }
 }
 
+#[cfg(test)]
+mod server_tests;
 #[cfg(test)]
 mod tests;

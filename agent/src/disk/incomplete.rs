@@ -1,6 +1,9 @@
 //! An image that lacks blocks is no disk by itself: what an attach looks at before it uses one, and the note
 //! beside the image that says so to people and to other agents.
 //!
+//! A raw file has such a note, and a qcow2 file. Beside a block device or an NBD export there is no place for one: there only
+//! this agent's state and the receiver, which keeps the point in the disk's name, say that it lacks blocks.
+//!
 //! Invariants: the note is there, durably, before the first byte of an image is changed for which there is a
 //! hydration file; it goes when nothing is missing, before that file does. So a note without a hydration file
 //! means that somebody else has it, or that it is lost.
@@ -17,7 +20,6 @@ use backtide_agent_api::StreamTls;
 use backtide_control::Address;
 use backtide_hydration::{Header, HydrationError, HydrationFile, Kind};
 use backtide_io_filter::Resume;
-use backtide_storage::ImageFile;
 use backtide_units::{ByteCount, Reason};
 
 use super::{
@@ -47,14 +49,11 @@ pub(crate) enum HydrationProblem {
     #[error("{} lacks blocks of its disk, and this agent does not know which: {} says whose it is", image.display(), note.display())]
     Unknown { image: PathBuf, note: PathBuf },
     /// Another image is in the place of the one that lacks blocks.
-    #[error("disk {disk} lacks blocks of the image it had, and {image} is another file")]
+    #[error("disk {disk} lacks blocks of the image it had, and {image} is another one")]
     OtherImage { disk: String, image: String },
     /// Such a disk does not change its size.
     #[error("disk {disk} lacks blocks of its {expected} bytes, and {image} has {found}")]
     Size { disk: String, image: String, expected: ByteCount, found: ByteCount },
-    /// What the agent was killed with may be lost there.
-    #[error("disk {disk} lacks blocks, and {image} is neither a raw file nor a block device")]
-    Behind { disk: String, image: String },
     /// The address in the file.
     #[error("disk {disk} lacks blocks that are at {receiver}, which is no address: {why}")]
     Receiver { disk: String, receiver: String, why: String },
@@ -75,15 +74,16 @@ impl OpenedHydration {
     }
 }
 
-/// What the image behind a disk lacks, if anything. When it lacks something the note beside it is there.
+/// What the image behind a disk, of `size`, lacks, if anything. When it lacks something the note beside it is there.
 pub(crate) fn look(
     records: &Records,
     record: &DiskRecord,
-    image: Option<&ImageFile>,
+    size: ByteCount,
     sources: &Arc<dyn Sources>,
 ) -> Result<Option<OpenedHydration>, HydrationProblem> {
     let found = records.open_hydration(&record.name, trust::boot_id())?;
-    let note = image.and_then(|image| note_of(image.path()));
+    let image = path_of(&record.image);
+    let note = image.as_deref().and_then(note_of);
     let disk = || record.name.to_string();
     let Some(file) = found else {
         return match note.filter(|note| note.exists()) {
@@ -94,12 +94,13 @@ pub(crate) fn look(
     // Whoever made it may have failed before its name was durable.
     records.sync_names().map_err(HydrationProblem::Name)?;
     let (header, shown) = (file.header(), record.image.clone());
-    let Some(image) = image else { return Err(HydrationProblem::Behind { disk: disk(), image: shown }) };
-    let inode = ImageStamp::of(image.path()).map_or(0, |stamp| stamp.inode);
-    if header.disk != record.uuid || header.inode != inode {
+    let inode = image.as_deref().and_then(ImageStamp::of).map_or(0, |stamp| stamp.inode);
+    // What has no inode is the same as long as it has the same name.
+    let renamed = inode == 0 && record.image_changed;
+    if header.disk != record.uuid || header.inode != inode || renamed {
         return Err(HydrationProblem::OtherImage { disk: disk(), image: shown });
     }
-    let (expected, found) = (header.source.size, image.size());
+    let (expected, found) = (header.source.size, size);
     if expected != found {
         return Err(HydrationProblem::Size { disk: disk(), image: shown, expected, found });
     }
@@ -141,6 +142,12 @@ pub(crate) fn dirty_too(resume: Resume, record: &DiskRecord, hydration: Option<&
         // Everything is compared.
         Resume::New | Resume::Lost { .. } => resume,
     }
+}
+
+/// The file or device of an image; none of an NBD URI.
+pub(crate) fn path_of(image: &str) -> Option<PathBuf> {
+    let path = PathBuf::from(image);
+    path.is_absolute().then_some(path)
 }
 
 /// Where the note beside an image is; none beside a device.

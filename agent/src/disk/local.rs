@@ -1,4 +1,4 @@
-//! The disk behind the filter: a raw image, a block device, or any NBD server.
+//! The disk behind the filter, with all its blocks or without some.
 
 use std::{io, rc::Rc};
 
@@ -6,18 +6,16 @@ use backtide_agent_api::HydrationStatus;
 use backtide_export::{BlockSizes, Extent, Reply};
 use backtide_io_filter::{IoFailure, IoId, LocalData, LocalOp, Watch};
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
+use backtide_units::{ByteCount, ByteRange};
 
 pub(crate) use super::image_disk::blocking;
-use super::{hydrating::HydratingDisk, image_disk::ImageDisk, nbd_disk::NbdDisk, ring::RingDisk};
+use super::{hydrating::HydratingDisk, medium::Medium, ring::RingDisk};
 
 /// The disk behind.
 pub(crate) enum Local {
-    /// A raw file or block device.
-    Image(Box<ImageDisk>),
-    /// An NBD server.
-    Nbd(NbdDisk),
-    /// A raw file or block device that lacks blocks.
+    /// All of it is there.
+    Whole(Medium),
+    /// It lacks blocks.
     Hydrating(Rc<HydratingDisk>),
 }
 
@@ -42,67 +40,50 @@ pub(crate) enum Began {
 pub(super) const EIO: i32 = 5;
 
 impl Local {
+    fn medium(&self) -> &Medium {
+        match self {
+            Self::Whole(medium) => medium,
+            Self::Hydrating(disk) => disk.medium(),
+        }
+    }
+
     /// How local I/O is done, and why not by io_uring.
     pub(crate) fn engine(&self) -> (&'static str, Option<&str>) {
-        match self {
-            Self::Image(image) => image.engine(),
-            Self::Nbd(_) => ("nbd", None),
-            Self::Hydrating(disk) => disk.image().engine(),
-        }
+        self.medium().engine()
     }
 
     /// What brings back operations that are under way.
     pub(crate) fn ring(&self) -> Option<&RingDisk> {
-        match self {
-            Self::Image(image) => image.ring(),
-            Self::Nbd(_) => None,
-            Self::Hydrating(disk) => disk.image().ring(),
-        }
+        self.medium().ring()
     }
 
     pub(crate) fn size(&self) -> ByteCount {
-        match self {
-            Self::Image(image) => image.image().size(),
-            Self::Nbd(disk) => disk.size(),
-            Self::Hydrating(disk) => disk.image().image().size(),
-        }
+        self.medium().size()
     }
 
-    /// The block sizes its clients are told; longer requests than the disk behind takes are split on
-    /// their way to it.
+    /// The block sizes its clients are told.
     pub(crate) fn block_sizes(&self) -> BlockSizes {
-        let ours = BlockSizes::default();
-        match self {
-            Self::Image(image) => image.block_sizes(),
-            Self::Hydrating(disk) => disk.image().block_sizes(),
-            Self::Nbd(disk) => {
-                let BlockSizes { minimum, preferred, .. } = disk.block_sizes();
-                BlockSizes { minimum, preferred: preferred.max(ours.preferred), ..ours }
-            }
-        }
+        self.medium().block_sizes()
     }
 
     /// Whether clients are served that do not keep to its block sizes.
     pub(crate) fn serves_any_range(&self) -> bool {
-        match self {
-            Self::Image(_) | Self::Hydrating(_) => true,
-            Self::Nbd(_) => false,
-        }
+        self.medium().serves_any_range()
     }
 
     /// What keeps it from being used at this moment, if anything is known to.
     pub(crate) fn trouble(&self) -> Option<String> {
+        let trouble = self.medium().trouble();
         match self {
-            Self::Image(_) => None,
-            Self::Nbd(disk) => disk.trouble(),
-            Self::Hydrating(disk) => disk.status()?.trouble,
+            Self::Whole(_) => trouble,
+            Self::Hydrating(disk) => trouble.or_else(|| disk.status()?.trouble),
         }
     }
 
     /// What it lacks; none where nothing is missing.
     pub(crate) fn hydration(&self) -> Option<HydrationStatus> {
         match self {
-            Self::Image(_) | Self::Nbd(_) => None,
+            Self::Whole(_) => None,
             Self::Hydrating(disk) => disk.status(),
         }
     }
@@ -132,8 +113,7 @@ impl Local {
     /// Does what can be done without waiting, begins what comes back by itself, and gives the rest back.
     pub(crate) fn begin(&self, op: LocalOp, purpose: Purpose) -> Began {
         match self {
-            Self::Image(image) => image.begin(op, purpose),
-            Self::Nbd(_) => Began::Later(op, purpose),
+            Self::Whole(medium) => medium.begin(op, purpose),
             Self::Hydrating(disk) => disk.begin(op, purpose),
         }
     }
@@ -141,8 +121,7 @@ impl Local {
     /// Does it, waiting as long as it takes.
     pub(crate) async fn run(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
         match self {
-            Self::Image(image) => image.run(op).await,
-            Self::Nbd(disk) => disk.run(op).await,
+            Self::Whole(medium) => medium.run(op).await,
             Self::Hydrating(disk) => disk.run(op).await,
         }
     }
@@ -151,60 +130,44 @@ impl Local {
     /// that is another thread.
     pub(crate) async fn run_for_a_pass(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
         match (self, op) {
-            (Self::Image(image), LocalOp::Read(range)) => image.read_for_a_pass(range).await,
-            (Self::Image(_) | Self::Nbd(_) | Self::Hydrating(_), op) => self.run(op).await,
+            (Self::Whole(Medium::Image(image)), LocalOp::Read(range)) => image.read_for_a_pass(range).await,
+            (Self::Whole(_) | Self::Hydrating(_), op) => self.run(op).await,
         }
     }
 
     /// The stretches of `range`, from its start: all of it, or only the first.
     pub(crate) async fn extents(&self, range: ByteRange, one: bool) -> Result<Vec<Extent>, IoFailure> {
         match self {
-            Self::Image(image) => image.extents(range, one).await,
-            Self::Nbd(disk) => disk.extents(range).await,
+            Self::Whole(medium) => medium.extents(range, one).await,
             Self::Hydrating(disk) => disk.extents(range, one).await,
         }
     }
 
     /// Whether zeroes are made without writing them; never promised for a disk behind an NBD server.
     pub(crate) fn zeroes_fast(&self, may_unmap: bool) -> bool {
-        match self {
-            Self::Image(image) => image.image().zeroes_fast(may_unmap),
-            Self::Hydrating(disk) => disk.image().image().zeroes_fast(may_unmap),
-            Self::Nbd(_) => false,
-        }
+        self.medium().zeroes_fast(may_unmap)
     }
 
     pub(crate) fn read_ahead(&self, range: ByteRange) {
         match self {
-            Self::Image(image) => image.image().read_ahead(range),
-            Self::Nbd(_) => {}
+            Self::Whole(medium) => medium.read_ahead(range),
             Self::Hydrating(disk) => disk.read_ahead(range),
         }
     }
 
     /// The blocks that may hold data.
     pub(crate) async fn allocated(&self) -> Result<DirtyBitmap, IoFailure> {
-        let whole = ByteRange::between(ByteOffset::ZERO, ByteOffset(self.size().0));
         match self {
-            Self::Image(image) => allocated_of(image, whole).await,
-            Self::Nbd(disk) => disk.allocated(whole).await,
+            Self::Whole(medium) => medium.allocated().await,
             Self::Hydrating(disk) => {
                 // Before the look at the image, where blocks that come meanwhile are found.
                 let missing = disk.missing_blocks();
-                let mut blocks = allocated_of(disk.image(), whole).await?;
+                let mut blocks = disk.medium().allocated().await?;
                 blocks.union_with(&missing);
                 Ok(blocks)
             }
         }
     }
-}
-
-async fn allocated_of(image: &ImageDisk, whole: ByteRange) -> Result<DirtyBitmap, IoFailure> {
-    let mut blocks = DirtyBitmap::new();
-    for extent in image.allocated(whole).await? {
-        blocks.insert(BlockRange::touched_by(extent));
-    }
-    Ok(blocks)
 }
 
 pub(crate) fn failure(error: io::Error) -> IoFailure {

@@ -1,13 +1,14 @@
 //! One disk and the thread that owns it.
 //!
 //! [`thread`] starts and ends it and takes commands; [`engine`] runs the filter; [`export`] is the
-//! guest's side, [`local`] the disk behind, [`image_disk`] and [`nbd_disk`] its kinds, [`stream`] the way
+//! guest's side, [`local`] the disk behind, [`medium`] what it lies on, [`image_disk`] and [`nbd_disk`] its kinds, [`stream`] the way
 //! to the receiver, [`status`] what can be told of it all.
 
 pub(crate) mod claim;
 mod dial;
 pub(crate) mod engine;
 mod export;
+mod flush_turns;
 mod handle;
 pub(crate) mod hydrating;
 mod image_disk;
@@ -15,6 +16,7 @@ mod incomplete;
 mod leaving;
 mod life;
 pub(crate) mod local;
+mod medium;
 mod nbd_disk;
 mod open;
 mod pace;
@@ -31,10 +33,11 @@ mod unflushed;
 
 pub(crate) use dial::{Dialer, check_tls};
 pub(crate) use handle::{DiskHandle, NoAnswer};
-pub(crate) use incomplete::{HydrationProblem, has_note, try_note};
+pub(crate) use incomplete::{HydrationProblem, has_note, path_of, try_note};
 pub(crate) use leaving::{DetachError, Leaving};
+pub(crate) use nbd_disk::{Served, look_at};
 pub(crate) use open::{OpenError, Opened, activity_limits, open};
-pub(crate) use start_error::start_error;
+pub(crate) use start_error::{behind_error, start_error};
 pub(crate) use status::{given_up, not_attached};
 pub(crate) use terms::Terms;
 #[cfg(test)]

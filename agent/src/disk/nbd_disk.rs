@@ -19,7 +19,7 @@ use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
 use bytes::Bytes;
 use tokio::{sync::Notify, time::Instant};
 
-use super::{local::EIO, unflushed::Unflushed};
+use super::{flush_turns::FlushTurns, local::EIO, unflushed::Unflushed};
 
 /// An NBD server as the disk behind.
 pub(crate) struct NbdDisk {
@@ -45,6 +45,8 @@ struct Shared {
     flushing: Cell<bool>,
     /// The server refused such a flush, and may refuse none that follows: nobody was told yet.
     untold: Cell<Option<IoFailure>>,
+    /// Flushes of changes that have to be stable before anything else is said of them.
+    turns: FlushTurns,
 }
 
 /// Why an NBD server is not, or not any more, the disk behind.
@@ -56,6 +58,9 @@ pub(crate) enum BehindError {
     /// It takes connections, and nothing more.
     #[error("{uri} did not answer a flush for {} s", FIRST_FLUSH_MAX.as_secs())]
     Silent { uri: NbdUri },
+    /// It takes connections, and does not tell what it has.
+    #[error("{uri} has not told where it has data for {} s", LOOK_MAX.as_secs())]
+    Untold { uri: NbdUri },
     /// It serves something of another size.
     #[error("{uri} has {found} bytes now, and the disk has {expected}")]
     Size { uri: NbdUri, expected: ByteCount, found: ByteCount },
@@ -66,6 +71,9 @@ const STATUS_STEP: u64 = 1 << 30;
 
 /// How long the flush of an attach may take: other attaches and detaches wait meanwhile.
 const FIRST_FLUSH_MAX: Duration = Duration::from_secs(10);
+
+/// How long a server may take to tell where it has data.
+const LOOK_MAX: Duration = Duration::from_secs(60);
 
 /// How long a lost NBD server may take to come back before requests fail.
 const OUTAGE_MAX: Duration = Duration::from_secs(10);
@@ -95,6 +103,7 @@ impl NbdDisk {
             unflushed: RefCell::default(),
             flushing: Cell::default(),
             untold: Cell::default(),
+            turns: FlushTurns::default(),
         };
         Ok(Self { shared: Rc::new(shared) })
     }
@@ -175,9 +184,28 @@ impl NbdDisk {
         result
     }
 
+    /// Makes changes, one after the other, that are stable when this has succeeded: whoever ends then, the server
+    /// too, they are there.
+    pub(crate) async fn change_stably(
+        &self,
+        changes: impl IntoIterator<Item = Change>,
+    ) -> Result<(), IoFailure> {
+        let before = self.shared.turns.refusals();
+        for change in changes {
+            self.change(change).await?;
+        }
+        // Guests hear of one that is refused, too: it may have cost what they wrote elsewhere.
+        self.shared.turns.share(before, || self.flush_unasked()).await
+    }
+
     async fn flush(&self) -> Result<(), IoFailure> {
         let mark = self.shared.unflushed.borrow().flush();
-        self.request(|client| send(client, Change::Flush)).await?;
+        let flushed = self.request(|client| send(client, Change::Flush)).await;
+        // What a server that went away may have lost is made again when it is back.
+        if flushed.is_err() && self.shared.outage.get().is_none() {
+            self.shared.turns.is_refused();
+        }
+        flushed?;
         self.shared.unflushed.borrow_mut().flushed(mark);
         Ok(())
     }
@@ -205,17 +233,52 @@ impl NbdDisk {
     pub(crate) async fn allocated(&self, whole: ByteRange) -> Result<DirtyBitmap, IoFailure> {
         let mut blocks = DirtyBitmap::new();
         for step in whole.split_at_multiples(ByteCount(STATUS_STEP)) {
-            let mut at = step.start();
-            for extent in self.extents(step).await? {
-                let end = ByteOffset(at.0 + extent.length.0).min(step.end());
-                if !extent.zero {
-                    blocks.insert(BlockRange::touched_by(ByteRange::between(at, end)));
-                }
-                at = end;
-            }
+            insert_data(&mut blocks, step, self.extents(step).await?);
         }
         Ok(blocks)
     }
+}
+
+/// The blocks of `step` that may hold data.
+fn insert_data(blocks: &mut DirtyBitmap, step: ByteRange, extents: Vec<Extent>) {
+    let mut at = step.start();
+    for extent in extents {
+        let end = ByteOffset(at.0.saturating_add(extent.length.0)).min(step.end());
+        if !extent.zero {
+            blocks.insert(BlockRange::touched_by(ByteRange::between(at, end)));
+        }
+        at = end;
+    }
+}
+
+/// What an NBD server serves, before it is a disk here.
+#[derive(Debug)]
+pub(crate) struct Served {
+    pub(crate) size: ByteCount,
+    /// Whether single blocks of the granule can be written.
+    pub(crate) takes_blocks: bool,
+    /// The blocks that may hold data.
+    pub(crate) allocated: DirtyBitmap,
+}
+
+/// Looks at what a server serves, on a connection of its own.
+///
+/// # Errors
+/// When it cannot be reached, or does not tell.
+pub(crate) async fn look_at(uri: &NbdUri) -> Result<Served, BehindError> {
+    let looking = async {
+        let client = Client::connect_with(uri, super::open::attach_options()).await?;
+        let (size, mut allocated) = (client.size(), DirtyBitmap::new());
+        let whole = ByteRange::between(ByteOffset::ZERO, ByteOffset(size.0));
+        for step in whole.split_at_multiples(ByteCount(STATUS_STEP)) {
+            insert_data(&mut allocated, step, client.block_status(step.start(), step.count()).await?);
+        }
+        let takes_blocks = super::open::takes_blocks(client.block_sizes().minimum);
+        Ok::<_, ClientError>(Served { size, takes_blocks, allocated })
+    };
+    let looked = tokio::time::timeout(LOOK_MAX, looking).await;
+    let client = |source| BehindError::Client { uri: uri.clone(), source };
+    looked.map_err(|_| BehindError::Untold { uri: uri.clone() })?.map_err(client)
 }
 
 impl Shared {

@@ -47,8 +47,8 @@ pub(super) fn attach_options() -> ClientOptions {
 /// The disk behind, before its thread has it.
 pub(crate) enum Behind {
     Image(ImageFile),
-    /// To be connected on the disk's thread; it had this size a moment ago.
-    Nbd(NbdUri, ByteCount),
+    /// To be connected on the disk's thread; it had this size a moment ago, and took requests of multiples of so many bytes.
+    Nbd(NbdUri, ByteCount, u32),
 }
 
 /// Everything a disk's thread starts with.
@@ -119,7 +119,7 @@ pub(crate) async fn open(
     let behind = open_behind(behind, &record).await?;
     KillPoint::AttachOpened.reached();
     let size = behind.size();
-    let hydration = incomplete::look(records, &record, behind.image(), sources)?;
+    let hydration = incomplete::look(records, &record, size, sources)?;
     if size < record.size && record.history.is_some() {
         let (disk, image) = (record.name.to_string(), record.image.clone());
         return Err(OpenError::Shrunk { disk, image, before: record.size, size });
@@ -183,6 +183,11 @@ pub(crate) async fn open(
     Ok((opened.record.clone(), opened))
 }
 
+/// Whether requests of multiples of `minimum` bytes can be single blocks of the granule.
+pub(crate) fn takes_blocks(minimum: u32) -> bool {
+    u64::from(minimum) <= BlockCount(1).bytes().0
+}
+
 fn record_error(records: &Records, record: &DiskRecord, source: io::Error) -> OpenError {
     OpenError::Record { disk: record.name.to_string(), directory: records.directory(), source }
 }
@@ -203,25 +208,19 @@ async fn open_behind(behind: &str, record: &DiskRecord) -> Result<Behind, OpenEr
         return Err(OpenError::NbdCache { uri });
     }
     let client = Client::connect_with(&uri, attach_options()).await;
-    let size = client.map_err(|source| OpenError::Nbd { uri: uri.clone(), source })?.size();
+    let client = client.map_err(|source| OpenError::Nbd { uri: uri.clone(), source })?;
+    let size = client.size();
     if size.is_zero() || !size.0.is_multiple_of(512) {
         return Err(OpenError::NbdSize { uri, size });
     }
-    Ok(Behind::Nbd(uri, size))
+    Ok(Behind::Nbd(uri, size, client.block_sizes().minimum))
 }
 
 impl Behind {
-    fn image(&self) -> Option<&ImageFile> {
-        match self {
-            Self::Image(image) => Some(image),
-            Self::Nbd(..) => None,
-        }
-    }
-
     fn size(&self) -> ByteCount {
         match self {
             Self::Image(image) => image.size(),
-            Self::Nbd(_, size) => *size,
+            Self::Nbd(_, size, _) => *size,
         }
     }
 
@@ -230,6 +229,14 @@ impl Behind {
         match self {
             Self::Image(image) => image.alignment().map(|alignment| alignment.block),
             Self::Nbd(..) => None,
+        }
+    }
+
+    /// Whether single blocks of the granule can be written, which is what a disk that lacks some needs.
+    pub(crate) fn takes_blocks(&self) -> bool {
+        match self {
+            Self::Image(_) => true,
+            Self::Nbd(_, _, minimum) => takes_blocks(*minimum),
         }
     }
 }

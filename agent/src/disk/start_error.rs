@@ -11,9 +11,21 @@ pub(crate) fn start_error(error: &StartError) -> ApiError {
         StartError::Bind(BindError::InUse(_)) => ErrorCode::Locked,
         StartError::Bind(_) | StartError::Thread(_) => ErrorCode::Failed,
         StartError::Engine(EngineError::Ring(_)) => ErrorCode::Failed,
-        StartError::Behind(BehindError::Client { .. }) => ErrorCode::Unreachable,
-        StartError::Behind(BehindError::Silent { .. }) => ErrorCode::Unreachable,
-        StartError::Behind(BehindError::Size { .. }) => ErrorCode::Failed,
+        StartError::Behind(error) => behind_code(error),
     };
     ApiError::from_error(code, error)
+}
+
+/// The same of a server that cannot be the disk behind.
+pub(crate) fn behind_error(error: &BehindError) -> ApiError {
+    ApiError::from_error(behind_code(error), error)
+}
+
+fn behind_code(error: &BehindError) -> ErrorCode {
+    match error {
+        BehindError::Client { .. } | BehindError::Silent { .. } | BehindError::Untold { .. } => {
+            ErrorCode::Unreachable
+        }
+        BehindError::Size { .. } => ErrorCode::Failed,
+    }
 }

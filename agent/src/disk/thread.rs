@@ -24,9 +24,11 @@ use super::{
     export::{DiskExport, OneExport},
     hydrating::HydratingDisk,
     image_disk::{EngineError, ImageDisk},
+    incomplete::path_of,
     leaving::{DetachError, Leaving},
     life::Life,
     local::{EIO, Local, blocking},
+    medium::Medium,
     nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
     status::Verifies,
@@ -159,20 +161,20 @@ impl Disk {
     ) -> Result<Self, StartError> {
         let (limits, spill) = (opened.nbd, opened.spill);
         let Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, .. } = opened;
-        let (local, image) = match behind {
+        let (medium, image) = match behind {
             Behind::Image(image) => {
                 let image = Arc::new(image);
                 let disk = ImageDisk::new(Arc::clone(&image), io_engine)?;
-                let local = match opened.hydration {
-                    None => Local::Image(Box::new(disk)),
-                    Some(hydration) => {
-                        let (file, source) = hydration.begin(tls.clone());
-                        Local::Hydrating(HydratingDisk::new(record.name.clone(), disk, file, source))
-                    }
-                };
-                (local, Some(image))
+                (Medium::Image(Box::new(disk)), Some(image))
             }
-            Behind::Nbd(uri, size) => (Local::Nbd(NbdDisk::connect(uri, size).await?), None),
+            Behind::Nbd(uri, size, _) => (Medium::Nbd(NbdDisk::connect(uri, size).await?), None),
+        };
+        let local = match opened.hydration {
+            None => Local::Whole(medium),
+            Some(hydration) => {
+                let (noted, (file, source)) = (path_of(&record.image), hydration.begin(tls.clone()));
+                Local::Hydrating(HydratingDisk::new(record.name.clone(), medium, noted, file, source))
+            }
         };
         let (tracking, left) = Tracking::new(tracking, records.clone(), record.name.clone(), spill);
         let life = Life {

@@ -119,7 +119,7 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
             ErrorCode::Refused,
             "attach it to that agent under that name until nothing is missing, or restore the disk from its receiver",
         ),
-        OpenError::Hydration(HydrationProblem::OtherImage { .. } | HydrationProblem::Behind { .. }) => {
+        OpenError::Hydration(HydrationProblem::OtherImage { .. }) => {
             (ErrorCode::Refused, "attach the disk with the image it had, or this image under another name")
         }
         OpenError::Hydration(HydrationProblem::Size { .. }) => {

@@ -8,13 +8,7 @@
 //! that no record knows, which nothing takes for a disk; a failover begins anew then, with a higher epoch. A failback
 //! (`failback.rs`) ends in the same way, with an image that has most of it.
 
-use std::{
-    cell::OnceCell,
-    path::{Path, PathBuf},
-    rc::Rc,
-    sync::Arc,
-    time::Duration,
-};
+use std::{cell::OnceCell, path::Path, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::Adopted;
 use backtide_control::{ApiError, ErrorCode};
@@ -22,7 +16,7 @@ use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_protocol::{Hello, PROTOCOL_VERSION, ReceiverState, Tracking, Welcome};
 use backtide_storage::KillPoint;
 use backtide_tracking::{DirtyBitmap, SavedTracking, Snapshot};
-use backtide_units::{BlockRange, Lsn, Reason};
+use backtide_units::{BlockRange, ByteCount, Lsn, Reason};
 use tokio::task::LocalSet;
 use uuid::Uuid;
 
@@ -30,12 +24,14 @@ use super::{
     Registry,
     errors::failed,
     failback::{HeldImage, LeftBehind},
-    origin::{fetch_error, io_error, make_image, refuse_used},
+    image::{self, refuse_other_size},
+    origin::fetch_error,
     rewind::{RELEASE_TIME, have_hydration},
     waiting,
 };
 use crate::{
     disk::{self, Dialer, claim, hydrating::owner, source::FetchError, trust},
+    qcow2::Qcow2Server,
     record::{DiskRecord, ImageStamp, Records},
 };
 
@@ -52,6 +48,16 @@ pub(super) struct TakenOver {
     newer: DirtyBitmap,
     /// Nobody else has the image that the disk had here, until the record says what it is.
     image: Option<HeldImage>,
+    /// The size of an image that is kept.
+    had: Option<ByteCount>,
+}
+
+/// In what a disk goes on that was taken over.
+pub(super) enum Target {
+    /// An image that is made for it; the size of an export that is kept.
+    New(Option<ByteCount>),
+    /// The one that it had here.
+    Left(Box<LeftBehind>),
 }
 
 /// A disk that was taken over at its receiver, and could not be begun here.
@@ -68,28 +74,36 @@ impl Registry {
         record: DiskRecord,
         adopted: Adopted,
     ) -> Result<DiskRecord, ApiError> {
-        let (records, image) = (self.records.clone(), record.image.clone());
-        let (name, uuid) = (record.name.clone(), record.uuid);
+        let (records, name, uuid) = (self.records.clone(), record.name.clone(), record.uuid);
         let begun = move || {
             let left = records.open_hydration(&name, trust::boot_id());
             // Of an attempt that somebody ended.
-            let begun = left.is_ok_and(|left| left.is_some_and(|left| left.header().disk == uuid));
-            refuse_used(&image, begun)
+            left.is_ok_and(|left| left.is_some_and(|left| left.header().disk == uuid))
         };
-        waiting(begun).await??;
-        let record = DiskRecord { epoch: adopted.epoch.taken_over(), ..record };
-        let taken = self.take_over(&record, adopted, None).await?;
-        self.begin_taken(record, taken).await
+        let begun = waiting(begun).await?;
+        let format = image::find_format(&record).await?;
+        let had = image::refuse_used(&record.image, format, begun).await?;
+        let record = DiskRecord { epoch: adopted.epoch.taken_over(), format, ..record };
+        let taken = self.take_over(&record, adopted, Target::New(had)).await?;
+        self.begin_taken(record, taken, None).await
     }
 
-    /// Makes the image, says what it lacks, and saves the record of a disk that was taken over.
+    /// Makes the image, says what it lacks, and saves the record of a disk that was taken over. Ends what serves the image that it
+    /// had here.
     pub(super) async fn begin_taken(
         &self,
         record: DiskRecord,
         taken: TakenOver,
+        server: Option<Qcow2Server>,
     ) -> Result<DiskRecord, ApiError> {
-        let (records, source, held) = (self.records.clone(), taken.source.clone(), record.clone());
-        match waiting(move || begin(&records, record, taken)).await? {
+        let (source, held) = (taken.source.clone(), record.clone());
+        let made = self.make_taken(&record, &taken, server).await;
+        let records = self.records.clone();
+        let begun = match made {
+            Ok(inode) => waiting(move || begin(&records, record, taken, inode)).await?,
+            Err(error) => Err(Unfinished { lacks: false, error }),
+        };
+        match begun {
             Ok(record) => Ok(record),
             Err(Unfinished { lacks, error }) => {
                 let keeper = owner(held.uuid, held.epoch);
@@ -99,12 +113,36 @@ impl Registry {
         }
     }
 
-    /// Claims the disk at its receiver, and finds out what it was then. `left`: the image it had here.
+    /// Has the image as it is to be, with nobody else; its inode, or 0.
+    async fn make_taken(
+        &self,
+        record: &DiskRecord,
+        taken: &TakenOver,
+        server: Option<Qcow2Server>,
+    ) -> Result<u64, ApiError> {
+        let looked_at = taken.image.as_ref().map(|held| held.looked_at.clone());
+        let look = move || looked_at.map_or(Ok(()), |looked_at| looked_at.refuse_changed());
+        let unchanged = waiting(look).await;
+        if let Some(server) = server {
+            // From here on who writes the file is noticed by the attach, which knows how it was left.
+            server.stop().await;
+        }
+        unchanged??;
+        if let Some(place) = self.records.spill().cloned() {
+            // Of an earlier attach here, whose records the history has gone on without.
+            let uuid = record.uuid;
+            let discarded = waiting(move || place.discard(uuid)).await?;
+            discarded.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
+        }
+        image::make(&record.image, record.format, taken.source.size, taken.had).await
+    }
+
+    /// Claims the disk at its receiver, and finds out what it was then.
     pub(super) async fn take_over(
         &self,
         record: &DiskRecord,
         adopted: Adopted,
-        left: Option<LeftBehind>,
+        target: Target,
     ) -> Result<TakenOver, ApiError> {
         let tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
         let (sources, runtime) = (Arc::clone(&self.sources), tokio::runtime::Handle::current());
@@ -118,9 +156,7 @@ impl Registry {
             let take = async {
                 // Nobody is fenced for a disk that has no point.
                 let before = sources.find(dialer(), uuid, history, None).await?.point().clone();
-                if let Some(left) = &left {
-                    left.fits(&before)?;
-                }
+                target.fits(&known.image, &before)?;
                 let hello = Hello {
                     version: PROTOCOL_VERSION,
                     disk: uuid,
@@ -146,9 +182,9 @@ impl Registry {
                 // Whatever came until the claim is in it, and nothing follows.
                 let source = sources.find(dialer(), uuid, history, None).await?;
                 let all = BlockRange::whole_disk(source.point().size);
-                let mut missing = match &left {
-                    Some(left) => left.missing(&*source).await?.0,
-                    None => source.data().await?,
+                let mut missing = match &target {
+                    Target::Left(left) => left.missing(&*source).await?.0,
+                    Target::New(_) => source.data().await?,
                 };
                 let mut newer = source.changed(Lsn::MAX).await?;
                 missing.keep_only(all);
@@ -168,7 +204,10 @@ impl Registry {
                 taken
             };
             let taken = runtime.block_on(local.run_until(taken));
-            let image = left.map(|left| left.image);
+            let (image, had) = match target {
+                Target::Left(left) => (Some(left.image), Some(left.size)),
+                Target::New(had) => (None, had),
+            };
             taken.map(|taken| {
                 taken.map(|(welcome, source, missing, newer)| TakenOver {
                     welcome,
@@ -176,6 +215,7 @@ impl Registry {
                     missing,
                     newer,
                     image,
+                    had,
                 })
             })
         };
@@ -185,23 +225,29 @@ impl Registry {
     }
 }
 
-/// In the order of the invariant. Blocks.
-fn begin(records: &Records, mut record: DiskRecord, taken: TakenOver) -> Result<DiskRecord, Unfinished> {
-    let unbegun = |error| Unfinished { lacks: false, error };
-    let TakenOver { welcome, source, missing, newer, image: held } = taken;
-    if let Some(held) = &held {
-        held.refuse_changed().map_err(unbegun)?;
+impl Target {
+    /// Refuses what cannot become the disk at this point.
+    fn fits(&self, image: &str, point: &SourcePoint) -> Result<(), FetchError> {
+        match self {
+            Self::Left(left) => left.fits(point),
+            Self::New(had) => {
+                refuse_other_size(image, point.size, *had).map_err(|error| FetchError::Refused(error.message))
+            }
+        }
     }
+}
+
+/// In the order of the invariant, with the image of this inode. Blocks.
+fn begin(
+    records: &Records,
+    mut record: DiskRecord,
+    taken: TakenOver,
+    inode: u64,
+) -> Result<DiskRecord, Unfinished> {
+    let TakenOver { welcome, source, missing, newer, image: held, had: _ } = taken;
     let saved = in_sync(&record, &welcome, newer);
-    if let Some(place) = records.spill() {
-        // Of an earlier attach here, whose records the history has gone on without.
-        place.discard(record.uuid).map_err(|why| unbegun(ApiError::new(ErrorCode::Failed, why)))?;
-    }
-    let image = PathBuf::from(&record.image);
-    let image = image.as_path();
-    let inode = make_image(image, source.size)
-        .map_err(|error| unbegun(io_error(&format!("make the image {}", record.image), &error)))?;
-    let stamp = ImageStamp::of(image);
+    let image = disk::path_of(&record.image);
+    let stamp = image.as_deref().and_then(ImageStamp::of);
     record.history = Some(welcome.history);
     record.lsn_bound = record.lsn_bound.max(welcome.highest);
     record.acked_durable = welcome.durable;
@@ -230,8 +276,8 @@ fn begin(records: &Records, mut record: DiskRecord, taken: TakenOver) -> Result<
     written.map_err(|error| {
         // What the image lacked before is in the new file only.
         let undone = had_none && undo(records, &record);
-        if undone && is_new {
-            empty_again(image);
+        if let Some(image) = image.filter(|_| undone && is_new) {
+            empty_again(&image);
         }
         Unfinished { lacks: !undone, error }
     })?;

@@ -133,7 +133,7 @@ async fn flush(disk: &DiskName, handle: &DiskHandle) -> Result<(), ApiError> {
 }
 
 pub(super) async fn end(name: DiskName, attached: Attached, records: Records, leaving: Leaving) {
-    let Attached { handle, qcow2, direct_block: _ } = attached;
+    let Attached { handle, qcow2, .. } = attached;
     match handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),

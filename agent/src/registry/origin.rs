@@ -1,24 +1,14 @@
 //! A new disk that begins as a point of another one, whose content comes while it is used.
 //!
-//! Its image is made sparse, a hydration file says that all data of the point is missing, and it is attached as
+//! Its image is made sparse (`image.rs`), a hydration file says that all data of the point is missing, and it is attached as
 //! any new disk: its first pass takes what is missing for allocated, so its own history is whole from the attach on.
 //!
-//! Invariants: nothing that may be somebody's is written, for the image is made here or has no byte; the record is
-//! there before the hydration file, which names its disk, and that before the disk is attached. Whoever dies in
-//! between leaves an empty image, and the same attach goes on from there.
+//! Invariant: the record is there before the image, and both before the hydration file, which names its disk, and that before
+//! the disk is attached. Whoever dies in between leaves an empty image, and the same attach goes on from there.
 
-use std::{
-    cell::OnceCell,
-    fs::{File, OpenOptions},
-    io,
-    os::unix::fs::MetadataExt,
-    path::Path,
-    rc::Rc,
-    sync::Arc,
-    time::Duration,
-};
+use std::{cell::OnceCell, os::unix::fs::MetadataExt, path::Path, rc::Rc, sync::Arc, time::Duration};
 
-use backtide_agent_api::{AttachRequest, FromPoint, Origin};
+use backtide_agent_api::{AttachRequest, FromPoint, ImageFormat, Origin};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_storage::KillPoint;
@@ -29,6 +19,7 @@ use tokio::task::LocalSet;
 use super::{
     Registry,
     errors::failed,
+    image::{self, io_error},
     rewind::{RELEASE_TIME, refuse_damaged},
     waiting,
 };
@@ -39,9 +30,6 @@ use crate::{
 
 /// How long the receiver may take to find the point and its data.
 const FIND_TIME: Duration = Duration::from_secs(60);
-
-/// The blocks of a file's metadata unit, in bytes.
-const STAT_BLOCK: u64 = 512;
 
 impl Registry {
     /// The record of a new disk that lacks everything of a point.
@@ -54,10 +42,10 @@ impl Registry {
             let message = format!("disk {} is known here and has a history of its own", record.name);
             return Err(ApiError::new(ErrorCode::Exists, message).with_hint("choose another name"));
         }
-        let image = record.image.clone();
         // Of an attempt that somebody ended.
         let begun = record.origin.is_some();
-        waiting(move || refuse_used(&image, begun)).await??;
+        record.format = image::find_format(&record).await?;
+        let had = image::refuse_used(&record.image, record.format, begun).await?;
         let (source, missing) = self.data_of(&record, from).await?;
         record.origin = Some(Origin {
             receiver: source.receiver.clone(),
@@ -66,31 +54,8 @@ impl Registry {
             lsn: source.lsn,
             time: source.time,
         });
-        let (records, saved, held) = (self.records.clone(), record.clone(), source.clone());
-        let begun = move || {
-            records.save(&saved).map_err(|error| failed(&error))?;
-            let inode = make_image(Path::new(&saved.image), source.size)
-                .map_err(|error| io_error(&format!("make the image {}", saved.image), &error))?;
-            if missing.is_empty() {
-                return Ok(());
-            }
-            let header = Header {
-                disk: saved.uuid,
-                kind: Kind::Origin,
-                boot: trust::boot_id(),
-                epoch: saved.epoch,
-                inode,
-                before: Lsn::ZERO,
-                total: missing.count(),
-                source,
-            };
-            records
-                .create_hydration(&saved.name, header, missing)
-                .map_err(|error| io_error(&format!("remember what disk {} lacks", saved.name), &error))?;
-            KillPoint::HydrationMade.reached();
-            Ok::<_, ApiError>(())
-        };
-        if let Err(error) = waiting(begun).await? {
+        let held = source.clone();
+        if let Err(error) = self.make_from(&record, source, missing, had).await {
             let (records, name, uuid) = (self.records.clone(), record.name.clone(), record.uuid);
             let lacks = move || match records.open_hydration(&name, trust::boot_id()) {
                 Ok(found) => found.is_some_and(|found| found.header().disk == uuid),
@@ -101,6 +66,38 @@ impl Registry {
             return Err(error);
         }
         Ok(record)
+    }
+
+    /// Makes the image, in the order of the invariant. `had`: the size of an export that is kept.
+    async fn make_from(
+        &self,
+        record: &DiskRecord,
+        source: SourcePoint,
+        missing: DirtyBitmap,
+        had: Option<ByteCount>,
+    ) -> Result<(), ApiError> {
+        image::refuse_other_size(&record.image, source.size, had)?;
+        let (records, saved) = (self.records.clone(), record.clone());
+        waiting(move || records.save(&saved)).await?.map_err(|error| failed(&error))?;
+        let inode = image::make(&record.image, record.format, source.size, had).await?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let header = Header {
+            disk: record.uuid,
+            kind: Kind::Origin,
+            boot: trust::boot_id(),
+            epoch: record.epoch,
+            inode,
+            before: Lsn::ZERO,
+            total: missing.count(),
+            source,
+        };
+        let (records, name) = (self.records.clone(), record.name.clone());
+        let noted = waiting(move || records.create_hydration(&name, header, missing)).await?;
+        noted.map_err(|error| io_error(&format!("remember what disk {} lacks", record.name), &error))?;
+        KillPoint::HydrationMade.reached();
+        Ok(())
     }
 
     /// Finds the point at the receiver, has it kept, and finds out where it has data.
@@ -172,15 +169,23 @@ pub(super) fn begun(
     if left.is_ok_and(|left| left.is_some_and(|left| left.header().disk == record.uuid)) {
         return Ok(Some(record));
     }
-    let found = Path::new(&request.image).metadata();
-    if record.image == request.image && found.is_ok_and(|found| found.is_file() && found.blocks() == 0) {
+    let is_empty = match record.format {
+        Some(ImageFormat::Raw) => {
+            let found = Path::new(&request.image).metadata();
+            found.is_ok_and(|found| found.is_file() && found.blocks() == 0)
+        }
+        // Nothing tells so cheaply whether somebody has filled it since.
+        Some(ImageFormat::Qcow2) => Path::new(&request.image).exists(),
+        None => true,
+    };
+    if record.image == request.image && is_empty {
         let name = &record.name;
         let message = format!(
             "disk {name} was to begin as a point of another one, and that was cut off: {} is empty",
             record.image
         );
         return Err(ApiError::new(ErrorCode::Refused, message).with_hint(
-            "give --from again, or remove the image to begin a disk of your own under this name",
+            "give --from again, or remove the image to begin a disk of your own; another name is another disk",
         ));
     }
     tracing::warn!(disk = %record.name, "the disk never became the point it was to begin as: it begins anew");
@@ -195,48 +200,4 @@ pub(crate) fn fetch_error(what: &str, error: FetchError) -> ApiError {
         FetchError::Damaged(_) => ApiError::new(ErrorCode::Damaged, message),
         FetchError::Refused(_) => ApiError::new(ErrorCode::Refused, message),
     }
-}
-
-pub(super) fn io_error(what: &str, error: &io::Error) -> ApiError {
-    ApiError::new(ErrorCode::Failed, format!("cannot {what}: {error}"))
-}
-
-/// Refuses an image that has a byte, or could be somebody's disk; `begun` when it was made for this one already.
-pub(super) fn refuse_used(image: &str, begun: bool) -> Result<(), ApiError> {
-    let path = Path::new(image);
-    if !path.is_absolute() {
-        let message = format!("{image} is no raw file, and only that can begin as a point of another disk");
-        return Err(ApiError::new(ErrorCode::Usage, message));
-    }
-    let found = match path.metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound && !path.is_symlink() => return Ok(()),
-        Err(error) => return Err(io_error(&format!("look at {image}"), &error)),
-        Ok(found) => found,
-    };
-    if !found.is_file() {
-        let message = format!("{image} is no file: only a new raw file can begin as a point of another disk");
-        return Err(ApiError::new(ErrorCode::Refused, message)
-            .with_hint("`backtide restore` writes a point to a device"));
-    }
-    let empty = found.len() == 0 || (begun && found.blocks() * STAT_BLOCK == 0);
-    if empty {
-        return Ok(());
-    }
-    let message = format!("{image} exists and is not empty");
-    Err(ApiError::new(ErrorCode::Exists, message).with_hint("name a new file, or remove that one first"))
-}
-
-/// Makes the image, where it has nothing yet a hole, durably; its inode, or 0 of a device.
-pub(super) fn make_image(image: &Path, size: ByteCount) -> io::Result<u64> {
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(image)?;
-    let found = file.metadata()?;
-    // One that is a disk already may be so long, or be a device, which has the size it has.
-    if found.is_file() && found.len() != size.0 {
-        file.set_len(size.0)?;
-    }
-    file.sync_all()?;
-    if let Some(parent) = image.parent() {
-        File::open(parent)?.sync_all()?;
-    }
-    Ok(if found.is_file() { found.ino() } else { 0 })
 }

@@ -17,7 +17,7 @@ mod plan;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use backtide_agent_api::{DiskStatus, ImageFormat, Mode, RewindReport, RewindRequest};
+use backtide_agent_api::{DiskStatus, Mode, RewindReport, RewindRequest};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_io_filter::Resume;
@@ -64,8 +64,12 @@ impl Registry {
         let (name, handle) = self.find(&name).await?;
         let record = self.records.load(&name).map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(&name))?;
-        let (image, format) = (record.image.clone(), record.format);
-        let stamp = waiting(move || refuse_unfit(&image, format)).await??;
+        let takes_blocks = self.disks.read().await.get(&name).is_some_and(|attached| attached.takes_blocks);
+        if !takes_blocks {
+            return Err(too_coarse(&format!("disk {name}")));
+        }
+        let image = record.image.clone();
+        let stamp = waiting(move || refuse_unfit(&image)).await??;
         let now = handle.status().await.map_err(|error| failed(&error))?;
         if let Some(report) = RewindReport::under_way(&now, request.to).filter(|_| !request.force) {
             return Ok(report);
@@ -221,20 +225,22 @@ struct SetBack {
     disk: DiskStatus,
 }
 
-/// The image as it is; refuses what cannot lack blocks.
-pub(super) fn refuse_unfit(image: &str, format: Option<ImageFormat>) -> Result<Option<ImageStamp>, ApiError> {
-    let path = Path::new(image);
-    if crate::qcow2::format_of(image, format) != Some(ImageFormat::Raw) {
-        let message = format!("{image} is neither a raw file nor a block device: only these can be set back");
-        return Err(ApiError::new(ErrorCode::Refused, message)
-            .with_hint("restore the point into a new image instead"));
-    }
-    disk::try_note(path).map_err(|error| {
+/// The image as it is, if that can be told; refuses one beside which no note can say that it lacks blocks, where there is a
+/// place for one.
+pub(super) fn refuse_unfit(image: &str) -> Result<Option<ImageStamp>, ApiError> {
+    let Some(path) = disk::path_of(image) else { return Ok(None) };
+    disk::try_note(&path).map_err(|error| {
         let message =
             format!("cannot write beside {image}, where the agent says that an image is incomplete: {error}");
         ApiError::new(ErrorCode::Failed, message)
     })?;
-    Ok(ImageStamp::of(path))
+    Ok(ImageStamp::of(&path))
+}
+
+/// What only takes whole requests of more than a block cannot be brought block by block.
+pub(super) fn too_coarse(what: &str) -> ApiError {
+    let message = format!("the NBD server behind {what} takes no requests as small as 4096 bytes");
+    ApiError::new(ErrorCode::Refused, message).with_hint("restore the point into a new image instead")
 }
 
 /// From when this has succeeded the disk lacks `missing`. A file that failed after it got its name counts: the next attach

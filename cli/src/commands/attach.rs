@@ -51,7 +51,8 @@ pub(crate) struct Attach {
     /// Where to serve the disk [default: a unix socket of the agent's choice]
     #[arg(long, value_name = "URI")]
     nbd: Option<String>,
-    /// What IMAGE is, `raw` or `qcow2` [default: what it was at the disk's first attach, at the first what it looks like]
+    /// What IMAGE is, `raw` or `qcow2` [default: what it was at the disk's first attach, at the first what it looks like;
+    /// with --from, qcow2 where the new file's name ends so]
     #[arg(long, value_name = "FORMAT", value_parser = image_format())]
     format: Option<ImageFormat>,
     /// Continue the history that the receiver keeps of a disk of this name, after this agent has
@@ -131,7 +132,7 @@ fn ack_policy() -> impl TypedValueParser<Value = AckPolicy> {
     PossibleValuesParser::new(AckPolicy::ALL.map(AckPolicy::as_str)).try_map(|text| text.parse::<AckPolicy>())
 }
 
-fn image_format() -> impl TypedValueParser<Value = ImageFormat> {
+pub(crate) fn image_format() -> impl TypedValueParser<Value = ImageFormat> {
     PossibleValuesParser::new(ImageFormat::ALL.map(ImageFormat::as_str))
         .try_map(|text| text.parse::<ImageFormat>())
 }

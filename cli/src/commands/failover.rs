@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use backtide_agent_api::StreamTls;
+use backtide_agent_api::{ImageFormat, StreamTls};
 use backtide_control::Address;
 use backtide_receiver_api::{ReceiverDisk, ResolvedPoint};
 use backtide_units::DiskName;
@@ -11,7 +11,7 @@ use clap::Args;
 use crate::{
     arguments::ReceiverApi,
     commands::{
-        attach::{Policy, absolute_image, adopted_of, first_contact, keep_ack},
+        attach::{Policy, absolute_image, adopted_of, first_contact, image_format, keep_ack},
         stream_tls::absolute_folder,
     },
     confirm::confirm,
@@ -26,7 +26,7 @@ use crate::{
 pub(crate) struct Failover {
     /// The disk's name, as its receiver knows it
     name: DiskName,
-    /// Its image here, a new file: it is made
+    /// Its image here: a new file, which is made, or an NBD URI of the disk's size that reads as zeroes
     image: String,
     /// Where the receiver takes streams
     #[arg(long, value_name = "ADDR")]
@@ -40,6 +40,9 @@ pub(crate) struct Failover {
     /// Where to serve the disk [default: a unix socket of the agent's choice]
     #[arg(long, value_name = "URI")]
     nbd: Option<String>,
+    /// What the new file becomes, `raw` or `qcow2` [default: qcow2 where its name ends so, else raw]
+    #[arg(long, value_name = "FORMAT", value_parser = image_format())]
+    format: Option<ImageFormat>,
     /// Do it without asking
     #[arg(long)]
     yes: bool,
@@ -77,6 +80,7 @@ impl Failover {
         keep_ack(context, &mut request, &disk);
         request.adopt = Some(adopted_of(&disk));
         request.failover = true;
+        request.format = self.format;
         let attached = agent.attach(&request).await?;
         let attached = first_contact(&agent, attached).await?;
         context.print(&attached, || disk_text(&attached))?;

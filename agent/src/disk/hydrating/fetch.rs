@@ -13,16 +13,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backtide_hydration::{FetchId, Kind};
-use backtide_io_filter::IoFailure;
+use backtide_hydration::{FetchId, HydrationFile, Kind};
+use backtide_io_filter::{Change, IoFailure};
 use backtide_storage::{ImageFile, KillPoint};
-use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteRange, DiskId, Epoch};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, DiskId, Epoch};
+use bytes::{BufMut, BytesMut};
 
 use super::{FAILURES_MAX, HydratingDisk};
 use crate::disk::{
     image_disk::blocking,
     incomplete::remove_note,
     local::failure,
+    medium::Medium,
     source::{FetchError, Piece},
 };
 
@@ -92,7 +94,7 @@ impl HydratingDisk {
 
     /// What the source has, or why it has not; none when the disk is given up.
     async fn bring(&self, blocks: BlockRange) -> Option<Result<Pieces, String>> {
-        let range = blocks.bytes(self.image.image().size());
+        let range = blocks.bytes(self.medium.size());
         let mut pause = RETRY_FIRST;
         loop {
             let fetched = tokio::select! {
@@ -162,17 +164,7 @@ impl HydratingDisk {
             return;
         }
         self.storing.set(self.storing.get() + 1);
-        let (image, file) = (self.shared_image(), Arc::clone(&self.file));
-        let stored = blocking(move || {
-            for run in &wanted {
-                write(&image, run.bytes(image.size()), &pieces)?;
-            }
-            KillPoint::HydrationStored.reached();
-            file.present(&wanted)?;
-            KillPoint::HydrationNoted.reached();
-            Ok(())
-        });
-        let stored = stored.await;
+        let stored = self.put(wanted, pieces).await;
         let before = self.missing.borrow().blocks().count();
         self.missing.borrow_mut().end_store(id, stored.is_ok());
         self.has_brought(before, true);
@@ -181,6 +173,30 @@ impl HydratingDisk {
             self.has_failed(blocks, failure(error));
         }
         self.storing.set(self.storing.get() - 1);
+    }
+
+    /// Has the blocks on the image, then in the journal.
+    async fn put(&self, wanted: Vec<BlockRange>, pieces: Pieces) -> io::Result<()> {
+        let file = Arc::clone(&self.file);
+        let size = self.medium.size();
+        match &self.medium {
+            Medium::Image(image) => {
+                let image = Arc::clone(image.image());
+                let put = move || {
+                    for run in &wanted {
+                        write(&image, run.bytes(size), &pieces)?;
+                    }
+                    note(&file, &wanted)
+                };
+                blocking(put).await
+            }
+            Medium::Nbd(disk) => {
+                let changes = wanted.iter().flat_map(|run| in_blocks(run.bytes(size), size, &pieces));
+                let stable = disk.change_stably(changes.collect::<Vec<_>>()).await;
+                stable.map_err(|failure| io::Error::from_raw_os_error(failure.errno))?;
+                blocking(move || note(&file, &wanted)).await
+            }
+        }
     }
 
     fn has_failed(&self, blocks: BlockRange, failure: IoFailure) {
@@ -305,14 +321,7 @@ impl HydratingDisk {
             return;
         }
         self.storing.set(self.storing.get() + 1);
-        let (file, image) = (Arc::clone(&self.file), self.shared_image());
-        let finished = blocking(move || {
-            // While the file is there the next attach writes the note again.
-            file.finish(|| image.sync(), || remove_note(image.path()))?;
-            KillPoint::HydrationFinished.reached();
-            Ok(())
-        });
-        let finished = finished.await;
+        let finished = self.make_whole().await;
         self.storing.set(self.storing.get() - 1);
         self.changed.notify_waiters();
         match finished {
@@ -328,6 +337,24 @@ impl HydratingDisk {
                 self.pause(STORE_RETRY).await;
             }
         }
+    }
+
+    /// Removes what says that the disk lacks blocks, once it is durable that it does not.
+    async fn make_whole(&self) -> io::Result<()> {
+        let (file, noted) = (Arc::clone(&self.file), self.noted.clone());
+        let image = match &self.medium {
+            Medium::Image(image) => Some(Arc::clone(image.image())),
+            // Whatever the journal calls present was flushed before, and that is all of it.
+            Medium::Nbd(_) => None,
+        };
+        let finish = move || {
+            let sync = || image.map_or(Ok(()), |image| image.sync());
+            // While the file is there the next attach writes the note again.
+            file.finish(sync, || noted.map_or(Ok(()), |noted| remove_note(&noted)))?;
+            KillPoint::HydrationFinished.reached();
+            Ok(())
+        };
+        blocking(finish).await
     }
 
     /// Tells the receiver, if it is there, that it need not keep the point any longer.
@@ -367,17 +394,68 @@ fn is_all(pieces: &Pieces, range: ByteRange) -> bool {
     at == range.end()
 }
 
+/// The blocks are on the image: says so.
+fn note(file: &HydrationFile, blocks: &[BlockRange]) -> io::Result<()> {
+    KillPoint::HydrationStored.reached();
+    file.present(blocks)?;
+    KillPoint::HydrationNoted.reached();
+    Ok(())
+}
+
+/// What has to be written for pieces to be in `range`.
+fn changes(range: ByteRange, pieces: &Pieces) -> impl Iterator<Item = Change> {
+    pieces.iter().filter_map(move |(of, piece)| {
+        let range = of.intersection(range)?;
+        Some(match piece {
+            Piece::Data(data) => {
+                let skipped = (range.start().0 - of.start().0) as usize;
+                let data = data.slice(skipped..skipped + range.count().0 as usize);
+                Change::Write { range, data, fua: false }
+            }
+            Piece::Zeroes => Change::Zero { range, trim: true, fua: false },
+        })
+    })
+}
+
+/// The same in whole blocks of the granule, which is what some servers take: pieces may end anywhere.
+fn in_blocks(range: ByteRange, size: ByteCount, pieces: &Pieces) -> Vec<Change> {
+    let mut whole = Vec::new();
+    let (mut at, mut data) = (range.start(), BytesMut::new());
+    let end_write = |at: &mut ByteOffset, data: &mut BytesMut, whole: &mut Vec<Change>| {
+        if !data.is_empty() {
+            let range = ByteRange::between(*at, ByteOffset(at.0 + data.len() as u64));
+            *at = range.end();
+            whole.push(Change::Write { range, data: data.split().freeze(), fua: false });
+        }
+    };
+    for change in changes(range, pieces) {
+        match change {
+            Change::Write { data: bytes, .. } => data.extend_from_slice(&bytes),
+            Change::Zero { range: zeroes, trim, fua } => {
+                let inner = BlockRange::covered_by(zeroes, size).bytes(size);
+                let before = if inner.is_empty() { zeroes.end() } else { inner.start() };
+                data.put_bytes(0, (before.0 - zeroes.start().0) as usize);
+                if !inner.is_empty() {
+                    end_write(&mut at, &mut data, &mut whole);
+                    whole.push(Change::Zero { range: inner, trim, fua });
+                    at = inner.end();
+                    data.put_bytes(0, (zeroes.end().0 - inner.end().0) as usize);
+                }
+            }
+            Change::Flush => unreachable!("nothing else is fetched"),
+        }
+    }
+    end_write(&mut at, &mut data, &mut whole);
+    whole
+}
+
 /// Writes what pieces have of `range`.
 fn write(image: &ImageFile, range: ByteRange, pieces: &Pieces) -> io::Result<()> {
-    for (of, piece) in pieces {
-        let Some(part) = of.intersection(range) else { continue };
-        match piece {
-            Piece::Data(data) => {
-                let skipped = (part.start().0 - of.start().0) as usize;
-                let length = part.count().0 as usize;
-                image.write_at(part.start(), &data[skipped..skipped + length])?;
-            }
-            Piece::Zeroes => image.zero(part, true)?,
+    for change in changes(range, pieces) {
+        match change {
+            Change::Write { range, data, .. } => image.write_at(range.start(), &data)?,
+            Change::Zero { range, trim, .. } => image.zero(range, trim)?,
+            Change::Flush => unreachable!("nothing else is fetched"),
         }
     }
     Ok(())

@@ -1,20 +1,23 @@
 use std::path::{Path, PathBuf};
 
 use backtide_hydration::{Header, Kind};
-use backtide_storage::RealStorage;
+use backtide_storage::{ImageFile, RealStorage};
 use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
 use bytes::Bytes;
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
 use uuid::Uuid;
 
 use super::*;
-use crate::{config::IoEngine, disk::source::fake::FakeSource};
+use crate::{
+    config::IoEngine,
+    disk::{image_disk::ImageDisk, source::fake::FakeSource},
+};
 
-const BLOCK: u64 = 4096;
-const BLOCKS: u64 = 600;
+pub(super) const BLOCK: u64 = 4096;
+pub(super) const BLOCKS: u64 = 600;
 /// The last block is a short one.
-const SIZE: u64 = BLOCKS * BLOCK - 512;
-const FILE: &str = "vm1.hydration";
+pub(super) const SIZE: u64 = BLOCKS * BLOCK - 512;
+pub(super) const FILE: &str = "vm1.hydration";
 
 /// A disk whose every block is missing, but the first ten; a directory it lies in.
 struct Bench {
@@ -24,21 +27,43 @@ struct Bench {
 }
 
 /// What the point holds: some blocks of zeroes among others.
-fn at_point() -> Vec<u8> {
+pub(super) fn at_point() -> Vec<u8> {
     (0..SIZE).map(|at| if at / BLOCK % 7 == 3 { 0 } else { (at / BLOCK % 200) as u8 + 1 }).collect()
 }
 
-fn boot() -> Uuid {
+pub(super) fn boot() -> Uuid {
     Uuid::from_bytes([1; 16])
 }
 
-fn bytes(range: std::ops::Range<u64>) -> ByteRange {
+pub(super) fn bytes(range: std::ops::Range<u64>) -> ByteRange {
     ByteRange::between(ByteOffset(range.start), ByteOffset(range.end))
 }
 
-fn write(range: std::ops::Range<u64>, byte: u8) -> LocalOp {
+pub(super) fn write(range: std::ops::Range<u64>, byte: u8) -> LocalOp {
     let data = Bytes::from(vec![byte; (range.end - range.start) as usize]);
     LocalOp::Change(Change::Write { range: bytes(range), data, fua: false })
+}
+
+/// Of a disk that lacks all but the first ten blocks.
+pub(super) fn header() -> Header {
+    Header {
+        disk: DiskId::random(),
+        kind: Kind::Rewind,
+        boot: boot(),
+        epoch: Epoch(1),
+        inode: 0,
+        before: Lsn(50),
+        total: BlockCount(BLOCKS - 10),
+        source: backtide_hydration::SourcePoint {
+            receiver: "unix:/run/receiver.sock".to_owned(),
+            disk: DiskId::random(),
+            name: "vm1".parse().unwrap(),
+            history: HistoryId::random(),
+            lsn: Lsn(40),
+            time: CaptureTime(7),
+            size: ByteCount(SIZE),
+        },
+    }
 }
 
 impl Bench {
@@ -49,35 +74,19 @@ impl Bench {
         image[..10 * BLOCK as usize].copy_from_slice(&content[..10 * BLOCK as usize]);
         std::fs::write(directory.path().join("vm1.img"), image).unwrap();
         let source = Rc::new(FakeSource::new(content));
-        let header = Header {
-            disk: DiskId::random(),
-            kind: Kind::Rewind,
-            boot: boot(),
-            epoch: Epoch(1),
-            inode: 0,
-            before: Lsn(50),
-            total: BlockCount(BLOCKS - 10),
-            source: backtide_hydration::SourcePoint {
-                receiver: "unix:/run/receiver.sock".to_owned(),
-                disk: DiskId::random(),
-                name: "vm1".parse().unwrap(),
-                history: HistoryId::random(),
-                lsn: Lsn(40),
-                time: CaptureTime(7),
-                size: ByteCount(SIZE),
-            },
-        };
         let storage = Arc::new(RealStorage::open(directory.path()).unwrap());
         let missing = DirtyBitmap::of((10..BLOCKS).into());
-        let file = HydrationFile::create(storage, Path::new(FILE), header, missing).unwrap();
+        let file = HydrationFile::create(storage, Path::new(FILE), header(), missing).unwrap();
         let disk = Self::disk(directory.path(), &source, file);
         Self { directory, source, disk }
     }
 
     fn disk(directory: &Path, source: &Rc<FakeSource>, file: HydrationFile) -> Rc<HydratingDisk> {
-        let image = ImageFile::open(&directory.join("vm1.img")).unwrap();
-        let image = ImageDisk::new(Arc::new(image), IoEngine::Threads).unwrap();
-        HydratingDisk::new("vm1".parse().unwrap(), image, file, Rc::clone(source) as Rc<dyn PointSource>)
+        let path = directory.join("vm1.img");
+        let image = Arc::new(ImageFile::open(&path).unwrap());
+        let medium = Medium::Image(Box::new(ImageDisk::new(image, IoEngine::Threads).unwrap()));
+        let source = Rc::clone(source) as Rc<dyn PointSource>;
+        HydratingDisk::new("vm1".parse().unwrap(), medium, Some(path), file, source)
     }
 
     fn file(&self) -> PathBuf {
@@ -88,7 +97,7 @@ impl Bench {
     async fn again(self) -> Self {
         let Self { directory, source, disk } = self;
         disk.stop().await;
-        disk.shared_image().unlock().unwrap();
+        raw(&disk).unlock().unwrap();
         drop(disk);
         let storage = Arc::new(RealStorage::open(directory.path()).unwrap());
         let file = HydrationFile::open(storage, Path::new(FILE), boot()).unwrap().unwrap();
@@ -113,6 +122,13 @@ impl Bench {
         Rc::clone(&self.disk).hydrate().await;
         assert!(!self.file().exists() && self.disk.status().is_none());
         std::fs::read(self.directory.path().join("vm1.img")).unwrap()
+    }
+}
+
+fn raw(disk: &HydratingDisk) -> &ImageFile {
+    match disk.medium() {
+        Medium::Image(image) => image.image(),
+        Medium::Nbd(_) => unreachable!("these lie on a file"),
     }
 }
 
@@ -230,7 +246,7 @@ async fn missing_blocks_are_data() {
             let bench = Bench::new();
             let zero = Change::Zero { range: bytes(0..20 * BLOCK), trim: true, fua: false };
             bench.disk.run(LocalOp::Change(zero)).await.unwrap();
-            bench.disk.shared_image().zero(bytes(20 * BLOCK..30 * BLOCK), true).unwrap();
+            raw(&bench.disk).zero(bytes(20 * BLOCK..30 * BLOCK), true).unwrap();
             let extents = bench.disk.extents(bytes(10 * BLOCK + 5..25 * BLOCK + 7), false).await.unwrap();
             let hole = Extent::hole(ByteCount(10 * BLOCK - 5));
             assert_eq!(extents, [hole, Extent::data(ByteCount(5 * BLOCK + 7))]);

@@ -2,12 +2,14 @@
 //! written and was told so.
 //!
 //! A world of random fetches, writes, reads and flushes, step by step, in which the agent is killed or the power
-//! fails between any two steps. `SEED=n` runs one world only, `WORLDS=n` more than usual.
+//! fails between any two steps; in every other one the image is behind a server, which may end with the agent. `SEED=n` runs one world only, `WORLDS=n` more than usual.
 
+mod mistake;
 mod model;
 mod world;
 
-use world::{Mistake, World};
+use mistake::Mistake;
+use world::World;
 
 const WORLDS: u64 = 400;
 

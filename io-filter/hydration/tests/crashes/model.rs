@@ -27,6 +27,8 @@ struct Sector {
 pub(crate) enum Crash {
     /// The process: what was acknowledged is there.
     Killed,
+    /// The process and the server of its image: what was flushed is there, and what nobody flushed stays in doubt.
+    ServerLost,
     /// The host, or its storage: what was flushed is there.
     PowerLost,
 }
@@ -82,13 +84,21 @@ impl Model {
                 let sector = &mut self.sectors[n as usize];
                 sector.acknowledged.extend(sector.under_way.take().filter(|other| *other == tag));
             }
-            Crash::PowerLost => {
+            Crash::ServerLost | Crash::PowerLost => {
                 let sector = &mut self.sectors[n as usize];
-                let known = sector.acknowledged.iter().chain(&sector.under_way).chain([&sector.flushed]);
-                if !known.into_iter().any(|other| *other == tag) {
-                    return Err(format!("after a power loss sector {n} holds {tag}: {sector:?}"));
+                let written: Vec<Tag> =
+                    sector.acknowledged.drain(..).chain(sector.under_way.take()).collect();
+                let position = written.iter().rposition(|other| *other == tag);
+                if position.is_none() && sector.flushed != tag {
+                    return Err(format!("after a loss sector {n} holds {tag} of {written:?}: {sector:?}"));
                 }
-                *sector = Sector { flushed: tag, acknowledged: Vec::new(), under_way: None };
+                match crash {
+                    // Its block may be missing again when the host loses power: that was not flushed.
+                    Crash::ServerLost => {
+                        sector.acknowledged = written[..position.map_or(0, |at| at + 1)].to_vec();
+                    }
+                    Crash::Killed | Crash::PowerLost => sector.flushed = tag,
+                }
             }
         }
         Ok(())

@@ -1,4 +1,5 @@
-//! A disk that lacks blocks, driven one step at a time.
+//! A disk that lacks blocks, driven one step at a time. Its image is in the kernel's hands, or behind a server that keeps what
+//! it was not told to flush in its own memory, and may end with the agent.
 
 use std::{ops::Range, path::Path, sync::Arc};
 
@@ -11,7 +12,10 @@ use backtide_units::{
 };
 use uuid::Uuid;
 
-use crate::model::{Crash, Model, Tag, of_point, stale};
+use crate::{
+    mistake::Mistake,
+    model::{Crash, Model, Tag, of_point, stale},
+};
 
 const SECTOR: u64 = 512;
 const IN_BLOCK: u64 = 4096 / SECTOR;
@@ -21,40 +25,37 @@ const SIZE: ByteCount = ByteCount(SECTORS * SECTOR);
 const STEPS: u64 = 400;
 const FILE: &str = "vm1.hydration";
 
-/// What a driver must not do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mistake {
-    /// Blocks are called durable although the image was not synced.
-    DurableBeforeSync,
-    /// Blocks are called present before the image has them.
-    PresentBeforeWrite,
-    /// A flush syncs the image, and nothing says so in the file.
-    FlushWithoutFile,
-    /// What was fetched is stored over what a guest wrote meanwhile.
-    FetchOverWrite,
-    /// A guest is answered before its blocks are called present.
-    AnsweredBeforePresent,
-}
-
-impl Mistake {
-    pub(crate) const ALL: [Self; 5] = [
-        Self::DurableBeforeSync,
-        Self::PresentBeforeWrite,
-        Self::FlushWithoutFile,
-        Self::FetchOverWrite,
-        Self::AnsweredBeforePresent,
-    ];
-}
+/// No sync fails so late.
+const NEVER: u64 = u64::MAX / 2;
 
 enum Task {
-    Write { sectors: Range<u64>, tag: Tag, change: Option<ChangeId>, steps: u32 },
-    Fetch { id: FetchId, blocks: BlockRange, store: Vec<BlockRange>, steps: u32 },
+    Write { sectors: Range<u64>, tag: Tag, change: Option<ChangeId>, steps: u32, refused: u64 },
+    Fetch { id: FetchId, blocks: BlockRange, store: Vec<BlockRange>, steps: u32, refused: u64 },
+}
+
+/// Whose end it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The agent's.
+    Agent,
+    /// The agent's and that of the server which has the image: of the agent's host everything stays.
+    AgentAndServer,
+    /// The agent's host loses power, and the server is another one's.
+    Host,
+    /// Everything loses power.
+    Everything,
 }
 
 pub(crate) struct World {
     seed: u64,
     mistake: Option<Mistake>,
     storage: MemoryStorage,
+    /// What the server of the image writes to; none where the agent has the image itself.
+    server: Option<MemoryStorage>,
+    /// How many flushes the server has refused.
+    refused: u64,
+    /// No guest was told of the last one.
+    untold: bool,
     image: Arc<dyn StorageFile>,
     file: Arc<HydrationFile>,
     boot: u8,
@@ -102,7 +103,9 @@ fn sectors(blocks: BlockRange) -> Range<u64> {
 impl World {
     pub(crate) fn new(seed: u64, mistake: Option<Mistake>) -> Self {
         let storage = MemoryStorage::new();
-        let image = storage.create_new(Path::new("image")).unwrap();
+        let server = (!seed.is_multiple_of(2)).then(MemoryStorage::new);
+        let medium = server.as_ref().unwrap_or(&storage);
+        let image = medium.create_new(Path::new("image")).unwrap();
         let mut world_seed = seed;
         let mut lacking = DirtyBitmap::new();
         for block in 0..30 {
@@ -116,13 +119,16 @@ impl World {
             put(&*image, n, if lacks { stale(n) } else { of_point(n) }).unwrap();
         }
         image.sync_data().unwrap();
-        storage.sync_dir(Path::new("")).unwrap();
+        medium.sync_dir(Path::new("")).unwrap();
         let shared = Arc::new(storage.clone());
         let file = HydrationFile::create(shared, Path::new(FILE), header(), lacking.clone()).unwrap();
         Self {
             seed: world_seed,
             mistake,
             storage,
+            server,
+            refused: 0,
+            untold: false,
             image,
             file: Arc::new(file),
             boot: 1,
@@ -146,9 +152,11 @@ impl World {
                 6..15 => self.step()?,
                 15..17 => self.read()?,
                 17 => self.flush(self.mistake)?,
-                18 if self.dice(3) == 0 => self.crash(Crash::Killed)?,
+                18 if self.dice(3) == 0 => self.crash(End::Agent)?,
+                18 if self.dice(3) == 0 => self.crash(End::AgentAndServer)?,
                 18 => {}
-                _ if self.dice(4) == 0 => self.crash(Crash::PowerLost)?,
+                _ if self.dice(8) == 0 => self.crash(End::Host)?,
+                _ if self.dice(6) == 0 => self.crash(End::Everything)?,
                 _ => {}
             }
         }
@@ -156,12 +164,19 @@ impl World {
             self.begin_fetch();
             self.step()?;
         }
+        if self.untold {
+            self.crash(End::Everything)?;
+            return self.live();
+        }
         let acknowledged = self.model.acknowledged();
-        self.file.finish(|| self.image.sync_data(), || Ok(())).map_err(|error| error.to_string())?;
-        self.model.flushed(&acknowledged);
-        let seed = self.dice(1 << 40);
-        self.storage.crash(seed);
-        self.image = self.storage.open(Path::new("image")).unwrap();
+        // Behind a server everything that is present is stable; what guests wrote since is for them to flush.
+        let is_flushed = self.server.is_none();
+        let sync = || if is_flushed { self.image.sync_data() } else { Ok(()) };
+        self.file.finish(sync, || Ok(())).map_err(|error| error.to_string())?;
+        if is_flushed {
+            self.model.flushed(&acknowledged);
+        }
+        self.lose(End::Everything);
         if self.storage.open(Path::new(FILE)).is_ok() {
             return Err("the file is still there".to_owned());
         }
@@ -196,14 +211,16 @@ impl World {
         let tag = self.next_tag;
         self.next_tag += 1;
         self.model.begin(range.clone(), tag);
-        self.tasks.push(Task::Write { sectors: range, tag, change, steps: 0 });
+        let refused = self.refused;
+        self.tasks.push(Task::Write { sectors: range, tag, change, steps: 0, refused });
     }
 
     fn begin_needed(&mut self, need: Need) {
         let Need::Wait(fetch) = need else { panic!("nothing is damaged here") };
         for blocks in fetch {
             let id = self.missing.begin_fetch(blocks);
-            self.tasks.push(Task::Fetch { id, blocks, store: Vec::new(), steps: 0 });
+            let refused = self.refused;
+            self.tasks.push(Task::Fetch { id, blocks, store: Vec::new(), steps: 0, refused });
         }
     }
 
@@ -235,33 +252,52 @@ impl World {
         let index = self.dice(self.tasks.len() as u64) as usize;
         let task = self.tasks.swap_remove(index);
         let next = match task {
-            Task::Write { sectors, tag, change, steps } => self.step_write(sectors, tag, change, steps),
-            Task::Fetch { id, blocks, store, steps } => self.step_fetch(id, blocks, store, steps),
+            Task::Write { .. } => self.step_write(task),
+            Task::Fetch { .. } => self.step_fetch(task),
         };
         self.tasks.extend(next.map_err(|error| error.to_string())?);
         Ok(())
     }
 
-    fn step_write(
-        &mut self,
-        sectors: Range<u64>,
-        tag: Tag,
-        change: Option<ChangeId>,
-        steps: u32,
-    ) -> std::io::Result<Option<Task>> {
+    /// Behind a server, has it flush; whether what was written when it had refused so many flushes is stable.
+    fn is_stable(&mut self, refused: u64) -> bool {
+        let Some(server) = self.server.clone() else { return true };
+        if self.mistake == Some(Mistake::PresentBeforeStable) {
+            return true;
+        }
+        if self.dice(16) == 0 {
+            server.fail_sync_after(0);
+        }
+        let flushed = self.image.sync_data();
+        server.fail_sync_after(NEVER);
+        if flushed.is_err() {
+            self.refused += 1;
+            self.untold = true;
+            return false;
+        }
+        self.refused == refused || self.mistake == Some(Mistake::StableAfterRefusal)
+    }
+
+    fn step_write(&mut self, task: Task) -> std::io::Result<Option<Task>> {
+        let Task::Write { sectors, tag, change, mut steps, mut refused } = task else { unreachable!() };
         let early = [Some(Mistake::PresentBeforeWrite), Some(Mistake::AnsweredBeforePresent)];
         let middle = (sectors.start + sectors.end) / 2;
         match (steps, change) {
             (0, Some(change)) if self.mistake == early[0] => {
                 self.file.present(self.missing.overwritten(change))?;
             }
-            (1, _) => (sectors.start..middle).try_for_each(|n| put(&*self.image, n, tag))?,
+            (1, _) => {
+                refused = self.refused;
+                (sectors.start..middle).try_for_each(|n| put(&*self.image, n, tag))?;
+            }
             (2, _) => (middle..sectors.end).try_for_each(|n| put(&*self.image, n, tag))?,
             (3, _) if self.mistake == early[1] => self.model.acknowledge(sectors.clone()),
-            (4, Some(change)) if self.mistake != early[0] => {
+            // A driver would fail it; whoever asked writes it again then.
+            (4, Some(_)) if !self.is_stable(refused) => steps = 0,
+            (5, Some(change)) if self.mistake != early[0] => {
                 self.file.present(self.missing.overwritten(change))?;
             }
-            (5, change) => {
+            (6, change) => {
                 if let Some(change) = change {
                     self.missing.end_change(change, true);
                 }
@@ -270,16 +306,11 @@ impl World {
             }
             _ => {}
         }
-        Ok(Some(Task::Write { sectors, tag, change, steps: steps + 1 }))
+        Ok(Some(Task::Write { sectors, tag, change, steps: steps + 1, refused }))
     }
 
-    fn step_fetch(
-        &mut self,
-        id: FetchId,
-        blocks: BlockRange,
-        mut store: Vec<BlockRange>,
-        steps: u32,
-    ) -> std::io::Result<Option<Task>> {
+    fn step_fetch(&mut self, task: Task) -> std::io::Result<Option<Task>> {
+        let Task::Fetch { id, blocks, mut store, mut steps, mut refused } = task else { unreachable!() };
         match steps {
             1 => {
                 store = self.missing.end_fetch(id, true);
@@ -288,23 +319,28 @@ impl World {
                 }
             }
             2 => {
+                refused = self.refused;
                 let all = vec![blocks];
                 let written = if self.mistake == Some(Mistake::FetchOverWrite) { &all } else { &store };
                 for n in written.iter().flat_map(|run| sectors(*run)) {
                     put(&*self.image, n, of_point(n))?;
                 }
             }
-            3 => self.file.present(&store)?,
-            4 => {
+            3 if !self.is_stable(refused) => steps = 1,
+            4 => self.file.present(&store)?,
+            5 => {
                 self.missing.end_store(id, true);
                 return Ok(None);
             }
             _ => {}
         }
-        Ok(Some(Task::Fetch { id, blocks, store, steps: steps + 1 }))
+        Ok(Some(Task::Fetch { id, blocks, store, steps: steps + 1, refused }))
     }
 
     fn flush(&mut self, mistake: Option<Mistake>) -> Result<(), String> {
+        if self.server.is_some() {
+            return self.flush_server(mistake);
+        }
         let acknowledged = self.model.acknowledged();
         let file = Arc::clone(&self.file);
         let fails = self.dice(12) == 0 && mistake.is_none();
@@ -325,24 +361,94 @@ impl World {
         match flushed {
             Ok(()) => self.model.flushed(&acknowledged),
             // What an image that failed still holds is known when the host has started again.
-            Err(_) if fails => return self.crash(Crash::PowerLost),
+            Err(_) if fails => return self.crash(End::Everything),
             Err(error) => return Err(error.to_string()),
         }
-        self.storage.fail_sync_after(u64::MAX / 2);
+        self.storage.fail_sync_after(NEVER);
         Ok(())
     }
 
-    fn crash(&mut self, crash: Crash) -> Result<(), String> {
-        match crash {
-            Crash::Killed => self.storage.kill_handles(),
-            Crash::PowerLost => {
-                let seed = self.dice(1 << 40);
-                self.storage.crash(seed);
-                self.boot += 1;
+    /// The image first, then what the file says of it, whose blocks were stable before.
+    fn flush_server(&mut self, mistake: Option<Mistake>) -> Result<(), String> {
+        let acknowledged = self.model.acknowledged();
+        // Its guest is told, and nobody knows what the server still has.
+        if self.untold || !self.is_stable(self.refused) {
+            return self.crash(End::Everything);
+        }
+        let meanwhile = self.dice(6);
+        (0..meanwhile).try_for_each(|_| self.step())?;
+        let fails = self.dice(12) == 0 && mistake.is_none();
+        if fails {
+            let syncs = self.dice(3);
+            self.storage.fail_sync_after(syncs);
+        }
+        let settled = match mistake {
+            Some(Mistake::FlushWithoutFile) => Ok(()),
+            _ => self.file.settle(|| Ok(())),
+        };
+        self.storage.fail_sync_after(NEVER);
+        match settled {
+            Ok(()) => self.model.flushed(&acknowledged),
+            Err(_) if fails => return self.crash(End::Everything),
+            Err(error) => return Err(error.to_string()),
+        }
+        Ok(())
+    }
+
+    /// What is left of everything that was written.
+    fn lose(&mut self, end: End) -> Crash {
+        let seed = self.dice(1 << 40);
+        // Of a flush that a server refused somebody has to hear: until then it must not go on as if nothing was.
+        let end = match end {
+            End::Agent if self.untold => End::AgentAndServer,
+            End::Host if self.untold => End::Everything,
+            end => end,
+        };
+        let whole = match end {
+            End::Agent => {
+                self.storage.kill_handles();
+                self.image = self.medium().open(Path::new("image")).expect("the image is there");
+                return Crash::Killed;
             }
+            End::AgentAndServer => false,
+            End::Host | End::Everything => true,
+        };
+        let server = self.server.clone();
+        match (whole, &server) {
+            (false, Some(server)) => {
+                self.storage.kill_handles();
+                server.crash(seed);
+            }
+            (true, Some(_)) if end == End::Host => self.storage.crash(seed),
+            (true, Some(server)) => {
+                self.storage.crash(seed);
+                server.crash(seed + 1);
+            }
+            // Its own processes leave everything to the kernel.
+            (false, None) => self.storage.kill_handles(),
+            (true, None) => self.storage.crash(seed),
+        }
+        self.boot += u8::from(whole);
+        self.image = self.medium().open(Path::new("image")).expect("the image is there");
+        match (whole, server.is_some()) {
+            (true, _) => Crash::PowerLost,
+            (false, true) => Crash::ServerLost,
+            (false, false) => Crash::Killed,
+        }
+    }
+
+    fn medium(&self) -> &MemoryStorage {
+        self.server.as_ref().unwrap_or(&self.storage)
+    }
+
+    fn crash(&mut self, end: End) -> Result<(), String> {
+        let crash = self.lose(end);
+        self.untold = false;
+        if self.server.is_some() {
+            // Nobody else knows what the last agent had not flushed.
+            self.image.sync_data().map_err(|error| error.to_string())?;
         }
         self.tasks.clear();
-        self.image = self.storage.open(Path::new("image")).map_err(|error| error.to_string())?;
         let storage = Arc::new(self.storage.clone());
         let opened = HydrationFile::open(storage, Path::new(FILE), boot(self.boot));
         let file = opened.map_err(|error| error.to_string())?.ok_or("the file is gone")?;
