@@ -14,6 +14,7 @@ use std::{
 
 use backtide_agent_api::{CacheMode, ImageFormat};
 use backtide_units::{ByteCount, DiskName};
+use rustix::{fs::FlockOperation, io::Errno};
 use tokio::{
     io::AsyncReadExt,
     net::UnixStream,
@@ -293,14 +294,37 @@ async fn end_predecessor(socket: &Path) -> io::Result<()> {
                 Command::new("kill").arg(id.to_string()).status().await?;
                 asked = true;
             }
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(START_POLL).await;
         }
+    }
+    // One that ends has no name any more before it has let go of its files.
+    let until = Instant::now() + START_MAX;
+    while is_held(&file)? {
+        if Instant::now() > until {
+            return Err(io::Error::other(format!("{} is still locked", file.display())));
+        }
+        tokio::time::sleep(START_POLL).await;
     }
     match std::fs::symlink_metadata(socket) {
         Ok(found) if found.file_type().is_socket() => std::fs::remove_file(socket),
         Ok(_) => Err(io::Error::other(format!("{} is not a socket", socket.display()))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
+    }
+}
+
+/// Whether a `qemu-nbd` still has its pid file locked.
+fn is_held(pid_file: &Path) -> io::Result<bool> {
+    let file = match std::fs::File::options().read(true).write(true).open(pid_file) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    // Given up again when the file is closed.
+    match rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(false),
+        Err(Errno::AGAIN | Errno::ACCESS) => Ok(true),
+        Err(errno) => Err(errno.into()),
     }
 }
 
