@@ -3,7 +3,7 @@
 use backtide_units::{BLOCK_SIZE, BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
-use crate::{Address, Adopted, DiskStatus};
+use crate::{AckPolicy, Address, Adopted, DiskStatus, OnOutage};
 
 /// Sets a disk back to an earlier point of its own history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,6 +88,12 @@ pub struct FailbackRequest {
     /// Also over an image that is not the one the disk had here: all of it is replaced.
     #[serde(default)]
     pub force: bool,
+    /// When its guest is answered from now on; none: as when the disk was here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ack: Option<AckPolicy>,
+    /// What that means while the receiver is away; none: as when the disk was here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_outage: Option<OnOutage>,
 }
 
 /// A disk that goes on where it was before.

@@ -268,7 +268,8 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.rewind(&vm1, rewind).await.unwrap().from, Lsn(90));
     let (epoch, durable, last_time) = (Epoch(4), Lsn(90), None);
     let adopt = Adopted { uuid: DiskId::random(), history: HistoryId::random(), epoch, durable, last_time };
-    let failback = FailbackRequest { adopt, receiver: None, dry_run: true, force: false };
+    let (ack, on_outage) = (Some(AckPolicy::Durable), None);
+    let failback = FailbackRequest { adopt, receiver: None, dry_run: true, force: false, ack, on_outage };
     assert_eq!(client.failback(&vm1, &failback).await.unwrap().disk, None);
     client.pause(&vm1).await.unwrap();
     client.resume(&vm1).await.unwrap();

@@ -64,7 +64,7 @@ impl Registry {
         record: DiskRecord,
         request: FailbackRequest,
     ) -> Result<FailbackReport, ApiError> {
-        let FailbackRequest { adopt, receiver, dry_run, force } = request;
+        let FailbackRequest { adopt, receiver, dry_run, force, ack, on_outage } = request;
         let name = record.name.clone();
         let receiver = receiver.unwrap_or_else(|| record.receiver.clone());
         disk::check_tls(&receiver, record.stream_tls.as_ref().or(self.stream_tls.as_ref()))?;
@@ -73,8 +73,15 @@ impl Registry {
         let (records, left_by) = (self.records.clone(), record.clone());
         let left = move || left_behind(&records, &left_by, adopt, force, found);
         // From when the record is saved on the disk is here, whoever dies.
-        let taking =
-            DiskRecord { epoch: adopt.epoch.taken_over(), paused: false, attached: true, ..record.clone() };
+        let taking = DiskRecord {
+            epoch: adopt.epoch.taken_over(),
+            paused: false,
+            attached: true,
+            // As the disk had it last, wherever that was.
+            ack: ack.unwrap_or(record.ack),
+            on_outage: on_outage.unwrap_or(record.on_outage),
+            ..record.clone()
+        };
         let taken = async {
             let (left, report) = self.plan_failback(&record, adopt, waiting(left).await??).await?;
             match dry_run {

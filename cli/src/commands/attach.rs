@@ -272,7 +272,7 @@ pub(crate) fn keep_ack(context: &Context, request: &mut AttachRequest, disk: &Re
 }
 
 /// The same of one option, which the disk had `before` as far as its receiver knows.
-fn keep<T: Copy + Default + PartialEq + Display + FromStr>(
+pub(crate) fn keep<T: Copy + Default + PartialEq + Display + FromStr>(
     context: &Context,
     disk: &ReceiverDisk,
     option: &str,

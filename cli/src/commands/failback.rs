@@ -9,7 +9,7 @@ use clap::Args;
 use crate::{
     arguments::ReceiverApi,
     commands::{
-        attach::{adopted_of, first_contact},
+        attach::{adopted_of, first_contact, keep},
         rewind::until_complete,
     },
     confirm::confirm,
@@ -54,6 +54,8 @@ impl Failback {
             receiver: self.receiver.clone(),
             dry_run: true,
             force: self.force,
+            ack: None,
+            on_outage: None,
         };
         let plan = agent.failback(&disk.name, &request).await?;
         if plan.here_already {
@@ -69,6 +71,8 @@ impl Failback {
             confirm(context, &what).await?;
         }
         request.dry_run = false;
+        keep(context, &disk, "--ack", &mut request.ack, disk.ack.as_deref());
+        keep(context, &disk, "--on-outage", &mut request.on_outage, disk.on_outage.as_deref());
         let mut report = agent.failback(&disk.name, &request).await?;
         if let Some(attached) = report.disk.take() {
             report.disk = Some(first_contact(&agent, attached).await?);
