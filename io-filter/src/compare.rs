@@ -44,7 +44,7 @@ impl PendingCompare {
 }
 
 /// The items that describe `bytes`, in chunks that do not cross multiples of the chunk size.
-pub(crate) fn chunk_items(range: ByteRange, bytes: &Bytes) -> Vec<(CompareItem, Bytes)> {
+pub fn chunk_items(range: ByteRange, bytes: &Bytes) -> Vec<(CompareItem, Bytes)> {
     let mut rest = bytes.clone();
     range
         .split_at_multiples(ByteCount(COMPARE_CHUNK_BYTES_MAX))

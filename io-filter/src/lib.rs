@@ -48,6 +48,7 @@ mod unchanged;
 mod verify;
 mod window;
 
+pub use compare::chunk_items;
 pub use courtesy::Watch;
 pub use drain::Prepared;
 pub use event::{

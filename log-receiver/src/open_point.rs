@@ -5,8 +5,8 @@
 use std::{collections::VecDeque, ops::Range};
 
 use backtide_protocol::{
-    Blocks, CloseCode, Closed, Data, FailureCode, OpenPoint, PROTOCOL_VERSION, PointOpened, ReadFailure,
-    Reading,
+    Blocks, CloseCode, Closed, Compare, CompareResult, Data, FailureCode, OpenPoint, PROTOCOL_VERSION,
+    PointOpened, ReadFailure, Reading,
 };
 use backtide_receiver_api::{ApiError, DiskRef, ErrorCode};
 use backtide_recovery::{Allocation, LogError, Snapshot, TimedLsn, View};
@@ -18,6 +18,7 @@ use bytes::Bytes;
 use roaring::RoaringTreemap;
 
 use crate::{
+    compare::CompareJob,
     disk::chain,
     disks::closed,
     findings::Findings,
@@ -168,6 +169,23 @@ impl OpenedPoint {
             Reading::Piece { id, range: part, data: Data::capture(data) }
         };
         Ok(stretches.into_iter().map(piece).collect())
+    }
+
+    /// Which of the ranges hold something else than the agent says; damaged ones do. Blocks the thread, for as long as `wanted`
+    /// says yes.
+    pub(crate) fn compare(
+        &self,
+        question: Compare,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<CompareResult, ReadFailure> {
+        let size = self.view.disk_size();
+        if let Some(beyond) = question.items.iter().find(|item| item.range.end().0 > size.0) {
+            let message = format!("bytes {} lie beyond the end of the disk at {size}", beyond.range);
+            return Err(ReadFailure { code: FailureCode::Invalid, message });
+        }
+        let compared = CompareJob::new(question, self.view.clone()).run_while(wanted);
+        let compared = compared.map_err(|error| self.failure(&error))?;
+        compared.ok_or_else(|| failed("nobody waits for the answer any more".to_owned()))
     }
 
     /// The blocks that are asked for. Blocks the thread, for as long as `wanted` says yes.

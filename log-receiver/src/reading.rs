@@ -17,8 +17,9 @@ use std::{
     time::Duration,
 };
 
+use backtide_protocol::reading::FETCH_BYTES_MAX;
 use backtide_protocol::{
-    Blocks, CloseCode, Closed, Decoder, FailureCode, Message, ReadFailure, Reading, encode,
+    Blocks, CloseCode, Closed, Compare, Decoder, FailureCode, Message, ReadFailure, Reading, encode,
 };
 use backtide_units::ByteRange;
 use bytes::{Buf, Bytes};
@@ -79,7 +80,7 @@ pub(crate) struct PointReader {
 /// The answer to one question, which is put out part by part.
 struct Answer {
     id: u64,
-    parts: VecDeque<Reading>,
+    parts: VecDeque<Message>,
     _blocks: Option<OwnedSemaphorePermit>,
 }
 
@@ -219,6 +220,7 @@ impl PointReader {
                 }
                 return Ok(());
             }
+            Message::Compare(question) => return self.compare(question),
             Message::Close(_) => return Err(closed(CloseCode::Bye, "the agent has read what it wanted")),
             Message::Hello(_)
             | Message::Welcome(_)
@@ -229,7 +231,6 @@ impl PointReader {
             | Message::PassData { .. }
             | Message::PassEnd { .. }
             | Message::Mark { .. }
-            | Message::Compare(_)
             | Message::CompareResult(_)
             | Message::Ack { .. }
             | Message::Hasten { .. } => return Err(unexpected(message.name())),
@@ -263,6 +264,30 @@ impl PointReader {
             let read = service.readers.run(move || point.pieces(id, range)).await;
             let parts = read.unwrap_or_else(|given_up| Err(failed(given_up.to_string())));
             answer(id, parts, None)
+        });
+        Ok(())
+    }
+
+    fn compare(&mut self, question: Compare) -> Result<(), Closed> {
+        let (id, bytes) = (question.id, question.items.iter().map(|item| item.range.count().0));
+        if bytes.fold(0, u64::saturating_add) > FETCH_BYTES_MAX || question.at != self.point.at.lsn {
+            let why =
+                format!("question {id} is about more than {FETCH_BYTES_MAX} bytes, or about another point");
+            return Err(closed(CloseCode::Invalid, why));
+        }
+        self.begin(id)?;
+        let (point, work, service) = self.shared();
+        let unwanted = Arc::clone(&self.unwanted);
+        self.working.spawn(async move {
+            let _permit = work.acquire().await;
+            let look = move || point.compare(question, &|| !unwanted.load(Ordering::Relaxed));
+            let compared = service.readers.run(look).await;
+            match compared.unwrap_or_else(|given_up| Err(failed(given_up.to_string()))) {
+                Ok(result) => {
+                    Answer { id, parts: VecDeque::from([Message::CompareResult(result)]), _blocks: None }
+                }
+                Err(failure) => answer(id, Err(failure), None),
+            }
         });
         Ok(())
     }
@@ -307,7 +332,7 @@ impl PointReader {
             && let Some(answer) = self.answers.front_mut()
         {
             match answer.parts.pop_front() {
-                Some(part) => self.send(&Message::Reading(part)),
+                Some(part) => self.send(&part),
                 None => {
                     let id = answer.id;
                     self.answers.pop_front();
@@ -351,11 +376,8 @@ fn answer(
     blocks: Option<OwnedSemaphorePermit>,
 ) -> Answer {
     let parts = match parts {
-        Ok(mut parts) => {
-            parts.push_back(Reading::Answered { id });
-            parts
-        }
-        Err(failure) => VecDeque::from([Reading::Failed { id, failure }]),
+        Ok(parts) => parts.into_iter().chain([Reading::Answered { id }]).map(Message::Reading).collect(),
+        Err(failure) => VecDeque::from([Message::Reading(Reading::Failed { id, failure })]),
     };
     Answer { id, parts, _blocks: blocks }
 }

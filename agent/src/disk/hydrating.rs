@@ -11,6 +11,7 @@
 //! [`stop`](HydratingDisk::stop) has returned nothing of this writes the image.
 
 mod fetch;
+mod pieces;
 mod status;
 
 use std::{
@@ -64,6 +65,8 @@ pub(crate) struct HydratingDisk {
     /// What could not be stored lately, with a number that counts up.
     failures: RefCell<VecDeque<(u64, BlockRange, IoFailure)>>,
     failure_count: Cell<u64>,
+    /// Changes of missing blocks that have failed: nobody knows what the image holds there since.
+    spoiled: Cell<u64>,
     /// What keeps blocks from being fetched.
     trouble: RefCell<Option<String>>,
     /// It is that the receiver does not give the point.
@@ -99,6 +102,7 @@ impl HydratingDisk {
             rate_max: Cell::new(0),
             failures: RefCell::default(),
             failure_count: Cell::new(0),
+            spoiled: Cell::new(0),
             trouble: RefCell::default(),
             refused: Cell::new(false),
             progress: RefCell::new(progress),
@@ -165,7 +169,10 @@ impl HydratingDisk {
         };
         let before = self.missing.borrow().blocks().count();
         self.missing.borrow_mut().end_change(id, changed.is_ok());
-        self.has_brought(before, false);
+        if changed.is_err() {
+            self.spoiled.set(self.spoiled.get() + 1);
+        }
+        self.has_brought(before, BlockCount(0));
         self.changed.notify_waiters();
         changed?;
         match fua {

@@ -12,6 +12,7 @@ mod remote;
 use std::{future::Future, pin::Pin, rc::Rc};
 
 use backtide_hydration::SourcePoint;
+use backtide_protocol::CompareItem;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteRange, DiskId, Epoch, HistoryId, LogPosition, Lsn};
 use bytes::Bytes;
@@ -88,6 +89,9 @@ pub(crate) trait PointSource {
     /// What `range` holds at the point: pieces in order, which together are the range. Any number of
     /// these may be under way; `range` is at most 1 MiB.
     fn fetch(&self, range: ByteRange) -> Fetching<'_, Vec<(ByteRange, Piece)>>;
+
+    /// Positions of those `items` that hold something else at the point, or are damaged there; 1 MiB together at most.
+    fn differing(&self, items: Vec<CompareItem>) -> Fetching<'_, Vec<u32>>;
 
     /// The blocks whose content at the point may differ from that at `since`, a later or earlier point of
     /// the same history.

@@ -266,6 +266,7 @@ fn begin(
         inode,
         before: Lsn::ZERO,
         total: missing.count(),
+        compare: held.is_some(),
         source,
     };
     let before = records.open_hydration(&record.name, trust::boot_id());

@@ -91,6 +91,7 @@ impl Registry {
             inode,
             before: Lsn::ZERO,
             total: missing.count(),
+            compare: false,
             source,
         };
         let (records, name) = (self.records.clone(), record.name.clone());

@@ -203,6 +203,7 @@ impl Registry {
             inode: stamp.map_or(0, |stamp| stamp.inode),
             before: saved.last_lsn,
             total: blocks,
+            compare: false,
             source,
         };
         let (records, disk) = (self.records.clone(), name.clone());

@@ -24,6 +24,9 @@ const FIXED_BYTES: usize = PREFIX_BYTES + 5 * 16 + 8 * 8 + 4 + 4 + 8;
 /// No header is longer: that of a disk of 8 PiB with every other block missing.
 pub(crate) const HEADER_BYTES_MAX: u64 = 1 << 38;
 
+/// Blocks are compared before they are fetched.
+const FLAG_COMPARE: u64 = 1;
+
 /// No text in it is longer.
 const TEXT_BYTES_MAX: usize = 4096;
 
@@ -56,6 +59,8 @@ pub struct Header {
     pub before: Lsn,
     /// How many blocks were missing at first.
     pub total: BlockCount,
+    /// The image may hold what is missing: blocks are compared with the point, and fetched where they differ.
+    pub compare: bool,
     /// Where they come from.
     pub source: SourcePoint,
 }
@@ -125,7 +130,8 @@ pub(crate) fn encode(header: &Header, file: Uuid, missing: &DirtyBitmap) -> Vec<
     }
     let SourcePoint { lsn, time, size, .. } = &header.source;
     let (epoch, inode, before, total) = (header.epoch.0, header.inode, header.before.0, header.total.0);
-    for field in [epoch, inode, before, total, lsn.0, time.0, size.0, 0] {
+    let flags = if header.compare { FLAG_COMPARE } else { 0 };
+    for field in [epoch, inode, before, total, lsn.0, time.0, size.0, flags] {
         out.put_u64_le(field);
     }
     out.put_u32_le(receiver.len() as u32);
@@ -177,7 +183,10 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Header, Uuid, DirtyBitmap), Header
         input.copy_to_slice(&mut id);
         Uuid::from_bytes(id)
     });
-    let [epoch, inode, before, total, lsn, time, size, _] = std::array::from_fn(|_| input.get_u64_le());
+    let [epoch, inode, before, total, lsn, time, size, flags] = std::array::from_fn(|_| input.get_u64_le());
+    if flags & !FLAG_COMPARE != 0 {
+        return Err(HeaderError::Invalid(format!("unknown flags {flags:#x}")));
+    }
     let [receiver_bytes, name_bytes] = std::array::from_fn(|_| input.get_u32_le() as usize);
     let missing_bytes = input.get_u64_le();
     let texts = receiver_bytes.saturating_add(name_bytes);
@@ -211,6 +220,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Header, Uuid, DirtyBitmap), Header
         inode,
         before: Lsn(before),
         total: BlockCount(total),
+        compare: flags & FLAG_COMPARE != 0,
         source,
     };
     let missing = DirtyBitmap::from_bytes(missing).map_err(|error| invalid(&error))?;
@@ -235,6 +245,7 @@ pub(crate) mod tests {
             inode: 4,
             before: Lsn(50),
             total: BlockCount(9),
+            compare: true,
             source: SourcePoint {
                 receiver: "unix:/run/receiver.sock".to_owned(),
                 disk: DiskId(id(1)),

@@ -36,6 +36,7 @@ fn header() -> Header {
         inode: 4,
         before: Lsn(50),
         total: BlockCount(100),
+        compare: false,
         source: SourcePoint {
             receiver: "unix:/run/receiver.sock".to_owned(),
             disk: DiskId(id(1)),

@@ -5,12 +5,13 @@
 //! writes until it is told to stop and remembers in which order it was acknowledged, [`Model`] what
 //! the disk must hold after each of those writes, [`tools`] the judges, [`kernel_disk`] a file system of the kernel on a disk,
 //! [`postgres`] a database on that, [`machine`] a virtual machine, [`ledger`] what it has acknowledged and when, [`wire`] the stream by hand,
-//! [`http`] a control API by hand. Every process that is started ends with its owner, also when a
+//! [`http`] a control API by hand, [`Counting`] a way that counts what comes back on it. Every process that is started ends with its owner, also when a
 //! test panics or is killed.
 //!
 //! Nothing here waits for a time to pass: waits are for a state, and last until it is there.
 
 mod bench;
+mod counting;
 mod daemon;
 mod disk;
 mod held;
@@ -26,6 +27,7 @@ pub mod tools;
 pub mod wire;
 
 pub use bench::{Bench, Said};
+pub use counting::Counting;
 pub use daemon::{Daemon, Doomed};
 pub use disk::Disk;
 pub use held::{Held, Reconnecting};

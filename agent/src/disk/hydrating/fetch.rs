@@ -1,10 +1,11 @@
-//! Bringing missing blocks: fetches, what becomes of those that fail, and whoever fetches everything.
+//! Bringing missing blocks: comparisons with what the image may hold of them, fetches, what becomes of those that fail, and whoever fetches everything.
 //!
 //! A receiver that is away is tried again, with growing pauses, until the disk is given up: what waits for it
 //! waits. What the receiver has lost is found out block by block, and is an error of those blocks from then on.
 
 use std::{
     cell::Cell,
+    collections::BTreeSet,
     io,
     num::NonZeroU64,
     pin::Pin,
@@ -14,18 +15,16 @@ use std::{
 };
 
 use backtide_hydration::{FetchId, HydrationFile, Kind};
-use backtide_io_filter::{Change, IoFailure};
-use backtide_storage::{ImageFile, KillPoint};
-use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, DiskId, Epoch};
-use bytes::{BufMut, BytesMut};
+use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, chunk_items};
+use backtide_storage::KillPoint;
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteRange, DiskId, Epoch};
 
-use super::{FAILURES_MAX, HydratingDisk};
+use super::{
+    FAILURES_MAX, HydratingDisk,
+    pieces::{Pieces, fetched, in_blocks, is_all, write},
+};
 use crate::disk::{
-    image_disk::blocking,
-    incomplete::remove_note,
-    local::failure,
-    medium::Medium,
-    source::{FetchError, Piece},
+    image_disk::blocking, incomplete::remove_note, local::failure, medium::Medium, source::FetchError,
 };
 
 /// Pauses between attempts to reach the source, doubling.
@@ -71,7 +70,12 @@ const RUNS_BETWEEN_FLUSHES: u64 = 4096;
 /// How long the last step of a hydration waits for the receiver, which may as well hear of it later.
 const RELEASE_TIME: Duration = Duration::from_secs(2);
 
-type Pieces = Vec<(ByteRange, Piece)>;
+/// What was found out about some blocks.
+struct Brought {
+    pieces: Pieces,
+    /// How many changes had spoiled the image when it was compared.
+    spoiled: u64,
+}
 
 impl HydratingDisk {
     /// Begins to fetch blocks that nobody fetches yet.
@@ -84,7 +88,7 @@ impl HydratingDisk {
     fn fetch(self: Rc<Self>, id: FetchId, blocks: BlockRange) -> Pin<Box<dyn Future<Output = ()>>> {
         Box::pin(async move {
             match self.bring(blocks).await {
-                Some(Ok(pieces)) => self.store(id, blocks, pieces).await,
+                Some(Ok(brought)) => self.store(id, blocks, brought).await,
                 Some(Err(why)) => self.narrow(id, blocks, &why).await,
                 None => drop(self.missing.borrow_mut().end_fetch(id, false)),
             }
@@ -93,19 +97,19 @@ impl HydratingDisk {
     }
 
     /// What the source has, or why it has not; none when the disk is given up.
-    async fn bring(&self, blocks: BlockRange) -> Option<Result<Pieces, String>> {
+    async fn bring(&self, blocks: BlockRange) -> Option<Result<Brought, String>> {
         let range = blocks.bytes(self.medium.size());
         let mut pause = RETRY_FIRST;
         loop {
             let fetched = tokio::select! {
                 biased;
                 () = self.until_stopped() => return None,
-                fetched = self.source.fetch(range) => fetched,
+                fetched = self.fetch_differing(range) => fetched,
             };
             let why = match fetched {
-                Ok(pieces) if is_all(&pieces, range) => {
+                Ok(brought) if is_all(&brought.pieces, range) => {
                     self.is_well();
-                    return Some(Ok(pieces));
+                    return Some(Ok(brought));
                 }
                 Ok(_) => "the receiver's answer is not what was asked for".to_owned(),
                 Err(FetchError::Damaged(why)) => return Some(Err(why)),
@@ -125,6 +129,45 @@ impl HydratingDisk {
             }
             pause = (pause * 2).min(RETRY_LAST);
         }
+    }
+
+    /// Fetches what the image does not hold; all of it, unless it may hold some.
+    async fn fetch_differing(&self, range: ByteRange) -> Result<Brought, FetchError> {
+        let spoiled = self.spoiled.get();
+        let compared = match self.file.header().compare {
+            true => self.medium.run(LocalOp::Read(range)).await.ok(),
+            false => None,
+        };
+        let mut pieces = Pieces::new();
+        let Some(LocalData::Read(bytes)) = compared else {
+            self.fetch_into(range, &mut pieces).await?;
+            return Ok(Brought { pieces, spoiled });
+        };
+        let items: Vec<_> = chunk_items(range, &bytes).into_iter().map(|(item, _)| item).collect();
+        let ranges: Vec<ByteRange> = items.iter().map(|item| item.range).collect();
+        let differing: BTreeSet<u32> = self.source.differing(items).await?.into_iter().collect();
+        let mut wanted: Option<ByteRange> = None;
+        for (position, chunk) in (0..).zip(ranges) {
+            if differing.contains(&position) {
+                let start = wanted.map_or(chunk.start(), ByteRange::start);
+                wanted = Some(ByteRange::between(start, chunk.end()));
+                continue;
+            }
+            if let Some(wanted) = wanted.take() {
+                self.fetch_into(wanted, &mut pieces).await?;
+            }
+            pieces.push((chunk, None));
+        }
+        if let Some(wanted) = wanted {
+            self.fetch_into(wanted, &mut pieces).await?;
+        }
+        Ok(Brought { pieces, spoiled })
+    }
+
+    async fn fetch_into(&self, range: ByteRange, pieces: &mut Pieces) -> Result<(), FetchError> {
+        let fetched = self.source.fetch(range).await?;
+        pieces.extend(fetched.into_iter().map(|(of, piece)| (of, Some(piece))));
+        Ok(())
     }
 
     async fn until_stopped(&self) {
@@ -153,9 +196,12 @@ impl HydratingDisk {
         }
     }
 
-    async fn store(&self, id: FetchId, blocks: BlockRange, pieces: Pieces) {
+    async fn store(&self, id: FetchId, blocks: BlockRange, brought: Brought) {
+        let Brought { pieces, spoiled } = brought;
+        // What was compared need not be what the image holds now: it is looked at again.
+        let is_stale = spoiled != self.spoiled.get() && pieces.iter().any(|(_, piece)| piece.is_none());
         // No await from here to the count: a stop waits for it, or it is seen here.
-        if self.stopped.get() {
+        if self.stopped.get() || is_stale {
             drop(self.missing.borrow_mut().end_fetch(id, false));
             return;
         }
@@ -164,10 +210,11 @@ impl HydratingDisk {
             return;
         }
         self.storing.set(self.storing.get() + 1);
+        let came = fetched(&wanted, &pieces, self.medium.size());
         let stored = self.put(wanted, pieces).await;
         let before = self.missing.borrow().blocks().count();
         self.missing.borrow_mut().end_store(id, stored.is_ok());
-        self.has_brought(before, true);
+        self.has_brought(before, came);
         if let Err(error) = stored {
             self.is_troubled(&format!("what was fetched cannot be stored: {error}"));
             self.has_failed(blocks, failure(error));
@@ -191,9 +238,13 @@ impl HydratingDisk {
                 blocking(put).await
             }
             Medium::Nbd(disk) => {
-                let changes = wanted.iter().flat_map(|run| in_blocks(run.bytes(size), size, &pieces));
-                let stable = disk.change_stably(changes.collect::<Vec<_>>()).await;
-                stable.map_err(|failure| io::Error::from_raw_os_error(failure.errno))?;
+                let changes: Vec<Change> =
+                    wanted.iter().flat_map(|run| in_blocks(run.bytes(size), size, &pieces)).collect();
+                // What it holds already was stable before this disk began to use it.
+                if !changes.is_empty() {
+                    let stable = disk.change_stably(changes).await;
+                    stable.map_err(|failure| io::Error::from_raw_os_error(failure.errno))?;
+                }
                 blocking(move || note(&file, &wanted)).await
             }
         }
@@ -378,85 +429,10 @@ impl HydratingDisk {
     }
 }
 
-/// Whether the pieces are of all of `range`, in order.
-fn is_all(pieces: &Pieces, range: ByteRange) -> bool {
-    let mut at = range.start();
-    for (of, piece) in pieces {
-        let whole = match piece {
-            Piece::Data(data) => data.len() as u64 == of.count().0,
-            Piece::Zeroes => true,
-        };
-        if of.start() != at || !whole {
-            return false;
-        }
-        at = of.end();
-    }
-    at == range.end()
-}
-
 /// The blocks are on the image: says so.
 fn note(file: &HydrationFile, blocks: &[BlockRange]) -> io::Result<()> {
     KillPoint::HydrationStored.reached();
     file.present(blocks)?;
     KillPoint::HydrationNoted.reached();
-    Ok(())
-}
-
-/// What has to be written for pieces to be in `range`.
-fn changes(range: ByteRange, pieces: &Pieces) -> impl Iterator<Item = Change> {
-    pieces.iter().filter_map(move |(of, piece)| {
-        let range = of.intersection(range)?;
-        Some(match piece {
-            Piece::Data(data) => {
-                let skipped = (range.start().0 - of.start().0) as usize;
-                let data = data.slice(skipped..skipped + range.count().0 as usize);
-                Change::Write { range, data, fua: false }
-            }
-            Piece::Zeroes => Change::Zero { range, trim: true, fua: false },
-        })
-    })
-}
-
-/// The same in whole blocks of the granule, which is what some servers take: pieces may end anywhere.
-fn in_blocks(range: ByteRange, size: ByteCount, pieces: &Pieces) -> Vec<Change> {
-    let mut whole = Vec::new();
-    let (mut at, mut data) = (range.start(), BytesMut::new());
-    let end_write = |at: &mut ByteOffset, data: &mut BytesMut, whole: &mut Vec<Change>| {
-        if !data.is_empty() {
-            let range = ByteRange::between(*at, ByteOffset(at.0 + data.len() as u64));
-            *at = range.end();
-            whole.push(Change::Write { range, data: data.split().freeze(), fua: false });
-        }
-    };
-    for change in changes(range, pieces) {
-        match change {
-            Change::Write { data: bytes, .. } => data.extend_from_slice(&bytes),
-            Change::Zero { range: zeroes, trim, fua } => {
-                let inner = BlockRange::covered_by(zeroes, size).bytes(size);
-                let before = if inner.is_empty() { zeroes.end() } else { inner.start() };
-                data.put_bytes(0, (before.0 - zeroes.start().0) as usize);
-                if !inner.is_empty() {
-                    end_write(&mut at, &mut data, &mut whole);
-                    whole.push(Change::Zero { range: inner, trim, fua });
-                    at = inner.end();
-                    data.put_bytes(0, (zeroes.end().0 - inner.end().0) as usize);
-                }
-            }
-            Change::Flush => unreachable!("nothing else is fetched"),
-        }
-    }
-    end_write(&mut at, &mut data, &mut whole);
-    whole
-}
-
-/// Writes what pieces have of `range`.
-fn write(image: &ImageFile, range: ByteRange, pieces: &Pieces) -> io::Result<()> {
-    for change in changes(range, pieces) {
-        match change {
-            Change::Write { range, data, .. } => image.write_at(range.start(), &data)?,
-            Change::Zero { range, trim, .. } => image.zero(range, trim)?,
-            Change::Flush => unreachable!("nothing else is fetched"),
-        }
-    }
     Ok(())
 }

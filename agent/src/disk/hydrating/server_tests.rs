@@ -6,6 +6,7 @@ use backtide_export::{
     BlockSizes, Command, Export, ExportInfo, ExportSummary, Exports, Limits, Listener, NbdAddress, NbdError,
     NbdUri, Reply, Server,
 };
+use backtide_hydration::Header;
 use backtide_storage::RealStorage;
 use backtide_units::ByteCount;
 use bytes::Bytes;
@@ -23,7 +24,8 @@ struct Volatile {
     stable: RefCell<Vec<u8>>,
     /// So many flushes are refused from now on; what was written before one of them is not stable by the next.
     refuses: Cell<u64>,
-    flushes: Cell<u64>,
+    /// Writes are done, and answered with an error.
+    fails_writes: Cell<bool>,
 }
 
 impl Volatile {
@@ -32,7 +34,6 @@ impl Volatile {
     }
 
     fn flush(&self, reply: Reply) {
-        self.flushes.set(self.flushes.get() + 1);
         if let Some(left) = self.refuses.get().checked_sub(1) {
             self.refuses.set(left);
             self.end();
@@ -58,7 +59,10 @@ impl Export for VolatileExport {
             Command::Read { .. } => reply.data(Bytes::copy_from_slice(&self.0.content.borrow()[place])),
             Command::Write { data, .. } => {
                 self.0.content.borrow_mut()[place].copy_from_slice(&data);
-                reply.done();
+                match self.0.fails_writes.get() {
+                    true => reply.fail(NbdError::Io),
+                    false => reply.done(),
+                }
             }
             Command::Trim { .. } | Command::WriteZeroes { .. } => {
                 self.0.content.borrow_mut()[place].fill(0);
@@ -92,20 +96,25 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
+        let mut stale = vec![255; SIZE as usize];
+        stale[..10 * BLOCK as usize].copy_from_slice(&at_point()[..10 * BLOCK as usize]);
+        Self::of(stale, header()).await
+    }
+
+    /// With this behind.
+    async fn of(stale: Vec<u8>, header: Header) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let content = at_point();
-        let mut stale = vec![255; SIZE as usize];
-        stale[..10 * BLOCK as usize].copy_from_slice(&content[..10 * BLOCK as usize]);
         let volatile = Rc::new(Volatile {
             content: RefCell::new(stale.clone()),
             stable: RefCell::new(stale),
             refuses: Cell::new(0),
-            flushes: Cell::new(0),
+            fails_writes: Cell::new(false),
         });
         let source = Rc::new(FakeSource::new(content));
         let missing = DirtyBitmap::of((10..BLOCKS).into());
         let storage = Arc::new(RealStorage::open(directory.path()).unwrap());
-        let file = HydrationFile::create(storage, FILE.as_ref(), header(), missing).unwrap();
+        let file = HydrationFile::create(storage, FILE.as_ref(), header, missing).unwrap();
         let server = serve(&socket(&directory), &volatile).await;
         let disk = connect(&directory, &source, file).await;
         Self { directory, volatile, server: Some(server), source, disk }
@@ -259,6 +268,28 @@ async fn what_a_server_would_not_flush_is_missing_still() {
             bench.both_end().await;
             assert!(!bench.disk.missing_blocks().touches((100..101).into()));
             bench.is(&at_point()).await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn what_a_failed_write_left_is_not_taken_for_what_was_compared() {
+    LocalSet::new()
+        .run_until(async {
+            let bench = Bench::of(at_point(), Header { compare: true, ..header() }).await;
+            bench.source.close();
+            let disk = Rc::clone(&bench.disk);
+            let place = 20 * BLOCK..21 * BLOCK;
+            let reading = place.clone();
+            let read = spawn_local(async move { disk.run(LocalOp::Read(bytes(reading))).await });
+            // The image was looked at, and is written before the answer comes.
+            bench.source.until_compared(1).await;
+            bench.volatile.fails_writes.set(true);
+            bench.disk.run(write(place.clone(), 77)).await.unwrap_err();
+            bench.volatile.fails_writes.set(false);
+            bench.source.open();
+            let expected = Bytes::copy_from_slice(&at_point()[place.start as usize..place.end as usize]);
+            assert_eq!(read.await.unwrap(), Ok(LocalData::Read(expected)));
         })
         .await;
 }

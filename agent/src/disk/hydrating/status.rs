@@ -54,13 +54,12 @@ impl HydratingDisk {
         self.changed.notify_waiters();
     }
 
-    /// Blocks have come since there were `before`.
-    pub(super) fn has_brought(&self, before: BlockCount, fetched: bool) {
+    /// Blocks have come since there were `before`, so many of them from the receiver.
+    pub(super) fn has_brought(&self, before: BlockCount, fetched: BlockCount) {
         let missing = self.missing.borrow().blocks().count();
         let mut progress = self.progress.borrow_mut();
-        if fetched {
-            progress.fetched = BlockCount(progress.fetched.0 + before.0.saturating_sub(missing.0));
-        }
+        let came = before.0.saturating_sub(missing.0);
+        progress.fetched = BlockCount(progress.fetched.0 + fetched.0.min(came));
         progress.sample(Instant::now(), missing);
     }
 

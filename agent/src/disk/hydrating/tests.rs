@@ -54,6 +54,7 @@ pub(super) fn header() -> Header {
         inode: 0,
         before: Lsn(50),
         total: BlockCount(BLOCKS - 10),
+        compare: false,
         source: backtide_hydration::SourcePoint {
             receiver: "unix:/run/receiver.sock".to_owned(),
             disk: DiskId::random(),
@@ -68,15 +69,20 @@ pub(super) fn header() -> Header {
 
 impl Bench {
     fn new() -> Self {
+        let mut image = vec![255; SIZE as usize];
+        image[..10 * BLOCK as usize].copy_from_slice(&at_point()[..10 * BLOCK as usize]);
+        Self::of(&image, header())
+    }
+
+    /// With this in the image.
+    fn of(image: &[u8], header: Header) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let content = at_point();
-        let mut image = vec![255; SIZE as usize];
-        image[..10 * BLOCK as usize].copy_from_slice(&content[..10 * BLOCK as usize]);
         std::fs::write(directory.path().join("vm1.img"), image).unwrap();
         let source = Rc::new(FakeSource::new(content));
         let storage = Arc::new(RealStorage::open(directory.path()).unwrap());
         let missing = DirtyBitmap::of((10..BLOCKS).into());
-        let file = HydrationFile::create(storage, Path::new(FILE), header(), missing).unwrap();
+        let file = HydrationFile::create(storage, Path::new(FILE), header, missing).unwrap();
         let disk = Self::disk(directory.path(), &source, file);
         Self { directory, source, disk }
     }
@@ -175,6 +181,46 @@ async fn a_write_counts_and_not_what_was_fetched_meanwhile() {
             expected[21 * BLOCK as usize + 100..22 * BLOCK as usize].fill(78);
             assert_eq!(bench.read(20 * BLOCK..22 * BLOCK).await.unwrap(), expected[81920..90112]);
             assert!(bench.hydrated().await == expected);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn what_the_image_holds_already_is_not_fetched() {
+    LocalSet::new()
+        .run_until(async {
+            let mut image = at_point();
+            for block in [100, 333, 334, 599] {
+                image[(block * BLOCK) as usize + 17] ^= 1;
+            }
+            let bench = Bench::of(&image, Header { compare: true, ..header() });
+            let content = at_point();
+            assert_eq!(bench.read(20 * BLOCK..21 * BLOCK).await.unwrap(), content[81920..86016]);
+            assert!(bench.source.asked().is_empty());
+            // A guest's write counts, and not what was there.
+            bench.disk.run(write(50 * BLOCK..51 * BLOCK, 77)).await.unwrap();
+            let mut expected = content;
+            expected[50 * BLOCK as usize..51 * BLOCK as usize].fill(77);
+            assert!(bench.hydrated().await == expected);
+            let chunk = 64 * 1024;
+            let mut asked = bench.source.asked();
+            asked.sort_by_key(|range| range.start());
+            let chunks = [6 * chunk..7 * chunk, 20 * chunk..21 * chunk, 37 * chunk..SIZE];
+            assert_eq!(asked, chunks.map(bytes));
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn what_is_damaged_at_the_receiver_is_an_error_though_the_image_might_hold_it() {
+    LocalSet::new()
+        .run_until(async {
+            let bench = Bench::of(&at_point(), Header { compare: true, ..header() });
+            bench.source.damage((300..301).into());
+            assert_eq!(bench.read(300 * BLOCK..301 * BLOCK).await, failed(EIO));
+            let content = at_point();
+            let near = bench.read(301 * BLOCK..302 * BLOCK).await.unwrap();
+            assert_eq!(near, content[301 * BLOCK as usize..302 * BLOCK as usize]);
         })
         .await;
 }

@@ -6,8 +6,11 @@
 
 use std::{collections::BTreeMap, io, time::Duration};
 
-use backtide_protocol::{Blocks, Decoder, FailureCode, Message, ReadFailure, Reading, collect_part, encode};
-use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use backtide_protocol::{
+    Blocks, Compare, CompareItem, CompareResult, Decoder, FailureCode, Message, ReadFailure, Reading,
+    collect_part, encode,
+};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
 use roaring::RoaringTreemap;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -27,7 +30,12 @@ const SILENCE_MAX: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub(super) enum Question {
     Fetch(ByteRange),
-    Blocks { which: Blocks, size: ByteCount },
+    /// At this point.
+    Compare(Lsn, Vec<CompareItem>),
+    Blocks {
+        which: Blocks,
+        size: ByteCount,
+    },
     Hold(String),
     Release(String),
 }
@@ -43,6 +51,8 @@ pub(super) struct Asked {
 pub(super) enum Answer {
     Pieces(Vec<(ByteRange, Piece)>),
     Blocks(RoaringTreemap),
+    /// Positions of what was compared.
+    Differing(Vec<u32>),
     Done,
 }
 
@@ -127,6 +137,7 @@ fn take_all(decoder: &mut Decoder, out: &mut BTreeMap<u64, Out>) -> Result<(), S
     while let Some(message) = decoder.next_message().map_err(|error| error.to_string())? {
         match message.message {
             Message::Reading(reading) => take(reading, out)?,
+            Message::CompareResult(result) => take_compared(result, out)?,
             Message::Ping => {}
             Message::Close(closed) => return Err(closed.message),
             Message::Hello(_)
@@ -139,7 +150,6 @@ fn take_all(decoder: &mut Decoder, out: &mut BTreeMap<u64, Out>) -> Result<(), S
             | Message::PassEnd { .. }
             | Message::Mark { .. }
             | Message::Compare(_)
-            | Message::CompareResult(_)
             | Message::Ack { .. }
             | Message::Hasten { .. } => return Err(strange(message.message.name())),
         }
@@ -179,6 +189,18 @@ fn take(reading: Reading, out: &mut BTreeMap<u64, Out>) -> Result<(), String> {
     }
 }
 
+fn take_compared(result: CompareResult, out: &mut BTreeMap<u64, Out>) -> Result<(), String> {
+    let strange = || strange("compare-result");
+    let Out { asked, .. } = out.remove(&result.id).ok_or_else(strange)?;
+    let Question::Compare(_, items) = &asked.question else { return Err(strange()) };
+    if result.differing.iter().any(|position| *position as usize >= items.len()) {
+        return Err(strange());
+    }
+    // Whoever asked may have gone.
+    let _ = asked.answer.send(Ok(Answer::Differing(result.differing)));
+    Ok(())
+}
+
 fn error_of(failure: ReadFailure) -> FetchError {
     match failure.code {
         FailureCode::Damaged => FetchError::Damaged(failure.message),
@@ -194,6 +216,9 @@ fn strange(name: &str) -> String {
 impl Question {
     fn message(&self, id: u64) -> Message {
         Message::Reading(match self {
+            Self::Compare(at, items) => {
+                return Message::Compare(Compare { id, at: *at, items: items.clone() });
+            }
             Self::Fetch(range) => Reading::Fetch { id, range: *range },
             Self::Blocks { which, .. } => Reading::AskBlocks { id, which: *which },
             Self::Hold(owner) => Reading::Hold { id, owner: owner.clone() },
@@ -206,7 +231,9 @@ impl Out {
     fn new(asked: Asked) -> Self {
         let at = match &asked.question {
             Question::Fetch(range) => range.start(),
-            Question::Blocks { .. } | Question::Hold(_) | Question::Release(_) => ByteOffset::ZERO,
+            Question::Compare(..) | Question::Blocks { .. } | Question::Hold(_) | Question::Release(_) => {
+                ByteOffset::ZERO
+            }
         };
         Self { asked, at, pieces: Vec::new(), blocks: RoaringTreemap::new() }
     }
@@ -219,9 +246,11 @@ impl Out {
                 self.pieces.push((range, piece));
                 Ok(())
             }
-            Question::Fetch(_) | Question::Blocks { .. } | Question::Hold(_) | Question::Release(_) => {
-                Err(strange("piece"))
-            }
+            Question::Fetch(_)
+            | Question::Compare(..)
+            | Question::Blocks { .. }
+            | Question::Hold(_)
+            | Question::Release(_) => Err(strange("piece")),
         }
     }
 
@@ -232,6 +261,7 @@ impl Out {
                 let _ = self.asked.answer.send(Err(FetchError::Unreachable(why.clone())));
                 return Err(why);
             }
+            Question::Compare(..) => return Err(strange("answered")),
             Question::Fetch(_) => Answer::Pieces(self.pieces),
             Question::Blocks { .. } => Answer::Blocks(self.blocks),
             Question::Hold(_) | Question::Release(_) => Answer::Done,

@@ -3,6 +3,8 @@
 use std::cell::{Cell, RefCell};
 
 use backtide_hydration::SourcePoint;
+use backtide_io_filter::chunk_items;
+use backtide_protocol::CompareItem;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn};
 use bytes::Bytes;
@@ -22,6 +24,8 @@ pub(crate) struct FakeSource {
     damaged: RefCell<DirtyBitmap>,
     /// What was asked for.
     asked: RefCell<Vec<ByteRange>>,
+    /// How often it was asked what differs.
+    compared: Cell<usize>,
     /// Somebody has asked.
     was_asked: Notify,
 }
@@ -45,6 +49,7 @@ impl FakeSource {
             opened: Notify::new(),
             damaged: RefCell::default(),
             asked: RefCell::default(),
+            compared: Cell::new(0),
             was_asked: Notify::new(),
         }
     }
@@ -83,6 +88,29 @@ impl FakeSource {
     }
 }
 
+impl FakeSource {
+    async fn until_open(&self) {
+        loop {
+            let opened = self.opened.notified();
+            if !self.closed.get() {
+                return;
+            }
+            opened.await;
+        }
+    }
+
+    /// Waits until it was asked so often what differs.
+    pub(crate) async fn until_compared(&self, times: usize) {
+        loop {
+            let asked = self.was_asked.notified();
+            if self.compared.get() >= times {
+                return;
+            }
+            asked.await;
+        }
+    }
+}
+
 impl PointSource for FakeSource {
     fn point(&self) -> &SourcePoint {
         &self.point
@@ -92,13 +120,7 @@ impl PointSource for FakeSource {
         Box::pin(async move {
             self.asked.borrow_mut().push(range);
             self.was_asked.notify_waiters();
-            loop {
-                let opened = self.opened.notified();
-                if !self.closed.get() {
-                    break;
-                }
-                opened.await;
-            }
+            self.until_open().await;
             if self.away.get() {
                 return Err(FetchError::Unreachable("the receiver is away".to_owned()));
             }
@@ -117,6 +139,25 @@ impl PointSource for FakeSource {
                 (ByteRange::between(range.start(), middle), piece(first)),
                 (ByteRange::between(middle, range.end()), piece(second)),
             ])
+        })
+    }
+
+    fn differing(&self, items: Vec<CompareItem>) -> Fetching<'_, Vec<u32>> {
+        Box::pin(async move {
+            self.compared.set(self.compared.get() + 1);
+            self.was_asked.notify_waiters();
+            self.until_open().await;
+            if self.away.get() {
+                return Err(FetchError::Unreachable("the receiver is away".to_owned()));
+            }
+            let differs = |item: &CompareItem| {
+                let place = item.range.start().0 as usize..item.range.end().0 as usize;
+                let bytes = Bytes::copy_from_slice(&self.content[place]);
+                let damaged = self.damaged.borrow().touches(BlockRange::touched_by(item.range));
+                damaged || chunk_items(item.range, &bytes)[0].0 != *item
+            };
+            let positions = (0..).zip(&items).filter(|(_, item)| differs(item));
+            Ok(positions.map(|(position, _)| position).collect())
         })
     }
 

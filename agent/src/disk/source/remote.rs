@@ -8,7 +8,8 @@ use std::{rc::Rc, time::Duration};
 
 use backtide_hydration::SourcePoint;
 use backtide_protocol::{
-    Blocks, CloseCode, Closed, Decoder, Message, OpenPoint, PROTOCOL_VERSION, PointOpened, Reading, encode,
+    Blocks, CloseCode, Closed, CompareItem, Decoder, Message, OpenPoint, PROTOCOL_VERSION, PointOpened,
+    Reading, encode,
 };
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockIndex, BlockRange, ByteRange, DiskId, Epoch, HistoryId, LogPosition, Lsn};
@@ -220,7 +221,7 @@ impl RemotePoint {
         let size = self.point.size;
         match self.ask(Question::Blocks { which, size }).await? {
             Answer::Blocks(blocks) => Ok(bitmap(&blocks)),
-            Answer::Pieces(_) | Answer::Done => Err(mixed_up()),
+            Answer::Pieces(_) | Answer::Differing(_) | Answer::Done => Err(mixed_up()),
         }
     }
 }
@@ -259,7 +260,16 @@ impl PointSource for RemotePoint {
         Box::pin(async move {
             match self.ask(Question::Fetch(range)).await? {
                 Answer::Pieces(pieces) => Ok(pieces),
-                Answer::Blocks(_) | Answer::Done => Err(mixed_up()),
+                Answer::Blocks(_) | Answer::Differing(_) | Answer::Done => Err(mixed_up()),
+            }
+        })
+    }
+
+    fn differing(&self, items: Vec<CompareItem>) -> Fetching<'_, Vec<u32>> {
+        Box::pin(async move {
+            match self.ask(Question::Compare(self.point.lsn, items)).await? {
+                Answer::Differing(positions) => Ok(positions),
+                Answer::Pieces(_) | Answer::Blocks(_) | Answer::Done => Err(mixed_up()),
             }
         })
     }

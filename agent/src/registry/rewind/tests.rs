@@ -17,7 +17,7 @@ fn header() -> Header {
         size: ByteCount(1 << 20),
     };
     let (kind, boot, epoch, before) = (Kind::Rewind, trust::boot_id(), Epoch(1), Lsn(90));
-    Header { disk, kind, boot, epoch, inode: 1, before, total: BlockCount(4), source }
+    Header { disk, kind, boot, epoch, inode: 1, before, total: BlockCount(4), compare: false, source }
 }
 
 #[test]

@@ -79,6 +79,7 @@ fn header() -> Header {
         inode: 4,
         before: Lsn(50),
         total: BlockCount(20),
+        compare: false,
         source: SourcePoint {
             receiver: "unix:/run/receiver.sock".to_owned(),
             disk,

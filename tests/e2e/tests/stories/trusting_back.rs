@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use backtide_e2e::{Bench, Daemon, Disk, OtherHost, http, tools};
+use backtide_e2e::{Bench, Counting, Daemon, Disk, OtherHost, http, tools};
 use serde_json::{Value, json};
 
 const SIZE: u64 = 64 << 20;
@@ -14,6 +14,21 @@ fn whole(disk: &Disk<'_>) {
     disk.settle();
     disk.until("whole", |status| status["hydration"].is_null());
     disk.settle();
+}
+
+/// Waits until the agent has noted that it lived after the image was written last: an image that was written long after the
+/// last sign of life is trusted by nobody.
+fn seen_alive(bench: &Bench, disk: &Disk<'_>) {
+    let written = std::fs::metadata(&disk.image).unwrap().modified().unwrap();
+    let written = written.duration_since(std::time::UNIX_EPOCH).unwrap().as_micros();
+    loop {
+        let tracking = std::fs::read(bench.path("state/vm1.tracking")).unwrap();
+        let sign = tracking[4096..4104].try_into().unwrap();
+        if u128::from(u64::from_le_bytes(sign)) >= written {
+            return;
+        }
+        disk.status();
+    }
 }
 
 /// The other host has the disk, writes, and lets go of it.
@@ -140,6 +155,36 @@ fn an_image_that_is_not_the_one_the_disk_had_is_not_overwritten_unasked() {
     is_what_it_was_there(&bench, &disk);
 }
 
+/// Of an agent that was killed nobody knows what it had written lately: that is compared by checksums, and stays where it is the
+/// same.
+#[test]
+fn what_may_differ_after_a_crash_and_does_not_is_not_sent() {
+    let bench = Bench::new();
+    let (_receiver, first, disk) = bench.protected(SIZE, &[]);
+    // Extents all over the disk are hot, and everything of them is at the receiver.
+    disk.qemu_io(&["write -P 0x11 0 32M", "write -P 0x12 48M 64k", "flush"]);
+    disk.settle();
+    seen_alive(&bench, &disk);
+    first.kill();
+    let (other, _second) = OtherHost::start(&bench);
+    there_and_back(&other, &["failover", "--yes"]);
+    let mut first = bench.agent();
+    first.may_complain("another agent has disk vm1");
+    first.may_complain("fenced");
+    disk.until("it is fenced", |status| status["reason_code"] == "fenced");
+    bench.json_ending(3, &["detach", "vm1"]);
+    let way = Counting::before(&bench.path("way.sock"), bench.path("stream.sock"));
+    let way_there = bench.socket("way.sock");
+    let report = bench.json(&["failback", "vm1", "--receiver", &way_there, "--yes", "--wait"]);
+    let came = way.bytes();
+    assert_eq!(report["everything_because"], Value::Null, "{report}");
+    let may_differ = report["fetched_bytes"].as_u64().unwrap();
+    assert!(may_differ >= 32 * MIB, "{report}");
+    // What was written there, as chunks of 64 KiB, and the answers to some hundred questions.
+    assert!((64 << 10..MIB).contains(&came), "{came} bytes came, of {may_differ} that may differ");
+    is_what_it_was_there(&bench, &disk);
+}
+
 #[test]
 fn two_agents_with_one_epoch_leave_no_dead_end_and_no_old_image() {
     let bench = Bench::new();
@@ -251,4 +296,15 @@ fn a_disk_keeps_its_promise_to_its_guest_wherever_it_goes_on() {
     let again = other.run(&["attach", "vm1", &image, "--receiver", &stream]);
     assert_eq!(again.code, 0, "{again:?}");
     assert_eq!(promise(), ["durable", "block"], "nobody has said otherwise");
+    // Somebody says otherwise there, and the disk takes that along.
+    let detached = other.run(&["detach", "vm1"]);
+    assert_eq!(detached.code, 0, "{detached:?}");
+    let attach =
+        ["attach", "vm1", &image, "--receiver", &stream, "--ack", "received", "--on-outage", "continue"];
+    let again = other.run(&attach);
+    assert_eq!(again.code, 0, "{again:?}");
+    other.settle();
+    assert_eq!(other.run(&["detach", "vm1"]).code, 0);
+    bench.json(&["failback", "vm1", "--yes", "--wait"]);
+    assert_eq!([&disk.status()["ack"], &disk.status()["on_outage"]], ["received", "continue"]);
 }
