@@ -35,7 +35,7 @@ impl Ingest {
             match ticket {
                 Some(ticket) => {
                     self.syncing.borrow_mut().insert(disk);
-                    due.push((disk, ticket.opened));
+                    due.push((disk, ticket.life));
                     tickets.push(ticket);
                 }
                 None => self.wake_owner(disk),

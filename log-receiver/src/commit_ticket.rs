@@ -15,7 +15,7 @@ pub(crate) fn next_life() -> u64 {
 
 /// Files to sync for a disk's entries to be durable.
 pub struct CommitTicket {
-    pub(crate) opened: u64,
+    pub(crate) life: u64,
     pub(crate) ticket: SyncTicket,
     pub(crate) watermark: Option<Watermark>,
     pub(crate) loss: Option<Loss>,
@@ -24,7 +24,7 @@ pub struct CommitTicket {
 
 /// How a ticket's sync went.
 pub struct CommitOutcome {
-    pub(crate) opened: u64,
+    pub(crate) life: u64,
     pub(crate) outcome: SyncOutcome,
     /// Why nothing that was synced can be found again.
     pub(crate) gone: Option<String>,
@@ -32,7 +32,7 @@ pub struct CommitOutcome {
 
 /// What is left to do once a ticket is synced.
 struct Noting {
-    opened: u64,
+    life: u64,
     watermark: Option<Watermark>,
     loss: Option<Loss>,
     watch: StoreWatch,
@@ -59,8 +59,8 @@ impl CommitTicket {
     }
 
     fn split(self) -> (SyncTicket, Noting) {
-        let Self { opened, ticket, watermark, loss, watch } = self;
-        (ticket, Noting { opened, watermark, loss, watch })
+        let Self { life, ticket, watermark, loss, watch } = self;
+        (ticket, Noting { life, watermark, loss, watch })
     }
 }
 
@@ -74,6 +74,6 @@ impl Noting {
             tracing::debug!(%error, "cannot note beside the log how far it is durable");
         }
         KillPoint::MarkWritten.reached();
-        CommitOutcome { opened: self.opened, outcome, gone }
+        CommitOutcome { life: self.life, outcome, gone }
     }
 }

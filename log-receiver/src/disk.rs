@@ -41,7 +41,7 @@ pub struct Disk {
     past: Past,
     /// Which opening of a log this is: a sync that began before the log failed and was opened again, or before the
     /// disk was forgotten and began anew, says nothing about the log of today, whose entries may have the same numbers.
-    opened: u64,
+    life: u64,
     owner: Option<ConnectionId>,
     /// What was appended since the last ticket and is worth a sync of its own, see [`Disk::gathered_bytes`].
     gathered: u64,
@@ -121,8 +121,8 @@ impl Disk {
             Err(failure) => Log::Failed(Box::new(Failed { failure, ..Failed::default() })),
         };
         let waiting = VecDeque::new();
-        let opened = next_life();
-        Self { id, log, number, past, opened, owner: None, gathered: 0, waiting, waiting_bytes: 0 }
+        let life = next_life();
+        Self { id, log, number, past, life, owner: None, gathered: 0, waiting, waiting_bytes: 0 }
     }
 
     /// Which disk.
@@ -250,7 +250,7 @@ impl Disk {
         self.gathered = 0;
         match log.ticket() {
             Ok(ticket) => ticket.map(|ticket| CommitTicket {
-                opened: self.opened,
+                life: self.life,
                 ticket,
                 watermark: mark.watermark.clone(),
                 loss: mark.loss.clone(),
@@ -267,7 +267,7 @@ impl Disk {
     /// knows what is on the disk, and a second sync may lie.
     pub fn synced(&mut self, outcome: CommitOutcome) {
         let Log::Open(log, _) = &mut self.log else { return };
-        if outcome.opened != self.opened {
+        if outcome.life != self.life {
             return;
         }
         if let Some(why) = outcome.gone {
@@ -310,19 +310,19 @@ impl Disk {
 
     /// Lets the log begin later, once the ticket is written; none when it is out of use or has changed.
     pub(crate) fn rebase(&self, base: Base) -> Option<(u64, RebaseTicket)> {
-        Some((self.opened, self.log()?.rebase(base)?))
+        Some((self.life, self.log()?.rebase(base)?))
     }
 
     /// Takes note that it begins later. A log that was opened again since knows it from the file.
     pub(crate) fn rebased(&mut self, life: u64, rebased: Rebased) {
-        if let (Log::Open(log, _), true) = (&mut self.log, self.opened == life) {
+        if let (Log::Open(log, _), true) = (&mut self.log, self.life == life) {
             log.rebased(rebased);
         }
     }
 
     /// Which opening of a log this is: what is known of an earlier life says nothing about this one.
     pub(crate) fn life(&self) -> u64 {
-        self.opened
+        self.life
     }
 
     /// Which of the disk's logs is in use.
@@ -414,7 +414,7 @@ impl Disk {
     /// the disk: entry numbers it waits for may be those of other entries now.
     pub(crate) fn reopened(&mut self, log: DiskLog, mark: LogMark) -> Option<ConnectionId> {
         self.log = Log::Open(Box::new(log), mark);
-        self.opened = next_life();
+        self.life = next_life();
         self.owner.take()
     }
 

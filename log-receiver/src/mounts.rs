@@ -168,7 +168,7 @@ impl Table {
                     let table = Rc::clone(&self);
                     tokio::task::spawn_local(async move { drop(answer.send(table.mount(*plan).await)) });
                 }
-                Order::List(answer) => drop(answer.send(self.list())),
+                Order::List(answer) => self.list(answer),
                 Order::Unmount(id, fate, answer) => {
                     let table = Rc::clone(&self);
                     let taken = self.take(&id, fate);
@@ -368,10 +368,15 @@ impl Table {
         done.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))?.map(|()| ended)
     }
 
-    fn list(&self) -> Mounts {
+    /// Answers on a thread that may look at files.
+    fn list(&self, answer: oneshot::Sender<Mounts>) {
         let mounts: Vec<Mount> = self.mounted.borrow().values().map(Mounted::describe).collect();
         let served: Vec<String> = mounts.iter().map(|mount| mount.id.clone()).collect();
-        Mounts { mounts, kept: self.serving.overlays.kept(&served) }
+        let (overlays, writers) = (self.serving.overlays.clone(), self.serving.writers.clone());
+        tokio::task::spawn_local(async move {
+            let looked = writers.run(move || Mounts { mounts, kept: overlays.kept(&served) }).await;
+            looked.map(|mounts| answer.send(mounts))
+        });
     }
 
     async fn next_id(&self, name: &DiskName) -> Result<String, ApiError> {

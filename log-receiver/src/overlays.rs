@@ -271,11 +271,9 @@ impl Overlays {
         ByteCount(ids.iter().map(|id| self.file_bytes(id).0).sum())
     }
 
-    /// Those that are not served, `served` being those that are.
+    /// Those that are not served, `served` being those that are; looks at their files.
     pub(crate) fn kept(&self, served: &[String]) -> Vec<KeptOverlay> {
-        let table = self.table();
-        let rest = table.iter().filter(|(id, _)| !served.contains(id));
-        let kept = rest.map(|(id, known)| {
+        let describe = |(id, known): (&String, &Known)| {
             let record = known.record.as_ref().ok();
             KeptOverlay {
                 id: id.clone(),
@@ -283,11 +281,17 @@ impl Overlays {
                 lsn: record.map(|record| record.lsn),
                 time: record.map(|record| record.time),
                 created: record.map(|record| record.created),
-                file_bytes: self.file_bytes(id),
+                file_bytes: ByteCount::ZERO,
                 problem: known.problem.clone(),
             }
-        });
-        kept.collect()
+        };
+        let mut kept: Vec<_> =
+            self.table().iter().filter(|(id, _)| !served.contains(id)).map(describe).collect();
+        // The table is not held meanwhile.
+        for overlay in &mut kept {
+            overlay.file_bytes = self.file_bytes(&overlay.id);
+        }
+        kept
     }
 
     /// Reads every overlay against its checksums. `step` is told the bytes read and says whether to go on.

@@ -1,7 +1,7 @@
-//! Threads that may block: one small pool syncs segment files, another reads for everybody else.
+//! Threads that may block: one small pool syncs segment files, another reads for everybody else, a third writes overlays.
 //!
-//! Two pools, so that readers of old points never hold up an acknowledgement. Both are bounded; what
-//! exceeds them waits in a queue that is bounded by what can ask (one sync per disk, so many
+//! They are apart, so that readers of old points never hold up an acknowledgement. Each is bounded; what
+//! exceeds it waits in a queue that is bounded by what can ask (one sync per disk, so many
 //! compares per connection, so many requests per NBD connection).
 
 use tokio::{

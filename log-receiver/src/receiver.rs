@@ -1,8 +1,8 @@
 //! The whole receiver: started from a [`Config`], ready when it listens, ended in good order.
 //!
-//! Threads: some that own disks and their connections ([`crate::ingest`]), one for all mounts, two
-//! small pools for what blocks (syncs, reads), and a small runtime that accepts and answers the
-//! control API. They end in the reverse order of the data's way.
+//! Threads: some that own disks and their connections ([`crate::ingest`]), one for all mounts, one that thins
+//! history, small pools for what blocks (syncs; reads; what is written to mounts), and a small runtime that accepts and answers
+//! the control API. They end in the reverse order of the data's way.
 
 use std::{
     fs, io,

@@ -85,16 +85,21 @@ enum State {
     Ended,
 }
 
+/// Numbers of frames, counted from the hello.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Frames {
+    received: u64,
+    durable: u64,
+}
+
 struct Streaming {
     disk: DiskId,
-    /// The last frame handled.
-    received: u64,
-    /// The last frame with everything before it durable.
-    durable: u64,
-    /// The last acknowledgement sent.
-    acked: (u64, u64),
-    /// The last frames that the agent asked to hear of, as received and as durable.
-    asked: (u64, u64),
+    /// How far the stream is handled, and durable with everything before.
+    reached: Frames,
+    /// As the last acknowledgement said.
+    acked: Frames,
+    /// What the agent asked to hear of.
+    asked: Frames,
     /// Frames that become durable with an entry, in order; one per batch.
     waiting: VecDeque<(Seq, u64)>,
 }
@@ -122,7 +127,7 @@ impl Session {
     /// Whether the agent waits for something that was received to become durable.
     pub fn owes_acknowledgement(&self) -> bool {
         match &self.state {
-            State::Streaming(streaming) => streaming.acked.1 < streaming.received,
+            State::Streaming(streaming) => streaming.acked.durable < streaming.reached.received,
             State::AwaitHello | State::AwaitClaim { .. } | State::Ended => false,
         }
     }
@@ -132,7 +137,7 @@ impl Session {
     pub fn wants_commit(&self) -> bool {
         match &self.state {
             State::AwaitClaim { .. } => true,
-            State::Streaming(streaming) => streaming.asked.1 > streaming.acked.1,
+            State::Streaming(streaming) => streaming.asked.durable > streaming.acked.durable,
             State::AwaitHello | State::Ended => false,
         }
     }
@@ -145,7 +150,7 @@ impl Session {
                 if let Some(disk) = disks.get(streaming.disk) {
                     streaming.note(disk);
                 }
-                streaming.asked.0 > streaming.acked.0
+                streaming.asked.received > streaming.acked.received
             }
             State::AwaitHello | State::Ended => false,
         }
@@ -169,7 +174,7 @@ impl Session {
             },
             State::AwaitClaim { .. } => Err(unexpected("no frame before the welcome", &message)),
             State::Streaming(streaming) => {
-                streaming.received = frame;
+                streaming.reached.received = frame;
                 match disks.get_mut(streaming.disk) {
                     Some(disk) if disk.owner() == Some(self.connection) => match disk.failure() {
                         // Not the message is wrong, though nothing can be checked against the log.
@@ -274,9 +279,9 @@ pub(crate) fn another_version(found: u32) -> Closed {
 impl Streaming {
     fn after(claim: &Claim, frame: u64) -> Self {
         // The Welcome acknowledges the hello by itself.
-        let acked = (frame, frame);
+        let reached = Frames { received: frame, durable: frame };
         let (disk, waiting) = (claim.disk, VecDeque::new());
-        Self { disk, received: frame, durable: frame, acked, asked: acked, waiting }
+        Self { disk, reached, acked: reached, asked: reached, waiting }
     }
 
     fn take(&mut self, disks: &mut Disks, message: Message) -> Result<Option<Effect>, Closed> {
@@ -307,7 +312,7 @@ impl Streaming {
             }
             Message::PassEnd { at, valid_from, time } => {
                 // The disk is in sync, or the next pass begins, when it is durable.
-                self.asked.1 = self.received;
+                self.asked.durable = self.reached.received;
                 (Entry::PassEnd { at, valid_from, time }, ByteCount::ZERO)
             }
             Message::Mark { lsn, time, label } => {
@@ -319,12 +324,14 @@ impl Streaming {
             }
             Message::Compare(question) => return self.compare(disks, question).map(Some),
             Message::Hasten { durable } => {
-                self.asked = (self.received, if durable { self.received } else { self.asked.1 });
+                let frame = self.reached.received;
+                self.asked =
+                    Frames { received: frame, durable: if durable { frame } else { self.asked.durable } };
                 return Ok(None);
             }
             Message::Ping => {
                 // Whoever asks whether this side is alive does not wait for the next sync.
-                self.asked.0 = self.received;
+                self.asked.received = self.reached.received;
                 return Ok(None);
             }
             other @ (Message::Hello(_)
@@ -407,9 +414,9 @@ impl Streaming {
 
     /// Notes the entry with which the last frame becomes durable.
     fn note(&mut self, disk: &Disk) {
-        let noted = self.waiting.back().map_or(self.durable, |(_, frame)| *frame);
-        if self.received > noted {
-            self.waiting.push_back((disk.appended(), self.received));
+        let noted = self.waiting.back().map_or(self.reached.durable, |(_, frame)| *frame);
+        if self.reached.received > noted {
+            self.waiting.push_back((disk.appended(), self.reached.received));
         }
     }
 
@@ -420,15 +427,15 @@ impl Streaming {
         while let Some(&(seq, frame)) = self.waiting.front()
             && seq <= durable
         {
-            self.durable = frame;
+            self.reached.durable = frame;
             self.waiting.pop_front();
         }
-        let due = (self.received, self.durable);
-        if due == self.acked {
+        if self.reached == self.acked {
             return None;
         }
-        self.acked = due;
-        Some(Message::Ack { received: due.0, durable: due.1, position: LogPosition(durable.0) })
+        self.acked = self.reached;
+        let Frames { received, durable: through } = self.reached;
+        Some(Message::Ack { received, durable: through, position: LogPosition(durable.0) })
     }
 }
 
