@@ -66,8 +66,18 @@ impl Identity {
         Self { text: image.to_owned(), file }
     }
 
+    /// Whether there was a file or device.
+    pub(crate) fn is_file(&self) -> bool {
+        self.file.is_some()
+    }
+
+    /// Whether both are of one file or device.
+    pub(crate) fn is_same_file(&self, other: &Self) -> bool {
+        self.file.is_some() && self.file == other.file
+    }
+
     fn is_same(&self, other: &Self) -> bool {
-        self.text == other.text || (self.file.is_some() && self.file == other.file)
+        self.text == other.text || self.is_same_file(other)
     }
 }
 

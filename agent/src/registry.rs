@@ -28,7 +28,7 @@ use backtide_export::{NbdAddress, NbdTls, NbdUri};
 use backtide_io_filter::Resume;
 use backtide_socket::Sockets;
 use backtide_tracking::Snapshot;
-use backtide_units::{DiskId, DiskName};
+use backtide_units::{ByteCount, DiskId, DiskName};
 use tokio::{
     sync::{RwLock, Semaphore},
     task::AbortHandle,
@@ -43,7 +43,7 @@ use crate::{
     claims::{Claim, Claimed, Claims, Identity},
     config::{Config, IoEngine, Places},
     disk::{
-        self, Command, DiskHandle, Leaving, OpenError, Opened,
+        self, Command, DiskHandle, InPlace, Leaving, OpenError, Opened,
         source::{Remote, Sources},
     },
     qcow2::{Qcow2Server, format_of},
@@ -100,6 +100,8 @@ struct Attached {
     qcow2: Option<Qcow2Server>,
     /// With direct I/O, what its size has to be a multiple of, in bytes.
     direct_block: Option<u32>,
+    /// The image's file, where it has one.
+    in_place: Option<InPlace>,
     /// Whether single blocks of it can be written.
     takes_blocks: bool,
 }
@@ -154,10 +156,10 @@ impl Registry {
     /// A disk that a test plays.
     #[cfg(test)]
     pub(crate) async fn insert(&self, name: DiskName, handle: DiskHandle) {
-        self.disks
-            .write()
-            .await
-            .insert(name, Attached { handle, qcow2: None, direct_block: None, takes_blocks: true });
+        self.disks.write().await.insert(
+            name,
+            Attached { handle, qcow2: None, direct_block: None, takes_blocks: true, in_place: None },
+        );
     }
 
     /// The disk of this name or UUID.
@@ -311,8 +313,8 @@ impl Registry {
         let path = record.image.clone();
         // The stamp before qemu-nbd opens it, which writes it already.
         let known = record.format;
-        let look = move || (ImageStamp::of(Path::new(&path)), format_of(&path, known));
-        let (stamp, format) = waiting(look).await?;
+        let look = move || (Identity::of(&path), ImageStamp::of(Path::new(&path)), format_of(&path, known));
+        let (identity, stamp, format) = waiting(look).await?;
         let record = DiskRecord { format, ..record };
         let qcow2 = match format {
             Some(ImageFormat::Qcow2) => Some(
@@ -333,13 +335,18 @@ impl Registry {
         opened.io_engine = self.local_io.engine;
         opened.tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
         opened.nbd = self.nbd_limits;
+        // Of a qcow2 file the length says nothing about the disk.
+        let bytes_min = if qcow2.is_some() { ByteCount::ZERO } else { opened.record.size };
+        opened.in_place = InPlace::new(&opened.record.image, identity, bytes_min);
+        let in_place = opened.in_place.clone();
         let resume = opened.resume.clone();
         let (direct_block, takes_blocks) = (opened.behind.direct_block(), opened.behind.takes_blocks());
         match disk::start(opened, self.records.clone(), nbd, self.sockets.clone()).await {
             Ok(handle) => {
                 // Known from now on, also when the disk stands still one day.
                 let _ = handle.status().await;
-                let attached = Attached { handle: handle.clone(), qcow2, direct_block, takes_blocks };
+                let handle_of = handle.clone();
+                let attached = Attached { handle: handle_of, qcow2, direct_block, takes_blocks, in_place };
                 self.disks.write().await.insert(name.clone(), attached);
                 // In this order: whoever asks meanwhile finds it here or there.
                 self.failing.write().await.remove(&name);
@@ -419,6 +426,9 @@ impl Registry {
         if !request.incomplete {
             refuse_incomplete(&handle).await?;
         }
+        if !request.force {
+            self.require_in_place(&name).await?;
+        }
         let leaving = if request.force { Leaving::Forced } else { Leaving::Asked };
         let answer = handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await;
         let result = match answer.map_err(|error| failed(&error)) {
@@ -440,7 +450,7 @@ impl Registry {
         self.claims.leave_image(&name);
         if let Ok(Some(mut record)) = self.records.load(&name) {
             record.attached = false;
-            if has_server {
+            if has_server && record.image_at_detach.is_some() {
                 record.image_at_detach = ImageStamp::of(Path::new(&record.image));
             }
             record.image_at_detach.take_if(|_| result.is_err());
@@ -454,19 +464,6 @@ impl Registry {
             }
         }
         result
-    }
-
-    /// A disk whose attach failed is not attached again at the next start.
-    async fn forget_attached(&self, name: &DiskName) {
-        self.failing.write().await.remove(name);
-        self.sockets.forget(&disk::nbd_purpose(name));
-        let saved = self.records.load(name).and_then(|known| match known {
-            Some(record) if record.attached => self.records.save(&DiskRecord { attached: false, ..record }),
-            Some(_) | None => Ok(()),
-        });
-        if let Err(error) = saved {
-            tracing::error!(disk = %name, %error, "cannot save the disk's record");
-        }
     }
 
     /// Nothing was written since the tracking file was taken: it is as good as before.

@@ -4,17 +4,23 @@
 //! Invariant: while nothing of this agent may write the image, the sign goes on telling of the image as this agent left
 //! it, whatever the time: somebody else's write is noticed after a crash.
 
-use std::path::PathBuf;
-
 use backtide_tracking::{SignOfLife, TrackingFile};
 use backtide_units::CaptureTime;
 
-use super::{local::blocking, trust};
+use super::{
+    in_place::{Displaced, InPlace},
+    local::blocking,
+    trust,
+};
+use crate::record::ImageStamp;
 
 /// The tracking file's sign of life, renewed as long as clients may change something.
 pub(super) struct Life {
     pub(super) file: TrackingFile,
-    pub(super) image: PathBuf,
+    /// None where the image is no file.
+    pub(super) image: Option<InPlace>,
+    /// What became of it, as of the last look.
+    pub(super) displaced: Option<Displaced>,
     /// As counted when the image was last looked at.
     pub(super) changes: u64,
     /// As it is in the file.
@@ -24,9 +30,10 @@ pub(super) struct Life {
 impl Life {
     /// Looks whether something has changed, and says so; `may_change` when something may have that is not counted.
     pub(super) async fn keep(&mut self, changes: u64, captured: CaptureTime, may_change: bool, disk: &str) {
+        self.look(disk).await;
         if may_change || changes != self.changes {
             self.changes = changes;
-            self.sign = trust::alive_now(&self.image, captured);
+            self.sign = trust::alive_now(self.stamp().as_ref(), captured);
         } else if captured != self.sign.captured {
             // That an idle disk has not changed is captured too, and changes no image.
             self.sign.captured = captured;
@@ -39,6 +46,26 @@ impl Life {
             tracing::warn!(disk, %error, "cannot renew the sign of life in the tracking file");
         }
     }
+
+    /// Looks whether the image is where it was.
+    async fn look(&mut self, disk: &str) {
+        let image = self.image.clone();
+        // No look is no news.
+        let look = move || Ok(image.and_then(|image| image.look().err()));
+        let Ok(found) = blocking(look).await else { return };
+        match &found {
+            found if *found == self.displaced => {}
+            Some(error) => tracing::error!(disk, %error, "the image is not where it was"),
+            None => tracing::info!(disk, "the image is where it was again"),
+        }
+        self.displaced = found;
+    }
+
+    /// The image as it is now; none of one that is not a file, or not in its place.
+    pub(super) fn stamp(&self) -> Option<ImageStamp> {
+        let image = self.image.as_ref()?;
+        ImageStamp::of(image.path()).filter(|_| image.look().is_ok())
+    }
 }
 
 #[cfg(test)]
@@ -50,7 +77,7 @@ mod tests {
     use backtide_units::{ByteCount, DiskId};
 
     use super::*;
-    use crate::record::ImageStamp;
+    use crate::claims::Identity;
 
     #[tokio::test]
     async fn a_foreign_write_while_the_disk_is_idle_is_not_taken_for_its_own() {
@@ -62,7 +89,9 @@ mod tests {
         let (path, limits) = (Path::new("vm1.tracking"), ActivityLimits::default());
         let file = TrackingFile::create(&*storage, path, limits, ByteCount(1 << 20), &snapshot).unwrap();
         let sign = trust::alive_since(ImageStamp::of(&image).as_ref(), CaptureTime(1));
-        let mut life = Life { file, image: image.clone(), changes: 0, sign };
+        let text = image.to_str().unwrap();
+        let in_place = InPlace::new(text, Identity::of(text), ByteCount(7));
+        let mut life = Life { file, image: in_place, displaced: None, changes: 0, sign };
         let told = || Loaded::from_file(&*storage, path).unwrap().unwrap().alive.unwrap();
         life.keep(1, CaptureTime(2), false, "vm1").await;
         let own = told();
@@ -83,5 +112,11 @@ mod tests {
         touch(2000);
         life.keep(2, CaptureTime(31), false, "vm1").await;
         assert_eq!(told().image.unwrap().modified_ns, 2000 * 1_000_000_000);
+        // Another file by that name: nothing is known of it.
+        std::fs::copy(&image, directory.path().join("copy")).unwrap();
+        std::fs::rename(directory.path().join("copy"), &image).unwrap();
+        life.keep(3, CaptureTime(32), true, "vm1").await;
+        assert_eq!((told().image, life.stamp()), (None, None));
+        assert_eq!(life.displaced, Some(Displaced::Other(image)));
     }
 }

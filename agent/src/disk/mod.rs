@@ -12,6 +12,7 @@ mod flush_turns;
 mod handle;
 pub(crate) mod hydrating;
 mod image_disk;
+mod in_place;
 mod incomplete;
 mod leaving;
 mod life;
@@ -33,6 +34,7 @@ mod unflushed;
 
 pub(crate) use dial::{Dialer, check_tls};
 pub(crate) use handle::{DiskHandle, NoAnswer};
+pub(crate) use in_place::InPlace;
 pub(crate) use incomplete::{HydrationProblem, has_note, path_of, try_note};
 pub(crate) use leaving::{DetachError, Leaving};
 pub(crate) use nbd_disk::{Served, look_at};

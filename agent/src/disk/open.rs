@@ -15,6 +15,7 @@ use backtide_tracking::{ActivityLimits, SignOfLife, TrackingFile};
 use backtide_units::{BlockCount, ByteCount, CaptureTime, Lsn};
 use uuid::Uuid;
 
+use super::in_place::InPlace;
 use super::{
     incomplete::{self, HydrationProblem, OpenedHydration},
     source::Sources,
@@ -69,6 +70,8 @@ pub(crate) struct Opened {
     pub(crate) nbd: backtide_export::Limits,
     /// None when the agent has no place for spills.
     pub(crate) spill: Option<OpenedSpill>,
+    /// The image's file, where it has one.
+    pub(crate) in_place: Option<InPlace>,
     /// What the disk lacks, if anything.
     pub(crate) hydration: Option<OpenedHydration>,
 }
@@ -165,7 +168,7 @@ pub(crate) async fn open(
     // A fenced disk sends nothing; what it has left in the spill is of another history than the receiver's by now.
     let spill = records.spill().filter(|_| !record.fenced).map(|place| place.open(&settings));
     let io_engine = IoEngine::default();
-    let (tls, nbd) = (None, Default::default());
+    let (tls, nbd, in_place) = (None, Default::default(), None);
     let opened = Opened {
         record,
         behind,
@@ -178,6 +181,7 @@ pub(crate) async fn open(
         tls,
         nbd,
         spill,
+        in_place,
         hydration,
     };
     Ok((opened.record.clone(), opened))

@@ -1,12 +1,6 @@
 //! The thread that owns a disk: starts everything the disk needs, takes commands, ends it cleanly.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    rc::Rc,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::{DiskStatus, LimitsChange, VerifyStatus};
 use backtide_export::{BindError, Listener, NbdUri, Server};
@@ -24,6 +18,7 @@ use super::{
     export::{DiskExport, OneExport},
     hydrating::HydratingDisk,
     image_disk::{EngineError, ImageDisk},
+    in_place::Displaced,
     incomplete::path_of,
     leaving::{DetachError, Leaving},
     life::Life,
@@ -34,7 +29,7 @@ use super::{
     status::Verifies,
     stream::Stream,
 };
-use crate::record::{DiskRecord, ImageStamp, LSN_STEP, Records};
+use crate::record::{DiskRecord, LSN_STEP, Records};
 
 /// Commands waiting for a disk.
 const COMMANDS_MAX: usize = 64;
@@ -179,7 +174,8 @@ impl Disk {
         let (tracking, left) = Tracking::new(tracking, records.clone(), record.name.clone(), spill);
         let life = Life {
             file: tracking.file.clone(),
-            image: PathBuf::from(&record.image),
+            image: opened.in_place,
+            displaced: None,
             changes: 0,
             sign: opened.alive,
         };
@@ -339,7 +335,12 @@ impl Disk {
 
     fn status(&self) -> DiskStatus {
         let clients = u32::try_from(self.server.connections()).unwrap_or(u32::MAX);
-        super::status::disk_status(&self.engine, &self.stream, &self.record, &self.nbd, clients, &self.watch)
+        let (record, nbd) = (&self.record, &self.nbd);
+        let mut status =
+            super::status::disk_status(&self.engine, &self.stream, record, nbd, clients, &self.watch);
+        status.local_error =
+            status.local_error.or_else(|| self.life.displaced.as_ref().map(Displaced::to_string));
+        status
     }
 
     fn verify_status(&mut self) -> Option<VerifyStatus> {
@@ -410,7 +411,7 @@ impl Disk {
     /// Ends service, lets the receiver catch up if it can at once, saves what is left.
     async fn detach(self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
-        let Self { engine, stream, server, mut record, records, image, .. } = self;
+        let Self { engine, stream, server, mut record, records, image, life, .. } = self;
         last.guest_waits = super::leaving::end_service(&engine, server, leaving, last.guest_waits).await;
         // What waits for a receiver that is away would wait for ever.
         engine.local.stop().await;
@@ -424,7 +425,7 @@ impl Disk {
         }
         KillPoint::DetachFlushed.reached();
         // Before anybody else can have the image; a qcow2's server writes it when it ends.
-        record.image_at_detach = ImageStamp::of(Path::new(&record.image)).filter(|_| flushed.is_ok());
+        record.image_at_detach = life.stamp().filter(|_| flushed.is_ok());
         // A receiver that takes longer gets the rest at the next attach.
         let caught_up =
             |filter: &Filter| filter.is_drained() || !filter.is_connected() || filter.mode() != Mode::Sync;

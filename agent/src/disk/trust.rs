@@ -9,10 +9,7 @@
 //!   it last nor later than the agent lived. What tells no time is trusted: a device or server that
 //!   somebody writes between the agent's death and its next start is not noticed.
 
-use std::{
-    path::Path,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use backtide_io_filter::Resume;
 use backtide_tracking::{ImageSeen, LoadError, Loaded, SignOfLife};
@@ -28,11 +25,11 @@ const SLACK: Duration = Duration::from_secs(5);
 /// The same when the host went down with it: the last signs may not have reached the disk.
 const SLACK_OF_A_POWER_LOSS: Duration = Duration::from_secs(60);
 
-/// The sign of life of now, of an agent that has the disk at `image`.
-pub(crate) fn alive_now(image: &Path, captured: CaptureTime) -> SignOfLife {
+/// The sign of life of now, of an agent that has the disk, whose image looks like `image`.
+pub(crate) fn alive_now(image: Option<&ImageStamp>, captured: CaptureTime) -> SignOfLife {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let at = CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX));
-    SignOfLife { at, boot: boot_id(), image: ImageStamp::of(image).as_ref().map(seen), captured }
+    SignOfLife { at, boot: boot_id(), image: image.map(seen), captured }
 }
 
 /// The sign of life of an attach that begins with the image as `stamp` says and has written nothing:

@@ -10,7 +10,7 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_units::DiskName;
 use tokio::task::JoinSet;
 
-use super::{Attached, Registry};
+use super::{Attached, Registry, waiting};
 use crate::{
     claims::Claim,
     disk::{Command, DiskHandle, Leaving},
@@ -48,12 +48,31 @@ impl Registry {
         }
     }
 
+    /// Refuses to let go of a disk whose image is not where it was: what the guest wrote would be lost with the open file.
+    ///
+    /// # Errors
+    /// `refused`, with what became of the image and the way out.
+    pub(super) async fn require_in_place(&self, name: &DiskName) -> Result<(), ApiError> {
+        let in_place = self.disks.read().await.get(name).and_then(|attached| attached.in_place.clone());
+        let Some(in_place) = in_place else { return Ok(()) };
+        waiting(move || in_place.look()).await?.map_err(|displaced| {
+            ApiError::new(ErrorCode::Refused, format!("disk {name} cannot be let go of: {displaced}")).with_hint(
+                format!("copy the disk through its NBD export first, for instance with nbdcopy; `backtide detach {name} --force` then gives up the open file"),
+            )
+        })
+    }
+
     /// Brings every disk close to its end while it is served: afterwards there is little to flush.
     ///
     /// # Errors
     /// `busy` when a disk stands still: it would not let go. `failed` when one lost what it had
-    /// acknowledged, which its guest has to hear first.
+    /// acknowledged, which its guest has to hear first. `refused` when an image is not where it was: the next
+    /// program would open another file.
     pub(crate) async fn prepare_to_hand_over(&self) -> Result<(), ApiError> {
+        let names: Vec<DiskName> = self.disks.read().await.keys().cloned().collect();
+        for name in &names {
+            self.require_in_place(name).await?;
+        }
         for _ in 0..FLUSHES {
             let mut flushing = JoinSet::new();
             for (name, attached) in self.disks.read().await.iter() {
@@ -145,7 +164,7 @@ pub(super) async fn end(name: DiskName, attached: Attached, records: Records, le
     }
     let stamped = records.load(&name).and_then(|known| match known {
         Some(mut record) => {
-            if has_server {
+            if has_server && record.image_at_detach.is_some() {
                 record.image_at_detach = ImageStamp::of(Path::new(&record.image));
             }
             records.save(&DiskRecord { stopped: true, ..record })

@@ -62,6 +62,7 @@ impl Registry {
             );
         }
         let size_before = status.size;
+        self.require_in_place(&name).await?;
         let image = record.image.clone();
         let format = record.format;
         let kind = waiting(move || kind_of(&image, format)).await??;

@@ -138,6 +138,19 @@ impl Registry {
         }
     }
 
+    /// A disk whose attach failed is not attached again at the next start.
+    pub(super) async fn forget_attached(&self, name: &DiskName) {
+        self.failing.write().await.remove(name);
+        self.sockets.forget(&disk::nbd_purpose(name));
+        let saved = self.records.load(name).and_then(|known| match known {
+            Some(record) if record.attached => self.records.save(&DiskRecord { attached: false, ..record }),
+            Some(_) | None => Ok(()),
+        });
+        if let Err(error) = saved {
+            tracing::error!(disk = %name, %error, "cannot save the disk's record");
+        }
+    }
+
     /// Lets go of listening sockets that were kept for disks which are attached no more: an agent may
     /// have died between the end of a disk and that of its socket.
     pub(crate) fn forget_other_sockets(&self, others: &[&str]) -> std::io::Result<()> {

@@ -129,6 +129,7 @@ impl Registry {
         let (_, handle) = self.find(name).await?;
         // Clients may have come meanwhile.
         let Standing { status, .. } = standing(&handle, request).await?;
+        self.require_in_place(name).await?;
         let record = self.records.load(name).map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(name))?;
         let began = Instant::now();

@@ -16,6 +16,7 @@ mod connecting;
 mod crash_tracking;
 mod damage;
 mod databases;
+mod displaced;
 mod during_a_pass;
 mod encrypted;
 mod everything_at_once;

@@ -1,0 +1,101 @@
+//! Whether an image's path still leads to the file that is open.
+//!
+//! While the agent has it, a file can be deleted, another one renamed over it, or cut short. The guest notices nothing of
+//! the first two: what it writes goes to a file without a name, which is gone when the agent lets go of it.
+//! So that is told at once, and a disk is not let go of as if nothing were the matter.
+//!
+//! Invariant: an image is trusted at the next attach only if it was in place at the end of the last.
+
+use std::path::{Path, PathBuf};
+
+use backtide_units::ByteCount;
+
+use crate::{claims::Identity, record::ImageStamp};
+
+/// An image as it was opened.
+#[derive(Clone, Debug)]
+pub(crate) struct InPlace {
+    path: PathBuf,
+    identity: Identity,
+    /// A raw file has at least the disk's size.
+    bytes_min: ByteCount,
+}
+
+/// What became of it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Displaced {
+    #[error("{} was deleted while it is in use: what the guest writes is in no file that can be opened", .0.display())]
+    Gone(PathBuf),
+    #[error("{} is another file than the one in use: what the guest writes is in the old one", .0.display())]
+    Other(PathBuf),
+    #[error("{} was cut to {now} bytes while it is in use, and the disk has {bytes_min}", path.display())]
+    Shorter { path: PathBuf, now: ByteCount, bytes_min: ByteCount },
+}
+
+impl InPlace {
+    /// The file at `path`, of which `identity` was taken before it was opened; none where there is no such file, as behind
+    /// an NBD server. `bytes_min` is zero where the file's length says nothing.
+    pub(crate) fn new(path: &str, identity: Identity, bytes_min: ByteCount) -> Option<Self> {
+        identity.is_file().then(|| Self { path: PathBuf::from(path), identity, bytes_min })
+    }
+
+    /// Looks. Waits for the file system.
+    ///
+    /// # Errors
+    /// What became of it.
+    pub(crate) fn look(&self) -> Result<(), Displaced> {
+        let now = Identity::of(&self.path.to_string_lossy());
+        if !now.is_file() {
+            return Err(Displaced::Gone(self.path.clone()));
+        }
+        if !now.is_same_file(&self.identity) {
+            return Err(Displaced::Other(self.path.clone()));
+        }
+        match ImageStamp::of(&self.path) {
+            Some(ImageStamp { size, .. }) if size < self.bytes_min => {
+                let (path, bytes_min) = (self.path.clone(), self.bytes_min);
+                Err(Displaced::Shorter { path, now: size, bytes_min })
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// The path of the image.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
+    use super::*;
+
+    #[test]
+    fn what_becomes_of_an_image_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("vm.img");
+        let other = directory.path().join("other.img");
+        let link = directory.path().join("link.img");
+        fs::write(&image, [0; 8192]).unwrap();
+        fs::write(&other, [0; 8192]).unwrap();
+        symlink(&image, &link).unwrap();
+        let of = |path: &Path| {
+            let text = path.to_str().unwrap();
+            InPlace::new(text, Identity::of(text), ByteCount(8192)).unwrap()
+        };
+        let (by_name, by_link) = (of(&image), of(&link));
+        assert_eq!((by_name.look(), by_link.look()), (Ok(()), Ok(())));
+        fs::remove_file(&link).unwrap();
+        symlink(&other, &link).unwrap();
+        assert_eq!(by_link.look(), Err(Displaced::Other(link)));
+        fs::write(&image, [0; 4096]).unwrap();
+        assert!(matches!(by_name.look(), Err(Displaced::Shorter { now: ByteCount(4096), .. })));
+        fs::rename(&image, directory.path().join("kept")).unwrap();
+        assert_eq!(by_name.look(), Err(Displaced::Gone(image.clone())));
+        fs::rename(&other, &image).unwrap();
+        assert_eq!(by_name.look(), Err(Displaced::Other(image)));
+        assert!(InPlace::new("nbd://host/disk", Identity::of("nbd://host/disk"), ByteCount(0)).is_none());
+    }
+}

@@ -1,0 +1,112 @@
+//! The image's path leads to another file, or to none, while the agent has it: that is told, the agent does not let go
+//! of the guest's data unasked, and nothing that was known of the one file is believed of the other.
+
+use std::{fs, path::Path};
+
+use backtide_e2e::{Bench, Disk, tools};
+use serde_json::Value;
+
+const SIZE: u64 = 16 << 20;
+
+/// What the guest wrote to the file that has lost its name.
+const WRITTEN: &str = "write -P 0x22 0 1M";
+
+fn read(disk: &Disk<'_>, pattern: &str) {
+    disk.qemu_io(&[&format!("read -P {pattern} 0 1M")]);
+}
+
+/// A copy of the image takes its name; the guest goes on with the old one.
+fn replaced(disk: &Disk<'_>) {
+    disk.qemu_io(&["write -P 0x11 0 1M", "flush"]);
+    disk.settle();
+    let copy = format!("{}.copy", disk.image);
+    tools::run("cp", &[&disk.image, &copy]);
+    fs::rename(&copy, &disk.image).unwrap();
+    disk.qemu_io(&[WRITTEN, "flush"]);
+    disk.settle();
+}
+
+fn error_of(status: &Value) -> &str {
+    status["local_error"].as_str().unwrap_or_default()
+}
+
+/// Whatever would let go of the file is refused, and the disk goes on.
+fn is_not_let_go_of(bench: &Bench, disk: &Disk<'_>, why: &str) {
+    disk.until("it is told", |status| error_of(status).contains(why));
+    for command in
+        [&["detach", "vm1"][..], &["agent", "restart"], &["resize", "vm1", "--size", "32MiB", "--reconnect"]]
+    {
+        let refused = bench.run(command);
+        assert_eq!(refused.code, 5, "{command:?}: {refused:?}");
+        assert!(refused.sentence().contains(why), "{command:?}: {refused:?}");
+    }
+    assert!(bench.run(&["doctor"]).code != 0);
+    read(disk, "0x22");
+}
+
+#[test]
+fn an_image_that_is_replaced_is_kept_open_and_the_other_is_not_believed() {
+    let bench = Bench::new();
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    agent.may_complain("is not where it was");
+    replaced(&disk);
+    is_not_let_go_of(&bench, &disk, "is another file than the one in use");
+    let refused = bench.run(&["rewind", "vm1", "--to", "latest", "--yes"]);
+    assert_ne!(refused.code, 0, "{refused:?}");
+    // An agent that ends has no choice. The next one looks at what is there now.
+    let before = disk.last();
+    assert_eq!(agent.stop(), 0);
+    let _agent = bench.agent();
+    disk.settle();
+    read(&disk, "0x11");
+    disk.latest_is_the_image();
+    // What was written to the old file is in the history.
+    let restored = disk.restore(&format!("lsn:{before}"));
+    tools::qemu_io(restored.to_str().unwrap(), &["read -P 0x22 0 1M"]);
+}
+
+#[test]
+fn an_image_that_is_replaced_and_put_back_is_as_it_was() {
+    let bench = Bench::new();
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    agent.may_complain("is not where it was");
+    let kept = format!("{}.kept", disk.image);
+    fs::rename(&disk.image, &kept).unwrap();
+    disk.qemu_io(&[WRITTEN, "flush"]);
+    is_not_let_go_of(&bench, &disk, "was deleted while it is in use");
+    fs::rename(&kept, &disk.image).unwrap();
+    disk.until("it is well", |status| error_of(status).is_empty());
+    bench.json(&["agent", "restart"]);
+    disk.wait("sync");
+    read(&disk, "0x22");
+    assert_eq!(disk.status()["counters"]["resync_sent_bytes"], 0, "nothing had to be looked at");
+}
+
+#[test]
+fn a_killed_agents_image_that_was_replaced_is_compared() {
+    let bench = Bench::new();
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    agent.may_complain("is not where it was");
+    replaced(&disk);
+    disk.until("it is told", |status| !error_of(status).is_empty());
+    agent.kill();
+    let _agent = bench.agent();
+    disk.settle();
+    read(&disk, "0x11");
+    disk.latest_is_the_image();
+}
+
+#[test]
+fn a_detach_by_force_gives_the_file_up_and_the_next_attach_compares() {
+    let bench = Bench::new();
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    agent.may_complain("is not where it was");
+    replaced(&disk);
+    disk.until("it is told", |status| !error_of(status).is_empty());
+    bench.json(&["detach", "vm1", "--force"]);
+    let image = disk.image.clone();
+    let disk = bench.attach("vm1", Path::new(&image).file_name().unwrap().to_str().unwrap(), &[]);
+    disk.settle();
+    read(&disk, "0x11");
+    disk.latest_is_the_image();
+}
