@@ -305,6 +305,7 @@ fn a_disk_keeps_its_promise_to_its_guest_wherever_it_goes_on() {
     assert_eq!(again.code, 0, "{again:?}");
     other.settle();
     assert_eq!(other.run(&["detach", "vm1"]).code, 0);
-    bench.json(&["failback", "vm1", "--yes", "--wait"]);
+    // The receiver may not have heard yet that it let go.
+    bench.json(&["failback", "vm1", "--yes", "--force", "--wait"]);
     assert_eq!([&disk.status()["ack"], &disk.status()["on_outage"]], ["received", "continue"]);
 }
