@@ -10,6 +10,7 @@ mod copy;
 mod device;
 mod direct;
 mod file;
+mod held;
 mod leftovers;
 mod notes;
 mod old_file;

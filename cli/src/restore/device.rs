@@ -1,10 +1,12 @@
-//! A block device as a target. It is opened exclusively: what is mounted is never overwritten.
+//! A block device as a target. It is opened exclusively: what is mounted is never overwritten. It is locked as
+//! well: an agent does not open devices exclusively, it locks them, and must not get this one meanwhile.
 
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
     os::unix::fs::FileExt,
     path::Path,
+    sync::Arc,
 };
 
 use backtide_control::{ApiError, ErrorCode};
@@ -13,7 +15,7 @@ use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
 
 use crate::{
     ending::{Failure, io_failure},
-    restore::{open_file::OpenFile, target::enough_room},
+    restore::{held::Held, open_file::OpenFile, target::enough_room},
 };
 
 /// Zeroes are written in steps of this where the device has nothing better.
@@ -23,11 +25,12 @@ const ZERO_STEP: ByteCount = ByteCount(1 << 20);
 #[derive(Clone)]
 pub(crate) struct Device {
     file: OpenFile,
+    _held: Arc<Held>,
 }
 
 impl Device {
     /// Opens the device for a point of `needed` bytes.
-    pub(crate) fn open(path: &Path, needed: ByteCount) -> Result<Self, Failure> {
+    pub(super) fn open(path: &Path, held: Held, needed: ByteCount) -> Result<Self, Failure> {
         let failed = |error: io::Error| io_failure(format_args!("open {}", path.display()), &error);
         // On a block device O_EXCL without O_CREAT means: fail when it is mounted or held.
         let flags = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC;
@@ -41,7 +44,7 @@ impl Device {
         };
         let size = (&file).seek(SeekFrom::End(0)).map_err(failed)?;
         enough_room(path.display(), ByteCount(size), needed)?;
-        Ok(Self { file: OpenFile::new(file, path) })
+        Ok(Self { file: OpenFile::new(file, path), _held: Arc::new(held) })
     }
 
     /// Where it is.

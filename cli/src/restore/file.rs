@@ -1,6 +1,7 @@
 //! A new file as a target: written under a temporary name beside its place, and moved there when
 //! it is whole and durable. Nobody ever sees half a restore under the name that was asked for. Notes
-//! beside it say what is done, so that a later restore of the same point goes on there.
+//! beside it say what is done, so that a later restore of the same point goes on there. What it replaces is
+//! locked from the beginning to the end, so that no agent begins to protect a file that is about to lose its name.
 
 use std::{
     fs::File,
@@ -18,12 +19,16 @@ use tempfile::{NamedTempFile, TempPath};
 use crate::{
     ending::{Failure, io_failure},
     restore::{
+        held::{Held, NotHeld},
         leftovers::{self, Leftover},
         notes::{self, Goal, Notes},
         open_file::OpenFile,
         pieces::PIECE,
     },
 };
+
+/// What becomes of a restore whose name somebody else has in the end.
+const STAYS: &str = "what was restored stays beside it: detach the disk, then the same command with the same point gives it the name";
 
 /// A file that has no name yet. Dropped before [`NewFile::publish`], it is gone.
 #[derive(Clone)]
@@ -32,7 +37,24 @@ pub(crate) struct NewFile {
     /// Taken when the file gets its name.
     temporary: Arc<Mutex<Option<Partial>>>,
     notes: Notes,
-    replace: bool,
+    replacing: Arc<Mutex<Replacing>>,
+}
+
+/// What a new file does to what has its name.
+#[derive(Debug, Default)]
+pub(super) enum Replacing {
+    /// Nothing: there must be none.
+    #[default]
+    Nothing,
+    /// Takes the name from it, if there is one: what was there at the beginning is held.
+    Anything(Option<Held>),
+}
+
+impl Replacing {
+    /// With `force` whatever has the name, of which `held` is there already.
+    pub(super) fn new(force: bool, held: Option<Held>) -> Self {
+        if force { Self::Anything(held) } else { Self::Nothing }
+    }
 }
 
 /// The partial file and its notes. Dropped, both are gone.
@@ -44,10 +66,10 @@ struct Partial {
 impl NewFile {
     /// Of the point's size, all zeroes and without space. It gets mode 0600: it holds a disk. Of a
     /// leftover it is the file that an earlier restore began.
-    pub(crate) fn create(
+    pub(super) fn create(
         path: &Path,
         goal: &Goal,
-        replace: bool,
+        replacing: Replacing,
         leftover: Option<Leftover>,
     ) -> Result<Self, Failure> {
         let failed = |error: io::Error| io_failure(format_args!("create {}", path.display()), &error);
@@ -79,7 +101,8 @@ impl NewFile {
         let file = OpenFile::new(temporary.as_file().try_clone().map_err(failed)?, path);
         let notes_path = TempPath::try_from_path(notes_path).map_err(failed)?;
         let partial = Partial { file: temporary, notes: notes_path };
-        Ok(Self { file, temporary: Arc::new(Mutex::new(Some(partial))), notes, replace })
+        let replacing = Arc::new(Mutex::new(replacing));
+        Ok(Self { file, temporary: Arc::new(Mutex::new(Some(partial))), notes, replacing })
     }
 
     /// The name it is going to have.
@@ -108,10 +131,8 @@ impl NewFile {
     /// Lets the partial file stay for a later restore.
     pub(super) fn leave(&self) {
         let partial = self.temporary.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(Partial { file, notes }) = partial {
-            // What cannot be kept is only done again.
-            let _ = file.keep();
-            let _ = notes.keep();
+        if let Some(partial) = partial {
+            partial.keep();
         }
     }
 
@@ -120,30 +141,73 @@ impl NewFile {
     }
 
     pub(super) async fn publish(&self) -> Result<(), Failure> {
-        let temporary = self.temporary.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Partial { file: temporary, notes } = temporary.expect("a restored file gets its name once");
-        let (path, replace) = (self.path().to_owned(), self.replace);
-        let name = move |_: &File| {
-            // Not earlier: a partial file that others may open is not gone on with.
-            if replace && let Ok(found) = std::fs::metadata(&path) {
-                temporary.as_file().set_permissions(found.permissions())?;
+        let partial = self.temporary.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let partial = partial.expect("a restored file gets its name once");
+        let replacing = std::mem::take(&mut *self.replacing.lock().unwrap_or_else(PoisonError::into_inner));
+        let path = self.path().to_owned();
+        let name = move |_: &File| match replacing {
+            Replacing::Nothing => partial.name_if_free(&path),
+            Replacing::Anything(held) => partial.name(&path, held),
+        };
+        match self.file.blocking("name", name).await? {
+            Named::Done => Ok(()),
+            Named::Appeared => {
+                let message = format!("{} has appeared meanwhile", self.path().display());
+                Err(ApiError::new(ErrorCode::Exists, message).into())
             }
-            let kept = if replace { temporary.persist(&path) } else { temporary.persist_noclobber(&path) };
-            match kept {
-                Ok(_) => {
-                    drop(notes);
-                    sync_directory(&path).map(|()| true)
-                }
-                Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-                Err(error) => Err(error.error),
+            Named::NotHeld(why) => Err(why.failure(self.path(), STAYS)),
+        }
+    }
+}
+
+/// How the end of a restore went.
+enum Named {
+    Done,
+    /// Something has the name now.
+    Appeared,
+    /// Something has it that must not lose it. The partial file stays.
+    NotHeld(NotHeld),
+}
+
+impl Partial {
+    /// Gives it the name of nothing else.
+    fn name_if_free(self, path: &Path) -> io::Result<Named> {
+        match self.file.persist_noclobber(path) {
+            Ok(_) => {
+                drop(self.notes);
+                sync_directory(path).map(|()| Named::Done)
+            }
+            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(Named::Appeared),
+            Err(error) => Err(error.error),
+        }
+    }
+
+    /// Gives it the name, also of something else: of what is `held`, or of what can be held now.
+    fn name(self, path: &Path, held: Option<Held>) -> io::Result<Named> {
+        // What was locked at the beginning may have no name any more, and an agent may have what has it now.
+        let held = match Held::now(held, path) {
+            Ok(Some(held)) => held,
+            Ok(None) => return self.name_if_free(path),
+            Err(why) => {
+                self.keep();
+                return Ok(Named::NotHeld(why));
             }
         };
-        let named = self.file.blocking("name", name).await?;
-        if named {
-            return Ok(());
-        }
-        let message = format!("{} has appeared meanwhile", self.path().display());
-        Err(ApiError::new(ErrorCode::Exists, message).into())
+        // Not earlier: a partial file that others may open is not gone on with.
+        self.file.as_file().set_permissions(held.permissions()?)?;
+        self.file.persist(path).map_err(|error| error.error)?;
+        drop(self.notes);
+        sync_directory(path)?;
+        // Not earlier: whoever waits for the lock opens what has the name by then.
+        drop(held);
+        Ok(Named::Done)
+    }
+
+    /// Lets it stay for a later restore.
+    fn keep(self) {
+        // What cannot be kept is only done again.
+        let _ = self.file.keep();
+        let _ = self.notes.keep();
     }
 }
 

@@ -13,7 +13,14 @@ use bytes::Bytes;
 use crate::{
     ending::{Failure, io_failure, wrong_usage},
     quantity::size_both,
-    restore::{device::Device, file::NewFile, leftovers::Leftover, notes::Goal, old_file::OldFile},
+    restore::{
+        device::Device,
+        file::{NewFile, Replacing},
+        held::Held,
+        leftovers::Leftover,
+        notes::Goal,
+        old_file::OldFile,
+    },
 };
 
 /// A target that is open.
@@ -59,20 +66,13 @@ pub(crate) struct Wanted {
     pub(crate) leftover: Option<Leftover>,
 }
 
-/// Refuses what is in use: an image that an agent protects (it holds the lock), and files of a daemon.
-fn refuse_live(path: &Path) -> Result<(), Failure> {
+/// Holds what is there, for as long as the restore goes on; refuses what is in use - an image that an agent
+/// protects - and files of a daemon.
+fn hold_unless_live(path: &Path) -> Result<Held, Failure> {
     let real = std::fs::canonicalize(path).map_err(|error| io_failure(path.display(), &error))?;
     refuse_store(&real)?;
-    let file = std::fs::File::open(&real).map_err(|error| io_failure(path.display(), &error))?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(()),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let message = format!("{} is locked: an agent protects it", path.display());
-            let hint = "detach the disk first, or restore to another place";
-            Err(ApiError::new(ErrorCode::Locked, message).with_hint(hint).into())
-        }
-        Err(errno) => Err(io_failure(path.display(), &errno.into())),
-    }
+    let hint = "detach the disk first, or restore to another place";
+    Held::take(&real).map_err(|why| why.failure(path, hint))
 }
 
 /// Refuses what lies in a receiver's store or an agent's state directory, whether it is there already or not.
@@ -131,28 +131,38 @@ impl Target {
                     .into())
             }
             Ok(found) if found.is_file() || found.file_type().is_block_device() => {
-                refuse_live(&path)?;
-                Self::replace(&path, &found, way, wanted)
+                let held = hold_unless_live(&path)?;
+                Self::replace(&path, &found, held, way, wanted)
             }
             Ok(_) => Err(wrong_usage(format!("{} is neither a file nor a block device", path.display()))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 refuse_store(path.parent().unwrap_or(Path::new("/")))?;
                 refuse_dangling(&path)?;
-                NewFile::create(&path, &wanted.goal, wanted.force, wanted.leftover).map(Self::File)
+                let replacing = Replacing::new(wanted.force, None);
+                NewFile::create(&path, &wanted.goal, replacing, wanted.leftover).map(Self::File)
             }
             Err(error) => Err(io_failure(path.display(), &error)),
         }
     }
 
-    fn replace(path: &Path, found: &std::fs::Metadata, way: Way, wanted: Wanted) -> Result<Self, Failure> {
+    fn replace(
+        path: &Path,
+        found: &std::fs::Metadata,
+        held: Held,
+        way: Way,
+        wanted: Wanted,
+    ) -> Result<Self, Failure> {
         if found.file_type().is_block_device() {
-            return Device::open(path, wanted.goal.size).map(|device| Self::Device(device, way));
+            return Device::open(path, held, wanted.goal.size).map(|device| Self::Device(device, way));
         }
         let real = std::fs::canonicalize(path).map_err(|error| io_failure(path.display(), &error))?;
         if wanted.only_changed {
+            // It takes the lock for itself, on what it writes to.
+            drop(held);
             return OldFile::open(&real, found, wanted.goal.size).map(Self::OldFile);
         }
-        NewFile::create(&real, &wanted.goal, true, wanted.leftover).map(Self::File)
+        let replacing = Replacing::new(true, Some(held));
+        NewFile::create(&real, &wanted.goal, replacing, wanted.leftover).map(Self::File)
     }
 
     async fn connect(output: &str, size: ByteCount, way: Way) -> Result<Self, Failure> {

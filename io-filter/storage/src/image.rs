@@ -80,8 +80,8 @@ pub enum ImageError {
         /// Which.
         path: PathBuf,
     },
-    /// Another agent has it.
-    #[error("{} is locked by {}: another agent protects it", path.display(), by.as_deref().unwrap_or("another process"))]
+    /// Another agent has it, or a restore.
+    #[error("{} is locked by {}: another agent protects it, or a restore writes to it", path.display(), by.as_deref().unwrap_or("another process"))]
     Locked {
         /// Which.
         path: PathBuf,
@@ -133,6 +133,9 @@ pub enum ImageError {
 /// The unit disk sizes are multiples of.
 const SECTOR_BYTES: u64 = 512;
 
+/// How often an image is opened again whose name is given to another file meanwhile.
+const LOOKS_MAX: usize = 8;
+
 impl ImageFile {
     /// Opens and locks an image, to be used through the page cache.
     ///
@@ -158,20 +161,7 @@ impl ImageFile {
         }
         let is_direct = opening.cache == Cache::Direct;
         let flags = if is_direct { OFlags::DIRECT } else { OFlags::empty() };
-        let opened =
-            OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(&path);
-        let file = match opened {
-            // What the system answers to a flag that a file system does not know.
-            Err(error) if is_direct && error.kind() == io::ErrorKind::InvalidInput => {
-                return Err(ImageError::NotDirect { path });
-            }
-            opened => opened.map_err(io)?,
-        };
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(ImageError::Locked { by: lock_owner(&file), path }),
-            Err(errno) => return Err(io(errno.into())),
-        }
+        let file = open_locked(&path, flags)?;
         // The end is the size of files and of block devices alike.
         let size = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|errno| io(errno.into()))?;
         let size = ByteCount(size);
@@ -297,6 +287,39 @@ impl AsFd for ImageFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Opens and locks what has the name `path`. A restore that replaces a file holds its lock until the name is that
+/// of another one: who opened the old one before would have it then, and write to what nobody finds.
+fn open_locked(path: &Path, flags: OFlags) -> Result<File, ImageError> {
+    let io = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => ImageError::Missing { path: path.to_path_buf() },
+        // What the system answers to a flag that a file system does not know.
+        io::ErrorKind::InvalidInput if flags.contains(OFlags::DIRECT) => {
+            ImageError::NotDirect { path: path.to_path_buf() }
+        }
+        _ => ImageError::Io { path: path.to_path_buf(), source },
+    };
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(flags.bits().cast_signed());
+    for _ in 0..LOOKS_MAX {
+        let file = options.open(path).map_err(io)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) if has_name(&file, path).map_err(io)? => return Ok(file),
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                return Err(ImageError::Locked { by: lock_owner(&file), path: path.to_path_buf() });
+            }
+            Err(errno) => return Err(io(errno.into())),
+        }
+    }
+    Err(ImageError::Locked { by: None, path: path.to_path_buf() })
+}
+
+/// Whether `path` leads to this file.
+fn has_name(file: &File, path: &Path) -> io::Result<bool> {
+    let (opened, named) = (file.metadata()?, std::fs::metadata(path)?);
+    Ok((opened.dev(), opened.ino()) == (named.dev(), named.ino()))
 }
 
 /// What direct I/O to an image of this size has to be multiples of.

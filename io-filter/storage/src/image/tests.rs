@@ -28,6 +28,21 @@ fn a_second_agent_is_locked_out() {
 }
 
 #[test]
+fn a_file_that_has_lost_its_name_is_not_the_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), 1 << 20);
+    let old = File::open(&path).unwrap();
+    assert!(has_name(&old, &path).unwrap());
+    let link = directory.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    assert!(has_name(&old, &link).unwrap());
+    std::fs::rename(&path, directory.path().join("old")).unwrap();
+    assert_eq!(has_name(&old, &path).unwrap_err().kind(), io::ErrorKind::NotFound);
+    image(directory.path(), 1 << 20);
+    assert!(!has_name(&old, &path).unwrap());
+}
+
+#[test]
 fn what_cannot_be_a_disk_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let odd = image(directory.path(), 1000);
