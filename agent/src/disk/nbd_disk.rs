@@ -2,8 +2,9 @@
 //!
 //! Invariants: an outage has one task that connects again and one deadline that all requests share,
 //! however many wait; after the deadline they fail at once, until the server is back. A server that
-//! comes back gets what the last one had not flushed, before anything else. One of another size is
-//! not the disk: it is not used.
+//! comes back gets what the last one had not flushed, before anything else; each step of that has a bound, so that
+//! one which takes connections and answers nothing is never waited for. One of another size is not the disk: it is
+//! not used.
 
 use std::{
     cell::{Cell, RefCell},
@@ -56,8 +57,8 @@ pub(crate) enum BehindError {
     #[error("cannot use {uri}: {source}")]
     Client { uri: NbdUri, source: ClientError },
     /// It takes connections, and nothing more.
-    #[error("{uri} did not answer a flush for {} s", FIRST_FLUSH_MAX.as_secs())]
-    Silent { uri: NbdUri },
+    #[error("{uri} did not answer {what} for {} s", after.as_secs())]
+    Silent { uri: NbdUri, what: &'static str, after: Duration },
     /// It takes connections, and does not tell what it has.
     #[error("{uri} has not told where it has data for {} s", LOOK_MAX.as_secs())]
     Untold { uri: NbdUri },
@@ -78,6 +79,10 @@ const LOOK_MAX: Duration = Duration::from_secs(60);
 /// How long a lost NBD server may take to come back before requests fail.
 const OUTAGE_MAX: Duration = Duration::from_secs(10);
 
+/// How long a server that is back may take for each change that is made again. One that stands still is left for
+/// another connection: it, or what serves in its place, may do better.
+const REPLAY_ANSWER_MAX: Duration = Duration::from_secs(10);
+
 /// Waits between attempts to connect again, doubling.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LAST: Duration = Duration::from_secs(1);
@@ -90,7 +95,7 @@ impl NbdDisk {
         // begins, or nobody could make it again.
         match tokio::time::timeout(FIRST_FLUSH_MAX, client.flush()).await {
             Ok(stable) => stable.map_err(|source| BehindError::Client { uri: uri.clone(), source })?,
-            Err(_) => return Err(BehindError::Silent { uri }),
+            Err(_) => return Err(BehindError::Silent { uri, what: "a flush", after: FIRST_FLUSH_MAX }),
         }
         let shared = Shared {
             uri,
@@ -326,9 +331,14 @@ impl Shared {
             tracing::info!(uri = %self.uri, changes = changes.len(), "making again what was not flushed");
         }
         for change in changes {
-            send(client.clone(), change)
-                .await
-                .map_err(|source| BehindError::Client { uri: self.uri.clone(), source })?;
+            let uri = || self.uri.clone();
+            match tokio::time::timeout(REPLAY_ANSWER_MAX, send(client.clone(), change)).await {
+                Ok(made) => made.map_err(|source| BehindError::Client { uri: uri(), source })?,
+                Err(_) => {
+                    let what = "a change that is made again";
+                    return Err(BehindError::Silent { uri: uri(), what, after: REPLAY_ANSWER_MAX });
+                }
+            }
         }
         Ok(client)
     }
@@ -395,3 +405,6 @@ async fn reach(uri: &NbdUri, expected: ByteCount, options: ClientOptions) -> Res
     }
     Ok(client)
 }
+
+#[cfg(test)]
+mod tests;

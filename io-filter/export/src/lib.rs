@@ -12,6 +12,7 @@
 //! * Whoever only connects takes no place from clients that are served.
 //! * A write's payload reaches the export without a copy.
 
+mod alive;
 mod client;
 mod error;
 mod export;

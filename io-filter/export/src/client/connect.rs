@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::request::ClientOptions;
-use crate::{ClientError, tls::ClientTls};
+use crate::{ClientError, alive::Patience, tls::ClientTls};
 
 /// Either kind of socket's stream.
 pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -63,13 +63,16 @@ async fn reach(uri: &NbdUri, goal: Goal, options: &ClientOptions) -> Result<Outc
 
 async fn connect(address: &NbdAddress) -> io::Result<Box<dyn Duplex>> {
     match address {
-        NbdAddress::Tcp { host, port } => {
-            let stream = TcpStream::connect((host.as_str(), *port)).await?;
-            stream.set_nodelay(true)?;
-            Ok(Box::new(stream))
-        }
+        NbdAddress::Tcp { host, port } => Ok(Box::new(connect_tcp(host, *port).await?)),
         NbdAddress::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
     }
+}
+
+async fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    Patience::WITH_SERVERS.apply(&stream)?;
+    Ok(stream)
 }
 
 async fn shake_hands(
@@ -106,5 +109,28 @@ async fn shake_hands(
             }
             Step::Listed(exports) => return Ok(Outcome::Listed(exports)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use rustix::net::sockopt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_whose_host_is_gone_is_given_up_in_seconds() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let stream = connect_tcp("127.0.0.1", port).await.unwrap();
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        let probes = sockopt::tcp_keepcnt(&stream).unwrap();
+        let asked =
+            sockopt::tcp_keepidle(&stream).unwrap() + sockopt::tcp_keepintvl(&stream).unwrap() * probes;
+        assert!(asked <= Duration::from_secs(20), "given up after {asked:?} of silence");
+        let unacknowledged = sockopt::tcp_user_timeout(&stream).unwrap();
+        assert!((1..=20_000).contains(&unacknowledged), "given up {unacknowledged} ms after a request");
     }
 }

@@ -3,24 +3,16 @@
 //! Invariants: a socket file is replaced only when nobody answers on it, and removed only while
 //! it is the one made here.
 
-use std::{io, path::Path, rc::Rc, time::Duration};
+use std::{io, path::Path, rc::Rc};
 
 use backtide_nbd::server::TlsMode;
 use backtide_nbd::{NbdAddress, NbdUri};
 use backtide_socket::{Listening, Occupied, Place, SocketFile, Sockets};
 use backtide_units::DiskName;
-use rustix::net::sockopt;
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::net::{TcpListener, UnixListener};
 
 use super::{Server, hangup::Hangup, negotiate::Stream};
-use crate::{BindError, ClientCertificates, Exports, Limits, ServerTls};
-
-/// A TCP client that is silent for so long is asked whether it is still there, and dropped after
-/// [`PROBES`] questions without an answer: its host may have lost power.
-const SILENCE: Duration = Duration::from_secs(60);
-/// Between two such questions.
-const PROBE_PAUSE: Duration = Duration::from_secs(15);
-const PROBES: u32 = 4;
+use crate::{BindError, ClientCertificates, Exports, Limits, ServerTls, alive::Patience};
 
 /// A bound socket that does not accept yet.
 #[derive(Debug)]
@@ -161,7 +153,7 @@ impl Listener {
             Socket::Tcp(socket) => loop {
                 let (stream, client) = socket.accept().await?;
                 // A client that is gone already is no trouble of the listener's.
-                match stream.set_nodelay(true).and_then(|()| keep_alive(&stream)) {
+                match stream.set_nodelay(true).and_then(|()| Patience::WITH_CLIENTS.apply(&stream)) {
                     Ok(()) => {
                         let hangup = Hangup::of_tcp(&stream).ok();
                         return Ok((Box::new(stream), hangup));
@@ -193,13 +185,6 @@ fn with_port_of(asked: &NbdAddress, bound: &NbdAddress) -> NbdAddress {
         }
         (asked, _) => asked.clone(),
     }
-}
-
-fn keep_alive(stream: &TcpStream) -> io::Result<()> {
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, SILENCE)?;
-    sockopt::set_tcp_keepintvl(stream, PROBE_PAUSE)?;
-    Ok(sockopt::set_tcp_keepcnt(stream, PROBES)?)
 }
 
 fn bind_failed(address: &NbdAddress, source: io::Error) -> BindError {

@@ -1,0 +1,113 @@
+//! A disk behind an NBD server that goes away and comes back, over real sockets.
+
+use std::path::Path;
+
+use backtide_export::{
+    Command, Export, ExportInfo, ExportSummary, Exports, Limits, Listener, NbdAddress, Reply, Server,
+};
+use tokio::task::LocalSet;
+
+use super::*;
+
+const SIZE: ByteCount = ByteCount(1 << 20);
+
+/// Longer than anything takes here that comes to its end.
+const AT_MOST: Duration = Duration::from_secs(60);
+
+/// A server of zeroes that answers no write while it stands still.
+#[derive(Default)]
+struct Behind {
+    stands_still: Cell<bool>,
+    /// What it owes.
+    unanswered: RefCell<Vec<Reply>>,
+    /// A write has come.
+    asked: Notify,
+}
+
+impl Export for Behind {
+    fn info(&self) -> ExportInfo {
+        ExportInfo::new("behind", SIZE)
+    }
+
+    fn submit(&self, command: Command, reply: Reply) {
+        match command {
+            Command::Read { .. } => {
+                let bytes = vec![0; usize::try_from(command.range().count().0).unwrap()];
+                reply.data(bytes.into());
+            }
+            Command::Write { .. } if self.stands_still.get() => {
+                self.unanswered.borrow_mut().push(reply);
+                self.asked.notify_one();
+            }
+            Command::Write { .. } => {
+                reply.done();
+                self.asked.notify_one();
+            }
+            Command::BlockStatus { .. } => reply.extents(&[Extent::data(command.range().count())]),
+            Command::Flush | Command::WriteZeroes { .. } | Command::Trim { .. } | Command::Cache { .. } => {
+                reply.done();
+            }
+        }
+    }
+}
+
+struct Only(Rc<Behind>);
+
+impl Exports for Only {
+    fn find(&self, _name: &str) -> Option<Rc<dyn Export>> {
+        Some(Rc::clone(&self.0) as Rc<dyn Export>)
+    }
+
+    fn list(&self) -> Vec<ExportSummary> {
+        Vec::new()
+    }
+}
+
+async fn serve(behind: &Rc<Behind>, socket: &Path) -> Server {
+    let listener = Listener::bind(&NbdAddress::Unix(socket.to_owned())).await.unwrap();
+    listener.serve(Rc::new(Only(Rc::clone(behind))), Limits::default())
+}
+
+fn write() -> LocalOp {
+    let range = ByteRange::new(ByteOffset(8192), ByteCount(4096)).unwrap();
+    LocalOp::Change(Change::Write { range, data: Bytes::from(vec![7; 4096]), fua: false })
+}
+
+fn read() -> LocalOp {
+    LocalOp::Read(ByteRange::new(ByteOffset(0), ByteCount(512)).unwrap())
+}
+
+#[test]
+fn a_server_that_comes_back_and_answers_nothing_is_left_for_another_connection() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let story = async {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("s");
+        let behind = Rc::new(Behind::default());
+        let server = serve(&behind, &socket).await;
+        let uri: NbdUri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
+        let disk = NbdDisk::connect(uri, SIZE).await.unwrap();
+        disk.run(write()).await.unwrap();
+        behind.asked.notified().await;
+        // What it has answered it may have lost.
+        server.shutdown(Duration::ZERO).await;
+        behind.stands_still.set(true);
+        let _server = serve(&behind, &socket).await;
+        let shared = Rc::clone(&disk.shared);
+        let reading = tokio::task::spawn_local(async move { NbdDisk { shared }.run(read()).await.is_ok() });
+        behind.asked.notified().await;
+        behind.stands_still.set(false);
+        // It has the write, and says nothing: the time of that goes by.
+        tokio::time::pause();
+        tokio::time::advance(REPLAY_ANSWER_MAX.max(OUTAGE_MAX)).await;
+        tokio::time::resume();
+        assert!(!reading.await.unwrap(), "no request waits for longer than an outage may last");
+        behind.asked.notified().await;
+        while disk.trouble().is_some() {
+            disk.shared.back.notified().await;
+        }
+        disk.run(read()).await.unwrap();
+    };
+    let ended = async { tokio::time::timeout(AT_MOST, story).await };
+    LocalSet::new().block_on(&runtime, ended).expect("the disk behind is never back");
+}
