@@ -3,13 +3,22 @@
 //! The content of a point never changes, so nothing here grows old; what was not used for long makes room (CLOCK:
 //! second chance). The file has no name and ends with the process: what is kept is worth a fetch, not a recovery.
 //!
-//! Invariant: what is given was put in, byte for byte. The checksums are in memory, so that the file may say
-//! whatever it wants: a chunk that does not match is dropped, and fetched again by whoever wanted it.
+//! Here is only what is kept where. What waits for storage is a value of its own, [`Lookup`] or [`Placing`], to be
+//! carried out on another thread: this one serves every mount of the agent.
+//!
+//! Invariants: what is given was put in, byte for byte. The checksums are in memory, so that the file may say
+//! whatever it wants: a chunk that does not match is dropped, and fetched again by whoever wanted it. A place that is
+//! being written is nobody else's; one that is being read may become another chunk's, which its generation tells.
 
-use std::{collections::HashMap, io::IoSlice, ops::Range, sync::Arc};
+mod job;
+
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use backtide_storage::{Storage, StorageFile};
 use backtide_units::{ByteCount, ByteOffset};
+use bytes::Bytes;
+
+pub(super) use self::job::{Lookup, Placed, Placing};
 
 /// Bytes of a chunk; the last one of a disk may be shorter.
 pub(super) const CHUNK: u64 = 64 << 10;
@@ -22,7 +31,7 @@ const PARTS: usize = CHUNK as usize / PART;
 /// Below so many free bytes of the file system caches do not grow: the agent's own files lie there too.
 const FREE_MIN: ByteCount = ByteCount(512 << 20);
 
-/// Free space is looked at whenever the file has grown by so many chunks.
+/// Free space is looked at whenever the file grows by so many chunks.
 const LOOK_EVERY: usize = 64;
 
 /// Chunks of one point.
@@ -37,12 +46,35 @@ pub(super) struct Cache {
     hand: usize,
 }
 
+#[derive(Default)]
 struct Slot {
+    /// What it holds, or is going to hold.
     chunk: u64,
     /// Since the hand came by.
     used: bool,
+    /// It is being written.
+    taken: bool,
+    /// How often it was given to a chunk.
+    generation: u64,
+    sums: Sums,
+}
+
+/// The length of a chunk, and the checksums of its parts.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Sums {
     length: u32,
-    checksums: [u32; PARTS],
+    of_parts: [u32; PARTS],
+}
+
+impl Sums {
+    fn of(bytes: &[u8]) -> Self {
+        assert!(bytes.len() <= CHUNK as usize, "a chunk is no longer than that");
+        let mut of_parts = [0; PARTS];
+        for (sum, part) in of_parts.iter_mut().zip(bytes.chunks(PART)) {
+            *sum = crc32c::crc32c(part);
+        }
+        Self { length: u32::try_from(bytes.len()).expect("a chunk is short"), of_parts }
+    }
 }
 
 impl Cache {
@@ -66,173 +98,132 @@ impl Cache {
         self.places.contains_key(&chunk)
     }
 
-    /// Fills `out` with the bytes `span` of `chunk`; false when they are not there.
-    pub(super) fn read(&mut self, chunk: u64, span: Range<usize>, out: &mut [u8]) -> bool {
-        let Some(&place) = self.places.get(&chunk) else { return false };
-        if self.read_slot(place, span, out).is_some() {
-            self.slots[place].used = true;
-            return true;
-        }
-        tracing::warn!(chunk, "the cache of a mount does not hold what was put into it: it is fetched again");
-        self.places.remove(&chunk);
-        self.slots[place].used = false;
-        false
-    }
-
-    fn read_slot(&self, place: usize, span: Range<usize>, out: &mut [u8]) -> Option<()> {
-        let (slot, file) = (&self.slots[place], self.file.as_ref()?);
+    /// Where the bytes `span` of `chunk` are, if they are there.
+    pub(super) fn find(&self, chunk: u64, span: Range<usize>) -> Option<Lookup> {
+        let &place = self.places.get(&chunk)?;
+        let slot = &self.slots[place];
         let parts = span.start / PART..span.end.div_ceil(PART);
-        let whole = parts.start * PART..(parts.end * PART).min(slot.length as usize);
-        if span.end > whole.end {
-            return None;
-        }
-        let mut bytes = vec![0; whole.len()];
-        let offset = ByteOffset(place as u64 * CHUNK + whole.start as u64);
-        if file.read_at(offset, &mut bytes).ok()? < bytes.len() {
-            return None;
-        }
-        let sound = bytes
-            .chunks(PART)
-            .zip(&slot.checksums[parts])
-            .all(|(part, checksum)| crc32c::crc32c(part) == *checksum);
-        if !sound {
-            return None;
-        }
-        out.copy_from_slice(&bytes[span.start - whole.start..span.end - whole.start]);
-        Some(())
+        let whole = parts.start * PART..(parts.end * PART).min(slot.sums.length as usize);
+        assert!(span.end <= whole.end, "a chunk is kept whole, and nothing beyond it is read");
+        Some(Lookup {
+            file: self.file.clone().expect("what has a place has a file"),
+            chunk,
+            place,
+            generation: slot.generation,
+            offset: ByteOffset(place as u64 * CHUNK + whole.start as u64),
+            length: whole.len(),
+            sums: slot.sums.of_parts[parts].to_vec(),
+            wanted: span.start - whole.start..span.end - whole.start,
+        })
     }
 
-    /// Keeps the whole `chunk`, in the place of another one when it is full.
-    pub(super) fn put(&mut self, chunk: u64, bytes: &[u8]) {
-        assert!(bytes.len() <= CHUNK as usize, "a chunk is no longer than that");
-        let Some(file) = self.file.clone().filter(|_| !self.contains(chunk)) else { return };
-        self.look_at_free_space();
-        if self.slots_max == 0 {
+    /// What [`Lookup::read`] has found was whole, or not.
+    pub(super) fn was_read(&mut self, lookup: &Lookup, whole: bool) {
+        let Some(slot) = self.slots.get_mut(lookup.place) else { return };
+        // Meanwhile it may have become another chunk's.
+        if slot.generation != lookup.generation || !self.places.contains_key(&lookup.chunk) {
             return;
         }
-        let place = self.free_place();
-        let mut checksums = [0; PARTS];
-        for (checksum, part) in checksums.iter_mut().zip(bytes.chunks(PART)) {
-            *checksum = crc32c::crc32c(part);
-        }
-        let offset = ByteOffset(place as u64 * CHUNK);
-        if let Err(error) = file.write_vectored_at(offset, &[IoSlice::new(bytes)]) {
-            tracing::warn!(%error, "cannot write the cache of a mount: it goes on without one");
-            (self.file, self.slots, self.places) = (None, Vec::new(), HashMap::new());
-            return;
-        }
-        let length = u32::try_from(bytes.len()).expect("a chunk is short");
-        self.slots[place] = Slot { chunk, used: true, length, checksums };
-        self.places.insert(chunk, place);
-    }
-
-    /// Stays as large as it is where there is little room for more.
-    fn look_at_free_space(&mut self) {
-        let grows = self.slots.len() < self.slots_max;
-        if grows
-            && self.slots.len().is_multiple_of(LOOK_EVERY)
-            && self.storage.free_space().is_ok_and(|free| free < FREE_MIN)
-        {
+        slot.used = whole;
+        if !whole {
+            let chunk = lookup.chunk;
             tracing::warn!(
-                bytes = self.bytes().0,
-                "the cache of a mount does not grow: its file system is nearly full"
+                chunk,
+                "the cache of a mount does not hold what was put into it: it is fetched again"
             );
-            self.slots_max = self.slots.len();
+            self.places.remove(&chunk);
         }
+    }
+
+    /// Finds places for the chunks from `first` on that `bytes` are, those of others when it is full. None when
+    /// nothing is kept. What is to be written then has to come back as [`Cache::placed`].
+    pub(super) fn place(&mut self, first: u64, bytes: Bytes) -> Option<Placing> {
+        let file = self.file.clone().filter(|_| self.slots_max > 0)?;
+        let slots_before = self.slots.len();
+        let mut places = Vec::new();
+        for (chunk, part) in (first..).zip(bytes.chunks(CHUNK as usize)) {
+            if self.contains(chunk) {
+                continue;
+            }
+            // Everything is being written.
+            let Some(place) = self.free_place() else { break };
+            let slot = &mut self.slots[place];
+            slot.generation += 1;
+            (slot.chunk, slot.taken, slot.used) = (chunk, true, true);
+            let at = (chunk - first) as usize * CHUNK as usize;
+            places.push((place, at..at + part.len()));
+        }
+        let grows_past = |slots: usize| slots.div_ceil(LOOK_EVERY);
+        let looks = grows_past(self.slots.len()) > grows_past(slots_before);
+        (!places.is_empty()).then(|| Placing {
+            storage: Arc::clone(&self.storage),
+            file,
+            places,
+            bytes,
+            looks,
+        })
+    }
+
+    /// What became of a [`Placing`].
+    pub(super) fn placed(&mut self, placed: Placed) {
+        match placed {
+            Placed::Written(written) => {
+                for (place, sums) in written {
+                    // Given up meanwhile.
+                    let Some(slot) = self.slots.get_mut(place) else { return };
+                    (slot.taken, slot.sums) = (false, sums);
+                    self.places.insert(slot.chunk, place);
+                }
+            }
+            Placed::NoRoom(places) => {
+                let bytes = self.bytes().0;
+                tracing::warn!(bytes, "the cache of a mount does not grow: its file system is nearly full");
+                for place in places {
+                    if let Some(slot) = self.slots.get_mut(place) {
+                        (slot.taken, slot.used) = (false, false);
+                    }
+                }
+                // As large as it is.
+                let written = self.places.values().max().map_or(0, |place| place + 1);
+                self.slots_max = self.slots_max.min(written);
+                if !self.slots.iter().skip(written).any(|slot| slot.taken) {
+                    self.slots.truncate(written);
+                }
+            }
+            Placed::Failed(error) => self.give_up(&error),
+        }
+    }
+
+    /// From now on nothing is kept.
+    pub(super) fn give_up(&mut self, why: &dyn std::fmt::Display) {
+        if self.file.take().is_some() {
+            tracing::warn!(%why, "cannot use the cache of a mount: it goes on without one");
+        }
+        (self.slots, self.places) = (Vec::new(), HashMap::new());
     }
 
     /// A place that nobody has, and nobody finds anything in.
-    fn free_place(&mut self) -> usize {
+    fn free_place(&mut self) -> Option<usize> {
         if self.slots.len() < self.slots_max {
-            self.slots.push(Slot { chunk: 0, used: false, length: 0, checksums: [0; PARTS] });
-            return self.slots.len() - 1;
+            self.slots.push(Slot::default());
+            return Some(self.slots.len() - 1);
         }
-        loop {
-            let place = self.hand;
-            self.hand = (self.hand + 1) % self.slots.len();
+        // Each is passed once with its second chance, and once without.
+        for _ in 0..2 * self.slots.len() {
+            let place = self.hand % self.slots.len();
+            self.hand = (place + 1) % self.slots.len();
             let slot = &mut self.slots[place];
-            if std::mem::take(&mut slot.used) {
+            if slot.taken || std::mem::take(&mut slot.used) {
                 continue;
             }
             if self.places.get(&slot.chunk) == Some(&place) {
                 self.places.remove(&slot.chunk);
             }
-            return place;
+            return Some(place);
         }
+        None
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use backtide_storage::MemoryStorage;
-
-    use super::*;
-
-    fn chunk_of(seed: u8) -> Vec<u8> {
-        (0..CHUNK as usize).map(|at| (at / 7) as u8 ^ seed).collect()
-    }
-
-    fn cache(limit: u64) -> (Arc<dyn StorageFile>, Cache) {
-        let storage = MemoryStorage::new();
-        let file = storage.create_new(Path::new("cache")).unwrap();
-        (Arc::clone(&file), Cache::new(Arc::new(storage), Some(file), ByteCount(limit)))
-    }
-
-    fn has(cache: &mut Cache, chunk: u64, seed: u8, span: Range<usize>) -> bool {
-        let mut out = vec![0; span.len()];
-        let there = cache.read(chunk, span.clone(), &mut out);
-        assert!(!there || out == chunk_of(seed)[span], "chunk {chunk} is not what was put in");
-        there
-    }
-
-    #[test]
-    fn what_was_put_in_is_given_at_every_offset() {
-        let (_, mut cache) = cache(10 * CHUNK);
-        cache.put(3, &chunk_of(3));
-        cache.put(9, &chunk_of(9)[..5_000]);
-        for span in [0..1, 4_095..4_097, 0..65_536, 65_535..65_536] {
-            assert!(has(&mut cache, 3, 3, span));
-        }
-        assert!(has(&mut cache, 9, 9, 4_090..5_000));
-        assert!(!has(&mut cache, 4, 4, 0..1));
-    }
-
-    #[test]
-    fn what_is_used_stays_and_the_file_does_not_grow() {
-        let (file, mut cache) = cache(4 * CHUNK);
-        for chunk in 0..4 {
-            cache.put(chunk, &chunk_of(chunk as u8));
-        }
-        // Everything was used once: the hand goes round, and takes the first.
-        cache.put(4, &chunk_of(4));
-        assert!(!cache.contains(0));
-        for chunk in 5..50_u64 {
-            assert!(has(&mut cache, 2, 2, 0..100), "chunk 2 is used all the time, and gone at {chunk}");
-            cache.put(chunk, &chunk_of(chunk as u8));
-            assert!(has(&mut cache, chunk, chunk as u8, 0..10));
-        }
-        assert_eq!(cache.bytes(), ByteCount(4 * CHUNK));
-        assert_eq!(file.len().unwrap(), ByteCount(4 * CHUNK));
-    }
-
-    #[test]
-    fn a_byte_that_changed_on_disk_is_never_given() {
-        let (file, mut cache) = cache(4 * CHUNK);
-        cache.put(0, &chunk_of(0));
-        file.write_vectored_at(ByteOffset(5_000), &[IoSlice::new(&[0xEE])]).unwrap();
-        assert!(has(&mut cache, 0, 0, 0..4_096), "another part is whole");
-        assert!(!has(&mut cache, 0, 0, 6_000..6_001));
-        assert!(!cache.contains(0));
-        cache.put(0, &chunk_of(0));
-        assert!(has(&mut cache, 0, 0, 0..65_536));
-    }
-
-    #[test]
-    fn without_room_nothing_is_kept() {
-        let (_, mut cache) = cache(0);
-        cache.put(0, &chunk_of(0));
-        assert!(!has(&mut cache, 0, 0, 0..1));
-    }
-}
+mod tests;

@@ -3,9 +3,14 @@
 //! Runs on the mounts' thread, any number of reads at once. Whoever reads on from where somebody stopped gets more
 //! fetched than he asked for.
 //!
+//! The thread serves every mount, so it never waits for a cache's storage: others read and write there
+//! ([`kept`]). A cache that takes longer than [`CACHE_PATIENCE`] is given up, and everything is fetched then.
+//!
 //! Invariants: a chunk is fetched by one read at a time, the others wait for it; what a read has fetched it gives,
-//! whether it can be kept or not; damage is an error of the reads that touch it, and of no others; a receiver that
-//! is away for longer than [`PATIENCE`] is an error too, never other bytes.
+//! whether it can be kept or not, and without waiting for that; damage is an error of the reads that touch it, and of no
+//! others; a receiver that is away for longer than [`PATIENCE`] is an error too, never other bytes.
+
+mod kept;
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
@@ -33,6 +38,13 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// ... to this.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
+/// How long a cache's storage may take for one read or write. Then it stands still.
+const CACHE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The most chunks that are being written into a cache at once, 16 MiB: what comes faster than its storage takes it is not
+/// kept.
+const KEEPING_CHUNKS: usize = 256;
+
 /// Reads one point.
 pub(super) struct Reader {
     source: Rc<dyn PointSource>,
@@ -41,18 +53,28 @@ pub(super) struct Reader {
     data: OnceCell<DirtyBitmap>,
     /// Those that changed since another point, if somebody wants to know, likewise.
     changed: OnceCell<DirtyBitmap>,
-    /// Chunks that are being fetched, and who hears of their end.
-    coming: RefCell<HashMap<u64, Rc<Notify>>>,
+    /// Chunks that are being fetched, or written into the cache.
+    coming: RefCell<HashMap<u64, Coming>>,
     /// Where the last read ended.
     expected: Cell<ByteOffset>,
     fetched: Cell<ByteCount>,
     last_error: RefCell<Option<String>>,
 }
 
+/// A chunk that is not in the cache yet.
+struct Coming {
+    /// Who waits for it hears of its end here.
+    over: Rc<Notify>,
+    /// Its content, from when it is here until the cache has it.
+    bytes: Option<Bytes>,
+}
+
 /// How things are with a chunk.
 enum Found {
     /// It was given.
     Given,
+    /// The cache has it.
+    Kept,
     /// Somebody fetches it.
     Coming(Rc<Notify>),
     Missing,
@@ -68,13 +90,13 @@ struct Rest {
 }
 
 /// Chunks that one read fetches. They are no longer coming when this ends, however that is.
-struct Fetching<'reader> {
-    reader: &'reader Reader,
+struct Fetching {
+    reader: Rc<Reader>,
     chunks: std::ops::Range<u64>,
     over: Rc<Notify>,
 }
 
-impl Drop for Fetching<'_> {
+impl Drop for Fetching {
     fn drop(&mut self) {
         let mut coming = self.reader.coming.borrow_mut();
         for chunk in self.chunks.clone() {
@@ -135,7 +157,7 @@ impl Reader {
     }
 
     /// The bytes of `range`, which lies within the disk.
-    pub(super) async fn read(&self, range: ByteRange) -> Result<Bytes, FetchError> {
+    pub(super) async fn read(self: &Rc<Self>, range: ByteRange) -> Result<Bytes, FetchError> {
         let length = usize::try_from(range.count().0).expect("a request fits into memory");
         let mut out = BytesMut::zeroed(length);
         let begun = Instant::now();
@@ -147,6 +169,8 @@ impl Reader {
             let span = (at.0 - range.start().0) as usize..(end.0 - range.start().0) as usize;
             match self.look(chunk, ByteRange::between(at, end), &mut out[span]) {
                 Found::Given => at = end,
+                // Nothing of it when it is not there after all: the next look tells.
+                Found::Kept => at = self.read_kept(at, range, &mut out).await,
                 Found::Coming(over) => over.notified().await,
                 Found::Missing => {
                     let last = (range.end().0 - 1) / CHUNK + 1;
@@ -168,11 +192,13 @@ impl Reader {
             return Found::Given;
         }
         let start = (part.start().0 - chunk * CHUNK) as usize;
-        if self.cache.borrow_mut().read(chunk, start..start + out.len(), out) {
-            return Found::Given;
-        }
         match self.coming.borrow().get(&chunk) {
-            Some(over) => Found::Coming(Rc::clone(over)),
+            Some(Coming { bytes: Some(bytes), .. }) => {
+                out.copy_from_slice(&bytes[start..start + out.len()]);
+                Found::Given
+            }
+            Some(Coming { over, bytes: None }) => Found::Coming(Rc::clone(over)),
+            None if self.cache.borrow().contains(chunk) => Found::Kept,
             None => Found::Missing,
         }
     }
@@ -200,7 +226,7 @@ impl Reader {
 
     /// Fetches `chunks`, keeps them, and gives what of them is wanted. How far it came.
     async fn fetch(
-        &self,
+        self: &Rc<Self>,
         chunks: std::ops::Range<u64>,
         rest: Rest,
         out: &mut [u8],
@@ -208,18 +234,15 @@ impl Reader {
         let Rest { wanted, base, begun } = rest;
         let over = Rc::new(Notify::new());
         for chunk in chunks.clone() {
-            self.coming.borrow_mut().insert(chunk, Rc::clone(&over));
+            self.coming.borrow_mut().insert(chunk, Coming { over: Rc::clone(&over), bytes: None });
         }
-        let fetching = Fetching { reader: self, chunks: chunks.clone(), over };
+        let fetching = Fetching { reader: Rc::clone(self), chunks: chunks.clone(), over };
         let range = self.bytes_of(chunks.clone());
         let given = range.intersection(wanted).expect("the first chunk is wanted");
         match self.patiently(range, begun).await {
             Ok(bytes) => {
-                for (chunk, bytes) in chunks.zip(bytes.chunks(CHUNK as usize)) {
-                    self.cache.borrow_mut().put(chunk, bytes);
-                }
-                drop(fetching);
                 copy(range.start(), &bytes, given, base, out);
+                self.keep(fetching, bytes.into());
             }
             // Perhaps it is not what was wanted that is damaged.
             Err(FetchError::Damaged(_)) if given != range => {

@@ -169,7 +169,7 @@ impl Table {
         let listener = Listener::bind_uri(&uri).await.map_err(|error| bind_error(&error))?;
         let uri = NbdUri { address: listener.address().clone(), ..uri };
         record.uri = uri.to_string();
-        let reader = self.reader(&record, &source);
+        let reader = self.reader(&record, &source).await;
         self.saved(&record).await?;
         if let Err(error) = source.hold(&record.owner()).await {
             let why = fetch_error(&format!("the receiver does not keep LSN {lsn} of disk {disk}"), error);
@@ -196,7 +196,7 @@ impl Table {
             Mounted { record: record.clone(), source: Rc::clone(&source), served: None, trouble: None };
         self.mounted.borrow_mut().insert(record.id.clone(), mounted);
         let Some((uri, listener)) = self.listen_again(&record).await else { return };
-        let reader = self.reader(&record, &source);
+        let reader = self.reader(&record, &source).await;
         let served = self.serve_at(&record, Rc::clone(&reader), listener, &uri);
         let id = &record.id;
         if !self.with(id, |mounted| (mounted.served, mounted.trouble) = (Some(served), None)) {
@@ -329,12 +329,13 @@ impl Table {
     }
 
     /// Without a place for its cache a mount is served without one.
-    fn reader(&self, record: &MountRecord, source: &Rc<dyn PointSource>) -> Rc<Reader> {
-        let records = &self.serving.records;
-        let file = records
-            .cache_file(&record.id)
+    async fn reader(&self, record: &MountRecord, source: &Rc<dyn PointSource>) -> Rc<Reader> {
+        let (records, id) = (self.serving.records.clone(), record.id.clone());
+        let made = tokio::task::spawn_blocking(move || records.cache_file(&id)).await;
+        let file = made
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
             .inspect_err(|error| tracing::warn!(mount = record.id, %error, "a mount goes without a cache"));
-        let cache = Cache::new(records.storage(), file.ok(), record.cache_bytes);
+        let cache = Cache::new(self.serving.records.storage(), file.ok(), record.cache_bytes);
         Rc::new(Reader::new(Rc::clone(source), cache))
     }
 

@@ -1,8 +1,12 @@
 //! Reads against a source in memory.
 
-use std::path::Path;
+use std::{
+    io::{self, IoSlice},
+    path::Path,
+    sync::{Arc, Condvar, Mutex},
+};
 
-use backtide_storage::{MemoryStorage, Storage};
+use backtide_storage::{MemoryStorage, Storage, StorageFile};
 use backtide_units::{BlockIndex, DiskId};
 use tokio::task::LocalSet;
 
@@ -22,14 +26,90 @@ struct World {
     reader: Rc<Reader>,
 }
 
+/// A cache's file that can stand still.
+struct Gated {
+    file: Arc<dyn StorageFile>,
+    gate: Mutex<Gate>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Gate {
+    closed: bool,
+    waiting: usize,
+    /// Whoever could have opened it was waiting for it.
+    stuck: bool,
+}
+
+impl Gated {
+    fn pass(&self) {
+        let mut gate = self.gate.lock().unwrap();
+        gate.waiting += 1;
+        let (mut gate, waited) =
+            self.changed.wait_timeout_while(gate, Duration::from_secs(20), |gate| gate.closed).unwrap();
+        gate.waiting -= 1;
+        gate.stuck |= waited.timed_out();
+    }
+
+    fn set_closed(&self, closed: bool) {
+        self.gate.lock().unwrap().closed = closed;
+        self.changed.notify_all();
+    }
+
+    async fn until_waiting(&self, count: usize) {
+        let is_there = |gate: &Gate| gate.waiting >= count || gate.stuck;
+        while !is_there(&self.gate.lock().unwrap()) {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn was_stuck(&self) -> bool {
+        self.gate.lock().unwrap().stuck
+    }
+}
+
+impl StorageFile for Gated {
+    fn read_at(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        self.pass();
+        self.file.read_at(offset, buffer)
+    }
+
+    fn write_vectored_at(&self, offset: ByteOffset, buffers: &[IoSlice<'_>]) -> io::Result<()> {
+        self.pass();
+        self.file.write_vectored_at(offset, buffers)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn len(&self) -> io::Result<ByteCount> {
+        self.file.len()
+    }
+
+    fn set_len(&self, len: ByteCount) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn allocate(&self, range: ByteRange) -> io::Result<()> {
+        self.file.allocate(range)
+    }
+}
+
 fn world(cache_chunks: u64) -> World {
+    gated_world(cache_chunks).0
+}
+
+fn gated_world(cache_chunks: u64) -> (World, Arc<Gated>) {
     let content = content();
     let source = Rc::new(FakeSource::new(content.clone()));
     let storage = MemoryStorage::new();
     let file = storage.create_new(Path::new("cache")).unwrap();
-    let cache = Cache::new(std::sync::Arc::new(storage), Some(file), ByteCount(cache_chunks * CHUNK));
+    let gated = Arc::new(Gated { file, gate: Mutex::default(), changed: Condvar::new() });
+    let file = Arc::clone(&gated) as Arc<dyn StorageFile>;
+    let cache = Cache::new(Arc::new(storage), Some(file), ByteCount(cache_chunks * CHUNK));
     let reader = Rc::new(Reader::new(Rc::clone(&source) as Rc<dyn PointSource>, cache));
-    World { content, source, reader }
+    (World { content, source, reader }, gated)
 }
 
 impl World {
@@ -37,6 +117,15 @@ impl World {
         let range = ByteRange::new(ByteOffset(start), ByteCount(length)).unwrap();
         let bytes = self.reader.read(range).await.unwrap();
         assert!(bytes == self.content[start as usize..(start + length) as usize], "{range} reads wrong");
+    }
+}
+
+impl World {
+    /// Waits until the cache has so many bytes.
+    async fn until_kept(&self, bytes: u64) {
+        while self.reader.usage().0 < ByteCount(bytes) {
+            tokio::task::yield_now().await;
+        }
     }
 }
 
@@ -182,5 +271,48 @@ fn what_is_known_to_be_zeroes_is_not_asked_for() {
         let range = ByteRange::new(ByteOffset(CHUNK), ByteCount(CHUNK)).unwrap();
         assert!(world.reader.read(range).await.unwrap().iter().all(|byte| *byte == 0));
         assert_eq!(world.source.asked().len(), 1);
+    });
+}
+
+#[test]
+fn a_cache_that_stands_still_holds_up_no_other_read() {
+    local(async {
+        let (world, gate) = gated_world(100);
+        world.check(0, 100).await;
+        world.until_kept(CHUNK).await;
+        let world = Rc::new(world);
+        gate.set_closed(true);
+        let reading = Rc::clone(&world);
+        let kept = tokio::task::spawn_local(async move { reading.check(0, 100).await });
+        gate.until_waiting(1).await;
+        // Fetched, given, and going to be kept; and once more while it is.
+        world.check(5 * CHUNK, 100).await;
+        world.check(5 * CHUNK, CHUNK).await;
+        assert_eq!(world.source.asked().len(), 2);
+        gate.set_closed(false);
+        kept.await.unwrap();
+        world.until_kept(2 * CHUNK).await;
+        assert!(!gate.was_stuck(), "the one thread of all mounts has waited");
+    });
+}
+
+#[test]
+fn a_cache_that_goes_on_standing_still_is_given_up() {
+    local(async {
+        let (world, gate) = gated_world(100);
+        world.check(0, 100).await;
+        world.until_kept(CHUNK).await;
+        let world = Rc::new(world);
+        gate.set_closed(true);
+        let reading = Rc::clone(&world);
+        let kept = tokio::task::spawn_local(async move { reading.check(0, 100).await });
+        gate.until_waiting(1).await;
+        tokio::time::advance(CACHE_PATIENCE).await;
+        kept.await.unwrap();
+        assert_eq!(world.reader.usage().0, ByteCount::ZERO);
+        world.check(0, 100).await;
+        assert_eq!(world.source.asked().len(), 3);
+        assert!(!gate.was_stuck());
+        gate.set_closed(false);
     });
 }
