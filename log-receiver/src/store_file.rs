@@ -22,6 +22,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -157,6 +158,8 @@ pub(crate) fn lock_store(path: &Path) -> Result<StoreLock, StoreFileError> {
         .write(true)
         .create(true)
         .truncate(false)
+        // Whoever may open it may lock it, and so keep every receiver out.
+        .mode(0o600)
         .open(&lock_path)
         .map_err(io("open"))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -262,4 +265,19 @@ fn parse(path: &Path, content: &[u8]) -> Result<StoreId, StoreFileError> {
         return Err(damaged(format!("checksum expected {expected}, found {}", file.checksum)));
     }
     Ok(file.store)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn nobody_else_can_lock_receivers_out_of_a_store() {
+        let directory = tempfile::tempdir().unwrap();
+        let _lock = lock_store(directory.path()).unwrap();
+        let mode = std::fs::metadata(directory.path().join(LOCK)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
 }

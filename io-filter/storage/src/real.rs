@@ -66,8 +66,10 @@ impl RealStorage {
     /// [`io::ErrorKind::WouldBlock`] when another process has the lock.
     pub fn open_locked(root: &Path) -> io::Result<Self> {
         let unlocked = Self::open(root)?;
-        let lock =
-            OpenOptions::new().create(true).truncate(false).write(true).open(unlocked.root.join("lock"))?;
+        let mut options = OpenOptions::new();
+        // Whoever may open it may lock it, and so keep this out.
+        options.create(true).truncate(false).write(true).mode(0o600);
+        let lock = options.open(unlocked.root.join("lock"))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
         Ok(Self { _lock: Some(lock), ..unlocked })
     }

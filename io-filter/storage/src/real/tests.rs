@@ -100,13 +100,14 @@ fn a_small_file_is_replaced_whole() {
 #[test]
 fn what_is_made_is_for_its_owner_only() {
     let dir = tempfile::tempdir().expect("a directory");
-    let storage = RealStorage::open(&dir.path().join("way/store")).expect("open");
+    let storage = RealStorage::open_locked(&dir.path().join("way/store")).expect("open");
     storage.create_dir(Path::new("a/b")).expect("create dir");
     storage.create_new(Path::new("a/b/f")).expect("create");
     let mode = |path: &str| {
         std::fs::metadata(dir.path().join("way/store").join(path)).expect("look").permissions().mode() & 0o777
     };
     assert_eq!((mode(""), mode("a"), mode("a/b"), mode("a/b/f")), (0o700, 0o700, 0o700, 0o600));
+    assert_eq!(mode("lock"), 0o600, "who could open it could lock everybody out");
 }
 
 #[test]
