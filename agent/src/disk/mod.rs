@@ -21,6 +21,7 @@ mod medium;
 mod nbd_disk;
 mod open;
 mod pace;
+mod retry;
 mod ring;
 #[allow(dead_code, reason = "an attach from a point needs more of it")]
 pub(crate) mod source;

@@ -25,6 +25,7 @@ use super::{
     Terms,
     dial::Dialer,
     engine::{Engine, Kick, add},
+    retry::{RETRY_FIRST, Retry},
 };
 
 /// How long connecting and the handshake may take.
@@ -32,10 +33,6 @@ const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 
 /// A receiver that owes acknowledgements and is silent for this long is given up.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
-
-/// Waits between attempts, doubling.
-const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_LAST: Duration = Duration::from_secs(5);
 
 /// The longest payload a receiver has reason to send: the answer to a comparison, or a text.
 const RECEIVER_PAYLOAD_MAX: u64 = 64 * 1024;
@@ -98,6 +95,8 @@ pub(crate) struct Stream {
     last_seq: Cell<u64>,
     /// A batch is partly sent: nothing can follow it but its rest.
     writing: Cell<bool>,
+    /// When the receiver took the disk, if it did at the last attempt.
+    welcomed: Cell<Option<Instant>>,
 }
 
 impl StreamError {
@@ -141,6 +140,7 @@ impl Stream {
             fenced_by: Cell::default(),
             last_seq: Cell::new(1),
             writing: Cell::new(false),
+            welcomed: Cell::default(),
         })
     }
 
@@ -157,7 +157,7 @@ impl Stream {
 
     /// Keeps the disk connected for as long as it wants to be.
     pub(crate) async fn keep(self: Rc<Self>) {
-        let mut retry = RETRY_FIRST;
+        let mut retry = Retry::new();
         loop {
             while !self.engine.look(backtide_io_filter::Filter::wants_connection) {
                 self.engine.wanted.notified().await;
@@ -177,16 +177,13 @@ impl Stream {
                 self.engine.acquainted.notify_one();
                 return;
             }
-            if began.elapsed() > RETRY_LAST {
-                retry = RETRY_FIRST;
-            }
+            let pause = retry.after(self.welcomed.take().map(|since| since.elapsed()));
             // Jitter, so that the disks of an agent do not all come at once.
             let jitter = Duration::from_micros(u64::from(began.elapsed().subsec_nanos()) % 50_000);
             tokio::select! {
-                () = tokio::time::sleep(retry + jitter) => {}
+                () = tokio::time::sleep(pause + jitter) => {}
                 () = self.engine.wanted.notified() => {}
             }
-            retry = (retry * 2).min(RETRY_LAST);
         }
     }
 
@@ -234,6 +231,7 @@ impl Stream {
             return self.kick_error().unwrap_or(StreamError::Operator("the disk wants no connection"));
         }
         let disk = self.engine.name();
+        self.welcomed.set(Some(Instant::now()));
         tracing::info!(%disk, receiver = %self.receiver.address(), history = %welcome.history, durable = %welcome.durable, "connected");
         self.last_error.replace(None);
         self.last_seq.set(1);
