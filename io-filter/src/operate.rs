@@ -2,7 +2,7 @@
 
 use backtide_protocol::{Message, message::LABEL_BYTES_MAX};
 use backtide_tracking::{DirtyBitmap, SavedTracking};
-use backtide_units::{Lsn, Reason};
+use backtide_units::{CaptureTime, Lsn, Reason};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -22,6 +22,15 @@ pub enum ResyncKind {
     Compare,
     /// Of every block that may hold data.
     Full,
+}
+
+/// Where a mark stands in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marked {
+    /// The last change before it.
+    pub lsn: Lsn,
+    /// Its time as the log has it: later than the clock's when that was set back.
+    pub time: CaptureTime,
 }
 
 /// Why a mark cannot be set.
@@ -99,11 +108,11 @@ impl Filter {
         }
     }
 
-    /// Names the state as of now. The mark is kept with the log; returns its LSN.
+    /// Names the state as of now. The mark is kept with the log; returns where it stands there.
     ///
     /// # Errors
     /// When the state is not going to be a recovery point, or the label is no label.
-    pub fn mark(&mut self, now: Now, label: &str) -> Result<Lsn, MarkError> {
+    pub fn mark(&mut self, now: Now, label: &str) -> Result<Marked, MarkError> {
         self.observe(now);
         if label.is_empty() || label.len() > LABEL_BYTES_MAX {
             return Err(MarkError::Label { found: label.len() });
@@ -119,7 +128,7 @@ impl Filter {
         let lsn = self.window.log_end();
         let time = self.stamp();
         self.window.push(Message::Mark { lsn, time, label: label.to_owned() });
-        Ok(lsn)
+        Ok(Marked { lsn, time })
     }
 
     /// Whether nothing is under way of which a guest has to hear: [`detach`](Self::detach) is

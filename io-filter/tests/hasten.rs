@@ -281,3 +281,16 @@ fn an_idle_disk_in_sync_says_now_and_then_that_it_has_not_changed() {
     disk.filter.tick(later(9));
     assert_eq!(disk.filter.next_deadline(), None, "who is not in sync says nothing");
 }
+
+#[test]
+fn a_mark_is_told_with_the_time_that_the_log_has_also_when_the_clock_was_set_back() {
+    let mut disk = Disk::in_sync(AckPolicy::Local);
+    disk.write();
+    disk.sent();
+    let earlier = Now { wall: CaptureTime(1), ..now() };
+    let marked = disk.filter.mark(earlier, "here").unwrap();
+    let (_, message) = disk.filter.poll_send(earlier).expect("the mark");
+    let Message::Mark { lsn, time, .. } = message else { panic!("{message:?}") };
+    assert_eq!((marked.lsn, marked.time), (lsn, time));
+    assert!(time > CaptureTime(1_000_000), "{time:?}");
+}

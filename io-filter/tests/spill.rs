@@ -225,7 +225,7 @@ fn what_does_not_fit_into_memory_is_sent_in_order_and_the_files_go() {
     let mut world = World::new(4 << 20);
     world.write(0, 100);
     let now = world.now();
-    assert_eq!(world.filter.mark(now, "now").unwrap(), Lsn(200));
+    assert_eq!(world.filter.mark(now, "now").unwrap().lsn, Lsn(200));
     world.carry_out();
     let status = world.filter.status();
     assert!(status.window < WINDOW && world.used() > 100 * 4096, "{status:?}");

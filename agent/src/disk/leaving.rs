@@ -23,15 +23,31 @@ pub(crate) enum Leaving {
     Forced,
     /// With its agent, whoever has it open.
     Stopped,
+    /// To be attached again at once with another size.
+    Resized,
+    /// To be attached again at once at another point.
+    SetBack,
     /// To the agent that follows at once, for which clients wait.
     HandedOver,
 }
 
 impl Leaving {
+    /// Why the stream ends, for the receiver and whoever reads its log.
+    pub(super) fn reason(self) -> &'static str {
+        match self {
+            Self::Asked => "detached by an operator",
+            Self::Forced => "detached by an operator, by force",
+            Self::Stopped => "the agent ends",
+            Self::Resized => "the disk is attached again with another size",
+            Self::SetBack => "the disk is set back to an earlier point",
+            Self::HandedOver => "the agent is restarted",
+        }
+    }
+
     /// How long requests in flight may take. Those that take longer are sent again by their clients.
     pub(super) fn requests(self) -> Duration {
         match self {
-            Self::Asked | Self::Forced | Self::Stopped => DETACH_GRACE,
+            Self::Asked | Self::Forced | Self::Stopped | Self::Resized | Self::SetBack => DETACH_GRACE,
             Self::HandedOver => HAND_OVER_GRACE,
         }
     }
@@ -39,7 +55,7 @@ impl Leaving {
     /// How long the receiver may take. What it has not acknowledged by then is resynchronized.
     pub(super) fn receiver(self) -> Duration {
         match self {
-            Self::Asked | Self::Forced | Self::Stopped => DETACH_GRACE,
+            Self::Asked | Self::Forced | Self::Stopped | Self::Resized | Self::SetBack => DETACH_GRACE,
             Self::HandedOver => HAND_OVER_GRACE,
         }
     }
@@ -55,7 +71,7 @@ pub(super) async fn end_service(
     match leaving {
         // A client that reconnects to what serves the disk next sends again what was not begun; an
         // error would reach the guest.
-        Leaving::Stopped | Leaving::HandedOver => {
+        Leaving::Stopped | Leaving::Resized | Leaving::SetBack | Leaving::HandedOver => {
             server.hand_over(leaving.requests()).await;
             None
         }

@@ -4,7 +4,9 @@ use std::{io, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::{DiskStatus, LimitsChange, VerifyStatus};
 use backtide_export::{BindError, Listener, NbdUri, Server};
-use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
+use backtide_io_filter::{
+    Change, Filter, IoFailure, LocalOp, MarkError, Marked, Mode, ResyncKind, VerifyError,
+};
 use backtide_socket::Sockets;
 use backtide_storage::KillPoint;
 use backtide_tracking::{SavedTracking, Snapshot};
@@ -297,7 +299,7 @@ impl Disk {
                     let marked = filter.mark(now, &label);
                     // Whoever sets a mark goes to it, maybe at once.
                     filter.hasten();
-                    marked.map(|lsn| MarkAt { lsn, time: now.wall, recoverable })
+                    marked.map(|Marked { lsn, time }| MarkAt { lsn, time, recoverable })
                 });
                 drop(answer.send(marked));
             }
@@ -443,7 +445,7 @@ impl Disk {
         // What the device did not take is not on the disk: nothing is trusted then.
         let saved = saved.filter(|_| flushed.is_ok());
         let connected = engine.look(Filter::is_connected);
-        engine.end_stream(Kick::Operator("detached by an operator"));
+        engine.end_stream(Kick::Operator(leaving.reason()));
         if connected {
             // The stream's task says good-bye to the receiver; nothing depends on it.
             let _ = tokio::time::timeout(GOODBYE_TIME, stream.ended.notified()).await;

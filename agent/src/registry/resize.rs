@@ -88,7 +88,7 @@ impl Registry {
         self.failing.write().await.insert(name.clone(), shown);
         let attached = self.disks.write().await.remove(&name);
         let attached = attached.ok_or_else(|| missing_record(&name))?;
-        end(name.clone(), attached, self.records.clone(), Leaving::Stopped).await;
+        end(name.clone(), attached, self.records.clone(), Leaving::Resized).await;
         self.claims.leave_image(&name);
         let grown = match (&kind, target) {
             (Kind::Qcow2, Some(target)) => self.grow_qcow2(&name, target).await,

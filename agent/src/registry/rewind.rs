@@ -138,7 +138,7 @@ impl Registry {
         let attached = self.disks.write().await.remove(name);
         let attached = attached.ok_or_else(|| missing_record(name))?;
         self.failing.write().await.insert(name.clone(), shown);
-        end(name.clone(), attached, self.records.clone(), Leaving::Stopped).await;
+        end(name.clone(), attached, self.records.clone(), Leaving::SetBack).await;
         self.claims.leave_image(name);
         KillPoint::RewindDetached.reached();
         let set_back = self.set_back(name, goal, plan, stamp).await;

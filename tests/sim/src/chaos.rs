@@ -132,7 +132,7 @@ impl World {
             let label = format!("m{}", self.random.below(20));
             let marked = self.call(|filter, now| filter.mark(now, &label));
             let mode = self.agent.as_ref().map(|agent| agent.filter.mode());
-            self.guest.marks.extend(marked.iter().map(|lsn| (label.clone(), *lsn)));
+            self.guest.marks.extend(marked.iter().map(|marked| (label.clone(), marked.lsn)));
             assert!(marked.is_ok() || mode != Some(Mode::Sync), "a disk in sync takes a mark: {marked:?}");
         }
     }
