@@ -19,6 +19,7 @@ pub(crate) mod limits;
 pub(crate) mod mark;
 pub(crate) mod mount;
 pub(crate) mod mount_here;
+pub(crate) mod nbd_mode;
 pub(crate) mod nbd_tls;
 pub(crate) mod pki;
 pub(crate) mod points;

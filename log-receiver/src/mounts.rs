@@ -234,7 +234,9 @@ impl Table {
             Some(tls) => tls.unless_told(wanted),
             None => wanted,
         };
-        let listener = Listener::bind_uri(&wanted).await.map_err(|error| bind_error(&error))?;
+        let listener = Listener::bind_uri(&wanted, self.serving.nbd.socket_mode)
+            .await
+            .map_err(|error| bind_error(&error))?;
         let listener = listener.for_disk(plan.disk.name.clone());
         let uri = NbdUri { address: listener.address().clone(), ..wanted };
         let size = plan.view.disk_size();

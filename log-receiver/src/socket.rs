@@ -1,13 +1,13 @@
 //! Sockets that streams arrive on: unix or TCP, listening and accepted.
 //!
 //! Invariants: a socket file is replaced only when nobody answers on it, has mode 0600 (a stream in the
-//! clear has no authentication), and is removed in the end only while it is the one made here; TCP in
+//! clear has no authentication) from before anybody can connect, and is removed in the end only while it is the one made here; TCP in
 //! the clear is on loopback, or somebody has said that it may be elsewhere.
 
-use std::{fs, io, net::IpAddr, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
+use std::{io, net::IpAddr, path::Path, sync::Arc};
 
 use backtide_control::Address;
-use backtide_socket::{Occupied, Place, SocketFile};
+use backtide_socket::{Occupied, SocketFile, SocketMode, bind_unix as bind_unix_at};
 use backtide_tls::{Secured, Session, StreamServer, TlsError};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -228,14 +228,12 @@ async fn bind_tcp(
 
 async fn bind_unix(address: &Address, path: &Path) -> Result<Listener, ListenError> {
     let failed = |source| ListenError::Io { address: address.clone(), source };
-    Place::clear(path).await.map_err(|occupied| match occupied {
-        Occupied::Live => ListenError::InUse(address.clone()),
-        Occupied::NoSocket => ListenError::NoSocket(address.clone()),
-        Occupied::Io(source) => failed(source),
-    })?;
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    let file = SocketFile::of(path).map_err(failed)?;
+    let (listener, file) =
+        bind_unix_at(path, SocketMode::PRIVATE).await.map_err(|occupied| match occupied {
+            Occupied::Live => ListenError::InUse(address.clone()),
+            Occupied::NoSocket => ListenError::NoSocket(address.clone()),
+            Occupied::Io(source) => failed(source),
+        })?;
     let kind = ListenerKind::Unix { listener, _file: file };
     Ok(Listener { kind, address: address.clone() })
 }

@@ -3,15 +3,7 @@
 //! Whoever can reach a control API owns the daemon's disks, so it is reached by the same user on
 //! the same machine only: a unix socket has mode 0600 from its first moment, TCP is loopback.
 
-use std::{
-    future::poll_fn,
-    io,
-    net::SocketAddr,
-    os::{fd::OwnedFd, unix::fs::PermissionsExt},
-    path::Path,
-    pin::Pin,
-    time::Duration,
-};
+use std::{future::poll_fn, io, net::SocketAddr, os::fd::OwnedFd, path::Path, pin::Pin, time::Duration};
 
 use axum::{
     Router,
@@ -21,7 +13,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
-use backtide_socket::{Listening, Occupied, Place, SocketFile, Sockets};
+use backtide_socket::{Listening, Occupied, SocketFile, SocketMode, Sockets, bind_unix as bind_unix_at};
 use tokio::net::{TcpListener, UnixListener, lookup_host};
 
 use crate::{Address, ApiError, ErrorCode, address::SOCKET_PATH_BYTES_MAX};
@@ -77,7 +69,7 @@ pub enum BindError {
         /// Where.
         address: Address,
     },
-    /// The path of the unix socket, with what it takes to create it safely, is too long.
+    /// The path of the unix socket is too long.
     #[error("{address} cannot be used: the path of a control socket has at most {max} bytes")]
     PathTooLong {
         /// Where.
@@ -278,24 +270,16 @@ async fn bind_tcp(address: &Address, host: &str, port: u16) -> Result<Server, Bi
 }
 
 async fn bind_unix(address: &Address, path: &Path) -> Result<Server, BindError> {
-    let failed = |source| BindError::Io { address: address.clone(), source };
-    Place::at(path).await.map_err(|occupied| match occupied {
-        Occupied::Live => BindError::InUse { address: address.clone() },
-        Occupied::NoSocket => BindError::NoSocket { address: address.clone() },
-        Occupied::Io(source) => failed(source),
-    })?;
-    let parent = path.parent().unwrap_or(Path::new("/"));
-    // Bound in a directory of its own with mode 0700, then moved: at no time can anybody else
-    // connect, and the rename replaces a stale socket without a moment in which none is there.
-    let private = tempfile::Builder::new().prefix(".b").rand_bytes(4).tempdir_in(parent).map_err(failed)?;
-    let newborn = private.path().join("s");
-    if newborn.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-        let max = SOCKET_PATH_BYTES_MAX - "/.bXXXX/s".len() + "/s".len();
-        return Err(BindError::PathTooLong { address: address.clone(), max });
+    let bytes = path.as_os_str().len();
+    if bytes > SOCKET_PATH_BYTES_MAX {
+        return Err(BindError::PathTooLong { address: address.clone(), max: SOCKET_PATH_BYTES_MAX });
     }
-    let listener = UnixListener::bind(&newborn).map_err(failed)?;
-    std::fs::set_permissions(&newborn, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    let socket = SocketFile::moving(&newborn, path).map_err(failed)?;
-    std::fs::rename(&newborn, path).map_err(failed)?;
+    let failed = |source| BindError::Io { address: address.clone(), source };
+    let (listener, socket) =
+        bind_unix_at(path, SocketMode::PRIVATE).await.map_err(|occupied| match occupied {
+            Occupied::Live => BindError::InUse { address: address.clone() },
+            Occupied::NoSocket => BindError::NoSocket { address: address.clone() },
+            Occupied::Io(source) => failed(source),
+        })?;
     Ok(Server { listener: Listener::Unix { listener, socket: Some(socket) }, address: address.clone() })
 }

@@ -198,7 +198,8 @@ impl Disk {
         if record.paused {
             engine.happen(|filter, now| filter.pause(now));
         }
-        let listener = Listener::bind_kept(&nbd, &sockets, &nbd_purpose(&record.name)).await?;
+        let purpose = nbd_purpose(&record.name);
+        let listener = Listener::bind_kept(&nbd, limits.socket_mode, &sockets, &purpose).await?;
         let listener = listener.for_disk(record.name.clone());
         let nbd = NbdUri { address: listener.address().clone(), ..nbd };
         let export = DiskExport::new(Rc::clone(&engine));

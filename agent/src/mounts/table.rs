@@ -166,7 +166,9 @@ impl Table {
         let own = || NbdUri { address: NbdAddress::Unix(socket), export: record.id.clone(), tls: None };
         let uri = nbd.unwrap_or_else(own);
         let uri = self.serving.nbd_tls.as_ref().map_or(uri.clone(), |tls| tls.unless_told(uri));
-        let listener = Listener::bind_uri(&uri).await.map_err(|error| bind_error(&error))?;
+        let listener = Listener::bind_uri(&uri, self.serving.nbd.socket_mode)
+            .await
+            .map_err(|error| bind_error(&error))?;
         let uri = NbdUri { address: listener.address().clone(), ..uri };
         record.uri = uri.to_string();
         let reader = self.reader(&record, &source).await;
@@ -237,7 +239,7 @@ impl Table {
         };
         let mut told = None;
         loop {
-            let why = match Listener::bind_uri(&uri).await {
+            let why = match Listener::bind_uri(&uri, self.serving.nbd.socket_mode).await {
                 Ok(listener) => return Some((uri, listener)),
                 Err(error) => ApiError::from_error(ErrorCode::Failed, &error).message,
             };

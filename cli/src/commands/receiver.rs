@@ -13,6 +13,7 @@ use crate::{
     commands::{
         Stop,
         daemon::{Settings, prepare, serve},
+        nbd_mode::NbdModeFlag,
         nbd_tls::NbdTlsFlags,
         stream_tls::ReceiverTlsFlags,
     },
@@ -57,6 +58,8 @@ pub(crate) struct Run {
     api: Option<Address>,
     #[command(flatten)]
     stream_tls: ReceiverTlsFlags,
+    #[command(flatten)]
+    nbd_mode: NbdModeFlag,
     #[command(flatten)]
     nbd_tls: NbdTlsFlags,
 }
@@ -111,6 +114,7 @@ impl Run {
         settings.directory("store")?;
         settings.directory("run")?;
         self.stream_tls.apply(&mut settings)?;
+        self.nbd_mode.apply(&mut settings)?;
         self.nbd_tls.apply(&mut settings)?;
         let config: Config = settings.config()?;
         config.nbd.check().map_err(wrong_usage)?;

@@ -3,6 +3,7 @@
 use std::{rc::Rc, time::Duration};
 
 use backtide_nbd::{Command, ExportInfo, ExportSummary};
+use backtide_socket::SocketMode;
 use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +56,8 @@ pub struct Limits {
     /// than a stopped or migrating guest takes, much shorter than forever.
     #[serde(rename = "stalled_ms", with = "milliseconds")]
     pub stalled: Duration,
+    /// Who may connect to a unix socket that is made for it. Default 0600: the user of this process.
+    pub socket_mode: SocketMode,
 }
 
 impl Limits {
@@ -85,6 +88,7 @@ impl Default for Limits {
             handshakes: 64,
             handshake: Duration::from_secs(10),
             stalled: Duration::from_secs(120),
+            socket_mode: SocketMode::PRIVATE,
         }
     }
 }
@@ -110,11 +114,15 @@ mod tests {
 
     #[test]
     fn limits_in_a_configuration_are_defaults_but_for_what_is_named() {
-        let limits: Limits = serde_json::from_str(r#"{"connections": 8, "stalled_ms": 1500}"#).unwrap();
-        let expected = Limits { connections: 8, stalled: Duration::from_millis(1500), ..Limits::default() };
+        let text = r#"{"connections": 8, "stalled_ms": 1500, "socket_mode": "0660"}"#;
+        let limits: Limits = serde_json::from_str(text).unwrap();
+        let stalled = Duration::from_millis(1500);
+        let socket_mode = "0660".parse().unwrap();
+        let expected = Limits { connections: 8, stalled, socket_mode, ..Limits::default() };
         assert_eq!(limits, expected);
         assert_eq!(limits.check(), Ok(()));
         assert!(serde_json::from_str::<Limits>(r#"{"conections": 8}"#).is_err());
+        assert!(serde_json::from_str::<Limits>(r#"{"socket_mode": "rw-rw----"}"#).is_err());
         for nothing in ["requests", "connections", "handshakes", "handshake_ms", "stalled_ms"] {
             let text = format!(r#"{{"{nothing}": 0}}"#);
             let limits: Limits = serde_json::from_str(&text).unwrap();

@@ -20,6 +20,7 @@ mod output;
 mod server;
 mod tls;
 
+pub use backtide_socket::{NoSocketMode, SocketMode};
 pub use backtide_tls::TlsError;
 pub use client::{Client, ClientOptions, ZeroOptions, list_exports};
 pub use error::{BindError, ClientError, ServeError};

@@ -9,7 +9,7 @@ use std::{
 
 use backtide_export::{
     Client, ClientCertificates, ClientError, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, ServerTls,
-    TlsDemand, TlsError, TlsMode, UriTls, list_exports,
+    SocketMode, TlsDemand, TlsError, TlsMode, UriTls, list_exports,
 };
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::Bytes;
@@ -225,7 +225,7 @@ fn a_uri_with_tls_is_enough_to_listen() {
         let folder = certificates(&place, "pki");
         let address = NbdAddress::Tcp { host: "localhost".into(), port: 0 };
         let wanted = NbdUri { address, ..secure(&place, &folder) };
-        let listener = Listener::bind_uri(&wanted).await.unwrap();
+        let listener = Listener::bind_uri(&wanted, SocketMode::PRIVATE).await.unwrap();
         let uri = NbdUri { address: listener.address().clone(), ..wanted };
         let disk = FileExport::open("disk", &place.image(SIZE), false).unwrap();
         let server = listener.serve(Fixed::one(disk), Limits::default());
@@ -247,7 +247,7 @@ fn what_is_configured_is_for_sockets_that_say_nothing_of_tls() {
             let uri = configured.unless_told(place.uri("disk"));
             assert_eq!(uri.to_string(), secure(&place, &folder).to_string());
             let disk = FileExport::open("disk", &place.image(SIZE), false).unwrap();
-            let listener = Listener::bind_uri(&uri).await.unwrap();
+            let listener = Listener::bind_uri(&uri, SocketMode::PRIVATE).await.unwrap();
             let server = listener.serve(Fixed::one(disk), Limits::default());
             works(&uri).await;
             assert_eq!(Client::connect(&place.uri("disk")).await.is_ok(), in_the_clear);

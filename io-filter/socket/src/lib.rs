@@ -7,10 +7,12 @@
 //! process that was killed leaves behind; and it is removed in the end only while it is the one that
 //! was made.
 
+mod bind;
 mod notifier;
 pub mod passing;
 mod sockets;
 
+pub use bind::{NoSocketMode, SocketMode, bind_unix};
 pub use notifier::Notifier;
 pub use sockets::{Place as Listening, Sockets};
 

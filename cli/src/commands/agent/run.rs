@@ -13,6 +13,7 @@ use crate::{
     commands::{
         Stop,
         daemon::{Settings, prepare},
+        nbd_mode::NbdModeFlag,
         nbd_tls::NbdTlsFlags,
         stream_tls::AgentTlsFlags,
     },
@@ -54,6 +55,8 @@ pub(crate) struct Run {
     spill_size: Option<ByteCount>,
     #[command(flatten)]
     stream_tls: AgentTlsFlags,
+    #[command(flatten)]
+    nbd_mode: NbdModeFlag,
     #[command(flatten)]
     nbd_tls: NbdTlsFlags,
     /// Run the agent in a process of its own, keep its listening sockets open, and start it again
@@ -113,6 +116,7 @@ impl Run {
             settings.directory("spill_dir")?;
         }
         self.stream_tls.apply(&mut settings)?;
+        self.nbd_mode.apply(&mut settings)?;
         self.nbd_tls.apply(&mut settings)?;
         let config: Config = settings.config()?;
         config.nbd.check().map_err(wrong_usage)?;

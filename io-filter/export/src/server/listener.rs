@@ -1,13 +1,13 @@
 //! Listening: who may have an address.
 //!
 //! Invariants: a socket file is replaced only when nobody answers on it, and removed only while
-//! it is the one made here.
+//! it is the one made here. Whoever its mode does not let in never gets in, whatever the umask.
 
 use std::{io, path::Path, rc::Rc};
 
 use backtide_nbd::server::TlsMode;
 use backtide_nbd::{NbdAddress, NbdUri};
-use backtide_socket::{Listening, Occupied, Place, SocketFile, Sockets};
+use backtide_socket::{Listening, Occupied, SocketFile, SocketMode, Sockets, bind_unix};
 use backtide_units::DiskName;
 use tokio::net::{TcpListener, UnixListener};
 
@@ -31,11 +31,15 @@ enum Socket {
 }
 
 impl Listener {
-    /// Listens on `address`. A TCP port of 0 is replaced by a free one.
+    /// Listens on `address`, on a unix socket for this user. A TCP port of 0 is replaced by a free one.
     ///
     /// # Errors
     /// When the address is in use, is no socket, or the system refuses it.
     pub async fn bind(address: &NbdAddress) -> Result<Self, BindError> {
+        Self::bind_for(address, SocketMode::PRIVATE).await
+    }
+
+    async fn bind_for(address: &NbdAddress, mode: SocketMode) -> Result<Self, BindError> {
         let failed = |source| bind_failed(address, source);
         match address {
             NbdAddress::Tcp { host, port } => {
@@ -45,27 +49,25 @@ impl Listener {
                 Ok(Self { socket: Socket::Tcp(socket), address, tls: ServerTls::off(), file: None })
             }
             NbdAddress::Unix(path) => {
-                Place::clear(path).await.map_err(|occupied| match occupied {
+                let (socket, file) = bind_unix(path, mode).await.map_err(|occupied| match occupied {
                     Occupied::Live => BindError::InUse(address.clone()),
                     Occupied::NoSocket => BindError::NotASocket(path.clone()),
                     Occupied::Io(source) => failed(source),
                 })?;
-                let socket = UnixListener::bind(path).map_err(failed)?;
-                let file = Some(SocketFile::of(path).map_err(failed)?);
-                let address = address.clone();
-                Ok(Self { socket: Socket::Unix(socket), address, tls: ServerTls::off(), file })
+                let (socket, file) = (Socket::Unix(socket), Some(file));
+                Ok(Self { socket, address: address.clone(), tls: ServerTls::off(), file })
             }
         }
     }
 
-    /// Listens where `uri` says: with `nbds` every client has to use TLS, if it is
+    /// Listens where `uri` says, on a unix socket for whom `mode` lets in: with `nbds` every client has to use TLS, if it is
     /// [required](backtide_nbd::UriTls::required), and then to have a certificate.
     ///
     /// # Errors
     /// As [`bind`](Self::bind), and when the certificates cannot be used.
-    pub async fn bind_uri(uri: &NbdUri) -> Result<Self, BindError> {
+    pub async fn bind_uri(uri: &NbdUri, mode: SocketMode) -> Result<Self, BindError> {
         let tls = tls_of(uri)?;
-        Ok(Self::bind(&uri.address).await?.with_tls(tls))
+        Ok(Self::bind_for(&uri.address, mode).await?.with_tls(tls))
     }
 
     /// The same on a socket that `sockets` has kept for `purpose` or, if there is none, on a new one
@@ -73,7 +75,12 @@ impl Listener {
     ///
     /// # Errors
     /// As [`bind_uri`](Self::bind_uri).
-    pub async fn bind_kept(uri: &NbdUri, sockets: &Sockets, purpose: &str) -> Result<Self, BindError> {
+    pub async fn bind_kept(
+        uri: &NbdUri,
+        mode: SocketMode,
+        sockets: &Sockets,
+        purpose: &str,
+    ) -> Result<Self, BindError> {
         let tls = tls_of(uri)?;
         let failed = |source| bind_failed(&uri.address, source);
         let place = match &uri.address {
@@ -88,7 +95,7 @@ impl Listener {
             .map(|kept| Self { address: with_port_of(&uri.address, &kept.address), ..kept.with_tls(tls) })
             .map_err(failed);
         }
-        let mut listener = Self::bind(&uri.address).await?.with_tls(tls);
+        let mut listener = Self::bind_for(&uri.address, mode).await?.with_tls(tls);
         let file = listener.file.take();
         let kept = match &listener.socket {
             Socket::Tcp(socket) => sockets.keep(purpose, place, socket, file),
