@@ -278,12 +278,12 @@ fn what_is_known_to_be_zeroes_is_not_asked_for() {
 fn a_cache_that_stands_still_holds_up_no_other_read() {
     local(async {
         let (world, gate) = gated_world(100);
-        world.check(0, 100).await;
+        world.check(10, 100).await;
         world.until_kept(CHUNK).await;
         let world = Rc::new(world);
         gate.set_closed(true);
         let reading = Rc::clone(&world);
-        let kept = tokio::task::spawn_local(async move { reading.check(0, 100).await });
+        let kept = tokio::task::spawn_local(async move { reading.check(10, 100).await });
         gate.until_waiting(1).await;
         // Fetched, given, and going to be kept; and once more while it is.
         world.check(5 * CHUNK, 100).await;
