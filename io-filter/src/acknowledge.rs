@@ -10,6 +10,7 @@ use std::{
 };
 
 use backtide_units::Lsn;
+use rustix::io::Errno;
 
 use crate::{
     event::{AckPolicy, Effect, IoFailure, Now, OnOutage, RequestId},
@@ -50,9 +51,9 @@ pub(crate) struct Acknowledgements {
     refusing: bool,
 }
 
-/// What a guest is told whose disk is given up while it waits for the receiver: `ESHUTDOWN`. Its change is on the
-/// local disk all the same.
-const GIVEN_UP: IoFailure = IoFailure { errno: 108 };
+/// What a guest is told whose disk is given up while it waits for the receiver. Its change is on the local disk all the
+/// same.
+const GIVEN_UP: IoFailure = IoFailure { errno: Errno::SHUTDOWN.raw_os_error() };
 
 impl Acknowledgements {
     pub(crate) fn next_deadline(&self) -> Option<Duration> {

@@ -15,7 +15,7 @@ use crate::{
     event::{Change, Effect, IoFailure, IoId, LocalOp, Now, RequestId, Resume, Settings, TrackingOp},
     filter::{Filter, Mode},
     freeze::PassPlan,
-    give_way::Asked,
+    give_way::Arrival,
     mutant::Mutant,
     window::Window,
 };
@@ -32,7 +32,7 @@ pub(crate) struct Parked {
     request: RequestId,
     change: Change,
     blocks: BlockRange,
-    asked: Asked,
+    asked: Arrival,
     since: Duration,
 }
 
@@ -211,7 +211,7 @@ impl Resume {
 
 impl Filter {
     /// The range is held. A change goes on when its extents are hot, durably.
-    pub(crate) fn begin_change(&mut self, request: RequestId, change: Change, asked: Asked) {
+    pub(crate) fn begin_change(&mut self, request: RequestId, change: Change, asked: Arrival) {
         let blocks = BlockRange::touched_by(change.range().expect("flushes take no range"));
         let waits_for = self.activity.log.as_mut().and_then(|log| log.enter(blocks));
         let skips = self.is_mutant(Mutant::NoWaitForHot);

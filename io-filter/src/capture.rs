@@ -14,7 +14,7 @@ use crate::{
     courtesy::{Request, Watch},
     event::{Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, RequestId},
     filter::{Filter, Link, Mode},
-    give_way::Asked,
+    give_way::Arrival,
     mutant::Mutant,
     pass::{NewWrites, Pass, Phase},
     verify::VerifyRun,
@@ -44,7 +44,7 @@ pub(crate) struct ChangeOngoing {
     request: RequestId,
     change: Change,
     blocks: BlockRange,
-    asked: Asked,
+    asked: Arrival,
     /// The T of the pass that was frozen while this was under way.
     pub(crate) frozen_into: Option<Lsn>,
 }
@@ -61,7 +61,7 @@ pub(crate) struct CopyOngoing {
 /// A change that waits for its turn at the guard.
 #[derive(Clone, Debug)]
 pub(crate) enum Queued {
-    Change(RequestId, Change, Asked),
+    Change(RequestId, Change, Arrival),
     /// The drain's run.
     Drain(BlockRange),
     /// A verify's run.
@@ -74,7 +74,7 @@ pub(crate) struct CopyWait {
     request: RequestId,
     change: Change,
     blocks: BlockRange,
-    asked: Asked,
+    asked: Arrival,
     /// Since when.
     since: Duration,
     deadline: Duration,
@@ -126,7 +126,7 @@ impl Filter {
         let blocks = BlockRange::touched_by(range);
         let ticket = self.take_ticket();
         let at = self.now.monotonic;
-        let mut asked = Asked::now(at, self.pace.watch(at));
+        let mut asked = Arrival::now(at, self.pace.watch(at));
         if self.guard.acquire(ticket, blocks) {
             self.begin_change(request, change, asked);
         } else {
@@ -169,7 +169,7 @@ impl Filter {
     }
 
     /// The range is held and hot. Copy what a running pass still needs of it, then change it.
-    pub(crate) fn begin_hot_change(&mut self, request: RequestId, change: Change, asked: Asked) {
+    pub(crate) fn begin_hot_change(&mut self, request: RequestId, change: Change, asked: Arrival) {
         let range = change.range().expect("flushes take no range");
         let blocks = BlockRange::touched_by(range);
         self.tell_zeroes_before_change(blocks);

@@ -30,16 +30,19 @@ use crate::{
 /// What becomes of a disk's changes.
 ///
 /// ```text
-///              attach
-///                ▼
-///   ┌──────▶ Tracking ──connected──▶ Resync ──pass durable, nothing dirty──▶ Sync
-///   │            ▲                      │                                     │
-///   │            └──── stream lost ─────┘                                     │
-///   └───────── window overflow · replay impossible · force · failed write ────┘
+///            attach                                         attach after a clean end in sync
+///              ▼                                                         ▼
+///   ┌────▶ Tracking ──connected──▶ Resync ──pass durable, nothing dirty──▶ Sync
+///   │          ▲                    │  ▲                                   │ │
+///   │          ├──── stream lost ───┤  └───── force · failed write ────────┘ │
+///   │          └─ something dirty ──┘                                        │
+///   └───────────── window overflow · replay impossible · spill failed ───────┘
 ///   any ──operator──▶ Paused ──operator──▶ Tracking        any ──operator──▶ Detached
 /// ```
 ///
-/// A stream lost in `Sync` leaves the mode as it is: the window is retained and replayed.
+/// A stream lost in `Sync` leaves the mode as it is: the window is retained and replayed. A pass that is
+/// forced, or due after a failed write, begins as soon as there is a stream. One that was durable while changes
+/// were gathered leaves them dirty: it ends in `Tracking`, from where the next begins at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
@@ -416,7 +419,7 @@ impl Filter {
         assert!(to == Mode::Resync || self.pass.is_none(), "a pass is a resync");
         assert!(to != Mode::Sync || self.lost.is_none(), "what is unknown is not in sync");
         if to != Mode::Sync {
-            // What is asked of the receiver from now on is not what the local disk has.
+            // The receiver lacks changes from now on: a comparison would find differences that are none.
             self.interrupt_verify();
         }
         self.mode = to;

@@ -18,7 +18,7 @@ use crate::{
 
 /// When a change was asked for, and for how long it was held up since for the receiver's sake.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Asked {
+pub(crate) struct Arrival {
     /// Moved on by what it waited for anything else.
     pub(crate) at: Duration,
     pub(crate) delayed: Duration,
@@ -27,7 +27,7 @@ pub(crate) struct Asked {
     pub(crate) watch: Watch,
 }
 
-impl Asked {
+impl Arrival {
     pub(crate) fn now(at: Duration, watch: Watch) -> Self {
         Self { at, delayed: Duration::ZERO, behind_read: false, watch }
     }
@@ -84,7 +84,7 @@ impl Filter {
     }
 
     /// The reads that may give way, each with a change that waits for it.
-    fn waiting_for_reads(&self) -> impl Iterator<Item = (IoId, Asked)> {
+    fn waiting_for_reads(&self) -> impl Iterator<Item = (IoId, Arrival)> {
         let long = self.reads.iter().filter(|(_, run)| run.count() > BlockCount(1));
         long.flat_map(|(io, run)| {
             self.queued.values().filter_map(|queued| match queued {

@@ -1,7 +1,7 @@
 //! When the receiver is told that somebody waits: it gathers what it makes durable otherwise, and
 //! acknowledges along with that, for each sync slows down all that share its device.
 //!
-//! Waiting are a guest by its acknowledgement policy, from the begin of its flush on, everybody when the window grows, and whoever takes the
+//! Waiting are a guest by its acknowledgement policy, from the beginning of its flush on, everybody when the window grows, and whoever takes the
 //! disk away ([`Filter::hasten`]). Invariant: for each answer that waits the receiver is asked once, after
 //! the record has been sent; a lost stream forgets what was asked, for everything is sent again.
 

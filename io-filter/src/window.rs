@@ -67,7 +67,7 @@ pub(crate) enum Acknowledged {
     Data(ByteCount),
     /// Drained blocks that are zeroes.
     Zeroes(ByteCount),
-    /// The begin of a pass.
+    /// The beginning of a pass.
     PassBegin(Lsn),
     /// The end of a pass.
     PassEnd(Lsn, Option<Lsn>),

@@ -83,7 +83,7 @@ pub(crate) fn last_change(
     let Some(lsn) = view.newest_version(block)? else { return Ok(None) };
     let timeline = snapshot.timeline();
     let record = snapshot.record_at(lsn)?;
-    // A pass is at the begin of an interval, when it gave a point; else its time is that of what was before.
+    // A pass is at the beginning of an interval, when it gave a point; else its time is that of what was before.
     let begun = || points::interval_of(timeline, lsn).map(|interval| interval.from.time);
     let (time, by) = match record {
         Some(record) => (record.time, ChangedBy::Write),

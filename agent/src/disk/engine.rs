@@ -21,6 +21,7 @@ use backtide_spill::{Recovered, SpillError, SpillFiles};
 use backtide_storage::{Completion, KillPoint};
 use backtide_tracking::TrackingFile;
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskName, Lsn};
+use rustix::io::Errno;
 use tokio::sync::Notify;
 
 use super::local::{Began, Purpose, SharedLocal, blocking, failure};
@@ -95,10 +96,10 @@ pub(crate) enum Kick {
     Invalid(String),
 }
 
-/// What a request asked for, to be answered.
-enum Pending {
-    /// A client's.
-    Client(Reply, Kind),
+/// A client's request that is to be answered.
+struct Pending {
+    reply: Reply,
+    kind: Kind,
 }
 
 #[derive(Clone, Copy)]
@@ -186,7 +187,7 @@ impl Engine {
             Change::Zero { .. } => Kind::Zero,
             Change::Flush => Kind::Flush,
         };
-        self.requests.borrow_mut().insert(id, Pending::Client(reply, kind));
+        self.requests.borrow_mut().insert(id, Pending { reply, kind });
         self.happen(|filter, now| filter.submit(now, id, change));
     }
 
@@ -350,7 +351,7 @@ impl Engine {
 
     fn complete(&self, request: RequestId, result: Result<Lsn, IoFailure>) {
         let pending = self.requests.borrow_mut().remove(&request);
-        let Some(Pending::Client(reply, kind)) = pending else { return };
+        let Some(Pending { reply, kind }) = pending else { return };
         match result {
             Ok(_) => {
                 match kind {
@@ -365,8 +366,8 @@ impl Engine {
             }
             Err(failure) => {
                 add(&self.traffic.errors, 1);
-                let why = match failure.errno {
-                    108 => "a guest request ends with its disk",
+                let why = match Errno::from_raw_os_error(failure.errno) {
+                    Errno::SHUTDOWN => "a guest request ends with its disk",
                     _ => "the local disk refused a guest request",
                 };
                 tracing::warn!(disk = %self.name(), errno = failure.errno, "{why}");
@@ -475,14 +476,14 @@ fn now_since(started: Instant) -> Now {
 
 /// The error a client is told for an errno of the disk behind.
 pub(crate) fn nbd_error(failure: IoFailure) -> NbdError {
-    match failure.errno {
-        1 | 13 | 30 => NbdError::NotPermitted,
-        12 => NbdError::NoMemory,
-        22 => NbdError::Invalid,
-        27 | 28 | 122 => NbdError::NoSpace,
-        75 => NbdError::Overflow,
-        95 => NbdError::NotSupported,
-        108 => NbdError::Shutdown,
+    match Errno::from_raw_os_error(failure.errno) {
+        Errno::PERM | Errno::ACCESS | Errno::ROFS => NbdError::NotPermitted,
+        Errno::NOMEM => NbdError::NoMemory,
+        Errno::INVAL => NbdError::Invalid,
+        Errno::FBIG | Errno::NOSPC | Errno::DQUOT => NbdError::NoSpace,
+        Errno::OVERFLOW => NbdError::Overflow,
+        Errno::OPNOTSUPP => NbdError::NotSupported,
+        Errno::SHUTDOWN => NbdError::Shutdown,
         _ => NbdError::Io,
     }
 }

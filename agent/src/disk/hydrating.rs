@@ -27,6 +27,7 @@ use backtide_hydration::{ChangeId, HydrationFile, Missing, Need};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockCount, BlockRange, ByteRange, DiskName};
+use rustix::io::Errno;
 use tokio::sync::Notify;
 
 use super::{
@@ -39,7 +40,7 @@ pub(crate) use fetch::{owner, rewinding};
 use status::Progress;
 
 /// What is answered when the disk is given up while something waits for the receiver.
-const ESHUTDOWN: i32 = 108;
+const ESHUTDOWN: i32 = Errno::SHUTDOWN.raw_os_error();
 
 /// An image some of whose blocks are still at the receiver.
 pub(crate) struct HydratingDisk {

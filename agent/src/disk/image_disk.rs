@@ -15,8 +15,8 @@ use backtide_units::{ByteOffset, ByteRange};
 use bytes::{Buf, Bytes};
 
 use super::{
+    inline_writes::InlineWrites,
     local::{Began, Purpose, failure},
-    pace::Pace,
     ring::RingDisk,
 };
 use crate::config::IoEngine;
@@ -35,7 +35,7 @@ pub(crate) struct ImageDisk {
     ring: Option<RingDisk>,
     /// Why there is no ring.
     why: Option<String>,
-    writes: Pace,
+    writes: InlineWrites,
 }
 
 /// Why an image cannot be served.
@@ -56,7 +56,7 @@ impl ImageDisk {
                 Err(error) => (None, Some(format!("io_uring cannot be used: {error}"))),
             },
         };
-        Ok(Self { image, ring, why, writes: Pace::default() })
+        Ok(Self { image, ring, why, writes: InlineWrites::default() })
     }
 
     pub(crate) fn image(&self) -> &Arc<ImageFile> {
@@ -80,10 +80,10 @@ impl ImageDisk {
 
     /// Does it, or begins it; gives back what has to be [`run`](Self::run).
     pub(crate) fn begin(&self, op: LocalOp, purpose: Purpose) -> Began {
-        if self.is_long_copy(&op, &purpose) || self.is_for_this_thread(&op) {
+        if self.is_long_read(&op, &purpose) || self.is_long_write(&op) {
             return Began::Later(op, purpose);
         }
-        if let Some(result) = self.at_once(&op) {
+        if let Some(result) = self.try_now(&op) {
             return Began::Ended(result.map_err(failure), purpose);
         }
         let Some(ring) = &self.ring else { return Began::Later(op, purpose) };
@@ -101,9 +101,9 @@ impl ImageDisk {
         }
     }
 
-    /// A resync reads whole runs of blocks. Copying one out of the page cache, which either engine would
+    /// A read that another thread does. A resync reads whole runs of blocks. Copying one out of the page cache, which either engine would
     /// do on this thread, makes the guest wait: another processor can do it.
-    fn is_long_copy(&self, op: &LocalOp, purpose: &Purpose) -> bool {
+    fn is_long_read(&self, op: &LocalOp, purpose: &Purpose) -> bool {
         let LocalOp::Read(range) = op else { return false };
         match purpose {
             Purpose::Filter(_) => self.image.alignment().is_none() && range.count().0 > LONG_COPY,
@@ -112,12 +112,12 @@ impl ImageDisk {
     }
 
     /// A long write that [`run`](Self::run) does on this thread, little by little.
-    fn is_for_this_thread(&self, op: &LocalOp) -> bool {
+    fn is_long_write(&self, op: &LocalOp) -> bool {
         match op {
             LocalOp::Change(Change::Write { data, fua, .. }) => {
                 !fua && data.len() > PIECE_BYTES
                     && self.image.alignment().is_none()
-                    && self.writes.is_at_once(self.has_handed_over(), Instant::now)
+                    && self.writes.is_allowed(self.has_handed_over(), Instant::now)
             }
             LocalOp::Read(_) | LocalOp::Change(Change::Zero { .. } | Change::Flush) | LocalOp::Settle => {
                 false
@@ -130,7 +130,7 @@ impl ImageDisk {
     }
 
     /// What needs no waiting.
-    fn at_once(&self, op: &LocalOp) -> Option<io::Result<LocalData>> {
+    fn try_now(&self, op: &LocalOp) -> Option<io::Result<LocalData>> {
         if self.image.alignment().is_some() {
             return None;
         }
@@ -138,13 +138,13 @@ impl ImageDisk {
             LocalOp::Read(range) => {
                 self.image.try_read(*range).transpose().map(|read| read.map(LocalData::Read))
             }
-            LocalOp::Change(Change::Write { range, data, fua: false }) => self.write_at_once(*range, data),
+            LocalOp::Change(Change::Write { range, data, fua: false }) => self.try_write_now(*range, data),
             LocalOp::Change(_) | LocalOp::Settle => None,
         }
     }
 
-    fn write_at_once(&self, range: ByteRange, data: &Bytes) -> Option<io::Result<LocalData>> {
-        if !self.writes.is_at_once(self.has_handed_over(), Instant::now) {
+    fn try_write_now(&self, range: ByteRange, data: &Bytes) -> Option<io::Result<LocalData>> {
+        if !self.writes.is_allowed(self.has_handed_over(), Instant::now) {
             return None;
         }
         let wrote = match self.image.try_write(range.start(), data) {
@@ -182,7 +182,7 @@ impl ImageDisk {
         while !data.is_empty() {
             let piece = data.slice(..data.len().min(PIECE_BYTES));
             let end = ByteOffset(rest.start().0 + piece.len() as u64);
-            let Some(wrote) = self.write_at_once(ByteRange::between(rest.start(), end), &piece) else {
+            let Some(wrote) = self.try_write_now(ByteRange::between(rest.start(), end), &piece) else {
                 return Ok(Some(LocalOp::Change(Change::Write { range: rest, data, fua: false })));
             };
             wrote?;
@@ -353,7 +353,7 @@ mod tests {
             let ((result, _), ()) = tokio::join!(done(&disk, long(&disk)), slow);
             assert_eq!(result, Ok(LocalData::Changed));
             assert!(is_written(&path));
-            assert!(!disk.writes.is_at_once(false, Instant::now), "it was the slow piece that ended it");
+            assert!(!disk.writes.is_allowed(false, Instant::now), "it was the slow piece that ended it");
         }
     }
 

@@ -7,6 +7,7 @@ use backtide_export::{BlockSizes, Extent, Reply};
 use backtide_io_filter::{IoFailure, IoId, LocalData, LocalOp, Watch};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteCount, ByteRange};
+use rustix::io::Errno;
 
 pub(crate) use super::image_disk::blocking;
 use super::{hydrating::HydratingDisk, medium::Medium, ring::RingDisk};
@@ -37,7 +38,7 @@ pub(crate) enum Began {
     Later(LocalOp, Purpose),
 }
 
-pub(super) const EIO: i32 = 5;
+pub(super) const EIO: i32 = Errno::IO.raw_os_error();
 
 impl Local {
     fn medium(&self) -> &Medium {

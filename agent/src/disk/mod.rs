@@ -5,6 +5,7 @@
 //! to the receiver, [`status`] what can be told of it all.
 
 pub(crate) mod claim;
+mod detach;
 mod dial;
 pub(crate) mod engine;
 mod export;
@@ -14,13 +15,13 @@ pub(crate) mod hydrating;
 mod image_disk;
 mod in_place;
 mod incomplete;
+mod inline_writes;
 mod leaving;
 mod life;
 pub(crate) mod local;
 mod medium;
 mod nbd_disk;
 mod open;
-mod pace;
 mod retry;
 mod ring;
 #[allow(dead_code, reason = "an attach from a point needs more of it")]

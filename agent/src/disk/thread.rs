@@ -9,7 +9,6 @@ use backtide_io_filter::{
 };
 use backtide_socket::Sockets;
 use backtide_storage::KillPoint;
-use backtide_tracking::{SavedTracking, Snapshot};
 use backtide_units::{CaptureTime, DiskName, Lsn};
 use tokio::sync::{mpsc, oneshot};
 
@@ -38,9 +37,6 @@ const COMMANDS_MAX: usize = 64;
 
 /// How often the record is brought up to date.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
-
-/// How long a detach waits for its good-bye to be on its way.
-const GOODBYE_TIME: Duration = Duration::from_millis(200);
 
 /// What the rest of the agent can ask of a disk.
 #[derive(Debug)]
@@ -93,17 +89,17 @@ pub(crate) enum StartError {
 }
 
 /// A disk being served.
-struct Disk {
-    engine: Rc<Engine>,
-    stream: Rc<Stream>,
-    server: Server,
+pub(super) struct Disk {
+    pub(super) engine: Rc<Engine>,
+    pub(super) stream: Rc<Stream>,
+    pub(super) server: Server,
     nbd: NbdUri,
-    record: DiskRecord,
-    records: Records,
-    image: Option<Arc<backtide_storage::ImageFile>>,
+    pub(super) record: DiskRecord,
+    pub(super) records: Records,
+    pub(super) image: Option<Arc<backtide_storage::ImageFile>>,
     verifies: Verifies,
     watch: super::status::Watch,
-    life: Life,
+    pub(super) life: Life,
 }
 
 /// Starts the thread of an opened disk, serving it at `nbd`. Returns when clients can connect.
@@ -336,7 +332,7 @@ impl Disk {
         }
     }
 
-    fn status(&self) -> DiskStatus {
+    pub(super) fn status(&self) -> DiskStatus {
         let clients = u32::try_from(self.server.connections()).unwrap_or(u32::MAX);
         let (record, nbd) = (&self.record, &self.nbd);
         let mut status =
@@ -410,89 +406,6 @@ impl Disk {
             Err(error) => tracing::error!(disk = %record.name, %error, "cannot save the disk's record"),
         }
     }
-
-    /// Ends service, lets the receiver catch up if it can at once, saves what is left.
-    async fn detach(self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
-        let mut last = self.status();
-        let Self { engine, stream, server, mut record, records, image, life, .. } = self;
-        last.guest_waits = super::leaving::end_service(&engine, server, leaving, last.guest_waits).await;
-        // What waits for a receiver that is away would wait for ever.
-        engine.local.stop().await;
-        // Requests of a client that was cut off may still be under way; none may follow the bitmap.
-        engine.happen(|filter, _| filter.give_held_answers());
-        engine.until(Filter::is_quiet).await;
-        KillPoint::DetachQuiet.reached();
-        let flushed = engine.local.run(LocalOp::Change(Change::Flush)).await;
-        if let Err(failure) = &flushed {
-            tracing::error!(disk = %record.name, errno = failure.errno, "cannot flush the local disk");
-        }
-        KillPoint::DetachFlushed.reached();
-        // Before anybody else can have the image; a qcow2's server writes it when it ends.
-        record.image_at_detach = life.stamp().filter(|_| flushed.is_ok());
-        // A receiver that takes longer gets the rest at the next attach.
-        let caught_up =
-            |filter: &Filter| filter.is_drained() || !filter.is_connected() || filter.mode() != Mode::Sync;
-        engine.happen(|filter, _| filter.hasten());
-        let _ = tokio::time::timeout(leaving.receiver(), engine.until(caught_up)).await;
-        // What it still lacks may go to the spill, for the next attach to send.
-        engine.happen(Filter::prepare_detach);
-        let _ = tokio::time::timeout(leaving.receiver(), engine.until(Filter::is_spill_settled)).await;
-        let acked = engine.look(Filter::acked_durable);
-        let history = engine.look(Filter::history);
-        // The filter may have begun a flush of its own meanwhile.
-        engine.until(Filter::is_quiet).await;
-        let saved = engine.happen(|filter, now| filter.detach(now));
-        record.flush_failed = flushed.is_err() || engine.look(Filter::untold_failure).is_some();
-        // What the device did not take is not on the disk: nothing is trusted then.
-        let saved = saved.filter(|_| flushed.is_ok());
-        let connected = engine.look(Filter::is_connected);
-        engine.end_stream(Kick::Operator(leaving.reason()));
-        if connected {
-            // The stream's task says good-bye to the receiver; nothing depends on it.
-            let _ = tokio::time::timeout(GOODBYE_TIME, stream.ended.notified()).await;
-        }
-        if let Some(epoch) = stream.fenced_by.take() {
-            record.fence(epoch);
-        }
-        record.history = history;
-        record.acked_durable = acked;
-        record.lsn_bound = record.lsn_bound.max(engine.look(Filter::last_lsn));
-        record.last_time = engine.look(|filter| filter.status().last_time);
-        say_detached(&mut last);
-        last.dirty =
-            saved.as_ref().map_or(last.dirty, |saved| super::status::dirty(saved.dirty.count(), Some(0)));
-        if let Some(image) = image
-            && let Err(error) = image.unlock()
-        {
-            tracing::warn!(disk = %record.name, %error, "cannot unlock the image before it is closed");
-        }
-        KillPoint::DetachUnlocked.reached();
-        let path = records.tracking_file(&record.name);
-        let save = move || {
-            let snapshot = match saved {
-                Some(saved) => Snapshot::first(saved, true, false),
-                None => Snapshot::first(SavedTracking::unknown(record.uuid), false, true),
-            };
-            let limits = super::activity_limits(&record);
-            records.create_tracking(&record.name, limits, record.size, &snapshot)?;
-            KillPoint::DetachTracking.reached();
-            records.save(&record)?;
-            KillPoint::DetachRecord.reached();
-            Ok(())
-        };
-        blocking(save).await.map_err(|source| DetachError::Save { path, source })?;
-        tracing::info!(disk = %last.name, dirty_blocks = %last.dirty.blocks, "disk detached");
-        Ok(last)
-    }
-}
-
-/// The last status of a disk, which is detached now.
-fn say_detached(last: &mut DiskStatus) {
-    last.mode = backtide_agent_api::Mode::Detached;
-    last.reason = backtide_units::Reason::Detached.to_string();
-    last.reason_code = "detached".to_owned();
-    last.connected = false;
-    last.clients = 0;
 }
 
 /// What the socket of a disk is kept for.

@@ -135,7 +135,7 @@ impl Output {
             }
         }
         if self.heads.is_empty() {
-            // Back to the begin of the buffer, so that it never grows by being used.
+            // Back to the beginning of the buffer, so that it never grows by being used.
             self.heads.clear();
         }
     }

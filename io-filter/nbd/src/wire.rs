@@ -12,7 +12,7 @@ pub const MAX_STRING: usize = 4096;
 pub mod magic {
     /// First eight bytes of every server ("NBDMAGIC").
     pub const SERVER: u64 = 0x4e42_444d_4147_4943;
-    /// Second eight bytes of a newstyle server, and the begin of each option ("IHAVEOPT").
+    /// Second eight bytes of a newstyle server, and the beginning of each option ("IHAVEOPT").
     pub const OPTION: u64 = 0x4948_4156_454f_5054;
     /// Second eight bytes of an oldstyle server.
     pub const OLDSTYLE: u64 = 0x0000_4202_8186_1253;

@@ -238,7 +238,7 @@ impl Out {
         Self { asked, at, pieces: Vec::new(), blocks: RoaringTreemap::new() }
     }
 
-    /// Pieces follow one another from the begin of what was asked for on.
+    /// Pieces follow one another from the beginning of what was asked for on.
     fn add(&mut self, range: ByteRange, piece: Piece) -> Result<(), String> {
         match &self.asked.question {
             Question::Fetch(asked) if range.start() == self.at && range.end() <= asked.end() => {

@@ -67,7 +67,7 @@ impl Channel {
         self.output.borrow().written()
     }
 
-    /// Their bytes.
+    /// Bytes of requests in flight, with what was kept for their replies.
     pub(crate) fn bytes(&self) -> ByteCount {
         ByteCount(self.bytes.get())
     }

@@ -17,13 +17,13 @@ const REST: Duration = Duration::from_secs(1);
 
 /// How writes went lately.
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(super) struct InlineWrites {
     rests_until: Cell<Option<Instant>>,
 }
 
-impl Pace {
-    /// Whether the next write is done at once; `others` are under way that were handed over.
-    pub(super) fn is_at_once(&self, others: bool, now: impl FnOnce() -> Instant) -> bool {
+impl InlineWrites {
+    /// Whether the next write is done on the disk's own thread; `others` are under way that were handed over.
+    pub(super) fn is_allowed(&self, others: bool, now: impl FnOnce() -> Instant) -> bool {
         let Some(until) = self.rests_until.get() else { return true };
         let over = !others && now() >= until;
         if over {
@@ -32,7 +32,7 @@ impl Pace {
         over
     }
 
-    /// A write that was done at once took from `began` to `ended`.
+    /// A write that was done so took from `began` to `ended`.
     pub(super) fn took(&self, began: Instant, ended: Instant) {
         if ended.saturating_duration_since(began) >= SLOW {
             self.rests_until.set(Some(ended + REST));
@@ -46,16 +46,16 @@ mod tests {
 
     #[test]
     fn a_slow_write_has_the_next_ones_handed_over_for_a_while() {
-        let pace = Pace::default();
+        let writes = InlineWrites::default();
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
-        pace.took(at(0), at(9));
-        assert!(pace.is_at_once(true, || at(9)), "fast ones change nothing");
-        pace.took(at(10), at(20));
-        assert!(!pace.is_at_once(false, || at(21)));
-        assert!(!pace.is_at_once(false, || at(1019)));
-        assert!(!pace.is_at_once(true, || at(1020)), "while one is under way nothing is known");
-        assert!(pace.is_at_once(false, || at(1020)));
-        assert!(pace.is_at_once(true, || at(0)), "and so until the next slow one");
+        writes.took(at(0), at(9));
+        assert!(writes.is_allowed(true, || at(9)), "fast ones change nothing");
+        writes.took(at(10), at(20));
+        assert!(!writes.is_allowed(false, || at(21)));
+        assert!(!writes.is_allowed(false, || at(1019)));
+        assert!(!writes.is_allowed(true, || at(1020)), "while one is under way nothing is known");
+        assert!(writes.is_allowed(false, || at(1020)));
+        assert!(writes.is_allowed(true, || at(0)), "and so until the next slow one");
     }
 }

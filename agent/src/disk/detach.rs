@@ -1,0 +1,140 @@
+//! The end of a disk, step by step: its clients go, it comes to rest, the receiver gets what it can at once, and what the
+//! next attach needs is saved.
+//!
+//! Invariants: no request follows what is saved of it; nobody else can have the image before it is flushed and its state
+//! was looked at; what was not flushed is not trusted at the next attach. No step but the local disk's own waits without
+//! a bound.
+
+use std::{rc::Rc, sync::Arc, time::Duration};
+
+use backtide_agent_api::DiskStatus;
+use backtide_io_filter::{Change, Filter, LocalOp, Mode};
+use backtide_storage::{ImageFile, KillPoint};
+use backtide_tracking::{SavedTracking, Snapshot};
+use backtide_units::DiskName;
+
+use super::{
+    engine::{Engine, Kick},
+    leaving::{DetachError, Leaving, end_service},
+    local::blocking,
+    stream::Stream,
+    thread::Disk,
+};
+use crate::record::{DiskRecord, Records};
+
+/// How long a detach waits for its good-bye to be on its way.
+const GOODBYE_TIME: Duration = Duration::from_millis(200);
+
+impl Disk {
+    /// Ends service, lets the receiver catch up if it can at once, saves what is left.
+    pub(super) async fn detach(self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
+        let mut last = self.status();
+        let Self { engine, stream, server, mut record, records, image, life, .. } = self;
+        last.guest_waits = end_service(&engine, server, leaving, last.guest_waits).await;
+        let flushed = come_to_rest(&engine, &record.name).await;
+        // Before anybody else can have the image; a qcow2's server writes it when it ends.
+        record.image_at_detach = life.stamp().filter(|_| flushed);
+        catch_up(&engine, leaving).await;
+        let saved = give_up(&engine, &mut record, flushed).await;
+        end_stream(&engine, &stream, leaving).await;
+        if let Some(epoch) = stream.fenced_by.take() {
+            record.fence(epoch);
+        }
+        say_detached(&mut last, saved.as_ref());
+        unlock(image, &record.name);
+        save(records, record, saved).await?;
+        tracing::info!(disk = %last.name, dirty_blocks = %last.dirty.blocks, "disk detached");
+        Ok(last)
+    }
+}
+
+/// Waits until nothing is under way, and flushes the local disk; whether it took that.
+async fn come_to_rest(engine: &Rc<Engine>, name: &DiskName) -> bool {
+    // What waits for a receiver that is away would wait for ever.
+    engine.local.stop().await;
+    // Requests of a client that was cut off may still be under way; none may follow the bitmap.
+    engine.happen(|filter, _| filter.give_held_answers());
+    engine.until(Filter::is_quiet).await;
+    KillPoint::DetachQuiet.reached();
+    let flushed = engine.local.run(LocalOp::Change(Change::Flush)).await;
+    if let Err(failure) = &flushed {
+        tracing::error!(disk = %name, errno = failure.errno, "cannot flush the local disk");
+    }
+    KillPoint::DetachFlushed.reached();
+    flushed.is_ok()
+}
+
+/// Gives the receiver, and then the spill, a moment to take what is left.
+async fn catch_up(engine: &Rc<Engine>, leaving: Leaving) {
+    // A receiver that takes longer gets the rest at the next attach.
+    let caught_up =
+        |filter: &Filter| filter.is_drained() || !filter.is_connected() || filter.mode() != Mode::Sync;
+    engine.happen(|filter, _| filter.hasten());
+    let _ = tokio::time::timeout(leaving.receiver(), engine.until(caught_up)).await;
+    // What it still lacks may go to the spill, for the next attach to send.
+    engine.happen(Filter::prepare_detach);
+    let _ = tokio::time::timeout(leaving.receiver(), engine.until(Filter::is_spill_settled)).await;
+}
+
+/// Has the filter give the disk up, and notes in the record how far it was. What is to be saved of it, if that can be
+/// trusted.
+async fn give_up(engine: &Rc<Engine>, record: &mut DiskRecord, flushed: bool) -> Option<SavedTracking> {
+    record.acked_durable = engine.look(Filter::acked_durable);
+    record.history = engine.look(Filter::history);
+    // The filter may have begun a flush of its own meanwhile.
+    engine.until(Filter::is_quiet).await;
+    let saved = engine.happen(|filter, now| filter.detach(now));
+    record.flush_failed = !flushed || engine.look(Filter::untold_failure).is_some();
+    record.lsn_bound = record.lsn_bound.max(engine.look(Filter::last_lsn));
+    record.last_time = engine.look(|filter| filter.status().last_time);
+    // What the device did not take is not on the disk: nothing is trusted then.
+    saved.filter(|_| flushed)
+}
+
+/// Says good-bye to the receiver, if there is one; nothing depends on it.
+async fn end_stream(engine: &Rc<Engine>, stream: &Stream, leaving: Leaving) {
+    let connected = engine.look(Filter::is_connected);
+    engine.end_stream(Kick::Operator(leaving.reason()));
+    if connected {
+        let _ = tokio::time::timeout(GOODBYE_TIME, stream.ended.notified()).await;
+    }
+}
+
+/// The last status of a disk, which is detached now.
+fn say_detached(last: &mut DiskStatus, saved: Option<&SavedTracking>) {
+    last.mode = backtide_agent_api::Mode::Detached;
+    last.reason = backtide_units::Reason::Detached.to_string();
+    last.reason_code = "detached".to_owned();
+    last.connected = false;
+    last.clients = 0;
+    if let Some(saved) = saved {
+        last.dirty = super::status::dirty(saved.dirty.count(), Some(0));
+    }
+}
+
+fn unlock(image: Option<Arc<ImageFile>>, name: &DiskName) {
+    if let Some(image) = image
+        && let Err(error) = image.unlock()
+    {
+        tracing::warn!(disk = %name, %error, "cannot unlock the image before it is closed");
+    }
+    KillPoint::DetachUnlocked.reached();
+}
+
+/// Makes durable what the next attach needs.
+async fn save(records: Records, record: DiskRecord, saved: Option<SavedTracking>) -> Result<(), DetachError> {
+    let path = records.tracking_file(&record.name);
+    let save = move || {
+        let snapshot = match saved {
+            Some(saved) => Snapshot::first(saved, true, false),
+            None => Snapshot::first(SavedTracking::unknown(record.uuid), false, true),
+        };
+        let limits = super::activity_limits(&record);
+        records.create_tracking(&record.name, limits, record.size, &snapshot)?;
+        KillPoint::DetachTracking.reached();
+        records.save(&record)?;
+        KillPoint::DetachRecord.reached();
+        Ok(())
+    };
+    blocking(save).await.map_err(|source| DetachError::Save { path, source })
+}
