@@ -101,7 +101,8 @@ fn goes_and_comes_back(bench: &Bench, image: &str, there: &str) {
         let stream = bench.socket("stream.sock");
         let gone = match round {
             0 => other.run(&["failover", "vm1", there, "--receiver", &stream, "--yes"]),
-            _ => other.run(&["failback", "vm1", "--yes"]),
+            // The receiver may not have heard yet that the first let go.
+            _ => other.run(&["failback", "vm1", "--yes", "--force"]),
         };
         assert_eq!(gone.code, 0, "{gone:?}");
         write(&other.uri(), &mut model);
@@ -109,7 +110,7 @@ fn goes_and_comes_back(bench: &Bench, image: &str, there: &str) {
         model.assert_is_in(&content(bench, &other.uri()), model.len(), "the other host's");
         assert_eq!(other.run(&["detach", "vm1"]).code, 0);
 
-        let report = bench.json(&["failback", "vm1", "--yes", "--wait"]);
+        let report = bench.json(&["failback", "vm1", "--yes", "--force", "--wait"]);
         // A server tells no time: who may have written what it serves since the detach is not known.
         let known = !image.contains("://");
         assert_eq!(report["everything_because"].is_null(), known, "{report}");
