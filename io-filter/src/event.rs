@@ -262,6 +262,31 @@ pub enum Resume {
     },
 }
 
+impl Resume {
+    /// The same of a disk that was set back since, and whose `missing` blocks have another content than they had: they
+    /// are changed, whatever was known of them.
+    #[must_use]
+    pub fn set_back(self, missing: &DirtyBitmap) -> Self {
+        let reason = Reason::Rewind;
+        match self {
+            Self::Clean(mut saved) => {
+                saved.dirty.union_with(missing);
+                saved.zeroes.subtract(missing);
+                // They are of no record, so the spill does not make up for them.
+                saved.spilled_to = None;
+                saved.reason = Some(reason);
+                Self::Clean(saved)
+            }
+            Self::Crashed { mut candidates, history, last_lsn, acked_durable, acked_position, reason: _ } => {
+                candidates.union_with(missing);
+                Self::Crashed { reason, history, last_lsn, acked_durable, acked_position, candidates }
+            }
+            // Everything is compared.
+            Self::New | Self::Lost { .. } => self,
+        }
+    }
+}
+
 impl Change {
     /// The bytes it changes; none for a flush.
     pub fn range(&self) -> Option<ByteRange> {

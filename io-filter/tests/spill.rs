@@ -342,6 +342,29 @@ fn a_detach_in_an_outage_leaves_everything_to_the_next_attach() {
 }
 
 #[test]
+fn a_disk_set_back_is_not_in_sync_whatever_its_spill_has() {
+    let mut world = World::new(4 << 20);
+    world.write(0, 100);
+    let now = world.now();
+    world.filter.prepare_detach(now);
+    world.carry_out();
+    let now = world.now();
+    let mut saved = world.filter.detach(now).unwrap();
+    assert_eq!(saved.spilled_to, Some(Lsn(200)));
+    saved.zeroes = DirtyBitmap::of((150..155).into());
+    let missing = DirtyBitmap::of((150..160).into());
+    let resume = Resume::Clean(saved).set_back(&missing);
+    let Resume::Clean(saved) = &resume else { panic!("{resume:?}") };
+    assert!(saved.zeroes.is_empty(), "missing blocks are not known to be zeroes");
+    let mut world = World::attached(world.storage.clone(), 4 << 20, Epoch(3), resume);
+    assert_eq!((world.filter.mode(), world.dirty()), (Mode::Tracking, 110));
+    world.connect(100, ReceiverState::Known);
+    let sent = world.drain();
+    assert_eq!((&sent[..100], &sent[100][..]), (&lsns(101..=200)[..], "pass after 200"));
+    assert!(world.filter.is_drained());
+}
+
+#[test]
 fn a_spill_whose_first_file_is_missing_is_not_complete() {
     let mut world = World::new(1 << 20);
     world.write(0, 100);

@@ -20,7 +20,7 @@ use backtide_agent_api::StreamTls;
 use backtide_control::Address;
 use backtide_hydration::{Header, HydrationError, HydrationFile, Kind};
 use backtide_io_filter::Resume;
-use backtide_units::{ByteCount, Reason};
+use backtide_units::ByteCount;
 
 use super::{
     dial::Dialer,
@@ -128,20 +128,7 @@ pub(crate) fn dirty_too(resume: Resume, record: &DiskRecord, hydration: Option<&
         Kind::Rewind if header.epoch == record.epoch => {}
         Kind::Rewind | Kind::Origin | Kind::Failover => return resume,
     }
-    match resume {
-        Resume::Clean(mut saved) => {
-            saved.dirty.union_with(&file.missing());
-            saved.reason = Some(Reason::Rewind);
-            Resume::Clean(saved)
-        }
-        Resume::Crashed { mut candidates, history, last_lsn, acked_durable, acked_position, reason: _ } => {
-            candidates.union_with(&file.missing());
-            let reason = Reason::Rewind;
-            Resume::Crashed { reason, history, last_lsn, acked_durable, acked_position, candidates }
-        }
-        // Everything is compared.
-        Resume::New | Resume::Lost { .. } => resume,
-    }
+    resume.set_back(&file.missing())
 }
 
 /// The file or device of an image; none of an NBD URI.

@@ -174,7 +174,12 @@ impl HydrationFile {
         sync_image: impl FnOnce() -> io::Result<()>,
         before: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        assert!(self.state().missing.is_empty(), "what is missing has to be remembered");
+        {
+            let state = self.state();
+            // After an image that could not be synced more is missing than whoever asks knows.
+            state.is_sound()?;
+            assert!(state.missing.is_empty(), "what is missing has to be remembered");
+        }
         let mut finished = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         self.settle_held(sync_image)?;
         before()?;
@@ -293,3 +298,6 @@ impl State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
