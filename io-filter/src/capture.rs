@@ -17,6 +17,7 @@ use crate::{
     give_way::Arrival,
     mutant::Mutant,
     pass::{NewWrites, Pass, Phase},
+    recall::Recall,
     verify::VerifyRun,
 };
 
@@ -35,6 +36,8 @@ pub(crate) enum Ongoing {
     Drain(BlockRange),
     /// A read of a verify.
     Verify(VerifyRun),
+    /// A read for the receiver.
+    Recall(Recall),
     /// A flush of the filter's own.
     Settle,
 }
@@ -160,6 +163,7 @@ impl Filter {
                 self.read_ended(io);
                 self.verify_read_done(run, result);
             }
+            Ongoing::Recall(recall) => self.recall_done(recall, result),
             Ongoing::Settle => {
                 self.activity.flush_ended(io, result.is_ok());
                 self.settled(result.map(|_| ()));
@@ -243,6 +247,7 @@ impl Filter {
             | Ongoing::Abandoned
             | Ongoing::Drain(_)
             | Ongoing::Verify(_)
+            | Ongoing::Recall(_)
             | Ongoing::Settle => None,
         });
         // Only a pass has copies; without one nothing is searched.

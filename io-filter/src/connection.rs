@@ -1,7 +1,7 @@
 //! The connection to the receiver: the handshake's decision, what is sent, what comes back, and
 //! what a lost stream means.
 
-use backtide_protocol::{Hello, Message, PROTOCOL_VERSION, ReceiverState, Tracking, Welcome};
+use backtide_protocol::{Hello, Message, PROTOCOL_VERSION, Reading, ReceiverState, Tracking, Welcome};
 use backtide_units::{BlockRange, CaptureTime, Lsn, Reason};
 
 use crate::{
@@ -223,11 +223,13 @@ impl Filter {
     pub fn poll_send(&mut self, now: Now) -> Option<(u64, Message)> {
         self.observe(now);
         let asks = self.next_hasten();
+        let recalled = if self.is_connected() { self.recalled.pop_front() } else { None };
         let Link::Up { next_seq, asked, .. } = &mut self.link else { return None };
         let seq = *next_seq;
-        let message = match asks {
-            Some(durable) => asked.asks(seq, durable, self.window.sent_end()),
-            None => self.window.send(seq)?,
+        let message = match (recalled, asks) {
+            (Some(recalled), _) => recalled,
+            (None, Some(durable)) => asked.asks(seq, durable, self.window.sent_end()),
+            (None, None) => self.window.send(seq)?,
         };
         *next_seq += 1;
         if matches!(message, Message::PassData { .. }) {
@@ -240,7 +242,9 @@ impl Filter {
 
     /// Whether [`poll_send`](Self::poll_send) would give a frame.
     pub fn has_to_send(&self) -> bool {
-        self.is_connected() && (self.window.has_unsent() || self.next_hasten().is_some())
+        let has_something =
+            || !self.recalled.is_empty() || self.window.has_unsent() || self.next_hasten().is_some();
+        self.is_connected() && has_something()
     }
 
     /// Whether frames are out that the receiver has not acknowledged as durable.
@@ -259,6 +263,7 @@ impl Filter {
             }
             Message::CompareResult(result) => self.compared(result),
             Message::Ping => {}
+            Message::Reading(Reading::Fetch { id, range }) => self.asked_for(id, range),
             Message::Hello(_)
             | Message::Welcome(_)
             | Message::Record(_)
@@ -283,6 +288,7 @@ impl Filter {
             return;
         }
         self.link = Link::Down;
+        self.forget_recalls();
         self.acked_in_pass = false;
         if let Some(scanning) = self.scanning.take() {
             self.lost = Some(scanning.plan);

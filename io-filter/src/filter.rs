@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use backtide_protocol::Message;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, CaptureTime, HistoryId, LogPosition, Lsn, Reason};
 use serde::{Deserialize, Serialize};
@@ -137,6 +138,8 @@ pub struct Filter {
     pub(crate) waiting_for_buffer: VecDeque<CopyWait>,
     pub(crate) next_id: u64,
     pub(crate) next_compare: u64,
+    /// Answers to the receiver's questions, to be sent; nobody misses them when the stream is lost.
+    pub(crate) recalled: VecDeque<Message>,
     pub(crate) acknowledgements: Acknowledgements,
     pub(crate) flushed_to: Lsn,
     pub(crate) verify: Option<VerifyJob>,
@@ -192,6 +195,7 @@ impl Filter {
             waiting_for_buffer: VecDeque::new(),
             next_id: 0,
             next_compare: 0,
+            recalled: VecDeque::new(),
             acknowledgements: Acknowledgements::default(),
             flushed_to: Lsn::ZERO,
             verify: None,

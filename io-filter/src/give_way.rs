@@ -109,6 +109,7 @@ impl Filter {
             | Ongoing::Flush(..)
             | Ongoing::Copy(_)
             | Ongoing::Abandoned
+            | Ongoing::Recall(_)
             | Ongoing::Settle => {
                 unreachable!("only reads of passes and verifies are held")
             }

@@ -42,6 +42,7 @@ mod operate;
 mod pace;
 mod pass;
 mod progress;
+mod recall;
 mod spill;
 mod status;
 mod unchanged;

@@ -139,9 +139,10 @@ impl Filter {
     }
 
     fn is_unchanging(&self) -> bool {
-        self.ongoing
-            .values()
-            .all(|ongoing| matches!(ongoing, Ongoing::Drain(_) | Ongoing::Verify(_) | Ongoing::Settle))
+        let reads_or_settles = |ongoing: &Ongoing| {
+            matches!(ongoing, Ongoing::Drain(_) | Ongoing::Verify(_) | Ongoing::Recall(_) | Ongoing::Settle)
+        };
+        self.ongoing.values().all(reads_or_settles)
             && self.queued.values().all(|queued| !matches!(queued, Queued::Change(..)))
             && self.waiting_for_buffer.is_empty()
             && !self.activity.has_parked()
@@ -201,6 +202,7 @@ impl Filter {
     /// Whatever is not durable becomes dirty, and the link is no longer used.
     fn stop_forwarding(&mut self) {
         self.link = Link::Down;
+        self.forget_recalls();
         self.acked_in_pass = false;
         if let Some(scanning) = self.scanning.take() {
             self.lost = Some(scanning.plan);

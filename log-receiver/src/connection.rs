@@ -28,9 +28,10 @@ use tokio::{
 use crate::{
     accept::Arrival,
     admit::drain,
+    asking::Asking,
     disk::{Disk, chain},
     disks::closed,
-    ingest::{Ingest, Wakeup},
+    ingest::{AskDisk, Ingest, Wakeup},
     pool::GivenUp,
     session::{ConnectionId, Effect, Session, another_version},
     socket::Duplex,
@@ -56,6 +57,8 @@ struct Connection {
     /// Of what was written some may not be out.
     unflushed: bool,
     compares: VecDeque<Answering>,
+    /// What the agent was asked.
+    asking: Asking,
     /// Set at the end: compares under way stop and queued ones do nothing, for other agents wait
     /// for the same threads.
     unwanted: Arc<AtomicBool>,
@@ -93,6 +96,7 @@ pub(crate) async fn run(ingest: Rc<Ingest>, arrival: Arrival, wakeup: Rc<Wakeup>
         sent: 0,
         output: BytesMut::new(),
         compares: VecDeque::new(),
+        asking: Asking::default(),
         unflushed: false,
         unwanted: Arc::default(),
         ending: false,
@@ -170,7 +174,11 @@ impl Connection {
                     let close = wakeup.close.borrow_mut().take();
                     match close {
                         Some(closed) => self.close(closed),
-                        None => self.settle(),
+                        None => {
+                            let questions = wakeup.questions.take();
+                            questions.into_iter().for_each(|question| self.ask(question));
+                            self.settle();
+                        }
                     }
                 }
             }
@@ -248,6 +256,7 @@ impl Connection {
                     let answer = tokio::task::spawn_local(async move { readers.run(run).await });
                     self.compares.push_back(answer);
                 }
+                Effect::Recalled(recalled) => self.asking.answered(recalled),
                 Effect::CloseOther(connection, closed) => self.ingest.close(connection, closed),
                 Effect::End => {
                     self.ending = true;
@@ -257,8 +266,15 @@ impl Connection {
         }
     }
 
+    fn ask(&mut self, question: AskDisk) {
+        if let Some(message) = self.asking.ask(question) {
+            self.send(&message);
+        }
+    }
+
     fn send(&mut self, message: &Message) {
         self.sent += 1;
+        self.asking.may_ask |= matches!(message, Message::Welcome(_));
         let (header, payload) = encode(self.sent, message);
         self.output.extend_from_slice(&header);
         self.output.extend_from_slice(&payload);

@@ -8,7 +8,7 @@ use std::{
 };
 
 use backtide_receiver_api::{DiskCheck, ForgottenDisk, StoreCheck};
-use backtide_recovery::{Checked, LogCache, LogOptions, Snapshot};
+use backtide_recovery::{AskDisk, Checked, LogCache, LogOptions, Snapshot};
 use backtide_storage::{RealStorage, Storage};
 use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
 
@@ -16,7 +16,7 @@ use crate::{
     Forgotten, Names, Shelf, StoreFileError, StoreWatch,
     disk::chain,
     disks::DISKS,
-    findings, forgotten, memo, overlays, retention,
+    findings, forgotten, memo, overlays, retention, scrub,
     store_file::{hold_store, read_store},
     watermark::{self, Watermark},
 };
@@ -41,6 +41,7 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
     }
     damage.extend(retention::damage_of(&*storage));
     damage.extend(findings::damage_of(&*storage));
+    damage.extend(scrub::damage_of(&*storage));
     let tombstones =
         forgotten::read_all(&*storage).map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
     for (file, read) in &tombstones {
@@ -161,14 +162,17 @@ pub(crate) fn add(report: &mut DiskCheck, checked: Checked) {
     report.mended.extend(checked.mended);
 }
 
-/// A snapshot of a disk that is in use, checked; with `mends` what can be mended is.
+/// A snapshot of a disk that is in use, checked; with `mends` what can be mended is, from what the disk itself has too.
 pub(crate) fn check_snapshot(
     mut report: DiskCheck,
     snapshot: &Snapshot,
-    mends: bool,
+    mends: Option<AskDisk<'_>>,
     step: &mut dyn FnMut(ByteCount) -> bool,
 ) -> DiskCheck {
-    let checked = if mends { snapshot.check_and_mend(step) } else { snapshot.check(step) };
+    let checked = match mends {
+        Some(disk) => snapshot.check_and_mend(disk, step),
+        None => snapshot.check(step),
+    };
     match checked {
         Ok(checked) => add(&mut report, checked),
         Err(error) => report.error = Some(chain(&error)),

@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     rc::Rc,
+    sync::mpsc::SyncSender,
     thread::JoinHandle,
     time::Duration,
 };
@@ -15,7 +16,8 @@ use std::{
 use backtide_protocol::{CloseCode, Closed};
 use backtide_recovery::{Attached, Base, RebaseTicket, Rebased, Snapshot};
 use backtide_segment::Seq;
-use backtide_units::{ByteCount, CaptureTime, DiskId};
+use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId};
+use bytes::Bytes;
 use tokio::{
     runtime::Builder,
     sync::{Notify, mpsc, oneshot},
@@ -47,8 +49,12 @@ pub(crate) enum Task {
     Connect(Box<Arrival>),
     /// Tell about all disks.
     Facts(oneshot::Sender<Vec<DiskFacts>>),
+    /// Tell about one; none for an unknown disk.
+    FactsOf(DiskId, oneshot::Sender<Option<Box<DiskFacts>>>),
     /// Give what can be read of a disk, or the reason why nothing can; none for an unknown disk.
     Read(DiskId, oneshot::Sender<Option<Result<Readable, Failure>>>),
+    /// Ask the agent of a disk what that has now; dropped when nobody can be asked.
+    AskDisk(AskDisk),
     /// Begin a disk's log later: which life of it, and what makes that durable; none when it cannot be.
     Rebase { disk: DiskId, base: Box<Base>, answer: oneshot::Sender<Option<(u64, RebaseTicket)>> },
     /// That is durable now.
@@ -67,6 +73,13 @@ pub(crate) struct Readable {
     pub(crate) attached: Option<Attached>,
     /// What is wrong, when acknowledged bytes are not there any more.
     pub(crate) damage: Option<String>,
+}
+
+/// A question to the agent of a disk.
+pub(crate) struct AskDisk {
+    pub(crate) disk: DiskId,
+    pub(crate) range: ByteRange,
+    pub(crate) answer: SyncSender<Bytes>,
 }
 
 /// A disk that may go.
@@ -104,6 +117,8 @@ pub(crate) struct Wakeup {
     pub(crate) notify: Notify,
     /// To be told to the agent before the end.
     pub(crate) close: RefCell<Option<Closed>>,
+    /// To be asked.
+    pub(crate) questions: RefCell<Vec<AskDisk>>,
 }
 
 /// The thread, from outside.
@@ -160,10 +175,15 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
             }
             // Whoever asked may have gone: nobody misses the answer.
             Task::Facts(answer) => drop(answer.send(ingest.facts())),
+            Task::FactsOf(disk, answer) => {
+                let facts = ingest.disks.borrow().get(disk).map(DiskFacts::of).map(Box::new);
+                drop(answer.send(facts));
+            }
             Task::Read(disk, answer) => {
                 let ingest = Rc::clone(&ingest);
                 tokio::task::spawn_local(async move { drop(answer.send(ingest.read(disk).await)) });
             }
+            Task::AskDisk(question) => ingest.ask_disk(question),
             Task::Rebase { disk, base, answer } => {
                 let state = ingest.disks.borrow();
                 drop(answer.send(state.get(disk).and_then(|disk| disk.rebase(*base))));
@@ -205,6 +225,14 @@ impl Ingest {
     pub(crate) fn wake_owner(&self, disk: DiskId) {
         let owner = self.disks.borrow().get(disk).and_then(Disk::owner);
         if let Some(wakeup) = owner.and_then(|owner| self.connections.borrow().get(&owner).cloned()) {
+            wakeup.notify.notify_one();
+        }
+    }
+
+    fn ask_disk(&self, question: AskDisk) {
+        let owner = self.disks.borrow().get(question.disk).and_then(Disk::owner);
+        if let Some(wakeup) = owner.and_then(|owner| self.connections.borrow().get(&owner).cloned()) {
+            wakeup.questions.borrow_mut().push(question);
             wakeup.notify.notify_one();
         }
     }

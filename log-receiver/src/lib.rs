@@ -12,6 +12,7 @@
 
 mod accept;
 mod admit;
+mod asking;
 mod connection;
 mod ingest;
 mod open_point;
@@ -58,6 +59,7 @@ mod store_file;
 mod watch;
 mod watermark;
 
+pub use asking::Recalled;
 pub use backtide_tls::WhichDisks;
 pub use commit_ticket::{CommitOutcome, CommitTicket};
 pub use compare::CompareJob;

@@ -36,7 +36,7 @@ use crate::{
     pool::{Pool, PoolThreads},
     removal::Removal,
     retention::{Keeper, Ladder, LadderError, Policies},
-    scrub::Scrub,
+    scrub::{self, Scrub},
     service::Service,
     socket::{Entrance, Listener},
     space::Space,
@@ -93,6 +93,7 @@ pub struct Receiver {
     ingest: Vec<IngestThread>,
     mounts: MountThread,
     keeper: Keeper,
+    scrub: Arc<Scrub>,
     runtime: Background,
     commits: CommitThreads,
     pools: [PoolThreads; 2],
@@ -204,6 +205,9 @@ impl Receiver {
             config.retention.clone(),
         )
         .map_err(|source| failed("start the thread of retention", source))?;
+        let sources =
+            scrub::Sources { owners: tasks.clone(), overlays: overlays.clone(), findings: findings.clone() };
+        let scrub = Arc::new(Scrub::new(Arc::clone(&shelf.storage), sources));
         let listen: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();
         let service = Service {
             store: config.store.clone(),
@@ -211,7 +215,7 @@ impl Receiver {
             storage,
             space_floor: limits.free_bytes_min,
             watch: watch.clone(),
-            scrub: Arc::new(Scrub::new(findings.clone())),
+            scrub: Arc::clone(&scrub),
             findings,
             listen: listen.clone(),
             tls,
@@ -231,6 +235,7 @@ impl Receiver {
         let (api_stop, stopped) = oneshot::channel();
         let service = Arc::new(service);
         service.serve_again().await;
+        scrub.resume();
         let api_task = runtime.spawn(serve_api(api, Arc::clone(&service), stopped));
         let mut accepting = vec![runtime.spawn(watch_store(watch))];
         let points_end = Arc::new(watch::Sender::new(false));
@@ -248,6 +253,7 @@ impl Receiver {
             ingest,
             mounts,
             keeper,
+            scrub,
             runtime,
             commits: commit_threads,
             pools: [read_threads, write_threads],
@@ -281,6 +287,7 @@ impl Receiver {
             ingest,
             mounts,
             keeper,
+            scrub,
             runtime,
             commits,
             pools,
@@ -298,8 +305,12 @@ impl Receiver {
         // Whoever has ended already need not be told.
         let _ = api_stop.send(());
         let _ = api_task.await;
-        // It asks the others, so it ends first.
-        let _ = tokio::task::spawn_blocking(move || keeper.end()).await;
+        // They ask the others, so they end first.
+        let _ = tokio::task::spawn_blocking(move || {
+            scrub.end();
+            keeper.end();
+        })
+        .await;
         for thread in &ingest {
             let _ = thread.tasks.send(Task::Shutdown).await;
         }

@@ -1,66 +1,109 @@
 //! The scrub: everything that is kept is read and checked while the receiver works, one disk after
 //! the other, at a bounded rate, on a thread of its own. What can be mended is.
+//!
+//! A disk's log is taken when its turn comes, so that a scrub of a thousand disks holds one. Who was read longest ago comes
+//! first. How far it is stands in a file (`progress.rs`): when the receiver ends, the scrub goes on with the next start.
+
+mod attached;
+mod progress;
+mod work;
+
+pub(crate) use progress::damage_of;
 
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    thread::JoinHandle,
 };
 
-use backtide_receiver_api::{ApiError, DiskCheck, ErrorCode, ScrubStatus};
-use backtide_recovery::Snapshot;
-use backtide_units::{ByteCount, DiskId, DiskName};
+use backtide_receiver_api::{ApiError, ErrorCode, ScrubStatus};
+use backtide_storage::Storage;
+use backtide_units::{ByteCount, DiskId};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 
-use crate::{clock, findings::Findings, fsck::check_snapshot, overlays::Overlays};
+use self::{progress::Progress, work::Work};
+use crate::{clock, findings::Findings, ingest::Task, overlays::Overlays};
 
 /// The rate when nobody says another.
 pub(crate) const RATE_DEFAULT: ByteCount = ByteCount(64 << 20);
 
-/// It looks so often whether it is called off while it waits for its rate.
-const WAIT_MAX: Duration = Duration::from_millis(100);
-
 /// A disk to read.
-pub(crate) struct Target {
-    pub(crate) name: Option<DiskName>,
-    pub(crate) uuid: DiskId,
-    /// What can be read; or why nothing can.
-    pub(crate) snapshot: Result<Snapshot, String>,
-    /// What is known damaged of it already.
-    pub(crate) damage: Vec<String>,
-    /// Its log is in use: what can be mended is.
-    pub(crate) mends: bool,
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Wanted {
+    pub(crate) disk: DiskId,
+    /// About how much of it there is.
+    pub(crate) bytes: ByteCount,
 }
 
-/// The scrub of a receiver: at most one runs. Dropped, it is called off.
+/// Where a scrub reads.
+#[derive(Clone)]
+pub(crate) struct Sources {
+    /// The threads that own disks.
+    pub(crate) owners: Vec<mpsc::Sender<Task>>,
+    pub(crate) overlays: Overlays,
+    pub(crate) findings: Findings,
+}
+
+/// The scrub of a receiver: at most one runs. Dropped, it ends soon, to go on with the next start.
 pub(crate) struct Scrub {
-    status: Arc<Mutex<Option<ScrubStatus>>>,
-    unwanted: Mutex<Arc<AtomicBool>>,
-    findings: Findings,
+    shared: Arc<Shared>,
+    sources: Sources,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the thread and those who ask share.
+struct Shared {
+    progress: Mutex<Progress>,
+    /// The disk that is read.
+    reading: Mutex<Option<DiskId>>,
+    /// The receiver ends.
+    ending: AtomicBool,
+    /// Somebody called it off.
+    cancelled: AtomicBool,
 }
 
 impl Scrub {
-    /// None has run; what one finds goes to `findings`.
-    pub(crate) fn new(findings: Findings) -> Self {
-        Self { status: Arc::default(), unwanted: Mutex::default(), findings }
+    /// The scrub of the store on `storage`, with what is known of the last one. None runs yet.
+    pub(crate) fn new(storage: Arc<dyn Storage>, sources: Sources) -> Self {
+        let shared = Shared {
+            progress: Mutex::new(Progress::open(storage)),
+            reading: Mutex::default(),
+            ending: AtomicBool::new(false),
+            cancelled: AtomicBool::new(false),
+        };
+        Self { shared: Arc::new(shared), sources, thread: Mutex::default() }
     }
 
     /// What runs, or ran last.
     pub(crate) fn status(&self) -> Option<ScrubStatus> {
-        lock(&self.status).clone()
+        lock(&self.shared.progress).status().cloned()
     }
 
-    /// Starts one.
+    /// Whether it has a disk's log in its hands.
+    pub(crate) fn reads(&self, disk: DiskId) -> bool {
+        *lock(&self.shared.reading) == Some(disk)
+    }
+
+    /// Starts one, of these disks in an order that is fair; with `all` of overlays too.
     pub(crate) fn start(
         &self,
-        targets: Vec<Target>,
-        overlays: Option<Overlays>,
+        disks: Vec<Wanted>,
+        all: bool,
         rate: ByteCount,
     ) -> Result<ScrubStatus, ApiError> {
-        let total: u64 =
-            targets.iter().filter_map(|target| target.snapshot.as_ref().ok()).map(|s| s.bytes().0).sum();
-        let total = total + overlays.as_ref().map_or(0, |overlays| overlays.all_file_bytes().0);
+        let mut thread = lock(&self.thread);
+        if self.status().is_some_and(|status| status.running) {
+            let busy = ApiError::new(ErrorCode::Busy, "a scrub is running already");
+            return Err(busy.with_hint("wait for it, or call it off: backtide scrub --cancel"));
+        }
+        let mut total: u64 = disks.iter().map(|disk| disk.bytes.0).sum();
+        if all {
+            total += self.sources.overlays.all_file_bytes().0;
+        }
         let begun = ScrubStatus {
             running: true,
             cancelled: false,
@@ -73,133 +116,64 @@ impl Scrub {
             overlays: Vec::new(),
             sound: true,
         };
-        let unwanted = Arc::new(AtomicBool::new(false));
-        {
-            let mut status = lock(&self.status);
-            if status.as_ref().is_some_and(|status| status.running) {
-                let busy = ApiError::new(ErrorCode::Busy, "a scrub is running already");
-                return Err(busy.with_hint("wait for it, or call it off: backtide scrub --cancel"));
-            }
-            *status = Some(begun.clone());
-        }
-        *lock(&self.unwanted) = Arc::clone(&unwanted);
-        let (status, findings) = (Arc::clone(&self.status), self.findings.clone());
-        let work = Work { status, unwanted, findings, rate, begun: Instant::now(), done: 0 };
-        let spawned =
-            std::thread::Builder::new().name("scrub".to_owned()).spawn(move || work.run(targets, overlays));
-        if let Err(error) = spawned {
-            *lock(&self.status) = None;
-            return Err(ApiError::new(ErrorCode::Failed, format!("start the scrub's thread: {error}")));
-        }
+        self.shared.cancelled.store(false, Ordering::Relaxed);
+        lock(&self.shared.progress).begin(begun.clone(), disks, all);
+        self.run(&mut thread).map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
         Ok(begun)
+    }
+
+    /// Goes on with one that ran when the receiver ended.
+    pub(crate) fn resume(&self) {
+        let mut thread = lock(&self.thread);
+        if let Some(status) = self.status().filter(|status| status.running) {
+            tracing::info!(done = status.disks.len(), "the scrub goes on");
+            if let Err(why) = self.run(&mut thread) {
+                tracing::error!(why, "the scrub cannot go on");
+            }
+        }
+    }
+
+    fn run(&self, thread: &mut Option<JoinHandle<()>>) -> Result<(), String> {
+        // The last one has ended but for its last step.
+        if thread.take().is_some_and(|before| before.join().is_err()) {
+            tracing::error!("the thread of a scrub panicked");
+        }
+        let work = Work::new(Arc::clone(&self.shared), self.sources.clone());
+        match std::thread::Builder::new().name("scrub".to_owned()).spawn(move || work.run()) {
+            Ok(spawned) => {
+                *thread = Some(spawned);
+                Ok(())
+            }
+            Err(error) => {
+                lock(&self.shared.progress).end(true);
+                Err(format!("start the scrub's thread: {error}"))
+            }
+        }
     }
 
     /// Calls it off; it ends soon.
     pub(crate) fn cancel(&self) {
-        lock(&self.unwanted).store(true, Ordering::Relaxed);
+        self.shared.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends it with the receiver, and waits for that; blocks.
+    pub(crate) fn end(&self) {
+        self.shared.ending.store(true, Ordering::Relaxed);
+        if lock(&self.thread).take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread of a scrub panicked");
+        }
     }
 }
 
 impl Drop for Scrub {
     fn drop(&mut self) {
-        self.cancel();
+        self.shared.ending.store(true, Ordering::Relaxed);
     }
 }
 
-struct Work {
-    status: Arc<Mutex<Option<ScrubStatus>>>,
-    unwanted: Arc<AtomicBool>,
-    findings: Findings,
-    rate: ByteCount,
-    begun: Instant,
-    done: u64,
-}
-
-impl Work {
-    fn run(mut self, targets: Vec<Target>, overlays: Option<Overlays>) {
-        for target in targets {
-            if self.unwanted.load(Ordering::Relaxed) {
-                break;
-            }
-            let checked = self.check(target);
-            if let Some(why) = checked.damage.first().or(checked.error.as_ref()) {
-                tracing::error!(disk = %checked.uuid, damage = checked.damage.len(), why, "the scrub found damage");
-            }
-            for damage in &checked.mended {
-                tracing::warn!(disk = %checked.uuid, damage, "the scrub has mended damage");
-            }
-            self.change(|status| {
-                status.sound &= checked.sound;
-                status.disks.push(checked);
-            });
-        }
-        if let Some(overlays) = overlays.filter(|_| !self.unwanted.load(Ordering::Relaxed)) {
-            let checked = overlays.check(&mut |bytes| self.step(bytes));
-            self.change(|status| {
-                status.sound &= checked.iter().all(|overlay| overlay.sound);
-                status.overlays = checked;
-            });
-        }
-        let cancelled = self.unwanted.load(Ordering::Relaxed);
-        self.change(|status| {
-            status.running = false;
-            if !cancelled {
-                status.done_bytes = status.total_bytes;
-            }
-            status.cancelled = cancelled;
-            status.ended = Some(clock::now());
-        });
-    }
-
-    fn check(&mut self, target: Target) -> DiskCheck {
-        let Target { name, uuid, snapshot, damage, mends } = target;
-        let (segments, entries, bytes) = (0, 0, ByteCount::ZERO);
-        let (more_damage, error, sound) = (0, None, false);
-        let mended = Vec::new();
-        let report =
-            DiskCheck { name, uuid, segments, entries, bytes, damage, more_damage, mended, error, sound };
-        match snapshot {
-            Ok(snapshot) => {
-                let (known, noted) = (report.damage.clone(), self.findings.of(uuid));
-                let checked = check_snapshot(report, &snapshot, mends, &mut |bytes| self.step(bytes));
-                let all = checked.damage.iter().chain(&checked.error);
-                let found: Vec<_> = all.filter(|place| !known.contains(place)).collect();
-                found.iter().for_each(|why| self.findings.note(uuid, why));
-                // One that was called off has seen a part of it, nor does all have a name in its report.
-                if !self.unwanted.load(Ordering::Relaxed) && checked.error.is_none() {
-                    let gone: Vec<_> = noted.into_iter().filter(|place| !found.contains(&place)).collect();
-                    self.findings.forget(uuid, &gone);
-                }
-                checked
-            }
-            Err(why) => DiskCheck { error: Some(why), ..report },
-        }
-    }
-
-    /// Counts what was read, and waits when that was faster than the rate allows.
-    fn step(&mut self, bytes: ByteCount) -> bool {
-        self.done += bytes.0;
-        let done = self.done;
-        // Images are counted by their files, and read as they were before they were compressed.
-        self.change(|status| status.done_bytes = ByteCount(done.min(status.total_bytes.0)));
-        if self.rate.is_zero() {
-            return !self.unwanted.load(Ordering::Relaxed);
-        }
-        let due = Duration::from_secs_f64(self.done as f64 / self.rate.0 as f64);
-        while !self.unwanted.load(Ordering::Relaxed) {
-            let early = due.saturating_sub(self.begun.elapsed());
-            if early.is_zero() {
-                return true;
-            }
-            std::thread::sleep(early.min(WAIT_MAX));
-        }
-        false
-    }
-
-    fn change(&self, change: impl FnOnce(&mut ScrubStatus)) {
-        if let Some(status) = lock(&self.status).as_mut() {
-            change(status);
-        }
+impl Shared {
+    fn is_unwanted(&self) -> bool {
+        self.ending.load(Ordering::Relaxed) || self.cancelled.load(Ordering::Relaxed)
     }
 }
 

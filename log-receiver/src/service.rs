@@ -270,25 +270,16 @@ impl ReceiverService for Service {
             return Err(self.unknown(&wanted.to_string()));
         }
         facts.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
-        let mut targets = Vec::new();
-        for facts in facts {
-            let snapshot = self.read_disk(facts.id).await?;
-            let snapshot = match snapshot {
-                Some(Ok(readable)) => Ok(readable.snapshot),
-                Some(Err(failure)) => Err(failure.why),
-                None => continue,
-            };
-            let mends = facts.error.is_none();
-            let DiskFacts { id, name, damage, .. } = facts;
-            targets.push(scrub::Target { name, uuid: id, snapshot, damage, mends });
-        }
-        let overlays = wanted.is_none().then(|| self.overlays.clone());
-        self.scrub.start(targets, overlays, request.bytes_per_second_max.unwrap_or(scrub::RATE_DEFAULT))
+        let wanted_disk = |facts: DiskFacts| scrub::Wanted { disk: facts.id, bytes: facts.log_bytes };
+        let disks = facts.into_iter().map(wanted_disk).collect();
+        let rate = request.bytes_per_second_max.unwrap_or(scrub::RATE_DEFAULT);
+        let scrub = Arc::clone(&self.scrub);
+        self.read(move || scrub.start(disks, wanted.is_none(), rate)).await?
     }
 
     async fn scrub_status(&self) -> Result<ScrubStatus, ApiError> {
         self.scrub.status().ok_or_else(|| {
-            ApiError::new(ErrorCode::NotFound, "no scrub has run since the receiver started")
+            ApiError::new(ErrorCode::NotFound, "no scrub has run in this store")
                 .with_hint("backtide scrub runs one")
         })
     }

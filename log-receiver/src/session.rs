@@ -21,13 +21,14 @@
 use std::collections::VecDeque;
 
 use backtide_protocol::{
-    CloseCode, Closed, Compare, Hello, Message, PROTOCOL_VERSION, Record, Sequenced, Welcome,
+    CloseCode, Closed, Compare, Hello, Message, PROTOCOL_VERSION, Reading, Record, Sequenced, Welcome,
 };
 use backtide_segment::{Entry, Seq};
 use backtide_tls::Rights;
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId, LogPosition, Lsn};
 
 use crate::{
+    asking::Recalled,
     compare::CompareJob,
     disk::Disk,
     disks::{Claim, Disks, closed, refusal},
@@ -58,6 +59,8 @@ pub enum Effect {
     Send(Message),
     /// Answer this where blocking is fine and send the result; results in the order of the jobs.
     Compare(CompareJob),
+    /// The agent has answered a [`Reading::Fetch`] of the driver.
+    Recalled(Recalled),
     /// Call [`Session::close`] of that connection: it lost its disk to this one.
     CloseOther(ConnectionId, Closed),
     /// Close the connection when what was sent before is out. The last effect of a session.
@@ -323,6 +326,9 @@ impl Streaming {
                 (Entry::Mark { lsn, time, label }, ByteCount::ZERO)
             }
             Message::Compare(question) => return self.compare(disks, question).map(Some),
+            Message::Reading(reading @ (Reading::Piece { .. } | Reading::Failed { .. })) => {
+                return Ok(Recalled::of(reading).map(Effect::Recalled));
+            }
             Message::Hasten { durable } => {
                 let frame = self.reached.received;
                 self.asked =

@@ -30,11 +30,11 @@ pub struct ScrubStatus {
     pub ended: Option<CaptureTime>,
     /// Bytes read so far.
     pub done_bytes: ByteCount,
-    /// Bytes to read.
+    /// Bytes to read, as far as that is known beforehand.
     pub total_bytes: ByteCount,
     /// The most that is read in a second; 0 is without limit.
     pub bytes_per_second_max: ByteCount,
-    /// The disks that are done, in the order of their names.
+    /// The disks that are done, in the order in which they were read: who was read longest ago comes first.
     pub disks: Vec<DiskCheck>,
     /// The overlays of mounts, after the disks.
     #[serde(default)]

@@ -47,7 +47,7 @@ pub struct ReceiverStatus {
     /// What a person should look at now: sentences. Empty when all is well.
     #[serde(default)]
     pub alarms: Vec<String>,
-    /// The scrub that runs, or the last one since the receiver started.
+    /// The scrub that runs, or the last one in this store.
     #[serde(default)]
     pub scrub: Option<ScrubStatus>,
 }

@@ -8,7 +8,7 @@
 //! read, nothing is removed, for nobody knows what it names. The caller gives every root that is durable anywhere, and runs
 //! no writer beside it.
 
-use std::{io, path::Path};
+use std::{collections::HashSet, io, path::Path};
 
 use backtide_units::ByteCount;
 use roaring::RoaringTreemap;
@@ -19,7 +19,7 @@ use crate::{
     error::failed,
     pack::{Line, Pack},
     pack_writer::PackWriter,
-    store::{PACKS_DIR, path_of},
+    store::{PACKS_DIR, lock, path_of},
 };
 
 /// What a collection did.
@@ -40,6 +40,7 @@ impl Images {
     /// [`ImageError::Damaged`] when a node cannot be read, and the file system's: what was not removed then is removed
     /// the next time.
     pub fn collect(&self, roots: &[Root]) -> Result<Collected, ImageError> {
+        let _alone = lock(&self.shared.rewriting);
         // An image that is opened from now on has one of the roots.
         let held = self.held();
         let mut live = RoaringTreemap::new();
@@ -66,7 +67,10 @@ impl Images {
         }
         for (number, alive) in part {
             let pack = self.open_pack(number)?;
-            if pack.broken().is_some() || alive as usize >= pack.lines().len() {
+            if pack.broken().is_some()
+                || alive as usize >= pack.lines().len()
+                || !is_half_dead(number, &pack, &live)
+            {
                 continue;
             }
             let before = self.length(number)?;
@@ -105,22 +109,15 @@ impl Images {
         Ok(())
     }
 
-    /// Writes a pack without what nobody has, when that is half of it. A chunk that is damaged keeps its pack as it is.
+    /// Writes a pack without what nobody has. A chunk that is damaged keeps its pack as it is.
     fn rewrite(&self, number: u32, pack: &Pack, live: &RoaringTreemap) -> Result<bool, ImageError> {
-        let alive = |line: &&Line| live.contains(u64::from(number) << 32 | u64::from(line.ordinal));
-        let mut kept = Vec::new();
-        let mut bytes = 0;
-        for line in pack.lines().iter().filter(alive) {
-            let (header, _) = match pack.stored(line) {
-                Ok(found) => found,
+        let kept: Vec<&Line> = pack.lines().iter().filter(|line| is_live(number, line, live)).collect();
+        for line in &kept {
+            match pack.stored(line) {
+                Ok(_) => {}
                 Err(ImageError::Damaged { .. }) => return Ok(false),
                 Err(error) => return Err(error),
-            };
-            bytes += header.whole();
-            kept.push(line);
-        }
-        if bytes > pack.chunk_bytes() / 2 {
-            return Ok(false);
+            }
         }
         let storage = &self.shared.storage;
         let beside = path_of(number).with_extension("new");
@@ -138,7 +135,7 @@ impl Images {
     }
 
     /// Removes what a rewrite left that was cut short.
-    fn remove_leftovers(&self) -> Result<bool, ImageError> {
+    pub(crate) fn remove_leftovers(&self) -> Result<bool, ImageError> {
         let storage = &self.shared.storage;
         let dir = Path::new(PACKS_DIR);
         let names = match storage.list(dir) {
@@ -164,4 +161,18 @@ impl Images {
     fn failed(&self, what: &str, number: u32, source: io::Error) -> ImageError {
         failed(format!("{what} {}", self.name_of(number).display()), source)
     }
+}
+
+fn is_live(number: u32, line: &Line, live: &RoaringTreemap) -> bool {
+    live.contains(u64::from(number) << 32 | u64::from(line.ordinal))
+}
+
+/// Whether half of a pack or more is of no use. The second of a node is of as much use as the first.
+fn is_half_dead(number: u32, pack: &Pack, live: &RoaringTreemap) -> bool {
+    let alive = pack.lines().iter().filter(|line| is_live(number, line, live)).map(|line| line.hash);
+    let alive: HashSet<[u8; 32]> = alive.collect();
+    let Some(lengths) = pack.lengths() else { return false };
+    let used: u64 =
+        lengths.iter().filter(|(line, _)| alive.contains(&line.hash)).map(|(_, length)| length).sum();
+    used <= pack.chunk_bytes() / 2
 }

@@ -7,13 +7,8 @@ use std::sync::Arc;
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::{Buf, BufMut};
-use roaring::RoaringTreemap;
 
-use crate::{
-    CHUNK_BYTES, ImageError, Images,
-    chunk::{ChunkRef, Kind},
-    node::{FANOUT, Node},
-};
+use crate::{CHUNK_BYTES, ImageError, Images, chunk::ChunkRef, node::FANOUT};
 
 /// Trees are not higher: 64 KiB times 256 to the fourth are 256 TiB.
 const HEIGHT_MAX: u8 = 4;
@@ -186,64 +181,8 @@ impl Image {
         Ok(())
     }
 
-    /// Reads and checks every chunk that is not in `seen`. `damage` is told what is wrong, `step` how many bytes were
-    /// read since it was last asked, and says whether to go on.
-    ///
-    /// # Errors
-    /// The file system's: then nobody knows what it would have found.
-    pub fn check(
-        &self,
-        seen: &mut RoaringTreemap,
-        damage: &mut dyn FnMut(String),
-        step: &mut dyn FnMut(ByteCount) -> bool,
-    ) -> Result<bool, ImageError> {
-        self.check_below(&self.root.top, self.root.height, seen, damage, step)
-    }
-
-    fn check_below(
-        &self,
-        name: &ChunkRef,
-        level: u8,
-        seen: &mut RoaringTreemap,
-        damage: &mut dyn FnMut(String),
-        step: &mut dyn FnMut(ByteCount) -> bool,
-    ) -> Result<bool, ImageError> {
-        if name.is_zeroes() || !seen.insert(name.place()) {
-            return Ok(true);
-        }
-        let kind = if level == 0 { Kind::Data } else { Kind::Node(level) };
-        let content = match self.images.content(name, kind) {
-            Ok((pack, content)) => {
-                if let Some(broken) = pack.broken() {
-                    damage(broken.to_owned());
-                }
-                content
-            }
-            Err(error @ ImageError::Damaged { .. }) => {
-                damage(error.to_string());
-                return Ok(true);
-            }
-            Err(
-                error @ (ImageError::UnknownVersion { .. } | ImageError::Full { .. } | ImageError::Io { .. }),
-            ) => {
-                return Err(error);
-            }
-        };
-        if !step(ByteCount(content.len() as u64)) {
-            return Ok(false);
-        }
-        let Some(below) = level.checked_sub(1) else { return Ok(true) };
-        let Some(node) = Node::decode(&content, level) else {
-            let name = self.images.name_of(name.pack);
-            damage(format!("{} is damaged: a chunk of it is no node of level {level}", name.display()));
-            return Ok(true);
-        };
-        for child in &node.children {
-            if !self.check_below(child, below, seen, damage, step)? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+    pub(crate) fn images(&self) -> &Images {
+        &self.images
     }
 }
 

@@ -1,18 +1,21 @@
 //! Images: whole versions of disks as content-addressed chunks in pack files.
 //!
 //! On the way of a write this is where old history ends up: [`ImageWriter`] makes an image of a disk at a point from the
-//! log, [`Image`] reads it, [`Images::collect`] gives the room of images back that nobody names any more. A library: no
-//! sockets, no clock, no threads of its own. `FORMAT.md` describes the bytes.
+//! log, [`Image`] reads it, [`Images::collect`] gives the room of images back that nobody names any more, [`Images::mend`]
+//! puts chunks back that are damaged. A library: no sockets, no clock, no threads of its own. `FORMAT.md` describes the bytes.
 //!
-//! Invariants: a pack is never changed once its trailer is durable, only replaced by one with fewer chunks under the same
-//! addresses; nothing names a chunk before its pack is durable; every byte that is read has the hash by which it was asked
+//! Invariants: a pack is never changed once its trailer is durable, only replaced by one with fewer chunks, or with whole
+//! ones for damaged ones, under the same addresses; nothing names a chunk before its pack is durable; every byte that is read has the hash by which it was asked
 //! for.
 
+mod check;
 mod chunk;
 mod collect;
+mod encode;
 mod error;
 mod image;
 mod inspect;
+mod mend;
 mod node;
 mod pack;
 mod pack_writer;
@@ -21,11 +24,13 @@ mod recent;
 mod store;
 mod writer;
 
+pub use check::{Losses, LostChunk};
 pub use chunk::{CHUNK_BYTES, ChunkRef};
 pub use collect::Collected;
 pub use error::ImageError;
 pub use image::{Image, ROOT_LENGTH, Root};
 pub use inspect::inspect;
+pub use mend::{FindChunk, Left, Mended};
 pub use pack::PACK_MAGIC;
 pub use recent::Recent;
 pub use store::{Images, ImagesLimits, PACKS_DIR};

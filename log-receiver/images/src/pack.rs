@@ -3,7 +3,13 @@
 //! A pack whose trailer is not whole was never finished, or is damaged: its chunks are then found by their headers, one
 //! after the other, so that damage of the table costs no chunk.
 
-use std::{path::PathBuf, sync::Arc};
+mod rest;
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
 
 use backtide_storage::StorageFile;
 use backtide_units::ByteOffset;
@@ -51,6 +57,8 @@ pub(crate) struct Pack {
     chunks_end: u64,
     /// What is wrong with its trailer or table.
     broken: Option<String>,
+    /// Ordinals of chunks that are there more than once; made when somebody asks.
+    twins: OnceLock<HashMap<[u8; 32], Vec<u32>>>,
 }
 
 /// The header of a pack.
@@ -102,7 +110,15 @@ impl Pack {
     /// [`ImageError::UnknownVersion`] or the file system's. Damage is told when a chunk is read, or by
     /// [`Pack::broken`].
     pub(crate) fn open(file: Arc<dyn StorageFile>, name: PathBuf, number: u32) -> Result<Self, ImageError> {
-        let mut pack = Self { file, name, number, lines: Vec::new(), chunks_end: 0, broken: None };
+        let mut pack = Self {
+            file,
+            name,
+            number,
+            lines: Vec::new(),
+            chunks_end: 0,
+            broken: None,
+            twins: OnceLock::new(),
+        };
         let read = pack.check_header().and_then(|()| pack.read_footer());
         match read {
             Ok(()) => {}

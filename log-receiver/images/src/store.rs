@@ -65,6 +65,8 @@ pub(crate) struct Shared {
     chunks: Mutex<Recent<[u8; 32], Bytes>>,
     sums: Mutex<Recent<[u8; 32], PartSums>>,
     buffers: BufferPool,
+    /// Taken by whoever writes packs anew, which all of them do beside the old one under one name.
+    pub(crate) rewriting: Mutex<()>,
     /// Images that somebody has: their chunks stay, whatever is written anywhere.
     held: Mutex<BTreeMap<[u8; ROOT_LENGTH], Weak<Root>>>,
 }
@@ -83,6 +85,7 @@ impl Images {
                 chunks: Mutex::new(Recent::new(bytes(limits.chunk_bytes_max))),
                 sums: Mutex::new(Recent::new(SUM_BYTES_MAX)),
                 buffers: BufferPool::default(),
+                rewriting: Mutex::default(),
                 held: Mutex::default(),
             }),
         }
@@ -186,12 +189,33 @@ impl Images {
         if let Some(node) = lock(&self.shared.nodes).get(&name.hash).filter(|node| node.level == level) {
             return Ok(node);
         }
-        let (pack, content) = self.content(name, Kind::Node(level))?;
+        let (pack, content) = match self.content(name, Kind::Node(level)) {
+            Err(damage @ ImageError::Damaged { .. }) => {
+                // A scrub finds it, and mends it.
+                let second =
+                    self.twins(name).iter().find_map(|twin| self.content(twin, Kind::Node(level)).ok());
+                second.ok_or(damage)?
+            }
+            read => read?,
+        };
         let node = Node::decode(&content, level);
         let what = || format!("expected a node of level {level} in chunk {}", name.ordinal);
         let node = Arc::new(node.ok_or_else(|| pack.damaged(0, what()))?);
         lock(&self.shared.nodes).put(name.hash, NODE_LENGTH + OVERHEAD, Arc::clone(&node));
         Ok(node)
+    }
+
+    /// Other chunks of its pack with the content of this one; none when the pack cannot be read.
+    pub(crate) fn twins(&self, name: &ChunkRef) -> Vec<ChunkRef> {
+        self.pack(name.pack).map_or_else(|_| Vec::new(), |pack| pack.twins(name).collect())
+    }
+
+    /// A chunk's content, if it is in memory: whoever asks checks it against the hash.
+    pub(crate) fn remembered(&self, name: &ChunkRef, kind: Kind) -> Option<Bytes> {
+        match kind {
+            Kind::Data => lock(&self.shared.chunks).get(&name.hash),
+            Kind::Node(_) => lock(&self.shared.nodes).get(&name.hash).map(|node| node.encode()),
+        }
     }
 
     /// Memory for reads of this store's disks.
@@ -263,8 +287,8 @@ pub(crate) fn number_of(name: &str) -> Option<u32> {
     (format!("{number:016}") == digits).then_some(number)
 }
 
-/// Nothing that could panic runs under these locks.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Nothing that could panic runs under these locks, or what it panics about is not what they guard.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

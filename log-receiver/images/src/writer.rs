@@ -14,16 +14,14 @@ use bytes::Bytes;
 
 use crate::{
     CHUNK_BYTES, Image, ImageError, Images, Recent, Root,
-    chunk::{ChunkHeader, ChunkRef, Kind},
+    chunk::{ChunkRef, Kind},
+    encode::Encoder,
     error::failed,
     image::{height_of, span},
     node::{FANOUT, Node},
     pack_writer::PackWriter,
     store::{PACKS_DIR, path_of},
 };
-
-/// Compression that pays on any processor.
-const ZSTD_LEVEL: i32 = 1;
 
 /// The most a pack grows to, whatever the limits say.
 const PACK_BYTES_MAX: u64 = 1 << 30;
@@ -68,7 +66,7 @@ pub struct ImageWriter {
     first_pack: u32,
     next_pack: u32,
     known: Recent<[u8; 32], (u32, u32)>,
-    compressor: zstd::bulk::Compressor<'static>,
+    encoder: Encoder,
     written: Written,
 }
 
@@ -93,24 +91,16 @@ impl Images {
                 continue;
             }
             room -= pack.lines().len();
-            for line in pack.lines() {
+            // Of a node that is there twice the first is the one that images name.
+            for line in pack.lines().iter().rev() {
                 known.put(line.hash, 1, (*number, line.ordinal));
             }
         }
         let next_pack = numbers.last().map_or(1, |last| last + 1);
-        let compressor = zstd::bulk::Compressor::new(ZSTD_LEVEL)
-            .map_err(|source| failed("start the compression of images".to_owned(), source))?;
+        let encoder = Encoder::new()?;
         let written = Written::default();
         let first_pack = next_pack;
-        Ok(ImageWriter {
-            images: self.clone(),
-            pack: None,
-            first_pack,
-            next_pack,
-            known,
-            compressor,
-            written,
-        })
+        Ok(ImageWriter { images: self.clone(), pack: None, first_pack, next_pack, known, encoder, written })
     }
 }
 
@@ -208,24 +198,13 @@ impl ImageWriter {
         if self.pack.as_ref().is_some_and(|pack| pack.end().0 >= limit) {
             self.finish_pack()?;
         }
-        let compressed = self.compressor.compress(content).ok();
-        // An eighth less is worth the time that each read then takes.
-        let compressed = compressed.filter(|short| short.len() <= content.len() / 8 * 7);
-        let stored = compressed.as_deref().unwrap_or(content);
         if self.pack.is_none() {
             self.pack = Some(self.begin_pack()?);
         }
         let pack = self.pack.as_mut().expect("one was begun");
         let name = ChunkRef { hash, pack: pack.number(), ordinal: pack.next_ordinal() };
-        let header = ChunkHeader {
-            kind,
-            compressed: compressed.is_some(),
-            name,
-            stored_length: stored.len() as u32,
-            length: content.len() as u32,
-            crc: crc32c::crc32c(stored),
-        };
-        pack.append(&header, stored)?;
+        let (header, stored) = self.encoder.encode(kind, name, content);
+        pack.append(&header, &stored)?;
         self.written.chunks += 1;
         self.known.put(hash, 1, (name.pack, name.ordinal));
         Ok(name)

@@ -75,5 +75,5 @@ fn a_pack_of_version_1_is_read() {
     let mut listing = Vec::new();
     inspect(&storage, Path::new(PACK), &mut listing).unwrap();
     let listing = String::from_utf8(listing).unwrap();
-    assert!(listing.contains("pack 1, 5 chunks") && listing.contains("node of level 1"), "{listing}");
+    assert!(listing.contains("pack 1, 7 chunks") && listing.contains("node of level 1"), "{listing}");
 }

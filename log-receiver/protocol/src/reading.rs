@@ -30,14 +30,15 @@ pub enum Reading {
     Open(OpenPoint),
     /// Receiver: the point can be read, for as long as the connection lasts.
     Opened(PointOpened),
-    /// Agent: what is in these bytes? At most [`FETCH_BYTES_MAX`] of them.
+    /// Agent: what is in these bytes? At most [`FETCH_BYTES_MAX`] of them. On the stream of a disk the receiver asks it, for what
+    /// is damaged in its store.
     Fetch {
         /// Comes back with the answer.
         id: u64,
         /// Which bytes.
         range: ByteRange,
     },
-    /// Receiver: a part of the answer to a fetch. The parts come in order and cover its range.
+    /// Receiver: a part of the answer to a fetch. The parts come in order and cover its range. The agent answers in one.
     Piece {
         /// That of the question.
         id: u64,

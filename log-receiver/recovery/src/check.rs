@@ -4,16 +4,25 @@
 //! so it may run beside a log that grows. Nothing is cached, and nothing is written but by a check that mends: that puts
 //! back what the checksums ask for, where it is still to be had (`mend.rs`).
 
+mod images;
+
 use std::{error::Error as _, sync::Arc};
 
 use backtide_segment::{EntryReader, Position, SealedSegment, SegmentError, SegmentFile, Seq};
 use backtide_units::ByteCount;
-use roaring::RoaringTreemap;
 
-use crate::{LogError, Salvage, Snapshot, mend::Mender, segment::Segment};
+use crate::{AskDisk, LogError, Salvage, Snapshot, mend::Mender, segment::Segment};
 
 /// So many places are named; the rest is counted.
 const DAMAGE_MAX: usize = 100;
+
+/// What a check that mends may change of a log.
+#[derive(Clone, Copy)]
+enum Mends {
+    All,
+    /// What lies outside its own files.
+    Images,
+}
 
 /// What a check has read, and what it found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -45,13 +54,19 @@ impl Checked {
         if self.damage.len() < DAMAGE_MAX { self.damage.push(damage) } else { self.more_damage += 1 }
     }
 
+    /// Notes what was mended.
+    pub(crate) fn note_mended(&mut self, damage: String) {
+        if self.mended.len() < DAMAGE_MAX {
+            self.mended.push(damage);
+        }
+    }
+
     /// Notes damage, or that it was mended. That a mend cannot be written says nothing of what else there is: the check
     /// goes on.
     fn note_or_mended(&mut self, damage: String, mended: Result<bool, LogError>) {
         match mended {
             Ok(false) => self.note(damage),
-            Ok(true) if self.mended.len() < DAMAGE_MAX => self.mended.push(damage),
-            Ok(true) => {}
+            Ok(true) => self.note_mended(damage),
             Err(error) => {
                 let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
                 self.note(format!("{damage}: cannot be mended: {error}{source}"));
@@ -92,18 +107,23 @@ impl Snapshot {
     /// The file system's: then nobody knows what it would have found.
     pub fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
         let mut checked = Checked::default();
-        self.check_into(&mut checked, None, step)?;
+        self.check_into(&mut checked, None, Mends::All, step)?;
         Ok(checked)
     }
 
-    /// As [`Snapshot::check`], and mends in sealed segments what can be: footers and segment headers, and payloads whose bytes are
-    /// somewhere else too.
+    /// As [`Snapshot::check`], and mends what can be: in sealed segments footers and headers, and payloads whose bytes are
+    /// somewhere else too; in packs of images tables, and chunks that are somewhere else too. `disk` is asked for what the disk
+    /// itself has, where nothing here has it.
     ///
     /// # Errors
     /// As [`Snapshot::check`]. A mend that cannot be written is none: the damage stays, and says so.
-    pub fn check_and_mend(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
+    pub fn check_and_mend(
+        &self,
+        disk: AskDisk<'_>,
+        step: &mut dyn FnMut(ByteCount) -> bool,
+    ) -> Result<Checked, LogError> {
         let mut checked = Checked::default();
-        self.check_into(&mut checked, Some(&Mender::new(self)), step)?;
+        self.check_into(&mut checked, Some(&Mender::new(self, disk)), Mends::All, step)?;
         Ok(checked)
     }
 
@@ -111,44 +131,22 @@ impl Snapshot {
         &self,
         checked: &mut Checked,
         mender: Option<&Mender<'_>>,
+        mends: Mends,
         step: &mut dyn FnMut(ByteCount) -> bool,
     ) -> Result<(), LogError> {
         if let Some(before) = self.before() {
-            // A log that is out of use is never written again.
-            before.check_into(checked, None, step)?;
+            // A log that is out of use is never written again; its images lie with those of all others.
+            let mender = mender.map(|mender| mender.of(before));
+            before.check_into(checked, mender.as_ref(), Mends::Images, step)?;
         }
+        let of_segments = mender.filter(|_| matches!(mends, Mends::All));
         for segment in self.segments.iter() {
             if checked.called_off {
                 break;
             }
-            check_segment(segment, self.through().0, checked, mender, step)?;
+            check_segment(segment, self.through().0, checked, of_segments, step)?;
         }
-        self.check_images(checked, step)
-    }
-
-    /// Each chunk once: most of them belong to several images.
-    fn check_images(
-        &self,
-        checked: &mut Checked,
-        step: &mut dyn FnMut(ByteCount) -> bool,
-    ) -> Result<(), LogError> {
-        let mut seen = RoaringTreemap::new();
-        for (_, image) in self.origin().images() {
-            if checked.called_off {
-                break;
-            }
-            let mut bytes = 0;
-            let mut damage = Vec::new();
-            let whole = image.check(&mut seen, &mut |what| damage.push(what), &mut |read| {
-                bytes += read.0;
-                step(read)
-            })?;
-            checked.images += 1;
-            checked.bytes.0 += bytes;
-            checked.called_off |= !whole;
-            damage.into_iter().for_each(|what| checked.note(what));
-        }
-        Ok(())
+        self.check_images(checked, mender, step)
     }
 
     /// Bytes that a check reads; with images about.
@@ -168,7 +166,7 @@ impl Salvage {
     pub fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
         let mut checked = Checked::default();
         self.damage.iter().for_each(|damage| checked.note(damage.clone()));
-        self.snapshot.check_into(&mut checked, None, step)?;
+        self.snapshot.check_into(&mut checked, None, Mends::All, step)?;
         for segment in &self.beyond {
             if checked.called_off {
                 break;

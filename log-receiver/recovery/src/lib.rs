@@ -35,6 +35,7 @@ pub use chores::LastWork;
 pub use density::{Density, DensityPart};
 pub use disk_log::{DiskLog, FoldError, Foldable, LogIdentity, LogOptions, RebaseTicket, Rebased, Recovered};
 pub use error::{AppendError, InvalidEntry, LogError, Nearest, PointError, TimedLsn};
+pub use mend::AskDisk;
 pub use origin::{Removed, remove_unused};
 pub use point::{ParsePointError, Point, ago, time_text};
 pub use salvage::{Salvage, salvage};

@@ -50,7 +50,7 @@ fn a_mended_segment_is_what_was_written_and_what_is_not_mended_is_told() {
             let _say = SayOnPanic(format!("SEED={seed}, a bit flipped in {} byte {at}", path.display()));
             storage.flip_bit(path, ByteOffset(at), 3);
             let snapshot = agent.log.snapshot().expect("snapshot");
-            let checked = snapshot.check_and_mend(&mut |_| true).expect("no failure");
+            let checked = snapshot.check_and_mend(&|_| None, &mut |_| true).expect("no failure");
             assert!(checked.damage.len() + checked.mended.len() <= 1, "{checked:?}");
             let after = content(&storage, path);
             match (&checked.damage[..], &checked.mended[..]) {
@@ -92,11 +92,11 @@ fn a_mend_that_cannot_be_written_stays_told_and_the_check_goes_on() {
     storage.flip_bit(&path, ByteOffset(length - 200), 1);
     let snapshot = agent.log.snapshot().expect("snapshot");
     storage.fail_write_after(0);
-    let failed = snapshot.check_and_mend(&mut |_| true).expect("no failure");
+    let failed = snapshot.check_and_mend(&|_| None, &mut |_| true).expect("no failure");
     assert!(failed.mended.is_empty() && failed.damage[0].contains(": cannot be mended: "), "{failed:?}");
     let read = snapshot.check(&mut |_| true).expect("no failure");
     assert!(!read.is_sound());
     assert_eq!((failed.segments, failed.entries, failed.bytes), (read.segments, read.entries, read.bytes));
-    let checked = snapshot.check_and_mend(&mut |_| true).expect("no failure");
+    let checked = snapshot.check_and_mend(&|_| None, &mut |_| true).expect("no failure");
     assert_eq!((checked.damage.len(), checked.mended.len()), (0, 1));
 }

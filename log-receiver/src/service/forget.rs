@@ -114,10 +114,10 @@ impl Service {
     async fn let_go(&self, disk: DiskId, name: &DiskName) -> Result<(ForgottenDisk, Tombstone), ApiError> {
         let policy = self.policies.of(disk);
         self.unless_promised(name, &policy)?;
-        if self.scrub.status().is_some_and(|scrub| scrub.running) {
-            let why = format!("a scrub runs and may be reading disk {name}");
+        if self.scrub.reads(disk) {
+            let why = format!("a scrub is reading disk {name}");
             return Err(ApiError::new(ErrorCode::Busy, why)
-                .with_hint("wait for its end, or `backtide scrub --cancel`"));
+                .with_hint("wait until it has come to the next disk, or `backtide scrub --cancel`"));
         }
         let mounts = self.mounts_of(disk).await?;
         if let Some(mount) = mounts.mounts.first() {

@@ -10,6 +10,7 @@ mod forget;
 mod forget_failing;
 mod going_back;
 mod locks;
+mod mending;
 mod point_reader;
 mod reading;
 mod refusals;

@@ -198,6 +198,7 @@ impl Production {
                     let effects = session.close(&mut self.disks, closed);
                     self.carry_out(other.0, effects);
                 }
+                Effect::Recalled(_) => unreachable!("nobody asks the agent here"),
                 Effect::End => {}
             }
         }
@@ -222,7 +223,11 @@ impl Production {
             let effects = session.handle(&mut self.disks, first, TIME);
             let is_refusal = |effect: &Effect| match effect {
                 Effect::Send(Message::Close(closed)) => closed.code == CloseCode::Fenced,
-                Effect::Send(_) | Effect::Compare(_) | Effect::CloseOther(..) | Effect::End => false,
+                Effect::Send(_)
+                | Effect::Compare(_)
+                | Effect::Recalled(_)
+                | Effect::CloseOther(..)
+                | Effect::End => false,
             };
             assert!(effects.iter().any(is_refusal), "a stale claim is refused");
             assert_eq!(state(self), before, "a stale claim changed something");

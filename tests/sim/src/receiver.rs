@@ -243,6 +243,7 @@ impl World {
                         self.within(self.plan.compare_us, Event::Compared(self.receiver.life));
                     }
                 }
+                Effect::Recalled(_) => unreachable!("nobody asks the agent here"),
                 Effect::CloseOther(other, closed) => {
                     let effects = self.with_session(other.0, |session, disks| session.close(disks, closed));
                     self.carry_out_at_receiver(other.0, effects);

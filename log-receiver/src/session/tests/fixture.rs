@@ -41,6 +41,7 @@ pub(super) enum Seen {
     Ack { received: u64, durable: u64 },
     Close(CloseCode, String),
     Compare,
+    Recalled(u64),
     CloseOther(ConnectionId, CloseCode),
     End,
 }
@@ -153,6 +154,7 @@ pub(super) fn seen(effects: Vec<Effect>) -> Vec<Seen> {
         Effect::Send(Message::Close(closed)) => Seen::Close(closed.code, closed.message),
         Effect::Send(other) => panic!("a receiver never sends {other:?} by itself"),
         Effect::Compare(_) => Seen::Compare,
+        Effect::Recalled(recalled) => Seen::Recalled(recalled.id()),
         Effect::CloseOther(connection, closed) => Seen::CloseOther(connection, closed.code),
         Effect::End => Seen::End,
     };

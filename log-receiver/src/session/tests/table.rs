@@ -1,7 +1,8 @@
 //! Every state with every message.
 
 use backtide_protocol::{
-    CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Message, Reading, ReceiverState, Welcome,
+    CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Data, Message, Reading, ReceiverState,
+    Welcome,
 };
 use backtide_units::{HistoryId, LogPosition, Lsn};
 use uuid::Uuid;
@@ -21,6 +22,7 @@ enum In {
 enum Then {
     Nothing,
     Compare,
+    Recalled,
     End,
     Invalid,
 }
@@ -45,6 +47,11 @@ fn session_in(bench: &mut Bench, state: In) -> Peer {
             peer
         }
     }
+}
+
+fn recalled(id: u64) -> Message {
+    let data = Data::capture(vec![7; 4096].into());
+    Message::Reading(Reading::Piece { id, range: range(0, 4096), data })
 }
 
 fn close() -> Message {
@@ -79,6 +86,7 @@ fn messages() -> Vec<(Message, Then)> {
         (Message::Hasten { durable: true }, Then::Nothing),
         (Message::Ping, Then::Nothing),
         (Message::Reading(Reading::Answered { id: 1 }), Then::Invalid),
+        (recalled(3), Then::Recalled),
         (close(), Then::End),
     ]
 }
@@ -102,6 +110,7 @@ fn every_state_answers_every_message_as_written() {
             let found = match peer.send(&mut bench, message).as_slice() {
                 [] => Then::Nothing,
                 [Seen::Compare] => Then::Compare,
+                [Seen::Recalled(3)] => Then::Recalled,
                 [Seen::End] => Then::End,
                 [Seen::Close(CloseCode::Invalid, why), Seen::End] if !why.is_empty() => Then::Invalid,
                 other => panic!("{text}: {other:?}"),

@@ -186,6 +186,33 @@ fn points_of_a_damaged_log_name_the_place_and_end_with_8() {
 }
 
 #[test]
+fn a_scrub_mends_the_log_from_the_disk_while_that_is_attached() {
+    let bench = Bench::new();
+    let mut receiver = bench.receiver_with("[limits]\nsegment_bytes = 1048576\n");
+    let agent = bench.agent();
+    bench.image("vm1.img", SIZE);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.qemu_io(&["write -P 0x5c 1M 64k", "write -P 0x33 4M 4M"]);
+    disk.settle();
+    let at = disk.last();
+    let segments = segments(&bench.path("store"));
+    let before: Vec<Vec<u8>> = segments.iter().map(|path| std::fs::read(path).unwrap()).collect();
+    let nth = before.iter().position(|bytes| bytes.windows(4096).any(|window| window == [0x5c; 4096]));
+    let nth = nth.expect("a segment holds the data");
+    flip(&segments[nth], 0x5c);
+    receiver.may_complain("the scrub has mended damage");
+    let scrub = bench.json_ending(3, &["scrub", "--rate", "0"]);
+    let mended = scrub["disks"][0]["mended"].as_array().unwrap();
+    assert!(scrub["sound"] == true && mended.len() == 1, "{scrub}");
+    assert!(std::fs::read(&segments[nth]).unwrap() == before[nth], "byte for byte");
+    tools::assert_same_images(&bench.path("vm1.img"), &disk.restore(&format!("lsn:{at}")));
+    assert_eq!(bench.json(&["scrub", "--rate", "0"])["sound"], true);
+    assert_eq!(agent.stop(), 0);
+    assert_eq!(receiver.stop(), 0);
+}
+
+#[test]
 fn fsck_and_scrub_say_what_is_sound_and_what_is_not() {
     let bench = Bench::new();
     let (receiver, agent, disk) = bench.protected(SIZE, &[]);

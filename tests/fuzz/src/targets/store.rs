@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use backtide_images::{Images, ImagesLimits, ROOT_LENGTH, Root};
+use backtide_images::{Images, ImagesLimits, Losses, ROOT_LENGTH, Root};
 use backtide_overlay::{OverlayFiles, OverlayId};
 use backtide_recovery::{CacheLimits, DiskLog, FoundBase, LogCache, LogOptions, Snapshot, salvage};
 use backtide_segment::{SealedSegment, SegmentFile, Seq, inspect, scan, scan_prefix};
@@ -190,7 +190,7 @@ fn log(bytes: &[u8]) {
     if let Ok((mut log, _)) = DiskLog::open(shared, Path::new(LOG), LogOptions::default(), &cache) {
         let snapshot = log.snapshot().expect("a log that was just opened");
         read_everything(&snapshot);
-        let _ = snapshot.check_and_mend(&mut |_| true);
+        let _ = snapshot.check_and_mend(&|_| None, &mut |_| true);
     }
 }
 
@@ -234,6 +234,11 @@ fn pack(bytes: &[u8]) {
     let roots = golden("images/roots");
     let roots: Vec<Root> = roots.chunks(ROOT_LENGTH).filter_map(Root::decode).collect();
     roots.iter().for_each(|root| read_image(&images, *root));
+    let (mut losses, mut seen) = (Losses::default(), Default::default());
+    for (number, root) in roots.iter().enumerate() {
+        let _ = images.image(*root).check(number, &mut seen, &mut losses, &mut |_| true);
+    }
+    let _ = images.mend(&losses, &mut |_, _| None);
     let _ = images.collect(&roots[..1]);
 }
 

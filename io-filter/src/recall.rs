@@ -1,0 +1,74 @@
+//! The receiver asks what the disk has somewhere: what is damaged there may be here.
+//!
+//! It takes what it gets only when that has the checksum it wants. So a read needs no turn at the guard, holds up no change,
+//! and what a change overwrites meanwhile is no harm. Bounded: so many questions at once, each about little.
+
+use backtide_protocol::{Data, FailureCode, Message, ReadFailure, Reading};
+use backtide_units::{BlockRange, ByteCount, ByteRange, is_zeroes};
+use bytes::Bytes;
+
+use crate::{
+    capture::Ongoing,
+    event::{Effect, IoFailure, LocalData, LocalOp},
+    filter::Filter,
+};
+
+/// Questions of the receiver that are not answered yet.
+const RECALLS_MAX: usize = 4;
+
+/// Bytes of one.
+const RECALL_BYTES_MAX: ByteCount = ByteCount(64 << 10);
+
+/// A question that is being answered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Recall {
+    id: u64,
+    range: ByteRange,
+}
+
+impl Filter {
+    pub(crate) fn asked_for(&mut self, id: u64, range: ByteRange) {
+        let reads = self.ongoing.values().filter(|ongoing| matches!(ongoing, Ongoing::Recall(_))).count();
+        if reads + self.recalled.len() >= RECALLS_MAX || range.count() > RECALL_BYTES_MAX {
+            return self.refuse(format!(
+                "the receiver asks for more than {RECALLS_MAX} ranges of {RECALL_BYTES_MAX} bytes at once"
+            ));
+        }
+        if range.end().0 > self.settings.size.0 {
+            return self.fail_recall(id, format!("the disk has {} bytes", self.settings.size));
+        }
+        let io = self.take_io_id();
+        self.ongoing.insert(io, Ongoing::Recall(Recall { id, range }));
+        let read = LocalOp::Read(BlockRange::touched_by(range).bytes(self.settings.size));
+        self.effects.push_back(Effect::Local(io, read));
+    }
+
+    pub(crate) fn recall_done(&mut self, recall: Recall, result: Result<LocalData, IoFailure>) {
+        let Recall { id, range } = recall;
+        let bytes = match result {
+            Ok(read) => read.read().0,
+            Err(failure) => return self.fail_recall(id, failure.to_string()),
+        };
+        let read = BlockRange::touched_by(range).bytes(self.settings.size);
+        let from = usize::try_from(range.start().0 - read.start().0).expect("less than a block");
+        let bytes = &bytes[from..from + range.count().as_usize().expect("a small range")];
+        let data = if is_zeroes(bytes) { Bytes::new() } else { Bytes::copy_from_slice(bytes) };
+        let piece = Reading::Piece { id, range, data: Data::capture(data) };
+        self.recalled.push_back(Message::Reading(piece));
+    }
+
+    fn fail_recall(&mut self, id: u64, message: String) {
+        let failure = ReadFailure { code: FailureCode::Failed, message };
+        self.recalled.push_back(Message::Reading(Reading::Failed { id, failure }));
+    }
+
+    /// Who asked is gone.
+    pub(crate) fn forget_recalls(&mut self) {
+        self.recalled.clear();
+        for ongoing in self.ongoing.values_mut() {
+            if matches!(ongoing, Ongoing::Recall(_)) {
+                *ongoing = Ongoing::Abandoned;
+            }
+        }
+    }
+}

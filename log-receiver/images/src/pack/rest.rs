@@ -1,0 +1,64 @@
+//! A pack as those see it who write it anew: where each chunk lies, what is there twice, whether any may be missing.
+
+use std::collections::HashMap;
+
+use super::{Line, Pack, encode_footer};
+use crate::{
+    ImageError,
+    chunk::{CHUNK_HEADER_LENGTH, ChunkRef},
+};
+
+impl Pack {
+    /// Bytes that the chunk of a line takes, of all lines; none when they do not lie in the order of their ordinals.
+    pub(crate) fn lengths(&self) -> Option<Vec<(Line, u64)>> {
+        let ends = self.lines.iter().skip(1).map(|line| u64::from(line.offset)).chain([self.chunks_end]);
+        let length = |(line, end): (&Line, u64)| {
+            let length = end.checked_sub(line.offset.into())?;
+            (length >= CHUNK_HEADER_LENGTH as u64).then_some((*line, length))
+        };
+        self.lines.iter().zip(ends).map(length).collect()
+    }
+
+    /// The bytes of a chunk as they stand there.
+    pub(crate) fn as_it_is(&self, line: &Line, length: u64) -> Result<Vec<u8>, ImageError> {
+        let mut bytes = vec![0; usize::try_from(length).expect("a pack is far below 4 GiB")];
+        self.read(line.offset.into(), &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Whether its lines are all it has: a table that is damaged may have named chunks behind one whose header is damaged
+    /// too. Where exactly their table follows, or the file ends within a chunk or that table, there are none.
+    pub(crate) fn has_all_its_lines(&self) -> Result<bool, ImageError> {
+        if self.broken.is_none() {
+            return Ok(true);
+        }
+        let footer = encode_footer(self.number, &self.lines, self.chunks_end);
+        let rest = self.length()?.saturating_sub(self.chunks_end);
+        if rest == footer.len() as u64 || rest < CHUNK_HEADER_LENGTH as u64 {
+            return Ok(true);
+        }
+        if rest < footer.len() as u64 {
+            let mut found = vec![0; rest as usize];
+            self.read(self.chunks_end, &mut found)?;
+            if footer.starts_with(&found) {
+                return Ok(true);
+            }
+        }
+        let cut = self.header_at(self.chunks_end).is_ok_and(|header| header.whole() > rest);
+        Ok(cut)
+    }
+
+    /// Others of its chunks with the same content.
+    pub(crate) fn twins(&self, name: &ChunkRef) -> impl Iterator<Item = ChunkRef> {
+        let twins = self.twins.get_or_init(|| {
+            let mut all = HashMap::<[u8; 32], Vec<u32>>::new();
+            self.lines.iter().for_each(|line| all.entry(line.hash).or_default().push(line.ordinal));
+            all.retain(|_, ordinals| ordinals.len() > 1);
+            all.shrink_to_fit();
+            all
+        });
+        let name = *name;
+        let others = twins.get(&name.hash).into_iter().flatten().filter(move |other| **other != name.ordinal);
+        others.map(move |ordinal| ChunkRef { ordinal: *ordinal, ..name })
+    }
+}

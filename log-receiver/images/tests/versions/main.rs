@@ -1,0 +1,5 @@
+//! Images in memory, against a plain model.
+
+mod common;
+mod kept;
+mod mending;
