@@ -90,6 +90,9 @@ enum What {
 /// A ladder that keeps every point for a shorter time than this is worth a warning.
 const ANY_LIKELY_MIN: Duration = Duration::from_secs(600);
 
+/// So many points are named for a person.
+const SHOWN_MAX: usize = 10;
+
 impl Retention {
     /// Asks the receiver; `set` asks for a preview first and refuses to let points go that nobody agreed to.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
@@ -211,17 +214,32 @@ fn preview_text(preview: &RetentionPreview) -> String {
     if let Some(from) = &preview.every_point_from {
         lines.push(format!("  every point from {}", point_text(from)));
     }
-    lines.extend(preview.keep.iter().map(|point| format!("  keeps  {}", point_text(point))));
-    lines.extend(preview.drop.iter().map(|point| format!("  drops  {}", point_text(point))));
-    let mark = |mark: &MarkPoint| {
-        format!("  drops  mark:{} at lsn:{} ({})", mark.label, mark.lsn, time_text(mark.time))
-    };
-    lines.extend(preview.drop_marks.iter().map(mark));
+    list(&mut lines, "keeps", "single point", &preview.keep, point_text);
+    list(&mut lines, "drops", "single point", &preview.drop, point_text);
+    let mark =
+        |mark: &MarkPoint| format!("mark:{} at lsn:{} ({})", mark.label, mark.lsn, time_text(mark.time));
+    list(&mut lines, "drops", "mark", &preview.drop_marks, mark);
     if !preview.log_bytes_freed.is_zero() {
         let freed = size_both(preview.log_bytes_freed);
         lines.push(format!("  {freed} of the log go; the images of what is kept take a part of that"));
     }
+    if !preview.fold_read_bytes.is_zero() {
+        lines.push(format!(
+            "  to make these images the receiver reads about {} and writes {} at most, at its own pace",
+            size_both(preview.fold_read_bytes),
+            size_both(preview.fold_write_bytes_max)
+        ));
+    }
     lines.join("\n")
+}
+
+/// How many there are, and the first of them.
+fn list<T>(lines: &mut Vec<String>, what: &str, one: &str, all: &[T], text: impl Fn(&T) -> String) {
+    lines.extend(all.iter().take(SHOWN_MAX).map(|one| format!("  {what}  {}", text(one))));
+    if let Some(more) = all.len().checked_sub(SHOWN_MAX).filter(|more| *more > 0) {
+        let total = count_text(all.len() as u64, one);
+        lines.push(format!("  {what}  {more} more, {total} in all: --json names each"));
+    }
 }
 
 fn point_text(point: &Point) -> String {

@@ -138,6 +138,12 @@ pub struct RetentionPreview {
     pub locked_until: Option<CaptureTime>,
     /// Bytes of the log that go. The images of the points that are kept take a part of that, or more.
     pub log_bytes_freed: ByteCount,
+    /// About how much the receiver reads to make the images of the points that are kept, at its own pace.
+    #[serde(default)]
+    pub fold_read_bytes: ByteCount,
+    /// The images take no more than about this; less where content compresses or is stored already.
+    #[serde(default)]
+    pub fold_write_bytes_max: ByteCount,
     /// Whether it would change anything now.
     pub changes: bool,
 }

@@ -217,6 +217,8 @@ impl ReceiverService for Fake {
             drop_marks: Vec::new(),
             locked_until: None,
             log_bytes_freed: ByteCount(1),
+            fold_read_bytes: ByteCount(2),
+            fold_write_bytes_max: ByteCount(3),
             changes: true,
         })
     }

@@ -20,7 +20,9 @@ use backtide_recovery::{Base, FoldError, KeptPoint, RebaseTicket, Rebased, Snaps
 use backtide_units::{ByteCount, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Growth, Plan, Policies, Pressure, SLOTS_MAX, every_change_from, forecast::Forecast, plan};
+use super::{
+    Growth, Plan, PlanError, Policies, Pressure, SLOTS_MAX, every_change_from, forecast::Forecast, plan,
+};
 use crate::{
     Shelf,
     accept::Door,
@@ -472,6 +474,12 @@ impl From<Ending> for Undone {
 
 impl From<backtide_recovery::LogError> for Undone {
     fn from(error: backtide_recovery::LogError) -> Self {
+        Self::Why(chain(&error))
+    }
+}
+
+impl From<PlanError> for Undone {
+    fn from(error: PlanError) -> Self {
         Self::Why(chain(&error))
     }
 }

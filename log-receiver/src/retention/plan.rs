@@ -14,6 +14,26 @@ use super::ladder::{Ladder, Span};
 /// Slots of a rung that are looked for in one round, the oldest: a log with more is folded in several.
 pub(crate) const SLOTS_MAX: u64 = 4096;
 
+/// Single points of a disk: each is an interval of its timeline, which has a few more than that, and an image.
+pub(crate) const KEPT_MAX: usize = 50_000;
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PlanError {
+    /// The log cannot be read.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// Nothing of it is cut without a word.
+    #[error(
+        "the ladder `{ladder}` keeps more than {KEPT_MAX} single points of this disk, which is the most: it needs rungs that are \
+         further apart, or shorter"
+    )]
+    TooMany {
+        /// As it is written.
+        ladder: String,
+    },
+}
+
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
@@ -38,7 +58,7 @@ pub(crate) enum Pressure {
 /// as much of it as has about so many slots of a rung.
 ///
 /// # Errors
-/// When the log cannot be read.
+/// See [`PlanError`].
 pub(crate) fn plan(
     snapshot: &Snapshot,
     ladder: &Ladder,
@@ -46,7 +66,18 @@ pub(crate) fn plan(
     now: CaptureTime,
     pressure: Pressure,
     slots_max: Option<u64>,
-) -> Result<Option<Plan>, LogError> {
+) -> Result<Option<Plan>, PlanError> {
+    plan_within(snapshot, ladder, pins, (now, pressure), slots_max, KEPT_MAX)
+}
+
+fn plan_within(
+    snapshot: &Snapshot,
+    ladder: &Ladder,
+    pins: &BTreeMap<Lsn, CaptureTime>,
+    (now, pressure): (CaptureTime, Pressure),
+    slots_max: Option<u64>,
+    kept_max: usize,
+) -> Result<Option<Plan>, PlanError> {
     let base = snapshot.base();
     let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect();
     let old_floor = base.map(|base| base.floor().at);
@@ -56,7 +87,7 @@ pub(crate) fn plan(
     };
     let mut points: BTreeSet<TimedLsn> = old.iter().copied().chain(old_floor).collect();
     if let Some((_, floor)) = fold {
-        points.extend(new_points(snapshot, ladder, pins, now, old_floor, floor)?);
+        points.extend(new_points(snapshot, ladder, pins, now, (old_floor, floor), kept_max)?);
         points.insert(floor);
     }
     let points: Vec<TimedLsn> = points.into_iter().collect();
@@ -66,6 +97,9 @@ pub(crate) fn plan(
             || is_wanted(ladder, two[0].time, two[1].time, now)
     };
     let kept: Vec<TimedLsn> = points.windows(2).filter(stands).map(|two| two[0]).collect();
+    if kept.len() > kept_max {
+        return Err(PlanError::TooMany { ladder: ladder.to_string() });
+    }
     let gone = old.iter().chain(old_floor.iter().filter(|_| fold.is_some()));
     let dropped: Vec<TimedLsn> = gone.filter(|point| !kept.contains(point)).copied().collect();
     if fold.is_none() && kept == old {
@@ -149,9 +183,9 @@ fn new_points(
     ladder: &Ladder,
     pins: &BTreeMap<Lsn, CaptureTime>,
     now: CaptureTime,
-    old_floor: Option<TimedLsn>,
-    floor: TimedLsn,
-) -> Result<Vec<TimedLsn>, LogError> {
+    (old_floor, floor): (Option<TimedLsn>, TimedLsn),
+    kept_max: usize,
+) -> Result<Vec<TimedLsn>, PlanError> {
     let begins = every_change_from(snapshot).map_or(CaptureTime(0), |begins| begins.time);
     let mut points = Vec::new();
     for rung in &ladder.rungs {
@@ -161,6 +195,9 @@ fn new_points(
         while let Some(slot) = next.filter(|slot| *slot >= oldest) {
             let Some(point) = snapshot.newest_point_by(CaptureTime(slot * every))? else { break };
             points.push(point);
+            if points.len() > kept_max.saturating_add(1) * ladder.rungs.len() {
+                return Err(PlanError::TooMany { ladder: ladder.to_string() });
+            }
             // It stands for all slots down to its own.
             next = point.time.0.div_ceil(every).min(slot).checked_sub(1);
         }
@@ -186,6 +223,12 @@ fn is_wanted(ladder: &Ladder, time: CaptureTime, next: CaptureTime, now: Capture
 
 #[cfg(test)]
 mod tests {
+    use std::{path::Path, sync::Arc};
+
+    use backtide_recovery::{CacheLimits, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassReason};
+    use backtide_storage::MemoryStorage;
+    use backtide_units::{ByteCount, ByteOffset, ByteRange, DiskId, Epoch, HistoryId};
+
     use super::*;
 
     #[test]
@@ -197,6 +240,57 @@ mod tests {
         assert_eq!(at(9000, 100), hours(9100));
         assert_eq!(at(9990, 120), hours(9992), "minutes are closer");
         assert!(at(9000, u64::MAX) > hours(10_000));
+    }
+
+    /// A log with a record each second of 1970 up to `last`, the older ones in a segment that is full.
+    fn log(last: u64) -> Snapshot {
+        let (storage, dir) = (Arc::new(MemoryStorage::new()), Path::new("disks/d1"));
+        let identity = LogIdentity { disk: DiskId::random(), history: HistoryId::random() };
+        let cache = LogCache::new(CacheLimits::default());
+        let mut log =
+            DiskLog::create(storage, dir, identity, LogOptions::default(), &cache).expect("no fault");
+        let time = |second: u64| CaptureTime(second * 1_000_000);
+        let attach = Entry::Attach {
+            epoch: Epoch(1),
+            attach: uuid::Uuid::nil(),
+            next_lsn: Lsn(1),
+            size: ByteCount(1 << 20),
+            name: "vm1".parse().expect("a name"),
+            time: time(1),
+            facts: Default::default(),
+        };
+        let reason = PassReason { code: 1, text: String::new() };
+        log.append(attach).expect("it follows");
+        log.append(Entry::PassBegin { at: Lsn(1), gap_from: Lsn(0), time: time(1), reason })
+            .expect("it follows");
+        log.append(Entry::PassEnd { at: Lsn(1), valid_from: Some(Lsn(1)), time: time(1) })
+            .expect("it follows");
+        for second in 2..=last {
+            let range = ByteRange::between(ByteOffset(0), ByteOffset(4096));
+            let zero = Entry::Zero { lsn: Lsn(second), time: time(second), range, trim: false };
+            log.append(zero).expect("it follows");
+            if second == last - 1 {
+                log.seal().expect("no fault");
+            }
+        }
+        let ticket = log.ticket().expect("no fault").expect("there is something to sync");
+        log.synced(ticket.sync()).expect("no fault");
+        log.snapshot().expect("no fault")
+    }
+
+    #[test]
+    fn more_single_points_than_there_can_be_are_refused_and_not_cut() {
+        let ladder: Ladder = "any=1h per-1s=100y".parse().unwrap();
+        let now = (CaptureTime(10_000 * 3_600_000_000), Pressure::None);
+        let snapshot = log(60);
+        let within = |kept_max| plan_within(&snapshot, &ladder, &BTreeMap::new(), now, None, kept_max);
+        let plan = within(KEPT_MAX).expect("they are few").expect("it is old");
+        assert!(plan.kept.len() > 50, "{plan:?}");
+        assert_eq!(within(plan.kept.len()).expect("just as many").expect("it is old"), plan);
+        for kept_max in [5, plan.kept.len() - 1] {
+            let why = within(kept_max).expect_err("too many").to_string();
+            assert!(why.contains("`any=1h per-1s=100y` keeps more than"), "{why}");
+        }
     }
 
     #[test]

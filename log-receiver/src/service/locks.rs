@@ -73,7 +73,7 @@ impl Service {
         let goes = self
             .read(move || plan(&snapshot.alone(), &ladder, &staying, now.wall, Pressure::None, None))
             .await?;
-        if goes.map_err(|error| points::log_error(&error))?.is_none() {
+        if goes.map_err(|error| super::retention::plan_error(&error))?.is_none() {
             return Ok(());
         }
         let why = format!(

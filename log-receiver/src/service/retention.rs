@@ -4,16 +4,19 @@ use backtide_receiver_api::{
     ApiError, DiskRetention, ErrorCode, HeldPoint, KeepRequest, MarkPoint, Mount, OverlayFate,
     ReceiverService, RetentionPreview, RetentionReport, RetentionRequest, UnmountRequest,
 };
-use backtide_recovery::{LogError, Point, Snapshot, TimedLsn};
-use backtide_units::{ByteCount, DiskId, DiskName};
+use backtide_recovery::{ImageCost, LogError, Point, Snapshot, TimedLsn};
+use backtide_units::{ByteCount, DiskId, DiskName, Lsn};
 
 use super::{Found, Service};
 use crate::{
     OnFull,
     facts::DiskFacts,
     points,
-    retention::{Ladder, LadderError, Pin, Pressure, every_change_from, plan},
+    retention::{Ladder, LadderError, Pin, Plan, PlanError, Pressure, every_change_from, plan},
 };
+
+/// Images of a plan whose cost is looked up; that of others is taken to be like theirs.
+const COSTS_MAX: usize = 128;
 
 impl Service {
     pub(super) async fn report_retention(&self, disk: Option<DiskName>) -> Result<RetentionReport, ApiError> {
@@ -86,12 +89,29 @@ impl Service {
         let id = self.find(&disk)?;
         let ladder = request.ladder.as_deref().map(parse).transpose()?;
         self.unless_locked(&disk, ladder.as_ref()).await?;
+        self.unless_too_many(&disk, ladder.as_ref()).await?;
         let policies = self.policies.clone();
         let changed = self.read(move || policies.change(id, |policy| policy.ladder = ladder)).await?;
         changed.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
         tracing::info!(disk = %id, ladder = request.ladder.as_deref().unwrap_or("default"), "another retention");
         self.keeper.wake();
         self.report_retention(Some(disk)).await
+    }
+
+    /// Refuses a ladder that keeps more single points of a disk than there can be.
+    async fn unless_too_many(&self, name: &DiskName, ladder: Option<&Ladder>) -> Result<(), ApiError> {
+        let Ok(Found { disk, snapshot, .. }) = self.look_at(name).await else { return Ok(()) };
+        let ladder = ladder.unwrap_or_else(|| self.policies.default_ladder()).clone();
+        let now = self.policies.moment();
+        let staying = self.policies.of(disk.uuid).staying(now);
+        let planned = self
+            .read(move || plan(&snapshot.alone(), &ladder, &staying, now.wall, Pressure::None, None))
+            .await?;
+        match planned {
+            Err(error @ PlanError::TooMany { .. }) => Err(plan_error(&error)),
+            // Where its log cannot be read now, the rounds of retention tell.
+            Ok(_) | Err(PlanError::Log(_)) => Ok(()),
+        }
     }
 
     pub(super) async fn preview(
@@ -112,10 +132,14 @@ impl Service {
         let (wanted, read) = (ladder.clone(), alone.clone());
         let planned =
             self.read(move || plan(&read, &wanted, &staying, now.wall, Pressure::None, None)).await?;
-        let planned = planned.map_err(|error| points::log_error(&error))?;
+        let planned = planned.map_err(|error| plan_error(&error))?;
         let list = |points: &[TimedLsn]| points.iter().copied().map(points::point).collect();
         let begins = every_change_from(&alone);
         let plan = planned.filter(|_| locked_until.is_none());
+        let (folded, wanted) = (alone.clone(), plan.clone());
+        let cost =
+            self.read(move || wanted.map_or(Ok(ImageCost::default()), |plan| cost(&folded, &plan))).await?;
+        let cost = cost.map_err(|error| points::log_error(&error))?;
         let floor = plan.as_ref().and_then(|plan| plan.fold).map(|(_, floor)| floor).or(begins);
         let keep = plan.as_ref().map_or_else(|| single_points(&alone), |plan| plan.kept.clone());
         let goes = |mark: &MarkPoint| {
@@ -133,6 +157,8 @@ impl Service {
                 .as_ref()
                 .and_then(|plan| plan.fold)
                 .map_or(ByteCount::ZERO, |(fold, _)| fold.bytes),
+            fold_read_bytes: cost.read,
+            fold_write_bytes_max: cost.written_max,
             changes: plan.is_some(),
             disk,
             ladder: ladder.to_string(),
@@ -204,6 +230,36 @@ impl Service {
 
 fn single_points(snapshot: &Snapshot) -> Vec<TimedLsn> {
     snapshot.base().iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect()
+}
+
+/// About what it costs to make the images of a plan: of many of them it looks at some.
+fn cost(snapshot: &Snapshot, plan: &Plan) -> Result<ImageCost, LogError> {
+    let Some((_, floor)) = plan.fold else { return Ok(ImageCost::default()) };
+    let old = snapshot.base().map_or(Lsn::ZERO, |base| base.floor().at.lsn);
+    let new = plan.kept.iter().chain([&floor]).map(|point| point.lsn).filter(|lsn| *lsn > old);
+    let points: Vec<Lsn> = [old].into_iter().chain(new).collect();
+    let steps = points.len().saturating_sub(1);
+    let looked_at = steps.min(COSTS_MAX);
+    let mut cost = ImageCost::default();
+    for nth in 0..looked_at {
+        let step = nth * steps / looked_at;
+        let one = snapshot.image_cost(points[step], points[step + 1])?;
+        cost.read.0 += one.read.0;
+        cost.written_max.0 += one.written_max.0;
+    }
+    let scaled = |bytes: ByteCount| {
+        let all = u128::from(bytes.0) * steps as u128 / looked_at.max(1) as u128;
+        ByteCount(u64::try_from(all).unwrap_or(u64::MAX))
+    };
+    Ok(ImageCost { read: scaled(cost.read), written_max: scaled(cost.written_max) })
+}
+
+pub(super) fn plan_error(error: &PlanError) -> ApiError {
+    match error {
+        PlanError::Log(error) => points::log_error(error),
+        PlanError::TooMany { .. } => ApiError::new(ErrorCode::Refused, error.to_string())
+            .with_hint("backtide retention preview tells what a ladder keeps"),
+    }
 }
 
 fn parse(text: &str) -> Result<Ladder, ApiError> {

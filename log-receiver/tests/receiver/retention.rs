@@ -117,6 +117,9 @@ async fn what_the_ladder_keeps_can_be_gone_back_to_and_the_rest_is_said_to_be_go
     api.unmount(&overlay, Some(OverlayFate::Keep)).await.unwrap();
     let preview = api.preview_retention(&vm1(), &ladder(TENS)).await.unwrap();
     assert!(preview.changes && preview.log_bytes_freed.0 > 4 << 20, "{preview:?}");
+    // Each record is a chunk of its own, and none is written twice between two points that are kept.
+    let floor = preview.every_point_from.unwrap().lsn.0;
+    assert_eq!(preview.fold_read_bytes.0, (floor - 5) * RECORD as u64, "{preview:?}");
     let before = api.points(&vm1()).await.unwrap();
     assert_eq!((before.holes.len(), before.intervals.len()), (0, 1), "a preview changes nothing");
 
@@ -125,6 +128,9 @@ async fn what_the_ladder_keeps_can_be_gone_back_to_and_the_rest_is_said_to_be_go
     assert!(report.error.is_none() && disk.error.is_none(), "{report:?}");
     assert_eq!(disk.every_point_from, preview.every_point_from);
     assert_eq!(disk.single_points, preview.keep);
+    // What was told to be the most is, but for the tables of packs.
+    let (taken, told) = (report.image_bytes.0, preview.fold_write_bytes_max.0);
+    assert!(taken > told / 2 && taken < told + told / 50, "{taken} of {told}");
     let single: Vec<u64> = disk.single_points.iter().map(|point| point.lsn.0).collect();
     let expected: Vec<u64> = (1..=9).map(|tens| tens * 10).chain([44, 52]).collect();
     let mut expected: Vec<u64> = expected.into_iter().filter(|lsn| *lsn < 95).collect();
