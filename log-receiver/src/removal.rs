@@ -13,6 +13,7 @@ use crate::{
     overlays::Overlays,
     retention::{Policies, Policy},
 };
+use backtide_storage::KillPoint;
 use backtide_units::DiskId;
 
 /// What knows of disks, beside their logs.
@@ -42,7 +43,8 @@ impl Removal {
     /// A sentence; the disk goes on going.
     pub(crate) fn finish(&self, disk: DiskId, stone: Tombstone) -> Result<(), String> {
         let gone = Tombstone { gone: true, ..stone };
-        let finished = self.remove(disk).and_then(|()| self.shelf.forgotten.note(disk, gone));
+        let removed = self.remove(disk).inspect(|()| KillPoint::ForgetRemoved.reached());
+        let finished = removed.and_then(|()| self.shelf.forgotten.note(disk, gone));
         if let Err(why) = &finished {
             self.shelf.forgotten.note_problem(disk, why.clone());
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use backtide_receiver_api::{ApiError, ErrorCode, ForgottenDisk, Mounts};
 use backtide_recovery::{Attached, time_text};
+use backtide_storage::KillPoint;
 use backtide_units::{ByteCount, DiskId, DiskName, Epoch};
 use tokio::sync::oneshot;
 
@@ -50,6 +51,7 @@ impl Service {
             Some(stone) => self.go_on(disk, stone, &name).await?,
             None => self.let_go(disk, &name).await?,
         };
+        KillPoint::ForgetNoted.reached();
         tracing::warn!(%disk, name = name.as_str(), log_bytes = %report.log_bytes, "the disk is forgotten");
         let taken: Option<Disk> = self.ask_owner(disk, |answer| Task::Take(disk, answer)).await?;
         // Whoever mounted it while somebody looked has nothing to read any more.

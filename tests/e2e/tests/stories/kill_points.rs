@@ -52,7 +52,9 @@ fn side(point: KillPoint) -> Side {
         | KillPoint::TakenTracking
         | KillPoint::HydrationStored
         | KillPoint::HydrationNoted
-        | KillPoint::HydrationFinished => Side::Elsewhere,
+        | KillPoint::HydrationFinished
+        | KillPoint::ForgetNoted
+        | KillPoint::ForgetRemoved => Side::Elsewhere,
         KillPoint::ClaimAppended
         | KillPoint::SegmentCreated
         | KillPoint::SegmentBegun
