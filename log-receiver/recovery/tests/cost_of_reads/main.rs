@@ -6,7 +6,7 @@ mod counting;
 use std::{path::Path, sync::Arc};
 
 use backtide_recovery::{
-    CacheLimits, Compression, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason,
+    CacheLimits, Compression, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassReason,
 };
 use backtide_units::{
     ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, HistoryId, Lsn, PayloadChecksum,
@@ -77,20 +77,6 @@ impl Fixture {
 
     fn append(&mut self, entry: Entry) {
         self.log.append(entry).expect("append");
-    }
-
-    fn begin_pass(&mut self) -> Lsn {
-        let (at, time) = (self.lsn.next(), CaptureTime(1));
-        let reason = PassReason { code: 1, text: String::new() };
-        self.append(Entry::PassBegin { at, gap_from: self.lsn, time, reason });
-        self.lsn = at;
-        at
-    }
-
-    fn pass_data(&mut self, at: Lsn, range: ByteRange) {
-        let payload = Bytes::from(vec![9; range.count().0 as usize]);
-        let checksum = PayloadChecksum::of(&payload);
-        self.append(Entry::PassData { at, range, content: PassContent::Bytes { payload, checksum } });
     }
 
     fn write(&mut self, range: ByteRange, byte: u8) -> Lsn {
