@@ -1,8 +1,10 @@
 //! `backtide failback`: a disk that has gone on at another host comes back to this one.
 
+use std::time::{Duration, Instant};
+
 use backtide_agent_api::{AgentClient, FailbackReport, FailbackRequest};
 use backtide_control::{Address, ApiError, ErrorCode};
-use backtide_receiver_api::ReceiverDisk;
+use backtide_receiver_api::{ReceiverClient, ReceiverDisk};
 use backtide_units::DiskName;
 use clap::Args;
 
@@ -17,6 +19,9 @@ use crate::{
     ending::{Ending, Failure, failed},
     quantity::{size_both, time_text},
 };
+
+/// How long an agent that lets go of a disk may take to say so to the receiver.
+const GOODBYE_TIME: Duration = Duration::from_secs(2);
 
 /// `backtide failback`
 #[derive(Args, Debug)]
@@ -47,8 +52,7 @@ impl Failback {
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let agent = context.agent()?;
         let receiver = context.receiver(&ReceiverApi { receiver: self.receiver_api.clone() })?;
-        let disk = receiver.disks(Some(&self.name)).await?.disks.into_iter().next();
-        let disk = disk.ok_or_else(|| failed("the receiver answered nothing"))?;
+        let mut disk = look_at(&receiver, &self.name).await?;
         let mut request = FailbackRequest {
             adopt: adopted_of(&disk),
             receiver: self.receiver.clone(),
@@ -61,8 +65,14 @@ impl Failback {
         if plan.here_already {
             return self.goes_on(context, &agent, plan).await;
         }
-        if disk.connected && !self.force {
-            return Err(still_there(&disk));
+        // An agent that has just detached it may not have said good-bye yet.
+        let until = Instant::now() + GOODBYE_TIME;
+        while disk.connected && !self.force {
+            if Instant::now() >= until {
+                return Err(still_there(&disk));
+            }
+            tokio::time::sleep(GOODBYE_TIME / 20).await;
+            disk = look_at(&receiver, &self.name).await?;
         }
         let what = plan_text(&disk, &plan);
         if self.yes {
@@ -113,6 +123,11 @@ fn here_text(name: &DiskName, report: &FailbackReport) -> String {
         ));
     }
     text
+}
+
+async fn look_at(receiver: &ReceiverClient, name: &DiskName) -> Result<ReceiverDisk, Failure> {
+    let disk = receiver.disks(Some(name)).await?.disks.into_iter().next();
+    disk.ok_or_else(|| failed("the receiver answered nothing"))
 }
 
 fn still_there(disk: &ReceiverDisk) -> Failure {
