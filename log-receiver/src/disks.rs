@@ -149,7 +149,7 @@ impl Disks {
     }
 
     fn of(shelf: Shelf, opened: Vec<Option<Disk>>) -> Self {
-        let space = Space::new(Arc::clone(&shelf.storage), shelf.space_floor);
+        let space = Space::new(Arc::clone(&shelf.storage), shelf.space_floor, shelf.watch.refusals.clone());
         let disks = opened.into_iter().flatten().map(|disk| (disk.id(), disk)).collect();
         let this = Self { shelf, space, disks };
         for disk in this.disks.values() {

@@ -7,7 +7,7 @@ use backtide_receiver_api::{
 };
 use backtide_recovery::{self as recovery, LogError, Nearest, PointError, Snapshot, TimedLsn, Timeline};
 use backtide_segment::AttachOrigin;
-use backtide_units::{CaptureTime, Lsn, Reason};
+use backtide_units::{CaptureTime, DiskName, Lsn, Reason};
 
 /// Everything a timeline tells.
 pub(crate) fn report(disk: DiskRef, timeline: &Timeline, damage: Option<String>) -> PointsReport {
@@ -97,6 +97,9 @@ pub(crate) fn interval_of(timeline: &Timeline, lsn: Lsn) -> Option<&recovery::In
     timeline.intervals().iter().find(|interval| interval.from.lsn <= lsn && lsn <= interval.to.lsn)
 }
 
+/// Stands for the disk in a hint where its name is not known.
+const NAME: &str = "NAME";
+
 /// Why a point cannot be had, with everything that is known around it.
 pub(crate) fn unavailable(asked: &str, error: &PointError) -> ApiError {
     match error {
@@ -115,13 +118,19 @@ pub(crate) fn unavailable(asked: &str, error: &PointError) -> ApiError {
                 .with_details(details(asked, None, Some(&nearest)))
         }
         PointError::NoPoints { .. } => ApiError::from_error(ErrorCode::PointNotFound, error)
-            .with_hint("wait until the first resync is complete: backtide wait NAME --for point")
+            .with_hint(format!("wait until the first resync is complete: backtide wait {NAME} --for point"))
             .with_details(details(asked, None, None)),
         PointError::UnknownMark { .. } => ApiError::from_error(ErrorCode::PointNotFound, error)
-            .with_hint("backtide points NAME lists the marks")
+            .with_hint(format!("`backtide points {NAME}` lists the marks"))
             .with_details(details(asked, None, None)),
         PointError::Log(error) => log_error(error),
     }
+}
+
+/// The same with the disk's name in the commands that its hint names.
+pub(crate) fn named(error: ApiError, disk: &DiskName) -> ApiError {
+    let hint = error.hint.map(|hint| hint.replace(NAME, disk.as_str()));
+    ApiError { hint, ..error }
 }
 
 /// A log that cannot be read, in the control API's words.

@@ -39,7 +39,7 @@ use crate::{
     scrub::{self, Scrub},
     service::Service,
     socket::{Entrance, Listener},
-    space::Space,
+    space::{Refusals, Space},
     store_file::{StoreLock, lock_store, open_store},
 };
 
@@ -223,6 +223,7 @@ impl Receiver {
             policies,
             keeper: keeper.watch(),
             on_full: config.retention.on_full,
+            low_bytes: config.retention.low_bytes,
             names: shelf.names,
             threads: tasks.clone(),
             mounts: mounts.orders.clone(),
@@ -340,7 +341,7 @@ fn entrance(config: &Config) -> Result<Entrance, StartError> {
 }
 
 fn open_overlays(storage: &Arc<dyn Storage>, limits: &Limits) -> Result<Overlays, StartError> {
-    let space = Space::new(Arc::clone(storage), limits.free_bytes_min);
+    let space = Space::new(Arc::clone(storage), limits.free_bytes_min, Refusals::default());
     let options = OverlayOptions {
         budget: Budget::new(limits.overlays_bytes),
         room: Arc::new(move |wanted| space.take(wanted)),

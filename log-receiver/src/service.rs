@@ -57,6 +57,7 @@ pub(crate) struct Service {
     pub(crate) policies: Policies,
     pub(crate) keeper: KeeperWatch,
     pub(crate) on_full: OnFull,
+    pub(crate) low_bytes: ByteCount,
     pub(crate) names: Arc<Names>,
     pub(crate) threads: Vec<mpsc::Sender<Task>>,
     pub(crate) mounts: mpsc::Sender<Order>,
@@ -78,16 +79,9 @@ impl ReceiverService for Service {
     async fn status(&self) -> Result<ReceiverStatus, ApiError> {
         let facts = self.facts().await?;
         let mounts = self.mounts().await?;
-        let alarms = self.alarms(&facts);
-        let free = match self.storage.free_space() {
-            Ok(free) => free,
-            // A store that has gone is an alarm, and the rest of the answer is worth having.
-            Err(_) if self.watch.check().is_err() => ByteCount::ZERO,
-            Err(error) => {
-                let why = format!("read the free space of the store {}: {error}", self.store.display());
-                return Err(ApiError::new(ErrorCode::Failed, why));
-            }
-        };
+        let store_error = self.watch.check().err();
+        let free = self.free(store_error.is_some())?;
+        let alarms = self.alarms(&facts, free.filter(|_| store_error.is_none()));
         Ok(ReceiverStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             store: self.store.display().to_string(),
@@ -95,7 +89,8 @@ impl ReceiverService for Service {
             listen: self.listen.clone(),
             certificate: self.tls.as_ref().and_then(|tls| certificate(tls)),
             log_bytes: ByteCount(facts.iter().map(|facts| facts.log_bytes.0).sum()),
-            free_bytes: free,
+            free_bytes: free.unwrap_or_default(),
+            store_error,
             free_bytes_min: self.space_floor,
             growth: self.growth(),
             disks: facts.len() as u64,
@@ -141,14 +136,14 @@ impl ReceiverService for Service {
 
     async fn resolve(&self, disk: DiskName, request: ResolveRequest) -> Result<ResolvedPoint, ApiError> {
         let found = self.look_at(&disk).await?;
-        let at = self.resolve_in(&found.snapshot, &request.point).await?;
+        let at = self.resolve_on(&found.disk, &found.snapshot, &request.point).await?;
         Ok(resolved(&found.disk, request.point, at))
     }
 
     async fn diff(&self, disk: DiskName, request: DiffRequest) -> Result<DiffReport, ApiError> {
         let Found { disk, snapshot, damage: _ } = self.look_at(&disk).await?;
-        let from = self.resolve_in(&snapshot, &request.from).await?;
-        let to = self.resolve_in(&snapshot, &request.to).await?;
+        let from = self.resolve_on(&disk, &snapshot, &request.from).await?;
+        let to = self.resolve_on(&disk, &snapshot, &request.to).await?;
         let (after, through) = (from.lsn.min(to.lsn), from.lsn.max(to.lsn));
         let size = disk.size;
         let changes = self
@@ -169,7 +164,7 @@ impl ReceiverService for Service {
 
     async fn find_change(&self, disk: DiskName, request: FindChangeRequest) -> Result<FoundChange, ApiError> {
         let Found { disk, snapshot, damage: _ } = self.look_at(&disk).await?;
-        let at = self.resolve_in(&snapshot, &request.at).await?;
+        let at = self.resolve_on(&disk, &snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let block = changes::block_at(request.offset, view.disk_size())?;
         let change = self
@@ -215,7 +210,7 @@ impl ReceiverService for Service {
             return Err(ApiError::new(ErrorCode::Usage, why));
         }
         let Found { disk, snapshot, damage: _ } = self.look_at(&request.name).await?;
-        let at = self.resolve_in(&snapshot, &request.at).await?;
+        let at = self.resolve_on(&disk, &snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let overlay = request.writable.then_some(PlanOverlay::New);
         let changed = match &request.changed_since {

@@ -17,6 +17,22 @@ const SHARE: u64 = 16;
 /// Not counted yet: look at once.
 const UNKNOWN: u64 = u64::MAX / 2;
 
+/// What is refused for want of room. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Refusals(Arc<AtomicU64>);
+
+impl Refusals {
+    /// Whether data would be refused with so much free, as it was lately.
+    pub(crate) fn hold_at(&self, free: ByteCount) -> bool {
+        free.0 < self.0.load(Ordering::Relaxed)
+    }
+
+    /// What was refused needed so much, with the reserve. Room for less does not end that: the next may be as long.
+    fn refused(&self, needed: u64) {
+        self.0.store(needed, Ordering::Relaxed);
+    }
+}
+
 /// The room left in a store. Clones share it.
 #[derive(Clone)]
 pub(crate) struct Space {
@@ -24,11 +40,12 @@ pub(crate) struct Space {
     floor: ByteCount,
     /// Bytes taken since the last look.
     taken: Arc<AtomicU64>,
+    refusals: Refusals,
 }
 
 impl Space {
-    pub(crate) fn new(storage: Arc<dyn Storage>, floor: ByteCount) -> Self {
-        Self { storage, floor, taken: Arc::new(AtomicU64::new(UNKNOWN)) }
+    pub(crate) fn new(storage: Arc<dyn Storage>, floor: ByteCount, refusals: Refusals) -> Self {
+        Self { storage, floor, taken: Arc::new(AtomicU64::new(UNKNOWN)), refusals }
     }
 
     /// Counts `wanted` bytes.
@@ -54,11 +71,16 @@ impl Space {
                 self.taken.store(0, Ordering::Relaxed);
                 return Ok(());
             }
-            Ok(free) => format!(
-                "the store {} is full: {free} bytes are free, {} are kept in reserve",
-                place(),
-                self.floor
-            ),
+            Ok(free) => {
+                if !wanted.is_zero() {
+                    self.refusals.refused(self.floor.0.saturating_add(wanted.0));
+                }
+                format!(
+                    "the store {} is full: {free} bytes are free, {} are kept in reserve",
+                    place(),
+                    self.floor
+                )
+            }
             Err(error) => format!("cannot read the free space of the store {}: {error}", place()),
         };
         self.taken.store(UNKNOWN, Ordering::Relaxed);
@@ -75,13 +97,15 @@ mod tests {
     #[test]
     fn a_full_store_is_noticed_within_a_share_and_stays_noticed() {
         let storage = MemoryStorage::new();
-        let space = Space::new(Arc::new(storage.clone()), ByteCount(1600));
+        let refusals = Refusals::default();
+        let space = Space::new(Arc::new(storage.clone()), ByteCount(1600), refusals.clone());
         assert!(space.take(ByteCount(1)).is_ok());
         storage.set_capacity(Some(ByteCount(1000)));
         assert!(space.take(ByteCount(99)).is_ok(), "less than a share of the reserve");
         let why = space.take(ByteCount(1)).unwrap_err();
         assert!(why.contains("is full: 1000 bytes are free, 1600 are kept in reserve"), "{why}");
         assert!(space.take(ByteCount(1)).is_err(), "every time while it is full");
+        assert!(refusals.hold_at(ByteCount(1600)) && !refusals.hold_at(ByteCount(1601)));
         storage.set_capacity(None);
         assert!(space.take(ByteCount(1)).is_ok());
     }

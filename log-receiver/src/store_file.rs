@@ -94,7 +94,7 @@ pub enum StoreFileError {
         path: PathBuf,
     },
     /// `store.json` does not hold what it should.
-    #[error("{} is damaged: {why}", path.display())]
+    #[error("{} is damaged: {why}; put that file back from a copy of this store: it says whose store it is, and the logs do not depend on it", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

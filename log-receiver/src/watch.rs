@@ -11,10 +11,14 @@ use std::{
     sync::Arc,
 };
 
-/// A look at the place of a store. Clones share it; the default is for stores that have no place.
+use crate::space::Refusals;
+
+/// A look at the place of a store, and at what it refuses. Clones share it; the default is for stores that
+/// have no place.
 #[derive(Clone, Debug, Default)]
 pub struct StoreWatch {
     place: Option<Arc<Place>>,
+    pub(crate) refusals: Refusals,
 }
 
 #[derive(Debug)]
@@ -30,7 +34,7 @@ impl StoreWatch {
         let metadata = held.metadata()?;
         let identity = (metadata.dev(), metadata.ino());
         let place = Place { store: store.to_owned(), lock: lock.to_owned(), identity };
-        Ok(Self { place: Some(Arc::new(place)) })
+        Ok(Self { place: Some(Arc::new(place)), refusals: Refusals::default() })
     }
 
     /// Whether the store is where it was when the receiver started.

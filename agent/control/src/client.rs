@@ -1,8 +1,8 @@
 //! Asking a daemon: one HTTP call, one typed answer or one [`ApiError`].
 
-use std::time::Duration;
+use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
-use reqwest::{Method, RequestBuilder};
+use reqwest::{Method, RequestBuilder, Response};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{Address, ApiError, ErrorCode};
@@ -10,9 +10,33 @@ use crate::{Address, ApiError, ErrorCode};
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a daemon may take to answer an ordinary call. Attaching a disk opens it and may wait
-/// for an NBD server behind it; nothing ordinary waits for a receiver.
+/// How long a daemon may take until it begins to answer what needs no work. More than it waits itself for
+/// a disk that stands still (10 s).
+const ANSWER_TIME: Duration = Duration::from_secs(15);
+
+/// How long a call may take as a whole. Attaching a disk opens it and may wait for an NBD server behind
+/// it; nothing ordinary waits for a receiver.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// When whoever waits for a call that may take long hears that it still does.
+pub const SILENT_TIME: Duration = Duration::from_secs(10);
+
+/// Who hears that a daemon takes long.
+#[derive(Clone)]
+pub struct Tell(Arc<dyn Fn(&str) + Send + Sync>);
+
+impl Tell {
+    /// By this function, which gets one sentence.
+    pub fn new(tell: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(tell))
+    }
+}
+
+impl fmt::Debug for Tell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tell")
+    }
+}
 
 /// Which daemon is asked: the words of the error when it does not answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +58,8 @@ pub struct Client {
     base: String,
     address: Address,
     peer: Peer,
+    at_length: bool,
+    tell: Option<Tell>,
 }
 
 impl Client {
@@ -61,7 +87,19 @@ impl Client {
             }
         };
         let http = builder.build().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
-        Ok(Self { http, base, address: address.clone(), peer })
+        Ok(Self { http, base, address: address.clone(), peer, at_length: false, tell: None })
+    }
+
+    /// The same, and `tell` hears of calls that take long.
+    #[must_use]
+    pub fn telling(self, tell: Tell) -> Self {
+        Self { tell: Some(tell), ..self }
+    }
+
+    /// The same daemon, asked for what may take long: a minute, where 15 seconds are the most otherwise.
+    #[must_use]
+    pub fn at_length(&self) -> Self {
+        Self { at_length: true, ..self.clone() }
     }
 
     /// Where the daemon is asked.
@@ -106,13 +144,45 @@ impl Client {
     }
 
     async fn call<A: DeserializeOwned>(&self, request: RequestBuilder) -> Result<A, ApiError> {
-        let response = request.send().await.map_err(|error| self.no_answer(&error))?;
+        let response = self.begun(request).await?;
         let status = response.status();
         let body = response.bytes().await.map_err(|error| self.no_answer(&error))?;
         if status.is_success() {
             return serde_json::from_slice(&body).map_err(|error| self.strange(&error.to_string()));
         }
         Err(serde_json::from_slice(&body).unwrap_or_else(|_| self.strange(&format!("HTTP status {status}"))))
+    }
+
+    /// The answer's first bytes.
+    async fn begun(&self, request: RequestBuilder) -> Result<Response, ApiError> {
+        let mut answer = pin!(request.send());
+        let first = if self.at_length { SILENT_TIME } else { ANSWER_TIME };
+        let answer = match tokio::time::timeout(first, &mut answer).await {
+            Ok(answer) => answer,
+            Err(_) if !self.at_length => return Err(self.silent(ANSWER_TIME)),
+            Err(_) => {
+                if let Some(Tell(tell)) = &self.tell {
+                    let (name, seconds) = (self.peer.name, SILENT_TIME.as_secs());
+                    tell(&format!(
+                        "the {name} at {} has not answered for {seconds} s, still waiting",
+                        self.address
+                    ));
+                }
+                answer.await
+            }
+        };
+        answer.map_err(|error| self.no_answer(&error))
+    }
+
+    /// The daemon takes connections and says nothing.
+    fn silent(&self, time: Duration) -> ApiError {
+        let (name, seconds) = (self.peer.name, time.as_secs());
+        let message = format!(
+            "the {name} at {} has not answered for {seconds} s: its process or its storage stands still",
+            self.address
+        );
+        ApiError::silence(message, seconds)
+            .with_hint(format!("see whether the {name}'s process is stopped, and what its log says"))
     }
 
     /// The answer came from something else than our daemon, or from another version of it.
@@ -126,12 +196,7 @@ impl Client {
     fn no_answer(&self, error: &reqwest::Error) -> ApiError {
         let Peer { name, start, flag, variable } = self.peer;
         if error.is_timeout() && !error.is_connect() {
-            let message = format!(
-                "the {name} at {} did not answer within {} seconds",
-                self.address,
-                CALL_TIMEOUT.as_secs()
-            );
-            return ApiError::new(ErrorCode::Unreachable, message);
+            return self.silent(CALL_TIMEOUT);
         }
         let message = format!("no {name} answers at {}: {}", self.address, root_cause(error));
         ApiError::new(ErrorCode::Unreachable, message)

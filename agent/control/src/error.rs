@@ -44,6 +44,9 @@ pub enum ErrorCode {
     Interrupted,
 }
 
+/// The field of the details of a silent daemon.
+const SILENT_SECONDS: &str = "silent_seconds";
+
 /// An error as control APIs answer it and as `--json` prints it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ApiError {
@@ -114,6 +117,18 @@ impl ApiError {
     /// An error of this kind; `message` is one sentence, lower case, no period.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), hint: None, details: None }
+    }
+
+    /// A daemon is there and has said nothing for so many seconds.
+    pub(crate) fn silence(message: String, seconds: u64) -> Self {
+        Self::new(ErrorCode::Unreachable, message)
+            .with_details(serde_json::json!({ SILENT_SECONDS: seconds }))
+    }
+
+    /// Whether the daemon is there and says nothing, other than one that does not run.
+    pub fn is_silence(&self) -> bool {
+        self.code == ErrorCode::Unreachable
+            && self.details.as_ref().is_some_and(|details| details.get(SILENT_SECONDS).is_some())
     }
 
     /// The same with what to do about it.

@@ -12,7 +12,7 @@ mod extract;
 mod serve;
 
 pub use address::{Address, Address as ApiAddress, InvalidAddress};
-pub use client::{Client, Peer};
+pub use client::{Client, Peer, SILENT_TIME, Tell};
 pub use error::{ApiError, ErrorCode};
 pub use extract::ApiJson;
 pub use serve::{BindError, Server, json_fallbacks};

@@ -1,11 +1,17 @@
 //! A real daemon end and a real client end, over real sockets.
 
-use std::{future::pending, os::unix::fs::PermissionsExt, path::Path};
+use std::{
+    future::pending,
+    os::unix::{fs::PermissionsExt, net::UnixListener},
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use axum::{Json, Router, routing::post};
 use serde::{Deserialize, Serialize};
 
-use crate::{Address, ApiError, ApiJson, BindError, Client, ErrorCode, Peer, Server};
+use crate::{Address, ApiError, ApiJson, BindError, Client, ErrorCode, Peer, Server, Tell};
 
 const PEER: Peer =
     Peer { name: "agent", start: "backtide agent run", flag: "--agent", variable: "BACKTIDE_AGENT" };
@@ -102,7 +108,7 @@ async fn a_live_socket_is_in_use_and_a_stale_one_replaced() {
 
     // What `kill -9` leaves: a socket file that nobody listens on.
     let stale = directory.path().join("api.sock");
-    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    drop(UnixListener::bind(&stale).unwrap());
     assert!(stale.exists());
     Server::bind(&address).await.unwrap();
 }
@@ -144,4 +150,35 @@ async fn a_missing_directory_is_named() {
     let error = Server::bind(&Address::unix("/nonexistent/deep/api.sock")).await.unwrap_err();
     let sentence = ApiError::from_error(error.code(), &error).message;
     assert!(sentence.starts_with("listen at unix:/nonexistent/deep/api.sock: "), "{sentence}");
+}
+
+/// The clock stands still while anything but time can go on, so nothing here takes long.
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_says_nothing_is_waited_for_as_long_as_the_call_is_worth() {
+    let directory = tempfile::tempdir().unwrap();
+    // It takes connections, as the kernel does for a process that is stopped.
+    let _silent = UnixListener::bind(directory.path().join("api.sock")).unwrap();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let hears = Arc::clone(&told);
+    let tell = Tell::new(move |text| hears.lock().unwrap().push(text.to_owned()));
+    let address = socket_in(directory.path());
+    let client = Client::new(&address, PEER).unwrap().telling(tell);
+
+    let begun = tokio::time::Instant::now();
+    let error = client.get::<_, Number>("/double", &()).await.unwrap_err();
+    assert_eq!(begun.elapsed().as_secs(), 15);
+    assert!(error.is_silence() && error.code == ErrorCode::Unreachable, "{error:?}");
+    assert!(
+        error.message.starts_with(&format!("the agent at {address} has not answered for 15 s")),
+        "{error}"
+    );
+    assert_eq!(told.lock().unwrap().len(), 0);
+
+    let begun = tokio::time::Instant::now();
+    let error = client.at_length().get::<_, Number>("/double", &()).await.unwrap_err();
+    assert!(begun.elapsed() >= Duration::from_secs(60), "{:?}", begun.elapsed());
+    assert!(error.is_silence(), "{error:?}");
+    let told = told.lock().unwrap();
+    let expected = format!("the agent at {address} has not answered for 10 s, still waiting");
+    assert_eq!(*told, [expected]);
 }

@@ -165,15 +165,19 @@ fn growth_text(growth: &StoreGrowth) -> String {
     }
 }
 
+fn free_text(status: &ReceiverStatus) -> String {
+    match &status.store_error {
+        Some(_) => "cannot be looked at: the store is not where it was".to_owned(),
+        None => format!("{}, {} in reserve", size_both(status.free_bytes), size_both(status.free_bytes_min)),
+    }
+}
+
 fn status_text(status: &ReceiverStatus) -> String {
     let mut lines = vec![
         ("store", format!("{} ({})", status.store, status.store_id)),
         ("disks", format!("{}, {} connected", status.disks, status.connected)),
         ("logs", size_both(status.log_bytes)),
-        (
-            "free",
-            format!("{}, {} in reserve", size_both(status.free_bytes), size_both(status.free_bytes_min)),
-        ),
+        ("free", free_text(status)),
         ("mounts", status.mounts.to_string()),
     ];
     if let Some(growth) = &status.growth {

@@ -25,7 +25,9 @@ const DISTRUSTED: [&str; 4] =
 pub(super) fn reachable(answers: &Answers) -> Vec<Finding> {
     let some_answer = answers.agent.is_ok() || answers.receiver.is_ok();
     let lost = |check, error: &ApiError| {
-        let verdict = if some_answer { Verdict::Warning } else { Verdict::Failed };
+        // One that is there and says nothing is no good anywhere.
+        let elsewhere = some_answer && !error.is_silence();
+        let verdict = if elsewhere { Verdict::Warning } else { Verdict::Failed };
         let finding = Finding::new(check, verdict, error.message.clone());
         match &error.hint {
             Some(hint) => finding.hint(hint.clone()),
@@ -71,6 +73,9 @@ pub(super) fn versions(answers: &Answers) -> Vec<Finding> {
 
 /// Whether the store has room.
 pub(super) fn free_space(receiver: &ReceiverStatus) -> Finding {
+    if let Some(why) = &receiver.store_error {
+        return Finding::new("store", Verdict::Failed, format!("its room cannot be looked at: {why}"));
+    }
     let (free, reserve) = (receiver.free_bytes, receiver.free_bytes_min);
     let message = format!("{} has {} left", receiver.store, size_text(free));
     if free <= reserve {

@@ -1,6 +1,6 @@
 //! Asking a receiver. Every method is the call of the same name in [`crate::ReceiverService`].
 
-use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
+use backtide_control::{Address, ApiError, Client, ErrorCode, Peer, Tell};
 use backtide_units::DiskName;
 
 use crate::{
@@ -35,6 +35,18 @@ impl ReceiverClient {
         Ok(Self { client: Client::new(address, RECEIVER)? })
     }
 
+    /// The same, and `tell` hears of calls that take long.
+    #[must_use]
+    pub fn telling(self, tell: Tell) -> Self {
+        Self { client: self.client.telling(tell) }
+    }
+
+    /// The same, with all the patience there is for every call: for whoever waits anyway.
+    #[must_use]
+    pub fn at_length(&self) -> Self {
+        Self { client: self.client.at_length() }
+    }
+
     /// Where the receiver is asked.
     pub fn address(&self) -> &Address {
         self.client.address()
@@ -64,7 +76,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn forget(&self, disk: &DiskName) -> Result<ForgottenDisk, ApiError> {
-        self.client.delete(&path(disk, "")).await
+        self.client.at_length().delete(&path(disk, "")).await
     }
 
     /// A disk's timeline.
@@ -80,7 +92,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn around(&self, disk: &DiskName, time: &str) -> Result<AroundReport, ApiError> {
-        self.client.post(&path(disk, "/around"), &ResolveRequest { point: time.to_owned() }).await
+        self.client.at_length().post(&path(disk, "/around"), &ResolveRequest { point: time.to_owned() }).await
     }
 
     /// Which LSN a point is.
@@ -88,7 +100,10 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn resolve(&self, disk: &DiskName, point: &str) -> Result<ResolvedPoint, ApiError> {
-        self.client.post(&path(disk, "/resolve"), &ResolveRequest { point: point.to_owned() }).await
+        self.client
+            .at_length()
+            .post(&path(disk, "/resolve"), &ResolveRequest { point: point.to_owned() })
+            .await
     }
 
     /// What changed between two points.
@@ -96,7 +111,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn diff(&self, disk: &DiskName, request: &DiffRequest) -> Result<DiffReport, ApiError> {
-        self.client.post(&path(disk, "/diff"), request).await
+        self.client.at_length().post(&path(disk, "/diff"), request).await
     }
 
     /// When a block last changed before a point.
@@ -108,7 +123,7 @@ impl ReceiverClient {
         disk: &DiskName,
         request: &FindChangeRequest,
     ) -> Result<FoundChange, ApiError> {
-        self.client.post(&path(disk, "/find-change"), request).await
+        self.client.at_length().post(&path(disk, "/find-change"), request).await
     }
 
     /// How long history is kept.
@@ -131,7 +146,7 @@ impl ReceiverClient {
         disk: &DiskName,
         request: &RetentionRequest,
     ) -> Result<RetentionReport, ApiError> {
-        self.client.post(&path(disk, "/retention"), request).await
+        self.client.at_length().post(&path(disk, "/retention"), request).await
     }
 
     /// What a ladder would do to a disk now.
@@ -143,7 +158,7 @@ impl ReceiverClient {
         disk: &DiskName,
         request: &RetentionRequest,
     ) -> Result<RetentionPreview, ApiError> {
-        self.client.post(&path(disk, "/retention/preview"), request).await
+        self.client.at_length().post(&path(disk, "/retention/preview"), request).await
     }
 
     /// Keeps a point whatever the ladder says, or does so no longer.
@@ -151,7 +166,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn keep(&self, request: &KeepRequest) -> Result<RetentionReport, ApiError> {
-        self.client.post("/v1/retention/keep", request).await
+        self.client.at_length().post("/v1/retention/keep", request).await
     }
 
     /// Locks a point, or every point of a disk, until a time.
@@ -159,7 +174,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn lock(&self, request: &LockRequest) -> Result<RetentionReport, ApiError> {
-        self.client.post("/v1/retention/lock", request).await
+        self.client.at_length().post("/v1/retention/lock", request).await
     }
 
     /// Serves a point over NBD.
@@ -167,7 +182,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn mount(&self, request: &MountRequest) -> Result<Mount, ApiError> {
-        self.client.post("/v1/mounts", request).await
+        self.client.at_length().post("/v1/mounts", request).await
     }
 
     /// What is served.
@@ -183,7 +198,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn scrub(&self, request: &ScrubRequest) -> Result<ScrubStatus, ApiError> {
-        self.client.post("/v1/scrub", request).await
+        self.client.at_length().post("/v1/scrub", request).await
     }
 
     /// The scrub that runs, or ran last.
@@ -199,7 +214,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn cancel_scrub(&self) -> Result<ScrubStatus, ApiError> {
-        self.client.delete("/v1/scrub").await
+        self.client.at_length().delete("/v1/scrub").await
     }
 
     /// Ends a mount; `overlay` says what becomes of its overlay, if it has one.
@@ -213,7 +228,7 @@ impl ReceiverClient {
             Some(OverlayFate::Keep) => "?overlay=keep",
             Some(OverlayFate::Discard) => "?overlay=discard",
         };
-        self.client.delete(&format!("/v1/mounts/{id}{query}")).await
+        self.client.at_length().delete(&format!("/v1/mounts/{id}{query}")).await
     }
 
     /// Serves an overlay again that was kept.
@@ -221,7 +236,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn remount(&self, id: &str, request: &RemountRequest) -> Result<Mount, ApiError> {
-        self.client.post(&format!("/v1/overlays/{}/mount", mount_id(id)?), request).await
+        self.client.at_length().post(&format!("/v1/overlays/{}/mount", mount_id(id)?), request).await
     }
 
     /// Removes an overlay that is not served.
@@ -229,7 +244,7 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn discard(&self, id: &str) -> Result<KeptOverlay, ApiError> {
-        self.client.delete(&format!("/v1/overlays/{}", mount_id(id)?)).await
+        self.client.at_length().delete(&format!("/v1/overlays/{}", mount_id(id)?)).await
     }
 }
 

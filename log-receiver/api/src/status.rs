@@ -22,6 +22,9 @@ pub struct ReceiverStatus {
     pub certificate: Option<CertificateStatus>,
     /// Bytes of all disks' logs.
     pub log_bytes: ByteCount,
+    /// Why the store cannot be looked at, when it is not where it was: `free_bytes` tells nothing then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store_error: Option<String>,
     /// Bytes the store's file system has left.
     pub free_bytes: ByteCount,
     /// New data is refused when less than this is left.

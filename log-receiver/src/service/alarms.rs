@@ -1,10 +1,11 @@
 //! What a person should look at now, in the control API's answers.
 
-use backtide_receiver_api::StoreGrowth;
+use backtide_receiver_api::{ApiError, ErrorCode, StoreGrowth};
 use backtide_recovery::INTERVALS_MAX;
+use backtide_units::ByteCount;
 
 use super::Service;
-use crate::facts::DiskFacts;
+use crate::{OnFull, facts::DiskFacts};
 
 impl Service {
     /// How the store fills.
@@ -16,11 +17,50 @@ impl Service {
         })
     }
 
-    /// What a person should look at now.
-    pub(super) fn alarms(&self, facts: &[DiskFacts]) -> Vec<String> {
+    /// What the store has left; nothing can be told of one that has `gone`.
+    pub(super) fn free(&self, gone: bool) -> Result<Option<ByteCount>, ApiError> {
+        match self.storage.free_space() {
+            Ok(free) => Ok(Some(free)),
+            // A store that has gone is an alarm, and the rest of the answer is worth having.
+            Err(_) if gone => Ok(None),
+            Err(error) => {
+                let why = format!("read the free space of the store {}: {error}", self.store.display());
+                Err(ApiError::new(ErrorCode::Failed, why))
+            }
+        }
+    }
+
+    /// Whether there is little room, or none: as it is now, not as it was when retention looked last.
+    fn little_room(&self, free: ByteCount, looked_at: Option<String>) -> Option<String> {
+        let floor = self.space_floor;
+        if free < floor || self.watch.refusals.hold_at(free) {
+            let until = match self.on_full {
+                OnFull::Refuse => "there is room",
+                OnFull::Shrink => "the oldest history has made room",
+            };
+            return Some(format!(
+                "the store is full: data is refused until {until}; {free} bytes are free, {floor} are kept in reserve"
+            ));
+        }
+        let low = self.low_bytes.max(floor);
+        if free >= low {
+            return None;
+        }
+        looked_at.or_else(|| {
+            let then = match self.on_full {
+                OnFull::Refuse => "new data is refused when it is full",
+                OnFull::Shrink => "the oldest history goes",
+            };
+            Some(format!("the store is nearly full: {free} bytes are free, below {low}; {then}"))
+        })
+    }
+
+    /// What a person should look at now; `free` is what the store has left, if that can be told.
+    pub(super) fn alarms(&self, facts: &[DiskFacts], free: Option<ByteCount>) -> Vec<String> {
         let mut alarms: Vec<String> = self.watch.check().err().into_iter().collect();
         let keeper = self.keeper.status();
-        alarms.extend(keeper.low.into_iter().chain(self.policies.damage()).chain(keeper.error));
+        let low = free.and_then(|free| self.little_room(free, keeper.low));
+        alarms.extend(low.into_iter().chain(self.policies.damage()).chain(keeper.error));
         for facts in facts {
             let name = facts.name.as_ref().map_or_else(|| facts.id.to_string(), ToString::to_string);
             alarms.extend(facts.error.iter().map(|why| format!("disk {name}: {why}")));

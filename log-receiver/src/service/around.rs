@@ -1,7 +1,7 @@
 //! The control API's answers about a disk's timeline: all of it, and what is around a time.
 
-use backtide_receiver_api::{ApiError, AroundReport, ErrorCode, PointsReport, ResolveRequest};
-use backtide_recovery::{Point, PointError, ago};
+use backtide_receiver_api::{ApiError, AroundReport, DiskRef, ErrorCode, PointsReport, ResolveRequest};
+use backtide_recovery::{Point, PointError, Snapshot, TimedLsn, ago};
 use backtide_units::DiskName;
 
 use super::{Found, Service};
@@ -23,6 +23,16 @@ impl Service {
         Ok(PointsReport { locks, density, ..report })
     }
 
+    /// As [`Service::resolve_in`], with the disk's name in what it says.
+    pub(super) async fn resolve_on(
+        &self,
+        disk: &DiskRef,
+        snapshot: &Snapshot,
+        asked: &str,
+    ) -> Result<TimedLsn, ApiError> {
+        self.resolve_in(snapshot, asked).await.map_err(|error| points::named(error, &disk.name))
+    }
+
     /// The points around a time, or around that of a point.
     pub(super) async fn points_around(
         &self,
@@ -40,7 +50,7 @@ impl Service {
             }
             Point::Ago(duration) => ago(clock::now(), duration),
             Point::Latest | Point::Lsn(_) | Point::Mark(_) => {
-                self.resolve_in(&snapshot, &request.point).await?.time
+                self.resolve_on(&disk, &snapshot, &request.point).await?.time
             }
         };
         let asked = request.point.clone();

@@ -15,6 +15,7 @@ fn receiver(free: u64) -> ReceiverStatus {
         listen: Vec::new(),
         certificate: None,
         log_bytes: ByteCount(0),
+        store_error: None,
         free_bytes: ByteCount(free),
         free_bytes_min: ByteCount(64 << 20),
         growth: None,
