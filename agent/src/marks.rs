@@ -4,9 +4,12 @@
 //! that began after one disk's write was answered cannot lie before that disk's mark without the
 //! answered one lying before its own: either the answer came before the hold, or after every mark.
 
-use backtide_agent_api::DiskMark;
+use std::time::Duration;
+
+use backtide_agent_api::{DiskMark, MarkState};
 use backtide_io_filter::MarkError;
 use backtide_units::DiskName;
+use tokio::task::JoinSet;
 
 use crate::disk::{Command, DiskHandle, NoAnswer};
 
@@ -42,7 +45,40 @@ async fn mark_held(label: &str, disks: &[(DiskName, DiskHandle)]) -> Result<Vec<
     for (disk, handle) in disks {
         let no_answer = |source| MarksError::NoAnswer { disk: disk.clone(), source };
         let at = handle.ask(|answer| Command::Mark(label.to_owned(), answer)).await.map_err(no_answer)??;
-        marks.push(DiskMark { disk: disk.clone(), lsn: at.lsn, time: at.time, recoverable: at.recoverable });
+        marks.push(DiskMark {
+            disk: disk.clone(),
+            lsn: at.lsn,
+            time: at.time,
+            recoverable: false,
+            state: at.state,
+        });
     }
     Ok(marks)
+}
+
+/// Waits for at most so long until the receiver has durably what was marked on disks that are in sync: only
+/// then nothing can take the mark away.
+pub(crate) async fn confirm(
+    label: &str,
+    disks: Vec<(DiskName, DiskHandle)>,
+    marks: &mut [DiskMark],
+    wait: Duration,
+) {
+    let mut asked = JoinSet::new();
+    for (index, ((_, handle), mark)) in disks.into_iter().zip(marks.iter()).enumerate() {
+        if mark.state != MarkState::Unconfirmed {
+            continue;
+        }
+        let (lsn, label) = (mark.lsn, label.to_owned());
+        asked.spawn(async move {
+            let kept = handle.ask_at_length(|answer| Command::MarkKept(lsn, label, answer));
+            // A disk that has ended meanwhile has nothing to tell.
+            (index, matches!(tokio::time::timeout(wait, kept).await, Ok(Ok(true))))
+        });
+    }
+    for (index, kept) in asked.join_all().await {
+        if kept {
+            (marks[index].recoverable, marks[index].state) = (true, MarkState::Kept);
+        }
+    }
 }

@@ -4,8 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{
     AgentMount, AgentMountRequest, AgentMounts, AgentService, AgentStatus, AttachRequest, DetachRequest,
-    DiskStatus, FailbackReport, FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport,
-    ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
+    DiskStatus, FailbackReport, FailbackRequest, LimitsChange, MARK_WAIT_MS_MAX, MarkReport, MarkRequest,
+    ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest,
+    VerifyStatus,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
@@ -172,7 +173,11 @@ impl AgentService for Service {
     }
 
     async fn mark(&self, request: MarkRequest) -> Result<MarkReport, ApiError> {
-        let MarkRequest { label, disks: names } = request;
+        let MarkRequest { label, disks: names, wait_ms } = request;
+        if wait_ms > MARK_WAIT_MS_MAX {
+            let message = format!("a mark is waited for {MARK_WAIT_MS_MAX} ms at most, found {wait_ms}");
+            return Err(ApiError::new(ErrorCode::Usage, message));
+        }
         if label.is_empty() || label.len() > LABEL_BYTES_MAX {
             let error = MarkError::Label { found: label.len() };
             return Err(ApiError::from_error(ErrorCode::Usage, &error));
@@ -193,18 +198,19 @@ impl AgentService for Service {
         }
         // A task of its own: an asker that goes away must not leave the disks held.
         let marking = Arc::clone(&self.marking);
-        let named = label.clone();
+        let (named, marked_on) = (label.clone(), disks.clone());
         let marked = tokio::spawn(async move {
             let _only = marking.lock().await;
-            marks::mark(&named, &disks).await
+            marks::mark(&named, &marked_on).await
         });
         let marked = marked.await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
-        let marks = marked.map_err(|error| match &error {
+        let mut marks = marked.map_err(|error| match &error {
             MarksError::NotForwarding { .. } | MarksError::Mark(_) => {
                 ApiError::from_error(ErrorCode::Refused, &error).with_hint("wait until every disk is in sync")
             }
             MarksError::NoAnswer { .. } => ApiError::from_error(ErrorCode::Busy, &error),
         })?;
+        marks::confirm(&label, disks, &mut marks, Duration::from_millis(wait_ms.into())).await;
         Ok(MarkReport { label, marks })
     }
 

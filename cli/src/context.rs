@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 
 use backtide_agent_api::AgentClient;
-use backtide_control::Address;
+use backtide_control::{Address, Tell};
 use backtide_receiver_api::ReceiverClient;
 use serde::Serialize;
 
@@ -45,7 +45,7 @@ impl Context {
 
     /// The agent to ask.
     pub(crate) fn agent(&self) -> Result<AgentClient, Failure> {
-        Ok(AgentClient::new(&self.agent_address())?)
+        Ok(AgentClient::new(&self.agent_address())?.telling(self.teller()))
     }
 
     /// The agent's address as it was given, if it was.
@@ -60,7 +60,12 @@ impl Context {
 
     /// The receiver to ask.
     pub(crate) fn receiver(&self, given: &ReceiverApi) -> Result<ReceiverClient, Failure> {
-        Ok(ReceiverClient::new(&self.receiver_address(given))?)
+        Ok(ReceiverClient::new(&self.receiver_address(given))?.telling(self.teller()))
+    }
+
+    fn teller(&self) -> Tell {
+        let json = self.json;
+        Tell::new(move |text| say_waiting(text, json))
     }
 
     /// Prints a result: `value` as JSON, or else the text.
@@ -110,4 +115,11 @@ impl Context {
     pub(crate) fn draws_progress(&self) -> bool {
         !self.json && io::stderr().is_terminal()
     }
+}
+
+/// Says that something takes long, to scripts too: as a line of its own on stderr.
+pub(crate) fn say_waiting(text: &str, json: bool) {
+    let line = if json { serde_json::json!({ "waiting": text }).to_string() } else { text.to_owned() };
+    // Nothing can be done when stderr is gone.
+    let _ = writeln!(io::stderr(), "{line}");
 }

@@ -63,11 +63,13 @@ pub(crate) struct Answers {
 }
 
 impl Answers {
-    /// Asks both.
+    /// Asks both, at the same time: each may be silent for as long as it is waited for.
     pub(crate) async fn gather(context: &Context, api: &ReceiverApi) -> Result<Self, Failure> {
         let receiver = context.receiver(api)?;
         let kept = async { Ok((receiver.status().await?, receiver.disks(None).await?)) };
-        Ok(Self { agent: context.agent()?.status(None).await, receiver: kept.await })
+        let asked = context.agent()?;
+        let (agent, receiver) = tokio::join!(asked.status(None), kept);
+        Ok(Self { agent, receiver })
     }
 }
 
@@ -77,7 +79,9 @@ pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -
     findings.extend(daemons::versions(answers));
     for (name, address) in [("agent", context.agent_address()), ("receiver", context.receiver_address(api))] {
         findings.extend(machine::socket(name, &address));
-        findings.extend(machine::open_files(name, &address));
+        // A silent one may not even take a connection, which is waited for without end.
+        let answers = if name == "agent" { answers.agent.is_ok() } else { answers.receiver.is_ok() };
+        findings.extend(answers.then(|| machine::open_files(name, &address)).flatten());
     }
     if let Ok((receiver, kept)) = &answers.receiver {
         findings.push(daemons::free_space(receiver));

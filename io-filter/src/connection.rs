@@ -368,6 +368,7 @@ impl Filter {
                 }
                 return self.pass.as_ref().is_some_and(|pass| pass.at == at && pass.phase == Phase::Ended);
             }
+            Acknowledged::Mark(lsn, label) => self.mark_is_durable(lsn, label),
             Acknowledged::Other => {}
         }
         false

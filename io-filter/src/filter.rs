@@ -101,6 +101,8 @@ pub struct Filter {
     pub(crate) durable_lsn: Lsn,
     /// The highest LSN the receiver has in memory.
     pub(crate) received_lsn: Lsn,
+    /// The newest marks the receiver acknowledged as durable.
+    pub(crate) durable_marks: VecDeque<(Lsn, String)>,
     /// The highest record LSN the receiver acknowledged as durable.
     pub(crate) acked_durable: Lsn,
     /// How much of the receiver's log was acknowledged as durable: what left the bitmaps is within it.
@@ -172,6 +174,7 @@ impl Filter {
             known_until: None,
             durable_lsn: Lsn::ZERO,
             received_lsn: Lsn::ZERO,
+            durable_marks: VecDeque::new(),
             acked_durable: Lsn::ZERO,
             acked_position: LogPosition::default(),
             acked_in_pass: false,

@@ -59,7 +59,7 @@ pub use event::{
 pub use filter::{Filter, Mode};
 #[cfg(feature = "mutants")]
 pub use mutant::Mutant;
-pub use operate::{MarkError, Marked, ResyncKind};
+pub use operate::{MARKS_KNOWN, MarkError, Marked, ResyncKind};
 pub use progress::Speed;
 pub use status::{Counters, PassStatus, SpillStatus, Status};
 pub use verify::{VerifyError, VerifyReport};

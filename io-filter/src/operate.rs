@@ -33,6 +33,9 @@ pub struct Marked {
     pub time: CaptureTime,
 }
 
+/// So many of the marks that the receiver has are known: who waits for one hears of it at once.
+pub const MARKS_KNOWN: usize = 64;
+
 /// Why a mark cannot be set.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MarkError {
@@ -129,6 +132,18 @@ impl Filter {
         let time = self.stamp();
         self.window.push(Message::Mark { lsn, time, label: label.to_owned() });
         Ok(Marked { lsn, time })
+    }
+
+    /// Whether the receiver has that mark durable, as far as the last [`MARKS_KNOWN`] tell.
+    pub fn has_durable_mark(&self, lsn: Lsn, label: &str) -> bool {
+        self.durable_marks.iter().any(|(at, known)| *at == lsn && known == label)
+    }
+
+    pub(crate) fn mark_is_durable(&mut self, lsn: Lsn, label: String) {
+        if self.durable_marks.len() >= MARKS_KNOWN {
+            self.durable_marks.pop_front();
+        }
+        self.durable_marks.push_back((lsn, label));
     }
 
     /// Whether nothing is under way of which a guest has to hear: [`detach`](Self::detach) is

@@ -71,6 +71,8 @@ pub(crate) enum Acknowledged {
     PassBegin(Lsn),
     /// The end of a pass.
     PassEnd(Lsn, Option<Lsn>),
+    /// The name of a moment.
+    Mark(Lsn, String),
     /// Something without consequences.
     Other,
 }
@@ -356,6 +358,7 @@ impl Window {
                         Acknowledged::PassBegin(at)
                     }
                     Message::PassEnd { at, valid_from, .. } => Acknowledged::PassEnd(at, valid_from),
+                    Message::Mark { lsn, label, .. } => Acknowledged::Mark(lsn, label),
                     _ => Acknowledged::Other,
                 }
             }

@@ -294,3 +294,27 @@ fn a_mark_is_told_with_the_time_that_the_log_has_also_when_the_clock_was_set_bac
     assert_eq!((marked.lsn, marked.time), (lsn, time));
     assert!(time > CaptureTime(1_000_000), "{time:?}");
 }
+
+#[test]
+fn a_mark_is_durable_when_the_receiver_says_so_and_not_before() {
+    let mut disk = Disk::in_sync(AckPolicy::Local);
+    disk.write();
+    let at = disk.filter.mark(now(), "here").unwrap().lsn;
+    disk.filter.hasten();
+    assert_eq!(disk.sent(), ["record", "mark", "ask durable"]);
+    let received = Message::Ack { received: disk.last, durable: 1, position: LogPosition::default() };
+    disk.filter.receive(now(), received);
+    assert!(!disk.filter.has_durable_mark(at, "here"), "it is in the receiver's memory only");
+    disk.acknowledge();
+    assert!(disk.filter.has_durable_mark(at, "here"));
+    assert!(!disk.filter.has_durable_mark(at, "there") && !disk.filter.has_durable_mark(Lsn(0), "here"));
+
+    // One that goes with the window is never said to be durable.
+    let lost = disk.filter.mark(now(), "lost").unwrap().lsn;
+    disk.filter.disconnected(now());
+    for _ in 0..WINDOW / 4096 {
+        disk.write();
+    }
+    assert_eq!(disk.filter.mode(), Mode::Tracking);
+    assert!(!disk.filter.has_durable_mark(lost, "lost"));
+}

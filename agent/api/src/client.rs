@@ -1,6 +1,6 @@
 //! Asking an agent. Every method is the call of the same name in [`crate::AgentService`].
 
-use backtide_control::{Address, ApiError, Client, ErrorCode, Peer};
+use backtide_control::{Address, ApiError, Client, ErrorCode, Peer, Tell};
 use backtide_units::DiskName;
 
 use crate::{
@@ -30,6 +30,18 @@ impl AgentClient {
         Ok(Self { client: Client::new(address, AGENT)? })
     }
 
+    /// The same, and `tell` hears of calls that take long.
+    #[must_use]
+    pub fn telling(self, tell: Tell) -> Self {
+        Self { client: self.client.telling(tell) }
+    }
+
+    /// The same, with all the patience there is for every call: for whoever waits anyway.
+    #[must_use]
+    pub fn at_length(&self) -> Self {
+        Self { client: self.client.at_length() }
+    }
+
     /// Where the agent is asked.
     pub fn address(&self) -> &Address {
         self.client.address()
@@ -51,7 +63,7 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn restart(&self) -> Result<AgentStatus, ApiError> {
-        self.client.post("/v1/restart", &()).await
+        self.client.at_length().post("/v1/restart", &()).await
     }
 
     /// The status of one disk.
@@ -73,7 +85,7 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn attach(&self, request: &AttachRequest) -> Result<DiskStatus, ApiError> {
-        self.client.post("/v1/disks", request).await
+        self.client.at_length().post("/v1/disks", request).await
     }
 
     /// Ends protection cleanly.
@@ -93,7 +105,7 @@ impl AgentClient {
         let asked: Vec<String> =
             asked.iter().filter(|(_, asked)| *asked).map(|(name, _)| format!("{name}=true")).collect();
         let query = if asked.is_empty() { String::new() } else { format!("?{}", asked.join("&")) };
-        self.client.delete(&path(disk, &query)).await
+        self.client.at_length().delete(&path(disk, &query)).await
     }
 
     /// Takes over the size that the disk behind has grown to.
@@ -101,7 +113,7 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn resize(&self, disk: &DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
-        self.client.post(&path(disk, "/resize"), &request).await
+        self.client.at_length().post(&path(disk, "/resize"), &request).await
     }
 
     /// Sets a disk back to an earlier point of its history.
@@ -109,7 +121,7 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn rewind(&self, disk: &DiskName, request: RewindRequest) -> Result<RewindReport, ApiError> {
-        self.client.post(&path(disk, "/rewind"), &request).await
+        self.client.at_length().post(&path(disk, "/rewind"), &request).await
     }
 
     /// Has a disk go on with the image it had here before another agent had it.
@@ -121,7 +133,7 @@ impl AgentClient {
         disk: &DiskName,
         request: &FailbackRequest,
     ) -> Result<FailbackReport, ApiError> {
-        self.client.post(&path(disk, "/failback"), request).await
+        self.client.at_length().post(&path(disk, "/failback"), request).await
     }
 
     /// Stops forwarding.
@@ -161,7 +173,7 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn mark(&self, request: &MarkRequest) -> Result<MarkReport, ApiError> {
-        self.client.post("/v1/marks", request).await
+        self.client.at_length().post("/v1/marks", request).await
     }
 
     /// Serves a point of a disk on the agent's host.
@@ -169,7 +181,7 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn mount(&self, request: &AgentMountRequest) -> Result<AgentMount, ApiError> {
-        self.client.post("/v1/mounts", request).await
+        self.client.at_length().post("/v1/mounts", request).await
     }
 
     /// What is served so.
@@ -190,7 +202,7 @@ impl AgentClient {
             let message = format!("there is no mount {id:?} at the agent");
             return Err(ApiError::new(ErrorCode::NotFound, message));
         }
-        self.client.delete(&format!("/v1/mounts/{id}")).await
+        self.client.at_length().delete(&format!("/v1/mounts/{id}")).await
     }
 
     /// Begins a verify.

@@ -27,8 +27,8 @@ pub use hydration::{
 };
 pub use mounts::{AgentCache, AgentChangedSince, AgentMount, AgentMountRequest, AgentMounts};
 pub use requests::{
-    DetachRequest, DiskMark, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
-    ResyncExtent, ResyncRequest,
+    DetachRequest, DiskMark, LimitsChange, MARK_WAIT_MS, MARK_WAIT_MS_MAX, MarkReport, MarkRequest,
+    MarkState, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest,
 };
 pub use routes::router;
 pub use service::AgentService;

@@ -82,6 +82,19 @@ pub struct MarkRequest {
     pub label: String,
     /// At least one disk.
     pub disks: Vec<DiskName>,
+    /// How long to wait for the receiver to have the mark durably, in milliseconds; 0: not at all.
+    #[serde(default = "mark_wait_ms")]
+    pub wait_ms: u32,
+}
+
+/// The longest that a mark can be waited for, in milliseconds.
+pub const MARK_WAIT_MS_MAX: u32 = 30_000;
+
+/// What is waited for a mark unless something else is asked for, in milliseconds. The guest does not wait.
+pub const MARK_WAIT_MS: u32 = 5_000;
+
+fn mark_wait_ms() -> u32 {
+    MARK_WAIT_MS
 }
 
 /// Where a mark landed.
@@ -102,7 +115,23 @@ pub struct DiskMark {
     pub lsn: Lsn,
     /// When it was set.
     pub time: CaptureTime,
-    /// Whether the disk is in sync and connected, so that nothing stands between the mark and a point
-    /// but its way to the receiver.
+    /// Whether the receiver has it durably: nothing but retention takes it away any more.
     pub recoverable: bool,
+    /// What stands between it and a point.
+    pub state: MarkState,
+}
+
+/// What stands between a mark and a point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MarkState {
+    /// Nothing: the receiver has it durably.
+    Kept,
+    /// The receiver is connected and has not acknowledged it in time. It is lost if the receiver does not
+    /// take it before the retained window overflows.
+    Unconfirmed,
+    /// The receiver is away. It is lost if that lasts until the retained window overflows.
+    Away,
+    /// A resync: it is a point when that is complete, and lost when that is interrupted.
+    Resync,
 }

@@ -10,9 +10,9 @@ use crate::{
     AckPolicy, Adopted, AgentCache, AgentClient, AgentMount, AgentMountRequest, AgentMounts, AgentService,
     AgentStatus, AttachRequest, CacheMode, Counters, DetachRequest, Dirty, DiskMark, DiskStatus,
     FailbackReport, FailbackRequest, HydrationKind, HydrationStatus, Lag, Limits, LimitsChange,
-    LimitsRequest, LsnStatus, MarkReport, MarkRequest, Mode, OnOutage, ResizeReport, ResizeRequest,
-    ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyState, VerifyStatus,
-    Window, router,
+    LimitsRequest, LsnStatus, MarkReport, MarkRequest, MarkState, Mode, OnOutage, ResizeReport,
+    ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyState,
+    VerifyStatus, Window, router,
 };
 
 /// Answers for one disk, `vm1`, and notes every call.
@@ -198,7 +198,13 @@ impl AgentService for Fake {
         let mut marks = Vec::new();
         for disk in request.disks {
             self.note(&format!("mark {:?}", request.label), &disk)?;
-            marks.push(DiskMark { disk, lsn: Lsn(9), time: CaptureTime(5), recoverable: true });
+            marks.push(DiskMark {
+                disk,
+                lsn: Lsn(9),
+                time: CaptureTime(5),
+                recoverable: true,
+                state: MarkState::Kept,
+            });
         }
         Ok(MarkReport { label: request.label, marks })
     }
@@ -274,8 +280,10 @@ async fn every_call_reaches_its_method_and_comes_back() {
     client.pause(&vm1).await.unwrap();
     client.resume(&vm1).await.unwrap();
     client.resync(&vm1, ResyncRequest { extent: ResyncExtent::Compare }).await.unwrap();
-    let marked =
-        client.mark(&MarkRequest { label: "ä b/c".to_owned(), disks: vec![vm1.clone()] }).await.unwrap();
+    let marked = client
+        .mark(&MarkRequest { label: "ä b/c".to_owned(), disks: vec![vm1.clone()], wait_ms: 0 })
+        .await
+        .unwrap();
     assert_eq!((marked.label.as_str(), marked.marks[0].lsn), ("ä b/c", Lsn(9)));
     assert_eq!(client.start_verify(&vm1, VerifyRequest::default()).await.unwrap(), verify());
     assert_eq!(client.verify_status(&vm1).await.unwrap(), verify());
@@ -318,7 +326,8 @@ async fn every_call_reaches_its_method_and_comes_back() {
 
     let unknown = client.pause(&name("vm9")).await.unwrap_err();
     assert_eq!((unknown.code, unknown.message.as_str()), (ErrorCode::NotFound, "there is no disk vm9"));
-    let nothing = client.mark(&MarkRequest { label: "x".to_owned(), disks: vec![] }).await.unwrap_err();
+    let nothing =
+        client.mark(&MarkRequest { label: "x".to_owned(), disks: vec![], wait_ms: 0 }).await.unwrap_err();
     assert_eq!(nothing.code, ErrorCode::Usage);
     serving.abort();
 }

@@ -24,7 +24,11 @@ use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskName, Lsn};
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
-use super::local::{Began, Purpose, SharedLocal, blocking, failure};
+use super::{
+    local::{Began, Purpose, SharedLocal, blocking, failure},
+    marking::MarkWaits,
+    refused::Refused,
+};
 use crate::{record::Records, spill::OpenedSpill};
 
 /// How long a kernel that could not take requests is left alone.
@@ -53,6 +57,8 @@ pub(crate) struct Engine {
     /// Something has happened that somebody waits for, see [`Engine::until`].
     changed: Notify,
     watched: Cell<bool>,
+    pub(super) marks: MarkWaits,
+    refused: Refused,
     pub(crate) traffic: Traffic,
     /// When everything was at the receiver last.
     caught_up: Cell<Instant>,
@@ -147,6 +153,8 @@ impl Engine {
             acquainted: Notify::new(),
             changed: Notify::new(),
             watched: Cell::new(false),
+            marks: MarkWaits::default(),
+            refused: Refused::default(),
             traffic: Traffic::default(),
             caught_up: Cell::new(started),
         })
@@ -370,7 +378,9 @@ impl Engine {
                     Errno::SHUTDOWN => "a guest request ends with its disk",
                     _ => "the local disk refused a guest request",
                 };
-                tracing::warn!(disk = %self.name(), errno = failure.errno, "{why}");
+                if let Some(requests) = self.refused.one_more(self.started.elapsed()) {
+                    tracing::warn!(disk = %self.name(), errno = failure.errno, requests, "{why}");
+                }
                 reply.fail(nbd_error(failure));
             }
         }
@@ -395,6 +405,7 @@ impl Engine {
         if self.watched.get() {
             self.changed.notify_one();
         }
+        self.marks.look(&filter);
         if filter.is_drained() {
             self.caught_up.set(Instant::now());
         }

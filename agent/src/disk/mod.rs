@@ -19,9 +19,11 @@ mod inline_writes;
 mod leaving;
 mod life;
 pub(crate) mod local;
+mod marking;
 mod medium;
 mod nbd_disk;
 mod open;
+mod refused;
 mod retry;
 mod ring;
 #[allow(dead_code, reason = "an attach from a point needs more of it")]
@@ -39,13 +41,13 @@ pub(crate) use handle::{DiskHandle, NoAnswer};
 pub(crate) use in_place::InPlace;
 pub(crate) use incomplete::{HydrationProblem, has_note, path_of, try_note};
 pub(crate) use leaving::{DetachError, Leaving};
+#[cfg(test)]
+pub(crate) use marking::MarkAt;
 pub(crate) use nbd_disk::{Served, look_at};
 pub(crate) use open::{OpenError, Opened, activity_limits, open};
 pub(crate) use start_error::{behind_error, start_error};
 pub(crate) use status::{given_up, not_attached};
 pub(crate) use terms::Terms;
-#[cfg(test)]
-pub(crate) use thread::MarkAt;
 pub(crate) use thread::{Command, nbd_purpose, start};
 
 #[cfg(test)]

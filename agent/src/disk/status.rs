@@ -211,6 +211,22 @@ fn reason_of(
         let reason = format!("the guest waits for the receiver, which has said nothing for {seconds} s");
         return (reason, "guest-waits".to_owned());
     }
+    let refuses = last_error.filter(|error| error.code == "store" && serving && !status.connected);
+    if let Some(error) = refuses {
+        let goes_on = match status.reason {
+            None => "writes are retained".to_owned(),
+            Some(Reason::ReceiverAway | Reason::Paused | Reason::Detached) => {
+                "changes are tracked".to_owned()
+            }
+            Some(reason) => reason.to_string(),
+        };
+        let code = match status.reason {
+            None => "retaining".to_owned(),
+            Some(Reason::Paused | Reason::Detached) => code(Reason::ReceiverAway),
+            Some(reason) => code(reason),
+        };
+        return (format!("the receiver refuses data: {}; {goes_on}", error.message), code);
+    }
     match status.reason {
         // The operator's part is over: what is missing is the receiver.
         Some(Reason::Paused | Reason::Detached) if serving && !status.connected => {

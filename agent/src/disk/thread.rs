@@ -4,12 +4,10 @@ use std::{io, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::{DiskStatus, LimitsChange, VerifyStatus};
 use backtide_export::{BindError, Listener, NbdUri, Server};
-use backtide_io_filter::{
-    Change, Filter, IoFailure, LocalOp, MarkError, Marked, Mode, ResyncKind, VerifyError,
-};
+use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
 use backtide_socket::Sockets;
 use backtide_storage::KillPoint;
-use backtide_units::{CaptureTime, DiskName, Lsn};
+use backtide_units::{DiskName, Lsn};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -24,6 +22,7 @@ use super::{
     leaving::{DetachError, Leaving},
     life::Life,
     local::{EIO, Local, blocking},
+    marking::{self, MarkAt},
     medium::Medium,
     nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
@@ -50,6 +49,8 @@ pub(crate) enum Command {
     Hold(oneshot::Sender<bool>),
     /// Marks, while answers are held.
     Mark(String, oneshot::Sender<Result<MarkAt, MarkError>>),
+    /// Waits until the receiver has the mark durable; whether it has.
+    MarkKept(Lsn, String, oneshot::Sender<bool>),
     /// Gives the held answers.
     Release(oneshot::Sender<()>),
     /// Begins a verify, which repairs what differs or not.
@@ -64,15 +65,6 @@ pub(crate) enum Command {
         leaving: Leaving,
         answer: oneshot::Sender<Result<DiskStatus, DetachError>>,
     },
-}
-
-/// Where a mark landed.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct MarkAt {
-    pub(crate) lsn: Lsn,
-    pub(crate) time: CaptureTime,
-    /// Nothing stands between it and a point but its way to the receiver.
-    pub(crate) recoverable: bool,
 }
 
 /// Why a disk's thread did not start.
@@ -287,18 +279,10 @@ impl Disk {
                 }
             }
             Command::Mark(label, answer) => {
-                let marked = self.engine.happen(|filter, now| {
-                    if !filter.holds_answers() {
-                        let disk = filter.settings().name.to_string();
-                        return Err(MarkError::HeldTooLong { disk });
-                    }
-                    let recoverable = filter.mode() == Mode::Sync && filter.is_connected();
-                    let marked = filter.mark(now, &label);
-                    // Whoever sets a mark goes to it, maybe at once.
-                    filter.hasten();
-                    marked.map(|Marked { lsn, time }| MarkAt { lsn, time, recoverable })
-                });
-                drop(answer.send(marked));
+                drop(answer.send(marking::mark(&self.engine, &label)));
+            }
+            Command::MarkKept(lsn, label, answer) => {
+                self.engine.look(|filter| self.engine.marks.wait(filter, lsn, label, answer));
             }
             Command::Release(answer) => {
                 self.engine.happen(|filter, _| filter.give_held_answers());

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use backtide_agent_api::{AgentService, MarkRequest};
+use backtide_agent_api::{AgentService, MarkRequest, MarkState};
 use backtide_storage::{RealStorage, Storage};
 use backtide_units::{CaptureTime, Lsn};
 use tokio::sync::mpsc;
@@ -85,7 +85,7 @@ async fn a_mark_whose_asker_is_gone_gives_the_held_answers() {
     let (mut one, mut two) = (played(&service, "vm1").await, played(&service, "vm2").await);
     let asker = {
         let service = Arc::clone(&service);
-        let request = MarkRequest { label: "here".into(), disks: vec![name("vm1"), name("vm2")] };
+        let request = MarkRequest { label: "here".into(), disks: vec![name("vm1"), name("vm2")], wait_ms: 0 };
         tokio::spawn(async move { service.mark(request).await })
     };
     let Some(Command::Hold(held)) = one.recv().await else { panic!("vm1 is to hold its answers") };
@@ -97,7 +97,7 @@ async fn a_mark_whose_asker_is_gone_gives_the_held_answers() {
     held.send(true).unwrap();
     for inbox in [&mut one, &mut two] {
         let Some(Command::Mark(_, answer)) = inbox.recv().await else { panic!("the mark goes on") };
-        let at = MarkAt { lsn: Lsn(7), time: CaptureTime(7), recoverable: true };
+        let at = MarkAt { lsn: Lsn(7), time: CaptureTime(7), state: MarkState::Away };
         answer.send(Ok(at)).unwrap();
     }
     for inbox in [&mut one, &mut two] {

@@ -329,6 +329,7 @@ async fn refuse_strange(agent: &AgentClient, disk: &DiskStatus) -> Result<(), Fa
 /// The disk's status when it is connected or the attempt has failed, but not later than
 /// [`FIRST_CONTACT`].
 pub(crate) async fn first_contact(agent: &AgentClient, attached: DiskStatus) -> Result<DiskStatus, Failure> {
+    let agent = agent.at_length();
     let deadline = tokio::time::Instant::now() + FIRST_CONTACT;
     let mut disk = attached;
     while !disk.connected && disk.last_error.is_none() && tokio::time::Instant::now() < deadline {

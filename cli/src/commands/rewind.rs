@@ -216,6 +216,7 @@ pub(crate) async fn until_complete(
     agent: &AgentClient,
     name: &DiskName,
 ) -> Result<DiskStatus, Failure> {
+    let agent = agent.at_length();
     let mut progress = Progress::new(context, "fetched");
     let mut told = None;
     loop {

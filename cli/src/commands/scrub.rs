@@ -55,6 +55,7 @@ impl Scrub {
             receiver.scrub(&request).await?
         };
         if !self.last && !self.no_wait {
+            let receiver = receiver.at_length();
             let mut progress = Progress::new(context, "scrubbed");
             while status.running {
                 progress.at(status.done_bytes, status.total_bytes);

@@ -101,6 +101,7 @@ async fn ended(
     agent: &AgentClient,
     mut verify: VerifyStatus,
 ) -> Result<VerifyStatus, Failure> {
+    let agent = agent.at_length();
     let mut progress = Progress::new(context, "compared");
     while verify.state == VerifyState::Running {
         progress.at(verify.compared_bytes, verify.total_bytes);
@@ -117,6 +118,7 @@ async fn ended(
 
 /// Waits until the pass that the verify began has brought the disk in sync again.
 async fn repaired(agent: &AgentClient, verify: &VerifyStatus) -> Result<(), Failure> {
+    let agent = agent.at_length();
     loop {
         let disk = agent.disk(&verify.disk).await?;
         match disk.mode {

@@ -99,6 +99,7 @@ pub(crate) async fn until(
     reached: impl Fn(&DiskStatus) -> bool,
     timeout: Option<Duration>,
 ) -> Result<DiskStatus, Failure> {
+    let agent = agent.at_length();
     let mut last = None;
     let waiting = async {
         let mut progress = Progress::new(context, "resynchronized");

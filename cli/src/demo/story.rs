@@ -3,7 +3,8 @@
 use std::{fs::File, path::PathBuf, time::Duration};
 
 use backtide_agent_api::{
-    AckPolicy, AgentClient, AttachRequest, DiskStatus, LimitsRequest, MarkRequest, Mode, OnOutage,
+    AckPolicy, AgentClient, AttachRequest, DiskStatus, LimitsRequest, MARK_WAIT_MS, MarkRequest, Mode,
+    OnOutage,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::{Hole, MountRequest, ReceiverClient};
@@ -262,7 +263,8 @@ impl Stage<'_> {
     }
 
     async fn mark(&self, label: &str) -> Result<Lsn, Failure> {
-        let request = MarkRequest { label: label.to_owned(), disks: vec![self.disk.clone()] };
+        let request =
+            MarkRequest { label: label.to_owned(), disks: vec![self.disk.clone()], wait_ms: MARK_WAIT_MS };
         let report = self.agent.mark(&request).await?;
         report.marks.first().map(|mark| mark.lsn).ok_or_else(|| failed("the agent marked nothing"))
     }

@@ -1,13 +1,17 @@
 //! Progress of long work: a bar where a person watches, else a plain line every ten seconds. Both tell
 //! the rate and how long it will take.
 
-use std::time::{Duration, Instant};
+use std::{
+    pin::pin,
+    time::{Duration, Instant},
+};
 
+use backtide_control::SILENT_TIME;
 use backtide_units::ByteCount;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    context::Context,
+    context::{Context, say_waiting},
     quantity::{duration_text, size_text},
 };
 
@@ -56,6 +60,21 @@ impl Progress {
                 }
             }
         }
+    }
+
+    /// Waits for a part of the work, and says so when that takes long.
+    pub(crate) async fn wait<T>(&self, part: impl Future<Output = T>) -> T {
+        let mut part = pin!(part);
+        if let Ok(done) = tokio::time::timeout(SILENT_TIME, &mut part).await {
+            return done;
+        }
+        let what = self.what;
+        let text = format!("nothing more was {what} for {} s, still waiting", SILENT_TIME.as_secs());
+        match &self.shown {
+            Shown::Bar(bar) => bar.println(text),
+            Shown::Lines { json, .. } => say_waiting(&text, *json),
+        }
+        part.await
     }
 
     /// The work is done: the bar goes.

@@ -57,7 +57,9 @@ pub(crate) fn way_out(disk: &DiskStatus) -> Option<String> {
 
 /// Whether a person should look at a disk now: the exit code says so.
 pub(crate) fn needs_a_person(disk: &DiskStatus) -> bool {
-    way_out(disk).is_some() || disk.hydration.as_ref().is_some_and(|lacks| lacks.stuck)
+    // Nothing is protected, and what keeps it from being attached is not the agent's to change.
+    let not_attached = disk.reason_code == "not-attached";
+    not_attached || way_out(disk).is_some() || disk.hydration.as_ref().is_some_and(|lacks| lacks.stuck)
 }
 
 /// One disk in one line.
@@ -70,7 +72,7 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     let mut lines = vec![
         ("disk", format!("{} ({})", disk.name.as_str(), disk.uuid.0)),
         ("mode", format!("{}: {}", mode_text(disk), disk.reason)),
-        ("NBD", disk.nbd_uri.clone()),
+        ("NBD", if disk.nbd_uri.is_empty() { "not served".to_owned() } else { disk.nbd_uri.clone() }),
         ("image", image_text(disk)),
     ];
     if let Some(waits) = &disk.guest_waits {
@@ -161,6 +163,9 @@ fn tls_lines(tls: &StreamTlsStatus) -> Vec<(&'static str, String)> {
 }
 
 fn image_text(disk: &DiskStatus) -> String {
+    if disk.engine.is_empty() {
+        return format!("{}, {}, not open", disk.image, size_both(disk.size));
+    }
     let how = match disk.cache {
         CacheMode::Writeback => "by",
         CacheMode::Direct => "directly by",

@@ -60,8 +60,8 @@ pub(crate) async fn copy(
     let mut copied = Copied { read_back, windows: Vec::new(), size, data_bytes, resumed_bytes };
     target.prepare().await?;
     for window in windows(size) {
-        let extents = source
-            .block_status(window.start(), window.count())
+        let extents = progress
+            .wait(source.block_status(window.start(), window.count()))
             .await
             .map_err(|error| read_failure(&error))?;
         let mut work = pieces(window, &extents);
@@ -172,7 +172,7 @@ where
     for (index, (range, wanted)) in pieces.into_iter().enumerate() {
         if wanted {
             if running.len() >= IN_FLIGHT
-                && let Some(ended) = running.join_next().await
+                && let Some(ended) = progress.wait(running.join_next()).await
             {
                 finish(ended, &mut failure);
             }
@@ -183,7 +183,7 @@ where
         }
         progress.at(ByteCount(range.end().0), size);
     }
-    while let Some(ended) = running.join_next().await {
+    while let Some(ended) = progress.wait(running.join_next()).await {
         finish(ended, &mut failure);
     }
     if let Some(error) = failure {

@@ -212,6 +212,12 @@ fn a_full_receiver_costs_the_guest_nothing() {
     let message = full["last_error"]["message"].as_str().unwrap();
     assert!(message.contains("full") && message.contains("store"), "{message}");
     assert!(full["dirty"]["blocks"].as_u64() > Some(0), "{full}");
+    // Tried again and again, it is connected for a moment each time.
+    disk.until("who refuses is named", |status| {
+        status["reason"].as_str().is_some_and(|reason| reason.contains("the receiver refuses data: "))
+    });
+    let kept = bench.json_ending(3, &["receiver", "status"]);
+    assert!(kept["alarms"].to_string().contains("the store is full: data is refused until"), "{kept}");
     load.goes_on(300);
     let model = load.stop().model();
     // What it had it still has.

@@ -46,6 +46,7 @@ mod rewinding;
 mod rewinding_damage;
 mod secured_stream;
 mod service_manager;
+mod silent;
 mod spill;
 mod strangers;
 mod timeline;

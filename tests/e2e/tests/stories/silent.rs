@@ -1,0 +1,73 @@
+//! A daemon that is stopped takes connections and says nothing: whoever asks hears of that after a bounded
+//! time, and nothing is told to be kept that the receiver has not said to have.
+
+use std::process::Stdio;
+
+use backtide_e2e::{Bench, Said};
+
+const SIZE: u64 = 8 << 20;
+
+fn is_silence(said: &Said, who: &str) {
+    assert_eq!((said.code, said.stdout.as_str()), (6, ""), "{said:?}");
+    let sentence = said.sentence();
+    assert!(sentence.starts_with(&format!("the {who} at unix:")), "{sentence}");
+    assert!(sentence.contains("has not answered for 15 s"), "{sentence}");
+    assert_eq!(said.error()["details"]["silent_seconds"], 15, "{said:?}");
+}
+
+/// What `doctor` finds about a daemon.
+fn verdict(said: &Said, check: &str) -> String {
+    let report: serde_json::Value = serde_json::from_str(&said.stdout).expect("a report");
+    let findings = report["findings"].as_array().expect("findings");
+    let found = findings.iter().find(|finding| finding["check"] == check);
+    found.unwrap_or_else(|| panic!("{check}: {report}"))["verdict"].as_str().expect("a verdict").to_owned()
+}
+
+#[test]
+fn a_silent_receiver_is_said_and_no_mark_is_promised_of_it() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    let kept = bench.json(&["mark", "kept", "vm1"]);
+    assert_eq!(
+        (&kept["marks"][0]["recoverable"], &kept["marks"][0]["state"]),
+        (&true.into(), &"kept".into())
+    );
+
+    receiver.signal("STOP");
+    let doubted = bench.json_ending(3, &["mark", "doubted", "vm1", "--wait", "200ms"]);
+    let mark = &doubted["marks"][0];
+    assert_eq!((&mark["recoverable"], &mark["state"]), (&false.into(), &"unconfirmed".into()), "{doubted}");
+    // All at once: each waits for as long as the others.
+    let ask = |arguments: &[&str]| {
+        let mut command = bench.command(&["--json"]);
+        command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run backtide")
+    };
+    let asked = [ask(&["points", "vm1"]), ask(&["receiver", "status"])];
+    let examined = bench.run(&["doctor"]);
+    assert_eq!(examined.code, 1, "{examined:?}");
+    assert_eq!((verdict(&examined, "receiver"), verdict(&examined, "agent")), ("failed".into(), "ok".into()));
+    for child in asked {
+        let output = child.wait_with_output().expect("a command");
+        let text = |bytes| String::from_utf8(bytes).expect("text");
+        let (code, stdout) = (output.status.code().expect("it exits"), text(output.stdout));
+        is_silence(&Said { code, stdout, stderr: text(output.stderr) }, "receiver");
+    }
+
+    receiver.signal("CONT");
+    disk.wait("sync");
+    bench.json(&["mark", "after", "vm1"]);
+    let points = disk.points();
+    let labels: Vec<_> = points["marks"].as_array().unwrap().iter().map(|mark| &mark["label"]).collect();
+    assert!(labels.contains(&&"doubted".into()), "the window had room for it: {points}");
+    assert_eq!(agent.stop(), 0);
+}
+
+#[test]
+fn a_silent_agent_is_said() {
+    let bench = Bench::new();
+    let (_receiver, agent, _disk) = bench.protected(SIZE, &[]);
+    agent.signal("STOP");
+    is_silence(&bench.run(&["status"]), "agent");
+    agent.signal("CONT");
+    assert_eq!(bench.json(&["status"])["disks"][0]["name"], "vm1");
+}
