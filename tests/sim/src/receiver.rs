@@ -55,7 +55,7 @@ struct Syncing {
 }
 
 enum SyncStep {
-    Taken(CommitTicket),
+    Taken(Box<CommitTicket>),
     Ran(CommitOutcome),
 }
 
@@ -306,7 +306,7 @@ impl World {
             return owner.into_iter().for_each(|owner| self.settle(owner.0));
         };
         let (through, offered) = (disk.appended(), offered(disk));
-        self.receiver.syncing = Some(Syncing { step: SyncStep::Taken(ticket), through, offered });
+        self.receiver.syncing = Some(Syncing { step: SyncStep::Taken(Box::new(ticket)), through, offered });
         let us = if self.calm { 200 } else { self.plan.sync_us };
         self.within(us, Event::SyncRun(self.receiver.life));
     }
