@@ -127,7 +127,7 @@ impl Agent {
         let storage: Arc<dyn Storage> = Arc::new(storage);
         let records = Records::new(Arc::clone(&storage)).with_spill(spill);
         let registry = Registry::new(&config, records, sockets.clone());
-        registry.forget_other_sockets(&[API_PURPOSE]).map_err(state)?;
+        registry.forget_other_sockets(&[API_PURPOSE]).await.map_err(state)?;
         // Before anything is served that its failure would end.
         let settings = mounts::Settings {
             storage,

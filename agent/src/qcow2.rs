@@ -2,7 +2,9 @@
 //!
 //! The format stays QEMU's business. The child takes QEMU's own image lock, so that no virtual
 //! machine has the file at the same time. One that ends by itself is started again: its disk waits
-//! for it as for any NBD server.
+//! for it as for any NBD server. Starting and ending one takes a bounded time, whatever its storage does.
+
+mod ending;
 
 use std::{
     io::{self, Read},
@@ -12,6 +14,8 @@ use std::{
     time::Duration,
 };
 
+pub(crate) use self::ending::NotEnded;
+use self::ending::{Patience, end_child, end_other};
 use backtide_agent_api::{CacheMode, ImageFormat};
 use backtide_units::{ByteCount, DiskName};
 use rustix::{fs::FlockOperation, io::Errno};
@@ -45,7 +49,7 @@ const SAID_BYTES_MAX: usize = 4096;
 pub(crate) struct Qcow2Server {
     uri: String,
     stop: oneshot::Sender<()>,
-    keeping: JoinHandle<()>,
+    keeping: JoinHandle<Result<(), NotEnded>>,
 }
 
 /// Why a qcow2 file cannot be opened.
@@ -54,9 +58,17 @@ pub(crate) enum Qcow2Error {
     /// `qemu-nbd` is missing.
     #[error("a qcow2 image needs qemu-nbd (Debian package qemu-utils): {0}")]
     Start(io::Error),
-    /// The one of an agent that was killed still has the file, or its socket is not a socket.
+    /// The one of an agent that was killed still has the file.
     #[error("cannot end the qemu-nbd of an earlier agent: {0}")]
-    Predecessor(io::Error),
+    Predecessor(NotEnded),
+    /// Where it is to serve there is something else.
+    #[error("cannot serve at {}: {source}", socket.display())]
+    Socket {
+        /// Where.
+        socket: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// It ended at once.
     #[error("QEMU cannot use {}: {message}", image.display())]
     Refused {
@@ -162,12 +174,19 @@ impl Qcow2Server {
         &self.uri
     }
 
-    /// Ends it in good order: it flushes and gives up its lock.
-    pub(crate) async fn stop(self) {
+    /// Ends it in good order: it flushes and gives up its lock. One that does not hear is killed.
+    ///
+    /// # Errors
+    /// When it has the file even then.
+    pub(crate) async fn stop(self) -> Result<(), NotEnded> {
         // Dropped or sent: both mean the end.
         let _ = self.stop.send(());
-        if let Err(error) = self.keeping.await {
-            tracing::warn!(%error, "qemu-nbd");
+        match self.keeping.await {
+            Ok(ended) => ended,
+            Err(error) => {
+                tracing::warn!(%error, "qemu-nbd");
+                Ok(())
+            }
         }
     }
 }
@@ -175,7 +194,10 @@ impl Qcow2Server {
 impl Opening {
     /// Starts the server and waits until it serves.
     async fn start(&self) -> Result<Running, Qcow2Error> {
-        end_predecessor(&self.socket).await.map_err(Qcow2Error::Predecessor)?;
+        end_predecessor(&self.socket, Patience::USUAL).await.map_err(Qcow2Error::Predecessor)?;
+        let unusable = |source| Qcow2Error::Socket { socket: self.socket.clone(), source };
+        released(&self.socket).await.map_err(unusable)?;
+        clear_socket(&self.socket).map_err(unusable)?;
         let mut child = Command::new("qemu-nbd")
             .args(["--format=qcow2", "--persistent", "--shared=0", "--discard=unmap"])
             .arg(match self.cache {
@@ -212,7 +234,7 @@ impl Opening {
     }
 
     /// Keeps a server running until it is to stop.
-    async fn keep(self, mut running: Running, mut stop: oneshot::Receiver<()>) {
+    async fn keep(self, mut running: Running, mut stop: oneshot::Receiver<()>) -> Result<(), NotEnded> {
         let mut wait = RESTART_FIRST;
         loop {
             tokio::select! {
@@ -228,7 +250,10 @@ impl Opening {
             }
             running = loop {
                 tokio::select! {
-                    _ = &mut stop => return self.clear(),
+                    _ = &mut stop => {
+                        self.clear();
+                        return Ok(());
+                    }
                     () = tokio::time::sleep(wait) => {}
                 }
                 wait = (wait * 2).min(RESTART_LAST);
@@ -243,15 +268,18 @@ impl Opening {
         }
     }
 
-    async fn end(&self, mut running: Running) {
-        if let Some(id) = running.child.id() {
-            // SIGTERM by the shell's own tool: the standard library can only kill.
-            let _ = Command::new("kill").arg(id.to_string()).status().await;
-        }
-        if let Err(error) = running.child.wait().await {
-            tracing::warn!(disk = %self.disk, %error, "qemu-nbd");
+    async fn end(&self, mut running: Running) -> Result<(), NotEnded> {
+        match end_child(&mut running.child, Patience::USUAL).await {
+            Ok(false) => {}
+            // Everything was flushed before.
+            Ok(true) => {
+                tracing::warn!(disk = %self.disk, "qemu-nbd did not end when it was asked to: it was killed")
+            }
+            // What is left says to the next start that it is still there.
+            Err(error) => return Err(error),
         }
         self.clear();
+        Ok(())
     }
 
     /// What is left of a server that ended.
@@ -281,33 +309,32 @@ fn pid_file(socket: &Path) -> PathBuf {
     name.into()
 }
 
-/// Ends the server that an agent left behind when it was killed, which still has the image locked,
-/// and removes its socket. Nothing of anybody else is touched.
-async fn end_predecessor(socket: &Path) -> io::Result<()> {
-    let file = pid_file(socket);
-    if let Ok(text) = std::fs::read_to_string(&file)
-        && let Ok(id) = text.trim().parse::<u32>()
-    {
-        let mut asked = false;
-        while serves(id, socket) {
-            if !asked {
-                Command::new("kill").arg(id.to_string()).status().await?;
-                asked = true;
-            }
-            tokio::time::sleep(START_POLL).await;
-        }
+/// Ends the server that an agent left behind when it was killed, which still has the image locked. Nothing of
+/// anybody else is touched.
+async fn end_predecessor(socket: &Path, patience: Patience) -> Result<(), NotEnded> {
+    match std::fs::read_to_string(pid_file(socket)).ok().and_then(|text| text.trim().parse::<u32>().ok()) {
+        Some(process) => end_other(process, || serves(process, socket), patience).await,
+        None => Ok(()),
     }
-    // One that ends has no name any more before it has let go of its files.
-    let until = Instant::now() + START_MAX;
+}
+
+/// Waits until nobody has the pid file: a server that ends has no name any more before it has let go of its files.
+async fn released(socket: &Path) -> io::Result<()> {
+    let (file, until) = (pid_file(socket), Instant::now() + START_MAX);
     while is_held(&file)? {
         if Instant::now() > until {
             return Err(io::Error::other(format!("{} is still locked", file.display())));
         }
         tokio::time::sleep(START_POLL).await;
     }
+    Ok(())
+}
+
+/// Removes the socket of a server that is gone.
+fn clear_socket(socket: &Path) -> io::Result<()> {
     match std::fs::symlink_metadata(socket) {
         Ok(found) if found.file_type().is_socket() => std::fs::remove_file(socket),
-        Ok(_) => Err(io::Error::other(format!("{} is not a socket", socket.display()))),
+        Ok(_) => Err(io::Error::other("there is a file of that name that is no socket")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }

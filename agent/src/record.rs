@@ -5,6 +5,8 @@
 //! before an LSN above it is given. So no LSN is given twice, and a tracking file says at least
 //! what its record needs.
 
+mod aside;
+
 use std::{
     io,
     os::unix::fs::MetadataExt,

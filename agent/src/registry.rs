@@ -3,6 +3,7 @@
 //! Invariant: the name of a disk that is being attached or detached is claimed, so it is never
 //! attached twice; every other disk goes on meanwhile, whatever that one waits for.
 
+mod detach;
 mod errors;
 mod failback;
 mod failover;
@@ -20,14 +21,10 @@ use std::{
     time::Duration,
 };
 
-use backtide_agent_api::{
-    AttachRequest, CacheMode, DetachRequest, DiskStatus, ImageFormat, Limits, StreamTls,
-};
+use backtide_agent_api::{AttachRequest, CacheMode, DiskStatus, ImageFormat, Limits, StreamTls};
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdTls, NbdUri};
-use backtide_io_filter::Resume;
 use backtide_socket::Sockets;
-use backtide_tracking::Snapshot;
 use backtide_units::{ByteCount, DiskId, DiskName};
 use tokio::{
     sync::{RwLock, Semaphore},
@@ -35,15 +32,13 @@ use tokio::{
     time::Instant,
 };
 
-use self::errors::{
-    failed, not_saved, open_error, refuse_adopted, refuse_fenced, refuse_incomplete, refuse_other_format,
-};
+use self::errors::{failed, open_error, refuse_adopted, refuse_fenced, refuse_other_format};
 pub(crate) use self::origin::fetch_error;
 use crate::{
     claims::{Claim, Claimed, Claims, Identity},
     config::{Config, IoEngine, Places},
     disk::{
-        self, Command, DiskHandle, InPlace, Leaving, OpenError, Opened,
+        self, DiskHandle, InPlace, OpenError, Opened,
         source::{Remote, Sources},
     },
     qcow2::{Qcow2Server, format_of},
@@ -96,6 +91,7 @@ pub(crate) struct LocalIo {
 }
 
 struct Attached {
+    uuid: DiskId,
     handle: DiskHandle,
     qcow2: Option<Qcow2Server>,
     /// With direct I/O, what its size has to be a multiple of, in bytes.
@@ -137,8 +133,7 @@ impl Registry {
         &self,
         disk: DiskId,
     ) -> Result<(Option<Address>, Option<StreamTls>), ApiError> {
-        let records = self.records.clone();
-        let known = waiting(move || records.load_all()).await?.map_err(|error| failed(&error))?;
+        let known = self.records.load_all_aside().await.map_err(|error| failed(&error))?;
         let known = known.into_iter().find(|record| record.uuid == disk);
         let tls = known.as_ref().and_then(|record| record.stream_tls.clone());
         Ok((known.map(|record| record.receiver), tls.or_else(|| self.stream_tls.clone())))
@@ -156,10 +151,10 @@ impl Registry {
     /// A disk that a test plays.
     #[cfg(test)]
     pub(crate) async fn insert(&self, name: DiskName, handle: DiskHandle) {
-        self.disks.write().await.insert(
-            name,
-            Attached { handle, qcow2: None, direct_block: None, takes_blocks: true, in_place: None },
-        );
+        let (uuid, in_place) = (DiskId::random(), None);
+        let attached =
+            Attached { uuid, handle, qcow2: None, direct_block: None, takes_blocks: true, in_place };
+        self.disks.write().await.insert(name, attached);
     }
 
     /// The disk of this name or UUID.
@@ -168,11 +163,9 @@ impl Registry {
         if let Some(attached) = disks.get(name) {
             return Ok((name.clone(), attached.handle.clone()));
         }
-        for (other, attached) in disks.iter() {
-            let known = self.records.load(other).ok().flatten();
-            if known.is_some_and(|record| record.uuid.to_string() == name.as_str()) {
-                return Ok((other.clone(), attached.handle.clone()));
-            }
+        let of_uuid = disks.iter().find(|(_, attached)| attached.uuid.to_string() == name.as_str());
+        if let Some((known, attached)) = of_uuid {
+            return Ok((known.clone(), attached.handle.clone()));
         }
         let names: Vec<&str> = disks.keys().map(DiskName::as_str).collect();
         let known = if names.is_empty() {
@@ -193,7 +186,7 @@ impl Registry {
                 ApiError::new(ErrorCode::Exists, message).with_hint("detach it first, or use another name")
             );
         }
-        let known = self.records.load(&request.name).map_err(|error| match error.kind() {
+        let known = self.records.load_aside(&request.name).await.map_err(|error| match error.kind() {
             std::io::ErrorKind::InvalidData => failed(&error).with_hint(format!(
                 "move it out of {}, then attach with --adopt: that continues its history",
                 self.records.directory().display()
@@ -345,8 +338,9 @@ impl Registry {
             Ok(handle) => {
                 // Known from now on, also when the disk stands still one day.
                 let _ = handle.status().await;
-                let handle_of = handle.clone();
-                let attached = Attached { handle: handle_of, qcow2, direct_block, takes_blocks, in_place };
+                let (uuid, of_disk) = (record.uuid, handle.clone());
+                let attached =
+                    Attached { uuid, handle: of_disk, qcow2, direct_block, takes_blocks, in_place };
                 self.disks.write().await.insert(name.clone(), attached);
                 // In this order: whoever asks meanwhile finds it here or there.
                 self.failing.write().await.remove(&name);
@@ -356,12 +350,15 @@ impl Registry {
                 // What a qcow2's server writes when it starts and ends is no change of the disk.
                 let as_left = match qcow2 {
                     Some(server) => {
-                        server.stop().await;
-                        ImageStamp::of(Path::new(&record.image))
+                        if let Err(error) = server.stop().await {
+                            tracing::error!(disk = %name, %error, "the qcow2 file is still open");
+                        }
+                        let image = record.image.clone();
+                        waiting(move || ImageStamp::of(Path::new(&image))).await?
                     }
                     None => stamp,
                 };
-                self.put_back(DiskRecord { image_at_detach: as_left, stopped, ..record }, &resume);
+                self.put_back(DiskRecord { image_at_detach: as_left, stopped, ..record }, &resume).await;
                 Err(disk::start_error(&error))
             }
         }
@@ -408,76 +405,6 @@ impl Registry {
             Some(tls) => tls.unless_told(uri),
             None => uri,
         })
-    }
-
-    /// Detaches a disk; its record stays, so that an attach under its name goes on.
-    pub(crate) async fn detach(
-        &self,
-        name: &DiskName,
-        request: DetachRequest,
-    ) -> Result<DiskStatus, ApiError> {
-        let name = match self.find(name).await {
-            Ok((name, _)) => name,
-            Err(unknown) => return self.detach_failing(name).await?.ok_or(unknown),
-        };
-        let _claim = self.claim(&name).await?;
-        // It may have been detached while this waited.
-        let (name, handle) = self.find(&name).await?;
-        if !request.incomplete {
-            refuse_incomplete(&handle).await?;
-        }
-        if !request.force {
-            self.require_in_place(&name).await?;
-        }
-        let leaving = if request.force { Leaving::Forced } else { Leaving::Asked };
-        let answer = handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await;
-        let result = match answer.map_err(|error| failed(&error)) {
-            // Its thread has ended without us: what is left of it goes all the same.
-            Err(ended) => Err(ended),
-            Ok(Err(error @ disk::DetachError::Open { waits, .. })) => {
-                return Err(errors::in_use(&name, &error, waits));
-            }
-            Ok(Err(error @ disk::DetachError::Save { .. })) => Err(not_saved(&error)),
-            Ok(Ok(status)) => Ok(status),
-        };
-        let attached = self.disks.write().await.remove(&name);
-        self.sockets.forget(&disk::nbd_purpose(&name));
-        let server = attached.and_then(|attached| attached.qcow2);
-        let has_server = server.is_some();
-        if let Some(server) = server {
-            server.stop().await;
-        }
-        self.claims.leave_image(&name);
-        if let Ok(Some(mut record)) = self.records.load(&name) {
-            record.attached = false;
-            if has_server && record.image_at_detach.is_some() {
-                record.image_at_detach = ImageStamp::of(Path::new(&record.image));
-            }
-            record.image_at_detach.take_if(|_| result.is_err());
-            // What the disk's own thread could not save says more.
-            if let Err(error) = self.records.save(&record)
-                && result.is_ok()
-            {
-                let directory = self.records.directory();
-                let error = disk::DetachError::Save { path: directory, source: error };
-                return Err(not_saved(&error));
-            }
-        }
-        result
-    }
-
-    /// Nothing was written since the tracking file was taken: it is as good as before.
-    fn put_back(&self, record: DiskRecord, resume: &Resume) {
-        let Resume::Clean(saved) = resume else { return };
-        let snapshot = Snapshot::first(saved.clone(), true, false);
-        let limits = disk::activity_limits(&record);
-        let put_back = self
-            .records
-            .create_tracking(&record.name, limits, record.size, &snapshot)
-            .and_then(|_| self.records.save(&record));
-        if let Err(error) = put_back {
-            tracing::error!(disk = %record.name, %error, "cannot put the tracking file back: everything will be compared");
-        }
     }
 }
 

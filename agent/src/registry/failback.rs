@@ -39,7 +39,7 @@ impl Registry {
         request: FailbackRequest,
     ) -> Result<FailbackReport, ApiError> {
         let claim = self.claim(name).await?;
-        let record = self.records.load(name).map_err(|error| failed(&error))?;
+        let record = self.records.load_aside(name).await.map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| {
             let message = format!("this agent has never had disk {name}");
             let hint = format!("`backtide failover {name} NEW_IMAGE` has it go on here");

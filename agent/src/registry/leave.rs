@@ -10,7 +10,7 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_units::DiskName;
 use tokio::task::JoinSet;
 
-use super::{Attached, Registry, waiting};
+use super::{Attached, Registry, detach::end_server, waiting};
 use crate::{
     claims::Claim,
     disk::{Command, DiskHandle, Leaving},
@@ -152,26 +152,22 @@ async fn flush(disk: &DiskName, handle: &DiskHandle) -> Result<(), ApiError> {
 }
 
 pub(super) async fn end(name: DiskName, attached: Attached, records: Records, leaving: Leaving) {
-    let Attached { handle, qcow2, .. } = attached;
-    match handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await {
+    match attached.handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),
         Err(error) => tracing::error!(disk = %name, %error, "detach"),
     }
-    let has_server = qcow2.is_some();
-    if let Some(server) = qcow2 {
-        server.stop().await;
+    let has_server = attached.qcow2.is_some();
+    if let Err(error) = end_server(attached).await {
+        tracing::error!(disk = %name, %error, "the disk's qcow2 file is still open");
     }
-    let stamped = records.load(&name).and_then(|known| match known {
-        Some(mut record) => {
-            if has_server && record.image_at_detach.is_some() {
-                record.image_at_detach = ImageStamp::of(Path::new(&record.image));
-            }
-            records.save(&DiskRecord { stopped: true, ..record })
+    let stamp = move |mut record: DiskRecord| {
+        if has_server && record.image_at_detach.is_some() {
+            record.image_at_detach = ImageStamp::of(Path::new(&record.image));
         }
-        None => Ok(()),
-    });
-    if let Err(error) = stamped {
+        Some(DiskRecord { stopped: true, ..record })
+    };
+    if let Err(error) = records.change_aside(&name, stamp).await {
         tracing::error!(disk = %name, %error, "cannot save the disk's record");
     }
 }

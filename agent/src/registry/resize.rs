@@ -9,7 +9,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{ErrorKind, Seek},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -51,7 +51,7 @@ impl Registry {
         let claim = self.claim(&name).await?;
         // It may have been detached while this waited.
         let (name, handle) = self.find(&name).await?;
-        let record = self.records.load(&name).map_err(|error| failed(&error))?;
+        let record = self.records.load_aside(&name).await.map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(&name))?;
         let status = handle.status().await.map_err(|error| failed(&error))?;
         if status.hydration.is_some() {
@@ -105,7 +105,7 @@ impl Registry {
         claim: &Claim,
         name: &DiskName,
     ) -> Result<backtide_agent_api::DiskStatus, ApiError> {
-        let record = self.records.load(name).map_err(|error| failed(&error))?;
+        let record = self.records.load_aside(name).await.map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(name))?;
         match self.start(claim, record.clone(), PREDECESSOR_TIME).await {
             Ok(handle) => handle.status().await.map_err(|error| failed(&error)),
@@ -121,13 +121,19 @@ impl Registry {
 
     /// Nobody has the file now. What `qemu-img` writes there is no change of the disk's content.
     async fn grow_qcow2(&self, name: &DiskName, target: ByteCount) -> Result<(), ApiError> {
-        let record = self.records.load(name).map_err(|error| failed(&error))?;
+        let record = self.records.load_aside(name).await.map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(name))?;
-        let image = Path::new(&record.image);
-        let as_left = ImageStamp::of(image) == record.image_at_detach;
-        qcow2::grow(image, target).await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
-        let image_at_detach = ImageStamp::of(image).filter(|_| as_left);
-        self.records.save(&DiskRecord { image_at_detach, ..record }).map_err(|error| failed(&error))
+        let (image, left) = (PathBuf::from(&record.image), record.image_at_detach);
+        let as_left = {
+            let image = image.clone();
+            waiting(move || ImageStamp::of(&image) == left).await?
+        };
+        qcow2::grow(&image, target).await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
+        let stamp = move |record| {
+            let image_at_detach = ImageStamp::of(&image).filter(|_| as_left);
+            Some(DiskRecord { image_at_detach, ..record })
+        };
+        self.records.change_aside(name, stamp).await.map_err(|error| failed(&error))
     }
 }
 

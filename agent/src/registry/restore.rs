@@ -29,7 +29,7 @@ impl Registry {
     pub(crate) async fn restore(self: &Arc<Self>) -> std::io::Result<bool> {
         let mut restoring = JoinSet::new();
         let mut wanted = Vec::new();
-        for record in self.records.load_all()?.into_iter().filter(|record| record.attached) {
+        for record in self.records.load_all_aside().await?.into_iter().filter(|record| record.attached) {
             if !self.disks.read().await.contains_key(&record.name) {
                 wanted.push(record.clone());
                 restoring.spawn(Arc::clone(self).restore_one(record));
@@ -40,20 +40,38 @@ impl Registry {
             restoring.detach_all();
         }
         let mut missing = false;
-        let mut failing = self.failing.write().await;
-        let disks = self.disks.read().await;
-        for record in wanted.into_iter().filter(|record| !disks.contains_key(&record.name)) {
-            // It may have been given up meanwhile; whoever does that saves the record first.
-            if matches!(self.records.load(&record.name), Ok(Some(now)) if !now.attached) {
-                continue;
-            }
-            missing = true;
-            failing.entry(record.name.clone()).or_insert_with(|| {
-                tracing::warn!(disk = %record.name, "the disk is still being opened");
-                disk::not_attached(&record, "its storage has not answered yet")
-            });
+        for record in wanted {
+            missing |= self.show_missing(&record).await;
         }
         Ok(missing)
+    }
+
+    /// Shows a disk as missing, if it is; whether it is.
+    async fn show_missing(&self, record: &DiskRecord) -> bool {
+        let name = &record.name;
+        if self.disks.read().await.contains_key(name) || self.is_given_up(name).await {
+            return false;
+        }
+        {
+            let (mut failing, disks) = (self.failing.write().await, self.disks.read().await);
+            if disks.contains_key(name) {
+                return false;
+            }
+            failing.entry(name.clone()).or_insert_with(|| {
+                tracing::warn!(disk = %name, "the disk is still being opened");
+                disk::not_attached(record, "its storage has not answered yet")
+            });
+        }
+        // It may have been given up just before it was shown: whoever does that saves the record first.
+        let given_up = self.is_given_up(name).await;
+        if given_up {
+            self.failing.write().await.remove(name);
+        }
+        !given_up
+    }
+
+    async fn is_given_up(&self, name: &DiskName) -> bool {
+        matches!(self.records.load_aside(name).await, Ok(Some(now)) if !now.attached)
     }
 
     async fn restore_one(self: Arc<Self>, record: DiskRecord) {
@@ -66,7 +84,7 @@ impl Registry {
             return;
         }
         // As it is now: it may have been detached since it was read.
-        let record = match self.records.load(&name) {
+        let record = match self.records.load_aside(&name).await {
             Ok(Some(record)) if record.attached => record,
             Ok(_) => return,
             Err(error) => return tracing::error!(disk = %name, %error, "cannot use the disk's record"),
@@ -91,11 +109,11 @@ impl Registry {
             let message = format!("disk {} has just been attached again", known.name);
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint("detach it once more"));
         }
-        if let Some(record) = self.records.load(&known.name).map_err(|error| failed(&error))? {
-            self.records
-                .save(&DiskRecord { attached: false, ..record })
-                .map_err(|error| failed(&error).with_hint("it would be attached again at the next start"))?;
-        }
+        let give_up = |record| Some(DiskRecord { attached: false, ..record });
+        self.records
+            .change_aside(&known.name, give_up)
+            .await
+            .map_err(|error| failed(&error).with_hint("it would be attached again at the next start"))?;
         self.failing.write().await.remove(&known.name);
         self.sockets.forget(&disk::nbd_purpose(&known.name));
         tracing::info!(disk = %known.name, "disk given up: it could not be attached again");
@@ -138,23 +156,10 @@ impl Registry {
         }
     }
 
-    /// A disk whose attach failed is not attached again at the next start.
-    pub(super) async fn forget_attached(&self, name: &DiskName) {
-        self.failing.write().await.remove(name);
-        self.sockets.forget(&disk::nbd_purpose(name));
-        let saved = self.records.load(name).and_then(|known| match known {
-            Some(record) if record.attached => self.records.save(&DiskRecord { attached: false, ..record }),
-            Some(_) | None => Ok(()),
-        });
-        if let Err(error) = saved {
-            tracing::error!(disk = %name, %error, "cannot save the disk's record");
-        }
-    }
-
     /// Lets go of listening sockets that were kept for disks which are attached no more: an agent may
     /// have died between the end of a disk and that of its socket.
-    pub(crate) fn forget_other_sockets(&self, others: &[&str]) -> std::io::Result<()> {
-        let attached = self.records.load_all()?.into_iter().filter(|record| record.attached);
+    pub(crate) async fn forget_other_sockets(&self, others: &[&str]) -> std::io::Result<()> {
+        let attached = self.records.load_all_aside().await?.into_iter().filter(|record| record.attached);
         let mut purposes: Vec<String> = attached.map(|record| disk::nbd_purpose(&record.name)).collect();
         purposes.extend(others.iter().map(|purpose| (*purpose).to_owned()));
         self.sockets.forget_others(&purposes);

@@ -62,7 +62,7 @@ impl Registry {
         let claim = self.claim(&name).await?;
         // It may have been detached while this waited.
         let (name, handle) = self.find(&name).await?;
-        let record = self.records.load(&name).map_err(|error| failed(&error))?;
+        let record = self.records.load_aside(&name).await.map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(&name))?;
         let takes_blocks = self.disks.read().await.get(&name).is_some_and(|attached| attached.takes_blocks);
         if !takes_blocks {
@@ -130,7 +130,7 @@ impl Registry {
         // Clients may have come meanwhile.
         let Standing { status, .. } = standing(&handle, request).await?;
         self.require_in_place(name).await?;
-        let record = self.records.load(name).map_err(|error| failed(&error))?;
+        let record = self.records.load_aside(name).await.map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(name))?;
         let began = Instant::now();
         // For whoever asks meanwhile.

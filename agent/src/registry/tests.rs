@@ -3,7 +3,7 @@
 use std::{os::unix::net::UnixListener, path::Path};
 
 use backtide_storage::RealStorage;
-use backtide_tracking::SavedTracking;
+use backtide_tracking::{SavedTracking, Snapshot};
 use backtide_units::{HistoryId, Lsn};
 
 use super::*;

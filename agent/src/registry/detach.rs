@@ -1,0 +1,121 @@
+//! The end of one disk that somebody asks for: its record stays, so that an attach under its name goes on.
+
+use std::path::Path;
+
+use backtide_agent_api::{DetachRequest, DiskStatus};
+use backtide_control::{ApiError, ErrorCode};
+use backtide_io_filter::Resume;
+use backtide_tracking::Snapshot;
+use backtide_units::DiskName;
+
+use super::{
+    Attached, Registry,
+    errors::{self, failed, not_saved, refuse_incomplete},
+};
+use crate::{
+    disk::{self, Command, Leaving},
+    qcow2::NotEnded,
+    record::{DiskRecord, ImageStamp},
+};
+
+impl Registry {
+    /// Detaches a disk.
+    pub(crate) async fn detach(
+        &self,
+        name: &DiskName,
+        request: DetachRequest,
+    ) -> Result<DiskStatus, ApiError> {
+        let name = match self.find(name).await {
+            Ok((name, _)) => name,
+            Err(unknown) => return self.detach_failing(name).await?.ok_or(unknown),
+        };
+        let _claim = self.claim(&name).await?;
+        // It may have been detached while this waited.
+        let (name, handle) = self.find(&name).await?;
+        if !request.incomplete {
+            refuse_incomplete(&handle).await?;
+        }
+        if !request.force {
+            self.require_in_place(&name).await?;
+        }
+        let leaving = if request.force { Leaving::Forced } else { Leaving::Asked };
+        let answer = handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await;
+        let result = match answer.map_err(|error| failed(&error)) {
+            // Its thread has ended without us: what is left of it goes all the same.
+            Err(ended) => Err(ended),
+            Ok(Err(error @ disk::DetachError::Open { waits, .. })) => {
+                return Err(errors::in_use(&name, &error, waits));
+            }
+            Ok(Err(error @ disk::DetachError::Save { .. })) => Err(not_saved(&error)),
+            Ok(Ok(status)) => Ok(status),
+        };
+        let attached = self.disks.write().await.remove(&name);
+        self.sockets.forget(&disk::nbd_purpose(&name));
+        let (had_server, stopped) = match attached {
+            Some(attached) => (attached.qcow2.is_some(), end_server(attached).await),
+            None => (false, Ok(())),
+        };
+        self.claims.leave_image(&name);
+        let saved = self.note_detached(&name, had_server, result.is_ok()).await;
+        // What the disk's own thread could not save says more.
+        let status = result?;
+        saved?;
+        stopped.map_err(|error| still_open(&name, &error))?;
+        Ok(status)
+    }
+
+    /// Notes that a disk is not to be attached at the next start, and what its image looks like now.
+    async fn note_detached(&self, name: &DiskName, had_server: bool, clean: bool) -> Result<(), ApiError> {
+        let note = move |mut record: DiskRecord| {
+            record.attached = false;
+            if had_server && record.image_at_detach.is_some() {
+                record.image_at_detach = ImageStamp::of(Path::new(&record.image));
+            }
+            record.image_at_detach.take_if(|_| !clean);
+            Some(record)
+        };
+        self.records.change_aside(name, note).await.map_err(|source| {
+            let path = self.records.directory();
+            not_saved(&disk::DetachError::Save { path, source })
+        })
+    }
+
+    /// A disk whose attach failed is not attached again at the next start.
+    pub(super) async fn forget_attached(&self, name: &DiskName) {
+        self.failing.write().await.remove(name);
+        self.sockets.forget(&disk::nbd_purpose(name));
+        let forget = |record: DiskRecord| record.attached.then_some(DiskRecord { attached: false, ..record });
+        if let Err(error) = self.records.change_aside(name, forget).await {
+            tracing::error!(disk = %name, %error, "cannot save the disk's record");
+        }
+    }
+
+    /// Nothing was written since the tracking file was taken: it is as good as before.
+    pub(super) async fn put_back(&self, record: DiskRecord, resume: &Resume) {
+        let Resume::Clean(saved) = resume else { return };
+        let snapshot = Snapshot::first(saved.clone(), true, false);
+        let name = record.name.clone();
+        let put_back = self.records.aside(move |records| {
+            let limits = disk::activity_limits(&record);
+            records.create_tracking(&record.name, limits, record.size, &snapshot)?;
+            records.save(&record)
+        });
+        if let Err(error) = put_back.await {
+            tracing::error!(disk = %name, %error, "cannot put the tracking file back: everything will be compared");
+        }
+    }
+}
+
+/// Ends what has a qcow2 file open, if anything does.
+pub(super) async fn end_server(attached: Attached) -> Result<(), NotEnded> {
+    match attached.qcow2 {
+        Some(server) => server.stop().await,
+        None => Ok(()),
+    }
+}
+
+/// A disk that is detached, and whose qcow2 file is not free.
+fn still_open(name: &DiskName, error: &NotEnded) -> ApiError {
+    let message = format!("disk {name} is detached, and its qcow2 file is still open: {error}");
+    ApiError::new(ErrorCode::Busy, message).with_hint("nobody can have the file until that process has ended")
+}
