@@ -191,6 +191,16 @@ impl Qcow2Server {
     }
 }
 
+impl Qcow2Server {
+    /// The same for whoever can do nothing about one that does not end.
+    pub(crate) async fn stop_anyway(self) {
+        let uri = self.uri.clone();
+        if let Err(error) = self.stop().await {
+            tracing::error!(uri, %error, "a qcow2 file is still open");
+        }
+    }
+}
+
 impl Opening {
     /// Starts the server and waits until it serves.
     async fn start(&self) -> Result<Running, Qcow2Error> {

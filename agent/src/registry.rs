@@ -350,9 +350,7 @@ impl Registry {
                 // What a qcow2's server writes when it starts and ends is no change of the disk.
                 let as_left = match qcow2 {
                     Some(server) => {
-                        if let Err(error) = server.stop().await {
-                            tracing::error!(disk = %name, %error, "the qcow2 file is still open");
-                        }
+                        server.stop_anyway().await;
                         let image = record.image.clone();
                         waiting(move || ImageStamp::of(Path::new(&image))).await?
                     }

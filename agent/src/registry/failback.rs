@@ -96,7 +96,7 @@ impl Registry {
             Ok((report, Some(taken))) => (report, taken),
             ended => {
                 if let Some(server) = server {
-                    server.stop().await;
+                    server.stop_anyway().await;
                 }
                 return ended.map(|(report, _)| report);
             }

@@ -125,7 +125,7 @@ impl Registry {
         let unchanged = waiting(look).await;
         if let Some(server) = server {
             // From here on who writes the file is noticed by the attach, which knows how it was left.
-            server.stop().await;
+            server.stop().await.map_err(|error| ApiError::from_error(ErrorCode::Busy, &error))?;
         }
         unchanged??;
         if let Some(place) = self.records.spill().cloned() {

@@ -103,7 +103,7 @@ impl Registry {
                 match (served, opened.await) {
                     (Ok(served), Ok(opened)) => Ok((Found::served(opened, stamp, served), Some(server))),
                     (Err(error), _) | (_, Err(error)) => {
-                        server.stop().await;
+                        server.stop_anyway().await;
                         Err(error)
                     }
                 }
