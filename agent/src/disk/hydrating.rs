@@ -66,8 +66,9 @@ pub(crate) struct HydratingDisk {
     /// What could not be stored lately, with a number that counts up.
     failures: RefCell<VecDeque<(u64, BlockRange, IoFailure)>>,
     failure_count: Cell<u64>,
-    /// Changes of missing blocks that have failed: nobody knows what the image holds there since.
-    spoiled: Cell<u64>,
+    /// Blocks that were written, and it is not sure that they are stable: what can be read of them may be lost when the
+    /// server ends. So they are never compared with what they are to be: they are written again.
+    doubted: RefCell<DirtyBitmap>,
     /// What keeps blocks from being fetched.
     trouble: RefCell<Option<String>>,
     /// It is that the receiver does not give the point.
@@ -103,7 +104,7 @@ impl HydratingDisk {
             rate_max: Cell::new(0),
             failures: RefCell::default(),
             failure_count: Cell::new(0),
-            spoiled: Cell::new(0),
+            doubted: RefCell::default(),
             trouble: RefCell::default(),
             refused: Cell::new(false),
             progress: RefCell::new(progress),
@@ -171,7 +172,7 @@ impl HydratingDisk {
         let before = self.missing.borrow().blocks().count();
         self.missing.borrow_mut().end_change(id, changed.is_ok());
         if changed.is_err() {
-            self.spoiled.set(self.spoiled.get() + 1);
+            self.doubted.borrow_mut().insert(BlockRange::touched_by(range));
         }
         self.has_brought(before, BlockCount(0));
         self.changed.notify_waiters();

@@ -70,13 +70,6 @@ const RUNS_BETWEEN_FLUSHES: u64 = 4096;
 /// How long the last step of a hydration waits for the receiver, which may as well hear of it later.
 const RELEASE_TIME: Duration = Duration::from_secs(2);
 
-/// What was found out about some blocks.
-struct Brought {
-    pieces: Pieces,
-    /// How many changes had spoiled the image when it was compared.
-    spoiled: u64,
-}
-
 impl HydratingDisk {
     /// Begins to fetch blocks that nobody fetches yet.
     pub(super) fn start_fetch(self: &Rc<Self>, blocks: BlockRange) {
@@ -88,7 +81,7 @@ impl HydratingDisk {
     fn fetch(self: Rc<Self>, id: FetchId, blocks: BlockRange) -> Pin<Box<dyn Future<Output = ()>>> {
         Box::pin(async move {
             match self.bring(blocks).await {
-                Some(Ok(brought)) => self.store(id, blocks, brought).await,
+                Some(Ok(pieces)) => self.store(id, blocks, pieces).await,
                 Some(Err(why)) => self.narrow(id, blocks, &why).await,
                 None => drop(self.missing.borrow_mut().end_fetch(id, false)),
             }
@@ -97,7 +90,7 @@ impl HydratingDisk {
     }
 
     /// What the source has, or why it has not; none when the disk is given up.
-    async fn bring(&self, blocks: BlockRange) -> Option<Result<Brought, String>> {
+    async fn bring(&self, blocks: BlockRange) -> Option<Result<Pieces, String>> {
         let range = blocks.bytes(self.medium.size());
         let mut pause = RETRY_FIRST;
         loop {
@@ -107,9 +100,9 @@ impl HydratingDisk {
                 fetched = self.fetch_differing(range) => fetched,
             };
             let why = match fetched {
-                Ok(brought) if is_all(&brought.pieces, range) => {
+                Ok(pieces) if is_all(&pieces, range) => {
                     self.is_well();
-                    return Some(Ok(brought));
+                    return Some(Ok(pieces));
                 }
                 Ok(_) => "the receiver's answer is not what was asked for".to_owned(),
                 Err(FetchError::Damaged(why)) => return Some(Err(why)),
@@ -132,16 +125,16 @@ impl HydratingDisk {
     }
 
     /// Fetches what the image does not hold; all of it, unless it may hold some.
-    async fn fetch_differing(&self, range: ByteRange) -> Result<Brought, FetchError> {
-        let spoiled = self.spoiled.get();
-        let compared = match self.file.header().compare {
+    async fn fetch_differing(&self, range: ByteRange) -> Result<Pieces, FetchError> {
+        let is_doubted = self.doubted.borrow().touches(BlockRange::touched_by(range));
+        let compared = match self.file.header().compare && !is_doubted {
             true => self.medium.run(LocalOp::Read(range)).await.ok(),
             false => None,
         };
         let mut pieces = Pieces::new();
         let Some(LocalData::Read(bytes)) = compared else {
             self.fetch_into(range, &mut pieces).await?;
-            return Ok(Brought { pieces, spoiled });
+            return Ok(pieces);
         };
         let items: Vec<_> = chunk_items(range, &bytes).into_iter().map(|(item, _)| item).collect();
         let ranges: Vec<ByteRange> = items.iter().map(|item| item.range).collect();
@@ -161,7 +154,7 @@ impl HydratingDisk {
         if let Some(wanted) = wanted {
             self.fetch_into(wanted, &mut pieces).await?;
         }
-        Ok(Brought { pieces, spoiled })
+        Ok(pieces)
     }
 
     async fn fetch_into(&self, range: ByteRange, pieces: &mut Pieces) -> Result<(), FetchError> {
@@ -196,10 +189,10 @@ impl HydratingDisk {
         }
     }
 
-    async fn store(&self, id: FetchId, blocks: BlockRange, brought: Brought) {
-        let Brought { pieces, spoiled } = brought;
-        // What was compared need not be what the image holds now: it is looked at again.
-        let is_stale = spoiled != self.spoiled.get() && pieces.iter().any(|(_, piece)| piece.is_none());
+    async fn store(&self, id: FetchId, blocks: BlockRange, pieces: Pieces) {
+        // What was compared need not be what the image holds now: all of it is fetched.
+        let is_doubted = self.doubted.borrow().touches(blocks);
+        let is_stale = is_doubted && pieces.iter().any(|(_, piece)| piece.is_none());
         // No await from here to the count: a stop waits for it, or it is seen here.
         if self.stopped.get() || is_stale {
             drop(self.missing.borrow_mut().end_fetch(id, false));
@@ -217,6 +210,7 @@ impl HydratingDisk {
         self.has_brought(before, came);
         if let Err(error) = stored {
             self.is_troubled(&format!("what was fetched cannot be stored: {error}"));
+            self.doubted.borrow_mut().insert(blocks);
             self.has_failed(blocks, failure(error));
         }
         self.storing.set(self.storing.get() - 1);
@@ -240,7 +234,8 @@ impl HydratingDisk {
             Medium::Nbd(disk) => {
                 let changes: Vec<Change> =
                     wanted.iter().flat_map(|run| in_blocks(run.bytes(size), size, &pieces)).collect();
-                // What it holds already was stable before this disk began to use it.
+                // What it holds already was stable before this disk began to use it: what this disk wrote and is not
+                // sure of was not compared.
                 if !changes.is_empty() {
                     let stable = disk.change_stably(changes).await;
                     stable.map_err(|failure| io::Error::from_raw_os_error(failure.errno))?;

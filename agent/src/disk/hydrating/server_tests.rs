@@ -24,6 +24,8 @@ struct Volatile {
     stable: RefCell<Vec<u8>>,
     /// So many flushes are refused from now on; what was written before one of them is not stable by the next.
     refuses: Cell<u64>,
+    /// It shows what was written before such a flush, as a kernel does with what it could not write back.
+    shows_unstable: Cell<bool>,
     /// Writes are done, and answered with an error.
     fails_writes: Cell<bool>,
 }
@@ -36,7 +38,9 @@ impl Volatile {
     fn flush(&self, reply: Reply) {
         if let Some(left) = self.refuses.get().checked_sub(1) {
             self.refuses.set(left);
-            self.end();
+            if !self.shows_unstable.get() {
+                self.end();
+            }
             return reply.fail(NbdError::Io);
         }
         self.stable.replace(self.content.borrow().clone());
@@ -96,9 +100,7 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
-        let mut stale = vec![255; SIZE as usize];
-        stale[..10 * BLOCK as usize].copy_from_slice(&at_point()[..10 * BLOCK as usize]);
-        Self::of(stale, header()).await
+        Self::of(stale(), header()).await
     }
 
     /// With this behind.
@@ -109,6 +111,7 @@ impl Bench {
             content: RefCell::new(stale.clone()),
             stable: RefCell::new(stale),
             refuses: Cell::new(0),
+            shows_unstable: Cell::new(false),
             fails_writes: Cell::new(false),
         });
         let source = Rc::new(FakeSource::new(content));
@@ -159,6 +162,13 @@ impl Bench {
             assert!(found == expected[at.start as usize..at.end as usize], "block {block}");
         }
     }
+}
+
+/// Nothing of what is missing.
+fn stale() -> Vec<u8> {
+    let mut stale = vec![255; SIZE as usize];
+    stale[..10 * BLOCK as usize].copy_from_slice(&at_point()[..10 * BLOCK as usize]);
+    stale
 }
 
 fn socket(directory: &tempfile::TempDir) -> PathBuf {
@@ -290,6 +300,36 @@ async fn what_a_failed_write_left_is_not_taken_for_what_was_compared() {
             bench.source.open();
             let expected = Bytes::copy_from_slice(&at_point()[place.start as usize..place.end as usize]);
             assert_eq!(read.await.unwrap(), Ok(LocalData::Read(expected)));
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn what_can_be_read_after_a_refused_flush_is_not_taken_for_stable() {
+    LocalSet::new()
+        .run_until(async {
+            let mut image = stale();
+            let held = (320 * BLOCK) as usize..(352 * BLOCK) as usize;
+            image[held.clone()].copy_from_slice(&at_point()[held.clone()]);
+            let mut bench = Bench::of(image, Header { compare: true, ..header() }).await;
+            bench.volatile.shows_unstable.set(true);
+            // What was fetched, and what a guest wrote, which is by chance what the point has there.
+            bench.volatile.refuses.set(1);
+            bench.read(100 * BLOCK..101 * BLOCK).await.unwrap_err();
+            bench.volatile.refuses.set(1);
+            let place = 20 * BLOCK..21 * BLOCK;
+            bench.disk.run(write(place.clone(), at_point()[place.start as usize])).await.unwrap_err();
+            for block in [100, 20] {
+                bench.read(block * BLOCK..(block + 1) * BLOCK).await.unwrap();
+                assert!(!bench.disk.missing_blocks().touches((block..block + 1).into()));
+            }
+            // What nobody wrote is compared all the same.
+            let before = bench.source.asked().len();
+            bench.read(330 * BLOCK..331 * BLOCK).await.unwrap();
+            assert_eq!(bench.source.asked().len(), before);
+            bench.both_end().await;
+            assert!(!bench.disk.missing_blocks().touches((100..101).into()));
+            bench.is(&at_point()).await;
         })
         .await;
 }
