@@ -2,6 +2,7 @@
 
 mod ingest;
 mod journal_size;
+pub(crate) mod long_log;
 mod mount_reads;
 mod open_point;
 mod peer;

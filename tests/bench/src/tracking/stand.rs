@@ -157,12 +157,6 @@ impl Stand {
         serde_json::from_slice(&output.stdout).with_context(|| format!("the answer to {arguments:?}"))
     }
 
-    /// Ends the receiver in good order and starts another: nothing of the log is in its memory then.
-    pub(crate) fn restart_receiver(&mut self) -> anyhow::Result<()> {
-        self.stop_receiver()?;
-        self.start_receiver()
-    }
-
     /// Ends the receiver in good order.
     pub(crate) fn stop_receiver(&mut self) -> anyhow::Result<()> {
         let mut receiver = self.receiver.take().context("a stand with a receiver")?;
