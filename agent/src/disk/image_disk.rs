@@ -115,9 +115,7 @@ impl ImageDisk {
     fn is_long_write(&self, op: &LocalOp) -> bool {
         match op {
             LocalOp::Change(Change::Write { data, fua, .. }) => {
-                !fua && data.len() > PIECE_BYTES
-                    && self.image.alignment().is_none()
-                    && self.writes.is_allowed(self.has_handed_over(), Instant::now)
+                !fua && data.len() > PIECE_BYTES && self.image.alignment().is_none() && self.writes_at_once()
             }
             LocalOp::Read(_) | LocalOp::Change(Change::Zero { .. } | Change::Flush) | LocalOp::Settle => {
                 false
@@ -125,8 +123,10 @@ impl ImageDisk {
         }
     }
 
-    fn has_handed_over(&self) -> bool {
-        self.ring.as_ref().is_some_and(RingDisk::is_busy)
+    /// Whether a write to the page cache is done on this thread.
+    fn writes_at_once(&self) -> bool {
+        let stuck = |now| self.ring.as_ref().is_some_and(|ring| ring.is_stuck(now));
+        self.writes.is_allowed(Instant::now, stuck)
     }
 
     /// What needs no waiting.
@@ -144,7 +144,7 @@ impl ImageDisk {
     }
 
     fn try_write_now(&self, range: ByteRange, data: &Bytes) -> Option<io::Result<LocalData>> {
-        if !self.writes.is_allowed(self.has_handed_over(), Instant::now) {
+        if !self.writes_at_once() {
             return None;
         }
         let wrote = match self.image.try_write(range.start(), data) {
@@ -353,7 +353,7 @@ mod tests {
             let ((result, _), ()) = tokio::join!(done(&disk, long(&disk)), slow);
             assert_eq!(result, Ok(LocalData::Changed));
             assert!(is_written(&path));
-            assert!(!disk.writes.is_allowed(false, Instant::now), "it was the slow piece that ended it");
+            assert!(!disk.writes_at_once(), "it was the slow piece that ended it");
         }
     }
 

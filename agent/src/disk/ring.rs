@@ -14,12 +14,13 @@ use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     sync::Arc,
     task::{Context, Poll, Waker},
+    time::Instant,
 };
 
 use backtide_storage::{Completion, ImageFile, Ring, RingOp};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::local::Purpose;
+use super::{inline_writes::SLOW, local::Purpose};
 
 /// A disk's ring.
 pub(crate) struct RingDisk {
@@ -30,6 +31,8 @@ pub(crate) struct RingDisk {
     waiting: RefCell<VecDeque<(RingOp, Purpose)>>,
     /// Something was pushed since the last turn.
     pushed: Cell<bool>,
+    /// When a turn last brought back a request.
+    ended: Cell<Option<Instant>>,
     /// The task that takes turns, while it waits.
     sleeper: RefCell<Option<Waker>>,
 }
@@ -58,6 +61,7 @@ impl RingDisk {
             event,
             waiting: RefCell::default(),
             pushed: Cell::new(false),
+            ended: Cell::new(None),
             sleeper: RefCell::default(),
         })
     }
@@ -86,9 +90,10 @@ impl RingDisk {
         }
     }
 
-    /// Whether something is under way.
-    pub(crate) fn is_busy(&self) -> bool {
-        self.ring.borrow().under_way() > 0
+    /// Whether requests are under way of which none has ended lately.
+    pub(crate) fn is_stuck(&self, now: Instant) -> bool {
+        let ended_lately = self.ended.get().is_some_and(|ended| now < ended + SLOW);
+        !ended_lately && self.ring.borrow().under_way() > 0
     }
 
     /// Waits until a turn would bring something on.
@@ -116,7 +121,11 @@ impl RingDisk {
     pub(crate) fn turn(&self, done: &mut Vec<Completion<Purpose>>) -> io::Result<()> {
         let mut ring = self.ring.borrow_mut();
         let mut waiting = self.waiting.borrow_mut();
+        let before = done.len();
         let result = ring.turn(done);
+        if done.len() > before {
+            self.ended.set(Some(Instant::now()));
+        }
         while ring.has_room()
             && let Some((op, purpose)) = waiting.pop_front()
         {
