@@ -96,6 +96,12 @@ pub enum ClientError {
     /// The socket failed.
     #[error("the connection to the NBD server failed")]
     Io(#[source] Arc<io::Error>),
+    /// Its host, or the way there, is gone.
+    #[error("the NBD server's host has acknowledged nothing for {after:?}")]
+    HostGone {
+        /// How long.
+        after: Duration,
+    },
     /// The server closed the connection.
     #[error("the NBD server closed the connection")]
     Closed,
@@ -142,6 +148,7 @@ impl ClientError {
             | Self::Tls { .. }
             | Self::Protocol(_)
             | Self::Io(_)
+            | Self::HostGone { .. }
             | Self::Closed => true,
             Self::Refused { .. }
             | Self::NotOffered(_)
@@ -162,6 +169,7 @@ impl ClientError {
             | Self::Tls { .. }
             | Self::Protocol(_)
             | Self::Io(_)
+            | Self::HostGone { .. }
             | Self::Closed => NbdError::Io,
         }
     }

@@ -8,7 +8,7 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::request::ClientOptions;
+use super::{request::ClientOptions, silence::Watch};
 use crate::{ClientError, alive::Patience, tls::ClientTls};
 
 /// Either kind of socket's stream.
@@ -20,10 +20,11 @@ pub(super) struct Connected {
     pub(super) stream: Box<dyn Duplex>,
     pub(super) intake: Intake,
     pub(super) session: Session,
+    pub(super) watch: Option<Watch>,
 }
 
 enum Outcome {
-    Connected(Connected),
+    Connected(Box<Connected>),
     Listed(Vec<ExportSummary>),
 }
 
@@ -41,7 +42,7 @@ pub async fn list_exports(uri: &NbdUri, options: &ClientOptions) -> Result<Vec<E
 /// Connects to the export of `uri`.
 pub(super) async fn open(uri: &NbdUri, options: &ClientOptions) -> Result<Connected, ClientError> {
     match reach(uri, Goal::Open(uri.export.clone()), options).await? {
-        Outcome::Connected(connected) => Ok(connected),
+        Outcome::Connected(connected) => Ok(*connected),
         Outcome::Listed(_) => unreachable!("the goal was an export"),
     }
 }
@@ -51,20 +52,27 @@ async fn reach(uri: &NbdUri, goal: Goal, options: &ClientOptions) -> Result<Outc
     let files = |error| ClientError::TlsFiles(Arc::new(error));
     let tls = uri.tls.as_ref().map(|tls| ClientTls::load(tls, address)).transpose().map_err(files)?;
     let reached = async {
-        let stream = connect(address)
+        let (stream, watch) = connect(address, options)
             .await
             .map_err(|source| ClientError::Connect { address: address.clone(), source: Arc::new(source) })?;
-        shake_hands(stream, goal, address, tls).await
+        shake_hands(stream, watch, goal, address, tls).await
     };
     tokio::time::timeout(after, reached)
         .await
         .map_err(|_| ClientError::HandshakeTimeout { address: address.clone(), after })?
 }
 
-async fn connect(address: &NbdAddress) -> io::Result<Box<dyn Duplex>> {
+async fn connect(
+    address: &NbdAddress,
+    options: &ClientOptions,
+) -> io::Result<(Box<dyn Duplex>, Option<Watch>)> {
     match address {
-        NbdAddress::Tcp { host, port } => Ok(Box::new(connect_tcp(host, *port).await?)),
-        NbdAddress::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
+        NbdAddress::Tcp { host, port } => {
+            let stream = connect_tcp(host, *port).await?;
+            let watch = Watch::new(&stream, options.host_silence)?;
+            Ok((Box::new(stream), Some(watch)))
+        }
+        NbdAddress::Unix(path) => Ok((Box::new(UnixStream::connect(path).await?), None)),
     }
 }
 
@@ -77,6 +85,7 @@ async fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
 
 async fn shake_hands(
     mut stream: Box<dyn Duplex>,
+    watch: Option<Watch>,
     goal: Goal,
     address: &NbdAddress,
     tls: Option<ClientTls>,
@@ -105,7 +114,8 @@ async fn shake_hands(
                 machine.tls_started(&mut out);
             }
             Step::Transmission(session) => {
-                return Ok(Outcome::Connected(Connected { stream, intake, session }));
+                let connected = Connected { stream, intake, session, watch };
+                return Ok(Outcome::Connected(Box::new(connected)));
             }
             Step::Listed(exports) => return Ok(Outcome::Listed(exports)),
         }
@@ -121,7 +131,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_server_whose_host_is_gone_is_given_up_in_seconds() {
+    async fn a_server_whose_host_is_gone_is_given_up_in_seconds_and_one_without_room_is_not() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let stream = connect_tcp("127.0.0.1", port).await.unwrap();
@@ -130,7 +140,8 @@ mod tests {
         let asked =
             sockopt::tcp_keepidle(&stream).unwrap() + sockopt::tcp_keepintvl(&stream).unwrap() * probes;
         assert!(asked <= Duration::from_secs(20), "given up after {asked:?} of silence");
-        let unacknowledged = sockopt::tcp_user_timeout(&stream).unwrap();
-        assert!((1..=20_000).contains(&unacknowledged), "given up {unacknowledged} ms after a request");
+        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 0, "a closed window counts as silence");
+        let patience = ClientOptions::default().host_silence;
+        assert!(patience <= Duration::from_secs(20), "given up {patience:?} after a request");
     }
 }

@@ -24,6 +24,7 @@ use tokio::{
 use super::{
     connect::{Connected, Duplex},
     gather::{Answer, Gather},
+    silence::Watch,
 };
 use crate::{ClientError, output::Output};
 
@@ -82,8 +83,8 @@ impl Link {
             style: connected.session.style,
         });
         let parser = ReplyParser::new(&connected.session);
-        let Connected { stream, intake, .. } = connected;
-        tokio::spawn(drive(Driver { link: Arc::clone(&link), stream, intake, parser }));
+        let Connected { stream, intake, watch, .. } = connected;
+        tokio::spawn(drive(Driver { link: Arc::clone(&link), stream, intake, parser, watch }));
         link
     }
 
@@ -159,6 +160,8 @@ struct Driver {
     stream: Box<dyn Duplex>,
     intake: Intake,
     parser: ReplyParser,
+    /// Of a server that may be at another host.
+    watch: Option<Watch>,
 }
 
 /// Runs until the connection ends, then answers every request that is left.
@@ -187,6 +190,9 @@ impl Driver {
             self.take_replies()?;
             {
                 let mut state = self.link.lock();
+                if let Some(watch) = &mut self.watch {
+                    watch.poll(cx, state.leaving || !state.pending.is_empty())?;
+                }
                 let stream = Pin::new(&mut self.stream);
                 let (sent, _) = state.output.poll_write(cx, stream);
                 let mut sent = sent?;

@@ -16,7 +16,7 @@ use super::{
     gather::Answer,
     link::{Bounds, Link, Outcome},
 };
-use crate::ClientError;
+use crate::{ClientError, alive::Patience};
 
 /// The longest request without payload where lengths are 32 bits on the wire, or where the server
 /// does not like longer ones.
@@ -27,6 +27,9 @@ const LONGEST: u64 = 1 << 30;
 pub struct ClientOptions {
     /// How long connecting and the handshake may take. Default 10 s.
     pub connect_timeout: Duration,
+    /// How long the host of a server over TCP may acknowledge nothing of what it is sent or asked while requests wait, until
+    /// the connection is given up. A server that takes nothing more, on a host that says so, is not. Default 20 s.
+    pub host_silence: Duration,
     /// Requests in flight. Default 128.
     pub requests: usize,
     /// Bytes of reads and writes in flight. Default 64 MiB.
@@ -35,7 +38,12 @@ pub struct ClientOptions {
 
 impl Default for ClientOptions {
     fn default() -> Self {
-        Self { connect_timeout: Duration::from_secs(10), requests: 128, bytes: ByteCount(64 << 20) }
+        Self {
+            connect_timeout: Duration::from_secs(10),
+            host_silence: Patience::WITH_SERVERS.after(),
+            requests: 128,
+            bytes: ByteCount(64 << 20),
+        }
     }
 }
 
