@@ -164,3 +164,34 @@ fn an_answer_is_for_the_stream_that_asked_and_a_write_does_not_wait_for_it() {
     let answers = sent(&mut filter);
     assert!(!answers.iter().any(|message| matches!(message, Message::Reading(_))), "{answers:?}");
 }
+
+#[test]
+fn reads_for_streams_that_are_gone_count_until_they_end_and_nothing_waits_for_them() {
+    let mut filter = connected();
+    for id in 1..=3 {
+        ask(&mut filter, id, range(0, 4096));
+    }
+    let mut left = reads(&mut filter);
+    assert_eq!(left.len(), 3);
+    for id in 4..20 {
+        filter.disconnected(now());
+        filter.connected(now(), &welcome());
+        sent(&mut filter);
+        ask(&mut filter, id, range(0, 4096));
+        left.extend(reads(&mut filter));
+        assert!(left.len() <= 4, "reads pile up on storage that stands still");
+        assert!(filter.is_quiet(), "a detach waits for what nobody asks any more");
+    }
+    let answers = sent(&mut filter);
+    let failed = answers.iter().find_map(|message| match message {
+        Message::Reading(Reading::Failed { id, .. }) => Some(*id),
+        _ => None,
+    });
+    assert_eq!(failed, Some(19), "{answers:?}");
+    assert!(!effects(&mut filter).iter().any(|effect| matches!(effect, Effect::Disconnect { .. })));
+    for (io, range) in left {
+        filter.local_done(now(), io, Ok(LocalData::Read(content(range))));
+    }
+    ask(&mut filter, 20, range(0, 4096));
+    assert_eq!(reads(&mut filter).len(), 1, "there is room again");
+}
