@@ -224,6 +224,7 @@ impl Limits {
             index_bytes_max: self.index_cache_bytes,
             open_files_max: self.open_segments,
             open_extents_max: self.open_extents,
+            free_bytes_min: self.free_bytes_min,
         }
     }
 }

@@ -121,17 +121,18 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
             salvaged => salvaged,
         };
         any = true;
-        let checked = salvaged.and_then(|salvaged| {
-            let mut checked = salvaged.check(step)?;
-            check_beside(shelf, disk, number, &mut checked);
+        let mut checked = Checked::default();
+        let ended = salvaged.and_then(|salvaged| {
             let attached = salvaged.snapshot.timeline().attached().map(|attached| attached.name.clone());
             let memo = shelf.memo(disk, number).map(|memo| memo.attached.name);
             report.name = attached.or(memo).or(report.name.take());
-            Ok(checked)
+            salvaged.check_into(&mut checked, step)
         });
-        match checked {
-            Ok(checked) => add(&mut report, checked),
-            Err(error) => report.error = Some(chain(&error)),
+        check_beside(shelf, disk, number, &mut checked);
+        // What was found before an error is damage all the same.
+        add(&mut report, checked);
+        if let Err(error) = ended {
+            report.error = Some(chain(&error));
         }
     }
     report.sound = report.damage.is_empty() && report.error.is_none();
@@ -169,13 +170,12 @@ pub(crate) fn check_snapshot(
     mends: Option<AskDisk<'_>>,
     step: &mut dyn FnMut(ByteCount) -> bool,
 ) -> DiskCheck {
-    let checked = match mends {
-        Some(disk) => snapshot.check_and_mend(disk, step),
-        None => snapshot.check(step),
-    };
-    match checked {
-        Ok(checked) => add(&mut report, checked),
-        Err(error) => report.error = Some(chain(&error)),
+    let mut checked = Checked::default();
+    let ended = snapshot.check_into(&mut checked, mends, step);
+    // What was found before an error is damage all the same.
+    add(&mut report, checked);
+    if let Err(error) = ended {
+        report.error = Some(chain(&error));
     }
     report.sound = report.damage.is_empty() && report.error.is_none();
     report

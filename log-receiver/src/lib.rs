@@ -53,6 +53,7 @@ mod receiver;
 mod removal;
 mod retention;
 mod scrub;
+mod sealed_json;
 mod service;
 mod space;
 mod store_file;

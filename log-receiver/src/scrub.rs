@@ -11,6 +11,7 @@ mod work;
 pub(crate) use progress::damage_of;
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -57,30 +58,27 @@ pub(crate) struct Scrub {
 
 /// What the thread and those who ask share.
 struct Shared {
-    progress: Mutex<Progress>,
+    progress: Progress,
     /// The disk that is read.
     reading: Mutex<Option<DiskId>>,
     /// The receiver ends.
     ending: AtomicBool,
-    /// Somebody called it off.
-    cancelled: AtomicBool,
 }
 
 impl Scrub {
     /// The scrub of the store on `storage`, with what is known of the last one. None runs yet.
     pub(crate) fn new(storage: Arc<dyn Storage>, sources: Sources) -> Self {
         let shared = Shared {
-            progress: Mutex::new(Progress::open(storage)),
+            progress: Progress::open(storage),
             reading: Mutex::default(),
             ending: AtomicBool::new(false),
-            cancelled: AtomicBool::new(false),
         };
         Self { shared: Arc::new(shared), sources, thread: Mutex::default() }
     }
 
     /// What runs, or ran last.
     pub(crate) fn status(&self) -> Option<ScrubStatus> {
-        lock(&self.shared.progress).status().cloned()
+        self.shared.progress.status()
     }
 
     /// Whether it has a disk's log in its hands.
@@ -116,8 +114,7 @@ impl Scrub {
             overlays: Vec::new(),
             sound: true,
         };
-        self.shared.cancelled.store(false, Ordering::Relaxed);
-        lock(&self.shared.progress).begin(begun.clone(), disks, all);
+        self.shared.progress.begin(begun.clone(), disks, all);
         self.run(&mut thread).map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
         Ok(begun)
     }
@@ -125,6 +122,9 @@ impl Scrub {
     /// Goes on with one that ran when the receiver ended.
     pub(crate) fn resume(&self) {
         let mut thread = lock(&self.thread);
+        if self.shared.progress.is_cancelled() {
+            return self.shared.progress.end(true);
+        }
         if let Some(status) = self.status().filter(|status| status.running) {
             tracing::info!(done = status.disks.len(), "the scrub goes on");
             if let Err(why) = self.run(&mut thread) {
@@ -139,21 +139,27 @@ impl Scrub {
             tracing::error!("the thread of a scrub panicked");
         }
         let work = Work::new(Arc::clone(&self.shared), self.sources.clone());
-        match std::thread::Builder::new().name("scrub".to_owned()).spawn(move || work.run()) {
+        let shared = Arc::clone(&self.shared);
+        let body = move || {
+            if catch_unwind(AssertUnwindSafe(|| work.run())).is_err() {
+                shared.fell();
+            }
+        };
+        match std::thread::Builder::new().name("scrub".to_owned()).spawn(body) {
             Ok(spawned) => {
                 *thread = Some(spawned);
                 Ok(())
             }
             Err(error) => {
-                lock(&self.shared.progress).end(true);
+                self.shared.progress.end(true);
                 Err(format!("start the scrub's thread: {error}"))
             }
         }
     }
 
-    /// Calls it off; it ends soon.
+    /// Calls it off, durably; it ends soon. Blocks.
     pub(crate) fn cancel(&self) {
-        self.shared.cancelled.store(true, Ordering::Relaxed);
+        self.shared.progress.cancel();
     }
 
     /// Ends it with the receiver, and waits for that; blocks.
@@ -173,7 +179,14 @@ impl Drop for Scrub {
 
 impl Shared {
     fn is_unwanted(&self) -> bool {
-        self.ending.load(Ordering::Relaxed) || self.cancelled.load(Ordering::Relaxed)
+        self.ending.load(Ordering::Relaxed) || self.progress.is_cancelled()
+    }
+
+    /// The thread panicked: what it had in its hands is nobody's, and no start goes on with what may do so again.
+    fn fell(&self) {
+        *lock(&self.reading) = None;
+        self.progress.end(true);
+        tracing::error!("the thread of a scrub panicked: the scrub is called off");
     }
 }
 

@@ -280,7 +280,9 @@ impl ReceiverService for Service {
     }
 
     async fn cancel_scrub(&self) -> Result<ScrubStatus, ApiError> {
-        self.scrub.cancel();
+        let scrub = Arc::clone(&self.scrub);
+        // It is noted durably.
+        self.read(move || scrub.cancel()).await?;
         self.scrub_status().await
     }
 }

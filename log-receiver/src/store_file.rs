@@ -13,6 +13,7 @@
 //! STORE/mounts.json                     the last number of each disk's mounts
 //! STORE/retention.json                  ladders, kept points, locks
 //! STORE/findings.json                   damage that scrubs and reads have met
+//! STORE/scrub.json                      how far a scrub is, and when each disk was read last
 //! STORE/forgotten/<uuid>.json           tombstones of disks that are forgotten
 //! ```
 //! Invariants: `store.json` is written once, whole (temporary file, sync, rename, sync of the

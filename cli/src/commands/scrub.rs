@@ -80,7 +80,8 @@ fn text(status: &ScrubStatus) -> String {
     lines.extend(overlays_text(&status.overlays));
     lines.push(
         match (status.running, status.cancelled, status.sound) {
-            (true, _, _) => "the scrub goes on",
+            (true, false, _) => "the scrub goes on",
+            (true, true, _) => "the scrub is called off and ends soon",
             (false, true, true) => "the scrub was called off; what it read is sound",
             (false, false, true) => "everything is sound",
             (false, _, false) => "the store is DAMAGED",

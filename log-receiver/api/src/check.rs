@@ -22,7 +22,7 @@ pub struct ScrubRequest {
 pub struct ScrubStatus {
     /// Whether it runs.
     pub running: bool,
-    /// Whether it was called off before its end.
+    /// Whether it was called off before its end; while it runs, that it ends soon.
     pub cancelled: bool,
     /// When it began.
     pub started: CaptureTime,

@@ -45,6 +45,7 @@ impl Images {
         let held = self.held();
         let mut live = RoaringTreemap::new();
         for root in roots.iter().chain(&held) {
+            self.shared.numbers.named(root.top.pack);
             self.mark(&root.top, root.height, &mut live)?;
         }
         let mut collected = Collected::default();

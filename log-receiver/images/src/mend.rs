@@ -8,37 +8,38 @@
 //!     ─▶ read back and checked ─▶ synced ─▶ renamed over the pack ─▶ directory synced ─▶ read once more: mended
 //! ```
 //! The pack keeps its number and its chunks their ordinals, so no reference changes, and who has the old file open goes on with
-//! it. A crash on the way leaves the old pack and a file that the next collection or mend removes, or the new one.
+//! it. A crash on the way leaves the old pack and a file that the next collection or mend removes, or the new one. So does
+//! whoever calls it off, which is possible at every chunk and at every MiB that is copied. A writer's packs are left alone
+//! (`numbers.rs`), and the room that is to stay free stays free.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    error::Error as _,
-    path::Path,
-};
+mod put_back;
 
+use std::collections::{BTreeMap, HashMap};
+
+use backtide_units::ByteCount;
 use bytes::Bytes;
 
 use crate::{
     CHUNK_BYTES, ImageError, Images, Losses, LostChunk,
     chunk::{ChunkHeader, ChunkRef},
     encode::Encoder,
-    error::failed,
-    pack::{Line, Pack},
-    pack_writer::PackWriter,
-    store::{PACKS_DIR, lock, path_of},
+    pack::{Pack, table_bytes},
 };
 
 /// A pack is written anew when so much of it was found, or all that can be.
 const FOUND_BYTES_MAX: usize = 64 << 20;
 
-/// No pack has more chunks than these bytes, nodes twice.
-const REWRITTEN_BYTES_MAX: u64 = 3 << 30;
-
 /// So many chunks with one hash are tried.
 const COPIES_MAX: usize = 4;
 
+/// Whoever waits for the pace is asked at least this often.
+const STEP_BYTES: ByteCount = ByteCount(1 << 20);
+
 /// Finds what a chunk of data had, if it is what is wanted.
 pub type FindChunk<'a> = &'a mut dyn FnMut(&LostChunk, &dyn Fn(&[u8]) -> bool) -> Option<Bytes>;
+
+/// Is told how many bytes were read and written since it was last asked, and says whether to go on.
+pub type Step<'a> = &'a mut dyn FnMut(ByteCount) -> bool;
 
 /// What a mend came to.
 #[derive(Debug, Default)]
@@ -49,6 +50,8 @@ pub struct Mended {
     pub tables: Vec<String>,
     /// What is still damaged.
     pub left: Vec<Left>,
+    /// Whether it was called off: what it had not come to is left.
+    pub called_off: bool,
 }
 
 /// Something that is still damaged.
@@ -66,14 +69,40 @@ type Found = BTreeMap<u32, (ChunkHeader, Vec<u8>)>;
 /// Places of chunks with a hash.
 type Copies = HashMap<[u8; 32], Vec<ChunkRef>>;
 
+/// The caller's pace, and whether it called this off.
+struct Pace<'a> {
+    step: Step<'a>,
+    /// What it was not told of yet.
+    untold: ByteCount,
+    called_off: bool,
+}
+
+impl Pace<'_> {
+    /// Counts bytes, and asks after each MiB; false when it is called off.
+    fn count(&mut self, bytes: ByteCount) -> bool {
+        self.untold.0 = self.untold.0.saturating_add(bytes.0);
+        if self.untold < STEP_BYTES { !self.called_off } else { self.ask(ByteCount::ZERO) }
+    }
+
+    /// Counts bytes, and asks.
+    fn ask(&mut self, bytes: ByteCount) -> bool {
+        let told = self.untold.0.saturating_add(bytes.0);
+        self.untold = ByteCount::ZERO;
+        self.called_off = self.called_off || !(self.step)(ByteCount(told));
+        !self.called_off
+    }
+}
+
 impl Images {
-    /// Mends what checks found, as far as it can be. `find` is asked for data that no pack has any more.
+    /// Mends what checks found, as far as it can be. `find` is asked for data that no pack has any more, `step` for each chunk
+    /// and each MiB.
     ///
     /// # Errors
-    /// The file system's, of reading. What cannot be written stays as it is, and says so.
-    pub fn mend(&self, losses: &Losses, find: FindChunk<'_>) -> Result<Mended, ImageError> {
+    /// The file system's, of listing packs. What cannot be read or written stays as it is, and says so.
+    pub fn mend(&self, losses: &Losses, find: FindChunk<'_>, step: Step<'_>) -> Result<Mended, ImageError> {
+        let mut pace = Pace { step, untold: ByteCount::ZERO, called_off: false };
         let mut mended = Mended::default();
-        let copies = self.copies(losses)?;
+        let copies = self.copies(losses, &mut pace)?;
         let mut packs: BTreeMap<u32, Vec<&LostChunk>> = BTreeMap::new();
         for lost in losses.chunks.values() {
             packs.entry(lost.name.pack).or_default().push(lost);
@@ -84,67 +113,95 @@ impl Images {
         let mut encoder = Encoder::new()?;
         for (number, lost) in packs {
             let table = losses.tables.get(&number);
-            let mut why = None;
-            let (mut found, mut bytes, mut tried) = (Found::new(), 0, false);
-            for lost in &lost {
-                let Some(content) = self.content_of(lost, &copies, find) else { continue };
-                let (header, stored) = encoder.encode(lost.kind(), lost.name, &content);
-                bytes += stored.len();
-                found.insert(lost.name.ordinal, (header, stored.into_owned()));
-                if bytes >= FOUND_BYTES_MAX {
-                    why = self.put_back(number, &std::mem::take(&mut found)).or(why);
-                    (bytes, tried) = (0, true);
-                }
-            }
-            if !found.is_empty() || (table.is_some() && !tried) {
-                why = self.put_back(number, &found).or(why);
-            }
-            self.tell(number, &lost, table, why, &mut mended);
+            let why =
+                self.mend_pack(number, (&lost, table.is_some()), (&copies, find), &mut encoder, &mut pace);
+            self.tell(number, &lost, table, why, &mut pace, &mut mended);
         }
+        mended.called_off = pace.called_off;
         Ok(mended)
     }
 
-    /// Reads once more what was lost of a pack.
+    /// Mends what was lost of a pack, and its table; gives why it could not.
+    fn mend_pack(
+        &self,
+        number: u32,
+        (lost, table): (&[&LostChunk], bool),
+        (copies, find): (&Copies, FindChunk<'_>),
+        encoder: &mut Encoder,
+        pace: &mut Pace<'_>,
+    ) -> Option<String> {
+        let mut why = None;
+        let (mut found, mut bytes, mut tried) = (Found::new(), 0, false);
+        for lost in lost {
+            if pace.called_off {
+                return why;
+            }
+            let content = self.content_of(lost, copies, find);
+            if !pace.ask(CHUNK_BYTES) {
+                return why;
+            }
+            let Some(content) = content else { continue };
+            let (header, stored) = encoder.encode(lost.kind(), lost.name, &content);
+            bytes += stored.len();
+            found.insert(lost.name.ordinal, (header, stored.into_owned()));
+            if bytes >= FOUND_BYTES_MAX {
+                why = self.put_back(number, &std::mem::take(&mut found), pace).or(why);
+                (bytes, tried) = (0, true);
+            }
+        }
+        if !pace.called_off && (!found.is_empty() || (table && !tried)) {
+            why = self.put_back(number, &found, pace).or(why);
+        }
+        why
+    }
+
+    /// Reads once more what was lost of a pack; when this was called off nobody knows whether it is whole.
     fn tell(
         &self,
         number: u32,
         lost: &[&LostChunk],
         table: Option<&String>,
         why: Option<String>,
+        pace: &mut Pace<'_>,
         mended: &mut Mended,
     ) {
         if let Some(what) = table {
-            match self.open_pack(number) {
-                Ok(pack) if pack.broken().is_none() => mended.tables.push(what.clone()),
-                Ok(_) | Err(_) => mended.left.push(Left { what: what.clone(), why: why.clone() }),
+            let whole = !pace.called_off && self.open_pack(number).is_ok_and(|pack| pack.broken().is_none());
+            if whole {
+                mended.tables.push(what.clone());
+            } else {
+                mended.left.push(Left { what: what.clone(), why: why.clone() });
             }
         }
         for lost in lost {
-            match self.content(&lost.name, lost.kind()) {
-                Ok(_) => mended.chunks.push(LostChunk::clone(lost)),
-                Err(_) => mended.left.push(Left { what: lost.what().to_owned(), why: why.clone() }),
+            let whole = !pace.called_off && self.content(&lost.name, lost.kind()).is_ok();
+            if whole {
+                mended.chunks.push(LostChunk::clone(lost));
+            } else {
+                mended.left.push(Left { what: lost.what().to_owned(), why: why.clone() });
             }
+            pace.count(CHUNK_BYTES);
         }
     }
 
-    /// Where chunks with the hashes of the lost ones are.
-    fn copies(&self, losses: &Losses) -> Result<Copies, ImageError> {
+    /// Where chunks with the hashes of the lost ones are. A pack that cannot be read has none.
+    fn copies(&self, losses: &Losses, pace: &mut Pace<'_>) -> Result<Copies, ImageError> {
         let mut copies: Copies = losses.chunks.values().map(|lost| (lost.name.hash, Vec::new())).collect();
         if copies.is_empty() {
             return Ok(copies);
         }
         for number in self.numbers()? {
-            let pack = match self.open_pack(number) {
-                Ok(pack) => pack,
-                Err(ImageError::Damaged { .. } | ImageError::UnknownVersion { .. }) => continue,
-                Err(error @ (ImageError::Full { .. } | ImageError::Io { .. })) => return Err(error),
-            };
-            for line in pack.lines() {
+            let pack = self.open_pack(number).ok();
+            let lines = pack.as_ref().map_or(&[][..], Pack::lines);
+            for line in lines {
                 let Some(places) = copies.get_mut(&line.hash) else { continue };
                 let place = ChunkRef { hash: line.hash, pack: number, ordinal: line.ordinal };
                 if places.len() < COPIES_MAX && !losses.chunks.contains_key(&place.place()) {
                     places.push(place);
                 }
+            }
+            if !pace.ask(table_bytes(lines)) {
+                break;
             }
         }
         Ok(copies)
@@ -161,84 +218,5 @@ impl Images {
         }
         let whole = |bytes: &[u8]| bytes.len() as u64 == CHUNK_BYTES.0 && is_wanted(bytes);
         find(lost, &whole).filter(|bytes| whole(bytes))
-    }
-
-    /// Writes a pack anew with these chunks; gives why it could not.
-    fn put_back(&self, number: u32, found: &Found) -> Option<String> {
-        let _alone = lock(&self.shared.rewriting);
-        let tried = self.remove_leftovers().and_then(|_| self.replace(number, found));
-        match tried {
-            Ok(why) => why,
-            Err(error) => {
-                // Its room is given back at once, where that can be done.
-                let _ = self.remove_leftovers();
-                let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
-                Some(format!("{error}{source}"))
-            }
-        }
-    }
-
-    fn replace(&self, number: u32, found: &Found) -> Result<Option<String>, ImageError> {
-        let old = match self.open_pack(number) {
-            Ok(pack) => Some(pack),
-            Err(ImageError::Damaged { .. }) if !found.is_empty() => None,
-            Err(error) => return Err(error),
-        };
-        let mut kept = Vec::new();
-        if let Some(old) = &old {
-            if !old.has_all_its_lines()? {
-                return Ok(Some(
-                    "the pack's table is damaged and so is a chunk's header before others".to_owned(),
-                ));
-            }
-            let Some(lines) = old.lengths() else {
-                return Ok(Some("the pack's chunks do not lie in their order".to_owned()));
-            };
-            kept = lines;
-        }
-        let another = |(line, _): &(Line, u64)| {
-            found.get(&line.ordinal).is_some_and(|(header, _)| header.name.hash != line.hash)
-        };
-        if kept.iter().any(another) {
-            return Ok(Some("the pack has another chunk there".to_owned()));
-        }
-        let bytes: u64 = kept.iter().map(|(_, length)| length).sum();
-        if bytes > REWRITTEN_BYTES_MAX {
-            return Ok(Some("the pack is longer than any can be".to_owned()));
-        }
-        let storage = &self.shared.storage;
-        let name = self.name_of(number);
-        let fail = |source| failed(format!("write {}", name.display()), source);
-        let beside = path_of(number).with_extension("new");
-        let file = storage.create_new(&beside).map_err(fail)?;
-        let mut writer = PackWriter::new(file, name.clone(), number);
-        let mut new = found.iter().peekable();
-        for (line, length) in kept {
-            while let Some((_, (header, stored))) = new.next_if(|(ordinal, _)| **ordinal < line.ordinal) {
-                writer.append(header, stored)?;
-            }
-            match (new.next_if(|(ordinal, _)| **ordinal == line.ordinal), &old) {
-                (Some((_, (header, stored))), _) => writer.append(header, stored)?,
-                (None, Some(old)) => writer.append_as_it_is(&line, &old.as_it_is(&line, length)?)?,
-                (None, None) => unreachable!("lines are of an old pack"),
-            }
-        }
-        for (_, (header, stored)) in new {
-            writer.append(header, stored)?;
-        }
-        writer.finish()?;
-        let written = Pack::open(storage.open(&beside).map_err(fail)?, name.clone(), number)?;
-        if let Some(broken) = written.broken() {
-            return Ok(Some(format!("what was written beside it reads otherwise: {broken}")));
-        }
-        for (header, _) in found.values() {
-            written.chunk(&header.name)?;
-        }
-        storage.rename(&beside, &path_of(number)).map_err(fail)?;
-        self.forget_pack(number);
-        let dir = Path::new(PACKS_DIR);
-        let synced = storage.sync_dir(dir);
-        synced.map_err(|source| failed(format!("sync {}", storage.display(dir).display()), source))?;
-        Ok(None)
     }
 }

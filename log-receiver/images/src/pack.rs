@@ -12,7 +12,7 @@ use std::{
 };
 
 use backtide_storage::StorageFile;
-use backtide_units::ByteOffset;
+use backtide_units::{ByteCount, ByteOffset};
 use bytes::{Buf, BufMut, Bytes};
 
 use crate::{
@@ -92,6 +92,11 @@ pub(crate) fn encode_footer(number: u32, lines: &[Line], chunks_end: u64) -> Vec
     seal(&mut trailer);
     table.put_slice(&trailer);
     table
+}
+
+/// Bytes of the table of these chunks.
+pub(crate) fn table_bytes(lines: &[Line]) -> ByteCount {
+    ByteCount((lines.len() * LINE_LENGTH) as u64)
 }
 
 fn seal(bytes: &mut [u8; 64]) {

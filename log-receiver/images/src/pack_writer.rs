@@ -122,6 +122,10 @@ impl PackWriter {
             let Ok(mut header) = ChunkHeader::decode(&header, &self.name, ByteOffset(at)) else { continue };
             let mut stored = vec![0; header.stored_length as usize];
             self.read(at + CHUNK_HEADER_LENGTH as u64, &mut stored)?;
+            // Offsets have 32 bits, and a pack that was found may be long.
+            if self.end().0 + whole_length(header.stored_length) > u64::from(u32::MAX) {
+                break;
+            }
             // One that is damaged as it is has no second.
             if crc32c::crc32c(&stored) == header.crc {
                 header.name.ordinal = self.next_ordinal();

@@ -20,6 +20,7 @@ use crate::{
     error::failed,
     image::ROOT_LENGTH,
     node::{NODE_LENGTH, Node},
+    numbers::Numbers,
     pack::Pack,
     parts::PartSums,
 };
@@ -47,6 +48,8 @@ pub struct ImagesLimits {
     /// Chunks that a writer knows, so as not to store them twice, beside those of the image before. Default
     /// 262,144: 16 GiB of disks, about 30 MiB of memory.
     pub known_chunks_max: usize,
+    /// No pack is mended where that would leave less than this free on the file system. Default 0.
+    pub free_bytes_min: ByteCount,
 }
 
 /// The images of a store. Clones share it.
@@ -67,6 +70,7 @@ pub(crate) struct Shared {
     buffers: BufferPool,
     /// Taken by whoever writes packs anew, which all of them do beside the old one under one name.
     pub(crate) rewriting: Mutex<()>,
+    pub(crate) numbers: Numbers,
     /// Images that somebody has: their chunks stay, whatever is written anywhere.
     held: Mutex<BTreeMap<[u8; ROOT_LENGTH], Weak<Root>>>,
 }
@@ -86,6 +90,7 @@ impl Images {
                 sums: Mutex::new(Recent::new(SUM_BYTES_MAX)),
                 buffers: BufferPool::default(),
                 rewriting: Mutex::default(),
+                numbers: Numbers::default(),
                 held: Mutex::default(),
             }),
         }
@@ -93,6 +98,7 @@ impl Images {
 
     /// The image with this root. As long as it or a clone is there, its chunks stay.
     pub fn image(&self, root: Root) -> Image {
+        self.shared.numbers.named(root.top.pack);
         // With its size: disks of several sizes may have one tree.
         let key = root.encode();
         let mut held = lock(&self.shared.held);
@@ -300,6 +306,7 @@ impl Default for ImagesLimits {
             open_packs_max: 64,
             pack_bytes_max: ByteCount(64 << 20),
             known_chunks_max: 1 << 18,
+            free_bytes_min: ByteCount::ZERO,
         }
     }
 }

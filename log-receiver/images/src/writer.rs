@@ -5,9 +5,10 @@
 //! writer knows the packs.
 //!
 //! Invariant: nothing may name an image before [`ImageWriter::finish`] has returned. A writer that is dropped leaves packs
-//! that nobody names; [`Images::collect`] removes them. One writer at a time, and none beside a collection.
+//! that nobody names; [`Images::collect`] removes them. One writer at a time, and none beside a collection. A mend may run
+//! beside one, and leaves its packs alone (`numbers.rs`).
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange, is_zeroes};
 use bytes::Bytes;
@@ -19,6 +20,7 @@ use crate::{
     error::failed,
     image::{height_of, span},
     node::{FANOUT, Node},
+    numbers::{self, Writing},
     pack_writer::PackWriter,
     store::{PACKS_DIR, path_of},
 };
@@ -62,8 +64,8 @@ pub struct Written {
 pub struct ImageWriter {
     images: Images,
     pack: Option<PackWriter>,
-    /// Packs from this one on are this writer's.
-    first_pack: u32,
+    /// Its packs.
+    numbers: Writing,
     next_pack: u32,
     known: Recent<[u8; 32], (u32, u32)>,
     encoder: Encoder,
@@ -80,6 +82,7 @@ impl Images {
         let dir = Path::new(PACKS_DIR);
         let fail = |source| failed(format!("create {}", storage.display(dir).display()), source);
         storage.create_dir(dir).map_err(fail)?;
+        let writing = Writing::begin(Arc::clone(&self.shared), || Ok(self.numbers()?.last().copied()))?;
         let numbers = self.numbers()?;
         let mut known = Recent::new(self.shared.limits.known_chunks_max);
         let mut room = self.shared.limits.known_chunks_max;
@@ -96,11 +99,11 @@ impl Images {
                 known.put(line.hash, 1, (*number, line.ordinal));
             }
         }
-        let next_pack = numbers.last().map_or(1, |last| last + 1);
+        let next_pack = writing.first();
         let encoder = Encoder::new()?;
         let written = Written::default();
-        let first_pack = next_pack;
-        Ok(ImageWriter { images: self.clone(), pack: None, first_pack, next_pack, known, encoder, written })
+        let images = self.clone();
+        Ok(ImageWriter { images, pack: None, numbers: writing, next_pack, known, encoder, written })
     }
 }
 
@@ -117,7 +120,7 @@ impl ImageWriter {
     ) -> Result<Root, S::Error> {
         let old = before.map(Image::root).filter(|old| old.size() <= size);
         let old = old.map_or((ChunkRef::ZEROES, 0), |old| (old.top, old.height));
-        if self.pack.as_ref().is_some_and(|pack| old.0.pack >= self.first_pack && !pack.is_empty()) {
+        if self.pack.as_ref().is_some_and(|pack| old.0.pack >= self.numbers.first() && !pack.is_empty()) {
             // Its nodes may be in the pack that is written, which cannot be read yet.
             self.finish_pack()?;
         }
@@ -212,7 +215,7 @@ impl ImageWriter {
 
     fn begin_pack(&mut self) -> Result<PackWriter, ImageError> {
         let number = self.next_pack;
-        self.next_pack += 1;
+        self.next_pack = numbers::after(number)?;
         let name = self.images.name_of(number);
         let file = self.images.shared.storage.create_new(&path_of(number));
         let file = file.map_err(|source| failed(format!("create {}", name.display()), source))?;

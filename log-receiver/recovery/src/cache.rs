@@ -54,6 +54,8 @@ pub struct CacheLimits {
     /// Extents in the indexes of segments that are still written, of all logs together; beyond it segments are sealed
     /// early. Each takes about 48 bytes. Default 2,097,152.
     pub open_extents_max: u64,
+    /// No image is mended where that would leave less than this free on the store's file system. Default 0.
+    pub free_bytes_min: ByteCount,
 }
 
 /// Names a segment among all segments that share a cache.
@@ -148,7 +150,9 @@ impl LogCache {
 
     /// The images of the store on `storage`, which is that of all logs with this cache.
     pub fn images(&self, storage: &Arc<dyn Storage>) -> Images {
-        let new = || Images::new(Arc::clone(storage), ImagesLimits::default());
+        let free_bytes_min = self.shared.limits.free_bytes_min;
+        let limits = ImagesLimits { free_bytes_min, ..ImagesLimits::default() };
+        let new = || Images::new(Arc::clone(storage), limits);
         self.shared.images.get_or_init(new).clone()
     }
 
@@ -262,6 +266,11 @@ impl LogCache {
 
 impl Default for CacheLimits {
     fn default() -> Self {
-        Self { index_bytes_max: ByteCount(64 << 20), open_files_max: 256, open_extents_max: 1 << 21 }
+        Self {
+            index_bytes_max: ByteCount(64 << 20),
+            open_files_max: 256,
+            open_extents_max: 1 << 21,
+            free_bytes_min: ByteCount::ZERO,
+        }
     }
 }

@@ -6,7 +6,7 @@
 
 mod images;
 
-use std::{error::Error as _, sync::Arc};
+use std::sync::Arc;
 
 use backtide_segment::{EntryReader, Position, SealedSegment, SegmentError, SegmentFile, Seq};
 use backtide_units::ByteCount;
@@ -15,6 +15,9 @@ use crate::{AskDisk, LogError, Salvage, Snapshot, mend::Mender, segment::Segment
 
 /// So many places are named; the rest is counted.
 const DAMAGE_MAX: usize = 100;
+
+/// What stands between a damaged place and why it could not be mended.
+const CANNOT_BE_MENDED: &str = ": cannot be mended: ";
 
 /// What a check that mends may change of a log.
 #[derive(Clone, Copy)]
@@ -45,6 +48,23 @@ pub struct Checked {
     pub called_off: bool,
 }
 
+/// The damaged place of which a sentence of a check is, without why it could not be mended: that is another one the next
+/// time, or none.
+pub fn damaged_place(sentence: &str) -> &str {
+    sentence.split_once(CANNOT_BE_MENDED).map_or(sentence, |(place, _)| place)
+}
+
+/// The sentence of a place that could not be mended.
+fn cannot_be_mended(place: &str, why: &str) -> String {
+    format!("{place}{CANNOT_BE_MENDED}{why}")
+}
+
+/// An error with its cause.
+fn chain(error: &dyn std::error::Error) -> String {
+    let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
+    format!("{error}{source}")
+}
+
 impl Checked {
     /// Notes a damaged place, once.
     pub fn note(&mut self, damage: String) {
@@ -67,10 +87,7 @@ impl Checked {
         match mended {
             Ok(false) => self.note(damage),
             Ok(true) => self.note_mended(damage),
-            Err(error) => {
-                let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
-                self.note(format!("{damage}: cannot be mended: {error}{source}"));
-            }
+            Err(error) => self.note(cannot_be_mended(&damage, &chain(&error))),
         }
     }
 
@@ -107,7 +124,7 @@ impl Snapshot {
     /// The file system's: then nobody knows what it would have found.
     pub fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
         let mut checked = Checked::default();
-        self.check_into(&mut checked, None, Mends::All, step)?;
+        self.check_into(&mut checked, None, step)?;
         Ok(checked)
     }
 
@@ -123,11 +140,26 @@ impl Snapshot {
         step: &mut dyn FnMut(ByteCount) -> bool,
     ) -> Result<Checked, LogError> {
         let mut checked = Checked::default();
-        self.check_into(&mut checked, Some(&Mender::new(self, disk)), Mends::All, step)?;
+        self.check_into(&mut checked, Some(disk), step)?;
         Ok(checked)
     }
 
-    fn check_into(
+    /// As [`Snapshot::check`], or with a disk as [`Snapshot::check_and_mend`]: what was found is in `checked`, also when
+    /// an error ends this.
+    ///
+    /// # Errors
+    /// As those.
+    pub fn check_into(
+        &self,
+        checked: &mut Checked,
+        disk: Option<AskDisk<'_>>,
+        step: &mut dyn FnMut(ByteCount) -> bool,
+    ) -> Result<(), LogError> {
+        let mender = disk.map(|disk| Mender::new(self, disk));
+        self.walk(checked, mender.as_ref(), Mends::All, step)
+    }
+
+    fn walk(
         &self,
         checked: &mut Checked,
         mender: Option<&Mender<'_>>,
@@ -137,7 +169,7 @@ impl Snapshot {
         if let Some(before) = self.before() {
             // A log that is out of use is never written again; its images lie with those of all others.
             let mender = mender.map(|mender| mender.of(before));
-            before.check_into(checked, mender.as_ref(), Mends::Images, step)?;
+            before.walk(checked, mender.as_ref(), Mends::Images, step)?;
         }
         let of_segments = mender.filter(|_| matches!(mends, Mends::All));
         for segment in self.segments.iter() {
@@ -165,16 +197,28 @@ impl Salvage {
     /// As [`Snapshot::check`].
     pub fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Result<Checked, LogError> {
         let mut checked = Checked::default();
+        self.check_into(&mut checked, step)?;
+        Ok(checked)
+    }
+
+    /// As [`Salvage::check`]: what was found is in `checked`, also when an error ends this.
+    ///
+    /// # Errors
+    /// As [`Snapshot::check`].
+    pub fn check_into(
+        &self,
+        checked: &mut Checked,
+        step: &mut dyn FnMut(ByteCount) -> bool,
+    ) -> Result<(), LogError> {
         self.damage.iter().for_each(|damage| checked.note(damage.clone()));
-        self.snapshot.check_into(&mut checked, None, Mends::All, step)?;
+        self.snapshot.check_into(checked, None, step)?;
         for segment in &self.beyond {
             if checked.called_off {
                 break;
             }
-            check_segment(segment, u64::MAX, &mut checked, None, step)?;
+            check_segment(segment, u64::MAX, checked, None, step)?;
         }
-        self.note_lost_footers(&mut checked)?;
-        Ok(checked)
+        self.note_lost_footers(checked)
     }
 
     /// A segment without a footer was not sealed yet, unless a later one knows that the footer was

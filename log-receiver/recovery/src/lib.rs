@@ -31,7 +31,7 @@ mod view;
 
 pub use base::{BASE_MAGIC, Base, FoundBase, KeptPoint, inspect_base};
 pub use cache::{CacheLimits, LogCache};
-pub use check::Checked;
+pub use check::{Checked, damaged_place};
 pub use chores::LastWork;
 pub use density::{Density, DensityPart};
 pub use disk_log::{DiskLog, FoldError, Foldable, LogIdentity, LogOptions, RebaseTicket, Rebased, Recovered};

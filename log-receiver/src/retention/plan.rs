@@ -23,7 +23,7 @@ pub(crate) enum PlanError {
     /// The log cannot be read.
     #[error(transparent)]
     Log(#[from] LogError),
-    /// Nothing of it is cut without a word.
+    /// Nothing of it is cut without a word, while there is room.
     #[error(
         "the ladder `{ladder}` keeps more than {KEPT_MAX} single points of this disk, which is the most: it needs rungs that are \
          further apart, or shorter"
@@ -50,7 +50,8 @@ pub(crate) struct Plan {
 pub(crate) enum Pressure {
     /// It has.
     None,
-    /// It has not: half of the time of which everything is kept goes, whatever the ladder says.
+    /// It has not: half of the time of which everything is kept goes, whatever the ladder says, and so do the oldest single
+    /// points beyond the most that there can be.
     Shrink,
 }
 
@@ -87,7 +88,7 @@ fn plan_within(
     };
     let mut points: BTreeSet<TimedLsn> = old.iter().copied().chain(old_floor).collect();
     if let Some((_, floor)) = fold {
-        points.extend(new_points(snapshot, ladder, pins, now, (old_floor, floor), kept_max)?);
+        points.extend(new_points(snapshot, ladder, pins, (now, pressure), (old_floor, floor), kept_max)?);
         points.insert(floor);
     }
     let points: Vec<TimedLsn> = points.into_iter().collect();
@@ -96,7 +97,10 @@ fn plan_within(
             || ladder.any.is_none()
             || is_wanted(ladder, two[0].time, two[1].time, now)
     };
-    let kept: Vec<TimedLsn> = points.windows(2).filter(stands).map(|two| two[0]).collect();
+    let mut kept: Vec<TimedLsn> = points.windows(2).filter(stands).map(|two| two[0]).collect();
+    if pressure == Pressure::Shrink {
+        drop_oldest(&mut kept, pins, kept_max);
+    }
     if kept.len() > kept_max {
         return Err(PlanError::TooMany { ladder: ladder.to_string() });
     }
@@ -106,6 +110,16 @@ fn plan_within(
         return Ok(None);
     }
     Ok(Some(Plan { fold, kept, dropped }))
+}
+
+/// Leaves the newest of these points, and those that are pinned.
+fn drop_oldest(kept: &mut Vec<TimedLsn>, pins: &BTreeMap<Lsn, CaptureTime>, kept_max: usize) {
+    let mut beyond = kept.len().saturating_sub(kept_max);
+    kept.retain(|point| {
+        let goes = beyond > 0 && !pins.contains_key(&point.lsn);
+        beyond -= usize::from(goes);
+        !goes
+    });
 }
 
 /// The time before which not every point is kept any more.
@@ -182,7 +196,7 @@ fn new_points(
     snapshot: &Snapshot,
     ladder: &Ladder,
     pins: &BTreeMap<Lsn, CaptureTime>,
-    now: CaptureTime,
+    (now, pressure): (CaptureTime, Pressure),
     (old_floor, floor): (Option<TimedLsn>, TimedLsn),
     kept_max: usize,
 ) -> Result<Vec<TimedLsn>, PlanError> {
@@ -192,11 +206,17 @@ fn new_points(
         let every = rung.every.0;
         let oldest = begins.0.max(now.0.saturating_sub(rung.keep.0)).div_ceil(every);
         let mut next = Some(floor.time.0 / every);
+        let mut of_rung = 0;
         while let Some(slot) = next.filter(|slot| *slot >= oldest) {
             let Some(point) = snapshot.newest_point_by(CaptureTime(slot * every))? else { break };
             points.push(point);
-            if points.len() > kept_max.saturating_add(1) * ladder.rungs.len() {
-                return Err(PlanError::TooMany { ladder: ladder.to_string() });
+            of_rung += 1;
+            if of_rung > kept_max.saturating_add(1) {
+                match pressure {
+                    Pressure::None => return Err(PlanError::TooMany { ladder: ladder.to_string() }),
+                    // The newest come first: no older one of this rung would stay.
+                    Pressure::Shrink => break,
+                }
             }
             // It stands for all slots down to its own.
             next = point.time.0.div_ceil(every).min(slot).checked_sub(1);
@@ -291,6 +311,30 @@ mod tests {
             let why = within(kept_max).expect_err("too many").to_string();
             assert!(why.contains("`any=1h per-1s=100y` keeps more than"), "{why}");
         }
+    }
+
+    #[test]
+    fn a_store_without_room_drops_the_oldest_single_points_that_are_too_many_and_no_pinned_one() {
+        let ladder: Ladder = "any=1h per-1s=100y".parse().unwrap();
+        let snapshot = log(60);
+        let now = CaptureTime(10_000 * 3_600_000_000);
+        let within = |pins: &BTreeMap<Lsn, CaptureTime>, pressure, kept_max| {
+            plan_within(&snapshot, &ladder, pins, (now, pressure), None, kept_max)
+        };
+        let none = BTreeMap::new();
+        let all = within(&none, Pressure::Shrink, KEPT_MAX).expect("they are few").expect("it is old").kept;
+        for kept_max in [0, 1, 5, all.len() - 1] {
+            let plan = within(&none, Pressure::Shrink, kept_max).expect("the rest goes").expect("it is old");
+            assert_eq!(plan.kept, all[all.len() - kept_max..], "the newest stay");
+            assert!(plan.fold.is_some());
+            assert!(within(&none, Pressure::None, kept_max).is_err(), "with room nothing is cut");
+        }
+        let pinned: Vec<TimedLsn> = all[2..5].to_vec();
+        let pins = pinned.iter().map(|point| (point.lsn, point.time)).collect();
+        let plan = within(&pins, Pressure::Shrink, 5).expect("the rest goes").expect("it is old");
+        assert_eq!(plan.kept, [&pinned[..], &all[all.len() - 2..]].concat());
+        let why = within(&pins, Pressure::Shrink, 2).expect_err("pinned ones stay").to_string();
+        assert!(why.contains("keeps more than"), "{why}");
     }
 
     #[test]

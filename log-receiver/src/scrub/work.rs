@@ -45,7 +45,7 @@ struct Target {
 
 impl Work {
     pub(super) fn new(shared: Arc<Shared>, sources: Sources) -> Self {
-        let (rate, before) = lock(&shared.progress).status().map_or((ByteCount::ZERO, 0), |status| {
+        let (rate, before) = shared.progress.status().map_or((ByteCount::ZERO, 0), |status| {
             (status.bytes_per_second_max, status.disks.iter().map(|disk| disk.bytes.0).sum())
         });
         Self { shared, sources, rate, begun: Instant::now(), read: 0, before }
@@ -53,7 +53,7 @@ impl Work {
 
     pub(super) fn run(mut self) {
         loop {
-            let next = lock(&self.shared.progress).next();
+            let next = self.shared.progress.next();
             let Some((disk, after)) = next.filter(|_| !self.shared.is_unwanted()) else { break };
             *lock(&self.shared.reading) = Some(disk);
             let found = self.check_disk(disk, after);
@@ -64,17 +64,16 @@ impl Work {
                 Ok(_) if self.shared.ending.load(Ordering::Relaxed) => return self.leave(),
                 Ok(found) => {
                     let mended = found.as_ref().map(|found| found.mended.clone()).unwrap_or_default();
-                    let called_off = self.shared.cancelled.load(Ordering::Relaxed);
-                    let too = lock(&self.shared.progress).read(disk, found, called_off);
+                    let too = self.shared.progress.read(disk, found);
                     too.into_iter().for_each(|disk| self.sources.findings.forget(disk, &mended));
                 }
             }
         }
-        if lock(&self.shared.progress).wants_overlays() && !self.shared.is_unwanted() {
+        if self.shared.progress.wants_overlays() && !self.shared.is_unwanted() {
             let overlays = self.sources.overlays.clone();
             let checked = overlays.check(&mut |bytes| self.step(bytes));
             if !self.shared.ending.load(Ordering::Relaxed) {
-                lock(&self.shared.progress).change(|status| {
+                self.shared.progress.change(|status| {
                     status.sound &= checked.iter().all(|overlay| overlay.sound);
                     status.overlays = checked;
                 });
@@ -83,12 +82,16 @@ impl Work {
         if self.shared.ending.load(Ordering::Relaxed) {
             return self.leave();
         }
-        lock(&self.shared.progress).end(self.shared.cancelled.load(Ordering::Relaxed));
+        self.shared.progress.end(false);
     }
 
-    /// The receiver ends: the next start goes on with the disk that is read now.
+    /// The receiver ends: the next start goes on with the disk that is read now, unless this was called off.
     fn leave(&self) {
-        lock(&self.shared.progress).write();
+        if self.shared.progress.is_cancelled() {
+            self.shared.progress.end(true)
+        } else {
+            self.shared.progress.write()
+        }
     }
 
     /// Reads a disk; none when there is none any more.
@@ -97,7 +100,7 @@ impl Work {
         if let Ok(snapshot) = &target.snapshot {
             // What others will read is known about, of this one by now exactly.
             let total = self.done().saturating_add(snapshot.bytes().0).saturating_add(after.0);
-            lock(&self.shared.progress).change(|status| status.total_bytes = ByteCount(total));
+            self.shared.progress.change(|status| status.total_bytes = ByteCount(total));
         }
         let checked = self.check(target);
         if ask(self.owner(disk), |answer| Task::FactsOf(disk, answer))?.is_none() {
@@ -170,7 +173,7 @@ impl Work {
         let change = |status: &mut backtide_receiver_api::ScrubStatus| {
             status.done_bytes = ByteCount(done.min(status.total_bytes.0));
         };
-        lock(&self.shared.progress).change(change);
+        self.shared.progress.change(change);
         if self.rate.is_zero() {
             return !self.shared.is_unwanted();
         }

@@ -258,7 +258,7 @@ pub(super) fn plan_error(error: &PlanError) -> ApiError {
     match error {
         PlanError::Log(error) => points::log_error(error),
         PlanError::TooMany { .. } => ApiError::new(ErrorCode::Refused, error.to_string())
-            .with_hint("backtide retention preview tells what a ladder keeps"),
+            .with_hint("name rungs that are further apart, such as hourly instead of per-10m, or that keep for less long"),
     }
 }
 

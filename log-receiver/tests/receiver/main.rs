@@ -15,6 +15,7 @@ mod point_reader;
 mod reading;
 mod refusals;
 mod retention;
+mod scrubbing;
 mod store;
 mod stream;
 mod writable;

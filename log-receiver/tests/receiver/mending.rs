@@ -186,3 +186,46 @@ async fn a_scrub_goes_on_when_the_receiver_is_started_again_and_holds_one_disk()
     receiver.shutdown().await;
     assert!(fsck(&place.store(), &mut |_| {}).unwrap().sound);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pack_that_cannot_be_opened_keeps_nothing_else_from_being_mended() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let agent = write_history(&receiver, 6..=60).await;
+    let api = client(&receiver);
+    rounds(&api, &vm1(), TENS).await;
+    damage(&files(&place, "pack"), 7);
+    // No image has a chunk of it.
+    fs::create_dir(place.store().join("images/packs/0000000000000099.pack")).unwrap();
+    let disk = attached(agent, at(60), Answers::Right);
+    let status = scrubbed(&api).await;
+    assert!(status.sound && status.disks[0].mended.len() == 1, "{status:?}");
+    receiver.shutdown().await;
+    disk.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_found_before_an_error_is_told_with_it() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    drop(write_history(&receiver, 6..=60).await);
+    let api = client(&receiver);
+    rounds(&api, &vm1(), TENS).await;
+    damage(&files(&place, "seg"), 60);
+    let pack = &files(&place, "pack")[0];
+    let bytes = fs::read(pack).unwrap();
+    fs::remove_file(pack).unwrap();
+    fs::create_dir(pack).unwrap();
+    let status = scrubbed(&api).await;
+    let found = &status.disks[0];
+    assert!(found.error.as_ref().is_some_and(|why| why.contains(".pack")), "{found:?}");
+    assert!(found.damage.len() == 1 && found.damage[0].contains(".seg is damaged at byte"), "{found:?}");
+    let known = api.points(&vm1()).await.unwrap().damage;
+    assert_eq!(known.as_ref(), Some(&found.damage[0]));
+    receiver.shutdown().await;
+    let checked = fsck(&place.store(), &mut |_| {}).unwrap();
+    // The last entry of a log that nobody has open is its end.
+    assert!(!checked.disks[0].damage.is_empty() && checked.disks[0].error.is_some(), "{checked:?}");
+    fs::remove_dir(pack).unwrap();
+    fs::write(pack, bytes).unwrap();
+}

@@ -66,6 +66,7 @@ pub(crate) fn images(storage: &MemoryStorage) -> Images {
         chunk_bytes_max: ByteCount(300 << 10),
         open_packs_max: 3,
         known_chunks_max: 50,
+        ..ImagesLimits::default()
     };
     Images::new(Arc::new(storage.clone()), limits)
 }

@@ -23,7 +23,7 @@ fn mend(images: &Images, root: Root, disk: Option<&[u8]>) -> Mended {
         chunk.resize(CHUNK, 0);
         is_wanted(&chunk).then(|| Bytes::from(chunk))
     };
-    images.mend(&losses, find).expect("no failure")
+    images.mend(&losses, find, &mut |_| true).expect("no failure")
 }
 
 /// A disk of which nothing compresses, and its image.
@@ -221,5 +221,108 @@ fn a_mend_that_finds_no_room_says_so_and_changes_nothing() {
     };
     assert!(packs(&bench.storage.files()) == packs(&before));
     assert_eq!(mend(&images, root, Some(&content)).chunks.len(), 1);
+    assert!(check(&images, root).is_empty());
+}
+
+#[test]
+fn a_mend_and_a_writer_never_have_one_pack() {
+    // Whoever begins to write knows of the image, or not.
+    for knows in [true, false] {
+        let (mut bench, _) = noise(18, 3);
+        bench.content = noise(23, 1).0.content;
+        let root = bench.make(None, &[true]).expect("no fault");
+        let packs = bench.packs();
+        bench.storage.remove(Path::new("images/packs/0000000000000002.pack")).unwrap();
+        let images = images(&bench.storage);
+        let open = knows.then(|| images.image(root));
+        let mut writer = images.write().unwrap();
+        let mut random = Random(19);
+        let other: Vec<u8> = (0..3 * CHUNK / 8).flat_map(|_| random.next().to_le_bytes()).collect();
+        let mut disk = Disk { content: &other, changed: &[true; 3] };
+        let second = writer.image(None, ByteCount(other.len() as u64), &mut disk).unwrap();
+        assert_eq!(bench.packs().len(), packs.len(), "one was begun, and has no trailer");
+        let done = mend(&images, root, Some(&bench.content));
+        writer.finish().unwrap();
+        drop(open);
+        assert!(read(&images.image(second)).unwrap() == other, "what was written meanwhile");
+        bench.storage.crash(20);
+        let images = crate::common::images(&bench.storage);
+        assert!(read(&images.image(second)).unwrap() == other, "after a power cut too");
+        if knows {
+            assert!(done.left.is_empty(), "{done:?}");
+            assert!(read(&images.image(root)).unwrap() == bench.content);
+        } else {
+            let why = done.left[0].why.as_deref();
+            assert!(done.chunks.is_empty() && why == Some("the pack is being written"), "{done:?}");
+        }
+    }
+}
+
+#[test]
+fn a_mend_that_is_called_off_anywhere_leaves_the_old_pack_or_the_new_one_and_nothing_beside_it() {
+    let storage = MemoryStorage::new();
+    let images = Images::new(Arc::new(storage.clone()), ImagesLimits::default());
+    let mut random = Random(21);
+    let content: Vec<u8> = (0..40 * CHUNK / 8).flat_map(|_| random.next().to_le_bytes()).collect();
+    let mut writer = images.write().unwrap();
+    let mut disk = Disk { content: &content, changed: &[true; 40] };
+    let root = writer.image(None, ByteCount(content.len() as u64), &mut disk).unwrap();
+    writer.finish().unwrap();
+    let pack = Path::new("images/packs/0000000000000001.pack");
+    for at in [1000, 70_000] {
+        storage.flip_bit(pack, ByteOffset(at), 1);
+    }
+    let before = storage.files();
+    let found = losses(&images, root);
+    let find = &mut |lost: &backtide_images::LostChunk, is_wanted: &dyn Fn(&[u8]) -> bool| {
+        let chunk = &content[lost.places()[0].1.start().0 as usize..][..CHUNK];
+        is_wanted(chunk).then(|| Bytes::copy_from_slice(chunk))
+    };
+    for stop in 0.. {
+        let (mut asked, mut told) = (0, 0);
+        let mut step = |bytes: ByteCount| {
+            asked += 1;
+            told += bytes.0;
+            asked <= stop
+        };
+        let done = images.mend(&found, find, &mut step).expect("no failure");
+        assert!(storage.files().len() == before.len(), "{stop}: something is left beside it");
+        if !done.called_off {
+            assert_eq!((done.chunks.len(), done.left.len()), (2, 0), "{done:?}");
+            // A look into the pack, two chunks, all of it while it is copied.
+            assert!(stop >= 5 && told > 42 * CHUNK as u64, "{stop} steps, {told} bytes");
+            break;
+        }
+        assert_eq!(asked, stop + 1, "it goes on after it was called off");
+        assert_eq!(done.left.len(), 2, "{done:?}");
+        assert!(storage.files() == before, "{stop}");
+    }
+    assert!(read(&images.image(root)).unwrap() == content);
+}
+
+#[test]
+fn a_mend_leaves_the_room_that_is_to_stay_free() {
+    let (bench, root) = noise(22, 3);
+    let content = bench.content.clone();
+    let pack = &bench.packs()[0];
+    bench.storage.flip_bit(pack, ByteOffset(1000), 1);
+    let limits = ImagesLimits { free_bytes_min: ByteCount(1 << 20), ..ImagesLimits::default() };
+    let images = Images::new(Arc::new(bench.storage.clone()), limits);
+    let before = bench.storage.files();
+    let used = bench.storage.used();
+    // The pack has less than 512 KiB.
+    for (room, mends) in [(1_u64 << 20, false), ((1 << 20) + (64 << 10), false), (3 << 19, true)] {
+        bench.storage.set_capacity(Some(ByteCount(used.0 + room)));
+        let done = mend(&images, root, Some(&content));
+        assert_eq!(done.left.is_empty(), mends, "{room}: {done:?}");
+        if !mends {
+            let why = done.left[0].why.as_deref().unwrap_or_default();
+            assert!(
+                why.contains("no space left") && why.contains("1048576 of them are to stay free"),
+                "{why}"
+            );
+            assert!(bench.storage.files() == before);
+        }
+    }
     assert!(check(&images, root).is_empty());
 }

@@ -1,10 +1,10 @@
 //! The images of a log, against the hashes of their chunks.
 
-use backtide_images::{Left, Losses, Mended};
+use backtide_images::{Left, Losses, LostChunk, Mended};
 use backtide_units::ByteCount;
 use roaring::RoaringTreemap;
 
-use super::Checked;
+use super::{Checked, cannot_be_mended, chain};
 use crate::{LogError, Snapshot, mend::Mender};
 
 impl Snapshot {
@@ -16,12 +16,31 @@ impl Snapshot {
         step: &mut dyn FnMut(ByteCount) -> bool,
     ) -> Result<(), LogError> {
         let (mut seen, mut losses) = (RoaringTreemap::new(), Losses::default());
+        let mut walked = self.walk_images(&mut seen, &mut losses, checked, step);
+        // What is mended of a tree may lead to more that is damaged, a level lower each time.
+        while let Some(mender) =
+            mender.filter(|_| walked.is_ok() && !losses.is_empty() && !checked.called_off)
+        {
+            let found = std::mem::take(&mut losses);
+            walked = self.mend_images(&found, (&mut seen, &mut losses), checked, mender, step);
+        }
+        note_all(&losses, None, checked);
+        walked
+    }
+
+    fn walk_images(
+        &self,
+        seen: &mut RoaringTreemap,
+        losses: &mut Losses,
+        checked: &mut Checked,
+        step: &mut dyn FnMut(ByteCount) -> bool,
+    ) -> Result<(), LogError> {
         for (number, (_, image)) in self.origin().images().iter().enumerate() {
             if checked.called_off {
                 break;
             }
             let mut bytes = 0;
-            let whole = image.check(number, &mut seen, &mut losses, &mut |read| {
+            let whole = image.check(number, seen, losses, &mut |read| {
                 bytes += read.0;
                 step(read)
             })?;
@@ -29,47 +48,55 @@ impl Snapshot {
             checked.bytes.0 += bytes;
             checked.called_off |= !whole;
         }
-        let mender = mender.filter(|_| !checked.called_off);
-        // What is mended of a tree may lead to more that is damaged, a level lower each time.
-        while let Some(mender) = mender.filter(|_| !losses.is_empty()) {
-            losses = self.mend_images(&losses, &mut seen, checked, mender, step)?;
-        }
-        losses.sentences().for_each(|what| checked.note(what.to_owned()));
-        checked.more_damage += losses.more();
         Ok(())
     }
 
-    /// Mends what can be, and gives what was found behind that.
+    /// Mends what can be; what is found behind that goes to `behind`.
     fn mend_images(
         &self,
         losses: &Losses,
-        seen: &mut RoaringTreemap,
+        (seen, behind): (&mut RoaringTreemap, &mut Losses),
         checked: &mut Checked,
         mender: &Mender<'_>,
         step: &mut dyn FnMut(ByteCount) -> bool,
-    ) -> Result<Losses, LogError> {
-        let find = &mut |lost: &_, is_wanted: &dyn Fn(&[u8]) -> bool| mender.chunk(lost, is_wanted);
-        let Mended { chunks, tables, left } = self.images().mend(losses, find)?;
-        checked.called_off |= !step(mender.take_read());
+    ) -> Result<(), LogError> {
+        let find = &mut |lost: &LostChunk, is_wanted: &dyn Fn(&[u8]) -> bool| mender.chunk(lost, is_wanted);
+        // What a mend reads and writes is for the pace alone: it is no part of what is checked.
+        let pace = &mut |bytes: ByteCount| step(ByteCount(bytes.0.saturating_add(mender.take_read().0)));
+        let Mended { chunks, tables, left, called_off } = match self.images().mend(losses, find, pace) {
+            Ok(mended) => mended,
+            Err(error) => {
+                note_all(losses, Some(&chain(&error)), checked);
+                return Ok(());
+            }
+        };
+        checked.called_off |= called_off;
         losses.lasting().for_each(|what| checked.note(what.to_owned()));
         checked.more_damage += losses.more();
         for Left { what, why } in left {
-            checked.note(why.map_or(what.clone(), |why| format!("{what}: cannot be mended: {why}")));
+            checked.note(why.map_or_else(|| what.clone(), |why| cannot_be_mended(&what, &why)));
         }
         tables.into_iter().for_each(|what| checked.note_mended(what));
-        let mut behind = Losses::default();
-        for lost in chunks {
-            if let Some((number, _)) = lost.places().first().filter(|_| lost.is_node())
-                && let Some((_, image)) = self.origin().images().get(*number)
-            {
-                let whole = image.check_below(&lost, seen, &mut behind, &mut |read| {
-                    checked.bytes.0 += read.0;
-                    step(read)
-                })?;
-                checked.called_off |= !whole;
-            }
-            checked.note_mended(lost.what().to_owned());
+        chunks.iter().for_each(|lost| checked.note_mended(lost.what().to_owned()));
+        for lost in chunks.iter().filter(|lost| lost.is_node()) {
+            let place = lost.places().first();
+            let Some((_, image)) = place.and_then(|(number, _)| self.origin().images().get(*number)) else {
+                continue;
+            };
+            let whole = image.check_below(lost, seen, behind, &mut |read| {
+                checked.bytes.0 += read.0;
+                step(read)
+            })?;
+            checked.called_off |= !whole;
         }
-        Ok(behind)
+        Ok(())
     }
+}
+
+/// Notes everything that was found, with why none of it could be mended.
+fn note_all(losses: &Losses, why: Option<&str>, checked: &mut Checked) {
+    for what in losses.sentences() {
+        checked.note(why.map_or_else(|| what.to_owned(), |why| cannot_be_mended(what, why)));
+    }
+    checked.more_damage += losses.more();
 }

@@ -1,0 +1,180 @@
+//! Writes a pack anew with chunks that were found: beside the old one, read back, renamed over it.
+
+use std::{error::Error as _, path::Path};
+
+use backtide_units::ByteCount;
+
+use super::{Found, Pace};
+use crate::{
+    ImageError, Images,
+    chunk::Kind,
+    error::failed,
+    pack::{Line, Pack, table_bytes},
+    pack_writer::PackWriter,
+    store::{PACKS_DIR, lock, path_of},
+};
+
+/// No pack has more chunks than these bytes, nodes twice.
+const REWRITTEN_BYTES_MAX: u64 = 3 << 30;
+
+/// Header, trailer, and what the file system needs for a name.
+const AROUND_BYTES: u64 = 64 << 10;
+
+/// What became of it.
+enum Replaced {
+    Done,
+    CalledOff,
+    Cannot(String),
+}
+
+/// A pack before it is mended.
+struct Before {
+    /// None when its file is missing.
+    pack: Option<Pack>,
+    /// Its chunks, whole or not, with the bytes that each takes.
+    kept: Vec<(Line, u64)>,
+}
+
+impl Images {
+    /// Writes a pack anew with these chunks; gives why it could not, unless it was called off.
+    pub(super) fn put_back(&self, number: u32, found: &Found, pace: &mut Pace<'_>) -> Option<String> {
+        let _alone = lock(&self.shared.rewriting);
+        let Some(_number) = self.shared.numbers.mend(number) else {
+            return Some("the pack is being written".to_owned());
+        };
+        let tried = self.remove_leftovers().and_then(|_| self.replace(number, found, pace));
+        let why = match tried {
+            Ok(Replaced::Done) => return None,
+            Ok(Replaced::CalledOff) => None,
+            Ok(Replaced::Cannot(why)) => Some(why),
+            Err(error) => {
+                let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
+                Some(format!("{error}{source}"))
+            }
+        };
+        // Its room is given back at once, where that can be done.
+        let _ = self.remove_leftovers();
+        why
+    }
+
+    fn replace(&self, number: u32, found: &Found, pace: &mut Pace<'_>) -> Result<Replaced, ImageError> {
+        let before = match self.before(number, found)? {
+            Ok(before) => before,
+            Err(why) => return Ok(Replaced::Cannot(why)),
+        };
+        if let Some(why) = self.no_room(&before, found)? {
+            return Ok(Replaced::Cannot(why));
+        }
+        if !self.write_beside(number, &before, found, pace)? {
+            return Ok(Replaced::CalledOff);
+        }
+        let storage = &self.shared.storage;
+        let name = self.name_of(number);
+        let fail = |source| failed(format!("write {}", name.display()), source);
+        let beside = path_of(number).with_extension("new");
+        let written = Pack::open(storage.open(&beside).map_err(fail)?, name.clone(), number)?;
+        if let Some(broken) = written.broken() {
+            return Ok(Replaced::Cannot(format!("what was written beside it reads otherwise: {broken}")));
+        }
+        for (header, _) in found.values() {
+            written.chunk(&header.name)?;
+            if !pace.count(ByteCount(header.whole())) {
+                return Ok(Replaced::CalledOff);
+            }
+        }
+        if !pace.ask(ByteCount::ZERO) {
+            return Ok(Replaced::CalledOff);
+        }
+        storage.rename(&beside, &path_of(number)).map_err(fail)?;
+        self.forget_pack(number);
+        let dir = Path::new(PACKS_DIR);
+        let synced = storage.sync_dir(dir);
+        synced.map_err(|source| failed(format!("sync {}", storage.display(dir).display()), source))?;
+        Ok(Replaced::Done)
+    }
+
+    /// The pack as it is now, if these chunks can be put into it; else why not.
+    fn before(&self, number: u32, found: &Found) -> Result<Result<Before, String>, ImageError> {
+        let pack = match self.open_pack(number) {
+            Ok(pack) => pack,
+            Err(ImageError::Damaged { .. }) if !found.is_empty() => {
+                return Ok(Ok(Before { pack: None, kept: Vec::new() }));
+            }
+            Err(error) => return Err(error),
+        };
+        if !pack.has_all_its_lines()? {
+            return Ok(
+                Err("the pack's table is damaged and so is a chunk's header before others".to_owned()),
+            );
+        }
+        let Some(kept) = pack.lengths() else {
+            return Ok(Err("the pack's chunks do not lie in their order".to_owned()));
+        };
+        let another = |(line, _): &(Line, u64)| {
+            found.get(&line.ordinal).is_some_and(|(header, _)| header.name.hash != line.hash)
+        };
+        if kept.iter().any(another) {
+            return Ok(Err("the pack has another chunk there".to_owned()));
+        }
+        if kept.iter().map(|(_, length)| length).sum::<u64>() > REWRITTEN_BYTES_MAX {
+            return Ok(Err("the pack is longer than any can be".to_owned()));
+        }
+        Ok(Ok(Before { pack: Some(pack), kept }))
+    }
+
+    /// What new data needs is not a mend's: says so when too little would be left.
+    fn no_room(&self, before: &Before, found: &Found) -> Result<Option<String>, ImageError> {
+        let kept: u64 = before.kept.iter().map(|(_, length)| length).sum();
+        let table = before.pack.as_ref().map_or(ByteCount::ZERO, |pack| table_bytes(pack.lines()));
+        let twice = |kind: Kind| if kind == Kind::Data { 1 } else { 2 };
+        let found: u64 = found.values().map(|(header, _)| header.whole() * twice(header.kind)).sum();
+        let needed = kept + table.0 + found + AROUND_BYTES;
+        let storage = &self.shared.storage;
+        let free =
+            storage.free_space().map_err(|source| failed("see how much is free".to_owned(), source))?;
+        let reserve = self.shared.limits.free_bytes_min;
+        let why = || {
+            format!(
+                "no space left to write its pack anew: that takes {needed} bytes, {free} are free, and {reserve} of \
+                 them are to stay free"
+            )
+        };
+        Ok((free.0 < needed.saturating_add(reserve.0)).then(why))
+    }
+
+    /// Writes all of the pack beside it, durably but for its name; false when it was called off.
+    fn write_beside(
+        &self,
+        number: u32,
+        before: &Before,
+        found: &Found,
+        pace: &mut Pace<'_>,
+    ) -> Result<bool, ImageError> {
+        let name = self.name_of(number);
+        let file = self.shared.storage.create_new(&path_of(number).with_extension("new"));
+        let file = file.map_err(|source| failed(format!("write {}", name.display()), source))?;
+        let mut writer = PackWriter::new(file, name, number);
+        let mut new = found.iter().peekable();
+        for (line, length) in &before.kept {
+            while let Some((_, (header, stored))) = new.next_if(|(ordinal, _)| **ordinal < line.ordinal) {
+                writer.append(header, stored)?;
+            }
+            match (new.next_if(|(ordinal, _)| **ordinal == line.ordinal), &before.pack) {
+                (Some((_, (header, stored))), _) => writer.append(header, stored)?,
+                (None, Some(old)) => writer.append_as_it_is(line, &old.as_it_is(line, *length)?)?,
+                (None, None) => unreachable!("lines are of an old pack"),
+            }
+            if !pace.count(ByteCount(*length)) {
+                return Ok(false);
+            }
+        }
+        for (_, (header, stored)) in new {
+            writer.append(header, stored)?;
+            if !pace.count(ByteCount(header.whole())) {
+                return Ok(false);
+            }
+        }
+        writer.finish()?;
+        Ok(true)
+    }
+}
