@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs::Metadata,
     os::unix::fs::{FileTypeExt, MetadataExt},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -57,12 +58,7 @@ pub(crate) struct Identity {
 impl Identity {
     /// Of a path or URI. Waits for the file system.
     pub(crate) fn of(image: &str) -> Self {
-        let file = std::fs::metadata(image).ok().map(|found| {
-            // A device has many names, and its number is not that of the file system it is named in.
-            let device = found.file_type().is_block_device();
-            let (on, number) = if device { (found.rdev(), 0) } else { (found.dev(), found.ino()) };
-            (device, on, number)
-        });
+        let file = std::fs::metadata(image).ok().map(|found| file_of(&found));
         Self { text: image.to_owned(), file }
     }
 
@@ -71,14 +67,21 @@ impl Identity {
         self.file.is_some()
     }
 
-    /// Whether both are of one file or device.
-    pub(crate) fn is_same_file(&self, other: &Self) -> bool {
-        self.file.is_some() && self.file == other.file
+    /// Whether it is the file or device that was found.
+    pub(crate) fn is_of(&self, found: &Metadata) -> bool {
+        self.file == Some(file_of(found))
     }
 
     fn is_same(&self, other: &Self) -> bool {
-        self.text == other.text || self.is_same_file(other)
+        self.text == other.text || (self.file.is_some() && self.file == other.file)
     }
+}
+
+fn file_of(found: &Metadata) -> (bool, u64, u64) {
+    // A device has many names, and its number is not that of the file system it is named in.
+    let device = found.file_type().is_block_device();
+    let (on, number) = if device { (found.rdev(), 0) } else { (found.dev(), found.ino()) };
+    (device, on, number)
 }
 
 impl Claims {

@@ -8,6 +8,7 @@
 mod aside;
 
 use std::{
+    fs::Metadata,
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -80,7 +81,8 @@ pub(crate) struct DiskRecord {
     /// The disk's size at the last attach; zero before the first.
     #[serde(default)]
     pub(crate) size: ByteCount,
-    /// The disk behind is another one than at the last attach.
+    /// The disk behind is another one than at the last attach, or was not in its place when the agent last looked: what
+    /// the guest wrote need not be there.
     #[serde(default)]
     pub(crate) image_changed: bool,
     /// The receiver has refused the last attach: a later one, which this state knows nothing of, has had the disk.
@@ -117,7 +119,14 @@ pub(crate) struct ImageStamp {
 impl ImageStamp {
     /// Of the regular file at `path`. Devices and NBD servers do not tell when they were written.
     pub(crate) fn of(path: &Path) -> Option<Self> {
-        let metadata = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
+        Self::found(&std::fs::metadata(path).ok()?)
+    }
+
+    /// The same of what was found there.
+    pub(crate) fn found(metadata: &Metadata) -> Option<Self> {
+        if !metadata.is_file() {
+            return None;
+        }
         let since = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
         Some(Self {
             size: ByteCount(metadata.len()),

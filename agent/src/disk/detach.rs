@@ -2,7 +2,7 @@
 //! next attach needs is saved.
 //!
 //! Invariants: no request follows what is saved of it; nobody else can have the image before it is flushed and its state
-//! was looked at; what was not flushed is not trusted at the next attach. No step but the local disk's own waits without
+//! was looked at; what was not flushed, and an image that is not in its place, is not trusted at the next attach. No step but the local disk's own waits without
 //! a bound.
 
 use std::{rc::Rc, sync::Arc, time::Duration};
@@ -29,13 +29,16 @@ impl Disk {
     /// Ends service, lets the receiver catch up if it can at once, saves what is left.
     pub(super) async fn detach(self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
-        let Self { engine, stream, server, mut record, records, image, life, .. } = self;
+        let Self { engine, stream, server, mut record, records, image, mut life, .. } = self;
         last.guest_waits = end_service(&engine, server, leaving, last.guest_waits).await;
         let flushed = come_to_rest(&engine, &record.name).await;
         // Before anybody else can have the image; a qcow2's server writes it when it ends.
-        record.image_at_detach = life.stamp().filter(|_| flushed);
+        record.image_at_detach = life.look(record.name.as_str()).await.filter(|_| flushed);
+        record.image_changed = life.has_lost_its_image();
         catch_up(&engine, leaving).await;
         let saved = give_up(&engine, &mut record, flushed).await;
+        // Of what the path leads to nothing is known then.
+        let saved = saved.filter(|_| !record.image_changed);
         end_stream(&engine, &stream, leaving).await;
         if let Some(epoch) = stream.fenced_by.take() {
             record.fence(epoch);

@@ -6,7 +6,7 @@
 //!
 //! Invariant: an image is trusted at the next attach only if it was in place at the end of the last.
 
-use std::path::{Path, PathBuf};
+use std::{fs, path::PathBuf};
 
 use backtide_units::ByteCount;
 
@@ -39,36 +39,28 @@ impl InPlace {
         identity.is_file().then(|| Self { path: PathBuf::from(path), identity, bytes_min })
     }
 
-    /// Looks. Waits for the file system.
+    /// Looks, once; how the image looks, where that can be told. Waits for the file system.
     ///
     /// # Errors
     /// What became of it.
-    pub(crate) fn look(&self) -> Result<(), Displaced> {
-        let now = Identity::of(&self.path.to_string_lossy());
-        if !now.is_file() {
-            return Err(Displaced::Gone(self.path.clone()));
+    pub(crate) fn look(&self) -> Result<Option<ImageStamp>, Displaced> {
+        let path = || self.path.clone();
+        let found = fs::metadata(&self.path).map_err(|_| Displaced::Gone(path()))?;
+        if !self.identity.is_of(&found) {
+            return Err(Displaced::Other(path()));
         }
-        if !now.is_same_file(&self.identity) {
-            return Err(Displaced::Other(self.path.clone()));
-        }
-        match ImageStamp::of(&self.path) {
-            Some(ImageStamp { size, .. }) if size < self.bytes_min => {
-                let (path, bytes_min) = (self.path.clone(), self.bytes_min);
-                Err(Displaced::Shorter { path, now: size, bytes_min })
+        match ImageStamp::found(&found) {
+            Some(ImageStamp { size: now, .. }) if now < self.bytes_min => {
+                Err(Displaced::Shorter { path: path(), now, bytes_min: self.bytes_min })
             }
-            Some(_) | None => Ok(()),
+            stamp => Ok(stamp),
         }
-    }
-
-    /// The path of the image.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink};
+    use std::{fs, os::unix::fs::symlink, path::Path};
 
     use super::*;
 
@@ -86,7 +78,8 @@ mod tests {
             InPlace::new(text, Identity::of(text), ByteCount(8192)).unwrap()
         };
         let (by_name, by_link) = (of(&image), of(&link));
-        assert_eq!((by_name.look(), by_link.look()), (Ok(()), Ok(())));
+        let stamp = ImageStamp::of(&image);
+        assert_eq!((by_name.look(), by_link.look()), (Ok(stamp.clone()), Ok(stamp)));
         fs::remove_file(&link).unwrap();
         symlink(&other, &link).unwrap();
         assert_eq!(by_link.look(), Err(Displaced::Other(link)));

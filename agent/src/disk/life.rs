@@ -21,6 +21,8 @@ pub(super) struct Life {
     pub(super) image: Option<InPlace>,
     /// What became of it, as of the last look.
     pub(super) displaced: Option<Displaced>,
+    /// It was cut short once: what it had behind that is nowhere any more, however long it is now.
+    pub(super) was_cut: bool,
     /// As counted when the image was last looked at.
     pub(super) changes: u64,
     /// As it is in the file.
@@ -30,10 +32,10 @@ pub(super) struct Life {
 impl Life {
     /// Looks whether something has changed, and says so; `may_change` when something may have that is not counted.
     pub(super) async fn keep(&mut self, changes: u64, captured: CaptureTime, may_change: bool, disk: &str) {
-        self.look(disk).await;
+        let stamp = self.look(disk).await;
         if may_change || changes != self.changes {
             self.changes = changes;
-            self.sign = trust::alive_now(self.stamp().as_ref(), captured);
+            self.sign = trust::alive_now(stamp.as_ref(), captured);
         } else if captured != self.sign.captured {
             // That an idle disk has not changed is captured too, and changes no image.
             self.sign.captured = captured;
@@ -47,30 +49,34 @@ impl Life {
         }
     }
 
-    /// Looks whether the image is where it was.
-    async fn look(&mut self, disk: &str) {
-        let image = self.image.clone();
+    /// Looks whether the image is where it was, on a thread that may wait for the file system. The image as it is now; none
+    /// of one that is not a file, or not in its place.
+    pub(super) async fn look(&mut self, disk: &str) -> Option<ImageStamp> {
+        let image = self.image.clone()?;
         // No look is no news.
-        let look = move || Ok(image.and_then(|image| image.look().err()));
-        let Ok(found) = blocking(look).await else { return };
-        match &found {
+        let (displaced, stamp) = match blocking(move || Ok(image.look())).await.ok()? {
+            Ok(stamp) => (None, stamp),
+            Err(displaced) => (Some(displaced), None),
+        };
+        match &displaced {
             found if *found == self.displaced => {}
             Some(error) => tracing::error!(disk, %error, "the image is not where it was"),
             None => tracing::info!(disk, "the image is where it was again"),
         }
-        self.displaced = found;
+        self.was_cut |= matches!(displaced, Some(Displaced::Shorter { .. }));
+        self.displaced = displaced;
+        stamp
     }
 
-    /// The image as it is now; none of one that is not a file, or not in its place.
-    pub(super) fn stamp(&self) -> Option<ImageStamp> {
-        let image = self.image.as_ref()?;
-        ImageStamp::of(image.path()).filter(|_| image.look().is_ok())
+    /// Whether what the guest wrote need not be where the image's path leads to.
+    pub(super) fn has_lost_its_image(&self) -> bool {
+        self.displaced.is_some() || self.was_cut
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, sync::Arc};
+    use std::path::Path;
 
     use backtide_storage::{MemoryStorage, Storage};
     use backtide_tracking::{ActivityLimits, Loaded, SavedTracking, Snapshot};
@@ -79,20 +85,33 @@ mod tests {
     use super::*;
     use crate::claims::Identity;
 
+    const TRACKING: &str = "vm1.tracking";
+
+    /// Of an image that is as long as it has to be, in a storage of its own.
+    fn life_of(image: &Path) -> Life {
+        life_in(&MemoryStorage::new(), image)
+    }
+
+    fn life_in(storage: &dyn Storage, image: &Path) -> Life {
+        let snapshot = Snapshot::first(SavedTracking::unknown(DiskId::random()), false, true);
+        let (path, limits) = (Path::new(TRACKING), ActivityLimits::default());
+        let file = TrackingFile::create(storage, path, limits, ByteCount(1 << 20), &snapshot).unwrap();
+        let stamp = ImageStamp::of(image).unwrap();
+        let sign = trust::alive_since(Some(&stamp), CaptureTime(1));
+        let text = image.to_str().unwrap();
+        let image = InPlace::new(text, Identity::of(text), stamp.size);
+        Life { file, image, displaced: None, was_cut: false, changes: 0, sign }
+    }
+
     #[tokio::test]
     async fn a_foreign_write_while_the_disk_is_idle_is_not_taken_for_its_own() {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("vm1.img");
         std::fs::write(&image, "content").unwrap();
-        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
-        let snapshot = Snapshot::first(SavedTracking::unknown(DiskId::random()), false, true);
-        let (path, limits) = (Path::new("vm1.tracking"), ActivityLimits::default());
-        let file = TrackingFile::create(&*storage, path, limits, ByteCount(1 << 20), &snapshot).unwrap();
-        let sign = trust::alive_since(ImageStamp::of(&image).as_ref(), CaptureTime(1));
-        let text = image.to_str().unwrap();
-        let in_place = InPlace::new(text, Identity::of(text), ByteCount(7));
-        let mut life = Life { file, image: in_place, displaced: None, changes: 0, sign };
-        let told = || Loaded::from_file(&*storage, path).unwrap().unwrap().alive.unwrap();
+        let storage = MemoryStorage::new();
+        let mut life = life_in(&storage, &image);
+        assert!(!life.has_lost_its_image());
+        let told = || Loaded::from_file(&storage, Path::new(TRACKING)).unwrap().unwrap().alive.unwrap();
         life.keep(1, CaptureTime(2), false, "vm1").await;
         let own = told();
         let touch = |seconds| {
@@ -116,7 +135,28 @@ mod tests {
         std::fs::copy(&image, directory.path().join("copy")).unwrap();
         std::fs::rename(directory.path().join("copy"), &image).unwrap();
         life.keep(3, CaptureTime(32), true, "vm1").await;
-        assert_eq!((told().image, life.stamp()), (None, None));
+        assert_eq!((told().image, life.look("vm1").await), (None, None));
         assert_eq!(life.displaced, Some(Displaced::Other(image)));
+        assert!(life.has_lost_its_image());
+    }
+
+    #[tokio::test]
+    async fn what_was_cut_off_does_not_come_back_and_what_was_renamed_does() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("vm1.img");
+        std::fs::write(&image, [1; 8192]).unwrap();
+        let mut life = life_of(&image);
+        let kept = directory.path().join("kept");
+        std::fs::rename(&image, &kept).unwrap();
+        assert_eq!((life.look("vm1").await, life.has_lost_its_image()), (None, true));
+        std::fs::rename(&kept, &image).unwrap();
+        assert_eq!((life.look("vm1").await, life.has_lost_its_image()), (ImageStamp::of(&image), false));
+        let file = std::fs::File::options().write(true).open(&image).unwrap();
+        for length in [4096, 8192] {
+            file.set_len(length).unwrap();
+            life.look("vm1").await;
+            assert!(life.has_lost_its_image(), "{length}");
+        }
+        assert_eq!(life.displaced, None);
     }
 }

@@ -13,8 +13,11 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Command, DiskHandle, Leaving, nbd_disk::NbdDisk, open, start};
-use crate::record::{DiskRecord, ImageStamp, Records};
+use super::{Command, DiskHandle, InPlace, Leaving, nbd_disk::NbdDisk, open, start};
+use crate::{
+    claims::Identity,
+    record::{DiskRecord, ImageStamp, Records},
+};
 
 /// A disk that was started in a test's directory.
 pub(crate) struct Started {
@@ -41,7 +44,9 @@ impl Started {
         let receiver = backtide_control::Address::unix(directory.join("nobody.sock"));
         let record = change(DiskRecord::new("vm1".parse().unwrap(), behind.clone(), receiver));
         let sources: Arc<dyn crate::disk::source::Sources> = Arc::new(crate::disk::source::Remote);
-        let (_, opened) = open(&records, record, &behind, ImageStamp::of(&image), &sources).await.unwrap();
+        let (_, mut opened) =
+            open(&records, record, &behind, ImageStamp::of(&image), &sources).await.unwrap();
+        opened.in_place = InPlace::new(&behind, Identity::of(&behind), ByteCount(1 << 20));
         let address = NbdAddress::Unix(directory.join("vm1.nbd"));
         let nbd = NbdUri { address, export: "vm1".to_owned(), tls: None };
         let sockets = Sockets::default();
@@ -82,6 +87,39 @@ async fn a_flush_that_failed_before_a_detach_is_kept_until_a_guest_was_told() {
     drop(guest);
     disk.end().await;
     assert!(!owes());
+}
+
+#[tokio::test]
+async fn an_image_that_is_not_in_its_place_is_noted_and_nothing_is_believed_of_what_is_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let (image, kept) = (directory.join("vm1.img"), directory.join("kept.img"));
+    let disk = Started::image(directory).await;
+    let name = "vm1".parse().unwrap();
+    let record = || records(directory).load(&name).unwrap().unwrap();
+    let until = async |displaced: bool| {
+        let told = async {
+            while disk.handle.status().await.unwrap().local_error.is_some() != displaced {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), told).await.expect("it is looked at each second");
+    };
+    // What is there now tells no time, as a device does.
+    let displace = || {
+        std::fs::rename(&image, &kept).unwrap();
+        std::os::unix::fs::symlink("/dev/null", &image).unwrap();
+    };
+    displace();
+    until(true).await;
+    assert!(record().image_changed, "also should the agent die now");
+    std::fs::rename(&kept, &image).unwrap();
+    until(false).await;
+    assert!(!record().image_changed);
+    displace();
+    disk.end().await;
+    assert!(record().image_changed && record().image_at_detach.is_none());
+    assert!(records(directory).load_tracking(&name).unwrap().unwrap().snapshot.everything);
 }
 
 #[tokio::test]

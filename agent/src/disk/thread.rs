@@ -166,6 +166,7 @@ impl Disk {
             file: tracking.file.clone(),
             image: opened.in_place,
             displaced: None,
+            was_cut: false,
             changes: 0,
             sign: opened.alive,
         };
@@ -359,6 +360,11 @@ impl Disk {
             if self.record.fenced && self.stream.fenced_by.get() <= Some(self.record.epoch) {
                 self.stream.fenced_by.set(None);
             }
+        }
+        // Also should the agent die before the image is where it was again.
+        let image_changed = self.life.has_lost_its_image();
+        if image_changed != self.record.image_changed {
+            self.save_record(DiskRecord { image_changed, ..self.record.clone() }).await;
         }
         // Also should the agent die before a guest was told.
         let flush_failed = self.engine.look(Filter::untold_failure).is_some();

@@ -4,10 +4,11 @@
 //! to it, so every sign of such a write means that everything is compared:
 //! - after a clean detach, a regular file must have the size and time it was left with; what tells
 //!   no time (a device, an NBD server) is trusted only when the agent itself ended, since a disk
-//!   that is attached is written by nobody else;
+//!   that is attached is written by nobody else, and only if it told none before;
 //! - after a crash, a regular file must be the one the agent had, written neither before the agent saw
 //!   it last nor later than the agent lived. What tells no time is trusted: a device or server that
-//!   somebody writes between the agent's death and its next start is not noticed.
+//!   somebody writes between the agent's death and its next start is not noticed;
+//! - an image that was not in its place when the agent last looked is another one.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -154,20 +155,26 @@ fn foreign_write(
     stamp: Option<&ImageStamp>,
     size: ByteCount,
 ) -> Option<(Reason, &'static str)> {
-    if loaded.snapshot.saved.disk != record.uuid || record.image_changed {
+    if loaded.snapshot.saved.disk != record.uuid {
         return Some((Reason::BitmapUntrusted, "the tracking file is of another disk"));
+    }
+    if record.image_changed {
+        return Some((Reason::BitmapUntrusted, "the image is another one, or was not in its place"));
     }
     if record.size > size {
         return Some((Reason::Resized, "the disk is smaller than it was"));
     }
     let touched = Some((Reason::BitmapUntrusted, "the disk may have been changed while it was detached"));
     let detached = loaded.clean && (record.stopped || record.image_at_detach.is_some());
+    let was_a_file =
+        record.image_at_detach.is_some() || loaded.alive.is_some_and(|sign| sign.image.is_some());
     match (detached, stamp) {
         (true, Some(stamp)) => touched.filter(|_| record.image_at_detach.as_ref() != Some(stamp)),
-        (true, None) => touched.filter(|_| !record.stopped),
+        (true, None) => touched.filter(|_| !record.stopped || was_a_file),
         // Detached on purpose, and nothing tells what happened then.
         (false, None) if loaded.clean || !record.attached => touched,
-        (false, None) => None,
+        // A file told when it was written, and what is there now does not.
+        (false, None) => touched.filter(|_| was_a_file),
         (false, Some(stamp)) => {
             let late = "the image is not as the agent that had it last saw it";
             Some((Reason::BitmapUntrusted, late)).filter(|_| !lived_until(loaded.alive, stamp))

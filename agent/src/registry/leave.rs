@@ -55,7 +55,7 @@ impl Registry {
     pub(super) async fn require_in_place(&self, name: &DiskName) -> Result<(), ApiError> {
         let in_place = self.disks.read().await.get(name).and_then(|attached| attached.in_place.clone());
         let Some(in_place) = in_place else { return Ok(()) };
-        waiting(move || in_place.look()).await?.map_err(|displaced| {
+        waiting(move || in_place.look().map(drop)).await?.map_err(|displaced| {
             ApiError::new(ErrorCode::Refused, format!("disk {name} cannot be let go of: {displaced}")).with_hint(
                 format!("copy the disk through its NBD export first, for instance with nbdcopy; `backtide detach {name} --force` then gives up the open file"),
             )

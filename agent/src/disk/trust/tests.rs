@@ -45,6 +45,12 @@ fn left(record: &DiskRecord, clean: bool) -> Loaded {
     Loaded { snapshot, hot: DirtyBitmap::of((8..12).into()), clean, alive: Some(alive()) }
 }
 
+/// The same of what tells no time, as a device does.
+fn left_of_a_device(record: &DiskRecord, clean: bool) -> Loaded {
+    let alive = Some(SignOfLife { image: None, ..alive() });
+    Loaded { alive, ..left(record, clean) }
+}
+
 fn is_lost(resume: &Resume, why: Reason) -> bool {
     matches!(resume, Resume::Lost { reason, last_lsn: Lsn(77), .. } if *reason == why)
 }
@@ -70,11 +76,33 @@ fn a_clean_detach_is_believed_when_the_image_is_as_it_was_left() {
 #[test]
 fn a_device_is_believed_after_the_end_of_the_agent_and_not_after_a_detach() {
     let record = DiskRecord { image_at_detach: None, ..record() };
-    let good = left(&record, true);
+    let good = left_of_a_device(&record, true);
     let detached = resume(&record, Ok(Some(good.clone())), None, SIZE);
     assert!(is_lost(&detached, Reason::BitmapUntrusted));
-    let stopped = resume(&DiskRecord { stopped: true, ..record }, Ok(Some(good.clone())), None, SIZE);
-    assert_eq!(stopped, Resume::Clean(good.snapshot.saved));
+    let stopped = DiskRecord { stopped: true, ..record.clone() };
+    let resumed = resume(&stopped, Ok(Some(good.clone())), None, SIZE);
+    assert_eq!(resumed, Resume::Clean(good.snapshot.saved.clone()));
+    let crashed = DiskRecord { attached: true, ..record };
+    for displaced in [stopped, crashed] {
+        let displaced = DiskRecord { image_changed: true, ..displaced };
+        for clean in [true, false] {
+            let left = left_of_a_device(&displaced, clean);
+            let resumed = resume(&displaced, Ok(Some(left)), None, SIZE);
+            assert!(is_lost(&resumed, Reason::BitmapUntrusted), "{resumed:?}");
+        }
+    }
+}
+
+#[test]
+fn a_device_in_the_place_of_a_file_is_not_believed() {
+    let untrusted = |record: &DiskRecord, loaded: Loaded| {
+        let resumed = resume(record, Ok(Some(loaded)), None, SIZE);
+        assert!(is_lost(&resumed, Reason::BitmapUntrusted), "{resumed:?}");
+    };
+    let stopped = DiskRecord { stopped: true, ..record() };
+    untrusted(&stopped, left_of_a_device(&stopped, true));
+    let crashed = DiskRecord { image_at_detach: None, attached: true, ..record() };
+    untrusted(&crashed, left(&crashed, false));
 }
 
 #[test]
@@ -83,8 +111,9 @@ fn after_a_crash_what_may_differ_is_compared_and_nothing_else() {
     let mut expected = DirtyBitmap::of((3..5).into());
     expected.insert((8..12).into());
     let (then, later) = (stamp(-10), stamp(2));
-    for stamp in [Some(&then), Some(&later), None] {
-        match resume(&record, Ok(Some(left(&record, false))), stamp, SIZE) {
+    let (file, device) = (left(&record, false), left_of_a_device(&record, false));
+    for (left, stamp) in [(&file, Some(&then)), (&file, Some(&later)), (&device, None)] {
+        match resume(&record, Ok(Some(left.clone())), stamp, SIZE) {
             Resume::Crashed { candidates, last_lsn: Lsn(77), .. } => assert_eq!(candidates, expected),
             other => panic!("expected a crash, found {other:?}"),
         }
@@ -124,11 +153,12 @@ fn a_power_loss_may_take_the_last_times_with_it() {
 #[test]
 fn a_file_that_says_everything_or_is_of_another_history_means_everything() {
     let record = DiskRecord { image_at_detach: None, attached: true, ..record() };
-    let mut loaded = left(&record, false);
+    let mut loaded = left_of_a_device(&record, false);
     loaded.snapshot.everything = true;
     assert!(is_lost(&resume(&record, Ok(Some(loaded)), None, SIZE), Reason::AgentCrashed));
     let other = DiskRecord { history: Some(HistoryId::random()), ..record.clone() };
-    assert!(is_lost(&resume(&other, Ok(Some(left(&record, false))), None, SIZE), Reason::AgentCrashed));
+    let left = left_of_a_device(&record, false);
+    assert!(is_lost(&resume(&other, Ok(Some(left)), None, SIZE), Reason::AgentCrashed));
 }
 
 #[test]
@@ -187,7 +217,7 @@ fn of_a_disk_that_has_grown_the_new_blocks_are_compared_and_what_was_known_befor
         other => panic!("{other:?}"),
     }
     let crashed = DiskRecord { image_at_detach: None, attached: true, ..record() };
-    match resume(&crashed, Ok(Some(left(&crashed, false))), None, grown) {
+    match resume(&crashed, Ok(Some(left_of_a_device(&crashed, false))), None, grown) {
         Resume::Crashed { reason: Reason::AgentCrashed, candidates, .. } => assert_eq!(candidates, expected),
         other => panic!("{other:?}"),
     }
