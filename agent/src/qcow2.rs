@@ -5,19 +5,24 @@
 //! for it as for any NBD server. Starting and ending one takes a bounded time, whatever its storage does.
 
 mod ending;
+mod tool;
 
 use std::{
     io::{self, Read},
+    ops::ControlFlow,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
 
-pub(crate) use self::ending::NotEnded;
 use self::ending::{Patience, end_child, end_other};
+pub(crate) use self::{
+    ending::NotEnded,
+    tool::{create, grow, is_blank},
+};
 use backtide_agent_api::{CacheMode, ImageFormat};
-use backtide_units::{ByteCount, DiskName};
+use backtide_units::DiskName;
 use rustix::{fs::FlockOperation, io::Errno};
 use tokio::{
     io::AsyncReadExt,
@@ -58,6 +63,14 @@ pub(crate) enum Qcow2Error {
     /// `qemu-nbd` is missing.
     #[error("a qcow2 image needs qemu-nbd (Debian package qemu-utils): {0}")]
     Start(io::Error),
+    /// `qemu-img` did not come to an end, and was killed.
+    #[error("qemu-img has not ended with {} after {} s: its storage stands still", image.display(), after.as_secs())]
+    Stuck {
+        /// Of which file.
+        image: PathBuf,
+        /// How long it had.
+        after: Duration,
+    },
     /// The one of an agent that was killed still has the file.
     #[error("cannot end the qemu-nbd of an earlier agent: {0}")]
     Predecessor(NotEnded),
@@ -100,44 +113,11 @@ fn is_qcow2(path: &Path) -> bool {
     std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == MAGIC
 }
 
-/// Makes a qcow2 file that nobody has open longer.
-pub(crate) async fn grow(image: &Path, size: ByteCount) -> Result<(), Qcow2Error> {
-    qemu_img(&["resize", "-q", "-f", "qcow2"], image, &[&size.0.to_string()]).await.map(drop)
-}
-
-/// Makes a qcow2 file without data, in the place of whatever is there.
-pub(crate) async fn create(image: &Path, size: ByteCount) -> Result<(), Qcow2Error> {
-    qemu_img(&["create", "-q", "-f", "qcow2"], image, &[&size.0.to_string()]).await.map(drop)
-}
-
-/// Whether no byte of a qcow2 file was ever written, nor of another file behind it.
-pub(crate) async fn is_blank(image: &Path) -> Result<bool, Qcow2Error> {
-    let map = qemu_img(&["map", "-f", "qcow2", "--output=json"], image, &[]).await?;
-    let stretches: Option<Vec<serde_json::Value>> = serde_json::from_slice(&map).ok();
-    // What is not understood is somebody's.
-    Ok(stretches.is_some_and(|all| all.iter().all(|stretch| stretch["data"] == false)))
-}
-
-/// What `qemu-img` prints of a file that nobody has open.
-async fn qemu_img(command: &[&str], image: &Path, rest: &[&str]) -> Result<Vec<u8>, Qcow2Error> {
-    let output = Command::new("qemu-img")
-        .args(command)
-        .arg(image)
-        .args(rest)
-        .stdin(Stdio::null())
-        .output()
-        .await
-        .map_err(Qcow2Error::Start)?;
-    if output.status.success() {
-        return Ok(output.stdout);
-    }
-    let message = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
-    Err(Qcow2Error::Refused { image: image.to_owned(), message })
-}
-
 /// What is opened, and where it is served.
 #[derive(Clone, Debug)]
 struct Opening {
+    /// `qemu-nbd`.
+    program: PathBuf,
     image: PathBuf,
     disk: DiskName,
     socket: PathBuf,
@@ -162,7 +142,8 @@ impl Qcow2Server {
         cache: CacheMode,
     ) -> Result<Self, Qcow2Error> {
         let uri = format!("nbd+unix:///{disk}?socket={}", socket.display());
-        let opening = Opening { image: image.to_owned(), disk: disk.clone(), socket, cache };
+        let (program, image, disk) = ("qemu-nbd".into(), image.to_owned(), disk.clone());
+        let opening = Opening { program, image, disk, socket, cache };
         let running = opening.start().await?;
         let (stop, stopped) = oneshot::channel();
         let keeping = tokio::spawn(opening.keep(running, stopped));
@@ -191,6 +172,19 @@ impl Qcow2Server {
     }
 }
 
+#[cfg(test)]
+impl Qcow2Server {
+    /// One that ends like this.
+    pub(crate) fn played(ended: Result<(), NotEnded>) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let keeping = tokio::spawn(async move {
+            let _ = stopped.await;
+            ended
+        });
+        Self { uri: "nbd+unix:///played".to_owned(), stop, keeping }
+    }
+}
+
 impl Qcow2Server {
     /// The same for whoever can do nothing about one that does not end.
     pub(crate) async fn stop_anyway(self) {
@@ -204,11 +198,18 @@ impl Qcow2Server {
 impl Opening {
     /// Starts the server and waits until it serves.
     async fn start(&self) -> Result<Running, Qcow2Error> {
+        let mut begun = None;
+        self.start_in(&mut begun).await?;
+        Ok(begun.expect("it serves"))
+    }
+
+    /// The same with the server in `begun` from when it is there, for whoever does not wait until it serves.
+    async fn start_in(&self, begun: &mut Option<Running>) -> Result<(), Qcow2Error> {
         end_predecessor(&self.socket, Patience::USUAL).await.map_err(Qcow2Error::Predecessor)?;
         let unusable = |source| Qcow2Error::Socket { socket: self.socket.clone(), source };
         released(&self.socket).await.map_err(unusable)?;
         clear_socket(&self.socket).map_err(unusable)?;
-        let mut child = Command::new("qemu-nbd")
+        let mut child = Command::new(&self.program)
             .args(["--format=qcow2", "--persistent", "--shared=0", "--discard=unmap"])
             .arg(match self.cache {
                 CacheMode::Writeback => "--cache=writeback",
@@ -227,14 +228,16 @@ impl Opening {
             .map_err(Qcow2Error::Start)?;
         let stderr = child.stderr.take().expect("stderr is a pipe");
         let said = tokio::spawn(listen_to(stderr, self.disk.clone()));
+        let running = begun.insert(Running { child, said, since: Instant::now() });
         let refused = |message| Qcow2Error::Refused { image: self.image.clone(), message };
         let until = Instant::now() + START_MAX;
         loop {
             if UnixStream::connect(&self.socket).await.is_ok() {
-                return Ok(Running { child, said, since: Instant::now() });
+                running.since = Instant::now();
+                return Ok(());
             }
-            if child.try_wait().map_err(Qcow2Error::Start)?.is_some() {
-                return Err(refused(said.await.unwrap_or_default()));
+            if running.child.try_wait().map_err(Qcow2Error::Start)?.is_some() {
+                return Err(refused((&mut running.said).await.unwrap_or_default()));
             }
             if Instant::now() > until {
                 return Err(refused(format!("it does not serve after {} s", START_MAX.as_secs())));
@@ -258,24 +261,56 @@ impl Opening {
             if running.since.elapsed() > RESTART_LAST {
                 wait = RESTART_FIRST;
             }
-            running = loop {
-                tokio::select! {
-                    _ = &mut stop => {
-                        self.clear();
-                        return Ok(());
-                    }
-                    () = tokio::time::sleep(wait) => {}
-                }
-                wait = (wait * 2).min(RESTART_LAST);
-                match self.start().await {
-                    Ok(running) => break running,
-                    Err(error) => {
-                        tracing::warn!(disk = %self.disk, %error, "cannot start qemu-nbd again: will try again");
-                    }
-                }
+            running = match self.start_again(&mut wait, &mut stop).await {
+                ControlFlow::Continue(running) => running,
+                ControlFlow::Break(ended) => return ended,
             };
             tracing::info!(disk = %self.disk, "qemu-nbd serves again");
         }
+    }
+
+    /// Starts a server in the place of one that has ended, until it serves or is to stop; then it ends what was begun.
+    async fn start_again(
+        &self,
+        wait: &mut Duration,
+        stop: &mut oneshot::Receiver<()>,
+    ) -> ControlFlow<Result<(), NotEnded>, Running> {
+        let mut begun: Option<Running> = None;
+        loop {
+            let starting = async {
+                tokio::time::sleep(*wait).await;
+                *wait = (*wait * 2).min(RESTART_LAST);
+                // One that does not serve may have the file all the same.
+                if let Some(idle) = &mut begun {
+                    end_child(&mut idle.child, Patience::USUAL).await.map_err(Qcow2Error::Predecessor)?;
+                }
+                self.start_in(&mut begun).await
+            };
+            let started = tokio::select! {
+                _ = &mut *stop => None,
+                started = starting => Some(started),
+            };
+            match started {
+                Some(Ok(())) => return ControlFlow::Continue(begun.expect("what serves was begun")),
+                Some(Err(error)) => {
+                    tracing::warn!(disk = %self.disk, %error, "cannot start qemu-nbd again: will try again");
+                }
+                None => {
+                    return ControlFlow::Break(match begun {
+                        Some(begun) => self.end(begun).await,
+                        None => self.end_left(Patience::USUAL).await,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Ends what another start has left, if that has not come to its end.
+    async fn end_left(&self, patience: Patience) -> Result<(), NotEnded> {
+        // What is left says to the next start that it is still there.
+        end_predecessor(&self.socket, patience).await?;
+        self.clear();
+        Ok(())
     }
 
     async fn end(&self, mut running: Running) -> Result<(), NotEnded> {
@@ -372,3 +407,6 @@ fn serves(id: u32, socket: &Path) -> bool {
     words.next().is_some_and(|program| program.ends_with(b"qemu-nbd"))
         && words.any(|word| word == socket.as_os_str().as_encoded_bytes())
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@ mod failback;
 mod failover;
 mod image;
 mod leave;
+mod left;
 mod origin;
 mod resize;
 mod restore;
@@ -33,6 +34,7 @@ use tokio::{
 };
 
 use self::errors::{failed, open_error, refuse_adopted, refuse_fenced, refuse_other_format};
+use self::left::Left;
 pub(crate) use self::origin::fetch_error;
 use crate::{
     claims::{Claim, Claimed, Claims, Identity},
@@ -348,15 +350,13 @@ impl Registry {
             }
             Err(error) => {
                 // What a qcow2's server writes when it starts and ends is no change of the disk.
-                let as_left = match qcow2 {
-                    Some(server) => {
-                        server.stop_anyway().await;
-                        let image = record.image.clone();
-                        waiting(move || ImageStamp::of(Path::new(&image))).await?
-                    }
-                    None => stamp,
-                };
-                self.put_back(DiskRecord { image_at_detach: as_left, stopped, ..record }, &resume).await;
+                let left = Left::end(qcow2, in_place).await;
+                if let Some(error) = left.still_open() {
+                    tracing::error!(disk = %name, %error, "the disk's qcow2 file is still open");
+                }
+                let mut as_left = DiskRecord { image_at_detach: stamp, stopped, ..record };
+                left.note(&mut as_left);
+                self.put_back(as_left, &resume).await;
                 Err(disk::start_error(&error))
             }
         }

@@ -38,7 +38,7 @@ mod unflushed;
 
 pub(crate) use dial::{Dialer, check_tls};
 pub(crate) use handle::{DiskHandle, NoAnswer};
-pub(crate) use in_place::InPlace;
+pub(crate) use in_place::{Displaced, InPlace};
 pub(crate) use incomplete::{HydrationProblem, has_note, path_of, try_note};
 pub(crate) use leaving::{DetachError, Leaving};
 #[cfg(test)]

@@ -1,7 +1,5 @@
 //! The end of one disk that somebody asks for: its record stays, so that an attach under its name goes on.
 
-use std::path::Path;
-
 use backtide_agent_api::{DetachRequest, DiskStatus};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_io_filter::Resume;
@@ -11,11 +9,12 @@ use backtide_units::DiskName;
 use super::{
     Attached, Registry,
     errors::{self, failed, not_saved, refuse_incomplete},
+    left::Left,
 };
 use crate::{
     disk::{self, Command, Leaving},
     qcow2::NotEnded,
-    record::{DiskRecord, ImageStamp},
+    record::DiskRecord,
 };
 
 impl Registry {
@@ -51,26 +50,24 @@ impl Registry {
         };
         let attached = self.disks.write().await.remove(&name);
         self.sockets.forget(&disk::nbd_purpose(&name));
-        let (had_server, stopped) = match attached {
-            Some(attached) => (attached.qcow2.is_some(), end_server(attached).await),
-            None => (false, Ok(())),
+        let left = match attached {
+            Some(Attached { qcow2, in_place, .. }) => Left::end(qcow2, in_place).await,
+            None => Left::ByItsDisk,
         };
+        let still_open = left.still_open().map(|error| still_open(&name, error));
         self.claims.leave_image(&name);
-        let saved = self.note_detached(&name, had_server, result.is_ok()).await;
+        let saved = self.note_detached(&name, left, result.is_ok()).await;
         // What the disk's own thread could not save says more.
         let status = result?;
         saved?;
-        stopped.map_err(|error| still_open(&name, &error))?;
-        Ok(status)
+        still_open.map_or(Ok(status), Err)
     }
 
     /// Notes that a disk is not to be attached at the next start, and what its image looks like now.
-    async fn note_detached(&self, name: &DiskName, had_server: bool, clean: bool) -> Result<(), ApiError> {
+    async fn note_detached(&self, name: &DiskName, left: Left, clean: bool) -> Result<(), ApiError> {
         let note = move |mut record: DiskRecord| {
             record.attached = false;
-            if had_server && record.image_at_detach.is_some() {
-                record.image_at_detach = ImageStamp::of(Path::new(&record.image));
-            }
+            left.note(&mut record);
             record.image_at_detach.take_if(|_| !clean);
             Some(record)
         };
@@ -103,14 +100,6 @@ impl Registry {
         if let Err(error) = put_back.await {
             tracing::error!(disk = %name, %error, "cannot put the tracking file back: everything will be compared");
         }
-    }
-}
-
-/// Ends what has a qcow2 file open, if anything does.
-pub(super) async fn end_server(attached: Attached) -> Result<(), NotEnded> {
-    match attached.qcow2 {
-        Some(server) => server.stop().await,
-        None => Ok(()),
     }
 }
 

@@ -60,6 +60,14 @@ pub(super) enum Target {
     Left(Box<LeftBehind>),
 }
 
+/// The image of a disk that was taken over, as nobody has it.
+struct Made {
+    /// 0 of a device or NBD export.
+    inode: u64,
+    /// As it was when it was known to be nobody else's; none where that cannot be told.
+    stamp: Option<ImageStamp>,
+}
+
 /// A disk that was taken over at its receiver, and could not be begun here.
 struct Unfinished {
     /// Whether something says nevertheless that it lacks blocks of the point.
@@ -100,7 +108,7 @@ impl Registry {
         let made = self.make_taken(&record, &taken, server).await;
         let records = self.records.clone();
         let begun = match made {
-            Ok(inode) => waiting(move || begin(&records, record, taken, inode)).await?,
+            Ok(made) => waiting(move || begin(&records, record, taken, made)).await?,
             Err(error) => Err(Unfinished { lacks: false, error }),
         };
         match begun {
@@ -113,28 +121,44 @@ impl Registry {
         }
     }
 
-    /// Has the image as it is to be, with nobody else; its inode, or 0.
+    /// Has the image as it is to be, with nobody else.
     async fn make_taken(
         &self,
         record: &DiskRecord,
         taken: &TakenOver,
         server: Option<Qcow2Server>,
-    ) -> Result<u64, ApiError> {
+    ) -> Result<Made, ApiError> {
         let looked_at = taken.image.as_ref().map(|held| held.looked_at.clone());
         let look = move || looked_at.map_or(Ok(()), |looked_at| looked_at.refuse_changed());
         let unchanged = waiting(look).await;
+        let was_served = server.is_some();
         if let Some(server) = server {
-            // From here on who writes the file is noticed by the attach, which knows how it was left.
             server.stop().await.map_err(|error| ApiError::from_error(ErrorCode::Busy, &error))?;
         }
         unchanged??;
+        // A qcow2 file is nobody's from here on: who writes it is noticed by the attach, which knows how it was left. A raw
+        // one is locked.
+        let left = match taken.image.as_ref().filter(|_| was_served).map(|held| held.looked_at.clone()) {
+            Some(looked_at) => Some(waiting(move || looked_at.left()).await??),
+            None => None,
+        };
         if let Some(place) = self.records.spill().cloned() {
             // Of an earlier attach here, whose records the history has gone on without.
             let uuid = record.uuid;
             let discarded = waiting(move || place.discard(uuid)).await?;
             discarded.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
         }
-        image::make(&record.image, record.format, taken.source.size, taken.had).await
+        let grows = taken.had.is_some_and(|had| had < taken.source.size);
+        if let Some(left) = left.clone().filter(|_| grows) {
+            waiting(move || left.refuse_changed()).await??;
+        }
+        let inode = image::make(&record.image, record.format, taken.source.size, taken.had).await?;
+        if let Some(left) = left.filter(|_| !grows) {
+            return Ok(Made { inode, stamp: left.stamp });
+        }
+        let path = disk::path_of(&record.image);
+        let stamp = waiting(move || path.as_deref().and_then(ImageStamp::of)).await?;
+        Ok(Made { inode, stamp: stamp.filter(|stamp| stamp.inode == inode) })
     }
 
     /// Claims the disk at its receiver, and finds out what it was then.
@@ -237,17 +261,17 @@ impl Target {
     }
 }
 
-/// In the order of the invariant, with the image of this inode. Blocks.
+/// In the order of the invariant, with the image that was made. Blocks.
 fn begin(
     records: &Records,
     mut record: DiskRecord,
     taken: TakenOver,
-    inode: u64,
+    made: Made,
 ) -> Result<DiskRecord, Unfinished> {
     let TakenOver { welcome, source, missing, newer, image: held, had: _ } = taken;
     let saved = in_sync(&record, &welcome, newer);
     let image = disk::path_of(&record.image);
-    let stamp = image.as_deref().and_then(ImageStamp::of);
+    let Made { inode, stamp } = made;
     record.history = Some(welcome.history);
     record.lsn_bound = record.lsn_bound.max(welcome.highest);
     record.acked_durable = welcome.durable;
@@ -344,4 +368,54 @@ fn undo(records: &Records, record: &DiskRecord) -> bool {
         tracing::error!(disk = %record.name, %error, "cannot remove what was begun of the disk");
     }
     undone.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_io_filter::Resume;
+    use backtide_storage::MemoryStorage;
+    use backtide_units::{CaptureTime, DiskId, HistoryId, LogPosition};
+
+    use super::*;
+
+    #[test]
+    fn an_image_that_is_written_before_the_record_is_saved_is_not_believed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1.qcow2");
+        std::fs::write(&path, "as its server left it").unwrap();
+        let stamp = ImageStamp::of(&path);
+        let receiver = "unix:/run/r.sock".parse().unwrap();
+        let record = DiskRecord::new("vm1".parse().unwrap(), path.display().to_string(), receiver);
+        let history = HistoryId::random();
+        let welcome = Welcome {
+            version: PROTOCOL_VERSION,
+            history,
+            state: ReceiverState::Known,
+            durable: Lsn(7),
+            highest: Lsn(7),
+            position: LogPosition::default(),
+            in_pass: false,
+            last_time: None,
+        };
+        let source = SourcePoint {
+            receiver: "unix:/run/r.sock".to_owned(),
+            disk: DiskId::random(),
+            name: record.name.clone(),
+            history,
+            lsn: Lsn(7),
+            time: CaptureTime(7),
+            size: ByteCount(1 << 20),
+        };
+        let (missing, newer) = (DirtyBitmap::new(), DirtyBitmap::new());
+        let taken = TakenOver { welcome, source, missing, newer, image: None, had: None };
+        std::fs::write(&path, "as somebody else wrote it").unwrap();
+        let records = Records::new(Arc::new(MemoryStorage::new()));
+        let made = Made { inode: stamp.as_ref().unwrap().inode, stamp: stamp.clone() };
+        let begun =
+            begin(&records, record, taken, made).unwrap_or_else(|unfinished| panic!("{}", unfinished.error));
+        assert_eq!(begun.image_at_detach, stamp);
+        let (left, now) = (records.load_tracking(&begun.name), ImageStamp::of(&path));
+        let resumed = trust::resume(&begun, left, now.as_ref(), ByteCount(1 << 20));
+        assert!(matches!(resumed, Resume::Lost { .. }), "{resumed:?}");
+    }
 }

@@ -4,17 +4,17 @@
 //! is flushed, unlocked and written by nobody here any more. When one disk does not let go, none is
 //! handed over: the others are attached again.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::DiskName;
 use tokio::task::JoinSet;
 
-use super::{Attached, Registry, detach::end_server, waiting};
+use super::{Attached, Registry, left::Left, waiting};
 use crate::{
     claims::Claim,
     disk::{Command, DiskHandle, Leaving},
-    record::{DiskRecord, ImageStamp, Records},
+    record::{DiskRecord, Records},
 };
 
 /// How long the end of the agent waits for attaches and detaches that are under way.
@@ -157,17 +157,16 @@ pub(super) async fn end(name: DiskName, attached: Attached, records: Records, le
         Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),
         Err(error) => tracing::error!(disk = %name, %error, "detach"),
     }
-    let has_server = attached.qcow2.is_some();
-    if let Err(error) = end_server(attached).await {
+    let left = Left::end(attached.qcow2, attached.in_place).await;
+    if let Some(error) = left.still_open() {
         tracing::error!(disk = %name, %error, "the disk's qcow2 file is still open");
     }
-    let stamp = move |mut record: DiskRecord| {
-        if has_server && record.image_at_detach.is_some() {
-            record.image_at_detach = ImageStamp::of(Path::new(&record.image));
-        }
-        Some(DiskRecord { stopped: true, ..record })
+    let note = move |record: DiskRecord| {
+        let mut record = DiskRecord { stopped: true, ..record };
+        left.note(&mut record);
+        Some(record)
     };
-    if let Err(error) = records.change_aside(&name, stamp).await {
+    if let Err(error) = records.change_aside(&name, note).await {
         tracing::error!(disk = %name, %error, "cannot save the disk's record");
     }
 }

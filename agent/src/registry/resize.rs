@@ -126,11 +126,12 @@ impl Registry {
         let (image, left) = (PathBuf::from(&record.image), record.image_at_detach);
         let as_left = {
             let image = image.clone();
-            waiting(move || ImageStamp::of(&image) == left).await?
+            waiting(move || ImageStamp::of(&image).filter(|now| left.as_ref() == Some(now))).await?
         };
         qcow2::grow(&image, target).await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
         let stamp = move |record| {
-            let image_at_detach = ImageStamp::of(&image).filter(|_| as_left);
+            let is_it = |now: &ImageStamp| as_left.as_ref().is_some_and(|left| left.inode == now.inode);
+            let image_at_detach = ImageStamp::of(&image).filter(is_it);
             Some(DiskRecord { image_at_detach, ..record })
         };
         self.records.change_aside(name, stamp).await.map_err(|error| failed(&error))

@@ -39,7 +39,7 @@ pub(in crate::registry) struct HeldImage {
 pub(in crate::registry) struct LookedAt {
     path: Option<PathBuf>,
     /// None of a device, and of an NBD export.
-    stamp: Option<ImageStamp>,
+    pub(in crate::registry) stamp: Option<ImageStamp>,
 }
 
 /// What is found of an image.
@@ -226,14 +226,27 @@ impl LookedAt {
     /// Refuses an image that somebody has written, or replaced, since it was looked at: such a one need not know of the lock.
     /// Blocks.
     pub(in crate::registry) fn refuse_changed(&self) -> Result<(), ApiError> {
-        let Some(path) = &self.path else { return Ok(()) };
-        if ImageStamp::of(path) == self.stamp {
-            return Ok(());
+        match &self.path {
+            Some(path) if ImageStamp::of(path) != self.stamp => Err(changed(path)),
+            Some(_) | None => Ok(()),
         }
-        let message = format!("{} was changed while the disk was being taken back", path.display());
-        let hint = "see who writes it, then try again: it was not touched";
-        Err(ApiError::new(ErrorCode::Busy, message).with_hint(hint))
     }
+
+    /// How what served it has left it, just now. Refuses another file in its place. Blocks.
+    pub(in crate::registry) fn left(&self) -> Result<Self, ApiError> {
+        let stamp = self.path.as_deref().and_then(ImageStamp::of);
+        let inode = |stamp: &Option<ImageStamp>| stamp.as_ref().map(|stamp| stamp.inode);
+        match &self.path {
+            Some(path) if inode(&stamp) != inode(&self.stamp) => Err(changed(path)),
+            path => Ok(Self { path: path.clone(), stamp }),
+        }
+    }
+}
+
+fn changed(path: &Path) -> ApiError {
+    let message = format!("{} was changed while the disk was being taken back", path.display());
+    let hint = "see who writes it, then try again: it was not touched";
+    ApiError::new(ErrorCode::Busy, message).with_hint(hint)
 }
 
 impl LeftBehind {
@@ -293,5 +306,28 @@ impl LeftBehind {
             here_already: false,
             disk: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_file_in_the_place_of_the_one_that_was_served_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1.qcow2");
+        std::fs::write(&path, "open").unwrap();
+        let looked_at = LookedAt { path: Some(path.clone()), stamp: ImageStamp::of(&path) };
+        std::fs::write(&path, "open and closed").unwrap();
+        looked_at.refuse_changed().unwrap_err();
+        let left = looked_at.left().unwrap();
+        assert_eq!(left.stamp, ImageStamp::of(&path));
+        left.refuse_changed().unwrap();
+        std::fs::copy(&path, directory.path().join("copy")).unwrap();
+        std::fs::rename(directory.path().join("copy"), &path).unwrap();
+        assert!(looked_at.left().is_err());
+        std::fs::remove_file(&path).unwrap();
+        assert!(looked_at.left().is_err());
     }
 }
