@@ -56,8 +56,8 @@ async fn mark_held(label: &str, disks: &[(DiskName, DiskHandle)]) -> Result<Vec<
     Ok(marks)
 }
 
-/// Waits for at most so long until the receiver has durably what was marked on disks that are in sync: only
-/// then nothing can take the mark away.
+/// Waits for at most so long until the receiver has durably what was marked on disks that are in sync, or until that is
+/// lost: only then nothing can change it any more.
 pub(crate) async fn confirm(
     label: &str,
     disks: Vec<(DiskName, DiskHandle)>,
@@ -73,12 +73,11 @@ pub(crate) async fn confirm(
         asked.spawn(async move {
             let kept = handle.ask_at_length(|answer| Command::MarkKept(lsn, label, answer));
             // A disk that has ended meanwhile has nothing to tell.
-            (index, matches!(tokio::time::timeout(wait, kept).await, Ok(Ok(true))))
+            let state = tokio::time::timeout(wait, kept).await.ok().and_then(Result::ok);
+            (index, state.unwrap_or(MarkState::Unconfirmed))
         });
     }
-    for (index, kept) in asked.join_all().await {
-        if kept {
-            (marks[index].recoverable, marks[index].state) = (true, MarkState::Kept);
-        }
+    for (index, state) in asked.join_all().await {
+        (marks[index].recoverable, marks[index].state) = (state == MarkState::Kept, state);
     }
 }

@@ -139,6 +139,11 @@ impl Filter {
         self.durable_marks.iter().any(|(at, known)| *at == lsn && known == label)
     }
 
+    /// Whether that mark is on its way to the receiver still, or may be: what is in the spill only is not known by name.
+    pub fn retains_mark(&self, lsn: Lsn, label: &str) -> bool {
+        self.window.holds_spill() || self.window.has_mark(lsn, label)
+    }
+
     pub(crate) fn mark_is_durable(&mut self, lsn: Lsn, label: String) {
         if self.durable_marks.len() >= MARKS_KNOWN {
             self.durable_marks.pop_front();

@@ -267,6 +267,14 @@ impl Window {
             .any(|entry| matches!(&entry.item, Item::Kept(Message::Record(record)) if record.lsn == lsn))
     }
 
+    /// Whether a mark is in memory.
+    pub(crate) fn has_mark(&self, lsn: Lsn, label: &str) -> bool {
+        self.entries.iter().any(|entry| match &entry.item {
+            Item::Kept(Message::Mark { lsn: at, label: known, .. }) => *at == lsn && known == label,
+            Item::Kept(_) | Item::DataSent(_) => false,
+        })
+    }
+
     /// The stream is lost: everything left has to be sent again.
     pub(crate) fn rewind(&mut self) {
         self.sent = 0;

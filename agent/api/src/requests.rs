@@ -134,4 +134,7 @@ pub enum MarkState {
     Away,
     /// A resync: it is a point when that is complete, and lost when that is interrupted.
     Resync,
+    /// The disk gave it up with the writes around it before the receiver had acknowledged it, and sends it no more. It is a
+    /// point only if the receiver took it before.
+    Lost,
 }

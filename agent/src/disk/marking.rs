@@ -1,9 +1,12 @@
 //! Marks of one disk: setting them, and hearing that the receiver has them durable.
 //!
 //! Invariant: a mark is told to be kept only when the receiver acknowledged it as durable. A mark that it
-//! has not acknowledged goes with the window when that overflows.
+//! has not acknowledged goes with the window when that is given up, and is told to be lost then.
 
-use std::{cell::RefCell, rc::Rc};
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+};
 
 use backtide_agent_api::MarkState;
 use backtide_io_filter::{Filter, MarkError, Marked, Mode};
@@ -26,13 +29,17 @@ pub(crate) struct MarkAt {
 
 /// Who waits for the receiver to have a mark.
 #[derive(Debug, Default)]
-pub(crate) struct MarkWaits(RefCell<Vec<Wait>>);
+pub(crate) struct MarkWaits {
+    waits: RefCell<Vec<Wait>>,
+    /// The mode and whether there was a stream when all of them were looked for in the window.
+    looked_in: Cell<Option<(Mode, bool)>>,
+}
 
 #[derive(Debug)]
 struct Wait {
     lsn: Lsn,
     label: String,
-    answer: oneshot::Sender<bool>,
+    answer: oneshot::Sender<MarkState>,
 }
 
 /// Marks the state now, while answers are held.
@@ -55,30 +62,41 @@ pub(super) fn mark(engine: &Rc<Engine>, label: &str) -> Result<MarkAt, MarkError
 }
 
 impl MarkWaits {
-    /// Answers when the receiver has the mark, or when the disk is out of sync and it may be lost.
-    pub(super) fn wait(&self, filter: &Filter, lsn: Lsn, label: String, answer: oneshot::Sender<bool>) {
-        if self.0.borrow().len() < WAITING_MAX {
-            self.0.borrow_mut().push(Wait { lsn, label, answer });
+    /// Answers when the receiver has the mark, or nothing sends it any more.
+    pub(super) fn wait(&self, filter: &Filter, lsn: Lsn, label: String, answer: oneshot::Sender<MarkState>) {
+        if self.waits.borrow().len() < WAITING_MAX {
+            self.waits.borrow_mut().push(Wait { lsn, label, answer });
+            self.looked_in.set(None);
         }
         self.look(filter);
     }
 
     /// Something happened to the filter.
     pub(super) fn look(&self, filter: &Filter) {
-        if self.0.borrow().is_empty() {
+        if self.waits.borrow().is_empty() {
             return;
         }
-        let waits = self.0.take();
+        // In sync nothing is given up, and a window is long: it is searched when something has changed.
+        let now = (filter.mode(), filter.is_connected());
+        let may_be_lost = self.looked_in.replace(Some(now)) != Some(now) && filter.mode() != Mode::Sync;
+        let waits = self.waits.take();
         let mut still = Vec::with_capacity(waits.len());
         for wait in waits {
-            let kept = filter.has_durable_mark(wait.lsn, &wait.label);
-            if kept || filter.mode() != Mode::Sync {
+            let Wait { lsn, label, .. } = &wait;
+            let state = if filter.has_durable_mark(*lsn, label) {
+                Some(MarkState::Kept)
+            } else if may_be_lost && !filter.retains_mark(*lsn, label) {
+                Some(MarkState::Lost)
+            } else {
+                None
+            };
+            match state {
                 // Who asked may have given up.
-                let _ = wait.answer.send(kept);
-            } else if !wait.answer.is_closed() {
-                still.push(wait);
+                Some(state) => drop(wait.answer.send(state)),
+                None if wait.answer.is_closed() => {}
+                None => still.push(wait),
             }
         }
-        *self.0.borrow_mut() = still;
+        *self.waits.borrow_mut() = still;
     }
 }

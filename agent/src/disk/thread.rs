@@ -2,7 +2,7 @@
 
 use std::{io, rc::Rc, sync::Arc, time::Duration};
 
-use backtide_agent_api::{DiskStatus, LimitsChange, VerifyStatus};
+use backtide_agent_api::{DiskStatus, LimitsChange, MarkState, VerifyStatus};
 use backtide_export::{BindError, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
 use backtide_socket::Sockets;
@@ -49,8 +49,8 @@ pub(crate) enum Command {
     Hold(oneshot::Sender<bool>),
     /// Marks, while answers are held.
     Mark(String, oneshot::Sender<Result<MarkAt, MarkError>>),
-    /// Waits until the receiver has the mark durable; whether it has.
-    MarkKept(Lsn, String, oneshot::Sender<bool>),
+    /// Waits until the receiver has the mark durable, or it is lost; which of them.
+    MarkKept(Lsn, String, oneshot::Sender<MarkState>),
     /// Gives the held answers.
     Release(oneshot::Sender<()>),
     /// Begins a verify, which repairs what differs or not.

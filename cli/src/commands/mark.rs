@@ -64,6 +64,10 @@ fn doubt(mark: &DiskMark, label: &str, wait: Duration) -> Option<String> {
             "{what} lies in a resync that is not complete: that moment can be given back only when the resync \
              has ended without an interruption"
         )),
+        MarkState::Lost => Some(format!(
+            "{what} was given up with the writes around it before the receiver confirmed it, and is sent no more: \
+             that moment can be given back only if `backtide points {name}` lists it"
+        )),
     }
 }
 

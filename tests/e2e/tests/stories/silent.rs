@@ -63,6 +63,45 @@ fn a_silent_receiver_is_said_and_no_mark_is_promised_of_it() {
 }
 
 #[test]
+fn a_mark_is_waited_for_through_a_resync_and_until_it_is_given_up() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.settle();
+    // Long enough to be told from whatever else an idle disk sends.
+    let label = |first: char| format!("{first}{}", "-".repeat(200));
+    let asked = |label: &str| {
+        let mut command = bench.command(&["--json", "mark", label, "vm1", "--wait", "30s"]);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run backtide");
+        disk.until("the mark is on its way", |status| status["window"]["bytes"].as_u64() > Some(300));
+        child
+    };
+    let told = |child: std::process::Child| {
+        let output = child.wait_with_output().expect("a command");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+        let state = report["marks"][0]["state"].as_str().expect("a state").to_owned();
+        (output.status.code().expect("it exits"), state)
+    };
+
+    receiver.signal("STOP");
+    let outlasting = asked(&label('o'));
+    bench.json(&["resync", "vm1"]);
+    disk.until("a resync", |status| status["mode"] == "resync");
+    receiver.signal("CONT");
+    assert_eq!(told(outlasting), (0, "kept".to_owned()));
+
+    disk.wait("sync");
+    disk.settle();
+    receiver.signal("STOP");
+    let given_up = asked(&label('g'));
+    bench.json(&["pause", "vm1"]);
+    assert_eq!(told(given_up), (3, "lost".to_owned()));
+    receiver.signal("CONT");
+    bench.json(&["resume", "vm1"]);
+    disk.wait("sync");
+    assert_eq!(agent.stop(), 0);
+}
+
+#[test]
 fn a_silent_agent_is_said() {
     let bench = Bench::new();
     let (_receiver, agent, _disk) = bench.protected(SIZE, &[]);
