@@ -58,7 +58,7 @@ fn policies_and_locks() {
 fn findings_of_damage() {
     let storage = MemoryStorage::new();
     let disk = identity().disk;
-    Findings::open(Arc::new(storage.clone())).note(disk, "a.seg is damaged at byte 7");
+    Findings::open(Arc::new(storage.clone())).of_life(disk).note("a.seg is damaged at byte 7");
     try_file(Path::new("findings.json"), &storage, |storage| {
         let found = Findings::open(Arc::new(storage.clone())).of(disk);
         assert!(findings::damage_of(storage).is_some() || found.len() == 1, "{found:?}");

@@ -36,7 +36,7 @@ use uuid::Uuid;
 use crate::{
     clock,
     disk::chain,
-    findings::Findings,
+    findings::DiskFindings,
     mount_numbers::MountNumbers,
     overlay_export::OverlayExport,
     overlays::{Overlays, record::Record},
@@ -72,6 +72,8 @@ pub(crate) struct Plan {
     pub(crate) disk: DiskRef,
     pub(crate) at: TimedLsn,
     pub(crate) view: View,
+    /// Where damage of it is noted.
+    pub(crate) findings: DiskFindings,
     /// Where; by default on a socket of its own.
     pub(crate) uri: Option<NbdUri>,
     /// It ends by itself with its last client.
@@ -125,8 +127,6 @@ pub(crate) struct Serving {
     pub(crate) mounts_max: usize,
     pub(crate) readers: Pool,
     pub(crate) nbd_tls: Option<NbdTls>,
-    /// Where damage is noted that a read meets.
-    pub(crate) findings: Findings,
     /// What is written to mounts.
     pub(crate) overlays: Overlays,
     /// Threads that write it.
@@ -241,9 +241,8 @@ impl Table {
         let uri = NbdUri { address: listener.address().clone(), ..wanted };
         let size = plan.view.disk_size();
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));
-        let Serving { readers, findings, overlays, writers, .. } = &self.serving;
-        let (disk, name) = (plan.disk.uuid, uri.export.clone());
-        let reading = Reading { disk, name, readers: readers.clone(), findings: findings.clone() };
+        let Serving { readers, overlays, writers, .. } = &self.serving;
+        let reading = Reading { name: uri.export.clone(), readers: readers.clone(), findings: plan.findings };
         let changed_since = plan.changed.as_ref().map(|changed| changed.since);
         let dirty_bitmap = plan.changed.as_ref().map(|_| plan.disk.name.to_string());
         let info = ExportInfo { description, dirty_bitmap, ..ExportInfo::new(&uri.export, size) };

@@ -21,7 +21,7 @@ use crate::{
     compare::CompareJob,
     disk::chain,
     disks::closed,
-    findings::Findings,
+    findings::DiskFindings,
     reading::failed,
     retention::Pin,
     service::{Found, Service},
@@ -46,7 +46,7 @@ pub(crate) struct OpenedPoint {
     view: View,
     /// The view's, with what came before and after it.
     snapshot: Snapshot,
-    findings: Findings,
+    findings: DiskFindings,
 }
 
 impl Service {
@@ -59,7 +59,8 @@ impl Service {
         let known = self.find(&open.disk).ok().and_then(|disk| self.names.name_of(disk));
         let denied = |why| closed(CloseCode::Denied, why);
         rights.check(known.as_ref().unwrap_or(&open.disk)).map_err(denied)?;
-        let Found { disk, snapshot, damage: _ } = self.look_at(&open.disk).await.map_err(refused)?;
+        let Found { disk, snapshot, findings, damage: _ } =
+            self.look_at(&open.disk).await.map_err(refused)?;
         rights.check(&disk.name).map_err(denied)?;
         let asked = open.lsn.map_or_else(|| "latest".to_owned(), |lsn| format!("lsn:{lsn}"));
         let at = self.resolve_in(&snapshot, &asked).await.map_err(refused)?;
@@ -73,7 +74,7 @@ impl Service {
             );
             return Err(closed(CloseCode::Refused, why));
         }
-        let (reader, findings) = (open.reader.clone(), self.findings.clone());
+        let reader = open.reader.clone();
         Ok(OpenedPoint { disk, at, reader, history, view, snapshot, findings })
     }
 
@@ -240,7 +241,7 @@ impl OpenedPoint {
     /// damage was found before, for it reads all of them.
     fn damaged(&self, since: Option<Lsn>, wanted: &dyn Fn() -> bool) -> Result<RoaringTreemap, ReadFailure> {
         let mut damaged = RoaringTreemap::new();
-        if self.findings.of(self.disk.uuid).is_empty() {
+        if self.findings.known().is_empty() {
             return Ok(damaged);
         }
         let blocks = match since {
@@ -301,7 +302,7 @@ impl OpenedPoint {
         let message = chain(error);
         let code = match error {
             LogError::Damaged { .. } => {
-                self.findings.note(self.disk.uuid, &message);
+                self.findings.note(&message);
                 FailureCode::Damaged
             }
             LogError::NoLog { .. }

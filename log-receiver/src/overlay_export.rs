@@ -67,7 +67,7 @@ impl OverlayExport {
         complete: impl FnOnce(Reply, T) + 'static,
     ) {
         let (pool, layers) = (pool.clone(), self.layers.clone());
-        let (disk, findings) = (self.reading.disk, self.reading.findings.clone());
+        let findings = self.reading.findings.clone();
         let (overlays, id) = (self.overlays.clone(), self.id.clone());
         tokio::task::spawn_local(async move {
             let error = match pool.run(move || work(layers)).await {
@@ -85,7 +85,7 @@ impl OverlayExport {
                     if let Some(LogError::Damaged { .. }) = below.downcast_ref() {
                         let place = why.clone();
                         // Noting it writes a file. A receiver that ends while this waits notes nothing.
-                        let _ = pool.run(move || findings.note(disk, &place)).await;
+                        let _ = pool.run(move || findings.note(&place)).await;
                     }
                 }
                 OverlayError::Io { .. }

@@ -8,11 +8,11 @@ use std::{rc::Rc, sync::Arc};
 
 use backtide_export::{Command, Export, ExportInfo, ExportSummary, Exports, Extent, NbdError, Reply};
 use backtide_recovery::{Allocation, LogError, View};
-use backtide_units::{ByteCount, ByteRange, DiskId};
+use backtide_units::{ByteCount, ByteRange};
 
 use roaring::RoaringTreemap;
 
-use crate::{changes::dirty_extents, disk::chain, findings::Findings, pool::Pool, read_queue::ReadQueue};
+use crate::{changes::dirty_extents, disk::chain, findings::DiskFindings, pool::Pool, read_queue::ReadQueue};
 
 /// One question for block status looks no further than this.
 pub(crate) const STATUS_BYTES_MAX: u64 = 1 << 30;
@@ -32,12 +32,11 @@ pub(crate) struct PointExport {
 
 /// How a point is read.
 pub(crate) struct Reading {
-    pub(crate) disk: DiskId,
     /// Of the mount.
     pub(crate) name: String,
     pub(crate) readers: Pool,
     /// Where damage is noted that a read meets.
-    pub(crate) findings: Findings,
+    pub(crate) findings: DiskFindings,
 }
 
 /// The one export of a mount: under its name, and as the default.
@@ -79,9 +78,9 @@ impl Reading {
     pub(crate) async fn refuse(&self, reply: Reply, error: LogError) {
         let why = chain(&error);
         if matches!(error, LogError::Damaged { .. }) {
-            let (disk, place, findings) = (self.disk, why.clone(), self.findings.clone());
+            let (place, findings) = (why.clone(), self.findings.clone());
             // Noting it writes a file. A receiver that ends while this waits notes nothing.
-            let _ = self.readers.run(move || findings.note(disk, &place)).await;
+            let _ = self.readers.run(move || findings.note(&place)).await;
         }
         tracing::error!(mount = self.name, why, "cannot read a mounted point");
         reply.fail_with(NbdError::Io, &why);

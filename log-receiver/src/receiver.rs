@@ -190,7 +190,6 @@ impl Receiver {
             readers: readers.clone(),
             nbd_tls: config.nbd_tls.clone(),
             nbd: config.nbd,
-            findings: findings.clone(),
             overlays: overlays.clone(),
             writers,
             numbers: MountNumbers::open(Arc::clone(&storage), clock::now()),

@@ -30,7 +30,7 @@ use crate::{
     committer::Committer,
     disk::Failure,
     facts::DiskFacts,
-    findings::Findings,
+    findings::{DiskFindings, Findings},
     ingest::{Readable, Task},
     mounts::{Changed, Order, Plan, PlanOverlay},
     overlays::Overlays,
@@ -71,6 +71,8 @@ pub(crate) struct Service {
 pub(crate) struct Found {
     pub(crate) disk: DiskRef,
     pub(crate) snapshot: Snapshot,
+    /// Where damage is noted that whoever reads it meets.
+    pub(crate) findings: DiskFindings,
     /// What is wrong with its log, when acknowledged bytes are not there any more.
     pub(crate) damage: Option<String>,
 }
@@ -141,7 +143,7 @@ impl ReceiverService for Service {
     }
 
     async fn diff(&self, disk: DiskName, request: DiffRequest) -> Result<DiffReport, ApiError> {
-        let Found { disk, snapshot, damage: _ } = self.look_at(&disk).await?;
+        let Found { disk, snapshot, .. } = self.look_at(&disk).await?;
         let from = self.resolve_on(&disk, &snapshot, &request.from).await?;
         let to = self.resolve_on(&disk, &snapshot, &request.to).await?;
         let (after, through) = (from.lsn.min(to.lsn), from.lsn.max(to.lsn));
@@ -163,7 +165,7 @@ impl ReceiverService for Service {
     }
 
     async fn find_change(&self, disk: DiskName, request: FindChangeRequest) -> Result<FoundChange, ApiError> {
-        let Found { disk, snapshot, damage: _ } = self.look_at(&disk).await?;
+        let Found { disk, snapshot, .. } = self.look_at(&disk).await?;
         let at = self.resolve_on(&disk, &snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let block = changes::block_at(request.offset, view.disk_size())?;
@@ -209,7 +211,7 @@ impl ReceiverService for Service {
             let why = "a temporary mount cannot be writable: its overlay is kept until it is discarded";
             return Err(ApiError::new(ErrorCode::Usage, why));
         }
-        let Found { disk, snapshot, damage: _ } = self.look_at(&request.name).await?;
+        let Found { disk, snapshot, findings, damage: _ } = self.look_at(&request.name).await?;
         let at = self.resolve_on(&disk, &snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let overlay = request.writable.then_some(PlanOverlay::New);
@@ -222,7 +224,8 @@ impl ReceiverService for Service {
             Some(since) => Some(self.changed_since(&snapshot, since, at).await?),
             None => None,
         };
-        let plan = Plan { disk, at, view, uri, temporary: request.temporary, overlay, changed };
+        let temporary = request.temporary;
+        let plan = Plan { disk, at, view, findings, uri, temporary, overlay, changed };
         let mount = self.serve(plan).await?;
         if request.writable { self.unless_its_point_goes(&request.at, mount).await } else { Ok(mount) }
     }
@@ -308,7 +311,7 @@ impl Service {
         let record = self.overlays.record(&id)?;
         // By its identity: the disk may have another name by now.
         let uuid: DiskName = record.disk.uuid.to_string().parse().expect("a UUID is a good name");
-        let Found { snapshot, .. } = self.look_at(&uuid).await?;
+        let Found { snapshot, findings, .. } = self.look_at(&uuid).await?;
         let asked = format!("lsn:{}", record.lsn);
         let view = snapshot.view(record.lsn).map_err(|error| points::unavailable(&asked, &error))?;
         if view.disk_size() != record.disk.size {
@@ -322,7 +325,7 @@ impl Service {
         let at = TimedLsn { lsn: record.lsn, time: record.time };
         let overlay = Some(PlanOverlay::Kept(id));
         let (temporary, changed) = (false, None);
-        self.serve(Plan { disk: record.disk, at, view, uri, temporary, overlay, changed }).await
+        self.serve(Plan { disk: record.disk, at, view, findings, uri, temporary, overlay, changed }).await
     }
 
     /// The blocks that may differ between a point that a person named and `at`.
@@ -371,13 +374,14 @@ impl Service {
         if self.removal.shelf.forgotten.is_leaving(disk) {
             return Err(ApiError::new(ErrorCode::Busy, format!("disk {name} is being forgotten")));
         }
+        let findings = self.findings.of_life(disk);
         let readable = self.read_disk(disk).await?.ok_or_else(|| self.unknown(name.as_str()))?;
         let readable = readable.map_err(|Failure { why, damaged }| {
             let code = if damaged { ErrorCode::Damaged } else { ErrorCode::Failed };
             ApiError::new(code, format!("disk {name} cannot be read: {why}"))
         })?;
         let Readable { snapshot, attached, damage } = readable;
-        let damage = damage.or_else(|| self.findings.of(disk).into_iter().next());
+        let damage = damage.or_else(|| findings.known().into_iter().next());
         let Some(attached) = attached else {
             return Err(match damage {
                 Some(why) => {
@@ -387,7 +391,7 @@ impl Service {
             });
         };
         let disk = DiskRef { name: attached.name.clone(), uuid: disk, size: attached.size };
-        Ok(Found { disk, snapshot, damage })
+        Ok(Found { disk, snapshot, findings, damage })
     }
 
     async fn facts(&self) -> Result<Vec<DiskFacts>, ApiError> {

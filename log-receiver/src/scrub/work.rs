@@ -6,7 +6,7 @@ use std::{
 };
 
 use backtide_receiver_api::DiskCheck;
-use backtide_recovery::{AskDisk, Snapshot};
+use backtide_recovery::{AskDisk, Snapshot, damaged_place};
 use backtide_units::{ByteCount, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
@@ -14,6 +14,7 @@ use super::{Shared, Sources, attached::AttachedDisk, lock};
 use crate::{
     accept::Door,
     facts::DiskFacts,
+    findings::DiskFindings,
     fsck::check_snapshot,
     ingest::{Readable, Task},
 };
@@ -39,6 +40,8 @@ struct Ending;
 /// A disk whose turn has come.
 struct Target {
     facts: DiskFacts,
+    /// Where damage of it is noted, as long as it is the same disk.
+    findings: DiskFindings,
     /// What can be read; or why nothing can.
     snapshot: Result<Snapshot, String>,
 }
@@ -102,10 +105,11 @@ impl Work {
             let total = self.done().saturating_add(snapshot.bytes().0).saturating_add(after.0);
             self.shared.progress.change(|status| status.total_bytes = ByteCount(total));
         }
+        let findings = target.findings.clone();
         let checked = self.check(target);
-        if ask(self.owner(disk), |answer| Task::FactsOf(disk, answer))?.is_none() {
-            // It was forgotten meanwhile: that files of it are missing is no damage.
-            self.sources.findings.forget_all(disk);
+        let is_there = ask(self.owner(disk), |answer| Task::FactsOf(disk, answer))?.is_some();
+        if !is_there || !findings.is_current() {
+            // It was forgotten meanwhile: that files of it are missing is no damage, nor is it of one that came after it.
             return Ok(None);
         }
         if let Some(why) = checked.damage.first().or(checked.error.as_ref()) {
@@ -123,17 +127,18 @@ impl Work {
 
     fn target(&self, disk: DiskId) -> Result<Option<Target>, Ending> {
         let owner = self.owner(disk);
+        let findings = self.sources.findings.of_life(disk);
         let Some(facts) = ask(owner, |answer| Task::FactsOf(disk, answer))? else { return Ok(None) };
         let snapshot = match ask(owner, |answer| Task::Read(disk, answer))? {
             Some(Ok(Readable { snapshot, .. })) => Ok(snapshot),
             Some(Err(failure)) => Err(failure.why),
             None => return Ok(None),
         };
-        Ok(Some(Target { facts: *facts, snapshot }))
+        Ok(Some(Target { facts: *facts, findings, snapshot }))
     }
 
     fn check(&mut self, target: Target) -> DiskCheck {
-        let Target { facts: DiskFacts { id: uuid, name, damage, error, .. }, snapshot } = target;
+        let Target { facts: DiskFacts { id: uuid, name, damage, error, .. }, findings, snapshot } = target;
         let mends = error.is_none();
         let (segments, entries, bytes) = (0, 0, ByteCount::ZERO);
         let (more_damage, error, sound) = (0, None, false);
@@ -144,19 +149,20 @@ impl Work {
             Ok(snapshot) => snapshot,
             Err(why) => return DiskCheck { error: Some(why), ..report },
         };
-        let findings = self.sources.findings.clone();
-        let (known, noted) = (report.damage.clone(), findings.of(uuid));
+        let (known, noted) = (report.damage.clone(), findings.known());
         let disk = AttachedDisk::new(Arc::clone(&self.shared), self.owner(uuid).clone(), uuid);
         let ask = |range| disk.read(range);
         let mends = mends.then_some(&ask as AskDisk<'_>);
         let checked = check_snapshot(report, &snapshot, mends, &mut |bytes| self.step(bytes));
         let all = checked.damage.iter().chain(&checked.error);
         let found: Vec<_> = all.filter(|place| !known.contains(place)).collect();
-        found.iter().for_each(|why| findings.note(uuid, why));
+        found.iter().for_each(|why| findings.note_anew(why));
         // One that was called off has seen a part of it, nor does all have a name in its report.
         if !self.shared.is_unwanted() && checked.error.is_none() {
-            let gone: Vec<_> = noted.into_iter().filter(|place| !found.contains(&place)).collect();
-            findings.forget(uuid, &gone);
+            let is_there =
+                |noted: &String| found.iter().any(|found| damaged_place(found) == damaged_place(noted));
+            let gone: Vec<_> = noted.into_iter().filter(|noted| !is_there(noted)).collect();
+            findings.forget(&gone);
         }
         checked
     }

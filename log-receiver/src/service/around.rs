@@ -41,7 +41,7 @@ impl Service {
     ) -> Result<AroundReport, ApiError> {
         let point: Point =
             request.point.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
-        let Found { disk, snapshot, damage: _ } = self.look_at(disk).await?;
+        let Found { disk, snapshot, .. } = self.look_at(disk).await?;
         let time = match point {
             Point::Time(time) => {
                 let now = snapshot.refuse_future(time, clock::now());

@@ -13,7 +13,7 @@ use crate::{
 impl Service {
     pub(super) async fn lock_points(&self, request: LockRequest) -> Result<RetentionReport, ApiError> {
         let LockRequest { name, at, until } = request;
-        let Found { disk, snapshot, damage: _ } = self.look_at(&name).await?;
+        let Found { disk, snapshot, .. } = self.look_at(&name).await?;
         let point = match &at {
             Some(at) => Some(self.resolve_in(&snapshot, at).await?),
             None => None,

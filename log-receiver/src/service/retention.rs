@@ -119,7 +119,7 @@ impl Service {
         name: DiskName,
         request: RetentionRequest,
     ) -> Result<RetentionPreview, ApiError> {
-        let Found { disk, snapshot, damage: _ } = self.look_at(&name).await?;
+        let Found { disk, snapshot, .. } = self.look_at(&name).await?;
         let ladder = match request.ladder.as_deref() {
             Some(text) => parse(text)?,
             None => self.policies.ladder(disk.uuid),
@@ -167,7 +167,7 @@ impl Service {
 
     pub(super) async fn keep_point(&self, request: KeepRequest) -> Result<RetentionReport, ApiError> {
         let KeepRequest { name, at, release } = request;
-        let Found { disk, snapshot, damage: _ } = self.look_at(&name).await?;
+        let Found { disk, snapshot, .. } = self.look_at(&name).await?;
         let point = match self.resolve_in(&snapshot, &at).await {
             Ok(point) => point,
             // What cannot be had any more is released all the same.
