@@ -194,3 +194,35 @@ impl Shared {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use backtide_overlay::OverlayOptions;
+    use backtide_storage::MemoryStorage;
+
+    use super::*;
+
+    #[test]
+    fn a_scrub_that_panics_is_over_and_has_nothing_in_its_hands() {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let options = OverlayOptions::alone(ByteCount(1 << 20));
+        let overlays = Overlays::load(Arc::clone(&storage), options, 1).expect("there are none");
+        // Where nobody owns disks it cannot ask for one.
+        let sources =
+            Sources { owners: Vec::new(), overlays, findings: Findings::open(Arc::clone(&storage)) };
+        let scrub = Scrub::new(Arc::clone(&storage), sources.clone());
+        let disk = DiskId::random();
+        let wanted = || vec![Wanted { disk, bytes: ByteCount(1) }];
+        scrub.start(wanted(), true, ByteCount::ZERO).expect("none runs");
+        let thread = lock(&scrub.thread).take().expect("it has a thread");
+        thread.join().expect("it catches what it panics with");
+        let status = scrub.status().expect("one ran");
+        assert!(!status.running && status.cancelled && status.ended.is_some(), "{status:?}");
+        assert!(!scrub.reads(disk), "the disk may be forgotten");
+        let next = Scrub::new(storage, sources);
+        next.resume();
+        assert_eq!(next.status(), Some(status), "no start goes on with it");
+        next.start(wanted(), true, ByteCount::ZERO).expect("another one may begin");
+        next.end();
+    }
+}
