@@ -19,15 +19,16 @@ use std::{
 
 use backtide_protocol::{CloseCode, Closed, Hello};
 use backtide_recovery::time_text;
-use backtide_storage::{Storage, read_file, replace_file};
+use backtide_storage::Storage;
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch};
 use serde::{Deserialize, Serialize};
 
+use crate::sealed_json::SealedJson;
+
 /// The directory of tombstones.
 pub(crate) const DIR: &str = "forgotten";
-const MAGIC: &str = "backtide-forgotten";
-const VERSION: u32 = 1;
-const FILE_BYTES_MAX: ByteCount = ByteCount(16 * 1024);
+const KIND: SealedJson =
+    SealedJson { magic: "backtide-forgotten", version: 1, bytes_max: ByteCount(16 * 1024) };
 
 /// Tombstones of disks that are gone; the oldest makes room for one more.
 const GONE_MAX: usize = 4096;
@@ -48,23 +49,11 @@ pub(crate) struct Tombstone {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TombstoneFile {
-    magic: String,
-    version: u32,
     disk: DiskId,
     name: Option<DiskName>,
     epoch: Epoch,
     time: CaptureTime,
     gone: bool,
-    /// CRC32C of the JSON of this with an empty checksum, in hexadecimal.
-    checksum: String,
-}
-
-impl TombstoneFile {
-    fn sum(&mut self) -> String {
-        self.checksum.clear();
-        let text = serde_json::to_vec(self).expect("plain data becomes JSON");
-        format!("{:08x}", crc32c::crc32c(&text))
-    }
 }
 
 /// The disks of a store that were forgotten, or are being so. Clones share them.
@@ -90,11 +79,11 @@ impl Forgotten {
     /// The file system's.
     pub fn load(storage: Arc<dyn Storage>) -> io::Result<Self> {
         let mut table = Table::default();
-        for (path, read) in read_all(&*storage)? {
+        for read in read_all(&*storage)? {
             match read {
                 Ok((disk, stone)) => _ = table.stones.insert(disk, stone),
                 Err(why) => {
-                    tracing::error!(file = %storage.display(&path).display(), why, "nobody knows which disk was forgotten")
+                    tracing::error!(why, "nobody knows which disk was forgotten")
                 }
             }
         }
@@ -255,28 +244,23 @@ type Read = Result<(DiskId, Tombstone), String>;
 ///
 /// # Errors
 /// The file system's.
-pub(crate) fn read_all(storage: &dyn Storage) -> io::Result<Vec<(PathBuf, Read)>> {
+pub(crate) fn read_all(storage: &dyn Storage) -> io::Result<Vec<Read>> {
     let names = match storage.list(Path::new(DIR)) {
         Ok(names) => names,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
     let paths = names.iter().filter(|name| name.ends_with(".json")).map(|name| Path::new(DIR).join(name));
-    Ok(paths.map(|path| (path.clone(), read(storage, &path))).collect())
+    Ok(paths.map(|path| read(storage, &path)).collect())
 }
 
 fn read(storage: &dyn Storage, path: &Path) -> Read {
-    let content = read_file(storage, path, FILE_BYTES_MAX).map_err(|error| error.to_string())?;
-    let mut file: TombstoneFile = serde_json::from_slice(&content).map_err(|error| error.to_string())?;
-    let found = std::mem::take(&mut file.checksum);
-    let expected = file.sum();
-    let named = path.file_stem().and_then(|stem| stem.to_str()) == Some(&*file.disk.to_string());
-    if file.magic != MAGIC || file.version != VERSION || found != expected || !named {
-        return Err(format!(
-            "expected magic {MAGIC}, version {VERSION}, its disk's name and checksum {expected}"
-        ));
+    let file: Option<TombstoneFile> = KIND.read(storage, path).map_err(|error| error.to_string())?;
+    let gone_meanwhile = || format!("{} is missing", storage.display(path).display());
+    let TombstoneFile { disk, name, epoch, time, gone } = file.ok_or_else(gone_meanwhile)?;
+    if path.file_stem().and_then(|stem| stem.to_str()) != Some(&*disk.to_string()) {
+        return Err(format!("{} is damaged: it is of disk {disk}", storage.display(path).display()));
     }
-    let TombstoneFile { disk, name, epoch, time, gone, .. } = file;
     Ok((disk, Tombstone { name, epoch, time, gone }))
 }
 
@@ -297,11 +281,8 @@ fn remove(storage: &dyn Storage, disk: DiskId) -> io::Result<()> {
 
 fn write(storage: &dyn Storage, disk: DiskId, stone: &Tombstone) -> io::Result<()> {
     let Tombstone { name, epoch, time, gone } = stone.clone();
-    let (magic, version, checksum) = (MAGIC.to_owned(), VERSION, String::new());
-    let mut file = TombstoneFile { magic, version, disk, name, epoch, time, gone, checksum };
-    file.checksum = file.sum();
-    let content = serde_json::to_vec_pretty(&file).expect("plain data becomes JSON");
+    let file = TombstoneFile { disk, name, epoch, time, gone };
     storage.create_dir(Path::new(DIR))?;
     storage.sync_dir(Path::new(""))?;
-    replace_file(storage, &path(disk), &content)
+    KIND.write(storage, &path(disk), &file)
 }

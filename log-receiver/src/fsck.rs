@@ -44,10 +44,7 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
     damage.extend(scrub::damage_of(&*storage));
     let tombstones =
         forgotten::read_all(&*storage).map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
-    for (file, read) in &tombstones {
-        let Err(why) = read else { continue };
-        damage.push(format!("{} is damaged: {why}", storage.display(file).display()));
-    }
+    damage.extend(tombstones.into_iter().filter_map(Result::err));
     let forgotten = Forgotten::load(Arc::clone(&storage));
     let forgotten = forgotten.map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
     let going: Vec<ForgottenDisk> =

@@ -8,19 +8,18 @@
 
 use std::{
     collections::BTreeMap,
-    io,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
-use backtide_storage::{Storage, read_file, replace_file};
+use backtide_storage::Storage;
 use backtide_units::{ByteCount, CaptureTime, DiskName};
 use serde::{Deserialize, Serialize};
 
+use crate::sealed_json::SealedJson;
+
 const FILE: &str = "mounts.json";
-const MAGIC: &str = "backtide-mounts";
-const VERSION: u32 = 1;
-const FILE_BYTES_MAX: ByteCount = ByteCount(16 << 20);
+const KIND: SealedJson = SealedJson { magic: "backtide-mounts", version: 1, bytes_max: ByteCount(16 << 20) };
 
 /// The numbers of a store's mounts. Shared by threads; a call blocks on the file system.
 #[derive(Clone)]
@@ -29,37 +28,19 @@ pub(crate) struct MountNumbers {
     given: Arc<Mutex<Given>>,
 }
 
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Given {
-    last: BTreeMap<DiskName, u64>,
     /// Of disks that are not listed.
     before: u64,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NumbersFile {
-    magic: String,
-    version: u32,
-    before: u64,
     last: BTreeMap<DiskName, u64>,
-    /// CRC32C of the JSON of this with an empty checksum, in hexadecimal.
-    checksum: String,
-}
-
-impl NumbersFile {
-    fn sum(mut self) -> String {
-        self.checksum.clear();
-        let text = serde_json::to_vec(&self).expect("plain data becomes JSON");
-        format!("{:08x}", crc32c::crc32c(&text))
-    }
 }
 
 impl MountNumbers {
     /// Of the store that `storage` is, opened at `now`.
     pub(crate) fn open(storage: Arc<dyn Storage>, now: CaptureTime) -> Self {
-        let given = match read(&*storage) {
-            Ok(given) => given,
+        let given = match KIND.read::<Given>(&*storage, Path::new(FILE)) {
+            Ok(given) => given.unwrap_or_default(),
             Err(why) => {
                 tracing::warn!("{FILE} cannot be read, so mounts get large numbers from now on: {why}");
                 Given { last: BTreeMap::new(), before: now.0 / 1_000_000 }
@@ -75,41 +56,11 @@ impl MountNumbers {
         let last = given.last.entry(name.clone()).or_insert(before);
         *last += 1;
         let number = *last;
-        if let Err(error) = write(&*self.storage, &given) {
+        if let Err(error) = KIND.write(&*self.storage, Path::new(FILE), &*given) {
             tracing::warn!("the number of a mount could not be noted in {FILE}: {error}");
         }
         number
     }
-}
-
-fn read(storage: &dyn Storage) -> Result<Given, String> {
-    let content = match read_file(storage, Path::new(FILE), FILE_BYTES_MAX) {
-        Ok(content) => content,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Given::default()),
-        Err(error) => return Err(error.to_string()),
-    };
-    let file: NumbersFile = serde_json::from_slice(&content).map_err(|error| error.to_string())?;
-    if file.magic != MAGIC || file.version != VERSION {
-        return Err(format!("expected {MAGIC} {VERSION}, found {} {}", file.magic, file.version));
-    }
-    let (last, before, found) = (file.last.clone(), file.before, file.checksum.clone());
-    let expected = file.sum();
-    if found != expected {
-        return Err(format!("checksum expected {expected}, found {found}"));
-    }
-    Ok(Given { last, before })
-}
-
-fn write(storage: &dyn Storage, given: &Given) -> io::Result<()> {
-    let file = |checksum| NumbersFile {
-        magic: MAGIC.to_owned(),
-        version: VERSION,
-        before: given.before,
-        last: given.last.clone(),
-        checksum,
-    };
-    let content = serde_json::to_vec_pretty(&file(file(String::new()).sum()));
-    replace_file(storage, Path::new(FILE), &content.expect("plain data becomes JSON"))
 }
 
 #[cfg(test)]
@@ -139,11 +90,8 @@ mod tests {
         MountNumbers::open(storage.clone(), noon).next(&vm1);
         for byte in 0..length(&storage) {
             storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
-            // White space may change into other white space.
-            if read(&*storage).is_err() {
-                let given = MountNumbers::open(storage.clone(), noon);
-                assert!(given.given.lock().unwrap().before >= 1_772_366_400, "byte {byte}");
-            }
+            let given = MountNumbers::open(storage.clone(), noon);
+            assert!(given.given.lock().unwrap().before >= 1_772_366_400, "byte {byte}");
             storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
         }
         storage.flip_bit(Path::new(FILE), ByteOffset(3), 1);

@@ -126,7 +126,8 @@ impl SealedJson {
         replace_file(storage, path, &self.encode(content))
     }
 
-    fn encode<T: Serialize>(&self, content: &T) -> Vec<u8> {
+    /// The bytes of a file.
+    pub(crate) fn encode<T: Serialize>(&self, content: &T) -> Vec<u8> {
         let head = Head { magic: self.magic.to_owned(), version: self.version };
         let mut bytes = line(&head);
         bytes.extend(line(content));

@@ -16,6 +16,8 @@
 //! STORE/scrub.json                      how far a scrub is, and when each disk was read last
 //! STORE/forgotten/<uuid>.json           tombstones of disks that are forgotten
 //! ```
+//! Each JSON file but `store.json` is three lines of it, as `sealed_json.rs` tells.
+//!
 //! Invariants: `store.json` is written once, whole (temporary file, sync, rename, sync of the
 //! directory), before the first disk; a version this build does not know is refused before anything
 //! else is read; a directory with other things in it is never turned into a store.

@@ -5,12 +5,11 @@
 
 use std::{
     collections::BTreeMap,
-    io,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use backtide_storage::{Storage, read_file, replace_file};
+use backtide_storage::{Storage, replace_file};
 use backtide_units::{ByteCount, CaptureTime, DiskId, Lsn};
 use serde::{Deserialize, Serialize};
 
@@ -19,12 +18,12 @@ use super::{
     ladder::{LadderError, Span},
     locks::{LOCKS_MAX, Lock, LockClock, LockedPoint, Locks, Moment},
 };
+use crate::sealed_json::SealedJson;
 
 /// Its name.
 pub(crate) const FILE: &str = "retention.json";
-const MAGIC: &str = "backtide-retention";
-const VERSION: u32 = 1;
-const FILE_BYTES_MAX: ByteCount = ByteCount(64 << 20);
+const KIND: SealedJson =
+    SealedJson { magic: "backtide-retention", version: 1, bytes_max: ByteCount(64 << 20) };
 
 /// Pins and holds of one disk.
 const PINS_MAX: usize = 4096;
@@ -118,21 +117,10 @@ impl DiskFile {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PolicyFile {
-    magic: String,
-    version: u32,
     /// How long receivers have had the store open, in microseconds, as long as there are locks.
     #[serde(default)]
     open_us: u64,
     disks: BTreeMap<DiskId, DiskFile>,
-    /// CRC32C of the JSON of this with an empty checksum, in hexadecimal.
-    checksum: String,
-}
-
-/// What a file of any version has.
-#[derive(Deserialize)]
-struct Version {
-    magic: String,
-    version: u32,
 }
 
 /// The policies of a store. Clones share them.
@@ -154,14 +142,6 @@ struct State {
     damage: Option<String>,
 }
 
-impl PolicyFile {
-    fn sum(&mut self) -> String {
-        self.checksum.clear();
-        let text = serde_json::to_vec(self).expect("plain data becomes JSON");
-        format!("{:08x}", crc32c::crc32c(&text))
-    }
-}
-
 impl Policies {
     /// Reads the file of a store; disks that it does not name have the default.
     pub(crate) fn open(storage: Arc<dyn Storage>, default: Ladder) -> Self {
@@ -172,8 +152,7 @@ impl Policies {
         let ((disks, open_before), damage) = match read(&*storage) {
             Ok(read) => (read, None),
             Err(why) => {
-                let name = storage.display(Path::new(FILE));
-                let why = format!("{} {why}; no history goes", name.display());
+                let why = format!("{why}; no history goes");
                 tracing::error!(why);
                 (Default::default(), Some(why))
             }
@@ -241,19 +220,16 @@ impl Policies {
     }
 
     fn write(&self, disks: &BTreeMap<DiskId, Policy>, now: Moment) -> Result<(), String> {
-        let mut file = PolicyFile {
-            magic: MAGIC.to_owned(),
-            version: VERSION,
+        let file = PolicyFile {
             open_us: now.open.0,
             disks: disks.iter().map(|(disk, policy)| (*disk, DiskFile::of(policy))).collect(),
-            checksum: String::new(),
         };
-        file.checksum = file.sum();
-        let content = serde_json::to_vec_pretty(&file).expect("plain data becomes JSON");
-        if ByteCount::of(&content) > FILE_BYTES_MAX {
+        let content = KIND.encode(&file);
+        if ByteCount::of(&content) > KIND.bytes_max {
             return Err(format!(
-                "{} would be larger than {FILE_BYTES_MAX}, and could not be read again: release points that are kept",
-                self.storage.display(Path::new(FILE)).display()
+                "{} would be larger than {}, and could not be read again: release points that are kept",
+                self.storage.display(Path::new(FILE)).display(),
+                KIND.bytes_max
             ));
         }
         let written = replace_file(&*self.storage, Path::new(FILE), &content);
@@ -326,39 +302,18 @@ impl Policies {
     }
 }
 
-/// What is wrong with the file ends a sentence that begins with its name.
 fn read(storage: &dyn Storage) -> Result<(BTreeMap<DiskId, Policy>, Span), String> {
-    let content = match read_file(storage, Path::new(FILE), FILE_BYTES_MAX) {
-        Ok(content) => content,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Default::default()),
-        Err(error) => return Err(format!("cannot be read: {error}")),
-    };
-    // Before all else: another version may have other fields.
-    if let Ok(Version { magic, version }) = serde_json::from_slice(&content)
-        && magic == MAGIC
-        && version > VERSION
-    {
-        return Err(format!("has format version {version}, this program reads up to {VERSION}"));
-    }
-    understand(&content).map_err(|why| format!("is damaged: {why}"))
-}
-
-fn understand(content: &[u8]) -> Result<(BTreeMap<DiskId, Policy>, Span), String> {
-    let mut file: PolicyFile = serde_json::from_slice(content).map_err(|error| error.to_string())?;
-    let found = std::mem::take(&mut file.checksum);
-    let expected = file.sum();
-    if file.magic != MAGIC || file.version != VERSION || found != expected {
-        return Err(format!("expected magic {MAGIC}, version {VERSION} and checksum {expected}"));
-    }
+    let file = KIND.read::<PolicyFile>(storage, Path::new(FILE)).map_err(|error| error.to_string())?;
+    let Some(file) = file else { return Ok(Default::default()) };
     let policies = file.disks.into_iter().map(|(disk, file)| Ok((disk, file.policy()?)));
     let policies: Result<_, LadderError> = policies.collect();
-    Ok((policies.map_err(|error| error.to_string())?, Span(file.open_us)))
+    let damaged = |error| format!("{} is damaged: {error}", storage.display(Path::new(FILE)).display());
+    Ok((policies.map_err(damaged)?, Span(file.open_us)))
 }
 
 /// What is wrong with the file of a store that nobody uses.
 pub(crate) fn damage_of(storage: &dyn Storage) -> Option<String> {
-    let name = storage.display(Path::new(FILE));
-    read(storage).err().map(|why| format!("{} {why}", name.display()))
+    read(storage).err()
 }
 
 #[cfg(test)]
