@@ -125,6 +125,12 @@ impl Drop for Entry {
 
 impl Connection {
     async fn serve(&mut self, mut duplex: Duplex, first: Sequenced, wakeup: &Wakeup) -> io::Result<()> {
+        if let Message::Hello(hello) = &first.message {
+            let may_have_it = self.session.may_greet(&self.ingest.disks.borrow(), hello);
+            if may_have_it {
+                self.ingest.prepare(hello).await;
+            }
+        }
         self.take(first);
         self.take_decoded();
         // The first beat is due after an interval of silence: one at once may be a little late, and meet a

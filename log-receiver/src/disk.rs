@@ -3,11 +3,13 @@
 //! Owned by one thread (a worker of the daemon, or a simulation). A failed log is kept out of use until the next
 //! handshake opens it again, which recovers it. What is durable in it can be read all the time.
 
+mod out_of_use;
+
 use std::collections::VecDeque;
 
 use backtide_recovery::{
-    AppendError, Attached, Base, DiskLog, Durable, LastWork, LogError, RebaseTicket, Rebased, Salvage,
-    Snapshot, Timeline,
+    AppendError, Attached, Base, DiskLog, Durable, LastWork, LogError, RebaseTicket, Rebased, Snapshot,
+    Timeline,
 };
 use backtide_segment::{Bucket, DISK_SIZE_MAX, Entry, PassContent, Seq};
 use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
@@ -16,7 +18,7 @@ use crate::{
     commit_ticket::{CommitOutcome, CommitTicket, next_life},
     log_mark::{Followed, LogMark},
     logs::Past,
-    memo::Memo,
+    reopening::Reopened,
     session::ConnectionId,
 };
 
@@ -72,6 +74,10 @@ struct Failed {
     left: Option<Left>,
     /// What another thread was doing to its files.
     work: Option<LastWork>,
+    /// Another thread opens it again.
+    reopening: bool,
+    /// What that came to, for the next claim.
+    reopened: Option<Reopened>,
 }
 
 /// What is left of a failed log.
@@ -335,27 +341,6 @@ impl Disk {
         &self.past
     }
 
-    /// Whether the log is out of use and nobody has read yet what is left of it.
-    pub(crate) fn wants_salvage(&self) -> Option<Wanted> {
-        match &self.log {
-            Log::Failed(failed) if failed.left.is_none() => Some(Wanted { through: failed.through }),
-            Log::Failed(_) | Log::Open(..) => None,
-        }
-    }
-
-    /// Takes what is left of a log that is out of use.
-    pub(crate) fn salvaged(&mut self, salvaged: Salvage, memo: Option<Memo>) {
-        let Log::Failed(failed) = &mut self.log else { return };
-        let Salvage { snapshot, damage, .. } = salvaged;
-        let own = snapshot.timeline().attached().cloned();
-        let attached = match (own, memo.map(|memo| memo.attached)) {
-            (Some(own), Some(memo)) if memo.epoch > own.epoch => Some(memo),
-            (Some(own), _) => Some(own),
-            (None, memo) => memo,
-        };
-        failed.left = Some(Left { snapshot, damage, attached });
-    }
-
     pub(crate) fn append(&mut self, entry: Entry, payload: ByteCount) -> Result<Seq, DiskError> {
         let (log, mark) = match &mut self.log {
             Log::Open(log, mark) => (log, mark),
@@ -410,27 +395,6 @@ impl Disk {
         }
     }
 
-    /// Puts a recovered log into use and gives the connection that had the failed one. That one loses
-    /// the disk: entry numbers it waits for may be those of other entries now.
-    pub(crate) fn reopened(&mut self, log: DiskLog, mark: LogMark) -> Option<ConnectionId> {
-        self.log = Log::Open(Box::new(log), mark);
-        self.life = next_life();
-        self.owner.take()
-    }
-
-    /// Puts a new log into use behind a damaged one. Gives the connection that had that one.
-    pub(crate) fn begun_anew(
-        &mut self,
-        log: DiskLog,
-        mark: LogMark,
-        number: u32,
-        past: Past,
-    ) -> Option<ConnectionId> {
-        self.number = number;
-        self.past = past;
-        self.reopened(log, mark)
-    }
-
     pub(crate) fn fail(&mut self, failure: Failure) {
         tracing::error!(disk = %self.id, why = failure.why, "the disk's log failed and is out of use until it is opened again");
         let failed = Box::new(Failed { failure, ..Failed::default() });
@@ -449,14 +413,6 @@ impl Disk {
         }
         self.waiting.clear();
         self.waiting_bytes = 0;
-    }
-
-    /// Whether another thread still works on the files of a log that failed: it cannot be opened before that ends.
-    pub(crate) fn is_worked_on(&self) -> bool {
-        match &self.log {
-            Log::Open(..) => false,
-            Log::Failed(failed) => failed.work.as_ref().is_some_and(LastWork::is_under_way),
-        }
     }
 
     fn log(&self) -> Option<&DiskLog> {

@@ -32,6 +32,7 @@ use crate::{
     disk::{Disk, DiskError, Failure, chain},
     entries,
     logs::{LOGS_MAX, Past},
+    reopening::{Reopened, Reopening},
     session::ConnectionId,
     space::Space,
 };
@@ -161,6 +162,11 @@ impl Disks {
         this
     }
 
+    /// What they have in common.
+    pub(crate) fn shelf(&self) -> &Shelf {
+        &self.shelf
+    }
+
     /// A disk.
     pub fn get(&self, disk: DiskId) -> Option<&Disk> {
         self.disks.get(&disk)
@@ -280,21 +286,23 @@ impl Disks {
                         "the disk's log failed, and work on its files has not ended: the device may be slow";
                     return Err(closed(CloseCode::Store, why));
                 }
-                match self.shelf.open(hello.disk, disk.log_number()) {
-                    Ok(log) => {
+                let prepared = disk.take_reopened();
+                match prepared.unwrap_or_else(|| Reopening::of(&self.shelf, disk).run()) {
+                    Reopened::Open(log, mark) => {
                         check_attached(log.timeline().attached(), hello)?;
                         take_name(&self.shelf.names, hello)?;
-                        let mark = self.shelf.mark(hello.disk, disk.log_number(), &log);
-                        displaced = disk.reopened(log, mark);
+                        displaced = disk.reopened(*log, mark);
                     }
-                    Err(error @ LogError::Damaged { .. }) => {
+                    Reopened::Damaged { error, left, past } => {
                         // What is left of it may know an attach that nothing else does.
-                        self.shelf.make_readable(disk);
+                        if let Some((salvaged, memo)) = left.map(|left| *left) {
+                            disk.salvaged(salvaged, memo);
+                        }
                         check_attached(disk.attached(), hello)?;
                         take_name(&self.shelf.names, hello)?;
-                        displaced = begin_new_log(&self.shelf, disk, &error)?;
+                        displaced = begin_new_log(&self.shelf, disk, &error, past)?;
                     }
-                    Err(error) => {
+                    Reopened::Failed(error) => {
                         disk.fail(Failure::from(&error));
                         return Err(store(error));
                     }
@@ -329,7 +337,12 @@ impl Disks {
 }
 
 /// Puts a damaged log aside for good and begins a new one. Gives the connection that had the old one.
-fn begin_new_log(shelf: &Shelf, disk: &mut Disk, error: &LogError) -> Result<Option<ConnectionId>, Closed> {
+fn begin_new_log(
+    shelf: &Shelf,
+    disk: &mut Disk,
+    error: &LogError,
+    past: Past,
+) -> Result<Option<ConnectionId>, Closed> {
     let number = disk.log_number() + 1;
     if number > LOGS_MAX {
         let why = format!(
@@ -339,15 +352,13 @@ fn begin_new_log(shelf: &Shelf, disk: &mut Disk, error: &LogError) -> Result<Opt
         return Err(closed(CloseCode::Store, why));
     }
     let log = shelf.create(disk.id(), number).map_err(|error| closed(CloseCode::Store, chain(&error)))?;
-    let mut past = disk.past().clone();
-    shelf.push_past(&mut past, disk.id(), disk.log_number());
     tracing::error!(disk = %disk.id(), why = chain(error), "the log is damaged: a new one begins, points before the damage stay");
     let mark = shelf.mark(disk.id(), number, &log);
     Ok(disk.begun_anew(log, mark, number, past))
 }
 
 /// Whether the newest attach leaves room for this one.
-fn check_attached(attached: Option<&Attached>, hello: &Hello) -> Result<(), Closed> {
+pub(crate) fn check_attached(attached: Option<&Attached>, hello: &Hello) -> Result<(), Closed> {
     let Some(attached) = attached else { return Ok(()) };
     if hello.epoch < attached.epoch {
         let why = format!(

@@ -92,6 +92,8 @@ pub(crate) struct Leaving {
 pub(crate) struct Ingest {
     pub(crate) disks: RefCell<Disks>,
     pub(crate) syncing: RefCell<BTreeSet<DiskId>>,
+    /// The logs of these are being opened again.
+    pub(crate) reopening: RefCell<BTreeSet<DiskId>>,
     /// Of these the next sync begins when the one under way ends.
     pub(crate) hastened: RefCell<BTreeSet<DiskId>>,
     /// These are synced when the commit interval ends.
@@ -107,7 +109,7 @@ pub(crate) struct Ingest {
     connections: RefCell<BTreeMap<ConnectionId, Rc<Wakeup>>>,
     /// A connection has ended.
     ended: Notify,
-    /// A sync has ended.
+    /// A sync has ended, or a log was opened again.
     pub(crate) synced: Notify,
 }
 
@@ -144,6 +146,7 @@ pub(crate) fn start(
         let ingest = Rc::new(Ingest {
             disks: RefCell::new(Disks::open_side_by_side(shelf, &disks, OPENING_THREADS)),
             syncing: RefCell::default(),
+            reopening: RefCell::default(),
             hastened: RefCell::default(),
             gathering: RefCell::default(),
             ticking: Cell::default(),
@@ -255,12 +258,12 @@ impl Ingest {
         self.disks.borrow().iter().map(DiskFacts::of).collect()
     }
 
-    /// Waits until no sync of the disk is under way.
+    /// Waits until no sync of the disk is under way, and nobody opens its log again.
     async fn until_synced(&self, disk: DiskId) {
         loop {
             // Registered before the look, so that no end is missed between.
             let synced = self.synced.notified();
-            if !self.syncing.borrow().contains(&disk) {
+            if !self.syncing.borrow().contains(&disk) && !self.reopening.borrow().contains(&disk) {
                 break;
             }
             synced.await;
@@ -291,6 +294,7 @@ impl Ingest {
     /// offered that a power cut could take.
     async fn read(self: Rc<Self>, disk: DiskId) -> Option<Result<Readable, Failure>> {
         loop {
+            self.until_reopened(disk).await;
             let life = self.disks.borrow().get(disk)?.life();
             let taken = self.take(disk)?;
             let Ok(readable) = &taken else { return Some(taken) };

@@ -51,6 +51,7 @@ mod pool;
 mod read_queue;
 mod receiver;
 mod removal;
+mod reopening;
 mod retention;
 mod scrub;
 mod sealed_json;

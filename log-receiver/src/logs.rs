@@ -18,7 +18,7 @@ use backtide_recovery::{Attached, DiskLog, Durable, LogError, LogIdentity, Salva
 use backtide_units::{ByteCount, ByteOffset, DiskId, Lsn};
 
 use crate::{
-    disk::{Disk, Failure, chain},
+    disk::{Disk, Failure, Wanted, chain},
     disks::{DISKS, Shelf},
     log_mark::{LogMark, Loss},
     memo::{self, Memo},
@@ -183,15 +183,28 @@ impl Shelf {
     /// Reads what is left of a log that is out of use, once. What cannot be read is said by the failure.
     pub(crate) fn make_readable(&self, disk: &mut Disk) {
         let Some(wanted) = disk.wants_salvage() else { return };
-        match self.salvage(disk.id(), disk.log_number(), wanted.through) {
+        if let Some((salvaged, memo)) = self.left_of(disk.id(), disk.log_number(), &wanted) {
+            disk.salvaged(salvaged, memo);
+        }
+    }
+
+    /// What is left of a log that is out of use; none when nothing can be read of it.
+    pub(crate) fn left_of(
+        &self,
+        disk: DiskId,
+        number: u32,
+        wanted: &Wanted,
+    ) -> Option<(Salvage, Option<Memo>)> {
+        match self.salvage(disk, number, wanted.through) {
             Ok(salvaged) => {
                 for damage in &salvaged.damage {
-                    tracing::error!(disk = %disk.id(), damage, "the log is damaged");
+                    tracing::error!(%disk, damage, "the log is damaged");
                 }
-                disk.salvaged(salvaged, self.memo(disk.id(), disk.log_number()));
+                Some((salvaged, self.memo(disk, number)))
             }
             Err(error) => {
-                tracing::warn!(disk = %disk.id(), why = chain(&error), "nothing can be read of a log that failed");
+                tracing::warn!(%disk, why = chain(&error), "nothing can be read of a log that failed");
+                None
             }
         }
     }

@@ -237,6 +237,11 @@ impl Session {
         self.end(disks);
     }
 
+    /// Whether a hello is understood, and is of a disk that its agent may have.
+    pub(crate) fn may_greet(&self, disks: &Disks, hello: &Hello) -> bool {
+        hello.version == PROTOCOL_VERSION && self.check_rights(disks, hello).is_ok()
+    }
+
     fn greet(&mut self, disks: &mut Disks, hello: &Hello, frame: u64, now: CaptureTime) -> Vec<Effect> {
         if hello.version != PROTOCOL_VERSION {
             return self.close(disks, another_version(hello.version));

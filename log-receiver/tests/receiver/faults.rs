@@ -16,6 +16,8 @@ pub(crate) enum Fault {
     None,
     /// Syncs wait until something else is set.
     SyncsWait,
+    /// Files are not opened until something else is set.
+    OpensWait,
     /// Syncs of the directory of tombstones fail.
     TombstonesFail,
     /// Writes fail.
@@ -53,7 +55,7 @@ impl Faulty {
         self.state.1.notify_all();
     }
 
-    /// Returns when a sync waits.
+    /// Returns when a sync waits, or an open.
     pub(crate) async fn a_sync_waits(&self) {
         let state = Arc::clone(&self.state);
         let waited = tokio::task::spawn_blocking(move || {
@@ -66,15 +68,19 @@ impl Faulty {
     fn write_fails(&self) -> io::Result<()> {
         match self.state.0.lock().unwrap().fault {
             Fault::WritesFail => Err(io::Error::other("injected failure of a write")),
-            Fault::None | Fault::SyncsWait | Fault::TombstonesFail | Fault::ReservationsPanic => Ok(()),
+            Fault::None
+            | Fault::SyncsWait
+            | Fault::OpensWait
+            | Fault::TombstonesFail
+            | Fault::ReservationsPanic => Ok(()),
         }
     }
 
-    fn sync_waits(&self) {
+    fn waits(&self, fault: Fault) {
         let mut guard = self.state.0.lock().unwrap();
         guard.waiting += 1;
         self.state.1.notify_all();
-        guard = self.state.1.wait_while(guard, |state| state.fault == Fault::SyncsWait).unwrap();
+        guard = self.state.1.wait_while(guard, |state| state.fault == fault).unwrap();
         guard.waiting -= 1;
     }
 
@@ -89,6 +95,7 @@ impl Storage for Faulty {
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
+        self.waits(Fault::OpensWait);
         Ok(self.file(self.memory.open(path)?))
     }
 
@@ -155,7 +162,7 @@ impl StorageFile for FaultyFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.storage.sync_waits();
+        self.storage.waits(Fault::SyncsWait);
         self.file.sync_data()
     }
 

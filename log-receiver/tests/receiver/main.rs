@@ -14,6 +14,7 @@ mod mending;
 mod point_reader;
 mod reading;
 mod refusals;
+mod reopening;
 mod retention;
 mod scrubbing;
 mod store;

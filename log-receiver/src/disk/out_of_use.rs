@@ -1,0 +1,93 @@
+//! A disk whose log is out of use: what can still be read of it, and its way back into use.
+
+use backtide_recovery::{DiskLog, LastWork, Salvage};
+
+use super::{Disk, Left, Log, Wanted};
+use crate::{
+    commit_ticket::next_life, log_mark::LogMark, logs::Past, memo::Memo, reopening::Reopened,
+    session::ConnectionId,
+};
+
+impl Disk {
+    /// Whether the log is out of use and nobody has read yet what is left of it.
+    pub(crate) fn wants_salvage(&self) -> Option<Wanted> {
+        match &self.log {
+            Log::Failed(failed) if failed.left.is_none() => Some(Wanted { through: failed.through }),
+            Log::Failed(_) | Log::Open(..) => None,
+        }
+    }
+
+    /// Takes what is left of a log that is out of use.
+    pub(crate) fn salvaged(&mut self, salvaged: Salvage, memo: Option<Memo>) {
+        let Log::Failed(failed) = &mut self.log else { return };
+        let Salvage { snapshot, damage, .. } = salvaged;
+        let own = snapshot.timeline().attached().cloned();
+        let attached = match (own, memo.map(|memo| memo.attached)) {
+            (Some(own), Some(memo)) if memo.epoch > own.epoch => Some(memo),
+            (Some(own), _) => Some(own),
+            (None, memo) => memo,
+        };
+        failed.left = Some(Left { snapshot, damage, attached });
+    }
+
+    /// Puts a recovered log into use and gives the connection that had the failed one. That one loses
+    /// the disk: entry numbers it waits for may be those of other entries now.
+    pub(crate) fn reopened(&mut self, log: DiskLog, mark: LogMark) -> Option<ConnectionId> {
+        self.log = Log::Open(Box::new(log), mark);
+        self.life = next_life();
+        self.owner.take()
+    }
+
+    /// Puts a new log into use behind a damaged one. Gives the connection that had that one.
+    pub(crate) fn begun_anew(
+        &mut self,
+        log: DiskLog,
+        mark: LogMark,
+        number: u32,
+        past: Past,
+    ) -> Option<ConnectionId> {
+        self.number = number;
+        self.past = past;
+        self.reopened(log, mark)
+    }
+
+    /// Whether another thread still works on the files of a log that failed: it cannot be opened before that ends.
+    pub(crate) fn is_worked_on(&self) -> bool {
+        match &self.log {
+            Log::Open(..) => false,
+            Log::Failed(failed) => {
+                failed.reopening || failed.work.as_ref().is_some_and(LastWork::is_under_way)
+            }
+        }
+    }
+
+    /// Notes that another thread opens the log again; false when it need not, or must not yet.
+    pub(crate) fn begin_reopening(&mut self) -> bool {
+        if self.is_worked_on() {
+            return false;
+        }
+        match &mut self.log {
+            Log::Failed(failed) if failed.reopened.is_none() => {
+                failed.reopening = true;
+                true
+            }
+            Log::Failed(_) | Log::Open(..) => false,
+        }
+    }
+
+    /// That has ended; what it came to is for the next claim.
+    pub(crate) fn end_reopening(&mut self, reopened: Option<Reopened>) {
+        if let Log::Failed(failed) = &mut self.log {
+            failed.reopening = false;
+            failed.reopened = reopened;
+        }
+    }
+
+    /// Takes what that came to.
+    pub(crate) fn take_reopened(&mut self) -> Option<Reopened> {
+        match &mut self.log {
+            Log::Open(..) => None,
+            Log::Failed(failed) => failed.reopened.take(),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Opening a log again that failed, for an agent whose hello may have its disk.
+//!
+//! It reads the end of the log, or all that is left of one that is damaged: on a slow device that takes as long as it takes, so a
+//! receiver has it done where blocking is fine ([`Ingest::prepare`]) before the claim, which then finds it done. A simulation
+//! has it done within the claim.
+//!
+//! Invariants: at most one is under way of a disk, and nobody reads the log's files or gives up the disk meanwhile; what it
+//! came to is used by the next claim or by none, for nothing else writes to a log that failed.
+
+use backtide_protocol::Hello;
+use backtide_recovery::{DiskLog, LogError, Salvage};
+use backtide_units::DiskId;
+
+use crate::{
+    Shelf,
+    disk::{Disk, Wanted},
+    disks::{Disks, check_attached},
+    ingest::Ingest,
+    log_mark::LogMark,
+    logs::Past,
+    memo::Memo,
+};
+
+/// A log that failed, to be opened again.
+pub(crate) struct Reopening {
+    shelf: Shelf,
+    disk: DiskId,
+    number: u32,
+    /// What is left of it, when nobody has read that yet.
+    wanted: Option<Wanted>,
+    past: Past,
+}
+
+/// What that came to.
+pub(crate) enum Reopened {
+    /// It can be used again.
+    Open(Box<DiskLog>, LogMark),
+    /// It never can be.
+    Damaged {
+        error: LogError,
+        /// What can still be read of it, when nobody had read that yet and it can be.
+        left: Option<Box<(Salvage, Option<Memo>)>>,
+        /// The logs before a new one.
+        past: Past,
+    },
+    /// Not now.
+    Failed(LogError),
+}
+
+impl Reopening {
+    pub(crate) fn of(shelf: &Shelf, disk: &Disk) -> Self {
+        Self {
+            shelf: shelf.clone(),
+            disk: disk.id(),
+            number: disk.log_number(),
+            wanted: disk.wants_salvage(),
+            past: disk.past().clone(),
+        }
+    }
+
+    /// Does it; blocks.
+    pub(crate) fn run(self) -> Reopened {
+        let Self { shelf, disk, number, wanted, mut past } = self;
+        match shelf.open(disk, number) {
+            Ok(log) => {
+                let mark = shelf.mark(disk, number, &log);
+                Reopened::Open(Box::new(log), mark)
+            }
+            Err(error @ LogError::Damaged { .. }) => {
+                let left = wanted.and_then(|wanted| shelf.left_of(disk, number, &wanted));
+                shelf.push_past(&mut past, disk, number);
+                Reopened::Damaged { error, left: left.map(Box::new), past }
+            }
+            Err(error) => Reopened::Failed(error),
+        }
+    }
+}
+
+impl Disks {
+    /// Whether the log of this hello's disk is to be opened again before the claim. A hello that may not have the disk changes
+    /// nothing.
+    fn may_reopen(&self, hello: &Hello) -> bool {
+        let shelf = self.shelf();
+        self.get(hello.disk).is_some_and(|disk| {
+            disk.failure().is_some()
+                && check_attached(disk.attached(), hello).is_ok()
+                && shelf.forgotten.admit(hello, true).is_ok()
+                && shelf.watch.check().is_ok()
+        })
+    }
+
+    /// Begins that; none when it is done already, or cannot be yet.
+    fn begin_reopening(&mut self, disk: DiskId) -> Option<Reopening> {
+        let shelf = self.shelf().clone();
+        let disk = self.get_mut(disk)?;
+        disk.begin_reopening().then(|| Reopening::of(&shelf, disk))
+    }
+}
+
+impl Ingest {
+    /// Opens the log of a hello's disk again, if it failed, where that holds up no other disk.
+    pub(crate) async fn prepare(&self, hello: &Hello) {
+        let disk = hello.disk;
+        while self.disks.borrow().may_reopen(hello) {
+            // Registered before the look, so that no end is missed between.
+            let ended = self.synced.notified();
+            if self.reopening.borrow().contains(&disk) {
+                ended.await;
+                continue;
+            }
+            let Some(work) = self.disks.borrow_mut().begin_reopening(disk) else { break };
+            self.reopening.borrow_mut().insert(disk);
+            let reopened = self.readers.run(move || work.run()).await;
+            if let Some(state) = self.disks.borrow_mut().get_mut(disk) {
+                state.end_reopening(reopened.ok());
+            }
+            self.reopening.borrow_mut().remove(&disk);
+            self.synced.notify_waiters();
+            break;
+        }
+    }
+
+    /// Waits until nobody opens the disk's log again.
+    pub(crate) async fn until_reopened(&self, disk: DiskId) {
+        loop {
+            // Registered before the look, so that no end is missed between.
+            let ended = self.synced.notified();
+            if !self.reopening.borrow().contains(&disk) {
+                break;
+            }
+            ended.await;
+        }
+    }
+}
