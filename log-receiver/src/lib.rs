@@ -7,7 +7,7 @@
 //! and `changes`, `mounts` serves a `point_export` over NBD, or an `overlay_export` of one of `overlays`;
 //! `reading` gives an agent the content of an `open_point` over the stream.
 //!
-//! [`session`], `disks` and `disk` know no socket, no clock and no thread: a simulation drives
+//! [`session`], `disks`, `disk` and [`differing`] know no socket, no clock and no thread: a simulation drives
 //! them over a storage in memory. Everything around is [`Receiver`].
 
 mod accept;
@@ -23,6 +23,7 @@ mod commit;
 mod commit_ticket;
 mod committer;
 mod compare;
+pub mod differing;
 mod disk;
 mod disks;
 pub mod entries;

@@ -19,6 +19,7 @@ use roaring::RoaringTreemap;
 
 use crate::{
     compare::CompareJob,
+    differing::{self, Differing},
     disk::chain,
     disks::closed,
     findings::DiskFindings,
@@ -204,37 +205,21 @@ impl OpenedPoint {
     }
 
     fn changed(&self, other: Lsn) -> Result<RoaringTreemap, ReadFailure> {
-        if other != Lsn::MAX && !self.snapshot.knows_changes_at(other) {
-            let message = format!(
-                "lsn:{other} is no point of disk {} (any more): nobody knows what changed since",
-                self.disk.name
-            );
-            return Err(ReadFailure { code: FailureCode::Gone, message });
-        }
-        let (after, through) = (self.at.lsn.min(other), self.at.lsn.max(other));
-        self.snapshot.changed_blocks(after, through).map_err(|error| self.failure(&error))
+        differing::changed(&self.snapshot, self.at.lsn, other).map_err(|error| self.unknown(error))
     }
 
-    /// What an agent had when the disk was taken from it is here in whole only when everything it knew to be durable was
-    /// here then: LSNs and entries of others, later, would hide that it was not. The LSN does not tell of a pass's blocks, nor
-    /// the entries of a log that was put back and went on.
     fn left(&self, epoch: Epoch, durable: Lsn, entries: LogPosition) -> Result<RoaringTreemap, ReadFailure> {
-        let gone = |why: String| ReadFailure { code: FailureCode::Gone, message: why };
-        let name = &self.disk.name;
-        let Some(takeover) = self.snapshot.timeline().takeover_from(epoch) else {
-            return Err(gone(format!(
-                "nobody knows how disk {name} was taken from the attach of epoch {epoch}"
-            )));
-        };
-        let (found, entry) = (takeover.covered, takeover.entries.0);
-        if found < durable || entry < entries.0 {
-            return Err(gone(format!(
-                "disk {name} was taken over at LSN {found} (log entry {entry}), though everything up to LSN {durable} (log entry {}) had been durable here",
-                entries.0
-            )));
+        let left = differing::left(&self.snapshot, self.at.lsn, epoch, durable, entries);
+        left.map_err(|error| self.unknown(error))
+    }
+
+    fn unknown(&self, error: Differing) -> ReadFailure {
+        match error {
+            Differing::Gone(why) => {
+                ReadFailure { code: FailureCode::Gone, message: format!("disk {}: {why}", self.disk.name) }
+            }
+            Differing::Log(error) => self.failure(&error),
         }
-        // What the agent had may be newer than the point: that differs too.
-        Ok(self.changed(durable)? | self.changed(Lsn::MAX)?)
     }
 
     /// What of the point's content cannot be read, of the blocks that may differ from `since` or else of all data: read only where

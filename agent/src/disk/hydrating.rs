@@ -2,13 +2,12 @@
 //! and in the background.
 //!
 //! It stands between the engine and the image. What touches nothing missing goes straight through; the rest
-//! waits until its blocks are there, or overwrites them. The rules are [`Missing`]'s, what outlives the
-//! agent is in the [`HydrationFile`].
+//! waits until its blocks are there, or overwrites them. What is done in which order is the [`Hydrator`]'s to say,
+//! whose steps are carried out here; what outlives the agent is in the [`HydrationFile`].
 //!
-//! Invariants: the order of `io-filter/hydration/FORMAT.md` - image, journal, answer; and image synced, journal
-//! synced, flush answered. Behind an NBD server, which may end with this agent and take with it what it was not told to
-//! flush, the image is flushed before the journal says anything: what is present there is stable. When
-//! [`stop`](HydratingDisk::stop) has returned nothing of this writes the image.
+//! Invariants: every step that was taken ends, and its end is told. Behind an NBD server, which may end with this agent
+//! and take with it what it was not told to flush, the image is flushed before the journal says anything: what is
+//! present there is stable. When [`stop`](HydratingDisk::stop) has returned nothing of this writes the image.
 
 mod fetch;
 mod pieces;
@@ -16,27 +15,32 @@ mod status;
 
 use std::{
     cell::{Cell, RefCell},
-    collections::VecDeque,
+    collections::BTreeMap,
     path::PathBuf,
     rc::Rc,
     sync::Arc,
 };
 
 use backtide_export::Extent;
-use backtide_hydration::{ChangeId, HydrationFile, Missing, Need};
+use backtide_hydration::{FetchId, HydrationFile, Hydrator, Refusal, RequestId, Step, Wish};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockCount, BlockRange, ByteRange, DiskName};
 use rustix::io::Errno;
-use tokio::sync::Notify;
+use tokio::{
+    sync::{Notify, oneshot},
+    task::spawn_local,
+};
 
 use super::{
     image_disk::blocking,
     local::{Began, EIO, Purpose, failure},
     medium::Medium,
+    nbd_disk::NbdDisk,
     source::PointSource,
 };
 pub(crate) use fetch::{owner, rewinding};
+use pieces::Pieces;
 use status::Progress;
 
 /// What is answered when the disk is given up while something waits for the receiver.
@@ -50,25 +54,20 @@ pub(crate) struct HydratingDisk {
     noted: Option<PathBuf>,
     file: Arc<HydrationFile>,
     source: Rc<dyn PointSource>,
-    missing: RefCell<Missing>,
+    hydrator: RefCell<Hydrator>,
+    requests: RefCell<BTreeMap<RequestId, Ongoing>>,
+    /// What was fetched, until it is known what of it is wanted.
+    fetched: RefCell<BTreeMap<FetchId, Pieces>>,
     /// Something has ended: whoever waits looks again.
     changed: Notify,
     /// Nothing is missing any more, and no file says so: the image is the disk.
     complete: Cell<bool>,
     /// The disk is given up.
     stopped: Cell<bool>,
-    /// Requests that wait for a fetch.
-    waiting: Cell<u64>,
     /// What writes the image or the hydration file now, beside the changes of guests.
     storing: Cell<usize>,
     /// Bytes a second that are fetched without being asked for; 0: no limit.
     rate_max: Cell<u64>,
-    /// What could not be stored lately, with a number that counts up.
-    failures: RefCell<VecDeque<(u64, BlockRange, IoFailure)>>,
-    failure_count: Cell<u64>,
-    /// Blocks that were written, and it is not sure that they are stable: what can be read of them may be lost when the
-    /// server ends. So they are never compared with what they are to be: they are written again.
-    doubted: RefCell<DirtyBitmap>,
     /// What keeps blocks from being fetched.
     trouble: RefCell<Option<String>>,
     /// It is that the receiver does not give the point.
@@ -76,8 +75,14 @@ pub(crate) struct HydratingDisk {
     progress: RefCell<Progress>,
 }
 
-/// As many failures are remembered for those who wait.
-const FAILURES_MAX: usize = 64;
+/// A request that the [`Hydrator`] has.
+struct Ongoing {
+    /// What the image has to do for it, as long as that is not done; nothing of it is stable by itself.
+    op: Option<LocalOp>,
+    /// What came of that.
+    data: LocalData,
+    reply: oneshot::Sender<Result<LocalData, IoFailure>>,
+}
 
 impl HydratingDisk {
     pub(crate) fn new(
@@ -87,24 +92,22 @@ impl HydratingDisk {
         file: HydrationFile,
         source: Rc<dyn PointSource>,
     ) -> Rc<Self> {
-        let missing = Missing::new(medium.size(), file.missing());
-        let progress = Progress::new(missing.blocks().count());
+        let hydrator = Hydrator::new(medium.size(), file.missing(), file.header().compare);
+        let progress = Progress::new(hydrator.missing().blocks().count());
         Rc::new(Self {
             name,
             medium,
             noted,
             file: Arc::new(file),
             source,
-            missing: RefCell::new(missing),
+            hydrator: RefCell::new(hydrator),
+            requests: RefCell::default(),
+            fetched: RefCell::default(),
             changed: Notify::new(),
             complete: Cell::new(false),
             stopped: Cell::new(false),
-            waiting: Cell::new(0),
             storing: Cell::new(0),
             rate_max: Cell::new(0),
-            failures: RefCell::default(),
-            failure_count: Cell::new(0),
-            doubted: RefCell::default(),
             trouble: RefCell::default(),
             refused: Cell::new(false),
             progress: RefCell::new(progress),
@@ -125,16 +128,7 @@ impl HydratingDisk {
 
     /// What is stable is so by the hydration file too, as long as there is one.
     fn goes_through(&self, op: &LocalOp) -> bool {
-        if self.complete.get() {
-            return true;
-        }
-        match op {
-            LocalOp::Read(range) => !self.missing.borrow().touches(*range),
-            LocalOp::Change(Change::Write { range, fua, .. } | Change::Zero { range, fua, .. }) => {
-                !fua && !self.missing.borrow().touches(*range)
-            }
-            LocalOp::Change(Change::Flush) | LocalOp::Settle => false,
-        }
+        self.complete.get() || !self.hydrator.borrow().needs_care(wish_of(op))
     }
 
     /// Does it, waiting as long as it takes.
@@ -142,77 +136,68 @@ impl HydratingDisk {
         if self.goes_through(&op) {
             return self.medium.run(op).await;
         }
-        match op {
-            LocalOp::Read(range) => {
-                self.until_ready(range, |missing| missing.before_read(range).map_or(Ok(()), Err)).await?;
-                self.medium.run(LocalOp::Read(range)).await
-            }
-            LocalOp::Change(Change::Write { range, data, fua }) => {
-                let change = Change::Write { range, data, fua: false };
-                self.change(range, change, fua).await
-            }
-            LocalOp::Change(Change::Zero { range, trim, fua }) => {
-                self.change(range, Change::Zero { range, trim, fua: false }, fua).await
-            }
-            LocalOp::Change(Change::Flush) | LocalOp::Settle => self.flush().await,
-        }
+        let (reply, answer) = oneshot::channel();
+        let id = self.hydrator.borrow_mut().submit(wish_of(&op));
+        let ongoing = Ongoing { op: Some(unstable(op)), data: LocalData::Changed, reply };
+        self.requests.borrow_mut().insert(id, ongoing);
+        self.carry_out();
+        answer.await.expect("every request is answered")
     }
 
-    async fn change(
-        self: &Rc<Self>,
-        range: ByteRange,
-        change: Change,
-        fua: bool,
-    ) -> Result<LocalData, IoFailure> {
-        let id = self.until_ready(range, |missing| missing.begin_change(range)).await?;
-        let changed = match self.overwrite(id, change).await {
-            Ok(()) => self.note_change(id).await,
-            Err(failure) => Err(failure),
-        };
-        let before = self.missing.borrow().blocks().count();
-        self.missing.borrow_mut().end_change(id, changed.is_ok());
-        if changed.is_err() {
-            self.doubted.borrow_mut().insert(BlockRange::touched_by(range));
+    fn carry_out(self: &Rc<Self>) {
+        loop {
+            let step = self.hydrator.borrow_mut().next_step();
+            let Some(step) = step else { break };
+            match step {
+                Step::Image(id) => drop(spawn_local(Rc::clone(self).do_on_image(id))),
+                Step::Note(id, blocks) => drop(spawn_local(Rc::clone(self).note(id, blocks))),
+                Step::Settle(id) => {
+                    self.storing.set(self.storing.get() + 1);
+                    spawn_local(Rc::clone(self).settle(id));
+                }
+                Step::Fetch(id, blocks) => drop(spawn_local(Rc::clone(self).fetch(id, blocks))),
+                Step::Store(id, runs) => {
+                    let pieces = self.fetched.borrow_mut().remove(&id).expect("it was fetched just now");
+                    self.storing.set(self.storing.get() + 1);
+                    spawn_local(Rc::clone(self).store(id, runs, pieces));
+                }
+                Step::Answer(id, result) => self.answer(id, result),
+            }
         }
-        self.has_brought(before, BlockCount(0));
         self.changed.notify_waiters();
-        changed?;
-        match fua {
-            true => self.flush().await,
-            false => Ok(LocalData::Changed),
-        }
     }
 
-    async fn overwrite(&self, id: ChangeId, change: Change) -> Result<(), IoFailure> {
-        let nothing_missing = self.missing.borrow().overwritten(id).is_empty();
-        match &self.medium {
-            Medium::Nbd(disk) if !nothing_missing => disk.change_stably([change]).await,
-            medium @ (Medium::Image(_) | Medium::Nbd(_)) => {
-                medium.run(LocalOp::Change(change)).await.map(drop)
+    async fn do_on_image(self: Rc<Self>, id: RequestId) {
+        let op = self.requests.borrow_mut().get_mut(&id).and_then(|ongoing| ongoing.op.take());
+        let op = op.expect("the image does it once");
+        let overwrites = self.hydrator.borrow().overwrites_missing(id);
+        let done = match (&self.medium, op) {
+            (Medium::Nbd(disk), LocalOp::Change(change)) if overwrites => {
+                self.change_stably(disk, vec![change]).await.map(|()| LocalData::Changed)
             }
-        }
+            (medium, op) => medium.run(op).await,
+        };
+        let result = done.map(|data| {
+            if let Some(ongoing) = self.requests.borrow_mut().get_mut(&id) {
+                ongoing.data = data;
+            }
+        });
+        self.tell(|hydrator| hydrator.image_done(id, result.map_err(refusal)));
     }
 
-    async fn note_change(&self, id: ChangeId) -> Result<(), IoFailure> {
-        let blocks = self.missing.borrow().overwritten(id).to_vec();
-        if blocks.is_empty() {
-            return Ok(());
-        }
+    async fn note(self: Rc<Self>, id: RequestId, blocks: Vec<BlockRange>) {
         let file = Arc::clone(&self.file);
-        blocking(move || file.present(&blocks)).await.map_err(failure)
+        let noted = blocking(move || file.present(&blocks)).await.map_err(failure);
+        self.tell(|hydrator| hydrator.noted(id, noted.map_err(refusal)));
     }
 
-    async fn flush(&self) -> Result<LocalData, IoFailure> {
-        self.storing.set(self.storing.get() + 1);
-        let settled = self.settle().await;
+    async fn settle(self: Rc<Self>, id: RequestId) {
+        let settled = self.settle_all().await;
         self.storing.set(self.storing.get() - 1);
-        if self.stopped.get() {
-            self.changed.notify_waiters();
-        }
-        settled.map(|()| LocalData::Changed)
+        self.tell(|hydrator| hydrator.settled(id, settled.map_err(refusal)));
     }
 
-    async fn settle(&self) -> Result<(), IoFailure> {
+    async fn settle_all(&self) -> Result<(), IoFailure> {
         let file = Arc::clone(&self.file);
         match &self.medium {
             Medium::Image(image) => {
@@ -220,55 +205,56 @@ impl HydratingDisk {
                 blocking(move || file.settle(|| image.sync())).await.map_err(failure)
             }
             Medium::Nbd(disk) => {
-                disk.run(LocalOp::Change(Change::Flush)).await?;
+                if let Err(failure) = disk.run(LocalOp::Change(Change::Flush)).await {
+                    self.distrust_image().await;
+                    return Err(failure);
+                }
                 // Whatever the journal calls present was flushed before.
                 blocking(move || file.settle(|| Ok(()))).await.map_err(failure)
             }
         }
     }
 
-    /// Has fetched what is needed until `ready` says that nothing is.
-    async fn until_ready<T>(
-        self: &Rc<Self>,
-        range: ByteRange,
-        ready: impl Fn(&mut Missing) -> Result<T, Need>,
-    ) -> Result<T, IoFailure> {
-        let first = self.failure_count.get();
-        loop {
-            // Before the look, so that nothing is missed after it.
-            let changed = self.changed.notified();
-            let need = match ready(&mut self.missing.borrow_mut()) {
-                Ok(ready) => return Ok(ready),
-                Err(need) => need,
-            };
-            if self.stopped.get() {
-                return Err(IoFailure { errno: ESHUTDOWN });
-            }
-            if let Some(failure) = self.failure_since(first, range) {
-                return Err(failure);
-            }
-            match need {
-                Need::Damaged(_) => return Err(IoFailure { errno: EIO }),
-                Need::Wait(fetch) => fetch.into_iter().for_each(|blocks| self.start_fetch(blocks)),
-            }
-            self.waiting.set(self.waiting.get() + 1);
-            changed.await;
-            self.waiting.set(self.waiting.get() - 1);
+    /// Behind a server nothing is called present before it is stable.
+    async fn change_stably(&self, disk: &NbdDisk, changes: Vec<Change>) -> Result<(), IoFailure> {
+        let changed = disk.change_stably(changes).await;
+        if changed.is_err() {
+            self.distrust_image().await;
+        }
+        changed
+    }
+
+    /// The next attach does not believe what the image shows of missing blocks.
+    async fn distrust_image(&self) {
+        let file = Arc::clone(&self.file);
+        if let Err(error) = blocking(move || file.stop_comparing()).await {
+            tracing::error!(disk = %self.name, %error, "the image has refused to keep something, and that cannot be noted for the next attach");
         }
     }
 
-    fn failure_since(&self, first: u64, range: ByteRange) -> Option<IoFailure> {
-        let touched = BlockRange::touched_by(range);
-        let failures = self.failures.borrow();
-        let mut later =
-            failures.iter().filter(|(number, blocks, _)| *number >= first && blocks.overlaps(touched));
-        later.next().map(|(_, _, failure)| *failure)
+    /// Tells the hydrator something about a request, and does what follows.
+    fn tell(self: &Rc<Self>, end: impl FnOnce(&mut Hydrator)) {
+        self.brought(BlockCount(0), end);
+        self.carry_out();
+    }
+
+    fn answer(&self, id: RequestId, result: Result<(), Refusal>) {
+        let ongoing = self.requests.borrow_mut().remove(&id).expect("a request is answered once");
+        let result = match result {
+            Ok(()) => Ok(ongoing.data),
+            Err(Refusal::Damaged(_)) => Err(IoFailure { errno: EIO }),
+            Err(Refusal::Stopped) => Err(IoFailure { errno: ESHUTDOWN }),
+            Err(Refusal::Failed { errno }) => Err(IoFailure { errno }),
+        };
+        // Whoever asked may have gone.
+        let _ = ongoing.reply.send(result);
     }
 
     /// Ends everything that waits for the receiver, with an error, and waits for what writes the image.
-    pub(crate) async fn stop(&self) {
+    pub(crate) async fn stop(self: &Rc<Self>) {
         self.stopped.set(true);
-        self.changed.notify_waiters();
+        self.hydrator.borrow_mut().stop();
+        self.carry_out();
         loop {
             let changed = self.changed.notified();
             if self.storing.get() == 0 {
@@ -318,14 +304,41 @@ impl HydratingDisk {
 
     /// The blocks that may hold data: missing ones among them.
     pub(crate) fn missing_blocks(&self) -> DirtyBitmap {
-        self.missing.borrow().blocks().clone()
+        self.hydrator.borrow().missing().blocks().clone()
     }
 
     pub(crate) fn read_ahead(&self, range: ByteRange) {
-        if !self.missing.borrow().touches(range) {
+        if !self.hydrator.borrow().missing().touches(range) {
             self.medium.read_ahead(range);
         }
     }
+}
+
+fn wish_of(op: &LocalOp) -> Wish {
+    match op {
+        LocalOp::Read(range) => Wish::Read(*range),
+        LocalOp::Change(Change::Write { range, fua, .. } | Change::Zero { range, fua, .. }) => {
+            Wish::Change { range: *range, stable: *fua }
+        }
+        LocalOp::Change(Change::Flush) | LocalOp::Settle => Wish::Flush,
+    }
+}
+
+/// What is left of it for the image when somebody else makes it stable.
+fn unstable(op: LocalOp) -> LocalOp {
+    match op {
+        LocalOp::Change(Change::Write { range, data, .. }) => {
+            LocalOp::Change(Change::Write { range, data, fua: false })
+        }
+        LocalOp::Change(Change::Zero { range, trim, .. }) => {
+            LocalOp::Change(Change::Zero { range, trim, fua: false })
+        }
+        LocalOp::Read(_) | LocalOp::Change(Change::Flush) | LocalOp::Settle => op,
+    }
+}
+
+fn refusal(failure: IoFailure) -> Refusal {
+    Refusal::Failed { errno: failure.errno }
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use std::{
 
 use backtide_agent_api::StreamTls;
 use backtide_control::Address;
-use backtide_hydration::{Header, HydrationError, HydrationFile, Kind};
+use backtide_hydration::{Header, HydrationError, HydrationFile};
 use backtide_io_filter::Resume;
 use backtide_units::ByteCount;
 
@@ -122,13 +122,12 @@ pub(crate) fn look(
 /// The first attach after a rewind takes what is missing for changed: it has to reach the receiver again, as the
 /// newest content of these blocks.
 pub(crate) fn dirty_too(resume: Resume, record: &DiskRecord, hydration: Option<&OpenedHydration>) -> Resume {
-    let Some(OpenedHydration { file, .. }) = hydration else { return resume };
-    let header = file.header();
-    match header.kind {
-        Kind::Rewind if header.epoch == record.epoch => {}
-        Kind::Rewind | Kind::Origin | Kind::Failover => return resume,
+    match hydration {
+        Some(OpenedHydration { file, .. }) if file.header().changes_the_disk(record.epoch) => {
+            resume.set_back(&file.missing())
+        }
+        Some(_) | None => resume,
     }
-    resume.set_back(&file.missing())
 }
 
 /// The file or device of an image; none of an NBD URI.

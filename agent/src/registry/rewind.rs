@@ -19,14 +19,14 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use backtide_agent_api::{DiskStatus, Mode, RewindReport, RewindRequest};
 use backtide_control::{ApiError, ErrorCode};
-use backtide_hydration::{Header, Kind, SourcePoint};
+use backtide_hydration::{Header, Kind, Since, SourcePoint, lacking, may_be_set_back};
 use backtide_io_filter::Resume;
 use backtide_storage::KillPoint;
 use backtide_tracking::{DirtyBitmap, SavedTracking};
-use backtide_units::{BlockCount, BlockRange, DiskName, Epoch, Lsn};
+use backtide_units::{BlockCount, DiskName, Epoch, Lsn};
 use tokio::time::Instant;
 
-use self::plan::{Goal, Plan, Since};
+use self::plan::{Goal, Plan};
 pub(super) use self::plan::{RELEASE_TIME, refuse_damaged};
 use super::{Registry, errors::failed, leave::end, resize::missing_record, waiting};
 use crate::{
@@ -173,24 +173,12 @@ impl Registry {
         })
         .await??;
         // Whatever a client has changed at the last moment is among it, or the receiver has got meanwhile.
-        let plan = match plan.since {
-            Since::Lsn(since) if since == saved.last_lsn && saved.dirty.is_empty() && lacked.is_none() => {
-                plan
-            }
-            Since::Lsn(_) | Since::Everything => {
-                let since = match lacked.is_none() && saved.dirty.is_empty() {
-                    true => Since::Lsn(saved.last_lsn),
-                    false => Since::Everything,
-                };
-                self.plan(&record, goal, since).await?
-            }
+        let plan = match Since::of(&saved, lacked.is_some()) {
+            since @ Since::Lsn(_) if since == plan.since => plan,
+            since => self.plan(&record, goal, since).await?,
         };
-        let Plan { source, mut changed, .. } = plan;
-        // What the receiver never got, and what the image has nothing of.
-        changed.union_with(&saved.dirty);
-        changed.union_with(&saved.zeroes);
-        changed.union_with(&lacked.unwrap_or_default());
-        changed.keep_only(BlockRange::whole_disk(record.size));
+        let Plan { source, changed, .. } = plan;
+        let changed = lacking(changed, &saved, lacked.as_ref(), record.size);
         let blocks = changed.count();
         let report = (saved.last_lsn, source.clone(), blocks);
         if changed.is_empty() {
@@ -340,10 +328,7 @@ fn as_left(
 ) -> Option<SavedTracking> {
     let stamp = ImageStamp::of(Path::new(&record.image));
     match trust::resume(record, left, stamp.as_ref(), record.size) {
-        Resume::Clean(saved) => Some(saved).filter(|saved| {
-            let nothing = saved.dirty.is_empty() && saved.zeroes.is_empty() && saved.spilled_to.is_none();
-            force || (nothing && saved.reason.is_none())
-        }),
+        Resume::Clean(saved) => Some(saved).filter(|saved| may_be_set_back(saved, force)),
         Resume::New | Resume::Lost { .. } | Resume::Crashed { .. } => None,
     }
 }

@@ -4,7 +4,7 @@
 //! Invariants: an entry says that blocks are present only when they are on the image; one says that they are
 //! durable only when the image was synced after they were written. A header names every block that is not
 //! durably present at the moment it is made. After a sync that failed nobody knows what is durable, so nothing
-//! is said any more.
+//! is said any more; and no header says again that the image may hold what is missing.
 
 mod load;
 
@@ -36,6 +36,7 @@ const JOURNAL_BYTES_MAX: u64 = 1 << 20;
 pub struct HydrationFile {
     storage: Arc<dyn Storage>,
     path: PathBuf,
+    /// As it was found or made.
     header: Header,
     /// Held from the sync of the image to what is said of it; whether the file is gone, since nothing is missing.
     settling: Mutex<bool>,
@@ -49,6 +50,8 @@ struct State {
     journal_at: u64,
     /// The next entry's number.
     next: u64,
+    /// The header says that the image may hold what is missing.
+    compare: bool,
     /// As the entries say.
     missing: DirtyBitmap,
     /// What has become present since the last entry that says it is durable.
@@ -112,6 +115,31 @@ impl HydrationFile {
         Ok(())
     }
 
+    /// Has `write` put these blocks on the image, then remembers that it holds them.
+    ///
+    /// # Errors
+    /// The image's or the storage's: then they are still missing.
+    pub fn store(&self, blocks: &[BlockRange], write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        write()?;
+        self.present(blocks)
+    }
+
+    /// Remembers that what the image shows of missing blocks need not be what it keeps: whoever opens this file next does
+    /// not compare them.
+    ///
+    /// # Errors
+    /// The storage's: then nobody will know.
+    pub fn stop_comparing(&self) -> io::Result<()> {
+        let finished = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        if *finished || !state.compare {
+            return Ok(());
+        }
+        state.is_sound()?;
+        // Nothing becomes durable by it.
+        self.begin_anew(&mut state, 0, false)
+    }
+
     /// Makes what is present durable, which it is when this has succeeded: by `sync_image` on the image, then
     /// here.
     ///
@@ -140,10 +168,13 @@ impl HydrationFile {
             return Ok(());
         }
         if state.broken {
-            return self.begin_anew(&mut state, until);
+            let compare = state.compare;
+            return self.begin_anew(&mut state, until, compare);
         }
         // Where there is no room for a second file the first goes on.
-        if state.is_long() && (self.begin_anew(&mut state, until).is_ok() || state.failed.is_some()) {
+        let compare = state.compare;
+        if state.is_long() && (self.begin_anew(&mut state, until, compare).is_ok() || state.failed.is_some())
+        {
             return state.is_sound();
         }
         state.append(&[Entry::Durable(until)])?;
@@ -154,7 +185,7 @@ impl HydrationFile {
         let mut state = self.state();
         if synced.is_err() {
             state.broken = true;
-            return self.begin_anew(&mut state, until);
+            return self.begin_anew(&mut state, until, compare);
         }
         state.pending.retain(|(number, _)| *number > until);
         Ok(())
@@ -192,11 +223,12 @@ impl HydrationFile {
     }
 
     /// A new file without what is known to be durable up to the entry `until`.
-    fn begin_anew(&self, state: &mut State, until: u64) -> io::Result<()> {
+    fn begin_anew(&self, state: &mut State, until: u64, compare: bool) -> io::Result<()> {
         let pending = state.pending.iter().filter(|(number, _)| *number > until);
         let later: Vec<BlockRange> = pending.map(|(_, run)| *run).collect();
         let missing = state.missing_with(&later);
-        let error = match State::write(&*self.storage, &self.path, &self.header, missing, &later) {
+        let header = Header { compare, ..self.header.clone() };
+        let error = match State::write(&*self.storage, &self.path, &header, missing, &later) {
             Ok(anew) => {
                 *state = anew;
                 return Ok(());
@@ -219,13 +251,15 @@ impl HydrationFile {
         found.is_ok_and(|found| found == *id.as_bytes())
     }
 
-    /// The image has lost something, and will not say again what: what is not durable does not count.
+    /// The image has lost something, and will not say again what: what is not durable does not count, and what it shows
+    /// need not be what it keeps.
     fn give_up(&self, error: &io::Error) {
         let mut state = self.state();
         let pending: Vec<BlockRange> = state.pending.iter().map(|(_, run)| *run).collect();
         let missing = state.missing_with(&pending);
         let mut why = format!("the image could not be synced: {error}");
-        match State::write(&*self.storage, &self.path, &self.header, missing, &[]) {
+        let header = Header { compare: false, ..self.header.clone() };
+        match State::write(&*self.storage, &self.path, &header, missing, &[]) {
             Ok(anew) => *state = anew,
             Err(other) => why.push_str(&format!("; and that could not be noted: {other}")),
         }
@@ -262,7 +296,8 @@ impl State {
             file.write_vectored_at(ByteOffset::ZERO, &parts)
         })?;
         let next = present.len() as u64 + 1;
-        Ok(Self { file, id, journal_at, next, missing, pending, broken: false, failed: None })
+        let compare = header.compare;
+        Ok(Self { file, id, journal_at, next, compare, missing, pending, broken: false, failed: None })
     }
 
     /// Writes entries behind the last; the number of the first. One that is not written leaves its place to

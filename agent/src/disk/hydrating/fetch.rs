@@ -4,24 +4,23 @@
 //! waits. What the receiver has lost is found out block by block, and is an error of those blocks from then on.
 
 use std::{
-    cell::Cell,
     collections::BTreeSet,
     io,
     num::NonZeroU64,
-    pin::Pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use backtide_hydration::{FetchId, HydrationFile, Kind};
-use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, chunk_items};
+use backtide_hydration::{Ahead, FetchId, HydrationFile, Kind};
+use backtide_io_filter::{Change, LocalData, LocalOp, chunk_items};
 use backtide_storage::KillPoint;
-use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteRange, DiskId, Epoch};
+use backtide_units::{BlockCount, BlockRange, ByteRange, DiskId, Epoch};
 
 use super::{
-    FAILURES_MAX, HydratingDisk,
-    pieces::{Pieces, fetched, in_blocks, is_all, write},
+    HydratingDisk,
+    pieces::{Pieces, fetched, in_blocks, is_all, is_compared, write},
+    refusal,
 };
 use crate::disk::{
     image_disk::blocking, incomplete::remove_note, local::failure, medium::Medium, source::FetchError,
@@ -30,25 +29,6 @@ use crate::disk::{
 /// Pauses between attempts to reach the source, doubling.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LAST: Duration = Duration::from_secs(5);
-
-/// Fetches under way that nobody has asked for, and their blocks. What is scattered takes many small ones.
-const AHEAD_MAX: Ahead = Ahead { fetches: 16, blocks: 1024 };
-
-/// The same while somebody waits for another.
-const AHEAD_MAX_BESIDE_GUEST: Ahead = Ahead { fetches: 2, blocks: 256 };
-
-/// What is fetched without being asked for.
-#[derive(Clone, Copy, Default)]
-struct Ahead {
-    fetches: u64,
-    blocks: u64,
-}
-
-impl Ahead {
-    fn is_below(self, most: Self) -> bool {
-        self.fetches < most.fetches && self.blocks < most.blocks
-    }
-}
 
 /// How long what could not be stored is left alone by whoever fetches everything.
 const STORE_RETRY: Duration = Duration::from_secs(5);
@@ -71,22 +51,24 @@ const RUNS_BETWEEN_FLUSHES: u64 = 4096;
 const RELEASE_TIME: Duration = Duration::from_secs(2);
 
 impl HydratingDisk {
-    /// Begins to fetch blocks that nobody fetches yet.
-    pub(super) fn start_fetch(self: &Rc<Self>, blocks: BlockRange) {
-        let id = self.missing.borrow_mut().begin_fetch(blocks);
-        tokio::task::spawn_local(Rc::clone(self).fetch(id, blocks));
-    }
-
-    /// A future in a box, for it may need others of its kind.
-    fn fetch(self: Rc<Self>, id: FetchId, blocks: BlockRange) -> Pin<Box<dyn Future<Output = ()>>> {
-        Box::pin(async move {
-            match self.bring(blocks).await {
-                Some(Ok(pieces)) => self.store(id, blocks, pieces).await,
-                Some(Err(why)) => self.narrow(id, blocks, &why).await,
-                None => drop(self.missing.borrow_mut().end_fetch(id, false)),
+    pub(super) async fn fetch(self: Rc<Self>, id: FetchId, blocks: BlockRange) {
+        match self.bring(blocks).await {
+            Some(Ok(pieces)) => {
+                let compared = is_compared(&pieces);
+                self.fetched.borrow_mut().insert(id, pieces);
+                self.hydrator.borrow_mut().fetched(id, compared);
             }
-            self.changed.notify_waiters();
-        })
+            Some(Err(why)) => {
+                if let Some(block) = self.hydrator.borrow_mut().lost(id) {
+                    let (disk, offset) = (&self.name, block.start());
+                    tracing::error!(%disk, %offset, why, "a missing block is damaged at the receiver: it can only be overwritten");
+                }
+            }
+            None => self.hydrator.borrow_mut().dropped(id),
+        }
+        self.carry_out();
+        // Nothing of it was wanted.
+        self.fetched.borrow_mut().remove(&id);
     }
 
     /// What the source has, or why it has not; none when the disk is given up.
@@ -126,8 +108,8 @@ impl HydratingDisk {
 
     /// Fetches what the image does not hold; all of it, unless it may hold some.
     async fn fetch_differing(&self, range: ByteRange) -> Result<Pieces, FetchError> {
-        let is_doubted = self.doubted.borrow().touches(BlockRange::touched_by(range));
-        let compared = match self.file.header().compare && !is_doubted {
+        let may_compare = self.hydrator.borrow().may_compare(BlockRange::touched_by(range));
+        let compared = match may_compare {
             true => self.medium.run(LocalOp::Read(range)).await.ok(),
             false => None,
         };
@@ -173,63 +155,27 @@ impl HydratingDisk {
         }
     }
 
-    /// Fetches half and half what cannot be fetched whole, down to the block that is lost.
-    async fn narrow(self: &Rc<Self>, id: FetchId, blocks: BlockRange, why: &str) {
-        self.missing.borrow_mut().end_fetch(id, false);
-        if blocks.count() == BlockCount(1) {
-            let (disk, offset) = (&self.name, blocks.start().start());
-            tracing::error!(%disk, %offset, why, "a missing block is damaged at the receiver: it can only be overwritten");
-            self.missing.borrow_mut().is_damaged(blocks.start());
-            return;
-        }
-        let middle = BlockIndex(blocks.start().0 + blocks.count().0 / 2);
-        for half in [BlockRange::between(blocks.start(), middle), BlockRange::between(middle, blocks.end())] {
-            let id = self.missing.borrow_mut().begin_fetch(half);
-            Rc::clone(self).fetch(id, half).await;
-        }
-    }
-
-    async fn store(&self, id: FetchId, blocks: BlockRange, pieces: Pieces) {
-        // What was compared need not be what the image holds now: all of it is fetched.
-        let is_doubted = self.doubted.borrow().touches(blocks);
-        let is_stale = is_doubted && pieces.iter().any(|(_, piece)| piece.is_none());
-        // No await from here to the count: a stop waits for it, or it is seen here.
-        if self.stopped.get() || is_stale {
-            drop(self.missing.borrow_mut().end_fetch(id, false));
-            return;
-        }
-        let wanted = self.missing.borrow_mut().end_fetch(id, true);
-        if wanted.is_empty() {
-            return;
-        }
-        self.storing.set(self.storing.get() + 1);
-        let came = fetched(&wanted, &pieces, self.medium.size());
-        let stored = self.put(wanted, pieces).await;
-        let before = self.missing.borrow().blocks().count();
-        self.missing.borrow_mut().end_store(id, stored.is_ok());
-        self.has_brought(before, came);
-        if let Err(error) = stored {
+    pub(super) async fn store(self: Rc<Self>, id: FetchId, runs: Vec<BlockRange>, pieces: Pieces) {
+        let came = fetched(&runs, &pieces, self.medium.size());
+        let stored = self.put(runs, pieces).await;
+        if let Err(error) = &stored {
             self.is_troubled(&format!("what was fetched cannot be stored: {error}"));
-            self.doubted.borrow_mut().insert(blocks);
-            self.has_failed(blocks, failure(error));
         }
+        let stored = stored.map_err(failure).map_err(refusal);
+        self.brought(came, |hydrator| hydrator.stored(id, stored));
         self.storing.set(self.storing.get() - 1);
+        self.carry_out();
     }
 
     /// Has the blocks on the image, then in the journal.
     async fn put(&self, wanted: Vec<BlockRange>, pieces: Pieces) -> io::Result<()> {
         let file = Arc::clone(&self.file);
-        let size = self.medium.size();
+        let (size, blocks) = (self.medium.size(), wanted.clone());
         match &self.medium {
             Medium::Image(image) => {
                 let image = Arc::clone(image.image());
-                let put = move || {
-                    for run in &wanted {
-                        write(&image, run.bytes(size), &pieces)?;
-                    }
-                    note(&file, &wanted)
-                };
-                blocking(put).await
+                let put = move || wanted.iter().try_for_each(|run| write(&image, run.bytes(size), &pieces));
+                blocking(move || note(&file, &blocks, put)).await
             }
             Medium::Nbd(disk) => {
                 let changes: Vec<Change> =
@@ -237,21 +183,11 @@ impl HydratingDisk {
                 // What it holds already was stable before this disk began to use it: what this disk wrote and is not
                 // sure of was not compared.
                 if !changes.is_empty() {
-                    let stable = disk.change_stably(changes).await;
+                    let stable = self.change_stably(disk, changes).await;
                     stable.map_err(|failure| io::Error::from_raw_os_error(failure.errno))?;
                 }
-                blocking(move || note(&file, &wanted)).await
+                blocking(move || note(&file, &blocks, || Ok(()))).await
             }
-        }
-    }
-
-    fn has_failed(&self, blocks: BlockRange, failure: IoFailure) {
-        let number = self.failure_count.get();
-        self.failure_count.set(number + 1);
-        let mut failures = self.failures.borrow_mut();
-        failures.push_back((number, blocks, failure));
-        if failures.len() > FAILURES_MAX {
-            failures.pop_front();
         }
     }
 
@@ -272,44 +208,29 @@ impl HydratingDisk {
 
     /// Fetches everything, piece by piece, then makes the image the disk.
     pub(crate) async fn hydrate(self: Rc<Self>) {
-        let mut from = BlockIndex(0);
-        let mut failures = self.failure_count.get();
+        let mut failures = self.hydrator.borrow().store_failures();
         let mut runs = 0_u64;
-        let ahead = Rc::new(Cell::new(Ahead::default()));
         while !self.stopped.get() && !self.complete.get() {
             let changed = self.changed.notified();
-            let most = if self.waiting.get() > 0 { AHEAD_MAX_BESIDE_GUEST } else { AHEAD_MAX };
-            if failures != self.failure_count.get() {
-                failures = self.failure_count.get();
+            let failed = self.hydrator.borrow().store_failures();
+            if failures != failed {
+                failures = failed;
                 self.pause(STORE_RETRY).await;
                 continue;
             }
-            let next = {
-                let missing = self.missing.borrow();
-                missing.next_unfetched(from).or_else(|| missing.next_unfetched(BlockIndex(0)))
-            };
-            match next {
-                Some(run) if ahead.get().is_below(most) => {
-                    from = run.end();
-                    let (Ahead { fetches, blocks }, count) = (ahead.get(), run.count().0);
-                    ahead.set(Ahead { fetches: fetches + 1, blocks: blocks + count });
-                    let id = self.missing.borrow_mut().begin_fetch(run);
-                    let (disk, ahead) = (Rc::clone(&self), Rc::clone(&ahead));
-                    tokio::task::spawn_local(async move {
-                        Rc::clone(&disk).fetch(id, run).await;
-                        let Ahead { fetches, blocks } = ahead.get();
-                        ahead.set(Ahead { fetches: fetches - 1, blocks: blocks - count });
-                        disk.changed.notify_waiters();
-                    });
+            let ahead = self.hydrator.borrow_mut().fetch_ahead();
+            match ahead {
+                Ahead::Begun(run) => {
+                    self.carry_out();
                     self.keep_pace(run.count()).await;
                     runs += 1;
                     if runs.is_multiple_of(RUNS_BETWEEN_FLUSHES) {
                         // A failure is one of every flush that follows.
-                        let _ = self.flush().await;
+                        let _ = self.run(LocalOp::Settle).await;
                     }
                 }
-                None if self.missing.borrow().is_empty() => self.finish().await,
-                Some(_) | None => changed.await,
+                Ahead::Complete => self.finish().await,
+                Ahead::Wait => changed.await,
             }
         }
     }
@@ -359,9 +280,9 @@ impl HydratingDisk {
     }
 
     /// Nothing is missing: when that is durable the image is the disk.
-    async fn finish(&self) {
+    async fn finish(self: &Rc<Self>) {
         // Who dies after it asks for the release again.
-        let released = self.flush().await.is_ok() && self.release_once().await;
+        let released = self.run(LocalOp::Settle).await.is_ok() && self.release_once().await;
         // No await from here to the count, as in `store`.
         if self.stopped.get() {
             return;
@@ -424,10 +345,17 @@ impl HydratingDisk {
     }
 }
 
-/// The blocks are on the image: says so.
-fn note(file: &HydrationFile, blocks: &[BlockRange]) -> io::Result<()> {
-    KillPoint::HydrationStored.reached();
-    file.present(blocks)?;
+/// Has `write` bring the blocks on the image, and says so.
+fn note(
+    file: &HydrationFile,
+    blocks: &[BlockRange],
+    write: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    file.store(blocks, || {
+        write()?;
+        KillPoint::HydrationStored.reached();
+        Ok(())
+    })?;
     KillPoint::HydrationNoted.reached();
     Ok(())
 }

@@ -30,6 +30,11 @@ pub(super) fn is_all(pieces: &Pieces, range: ByteRange) -> bool {
     at == range.end()
 }
 
+/// Whether something of it was found by comparison with the image.
+pub(super) fn is_compared(pieces: &Pieces) -> bool {
+    pieces.iter().any(|(_, piece)| piece.is_none())
+}
+
 /// How many of these blocks were fetched, at least in part.
 pub(super) fn fetched(wanted: &[BlockRange], pieces: &Pieces, size: ByteCount) -> BlockCount {
     let came = pieces.iter().filter(|(_, piece)| piece.is_some());

@@ -26,6 +26,8 @@ struct Volatile {
     refuses: Cell<u64>,
     /// It shows what was written before such a flush, as a kernel does with what it could not write back.
     shows_unstable: Cell<bool>,
+    /// The blocks that it shows so, until they are written again.
+    unstable: RefCell<Vec<bool>>,
     /// Writes are done, and answered with an error.
     fails_writes: Cell<bool>,
 }
@@ -41,10 +43,23 @@ impl Volatile {
             if !self.shows_unstable.get() {
                 self.end();
             }
+            self.each(|content, stable, unstable| *unstable |= *content != *stable);
             return reply.fail(NbdError::Io);
         }
-        self.stable.replace(self.content.borrow().clone());
+        self.each(|content, stable, unstable| {
+            if !*unstable {
+                stable.copy_from_slice(content);
+            }
+        });
         reply.done();
+    }
+
+    fn each(&self, act: impl Fn(&[u8], &mut [u8], &mut bool)) {
+        let (content, mut stable) = (self.content.borrow(), self.stable.borrow_mut());
+        let blocks = content.chunks(BLOCK as usize).zip(stable.chunks_mut(BLOCK as usize));
+        for ((content, stable), unstable) in blocks.zip(self.unstable.borrow_mut().iter_mut()) {
+            act(content, stable, unstable);
+        }
     }
 }
 
@@ -59,6 +74,10 @@ impl Export for VolatileExport {
     fn submit(&self, command: Command, reply: Reply) {
         let range = command.range();
         let place = range.start().0 as usize..range.end().0 as usize;
+        if matches!(command, Command::Write { .. } | Command::Trim { .. } | Command::WriteZeroes { .. }) {
+            let blocks = BlockRange::touched_by(range).indices();
+            self.0.unstable.borrow_mut()[blocks.start as usize..blocks.end as usize].fill(false);
+        }
         match command {
             Command::Read { .. } => reply.data(Bytes::copy_from_slice(&self.0.content.borrow()[place])),
             Command::Write { data, .. } => {
@@ -112,6 +131,7 @@ impl Bench {
             stable: RefCell::new(stale),
             refuses: Cell::new(0),
             shows_unstable: Cell::new(false),
+            unstable: RefCell::new(vec![false; BLOCKS as usize]),
             fails_writes: Cell::new(false),
         });
         let source = Rc::new(FakeSource::new(content));
@@ -327,6 +347,27 @@ async fn what_can_be_read_after_a_refused_flush_is_not_taken_for_stable() {
             let before = bench.source.asked().len();
             bench.read(330 * BLOCK..331 * BLOCK).await.unwrap();
             assert_eq!(bench.source.asked().len(), before);
+            bench.both_end().await;
+            assert!(!bench.disk.missing_blocks().touches((100..101).into()));
+            bench.is(&at_point()).await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn what_a_flush_was_refused_of_is_not_taken_for_stable_by_the_next_agent() {
+    LocalSet::new()
+        .run_until(async {
+            let mut bench = Bench::of(stale(), Header { compare: true, ..header() }).await;
+            bench.volatile.shows_unstable.set(true);
+            let place = 100 * BLOCK..101 * BLOCK;
+            bench.volatile.refuses.set(1);
+            bench.read(place.clone()).await.unwrap_err();
+            // What it shows is what the point has, and a flush of it succeeds.
+            let shown = place.start as usize..place.end as usize;
+            assert!(bench.volatile.content.borrow()[shown.clone()] == at_point()[shown]);
+            bench.agent_ends().await;
+            bench.read(place.clone()).await.unwrap();
             bench.both_end().await;
             assert!(!bench.disk.missing_blocks().touches((100..101).into()));
             bench.is(&at_point()).await;

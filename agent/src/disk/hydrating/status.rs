@@ -6,7 +6,7 @@ use std::{
 };
 
 use backtide_agent_api::{HydrationKind, HydrationStatus};
-use backtide_hydration::Kind;
+use backtide_hydration::{Hydrator, Kind};
 use backtide_units::{BlockCount, ByteCount};
 
 use super::HydratingDisk;
@@ -54,9 +54,16 @@ impl HydratingDisk {
         self.changed.notify_waiters();
     }
 
-    /// Blocks have come since there were `before`, so many of them from the receiver.
-    pub(super) fn has_brought(&self, before: BlockCount, fetched: BlockCount) {
-        let missing = self.missing.borrow().blocks().count();
+    /// Lets something end, by which blocks may come, so many of them from the receiver.
+    pub(super) fn brought<T>(&self, fetched: BlockCount, end: impl FnOnce(&mut Hydrator) -> T) -> T {
+        let mut hydrator = self.hydrator.borrow_mut();
+        let before = hydrator.missing().blocks().count();
+        let ended = end(&mut hydrator);
+        self.has_brought(before, hydrator.missing().blocks().count(), fetched);
+        ended
+    }
+
+    fn has_brought(&self, before: BlockCount, missing: BlockCount, fetched: BlockCount) {
         let mut progress = self.progress.borrow_mut();
         let came = before.0.saturating_sub(missing.0);
         progress.fetched = BlockCount(progress.fetched.0 + fetched.0.min(came));
@@ -68,8 +75,8 @@ impl HydratingDisk {
         if self.complete.get() {
             return None;
         }
-        let missing = self.missing.borrow();
-        let (left, damaged) = (missing.blocks().count(), missing.damaged().count());
+        let hydrator = self.hydrator.borrow();
+        let (left, damaged) = (hydrator.missing().blocks().count(), hydrator.missing().damaged().count());
         let header = self.file.header();
         let progress = self.progress.borrow();
         let rate = progress.rate(Instant::now(), left);
@@ -99,7 +106,7 @@ impl HydratingDisk {
             eta_seconds: ends.then(|| left.bytes().0.div_ceil(rate.0)),
             trouble,
             stuck: self.refused.get() || (left.0 > 0 && left == damaged),
-            waiting_requests: self.waiting.get(),
+            waiting_requests: hydrator.waiting(),
         })
     }
 }

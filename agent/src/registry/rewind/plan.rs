@@ -6,7 +6,7 @@
 use std::{cell::OnceCell, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_control::ApiError;
-use backtide_hydration::SourcePoint;
+use backtide_hydration::{Since, SourcePoint};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, Epoch, HistoryId, Lsn};
 use tokio::task::LocalSet;
@@ -41,15 +41,6 @@ pub(super) struct Goal {
     pub(super) keeper: String,
     /// The disk's epoch, which that name has: what the disk lacks is noted of the same one.
     pub(super) epoch: Epoch,
-}
-
-/// From where on changes count.
-#[derive(Clone, Copy)]
-pub(super) enum Since {
-    /// The image is the disk at this LSN.
-    Lsn(Lsn),
-    /// The image may have any version above the point.
-    Everything,
 }
 
 /// What a rewind is going to do.
@@ -92,10 +83,7 @@ impl Registry {
                 }
                 let _ = holding.set(Rc::clone(&source));
                 source.hold(&keeper).await?;
-                let since_lsn = match since {
-                    Since::Lsn(lsn) => lsn,
-                    Since::Everything => Lsn::MAX,
-                };
+                let since_lsn = since.lsn();
                 let changed = source.changed(since_lsn).await?;
                 if !force {
                     refuse_damaged(&*source, Some(since_lsn)).await?;

@@ -105,7 +105,8 @@ impl HydrationFile {
         let state = if same_boot {
             let pending = entries.present.into_iter().filter(|(number, _)| *number > entries.durable);
             let (pending, next) = (pending.collect(), entries.count + 1);
-            State { file, id, journal_at, next, missing, pending, broken: false, failed: None }
+            let compare = header.compare;
+            State { file, id, journal_at, next, compare, missing, pending, broken: false, failed: None }
         } else {
             State::write(&*storage, path, &header, missing, &[]).map_err(io)?
         };

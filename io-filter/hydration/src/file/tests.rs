@@ -18,3 +18,36 @@ fn an_image_that_cannot_be_synced_at_the_end_ends_nothing() {
     let again = HydrationFile::open(storage, path, header().boot).unwrap().unwrap();
     assert_eq!(again.missing(), missing);
 }
+
+#[test]
+fn what_an_image_has_refused_to_keep_is_not_compared_at_the_next_attach() {
+    let path = Path::new("vm1.hydration");
+    let header = Header { compare: true, ..header() };
+    for by_sync in [false, true] {
+        let storage = MemoryStorage::new();
+        let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+        let missing = DirtyBitmap::of((3..9).into());
+        let file = HydrationFile::create(Arc::clone(&shared), path, header.clone(), missing).unwrap();
+        file.present(&[(3..5).into()]).unwrap();
+        file.settle(|| Ok(())).unwrap();
+        file.present(&[(5..6).into()]).unwrap();
+        let open = |boot| HydrationFile::open(Arc::clone(&shared), path, boot).unwrap().unwrap();
+        assert!(open(header.boot).header().compare);
+        match by_sync {
+            true => drop(file.settle(|| Err(io::Error::other("the device is gone"))).unwrap_err()),
+            false => {
+                file.stop_comparing().unwrap();
+                file.present(&[(6..7).into()]).unwrap();
+            }
+        }
+        let again = open(header.boot);
+        assert!(!again.header().compare);
+        // What was said before counts as it did.
+        let from = if by_sync { 5 } else { 7 };
+        assert_eq!(again.missing(), DirtyBitmap::of((from..9).into()));
+        drop(again);
+        storage.crash(1);
+        let other = uuid::Uuid::from_bytes([9; 16]);
+        assert_eq!(open(other).missing(), DirtyBitmap::of((5..9).into()), "durable was only this");
+    }
+}
