@@ -129,6 +129,42 @@ fn a_damaged_chunk_is_mended_from_the_log_or_the_disk_and_every_point_reads_as_b
 }
 
 #[test]
+fn a_mend_that_is_called_off_ends_there_and_the_next_one_goes_on() {
+    let mut world = World::new(5);
+    let disk = world.agent.model.at(Lsn(u64::MAX));
+    let ask = |range: ByteRange| Some(Bytes::copy_from_slice(&disk[indices(range)]));
+    let pack = &world.packs()[0];
+    world.agent.storage.flip_bit(pack, ByteOffset(200), 3);
+    let snapshot = world.snapshot();
+    let mut reads = 0;
+    let before = snapshot.check(&mut |_| {
+        reads += 1;
+        true
+    });
+    let before = before.expect("no failure").damage;
+    assert_eq!(before.len(), 1, "{before:?}");
+    // All is read: what comes behind that is the mend.
+    for stop in reads.. {
+        let mut asked = 0;
+        let checked = snapshot.check_and_mend(&ask, &mut |_| {
+            asked += 1;
+            asked <= stop
+        });
+        let checked = checked.expect("no failure");
+        if !checked.called_off {
+            assert!(checked.is_sound() && checked.mended == before, "{checked:?}");
+            assert!(stop >= reads + 3, "it was asked in the mend: {stop} of {reads}");
+            break;
+        }
+        assert!(asked == stop + 1 && checked.mended.is_empty(), "{stop}: {asked} {checked:?}");
+        assert_eq!(checked.damage, before, "{stop}");
+        assert_eq!(snapshot.check(&mut |_| true).expect("no failure").damage, before, "{stop}");
+    }
+    assert!(snapshot.check(&mut |_| true).expect("no failure").is_sound());
+    world.agent.model.check_snapshot(&snapshot, 6);
+}
+
+#[test]
 fn a_disk_that_has_something_else_mends_nothing() {
     let mut world = World::new(3);
     let pack = &world.packs()[0];
