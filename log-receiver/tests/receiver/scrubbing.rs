@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// What does not end in this time never does.
-const NEVER: Duration = Duration::from_secs(60);
+const NEVER: Duration = Duration::from_secs(300);
 
 fn at_rate(bytes: u64) -> ScrubRequest {
     ScrubRequest { name: None, bytes_per_second_max: Some(ByteCount(bytes)) }
