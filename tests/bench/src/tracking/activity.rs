@@ -3,13 +3,19 @@
 use std::{
     fmt::Write,
     fs::File,
+    ops::RangeInclusive,
     path::Path,
     process::{Child, Command, Stdio},
 };
 
 use anyhow::{Context, bail};
 
-use super::{Setting, guest::Guest, middle, stand::Stand};
+use super::{
+    Setting,
+    guest::{Guest, Seen},
+    middle,
+    stand::Stand,
+};
 use crate::servers::{image, wait_for};
 
 /// The disk whose extents are all hot; a tenth of what 1024 extents of 4 MiB hold.
@@ -29,13 +35,11 @@ pub(super) fn hot(setting: &Setting<'_>) -> anyhow::Result<String> {
         std::fs::create_dir_all(&directory)?;
         image(&directory, "disk.raw", HOT_MIB)?
     };
-    let with = stand(setting, &directory.join("with"), &image, &[])?;
-    drop(with);
     for round in 0..setting.rounds * 2 {
         // Who is first changes with the round.
         for which in [round % 2, 1 - round % 2] {
-            let options: &[&str] = if which == 0 { &[] } else { &WITHOUT };
-            let stand = stand(setting, &directory.join(format!("{round}-{which}")), &image, options)?;
+            let place = directory.join("stand");
+            let stand = stand(setting, &place, &image, which == 0)?;
             warm(&stand)?;
             for (depth, speeds) in depths.iter().zip(&mut speeds) {
                 let runtime = format!("--runtime={}", setting.seconds);
@@ -44,6 +48,11 @@ pub(super) fn hot(setting: &Setting<'_>) -> anyhow::Result<String> {
                 eprintln!("al-hot {}: {depth} {:.0} IOPS", ["with", "without"][which], seen.operations);
                 speeds[which].push(seen.operations);
             }
+            let log = Log::of(&stand)?;
+            // Each extent once, but for those that are made hot ahead of a guest that writes in order.
+            log.expect(if which == 0 { 8..=HOT_MIB / 4 } else { 0..=0 })?;
+            drop(stand);
+            std::fs::remove_dir_all(&place)?;
         }
     }
     std::fs::remove_dir_all(&directory)?;
@@ -70,10 +79,36 @@ fn warm(stand: &Stand) -> anyhow::Result<()> {
     guest?.end().map(drop)
 }
 
-fn stand(setting: &Setting<'_>, directory: &Path, image: &Path, options: &[&str]) -> anyhow::Result<Stand> {
-    let stand = Stand::start(setting.backtide, directory, false)?;
-    stand.attach(image, options)?;
+/// A disk that is known block by block, which takes a receiver that has it, and is gone: as long as nothing is known all
+/// of the disk counts as hot, and nothing is logged.
+fn stand(setting: &Setting<'_>, directory: &Path, image: &Path, logs: bool) -> anyhow::Result<Stand> {
+    let mut stand = Stand::start(setting.backtide, directory, true)?;
+    let options: &[&str] = if logs { &[] } else { &WITHOUT };
+    stand.attach(image, &[&["--window", "1MiB"], options].concat())?;
+    stand.wait_for_sync()?;
+    stand.stop_receiver()?;
     Ok(stand)
+}
+
+/// What an agent's activity log has done.
+#[derive(Clone, Copy)]
+struct Log {
+    cold_changes: u64,
+}
+
+impl Log {
+    fn of(stand: &Stand) -> anyhow::Result<Self> {
+        let cold_changes = stand.status()?["counters"]["cold_changes"].as_u64().context("a count")?;
+        Ok(Self { cold_changes })
+    }
+
+    /// Fails when other than so many writes have waited for it: then it is not what was measured.
+    fn expect(self, changes: RangeInclusive<u64>) -> anyhow::Result<()> {
+        if !changes.contains(&self.cold_changes) {
+            bail!("{} writes waited for the activity log, expected {changes:?}", self.cold_changes);
+        }
+        Ok(())
+    }
 }
 
 /// 4 KiB random writes over sixteen times what can be hot, and the same on a qcow2 image with a
@@ -95,6 +130,7 @@ pub(super) fn cold(setting: &Setting<'_>) -> anyhow::Result<String> {
                 let seen = Guest::start(&server.uri(), "randwrite", COLD_MIB, &more)?.end()?;
                 eprintln!("al-cold {}: {depth} {:.0} IOPS", kinds[which], seen.operations);
                 speeds[which].push(seen.operations);
+                server.check(which == 0, &seen, setting.seconds)?;
                 drop(server);
                 std::fs::remove_dir_all(&directory)?;
             }
@@ -126,8 +162,14 @@ impl ColdServer {
         }
         let image = directory.join("disk.raw");
         File::create(&image)?.set_len(COLD_MIB << 20)?;
-        let options: &[&str] = if which == 0 { &[] } else { &WITHOUT };
-        stand(setting, directory, &image, options).map(Self::Ours)
+        stand(setting, directory, &image, which == 0).map(Self::Ours)
+    }
+
+    /// Fails unless the log was in the way of most writes, or of none.
+    fn check(&self, logs: bool, seen: &Seen, seconds: u32) -> anyhow::Result<()> {
+        let Self::Ours(stand) = self else { return Ok(()) };
+        let writes = (seen.operations * f64::from(seconds)) as u64;
+        Log::of(stand)?.expect(if logs { writes / 2..=2 * writes } else { 0..=0 })
     }
 
     fn uri(&self) -> String {
