@@ -102,6 +102,8 @@ fn refused_options_leave_the_handshake_usable() {
         (code::SET_META_CONTEXT, contexts("disk", &["base:allocation"]), reply::ERR_INVALID),
         (code::STRUCTURED_REPLY, vec![0], reply::ERR_INVALID),
         (code::LIST, vec![0; 40_000], reply::ERR_TOO_BIG),
+        (0xdead_beef, vec![0; 40_000], reply::ERR_UNSUP),
+        (code::GO, vec![0xff; 6], reply::ERR_INVALID),
     ] {
         assert_eq!(only_error(&server.answers(option, &data)), expected, "option {option}");
     }
@@ -132,9 +134,11 @@ fn list_names_every_export() {
 
 #[test]
 fn abort_is_acknowledged() {
-    let (written, step) = Server::fixed().send(&option(code::ABORT, &[]));
-    assert_eq!(step, Ok(Step::Closed));
-    assert_eq!(option_replies(code::ABORT, &written), [(reply::ACK, vec![])]);
+    for data in [vec![], vec![0; 40_000]] {
+        let (written, step) = Server::fixed().send(&option(code::ABORT, &data));
+        assert_eq!(step, Ok(Step::Closed));
+        assert_eq!(option_replies(code::ABORT, &written), [(reply::ACK, vec![])]);
+    }
 }
 
 #[test]
@@ -229,6 +233,16 @@ fn coarse_blocks_are_told_and_demanded() {
     assert_eq!(answers[0], (reply::INFO, vec![0, 3, 0, 0, 16, 0, 0, 0, 16, 0, 2, 0, 0, 0]));
     assert_eq!((answers.len(), answers[1].0), (2, reply::ERR_BLOCK_SIZE_REQD));
     let (_, step) = server.send(&option(code::GO, &go("coarse", &[info::BLOCK_SIZE])));
+    assert!(matches!(step, Ok(Step::Transmission(_))), "{step:?}");
+}
+
+#[test]
+fn coarse_blocks_are_told_and_not_demanded_where_any_range_is_served() {
+    // The kernel's own `nbd-client` asks for nothing, and ends when it is refused.
+    let mut server = Server::fixed();
+    let answers = server.answers(code::INFO, &go("patient", &[]));
+    assert_eq!(answers[1], (reply::INFO, vec![0, 3, 0, 0, 16, 0, 0, 0, 16, 0, 2, 0, 0, 0]));
+    let (_, step) = server.send(&option(code::GO, &go("patient", &[])));
     assert!(matches!(step, Ok(Step::Transmission(_))), "{step:?}");
 }
 

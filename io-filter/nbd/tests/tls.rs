@@ -147,7 +147,9 @@ fn a_full_server_answers_but_begins_no_transmission() {
     };
     let mut server = full(TlsMode::Off);
     assert_eq!(answer(&mut server, code::LIST, &[]), reply::ACK);
-    assert_eq!(answer(&mut server, code::GO, &go("disk", &[])), reply::ERR_POLICY);
+    for option in [code::INFO, code::GO] {
+        assert_eq!(answer(&mut server, option, &go("disk", &[])), reply::ERR_POLICY, "option {option}");
+    }
     let (_, step) = server.send(&option(code::EXPORT_NAME, b"disk"));
     assert!(matches!(step, Err(ProtocolError::ExportNameRefused(_))), "{step:?}");
     // Whether it is full is nobody's business before TLS.

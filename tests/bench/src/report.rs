@@ -28,8 +28,14 @@ impl Table {
     }
 
     fn median(&self, kind: Kind, row: Row, of: impl Fn(&Figure) -> f64) -> Option<f64> {
-        let found = self.figures.iter().filter(|(other, name, _)| *other == kind && *name == row.name);
-        median(found.map(|(_, _, figure)| of(figure)).collect())
+        median(self.rounds(kind, row).map(of).collect())
+    }
+
+    /// What each round brought, in their order.
+    fn rounds(&self, kind: Kind, row: Row) -> impl Iterator<Item = &Figure> {
+        let of_this =
+            move |(other, name, _): &&(Kind, &'static str, Figure)| *other == kind && *name == row.name;
+        self.figures.iter().filter(of_this).map(|(_, _, figure)| figure)
     }
 
     /// The tables of docs/performance.md.
@@ -75,8 +81,9 @@ impl Table {
         let _ = writeln!(text, "| ratio | {} |\n|---|{}", names.join(" | "), "---|".repeat(PAIRS.len()));
         for row in ROWS {
             let cells = PAIRS.map(|(ours, peer, _)| {
-                let speed = |kind| self.median(kind, row, |figure| figure.speed(row));
-                speed(ours).zip(speed(peer)).map_or("-".into(), |(ours, peer)| format!("{:.2}", ours / peer))
+                let (ours, peer) = (self.rounds(ours, row), self.rounds(peer, row));
+                let ratios = ours.zip(peer).map(|(ours, peer)| ours.speed(row) / peer.speed(row));
+                median(ratios.collect()).map_or("-".into(), |ratio| format!("{ratio:.2}"))
             });
             let _ = writeln!(text, "| {} | {} |", row.name, cells.join(" | "));
         }

@@ -18,6 +18,7 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use backtide_nbd::server::{Incoming, ReplyEncoder, ReplyTo, RequestParser};
@@ -94,20 +95,21 @@ pub(crate) async fn serve_until(
         result = poll_fn(polled) => Ok(result),
         ending = stop.requested() => Err(ending),
     };
-    match ended {
-        Ok(result) => result?,
+    let ended = match ended {
+        Ok(result) => result,
         Err(ending) => {
             connection.phase = match (connection.phase, ending) {
                 (Phase::Serving, Ending::Final) => Phase::Refusing,
                 (Phase::Serving, Ending::HandOver) | (Phase::Refusing | Phase::Leaving, _) => Phase::Leaving,
             };
-            poll_fn(|cx| connection.poll(cx)).await?;
+            poll_fn(|cx| connection.poll(cx)).await
         }
-    }
-    // The good-bye of TLS has to be taken by the client, too.
-    tokio::time::timeout(limits.stalled, connection.stream.shutdown())
-        .await
-        .map_err(|_| ServeError::Stalled(limits.stalled))??;
+    };
+    // The good-bye of TLS has to be taken by the client, too; one that broke the rules is not waited for.
+    let patience = if ended.is_ok() { limits.stalled } else { Duration::ZERO };
+    let left = tokio::time::timeout(patience, connection.stream.shutdown()).await;
+    ended?;
+    left.map_err(|_| ServeError::Stalled(limits.stalled))??;
     Ok(())
 }
 

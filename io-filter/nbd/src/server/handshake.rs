@@ -226,9 +226,11 @@ impl Handshake {
             if code == wire::option::EXPORT_NAME {
                 return Err(ProtocolError::MalformedExportName(length));
             }
-            let too_big =
-                Refusal::too_big(format!("option data of {length} bytes, the limit is {OPTION_MAX}"));
-            let refusal = self.closed_to(code, catalog).unwrap_or(too_big);
+            if code == wire::option::ABORT {
+                put_reply(out, code, option_reply::ACK, &[]);
+                return Ok(Step::Closed);
+            }
+            let refusal = self.closed_to(code, catalog).unwrap_or_else(|| too_long(code, length));
             put_reply(out, code, refusal.reply, refusal.text.as_bytes());
             self.state = State::Skip { remaining: data_length };
             return Ok(Step::Answered);
@@ -244,7 +246,7 @@ impl Handshake {
 
     /// Why an option is refused whatever it says.
     fn closed_to(&self, code: u32, catalog: &dyn Catalog) -> Option<Refusal> {
-        use wire::option::{ABORT, EXPORT_NAME, GO, STARTTLS};
+        use wire::option::{ABORT, EXPORT_NAME, GO, INFO, STARTTLS};
         if code == ABORT {
             return None;
         }
@@ -254,7 +256,8 @@ impl Handshake {
             Some(Unavailable::Full) | None if self.tls == TlsMode::Required && !self.secured => {
                 return (code != STARTTLS).then(Refusal::tls_required);
             }
-            Some(Unavailable::Full) if code == GO || code == EXPORT_NAME => {
+            // INFO too, since what it tells a GO has to tell.
+            Some(Unavailable::Full) if matches!(code, INFO | GO | EXPORT_NAME) => {
                 return Some(Refusal::policy("the server has as many clients as it may"));
             }
             Some(Unavailable::Full) | None => {}
@@ -297,7 +300,7 @@ impl Handshake {
                 Ok(()) => return Ok(Step::StartTls),
                 Err(refusal) => Err(refusal),
             },
-            unknown => Err(Refusal::unsupported(format!("unknown option {unknown}"))),
+            unknown => Err(unknown_option(unknown)),
         };
         if let Err(refusal) = answered {
             put_reply(out, code, refusal.reply, refusal.text.as_bytes());
@@ -327,5 +330,24 @@ impl Handshake {
             out.put_bytes(0, wire::EXPORT_NAME_ZEROES);
         }
         Ok(Step::Transmission(Box::new(session)))
+    }
+}
+
+fn unknown_option(code: u32) -> Refusal {
+    Refusal::unsupported(format!("unknown option {code}"))
+}
+
+/// Why an option is refused of which more comes than any needs.
+fn too_long(code: u32, length: u32) -> Refusal {
+    use wire::option::{
+        ABORT, EXPORT_NAME, EXTENDED_HEADERS, GO, INFO, LIST, LIST_META_CONTEXT, SET_META_CONTEXT, STARTTLS,
+        STRUCTURED_REPLY,
+    };
+    match code {
+        ABORT | EXPORT_NAME | EXTENDED_HEADERS | GO | INFO | LIST | LIST_META_CONTEXT | SET_META_CONTEXT
+        | STARTTLS | STRUCTURED_REPLY => {
+            Refusal::too_big(format!("option data of {length} bytes, the limit is {OPTION_MAX}"))
+        }
+        unknown => unknown_option(unknown),
     }
 }

@@ -130,7 +130,7 @@ impl Options {
         let sizes = export.block_sizes;
         assert!(sizes.are_valid(), "block sizes of an export: {sizes:?}");
         let mut body = BytesMut::new();
-        if sizes.minimum > 1 && !wanted(info::BLOCK_SIZE) {
+        if sizes.minimum > 1 && !export.serves_any_range && !wanted(info::BLOCK_SIZE) {
             // Told along with the refusal, so that the client need not ask.
             put_block_sizes(out, option, sizes, &mut body);
             let text = format!("the block size is {} bytes, ask for it", sizes.minimum);
@@ -263,10 +263,10 @@ struct Queries {
 /// Takes a string with its length in front.
 fn take_string<'data>(data: &mut &'data [u8]) -> Result<&'data str, Refusal> {
     let length = data.try_get_u32().map_err(|_| Refusal::invalid("data is cut off"))? as usize;
+    let (string, rest) = data.split_at_checked(length).ok_or_else(|| Refusal::invalid("data is cut off"))?;
     if length > wire::MAX_STRING {
         return Err(Refusal::too_big("a string is longer than 4096 bytes"));
     }
-    let (string, rest) = data.split_at_checked(length).ok_or_else(|| Refusal::invalid("data is cut off"))?;
     *data = rest;
     if string.contains(&0) {
         return Err(Refusal::invalid("a string contains NUL"));

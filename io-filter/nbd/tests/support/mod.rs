@@ -17,7 +17,8 @@ use bytes::{BufMut, BytesMut};
 /// The size of the export `disk`.
 pub(crate) const SIZE: u64 = 1 << 20;
 
-/// `disk` (also the default), `golden` (read-only) and `coarse` (blocks of 4096 bytes).
+/// `disk` (also the default), `golden` (read-only) and `coarse` (blocks of 4096 bytes);
+/// `patient`, which is not listed, has coarse blocks and serves any range.
 pub(crate) struct Three(pub(crate) Option<Unavailable>);
 
 impl Catalog for Three {
@@ -34,6 +35,10 @@ impl Catalog for Three {
             }
             "golden" => info.read_only = true,
             "coarse" => info.block_sizes.minimum = 4096,
+            "patient" => {
+                info.block_sizes.minimum = 4096;
+                info.serves_any_range = true;
+            }
             _ => return None,
         }
         Some(info)
