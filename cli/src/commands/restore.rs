@@ -33,10 +33,10 @@ pub(crate) struct Restore {
     /// Where to: a file, which becomes sparse and has mode 0600, a block device or an NBD URI
     #[arg(long, value_name = "PATH|URI")]
     output: String,
-    /// Overwrite a file or a block device that exists
+    /// Overwrite a file or a block device that exists, or an NBD export that holds data
     #[arg(long)]
     force: bool,
-    /// Write only what differs from what the output holds, in place; needs --force for a file or a device
+    /// Write only what differs from what the output holds, in place; needs --force
     #[arg(long)]
     only_changed: bool,
     /// Do not read the result back to compare it

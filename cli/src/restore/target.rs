@@ -7,7 +7,7 @@ use std::{fmt, os::unix::fs::FileTypeExt, path::Path};
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{Client, Extent, NbdUri, ZeroOptions};
-use backtide_units::{ByteCount, ByteRange};
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::Bytes;
 
 use crate::{
@@ -20,8 +20,12 @@ use crate::{
         leftovers::Leftover,
         notes::Goal,
         old_file::OldFile,
+        pieces::PIECE,
     },
 };
+
+/// Bytes of which the block status is asked at once.
+const STATUS_MAX: ByteCount = ByteCount(1 << 30);
 
 /// A target that is open.
 #[derive(Clone)]
@@ -116,7 +120,7 @@ impl Target {
         let size = wanted.goal.size;
         let way = if wanted.only_changed { Way::Changed } else { Way::Over };
         if output.contains("://") {
-            return Self::connect(output, size, way).await;
+            return Self::connect(output, size, way, wanted.force).await;
         }
         let path = std::path::absolute(output).map_err(|error| io_failure(output, &error))?;
         match std::fs::metadata(&path) {
@@ -165,7 +169,7 @@ impl Target {
         NewFile::create(&real, &wanted.goal, replacing, wanted.leftover).map(Self::File)
     }
 
-    async fn connect(output: &str, size: ByteCount, way: Way) -> Result<Self, Failure> {
+    async fn connect(output: &str, size: ByteCount, way: Way, force: bool) -> Result<Self, Failure> {
         let uri: NbdUri = output.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
         let client = Client::connect(&uri)
             .await
@@ -174,6 +178,12 @@ impl Target {
             return Err(ApiError::new(ErrorCode::Refused, format!("{output} is read-only")).into());
         }
         enough_room(output, client.size(), size)?;
+        if !force && let Some(at) = first_data(output, &client, size).await? {
+            let message = format!("{output} holds data already, at byte {at}");
+            return Err(ApiError::new(ErrorCode::Exists, message)
+                .with_hint("take another export, or --force to overwrite it")
+                .into());
+        }
         Ok(Self::Nbd { uri: output.to_owned(), client, way })
     }
 
@@ -228,7 +238,7 @@ impl Target {
                 "what is done stays: the same command with the same point goes on there"
             }
             Self::OldFile(_) | Self::Device(..) | Self::Nbd { .. } => {
-                "the same command with --only-changed writes what is missing"
+                "the same command with --only-changed --force writes what is missing"
             }
         }
     }
@@ -315,6 +325,37 @@ impl fmt::Display for Target {
             Self::Nbd { uri, .. } => uri.fmt(f),
         }
     }
+}
+
+/// Where the first byte is that is not 0, of those that a point of `size` would lie over.
+async fn first_data(uri: &str, client: &Client, size: ByteCount) -> Result<Option<ByteOffset>, Failure> {
+    let end = ByteOffset(size.0);
+    let mut at = ByteOffset(0);
+    while at < end {
+        let rest = ByteRange::between(at, end);
+        let extents = if client.has_block_status() {
+            let asked = rest.count().min(STATUS_MAX);
+            let told = client.block_status(at, asked).await;
+            told.map_err(|error| nbd_failure("read the block status of", uri, &error))?
+        } else {
+            vec![Extent::data(rest.count())]
+        };
+        for extent in extents {
+            let range = ByteRange::between(at, ByteOffset(at.0 + extent.length.0).min(end));
+            at = range.end();
+            if extent.zero {
+                continue;
+            }
+            for piece in range.split_at_multiples(PIECE) {
+                let read = client.read(piece.start(), piece.count()).await;
+                let read = read.map_err(|error| nbd_failure("read", uri, &error))?;
+                if let Some(place) = read.iter().position(|&byte| byte != 0) {
+                    return Ok(Some(ByteOffset(piece.start().0 + place as u64)));
+                }
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// Refuses a target of `has` bytes for a point of `needed`.

@@ -250,13 +250,32 @@ fn a_target_that_is_full_of_other_data_ends_as_the_point() {
         let fixture = Fixture::new().await;
         let ram = Ram::of(vec![0xee; disk().len() + 8192]);
         let (server, uri) = serve(&ram, fixture.directory.path(), "target").await;
-        fixture.restore(&uri, false).await.unwrap();
+        assert_eq!(code(fixture.restore(&uri, false).await.unwrap_err()), ErrorCode::Exists);
+        assert!(ram.bytes.borrow().iter().all(|&byte| byte == 0xee), "refused, and changed all the same");
+        fixture.restore(&uri, true).await.unwrap();
         server.shutdown(Duration::from_secs(1)).await;
         let bytes = ram.bytes.borrow();
         assert!(bytes[..disk().len()] == disk(), "the export differs from the disk");
         assert!(bytes[disk().len()..].iter().all(|&byte| byte == 0xee), "what lies behind the point is kept");
         let longest = ram.zeroed.borrow().iter().map(|range| range.count().0).max().unwrap();
         assert_eq!(longest, 2 * MIB as u64, "neighboring zero pieces are one request");
+    });
+}
+
+#[test]
+fn an_export_that_holds_nothing_where_the_point_goes_needs_no_force() {
+    run(async {
+        let fixture = Fixture::new().await;
+        let mut bytes = vec![0; disk().len() + 8192];
+        bytes[disk().len()] = 1;
+        let ram = Ram::of(bytes);
+        let (_server, uri) = serve(&ram, fixture.directory.path(), "target").await;
+        fixture.restore(&uri, false).await.unwrap();
+        assert!(ram.bytes.borrow()[..disk().len()] == disk(), "the export differs from the disk");
+        ram.bytes.borrow_mut()[..disk().len()].fill(0);
+        let last = disk().len() - 1;
+        ram.bytes.borrow_mut()[last] = 1;
+        assert_eq!(code(fixture.restore(&uri, false).await.unwrap_err()), ErrorCode::Exists);
     });
 }
 
@@ -473,7 +492,8 @@ fn onto_an_old_copy_only_the_difference_is_written() {
         }
         let ram = Ram::of(old);
         let (_server, uri) = serve(&ram, fixture.directory.path(), "target").await;
-        fixture.restore_way(&uri, false, true).await.unwrap();
+        assert_eq!(code(fixture.restore_way(&uri, false, true).await.unwrap_err()), ErrorCode::Exists);
+        fixture.restore_way(&uri, true, true).await.unwrap();
         assert!(*ram.bytes.borrow() == disk(), "the export differs from the disk");
         assert_eq!(ram.written.get(), 64 << 10);
         assert_eq!(ram.zeroed.borrow().len(), 1);

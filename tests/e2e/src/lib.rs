@@ -19,6 +19,7 @@ pub mod http;
 pub mod kernel_disk;
 pub mod ledger;
 mod load;
+mod loop_device;
 pub mod machine;
 mod model;
 mod other_host;
@@ -32,12 +33,25 @@ pub use daemon::{Daemon, Doomed};
 pub use disk::Disk;
 pub use held::{Held, Reconnecting};
 pub use load::{Guest, Load, Written};
+pub use loop_device::LoopDevice;
 pub use model::{Model, Write, fill};
 pub use other_host::OtherHost;
 
-/// Says why a test does nothing on this machine, where the test's output shows it.
+/// Says why a test does nothing on this machine, where the test's output shows it, and in the file that
+/// `BACKTIDE_SKIPPED` names: whoever runs all of them is told which have proved nothing.
+///
+/// # Panics
+/// When that file cannot be written.
 pub fn skip(why: &str) {
     println!("SKIPPED: {why}");
+    let Some(file) = std::env::var_os("BACKTIDE_SKIPPED") else { return };
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    let mut file = std::fs::File::options()
+        .append(true)
+        .create(true)
+        .open(file)
+        .expect("open the list of skipped tests");
+    std::io::Write::write_all(&mut file, format!("{test}: {why}\n").as_bytes()).expect("note a skipped test");
 }
 
 /// Whether this process is root's, who alone may mount.

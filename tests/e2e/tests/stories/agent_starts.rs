@@ -2,7 +2,7 @@
 
 use std::{os::unix::net::UnixListener, time::SystemTime};
 
-use backtide_e2e::{Bench, is_root, skip, tools};
+use backtide_e2e::{Bench, LoopDevice, skip, tools};
 use serde_json::Value;
 
 const SIZE: u64 = 64 << 20;
@@ -111,19 +111,15 @@ fn an_nbd_disk_is_compared_after_a_detach_for_anybody_may_have_written_it() {
 
 #[test]
 fn a_block_device_is_compared_after_a_detach_for_anybody_may_have_written_it() {
-    if !is_root() || !tools::is_there("losetup") {
-        return skip("only root makes a block device of a file, with losetup");
-    }
     let bench = Bench::new();
     let image = bench.image("device.img", SIZE);
-    let (made, device) = tools::try_run("losetup", &["--find", "--show", image.to_str().unwrap()]);
-    if !made {
-        return skip(&format!("no loop device here: {device}"));
-    }
-    let device = Loop(device.trim().to_owned());
+    let device = match LoopDevice::of(&image, 512) {
+        Ok(device) => device,
+        Err(why) => return skip(&why),
+    };
     let (_receiver, _agent) = (bench.receiver(), bench.agent());
     let stream = bench.socket("stream.sock");
-    let attach = || bench.json(&["attach", "vm1", &device.0, "--receiver", &stream]);
+    let attach = || bench.json(&["attach", "vm1", device.path(), "--receiver", &stream]);
     let uri = attach()["nbd_uri"].as_str().unwrap().to_owned();
     let settle = || {
         bench.json(&["wait", "vm1", "--for", "sync"]);
@@ -134,15 +130,15 @@ fn a_block_device_is_compared_after_a_detach_for_anybody_may_have_written_it() {
     bench.json(&["detach", "vm1"]);
     // Through another name of the device, whose own time of change stays as it was.
     let alias = bench.name("alias");
-    tools::run("cp", &["-a", &device.0, &alias]);
+    tools::run("cp", &["-a", device.path(), &alias]);
     // A file system may allow no devices.
-    let name = if std::fs::File::open(&alias).is_ok() { &alias } else { &device.0 };
+    let name = if std::fs::File::open(&alias).is_ok() { &alias } else { device.path() };
     tools::qemu_io(name, &["write -P 0x22 10M 1M", "flush"]);
     attach();
     settle();
     let output = bench.name("restored.img");
     bench.json(&["restore", "vm1", "--at", "latest", "--output", &output]);
-    tools::assert_same(&device.0, &output);
+    tools::assert_same(device.path(), &output);
     bench.json(&["detach", "vm1"]);
 }
 
@@ -163,13 +159,4 @@ fn an_image_written_in_the_middle_of_its_detach_is_compared() {
     detach.succeed();
     let disk = bench.attach("vm1", "vm1.img", &[]);
     disk.latest_is_the_image();
-}
-
-/// A loop device that goes with its test.
-struct Loop(String);
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        tools::try_run("losetup", &["--detach", &self.0]);
-    }
 }

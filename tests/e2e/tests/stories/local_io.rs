@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use backtide_e2e::{Bench, Disk, Guest, is_root, skip, tools};
+use backtide_e2e::{Bench, Disk, Guest, LoopDevice, skip, tools};
 use serde_json::Value;
 
 const SIZE: u64 = 64 << 20;
@@ -112,37 +112,16 @@ fn what_cannot_be_direct_is_refused_with_the_way_out() {
     assert!(refused.sentence().contains("is an NBD server"), "{refused:?}");
 }
 
-/// A loop device with blocks of 4096 bytes.
-struct Coarse(String);
-
-impl Coarse {
-    fn new(image: &str) -> Result<Self, String> {
-        if !is_root() || !tools::is_there("losetup") {
-            return Err("only root makes a block device of a file, with losetup".to_owned());
-        }
-        match tools::try_run("losetup", &["--sector-size", "4096", "--find", "--show", image]) {
-            (true, device) => Ok(Self(device.trim().to_owned())),
-            (false, said) => Err(format!("no loop device here: {said}")),
-        }
-    }
-}
-
-impl Drop for Coarse {
-    fn drop(&mut self) {
-        tools::try_run("losetup", &["--detach", &self.0]);
-    }
-}
-
 #[test]
 fn a_device_with_large_blocks_takes_small_writes_of_many_clients() {
     let bench = Bench::new();
     let image = bench.image("device.img", SIZE);
-    let device = match Coarse::new(image.to_str().unwrap()) {
+    let device = match LoopDevice::of(&image, 4096) {
         Ok(device) => device,
         Err(why) => return skip(&why),
     };
     let (_receiver, _agent) = (bench.receiver(), bench.agent());
-    std::os::unix::fs::symlink(&device.0, bench.path("vm1.img")).unwrap();
+    std::os::unix::fs::symlink(device.path(), bench.path("vm1.img")).unwrap();
     let disk = bench.attach("vm1", "vm1.img", &["--cache", "direct"]);
     disk.wait("sync");
     let info = tools::run("nbdinfo", &[&disk.uri()]);
@@ -165,7 +144,7 @@ fn a_device_with_large_blocks_takes_small_writes_of_many_clients() {
     for writer in writers {
         writer.join().unwrap();
     }
-    let content = std::fs::read(&device.0).unwrap();
+    let content = std::fs::read(device.path()).unwrap();
     for (place, sector) in content[..64 * 4096].chunks(512).enumerate() {
         let expected = (place % 8) as u8 * 16 + 2;
         assert!(sector.iter().all(|&byte| byte == expected), "sector {place}");
@@ -175,7 +154,7 @@ fn a_device_with_large_blocks_takes_small_writes_of_many_clients() {
     load.stop();
     disk.qemu_io(&["write -z 1M 1M", "discard 4M 2M", "flush"]);
     disk.settle();
-    tools::assert_same(&device.0, disk.restore("latest").to_str().unwrap());
+    tools::assert_same(device.path(), disk.restore("latest").to_str().unwrap());
     drop(disk);
     bench.json(&["detach", "vm1"]);
 }

@@ -40,6 +40,7 @@ mod operator;
 mod protection;
 mod receiver_outages;
 mod restarts;
+mod restoring;
 mod retention;
 mod rewind_command;
 mod rewinding;
