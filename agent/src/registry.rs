@@ -11,6 +11,7 @@ mod image;
 mod leave;
 mod left;
 mod origin;
+mod place;
 mod resize;
 mod restore;
 mod rewind;
@@ -33,9 +34,12 @@ use tokio::{
     time::Instant,
 };
 
-use self::errors::{failed, open_error, refuse_adopted, refuse_fenced, refuse_other_format};
-use self::left::Left;
 pub(crate) use self::origin::fetch_error;
+use self::{
+    errors::{failed, open_error, refuse_adopted, refuse_fenced, refuse_other_format},
+    left::Left,
+    place::Place,
+};
 use crate::{
     claims::{Claim, Claimed, Claims, Identity},
     config::{Config, IoEngine, Places},
@@ -98,8 +102,8 @@ struct Attached {
     qcow2: Option<Qcow2Server>,
     /// With direct I/O, what its size has to be a multiple of, in bytes.
     direct_block: Option<u32>,
-    /// The image's file, where it has one.
-    in_place: Option<InPlace>,
+    /// Of the image's file, where it has one.
+    place: Option<Place>,
     /// Whether single blocks of it can be written.
     takes_blocks: bool,
 }
@@ -153,9 +157,8 @@ impl Registry {
     /// A disk that a test plays.
     #[cfg(test)]
     pub(crate) async fn insert(&self, name: DiskName, handle: DiskHandle) {
-        let (uuid, in_place) = (DiskId::random(), None);
-        let attached =
-            Attached { uuid, handle, qcow2: None, direct_block: None, takes_blocks: true, in_place };
+        let (uuid, place) = (DiskId::random(), None);
+        let attached = Attached { uuid, handle, qcow2: None, direct_block: None, takes_blocks: true, place };
         self.disks.write().await.insert(name, attached);
     }
 
@@ -340,9 +343,8 @@ impl Registry {
             Ok(handle) => {
                 // Known from now on, also when the disk stands still one day.
                 let _ = handle.status().await;
-                let (uuid, of_disk) = (record.uuid, handle.clone());
-                let attached =
-                    Attached { uuid, handle: of_disk, qcow2, direct_block, takes_blocks, in_place };
+                let (uuid, of_disk, place) = (record.uuid, handle.clone(), in_place.map(Place::new));
+                let attached = Attached { uuid, handle: of_disk, qcow2, direct_block, takes_blocks, place };
                 self.disks.write().await.insert(name.clone(), attached);
                 // In this order: whoever asks meanwhile finds it here or there.
                 self.failing.write().await.remove(&name);

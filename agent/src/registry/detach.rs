@@ -10,6 +10,7 @@ use super::{
     Attached, Registry,
     errors::{self, failed, not_saved, refuse_incomplete},
     left::Left,
+    place::Place,
 };
 use crate::{
     disk::{self, Command, Leaving},
@@ -51,7 +52,7 @@ impl Registry {
         let attached = self.disks.write().await.remove(&name);
         self.sockets.forget(&disk::nbd_purpose(&name));
         let left = match attached {
-            Some(Attached { qcow2, in_place, .. }) => Left::end(qcow2, in_place).await,
+            Some(Attached { qcow2, place, .. }) => Left::end(qcow2, place.map(Place::into_image)).await,
             None => Left::ByItsDisk,
         };
         let still_open = left.still_open().map(|error| still_open(&name, error));

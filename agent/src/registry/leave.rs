@@ -10,7 +10,11 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_units::DiskName;
 use tokio::task::JoinSet;
 
-use super::{Attached, Registry, left::Left, waiting};
+use super::{
+    Attached, Registry,
+    left::Left,
+    place::{Place, Seen},
+};
 use crate::{
     claims::Claim,
     disk::{Command, DiskHandle, Leaving},
@@ -51,15 +55,13 @@ impl Registry {
     /// Refuses to let go of a disk whose image is not where it was: what the guest wrote would be lost with the open file.
     ///
     /// # Errors
-    /// `refused`, with what became of the image and the way out.
+    /// `refused`, with what became of the image and the way out; `busy` when its file system does not tell.
     pub(super) async fn require_in_place(&self, name: &DiskName) -> Result<(), ApiError> {
-        let in_place = self.disks.read().await.get(name).and_then(|attached| attached.in_place.clone());
-        let Some(in_place) = in_place else { return Ok(()) };
-        waiting(move || in_place.look().map(drop)).await?.map_err(|displaced| {
-            ApiError::new(ErrorCode::Refused, format!("disk {name} cannot be let go of: {displaced}")).with_hint(
-                format!("copy the disk through its NBD export first, for instance with nbdcopy; `backtide detach {name} --force` then gives up the open file"),
-            )
-        })
+        let place = self.disks.read().await.get(name).and_then(|attached| attached.place.clone());
+        match place {
+            Some(place) => in_place(name, &place).await,
+            None => Ok(()),
+        }
     }
 
     /// Brings every disk close to its end while it is served: afterwards there is little to flush.
@@ -69,20 +71,19 @@ impl Registry {
     /// acknowledged, which its guest has to hear first. `refused` when an image is not where it was: the next
     /// program would open another file.
     pub(crate) async fn prepare_to_hand_over(&self) -> Result<(), ApiError> {
-        let names: Vec<DiskName> = self.disks.read().await.keys().cloned().collect();
-        for name in &names {
-            self.require_in_place(name).await?;
+        let mut looking = JoinSet::new();
+        for (name, attached) in self.disks.read().await.iter() {
+            let (name, place) = (name.clone(), attached.place.clone());
+            looking.extend(place.map(|place| async move { in_place(&name, &place).await }));
         }
+        all_well(looking).await?;
         for _ in 0..FLUSHES {
             let mut flushing = JoinSet::new();
             for (name, attached) in self.disks.read().await.iter() {
                 let (name, handle) = (name.clone(), attached.handle.clone());
                 flushing.spawn(async move { flush(&name, &handle).await });
             }
-            while let Some(flushed) = flushing.join_next().await {
-                // A task that ends otherwise has flushed nothing to hand over.
-                flushed.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))??;
-            }
+            all_well(flushing).await?;
         }
         Ok(())
     }
@@ -131,10 +132,31 @@ impl Registry {
     }
 }
 
+/// Until all have ended, or one has failed: a task that ends otherwise leaves nothing to hand over.
+async fn all_well(mut tasks: JoinSet<Result<(), ApiError>>) -> Result<(), ApiError> {
+    while let Some(ended) = tasks.join_next().await {
+        ended.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))??;
+    }
+    Ok(())
+}
+
+async fn in_place(name: &DiskName, place: &Place) -> Result<(), ApiError> {
+    match place.look().await? {
+        Seen::InPlace => Ok(()),
+        Seen::StandsStill => Err(stands_still(name)),
+        Seen::Displaced(displaced) => {
+            let message = format!("disk {name} cannot be let go of: {displaced}");
+            Err(ApiError::new(ErrorCode::Refused, message).with_hint(format!(
+                "copy the disk through its NBD export first, for instance with nbdcopy; `backtide detach {name} --force` then gives up the open file"
+            )))
+        }
+    }
+}
+
 fn stands_still(disk: &DiskName) -> ApiError {
     let message = format!("disk {disk} does not let go: its image or server stands still");
     ApiError::new(ErrorCode::Busy, message)
-        .with_hint("every disk goes on as before; bring its storage back, or detach it, and try again")
+        .with_hint("every disk goes on as before; bring its storage back and try again")
 }
 
 async fn flush(disk: &DiskName, handle: &DiskHandle) -> Result<(), ApiError> {
@@ -157,7 +179,7 @@ pub(super) async fn end(name: DiskName, attached: Attached, records: Records, le
         Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),
         Err(error) => tracing::error!(disk = %name, %error, "detach"),
     }
-    let left = Left::end(attached.qcow2, attached.in_place).await;
+    let left = Left::end(attached.qcow2, attached.place.map(Place::into_image)).await;
     if let Some(error) = left.still_open() {
         tracing::error!(disk = %name, %error, "the disk's qcow2 file is still open");
     }
