@@ -1,5 +1,7 @@
 //! The control API's calls.
 
+mod changes;
+
 use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{
@@ -17,6 +19,7 @@ use tokio::{
     task::JoinSet,
 };
 
+use self::changes::Changes;
 use crate::{
     disk::{self, Command, NoAnswer},
     marks::{self, MarksError},
@@ -32,11 +35,13 @@ pub(crate) struct Service {
     restart: Arc<Restart>,
     /// One mark at a time: two that hold disks in different orders would wait for each other.
     marking: Arc<Mutex<()>>,
+    changes: Changes,
 }
 
 impl Service {
     pub(crate) fn new(registry: Arc<Registry>, mounts: Arc<Mounts>, restart: Arc<Restart>) -> Arc<Self> {
-        Arc::new(Self { registry, mounts, restart, marking: Arc::new(Mutex::new(())) })
+        let (marking, changes) = (Arc::default(), Changes::default());
+        Arc::new(Self { registry, mounts, restart, marking, changes })
     }
 
     async fn ask<T>(
@@ -76,24 +81,6 @@ fn no_answer(disk: &DiskName, error: NoAnswer) -> ApiError {
     ApiError::new(ErrorCode::Busy, message)
 }
 
-/// How long whoever asks for a change waits for it. Storage that stands still may hold it up for ever.
-const CHANGE_TIME: Duration = Duration::from_secs(50);
-
-/// Carries a change of the agent's disks to its end, also when the asker goes away meanwhile.
-async fn to_its_end<T: Send + 'static>(
-    change: impl Future<Output = Result<T, ApiError>> + Send + 'static,
-) -> Result<T, ApiError> {
-    match tokio::time::timeout(CHANGE_TIME, tokio::spawn(change)).await {
-        Ok(ended) => ended.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?,
-        Err(_) => {
-            let message =
-                format!("this has not ended after {} s: storage may stand still", CHANGE_TIME.as_secs());
-            Err(ApiError::new(ErrorCode::Busy, message)
-                .with_hint("the agent goes on with it; see its status"))
-        }
-    }
-}
-
 impl AgentService for Service {
     async fn status(&self, disk: Option<DiskName>) -> Result<AgentStatus, ApiError> {
         let status = |disks| AgentStatus {
@@ -122,33 +109,32 @@ impl AgentService for Service {
     async fn restart(&self) -> Result<AgentStatus, ApiError> {
         let before = self.status(None).await?;
         let (restart, registry) = (Arc::clone(&self.restart), Arc::clone(&self.registry));
-        to_its_end(async move { restart.ask(&registry).await }).await?;
-        Ok(before)
+        self.changes.to_its_end(async move { restart.ask(&registry).await.map(|()| before) }).await
     }
 
     async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
         let registry = Arc::clone(&self.registry);
-        to_its_end(async move { registry.attach(request).await }).await
+        self.changes.to_its_end(async move { registry.attach(request).await }).await
     }
 
     async fn detach(&self, disk: DiskName, request: DetachRequest) -> Result<DiskStatus, ApiError> {
         let registry = Arc::clone(&self.registry);
-        to_its_end(async move { registry.detach(&disk, request).await }).await
+        self.changes.to_its_end(async move { registry.detach(&disk, request).await }).await
     }
 
     async fn resize(&self, disk: DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
         let registry = Arc::clone(&self.registry);
-        to_its_end(async move { registry.resize(&disk, request).await }).await
+        self.changes.to_its_end(async move { registry.resize(&disk, request).await }).await
     }
 
     async fn rewind(&self, disk: DiskName, request: RewindRequest) -> Result<RewindReport, ApiError> {
         let registry = Arc::clone(&self.registry);
-        to_its_end(async move { registry.rewind(&disk, request).await }).await
+        self.changes.to_its_end(async move { registry.rewind(&disk, request).await }).await
     }
 
     async fn failback(&self, disk: DiskName, request: FailbackRequest) -> Result<FailbackReport, ApiError> {
         let registry = Arc::clone(&self.registry);
-        to_its_end(async move { registry.failback(&disk, request).await }).await
+        self.changes.to_its_end(async move { registry.failback(&disk, request).await }).await
     }
 
     async fn pause(&self, disk: DiskName) -> Result<DiskStatus, ApiError> {
@@ -244,7 +230,7 @@ impl AgentService for Service {
         disk::check_tls(&receiver, stream_tls.as_ref())?;
         let wanted = Wanted { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes };
         let mounts = Arc::clone(&self.mounts);
-        to_its_end(async move { mounts.mount(wanted).await }).await
+        self.changes.to_its_end(async move { mounts.mount(wanted).await }).await
     }
 
     async fn mounts(&self) -> Result<AgentMounts, ApiError> {
@@ -253,7 +239,11 @@ impl AgentService for Service {
 
     async fn unmount(&self, id: String) -> Result<AgentMount, ApiError> {
         let mounts = Arc::clone(&self.mounts);
-        to_its_end(async move { mounts.unmount(id).await }).await
+        self.changes.to_its_end(async move { mounts.unmount(id).await }).await
+    }
+
+    async fn change(&self, id: String) -> Result<serde_json::Value, ApiError> {
+        self.changes.follow(&id).await
     }
 
     async fn cancel_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {

@@ -1,8 +1,12 @@
 //! Asking an agent. Every method is the call of the same name in [`crate::AgentService`].
 
+use std::time::Instant;
+
 use backtide_control::{Address, ApiError, Client, ErrorCode, Peer, Tell};
 use backtide_units::DiskName;
+use serde::de::DeserializeOwned;
 
+use crate::changes::{FOLLOW_TIME, GoesOn};
 use crate::{
     AgentMount, AgentMountRequest, AgentMounts, AgentStatus, AttachRequest, DetachRequest, DiskStatus,
     FailbackReport, FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
@@ -80,12 +84,18 @@ impl AgentClient {
         })
     }
 
-    /// Protects a disk.
+    /// Protects a disk. One that begins from a receiver's point is followed as a [rewind](Self::rewind).
     ///
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn attach(&self, request: &AttachRequest) -> Result<DiskStatus, ApiError> {
-        self.client.at_length().post("/v1/disks", request).await
+        let client = self.client.at_length();
+        let answer = client.post("/v1/disks", request).await;
+        // Those ask a receiver first.
+        match request.failover || request.from.is_some() {
+            true => followed(&client, answer).await,
+            false => answer,
+        }
     }
 
     /// Ends protection cleanly.
@@ -116,15 +126,17 @@ impl AgentClient {
         self.client.at_length().post(&path(disk, "/resize"), &request).await
     }
 
-    /// Sets a disk back to an earlier point of its history.
+    /// Sets a disk back to an earlier point of its history. An agent that takes longer than a call is followed to the end
+    /// of it, for ten minutes at most.
     ///
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn rewind(&self, disk: &DiskName, request: RewindRequest) -> Result<RewindReport, ApiError> {
-        self.client.at_length().post(&path(disk, "/rewind"), &request).await
+        let client = self.client.at_length();
+        followed(&client, client.post(&path(disk, "/rewind"), &request).await).await
     }
 
-    /// Has a disk go on with the image it had here before another agent had it.
+    /// Has a disk go on with the image it had here before another agent had it. Followed as a [rewind](Self::rewind).
     ///
     /// # Errors
     /// As [`AgentClient::status`].
@@ -133,7 +145,8 @@ impl AgentClient {
         disk: &DiskName,
         request: &FailbackRequest,
     ) -> Result<FailbackReport, ApiError> {
-        self.client.at_length().post(&path(disk, "/failback"), request).await
+        let client = self.client.at_length();
+        followed(&client, client.post(&path(disk, "/failback"), request).await).await
     }
 
     /// Stops forwarding.
@@ -231,6 +244,18 @@ impl AgentClient {
     /// As [`AgentClient::status`].
     pub async fn cancel_verify(&self, disk: &DiskName) -> Result<VerifyStatus, ApiError> {
         self.client.delete(&path(disk, "/verify")).await
+    }
+}
+
+/// The answer at the end of a change that goes on.
+async fn followed<A: DeserializeOwned>(client: &Client, answer: Result<A, ApiError>) -> Result<A, ApiError> {
+    let (began, mut answer) = (Instant::now(), answer);
+    loop {
+        let goes_on = answer.as_ref().err().and_then(GoesOn::of);
+        let Some(GoesOn { change, .. }) = goes_on.filter(|_| began.elapsed() < FOLLOW_TIME) else {
+            return answer;
+        };
+        answer = client.get(&format!("/v1/changes/{change}"), NO_QUERY).await;
     }
 }
 

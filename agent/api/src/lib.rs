@@ -7,6 +7,7 @@
 
 mod attach;
 mod cache;
+mod changes;
 mod client;
 mod format;
 mod hydration;
@@ -20,6 +21,7 @@ mod verify;
 pub use attach::{AckPolicy, Adopted, AttachRequest, FromPoint, Limits, LimitsRequest, OnOutage, StreamTls};
 pub use backtide_control::{Address, ApiError, ErrorCode};
 pub use cache::CacheMode;
+pub use changes::GoesOn;
 pub use client::{AGENT, AgentClient};
 pub use format::ImageFormat;
 pub use hydration::{

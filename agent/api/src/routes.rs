@@ -36,6 +36,7 @@ pub fn router<S: AgentService>(service: Arc<S>) -> Router {
         .route("/v1/marks", post(mark::<S>))
         .route("/v1/mounts", get(mounts::<S>).merge(post(mount::<S>)))
         .route("/v1/mounts/{id}", delete(unmount::<S>))
+        .route("/v1/changes/{id}", get(change::<S>))
         .with_state(service);
     json_fallbacks(router)
 }
@@ -154,6 +155,13 @@ async fn unmount<S: AgentService>(
     Path(id): Path<String>,
 ) -> Answer<AgentMount> {
     service.unmount(id).await.map(Json)
+}
+
+async fn change<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(id): Path<String>,
+) -> Answer<serde_json::Value> {
+    service.change(id).await.map(Json)
 }
 
 async fn start_verify<S: AgentService>(

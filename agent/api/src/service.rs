@@ -11,7 +11,8 @@ use crate::{
 
 /// The agent's side of the control API. A disk may be named by its name or its UUID.
 ///
-/// Every call answers in a bounded time, whatever the receiver does. An unknown disk is `not-found`.
+/// Every call answers in a bounded time, whatever the receiver does: a change that takes longer is answered with `busy` and
+/// [`GoesOn`](crate::GoesOn), goes on, and can be followed. An unknown disk is `not-found`.
 pub trait AgentService: Send + Sync + 'static {
     /// All disks, or the one named.
     fn status(&self, disk: Option<DiskName>) -> impl Future<Output = Result<AgentStatus, ApiError>> + Send;
@@ -111,4 +112,8 @@ pub trait AgentService: Send + Sync + 'static {
 
     /// Serves it no longer, and answers with what it was. `not-found` when there is no such mount.
     fn unmount(&self, id: String) -> impl Future<Output = Result<AgentMount, ApiError>> + Send;
+
+    /// The answer of a call that was answered with [`GoesOn`](crate::GoesOn), when its change has ended. `busy` with the same
+    /// when that goes on for longer; `not-found`: no such change is known, since the agent's start.
+    fn change(&self, id: String) -> impl Future<Output = Result<serde_json::Value, ApiError>> + Send;
 }

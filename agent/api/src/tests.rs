@@ -9,7 +9,7 @@ use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch
 use crate::{
     AckPolicy, Adopted, AgentCache, AgentClient, AgentMount, AgentMountRequest, AgentMounts, AgentService,
     AgentStatus, AttachRequest, CacheMode, Counters, DetachRequest, Dirty, DiskMark, DiskStatus,
-    FailbackReport, FailbackRequest, HydrationKind, HydrationStatus, Lag, Limits, LimitsChange,
+    FailbackReport, FailbackRequest, GoesOn, HydrationKind, HydrationStatus, Lag, Limits, LimitsChange,
     LimitsRequest, LsnStatus, MarkReport, MarkRequest, MarkState, Mode, OnOutage, ResizeReport,
     ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyState,
     VerifyStatus, Window, router,
@@ -72,6 +72,23 @@ fn vm1() -> DiskStatus {
         clients: 1,
         guest_waits: None,
     }
+}
+
+fn failed_back(disk: Option<DiskStatus>) -> FailbackReport {
+    FailbackReport {
+        point: Lsn(90),
+        point_time: CaptureTime(5),
+        fetched_bytes: ByteCount(8192),
+        kept_bytes: ByteCount(4096),
+        lost_bytes: ByteCount(0),
+        everything_because: None,
+        here_already: false,
+        disk,
+    }
+}
+
+fn goes_on(change: &str, seconds: u64) -> ApiError {
+    GoesOn { change: change.to_owned(), seconds }.answer()
 }
 
 fn verify() -> VerifyStatus {
@@ -169,16 +186,19 @@ impl AgentService for Fake {
 
     async fn failback(&self, disk: DiskName, request: FailbackRequest) -> Result<FailbackReport, ApiError> {
         let disk = self.note(&format!("failback {} {}", request.adopt.epoch, request.dry_run), &disk)?;
-        Ok(FailbackReport {
-            point: Lsn(90),
-            point_time: CaptureTime(5),
-            fetched_bytes: ByteCount(8192),
-            kept_bytes: ByteCount(4096),
-            lost_bytes: ByteCount(0),
-            everything_because: None,
-            here_already: false,
-            disk: (!request.dry_run).then_some(disk),
-        })
+        match request.dry_run {
+            true => Ok(failed_back(None)),
+            false => Err(goes_on(disk.name.as_str(), 50)),
+        }
+    }
+
+    async fn change(&self, id: String) -> Result<serde_json::Value, ApiError> {
+        self.note("follow", &name(&id))?;
+        let follows = self.calls.lock().unwrap().iter().filter(|call| call.starts_with("follow")).count();
+        match follows {
+            1 => Err(goes_on(&id, 100)),
+            _ => Ok(serde_json::to_value(failed_back(Some(vm1()))).unwrap()),
+        }
     }
 
     async fn resize(&self, disk: DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
@@ -277,6 +297,9 @@ async fn every_call_reaches_its_method_and_comes_back() {
     let (ack, on_outage) = (Some(AckPolicy::Durable), None);
     let failback = FailbackRequest { adopt, receiver: None, dry_run: true, force: false, ack, on_outage };
     assert_eq!(client.failback(&vm1, &failback).await.unwrap().disk, None);
+    // That one takes longer than two calls; it is asked for once.
+    let failback = FailbackRequest { dry_run: false, ..failback };
+    assert_eq!(client.failback(&vm1, &failback).await.unwrap().disk, Some(self::vm1()));
     client.pause(&vm1).await.unwrap();
     client.resume(&vm1).await.unwrap();
     client.resync(&vm1, ResyncRequest { extent: ResyncExtent::Compare }).await.unwrap();
@@ -312,6 +335,9 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "detach-incomplete-forced vm1",
             "rewind 40 true vm1",
             "failback 4 true vm1",
+            "failback 4 false vm1",
+            "follow vm1",
+            "follow vm1",
             "pause vm1",
             "resume vm1",
             "resync Compare vm1",

@@ -143,24 +143,32 @@ fn still_there(disk: &ReceiverDisk) -> Failure {
 fn plan_text(disk: &ReceiverDisk, plan: &FailbackReport) -> String {
     let name = disk.name.as_str();
     let mut text = format!(
-        "disk {name} comes back here at its latest point, lsn:{} ({}), and whoever has had it is fenced: {} of the image stay, {} are fetched",
+        "disk {name} comes back here at its latest point, lsn:{} ({}), and whoever has had it is fenced: {} of the image stay, {} are compared, and what differs of that is fetched",
         plan.point,
         time_text(plan.point_time),
         size_both(plan.kept_bytes),
         size_both(plan.fetched_bytes),
     );
-    if let Some(why) = &plan.everything_because {
-        text.push_str(&format!("; nothing of the image can be kept, because {why}"));
-    } else if !plan.lost_bytes.is_zero() {
-        text.push_str(&format!(
-            "; up to {} that were changed here and never reached the receiver are OVERWRITTEN",
-            size_both(plan.lost_bytes)
-        ));
-    }
+    text.push_str(&losses(plan));
     if disk.connected {
         text.push_str(
             "; an agent is CONNECTED with it now, and whatever its guest writes from now on is lost",
         );
+    }
+    text
+}
+
+/// What an operator has to know of the image before it is written.
+fn losses(plan: &FailbackReport) -> String {
+    let mut text = String::new();
+    if let Some(why) = &plan.everything_because {
+        text.push_str(&format!("; that is all of the image, because {why}"));
+    }
+    if !plan.lost_bytes.is_zero() {
+        text.push_str(&format!(
+            "; up to {} that may have been changed here and never reached the receiver are OVERWRITTEN",
+            size_both(plan.lost_bytes)
+        ));
     }
     text
 }
@@ -183,4 +191,38 @@ fn report_text(disk: &ReceiverDisk, report: &FailbackReport) -> String {
         ));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_units::{ByteCount, CaptureTime, Lsn};
+
+    use super::*;
+
+    fn plan() -> FailbackReport {
+        FailbackReport {
+            point: Lsn(90),
+            point_time: CaptureTime(5),
+            fetched_bytes: ByteCount(8192),
+            kept_bytes: ByteCount(4096),
+            lost_bytes: ByteCount::ZERO,
+            everything_because: None,
+            here_already: false,
+            disk: None,
+        }
+    }
+
+    #[test]
+    fn what_is_lost_is_said_whatever_else_is() {
+        let why = "this agent does not know what was changed here";
+        for everything_because in [None, Some(why.to_owned())] {
+            let told = everything_because.is_some();
+            let text = losses(&FailbackReport { everything_because: everything_because.clone(), ..plan() });
+            assert_eq!((text.contains(why), text.contains("OVERWRITTEN")), (told, false), "{text}");
+            let lost_bytes = ByteCount(1 << 20);
+            let text = losses(&FailbackReport { everything_because, lost_bytes, ..plan() });
+            assert_eq!((text.contains(why), text.contains("OVERWRITTEN")), (told, true), "{text}");
+            assert!(text.contains("1048576 bytes"), "{text}");
+        }
+    }
 }
