@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{Daemon, Disk, Doomed};
+use crate::{Daemon, Disk, Doomed, left};
 
 /// A directory with everything in it: sockets, store, state, images and logs.
 pub struct Bench {
@@ -49,6 +49,12 @@ impl Said {
 impl Default for Bench {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        left::end_servers_of(self.directory.path());
     }
 }
 

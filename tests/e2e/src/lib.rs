@@ -6,7 +6,7 @@
 //! the disk must hold after each of those writes, [`tools`] the judges, [`kernel_disk`] a file system of the kernel on a disk,
 //! [`postgres`] a database on that, [`machine`] a virtual machine, [`ledger`] what it has acknowledged and when, [`wire`] the stream by hand,
 //! [`http`] a control API by hand, [`Counting`] a way that counts what comes back on it. Every process that is started ends with its owner, also when a
-//! test panics or is killed.
+//! test panics or is killed; what an agent has started and left ends with its [`Bench`], when no test is killed.
 //!
 //! Nothing here waits for a time to pass: waits are for a state, and last until it is there.
 
@@ -18,6 +18,7 @@ mod held;
 pub mod http;
 pub mod kernel_disk;
 pub mod ledger;
+mod left;
 mod load;
 mod loop_device;
 pub mod machine;
@@ -52,6 +53,12 @@ pub fn skip(why: &str) {
         .open(file)
         .expect("open the list of skipped tests");
     std::io::Write::write_all(&mut file, format!("{test}: {why}\n").as_bytes()).expect("note a skipped test");
+}
+
+/// How often all kill points are gone through: as often as usual, or what `BACKTIDE_KILL_ROUNDS` says.
+pub fn kill_rounds(usual: u64) -> u64 {
+    let asked = std::env::var("BACKTIDE_KILL_ROUNDS").ok();
+    asked.map_or(usual, |text| text.parse().expect("BACKTIDE_KILL_ROUNDS is a number"))
 }
 
 /// Whether this process is root's, who alone may mount.
