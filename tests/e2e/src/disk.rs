@@ -1,10 +1,13 @@
 //! One attached disk, as its owner sees it through the command.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::{Bench, Load, Model, Said, bench::text, tools};
+use crate::{Bench, Load, Model, Said, bench::text, http, tools};
 
 /// An attached disk.
 #[derive(Clone)]
@@ -48,6 +51,38 @@ impl<'bench> Disk<'bench> {
     pub fn settle(&self) {
         self.wait("sync");
         self.wait("durable");
+    }
+
+    /// Waits until it lacks nothing and the receiver has everything.
+    pub fn whole(&self) {
+        self.settle();
+        self.until("whole", |status| status["hydration"].is_null());
+        self.settle();
+    }
+
+    /// Sets it back to this LSN; gives the report.
+    pub fn rewind(&self, to: u64) -> Value {
+        http::call(&self.bench.path("agent.sock"), "POST", &self.rewinds(), Some(&json!({ "to": to })))
+    }
+
+    /// The same with an agent that may die of it.
+    pub fn rewind_or_die(&self, to: u64) {
+        let (agent, body) = (self.bench.path("agent.sock"), json!({ "to": to }));
+        let mut asking = http::ask(&agent, "POST", &self.rewinds(), Some(&body));
+        // An answer or none.
+        let _ = asking.read_to_end(&mut Vec::new());
+    }
+
+    fn rewinds(&self) -> String {
+        format!("/v1/disks/{}/rewind", self.name)
+    }
+
+    /// A guest that writes, and goes; what it did is in the model, and at the receiver.
+    pub fn guest_writes(&self, model: &mut Model, seed: u64, count: u64) {
+        let load = self.load(seed);
+        load.goes_on(count);
+        model.then(load.stop());
+        self.settle();
     }
 
     /// Waits until its status is as asked for, and gives that.

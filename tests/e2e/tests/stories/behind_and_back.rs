@@ -3,14 +3,11 @@
 //!
 //! Every kill point of a rewind is reached once; `BACKTIDE_KILL_ROUNDS=n` goes through all of them n times.
 
-use std::{
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use backtide_e2e::{Bench, Disk, Load, Model, http, tools};
+use backtide_e2e::{Bench, Disk, Load, Model, http, kill_rounds, tools};
 use backtide_storage::KillPoint;
-use serde_json::{Value, json};
+use serde_json::json;
 
 const SIZE: u64 = 4 << 20;
 
@@ -64,33 +61,6 @@ fn attach<'bench>(bench: &'bench Bench, image: &str) -> Disk<'bench> {
     disk
 }
 
-/// Sets the disk back; gives the report.
-fn rewind(bench: &Bench, to: u64) -> Value {
-    http::call(&bench.path("agent.sock"), "POST", "/v1/disks/vm1/rewind", Some(&json!({ "to": to })))
-}
-
-/// The same with an agent that may die of it.
-fn rewind_or_die(bench: &Bench, to: u64) {
-    let body = json!({ "to": to });
-    let mut asking = http::ask(&bench.path("agent.sock"), "POST", "/v1/disks/vm1/rewind", Some(&body));
-    // An answer or none.
-    let _ = asking.read_to_end(&mut Vec::new());
-}
-
-fn write(disk: &Disk<'_>, model: &mut Model, seed: u64, count: u64) {
-    let load = disk.load(seed);
-    load.goes_on(count);
-    model.then(load.stop());
-    disk.settle();
-}
-
-/// Waits until the disk lacks nothing and the receiver has everything.
-fn whole(disk: &Disk<'_>) {
-    disk.settle();
-    disk.until("whole", |status| status["hydration"].is_null());
-    disk.settle();
-}
-
 /// The disk as its guest sees it.
 fn content(bench: &Bench, disk: &Disk<'_>) -> PathBuf {
     let found = bench.path("found.img");
@@ -105,12 +75,6 @@ fn is_the_model(bench: &Bench, disk: &Disk<'_>, model: &Model, what: &str) {
     assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0, "{what}");
 }
 
-/// How often all kill points are gone through: once, or what `BACKTIDE_KILL_ROUNDS` says.
-fn rounds() -> u64 {
-    let asked = std::env::var("BACKTIDE_KILL_ROUNDS").ok();
-    asked.map_or(1, |text| text.parse().expect("BACKTIDE_KILL_ROUNDS is a number"))
-}
-
 /// Back, and back again, in the life of one agent; then an agent that dies at every step of it.
 fn goes_back_whoever_dies(bench: &Bench, (mut behind, image): (Behind, String)) {
     let (_receiver, mut agent) = (bench.receiver(), bench.agent());
@@ -119,20 +83,20 @@ fn goes_back_whoever_dies(bench: &Bench, (mut behind, image): (Behind, String)) 
     let mut points = Vec::new();
     let mut seeds = 1..;
     let mut seed = || seeds.next().expect("there are more numbers");
-    write(&disk, &mut model, seed(), 80);
+    disk.guest_writes(&mut model, seed(), 80);
     let (early, at_early) = (disk.last(), model.clone());
-    write(&disk, &mut model, seed(), 80);
+    disk.guest_writes(&mut model, seed(), 80);
     let (late, at_late) = (disk.last(), model.clone());
     points.extend([(early, at_early.clone()), (late, at_late.clone())]);
-    let report = rewind(bench, early);
+    let report = disk.rewind(early);
     assert_eq!((&report["from"], &report["to"]), (&json!(late), &json!(early)), "{report}");
     let mut other = at_early;
-    write(&disk, &mut other, seed(), 80);
-    whole(&disk);
+    disk.guest_writes(&mut other, seed(), 80);
+    disk.whole();
     is_the_model(bench, &disk, &other, "the early point and what came after it");
     assert!(!bench.path("state/vm1.hydration").exists());
-    rewind(bench, late);
-    whole(&disk);
+    disk.rewind(late);
+    disk.whole();
     is_the_model(bench, &disk, &at_late, "undone");
 
     let steps = [
@@ -144,18 +108,18 @@ fn goes_back_whoever_dies(bench: &Bench, (mut behind, image): (Behind, String)) 
         (KillPoint::HydrationFinished, 1),
     ];
     let uri = disk.uri();
-    for (round, (step, times)) in (0..rounds()).flat_map(|_| steps).enumerate() {
-        write(&disk, &mut model, seed(), 40);
+    for (round, (step, times)) in (0..kill_rounds(1)).flat_map(|_| steps).enumerate() {
+        disk.guest_writes(&mut model, seed(), 40);
         let (early, at_early) = (disk.last(), model.clone());
         points.push((early, at_early.clone()));
-        write(&disk, &mut model, seed(), 40);
+        disk.guest_writes(&mut model, seed(), 40);
         points.push((disk.last(), model.clone()));
         assert_eq!(agent.stop(), 0);
         let mut doomed = bench.doomed(&["agent", "run"], &format!("{}:{times}", step.name()));
         for state in ["sync", "durable"] {
             while !doomed.is_dead() && bench.run(&["wait", "vm1", "--for", state]).code != 0 {}
         }
-        rewind_or_die(bench, early);
+        disk.rewind_or_die(early);
         let load = Load::try_start(&uri, seed());
         if step != KillPoint::RewindDetached {
             model = at_early;
@@ -170,7 +134,7 @@ fn goes_back_whoever_dies(bench: &Bench, (mut behind, image): (Behind, String)) 
             behind = behind.dies(bench);
         }
         agent = bench.agent();
-        whole(&disk);
+        disk.whole();
         is_the_model(bench, &disk, &model, step.name());
     }
     for (lsn, model) in points {
@@ -207,7 +171,7 @@ fn outlives_both(bench: &Bench, (mut behind, image): (Behind, String)) {
     let late = disk.last();
     // So slow that most is missing still.
     bench.json(&["limits", "vm1", "--resync-rate", "4096"]);
-    rewind(bench, early);
+    disk.rewind(early);
     for round in 0..4_u64 {
         let at = round * 777_216 + 1024;
         let written = format!("write -P {} {at} 150k", 0x40 + round);
@@ -225,7 +189,7 @@ fn outlives_both(bench: &Bench, (mut behind, image): (Behind, String)) {
         disk.qemu_io(&[&format!("read -P {} {at} 150k", 0x40 + round)]);
     }
     bench.json(&["limits", "vm1", "--resync-rate", "0"]);
-    whole(&disk);
+    disk.whole();
     let found = content(bench, &disk);
     tools::assert_same_images(&found, &expected);
     tools::assert_same_images(&found, &disk.restore("latest"));
@@ -260,11 +224,11 @@ fn a_qcow2_file_that_lacks_blocks_outlives_its_server_and_its_receiver() {
     let (mut behind, image) = Behind::qcow2(&bench);
     let disk = attach(&bench, &image);
     let mut model = Model::of_zeroes(SIZE, Vec::new());
-    write(&disk, &mut model, 1, 200);
+    disk.guest_writes(&mut model, 1, 200);
     let (early, at_early) = (disk.last(), model.clone());
-    write(&disk, &mut model, 2, 200);
+    disk.guest_writes(&mut model, 2, 200);
     bench.json(&["limits", "vm1", "--resync-rate", "256KiB"]);
-    rewind(&bench, early);
+    disk.rewind(early);
     model = at_early;
     let load = disk.load(3);
     for _ in 0..3 {
@@ -278,7 +242,7 @@ fn a_qcow2_file_that_lacks_blocks_outlives_its_server_and_its_receiver() {
     behind = behind.dies(&bench);
     model.then(load.stop());
     bench.json(&["limits", "vm1", "--resync-rate", "0"]);
-    whole(&disk);
+    disk.whole();
     is_the_model(&bench, &disk, &model, "the early point and what came after it");
     drop(behind);
 }
@@ -323,7 +287,7 @@ fn an_image_that_lacks_blocks_says_so_where_it_can() {
         bench.attach(name, image, &["--resync-rate", "4096"]);
         assert_eq!(disk.status()["hydration"]["point"], early);
         bench.json(&["limits", name, "--resync-rate", "0"]);
-        whole(&disk);
+        disk.whole();
         disk.qemu_io(&["read -P 0x11 0 4M"]);
         assert!(!Path::new(&note).exists());
     }

@@ -1,6 +1,6 @@
 //! An agent that is killed knows afterwards what may differ: the rest of the disk is not read again.
 
-use backtide_e2e::{Bench, tools};
+use backtide_e2e::{Bench, kill_rounds, tools};
 use serde_json::Value;
 
 const SIZE: u64 = 64 << 20;
@@ -92,17 +92,11 @@ fn without_an_activity_log_a_crash_means_a_compare_of_everything() {
     assert!(looked_at(&disk.status()) >= 48 << 20, "{}", disk.status());
 }
 
-/// How many rounds of kills: a few, or what `BACKTIDE_KILL_ROUNDS` says.
-fn rounds() -> u64 {
-    let asked = std::env::var("BACKTIDE_KILL_ROUNDS").ok();
-    asked.map_or(6, |text| text.parse().expect("BACKTIDE_KILL_ROUNDS is a number"))
-}
-
 #[test]
 fn kills_one_after_the_other_under_load_lose_nothing() {
     let bench = Bench::new();
     let (mut receiver, mut agent, disk) = bench.protected(SIZE, &["--activity-extents", "2"]);
-    for round in 0..rounds() {
+    for round in 0..kill_rounds(6) {
         let load = disk.load(round);
         // Somewhere in the attach, the compare, the drain, or in sync.
         load.goes_on(1 + round * 37 % 150);

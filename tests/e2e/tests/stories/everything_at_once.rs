@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use backtide_e2e::{Bench, Model, Write, http, tools};
+use backtide_e2e::{Bench, Model, Write, http, kill_rounds, tools};
 use serde_json::json;
 
 const SIZE: u64 = 8 << 20;
@@ -25,11 +25,6 @@ struct Kept {
     writes: Vec<Write>,
 }
 
-fn rounds() -> u64 {
-    let asked = std::env::var("BACKTIDE_KILL_ROUNDS").ok();
-    ROUNDS * asked.map_or(1, |times| times.parse().expect("BACKTIDE_KILL_ROUNDS is a number"))
-}
-
 #[test]
 fn kept_moments_stay_while_everything_happens_at_once() {
     let bench = Bench::new();
@@ -42,7 +37,7 @@ fn kept_moments_stay_while_everything_happens_at_once() {
     let mut writes: Vec<Write> = Vec::new();
     let mut kept: Vec<Kept> = Vec::new();
     let mut load = disk.load(0);
-    for round in 0..rounds() {
+    for round in 0..ROUNDS * kill_rounds(1) {
         let label = format!("round-{round}");
         let at = format!("mark:{label}");
         load.goes_on(150);

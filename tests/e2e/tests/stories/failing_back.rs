@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use backtide_e2e::{Bench, Daemon, Disk, Load, Model, OtherHost, tools};
+use backtide_e2e::{Bench, Daemon, Disk, Load, Model, OtherHost, kill_rounds, tools};
 use backtide_storage::KillPoint;
 use serde_json::{Value, json};
 
@@ -17,13 +17,6 @@ fn write(uri: &str, model: &mut Model, seed: u64, count: u64) {
     let load = Load::start(uri, seed);
     load.goes_on(count);
     model.then(load.stop());
-}
-
-/// Waits until the disk lacks nothing at the first host, and the receiver has everything.
-fn whole(disk: &Disk<'_>) {
-    disk.settle();
-    disk.until("whole", |status| status["hydration"].is_null());
-    disk.settle();
 }
 
 /// Waits until the agent has noted that it lived after the image was written last: an image that was written long after the
@@ -105,7 +98,7 @@ fn only_what_differs_comes_back() {
     assert!((there + here..=hot + there + here).contains(&fetched), "{report}");
     assert!(bytes(&report, "lost_bytes") >= here, "{report}");
     assert_eq!(bytes(&report, "kept_bytes"), 48 * MIB - fetched, "{report}");
-    whole(&disk);
+    disk.whole();
     tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
     disk.latest_is_the_image();
     assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0);
@@ -144,7 +137,7 @@ fn an_agent_that_comes_up_fenced_still_knows_what_differs() {
     assert_eq!(report["everything_because"], Value::Null, "{report}");
     let fetched = bytes(&report, "fetched_bytes");
     assert!((MIB + (128 << 10)..16 * MIB).contains(&fetched), "{report}");
-    whole(&disk);
+    disk.whole();
     tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
     disk.latest_is_the_image();
 }
@@ -171,7 +164,7 @@ fn whoever_dies_in_a_failback_leaves_a_disk_that_comes_back() {
     let mut points = Vec::new();
     let mut seeds = 1..;
     let mut seed = || seeds.next().expect("there are more numbers");
-    for (round, (step, is_here)) in (0..rounds()).flat_map(|_| steps).enumerate() {
+    for (round, (step, is_here)) in (0..kill_rounds(1)).flat_map(|_| steps).enumerate() {
         write(&disk.uri(), &mut model, seed(), 40);
         disk.settle();
         points.push((disk.last(), model.clone()));
@@ -204,7 +197,7 @@ fn whoever_dies_in_a_failback_leaves_a_disk_that_comes_back() {
             };
             assert_eq!(report["everything_because"], why, "{report}");
         }
-        whole(&disk);
+        disk.whole();
         model.assert_is_in(Path::new(&disk.image), model.len(), step.name());
         assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0, "{}", step.name());
     }
@@ -213,12 +206,6 @@ fn whoever_dies_in_a_failback_leaves_a_disk_that_comes_back() {
         let at = format!("lsn:{lsn}");
         model.assert_is_in(&disk.restore(&at), model.len(), &at);
     }
-}
-
-/// How often all kill points are gone through: once, or what `BACKTIDE_KILL_ROUNDS` says.
-fn rounds() -> u64 {
-    let asked = std::env::var("BACKTIDE_KILL_ROUNDS").ok();
-    asked.map_or(1, |text| text.parse().expect("BACKTIDE_KILL_ROUNDS is a number"))
 }
 
 #[test]
@@ -256,7 +243,7 @@ fn an_image_that_nobody_can_vouch_for_is_replaced_whole() {
         let report = bench.json(&["failback", "vm1", "--yes", "--wait"]);
         assert!(report["everything_because"].is_string(), "{report}");
         assert_eq!(report["kept_bytes"], 0, "{report}");
-        whole(&disk);
+        disk.whole();
         tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
         disk.latest_is_the_image();
         assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0);
@@ -294,7 +281,7 @@ fn a_receiver_that_was_put_back_to_a_copy_before_cannot_pass_for_one_that_has_ev
     let report = bench.json(&["failback", "vm1", "--yes", "--wait"]);
     let why = report["everything_because"].as_str().unwrap_or_else(|| panic!("{report}"));
     assert!(why.contains("had been durable here"), "{why}");
-    whole(&disk);
+    disk.whole();
     tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
     disk.latest_is_the_image();
 }

@@ -4,7 +4,7 @@
 //! Every kill point of a debug build is reached once; `BACKTIDE_KILL_ROUNDS=n` goes through all of them n
 //! times: those that come often some occurrences later each time, which may be more than there are.
 
-use backtide_e2e::{Bench, Disk, Doomed, Load, Model};
+use backtide_e2e::{Bench, Disk, Doomed, Load, Model, kill_rounds};
 use backtide_storage::KillPoint;
 
 const SIZE: u64 = 4 << 20;
@@ -65,12 +65,6 @@ fn side(point: KillPoint) -> Side {
         | KillPoint::LogSynced
         | KillPoint::MarkWritten => Side::Receiver,
     }
-}
-
-/// How often all of them are gone through: once, or what `BACKTIDE_KILL_ROUNDS` says.
-fn rounds() -> u64 {
-    let asked = std::env::var("BACKTIDE_KILL_ROUNDS").ok();
-    asked.map_or(1, |text| text.parse().expect("BACKTIDE_KILL_ROUNDS is a number"))
 }
 
 /// Where somebody dies.
@@ -142,7 +136,7 @@ fn deaths(of: Side) -> impl Iterator<Item = Death> {
         };
         points.map(death).chain(second)
     };
-    (0..rounds()).flat_map(once)
+    (0..kill_rounds(1)).flat_map(once)
 }
 
 /// What a guest did over many lives of the daemons.

@@ -3,41 +3,13 @@
 //!
 //! Every kill point of a rewind is reached once; `BACKTIDE_KILL_ROUNDS=n` goes through all of them n times.
 
-use std::{io::Read, path::Path};
+use std::path::Path;
 
-use backtide_e2e::{Bench, Disk, Guest, Load, Model, http};
+use backtide_e2e::{Bench, Disk, Guest, Load, Model, http, kill_rounds};
 use backtide_storage::KillPoint;
 use serde_json::{Value, json};
 
 const SIZE: u64 = 4 << 20;
-
-/// Sets the disk back; gives the report.
-fn rewind(bench: &Bench, to: u64) -> Value {
-    http::call(&bench.path("agent.sock"), "POST", "/v1/disks/vm1/rewind", Some(&json!({ "to": to })))
-}
-
-/// The same with an agent that may die of it.
-fn rewind_or_die(bench: &Bench, to: u64) {
-    let body = json!({ "to": to });
-    let mut asking = http::ask(&bench.path("agent.sock"), "POST", "/v1/disks/vm1/rewind", Some(&body));
-    // An answer or none.
-    let _ = asking.read_to_end(&mut Vec::new());
-}
-
-/// A guest that writes, and goes; what it did is in the model.
-fn write(disk: &Disk<'_>, model: &mut Model, seed: u64, count: u64) {
-    let load = disk.load(seed);
-    load.goes_on(count);
-    model.then(load.stop());
-    disk.settle();
-}
-
-/// Waits until the disk lacks nothing and the receiver has everything.
-fn whole(disk: &Disk<'_>) {
-    disk.settle();
-    disk.until("whole", |status| status["hydration"].is_null());
-    disk.settle();
-}
 
 fn is_the_model(disk: &Disk<'_>, model: &Model, what: &str) {
     disk.latest_is_the_image();
@@ -53,18 +25,18 @@ fn a_disk_goes_back_and_back_again() {
     let bench = Bench::new();
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
     let mut model = Model::of_zeroes(SIZE, Vec::new());
-    write(&disk, &mut model, 1, 80);
+    disk.guest_writes(&mut model, 1, 80);
     let (early, at_early) = (disk.last(), model.clone());
-    write(&disk, &mut model, 2, 80);
+    disk.guest_writes(&mut model, 2, 80);
     let (late, at_late) = (disk.last(), model.clone());
 
-    let report = rewind(&bench, early);
+    let report = disk.rewind(early);
     assert_eq!((&report["from"], &report["to"]), (&json!(late), &json!(early)), "{report}");
     assert!(report["changed_blocks"].as_u64().unwrap() > 0, "{report}");
     // A guest uses it while blocks are missing, or not any more.
     let mut other = at_early.clone();
-    write(&disk, &mut other, 3, 80);
-    whole(&disk);
+    disk.guest_writes(&mut other, 3, 80);
+    disk.whole();
     is_the_model(&disk, &other, "the early point and what came after it");
     assert!(!Path::new(&note_of(&disk)).exists() && !bench.path("state/vm1.hydration").exists());
     let reasons: Vec<Value> = disk.holes().into_iter().map(|hole| hole["reason_code"].clone()).collect();
@@ -80,7 +52,7 @@ fn a_disk_goes_back_and_back_again() {
         http::call(&bench.path("agent.sock"), "POST", path, Some(&json!({ "to": late, "reconnect": true })));
     assert_eq!(report["hung_up"], 1, "{report}");
     assert!(client.flush().is_err());
-    whole(&disk);
+    disk.whole();
     is_the_model(&disk, &at_late, "the late point");
     for (lsn, model) in [(early, &at_early), (late, &at_late)] {
         let at = format!("lsn:{lsn}");
@@ -94,12 +66,12 @@ fn a_disk_that_lacks_blocks_says_so_and_waits_for_its_receiver() {
     let bench = Bench::new();
     let (receiver, agent, disk) = bench.protected(SIZE, &[]);
     let mut model = Model::of_zeroes(SIZE, Vec::new());
-    write(&disk, &mut model, 1, 80);
+    disk.guest_writes(&mut model, 1, 80);
     let (early, at_early) = (disk.last(), model.clone());
-    write(&disk, &mut model, 2, 80);
+    disk.guest_writes(&mut model, 2, 80);
     // So slow that it lasts.
     bench.json(&["limits", "vm1", "--resync-rate", "4096"]);
-    rewind(&bench, early);
+    disk.rewind(early);
     let status = disk.status();
     assert_eq!(status["hydration"]["kind"], "rewind", "{status}");
     assert_eq!(status["hydration"]["point"], early);
@@ -131,14 +103,8 @@ fn a_disk_that_lacks_blocks_says_so_and_waits_for_its_receiver() {
     assert_eq!(status["hydration"]["point"], early, "{status}");
     let _receiver = bench.receiver();
     bench.json(&["limits", "vm1", "--resync-rate", "0"]);
-    whole(&disk);
+    disk.whole();
     is_the_model(&disk, &at_early, "the early point");
-}
-
-/// How often all kill points are gone through: once, or what `BACKTIDE_KILL_ROUNDS` says.
-fn rounds() -> u64 {
-    let asked = std::env::var("BACKTIDE_KILL_ROUNDS").ok();
-    asked.map_or(1, |text| text.parse().expect("BACKTIDE_KILL_ROUNDS is a number"))
 }
 
 #[test]
@@ -161,18 +127,18 @@ fn whoever_dies_in_a_rewind_leaves_one_point_or_the_other() {
     let mut seeds = 1..;
     let mut seed = || seeds.next().expect("there are more numbers");
     let mut points = Vec::new();
-    for (step, times) in (0..rounds()).flat_map(|_| steps) {
-        write(&disk, &mut model, seed(), 40);
+    for (step, times) in (0..kill_rounds(1)).flat_map(|_| steps) {
+        disk.guest_writes(&mut model, seed(), 40);
         let (early, at_early) = (disk.last(), model.clone());
         points.push((early, at_early.clone()));
-        write(&disk, &mut model, seed(), 40);
+        disk.guest_writes(&mut model, seed(), 40);
         points.push((disk.last(), model.clone()));
         assert_eq!(agent.stop(), 0);
         let mut doomed = bench.doomed(&["agent", "run"], &format!("{}:{times}", step.name()));
         for state in ["sync", "durable"] {
             while !doomed.is_dead() && bench.run(&["wait", "vm1", "--for", state]).code != 0 {}
         }
-        rewind_or_die(&bench, early);
+        disk.rewind_or_die(early);
         let load = Load::try_start(&uri, seed());
         if step != KillPoint::RewindDetached {
             model = at_early;
@@ -183,7 +149,7 @@ fn whoever_dies_in_a_rewind_leaves_one_point_or_the_other() {
         }
         assert!(doomed.died(), "{} is never reached", step.name());
         agent = bench.agent();
-        whole(&disk);
+        disk.whole();
         is_the_model(&disk, &model, step.name());
         assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0, "{}", step.name());
     }

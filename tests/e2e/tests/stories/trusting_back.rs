@@ -9,13 +9,6 @@ use serde_json::{Value, json};
 const SIZE: u64 = 64 << 20;
 const MIB: u64 = 1 << 20;
 
-/// Waits until the disk lacks nothing, and the receiver has everything.
-fn whole(disk: &Disk<'_>) {
-    disk.settle();
-    disk.until("whole", |status| status["hydration"].is_null());
-    disk.settle();
-}
-
 /// Waits until the agent has noted that it lived after the image was written last: an image that was written long after the
 /// last sign of life is trusted by nobody.
 fn seen_alive(bench: &Bench, disk: &Disk<'_>) {
@@ -45,7 +38,7 @@ fn there_and_back(other: &OtherHost<'_>, gone: &[&str]) {
 
 /// The disk here is what it was at the other host.
 fn is_what_it_was_there(bench: &Bench, disk: &Disk<'_>) {
-    whole(disk);
+    disk.whole();
     tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
     disk.latest_is_the_image();
     assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0);
@@ -270,11 +263,11 @@ fn the_same_command_again_goes_on_with_what_is_under_way() {
     assert!(said.sentence().contains("what was written stays"), "{said:?}");
     disk.qemu_io(&["read -P 0x55 32M 64k"]);
     bench.json(&["limits", "vm1", "--resync-rate", "0"]);
-    whole(&disk);
+    disk.whole();
     nobody();
     let undone = bench.json(&["rewind", "vm1", "--to", &to, "--yes"]);
     assert_eq!(undone["under_way"], false, "{undone}");
-    whole(&disk);
+    disk.whole();
     tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
 }
 
