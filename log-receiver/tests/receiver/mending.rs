@@ -13,7 +13,7 @@ use crate::{
     agent::*,
     fixture::*,
     going_back::{assert_content, request},
-    retention::{TENS, at, content, rounds, vm1, write_history},
+    retention::{TENS, at, content, files, rounds, vm1, write_history},
 };
 
 /// How an agent answers when it is asked for bytes of its disk.
@@ -50,23 +50,6 @@ fn attached(mut agent: Agent, disk: Vec<u8>, answers: Answers) -> JoinHandle<usi
         }
         asked
     })
-}
-
-fn files(place: &Place, ending: &str) -> Vec<PathBuf> {
-    let mut dirs = vec![place.store()];
-    let mut found = Vec::new();
-    while let Some(dir) = dirs.pop() {
-        for entry in fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                dirs.push(path);
-            } else if path.extension().is_some_and(|name| name == ending) {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
 }
 
 /// Flips a bit in the bytes of a record wherever they stand as they were written.

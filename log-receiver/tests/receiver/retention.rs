@@ -84,7 +84,8 @@ pub(crate) async fn rounds(api: &ReceiverClient, name: &DiskName, wanted: &str) 
     }
 }
 
-fn files(place: &Place, ending: &str) -> Vec<std::path::PathBuf> {
+/// The files of the store whose names end so, at whatever depth.
+pub(crate) fn files(place: &Place, ending: &str) -> Vec<std::path::PathBuf> {
     let mut dirs = vec![place.store()];
     let mut found = Vec::new();
     while let Some(dir) = dirs.pop() {

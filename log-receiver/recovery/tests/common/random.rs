@@ -4,7 +4,8 @@ use backtide_units::{ByteOffset, ByteRange};
 
 use super::DISK;
 
-/// SplitMix64.
+/// SplitMix64. Each crate of tests has it of its own: what a seed stands for must not change when another crate needs another
+/// number, and none of them is built for another.
 pub struct Random(pub u64);
 
 impl Random {
