@@ -8,7 +8,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     rc::Rc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime},
 };
 
 use backtide_agent_api::Limits;
@@ -20,7 +20,7 @@ use backtide_io_filter::{
 use backtide_spill::{Recovered, SpillError, SpillFiles};
 use backtide_storage::{Completion, KillPoint};
 use backtide_tracking::TrackingFile;
-use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskName, Lsn};
+use backtide_units::{ByteCount, ByteRange, DiskName, Lsn};
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
@@ -478,11 +478,7 @@ fn do_spill(files: &SpillFiles, op: &SpillOp) -> SpillDone {
 }
 
 fn now_since(started: Instant) -> Now {
-    let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Now {
-        monotonic: started.elapsed(),
-        wall: CaptureTime(u64::try_from(wall.as_micros()).unwrap_or(u64::MAX)),
-    }
+    Now { monotonic: started.elapsed(), wall: SystemTime::now().into() }
 }
 
 /// The error a client is told for an errno of the disk behind.

@@ -10,7 +10,7 @@
 //!   somebody writes between the agent's death and its next start is not noticed;
 //! - an image that was not in its place when the agent last looked is another one.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use backtide_io_filter::Resume;
 use backtide_tracking::{ImageSeen, LoadError, Loaded, SignOfLife};
@@ -28,9 +28,7 @@ const SLACK_OF_A_POWER_LOSS: Duration = Duration::from_secs(60);
 
 /// The sign of life of now, of an agent that has the disk, whose image looks like `image`.
 pub(crate) fn alive_now(image: Option<&ImageStamp>, captured: CaptureTime) -> SignOfLife {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let at = CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX));
-    SignOfLife { at, boot: boot_id(), image: image.map(seen), captured }
+    SignOfLife { at: SystemTime::now().into(), boot: boot_id(), image: image.map(seen), captured }
 }
 
 /// The sign of life of an attach that begins with the image as `stamp` says and has written nothing:

@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     rc::Rc,
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
 use backtide_agent_api::{AgentCache, AgentChangedSince, AgentMount, AgentMounts};
@@ -382,8 +382,7 @@ impl Mounted {
 }
 
 fn now() -> CaptureTime {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+    SystemTime::now().into()
 }
 
 fn bind_error(error: &BindError) -> ApiError {

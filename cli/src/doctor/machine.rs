@@ -6,7 +6,7 @@ use std::{
         net::UnixStream,
     },
     path::{Path, PathBuf},
-    time::{SystemTime, UNIX_EPOCH},
+    time::SystemTime,
 };
 
 use backtide_control::Address;
@@ -18,8 +18,7 @@ use crate::open_files;
 
 /// Now, by this machine's clock.
 pub(super) fn now() -> CaptureTime {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+    SystemTime::now().into()
 }
 
 /// Whether only its owner reaches a daemon's socket. Nothing where there is none.

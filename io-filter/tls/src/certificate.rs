@@ -2,7 +2,7 @@
 
 use std::{
     path::Path,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
 use backtide_units::CaptureTime;
@@ -107,8 +107,7 @@ pub(crate) fn warnings(own: Option<&Certificate>, file: &Path, trouble: Option<S
 
 /// The wall clock, as certificates are judged by it.
 fn now() -> CaptureTime {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    CaptureTime(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+    SystemTime::now().into()
 }
 
 fn time(validity: &mut Reader<'_>) -> Option<CaptureTime> {

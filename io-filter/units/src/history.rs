@@ -1,6 +1,10 @@
 //! Places in a disk's history.
 
-use std::{fmt, str::FromStr};
+use std::{
+    fmt,
+    str::FromStr,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -91,6 +95,14 @@ impl CaptureTime {
     /// two have the same time, and each can be named by it.
     pub fn after(self, previous: Self) -> Self {
         self.max(Self(previous.0.saturating_add(1)))
+    }
+}
+
+/// What a clock shows, to the microsecond: 1970 for one that stands before it.
+impl From<SystemTime> for CaptureTime {
+    fn from(time: SystemTime) -> Self {
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
     }
 }
 
