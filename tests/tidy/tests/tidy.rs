@@ -1,6 +1,6 @@
 //! The rules of the source.
 
-use backtide_tidy::{dependencies, files, manifests};
+use backtide_tidy::{dependencies, files, manifests, root};
 
 /// Crates that know no daemon, no socket, no clock of a runtime.
 const LEAVES: [&str; 13] = [
@@ -132,4 +132,16 @@ fn no_test_is_ignored_and_no_work_left_as_a_comment() {
         }
     }
     assert_none(&wrong, "no test is ignored and no work is left as a comment");
+}
+
+#[test]
+fn every_file_that_the_architecture_names_is_there() {
+    let text = std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("read ARCHITECTURE.md");
+    // What stands between backticks is every second part.
+    let named = text.split('`').skip(1).step_by(2).filter(|name| name.ends_with(".rs"));
+    let named: Vec<&str> = named.collect();
+    assert!(named.len() > 50, "{} files are named", named.len());
+    let missing = named.into_iter().filter(|name| !root().join(name).is_file());
+    let wrong: Vec<String> = missing.map(str::to_owned).collect();
+    assert_none(&wrong, "a file is named with its path from the root");
 }
