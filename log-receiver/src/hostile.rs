@@ -59,9 +59,11 @@ fn findings_of_damage() {
     let storage = MemoryStorage::new();
     let disk = identity().disk;
     Findings::open(Arc::new(storage.clone())).of_life(disk).note("a.seg is damaged at byte 7");
+    let right = Findings::open(Arc::new(storage.clone())).of(disk);
+    assert_eq!(right, ["a.seg is damaged at byte 7"]);
     try_file(Path::new("findings.json"), &storage, |storage| {
         let found = Findings::open(Arc::new(storage.clone())).of(disk);
-        assert!(findings::damage_of(storage).is_some() || found.len() == 1, "{found:?}");
+        assert!(findings::damage_of(storage).is_some() || found == right, "{found:?}");
     });
 }
 
@@ -86,9 +88,12 @@ fn what_stands_beside_a_log() {
         size: ByteCount(1 << 30),
         time: CaptureTime(5),
     };
-    memo::write(&storage, dir, &Memo { identity: identity(), attached }).unwrap();
+    let right = Memo { identity: identity(), attached };
+    memo::write(&storage, dir, &right).unwrap();
     try_file(&dir.join(memo::FILE), &storage, |storage| {
-        assert!(memo::is_damaged(storage, dir) || memo::read(storage, dir).is_some());
+        let found = memo::read(storage, dir);
+        assert!(found.as_ref().is_none_or(|found| *found == right), "{found:?}");
+        assert_eq!(memo::is_damaged(storage, dir), found.is_none());
     });
     let durable = Durable { seq: Seq(7), lsn: Lsn(9) };
     drop(Watermark::open(&storage, dir, identity().history, durable).unwrap());
@@ -96,6 +101,9 @@ fn what_stands_beside_a_log() {
         let found = Watermark::find(storage, dir, identity().history);
         let any = Watermark::of_any(storage, dir);
         assert!(found.is_none() || any.is_some());
+        for noted in [found, any].into_iter().flatten() {
+            assert_eq!(noted.durable, durable);
+        }
         let _ = Watermark::open(storage, dir, identity().history, durable);
     });
 }
