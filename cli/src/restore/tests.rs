@@ -482,8 +482,7 @@ fn onto_an_old_copy_only_the_difference_is_written() {
             let mut copy = old.clone();
             copy.resize(length, 0xee);
             std::fs::write(&output, &copy).unwrap();
-            let refused = fixture.restore_way(name, false, true).await.unwrap_err();
-            assert_eq!(code(refused), ErrorCode::Exists);
+            assert_eq!(code(fixture.restore_way(name, false, true).await.unwrap_err()), ErrorCode::Exists);
             assert!(std::fs::read(&output).unwrap() == copy, "untouched");
             let (written, _) = fixture.restore_way(name, true, true).await.unwrap();
             assert!(std::fs::read(&output).unwrap() == disk(), "the file differs from the disk");
