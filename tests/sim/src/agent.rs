@@ -3,17 +3,18 @@
 
 use std::collections::BTreeMap;
 
-use backtide_io_filter::{
-    Change, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, Prepared, Settings, SpillOp, TrackingOp,
-};
+use backtide_hydration::HydrationFile;
+use backtide_io_filter::{Filter, IoId, LocalOp, Mode, Now, Settings, SpillOp, TrackingOp};
 use backtide_tracking::{DirtyBitmap, TrackingFile};
 use backtide_units::{
     BlockCount, BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, Lsn,
 };
-use bytes::Bytes;
 
 use crate::{
-    model::What,
+    hydration::Hydrating,
+    lacking::DriverMistake,
+    local_io::InFlight,
+    rewind::Rewind,
     world::{Event, World},
 };
 
@@ -41,6 +42,12 @@ pub struct Agent {
     pub(crate) life: u64,
     pub(crate) filter: Filter,
     pub(crate) inflight: BTreeMap<IoId, InFlight>,
+    /// What the disk lacks, if anything.
+    pub(crate) hydrating: Option<Hydrating>,
+    /// Somebody waits for the moment to go back.
+    pub(crate) wants_rewind: bool,
+    /// It is let go of to be set back.
+    pub(crate) rewind: Option<Rewind>,
     pub(crate) tracking: TrackingFile,
     pub(crate) tracking_ops: BTreeMap<IoId, TrackingOp>,
     pub(crate) spill_ops: BTreeMap<IoId, SpillOp>,
@@ -61,18 +68,6 @@ pub struct Agent {
     pub(crate) verify_shadow: u64,
     /// Answers of the last call were given with less than the policy promises.
     pub(crate) degraded: bool,
-}
-
-/// A local I/O under way.
-#[derive(Clone, Debug)]
-pub struct InFlight {
-    pub(crate) op: LocalOp,
-    pub(crate) request: Option<u64>,
-    /// T of the freeze that this was under way at.
-    pub(crate) frozen: Option<Lsn>,
-    fails: bool,
-    content: Option<Bytes>,
-    flush_mark: u64,
 }
 
 /// LSNs are reserved in steps of this.
@@ -131,8 +126,23 @@ impl World {
             return;
         }
         self.lives += 1;
+        let file = self.open_hydration();
+        self.attach_image(file.as_ref());
         let resume = self.resume_from();
+        let last = Epoch(self.persisted.epoch);
+        let forgets = self.lacking.mistake == Some(DriverMistake::NotChanged);
+        let resume = match &file {
+            Some(file) if file.header().changes_the_disk(last) && !forgets => {
+                resume.set_back(&file.missing())
+            }
+            Some(_) | None => resume,
+        };
         let tracking = self.make_tracking(&resume.first_snapshot(self.disk, self.plan.activity), false);
+        if file.is_some() && !self.calm && self.random.one_in(8) {
+            self.trace.note(self.now, "attach cut off", &[]);
+            return self.within(self.plan.outage_us, Event::AgentStart);
+        }
+        let hydrating = file.map(|file| self.begin_hydrating(file));
         self.persisted.epoch += 1;
         self.persisted.size = Some(self.plan.size);
         self.trace.note(self.now, "agent starts", &[self.lives, self.persisted.epoch]);
@@ -167,6 +177,9 @@ impl World {
             life: self.lives,
             filter,
             inflight: BTreeMap::new(),
+            hydrating,
+            wants_rewind: false,
+            rewind: None,
             tracking,
             tracking_ops: BTreeMap::new(),
             spill_ops: BTreeMap::new(),
@@ -181,9 +194,22 @@ impl World {
             degraded: false,
         });
         self.persisted.machine_waits = false;
+        self.guest.paused = false;
         self.carry_out();
+        self.hydrate();
         self.send_requests_again();
         self.within(self.plan.outage_us.min(50_000), Event::Connect(self.lives));
+    }
+
+    /// What an agent begins with can be flushed, but for what it does not believe the image in; behind a server it is.
+    fn attach_image(&mut self, file: Option<&HydrationFile>) {
+        let missing = file.map(HydrationFile::missing).unwrap_or_default();
+        self.lacking.untold = false;
+        self.local.forgive(&missing);
+        self.shown.disk.forgive(&DirtyBitmap::new());
+        if self.plan.server {
+            self.local.flush(self.local.flush_mark());
+        }
     }
 
     /// Facts that the next agent needs are written down before they matter.
@@ -200,147 +226,6 @@ impl World {
         }
     }
 
-    /// A local I/O the filter asked for begins.
-    pub(crate) fn begin_local(&mut self, io: IoId, op: LocalOp) {
-        let write = matches!(&op, LocalOp::Change(change) if *change != Change::Flush);
-        let permille = match &op {
-            _ if self.calm => 0,
-            LocalOp::Read(_) => self.plan.read_errors_permille,
-            LocalOp::Change(_) | LocalOp::Settle => self.plan.write_errors_permille,
-        };
-        let bad = matches!(&op, LocalOp::Read(range) if self.local.is_bad(*range));
-        let fails = bad || (permille > 0 && self.random.permille(permille));
-        let request = match &op {
-            LocalOp::Change(change) => Some(self.start_request(change)),
-            LocalOp::Read(_) | LocalOp::Settle => None,
-        };
-        self.trace.note(self.now, "local begins", &[io.0, u64::from(write), u64::from(fails)]);
-        self.trace.say(self.now, || match &op {
-            LocalOp::Change(change) => format!("request {request:?} {:?}", change.range()),
-            LocalOp::Read(range) => format!("read {range}"),
-            LocalOp::Settle => "settle".to_owned(),
-        });
-        let flush_mark = self.local.flush_mark();
-        let inflight = InFlight { op, request, frozen: None, fails, content: None, flush_mark };
-        let agent = self.agent.as_mut().expect("the filter asked");
-        agent.inflight.insert(io, inflight);
-        let life = agent.life;
-        let mut at: Vec<u64> = (0..3).map(|_| self.random.below(self.plan.local_us + 1)).collect();
-        at.sort_unstable();
-        for (stage, us) in (0..).zip(at) {
-            self.after(us, Event::Local { life, io, stage });
-        }
-    }
-
-    /// The filter names no request: the oldest with this change that has not begun is meant.
-    fn start_request(&mut self, change: &Change) -> u64 {
-        let mut waiting = self.guest.requests.iter_mut().filter(|(_, request)| request.started.is_none());
-        let (number, request) =
-            waiting.find(|(_, request)| request.change == *change).expect("somebody asked for this change");
-        request.started = Some(self.now);
-        *number
-    }
-
-    pub(crate) fn local_goes_on(&mut self, life: u64, io: IoId, stage: u8) {
-        let Some(agent) = self.agent.as_mut().filter(|agent| agent.life == life) else { return };
-        if stage < 2 {
-            let mut inflight = agent.inflight[&io].clone();
-            self.half_of(&mut inflight, stage);
-            let agent = self.agent.as_mut().expect("it is alive");
-            agent.inflight.insert(io, inflight);
-            return;
-        }
-        let inflight = agent.inflight.remove(&io).expect("an I/O ends once");
-        self.trace.note(self.now, "local ends", &[io.0]);
-        let failure = IoFailure { errno: 5 };
-        let result = match &inflight.op {
-            LocalOp::Change(change) => {
-                self.change_ends(change, &inflight);
-                if inflight.fails { Err(failure) } else { Ok(LocalData::Changed) }
-            }
-            LocalOp::Read(_) | LocalOp::Settle if inflight.fails => Err(failure),
-            LocalOp::Settle => {
-                self.local.flush(inflight.flush_mark);
-                Ok(LocalData::Changed)
-            }
-            LocalOp::Read(_) => {
-                let bytes = inflight.content.expect("it was read before the end");
-                let agent = self.agent.as_ref().expect("it is alive");
-                // As some disks behind do, and not all.
-                let prepares = io.0.is_multiple_of(2) && agent.filter.sends_what_it_reads();
-                Ok(if prepares { LocalData::Prepared(Prepared::new(bytes)) } else { LocalData::Read(bytes) })
-            }
-        };
-        self.call(|filter, now| filter.local_done(now, io, result));
-        self.detach_when_quiet();
-    }
-
-    /// Half of a write lands; a read sees what is there.
-    fn half_of(&mut self, inflight: &mut InFlight, stage: u8) {
-        match &inflight.op {
-            LocalOp::Change(Change::Flush) | LocalOp::Settle => {}
-            LocalOp::Change(change) => {
-                if !inflight.fails || self.random.one_in(2) {
-                    self.land(&change.clone(), stage);
-                }
-            }
-            LocalOp::Read(range) if stage == 0 => inflight.content = Some(self.local.read(*range)),
-            LocalOp::Read(_) => {}
-        }
-    }
-
-    /// One half of a change is on the disk.
-    fn land(&mut self, change: &Change, half: u8) {
-        let range = change.range().expect("a flush has no halves");
-        let middle = (range.start().0 + range.count().0 / 2).next_multiple_of(512).min(range.end().0);
-        let (start, end) = if half == 0 { (range.start().0, middle) } else { (middle, range.end().0) };
-        let part = ByteRange::between(ByteOffset(start), ByteOffset(end));
-        let skip = (start - range.start().0) as usize;
-        match change {
-            Change::Write { data, .. } => {
-                self.local.write(part, Some(&data[skip..skip + part.count().0 as usize]), false);
-            }
-            Change::Zero { trim, .. } => self.local.write(part, None, *trim),
-            Change::Flush => {}
-        }
-    }
-
-    /// A change ends: the model learns of it, with the LSN that the filter is about to give it.
-    fn change_ends(&mut self, change: &Change, inflight: &InFlight) {
-        let agent = self.agent.as_ref().expect("it is alive");
-        let last = agent.filter.last_lsn();
-        let in_pass = agent.pass.map(|(at, _)| at).filter(|at| inflight.frozen == Some(*at));
-        let number = inflight.request.expect("a change is of a request");
-        let request = self.guest.requests.get_mut(&number).expect("it was not answered yet");
-        request.done = Some(self.now);
-        let Some(range) = change.range() else {
-            if !inflight.fails {
-                self.local.flush(inflight.flush_mark);
-            }
-            return;
-        };
-        if inflight.fails {
-            match in_pass {
-                Some(at) => self.model.settle(at, range, self.local.read(range)),
-                None => self.model.lose(last, range),
-            }
-            return;
-        }
-        let lsn = in_pass.unwrap_or(last.next());
-        request.lsn = Some(lsn);
-        self.stats.changes += 1;
-        let what = match change {
-            Change::Write { data, .. } => What::Bytes(data.clone()),
-            Change::Zero { .. } => What::Zeroes,
-            Change::Flush => unreachable!("a flush has no range"),
-        };
-        self.model.change(lsn, range, what);
-        self.trace.note(self.now, "change", &[lsn.0, range.start().0, range.count().0]);
-        if change.wants_stable() {
-            self.local.flush_range(range);
-        }
-    }
-
     pub(crate) fn scan_goes_on(&mut self, life: u64, io: IoId, stage: u8) {
         let Some(agent) = self.agent.as_mut().filter(|agent| agent.life == life) else { return };
         let end = BlockRange::whole_disk(self.plan.size).end();
@@ -354,7 +239,10 @@ impl World {
                 return self.call(|filter, now| filter.scanned(now, io, &found));
             }
         };
-        let found = agent.scans.entry(io).or_default();
+        // Before the look at the image, where blocks that come meanwhile are found.
+        let missing =
+            || agent.hydrating.as_ref().map(|hydrating| hydrating.missing().clone()).unwrap_or_default();
+        let found = agent.scans.entry(io).or_insert_with(missing);
         for run in self.local.allocated().runs(part, part.count()) {
             found.insert(run);
         }
@@ -362,13 +250,19 @@ impl World {
 
     /// The process dies: the page cache stays, what was under way is done in part.
     pub(crate) fn kill_agent(&mut self, power: bool) {
+        self.kill_hydration(power);
         let Some(mut agent) = self.agent.take() else {
             if power {
                 self.lose_tracking_power();
                 self.lose_spill_power();
+                self.lose_hydration_power();
             }
             return;
         };
+        self.lacking.die();
+        if power {
+            self.lose_hydration_power();
+        }
         let ops = std::mem::take(&mut agent.tracking_ops).into_values().collect();
         self.kill_tracking(ops, &agent.tracking, power);
         let ops = std::mem::take(&mut agent.spill_ops).into_values().collect();
@@ -377,6 +271,7 @@ impl World {
         self.stats.agent_deaths += 1;
         let next = agent.filter.last_lsn().next();
         self.count(&agent.filter);
+        self.lose_unsynced(agent.hydrating.as_ref(), next);
         for inflight in agent.inflight.into_values() {
             let LocalOp::Change(change) = &inflight.op else { continue };
             let Some(range) = change.range() else { continue };
@@ -386,42 +281,80 @@ impl World {
                 }
             }
             self.model.lose(next, range);
+            self.shown.unsure.push(range);
         }
         if let Some(connection) = agent.connection {
             self.agent_gone(connection);
         }
+    }
+
+    fn lose_hydration_power(&mut self) {
+        let seed = self.random.number();
+        self.lacking.lose_power(seed);
     }
 
     /// The host loses power: agent, machine and page cache are gone.
     pub(crate) fn lose_host_power(&mut self) {
         let next = self.last_lsn().next();
+        // A clean detach has left everything on stable storage, except what that refused.
+        let let_go = self.agent.is_none() && self.tracking.is_clean() && self.local.is_stable();
         self.kill_agent(true);
         self.trace.note(self.now, "host loses power", &[]);
         self.guest.requests.clear();
         self.local.lose_power(&mut self.random);
-        self.model.lose(next, ByteRange::between(ByteOffset::ZERO, ByteOffset(self.plan.size.0)));
+        self.shown.power_lost = true;
+        if !let_go {
+            self.model.lose(next, ByteRange::between(ByteOffset::ZERO, ByteOffset(self.plan.size.0)));
+        }
+    }
+
+    /// The server behind ends together with the agent, and takes with it what it was not told to flush.
+    pub(crate) fn lose_server(&mut self) {
+        let next = self.last_lsn().next();
+        self.kill_agent(false);
+        self.trace.note(self.now, "server ends", &[]);
+        self.stats.servers_ended += 1;
+        if !self.local.is_stable() {
+            self.local.lose_power(&mut self.random);
+            self.shown.power_lost = true;
+            self.model.lose(next, self.whole());
+        }
     }
 
     pub(crate) fn detach_when_quiet(&mut self) {
         let Some(agent) = &self.agent else { return };
-        if !agent.detaching || !agent.filter.is_quiet() {
+        let stores = agent.hydrating.as_ref().is_some_and(Hydrating::is_storing);
+        if !agent.detaching || !agent.filter.is_quiet() || stores {
+            return;
+        }
+        if agent.rewind.is_some() && !self.has_caught_up() {
             return;
         }
         self.call(Filter::prepare_detach);
         let Some(agent) = self.agent.as_ref().filter(|agent| agent.filter.is_spill_settled()) else { return };
         assert!(agent.spill_ops.is_empty(), "a settled spill has nothing under way");
-        let saved = self.call(|filter, now| filter.detach(now));
-        let agent = self.agent.take().expect("it was alive");
+        let lacks = agent.hydrating.as_ref().is_some_and(|hydrating| !hydrating.is_complete());
+        let flushed = !lacks || self.do_settle().is_ok();
+        let saved = self.call(|filter, now| filter.detach(now)).filter(|_| flushed);
+        let mut agent = self.agent.take().expect("it was alive");
         assert_eq!(agent.filter.mode(), Mode::Detached);
         self.trace.note(self.now, "detached", &[agent.life, u64::from(saved.is_some())]);
         self.stats.detaches += 1;
         self.count(&agent.filter);
-        self.local.flush(self.local.flush_mark());
-        self.leave_tracking(saved);
+        if !lacks {
+            self.local.flush(self.local.flush_mark());
+        }
+        if flushed {
+            self.shown.disk.flush(self.shown.disk.flush_mark());
+        }
+        self.lose_unsynced(agent.hydrating.as_ref(), agent.filter.last_lsn().next());
+        self.leave_tracking(saved.clone());
         if let Some(connection) = agent.connection {
             self.agent_gone(connection);
         }
-        if self.random.one_in(4) {
+        if let Some(rewind) = agent.rewind.take() {
+            self.set_back(rewind, saved);
+        } else if self.random.one_in(4) {
             self.grow(agent.filter.last_lsn());
         }
         let downtime = self.plan.outage_us;

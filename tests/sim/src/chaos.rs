@@ -17,7 +17,7 @@ impl World {
         }
         let pause = self.plan.chaos_us;
         self.within(pause, Event::Chaos);
-        let kind = self.random.below(44);
+        let kind = self.random.below(44 + self.plan.rewinds);
         self.trace.note(self.now, "chaos", &[kind]);
         match kind {
             0..=3 => self.cut_link(),
@@ -42,12 +42,31 @@ impl World {
                 self.within(self.plan.outage_us * 20, Event::DiskHeal);
             }
             37..=38 => self.spill_fault(),
-            39 => self.receiver.take_copy(),
+            39 => self.receiver.take_copy(self.promises.intervals.clone()),
             40 => self.put_store_back(),
-            _ => {
-                self.lose_host_power();
-                self.within(self.plan.outage_us, Event::AgentStart);
-            }
+            41 => self.hydration_fault(),
+            42..=43 => self.power_fails(),
+            _ => self.want_rewind(),
+        }
+    }
+
+    fn power_fails(&mut self) {
+        self.lose_host_power();
+        self.within(self.plan.outage_us, Event::AgentStart);
+    }
+
+    /// Something happens while blocks are missing.
+    pub(crate) fn strike(&mut self) {
+        if self.calm {
+            return;
+        }
+        match self.random.below(8) {
+            0..=1 => self.agent_dies(),
+            2..=3 => self.power_fails(),
+            4 => self.receiver_dies(),
+            5 => self.cut_link(),
+            6 => self.ask_to_detach(),
+            _ => self.want_rewind(),
         }
     }
 
@@ -64,7 +83,9 @@ impl World {
 
     /// Somebody restores the receiver's store from a copy made earlier.
     fn put_store_back(&mut self) {
-        if self.receiver.has_copy() {
+        // Who keeps a point for a disk that lacks blocks of it does not put it away.
+        let point = self.lacking.point.filter(|_| self.is_lacking());
+        if self.receiver.has_copy_of(point) {
             self.stop_receiver(false);
             self.put_copy_back();
             self.within(self.plan.outage_us, Event::ReceiverStart);
@@ -87,7 +108,10 @@ impl World {
 
     fn agent_dies(&mut self) {
         let last = self.agent.as_ref().map(|agent| agent.filter.last_lsn());
-        self.kill_agent(false);
+        match self.plan.server && self.random.one_in(2) {
+            true => self.lose_server(),
+            false => self.kill_agent(false),
+        }
         if let Some(last) = last
             && self.random.one_in(4)
         {
@@ -96,11 +120,24 @@ impl World {
         self.within(self.plan.outage_us, Event::AgentStart);
     }
 
-    fn ask_to_detach(&mut self) {
+    pub(crate) fn ask_to_detach(&mut self) {
         if let Some(agent) = &mut self.agent {
             agent.detaching = true;
+            if let Some(hydrating) = &mut agent.hydrating {
+                hydrating.stop();
+            }
+            self.hydrate();
+            if self.agent.is_some() {
+                self.call(|filter, _| filter.hasten());
+            }
             self.detach_when_quiet();
         }
+    }
+
+    /// Whether blocks are missing, or somebody is about to set the disk back.
+    fn is_lacking(&self) -> bool {
+        let rewind = self.agent.as_ref().is_some_and(|agent| agent.rewind.is_some());
+        rewind || self.lacking.is_there()
     }
 
     fn pause(&mut self) {
@@ -128,8 +165,12 @@ impl World {
     }
 
     fn mark(&mut self) {
+        let label = format!("m{}", self.random.below(20));
+        self.mark_as(label);
+    }
+
+    pub(crate) fn mark_as(&mut self, label: String) {
         if self.agent.is_some() {
-            let label = format!("m{}", self.random.below(20));
             let marked = self.call(|filter, now| filter.mark(now, &label));
             let mode = self.agent.as_ref().map(|agent| agent.filter.mode());
             self.guest.marks.extend(marked.iter().map(|marked| (label.clone(), marked.lsn)));
@@ -140,7 +181,9 @@ impl World {
     fn verify(&mut self) {
         if self.agent.is_some() {
             let started = self.call(|filter, now| filter.start_verify(now, false)).is_ok();
-            self.agent.as_mut().expect("it is alive").verifying |= started;
+            if let Some(agent) = &mut self.agent {
+                agent.verifying |= started;
+            }
         }
     }
 
@@ -208,6 +251,14 @@ impl World {
         self.calm = true;
         self.trace.note(self.now, "calm", &[]);
         self.local.heal();
+        self.lacking.heal();
+        if let Some(agent) = &mut self.agent {
+            agent.rewind = None;
+        }
+        if self.agent.as_ref().and_then(|agent| agent.hydrating.as_ref()).is_some_and(|lacks| lacks.troubled)
+        {
+            self.kill_agent(false);
+        }
         self.link.up = true;
         self.link.bandwidth = 400_000_000;
         self.link.latency_us = 100;
@@ -221,6 +272,8 @@ impl World {
             self.start_agent();
         }
         self.resume();
-        self.call(|filter, now| filter.force_resync(now, ResyncKind::Changed));
+        if self.agent.is_some() {
+            self.call(|filter, now| filter.force_resync(now, ResyncKind::Changed));
+        }
     }
 }

@@ -10,6 +10,8 @@
 //! - no answer is later than the bound allows (promise 6), none names a wrong LSN or one out of order;
 //! - an answer by the policy `received` or `durable` is covered by what the receiver has; none waits
 //!   for a receiver that is away, unless the policy says so;
+//! - every read of the image gives what the disk shows, missing blocks are never read; the disk is what the model says,
+//!   and after a crash what it was; a note beside the image says so while blocks are missing, and no longer;
 //! - a pass only shrinks (promise 7); replaced connections and stale epochs change nothing (promise 8);
 //! - a verify finds nothing; nobody closes a connection for an invalid message, nobody alarms.
 //!
@@ -19,7 +21,7 @@
 use backtide_io_filter::{AckPolicy, Mode, OnOutage};
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, Lsn};
 
-use crate::{guest::Request, world::World};
+use crate::{guest::Request, hydration::Hydrating, world::World};
 
 /// Virtual time for the healed world to be in sync, and then to drain.
 const PATIENCE_US: u64 = 120_000_000;
@@ -28,6 +30,8 @@ impl World {
     pub(crate) fn check_now(&mut self) {
         self.check_promises();
         self.check_nobody_waits();
+        self.check_disk();
+        self.check_note();
         self.check_differences();
         self.check_some_points(2);
     }
@@ -42,8 +46,8 @@ impl World {
         let Some(snapshot) = self.snapshot() else { return };
         let newest = snapshot.latest_view().read(self.whole()).expect("the log can be read");
         self.stats.differences_checked += 1;
-        for (block, (local, remote)) in (0..).zip(self.local.content().chunks(4096).zip(newest.chunks(4096)))
-        {
+        let shown = self.shown.disk.content();
+        for (block, (local, remote)) in (0..).zip(shown.chunks(4096).zip(newest.chunks(4096))) {
             if local != remote {
                 let range = BlockRange::from(block..block + 1);
                 assert!(
@@ -112,7 +116,7 @@ impl World {
         self.calm_down();
         let healed = self.now + 2 * self.plan.outage_us;
         self.run_until("sync under load", |world| {
-            world.now > healed && world.mode() == Some(Mode::Sync) && world.is_connected()
+            world.now > healed && world.mode() == Some(Mode::Sync) && world.is_connected() && world.is_whole()
         });
         self.guest.quiet = true;
         self.run_until("everything is durable", |world| {
@@ -127,6 +131,7 @@ impl World {
         self.verify_finds(None, false);
         let planted = self.random.below(self.plan.size.0) as usize;
         self.local.flip(planted);
+        self.shown.disk.flip(planted);
         self.verify_finds(Some(planted), true);
         self.run_until("the repair is durable", |world| {
             world.agent.as_ref().is_some_and(|agent| agent.filter.is_drained())
@@ -155,6 +160,11 @@ impl World {
 
     fn is_connected(&self) -> bool {
         self.agent.as_ref().is_some_and(|agent| agent.filter.status().connected)
+    }
+
+    fn is_whole(&self) -> bool {
+        let hydrating = self.agent.as_ref().and_then(|agent| agent.hydrating.as_ref());
+        hydrating.is_none_or(Hydrating::is_complete)
     }
 
     fn is_verifying(&self) -> bool {

@@ -62,9 +62,13 @@ impl World {
             Effect::Alarm(why) if self.spill.faulty && why.contains("spill") => {}
             Effect::Alarm(why) if why.contains("cannot be read") => self.stats.unreadable += 1,
             // A flush of the filter's own failed, as planned.
-            Effect::Alarm(why) if self.plan.write_errors_permille > 0 && why.contains("flushing") => {}
+            Effect::Alarm(why) if self.may_flushes_fail() && why.contains("flushing") => {}
             Effect::Alarm(why) => panic!("nothing happened that an alarm is right for: {why}"),
         }
+    }
+
+    fn may_flushes_fail(&self) -> bool {
+        self.plan.write_errors_permille > 0 || self.lacking.faulty || self.lacking.refusals > 0
     }
 
     /// A pass begins: what the disk holds now, and what is under way, belongs to its T.
@@ -80,7 +84,7 @@ impl World {
         self.stats.freezes += 1;
         self.stats.coalescing += u64::from(!pass.forwarding);
         self.trace.note(self.now, "freeze", &[pass.at.0, pass.total.0, u64::from(pass.forwarding)]);
-        self.model.resolve(pass.at, self.local.content());
+        self.model.resolve(pass.at, self.shown.disk.content());
     }
 
     /// A pass only ever shrinks.
@@ -135,7 +139,8 @@ impl World {
         }
         agent.timer = None;
         self.call(|filter, now| filter.tick(now));
-        let agent = self.agent.as_ref().expect("a tick kills nobody");
+        // What it began may have been the last thing that a detach waited for.
+        let Some(agent) = self.agent.as_ref().filter(|agent| agent.life == life) else { return };
         let next = agent.filter.next_deadline().map_or(u64::MAX, micros_up);
         assert!(next > self.now, "a tick at the deadline leaves the deadline where it is");
         self.detach_when_quiet();

@@ -47,6 +47,8 @@ pub struct Guest {
     pub(crate) marks: BTreeSet<(String, Lsn)>,
     /// It sends nothing new.
     pub(crate) quiet: bool,
+    /// The same for a while.
+    pub(crate) paused: bool,
 }
 
 impl Request {
@@ -60,7 +62,12 @@ impl World {
         let pause = if self.calm { self.plan.think_us.max(20_000) } else { self.plan.think_us };
         self.within(pause, Event::Guest);
         let may = self.agent.as_ref().is_some_and(|agent| !agent.detaching);
-        if !may || self.guest.quiet || self.guest.requests.len() as u64 >= self.plan.depth {
+        if may && self.lacking.point.is_some() && self.random.one_in(3) {
+            let range = self.draw_range();
+            self.guest_reads(range);
+        }
+        let silent = self.guest.quiet || self.guest.paused;
+        if !may || silent || self.guest.requests.len() as u64 >= self.plan.depth {
             return;
         }
         let change = self.draw_change();

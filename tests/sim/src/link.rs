@@ -190,6 +190,7 @@ impl World {
             let Some(message) = message else { break };
             self.handle_at_agent(id, message.message);
         }
+        self.detach_when_quiet();
     }
 
     fn handle_at_agent(&mut self, id: u64, message: Message) {
@@ -235,6 +236,7 @@ impl World {
             self.agent_gone(id);
             self.agent.as_mut().expect("it has it").connection = None;
             self.call(|filter, now| filter.disconnected(now));
+            self.detach_when_quiet();
         }
     }
 

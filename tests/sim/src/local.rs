@@ -3,7 +3,8 @@
 //! The fault model: what was written is in the page cache, which survives the death of a process
 //! and not that of the host. At a power loss each sector of 512 bytes that was written since the
 //! last flush holds any one of the contents it had since then. A flush makes stable what was
-//! written when it began.
+//! written when it began. One that is refused leaves what was not stable as it was, and no later one helps: only what
+//! is written again becomes stable.
 
 use std::collections::BTreeMap;
 
@@ -105,6 +106,30 @@ impl LocalDisk {
         });
     }
 
+    /// A flush is refused: what was written and is not stable can be read, and becomes stable by no other flush.
+    pub fn refuse_flush(&mut self) {
+        for contents in self.unflushed.values_mut() {
+            contents.iter_mut().skip(1).for_each(|(write, _)| *write = u64::MAX);
+        }
+    }
+
+    /// What was refused can be flushed again, except in these blocks.
+    pub fn forgive(&mut self, except: &DirtyBitmap) {
+        let writes = self.writes;
+        for (sector, contents) in &mut self.unflushed {
+            let at = ByteOffset((sector * SECTOR) as u64);
+            let sector = ByteRange::between(at, ByteOffset(at.0 + SECTOR as u64));
+            if !except.touches(BlockRange::touched_by(sector)) {
+                contents.iter_mut().for_each(|(write, _)| *write = (*write).min(writes));
+            }
+        }
+    }
+
+    /// Whether a power loss takes nothing.
+    pub fn is_stable(&self) -> bool {
+        self.unflushed.is_empty()
+    }
+
     /// What the range holds now is stable.
     pub fn flush_range(&mut self, range: ByteRange) {
         let at = indices(range);
@@ -127,6 +152,28 @@ impl LocalDisk {
                 self.allocated.insert((block..block + 1).into());
             }
         }
+    }
+
+    /// What it holds from now on, stably.
+    pub fn become_stable(&mut self, content: Vec<u8>) {
+        assert_eq!(content.len(), self.cache.len(), "a disk keeps its size");
+        self.cache = content;
+        self.unflushed.clear();
+    }
+
+    /// Where the sectors begin that cannot hold what is `found` there after a power loss.
+    pub fn unexplained(&self, found: &[u8]) -> Vec<usize> {
+        let mut wrong = Vec::new();
+        for (sector, found) in found.chunks(SECTOR).enumerate() {
+            let explained = match self.unflushed.get(&sector) {
+                Some(contents) => contents.iter().any(|(_, content)| content == found),
+                None => self.sector(sector) == found,
+            };
+            if !explained {
+                wrong.push(sector * SECTOR);
+            }
+        }
+        wrong
     }
 
     /// A block cannot be read from now on.

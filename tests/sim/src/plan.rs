@@ -81,6 +81,16 @@ pub struct Plan {
     pub spill: Option<ByteCount>,
     /// The longest that an operation of the spill takes.
     pub spill_us: u64,
+    /// The longest pause between two fetches of missing blocks that nobody asked for.
+    pub hydrate_us: u64,
+    /// How often somebody goes back, of so many times that something happens and 44 more.
+    pub rewinds: u64,
+    /// The image lies behind a server, which may end with the agent and takes with it what it was not told to flush.
+    pub server: bool,
+    /// Flushes of what was fetched that such a server refuses, of a thousand.
+    pub refused_permille: u64,
+    /// The image may hold what a rewind finds missing: it is compared.
+    pub compares: bool,
     /// Whether the disk holds data before it is first protected.
     pub prefilled: bool,
 }
@@ -104,7 +114,7 @@ impl Plan {
         let think_us = random.pick(&[300, 1_000, 3_000, 10_000]);
         // So many requests between two things that go wrong, whatever the guest's pace.
         let chaos_us = think_us * random.pick(&[30, 100, 100, 300, 1_000]);
-        Self {
+        let mut plan = Self {
             size: ByteCount(blocks * 4096 - odd),
             ack,
             on_outage: random.pick(&[OnOutage::Continue, OnOutage::Continue, OnOutage::Block]),
@@ -146,6 +156,16 @@ impl Plan {
             prefilled: random.one_in(2),
             spill: random.pick(&[None, Some(100), Some(600), Some(8192)]).map(|kib| ByteCount(kib * 1024)),
             spill_us: random.pick(&[100, 2_000, 30_000]),
+            hydrate_us: random.pick(&[1_000, 50_000, 1_000_000]),
+            rewinds: random.pick(&[1, 4, 20, 60]),
+            server: random.one_in(2),
+            refused_permille: if faulty { random.pick(&[20, 200]) } else { 0 },
+            compares: random.one_in(2),
+        };
+        if plan.rewinds > 1 {
+            // A disk that says all the time that nothing changes is never all durable.
+            plan.unchanged_every = Duration::from_secs(5);
         }
+        plan
     }
 }

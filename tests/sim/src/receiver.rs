@@ -36,8 +36,8 @@ pub struct Receiver {
     histories: Arc<AtomicU64>,
     syncing: Option<Syncing>,
     compares: VecDeque<(u64, CompareJob)>,
-    /// What a copy of the store's directory holds.
-    copy: Option<MemoryStorage>,
+    /// What a copy of the store's directory holds, and the points it had.
+    copy: Option<(MemoryStorage, Vec<(Lsn, Lsn)>)>,
     /// The store was put back from a copy; connections above this number are to what it holds. An agent that
     /// has not heard from it yet believes in what it was told before.
     put_back: Option<u64>,
@@ -89,12 +89,14 @@ impl Receiver {
     }
 
     /// Copies the store's directory, as it is at this moment.
-    pub(crate) fn take_copy(&mut self) {
-        self.copy = Some(self.storage.copy());
+    pub(crate) fn take_copy(&mut self, points: Vec<(Lsn, Lsn)>) {
+        self.copy = Some((self.storage.copy(), points));
     }
 
-    pub(crate) fn has_copy(&self) -> bool {
-        self.copy.is_some()
+    /// Whether there is a copy, and it has the point, if one is named.
+    pub(crate) fn has_copy_of(&self, point: Option<Lsn>) -> bool {
+        let Some((_, points)) = &self.copy else { return false };
+        point.is_none_or(|point| points.iter().any(|(from, to)| (*from..=*to).contains(&point)))
     }
 
     /// Whether the store was put back from a copy and no agent has been told by it what it holds.
@@ -173,7 +175,7 @@ impl World {
     /// The store is what the copy holds. The promises are those of the copy from here on: whoever puts it back
     /// takes back the others.
     pub(crate) fn put_copy_back(&mut self) {
-        let Some(copy) = &self.receiver.copy else { return };
+        let Some((copy, _)) = &self.receiver.copy else { return };
         self.receiver.storage = copy.copy();
         self.receiver.put_back = Some(self.receiver.connections);
         self.receiver.put_back_open = true;

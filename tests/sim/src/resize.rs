@@ -12,17 +12,22 @@ impl World {
     pub(crate) fn grow(&mut self, last: Lsn) {
         let before = self.plan.size;
         let size = ByteCount(before.0 + 512 * self.random.between(1, 64));
-        if size.0 > SIZE_MAX {
+        // A disk that lacks blocks does not change its size, and none goes back to a point with another one.
+        let goes_back = self.plan.rewinds > 4;
+        if size.0 > SIZE_MAX || goes_back || self.lacking.is_there() {
             return;
         }
         self.plan.size = size;
         self.local.grow(size);
+        self.shown.disk.grow(size);
         self.model.grow(size);
         let new = ByteRange::between(ByteOffset(before.0), ByteOffset(size.0));
         if self.random.one_in(2) {
             let content = vec![0x5a; new.count().0 as usize];
-            self.local.write(new, Some(&content), false);
-            self.local.flush(self.local.flush_mark());
+            for disk in [&mut self.local, &mut self.shown.disk] {
+                disk.write(new, Some(&content), false);
+                disk.flush_range(new);
+            }
         }
         self.model.lose(last.next(), new);
         self.stats.grown += 1;

@@ -11,7 +11,10 @@ use std::{
 
 use backtide_io_filter::Mutant;
 
-use crate::world::{Stats, World};
+use crate::{
+    lacking::DriverMistake,
+    world::{Stats, World},
+};
 
 /// A deliberate mistake that a run must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +25,10 @@ pub enum Mistake {
     AckBeforeSync,
     /// What a disk has gained in size is not compared.
     ForgetsGrowth,
+    /// One of the hydrator's.
+    Hydrator(backtide_hydration::Mutant),
+    /// One of whoever drives it.
+    Driver(DriverMistake),
 }
 
 /// How a run ended.
@@ -60,6 +67,8 @@ fn live(seed: u64, steps: u64, mistake: Option<Mistake>, printing: bool) -> Outc
         Some(Mistake::Filter(mutant)) => world.mutant = Some(mutant),
         Some(Mistake::AckBeforeSync) => world.receiver.acks_before_sync = true,
         Some(Mistake::ForgetsGrowth) => world.forgets_growth = true,
+        Some(Mistake::Hydrator(mutant)) => world.lacking.mutant = Some(mutant),
+        Some(Mistake::Driver(mistake)) => world.lacking.mistake = Some(mistake),
         None => {}
     }
     while world.steps < steps {

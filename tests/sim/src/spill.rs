@@ -159,7 +159,7 @@ impl World {
             return;
         }
         self.spill.faulty = true;
-        match self.random.below(4) {
+        match self.random.below(8) {
             0 => self.spill.storage.fail_write_after(self.random.below(3)),
             1 => self.spill.storage.fail_sync_after(self.random.below(3)),
             2 => {

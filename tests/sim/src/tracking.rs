@@ -24,6 +24,13 @@ pub(crate) struct Tracking {
     pub(crate) faulty: bool,
 }
 
+impl Tracking {
+    /// Whether the last attach ended cleanly, and none has begun since.
+    pub(crate) fn is_clean(&self) -> bool {
+        self.clean
+    }
+}
+
 impl World {
     fn limits(&self) -> ActivityLimits {
         self.plan.activity

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use crate::{
     agent::{Agent, Persisted},
     guest::Guest,
+    lacking::Lacking,
     link::{Connection, Link},
     local::LocalDisk,
     model::Model,
@@ -17,6 +18,7 @@ use crate::{
     points::Promises,
     random::Random,
     receiver::Receiver,
+    shown::Shown,
     spill::Spill,
     trace::Trace,
     tracking::Tracking,
@@ -50,6 +52,20 @@ pub enum Event {
         life: u64,
         /// Which.
         io: IoId,
+    },
+    /// Something that missing blocks need is done.
+    Hydration {
+        /// The agent's incarnation.
+        life: u64,
+        /// Which.
+        job: u64,
+    },
+    /// Somebody looks whether the disk can be set back by now.
+    Rewind {
+        /// The agent's incarnation.
+        life: u64,
+        /// How often more.
+        polls: u64,
     },
     /// A scan for allocated blocks goes on: half of the disk is looked at, then the other, then it ends.
     Scan {
@@ -96,6 +112,8 @@ pub enum Event {
     StoreHeal,
     /// The spill's storage has room again.
     SpillHeal,
+    /// Something goes wrong just after the disk was set back.
+    Strike,
     /// Something goes wrong, or somebody asks for something.
     Chaos,
 }
@@ -171,6 +189,34 @@ pub struct Stats {
     pub spills_failed: u64,
     /// Because it was slower than the guest.
     pub spills_slow: u64,
+    /// Rewinds asked for.
+    pub rewinds_wanted: u64,
+    /// Looks at a disk to be set back that was in sync.
+    pub polls_settled: u64,
+    /// Disks set back to a point.
+    pub rewinds: u64,
+    /// Of these, to the moment before the one before.
+    pub undone: u64,
+    /// Rewinds that left the disk as it was.
+    pub rewinds_refused: u64,
+    /// Attaches of a disk that lacked blocks.
+    pub hydrations: u64,
+    /// Of these, those that brought everything.
+    pub hydrated: u64,
+    /// Fetches that nobody asked for.
+    pub fetched_ahead: u64,
+    /// Fetches that the receiver was not there for.
+    pub fetches_waited: u64,
+    /// Reads of a guest that touched missing blocks.
+    pub reads_of_missing: u64,
+    /// Deaths of an agent whose disk lacked blocks.
+    pub deaths_lacking: u64,
+    /// Flushes that an image refused.
+    pub flushes_refused: u64,
+    /// Chunks of missing blocks that the image was found to hold.
+    pub compared_equal: u64,
+    /// Servers that ended together with the agent.
+    pub servers_ended: u64,
 }
 
 /// See the module's description.
@@ -186,7 +232,10 @@ pub struct World {
     queued: u64,
     pub(crate) steps: u64,
     pub(crate) disk: DiskId,
+    /// The image.
     pub(crate) local: LocalDisk,
+    pub(crate) shown: Shown,
+    pub(crate) lacking: Lacking,
     pub(crate) model: Model,
     pub(crate) guest: Guest,
     pub(crate) agent: Option<Agent>,
@@ -233,6 +282,8 @@ impl World {
             steps: 0,
             disk: DiskId(Uuid::from_u128(7)),
             model: Model::new(local.content()),
+            shown: Shown::new(&local),
+            lacking: Lacking::default(),
             local,
             guest: Guest::default(),
             agent: None,
@@ -297,6 +348,8 @@ impl World {
             Event::Tracking { life, io } => self.tracking_goes_on(life, io),
             Event::Spill { life, io } => self.spill_goes_on(life, io),
             Event::Scan { life, io, stage } => self.scan_goes_on(life, io, stage),
+            Event::Hydration { life, job } => self.hydration_goes_on(life, job),
+            Event::Rewind { life, polls } => self.rewind_goes_on(life, polls),
             Event::Tick(life) => self.tick(life),
             Event::Room(connection) => self.room(connection),
             Event::Connect(life) => self.try_to_connect(life),
@@ -315,6 +368,7 @@ impl World {
             Event::DiskHeal => self.local.heal(),
             Event::StoreHeal => self.receiver.storage.set_capacity(None),
             Event::SpillHeal => self.spill.storage.set_capacity(None),
+            Event::Strike => self.strike(),
             Event::Chaos => self.chaos(),
         }
     }
