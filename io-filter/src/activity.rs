@@ -135,16 +135,13 @@ impl Activity {
         }
     }
 
-    pub(crate) fn flush_ended(&mut self, io: IoId, done: bool) {
-        if !done {
-            self.stability_failed();
-        }
+    fn flush_ended(&mut self, io: IoId) {
         self.flushing.take_if(|(covering, _)| *covering == io);
     }
 
     /// A flush or a stable write failed. Which of several is told of lost pages is chance, and it is
     /// told once.
-    pub(crate) fn stability_failed(&mut self) {
+    fn stability_failed(&mut self) {
         if let Some((_, flushing)) = &self.flushing {
             self.doubtful.union_with(flushing);
         }
@@ -210,6 +207,25 @@ impl Resume {
 }
 
 impl Filter {
+    /// A flush has ended, well or not.
+    pub(crate) fn flush_ended(&mut self, io: IoId, done: bool) {
+        if !done {
+            self.stability_failed();
+        }
+        self.activity.flush_ended(io);
+    }
+
+    /// A flush or a stable write failed: what was not stable may be lost, also of changes under way, of which the disk
+    /// may have a part.
+    pub(crate) fn stability_failed(&mut self) {
+        self.activity.stability_failed();
+        for ongoing in self.ongoing.values() {
+            if let Ongoing::Change(change) = ongoing {
+                self.activity.doubtful.insert(change.blocks());
+            }
+        }
+    }
+
     /// The range is held. A change goes on when its extents are hot, durably.
     pub(crate) fn begin_change(&mut self, request: RequestId, change: Change, asked: Arrival) {
         let blocks = BlockRange::touched_by(change.range().expect("flushes take no range"));
@@ -439,7 +455,7 @@ impl Filter {
     /// pages there, and tells nobody twice: the next guest that flushes is told.
     pub fn flush_failed(&mut self, now: Now, failure: IoFailure) {
         self.observe(now);
-        self.activity.stability_failed();
+        self.stability_failed();
         self.settled(Err(failure));
         self.pump();
     }
@@ -467,3 +483,6 @@ impl Filter {
         PassPlan { within: Some(candidates), ..PassPlan::compare(reason) }
     }
 }
+
+#[cfg(test)]
+mod tests;

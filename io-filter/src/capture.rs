@@ -150,7 +150,7 @@ impl Filter {
             Ongoing::Change(change) => self.change_done(change, result.map(|_| ())),
             Ongoing::Flush(request, covers, watch) => {
                 self.pace.guest_took(self.now.monotonic, watch, Request::Flush);
-                self.activity.flush_ended(io, result.is_ok());
+                self.flush_ended(io, result.is_ok());
                 self.flush_done(request, covers, result.map(|_| ()));
             }
             Ongoing::Copy(copy) => self.copy_done(copy, result),
@@ -165,7 +165,7 @@ impl Filter {
             }
             Ongoing::Recall(recall) => self.recall_done(recall, result),
             Ongoing::Settle => {
-                self.activity.flush_ended(io, result.is_ok());
+                self.flush_ended(io, result.is_ok());
                 self.settled(result.map(|_| ()));
             }
         }
@@ -369,7 +369,7 @@ impl Filter {
             Err(failure) => {
                 self.counters.failed_changes += 1;
                 if stable {
-                    self.activity.stability_failed();
+                    self.stability_failed();
                 }
                 if !in_pass {
                     self.passive.insert(blocks);

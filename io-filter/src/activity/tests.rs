@@ -1,0 +1,77 @@
+use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch};
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::*;
+use crate::event::{AckPolicy, LocalData, OnOutage};
+
+fn at(millis: u64) -> Now {
+    Now { monotonic: Duration::from_millis(millis), wall: CaptureTime(1_000_000 + millis * 1000) }
+}
+
+fn filter() -> Filter {
+    let settings = Settings {
+        disk: DiskId(Uuid::from_u128(1)),
+        name: "vm1".parse().unwrap(),
+        size: ByteCount(64 * 4096),
+        epoch: Epoch(1),
+        attach: Uuid::from_u128(1),
+        ack: AckPolicy::Local,
+        on_outage: OnOutage::Continue,
+        window_bytes: ByteCount(1 << 20),
+        resync_buffer_bytes: ByteCount(4096),
+        guest_delay_max: Duration::from_millis(10),
+        outage_after: Duration::from_secs(5),
+        bitmap_bytes: ByteCount(1 << 20),
+        read_retry: Duration::from_secs(1),
+        unchanged_every: Duration::MAX,
+        activity: ActivityLimits::default(),
+    };
+    let saved = SavedTracking::unknown(settings.disk);
+    Filter::new(settings, Resume::Clean(saved), at(0))
+}
+
+/// Submits it; the local I/O that is asked for.
+fn begin(filter: &mut Filter, id: u64, change: Change) -> IoId {
+    filter.submit(at(id), RequestId(id), change);
+    let mut local = None;
+    while let Some(effect) = filter.next_effect() {
+        if let Effect::Tracking(io, _) = effect {
+            filter.tracking_done(at(id), io, Ok(ByteCount(512)));
+        } else if let Effect::Local(io, _) = effect {
+            local = Some(io);
+        }
+    }
+    local.expect("it is asked of the disk")
+}
+
+fn write(block: u64) -> Change {
+    let range = ByteRange::new(ByteOffset(block * 4096), ByteCount(4096)).unwrap();
+    Change::Write { range, data: Bytes::from(vec![7; 4096]), fua: false }
+}
+
+/// The disk may have had a part of it then, which no later flush makes stable.
+#[test]
+fn what_was_being_written_when_a_flush_failed_is_in_doubt() {
+    for by_driver in [false, true] {
+        let mut filter = filter();
+        let before = begin(&mut filter, 1, write(3));
+        filter.local_done(at(1), before, Ok(LocalData::Changed));
+        let meanwhile = begin(&mut filter, 2, write(5));
+        match by_driver {
+            true => filter.flush_failed(at(3), IoFailure { errno: 5 }),
+            false => {
+                let flush = begin(&mut filter, 3, Change::Flush);
+                filter.local_done(at(3), flush, Err(IoFailure { errno: 5 }));
+            }
+        }
+        filter.local_done(at(4), meanwhile, Ok(LocalData::Changed));
+        let after = begin(&mut filter, 5, write(7));
+        filter.local_done(at(5), after, Ok(LocalData::Changed));
+        let flush = begin(&mut filter, 6, Change::Flush);
+        filter.local_done(at(6), flush, Ok(LocalData::Changed));
+        let mut expected = DirtyBitmap::of((3..4).into());
+        expected.insert((5..6).into());
+        assert_eq!(*filter.activity.doubtful(), expected);
+    }
+}
