@@ -81,10 +81,12 @@ pub(crate) struct DiskRecord {
     /// The disk's size at the last attach; zero before the first.
     #[serde(default)]
     pub(crate) size: ByteCount,
-    /// The disk behind is another one than at the last attach, or was not in its place when the agent last looked: what
-    /// the guest wrote need not be there.
+    /// The disk behind is named otherwise than at the last attach: what the guest wrote need not be there.
     #[serde(default)]
     pub(crate) image_changed: bool,
+    /// The disk behind was not in its place when the agent last looked: nor then. It may be back.
+    #[serde(default)]
+    pub(crate) image_displaced: bool,
     /// The receiver has refused the last attach: a later one, which this state knows nothing of, has had the disk.
     #[serde(default)]
     pub(crate) fenced: bool,
@@ -168,6 +170,7 @@ impl DiskRecord {
             stopped: false,
             size: ByteCount::ZERO,
             image_changed: false,
+            image_displaced: false,
             format: None,
             fenced: false,
             own_epoch: Epoch(0),

@@ -23,10 +23,7 @@ impl GoesOn {
     /// The answer.
     pub fn answer(&self) -> ApiError {
         let message = format!("this has not ended after {} s, and the agent goes on with it", self.seconds);
-        let hint = format!(
-            "a receiver takes long, or storage stands still; do not ask for it again: `backtide status` shows what became of it, and GET /v1/changes/{} waits for its end",
-            self.change
-        );
+        let hint = "a receiver takes long, or storage stands still; do not ask for it again: `backtide status` shows what became of it";
         ApiError::new(ErrorCode::Busy, message).with_hint(hint).with_details(self)
     }
 

@@ -34,11 +34,11 @@ impl Disk {
         let flushed = come_to_rest(&engine, &record.name).await;
         // Before anybody else can have the image; a qcow2's server writes it when it ends.
         record.image_at_detach = life.look(record.name.as_str()).await.filter(|_| flushed);
-        record.image_changed = life.has_lost_its_image();
+        record.image_displaced = life.has_lost_its_image();
         catch_up(&engine, leaving).await;
         let saved = give_up(&engine, &mut record, flushed).await;
         // Of what the path leads to nothing is known then.
-        let saved = saved.filter(|_| !record.image_changed);
+        let saved = saved.filter(|_| !record.image_displaced);
         end_stream(&engine, &stream, leaving).await;
         if let Some(epoch) = stream.fenced_by.take() {
             record.fence(epoch);

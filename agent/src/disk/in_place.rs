@@ -6,7 +6,7 @@
 //!
 //! Invariant: an image is trusted at the next attach only if it was in place at the end of the last.
 
-use std::{fs, path::PathBuf};
+use std::{fs, io::ErrorKind, path::PathBuf};
 
 use backtide_units::ByteCount;
 
@@ -45,7 +45,14 @@ impl InPlace {
     /// What became of it.
     pub(crate) fn look(&self) -> Result<Option<ImageStamp>, Displaced> {
         let path = || self.path.clone();
-        let found = fs::metadata(&self.path).map_err(|_| Displaced::Gone(path()))?;
+        let found = match fs::metadata(&self.path) {
+            Ok(found) => found,
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Err(Displaced::Gone(path()));
+            }
+            // Storage in trouble says nothing of where the file is.
+            Err(_) => return Ok(None),
+        };
         if !self.identity.is_of(&found) {
             return Err(Displaced::Other(path()));
         }

@@ -149,6 +149,7 @@ pub(crate) async fn open(
     record.image_at_detach = None;
     record.stopped = false;
     record.image_changed = false;
+    record.image_displaced = false;
     let fenced = record.fenced;
     if std::mem::take(&mut record.take_over) {
         if let Some(place) = records.spill().filter(|_| fenced) {

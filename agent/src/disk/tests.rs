@@ -112,13 +112,13 @@ async fn an_image_that_is_not_in_its_place_is_noted_and_nothing_is_believed_of_w
     };
     displace();
     until(true).await;
-    assert!(record().image_changed, "also should the agent die now");
+    assert!(record().image_displaced, "also should the agent die now");
     std::fs::rename(&kept, &image).unwrap();
     until(false).await;
-    assert!(!record().image_changed);
+    assert!(!record().image_displaced);
     displace();
     disk.end().await;
-    assert!(record().image_changed && record().image_at_detach.is_none());
+    assert!(record().image_displaced && record().image_at_detach.is_none());
     assert!(records(directory).load_tracking(&name).unwrap().unwrap().snapshot.everything);
 }
 

@@ -362,9 +362,9 @@ impl Disk {
             }
         }
         // Also should the agent die before the image is where it was again.
-        let image_changed = self.life.has_lost_its_image();
-        if image_changed != self.record.image_changed {
-            self.save_record(DiskRecord { image_changed, ..self.record.clone() }).await;
+        let image_displaced = self.life.has_lost_its_image();
+        if image_displaced != self.record.image_displaced {
+            self.save_record(DiskRecord { image_displaced, ..self.record.clone() }).await;
         }
         // Also should the agent die before a guest was told.
         let flush_failed = self.engine.look(Filter::untold_failure).is_some();

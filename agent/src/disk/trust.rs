@@ -156,7 +156,7 @@ fn foreign_write(
     if loaded.snapshot.saved.disk != record.uuid {
         return Some((Reason::BitmapUntrusted, "the tracking file is of another disk"));
     }
-    if record.image_changed {
+    if record.image_changed || record.image_displaced {
         return Some((Reason::BitmapUntrusted, "the image is another one, or was not in its place"));
     }
     if record.size > size {

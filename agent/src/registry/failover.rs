@@ -278,6 +278,7 @@ fn begin(
     record.last_time = record.last_time.max(welcome.last_time.unwrap_or_default());
     record.size = source.size;
     record.image_changed = false;
+    record.image_displaced = false;
     // A device tells no time; nobody but this agent has it.
     record.stopped = stamp.is_none();
     record.image_at_detach = stamp;

@@ -156,7 +156,7 @@ async fn in_place(name: &DiskName, place: &Place) -> Result<(), ApiError> {
 fn stands_still(disk: &DiskName) -> ApiError {
     let message = format!("disk {disk} does not let go: its image or server stands still");
     ApiError::new(ErrorCode::Busy, message)
-        .with_hint("every disk goes on as before; bring its storage back and try again")
+        .with_hint("every disk goes on as before; bring its storage back and try again, or let go of it with `backtide detach --force`")
 }
 
 async fn flush(disk: &DiskName, handle: &DiskHandle) -> Result<(), ApiError> {

@@ -50,7 +50,7 @@ impl Left {
             Self::ByItsDisk => record.image_at_detach = as_disk_left,
             // What the disk did not vouch for is no better now.
             Self::ByItsServer(Ok(stamp)) => record.image_at_detach = as_disk_left.and(stamp.clone()),
-            Self::ByItsServer(Err(_)) => record.image_changed = true,
+            Self::ByItsServer(Err(_)) => record.image_displaced = true,
             // Also of a device, which is believed when the agent has ended in good order.
             Self::StillOpen(_) => record.stopped = false,
         }
@@ -98,7 +98,7 @@ mod tests {
         let after = ImageStamp::of(&image);
         assert!(after != before);
         assert_eq!((by_server.image_at_detach, unflushed.image_at_detach), (after, None));
-        assert!(by_server.stopped && !by_server.image_changed);
+        assert!(by_server.stopped && !by_server.image_displaced);
     }
 
     #[tokio::test]
@@ -115,6 +115,6 @@ mod tests {
         std::fs::copy(&image, directory.path().join("copy")).unwrap();
         std::fs::rename(directory.path().join("copy"), &image).unwrap();
         Left::end(Some(Qcow2Server::played(Ok(()))), place).await.note(&mut displaced);
-        assert!(displaced.image_at_detach.is_none() && displaced.image_changed);
+        assert!(displaced.image_at_detach.is_none() && displaced.image_displaced);
     }
 }

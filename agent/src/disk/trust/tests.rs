@@ -84,7 +84,7 @@ fn a_device_is_believed_after_the_end_of_the_agent_and_not_after_a_detach() {
     assert_eq!(resumed, Resume::Clean(good.snapshot.saved.clone()));
     let crashed = DiskRecord { attached: true, ..record };
     for displaced in [stopped, crashed] {
-        let displaced = DiskRecord { image_changed: true, ..displaced };
+        let displaced = DiskRecord { image_displaced: true, ..displaced };
         for clean in [true, false] {
             let left = left_of_a_device(&displaced, clean);
             let resumed = resume(&displaced, Ok(Some(left)), None, SIZE);
