@@ -12,6 +12,7 @@
 
 use std::{io, task::Context, time::Duration};
 
+use rustix::net::sockopt;
 use tokio::{
     net::TcpStream,
     time::{Instant, Interval, MissedTickBehavior, interval_at},
@@ -31,7 +32,7 @@ pub(super) struct Watch {
     after: Duration,
     looks: Interval,
     owing: Owing,
-    /// Whether this kernel does not tell, which was said then.
+    /// Whether this kernel does not tell: it has been told itself to give up who takes nothing.
     untold: bool,
 }
 
@@ -43,7 +44,15 @@ impl Watch {
         let pause = (after / LOOKS).max(Duration::from_millis(1));
         let mut looks = interval_at(Instant::now() + pause, pause);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Ok(Self { ends, after, looks, owing: Owing::default(), untold: false })
+        // The connection is there: whoever does not find it never will.
+        let untold = ends.heard().err();
+        if let Some(error) = &untold {
+            let there = ends.there;
+            tracing::warn!(%there, %error, "the kernel does not tell whether an NBD server's host is there: one whose storage stands still for {after:?} is given up, too");
+            let millis = u32::try_from(after.as_millis()).unwrap_or(u32::MAX);
+            sockopt::set_tcp_user_timeout(stream, millis)?;
+        }
+        Ok(Self { ends, after, looks, owing: Owing::default(), untold: untold.is_some() })
     }
 
     /// Looks when it is time to, if anybody waits for the server. Wakes the task for the next look.
@@ -65,10 +74,10 @@ impl Watch {
                 }
                 // The connection has ended, which its next read tells.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                // This host is short of something. Nobody is given up for what was not seen.
                 Err(error) => {
-                    self.untold = true;
-                    let there = self.ends.there;
-                    tracing::warn!(%there, %error, "the kernel does not tell whether an NBD server's host is there: one that is gone holds requests for a quarter of an hour");
+                    tracing::debug!(there = %self.ends.there, %error, "the kernel does not tell of an NBD server's host");
+                    self.owing = Owing::default();
                 }
             }
         }
