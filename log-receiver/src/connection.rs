@@ -16,7 +16,7 @@ use std::{
 };
 
 use backtide_protocol::{
-    CloseCode, Closed, CompareResult, Decoder, Message, ProtocolError, Sequenced, encode,
+    CloseCode, Closed, CompareResult, Decoder, Hello, Message, ProtocolError, Sequenced, encode,
 };
 use backtide_recovery::LogError;
 use bytes::{Buf, BytesMut};
@@ -124,11 +124,36 @@ impl Drop for Entry {
 }
 
 impl Connection {
+    /// Waits until the log of the hello's disk is open again, if it failed; false when nobody waits for that any more. What
+    /// opens it goes on all the same.
+    async fn prepare(&mut self, hello: Hello, duplex: &mut Duplex, wakeup: &Wakeup) -> io::Result<bool> {
+        let ingest = Rc::clone(&self.ingest);
+        let mut prepared = tokio::task::spawn_local(async move { ingest.prepare(&hello).await });
+        loop {
+            let may_read = self.may_read();
+            tokio::select! {
+                biased;
+                // Should it have panicked, the claim says why there is no log.
+                _ = &mut prepared => return Ok(true),
+                () = wakeup.notify.notified() => {
+                    if wakeup.close.borrow().is_some() {
+                        return Ok(false);
+                    }
+                }
+                read = duplex.reader.read_buf(self.decoder.buffer()), if may_read => {
+                    if read? == 0 {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+    }
+
     async fn serve(&mut self, mut duplex: Duplex, first: Sequenced, wakeup: &Wakeup) -> io::Result<()> {
         if let Message::Hello(hello) = &first.message {
             let may_have_it = self.session.may_greet(&self.ingest.disks.borrow(), hello);
-            if may_have_it {
-                self.ingest.prepare(hello).await;
+            if may_have_it && !self.prepare(hello.clone(), &mut duplex, wakeup).await? {
+                return Ok(());
             }
         }
         self.take(first);
