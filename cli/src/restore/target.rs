@@ -27,6 +27,9 @@ use crate::{
 /// Bytes of which the block status is asked at once.
 const STATUS_MAX: ByteCount = ByteCount(1 << 30);
 
+/// Bytes that are read to find out whether an export holds data: some seconds.
+const READ_MAX: ByteCount = ByteCount(1 << 30);
+
 /// A target that is open.
 #[derive(Clone)]
 pub(crate) enum Target {
@@ -179,7 +182,7 @@ impl Target {
         }
         enough_room(output, client.size(), size)?;
         if !force && let Some(at) = first_data(output, &client, size).await? {
-            let message = format!("{output} holds data already, at byte {at}");
+            let message = format!("{output} may hold data already, at byte {at}");
             return Err(ApiError::new(ErrorCode::Exists, message)
                 .with_hint("take another export, or --force to overwrite it")
                 .into());
@@ -327,10 +330,12 @@ impl fmt::Display for Target {
     }
 }
 
-/// Where the first byte is that is not 0, of those that a point of `size` would lie over.
+/// Where the first byte is that is not 0, of those that a point of `size` would lie over. Beyond `READ_MAX` what the server
+/// does not tell to be zeroes is taken for data.
 async fn first_data(uri: &str, client: &Client, size: ByteCount) -> Result<Option<ByteOffset>, Failure> {
     let end = ByteOffset(size.0);
     let mut at = ByteOffset(0);
+    let mut read_bytes = 0;
     while at < end {
         let rest = ByteRange::between(at, end);
         let extents = if client.has_block_status() {
@@ -347,6 +352,10 @@ async fn first_data(uri: &str, client: &Client, size: ByteCount) -> Result<Optio
                 continue;
             }
             for piece in range.split_at_multiples(PIECE) {
+                if read_bytes >= READ_MAX.0 {
+                    return Ok(Some(piece.start()));
+                }
+                read_bytes += piece.count().0;
                 let read = client.read(piece.start(), piece.count()).await;
                 let read = read.map_err(|error| nbd_failure("read", uri, &error))?;
                 if let Some(place) = read.iter().position(|&byte| byte != 0) {
