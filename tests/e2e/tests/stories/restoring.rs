@@ -76,7 +76,9 @@ fn a_restore_whose_receiver_dies_is_gone_on_with_when_it_is_back() {
     // One may have come to its end before its receiver is dead: then the next is tried.
     for _ in 0..50 {
         let mut child = bench.command(&command).stdout(Stdio::null()).spawn().unwrap();
-        while notes(&bench).is_none_or(|length| length < 200) && child.try_wait().unwrap().is_none() {}
+        while notes(&bench).is_none_or(|length| length < 200) && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
         receiver.kill();
         let code = ended(&mut child);
         receiver = bench.receiver();
