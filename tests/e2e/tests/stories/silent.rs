@@ -70,7 +70,7 @@ fn a_mark_is_waited_for_through_a_resync_and_until_it_is_given_up() {
     // Long enough to be told from whatever else an idle disk sends.
     let label = |first: char| format!("{first}{}", "-".repeat(200));
     let asked = |label: &str| {
-        let mut command = bench.command(&["--json", "mark", label, "vm1", "--wait", "300s"]);
+        let mut command = bench.command(&["--json", "mark", label, "vm1", "--wait", "30s"]);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run backtide");
         disk.until("the mark is on its way", |status| status["window"]["bytes"].as_u64() > Some(300));
         child
