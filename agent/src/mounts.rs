@@ -1,6 +1,7 @@
 //! Points of disks that the agent serves on its own host, read from a log receiver: all on one thread.
 //!
-//! What is read is kept in a [`cache`]; [`reader`] brings both together and [`export`] puts it on NBD. [`record`]
+//! What is read is kept in a [`cache`]; [`map`] has what the receiver told of its blocks; [`reader`] brings both together and [`export`]
+//! puts it on NBD. [`record`]
 //! is what outlives the agent: a mount is served again at the next start, under the same URI.
 //!
 //! Invariants: the receiver keeps a mounted point until the mount was ended, also while nobody is connected; no mount
@@ -8,6 +9,7 @@
 
 mod cache;
 mod export;
+mod map;
 mod reader;
 mod record;
 mod table;

@@ -24,12 +24,21 @@ pub enum Differing {
 /// # Errors
 /// When `other` is no point, or the log cannot be read.
 pub fn changed(snapshot: &Snapshot, at: Lsn, other: Lsn) -> Result<RoaringTreemap, Differing> {
+    known(snapshot, other)?;
+    Ok(snapshot.changed_blocks(at.min(other), at.max(other))?)
+}
+
+/// Whether [`changed`] can be told of `other`.
+///
+/// # Errors
+/// When `other` is no point.
+pub fn known(snapshot: &Snapshot, other: Lsn) -> Result<(), Differing> {
     if other != Lsn::MAX && !snapshot.knows_changes_at(other) {
         return Err(Differing::Gone(format!(
             "lsn:{other} is no point of the disk (any more): nobody knows what changed since"
         )));
     }
-    Ok(snapshot.changed_blocks(at.min(other), at.max(other))?)
+    Ok(())
 }
 
 /// The blocks whose content at the point `at` may differ from what an agent was left with, whose last attach was of

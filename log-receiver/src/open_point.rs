@@ -2,7 +2,11 @@
 //!
 //! The content comes through the same verified view as that of a mount.
 
-use std::{collections::VecDeque, ops::Range};
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use backtide_protocol::{
     Blocks, CloseCode, Closed, Compare, CompareResult, Data, FailureCode, OpenPoint, PROTOCOL_VERSION,
@@ -48,6 +52,8 @@ pub(crate) struct OpenedPoint {
     /// The view's, with what came before and after it.
     snapshot: Snapshot,
     findings: DiskFindings,
+    /// What changed, for whoever asks for it part by part: it is made as a whole. Of the point that was asked about last.
+    changed: Mutex<Option<(Lsn, Arc<RoaringTreemap>)>>,
 }
 
 impl Service {
@@ -76,7 +82,7 @@ impl Service {
             return Err(closed(CloseCode::Refused, why));
         }
         let reader = open.reader.clone();
-        Ok(OpenedPoint { disk, at, reader, history, view, snapshot, findings })
+        Ok(OpenedPoint { disk, at, reader, history, view, snapshot, findings, changed: Mutex::default() })
     }
 
     /// Keeps the point for `owner`, durably, until that releases it.
@@ -200,8 +206,33 @@ impl OpenedPoint {
             Blocks::Changed(other) => self.changed(other),
             Blocks::Left { epoch, durable, entries } => self.left(epoch, durable, entries),
             Blocks::Damaged(since) => self.damaged(since, wanted),
-            Blocks::Data => self.data(wanted),
+            Blocks::Data => self.data(BlockRange::whole_disk(self.view.disk_size()), wanted),
+            Blocks::DataIn(part) => self.data(part, wanted),
+            Blocks::ChangedIn(since, part) => self.changed_in(since, part),
         }
+    }
+
+    /// Those of [`changed`](Self::changed) in `part`: of none it only says whether they can be told.
+    fn changed_in(&self, other: Lsn, part: BlockRange) -> Result<RoaringTreemap, ReadFailure> {
+        let mut blocks = RoaringTreemap::new();
+        if part.is_empty() {
+            differing::known(&self.snapshot, other).map_err(|error| self.unknown(error))?;
+            return Ok(blocks);
+        }
+        // Whoever asks at the same time waits, and then finds it.
+        let mut known = self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = match &*known {
+            Some((since, changed)) if *since == other => Arc::clone(changed),
+            Some(_) | None => {
+                let changed = Arc::new(self.changed(other)?);
+                *known = Some((other, Arc::clone(&changed)));
+                changed
+            }
+        };
+        drop(known);
+        blocks.insert_range(part.indices());
+        blocks &= &*changed;
+        Ok(blocks)
     }
 
     fn changed(&self, other: Lsn) -> Result<RoaringTreemap, ReadFailure> {
@@ -231,7 +262,7 @@ impl OpenedPoint {
         }
         let blocks = match since {
             Some(since) => self.changed(since)?,
-            None => self.data(wanted)?,
+            None => self.data(BlockRange::whole_disk(self.view.disk_size()), wanted)?,
         };
         let end = BlockRange::whole_disk(self.view.disk_size()).end().0;
         let mut rest = blocks.iter();
@@ -266,11 +297,14 @@ impl OpenedPoint {
         }
     }
 
-    fn data(&self, wanted: &dyn Fn() -> bool) -> Result<RoaringTreemap, ReadFailure> {
-        let (mut blocks, size) = (RoaringTreemap::new(), self.view.disk_size().0);
-        let mut at = 0;
-        while at < size && wanted() {
-            let end = at.saturating_add(WINDOW_BYTES).min(size);
+    /// The blocks of `part` that may hold data.
+    fn data(&self, part: BlockRange, wanted: &dyn Fn() -> bool) -> Result<RoaringTreemap, ReadFailure> {
+        let (mut blocks, size) = (RoaringTreemap::new(), self.view.disk_size());
+        let Some(part) = part.intersection(BlockRange::whole_disk(size)) else { return Ok(blocks) };
+        let part = part.bytes(size);
+        let (mut at, last) = (part.start().0, part.end().0);
+        while at < last && wanted() {
+            let end = at.saturating_add(WINDOW_BYTES).min(last);
             let window = ByteRange::between(ByteOffset(at), ByteOffset(end));
             let extents = self.view.extents(window).map_err(|error| self.failure(&error))?;
             for (part, allocation) in extents {

@@ -14,7 +14,7 @@ use std::{future::Future, pin::Pin, rc::Rc};
 use backtide_hydration::SourcePoint;
 use backtide_protocol::CompareItem;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{ByteRange, DiskId, Epoch, HistoryId, LogPosition, Lsn};
+use backtide_units::{BlockRange, ByteRange, DiskId, Epoch, HistoryId, LogPosition, Lsn};
 use bytes::Bytes;
 
 pub(crate) use self::remote::find_point;
@@ -108,6 +108,13 @@ pub(crate) trait PointSource {
 
     /// The blocks that may hold anything but zeroes at the point.
     fn data(&self) -> Fetching<'_, DirtyBitmap>;
+
+    /// Those of [`data`](Self::data) that are in `part`, of at most 16 GiB.
+    fn data_in(&self, part: BlockRange) -> Fetching<'_, DirtyBitmap>;
+
+    /// Those of [`changed`](Self::changed) that are in `part`, of at most 16 GiB. Of an empty one it says at once whether
+    /// that can be told.
+    fn changed_in(&self, since: Lsn, part: BlockRange) -> Fetching<'_, DirtyBitmap>;
 
     /// Has the receiver keep the point until [`release`](Self::release), also while nobody is connected.
     /// `owner` says to people who needs it; asked again with the same owner it changes nothing.

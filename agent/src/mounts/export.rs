@@ -8,7 +8,7 @@ use backtide_export::{
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
 
-use super::reader::Reader;
+use super::{map::within_a_window, reader::Reader};
 use crate::disk::source::FetchError;
 
 /// One question for block status looks no further than this.
@@ -47,27 +47,27 @@ impl PointExport {
 
     fn status(&self, range: ByteRange, one: bool, reply: Reply) {
         let extents_max = if one { 1 } else { EXTENTS_MAX };
-        let count = ByteCount(range.count().0.min(STATUS_BYTES_MAX));
-        let range = ByteRange::new(range.start(), count).expect("a part of a range is a range");
-        let size = self.reader.size();
-        let extents: Vec<Extent> = match self.reader.data() {
-            Some(data) => split(data, range, size, extents_max)
-                .map(|(length, data)| if data { Extent::data(length) } else { Extent::hole(length) })
-                .collect(),
-            // Nobody knows yet: what may be data is read.
-            None => vec![Extent::data(count)],
-        };
-        if self.info.dirty_bitmap.is_none() {
-            return reply.extents(&extents);
-        }
-        let dirty: Vec<DirtyExtent> = match self.reader.changed() {
-            Some(changed) => split(changed, range, size, extents_max)
-                .map(|(length, dirty)| DirtyExtent { length, dirty })
-                .collect(),
-            // Nobody knows yet: what may have changed is copied.
-            None => vec![DirtyExtent { length: count, dirty: true }],
-        };
-        reply.statuses(&extents, &dirty);
+        let range = within_a_window(range, STATUS_BYTES_MAX);
+        let (reader, name) = (Rc::clone(&self.reader), self.info.name.clone());
+        tokio::task::spawn_local(async move {
+            match reader.told_of(range.start()).await {
+                Ok((data, changed)) => {
+                    let size = reader.size();
+                    let extents: Vec<Extent> = split(&data, range, size, extents_max)
+                        .map(|(length, data)| if data { Extent::data(length) } else { Extent::hole(length) })
+                        .collect();
+                    let Some(changed) = changed else { return reply.extents(&extents) };
+                    let dirty: Vec<DirtyExtent> = split(&changed, range, size, extents_max)
+                        .map(|(length, dirty)| DirtyExtent { length, dirty })
+                        .collect();
+                    reply.statuses(&extents, &dirty);
+                }
+                Err(error) => {
+                    tracing::error!(mount = name, %range, why = %error, "cannot tell what a mounted point holds");
+                    reply.fail_with(NbdError::Io, &text(&error));
+                }
+            }
+        });
     }
 }
 

@@ -11,21 +11,24 @@
 //! others; a receiver that is away for longer than [`PATIENCE`] is an error too, never other bytes.
 
 mod kept;
+mod learn;
 
 use std::{
-    cell::{Cell, OnceCell, RefCell},
+    cell::{Cell, RefCell},
     collections::HashMap,
     rc::Rc,
     time::Duration,
 };
 
-use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
 use bytes::{Bytes, BytesMut};
 use tokio::{sync::Notify, time::Instant};
 
-use super::cache::{CHUNK, Cache};
-use crate::disk::source::{FetchError, Piece, PointSource};
+use super::{
+    cache::{CHUNK, Cache},
+    map::{Map, Of},
+};
+use crate::disk::source::{FetchError, Fetching as Answering, Piece, PointSource};
 
 /// The most chunks of one fetch: 1 MiB, which is what a receiver gives at once.
 const FETCH_CHUNKS: u64 = (1 << 20) / CHUNK;
@@ -49,10 +52,10 @@ const KEEPING_CHUNKS: usize = 256;
 pub(super) struct Reader {
     source: Rc<dyn PointSource>,
     cache: RefCell<Cache>,
-    /// The blocks that may hold anything but zeroes, once the receiver has told.
-    data: OnceCell<DirtyBitmap>,
+    /// The blocks that may hold anything but zeroes, as far as the receiver has told.
+    data: Map,
     /// Those that changed since another point, if somebody wants to know, likewise.
-    changed: OnceCell<DirtyBitmap>,
+    changed: Option<Map>,
     /// Chunks that are being fetched, or written into the cache.
     coming: RefCell<HashMap<u64, Coming>>,
     /// Where the last read ended.
@@ -107,12 +110,13 @@ impl Drop for Fetching {
 }
 
 impl Reader {
-    pub(super) fn new(source: Rc<dyn PointSource>, cache: Cache) -> Self {
+    pub(super) fn new(source: Rc<dyn PointSource>, cache: Cache, changed_since: Option<Lsn>) -> Self {
+        let size = source.point().size;
         Self {
             source,
             cache: RefCell::new(cache),
-            data: OnceCell::new(),
-            changed: OnceCell::new(),
+            data: Map::new(Of::Data, size),
+            changed: changed_since.map(|since| Map::new(Of::Changed(since), size)),
             coming: RefCell::default(),
             expected: Cell::new(ByteOffset::ZERO),
             fetched: Cell::default(),
@@ -133,27 +137,6 @@ impl Reader {
     /// Why the last fetch came to nothing; none since one has come.
     pub(super) fn last_error(&self) -> Option<String> {
         self.last_error.borrow().clone()
-    }
-
-    /// The receiver has told which blocks may hold anything but zeroes.
-    pub(super) fn know_data(&self, data: DirtyBitmap) {
-        // Of a point it is always the same.
-        let _ = self.data.set(data);
-    }
-
-    /// Which blocks those are; none as long as it is not known.
-    pub(super) fn data(&self) -> Option<&DirtyBitmap> {
-        self.data.get()
-    }
-
-    /// The receiver has told which blocks changed.
-    pub(super) fn know_changed(&self, changed: DirtyBitmap) {
-        let _ = self.changed.set(changed);
-    }
-
-    /// Which those are; none as long as it is not known.
-    pub(super) fn changed(&self) -> Option<&DirtyBitmap> {
-        self.changed.get()
     }
 
     /// The bytes of `range`, which lies within the disk.
@@ -205,8 +188,7 @@ impl Reader {
 
     /// Whether the chunk is known to be zeroes.
     fn is_zero(&self, chunk: u64) -> bool {
-        let blocks = BlockRange::touched_by(self.bytes_of(chunk..chunk + 1));
-        self.data.get().is_some_and(|data| !data.touches(blocks))
+        self.data.is_without(self.bytes_of(chunk..chunk + 1))
     }
 
     /// Chunks from `first` on that are neither here nor on their way, at most up to `end`.
@@ -239,15 +221,16 @@ impl Reader {
         let fetching = Fetching { reader: Rc::clone(self), chunks: chunks.clone(), over };
         let range = self.bytes_of(chunks.clone());
         let given = range.intersection(wanted).expect("the first chunk is wanted");
-        match self.patiently(range, begun).await {
+        match self.fetched(range, begun).await {
             Ok(bytes) => {
+                self.learn_soon(range.start());
                 copy(range.start(), &bytes, given, base, out);
                 self.keep(fetching, bytes.into());
             }
             // Perhaps it is not what was wanted that is damaged.
             Err(FetchError::Damaged(_)) if given != range => {
                 drop(fetching);
-                let bytes = self.patiently(given, begun).await?;
+                let bytes = self.fetched(given, begun).await?;
                 copy(given.start(), &bytes, given, base, out);
             }
             Err(error) => return Err(error),
@@ -255,8 +238,19 @@ impl Reader {
         Ok(given.end())
     }
 
-    /// Fetches `range` for a read that began at `begun`, again and again while the receiver is away.
-    async fn patiently(&self, range: ByteRange, begun: Instant) -> Result<Vec<u8>, FetchError> {
+    /// Fetches `range` for a read that began at `begun`.
+    async fn fetched(&self, range: ByteRange, begun: Instant) -> Result<Vec<u8>, FetchError> {
+        let pieces = self.patiently(begun, || self.source.fetch(range)).await?;
+        self.fetched.set(ByteCount(self.fetched.get().0 + range.count().0));
+        Ok(join(&pieces, range))
+    }
+
+    /// Asks the receiver for whoever began to want it at `begun`, again and again while it is away.
+    async fn patiently<'source, T>(
+        &self,
+        begun: Instant,
+        ask: impl Fn() -> Answering<'source, T>,
+    ) -> Result<T, FetchError> {
         let (mut pause, until) = (PAUSE, begun + PATIENCE);
         loop {
             let silent = |_| {
@@ -264,12 +258,11 @@ impl Reader {
                 Err(FetchError::Unreachable(why))
             };
             // Also for one that has waited in vain for another's fetch.
-            let fetched = tokio::time::timeout_at(until, self.source.fetch(range)).await;
-            match fetched.unwrap_or_else(silent) {
-                Ok(pieces) => {
+            let answered = tokio::time::timeout_at(until, ask()).await;
+            match answered.unwrap_or_else(silent) {
+                Ok(answer) => {
                     self.last_error.replace(None);
-                    self.fetched.set(ByteCount(self.fetched.get().0 + range.count().0));
-                    return Ok(join(&pieces, range));
+                    return Ok(answer);
                 }
                 Err(error) => {
                     self.last_error.replace(Some(error.to_string()));

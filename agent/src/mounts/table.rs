@@ -14,7 +14,7 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{
     BindError, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, dirty_bitmap,
 };
-use backtide_units::CaptureTime;
+use backtide_units::{BlockRange, CaptureTime, Lsn};
 use tokio::sync::mpsc;
 
 use super::{
@@ -146,16 +146,12 @@ impl Table {
         let look = async {
             let dialer = Dialer::new(receiver.clone(), stream_tls.clone());
             let source = self.serving.sources.find(dialer, disk, None, Some(lsn)).await?;
-            let data = source.data().await?;
-            let changed = match changed_since {
-                Some(since) => Some(source.changed(since).await?),
-                None => None,
-            };
-            Ok((source, data, changed))
+            can_tell_since(&*source, changed_since).await?;
+            Ok(source)
         };
         let looked = tokio::time::timeout(FIND_TIME, look).await;
         let silent = |_| FetchError::Unreachable("the receiver does not answer".to_owned());
-        let (source, data, changed) = looked
+        let source = looked
             .map_err(silent)
             .and_then(|looked| looked)
             .map_err(|error| fetch_error(&format!("cannot mount LSN {lsn} of disk {disk}"), error))?;
@@ -179,10 +175,6 @@ impl Table {
             self.end_record(record, source).await;
             return Err(why);
         }
-        reader.know_data(data);
-        if let Some(changed) = changed {
-            reader.know_changed(changed);
-        }
         let served = self.serve_at(&record, reader, listener, &uri);
         let mounted = Mounted { record, source, served: Some(served), trouble: None };
         let told = mounted.describe();
@@ -190,8 +182,7 @@ impl Table {
         Ok(told)
     }
 
-    /// Serves a mount of the last agent. As long as the receiver has not told what it knows of the point, nothing is
-    /// taken for zeroes or for unchanged.
+    /// Serves a mount of the last agent.
     async fn serve_again(self: Rc<Self>, record: MountRecord) {
         let source = self.source_of(&record);
         let mounted =
@@ -199,13 +190,13 @@ impl Table {
         self.mounted.borrow_mut().insert(record.id.clone(), mounted);
         let Some((uri, listener)) = self.listen_again(&record).await else { return };
         let reader = self.reader(&record, &source).await;
-        let served = self.serve_at(&record, Rc::clone(&reader), listener, &uri);
+        let served = self.serve_at(&record, reader, listener, &uri);
         let id = &record.id;
         if !self.with(id, |mounted| (mounted.served, mounted.trouble) = (Some(served), None)) {
             return;
         }
         loop {
-            let (trouble, again) = match self.learn(&source, &reader, &record).await {
+            let (trouble, again) = match self.hold_again(&source, &record).await {
                 Ok(()) => (None, false),
                 Err(error) => (Some(error.to_string()), matches!(error, FetchError::Unreachable(_))),
             };
@@ -213,7 +204,7 @@ impl Table {
                 tracing::warn!(
                     mount = id,
                     why,
-                    "the receiver does not tell what it knows of a mounted point"
+                    "the receiver does not keep a mounted point, or cannot tell what changed in it"
                 );
             }
             if !self.with(id, |mounted| mounted.trouble = trouble) || !again {
@@ -262,18 +253,9 @@ impl Table {
     }
 
     /// The agent before may have ended between remembering the mount and having its point kept.
-    async fn learn(
-        &self,
-        source: &Rc<dyn PointSource>,
-        reader: &Reader,
-        record: &MountRecord,
-    ) -> Result<(), FetchError> {
+    async fn hold_again(&self, source: &Rc<dyn PointSource>, record: &MountRecord) -> Result<(), FetchError> {
         source.hold(&record.owner()).await?;
-        reader.know_data(source.data().await?);
-        if let Some(since) = record.changed_since {
-            reader.know_changed(source.changed(since).await?);
-        }
-        Ok(())
+        can_tell_since(&**source, record.changed_since).await
     }
 
     fn serve_at(&self, record: &MountRecord, reader: Rc<Reader>, listener: Listener, uri: &NbdUri) -> Served {
@@ -338,7 +320,7 @@ impl Table {
             .unwrap_or_else(|error| Err(std::io::Error::other(error)))
             .inspect_err(|error| tracing::warn!(mount = record.id, %error, "a mount goes without a cache"));
         let cache = Cache::new(self.serving.records.storage(), file.ok(), record.cache_bytes);
-        Rc::new(Reader::new(Rc::clone(source), cache))
+        Rc::new(Reader::new(Rc::clone(source), cache, record.changed_since))
     }
 
     async fn saved(&self, record: &MountRecord) -> Result<(), ApiError> {
@@ -378,6 +360,14 @@ impl Mounted {
             cache: AgentCache { bytes, limit: record.cache_bytes, fetched },
             last_error: self.trouble.clone().or_else(|| served.and_then(|served| served.reader.last_error())),
         }
+    }
+}
+
+/// Whether the receiver can tell what changed since that point. It tells what when it is asked.
+async fn can_tell_since(source: &dyn PointSource, since: Option<Lsn>) -> Result<(), FetchError> {
+    match since {
+        Some(since) => source.changed_in(since, BlockRange::from(0..0)).await.map(drop),
+        None => Ok(()),
     }
 }
 

@@ -100,6 +100,10 @@ pub enum Blocks {
     /// Those whose content may differ between the point and this LSN, older or newer; [`Lsn::MAX`] is
     /// everything that came after the point, also what is no point yet.
     Changed(Lsn),
+    /// Those of [`Blocks::Data`] that lie in this range, of at most [`BLOCKS_PER_PART`].
+    DataIn(BlockRange),
+    /// Those of [`Blocks::Changed`] that lie in this range, of at most [`BLOCKS_PER_PART`]. Of no block at all it says whether that can be told.
+    ChangedIn(Lsn, BlockRange),
     /// Those of [`Blocks::Changed`] since this LSN, or without one of [`Blocks::Data`], whose content at the point is damaged
     /// at the receiver. They are looked at only where it knows of damage to the disk's log at all.
     Damaged(Option<Lsn>),

@@ -7,7 +7,7 @@ use backtide_protocol::{
     Blocks, Closed, FETCH_BYTES_MAX, Message, OpenPoint, PROTOCOL_VERSION, PointOpened, ReadFailure, Reading,
     collect_part,
 };
-use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
+use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, Lsn};
 use roaring::RoaringTreemap;
 
 use crate::agent::Agent;
@@ -98,6 +98,20 @@ impl PointReader {
                 other => panic!("expected blocks, found {other:?}"),
             }
         }
+    }
+
+    /// What comes of questions for parts of the disk: each is answered with blocks of its own, and of no other.
+    pub(crate) async fn part_by_part(&mut self, of: impl Fn(BlockRange) -> Blocks) -> RoaringTreemap {
+        // Not in step with anything, and the last one ends beyond the disk.
+        const PART: u64 = 37;
+        let mut whole = RoaringTreemap::new();
+        for start in (0..BlockRange::whole_disk(self.opened.size).end().0).step_by(PART as usize) {
+            let part = BlockRange::from(start..start + PART);
+            let told = self.blocks(of(part)).await.expect("blocks of a part");
+            assert!(told.iter().all(|block| part.indices().contains(&block)), "{part:?}: {told:?}");
+            whole |= told;
+        }
+        whole
     }
 
     /// The whole disk at the point, with more questions at once than the receiver takes.

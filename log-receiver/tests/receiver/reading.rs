@@ -60,9 +60,12 @@ async fn a_point_read_over_the_stream_is_what_a_mount_of_it_gives() {
         let data = reader.blocks(Blocks::Data).await.unwrap();
         assert!(differing(image, &empty).is_subset(&data), "lsn {at}");
         assert!(data.len() < DISK_BYTES / BLOCK as u64, "lsn {at}: most is known to be zero");
+        assert_eq!(reader.part_by_part(Blocks::DataIn).await, data, "lsn {at}");
         for (other, content) in [(5, &empty), (8, &at_8), (20, &at_20), (21, &at_21)] {
             let changed = reader.blocks(Blocks::Changed(Lsn(other))).await.unwrap();
             assert!(differing(image, content).is_subset(&changed), "{at} and {other}");
+            let in_parts = reader.part_by_part(|part| Blocks::ChangedIn(Lsn(other), part)).await;
+            assert_eq!(in_parts, changed, "{at} and {other}");
             let asked = DiffRequest { from: format!("lsn:{at}"), to: format!("lsn:{other}") };
             let mut told = RoaringTreemap::new();
             for span in api.diff(&"vm1".parse().unwrap(), &asked).await.unwrap().ranges {
@@ -111,6 +114,13 @@ async fn what_cannot_be_read_is_refused_with_the_reason() {
     }
     let open = OpenPoint { history: Some(history), ..open("vm1", Some(8)) };
     let mut reader = PointReader::open(&receiver, open.clone()).await;
+    // Whether it can be told what changed since is known without the answer.
+    let none = BlockRange::from(0..0);
+    assert_eq!(reader.blocks(Blocks::ChangedIn(Lsn(20), none)).await.unwrap(), RoaringTreemap::new());
+    for part in [none, BlockRange::whole_disk(ByteCount(DISK_BYTES))] {
+        let failure = reader.blocks(Blocks::ChangedIn(Lsn(12), part)).await.unwrap_err();
+        assert_eq!(failure.code, FailureCode::Gone, "{}", failure.message);
+    }
     let beyond = ByteRange::new(ByteOffset(DISK_BYTES - 512), ByteCount(1024)).unwrap();
     let failure = reader.done(|id| Reading::Fetch { id, range: beyond }).await.unwrap_err();
     assert_eq!(failure.code, FailureCode::Invalid, "{}", failure.message);

@@ -24,6 +24,10 @@ pub(crate) struct FakeSource {
     damaged: RefCell<DirtyBitmap>,
     /// What was asked for.
     asked: RefCell<Vec<ByteRange>>,
+    /// Of which parts it was asked what they hold, or what of them changed.
+    maps: RefCell<Vec<BlockRange>>,
+    /// Answers to that wait.
+    maps_closed: Cell<bool>,
     /// How often it was asked what differs.
     compared: Cell<usize>,
     /// Somebody has asked.
@@ -49,6 +53,8 @@ impl FakeSource {
             opened: Notify::new(),
             damaged: RefCell::default(),
             asked: RefCell::default(),
+            maps: RefCell::default(),
+            maps_closed: Cell::new(false),
             compared: Cell::new(0),
             was_asked: Notify::new(),
         }
@@ -76,6 +82,17 @@ impl FakeSource {
         self.asked.borrow().clone()
     }
 
+    /// Answers about parts of the disk wait, or do no longer.
+    pub(crate) fn close_maps(&self, closed: bool) {
+        self.maps_closed.set(closed);
+        self.opened.notify_waiters();
+    }
+
+    /// Of which parts it was asked what they hold, or what of them changed.
+    pub(crate) fn maps(&self) -> Vec<BlockRange> {
+        self.maps.borrow().clone()
+    }
+
     /// Waits until somebody has asked for so much.
     pub(crate) async fn until_asked(&self, times: usize) {
         loop {
@@ -89,10 +106,34 @@ impl FakeSource {
 }
 
 impl FakeSource {
+    /// The blocks of `part` that hold something; damage of the first block of all is one of the map too.
+    async fn map(&self, part: BlockRange) -> Result<DirtyBitmap, FetchError> {
+        self.maps.borrow_mut().push(part);
+        self.was_asked.notify_waiters();
+        self.until(|| !self.closed.get() && !self.maps_closed.get()).await;
+        if self.away.get() {
+            return Err(FetchError::Unreachable("the receiver is away".to_owned()));
+        }
+        if part.start().0 == 0 && self.damaged.borrow().touches(BlockRange::from(0..1)) {
+            return Err(FetchError::Damaged("an index does not match".to_owned()));
+        }
+        let mut blocks = DirtyBitmap::new();
+        for (index, bytes) in (0_u64..).zip(self.content.chunks(4096)) {
+            if part.indices().contains(&index) && bytes.iter().any(|byte| *byte != 0) {
+                blocks.insert(BlockRange::from(index..index + 1));
+            }
+        }
+        Ok(blocks)
+    }
+
     async fn until_open(&self) {
+        self.until(|| !self.closed.get()).await;
+    }
+
+    async fn until(&self, reached: impl Fn() -> bool) {
         loop {
             let opened = self.opened.notified();
-            if !self.closed.get() {
+            if reached() {
                 return;
             }
             opened.await;
@@ -175,6 +216,14 @@ impl PointSource for FakeSource {
 
     fn data(&self) -> Fetching<'_, DirtyBitmap> {
         self.changed(Lsn::ZERO)
+    }
+
+    fn data_in(&self, part: BlockRange) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(self.map(part))
+    }
+
+    fn changed_in(&self, _since: Lsn, part: BlockRange) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(self.map(part))
     }
 
     fn hold(&self, _owner: &str) -> Fetching<'_, ()> {

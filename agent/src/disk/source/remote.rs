@@ -290,6 +290,14 @@ impl PointSource for RemotePoint {
         Box::pin(self.blocks(Blocks::Data))
     }
 
+    fn data_in(&self, part: BlockRange) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(self.blocks(Blocks::DataIn(part)))
+    }
+
+    fn changed_in(&self, since: Lsn, part: BlockRange) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(self.blocks(Blocks::ChangedIn(since, part)))
+    }
+
     fn hold(&self, owner: &str) -> Fetching<'_, ()> {
         let owner = owner.to_owned();
         Box::pin(async move { self.ask(Question::Hold(owner)).await.map(drop) })

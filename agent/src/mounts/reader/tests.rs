@@ -7,7 +7,8 @@ use std::{
 };
 
 use backtide_storage::{MemoryStorage, Storage, StorageFile};
-use backtide_units::{BlockIndex, DiskId};
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{BlockIndex, BlockRange, DiskId};
 use tokio::task::LocalSet;
 
 use super::*;
@@ -101,14 +102,24 @@ fn world(cache_chunks: u64) -> World {
 }
 
 fn gated_world(cache_chunks: u64) -> (World, Arc<Gated>) {
-    let content = content();
+    world_of(content(), cache_chunks)
+}
+
+/// A disk of zeroes but for its first block.
+fn empty_world() -> World {
+    let mut content = content();
+    content[4_096..].fill(0);
+    world_of(content, 100).0
+}
+
+fn world_of(content: Vec<u8>, cache_chunks: u64) -> (World, Arc<Gated>) {
     let source = Rc::new(FakeSource::new(content.clone()));
     let storage = MemoryStorage::new();
     let file = storage.create_new(Path::new("cache")).unwrap();
     let gated = Arc::new(Gated { file, gate: Mutex::default(), changed: Condvar::new() });
     let file = Arc::clone(&gated) as Arc<dyn StorageFile>;
     let cache = Cache::new(Arc::new(storage), Some(file), ByteCount(cache_chunks * CHUNK));
-    let reader = Rc::new(Reader::new(Rc::clone(&source) as Rc<dyn PointSource>, cache));
+    let reader = Rc::new(Reader::new(Rc::clone(&source) as Rc<dyn PointSource>, cache, Some(Lsn(7))));
     (World { content, source, reader }, gated)
 }
 
@@ -121,6 +132,13 @@ impl World {
 }
 
 impl World {
+    /// Waits until it was asked so often what blocks hold.
+    async fn until_maps(&self, count: usize) {
+        while self.source.maps().len() < count {
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// Waits until the cache has so many bytes.
     async fn until_kept(&self, bytes: u64) {
         while self.reader.usage().0 < ByteCount(bytes) {
@@ -265,12 +283,61 @@ fn one_that_does_not_is_an_error_of_every_read_that_waits_at_the_same_time() {
 #[test]
 fn what_is_known_to_be_zeroes_is_not_asked_for() {
     local(async {
-        let world = world(100);
-        world.reader.know_data(DirtyBitmap::of(BlockRange::between(BlockIndex(0), BlockIndex(1))));
+        let world = empty_world();
+        world.source.close_maps(true);
         world.check(0, 100).await;
-        let range = ByteRange::new(ByteOffset(CHUNK), ByteCount(CHUNK)).unwrap();
-        assert!(world.reader.read(range).await.unwrap().iter().all(|byte| *byte == 0));
-        assert_eq!(world.source.asked().len(), 1);
+        world.until_maps(1).await;
+        // Nobody waits for that: what may be data is fetched.
+        world.check(20 * CHUNK, CHUNK).await;
+        assert_eq!(world.source.asked().len(), 2);
+        world.source.close_maps(false);
+        world.reader.told_of(ByteOffset::ZERO).await.unwrap();
+        world.check(2 * CHUNK, SIZE - 2 * CHUNK).await;
+        assert_eq!(world.source.asked().len(), 2);
+        world.source.set_away(true);
+        world.check(30 * CHUNK, CHUNK).await;
+    });
+}
+
+#[test]
+fn what_blocks_hold_is_asked_for_once_when_somebody_wants_to_know() {
+    local(async {
+        let world = Rc::new(empty_world());
+        assert_eq!(world.source.maps(), [], "nobody has wanted to know");
+        let asking = (0..10).map(|nth| {
+            let world = Rc::clone(&world);
+            tokio::task::spawn_local(async move { world.reader.told_of(ByteOffset(nth * CHUNK)).await })
+        });
+        let first = DirtyBitmap::of(BlockRange::from(0..1));
+        for asked in asking.collect::<Vec<_>>() {
+            let (data, changed) = asked.await.unwrap().unwrap();
+            assert_eq!((&*data, changed.as_deref()), (&first, Some(&first)));
+        }
+        let whole = BlockRange::whole_disk(ByteCount(SIZE));
+        assert_eq!(world.source.maps(), [whole, whole], "what has data, and what changed");
+    });
+}
+
+#[test]
+fn what_blocks_hold_is_an_error_while_nobody_tells_and_anything_when_nobody_ever_will() {
+    local(async {
+        let world = empty_world();
+        world.source.set_away(true);
+        let begun = Instant::now();
+        let error = world.reader.told_of(ByteOffset::ZERO).await.unwrap_err();
+        assert!(matches!(error, FetchError::Unreachable(_)), "{error:?}");
+        assert!(begun.elapsed() <= PATIENCE && world.source.maps().len() > 1, "it was asked again and again");
+        assert!(world.reader.last_error().unwrap().contains("away"));
+        world.source.set_away(false);
+        assert!(world.reader.told_of(ByteOffset::ZERO).await.is_ok());
+        assert_eq!(world.reader.last_error(), None);
+
+        let world = empty_world();
+        world.source.damage(BlockRange::from(0..1));
+        let (data, changed) = world.reader.told_of(ByteOffset::ZERO).await.unwrap();
+        let whole = DirtyBitmap::of(BlockRange::whole_disk(ByteCount(SIZE)));
+        assert_eq!((&*data, changed.as_deref()), (&whole, Some(&whole)));
+        world.check(CHUNK, CHUNK).await;
     });
 }
 

@@ -1,5 +1,5 @@
 use backtide_units::{
-    BlockIndex, ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, LogPosition, Lsn, Reason,
+    BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, LogPosition, Lsn, Reason,
 };
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -13,6 +13,10 @@ use crate::{
 
 fn range(start: u64, count: u64) -> ByteRange {
     ByteRange::new(ByteOffset(start), ByteCount(count)).unwrap()
+}
+
+fn blocks(start: u64, end: u64) -> BlockRange {
+    BlockRange::between(BlockIndex(start), BlockIndex(end))
 }
 
 fn record(lsn: u64, range: ByteRange, body: RecordBody) -> Message {
@@ -77,6 +81,8 @@ fn one_of_each_reading() -> Vec<Reading> {
         Reading::Piece { id: 1, range: range(8192, 4096), data: Data::capture(Bytes::new()) },
         Reading::AskBlocks { id: 2, which: Blocks::Data },
         Reading::AskBlocks { id: 3, which: Blocks::Changed(Lsn(4)) },
+        Reading::AskBlocks { id: 3, which: Blocks::DataIn(blocks(7, 1 << 20)) },
+        Reading::AskBlocks { id: 3, which: Blocks::ChangedIn(Lsn(4), blocks(9, 9)) },
         Reading::AskBlocks { id: 3, which: Blocks::Damaged(None) },
         Reading::AskBlocks { id: 3, which: Blocks::Damaged(Some(Lsn(0))) },
         Reading::AskBlocks {
@@ -155,6 +161,8 @@ fn a_reader_that_asks_for_too_much_at_once_is_refused() {
     for reading in [
         Reading::Fetch { id: 1, range: range(0, FETCH_BYTES_MAX + 1) },
         Reading::Piece { id: 1, range: range(0, FETCH_BYTES_MAX + 1), data: Data::capture(Bytes::new()) },
+        Reading::AskBlocks { id: 1, which: Blocks::DataIn(blocks(0, (1 << 22) + 1)) },
+        Reading::AskBlocks { id: 1, which: Blocks::ChangedIn(Lsn(4), blocks((1 << 52) - 1, (1 << 52) + 1)) },
         Reading::Blocks { id: 1, first: BlockIndex(1), blocks: [0].into_iter().collect() },
         Reading::Blocks { id: 1, first: BlockIndex(0), blocks: [1 << 22].into_iter().collect() },
         Reading::Blocks { id: 1, first: BlockIndex(0), blocks: Default::default() },

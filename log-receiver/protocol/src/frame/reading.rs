@@ -1,6 +1,6 @@
 //! How the messages of a connection that reads a point lie on the wire.
 
-use backtide_units::{BlockIndex, Epoch, LogPosition, Lsn};
+use backtide_units::{BlockIndex, BlockRange, Epoch, LogPosition, Lsn};
 use bytes::{Buf, Bytes};
 use roaring::RoaringBitmap;
 
@@ -17,6 +17,10 @@ pub(super) const BLOCKS_BYTES_MAX: u64 = 1 << 20;
 const FLAG_CHANGED: u8 = 1;
 const FLAG_LEFT: u8 = 2;
 const FLAG_DAMAGED: u8 = 4;
+const FLAG_PART: u8 = 8;
+
+/// No disk has so many blocks, so a range of them ends within what a number of bytes can be.
+const BLOCKS_MAX: u64 = 1 << 52;
 
 pub(super) fn encode(reading: &Reading) -> (Header, Data) {
     let none = || Data::capture(Bytes::new());
@@ -29,14 +33,18 @@ pub(super) fn encode(reading: &Reading) -> (Header, Data) {
             (of(Type::Piece, *id, range.start().0, range.count().0), data.clone())
         }
         Reading::AskBlocks { id, which } => {
-            let (flags, since, epoch, entries) = match which {
+            let (flags, since, c, d) = match which {
                 Blocks::Data => (0, Lsn::ZERO, 0, 0),
                 Blocks::Changed(since) => (FLAG_CHANGED, *since, 0, 0),
+                Blocks::DataIn(part) => (FLAG_PART, Lsn::ZERO, part.start().0, part.count().0),
+                Blocks::ChangedIn(since, part) => {
+                    (FLAG_PART | FLAG_CHANGED, *since, part.start().0, part.count().0)
+                }
                 Blocks::Damaged(None) => (FLAG_DAMAGED, Lsn::ZERO, 0, 0),
                 Blocks::Damaged(Some(since)) => (FLAG_DAMAGED | FLAG_CHANGED, *since, 0, 0),
                 Blocks::Left { epoch, durable, entries } => (FLAG_LEFT, *durable, epoch.0, entries.0),
             };
-            let header = Header::of(Type::AskBlocks).fields(*id, since.0, epoch, entries);
+            let header = Header::of(Type::AskBlocks).fields(*id, since.0, c, d);
             (Header { flags, ..header }, none())
         }
         Reading::Blocks { id, first, blocks } => {
@@ -71,6 +79,8 @@ pub(super) fn decode(header: &Header, data: Data) -> Result<Reading, ProtocolErr
             let which = match flags {
                 0 => Blocks::Data,
                 FLAG_CHANGED => Blocks::Changed(Lsn(b)),
+                FLAG_PART => Blocks::DataIn(part(c, d)?),
+                flags if flags == FLAG_PART | FLAG_CHANGED => Blocks::ChangedIn(Lsn(b), part(c, d)?),
                 FLAG_DAMAGED => Blocks::Damaged(None),
                 flags if flags == FLAG_DAMAGED | FLAG_CHANGED => Blocks::Damaged(Some(Lsn(b))),
                 FLAG_LEFT => Blocks::Left { epoch: Epoch(c), durable: Lsn(b), entries: LogPosition(d) },
@@ -134,10 +144,21 @@ fn bounded(what: &'static str, start: u64, count: u64) -> Result<backtide_units:
     range_of(what, start, count)
 }
 
-/// No disk has so many blocks that a stretch of them could end beyond what a number holds.
+/// A range of blocks, which may be empty. A long one would cost the receiver memory by its length.
+fn part(start: u64, count: u64) -> Result<BlockRange, ProtocolError> {
+    let end = start.checked_add(count).filter(|end| *end <= BLOCKS_MAX && count <= BLOCKS_PER_PART);
+    let beyond = || {
+        let why = format!(
+            "expected at most {BLOCKS_PER_PART} blocks below block {BLOCKS_MAX}, found {count} from {start} on"
+        );
+        invalid("ask-blocks", why)
+    };
+    Ok(BlockRange::between(BlockIndex(start), BlockIndex(end.ok_or_else(beyond)?)))
+}
+
 fn first(block: u64) -> Result<BlockIndex, ProtocolError> {
     let index = BlockIndex(block);
-    if !block.is_multiple_of(BLOCKS_PER_PART) || block >= 1 << 52 {
+    if !block.is_multiple_of(BLOCKS_PER_PART) || block >= BLOCKS_MAX {
         return Err(invalid("blocks", format!("a stretch that begins with block {block}")));
     }
     Ok(index)

@@ -124,11 +124,16 @@ impl Stand {
 
     /// Attaches the image as `disk`.
     pub(crate) fn attach(&self, image: &Path, options: &[&str]) -> anyhow::Result<()> {
-        let stream = format!("unix:{}", self.directory.join("stream.sock").display());
+        let stream = self.stream();
         let image = image.to_str().context("a path that is text")?;
         self.obey(
             &[&["attach", "disk", image, "--receiver", &stream, "--nbd", &self.uri()], options].concat(),
         )
+    }
+
+    /// Where the receiver takes streams.
+    pub(crate) fn stream(&self) -> String {
+        format!("unix:{}", self.directory.join("stream.sock").display())
     }
 
     pub(crate) fn uri(&self) -> String {

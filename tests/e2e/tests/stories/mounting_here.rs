@@ -111,6 +111,21 @@ fn what_was_read_is_here_while_the_receiver_is_not_and_the_rest_when_it_is_back(
 }
 
 #[test]
+fn what_its_blocks_hold_a_mount_asks_for_when_it_is_asked_itself() {
+    let bench = Bench::new();
+    let (receiver, _agent) = (bench.receiver(), bench.agent());
+    let (_disk, point) = with_history(&bench);
+    let (host, _other) = OtherHost::start(&bench);
+    let mount = Mount::of(&bench, &host, &point, &["--changed-since", "lsn:1"]);
+    receiver.kill();
+    let uri = mount.uri.clone();
+    let map = std::thread::spawn(move || tools::run("nbdinfo", &["--map", "--totals", &uri]));
+    until("the receiver is missed", || !mount.told()["last_error"].is_null());
+    let _receiver = bench.receiver();
+    assert!(map.join().expect("a thread").contains("data"), "the map comes with the receiver");
+}
+
+#[test]
 fn a_mount_outlives_its_agent_and_its_point_is_kept_until_it_was_ended() {
     let bench = Bench::new();
     let (_receiver, _agent) = (bench.receiver(), bench.agent());
