@@ -1,10 +1,10 @@
 //! What a disk's owner tells others about it: plain values, taken at one moment.
 
 use backtide_protocol::AckPolicy;
-use backtide_receiver_api::DiskOrigin;
+use backtide_receiver_api::{DiskOrigin, Touched};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 
-use crate::{disk::Disk, points};
+use crate::{disk::Disk, findings::Finding, points};
 
 /// One disk at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,11 +30,23 @@ pub(crate) struct DiskFacts {
     pub(crate) segments: u64,
     pub(crate) error: Option<String>,
     pub(crate) damage: Vec<String>,
+    /// Which points that touches, as far as it is known.
+    pub(crate) touched: Vec<Touched>,
     /// Intervals beyond those that are offered.
     pub(crate) forgotten_intervals: u64,
 }
 
 impl DiskFacts {
+    /// Takes what was found damaged beside what its owner knows.
+    pub(crate) fn add_findings(&mut self, found: Vec<Finding>) {
+        for Finding { damage, touched } in found {
+            if !self.damage.contains(&damage) {
+                self.damage.push(damage);
+                self.touched.extend(touched);
+            }
+        }
+    }
+
     pub(crate) fn of(disk: &Disk) -> Self {
         let timeline = disk.timeline();
         let attached = disk.attached();
@@ -57,6 +69,7 @@ impl DiskFacts {
             segments: disk.segments(),
             error: disk.failure().map(|failure| failure.why.clone()),
             damage: disk.damage().cloned().collect(),
+            touched: disk.lost_points(),
             forgotten_intervals: timeline.map_or(0, |timeline| timeline.forgotten().intervals),
         }
     }

@@ -16,11 +16,16 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use backtide_recovery::damaged_place;
+use backtide_receiver_api::Touched;
+use backtide_recovery::{View, damaged_place};
 use backtide_storage::Storage;
-use backtide_units::{ByteCount, DiskId};
+use backtide_units::{ByteCount, ByteRange, DiskId};
+use serde::{Deserialize, Serialize};
 
-use crate::sealed_json::{SealedError, SealedJson};
+use crate::{
+    sealed_json::{SealedError, SealedJson},
+    touched::{told, touched},
+};
 
 /// Its name.
 const FILE: &str = "findings.json";
@@ -29,6 +34,42 @@ const KIND: SealedJson =
 
 /// So many places of a disk are kept.
 const PLACES_MAX: usize = 100;
+
+/// A damaged place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Noted", into = "Noted")]
+pub(crate) struct Finding {
+    /// A sentence with file and place.
+    pub(crate) damage: String,
+    /// Which points it touches; none when nobody could tell.
+    pub(crate) touched: Option<Touched>,
+}
+
+/// A place in the file: older programs know it as a sentence alone.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Noted {
+    Damage(String),
+    Touching { damage: String, touched: Touched },
+}
+
+impl From<Noted> for Finding {
+    fn from(noted: Noted) -> Self {
+        match noted {
+            Noted::Damage(damage) => Self { damage, touched: None },
+            Noted::Touching { damage, touched } => Self { damage, touched: Some(touched) },
+        }
+    }
+}
+
+impl From<Finding> for Noted {
+    fn from(Finding { damage, touched }: Finding) -> Self {
+        match touched {
+            Some(touched) => Self::Touching { damage, touched },
+            None => Self::Damage(damage),
+        }
+    }
+}
 
 /// What was found, by disk: sentences with file and place. Clones share it.
 #[derive(Clone)]
@@ -42,8 +83,8 @@ struct Shared {
     file: Mutex<bool>,
 }
 
-/// Sentences by disk, the oldest first.
-type Places = BTreeMap<DiskId, Vec<String>>;
+/// Places by disk, the oldest first.
+type Places = BTreeMap<DiskId, Vec<Finding>>;
 
 #[derive(Default)]
 struct Known {
@@ -78,7 +119,7 @@ impl Findings {
     }
 
     /// What is known of a disk, the oldest first.
-    pub(crate) fn of(&self, disk: DiskId) -> Vec<String> {
+    pub(crate) fn of(&self, disk: DiskId) -> Vec<Finding> {
         self.lock().places.get(&disk).cloned().unwrap_or_default()
     }
 
@@ -127,18 +168,38 @@ impl Findings {
 }
 
 impl DiskFindings {
-    /// Notes a damaged place that a read met, once; blocks.
-    pub(crate) fn note(&self, why: &str) {
-        self.add(why, false);
+    /// Notes a damaged place that a read met, once, with the points that it touches; blocks.
+    pub(crate) fn note(&self, why: &str, touched: Option<Touched>) {
+        self.add(Finding { damage: why.to_owned(), touched }, false);
+    }
+
+    /// Notes a damaged place that a read of a range met, with the points that it touches, unless both is known; gives what is
+    /// known of it. Blocks.
+    pub(crate) fn note_of_read(&self, why: &str, view: &View, range: ByteRange) -> String {
+        let known = |all: Vec<Finding>| {
+            let mut of_it = all.into_iter().filter(|finding| damaged_place(&finding.damage) == why);
+            of_it.find_map(|finding| finding.touched)
+        };
+        let touched = known(self.all()).or_else(|| {
+            let found = view.touched(range).get(why).map(|found| touched(why, found));
+            self.note(why, found.clone());
+            found
+        });
+        told(why, &touched)
     }
 
     /// Notes a damaged place that a scrub found, with what that says of it now; blocks.
-    pub(crate) fn note_anew(&self, why: &str) {
-        self.add(why, true);
+    pub(crate) fn note_anew(&self, why: &str, touched: Option<Touched>) {
+        self.add(Finding { damage: why.to_owned(), touched }, true);
     }
 
-    /// What is known of the disk, the oldest first.
+    /// What is known of the disk, the oldest first: a sentence each.
     pub(crate) fn known(&self) -> Vec<String> {
+        self.all().into_iter().map(|finding| finding.damage).collect()
+    }
+
+    /// The same with the points that are touched.
+    pub(crate) fn all(&self) -> Vec<Finding> {
         self.all.of(self.disk)
     }
 
@@ -154,10 +215,10 @@ impl DiskFindings {
         self.all.lock().has(self)
     }
 
-    fn add(&self, why: &str, anew: bool) {
+    fn add(&self, found: Finding, anew: bool) {
         let changed = {
             let mut known = self.all.lock();
-            known.has(self) && known.add(self.disk, why, anew)
+            known.has(self) && known.add(self.disk, found, anew)
         };
         if changed {
             self.all.write();
@@ -171,26 +232,33 @@ impl Known {
         self.forgotten.get(&findings.disk).is_none_or(|forgotten| *forgotten <= findings.since)
     }
 
-    /// Adds a place that is not known, or with `anew` says of one that is what is so now; whether that changed anything.
-    fn add(&mut self, disk: DiskId, why: &str, anew: bool) -> bool {
+    /// Adds a place that is not known, or with `anew` says of one that is what is so now; whether that changed anything. Which
+    /// points it touches is taken whenever nobody knew.
+    fn add(&mut self, disk: DiskId, found: Finding, anew: bool) -> bool {
         let places = self.places.entry(disk).or_default();
-        let of_it = places.iter().position(|place| damaged_place(place) == damaged_place(why));
-        let changes = match of_it {
-            Some(at) => anew && places[at] != why,
-            None => places.len() < PLACES_MAX,
+        let of_it =
+            places.iter_mut().find(|place| damaged_place(&place.damage) == damaged_place(&found.damage));
+        let Some(place) = of_it else {
+            let room = places.len() < PLACES_MAX;
+            if room {
+                places.push(found);
+            }
+            return room;
         };
-        match of_it {
-            Some(at) if changes => places[at] = why.to_owned(),
-            None if changes => places.push(why.to_owned()),
-            Some(_) | None => {}
+        let before = place.clone();
+        if anew {
+            place.damage = found.damage;
         }
-        changes
+        if place.touched.is_none() || (anew && found.touched.is_some()) {
+            place.touched = found.touched;
+        }
+        *place != before
     }
 
     fn forget(&mut self, disk: DiskId, gone: &[String]) -> bool {
         let Some(places) = self.places.get_mut(&disk) else { return false };
         let before = places.len();
-        places.retain(|place| !gone.iter().any(|gone| damaged_place(gone) == damaged_place(place)));
+        places.retain(|place| !gone.iter().any(|gone| damaged_place(gone) == damaged_place(&place.damage)));
         let changed = places.len() < before;
         if places.is_empty() {
             self.places.remove(&disk);
@@ -220,22 +288,22 @@ mod tests {
         let (storage, disk) = (MemoryStorage::new(), DiskId::random());
         let findings = open(&storage);
         let of_disk = findings.of_life(disk);
-        of_disk.note("a");
+        of_disk.note("a", None);
         let before = of_disk.known();
-        of_disk.note("b");
-        of_disk.note("a");
+        of_disk.note("b", None);
+        of_disk.note("a", None);
         assert_eq!(of_disk.known(), ["a", "b"]);
         storage.crash(1);
         let findings = open(&storage);
-        assert_eq!(findings.of(disk), ["a", "b"], "after a power cut too");
+        assert_eq!(findings.of_life(disk).known(), ["a", "b"], "after a power cut too");
         findings.of_life(disk).forget(&before);
-        assert_eq!(findings.of(disk), ["b"], "what was found since stays");
+        assert_eq!(findings.of_life(disk).known(), ["b"], "what was found since stays");
         storage.crash(2);
         let findings = open(&storage);
-        assert_eq!(findings.of(disk), ["b"]);
+        assert_eq!(findings.of_life(disk).known(), ["b"]);
         assert!(findings.of(DiskId::random()).is_empty());
         for number in 0..2 * PLACES_MAX {
-            findings.of_life(disk).note(&number.to_string());
+            findings.of_life(disk).note(&number.to_string(), None);
         }
         assert_eq!(findings.of(disk).len(), PLACES_MAX);
     }
@@ -245,17 +313,36 @@ mod tests {
         let (storage, disk) = (MemoryStorage::new(), DiskId::random());
         let findings = open(&storage).of_life(disk);
         let (full, slow) = ("a: cannot be mended: no space left", "a: cannot be mended: it was called off");
-        findings.note_anew(full);
-        findings.note("a");
+        findings.note_anew(full, None);
+        findings.note("a", None);
         assert_eq!(findings.known(), [full], "a read says no more of it");
-        findings.note_anew(slow);
+        findings.note_anew(slow, None);
         assert_eq!(findings.known(), [slow]);
-        findings.note_anew("a");
+        findings.note_anew("a", None);
         assert_eq!(findings.known(), ["a"]);
-        findings.note_anew(full);
+        findings.note_anew(full, None);
         // The scrub of another disk has put it back.
         findings.all.forget(disk, &["a".to_owned()]);
         assert!(findings.known().is_empty() && open(&storage).of(disk).is_empty());
+    }
+
+    #[test]
+    fn the_points_that_a_place_touches_are_kept_as_the_last_scrub_has_them_and_older_files_are_read() {
+        let (storage, disk) = (MemoryStorage::new(), DiskId::random());
+        KIND.write(&storage, Path::new(FILE), &BTreeMap::from([(disk, ["a"])])).unwrap();
+        let touched = |text: &str| {
+            let (place, known) = ("a".to_owned(), backtide_receiver_api::TouchedKnown::Exact);
+            Some(Touched { place, points: Vec::new(), known, text: text.to_owned() })
+        };
+        let findings = open(&storage).of_life(disk);
+        assert_eq!(findings.all(), [Finding { damage: "a".to_owned(), touched: None }]);
+        findings.note("a", touched("by a read"));
+        findings.note("a", touched("by another"));
+        assert_eq!(open(&storage).of(disk)[0].touched, touched("by a read"));
+        findings.note_anew("a", touched("by a scrub"));
+        findings.note_anew("a", None);
+        assert_eq!(open(&storage).of(disk)[0].touched, touched("by a scrub"));
+        assert_eq!(damage_of(&storage), None);
     }
 
     #[test]
@@ -263,31 +350,32 @@ mod tests {
         let (storage, disk, other) = (MemoryStorage::new(), DiskId::random(), DiskId::random());
         let findings = open(&storage);
         let (before, beside) = (findings.of_life(disk), findings.of_life(other));
-        before.note("a");
+        before.note("a", None);
         findings.forget_all(disk);
-        before.note("its file is missing");
-        before.note_anew("all its files are");
+        before.note("its file is missing", None);
+        before.note_anew("all its files are", None);
         assert!(!before.is_current() && findings.of(disk).is_empty());
         let after = findings.of_life(disk);
-        after.note("b");
+        after.note("b", None);
         before.forget(&["b".to_owned()]);
-        beside.note("c");
+        beside.note("c", None);
         assert!(after.is_current() && beside.is_current());
         let findings = open(&storage);
-        assert_eq!((findings.of(disk), findings.of(other)), (vec!["b".to_owned()], vec!["c".to_owned()]));
+        let known = |disk| findings.of_life(disk).known();
+        assert_eq!((known(disk), known(other)), (vec!["b".to_owned()], vec!["c".to_owned()]));
     }
 
     #[test]
     fn a_damaged_file_is_told_and_replaced_by_what_is_found_next() {
         let (storage, disk) = (MemoryStorage::new(), DiskId::random());
-        open(&storage).of_life(disk).note("a");
+        open(&storage).of_life(disk).note("a", None);
         assert_eq!(damage_of(&storage), None);
         storage.flip_bit(Path::new(FILE), ByteOffset(60), 1);
         assert!(damage_of(&storage).unwrap().contains("findings.json is damaged"));
         let findings = open(&storage);
         assert!(findings.of(disk).is_empty());
-        findings.of_life(disk).note("b");
-        assert_eq!(open(&storage).of(disk), ["b"]);
+        findings.of_life(disk).note("b", None);
+        assert_eq!(open(&storage).of_life(disk).known(), ["b"]);
     }
 
     #[test]
@@ -296,7 +384,7 @@ mod tests {
         SealedJson { version: 2, ..KIND }.write(&storage, Path::new(FILE), &["more"]).unwrap();
         let before = storage.files();
         let findings = open(&storage).of_life(disk);
-        findings.note("a");
+        findings.note("a", None);
         assert_eq!(findings.known(), ["a"]);
         assert!(storage.files() == before);
         assert!(damage_of(&storage).unwrap().contains("has version 2"));

@@ -8,7 +8,7 @@ use std::{
 };
 
 use backtide_receiver_api::{DiskCheck, ForgottenDisk, StoreCheck};
-use backtide_recovery::{AskDisk, Checked, LogCache, LogOptions, Snapshot};
+use backtide_recovery::{AskDisk, Checked, LogCache, LogOptions, Snapshot, damaged_place};
 use backtide_storage::{RealStorage, Storage};
 use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
 
@@ -18,6 +18,7 @@ use crate::{
     disks::DISKS,
     findings, forgotten, memo, overlays, retention, scrub,
     store_file::{hold_store, read_store},
+    touched::touched,
     watermark::{self, Watermark},
 };
 
@@ -103,6 +104,7 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
         bytes: ByteCount::ZERO,
         damage: Vec::new(),
         more_damage: 0,
+        touched: Vec::new(),
         mended: Vec::new(),
         error: None,
         sound: false,
@@ -155,6 +157,10 @@ pub(crate) fn add(report: &mut DiskCheck, checked: Checked) {
     report.entries += checked.entries;
     report.bytes.0 += checked.bytes.0;
     let new: Vec<_> = checked.damage.into_iter().filter(|place| !report.damage.contains(place)).collect();
+    for place in &new {
+        let place = damaged_place(place);
+        report.touched.extend(checked.touched.get(place).map(|found| touched(place, found)));
+    }
     report.damage.extend(new);
     report.more_damage += checked.more_damage;
     report.mended.extend(checked.mended);

@@ -59,6 +59,7 @@ mod sealed_json;
 mod service;
 mod space;
 mod store_file;
+mod touched;
 mod watch;
 mod watermark;
 

@@ -242,7 +242,8 @@ impl Table {
         let size = plan.view.disk_size();
         let description = format!("{} at lsn:{} ({})", plan.disk.name, plan.at.lsn, time_text(plan.at.time));
         let Serving { readers, overlays, writers, .. } = &self.serving;
-        let reading = Reading { name: uri.export.clone(), readers: readers.clone(), findings: plan.findings };
+        let (name, point) = (uri.export.clone(), description.clone());
+        let reading = Reading { name, point, readers: readers.clone(), findings: plan.findings };
         let changed_since = plan.changed.as_ref().map(|changed| changed.since);
         let dirty_bitmap = plan.changed.as_ref().map(|_| plan.disk.name.to_string());
         let info = ExportInfo { description, dirty_bitmap, ..ExportInfo::new(&uri.export, size) };

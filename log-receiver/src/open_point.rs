@@ -160,10 +160,11 @@ impl OpenedPoint {
             let message = format!("bytes {range} lie beyond the end of the disk at {size}");
             return Err(ReadFailure { code: FailureCode::Invalid, message });
         }
-        let stretches = joined(self.view.extents(range).map_err(|error| self.failure(&error))?);
+        let failure = |error| self.failure_at(range, &error);
+        let stretches = joined(self.view.extents(range).map_err(failure)?);
         let holds_data = stretches.iter().any(|(_, allocation)| *allocation == Allocation::Data);
         let bytes = match holds_data {
-            true => self.view.read(range).map_err(|error| self.failure(&error))?,
+            true => self.view.read(range).map_err(failure)?,
             false => Bytes::new(),
         };
         let piece = |(part, allocation): (ByteRange, Allocation)| {
@@ -318,10 +319,15 @@ impl OpenedPoint {
     }
 
     fn failure(&self, error: &LogError) -> ReadFailure {
-        let message = chain(error);
+        self.failure_at(ByteRange::default(), error)
+    }
+
+    /// What the agent is told of a range that cannot be read; damage is noted, with the points that it touches.
+    fn failure_at(&self, range: ByteRange, error: &LogError) -> ReadFailure {
+        let mut message = chain(error);
         let code = match error {
             LogError::Damaged { .. } => {
-                self.findings.note(&message);
+                message = self.findings.note_of_read(&message, &self.view, range);
                 FailureCode::Damaged
             }
             LogError::NoLog { .. }
@@ -331,6 +337,7 @@ impl OpenedPoint {
             | LogError::Full { .. }
             | LogError::Io { .. } => FailureCode::Failed,
         };
+        let message = format!("cannot read {} at {}: {message}", self.disk.name, self.at);
         tracing::error!(disk = %self.disk.uuid, lsn = %self.at.lsn, why = message, "cannot read a point for an agent");
         ReadFailure { code, message }
     }

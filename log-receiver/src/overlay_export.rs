@@ -9,7 +9,7 @@ use std::sync::Arc;
 use backtide_export::{Command, Export, ExportInfo, Extent, NbdError, Reply};
 use backtide_overlay::{Base, BaseError, Kind, Overlay, OverlayError};
 use backtide_recovery::{Allocation, LogError, View};
-use backtide_units::{ByteCount, ByteRange};
+use backtide_units::{BlockRange, ByteCount, ByteRange};
 use bytes::Bytes;
 
 use crate::{
@@ -62,12 +62,14 @@ impl OverlayExport {
     fn answer<T: Send + 'static>(
         &self,
         pool: &Pool,
+        range: ByteRange,
         reply: Reply,
         work: impl FnOnce(Layers) -> Result<T, OverlayError> + Send + 'static,
         complete: impl FnOnce(Reply, T) + 'static,
     ) {
         let (pool, layers) = (pool.clone(), self.layers.clone());
-        let findings = self.reading.findings.clone();
+        let (findings, point) = (self.reading.findings.clone(), self.reading.point.clone());
+        let below = self.layers.view.clone();
         let (overlays, id) = (self.overlays.clone(), self.id.clone());
         tokio::task::spawn_local(async move {
             let error = match pool.run(move || work(layers)).await {
@@ -75,18 +77,21 @@ impl OverlayExport {
                 Ok(Err(error)) => error,
                 Err(_) => return reply.fail(NbdError::Shutdown),
             };
-            let why = chain(&error);
+            let mut why = chain(&error);
             match &error {
                 OverlayError::Full { .. } | OverlayError::NoRoom(_) => {
                     tracing::warn!(mount = id, why, "a mount's overlay takes no more");
                     return reply.fail_with(NbdError::NoSpace, &why);
                 }
-                OverlayError::Base(below) => {
-                    if let Some(LogError::Damaged { .. }) = below.downcast_ref() {
+                OverlayError::Base(error) => {
+                    if let Some(LogError::Damaged { .. }) = error.downcast_ref() {
                         let place = why.clone();
                         // Noting it writes a file. A receiver that ends while this waits notes nothing.
-                        let _ = pool.run(move || findings.note(&place)).await;
+                        let read = BlockRange::touched_by(range).bytes(below.disk_size());
+                        let noted = pool.run(move || findings.note_of_read(&place, &below, read)).await;
+                        why = noted.unwrap_or(why);
                     }
+                    why = format!("cannot read {point}: {why}");
                 }
                 OverlayError::Io { .. }
                 | OverlayError::Damaged { .. }
@@ -101,6 +106,7 @@ impl OverlayExport {
     /// Writes, and makes it durable when the client asks for that.
     fn change(
         &self,
+        range: ByteRange,
         fua: bool,
         reply: Reply,
         work: impl FnOnce(&Overlay, &Below<'_>) -> Result<(), OverlayError> + Send + 'static,
@@ -109,7 +115,7 @@ impl OverlayExport {
             work(&overlay, &Below(&view))?;
             if fua { overlay.flush() } else { Ok(()) }
         };
-        self.answer(&self.writers, reply, work, |reply, ()| reply.done());
+        self.answer(&self.writers, range, reply, work, |reply, ()| reply.done());
     }
 }
 
@@ -123,24 +129,28 @@ impl Export for OverlayExport {
         match command {
             Command::Read { .. } => self.answer(
                 &self.reading.readers,
+                range,
                 reply,
                 move |layers| layers.overlay.read(range, &Below(&layers.view)),
                 Reply::data,
             ),
             Command::Write { data, fua, .. } => {
-                self.change(fua, reply, move |overlay, below| overlay.write(range.start(), &data, below));
+                self.change(range, fua, reply, move |overlay, below| {
+                    overlay.write(range.start(), &data, below)
+                });
             }
             Command::Trim { fua, .. } => {
-                self.change(fua, reply, move |overlay, below| overlay.zero(range, false, below));
+                self.change(range, fua, reply, move |overlay, below| overlay.zero(range, false, below));
             }
             Command::WriteZeroes { fua, no_hole, .. } => {
-                self.change(fua, reply, move |overlay, below| overlay.zero(range, no_hole, below));
+                self.change(range, fua, reply, move |overlay, below| overlay.zero(range, no_hole, below));
             }
-            Command::Flush => self.change(true, reply, |_, _| Ok(())),
+            Command::Flush => self.change(range, true, reply, |_, _| Ok(())),
             // Reading ahead is the kernel's work.
             Command::Cache { .. } => reply.done(),
             Command::BlockStatus { one, .. } => self.answer(
                 &self.reading.readers,
+                range,
                 reply,
                 move |layers| status(&layers, range, if one { 1 } else { EXTENTS_MAX }),
                 |reply, extents| reply.extents(&extents),

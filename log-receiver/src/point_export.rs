@@ -34,6 +34,8 @@ pub(crate) struct PointExport {
 pub(crate) struct Reading {
     /// Of the mount.
     pub(crate) name: String,
+    /// The point, for people: the disk, LSN and time.
+    pub(crate) point: String,
     pub(crate) readers: Pool,
     /// Where damage is noted that a read meets.
     pub(crate) findings: DiskFindings,
@@ -55,18 +57,20 @@ impl PointExport {
         Self { info, view, reading, reads, changed }
     }
 
-    /// Answers `reply` with what `work` yields on the readers' pool.
+    /// Answers `reply` with what `work` yields of a range on the readers' pool.
     fn answer<T: Send + 'static>(
         &self,
+        range: ByteRange,
         reply: Reply,
         work: impl FnOnce(View) -> Result<T, LogError> + Send + 'static,
         complete: impl FnOnce(Reply, T) + 'static,
     ) {
         let (view, reading) = (self.view.clone(), Rc::clone(&self.reading));
         tokio::task::spawn_local(async move {
+            let met = (view.clone(), range);
             match reading.readers.run(move || work(view)).await {
                 Ok(Ok(value)) => complete(reply, value),
-                Ok(Err(error)) => reading.refuse(reply, error).await,
+                Ok(Err(error)) => reading.refuse(reply, met, error).await,
                 Err(_) => reply.fail(NbdError::Shutdown),
             }
         });
@@ -74,14 +78,17 @@ impl PointExport {
 }
 
 impl Reading {
-    /// Answers that the point cannot be read, and tells why in the log; damage is noted.
-    pub(crate) async fn refuse(&self, reply: Reply, error: LogError) {
-        let why = chain(&error);
+    /// Answers that a range of the point cannot be read, and tells why in the log; damage is noted, with the points that it
+    /// touches.
+    pub(crate) async fn refuse(&self, reply: Reply, (view, range): (View, ByteRange), error: LogError) {
+        let mut why = chain(&error);
         if matches!(error, LogError::Damaged { .. }) {
             let (place, findings) = (why.clone(), self.findings.clone());
             // Noting it writes a file. A receiver that ends while this waits notes nothing.
-            let _ = self.readers.run(move || findings.note(&place)).await;
+            let noted = self.readers.run(move || findings.note_of_read(&place, &view, range)).await;
+            why = noted.unwrap_or(why);
         }
+        let why = format!("cannot read {}: {why}", self.point);
         tracing::error!(mount = self.name, why, "cannot read a mounted point");
         reply.fail_with(NbdError::Io, &why);
     }
@@ -100,6 +107,7 @@ impl Export for PointExport {
                 let extents_max = if one { 1 } else { EXTENTS_MAX };
                 let Some(changed) = self.changed.clone() else {
                     return self.answer(
+                        range,
                         reply,
                         move |view| status(&view, range, extents_max),
                         |reply, extents| reply.extents(&extents),
@@ -109,7 +117,7 @@ impl Export for PointExport {
                     let dirty = dirty_extents(&changed, first_part(range), extents_max);
                     Ok((status(&view, range, extents_max)?, dirty))
                 };
-                self.answer(reply, both, |reply, (extents, dirty)| reply.statuses(&extents, &dirty));
+                self.answer(range, reply, both, |reply, (extents, dirty)| reply.statuses(&extents, &dirty));
             }
             // Nothing is ever written, so everything is flushed; reading ahead is the kernel's work.
             Command::Flush | Command::Cache { .. } => reply.done(),

@@ -26,6 +26,7 @@ pub(crate) fn report(disk: DiskRef, timeline: &Timeline, damage: Option<String>)
         locks: Vec::new(),
         density: None,
         damage,
+        touched: Vec::new(),
     }
 }
 

@@ -61,16 +61,18 @@ impl Shared {
             if ranges.is_empty() {
                 break;
             }
-            let view = self.view.clone();
+            let (view, asked) = (self.view.clone(), ranges.clone());
             let read_all = move || -> Vec<Result<Bytes, LogError>> {
                 ranges.into_iter().map(|range| view.read(range)).collect()
             };
             match self.reading.readers.run(read_all).await {
                 Ok(read) => {
-                    for (reply, read) in replies.into_iter().zip(read) {
+                    for ((reply, range), read) in replies.into_iter().zip(asked).zip(read) {
                         match read {
                             Ok(bytes) => reply.data(bytes),
-                            Err(error) => self.reading.refuse(reply, error).await,
+                            Err(error) => {
+                                self.reading.refuse(reply, (self.view.clone(), range), error).await;
+                            }
                         }
                     }
                 }

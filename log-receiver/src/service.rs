@@ -397,9 +397,7 @@ impl Service {
     async fn facts(&self) -> Result<Vec<DiskFacts>, ApiError> {
         let mut all = self.own_facts().await?;
         for facts in &mut all {
-            let mut found = self.findings.of(facts.id);
-            found.retain(|place| !facts.damage.contains(place));
-            facts.damage.extend(found);
+            facts.add_findings(self.findings.of(facts.id));
         }
         Ok(all)
     }
@@ -437,6 +435,7 @@ impl Service {
             segments: facts.segments,
             error: facts.error,
             damage: facts.damage,
+            touched: facts.touched,
         }
     }
 

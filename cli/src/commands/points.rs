@@ -1,6 +1,6 @@
 //! `backtide points`: a disk's timeline.
 
-use backtide_receiver_api::{ErrorCode, PointsReport};
+use backtide_receiver_api::{ErrorCode, PointsReport, Touched};
 use backtide_units::DiskName;
 use clap::Args;
 
@@ -8,7 +8,10 @@ use crate::{
     arguments::ReceiverApi,
     context::Context,
     ending::{Ending, Failure},
-    output::points::{around_text, timeline_text},
+    output::{
+        checks::damage_text,
+        points::{around_text, timeline_text},
+    },
 };
 
 /// `backtide points`
@@ -42,7 +45,14 @@ impl Points {
         }
         context.print(&report, || timeline_text(&report))?;
         let Some(damage) = &report.damage else { return Ok(Ending::Done) };
-        context.warn(&format!("the log of disk {} is damaged: {damage}", report.disk.name));
+        let told = damage_text(damage, &report.touched);
+        context.warn(&format!("the log of disk {} is damaged: {told}", report.disk.name));
+        // Other places, which a scrub or reads have found.
+        let others =
+            report.touched.iter().filter(|other| Touched::by(std::slice::from_ref(other), damage).is_none());
+        for other in others {
+            context.warn(&format!("{}; {}", other.place, other.text));
+        }
         Ok(Ending::Found(ErrorCode::Damaged))
     }
 }

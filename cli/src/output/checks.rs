@@ -1,6 +1,6 @@
 //! What `fsck` and `scrub` found, as text.
 
-use backtide_receiver_api::{DiskCheck, OverlayCheck};
+use backtide_receiver_api::{DiskCheck, OverlayCheck, Touched};
 
 use crate::{output::plain_table, quantity::size_text};
 
@@ -55,13 +55,22 @@ pub(crate) fn problems_text(store: &[String], disks: &[DiskCheck]) -> Vec<String
     for disk in disks {
         let name = name(disk);
         lines.extend(disk.mended.iter().map(|damage| format!("{name}: MENDED, it is whole again: {damage}")));
-        lines.extend(disk.damage.iter().map(|damage| format!("{name}: {damage}")));
+        let told = |damage: &String| format!("{name}: {}", damage_text(damage, &disk.touched));
+        lines.extend(disk.damage.iter().map(told));
         if disk.more_damage > 0 {
             lines.push(format!("{name}: {} more damaged places", disk.more_damage));
         }
         lines.extend(disk.error.iter().map(|error| format!("{name}: {error}")));
     }
     lines
+}
+
+/// A damaged place, and which points it touches.
+pub(crate) fn damage_text(damage: &str, all: &[Touched]) -> String {
+    match Touched::by(all, damage) {
+        Some(touched) => format!("{damage}; {}", touched.text),
+        None => damage.to_owned(),
+    }
 }
 
 fn name(disk: &DiskCheck) -> String {

@@ -221,6 +221,7 @@ mod tests {
             locks: Vec::new(),
             density: None,
             damage: None,
+            touched: Vec::new(),
         }
     }
 

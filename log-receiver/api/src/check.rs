@@ -3,7 +3,7 @@
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName};
 use serde::{Deserialize, Serialize};
 
-use crate::ForgottenDisk;
+use crate::{ByteSpan, ForgottenDisk, Point};
 
 /// Read everything that is kept and check it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +60,9 @@ pub struct DiskCheck {
     pub damage: Vec<String>,
     /// Damaged places beyond those.
     pub more_damage: u64,
+    /// Which points the damaged places touch; nothing of those of which nobody can tell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub touched: Vec<Touched>,
     /// What a scrub found damaged and has mended: it is whole again.
     #[serde(default)]
     pub mended: Vec<String>,
@@ -67,6 +70,57 @@ pub struct DiskCheck {
     pub error: Option<String>,
     /// Whether all of it was read and nothing is damaged.
     pub sound: bool,
+}
+
+/// Which points of a disk a damaged place touches: those at which some byte cannot be read because of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Touched {
+    /// The place: its sentence in `damage`, without why it could not be mended.
+    pub place: String,
+    /// The points, and the bytes at them; empty when every point reads as before.
+    pub points: Vec<TouchedPoints>,
+    /// How well that is known.
+    pub known: TouchedKnown,
+    /// The same in a few words.
+    pub text: String,
+}
+
+impl Touched {
+    /// What damage touches, of all that is known of it: a sentence of `damage`, whatever it says of mending.
+    pub fn by<'a>(all: &'a [Self], damage: &str) -> Option<&'a Self> {
+        let is_of_it = |touched: &&Self| {
+            let rest = damage.strip_prefix(&touched.place);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(": "))
+        };
+        all.iter().find(is_of_it)
+    }
+}
+
+/// How well it is known which points a damaged place touches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TouchedKnown {
+    /// Those, and no others: at each of them some byte of those that are named cannot be read.
+    Exact,
+    /// No others, and perhaps not all of those.
+    AtMost,
+    /// Those, and perhaps others: a read met it, and the next scrub looks for all of them.
+    AtLeast,
+}
+
+/// Points one after the other, and bytes at them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TouchedPoints {
+    /// The bytes of the disk; none when it may be any.
+    pub bytes: Option<ByteSpan>,
+    /// The first point; none when the first is still to come. Of lost points the last one before them, none when there is none.
+    pub from: Option<Point>,
+    /// The last point when this was found. Of lost points the first one behind them, none when there is none.
+    pub to: Option<Point>,
+    /// Whether points that come later need it too, until the bytes are written again.
+    pub open: bool,
+    /// Whether the points between `from` and `to`, without those two, are lost with the place: the timeline has a hole there.
+    pub lost: bool,
 }
 
 /// What was written to a mounted point, against its checksums.

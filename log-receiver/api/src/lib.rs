@@ -16,7 +16,9 @@ mod service;
 mod status;
 
 pub use backtide_control::{Address, ApiError, ErrorCode};
-pub use check::{DiskCheck, OverlayCheck, ScrubRequest, ScrubStatus, StoreCheck};
+pub use check::{
+    DiskCheck, OverlayCheck, ScrubRequest, ScrubStatus, StoreCheck, Touched, TouchedKnown, TouchedPoints,
+};
 pub use client::{RECEIVER, ReceiverClient};
 pub use going_back::{
     BlockChange, ByteSpan, ChangedBy, ChangedSince, DiffReport, DiffRequest, FindChangeRequest, FoundChange,

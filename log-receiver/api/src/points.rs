@@ -3,7 +3,7 @@
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
-use crate::{DiskOrigin, Lock};
+use crate::{DiskOrigin, Lock, Touched};
 
 /// Which disk an answer is about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +48,9 @@ pub struct PointsReport {
     /// points that need the place are listed and cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,
+    /// Which points the damaged places that are known touch.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub touched: Vec<Touched>,
 }
 
 /// How much was written when: the time of a disk's log in equal parts.

@@ -4,7 +4,7 @@ use backtide_control::Address;
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 use serde::{Deserialize, Serialize};
 
-use crate::ScrubStatus;
+use crate::{ScrubStatus, Touched};
 
 /// The receiver as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,6 +129,9 @@ pub struct ReceiverDisk {
     /// and place.
     #[serde(default)]
     pub damage: Vec<String>,
+    /// Which points that touches, as far as it was looked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub touched: Vec<Touched>,
 }
 
 /// The point of another disk that a disk began as. While it lacks blocks of it, that disk's receiver holds the point.

@@ -156,6 +156,7 @@ impl ReceiverService for Fake {
             locks: Vec::new(),
             density: None,
             damage: None,
+            touched: Vec::new(),
         })
     }
 

@@ -8,7 +8,11 @@ use std::sync::Arc;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use bytes::{Buf, BufMut};
 
-use crate::{CHUNK_BYTES, ImageError, Images, chunk::ChunkRef, node::FANOUT};
+use crate::{
+    CHUNK_BYTES, ImageError, Images,
+    chunk::{ChunkRef, Kind},
+    node::FANOUT,
+};
 
 /// Trees are not higher: 64 KiB times 256 to the fourth are 256 TiB.
 const HEIGHT_MAX: u8 = 4;
@@ -112,6 +116,34 @@ impl Image {
             covers.intersection(range).into_iter().for_each(&mut *visit);
             Ok(())
         })
+    }
+
+    /// The chunks of data in `range` that cannot be read: what is wrong, a sentence with file and place; the chunk; and what of
+    /// the disk it covers.
+    ///
+    /// # Errors
+    /// When a node cannot be read; the file system's.
+    pub fn damaged_chunks(&self, range: ByteRange) -> Result<Vec<(String, ChunkRef, ByteRange)>, ImageError> {
+        let mut damaged = Vec::new();
+        self.each_chunk(range, &mut |covers, name| match self.images.content(name, Kind::Data) {
+            Ok(_) => Ok(()),
+            Err(error @ ImageError::Damaged { .. }) => {
+                damaged.push((error.to_string(), *name, covers));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        })?;
+        Ok(damaged)
+    }
+
+    /// Whether it has a chunk of data in a range; not when that cannot be read.
+    pub fn has_chunk(&self, chunk: &ChunkRef, range: ByteRange) -> bool {
+        let mut has = false;
+        let walked = self.each_chunk(range, &mut |_, name| {
+            has |= name == chunk;
+            Ok(())
+        });
+        walked.is_ok() && has
     }
 
     /// Calls `visit` for each chunk that touches `range`, in order.

@@ -5,16 +5,24 @@
 //! back what the checksums ask for, where it is still to be had (`mend.rs`).
 
 mod images;
+mod segment;
 
-use std::sync::Arc;
+pub(crate) use segment::entry_places;
 
-use backtide_segment::{EntryReader, Position, SealedSegment, SegmentError, SegmentFile, Seq};
+use std::collections::BTreeMap;
+
+use backtide_segment::{SegmentError, Seq};
 use backtide_units::ByteCount;
 
-use crate::{AskDisk, LogError, Salvage, Snapshot, mend::Mender, segment::Segment};
+use crate::{AskDisk, LogError, Salvage, Snapshot, Touched, mend::Mender};
+
+use segment::{SegmentCheck, no_footer};
 
 /// So many places are named; the rest is counted.
 const DAMAGE_MAX: usize = 100;
+
+/// Of so many it is looked for which points they touch; of others a bound is told.
+const LOOKED_FOR_MAX: u32 = 2000;
 
 /// What stands between a damaged place and why it could not be mended.
 const CANNOT_BE_MENDED: &str = ": cannot be mended: ";
@@ -42,10 +50,14 @@ pub struct Checked {
     pub damage: Vec<String>,
     /// Damaged places beyond those.
     pub more_damage: u64,
+    /// Which points the damaged places touch, by their [`damaged_place`]; those of which nobody can tell are not there.
+    pub touched: BTreeMap<String, Touched>,
     /// What was damaged and has been mended, a sentence each; at most 100.
     pub mended: Vec<String>,
     /// Whether it was called off.
     pub called_off: bool,
+    /// How often it was looked for the points that a place touches.
+    looked_for: u32,
 }
 
 /// The damaged place of which a sentence of a check is, without why it could not be mended: that is another one the next
@@ -74,6 +86,22 @@ impl Checked {
         if self.damage.len() < DAMAGE_MAX { self.damage.push(damage) } else { self.more_damage += 1 }
     }
 
+    /// Notes a damaged place, why it could not be mended if that was tried, and the points that it touches: `touched` looks for
+    /// them, or gives a bound where it is told that too much was looked for.
+    pub(crate) fn note_touching(
+        &mut self,
+        place: String,
+        why: Option<&str>,
+        touched: impl FnOnce(bool) -> Touched,
+    ) {
+        self.note(why.map_or_else(|| place.clone(), |why| cannot_be_mended(&place, why)));
+        if self.damage.iter().any(|damage| damaged_place(damage) == place) {
+            self.looked_for = self.looked_for.saturating_add(1);
+            let found = touched(self.looked_for <= LOOKED_FOR_MAX);
+            self.touched.entry(place).or_default().merge(found);
+        }
+    }
+
     /// Notes what was mended.
     pub(crate) fn note_mended(&mut self, damage: String) {
         if self.mended.len() < DAMAGE_MAX {
@@ -83,22 +111,22 @@ impl Checked {
 
     /// Notes damage, or that it was mended. That a mend cannot be written says nothing of what else there is: the check
     /// goes on.
-    fn note_or_mended(&mut self, damage: String, mended: Result<bool, LogError>) {
+    fn note_or_mended(
+        &mut self,
+        damage: String,
+        mended: Result<bool, LogError>,
+        touched: impl FnOnce(bool) -> Touched,
+    ) {
         match mended {
-            Ok(false) => self.note(damage),
+            Ok(false) => self.note_touching(damage, None, touched),
             Ok(true) => self.note_mended(damage),
-            Err(error) => self.note(cannot_be_mended(&damage, &chain(&error))),
+            Err(error) => self.note_touching(damage, Some(&chain(&error)), touched),
         }
     }
 
     /// Whether nothing is damaged.
     pub fn is_sound(&self) -> bool {
         self.damage.is_empty()
-    }
-
-    /// Takes a result: damage is a finding, any other error ends the check.
-    fn take<T>(&mut self, result: Result<T, SegmentError>) -> Result<Option<T>, LogError> {
-        Ok(told(result)?.map_err(|damage| self.note(damage)).ok())
     }
 }
 
@@ -176,7 +204,7 @@ impl Snapshot {
             if checked.called_off {
                 break;
             }
-            check_segment(segment, self.through().0, checked, of_segments, step)?;
+            SegmentCheck::new(self, segment, of_segments)?.run(self.through().0, checked, step)?;
         }
         self.check_images(checked, mender, step)
     }
@@ -210,13 +238,20 @@ impl Salvage {
         checked: &mut Checked,
         step: &mut dyn FnMut(ByteCount) -> bool,
     ) -> Result<(), LogError> {
-        self.damage.iter().for_each(|damage| checked.note(damage.clone()));
+        let latest = self.snapshot.timeline().latest();
+        for (nth, damage) in self.damage.iter().enumerate() {
+            let is_loss = nth >= self.lost;
+            checked.note_touching(damage.clone(), None, |_| {
+                if is_loss { Touched::lost(latest, None) } else { Touched::nothing() }
+            });
+        }
         self.snapshot.check_into(checked, None, step)?;
         for segment in &self.beyond {
             if checked.called_off {
                 break;
             }
-            check_segment(segment, u64::MAX, checked, None, step)?;
+            // They give no points.
+            SegmentCheck::new(&self.snapshot, segment, None)?.run(u64::MAX, checked, step)?;
         }
         self.note_lost_footers(checked)
     }
@@ -229,113 +264,11 @@ impl Salvage {
         for segment in segments.into_iter().rev() {
             let stats = segment.stats();
             if !segment.is_sealed() && durable >= stats.next_seq {
-                checked.note(no_footer(segment, &segment.file()?));
+                let at_most = |_| self.snapshot.touched_at_most(None, stats.version_min);
+                checked.note_touching(no_footer(segment, &segment.file()?), None, at_most);
             }
             durable = durable.max(stats.synced).max(segment.header().synced);
         }
         Ok(())
     }
-}
-
-fn no_footer(segment: &Segment, file: &SegmentFile) -> String {
-    let end = segment.entries_end();
-    format!("{} is damaged at byte {end}: its footer is not whole", file.name().display())
-}
-
-fn check_segment(
-    segment: &Arc<Segment>,
-    through: u64,
-    checked: &mut Checked,
-    mender: Option<&Mender<'_>>,
-    step: &mut dyn FnMut(ByteCount) -> bool,
-) -> Result<(), LogError> {
-    let file = segment.file()?;
-    checked.segments += 1;
-    check_header(segment, &file, checked, mender)?;
-    let end = segment.entries_end();
-    let mut at = 0;
-    let mut reader = EntryReader::new(&file, *segment.header());
-    for item in file.headers(*segment.header(), end) {
-        // Without its header nobody knows where the next entry stands.
-        let Some((header, position)) = checked.take(item)? else { break };
-        if header.seq.0 > through {
-            break;
-        }
-        check_entry(segment, (&file, &mut reader), position, checked, mender)?;
-        let read = position.offset().0 - at;
-        at = position.offset().0;
-        checked.bytes.0 += read;
-        // What a mend reads is for the pace alone: it is no part of what is checked.
-        let mending = mender.map_or(ByteCount::ZERO, Mender::take_read);
-        if !step(ByteCount(read.saturating_add(mending.0))) {
-            checked.called_off = true;
-            return Ok(());
-        }
-    }
-    let rest = end.0.saturating_sub(at);
-    checked.bytes.0 += rest;
-    checked.called_off = !step(ByteCount(rest));
-    check_footer(segment, &file, checked, mender)
-}
-
-fn check_header(
-    segment: &Segment,
-    file: &SegmentFile,
-    checked: &mut Checked,
-    mender: Option<&Mender<'_>>,
-) -> Result<(), LogError> {
-    let ours = segment.header();
-    match told(file.header())? {
-        Ok(found) if (found.disk, found.history, found.id) == (ours.disk, ours.history, ours.id) => {}
-        Ok(_) => {
-            checked.note(format!(
-                "{} is damaged at byte 0: it is another segment's file",
-                file.name().display()
-            ));
-        }
-        Err(damage) => {
-            let mended = mender.map_or(Ok(false), |mender| mender.header(segment, file));
-            checked.note_or_mended(damage, mended);
-        }
-    }
-    Ok(())
-}
-
-fn check_entry(
-    segment: &Segment,
-    (file, reader): (&SegmentFile, &mut EntryReader<'_>),
-    position: Position,
-    checked: &mut Checked,
-    mender: Option<&Mender<'_>>,
-) -> Result<(), LogError> {
-    let mut whole = true;
-    if let Err(damage) = told(reader.entry(position))? {
-        let mended = mender.map_or(Ok(false), |mender| mender.entry(segment, file, position));
-        whole = matches!(mended, Ok(true));
-        checked.note_or_mended(damage, mended);
-    }
-    checked.entries += u64::from(whole);
-    Ok(())
-}
-
-/// A trailer or summary that is damaged is built again when the log is opened, but it is damage all the same. So are the
-/// other parts, which opening does not read where a later segment says that the footer was durable.
-fn check_footer(
-    segment: &Segment,
-    file: &SegmentFile,
-    checked: &mut Checked,
-    mender: Option<&Mender<'_>>,
-) -> Result<(), LogError> {
-    if !segment.is_sealed() {
-        return Ok(());
-    }
-    let damage = match told(SealedSegment::open(file, *segment.header()))? {
-        Ok(Some(sealed)) => told(sealed.verify(file))?.err(),
-        Ok(None) => Some(no_footer(segment, file)),
-        Err(damage) => Some(damage),
-    };
-    let Some(damage) = damage else { return Ok(()) };
-    let mended = mender.map_or(Ok(false), |mender| mender.footer(segment, file));
-    checked.note_or_mended(damage, mended);
-    Ok(())
 }

@@ -27,6 +27,7 @@ mod segments;
 mod snapshot;
 mod ticket;
 mod timeline;
+mod touched;
 mod view;
 
 pub use base::{BASE_MAGIC, Base, FoundBase, KeptPoint, inspect_base};
@@ -46,6 +47,7 @@ pub use ticket::{Durable, SyncOutcome, SyncTicket};
 pub use timeline::{
     Attached, Forgotten, Hole, INTERVALS_MAX, Interval, MARKS_MAX, Mark, OpenPass, Takeover, Timeline,
 };
+pub use touched::{Known, Touched, TouchedSpan};
 pub use view::{Allocation, View};
 
 pub use backtide_segment::{Compression, Entry, PassContent, PassReason, SegmentId, Seq, inspect};

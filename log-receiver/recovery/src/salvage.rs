@@ -37,6 +37,8 @@ pub struct Salvage {
     pub damage: Vec<String>,
     /// Bytes of what can be read.
     pub size: ByteCount,
+    /// From this one on they say that something is lost; those before cost no point.
+    pub(crate) lost: usize,
     /// Segments behind a lost place: they give no points.
     pub(crate) beyond: Vec<Arc<Segment>>,
 }
@@ -47,7 +49,8 @@ impl Salvage {
         let mut timeline = Timeline::default();
         timeline.end(Some(&damage));
         let snapshot = nothing_of(timeline);
-        Self { identity: None, snapshot, damage: vec![damage], size: ByteCount::ZERO, beyond: Vec::new() }
+        let (damage, size) = (vec![damage], ByteCount::ZERO);
+        Self { identity: None, snapshot, damage, size, lost: 0, beyond: Vec::new() }
     }
 
     /// The last entry that can be read, also behind a lost place.
@@ -109,7 +112,8 @@ pub fn salvage(
         let mut timeline = Timeline::default();
         timeline.end(damage.first().map(String::as_str));
         let snapshot = nothing_of(timeline);
-        return Ok(Salvage { identity: None, snapshot, damage, size: ByteCount::ZERO, beyond: Vec::new() });
+        let size = ByteCount::ZERO;
+        return Ok(Salvage { identity: None, snapshot, damage, size, lost: 0, beyond: Vec::new() });
     };
     let mut work = Work {
         storage,
@@ -125,10 +129,13 @@ pub fn salvage(
         beyond: Vec::new(),
     };
     let mut rest = found.iter().zip(durable_later(&found));
+    let mut lost = work.damage.len();
     for (here, durable) in rest.by_ref() {
+        lost = work.damage.len();
         if work.next > work.through || !work.take(here, durable)? {
             break;
         }
+        lost = work.damage.len();
     }
     if work.next <= work.through {
         work.survey(rest)?;
@@ -147,7 +154,7 @@ pub fn salvage(
     let origin = Origin::new(dir, base, &cache.images(storage), cache.origins());
     let snapshot = Snapshot::new(Arc::new(work.timeline), Arc::new(work.segments), last, origin);
     let Work { damage, size, beyond, .. } = work;
-    Ok(Salvage { identity: Some(identity), snapshot, damage, size: ByteCount(size), beyond })
+    Ok(Salvage { identity: Some(identity), snapshot, damage, size: ByteCount(size), lost, beyond })
 }
 
 /// A log of which no segment is left.

@@ -128,6 +128,11 @@ impl Snapshot {
         &self.timeline
     }
 
+    /// The same without what logs gave back that ended before this one began.
+    pub(crate) fn own_timeline(&self) -> &Timeline {
+        self.before.as_ref().map_or(&self.timeline, |(_, own)| own)
+    }
+
     /// The last entry it knows.
     pub fn through(&self) -> Seq {
         self.through

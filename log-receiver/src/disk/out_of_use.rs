@@ -1,14 +1,36 @@
 //! A disk whose log is out of use: what can still be read of it, and its way back into use.
 
+use backtide_receiver_api::Touched;
 use backtide_recovery::{DiskLog, LastWork, Salvage};
 
 use super::{Disk, Left, Log, Wanted};
 use crate::{
     commit_ticket::next_life, log_mark::LogMark, logs::Past, memo::Memo, reopening::Reopened,
-    session::ConnectionId,
+    session::ConnectionId, touched::touched,
 };
 
 impl Disk {
+    /// The points that went with what its logs have lost.
+    pub(crate) fn lost_points(&self) -> Vec<Touched> {
+        let mut lost = Vec::new();
+        if let Some(past) = &self.past.snapshot {
+            // The log in use goes on behind them.
+            let next = self.timeline().and_then(|timeline| timeline.intervals().first());
+            for why in &self.past.damage {
+                let mut found = past.lost_with(why);
+                let open = found.spans.iter_mut().filter(|span| span.to.is_none());
+                open.for_each(|span| span.to = next.map(|interval| interval.from));
+                lost.push(touched(why, &found));
+            }
+        }
+        if let Log::Failed(failed) = &self.log
+            && let Some(left) = &failed.left
+        {
+            lost.extend(left.damage.iter().map(|why| touched(why, &left.snapshot.lost_with(why))));
+        }
+        lost
+    }
+
     /// Whether the log is out of use and nobody has read yet what is left of it.
     pub(crate) fn wants_salvage(&self) -> Option<Wanted> {
         match &self.log {

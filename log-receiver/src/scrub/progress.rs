@@ -185,6 +185,7 @@ impl Content {
             let is_mended = |place: &String| found.mended.iter().any(|mended| mended == damaged_place(place));
             let (mended, left) = before.damage.drain(..).partition::<Vec<_>, _>(is_mended);
             before.damage = left;
+            before.touched.retain(|touched| !mended.iter().any(|gone| damaged_place(gone) == touched.place));
             before.mended.extend(mended.iter().map(|place| damaged_place(place).to_owned()));
             if before.damage.len() < damaged {
                 before.sound = before.damage.is_empty() && before.more_damage == 0 && before.error.is_none();
@@ -233,6 +234,7 @@ mod tests {
             bytes: ByteCount(10),
             damage: Vec::new(),
             more_damage: 0,
+            touched: Vec::new(),
             mended: Vec::new(),
             error: None,
             sound: true,

@@ -138,13 +138,25 @@ impl Work {
     }
 
     fn check(&mut self, target: Target) -> DiskCheck {
-        let Target { facts: DiskFacts { id: uuid, name, damage, error, .. }, findings, snapshot } = target;
+        let Target { facts: DiskFacts { id: uuid, name, damage, touched, error, .. }, findings, snapshot } =
+            target;
         let mends = error.is_none();
         let (segments, entries, bytes) = (0, 0, ByteCount::ZERO);
         let (more_damage, error, sound) = (0, None, false);
         let mended = Vec::new();
-        let report =
-            DiskCheck { name, uuid, segments, entries, bytes, damage, more_damage, mended, error, sound };
+        let report = DiskCheck {
+            name,
+            uuid,
+            segments,
+            entries,
+            bytes,
+            damage,
+            more_damage,
+            touched,
+            mended,
+            error,
+            sound,
+        };
         let snapshot = match snapshot {
             Ok(snapshot) => snapshot,
             Err(why) => return DiskCheck { error: Some(why), ..report },
@@ -156,7 +168,10 @@ impl Work {
         let checked = check_snapshot(report, &snapshot, mends, &mut |bytes| self.step(bytes));
         let all = checked.damage.iter().chain(&checked.error);
         let found: Vec<_> = all.filter(|place| !known.contains(place)).collect();
-        found.iter().for_each(|why| findings.note_anew(why));
+        for why in &found {
+            let touched = checked.touched.iter().find(|touched| touched.place == damaged_place(why));
+            findings.note_anew(why, touched.cloned());
+        }
         // One that was called off has seen a part of it, nor does all have a name in its report.
         if !self.shared.is_unwanted() && checked.error.is_none() {
             let is_there =

@@ -5,7 +5,7 @@ use backtide_recovery::INTERVALS_MAX;
 use backtide_units::ByteCount;
 
 use super::Service;
-use crate::{OnFull, facts::DiskFacts};
+use crate::{OnFull, facts::DiskFacts, touched::told};
 
 impl Service {
     /// How the store fills.
@@ -78,7 +78,8 @@ impl Service {
                     facts.forgotten_intervals
                 ));
             }
-            alarms.extend(facts.damage.iter().map(|why| format!("disk {name}: {why}")));
+            alarms
+                .extend(facts.damage.iter().map(|why| format!("disk {name}: {}", told(why, &facts.touched))));
         }
         alarms.extend(self.overlays.alarms());
         alarms.extend(self.removal.shelf.forgotten.alarms());

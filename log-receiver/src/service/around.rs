@@ -5,7 +5,7 @@ use backtide_recovery::{Point, PointError, Snapshot, TimedLsn, ago};
 use backtide_units::DiskName;
 
 use super::{Found, Service};
-use crate::{clock, points};
+use crate::{clock, points, touched};
 
 /// Parts of the time in which a report says how much was written.
 const DENSITY_PARTS: usize = 60;
@@ -19,8 +19,13 @@ impl Service {
         let snapshot = found.snapshot.clone();
         let density = self.read(move || snapshot.density(DENSITY_PARTS)).await?;
         let density = density.ok().flatten().map(points::density);
+        let lost = found.damage.iter().map(|why| (why, found.snapshot.lost_with(why)));
+        let lost = lost.filter(|(_, lost)| !lost.spans.is_empty());
+        let mut touched: Vec<_> = lost.map(|(why, lost)| touched::touched(why, &lost)).collect();
+        touched.extend(found.findings.all().into_iter().filter_map(|finding| finding.touched));
+        touched.dedup_by(|next, one| next.place == one.place);
         let report = points::report(found.disk, found.snapshot.timeline(), found.damage);
-        Ok(PointsReport { locks, density, ..report })
+        Ok(PointsReport { locks, density, touched, ..report })
     }
 
     /// As [`Service::resolve_in`], with the disk's name in what it says.

@@ -5,7 +5,10 @@ use std::{fs, path::PathBuf};
 
 use backtide_log_receiver::{Receiver, fsck};
 use backtide_protocol::{CloseCode, FailureCode, Hello, Message, Reading, ReceiverState};
-use backtide_receiver_api::{DiffRequest, ErrorCode, Hole, PointsReport, ReceiverClient, ScrubRequest};
+use backtide_receiver_api::{
+    DiffRequest, ErrorCode, Hole, PointsReport, ReceiverClient, ScrubRequest, Touched, TouchedKnown,
+    TouchedPoints,
+};
 use backtide_units::{ByteCount, ByteOffset, ByteRange, DiskName, Epoch, Lsn, Reason};
 
 use crate::{
@@ -273,6 +276,10 @@ async fn a_lost_log_is_told(lose: fn(&PathBuf)) {
     let damage = points.damage.clone().expect("it is said");
     assert!(damage.contains("all of the log is lost") && damage.contains("lsn:50"), "{damage}");
     assert!(points.intervals.is_empty() && points.holes.len() == 1, "{points:?}");
+    assert!(
+        points.touched[0].points[0].lost && points.touched[0].text == "all points are lost",
+        "{points:?}"
+    );
     let hole = damaged_hole(&points);
     assert!(hole.open && hole.after_lsn == Lsn(0), "{hole:?}");
     let disks = api.disks(None).await.unwrap().disks;
@@ -339,8 +346,41 @@ async fn damage_is_an_error_that_names_it_for_an_agent_that_reads_a_point() {
     assert!(failure.message.contains(".seg"), "{}", failure.message);
     // The rest can be read, and people hear of it.
     reader.done(fetch(3)).await.unwrap();
-    let alarms = client(&receiver).status().await.unwrap().alarms;
-    assert!(alarms.iter().any(|alarm| alarm.contains(&failure.message)), "{alarms:?}");
+    let api = client(&receiver);
+    let alarms = api.status().await.unwrap().alarms;
+    let told = failure.message.strip_prefix("cannot read vm1 at lsn:40 (1970-01-01T00:00:40Z): ").unwrap();
+    assert!(alarms.iter().any(|alarm| alarm == &format!("disk vm1: {told}")), "{alarms:?}");
+    // With the points that need the place: from the write on, for nothing was written there since.
+    let points =
+        "it touches bytes 131072..196608 of lsn:8 (1970-01-01T00:00:08Z) to lsn:40 (1970-01-01T00:00:40Z)";
+    assert!(told.contains(points) && told.ends_with("and on, until they are written again"), "{told}");
+    let mount = api.mount(&request("lsn:20", None)).await.unwrap();
+    crate::going_back::assert_unreadable(&place, &mount).await;
+    api.unmount(&mount.id, None).await.unwrap();
+    agent.send(&write(41, 2 << 16, vec![41; 1 << 16])).await;
+    agent.all_durable().await;
+    let mut scrub = api.scrub(&ScrubRequest::default()).await.unwrap();
+    while scrub.running {
+        scrub = api.scrub_status().await.unwrap();
+    }
+    let ends = |touched: &[Touched]| {
+        let [Touched { points, known: TouchedKnown::Exact, .. }] = touched else { panic!("{touched:?}") };
+        let [TouchedPoints { bytes: Some(bytes), from: Some(from), to: Some(to), open: false, lost: false }] =
+            points[..]
+        else {
+            panic!("{touched:?}")
+        };
+        (bytes.offset, bytes.length, from.lsn, to.lsn)
+    };
+    let expected = (ByteOffset(2 << 16), ByteCount(1 << 16), Lsn(8), Lsn(40));
+    assert_eq!(ends(&scrub.disks[0].touched), expected);
+    assert_eq!(ends(&api.points(&vm1()).await.unwrap().touched), expected);
+    assert_eq!(ends(&api.disks(None).await.unwrap().disks[0].touched), expected);
+    receiver.shutdown().await;
+    assert_eq!(ends(&fsck(&place.store(), &mut |_| {}).unwrap().disks[0].touched), expected);
+    // And it is remembered.
+    let receiver = place.start().await;
+    assert_eq!(ends(&client(&receiver).points(&vm1()).await.unwrap().touched), expected);
     receiver.shutdown().await;
 }
 

@@ -49,6 +49,7 @@ fn kept_disk(last_time: u64) -> ReceiverDisk {
         segments: 1,
         error: None,
         damage: Vec::new(),
+        touched: Vec::new(),
     }
 }
 

@@ -1,10 +1,12 @@
 //! The images of a log, against the hashes of their chunks.
 
+use std::collections::BTreeMap;
+
 use backtide_images::{Left, Losses, LostChunk, Mended};
 use backtide_units::ByteCount;
 use roaring::RoaringTreemap;
 
-use super::{Checked, cannot_be_mended, chain};
+use super::{Checked, chain};
 use crate::{LogError, Snapshot, mend::Mender};
 
 impl Snapshot {
@@ -24,7 +26,7 @@ impl Snapshot {
             let found = std::mem::take(&mut losses);
             walked = self.mend_images(&found, (&mut seen, &mut losses), checked, mender, step);
         }
-        note_all(&losses, None, checked);
+        self.note_all(&losses, None, checked);
         walked
     }
 
@@ -66,15 +68,20 @@ impl Snapshot {
         let Mended { chunks, tables, left, called_off } = match self.images().mend(losses, find, pace) {
             Ok(mended) => mended,
             Err(error) => {
-                note_all(losses, Some(&chain(&error)), checked);
+                self.note_all(losses, Some(&chain(&error)), checked);
                 return Ok(());
             }
         };
         checked.called_off |= called_off;
         losses.lasting().for_each(|what| checked.note(what.to_owned()));
         checked.more_damage += losses.more();
+        let mut touched = match left.is_empty() {
+            true => BTreeMap::new(),
+            false => self.touched_by_losses(losses),
+        };
         for Left { what, why } in left {
-            checked.note(why.map_or_else(|| what.clone(), |why| cannot_be_mended(&what, &why)));
+            let needing = touched.remove(&what).unwrap_or_default();
+            checked.note_touching(what, why.as_deref(), |_| needing);
         }
         tables.into_iter().for_each(|what| checked.note_mended(what));
         chunks.iter().for_each(|lost| checked.note_mended(lost.what().to_owned()));
@@ -91,12 +98,18 @@ impl Snapshot {
         }
         Ok(())
     }
-}
 
-/// Notes everything that was found, with why none of it could be mended.
-fn note_all(losses: &Losses, why: Option<&str>, checked: &mut Checked) {
-    for what in losses.sentences() {
-        checked.note(why.map_or_else(|| what.to_owned(), |why| cannot_be_mended(what, why)));
+    /// Notes everything that was found, with why none of it could be mended.
+    fn note_all(&self, losses: &Losses, why: Option<&str>, checked: &mut Checked) {
+        let mut touched = match losses.is_empty() {
+            true => BTreeMap::new(),
+            false => self.touched_by_losses(losses),
+        };
+        for what in losses.sentences() {
+            // A pack without its table, and a node whose second is whole, are read all the same.
+            let needing = touched.remove(what).unwrap_or_default();
+            checked.note_touching(what.to_owned(), why, |_| needing);
+        }
+        checked.more_damage += losses.more();
     }
-    checked.more_damage += losses.more();
 }
