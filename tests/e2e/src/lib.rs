@@ -33,7 +33,7 @@ pub use counting::Counting;
 pub use daemon::{Daemon, Doomed};
 pub use disk::Disk;
 pub use held::{Held, Reconnecting};
-pub use load::{Guest, Load, Written};
+pub use load::{Guest, Load, Returning, Written};
 pub use loop_device::LoopDevice;
 pub use model::{Model, Write, fill};
 pub use other_host::OtherHost;

@@ -120,6 +120,52 @@ impl Load {
     }
 }
 
+/// A guest that writes as a [`Load`] does, and connects again whenever its connection breaks.
+pub struct Returning {
+    thread: JoinHandle<Vec<Written>>,
+    shared: Arc<Shared>,
+}
+
+impl Returning {
+    /// Begins to write to the export at `uri`, which is on a unix socket. Its first connection has the seed `first`, each
+    /// other one the next.
+    pub fn start(uri: &str, first: u64) -> Self {
+        let shared = Arc::new(Shared::default());
+        let (of_thread, uri) = (Arc::clone(&shared), uri.to_owned());
+        let thread = std::thread::spawn(move || {
+            let mut lives = Vec::new();
+            for seed in first.. {
+                let mut guest = loop {
+                    if of_thread.state.lock().expect("no panic").stop {
+                        return lives;
+                    }
+                    match Guest::try_connect(&uri) {
+                        Ok(guest) => break guest,
+                        Err(_) => std::thread::yield_now(),
+                    }
+                };
+                lives.push(guest.write_until_stopped(seed, &of_thread));
+            }
+            unreachable!("there are more seeds")
+        });
+        Self { thread, shared }
+    }
+
+    /// Waits until `more` writes have been acknowledged from now on, on whichever connection.
+    pub fn goes_on(&self, more: u64) {
+        let state = self.shared.state.lock().expect("no panic");
+        let target = state.acknowledged + more;
+        let pending = |state: &mut State| state.acknowledged < target;
+        drop(self.shared.changed.wait_while(state, pending).expect("no panic"));
+    }
+
+    /// Stops it: what it has done on each of its connections, the last of which it has ended itself.
+    pub fn stop(self) -> Vec<Written> {
+        self.shared.state.lock().expect("no panic").stop = true;
+        self.thread.join().expect("the guest does not panic")
+    }
+}
+
 /// A connection of the `nbd` crate, which has one request under way at a time.
 pub struct Guest {
     client: nbd::client::NbdClient<Buffered>,
@@ -194,7 +240,7 @@ impl Guest {
             }
             written.slowest = written.slowest.max(began.elapsed());
             let mut state = shared.state.lock().expect("no panic");
-            state.acknowledged = count;
+            state.acknowledged += 1;
             shared.changed.notify_all();
             if state.stop {
                 break;

@@ -48,7 +48,19 @@ impl Model {
 
     /// What a guest did next.
     pub fn then(&mut self, written: Written) {
-        self.writes.extend(written.writes);
+        self.add(&written);
+    }
+
+    /// This disk after what a guest did on one connection after the other.
+    #[must_use]
+    pub fn after_all(&self, lives: &[Written]) -> Self {
+        let mut after = self.clone();
+        lives.iter().for_each(|life| after.add(life));
+        after
+    }
+
+    fn add(&mut self, written: &Written) {
+        self.writes.extend(&written.writes);
         if let Some(write) = written.unanswered {
             self.unanswered.insert(self.writes.len());
             self.writes.push(write);
@@ -81,18 +93,29 @@ impl Model {
 
     /// The file at `path` is the disk after the first `count` writes.
     pub fn assert_is_in(&self, path: &Path, count: usize, what: &str) {
+        if let Err(why) = self.look_for_it_in(path, count) {
+            panic!("{what}, {why}");
+        }
+    }
+
+    /// Whether the file at `path` is the disk after the first `count` writes.
+    ///
+    /// # Errors
+    /// The first sector that is another one.
+    pub fn look_for_it_in(&self, path: &Path, count: usize) -> Result<(), String> {
         let found = std::fs::read(path).expect("read a restored file");
         let expected = self.after(count);
-        assert_eq!(found.len(), expected.len(), "{what}: the size");
+        if found.len() != expected.len() {
+            return Err(format!("expected {} bytes, found {}", expected.len(), found.len()));
+        }
         let sectors = expected.chunks(SECTOR as usize).zip(found.chunks(SECTOR as usize)).enumerate();
         for (sector, (expected, found)) in sectors {
-            assert!(
-                expected == found || self.may_hold(sector, expected, found, count),
-                "{what}, sector {sector}: expected {}, found {} ({count} writes)",
-                self.origin(expected),
-                self.origin(found)
-            );
+            if expected != found && !self.may_hold(sector, expected, found, count) {
+                let (expected, found) = (self.origin(expected), self.origin(found));
+                return Err(format!("sector {sector}: expected {expected}, found {found} ({count} writes)"));
+            }
         }
+        Ok(())
     }
 
     /// The file at `path` is the disk after some first writes, whichever they are: how many.

@@ -45,6 +45,7 @@ mod retention;
 mod rewind_command;
 mod rewinding;
 mod rewinding_damage;
+mod rewinding_under_load;
 mod secured_stream;
 mod service_manager;
 mod silent;
