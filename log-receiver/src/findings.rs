@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Its name.
-const FILE: &str = "findings.json";
+pub(crate) const FILE: &str = "findings.json";
 const KIND: SealedJson =
     SealedJson { magic: "backtide-findings", version: 1, bytes_max: ByteCount(256 << 20) };
 

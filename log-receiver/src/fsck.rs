@@ -1,5 +1,10 @@
 //! A store that no receiver has open, read against its checksums: every file, without changing any.
 
+mod repair;
+
+pub(crate) use repair::CUT_DIR;
+pub use repair::{Repair, repair};
+
 use std::{
     fs,
     io::ErrorKind,
@@ -14,6 +19,7 @@ use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
 
 use crate::{
     Forgotten, Names, Shelf, StoreFileError, StoreWatch,
+    cut::Cut,
     disk::chain,
     disks::DISKS,
     findings, forgotten, memo, overlays, retention, scrub,
@@ -34,43 +40,69 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
     let _held = hold_store(path)?;
     let storage: Arc<dyn Storage> =
         Arc::new(RealStorage::open(path).map_err(io("open the store", path.to_owned()))?);
+    check_store(path, &storage, progress)
+}
+
+fn check_store(
+    path: &Path,
+    storage: &Arc<dyn Storage>,
+    progress: &mut dyn FnMut(ByteCount),
+) -> Result<StoreCheck, StoreFileError> {
+    let io = |what, path: PathBuf| move |source| StoreFileError::Io { what, path, source };
     let mut damage = Vec::new();
-    match read_store(&storage) {
+    match read_store(storage) {
         Ok(_) => {}
         Err(error @ StoreFileError::Damaged { .. }) => damage.push(error.to_string()),
         Err(error) => return Err(error),
     }
-    damage.extend(retention::damage_of(&*storage));
-    damage.extend(findings::damage_of(&*storage));
-    damage.extend(scrub::damage_of(&*storage));
+    damage.extend(retention::damage_of(&**storage));
+    damage.extend(findings::damage_of(&**storage));
+    damage.extend(scrub::damage_of(&**storage));
     let tombstones =
-        forgotten::read_all(&*storage).map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
+        forgotten::read_all(&**storage).map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
     damage.extend(tombstones.into_iter().filter_map(Result::err));
-    let forgotten = Forgotten::load(Arc::clone(&storage));
+    let forgotten = Forgotten::load(Arc::clone(storage));
     let forgotten = forgotten.map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
     let going: Vec<ForgottenDisk> =
         forgotten.going().into_iter().map(|(disk, stone)| half_forgotten(disk, stone.name)).collect();
-    let shelf = reading(&storage, forgotten);
-    let names = match storage.list(Path::new(DISKS)) {
-        Ok(names) => names,
-        Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
-        Err(source) => return Err(io("list", storage.display(Path::new(DISKS)))(source)),
-    };
+    let shelf = reading(storage, forgotten);
     let mut done = 0;
     let mut step = |bytes: ByteCount| {
         done += bytes.0;
         progress(ByteCount(done));
         true
     };
-    let disks = names.iter().filter_map(|name| name.parse().ok()).map(DiskId);
-    let disks = disks.filter(|disk| !shelf.forgotten.is_going(*disk));
-    let mut disks: Vec<_> = disks.filter_map(|disk| check_disk(&shelf, disk, &mut step)).collect();
+    let disks = disks_of(&shelf)?;
+    let mut disks: Vec<_> =
+        disks.into_iter().filter_map(|disk| check_disk(&shelf, disk, &mut step)).collect();
     disks.sort_by(|a, b| (&a.name, a.uuid).cmp(&(&b.name, b.uuid)));
-    let overlays = overlays::check_store(&storage, &mut step);
+    let overlays = overlays::check_store(storage, &mut step);
     let sound = damage.is_empty()
         && disks.iter().all(|disk| disk.sound)
         && overlays.iter().all(|overlay| overlay.sound);
-    Ok(StoreCheck { store: path.display().to_string(), damage, disks, overlays, forgotten: going, sound })
+    Ok(StoreCheck {
+        store: path.display().to_string(),
+        damage,
+        repaired: Vec::new(),
+        disks,
+        overlays,
+        forgotten: going,
+        sound,
+    })
+}
+
+/// The disks that have a directory and are not forgotten.
+fn disks_of(shelf: &Shelf) -> Result<Vec<DiskId>, StoreFileError> {
+    let names = match shelf.storage.list(Path::new(DISKS)) {
+        Ok(names) => names,
+        Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+        Err(source) => {
+            let path = shelf.storage.display(Path::new(DISKS));
+            return Err(StoreFileError::Io { what: "list", path, source });
+        }
+    };
+    let disks = names.iter().filter_map(|name| name.parse().ok()).map(DiskId);
+    Ok(disks.filter(|disk| !shelf.forgotten.is_going(*disk)).collect())
 }
 
 /// A disk of which a receiver removes the rest when it starts.
@@ -106,6 +138,7 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
         more_damage: 0,
         touched: Vec::new(),
         mended: Vec::new(),
+        cut: Vec::new(),
         error: None,
         sound: false,
     };
@@ -144,6 +177,9 @@ fn check_beside(shelf: &Shelf, disk: DiskId, number: u32, checked: &mut Checked)
     if memo::is_damaged(&*shelf.storage, &dir) {
         let name = shelf.storage.display(&dir.join(memo::FILE));
         checked.note(format!("{} is damaged: it is written again at the next attach", name.display()));
+    }
+    if let Some(damage) = Cut::damage_of(&*shelf.storage, &dir) {
+        checked.note(damage);
     }
     if Watermark::is_damaged(&*shelf.storage, &dir) {
         let name = shelf.storage.display(&dir.join(watermark::FILE));

@@ -23,6 +23,7 @@ mod commit;
 mod commit_ticket;
 mod committer;
 mod compare;
+mod cut;
 pub mod differing;
 mod disk;
 mod disks;
@@ -71,7 +72,7 @@ pub use config::{Config, JournalCompression, Limits, OnFull, Retention, StreamTl
 pub use disk::{Disk, DiskError, Failure};
 pub use disks::{Claim, Disks, ListError, Shelf};
 pub use forgotten::Forgotten;
-pub use fsck::fsck;
+pub use fsck::{Repair, fsck, repair};
 pub use names::Names;
 pub use receiver::{Receiver, StartError};
 pub use session::{ConnectionId, Effect, Session};

@@ -6,7 +6,7 @@
 //! STORE/disks/<uuid>/log-3/...              and so on; the last one is in use
 //! ```
 //! A damaged log is never written again: what it still gives back stays, and everything that comes
-//! goes into a new log with a history of its own.
+//! goes into a new log with a history of its own. So it is with one that a repair has cut (`cut.rs`).
 
 use std::{
     io,
@@ -18,6 +18,7 @@ use backtide_recovery::{Attached, DiskLog, Durable, LogError, LogIdentity, Salva
 use backtide_units::{ByteCount, ByteOffset, DiskId, Lsn};
 
 use crate::{
+    cut::Cut,
     disk::{Disk, Failure, Wanted, chain},
     disks::{DISKS, Shelf},
     log_mark::{LogMark, Loss},
@@ -212,11 +213,18 @@ impl Shelf {
     pub(crate) fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {
         let dir = Self::dir(disk, log);
         let known = self.memo(disk, log).map(|memo| memo.identity);
-        let mut salvaged = match salvage(&self.storage, &dir, &self.cache, known, through) {
-            Err(error @ LogError::NoLog { .. }) => {
+        let cut = Cut::read(&*self.storage, &dir);
+        let mut salvaged = match (salvage(&self.storage, &dir, &self.cache, known, through), &cut) {
+            (Err(LogError::NoLog { .. }), Some(cut)) => {
+                Salvage::nothing(cut.why.clone()).cut_because(&cut.why)
+            }
+            (Err(error @ LogError::NoLog { .. }), None) => {
                 Salvage::nothing(chain(&self.lost(disk, log).ok_or(error)?))
             }
-            salvaged => salvaged?,
+            (Ok(salvaged), Some(cut)) if salvaged.damage.is_empty() || salvaged.has_no_segment() => {
+                salvaged.cut_because(&cut.why)
+            }
+            (salvaged, _) => salvaged?,
         };
         let noted = match salvaged.identity.or(known) {
             Some(known) => Watermark::find(&*self.storage, &dir, known.history),
@@ -277,6 +285,13 @@ impl Shelf {
 
     pub(crate) fn open(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
         let dir = Self::dir(disk, log);
+        if let Some(cut) = Cut::read(&*self.storage, &dir) {
+            return Err(LogError::Damaged {
+                file: self.storage.display(&dir.join("segments")),
+                offset: ByteOffset::ZERO,
+                what: format!("`backtide fsck --repair` has cut it: {}", cut.why),
+            });
+        }
         let noted = |identity: LogIdentity| {
             let noted = Watermark::find(&*self.storage, &dir, identity.history);
             noted.map_or(Seq(0), |noted| noted.durable.seq)

@@ -43,17 +43,7 @@ struct MemoFile {
 /// # Errors
 /// The file system's.
 pub(crate) fn write(storage: &dyn Storage, dir: &Path, memo: &Memo) -> io::Result<()> {
-    let Memo { identity, attached } = memo;
-    let file = MemoFile {
-        disk: identity.disk,
-        history: identity.history,
-        name: attached.name.clone(),
-        size: attached.size,
-        epoch: attached.epoch,
-        attach: attached.attach,
-        time: attached.time,
-    };
-    let content = KIND.encode(&file);
+    let content = KIND.encode(&MemoFile::of(memo));
     let (path, beside) = (dir.join(FILE), dir.join("disk.json.new"));
     match storage.remove(&beside) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -61,6 +51,29 @@ pub(crate) fn write(storage: &dyn Storage, dir: &Path, memo: &Memo) -> io::Resul
     }
     storage.create_new(&beside)?.write_at(ByteOffset::ZERO, &content)?;
     storage.rename(&beside, &path)
+}
+
+/// Writes it durably: for a log of which nothing else may tell any more who attached it.
+///
+/// # Errors
+/// The file system's.
+pub(crate) fn write_durably(storage: &dyn Storage, dir: &Path, memo: &Memo) -> io::Result<()> {
+    KIND.write(storage, &dir.join(FILE), &MemoFile::of(memo))
+}
+
+impl MemoFile {
+    fn of(memo: &Memo) -> Self {
+        let Memo { identity, attached } = memo;
+        Self {
+            disk: identity.disk,
+            history: identity.history,
+            name: attached.name.clone(),
+            size: attached.size,
+            epoch: attached.epoch,
+            attach: attached.attach,
+            time: attached.time,
+        }
+    }
 }
 
 /// Reads the memo of a log; none when there is no good one.

@@ -3,16 +3,18 @@
 //! Every step may be done again, so a start after a crash does all of them. The tombstone says *gone* only when
 //! everything is durably removed. Chunks of its images are no business of this: no base names them any more.
 
-use std::path::Path;
+use std::{io, path::Path};
 
 use crate::{
     Shelf,
     disks::DISKS,
     findings::Findings,
     forgotten::Tombstone,
+    fsck::CUT_DIR,
     overlays::Overlays,
     retention::{Policies, Policy},
 };
+use backtide_recovery::forget_bases;
 use backtide_storage::KillPoint;
 use backtide_units::DiskId;
 
@@ -57,8 +59,16 @@ impl Removal {
         }
         let storage = &self.shelf.storage;
         let dir = Shelf::dir(disk, 1);
-        storage
-            .remove_tree(&dir)
+        let cut = Path::new(CUT_DIR);
+        let removed = match storage.list(cut) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            listed => listed
+                .and_then(|_| storage.remove_tree(&cut.join(disk.to_string())))
+                .and_then(|()| storage.sync_dir(cut)),
+        };
+        removed
+            .and_then(|()| forget_bases(&**storage, &dir))
+            .and_then(|()| storage.remove_tree(&dir))
             .and_then(|()| storage.sync_dir(Path::new(DISKS)))
             .map_err(|error| format!("remove {}: {error}", storage.display(&dir).display()))?;
         self.findings.forget_all(disk);

@@ -8,12 +8,15 @@
 //! STORE/disks/<uuid>/disk.json          whose log it is, for the day when its header is damaged
 //! STORE/disks/<uuid>/durable            how far the log is known to be durable
 //! STORE/disks/<uuid>/log-<n>/           the same of the logs that began behind a damaged one
-//! STORE/images/                         chunks of whole versions, of all disks
+//! STORE/disks/<uuid>/cut.json           that a repair has cut the log
+//! STORE/images/packs/                   chunks of whole versions, of all disks
+//! STORE/images/bases/                   base.1 of each log, once more
 //! STORE/overlays/<id>.{json,map,data}   what was written to mounts
 //! STORE/mounts.json                     the last number of each disk's mounts
 //! STORE/retention.json                  ladders, kept points, locks
 //! STORE/findings.json                   damage that scrubs and reads have met
 //! STORE/scrub.json                      how far a scrub is, and when each disk was read last
+//! STORE/cut/<uuid>/log-<n>/             what a repair has cut off: nothing reads it
 //! STORE/forgotten/<uuid>.json           tombstones of disks that are forgotten
 //! ```
 //! Each JSON file but `store.json` is three lines of it, as `sealed_json.rs` tells.
@@ -97,7 +100,7 @@ pub enum StoreFileError {
         path: PathBuf,
     },
     /// `store.json` does not hold what it should.
-    #[error("{} is damaged: {why}; put that file back from a copy of this store: it says whose store it is, and the logs do not depend on it", path.display())]
+    #[error("{} is damaged: {why}; put that file back from a copy of this store, or let `backtide fsck --rebuild` write it anew: it says whose store it is, and the logs do not depend on it", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -240,13 +243,23 @@ pub(crate) fn open_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFil
             if let Some(found) = foreign {
                 return Err(StoreFileError::NotAStore { path: storage.display(Path::new("")), found });
             }
-            let store = StoreId(Uuid::new_v4());
-            let content = serde_json::to_vec_pretty(&StoreFile::new(store)).expect("plain data becomes JSON");
-            replace_file(storage.as_ref(), Path::new(FILE), &content).map_err(|e| io("write", e))?;
-            Ok(store)
+            write_store(storage)
         }
         Err(error) => Err(io("read", error)),
     }
+}
+
+/// Writes a `store.json` with a new id. Nothing in the store depends on the one before.
+///
+/// # Errors
+/// The file system's.
+pub(crate) fn write_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFileError> {
+    let store = StoreId(Uuid::new_v4());
+    let content = serde_json::to_vec_pretty(&StoreFile::new(store)).expect("plain data becomes JSON");
+    let written = replace_file(storage.as_ref(), Path::new(FILE), &content);
+    let path = || storage.display(Path::new(FILE));
+    written.map_err(|source| StoreFileError::Io { what: "write", path: path(), source })?;
+    Ok(store)
 }
 
 fn parse(path: &Path, content: &[u8]) -> Result<StoreId, StoreFileError> {

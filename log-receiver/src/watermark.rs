@@ -82,6 +82,20 @@ impl Watermark {
         Ok(Self { file, history })
     }
 
+    /// Makes the mark of the log in a directory anew, durably.
+    ///
+    /// # Errors
+    /// The file system's: then the old one is there, or the new one.
+    pub(crate) fn replace(
+        storage: &dyn Storage,
+        dir: &Path,
+        history: HistoryId,
+        noted: Noted,
+    ) -> io::Result<()> {
+        let bytes = encode(history, noted);
+        replace_with(storage, &dir.join(FILE), |file| file.write_at(ByteOffset::ZERO, &bytes)).map(|_| ())
+    }
+
     /// What is noted of whatever log is in a directory; none when no mark tells.
     pub(crate) fn of_any(storage: &dyn Storage, dir: &Path) -> Option<Noted> {
         let file = storage.open(&dir.join(FILE)).ok()?;

@@ -1,9 +1,9 @@
-//! `backtide fsck`: a store that no receiver uses, against its checksums.
+//! `backtide fsck`: a store that no receiver uses, against its checksums; made anew, or mended, where that is asked for.
 
 use std::path::{Path, PathBuf};
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_log_receiver::{StoreFileError, fsck};
+use backtide_log_receiver::{Repair, StoreFileError, fsck, repair};
 use backtide_receiver_api::StoreCheck;
 use backtide_units::ByteCount;
 use clap::Args;
@@ -27,17 +27,30 @@ const REPORTS_MAX: usize = 16;
 pub(crate) struct Fsck {
     /// The store's directory; its receiver must not be running (`backtide scrub` is for that)
     store: PathBuf,
+    /// Write anew what follows from the logs and images: headers and indexes of segments, where logs begin, store.json
+    #[arg(long, conflicts_with = "repair")]
+    rebuild: bool,
+    /// That, and mend what is damaged from wherever else its bytes are, and cut a log where a part of it is lost: no point is
+    /// given up that can be read, and what is cut off is put into STORE/cut
+    #[arg(long)]
+    repair: bool,
 }
 
 impl Fsck {
-    /// Reads every file, changes none, and ends with the code of damage when there is some.
+    /// Reads every file, changes none unless that is asked for, and ends with the code of damage when there is some.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         if self.store.is_file() {
             let why = format!("{} is a file, and a store is a directory", self.store.display());
             let hint = "name the directory that `receiver run --store` was given";
             return Err(ApiError::new(ErrorCode::Usage, why).with_hint(hint).into());
         }
-        let total = ByteCount(bytes_below(&self.store));
+        let what = match (self.rebuild, self.repair) {
+            (true, _) => Some(Repair::Rebuild),
+            (_, true) => Some(Repair::Everything),
+            (false, false) => None,
+        };
+        // What was repaired is read once more, to see that it is.
+        let total = ByteCount(bytes_below(&self.store) * if what.is_some() { 2 } else { 1 });
         let (reports, mut progress) = mpsc::channel(REPORTS_MAX);
         let store = self.store;
         // A thread that nobody waits for: ctrl-c ends the command while it reads.
@@ -45,15 +58,20 @@ impl Fsck {
         std::thread::Builder::new()
             .name("fsck".to_owned())
             .spawn(move || {
-                let result = fsck(&store, &mut |done| {
+                let mut progress = |done| {
                     // A report that finds no room is followed by another.
                     let _ = reports.try_send(done);
-                });
+                };
+                let result = match what {
+                    Some(what) => repair(&store, what, &mut progress),
+                    None => fsck(&store, &mut progress),
+                };
                 drop(reports);
                 let _ = ended.send(result);
             })
             .map_err(|error| failed(format!("start the thread that reads: {error}")))?;
-        let mut shown = Progress::new(context, "checked");
+        let mut shown =
+            Progress::new(context, if what.is_some() { "repaired and checked" } else { "checked" });
         while let Some(done) = progress.recv().await {
             shown.at(done, total);
         }
@@ -61,8 +79,18 @@ impl Fsck {
         let report = result.await.map_err(|_| failed("the thread that reads has panicked"))?;
         let report = report.map_err(failure)?;
         context.print(&report, || text(&report))?;
-        Ok(if report.sound { Ending::Done } else { Ending::Found(ErrorCode::Damaged) })
+        Ok(match (report.sound, is_repaired(&report)) {
+            (true, false) => Ending::Done,
+            (true, true) => Ending::Warnings,
+            (false, _) => Ending::Found(ErrorCode::Damaged),
+        })
     }
+}
+
+/// Whether anything was not as it should be, and is now.
+fn is_repaired(report: &StoreCheck) -> bool {
+    let disks = report.disks.iter().any(|disk| !disk.mended.is_empty() || !disk.cut.is_empty());
+    disks || !report.repaired.is_empty()
 }
 
 fn failure(error: StoreFileError) -> Failure {
@@ -92,6 +120,7 @@ fn bytes_below(directory: &Path) -> u64 {
 
 fn text(report: &StoreCheck) -> String {
     let mut lines = vec![disks_text(&report.disks)];
+    lines.extend(report.repaired.iter().map(|done| format!("MENDED: {done}")));
     lines.extend(problems_text(&report.damage, &report.disks));
     lines.extend(overlays_text(&report.overlays));
     lines.extend(report.forgotten.iter().map(|disk| {
@@ -102,5 +131,12 @@ fn text(report: &StoreCheck) -> String {
     } else {
         format!("{} is DAMAGED", report.store)
     });
+    if report.disks.iter().any(|disk| !disk.cut.is_empty()) {
+        lines.push(
+            "a disk whose log was cut gets a new one when its agent connects, which sends what differs; until then it \
+             is not protected"
+                .to_owned(),
+        );
+    }
     lines.join("\n")
 }

@@ -55,6 +55,7 @@ pub(crate) fn problems_text(store: &[String], disks: &[DiskCheck]) -> Vec<String
     for disk in disks {
         let name = name(disk);
         lines.extend(disk.mended.iter().map(|damage| format!("{name}: MENDED, it is whole again: {damage}")));
+        lines.extend(disk.cut.iter().map(|lost| format!("{name}: CUT: {lost}")));
         let told = |damage: &String| format!("{name}: {}", damage_text(damage, &disk.touched));
         lines.extend(disk.damage.iter().map(told));
         if disk.more_damage > 0 {

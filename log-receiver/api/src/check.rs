@@ -63,9 +63,12 @@ pub struct DiskCheck {
     /// Which points the damaged places touch; nothing of those of which nobody can tell.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub touched: Vec<Touched>,
-    /// What a scrub found damaged and has mended: it is whole again.
+    /// What a scrub or a repair found damaged and has mended: it is whole again.
     #[serde(default)]
     pub mended: Vec<String>,
+    /// What a repair has cut off, since nothing gives it back: a sentence each with the points that are lost.
+    #[serde(default)]
+    pub cut: Vec<String>,
     /// Why it could not be read to its end, when it could not.
     pub error: Option<String>,
     /// Whether all of it was read and nothing is damaged.
@@ -149,6 +152,9 @@ pub struct StoreCheck {
     pub store: String,
     /// What is damaged outside the disks.
     pub damage: Vec<String>,
+    /// What of that a repair has written anew: a sentence each.
+    #[serde(default)]
+    pub repaired: Vec<String>,
     /// Its disks.
     pub disks: Vec<DiskCheck>,
     /// Its overlays of mounts.

@@ -1,11 +1,12 @@
 //! Where a log begins once its oldest part is folded into images.
 //!
 //! A log keeps every change from its *floor* on: an image of the disk at the floor stands for all segments before. Older
-//! points that are kept are images of their own. The file that says so is there twice, `base.1` and `base.2`, for without it
-//! nobody finds the images; of two that are whole the older one counts until both are the same, so a base that could not be
-//! written twice has changed nothing.
+//! points that are kept are images of their own. The file that says so is there three times, for without it nobody finds the
+//! images: `base.1` and `base.2` beside the segments, and one in `images/bases`, for the day when a log's directory has lost
+//! both. Of those that are whole the oldest counts until all are the same, so a base that could not be written everywhere has
+//! changed nothing.
 //!
-//! Invariants: the file is durable, twice, before a segment goes; every entry before `first_seq` with a version has one at
+//! Invariants: the file is durable, three times, before a segment goes; every entry before `first_seq` with a version has one at
 //! or below the floor, and every image it names is durable. So readers take from the log what lies above the floor and from
 //! the image what the log has nothing of.
 
@@ -15,17 +16,27 @@ mod inspect;
 pub use codec::MAGIC as BASE_MAGIC;
 pub use inspect::inspect_base;
 
-use std::{io, path::Path};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use backtide_images::{ImageError, Root};
 use backtide_segment::{Entry, SegmentId, Seq};
 use backtide_storage::{Storage, read_file, replace_with};
 use backtide_units::{ByteCount, ByteOffset, Lsn};
 
-use crate::{Interval, LogError, LogIdentity, TimedLsn, Timeline, recover::failed, timeline::damage_reason};
+use crate::{
+    Interval, LogError, LogIdentity, TimedLsn, Timeline,
+    recover::{failed, sync_above},
+    timeline::damage_reason,
+};
 
-/// The names of the file, which is there twice.
-pub(crate) const FILES: [&str; 2] = ["base.1", "base.2"];
+/// The names of the file beside the segments.
+const FILES: [&str; 2] = ["base.1", "base.2"];
+
+/// Where it is once more, from the store's directory.
+const ELSEWHERE: &str = "images/bases";
 
 /// A timeline with everything it may have, and thousands of kept points, is far below.
 const FILE_BYTES_MAX: ByteCount = ByteCount(256 << 20);
@@ -99,28 +110,67 @@ impl Base {
         self.thin(timeline);
     }
 
-    /// Puts it into the directory of its log, durably and twice.
+    /// Puts it everywhere it belongs for the log in `dir`, durably.
     pub(crate) fn write(&self, storage: &dyn Storage, dir: &Path) -> Result<(), LogError> {
         let bytes = codec::encode(self);
-        for name in FILES {
-            let path = dir.join(name);
-            let written = replace_with(storage, &path, |file| file.write_at(ByteOffset::ZERO, &bytes));
-            written
-                .map_err(|source| failed(format!("write {}", storage.display(&path).display()), source))?;
+        for path in copies(dir) {
+            let fail = |source| failed(format!("write {}", storage.display(&path).display()), source);
+            let beside = path.parent().expect("a file is in a directory");
+            if beside != dir {
+                storage.create_dir(beside).map_err(fail)?;
+                sync_above(storage, beside)?;
+            }
+            replace_with(storage, &path, |file| file.write_at(ByteOffset::ZERO, &bytes)).map_err(fail)?;
         }
         Ok(())
     }
 }
 
+/// Where the base of the log in `dir` is, in the order in which it is written.
+fn copies(dir: &Path) -> [PathBuf; 3] {
+    let [first, second] = FILES.map(|name| dir.join(name));
+    [first, second, Path::new(ELSEWHERE).join(format!("{}.base", flat(dir)))]
+}
+
+/// A directory as one name.
+fn flat(dir: &Path) -> String {
+    let parts: Vec<_> = dir.iter().map(|part| part.to_string_lossy()).collect();
+    parts.join("-")
+}
+
+/// Removes what is kept elsewhere of the logs in `dir` and in the directories below it, durably.
+///
+/// # Errors
+/// The file system's: then the next try removes the rest.
+pub fn forget_bases(storage: &dyn Storage, dir: &Path) -> io::Result<()> {
+    let (elsewhere, own) = (Path::new(ELSEWHERE), flat(dir));
+    let names = match storage.list(elsewhere) {
+        Ok(names) => names,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let is_ours = |name: &&String| {
+        name.strip_prefix(&own).is_some_and(|rest| rest.starts_with('-') || rest.starts_with('.'))
+    };
+    let mut ours = names.iter().filter(is_ours).peekable();
+    if ours.peek().is_none() {
+        return Ok(());
+    }
+    ours.try_for_each(|name| storage.remove(&elsewhere.join(name)))?;
+    storage.sync_dir(elsewhere)
+}
+
 /// What the directory of a log says about where it begins.
 #[derive(Debug, Default)]
 pub struct FoundBase {
-    /// The oldest that is whole: what a newer one does without is there as long as it is not there twice.
+    /// The oldest that is whole: what a newer one does without is there as long as that is not everywhere.
     pub base: Option<Base>,
     /// Images that any of them names that is whole.
     pub roots: Vec<Root>,
     /// How many are whole and alike.
     alike: usize,
+    /// Whether there is any in the directory of the log.
+    beside: bool,
     /// What is wrong with the files, a sentence each.
     pub damage: Vec<String>,
 }
@@ -132,23 +182,24 @@ impl FoundBase {
     /// [`LogError::UnknownVersion`], or the file system's.
     pub fn read(storage: &dyn Storage, dir: &Path) -> Result<Self, LogError> {
         let mut found = Self::default();
-        let mut missing = 0;
-        for name in FILES {
-            let path = dir.join(name);
+        let mut missing = Vec::new();
+        for path in copies(dir) {
             let shown = storage.display(&path);
-            match read_file(storage, &path, FILE_BYTES_MAX) {
+            let read = read_file(storage, &path, FILE_BYTES_MAX);
+            found.beside |= read.is_ok() && path.starts_with(dir);
+            match read {
                 Ok(bytes) => match codec::decode(&bytes, &shown) {
                     Ok(base) => found.take(base),
                     Err(error @ LogError::Damaged { .. }) => found.damage.push(error.to_string()),
                     Err(error) => return Err(error),
                 },
-                Err(error) if error.kind() == io::ErrorKind::NotFound => missing += 1,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push(shown),
                 Err(source) => return Err(failed(format!("read {}", shown.display()), source)),
             }
         }
-        if missing == 1 && found.damage.is_empty() && found.base.is_some() {
-            let shown = storage.display(dir);
-            found.damage.push(format!("one of {}/base.1 and base.2 is missing", shown.display()));
+        if !found.is_none() {
+            let missing = missing.iter().map(|name| format!("{} is missing", name.display()));
+            found.damage.extend(missing);
         }
         Ok(found)
     }
@@ -158,7 +209,7 @@ impl FoundBase {
         match &self.base {
             Some(known) if *known == base => self.alike += 1,
             Some(known) if known.generation < base.generation => {}
-            // Two of one generation that differ are of two attempts, and the second file has the earlier one.
+            // Those of one generation that differ are of two attempts, and what is written later has the earlier one.
             Some(_) | None => {
                 self.base = Some(base);
                 self.alike = 1;
@@ -171,9 +222,14 @@ impl FoundBase {
         self.base.is_none() && self.damage.is_empty()
     }
 
-    /// Whether there is nothing, or all of it twice.
+    /// Whether there is nothing, or one and the same everywhere.
     pub fn is_settled(&self) -> bool {
-        self.is_none() || self.alike == FILES.len()
+        self.is_none() || self.alike == copies(Path::new("")).len()
+    }
+
+    /// Whether there is anything of it beside the segments.
+    pub(crate) fn is_beside(&self) -> bool {
+        self.beside
     }
 
     /// The base, for a log that is to be opened.

@@ -20,9 +20,10 @@ use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 use crate::{
     AppendError, Base, Durable, FoundBase, InvalidEntry, LogCache, LogError, PointError, Snapshot, Timeline,
     View,
+    base::forget_bases,
     chores::LastWork,
     origin::Origin,
-    recover::{self, Kept, KeptState, failed},
+    recover::{self, Kept, KeptState, failed, sync_above},
     resident::Resident,
     segment::{OpenSegment, Segment},
     segments::Segments,
@@ -113,7 +114,7 @@ impl DiskLog {
             let step = format!("{what} {}", storage.display(path).display());
             move |source| failed(step, source)
         };
-        if !FoundBase::read(&*storage, dir)?.is_none() {
+        if FoundBase::read(&*storage, dir)?.is_beside() {
             return Err(LogError::LogExists { dir: storage.display(dir) });
         }
         match recover::recover(&*storage, &segments_dir, options.writer(), None, |_| Seq(0)) {
@@ -128,6 +129,8 @@ impl DiskLog {
                 | LogError::Io { .. }),
             ) => return Err(error),
         }
+        // Somebody removed a log's directory: what tells of its images is of no log any more.
+        forget_bases(&*storage, dir).map_err(io("forget the log that was in", dir))?;
         storage.create_dir(&segments_dir).map_err(io("create", &segments_dir))?;
         for leftover in recover::list(&*storage, &segments_dir)? {
             let path = segments_dir.join(leftover.file_name());
@@ -397,13 +400,4 @@ impl DiskLog {
     pub fn latest_view(&mut self) -> Result<View, LogError> {
         Ok(self.snapshot()?.latest_view())
     }
-}
-
-/// Makes the log's directory durable, and those above it.
-fn sync_above(storage: &dyn Storage, dir: &Path) -> Result<(), LogError> {
-    for path in dir.ancestors() {
-        let synced = storage.sync_dir(path);
-        synced.map_err(|source| failed(format!("sync {}", storage.display(path).display()), source))?;
-    }
-    Ok(())
 }

@@ -40,7 +40,7 @@ pub struct Removed {
     pub segments: u64,
     /// Their bytes.
     pub bytes: ByteCount,
-    /// Bytes of segments that the log does without but a reader has, or that stay until its base is written twice.
+    /// Bytes of segments that the log does without but a reader has, or that stay until its base is written everywhere.
     pub left: ByteCount,
 }
 

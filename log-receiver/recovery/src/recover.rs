@@ -111,6 +111,15 @@ pub(crate) fn failed(step: String, source: io::Error) -> LogError {
     }
 }
 
+/// Makes a directory durable, and those above it.
+pub(crate) fn sync_above(storage: &dyn Storage, dir: &Path) -> Result<(), LogError> {
+    for path in dir.ancestors() {
+        let synced = storage.sync_dir(path);
+        synced.map_err(|source| failed(format!("sync {}", storage.display(path).display()), source))?;
+    }
+    Ok(())
+}
+
 /// The segment numbers of a directory, in order.
 pub(crate) fn list(storage: &dyn Storage, segments_dir: &Path) -> Result<Vec<SegmentId>, LogError> {
     match storage.list(segments_dir) {

@@ -15,7 +15,7 @@ use backtide_segment::{
     scan_prefix,
 };
 use backtide_storage::Storage;
-use backtide_units::{ByteCount, Lsn};
+use backtide_units::{ByteCount, ByteOffset, Lsn};
 use roaring::RoaringTreemap;
 
 use crate::{
@@ -41,6 +41,10 @@ pub struct Salvage {
     pub(crate) lost: usize,
     /// Segments behind a lost place: they give no points.
     pub(crate) beyond: Vec<Arc<Segment>>,
+    /// Where something is lost, when there are points before it and the log is known to be read from its beginning.
+    pub(crate) lost_place: Option<LostPlace>,
+    /// Headers that are lost, of segments that are read all the same.
+    pub(crate) lost_headers: Vec<SegmentHeader>,
 }
 
 impl Salvage {
@@ -48,9 +52,28 @@ impl Salvage {
     pub fn nothing(damage: String) -> Self {
         let mut timeline = Timeline::default();
         timeline.end(Some(&damage));
+        Self::unreadable(timeline, vec![damage])
+    }
+
+    fn unreadable(timeline: Timeline, damage: Vec<String>) -> Self {
         let snapshot = nothing_of(timeline);
-        let (damage, size) = (vec![damage], ByteCount::ZERO);
-        Self { identity: None, snapshot, damage, size, lost: 0, beyond: Vec::new() }
+        let (beyond, lost_headers) = (Vec::new(), Vec::new());
+        Self {
+            identity: None,
+            snapshot,
+            damage,
+            size: ByteCount::ZERO,
+            lost: 0,
+            beyond,
+            lost_place: None,
+            lost_headers,
+        }
+    }
+
+    /// The same, with a hole at its end that says why nothing follows. For a log that ends where it was cut.
+    #[must_use]
+    pub fn cut_because(self, why: &str) -> Self {
+        Self { snapshot: self.snapshot.cut_because(why), damage: Vec::new(), ..self }
     }
 
     /// The last entry that can be read, also behind a lost place.
@@ -64,6 +87,15 @@ impl Salvage {
     pub fn reaching(self, lsn: Lsn) -> Self {
         Self { snapshot: self.snapshot.reaching(lsn), ..self }
     }
+}
+
+/// Where a log breaks off although more of it was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LostPlace {
+    /// In this segment.
+    pub(crate) segment: SegmentId,
+    /// Behind these bytes of it; none when nothing of it is of use.
+    pub(crate) keep: Option<ByteOffset>,
 }
 
 /// One segment, as far as it can be read.
@@ -84,6 +116,8 @@ struct Work<'a> {
     damage: Vec<String>,
     size: u64,
     beyond: Vec<Arc<Segment>>,
+    lost_place: Option<LostPlace>,
+    lost_headers: Vec<SegmentHeader>,
 }
 
 /// Reads what is left of the log in `dir`, up to entry `through` when that is given. `known` says whose
@@ -101,19 +135,24 @@ pub fn salvage(
     let segments_dir = dir.join("segments");
     let FoundBase { base, damage: base_damage, .. } = FoundBase::read(&**storage, dir)?;
     let first = base.as_ref().map_or(SegmentId::FIRST, |base| base.first_segment);
-    let found = find(&**storage, &segments_dir, first, open)?;
+    let mut damage = base_damage;
+    let found = match find(&**storage, &segments_dir, first, open) {
+        // Its images are there.
+        Err(LogError::NoLog { .. }) if base.is_some() => {
+            damage.push(format!("no segment is left in {}", storage.display(&segments_dir).display()));
+            Vec::new()
+        }
+        found => found?,
+    };
     let stated = found.iter().filter_map(|found| found.header.as_ref().ok());
     let stated = stated.map(|header| LogIdentity { disk: header.disk, history: header.history }).next();
     let known = known.or(base.as_ref().map(|base| base.identity));
-    let mut damage = base_damage;
     let Some(identity) = known.or(stated) else {
         let describe = |found: &Found| describe(&**storage, &segments_dir, found);
         damage.extend(found.iter().filter_map(describe));
         let mut timeline = Timeline::default();
         timeline.end(damage.first().map(String::as_str));
-        let snapshot = nothing_of(timeline);
-        let size = ByteCount::ZERO;
-        return Ok(Salvage { identity: None, snapshot, damage, size, lost: 0, beyond: Vec::new() });
+        return Ok(Salvage::unreadable(timeline, damage));
     };
     let mut work = Work {
         storage,
@@ -127,12 +166,19 @@ pub fn salvage(
         damage,
         size: 0,
         beyond: Vec::new(),
+        lost_place: None,
+        lost_headers: Vec::new(),
     };
     let mut rest = found.iter().zip(durable_later(&found));
-    let mut lost = work.damage.len();
+    // Without a segment the last sentence says so.
+    let mut lost = work.damage.len() - usize::from(found.is_empty());
     for (here, durable) in rest.by_ref() {
         lost = work.damage.len();
-        if work.next > work.through || !work.take(here, durable)? {
+        if work.next > work.through {
+            break;
+        }
+        if let Some(place) = work.take(here, durable)? {
+            work.lost_place = Some(place);
             break;
         }
         lost = work.damage.len();
@@ -151,10 +197,21 @@ pub fn salvage(
     }
     work.timeline.end(work.damage.first().map(String::as_str));
     let last = Seq(work.next.0 - 1);
+    let from = base.as_ref().map_or(Seq(1), |base| base.first_seq);
     let origin = Origin::new(dir, base, &cache.images(storage), cache.origins());
     let snapshot = Snapshot::new(Arc::new(work.timeline), Arc::new(work.segments), last, origin);
-    let Work { damage, size, beyond, .. } = work;
-    Ok(Salvage { identity: Some(identity), snapshot, damage, size: ByteCount(size), lost, beyond })
+    let Work { damage, size, beyond, lost_place, lost_headers, .. } = work;
+    Ok(Salvage {
+        identity: Some(identity),
+        snapshot,
+        damage,
+        size: ByteCount(size),
+        lost,
+        beyond,
+        // A log of which nothing is read may have lost what tells where it begins: all of it may be whole.
+        lost_place: lost_place.filter(|_| last >= from),
+        lost_headers,
+    })
 }
 
 /// A log of which no segment is left.
@@ -186,15 +243,16 @@ fn describe(storage: &dyn Storage, segments_dir: &Path, found: &Found) -> Option
 }
 
 impl Work<'_> {
-    /// Takes what follows in this segment; false when nothing behind it can be used.
-    fn take(&mut self, found: &Found, durable: Seq) -> Result<bool, LogError> {
+    /// Takes what follows in this segment; gives the place behind which nothing can be used, if it has one.
+    fn take(&mut self, found: &Found, durable: Seq) -> Result<Option<LostPlace>, LogError> {
+        let nothing_of_it = Some(LostPlace { segment: found.id, keep: None });
         let LogIdentity { disk, history } = self.identity;
         let name = self.storage.display(&self.segments_dir.join(found.id.file_name()));
         if let Some(why) = describe(&**self.storage, self.segments_dir, found) {
             self.damage.push(why);
         }
         if !found.present {
-            return Ok(false);
+            return Ok(nothing_of_it);
         }
         let ours = |header: &&SegmentHeader| (header.disk, header.history) == (disk, history);
         let header = match found.header.as_ref().ok() {
@@ -207,7 +265,7 @@ impl Work<'_> {
                     self.next, header.first_seq, header.history
                 );
                 self.damage.push(format!("{} is damaged at byte 0: {why}", name.display()));
-                return Ok(false);
+                return Ok(nothing_of_it);
             }
         };
         let file = open(&**self.storage, self.segments_dir, found.id)?;
@@ -221,15 +279,23 @@ impl Work<'_> {
             if let Err(invalid) = timeline.fold_step(step) {
                 let why = format!("its entries do not follow those before: {invalid}");
                 self.damage.push(format!("{} is damaged at byte 0: {why}", name.display()));
-                return Ok(false);
+                return Ok(nothing_of_it);
             }
         }
         self.timeline = timeline;
-        let whole = matches!(part, Part::Sealed(..));
+        let keep = match &part {
+            Part::Sealed(..) => None,
+            Part::Prefix(scanned) => Some(scanned.end),
+        };
+        let before = self.next;
         self.keep(file, header, part);
-        let goes_on = broken.is_none() || whole;
+        let any = self.next > before;
+        if found.header.is_err() && any {
+            self.lost_headers.push(header);
+        }
+        let lost = keep.filter(|_| broken.is_some());
         self.damage.extend(broken.map(|damage| damage.to_string()));
-        Ok(goes_on)
+        Ok(lost.map(|end| LostPlace { segment: found.id, keep: Some(end).filter(|_| any) }))
     }
 
     /// A footer that is whole speaks for its entries: one that is damaged is an error when it is read, and

@@ -103,6 +103,13 @@ impl Snapshot {
         Self { timeline: Arc::new(timeline), ..self }
     }
 
+    /// The same, with a hole at its end that damage has made.
+    pub(crate) fn cut_because(self, why: &str) -> Self {
+        let mut timeline = Timeline::clone(&self.timeline);
+        timeline.end(Some(why));
+        Self { timeline: Arc::new(timeline), ..self }
+    }
+
     /// The log that ended before this one began.
     pub(crate) fn before(&self) -> Option<&Self> {
         self.before.as_ref().map(|(before, _)| &**before)

@@ -2,7 +2,10 @@
 
 mod common;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use backtide_recovery::{DiskLog, LogError, Salvage, Snapshot, salvage};
 use backtide_storage::{MemoryStorage, Storage};
@@ -45,10 +48,33 @@ fn opens(agent: &Agent, storage: &MemoryStorage) -> Result<(), LogError> {
     // Opening may cut or seal: not on the copy that is looked at.
     let copy = MemoryStorage::new();
     copy.create_dir(&directory().join("segments")).expect("create dir");
-    for (path, content) in storage.files() {
+    for (path, content) in storage.files().into_iter().filter(|(path, _)| path.starts_with(directory())) {
         copy.create_new(&path).expect("create").write_at(ByteOffset(0), &content).expect("write");
     }
     DiskLog::open(Arc::new(copy), directory(), agent.options, &cache()).map(|_| ())
+}
+
+/// After a repair the log has the points that it had, and no damage that a repair can do something about.
+fn repaired(agent: &Agent, storage: &MemoryStorage, salvaged: &Salvage, said: &str, may_be_a_payload: bool) {
+    let (lost, points) = (salvaged.can_be_cut(), salvaged.snapshot.timeline().intervals().to_vec());
+    let mended = salvaged.mend_headers(storage, directory()).expect("mend");
+    let bytes =
+        |storage: &MemoryStorage| -> usize { storage.files().iter().map(|(_, content)| content.len()).sum() };
+    let before = bytes(storage);
+    let put = salvaged.cut(storage, directory(), Path::new("cut/one")).expect("cut");
+    assert_eq!(put.is_empty(), !lost, "{said}");
+    assert!(bytes(storage) >= before, "{said}: nothing is removed, what goes is put aside");
+    let again = left(storage);
+    assert_eq!(again.snapshot.timeline().intervals(), points, "{said}: every point that was there");
+    assert!(
+        !again.can_be_cut() && again.mend_headers(storage, directory()).expect("mend").is_empty(),
+        "{said}"
+    );
+    if !may_be_a_payload && (lost || !mended.is_empty()) {
+        assert_eq!(again.damage, Vec::<String>::new(), "{said}");
+        agent.model.check_snapshot(&again.snapshot, 3);
+        opens(agent, storage).expect("it is whole");
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -106,8 +132,10 @@ fn what_is_offered_after_any_damage_is_exact_and_the_damage_is_named() {
                 let damaged = hole.is_some_and(|hole| hole.reason.code == Reason::Damaged.code());
                 assert_eq!(damaged, !salvaged.damage.is_empty(), "{said}: {:?}", salvaged.damage);
                 assert!(!timeline.in_sync(), "{said}");
+                let intervals = timeline.intervals().to_vec();
+                repaired(&agent, &storage, &salvaged, &said, matches!(harm, Harm::Flip));
                 assert!(
-                    timeline.intervals().iter().all(|found| whole
+                    intervals.iter().all(|found| whole
                         .iter()
                         .any(|all| { all.from.lsn <= found.from.lsn && found.to.lsn <= all.to.lsn })),
                     "{said}: no point that was none"

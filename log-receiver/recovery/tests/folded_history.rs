@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use backtide_images::{Images, Root};
 use backtide_recovery::{
-    DiskLog, FoldError, FoundBase, KeptPoint, LogError, PointError, Snapshot, TimedLsn, remove_unused,
+    DiskLog, FoldError, FoundBase, KeptPoint, LogError, LogOptions, PointError, Snapshot, TimedLsn,
+    remove_unused,
 };
 use backtide_segment::SEGMENT_HEADER_LENGTH;
 use backtide_storage::{MemoryStorage, Storage};
@@ -341,22 +342,32 @@ fn a_power_cut_while_history_is_folded_costs_no_point_that_is_kept() {
 }
 
 #[test]
-fn a_damaged_copy_of_the_base_is_written_again_and_two_are_damage() {
+fn a_copy_of_the_base_that_is_lost_is_written_again_and_one_is_enough() {
     let mut world = World::new(3);
     let kept = world.go_on_until_folded(|_, _| true);
     world.tidy().expect("no fault");
-    let copies = ["base.1", "base.2"].map(|name| directory().join(name));
-    for copy in &copies {
-        world.agent.storage.flip_bit(copy, ByteOffset(70), 3);
-        let found = FoundBase::read(&world.agent.storage, directory()).expect("read");
-        assert!(found.base.is_some() && found.damage.len() == 1 && !found.is_settled());
-        world.reopen().expect("the other one tells");
+    let elsewhere = format!("images/bases/{}.base", directory().display().to_string().replace('/', "-"));
+    let copies = [directory().join("base.1"), directory().join("base.2"), elsewhere.into()];
+    let found = |world: &World| FoundBase::read(&world.agent.storage, directory()).expect("read");
+    for only in 0..copies.len() {
+        let lost = || copies.iter().enumerate().filter(move |(nth, _)| *nth != only);
+        for (nth, copy) in lost() {
+            if nth == 1 {
+                world.agent.storage.remove(copy).expect("remove");
+            } else {
+                world.agent.storage.flip_bit(copy, ByteOffset(70), 3);
+            }
+        }
+        let left = found(&world);
+        assert!(left.base.is_some() && left.damage.len() == 2 && !left.is_settled(), "{:?}", left.damage);
+        for (_, copy) in lost() {
+            let name = copy.file_name().expect("a name").to_string_lossy().into_owned();
+            assert!(left.damage.iter().any(|damage| damage.contains(&name)), "{name}: {:?}", left.damage);
+        }
+        world.reopen().expect("one tells");
         world.check(&kept);
-        assert!(FoundBase::read(&world.agent.storage, directory()).expect("read").is_settled());
+        assert!(found(&world).is_settled());
     }
-    world.agent.storage.remove(&copies[1]).expect("remove");
-    world.reopen().expect("the other one tells");
-    assert!(FoundBase::read(&world.agent.storage, directory()).expect("read").is_settled());
     for copy in &copies {
         world.agent.storage.flip_bit(copy, ByteOffset(70), 3);
     }
@@ -365,6 +376,25 @@ fn a_damaged_copy_of_the_base_is_written_again_and_two_are_damage() {
     let salvaged = backtide_recovery::salvage(&storage(&world.agent), directory(), &cache(), None, None)
         .expect("salvage");
     assert!(!salvaged.damage.is_empty());
+}
+
+#[test]
+fn a_log_whose_directory_somebody_removed_begins_anew() {
+    let mut world = World::new(3);
+    world.go_on_until_folded(|_, _| true);
+    let identity = world.agent.log.identity();
+    let files = world.agent.storage.files().into_iter().map(|(path, _)| path);
+    for path in files.filter(|path| path.starts_with(directory())) {
+        world.agent.storage.remove(&path).expect("remove");
+    }
+    assert!(
+        FoundBase::read(&world.agent.storage, directory()).expect("read").base.is_some(),
+        "it is elsewhere"
+    );
+    let storage = storage(&world.agent);
+    let log = DiskLog::create(Arc::clone(&storage), directory(), identity, LogOptions::default(), &cache());
+    assert_eq!(log.expect("a new log").timeline().highest_lsn(), Lsn(0));
+    assert!(FoundBase::read(&*storage, directory()).expect("read").is_none());
 }
 
 #[test]

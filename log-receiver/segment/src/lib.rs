@@ -46,6 +46,7 @@ pub use ids::{Position, SegmentId, Seq};
 pub use index::{COARSE_LEVEL, Extent, ExtentKey, OpenIndex};
 pub use index_block::IndexBlock;
 pub use inspect::inspect;
+pub use mend::Rebuilt;
 pub use pieces::{EntryParts, KnownBody, PartSums};
 pub use read::{HeaderScan, SegmentFile};
 pub use scan::{Scanned, claims, scan, scan_prefix};

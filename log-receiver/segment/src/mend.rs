@@ -23,6 +23,17 @@ type IsWanted<'a> = &'a dyn Fn(&Bytes) -> bool;
 /// Gives what the disk has, or had around a version, in a range, if it is what is wanted.
 type Find<'a> = &'a mut dyn FnMut(ByteRange, Lsn, IsWanted<'_>) -> Option<Bytes>;
 
+/// What came of building a footer again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rebuilt {
+    /// It was what the entries give.
+    Same,
+    /// It was not, and is now.
+    Written,
+    /// The entries are not all whole: it stays as it is.
+    EntriesDamaged,
+}
+
 impl SegmentFile {
     /// Writes the segment's header again, durably.
     ///
@@ -124,6 +135,30 @@ impl SegmentFile {
         written.map_err(|source| self.failed("write", source))?;
         self.synced()?;
         Ok(!damage_of(sealed.verify(self))? && SealedSegment::open(self, *sealed.header())?.is_some())
+    }
+
+    /// Builds the footer of a sealed segment again from its entries, and writes it durably where it is not what stands there.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn rebuild_footer(&self, sealed: &SealedSegment) -> Result<Rebuilt, SegmentError> {
+        let (scanned, damage) = scan_prefix(self, *sealed.header(), Seq::MAX)?;
+        if damage.is_some() || !scanned.damaged.is_empty() || scanned.end != sealed.entries_end() {
+            return Ok(Rebuilt::EntriesDamaged);
+        }
+        let footer = || {
+            let mut bytes = vec![0; (self.length()?.saturating_sub(scanned.end.0)) as usize];
+            self.read_exact(scanned.end.0, &mut bytes).map(|()| bytes)
+        };
+        // A place that the device cannot read is one to write.
+        let before = match footer() {
+            Ok(bytes) => Some(bytes),
+            Err(damage) => damage_of::<()>(Err(damage)).map(|_| None)?,
+        };
+        let written = write_footer(&**self.file(), sealed.header(), &scanned.contents, scanned.end);
+        written.map_err(|source| self.failed("write", source))?;
+        self.synced()?;
+        Ok(if before == Some(footer()?) { Rebuilt::Same } else { Rebuilt::Written })
     }
 
     /// What the header of a body says follows from the rest, when that is whole; nothing tells what stood in a table.

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Its name.
-const FILE: &str = "scrub.json";
+pub(crate) const FILE: &str = "scrub.json";
 const KIND: SealedJson = SealedJson { magic: "backtide-scrub", version: 1, bytes_max: ByteCount(256 << 20) };
 
 /// The file is written again no sooner while a scrub runs.
@@ -236,6 +236,7 @@ mod tests {
             more_damage: 0,
             touched: Vec::new(),
             mended: Vec::new(),
+            cut: Vec::new(),
             error: None,
             sound: true,
         }

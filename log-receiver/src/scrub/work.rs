@@ -143,7 +143,7 @@ impl Work {
         let mends = error.is_none();
         let (segments, entries, bytes) = (0, 0, ByteCount::ZERO);
         let (more_damage, error, sound) = (0, None, false);
-        let mended = Vec::new();
+        let (mended, cut) = (Vec::new(), Vec::new());
         let report = DiskCheck {
             name,
             uuid,
@@ -154,6 +154,7 @@ impl Work {
             more_damage,
             touched,
             mended,
+            cut,
             error,
             sound,
         };

@@ -15,6 +15,7 @@ mod point_reader;
 mod reading;
 mod refusals;
 mod reopening;
+mod repair;
 mod retention;
 mod scrubbing;
 mod store;

@@ -40,7 +40,7 @@ pub(crate) async fn write_history(receiver: &Receiver, lsns: std::ops::RangeIncl
     agent
 }
 
-async fn go_on(agent: &mut Agent, lsns: std::ops::RangeInclusive<u64>) {
+pub(crate) async fn go_on(agent: &mut Agent, lsns: std::ops::RangeInclusive<u64>) {
     for lsn in lsns {
         agent.send(&write(lsn, place(lsn) as u64, content(lsn))).await;
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   what could go (Snapshot::foldable) ─▶ images made, durable ─▶ Snapshot::rebase: the new base
-//!     ─▶ DiskLog::rebase: a ticket ─▶ RebaseTicket::write, where blocking is fine: durable, twice
+//!     ─▶ DiskLog::rebase: a ticket ─▶ RebaseTicket::write, where blocking is fine: durable everywhere
 //!     ─▶ DiskLog::rebased: readers of from now on ─▶ remove_unused: segments go when no reader has them
 //! ```
 //! A crash on the way leaves the log as it was, or as it will be: the base's file decides, and segments before

@@ -1,0 +1,333 @@
+//! Writing anew what a store has lost, while no receiver has it open.
+//!
+//! ```text
+//!   all that follows from the logs ─▶ written anew where it is not what they give
+//!   a log that opens               ─▶ damaged places are mended from whatever else has the bytes
+//!   a log that does not            ─▶ lost headers are written again; then it opens, or it is cut where it is lost
+//! ```
+//! A log that is cut keeps every point it had: what stood behind the lost place gave none, for nobody knows which blocks are
+//! missing there. It is put aside, not removed. Whoever attached the disk last, and how far LSNs had come, is noted
+//! durably before, so that no stale agent gets the disk and no LSN comes a second time; then that the log was cut, which
+//! keeps it out of use whatever happens next; only then it is cut. So a repair that dies half way is ended by the next.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use backtide_receiver_api::{DiskCheck, StoreCheck};
+use backtide_recovery::{DiskLog, Durable, LogError, Salvage, SegmentId, settle_base};
+use backtide_storage::{RealStorage, Storage};
+use backtide_units::{ByteCount, DiskId};
+
+use crate::{
+    Forgotten, Shelf, StoreFileError,
+    cut::Cut,
+    disk::chain,
+    disks::DISKS,
+    findings,
+    memo::{self, Memo},
+    scrub,
+    store_file::{lock_store, read_store, write_store},
+    watermark::{Noted, Watermark},
+};
+
+use super::{check_store, disks_of, reading};
+
+/// Where parts of logs are put that were cut off, by disk.
+pub(crate) const CUT_DIR: &str = "cut";
+
+/// How much a repair may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repair {
+    /// Writes anew what follows from the rest: headers, footers, the bases of logs, the files beside them, `store.json`.
+    Rebuild,
+    /// That, and mends what is damaged from wherever else the bytes are, and cuts logs where something is lost.
+    Everything,
+}
+
+/// What was done to one disk.
+#[derive(Default)]
+struct Done {
+    mended: Vec<String>,
+    cut: Vec<String>,
+    /// Why no more was.
+    errors: Vec<String>,
+}
+
+/// Repairs the store at `path`, then checks it: the report says what was done, and what is damaged still. `progress` is
+/// told the bytes read so far, of which there are twice as many as the store has.
+///
+/// # Errors
+/// As [`super::fsck`]; what was done until then is done.
+pub fn repair(
+    path: &Path,
+    what: Repair,
+    progress: &mut dyn FnMut(ByteCount),
+) -> Result<StoreCheck, StoreFileError> {
+    let io = |what, path: PathBuf| move |source| StoreFileError::Io { what, path, source };
+    // Opening a storage would make its directory, and locking a store makes a file in it.
+    if let Err(error) = fs::metadata(path.join(DISKS)) {
+        fs::metadata(path).map_err(io("open the store", path.to_owned()))?;
+        if error.kind() == io::ErrorKind::NotFound && !path.join("store.json").exists() {
+            return Err(StoreFileError::NoStore { path: path.to_owned() });
+        }
+    }
+    let _held = lock_store(path)?;
+    let storage: Arc<dyn Storage> =
+        Arc::new(RealStorage::open(path).map_err(io("open the store", path.to_owned()))?);
+    repair_store(path, &storage, what, progress)
+}
+
+fn repair_store(
+    path: &Path,
+    storage: &Arc<dyn Storage>,
+    what: Repair,
+    progress: &mut dyn FnMut(ByteCount),
+) -> Result<StoreCheck, StoreFileError> {
+    let mut repaired = Vec::new();
+    match read_store(storage) {
+        Ok(_) => {}
+        Err(StoreFileError::NoStore { .. } | StoreFileError::Damaged { .. }) => {
+            let store = write_store(storage)?;
+            repaired.push(format!("store.json is written anew: the store is {} from now on", store.0));
+        }
+        Err(error) => return Err(error),
+    }
+    // What they say is found again by the next scrub.
+    for (damage, file) in
+        [(findings::damage_of(&**storage), findings::FILE), (scrub::damage_of(&**storage), scrub::FILE)]
+    {
+        let Some(damage) = damage else { continue };
+        let removed = storage.remove(Path::new(file)).and_then(|()| storage.sync_dir(Path::new("")));
+        removed.map_err(|source| StoreFileError::Io {
+            what: "remove",
+            path: storage.display(Path::new(file)),
+            source,
+        })?;
+        repaired.push(format!("{damage}: it is removed, the next scrub makes it anew"));
+    }
+    let mut before = 0;
+    let mut step = |bytes: ByteCount| {
+        before += bytes.0;
+        progress(ByteCount(before));
+        true
+    };
+    let forgotten = Forgotten::load(Arc::clone(storage)).map_err(|source| StoreFileError::Io {
+        what: "list",
+        path: storage.display(Path::new(crate::forgotten::DIR)),
+        source,
+    })?;
+    let shelf = reading(storage, forgotten);
+    let mut done = Vec::new();
+    for disk in disks_of(&shelf)? {
+        done.push((disk, Work { shelf: &shelf, disk, what }.run(&mut step)));
+    }
+    // What was read is in memory as it was before: the check reads anew.
+    drop(shelf);
+    let report = check_store(path, storage, &mut |bytes| progress(ByteCount(before + bytes.0)))?;
+    let mut disks = report.disks;
+    for (disk, done) in done {
+        if let Some(report) = disks.iter_mut().find(|report| report.uuid == disk) {
+            add(report, done);
+        }
+    }
+    let sound = report.sound && disks.iter().all(|disk| disk.error.is_none());
+    Ok(StoreCheck { repaired, disks, sound, ..report })
+}
+
+fn add(report: &mut DiskCheck, done: Done) {
+    report.mended.extend(done.mended);
+    report.cut.extend(done.cut);
+    if report.error.is_none() {
+        report.error = done.errors.into_iter().next();
+    }
+    report.sound &= report.error.is_none();
+}
+
+struct Work<'a> {
+    shelf: &'a Shelf,
+    disk: DiskId,
+    what: Repair,
+}
+
+impl Work<'_> {
+    fn run(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Done {
+        let mut done = Done::default();
+        let numbers = match self.shelf.numbers(self.disk) {
+            Ok(numbers) => numbers,
+            Err(error) => return Done { errors: vec![chain(&error)], ..done },
+        };
+        for number in numbers {
+            match self.log(number, &mut done, step) {
+                // What cannot be mended is damage that the check tells of.
+                Ok(()) | Err(LogError::NoLog { .. } | LogError::Damaged { .. }) => {}
+                Err(error) => done.errors.push(chain(&error)),
+            }
+        }
+        done
+    }
+
+    fn log(
+        &self,
+        number: u32,
+        done: &mut Done,
+        step: &mut dyn FnMut(ByteCount) -> bool,
+    ) -> Result<(), LogError> {
+        let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
+        let storage = &*shelf.storage;
+        done.mended.extend(settle_base(storage, &dir)?);
+        if let Some(cut) = Cut::read(storage, &dir) {
+            if let Some(damage) = Cut::damage_of(storage, &dir) {
+                self.io("write", &dir, Cut { why: "a repair has cut it".to_owned() }.write(storage, &dir))?;
+                done.mended.push(format!("{damage}: it is written again"));
+            }
+            return self.cut(number, cut, done);
+        }
+        // Opening would remove what stands behind a lost place, where its entries do not prove that it was acknowledged.
+        let salvaged = shelf.salvage(self.disk, number, None)?;
+        if let (true, Some(why)) = (self.has_lost_what_was_durable(&dir, &salvaged), salvaged.damage.first())
+        {
+            let cut = Cut { why: why.clone() };
+            return if self.what == Repair::Everything { self.cut(number, cut, done) } else { Ok(()) };
+        }
+        let opened = match shelf.open(self.disk, number) {
+            Err(error @ LogError::Damaged { .. }) => {
+                let headers = shelf.salvage(self.disk, number, None)?.mend_headers(storage, &dir)?;
+                let any = !headers.is_empty();
+                done.mended.extend(headers);
+                if any { shelf.open(self.disk, number) } else { Err(error) }
+            }
+            opened => opened,
+        };
+        match opened {
+            Ok(log) => self.in_use(number, log, done, step),
+            Err(LogError::Damaged { .. }) if self.what == Repair::Everything => {
+                let salvaged = shelf.salvage(self.disk, number, None)?;
+                // Without a base nobody knows that the first of what is left is not where the log begins.
+                let nothing = salvaged.has_no_segment() && self.is_without_segments(&dir)?;
+                let Some(why) = salvaged.damage.first().filter(|_| salvaged.can_be_cut() || nothing) else {
+                    return Ok(());
+                };
+                self.cut(number, Cut { why: why.clone() }, done)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether entries are lost, with others behind them, that are noted beside the log as durable.
+    fn has_lost_what_was_durable(&self, dir: &Path, salvaged: &Salvage) -> bool {
+        let noted = Watermark::of_any(&*self.shelf.storage, dir);
+        let through = salvaged.snapshot.through();
+        salvaged.can_be_cut() && noted.is_some_and(|noted| noted.durable.seq > through)
+    }
+
+    /// Mends what a log has that opens.
+    fn in_use(
+        &self,
+        number: u32,
+        mut log: DiskLog,
+        done: &mut Done,
+        step: &mut dyn FnMut(ByteCount) -> bool,
+    ) -> Result<(), LogError> {
+        let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
+        let storage = &*shelf.storage;
+        if let Some(attached) = log.timeline().attached()
+            && shelf.memo(self.disk, number).is_none()
+        {
+            let memo = Memo { identity: log.identity(), attached: attached.clone() };
+            self.io("write", &dir.join(memo::FILE), memo::write_durably(storage, &dir, &memo))?;
+            done.mended.push(self.written_again(&dir.join(memo::FILE)));
+        }
+        if Watermark::find(storage, &dir, log.identity().history).is_none() {
+            done.mended.push(self.written_again(&dir.join(crate::watermark::FILE)));
+        }
+        // Notes how far the log is durable where nothing tells, or that its end is lost.
+        drop(shelf.mark(self.disk, number, &log));
+        let snapshot = log.snapshot()?;
+        match self.what {
+            Repair::Rebuild => done.mended.extend(snapshot.rebuild_footers(step)?),
+            Repair::Everything => done.mended.extend(snapshot.check_and_mend(&|_| None, step)?.mended),
+        }
+        Ok(())
+    }
+
+    /// Cuts a log where it is lost, or ends that.
+    fn cut(&self, number: u32, cut: Cut, done: &mut Done) -> Result<(), LogError> {
+        let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
+        let storage = &*shelf.storage;
+        let salvaged = shelf.salvage(self.disk, number, None)?;
+        let memo = shelf.memo(self.disk, number);
+        let identity = salvaged.identity.or(memo.as_ref().map(|memo| memo.identity));
+        let timeline = salvaged.snapshot.timeline();
+        let end = Durable { seq: salvaged.snapshot.through(), lsn: timeline.highest_lsn() };
+        let settled = |identity: backtide_recovery::LogIdentity| {
+            Watermark::find(storage, &dir, identity.history) == Some(Noted::whole(end))
+        };
+        if !salvaged.can_be_cut() && salvaged.damage.is_empty() && identity.is_none_or(settled) {
+            return Ok(());
+        }
+        if let Some(identity) = identity {
+            let known = [timeline.attached().cloned(), memo.map(|memo| memo.attached)];
+            let newest = known.into_iter().flatten().reduce(|a, b| if b.epoch > a.epoch { b } else { a });
+            if let Some(attached) = newest {
+                let memo = Memo { identity, attached };
+                self.io("write", &dir.join(memo::FILE), memo::write_durably(storage, &dir, &memo))?;
+            }
+        }
+        self.io("write", &dir, cut.write(storage, &dir))?;
+        let aside = Path::new(CUT_DIR).join(self.disk.to_string()).join(format!("log-{number}"));
+        let put = salvaged.cut(storage, &dir, &aside)?;
+        if let Some(identity) = identity {
+            let noted = Watermark::replace(storage, &dir, identity.history, Noted::whole(end));
+            self.io("write", &dir.join(crate::watermark::FILE), noted)?;
+        }
+        done.cut.push(self.lost(&salvaged, &cut, &put));
+        Ok(())
+    }
+
+    fn lost(&self, salvaged: &Salvage, cut: &Cut, put: &[PathBuf]) -> String {
+        let timeline = salvaged.snapshot.timeline();
+        let points = match timeline.intervals().last() {
+            Some(last) => format!("every point after {} up to lsn:{}", last.to, timeline.highest_lsn()),
+            None => format!("every point up to lsn:{}", timeline.highest_lsn()),
+        };
+        let aside = match put {
+            [] => "nothing was left of them".to_owned(),
+            [file] => format!("what was left of them is in {}", file.display()),
+            [file, ..] => {
+                let directory = file.parent().unwrap_or(file);
+                format!("what was left of them is in {}, {} files", directory.display(), put.len())
+            }
+        };
+        format!("{points} is lost, since {}; {aside}, which nothing reads any more", cut.why)
+    }
+
+    fn is_without_segments(&self, dir: &Path) -> Result<bool, LogError> {
+        let segments = dir.join("segments");
+        match self.shelf.storage.list(&segments) {
+            Ok(names) => Ok(!names.iter().any(|name| SegmentId::from_file_name(name).is_some())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+            Err(source) => self.io("list", &segments, Err(source)),
+        }
+    }
+
+    fn written_again(&self, path: &Path) -> String {
+        format!("{} is written again", self.shelf.storage.display(path).display())
+    }
+
+    fn io<T>(&self, what: &str, path: &Path, result: io::Result<T>) -> Result<T, LogError> {
+        let step = || format!("{what} {}", self.shelf.storage.display(path).display());
+        result.map_err(|source| {
+            if source.kind() == io::ErrorKind::StorageFull {
+                LogError::Full { step: step(), source }
+            } else {
+                LogError::Io { step: step(), source }
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,124 @@
+//! A repair whose power is cut at every step: the next one ends it, and it is as if there had been one.
+
+use backtide_recovery::{Entry, LogCache, LogIdentity, LogOptions, PassReason};
+use backtide_segment::AttachFacts;
+use backtide_storage::MemoryStorage;
+use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, Lsn};
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::*;
+
+const IDENTITY: LogIdentity =
+    LogIdentity { disk: DiskId(Uuid::from_u128(1)), history: HistoryId(Uuid::from_u128(2)) };
+
+fn attach(epoch: u64, next_lsn: u64) -> Entry {
+    Entry::Attach {
+        epoch: Epoch(epoch),
+        attach: Uuid::from_u128(epoch.into()),
+        next_lsn: Lsn(next_lsn),
+        size: ByteCount(1 << 20),
+        name: "vm1".parse().unwrap(),
+        time: CaptureTime(next_lsn),
+        facts: AttachFacts::default(),
+    }
+}
+
+fn write(lsn: u64) -> Entry {
+    let payload = Bytes::from(vec![lsn as u8; 4096]);
+    let range = ByteRange::new(ByteOffset(lsn % 16 * 4096), ByteCount(4096)).unwrap();
+    let checksum = backtide_units::PayloadChecksum::of(&payload);
+    Entry::Write { lsn: Lsn(lsn), time: CaptureTime(lsn), range, payload, checksum }
+}
+
+/// A store with one log of many segments, of which the third is missing; the fence and the highest LSN lie behind it.
+fn damaged() -> MemoryStorage {
+    let storage = MemoryStorage::new();
+    let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+    write_store(&shared).unwrap();
+    let dir = Shelf::dir(IDENTITY.disk, 1);
+    let options = LogOptions { segment_bytes_max: ByteCount(20_000), ..LogOptions::default() };
+    let cache = LogCache::new(Default::default());
+    let mut log = DiskLog::create(Arc::clone(&shared), &dir, IDENTITY, options, &cache).unwrap();
+    let (at, time) = (Lsn(5), CaptureTime(5));
+    let reason = PassReason { code: 1, text: "first".to_owned() };
+    let begin = [
+        attach(1, 1),
+        Entry::PassBegin { at, gap_from: Lsn(0), time, reason },
+        Entry::PassEnd { at, valid_from: Some(at), time },
+    ];
+    let first = begin.into_iter().chain((6..=40).map(write));
+    for entry in first.chain([attach(7, 90)]).chain((90..=95).map(write)) {
+        log.append(entry).unwrap();
+        if let Some(ticket) = log.ticket().unwrap() {
+            log.synced(ticket.sync()).unwrap();
+        }
+    }
+    let noted = Noted::whole(log.durable());
+    Watermark::replace(&storage, &dir, IDENTITY.history, noted).unwrap();
+    drop(log);
+    storage.remove(&dir.join("segments").join(SegmentId(3).file_name())).unwrap();
+    storage.sync_dir(&dir.join("segments")).unwrap();
+    storage
+}
+
+fn run(storage: &MemoryStorage, what: Repair) -> Result<StoreCheck, StoreFileError> {
+    let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+    repair_store(Path::new("store"), &shared, what, &mut |_| {})
+}
+
+/// What a receiver finds.
+fn found(storage: &MemoryStorage) -> (String, Option<Memo>, Lsn, bool) {
+    let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+    let shelf = reading(&shared, Forgotten::load(Arc::clone(&shared)).unwrap());
+    let salvaged = shelf.salvage(IDENTITY.disk, 1, None).unwrap();
+    assert_eq!(salvaged.damage, Vec::<String>::new());
+    let timeline = salvaged.snapshot.timeline();
+    let refused = matches!(shelf.open(IDENTITY.disk, 1), Err(LogError::Damaged { .. }));
+    let points = format!("{:?} {:?}", timeline.intervals(), timeline.holes());
+    (points, shelf.memo(IDENTITY.disk, 1), timeline.highest_lsn(), refused)
+}
+
+#[test]
+fn a_power_cut_at_any_step_of_a_repair_costs_nothing() {
+    let before = damaged();
+    let once = before.copy();
+    let report = run(&once, Repair::Everything).unwrap();
+    assert!(report.sound && report.disks[0].cut.len() == 1, "{report:?}");
+    let expected = found(&once);
+    let (_, memo, highest, refused) = &expected;
+    assert_eq!(
+        memo.as_ref().map(|memo| memo.attached.epoch),
+        Some(Epoch(7)),
+        "the fence of what was cut off"
+    );
+    assert_eq!((*highest, *refused), (Lsn(95), true));
+    let mut cuts = 0;
+    loop {
+        let storage = before.copy();
+        storage.cut_power_after(cuts);
+        let first = run(&storage, Repair::Everything);
+        let ended = !storage.is_off();
+        assert!(ended || first.is_err() || first.is_ok_and(|report| !report.sound), "cut {cuts}");
+        storage.crash(cuts);
+        let report = run(&storage, Repair::Everything).unwrap();
+        assert!(report.sound, "cut {cuts}: {report:?}");
+        assert_eq!(found(&storage), expected, "cut {cuts}");
+        if ended {
+            break;
+        }
+        cuts += 1;
+    }
+    assert!(cuts > 10, "{cuts} steps");
+}
+
+#[test]
+fn a_rebuild_leaves_a_log_that_lost_something_as_it_is() {
+    let storage = damaged();
+    let before = storage.files();
+    let report = run(&storage, Repair::Rebuild).unwrap();
+    assert!(!report.sound && report.disks[0].cut.is_empty(), "{report:?}");
+    let mut after = storage.files();
+    after.retain(|(path, _)| before.iter().any(|(known, _)| known == path));
+    assert_eq!(after, before);
+}
