@@ -91,6 +91,53 @@ fn a_torn_tail_is_cut_and_the_disk_comes_into_sync_again() {
 }
 
 #[test]
+fn a_log_that_lost_a_segment_is_repaired_and_its_disk_goes_on() {
+    let bench = Bench::new();
+    let limits = "[limits]\nsegment_bytes = 1048576\n";
+    let receiver = bench.receiver_with(limits);
+    let mut agent = bench.agent();
+    agent.may_complain("has lost the history");
+    bench.image("vm1.img", SIZE);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.qemu_io(&["write -P 0x11 0 64k"]);
+    disk.settle();
+    let good = disk.last();
+    std::fs::copy(&disk.image, bench.path("good.img")).unwrap();
+    disk.qemu_io(&["write -P 0x22 4M 8M", "write -P 0x33 1M 4M"]);
+    disk.settle();
+    let bad = disk.last();
+    assert_eq!(receiver.stop(), 0);
+    let found = segments(&bench.path("store"));
+    assert!(found.len() > 3, "{found:?}");
+    std::fs::remove_file(&found[2]).unwrap();
+    let store = bench.name("store");
+    assert_eq!(bench.plain(&["fsck", &store]).code, 8);
+    let both = bench.plain(&["fsck", &store, "--repair", "--rebuild"]);
+    assert_eq!(both.code, 2, "{both:?}");
+    let repaired = bench.plain(&["fsck", &store, "--repair"]);
+    assert_eq!(repaired.code, 3, "{repaired:?}");
+    assert!(repaired.stdout.contains("vm1: CUT: every point after ") && repaired.stdout.contains("is missing"));
+    assert!(repaired.stdout.contains(&format!("{store} is sound")), "{repaired:?}");
+    assert_eq!(bench.plain(&["fsck", &store]).code, 0);
+    assert_eq!(bench.plain(&["fsck", &store, "--repair"]).code, 0, "there is nothing left to do");
+
+    let mut receiver = bench.receiver_with(limits);
+    receiver.may_complain("has cut it");
+    assert_eq!(bench.plain(&["fsck", &store, "--repair"]).code, 5, "a receiver has the store");
+    disk.wait("sync");
+    disk.latest_is_the_image();
+    let holes = disk.holes();
+    assert_eq!(holes.len(), 1, "{holes:?}");
+    assert!(holes[0]["reason"].as_str().unwrap().contains("is missing"), "{holes:?}");
+    tools::assert_same_images(&bench.path("good.img"), &disk.restore(&format!("lsn:{good}")));
+    assert_ne!(disk.restore_fails(&format!("lsn:{bad}")).code, 0);
+    disk.qemu_io(&["write -P 0x44 2M 1M"]);
+    disk.settle();
+    disk.latest_is_the_image();
+}
+
+#[test]
 fn a_lost_store_is_an_alarm_and_everything_is_sent_again() {
     let bench = Bench::new();
     let (receiver, mut agent, disk) = bench.protected(SIZE, &[]);
