@@ -113,6 +113,15 @@ fn is_qcow2(path: &Path) -> bool {
     std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == MAGIC
 }
 
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// To be a disk.
+    Disk,
+    /// To be looked at. Not a byte of it changes; opened as a disk, one that was not closed in good order is mended.
+    Look,
+}
+
 /// What is opened, and where it is served.
 #[derive(Clone, Debug)]
 struct Opening {
@@ -122,6 +131,7 @@ struct Opening {
     disk: DiskName,
     socket: PathBuf,
     cache: CacheMode,
+    access: Access,
 }
 
 /// A `qemu-nbd` that serves.
@@ -140,10 +150,11 @@ impl Qcow2Server {
         disk: &DiskName,
         socket: PathBuf,
         cache: CacheMode,
+        access: Access,
     ) -> Result<Self, Qcow2Error> {
         let uri = format!("nbd+unix:///{disk}?socket={}", socket.display());
         let (program, image, disk) = ("qemu-nbd".into(), image.to_owned(), disk.clone());
-        let opening = Opening { program, image, disk, socket, cache };
+        let opening = Opening { program, image, disk, socket, cache, access };
         let running = opening.start().await?;
         let (stop, stopped) = oneshot::channel();
         let keeping = tokio::spawn(opening.keep(running, stopped));
@@ -215,6 +226,7 @@ impl Opening {
                 CacheMode::Writeback => "--cache=writeback",
                 CacheMode::Direct => "--cache=none",
             })
+            .args((self.access == Access::Look).then_some("--read-only"))
             .arg(format!("--export-name={}", self.disk))
             .arg("--socket")
             .arg(&self.socket)

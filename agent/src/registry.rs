@@ -47,7 +47,7 @@ use crate::{
         self, DiskHandle, InPlace, OpenError, Opened,
         source::{Remote, Sources},
     },
-    qcow2::{Qcow2Server, format_of},
+    qcow2::{Access, Qcow2Server, format_of},
     record::{DiskRecord, ImageStamp, Records},
 };
 
@@ -321,6 +321,7 @@ impl Registry {
                     &name,
                     self.places.qcow2_socket(&name),
                     record.cache,
+                    Access::Disk,
                 )
                 .await
                 .map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?,

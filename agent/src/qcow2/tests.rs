@@ -20,7 +20,8 @@ impl Bench {
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         let disk = "vm1".parse().unwrap();
         let (image, socket) = (of("vm1.qcow2"), of("vm1.qemu-nbd"));
-        let opening = Opening { program, image, disk, socket, cache: CacheMode::default() };
+        let opening =
+            Opening { program, image, disk, socket, cache: CacheMode::default(), access: Access::Disk };
         Self { directory, opening }
     }
 

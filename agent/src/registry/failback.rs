@@ -25,6 +25,7 @@ use super::{Registry, errors::failed, failover::Target, origin::fetch_error, wai
 use crate::{
     claims::Claim,
     disk::{self, Dialer, DiskHandle, source::FetchError},
+    qcow2::Access,
     record::DiskRecord,
 };
 
@@ -69,7 +70,8 @@ impl Registry {
         let receiver = receiver.unwrap_or_else(|| record.receiver.clone());
         disk::check_tls(&receiver, record.stream_tls.as_ref().or(self.stream_tls.as_ref()))?;
         let record = DiskRecord { receiver, ..record };
-        let (found, server) = self.find_left(&record).await?;
+        let access = if dry_run { Access::Look } else { Access::Disk };
+        let (found, server) = self.find_left(&record, access).await?;
         let (records, left_by) = (self.records.clone(), record.clone());
         let left = move || left_behind(&records, &left_by, adopt, force, found);
         // From when the record is saved on the disk is here, whoever dies.

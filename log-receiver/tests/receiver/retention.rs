@@ -345,6 +345,13 @@ async fn history_that_a_mount_holds_is_given_up_once_and_the_alarm_says_why_no_m
     };
     assert_eq!(later.disks[0].shrunk, 1, "{later:?}");
     assert_eq!(later.disks[0].every_point_from, held.disks[0].every_point_from);
+    // What is held is there, and not only said to be.
+    let mut expected = vec![0; DISK_BYTES as usize];
+    for lsn in 6..=33 {
+        let at = place_in_a_corner(lsn) as usize;
+        expected[at..at + RECORD].copy_from_slice(&content(lsn));
+    }
+    assert_content(&place, &mounted, &expected).await;
     api.unmount(&mounted.id, None).await.unwrap();
     while api.retention(None).await.unwrap().low.is_some() {}
     assert!(storage.free_space().unwrap().0 > 4 << 20);

@@ -23,7 +23,7 @@ use crate::{
         source::{FetchError, PointSource},
         trust,
     },
-    qcow2::{Qcow2Server, format_of},
+    qcow2::{Access, Qcow2Server, format_of},
     record::{DiskRecord, ImageStamp, Records},
 };
 
@@ -79,10 +79,11 @@ struct Known {
 }
 
 impl Registry {
-    /// Looks at the image that is here, and has it for itself; with what serves it, to be ended by whoever has that.
+    /// Looks at the image that is here, and has it for itself, if it is opened as a disk; with what serves it, to be ended by whoever has that.
     pub(super) async fn find_left(
         &self,
         record: &DiskRecord,
+        access: Access,
     ) -> Result<(Found, Option<Qcow2Server>), ApiError> {
         let image = record.image.clone();
         let stamp = waiting(move || refuse_unfit(&image)).await??;
@@ -94,7 +95,7 @@ impl Registry {
             }
             Some(ImageFormat::Qcow2) => {
                 let (path, socket) = (Path::new(&record.image), self.places.qcow2_socket(&record.name));
-                let server = Qcow2Server::start(path, &record.name, socket, record.cache).await;
+                let server = Qcow2Server::start(path, &record.name, socket, record.cache, access).await;
                 let server = server.map_err(|error| image::qcow2_error(&error))?;
                 let served = image::look_at(server.uri()).await;
                 let path = path.to_owned();

@@ -139,6 +139,42 @@ fn a_qcow2_file_goes_on_in_a_qcow2_file_and_comes_back() {
     }
 }
 
+/// Where a qcow2 header has its incompatible features, and the one of a file that was not closed in good order.
+const FEATURES_AT: usize = 72 + 7;
+const IS_DIRTY: u8 = 1;
+
+#[test]
+fn what_a_failback_would_do_is_told_without_a_byte_written_to_a_qcow2_file() {
+    let bench = Bench::new();
+    let (_receiver, mut first) = (bench.receiver(), bench.agent());
+    first.may_complain("everything is compared");
+    let image = bench.name("vm1.qcow2");
+    tools::run("qemu-img", &["create", "-q", "-f", "qcow2", &image, &SIZE.to_string()]);
+    let disk = bench.attach("vm1", "vm1.qcow2", &[]);
+    disk.wait("sync");
+    disk.qemu_io(&["write -P 0x11 0 4M", "flush"]);
+    disk.settle();
+    bench.json(&["detach", "vm1"]);
+    let (other, _second) = OtherHost::start(&bench);
+    assert_eq!(other.failover(&["--yes"]).code, 0);
+    other.settle();
+    assert_eq!(other.run(&["detach", "vm1"]).code, 0);
+    // Its host went down: QEMU mends such a file when it is opened to be written.
+    let mut header = std::fs::read(&image).unwrap();
+    header[FEATURES_AT] |= IS_DIRTY;
+    std::fs::write(&image, header).unwrap();
+    let state = || (std::fs::read(&image).unwrap(), std::fs::metadata(&image).unwrap().modified().unwrap());
+    let before = state();
+    // Nobody says yes.
+    let unasked = bench.run(&["failback", "vm1"]);
+    assert_eq!(unasked.code, 2, "{unasked:?}");
+    assert!(unasked.stderr.contains("OVERWRITTEN"), "{unasked:?}");
+    assert!(state() == before, "the file was written");
+    bench.json(&["failback", "vm1", "--yes", "--wait"]);
+    whole(&disk);
+    tools::assert_same(&disk.uri(), &bench.name("b.img"));
+}
+
 #[test]
 fn a_disk_behind_nbd_goes_on_behind_nbd_and_comes_back() {
     let bench = Bench::new();

@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use backtide_e2e::{Bench, Disk, tools};
+use backtide_e2e::{Bench, Disk, Load, Model, OtherHost, kill_rounds, tools};
+use backtide_storage::KillPoint;
 use serde_json::{Value, json};
 
 const SIZE: u64 = 8 << 20;
@@ -78,6 +79,105 @@ fn a_new_disk_waits_for_its_receiver_and_outlives_its_agent() {
     whole(&new);
     new.qemu_io(&["read -P 0x11 0 1M", "read -P 0x22 1M 1M", "read -P 0x11 2M 6M"]);
     new.latest_is_the_image();
+}
+
+/// A disk of the receiver whose agent goes on, and what it was at a point of before.
+fn with_a_point(disk: &Disk<'_>) -> (String, Model) {
+    let mut model = Model::of_zeroes(SIZE, Vec::new());
+    disk.guest_writes(&mut model, 1, 80);
+    let point = format!("vm1@lsn:{}", disk.last());
+    let at_point = model.clone();
+    disk.guest_writes(&mut model, 2, 80);
+    (point, at_point)
+}
+
+#[test]
+fn another_host_begins_with_a_point_of_a_disk_that_goes_on() {
+    let bench = Bench::new();
+    let (_receiver, _first, disk) = bench.protected(SIZE, &[]);
+    let (point, mut expected) = with_a_point(&disk);
+    let (other, _second) = OtherHost::start(&bench);
+    let (image, stream) = (bench.name("vm2.img"), bench.socket("stream.sock"));
+    let attach = ["attach", "vm2", &image, "--receiver", &stream, "--from", &point];
+    let attached = other.run(&attach);
+    assert_eq!(attached.code, 0, "{attached:?}");
+    let status = |name: &str| -> Value {
+        let said = other.run(&["status", name]);
+        serde_json::from_str::<Value>(&said.stdout).expect("a status is JSON")["disks"][0].clone()
+    };
+    // Both are written to, each by its own guest.
+    let (there, here) = (Load::start(status("vm2")["nbd_uri"].as_str().unwrap(), 3), disk.load(4));
+    there.goes_on(60);
+    here.goes_on(60);
+    here.stop();
+    expected.then(there.stop());
+    for state in ["sync", "durable"] {
+        assert_eq!(other.run(&["wait", "vm2", "--for", state]).code, 0);
+    }
+    while !status("vm2")["hydration"].is_null() {}
+    expected.assert_is_in(Path::new(&image), expected.len(), "the other host's");
+    let origin = status("vm2")["origin"].clone();
+    assert_eq!((&origin["disk"], format!("vm1@lsn:{}", origin["lsn"])), (&json!("vm1"), point), "{origin}");
+    let of_receiver = bench.json(&["points", "vm2"]);
+    assert_eq!(of_receiver["origin"]["disk"], "vm1", "{of_receiver}");
+    disk.latest_is_the_image();
+    let held = bench.json(&["retention", "show", "vm1"])["disks"][0]["held"].clone();
+    assert_eq!(held, json!([]), "nobody needs the point any more");
+}
+
+#[test]
+fn whoever_dies_when_a_disk_begins_leaves_one_that_begins_again_or_goes_on() {
+    // Whether the disk is there when the agent is back; an attach is known from its record on.
+    let steps = [
+        (KillPoint::HydrationMade, Some(false)),
+        (KillPoint::AttachTracking, None),
+        (KillPoint::AttachRecord, None),
+        (KillPoint::AttachServed, Some(true)),
+        (KillPoint::HydrationStored, Some(true)),
+        (KillPoint::HydrationNoted, Some(true)),
+        (KillPoint::HydrationFinished, Some(true)),
+    ];
+    let bench = Bench::new();
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    let (point, at_point) = with_a_point(&disk);
+    // The agent that begins it has no other: the kill points are those of the new one.
+    bench.json(&["detach", "vm1"]);
+    let stream = bench.socket("stream.sock");
+    for (round, (step, is_there)) in (0..kill_rounds(1)).flat_map(|_| steps).enumerate() {
+        let (name, image) = (format!("new{round}"), bench.name(&format!("new{round}.img")));
+        let attach = ["attach", &name, &image, "--receiver", &stream, "--from", &point];
+        assert_eq!(agent.stop(), 0);
+        let mut doomed = bench.doomed(&["agent", "run"], step.name());
+        while !doomed.is_dead() && ![0, 3].contains(&bench.run(&["status"]).code) {}
+        // An answer or none.
+        bench.run(&attach);
+        assert!(doomed.died(), "{} is never reached", step.name());
+        agent = bench.agent();
+        // It may have died before it had noted which history the receiver had begun for it.
+        agent.may_complain("the receiver keeps another history");
+        let there = bench.run(&["status", &name]).code != 4;
+        assert!(is_there.is_none_or(|is| is == there), "{}: {there}", step.name());
+        if !there {
+            bench.json(&attach);
+        }
+        let new = bench.disk(&name);
+        let image = Path::new(&image);
+        whole(&new);
+        at_point.assert_is_in(image, at_point.len(), step.name());
+        assert_eq!(bench.json(&["verify", &name])["differing_count"], 0, "{}", step.name());
+        assert_eq!(new.status()["origin"]["disk"], "vm1");
+        // What its history may lack is what a crash costs any disk.
+        let holes = new.holes();
+        assert!(
+            holes.iter().all(|hole| hole["reason_code"] == "agent-crashed"),
+            "{}: {holes:?}",
+            step.name()
+        );
+        at_point.assert_is_in(&new.restore("latest"), at_point.len(), step.name());
+        bench.json(&["detach", &name]);
+    }
+    let held = bench.json(&["retention", "show", "vm1"])["disks"][0]["held"].clone();
+    assert_eq!(held, json!([]), "nobody needs the point any more");
 }
 
 #[test]

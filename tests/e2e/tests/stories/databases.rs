@@ -96,6 +96,16 @@ fn mount_at(bench: &Bench, at: Moment) -> Result<Value, Value> {
     Err(error["details"].clone())
 }
 
+/// Most of the moments were of times without an outage: a story that could mount hardly any has shown nothing.
+fn assert_looked(moments: &[(Moment, bool)], looks: usize) {
+    let whole = moments.iter().filter(|(_, whole)| *whole).count();
+    assert!(
+        whole > 0 && 2 * looks >= whole,
+        "{looks} looks at {} moments, {whole} of them whole",
+        moments.len()
+    );
+}
+
 /// What was refused lies in the hole that is named; `whole` when it is not in the long outage.
 fn assert_in_hole(refused: &Value, at: Moment, whole: bool) {
     let hole = &refused["hole"];

@@ -14,7 +14,7 @@ use backtide_e2e::{
 };
 use serde_json::Value;
 
-use super::{assert_in_hole, mount_at, two_outages};
+use super::{assert_in_hole, assert_looked, mount_at, two_outages};
 
 const SIZE: u64 = 512 << 20;
 
@@ -55,12 +55,17 @@ fn postgresql_has_at_every_moment_what_it_had_acknowledged() {
     disk.settle();
 
     story.assert_refused_in_the_hole(&bench);
-    for (at, whole) in story.moments(seed) {
-        match mount_at(&bench, at) {
-            Ok(mount) => look(&bench, &mount, at, &story.ledgers[0]),
-            Err(refused) => assert_in_hole(&refused, at, whole),
+    let (moments, mut looks) = (story.moments(seed), 0);
+    for (at, whole) in &moments {
+        match mount_at(&bench, *at) {
+            Ok(mount) => {
+                look(&bench, &mount, *at, &story.ledgers[0]);
+                looks += 1;
+            }
+            Err(refused) => assert_in_hole(&refused, *at, *whole),
         }
     }
+    assert_looked(&moments, looks);
 }
 
 /// Starts the database on a mounted point, as after a power cut, and counts.
