@@ -51,7 +51,9 @@ pub enum AgentError {
         source: io::Error,
     },
     /// Another agent has the state directory.
-    #[error("the state directory {directory} is locked: another agent uses it")]
+    #[error(
+        "the state directory {directory} is locked: another agent uses it; end that one, or give this one a directory of its own with --state"
+    )]
     Locked {
         /// Which.
         directory: String,

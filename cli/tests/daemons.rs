@@ -59,6 +59,13 @@ fn an_attach_without_its_receiver_tracks_and_says_so() {
     let twice = attach(&bench);
     assert_eq!(twice.code, 5, "{twice:?}");
 
+    let shown = bench.run(&["status", "vm1"]);
+    assert!(shown.stdout.contains("everything that the disk holds is to be sent"), "{shown:?}");
+    let detached = bench.run(&["detach", "vm1"]);
+    assert_eq!(detached.code, 3, "{detached:?}");
+    assert!(detached.stderr.contains("the receiver lacks everything of disk vm1"), "{detached:?}");
+    assert_eq!(attach(&bench).code, 3);
+
     let receiver = receiver(&bench);
     wait(&bench, "sync");
     assert_eq!(bench.json(&["status"])["disks"][0]["mode"], "sync");

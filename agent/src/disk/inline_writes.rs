@@ -93,6 +93,7 @@ mod tests {
             let slow = now;
             while !writes.is_allowed(|| now, FREE) {
                 now += Duration::from_millis(1);
+                assert!(now < slow + 2 * REST_MAX, "the while does not end");
             }
             rests.push((now - slow).as_millis());
         }

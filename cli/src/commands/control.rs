@@ -58,8 +58,7 @@ impl Detach {
         match missing_at_receiver(&disk) {
             Some(missing) => {
                 context.warn(&format!(
-                    "the receiver lacks {missing} of disk {}; they are in the saved bitmap and follow at the next \
-                     attach",
+                    "the receiver lacks {missing} of disk {}; what it lacks is remembered and follows at the next attach",
                     disk.name.as_str()
                 ));
                 Ok(Ending::Warnings)

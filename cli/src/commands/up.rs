@@ -158,7 +158,7 @@ async fn detach(context: &Context, agent: &AgentClient, name: &DiskName) -> Resu
     // What its image lacks comes when it is up again: the agent's state stays in the same directory.
     let disk = agent.detach_even(name, DetachRequest { incomplete: true, force: false }).await?;
     let Some(missing) = missing_at_receiver(&disk) else { return Ok(Ending::Done) };
-    context.warn(&format!("the history lacks {missing}; they follow when the disk is up again"));
+    context.warn(&format!("the history lacks {missing}: that follows when the disk is up again"));
     Ok(Ending::Warnings)
 }
 

@@ -20,7 +20,7 @@ pub(crate) fn table(disks: &[DiskStatus]) -> String {
             disk.name.as_str().to_owned(),
             mode_text(disk),
             lag_text(disk),
-            size_text(disk.dirty.bytes),
+            dirty_size_text(disk),
             disk.resync.as_ref().map(resync_text).unwrap_or_default(),
             reason_text(disk),
         ]
@@ -113,10 +113,7 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
         format!("{} last, {} received, {} durable", disk.lsn.last, disk.lsn.received, disk.lsn.durable),
     ));
     lines.push(("lag", lag_text(disk)));
-    lines.push((
-        "dirty",
-        format!("{}, {}", count_text(disk.dirty.blocks.0, "block"), size_text(disk.dirty.bytes)),
-    ));
+    lines.push(("dirty", dirty_text(disk)));
     lines.push(("window", format!("{} of {}", size_text(disk.window.bytes), size_text(disk.window.limit))));
     if let Some(spill) = &disk.spill {
         lines.push(("spill", spill_text(spill)));
@@ -175,10 +172,37 @@ fn image_text(disk: &DiskStatus) -> String {
 
 /// What the receiver lacks of a disk, if it lacks anything.
 pub(crate) fn missing_at_receiver(disk: &DiskStatus) -> Option<String> {
+    if lacks_everything(disk) {
+        return Some("everything".to_owned());
+    }
     if disk.dirty.blocks.0 > 0 {
         return Some(count_text(disk.dirty.blocks.0, "changed block"));
     }
     (disk.lag.records > 0).then(|| count_text(disk.lag.records, "write"))
+}
+
+/// Whether the receiver has never had anything of the disk: what is marked as changed is the least of it then.
+fn lacks_everything(disk: &DiskStatus) -> bool {
+    disk.resync_due && (disk.history.is_none() || disk.reason_code == "first-attach")
+}
+
+fn dirty_size_text(disk: &DiskStatus) -> String {
+    match (lacks_everything(disk), disk.resync_due) {
+        (true, _) => "everything".to_owned(),
+        (false, true) => "not known yet".to_owned(),
+        (false, false) => size_text(disk.dirty.bytes),
+    }
+}
+
+fn dirty_text(disk: &DiskStatus) -> String {
+    let known = format!("{}, {}", count_text(disk.dirty.blocks.0, "block"), size_text(disk.dirty.bytes));
+    match (lacks_everything(disk), disk.resync_due) {
+        (true, _) => {
+            "everything that the disk holds is to be sent: the receiver has nothing of it".to_owned()
+        }
+        (false, true) => format!("{known}; what else differs is found out when a pass begins"),
+        (false, false) => known,
+    }
 }
 
 /// What hurts the guest goes before what explains the mode.
@@ -205,7 +229,10 @@ fn mode_text(disk: &DiskStatus) -> String {
 }
 
 fn lag_text(disk: &DiskStatus) -> String {
-    if disk.lag.records == 0 && disk.dirty.blocks.0 == 0 {
+    if lacks_everything(disk) {
+        return format!("{}, everything", duration_text(disk.lag.seconds));
+    }
+    if disk.lag.records == 0 && disk.dirty.blocks.0 == 0 && !disk.resync_due {
         return "none".to_owned();
     }
     let writes = count_text(disk.lag.records, "write");

@@ -193,7 +193,8 @@ fn a_client_that_vanishes_leaves_replies_that_may_still_be_completed() {
         served.abort();
         settle().await;
         disk.answer();
-        drop(client);
+        assert_eq!((disk.submitted(), disk.waiting()), (1, 0), "the one request, and it once");
+        assert!(client.is_closed().await, "an answer that nobody is left to give is not given");
     });
 }
 

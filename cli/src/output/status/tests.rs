@@ -147,6 +147,34 @@ fn a_lost_receiver_is_shown_with_its_words() {
 }
 
 #[test]
+fn a_disk_that_was_never_in_sync_lacks_everything() {
+    let tracking = DiskStatus {
+        mode: Mode::Tracking,
+        reason: "first protection of the disk".to_owned(),
+        reason_code: "first-attach".to_owned(),
+        connected: false,
+        lag: Lag { seconds: 65.0, ..Lag::default() },
+        resync_due: true,
+        ..in_sync()
+    };
+    let text = disk_text(&tracking);
+    assert!(text.contains("everything that the disk holds is to be sent"), "{text}");
+    assert!(text.contains("1m 5s, everything") && !text.contains("0 blocks"), "{text}");
+    let line = table(std::slice::from_ref(&tracking));
+    assert!(line.contains("vm1   tracking  1m 5s, everything  everything"), "{line}");
+    assert_eq!(missing_at_receiver(&tracking).unwrap(), "everything");
+
+    let found_out = DiskStatus {
+        history: Some(backtide_units::HistoryId::random()),
+        reason_code: "agent-crashed".to_owned(),
+        ..tracking
+    };
+    let text = disk_text(&found_out);
+    assert!(text.contains("0 blocks, 0 B; what else differs is found out"), "{text}");
+    assert!(table(std::slice::from_ref(&found_out)).contains("not known yet"));
+}
+
+#[test]
 fn what_the_receiver_lacks_is_counted() {
     assert_eq!(missing_at_receiver(&in_sync()), None);
     assert_eq!(missing_at_receiver(&in_resync()).unwrap(), "2048 changed blocks");

@@ -160,3 +160,14 @@ fn an_image_written_in_the_middle_of_its_detach_is_compared() {
     let disk = bench.attach("vm1", "vm1.img", &[]);
     disk.latest_is_the_image();
 }
+
+#[test]
+fn an_agent_whose_state_directory_is_in_use_says_what_to_do() {
+    let bench = Bench::new();
+    let _agent = bench.agent();
+    let refused = bench.run(&["agent", "run", "--api", &bench.socket("other.sock")]);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    let sentence = refused.sentence();
+    let start = format!("the state directory {} is locked: another agent uses it; ", bench.name("state"));
+    assert!(sentence.starts_with(&start) && sentence.ends_with("with --state"), "{sentence}");
+}

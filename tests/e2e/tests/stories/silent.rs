@@ -1,7 +1,7 @@
 //! A daemon that is stopped takes connections and says nothing: whoever asks hears of that after a bounded
 //! time, and nothing is told to be kept that the receiver has not said to have.
 
-use std::process::Stdio;
+use std::{cell::RefCell, process::Stdio};
 
 use backtide_e2e::{Bench, Said};
 
@@ -71,9 +71,15 @@ fn a_mark_is_waited_for_through_a_resync_and_until_it_is_given_up() {
     let label = |first: char| format!("{first}{}", "-".repeat(200));
     let asked = |label: &str| {
         let mut command = bench.command(&["--json", "mark", label, "vm1", "--wait", "30s"]);
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run backtide");
-        disk.until("the mark is on its way", |status| status["window"]["bytes"].as_u64() > Some(300));
-        child
+        let spawned = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let child = RefCell::new(spawned.expect("run backtide"));
+        disk.until("the mark is on its way", |status| {
+            let ended = child.borrow_mut().try_wait().expect("wait for a command");
+            let on_its_way = status["window"]["bytes"].as_u64() > Some(300);
+            assert!(on_its_way || ended.is_none(), "it has ended and sent no mark: {ended:?}");
+            on_its_way
+        });
+        child.into_inner()
     };
     let told = |child: std::process::Child| {
         let output = child.wait_with_output().expect("a command");
