@@ -127,8 +127,9 @@ fn a_full_window_delays_the_guest_by_no_more_than_its_bound() {
     let told = Duration::from_micros(status["counters"]["guest_delay_max_us"].as_u64().expect("a time"));
     assert!(status["counters"]["delayed_answers"].as_u64() > Some(10), "{status}");
     assert!(told > BOUND / 4, "a window that fills up delays more and more: {told:?}");
-    // Whatever else the machine does, ten times the bound is a broken one.
-    assert!(longest < BOUND * 10 && told < BOUND * 10, "{longest:?} seen, {told:?} told");
+    // To the microsecond, but for what the machine was late: the filter's own tests have a clock without that.
+    let late = status["counters"]["guest_delay_late_max_us"].as_u64().expect("a time");
+    assert!(told <= BOUND + Duration::from_micros(late), "{told:?} told, {late} us of it late: {status}");
     assert!(longest >= told, "what is told is a part of what is seen: {longest:?} seen, {told:?} told");
     disk.wait("sync");
     disk.latest_is_the_image();
