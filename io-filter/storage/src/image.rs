@@ -38,6 +38,8 @@ pub struct ImageFile {
     is_device: bool,
     /// With direct I/O, what it has to be multiples of.
     direct: Option<Alignment>,
+    /// Whether a write that is stable by its flag is so too when it ends later.
+    keeps_flag: bool,
     /// What zeroes without writing them has to be multiples of, in bytes.
     zero_block: u64,
     /// Whether the file system has said that it cannot tell whether a write would wait.
@@ -173,6 +175,7 @@ impl ImageFile {
             true => Some(alignment(&file, &path, size, is_device, opening.block_min)?),
             false => None,
         };
+        let keeps_flag = !is_direct || direct::keeps_flag(&file, is_device);
         let zero_block = if is_device { rustix::fs::ioctl_blksszget(&file).unwrap_or(1) } else { 1 };
         Ok(Self {
             file,
@@ -180,6 +183,7 @@ impl ImageFile {
             size,
             is_device,
             direct,
+            keeps_flag,
             zero_block: zero_block.into(),
             cannot_tell: AtomicBool::new(false),
             buffers: BufferPool::default(),
@@ -202,6 +206,11 @@ impl ImageFile {
     /// With direct I/O, what it has to be multiples of.
     pub fn alignment(&self) -> Option<Alignment> {
         self.direct
+    }
+
+    /// Whether a write of an io_uring is stable by its flag. Otherwise it has to be synced when it has ended.
+    pub(crate) fn keeps_flag(&self) -> bool {
+        self.keeps_flag
     }
 
     /// The memory its I/O is done in.

@@ -88,8 +88,17 @@ struct Flight<T> {
 /// What the kernel does, and the memory it does it with.
 enum Work {
     Read { buffer: Buffer, at: ByteOffset, wanted: std::ops::Range<usize> },
-    Write { data: Bytes, at: ByteOffset, stable: bool },
+    Write { data: Bytes, at: ByteOffset, stable: Stable },
     Sync,
+}
+
+/// How a write becomes stable.
+#[derive(Clone, Copy, PartialEq)]
+enum Stable {
+    Not,
+    ByFlag,
+    /// By a sync that follows it: the flag would not do.
+    BySync,
 }
 
 impl<T> Ring<T> {
@@ -160,6 +169,11 @@ impl<T> Ring<T> {
             RingOp::Write { range, data, stable } => {
                 let as_it_is = alignment.is_none_or(|alignment| alignment.takes_memory(&data));
                 let data = if as_it_is { data } else { self.image.buffers().copy_of(&data).freeze() };
+                let stable = match (stable, self.image.keeps_flag()) {
+                    (false, _) => Stable::Not,
+                    (true, true) => Stable::ByFlag,
+                    (true, false) => Stable::BySync,
+                };
                 Work::Write { data, at: range.start(), stable }
             }
             RingOp::Sync => Work::Sync,
@@ -256,6 +270,12 @@ impl<T> Ring<T> {
             self.queue(name);
             return None;
         };
+        if result.is_ok() && matches!(flight.work, Work::Write { stable: Stable::BySync, .. }) {
+            // The kernel is done with its memory.
+            (flight.work, flight.tries) = (Work::Sync, 0);
+            self.queue(name);
+            return None;
+        }
         let Flight { tag, work, .. } = slot.take().expect("seen just now");
         self.free.push(name);
         let result = result.map(|()| match work {
@@ -355,7 +375,8 @@ impl<T> Flight<T> {
                     .build()
             }
             Work::Write { data, at, stable } => {
-                let flags = if *stable { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() };
+                let by_flag = *stable == Stable::ByFlag;
+                let flags = if by_flag { ReadWriteFlags::DSYNC } else { ReadWriteFlags::empty() };
                 opcode::Write::new(image, data[done..].as_ptr(), left(data.len()))
                     .offset(from(*at))
                     .rw_flags(flags.bits().cast_signed())

@@ -5,6 +5,7 @@
 //! writes until it is told to stop and remembers in which order it was acknowledged, [`Model`] what
 //! the disk must hold after each of those writes, [`tools`] the judges, [`kernel_disk`] a file system of the kernel on a disk,
 //! [`postgres`] a database on that, [`machine`] a virtual machine, [`ledger`] what it has acknowledged and when, [`wire`] the stream by hand,
+//! [`nbd_wire`] a guest by hand, [`LoggedDisk`] a disk that writes down what it is asked for,
 //! [`http`] a control API by hand, [`Counting`] a way that counts what comes back on it. Every process that is started ends with its owner, also when a
 //! test panics or is killed; what an agent has started and left ends with its [`Bench`], when no test is killed.
 //!
@@ -23,8 +24,10 @@ mod load;
 mod loop_device;
 pub mod machine;
 mod model;
+pub mod nbd_wire;
 mod other_host;
 pub mod postgres;
+mod request_log;
 pub mod tools;
 pub mod wire;
 
@@ -37,6 +40,7 @@ pub use load::{Guest, Load, Returning, Written};
 pub use loop_device::LoopDevice;
 pub use model::{Model, Write, fill};
 pub use other_host::OtherHost;
+pub use request_log::{LoggedDisk, Requests};
 
 /// Says why a test does nothing on this machine, where the test's output shows it, and in the file that
 /// `BACKTIDE_SKIPPED` names: whoever runs all of them is told which have proved nothing.

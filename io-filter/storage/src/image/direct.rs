@@ -74,6 +74,19 @@ impl Alignment {
     }
 }
 
+/// File systems on which the flag `RWF_DSYNC` holds for a direct write that ends later, as those of an io_uring do:
+/// ext4, XFS, Btrfs and F2FS. FUSE, for one, completes such a write without a sync.
+const KEEPING_THE_FLAG: [u32; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
+
+/// Whether a direct write that is to be stable needs no more than that flag when it ends later.
+pub(super) fn keeps_flag(file: &File, is_device: bool) -> bool {
+    let is_known = |found: rustix::fs::StatFs| {
+        // The magic numbers are of 32 bits, whatever the field is of this processor.
+        KEEPING_THE_FLAG.contains(&(found.f_type as u32))
+    };
+    is_device || rustix::fs::fstatfs(file).is_ok_and(is_known)
+}
+
 /// The logical block of the device that a file lies on.
 fn block_of_file_system(file: &File) -> u32 {
     let told = || -> Option<u32> {
