@@ -12,6 +12,7 @@ use backtide_recovery::{
     Timeline,
 };
 use backtide_segment::{Bucket, DISK_SIZE_MAX, Entry, PassContent, Seq};
+use backtide_storage::KillPoint;
 use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
 use crate::{
@@ -50,6 +51,8 @@ pub struct Disk {
     /// Bytes appended and not yet known durable, by the entry that brought them there.
     waiting: VecDeque<(Seq, ByteCount)>,
     waiting_bytes: u64,
+    /// The end of a pass that is not known to be durable.
+    pass_end: Option<Seq>,
 }
 
 /// ```text
@@ -128,7 +131,8 @@ impl Disk {
         };
         let waiting = VecDeque::new();
         let life = next_life();
-        Self { id, log, number, past, life, owner: None, gathered: 0, waiting, waiting_bytes: 0 }
+        let (gathered, waiting_bytes, pass_end) = (0, 0, None);
+        Self { id, log, number, past, life, owner: None, gathered, waiting, waiting_bytes, pass_end }
     }
 
     /// Which disk.
@@ -287,6 +291,9 @@ impl Disk {
                     self.waiting.pop_front();
                     self.waiting_bytes -= bytes.0;
                 }
+                if self.pass_end.take_if(|end| *end <= durable.seq).is_some() {
+                    KillPoint::PassEndDurable.reached();
+                }
             }
             Err(error) => self.fail(Failure::from(&error)),
         }
@@ -347,6 +354,7 @@ impl Disk {
             Log::Failed(failed) => return Err(DiskError::Store(failed.failure.why.clone())),
         };
         let followed = Followed::of(&entry);
+        let ends_pass = matches!(entry, Entry::PassEnd { .. });
         let parts = if matches!(entry, Entry::PassData { .. }) { PASS_GATHERS_LONGER } else { 1 };
         let cost = ByteCount(payload.0 + ENTRY_HEADER_BYTES + EXTENT_BYTES * bare_extents(&entry));
         match log.append(entry) {
@@ -356,6 +364,7 @@ impl Disk {
                 }
                 self.note_waiting(seq, cost);
                 self.gathered += cost.0 / parts;
+                self.pass_end = ends_pass.then_some(seq).or(self.pass_end);
                 Ok(seq)
             }
             Err(AppendError::Invalid(invalid)) => Err(DiskError::Invalid(invalid.to_string())),
@@ -413,6 +422,7 @@ impl Disk {
         }
         self.waiting.clear();
         self.waiting_bytes = 0;
+        self.pass_end = None;
     }
 
     fn log(&self) -> Option<&DiskLog> {

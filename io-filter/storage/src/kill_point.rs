@@ -106,6 +106,8 @@ kill_points! {
     LogSynced = "log-synced",
     /// Receiver: it is noted how far the log is durable; the agent has not heard.
     MarkWritten = "durable-mark-written",
+    /// Receiver: the end of a pass is durable; the agent has not heard.
+    PassEndDurable = "pass-end-durable",
     /// Receiver: it is noted durably that a disk goes; all of it is there.
     ForgetNoted = "forget-noted",
     /// Receiver: nothing of the disk is there any more; its tombstone says that it goes.

@@ -231,9 +231,24 @@ impl Bench {
 
     /// The same when the command must end with `code`.
     pub fn attach_ending(&self, code: i32, name: &str, image: &str, options: &[&str]) -> Disk<'_> {
+        self.attach_ending_to(code, &self.socket("stream.sock"), name, image, options)
+    }
+
+    /// Attaches to a receiver at another address.
+    pub fn attach_to(&self, receiver: &str, name: &str, image: &str, options: &[&str]) -> Disk<'_> {
+        self.attach_ending_to(0, receiver, name, image, options)
+    }
+
+    fn attach_ending_to(
+        &self,
+        code: i32,
+        receiver: &str,
+        name: &str,
+        image: &str,
+        options: &[&str],
+    ) -> Disk<'_> {
         let image = if image.contains("://") { image.to_owned() } else { self.name(image) };
-        let stream = self.socket("stream.sock");
-        let attach = ["attach", name, &image, "--receiver", &stream];
+        let attach = ["attach", name, &image, "--receiver", receiver];
         self.json_ending(code, &[&attach, options].concat());
         Disk::new(self, name, &image)
     }

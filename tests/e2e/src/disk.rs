@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::{Bench, Load, Model, Said, bench::text, http, tools};
+use crate::{Bench, Load, Model, Said, bench::text, http, load::Random, tools};
 
 /// An attached disk.
 #[derive(Clone)]
@@ -171,6 +171,33 @@ impl<'bench> Disk<'bench> {
         lsns.dedup();
         let last = lsns.len() - 1;
         (0..=count.min(last)).map(|nth| lsns[nth * last / count.min(last)]).collect()
+    }
+
+    /// Some of the points that are offered, which the seed chooses, are each the effect of some first writes;
+    /// and whatever lies between two intervals is a hole with a reason.
+    pub fn timeline_holds(&self, seed: u64, count: usize, model: &Model) {
+        let points = self.points();
+        let list = |name: &str| points[name].as_array().unwrap_or_else(|| panic!("{name}: {points}")).clone();
+        let lsn = |of: &Value, name: &str| of[name].as_u64().unwrap_or_else(|| panic!("{name}: {points}"));
+        let (intervals, holes) = (list("intervals"), list("holes"));
+        for pair in intervals.windows(2) {
+            let (after, before) = (lsn(&pair[0], "to_lsn"), lsn(&pair[1], "from_lsn"));
+            let is_it = |hole: &&Value| hole["after_lsn"] == after && hole["before_lsn"] == before;
+            let hole = holes.iter().find(is_it);
+            let hole = hole.unwrap_or_else(|| panic!("no hole from {after} to {before}: {points}"));
+            let told = |name: &str| hole[name].as_str().is_some_and(|text| !text.is_empty());
+            assert!(told("reason") && told("reason_code"), "{hole}");
+        }
+        let mut random = Random(seed);
+        let mut chosen: Vec<u64> = (0..count)
+            .map(|_| {
+                let interval = &intervals[random.below(intervals.len() as u64) as usize];
+                let (from, to) = (lsn(interval, "from_lsn"), lsn(interval, "to_lsn"));
+                from + random.below(to - from + 1)
+            })
+            .collect();
+        chosen.sort_unstable();
+        self.points_are_prefixes(&chosen, model);
     }
 
     /// The point after the first `writes` of a load that began when the last LSN was `before`.

@@ -6,7 +6,7 @@
 //! the disk must hold after each of those writes, [`tools`] the judges, [`kernel_disk`] a file system of the kernel on a disk,
 //! [`postgres`] a database on that, [`machine`] a virtual machine, [`ledger`] what it has acknowledged and when, [`wire`] the stream by hand,
 //! [`nbd_wire`] a guest by hand, [`LoggedDisk`] a disk that writes down what it is asked for,
-//! [`http`] a control API by hand, [`Counting`] a way that counts what comes back on it. Every process that is started ends with its owner, also when a
+//! [`http`] a control API by hand, [`Counting`] a way that counts what comes back on it, [`SlowLink`] one that lets so much through. Every process that is started ends with its owner, also when a
 //! test panics or is killed; what an agent has started and left ends with its [`Bench`], when no test is killed.
 //!
 //! Nothing here waits for a time to pass: waits are for a state, and last until it is there.
@@ -28,6 +28,7 @@ pub mod nbd_wire;
 mod other_host;
 pub mod postgres;
 mod request_log;
+mod slow_link;
 pub mod tools;
 pub mod wire;
 
@@ -41,6 +42,7 @@ pub use loop_device::LoopDevice;
 pub use model::{Model, Write, fill};
 pub use other_host::OtherHost;
 pub use request_log::{LoggedDisk, Requests};
+pub use slow_link::SlowLink;
 
 /// Says why a test does nothing on this machine, where the test's output shows it, and in the file that
 /// `BACKTIDE_SKIPPED` names: whoever runs all of them is told which have proved nothing.

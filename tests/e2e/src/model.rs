@@ -79,14 +79,20 @@ impl Model {
 
     /// The disk after the first `count` writes, without those that got no answer.
     pub fn after(&self, count: usize) -> Vec<u8> {
-        let mut disk = vec![0; usize::try_from(self.size).expect("a disk that fits memory")];
-        let mut buffer = Vec::new();
+        let size = usize::try_from(self.size).expect("a disk that fits memory");
+        // Whose each sector is: of most writes nothing is left.
+        let mut last = vec![None; size.div_ceil(SECTOR as usize)];
         let answered = |position: &usize| !self.unanswered.contains(position);
         for position in (0..count).filter(answered) {
-            let write = &self.writes[position];
-            fill(write, &mut buffer);
-            let start = write.offset as usize;
-            disk[start..start + buffer.len()].copy_from_slice(&buffer);
+            let Write { offset, length, .. } = self.writes[position];
+            last[(offset / SECTOR) as usize..((offset + length) / SECTOR) as usize].fill(Some(position));
+        }
+        let (mut disk, mut content) = (vec![0; size], Vec::new());
+        for (sector, position) in last.into_iter().enumerate() {
+            let Some(position) = position else { continue };
+            let offset = sector as u64 * SECTOR;
+            fill(&Write { offset, length: SECTOR, ..self.writes[position] }, &mut content);
+            disk[offset as usize..][..content.len()].copy_from_slice(&content);
         }
         disk
     }

@@ -1,6 +1,6 @@
 //! An agent that is killed knows afterwards what may differ: the rest of the disk is not read again.
 
-use backtide_e2e::{Bench, kill_rounds, tools};
+use backtide_e2e::{Bench, Model, kill_rounds, tools};
 use serde_json::Value;
 
 const SIZE: u64 = 64 << 20;
@@ -96,6 +96,7 @@ fn without_an_activity_log_a_crash_means_a_compare_of_everything() {
 fn kills_one_after_the_other_under_load_lose_nothing() {
     let bench = Bench::new();
     let (mut receiver, mut agent, disk) = bench.protected(SIZE, &["--activity-extents", "2"]);
+    let mut model = Model::of_zeroes(SIZE, Vec::new());
     for round in 0..kill_rounds(6) {
         let load = disk.load(round);
         // Somewhere in the attach, the compare, the drain, or in sync.
@@ -114,8 +115,12 @@ fn kills_one_after_the_other_under_load_lose_nothing() {
                 receiver = bench.receiver();
             }
         }
-        load.broken();
+        model.then(load.broken());
         agent = bench.agent();
+        if round % 2 == 1 {
+            // In the middle of whatever the agent has to do.
+            disk.timeline_holds(round, 2, &model);
+        }
         if round % 5 == 4 {
             disk.latest_is_the_image();
             let found = bench.json(&["verify", "vm1"]);

@@ -15,6 +15,7 @@ const OPTIONS: [&str; 4] = ["--activity-extents", "4", "--activity-extent-size",
 /// Exit code of a command whose daemon is not there.
 const UNREACHABLE: i32 = 6;
 
+/// Whose story comes to a kill point.
 #[derive(Clone, Copy, PartialEq)]
 enum Side {
     Agent,
@@ -23,29 +24,47 @@ enum Side {
     Elsewhere,
 }
 
-fn side(point: KillPoint) -> Side {
+/// How often a daemon comes to it.
+#[derive(Clone, Copy, PartialEq)]
+enum Comes {
+    /// Once in its life, or in a part of the story that happens once.
+    Once,
+    /// Again and again.
+    Often,
+}
+
+fn place(point: KillPoint) -> (Side, Comes) {
     match point {
         KillPoint::AttachOpened
         | KillPoint::AttachTracking
         | KillPoint::AttachRecord
         | KillPoint::AttachServed
-        | KillPoint::ActivityWritten
-        | KillPoint::ActivityDurable
-        | KillPoint::SnapshotWritten
-        | KillPoint::SnapshotDurable
-        | KillPoint::FileBeside
-        | KillPoint::FileRenamed
         | KillPoint::PassFrozen
-        | KillPoint::PassRead
         | KillPoint::PassBeginSent
-        | KillPoint::PassDataSent
         | KillPoint::PassEndSent
         | KillPoint::PassDurable
         | KillPoint::DetachQuiet
         | KillPoint::DetachFlushed
         | KillPoint::DetachUnlocked
         | KillPoint::DetachTracking
-        | KillPoint::DetachRecord => Side::Agent,
+        | KillPoint::DetachRecord => (Side::Agent, Comes::Once),
+        KillPoint::ActivityWritten
+        | KillPoint::ActivityDurable
+        | KillPoint::SnapshotWritten
+        | KillPoint::SnapshotDurable
+        | KillPoint::FileBeside
+        | KillPoint::FileRenamed
+        | KillPoint::PassRead
+        | KillPoint::PassDataSent => (Side::Agent, Comes::Often),
+        KillPoint::ClaimAppended | KillPoint::PassEndDurable => (Side::Receiver, Comes::Once),
+        KillPoint::SegmentCreated
+        | KillPoint::SegmentBegun
+        | KillPoint::EntryAppended
+        | KillPoint::EntriesWritten
+        | KillPoint::SpareMade
+        | KillPoint::FooterWritten
+        | KillPoint::LogSynced
+        | KillPoint::MarkWritten => (Side::Receiver, Comes::Often),
         KillPoint::RewindDetached
         | KillPoint::TakenOver
         | KillPoint::HydrationMade
@@ -54,16 +73,7 @@ fn side(point: KillPoint) -> Side {
         | KillPoint::HydrationNoted
         | KillPoint::HydrationFinished
         | KillPoint::ForgetNoted
-        | KillPoint::ForgetRemoved => Side::Elsewhere,
-        KillPoint::ClaimAppended
-        | KillPoint::SegmentCreated
-        | KillPoint::SegmentBegun
-        | KillPoint::EntryAppended
-        | KillPoint::EntriesWritten
-        | KillPoint::SpareMade
-        | KillPoint::FooterWritten
-        | KillPoint::LogSynced
-        | KillPoint::MarkWritten => Side::Receiver,
+        | KillPoint::ForgetRemoved => (Side::Elsewhere, Comes::Often),
     }
 }
 
@@ -76,61 +86,16 @@ struct Death {
     must_come: bool,
 }
 
-/// Whether a daemon comes to it once in its life, or in a story's part that happens once.
-fn comes_once_a_life(point: KillPoint) -> bool {
-    match point {
-        KillPoint::AttachOpened
-        | KillPoint::AttachTracking
-        | KillPoint::AttachRecord
-        | KillPoint::AttachServed
-        | KillPoint::PassFrozen
-        | KillPoint::PassBeginSent
-        | KillPoint::PassEndSent
-        | KillPoint::PassDurable
-        | KillPoint::DetachQuiet
-        | KillPoint::DetachFlushed
-        | KillPoint::DetachUnlocked
-        | KillPoint::DetachTracking
-        | KillPoint::DetachRecord
-        | KillPoint::ClaimAppended => true,
-        KillPoint::ActivityWritten
-        | KillPoint::ActivityDurable
-        | KillPoint::SnapshotWritten
-        | KillPoint::SnapshotDurable
-        | KillPoint::FileBeside
-        | KillPoint::FileRenamed
-        | KillPoint::PassRead
-        | KillPoint::PassDataSent
-        | KillPoint::RewindDetached
-        | KillPoint::TakenOver
-        | KillPoint::HydrationMade
-        | KillPoint::TakenTracking
-        | KillPoint::HydrationStored
-        | KillPoint::HydrationNoted
-        | KillPoint::HydrationFinished
-        | KillPoint::ForgetNoted
-        | KillPoint::ForgetRemoved
-        | KillPoint::SegmentCreated
-        | KillPoint::SegmentBegun
-        | KillPoint::EntryAppended
-        | KillPoint::EntriesWritten
-        | KillPoint::SpareMade
-        | KillPoint::FooterWritten
-        | KillPoint::LogSynced
-        | KillPoint::MarkWritten => false,
-    }
-}
-
 /// Every point of a side.
 fn deaths(of: Side) -> impl Iterator<Item = Death> {
     let once = move |round| {
-        let points = KillPoint::ALL.iter().copied().filter(move |point| side(*point) == of);
+        let points = KillPoint::ALL.iter().copied().filter(move |point| place(*point).0 == of);
         // Of an attach the first file is that of the tracking, the second the record.
         let second = [KillPoint::FileBeside, KillPoint::FileRenamed];
         let second = second.into_iter().filter(move |_| of == Side::Agent && round == 0);
         let second = second.map(|point| Death { point, times: 2, must_come: true });
         let death = move |point| {
-            let rare = comes_once_a_life(point);
+            let rare = place(point).1 == Comes::Once;
             let times = if rare { 1 } else { 1 + round * 7 % 20 };
             Death { point, times, must_come: rare || round == 0 }
         };
@@ -206,8 +171,8 @@ impl<'bench> Story<'bench> {
         self.bench.run(arguments);
     }
 
-    /// A sound agent finds everything that differs.
-    fn is_well(&self, point: KillPoint) {
+    /// A sound agent finds everything that differs, and what the receiver offers is what was.
+    fn is_well(&self, point: KillPoint, round: usize) {
         let name = point.name();
         if self.bench.run(&["status", "vm1"]).code == 4 {
             self.bench.attach("vm1", "vm1.img", &OPTIONS);
@@ -217,6 +182,8 @@ impl<'bench> Story<'bench> {
         self.disk.settle();
         let found = self.bench.json(&["verify", "vm1"]);
         assert_eq!(found["differing_count"], 0, "after a death at {name}: {found}");
+        println!("after a death at {name}");
+        self.disk.timeline_holds(round as u64, 3, &self.model);
     }
 
     fn points_are_the_model(&self) {
@@ -244,7 +211,7 @@ fn an_agent_that_dies_between_any_two_steps_forgets_nothing() {
         assert!(died || !must_come, "{} is never reached", point.name());
         doomed.kill();
         agent = bench.agent();
-        story.is_well(point);
+        story.is_well(point, number);
     }
     story.points_are_the_model();
 }
@@ -273,13 +240,50 @@ fn a_receiver_that_dies_between_any_two_steps_keeps_what_it_acknowledged() {
         if point == KillPoint::ClaimAppended {
             a_disk_comes_and_goes(&bench, &mut doomed, &new);
         }
+        if point == KillPoint::PassEndDurable {
+            story.quietly(&["resync", "vm1", "--full"]);
+        }
         let died = until_receiver_dies(&bench, &mut doomed, &load);
         story.model.then(load.stop());
         assert!(died || !must_come, "{} is never reached", point.name());
         doomed.kill();
         receiver = bench.daemon(&arguments);
-        story.is_well(point);
+        story.is_well(point, number);
     }
+    story.points_are_the_model();
+}
+
+#[test]
+fn the_t_of_a_pass_whose_end_was_durable_and_not_heard_of_is_a_point() {
+    let bench = Bench::new();
+    let (receiver, mut agent) = (bench.receiver(), bench.agent());
+    agent.may_complain("the stream broke");
+    let mut story = Story::begin(&bench);
+    story.write(40);
+    assert_eq!(receiver.stop(), 0);
+    let mut doomed = bench.doomed(&["receiver", "run"], KillPoint::PassEndDurable.name());
+    story.quietly(&["resume", "vm1"]);
+    story.disk.wait("sync");
+    // Slowly, so that its beginning is seen.
+    bench.json(&["limits", "vm1", "--resync-rate", "2MiB"]);
+    let load = story.guest().expect("the disk is served");
+    load.goes_on(20);
+    let aborted =
+        |status: &serde_json::Value| status["counters"]["passes_aborted"].as_u64().expect("a count");
+    let before = aborted(&story.disk.status());
+    bench.json(&["resync", "vm1", "--full"]);
+    let begun = story.disk.until("a pass", |status| status["resync"]["at"].is_u64());
+    let at = begun["resync"]["at"].as_u64().expect("an LSN");
+    assert!(doomed.died());
+    story.disk.until("the agent knows", |status| status["connected"] == false);
+    load.goes_on(20);
+    story.model.then(load.stop());
+    assert_eq!(aborted(&story.disk.status()), before + 1, "the agent has not heard of its end");
+    bench.json(&["limits", "vm1", "--resync-rate", "0"]);
+
+    let _receiver = bench.receiver();
+    story.is_well(KillPoint::PassEndDurable, 0);
+    assert_eq!(story.disk.points_are_prefixes(&[at], &story.model).len(), 1);
     story.points_are_the_model();
 }
 

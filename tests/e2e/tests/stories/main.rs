@@ -51,6 +51,7 @@ mod rewinding_under_load;
 mod secured_stream;
 mod service_manager;
 mod silent;
+mod slow_link;
 mod spill;
 mod strangers;
 mod timeline;
