@@ -149,9 +149,9 @@ impl Filter {
         ByteCount((self.settings.window_bytes.0 / 8 * eighths).max(1))
     }
 
-    /// Whether something is being written to the spill.
+    /// Whether something is being written to the spill, or will be when files of it are removed.
     pub(crate) fn is_spilling(&self) -> bool {
-        self.spill.append.is_some()
+        self.spill.append.is_some() || (self.spill.active && self.spill.remove.is_some())
     }
 
     /// Whether nothing of the log is in the spill or on its way there.

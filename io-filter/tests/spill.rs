@@ -32,6 +32,8 @@ struct World {
     transitions: Vec<(Mode, Option<Reason>)>,
     /// Spill operations are kept back.
     slow: bool,
+    /// Those that remove files are.
+    removes_slowly: bool,
     kept: VecDeque<Effect>,
 }
 
@@ -81,6 +83,7 @@ impl World {
             alarms: Vec::new(),
             transitions: Vec::new(),
             slow: false,
+            removes_slowly: false,
             kept: VecDeque::new(),
         };
         let end = BlockRange::whole_disk(SIZE).end();
@@ -104,6 +107,7 @@ impl World {
         while let Some(effect) = self.filter.next_effect() {
             match effect {
                 Effect::Spill(..) if self.slow => self.kept.push_back(effect),
+                Effect::Spill(_, SpillOp::Remove(_)) if self.removes_slowly => self.kept.push_back(effect),
                 Effect::Spill(io, op) => self.do_spill(io, &op),
                 Effect::Local(io, LocalOp::Read(range)) => {
                     let data = LocalData::Read(vec![0; range.count().as_usize().unwrap()].into());
@@ -236,6 +240,29 @@ fn what_does_not_fit_into_memory_is_sent_in_order_and_the_files_go() {
     assert_eq!(sent[100], "now");
     assert!(world.filter.is_drained() && world.used() == 0);
     assert_eq!((world.filter.mode(), world.transitions.len(), world.alarms.len()), (Mode::Sync, 0, 0));
+}
+
+#[test]
+fn the_guest_is_held_back_while_files_are_removed_before_more_is_spilled() {
+    let mut world = World::new(4 << 20);
+    world.write(0, 100);
+    world.connect(100, ReceiverState::Known);
+    world.removes_slowly = true;
+    assert_eq!(world.drain(), lsns(101..=200));
+    let now = world.now();
+    world.filter.disconnected(now);
+    world.carry_out();
+    assert_eq!(world.kept.len(), 1, "files are being removed");
+    let before = world.filter.status().counters.delayed_answers;
+    // More than half of the window, and less than all of it.
+    world.write(100, 12);
+    assert!(world.filter.status().counters.delayed_answers > before, "{:?}", world.filter.status().counters);
+    world.removes_slowly = false;
+    let Some(Effect::Spill(io, op)) = world.kept.pop_front() else { panic!("it was kept") };
+    world.do_spill(io, &op);
+    world.carry_out();
+    world.write(112, 20);
+    assert_eq!((world.filter.mode(), world.filter.status().spill.unwrap().records > 0), (Mode::Sync, true));
 }
 
 #[test]
