@@ -30,6 +30,10 @@ pub(crate) struct Diff {
     /// Tell which files were added, removed and changed
     #[arg(long)]
     files: bool,
+    /// On ext2, ext3 and ext4 read every file at both points, also those that look the same: it is not known there which
+    /// of them the changed blocks belong to
+    #[arg(long, requires = "files")]
+    content: bool,
     /// The partition, or the logical volume as GROUP/NAME [default: the only one with files that can be read]
     #[arg(long, value_name = "NUMBER|GROUP/NAME", requires = "files")]
     partition: Option<String>,
@@ -73,6 +77,8 @@ impl Diff {
             Point { name, at: format!("lsn:{lsn}"), api }
         };
         let (disk, wanted) = (report.from.disk.name.clone(), self.partition.clone());
+        // When nothing changed there is nothing to find.
+        let reads_all = self.content && !report.ranges.is_empty();
         let found = with_points(context, vec![point(from_lsn), point(to_lsn)], move |points| {
             let [from, to] = <[_; 2]>::try_from(points).expect("a mount of each point");
             let (from, to) = (Rc::new(from.1), Rc::new(to.1));
@@ -81,7 +87,8 @@ impl Diff {
             let old = old_parts.choose(Some(&new.name()))?;
             let (from, to) = (old.open(&from)?, new.open(&to)?);
             let is_changed = |range: ByteRange| touches(&report.ranges, &new, range);
-            let differences = compare(&Sides { from: &from, to: &to, is_changed: &is_changed })?;
+            let sides = Sides { from: &from, to: &to, is_changed: &is_changed, reads_all };
+            let differences = compare(&sides)?;
             let mut warnings: Vec<String> = Vec::new();
             let all = [old_parts.warnings(), new_parts.warnings()].concat();
             for warning in all.iter().chain(from.warnings()).chain(to.warnings()) {

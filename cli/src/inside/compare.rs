@@ -1,8 +1,8 @@
 //! Two volumes, or one at two points, compared file by file.
 //!
 //! Both trees are walked side by side. Files that look the same are the same, unless blocks changed where their
-//! bytes are: then the bytes are compared. Where a library reads the volume (ext2/3/4) nobody tells where bytes are, and the
-//! look has to do.
+//! bytes are: then the bytes are compared. Where a library reads the volume (ext2/3/4) nobody tells where bytes are: the look
+//! has to do, or every file is read.
 
 use std::{cmp::Ordering, collections::HashSet};
 
@@ -76,6 +76,8 @@ pub(crate) struct Sides<'volumes> {
     pub(crate) to: &'volumes Volume,
     /// Whether blocks of the later one's volume changed here.
     pub(crate) is_changed: &'volumes dyn Fn(ByteRange) -> bool,
+    /// Whether files are read of which nobody tells where their bytes are.
+    pub(crate) reads_all: bool,
 }
 
 /// Compares all files of both sides.
@@ -223,7 +225,7 @@ impl Walk<'_> {
     /// Whether the bytes of a file are elsewhere than before, or other ones beside what is said of it, or
     /// blocks changed where they are.
     fn may_differ(&self, from: &Entry, to: &Entry) -> Result<bool, ApiError> {
-        let Some(now) = self.sides.to.contents(to)? else { return Ok(false) };
+        let Some(now) = self.sides.to.contents(to)? else { return Ok(self.sides.reads_all) };
         let is_changed = |range: Option<ByteRange>| range.is_some_and(|range| (self.sides.is_changed)(range));
         let is_elsewhere = self.sides.from.contents(from)?.is_none_or(|before| before != now);
         Ok(is_elsewhere

@@ -117,7 +117,9 @@ fn a_log_that_lost_a_segment_is_repaired_and_its_disk_goes_on() {
     assert_eq!(both.code, 2, "{both:?}");
     let repaired = bench.plain(&["fsck", &store, "--repair"]);
     assert_eq!(repaired.code, 3, "{repaired:?}");
-    assert!(repaired.stdout.contains("vm1: CUT: every point after ") && repaired.stdout.contains("is missing"));
+    assert!(
+        repaired.stdout.contains("vm1: CUT: every point after ") && repaired.stdout.contains("is missing")
+    );
     assert!(repaired.stdout.contains(&format!("{store} is sound")), "{repaired:?}");
     assert_eq!(bench.plain(&["fsck", &store]).code, 0);
     assert_eq!(bench.plain(&["fsck", &store, "--repair"]).code, 0, "there is nothing left to do");

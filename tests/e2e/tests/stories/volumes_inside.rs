@@ -124,8 +124,8 @@ fn files_of_ntfs_and_fat_come_out_of_a_point() {
 }
 
 /// The lines of `diff --files`, each without its path's slash.
-fn differences(bench: &Bench, name: &str) -> Vec<String> {
-    let report = bench.json(&["diff", name, "--from", "mark:before", "--files"]);
+fn differences(bench: &Bench, name: &str, rest: &[&str]) -> Vec<String> {
+    let report = bench.json(&[&["diff", name, "--from", "mark:before", "--files"], rest].concat());
     let line = |file: &serde_json::Value| {
         let text = |field: &str| file[field].as_str().unwrap().to_owned();
         format!("{} {} {}", text("change"), text("path"), file["what"])
@@ -151,11 +151,11 @@ fn bytes_that_changed_under_a_file_that_looks_the_same_are_found() {
     std::fs::write(&same, &image[at - 4096..at]).unwrap();
     disk.qemu_io(&[&format!("write -s {} {} 4k", same.display(), at - 4096)]);
     disk.settle();
-    assert_eq!(differences(&bench, "vm1"), [] as [&str; 0]);
+    assert_eq!(differences(&bench, "vm1", &[]), [] as [&str; 0]);
     disk.qemu_io(&[&format!("write -P 0xee {at} 4k")]);
     disk.settle();
     let expected = [r#"changed /another name of big ["content"]"#, r#"changed /moved ["content"]"#];
-    assert_eq!(differences(&bench, "vm1"), expected, "both names of the file");
+    assert_eq!(differences(&bench, "vm1", &[]), expected, "both names of the file");
 }
 
 #[test]
@@ -175,9 +175,14 @@ fn files_that_were_added_removed_and_changed_are_told() {
         tools::run("mkfs.ext4", &["-q", "-F", "-O", "^has_journal", "-d", tree.to_str().unwrap(), &image]);
         image
     };
-    volume("vm1.img", &[("etc/same", "1"), ("etc/longer", "1"), ("old/file", "1"), ("z", "1")]);
-    let later =
-        volume("later", &[("etc/same", "1"), ("etc/longer", "12"), ("new/deep/file", "1"), ("z", "1")]);
+    volume(
+        "vm1.img",
+        &[("etc/same", "1"), ("etc/longer", "1"), ("etc/quiet", "1"), ("old/file", "1"), ("z", "1")],
+    );
+    let later = volume(
+        "later",
+        &[("etc/same", "1"), ("etc/longer", "12"), ("etc/quiet", "2"), ("new/deep/file", "1"), ("z", "1")],
+    );
     let (_receiver, _agent) = (bench.receiver(), bench.agent());
     let disk = bench.attach("vm1", "vm1.img", &[]);
     disk.wait("sync");
@@ -194,7 +199,10 @@ fn files_that_were_added_removed_and_changed_are_told() {
         "removed /old []",
         "removed /old/file []",
     ];
-    assert_eq!(differences(&bench, "vm1"), expected);
+    assert_eq!(differences(&bench, "vm1", &[]), expected);
+    let mut with_content = expected.to_vec();
+    with_content.insert(1, r#"changed /etc/quiet ["content"]"#);
+    assert_eq!(differences(&bench, "vm1", &["--content"]), with_content, "it only looks the same");
     let text = bench.plain(&["diff", "vm1", "--from", "mark:before", "--files"]);
     assert_eq!(text.code, 0, "{text:?}");
     assert!(
