@@ -18,14 +18,8 @@ use backtide_storage::{RealStorage, Storage};
 use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
 
 use crate::{
-    Forgotten, Names, Shelf, StoreFileError, StoreWatch,
-    cut::Cut,
-    disk::chain,
-    disks::DISKS,
-    findings, forgotten, memo, overlays, retention, scrub,
-    store_file::{hold_store, read_store},
-    touched::touched,
-    watermark::{self, Watermark},
+    Forgotten, Names, Shelf, StoreFileError, StoreWatch, disk::chain, disks::DISKS, forgotten, overlays,
+    small_files, store_file::hold_store, touched::touched,
 };
 
 /// Checks the store at `path`. `progress` is told the bytes read so far.
@@ -49,18 +43,7 @@ fn check_store(
     progress: &mut dyn FnMut(ByteCount),
 ) -> Result<StoreCheck, StoreFileError> {
     let io = |what, path: PathBuf| move |source| StoreFileError::Io { what, path, source };
-    let mut damage = Vec::new();
-    match read_store(storage) {
-        Ok(_) => {}
-        Err(error @ StoreFileError::Damaged { .. }) => damage.push(error.to_string()),
-        Err(error) => return Err(error),
-    }
-    damage.extend(retention::damage_of(&**storage));
-    damage.extend(findings::damage_of(&**storage));
-    damage.extend(scrub::damage_of(&**storage));
-    let tombstones =
-        forgotten::read_all(&**storage).map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
-    damage.extend(tombstones.into_iter().filter_map(Result::err));
+    let damage = small_files::of_store(storage)?;
     let forgotten = Forgotten::load(Arc::clone(storage));
     let forgotten = forgotten.map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
     let going: Vec<ForgottenDisk> =
@@ -112,7 +95,7 @@ fn half_forgotten(disk: DiskId, name: Option<DiskName>) -> ForgottenDisk {
 }
 
 /// A shelf that only reads.
-fn reading(storage: &Arc<dyn Storage>, forgotten: Forgotten) -> Shelf {
+pub(crate) fn reading(storage: &Arc<dyn Storage>, forgotten: Forgotten) -> Shelf {
     Shelf {
         storage: Arc::clone(storage),
         log: LogOptions::default(),
@@ -160,7 +143,9 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
             report.name = attached.or(memo).or(report.name.take());
             salvaged.check_into(&mut checked, step)
         });
-        check_beside(shelf, disk, number, &mut checked);
+        // Its base was told of with the log.
+        let beside = small_files::beside_log(&*shelf.storage, &Shelf::dir(disk, number), false);
+        beside.into_iter().for_each(|why| checked.note(why));
         // What was found before an error is damage all the same.
         add(&mut report, checked);
         if let Err(error) = ended {
@@ -169,22 +154,6 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
     }
     report.sound = report.damage.is_empty() && report.error.is_none();
     any.then_some(report)
-}
-
-/// The files beside the segments.
-fn check_beside(shelf: &Shelf, disk: DiskId, number: u32, checked: &mut Checked) {
-    let dir = Shelf::dir(disk, number);
-    if memo::is_damaged(&*shelf.storage, &dir) {
-        let name = shelf.storage.display(&dir.join(memo::FILE));
-        checked.note(format!("{} is damaged: it is written again at the next attach", name.display()));
-    }
-    if let Some(damage) = Cut::damage_of(&*shelf.storage, &dir) {
-        checked.note(damage);
-    }
-    if Watermark::is_damaged(&*shelf.storage, &dir) {
-        let name = shelf.storage.display(&dir.join(watermark::FILE));
-        checked.note(format!("{} is damaged: it is written again when the receiver starts", name.display()));
-    }
 }
 
 /// Adds what was found in one log.

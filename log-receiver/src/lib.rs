@@ -58,6 +58,7 @@ mod retention;
 mod scrub;
 mod sealed_json;
 mod service;
+mod small_files;
 mod space;
 mod store_file;
 mod touched;

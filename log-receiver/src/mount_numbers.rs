@@ -63,6 +63,11 @@ impl MountNumbers {
     }
 }
 
+/// What is wrong with the file of a store.
+pub(crate) fn damage_of(storage: &dyn Storage) -> Option<String> {
+    KIND.read::<Given>(storage, Path::new(FILE)).err().map(|error| error.to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use backtide_storage::MemoryStorage;

@@ -294,6 +294,24 @@ impl Overlays {
         kept
     }
 
+    /// Reads what opening an overlay would write again: its record, and the map of one that is not in use. A sentence for each that
+    /// is damaged.
+    fn check_files(&self, record: &Record) -> Vec<String> {
+        let mut damage = Vec::new();
+        let _one = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(users) = self.table().get(&record.id).map(|known| known.open.strong_count()) else {
+            return damage;
+        };
+        damage.extend(record::read(&*self.storage, &record.id).err());
+        if users == 0 {
+            let files = files(&record.id);
+            let read = backtide_overlay::check_map(&*self.storage, &files, record.overlay, record.disk.size);
+            // What else it is, opening says.
+            damage.extend(read.ok().flatten());
+        }
+        damage
+    }
+
     /// Reads every overlay against its checksums. `step` is told the bytes read and says whether to go on.
     pub(crate) fn check(&self, step: &mut dyn FnMut(ByteCount) -> bool) -> Vec<OverlayCheck> {
         let ids: Vec<String> = self.table().keys().cloned().collect();
@@ -304,8 +322,12 @@ impl Overlays {
                 continue;
             };
             let mut check = empty(&record);
+            let before = self.check_files(&record);
             match self.open(&id) {
-                Ok(overlay) => add(&mut check, overlay.check(step)),
+                Ok(overlay) => {
+                    add(&mut check, overlay.check(step));
+                    check.damage.splice(..0, before);
+                }
                 // Discarded meanwhile.
                 Err(error) if error.code == ErrorCode::NotFound => continue,
                 Err(error) => check.error = Some(error.message),

@@ -204,8 +204,12 @@ impl Receiver {
             config.retention.clone(),
         )
         .map_err(|source| failed("start the thread of retention", source))?;
-        let sources =
-            scrub::Sources { owners: tasks.clone(), overlays: overlays.clone(), findings: findings.clone() };
+        let sources = scrub::Sources {
+            owners: tasks.clone(),
+            overlays: overlays.clone(),
+            findings: findings.clone(),
+            shelf: shelf.clone(),
+        };
         let scrub = Arc::new(Scrub::new(Arc::clone(&shelf.storage), sources));
         let listen: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();
         let service = Service {

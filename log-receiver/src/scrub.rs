@@ -26,7 +26,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use self::{progress::Progress, work::Work};
-use crate::{clock, findings::Findings, ingest::Task, overlays::Overlays};
+use crate::{
+    Shelf, StoreFileError, clock, findings::Findings, ingest::Task, overlays::Overlays, small_files,
+};
 
 /// The rate when nobody says another.
 pub(crate) const RATE_DEFAULT: ByteCount = ByteCount(64 << 20);
@@ -47,6 +49,8 @@ pub(crate) struct Sources {
     pub(crate) owners: Vec<mpsc::Sender<Task>>,
     pub(crate) overlays: Overlays,
     pub(crate) findings: Findings,
+    /// Where the files of disks are.
+    pub(crate) shelf: Shelf,
 }
 
 /// The scrub of a receiver: at most one runs. Dropped, it ends soon, to go on with the next start.
@@ -102,6 +106,11 @@ impl Scrub {
         if all {
             total += self.sources.overlays.all_file_bytes().0;
         }
+        // Before anything is written again, this scrub's own file too.
+        let damage = if all { small_files(&self.sources.shelf.storage)? } else { Vec::new() };
+        for why in &damage {
+            tracing::error!(why, "the scrub found damage");
+        }
         let begun = ScrubStatus {
             running: true,
             cancelled: false,
@@ -112,7 +121,8 @@ impl Scrub {
             bytes_per_second_max: rate,
             disks: Vec::new(),
             overlays: Vec::new(),
-            sound: true,
+            sound: damage.is_empty(),
+            damage,
         };
         self.shared.progress.begin(begun.clone(), disks, all);
         self.run(&mut thread).map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
@@ -190,6 +200,18 @@ impl Shared {
     }
 }
 
+/// What is wrong with the files of the store itself.
+fn small_files(storage: &Arc<dyn Storage>) -> Result<Vec<String>, ApiError> {
+    small_files::of_store(storage).or_else(|error| match error {
+        // A receiver has read it when it started, so it is one that somebody has changed since.
+        StoreFileError::NoStore { .. } | StoreFileError::Version { .. } => Ok(vec![error.to_string()]),
+        StoreFileError::Io { .. }
+        | StoreFileError::NotAStore { .. }
+        | StoreFileError::Damaged { .. }
+        | StoreFileError::Locked { .. } => Err(ApiError::from_error(ErrorCode::Failed, &error)),
+    })
+}
+
 /// Nothing that could panic runs under these locks.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -208,8 +230,10 @@ mod tests {
         let options = OverlayOptions::alone(ByteCount(1 << 20));
         let overlays = Overlays::load(Arc::clone(&storage), options, 1).expect("there are none");
         // Where nobody owns disks it cannot ask for one.
-        let sources =
-            Sources { owners: Vec::new(), overlays, findings: Findings::open(Arc::clone(&storage)) };
+        let forgotten = crate::Forgotten::load(Arc::clone(&storage)).expect("none was");
+        let shelf = crate::fsck::reading(&storage, forgotten);
+        let findings = Findings::open(Arc::clone(&storage));
+        let sources = Sources { owners: Vec::new(), overlays, findings, shelf };
         let scrub = Scrub::new(Arc::clone(&storage), sources.clone());
         let disk = DiskId::random();
         let wanted = || vec![Wanted { disk, bytes: ByteCount(1) }];

@@ -76,7 +76,7 @@ impl Scrub {
 
 fn text(status: &ScrubStatus) -> String {
     let mut lines = vec![disks_text(&status.disks)];
-    lines.extend(problems_text(&[], &status.disks));
+    lines.extend(problems_text(&status.damage, &status.disks));
     lines.extend(overlays_text(&status.overlays));
     lines.push(
         match (status.running, status.cancelled, status.sound) {

@@ -39,6 +39,9 @@ pub struct ScrubStatus {
     /// The overlays of mounts, after the disks.
     #[serde(default)]
     pub overlays: Vec<OverlayCheck>,
+    /// What was damaged outside the disks and overlays when it began: a sentence each with the file. Only of all disks.
+    #[serde(default)]
+    pub damage: Vec<String>,
     /// Whether nothing is damaged in what was read so far.
     pub sound: bool,
 }

@@ -95,6 +95,7 @@ fn scrubbed() -> ScrubStatus {
         bytes_per_second_max: ByteCount(0),
         disks: Vec::new(),
         overlays: Vec::new(),
+        damage: Vec::new(),
         sound: true,
     }
 }

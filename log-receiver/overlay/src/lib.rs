@@ -24,7 +24,7 @@ mod slots;
 mod sync;
 mod write;
 
-pub use check::{Checked, check};
+pub use check::{Checked, check, check_map};
 pub use error::{BaseError, OverlayError};
 pub use options::{Base, Budget, OverlayOptions};
 pub use overlay::{Existing, Overlay, OverlayFiles, OverlayId, OverlayUse, remove};

@@ -170,7 +170,7 @@ pub(crate) fn open(
 }
 
 /// Opens a file of the overlay `id`.
-fn open_file(
+pub(crate) fn open_file(
     storage: &dyn Storage,
     path: &Path,
     kind: FileKind,
@@ -195,10 +195,10 @@ fn open_file(
     Ok(file)
 }
 
-type MaybeRecord = Result<(RecordHeader, Vec<Change>), String>;
+pub(crate) type MaybeRecord = Result<(RecordHeader, Vec<Change>), String>;
 
 /// The record at `at`, which follows `last`; or why there is none.
-fn read_record(
+pub(crate) fn read_record(
     map: &dyn StorageFile,
     at: ByteOffset,
     last: RecordNumber,

@@ -193,7 +193,7 @@ impl Content {
             }
         }
         status.disks.push(found);
-        status.sound = status.disks.iter().all(|disk| disk.sound);
+        status.sound = status.damage.is_empty() && status.disks.iter().all(|disk| disk.sound);
         too
     }
 }
@@ -221,6 +221,7 @@ mod tests {
             bytes_per_second_max: ByteCount(5),
             disks: Vec::new(),
             overlays: Vec::new(),
+            damage: Vec::new(),
             sound: true,
         }
     }

@@ -17,6 +17,7 @@ use crate::{
     findings::DiskFindings,
     fsck::check_snapshot,
     ingest::{Readable, Task},
+    small_files,
 };
 
 /// It looks so often whether it is called off while it waits for its rate.
@@ -166,7 +167,9 @@ impl Work {
         let disk = AttachedDisk::new(Arc::clone(&self.shared), self.owner(uuid).clone(), uuid);
         let ask = |range| disk.read(range);
         let mends = mends.then_some(&ask as AskDisk<'_>);
-        let checked = check_snapshot(report, &snapshot, mends, &mut |bytes| self.step(bytes));
+        let mut checked = check_snapshot(report, &snapshot, mends, &mut |bytes| self.step(bytes));
+        checked.damage.extend(small_files::beside_logs_in_use(&self.sources.shelf, uuid));
+        checked.sound &= checked.damage.is_empty();
         let all = checked.damage.iter().chain(&checked.error);
         let found: Vec<_> = all.filter(|place| !known.contains(place)).collect();
         for why in &found {

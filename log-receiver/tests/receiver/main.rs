@@ -4,6 +4,7 @@ mod agent;
 mod checks;
 mod commit;
 mod damage;
+mod every_file;
 mod faults;
 mod fixture;
 mod forget;
