@@ -43,6 +43,7 @@ mod forgotten;
 mod fsck;
 #[cfg(test)]
 mod hostile;
+mod inspect;
 mod mount_numbers;
 mod mounts;
 mod overlay_export;
@@ -74,6 +75,7 @@ pub use disk::{Disk, DiskError, Failure};
 pub use disks::{Claim, Disks, ListError, Shelf};
 pub use forgotten::Forgotten;
 pub use fsck::{Repair, fsck, repair};
+pub use inspect::{DURABLE_MAGIC, inspect_durable, inspect_json};
 pub use names::Names;
 pub use receiver::{Receiver, StartError};
 pub use session::{ConnectionId, Effect, Session};

@@ -91,19 +91,7 @@ impl SealedJson {
 
     fn decode<T: DeserializeOwned>(&self, bytes: &[u8], file: &dyn Fn() -> String) -> Result<T, SealedError> {
         let damaged = |why: String| SealedError::Damaged { file: file(), why };
-        let Some((said, found)) = bytes.split_at_checked(bytes.len().saturating_sub(SEAL_LENGTH)) else {
-            return Err(damaged("it is empty".to_owned()));
-        };
-        let expected = seal(said);
-        if found != expected.as_bytes() {
-            let (found, expected) = (String::from_utf8_lossy(found), expected.trim_end());
-            return Err(damaged(format!("expected it to end with {expected}, found {:?}", found.trim_end())));
-        }
-        let first = said.iter().position(|byte| *byte == b'\n').map(|end| said.split_at(end));
-        let head = first.map(|(first, rest)| (serde_json::from_slice::<Head>(first), rest));
-        let Some((Ok(Head { magic, version }), rest)) = head else {
-            return Err(damaged("its first line does not say what it is".to_owned()));
-        };
+        let (Head { magic, version }, rest) = unseal(bytes).map_err(damaged)?;
         if magic != self.magic {
             return Err(damaged(format!("expected magic {}, found {magic:?}", self.magic)));
         }
@@ -134,6 +122,36 @@ impl SealedJson {
         let seal = seal(&bytes);
         bytes.extend_from_slice(seal.as_bytes());
         bytes
+    }
+}
+
+/// What any file says whose seal is whole: its magic, its version, and its content; or what is wrong with it.
+pub(crate) fn open_any(bytes: &[u8]) -> Result<(String, u32, serde_json::Value), String> {
+    let (Head { magic, version }, rest) = unseal(bytes)?;
+    let content = serde_json::from_slice(rest).map_err(|error| error.to_string())?;
+    Ok((magic, version, content))
+}
+
+/// The magic of any JSON, damaged or not; none when it tells none.
+pub(crate) fn first_word(bytes: &[u8]) -> Option<String> {
+    let value: serde_json::Value = serde_json::from_slice(bytes).ok()?;
+    value.get("magic")?.as_str().map(str::to_owned)
+}
+
+/// The first line and the rest before the seal, which is checked.
+fn unseal(bytes: &[u8]) -> Result<(Head, &[u8]), String> {
+    let Some((said, found)) = bytes.split_at_checked(bytes.len().saturating_sub(SEAL_LENGTH)) else {
+        return Err("it is empty".to_owned());
+    };
+    let expected = seal(said);
+    if found != expected.as_bytes() {
+        let (found, expected) = (String::from_utf8_lossy(found), expected.trim_end());
+        return Err(format!("expected it to end with {expected}, found {:?}", found.trim_end()));
+    }
+    let first = said.iter().position(|byte| *byte == b'\n').map(|end| said.split_at(end));
+    match first.map(|(first, rest)| (serde_json::from_slice(first), rest)) {
+        Some((Ok(head), rest)) => Ok((head, rest)),
+        Some((Err(_), _)) | None => Err("its first line does not say what it is".to_owned()),
     }
 }
 

@@ -48,9 +48,9 @@ use crate::StoreWatch;
 /// | 1 | first |
 pub const STORE_VERSION: u32 = 1;
 
-const FILE: &str = "store.json";
+pub(crate) const FILE: &str = "store.json";
 const LOCK: &str = "lock";
-const MAGIC: &str = "backtide-store";
+pub(crate) const MAGIC: &str = "backtide-store";
 const FILE_BYTES_MAX: ByteCount = ByteCount(64 * 1024);
 
 /// A store's identity: random, made once.
@@ -262,7 +262,11 @@ pub(crate) fn write_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFi
     Ok(store)
 }
 
-fn parse(path: &Path, content: &[u8]) -> Result<StoreId, StoreFileError> {
+/// What a `store.json` says.
+///
+/// # Errors
+/// When it is damaged, or of another version.
+pub(crate) fn parse(path: &Path, content: &[u8]) -> Result<StoreId, StoreFileError> {
     let damaged = |why: String| StoreFileError::Damaged { path: path.to_owned(), why };
     // Magic and version first and alone: another version may have other fields.
     let value: serde_json::Value = serde_json::from_slice(content).map_err(|e| damaged(e.to_string()))?;

@@ -23,7 +23,7 @@ use backtide_units::{ByteOffset, HistoryId, Lsn};
 use uuid::Uuid;
 
 pub(crate) const FILE: &str = "durable";
-const MAGIC: &[u8; 8] = b"BKTDDUR\n";
+pub(crate) const MAGIC: &[u8; 8] = b"BKTDDUR\n";
 const LENGTH: usize = 64;
 const CRC_AT: usize = 60;
 
@@ -98,12 +98,23 @@ impl Watermark {
 
     /// What is noted of whatever log is in a directory; none when no mark tells.
     pub(crate) fn of_any(storage: &dyn Storage, dir: &Path) -> Option<Noted> {
-        let file = storage.open(&dir.join(FILE)).ok()?;
+        Self::at(storage, &dir.join(FILE)).ok().flatten().map(|(_, noted)| noted)
+    }
+
+    /// What a file notes, and of which history; none when it holds no mark.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(crate) fn at(storage: &dyn Storage, path: &Path) -> io::Result<Option<(HistoryId, Noted)>> {
+        let file = storage.open(path)?;
         let mut bytes = [0; LENGTH];
-        file.read_exact_at(ByteOffset::ZERO, &mut bytes).ok()?;
+        if file.read_at(ByteOffset::ZERO, &mut bytes)? < LENGTH {
+            return Ok(None);
+        }
         let mut history = [0; 16];
         history.copy_from_slice(&bytes[8..24]);
-        decode(&bytes, HistoryId(Uuid::from_bytes(history)))
+        let history = HistoryId(Uuid::from_bytes(history));
+        Ok(decode(&bytes, history).map(|noted| (history, noted)))
     }
 
     /// Whether there is a file without a mark.

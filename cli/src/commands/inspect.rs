@@ -3,10 +3,11 @@
 use std::{
     io::{self, Read},
     path::PathBuf,
+    sync::Arc,
 };
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_storage::RealStorage;
+use backtide_storage::{RealStorage, Storage};
 use clap::Args;
 use serde::Serialize;
 
@@ -18,8 +19,8 @@ use crate::{
 /// `backtide inspect`
 #[derive(Args, Debug)]
 pub(crate) struct Inspect {
-    /// A file of a receiver's store: a segment (*.seg), a pack of images (*.pack) or the base of a log (base.1, base.2); a
-    /// receiver may be running on it
+    /// Any file of a receiver's store but its lock: segments (*.seg), packs of images (*.pack), bases of logs (base.1, base.2), how far
+    /// logs are durable (durable), overlays (*.map, *.data), and all *.json; a receiver may be running on it
     file: PathBuf,
 }
 
@@ -29,14 +30,67 @@ enum Kind {
     Segment,
     Pack,
     Base,
+    Durable,
+    OverlayMap,
+    OverlayData,
+    Json,
 }
 
 /// How each kind begins.
-const KINDS: [([u8; 8], Kind); 3] = [
+const KINDS: [([u8; 8], Kind); 8] = [
     (backtide_segment::MAGIC, Kind::Segment),
     (backtide_images::PACK_MAGIC, Kind::Pack),
     (backtide_recovery::BASE_MAGIC, Kind::Base),
+    (backtide_log_receiver::DURABLE_MAGIC, Kind::Durable),
+    (backtide_overlay::MAP_MAGIC, Kind::OverlayMap),
+    (backtide_overlay::DATA_MAGIC, Kind::OverlayData),
+    (*b"{\"magic\"", Kind::Json),
+    // `store.json` is older than the others.
+    (*b"{\n  \"mag", Kind::Json),
 ];
+
+/// How the files of a store end that are called so: one whose beginning is damaged is known by its name.
+const NAMES: [(&str, Kind); 14] = [
+    (".seg", Kind::Segment),
+    (".pack", Kind::Pack),
+    ("/base.1", Kind::Base),
+    ("/base.2", Kind::Base),
+    ("/durable", Kind::Durable),
+    (".map", Kind::OverlayMap),
+    (".data", Kind::OverlayData),
+    ("/store.json", Kind::Json),
+    ("/retention.json", Kind::Json),
+    ("/findings.json", Kind::Json),
+    ("/scrub.json", Kind::Json),
+    ("/mounts.json", Kind::Json),
+    ("/disk.json", Kind::Json),
+    ("/cut.json", Kind::Json),
+];
+
+impl Kind {
+    /// What a file is called that is damaged.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Segment => "segment",
+            Self::Pack => "pack",
+            Self::Base => "base",
+            Self::Durable => "mark",
+            Self::OverlayMap | Self::OverlayData => "overlay",
+            Self::Json => "file",
+        }
+    }
+
+    /// Of a file that begins as none does.
+    fn by_name(path: &std::path::Path) -> Option<Self> {
+        let directory = path.parent().and_then(std::path::Path::file_name).and_then(|name| name.to_str());
+        let is_json = path.extension().is_some_and(|ending| ending == "json");
+        if is_json && matches!(directory, Some("forgotten" | "overlays")) {
+            return Some(Self::Json);
+        }
+        let name = format!("/{}", path.file_name()?.to_str()?);
+        NAMES.iter().find(|(ending, _)| name.ends_with(ending)).map(|(_, kind)| *kind)
+    }
+}
 
 /// The JSON of the command. The lines are for people.
 #[derive(Debug, Serialize)]
@@ -46,20 +100,19 @@ struct Listing {
 }
 
 impl Inspect {
-    /// Prints the listing; ends with the code of damage when anything in a segment is damaged, which a line of
+    /// Prints the listing; ends with the code of damage when anything in the file is damaged, which a line of
     /// the listing names.
     pub(crate) fn run(self, context: &Context) -> Result<Ending, Failure> {
         let kind = self.kind()?;
         let whole = self.print(context, kind)?;
-        if kind != Kind::Segment {
-            return Ok(Ending::Done);
-        }
-        if let Some(why) = self.bad_header()? {
+        if kind == Kind::Segment
+            && let Some(why) = self.bad_header()?
+        {
             context.warn(&format!("the segment is damaged: {why}"));
             return Ok(Ending::Found(ErrorCode::Damaged));
         }
         if !whole {
-            context.warn("the segment is damaged: the listing says where");
+            context.warn(&format!("the {} is damaged: the listing says where", kind.name()));
             return Ok(Ending::Found(ErrorCode::Damaged));
         }
         Ok(Ending::Done)
@@ -75,19 +128,17 @@ impl Inspect {
         let mut start = Vec::new();
         let file = std::fs::File::open(&self.file).map_err(failed)?;
         file.take(backtide_segment::MAGIC.len() as u64).read_to_end(&mut start).map_err(failed)?;
-        let known = KINDS.iter().find(|(magic, _)| start == *magic);
-        let Some((_, kind)) = known else {
+        let known = KINDS.iter().find(|(magic, _)| start == *magic).map(|(_, kind)| *kind);
+        known.or_else(|| Kind::by_name(&self.file)).ok_or_else(|| {
             let message = format!(
-                "{} is no segment of a store: expected it to begin with {:?}, found {:?}",
+                "{} is no file of a store: expected it to begin as one of its files does, found {:?}",
                 self.file.display(),
-                String::from_utf8_lossy(&backtide_segment::MAGIC),
                 String::from_utf8_lossy(&start)
             );
             let hint = "segments are the *.seg files in disks/<uuid>/segments of a receiver's store, packs the *.pack files \
                         in images/packs";
-            return Err(ApiError::new(ErrorCode::Usage, message).with_hint(hint).into());
-        };
-        Ok(*kind)
+            ApiError::new(ErrorCode::Usage, message).with_hint(hint).into()
+        })
     }
 
     fn bad_header(&self) -> Result<Option<String>, Failure> {
@@ -127,17 +178,20 @@ impl Inspect {
         // Opening a storage makes its directory; looking at a file must not.
         let found = std::fs::metadata(&path).map_err(|error| io_failure(self.file.display(), &error))?;
         if !found.is_file() {
-            return Err(wrong_usage(format!(
-                "{} is no file: name a *.seg file of a store",
-                self.file.display()
-            )));
+            return Err(wrong_usage(format!("{} is no file: name one of a store", self.file.display())));
         }
-        let storage = RealStorage::open(parent)
+        let opened = RealStorage::open(parent)
             .map_err(|error| io_failure(format_args!("open {}", parent.display()), &error))?;
+        let shared: Arc<dyn Storage> = Arc::new(opened);
+        let (storage, file) = (&*shared, std::path::Path::new(file));
         let listed = match kind {
-            Kind::Segment => backtide_segment::inspect(&storage, file.as_ref(), out),
-            Kind::Pack => backtide_images::inspect(&storage, file.as_ref(), out).map(|()| true),
-            Kind::Base => backtide_recovery::inspect_base(&storage, file.as_ref(), out).map(|()| true),
+            Kind::Segment => backtide_segment::inspect(storage, file, out),
+            Kind::Pack => backtide_images::inspect(storage, file, out),
+            Kind::Base => backtide_recovery::inspect_base(storage, file, out),
+            Kind::Durable => backtide_log_receiver::inspect_durable(storage, file, out),
+            Kind::OverlayMap => backtide_overlay::inspect_map(storage, file, out),
+            Kind::OverlayData => backtide_overlay::inspect_data(&shared, file, out),
+            Kind::Json => backtide_log_receiver::inspect_json(storage, file, out),
         };
         match listed.and_then(|whole| out.flush().map(|()| whole)) {
             Ok(whole) => Ok(whole),

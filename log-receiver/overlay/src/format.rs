@@ -57,7 +57,7 @@ pub(crate) struct RecordHeader {
 }
 
 impl FileKind {
-    fn magic(self) -> &'static [u8; 8] {
+    pub(crate) const fn magic(self) -> &'static [u8; 8] {
         match self {
             Self::Map => b"BKTDOVM\n",
             Self::Data => b"BKTDOVD\n",

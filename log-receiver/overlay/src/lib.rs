@@ -16,6 +16,7 @@ mod blocks;
 mod check;
 mod error;
 mod format;
+mod inspect;
 mod options;
 mod overlay;
 mod read;
@@ -26,6 +27,7 @@ mod write;
 
 pub use check::{Checked, check, check_map};
 pub use error::{BaseError, OverlayError};
+pub use inspect::{DATA_MAGIC, MAP_MAGIC, inspect_data, inspect_map};
 pub use options::{Base, Budget, OverlayOptions};
 pub use overlay::{Existing, Overlay, OverlayFiles, OverlayId, OverlayUse, remove};
 pub use read::Kind;

@@ -5,17 +5,19 @@ use std::{io, path::Path};
 use backtide_storage::{Storage, read_file};
 
 use super::{FILE_BYTES_MAX, codec};
+use crate::LogError;
 
-/// Writes a readable listing of one base; damage is a line of the listing.
+/// Writes a readable listing of one base; damage is a line of the listing. Whether there is none.
 ///
 /// # Errors
-/// Of reading the file and of writing to `out`.
-pub fn inspect_base(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> io::Result<()> {
+/// Of reading the file and of writing to `out`; a version that this program does not know.
+pub fn inspect_base(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> io::Result<bool> {
     let name = storage.display(path);
     writeln!(out, "{}", name.display())?;
     let base = match codec::decode(&read_file(storage, path, FILE_BYTES_MAX)?, &name) {
         Ok(base) => base,
-        Err(error) => return writeln!(out, "{error}"),
+        Err(error @ LogError::Damaged { .. }) => return writeln!(out, "{error}").map(|()| false),
+        Err(error) => return Err(io::Error::other(error)),
     };
     writeln!(
         out,
@@ -34,4 +36,5 @@ pub fn inspect_base(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write)
         "before it: {intervals} intervals, {holes} holes, {marks} marks, {} records",
         timeline.records
     )
+    .map(|()| true)
 }

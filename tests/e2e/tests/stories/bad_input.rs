@@ -239,7 +239,7 @@ impl Drop for Unmount {
 }
 
 #[test]
-fn what_is_no_segment_is_refused_by_inspect_in_one_sentence() {
+fn what_is_no_file_of_a_store_is_refused_by_inspect_in_one_sentence() {
     let bench = Bench::new();
     let image = bench.image("vm1.img", 4096);
     std::fs::write(bench.path("empty"), "").unwrap();
@@ -247,7 +247,7 @@ fn what_is_no_segment_is_refused_by_inspect_in_one_sentence() {
         let said = bench.run(&["inspect", name]);
         assert_eq!((said.code, said.stdout.as_str()), (2, ""), "{said:?}");
         let sentence = said.sentence();
-        assert!(sentence.contains(name) && sentence.contains("is no segment of a store"), "{sentence}");
+        assert!(sentence.contains(name) && sentence.contains("is no file of a store"), "{sentence}");
     }
     assert_eq!(bench.run(&["inspect", bench.name("").as_str()]).code, 2);
     assert_eq!(bench.run(&["inspect", &bench.name("nothing")]).code, 4);

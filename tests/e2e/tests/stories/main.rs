@@ -31,6 +31,7 @@ mod going_back;
 mod growing;
 mod handshake;
 mod helping;
+mod inspecting;
 mod kill_points;
 mod local_io;
 mod many_disks;
