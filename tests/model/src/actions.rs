@@ -37,6 +37,8 @@ pub enum Action {
     Resume,
     /// A resync is forced.
     Force,
+    /// Another host takes the disk over.
+    Rival,
     /// The receiver dies; so many entries of its log are there afterwards.
     ReceiverCrash(usize),
     /// The agent dies, and starts again.
@@ -79,7 +81,7 @@ impl World {
         if self.paused {
             actions.push(Action::Resume);
         }
-        if !self.has_connection() && self.filter.wants_connection() {
+        if !self.has_connection() && !self.fenced && self.filter.wants_connection() {
             actions.push(Action::Connect);
         }
         for (index, connection) in self.connections.iter().enumerate() {
@@ -117,6 +119,9 @@ impl World {
         }
         if left.forces > 0 {
             actions.push(Action::Force);
+        }
+        if left.rivals > 0 && self.receiver.timeline.attached().is_some() {
+            actions.push(Action::Rival);
         }
         if left.receiver_crashes > 0 {
             actions.extend((self.receiver.durable..=self.receiver.log.len()).map(Action::ReceiverCrash));
@@ -206,6 +211,10 @@ impl World {
             Action::Force => {
                 self.left.forces -= 1;
                 self.call(config, |filter, now| filter.force_resync(now, ResyncKind::Changed));
+            }
+            Action::Rival => {
+                self.left.rivals -= 1;
+                self.rival_takes_over(config);
             }
             Action::ReceiverCrash(kept) => {
                 self.left.receiver_crashes -= 1;

@@ -52,6 +52,8 @@ impl World {
             connections: Vec::new(),
             connected: 0,
             receiver: Receiver::new(),
+            rival: None,
+            fenced: false,
             pass: None,
         };
         world.carry_out(config);

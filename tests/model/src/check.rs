@@ -8,14 +8,15 @@
 //!
 //! Promise 7 (a pass only shrinks) is checked at each step; that sync is reached, by `heal`. Promise 8
 //! (a stale epoch changes nothing) is checked by offering one: here to the receiver of the walks, in
-//! `lockstep` to the one that is shipped.
+//! `lockstep` to the one that is shipped; and where another host takes the disk over, by looking that
+//! nothing of the first agent's follows in the log.
 
 use backtide_io_filter::TrackingOp;
 use backtide_protocol::CloseCode;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, Epoch, Lsn};
 
-use crate::{config::Config, world::World};
+use crate::{config::Config, rival::Rival, world::World};
 
 impl World {
     /// See the module's description.
@@ -23,9 +24,15 @@ impl World {
     /// # Panics
     /// When something is not as it must be.
     pub(crate) fn check(&self, config: &Config) {
-        self.check_differences(config);
-        if config.hot > 0 {
-            self.check_tracking(config);
+        match self.rival {
+            // What the disk holds is nobody's any more.
+            Some(rival) => self.check_rival(rival),
+            None => {
+                self.check_differences(config);
+                if config.hot > 0 {
+                    self.check_tracking(config);
+                }
+            }
         }
         self.check_points();
         self.check_stale_epoch();
@@ -89,6 +96,8 @@ impl World {
     fn check_point(&self, lsn: Lsn) {
         for (block, expected) in (0..).zip(self.history.image_at(lsn)) {
             let found = self.receiver.value(block, lsn, self.receiver.log.len());
+            let rival = self.rival.filter(|rival| lsn >= rival.at);
+            let expected = if rival.is_some() { Some(Rival::value(block)) } else { expected };
             let right = expected.is_none_or(|expected| expected == found);
             assert!(
                 right,

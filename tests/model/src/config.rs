@@ -45,6 +45,8 @@ pub struct Budget {
     pub pauses: u8,
     /// Somebody forces a resync.
     pub forces: u8,
+    /// Another host takes the disk over.
+    pub rivals: u8,
 }
 
 /// A walk. See the module's description.
@@ -102,6 +104,7 @@ impl Config {
                 ticks: 0,
                 pauses: 0,
                 forces: 0,
+                rivals: 0,
             },
             lane: 1,
             window_bytes: 1 << 20,

@@ -28,6 +28,10 @@ impl World {
             let next = if newest_first { actions.pop() } else { actions.drain(..).next() };
             match next {
                 Some(action) => self.step(config, &action),
+                None if self.rival.is_some() && self.fenced && self.guest_is_done(config) => {
+                    self.check(config);
+                    return step;
+                }
                 None if self.is_settled(config) => {
                     self.check(config);
                     self.check_equal(config);

@@ -2,7 +2,7 @@
 //!
 //! Where the simulation (`tests/sim`) throws dice in a large world, this walks all that can happen in
 //! a tiny one: two or three blocks, two writers, a drain, freezes, a lost link, crashes of agent and
-//! receiver, power losses. The walk is finite because the guest's requests and the accidents are
+//! receiver, power losses, another host that takes the disk over. The walk is finite because the guest's requests and the accidents are
 //! counted, and it is complete: [`walk`] ends when no new state is left. Every state is checked, and
 //! from some the world is healed and has to come into sync.
 //!
@@ -20,7 +20,7 @@
 //! way. A library such as `stateright` would add a web page and a way of writing actions down; what is
 //! needed of it is `explore`, and panics of the production code are findings here.
 //!
-//! Read `world` first, then `actions`, `agent`, `link`, `receiver`; what must be true is in `check`.
+//! Read `world` first, then `actions`, `agent`, `link`, `receiver`, `rival`; what must be true is in `check`.
 
 mod actions;
 mod agent;
@@ -36,6 +36,7 @@ mod history;
 mod link;
 mod lockstep;
 mod receiver;
+mod rival;
 mod tracking;
 mod world;
 

@@ -57,7 +57,7 @@ impl World {
                 }
                 Err(code) => {
                     let current = self.connections[index].agent_side;
-                    assert!(!current, "the agent that is alive is refused: {code:?}");
+                    assert!(!current || self.rival.is_some(), "the agent that is alive is refused: {code:?}");
                     self.connections[index].close(code, "refused");
                 }
             },
@@ -124,8 +124,9 @@ impl World {
                 self.call(config, |filter, now| filter.connected(now, &welcome));
             }
             Message::Close(closed) => {
-                let right = closed.code == CloseCode::Busy && config.ghosts;
-                assert!(right, "the receiver closed the connection: {closed:?}");
+                let replaced = closed.code == CloseCode::Busy && (config.ghosts || self.rival.is_some());
+                self.fenced |= closed.code == CloseCode::Fenced && self.rival.is_some();
+                assert!(replaced || self.fenced, "the receiver closed the connection: {closed:?}");
                 self.lose_connection(config);
             }
             other => self.call(config, |filter, now| filter.receive(now, other)),
@@ -152,13 +153,13 @@ impl World {
     }
 
     /// Connections of which nothing is left on either side.
-    fn forget_ended(&mut self) {
+    pub(crate) fn forget_ended(&mut self) {
         self.connections.retain(|connection| connection.agent_side || !connection.up.is_empty());
     }
 }
 
 impl Connection {
-    fn close(&mut self, code: CloseCode, why: &str) {
+    pub(crate) fn close(&mut self, code: CloseCode, why: &str) {
         if self.session == Session::Ended {
             return;
         }

@@ -37,6 +37,8 @@ pub struct Steps {
     pub points: u64,
     /// Claims with a stale epoch, or with the epoch of another attach, that were refused.
     pub stale: u64,
+    /// Takeovers by another host.
+    pub rivals: u64,
 }
 
 /// The receiver that is shipped.
@@ -53,6 +55,9 @@ enum Said {
     Message(u64, Message),
     Compared(u64, CompareResult),
 }
+
+/// The connection of another host's agent.
+const RIVAL: u64 = u64::MAX - 1;
 
 /// Chance: SplitMix64.
 struct Random(u64);
@@ -92,13 +97,14 @@ pub fn lockstep(config: &Config, seed: u64) -> Steps {
             steps.crashes.0 += 1;
             steps.crashes.1 += u64::from(*kept < before);
         } else {
-            production.follow(&world, &action);
+            production.follow(&world, &config, &action);
         }
         let before = counts(&world);
         world.step(&config, &action);
         world.check(&config);
         production.forget_gone(&world);
         steps.steps += 1;
+        steps.rivals += u64::from(action == Action::Rival);
         steps.answers += production.compare_said(&world, &before, &action);
         steps.points += production.compare_logs(&world, &config, &action);
         steps.stale += production.refuse_stale(&world);
@@ -140,7 +146,7 @@ impl Production {
     }
 
     /// What the action means to the receiver.
-    fn follow(&mut self, world: &World, action: &Action) {
+    fn follow(&mut self, world: &World, config: &Config, action: &Action) {
         match action {
             Action::Connect => {
                 let number = world.connected + 1;
@@ -161,6 +167,7 @@ impl Production {
                     self.act(number, Session::settle);
                 }
             }
+            Action::Rival => self.rival_takes_over(world, config),
             Action::Submit(_)
             | Action::Land(_)
             | Action::Local(_)
@@ -176,6 +183,23 @@ impl Production {
             | Action::ReceiverCrash(_)
             | Action::AgentCrash(_) => {}
         }
+    }
+
+    /// Another agent claims the disk, writes and leaves.
+    fn rival_takes_over(&mut self, world: &World, config: &Config) {
+        let (hello, frames) = world.rival_says(config);
+        let mut session = Session::new(ConnectionId(RIVAL));
+        for (seq, message) in (1..).zip(std::iter::once(Message::Hello(hello)).chain(frames)) {
+            let effects = session.handle(&mut self.disks, Sequenced { seq, message }, TIME);
+            self.carry_out(RIVAL, effects);
+            let disk = self.disks.get_mut(DISK).expect("a log has entries");
+            if let Some(ticket) = disk.ticket() {
+                disk.synced(ticket.sync());
+            }
+            let effects = session.settle(&mut self.disks);
+            self.carry_out(RIVAL, effects);
+        }
+        session.lost(&mut self.disks);
     }
 
     fn act(&mut self, number: u64, act: impl FnOnce(&mut Session, &mut Disks) -> Vec<Effect>) {

@@ -15,6 +15,7 @@ use crate::{
     disk::LocalDisk,
     history::History,
     receiver::{Receiver, Session, TIME},
+    rival::Rival,
     tracking::TrackingFile,
 };
 
@@ -41,6 +42,10 @@ pub(crate) struct World {
     /// How many there were; nothing depends on it.
     pub(crate) connected: u64,
     pub(crate) receiver: Receiver,
+    /// Another host has taken the disk over.
+    pub(crate) rival: Option<Rival>,
+    /// The agent was told so: it connects no more.
+    pub(crate) fenced: bool,
     /// T of the running pass, and how many blocks it has left.
     pub(crate) pass: Option<(Lsn, u64)>,
 }

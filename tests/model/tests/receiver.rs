@@ -16,15 +16,18 @@ fn the_walked_receiver_is_the_shipped_one() {
         ticks: 3,
         pauses: 2,
         forces: 2,
+        rivals: 0,
     };
     let mut all = Steps::default();
     for seed in 0..400 {
         // Odd ones with a window that overflows.
         let window_bytes = if seed % 2 == 0 { 1 << 20 } else { 700 };
+        // In some another host takes the disk over, which is the end of what the first one may do.
+        let rivals = u8::from(seed % 5 == 4);
         let config = Config {
             blocks: 3,
             content: &[7, 0, 9],
-            budget,
+            budget: Budget { rivals, ..budget },
             window_bytes,
             hot: 1,
             ghosts: true,
@@ -37,8 +40,12 @@ fn the_walked_receiver_is_the_shipped_one() {
         all.answers += steps.answers;
         all.points += steps.points;
         all.stale += steps.stale;
+        all.rivals += steps.rivals;
         all.crashes = (all.crashes.0 + steps.crashes.0, all.crashes.1 + steps.crashes.1);
     }
     println!("{all:?}");
-    assert!(all.answers > 1000 && all.crashes.1 > 20 && all.points > 1000 && all.stale > 1000, "{all:?}");
+    assert!(
+        all.answers > 1000 && all.crashes.1 > 20 && all.points > 1000 && all.stale > 1000 && all.rivals > 20,
+        "{all:?}"
+    );
 }
