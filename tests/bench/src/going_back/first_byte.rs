@@ -51,13 +51,13 @@ pub(super) fn run_here(setting: &Setting<'_>) -> anyhow::Result<String> {
     for round in 0..=setting.rounds as u64 {
         let (lsn, place) = somewhere(setting, round);
         let there = mount(&stand, lsn, place, Where::AtReceiver)?;
-        let Mounted { mount, first, map } = mount(&stand, lsn, place, Where::Here)?;
+        let Mounted { mount, first, status } = mount(&stand, lsn, place, Where::Here)?;
         eprintln!(
-            "mount-here-first-byte: lsn:{lsn}: {mount:.0} ms, {first:.0} ms with its first byte ({:.0} at the receiver), {map:.0} ms for its map",
+            "mount-here-first-byte: lsn:{lsn}: {mount:.0} ms, {first:.0} ms with its first byte ({:.0} at the receiver), {status:.0} ms for its block status",
             there.first
         );
         if round > 0 {
-            for (times, time) in here.iter_mut().zip([mount, first, map]) {
+            for (times, time) in here.iter_mut().zip([mount, first, status]) {
                 times.push(time);
             }
             ratios.push(first / there.first);
@@ -65,9 +65,9 @@ pub(super) fn run_here(setting: &Setting<'_>) -> anyhow::Result<String> {
     }
     drop(stand);
     std::fs::remove_dir_all(&directory)?;
-    let [answered, first, map] = here.map(|times| middle(&times));
+    let [answered, first, status] = here.map(|times| middle(&times));
     Ok(format!(
-        "The same disk with {} writes, a point in the middle mounted by an agent (`mount --here`): {answered:.0} ms until the mount is answered, {first:.0} ms until qemu-io has read 4 KiB of it, {:.2} times as long as of a mount of the receiver. All of its map, read by nbdinfo after that: {map:.0} ms. Medians of {} rounds.\n",
+        "The same disk with {} writes, a point in the middle mounted by an agent (`mount --here`): {answered:.0} ms until the mount is answered, {first:.0} ms until qemu-io has read 4 KiB of it, {:.2} times as long as of a mount of the receiver. The first block status after that, by qemu-io: {status:.0} ms. Medians of {} rounds.\n",
         setting.records,
         middle(&ratios),
         setting.rounds
@@ -97,12 +97,12 @@ enum Where {
     Here,
 }
 
-/// Milliseconds until a mount was answered, until a block of it was there, and then until all of its map was.
+/// Milliseconds until a mount was answered, and until a block of it was there.
 struct Mounted {
     mount: f64,
     first: f64,
-    /// Of an agent's mount.
-    map: f64,
+    /// Of an agent's mount: then until it was known whether there is data.
+    status: f64,
 }
 
 /// Mounts a point and reads a block.
@@ -117,12 +117,14 @@ fn mount(stand: &Stand, lsn: u64, offset: u64, by: Where) -> anyhow::Result<Moun
     read.args(["-r", "-f", "raw", uri, "-c", &format!("read {} 4k", offset / 4096 * 4096)]);
     succeed(&mut read)?;
     let first = began.elapsed();
-    let mut map = 0.0;
+    let mut status = 0.0;
     if by == Where::Here {
         let began = Instant::now();
-        succeed(Command::new("nbdinfo").args(["--map", "--totals", uri]).stdout(Stdio::null()))?;
-        map = began.elapsed().as_secs_f64() * 1e3;
+        let mut ask = Command::new("qemu-io");
+        ask.args(["-r", "-f", "raw", uri, "-c", &format!("alloc {} 4k", offset / 4096 * 4096)]);
+        succeed(ask.stdout(Stdio::null()))?;
+        status = began.elapsed().as_secs_f64() * 1e3;
     }
     stand.obey(&[&["unmount", id][..], &here[..here.len().min(1)]].concat())?;
-    Ok(Mounted { mount: answered.as_secs_f64() * 1e3, first: first.as_secs_f64() * 1e3, map })
+    Ok(Mounted { mount: answered.as_secs_f64() * 1e3, first: first.as_secs_f64() * 1e3, status })
 }
