@@ -50,11 +50,13 @@ const KINDS: [([u8; 8], Kind); 8] = [
 ];
 
 /// How the files of a store end that are called so: one whose beginning is damaged is known by its name.
-const NAMES: [(&str, Kind); 14] = [
+const NAMES: [(&str, Kind); 15] = [
     (".seg", Kind::Segment),
     (".pack", Kind::Pack),
     ("/base.1", Kind::Base),
     ("/base.2", Kind::Base),
+    // The copy of a base with the images.
+    (".base", Kind::Base),
     ("/durable", Kind::Durable),
     (".map", Kind::OverlayMap),
     (".data", Kind::OverlayData),
