@@ -18,7 +18,7 @@
 //! At the end, with the world healed: sync is reached under load and then everything drains; disk,
 //! receiver and model are equal; a planted difference is found.
 
-use backtide_io_filter::{AckPolicy, Mode, OnOutage};
+use backtide_io_filter::{AckPolicy, Filter, Mode, OnOutage};
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, Lsn};
 
 use crate::{guest::Request, hydration::Hydrating, world::World};
@@ -121,7 +121,9 @@ impl World {
         self.guest.quiet = true;
         self.run_until("everything is durable", |world| {
             let agent = world.agent.as_ref();
-            agent.is_some_and(|agent| agent.filter.is_drained() && agent.inflight.is_empty())
+            // A pass that was forced may still be looking for its blocks: a verify would be interrupted by it.
+            let rests = |filter: &Filter| filter.is_drained() && !filter.status().scanning;
+            agent.is_some_and(|agent| rests(&agent.filter) && agent.inflight.is_empty())
                 && world.guest.requests.is_empty()
         });
         self.check_now();

@@ -5,12 +5,27 @@ use std::path::Path;
 
 use backtide_io_filter::{IoFailure, IoId, Resume, TrackingOp};
 use backtide_storage::{MemoryStorage, Storage};
-use backtide_tracking::{ActivityLimits, LoadError, Loaded, SavedTracking, Snapshot, TrackingFile};
-use backtide_units::{BlockRange, ByteCount, Reason};
+use backtide_tracking::{
+    ActivityLimits, LoadError, Loaded, LogRecord, SavedTracking, Snapshot, TrackingFile,
+};
+use backtide_units::{BlockRange, ByteCount, ByteOffset, Reason};
 
 use crate::world::{Event, World};
 
 const PATH: &str = "vm1.tracking";
+
+/// Where the log's sectors lie, and how long one is: see `io-filter/tracking/FORMAT.md`.
+const LOG_AT: u64 = 8192;
+const SECTOR: usize = 4096;
+
+/// A record that was being written, by a device that does not write its sectors whole.
+struct Tearing {
+    /// Its sector of the log.
+    sector: u64,
+    /// What lay there before, and what was to.
+    before: Vec<u8>,
+    after: Vec<u8>,
+}
 
 /// What lies on the agent's own storage.
 #[derive(Clone, Default)]
@@ -18,8 +33,8 @@ pub(crate) struct Tracking {
     pub(crate) storage: MemoryStorage,
     /// The last attach ended cleanly, and none has begun since.
     clean: bool,
-    /// A write may have been torn since the file was made.
-    torn: bool,
+    /// The sector of the log that the last power loss has torn.
+    torn: Option<u64>,
     /// The storage was told to fail, and an alarm is right.
     pub(crate) faulty: bool,
 }
@@ -40,6 +55,7 @@ impl World {
     pub(crate) fn resume_from(&mut self) -> Resume {
         let loaded = Loaded::from_file(&self.tracking.storage, Path::new(PATH));
         let (torn, clean) = (self.tracking.torn, std::mem::take(&mut self.tracking.clean));
+        assert_eq!(loaded.is_err(), torn.is_some(), "{torn:?} was torn: {:?}", loaded.as_ref().err());
         let lost = |world: &Self, reason| Resume::Lost {
             reason,
             history: world.persisted.history,
@@ -52,11 +68,13 @@ impl World {
                 assert!(self.tracking.faulty, "the tracking file is gone");
                 lost(self, Reason::AgentCrashed)
             }
-            Err(error @ (LoadError::Damaged { .. } | LoadError::Io { .. })) => {
-                assert!(torn, "{error}");
+            Err(LoadError::Damaged { what, .. }) => {
+                let sector = torn.expect("seen above");
+                assert_eq!(what, format!("sector {sector} of the activity log"));
                 self.stats.tracking_torn += 1;
                 lost(self, Reason::BitmapUntrusted)
             }
+            Err(error @ LoadError::Io { .. }) => panic!("the file can be read: {error}"),
             Ok(Some(loaded)) if loaded.snapshot.everything => lost(self, Reason::AgentCrashed),
             Ok(Some(loaded)) if clean => {
                 assert!(loaded.clean, "nothing was logged after the detach");
@@ -99,7 +117,7 @@ impl World {
         self.tracking.storage.fail_sync_after(u64::MAX / 2);
         let made = TrackingFile::create(&self.tracking.storage, path, limits, size, snapshot);
         self.tracking.clean = clean;
-        self.tracking.torn = false;
+        self.tracking.torn = None;
         made.expect("no fault is planned for it")
     }
 
@@ -150,13 +168,21 @@ impl World {
 
     /// The agent dies: what it was writing is there, or not, or with a power loss in part.
     pub(crate) fn kill_tracking(&mut self, ops: Vec<TrackingOp>, file: &TrackingFile, power: bool) {
+        let mut tearing = None;
         for op in ops {
+            // Powers fail while a record is written more seldom than that has to be seen.
+            if power
+                && let TrackingOp::Record(record) = &op
+                && !self.random.one_in(4)
+            {
+                tearing = self.tear(record);
+                continue;
+            }
             if self.random.one_in(2) {
                 continue;
             }
             if power {
                 self.tracking.storage.cut_power_after(self.random.below(3));
-                self.tracking.torn = true;
             }
             // Nobody is left to be told how it went.
             let _ = match op {
@@ -168,7 +194,35 @@ impl World {
         if power {
             let seed = self.random.below(u64::MAX);
             self.tracking.storage.crash(seed);
+            self.tracking.torn = tearing.and_then(|tearing| self.torn_by(&tearing));
         }
+    }
+
+    /// The device writes a part of a record's sector, from its beginning.
+    fn tear(&mut self, record: &LogRecord) -> Option<Tearing> {
+        let sector = (record.sequence - 1) % u64::from(self.limits().sectors);
+        let (before, after) = (self.log_sector(sector)?, record.encode().to_vec());
+        // What lies behind its runs is zeroes.
+        let written = self.random.below(24 + 8 * record.runs.len() as u64) as usize;
+        let file = self.tracking.storage.open(Path::new(PATH)).expect("an agent has it");
+        let at = ByteOffset(LOG_AT + sector * SECTOR as u64);
+        // The power may go within this one, or be gone.
+        let _ = file.write_at(at, &after[..written]);
+        Some(Tearing { sector, before, after })
+    }
+
+    /// The sector, when it holds neither what lay there nor what was to.
+    fn torn_by(&self, Tearing { sector, before, after }: &Tearing) -> Option<u64> {
+        let found = self.log_sector(*sector)?;
+        (found != *before && found != *after).then_some(*sector)
+    }
+
+    /// What a sector of the log holds; zeroes behind the file's end. None when there is no file.
+    fn log_sector(&self, sector: u64) -> Option<Vec<u8>> {
+        let file = self.tracking.storage.open(Path::new(PATH)).ok()?;
+        let mut bytes = vec![0; SECTOR];
+        file.read_at(ByteOffset(LOG_AT + sector * SECTOR as u64), &mut bytes).expect("a sector");
+        Some(bytes)
     }
 
     /// The host loses power while no agent runs.

@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 47] = [
+const SEEN: [Seen; 48] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -32,6 +32,7 @@ const SEEN: [Seen; 47] = [
     ("marks offered", |stats| stats.marks),
     ("snapshots of the tracking", |stats| stats.snapshots),
     ("crashes with a tracking file", |stats| stats.crashes_tracked),
+    ("tracking files with a torn record", |stats| stats.tracking_torn),
     ("passes without unreadable blocks", |stats| stats.unreadable),
     ("tracking files given up", |stats| stats.tracking_lost),
     ("spills found by a new agent", |stats| stats.spills_found),
