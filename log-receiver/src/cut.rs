@@ -7,11 +7,12 @@
 
 use std::{io, path::Path};
 
+use backtide_recovery::LogError;
 use backtide_storage::Storage;
 use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
 
-use crate::sealed_json::SealedJson;
+use crate::sealed_json::{SealedError, SealedJson};
 
 /// Its name.
 const FILE: &str = "cut.json";
@@ -26,11 +27,21 @@ pub(crate) struct Cut {
 }
 
 impl Cut {
-    /// What is noted in the directory of a log. A file that cannot be read says as much as one that can: the log was cut.
-    pub(crate) fn read(storage: &dyn Storage, dir: &Path) -> Option<Self> {
-        match KIND.read(storage, &dir.join(FILE)) {
-            Ok(cut) => cut,
-            Err(error) => Some(Self { why: error.to_string() }),
+    /// What is noted in the directory of a log. A file that is damaged says as much as one that is whole: the log was cut.
+    ///
+    /// # Errors
+    /// The file system's, and [`LogError::UnknownVersion`]: then nobody knows.
+    pub(crate) fn read(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>, LogError> {
+        let path = dir.join(FILE);
+        match KIND.read(storage, &path) {
+            Ok(cut) => Ok(cut),
+            Err(error @ SealedError::Damaged { .. }) => Ok(Some(Self { why: error.to_string() })),
+            Err(SealedError::Io { file, source }) => {
+                Err(LogError::Io { step: format!("read {file}"), source })
+            }
+            Err(SealedError::Version { found, known, .. }) => {
+                Err(LogError::UnknownVersion { file: storage.display(&path), found, known })
+            }
         }
     }
 
@@ -42,9 +53,9 @@ impl Cut {
         KIND.write(storage, &dir.join(FILE), self)
     }
 
-    /// What is wrong with the file, a sentence.
+    /// How the file is damaged, a sentence.
     pub(crate) fn damage_of(storage: &dyn Storage, dir: &Path) -> Option<String> {
-        KIND.read::<Self>(storage, &dir.join(FILE)).err().map(|error| error.to_string())
+        KIND.damage_of::<Self>(storage, &dir.join(FILE))
     }
 }
 
@@ -59,17 +70,22 @@ mod tests {
     fn a_log_that_was_cut_stays_so_whatever_becomes_of_the_file() {
         let (storage, dir) = (MemoryStorage::new(), Path::new("d"));
         storage.create_dir(dir).unwrap();
-        assert_eq!(Cut::read(&storage, dir), None);
+        assert!(Cut::read(&storage, dir).unwrap().is_none());
         let cut = Cut { why: "a segment is missing".to_owned() };
         cut.write(&storage, dir).unwrap();
-        assert_eq!((Cut::read(&storage, dir), Cut::damage_of(&storage, dir)), (Some(cut.clone()), None));
+        let read = || Cut::read(&storage, dir).unwrap();
+        assert_eq!((read(), Cut::damage_of(&storage, dir)), (Some(cut.clone()), None));
         let length = storage.open(&dir.join(FILE)).unwrap().len().unwrap().0;
         for byte in 0..length {
             storage.flip_bit(&dir.join(FILE), ByteOffset(byte), 1);
-            assert_ne!(Cut::read(&storage, dir), None, "byte {byte}");
+            assert_ne!(read(), None, "byte {byte}");
             assert!(Cut::damage_of(&storage, dir).unwrap().contains("cut.json"), "byte {byte}");
             storage.flip_bit(&dir.join(FILE), ByteOffset(byte), 1);
         }
-        assert_eq!(Cut::read(&storage, dir), Some(cut));
+        assert_eq!(read(), Some(cut.clone()));
+        // Another program's is no reason to take the log for cut, nor for one that was not.
+        SealedJson { version: 2, ..KIND }.write(&storage, &dir.join(FILE), &cut).unwrap();
+        assert!(matches!(Cut::read(&storage, dir), Err(LogError::UnknownVersion { found: 2, .. })));
+        assert_eq!(Cut::damage_of(&storage, dir), None);
     }
 }

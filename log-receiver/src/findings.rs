@@ -272,6 +272,11 @@ pub(crate) fn damage_of(storage: &dyn Storage) -> Option<String> {
     KIND.read::<Places>(storage, Path::new(FILE)).err().map(|error| error.to_string())
 }
 
+/// Whether it is damaged, and no other program's.
+pub(crate) fn is_damaged(storage: &dyn Storage) -> bool {
+    KIND.damage_of::<Places>(storage, Path::new(FILE)).is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use backtide_storage::MemoryStorage;

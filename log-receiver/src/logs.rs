@@ -14,7 +14,11 @@ use std::{
     sync::Arc,
 };
 
-use backtide_recovery::{Attached, DiskLog, Durable, LogError, LogIdentity, Salvage, Seq, Snapshot, salvage};
+use backtide_recovery::{
+    Attached, DiskLog, Durable, FoundBase, LogCache, LogError, LogIdentity, Salvage, Seq, Snapshot, salvage,
+    salvage_to_repair,
+};
+use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset, DiskId, Lsn};
 
 use crate::{
@@ -41,6 +45,10 @@ pub(crate) struct Past {
     /// Bytes of it that can be read.
     pub(crate) bytes: ByteCount,
 }
+
+/// [`salvage`] or [`salvage_to_repair`].
+type Salvaging =
+    fn(&Arc<dyn Storage>, &Path, &LogCache, Option<LogIdentity>, Option<Seq>) -> Result<Salvage, LogError>;
 
 impl Past {
     /// Puts what is left of the next log behind it.
@@ -211,9 +219,24 @@ impl Shelf {
     }
 
     pub(crate) fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {
+        self.salvage_by(salvage, disk, log, through)
+    }
+
+    /// As [`Shelf::salvage`], for deciding what of a log goes.
+    pub(crate) fn salvage_to_repair(&self, disk: DiskId, log: u32) -> Result<Salvage, LogError> {
+        self.salvage_by(salvage_to_repair, disk, log, None)
+    }
+
+    fn salvage_by(
+        &self,
+        salvage: Salvaging,
+        disk: DiskId,
+        log: u32,
+        through: Option<Seq>,
+    ) -> Result<Salvage, LogError> {
         let dir = Self::dir(disk, log);
         let known = self.memo(disk, log).map(|memo| memo.identity);
-        let cut = Cut::read(&*self.storage, &dir);
+        let cut = Cut::read(&*self.storage, &dir)?;
         let mut salvaged = match (salvage(&self.storage, &dir, &self.cache, known, through), &cut) {
             (Err(LogError::NoLog { .. }), Some(cut)) => {
                 Salvage::nothing(cut.why.clone()).cut_because(&cut.why)
@@ -244,7 +267,11 @@ impl Shelf {
     fn lost(&self, disk: DiskId, log: u32) -> Option<LogError> {
         let dir = Self::dir(disk, log);
         let noted = Watermark::of_any(&*self.storage, &dir);
+        // What tells of its images elsewhere outlives a directory that somebody has removed.
+        let is_there = || self.storage.list(&dir).is_ok();
+        let has_base = || FoundBase::read(&*self.storage, &dir).is_ok_and(|found| found.base.is_some());
         if noted.is_none()
+            && !(is_there() && has_base())
             && self.memo(disk, log).is_none()
             && !memo::is_damaged(&*self.storage, &dir)
             && !Watermark::is_damaged(&*self.storage, &dir)
@@ -285,7 +312,7 @@ impl Shelf {
 
     pub(crate) fn open(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
         let dir = Self::dir(disk, log);
-        if let Some(cut) = Cut::read(&*self.storage, &dir) {
+        if let Some(cut) = Cut::read(&*self.storage, &dir)? {
             return Err(LogError::Damaged {
                 file: self.storage.display(&dir.join("segments")),
                 offset: ByteOffset::ZERO,

@@ -84,6 +84,11 @@ pub(crate) fn read(storage: &dyn Storage, dir: &Path) -> Option<Memo> {
     Some(Memo { identity, attached: Attached { epoch, attach, name, size, time } })
 }
 
+/// Whether a memo may be written there: there is none, or a damaged one.
+pub(crate) fn is_free(storage: &dyn Storage, dir: &Path) -> bool {
+    matches!(KIND.read::<MemoFile>(storage, &dir.join(FILE)), Ok(None) | Err(SealedError::Damaged { .. }))
+}
+
 /// Whether there is a memo that cannot be read.
 pub(crate) fn is_damaged(storage: &dyn Storage, dir: &Path) -> bool {
     matches!(

@@ -8,7 +8,7 @@ mod attached;
 mod progress;
 mod work;
 
-pub(crate) use progress::{FILE, damage_of};
+pub(crate) use progress::{FILE, damage_of, is_damaged};
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},

@@ -89,6 +89,18 @@ impl SealedJson {
         }
     }
 
+    /// How a file is damaged, a sentence; none when it is whole, is not there, or nobody can tell.
+    pub(crate) fn damage_of<T: DeserializeOwned>(
+        &self,
+        storage: &dyn Storage,
+        path: &Path,
+    ) -> Option<String> {
+        match self.read::<T>(storage, path) {
+            Err(error @ SealedError::Damaged { .. }) => Some(error.to_string()),
+            Ok(_) | Err(SealedError::Io { .. } | SealedError::Version { .. }) => None,
+        }
+    }
+
     fn decode<T: DeserializeOwned>(&self, bytes: &[u8], file: &dyn Fn() -> String) -> Result<T, SealedError> {
         let damaged = |why: String| SealedError::Damaged { file: file(), why };
         let (Head { magic, version }, rest) = unseal(bytes).map_err(damaged)?;

@@ -3,8 +3,9 @@
 //! A log keeps every change from its *floor* on: an image of the disk at the floor stands for all segments before. Older
 //! points that are kept are images of their own. The file that says so is there three times, for without it nobody finds the
 //! images: `base.1` and `base.2` beside the segments, and one in `images/bases`, for the day when a log's directory has lost
-//! both. Of those that are whole the oldest counts until all are the same, so a base that could not be written everywhere has
-//! changed nothing.
+//! both. Of the two the older counts until they are the same, so a base that could not be written twice has changed
+//! nothing; the third counts when neither of them is whole, and only for the segments that are there: it may have been put
+//! back from a copy, or be of a log that somebody has removed.
 //!
 //! Invariants: the file is durable, three times, before a segment goes; every entry before `first_seq` with a version has one at
 //! or below the floor, and every image it names is durable. So readers take from the log what lies above the floor and from
@@ -28,7 +29,7 @@ use backtide_units::{ByteCount, ByteOffset, Lsn};
 
 use crate::{
     Interval, LogError, LogIdentity, TimedLsn, Timeline,
-    recover::{failed, sync_above},
+    recover::{failed, list, open, sync_above},
     timeline::damage_reason,
 };
 
@@ -138,6 +139,42 @@ fn flat(dir: &Path) -> String {
     parts.join("-")
 }
 
+/// What one copy says.
+enum Copy {
+    Whole(Box<Base>),
+    /// A sentence.
+    Damaged(String),
+    Missing,
+}
+
+fn read_copy(storage: &dyn Storage, path: &Path) -> Result<Copy, LogError> {
+    let shown = storage.display(path);
+    match read_file(storage, path, FILE_BYTES_MAX) {
+        Ok(bytes) => match codec::decode(&bytes, &shown) {
+            Ok(base) => Ok(Copy::Whole(Box::new(base))),
+            Err(error @ LogError::Damaged { .. }) => Ok(Copy::Damaged(error.to_string())),
+            Err(error) => Err(error),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Copy::Missing),
+        Err(source) => Err(failed(format!("read {}", shown.display()), source)),
+    }
+}
+
+/// Whether a base can be that of the segments in a log's directory: the one that it begins with is there, and of the same
+/// log; or none is left.
+fn is_of_the_segments(base: &Base, storage: &dyn Storage, dir: &Path) -> Result<bool, LogError> {
+    let segments_dir = dir.join("segments");
+    let ids = list(storage, &segments_dir)?;
+    if !ids.contains(&base.first_segment) {
+        return Ok(ids.is_empty());
+    }
+    let header = open(storage, &segments_dir, base.first_segment)?.header();
+    Ok(header.map_or(true, |header| {
+        let identity = LogIdentity { disk: header.disk, history: header.history };
+        (identity, header.first_seq) == (base.identity, base.first_seq)
+    }))
+}
+
 /// Removes what is kept elsewhere of the logs in `dir` and in the directories below it, durably.
 ///
 /// # Errors
@@ -163,7 +200,8 @@ pub fn forget_bases(storage: &dyn Storage, dir: &Path) -> io::Result<()> {
 /// What the directory of a log says about where it begins.
 #[derive(Debug, Default)]
 pub struct FoundBase {
-    /// The oldest that is whole: what a newer one does without is there as long as that is not everywhere.
+    /// The older of the two beside the segments, or else the third: what a newer one does without is there as long as that
+    /// is not everywhere.
     pub base: Option<Base>,
     /// Images that any of them names that is whole.
     pub roots: Vec<Root>,
@@ -183,19 +221,33 @@ impl FoundBase {
     pub fn read(storage: &dyn Storage, dir: &Path) -> Result<Self, LogError> {
         let mut found = Self::default();
         let mut missing = Vec::new();
-        for path in copies(dir) {
-            let shown = storage.display(&path);
-            let read = read_file(storage, &path, FILE_BYTES_MAX);
-            found.beside |= read.is_ok() && path.starts_with(dir);
-            match read {
-                Ok(bytes) => match codec::decode(&bytes, &shown) {
-                    Ok(base) => found.take(base),
-                    Err(error @ LogError::Damaged { .. }) => found.damage.push(error.to_string()),
-                    Err(error) => return Err(error),
-                },
-                Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push(shown),
-                Err(source) => return Err(failed(format!("read {}", shown.display()), source)),
+        let [first, second, third] = copies(dir);
+        for path in [&first, &second] {
+            match read_copy(storage, path)? {
+                Copy::Whole(base) => found.take(*base),
+                Copy::Damaged(why) => found.damage.push(why),
+                Copy::Missing => {
+                    missing.push(storage.display(path));
+                    continue;
+                }
             }
+            found.beside = true;
+        }
+        match read_copy(storage, &third)? {
+            Copy::Whole(base) => {
+                found.roots.extend(base.roots());
+                match &found.base {
+                    Some(known) if known == &*base => found.alike += 1,
+                    Some(_) => {}
+                    None if is_of_the_segments(&base, storage, dir)? => {
+                        found.base = Some(*base);
+                        found.alike = 1;
+                    }
+                    None => {}
+                }
+            }
+            Copy::Damaged(why) => found.damage.push(why),
+            Copy::Missing => missing.push(storage.display(&third)),
         }
         if !found.is_none() {
             let missing = missing.iter().map(|name| format!("{} is missing", name.display()));

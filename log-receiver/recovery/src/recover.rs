@@ -153,7 +153,7 @@ pub(crate) fn open_to_recover(
 }
 
 /// [`open`] or [`open_to_recover`].
-type Open = fn(&dyn Storage, &Path, SegmentId) -> Result<SegmentFile, LogError>;
+pub(crate) type Open = fn(&dyn Storage, &Path, SegmentId) -> Result<SegmentFile, LogError>;
 
 /// Every segment from `first` on, and of each gap between them the first number that is missing.
 pub(crate) fn find(
@@ -313,12 +313,12 @@ impl Recovery<'_> {
                 (Err(why), _) => why.clone(),
             };
             let overlaps = found_here.header.as_ref().is_ok_and(|header| header.first_seq < expected);
-            if self.synced >= expected || overlaps {
+            if self.synced.max(self.noted) >= expected || overlaps {
                 let path = self.segments_dir.join(found_here.id.file_name());
                 return Err(LogError::Damaged {
                     file: self.storage.display(&path),
                     offset: ByteOffset::ZERO,
-                    what: format!("{why}; entries up to {} were durable", self.synced),
+                    what: format!("{why}; entries up to {} were durable", self.synced.max(self.noted)),
                 });
             }
             self.remove(&found[place..])?;

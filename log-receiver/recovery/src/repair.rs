@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use backtide_segment::{Rebuilt, SegmentHeader, Seq, claims};
+use backtide_segment::{Rebuilt, SegmentHeader, SegmentId, Seq, claims};
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset};
 
@@ -69,7 +69,8 @@ impl Salvage {
         let mut put = Vec::new();
         // The last one first: whatever is left on the way ends where the log is lost.
         for id in list(storage, &segments_dir)?.into_iter().rev().filter(|id| *id >= lost.segment) {
-            let (from, to) = (segments_dir.join(id.file_name()), aside.join(id.file_name()));
+            let from = segments_dir.join(id.file_name());
+            let to = free_place(storage, &from, aside, id).map_err(io("put aside", &from))?;
             match lost.keep.filter(|_| id == lost.segment) {
                 None => {
                     storage.rename(&from, &to).map_err(io("put aside", &from))?;
@@ -98,6 +99,23 @@ pub fn settle_base(storage: &dyn Storage, dir: &Path) -> Result<Vec<String>, Log
     let (false, Some(base)) = (found.is_settled(), &found.base) else { return Ok(Vec::new()) };
     base.write(storage, dir)?;
     Ok(found.damage.iter().map(|damage| format!("{damage}: it is written again")).collect())
+}
+
+/// Where a segment is put. What is there already under its name stays, unless it is a part of this one, from a time when this
+/// was cut short: a log can be cut twice, and has more of a segment the first time.
+fn free_place(storage: &dyn Storage, from: &Path, aside: &Path, id: SegmentId) -> io::Result<PathBuf> {
+    let own = storage.open(from)?.len()?;
+    for nth in 1_u32.. {
+        let name = if nth == 1 { id.file_name() } else { format!("{}.{nth}", id.file_name()) };
+        let place = aside.join(name);
+        match storage.open(&place) {
+            Ok(there) if there.len()? > own => {}
+            Ok(_) => return Ok(place),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(place),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
 }
 
 fn copy(storage: &dyn Storage, from: &Path, to: &Path) -> io::Result<()> {

@@ -11,8 +11,7 @@
 use std::{path::Path, sync::Arc};
 
 use backtide_segment::{
-    Entry, Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId, Seq, Step, Summary,
-    scan_prefix,
+    Entry, Scanned, SealedSegment, SegmentFile, SegmentHeader, SegmentId, Seq, Step, Summary, scan_prefix,
 };
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset, Lsn};
@@ -22,7 +21,7 @@ use crate::{
     FoundBase, LogCache, LogError, LogIdentity, LogOptions, Snapshot, Timeline,
     check::told,
     origin::Origin,
-    recover::{Found, find, open},
+    recover::{Found, Open, find, open, open_to_recover},
     segment::{OpenSegment, Segment},
     segments::Segments,
 };
@@ -105,6 +104,7 @@ enum Part {
 }
 
 struct Work<'a> {
+    open: Open,
     storage: &'a Arc<dyn Storage>,
     segments_dir: &'a Path,
     cache: &'a LogCache,
@@ -132,10 +132,37 @@ pub fn salvage(
     known: Option<LogIdentity>,
     through: Option<Seq>,
 ) -> Result<Salvage, LogError> {
+    salvage_with(open, storage, dir, cache, known, through)
+}
+
+/// As [`salvage`], for deciding what of a log goes: what the device cannot read is no damage then but an error, for the next
+/// try may read it.
+///
+/// # Errors
+/// As [`salvage`].
+pub fn salvage_to_repair(
+    storage: &Arc<dyn Storage>,
+    dir: &Path,
+    cache: &LogCache,
+    known: Option<LogIdentity>,
+    through: Option<Seq>,
+) -> Result<Salvage, LogError> {
+    salvage_with(open_to_recover, storage, dir, cache, known, through)
+}
+
+fn salvage_with(
+    open: Open,
+    storage: &Arc<dyn Storage>,
+    dir: &Path,
+    cache: &LogCache,
+    known: Option<LogIdentity>,
+    through: Option<Seq>,
+) -> Result<Salvage, LogError> {
     let segments_dir = dir.join("segments");
     let FoundBase { base, damage: base_damage, .. } = FoundBase::read(&**storage, dir)?;
     let first = base.as_ref().map_or(SegmentId::FIRST, |base| base.first_segment);
     let mut damage = base_damage;
+    let nobody_knows_the_base = base.is_none() && !damage.is_empty();
     let found = match find(&**storage, &segments_dir, first, open) {
         // Its images are there.
         Err(LogError::NoLog { .. }) if base.is_some() => {
@@ -155,6 +182,7 @@ pub fn salvage(
         return Ok(Salvage::unreadable(timeline, damage));
     };
     let mut work = Work {
+        open,
         storage,
         segments_dir: &segments_dir,
         cache,
@@ -182,6 +210,9 @@ pub fn salvage(
             break;
         }
         lost = work.damage.len();
+    }
+    if nobody_knows_the_base {
+        lost = 0;
     }
     if work.next <= work.through {
         work.survey(rest)?;
@@ -268,7 +299,7 @@ impl Work<'_> {
                 return Ok(nothing_of_it);
             }
         };
-        let file = open(&**self.storage, self.segments_dir, found.id)?;
+        let file = (self.open)(&**self.storage, self.segments_dir, found.id)?;
         let (part, broken) = self.read(&file, header, durable)?;
         let mut timeline = self.timeline.clone();
         let steps = match &part {
@@ -287,14 +318,19 @@ impl Work<'_> {
             Part::Sealed(..) => None,
             Part::Prefix(scanned) => Some(scanned.end),
         };
-        let before = self.next;
-        self.keep(file, header, part);
-        let any = self.next > before;
-        if found.header.is_err() && any {
+        let any = match &part {
+            Part::Sealed(..) => true,
+            Part::Prefix(scanned) => scanned.contents.stats().next_seq > self.next,
+        };
+        if found.header.is_err() {
+            if !any {
+                return Ok(nothing_of_it);
+            }
             self.lost_headers.push(header);
         }
+        self.keep(file, header, part);
         let lost = keep.filter(|_| broken.is_some());
-        self.damage.extend(broken.map(|damage| damage.to_string()));
+        self.damage.extend(broken);
         Ok(lost.map(|end| LostPlace { segment: found.id, keep: Some(end).filter(|_| any) }))
     }
 
@@ -306,18 +342,26 @@ impl Work<'_> {
         file: &SegmentFile,
         header: SegmentHeader,
         durable: Seq,
-    ) -> Result<(Part, Option<SegmentError>), LogError> {
-        if let Some(sealed) = SealedSegment::open(file, header)?
-            && sealed.stats().next_seq.0 - 1 <= self.through.0
-            && told(sealed.verify(file))?.is_ok()
-        {
-            let summary = sealed.summary(file)?;
-            let doubtful = durable < sealed.stats().next_seq;
-            let damage = doubtful.then(|| file.headers(header, sealed.entries_end()).find_map(Result::err));
-            return Ok((Part::Sealed(Box::new(sealed), summary), damage.flatten()));
-        }
+    ) -> Result<(Part, Option<String>), LogError> {
+        let sealed = SealedSegment::open(file, header)?;
+        let sealed = sealed.filter(|sealed| sealed.stats().next_seq.0 - 1 <= self.through.0);
+        let Some(sealed) = sealed else {
+            let (scanned, damage) = scan_prefix(file, header, self.through)?;
+            return Ok((Part::Prefix(Box::new(scanned)), damage.map(|damage| damage.to_string())));
+        };
+        let summary = sealed.summary(file)?;
+        let known_durable = durable >= sealed.stats().next_seq;
+        let Err(footer) = told(sealed.verify(file))? else {
+            let damage = || file.headers(header, sealed.entries_end()).find_map(Result::err);
+            let damage = if known_durable { None } else { damage() };
+            return Ok((Part::Sealed(Box::new(sealed), summary), damage.map(|damage| damage.to_string())));
+        };
         let (scanned, damage) = scan_prefix(file, header, self.through)?;
-        Ok((Part::Prefix(Box::new(scanned)), damage))
+        if known_durable && scanned.contents.stats().next_seq < sealed.stats().next_seq {
+            // Opening the log believes it as well: what is damaged of it is an error when that is read.
+            return Ok((Part::Sealed(Box::new(sealed), summary), Some(footer)));
+        }
+        Ok((Part::Prefix(Box::new(scanned)), damage.map(|damage| damage.to_string())))
     }
 
     fn keep(&mut self, file: SegmentFile, header: SegmentHeader, part: Part) {
@@ -356,9 +400,9 @@ impl Work<'_> {
                 self.damage.extend(describe(&**self.storage, self.segments_dir, found));
                 continue;
             };
-            let file = open(&**self.storage, self.segments_dir, found.id)?;
+            let file = (self.open)(&**self.storage, self.segments_dir, found.id)?;
             let (part, damage) = self.read(&file, *header, durable)?;
-            self.damage.extend(damage.map(|damage| damage.to_string()));
+            self.damage.extend(damage);
             let steps = match &part {
                 Part::Sealed(_, summary) => &summary.steps,
                 Part::Prefix(scanned) => scanned.contents.steps(),

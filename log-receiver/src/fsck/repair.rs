@@ -3,7 +3,7 @@
 //! ```text
 //!   all that follows from the logs ─▶ written anew where it is not what they give
 //!   a log that opens               ─▶ damaged places are mended from whatever else has the bytes
-//!   a log that does not            ─▶ lost headers are written again; then it opens, or it is cut where it is lost
+//!   one that the receiver refuses  ─▶ lost headers are written again; then it opens, or it is cut where it is lost
 //! ```
 //! A log that is cut keeps every point it had: what stood behind the lost place gave none, for nobody knows which blocks are
 //! missing there. It is put aside, not removed. Whoever attached the disk last, and how far LSNs had come, is noted
@@ -17,7 +17,7 @@ use std::{
 };
 
 use backtide_receiver_api::{DiskCheck, StoreCheck};
-use backtide_recovery::{DiskLog, Durable, LogError, Salvage, SegmentId, settle_base};
+use backtide_recovery::{DiskLog, Durable, FoundBase, LogError, Salvage, SegmentId, settle_base};
 use backtide_storage::{RealStorage, Storage};
 use backtide_units::{ByteCount, DiskId};
 
@@ -96,10 +96,12 @@ fn repair_store(
         Err(error) => return Err(error),
     }
     // What they say is found again by the next scrub.
-    for (damage, file) in
-        [(findings::damage_of(&**storage), findings::FILE), (scrub::damage_of(&**storage), scrub::FILE)]
-    {
-        let Some(damage) = damage else { continue };
+    let noted = [
+        (findings::is_damaged(&**storage), findings::damage_of(&**storage), findings::FILE),
+        (scrub::is_damaged(&**storage), scrub::damage_of(&**storage), scrub::FILE),
+    ];
+    for (is_damaged, damage, file) in noted {
+        let Some(damage) = damage.filter(|_| is_damaged) else { continue };
         let removed = storage.remove(Path::new(file)).and_then(|()| storage.sync_dir(Path::new("")));
         removed.map_err(|source| StoreFileError::Io {
             what: "remove",
@@ -177,34 +179,36 @@ impl Work<'_> {
     ) -> Result<(), LogError> {
         let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
         let storage = &*shelf.storage;
-        done.mended.extend(settle_base(storage, &dir)?);
-        if let Some(cut) = Cut::read(storage, &dir) {
+        if let Some(cut) = Cut::read(storage, &dir)? {
+            if self.what == Repair::Rebuild {
+                return Ok(());
+            }
             if let Some(damage) = Cut::damage_of(storage, &dir) {
                 self.io("write", &dir, Cut { why: "a repair has cut it".to_owned() }.write(storage, &dir))?;
                 done.mended.push(format!("{damage}: it is written again"));
             }
+            done.mended.extend(settle_base(storage, &dir)?);
             return self.cut(number, cut, done);
         }
-        // Opening would remove what stands behind a lost place, where its entries do not prove that it was acknowledged.
-        let salvaged = shelf.salvage(self.disk, number, None)?;
-        if let (true, Some(why)) = (self.has_lost_what_was_durable(&dir, &salvaged), salvaged.damage.first())
-        {
-            let cut = Cut { why: why.clone() };
-            return if self.what == Repair::Everything { self.cut(number, cut, done) } else { Ok(()) };
-        }
+        // Opening writes a base again that is not everywhere, once it has proved to be that of the log.
+        let base = FoundBase::read(storage, &dir)?.damage;
+        // Nothing is cut that a receiver would use: what opens is not looked at any further.
         let opened = match shelf.open(self.disk, number) {
             Err(error @ LogError::Damaged { .. }) => {
-                let headers = shelf.salvage(self.disk, number, None)?.mend_headers(storage, &dir)?;
+                let headers = shelf.salvage_to_repair(self.disk, number)?.mend_headers(storage, &dir)?;
                 let any = !headers.is_empty();
                 done.mended.extend(headers);
                 if any { shelf.open(self.disk, number) } else { Err(error) }
             }
             opened => opened,
         };
+        if opened.is_ok() {
+            done.mended.extend(base.iter().map(|damage| format!("{damage}: it is written again")));
+        }
         match opened {
             Ok(log) => self.in_use(number, log, done, step),
             Err(LogError::Damaged { .. }) if self.what == Repair::Everything => {
-                let salvaged = shelf.salvage(self.disk, number, None)?;
+                let salvaged = shelf.salvage_to_repair(self.disk, number)?;
                 // Without a base nobody knows that the first of what is left is not where the log begins.
                 let nothing = salvaged.has_no_segment() && self.is_without_segments(&dir)?;
                 let Some(why) = salvaged.damage.first().filter(|_| salvaged.can_be_cut() || nothing) else {
@@ -214,13 +218,6 @@ impl Work<'_> {
             }
             Err(error) => Err(error),
         }
-    }
-
-    /// Whether entries are lost, with others behind them, that are noted beside the log as durable.
-    fn has_lost_what_was_durable(&self, dir: &Path, salvaged: &Salvage) -> bool {
-        let noted = Watermark::of_any(&*self.shelf.storage, dir);
-        let through = salvaged.snapshot.through();
-        salvaged.can_be_cut() && noted.is_some_and(|noted| noted.durable.seq > through)
     }
 
     /// Mends what a log has that opens.
@@ -234,7 +231,7 @@ impl Work<'_> {
         let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
         let storage = &*shelf.storage;
         if let Some(attached) = log.timeline().attached()
-            && shelf.memo(self.disk, number).is_none()
+            && memo::is_free(storage, &dir)
         {
             let memo = Memo { identity: log.identity(), attached: attached.clone() };
             self.io("write", &dir.join(memo::FILE), memo::write_durably(storage, &dir, &memo))?;
@@ -257,7 +254,7 @@ impl Work<'_> {
     fn cut(&self, number: u32, cut: Cut, done: &mut Done) -> Result<(), LogError> {
         let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
         let storage = &*shelf.storage;
-        let salvaged = shelf.salvage(self.disk, number, None)?;
+        let salvaged = shelf.salvage_to_repair(self.disk, number)?;
         let memo = shelf.memo(self.disk, number);
         let identity = salvaged.identity.or(memo.as_ref().map(|memo| memo.identity));
         let timeline = salvaged.snapshot.timeline();
@@ -275,6 +272,10 @@ impl Work<'_> {
                 let memo = Memo { identity, attached };
                 self.io("write", &dir.join(memo::FILE), memo::write_durably(storage, &dir, &memo))?;
             }
+            // What is cut off may be all that tells how far LSNs had come.
+            let reached = Noted::whole(Durable { seq: salvaged.reached(), lsn: end.lsn });
+            let noted = Watermark::replace(storage, &dir, identity.history, reached);
+            self.io("write", &dir.join(crate::watermark::FILE), noted)?;
         }
         self.io("write", &dir, cut.write(storage, &dir))?;
         let aside = Path::new(CUT_DIR).join(self.disk.to_string()).join(format!("log-{number}"));

@@ -276,6 +276,102 @@ async fn a_log_that_may_be_whole_but_for_its_base_is_not_cut() {
     assert_eq!(aside(&place), Vec::<String>::new());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_a_receiver_serves_in_full_is_not_cut() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let mut agent = write_history(&receiver, 6..=6).await;
+    for lsn in 7..=100 {
+        // Each durable for itself: later segments say so of those before.
+        go_on(&mut agent, lsn..=lsn).await;
+    }
+    drop(agent);
+    receiver.shutdown().await;
+    let segments = segments_of(&place);
+    // A bad page where the entries of a segment end and its index begins.
+    let mut bytes = fs::read(&segments[1]).unwrap();
+    let length = bytes.len();
+    bytes[length - 6000..length - 2000].fill(0);
+    fs::write(&segments[1], &bytes).unwrap();
+    let report = repaired(&place, Repair::Everything);
+    assert!(report.disks[0].cut.is_empty(), "{report:?}");
+    assert_eq!((segments_of(&place), aside(&place)), (segments, Vec::new()));
+    let receiver = place.start().await;
+    let found = points(&receiver).await;
+    assert_eq!((found.intervals.len(), found.last.unwrap().lsn), (1, Lsn(100)), "{found:?}");
+    reads(&place, &client(&receiver), 100).await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_base_of_another_time_in_the_images_is_not_believed() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let mut agent = write_history(&receiver, 6..=60).await;
+    let api = client(&receiver);
+    rounds(&api, &vm1(), TENS).await;
+    let elsewhere = &files(&place, "base")[0];
+    let old = fs::read(elsewhere).unwrap();
+    go_on(&mut agent, 61..=140).await;
+    rounds(&api, &vm1(), TENS).await;
+    assert_ne!(fs::read(elsewhere).unwrap(), old, "it has been folded again");
+    drop(agent);
+    let before = points(&receiver).await;
+    receiver.shutdown().await;
+    let own = fs::read(disk(&place).join("base.1")).unwrap();
+    fs::write(elsewhere, &old).unwrap();
+    let report = repaired(&place, Repair::Rebuild);
+    assert!(report.sound, "{report:?}");
+    assert_eq!(
+        (&fs::read(elsewhere).unwrap(), &fs::read(disk(&place).join("base.1")).unwrap()),
+        (&own, &own)
+    );
+    // Nor when it is the only one, and not of the segments that are there.
+    for lost in ["base.1", "base.2"] {
+        fs::remove_file(disk(&place).join(lost)).unwrap();
+    }
+    fs::write(elsewhere, &old).unwrap();
+    let segments = segments_of(&place);
+    let report = repaired(&place, Repair::Everything);
+    assert!(!report.sound && report.disks[0].cut.is_empty(), "{report:?}");
+    assert_eq!(segments_of(&place), segments);
+    fs::write(elsewhere, &own).unwrap();
+    assert!(repaired(&place, Repair::Rebuild).sound);
+    let receiver = place.start().await;
+    assert_eq!(points(&receiver).await, before);
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_segment_that_is_empty_is_put_aside_with_those_behind_it() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    drop(write_history(&receiver, 6..=100).await);
+    receiver.shutdown().await;
+    let segments = segments_of(&place);
+    fs::write(&segments[2], []).unwrap();
+    let damage = fsck(&place.store(), &mut |_| {}).unwrap().disks.remove(0).damage;
+    assert!(damage[0].contains("0000000000000003.seg"), "{damage:?}");
+    let report = repaired(&place, Repair::Everything);
+    assert!(report.sound && report.disks[0].cut.len() == 1, "{report:?}");
+    assert_eq!((segments_of(&place), aside(&place).len()), (segments[..2].to_vec(), segments.len() - 2));
+    // A second cut puts nothing in the place of what the first put aside.
+    fs::write(&segments[1], []).unwrap();
+    fs::write(
+        place.store().join("cut").join(hello(1, "vm1").disk.to_string()).join("log-1/0000000000000002.seg"),
+        "x",
+    )
+    .unwrap();
+    let report = repaired(&place, Repair::Everything);
+    assert!(report.sound && report.disks[0].cut.len() == 1, "{report:?}");
+    assert_eq!(segments_of(&place), segments[..1]);
+    assert!(aside(&place).contains(&"0000000000000002.seg.2".to_owned()), "{:?}", aside(&place));
+    let receiver = place.start().await;
+    let last = points(&receiver).await.last.unwrap().lsn.0;
+    reads(&place, &client(&receiver), last).await;
+    receiver.shutdown().await;
+}
+
 #[test]
 fn what_is_no_store_is_refused_and_stays_as_it_is() {
     let directory = tempfile::tempdir().unwrap();

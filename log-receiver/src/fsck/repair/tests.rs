@@ -31,8 +31,8 @@ fn write(lsn: u64) -> Entry {
     Entry::Write { lsn: Lsn(lsn), time: CaptureTime(lsn), range, payload, checksum }
 }
 
-/// A store with one log of many segments, of which the third is missing; the fence and the highest LSN lie behind it.
-fn damaged() -> MemoryStorage {
+/// A store with one log of many segments.
+fn whole() -> MemoryStorage {
     let storage = MemoryStorage::new();
     let shared: Arc<dyn Storage> = Arc::new(storage.clone());
     write_store(&shared).unwrap();
@@ -57,6 +57,12 @@ fn damaged() -> MemoryStorage {
     let noted = Noted::whole(log.durable());
     Watermark::replace(&storage, &dir, IDENTITY.history, noted).unwrap();
     drop(log);
+    storage
+}
+
+/// The same without the third segment; the fence and the highest LSN lie behind it.
+fn damaged() -> MemoryStorage {
+    let (storage, dir) = (whole(), Shelf::dir(IDENTITY.disk, 1));
     storage.remove(&dir.join("segments").join(SegmentId(3).file_name())).unwrap();
     storage.sync_dir(&dir.join("segments")).unwrap();
     storage
@@ -121,4 +127,32 @@ fn a_rebuild_leaves_a_log_that_lost_something_as_it_is() {
     let mut after = storage.files();
     after.retain(|(path, _)| before.iter().any(|(known, _)| known == path));
     assert_eq!(after, before);
+}
+
+#[test]
+fn what_the_device_cannot_read_is_an_error_and_nothing_is_cut() {
+    let storage = whole();
+    let segments = storage.files().into_iter().map(|(path, _)| path);
+    let segment = segments.filter(|path| path.extension().is_some_and(|name| name == "seg")).max().unwrap();
+    let page = ByteRange::new(ByteOffset(4096), ByteCount(512)).unwrap();
+    storage.make_unreadable(&segment, page);
+    let before = storage.files();
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(report.disks[0].error.is_some() && report.disks[0].cut.is_empty(), "{report:?}");
+    assert_eq!(storage.files(), before);
+}
+
+#[test]
+fn what_a_newer_program_wrote_stays() {
+    let storage = damaged();
+    let newer = b"{\"magic\":\"backtide-findings\",\"version\":2}\n{}\n";
+    let seal = format!("{{\"crc32c\":\"{:08x}\"}}\n", crc32c::crc32c(newer));
+    let content = [&newer[..], seal.as_bytes()].concat();
+    backtide_storage::replace_file(&storage, Path::new(findings::FILE), &content).unwrap();
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(report.damage.iter().any(|damage| damage.contains("has version 2")), "{report:?}");
+    assert!(report.repaired.is_empty(), "{report:?}");
+    assert!(
+        storage.files().iter().any(|(path, found)| path == Path::new(findings::FILE) && *found == content)
+    );
 }
