@@ -238,6 +238,7 @@ impl Work {
                     if done && pressure == Pressure::Shrink {
                         *lock(&self.shared.status).shrunk.entry(disk).or_default() += 1;
                         self.shrunk_last = Some(disk);
+                        self.note_shrunk(disk)?;
                         break;
                     }
                 }
@@ -258,6 +259,16 @@ impl Work {
             tracing::warn!(why, "room cannot be given back");
         }
         lock(&self.shared.status).error = given.err();
+        Ok(())
+    }
+
+    /// Remembers from when on every change of a disk is left.
+    fn note_shrunk(&self, disk: DiskId) -> Result<(), Ending> {
+        let left = self.snapshot(disk)?.and_then(|snapshot| every_change_from(&snapshot));
+        let Some(left) = left else { return Ok(()) };
+        if let Err(why) = self.policies.change(disk, |policy| policy.shrunk = Some(left.time)) {
+            tracing::warn!(%disk, why, "it is not remembered that history went for want of room");
+        }
         Ok(())
     }
 

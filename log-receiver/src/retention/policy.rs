@@ -9,6 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use backtide_recovery::time_text;
 use backtide_storage::{Storage, replace_file};
 use backtide_units::{ByteCount, CaptureTime, DiskId, Lsn};
 use serde::{Deserialize, Serialize};
@@ -45,6 +46,8 @@ pub(crate) struct Policy {
     pub(crate) locks: Locks,
     /// Points that agents need until they say that they do not, by who needs them.
     pub(crate) holds: BTreeMap<String, Pin>,
+    /// From when on every change was left when older history went for want of room, the last time.
+    pub(crate) shrunk: Option<CaptureTime>,
 }
 
 impl Policy {
@@ -85,6 +88,8 @@ struct DiskFile {
     locked: Vec<PointLockFile>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     held: BTreeMap<String, Pin>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    shrunk: Option<CaptureTime>,
 }
 
 impl DiskFile {
@@ -101,6 +106,7 @@ impl DiskFile {
             all_locked: policy.locks.all,
             locked: policy.locks.points.iter().map(locked).collect(),
             held: policy.holds.clone(),
+            shrunk: policy.shrunk,
         }
     }
 
@@ -110,7 +116,8 @@ impl DiskFile {
         let points =
             locked.map(|file| (file.lsn, LockedPoint { time: file.time, lock: file.lock })).collect();
         let pins = self.keep.into_iter().map(|pin| (pin.lsn, pin.time)).collect();
-        Ok(Policy { ladder, pins, locks: Locks { all: self.all_locked, points }, holds: self.held })
+        let locks = Locks { all: self.all_locked, points };
+        Ok(Policy { ladder, pins, locks, holds: self.held, shrunk: self.shrunk })
     }
 }
 
@@ -185,6 +192,23 @@ impl Policies {
         }
         let own = state.disks.get(&disk).and_then(|policy| policy.ladder.clone());
         own.unwrap_or_else(|| self.default.clone())
+    }
+
+    /// What a person should know of a disk whose history went for want of room, as long as that is shorter than its ladder
+    /// promises: how much was promised, and how much is left.
+    pub(crate) fn shortened(&self, disk: DiskId, now: CaptureTime) -> Option<String> {
+        let since = self.of(disk).shrunk?;
+        let left = Span(now.0.saturating_sub(since.0));
+        let promised = self.ladder(disk).any;
+        if promised.is_some_and(|promised| promised.0 <= left.0) {
+            return None;
+        }
+        let promised = promised.map_or_else(|| "for ever".to_owned(), |promised| format!("for {promised}"));
+        Some(format!(
+            "the store was nearly full, history that its retention promises is gone: every change was to be kept \
+             {promised}, and those since {} are left",
+            time_text(since)
+        ))
     }
 
     /// Changes what is wanted of a disk, durably; blocks.

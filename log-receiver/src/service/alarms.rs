@@ -1,11 +1,11 @@
 //! What a person should look at now, in the control API's answers.
 
 use backtide_receiver_api::{ApiError, ErrorCode, StoreGrowth};
-use backtide_recovery::INTERVALS_MAX;
-use backtide_units::ByteCount;
+use backtide_recovery::{INTERVALS_MAX, time_text};
+use backtide_units::{ByteCount, CaptureTime};
 
 use super::Service;
-use crate::{OnFull, facts::DiskFacts, touched::told};
+use crate::{OnFull, clock, facts::DiskFacts, touched::told};
 
 impl Service {
     /// How the store fills.
@@ -46,12 +46,24 @@ impl Service {
         if free >= low {
             return None;
         }
-        looked_at.or_else(|| {
-            let then = match self.on_full {
-                OnFull::Refuse => "new data is refused when it is full",
-                OnFull::Shrink => "the oldest history goes",
-            };
-            Some(format!("the store is nearly full: {free} bytes are free, below {low}; {then}"))
+        looked_at
+            .or_else(|| {
+                let then = match self.on_full {
+                    OnFull::Refuse => "new data is refused when it is full",
+                    OnFull::Shrink => "the oldest history goes",
+                };
+                Some(format!("the store is nearly full: {free} bytes are free, below {low}; {then}"))
+            })
+            .map(|why| format!("{why}{}", self.full_when()))
+    }
+
+    /// When there is no room left, at the rate of the last hour.
+    fn full_when(&self) -> String {
+        let full_in = self.keeper.status().growth.and_then(|growth| growth.full_in);
+        full_in.map_or_else(String::new, |left| {
+            let at =
+                CaptureTime(clock::now().0.saturating_add(left.as_micros().try_into().unwrap_or(u64::MAX)));
+            format!("; at the rate of the last hour there is no room left at {}", time_text(at))
         })
     }
 
@@ -66,11 +78,8 @@ impl Service {
             alarms.extend(facts.error.iter().map(|why| format!("disk {name}: {why}")));
             let undone = keeper.errors.get(&facts.id);
             alarms.extend(undone.map(|why| format!("disk {name}: old history cannot be thinned: {why}")));
-            if keeper.shrunk.contains_key(&facts.id) {
-                alarms.push(format!(
-                    "disk {name}: the store was nearly full, history that its retention promises is gone"
-                ));
-            }
+            let shortened = self.policies.shortened(facts.id, clock::now());
+            alarms.extend(shortened.map(|why| format!("disk {name}: {why}")));
             if facts.forgotten_intervals > 0 {
                 alarms.push(format!(
                     "disk {name}: its history has more than {INTERVALS_MAX} intervals; the points of the oldest {} are not \

@@ -9,6 +9,7 @@ use backtide_receiver_api::{
     ErrorCode, KeepRequest, MountRequest, OverlayFate, ReceiverClient, RemountRequest, RetentionReport,
     RetentionRequest, ScrubRequest,
 };
+use backtide_recovery::time_text;
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{ByteCount, CaptureTime, DiskName, Lsn};
 
@@ -284,15 +285,33 @@ async fn a_store_that_is_nearly_full_says_so_and_shrinks_only_when_told_to() {
                 assert_eq!(report.disks[0].shrunk, 0);
             }
             OnFull::Shrink => {
-                let told =
-                    status.alarms.iter().any(|alarm| alarm.contains("that its retention promises is gone"));
-                assert!(told, "{status:?}");
+                let left = &report.disks[0].every_point_from.as_ref().unwrap().time;
+                let said = format!(
+                    "promises is gone: every change was to be kept for ever, and those since {} are left",
+                    time_text(*left)
+                );
+                assert!(status.alarms.iter().any(|alarm| alarm.contains(&said)), "{said}: {status:?}");
                 assert!(report.disks[0].every_point_from.as_ref().unwrap().lsn > Lsn(5), "{report:?}");
                 assert_eq!(points.last.unwrap().lsn, Lsn(200));
                 assert!(storage.free_space().unwrap().0 > 4 << 20);
             }
         }
         drop(agent);
+        receiver.shutdown().await;
+        // It is said as long as it is so, whoever was started since.
+        let receiver =
+            Receiver::start_on_storage(std::sync::Arc::new(storage.clone()), config(&place, on_full));
+        let receiver = receiver.await.unwrap();
+        let api = client(&receiver);
+        let alarms = api.status().await.unwrap().alarms;
+        let told = alarms.iter().any(|alarm| alarm.contains("promises is gone"));
+        assert_eq!(told, on_full == OnFull::Shrink, "{alarms:?}");
+        if on_full == OnFull::Shrink {
+            // Points of 1970 are older than a day.
+            api.set_retention(&vm1(), &ladder("any=24h")).await.unwrap();
+            let alarms = api.status().await.unwrap().alarms;
+            assert!(!alarms.iter().any(|alarm| alarm.contains("promises is gone")), "{alarms:?}");
+        }
         receiver.shutdown().await;
     }
 }
