@@ -29,7 +29,8 @@ use backtide_units::{ByteCount, ByteOffset, Lsn};
 
 use crate::{
     Interval, LogError, LogIdentity, TimedLsn, Timeline,
-    recover::{failed, list, open, sync_above},
+    check::{chain, told},
+    recover::{failed, list, open_to_recover, sync_above},
     timeline::damage_reason,
 };
 
@@ -144,6 +145,8 @@ enum Copy {
     Whole(Box<Base>),
     /// A sentence.
     Damaged(String),
+    /// The device cannot read it now.
+    Unreadable(LogError),
     Missing,
 }
 
@@ -156,7 +159,7 @@ fn read_copy(storage: &dyn Storage, path: &Path) -> Result<Copy, LogError> {
             Err(error) => Err(error),
         },
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Copy::Missing),
-        Err(source) => Err(failed(format!("read {}", shown.display()), source)),
+        Err(source) => Ok(Copy::Unreadable(failed(format!("read {}", shown.display()), source))),
     }
 }
 
@@ -168,11 +171,12 @@ fn is_of_the_segments(base: &Base, storage: &dyn Storage, dir: &Path) -> Result<
     if !ids.contains(&base.first_segment) {
         return Ok(ids.is_empty());
     }
-    let header = open(storage, &segments_dir, base.first_segment)?.header();
-    Ok(header.map_or(true, |header| {
-        let identity = LogIdentity { disk: header.disk, history: header.history };
-        (identity, header.first_seq) == (base.identity, base.first_seq)
-    }))
+    // A header that is lost says nothing against it.
+    let Ok(header) = told(open_to_recover(storage, &segments_dir, base.first_segment)?.header())? else {
+        return Ok(true);
+    };
+    let identity = LogIdentity { disk: header.disk, history: header.history };
+    Ok((identity, header.first_seq) == (base.identity, base.first_seq))
 }
 
 /// Removes what is kept elsewhere of the logs in `dir` and in the directories below it, durably.
@@ -220,12 +224,13 @@ impl FoundBase {
     /// [`LogError::UnknownVersion`], or the file system's.
     pub fn read(storage: &dyn Storage, dir: &Path) -> Result<Self, LogError> {
         let mut found = Self::default();
-        let mut missing = Vec::new();
+        let (mut missing, mut unreadable) = (Vec::new(), Vec::new());
         let [first, second, third] = copies(dir);
         for path in [&first, &second] {
             match read_copy(storage, path)? {
                 Copy::Whole(base) => found.take(*base),
                 Copy::Damaged(why) => found.damage.push(why),
+                Copy::Unreadable(error) => unreadable.push(error),
                 Copy::Missing => {
                     missing.push(storage.display(path));
                     continue;
@@ -247,7 +252,27 @@ impl FoundBase {
                 }
             }
             Copy::Damaged(why) => found.damage.push(why),
+            Copy::Unreadable(error) => unreadable.push(error),
             Copy::Missing => missing.push(storage.display(&third)),
+        }
+        for error in unreadable {
+            // One that is whole tells all, and is written over what cannot be read.
+            if found.base.is_none() {
+                return Err(error);
+            }
+            found.damage.push(chain(&error));
+        }
+        if found.is_none()
+            && let Some(first) =
+                list(storage, &dir.join("segments"))?.first().filter(|id| **id > SegmentId::FIRST)
+        {
+            let name = |id: SegmentId| storage.display(&dir.join("segments").join(id.file_name()));
+            let (lost, first) = (name(SegmentId::FIRST), name(*first));
+            found.damage.push(format!(
+                "{} is missing, and so is a base that says that the log begins with {}",
+                lost.display(),
+                first.display()
+            ));
         }
         if !found.is_none() {
             let missing = missing.iter().map(|name| format!("{} is missing", name.display()));

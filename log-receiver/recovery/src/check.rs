@@ -72,7 +72,7 @@ fn cannot_be_mended(place: &str, why: &str) -> String {
 }
 
 /// An error with its cause.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
     format!("{error}{source}")
 }

@@ -313,7 +313,8 @@ impl Recovery<'_> {
                 (Err(why), _) => why.clone(),
             };
             let overlaps = found_here.header.as_ref().is_ok_and(|header| header.first_seq < expected);
-            if self.synced.max(self.noted) >= expected || overlaps {
+            let proven = self.synced >= expected || overlaps;
+            if proven || (self.noted >= expected && self.has_anything(&found[place..])?) {
                 let path = self.segments_dir.join(found_here.id.file_name());
                 return Err(LogError::Damaged {
                     file: self.storage.display(&path),
@@ -325,6 +326,18 @@ impl Recovery<'_> {
             break;
         }
         Ok(kept)
+    }
+
+    /// Whether there is more of these segments than files that were just made.
+    fn has_anything(&self, found: &[Found]) -> Result<bool, LogError> {
+        for Found { id, present, header } in found {
+            if *present
+                && (header.is_ok() || has_entries(&open_to_recover(self.storage, self.segments_dir, *id)?)?)
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Removes segments in which nothing was acknowledged, the last first: a power cut on the way

@@ -352,9 +352,14 @@ impl Work<'_> {
         let summary = sealed.summary(file)?;
         let known_durable = durable >= sealed.stats().next_seq;
         let Err(footer) = told(sealed.verify(file))? else {
-            let damage = || file.headers(header, sealed.entries_end()).find_map(Result::err);
-            let damage = if known_durable { None } else { damage() };
-            return Ok((Part::Sealed(Box::new(sealed), summary), damage.map(|damage| damage.to_string())));
+            let mut damage = None;
+            for item in file.headers(header, sealed.entries_end()).take_while(|_| !known_durable) {
+                damage = told(item)?.err();
+                if damage.is_some() {
+                    break;
+                }
+            }
+            return Ok((Part::Sealed(Box::new(sealed), summary), damage));
         };
         let (scanned, damage) = scan_prefix(file, header, self.through)?;
         if known_durable && scanned.contents.stats().next_seq < sealed.stats().next_seq {

@@ -180,6 +180,7 @@ impl Work<'_> {
         let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
         let storage = &*shelf.storage;
         if let Some(cut) = Cut::read(storage, &dir)? {
+            done.mended.extend(settle_base(storage, &dir)?);
             if self.what == Repair::Rebuild {
                 return Ok(());
             }
@@ -187,7 +188,6 @@ impl Work<'_> {
                 self.io("write", &dir, Cut { why: "a repair has cut it".to_owned() }.write(storage, &dir))?;
                 done.mended.push(format!("{damage}: it is written again"));
             }
-            done.mended.extend(settle_base(storage, &dir)?);
             return self.cut(number, cut, done);
         }
         // Opening writes a base again that is not everywhere, once it has proved to be that of the log.
@@ -208,6 +208,7 @@ impl Work<'_> {
         match opened {
             Ok(log) => self.in_use(number, log, done, step),
             Err(LogError::Damaged { .. }) if self.what == Repair::Everything => {
+                done.mended.extend(settle_base(storage, &dir)?);
                 let salvaged = shelf.salvage_to_repair(self.disk, number)?;
                 // Without a base nobody knows that the first of what is left is not where the log begins.
                 let nothing = salvaged.has_no_segment() && self.is_without_segments(&dir)?;
@@ -265,19 +266,27 @@ impl Work<'_> {
         if !salvaged.can_be_cut() && salvaged.damage.is_empty() && identity.is_none_or(settled) {
             return Ok(());
         }
-        if let Some(identity) = identity {
+        // A memo that is another program's, or that the device cannot read now, stays.
+        let may_remember = memo.is_some() || memo::is_free(storage, &dir);
+        if let Some(identity) = identity.filter(|_| may_remember) {
             let known = [timeline.attached().cloned(), memo.map(|memo| memo.attached)];
             let newest = known.into_iter().flatten().reduce(|a, b| if b.epoch > a.epoch { b } else { a });
             if let Some(attached) = newest {
                 let memo = Memo { identity, attached };
                 self.io("write", &dir.join(memo::FILE), memo::write_durably(storage, &dir, &memo))?;
             }
-            // What is cut off may be all that tells how far LSNs had come.
-            let reached = Noted::whole(Durable { seq: salvaged.reached(), lsn: end.lsn });
+        }
+        // From here on no receiver opens it, whatever is lost on the way.
+        self.io("write", &dir, cut.write(storage, &dir))?;
+        if let Some(identity) = identity {
+            // What is cut off may be all that tells how far LSNs had come. The mark itself does not go back before it is gone.
+            let before = Watermark::find(storage, &dir, identity.history);
+            let seq = before.map_or(salvaged.reached(), |noted| noted.durable.seq.max(salvaged.reached()));
+            let lost = before.and_then(|noted| noted.lost);
+            let reached = Noted { durable: Durable { seq, lsn: end.lsn }, lost };
             let noted = Watermark::replace(storage, &dir, identity.history, reached);
             self.io("write", &dir.join(crate::watermark::FILE), noted)?;
         }
-        self.io("write", &dir, cut.write(storage, &dir))?;
         let aside = Path::new(CUT_DIR).join(self.disk.to_string()).join(format!("log-{number}"));
         let put = salvaged.cut(storage, &dir, &aside)?;
         if let Some(identity) = identity {

@@ -15,7 +15,7 @@ use crate::{
     agent::*,
     fixture::*,
     going_back::{assert_content, request},
-    retention::{TENS, at, content, files, go_on, rounds, vm1, write_history},
+    retention::{TENS, at, content, files, go_on, ladder, rounds, vm1, write_history},
 };
 
 fn repaired(place: &Place, what: Repair) -> StoreCheck {
@@ -264,16 +264,35 @@ async fn a_log_that_may_be_whole_but_for_its_base_is_not_cut() {
     let receiver = place.start().await;
     drop(write_history(&receiver, 6..=60).await);
     rounds(&client(&receiver), &vm1(), TENS).await;
+    let whole = points(&receiver).await;
     receiver.shutdown().await;
+    let base = fs::read(disk(&place).join("base.1")).unwrap();
     for lost in ["base.1", "base.2"] {
         fs::remove_file(disk(&place).join(lost)).unwrap();
     }
     fs::remove_dir_all(place.store().join("images/bases")).unwrap();
-    let before = segments_of(&place);
+    let (before, packs) = (segments_of(&place), files(&place, "pack"));
     let report = repaired(&place, Repair::Everything);
     assert!(!report.sound && report.disks[0].cut.is_empty(), "{report:?}");
     assert_eq!(segments_of(&place), before);
     assert_eq!(aside(&place), Vec::<String>::new());
+    // Nor are its images taken for nobody's, for as long as it takes to put the base back.
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let error = loop {
+        let report = api.retention(None).await.unwrap();
+        if report.rounds > 2 {
+            break report.error;
+        }
+        api.set_retention(&vm1(), &ladder(TENS)).await.ok();
+    };
+    assert!(error.is_some_and(|error| error.contains("which images a log has")));
+    receiver.shutdown().await;
+    assert_eq!(files(&place, "pack"), packs);
+    fs::write(disk(&place).join("base.1"), base).unwrap();
+    let receiver = place.start().await;
+    assert_eq!(points(&receiver).await, whole);
+    receiver.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -75,8 +75,8 @@ impl Alignment {
 }
 
 /// File systems on which the flag `RWF_DSYNC` holds for a direct write that ends later, as those of an io_uring do:
-/// ext4, XFS, Btrfs and F2FS. FUSE, for one, completes such a write without a sync.
-const KEEPING_THE_FLAG: [u32; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
+/// ext4, XFS and F2FS. FUSE completes such a write without a sync, and so did Btrfs before Linux 6.1.
+const KEEPING_THE_FLAG: [u32; 3] = [0xef53, 0x5846_5342, 0xf2f5_2010];
 
 /// Whether a direct write that is to be stable needs no more than that flag when it ends later.
 pub(super) fn keeps_flag(file: &File, is_device: bool) -> bool {

@@ -31,8 +31,8 @@ fn write(lsn: u64) -> Entry {
     Entry::Write { lsn: Lsn(lsn), time: CaptureTime(lsn), range, payload, checksum }
 }
 
-/// A store with one log of many segments.
-fn whole() -> MemoryStorage {
+/// A store with one log of many segments, whose entries say of each other that they are durable, or not.
+fn whole(synced_each: bool) -> MemoryStorage {
     let storage = MemoryStorage::new();
     let shared: Arc<dyn Storage> = Arc::new(storage.clone());
     write_store(&shared).unwrap();
@@ -50,6 +50,11 @@ fn whole() -> MemoryStorage {
     let first = begin.into_iter().chain((6..=40).map(write));
     for entry in first.chain([attach(7, 90)]).chain((90..=95).map(write)) {
         log.append(entry).unwrap();
+        if let Some(ticket) = if synced_each { log.ticket().unwrap() } else { None } {
+            log.synced(ticket.sync()).unwrap();
+        }
+    }
+    while log.durable().seq < log.appended() {
         if let Some(ticket) = log.ticket().unwrap() {
             log.synced(ticket.sync()).unwrap();
         }
@@ -62,9 +67,24 @@ fn whole() -> MemoryStorage {
 
 /// The same without the third segment; the fence and the highest LSN lie behind it.
 fn damaged() -> MemoryStorage {
-    let (storage, dir) = (whole(), Shelf::dir(IDENTITY.disk, 1));
+    let (storage, dir) = (whole(true), Shelf::dir(IDENTITY.disk, 1));
     storage.remove(&dir.join("segments").join(SegmentId(3).file_name())).unwrap();
     storage.sync_dir(&dir.join("segments")).unwrap();
+    storage
+}
+
+fn last_segment(storage: &MemoryStorage) -> PathBuf {
+    let files = storage.files().into_iter().map(|(path, _)| path);
+    files.filter(|path| path.extension().is_some_and(|name| name == "seg")).max().unwrap()
+}
+
+/// A store whose last segment is nothing any more: only what is noted beside the log tells that it was durable.
+fn without_an_end() -> MemoryStorage {
+    let storage = whole(false);
+    let file = storage.open(&last_segment(&storage)).unwrap();
+    let length = file.len().unwrap().0 as usize;
+    file.write_at(ByteOffset(0), &vec![0xee; length]).unwrap();
+    file.sync_data().unwrap();
     storage
 }
 
@@ -87,7 +107,12 @@ fn found(storage: &MemoryStorage) -> (String, Option<Memo>, Lsn, bool) {
 
 #[test]
 fn a_power_cut_at_any_step_of_a_repair_costs_nothing() {
-    let before = damaged();
+    for before in [damaged(), without_an_end()] {
+        cut_at_every_step(&before);
+    }
+}
+
+fn cut_at_every_step(before: &MemoryStorage) {
     let once = before.copy();
     let report = run(&once, Repair::Everything).unwrap();
     assert!(report.sound && report.disks[0].cut.len() == 1, "{report:?}");
@@ -131,9 +156,8 @@ fn a_rebuild_leaves_a_log_that_lost_something_as_it_is() {
 
 #[test]
 fn what_the_device_cannot_read_is_an_error_and_nothing_is_cut() {
-    let storage = whole();
-    let segments = storage.files().into_iter().map(|(path, _)| path);
-    let segment = segments.filter(|path| path.extension().is_some_and(|name| name == "seg")).max().unwrap();
+    let storage = whole(true);
+    let segment = last_segment(&storage);
     let page = ByteRange::new(ByteOffset(4096), ByteCount(512)).unwrap();
     storage.make_unreadable(&segment, page);
     let before = storage.files();
