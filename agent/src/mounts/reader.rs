@@ -240,7 +240,7 @@ impl Reader {
 
     /// Fetches `range` for a read that began at `begun`.
     async fn fetched(&self, range: ByteRange, begun: Instant) -> Result<Vec<u8>, FetchError> {
-        let pieces = self.patiently(begun, || self.source.fetch(range)).await?;
+        let pieces = self.patiently(begun, Try::Bounded, || self.source.fetch(range)).await?;
         self.fetched.set(ByteCount(self.fetched.get().0 + range.count().0));
         Ok(join(&pieces, range))
     }
@@ -249,6 +249,7 @@ impl Reader {
     async fn patiently<'source, T>(
         &self,
         begun: Instant,
+        each: Try,
         ask: impl Fn() -> Answering<'source, T>,
     ) -> Result<T, FetchError> {
         let (mut pause, until) = (PAUSE, begun + PATIENCE);
@@ -258,8 +259,11 @@ impl Reader {
                 Err(FetchError::Unreachable(why))
             };
             // Also for one that has waited in vain for another's fetch.
-            let answered = tokio::time::timeout_at(until, ask()).await;
-            match answered.unwrap_or_else(silent) {
+            let answered = match each {
+                Try::Bounded => tokio::time::timeout_at(until, ask()).await.unwrap_or_else(silent),
+                Try::WhileHeardOf => ask().await,
+            };
+            match answered {
                 Ok(answer) => {
                     self.last_error.replace(None);
                     return Ok(answer);
@@ -276,6 +280,15 @@ impl Reader {
             pause = (pause * 2).min(PAUSE_MAX);
         }
     }
+}
+
+/// How long one try may take.
+#[derive(Clone, Copy)]
+enum Try {
+    /// Until [`PATIENCE`] is over.
+    Bounded,
+    /// As long as the receiver is heard of: what it answers may need all of a long log. The stream notices when it is not.
+    WhileHeardOf,
 }
 
 /// The bytes of pieces that are `range` together.

@@ -78,7 +78,7 @@ impl Fsck {
         shown.end();
         let report = result.await.map_err(|_| failed("the thread that reads has panicked"))?;
         let report = report.map_err(failure)?;
-        context.print(&report, || text(&report))?;
+        context.print(&report, || text(&report, what))?;
         Ok(match (report.sound, is_repaired(&report)) {
             (true, false) => Ending::Done,
             (true, true) => Ending::Warnings,
@@ -118,7 +118,7 @@ fn bytes_below(directory: &Path) -> u64 {
     entries.flatten().map(bytes).sum()
 }
 
-fn text(report: &StoreCheck) -> String {
+fn text(report: &StoreCheck, done: Option<Repair>) -> String {
     let mut lines = vec![disks_text(&report.disks)];
     lines.extend(report.repaired.iter().map(|done| format!("MENDED: {done}")));
     lines.extend(problems_text(&report.damage, &report.disks));
@@ -131,6 +131,12 @@ fn text(report: &StoreCheck) -> String {
     } else {
         format!("{} is DAMAGED", report.store)
     });
+    if !report.sound && done != Some(Repair::Everything) {
+        lines.push(format!(
+            "`backtide fsck {} --repair` mends what can be mended, and says what is lost",
+            report.store
+        ));
+    }
     if report.disks.iter().any(|disk| !disk.cut.is_empty()) {
         lines.push(
             "a disk whose log was cut gets a new one when its agent connects, which sends what differs; until then it \

@@ -6,7 +6,7 @@ use backtide_tracking::DirtyBitmap;
 use backtide_units::ByteOffset;
 use tokio::time::Instant;
 
-use super::{Answering, FetchError, Map, Of, Reader};
+use super::{Answering, FetchError, Map, Of, Reader, Try};
 use crate::mounts::map::{Asking, Told};
 
 impl Reader {
@@ -14,7 +14,7 @@ impl Reader {
     /// are not here.
     ///
     /// # Errors
-    /// When the receiver is away for too long. What it will never be able to tell is no error: everything may be data,
+    /// When the receiver is away for too long; it may take its time while it is heard of. What it will never be able to tell is no error: everything may be data,
     /// and changed.
     pub(in crate::mounts) async fn told_of(
         &self,
@@ -36,7 +36,7 @@ impl Reader {
                 Told::Asked(over) => over.notified().await,
                 Told::Unknown => {
                     let asking = map.ask(at);
-                    let told = self.patiently(begun, || self.question(map, &asking)).await;
+                    let told = self.patiently(begun, Try::WhileHeardOf, || self.question(map, &asking)).await;
                     return taken(&asking, told);
                 }
             }

@@ -319,6 +319,22 @@ fn what_blocks_hold_is_asked_for_once_when_somebody_wants_to_know() {
 }
 
 #[test]
+fn a_receiver_that_is_there_may_take_its_time_to_tell_what_blocks_hold() {
+    local(async {
+        let world = Rc::new(empty_world());
+        world.source.close_maps(true);
+        let asking = Rc::clone(&world);
+        let asked =
+            tokio::task::spawn_local(async move { asking.reader.told_of(ByteOffset::ZERO).await.is_ok() });
+        world.until_maps(1).await;
+        tokio::time::advance(PATIENCE * 10).await;
+        assert!(!asked.is_finished());
+        world.source.close_maps(false);
+        assert!(asked.await.unwrap());
+    });
+}
+
+#[test]
 fn what_blocks_hold_is_an_error_while_nobody_tells_and_anything_when_nobody_ever_will() {
     local(async {
         let world = empty_world();
