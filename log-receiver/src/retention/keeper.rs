@@ -262,16 +262,6 @@ impl Work {
         Ok(())
     }
 
-    /// Remembers from when on every change of a disk is left.
-    fn note_shrunk(&self, disk: DiskId) -> Result<(), Ending> {
-        let left = self.snapshot(disk)?.and_then(|snapshot| every_change_from(&snapshot));
-        let Some(left) = left else { return Ok(()) };
-        if let Err(why) = self.policies.change(disk, |policy| policy.shrunk = Some(left.time)) {
-            tracing::warn!(%disk, why, "it is not remembered that history went for want of room");
-        }
-        Ok(())
-    }
-
     /// Locks go by how long the store has been open.
     fn note_time(&self) {
         match self.policies.note_time() {

@@ -1,4 +1,5 @@
-//! Gives room back: segments that logs do without and no reader has, and what no image has any more.
+//! Gives room back: segments that logs do without and no reader has, and what no image has any more. Remembers what history
+//! went for want of it.
 //!
 //! Invariant: no image goes unless the base of every log was read, for nobody else knows which there are.
 
@@ -11,8 +12,8 @@ use backtide_images::Root;
 use backtide_recovery::{FoundBase, remove_unused};
 use backtide_units::{ByteCount, DiskId};
 
-use super::{Work, lock};
-use crate::{Shelf, disk::chain};
+use super::{Ending, Work, lock};
+use crate::{Shelf, disk::chain, retention::every_change_from};
 
 impl Work {
     /// Removes segments and chunks that nobody has.
@@ -59,6 +60,16 @@ impl Work {
         let removed = removed?;
         lock(&self.shared.status).freed.0 += removed.bytes.0;
         Ok(removed.left)
+    }
+
+    /// Remembers from when on every change of a disk is left.
+    pub(super) fn note_shrunk(&self, disk: DiskId) -> Result<(), Ending> {
+        let left = self.snapshot(disk)?.and_then(|snapshot| every_change_from(&snapshot));
+        let Some(left) = left else { return Ok(()) };
+        if let Err(why) = self.policies.change(disk, |policy| policy.shrunk = Some(left.time)) {
+            tracing::warn!(%disk, why, "it is not remembered that history went for want of room");
+        }
+        Ok(())
     }
 
     /// The directories of all logs, whether or not they are in use.
