@@ -285,7 +285,7 @@ fn a_point_that_somebody_reads_is_never_pulled_away() {
 
 #[test]
 fn a_power_cut_while_history_is_folded_costs_no_point_that_is_kept() {
-    for seed in seeds(1) {
+    for seed in seeds(3) {
         let mut ended = false;
         let until_the_cut = || {
             let mut world = World::new(seed);

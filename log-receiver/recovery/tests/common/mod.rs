@@ -34,12 +34,14 @@ fn captured(payload: &[u8]) -> PayloadChecksum {
     PayloadChecksum::captured(crc32c::crc32c(payload))
 }
 
-/// The seeds of a test: `count` from a fixed root, or the one in `SEED`.
+/// The seeds of a test: `count` from a fixed root, or the one in `SEED`, or those in `SEEDS`, such as `1..100`.
 pub fn seeds(count: u64) -> Vec<u64> {
-    match std::env::var("SEED") {
-        Ok(seed) => vec![seed.parse().expect("SEED is a number")],
-        Err(_) => (1..=count).collect(),
+    if let Ok(seed) = std::env::var("SEED") {
+        return vec![seed.parse().expect("SEED is a number")];
     }
+    let Ok(seeds) = std::env::var("SEEDS") else { return (1..=count).collect() };
+    let ends = seeds.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
+    ends.expect("SEEDS is a range such as 1..100").collect()
 }
 
 /// Says which seed failed.
@@ -62,6 +64,7 @@ pub struct Change {
 }
 
 /// What the disk is at every LSN.
+#[derive(Clone)]
 pub struct Model {
     pub base: Vec<u8>,
     pub changes: Vec<Change>,
@@ -161,6 +164,7 @@ pub fn check_view(view: &View, random: &mut Random) {
 }
 
 /// How far the agent is with the receiver.
+#[derive(Clone)]
 enum Mode {
     Sync,
     Away,
@@ -248,6 +252,24 @@ impl Agent {
             promised: Vec::new(),
             versions: BTreeMap::new(),
         })
+    }
+
+    /// The same agent with a copy of its storage, where `log` is what was opened of its log. Everything was in the files.
+    pub fn fork(&self, storage: MemoryStorage, log: DiskLog) -> Self {
+        Self {
+            random: Random(self.random.0),
+            storage,
+            options: self.options,
+            log,
+            model: self.model.clone(),
+            live: self.live.clone(),
+            dirty: self.dirty.clone(),
+            active: self.active.clone(),
+            mode: self.mode.clone(),
+            promised: self.promised.clone(),
+            versions: self.versions.clone(),
+            ..*self
+        }
     }
 
     /// The disk was protected before, up to this LSN.
