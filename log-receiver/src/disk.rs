@@ -8,8 +8,8 @@ mod out_of_use;
 use std::collections::VecDeque;
 
 use backtide_recovery::{
-    AppendError, Attached, Base, DiskLog, Durable, LastWork, LogError, RebaseTicket, Rebased, Snapshot,
-    Timeline,
+    AppendError, Attached, Base, DiskLog, Durable, LastWork, LogError, RebaseTicket, Rebased, SettleTicket,
+    Snapshot, Timeline,
 };
 use backtide_segment::{Bucket, DISK_SIZE_MAX, Entry, PassContent, Seq};
 use backtide_storage::KillPoint;
@@ -324,6 +324,11 @@ impl Disk {
     /// Lets the log begin later, once the ticket is written; none when it is out of use or has changed.
     pub(crate) fn rebase(&self, base: Base) -> Option<(u64, RebaseTicket)> {
         Some((self.life, self.log()?.rebase(base)?))
+    }
+
+    /// See [`DiskLog::settle`]; none when it is out of use.
+    pub(crate) fn settle(&self) -> Option<SettleTicket> {
+        self.log()?.settle()
     }
 
     /// Takes note that it begins later. A log that was opened again since knows it from the file.

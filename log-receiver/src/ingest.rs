@@ -14,7 +14,7 @@ use std::{
 };
 
 use backtide_protocol::{CloseCode, Closed};
-use backtide_recovery::{Attached, Base, RebaseTicket, Rebased, Snapshot};
+use backtide_recovery::{Attached, Base, RebaseTicket, Rebased, SettleTicket, Snapshot};
 use backtide_segment::Seq;
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId};
 use bytes::Bytes;
@@ -59,6 +59,8 @@ pub(crate) enum Task {
     Rebase { disk: DiskId, base: Box<Base>, answer: oneshot::Sender<Option<(u64, RebaseTicket)>> },
     /// That is durable now.
     Rebased { disk: DiskId, life: u64, rebased: Box<Rebased>, answer: oneshot::Sender<()> },
+    /// Give what makes durable where a disk's log begins; none when its log has failed.
+    Settle(DiskId, oneshot::Sender<Option<SettleTicket>>),
     /// Whether a disk may go; none for an unknown disk. No agent gets it from then on.
     Leave(DiskId, oneshot::Sender<Option<Result<Leaving, String>>>),
     /// Give up a disk that goes.
@@ -196,6 +198,10 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
                     disk.rebased(life, *rebased);
                 }
                 let _ = answer.send(());
+            }
+            Task::Settle(disk, answer) => {
+                let state = ingest.disks.borrow();
+                drop(answer.send(state.get(disk).and_then(Disk::settle)));
             }
             Task::Leave(disk, answer) => {
                 let ingest = Rc::clone(&ingest);

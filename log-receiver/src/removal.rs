@@ -6,13 +6,8 @@
 use std::{io, path::Path};
 
 use crate::{
-    Shelf,
-    disks::DISKS,
-    findings::Findings,
-    forgotten::Tombstone,
-    fsck::CUT_DIR,
-    overlays::Overlays,
-    retention::{Policies, Policy},
+    Shelf, disks::DISKS, findings::Findings, forgotten::Tombstone, fsck::CUT_DIR, overlays::Overlays,
+    retention::Policies,
 };
 use backtide_recovery::forget_bases;
 use backtide_storage::KillPoint;
@@ -72,9 +67,7 @@ impl Removal {
             .and_then(|()| storage.sync_dir(Path::new(DISKS)))
             .map_err(|error| format!("remove {}: {error}", storage.display(&dir).display()))?;
         self.findings.forget_all(disk);
-        if self.policies.of(disk) != Policy::default() {
-            self.policies.change(disk, |policy| *policy = Policy::default())?;
-        }
+        self.policies.forget(disk)?;
         self.shelf.names.release(disk);
         Ok(())
     }

@@ -3,9 +3,10 @@
 //! A log keeps every change from its *floor* on: an image of the disk at the floor stands for all segments before. Older
 //! points that are kept are images of their own. The file that says so is there three times, for without it nobody finds the
 //! images: `base.1` and `base.2` beside the segments, and one in `images/bases`, for the day when a log's directory has lost
-//! both. Of the two the older counts until they are the same, so a base that could not be written twice has changed
-//! nothing; the third counts when neither of them is whole, and only for the segments that are there: it may have been put
-//! back from a copy, or be of a log that somebody has removed.
+//! both. Of the two the older counts until they are the same, so a power cut leaves the one or the other; the third counts when
+//! neither of them is whole, and only for the segments that are there: it may have been put back from a copy, or be of a log
+//! that somebody has removed. A base that cannot be written everywhere is taken back. Where that fails too there is a
+//! [`Doubt`]: nobody is promised what it does without, until what counts is durable again.
 //!
 //! Invariants: the file is durable, three times, before a segment goes; every entry before `first_seq` with a version has one at
 //! or below the floor, and every image it names is durable. So readers take from the log what lies above the floor and from
@@ -13,9 +14,12 @@
 
 mod codec;
 mod inspect;
+mod put;
 
 pub use codec::MAGIC as BASE_MAGIC;
 pub use inspect::inspect_base;
+pub use put::Doubt;
+pub(crate) use put::{put, replace};
 
 use std::{
     io,
@@ -24,13 +28,13 @@ use std::{
 
 use backtide_images::{ImageError, Root};
 use backtide_segment::{Entry, SegmentId, Seq};
-use backtide_storage::{Storage, read_file, replace_with};
+use backtide_storage::{Storage, read_file};
 use backtide_units::{ByteCount, ByteOffset, Lsn};
 
 use crate::{
     Interval, LogError, LogIdentity, TimedLsn, Timeline,
     check::{chain, told},
-    recover::{failed, list, open_to_recover, sync_above},
+    recover::{failed, list, open_to_recover},
     timeline::damage_reason,
 };
 
@@ -110,21 +114,6 @@ impl Base {
         timeline.in_interval = false;
         timeline.intervals.push(Interval { from: self.floor.at, to: self.floor.at });
         self.thin(timeline);
-    }
-
-    /// Puts it everywhere it belongs for the log in `dir`, durably.
-    pub(crate) fn write(&self, storage: &dyn Storage, dir: &Path) -> Result<(), LogError> {
-        let bytes = codec::encode(self);
-        for path in copies(dir) {
-            let fail = |source| failed(format!("write {}", storage.display(&path).display()), source);
-            let beside = path.parent().expect("a file is in a directory");
-            if beside != dir {
-                storage.create_dir(beside).map_err(fail)?;
-                sync_above(storage, beside)?;
-            }
-            replace_with(storage, &path, |file| file.write_at(ByteOffset::ZERO, &bytes)).map_err(fail)?;
-        }
-        Ok(())
     }
 }
 

@@ -20,7 +20,7 @@ use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 use crate::{
     AppendError, Base, Durable, FoundBase, InvalidEntry, LogCache, LogError, PointError, Snapshot, Timeline,
     View,
-    base::forget_bases,
+    base::{forget_bases, put},
     chores::LastWork,
     origin::Origin,
     recover::{self, Kept, KeptState, failed, sync_above},
@@ -30,7 +30,7 @@ use crate::{
 };
 
 pub use options::LogOptions;
-pub use rebase::{FoldError, Foldable, RebaseTicket, Rebased};
+pub use rebase::{FoldError, Foldable, RebaseError, RebaseTicket, Rebased, SettleTicket};
 use rotate::Rotation;
 
 /// Whose log it is.
@@ -176,8 +176,8 @@ impl DiskLog {
         let doubtful = !base.is_settled();
         let base = base.usable(&*storage, dir)?;
         let opened = recover::recover(&*storage, &segments_dir, options.writer(), base.as_ref(), noted)?;
-        if let Some(base) = base.as_ref().filter(|_| doubtful) {
-            base.write(&*storage, dir)?;
+        if base.is_some() && doubtful {
+            put(base.as_ref(), &*storage, dir)?;
         }
         // Whoever created the log may have crashed before its directories were durable.
         sync_above(&*storage, dir)?;

@@ -31,12 +31,15 @@ mod timeline;
 mod touched;
 mod view;
 
-pub use base::{BASE_MAGIC, Base, FoundBase, KeptPoint, forget_bases, inspect_base};
+pub use base::{BASE_MAGIC, Base, Doubt, FoundBase, KeptPoint, forget_bases, inspect_base};
 pub use cache::{CacheLimits, LogCache};
 pub use check::{Checked, damaged_place};
 pub use chores::LastWork;
 pub use density::{Density, DensityPart};
-pub use disk_log::{DiskLog, FoldError, Foldable, LogIdentity, LogOptions, RebaseTicket, Rebased, Recovered};
+pub use disk_log::{
+    DiskLog, FoldError, Foldable, LogIdentity, LogOptions, RebaseError, RebaseTicket, Rebased, Recovered,
+    SettleTicket,
+};
 pub use error::{AppendError, InvalidEntry, LogError, Nearest, PointError, TimedLsn};
 pub use image_cost::ImageCost;
 pub use mend::AskDisk;

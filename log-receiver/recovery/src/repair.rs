@@ -17,6 +17,7 @@ use backtide_units::{ByteCount, ByteOffset};
 
 use crate::{
     FoundBase, LogError, Salvage, Snapshot,
+    base::put,
     recover::{failed, list, open, sync_above},
 };
 
@@ -96,8 +97,10 @@ impl Salvage {
 /// [`LogError::UnknownVersion`], or the file system's.
 pub fn settle_base(storage: &dyn Storage, dir: &Path) -> Result<Vec<String>, LogError> {
     let found = FoundBase::read(storage, dir)?;
-    let (false, Some(base)) = (found.is_settled(), &found.base) else { return Ok(Vec::new()) };
-    base.write(storage, dir)?;
+    if found.is_settled() || found.base.is_none() {
+        return Ok(Vec::new());
+    }
+    put(found.base.as_ref(), storage, dir)?;
     Ok(found.damage.iter().map(|damage| format!("{damage}: it is written again")).collect())
 }
 

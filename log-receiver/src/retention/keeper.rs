@@ -4,6 +4,7 @@
 //! everybody does, at a bounded rate, and asks the threads that own the logs only for the moment in which a log begins later.
 //! What it does is whole whenever it ends: it can be stopped at any time.
 
+mod begin;
 mod room;
 
 use std::{
@@ -16,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backtide_recovery::{Base, FoldError, KeptPoint, RebaseTicket, Rebased, Snapshot};
+use backtide_recovery::{Base, FoldError, KeptPoint, RebaseTicket, Snapshot};
 use backtide_units::{ByteCount, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
@@ -219,6 +220,12 @@ impl Work {
         self.collect |= self.shared.collect.swap(false, Ordering::Relaxed);
         lock(&self.shared.status).errors.retain(|disk, _| disks.contains(disk));
         if pressure == Pressure::Shrink {
+            // What is in doubt is not looked at below, and must not wait.
+            for disk in &disks {
+                if let Err(Undone::Ending) = self.settle(*disk) {
+                    return Err(Ending);
+                }
+            }
             // The longest history first, and one disk a round: then the room is looked at again.
             let mut windows = Vec::new();
             for disk in &disks {
@@ -352,6 +359,7 @@ impl Work {
 
     /// Does what the ladder wants of a disk; whether that was anything.
     fn thin(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
+        self.settle(disk)?;
         let policy = self.policies.of(disk);
         let ladder = self.policies.ladder(disk);
         let now = self.policies.moment();
@@ -379,22 +387,15 @@ impl Work {
         };
         self.collect = true;
         // Whoever wants a point kept meanwhile waits for this, and sees what is left then.
-        let done = self.policies.while_wanted(disk, &policy, || {
+        let done = self.policies.while_wanted(disk, &policy, |doubts| {
             let unchanged = self.overlays.points(disk) == below;
-            if unchanged { self.begin_later(disk, life, ticket) } else { Ok(false) }
+            if unchanged { self.begin_later(disk, life, ticket, doubts) } else { Ok(false) }
         });
         if !done.transpose()?.unwrap_or(false) {
             return Ok(false);
         }
         let (segments, bytes) = plan.fold.map_or((0, 0), |(fold, _)| (fold.segments, fold.bytes.0));
         tracing::info!(%disk, segments, bytes, kept = plan.kept.len(), dropped = plan.dropped.len(), "old history thinned");
-        Ok(true)
-    }
-
-    fn begin_later(&self, disk: DiskId, life: u64, ticket: RebaseTicket) -> Result<bool, Undone> {
-        let Some(rebased) = ticket.write()? else { return Ok(false) };
-        let rebased: Box<Rebased> = Box::new(rebased);
-        ask(self.thread_of(disk), |answer| Task::Rebased { disk, life, rebased, answer })?;
         Ok(true)
     }
 

@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use backtide_recovery::time_text;
+use backtide_recovery::{Doubt, time_text};
 use backtide_storage::{Storage, replace_file};
 use backtide_units::{ByteCount, CaptureTime, DiskId, Lsn};
 use serde::{Deserialize, Serialize};
@@ -147,7 +147,11 @@ struct State {
     noted: Moment,
     /// Why nobody knows what is wanted.
     damage: Option<String>,
+    doubts: Doubts,
 }
+
+/// Disks of which it is not known durably where their logs begin: what a log may begin without is not promised to anybody.
+pub(crate) type Doubts = BTreeMap<DiskId, Doubt>;
 
 impl Policies {
     /// Reads the file of a store; disks that it does not name have the default.
@@ -165,7 +169,7 @@ impl Policies {
             }
         };
         let noted = clock.moment(open_before);
-        let state = Arc::new(Mutex::new(State { disks, open_before, noted, damage }));
+        let state = Arc::new(Mutex::new(State { disks, open_before, noted, damage, doubts: Doubts::new() }));
         Self { storage, default, clock, state }
     }
 
@@ -225,7 +229,12 @@ impl Policies {
         }
         let mut disks = state.disks.clone();
         let policy = disks.entry(disk).or_default();
+        let before = policy.clone();
         change(policy);
+        let now = self.clock.moment(state.open_before);
+        if let Some(doubt) = state.doubts.get(&disk) {
+            check_in_doubt(doubt, &before, policy, now)?;
+        }
         if policy.pins.len() + policy.holds.len() > PINS_MAX {
             return Err(format!("{PINS_MAX} points of a disk can be kept, and are: release some"));
         }
@@ -234,7 +243,6 @@ impl Policies {
                 "{LOCKS_MAX} points of a disk can be locked, and are: lock all points instead"
             ));
         }
-        let now = self.clock.moment(state.open_before);
         disks.values_mut().for_each(|policy| policy.locks.prune(now));
         disks.retain(|_, policy| *policy != Policy::default());
         self.write(&disks, now)?;
@@ -303,16 +311,48 @@ impl Policies {
         self.change(disk, |policy| policy.locks.add(point, lock))
     }
 
-    /// Does something while what is wanted of a disk is still that, and stays that; none when it has changed.
+    /// Does something while what is wanted of a disk is still that, and stays that; none when it has changed. It may leave a
+    /// doubt.
     pub(crate) fn while_wanted<R>(
         &self,
         disk: DiskId,
         policy: &Policy,
-        act: impl FnOnce() -> R,
+        act: impl FnOnce(&mut Doubts) -> R,
     ) -> Option<R> {
-        let state = self.lock();
+        let mut state = self.lock();
         let now = state.disks.get(&disk).cloned().unwrap_or_default();
-        (state.damage.is_none() && now == *policy).then(act)
+        (state.damage.is_none() && now == *policy).then(|| act(&mut state.doubts))
+    }
+
+    /// Whether it is not known durably where the log of a disk begins.
+    pub(crate) fn is_in_doubt(&self, disk: DiskId) -> bool {
+        self.lock().doubts.contains_key(&disk)
+    }
+
+    /// It is known again.
+    pub(crate) fn end_doubt(&self, disk: DiskId) {
+        self.lock().doubts.remove(&disk);
+    }
+
+    /// Why a point of a disk cannot be promised to anybody now, if that is so.
+    pub(crate) fn doubt_of(&self, disk: DiskId, lsn: Lsn) -> Option<String> {
+        self.lock()
+            .doubts
+            .get(&disk)
+            .filter(|doubt| !doubt.keeps(lsn))
+            .map(|_| in_doubt(&format!("lsn:{lsn}")))
+    }
+
+    /// Forgets what is wanted of a disk that goes, durably; blocks.
+    ///
+    /// # Errors
+    /// As [`Policies::change`].
+    pub(crate) fn forget(&self, disk: DiskId) -> Result<(), String> {
+        self.end_doubt(disk);
+        if self.of(disk) == Policy::default() {
+            return Ok(());
+        }
+        self.change(disk, |policy| *policy = Policy::default())
     }
 
     /// Waits until nothing is done that goes by what was wanted before: after it a log shows whether it did.
@@ -324,6 +364,29 @@ impl Policies {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Refuses a change by which something would be kept that the log may begin without.
+fn check_in_doubt(doubt: &Doubt, before: &Policy, after: &Policy, now: Moment) -> Result<(), String> {
+    let known = before.staying(now);
+    let mut new = after.staying(now).into_keys().filter(|lsn| !known.contains_key(lsn));
+    if let Some(lsn) = new.find(|lsn| !doubt.keeps(*lsn)) {
+        return Err(in_doubt(&format!("lsn:{lsn}")));
+    }
+    if after.locks.all.is_some() && after.locks.all != before.locks.all {
+        return Err(in_doubt("every point"));
+    }
+    if after.ladder != before.ladder {
+        return Err(in_doubt("another history"));
+    }
+    Ok(())
+}
+
+fn in_doubt(what: &str) -> String {
+    format!(
+        "{what} cannot be promised to anybody now: the store has failed to write where the log of this disk begins, and each \
+         round of retention tries that again (`backtide retention show` says why it fails)"
+    )
 }
 
 fn read(storage: &dyn Storage) -> Result<(BTreeMap<DiskId, Policy>, Span), String> {

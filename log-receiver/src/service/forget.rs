@@ -145,8 +145,9 @@ impl Service {
         let (policies, forgotten, written) =
             (self.policies.clone(), self.removal.shelf.forgotten.clone(), stone.clone());
         // Nobody locks a point of it between the look and the note.
-        let noted =
-            self.read(move || policies.while_wanted(disk, &policy, || forgotten.note(disk, written))).await?;
+        let noted = self
+            .read(move || policies.while_wanted(disk, &policy, |_| forgotten.note(disk, written)))
+            .await?;
         match noted {
             Some(Ok(())) => Ok((report, stone)),
             Some(Err(why)) => {

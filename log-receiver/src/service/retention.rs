@@ -210,6 +210,9 @@ impl Service {
     pub(super) async fn unless_its_point_goes(&self, asked: &str, mount: Mount) -> Result<Mount, ApiError> {
         let policies = self.policies.clone();
         self.read(move || policies.settle()).await?;
+        if let Some(why) = self.policies.doubt_of(mount.disk.uuid, mount.lsn) {
+            return self.take_back(mount, ApiError::new(ErrorCode::Failed, why)).await;
+        }
         let uuid: DiskName = mount.disk.uuid.to_string().parse().expect("a UUID is a good name");
         let there = match self.look_at(&uuid).await {
             Ok(Found { snapshot, .. }) => snapshot.view(mount.lsn).map(|_| ()),

@@ -20,6 +20,8 @@ pub(crate) enum Fault {
     OpensWait,
     /// Syncs of the directory of tombstones fail.
     TombstonesFail,
+    /// Syncs of the directory where bases are once more fail.
+    BasesFail,
     /// Writes fail.
     WritesFail,
     /// Reserving space panics.
@@ -72,6 +74,7 @@ impl Faulty {
             | Fault::SyncsWait
             | Fault::OpensWait
             | Fault::TombstonesFail
+            | Fault::BasesFail
             | Fault::ReservationsPanic => Ok(()),
         }
     }
@@ -120,7 +123,16 @@ impl Storage for Faulty {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        if self.state.0.lock().unwrap().fault == Fault::TombstonesFail && dir == Path::new("forgotten") {
+        let failing = match self.state.0.lock().unwrap().fault {
+            Fault::TombstonesFail => Some("forgotten"),
+            Fault::BasesFail => Some("images/bases"),
+            Fault::None
+            | Fault::SyncsWait
+            | Fault::OpensWait
+            | Fault::WritesFail
+            | Fault::ReservationsPanic => None,
+        };
+        if failing.is_some_and(|failing| dir == Path::new(failing)) {
             return Err(io::Error::other("injected failure of a directory sync"));
         }
         self.memory.sync_dir(dir)

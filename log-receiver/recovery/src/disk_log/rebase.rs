@@ -10,7 +10,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use backtide_images::{ImageError, ImageSource, ImageWriter, Root};
+use backtide_images::{ImageError, ImageSource, ImageWriter, Images, Root};
 use backtide_segment::{SegmentId, Seq};
 use backtide_storage::Storage;
 use backtide_units::{BlockRange, ByteCount, ByteRange, Lsn};
@@ -18,7 +18,9 @@ use bytes::Bytes;
 use roaring::RoaringTreemap;
 
 use crate::{
-    Allocation, AppendError, Base, KeptPoint, LogError, LogIdentity, Snapshot, View, chores::Owned,
+    Allocation, AppendError, Base, Doubt, KeptPoint, LogError, LogIdentity, Snapshot, View,
+    base::{put, replace},
+    chores::Owned,
     origin::Origin,
 };
 
@@ -42,7 +44,27 @@ pub struct RebaseTicket {
     storage: Arc<dyn Storage>,
     dir: PathBuf,
     base: Base,
+    before: Option<Base>,
+    images: Images,
     owned: Arc<Owned>,
+}
+
+/// The base of a log, to be made durable everywhere.
+pub struct SettleTicket {
+    storage: Arc<dyn Storage>,
+    dir: PathBuf,
+    base: Option<Base>,
+    owned: Arc<Owned>,
+}
+
+/// Why a log does not begin later.
+#[derive(Debug, thiserror::Error)]
+#[error("the log does not begin later")]
+pub struct RebaseError {
+    /// The file system's error.
+    pub source: LogError,
+    /// None when the log begins as before, durably.
+    pub doubt: Option<Doubt>,
 }
 
 /// A base that is durable.
@@ -57,6 +79,18 @@ pub enum FoldError {
     /// The log or the images cannot be read or written.
     #[error(transparent)]
     Log(#[from] LogError),
+}
+
+impl From<RebaseError> for LogError {
+    fn from(error: RebaseError) -> Self {
+        error.source
+    }
+}
+
+impl From<RebaseError> for FoldError {
+    fn from(error: RebaseError) -> Self {
+        Self::Log(error.source)
+    }
 }
 
 impl From<ImageError> for FoldError {
@@ -206,12 +240,31 @@ impl RebaseTicket {
     /// Makes the base durable; blocks as long as the device takes. None when the log was closed meanwhile.
     ///
     /// # Errors
-    /// The file system's: then the log begins as before, or as this says when it is opened again.
-    pub fn write(self) -> Result<Option<Rebased>, LogError> {
-        let Self { storage, dir, base, owned } = self;
+    /// The file system's: then the log begins as before. With a [`Doubt`] it may begin as this says when it is opened again,
+    /// until a [`SettleTicket`] is written.
+    pub fn write(self) -> Result<Option<Rebased>, RebaseError> {
+        let Self { storage, dir, base, before, images, owned } = self;
         let Some(_working) = owned.work() else { return Ok(None) };
-        base.write(&*storage, &dir)?;
-        Ok(Some(Rebased(base)))
+        match replace(&base, before.as_ref(), &*storage, &dir) {
+            Ok(()) => Ok(Some(Rebased(base))),
+            Err((source, taken_back)) => {
+                let doubt = (!taken_back).then(|| Doubt::about(&base, &images));
+                Err(RebaseError { source, doubt })
+            }
+        }
+    }
+}
+
+impl SettleTicket {
+    /// Makes what the log begins with durable everywhere; blocks as long as the device takes. False when the log was closed
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// The file system's: then a [`Doubt`] that there was remains.
+    pub fn write(self) -> Result<bool, LogError> {
+        let Self { storage, dir, base, owned } = self;
+        let Some(_working) = owned.work() else { return Ok(false) };
+        put(base.as_ref(), &*storage, &dir).map(|()| true)
     }
 }
 
@@ -226,6 +279,18 @@ impl DiskLog {
             storage: Arc::clone(&self.storage),
             dir: self.dir.clone(),
             base,
+            before: self.origin.base().cloned(),
+            images: self.cache.images(&self.storage),
+            owned: self.rotation.owned(),
+        })
+    }
+
+    /// What makes durable everywhere what the log begins with, after a [`Doubt`]. None when the log has failed.
+    pub fn settle(&self) -> Option<SettleTicket> {
+        (!self.poisoned).then(|| SettleTicket {
+            storage: Arc::clone(&self.storage),
+            dir: self.dir.clone(),
+            base: self.origin.base().cloned(),
             owned: self.rotation.owned(),
         })
     }
