@@ -337,8 +337,8 @@ impl Snapshot {
             if before.timeline.offers(through) {
                 return before.changed_blocks(after, through);
             }
-            // The newer log begins with an empty disk: all of both may differ.
-            changed |= before.changed_blocks(Lsn::ZERO, after)?;
+            // The newer log begins with an empty disk: all of both may differ. The older may be any before it.
+            changed |= before.log_of(after).changed_blocks(Lsn::ZERO, after)?;
             after = Lsn::ZERO;
         }
         let floor = self.floor();

@@ -7,9 +7,10 @@ use std::{
     sync::Arc,
 };
 
-use backtide_recovery::{DiskLog, LogError, Salvage, Snapshot, salvage};
+use backtide_recovery::{DiskLog, Entry, LogError, PassContent, PassReason, Salvage, Snapshot, salvage};
 use backtide_storage::{MemoryStorage, Storage};
-use backtide_units::{ByteCount, ByteOffset, Reason};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, PayloadChecksum, Reason};
+use bytes::Bytes;
 use common::{Agent, Random, SayOnPanic, cache, directory, identity, seeds};
 
 fn written(seed: u64) -> Agent {
@@ -231,6 +232,66 @@ fn a_new_log_goes_on_where_a_damaged_one_ended() {
             assert!(a[part.clone()] == b[part] || changed.contains(block as u64), "block {block}");
         }
     }
+}
+
+/// What is left of a log that begins above `highest`, with one pass that brought a few blocks: the rest is zeroes, of which
+/// a new log need not hear.
+fn follows(seed: u64, highest: Lsn) -> (Snapshot, Lsn) {
+    let mut agent = Agent::new(seed, MemoryStorage::new()).expect("create");
+    agent.starts_above(highest);
+    agent.attach().expect("attach");
+    let (at, time) = (highest.plus(5), CaptureTime(1_000_000 + highest.0));
+    let reason = PassReason { code: 1, text: "the disk is new here".to_owned() };
+    let mut entries = vec![Entry::PassBegin { at, gap_from: Lsn(0), time, reason }];
+    for _ in 0..3 {
+        let start = agent.random.below(40) * 4096;
+        let range = ByteRange::between(ByteOffset(start), ByteOffset(start + 4096));
+        let payload = Bytes::from(vec![agent.random.below(255) as u8 + 1; 4096]);
+        let checksum = PayloadChecksum::captured(crc32c::crc32c(&payload));
+        entries.push(Entry::PassData { at, range, content: PassContent::Bytes { checksum, payload } });
+    }
+    entries.push(Entry::PassEnd { at, valid_from: Some(at), time });
+    for entry in entries {
+        agent.log.append(entry).expect("it follows");
+    }
+    agent.flush_all();
+    (left(&agent.storage).snapshot, agent.log.timeline().highest_lsn())
+}
+
+#[test]
+fn a_difference_over_several_logs_has_all_that_may_differ() {
+    let mut only_in_the_first = 0;
+    for seed in seeds(6) {
+        let _say = SayOnPanic(format!("SEED={seed}"));
+        let (first, highest) = follows(seed, Lsn(0));
+        let (second, highest) = follows(seed ^ 0x55, highest);
+        let (third, _) = follows(seed ^ 0xaa, highest);
+        let parts = [first.clone(), second.clone(), third.clone()];
+        let joined = third.following(second.following(first));
+        let points = |part: &Snapshot| -> Vec<Lsn> {
+            part.timeline().intervals().iter().flat_map(|i| [i.from.lsn, i.to.lsn]).collect()
+        };
+        for (nth, older) in parts.iter().enumerate() {
+            for newer in &parts[nth + 1..] {
+                for (a, b) in
+                    points(older).into_iter().flat_map(|a| points(newer).into_iter().map(move |b| (a, b)))
+                {
+                    let changed = joined.changed_blocks(a, b).expect("changed");
+                    let read = |at| joined.view(at).expect("a point").read(common::whole()).expect("read");
+                    let (before, after) = (read(a), read(b));
+                    let blocks = before.chunks(4096).zip(after.chunks(4096));
+                    for (block, (before, after)) in (0_u64..).zip(blocks) {
+                        assert!(
+                            before == after || changed.contains(block),
+                            "block {block} between {a} and {b}"
+                        );
+                        only_in_the_first += u64::from(nth == 0 && before != after);
+                    }
+                }
+            }
+        }
+    }
+    assert!(only_in_the_first > 10);
 }
 
 /// The points of one log, through both.
