@@ -131,6 +131,10 @@ impl<'a> Merge<'a> {
     }
 
     fn wait(&self, heap: &mut BinaryHeap<Waiting<'a>>, segment: &'a Segment, bucket: Bucket) {
+        // One that is folded may be in the directory still, joined with those behind it, and its file be gone.
+        if !self.segments.has_segment(segment) {
+            return;
+        }
         let version = segment.version_max_at(self.at).filter(|version| *version > self.floor);
         let Some(version) = version else { return };
         let next = Some(ExtentKey::newest(bucket, self.at));

@@ -75,8 +75,12 @@ impl Segments {
     }
 
     pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = &Arc<Segment>> {
-        let all = self.directory.iter().chain(&self.recent);
-        all.filter(|segment| segment.header().id >= self.first)
+        self.directory.iter().chain(&self.recent).filter(|segment| self.has_segment(segment))
+    }
+
+    /// Whether a segment that the directory gives is of the log: it is not folded into images.
+    pub(crate) fn has_segment(&self, segment: &Segment) -> bool {
+        segment.header().id >= self.first
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -4,7 +4,7 @@ mod common;
 
 use std::{path::PathBuf, sync::Arc};
 
-use backtide_recovery::{DiskLog, KeptPoint, LogCache, Snapshot, TimedLsn};
+use backtide_recovery::{DiskLog, KeptPoint, LogCache, Snapshot, TimedLsn, remove_unused};
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{ByteOffset, ByteRange, Lsn};
 use bytes::Bytes;
@@ -19,6 +19,11 @@ impl World {
     /// A log that begins with an image, before which one point is kept. The last writes before that image are still in its
     /// first segment, and a few came since.
     fn new(seed: u64) -> Self {
+        Self::amid(seed, 0, 0)
+    }
+
+    /// The same with so many segments before those, and behind them.
+    fn amid(seed: u64, before: usize, behind: usize) -> Self {
         let mut agent = Agent::new(seed, MemoryStorage::new()).expect("create");
         agent.options.segment_bytes_max.0 = 400_000;
         let cache = cache();
@@ -28,6 +33,7 @@ impl World {
         agent.attach().expect("attach");
         agent.settle().expect("settle");
         let mut world = Self { agent, cache };
+        world.write_segments(before);
         for _ in 0..20 {
             world.agent.write().expect("write");
         }
@@ -41,8 +47,17 @@ impl World {
             world.agent.write().expect("write");
         }
         world.agent.flush_all();
+        world.write_segments(behind);
         world.fold(older, floor);
         world
+    }
+
+    fn write_segments(&mut self, count: usize) {
+        for _ in 0..count {
+            self.agent.write().expect("write");
+            self.agent.log.seal().expect("seal");
+            self.agent.flush_all();
+        }
     }
 
     fn latest(&mut self) -> TimedLsn {
@@ -126,6 +141,39 @@ fn a_damaged_chunk_is_mended_from_the_log_or_the_disk_and_every_point_reads_as_b
         from_here > 20 && from_disk > 5,
         "{from_here} mended from here, {from_disk} from the disk, {left} left"
     );
+}
+
+#[test]
+fn a_chunk_is_mended_by_a_process_that_knows_segments_which_are_gone() {
+    let mut mended = 0;
+    for seed in seeds(3) {
+        let _say = SayOnPanic(format!("SEED={seed}"));
+        let mut world = World::amid(seed, 3, 12);
+        let removed = remove_unused(&world.agent.storage, directory(), &world.cache).expect("no fault");
+        assert!(removed.segments > 2, "{removed:?}");
+        let disk = world.agent.model.at(Lsn(u64::MAX));
+        let ask = |range: ByteRange| Some(Bytes::copy_from_slice(&disk[indices(range)]));
+        let mut random = Random(seed);
+        for _ in 0..30 {
+            let packs = world.packs();
+            let pack = &packs[random.below(packs.len() as u64) as usize];
+            let length = world.agent.storage.open(pack).expect("open").len().expect("length").0;
+            let at = ByteOffset(random.below(length));
+            world.agent.storage.flip_bit(pack, at, 3);
+            let copy = world.agent.storage.copy();
+            let here = world.snapshot().check_and_mend(&ask, &mut |_| true).expect("no failure");
+            // A process that has just been started knows no more than what is there.
+            let storage: Arc<dyn Storage> = Arc::new(copy);
+            let mut log = DiskLog::open(storage, directory(), world.agent.options, &cache()).expect("open").0;
+            let fresh = log.snapshot().expect("snapshot").check_and_mend(&ask, &mut |_| true);
+            assert_eq!(here.mended, fresh.expect("no failure").mended, "a bit in {} at {at}", pack.display());
+            mended += here.mended.len();
+            if !here.is_sound() {
+                world.agent.storage.flip_bit(pack, at, 3);
+            }
+        }
+    }
+    assert!(mended > 20, "{mended}");
 }
 
 #[test]
