@@ -30,4 +30,4 @@ pub use error::{BaseError, OverlayError};
 pub use inspect::{DATA_MAGIC, MAP_MAGIC, inspect_data, inspect_map};
 pub use options::{Base, Budget, OverlayOptions};
 pub use overlay::{Existing, Overlay, OverlayFiles, OverlayId, OverlayUse, remove};
-pub use read::Kind;
+pub use read::{Kind, Partly};

@@ -7,7 +7,7 @@
 use std::{
     io::ErrorKind,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError},
 };
 
 use backtide_storage::{Storage, StorageFile};
@@ -153,7 +153,19 @@ impl Overlay {
 
     /// What it takes now.
     pub fn usage(&self) -> OverlayUse {
-        let writer = self.writer();
+        self.usage_with(&self.writer())
+    }
+
+    /// The same for somebody who must not wait for storage; none while something is written.
+    pub fn usage_at_once(&self) -> Option<OverlayUse> {
+        match self.writer.try_lock() {
+            Ok(writer) => Some(self.usage_with(&writer)),
+            Err(TryLockError::Poisoned(writer)) => Some(self.usage_with(&writer.into_inner())),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn usage_with(&self, writer: &Writer) -> OverlayUse {
         let file_bytes = writer.end.0 + SLOTS_AT.0 + u64::from(writer.slots.total()) * BLOCK_SIZE;
         OverlayUse {
             bytes: BlockCount(writer.charged).bytes(),

@@ -24,6 +24,41 @@ pub enum Kind {
     Below,
 }
 
+/// A read of an overlay that lacks what the disk below has.
+///
+/// The disk below never changes, and no block is its again once the overlay has it: so it does not matter when the rest
+/// is read.
+#[derive(Debug)]
+pub struct Partly {
+    range: ByteRange,
+    /// Empty as long as nothing is in it.
+    buffer: Vec<u8>,
+    below: Vec<ByteRange>,
+}
+
+impl Partly {
+    /// What the disk below has of it: ascending parts that do not touch.
+    pub fn below(&self) -> &[ByteRange] {
+        &self.below
+    }
+
+    /// All of it; `rest` has the bytes of each part [below](Partly::below), in that order.
+    ///
+    /// # Panics
+    /// When those are more, fewer or of other lengths.
+    pub fn complete(self, rest: Vec<Bytes>) -> Bytes {
+        let Self { range, mut buffer, below } = self;
+        assert_eq!(rest.len(), below.len(), "each part has its bytes");
+        if below == [range] {
+            return rest.into_iter().next().expect("there is one");
+        }
+        for (part, bytes) in below.iter().zip(&rest) {
+            place(&mut buffer, range, *part, bytes);
+        }
+        buffer.into()
+    }
+}
+
 impl Overlay {
     /// The bytes of `range`, which is inside the disk; each block checked against its checksum.
     ///
@@ -33,17 +68,38 @@ impl Overlay {
     /// # Panics
     /// When the range is longer than memory can be.
     pub fn read(&self, range: ByteRange, base: &impl Base) -> Result<Bytes, OverlayError> {
+        let partly = self.read_partly(range)?;
+        // Not under the lock: the disk below may be slow.
+        let rest = partly.below.iter().map(|part| base.read(*part).map_err(OverlayError::Base));
+        let rest = rest.collect::<Result<_, _>>()?;
+        Ok(partly.complete(rest))
+    }
+
+    /// What the overlay has of `range`, which is inside the disk, for somebody to whom the disk below is elsewhere.
+    ///
+    /// # Errors
+    /// [`OverlayError::Damaged`] with file and place, never wrong data; the file system's.
+    ///
+    /// # Panics
+    /// When the range is longer than memory can be.
+    pub fn read_partly(&self, range: ByteRange) -> Result<Partly, OverlayError> {
         let mut buffer = Vec::new();
         let below = self.read_own(range, &mut buffer)?;
-        if below == [range] {
-            return base.read(range).map_err(OverlayError::Base);
+        Ok(Partly { range, buffer, below })
+    }
+
+    /// The blocks that a write or zeroing of `range` changes in part and the disk below has: at most two. They are all
+    /// that is read of it for that.
+    pub fn edges(&self, range: ByteRange) -> Vec<ByteRange> {
+        let touched = BlockRange::touched_by(range);
+        if touched.is_empty() {
+            return Vec::new();
         }
-        // Not under the lock: the disk below never changes, and may be slow.
-        for part in below {
-            let bytes = base.read(part).map_err(OverlayError::Base)?;
-            place(&mut buffer, range, part, &bytes);
-        }
-        Ok(buffer.into())
+        let (first, last) = (touched.start().0, touched.end().0 - 1);
+        let ends = if first == last { vec![first] } else { vec![first, last] };
+        let ends = ends.into_iter().map(|block| BlockRange::from(block..block + 1).bytes(self.size));
+        let partly = ends.filter(|block| !range.contains(*block));
+        partly.filter(|block| self.extents(*block) == [(*block, Kind::Below)]).collect()
     }
 
     /// Reads what the overlay has of `range` into `buffer`; tells what the disk below has.

@@ -6,8 +6,9 @@ use std::sync::{
 };
 
 use crate::common::*;
-use backtide_overlay::{Budget, Existing, Kind, OverlayError, OverlayOptions, check};
-use backtide_units::{ByteCount, ByteOffset};
+use backtide_overlay::{Base, BaseError, Budget, Existing, Kind, OverlayError, OverlayOptions, check};
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use bytes::Bytes;
 
 #[test]
 fn any_write_and_zero_reads_back_exactly() {
@@ -41,6 +42,42 @@ fn any_write_and_zero_reads_back_exactly() {
     assert_eq!(content(&overlay).unwrap(), image);
     let usage = overlay.usage();
     assert!(usage.bytes.0 <= 24 * 4096 && usage.file_bytes.0 < 512 << 10, "slots are used again: {usage:?}");
+}
+
+/// Only what was asked for before a change.
+struct Edges(Vec<ByteRange>);
+
+impl Base for Edges {
+    fn read(&self, range: ByteRange) -> Result<Bytes, BaseError> {
+        assert!(self.0.contains(&range), "{range} of the disk below was not named: {:?}", self.0);
+        Ok(below()[span(range)].to_vec().into())
+    }
+}
+
+#[test]
+fn whoever_has_the_disk_below_elsewhere_is_told_what_of_it_is_needed() {
+    let (_storage, overlay) = fresh();
+    let (mut steps, mut image, mut asked) = (Steps(5), below(), 0);
+    for _ in 0..300 {
+        let start = steps.next_number(SIZE.0);
+        let some = range(start, steps.next_number((SIZE.0 - start).min(600)) + 1);
+        let edges = Edges(overlay.edges(some));
+        asked += edges.0.len();
+        match steps.next_number(8) {
+            keep @ 0..2 => {
+                overlay.zero(some, keep == 0, &edges).unwrap();
+                image[span(some)].fill(0);
+            }
+            _ => {
+                overlay.write(some.start(), &vec![7; span(some).len()], &edges).unwrap();
+                image[span(some)].fill(7);
+            }
+        }
+        let partly = overlay.read_partly(range(0, SIZE.0)).unwrap();
+        let rest = partly.below().iter().map(|part| below()[span(*part)].to_vec().into()).collect();
+        assert_eq!(partly.complete(rest), image);
+    }
+    assert!(asked > 10 && overlay.edges(range(0, 4096)).is_empty(), "{asked}");
 }
 
 #[test]
