@@ -136,6 +136,7 @@ impl Agent {
             run: config.run.clone(),
             nbd: config.nbd,
             nbd_tls: config.nbd_tls.clone(),
+            limits: config.mounts,
             sources: registry.sources(),
         };
         let mounts = Arc::new(Mounts::start(settings).map_err(state)?);

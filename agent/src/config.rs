@@ -42,9 +42,30 @@ pub struct Config {
     /// Bounds of the NBD server of each disk.
     #[serde(default)]
     pub nbd: backtide_export::Limits,
+    /// Bounds of what is written to mounts.
+    #[serde(default)]
+    pub mounts: MountLimits,
     /// TLS of `tls://` receivers, for disks that name no certificates of their own. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream_tls: Option<StreamTls>,
+}
+
+/// Bounds of what is written to the points that an agent serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MountLimits {
+    /// Overlays of writable mounts, mounted or kept. Default 64.
+    pub overlays: usize,
+    /// What one overlay may hold, in bytes. Default 16 GiB.
+    pub overlay_bytes: ByteCount,
+    /// What all overlays in use may hold together, in bytes; each GiB takes about 8 MiB of memory. Default 64 GiB.
+    pub overlays_bytes: ByteCount,
+}
+
+impl Default for MountLimits {
+    fn default() -> Self {
+        Self { overlays: 64, overlay_bytes: ByteCount(16 << 30), overlays_bytes: ByteCount(64 << 30) }
+    }
 }
 
 /// How local I/O is done that may wait for a device.

@@ -23,5 +23,5 @@ mod watch;
 
 pub use agent::{Agent, AgentError, Surroundings};
 pub use backtide_socket::Sockets;
-pub use config::{Config, IoEngine, Places};
+pub use config::{Config, IoEngine, MountLimits, Places};
 pub use successor::Successor;

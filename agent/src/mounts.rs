@@ -1,8 +1,9 @@
 //! Points of disks that the agent serves on its own host, read from a log receiver: all on one thread.
 //!
-//! What is read is kept in a [`cache`]; [`map`] has what the receiver told of its blocks; [`reader`] brings both together and [`export`]
-//! puts it on NBD. [`record`]
-//! is what outlives the agent: a mount is served again at the next start, under the same URI.
+//! What is read is kept in a [`cache`]; [`map`] has what the receiver told of its blocks; [`reader`] brings both together
+//! and [`export`] puts it on NBD. What is written to a mount is in one of [`overlays`], and [`writable`] puts that with
+//! the point on NBD. [`record`] is what outlives the agent: a mount is served again at the next start, under the same
+//! URI.
 //!
 //! Invariants: the receiver keeps a mounted point until the mount was ended, also while nobody is connected; no mount
 //! stands in the way of a disk, whose threads are others.
@@ -10,13 +11,15 @@
 mod cache;
 mod export;
 mod map;
+mod overlays;
 mod reader;
 mod record;
 mod table;
+mod writable;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
-use backtide_agent_api::{AgentMount, AgentMounts, StreamTls};
+use backtide_agent_api::{AgentKeptOverlay, AgentMount, AgentMounts, AgentOverlayFate, StreamTls};
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_export::{Limits, NbdTls, NbdUri};
 use backtide_storage::Storage;
@@ -28,10 +31,11 @@ use tokio::{
 };
 
 use self::{
+    overlays::Overlays,
     record::MountRecords,
     table::{Serving, Table},
 };
-use crate::disk::source::Sources;
+use crate::{config::MountLimits, disk::source::Sources};
 
 /// Orders waiting for the thread; who sends more waits.
 const ORDERS_MAX: usize = 64;
@@ -44,6 +48,9 @@ const END_TIME: Duration = Duration::from_secs(10);
 /// What a mount keeps here by default: 1 GiB.
 const CACHE_BYTES: ByteCount = ByteCount(1 << 30);
 
+/// Below so many free bytes of the file system neither caches nor overlays grow: the agent's own files lie there too.
+const FREE_MIN: ByteCount = ByteCount(512 << 20);
+
 /// What all mounts of an agent have in common.
 pub(crate) struct Settings {
     /// Of the state directory.
@@ -52,6 +59,7 @@ pub(crate) struct Settings {
     pub(crate) run: PathBuf,
     pub(crate) nbd: Limits,
     pub(crate) nbd_tls: Option<NbdTls>,
+    pub(crate) limits: MountLimits,
     pub(crate) sources: Arc<dyn Sources>,
 }
 
@@ -64,13 +72,19 @@ pub(crate) struct Wanted {
     pub(crate) changed_since: Option<Lsn>,
     pub(crate) nbd: Option<NbdUri>,
     pub(crate) cache_bytes: Option<ByteCount>,
+    /// It gets an overlay of its own.
+    pub(crate) writable: bool,
 }
 
 /// What others ask of the thread.
 enum Order {
     Mount(Box<Wanted>, oneshot::Sender<Result<AgentMount, ApiError>>),
     List(oneshot::Sender<AgentMounts>),
-    Unmount(String, oneshot::Sender<Result<AgentMount, ApiError>>),
+    Unmount(String, Option<AgentOverlayFate>, oneshot::Sender<Result<AgentMount, ApiError>>),
+    /// Serve an overlay again that is kept.
+    Remount(String, Option<NbdUri>, oneshot::Sender<Result<AgentMount, ApiError>>),
+    /// Remove one.
+    Discard(String, oneshot::Sender<Result<AgentKeptOverlay, ApiError>>),
     /// End, for a successor or for good. Records stay.
     End(Leaving),
 }
@@ -97,12 +111,14 @@ impl Mounts {
     /// # Errors
     /// When there can be no thread, or the state directory cannot be read.
     pub(crate) fn start(settings: Settings) -> io::Result<Self> {
-        let Settings { storage, run, nbd, nbd_tls, sources } = settings;
-        let records = MountRecords::new(storage);
+        let Settings { storage, run, nbd, nbd_tls, limits, sources } = settings;
+        let records = MountRecords::new(Arc::clone(&storage));
         let known = records.load_all()?;
+        let overlays = Overlays::load(storage, &limits)?;
         let (orders, inbox) = mpsc::channel(ORDERS_MAX);
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        let serving = Serving { records, run, nbd, nbd_tls, sources };
+        let serving =
+            Serving { records, overlays, overlays_max: limits.overlays, run, nbd, nbd_tls, sources };
         let (over, ended) = oneshot::channel();
         let body = move || {
             LocalSet::new().block_on(&runtime, Table::new(serving).serve(known, inbox));
@@ -124,9 +140,23 @@ impl Mounts {
         self.ask(Order::List).await
     }
 
-    /// Serves a point no longer.
-    pub(crate) async fn unmount(&self, id: String) -> Result<AgentMount, ApiError> {
-        self.ask(|answer| Order::Unmount(id, answer)).await?
+    /// Serves a point no longer, and does with its overlay what is asked.
+    pub(crate) async fn unmount(
+        &self,
+        id: String,
+        fate: Option<AgentOverlayFate>,
+    ) -> Result<AgentMount, ApiError> {
+        self.ask(|answer| Order::Unmount(id, fate, answer)).await?
+    }
+
+    /// Serves an overlay again that is kept.
+    pub(crate) async fn remount(&self, id: String, nbd: Option<NbdUri>) -> Result<AgentMount, ApiError> {
+        self.ask(|answer| Order::Remount(id, nbd, answer)).await?
+    }
+
+    /// Removes one for good.
+    pub(crate) async fn discard(&self, id: String) -> Result<AgentKeptOverlay, ApiError> {
+        self.ask(|answer| Order::Discard(id, answer)).await?
     }
 
     /// Ends the thread with its servers. One that does not end in time is left behind: it has nothing that anybody

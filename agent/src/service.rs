@@ -5,12 +5,13 @@ mod changes;
 use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{
-    AgentMount, AgentMountRequest, AgentMounts, AgentService, AgentStatus, AttachRequest, DetachRequest,
-    DiskStatus, FailbackReport, FailbackRequest, LimitsChange, MARK_WAIT_MS_MAX, MarkReport, MarkRequest,
-    ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest,
-    VerifyStatus,
+    AgentKeptOverlay, AgentMount, AgentMountRequest, AgentMounts, AgentRemountRequest, AgentService,
+    AgentStatus, AgentUnmountRequest, AttachRequest, DetachRequest, DiskStatus, FailbackReport,
+    FailbackRequest, LimitsChange, MARK_WAIT_MS_MAX, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
+    ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 use backtide_control::{ApiError, ErrorCode};
+use backtide_export::NbdUri;
 use backtide_io_filter::{MarkError, ResyncKind, VerifyError};
 use backtide_protocol::message::LABEL_BYTES_MAX;
 use backtide_units::DiskName;
@@ -218,9 +219,13 @@ impl AgentService for Service {
     }
 
     async fn mount(&self, request: AgentMountRequest) -> Result<AgentMount, ApiError> {
-        let AgentMountRequest { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes } = request;
-        let nbd = nbd.map(|uri| uri.parse()).transpose();
-        let nbd = nbd.map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
+        let AgentMountRequest { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes, writable } =
+            request;
+        if writable && changed_since.is_some() {
+            let why = "a mount that tells what changed cannot be written: what is written changes it";
+            return Err(ApiError::new(ErrorCode::Usage, why));
+        }
+        let nbd = nbd_uri(nbd)?;
         let (known, tls) = self.registry.receiver_of(disk).await?;
         let receiver = receiver.or(known).ok_or_else(|| {
             ApiError::new(ErrorCode::Usage, format!("this agent does not know the receiver of disk {disk}"))
@@ -228,7 +233,7 @@ impl AgentService for Service {
         })?;
         let stream_tls = stream_tls.or(tls);
         disk::check_tls(&receiver, stream_tls.as_ref())?;
-        let wanted = Wanted { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes };
+        let wanted = Wanted { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes, writable };
         let mounts = Arc::clone(&self.mounts);
         self.changes.to_its_end(async move { mounts.mount(wanted).await }).await
     }
@@ -237,9 +242,20 @@ impl AgentService for Service {
         self.mounts.list().await
     }
 
-    async fn unmount(&self, id: String) -> Result<AgentMount, ApiError> {
+    async fn unmount(&self, id: String, request: AgentUnmountRequest) -> Result<AgentMount, ApiError> {
         let mounts = Arc::clone(&self.mounts);
-        self.changes.to_its_end(async move { mounts.unmount(id).await }).await
+        self.changes.to_its_end(async move { mounts.unmount(id, request.overlay).await }).await
+    }
+
+    async fn remount(&self, id: String, request: AgentRemountRequest) -> Result<AgentMount, ApiError> {
+        let nbd = nbd_uri(request.nbd)?;
+        let mounts = Arc::clone(&self.mounts);
+        self.changes.to_its_end(async move { mounts.remount(id, nbd).await }).await
+    }
+
+    async fn discard(&self, id: String) -> Result<AgentKeptOverlay, ApiError> {
+        let mounts = Arc::clone(&self.mounts);
+        self.changes.to_its_end(async move { mounts.discard(id).await }).await
     }
 
     async fn change(&self, id: String) -> Result<serde_json::Value, ApiError> {
@@ -249,6 +265,11 @@ impl AgentService for Service {
     async fn cancel_verify(&self, disk: DiskName) -> Result<VerifyStatus, ApiError> {
         self.ask(&disk, Command::CancelVerify).await?.ok_or_else(|| not_verified(&disk))
     }
+}
+
+fn nbd_uri(text: Option<String>) -> Result<Option<NbdUri>, ApiError> {
+    let uri = text.map(|uri| uri.parse()).transpose();
+    uri.map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))
 }
 
 fn not_verified(disk: &DiskName) -> ApiError {

@@ -99,6 +99,7 @@ impl Local {
             nbd_tls: self.nbd_tls.clone(),
             stream_tls: None,
             nbd: Default::default(),
+            mounts: Default::default(),
         };
         self.agent = Some(Agent::start(config).await.map_err(agent::start_failure)?);
         Ok(())

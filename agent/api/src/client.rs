@@ -8,9 +8,10 @@ use serde::de::DeserializeOwned;
 
 use crate::changes::{FOLLOW_TIME, GoesOn};
 use crate::{
-    AgentMount, AgentMountRequest, AgentMounts, AgentStatus, AttachRequest, DetachRequest, DiskStatus,
-    FailbackReport, FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
-    ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
+    AgentKeptOverlay, AgentMount, AgentMountRequest, AgentMounts, AgentOverlayFate, AgentRemountRequest,
+    AgentStatus, AttachRequest, DetachRequest, DiskStatus, FailbackReport, FailbackRequest, LimitsChange,
+    MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport, RewindRequest,
+    VerifyRequest, VerifyStatus,
 };
 
 /// The agent, in the words of errors.
@@ -205,17 +206,34 @@ impl AgentClient {
         self.client.get("/v1/mounts", NO_QUERY).await
     }
 
-    /// Serves a point no longer.
+    /// Serves a point no longer; `overlay` says what becomes of its overlay, if it has one.
     ///
     /// # Errors
     /// As [`AgentClient::status`].
-    pub async fn unmount(&self, id: &str) -> Result<AgentMount, ApiError> {
-        // It goes into a path.
-        if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
-            let message = format!("there is no mount {id:?} at the agent");
-            return Err(ApiError::new(ErrorCode::NotFound, message));
-        }
-        self.client.at_length().delete(&format!("/v1/mounts/{id}")).await
+    pub async fn unmount(&self, id: &str, overlay: Option<AgentOverlayFate>) -> Result<AgentMount, ApiError> {
+        let id = mount_id(id)?;
+        let query = match overlay {
+            None => "",
+            Some(AgentOverlayFate::Keep) => "?overlay=keep",
+            Some(AgentOverlayFate::Discard) => "?overlay=discard",
+        };
+        self.client.at_length().delete(&format!("/v1/mounts/{id}{query}")).await
+    }
+
+    /// Serves an overlay again that was kept.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn remount(&self, id: &str, request: &AgentRemountRequest) -> Result<AgentMount, ApiError> {
+        self.client.at_length().post(&format!("/v1/overlays/{}/mount", mount_id(id)?), request).await
+    }
+
+    /// Removes an overlay that is not served.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn discard(&self, id: &str) -> Result<AgentKeptOverlay, ApiError> {
+        self.client.at_length().delete(&format!("/v1/overlays/{}", mount_id(id)?)).await
     }
 
     /// Begins a verify.
@@ -262,4 +280,12 @@ async fn followed<A: DeserializeOwned>(client: &Client, answer: Result<A, ApiErr
 /// Disk names need no escaping in a path: that is what they are restricted for.
 fn path(disk: &DiskName, call: &str) -> String {
     format!("/v1/disks/{}{call}", disk.as_str())
+}
+
+/// It goes into a path.
+fn mount_id(id: &str) -> Result<&str, ApiError> {
+    if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
+        return Err(ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?} at the agent")));
+    }
+    Ok(id)
 }

@@ -27,7 +27,10 @@ pub use format::ImageFormat;
 pub use hydration::{
     FailbackReport, FailbackRequest, HydrationKind, HydrationStatus, Origin, RewindReport, RewindRequest,
 };
-pub use mounts::{AgentCache, AgentChangedSince, AgentMount, AgentMountRequest, AgentMounts};
+pub use mounts::{
+    AgentCache, AgentChangedSince, AgentKeptOverlay, AgentMount, AgentMountRequest, AgentMounts,
+    AgentOverlay, AgentOverlayFate, AgentRemountRequest, AgentUnmountRequest,
+};
 pub use requests::{
     DetachRequest, DiskMark, LimitsChange, MARK_WAIT_MS, MARK_WAIT_MS_MAX, MarkReport, MarkRequest,
     MarkState, ResizeReport, ResizeRequest, ResyncExtent, ResyncRequest,

@@ -4,16 +4,17 @@ use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::{Path, Query, State},
+    extract::{Path, Query, State, rejection::QueryRejection},
     routing::{MethodRouter, delete, get, post},
 };
 use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    AgentMount, AgentMountRequest, AgentMounts, AgentService, AgentStatus, AttachRequest, DetachRequest,
-    DiskStatus, FailbackReport, FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport,
-    ResizeRequest, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
+    AgentKeptOverlay, AgentMount, AgentMountRequest, AgentMounts, AgentRemountRequest, AgentService,
+    AgentStatus, AgentUnmountRequest, AttachRequest, DetachRequest, DiskStatus, FailbackReport,
+    FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncRequest,
+    RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -36,6 +37,8 @@ pub fn router<S: AgentService>(service: Arc<S>) -> Router {
         .route("/v1/marks", post(mark::<S>))
         .route("/v1/mounts", get(mounts::<S>).merge(post(mount::<S>)))
         .route("/v1/mounts/{id}", delete(unmount::<S>))
+        .route("/v1/overlays/{id}", delete(discard::<S>))
+        .route("/v1/overlays/{id}/mount", post(remount::<S>))
         .route("/v1/changes/{id}", get(change::<S>))
         .with_state(service);
     json_fallbacks(router)
@@ -153,8 +156,25 @@ async fn mounts<S: AgentService>(State(service): State<Arc<S>>) -> Answer<AgentM
 async fn unmount<S: AgentService>(
     State(service): State<Arc<S>>,
     Path(id): Path<String>,
+    request: Result<Query<AgentUnmountRequest>, QueryRejection>,
 ) -> Answer<AgentMount> {
-    service.unmount(id).await.map(Json)
+    let Query(request) = request.map_err(|error| ApiError::new(ErrorCode::Usage, error.body_text()))?;
+    service.unmount(id, request).await.map(Json)
+}
+
+async fn remount<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(id): Path<String>,
+    ApiJson(request): ApiJson<AgentRemountRequest>,
+) -> Answer<AgentMount> {
+    service.remount(id, request).await.map(Json)
+}
+
+async fn discard<S: AgentService>(
+    State(service): State<Arc<S>>,
+    Path(id): Path<String>,
+) -> Answer<AgentKeptOverlay> {
+    service.discard(id).await.map(Json)
 }
 
 async fn change<S: AgentService>(

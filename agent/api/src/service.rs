@@ -4,9 +4,10 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    AgentMount, AgentMountRequest, AgentMounts, AgentStatus, AttachRequest, DetachRequest, DiskStatus,
-    FailbackReport, FailbackRequest, LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
-    ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
+    AgentKeptOverlay, AgentMount, AgentMountRequest, AgentMounts, AgentRemountRequest, AgentStatus,
+    AgentUnmountRequest, AttachRequest, DetachRequest, DiskStatus, FailbackReport, FailbackRequest,
+    LimitsChange, MarkReport, MarkRequest, ResizeReport, ResizeRequest, ResyncRequest, RewindReport,
+    RewindRequest, VerifyRequest, VerifyStatus,
 };
 
 /// The agent's side of the control API. A disk may be named by its name or its UUID.
@@ -110,8 +111,25 @@ pub trait AgentService: Send + Sync + 'static {
     /// What is served so.
     fn mounts(&self) -> impl Future<Output = Result<AgentMounts, ApiError>> + Send;
 
-    /// Serves it no longer, and answers with what it was. `not-found` when there is no such mount.
-    fn unmount(&self, id: String) -> impl Future<Output = Result<AgentMount, ApiError>> + Send;
+    /// Serves it no longer, and answers with what it was. `not-found` when there is no such mount; `usage` when it is
+    /// writable and nobody says what becomes of its overlay, or somebody does and it is not.
+    fn unmount(
+        &self,
+        id: String,
+        request: AgentUnmountRequest,
+    ) -> impl Future<Output = Result<AgentMount, ApiError>> + Send;
+
+    /// Serves an overlay again that was kept. `not-found` when there is none; `busy` when it is served; `damaged` when it
+    /// cannot be read.
+    fn remount(
+        &self,
+        id: String,
+        request: AgentRemountRequest,
+    ) -> impl Future<Output = Result<AgentMount, ApiError>> + Send;
+
+    /// Removes an overlay for good that is only kept, and answers with what it was. `not-found` when there is none; `busy`
+    /// when it is served.
+    fn discard(&self, id: String) -> impl Future<Output = Result<AgentKeptOverlay, ApiError>> + Send;
 
     /// The answer of a call that was answered with [`GoesOn`](crate::GoesOn), when its change has ended. `busy` with the same
     /// when that goes on for longer; `not-found`: no such change is known, since the agent's start.

@@ -7,8 +7,9 @@ use backtide_control::{Address, ApiError, ErrorCode, Server};
 use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 
 use crate::{
-    AckPolicy, Adopted, AgentCache, AgentClient, AgentMount, AgentMountRequest, AgentMounts, AgentService,
-    AgentStatus, AttachRequest, CacheMode, Counters, DetachRequest, Dirty, DiskMark, DiskStatus,
+    AckPolicy, Adopted, AgentCache, AgentClient, AgentKeptOverlay, AgentMount, AgentMountRequest,
+    AgentMounts, AgentOverlay, AgentOverlayFate, AgentRemountRequest, AgentService, AgentStatus,
+    AgentUnmountRequest, AttachRequest, CacheMode, Counters, DetachRequest, Dirty, DiskMark, DiskStatus,
     FailbackReport, FailbackRequest, GoesOn, HydrationKind, HydrationStatus, Lag, Limits, LimitsChange,
     LimitsRequest, LsnStatus, MarkReport, MarkRequest, MarkState, Mode, OnOutage, ResizeReport,
     ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyState,
@@ -124,8 +125,19 @@ fn mounted() -> AgentMount {
         clients: 0,
         changed_since: None,
         cache: AgentCache::default(),
+        overlay: Some(AgentOverlay {
+            bytes: ByteCount(4096),
+            limit: ByteCount(1 << 30),
+            file_bytes: ByteCount(9296),
+        }),
         last_error: None,
     }
+}
+
+fn kept() -> AgentKeptOverlay {
+    let AgentMount { id, disk, uuid, receiver, lsn, time, size, mounted: created, .. } = mounted();
+    let (file_bytes, problem) = (ByteCount(9296), None);
+    AgentKeptOverlay { id, disk, uuid, receiver, lsn, time, size, created, file_bytes, problem }
 }
 
 impl AgentService for Fake {
@@ -242,16 +254,25 @@ impl AgentService for Fake {
     }
 
     async fn mount(&self, request: AgentMountRequest) -> Result<AgentMount, ApiError> {
-        self.note(&format!("mount {} {:?}", request.lsn, request.cache_bytes), &name("vm1"))?;
+        let AgentMountRequest { lsn, cache_bytes, writable, .. } = request;
+        self.note(&format!("mount {lsn} {cache_bytes:?} {writable}"), &name("vm1"))?;
         Ok(mounted())
     }
 
     async fn mounts(&self) -> Result<AgentMounts, ApiError> {
-        Ok(AgentMounts { mounts: vec![mounted()] })
+        Ok(AgentMounts { mounts: vec![mounted()], kept: vec![kept()] })
     }
 
-    async fn unmount(&self, id: String) -> Result<AgentMount, ApiError> {
-        self.note(&format!("unmount {id}"), &name("vm1")).map(|_| mounted())
+    async fn unmount(&self, id: String, request: AgentUnmountRequest) -> Result<AgentMount, ApiError> {
+        self.note(&format!("unmount {id} {:?}", request.overlay), &name("vm1")).map(|_| mounted())
+    }
+
+    async fn remount(&self, id: String, request: AgentRemountRequest) -> Result<AgentMount, ApiError> {
+        self.note(&format!("remount {id} {:?}", request.nbd), &name("vm1")).map(|_| mounted())
+    }
+
+    async fn discard(&self, id: String) -> Result<AgentKeptOverlay, ApiError> {
+        self.note(&format!("discard {id}"), &name("vm1")).map(|_| kept())
     }
 }
 
@@ -319,11 +340,20 @@ async fn every_call_reaches_its_method_and_comes_back() {
         changed_since: None,
         nbd: None,
         cache_bytes: Some(ByteCount(7)),
+        writable: true,
     };
     assert_eq!(client.mount(&mount).await.unwrap().id, mounted().id);
     assert_eq!(client.mounts().await.unwrap().mounts.len(), 1);
-    assert_eq!(client.unmount("vm1-0a1b2c3d").await.unwrap().lsn, Lsn(90));
-    assert_eq!(client.unmount("../disks/vm1").await.unwrap_err().code, ErrorCode::NotFound);
+    let id = "vm1-0a1b2c3d";
+    assert_eq!(client.mounts().await.unwrap().kept[0].id, id);
+    assert_eq!(client.unmount(id, None).await.unwrap().lsn, Lsn(90));
+    client.unmount(id, Some(AgentOverlayFate::Keep)).await.unwrap();
+    client.unmount(id, Some(AgentOverlayFate::Discard)).await.unwrap();
+    let elsewhere = AgentRemountRequest { nbd: Some("nbd://localhost".to_owned()) };
+    assert_eq!(client.remount(id, &elsewhere).await.unwrap().overlay, mounted().overlay);
+    assert_eq!(client.discard(id).await.unwrap().file_bytes, ByteCount(9296));
+    assert_eq!(client.unmount("../disks/vm1", None).await.unwrap_err().code, ErrorCode::NotFound);
+    assert_eq!(client.discard("a/../b").await.unwrap_err().code, ErrorCode::NotFound);
     assert_eq!(
         *fake.calls.lock().unwrap(),
         [
@@ -345,8 +375,12 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "start_verify vm1",
             "verify_status vm1",
             "cancel_verify vm1",
-            "mount 90 Some(ByteCount(7)) vm1",
-            "unmount vm1-0a1b2c3d vm1"
+            "mount 90 Some(ByteCount(7)) true vm1",
+            "unmount vm1-0a1b2c3d None vm1",
+            "unmount vm1-0a1b2c3d Some(Keep) vm1",
+            "unmount vm1-0a1b2c3d Some(Discard) vm1",
+            "remount vm1-0a1b2c3d Some(\"nbd://localhost\") vm1",
+            "discard vm1-0a1b2c3d vm1",
         ]
     );
 

@@ -28,9 +28,6 @@ const PART: usize = 4 << 10;
 
 const PARTS: usize = CHUNK as usize / PART;
 
-/// Below so many free bytes of the file system caches do not grow: the agent's own files lie there too.
-const FREE_MIN: ByteCount = ByteCount(512 << 20);
-
 /// Free space is looked at whenever the file grows by so many chunks.
 const LOOK_EVERY: usize = 64;
 

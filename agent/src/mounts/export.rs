@@ -1,4 +1,4 @@
-//! A mounted point as a read-only NBD export.
+//! A mounted point as a read-only NBD export, and what writable ones have in common with it.
 
 use std::rc::Rc;
 
@@ -12,10 +12,10 @@ use super::{map::within_a_window, reader::Reader};
 use crate::disk::source::FetchError;
 
 /// One question for block status looks no further than this.
-const STATUS_BYTES_MAX: u64 = 1 << 30;
+pub(super) const STATUS_BYTES_MAX: u64 = 1 << 30;
 
 /// The most extents of one answer.
-const EXTENTS_MAX: usize = 4096;
+pub(super) const EXTENTS_MAX: usize = 4096;
 
 /// A point.
 pub(super) struct PointExport {
@@ -24,7 +24,7 @@ pub(super) struct PointExport {
 }
 
 /// The one export of a mount: under its name, and as the default.
-pub(super) struct OneExport(pub(super) Rc<PointExport>);
+pub(super) struct OneExport(pub(super) Rc<dyn Export>);
 
 impl PointExport {
     pub(super) fn new(info: ExportInfo, reader: Rc<Reader>) -> Self {
@@ -39,7 +39,7 @@ impl PointExport {
                 Ok(bytes) => reply.data(bytes),
                 Err(error) => {
                     tracing::error!(mount = name, %range, why = %error, "cannot read a mounted point");
-                    reply.fail_with(NbdError::Io, &text(&error));
+                    reply.fail_with(NbdError::Io, &fetch_text(&error));
                 }
             }
         });
@@ -64,14 +64,15 @@ impl PointExport {
                 }
                 Err(error) => {
                     tracing::error!(mount = name, %range, why = %error, "cannot tell what a mounted point holds");
-                    reply.fail_with(NbdError::Io, &text(&error));
+                    reply.fail_with(NbdError::Io, &fetch_text(&error));
                 }
             }
         });
     }
 }
 
-fn text(error: &FetchError) -> String {
+/// Why a point cannot be read, for a client.
+pub(super) fn fetch_text(error: &FetchError) -> String {
     match error {
         FetchError::Unreachable(why) => format!("the receiver cannot be read: {why}"),
         FetchError::Damaged(why) | FetchError::Refused(why) => why.clone(),
@@ -79,7 +80,7 @@ fn text(error: &FetchError) -> String {
 }
 
 /// The first `max` stretches of `range`, each in or not in `blocks`: they adjoin, and two that follow each other differ.
-fn split(
+pub(super) fn split(
     blocks: &DirtyBitmap,
     range: ByteRange,
     size: ByteCount,
@@ -126,11 +127,12 @@ impl Export for PointExport {
 
 impl Exports for OneExport {
     fn find(&self, name: &str) -> Option<Rc<dyn Export>> {
-        (name.is_empty() || name == self.0.info.name).then(|| Rc::clone(&self.0) as Rc<dyn Export>)
+        (name.is_empty() || name == self.0.info().name).then(|| Rc::clone(&self.0))
     }
 
     fn list(&self) -> Vec<ExportSummary> {
-        vec![ExportSummary { name: self.0.info.name.clone(), description: self.0.info.description.clone() }]
+        let ExportInfo { name, description, .. } = self.0.info();
+        vec![ExportSummary { name, description }]
     }
 }
 

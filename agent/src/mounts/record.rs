@@ -1,5 +1,7 @@
 //! What the agent remembers of a mount: `NAME.mount` in its state directory, in JSON.
 //!
+//! A mount that can be written has an overlay beside it ([`super::overlays`]).
+//!
 //! Invariant: a record is durable before the receiver is asked to keep the mount's point, and goes only after the
 //! receiver keeps it no longer. So whoever dies in between leaves nothing kept for ever: the next agent serves the
 //! mount again, or gives its point up.
@@ -22,6 +24,8 @@ const VERSION: u32 = 1;
 const SUFFIX: &str = ".mount";
 /// Of a file that is there for a moment only, until it has no name.
 const CACHE_SUFFIX: &str = ".mount-cache";
+/// Of a record that is not in its place yet.
+const UNWRITTEN_SUFFIX: &str = ".mount.new";
 const RECORD_BYTES_MAX: ByteCount = ByteCount(1 << 16);
 
 /// One mount.
@@ -47,6 +51,12 @@ pub(super) struct MountRecord {
     pub(super) uri: String,
     pub(super) cache_bytes: ByteCount,
     pub(super) mounted: CaptureTime,
+    /// What is written goes to this overlay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) overlay: Option<Uuid>,
+    /// It is not served, and its overlay stays for another mount.
+    #[serde(default)]
+    pub(super) kept: bool,
     /// It was ended, and the receiver has not heard of it.
     #[serde(default)]
     pub(super) ended: bool,
@@ -77,8 +87,25 @@ impl MountRecord {
             uri: String::new(),
             cache_bytes: ByteCount::ZERO,
             mounted: now,
+            overlay: None,
+            kept: false,
             ended: false,
         }
+    }
+
+    /// The same, served at `uri`.
+    pub(super) fn served_at(self, uri: String) -> Self {
+        Self { kept: false, uri, ..self }
+    }
+
+    /// The same, not served, with what was written kept.
+    pub(super) fn into_kept(self) -> Self {
+        Self { kept: true, ..self }
+    }
+
+    /// The same, over for good.
+    pub(super) fn into_ended(self) -> Self {
+        Self { ended: true, ..self }
     }
 
     /// The point.
@@ -109,11 +136,11 @@ impl MountRecords {
         Self(storage)
     }
 
-    /// All of them. What an agent left that died while it made a cache is removed.
+    /// All of them. What an agent left that died while it made a cache, or wrote a record, is removed.
     pub(super) fn load_all(&self) -> io::Result<Vec<MountRecord>> {
         let mut records = Vec::new();
         for name in self.0.list(Path::new(""))? {
-            if name.ends_with(CACHE_SUFFIX) {
+            if name.ends_with(CACHE_SUFFIX) || name.ends_with(UNWRITTEN_SUFFIX) {
                 self.0.remove(Path::new(&name))?;
             }
             if !name.ends_with(SUFFIX) {
@@ -164,8 +191,13 @@ impl MountRecords {
     }
 }
 
+/// What the file of the mount `id` is called.
+pub(super) fn file_name(id: &str) -> String {
+    format!("{id}{SUFFIX}")
+}
+
 fn path(id: &str) -> PathBuf {
-    PathBuf::from(format!("{id}{SUFFIX}"))
+    PathBuf::from(file_name(id))
 }
 
 #[cfg(test)]

@@ -1,28 +1,37 @@
-//! The mounts' thread: what is served, how it begins and how it ends.
+//! The mounts' thread: what is served, how it begins ([`again`] after a restart, or of what was kept) and how it ends
+//! ([`ending`]).
+
+mod again;
+mod ending;
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     rc::Rc,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use backtide_agent_api::{AgentCache, AgentChangedSince, AgentMount, AgentMounts};
+use backtide_agent_api::{
+    AgentCache, AgentChangedSince, AgentKeptOverlay, AgentMount, AgentMounts, AgentOverlay,
+};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{
     BindError, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, dirty_bitmap,
 };
-use backtide_units::{BlockRange, CaptureTime, Lsn};
+use backtide_units::{BlockRange, ByteCount, CaptureTime, Lsn};
 use tokio::sync::mpsc;
+use uuid::Uuid;
 
 use super::{
     CACHE_BYTES, Leaving, Order, Wanted,
     cache::Cache,
     export::{OneExport, PointExport},
+    overlays::{Opened, Overlays},
     reader::Reader,
     record::{MountRecord, MountRecords},
+    writable::{WritableExport, Written},
 };
 use crate::{
     disk::{
@@ -53,24 +62,31 @@ const BIND_PAUSE: Duration = Duration::from_millis(200);
 /// What all mounts have in common.
 pub(super) struct Serving {
     pub(super) records: MountRecords,
+    /// What is written to mounts.
+    pub(super) overlays: Overlays,
+    pub(super) overlays_max: usize,
     pub(super) run: PathBuf,
     pub(super) nbd: Limits,
     pub(super) nbd_tls: Option<NbdTls>,
     pub(super) sources: Arc<dyn Sources>,
 }
 
-/// Everything that is served.
+/// Everything that is served, or kept.
 pub(super) struct Table {
     serving: Serving,
     mounted: RefCell<BTreeMap<String, Mounted>>,
-    /// Mounts that are being made.
+    /// Mounts that are being made ...
     begun: Cell<usize>,
+    /// ... and overlays for them.
+    begun_overlays: Cell<usize>,
+    /// Mounts that can be written and begin or end just now.
+    settling: RefCell<BTreeSet<String>>,
 }
 
 struct Mounted {
     record: MountRecord,
     source: Rc<dyn PointSource>,
-    /// None as long as one of the last agent cannot be served again.
+    /// None as long as one of the last agent cannot be served again, and of one whose overlay is only kept.
     served: Option<Served>,
     /// What is wrong with it, beside what its reads say.
     trouble: Option<String>,
@@ -79,11 +95,18 @@ struct Mounted {
 struct Served {
     reader: Rc<Reader>,
     server: Server,
+    written: Option<Rc<Written>>,
 }
 
 impl Table {
     pub(super) fn new(serving: Serving) -> Rc<Self> {
-        Rc::new(Self { serving, mounted: RefCell::default(), begun: Cell::new(0) })
+        Rc::new(Self {
+            serving,
+            mounted: RefCell::default(),
+            begun: Cell::new(0),
+            begun_overlays: Cell::new(0),
+            settling: RefCell::default(),
+        })
     }
 
     /// Serves what is known and carries orders out, until one is to end.
@@ -105,9 +128,19 @@ impl Table {
                 Order::Mount(wanted, answer) => {
                     tokio::task::spawn_local(async move { drop(answer.send(table.mount(*wanted).await)) });
                 }
-                Order::List(answer) => drop(answer.send(table.list())),
-                Order::Unmount(id, answer) => {
-                    tokio::task::spawn_local(async move { drop(answer.send(table.unmount(&id).await)) });
+                Order::List(answer) => {
+                    tokio::task::spawn_local(async move { drop(answer.send(table.list().await)) });
+                }
+                Order::Unmount(id, fate, answer) => {
+                    tokio::task::spawn_local(
+                        async move { drop(answer.send(table.unmount(&id, fate).await)) },
+                    );
+                }
+                Order::Remount(id, nbd, answer) => {
+                    tokio::task::spawn_local(async move { drop(answer.send(table.remount(&id, nbd).await)) });
+                }
+                Order::Discard(id, answer) => {
+                    tokio::task::spawn_local(async move { drop(answer.send(table.discard(&id).await)) });
                 }
                 Order::End(how) => {
                     leaving = how;
@@ -116,14 +149,16 @@ impl Table {
             }
         }
         let mounted = std::mem::take(&mut *self.mounted.borrow_mut());
-        let end = |served: Served| async move {
-            match leaving {
-                Leaving::ForGood => served.server.shutdown(END_GRACE).await,
-                Leaving::HandedOver => served.server.hand_over(HAND_OVER_GRACE).await,
+        // Records stay as they are: what is served now is served by the next agent.
+        let end = |one: Mounted| async move {
+            match (leaving, one.served) {
+                (_, None) => {}
+                (Leaving::ForGood, Some(served)) => served.end(&one.record.id).await,
+                // What was written is in the files, and nobody pulls a plug.
+                (Leaving::HandedOver, Some(served)) => served.server.hand_over(HAND_OVER_GRACE).await,
             }
         };
-        let served = mounted.into_values().filter_map(|one| one.served);
-        let ends: Vec<_> = served.map(|one| tokio::task::spawn_local(end(one))).collect();
+        let ends: Vec<_> = mounted.into_values().map(|one| tokio::task::spawn_local(end(one))).collect();
         for end in ends {
             // An error is a task that panicked: its mount is gone too.
             let _ = end.await;
@@ -131,18 +166,37 @@ impl Table {
     }
 
     async fn mount(self: &Rc<Self>, wanted: Wanted) -> Result<AgentMount, ApiError> {
-        if self.mounted.borrow().len() + self.begun.get() >= MOUNTS_MAX {
-            let why = format!("the agent has its limit of {MOUNTS_MAX} mounts");
-            return Err(ApiError::new(ErrorCode::Busy, why).with_hint("end one: backtide unmount ID --here"));
+        self.refuse_too_many()?;
+        if wanted.writable {
+            let kept = self.mounted.borrow().values().filter(|one| one.record.overlay.is_some()).count();
+            let count = kept + self.settling.borrow().len() + self.begun_overlays.get();
+            if count >= self.serving.overlays_max {
+                let why = format!("the agent keeps its limit of {count} overlays");
+                return Err(ApiError::new(ErrorCode::Busy, why).with_hint(
+                    "discard one: `backtide mount --here` lists them, `backtide unmount ID --here --discard`",
+                ));
+            }
         }
+        let overlays = usize::from(wanted.writable);
         self.begun.set(self.begun.get() + 1);
+        self.begun_overlays.set(self.begun_overlays.get() + overlays);
         let mounted = self.begin(wanted).await;
         self.begun.set(self.begun.get() - 1);
+        self.begun_overlays.set(self.begun_overlays.get() - overlays);
         mounted
     }
 
+    fn refuse_too_many(&self) -> Result<(), ApiError> {
+        let served = self.mounted.borrow().values().filter(|one| !one.record.kept).count();
+        if served + self.begun.get() < MOUNTS_MAX {
+            return Ok(());
+        }
+        let why = format!("the agent has its limit of {MOUNTS_MAX} mounts");
+        Err(ApiError::new(ErrorCode::Busy, why).with_hint("end one: backtide unmount ID --here"))
+    }
+
     async fn begin(self: &Rc<Self>, wanted: Wanted) -> Result<AgentMount, ApiError> {
-        let Wanted { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes } = wanted;
+        let Wanted { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes, writable } = wanted;
         let look = async {
             let dialer = Dialer::new(receiver.clone(), stream_tls.clone());
             let source = self.serving.sources.find(dialer, disk, None, Some(lsn)).await?;
@@ -158,153 +212,67 @@ impl Table {
         let mut record = MountRecord::new(source.point(), receiver, stream_tls, now());
         record.changed_since = changed_since;
         record.cache_bytes = cache_bytes.unwrap_or(CACHE_BYTES);
-        let socket = self.serving.run.join(format!("{}.nbd", record.id));
-        let own = || NbdUri { address: NbdAddress::Unix(socket), export: record.id.clone(), tls: None };
-        let uri = nbd.unwrap_or_else(own);
-        let uri = self.serving.nbd_tls.as_ref().map_or(uri.clone(), |tls| tls.unless_told(uri));
-        let listener = Listener::bind_uri(&uri, self.serving.nbd.socket_mode)
-            .await
-            .map_err(|error| bind_error(&error))?;
-        let uri = NbdUri { address: listener.address().clone(), ..uri };
+        record.overlay = writable.then(Uuid::new_v4);
+        let (uri, listener) = self.listen(&record.id, nbd).await?;
         record.uri = uri.to_string();
         let reader = self.reader(&record, &source).await;
-        self.saved(&record).await?;
+        let opened = match writable {
+            true => Some(self.on_storage(&record, Overlays::create).await?),
+            false => None,
+        };
+        if let Err(error) = self.saved(&record).await {
+            // What cannot be removed now is removed when the agent starts.
+            let _ = self.on_storage(&record, |overlays, record| overlays.remove(&record.id)).await;
+            return Err(error);
+        }
         if let Err(error) = source.hold(&record.owner()).await {
             let why = fetch_error(&format!("the receiver does not keep LSN {lsn} of disk {disk}"), error);
             // It may have heard of it.
             self.end_record(record, source).await;
             return Err(why);
         }
-        let served = self.serve_at(&record, reader, listener, &uri);
+        let served = self.serve_at(&record, reader, opened, listener, &uri);
         let mounted = Mounted { record, source, served: Some(served), trouble: None };
         let told = mounted.describe();
         self.mounted.borrow_mut().insert(told.id.clone(), mounted);
         Ok(told)
     }
 
-    /// Serves a mount of the last agent.
-    async fn serve_again(self: Rc<Self>, record: MountRecord) {
-        let source = self.source_of(&record);
-        let mounted =
-            Mounted { record: record.clone(), source: Rc::clone(&source), served: None, trouble: None };
-        self.mounted.borrow_mut().insert(record.id.clone(), mounted);
-        let Some((uri, listener)) = self.listen_again(&record).await else { return };
-        let reader = self.reader(&record, &source).await;
-        let served = self.serve_at(&record, reader, listener, &uri);
-        let id = &record.id;
-        if !self.with(id, |mounted| (mounted.served, mounted.trouble) = (Some(served), None)) {
-            return;
-        }
-        loop {
-            let (trouble, again) = match self.hold_again(&source, &record).await {
-                Ok(()) => (None, false),
-                Err(error) => (Some(error.to_string()), matches!(error, FetchError::Unreachable(_))),
-            };
-            if let Some(why) = &trouble {
-                tracing::warn!(
-                    mount = id,
-                    why,
-                    "the receiver does not keep a mounted point, or cannot tell what changed in it"
-                );
-            }
-            if !self.with(id, |mounted| mounted.trouble = trouble) || !again {
-                return;
-            }
-            tokio::time::sleep(PAUSE).await;
-        }
+    /// Listens where a mount is wanted, or at a place of its own.
+    async fn listen(&self, id: &str, nbd: Option<NbdUri>) -> Result<(NbdUri, Listener), ApiError> {
+        let socket = self.serving.run.join(format!("{id}.nbd"));
+        let own = || NbdUri { address: NbdAddress::Unix(socket), export: id.to_owned(), tls: None };
+        let uri = nbd.unwrap_or_else(own);
+        let uri = self.serving.nbd_tls.as_ref().map_or(uri.clone(), |tls| tls.unless_told(uri));
+        let listener = Listener::bind_uri(&uri, self.serving.nbd.socket_mode)
+            .await
+            .map_err(|error| bind_error(&error))?;
+        Ok((NbdUri { address: listener.address().clone(), ..uri }, listener))
     }
 
-    /// Listens where a mount was, as soon as that is possible; none when nobody wants it any more, or it never is.
-    async fn listen_again(&self, record: &MountRecord) -> Option<(NbdUri, Listener)> {
-        let id = &record.id;
-        let cannot = |why: String| {
-            tracing::error!(mount = id, why, "a mount cannot be served again yet");
-            self.with(id, |mounted| mounted.trouble = Some(why))
-        };
-        let uri: NbdUri = match record.uri.parse() {
-            Ok(uri) => uri,
-            Err(error) => {
-                cannot(format!("{}: {error}", record.uri));
-                return None;
-            }
-        };
-        let mut told = None;
-        loop {
-            let why = match Listener::bind_uri(&uri, self.serving.nbd.socket_mode).await {
-                Ok(listener) => return Some((uri, listener)),
-                Err(error) => ApiError::from_error(ErrorCode::Failed, &error).message,
-            };
-            if told.as_ref() != Some(&why) {
-                told = Some(why.clone());
-                if !cannot(why) {
-                    return None;
-                }
-            }
-            tokio::time::sleep(BIND_PAUSE).await;
-            if !self.with(id, |_| ()) {
-                return None;
-            }
-        }
-    }
-
-    /// Changes a mount, unless it was ended.
-    fn with(&self, id: &str, change: impl FnOnce(&mut Mounted)) -> bool {
-        self.mounted.borrow_mut().get_mut(id).map(change).is_some()
-    }
-
-    /// The agent before may have ended between remembering the mount and having its point kept.
-    async fn hold_again(&self, source: &Rc<dyn PointSource>, record: &MountRecord) -> Result<(), FetchError> {
-        source.hold(&record.owner()).await?;
-        can_tell_since(&**source, record.changed_since).await
-    }
-
-    fn serve_at(&self, record: &MountRecord, reader: Rc<Reader>, listener: Listener, uri: &NbdUri) -> Served {
+    fn serve_at(
+        &self,
+        record: &MountRecord,
+        reader: Rc<Reader>,
+        opened: Option<Opened>,
+        listener: Listener,
+        uri: &NbdUri,
+    ) -> Served {
         let listener = listener.for_disk(record.name.clone());
         let tells = record.changed_since.map(|_| record.name.to_string());
         let description = format!("{} at lsn:{}", record.name, record.lsn);
         let info =
             ExportInfo { description, dirty_bitmap: tells, ..ExportInfo::new(&uri.export, reader.size()) };
-        let export = PointExport::new(info, Rc::clone(&reader));
-        let server = listener.serve(Rc::new(OneExport(Rc::new(export))), self.serving.nbd);
+        let written = opened.map(|opened| Rc::new(Written::new(opened)));
+        let export = match &written {
+            None => OneExport(Rc::new(PointExport::new(info, Rc::clone(&reader)))),
+            Some(written) => {
+                OneExport(Rc::new(WritableExport::new(info, Rc::clone(&reader), Rc::clone(written))))
+            }
+        };
+        let server = listener.serve(Rc::new(export), self.serving.nbd);
         tracing::info!(mount = record.id, disk = %record.name, lsn = %record.lsn, %uri, "mounted");
-        Served { reader, server }
-    }
-
-    async fn unmount(self: &Rc<Self>, id: &str) -> Result<AgentMount, ApiError> {
-        let mounted = self.mounted.borrow_mut().remove(id).ok_or_else(|| {
-            ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?} at the agent")).with_hint(
-                "`backtide mount --here` lists the agent's, `backtide mount` those of the receiver",
-            )
-        })?;
-        let told = mounted.describe();
-        let Mounted { record, source, served, trouble: _ } = mounted;
-        if let Some(served) = served {
-            served.server.shutdown(END_GRACE).await;
-        }
-        tracing::info!(mount = id, "unmounted");
-        self.end_record(record, source).await;
-        Ok(told)
-    }
-
-    /// Has the receiver give the point up, at once or when it is there again, also after a restart.
-    async fn end_record(self: &Rc<Self>, mut record: MountRecord, source: Rc<dyn PointSource>) {
-        record.ended = true;
-        if let Err(error) = self.saved(&record).await {
-            tracing::warn!(mount = record.id, %error, "an ended mount may be served again after a restart");
-        }
-        let table = Rc::clone(self);
-        tokio::task::spawn_local(async move { table.give_up(&source, record).await });
-    }
-
-    async fn give_up(&self, source: &Rc<dyn PointSource>, record: MountRecord) {
-        while let Err(FetchError::Unreachable(_)) = source.release(&record.owner()).await {
-            tokio::time::sleep(PAUSE).await;
-        }
-        let (records, id) = (self.serving.records.clone(), record.id);
-        let removed = tokio::task::spawn_blocking(move || records.remove(&id)).await;
-        if let Ok(Err(error)) = removed {
-            tracing::warn!(%error, "cannot remove the record of an ended mount");
-        }
+        Served { reader, server, written }
     }
 
     fn source_of(&self, record: &MountRecord) -> Rc<dyn PointSource> {
@@ -331,8 +299,56 @@ impl Table {
         saved.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
     }
 
-    fn list(&self) -> AgentMounts {
-        AgentMounts { mounts: self.mounted.borrow().values().map(Mounted::describe).collect() }
+    /// Does `work` with the overlays on a thread that may wait for storage.
+    async fn on_storage<T: Send + 'static>(
+        &self,
+        record: &MountRecord,
+        work: impl FnOnce(&Overlays, &MountRecord) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let (overlays, record) = (self.serving.overlays.clone(), record.clone());
+        let done = tokio::task::spawn_blocking(move || work(&overlays, &record)).await;
+        done.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))?
+    }
+
+    async fn list(&self) -> AgentMounts {
+        let (mounts, kept) = {
+            let mounted = self.mounted.borrow();
+            let (kept, mounts): (Vec<_>, Vec<_>) = mounted.values().partition(|one| one.record.kept);
+            let kept: Vec<_> = kept.iter().map(|one| (one.record.clone(), one.trouble.clone())).collect();
+            (mounts.iter().map(|one| one.describe()).collect(), kept)
+        };
+        let mut described = Vec::new();
+        for (record, problem) in kept {
+            described.push(self.describe_kept(&record, problem).await);
+        }
+        AgentMounts { mounts, kept: described }
+    }
+
+    async fn describe_kept(&self, record: &MountRecord, problem: Option<String>) -> AgentKeptOverlay {
+        let looked = self.on_storage(record, |overlays, record| Ok(overlays.file_bytes(&record.id))).await;
+        let point = record.point();
+        AgentKeptOverlay {
+            id: record.id.clone(),
+            disk: record.name.clone(),
+            uuid: point.disk,
+            receiver: record.receiver.to_string(),
+            lsn: record.lsn,
+            time: point.time,
+            size: point.size,
+            created: record.mounted,
+            file_bytes: looked.unwrap_or(ByteCount::ZERO),
+            problem,
+        }
+    }
+}
+
+impl Served {
+    /// Ends it, with as much of what was written durable as can be.
+    async fn end(self, id: &str) {
+        self.server.shutdown(END_GRACE).await;
+        if let Some(written) = self.written {
+            written.flush(id).await;
+        }
     }
 }
 
@@ -340,6 +356,7 @@ impl Mounted {
     fn describe(&self) -> AgentMount {
         let (record, point) = (&self.record, self.source.point());
         let served = self.served.as_ref();
+        let written = served.and_then(|served| served.written.as_ref());
         let (bytes, fetched) = served.map_or_else(Default::default, |served| served.reader.usage());
         AgentMount {
             id: record.id.clone(),
@@ -358,7 +375,15 @@ impl Mounted {
                 context: format!("{}{}", dirty_bitmap::PREFIX, record.name),
             }),
             cache: AgentCache { bytes, limit: record.cache_bytes, fetched },
-            last_error: self.trouble.clone().or_else(|| served.and_then(|served| served.reader.last_error())),
+            overlay: written.map(|written| {
+                let usage = written.usage();
+                AgentOverlay { bytes: usage.bytes, limit: usage.limit, file_bytes: usage.file_bytes }
+            }),
+            last_error: self
+                .trouble
+                .clone()
+                .or_else(|| written.and_then(|written| written.problem()))
+                .or_else(|| served.and_then(|served| served.reader.last_error())),
         }
     }
 }
@@ -382,3 +407,6 @@ fn bind_error(error: &BindError) -> ApiError {
     };
     ApiError::from_error(code, error)
 }
+
+#[cfg(test)]
+mod tests;

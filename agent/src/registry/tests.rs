@@ -23,6 +23,7 @@ fn registry(directory: &Path) -> Arc<Registry> {
         nbd_tls: None,
         stream_tls: None,
         nbd: Default::default(),
+        mounts: Default::default(),
     };
     let storage = Arc::new(RealStorage::open(&config.state).unwrap());
     Registry::new(&config, Records::new(storage), Sockets::default())

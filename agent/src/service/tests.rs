@@ -29,12 +29,14 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         nbd_tls: None,
         stream_tls: None,
         nbd: Default::default(),
+        mounts: Default::default(),
     };
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(&config.state).unwrap());
     let sockets = backtide_socket::Sockets::default();
     let registry = Registry::new(&config, Records::new(Arc::clone(&storage)), sockets);
     let (run, nbd, nbd_tls, sources) = (config.run, config.nbd, None, registry.sources());
-    let mounts = Mounts::start(mounts::Settings { storage, run, nbd, nbd_tls, sources }).unwrap();
+    let limits = config.mounts;
+    let mounts = Mounts::start(mounts::Settings { storage, run, nbd, nbd_tls, limits, sources }).unwrap();
     Service::new(registry, Arc::new(mounts), Arc::new(Restart::new(None, None)))
 }
 

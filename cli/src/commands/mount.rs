@@ -22,8 +22,8 @@ pub(crate) struct Mount {
     /// The point to serve
     #[arg(long, value_name = "POINT", allow_hyphen_values = true, requires = "name")]
     at: Option<String>,
-    /// It can be written: what is written is kept beside the point, also when the receiver is started
-    /// again, until `backtide unmount ID --discard`
+    /// It can be written: what is written is kept beside the point, also when the receiver (with --here the agent) is
+    /// started again, until `backtide unmount ID --discard`
     #[arg(long, requires = "name")]
     writable: bool,
     /// Tell what changed since another point in an NBD metadata context of the mount, as QEMU tells it
@@ -58,8 +58,8 @@ pub(crate) struct Unmount {
     /// Remove for good what was written to a writable mount, or to one that is only kept
     #[arg(long)]
     discard: bool,
-    /// It is served by this host's agent
-    #[arg(long, conflicts_with_all = ["keep", "discard"])]
+    /// It is served, or kept, by this host's agent
+    #[arg(long)]
     here: bool,
     #[command(flatten)]
     api: ReceiverApi,
@@ -69,13 +69,17 @@ impl Mount {
     /// Mounts and prints the URI, or lists mounts.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         if self.here.here {
-            return match (self.name, self.at) {
-                (Some(name), Some(at)) => {
-                    let point = Point { name, at, changed_since: self.changed_since, nbd: self.nbd };
-                    self.here.mount(context, &self.api, point).await
+            let Self { name, at, writable, changed_since, kept, nbd, here, api } = self;
+            return match (name, at, kept) {
+                (Some(name), Some(at), _) => {
+                    here.mount(context, &api, Point { name, at, writable, changed_since, nbd }).await
                 }
-                (Some(_), None) => Err(wrong_usage("a mount needs a point: --at POINT")),
-                (None, _) => mount_here::list(context).await,
+                (Some(_), None, _) => Err(wrong_usage("a mount needs a point: --at POINT")),
+                (None, _, Some(id)) => mount_here::remount(context, &id, nbd).await,
+                (None, _, None) if nbd.is_some() => {
+                    Err(wrong_usage("a mount needs a disk and a point: NAME --at POINT"))
+                }
+                (None, _, None) => mount_here::list(context).await,
             };
         }
         let receiver = context.receiver(&self.api)?;
@@ -105,8 +109,13 @@ impl Mount {
 impl Unmount {
     /// Unmounts.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let fate = match (self.keep, self.discard) {
+            (true, _) => Some(OverlayFate::Keep),
+            (false, true) => Some(OverlayFate::Discard),
+            (false, false) => None,
+        };
         if self.here {
-            return mount_here::unmount(context, &self.id).await;
+            return mount_here::unmount(context, &self.id, fate).await;
         }
         // The receiver's own hint is for programs that ask it.
         let no_mount = |error: ApiError| {
@@ -114,18 +123,13 @@ impl Unmount {
             if unknown { error.with_hint("`backtide mount` lists the mounts there are") } else { error }
         };
         let receiver = context.receiver(&self.api)?;
-        let fate = match (self.keep, self.discard) {
-            (true, _) => Some(OverlayFate::Keep),
-            (false, true) => Some(OverlayFate::Discard),
-            (false, false) => None,
-        };
         match receiver.unmount(&self.id, fate).await {
             Ok(mount) => {
-                context.print(&mount, || format!("unmounted {}{}", mount.id, fate_text(fate)))?;
+                context.print(&mount, || unmounted_text(&mount.id, fate))?;
             }
             Err(error) if error.code == ErrorCode::NotFound && self.discard => {
                 let kept = receiver.discard(&self.id).await.map_err(no_mount)?;
-                context.print(&kept, || format!("discarded what was written to {}", kept.id))?;
+                context.print(&kept, || discarded_text(&kept.id))?;
             }
             Err(error) => return Err(no_mount(error).into()),
         }
@@ -133,10 +137,17 @@ impl Unmount {
     }
 }
 
-fn fate_text(fate: Option<OverlayFate>) -> &'static str {
-    match fate {
+/// What is said of a mount that has ended.
+pub(crate) fn unmounted_text(id: &str, fate: Option<OverlayFate>) -> String {
+    let overlay = match fate {
         None => "",
         Some(OverlayFate::Keep) => "; what was written to it is kept",
         Some(OverlayFate::Discard) => "; what was written to it is discarded",
-    }
+    };
+    format!("unmounted {id}{overlay}")
+}
+
+/// What is said of an overlay that was only kept, and is gone.
+pub(crate) fn discarded_text(id: &str) -> String {
+    format!("discarded what was written to {id}")
 }

@@ -2,14 +2,18 @@
 
 use std::path::PathBuf;
 
-use backtide_agent_api::{AgentMountRequest, StreamTls};
+use backtide_agent_api::{AgentMountRequest, AgentOverlayFate, AgentRemountRequest, ErrorCode, StreamTls};
 use backtide_control::Address;
+use backtide_receiver_api::OverlayFate;
 use backtide_units::{ByteCount, DiskName};
 use clap::Args;
 
 use crate::{
     arguments::ReceiverApi,
-    commands::stream_tls::absolute_folder,
+    commands::{
+        mount::{discarded_text, unmounted_text},
+        stream_tls::absolute_folder,
+    },
     context::Context,
     ending::{Ending, Failure},
     output::mounts::{agent_mount_text, agent_mounts_text},
@@ -20,8 +24,9 @@ use crate::{
 #[derive(Args, Debug, Default)]
 pub(crate) struct Here {
     /// Served by this host's agent, which reads from the receiver what is touched and keeps it in a cache; it is served
-    /// again when the agent is restarted. Read-only; `backtide attach --from` makes a disk that can be written
-    #[arg(long, conflicts_with_all = ["writable", "kept"])]
+    /// again when the agent is restarted. What is written with --writable stays on this host; `backtide attach --from`
+    /// makes a disk that is protected
+    #[arg(long)]
     pub(crate) here: bool,
     /// With --here: where the receiver takes streams [default: as the agent has it for the disk]
     #[arg(long, value_name = "ADDR", requires = "here", requires = "name")]
@@ -43,6 +48,7 @@ pub(crate) struct Here {
 pub(crate) struct Point {
     pub(crate) name: DiskName,
     pub(crate) at: String,
+    pub(crate) writable: bool,
     pub(crate) changed_since: Option<String>,
     pub(crate) nbd: Option<String>,
 }
@@ -55,7 +61,7 @@ impl Here {
         api: &ReceiverApi,
         point: Point,
     ) -> Result<Ending, Failure> {
-        let Point { name, at, changed_since, nbd } = point;
+        let Point { name, at, writable, changed_since, nbd } = point;
         let receiver = context.receiver(api)?;
         let at = receiver.resolve(&name, &at).await?;
         let changed_since = match changed_since {
@@ -76,6 +82,7 @@ impl Here {
             changed_since,
             nbd,
             cache_bytes: self.cache_size,
+            writable,
         };
         let mount = context.agent()?.mount(&request).await?;
         context.print(&mount, || agent_mount_text(&mount))?;
@@ -90,9 +97,35 @@ pub(crate) async fn list(context: &Context) -> Result<Ending, Failure> {
     Ok(Ending::Done)
 }
 
+/// Has the agent serve again what is kept.
+pub(crate) async fn remount(context: &Context, id: &str, nbd: Option<String>) -> Result<Ending, Failure> {
+    let mount = context.agent()?.remount(id, &AgentRemountRequest { nbd }).await?;
+    context.print(&mount, || agent_mount_text(&mount))?;
+    Ok(Ending::Done)
+}
+
 /// Ends a mount of the agent.
-pub(crate) async fn unmount(context: &Context, id: &str) -> Result<Ending, Failure> {
-    let mount = context.agent()?.unmount(id).await?;
-    context.print(&mount, || format!("unmounted {}", mount.id))?;
+pub(crate) async fn unmount(
+    context: &Context,
+    id: &str,
+    fate: Option<OverlayFate>,
+) -> Result<Ending, Failure> {
+    let agent = context.agent()?;
+    let overlay = fate.map(|fate| match fate {
+        OverlayFate::Keep => AgentOverlayFate::Keep,
+        OverlayFate::Discard => AgentOverlayFate::Discard,
+    });
+    match agent.unmount(id, overlay).await {
+        Ok(mount) => context.print(&mount, || unmounted_text(&mount.id, fate))?,
+        Err(error) if error.code == ErrorCode::NotFound && fate == Some(OverlayFate::Discard) => {
+            // Perhaps it is only kept. Who has neither hears of the mount.
+            let kept = match agent.discard(id).await {
+                Err(other) if other.code == ErrorCode::NotFound => Err(error),
+                discarded => discarded,
+            }?;
+            context.print(&kept, || discarded_text(&kept.id))?;
+        }
+        Err(error) => return Err(error.into()),
+    }
     Ok(Ending::Done)
 }

@@ -1,6 +1,6 @@
 //! Mounts as text.
 
-use backtide_agent_api::{AgentMount, AgentMounts};
+use backtide_agent_api::{AgentKeptOverlay, AgentMount, AgentMounts, AgentOverlay};
 use backtide_receiver_api::{KeptOverlay, Mount, MountOverlay, Mounts};
 
 use crate::{
@@ -50,6 +50,10 @@ pub(crate) fn agent_mount_text(mount: &AgentMount) -> String {
         ("receiver", mount.receiver.clone()),
         ("cache", format!("at most {}", size_text(mount.cache.limit))),
     ];
+    if let Some(overlay) = &mount.overlay {
+        let holds = format!("{}, at most {}", size_text(overlay.bytes), size_text(overlay.limit));
+        all.push(("written", holds));
+    }
     if let Some(since) = &mount.changed_since {
         all.push(("changes", format!("since lsn:{} in {}", since.lsn, since.context)));
     }
@@ -57,9 +61,32 @@ pub(crate) fn agent_mount_text(mount: &AgentMount) -> String {
     facts(&all)
 }
 
-/// All mounts of this host's agent.
+/// All mounts of this host's agent, and the overlays that it keeps.
 pub(crate) fn agent_mounts_text(mounts: &AgentMounts) -> String {
-    if mounts.mounts.is_empty() {
+    let mut lines = vec![agent_table(&mounts.mounts)];
+    for mount in &mounts.mounts {
+        lines.extend(mount.last_error.iter().map(|why| format!("{}: {why}", mount.id)));
+    }
+    if !mounts.kept.is_empty() {
+        let row = |overlay: &AgentKeptOverlay| {
+            vec![
+                overlay.id.clone(),
+                overlay.disk.as_str().to_owned(),
+                format!("lsn:{}", overlay.lsn),
+                time_text(overlay.time),
+                size_text(overlay.file_bytes),
+            ]
+        };
+        lines.push(plain_table(&KEPT_HEADS, mounts.kept.iter().map(row)));
+    }
+    for overlay in &mounts.kept {
+        lines.extend(overlay.problem.iter().map(|why| format!("{}: {why}", overlay.id)));
+    }
+    lines.join("\n")
+}
+
+fn agent_table(mounts: &[AgentMount]) -> String {
+    if mounts.is_empty() {
         return "no mounts; `backtide mount NAME --at POINT --here` makes one".to_owned();
     }
     let row = |mount: &AgentMount| {
@@ -70,16 +97,15 @@ pub(crate) fn agent_mounts_text(mounts: &AgentMounts) -> String {
             time_text(mount.time),
             mount.clients.to_string(),
             size_text(mount.cache.bytes),
+            mount.overlay.map_or_else(String::new, |AgentOverlay { bytes, .. }| size_text(bytes)),
             mount.uri.clone(),
         ]
     };
-    let heads = ["MOUNT", "DISK", "POINT", "TIME", "CLIENTS", "CACHED", "NBD"];
-    let mut lines = vec![plain_table(&heads, mounts.mounts.iter().map(row))];
-    for mount in &mounts.mounts {
-        lines.extend(mount.last_error.iter().map(|why| format!("{}: {why}", mount.id)));
-    }
-    lines.join("\n")
+    let heads = ["MOUNT", "DISK", "POINT", "TIME", "CLIENTS", "CACHED", "WRITTEN", "NBD"];
+    plain_table(&heads, mounts.iter().map(row))
 }
+
+const KEPT_HEADS: [&str; 5] = ["KEPT", "DISK", "POINT", "TIME", "TAKES"];
 
 fn kept_table(kept: &[KeptOverlay]) -> String {
     let unknown = || "?".to_owned();
@@ -92,7 +118,7 @@ fn kept_table(kept: &[KeptOverlay]) -> String {
             size_text(overlay.file_bytes),
         ]
     };
-    plain_table(&["KEPT", "DISK", "POINT", "TIME", "TAKES"], kept.iter().map(row))
+    plain_table(&KEPT_HEADS, kept.iter().map(row))
 }
 
 fn table(mounts: &[Mount]) -> String {

@@ -10,7 +10,8 @@ use backtide_storage::{Storage, StorageFile};
 use backtide_units::ByteOffset;
 use bytes::Bytes;
 
-use super::{CHUNK, FREE_MIN, PART, Sums};
+use super::{CHUNK, PART, Sums};
+use crate::mounts::FREE_MIN;
 
 /// A part of a chunk that is to be read.
 pub(in crate::mounts) struct Lookup {

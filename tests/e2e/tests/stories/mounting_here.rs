@@ -2,7 +2,11 @@
 
 use std::{collections::BTreeSet, io};
 
-use backtide_e2e::{Bench, Disk, Guest, OtherHost, Said, tools};
+use backtide_e2e::{
+    Bench, Disk, Guest, OtherHost, Said,
+    kernel_disk::{Served, cannot_mount},
+    skip, tools,
+};
 use serde_json::Value;
 
 const SIZE: u64 = 32 << 20;
@@ -137,16 +141,10 @@ fn a_mount_outlives_its_agent_and_its_point_is_kept_until_it_was_ended() {
     other.kill();
     assert_eq!(held(&bench).len(), 1, "whoever comes back finds it");
     let other = host.agent();
-    until("it is served again", || {
-        host.run(&["mount", "--here"]);
-        Guest::try_connect(&mount.uri).is_ok()
-    });
+    until_served(&mount);
     tools::assert_same(&mount.uri, &restored);
     json(&host.run(&["agent", "restart"]));
-    until("it is served again", || {
-        host.run(&["mount", "--here"]);
-        Guest::try_connect(&mount.uri).is_ok()
-    });
+    until_served(&mount);
     tools::assert_same(&mount.uri, &restored);
     json(&host.run(&["unmount", &mount.id, "--here"]));
     until("nobody needs the point", || held(&bench).is_empty());
@@ -201,4 +199,118 @@ fn what_cannot_be_mounted_here_is_refused_in_a_sentence() {
     // The agent that has the disk knows where its receiver is.
     let own = bench.json(&["mount", "vm1", "--at", &point, "--here"]);
     tools::run("nbdinfo", &[own["uri"].as_str().expect("a URI")]);
+}
+
+/// Waits until an agent serves `mount` again.
+fn until_served(mount: &Mount<'_, '_>) {
+    until("it is served again", || {
+        mount.host.run(&["mount", "--here"]);
+        Guest::try_connect(&mount.uri).is_ok()
+    });
+}
+
+/// Every byte of `uri` is that of `expected`.
+fn assert_holds(uri: &str, expected: &[u8]) {
+    let mut found = vec![0; expected.len()];
+    Guest::connect(uri).read(0, &mut found).expect("read all of it");
+    let differs = found.iter().zip(expected).position(|(one, other)| one != other);
+    assert_eq!(differs, None, "the first byte that differs");
+}
+
+#[test]
+fn what_was_written_here_outlives_agent_and_receiver_until_it_is_discarded() {
+    let bench = Bench::new();
+    let (receiver, _agent) = (bench.receiver(), bench.agent());
+    let (disk, point) = with_history(&bench);
+    let mut expected = std::fs::read(disk.restore(&point)).expect("read the restored point");
+    let (host, other) = OtherHost::start(&bench);
+    // What is written is no part of the cache, and larger than that.
+    let mount = Mount::of(&bench, &host, &point, &["--writable", "--cache-size", "1MiB"]);
+    let mut guest = Guest::connect(&mount.uri);
+    let write = |guest: &mut Guest, expected: &mut Vec<u8>, at: usize, length: usize, byte: u8| {
+        guest.write(at as u64, &vec![byte; length]).expect("write to the mount");
+        expected[at..at + length].fill(byte);
+    };
+    write(&mut guest, &mut expected, 4 << 20, 3 << 20, 0x21);
+    write(&mut guest, &mut expected, (9 << 20) + 512, 7 * 512, 0x22);
+    guest.flush().expect("flush");
+    // Not flushed: a killed agent is no power cut.
+    write(&mut guest, &mut expected, (5 << 20) + 1024, 10_240, 0x23);
+    assert_holds(&mount.uri, &expected);
+    let told = mount.told();
+    assert!(told["overlay"]["bytes"].as_u64() >= Some(3 << 20), "{told}");
+    assert!(told["cache"]["bytes"].as_u64() <= Some(1 << 20), "{told}");
+    other.kill();
+    let other = host.agent();
+    until_served(&mount);
+    assert_holds(&mount.uri, &expected);
+
+    // Whole blocks need nothing of the receiver, nor do those that were written before.
+    receiver.kill();
+    let mut guest = Guest::connect(&mount.uri);
+    write(&mut guest, &mut expected, 20 << 20, 64 << 10, 0x24);
+    write(&mut guest, &mut expected, (20 << 20) + 512, 512, 0x25);
+    guest.flush().expect("flush");
+    let mut buffer = vec![0; 64 << 10];
+    guest.read(20 << 20, &mut buffer).expect("read what was written");
+    assert!(buffer == expected[20 << 20..][..64 << 10]);
+    let _receiver = bench.receiver();
+    assert_holds(&mount.uri, &expected);
+    json(&host.run(&["agent", "restart"]));
+    until_served(&mount);
+    assert_holds(&mount.uri, &expected);
+
+    let undecided = host.run(&["unmount", &mount.id, "--here"]);
+    assert_eq!(undecided.code, 2, "{undecided:?}");
+    assert!(undecided.sentence().contains("kept or discarded"));
+    json(&host.run(&["unmount", &mount.id, "--here", "--keep"]));
+    assert!(Guest::try_connect(&mount.uri).is_err(), "nobody serves it any more");
+    assert_eq!(other.stop(), 0);
+    let _other = host.agent();
+    let listed = json(&host.run(&["mount", "--here"]));
+    assert_eq!(
+        (&listed["mounts"], &listed["kept"][0]["id"]),
+        (&Value::Array(Vec::new()), &mount.id.as_str().into())
+    );
+    assert_eq!(held(&bench).len(), 1, "without its point nothing in it could be read");
+    let elsewhere = format!("nbd+unix:///?socket={}", bench.name("elsewhere.sock"));
+    json(&host.run(&["mount", "--kept", &mount.id, "--here", "--nbd", &elsewhere]));
+    assert_holds(&elsewhere, &expected);
+    assert_eq!(host.run(&["mount", "--kept", &mount.id, "--here"]).code, 5);
+    json(&host.run(&["unmount", &mount.id, "--here", "--discard"]));
+    assert_eq!(json(&host.run(&["mount", "--here"])), serde_json::json!({"mounts": [], "kept": []}));
+    assert_eq!(host.run(&["mount", "--kept", &mount.id, "--here"]).code, 4);
+    assert_eq!(host.run(&["unmount", &mount.id, "--here", "--discard"]).code, 4);
+    until("nobody needs the point", || held(&bench).is_empty());
+    let left = std::fs::read_dir(bench.path("b/state/overlays")).expect("list the overlays").count();
+    assert_eq!(left, 0);
+}
+
+#[test]
+fn a_file_system_made_on_a_mount_here_is_whole_after_its_agent_is_killed() {
+    if let Some(why) = cannot_mount() {
+        return skip(why);
+    }
+    let bench = Bench::new();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    let (_disk, point) = with_history(&bench);
+    let (host, other) = OtherHost::start(&bench);
+    let mount = Mount::of(&bench, &host, &point, &["--writable"]);
+    let served = Served::start(&bench, "disk", &mount.uri, SIZE);
+    let served_name = served.path().to_str().expect("a path");
+    let file = bench.path("file");
+    std::fs::write(&file, vec![0x5a; 3 << 20]).expect("write a file");
+    tools::run("mkfs.ext4", &["-q", "-F", served_name]);
+    tools::run("debugfs", &["-w", "-R", &format!("write {} file", bench.name("file")), served_name]);
+    // Each of them has synced what it wrote.
+    drop(served);
+    other.kill();
+    let _other = host.agent();
+    until_served(&mount);
+    let copy = bench.name("copy.img");
+    tools::run("nbdcopy", &[&mount.uri, &copy]);
+    tools::run("e2fsck", &["-fn", &copy]);
+    tools::run("debugfs", &["-R", &format!("dump file {}", bench.name("dumped")), &copy]);
+    let dumped = std::fs::read(bench.path("dumped")).expect("read the dumped file");
+    assert!(dumped == std::fs::read(&file).expect("read the file"));
 }
