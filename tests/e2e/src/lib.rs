@@ -27,6 +27,7 @@ mod model;
 pub mod nbd_wire;
 mod other_host;
 pub mod postgres;
+pub mod qmp;
 mod request_log;
 mod slow_link;
 pub mod tools;

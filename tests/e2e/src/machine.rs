@@ -60,6 +60,18 @@ impl Machine {
     /// Starts a machine with these disks, raw images or URIs, and waits until the guest takes commands.
     /// Beside those it has a port for each of `ports`, in the guest `/dev/ports/NAME`.
     pub fn boot(bench: &Bench, name: &str, root: Root, disks: &[&str], ports: &[&str]) -> Self {
+        Self::boot_with(bench, name, root, disks, ports, &[])
+    }
+
+    /// The same with more arguments for QEMU.
+    pub fn boot_with(
+        bench: &Bench,
+        name: &str,
+        root: Root,
+        disks: &[&str],
+        ports: &[&str],
+        more: &[&str],
+    ) -> Self {
         let console = bench.path(&format!("{name}.console"));
         let guest = guest();
         let mut arguments: Vec<String> = [
@@ -97,7 +109,7 @@ impl Machine {
                 UnixListener::bind(socket).expect("listen for a machine")
             })
             .collect();
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(more.iter().copied()).collect();
         let mut process = tools::Beside::start("qemu-system-x86_64", &arguments);
         let mut connected = listeners.iter().map(|listener| {
             let stream = accept(listener, &mut process);
@@ -117,6 +129,11 @@ impl Machine {
         let (code, said) = self.answer(script);
         assert_eq!(code, 0, "{script}: {said}: {}", self.commands.console());
         said
+    }
+
+    /// Waits until a guest that was reset takes commands again.
+    pub fn comes_up_again(&mut self) {
+        self.answer("boot after a reset");
     }
 
     /// Takes a port out, the first that is left.

@@ -29,6 +29,7 @@ mod flushes;
 mod forgetting;
 mod going_back;
 mod growing;
+mod guests_moving;
 mod handshake;
 mod helping;
 mod inspecting;

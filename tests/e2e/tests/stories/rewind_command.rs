@@ -1,13 +1,9 @@
 //! `backtide rewind` as a person uses it: it says what it will do, asks, refuses a disk under a guest that runs, and
 //! tells how to take it back.
 
-use std::{
-    io::{BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
-    path::Path,
-};
+use std::path::Path;
 
-use backtide_e2e::{Bench, Disk, Load, skip, tools};
+use backtide_e2e::{Bench, Disk, Load, qmp::qmp, skip, tools};
 use serde_json::{Value, json};
 
 const SIZE: u64 = 8 << 20;
@@ -75,26 +71,6 @@ fn what_a_rewind_cannot_do_has_an_exit_code_and_a_reason() {
     receiver.kill();
     refused(6, &["--to", &to], "receiver");
     assert!(disk.last() > late && disk.status()["hydration"].is_null());
-}
-
-/// A client of QMP of the test's own; the command is another one, after it.
-fn qmp(socket: &Path, commands: &[Value]) -> Vec<Value> {
-    let stream = UnixStream::connect(socket).expect("connect to QMP");
-    let mut lines = BufReader::new(stream.try_clone().expect("a second handle")).lines();
-    let mut line = || serde_json::from_str::<Value>(&lines.next().unwrap().unwrap()).expect("JSON of QMP");
-    assert!(line()["QMP"].is_object());
-    let capabilities = json!({ "execute": "qmp_capabilities" });
-    let answers = std::iter::once(&capabilities).chain(commands).map(|command| {
-        writeln!(&stream, "{command}").expect("ask QMP");
-        loop {
-            let answer = line();
-            assert!(answer.get("error").is_none(), "{command}: {answer}");
-            if let Some(value) = answer.get("return") {
-                return value.clone();
-            }
-        }
-    });
-    answers.skip(1).collect()
 }
 
 #[test]
