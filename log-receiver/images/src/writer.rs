@@ -2,7 +2,8 @@
 //!
 //! An image begins with the one before it: what did not change since is taken over by reference, subtree by subtree, so an
 //! image costs what changed. A chunk that is stored already is not stored again, of whatever disk it was, as far as the
-//! writer knows the packs.
+//! writer knows the packs. One of a pack that was there before is read first, once: what is stored may have been damaged since,
+//! and what this image is made of may be the last that is whole.
 //!
 //! Invariant: nothing may name an image before [`ImageWriter::finish`] has returned. A writer that is dropped leaves packs
 //! that nobody names; [`Images::collect`] removes them. One writer at a time, and none beside a collection. A mend may run
@@ -21,12 +22,16 @@ use crate::{
     image::{height_of, span},
     node::{FANOUT, Node},
     numbers::{self, Writing},
+    pack::Pack,
     pack_writer::PackWriter,
     store::{PACKS_DIR, path_of},
 };
 
 /// The most a pack grows to, whatever the limits say.
 const PACK_BYTES_MAX: u64 = 1 << 30;
+
+/// Packs kept open to read chunks that are stored already.
+const READ_PACKS_MAX: usize = 8;
 
 /// What an image is made of.
 pub trait ImageSource {
@@ -60,6 +65,15 @@ pub struct Written {
     pub bytes: ByteCount,
 }
 
+/// Where a chunk is.
+#[derive(Clone, Copy)]
+struct Known {
+    pack: u32,
+    ordinal: u32,
+    /// This writer has stored it, or read it.
+    whole: bool,
+}
+
 /// Makes images.
 pub struct ImageWriter {
     images: Images,
@@ -67,7 +81,9 @@ pub struct ImageWriter {
     /// Its packs.
     numbers: Writing,
     next_pack: u32,
-    known: Recent<[u8; 32], (u32, u32)>,
+    known: Recent<[u8; 32], Known>,
+    /// Those that known chunks are read from.
+    packs: Recent<u32, Arc<Pack>>,
     encoder: Encoder,
     written: Written,
 }
@@ -96,14 +112,15 @@ impl Images {
             room -= pack.lines().len();
             // Of a node that is there twice the first is the one that images name.
             for line in pack.lines().iter().rev() {
-                known.put(line.hash, 1, (*number, line.ordinal));
+                known.put(line.hash, 1, Known { pack: *number, ordinal: line.ordinal, whole: false });
             }
         }
         let next_pack = writing.first();
         let encoder = Encoder::new()?;
         let written = Written::default();
         let images = self.clone();
-        Ok(ImageWriter { images, pack: None, numbers: writing, next_pack, known, encoder, written })
+        let packs = Recent::new(READ_PACKS_MAX);
+        Ok(ImageWriter { images, pack: None, numbers: writing, next_pack, known, packs, encoder, written })
     }
 }
 
@@ -193,9 +210,9 @@ impl ImageWriter {
     /// Stores a chunk that is not stored yet.
     fn put(&mut self, kind: Kind, content: &[u8]) -> Result<ChunkRef, ImageError> {
         let hash = *blake3::hash(content).as_bytes();
-        if let Some((pack, ordinal)) = self.known.get(&hash) {
+        if let Some(name) = self.stored(hash) {
             self.written.known += 1;
-            return Ok(ChunkRef { hash, pack, ordinal });
+            return Ok(name);
         }
         let limit = self.images.shared.limits.pack_bytes_max.0.min(PACK_BYTES_MAX);
         if self.pack.as_ref().is_some_and(|pack| pack.end().0 >= limit) {
@@ -209,8 +226,30 @@ impl ImageWriter {
         let (header, stored) = self.encoder.encode(kind, name, content);
         pack.append(&header, &stored)?;
         self.written.chunks += 1;
-        self.known.put(hash, 1, (name.pack, name.ordinal));
+        self.known.put(hash, 1, Known { pack: name.pack, ordinal: name.ordinal, whole: true });
         Ok(name)
+    }
+
+    /// A chunk that is stored, and whole.
+    fn stored(&mut self, hash: [u8; 32]) -> Option<ChunkRef> {
+        let Known { pack, ordinal, whole } = self.known.get(&hash)?;
+        let name = ChunkRef { hash, pack, ordinal };
+        if whole || self.is_whole(&name) {
+            self.known.put(hash, 1, Known { pack, ordinal, whole: true });
+            return Some(name);
+        }
+        None
+    }
+
+    /// What cannot be read now is stored again, whatever is wrong.
+    fn is_whole(&mut self, name: &ChunkRef) -> bool {
+        let pack = match self.packs.get(&name.pack) {
+            Some(pack) => Ok(pack),
+            None => self.images.open_pack(name.pack).map(Arc::new),
+        };
+        let Ok(pack) = pack else { return false };
+        self.packs.put(name.pack, 1, Arc::clone(&pack));
+        pack.chunk(name).is_ok()
     }
 
     fn begin_pack(&mut self) -> Result<PackWriter, ImageError> {
