@@ -4,6 +4,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use backtide_agent_api::router;
 use backtide_control::{Address, BindError, ErrorCode, Server};
+use backtide_export::{Directory, NbdUri};
 use backtide_socket::Sockets;
 use backtide_storage::{RealStorage, Storage};
 use tokio::{sync::oneshot, task::JoinHandle};
@@ -15,6 +16,7 @@ use crate::{
     registry::Registry,
     restart::Restart,
     service::Service,
+    shared_socket::{Accepting, SHARED_PURPOSE, SharedSocket},
     watch,
 };
 
@@ -37,6 +39,7 @@ pub struct Agent {
     restoring: Option<JoinHandle<()>>,
     restart: Arc<Restart>,
     sockets: Sockets,
+    shared: Option<(SharedSocket, Accepting)>,
 }
 
 /// Why an agent does not start.
@@ -72,6 +75,14 @@ pub enum AgentError {
     /// The control API cannot be served.
     #[error("cannot serve the control API: {0}")]
     Api(#[from] BindError),
+    /// The socket that all disks share cannot be served.
+    #[error("cannot serve every disk at {uri}")]
+    Nbd {
+        /// Where it is to be.
+        uri: String,
+        /// Why.
+        source: backtide_export::BindError,
+    },
 }
 
 impl AgentError {
@@ -82,6 +93,13 @@ impl AgentError {
             Self::State { .. } | Self::Run { .. } => ErrorCode::Failed,
             Self::Locked { .. } => ErrorCode::Locked,
             Self::Api(error) => error.code(),
+            Self::Nbd { source, .. } => match source {
+                backtide_export::BindError::InUse(_) | backtide_export::BindError::NotASocket(_) => {
+                    ErrorCode::Locked
+                }
+                backtide_export::BindError::Tls(_) => ErrorCode::Usage,
+                backtide_export::BindError::Io { .. } => ErrorCode::Failed,
+            },
         }
     }
 }
@@ -128,9 +146,19 @@ impl Agent {
         let api = server.address().clone();
         let storage: Arc<dyn Storage> = Arc::new(storage);
         let records = Records::new(Arc::clone(&storage)).with_spill(spill);
-        let registry = Registry::new(&config, records, sockets.clone());
-        registry.forget_other_sockets(&[API_PURPOSE]).await.map_err(state)?;
+        let shared_uri = config.shared_uri().map_err(AgentError::Config)?;
+        let exports = Directory::new(shared_uri.as_ref().map_or("", |uri| &uri.export));
+        let registry = Registry::new(&config, records, sockets.clone(), exports.clone());
+        let purposes = [API_PURPOSE, SHARED_PURPOSE];
+        registry
+            .forget_other_sockets(&purposes[..1 + usize::from(shared_uri.is_some())])
+            .await
+            .map_err(state)?;
         // Before anything is served that its failure would end.
+        let shared = match shared_uri {
+            Some(uri) => Some(share(uri, &config, &sockets, exports).await?),
+            None => None,
+        };
         let settings = mounts::Settings {
             storage,
             run: config.run.clone(),
@@ -145,14 +173,17 @@ impl Agent {
             false => None,
         };
         let restart = Arc::new(Restart::new(successor, restart_failure));
-        let router = router(Service::new(Arc::clone(&registry), Arc::clone(&mounts), Arc::clone(&restart)));
+        let nbd_listen = shared.as_ref().map(|(_, accepting)| accepting.uri.to_string());
+        let service =
+            Service::new(Arc::clone(&registry), Arc::clone(&mounts), Arc::clone(&restart), nbd_listen);
+        let router = router(service);
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.run(router, async move {
             // Dropped or sent: both mean the end.
             let _ = stopped.await;
         }));
         tracing::info!(%api, state = directory, "agent started");
-        Ok(Self { registry, mounts, api, stop, serving, restoring, restart, sockets })
+        Ok(Self { registry, mounts, api, stop, serving, restoring, restart, sockets, shared })
     }
 
     /// Where the control API is.
@@ -180,6 +211,8 @@ impl Agent {
     /// # Errors
     /// When a disk stands still.
     pub async fn hand_over(mut self) -> Result<(), Box<Self>> {
+        // Who comes from now on waits for the successor, instead of hearing that there is no such disk.
+        let shared = self.end_shared().await;
         if let Err(error) = self.registry.hand_over().await {
             tracing::error!(error = error.message, "the agent is not restarted");
             self.restart.failed(&error.message);
@@ -187,6 +220,7 @@ impl Agent {
                 restoring.abort();
             }
             self.restoring = Some(tokio::spawn(Arc::clone(&self.registry).restore_at_once()));
+            self.shared = share_again(shared).await;
             return Err(Box::new(self));
         }
         if let Some(restoring) = self.restoring {
@@ -202,13 +236,14 @@ impl Agent {
 
     /// Ends every disk in good order, then the API. The next agent with this state directory
     /// attaches them again.
-    pub async fn shutdown(self) {
+    pub async fn shutdown(mut self) {
         if let Some(notifier) = self.sockets.notifier() {
             notifier.tell("STOPPING=1\nSTATUS=detaching the disks");
         }
-        if let Some(restoring) = self.restoring {
+        if let Some(restoring) = self.restoring.take() {
             restoring.abort();
         }
+        self.end_shared().await;
         self.registry.shut_down().await;
         self.mounts.end(Leaving::ForGood).await;
         let _ = self.stop.send(());
@@ -217,5 +252,39 @@ impl Agent {
         }
         self.sockets.close();
         tracing::info!("agent ended");
+    }
+}
+
+impl Agent {
+    /// Accepts nobody any more at the socket that all disks share; what it takes to accept again.
+    async fn end_shared(&mut self) -> Option<SharedSocket> {
+        let (socket, accepting) = self.shared.take()?;
+        accepting.end().await;
+        Some(socket)
+    }
+}
+
+/// Serves every disk at `uri`, those that are attached from now on.
+async fn share(
+    uri: NbdUri,
+    config: &Config,
+    sockets: &Sockets,
+    directory: Directory,
+) -> Result<(SharedSocket, Accepting), AgentError> {
+    let (limits, sockets, named) = (config.nbd, sockets.clone(), uri.to_string());
+    let socket = SharedSocket { uri, limits, sockets, directory };
+    let accepting = socket.accept().await.map_err(|source| AgentError::Nbd { uri: named, source })?;
+    Ok((socket, accepting))
+}
+
+/// Accepts again at a socket that was given up for a successor that did not come.
+async fn share_again(socket: Option<SharedSocket>) -> Option<(SharedSocket, Accepting)> {
+    let socket = socket?;
+    match socket.accept().await {
+        Ok(accepting) => Some((socket, accepting)),
+        Err(error) => {
+            tracing::error!(nbd = %socket.uri, %error, "the disks are served at their own sockets only");
+            None
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use backtide_agent_api::{CacheMode, LimitsRequest, StreamTls};
 use backtide_control::Address;
-use backtide_export::NbdTls;
+use backtide_export::{NbdTls, NbdUri, shared_uri};
 use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,10 @@ pub struct Config {
     /// What each disk may spill. Default: 4 GiB, if there is a directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spill_size: Option<ByteCount>,
+    /// An NBD URI of a socket on which every disk is served by its name, beside those of their own. The export it names
+    /// is the default there; where it names none, the only disk is. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd_listen: Option<String>,
     /// TLS of disks whose NBD URI says nothing of it. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_tls: Option<NbdTls>,
@@ -88,7 +92,17 @@ impl Config {
     /// What cannot be, in a sentence.
     pub fn check(&self) -> Result<(), String> {
         self.limits.check().map_err(|why| format!("limits: {why}"))?;
+        self.shared_uri()?;
         self.spill().map(|_| ())
+    }
+
+    /// Where all disks are served, if anywhere.
+    ///
+    /// # Errors
+    /// When it is no NBD URI.
+    pub(crate) fn shared_uri(&self) -> Result<Option<NbdUri>, String> {
+        let uri = self.nbd_listen.as_ref().map(|text| shared_uri(text, self.nbd_tls.as_ref()));
+        uri.transpose().map_err(|error| format!("nbd_listen: {error}"))
     }
 
     /// Where spills are, if anywhere.
@@ -155,6 +169,7 @@ mod tests {
             (r#", "limits": {"window_bytes": 0}"#, "limits: the retained window"),
             (r#", "limits": {"activity_extent_bytes": 65537}"#, "limits: an extent of the activity log"),
             (r#", "spill_size": 1048576"#, "no spill_dir"),
+            (r#", "nbd_listen": "/run/disks.nbd""#, "nbd_listen: expected nbd://host:port/export"),
         ] {
             let why = config(more).check().unwrap_err();
             assert!(why.contains(part), "{why}");

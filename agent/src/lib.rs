@@ -17,6 +17,7 @@ mod record;
 mod registry;
 mod restart;
 mod service;
+mod shared_socket;
 mod spill;
 mod successor;
 mod watch;

@@ -25,7 +25,7 @@ use std::{
 
 use backtide_agent_api::{AttachRequest, CacheMode, DiskStatus, ImageFormat, Limits, StreamTls};
 use backtide_control::{Address, ApiError, ErrorCode};
-use backtide_export::{NbdAddress, NbdTls, NbdUri};
+use backtide_export::{Directory, NbdAddress, NbdTls, NbdUri};
 use backtide_socket::Sockets;
 use backtide_units::{ByteCount, DiskId, DiskName};
 use tokio::{
@@ -67,6 +67,8 @@ pub(crate) struct Registry {
     sources: Arc<dyn Sources>,
     /// The disks' listening sockets.
     sockets: Sockets,
+    /// What the socket offers that all of them share.
+    directory: Directory,
     /// Disks opened at once at the start.
     opening: Semaphore,
     /// Disks that could not be attached again, as the status tells of them.
@@ -109,7 +111,12 @@ struct Attached {
 }
 
 impl Registry {
-    pub(crate) fn new(config: &Config, records: Records, sockets: Sockets) -> Arc<Self> {
+    pub(crate) fn new(
+        config: &Config,
+        records: Records,
+        sockets: Sockets,
+        directory: Directory,
+    ) -> Arc<Self> {
         Arc::new(Self {
             places: Places::of(config),
             records,
@@ -122,6 +129,7 @@ impl Registry {
             claims: Arc::default(),
             sources: Arc::new(Remote),
             sockets,
+            directory,
             opening: Semaphore::new(OPENING_MAX),
             failing: RwLock::default(),
             restoring: Mutex::default(),
@@ -340,7 +348,8 @@ impl Registry {
         let in_place = opened.in_place.clone();
         let resume = opened.resume.clone();
         let (direct_block, takes_blocks) = (opened.behind.direct_block(), opened.behind.takes_blocks());
-        match disk::start(opened, self.records.clone(), nbd, self.sockets.clone()).await {
+        let entrance = disk::Entrance { nbd, sockets: self.sockets.clone(), shared: self.directory.clone() };
+        match disk::start(opened, self.records.clone(), entrance).await {
             Ok(handle) => {
                 // Known from now on, also when the disk stands still one day.
                 let _ = handle.status().await;

@@ -37,12 +37,19 @@ pub(crate) struct Service {
     /// One mark at a time: two that hold disks in different orders would wait for each other.
     marking: Arc<Mutex<()>>,
     changes: Changes,
+    /// Where every disk is served.
+    nbd_listen: Option<String>,
 }
 
 impl Service {
-    pub(crate) fn new(registry: Arc<Registry>, mounts: Arc<Mounts>, restart: Arc<Restart>) -> Arc<Self> {
+    pub(crate) fn new(
+        registry: Arc<Registry>,
+        mounts: Arc<Mounts>,
+        restart: Arc<Restart>,
+        nbd_listen: Option<String>,
+    ) -> Arc<Self> {
         let (marking, changes) = (Arc::default(), Changes::default());
-        Arc::new(Self { registry, mounts, restart, marking, changes })
+        Arc::new(Self { registry, mounts, restart, marking, changes, nbd_listen })
     }
 
     async fn ask<T>(
@@ -88,6 +95,7 @@ impl AgentService for Service {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             instance: self.restart.instance.to_string(),
             restart_failure: self.restart.failure(),
+            nbd_listen: self.nbd_listen.clone(),
             disks,
         };
         let disks = match disk {

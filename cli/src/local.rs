@@ -96,6 +96,7 @@ impl Local {
             io_engine: backtide_agent::IoEngine::default(),
             spill_dir: None,
             spill_size: None,
+            nbd_listen: None,
             nbd_tls: self.nbd_tls.clone(),
             stream_tls: None,
             nbd: Default::default(),

@@ -6,7 +6,7 @@ use std::{
 };
 
 use backtide_control::Address;
-use backtide_export::NbdTls;
+use backtide_export::{NbdTls, NbdUri, shared_uri};
 use backtide_recovery::{CacheLimits, Compression, LogOptions};
 use backtide_tls::WhichDisks;
 use backtide_units::ByteCount;
@@ -36,6 +36,10 @@ pub struct Config {
     /// How long history is kept.
     #[serde(default)]
     pub retention: Retention,
+    /// An NBD URI of a socket on which every mount is served by its id, beside those of their own. The export it names
+    /// is the default there; where it names none, the only mount is. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd_listen: Option<String>,
     /// TLS of mounts whose NBD URI says nothing of it. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_tls: Option<NbdTls>,
@@ -239,6 +243,7 @@ impl Config {
             api: None,
             limits: Limits::default(),
             retention: Retention::default(),
+            nbd_listen: None,
             nbd_tls: None,
             nbd: backtide_export::Limits::default(),
             stream_tls: None,
@@ -259,6 +264,15 @@ impl Config {
     /// Where the control API is served.
     pub fn api_address(&self) -> Address {
         self.api.clone().unwrap_or_else(|| self.socket("receiver.sock"))
+    }
+
+    /// Where all mounts are served, if anywhere.
+    ///
+    /// # Errors
+    /// When it is no NBD URI; a sentence.
+    pub fn shared_uri(&self) -> Result<Option<NbdUri>, String> {
+        let uri = self.nbd_listen.as_ref().map(|text| shared_uri(text, self.nbd_tls.as_ref()));
+        uri.transpose().map_err(|error| format!("nbd_listen: {error}"))
     }
 
     fn socket(&self, name: &str) -> Address {

@@ -16,7 +16,7 @@ use std::{
 };
 
 use backtide_export::{
-    BindError, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, dirty_bitmap,
+    BindError, Directory, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, dirty_bitmap,
 };
 use backtide_overlay::{Overlay, OverlayId};
 use backtide_receiver_api::{
@@ -103,6 +103,8 @@ pub(crate) enum PlanOverlay {
 pub(crate) struct MountThread {
     pub(crate) orders: mpsc::Sender<Order>,
     pub(crate) thread: JoinHandle<()>,
+    /// Where every mount is served.
+    pub(crate) shared: Option<NbdUri>,
 }
 
 struct Mounted {
@@ -133,6 +135,8 @@ pub(crate) struct Serving {
     pub(crate) writers: Pool,
     /// Of which ids are made.
     pub(crate) numbers: MountNumbers,
+    /// What the socket offers that all of them share.
+    pub(crate) directory: Directory,
 }
 
 struct Table {
@@ -144,17 +148,45 @@ struct Table {
     mounted: RefCell<BTreeMap<String, Mounted>>,
 }
 
-/// Starts the mounts' thread.
-pub(crate) fn start(serving: Serving) -> io::Result<MountThread> {
+/// Starts the mounts' thread, which serves all of them at `shared` too.
+///
+/// # Errors
+/// When there can be no thread; within, when the shared socket cannot be had.
+pub(crate) async fn start(
+    serving: Serving,
+    shared: Option<NbdUri>,
+) -> io::Result<Result<MountThread, BindError>> {
+    let (ready, is_ready) = oneshot::channel();
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let body = move || {
         let table =
             Table { begun: Cell::new(0), settling: RefCell::default(), serving, mounted: RefCell::default() };
-        LocalSet::new().block_on(&runtime, Rc::new(table).serve(inbox));
+        LocalSet::new().block_on(&runtime, async move {
+            // Ends with the thread: it has no clients of its own.
+            let _shared = match share(&table.serving, shared).await {
+                Ok(shared) => {
+                    let uri = shared.as_ref().map(|(uri, _)| uri.clone());
+                    drop(ready.send(Ok(uri)));
+                    shared
+                }
+                Err(error) => return drop(ready.send(Err(error))),
+            };
+            Rc::new(table).serve(inbox).await;
+        });
     };
     let thread = std::thread::Builder::new().name("mounts".to_owned()).spawn(body)?;
-    Ok(MountThread { orders, thread })
+    let started = is_ready.await.map_err(|_| io::Error::other("the thread ended at its start"))?;
+    Ok(started.map(|shared| MountThread { orders, thread, shared }))
+}
+
+/// Serves what the directory has at `uri`; where that is, with the port that was found for it.
+async fn share(serving: &Serving, uri: Option<NbdUri>) -> Result<Option<(NbdUri, Server)>, BindError> {
+    let Some(uri) = uri else { return Ok(None) };
+    let listener = Listener::bind_uri(&uri, serving.nbd.socket_mode).await?;
+    let uri = NbdUri { address: listener.address().clone(), ..uri };
+    tracing::info!(nbd = %uri, "every mount is served here too");
+    Ok(Some((uri, listener.serve_directory(serving.directory.clone(), serving.nbd))))
 }
 
 impl Table {
@@ -260,7 +292,8 @@ impl Table {
                 (Some(overlay), OneExport(Rc::new(export)))
             }
         };
-        let server = listener.serve(Rc::new(export), self.serving.nbd);
+        let mut server = listener.serve(Rc::new(export), self.serving.nbd);
+        server.offer_in(&self.serving.directory, &id, &plan.disk.name);
         tracing::info!(mount = id, disk = %plan.disk.uuid, lsn = %plan.at.lsn, %uri, "mounted");
         let (disk, at, since) = (plan.disk, plan.at, clock::now());
         let mounted = Mounted { id: id.clone(), disk, at, size, uri, since, overlay, changed_since, server };
@@ -290,6 +323,7 @@ impl Table {
         let mounted = self.mounted.borrow_mut().remove(&id);
         if let Some(mounted) = mounted {
             tracing::info!(mount = id, "the mount's client has gone");
+            self.serving.directory.forget(&id);
             mounted.end(self.serving.writers.clone()).await;
         }
     }
@@ -361,6 +395,7 @@ impl Table {
 
     async fn end_and_settle(&self, mounted: Mounted, fate: Option<OverlayFate>) -> Result<Mount, ApiError> {
         let (overlays, id) = (self.serving.overlays.clone(), mounted.id.clone());
+        self.serving.directory.forget(&id);
         let ended = mounted.end(self.serving.writers.clone()).await;
         let done = match fate {
             None => return Ok(ended),

@@ -11,6 +11,7 @@ use std::{
 };
 
 use backtide_control::{Address, Server};
+use backtide_export::Directory;
 use backtide_overlay::{Budget, OverlayOptions};
 use backtide_recovery::LogCache;
 use backtide_storage::{RealStorage, Storage};
@@ -67,6 +68,17 @@ pub enum StartError {
     /// The default retention is none.
     #[error("{0}")]
     Retention(String),
+    /// Where every mount is to be served is no NBD URI.
+    #[error("{0}")]
+    NbdUri(String),
+    /// The socket that all mounts share cannot be served.
+    #[error("cannot serve every mount at {uri}")]
+    Nbd {
+        /// Where it is to be.
+        uri: String,
+        /// Why.
+        source: backtide_export::BindError,
+    },
     /// The control API's address cannot be listened at.
     #[error(transparent)]
     Api(#[from] backtide_control::BindError),
@@ -136,6 +148,7 @@ impl Receiver {
             .default
             .parse()
             .map_err(|error: LadderError| StartError::Retention(error.to_string()))?;
+        let shared_uri = config.shared_uri().map_err(StartError::NbdUri)?;
         let limits = config.limits.clone();
         let run_dir = config.run_dir();
         make_dir(&run_dir)?;
@@ -193,8 +206,13 @@ impl Receiver {
             overlays: overlays.clone(),
             writers,
             numbers: MountNumbers::open(Arc::clone(&storage), clock::now()),
+            directory: Directory::new(shared_uri.as_ref().map_or("", |uri| &uri.export)),
         };
-        let mounts = mounts::start(serving).map_err(|source| failed("start the mounts' thread", source))?;
+        let nbd = shared_uri.as_ref().map(ToString::to_string).unwrap_or_default();
+        let mounts = mounts::start(serving, shared_uri)
+            .await
+            .map_err(|source| failed("start the mounts' thread", source))?
+            .map_err(|source| StartError::Nbd { uri: nbd, source })?;
         let tasks: Vec<_> = ingest.iter().map(|thread| thread.tasks.clone()).collect();
         let keeper = Keeper::start(
             shelf.clone(),
@@ -221,6 +239,7 @@ impl Receiver {
             scrub: Arc::clone(&scrub),
             findings,
             listen: listen.clone(),
+            nbd_listen: mounts.shared.as_ref().map(ToString::to_string),
             tls,
             images: shelf.cache.images(&shelf.storage),
             policies,

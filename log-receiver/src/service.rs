@@ -52,6 +52,8 @@ pub(crate) struct Service {
     pub(crate) scrub: Arc<Scrub>,
     pub(crate) findings: Findings,
     pub(crate) listen: Vec<Address>,
+    /// Where every mount is served.
+    pub(crate) nbd_listen: Option<String>,
     pub(crate) tls: Option<Arc<StreamServer>>,
     pub(crate) images: Images,
     pub(crate) policies: Policies,
@@ -89,6 +91,7 @@ impl ReceiverService for Service {
             store: self.store.display().to_string(),
             store_id: self.store_id.0.to_string(),
             listen: self.listen.clone(),
+            nbd_listen: self.nbd_listen.clone(),
             certificate: self.tls.as_ref().and_then(|tls| certificate(tls)),
             log_bytes: ByteCount(facts.iter().map(|facts| facts.log_bytes.0).sum()),
             free_bytes: free.unwrap_or_default(),

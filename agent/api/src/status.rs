@@ -19,6 +19,9 @@ pub struct AgentStatus {
     /// Why the last restart that was asked for came to nothing, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restart_failure: Option<String>,
+    /// The NBD URI at which every disk is served by its name, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd_listen: Option<String>,
     /// The disks, sorted by name.
     pub disks: Vec<DiskStatus>,
 }

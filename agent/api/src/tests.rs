@@ -151,6 +151,7 @@ impl AgentService for Fake {
             version: "1".to_owned(),
             instance: "one".to_owned(),
             restart_failure: None,
+            nbd_listen: None,
             disks: vec![one],
         })
     }

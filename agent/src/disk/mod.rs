@@ -48,7 +48,7 @@ pub(crate) use open::{OpenError, Opened, activity_limits, open};
 pub(crate) use start_error::{behind_error, start_error};
 pub(crate) use status::{given_up, not_attached};
 pub(crate) use terms::Terms;
-pub(crate) use thread::{Command, nbd_purpose, start};
+pub(crate) use thread::{Command, Entrance, nbd_purpose, start};
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -2,7 +2,7 @@
 
 use std::{path::Path, rc::Rc, sync::Arc, time::Duration};
 
-use backtide_export::{Client, NbdAddress, NbdUri};
+use backtide_export::{Client, Directory, NbdAddress, NbdUri};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, MarkError};
 use backtide_socket::Sockets;
 use backtide_storage::RealStorage;
@@ -13,7 +13,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Command, DiskHandle, InPlace, Leaving, nbd_disk::NbdDisk, open, start};
+use super::{Command, DiskHandle, Entrance, InPlace, Leaving, nbd_disk::NbdDisk, open, start};
 use crate::{
     claims::Identity,
     record::{DiskRecord, ImageStamp, Records},
@@ -50,7 +50,9 @@ impl Started {
         let address = NbdAddress::Unix(directory.join("vm1.nbd"));
         let nbd = NbdUri { address, export: "vm1".to_owned(), tls: None };
         let sockets = Sockets::default();
-        let handle = start(opened, records, nbd.clone(), sockets.clone()).await.unwrap();
+        let (nbd_uri, kept, shared) = (nbd.clone(), sockets.clone(), Directory::new(""));
+        let entrance = Entrance { nbd: nbd_uri, sockets: kept, shared };
+        let handle = start(opened, records, entrance).await.unwrap();
         Self { handle, nbd, sockets }
     }
 

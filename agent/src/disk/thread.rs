@@ -3,7 +3,7 @@
 use std::{io, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::{DiskStatus, LimitsChange, MarkState, VerifyStatus};
-use backtide_export::{BindError, Listener, NbdUri, Server};
+use backtide_export::{BindError, Directory, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
 use backtide_socket::Sockets;
 use backtide_storage::KillPoint;
@@ -94,18 +94,27 @@ pub(super) struct Disk {
     pub(super) life: Life,
 }
 
-/// Starts the thread of an opened disk, serving it at `nbd`. Returns when clients can connect.
+/// Where a disk's clients come in.
+pub(crate) struct Entrance {
+    /// Its own socket ...
+    pub(crate) nbd: NbdUri,
+    /// ... which is kept here.
+    pub(crate) sockets: Sockets,
+    /// It is found here by clients of the socket that all disks share.
+    pub(crate) shared: Directory,
+}
+
+/// Starts the thread of an opened disk, serving it at `entrance`. Returns when clients can connect.
 pub(crate) async fn start(
     opened: Opened,
     records: Records,
-    nbd: NbdUri,
-    sockets: Sockets,
+    entrance: Entrance,
 ) -> Result<DiskHandle, StartError> {
     let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
     let (ready, started) = oneshot::channel();
     std::thread::Builder::new()
         .name(format!("disk-{}", opened.record.name))
-        .spawn(move || run(opened, records, (nbd, sockets), inbox, ready))
+        .spawn(move || run(opened, records, entrance, inbox, ready))
         .map_err(StartError::Thread)?;
     match started.await {
         Ok(Ok(())) => Ok(DiskHandle::new(commands)),
@@ -117,7 +126,7 @@ pub(crate) async fn start(
 fn run(
     opened: Opened,
     records: Records,
-    nbd: (NbdUri, Sockets),
+    entrance: Entrance,
     inbox: mpsc::Receiver<Command>,
     ready: oneshot::Sender<Result<(), StartError>>,
 ) {
@@ -127,7 +136,7 @@ fn run(
     };
     let tasks = tokio::task::LocalSet::new();
     tasks.block_on(&runtime, async move {
-        match Disk::begin(opened, records, nbd).await {
+        match Disk::begin(opened, records, entrance).await {
             Ok(disk) => {
                 // Who started it may have given up; the disk is served until it is detached.
                 let _ = ready.send(Ok(()));
@@ -139,11 +148,8 @@ fn run(
 }
 
 impl Disk {
-    async fn begin(
-        opened: Opened,
-        records: Records,
-        (nbd, sockets): (NbdUri, Sockets),
-    ) -> Result<Self, StartError> {
+    async fn begin(opened: Opened, records: Records, entrance: Entrance) -> Result<Self, StartError> {
+        let Entrance { nbd, sockets, shared } = entrance;
         let (limits, spill) = (opened.nbd, opened.spill);
         let Opened { record, behind, settings, resume, tracking, io_engine, known_until, tls, .. } = opened;
         let (medium, image) = match behind {
@@ -192,7 +198,8 @@ impl Disk {
         let listener = listener.for_disk(record.name.clone());
         let nbd = NbdUri { address: listener.address().clone(), ..nbd };
         let export = DiskExport::new(Rc::clone(&engine));
-        let server = listener.serve(Rc::new(OneExport(export)), limits);
+        let mut server = listener.serve(Rc::new(OneExport(export)), limits);
+        server.offer_in(&shared, record.name.as_str(), &record.name);
         let stream =
             Stream::new(Rc::clone(&engine), Dialer::new(record.receiver.clone(), tls), Terms::of(&record));
         tokio::task::spawn_local(Rc::clone(&engine).keep_time());

@@ -50,7 +50,7 @@ impl Registry {
             Ok(Ok(status)) => Ok(status),
         };
         let attached = self.disks.write().await.remove(&name);
-        self.sockets.forget(&disk::nbd_purpose(&name));
+        self.forget_sockets(&name);
         let left = match attached {
             Some(Attached { qcow2, place, .. }) => Left::end(qcow2, place.map(Place::into_image)).await,
             None => Left::ByItsDisk,
@@ -81,7 +81,7 @@ impl Registry {
     /// A disk whose attach failed is not attached again at the next start.
     pub(super) async fn forget_attached(&self, name: &DiskName) {
         self.failing.write().await.remove(name);
-        self.sockets.forget(&disk::nbd_purpose(name));
+        self.forget_sockets(name);
         let forget = |record: DiskRecord| record.attached.then_some(DiskRecord { attached: false, ..record });
         if let Err(error) = self.records.change_aside(name, forget).await {
             tracing::error!(disk = %name, %error, "cannot save the disk's record");

@@ -115,7 +115,7 @@ impl Registry {
             .await
             .map_err(|error| failed(&error).with_hint("it would be attached again at the next start"))?;
         self.failing.write().await.remove(&known.name);
-        self.sockets.forget(&disk::nbd_purpose(&known.name));
+        self.forget_sockets(&known.name);
         tracing::info!(disk = %known.name, "disk given up: it could not be attached again");
         Ok(Some(disk::given_up(known)))
     }
@@ -156,11 +156,19 @@ impl Registry {
         }
     }
 
-    /// Lets go of listening sockets that were kept for disks which are attached no more: an agent may
+    /// Lets go of what clients reach a disk by that is attached no more.
+    pub(super) fn forget_sockets(&self, name: &DiskName) {
+        self.sockets.forget(&disk::nbd_purpose(name));
+        self.directory.forget(name.as_str());
+    }
+
+    /// Lets clients of disks wait that were attached when the agent ended, at the socket that all share. Lets go of
+    /// listening sockets that were kept for disks which are attached no more: an agent may
     /// have died between the end of a disk and that of its socket.
     pub(crate) async fn forget_other_sockets(&self, others: &[&str]) -> std::io::Result<()> {
         let attached = self.records.load_all_aside().await?.into_iter().filter(|record| record.attached);
-        let mut purposes: Vec<String> = attached.map(|record| disk::nbd_purpose(&record.name)).collect();
+        let expected = attached.inspect(|record| self.directory.expect(record.name.as_str()));
+        let mut purposes: Vec<String> = expected.map(|record| disk::nbd_purpose(&record.name)).collect();
         purposes.extend(others.iter().map(|purpose| (*purpose).to_owned()));
         self.sockets.forget_others(&purposes);
         Ok(())

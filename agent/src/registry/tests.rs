@@ -20,13 +20,14 @@ fn registry(directory: &Path) -> Arc<Registry> {
         io_engine: IoEngine::default(),
         spill_dir: None,
         spill_size: None,
+        nbd_listen: None,
         nbd_tls: None,
         stream_tls: None,
         nbd: Default::default(),
         mounts: Default::default(),
     };
     let storage = Arc::new(RealStorage::open(&config.state).unwrap());
-    Registry::new(&config, Records::new(storage), Sockets::default())
+    Registry::new(&config, Records::new(storage), Sockets::default(), Directory::new(""))
 }
 
 /// A server that tells no time is believed only because the agent ended in good order with the disk

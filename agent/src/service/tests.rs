@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use backtide_agent_api::{AgentService, MarkRequest, MarkState};
+use backtide_export::Directory;
 use backtide_storage::{RealStorage, Storage};
 use backtide_units::{CaptureTime, Lsn};
 use tokio::sync::mpsc;
@@ -26,6 +27,7 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         io_engine: crate::config::IoEngine::default(),
         spill_dir: None,
         spill_size: None,
+        nbd_listen: None,
         nbd_tls: None,
         stream_tls: None,
         nbd: Default::default(),
@@ -33,11 +35,11 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
     };
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(&config.state).unwrap());
     let sockets = backtide_socket::Sockets::default();
-    let registry = Registry::new(&config, Records::new(Arc::clone(&storage)), sockets);
+    let registry = Registry::new(&config, Records::new(Arc::clone(&storage)), sockets, Directory::new(""));
     let (run, nbd, nbd_tls, sources) = (config.run, config.nbd, None, registry.sources());
     let limits = config.mounts;
     let mounts = Mounts::start(mounts::Settings { storage, run, nbd, nbd_tls, limits, sources }).unwrap();
-    Service::new(registry, Arc::new(mounts), Arc::new(Restart::new(None, None)))
+    Service::new(registry, Arc::new(mounts), Arc::new(Restart::new(None, None)), None)
 }
 
 fn name(text: &str) -> DiskName {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use backtide_control::{Address, ApiError, ErrorCode};
+use backtide_export::BindError;
 use backtide_log_receiver::{Config, ListenError, StartError, StoreFileError};
 use backtide_receiver_api::{ReceiverStatus, StoreGrowth};
 use clap::{Args, Subcommand};
@@ -56,6 +57,10 @@ pub(crate) struct Run {
     /// unix:/run/backtide/receiver.sock for root, else $XDG_RUNTIME_DIR/backtide/receiver.sock]
     #[arg(long, value_name = "ADDR", env = "BACKTIDE_RECEIVER", hide_env_values = true)]
     api: Option<Address>,
+    /// Serve every mount by its id on this socket too, an NBD URI; the export it names is the default
+    /// there, else the only mount is [default: each on a socket of its own]
+    #[arg(long, value_name = "URI", env = "BACKTIDE_RECEIVER_NBD_LISTEN", hide_env_values = true)]
+    nbd_listen: Option<String>,
     #[command(flatten)]
     stream_tls: ReceiverTlsFlags,
     #[command(flatten)]
@@ -114,10 +119,12 @@ impl Run {
         settings.directory("store")?;
         settings.directory("run")?;
         self.stream_tls.apply(&mut settings)?;
+        settings.set("nbd_listen", self.nbd_listen)?;
         self.nbd_mode.apply(&mut settings)?;
         self.nbd_tls.apply(&mut settings)?;
         let config: Config = settings.config()?;
         config.nbd.check().map_err(wrong_usage)?;
+        config.shared_uri().map_err(wrong_usage)?;
         Ok(config)
     }
 }
@@ -130,7 +137,12 @@ pub(crate) fn start_failure(error: StartError) -> Failure {
         StartError::Listen(ListenError::Insecure(_)) => ErrorCode::Refused,
         StartError::Listen(ListenError::NoCertificates(_) | ListenError::Tls(_)) => ErrorCode::Usage,
         StartError::Store(error) => store_failure_code(error),
-        StartError::Retention(_) => ErrorCode::Usage,
+        StartError::Retention(_) | StartError::NbdUri(_) => ErrorCode::Usage,
+        StartError::Nbd { source, .. } => match source {
+            BindError::InUse(_) | BindError::NotASocket(_) => ErrorCode::Locked,
+            BindError::Tls(_) => ErrorCode::Usage,
+            BindError::Io { .. } => ErrorCode::Failed,
+        },
         StartError::Listen(ListenError::Io { .. }) | StartError::List(_) | StartError::Io { .. } => {
             ErrorCode::Failed
         }

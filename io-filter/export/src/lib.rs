@@ -5,8 +5,8 @@
 //! later. The other direction, [`Client`], is an NBD server used as a disk.
 //!
 //! Invariants:
-//! * One task per connection, on the thread that owns the disk; nothing here is shared between
-//!   threads on the server's side, so nothing is locked.
+//! * One task per connection, on the thread that owns the disk. Threads share nothing that a request needs, so none takes
+//!   a lock; a client of a [`Directory`] comes to its disk's thread when its handshake is done.
 //! * Requests and bytes in flight are bounded per connection by [`Limits`], also when the client
 //!   never reads its replies: above the limit nothing more is read.
 //! * Whoever only connects takes no place from clients that are served.
@@ -25,8 +25,8 @@ pub use backtide_tls::TlsError;
 pub use client::{Client, ClientOptions, ZeroOptions, list_exports};
 pub use error::{BindError, ClientError, ServeError};
 pub use export::{Export, Exports, Limits};
-pub use server::{Listener, Reply, Server, serve_connection};
-pub use tls::{ClientCertificates, NbdTls, ServerTls, TlsDemand};
+pub use server::{Directory, Listener, Reply, Server, serve_connection};
+pub use tls::{ClientCertificates, NbdTls, ServerTls, TlsDemand, shared_uri};
 
 pub use backtide_nbd::wire::dirty_bitmap;
 pub use backtide_nbd::{

@@ -15,7 +15,7 @@ use std::{
 };
 
 use backtide_nbd::server::TlsMode;
-use backtide_nbd::{NbdAddress, NbdUri, UriTls};
+use backtide_nbd::{NbdAddress, NbdUri, ParseUriError, UriTls};
 use backtide_tls::folder::{authorities, described, identity};
 use backtide_tls::{Reloading, Rights, Role, TlsError, WhichDisks};
 use backtide_units::DiskName;
@@ -65,6 +65,18 @@ impl NbdTls {
     }
 }
 
+/// Where `text` says that exports are served together, with TLS as configured unless it names its own.
+///
+/// # Errors
+/// When it is no NBD URI.
+pub fn shared_uri(text: &str, configured: Option<&NbdTls>) -> Result<NbdUri, ParseUriError> {
+    let uri: NbdUri = text.parse()?;
+    Ok(match configured {
+        Some(tls) => tls.unless_told(uri),
+        None => uri,
+    })
+}
+
 /// What a server wants of its clients under TLS.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ClientCertificates {
@@ -110,13 +122,17 @@ impl ServerTls {
         Self { disk: Some(disk), ..self }
     }
 
-    /// Whether a client of this chain, which was verified, may be served. One that was not asked for
-    /// a certificate may.
-    pub(crate) fn admit(&self, chain: Option<&[CertificateDer<'_>]>) -> Result<(), String> {
-        let (Some(disk), Some(chain)) = (&self.disk, chain) else { return Ok(()) };
-        let certificate =
-            described(chain).ok_or_else(|| "the client's certificate cannot be read".to_owned())?;
-        Rights::of(&certificate, WhichDisks::Any).check(disk)
+    /// For which disks a client of this chain, which was verified, speaks. One that was not asked for a certificate
+    /// speaks for all.
+    pub(crate) fn rights_of(chain: Option<&[CertificateDer<'_>]>) -> Rights {
+        let Some(chain) = chain else { return Rights::all() };
+        // One that cannot be read names no disk.
+        described(chain).map_or_else(Rights::none, |certificate| Rights::of(&certificate, WhichDisks::Any))
+    }
+
+    /// What is served, where that is one disk.
+    pub(crate) fn disk(&self) -> Option<&DiskName> {
+        self.disk.as_ref()
     }
 
     /// What the handshake is told.

@@ -8,8 +8,8 @@ use std::{
 };
 
 use backtide_export::{
-    Client, ClientCertificates, ClientError, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, ServerTls,
-    SocketMode, TlsDemand, TlsError, TlsMode, UriTls, list_exports,
+    Client, ClientCertificates, ClientError, Directory, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server,
+    ServerTls, SocketMode, TlsDemand, TlsError, TlsMode, UriTls, list_exports,
 };
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::Bytes;
@@ -171,6 +171,55 @@ fn a_client_whose_certificate_names_disks_is_served_no_other() {
             assert!(format!("{refused:?}").contains("no such export"), "{named}: {refused:?}");
         }
         server.shutdown(GRACE).await;
+    });
+}
+
+#[test]
+fn on_a_shared_socket_a_client_finds_the_disks_its_certificate_names() {
+    on_a_worker(async {
+        let place = Place::new();
+        let folder = certificates(&place, "pki");
+        let authority = authority();
+        std::fs::write(folder.join("ca-cert.pem"), authority.pem()).unwrap();
+        issue(&folder, "server", "localhost", &authority);
+        issue(&folder, "client", "client", &authority);
+        let directory = Directory::new("");
+        let mut servers = Vec::new();
+        for disk in ["db-1", "db-2", "web"] {
+            let path = place.path(disk);
+            std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+            let own = NbdAddress::Unix(place.path(&format!("{disk}.own")));
+            let file = FileExport::open(disk, &path, false).unwrap();
+            let mut server = Listener::bind(&own).await.unwrap().serve(Fixed::one(file), Limits::default());
+            server.offer_in(&directory, disk, &disk.parse().unwrap());
+            servers.push(server);
+        }
+        let tls = ServerTls::load(TlsMode::Required, &folder, ClientCertificates::Required).unwrap();
+        let listener = Listener::bind(&place.address()).await.unwrap().with_tls(tls);
+        let _front = listener.serve_directory(directory, Limits::default());
+        let of = |disk: &str| NbdUri { export: disk.to_owned(), ..secure(&place, &folder) };
+        // Whose certificate names none may have all. What TLS has read goes along to the disk's server.
+        for (named, found) in [
+            (None, vec!["db-1", "db-2", "web"]),
+            (Some("db-*"), vec!["db-1", "db-2"]),
+            (Some("web"), vec!["web"]),
+            (Some("mail"), vec![]),
+        ] {
+            named.inspect(|disk| limit(&folder, disk, &authority));
+            let listed = list_exports(&of(""), &Default::default()).await.unwrap();
+            let listed: Vec<&str> = listed.iter().map(|export| export.name.as_str()).collect();
+            assert_eq!(listed, found, "{named:?}");
+            for disk in ["db-1", "db-2", "web"] {
+                if found.contains(&disk) {
+                    works(&of(disk)).await;
+                } else {
+                    let refused = Client::connect(&of(disk)).await.unwrap_err();
+                    assert!(format!("{refused:?}").contains("no such export"), "{named:?}: {refused:?}");
+                }
+            }
+            let default = Client::connect(&of("")).await;
+            assert_eq!(default.is_ok(), found.len() == 1, "{named:?}");
+        }
     });
 }
 

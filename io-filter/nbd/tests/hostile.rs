@@ -151,7 +151,7 @@ proptest! {
                     Ok(Step::Answered) => {}
                     Ok(Step::NeedMore) => break,
                     Ok(Step::StartTls) => machine.tls_started(),
-                    Ok(Step::Transmission(_) | Step::Closed) | Err(_) => break 'connection,
+                    Ok(Step::Transmission(_) | Step::Closed | Step::Awaited) | Err(_) => break 'connection,
                 }
                 prop_assert!(out.len() < 20_000);
             }

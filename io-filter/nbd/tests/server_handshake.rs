@@ -4,7 +4,7 @@ mod support;
 
 use backtide_nbd::server::Step;
 use backtide_nbd::{BlockSizes, ProtocolError, ReplyStyle, wire};
-use support::{SIZE, Server, contexts, go, option, option_replies, session, string};
+use support::{SIZE, Server, Unavailable, contexts, go, option, option_replies, session, string};
 use wire::{info, option as code, option_reply as reply};
 
 fn only_error(answers: &[(u32, Vec<u8>)]) -> u32 {
@@ -272,4 +272,38 @@ fn block_sizes_are_what_the_specification_allows() {
     ] {
         assert!(!valid(minimum, preferred, maximum), "{minimum} {preferred} {maximum}");
     }
+}
+
+#[test]
+fn an_option_about_an_export_that_is_awaited_is_left_until_it_is_there() {
+    for (asked, data) in [
+        (code::EXPORT_NAME, b"disk".to_vec()),
+        (code::INFO, go("disk", &[])),
+        (code::GO, go("disk", &[])),
+        (code::LIST_META_CONTEXT, contexts("disk", &[])),
+        (code::SET_META_CONTEXT, contexts("disk", &["base:allocation"])),
+    ] {
+        let mut server = Server::fixed();
+        server.answers(code::STRUCTURED_REPLY, &[]);
+        server.becomes(Unavailable::Awaited);
+        let others = [(code::LIST, vec![]), (code::INFO, go("golden", &[]))];
+        for (other, data) in others {
+            assert_eq!(server.answers(other, &data).last().unwrap().0, reply::ACK, "others do not wait");
+        }
+        let mut sent = option(asked, &data);
+        for _ in 0..2 {
+            let (written, step) = server.send(&sent);
+            assert_eq!((written, step), (vec![], Ok(Step::Awaited)), "option {asked}");
+            sent.clear();
+        }
+        server.recovers();
+        let (written, step) = server.send(&[]);
+        assert!(!written.is_empty(), "option {asked} is answered");
+        let begins = matches!(step, Ok(Step::Transmission(_)));
+        assert_eq!(begins, matches!(asked, code::EXPORT_NAME | code::GO), "option {asked}: {step:?}");
+    }
+    // A server that goes down does not let anybody wait.
+    let mut server = Server::fixed();
+    server.becomes(Unavailable::ShuttingDown);
+    assert_eq!(only_error(&server.answers(code::GO, &go("disk", &[]))), reply::ERR_SHUTDOWN);
 }

@@ -3,10 +3,10 @@
 mod support;
 
 use backtide_nbd::client::{self, Goal};
-use backtide_nbd::server::{Step, TlsMode, Unavailable};
+use backtide_nbd::server::{Step, TlsMode};
 use backtide_nbd::{Intake, ProtocolError, ReplyStyle, wire};
 use bytes::BytesMut;
-use support::{Server, contexts, feed, go, option, option_replies, option_reply};
+use support::{Server, Unavailable, contexts, feed, go, option, option_replies, option_reply};
 use wire::{option as code, option_reply as reply};
 
 /// A server after the flags of a usual client.
@@ -152,6 +152,8 @@ fn a_full_server_answers_but_begins_no_transmission() {
     }
     let (_, step) = server.send(&option(code::EXPORT_NAME, b"disk"));
     assert!(matches!(step, Err(ProtocolError::ExportNameRefused(_))), "{step:?}");
+    // One export is full, and no other.
+    assert_eq!(answer(&mut full(TlsMode::Off), code::INFO, &go("golden", &[])), reply::ACK);
     // Whether it is full is nobody's business before TLS.
     let mut server = full(TlsMode::Required);
     assert_eq!(answer(&mut server, code::GO, &go("disk", &[])), reply::ERR_TLS_REQD);

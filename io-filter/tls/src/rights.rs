@@ -39,6 +39,11 @@ impl Rights {
         Self::default()
     }
 
+    /// For no disk: of a peer whose certificate cannot be read.
+    pub fn none() -> Self {
+        Self { disks: Some(Vec::new()), subject: "somebody unknown".to_owned() }
+    }
+
     /// What a verified certificate gives.
     pub fn of(certificate: &Certificate, otherwise: WhichDisks) -> Self {
         let named: Vec<String> =
@@ -111,7 +116,7 @@ mod tests {
         }
         assert!(allowed(&rights(&["*"], WhichDisks::Named), "vm1"));
         assert!(allowed(&rights(&[], WhichDisks::Any), "vm1"));
-        assert!(allowed(&Rights::all(), "vm1"));
+        assert!(allowed(&Rights::all(), "vm1") && !allowed(&Rights::none(), "vm1"));
         let none = rights(&[], WhichDisks::Named).check(&"vm1".parse().unwrap()).unwrap_err();
         assert!(none.contains("kvm-3 names no disk"), "{none}");
         let other = some.check(&"web".parse().unwrap()).unwrap_err();

@@ -17,6 +17,9 @@ pub struct ReceiverStatus {
     pub store_id: String,
     /// Where streams are taken, with real ports.
     pub listen: Vec<Address>,
+    /// The NBD URI at which every mount is served by its id, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd_listen: Option<String>,
     /// The certificate that streams under TLS are shown, when there are such.
     #[serde(default)]
     pub certificate: Option<CertificateStatus>,

@@ -121,6 +121,7 @@ impl ReceiverService for Fake {
             store: "/store".to_owned(),
             store_id: "s".to_owned(),
             listen: vec!["tcp://127.0.0.1:7300".parse().unwrap()],
+            nbd_listen: None,
             log_bytes: ByteCount(1),
             store_error: None,
             free_bytes: ByteCount(2),

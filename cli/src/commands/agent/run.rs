@@ -55,6 +55,10 @@ pub(crate) struct Run {
     spill_size: Option<ByteCount>,
     #[command(flatten)]
     stream_tls: AgentTlsFlags,
+    /// Serve every disk by its name on this socket too, an NBD URI; the export it names is the default
+    /// there, else the only disk is [default: each on a socket of its own]
+    #[arg(long, value_name = "URI", env = "BACKTIDE_NBD_LISTEN", hide_env_values = true)]
+    nbd_listen: Option<String>,
     #[command(flatten)]
     nbd_mode: NbdModeFlag,
     #[command(flatten)]
@@ -116,6 +120,7 @@ impl Run {
             settings.directory("spill_dir")?;
         }
         self.stream_tls.apply(&mut settings)?;
+        settings.set("nbd_listen", self.nbd_listen)?;
         self.nbd_mode.apply(&mut settings)?;
         self.nbd_tls.apply(&mut settings)?;
         let config: Config = settings.config()?;

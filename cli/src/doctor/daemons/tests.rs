@@ -13,6 +13,7 @@ fn receiver(free: u64) -> ReceiverStatus {
         store: "/srv/backtide".to_owned(),
         store_id: "5f0c9f54".to_owned(),
         listen: Vec::new(),
+        nbd_listen: None,
         certificate: None,
         log_bytes: ByteCount(0),
         store_error: None,

@@ -2,34 +2,30 @@
 //!
 //! Invariants: clients in their handshake and clients that are served have limits of their own,
 //! so that whoever only connects takes no place from a client that is served; a new client takes
-//! the place of the one that has been in its handshake for longest, never the other way round;
+//! the place of the one that has been in its handshake for longest, never the other way round; among those that are
+//! served only one that never asked for anything ever gives way (`seats.rs`);
 //! after [`Server::shutdown`] nothing of the server is left running.
 
-use std::{
-    cell::{Cell, RefCell},
-    collections::BTreeMap,
-    io,
-    pin::pin,
-    rc::Rc,
-    time::Duration,
-};
+use std::{cell::RefCell, collections::BTreeMap, io, pin::pin, rc::Rc, time::Duration};
 
 use backtide_nbd::NbdAddress;
 use tokio::task::{AbortHandle, JoinHandle};
 
+use super::adopt::Adopting;
 use super::connection::serve_until;
-use super::hangup::Hangup;
-use super::negotiate::{Gate, Stream, negotiate};
+use super::negotiate::{Choice, Gate, Negotiated, negotiate};
+use super::seats::{Seat, Seats};
 use super::stop::{Ending, Stop};
-use crate::{Exports, Limits, Listener, ServeError, ServerTls};
+use super::stream::Stream;
+use crate::{Export, Limits, Listener, ServeError, ServerTls};
 
 /// How long the accept loop waits after an error that is not about one connection, such as too
 /// many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-struct Shared {
-    exports: Rc<dyn Exports>,
-    limits: Limits,
+pub(super) struct Shared {
+    pub(super) choice: Choice,
+    pub(super) limits: Limits,
     tls: ServerTls,
     connections: RefCell<Connections>,
 }
@@ -40,15 +36,30 @@ struct Connections {
     open: BTreeMap<u64, Open>,
 }
 
+impl Shared {
+    /// Begins a connection: `serve` is its task. Its export is known if it had its handshake somewhere else.
+    pub(super) fn open<S: Future<Output = Result<(), ServeError>> + 'static>(
+        self: &Rc<Self>,
+        export: Option<String>,
+        serve: impl FnOnce(Entry, Rc<Stop>) -> S,
+    ) {
+        let mut connections = self.connections.borrow_mut();
+        if export.is_none() {
+            connections.make_room(self.limits.handshakes);
+        }
+        let id = connections.next;
+        connections.next += 1;
+        let stop = Rc::<Stop>::default();
+        let serving = serve(Entry { shared: Rc::clone(self), id }, Rc::clone(&stop));
+        let task = tokio::task::spawn_local(connection(serving));
+        connections.open.insert(id, Open { export, stop, task: Some(task) });
+    }
+}
+
 impl Connections {
     /// Those of them whose client is still there.
     fn present(&self) -> usize {
         self.open.values().filter(|open| open.export.is_some() && !open.stop.has_client_left()).count()
-    }
-
-    /// How many are served, past their handshake.
-    fn served(&self) -> usize {
-        self.open.values().filter(|open| open.export.is_some()).count()
     }
 
     /// Those in their handshake, the first that came first.
@@ -62,9 +73,13 @@ impl Connections {
         if self.handshakes().count() < limit.max(1) {
             return;
         }
-        // Out of the list at once: its task ends only when it is its turn.
-        if let Some(task) = self.open.remove(&oldest).and_then(|open| open.task) {
-            tracing::debug!(limit, "too many NBD handshakes, dropping the oldest");
+        tracing::debug!(limit, "too many NBD handshakes, dropping the oldest");
+        self.drop_one(oldest);
+    }
+
+    /// Ends a connection for another. It is out of the list at once: its task ends only when it is its turn.
+    fn drop_one(&mut self, id: u64) {
+        if let Some(task) = self.open.remove(&id).and_then(|open| open.task) {
             task.abort();
         }
     }
@@ -82,20 +97,17 @@ struct Open {
 pub struct Server {
     address: NbdAddress,
     accepting: JoinHandle<()>,
-    shared: Rc<Shared>,
+    /// Clients that come by a shared socket.
+    pub(super) adopting: Option<Adopting>,
+    pub(super) shared: Rc<Shared>,
 }
 
 impl Server {
-    pub(crate) fn start(
-        listener: Listener,
-        exports: Rc<dyn Exports>,
-        limits: Limits,
-        tls: ServerTls,
-    ) -> Self {
-        let shared = Rc::new(Shared { exports, limits, tls, connections: RefCell::default() });
+    pub(crate) fn start(listener: Listener, choice: Choice, limits: Limits, tls: ServerTls) -> Self {
+        let shared = Rc::new(Shared { choice, limits, tls, connections: RefCell::default() });
         let address = listener.address().clone();
         let accepting = tokio::task::spawn_local(accept(listener, Rc::clone(&shared)));
-        Self { address, accepting, shared }
+        Self { address, accepting, adopting: None, shared }
     }
 
     /// Where clients connect.
@@ -139,6 +151,7 @@ impl Server {
     }
 
     async fn end(mut self, ending: Ending, grace: Duration) {
+        self.adopting = None;
         self.accepting.abort();
         // The loop's end closes the socket and removes its file.
         let _ = (&mut self.accepting).await;
@@ -187,8 +200,8 @@ async fn close(shared: &Shared, mut which: impl FnMut(&Open) -> bool, ending: En
 
 async fn accept(listener: Listener, shared: Rc<Shared>) {
     loop {
-        let (stream, hangup) = match listener.accept().await {
-            Ok(accepted) => accepted,
+        let stream = match listener.accept().await {
+            Ok(stream) => stream,
             // About a client that went away before it was accepted: the next may be waiting.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => {
@@ -197,21 +210,42 @@ async fn accept(listener: Listener, shared: Rc<Shared>) {
                 continue;
             }
         };
-        let mut connections = shared.connections.borrow_mut();
-        connections.make_room(shared.limits.handshakes);
-        let id = connections.next;
-        connections.next += 1;
-        let stop = Rc::<Stop>::default();
-        let entry = Entry { shared: Rc::clone(&shared), id };
-        let task = tokio::task::spawn_local(connection(stream, hangup, entry, Rc::clone(&stop)));
-        connections.open.insert(id, Open { export: None, stop, task: Some(task) });
+        shared.open(None, |entry, stop| serve(stream, entry, stop));
     }
 }
 
 /// A connection's place in the list; leaves it when the task ends, however it ends.
-struct Entry {
+pub(super) struct Entry {
     shared: Rc<Shared>,
     id: u64,
+}
+
+impl Entry {
+    /// Takes a place among the clients that are served, of one that only sat there if there is no other.
+    fn sit_down(&self, seats: &Seats) -> Result<Seat, ServeError> {
+        let full = ServeError::Full(self.shared.limits.connections);
+        let (seat, evicted) = seats.take(self.id).ok_or(full)?;
+        if let Some(evicted) = evicted {
+            tracing::debug!("an NBD client that never asked for anything gives way");
+            self.shared.connections.borrow_mut().drop_one(evicted);
+        }
+        Ok(seat)
+    }
+
+    /// Serves a client that has chosen `export`.
+    pub(super) async fn serve(
+        &self,
+        negotiated: Negotiated,
+        export: Rc<dyn Export>,
+        seats: Option<&Seats>,
+        stop: &Stop,
+    ) -> Result<(), ServeError> {
+        let seat = seats.map(|seats| self.sit_down(seats)).transpose()?;
+        if let Some(open) = self.shared.connections.borrow_mut().open.get_mut(&self.id) {
+            open.export = Some(negotiated.session.export.name.clone());
+        }
+        serve_until(negotiated, export, self.shared.limits, stop, seat).await
+    }
 }
 
 impl Drop for Entry {
@@ -222,26 +256,27 @@ impl Drop for Entry {
     }
 }
 
-async fn connection(stream: Stream, hangup: Option<Hangup>, entry: Entry, stop: Rc<Stop>) {
-    if let Err(error) = serve(stream, hangup, &entry, &stop).await {
+async fn connection(serving: impl Future<Output = Result<(), ServeError>>) {
+    if let Err(error) = serving.await {
         let source = std::error::Error::source(&error);
         tracing::debug!(%error, source, "NBD connection ended");
     }
 }
 
-async fn serve(stream: Stream, hangup: Option<Hangup>, entry: &Entry, stop: &Stop) -> Result<(), ServeError> {
-    let Shared { exports, limits, tls, connections } = &*entry.shared;
-    let has_room = || connections.borrow().served() < limits.connections;
-    let gate = Gate { exports: &**exports, limits, tls, stop, has_room: &has_room, denied: Cell::new(false) };
+async fn serve(stream: Stream, entry: Entry, stop: Rc<Stop>) -> Result<(), ServeError> {
+    let Shared { choice, limits, tls, .. } = &*entry.shared;
+    let gate = Gate::new(choice, limits, tls, &stop);
     let Some(negotiated) = negotiate(stream, &gate).await? else { return Ok(()) };
-    if !has_room() {
-        // Another client came first while the answer to this one was sent.
-        return Err(ServeError::Full(limits.connections));
+    match choice {
+        Choice::Own(exports, seats) => {
+            let name = &negotiated.session.requested;
+            let export = exports.find(name).ok_or_else(|| ServeError::ExportGone(name.clone()))?;
+            entry.serve(negotiated, export, seats.as_ref(), &stop).await
+        }
+        Choice::Others(directory) => {
+            // One whose thread stands still takes nobody.
+            let passed = tokio::time::timeout(limits.handshake, directory.pass(negotiated)).await;
+            passed.map_err(|_| ServeError::HandshakeTimeout(limits.handshake))?
+        }
     }
-    let name = negotiated.session.requested.clone();
-    let export = exports.find(&name).ok_or(ServeError::ExportGone(name))?;
-    if let Some(open) = connections.borrow_mut().open.get_mut(&entry.id) {
-        open.export = Some(negotiated.session.export.name.clone());
-    }
-    serve_until(negotiated, hangup, export, *limits, stop).await
 }

@@ -13,7 +13,6 @@
 //! owed is dropped after [`Limits::stalled`].
 
 use std::{
-    cell::Cell,
     future::poll_fn,
     pin::{Pin, pin},
     rc::Rc,
@@ -29,11 +28,13 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use super::negotiate::{Gate, Negotiated, Stream, negotiate};
+use super::negotiate::{Choice, Gate, Negotiated, negotiate};
 use super::{
     hangup::Hangup,
     reply::Channel,
+    seats::Seat,
     stop::{Ending, Stop},
+    stream::Stream,
 };
 use crate::{Export, Exports, Limits, ServeError, ServerTls};
 
@@ -51,35 +52,29 @@ pub async fn serve_connection(
     exports: Rc<dyn Exports>,
     limits: Limits,
 ) -> Result<(), ServeError> {
-    let stop = Stop::default();
-    let gate = Gate {
-        exports: &*exports,
-        limits: &limits,
-        tls: &ServerTls::off(),
-        stop: &stop,
-        has_room: &|| true,
-        denied: Cell::new(false),
-    };
-    let Some(negotiated) = negotiate(Box::new(stream), &gate).await? else {
+    let (stop, choice) = (Stop::default(), Choice::Own(Rc::clone(&exports), None));
+    let (stream, tls) = (Stream::Other(Box::new(stream)), ServerTls::off());
+    let gate = Gate::new(&choice, &limits, &tls, &stop);
+    let Some(negotiated) = negotiate(stream, &gate).await? else {
         return Ok(());
     };
     let name = &negotiated.session.requested;
     let export = exports.find(name).ok_or_else(|| ServeError::ExportGone(name.clone()))?;
-    serve_until(negotiated, None, export, limits, &stop).await
+    serve_until(negotiated, export, limits, &stop, None).await
 }
 
 /// Serves the transmission phase of a client that has chosen `export`, until it leaves or `stop`
-/// is requested: then what is in flight is finished and sent. `hangup` tells that the client has left also while nothing is
-/// read from it.
+/// is requested: then what is in flight is finished and sent. It has `seat` meanwhile.
 pub(crate) async fn serve_until(
     negotiated: Negotiated,
-    hangup: Option<Hangup>,
     export: Rc<dyn Export>,
     limits: Limits,
     stop: &Stop,
+    seat: Option<Seat>,
 ) -> Result<(), ServeError> {
-    let mut connection = Connection::new(negotiated, export, limits);
-    let mut hung_up = pin!(hung_up(hangup));
+    // Tells that the client has left also while nothing is read from it.
+    let mut hung_up = pin!(hung_up(negotiated.stream.hangup()));
+    let mut connection = Connection::new(negotiated, export, limits, seat);
     let polled = |cx: &mut Context<'_>| {
         let polled = connection.poll(cx);
         if polled.is_pending() && connection.takes_nothing() && !stop.has_client_left() {
@@ -139,6 +134,9 @@ struct Connection {
     export: Rc<dyn Export>,
     limits: Limits,
     channel: Rc<Channel>,
+    /// Its place among the server's clients, and whether that knows that the client has asked for something.
+    seat: Option<Seat>,
+    has_asked: bool,
     /// A request that is there but would break a limit.
     held: Option<(ReplyTo, Command, ByteCount)>,
     phase: Phase,
@@ -164,7 +162,7 @@ enum Submitted {
 }
 
 impl Connection {
-    fn new(negotiated: Negotiated, export: Rc<dyn Export>, limits: Limits) -> Self {
+    fn new(negotiated: Negotiated, export: Rc<dyn Export>, limits: Limits, seat: Option<Seat>) -> Self {
         let Negotiated { stream, intake, session } = negotiated;
         Self {
             stream,
@@ -173,6 +171,8 @@ impl Connection {
             export,
             limits,
             channel: Channel::new(ReplyEncoder::new(&session)),
+            seat,
+            has_asked: false,
             held: None,
             phase: Phase::Serving,
             stalled: None,
@@ -243,6 +243,7 @@ impl Connection {
                 None => match self.parser.next(&mut self.intake)? {
                     None => return Ok(Submitted::All),
                     Some(Incoming::Request(to, command)) => {
+                        self.note_asked();
                         let cost = ByteCount(payload(&command).0 + to.data_length().0);
                         (to, command, cost)
                     }
@@ -271,6 +272,14 @@ impl Connection {
             }
         }
         Ok(Submitted::Batch)
+    }
+
+    /// The client means it: it keeps its place from now on.
+    fn note_asked(&mut self) {
+        if !self.has_asked {
+            self.has_asked = true;
+            self.seat.iter().for_each(Seat::asked);
+        }
     }
 
     /// Whether a request of `cost` bytes is let in. One always is.

@@ -11,7 +11,10 @@ use backtide_socket::{Listening, Occupied, SocketFile, SocketMode, Sockets, bind
 use backtide_units::DiskName;
 use tokio::net::{TcpListener, UnixListener};
 
-use super::{Server, hangup::Hangup, negotiate::Stream};
+use super::negotiate::Choice;
+use super::seats::Seats;
+use super::stream::{Socket as Client, Stream};
+use super::{Directory, Server};
 use crate::{BindError, ClientCertificates, Exports, Limits, ServerTls, alive::Patience};
 
 /// A bound socket that does not accept yet.
@@ -151,27 +154,34 @@ impl Listener {
     /// Outside a `LocalSet`.
     pub fn serve(self, exports: Rc<dyn Exports>, limits: Limits) -> Server {
         let tls = self.tls.clone();
-        Server::start(self, exports, limits, tls)
+        let seats = Seats::new(limits.connections, limits.handshake);
+        Server::start(self, Choice::Own(exports, Some(seats)), limits, tls)
     }
 
-    /// The next client, and what tells that it has hung up.
-    pub(crate) async fn accept(&self) -> io::Result<(Stream, Option<Hangup>)> {
+    /// Accepts clients of all exports in `directory` from now on, and hands each to the server of the one it chooses. Of
+    /// `limits` those of handshakes count here; a client whose certificate names disks is shown no others.
+    ///
+    /// # Panics
+    /// Outside a `LocalSet`.
+    pub fn serve_directory(self, directory: Directory, limits: Limits) -> Server {
+        let tls = self.tls.clone();
+        Server::start(self, Choice::Others(directory), limits, tls)
+    }
+
+    /// The next client.
+    pub(crate) async fn accept(&self) -> io::Result<Stream> {
         match &self.socket {
             Socket::Tcp(socket) => loop {
                 let (stream, client) = socket.accept().await?;
                 // A client that is gone already is no trouble of the listener's.
                 match stream.set_nodelay(true).and_then(|()| Patience::WITH_CLIENTS.apply(&stream)) {
-                    Ok(()) => {
-                        let hangup = Hangup::of_tcp(&stream).ok();
-                        return Ok((Box::new(stream), hangup));
-                    }
+                    Ok(()) => return Ok(Stream::Clear(Client::Tcp(stream))),
                     Err(error) => tracing::debug!(%client, %error, "NBD client went away"),
                 }
             },
             Socket::Unix(socket) => {
                 let (stream, _) = socket.accept().await?;
-                let hangup = Hangup::of_unix(&stream).ok();
-                Ok((Box::new(stream), hangup))
+                Ok(Stream::Clear(Client::Unix(stream)))
             }
         }
     }

@@ -3,20 +3,29 @@
 //! Invariants: a client has one span of time for all of it, however it spreads its bytes; nothing
 //! that came in the clear is read under TLS.
 
-use std::{cell::Cell, io};
+use std::{cell::RefCell, io, rc::Rc};
 
-use backtide_nbd::server::{Catalog, Handshake, Session, Step, Unavailable};
+use backtide_nbd::server::{Catalog, Handshake, Session, Step};
 use backtide_nbd::{ExportInfo, ExportSummary, Intake};
+use backtide_tls::Rights;
 use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::watch;
 
+use super::directory::Directory;
+use super::seats::Seats;
 use super::stop::{Ending, Stop};
+use super::stream::Stream;
 use crate::{Exports, Limits, ServeError, ServerTls};
 
-/// A connection's stream: a socket of either kind, with or without TLS.
-pub(crate) trait Duplex: AsyncRead + AsyncWrite + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
-pub(crate) type Stream = Box<dyn Duplex>;
+/// What clients choose from.
+#[derive(Clone)]
+pub(crate) enum Choice {
+    /// Exports of this thread, for so many clients together; without bound for one alone.
+    Own(Rc<dyn Exports>, Option<Seats>),
+    /// Exports of other servers.
+    Others(Directory),
+}
 
 /// A connection whose client has chosen its export.
 pub(crate) struct Negotiated {
@@ -27,14 +36,12 @@ pub(crate) struct Negotiated {
 
 /// What a server lets in.
 pub(crate) struct Gate<'server> {
-    pub(crate) exports: &'server dyn Exports,
+    pub(crate) choice: &'server Choice,
     pub(crate) limits: &'server Limits,
     pub(crate) tls: &'server ServerTls,
     pub(crate) stop: &'server Stop,
-    /// Whether one client more may begin transmission.
-    pub(crate) has_room: &'server dyn Fn() -> bool,
-    /// The client's certificate is for other disks: there is no export for it.
-    pub(crate) denied: Cell<bool>,
+    /// For which disks the client's certificate speaks; who has none was let in without.
+    rights: RefCell<Rights>,
 }
 
 /// Does the handshake with the client behind `stream`. `None` when the client wanted nothing
@@ -50,6 +57,7 @@ async fn handshake(mut stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotia
     let mut intake = Intake::new();
     let mut out = BytesMut::new();
     let mut machine = Handshake::start(gate.tls.mode(), &mut out);
+    let mut changes = gate.changes();
     loop {
         if gate.stop.asked() == Some(Ending::HandOver) {
             return Ok(None);
@@ -61,6 +69,9 @@ async fn handshake(mut stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotia
         }
         match step? {
             Step::Answered => {}
+            Step::Awaited => {
+                let Some(()) = gate.unless_stopped(changed(&mut changes)).await else { return Ok(None) };
+            }
             Step::NeedMore => {
                 let mut space = intake.space();
                 // What has arrived is answered before a stop is heeded.
@@ -74,14 +85,13 @@ async fn handshake(mut stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotia
                 }
             }
             Step::StartTls => {
-                let secured = gate.tls.acceptor().accept(stream);
+                let secured = stream.secured(gate.tls.acceptor());
                 let Some(secured) = gate.unless_stopped(secured).await else { return Ok(None) };
-                let secured = secured.map_err(ServeError::Tls)?;
-                if let Err(why) = gate.tls.admit(secured.get_ref().1.peer_certificates()) {
+                stream = secured.map_err(ServeError::Tls)?;
+                gate.rights.replace(ServerTls::rights_of(stream.client_certificates()));
+                if let Err(why) = gate.admitted() {
                     tracing::warn!(why, "an NBD client is served nothing");
-                    gate.denied.set(true);
                 }
-                stream = Box::new(secured);
                 machine.tls_started();
             }
             Step::Transmission(session) => {
@@ -100,7 +110,40 @@ async fn send(stream: &mut Stream, out: &mut BytesMut) -> io::Result<()> {
     stream.flush().await
 }
 
-impl Gate<'_> {
+/// Waits until exports have come or gone.
+async fn changed(changes: &mut Option<watch::Receiver<()>>) {
+    let told = match changes {
+        Some(changes) => changes.changed().await.is_ok(),
+        None => false,
+    };
+    // Nobody is left who could change them.
+    if !told {
+        std::future::pending().await
+    }
+}
+
+impl<'server> Gate<'server> {
+    pub(crate) fn new(
+        choice: &'server Choice,
+        limits: &'server Limits,
+        tls: &'server ServerTls,
+        stop: &'server Stop,
+    ) -> Self {
+        Self { choice, limits, tls, stop, rights: RefCell::new(Rights::all()) }
+    }
+
+    fn changes(&self) -> Option<watch::Receiver<()>> {
+        match self.choice {
+            Choice::Own(..) => None,
+            Choice::Others(directory) => Some(directory.changes()),
+        }
+    }
+
+    /// Whether the client may have what this server is for, if that is one disk.
+    fn admitted(&self) -> Result<(), String> {
+        self.tls.disk().map_or(Ok(()), |disk| self.rights.borrow().check(disk))
+    }
+
     /// Does `work` as far as it needs no waiting once the server stops.
     async fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
@@ -112,21 +155,39 @@ impl Gate<'_> {
 }
 
 impl Catalog for Gate<'_> {
-    fn unavailable(&self) -> Option<Unavailable> {
-        if self.stop.asked().is_some() {
-            return Some(Unavailable::ShuttingDown);
+    fn is_shutting_down(&self) -> bool {
+        self.stop.asked().is_some()
+    }
+
+    fn is_full(&self, name: &str) -> bool {
+        match self.choice {
+            Choice::Own(_, seats) => seats.as_ref().is_some_and(|seats| !seats.has_room()),
+            Choice::Others(directory) => directory.is_full(name, &self.rights.borrow()),
         }
-        (!(self.has_room)()).then_some(Unavailable::Full)
+    }
+
+    fn is_awaited(&self, name: &str) -> bool {
+        match self.choice {
+            Choice::Own(..) => false,
+            Choice::Others(directory) => directory.is_awaited(name, &self.rights.borrow()),
+        }
     }
 
     fn find(&self, name: &str) -> Option<ExportInfo> {
-        if self.denied.get() {
-            return None;
+        self.admitted().ok()?;
+        match self.choice {
+            Choice::Own(exports, _) => exports.find(name).map(|export| export.info()),
+            Choice::Others(directory) => directory.find(name, &self.rights.borrow()),
         }
-        self.exports.find(name).map(|export| export.info())
     }
 
     fn list(&self) -> Vec<ExportSummary> {
-        if self.denied.get() { Vec::new() } else { self.exports.list() }
+        if self.admitted().is_err() {
+            return Vec::new();
+        }
+        match self.choice {
+            Choice::Own(exports, _) => exports.list(),
+            Choice::Others(directory) => directory.list(&self.rights.borrow()),
+        }
     }
 }

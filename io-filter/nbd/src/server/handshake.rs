@@ -3,6 +3,7 @@
 //! ```text
 //! greeting ─▶ CLIENT FLAGS ─▶ OPTION ⇄ SKIP (rest of an option that is too long)
 //!                               │ ▲
+//!                               ├─┼─ export not there yet ▶ Step::Awaited, until it is
 //!                               ├─┴─ STARTTLS ──────▶ Step::StartTls, once
 //!                               ├─ GO, EXPORT_NAME ─▶ Step::Transmission
 //!                               └─ ABORT ───────────▶ Step::Closed
@@ -36,20 +37,23 @@ pub enum TlsMode {
     Required,
 }
 
-/// Why a server takes no new client.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unavailable {
-    /// It is going down: every option is refused.
-    ShuttingDown,
-    /// It has as many clients as it may: beginning transmission is refused.
-    Full,
-}
-
 /// The exports a server has, at the moment it is asked.
 pub trait Catalog {
-    /// Whether new clients are refused now, and why.
-    fn unavailable(&self) -> Option<Unavailable> {
-        None
+    /// Whether the server is going down: every option is refused.
+    fn is_shutting_down(&self) -> bool {
+        false
+    }
+
+    /// Whether the export a client calls `name` has as many clients as it may: beginning transmission is refused.
+    fn is_full(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
+
+    /// Whether the export a client calls `name` is not there and will be soon: what asks about it has to wait.
+    fn is_awaited(&self, name: &str) -> bool {
+        let _ = name;
+        false
     }
 
     /// The export a client calls `name`; "" is the default export.
@@ -94,6 +98,9 @@ pub enum Step {
     NeedMore,
     /// An option was answered; send the output, then ask again.
     Answered,
+    /// The next option is about an export that is [awaited](Catalog::is_awaited); when the exports have changed, ask
+    /// again. Nothing of the option was taken.
+    Awaited,
     /// Send the output, go on under TLS, tell [`Handshake::tls_started`], then ask again.
     StartTls,
     /// The handshake is done; send the output, then serve requests.
@@ -218,6 +225,13 @@ impl Handshake {
         if length <= OPTION_MAX && !complete {
             return Ok(Step::NeedMore);
         }
+        if complete {
+            let data = &intake.buffered()[wire::OPTION_HEADER..][..data_length];
+            let about = option::export_of(code, data).filter(|_| self.closed_to(code, catalog).is_none());
+            if about.is_some_and(|name| catalog.is_awaited(name)) {
+                return Ok(Step::Awaited);
+            }
+        }
 
         self.options_left =
             self.options_left.checked_sub(1).ok_or(ProtocolError::TooManyOptions(OPTIONS_MAX))?;
@@ -246,23 +260,23 @@ impl Handshake {
 
     /// Why an option is refused whatever it says.
     fn closed_to(&self, code: u32, catalog: &dyn Catalog) -> Option<Refusal> {
-        use wire::option::{ABORT, EXPORT_NAME, GO, INFO, STARTTLS};
+        use wire::option::{ABORT, STARTTLS};
         if code == ABORT {
             return None;
         }
-        match catalog.unavailable() {
-            Some(Unavailable::ShuttingDown) => return Some(Refusal::shutdown()),
-            // Above all nothing is told before TLS.
-            Some(Unavailable::Full) | None if self.tls == TlsMode::Required && !self.secured => {
-                return (code != STARTTLS).then(Refusal::tls_required);
-            }
-            // INFO too, since what it tells a GO has to tell.
-            Some(Unavailable::Full) if matches!(code, INFO | GO | EXPORT_NAME) => {
-                return Some(Refusal::policy("the server has as many clients as it may"));
-            }
-            Some(Unavailable::Full) | None => {}
+        if catalog.is_shutting_down() {
+            return Some(Refusal::shutdown());
         }
-        None
+        // Above all nothing is told before TLS.
+        let in_the_clear = self.tls == TlsMode::Required && !self.secured;
+        (in_the_clear && code != STARTTLS).then(Refusal::tls_required)
+    }
+
+    /// Why one that begins transmission is refused, and INFO too, since what that tells a GO has to tell.
+    fn full_for(code: u32, data: &[u8], catalog: &dyn Catalog) -> Option<Refusal> {
+        use wire::option::{EXPORT_NAME, GO, INFO};
+        let name = option::export_of(code, data).filter(|_| matches!(code, INFO | GO | EXPORT_NAME))?;
+        catalog.is_full(name).then(|| Refusal::policy("the server has as many clients as it may"))
     }
 
     /// Answers one whole option.
@@ -273,7 +287,8 @@ impl Handshake {
         catalog: &dyn Catalog,
         out: &mut BytesMut,
     ) -> Result<Step, ProtocolError> {
-        if let Some(refusal) = self.closed_to(code, catalog) {
+        let refusal = self.closed_to(code, catalog).or_else(|| Self::full_for(code, data, catalog));
+        if let Some(refusal) = refusal {
             if code == wire::option::EXPORT_NAME {
                 return Err(ProtocolError::ExportNameRefused(refusal.text));
             }

@@ -5,6 +5,6 @@ mod option;
 mod reply;
 mod request;
 
-pub use handshake::{Catalog, Contexts, Handshake, Session, Step, TlsMode, Unavailable};
+pub use handshake::{Catalog, Contexts, Handshake, Session, Step, TlsMode};
 pub use reply::{ReplyEncoder, ReplyTo};
 pub use request::{Incoming, RequestParser};

@@ -260,6 +260,16 @@ struct Queries {
     listed: Contexts,
 }
 
+/// Which export an option is about, if it is about one and says so as it should.
+pub(super) fn export_of(code: u32, mut data: &[u8]) -> Option<&str> {
+    use wire::option::{EXPORT_NAME, GO, INFO, LIST_META_CONTEXT, SET_META_CONTEXT};
+    match code {
+        EXPORT_NAME => std::str::from_utf8(data).ok(),
+        INFO | GO | LIST_META_CONTEXT | SET_META_CONTEXT => take_string(&mut data).ok(),
+        _ => None,
+    }
+}
+
 /// Takes a string with its length in front.
 fn take_string<'data>(data: &mut &'data [u8]) -> Result<&'data str, Refusal> {
     let length = data.try_get_u32().map_err(|_| Refusal::invalid("data is cut off"))? as usize;

@@ -6,7 +6,7 @@
 use std::io::{Read, Write};
 
 use backtide_nbd::server::{
-    Catalog, Handshake, Incoming, ReplyEncoder, ReplyTo, RequestParser, Session, Step, TlsMode, Unavailable,
+    Catalog, Handshake, Incoming, ReplyEncoder, ReplyTo, RequestParser, Session, Step, TlsMode,
 };
 use backtide_nbd::{
     Command, ExportInfo, ExportSummary, Extent, Intake, NbdError, ProtocolError, ReplyStyle, wire,
@@ -21,9 +21,27 @@ pub(crate) const SIZE: u64 = 1 << 20;
 /// `patient`, which is not listed, has coarse blocks and serves any range.
 pub(crate) struct Three(pub(crate) Option<Unavailable>);
 
+/// Why new clients are not served.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unavailable {
+    ShuttingDown,
+    /// Of `disk`, under that name.
+    Full,
+    /// The same export is not there yet.
+    Awaited,
+}
+
 impl Catalog for Three {
-    fn unavailable(&self) -> Option<Unavailable> {
-        self.0
+    fn is_shutting_down(&self) -> bool {
+        self.0 == Some(Unavailable::ShuttingDown)
+    }
+
+    fn is_full(&self, name: &str) -> bool {
+        self.0 == Some(Unavailable::Full) && name == "disk"
+    }
+
+    fn is_awaited(&self, name: &str) -> bool {
+        self.0 == Some(Unavailable::Awaited) && name == "disk"
     }
 
     fn find(&self, name: &str) -> Option<ExportInfo> {
@@ -163,6 +181,11 @@ impl Server {
         self.catalog = Three(Some(unavailable));
     }
 
+    /// It takes every client again.
+    pub(crate) fn recovers(&mut self) {
+        self.catalog = Three(None);
+    }
+
     /// Sends bytes; what is written until the machine wants more, or comes to an end.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> (Vec<u8>, Result<Step, ProtocolError>) {
         feed(&mut self.intake, bytes);
@@ -297,7 +320,7 @@ pub(crate) fn serve(mut stream: impl Read + Write, disk: &mut [u8]) -> Result<()
             Step::Answered => {}
             Step::NeedMore if read_some(&mut stream, &mut intake) => {}
             Step::Transmission(session) => break session,
-            Step::StartTls => unreachable!("TLS is off"),
+            Step::StartTls | Step::Awaited => unreachable!("TLS is off, and every export is there"),
             Step::NeedMore | Step::Closed => return Ok(()),
         }
     };

@@ -52,6 +52,7 @@ mod rewinding_damage;
 mod rewinding_under_load;
 mod secured_stream;
 mod service_manager;
+mod shared_socket;
 mod silent;
 mod slow_link;
 mod spill;

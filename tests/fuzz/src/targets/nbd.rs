@@ -147,7 +147,7 @@ fn server(bytes: &[u8]) {
             Ok(Step::Answered) => {}
             Ok(Step::Transmission(session)) => break session,
             Ok(Step::NeedMore) if !rest.is_empty() => rest = feed(&mut intake, rest),
-            Ok(Step::NeedMore | Step::StartTls | Step::Closed) | Err(_) => return,
+            Ok(Step::NeedMore | Step::Awaited | Step::StartTls | Step::Closed) | Err(_) => return,
         }
         check_bounds(&intake);
     };

@@ -1,0 +1,264 @@
+//! A connection's stream: a client's socket, in the clear or under TLS.
+//!
+//! A client of a shared socket is greeted on one thread and served on another. Its socket leaves the first one's runtime
+//! ([`Stream::park`]) and enters the second's ([`Parked::unpark`]); what TLS has read of it or not sent yet goes along.
+
+use std::{
+    io::{self, IoSlice},
+    os::fd::OwnedFd,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use rustls::pki_types::CertificateDer;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpStream, UnixStream},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use super::hangup::Hangup;
+
+/// Whatever bytes come and go through.
+pub(crate) trait Duplex: AsyncRead + AsyncWrite + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
+
+/// A connection's stream.
+pub(crate) enum Stream {
+    Clear(Socket),
+    Secured(Box<TlsStream<Socket>>),
+    /// What somebody else made; it stays on its thread.
+    Other(Box<dyn Duplex>),
+}
+
+/// A client's socket.
+#[derive(Debug)]
+pub(crate) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+    /// Of no runtime, on its way to another thread.
+    Parked(Kind, OwnedFd),
+    /// It could not be taken out of its runtime.
+    Gone,
+}
+
+/// What kind of socket a descriptor is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    Tcp,
+    Unix,
+}
+
+/// A stream on its way to another thread.
+pub(crate) struct Parked(ParkedStream);
+
+enum ParkedStream {
+    Clear(Socket),
+    Secured(Box<TlsStream<Socket>>),
+}
+
+impl Stream {
+    /// The same stream once its client and `acceptor` have agreed on TLS.
+    pub(crate) async fn secured(self, acceptor: TlsAcceptor) -> io::Result<Self> {
+        Ok(match self {
+            Self::Clear(socket) => Self::Secured(Box::new(acceptor.accept(socket).await?)),
+            Self::Other(stream) => Self::Other(Box::new(acceptor.accept(stream).await?)),
+            Self::Secured(_) => return Err(io::Error::other("TLS was started already")),
+        })
+    }
+
+    /// The chain of the certificate that the client showed, if it showed one.
+    pub(crate) fn client_certificates(&self) -> Option<&[CertificateDer<'static>]> {
+        match self {
+            Self::Secured(stream) => stream.get_ref().1.peer_certificates(),
+            Self::Clear(_) | Self::Other(_) => None,
+        }
+    }
+
+    /// What tells that the client has hung up; none where nothing does.
+    pub(crate) fn hangup(&self) -> Option<Hangup> {
+        match self {
+            Self::Clear(socket) => socket.hangup(),
+            Self::Secured(stream) => stream.get_ref().0.hangup(),
+            Self::Other(_) => None,
+        }
+    }
+
+    /// Takes it out of this thread's runtime.
+    ///
+    /// # Errors
+    /// When the system refuses, or somebody else made it.
+    pub(crate) fn park(self) -> io::Result<Parked> {
+        Ok(Parked(match self {
+            Self::Clear(mut socket) => {
+                socket.park()?;
+                ParkedStream::Clear(socket)
+            }
+            Self::Secured(mut stream) => {
+                stream.get_mut().0.park()?;
+                ParkedStream::Secured(stream)
+            }
+            Self::Other(_) => return Err(io::ErrorKind::Unsupported.into()),
+        }))
+    }
+}
+
+impl Parked {
+    /// Puts it into this thread's runtime.
+    pub(crate) fn unpark(self) -> io::Result<Stream> {
+        Ok(match self.0 {
+            ParkedStream::Clear(mut socket) => {
+                socket.unpark()?;
+                Stream::Clear(socket)
+            }
+            ParkedStream::Secured(mut stream) => {
+                stream.get_mut().0.unpark()?;
+                Stream::Secured(stream)
+            }
+        })
+    }
+}
+
+impl Socket {
+    fn park(&mut self) -> io::Result<()> {
+        let (kind, fd) = match std::mem::replace(self, Self::Gone) {
+            Self::Tcp(socket) => (Kind::Tcp, socket.into_std()?.into()),
+            Self::Unix(socket) => (Kind::Unix, socket.into_std()?.into()),
+            Self::Parked(kind, fd) => (kind, fd),
+            Self::Gone => return Err(io::ErrorKind::NotConnected.into()),
+        };
+        *self = Self::Parked(kind, fd);
+        Ok(())
+    }
+
+    fn unpark(&mut self) -> io::Result<()> {
+        *self = match std::mem::replace(self, Self::Gone) {
+            Self::Parked(Kind::Tcp, fd) => Self::Tcp(TcpStream::from_std(fd.into())?),
+            Self::Parked(Kind::Unix, fd) => Self::Unix(UnixStream::from_std(fd.into())?),
+            Self::Gone => return Err(io::ErrorKind::NotConnected.into()),
+            socket @ (Self::Tcp(_) | Self::Unix(_)) => socket,
+        };
+        Ok(())
+    }
+
+    fn hangup(&self) -> Option<Hangup> {
+        match self {
+            Self::Tcp(socket) => Hangup::of_tcp(socket).ok(),
+            Self::Unix(socket) => Hangup::of_unix(socket).ok(),
+            Self::Parked(..) | Self::Gone => None,
+        }
+    }
+}
+
+/// What reads or writes a socket of no runtime hears.
+fn nowhere<T>() -> Poll<io::Result<T>> {
+    Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => Pin::new(socket).poll_read(cx, into),
+            Self::Unix(socket) => Pin::new(socket).poll_read(cx, into),
+            Self::Parked(..) | Self::Gone => nowhere(),
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
+            Self::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
+            Self::Parked(..) | Self::Gone => nowhere(),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
+            Self::Unix(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
+            Self::Parked(..) | Self::Gone => nowhere(),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => Pin::new(socket).poll_flush(cx),
+            Self::Unix(socket) => Pin::new(socket).poll_flush(cx),
+            Self::Parked(..) | Self::Gone => nowhere(),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
+            Self::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
+            Self::Parked(..) | Self::Gone => nowhere(),
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Clear(socket) => Pin::new(socket).poll_read(cx, into),
+            Self::Secured(stream) => Pin::new(stream).poll_read(cx, into),
+            Self::Other(stream) => Pin::new(stream).poll_read(cx, into),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Clear(socket) => Pin::new(socket).poll_write(cx, bytes),
+            Self::Secured(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Other(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Clear(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
+            Self::Secured(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Self::Other(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Clear(socket) => socket.is_write_vectored(),
+            Self::Secured(stream) => stream.is_write_vectored(),
+            Self::Other(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Clear(socket) => Pin::new(socket).poll_flush(cx),
+            Self::Secured(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Other(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Clear(socket) => Pin::new(socket).poll_shutdown(cx),
+            Self::Secured(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Other(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
