@@ -42,6 +42,8 @@ pub struct ImageFile {
     keeps_flag: bool,
     /// What zeroes without writing them has to be multiples of, in bytes.
     zero_block: u64,
+    /// Whether a write of one call is stable by its flag (`RWF_DSYNC`). Otherwise the file has to be synced after it.
+    syncs_ranges: bool,
     /// Whether the file system has said that it cannot tell whether a write would wait.
     cannot_tell: AtomicBool,
     buffers: BufferPool,
@@ -175,7 +177,11 @@ impl ImageFile {
             true => Some(alignment(&file, &path, size, is_device, opening.block_min)?),
             false => None,
         };
-        let keeps_flag = !is_direct || direct::keeps_flag(&file, is_device);
+        let syncs_ranges = is_device || rustix::fs::fstatfs(&file).is_ok_and(|found| syncs_ranges(&found));
+        let keeps_flag = match is_direct {
+            true => direct::keeps_flag(&file, is_device),
+            false => syncs_ranges,
+        };
         let zero_block = if is_device { rustix::fs::ioctl_blksszget(&file).unwrap_or(1) } else { 1 };
         Ok(Self {
             file,
@@ -185,6 +191,7 @@ impl ImageFile {
             direct,
             keeps_flag,
             zero_block: zero_block.into(),
+            syncs_ranges,
             cannot_tell: AtomicBool::new(false),
             buffers: BufferPool::default(),
         })
@@ -329,6 +336,24 @@ fn open_locked(path: &Path, flags: OFlags) -> Result<File, ImageError> {
 fn has_name(file: &File, path: &Path) -> io::Result<bool> {
     let (opened, named) = (file.metadata()?, std::fs::metadata(path)?);
     Ok((opened.dev(), opened.ino()) == (named.dev(), named.ino()))
+}
+
+/// The file systems of which it is known that they sync a write that asks for it.
+const SYNC_RANGES: [u32; 5] = [
+    0xef53,      // ext2, ext3, ext4
+    0x5846_5342, // XFS
+    0x9123_683e, // Btrfs
+    0xf2f5_2010, // F2FS
+    0x0102_1994, // tmpfs, which keeps nothing
+];
+
+/// Whether a file system syncs a write that asks for it. One of FUSE whose files go around the page cache (`direct_io`)
+/// takes `RWF_DSYNC`, tells its server so in a flag that few look at, and syncs nothing; network file systems have such
+/// modes too. So it is believed only where it is known.
+fn syncs_ranges(found: &rustix::fs::StatFs) -> bool {
+    // The kernel's numbers have 32 bits, of which the type on some machines makes a negative one.
+    let found = found.f_type as u32;
+    SYNC_RANGES.contains(&found)
 }
 
 /// What direct I/O to an image of this size has to be multiples of.

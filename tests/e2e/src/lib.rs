@@ -4,7 +4,7 @@
 //! [`Bench`] is a directory with daemons in it, [`Disk`] an attached disk, [`Load`] a guest that
 //! writes until it is told to stop and remembers in which order it was acknowledged, [`Model`] what
 //! the disk must hold after each of those writes, [`tools`] the judges, [`kernel_disk`] a file system of the kernel on a disk,
-//! [`postgres`] a database on that, [`machine`] a virtual machine, [`ledger`] what it has acknowledged and when, [`wire`] the stream by hand,
+//! [`FuseFile`] a file whose server tells what it hears, [`postgres`] a database on that, [`machine`] a virtual machine, [`ledger`] what it has acknowledged and when, [`wire`] the stream by hand,
 //! [`nbd_wire`] a guest by hand, [`LoggedDisk`] a disk that writes down what it is asked for,
 //! [`http`] a control API by hand, [`Counting`] a way that counts what comes back on it, [`SlowLink`] one that lets so much through. Every process that is started ends with its owner, also when a
 //! test panics or is killed; what an agent has started and left ends with its [`Bench`], when no test is killed.
@@ -15,6 +15,7 @@ mod bench;
 mod counting;
 mod daemon;
 mod disk;
+mod fuse_file;
 mod held;
 pub mod http;
 pub mod kernel_disk;
@@ -37,6 +38,7 @@ pub use bench::{Bench, Said};
 pub use counting::Counting;
 pub use daemon::{Daemon, Doomed};
 pub use disk::Disk;
+pub use fuse_file::{FuseFile, Heard};
 pub use held::{Held, Reconnecting};
 pub use load::{Guest, Load, Returning, Written};
 pub use loop_device::LoopDevice;

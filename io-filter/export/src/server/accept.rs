@@ -133,7 +133,7 @@ impl Server {
     }
 
     /// Closes the connections of one export in good order, as [`shutdown`](Self::shutdown) does.
-    /// Take it out of the [`Exports`] first, or clients come back.
+    /// Take it out of the [`Exports`](crate::Exports) first, or clients come back.
     pub async fn close_export(&self, export: &str, grace: Duration) {
         close(&self.shared, |open| open.export.as_deref() == Some(export), Ending::Final, grace).await;
     }

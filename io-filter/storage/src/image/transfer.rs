@@ -123,7 +123,7 @@ impl ImageFile {
         self.require_inside(offset, ByteCount::of(data))?;
         let range = ByteRange::new(offset, ByteCount::of(data)).expect("inside the image");
         let as_it_is = self.direct.is_none_or(|direct| direct.takes(range) && direct.takes_memory(data));
-        if as_it_is {
+        if as_it_is && self.syncs_ranges {
             // Only this range has to be stable, where a sync would be for all that was ever written.
             let slices = [io::IoSlice::new(data)];
             match rustix::io::pwritev2(&self.file, &slices, offset.0, ReadWriteFlags::DSYNC) {

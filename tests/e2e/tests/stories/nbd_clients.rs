@@ -1,6 +1,10 @@
 //! What a guest's NBD client may ask for, and how many of them there may be.
 
-use std::{io::Read, os::unix::net::UnixStream, process::Command};
+use std::{
+    io::Read,
+    os::unix::{fs::MetadataExt, net::UnixStream},
+    process::Command,
+};
 
 use backtide_e2e::{Bench, tools};
 
@@ -86,4 +90,47 @@ fn so_many_clients_are_served_as_the_settings_say() {
     let said = bench.run(&["agent", "run", "--config", file.to_str().expect("text")]);
     assert_eq!(said.code, 2, "{said:?}");
     assert!(said.sentence().contains("requests"), "{said:?}");
+}
+
+#[test]
+fn zeroes_that_keep_their_space_keep_it() {
+    let bench = Bench::new();
+    let _receiver = bench.receiver();
+    // Whether space can be given back here, and zeroes be made without writing them.
+    let probe = bench.image("probe", SIZE);
+    std::fs::write(&probe, vec![1; 64 << 10]).expect("write");
+    let can = |how: &str| {
+        let fallocate = Command::new("fallocate").args([how, "-l", "64K"]).arg(&probe).output();
+        fallocate.expect("run fallocate").status.success()
+    };
+    let gives_back = can("--punch-hole");
+    for engine in ["auto", "threads"] {
+        let agent = bench.daemon(&["agent", "run", "--io-engine", engine]);
+        for cache in ["writeback", "direct"] {
+            let (name, image) = (format!("{cache}-{engine}"), format!("{cache}-{engine}.img"));
+            let path = bench.image(&image, SIZE);
+            let disk = bench.attach(&name, &image, &["--cache", cache]);
+            let allocated = || {
+                let file = std::fs::File::open(&path).expect("open the image");
+                // Until then the file system may not know itself.
+                file.sync_all().expect("sync the image");
+                file.metadata().expect("look at the image").blocks() * 512
+            };
+            disk.qemu_io(&["write -P 7 0 8M", "flush"]);
+            let written = allocated();
+            assert!(written >= 8 << 20, "{name}: {written} bytes for 8 MiB");
+            disk.qemu_io(&["write -z 1M 2M", "flush", "read -P 0 1M 2M"]);
+            assert!(allocated() >= written, "{name}: zeroes that were to keep their space gave it back");
+            // Space that was not there is there afterwards: a guest that writes it later finds room.
+            disk.qemu_io(&["write -z 12M 2M", "flush", "read -P 0 12M 2M"]);
+            let provided = allocated();
+            assert!(provided >= written + (2 << 20), "{name}: {provided} bytes, {written} before 2 MiB more");
+            disk.qemu_io(&["write -z -u 1M 2M", "flush", "read -P 0 1M 2M"]);
+            let left = allocated();
+            assert_eq!(left + (2 << 20) <= provided, gives_back, "{name}: {left} bytes, {provided} before");
+            disk.settle();
+            disk.latest_is_the_image();
+        }
+        assert_eq!(agent.stop(), 0);
+    }
 }
