@@ -43,6 +43,9 @@ const COMPARES_MAX: usize = 8;
 /// Bytes waiting to be taken by the agent; above it nothing more is read.
 const OUTPUT_BYTES_MAX: usize = 256 * 1024;
 
+/// Bytes that are read while the log of a connection's disk is being opened again; above it nothing more is.
+const WAITING_BYTES_MAX: usize = 256 * 1024;
+
 /// How long a connection that is being closed waits for the agent to take the reason.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
 
@@ -130,7 +133,9 @@ impl Connection {
         let ingest = Rc::clone(&self.ingest);
         let mut prepared = tokio::task::spawn_local(async move { ingest.prepare(&hello).await });
         loop {
-            let may_read = self.may_read();
+            // Nothing is decoded meanwhile, so nothing but this bounds what comes. Whoever has sent more and hangs up is
+            // noticed when the log is open.
+            let may_read = self.decoder.buffer().len() < WAITING_BYTES_MAX;
             tokio::select! {
                 biased;
                 // Should it have panicked, the claim says why there is no log.

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use backtide_log_receiver::Receiver;
-use backtide_protocol::{CloseCode, Hello, ReceiverState};
+use backtide_protocol::{CloseCode, Hello, Message, ReceiverState};
 use backtide_units::{Epoch, Lsn};
 
 use crate::{
@@ -55,5 +55,41 @@ async fn a_log_that_is_opened_again_on_a_slow_device_holds_up_no_other_disk() {
     assert_eq!((welcome.state, welcome.durable), (ReceiverState::Known, Lsn(5)));
     one.send(&write(6, 0, vec![6; 4096])).await;
     one.all_durable().await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_a_log_that_is_opened_again_fills_no_memory() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let receiver = place.start_on(storage.clone()).await;
+    let (mut one, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    let (mut two, _) = Agent::welcomed(&receiver, hello(2, "vm2")).await;
+    for agent in [&mut one, &mut two] {
+        agent.first_pass(5).await;
+        agent.all_durable().await;
+    }
+    storage.set(Fault::WritesFail);
+    one.send(&write(6, 0, vec![6; 4096])).await;
+    assert_eq!(one.closed().await.code, CloseCode::Store);
+    storage.set(Fault::OpensWait);
+    let mut flood = Agent::connect(&receiver).await;
+    let hello = Hello { history: Some(first.history), ..hello(1, "vm1") };
+    flood.send(&Message::Hello(hello)).await;
+    storage.a_sync_waits().await;
+    let bytes = vec![0; 16 << 20];
+    let others = async {
+        // As many turns as the flood would need, if it were taken.
+        for lsn in 6..106 {
+            two.send(&write(lsn, 0, vec![6; 4096])).await;
+            two.all_durable().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = flood.send_raw(&bytes) => panic!("all of it was taken"),
+        () = others => {}
+    }
+    drop(flood);
+    storage.set(Fault::None);
     receiver.shutdown().await;
 }
