@@ -155,7 +155,12 @@ impl Snapshot {
     /// When `at` is not a point: which hole, why, and the nearest points.
     pub fn view(&self, at: Lsn) -> Result<View, PointError> {
         self.require(at, &format!("lsn:{at}"))?;
-        Ok(View::new(self.log_of(at).clone(), at))
+        Ok(self.view_of(at))
+    }
+
+    /// The disk at a point that is offered.
+    pub(crate) fn view_of(&self, at: Lsn) -> View {
+        View::new(self.log_of(at).clone(), at)
     }
 
     /// The newest version of everything, whatever is offered.
@@ -390,6 +395,9 @@ impl Snapshot {
             }
         }
         points.truncate(limit);
+        if let Some(before) = self.before().filter(|_| points.len() < limit) {
+            points.extend(before.flush_points(through, limit - points.len())?);
+        }
         Ok(points)
     }
 

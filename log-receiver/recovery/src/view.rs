@@ -111,11 +111,12 @@ impl View {
         Ok(())
     }
 
-    /// The version of the newest change of any byte of `range`; none when nothing of it ever changed in this
-    /// log. Of a time of which single points are left it is the first of those that has the bytes. Takes a few look-ups in the indexes, whatever the history's length.
+    /// The version of the newest change of any byte of `range`; none when nothing of it ever changed. Of a time of which
+    /// single points are left it is the first of those that has the bytes, and of what an older log held last and this one has
+    /// nothing of it is the first point here. Takes a few look-ups in the indexes, whatever the history's length.
     ///
     /// # Errors
-    /// When an index cannot be read.
+    /// When an index, or what an older log held, cannot be read.
     pub fn newest_version(&self, range: ByteRange) -> Result<Option<Lsn>, LogError> {
         let (mut newest, mut below) = (None, self.is_below_the_log());
         if !below {
@@ -124,7 +125,24 @@ impl View {
                 below |= matches!(piece.content, Content::Below);
             })?;
         }
-        if newest.is_none() && below { self.newest_image(range) } else { Ok(newest) }
+        if newest.is_none() && below {
+            newest = self.newest_image(range)?;
+        }
+        if newest.is_some() { Ok(newest) } else { self.newest_before(range) }
+    }
+
+    /// The same in the logs before this one, which has nothing of `range`: it begins with an empty disk.
+    fn newest_before(&self, range: ByteRange) -> Result<Option<Lsn>, LogError> {
+        let Some(before) = self.snapshot.before() else { return Ok(None) };
+        let Some(last) = before.timeline().latest() else { return Ok(None) };
+        let last = before.view_of(last.lsn);
+        let Some(newest) = last.newest_version(range)? else { return Ok(None) };
+        let first = self.snapshot.own_timeline().intervals().first();
+        let went = first.filter(|first| first.from.lsn <= self.at);
+        match went {
+            Some(first) if last.read(range)?.iter().any(|byte| *byte != 0) => Ok(Some(first.from.lsn)),
+            Some(_) | None => Ok(Some(newest)),
+        }
     }
 
     /// The oldest of the images that have `range` as the newest at the point has it; none when all have zeroes.

@@ -7,7 +7,9 @@ use std::{
     sync::Arc,
 };
 
-use backtide_recovery::{DiskLog, Entry, LogError, PassContent, PassReason, Salvage, Snapshot, salvage};
+use backtide_recovery::{
+    DiskLog, Entry, LogError, PassContent, PassReason, Salvage, Snapshot, TimedLsn, salvage,
+};
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, PayloadChecksum, Reason};
 use bytes::Bytes;
@@ -251,6 +253,7 @@ fn follows(seed: u64, highest: Lsn) -> (Snapshot, Lsn) {
         entries.push(Entry::PassData { at, range, content: PassContent::Bytes { checksum, payload } });
     }
     entries.push(Entry::PassEnd { at, valid_from: Some(at), time });
+    entries.push(Entry::Flush { lsn: at, time });
     for entry in entries {
         agent.log.append(entry).expect("it follows");
     }
@@ -292,6 +295,48 @@ fn a_difference_over_several_logs_has_all_that_may_differ() {
         }
     }
     assert!(only_in_the_first > 10);
+}
+
+#[test]
+fn what_older_logs_tell_of_a_block_and_of_flushes_is_told() {
+    let (mut kept, mut went) = (0, 0);
+    for seed in seeds(6) {
+        let _say = SayOnPanic(format!("SEED={seed}"));
+        let (first, highest) = follows(seed, Lsn(0));
+        let (second, highest) = follows(seed ^ 0x55, highest);
+        let (third, _) = follows(seed ^ 0xaa, highest);
+        let parts = [&first, &second, &third];
+        let points = parts.map(|part| part.timeline().latest().expect("a point"));
+        let joined = third.clone().following(second.clone().following(first.clone()));
+        let flushes: Vec<_> = points.into_iter().rev().collect();
+        assert_eq!(joined.flush_points(Lsn::MAX, 9).expect("read"), flushes);
+        assert_eq!(joined.flush_points(points[2].lsn, 2).expect("read"), flushes[..2]);
+        assert_eq!(joined.flush_points(points[1].lsn, 9).expect("read"), flushes[1..]);
+        for (nth, at) in points.iter().enumerate() {
+            let view = joined.view(at.lsn).expect("a point");
+            for block in 0..40 {
+                let range = ByteRange::between(ByteOffset(block * 4096), ByteOffset((block + 1) * 4096));
+                let has = |part: &Snapshot, at: TimedLsn| {
+                    let bytes = part.view(at.lsn).expect("a point").read(range).expect("read");
+                    bytes.iter().any(|byte| *byte != 0)
+                };
+                // Each of them begins with an empty disk, and has one point.
+                let mut expected = None;
+                let mut held = false;
+                for (part, point) in parts.iter().zip(points).take(nth + 1) {
+                    let holds = has(part, point);
+                    kept += u64::from(holds);
+                    went += u64::from(held && !holds);
+                    if holds || held {
+                        expected = Some(point.lsn);
+                    }
+                    held = holds;
+                }
+                assert_eq!(view.newest_version(range).expect("read"), expected, "block {block} at {at}");
+            }
+        }
+    }
+    assert!(kept > 20 && went > 20, "{kept}, {went}");
 }
 
 /// The points of one log, through both.
