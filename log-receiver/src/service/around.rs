@@ -2,7 +2,7 @@
 
 use backtide_receiver_api::{ApiError, AroundReport, DiskRef, ErrorCode, PointsReport, ResolveRequest};
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn, ago};
-use backtide_units::DiskName;
+use backtide_units::{DiskName, Lsn};
 
 use super::{Found, Service};
 use crate::{clock, points, touched};
@@ -24,7 +24,15 @@ impl Service {
         let mut touched: Vec<_> = lost.map(|(why, lost)| touched::touched(why, &lost)).collect();
         touched.extend(found.findings.all().into_iter().filter_map(|finding| finding.touched));
         touched.dedup_by(|next, one| next.place == one.place);
-        let report = points::report(found.disk, found.snapshot.timeline(), found.damage);
+        let mut report = points::report(found.disk, found.snapshot.timeline(), found.damage);
+        // A flush that was sent before a pass may tell of an LSN below the pass's, or history may have gone since.
+        let timeline = found.snapshot.timeline();
+        if report.flush_points.last.is_some_and(|last| !timeline.offers(last.lsn)) {
+            let snapshot = found.snapshot.clone();
+            let flushes = self.read(move || snapshot.flush_points(Lsn::MAX, 1)).await?;
+            report.flush_points.last =
+                flushes.ok().and_then(|found| found.first().copied()).map(points::point);
+        }
         Ok(PointsReport { locks, density, touched, ..report })
     }
 

@@ -408,3 +408,24 @@ async fn foreign_tools_read_what_changed_between_two_points() {
     assert_eq!(maps.2, [(4096, 4096), (1 << 20, 1 << 20)]);
     receiver.shutdown().await;
 }
+
+#[tokio::test]
+async fn the_last_flush_point_that_is_told_is_a_point() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    agent.send(&write(6, 0, vec![6; 4096])).await;
+    agent.send(&Message::Flush { lsn: Lsn(6), time: time(6) }).await;
+    // One that was submitted while nothing was forwarded ends when the next pass has begun.
+    agent.send(&pass_begin(20, 6, Reason::LinkTooSlow)).await;
+    agent.send(&Message::Flush { lsn: Lsn(10), time: time(10) }).await;
+    agent.send(&pass_end(20)).await;
+    agent.all_durable().await;
+    let api = client(&receiver);
+    let points = api.points(&vm1()).await.unwrap();
+    assert_eq!(points.flush_points.last.map(|last| last.lsn), Some(Lsn(6)), "{points:?}");
+    assert_eq!(points.flush_points.count, 2);
+    drop(agent);
+    receiver.shutdown().await;
+}
