@@ -300,10 +300,16 @@ impl Ingest {
     /// offered that a power cut could take.
     async fn read(self: Rc<Self>, disk: DiskId) -> Option<Result<Readable, Failure>> {
         loop {
-            self.until_reopened(disk).await;
-            let life = self.disks.borrow().get(disk)?.life();
+            self.make_readable(disk).await;
+            let (life, failed) =
+                self.disks.borrow().get(disk).map(|disk| (disk.life(), disk.failure().is_some()))?;
             let taken = self.take(disk)?;
-            let Ok(readable) = &taken else { return Some(taken) };
+            let readable = match &taken {
+                Ok(readable) => readable,
+                // Taking it has failed the log just now: something is left of it.
+                Err(_) if !failed => continue,
+                Err(_) => return Some(taken),
+            };
             if self.durable(disk, life, readable.snapshot.through()).await? {
                 return Some(taken);
             }
@@ -312,7 +318,7 @@ impl Ingest {
 
     fn take(&self, disk: DiskId) -> Option<Result<Readable, Failure>> {
         let mut disks = self.disks.borrow_mut();
-        let snapshot = disks.snapshot(disk)?;
+        let snapshot = disks.get_mut(disk)?.snapshot();
         let state = disks.get(disk)?;
         let damaged = state.failure().filter(|failure| failure.damaged).map(|failure| failure.why.clone());
         let damage = damaged.or_else(|| state.lost_end().map(str::to_owned));

@@ -2,7 +2,7 @@
 //!
 //! It reads the end of the log, or all that is left of one that is damaged: on a slow device that takes as long as it takes, so a
 //! receiver has it done where blocking is fine ([`Ingest::prepare`]) before the claim, which then finds it done. A simulation
-//! has it done within the claim.
+//! has it done within the claim. In the same way what is left of such a log is read for whoever asks for its points.
 //!
 //! Invariants: at most one is under way of a disk, and nobody reads the log's files or gives up the disk meanwhile; what it
 //! came to is used by the next claim or by none, for nothing else writes to a log that failed.
@@ -120,7 +120,28 @@ impl Ingest {
         }
     }
 
-    /// Waits until nobody opens the disk's log again.
+    /// Has what is left of a log that is out of use read, where that holds up no other disk; once, if it can be.
+    pub(crate) async fn make_readable(&self, disk: DiskId) {
+        self.until_reopened(disk).await;
+        let wanted = {
+            let disks = self.disks.borrow();
+            disks.get(disk).and_then(|state| {
+                Some((state.life(), state.log_number(), disks.shelf().clone(), state.wants_salvage()?))
+            })
+        };
+        let Some((life, number, shelf, wanted)) = wanted else { return };
+        self.reopening.borrow_mut().insert(disk);
+        let left = self.readers.run(move || shelf.left_of(disk, number, &wanted)).await;
+        if let (Some(state), Ok(Some((salvaged, memo)))) = (self.disks.borrow_mut().get_mut(disk), left)
+            && state.life() == life
+        {
+            state.salvaged(salvaged, memo);
+        }
+        self.reopening.borrow_mut().remove(&disk);
+        self.synced.notify_waiters();
+    }
+
+    /// Waits until nobody opens the disk's log again, or reads what is left of it.
     pub(crate) async fn until_reopened(&self, disk: DiskId) {
         loop {
             // Registered before the look, so that no end is missed between.

@@ -93,3 +93,39 @@ async fn who_waits_for_a_log_that_is_opened_again_fills_no_memory() {
     storage.set(Fault::None);
     receiver.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_of_a_log_is_read_while_other_disks_go_on() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let mut config = place.config();
+    config.limits.ingest_threads = 1;
+    let receiver = Receiver::start_on_storage(Arc::new(storage.clone()), config).await.unwrap();
+    let api = client(&receiver);
+    let (mut one, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    let (mut two, _) = Agent::welcomed(&receiver, hello(2, "vm2")).await;
+    for agent in [&mut one, &mut two] {
+        agent.first_pass(5).await;
+        agent.all_durable().await;
+    }
+    storage.set(Fault::WritesFail);
+    one.send(&write(6, 0, vec![6; 4096])).await;
+    assert_eq!(one.closed().await.code, CloseCode::Store);
+    storage.set(Fault::OpensWait);
+    let name = "vm1".parse().unwrap();
+    let mut asked = Box::pin(api.points(&name));
+    let others = async {
+        storage.a_sync_waits().await;
+        for lsn in 6..20 {
+            two.send(&write(lsn, 0, vec![6; 4096])).await;
+            two.all_durable().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        found = &mut asked => panic!("answered before the log could be read: {found:?}"),
+        done = tokio::time::timeout(NEVER, others) => done.expect("others are served"),
+    }
+    storage.set(Fault::None);
+    assert_eq!(asked.await.unwrap().last.map(|last| last.lsn), Some(Lsn(5)));
+    receiver.shutdown().await;
+}
