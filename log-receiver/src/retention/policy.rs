@@ -136,17 +136,22 @@ pub(crate) struct Policies {
     storage: Arc<dyn Storage>,
     default: Ladder,
     clock: LockClock,
+    /// Held by whoever changes something, for as long as the device takes.
     state: Arc<Mutex<State>>,
-}
-
-struct State {
-    disks: BTreeMap<DiskId, Policy>,
+    /// What the last of them left, for whoever asks meanwhile.
+    seen: Arc<Mutex<Arc<Disks>>>,
     /// How long receivers had had the store open when this one opened it.
     open_before: Span,
-    /// When that was noted last.
-    noted: Moment,
     /// Why nobody knows what is wanted.
-    damage: Option<String>,
+    damage: Option<Arc<str>>,
+}
+
+type Disks = BTreeMap<DiskId, Policy>;
+
+struct State {
+    disks: Arc<Disks>,
+    /// When the time that the store has been open was noted last.
+    noted: Moment,
     doubts: Doubts,
 }
 
@@ -169,8 +174,10 @@ impl Policies {
             }
         };
         let noted = clock.moment(open_before);
-        let state = Arc::new(Mutex::new(State { disks, open_before, noted, damage, doubts: Doubts::new() }));
-        Self { storage, default, clock, state }
+        let disks = Arc::new(disks);
+        let seen = Arc::new(Mutex::new(Arc::clone(&disks)));
+        let state = Arc::new(Mutex::new(State { disks, noted, doubts: Doubts::new() }));
+        Self { storage, default, clock, state, seen, open_before, damage: damage.map(Arc::from) }
     }
 
     /// The ladder of disks that have none of their own.
@@ -180,21 +187,20 @@ impl Policies {
 
     /// Why nothing goes, whatever the ladders say.
     pub(crate) fn damage(&self) -> Option<String> {
-        self.lock().damage.clone()
+        self.damage.as_deref().map(str::to_owned)
     }
 
     /// What is wanted of a disk.
     pub(crate) fn of(&self, disk: DiskId) -> Policy {
-        self.lock().disks.get(&disk).cloned().unwrap_or_default()
+        self.seen().get(&disk).cloned().unwrap_or_default()
     }
 
     /// The ladder that counts for a disk.
     pub(crate) fn ladder(&self, disk: DiskId) -> Ladder {
-        let state = self.lock();
-        if state.damage.is_some() {
+        if self.damage.is_some() {
             return Ladder::default();
         }
-        let own = state.disks.get(&disk).and_then(|policy| policy.ladder.clone());
+        let own = self.seen().get(&disk).and_then(|policy| policy.ladder.clone());
         own.unwrap_or_else(|| self.default.clone())
     }
 
@@ -221,17 +227,17 @@ impl Policies {
     /// A sentence: then nothing has changed that anybody goes by.
     pub(crate) fn change(&self, disk: DiskId, change: impl FnOnce(&mut Policy)) -> Result<(), String> {
         let mut state = self.lock();
-        if let Some(why) = &state.damage {
+        if let Some(why) = &self.damage {
             return Err(format!(
                 "{why}, and no retention is changed, for that would forget what it says: stop the receiver and restore \
                  the file, or remove it to forget every ladder, kept point and lock"
             ));
         }
-        let mut disks = state.disks.clone();
+        let mut disks = Disks::clone(&state.disks);
         let policy = disks.entry(disk).or_default();
         let before = policy.clone();
         change(policy);
-        let now = self.clock.moment(state.open_before);
+        let now = self.moment();
         if let Some(doubt) = state.doubts.get(&disk) {
             check_in_doubt(doubt, &before, policy, now)?;
         }
@@ -247,7 +253,8 @@ impl Policies {
         disks.retain(|_, policy| *policy != Policy::default());
         self.write(&disks, now)?;
         state.noted = now;
-        state.disks = disks;
+        state.disks = Arc::new(disks);
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&state.disks);
         Ok(())
     }
 
@@ -270,14 +277,13 @@ impl Policies {
 
     /// Both clocks of locks, now.
     pub(crate) fn moment(&self) -> Moment {
-        self.clock.moment(self.lock().open_before)
+        self.clock.moment(self.open_before)
     }
 
     /// How many disks have every point locked.
     pub(crate) fn locked_disks(&self) -> usize {
-        let state = self.lock();
-        let now = self.clock.moment(state.open_before);
-        state.disks.values().filter(|policy| policy.all_locked(now).is_some()).count()
+        let now = self.moment();
+        self.seen().values().filter(|policy| policy.all_locked(now).is_some()).count()
     }
 
     /// Notes durably how long the store has been open, as long as there are locks; blocks. What is not noted counts for
@@ -287,8 +293,8 @@ impl Policies {
     /// A sentence.
     pub(crate) fn note_time(&self) -> Result<Option<String>, String> {
         let mut state = self.lock();
-        let now = self.clock.moment(state.open_before);
-        if state.damage.is_some() || state.disks.values().all(|policy| policy.locks.is_empty()) {
+        let now = self.moment();
+        if self.damage.is_some() || state.disks.values().all(|policy| policy.locks.is_empty()) {
             state.noted = now;
             return Ok(None);
         }
@@ -321,10 +327,10 @@ impl Policies {
     ) -> Option<R> {
         let mut state = self.lock();
         let now = state.disks.get(&disk).cloned().unwrap_or_default();
-        (state.damage.is_none() && now == *policy).then(|| act(&mut state.doubts))
+        (self.damage.is_none() && now == *policy).then(|| act(&mut state.doubts))
     }
 
-    /// Whether it is not known durably where the log of a disk begins.
+    /// Whether it is not known durably where the log of a disk begins; blocks.
     pub(crate) fn is_in_doubt(&self, disk: DiskId) -> bool {
         self.lock().doubts.contains_key(&disk)
     }
@@ -334,7 +340,8 @@ impl Policies {
         self.lock().doubts.remove(&disk);
     }
 
-    /// Why a point of a disk cannot be promised to anybody now, if that is so.
+    /// Why a point of a disk cannot be promised to anybody now, if that is so; blocks, until nothing is done that goes by what
+    /// was wanted before: after it a log shows whether it did.
     pub(crate) fn doubt_of(&self, disk: DiskId, lsn: Lsn) -> Option<String> {
         self.lock()
             .doubts
@@ -355,9 +362,9 @@ impl Policies {
         self.change(disk, |policy| *policy = Policy::default())
     }
 
-    /// Waits until nothing is done that goes by what was wanted before: after it a log shows whether it did.
-    pub(crate) fn settle(&self) {
-        drop(self.lock());
+    /// What is wanted of all disks; never waits for a device.
+    fn seen(&self) -> Arc<Disks> {
+        Arc::clone(&self.seen.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Nothing that could panic runs under the lock.

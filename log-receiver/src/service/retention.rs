@@ -209,8 +209,8 @@ impl Service {
     /// not.
     pub(super) async fn unless_its_point_goes(&self, asked: &str, mount: Mount) -> Result<Mount, ApiError> {
         let policies = self.policies.clone();
-        self.read(move || policies.settle()).await?;
-        if let Some(why) = self.policies.doubt_of(mount.disk.uuid, mount.lsn) {
+        let (disk, lsn) = (mount.disk.uuid, mount.lsn);
+        if let Some(why) = self.read(move || policies.doubt_of(disk, lsn)).await? {
             return self.take_back(mount, ApiError::new(ErrorCode::Failed, why)).await;
         }
         let uuid: DiskName = mount.disk.uuid.to_string().parse().expect("a UUID is a good name");

@@ -109,3 +109,18 @@ fn locks_are_bounded_and_a_damaged_file_lets_nothing_go() {
     assert!(damaged.damage().unwrap().contains(FILE));
     assert!(damaged.note_time().is_ok(), "and it stays as it is");
 }
+
+#[test]
+fn who_asks_what_is_wanted_waits_for_nobody_who_changes_it() {
+    let (storage, disk) = (MemoryStorage::new(), DiskId::random());
+    let policies = clocked(&storage, 1000, 0);
+    let lock = Lock::new(CaptureTime(1_600_000_000), policies.moment()).unwrap();
+    policies.add_lock(disk, None, lock).unwrap();
+    let wanted = policies.of(disk);
+    let asked = policies.while_wanted(disk, &wanted, |_| {
+        assert_eq!(policies.ladder(disk).to_string(), "any=9d");
+        assert!(policies.shortened(disk, CaptureTime(0)).is_none() && policies.damage().is_none());
+        (policies.of(disk), policies.locked_disks())
+    });
+    assert_eq!(asked, Some((wanted, 1)));
+}
