@@ -75,7 +75,7 @@ impl OverlayExport {
             let error = match pool.run(move || work(layers)).await {
                 Ok(Ok(value)) => return complete(reply, value),
                 Ok(Err(error)) => error,
-                Err(_) => return reply.fail(NbdError::Shutdown),
+                Err(_) => return reply.fail_with(NbdError::Shutdown, "the receiver is shutting down"),
             };
             let mut why = chain(&error);
             match &error {

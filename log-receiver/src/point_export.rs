@@ -71,7 +71,7 @@ impl PointExport {
             match reading.readers.run(move || work(view)).await {
                 Ok(Ok(value)) => complete(reply, value),
                 Ok(Err(error)) => reading.refuse(reply, met, error).await,
-                Err(_) => reply.fail(NbdError::Shutdown),
+                Err(_) => reply.fail_with(NbdError::Shutdown, "the receiver is shutting down"),
             }
         });
     }

@@ -76,7 +76,9 @@ impl Shared {
                         }
                     }
                 }
-                Err(_) => replies.into_iter().for_each(|reply| reply.fail(NbdError::Shutdown)),
+                Err(_) => replies
+                    .into_iter()
+                    .for_each(|reply| reply.fail_with(NbdError::Shutdown, "the receiver is shutting down")),
             }
         }
         self.under_way.set(self.under_way.get() - 1);

@@ -12,7 +12,7 @@ use std::{
 };
 
 use backtide_agent_api::Limits;
-use backtide_export::{NbdError, Reply};
+use backtide_export::Reply;
 use backtide_io_filter::{
     Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId, SpillDone, SpillOp,
     TrackingOp,
@@ -27,7 +27,7 @@ use tokio::sync::Notify;
 use super::{
     local::{Began, Purpose, SharedLocal, blocking, failure},
     marking::MarkWaits,
-    refused::Refused,
+    refused::{Refused, refuse},
 };
 use crate::{record::Records, spill::OpenedSpill};
 
@@ -286,7 +286,7 @@ impl Engine {
             Ok(LocalData::Changed | LocalData::Prepared(_)) => unreachable!("a client's read brings bytes"),
             Err(failure) => {
                 add(&self.traffic.errors, 1);
-                reply.fail(nbd_error(failure));
+                refuse(reply, failure);
             }
         }
     }
@@ -381,7 +381,7 @@ impl Engine {
                 if let Some(requests) = self.refused.one_more(self.started.elapsed()) {
                     tracing::warn!(disk = %self.name(), errno = failure.errno, requests, "{why}");
                 }
-                reply.fail(nbd_error(failure));
+                refuse(reply, failure);
             }
         }
     }
@@ -479,18 +479,4 @@ fn do_spill(files: &SpillFiles, op: &SpillOp) -> SpillDone {
 
 fn now_since(started: Instant) -> Now {
     Now { monotonic: started.elapsed(), wall: SystemTime::now().into() }
-}
-
-/// The error a client is told for an errno of the disk behind.
-pub(crate) fn nbd_error(failure: IoFailure) -> NbdError {
-    match Errno::from_raw_os_error(failure.errno) {
-        Errno::PERM | Errno::ACCESS | Errno::ROFS => NbdError::NotPermitted,
-        Errno::NOMEM => NbdError::NoMemory,
-        Errno::INVAL => NbdError::Invalid,
-        Errno::FBIG | Errno::NOSPC | Errno::DQUOT => NbdError::NoSpace,
-        Errno::OVERFLOW => NbdError::Overflow,
-        Errno::OPNOTSUPP => NbdError::NotSupported,
-        Errno::SHUTDOWN => NbdError::Shutdown,
-        _ => NbdError::Io,
-    }
 }

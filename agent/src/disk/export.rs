@@ -6,7 +6,7 @@ use backtide_export::{Command, Export, ExportInfo, ExportSummary, Exports, NbdEr
 use backtide_io_filter::Change;
 use backtide_units::ByteRange;
 
-use super::engine::{Engine, nbd_error};
+use super::{engine::Engine, refused::refuse};
 
 /// The export of one disk.
 pub(crate) struct DiskExport {
@@ -42,7 +42,7 @@ impl DiskExport {
         tokio::task::spawn_local(async move {
             match engine.local.extents(range, one).await {
                 Ok(extents) => reply.extents(&extents),
-                Err(failure) => reply.fail(nbd_error(failure)),
+                Err(failure) => refuse(reply, failure),
             }
         });
     }
@@ -60,7 +60,7 @@ impl Export for DiskExport {
             Command::Write { data, fua, .. } => self.engine.submit(Change::Write { range, data, fua }, reply),
             Command::Trim { fua, .. } => self.engine.submit(Change::Zero { range, trim: true, fua }, reply),
             Command::WriteZeroes { fast: true, no_hole, .. } if !self.zeroes_fast(!no_hole) => {
-                reply.fail(NbdError::NotSupported);
+                reply.fail_with(NbdError::NotSupported, "zeroes are not made fast here");
             }
             Command::WriteZeroes { fua, no_hole, .. } => {
                 self.engine.submit(Change::Zero { range, trim: !no_hole, fua }, reply);

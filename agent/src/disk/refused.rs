@@ -1,8 +1,13 @@
-//! What the log says of requests that the local disk refused: a guest on a full disk makes any number of them.
+//! What clients and the log hear of requests that the local disk refused: a guest on a full disk makes any number of
+//! them.
 //!
-//! Invariant: at most one line in [`SAID_EVERY`], whatever the guest does; each refusal is in the count of one of them.
+//! Invariant: in the log at most one line in [`SAID_EVERY`], whatever the guest does; each refusal is in the count of one of them.
 
 use std::{cell::Cell, time::Duration};
+
+use backtide_export::{NbdError, Reply};
+use backtide_io_filter::IoFailure;
+use rustix::io::Errno;
 
 /// How often refusals are said.
 const SAID_EVERY: Duration = Duration::from_secs(10);
@@ -24,6 +29,31 @@ impl Refused {
         }
         self.said_at.set(Some(now));
         Some(self.unsaid.take())
+    }
+}
+
+/// Answers that a request came to nothing, and why, for people at the other end.
+pub(crate) fn refuse(reply: Reply, failure: IoFailure) {
+    let error = nbd_error(failure);
+    match error {
+        NbdError::Shutdown => {
+            reply.fail_with(error, "the request ends with its disk, which is not served any more")
+        }
+        _ => reply.fail_with(error, &format!("the local disk: {}", Errno::from_raw_os_error(failure.errno))),
+    }
+}
+
+/// The error a client is told for an errno of the disk behind.
+fn nbd_error(failure: IoFailure) -> NbdError {
+    match Errno::from_raw_os_error(failure.errno) {
+        Errno::PERM | Errno::ACCESS | Errno::ROFS => NbdError::NotPermitted,
+        Errno::NOMEM => NbdError::NoMemory,
+        Errno::INVAL => NbdError::Invalid,
+        Errno::FBIG | Errno::NOSPC | Errno::DQUOT => NbdError::NoSpace,
+        Errno::OVERFLOW => NbdError::Overflow,
+        Errno::OPNOTSUPP => NbdError::NotSupported,
+        Errno::SHUTDOWN => NbdError::Shutdown,
+        _ => NbdError::Io,
     }
 }
 

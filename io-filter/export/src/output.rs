@@ -46,6 +46,12 @@ pub(crate) struct Released {
 impl Output {
     /// Queues a message: what `encode` appends, then `data`.
     pub(crate) fn push(&mut self, cost: u64, data: Bytes, encode: impl FnOnce(&mut BytesMut)) {
+        self.push_part(data, encode);
+        self.ends.push_back((self.queued, cost));
+    }
+
+    /// Queues a part of a message; the last of it is queued with [`push`](Self::push).
+    pub(crate) fn push_part(&mut self, data: Bytes, encode: impl FnOnce(&mut BytesMut)) {
         let before = self.heads.len();
         encode(&mut self.heads);
         let head = self.heads.len() - before;
@@ -57,7 +63,6 @@ impl Output {
         if !data.is_empty() {
             self.pieces.push_back(Piece::Data(data));
         }
-        self.ends.push_back((self.queued, cost));
     }
 
     /// Whether everything was written.

@@ -4,9 +4,10 @@ mod support;
 
 use std::{rc::Rc, time::Duration};
 
-use backtide_export::{Limits, NbdError, ServeError, serve_connection};
-use backtide_units::ByteCount;
-use support::{Fixed, Manual, Raw, on_a_worker, settle};
+use backtide_export::{Client, Limits, NbdError, ServeError, serve_connection};
+use backtide_units::{ByteCount, ByteOffset};
+use bytes::Bytes;
+use support::{Fixed, Manual, Place, Raw, on_a_worker, settle};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
     task::JoinHandle,
@@ -241,4 +242,24 @@ async fn a_client_that_says_nothing_is_cut_off_in_time() {
             assert!(matches!(result, Err(ServeError::HandshakeTimeout(_))), "{result:?}");
         })
         .await;
+}
+
+#[test]
+fn the_text_of_an_error_reaches_the_client_whatever_it_asked_for() {
+    on_a_worker(async {
+        let (place, disk) = (Place::new(), Manual::new("disk"));
+        let _server = place.serve(disk.clone()).await;
+        let client = Client::connect(&place.uri("disk")).await.unwrap();
+        let (written, ()) =
+            tokio::join!(client.write(ByteOffset(0), Bytes::from_static(&[1; 512]), false), async {
+                disk.until_waiting(1).await;
+                disk.take().1.fail_with(NbdError::NoSpace, "the shelf is full");
+            });
+        assert!(written.unwrap_err().to_string().contains("the shelf is full"));
+        let (read, ()) = tokio::join!(client.read(ByteOffset(0), ByteCount(512)), async {
+            disk.until_waiting(1).await;
+            disk.take().1.fail_with(NbdError::Io, "the shelf fell down");
+        });
+        assert!(read.unwrap_err().to_string().contains("the shelf fell down"));
+    });
 }

@@ -216,3 +216,36 @@ fn tcp_serves_the_same() {
         server.shutdown(GRACE).await;
     });
 }
+
+#[test]
+fn zeroes_that_are_told_and_not_sent_are_read_as_zeroes() {
+    on_a_worker(async {
+        let place = Place::new();
+        let (server, uri) = served(&place).await;
+        let image = place.path("disk.img");
+        // Stretches of data and zeroes that begin and end anywhere, the last byte of all among the data.
+        let mut bytes = vec![0; SIZE as usize];
+        for (number, at) in (0..bytes.len()).step_by(777_777).enumerate() {
+            let end = (at + (number % 5) * 100_001).min(bytes.len());
+            bytes[at..end].fill(number as u8 | 1);
+        }
+        *bytes.last_mut().unwrap() = 7;
+        std::fs::write(&image, &bytes).unwrap();
+        let copy = place.path("copy");
+        for size in ["--request-size=4096", "--request-size=262144", "--request-size=33554432"] {
+            // Everything is read, whatever block status would say of it.
+            run("nbdcopy", &["--no-extents", size, &uri, copy.to_str().unwrap()]).await;
+            assert!(std::fs::read(&copy).unwrap() == bytes, "{size}");
+        }
+        run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &uri, image.to_str().unwrap()]).await;
+        run("qemu-io", &["-f", "raw", &uri, "-c", "read -P 0 400k 300k", "-c", "read -v 760k 8k"]).await;
+        let client = backtide_export::Client::connect(&place.uri("disk")).await.unwrap();
+        for (at, length) in [(0, 4 << 20), (700_000, 200_000), (777_777, 1), (1 << 20, 32 << 20)] {
+            let read =
+                client.read(backtide_units::ByteOffset(at), backtide_units::ByteCount(length)).await.unwrap();
+            assert!(read == bytes[at as usize..][..length as usize], "{length} bytes at {at}");
+        }
+        drop(client);
+        server.shutdown(GRACE).await;
+    });
+}

@@ -155,6 +155,6 @@ fn a_request_names_the_contexts_it_wants_among_those_chosen() {
         let (mut parser, mut intake) = (RequestParser::new(session), Intake::new());
         feed(&mut intake, &status(wrong));
         let found = parser.next(&mut intake).unwrap();
-        assert!(matches!(found, Some(Incoming::Refused(_, NbdError::Invalid))), "{wrong:?}: {found:?}");
+        assert!(matches!(found, Some(Incoming::Refused(_, NbdError::Invalid, _))), "{wrong:?}: {found:?}");
     }
 }

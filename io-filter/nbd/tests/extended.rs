@@ -181,7 +181,7 @@ fn compact_requests_are_not_understood_any_more_and_the_flag_not_before() {
     assert!(matches!(found, Err(ProtocolError::BadMagic { .. })), "{found:?}");
     let (mut parser, mut intake) = (RequestParser::new(&support::session("disk")), Intake::new());
     feed(&mut intake, &support::request(READ, PAYLOAD, 0, 0, 512));
-    assert!(matches!(parser.next(&mut intake), Ok(Some(Incoming::Refused(_, NbdError::Invalid)))));
+    assert!(matches!(parser.next(&mut intake), Ok(Some(Incoming::Refused(_, NbdError::Invalid, _)))));
 }
 
 #[test]
@@ -226,7 +226,7 @@ fn only_a_fast_zero_fails_as_not_supported() {
     // Where it was not offered, the flag is unknown.
     let (mut parser, mut intake) = (RequestParser::new(&extended_session("disk")), Intake::new());
     feed(&mut intake, &extended(ZEROES, FAST, 1, 0, 512));
-    assert!(matches!(parser.next(&mut intake), Ok(Some(Incoming::Refused(_, NbdError::Invalid)))));
+    assert!(matches!(parser.next(&mut intake), Ok(Some(Incoming::Refused(_, NbdError::Invalid, _)))));
 }
 
 #[test]

@@ -154,7 +154,10 @@ fn our_client_and_our_server_agree_on_everything() {
     assert_eq!(client.ask(&status), [Content::Extents(extents)]);
     let beyond = Command::Read { offset: ByteOffset(SIZE), length, one_chunk: false };
     let error = backtide_nbd::NbdError::Invalid;
-    assert_eq!(client.ask(&beyond), [Content::Error { error, text: "refused".into() }]);
+    assert_eq!(
+        client.ask(&beyond),
+        [Content::Error { error, text: "the range reaches beyond the end of the export".into() }]
+    );
     client.leave();
     server.join().unwrap().unwrap();
 }

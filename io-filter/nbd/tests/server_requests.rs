@@ -2,8 +2,8 @@
 
 mod support;
 
-use backtide_nbd::server::{Incoming, ReplyEncoder, ReplyTo};
-use backtide_nbd::{Command, Extent, NbdError, ProtocolError, ReplyStyle};
+use backtide_nbd::server::{Incoming, ReadPart, ReplyEncoder, ReplyTo, RequestParser};
+use backtide_nbd::{Command, Extent, Intake, NbdError, ProtocolError, ReplyStyle};
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::{Bytes, BytesMut};
 use support::{Requests, SIZE, feed, request, session};
@@ -107,6 +107,89 @@ fn bad_requests_get_the_specified_errors() {
 }
 
 #[test]
+fn a_refusal_names_its_cause() {
+    for (export, kind, offset, length, cause) in [
+        ("golden", ZEROES, 0, 512, "read-only"),
+        ("disk", READ, SIZE, 512, "beyond the end"),
+        ("disk", READ, 0, MAX + 1, "beyond the end"),
+        ("coarse", READ, 512, 4096, "block size"),
+        ("disk", FLUSH, 0, 1, "a flush has neither"),
+        ("disk", 99, 0, 0, "was not offered"),
+    ] {
+        let refused = of(export).try_send(&request(kind, 0, 1, offset, length));
+        let Ok(Some(Incoming::Refused(_, _, why))) = refused else { panic!("{cause}: {refused:?}") };
+        assert!(why.contains(cause), "{why}");
+    }
+}
+
+/// The parts in which a READ of `data` is answered, as (start, length, zero).
+fn parts(style: ReplyStyle, flags: u16, data: &[u8]) -> Vec<(usize, usize, bool)> {
+    let mut session = session("disk");
+    session.style = style;
+    session.export.size = ByteCount(1 << 30);
+    let (mut parser, mut intake) = (RequestParser::new(&session), Intake::new());
+    feed(&mut intake, &request(READ, flags, 1, 512, data.len() as u32));
+    let Ok(Some(Incoming::Request(to, _))) = parser.next(&mut intake) else { panic!("a READ is taken") };
+    let whole = ReadPart { start: 0, length: data.len(), zero: false };
+    let parts = ReplyEncoder::new(&session).parts(to, data).unwrap_or_else(|| vec![whole]);
+    parts.into_iter().map(|part| (part.start, part.length, part.zero)).collect()
+}
+
+#[test]
+fn zeroes_are_told_to_whoever_understands_that() {
+    use ReplyStyle::{Simple, Structured};
+    const DF: u16 = 4;
+    const KIB: usize = 1 << 10;
+    let zeroes = vec![0; 200 * KIB];
+    for length in [1, 63, 64, 65, 512, 4096, 128 * KIB, 200 * KIB] {
+        let mut data = zeroes[..length].to_vec();
+        assert_eq!(parts(Simple, 0, &data), [(0, length, false)], "{length}");
+        for flags in [0, DF] {
+            assert_eq!(
+                parts(Structured, flags, &data),
+                [(0, length, true)],
+                "{length}: one chunk all the same"
+            );
+        }
+        // Whichever byte it is.
+        for at in [0, length / 2, length - 1] {
+            data[at] = 1;
+            assert_eq!(parts(Structured, DF, &data), [(0, length, false)], "{at} of {length}");
+            data[at] = 0;
+        }
+    }
+    let mut data = zeroes;
+    data[70 * KIB] = 1;
+    let expected = [(0, 64 * KIB, true), (64 * KIB, 64 * KIB, false), (128 * KIB, 72 * KIB, true)];
+    assert_eq!(parts(Structured, 0, &data), expected);
+    assert_eq!(parts(Structured, DF, &data), [(0, 200 * KIB, false)]);
+    assert_eq!(
+        parts(Structured, 0, &data[..100 * KIB]),
+        [(0, 100 * KIB, false)],
+        "short ones stay in one piece"
+    );
+    data.fill(1);
+    assert_eq!(parts(Structured, 0, &data), [(0, 200 * KIB, false)]);
+    assert_eq!(parts(Structured, 0, &[]), [(0, 0, false)]);
+}
+
+#[test]
+fn parts_of_a_read_look_as_specified() {
+    let read = request(READ, 0, 7, 512, 4);
+    let written = reply(ReplyStyle::Structured, &read, |encoder, to, out| {
+        encoder.part(to, ReadPart { start: 0, length: 1, zero: false }, false, out);
+        out.extend_from_slice(b"a");
+        encoder.part(to, ReadPart { start: 1, length: 3, zero: true }, true, out);
+    });
+    let head = |flags: u8, kind: u8, length: u8| {
+        [&[0x66, 0x8e, 0x33, 0xef, 0, flags, 0, kind][..], &7_u64.to_be_bytes(), &[0, 0, 0, length]].concat()
+    };
+    let data = [&head(0, 1, 9)[..], &512_u64.to_be_bytes(), b"a"].concat();
+    let hole = [&head(1, 2, 12)[..], &513_u64.to_be_bytes(), &3_u32.to_be_bytes()].concat();
+    assert_eq!(written, [data, hole].concat());
+}
+
+#[test]
 fn block_status_without_its_context_is_refused() {
     let mut session = session("disk");
     session.contexts.base_allocation = false;
@@ -178,9 +261,13 @@ fn replies_look_as_specified() {
     let flush = request(FLUSH, 0, 0x0102_0304_0506_0708, 0, 0);
     for style in [Simple, Structured] {
         assert_eq!(reply(style, &flush, |e, to, out| e.done(to, out)), simple(0));
-        let failed = reply(style, &flush, |e, to, out| e.error(to, NbdError::NoSpace, "x", out));
+        let failed = reply(style, &flush, |e, to, out| e.error(to, NbdError::NoSpace, "", out));
         assert_eq!(failed, simple(28));
     }
+    // A simple reply has no room for a text.
+    let failed = |style| reply(style, &flush, |e, to, out| e.error(to, NbdError::NoSpace, "x", out));
+    assert_eq!(failed(Simple), simple(28));
+    assert_eq!(failed(Structured), chunk([0x80, 1], &[0, 0, 0, 7, 0, 0, 0, 28, 0, 1, b'x']));
     let header = |style| reply(style, &read, |e, to, out| e.read_header(to, ByteCount(2), out));
     assert_eq!(header(Simple), simple(0));
     assert_eq!(header(Structured), chunk([0, 1], &[0, 0, 0, 10, 0, 0, 0, 0, 0, 0, 2, 0]));

@@ -247,8 +247,8 @@ impl Connection {
                         let cost = ByteCount(payload(&command).0 + to.data_length().0);
                         (to, command, cost)
                     }
-                    Some(Incoming::Refused(to, error)) => {
-                        self.channel.refuse(to, error);
+                    Some(Incoming::Refused(to, error, why)) => {
+                        self.channel.refuse(to, error, why);
                         // A refusal holds nothing but its reply, yet those add up too.
                         if !self.fits(ByteCount::ZERO) {
                             return Ok(Submitted::Full);
@@ -266,7 +266,7 @@ impl Connection {
                 return Ok(Submitted::Full);
             }
             if self.phase == Phase::Refusing {
-                self.channel.refuse(to, NbdError::Shutdown);
+                self.channel.refuse(to, NbdError::Shutdown, "the export is not served any more");
             } else {
                 self.export.submit(command, self.channel.begin(to, cost));
             }

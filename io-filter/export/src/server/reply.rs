@@ -8,7 +8,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use backtide_nbd::server::{ReplyEncoder, ReplyTo};
+use backtide_nbd::server::{ReadPart, ReplyEncoder, ReplyTo};
 use backtide_nbd::{Cookie, DirtyExtent, Extent, NbdError};
 use backtide_units::ByteCount;
 use bytes::Bytes;
@@ -73,8 +73,8 @@ impl Channel {
     }
 
     /// Queues a refusal of something that never was in flight for anybody else.
-    pub(crate) fn refuse(self: &Rc<Self>, to: ReplyTo, error: NbdError) {
-        self.begin(to, ByteCount::ZERO).fail(error);
+    pub(crate) fn refuse(self: &Rc<Self>, to: ReplyTo, error: NbdError, why: &str) {
+        self.begin(to, ByteCount::ZERO).fail_with(error, why);
     }
 
     /// Sends what can be sent. Ready when nothing is queued, here or in the stream.
@@ -107,13 +107,12 @@ impl Channel {
         self.sleeper.take();
     }
 
-    fn queue(&self, cost: ByteCount, data: Bytes, encode: impl FnOnce(ReplyEncoder, &mut bytes::BytesMut)) {
+    fn queue(&self, push: impl FnOnce(ReplyEncoder, &mut Output)) {
         self.unanswered.set(self.unanswered.get() - 1);
         if self.dead.get() {
             return;
         }
-        let encoder = self.encoder;
-        self.output.borrow_mut().push(cost.0, data, |out| encode(encoder, out));
+        push(self.encoder, &mut self.output.borrow_mut());
         if let Some(sleeper) = self.sleeper.take() {
             sleeper.wake();
         }
@@ -143,16 +142,31 @@ impl Reply {
     /// # Panics
     /// When the request was one of these.
     pub fn done(mut self) {
-        self.answer(Bytes::new(), |encoder, to, out| encoder.done(to, out));
+        self.answer(|encoder, to, out| encoder.done(to, out));
     }
 
-    /// The bytes of a READ.
+    /// The bytes of a READ. Stretches of zeroes in them are told, not sent, to clients that understand that.
     ///
     /// # Panics
     /// When the request was no READ of exactly so many bytes.
     pub fn data(mut self, data: Bytes) {
-        let length = ByteCount::of(&data);
-        self.answer(data, |encoder, to, out| encoder.read_header(to, length, out));
+        self.answered = true;
+        let (to, cost) = (self.to, self.cost);
+        self.channel.queue(|encoder, output| {
+            let parts = encoder.parts(to, &data);
+            let Some((last, before)) = parts.as_deref().and_then(<[ReadPart]>::split_last) else {
+                let length = ByteCount::of(&data);
+                return output.push(cost.0, data, |out| encoder.read_header(to, length, out));
+            };
+            let bytes = |part: &ReadPart| match part.zero {
+                true => Bytes::new(),
+                false => data.slice(part.start..part.start + part.length),
+            };
+            for part in before {
+                output.push_part(bytes(part), |out| encoder.part(to, *part, false, out));
+            }
+            output.push(cost.0, bytes(last), |out| encoder.part(to, *last, true, out));
+        });
     }
 
     /// The answer to BLOCK_STATUS: extents from the request's offset on. They may end before
@@ -161,7 +175,7 @@ impl Reply {
     /// # Panics
     /// When the request was no BLOCK_STATUS, or the extents are empty.
     pub fn extents(mut self, extents: &[Extent]) {
-        self.answer(Bytes::new(), |encoder, to, out| encoder.extents(to, extents, out));
+        self.answer(|encoder, to, out| encoder.extents(to, extents, out));
     }
 
     /// The answer to BLOCK_STATUS of an export with a dirty bitmap: what of the two was asked for is sent.
@@ -169,31 +183,33 @@ impl Reply {
     /// # Panics
     /// As [`Reply::extents`].
     pub fn statuses(mut self, extents: &[Extent], dirty: &[DirtyExtent]) {
-        self.answer(Bytes::new(), |encoder, to, out| encoder.statuses(to, extents, dirty, out));
+        self.answer(|encoder, to, out| encoder.statuses(to, extents, dirty, out));
     }
 
     /// Failure.
     pub fn fail(mut self, error: NbdError) {
-        self.answer(Bytes::new(), |encoder, to, out| encoder.error(to, error, "", out));
+        self.answer(|encoder, to, out| encoder.error(to, error, "", out));
     }
 
-    /// Failure, with a sentence for people; it reaches clients of READ and BLOCK_STATUS that
-    /// take structured replies.
+    /// Failure, with a sentence for people; it reaches clients that take structured replies.
     pub fn fail_with(mut self, error: NbdError, text: &str) {
-        self.answer(Bytes::new(), |encoder, to, out| encoder.error(to, error, text, out));
+        self.answer(|encoder, to, out| encoder.error(to, error, text, out));
     }
 
-    fn answer(&mut self, data: Bytes, encode: impl FnOnce(ReplyEncoder, ReplyTo, &mut bytes::BytesMut)) {
+    fn answer(&mut self, encode: impl FnOnce(ReplyEncoder, ReplyTo, &mut bytes::BytesMut)) {
         self.answered = true;
-        let to = self.to;
-        self.channel.queue(self.cost, data, |encoder, out| encode(encoder, to, out));
+        let (to, cost) = (self.to, self.cost);
+        let push = |encoder, output: &mut Output| {
+            output.push(cost.0, Bytes::new(), |out| encode(encoder, to, out));
+        };
+        self.channel.queue(push);
     }
 }
 
 impl Drop for Reply {
     fn drop(&mut self) {
         if !self.answered {
-            self.answer(Bytes::new(), |encoder, to, out| {
+            self.answer(|encoder, to, out| {
                 encoder.error(to, NbdError::Shutdown, "the request was given up", out);
             });
         }

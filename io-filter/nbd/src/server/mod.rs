@@ -6,5 +6,5 @@ mod reply;
 mod request;
 
 pub use handshake::{Catalog, Contexts, Handshake, Session, Step, TlsMode};
-pub use reply::{ReplyEncoder, ReplyTo};
+pub use reply::{ReadPart, ReplyEncoder, ReplyTo};
 pub use request::{Incoming, RequestParser};

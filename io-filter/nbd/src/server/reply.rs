@@ -4,8 +4,8 @@
 //! data right after it.
 //!
 //! Invariants: every request gets exactly one reply, in the framing the handshake settled: all
-//! in chunks with extended headers; READ and BLOCK_STATUS in chunks and the others simple with
-//! structured replies. ENOTSUP answers nothing but a WRITE_ZEROES that had to be fast.
+//! in chunks with extended headers; with structured replies READ, BLOCK_STATUS and errors that have a text in chunks, the
+//! others simple; one chunk of content where the client asked for no more. ENOTSUP answers nothing but a WRITE_ZEROES that had to be fast.
 
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::{BufMut, BytesMut};
@@ -17,6 +17,23 @@ use crate::{Cookie, DirtyExtent, Extent, NbdError, ReplyStyle};
 
 /// The most extents in one answer; the client asks again for the rest.
 const EXTENTS_MAX: usize = 16 << 10;
+
+/// Long reads are looked through for zeroes in pieces of so many bytes.
+const ZERO_PIECE: usize = 64 << 10;
+
+/// So many bytes of a piece are looked at one by one.
+const FIRST_BYTES: usize = 64;
+
+/// A part of the bytes of a READ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadPart {
+    /// Where in these bytes it begins.
+    pub start: usize,
+    /// How many they are.
+    pub length: usize,
+    /// Whether it is all zeroes, which need not be sent.
+    pub zero: bool,
+}
 
 /// Which request a reply belongs to, and what it has to look like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +49,8 @@ pub(super) enum Shape {
     Plain,
     /// The same, of a WRITE_ZEROES that may fail for being slow.
     FastZero,
-    /// The bytes of a READ.
-    Read { length: ByteCount },
+    /// The bytes of a READ, in one chunk if that was asked for.
+    Read { length: ByteCount, one_chunk: bool },
     /// The extents of a BLOCK_STATUS.
     Status { length: ByteCount, one: bool, contexts: Contexts },
 }
@@ -47,7 +64,7 @@ impl ReplyTo {
     /// How many bytes of data the answer has to bring: those of a READ.
     pub fn data_length(self) -> ByteCount {
         match self.shape {
-            Shape::Read { length } => length,
+            Shape::Read { length, .. } => length,
             Shape::Plain | Shape::FastZero | Shape::Status { .. } => ByteCount::ZERO,
         }
     }
@@ -89,10 +106,8 @@ impl ReplyEncoder {
     /// # Panics
     /// When the request was no READ of that length.
     pub fn read_header(&self, to: ReplyTo, data_length: ByteCount, out: &mut BytesMut) {
-        let Shape::Read { length } = to.shape else {
-            panic!("a request that is no read was answered with data");
-        };
-        assert!(length == data_length, "a read of {length} bytes was answered with {data_length}");
+        self.assert_read(to, data_length);
+        let length = data_length;
         match self.style {
             ReplyStyle::Simple => put_simple(out, to.cookie, 0),
             ReplyStyle::Structured | ReplyStyle::Extended if length.0 == 0 => {
@@ -104,6 +119,59 @@ impl ReplyEncoder {
                 out.put_u64(to.offset.0);
             }
         }
+    }
+
+    /// The parts in which the bytes of a READ are sent, in order, each with [`part`](Self::part); none where they are sent as
+    /// they are, behind a [`read_header`](Self::read_header). Stretches of zeroes are told where the framing has a word for
+    /// it and the client takes several chunks, or all of it is zeroes.
+    ///
+    /// # Panics
+    /// As `read_header`.
+    pub fn parts(&self, to: ReplyTo, data: &[u8]) -> Option<Vec<ReadPart>> {
+        let one_chunk = self.assert_read(to, ByteCount(data.len() as u64));
+        if self.style == ReplyStyle::Simple || data.is_empty() {
+            return None;
+        }
+        if is_zero(data) {
+            return Some(vec![ReadPart { start: 0, length: data.len(), zero: true }]);
+        }
+        if one_chunk || data.len() < 2 * ZERO_PIECE {
+            return None;
+        }
+        let mut parts: Vec<ReadPart> = Vec::new();
+        for piece in data.chunks(ZERO_PIECE) {
+            let zero = is_zero(piece);
+            match parts.last_mut() {
+                Some(last) if last.zero == zero => last.length += piece.len(),
+                Some(_) | None => {
+                    let start = parts.last().map_or(0, |last| last.start + last.length);
+                    parts.push(ReadPart { start, length: piece.len(), zero });
+                }
+            }
+        }
+        (parts.len() > 1).then_some(parts)
+    }
+
+    /// The chunk of one part of a READ; the bytes of data have to follow. `last`: it is the reply's last.
+    pub fn part(&self, to: ReplyTo, part: ReadPart, last: bool, out: &mut BytesMut) {
+        // Reads are no longer than the largest payload.
+        let length = part.length as u32;
+        let (kind, payload) =
+            if part.zero { (chunk::OFFSET_HOLE, 12) } else { (chunk::OFFSET_DATA, 8 + length) };
+        self.put_one_chunk(out, to, kind, payload, last);
+        out.put_u64(to.offset.0 + part.start as u64);
+        if part.zero {
+            out.put_u32(length);
+        }
+    }
+
+    /// Whether the READ is to be answered in one chunk.
+    fn assert_read(&self, to: ReplyTo, data_length: ByteCount) -> bool {
+        let Shape::Read { length, one_chunk } = to.shape else {
+            panic!("a request that is no read was answered with data");
+        };
+        assert!(length == data_length, "a read of {length} bytes was answered with {data_length}");
+        one_chunk
     }
 
     /// The extents of a BLOCK_STATUS, from its offset on. What lies beyond the request is cut,
@@ -176,17 +244,16 @@ impl ReplyEncoder {
 
     /// A failed request, with a sentence for people where the framing has room for one.
     pub fn error(&self, to: ReplyTo, error: NbdError, text: &str, out: &mut BytesMut) {
-        let (chunks, error) = match (self.style, to.shape) {
-            (ReplyStyle::Extended, Shape::FastZero) => (true, fast_zero_error(error)),
-            (ReplyStyle::Simple | ReplyStyle::Structured, Shape::FastZero) => (false, fast_zero_error(error)),
-            (ReplyStyle::Extended, Shape::Plain | Shape::Read { .. } | Shape::Status { .. })
-            | (ReplyStyle::Structured, Shape::Read { .. } | Shape::Status { .. }) => {
-                (true, other_error(error))
-            }
-            (ReplyStyle::Structured, Shape::Plain)
-            | (ReplyStyle::Simple, Shape::Plain | Shape::Read { .. } | Shape::Status { .. }) => {
-                (false, other_error(error))
-            }
+        let (wants_chunks, error) = match to.shape {
+            Shape::FastZero => (false, fast_zero_error(error)),
+            Shape::Plain => (false, other_error(error)),
+            Shape::Read { .. } | Shape::Status { .. } => (true, other_error(error)),
+        };
+        let chunks = match self.style {
+            ReplyStyle::Simple => false,
+            // A simple reply would do for the others, and has no room for the text.
+            ReplyStyle::Structured => wants_chunks || !text.is_empty(),
+            ReplyStyle::Extended => true,
         };
         if !chunks {
             return put_simple(out, to.cookie, error.code());
@@ -227,6 +294,13 @@ impl ReplyEncoder {
             }
         }
     }
+}
+
+/// Whether all bytes are zero. Of others mostly the first few are looked at.
+fn is_zero(bytes: &[u8]) -> bool {
+    let (first, rest) = bytes.split_at(bytes.len().min(FIRST_BYTES));
+    // Each byte of the rest is what was so many before it.
+    first.iter().all(|byte| *byte == 0) && rest == &bytes[..rest.len()]
 }
 
 /// What a WRITE_ZEROES that had to be fast may fail with: its length is no reason.

@@ -29,8 +29,8 @@ use crate::{Command, Cookie, Intake, MAX_PAYLOAD, NbdError, ProtocolError, Reply
 pub enum Incoming {
     /// Do this, and answer there.
     Request(ReplyTo, Command),
-    /// Answer this error; there is nothing to do.
-    Refused(ReplyTo, NbdError),
+    /// Answer this error, for this reason; there is nothing to do.
+    Refused(ReplyTo, NbdError, &'static str),
     /// The client is leaving: nothing more will come, finish what is in flight.
     Disconnect,
 }
@@ -50,12 +50,24 @@ struct Header {
     length: ByteCount,
 }
 
+/// What is wrong with a request: the error, and a sentence for people.
+type Fault = (NbdError, &'static str);
+
+const FLAGS: Fault = (NbdError::Invalid, "the request has a flag that was not offered");
+const NOT_OFFERED: Fault = (NbdError::Invalid, "the command was not offered");
+const READ_ONLY: Fault = (NbdError::NotPermitted, "the export is read-only");
+const MISALIGNED: Fault = (NbdError::Invalid, "the range is no multiple of the export's block size");
+const CONTEXTS: Fault = (NbdError::Invalid, "a context is named that was not chosen, or twice");
+const PAYLOAD: Fault = (NbdError::Invalid, "the command has no such payload");
+const TOO_LONG: &str = "the range is longer than the largest payload";
+const BEYOND: &str = "the range reaches beyond the end of the export";
+
 #[derive(Clone, Copy, Debug)]
 enum State {
     Header,
     Payload(Header),
     Filter(Header),
-    Skip { to: ReplyTo, error: NbdError, remaining: u64 },
+    Skip { to: ReplyTo, fault: Fault, remaining: u64 },
 }
 
 /// Reads the requests of one connection.
@@ -113,15 +125,15 @@ impl RequestParser {
                     self.state = State::Header;
                     return Ok(Some(self.filtered(header, payload)));
                 }
-                State::Skip { to, error, remaining } => {
+                State::Skip { to, fault: (error, why), remaining } => {
                     let there = usize::try_from(remaining).unwrap_or(usize::MAX);
                     let remaining = remaining - intake.discard(there) as u64;
                     if remaining > 0 {
-                        self.state = State::Skip { to, error, remaining };
+                        self.state = State::Skip { to, fault: (error, why), remaining };
                         return Ok(None);
                     }
                     self.state = State::Header;
-                    return Ok(Some(Incoming::Refused(to, error)));
+                    return Ok(Some(Incoming::Refused(to, error, why)));
                 }
             }
         }
@@ -170,13 +182,13 @@ impl RequestParser {
             let (found, limit) = (header.length.0, self.maximum_length);
             return Err(ProtocolError::TooLong { what: "the payload of a request", found, limit });
         }
-        let error = if header.kind == command::WRITE {
+        let fault = if header.kind == command::WRITE {
             match self.check_write(header) {
                 Ok(()) => {
                     self.state = State::Payload(header);
                     return Ok(None);
                 }
-                Err(error) => error,
+                Err(fault) => fault,
             }
         } else if header.kind == command::BLOCK_STATUS
             && self.flags.block_status_payload()
@@ -185,11 +197,10 @@ impl RequestParser {
             self.state = State::Filter(header);
             return Ok(None);
         } else {
-            // A payload that no command has, or contexts that were not chosen or are named twice.
-            NbdError::Invalid
+            PAYLOAD
         };
         let to = header.reply_to(Shape::Plain);
-        self.state = State::Skip { to, error, remaining: header.length.0 };
+        self.state = State::Skip { to, fault, remaining: header.length.0 };
         Ok(None)
     }
 
@@ -201,11 +212,10 @@ impl RequestParser {
             let (named, chosen) = match payload.get_u32() {
                 BASE_ALLOCATION_ID => (&mut contexts.base_allocation, self.contexts.base_allocation),
                 DIRTY_BITMAP_ID => (&mut contexts.dirty_bitmap, self.contexts.dirty_bitmap),
-                _ => return Incoming::Refused(header.reply_to(Shape::Plain), NbdError::Invalid),
+                _ => return header.refused(Shape::Plain, CONTEXTS),
             };
-            // One that was not chosen, or is named twice.
             if !chosen || std::mem::replace(named, true) {
-                return Incoming::Refused(header.reply_to(Shape::Plain), NbdError::Invalid);
+                return header.refused(Shape::Plain, CONTEXTS);
             }
         }
         self.in_contexts(Header { length, ..header }, contexts)
@@ -217,7 +227,9 @@ impl RequestParser {
 
     fn in_contexts(&self, header: Header, contexts: Contexts) -> Incoming {
         let shape = match header.kind {
-            command::READ => Shape::Read { length: header.length },
+            command::READ => {
+                Shape::Read { length: header.length, one_chunk: header.flags & command_flag::DF != 0 }
+            }
             command::BLOCK_STATUS => {
                 let one = header.flags & command_flag::REQ_ONE != 0;
                 Shape::Status { length: header.length, one, contexts }
@@ -225,15 +237,14 @@ impl RequestParser {
             command::WRITE_ZEROES if header.flags & command_flag::FAST_ZERO != 0 => Shape::FastZero,
             _ => Shape::Plain,
         };
-        let to = header.reply_to(shape);
         match self.check(header) {
-            Ok(command) => Incoming::Request(to, command),
-            Err(error) => Incoming::Refused(to, error),
+            Ok(command) => Incoming::Request(header.reply_to(shape), command),
+            Err(fault) => header.refused(shape, fault),
         }
     }
 
     /// Checks a request without payload and says what it asks for.
-    fn check(&self, header: Header) -> Result<Command, NbdError> {
+    fn check(&self, header: Header) -> Result<Command, Fault> {
         let offset = header.offset;
         let length = header.length;
         let flag = |bit: u16| header.flags & bit != 0;
@@ -246,7 +257,7 @@ impl RequestParser {
                 if length.0 > self.maximum_length {
                     // EOVERFLOW tells to ask for less at once; old clients do not know it.
                     let knows = self.style != ReplyStyle::Simple;
-                    return Err(if knows { NbdError::Overflow } else { NbdError::Invalid });
+                    return Err((if knows { NbdError::Overflow } else { NbdError::Invalid }, TOO_LONG));
                 }
                 Ok(Command::Read { offset, length, one_chunk: flag(command_flag::DF) })
             }
@@ -255,7 +266,7 @@ impl RequestParser {
                 self.offered(self.flags.flush())?;
                 // Offset and length are reserved; a client that sets them means something else.
                 if offset != ByteOffset::ZERO || length != ByteCount::ZERO {
-                    return Err(NbdError::Invalid);
+                    return Err((NbdError::Invalid, "a flush has neither offset nor length"));
                 }
                 Ok(Command::Flush)
             }
@@ -284,49 +295,52 @@ impl RequestParser {
             }
             command::BLOCK_STATUS => {
                 self.check_flags(header, command_flag::REQ_ONE)?;
-                self.offered(self.contexts.any() && length.0 > 0)?;
+                self.offered(self.contexts.any())?;
+                if length.0 == 0 {
+                    return Err((NbdError::Invalid, "there is no status of no bytes"));
+                }
                 self.check_range(header, NbdError::Invalid)?;
                 Ok(Command::BlockStatus { offset, length, one: flag(command_flag::REQ_ONE) })
             }
             // Among them RESIZE, which is not offered.
-            _ => Err(NbdError::Invalid),
+            _ => Err(NOT_OFFERED),
         }
     }
 
-    fn check_write(&self, header: Header) -> Result<(), NbdError> {
+    fn check_write(&self, header: Header) -> Result<(), Fault> {
         self.check_flags(header, 0)?;
         self.check_writable()?;
         if header.length.0 > self.maximum_length {
-            return Err(NbdError::Invalid);
+            return Err((NbdError::Invalid, TOO_LONG));
         }
         self.check_range(header, NbdError::NoSpace)
     }
 
     /// FUA is allowed on every command once it was offered; where nothing is written it has no
     /// effect.
-    fn check_flags(&self, header: Header, allowed: u16) -> Result<(), NbdError> {
+    fn check_flags(&self, header: Header, allowed: u16) -> Result<(), Fault> {
         let fua = if self.flags.fua() { command_flag::FUA } else { 0 };
-        if header.flags & !(allowed | fua) == 0 { Ok(()) } else { Err(NbdError::Invalid) }
+        if header.flags & !(allowed | fua) == 0 { Ok(()) } else { Err(FLAGS) }
     }
 
-    fn check_writable(&self) -> Result<(), NbdError> {
-        if self.flags.read_only() { Err(NbdError::NotPermitted) } else { Ok(()) }
+    fn check_writable(&self) -> Result<(), Fault> {
+        if self.flags.read_only() { Err(READ_ONLY) } else { Ok(()) }
     }
 
-    fn offered(&self, offered: bool) -> Result<(), NbdError> {
-        if offered { Ok(()) } else { Err(NbdError::Invalid) }
+    fn offered(&self, offered: bool) -> Result<(), Fault> {
+        if offered { Ok(()) } else { Err(NOT_OFFERED) }
     }
 
     /// Inside the export (else `beyond`) and aligned to its blocks.
-    fn check_range(&self, header: Header, beyond: NbdError) -> Result<(), NbdError> {
-        let range = ByteRange::new(header.offset, header.length).ok_or(beyond)?;
+    fn check_range(&self, header: Header, beyond: NbdError) -> Result<(), Fault> {
+        let range = ByteRange::new(header.offset, header.length).ok_or((beyond, BEYOND))?;
         if range.end().0 > self.size.0 {
-            return Err(beyond);
+            return Err((beyond, BEYOND));
         }
         let mask = u64::from(self.minimum_block) - 1;
         // The last block of an export may be short.
         let end_aligned = range.end().0 & mask == 0 || range.end().0 == self.size.0;
-        if header.offset.0 & mask == 0 && end_aligned { Ok(()) } else { Err(NbdError::Invalid) }
+        if header.offset.0 & mask == 0 && end_aligned { Ok(()) } else { Err(MISALIGNED) }
     }
 }
 
@@ -362,6 +376,10 @@ impl Header {
 
     fn reply_to(self, shape: Shape) -> ReplyTo {
         ReplyTo { cookie: self.cookie, offset: self.offset, shape }
+    }
+
+    fn refused(self, shape: Shape, (error, why): Fault) -> Incoming {
+        Incoming::Refused(self.reply_to(shape), error, why)
     }
 
     fn into_write(self, data: Bytes) -> Incoming {

@@ -276,7 +276,10 @@ impl Requests {
     /// Why a request is refused.
     pub(crate) fn refusal(&mut self, bytes: &[u8]) -> NbdError {
         match self.try_send(bytes) {
-            Ok(Some(Incoming::Refused(_, error))) => error,
+            Ok(Some(Incoming::Refused(_, error, why))) => {
+                assert!(!why.is_empty(), "a refusal says why");
+                error
+            }
             other => panic!("not refused: {other:?}"),
         }
     }
@@ -289,7 +292,7 @@ impl Requests {
     ) -> Vec<u8> {
         let mut out = BytesMut::new();
         match self.try_send(bytes) {
-            Ok(Some(Incoming::Request(to, _) | Incoming::Refused(to, _))) => {
+            Ok(Some(Incoming::Request(to, _) | Incoming::Refused(to, ..))) => {
                 encode(self.encoder, to, &mut out);
             }
             other => panic!("not taken: {other:?}"),
@@ -329,7 +332,7 @@ pub(crate) fn serve(mut stream: impl Read + Write, disk: &mut [u8]) -> Result<()
     loop {
         match parser.next(&mut intake)? {
             Some(Incoming::Request(to, command)) => carry_out(disk, command, encoder, to, &mut out),
-            Some(Incoming::Refused(to, error)) => encoder.error(to, error, "refused", &mut out),
+            Some(Incoming::Refused(to, error, why)) => encoder.error(to, error, why, &mut out),
             Some(Incoming::Disconnect) => return Ok(()),
             None if read_some(&mut stream, &mut intake) => {}
             None => return Ok(()),
