@@ -330,8 +330,13 @@ impl Snapshot {
     }
 
     /// The blocks (of 4 KiB) with a version in `(after, through]`: those whose content may differ
-    /// between the two points, in either direction. A superset: a write of equal bytes counts, and so
-    /// does a block that a resync delivered unchanged.
+    /// between the two points, in either direction.
+    ///
+    /// It is exactly these, as far as they lie above the floor, and may be more than what differs: a write of equal bytes
+    /// counts, and so does a block that a resync delivered unchanged. Below the floor only images are left to compare: there
+    /// it is every block of the chunks of 64 KiB that the two images do not have in common, and no other. When `after` is of
+    /// a log that ended before this one began, it is every block of which that log had a version up to `after`, and every
+    /// one of which this log has one up to `through`.
     ///
     /// # Errors
     /// When the log cannot be read.

@@ -224,9 +224,11 @@ fn a_new_log_goes_on_where_a_damaged_one_ended() {
     for part in [&past, &snapshot] {
         reads_the_same(&joined, part);
     }
-    // A difference over the seam covers everything that may differ.
+    // A difference over the seam is what either log has had until then, and covers everything that may differ.
     if let Some(ended) = ended {
         let changed = joined.changed_blocks(ended.lsn, first.lsn).expect("changed");
+        let old = old.blocks_taken(Lsn::ZERO, ended.lsn);
+        assert_eq!(changed, old | new.blocks_taken(Lsn::ZERO, first.lsn));
         let (before, after) = (past.view(ended.lsn).unwrap(), joined.view(first.lsn).unwrap());
         let (a, b) = (before.read(common::whole()).unwrap(), after.read(common::whole()).unwrap());
         for block in 0..a.len().div_ceil(4096) {

@@ -3,25 +3,33 @@
 //! The agent writes, loses its stream, resynchronises (forwarding or coalescing, aborted or forfeited)
 //! as the design has it. The model is the list of its writes; the disk at L is the effect of all of
 //! them up to L.
-#![allow(dead_code, unreachable_pub, reason = "each test file uses a part, as a module of its own")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "each test file uses a part, as a module of its own"
+)]
 
 mod random;
+mod views;
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use backtide_recovery::{
     CacheLimits, Compression, DiskLog, Entry, LogCache, LogIdentity, LogOptions, PassContent, PassReason,
-    Snapshot, SyncTicket, View,
+    Snapshot, SyncTicket,
 };
 use backtide_storage::{MemoryStorage, Sharing, Storage};
 use backtide_units::{
-    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn, PayloadChecksum,
+    BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, Lsn, PayloadChecksum,
 };
 use bytes::Bytes;
+use roaring::RoaringTreemap;
 use uuid::Uuid;
 
 pub use random::Random;
 use random::half_noise;
+pub use views::{assert_same, check_view, chunks_that_differ};
 
 /// A pass takes a step for each dirty range; a few passes follow each other at the most.
 const ADVANCES_MAX: usize = 20_000;
@@ -138,31 +146,6 @@ impl Model {
     }
 }
 
-pub fn assert_same(found: &[u8], expected: &[u8], lsn: Lsn) {
-    if found != expected {
-        let place = found.iter().zip(expected).position(|(a, b)| a != b);
-        panic!("the disk at {lsn} differs from the model at byte {place:?}");
-    }
-}
-
-/// Zero extents read as zeros, and parts read as the whole does.
-pub fn check_view(view: &View, random: &mut Random) {
-    let all = view.read(whole()).expect("read");
-    let mut at = 0;
-    for (range, allocation) in view.extents(whole()).expect("extents") {
-        assert_eq!(range.start().0, at, "extents adjoin");
-        at = range.end().0;
-        if allocation == backtide_recovery::Allocation::Zero {
-            assert!(all[indices(range)].iter().all(|&byte| byte == 0), "{range} is not zero");
-        }
-    }
-    assert_eq!(at, DISK);
-    for _ in 0..8 {
-        let range = random.range(DISK);
-        assert_eq!(view.read(range).expect("read"), all[indices(range)], "{range}");
-    }
-}
-
 /// How far the agent is with the receiver.
 #[derive(Clone)]
 enum Mode {
@@ -187,8 +170,8 @@ pub struct Agent {
     epoch: u64,
     /// Points that were offered when a ticket had succeeded.
     pub promised: Vec<Lsn>,
-    /// The newest version of each pass data and record that the log took.
-    pub versions: BTreeMap<u64, Lsn>,
+    /// What the log took of the disk, each with its version.
+    pub taken: Vec<(Lsn, ByteRange)>,
 }
 
 pub fn identity() -> LogIdentity {
@@ -250,7 +233,7 @@ impl Agent {
             clock: 1_000_000,
             epoch: 0,
             promised: Vec::new(),
-            versions: BTreeMap::new(),
+            taken: Vec::new(),
         })
     }
 
@@ -267,7 +250,7 @@ impl Agent {
             active: self.active.clone(),
             mode: self.mode.clone(),
             promised: self.promised.clone(),
-            versions: self.versions.clone(),
+            taken: self.taken.clone(),
             ..*self
         }
     }
@@ -353,6 +336,7 @@ impl Agent {
         };
         if forwarded {
             self.log.append(entry)?;
+            self.taken.push((lsn, range));
         } else {
             self.dirty.push(range);
         }
@@ -429,6 +413,7 @@ impl Agent {
         };
         self.active.extend(left);
         self.log.append(Entry::PassData { at, range: now, content })?;
+        self.taken.push((at, now));
         Ok(())
     }
 
@@ -485,6 +470,12 @@ impl Agent {
         self.mode = Mode::Away;
         self.lsn = self.lsn.max(self.log.timeline().highest_lsn());
         self.attach()
+    }
+
+    /// The blocks that the log took a version of in `(after, through]`.
+    pub fn blocks_taken(&self, after: Lsn, through: Lsn) -> RoaringTreemap {
+        let between = self.taken.iter().filter(|(lsn, _)| after < *lsn && *lsn <= through);
+        between.flat_map(|(_, range)| BlockRange::touched_by(*range).indices()).collect()
     }
 
     /// Runs passes until the log is in sync.
