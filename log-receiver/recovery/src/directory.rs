@@ -209,6 +209,18 @@ impl<S: Clone> Directory<S> {
         self.nodes.iter().any(|placed| placed.node.has(level, range))
     }
 
+    /// Gives the segments that may have extents in the buckets that touch `range`, in log order, each with a bit for every
+    /// level of those.
+    pub(crate) fn each_within<'a>(&'a self, range: ByteRange, take: &mut dyn FnMut(&'a S, u16)) {
+        for Placed { node, .. } in &self.nodes {
+            let mut levels = vec![0; node.segments().len()];
+            (0..LEVELS).for_each(|level| node.note_within(level, range, &mut levels));
+            for (segment, levels) in node.segments().iter().zip(levels).filter(|(_, levels)| *levels != 0) {
+                take(segment, levels);
+            }
+        }
+    }
+
     /// The segments that may have extents at or below `at` in the buckets, from `lowest` on, that hold the byte
     /// at which `range` begins.
     pub(crate) fn candidates(&self, range: ByteRange, lowest: u8, at: Lsn) -> Candidates<'_, S> {

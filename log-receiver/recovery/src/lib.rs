@@ -26,6 +26,7 @@ mod salvage;
 mod segment;
 mod segments;
 mod snapshot;
+mod sweep;
 mod ticket;
 mod timeline;
 mod touched;

@@ -5,7 +5,8 @@
 //! not in log order: pass data at T may lie behind records above T, and in a later segment. So a segment waits in
 //! a heap under the highest version it can have, is opened only when its turn comes, and the walk ends as
 //! soon as every byte is covered. Older segments are asked for only when nothing in the heap is above all that they
-//! can have. Equal versions happen within one pass only; there the later entry counts.
+//! can have. Equal versions happen within one pass only; there the later entry counts. Large parts of a disk are made
+//! up segment by segment instead (`sweep.rs`).
 
 use std::{
     cmp::Ordering,
@@ -16,7 +17,7 @@ use std::{
 use backtide_segment::{Bucket, Extent, ExtentKey, LEVELS, Seq};
 use backtide_units::{ByteRange, Lsn};
 
-use crate::{LogError, directory::Candidates, segment::Segment, segments::Segments};
+use crate::{LogError, directory::Candidates, segment::Segment, segments::Segments, sweep::SWEPT};
 
 /// Extents fetched from a segment at once.
 const FETCH: usize = 16;
@@ -88,6 +89,9 @@ impl<'a> Merge<'a> {
         }
         if !finer {
             return self.window(level, part, take);
+        }
+        if SWEPT.contains(&level) {
+            return self.sweep(part, take);
         }
         for part in part.split_at_multiples(Bucket::size(level - 1)) {
             self.resolve(level - 1, part, take)?;

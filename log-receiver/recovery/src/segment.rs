@@ -2,6 +2,7 @@
 //! the file. It is sealed once, under the readers that have it, and never opened again.
 
 use std::{
+    cell::RefCell,
     ops::Range,
     path::PathBuf,
     sync::{Arc, OnceLock, PoisonError, RwLock},
@@ -50,6 +51,16 @@ impl OpenSegment {
     pub(crate) fn note_extents(&mut self) {
         self.counted.note(self.contents.index().count());
     }
+}
+
+/// What somebody who walks through an index asks for next.
+pub(crate) enum Next {
+    /// The next extent.
+    On,
+    /// The first from a key on, which lies behind this one.
+    From(ExtentKey),
+    /// Nothing more.
+    End,
 }
 
 impl Segment {
@@ -209,6 +220,59 @@ impl Segment {
                     return Ok(());
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Calls `visit` for extents from a key on, in order: for those that it asks for.
+    pub(crate) fn walk_on(
+        &self,
+        from: ExtentKey,
+        visit: &mut dyn FnMut(ExtentKey, Extent) -> Next,
+    ) -> Result<(), LogError> {
+        let visit = RefCell::new(visit);
+        self.with(
+            |open| {
+                let visit = &mut **visit.borrow_mut();
+                let mut from = Some(from);
+                while let Some((key, extent)) = from.and_then(|from| open.contents.index().next(from)) {
+                    from = match visit(key, extent) {
+                        Next::On => Some(key.older()),
+                        Next::From(later) => Some(later),
+                        Next::End => None,
+                    };
+                }
+                Ok(())
+            },
+            |sealed| self.walk_sealed_on(sealed, from, &mut **visit.borrow_mut()),
+        )
+    }
+
+    fn walk_sealed_on(
+        &self,
+        sealed: &SealedSegment,
+        mut from: ExtentKey,
+        visit: &mut dyn FnMut(ExtentKey, Extent) -> Next,
+    ) -> Result<(), LogError> {
+        let guide = self.guide(sealed)?;
+        let mut number = guide.block_of(from);
+        while number < sealed.block_count() {
+            let block = self.block(sealed, number)?;
+            let mut place = block.lower_bound(from);
+            number += 1;
+            while place < block.len() {
+                let (key, extent) = block.get(place);
+                place = match visit(key, extent) {
+                    Next::On => place + 1,
+                    Next::From(later) => {
+                        from = later;
+                        block.lower_bound(later)
+                    }
+                    Next::End => return Ok(()),
+                };
+            }
+            // Blocks between have nothing that is asked for.
+            number = number.max(guide.block_of(from));
         }
         Ok(())
     }

@@ -153,6 +153,11 @@ impl OpenIndex {
         in_bucket.take(limit).map(|(key, piece)| (*key, piece.extent(*key))).collect()
     }
 
+    /// The first extent from a key on.
+    pub fn next(&self, from: ExtentKey) -> Option<(ExtentKey, Extent)> {
+        self.extents.range(from..).next().map(|(key, piece)| (*key, piece.extent(*key)))
+    }
+
     /// All extents, in key order.
     pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
         self.extents.iter().map(|(key, piece)| piece.extent(*key))

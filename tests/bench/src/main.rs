@@ -44,10 +44,10 @@ struct Arguments {
     /// Only these, by a part of their name: servers of the tables, and rows of tracking and resync
     /// (al-hot, al-cold, resync-latency, resync-scattered, bitmap-memory, compare, many-disks, restart, instructions), of
     /// going back (mount-first-byte, mount-here-first-byte, restore, rewind, boot), and of the store (thousand-disks, ingest, journal-size,
-    /// open-point, mount-reads).
+    /// open-point, block-status, mount-reads).
     #[arg(long)]
     only: Vec<String>,
-    /// Writes in the log of which mount-first-byte, mount-here-first-byte and open-point open points; ten million take 6 GB and minutes.
+    /// Writes in the log of which mount-first-byte, mount-here-first-byte, open-point and block-status open points; ten million take 6 GB and minutes.
     #[arg(long, default_value_t = 1_000_000)]
     records: u64,
     /// A rewind of 64 MiB of 8 GiB instead of 1 GiB of 100.

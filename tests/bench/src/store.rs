@@ -1,5 +1,6 @@
 //! What the receiver's store costs: what is written to it, and what is read from it.
 
+mod block_status;
 mod ingest;
 mod journal_size;
 pub(crate) mod long_log;
@@ -17,5 +18,6 @@ pub(crate) const ROWS: &[Row] = &[
     Row { name: "ingest", run: ingest::run },
     Row { name: "journal-size", run: journal_size::run },
     Row { name: "open-point", run: open_point::run },
+    Row { name: "block-status", run: block_status::run },
     Row { name: "mount-reads", run: mount_reads::run },
 ];

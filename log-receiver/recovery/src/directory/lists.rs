@@ -51,13 +51,17 @@ impl Lists {
         Reader { lists: self, alone, next: 0, at: 0, number: 0 }
     }
 
-    /// The first bucket at or behind `number` goes to `places`; its number.
-    pub(super) fn find(&self, number: u32, alone: bool, places: &mut Vec<u16>) -> Option<u32> {
+    /// Buckets from at most a group before `number` on; none when there are none at all.
+    pub(super) fn read_from(&self, number: u32, alone: bool) -> Option<Reader<'_>> {
         let behind = self.groups.partition_point(|group| group.number <= number);
         let group = behind.saturating_sub(1);
-        let mut reader = self.read(alone);
-        reader.next = group as u32 * GROUP;
-        reader.at = self.groups.get(group)?.at as usize;
+        let at = self.groups.get(group)?.at as usize;
+        Some(Reader { next: group as u32 * GROUP, at, ..self.read(alone) })
+    }
+
+    /// The first bucket at or behind `number` goes to `places`; its number.
+    pub(super) fn find(&self, number: u32, alone: bool, places: &mut Vec<u16>) -> Option<u32> {
+        let mut reader = self.read_from(number, alone)?;
         loop {
             let found = reader.next(places)?;
             if found >= number {

@@ -200,6 +200,23 @@ impl<S> Node<S> {
         }
     }
 
+    /// Sets the bit of a level for each segment, by its place, that may have extents in the buckets that touch `range`.
+    pub(super) fn note_within(&self, level: u8, range: ByteRange, levels: &mut [u16]) {
+        if range.is_empty() {
+            return;
+        }
+        let last = backtide_units::ByteOffset(range.end().0 - 1);
+        let number = |at| shifted(Bucket::holding(at, level).number(), self.shift);
+        let lists = &self.levels[usize::from(level)];
+        let Some(mut reader) = lists.read_from(number(range.start()), self.is_alone()) else { return };
+        let mut places = Vec::new();
+        while let Some(found) = reader.next(&mut places).filter(|found| *found <= number(last)) {
+            if found >= number(range.start()) {
+                places.iter().for_each(|place| levels[usize::from(*place)] |= 1 << level);
+            }
+        }
+    }
+
     /// Whether any segment may have extents in the buckets of a level that touch `range`.
     pub(super) fn has(&self, level: u8, range: ByteRange) -> bool {
         let lists = &self.levels[usize::from(level)];
