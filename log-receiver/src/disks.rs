@@ -318,12 +318,15 @@ impl Disks {
             let why = format!("the store has its limit of {} disks", self.shelf.disks_max);
             return Err(closed(CloseCode::Refused, why));
         }
-        let log = self.shelf.create(hello.disk, 1).map_err(|error| {
+        let created = self.shelf.create(hello.disk, 1).and_then(|log| {
+            let mark = self.shelf.mark(hello.disk, 1, &log)?;
+            Ok((log, mark))
+        });
+        let (log, mark) = created.map_err(|error| {
             self.shelf.names.release(hello.disk);
             store(error)
         })?;
         let fresh = log.timeline().attached().is_none();
-        let mark = self.shelf.mark(hello.disk, 1, &log);
         self.disks.insert(hello.disk, Disk::new(hello.disk, 1, Ok((log, mark)), Past::default()));
         Ok(Found { fresh, displaced: None })
     }
@@ -351,9 +354,10 @@ fn begin_new_log(
         );
         return Err(closed(CloseCode::Store, why));
     }
-    let log = shelf.create(disk.id(), number).map_err(|error| closed(CloseCode::Store, chain(&error)))?;
+    let refused = |error| closed(CloseCode::Store, chain(&error));
+    let log = shelf.create(disk.id(), number).map_err(refused)?;
     tracing::error!(disk = %disk.id(), why = chain(error), "the log is damaged: a new one begins, points before the damage stay");
-    let mark = shelf.mark(disk.id(), number, &log);
+    let mark = shelf.mark(disk.id(), number, &log).map_err(refused)?;
     Ok(disk.begun_anew(log, mark, number, past))
 }
 

@@ -98,8 +98,8 @@ fn what_stands_beside_a_log() {
     let durable = Durable { seq: Seq(7), lsn: Lsn(9) };
     drop(Watermark::open(&storage, dir, identity().history, durable).unwrap());
     try_file(&dir.join(watermark::FILE), &storage, |storage| {
-        let found = Watermark::find(storage, dir, identity().history);
-        let any = Watermark::of_any(storage, dir);
+        let found = Watermark::find(storage, dir, identity().history).unwrap();
+        let any = Watermark::of_any(storage, dir).unwrap().map(|(_, noted)| noted);
         assert!(found.is_none() || any.is_some());
         for noted in [found, any].into_iter().flatten() {
             assert_eq!(noted.durable, durable);

@@ -19,7 +19,7 @@ use backtide_recovery::{
     salvage_to_repair,
 };
 use backtide_storage::Storage;
-use backtide_units::{ByteCount, ByteOffset, DiskId, Lsn};
+use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 
 use crate::{
     cut::Cut,
@@ -27,7 +27,7 @@ use crate::{
     disks::{DISKS, Shelf},
     log_mark::{LogMark, Loss},
     memo::{self, Memo},
-    watermark::{Noted, Watermark},
+    watermark::{self, Noted, Watermark},
 };
 
 /// A disk whose log was damaged so often has a store that cannot be trusted with one more.
@@ -124,9 +124,9 @@ impl Shelf {
         for &before in numbers.iter().filter(|before| **before < number) {
             self.push_past(&mut past, disk, before);
         }
-        let opened = opened.map(|log| {
-            let mark = self.mark(disk, number, &log);
-            (log, mark)
+        let opened = opened.and_then(|log| {
+            let mark = self.mark(disk, number, &log)?;
+            Ok((log, mark))
         });
         let mut opened = Disk::new(disk, number, opened.map_err(|error| Failure::from(&error)), past);
         self.make_readable(&mut opened);
@@ -135,8 +135,12 @@ impl Shelf {
 
     /// What is known beside an open log about how far it was durable. A log that ends before that has lost
     /// bytes that were acknowledged: that is said loudly and noted durably, and the agent's handshake finds it too.
-    pub(crate) fn mark(&self, disk: DiskId, number: u32, log: &DiskLog) -> LogMark {
+    ///
+    /// # Errors
+    /// When what is known cannot be read.
+    pub(crate) fn mark(&self, disk: DiskId, number: u32, log: &DiskLog) -> Result<LogMark, LogError> {
         let dir = Self::dir(disk, number);
+        let noted = self.noted(&dir)?.filter(|(history, _)| *history == log.identity().history);
         let mut watermark = match Watermark::open(&*self.storage, &dir, log.identity().history, log.durable())
         {
             Ok(watermark) => Some(watermark),
@@ -145,9 +149,8 @@ impl Shelf {
                 None
             }
         };
-        let noted = watermark.as_ref().and_then(Watermark::read);
         let found = log.durable();
-        let loss = noted.and_then(|noted| {
+        let loss = noted.and_then(|(_, noted)| {
             let lost = if noted.durable.seq > found.seq { Some(noted.durable) } else { noted.lost };
             lost.map(|lost| Loss {
                 why: self.lost_end(&dir, lost, found.seq),
@@ -164,7 +167,21 @@ impl Shelf {
                 watermark = None;
             }
         }
-        LogMark { watermark, watch: self.watch.clone(), loss }
+        Ok(LogMark { watermark, watch: self.watch.clone(), loss })
+    }
+
+    /// What is noted beside the log in a directory of how far it was durable, and of which history.
+    ///
+    /// # Errors
+    /// When that cannot be read: a log that has lost its end would look whole.
+    fn noted(&self, dir: &Path) -> Result<Option<(HistoryId, Noted)>, LogError> {
+        let step = || {
+            format!(
+                "read {}, which tells how far the log was durable (if it stays so, `backtide fsck --repair` makes it anew)",
+                self.storage.display(&dir.join(watermark::FILE)).display()
+            )
+        };
+        Watermark::of_any(&*self.storage, dir).map_err(|source| LogError::Io { step: step(), source })
     }
 
     /// A sentence.
@@ -224,6 +241,7 @@ impl Shelf {
 
     /// As [`Shelf::salvage`], for deciding what of a log goes.
     pub(crate) fn salvage_to_repair(&self, disk: DiskId, log: u32) -> Result<Salvage, LogError> {
+        self.noted(&Self::dir(disk, log))?;
         self.salvage_by(salvage_to_repair, disk, log, None)
     }
 
@@ -249,11 +267,14 @@ impl Shelf {
             }
             (salvaged, _) => salvaged?,
         };
-        let noted = match salvaged.identity.or(known) {
-            Some(known) => Watermark::find(&*self.storage, &dir, known.history),
-            None => Watermark::of_any(&*self.storage, &dir),
-        };
-        let Some(noted) = noted else { return Ok(salvaged) };
+        // What is left can be read all the same.
+        let noted = self.noted(&dir).unwrap_or_else(|error| {
+            salvaged.damage.push(chain(&error));
+            None
+        });
+        let of = salvaged.identity.or(known).map(|known| known.history);
+        let noted = noted.filter(|(history, _)| of.is_none_or(|of| of == *history));
+        let Some((_, noted)) = noted else { return Ok(salvaged) };
         let end = salvaged.reached();
         let lost = if noted.durable.seq > end { Some(noted.durable) } else { noted.lost };
         if let Some(lost) = lost.filter(|_| end > Seq(0)) {
@@ -266,7 +287,7 @@ impl Shelf {
     /// there: it is written when the first segment is durable, so nothing but damage leaves it alone.
     fn lost(&self, disk: DiskId, log: u32) -> Option<LogError> {
         let dir = Self::dir(disk, log);
-        let noted = Watermark::of_any(&*self.storage, &dir);
+        let noted = Watermark::of_any(&*self.storage, &dir).ok().flatten();
         // What tells of its images elsewhere outlives a directory that somebody has removed.
         let is_there = || self.storage.list(&dir).is_ok();
         let has_base = || FoundBase::read(&*self.storage, &dir).is_ok_and(|found| found.base.is_some());
@@ -274,12 +295,12 @@ impl Shelf {
             && !(is_there() && has_base())
             && self.memo(disk, log).is_none()
             && !memo::is_damaged(&*self.storage, &dir)
-            && !Watermark::is_damaged(&*self.storage, &dir)
+            && Watermark::damage_of(&*self.storage, &dir).is_none()
         {
             return None;
         }
         let end = match noted {
-            Some(Noted { durable, .. }) => {
+            Some((_, Noted { durable, .. })) => {
                 format!("entries up to {} (lsn:{}) were durable", durable.seq, durable.lsn)
             }
             None => "nothing tells how much was durable".to_owned(),
@@ -311,6 +332,21 @@ impl Shelf {
     }
 
     pub(crate) fn open(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
+        let noted = self.noted(&Self::dir(disk, log))?;
+        self.open_by(noted, disk, log)
+    }
+
+    /// As [`Shelf::open`] when the device cannot read how far the log was durable.
+    pub(crate) fn open_unnoted(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
+        self.open_by(None, disk, log)
+    }
+
+    fn open_by(
+        &self,
+        noted: Option<(HistoryId, Noted)>,
+        disk: DiskId,
+        log: u32,
+    ) -> Result<DiskLog, LogError> {
         let dir = Self::dir(disk, log);
         if let Some(cut) = Cut::read(&*self.storage, &dir)? {
             return Err(LogError::Damaged {
@@ -320,8 +356,8 @@ impl Shelf {
             });
         }
         let noted = |identity: LogIdentity| {
-            let noted = Watermark::find(&*self.storage, &dir, identity.history);
-            noted.map_or(Seq(0), |noted| noted.durable.seq)
+            let noted = noted.filter(|(history, _)| *history == identity.history);
+            noted.map_or(Seq(0), |(_, noted)| noted.durable.seq)
         };
         let storage = Arc::clone(&self.storage);
         let (log, recovered) = match DiskLog::open_noted(storage, &dir, self.log, &self.cache, noted) {

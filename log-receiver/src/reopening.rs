@@ -61,11 +61,12 @@ impl Reopening {
     /// Does it; blocks.
     pub(crate) fn run(self) -> Reopened {
         let Self { shelf, disk, number, wanted, mut past } = self;
-        match shelf.open(disk, number) {
-            Ok(log) => {
-                let mark = shelf.mark(disk, number, &log);
-                Reopened::Open(Box::new(log), mark)
-            }
+        let opened = shelf.open(disk, number).and_then(|log| {
+            let mark = shelf.mark(disk, number, &log)?;
+            Ok((log, mark))
+        });
+        match opened {
+            Ok((log, mark)) => Reopened::Open(Box::new(log), mark),
             Err(error @ LogError::Damaged { .. }) => {
                 let left = wanted.and_then(|wanted| shelf.left_of(disk, number, &wanted));
                 shelf.push_past(&mut past, disk, number);

@@ -10,12 +10,8 @@ use backtide_storage::Storage;
 use backtide_units::DiskId;
 
 use crate::{
-    Shelf, StoreFileError,
-    cut::Cut,
-    disk::chain,
-    findings, forgotten, memo, mount_numbers, retention, scrub,
-    store_file::read_store,
-    watermark::{self, Watermark},
+    Shelf, StoreFileError, cut::Cut, disk::chain, findings, forgotten, memo, mount_numbers, retention, scrub,
+    store_file::read_store, watermark::Watermark,
 };
 
 /// What was found damaged counts when it is the same so often ...
@@ -59,10 +55,7 @@ pub(crate) fn beside_log(storage: &dyn Storage, dir: &Path, base: bool) -> Vec<S
         damage.push(format!("{} is damaged: it is written again at the next attach", name.display()));
     }
     damage.extend(Cut::damage_of(storage, dir));
-    if Watermark::is_damaged(storage, dir) {
-        let name = storage.display(&dir.join(watermark::FILE));
-        damage.push(format!("{} is damaged: it is written again when the receiver starts", name.display()));
-    }
+    damage.extend(Watermark::damage_of(storage, dir));
     if base {
         damage.extend(of_base(storage, dir));
     }

@@ -13,6 +13,9 @@
 //! The first mark is synced before it gets the file's name, so a file without one is damaged. Others are
 //! written in place, within a sector, and not synced but the one that tells of a loss: what a power cut leaves is an
 //! older mark, and each was true when it was written.
+//!
+//! A mark that the device cannot read is an error, never none: without it the end of a log that was lost would look like one
+//! that never was.
 
 use std::{io, path::Path, sync::Arc};
 
@@ -70,7 +73,7 @@ impl Watermark {
         match storage.open(&path) {
             Ok(file) => {
                 let mark = Self { file, history };
-                if mark.read().is_some() {
+                if mark.read()?.is_some() {
                     return Ok(mark);
                 }
             }
@@ -96,9 +99,15 @@ impl Watermark {
         replace_with(storage, &dir.join(FILE), |file| file.write_at(ByteOffset::ZERO, &bytes)).map(|_| ())
     }
 
-    /// What is noted of whatever log is in a directory; none when no mark tells.
-    pub(crate) fn of_any(storage: &dyn Storage, dir: &Path) -> Option<Noted> {
-        Self::at(storage, &dir.join(FILE)).ok().flatten().map(|(_, noted)| noted)
+    /// What is noted of whatever log is in a directory, and of which history; none when no mark tells.
+    ///
+    /// # Errors
+    /// The file system's: then nobody knows what is noted.
+    pub(crate) fn of_any(storage: &dyn Storage, dir: &Path) -> io::Result<Option<(HistoryId, Noted)>> {
+        match Self::at(storage, &dir.join(FILE)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            noted => noted,
+        }
     }
 
     /// What a file notes, and of which history; none when it holds no mark.
@@ -117,15 +126,27 @@ impl Watermark {
         Ok(decode(&bytes, history).map(|noted| (history, noted)))
     }
 
-    /// Whether there is a file without a mark.
-    pub(crate) fn is_damaged(storage: &dyn Storage, dir: &Path) -> bool {
-        storage.open(&dir.join(FILE)).is_ok() && Self::of_any(storage, dir).is_none()
+    /// What is wrong with the mark in a directory: a sentence; none when there is one, or no file.
+    pub(crate) fn damage_of(storage: &dyn Storage, dir: &Path) -> Option<String> {
+        let path = dir.join(FILE);
+        let name = storage.display(&path);
+        match Self::at(storage, &path) {
+            Ok(Some(_)) => None,
+            Ok(None) => {
+                Some(format!("{} is damaged: it is written again when the receiver starts", name.display()))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => Some(unreadable(&name, &error)),
+        }
     }
 
     /// What is noted of the log in a directory; none when no mark tells. Makes nothing.
-    pub(crate) fn find(storage: &dyn Storage, dir: &Path, history: HistoryId) -> Option<Noted> {
-        let file = storage.open(&dir.join(FILE)).ok()?;
-        Self { file, history }.read()
+    ///
+    /// # Errors
+    /// As [`Watermark::of_any`].
+    pub(crate) fn find(storage: &dyn Storage, dir: &Path, history: HistoryId) -> io::Result<Option<Noted>> {
+        let found = Self::of_any(storage, dir)?;
+        Ok(found.filter(|(of, _)| *of == history).map(|(_, noted)| noted))
     }
 
     /// Notes what is durable.
@@ -146,11 +167,23 @@ impl Watermark {
     }
 
     /// What is noted; none when no mark tells.
-    pub(crate) fn read(&self) -> Option<Noted> {
+    ///
+    /// # Errors
+    /// As [`Watermark::of_any`].
+    pub(crate) fn read(&self) -> io::Result<Option<Noted>> {
         let mut bytes = [0; LENGTH];
-        self.file.read_exact_at(ByteOffset::ZERO, &mut bytes).ok()?;
-        decode(&bytes, self.history)
+        let read = self.file.read_at(ByteOffset::ZERO, &mut bytes)?;
+        Ok((read == LENGTH).then(|| decode(&bytes, self.history)).flatten())
     }
+}
+
+/// What to say of a mark that the device cannot read.
+fn unreadable(name: &Path, error: &io::Error) -> String {
+    format!(
+        "{} cannot be read, which tells how far the log was durable: {error}; if it stays so, `backtide fsck --repair` \
+         makes it anew from the log",
+        name.display()
+    )
 }
 
 fn encode(history: HistoryId, noted: Noted) -> [u8; LENGTH] {

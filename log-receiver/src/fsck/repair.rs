@@ -19,7 +19,7 @@ use std::{
 use backtide_receiver_api::{DiskCheck, StoreCheck};
 use backtide_recovery::{DiskLog, Durable, FoundBase, LogError, Salvage, SegmentId, settle_base};
 use backtide_storage::{RealStorage, Storage};
-use backtide_units::{ByteCount, DiskId};
+use backtide_units::{ByteCount, DiskId, HistoryId};
 
 use crate::{
     Forgotten, Shelf, StoreFileError,
@@ -192,6 +192,9 @@ impl Work<'_> {
         }
         // Opening writes a base again that is not everywhere, once it has proved to be that of the log.
         let base = FoundBase::read(storage, &dir)?.damage;
+        if self.what == Repair::Everything {
+            self.note_anew(number, &dir, done)?;
+        }
         // Nothing is cut that a receiver would use: what opens is not looked at any further.
         let opened = match shelf.open(self.disk, number) {
             Err(error @ LogError::Damaged { .. }) => {
@@ -221,6 +224,36 @@ impl Work<'_> {
         }
     }
 
+    /// Makes the mark of a log anew that the device cannot read: the log itself tells how far it goes, and its agent whether
+    /// that is all.
+    fn note_anew(&self, number: u32, dir: &Path, done: &mut Done) -> Result<(), LogError> {
+        let storage = &*self.shelf.storage;
+        if Watermark::of_any(storage, dir).is_ok() {
+            return Ok(());
+        }
+        let Some(damage) = Watermark::damage_of(storage, dir) else { return Ok(()) };
+        let log = self.shelf.open_unnoted(self.disk, number)?;
+        let (history, end) = (log.identity().history, log.durable());
+        drop(log);
+        let noted = Watermark::replace(storage, dir, history, Noted::whole(end));
+        self.io("write", &dir.join(crate::watermark::FILE), noted)?;
+        done.mended.push(format!(
+            "{damage}: it is made anew, up to lsn:{}; whether anything behind that was durable nobody knows but the disk's \
+             agent, which says so when it comes back",
+            end.lsn
+        ));
+        Ok(())
+    }
+
+    /// What is noted beside the log in a directory.
+    fn noted(&self, dir: &Path, history: HistoryId) -> Result<Option<Noted>, LogError> {
+        self.io(
+            "read",
+            &dir.join(crate::watermark::FILE),
+            Watermark::find(&*self.shelf.storage, dir, history),
+        )
+    }
+
     /// Mends what a log has that opens.
     fn in_use(
         &self,
@@ -238,11 +271,11 @@ impl Work<'_> {
             self.io("write", &dir.join(memo::FILE), memo::write_durably(storage, &dir, &memo))?;
             done.mended.push(self.written_again(&dir.join(memo::FILE)));
         }
-        if Watermark::find(storage, &dir, log.identity().history).is_none() {
+        if self.noted(&dir, log.identity().history)?.is_none() {
             done.mended.push(self.written_again(&dir.join(crate::watermark::FILE)));
         }
         // Notes how far the log is durable where nothing tells, or that its end is lost.
-        drop(shelf.mark(self.disk, number, &log));
+        drop(shelf.mark(self.disk, number, &log)?);
         let snapshot = log.snapshot()?;
         match self.what {
             Repair::Rebuild => done.mended.extend(snapshot.rebuild_footers(step)?),
@@ -260,9 +293,7 @@ impl Work<'_> {
         let identity = salvaged.identity.or(memo.as_ref().map(|memo| memo.identity));
         let timeline = salvaged.snapshot.timeline();
         let end = Durable { seq: salvaged.snapshot.through(), lsn: timeline.highest_lsn() };
-        let settled = |identity: backtide_recovery::LogIdentity| {
-            Watermark::find(storage, &dir, identity.history) == Some(Noted::whole(end))
-        };
+        let settled = |identity: backtide_recovery::LogIdentity| matches!(self.noted(&dir, identity.history), Ok(Some(noted)) if noted == Noted::whole(end));
         if !salvaged.can_be_cut() && salvaged.damage.is_empty() && identity.is_none_or(settled) {
             return Ok(());
         }
@@ -280,7 +311,7 @@ impl Work<'_> {
         self.io("write", &dir, cut.write(storage, &dir))?;
         if let Some(identity) = identity {
             // What is cut off may be all that tells how far LSNs had come. The mark itself does not go back before it is gone.
-            let before = Watermark::find(storage, &dir, identity.history);
+            let before = self.noted(&dir, identity.history)?;
             let seq = before.map_or(salvaged.reached(), |noted| noted.durable.seq.max(salvaged.reached()));
             let lost = before.and_then(|noted| noted.lost);
             let reached = Noted { durable: Durable { seq, lsn: end.lsn }, lost };

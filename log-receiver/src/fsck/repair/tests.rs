@@ -7,6 +7,8 @@ use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, Lsn};
 use bytes::Bytes;
 use uuid::Uuid;
 
+mod marks;
+
 use super::*;
 
 const IDENTITY: LogIdentity =

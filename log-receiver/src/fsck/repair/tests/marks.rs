@@ -1,0 +1,102 @@
+//! A mark of what is durable that the device cannot read: it is an error, and never taken for none.
+
+use crate::{small_files, watermark};
+
+use super::*;
+
+fn mark() -> PathBuf {
+    Shelf::dir(IDENTITY.disk, 1).join(watermark::FILE)
+}
+
+fn make_unreadable(storage: &MemoryStorage) {
+    storage.make_unreadable(&mark(), ByteRange::new(ByteOffset(0), ByteCount(512)).unwrap());
+}
+
+fn heal(storage: &MemoryStorage) {
+    storage.make_unreadable(&mark(), ByteRange::default());
+}
+
+fn shelf(storage: &MemoryStorage) -> Shelf {
+    let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+    reading(&shared, Forgotten::load(Arc::clone(&shared)).unwrap())
+}
+
+/// A store whose last segment is gone: only the mark tells that there was one.
+fn without_its_end() -> MemoryStorage {
+    let storage = whole(false);
+    storage.remove(&last_segment(&storage)).unwrap();
+    storage.sync_dir(&Shelf::dir(IDENTITY.disk, 1).join("segments")).unwrap();
+    storage
+}
+
+/// A store in whose last entry a payload is damaged, which no later entry calls durable.
+fn with_a_damaged_end() -> MemoryStorage {
+    let storage = whole(false);
+    let segment = last_segment(&storage);
+    let files = storage.files();
+    let (_, bytes) = files.iter().find(|(path, _)| *path == segment).unwrap();
+    // The payload of the last write, and no footer: the segment was being written.
+    let payload = bytes.windows(4096).rposition(|page| page == [95; 4096]).unwrap();
+    storage.flip_bit(&segment, ByteOffset(payload as u64 + 9), 3);
+    storage
+}
+
+#[test]
+fn a_log_whose_mark_cannot_be_read_is_not_opened_and_nothing_of_it_changes() {
+    for before in [whole(true), without_its_end(), with_a_damaged_end()] {
+        let storage = before.copy();
+        make_unreadable(&storage);
+        let files = storage.files();
+        let error = shelf(&storage).open(IDENTITY.disk, 1).err().unwrap();
+        assert!(matches!(&error, LogError::Io { step, .. } if step.contains("durable")), "{error}");
+        // A disk with that log is there, and says why it cannot be used; an agent that comes is refused, not served less.
+        let disk = shelf(&storage).open_disk(IDENTITY.disk).unwrap();
+        let why = &disk.failure().unwrap().why;
+        assert!(why.contains("durable") && why.contains("fsck --repair"), "{why}");
+        assert!(!disk.failure().unwrap().damaged, "no new log begins beside it");
+        let report = run(&storage, Repair::Rebuild).unwrap();
+        assert!(!report.sound && report.disks[0].error.is_some(), "{report:?}");
+        assert_eq!(storage.files(), files);
+    }
+}
+
+#[test]
+fn what_a_mark_tells_is_known_again_when_it_can_be_read() {
+    let storage = without_its_end();
+    make_unreadable(&storage);
+    let shelf = shelf(&storage);
+    assert!(shelf.open(IDENTITY.disk, 1).is_err());
+    heal(&storage);
+    let log = shelf.open(IDENTITY.disk, 1).unwrap();
+    // The device fails between two reads.
+    make_unreadable(&storage);
+    assert!(shelf.mark(IDENTITY.disk, 1, &log).is_err());
+    heal(&storage);
+    let loss = shelf.mark(IDENTITY.disk, 1, &log).unwrap().loss.unwrap();
+    assert_eq!(loss.lost.lsn, Lsn(95));
+}
+
+#[test]
+fn what_is_left_of_a_log_is_read_and_it_is_told_that_its_mark_is_not() {
+    let storage = whole(true);
+    make_unreadable(&storage);
+    let left = shelf(&storage).salvage(IDENTITY.disk, 1, None).unwrap();
+    assert_eq!(left.snapshot.timeline().highest_lsn(), Lsn(95));
+    assert!(left.damage.len() == 1 && left.damage[0].contains("durable"), "{:?}", left.damage);
+    assert!(shelf(&storage).salvage_to_repair(IDENTITY.disk, 1).is_err());
+    let told = small_files::beside_log(&storage, &Shelf::dir(IDENTITY.disk, 1), true);
+    assert!(told.iter().any(|damage| damage.contains("durable cannot be read")), "{told:?}");
+}
+
+#[test]
+fn a_repair_makes_a_mark_anew_that_cannot_be_read() {
+    let storage = whole(true);
+    make_unreadable(&storage);
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(report.sound, "{report:?}");
+    let said = |what: &str| report.disks[0].mended.iter().any(|mended| mended.contains(what));
+    assert!(said("made anew, up to lsn:95") && said("agent"), "{report:?}");
+    let log = shelf(&storage).open(IDENTITY.disk, 1).unwrap();
+    let noted = Watermark::find(&storage, &Shelf::dir(IDENTITY.disk, 1), IDENTITY.history).unwrap();
+    assert_eq!(noted, Some(Noted::whole(log.durable())));
+}
