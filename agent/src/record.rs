@@ -366,6 +366,9 @@ fn tracking_path(disk: &DiskName) -> PathBuf {
 }
 
 #[cfg(test)]
+mod hostile;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -1,5 +1,7 @@
 //! The small files of a store against mutations of what is right: they are understood or damaged, and nothing panics.
 
+mod sealed;
+
 use std::{path::Path, sync::Arc};
 
 use backtide_fuzz::{Random, mutate};

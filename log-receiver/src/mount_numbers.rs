@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::sealed_json::SealedJson;
 
-const FILE: &str = "mounts.json";
+pub(crate) const FILE: &str = "mounts.json";
 const KIND: SealedJson = SealedJson { magic: "backtide-mounts", version: 1, bytes_max: ByteCount(16 << 20) };
 
 /// The numbers of a store's mounts. Shared by threads; a call blocks on the file system.
@@ -54,7 +54,8 @@ impl MountNumbers {
         let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
         let before = given.before;
         let last = given.last.entry(name.clone()).or_insert(before);
-        *last += 1;
+        // None was ever so large, but a file can say so.
+        *last = last.saturating_add(1);
         let number = *last;
         if let Err(error) = KIND.write(&*self.storage, Path::new(FILE), &*given) {
             tracing::warn!("the number of a mount could not be noted in {FILE}: {error}");

@@ -9,6 +9,8 @@ mod progress;
 mod work;
 
 pub(crate) use progress::{FILE, damage_of, is_damaged};
+#[cfg(test)]
+pub(crate) use progress::{take, tests::samples};
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},

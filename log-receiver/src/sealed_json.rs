@@ -177,6 +177,15 @@ fn seal(said: &[u8]) -> String {
     format!("{{\"crc32c\":\"{:08x}\"}}\n", crc32c::crc32c(said))
 }
 
+/// Puts the checksum right of bytes that somebody has changed, when they are long enough to have one.
+#[cfg(test)]
+pub(crate) fn reseal(bytes: &mut [u8]) {
+    if let Some(at) = bytes.len().checked_sub(SEAL_LENGTH) {
+        let seal = seal(&bytes[..at]);
+        bytes[at..].copy_from_slice(seal.as_bytes());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;

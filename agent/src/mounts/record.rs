@@ -201,6 +201,9 @@ fn path(id: &str) -> PathBuf {
 }
 
 #[cfg(test)]
+mod hostile;
+
+#[cfg(test)]
 mod tests {
     use backtide_storage::MemoryStorage;
 

@@ -208,14 +208,44 @@ pub(crate) fn is_damaged(storage: &dyn Storage) -> bool {
     KIND.damage_of::<Content>(storage, Path::new(FILE)).is_some()
 }
 
+/// Does with the file of a store what a receiver does.
 #[cfg(test)]
-mod tests {
+pub(crate) fn take(storage: &Arc<dyn Storage>) {
+    let progress = Progress::open(Arc::clone(storage));
+    let (next, _, _) = (progress.next(), progress.status(), progress.wants_overlays());
+    if let Some((disk, _)) = next {
+        progress.read(disk, None);
+    }
+    progress.begin(
+        tests::begun(),
+        vec![Wanted { disk: DiskId(uuid::Uuid::nil()), bytes: ByteCount(1) }],
+        true,
+    );
+    progress.end(true);
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
     use backtide_storage::MemoryStorage;
     use backtide_units::ByteOffset;
 
     use super::*;
 
-    fn begun() -> ScrubStatus {
+    /// Files of a scrub that runs, and of one that has ended and found something.
+    pub(crate) fn samples() -> Vec<Vec<u8>> {
+        let storage = MemoryStorage::new();
+        let disks = [1, 2].map(|number| DiskId(uuid::Uuid::from_u128(number)));
+        let progress = Progress::open(Arc::new(storage.clone()));
+        progress.begin(begun(), disks.map(|disk| Wanted { disk, bytes: ByteCount(10) }).to_vec(), true);
+        let file = || backtide_storage::read_file(&storage, Path::new(FILE), KIND.bytes_max).unwrap();
+        let runs = file();
+        let damage = vec!["a.seg is damaged at byte 7".to_owned()];
+        progress.read(disks[0], Some(DiskCheck { damage, sound: false, ..checked(disks[0]) }));
+        progress.end(false);
+        vec![runs, file()]
+    }
+
+    pub(super) fn begun() -> ScrubStatus {
         ScrubStatus {
             running: true,
             cancelled: false,

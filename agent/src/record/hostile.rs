@@ -1,0 +1,49 @@
+//! Records of disks against mutations of what is right: understood or an error, and nothing panics.
+
+use backtide_fuzz::Target;
+use backtide_storage::MemoryStorage;
+
+use super::*;
+
+fn saved(record: &DiskRecord) -> Vec<u8> {
+    let storage = MemoryStorage::new();
+    Records::new(Arc::new(storage.clone())).save(record).unwrap();
+    read_file(&storage, &record_path(&record.name), RECORD_BYTES_MAX).unwrap()
+}
+
+#[test]
+fn records_of_disks() {
+    let receiver: Address = "unix:/run/r.sock".parse().unwrap();
+    let new = DiskRecord::new("vm1".parse().unwrap(), "/images/vm1".to_owned(), receiver);
+    // A seed stands for the same bytes every time.
+    let new = DiskRecord { uuid: DiskId(Uuid::from_u128(1)), ..new };
+    let used = DiskRecord {
+        epoch: Epoch(7),
+        history: Some(HistoryId(Uuid::from_u128(2))),
+        lsn_bound: Lsn(900),
+        acked_durable: Lsn(800),
+        size: ByteCount(1 << 30),
+        fenced: true,
+        own_epoch: Epoch(5),
+        ..new.clone()
+    };
+    let take = |bytes: &[u8]| {
+        let storage = MemoryStorage::new();
+        let name: DiskName = "vm1".parse().unwrap();
+        replace_file(&storage, &record_path(&name), bytes).unwrap();
+        let records = Records::new(Arc::new(storage));
+        let Ok(Some(record)) = records.load(&name) else {
+            assert!(records.load_all().unwrap().is_empty());
+            return;
+        };
+        // What is understood can be gone on with, and is the same when it was saved.
+        let _ = record.last_own_epoch();
+        let mut fenced = record.clone();
+        fenced.fence(Epoch(9));
+        let again = Records::new(Arc::new(MemoryStorage::new()));
+        again.save(&record).unwrap();
+        assert_eq!(again.load(&record.name).unwrap(), Some(record));
+    };
+    let samples = [new, used].iter().map(saved).collect();
+    Target { name: "record of a disk", seeds: 4000, samples, mend: |_| {}, take }.run();
+}
