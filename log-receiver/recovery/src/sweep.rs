@@ -78,6 +78,8 @@ impl<'a> Merge<'a> {
         let mut waiting = Vec::new();
         let mut wait = |segment: &'a Segment, levels: u16| {
             let version = segment.version_max_at(self.at).filter(|version| *version > self.floor);
+            // One that is folded may be in the directory still, and its file be gone.
+            let version = version.filter(|_| self.segments.has_segment(segment));
             waiting.extend(version.filter(|_| levels != 0).map(|version| Waiting {
                 version,
                 segment,

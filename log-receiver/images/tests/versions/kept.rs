@@ -71,6 +71,35 @@ fn equal_content_is_stored_once_whatever_the_disk() {
 }
 
 #[test]
+fn what_pads_a_pack_is_read_by_nobody() {
+    let mut bench = Bench::new(4, 6 * CHUNK);
+    let (root, content) = bench.next(None);
+    let mut flipped = 0;
+    for pack in bench.packs() {
+        let files = bench.storage.files();
+        let (_, bytes) = files.iter().find(|(path, _)| *path == pack).unwrap();
+        // From chunk to chunk: 64 bytes, what is stored, and zeros up to a multiple of 8.
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+        let chunks_end = word(bytes.len() - 64 + 16);
+        let mut at = 64;
+        while at < chunks_end {
+            let end = at + 64 + word(at + 16);
+            for place in end..end.next_multiple_of(8) {
+                bench.storage.flip_bit(&pack, ByteOffset(place as u64), 5);
+                flipped += 1;
+            }
+            at = end.next_multiple_of(8);
+        }
+    }
+    assert!(flipped > 0);
+    let images = images(&bench.storage);
+    assert_reads(&images.image(root), &content, &mut bench.random);
+    assert_eq!(check(&images, root), Vec::<String>::new());
+    images.collect(&[root]).unwrap();
+    assert_reads(&images.image(root), &content, &mut bench.random);
+}
+
+#[test]
 fn a_disk_that_grows_keeps_its_tree() {
     let mut bench = Bench::new(2, CHUNK / 2);
     let mut last: Option<Image> = None;
