@@ -63,7 +63,7 @@ fn a_power_cut_at_any_change_of_a_fold_beside_ingest_costs_no_promised_point() {
                 break;
             }
             world.crash_and_check(seed ^ cut, &[&before, &after]);
-            if cut % 4 == seed % 4 {
+            if cut % 8 == seed % 8 {
                 // A second cut finds what was found to be durable.
                 let now = Begins::of(&world.snapshot());
                 world.crash_and_check(!cut, &[&now]);
