@@ -156,17 +156,18 @@ impl Filter {
             ReceiverState::New if self.history.is_none() => {
                 Decision::Everything(PassPlan::everything(Reason::FirstAttach))
             }
-            ReceiverState::New => {
-                self.alarm(format!(
-                    "the receiver has lost the history of disk {name}, or was told to forget it: it acknowledged everything up to LSN {} and knows nothing of it; everything is sent anew",
-                    self.acked_durable
-                ));
-                Decision::Everything(PassPlan::everything(Reason::ReceiverRolledBack))
-            }
+            ReceiverState::New => self.lost_history(),
             // The welcome of an earlier connection got lost: the receiver knows the disk and has nothing of it.
             ReceiverState::Foreign if self.history.is_none() && welcome.durable == Lsn::ZERO => {
                 Decision::Everything(PassPlan::everything(Reason::FirstAttach))
             }
+            // The same, and then the agent died before it had noted the history that the receiver had begun for it. Nobody
+            // else begins one of this disk: whoever takes it over names its history.
+            ReceiverState::Foreign if self.history.is_none() => {
+                Decision::Everything(PassPlan::compare(Reason::AgentCrashed))
+            }
+            // It began one anew in place of a lost one, has nothing of it yet, and the agent died before it had noted that.
+            ReceiverState::Foreign if welcome.durable == Lsn::ZERO => self.lost_history(),
             ReceiverState::Foreign => {
                 self.alarm(format!(
                     "the receiver keeps another history of disk {name}: everything is compared"
@@ -213,6 +214,15 @@ impl Filter {
                 None => Decision::Bitmap,
             },
         }
+    }
+
+    fn lost_history(&mut self) -> Decision {
+        let name = &self.settings.name;
+        self.alarm(format!(
+            "the receiver has lost the history of disk {name}, or was told to forget it: it acknowledged everything up to LSN {} and knows nothing of it; everything is sent anew",
+            self.acked_durable
+        ));
+        Decision::Everything(PassPlan::everything(Reason::ReceiverRolledBack))
     }
 
     fn alarm(&mut self, text: String) {

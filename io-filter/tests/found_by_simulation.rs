@@ -21,7 +21,11 @@ fn at(millis: u64) -> Now {
 }
 
 fn filter(ack: AckPolicy) -> Filter {
-    let settings = Settings {
+    Filter::new(settings(ack), Resume::New, at(0))
+}
+
+fn settings(ack: AckPolicy) -> Settings {
+    Settings {
         disk: DiskId(Uuid::from_u128(1)),
         name: "vm1".parse().unwrap(),
         size: ByteCount(64 * 4096),
@@ -37,8 +41,7 @@ fn filter(ack: AckPolicy) -> Filter {
         read_retry: Duration::from_secs(1),
         unchanged_every: Duration::MAX,
         activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
-    };
-    Filter::new(settings, Resume::New, at(0))
+    }
 }
 
 fn welcome(state: ReceiverState) -> Welcome {
@@ -104,6 +107,35 @@ fn a_lost_first_welcome_is_no_reason_for_an_alarm() {
     let effects = effects(&mut filter);
     assert!(!effects.iter().any(|effect| matches!(effect, Effect::Alarm(_))), "{effects:?}");
     assert!(effects.iter().any(|effect| matches!(effect, Effect::Scan(_))), "{effects:?}");
+}
+
+/// What a filter is alarmed of when it is welcomed so, and whether it asks for the disk to be compared or sent.
+fn alarms_of(filter: &mut Filter, welcome: &Welcome) -> Vec<String> {
+    filter.connected(at(0), welcome);
+    let effects = effects(filter);
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Scan(_))), "{effects:?}");
+    let alarm = |effect| if let Effect::Alarm(text) = effect { Some(text) } else { None };
+    effects.into_iter().filter_map(alarm).collect()
+}
+
+#[test]
+fn an_agent_that_died_before_it_had_noted_its_history_is_no_other_one() {
+    // The receiver had begun it for this agent, and everything of a small disk was durable already.
+    let mut first = filter(AckPolicy::Local);
+    let told = Welcome { durable: Lsn(7), highest: Lsn(7), ..welcome(ReceiverState::Foreign) };
+    assert_eq!(alarms_of(&mut first, &told), Vec::<String>::new());
+
+    // It had begun it in place of one that was lost: that is the alarm, as it was before the agent died.
+    let known = |durable| {
+        let (history, last_lsn) = (Some(HistoryId(Uuid::from_u128(4))), Lsn(90));
+        let resume = Resume::Lost { reason: Reason::AgentCrashed, history, last_lsn, acked_durable: Lsn(80) };
+        let mut filter = Filter::new(settings(AckPolicy::Local), resume, at(0));
+        alarms_of(&mut filter, &Welcome { durable, highest: durable, ..welcome(ReceiverState::Foreign) })
+    };
+    let [lost] = &known(Lsn::ZERO)[..] else { panic!("one alarm") };
+    assert!(lost.contains("has lost the history"), "{lost}");
+    let [other] = &known(Lsn(3))[..] else { panic!("one alarm") };
+    assert!(other.contains("keeps another history"), "{other}");
 }
 
 #[test]
