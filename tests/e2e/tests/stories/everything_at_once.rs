@@ -13,6 +13,9 @@ const SIZE: u64 = 8 << 20;
 /// Small segments and a short breath: there is always something to fold.
 const SETTINGS: &str = "[limits]\nsegment_bytes = 1048576\n[retention]\ninterval_ms = 20\n";
 
+/// So slow that a scrub is at work for as long as a round takes.
+const SCRUB_RATE: &str = "64KiB";
+
 /// Rounds of a short run.
 const ROUNDS: u64 = 3;
 
@@ -51,7 +54,7 @@ fn kept_moments_stay_while_everything_happens_at_once() {
         bench.json(&["retention", "keep", "vm1", "--at", &at]);
         bench.json(&["retention", "set", "vm1", "any=1s", "--yes"]);
 
-        let mut scrub = bench.command(&["scrub", "--rate", "0"]).spawn().expect("run a scrub");
+        bench.json(&["scrub", "--rate", SCRUB_RATE, "--no-wait"]);
         let mount = bench.json(&["mount", "vm1", "--at", &at]);
         let (id, uri) = (mount["id"].as_str().expect("an id"), mount["uri"].as_str().expect("a URI"));
         let copy = bench.path(&format!("{label}.img"));
@@ -62,8 +65,6 @@ fn kept_moments_stay_while_everything_happens_at_once() {
         for one in &kept {
             tools::assert_same_images(&one.copy, &disk.restore(&format!("mark:{}", one.label)));
         }
-        assert!(scrub.wait().expect("wait for the scrub").success(), "the scrub finds nothing wrong");
-
         writes.extend(load.stop().writes);
         let model = Model::of_zeroes(SIZE, writes.clone());
         let newest = kept.last_mut().expect("there is one");
@@ -82,6 +83,11 @@ fn kept_moments_stay_while_everything_happens_at_once() {
         writes.clone_from(&back.writes);
         tools::assert_same(uri, &kept[round as usize].copy.display().to_string());
         bench.json(&["unmount", id]);
+        assert_eq!(bench.json(&["scrub", "--last"])["running"], true, "it was at work all the while");
+        let read = bench.json(&["scrub", "--cancel"]);
+        assert_eq!((&read["cancelled"], &read["sound"]), (&json!(true), &json!(true)), "{read}");
+        // While the guest is at work again; of all there is.
+        assert_eq!(bench.json(&["scrub", "--rate", "0"])["sound"], true);
     }
     load.stop();
     disk.until("whole", |status| status["hydration"].is_null());
