@@ -16,7 +16,9 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use backtide_agent_api::{AckPolicy, Adopted, CacheMode, ImageFormat, Limits, OnOutage, Origin, StreamTls};
+use backtide_agent_api::{
+    AckPolicy, Adopted, CacheMode, ImageFormat, Limits, OnOutage, Origin, Rewound, StreamTls,
+};
 use backtide_control::Address;
 use backtide_hydration::{Header, HydrationError, HydrationFile};
 use backtide_storage::{Storage, read_file, replace_file};
@@ -107,6 +109,9 @@ pub(crate) struct DiskRecord {
     /// The point of another disk that it began as.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) origin: Option<Origin>,
+    /// The last rewind that changed anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) rewound: Option<Rewound>,
 }
 
 /// Enough of an image's state to notice that somebody else wrote it.
@@ -177,6 +182,7 @@ impl DiskRecord {
             take_over: false,
             flush_failed: false,
             origin: None,
+            rewound: None,
         }
     }
 }

@@ -46,6 +46,17 @@ pub struct RewindReport {
     pub disk: DiskStatus,
 }
 
+/// A rewind of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rewound {
+    /// The point it was at before: a rewind to it undoes this one.
+    pub from: Lsn,
+    /// The point it was set to.
+    pub to: Lsn,
+    /// When the last change of that point was captured.
+    pub to_time: CaptureTime,
+}
+
 impl RewindReport {
     /// Of the rewind to this point that the disk still lacks blocks of; none of any other, and none when the disk was
     /// written to since, or may have been: then it is to be set to that point anew.

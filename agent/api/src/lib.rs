@@ -26,6 +26,7 @@ pub use client::{AGENT, AgentClient};
 pub use format::ImageFormat;
 pub use hydration::{
     FailbackReport, FailbackRequest, HydrationKind, HydrationStatus, Origin, RewindReport, RewindRequest,
+    Rewound,
 };
 pub use mounts::{
     AgentCache, AgentChangedSince, AgentKeptOverlay, AgentMount, AgentMountRequest, AgentMounts,

@@ -6,7 +6,7 @@ use backtide_units::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{AckPolicy, CacheMode, HydrationStatus, Limits, OnOutage, Origin};
+use crate::{AckPolicy, CacheMode, HydrationStatus, Limits, OnOutage, Origin, Rewound};
 
 /// The answer to a status call, and what `backtide status --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -98,6 +98,10 @@ pub struct DiskStatus {
     /// What the image lacks of the disk; none where nothing is missing.
     #[serde(default)]
     pub hydration: Option<HydrationStatus>,
+    /// The last time it was set back on this host, also when nothing is missing any more: whoever has lost the answer
+    /// finds here what undoes it. None when it never was, or nothing differed.
+    #[serde(default)]
+    pub rewound: Option<Rewound>,
     /// The point of another disk that this one began as.
     #[serde(default)]
     pub origin: Option<Origin>,

@@ -62,6 +62,7 @@ fn vm1() -> DiskStatus {
         resync_due: false,
         unreadable: None,
         hydration: None,
+        rewound: None,
         origin: None,
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,

@@ -16,9 +16,9 @@ use std::{
     sync::Arc,
 };
 
-use backtide_agent_api::StreamTls;
+use backtide_agent_api::{Rewound, StreamTls};
 use backtide_control::Address;
-use backtide_hydration::{Header, HydrationError, HydrationFile};
+use backtide_hydration::{Header, HydrationError, HydrationFile, Kind};
 use backtide_io_filter::Resume;
 use backtide_units::ByteCount;
 
@@ -66,6 +66,12 @@ pub(crate) enum HydrationProblem {
 }
 
 impl OpenedHydration {
+    /// The rewind that it is of, if it is.
+    pub(crate) fn rewound(&self) -> Option<Rewound> {
+        let Header { kind, before: from, source, .. } = self.file.header();
+        (*kind == Kind::Rewind).then_some(Rewound { from: *from, to: source.lsn, to_time: source.time })
+    }
+
     /// On the disk's thread.
     pub(crate) fn begin(self, tls: Option<StreamTls>) -> (HydrationFile, Rc<dyn PointSource>) {
         let point = self.file.header().source.clone();

@@ -163,6 +163,8 @@ pub(crate) async fn open(
     }
     record.size = size;
     record.attached = true;
+    // From now on it is known also when nothing is missing any more.
+    record.rewound = hydration.as_ref().and_then(OpenedHydration::rewound).or(record.rewound);
     records.save(&record).map_err(|source| record_error(records, &record, source))?;
     KillPoint::AttachRecord.reached();
     let settings = settings(&record, behind.size());

@@ -1,8 +1,8 @@
 //! Disks' status: a line each, or one in full.
 
 use backtide_agent_api::{
-    CacheMode, DiskStatus, HydrationStatus, Limits, Mode, OnOutage, Origin, PassKind, ResyncStatus, Spill,
-    StreamTlsStatus,
+    CacheMode, DiskStatus, HydrationStatus, Limits, Mode, OnOutage, Origin, PassKind, ResyncStatus, Rewound,
+    Spill, StreamTlsStatus,
 };
 
 use crate::{
@@ -97,6 +97,10 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     if let Some(origin) = &disk.origin {
         let Origin { disk, lsn, time, .. } = origin;
         lines.push(("began as", format!("{}@lsn:{lsn} ({})", disk.as_str(), time_text(*time))));
+    }
+    if let Some(Rewound { from, to, to_time }) = disk.rewound {
+        let undo = format!("undone by rewind --to lsn:{from}");
+        lines.push(("set back", format!("to lsn:{to} ({}), {undo}", time_text(to_time))));
     }
     if let Some(lacks) = &disk.hydration {
         lines.push(("image lacks", hydration_text(lacks, disk.clients)));

@@ -35,6 +35,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         resync_due: false,
         unreadable: None,
         hydration: None,
+        rewound: None,
         origin: None,
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,

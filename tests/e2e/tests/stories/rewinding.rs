@@ -23,7 +23,7 @@ fn note_of(disk: &Disk<'_>) -> String {
 #[test]
 fn a_disk_goes_back_and_back_again() {
     let bench = Bench::new();
-    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
     let mut model = Model::of_zeroes(SIZE, Vec::new());
     disk.guest_writes(&mut model, 1, 80);
     let (early, at_early) = (disk.last(), model.clone());
@@ -41,6 +41,16 @@ fn a_disk_goes_back_and_back_again() {
     assert!(!Path::new(&note_of(&disk)).exists() && !bench.path("state/vm1.hydration").exists());
     let reasons: Vec<Value> = disk.holes().into_iter().map(|hole| hole["reason_code"].clone()).collect();
     assert!(reasons.iter().all(|reason| reason == "rewind"), "{}", disk.points());
+
+    // Whoever has lost the answer finds what undoes it, for as long as the agent has the disk.
+    let rewound = disk.status()["rewound"].clone();
+    assert_eq!((&rewound["from"], &rewound["to"]), (&json!(late), &json!(early)), "{rewound}");
+    agent.kill();
+    let _agent = bench.agent();
+    disk.wait("sync");
+    assert_eq!(disk.status()["rewound"], rewound);
+    let said = bench.plain(&["status", "vm1"]).stdout;
+    assert!(said.contains(&format!("undone by rewind --to lsn:{late}")), "{said}");
 
     let marks = disk.points()["marks"].clone();
     assert_eq!((&marks[0]["label"], &marks[0]["lsn"]), (&json!("before-rewind"), &json!(late)), "{marks}");
