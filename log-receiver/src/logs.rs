@@ -15,10 +15,8 @@ use std::{
 };
 
 use backtide_recovery::{
-    Attached, DiskLog, Durable, FoundBase, LogCache, LogError, LogIdentity, Salvage, Seq, Snapshot, salvage,
-    salvage_to_repair,
+    Attached, DiskLog, Durable, FoundBase, LogError, LogIdentity, Salvage, Seq, Snapshot, Unreadable, salvage,
 };
-use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 
 use crate::{
@@ -45,10 +43,6 @@ pub(crate) struct Past {
     /// Bytes of it that can be read.
     pub(crate) bytes: ByteCount,
 }
-
-/// [`salvage`] or [`salvage_to_repair`].
-type Salvaging =
-    fn(&Arc<dyn Storage>, &Path, &LogCache, Option<LogIdentity>, Option<Seq>) -> Result<Salvage, LogError>;
 
 impl Past {
     /// Puts what is left of the next log behind it.
@@ -236,18 +230,18 @@ impl Shelf {
     }
 
     pub(crate) fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {
-        self.salvage_by(salvage, disk, log, through)
+        self.salvage_where(Unreadable::IsDamage, disk, log, through)
     }
 
     /// As [`Shelf::salvage`], for deciding what of a log goes.
     pub(crate) fn salvage_to_repair(&self, disk: DiskId, log: u32) -> Result<Salvage, LogError> {
         self.noted(&Self::dir(disk, log))?;
-        self.salvage_by(salvage_to_repair, disk, log, None)
+        self.salvage_where(Unreadable::IsAnError, disk, log, None)
     }
 
-    fn salvage_by(
+    fn salvage_where(
         &self,
-        salvage: Salvaging,
+        unreadable: Unreadable,
         disk: DiskId,
         log: u32,
         through: Option<Seq>,
@@ -255,7 +249,8 @@ impl Shelf {
         let dir = Self::dir(disk, log);
         let known = self.memo(disk, log).map(|memo| memo.identity);
         let cut = Cut::read(&*self.storage, &dir)?;
-        let mut salvaged = match (salvage(&self.storage, &dir, &self.cache, known, through), &cut) {
+        let mut salvaged = match (salvage(&self.storage, &dir, &self.cache, known, through, unreadable), &cut)
+        {
             (Err(LogError::NoLog { .. }), Some(cut)) => {
                 Salvage::nothing(cut.why.clone()).cut_because(&cut.why)
             }

@@ -129,6 +129,26 @@ fn flat(dir: &Path) -> String {
     parts.join("-")
 }
 
+/// What to say of a log without a base that does not begin with the first segment: what was before is lost, or what tells of it.
+fn lost_with_the_first_segment(storage: &dyn Storage, dir: &Path) -> Result<Option<String>, LogError> {
+    let segments_dir = dir.join("segments");
+    let path = |id: SegmentId| segments_dir.join(id.file_name());
+    // A log can have many thousand: they are listed only when this one is not there.
+    if storage.open(&path(SegmentId::FIRST)).is_ok() {
+        return Ok(None);
+    }
+    let ids = list(storage, &segments_dir)?;
+    let begins = ids.first().filter(|first| **first > SegmentId::FIRST);
+    Ok(begins.map(|first| {
+        let (lost, first) = (storage.display(&path(SegmentId::FIRST)), storage.display(&path(*first)));
+        format!(
+            "{} is missing, and so is a base that says that the log begins with {}",
+            lost.display(),
+            first.display()
+        )
+    }))
+}
+
 /// What one copy says.
 enum Copy {
     Whole(Box<Base>),
@@ -251,17 +271,8 @@ impl FoundBase {
             }
             found.damage.push(chain(&error));
         }
-        if found.is_none()
-            && let Some(first) =
-                list(storage, &dir.join("segments"))?.first().filter(|id| **id > SegmentId::FIRST)
-        {
-            let name = |id: SegmentId| storage.display(&dir.join("segments").join(id.file_name()));
-            let (lost, first) = (name(SegmentId::FIRST), name(*first));
-            found.damage.push(format!(
-                "{} is missing, and so is a base that says that the log begins with {}",
-                lost.display(),
-                first.display()
-            ));
+        if found.is_none() {
+            found.damage.extend(lost_with_the_first_segment(storage, dir)?);
         }
         if !found.is_none() {
             let missing = missing.iter().map(|name| format!("{} is missing", name.display()));

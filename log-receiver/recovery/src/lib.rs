@@ -47,7 +47,7 @@ pub use mend::AskDisk;
 pub use origin::{Removed, remove_unused};
 pub use point::{ParsePointError, Point, ago, time_text};
 pub use repair::settle_base;
-pub use salvage::{Salvage, salvage, salvage_to_repair};
+pub use salvage::{Salvage, Unreadable, salvage};
 pub use snapshot::Snapshot;
 pub use ticket::{Durable, SyncOutcome, SyncTicket};
 pub use timeline::{

@@ -120,6 +120,15 @@ struct Work<'a> {
     lost_headers: Vec<SegmentHeader>,
 }
 
+/// What a place says that the device cannot read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unreadable {
+    /// It is damaged: for reading what is left.
+    IsDamage,
+    /// Nothing, for the next try may read it: for deciding what of a log goes.
+    IsAnError,
+}
+
 /// Reads what is left of the log in `dir`, up to entry `through` when that is given. `known` says whose
 /// log it is when no header does.
 ///
@@ -131,33 +140,12 @@ pub fn salvage(
     cache: &LogCache,
     known: Option<LogIdentity>,
     through: Option<Seq>,
+    unreadable: Unreadable,
 ) -> Result<Salvage, LogError> {
-    salvage_with(open, storage, dir, cache, known, through)
-}
-
-/// As [`salvage`], for deciding what of a log goes: what the device cannot read is no damage then but an error, for the next
-/// try may read it.
-///
-/// # Errors
-/// As [`salvage`].
-pub fn salvage_to_repair(
-    storage: &Arc<dyn Storage>,
-    dir: &Path,
-    cache: &LogCache,
-    known: Option<LogIdentity>,
-    through: Option<Seq>,
-) -> Result<Salvage, LogError> {
-    salvage_with(open_to_recover, storage, dir, cache, known, through)
-}
-
-fn salvage_with(
-    open: Open,
-    storage: &Arc<dyn Storage>,
-    dir: &Path,
-    cache: &LogCache,
-    known: Option<LogIdentity>,
-    through: Option<Seq>,
-) -> Result<Salvage, LogError> {
+    let open = match unreadable {
+        Unreadable::IsDamage => open,
+        Unreadable::IsAnError => open_to_recover,
+    };
     let segments_dir = dir.join("segments");
     let FoundBase { base, damage: base_damage, .. } = FoundBase::read(&**storage, dir)?;
     let first = base.as_ref().map_or(SegmentId::FIRST, |base| base.first_segment);

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use backtide_images::{Images, Root};
 use backtide_recovery::{
-    DiskLog, FoldError, FoundBase, KeptPoint, LogError, LogOptions, PointError, Snapshot, TimedLsn,
-    remove_unused,
+    DiskLog, FoldError, FoundBase, KeptPoint, LogError, LogOptions, PointError, Salvage, Snapshot, TimedLsn,
+    Unreadable, remove_unused,
 };
 use backtide_segment::SEGMENT_HEADER_LENGTH;
 use backtide_storage::{MemoryStorage, Storage};
@@ -380,8 +380,7 @@ fn a_copy_of_the_base_that_is_lost_is_written_again_and_one_is_enough() {
     }
     let error = world.reopen().expect_err("nobody knows where the log begins");
     assert!(matches!(error, LogError::Damaged { .. }) && error.to_string().contains("base.1"), "{error}");
-    let salvaged = backtide_recovery::salvage(&storage(&world.agent), directory(), &cache(), None, None)
-        .expect("salvage");
+    let salvaged = salvage(&world);
     assert!(!salvaged.damage.is_empty());
 }
 
@@ -394,14 +393,19 @@ fn a_log_whose_directory_somebody_removed_begins_anew() {
     for path in files.filter(|path| path.starts_with(directory())) {
         world.agent.storage.remove(&path).expect("remove");
     }
-    assert!(
-        FoundBase::read(&world.agent.storage, directory()).expect("read").base.is_some(),
-        "it is elsewhere"
-    );
+    let elsewhere = FoundBase::read(&world.agent.storage, directory()).expect("read");
+    assert!(elsewhere.base.is_some());
     let storage = storage(&world.agent);
     let log = DiskLog::create(Arc::clone(&storage), directory(), identity, LogOptions::default(), &cache());
     assert_eq!(log.expect("a new log").timeline().highest_lsn(), Lsn(0));
     assert!(FoundBase::read(&*storage, directory()).expect("read").is_none());
+}
+
+fn salvage(world: &World) -> Salvage {
+    let storage = storage(&world.agent);
+    let salvaged =
+        backtide_recovery::salvage(&storage, directory(), &cache(), None, None, Unreadable::IsDamage);
+    salvaged.expect("salvage")
 }
 
 #[test]
@@ -410,10 +414,6 @@ fn what_is_left_of_a_log_has_its_images() {
     let kept = world.go_on_until_folded(|_, _| true);
     world.tidy().expect("no fault");
     world.agent.sync().expect("sync");
-    let salvage = |world: &World| {
-        backtide_recovery::salvage(&storage(&world.agent), directory(), &cache(), None, None)
-            .expect("salvage")
-    };
     let whole_log = salvage(&world);
     assert!(whole_log.damage.is_empty(), "{:?}", whole_log.damage);
     world.agent.model.check_snapshot(&whole_log.snapshot, 6);

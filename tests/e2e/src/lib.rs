@@ -6,13 +6,12 @@
 //! the disk must hold after each of those writes, [`tools`] the judges, [`kernel_disk`] a file system of the kernel on a disk,
 //! [`FuseFile`] a file whose server tells what it hears, [`postgres`] a database on that, [`machine`] a virtual machine, [`ledger`] what it has acknowledged and when, [`wire`] the stream by hand,
 //! [`nbd_wire`] a guest by hand, [`LoggedDisk`] a disk that writes down what it is asked for,
-//! [`http`] a control API by hand, [`Counting`] a way that counts what comes back on it, [`SlowLink`] one that lets so much through. Every process that is started ends with its owner, also when a
+//! [`http`] a control API by hand, [`Relay`] a way that counts what comes back on it and can be slow. Every process that is started ends with its owner, also when a
 //! test panics or is killed; what an agent has started and left ends with its [`Bench`], when no test is killed.
 //!
 //! Nothing here waits for a time to pass: waits are for a state, and last until it is there.
 
 mod bench;
-mod counting;
 mod daemon;
 mod disk;
 mod fuse_file;
@@ -29,13 +28,12 @@ pub mod nbd_wire;
 mod other_host;
 pub mod postgres;
 pub mod qmp;
+mod relay;
 mod request_log;
-mod slow_link;
 pub mod tools;
 pub mod wire;
 
 pub use bench::{Bench, Said};
-pub use counting::Counting;
 pub use daemon::{Daemon, Doomed};
 pub use disk::Disk;
 pub use fuse_file::{FuseFile, Heard};
@@ -44,8 +42,8 @@ pub use load::{Guest, Load, Returning, Written};
 pub use loop_device::LoopDevice;
 pub use model::{Model, Write, fill};
 pub use other_host::OtherHost;
+pub use relay::Relay;
 pub use request_log::{LoggedDisk, Requests};
-pub use slow_link::SlowLink;
 
 /// Says why a test does nothing on this machine, where the test's output shows it, and in the file that
 /// `BACKTIDE_SKIPPED` names: whoever runs all of them is told which have proved nothing.

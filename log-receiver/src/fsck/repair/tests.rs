@@ -90,6 +90,14 @@ fn without_an_end() -> MemoryStorage {
     storage
 }
 
+/// As [`damaged`], with a mark of long ago: only what is cut off tells how far LSNs had come.
+fn with_an_old_mark() -> MemoryStorage {
+    let (storage, dir) = (damaged(), Shelf::dir(IDENTITY.disk, 1));
+    let old = Noted::whole(Durable { seq: backtide_recovery::Seq(3), lsn: Lsn(5) });
+    Watermark::replace(&storage, &dir, IDENTITY.history, old).unwrap();
+    storage
+}
+
 fn run(storage: &MemoryStorage, what: Repair) -> Result<StoreCheck, StoreFileError> {
     let shared: Arc<dyn Storage> = Arc::new(storage.clone());
     repair_store(Path::new("store"), &shared, what, &mut |_| {})
@@ -109,7 +117,7 @@ fn found(storage: &MemoryStorage) -> (String, Option<Memo>, Lsn, bool) {
 
 #[test]
 fn a_power_cut_at_any_step_of_a_repair_costs_nothing() {
-    for before in [damaged(), without_an_end()] {
+    for before in [damaged(), without_an_end(), with_an_old_mark()] {
         cut_at_every_step(&before);
     }
 }

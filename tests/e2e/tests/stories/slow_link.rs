@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_e2e::{Bench, Model, SlowLink};
+use backtide_e2e::{Bench, Model, Relay};
 use serde_json::Value;
 
 const SIZE: u64 = 1 << 20;
@@ -51,7 +51,7 @@ impl Passes {
 fn a_link_that_is_too_slow_for_ever_gives_a_point_for_each_pass() {
     let bench = Bench::new();
     let (_receiver, _agent) = (bench.receiver(), bench.agent());
-    let link = SlowLink::before(&bench.path("link.sock"), bench.path("stream.sock"));
+    let link = Relay::before(&bench.path("link.sock"), bench.path("stream.sock"));
     bench.image("vm1.img", SIZE);
     let slow = bench.socket("link.sock");
     let options = ["--window", "256KiB", "--guest-delay-max", "50"];

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use backtide_e2e::{Bench, Counting, Daemon, Disk, OtherHost, http, tools};
+use backtide_e2e::{Bench, Daemon, Disk, OtherHost, Relay, http, tools};
 use serde_json::{Value, json};
 
 const SIZE: u64 = 64 << 20;
@@ -166,10 +166,10 @@ fn what_may_differ_after_a_crash_and_does_not_is_not_sent() {
     first.may_complain("fenced");
     disk.until("it is fenced", |status| status["reason_code"] == "fenced");
     bench.json_ending(3, &["detach", "vm1"]);
-    let way = Counting::before(&bench.path("way.sock"), bench.path("stream.sock"));
+    let way = Relay::before(&bench.path("way.sock"), bench.path("stream.sock"));
     let way_there = bench.socket("way.sock");
     let report = bench.json(&["failback", "vm1", "--receiver", &way_there, "--yes", "--wait"]);
-    let came = way.bytes();
+    let came = way.bytes_back();
     assert_eq!(report["everything_because"], Value::Null, "{report}");
     let may_differ = report["fetched_bytes"].as_u64().unwrap();
     assert!(may_differ >= 32 * MIB, "{report}");

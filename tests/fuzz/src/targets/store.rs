@@ -8,7 +8,9 @@ use std::{
 
 use backtide_images::{Images, ImagesLimits, Losses, ROOT_LENGTH, Root};
 use backtide_overlay::{OverlayFiles, OverlayId};
-use backtide_recovery::{CacheLimits, DiskLog, FoundBase, LogCache, LogOptions, Snapshot, salvage};
+use backtide_recovery::{
+    CacheLimits, DiskLog, FoundBase, LogCache, LogOptions, Snapshot, Unreadable, salvage,
+};
 use backtide_segment::{SealedSegment, SegmentFile, Seq, inspect, scan, scan_prefix};
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
@@ -183,7 +185,7 @@ fn log(bytes: &[u8]) {
         open_files_max: 4,
         ..CacheLimits::default()
     });
-    if let Ok(left) = salvage(&shared, Path::new(LOG), &cache, None, None) {
+    if let Ok(left) = salvage(&shared, Path::new(LOG), &cache, None, None, Unreadable::IsDamage) {
         read_everything(&left.snapshot);
         let _ = left.check(&mut |_| true);
     }
