@@ -390,6 +390,11 @@ impl Filter {
             self.note_changed(news.bytes());
             return lsn;
         }
+        if self.pass.is_none() && self.passive_zeroes.touches(blocks) {
+            // A pass waits for the spill to be empty, and is going to say that they were zeroes at its T.
+            self.passive_zeroes.remove(blocks);
+            self.passive.insert(blocks);
+        }
         let (range, body) = match change {
             Change::Write { range, data, .. } => (range, RecordBody::Write(Data::capture(compact(data)))),
             Change::Zero { range, trim: true, .. } => (range, RecordBody::Trim),

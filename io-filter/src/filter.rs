@@ -1,7 +1,7 @@
 //! The filter's state, and how its mode changes.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
 };
 
@@ -135,6 +135,8 @@ pub struct Filter {
     pub(crate) guard: RangeGuard,
     /// Reads of passes and verifies that hold their range at the guard.
     pub(crate) reads: BTreeMap<IoId, BlockRange>,
+    /// Those of them that wait for another host.
+    pub(crate) far_reads: BTreeSet<IoId>,
     pub(crate) ongoing: BTreeMap<IoId, Ongoing>,
     pub(crate) queued: BTreeMap<Ticket, Queued>,
     pub(crate) waiting_for_buffer: VecDeque<CopyWait>,
@@ -193,6 +195,7 @@ impl Filter {
             slow: false,
             guard: RangeGuard::default(),
             reads: BTreeMap::new(),
+            far_reads: BTreeSet::new(),
             ongoing: BTreeMap::new(),
             queued: BTreeMap::new(),
             waiting_for_buffer: VecDeque::new(),
@@ -428,6 +431,8 @@ impl Filter {
         if to != Mode::Sync {
             // The receiver lacks changes from now on: a comparison would find differences that are none.
             self.interrupt_verify();
+            // A pass that is due must not wait for what will not be written any more.
+            self.stop_spilling();
         }
         self.mode = to;
         self.reason = reason;

@@ -1,9 +1,10 @@
 //! Reads of a pass or a verify that a guest's change waits for: they give way when it has waited its
 //! time.
 //!
-//! Invariants: no change waits longer than its bound for a read of more than one block; a read that gave
-//! way has changed nothing, and is done again block by block, which gives way to nobody, so that it
-//! comes to an end.
+//! Invariants: no change waits longer than its bound for a read of more than one block, or for one that
+//! waits for another host; a read that gave way has changed nothing, and is done again block by block. Such
+//! a read of the disk gives way to nobody, so that it comes to an end. One for which another host is asked
+//! gives way too: what was asked for comes all the same, and the next read finds it on the disk.
 
 use std::time::Duration;
 
@@ -50,8 +51,17 @@ impl Filter {
         self.pace.read_begins(self.now.monotonic, run.count().bytes());
     }
 
+    /// A read of [`Effect::Local`](crate::Effect::Local) waits for another host: the disk does not have these blocks
+    /// yet. To be called when it begins.
+    pub fn read_is_far(&mut self, io: IoId) {
+        if self.reads.contains_key(&io) {
+            self.far_reads.insert(io);
+        }
+    }
+
     pub(crate) fn read_ended(&mut self, io: IoId) {
         self.reads.remove(&io);
+        self.far_reads.remove(&io);
         self.pace.read_ended(self.now.monotonic);
     }
 
@@ -85,7 +95,8 @@ impl Filter {
 
     /// The reads that may give way, each with a change that waits for it.
     fn waiting_for_reads(&self) -> impl Iterator<Item = (IoId, Arrival)> {
-        let long = self.reads.iter().filter(|(_, run)| run.count() > BlockCount(1));
+        let far = |io: &IoId| self.far_reads.contains(io);
+        let long = self.reads.iter().filter(move |(io, run)| run.count() > BlockCount(1) || far(io));
         long.flat_map(|(io, run)| {
             self.queued.values().filter_map(|queued| match queued {
                 Queued::Change(_, change, asked) => {

@@ -208,6 +208,11 @@ impl Filter {
         }
     }
 
+    /// The mode is no longer one in which records are written to files.
+    pub(crate) fn stop_spilling(&mut self) {
+        self.spill.active = false;
+    }
+
     fn should_spill(&self) -> bool {
         if self.mode != Mode::Sync || self.spill.failure.is_some() {
             return false;
@@ -278,6 +283,8 @@ impl Filter {
     /// Where the log ends, if with the spill nothing is missing.
     pub(crate) fn complete_in_spill(&self) -> Option<Lsn> {
         let nothing_dirty = self.passive.is_empty()
+            && self.passive_zeroes.is_empty()
+            && self.spill.pass_wanted.is_none()
             && self.activity.doubtful().is_empty()
             && self.lost.is_none()
             && self.scanning.is_none();

@@ -279,3 +279,30 @@ fn a_change_that_waited_for_a_copy_is_held_for_the_rest_of_its_bound_at_most() {
     assert_eq!(held, BOUND, "the window alone would hold it for nearly as long again");
     assert_eq!(told(&disk), (BOUND, Duration::ZERO));
 }
+
+/// A pass reads its only block, from another host when `far`; a change of that block waits for its time. Gives how long the
+/// change waited for the read, if that was bounded.
+fn waited_for_a_read(far: bool) -> Option<Duration> {
+    let mut disk = Disk::in_a_pass(settings(WINDOW, 4 * 4096), &DirtyBitmap::of((5..6).into()));
+    let (read, _) = disk.local.pop().expect("the pass reads its block");
+    if far {
+        disk.filter.read_is_far(read);
+    }
+    disk.clock = Duration::from_micros(1_234);
+    let began = disk.clock;
+    disk.submit(5, 1);
+    while !disk.local.iter().any(|(_, op)| matches!(op, LocalOp::Change(_))) {
+        // Nor does it wait for the copy that the pass takes then.
+        disk.clock = disk.filter.next_deadline().filter(|due| *due <= began + BOUND)?.max(disk.clock);
+        let now = disk.now();
+        disk.filter.tick(now);
+        disk.carry_out();
+    }
+    Some(disk.clock - began)
+}
+
+#[test]
+fn a_read_of_a_single_block_gives_way_when_it_waits_for_another_host() {
+    assert_eq!(waited_for_a_read(true), Some(BOUND));
+    assert_eq!(waited_for_a_read(false), None, "a read of the disk comes to an end by itself");
+}

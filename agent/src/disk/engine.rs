@@ -230,6 +230,9 @@ impl Engine {
     /// Has the disk behind do something. What follows from its end is to be carried out by the caller
     /// when it ends at once.
     fn start_local(self: &Rc<Self>, op: LocalOp, purpose: Purpose) {
+        if let Purpose::Filter(io) = purpose {
+            self.local.note_far_read(&op, || self.filter.borrow_mut().read_is_far(io));
+        }
         match self.local.begin(op, purpose) {
             // Out of the page cache: that tells nothing of the disk.
             Began::Ended(result, Purpose::Reader(range, reply, _)) => {

@@ -127,7 +127,7 @@ impl HydratingDisk {
     }
 
     /// What is stable is so by the hydration file too, as long as there is one.
-    fn goes_through(&self, op: &LocalOp) -> bool {
+    pub(crate) fn goes_through(&self, op: &LocalOp) -> bool {
         self.complete.get() || !self.hydrator.borrow().needs_care(wish_of(op))
     }
 

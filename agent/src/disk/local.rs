@@ -119,6 +119,15 @@ impl Local {
         }
     }
 
+    /// Says so when a read is going to wait for the source of missing blocks.
+    pub(crate) fn note_far_read(&self, op: &LocalOp, is_far: impl FnOnce()) {
+        if let (Self::Hydrating(disk), LocalOp::Read(_)) = (self, op)
+            && !disk.goes_through(op)
+        {
+            is_far();
+        }
+    }
+
     /// Does it, waiting as long as it takes.
     pub(crate) async fn run(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
         match self {

@@ -36,9 +36,15 @@ pub enum Action {
     /// The pause ends.
     Resume,
     /// A resync is forced.
-    Force,
+    Force(ResyncKind),
     /// Another host takes the disk over.
     Rival,
+    /// An operation of the spill ends.
+    Spill(IoId),
+    /// It fails, so far.
+    SpillFails(IoId, Part),
+    /// The disk is detached as soon as that is possible, and attached again.
+    Detach,
     /// The receiver dies; so many entries of its log are there afterwards.
     ReceiverCrash(usize),
     /// The agent dies, and starts again.
@@ -52,8 +58,25 @@ pub struct Crash {
     pub landed: u8,
     /// Which operations of the tracking file under way are in it, by bit.
     pub tracked: u8,
+    /// How much of what changes the spill is there.
+    pub spilled: Part,
     /// The power was lost: what the blocks hold.
     pub content: Option<Vec<u8>>,
+}
+
+/// How much of an operation has happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// None of it.
+    Nothing,
+    /// Its beginning.
+    Some,
+    /// All of it.
+    All,
+}
+
+impl Part {
+    const EACH: [Self; 3] = [Self::Nothing, Self::Some, Self::All];
 }
 
 impl World {
@@ -72,6 +95,7 @@ impl World {
             actions.push(if lands { Action::Land(*io) } else { Action::Local(*io) });
         }
         actions.extend(self.tracking_ops.keys().map(|io| Action::Tracking(*io)));
+        actions.extend(self.spill_ops.keys().map(|io| Action::Spill(*io)));
         for (io, early) in &self.scans {
             actions.push(Action::Scan(*io, false));
             if *early != self.allocated() {
@@ -99,7 +123,7 @@ impl World {
             actions.push(Action::Sync);
         }
         for (index, (writer, ops)) in (0u8..).zip(self.writers.iter().zip(config.writers)) {
-            if writer.waiting.is_none() && usize::from(writer.next) < ops.len() {
+            if writer.waiting.is_none() && !self.detaching && usize::from(writer.next) < ops.len() {
                 actions.push(Action::Submit(index));
             }
         }
@@ -118,10 +142,18 @@ impl World {
             actions.push(Action::Pause);
         }
         if left.forces > 0 {
-            actions.push(Action::Force);
+            let kinds = [ResyncKind::Changed, ResyncKind::Compare, ResyncKind::Full];
+            actions.extend(kinds.map(Action::Force));
         }
         if left.rivals > 0 && self.receiver.timeline.attached().is_some() {
             actions.push(Action::Rival);
+        }
+        if left.detaches > 0 && !self.detaching {
+            actions.push(Action::Detach);
+        }
+        if left.spill_failures > 0 {
+            let parts = |io: &IoId| Part::EACH.map(|part| Action::SpillFails(*io, part));
+            actions.extend(self.spill_ops.keys().flat_map(parts));
         }
         if left.receiver_crashes > 0 {
             actions.extend((self.receiver.durable..=self.receiver.log.len()).map(Action::ReceiverCrash));
@@ -137,13 +169,18 @@ impl World {
     fn crashes(&self, contents: Vec<Option<Vec<u8>>>) -> impl Iterator<Item = Action> {
         let under_way = self.landing().count();
         let tracking = self.tracking_ops.len();
+        let spilling = if self.changes_spill() { &Part::EACH[..] } else { &Part::EACH[..1] };
         contents.into_iter().flat_map(move |content| {
             // After a power loss the content says what has landed.
             let landed = if content.is_some() { 1 } else { 1 << under_way };
             (0..landed).flat_map(move |landed| {
                 let content = content.clone();
-                (0..1 << tracking).map(move |tracked| {
-                    Action::AgentCrash(Box::new(Crash { landed, tracked, content: content.clone() }))
+                (0..1 << tracking).flat_map(move |tracked| {
+                    let content = content.clone();
+                    spilling.iter().map(move |spilled| {
+                        let (spilled, content) = (*spilled, content.clone());
+                        Action::AgentCrash(Box::new(Crash { landed, tracked, spilled, content }))
+                    })
                 })
             })
         })
@@ -208,9 +245,18 @@ impl World {
                 self.paused = false;
                 self.call(config, |filter, now| filter.resume(now));
             }
-            Action::Force => {
+            Action::Force(kind) => {
                 self.left.forces -= 1;
-                self.call(config, |filter, now| filter.force_resync(now, ResyncKind::Changed));
+                self.call(config, |filter, now| filter.force_resync(now, *kind));
+            }
+            Action::Spill(io) => self.spill_ends(config, *io),
+            Action::SpillFails(io, part) => {
+                self.left.spill_failures -= 1;
+                self.spill_fails(config, *io, *part);
+            }
+            Action::Detach => {
+                self.left.detaches -= 1;
+                self.detaching = true;
             }
             Action::Rival => {
                 self.left.rivals -= 1;
@@ -233,6 +279,7 @@ impl World {
                 self.agent_crashes(config, crash);
             }
         }
+        self.detach_when_quiet(config);
     }
 }
 

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use backtide_io_filter::{
-    AckPolicy, Change, Effect, Filter, IoId, LocalData, LocalOp, Mode, Now, OnOutage, RequestId, Settings,
+    AckPolicy, Change, Effect, Filter, IoId, LocalData, LocalOp, Mode, Now, OnOutage, RequestId, Resume,
+    Settings,
 };
 use backtide_tracking::{ActivityLimits, DirtyBitmap};
-use backtide_units::{BlockRange, ByteCount, DiskId, Epoch, Lsn};
+use backtide_units::{BlockRange, ByteCount, DiskId, Epoch, Lsn, Reason};
 use bytes::Bytes;
 use uuid::Uuid;
 
@@ -45,12 +46,7 @@ pub(crate) fn settings(config: &Config, epoch: u64) -> Settings {
     }
 }
 
-pub(crate) fn new_filter(
-    config: &Config,
-    epoch: u64,
-    resume: backtide_io_filter::Resume,
-    now: Now,
-) -> Filter {
+pub(crate) fn new_filter(config: &Config, epoch: u64, resume: Resume, now: Now) -> Filter {
     let mut filter = Filter::new(settings(config, epoch), resume, now);
     if let Some(mutant) = config.mutant {
         filter.mutate(mutant);
@@ -59,11 +55,7 @@ pub(crate) fn new_filter(
 }
 
 /// The tracking file of an agent that begins with this.
-pub(crate) fn first_file(
-    config: &Config,
-    resume: &backtide_io_filter::Resume,
-    old: Option<&TrackingFile>,
-) -> TrackingFile {
+pub(crate) fn first_file(config: &Config, resume: &Resume, old: Option<&TrackingFile>) -> TrackingFile {
     let snapshot = resume.first_snapshot(DISK, settings(config, 1).activity);
     let (history, reserved) = old.map_or((None, Lsn::ZERO), |old| (old.history, old.reserved));
     TrackingFile::new(snapshot, history, reserved)
@@ -102,7 +94,9 @@ impl World {
             Effect::Tracking(io, op) => {
                 self.tracking_ops.insert(io, op);
             }
-            Effect::Spill(..) => panic!("this world has no spill"),
+            Effect::Spill(io, op) => {
+                self.spill_ops.insert(io, op);
+            }
             Effect::Scan(io) => {
                 self.scans.insert(io, self.allocated());
             }
@@ -113,6 +107,7 @@ impl World {
             Effect::Transition { from: Mode::Resync, .. } => self.pass = None,
             Effect::Transition { .. } => {}
             Effect::Disconnect { why } => panic!("honest peers do not part: {why}"),
+            Effect::Alarm(_) if self.spill_failed => {}
             Effect::Alarm(why) => panic!("nothing happened that an alarm is right for: {why}"),
             Effect::ReadFailed { range, .. } => panic!("no read fails here: {range}"),
         }
@@ -293,10 +288,10 @@ impl World {
                 self.file.apply(op);
             }
         }
+        self.crash_spill(config, crash.spilled);
         self.inflight.clear();
         self.scans.clear();
-        self.pass = None;
-        self.paused = false;
+        self.detaching = false;
         if self.has_connection() {
             self.end_agent_side(config);
         }
@@ -307,14 +302,49 @@ impl World {
                 writer.next += u8::from(writer.waiting.take().is_some());
             }
         }
-        self.start_again(config);
+        let resume = self.file.resume();
+        self.start_again(config, resume);
     }
 
-    fn start_again(&mut self, config: &Config) {
-        let resume = self.file.resume();
+    /// Detaches the disk as soon as that is possible, and attaches it again.
+    pub(crate) fn detach_when_quiet(&mut self, config: &Config) {
+        if !self.detaching || !self.filter.is_quiet() {
+            return;
+        }
+        self.call(config, Filter::prepare_detach);
+        if !self.filter.is_spill_settled() {
+            return;
+        }
+        assert!(self.spill_ops.is_empty(), "a settled spill has nothing under way");
+        self.disk.flush(&self.disk.flush_mark());
+        let now = self.moment();
+        let saved = self.filter.detach(now);
+        self.carry_out(config);
+        let (history, last_lsn) = (self.filter.history(), self.filter.last_lsn());
+        assert!(self.writers.iter().all(|writer| writer.waiting.is_none()), "somebody waits for an answer");
+        self.inflight.clear();
+        self.tracking_ops.clear();
+        self.scans.clear();
+        self.detaching = false;
+        if self.has_connection() {
+            self.end_agent_side(config);
+        }
+        let resume = match saved {
+            Some(saved) => Resume::Clean(saved),
+            None => {
+                Resume::Lost { reason: Reason::AgentCrashed, history, last_lsn, acked_durable: Lsn::ZERO }
+            }
+        };
+        self.start_again(config, resume);
+    }
+
+    fn start_again(&mut self, config: &Config, resume: Resume) {
+        self.pass = None;
+        self.paused = false;
         self.file = first_file(config, &resume, Some(&self.file));
         self.epoch += 1;
         self.filter = new_filter(config, self.epoch, resume, self.moment());
+        self.use_spill(config);
         self.carry_out(config);
         // The machine sends again what was not answered.
         for writer in 0..u8::try_from(self.writers.len()).expect("few writers") {

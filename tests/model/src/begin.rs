@@ -12,6 +12,7 @@ use crate::{
     disk::LocalDisk,
     history::History,
     receiver::{Receiver, TIME},
+    spill::SpillDirectory,
     world::{World, Writer},
 };
 
@@ -21,6 +22,10 @@ impl World {
         match config.start {
             Start::FirstAttach => {}
             Start::InSync => world.reach_sync(config),
+            Start::Away => {
+                world.reach_sync(config);
+                world.lose_connection(config);
+            }
             Start::Dirty(ops) => {
                 world.reach_sync(config);
                 world.dirty(config, ops);
@@ -45,6 +50,11 @@ impl World {
             tracking_ops: BTreeMap::new(),
             scans: BTreeMap::new(),
             file: first_file(config, &Resume::New, None),
+            spill: SpillDirectory::default(),
+            spill_ops: BTreeMap::new(),
+            spill_failed: false,
+            kept_to: Lsn::ZERO,
+            detaching: false,
             history: History::new(disk.values()),
             disk,
             writers: Vec::new(),
@@ -56,6 +66,7 @@ impl World {
             fenced: false,
             pass: None,
         };
+        world.use_spill(config);
         world.carry_out(config);
         world
     }
@@ -84,7 +95,14 @@ impl World {
         while !self.guest_is_done(&before) || !self.tracking_ops.is_empty() {
             let mut possible = self.progress(&before).into_iter();
             let next = possible.find(|action| {
-                matches!(action, Action::Submit(_) | Action::Land(_) | Action::Local(_) | Action::Tracking(_))
+                matches!(
+                    action,
+                    Action::Submit(_)
+                        | Action::Land(_)
+                        | Action::Local(_)
+                        | Action::Tracking(_)
+                        | Action::Spill(_)
+                )
             });
             self.step(&before, &next.expect("a write goes on"));
         }

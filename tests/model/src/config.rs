@@ -23,6 +23,8 @@ pub enum Start {
     FirstAttach,
     /// In sync, with everything durable.
     InSync,
+    /// As `InSync`, and then the stream was lost.
+    Away,
     /// As `InSync`, then paused, these blocks changed, resumed and not connected: the next connection
     /// begins a pass over them that is no comparison.
     Dirty(&'static [Op]),
@@ -47,6 +49,10 @@ pub struct Budget {
     pub forces: u8,
     /// Another host takes the disk over.
     pub rivals: u8,
+    /// The disk is detached, and attached again.
+    pub detaches: u8,
+    /// An operation of the spill fails.
+    pub spill_failures: u8,
 }
 
 /// A walk. See the module's description.
@@ -72,6 +78,8 @@ pub struct Config {
     pub window_bytes: u64,
     /// The filter's resync buffer.
     pub buffer_bytes: u64,
+    /// What the spill may take; zero for no spill.
+    pub spill_bytes: u64,
     /// The longest the filter may delay a write.
     pub delay_max: Duration,
     /// Extents that stay hot, of one block each; zero for no activity log.
@@ -105,10 +113,13 @@ impl Config {
                 pauses: 0,
                 forces: 0,
                 rivals: 0,
+                detaches: 0,
+                spill_failures: 0,
             },
             lane: 1,
             window_bytes: 1 << 20,
             buffer_bytes: 1 << 20,
+            spill_bytes: 0,
             delay_max: Duration::from_millis(10),
             hot: 0,
             slow_landing: false,

@@ -12,7 +12,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
 };
 
-use backtide_io_filter::IoId;
+use backtide_io_filter::{IoId, SpillOp};
 use backtide_protocol::{Compare, Content, Message};
 use backtide_segment::Entry;
 use backtide_units::ByteRange;
@@ -58,6 +58,10 @@ impl World {
         for (io, op) in &self.tracking_ops {
             (ranked(io), format!("{op:?}")).hash(&mut hasher);
         }
+        for (io, op) in &self.spill_ops {
+            (ranked(io), matches!(op, SpillOp::Read(_))).hash(&mut hasher);
+        }
+        (&self.spill, self.spill_failed, self.kept_to, self.detaching).hash(&mut hasher);
         for (io, early) in &self.scans {
             (ranked(io), early).hash(&mut hasher);
         }

@@ -53,6 +53,13 @@ impl World {
     /// Disk, receiver and model hold the same.
     fn check_equal(&self, config: &Config) {
         let latest = self.receiver.timeline.latest().expect("sync means points").lsn;
+        let offered =
+            self.receiver.offers().iter().any(|(from, to)| *from <= self.kept_to && self.kept_to <= *to);
+        let kept = self.kept_to;
+        assert!(
+            kept == Lsn::ZERO || self.spill_failed || offered,
+            "LSN {kept} was in the spill, and is no point"
+        );
         let image = self.history.image_at(Lsn::MAX);
         for block in 0..config.blocks {
             let local = self.disk.value(block);

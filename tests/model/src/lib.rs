@@ -7,14 +7,14 @@
 //! from some the world is healed and has to come into sync.
 //!
 //! What is real: [`backtide_io_filter::Filter`] with its window, passes, guard and activity log; the
-//! tracking file's snapshots and records; the protocol's messages; the receiver's timeline, which says
+//! tracking file's snapshots and records; the spill with its files; the protocol's messages; the receiver's timeline, which says
 //! what entry may follow which and what is a point.
 //!
 //! What is not: the local disk (a few values a block), the tracking file's bytes (an operation under
 //! way at a crash has happened or not; that this is so, `tests/sim` and the file's own tests show), and
 //! the receiver's sessions and log files, which are said again in `receiver` because a walk has to copy
 //! them a million times; [`lockstep`] shows that they are said right, by long random walks in which the
-//! production sessions and logs have to give the same answers. No local I/O fails, nothing is damaged.
+//! production sessions and logs have to give the same answers. No local I/O fails but that of the spill, nothing is damaged.
 //!
 //! The walk is breadth first with a set of seen fingerprints, so what it finds it finds by a shortest
 //! way. A library such as `stateright` would add a web page and a way of writing actions down; what is
@@ -37,10 +37,11 @@ mod link;
 mod lockstep;
 mod receiver;
 mod rival;
+mod spill;
 mod tracking;
 mod world;
 
-pub use actions::{Action, Crash};
+pub use actions::{Action, Crash, Part};
 pub use config::{Budget, Config, Op, Start};
 pub use explore::{Violation, Walk, walk};
 pub use lockstep::{Steps, lockstep};

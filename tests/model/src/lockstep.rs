@@ -172,6 +172,9 @@ impl Production {
             | Action::Land(_)
             | Action::Local(_)
             | Action::Tracking(_)
+            | Action::Spill(_)
+            | Action::SpillFails(..)
+            | Action::Detach
             | Action::Scan(..)
             | Action::Answer(_)
             | Action::Deliver
@@ -179,7 +182,7 @@ impl Production {
             | Action::Cut
             | Action::Pause
             | Action::Resume
-            | Action::Force
+            | Action::Force(_)
             | Action::ReceiverCrash(_)
             | Action::AgentCrash(_) => {}
         }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_io_filter::{Filter, IoId, LocalOp, Now, TrackingOp};
+use backtide_io_filter::{Filter, IoId, LocalOp, Now, SpillOp, TrackingOp};
 use backtide_protocol::{CompareResult, Message};
 use backtide_units::Lsn;
 
@@ -16,6 +16,7 @@ use crate::{
     history::History,
     receiver::{Receiver, Session, TIME},
     rival::Rival,
+    spill::SpillDirectory,
     tracking::TrackingFile,
 };
 
@@ -32,6 +33,14 @@ pub(crate) struct World {
     /// Scans under way, with the blocks that were allocated when they began.
     pub(crate) scans: BTreeMap<IoId, u8>,
     pub(crate) file: TrackingFile,
+    pub(crate) spill: SpillDirectory,
+    pub(crate) spill_ops: BTreeMap<IoId, SpillOp>,
+    /// It was made to fail: an alarm is right, and so is a hole.
+    pub(crate) spill_failed: bool,
+    /// Records up to this one were durable in the spill.
+    pub(crate) kept_to: Lsn,
+    /// The disk is being detached.
+    pub(crate) detaching: bool,
     pub(crate) disk: LocalDisk,
     pub(crate) writers: Vec<Writer>,
     /// The highest LSN the guest was told of.

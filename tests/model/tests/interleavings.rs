@@ -1,37 +1,16 @@
 //! All interleavings of tiny worlds: every promise holds in every state.
 //!
-//! `MODEL=large` walks larger ones too, for a quarter of an hour.
+//! `MODEL=large` walks larger ones too, with those of `spill` for half an hour.
 
-use std::{
-    fs::File,
-    io::Write,
-    time::{Duration, Instant},
-};
+mod common;
 
-use backtide_model::{Budget, Config, Op, Start, walk};
+use std::time::Duration;
 
-const NONE: Budget = Config::new("", &[]).budget;
+use backtide_model::{Budget, Config, Op, Start};
+use common::{NONE, holds, walks_larger_worlds};
 
 /// Two blocks that are no neighbors: the second has to wait for room in a buffer of one block.
 const APART: Start = Start::Dirty(&[Op::Write(0), Op::Write(2)]);
-
-fn holds(config: &Config) {
-    let started = Instant::now();
-    let walked = walk(config);
-    println!(
-        "{}: {} states, {} transitions, {} deep, {} healed, in {:.1?}",
-        config.name,
-        walked.states,
-        walked.transitions,
-        walked.depth,
-        walked.healed,
-        started.elapsed()
-    );
-    if let Some(violation) = &walked.violation {
-        panic!("{}: {violation}", config.name);
-    }
-    assert!(walked.states > 500, "{}: a walk that goes nowhere shows nothing", config.name);
-}
 
 #[test]
 fn the_link_and_the_receiver_fail_in_sync() {
@@ -192,22 +171,11 @@ fn another_host_takes_the_disk_over() {
     });
 }
 
-/// Says that a test does nothing, where its output shows it, and in the file that `BACKTIDE_SKIPPED` names:
-/// `tests/run` tells of it at its end.
-fn skip(why: &str) {
-    println!("SKIPPED: {why}");
-    let Some(file) = std::env::var_os("BACKTIDE_SKIPPED") else { return };
-    let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    let mut file =
-        File::options().append(true).create(true).open(file).expect("open the list of skipped tests");
-    file.write_all(format!("{test}: {why}\n").as_bytes()).expect("note a skipped test");
-}
-
 /// Larger worlds; see the module's description.
 #[test]
 fn larger_worlds() {
-    if std::env::var("MODEL").as_deref() != Ok("large") {
-        return skip("only MODEL=large walks larger worlds, for a quarter of an hour");
+    if !walks_larger_worlds() {
+        return;
     }
     const TWO: &[&[Op]] = &[&[Op::Write(0)], &[Op::Write(1)]];
     let dirty = Start::Dirty(&[Op::Write(0), Op::Write(1)]);

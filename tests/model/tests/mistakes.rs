@@ -72,3 +72,30 @@ fn a_snapshot_without_the_window_is_found() {
         Config { budget: Budget { ticks: 2, forces: 1, ..NONE }, ..tracked("window") },
     );
 }
+
+fn spilled(writers: &'static [&'static [Op]]) -> Config {
+    Config { spill_bytes: 1 << 16, window_bytes: 700, ..Config::new("spilled", writers) }
+}
+
+#[test]
+fn trimming_the_spill_by_what_was_received_is_found() {
+    is_found(
+        Mutant::SpillTrimsReceived,
+        Config {
+            received_acks: true,
+            budget: Budget { cuts: 1, receiver_crashes: 1, agent_crashes: 1, ..NONE },
+            ..spilled(&[&[Op::Write(0), Op::Write(1)]])
+        },
+    );
+}
+
+#[test]
+fn forgetting_the_blocks_of_a_spill_is_found() {
+    is_found(
+        Mutant::SpillForgetsBlocks,
+        Config {
+            budget: Budget { cuts: 1, spill_failures: 1, ..NONE },
+            ..spilled(&[&[Op::Write(0), Op::Write(1)]])
+        },
+    );
+}

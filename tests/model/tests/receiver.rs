@@ -17,6 +17,8 @@ fn the_walked_receiver_is_the_shipped_one() {
         pauses: 2,
         forces: 2,
         rivals: 0,
+        detaches: 1,
+        spill_failures: 1,
     };
     let mut all = Steps::default();
     for seed in 0..400 {
@@ -29,6 +31,8 @@ fn the_walked_receiver_is_the_shipped_one() {
             content: &[7, 0, 9],
             budget: Budget { rivals, ..budget },
             window_bytes,
+            // Every other one of those, and of the others, with a spill.
+            spill_bytes: if seed % 4 < 2 { 0 } else { 1 << 12 },
             hot: 1,
             ghosts: true,
             slow_landing: true,
