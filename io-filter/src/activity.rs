@@ -246,8 +246,9 @@ impl Filter {
     pub(crate) fn activity_changed(&mut self, blocks: BlockRange) {
         if let Some(log) = &mut self.activity.log {
             log.leave(blocks);
-            self.activity.unflushed.insert(blocks);
         }
+        // Also without a log: what a failed flush leaves is not to be trusted at a detach.
+        self.activity.unflushed.insert(blocks);
     }
 
     /// Writes what has to be written of the tracking.

@@ -19,6 +19,11 @@ fn at(millis: u64) -> Now {
 
 /// A disk whose agent died with these blocks in doubt; no receiver is there.
 fn crashed(candidates: &DirtyBitmap) -> Filter {
+    crashed_with(candidates, ActivityLimits::default())
+}
+
+/// The same with another activity log.
+fn crashed_with(candidates: &DirtyBitmap, activity: ActivityLimits) -> Filter {
     let settings = Settings {
         disk: DiskId(Uuid::from_u128(1)),
         name: "vm1".parse().unwrap(),
@@ -34,7 +39,7 @@ fn crashed(candidates: &DirtyBitmap) -> Filter {
         bitmap_bytes: ByteCount(1 << 20),
         read_retry: Duration::from_secs(1),
         unchanged_every: Duration::MAX,
-        activity: ActivityLimits::default(),
+        activity,
     };
     let resume = Resume::Crashed {
         reason: Reason::AgentCrashed,
@@ -146,4 +151,19 @@ fn a_clean_stop_before_the_crash_was_made_good_keeps_what_is_in_doubt() {
     expected.insert((3..4).into());
     assert_eq!(saved.dirty, expected);
     assert!(saved.compare, "they may differ, and need not");
+}
+
+#[test]
+fn without_an_activity_log_a_failed_flush_is_remembered_too() {
+    let mut filter =
+        crashed_with(&DirtyBitmap::new(), ActivityLimits { hot: 0, ..ActivityLimits::default() });
+    filter.submit(at(1), RequestId(1), write(3));
+    let (local, _) = go_on(&mut filter, at(1));
+    filter.local_done(at(1), local[0].0, Ok(LocalData::Changed));
+    filter.submit(at(1), RequestId(2), Change::Flush);
+    let (flush, _) = go_on(&mut filter, at(1));
+    filter.local_done(at(1), flush[0].0, Err(IoFailure { errno: 5 }));
+    go_on(&mut filter, at(1));
+    let saved = filter.detach(at(2)).expect("what may differ is known");
+    assert!(saved.compare && saved.dirty.contains((3..4).into()), "{saved:?}");
 }

@@ -171,13 +171,16 @@ impl NbdDisk {
         }
         let id = shared.unflushed.borrow_mut().submit(&change);
         let result = self.request(|client| send(client, change.clone())).await;
-        let mut unflushed = shared.unflushed.borrow_mut();
         match &result {
-            Ok(()) => unflushed.succeeded(id),
-            Err(_) => unflushed.failed(id),
+            Ok(()) => shared.unflushed.borrow_mut().succeeded(id),
+            Err(_) => shared.unflushed.borrow_mut().failed(id),
         }
-        let is_due = unflushed.is_due();
-        drop(unflushed);
+        let is_due = shared.unflushed.borrow().is_due();
+        if result.is_err() && shared.outage.get().is_none() {
+            // Nobody knows how much of it was made. Whoever hears of the failure reads what is there, and it stays: what
+            // was answered before must not be made again over it. A flush that fails too is one of its own.
+            let _ = self.flush_unasked().await;
+        }
         if is_due && !shared.flushing.replace(true) {
             let disk = Self { shared: Rc::clone(shared) };
             tokio::task::spawn_local(async move {
@@ -323,21 +326,32 @@ impl Shared {
         }
     }
 
-    /// A connection to a server that has everything the last one had answered.
+    /// A connection to a server that has everything the last one had answered. It has made it stable too: one of these
+    /// changes may fail meanwhile, and must not be undone when the others are made again another time.
     async fn reach_again(&self) -> Result<Client, BehindError> {
         let client = reach(&self.uri, self.size, ClientOptions::default()).await?;
-        let changes = self.unflushed.borrow().changes();
+        let (mark, changes) = (self.unflushed.borrow().flush(), self.unflushed.borrow().changes());
         if !changes.is_empty() {
             tracing::info!(uri = %self.uri, changes = changes.len(), "making again what was not flushed");
         }
+        let makes_again = !changes.is_empty();
+        let answered = async |change| {
+            let sent = tokio::time::timeout(REPLAY_ANSWER_MAX, send(client.clone(), change)).await;
+            let (uri, what) = (self.uri.clone(), "a change that is made again");
+            sent.map_err(|_| BehindError::Silent { uri, what, after: REPLAY_ANSWER_MAX })
+        };
         for change in changes {
-            let uri = || self.uri.clone();
-            match tokio::time::timeout(REPLAY_ANSWER_MAX, send(client.clone(), change)).await {
-                Ok(made) => made.map_err(|source| BehindError::Client { uri: uri(), source })?,
-                Err(_) => {
-                    let what = "a change that is made again";
-                    return Err(BehindError::Silent { uri: uri(), what, after: REPLAY_ANSWER_MAX });
+            let made = answered(change).await?;
+            made.map_err(|source| BehindError::Client { uri: self.uri.clone(), source })?;
+        }
+        if makes_again {
+            match answered(Change::Flush).await? {
+                Ok(()) => self.unflushed.borrow_mut().flushed(mark),
+                Err(source) if client.lost().is_some() => {
+                    return Err(BehindError::Client { uri: self.uri.clone(), source });
                 }
+                // The next flush tells whoever asks for one.
+                Err(_) => {}
             }
         }
         Ok(client)

@@ -11,8 +11,8 @@ use backtide_agent_api::{AckPolicy, CacheMode, OnOutage, StreamTls};
 use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError};
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{Cache, ImageError, ImageFile, KillPoint, Opening};
-use backtide_tracking::{ActivityLimits, SignOfLife, TrackingFile};
-use backtide_units::{BlockCount, ByteCount, CaptureTime, Lsn};
+use backtide_tracking::{ActivityLimits, DirtyBitmap, SignOfLife, TrackingFile};
+use backtide_units::{BlockCount, BlockRange, ByteCount, CaptureTime, Lsn};
 use uuid::Uuid;
 
 use super::in_place::InPlace;
@@ -135,6 +135,9 @@ pub(crate) async fn open(
     let known_until = trust::known_until(&record, whole);
     let resume = trust::resume(&record, left, stamp.as_ref(), size);
     let resume = incomplete::dirty_too(resume, &record, hydration.as_ref());
+    if let Behind::Image(image) = &behind {
+        look_at_the_device(image, &resume);
+    }
     // Before the record, by which the next attach would take the old file for that of a crash.
     let activity = activity_limits(&record);
     let snapshot = resume.first_snapshot(record.uuid, activity);
@@ -245,6 +248,22 @@ impl Behind {
             Self::Image(_) => true,
             Self::Nbd(_, _, minimum) => takes_blocks(*minimum),
         }
+    }
+}
+
+/// What is going to be compared is read from the device, not from the page cache: a failed flush may have left
+/// pages there that the device does not hold.
+fn look_at_the_device(image: &ImageFile, resume: &Resume) {
+    let size = image.size();
+    let whole = BlockRange::whole_disk(size);
+    let each = |blocks: &DirtyBitmap| {
+        blocks.runs(whole, BlockCount(whole.count().0)).for_each(|run| image.let_go(run.bytes(size)));
+    };
+    match resume {
+        Resume::Clean(saved) if saved.compare => each(&saved.dirty),
+        Resume::Crashed { candidates, .. } => each(candidates),
+        Resume::Lost { .. } => image.let_go(whole.bytes(size)),
+        Resume::New | Resume::Clean(_) => {}
     }
 }
 

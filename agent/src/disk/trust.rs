@@ -42,6 +42,13 @@ fn seen(stamp: &ImageStamp) -> ImageSeen {
     ImageSeen { inode: stamp.inode, modified_ns: stamp.modified_ns }
 }
 
+/// When this boot of the host began, by the clock of now; none when that is not known.
+fn booted_at() -> Option<CaptureTime> {
+    let text = std::fs::read_to_string("/proc/stat").ok()?;
+    let seconds: u64 = text.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+    Some(CaptureTime(seconds.saturating_mul(1_000_000)))
+}
+
 /// Which boot of the host this is; nil when that is not known.
 pub(crate) fn boot_id() -> Uuid {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -133,7 +140,7 @@ pub(crate) fn resume(
     Resume::Crashed {
         reason: Reason::AgentCrashed,
         history: record.history,
-        last_lsn: record.lsn_bound,
+        last_lsn: record.lsn_bound.max(saved.last_lsn),
         acked_durable: record.acked_durable.max(saved.acked_durable),
         acked_position: saved.acked_position,
         candidates,
@@ -184,14 +191,15 @@ fn foreign_write(
 fn lived_until(alive: Option<SignOfLife>, stamp: &ImageStamp) -> bool {
     let Some(SignOfLife { at, boot, image: Some(seen), captured: _ }) = alive else { return false };
     // A power loss may take the last writes' times with it; the death of a process takes nothing.
-    let (before, after) = if boot == boot_id() {
-        (Duration::ZERO, SLACK)
-    } else {
-        (SLACK_OF_A_POWER_LOSS, SLACK_OF_A_POWER_LOSS)
-    };
+    let is_this_boot = boot == boot_id();
+    let (before, after) =
+        if is_this_boot { (Duration::ZERO, SLACK) } else { (SLACK_OF_A_POWER_LOSS, SLACK_OF_A_POWER_LOSS) };
     let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
     let (written, seen_written) = (stamp.modified_ns / 1000, seen.modified_ns / 1000);
+    // No agent of an earlier boot has written it in this one.
+    let since_the_boot = !is_this_boot && booted_at().is_some_and(|booted| written >= booted.0);
     seen.inode == stamp.inode
+        && !since_the_boot
         && written >= seen_written.saturating_sub(micros(before))
         && written <= at.0.max(seen_written).saturating_add(micros(after))
 }

@@ -254,6 +254,14 @@ impl ImageFile {
         let _ = rustix::fs::fadvise(&self.file, range.start().0, Some(length), rustix::fs::Advice::WillNeed);
     }
 
+    /// Lets the page cache forget what it has of the range and calls clean: the next read comes from the device. After the
+    /// system could not write pages out it keeps them, clean, and nobody who reads them learns what the device holds.
+    pub fn let_go(&self, range: ByteRange) {
+        let Some(length) = std::num::NonZeroU64::new(range.count().0) else { return };
+        // Only advice: a file system that cannot take it changes nothing.
+        let _ = rustix::fs::fadvise(&self.file, range.start().0, Some(length), rustix::fs::Advice::DontNeed);
+    }
+
     /// The first stretch of `range` that is all data or all hole, and whether it is data.
     /// Where the file system cannot tell, everything is data. None for an empty range.
     ///

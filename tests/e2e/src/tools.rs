@@ -59,6 +59,8 @@ pub fn assert_same(one: &str, other: &str) {
 pub fn fio_verified(uri: &str, bytes: u64, rate_iops: u64) -> Command {
     let mut command = Command::new("fio");
     command.args(["--name=guest", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=16"]).args([
+        // One process, so that whoever ends it ends its requests.
+        "--thread".to_owned(),
         "--verify=crc32c".to_owned(),
         "--verify_fatal=1".to_owned(),
         "--verify_state_save=0".to_owned(),

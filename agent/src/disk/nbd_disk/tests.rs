@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use backtide_export::{
-    Command, Export, ExportInfo, ExportSummary, Exports, Limits, Listener, NbdAddress, Reply, Server,
+    Command, Export, ExportInfo, ExportSummary, Exports, Limits, Listener, NbdAddress, NbdError, Reply,
+    Server,
 };
 use tokio::task::LocalSet;
 
@@ -22,6 +23,10 @@ struct Behind {
     unanswered: RefCell<Vec<Reply>>,
     /// A write has come.
     asked: Notify,
+    /// It refuses writes.
+    refuses: Cell<bool>,
+    writes: Cell<usize>,
+    flushes: Cell<usize>,
 }
 
 impl Export for Behind {
@@ -39,12 +44,18 @@ impl Export for Behind {
                 self.unanswered.borrow_mut().push(reply);
                 self.asked.notify_one();
             }
+            Command::Write { .. } if self.refuses.get() => reply.fail(NbdError::Io),
             Command::Write { .. } => {
+                self.writes.set(self.writes.get() + 1);
                 reply.done();
                 self.asked.notify_one();
             }
+            Command::Flush => {
+                self.flushes.set(self.flushes.get() + 1);
+                reply.done();
+            }
             Command::BlockStatus { .. } => reply.extents(&[Extent::data(command.range().count())]),
-            Command::Flush | Command::WriteZeroes { .. } | Command::Trim { .. } | Command::Cache { .. } => {
+            Command::WriteZeroes { .. } | Command::Trim { .. } | Command::Cache { .. } => {
                 reply.done();
             }
         }
@@ -107,6 +118,34 @@ fn a_server_that_comes_back_and_answers_nothing_is_left_for_another_connection()
             disk.shared.back.notified().await;
         }
         disk.run(read()).await.unwrap();
+        assert!(behind.flushes.get() > 0, "what was made again is stable");
+        assert_eq!(disk.shared.unflushed.borrow().changes(), []);
+    };
+    let ended = async { tokio::time::timeout(AT_MOST, story).await };
+    LocalSet::new().block_on(&runtime, ended).expect("the disk behind is never back");
+}
+
+#[test]
+fn what_was_answered_before_a_change_that_failed_is_not_made_again_over_it() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let story = async {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("s");
+        let behind = Rc::new(Behind::default());
+        let server = serve(&behind, &socket).await;
+        let uri: NbdUri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
+        let disk = NbdDisk::connect(uri, SIZE).await.unwrap();
+        disk.run(write()).await.unwrap();
+        assert_ne!(disk.shared.unflushed.borrow().changes(), []);
+        behind.refuses.set(true);
+        disk.run(write()).await.unwrap_err();
+        assert_eq!(disk.shared.unflushed.borrow().changes(), [], "whoever reads it now reads what stays");
+        assert!(behind.flushes.get() > 0);
+        behind.refuses.set(false);
+        server.shutdown(Duration::ZERO).await;
+        let _server = serve(&behind, &socket).await;
+        disk.run(read()).await.unwrap();
+        assert_eq!(behind.writes.get(), 1);
     };
     let ended = async { tokio::time::timeout(AT_MOST, story).await };
     LocalSet::new().block_on(&runtime, ended).expect("the disk behind is never back");

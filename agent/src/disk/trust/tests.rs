@@ -138,6 +138,27 @@ fn an_image_written_after_the_agent_died_is_compared_whole() {
 }
 
 #[test]
+fn an_image_written_since_the_host_came_up_again_is_compared_whole() {
+    let record = DiskRecord { image_at_detach: None, attached: true, ..record() };
+    let booted = booted_at().expect("the system tells when it was booted").0;
+    // The host was away for a few seconds only, and is up again for a few.
+    let seen = ImageStamp { modified_ns: (booted - 8_000_000) * 1000, ..stamp(0) };
+    let alive = SignOfLife {
+        at: CaptureTime(booted - 7_000_000),
+        boot: Uuid::from_bytes([1; 16]),
+        image: Some(super::seen(&seen)),
+        captured: CaptureTime(booted - 7_000_000),
+    };
+    let loaded = Loaded { alive: Some(alive), ..left(&record, false) };
+    for (written, is_ours) in [(booted - 5_000_000, true), (booted + 5_000_000, false)] {
+        let stamp = ImageStamp { modified_ns: written * 1000, ..stamp(0) };
+        let resumed = resume(&record, Ok(Some(loaded.clone())), Some(&stamp), SIZE);
+        assert_eq!(matches!(resumed, Resume::Crashed { .. }), is_ours, "{resumed:?}");
+        assert_eq!(is_lost(&resumed, Reason::BitmapUntrusted), !is_ours, "{resumed:?}");
+    }
+}
+
+#[test]
 fn a_power_loss_may_take_the_last_times_with_it() {
     let record = DiskRecord { image_at_detach: None, attached: true, ..record() };
     let before = SignOfLife { boot: Uuid::from_bytes([1; 16]), ..alive() };

@@ -201,3 +201,17 @@ fn a_write_that_need_not_wait_is_all_there() {
     }
     assert!(image.try_write(ByteOffset((1 << 20) - 10), &[1; 11]).is_err());
 }
+
+#[test]
+fn what_is_let_go_is_read_from_the_device_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = ImageFile::open(&image(directory.path(), 1 << 20)).unwrap();
+    image.write_at(ByteOffset(8192), &[7; 4096]).unwrap();
+    image.sync().unwrap();
+    assert_eq!(image.try_read(range(8192, 12_288)).unwrap().as_deref(), Some(&[7; 4096][..]));
+    image.let_go(range(0, 1 << 20));
+    // Where nothing is behind the page cache nothing can be let go.
+    let in_memory = rustix::fs::statfs(directory.path()).unwrap().f_type == 0x0102_1994;
+    assert_eq!(image.try_read(range(8192, 12_288)).unwrap().is_some(), in_memory);
+    assert_eq!(&image.read(range(8192, 12_288)).unwrap()[..], [7; 4096]);
+}
