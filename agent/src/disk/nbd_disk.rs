@@ -326,15 +326,15 @@ impl Shared {
         }
     }
 
-    /// A connection to a server that has everything the last one had answered. It has made it stable too: one of these
-    /// changes may fail meanwhile, and must not be undone when the others are made again another time.
+    /// A connection to a server that has everything the last one had answered. Where one of these changes has failed
+    /// meanwhile they are stable too: it was made again, and must not be undone when the others are another time.
     async fn reach_again(&self) -> Result<Client, BehindError> {
         let client = reach(&self.uri, self.size, ClientOptions::default()).await?;
         let (mark, changes) = (self.unflushed.borrow().flush(), self.unflushed.borrow().changes());
+        let failures = self.unflushed.borrow().failures();
         if !changes.is_empty() {
             tracing::info!(uri = %self.uri, changes = changes.len(), "making again what was not flushed");
         }
-        let makes_again = !changes.is_empty();
         let answered = async |change| {
             let sent = tokio::time::timeout(REPLAY_ANSWER_MAX, send(client.clone(), change)).await;
             let (uri, what) = (self.uri.clone(), "a change that is made again");
@@ -344,14 +344,18 @@ impl Shared {
             let made = answered(change).await?;
             made.map_err(|source| BehindError::Client { uri: self.uri.clone(), source })?;
         }
-        if makes_again {
+        // No await from the last look to the caller's use of the connection.
+        if self.unflushed.borrow().failures() != failures {
             match answered(Change::Flush).await? {
                 Ok(()) => self.unflushed.borrow_mut().flushed(mark),
                 Err(source) if client.lost().is_some() => {
                     return Err(BehindError::Client { uri: self.uri.clone(), source });
                 }
-                // The next flush tells whoever asks for one.
-                Err(_) => {}
+                Err(source) => {
+                    // The server may refuse none that follows: the next that a guest asks for tells.
+                    self.turns.is_refused();
+                    self.untold.set(Some(self.refused(&source)));
+                }
             }
         }
         Ok(client)

@@ -12,7 +12,7 @@ use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError}
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{Cache, ImageError, ImageFile, KillPoint, Opening};
 use backtide_tracking::{ActivityLimits, DirtyBitmap, SignOfLife, TrackingFile};
-use backtide_units::{BlockCount, BlockRange, ByteCount, CaptureTime, Lsn};
+use backtide_units::{BlockCount, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn};
 use uuid::Uuid;
 
 use super::in_place::InPlace;
@@ -251,20 +251,23 @@ impl Behind {
     }
 }
 
-/// What is going to be compared is read from the device, not from the page cache: a failed flush may have left
-/// pages there that the device does not hold.
+/// The longest piece that the page cache keeps or lets go of as one.
+const CACHED_AS_ONE: u64 = 2 << 20;
+
+/// What a detach left in doubt is read from the device, not from the page cache: a failed flush may have left pages
+/// there that the device does not hold. (After a crash nothing says that a flush had failed, and the guest waits: what
+/// is compared then may come from the page cache.)
 fn look_at_the_device(image: &ImageFile, resume: &Resume) {
-    let size = image.size();
+    let Resume::Clean(saved) = resume else { return };
+    let (size, mut blocks) = (image.size(), DirtyBitmap::new());
     let whole = BlockRange::whole_disk(size);
-    let each = |blocks: &DirtyBitmap| {
-        blocks.runs(whole, BlockCount(whole.count().0)).for_each(|run| image.let_go(run.bytes(size)));
-    };
-    match resume {
-        Resume::Clean(saved) if saved.compare => each(&saved.dirty),
-        Resume::Crashed { candidates, .. } => each(candidates),
-        Resume::Lost { .. } => image.let_go(whole.bytes(size)),
-        Resume::New | Resume::Clean(_) => {}
+    for run in saved.dirty.runs(whole, whole.count()).filter(|_| saved.compare) {
+        let range = run.bytes(size);
+        let start = range.start().0 / CACHED_AS_ONE * CACHED_AS_ONE;
+        let end = (range.end().0.next_multiple_of(CACHED_AS_ONE)).min(size.0);
+        blocks.insert(BlockRange::touched_by(ByteRange::between(ByteOffset(start), ByteOffset(end))));
     }
+    blocks.runs(whole, whole.count()).for_each(|run| image.let_go(run.bytes(size)));
 }
 
 fn last_lsn(resume: &Resume) -> Lsn {

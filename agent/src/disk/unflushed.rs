@@ -29,6 +29,8 @@ pub(crate) struct Unflushed {
     /// Counts answers.
     answers: u64,
     bytes: u64,
+    /// Counts changes that have failed.
+    failures: u64,
 }
 
 #[derive(Debug)]
@@ -74,7 +76,13 @@ impl Unflushed {
 
     /// When it has failed: nobody relies on it.
     pub(crate) fn failed(&mut self, id: ChangeId) {
+        self.failures += 1;
         self.keep(|entry| entry.id != id);
+    }
+
+    /// How many have failed so far.
+    pub(crate) fn failures(&self) -> u64 {
+        self.failures
     }
 
     /// Before a flush is sent.

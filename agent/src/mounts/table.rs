@@ -153,7 +153,8 @@ impl Table {
         let end = |one: Mounted| async move {
             match (leaving, one.served) {
                 (_, None) => {}
-                (Leaving::ForGood, Some(served)) => served.end(&one.record.id).await,
+                // Who did not flush was promised nothing.
+                (Leaving::ForGood, Some(served)) => drop(served.end(&one.record.id).await),
                 // What was written is in the files, and nobody pulls a plug.
                 (Leaving::HandedOver, Some(served)) => served.server.hand_over(HAND_OVER_GRACE).await,
             }
@@ -343,11 +344,12 @@ impl Table {
 }
 
 impl Served {
-    /// Ends it, with as much of what was written durable as can be.
-    async fn end(self, id: &str) {
+    /// Ends it, with as much of what was written durable as can be; else why it is not.
+    async fn end(self, id: &str) -> Result<(), String> {
         self.server.shutdown(END_GRACE).await;
-        if let Some(written) = self.written {
-            written.flush(id).await;
+        match self.written {
+            Some(written) => written.end(id).await,
+            None => Ok(()),
         }
     }
 }

@@ -34,6 +34,9 @@ const READS: usize = 4;
 /// ... and that change it: one writes while another one syncs.
 const CHANGES: usize = 2;
 
+/// What a request hears that comes too late.
+const ENDED: &str = "the mount has ended";
+
 /// The overlay of a mount in use.
 pub(super) struct Written {
     overlay: Arc<Overlay>,
@@ -91,11 +94,23 @@ impl Written {
         self.problem.borrow().clone()
     }
 
-    /// Makes durable what can be made durable of an overlay whose mount ends: who did not flush was promised nothing.
-    pub(super) async fn flush(&self, mount: &str) {
-        if let Err(failed) = self.on(&self.changes, Overlay::flush).await {
-            tracing::warn!(mount, why = failed.text(), "cannot flush the overlay of a mount");
-        }
+    /// The mount ends: from here on nothing is changed any more, also by a request that waits for the receiver still,
+    /// and what was written is durable.
+    ///
+    /// # Errors
+    /// A sentence, when it cannot be made so: who did not flush was promised nothing.
+    pub(super) async fn end(&self, mount: &str) -> Result<(), String> {
+        let all = u32::try_from(CHANGES).expect("a few");
+        let _turns = self.changes.acquire_many(all).await.map_err(|_| ENDED.to_owned())?;
+        self.changes.close();
+        let overlay = Arc::clone(&self.overlay);
+        let flushed = spawn_blocking(move || overlay.flush()).await;
+        let flushed = flushed.map_err(|error| Failed::Thread(error.to_string()));
+        flushed.and_then(|flushed| flushed.map_err(Failed::Overlay)).map_err(|failed| {
+            let why = failed.text();
+            tracing::warn!(mount, why, "cannot flush the overlay of a mount");
+            why
+        })
     }
 
     /// Does `work` on a thread that may wait for storage.
@@ -104,7 +119,7 @@ impl Written {
         turns: &Semaphore,
         work: impl FnOnce(&Overlay) -> Result<T, OverlayError> + Send + 'static,
     ) -> Result<T, Failed> {
-        let _turn = turns.acquire().await.expect("nobody closes it");
+        let Ok(_turn) = turns.acquire().await else { return Err(Failed::Thread(ENDED.to_owned())) };
         let overlay = Arc::clone(&self.overlay);
         let done = spawn_blocking(move || work(&overlay)).await;
         done.map_err(|error| Failed::Thread(error.to_string()))?.map_err(Failed::Overlay)

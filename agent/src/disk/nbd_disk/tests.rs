@@ -118,8 +118,6 @@ fn a_server_that_comes_back_and_answers_nothing_is_left_for_another_connection()
             disk.shared.back.notified().await;
         }
         disk.run(read()).await.unwrap();
-        assert!(behind.flushes.get() > 0, "what was made again is stable");
-        assert_eq!(disk.shared.unflushed.borrow().changes(), []);
     };
     let ended = async { tokio::time::timeout(AT_MOST, story).await };
     LocalSet::new().block_on(&runtime, ended).expect("the disk behind is never back");

@@ -23,9 +23,10 @@ impl Table {
         let mounted = self.take(id, fate)?;
         let told = mounted.describe();
         let Mounted { record, source, served, trouble: _ } = mounted;
-        if let Some(served) = served {
-            served.end(id).await;
-        }
+        let ended = match served {
+            Some(served) => served.end(id).await,
+            None => Ok(()),
+        };
         tracing::info!(mount = id, "unmounted");
         match fate {
             None => self.end_record(record, source).await,
@@ -33,6 +34,12 @@ impl Table {
                 let settled = self.settle(record, fate).await;
                 self.settling.borrow_mut().remove(id);
                 settled?;
+                if let (Err(why), AgentOverlayFate::Keep) = (ended, fate) {
+                    let why = format!(
+                        "mount {id} has ended and is kept, but not all that was written is durable: {why}"
+                    );
+                    return Err(ApiError::new(ErrorCode::Failed, why));
+                }
             }
         }
         Ok(told)
