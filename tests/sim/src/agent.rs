@@ -88,12 +88,11 @@ impl Agent {
         })
     }
 
-    /// Whether a read of a single block of the image is under way in these: longer ones give way, and so do those that
-    /// wait for the source of missing blocks.
+    /// Whether a local read of a single block is under way in these: longer ones give way.
     pub(crate) fn occupies(&self, blocks: BlockRange) -> bool {
         let holds = |read: BlockRange| read.count() == BlockCount(1) && read.overlaps(blocks);
         self.inflight.values().any(|inflight| match &inflight.op {
-            LocalOp::Read(range) => inflight.hydrated.is_none() && holds(BlockRange::touched_by(*range)),
+            LocalOp::Read(range) => holds(BlockRange::touched_by(*range)),
             LocalOp::Change(_) | LocalOp::Settle => false,
         })
     }

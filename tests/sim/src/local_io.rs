@@ -69,11 +69,7 @@ impl World {
         match agent.hydrating.as_mut().filter(|hydrating| hydrating.needs_care(wish)) {
             Some(hydrating) => {
                 let id = hydrating.submit(wish, io);
-                let inflight = agent.inflight.get_mut(&io).expect("inserted above");
-                inflight.hydrated = Some(id);
-                if matches!(inflight.op, LocalOp::Read(_)) {
-                    agent.filter.read_is_far(io);
-                }
+                agent.inflight.get_mut(&io).expect("inserted above").hydrated = Some(id);
                 self.trace.note(self.now, "local waits", &[io.0]);
                 self.hydrate();
             }
