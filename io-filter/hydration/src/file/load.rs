@@ -103,6 +103,8 @@ impl HydrationFile {
         }
         let header = Header { boot, ..head };
         let state = if same_boot {
+            // Whoever wrote it may have been killed before the sync: what it calls durable has to be that.
+            file.sync_data().map_err(io)?;
             let pending = entries.present.into_iter().filter(|(number, _)| *number > entries.durable);
             let (pending, next) = (pending.collect(), entries.count + 1);
             let compare = header.compare;

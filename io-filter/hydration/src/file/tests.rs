@@ -51,3 +51,37 @@ fn what_an_image_has_refused_to_keep_is_not_compared_at_the_next_attach() {
         assert_eq!(open(other).missing(), DirtyBitmap::of((5..9).into()), "durable was only this");
     }
 }
+
+#[test]
+fn what_a_killed_agent_called_durable_is_so_when_the_next_one_says_it() {
+    let (path, blocks) = (Path::new("vm1.hydration"), BlockRange::from(3..5));
+    let written = |storage: &MemoryStorage| {
+        let files = storage.files().into_iter();
+        files.map(|(_, bytes)| bytes).next().expect("the file is there")
+    };
+    let before = MemoryStorage::new();
+    let missing = DirtyBitmap::of((3..9).into());
+    let file = HydrationFile::create(Arc::new(before.clone()), path, header(), missing).unwrap();
+    let empty = written(&before);
+    file.present(&[blocks]).unwrap();
+    file.settle(|| Ok(())).unwrap();
+    for seed in 0..32 {
+        // It was killed before the sync: what it appended is in the page cache only.
+        let storage = MemoryStorage::new();
+        let killed = storage.create_new(path).unwrap();
+        killed.write_at(ByteOffset::ZERO, &empty).unwrap();
+        killed.sync_data().unwrap();
+        storage.sync_dir(Path::new("")).unwrap();
+        killed.write_at(ByteOffset::ZERO, &written(&before)).unwrap();
+        let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+        let open = |boot| HydrationFile::open(Arc::clone(&shared), path, boot).unwrap().unwrap();
+        let next = open(header().boot);
+        assert!(!next.missing().touches(blocks));
+        // A guest's flush is answered by this.
+        next.settle(|| Ok(())).unwrap();
+        drop(next);
+        storage.crash(seed);
+        let other = uuid::Uuid::from_bytes([9; 16]);
+        assert!(!open(other).missing().touches(blocks), "seed {seed}: what was flushed is missing again");
+    }
+}
