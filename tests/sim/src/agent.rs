@@ -88,11 +88,12 @@ impl Agent {
         })
     }
 
-    /// Whether a local read of a single block is under way in these: longer ones give way.
+    /// Whether a read of a single block of the image is under way in these: longer ones give way, and so do those that
+    /// wait for the source of missing blocks.
     pub(crate) fn occupies(&self, blocks: BlockRange) -> bool {
         let holds = |read: BlockRange| read.count() == BlockCount(1) && read.overlaps(blocks);
         self.inflight.values().any(|inflight| match &inflight.op {
-            LocalOp::Read(range) => holds(BlockRange::touched_by(*range)),
+            LocalOp::Read(range) => inflight.hydrated.is_none() && holds(BlockRange::touched_by(*range)),
             LocalOp::Change(_) | LocalOp::Settle => false,
         })
     }
@@ -316,7 +317,8 @@ impl World {
         self.stats.servers_ended += 1;
         if !self.local.is_stable() {
             self.local.lose_power(&mut self.random);
-            self.shown.power_lost = true;
+            // The journal of what is present is the host's, and keeps what it has not made durable until that dies.
+            self.shown.unsynced = true;
             self.model.lose(next, self.whole());
         }
     }

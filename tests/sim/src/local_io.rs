@@ -69,7 +69,11 @@ impl World {
         match agent.hydrating.as_mut().filter(|hydrating| hydrating.needs_care(wish)) {
             Some(hydrating) => {
                 let id = hydrating.submit(wish, io);
-                agent.inflight.get_mut(&io).expect("inserted above").hydrated = Some(id);
+                let inflight = agent.inflight.get_mut(&io).expect("inserted above");
+                inflight.hydrated = Some(id);
+                if matches!(inflight.op, LocalOp::Read(_)) {
+                    agent.filter.read_is_far(io);
+                }
                 self.trace.note(self.now, "local waits", &[io.0]);
                 self.hydrate();
             }

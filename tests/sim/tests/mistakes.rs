@@ -82,7 +82,7 @@ fn not_comparing_what_a_disk_has_gained_is_found() {
 
 #[test]
 fn noting_blocks_before_they_are_written_is_found() {
-    is_found(Mistake::Hydrator(Hydration::NotesFirst), 60);
+    is_found(Mistake::Hydrator(Hydration::NotesFirst), 200);
 }
 
 #[test]

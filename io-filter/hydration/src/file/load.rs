@@ -103,12 +103,13 @@ impl HydrationFile {
         }
         let header = Header { boot, ..head };
         let state = if same_boot {
-            // Whoever wrote it may have been killed before the sync: what it calls durable has to be that.
-            file.sync_data().map_err(io)?;
+            // Whoever wrote it may have been killed before the sync: what it calls durable has to be that. Where it
+            // cannot be made so, the next flush begins a new file.
+            let broken = file.sync_data().is_err();
             let pending = entries.present.into_iter().filter(|(number, _)| *number > entries.durable);
             let (pending, next) = (pending.collect(), entries.count + 1);
             let compare = header.compare;
-            State { file, id, journal_at, next, compare, missing, pending, broken: false, failed: None }
+            State { file, id, journal_at, next, compare, missing, pending, broken, failed: None }
         } else {
             State::write(&*storage, path, &header, missing, &[]).map_err(io)?
         };
