@@ -487,6 +487,8 @@ fn a_pass_that_is_asked_for_waits_until_the_spill_is_empty() {
     world.filter.force_resync(now, backtide_io_filter::ResyncKind::Changed);
     world.carry_out();
     assert_eq!(world.filter.mode(), Mode::Sync);
+    let left = world.filter.clone().detach(now).expect("what may differ is known");
+    assert_eq!(left.spilled_to, None, "the next attach has a pass to make");
     let sent = world.drain();
     assert_eq!(sent[..100], lsns(101..=200));
     assert_eq!(sent[100], "pass after 200");

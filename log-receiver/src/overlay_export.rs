@@ -164,16 +164,6 @@ fn status(layers: &Layers, range: ByteRange, extents_max: usize) -> Result<Vec<E
     let count = ByteCount(range.count().0.min(STATUS_BYTES_MAX));
     let range = ByteRange::new(range.start(), count).expect("a part of a range is a range");
     let mut extents: Vec<Extent> = Vec::new();
-    // Whether there was room for it.
-    let mut push = |next: Extent| {
-        let full = extents.len() == extents_max;
-        match extents.last_mut() {
-            Some(last) if last.zero == next.zero => last.length.0 += next.length.0,
-            Some(_) | None if full => return false,
-            Some(_) | None => extents.push(next),
-        }
-        true
-    };
     'all: for (part, kind) in layers.overlay.extents(range) {
         let below = match kind {
             Kind::Data => vec![(part, Allocation::Data)],
@@ -181,11 +171,11 @@ fn status(layers: &Layers, range: ByteRange, extents_max: usize) -> Result<Vec<E
             Kind::Below => layers.view.extents(part).map_err(|error| OverlayError::Base(error.into()))?,
         };
         for (part, allocation) in below {
-            let fits = push(match allocation {
+            let next = match allocation {
                 Allocation::Data => Extent::data(part.count()),
                 Allocation::Zero => Extent::hole(part.count()),
-            });
-            if !fits {
+            };
+            if !next.append_to(&mut extents, extents_max) {
                 break 'all;
             }
         }

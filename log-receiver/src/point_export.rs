@@ -137,11 +137,8 @@ fn status(view: &View, range: ByteRange, extents_max: usize) -> Result<Vec<Exten
             Allocation::Data => Extent::data(piece.count()),
             Allocation::Zero => Extent::hole(piece.count()),
         };
-        let full = extents.len() == extents_max;
-        match extents.last_mut() {
-            Some(last) if last.zero == next.zero => last.length.0 += next.length.0,
-            Some(_) | None if full => break,
-            Some(_) | None => extents.push(next),
+        if !next.append_to(&mut extents, extents_max) {
+            break;
         }
     }
     Ok(extents)

@@ -245,11 +245,8 @@ fn extents(
         };
         for (length, data) in pieces {
             let next = if data { Extent::data(length) } else { Extent::hole(length) };
-            let full = extents.len() == extents_max;
-            match extents.last_mut() {
-                Some(last) if last.zero == next.zero => last.length.0 += length.0,
-                Some(_) | None if full => return extents,
-                Some(_) | None => extents.push(next),
+            if !next.append_to(&mut extents, extents_max) {
+                return extents;
             }
         }
     }

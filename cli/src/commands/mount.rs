@@ -120,7 +120,8 @@ impl Unmount {
         // The receiver's own hint is for programs that ask it.
         let no_mount = |error: ApiError| {
             let unknown = error.code == ErrorCode::NotFound;
-            if unknown { error.with_hint("`backtide mount` lists the mounts there are") } else { error }
+            let hint = "`backtide mount` lists the receiver's mounts, `backtide mount --here` the agent's";
+            if unknown { error.with_hint(hint) } else { error }
         };
         let receiver = context.receiver(&self.api)?;
         match receiver.unmount(&self.id, fate).await {

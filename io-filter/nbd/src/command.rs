@@ -165,4 +165,32 @@ impl Extent {
     pub fn hole(length: ByteCount) -> Self {
         Self { length, hole: true, zero: true }
     }
+
+    /// Puts it behind the last of `extents`, joined with that when it is of the same kind. False when it is another one
+    /// and there are `max` already.
+    pub fn append_to(self, extents: &mut Vec<Self>, max: usize) -> bool {
+        let full = extents.len() >= max;
+        match extents.last_mut() {
+            Some(last) if (last.hole, last.zero) == (self.hole, self.zero) => last.length.0 += self.length.0,
+            Some(_) | None if full => return false,
+            Some(_) | None => extents.push(self),
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_of_one_kind_are_joined_also_where_there_is_no_room_for_another() {
+        let mut extents = Vec::new();
+        assert!(Extent::data(ByteCount(1)).append_to(&mut extents, 2));
+        assert!(Extent::hole(ByteCount(2)).append_to(&mut extents, 2));
+        assert!(Extent::hole(ByteCount(3)).append_to(&mut extents, 2));
+        // Allocated zeroes are of another kind than a hole.
+        assert!(!Extent { length: ByteCount(4), hole: false, zero: true }.append_to(&mut extents, 2));
+        assert_eq!(extents, [Extent::data(ByteCount(1)), Extent::hole(ByteCount(5))]);
+    }
 }

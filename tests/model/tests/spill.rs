@@ -128,3 +128,12 @@ fn a_resync_of_everything_is_forced() {
         ..spilled("spill and forced resync", &[&[Op::Write(0)], &[Op::Write(1)]])
     });
 }
+
+#[test]
+fn a_pause_follows_a_lost_link() {
+    holds(&Config {
+        start: Start::InSync,
+        budget: Budget { cuts: 2, pauses: 2, ..NONE },
+        ..spilled("spill and pauses", &[&[Op::Write(0)]])
+    });
+}

@@ -54,7 +54,11 @@ impl Refusal {
     }
 
     fn unknown_export(name: &str) -> Self {
-        Self::new(option_reply::ERR_UNKNOWN, format!("there is no export {name:?}"))
+        let text = match name {
+            "" => "there is no default export: name one, LIST tells which there are".to_owned(),
+            name => format!("there is no export {name:?}"),
+        };
+        Self::new(option_reply::ERR_UNKNOWN, text)
     }
 }
 
