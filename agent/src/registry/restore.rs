@@ -167,7 +167,7 @@ impl Registry {
     /// have died between the end of a disk and that of its socket.
     pub(crate) async fn forget_other_sockets(&self, others: &[&str]) -> std::io::Result<()> {
         let attached = self.records.load_all_aside().await?.into_iter().filter(|record| record.attached);
-        let expected = attached.inspect(|record| self.directory.expect(record.name.as_str()));
+        let expected = attached.inspect(|record| self.directory.expect(record.name.as_str(), &record.name));
         let mut purposes: Vec<String> = expected.map(|record| disk::nbd_purpose(&record.name)).collect();
         purposes.extend(others.iter().map(|purpose| (*purpose).to_owned()));
         self.sockets.forget_others(&purposes);

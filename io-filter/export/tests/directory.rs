@@ -119,7 +119,7 @@ fn a_client_of_an_export_that_is_expected_waits_until_it_is_there() {
     on_a_worker(async {
         let (place, directory) = (Place::new(), Directory::new(""));
         let front = shared(&place, &directory, Limits::default()).await;
-        directory.expect("disk");
+        directory.expect("disk", &name("disk"));
         let uri = place.uri("disk");
         let client = tokio::task::spawn_local(async move { Client::connect(&uri).await });
         while front.handshakes() == 0 {

@@ -14,7 +14,7 @@ use backtide_export::{
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::Bytes;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, KeyUsagePurpose, SanType};
-use support::{FileExport, Fixed, GRACE, Manual, Place, command, on_a_worker, run};
+use support::{FileExport, Fixed, GRACE, Manual, Place, command, on_a_worker, run, settle};
 
 const SIZE: u64 = 64 << 20;
 
@@ -49,13 +49,18 @@ fn limit(folder: &Path, disk: &str, authority: &Authority) {
 
 /// A folder with everything for both sides.
 fn certificates(place: &Place, name: &str) -> PathBuf {
+    certificates_and_authority(place, name).0
+}
+
+/// The same, and who signs for more.
+fn certificates_and_authority(place: &Place, name: &str) -> (PathBuf, Authority) {
     let folder = place.path(name);
     std::fs::create_dir(&folder).unwrap();
     let authority = authority();
     std::fs::write(folder.join("ca-cert.pem"), authority.pem()).unwrap();
     issue(&folder, "server", "localhost", &authority);
     issue(&folder, "client", "client", &authority);
-    folder
+    (folder, authority)
 }
 
 /// The same without a client's certificate.
@@ -148,11 +153,7 @@ fn a_client_nobody_vouches_for_is_not_let_in() {
 fn a_client_whose_certificate_names_disks_is_served_no_other() {
     on_a_worker(async {
         let place = Place::new();
-        let folder = certificates(&place, "pki");
-        let authority = authority();
-        std::fs::write(folder.join("ca-cert.pem"), authority.pem()).unwrap();
-        issue(&folder, "server", "localhost", &authority);
-        issue(&folder, "client", "client", &authority);
+        let (folder, authority) = certificates_and_authority(&place, "pki");
         let tls = ServerTls::load(TlsMode::Required, &folder, ClientCertificates::Required).unwrap();
         let disk = FileExport::open("disk", &place.image(SIZE), false).unwrap();
         let listener = Listener::bind(&place.address()).await.unwrap().with_tls(tls);
@@ -174,30 +175,36 @@ fn a_client_whose_certificate_names_disks_is_served_no_other() {
     });
 }
 
+/// A server of `disk`, on a socket of its own, that offers it in `directory`.
+async fn offered(place: &Place, directory: &Directory, disk: &str) -> Server {
+    let path = place.path(disk);
+    std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+    let own = NbdAddress::Unix(place.path(&format!("{disk}.own")));
+    let file = FileExport::open(disk, &path, false).unwrap();
+    let mut server = Listener::bind(&own).await.unwrap().serve(Fixed::one(file), Limits::default());
+    server.offer_in(directory, disk, &disk.parse().unwrap());
+    server
+}
+
+/// The socket that all share.
+async fn shared(place: &Place, folder: &Path, directory: &Directory) -> Server {
+    let tls = ServerTls::load(TlsMode::Required, folder, ClientCertificates::Required).unwrap();
+    let listener = Listener::bind(&place.address()).await.unwrap().with_tls(tls);
+    listener.serve_directory(directory.clone(), Limits::default())
+}
+
 #[test]
 fn on_a_shared_socket_a_client_finds_the_disks_its_certificate_names() {
     on_a_worker(async {
         let place = Place::new();
-        let folder = certificates(&place, "pki");
-        let authority = authority();
-        std::fs::write(folder.join("ca-cert.pem"), authority.pem()).unwrap();
-        issue(&folder, "server", "localhost", &authority);
-        issue(&folder, "client", "client", &authority);
+        let (folder, authority) = certificates_and_authority(&place, "pki");
         let directory = Directory::new("");
         let mut servers = Vec::new();
         for disk in ["db-1", "db-2", "web"] {
-            let path = place.path(disk);
-            std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
-            let own = NbdAddress::Unix(place.path(&format!("{disk}.own")));
-            let file = FileExport::open(disk, &path, false).unwrap();
-            let mut server = Listener::bind(&own).await.unwrap().serve(Fixed::one(file), Limits::default());
-            server.offer_in(&directory, disk, &disk.parse().unwrap());
-            servers.push(server);
+            servers.push(offered(&place, &directory, disk).await);
         }
-        let tls = ServerTls::load(TlsMode::Required, &folder, ClientCertificates::Required).unwrap();
-        let listener = Listener::bind(&place.address()).await.unwrap().with_tls(tls);
-        let _front = listener.serve_directory(directory, Limits::default());
-        let of = |disk: &str| NbdUri { export: disk.to_owned(), ..secure(&place, &folder) };
+        let _front = shared(&place, &folder, &directory).await;
+        let of = |disk: &str| NbdUri { export: disk.into(), ..secure(&place, &folder) };
         // Whose certificate names none may have all. What TLS has read goes along to the disk's server.
         for (named, found) in [
             (None, vec!["db-1", "db-2", "web"]),
@@ -220,6 +227,33 @@ fn on_a_shared_socket_a_client_finds_the_disks_its_certificate_names() {
             let default = Client::connect(&of("")).await;
             assert_eq!(default.is_ok(), found.len() == 1, "{named:?}");
         }
+    });
+}
+
+#[test]
+fn a_disk_that_is_expected_is_nothing_to_clients_whose_certificate_does_not_name_it() {
+    on_a_worker(async {
+        let place = Place::new();
+        let (folder, authority) = certificates_and_authority(&place, "pki");
+        let directory = Directory::new("");
+        let _there = offered(&place, &directory, "db").await;
+        directory.expect("web", &"web".parse().unwrap());
+        let front = shared(&place, &folder, &directory).await;
+        let of = |disk: &str| NbdUri { export: disk.into(), ..secure(&place, &folder) };
+        limit(&folder, "db", &authority);
+        works(&of("")).await;
+        let refused = Client::connect(&of("web")).await.unwrap_err();
+        assert!(format!("{refused:?}").contains("no such export"), "it does not wait: {refused:?}");
+        limit(&folder, "web", &authority);
+        let uri = of("");
+        let waiting = tokio::task::spawn_local(async move { Client::connect(&uri).await });
+        while front.handshakes() == 0 {
+            tokio::task::yield_now().await;
+        }
+        settle().await;
+        assert!(!waiting.is_finished());
+        let _web = offered(&place, &directory, "web").await;
+        waiting.await.unwrap().expect("what it waited for is there");
     });
 }
 

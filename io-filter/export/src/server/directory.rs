@@ -44,9 +44,16 @@ struct Shared {
 
 #[derive(Default)]
 struct Entries {
-    /// An export that is expected has none.
-    by_name: BTreeMap<String, Option<Offer>>,
+    by_name: BTreeMap<String, Entry>,
     next: u64,
+}
+
+/// An export that is there or expected.
+struct Entry {
+    /// Which disk it is of: whose clients may use it.
+    disk: DiskName,
+    /// None while it is expected.
+    offer: Option<Offer>,
 }
 
 /// What one server serves here.
@@ -54,7 +61,6 @@ struct Entries {
 struct Offer {
     id: u64,
     info: ExportInfo,
-    disk: DiskName,
     seats: Seats,
     inbox: mpsc::Sender<Passed>,
 }
@@ -74,15 +80,17 @@ pub(crate) struct Passed {
 }
 
 impl Directory {
-    /// An empty one. The default export is the one called `default_export` or, if that is "", the only one there is.
+    /// An empty one. The default export is the one called `default_export` or, if that is "", the only one
+    /// there is, or is expected, for the client.
     pub fn new(default_export: impl Into<String>) -> Self {
         let (entries, changed) = (Mutex::default(), watch::Sender::default());
         Self { shared: Arc::new(Shared { default_export: default_export.into(), entries, changed }) }
     }
 
-    /// Lets clients of the export `name` wait until a server offers it.
-    pub fn expect(&self, name: &str) {
-        self.entries().by_name.entry(name.to_owned()).or_default();
+    /// Lets clients of the export `name`, which is of `disk`, wait until a server offers it.
+    pub fn expect(&self, name: &str, disk: &DiskName) {
+        let expected = || Entry { disk: disk.clone(), offer: None };
+        self.entries().by_name.entry(name.to_owned()).or_insert_with(expected);
         self.shared.changed.send_replace(());
     }
 
@@ -104,7 +112,8 @@ impl Directory {
         let mut entries = self.entries();
         let id = entries.next;
         entries.next += 1;
-        entries.by_name.insert(name.clone(), Some(Offer { id, info, disk, seats, inbox }));
+        let offer = Some(Offer { id, info, seats, inbox });
+        entries.by_name.insert(name.clone(), Entry { disk, offer });
         drop(entries);
         self.shared.changed.send_replace(());
         (Offered { directory: self.clone(), name, id }, passed)
@@ -118,31 +127,34 @@ impl Directory {
     /// The export that a client with these rights calls `name`, if it is there.
     pub(crate) fn find(&self, name: &str, rights: &Rights) -> Option<ExportInfo> {
         let entries = self.entries();
-        let offer = self.entry(&entries, name, rights)?.as_ref()?;
-        if let Err(why) = rights.check(&offer.disk) {
+        let entry = self.entry(&entries, name, rights)?;
+        if let Err(why) = rights.check(&entry.disk) {
             tracing::warn!(why, "an NBD client is not served");
             return None;
         }
-        Some(offer.info.clone())
+        entry.offer.as_ref().map(|offer| offer.info.clone())
     }
 
-    /// Whether that export is expected, and not there.
+    /// Whether a client with these rights may use that export, and it is expected and not there.
     pub(crate) fn is_awaited(&self, name: &str, rights: &Rights) -> bool {
-        self.entry(&self.entries(), name, rights).is_some_and(Option::is_none)
+        let entries = self.entries();
+        let entry = self.entry(&entries, name, rights).filter(|entry| entry.is_for(rights));
+        entry.is_some_and(|entry| entry.offer.is_none())
     }
 
-    /// Whether it has as many clients as it may.
+    /// Whether a client with these rights may use it, and it has as many clients as it may.
     pub(crate) fn is_full(&self, name: &str, rights: &Rights) -> bool {
         let entries = self.entries();
-        let offer = self.entry(&entries, name, rights).and_then(Option::as_ref);
-        offer.is_some_and(|offer| rights.check(&offer.disk).is_ok() && !offer.seats.has_room())
+        let entry = self.entry(&entries, name, rights).filter(|entry| entry.is_for(rights));
+        entry.and_then(|entry| entry.offer.as_ref()).is_some_and(|offer| !offer.seats.has_room())
     }
 
     /// Those that are there.
     pub(crate) fn list(&self, rights: &Rights) -> Vec<ExportSummary> {
         let entries = self.entries();
-        let there = entries.by_name.values().flatten().filter(|offer| rights.check(&offer.disk).is_ok());
-        there
+        let allowed = entries.by_name.values().filter(|entry| entry.is_for(rights));
+        allowed
+            .filter_map(|entry| entry.offer.as_ref())
             .map(|offer| ExportSummary {
                 name: offer.info.name.clone(),
                 description: offer.info.description.clone(),
@@ -154,7 +166,7 @@ impl Directory {
     pub(crate) async fn pass(&self, negotiated: Negotiated) -> Result<(), ServeError> {
         let Negotiated { stream, intake, session } = negotiated;
         let name = &session.export.name;
-        let offer = self.entries().by_name.get(name).cloned().flatten();
+        let offer = self.entries().by_name.get(name).and_then(|entry| entry.offer.clone());
         // Another disk may have the name by now, or the same one another size.
         let offer = offer.filter(|offer| offer.info == session.export);
         let gone = || ServeError::ExportGone(name.clone());
@@ -164,21 +176,20 @@ impl Directory {
         Ok(())
     }
 
+    /// The export that a client with these rights means by `name`; whether it may use it is not looked at where it says the
+    /// name.
     fn entry<'entries>(
         &self,
         entries: &'entries Entries,
         name: &str,
         rights: &Rights,
-    ) -> Option<&'entries Option<Offer>> {
+    ) -> Option<&'entries Entry> {
         let default = &self.shared.default_export;
         let name = if name.is_empty() { default } else { name };
         if !name.is_empty() {
             return entries.by_name.get(name);
         }
-        // One that is awaited is whose it will be.
-        let is_allowed =
-            |entry: &&Option<Offer>| entry.as_ref().is_none_or(|offer| rights.check(&offer.disk).is_ok());
-        let mut allowed = entries.by_name.values().filter(is_allowed);
+        let mut allowed = entries.by_name.values().filter(|entry| entry.is_for(rights));
         allowed.next().filter(|_| allowed.next().is_none())
     }
 
@@ -187,11 +198,17 @@ impl Directory {
     }
 }
 
+impl Entry {
+    fn is_for(&self, rights: &Rights) -> bool {
+        rights.check(&self.disk).is_ok()
+    }
+}
+
 impl Drop for Offered {
     fn drop(&mut self) {
         let mut entries = self.directory.entries();
         if let Some(entry) = entries.by_name.get_mut(&self.name) {
-            entry.take_if(|offer| offer.id == self.id);
+            entry.offer.take_if(|offer| offer.id == self.id);
         }
         drop(entries);
         self.directory.shared.changed.send_replace(());

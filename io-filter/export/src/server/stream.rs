@@ -84,6 +84,15 @@ impl Stream {
         }
     }
 
+    /// What its bytes come and go through.
+    fn inner(self: Pin<&mut Self>) -> Pin<&mut dyn Duplex> {
+        match self.get_mut() {
+            Self::Clear(socket) => Pin::new(socket),
+            Self::Secured(stream) => Pin::new(stream),
+            Self::Other(stream) => Pin::new(stream),
+        }
+    }
+
     /// Takes it out of this thread's runtime.
     ///
     /// # Errors
@@ -148,30 +157,29 @@ impl Socket {
             Self::Parked(..) | Self::Gone => None,
         }
     }
-}
 
-/// What reads or writes a socket of no runtime hears.
-fn nowhere<T>() -> Poll<io::Result<T>> {
-    Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
+    /// Reads or writes with `poll`; not while it is of no runtime.
+    fn poll<T>(
+        self: Pin<&mut Self>,
+        poll: impl FnOnce(Pin<&mut dyn Duplex>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        match self.get_mut() {
+            Self::Tcp(socket) => poll(Pin::new(socket)),
+            Self::Unix(socket) => poll(Pin::new(socket)),
+            Self::Parked(..) | Self::Gone => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+    }
 }
 
 impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(socket) => Pin::new(socket).poll_read(cx, into),
-            Self::Unix(socket) => Pin::new(socket).poll_read(cx, into),
-            Self::Parked(..) | Self::Gone => nowhere(),
-        }
+        self.poll(|socket| socket.poll_read(cx, into))
     }
 }
 
 impl AsyncWrite for Socket {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
-            Self::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
-            Self::Parked(..) | Self::Gone => nowhere(),
-        }
+        self.poll(|socket| socket.poll_write(cx, bytes))
     }
 
     fn poll_write_vectored(
@@ -179,11 +187,7 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
-            Self::Unix(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
-            Self::Parked(..) | Self::Gone => nowhere(),
-        }
+        self.poll(|socket| socket.poll_write_vectored(cx, slices))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -191,39 +195,23 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(socket) => Pin::new(socket).poll_flush(cx),
-            Self::Unix(socket) => Pin::new(socket).poll_flush(cx),
-            Self::Parked(..) | Self::Gone => nowhere(),
-        }
+        self.poll(|socket| socket.poll_flush(cx))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
-            Self::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
-            Self::Parked(..) | Self::Gone => nowhere(),
-        }
+        self.poll(|socket| socket.poll_shutdown(cx))
     }
 }
 
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Clear(socket) => Pin::new(socket).poll_read(cx, into),
-            Self::Secured(stream) => Pin::new(stream).poll_read(cx, into),
-            Self::Other(stream) => Pin::new(stream).poll_read(cx, into),
-        }
+        self.inner().poll_read(cx, into)
     }
 }
 
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Clear(socket) => Pin::new(socket).poll_write(cx, bytes),
-            Self::Secured(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Other(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
+        self.inner().poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -231,11 +219,7 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Clear(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
-            Self::Secured(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            Self::Other(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-        }
+        self.inner().poll_write_vectored(cx, slices)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -247,18 +231,10 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Clear(socket) => Pin::new(socket).poll_flush(cx),
-            Self::Secured(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Other(stream) => Pin::new(stream).poll_flush(cx),
-        }
+        self.inner().poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Clear(socket) => Pin::new(socket).poll_shutdown(cx),
-            Self::Secured(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Other(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
+        self.inner().poll_shutdown(cx)
     }
 }
