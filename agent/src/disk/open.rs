@@ -319,3 +319,60 @@ pub(crate) fn activity_limits(record: &DiskRecord) -> ActivityLimits {
     let extent = BlockCount((limits.activity_extent_bytes.0 / BlockCount(1).bytes().0).max(16));
     ActivityLimits { extent, hot: limits.activity_extents, ..ActivityLimits::default() }
 }
+
+#[cfg(test)]
+mod tests {
+    use backtide_tracking::SavedTracking;
+    use backtide_units::{BlockIndex, DiskId, LogPosition};
+
+    use super::*;
+
+    const PIECES: u64 = 3;
+
+    /// Whether these 4 KiB of an image that was just written and synced are in the page cache still, after a look at its
+    /// one block in doubt: in the middle of the 64 KiB at the beginning of the second piece.
+    fn is_cached(compare: bool, at: u64) -> bool {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.raw");
+        std::fs::File::create(&path).unwrap().set_len(PIECES * CACHED_AS_ONE).unwrap();
+        let image = ImageFile::open(&path).unwrap();
+        for piece in 0..PIECES {
+            image.write_at(ByteOffset(piece * CACHED_AS_ONE), &[7; 64 << 10]).unwrap();
+        }
+        image.sync().unwrap();
+        let block = BlockIndex((CACHED_AS_ONE + (32 << 10)) / BlockCount(1).bytes().0);
+        look_at_the_device(
+            &image,
+            &Resume::Clean(SavedTracking {
+                disk: DiskId::random(),
+                history: None,
+                last_lsn: Lsn::ZERO,
+                gap_from: Lsn::ZERO,
+                acked_durable: Lsn::ZERO,
+                acked_position: LogPosition::default(),
+                spilled_to: None,
+                reason: None,
+                compare,
+                dirty: DirtyBitmap::of(BlockRange::between(block, BlockIndex(block.0 + 1))),
+                zeroes: DirtyBitmap::new(),
+            }),
+        );
+        let range = ByteRange::new(ByteOffset(at), ByteCount(4096)).unwrap();
+        image.try_read(range).unwrap().is_some()
+    }
+
+    #[test]
+    fn what_is_in_doubt_is_read_from_the_device_with_all_that_the_page_cache_may_keep_with_it() {
+        let block = CACHED_AS_ONE + (32 << 10);
+        // Where nothing is behind the page cache nothing can be let go.
+        let in_memory = rustix::fs::statfs(&std::env::temp_dir()).unwrap().f_type == 0x0102_1994;
+        // A look of its own for each: one may read ahead what the next looks for.
+        for at in [block, CACHED_AS_ONE, CACHED_AS_ONE + (60 << 10)] {
+            assert_eq!(is_cached(true, at), in_memory, "{at}");
+            assert!(is_cached(false, at), "{at}: what is known is left");
+        }
+        for at in [60 << 10, 2 * CACHED_AS_ONE] {
+            assert!(is_cached(true, at), "{at}: of another piece");
+        }
+    }
+}

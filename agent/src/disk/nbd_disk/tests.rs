@@ -1,6 +1,6 @@
 //! A disk behind an NBD server that goes away and comes back, over real sockets.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use backtide_export::{
     Command, Export, ExportInfo, ExportSummary, Exports, Limits, Listener, NbdAddress, NbdError, Reply,
@@ -25,8 +25,18 @@ struct Behind {
     asked: Notify,
     /// It refuses writes.
     refuses: Cell<bool>,
+    /// It refuses the next flush.
+    refuses_a_flush: Cell<bool>,
     writes: Cell<usize>,
     flushes: Cell<usize>,
+}
+
+impl Behind {
+    /// From now on it answers, also what it owes.
+    fn goes_on(&self) {
+        self.stands_still.set(false);
+        self.unanswered.take().into_iter().for_each(Reply::done);
+    }
 }
 
 impl Export for Behind {
@@ -52,7 +62,10 @@ impl Export for Behind {
             }
             Command::Flush => {
                 self.flushes.set(self.flushes.get() + 1);
-                reply.done();
+                match self.refuses_a_flush.take() {
+                    true => reply.fail(NbdError::NoSpace),
+                    false => reply.done(),
+                }
             }
             Command::BlockStatus { .. } => reply.extents(&[Extent::data(command.range().count())]),
             Command::WriteZeroes { .. } | Command::Trim { .. } | Command::Cache { .. } => {
@@ -88,24 +101,48 @@ fn read() -> LocalOp {
     LocalOp::Read(ByteRange::new(ByteOffset(0), ByteCount(512)).unwrap())
 }
 
-#[test]
-fn a_server_that_comes_back_and_answers_nothing_is_left_for_another_connection() {
+fn flush() -> LocalOp {
+    LocalOp::Change(Change::Flush)
+}
+
+/// A disk, and what is behind it.
+struct Stage {
+    behind: Rc<Behind>,
+    socket: PathBuf,
+    server: Server,
+    disk: NbdDisk,
+}
+
+/// Tells a story of a disk that has written once, which its server may lose.
+fn on_stage(story: impl AsyncFnOnce(Stage)) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let story = async {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("s");
-        let behind = Rc::new(Behind::default());
+        let (behind, socket) = (Rc::new(Behind::default()), directory.path().join("s"));
         let server = serve(&behind, &socket).await;
         let uri: NbdUri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
         let disk = NbdDisk::connect(uri, SIZE).await.unwrap();
         disk.run(write()).await.unwrap();
         behind.asked.notified().await;
-        // What it has answered it may have lost.
+        story(Stage { behind, socket, server, disk }).await;
+    };
+    let ended = async { tokio::time::timeout(AT_MOST, story).await };
+    LocalSet::new().block_on(&runtime, ended).expect("the disk behind is never back");
+}
+
+/// A second handle for a task.
+fn same(disk: &NbdDisk) -> NbdDisk {
+    NbdDisk { shared: Rc::clone(&disk.shared) }
+}
+
+#[test]
+fn a_server_that_comes_back_and_answers_nothing_is_left_for_another_connection() {
+    on_stage(async |Stage { behind, socket, server, disk }| {
         server.shutdown(Duration::ZERO).await;
         behind.stands_still.set(true);
         let _server = serve(&behind, &socket).await;
-        let shared = Rc::clone(&disk.shared);
-        let reading = tokio::task::spawn_local(async move { NbdDisk { shared }.run(read()).await.is_ok() });
+        let other = same(&disk);
+        let reading = tokio::task::spawn_local(async move { other.run(read()).await.is_ok() });
         behind.asked.notified().await;
         behind.stands_still.set(false);
         // It has the write, and says nothing: the time of that goes by.
@@ -118,22 +155,12 @@ fn a_server_that_comes_back_and_answers_nothing_is_left_for_another_connection()
             disk.shared.back.notified().await;
         }
         disk.run(read()).await.unwrap();
-    };
-    let ended = async { tokio::time::timeout(AT_MOST, story).await };
-    LocalSet::new().block_on(&runtime, ended).expect("the disk behind is never back");
+    });
 }
 
 #[test]
 fn what_was_answered_before_a_change_that_failed_is_not_made_again_over_it() {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let story = async {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("s");
-        let behind = Rc::new(Behind::default());
-        let server = serve(&behind, &socket).await;
-        let uri: NbdUri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
-        let disk = NbdDisk::connect(uri, SIZE).await.unwrap();
-        disk.run(write()).await.unwrap();
+    on_stage(async |Stage { behind, socket, server, disk }| {
         assert_ne!(disk.shared.unflushed.borrow().changes(), []);
         behind.refuses.set(true);
         disk.run(write()).await.unwrap_err();
@@ -144,7 +171,51 @@ fn what_was_answered_before_a_change_that_failed_is_not_made_again_over_it() {
         let _server = serve(&behind, &socket).await;
         disk.run(read()).await.unwrap();
         assert_eq!(behind.writes.get(), 1);
-    };
-    let ended = async { tokio::time::timeout(AT_MOST, story).await };
-    LocalSet::new().block_on(&runtime, ended).expect("the disk behind is never back");
+    });
+}
+
+/// The server ends and another takes its place, for which `waits` does. While that one is given what the first may have
+/// lost, the time of another change is over. What came of the waiting.
+async fn fails_meanwhile<T: 'static>(
+    (behind, socket, server): (&Rc<Behind>, &Path, Server),
+    disk: &NbdDisk,
+    waits: impl AsyncFnOnce(NbdDisk) -> T + 'static,
+) -> (T, Server) {
+    server.shutdown(Duration::ZERO).await;
+    behind.stands_still.set(true);
+    let server = serve(behind, socket).await;
+    let waiting = tokio::task::spawn_local(waits(same(disk)));
+    behind.asked.notified().await;
+    disk.shared.outage.set(Some(Instant::now()));
+    disk.run(write()).await.unwrap_err();
+    behind.goes_on();
+    (waiting.await.unwrap(), server)
+}
+
+#[test]
+fn what_is_made_again_is_stable_at_once_where_a_change_has_failed_meanwhile() {
+    on_stage(async |Stage { behind, socket, server, disk }| {
+        let before = behind.flushes.get();
+        let waits = async |disk: NbdDisk| disk.run(read()).await.map(drop);
+        let (read, _server) = fails_meanwhile((&behind, &socket, server), &disk, waits).await;
+        read.unwrap();
+        assert_eq!(behind.flushes.get(), before + 1);
+        assert_eq!(disk.shared.unflushed.borrow().changes(), [], "it is never made again");
+        disk.run(flush()).await.unwrap();
+    });
+}
+
+#[test]
+fn a_flush_that_is_refused_then_is_told_and_nothing_counts_as_stable_for_it() {
+    on_stage(async |Stage { behind, socket, server, disk }| {
+        behind.refuses_a_flush.set(true);
+        let range = ByteRange::new(ByteOffset(65_536), ByteCount(4096)).unwrap();
+        let change = Change::Write { range, data: Bytes::from(vec![9; 4096]), fua: false };
+        let waits = async move |disk: NbdDisk| disk.change_stably([change]).await;
+        let (stable, _server) = fails_meanwhile((&behind, &socket, server), &disk, waits).await;
+        stable.unwrap_err();
+        assert!(!behind.refuses_a_flush.get());
+        disk.run(flush()).await.unwrap_err();
+        disk.run(flush()).await.unwrap();
+    });
 }

@@ -22,8 +22,15 @@ const SIZE: usize = 16 * 4096 + 512;
 /// Every point holds the same.
 struct Points;
 
+thread_local! {
+    /// The point that was opened last.
+    static LAST: RefCell<Option<Rc<FakeSource>>> = const { RefCell::new(None) };
+}
+
 fn point() -> Rc<dyn PointSource> {
-    Rc::new(FakeSource::new(below()))
+    let source = Rc::new(FakeSource::new(below()));
+    LAST.set(Some(Rc::clone(&source)));
+    source
 }
 
 fn below() -> Vec<u8> {
@@ -278,5 +285,60 @@ fn a_damaged_overlay_is_told_and_can_be_discarded() {
         assert_eq!(table.list().await.kept.len(), 1, "it stays until it is discarded");
         table.discard(&mount.id).await.unwrap();
         assert!(!storage.files().iter().any(|(path, _)| path.starts_with("overlays")));
+    });
+}
+
+#[test]
+fn a_request_that_waits_for_the_receiver_changes_nothing_once_its_mount_has_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    local(async {
+        let storage = MemoryStorage::new();
+        let table = table(&storage, directory.path());
+        let mount = table.mount(wanted(true)).await.unwrap();
+        let source = LAST.take().unwrap();
+        source.close();
+        let guest = client(&mount).await;
+        // A part of a block: the rest of it is the point's.
+        let writing = tokio::task::spawn_local(async move {
+            guest.write(ByteOffset(512), Bytes::from(vec![1; 512]), false).await.is_ok()
+        });
+        while source.asked().is_empty() && source.maps().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let written = {
+            let mounted = table.mounted.borrow();
+            let served = mounted[&mount.id].served.as_ref().unwrap();
+            Rc::downgrade(served.written.as_ref().unwrap())
+        };
+        // Requests have a while to end in, and this one does not.
+        tokio::time::pause();
+        table.unmount(&mount.id, Some(AgentOverlayFate::Keep)).await.unwrap();
+        tokio::time::resume();
+        assert!(!writing.await.unwrap());
+        assert!(written.upgrade().is_some(), "the request is there still");
+        source.open();
+        while written.upgrade().is_some() {
+            tokio::task::yield_now().await;
+        }
+        let mount = table.remount(&mount.id, None).await.unwrap();
+        Possible(vec![below()]).check(&mount, "after its end").await;
+    });
+}
+
+#[test]
+fn what_is_kept_and_cannot_be_made_durable_is_said_to_be_so() {
+    let directory = tempfile::tempdir().unwrap();
+    local(async {
+        let storage = MemoryStorage::new();
+        let table = table(&storage, directory.path());
+        let mount = table.mount(wanted(true)).await.unwrap();
+        let guest = client(&mount).await;
+        guest.write(ByteOffset::ZERO, Bytes::from(vec![1; 4096]), false).await.unwrap();
+        storage.fail_sync_after(0);
+        let told = table.unmount(&mount.id, Some(AgentOverlayFate::Keep)).await.unwrap_err();
+        assert!(told.message.contains("is kept, but not all that was written is durable"), "{told}");
+        let listed = table.list().await;
+        assert_eq!((listed.mounts.len(), listed.kept.len()), (0, 1));
+        table.discard(&mount.id).await.unwrap();
     });
 }
