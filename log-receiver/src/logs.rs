@@ -236,6 +236,12 @@ impl Shelf {
     /// As [`Shelf::salvage`], for deciding what of a log goes.
     pub(crate) fn salvage_to_repair(&self, disk: DiskId, log: u32) -> Result<Salvage, LogError> {
         self.noted(&Self::dir(disk, log))?;
+        self.salvage_unnoted(disk, log)
+    }
+
+    /// As [`Shelf::salvage_to_repair`], also when the device cannot read how far the log was durable: that is in what it says
+    /// is damaged then.
+    pub(crate) fn salvage_unnoted(&self, disk: DiskId, log: u32) -> Result<Salvage, LogError> {
         self.salvage_where(Unreadable::IsAnError, disk, log, None)
     }
 
@@ -295,10 +301,10 @@ impl Shelf {
             return None;
         }
         let end = match noted {
-            Some((_, Noted { durable, .. })) => {
+            Some((_, Noted { durable, .. })) if durable.seq > Seq(0) => {
                 format!("entries up to {} (lsn:{}) were durable", durable.seq, durable.lsn)
             }
-            None => "nothing tells how much was durable".to_owned(),
+            Some(_) | None => "nothing tells how much was durable".to_owned(),
         };
         Some(LogError::Damaged {
             file: self.storage.display(&dir.join("segments")),
@@ -328,19 +334,23 @@ impl Shelf {
 
     pub(crate) fn open(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
         let noted = self.noted(&Self::dir(disk, log))?;
-        self.open_by(noted, disk, log)
+        self.open_by(disk, log, |identity| {
+            let noted = noted.filter(|(history, _)| *history == identity.history);
+            noted.map_or(Seq(0), |(_, noted)| noted.durable.seq)
+        })
     }
 
-    /// As [`Shelf::open`] when the device cannot read how far the log was durable.
+    /// As [`Shelf::open`] when the device cannot read how far the log was durable: all that is there may have been
+    /// acknowledged, so a payload that is not whole is damage and no torn write, and no segment is removed that holds anything.
     pub(crate) fn open_unnoted(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
-        self.open_by(None, disk, log)
+        self.open_by(disk, log, |_| Seq(u64::MAX))
     }
 
     fn open_by(
         &self,
-        noted: Option<(HistoryId, Noted)>,
         disk: DiskId,
         log: u32,
+        noted: impl FnOnce(LogIdentity) -> Seq,
     ) -> Result<DiskLog, LogError> {
         let dir = Self::dir(disk, log);
         if let Some(cut) = Cut::read(&*self.storage, &dir)? {
@@ -350,10 +360,6 @@ impl Shelf {
                 what: format!("`backtide fsck --repair` has cut it: {}", cut.why),
             });
         }
-        let noted = |identity: LogIdentity| {
-            let noted = noted.filter(|(history, _)| *history == identity.history);
-            noted.map_or(Seq(0), |(_, noted)| noted.durable.seq)
-        };
         let storage = Arc::clone(&self.storage);
         let (log, recovered) = match DiskLog::open_noted(storage, &dir, self.log, &self.cache, noted) {
             Err(error @ LogError::NoLog { .. }) => return Err(self.lost(disk, log).unwrap_or(error)),

@@ -140,6 +140,12 @@ impl Watermark {
         }
     }
 
+    /// What to say of the mark in a directory when the device cannot read it; none when it can, or there is no file.
+    pub(crate) fn unreadable_in(storage: &dyn Storage, dir: &Path) -> Option<String> {
+        let error = Self::of_any(storage, dir).err()?;
+        Some(unreadable(&storage.display(&dir.join(FILE)), &error))
+    }
+
     /// What is noted of the log in a directory; none when no mark tells. Makes nothing.
     ///
     /// # Errors

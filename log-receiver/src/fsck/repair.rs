@@ -17,9 +17,12 @@ use std::{
 };
 
 use backtide_receiver_api::{DiskCheck, StoreCheck};
-use backtide_recovery::{DiskLog, Durable, FoundBase, LogError, Salvage, SegmentId, settle_base};
+use backtide_recovery::{
+    DiskLog, Durable, FoundBase, LogError, LogIdentity, Salvage, SegmentId, Seq, settle_base,
+};
 use backtide_storage::{RealStorage, Storage};
 use backtide_units::{ByteCount, DiskId, HistoryId};
+use uuid::Uuid;
 
 use crate::{
     Forgotten, Shelf, StoreFileError,
@@ -188,20 +191,33 @@ impl Work<'_> {
                 self.io("write", &dir, Cut { why: "a repair has cut it".to_owned() }.write(storage, &dir))?;
                 done.mended.push(format!("{damage}: it is written again"));
             }
+            if Watermark::unreadable_in(storage, &dir).is_some() {
+                let salvaged = shelf.salvage_unnoted(self.disk, number)?;
+                self.note_anew(number, salvaged.identity, reached(&salvaged), done)?;
+            }
             return self.cut(number, cut, done);
         }
         // Opening writes a base again that is not everywhere, once it has proved to be that of the log.
         let base = FoundBase::read(storage, &dir)?.damage;
-        if self.what == Repair::Everything {
-            self.note_anew(number, &dir, done)?;
-        }
+        let unreadable = match self.what {
+            Repair::Rebuild => false,
+            Repair::Everything => Watermark::unreadable_in(storage, &dir).is_some(),
+        };
+        let open = || match unreadable {
+            true => shelf.open_unnoted(self.disk, number),
+            false => shelf.open(self.disk, number),
+        };
+        let salvage = || match unreadable {
+            true => shelf.salvage_unnoted(self.disk, number),
+            false => shelf.salvage_to_repair(self.disk, number),
+        };
         // Nothing is cut that a receiver would use: what opens is not looked at any further.
-        let opened = match shelf.open(self.disk, number) {
+        let opened = match open() {
             Err(error @ LogError::Damaged { .. }) => {
-                let headers = shelf.salvage_to_repair(self.disk, number)?.mend_headers(storage, &dir)?;
+                let headers = salvage()?.mend_headers(storage, &dir)?;
                 let any = !headers.is_empty();
                 done.mended.extend(headers);
-                if any { shelf.open(self.disk, number) } else { Err(error) }
+                if any { open() } else { Err(error) }
             }
             opened => opened,
         };
@@ -209,9 +225,23 @@ impl Work<'_> {
             done.mended.extend(base.iter().map(|damage| format!("{damage}: it is written again")));
         }
         match opened {
-            Ok(log) => self.in_use(number, log, done, step),
+            Ok(log) => {
+                if unreadable {
+                    self.note_anew(number, Some(log.identity()), log.durable(), done)?;
+                }
+                self.in_use(number, log, done, step)
+            }
             Err(LogError::Damaged { .. }) if self.what == Repair::Everything => {
                 done.mended.extend(settle_base(storage, &dir)?);
+                if unreadable {
+                    let salvaged = shelf.salvage_unnoted(self.disk, number)?;
+                    let mut end = reached(&salvaged);
+                    if !self.is_without_segments(&dir)? {
+                        // Something follows what can be read: with a mark below that it would be removed as a torn write.
+                        end.seq = end.seq.max(Seq(salvaged.snapshot.through().0 + 1));
+                    }
+                    self.note_anew(number, salvaged.identity, end, done)?;
+                }
                 let salvaged = shelf.salvage_to_repair(self.disk, number)?;
                 // Without a base nobody knows that the first of what is left is not where the log begins.
                 let nothing = salvaged.has_no_segment() && self.is_without_segments(&dir)?;
@@ -225,17 +255,20 @@ impl Work<'_> {
     }
 
     /// Makes the mark of a log anew that the device cannot read: the log itself tells how far it goes, and its agent whether
-    /// that is all.
-    fn note_anew(&self, number: u32, dir: &Path, done: &mut Done) -> Result<(), LogError> {
-        let storage = &*self.shelf.storage;
-        if Watermark::of_any(storage, dir).is_ok() {
-            return Ok(());
-        }
-        let Some(damage) = Watermark::damage_of(storage, dir) else { return Ok(()) };
-        let log = self.shelf.open_unnoted(self.disk, number)?;
-        let (history, end) = (log.identity().history, log.durable());
-        drop(log);
-        let noted = Watermark::replace(storage, dir, history, Noted::whole(end));
+    /// that is all. Where nobody knows which log that is, the new one is of none: it tells nothing, and can be read.
+    fn note_anew(
+        &self,
+        number: u32,
+        identity: Option<LogIdentity>,
+        end: Durable,
+        done: &mut Done,
+    ) -> Result<(), LogError> {
+        let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
+        // One that the device reads after all tells more.
+        let Some(damage) = Watermark::unreadable_in(&*shelf.storage, &dir) else { return Ok(()) };
+        let identity = identity.or(shelf.memo(self.disk, number).map(|memo| memo.identity));
+        let history = identity.map_or(HistoryId(Uuid::nil()), |identity| identity.history);
+        let noted = Watermark::replace(&*shelf.storage, &dir, history, Noted::whole(end));
         self.io("write", &dir.join(crate::watermark::FILE), noted)?;
         done.mended.push(format!(
             "{damage}: it is made anew, up to lsn:{}; whether anything behind that was durable nobody knows but the disk's \
@@ -293,7 +326,7 @@ impl Work<'_> {
         let identity = salvaged.identity.or(memo.as_ref().map(|memo| memo.identity));
         let timeline = salvaged.snapshot.timeline();
         let end = Durable { seq: salvaged.snapshot.through(), lsn: timeline.highest_lsn() };
-        let settled = |identity: backtide_recovery::LogIdentity| matches!(self.noted(&dir, identity.history), Ok(Some(noted)) if noted == Noted::whole(end));
+        let settled = |identity: LogIdentity| matches!(self.noted(&dir, identity.history), Ok(Some(noted)) if noted == Noted::whole(end));
         if !salvaged.can_be_cut() && salvaged.damage.is_empty() && identity.is_none_or(settled) {
             return Ok(());
         }
@@ -368,6 +401,11 @@ impl Work<'_> {
             }
         })
     }
+}
+
+/// How far a log goes that nothing but itself tells of.
+fn reached(salvaged: &Salvage) -> Durable {
+    Durable { seq: salvaged.reached(), lsn: salvaged.snapshot.timeline().highest_lsn() }
 }
 
 #[cfg(test)]

@@ -100,3 +100,122 @@ fn a_repair_makes_a_mark_anew_that_cannot_be_read() {
     let noted = Watermark::find(&storage, &Shelf::dir(IDENTITY.disk, 1), IDENTITY.history).unwrap();
     assert_eq!(noted, Some(Noted::whole(log.durable())));
 }
+
+/// A store whose log was cut, with a mark that cannot be read since.
+fn cut() -> MemoryStorage {
+    let storage = damaged();
+    assert_eq!(run(&storage, Repair::Everything).unwrap().disks[0].cut.len(), 1);
+    storage
+}
+
+/// The segment files of a store, with where they are.
+fn segments(storage: &MemoryStorage) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files = storage.files();
+    files.retain(|(path, _)| path.to_string_lossy().contains(".seg"));
+    files
+}
+
+#[test]
+fn a_damaged_log_whose_mark_cannot_be_read_is_cut_as_with_its_mark_whatever_step_the_power_fails_at() {
+    for before in [damaged(), without_an_end()] {
+        let with_its_mark = before.copy();
+        run(&with_its_mark, Repair::Everything).unwrap();
+        let without_it = before.copy();
+        make_unreadable(&without_it);
+        let report = run(&without_it, Repair::Everything).unwrap();
+        assert!(report.disks[0].mended.iter().any(|mended| mended.contains("made anew")), "{report:?}");
+        // What was cut off is put aside, all of it.
+        assert_eq!(segments(&without_it), segments(&with_its_mark));
+        let refused = shelf(&without_it).open(IDENTITY.disk, 1).err().unwrap();
+        assert!(matches!(refused, LogError::Damaged { .. }), "{refused}");
+    }
+    cut_at_every_step(&damaged(), Lsn(95), make_unreadable);
+    // Of what is lost altogether nothing but the mark told how far LSNs had come.
+    cut_at_every_step(&without_an_end(), Lsn(94), make_unreadable);
+}
+
+#[test]
+fn a_repair_that_died_half_way_is_ended_when_its_mark_cannot_be_read_since() {
+    let (before, once) = (damaged(), damaged());
+    run(&once, Repair::Everything).unwrap();
+    let (points, memo, _, refused) = found(&once);
+    for cuts in 0.. {
+        let storage = before.copy();
+        storage.cut_power_after(cuts);
+        let _died = run(&storage, Repair::Everything);
+        let ended = !storage.is_off();
+        storage.crash(cuts);
+        make_unreadable(&storage);
+        let report = run(&storage, Repair::Everything).unwrap();
+        assert!(report.sound, "cut {cuts}: {report:?}");
+        let after = found(&storage);
+        assert_eq!((&after.0, &after.1, after.3), (&points, &memo, refused), "cut {cuts}");
+        if ended {
+            assert!(cuts > 10, "{cuts} steps");
+            break;
+        }
+    }
+}
+
+#[test]
+fn a_lost_header_is_written_again_of_a_log_whose_mark_cannot_be_read() {
+    let storage = with_a_damaged_end();
+    storage.flip_bit(&last_segment(&storage).with_file_name(SegmentId(3).file_name()), ByteOffset(40), 3);
+    make_unreadable(&storage);
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(report.disks[0].error.is_none() && report.disks[0].cut.is_empty(), "{report:?}");
+    let mended = &report.disks[0].mended;
+    assert!(mended.iter().any(|mended| mended.contains("header is written again")), "{report:?}");
+    assert_eq!(shelf(&storage).open(IDENTITY.disk, 1).unwrap().durable().lsn, Lsn(95));
+}
+
+#[test]
+fn a_log_that_was_cut_gets_its_mark_anew() {
+    let storage = cut();
+    let expected = found(&storage).0;
+    let files = segments(&storage);
+    make_unreadable(&storage);
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(report.sound, "{report:?}");
+    assert!(report.disks[0].mended.iter().any(|mended| mended.contains("made anew")), "{report:?}");
+    assert!(report.disks[0].cut.is_empty(), "{report:?}");
+    assert_eq!((found(&storage).0, segments(&storage)), (expected, files));
+    let again = run(&storage, Repair::Everything).unwrap();
+    assert!(again.sound && again.disks[0].mended.is_empty(), "{again:?}");
+}
+
+#[test]
+fn nothing_is_cut_of_an_end_that_may_have_been_durable() {
+    let storage = with_a_damaged_end();
+    let segment = last_segment(&storage);
+    let read = |storage: &MemoryStorage| {
+        let files = storage.files();
+        files.into_iter().find(|(path, _)| *path == segment).unwrap().1
+    };
+    let before = read(&storage);
+    make_unreadable(&storage);
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(report.disks[0].error.is_none() && report.disks[0].cut.is_empty(), "{report:?}");
+    assert!(!report.sound, "the payload is damaged still: {report:?}");
+    let after = read(&storage);
+    assert!(before.starts_with(&after) && before[after.len()..].iter().all(|byte| *byte == 0));
+    let log = shelf(&storage).open(IDENTITY.disk, 1).unwrap();
+    assert_eq!(log.durable().lsn, Lsn(95));
+    let noted = Watermark::find(&storage, &Shelf::dir(IDENTITY.disk, 1), IDENTITY.history).unwrap();
+    assert_eq!(noted, Some(Noted::whole(log.durable())));
+}
+
+#[test]
+fn a_disk_of_which_nothing_tells_whose_log_it_had_gets_a_mark_that_can_be_read() {
+    let storage = whole(true);
+    make_unreadable(&storage);
+    for (path, _) in segments(&storage) {
+        storage.remove(&path).unwrap();
+    }
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(report.disks[0].error.is_none(), "{report:?}");
+    let disk = shelf(&storage).open_disk(IDENTITY.disk).unwrap();
+    let failure = disk.failure().unwrap();
+    assert!(failure.damaged, "a new log may begin: {}", failure.why);
+    assert!(failure.why.contains("nothing tells how much was durable"), "{}", failure.why);
+}
