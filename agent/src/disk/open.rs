@@ -365,7 +365,7 @@ mod tests {
     fn what_is_in_doubt_is_read_from_the_device_with_all_that_the_page_cache_may_keep_with_it() {
         let block = CACHED_AS_ONE + (32 << 10);
         // Where nothing is behind the page cache nothing can be let go.
-        let in_memory = rustix::fs::statfs(&std::env::temp_dir()).unwrap().f_type == 0x0102_1994;
+        let in_memory = rustix::fs::statfs(std::env::temp_dir()).unwrap().f_type == 0x0102_1994;
         // A look of its own for each: one may read ahead what the next looks for.
         for at in [block, CACHED_AS_ONE, CACHED_AS_ONE + (60 << 10)] {
             assert_eq!(is_cached(true, at), in_memory, "{at}");
