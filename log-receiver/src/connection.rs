@@ -127,11 +127,31 @@ impl Drop for Entry {
 }
 
 impl Connection {
-    /// Waits until the log of the hello's disk is open again, if it failed; false when nobody waits for that any more. What
-    /// opens it goes on all the same.
-    async fn prepare(&mut self, hello: Hello, duplex: &mut Duplex, wakeup: &Wakeup) -> io::Result<bool> {
-        let ingest = Rc::clone(&self.ingest);
-        let mut prepared = tokio::task::spawn_local(async move { ingest.prepare(&hello).await });
+    /// Waits until the disk of a hello is listed and its log open again, if that failed; false when nobody waits for that any
+    /// more. What does it goes on all the same. For a hello that may not have the disk nothing is done.
+    async fn prepare(&mut self, hello: &Hello, duplex: &mut Duplex, wakeup: &Wakeup) -> io::Result<bool> {
+        let (ingest, disk) = (Rc::clone(&self.ingest), hello.disk);
+        let listed = async move { ingest.list_again(disk).await };
+        if self.may_greet(hello) && !self.wait_for(listed, duplex, wakeup).await? {
+            return Ok(false);
+        }
+        // Only now its name may be known.
+        let (ingest, hello_again) = (Rc::clone(&self.ingest), hello.clone());
+        let reopened = async move { ingest.prepare(&hello_again).await };
+        Ok(!self.may_greet(hello) || self.wait_for(reopened, duplex, wakeup).await?)
+    }
+
+    fn may_greet(&self, hello: &Hello) -> bool {
+        self.session.may_greet(&self.ingest.disks.borrow(), hello)
+    }
+
+    async fn wait_for(
+        &mut self,
+        work: impl Future<Output = ()> + 'static,
+        duplex: &mut Duplex,
+        wakeup: &Wakeup,
+    ) -> io::Result<bool> {
+        let mut prepared = tokio::task::spawn_local(work);
         loop {
             // Nothing is decoded meanwhile, so nothing but this bounds what comes. Whoever has sent more and hangs up is
             // noticed when the log is open.
@@ -155,11 +175,10 @@ impl Connection {
     }
 
     async fn serve(&mut self, mut duplex: Duplex, first: Sequenced, wakeup: &Wakeup) -> io::Result<()> {
-        if let Message::Hello(hello) = &first.message {
-            let may_have_it = self.session.may_greet(&self.ingest.disks.borrow(), hello);
-            if may_have_it && !self.prepare(hello.clone(), &mut duplex, wakeup).await? {
-                return Ok(());
-            }
+        if let Message::Hello(hello) = &first.message
+            && !self.prepare(hello, &mut duplex, wakeup).await?
+        {
+            return Ok(());
         }
         self.take(first);
         self.take_decoded();

@@ -73,6 +73,8 @@ struct Failed {
     through: Option<Seq>,
     /// The newest attach it had taken when it failed: it fences, whether or not the log can be read again.
     attached: Option<Attached>,
+    /// Nobody knows which logs the disk has: their directory cannot be listed.
+    unlisted: bool,
     /// What can still be read, once somebody has asked.
     left: Option<Left>,
     /// What another thread was doing to its files.

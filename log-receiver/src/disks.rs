@@ -279,8 +279,11 @@ impl Disks {
         let store = |error: LogError| closed(CloseCode::Store, chain(&error));
         if let Some(disk) = self.disks.get_mut(&hello.disk) {
             let mut displaced = None;
-            if disk.failure().is_some() {
+            if let Some(failure) = disk.failure() {
                 check_attached(disk.attached(), hello)?;
+                if disk.is_unlisted() {
+                    return Err(closed(CloseCode::Store, &failure.why));
+                }
                 if disk.is_worked_on() {
                     let why =
                         "the disk's log failed, and work on its files has not ended: the device may be slow";
@@ -329,6 +332,24 @@ impl Disks {
         let fresh = log.timeline().attached().is_none();
         self.disks.insert(hello.disk, Disk::new(hello.disk, 1, Ok((log, mark)), Past::default()));
         Ok(Found { fresh, displaced: None })
+    }
+
+    /// Puts what a directory that could not be listed has in the place of the disk that stood for it.
+    pub(crate) fn listed(&mut self, disk: DiskId, found: Option<Disk>) {
+        if !self.disks.get(&disk).is_some_and(Disk::is_unlisted) {
+            return;
+        }
+        match found {
+            Some(found) => {
+                tracing::info!(%disk, why = found.failure().map(|failure| &failure.why), "the disk's logs were looked for again");
+                self.take_recorded_name(&found);
+                self.disks.insert(disk, found);
+            }
+            None => {
+                self.shelf.names.release(disk);
+                self.disks.remove(&disk);
+            }
+        }
     }
 
     fn take_recorded_name(&self, disk: &Disk) {

@@ -88,10 +88,12 @@ impl Shelf {
             Ok(names) => names,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(source) => {
-                return Err(LogError::Io {
-                    step: format!("list {}", self.storage.display(&dir).display()),
-                    source,
-                });
+                let dir = self.storage.display(&dir);
+                let step = format!(
+                    "list {}, which tells the disk's newest log: nothing of the disk is opened before that succeeds",
+                    dir.display()
+                );
+                return Err(LogError::Io { step, source });
             }
         };
         let number = |name: &String| name.strip_prefix("log-")?.parse().ok();
@@ -102,11 +104,14 @@ impl Shelf {
     }
 
     /// A disk with its logs, recovered; none when there is nothing of it. A log that cannot be opened
-    /// is kept with the reason, and with what can still be read of it.
+    /// is kept with the reason, and with what can still be read of it. One whose logs cannot be listed is kept with the reason alone.
     pub(crate) fn open_disk(&self, disk: DiskId) -> Option<Disk> {
         let numbers = match self.numbers(disk) {
             Ok(numbers) => numbers,
-            Err(error) => return Some(Disk::new(disk, 1, Err(Failure::from(&error)), Past::default())),
+            Err(error) => {
+                let memo = (1..=LOGS_MAX).rev().find_map(|number| self.memo(disk, number));
+                return Some(Disk::unlisted(disk, &error, memo.map(|memo| memo.attached)));
+            }
         };
         // A crash while a log was being made leaves one that is none: nobody was ever told of it.
         let found = numbers.iter().rev().find_map(|&number| match self.open(disk, number) {

@@ -2,7 +2,8 @@
 //!
 //! It reads the end of the log, or all that is left of one that is damaged: on a slow device that takes as long as it takes, so a
 //! receiver has it done where blocking is fine ([`Ingest::prepare`]) before the claim, which then finds it done. A simulation
-//! has it done within the claim. In the same way what is left of such a log is read for whoever asks for its points.
+//! has it done within the claim. In the same way what is left of such a log is read for whoever asks for its points, and a disk
+//! whose directory could not be listed is opened as at a start for an agent or whoever asks for its points.
 //!
 //! Invariants: at most one is under way of a disk, and nobody reads the log's files or gives up the disk meanwhile; what it
 //! came to is used by the next claim or by none, for nothing else writes to a log that failed.
@@ -84,6 +85,7 @@ impl Disks {
         let shelf = self.shelf();
         self.get(hello.disk).is_some_and(|disk| {
             disk.failure().is_some()
+                && !disk.is_unlisted()
                 && check_attached(disk.attached(), hello).is_ok()
                 && shelf.forgotten.admit(hello, true).is_ok()
                 && shelf.watch.check().is_ok()
@@ -99,6 +101,29 @@ impl Disks {
 }
 
 impl Ingest {
+    /// Lists the logs of a disk again, if that failed, and opens the newest, where that holds up no other disk.
+    pub(crate) async fn list_again(&self, disk: DiskId) {
+        let is_unlisted = || self.disks.borrow().get(disk).is_some_and(Disk::is_unlisted);
+        if is_unlisted() {
+            self.until_reopened(disk).await;
+        }
+        if !is_unlisted() {
+            return;
+        }
+        let shelf = self.disks.borrow().shelf().clone();
+        self.reopening.borrow_mut().insert(disk);
+        let look = move || {
+            let found = shelf.open_disk(disk);
+            // Of a store that is not there nothing is found either.
+            shelf.watch.check().is_ok().then_some(found)
+        };
+        if let Ok(Some(found)) = self.readers.run(look).await {
+            self.disks.borrow_mut().listed(disk, found);
+        }
+        self.reopening.borrow_mut().remove(&disk);
+        self.synced.notify_waiters();
+    }
+
     /// Opens the log of a hello's disk again, if it failed, where that holds up no other disk.
     pub(crate) async fn prepare(&self, hello: &Hello) {
         let disk = hello.disk;
@@ -123,6 +148,7 @@ impl Ingest {
 
     /// Has what is left of a log that is out of use read, where that holds up no other disk; once, if it can be.
     pub(crate) async fn make_readable(&self, disk: DiskId) {
+        self.list_again(disk).await;
         self.until_reopened(disk).await;
         let wanted = {
             let disks = self.disks.borrow();

@@ -1,15 +1,34 @@
 //! A disk whose log is out of use: what can still be read of it, and its way back into use.
 
 use backtide_receiver_api::Touched;
-use backtide_recovery::{DiskLog, LastWork, Salvage};
+use backtide_recovery::{Attached, DiskLog, LastWork, LogError, Salvage};
+use backtide_units::DiskId;
 
-use super::{Disk, Left, Log, Wanted};
+use super::{Disk, Failed, Failure, Left, Log, Wanted};
 use crate::{
     commit_ticket::next_life, log_mark::LogMark, logs::Past, memo::Memo, reopening::Reopened,
     session::ConnectionId, touched::touched,
 };
 
 impl Disk {
+    /// A disk whose directory cannot be listed, with the newest attach that something else tells of: until it is listed
+    /// nothing of it is opened or read, for an older log may look like the newest.
+    pub(crate) fn unlisted(id: DiskId, error: &LogError, attached: Option<Attached>) -> Self {
+        let failed = Failed { failure: Failure::from(error), attached, unlisted: true, ..Failed::default() };
+        Self {
+            log: Log::Failed(Box::new(failed)),
+            ..Self::new(id, 1, Err(Failure::default()), Past::default())
+        }
+    }
+
+    /// Whether it is such a disk.
+    pub(crate) fn is_unlisted(&self) -> bool {
+        match &self.log {
+            Log::Failed(failed) => failed.unlisted,
+            Log::Open(..) => false,
+        }
+    }
+
     /// The points that went with what its logs have lost.
     pub(crate) fn lost_points(&self) -> Vec<Touched> {
         let mut lost = Vec::new();
@@ -34,7 +53,9 @@ impl Disk {
     /// Whether the log is out of use and nobody has read yet what is left of it.
     pub(crate) fn wants_salvage(&self) -> Option<Wanted> {
         match &self.log {
-            Log::Failed(failed) if failed.left.is_none() => Some(Wanted { through: failed.through }),
+            Log::Failed(failed) if failed.left.is_none() && !failed.unlisted => {
+                Some(Wanted { through: failed.through })
+            }
             Log::Failed(_) | Log::Open(..) => None,
         }
     }

@@ -24,6 +24,8 @@ pub(crate) enum Fault {
     BasesFail,
     /// Writes fail.
     WritesFail,
+    /// Directories of disks cannot be listed.
+    DisksUnlistable,
     /// Reserving space panics.
     ReservationsPanic,
 }
@@ -75,6 +77,7 @@ impl Faulty {
             | Fault::OpensWait
             | Fault::TombstonesFail
             | Fault::BasesFail
+            | Fault::DisksUnlistable
             | Fault::ReservationsPanic => Ok(()),
         }
     }
@@ -103,6 +106,10 @@ impl Storage for Faulty {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        let fails = self.state.0.lock().unwrap().fault == Fault::DisksUnlistable;
+        if fails && dir.parent() == Some(Path::new("disks")) {
+            return Err(io::Error::other("injected failure of a listing"));
+        }
         self.memory.list(dir)
     }
 
@@ -130,6 +137,7 @@ impl Storage for Faulty {
             | Fault::SyncsWait
             | Fault::OpensWait
             | Fault::WritesFail
+            | Fault::DisksUnlistable
             | Fault::ReservationsPanic => None,
         };
         if failing.is_some_and(|failing| dir == Path::new(failing)) {

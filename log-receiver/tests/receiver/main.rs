@@ -22,4 +22,5 @@ mod retention;
 mod scrubbing;
 mod store;
 mod stream;
+mod unlistable;
 mod writable;
