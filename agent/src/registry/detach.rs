@@ -78,11 +78,14 @@ impl Registry {
         })
     }
 
-    /// A disk whose attach failed is not attached again at the next start.
+    /// A disk whose attach failed is not attached again at the next start, and anybody's until the next attach.
     pub(super) async fn forget_attached(&self, name: &DiskName) {
         self.failing.write().await.remove(name);
         self.forget_sockets(name);
-        let forget = |record: DiskRecord| record.attached.then_some(DiskRecord { attached: false, ..record });
+        let forget = |record: DiskRecord| {
+            let is_kept = record.attached || record.stopped;
+            is_kept.then_some(DiskRecord { attached: false, stopped: false, ..record })
+        };
         if let Err(error) = self.records.change_aside(name, forget).await {
             tracing::error!(disk = %name, %error, "cannot save the disk's record");
         }

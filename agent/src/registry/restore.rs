@@ -109,7 +109,8 @@ impl Registry {
             let message = format!("disk {} has just been attached again", known.name);
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint("detach it once more"));
         }
-        let give_up = |record| Some(DiskRecord { attached: false, ..record });
+        // From now on it is anybody's: that the agent ended in good order with it says nothing any more.
+        let give_up = |record| Some(DiskRecord { attached: false, stopped: false, ..record });
         self.records
             .change_aside(&known.name, give_up)
             .await

@@ -2,6 +2,7 @@
 
 use std::{os::unix::net::UnixListener, path::Path};
 
+use backtide_agent_api::DetachRequest;
 use backtide_storage::RealStorage;
 use backtide_tracking::{SavedTracking, Snapshot};
 use backtide_units::{HistoryId, Lsn};
@@ -30,6 +31,34 @@ fn registry(directory: &Path) -> Arc<Registry> {
     Registry::new(&config, Records::new(storage), Sockets::default(), Directory::new(""))
 }
 
+/// A disk without times that was attached when its agent ended in good order, and whose own socket somebody else has now.
+fn stopped(registry: &Registry, directory: &Path, image: String) -> (DiskName, UnixListener) {
+    let name: DiskName = "vm2".parse().unwrap();
+    let receiver = backtide_control::Address::unix(directory.join("nobody.sock"));
+    let record = DiskRecord {
+        history: Some(HistoryId::random()),
+        lsn_bound: Lsn(77),
+        attached: true,
+        stopped: true,
+        size: ByteCount(1 << 20),
+        nbd: Some(format!("nbd+unix:///vm2?socket={}", directory.join("taken.sock").display())),
+        ..DiskRecord::new(name.clone(), image, receiver)
+    };
+    let saved = SavedTracking { history: record.history, ..SavedTracking::unknown(record.uuid) };
+    let limits = disk::activity_limits(&record);
+    let snapshot = Snapshot::first(saved, true, false);
+    registry.records.create_tracking(&name, limits, record.size, &snapshot).unwrap();
+    registry.records.save(&record).unwrap();
+    (name, UnixListener::bind(directory.join("taken.sock")).unwrap())
+}
+
+/// What the operator asks for who goes on with that disk, at a socket of its own.
+fn request(registry: &Registry, name: &DiskName) -> AttachRequest {
+    let DiskRecord { image, receiver, .. } = registry.records.load(name).unwrap().unwrap();
+    let request = serde_json::json!({ "name": name, "image": image, "receiver": receiver });
+    serde_json::from_value(request).unwrap()
+}
+
 /// A server that tells no time is believed only because the agent ended in good order with the disk
 /// attached; a start that came to nothing changes nothing of that.
 #[tokio::test]
@@ -38,24 +67,7 @@ async fn a_start_that_fails_leaves_a_disk_without_times_as_trusted_as_it_was() {
     let directory = directory.path();
     let behind = Started::image(directory).await;
     let registry = registry(directory);
-    let name: DiskName = "vm2".parse().unwrap();
-    let receiver = backtide_control::Address::unix(directory.join("nobody.sock"));
-    let record = DiskRecord {
-        history: Some(HistoryId::random()),
-        lsn_bound: Lsn(77),
-        attached: true,
-        stopped: true,
-        size: backtide_units::ByteCount(1 << 20),
-        nbd: Some(format!("nbd+unix:///vm2?socket={}", directory.join("taken.sock").display())),
-        ..DiskRecord::new(name.clone(), behind.uri(), receiver)
-    };
-    let saved = SavedTracking { history: record.history, ..SavedTracking::unknown(record.uuid) };
-    let limits = disk::activity_limits(&record);
-    let snapshot = Snapshot::first(saved, true, false);
-    registry.records.create_tracking(&name, limits, record.size, &snapshot).unwrap();
-    registry.records.save(&record).unwrap();
-
-    let taken = UnixListener::bind(directory.join("taken.sock")).unwrap();
+    let (name, taken) = stopped(&registry, directory, behind.uri());
     assert!(registry.restore().await.unwrap(), "its socket is taken: it has to be tried again");
     let left = registry.records.load(&name).unwrap().unwrap();
     assert!(left.stopped && left.attached, "{left:?}");
@@ -69,6 +81,38 @@ async fn a_start_that_fails_leaves_a_disk_without_times_as_trusted_as_it_was() {
     let status = handle.status().await.unwrap();
     assert_eq!((status.mode, status.dirty.blocks.0), (backtide_agent_api::Mode::Sync, 0), "{status:?}");
     registry.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_disk_without_times_that_is_given_up_is_trusted_no_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let behind = Started::image(directory).await;
+    let registry = registry(directory);
+    let (name, _taken) = stopped(&registry, directory, behind.uri());
+    assert!(registry.restore().await.unwrap());
+    let detached = registry.detach(&name, DetachRequest::default()).await.unwrap();
+    assert_eq!(detached.reason_code, "detached");
+    let left = registry.records.load(&name).unwrap().unwrap();
+    assert!(!left.attached && !left.stopped, "{left:?}");
+    let status = registry.attach(request(&registry, &name)).await.unwrap();
+    assert_eq!((status.resync_due, status.reason_code.as_str()), (true, "bitmap-untrusted"), "{status:?}");
+    registry.shut_down().await;
+}
+
+/// One that goes on elsewhere by a failover is saved as good, and never as attached, before it is.
+#[tokio::test]
+async fn a_disk_without_times_whose_attach_fails_is_trusted_no_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let registry = registry(directory.path());
+    let (name, _taken) = stopped(&registry, directory.path(), "nbd://localhost/vm2".to_owned());
+    let was = registry.records.load(&name).unwrap().unwrap();
+    for attached in [true, false] {
+        registry.records.save(&DiskRecord { attached, ..was.clone() }).unwrap();
+        registry.forget_attached(&name).await;
+        let left = registry.records.load(&name).unwrap().unwrap();
+        assert_eq!(left, DiskRecord { attached: false, stopped: false, ..was.clone() });
+    }
 }
 
 /// A lock on the state directory lives as long as the registry does.

@@ -109,6 +109,39 @@ fn an_nbd_disk_is_compared_after_a_detach_for_anybody_may_have_written_it() {
     assert_eq!(holes.last().map(|hole| &hole["reason_code"]), Some(&"bitmap-untrusted".into()), "{holes:?}");
 }
 
+/// Its agent ended in good order and could not attach it again; nobody keeps from it who gives it up then.
+#[test]
+fn an_nbd_disk_that_is_given_up_while_its_server_is_away_is_compared() {
+    let bench = Bench::new();
+    let (_receiver, agent) = (bench.receiver(), bench.agent());
+    bench.image("behind.img", SIZE);
+    let (image, socket) = (bench.name("behind.img"), bench.name("behind.sock"));
+    let serve = || {
+        let server = tools::Beside::start("qemu-nbd", &["-f", "raw", "-t", "-e", "8", "-k", &socket, &image]);
+        tools::wait_for_socket(socket.as_ref());
+        server
+    };
+    let server = serve();
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let disk = bench.attach("vm1", &uri, &[]);
+    disk.qemu_io(&["write -P 0x11 0 32M"]);
+    disk.settle();
+    assert_eq!(agent.stop(), 0);
+    drop(server);
+    std::fs::remove_file(&socket).unwrap();
+    let mut agent = bench.agent();
+    agent.may_complain("cannot attach the disk again");
+    assert_eq!(disk.status()["reason_code"], "not-attached");
+    bench.json(&["detach", "vm1"]);
+    let _server = serve();
+    tools::qemu_io(&uri, &["write -P 0x22 10M 1M"]);
+    let disk = bench.attach("vm1", &uri, &[]);
+    disk.settle();
+    tools::assert_same(&uri, disk.restore("latest").to_str().unwrap());
+    let holes = disk.holes();
+    assert_eq!(holes.last().map(|hole| &hole["reason_code"]), Some(&"bitmap-untrusted".into()), "{holes:?}");
+}
+
 #[test]
 fn a_block_device_is_compared_after_a_detach_for_anybody_may_have_written_it() {
     let bench = Bench::new();
