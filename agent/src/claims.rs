@@ -2,18 +2,32 @@
 //! long as it is attached.
 //!
 //! Invariants: one change of a name at a time, so it is never attached twice; one image is one disk,
-//! since two would write past each other. A disk whose change stands still holds up no other.
+//! since two would write past each other, and no byte of it is another's ([`identity`]), nor something else's on
+//! this host ([`hold`]). A disk whose change stands still holds up no other.
+
+mod hold;
+mod host;
+mod identity;
+#[cfg(test)]
+mod made_up;
+#[cfg(test)]
+mod shared_tests;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::Metadata,
-    os::unix::fs::{FileTypeExt, MetadataExt},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use backtide_units::DiskName;
 use tokio::sync::Notify;
+
+pub(crate) use self::{
+    hold::{Hold, InUse},
+    identity::Identity,
+};
 
 /// All claims of an agent.
 #[derive(Debug, Default)]
@@ -27,7 +41,24 @@ struct State {
     /// No new claim is given.
     closed: bool,
     names: BTreeSet<DiskName>,
-    images: BTreeMap<DiskName, Identity>,
+    images: BTreeMap<DiskName, Taken>,
+}
+
+/// A disk's image.
+#[derive(Debug)]
+struct Taken {
+    image: Identity,
+    /// None until it is known that nothing else uses it.
+    hold: Option<Hold>,
+}
+
+/// Another disk of this agent has bytes of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Shared {
+    /// Which.
+    pub(crate) disk: DiskName,
+    /// Its image, when that is another file or device.
+    pub(crate) image: Option<String>,
 }
 
 /// A name that is being changed, until this value goes.
@@ -46,42 +77,6 @@ pub(crate) enum Claimed {
     /// The agent ends or is restarted.
     #[error("the agent is ending or being restarted")]
     Closed,
-}
-
-/// What makes an image the same, by whatever name it goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Identity {
-    text: String,
-    file: Option<(bool, u64, u64)>,
-}
-
-impl Identity {
-    /// Of a path or URI. Waits for the file system.
-    pub(crate) fn of(image: &str) -> Self {
-        let file = std::fs::metadata(image).ok().map(|found| file_of(&found));
-        Self { text: image.to_owned(), file }
-    }
-
-    /// Whether there was a file or device.
-    pub(crate) fn is_file(&self) -> bool {
-        self.file.is_some()
-    }
-
-    /// Whether it is the file or device that was found.
-    pub(crate) fn is_of(&self, found: &Metadata) -> bool {
-        self.file == Some(file_of(found))
-    }
-
-    fn is_same(&self, other: &Self) -> bool {
-        self.text == other.text || (self.file.is_some() && self.file == other.file)
-    }
-}
-
-fn file_of(found: &Metadata) -> (bool, u64, u64) {
-    // A device has many names, and its number is not that of the file system it is named in.
-    let device = found.file_type().is_block_device();
-    let (on, number) = if device { (found.rdev(), 0) } else { (found.dev(), found.ino()) };
-    (device, on, number)
 }
 
 impl Claims {
@@ -143,20 +138,33 @@ impl Claims {
         self.state().closed = false;
     }
 
-    /// The image is this disk's from now on; or it is another's already, whose name this gives.
-    pub(crate) fn take_image(&self, name: &DiskName, image: Identity) -> Result<(), DiskName> {
+    /// The image is this disk's from now on; or it shares bytes with another's. Whether the disk had it before, and keeps it;
+    /// otherwise it has yet to be [held](Self::hold_image).
+    pub(crate) fn take_image(&self, name: &DiskName, image: Identity) -> Result<bool, Shared> {
         let mut state = self.state();
         let mut others = state.images.iter().filter(|(other, _)| *other != name);
-        if let Some((other, _)) = others.find(|(_, taken)| taken.is_same(&image)) {
-            return Err(other.clone());
+        if let Some((other, taken)) = others.find(|(_, taken)| taken.image.overlaps(&image)) {
+            let of_another = !taken.image.is_same(&image);
+            let image = of_another.then(|| taken.image.image().to_owned());
+            return Err(Shared { disk: other.clone(), image });
         }
-        state.images.insert(name.clone(), image);
-        Ok(())
+        let kept = state.images.get(name).is_some_and(|taken| taken.image == image && taken.hold.is_some());
+        if !kept {
+            state.images.insert(name.clone(), Taken { image, hold: None });
+        }
+        Ok(kept)
     }
 
-    /// The disk has no image any more.
-    pub(crate) fn leave_image(&self, name: &DiskName) {
-        self.state().images.remove(name);
+    /// Nothing else uses the disk's image: that is so until the disk has no image any more.
+    pub(crate) fn hold_image(&self, name: &DiskName, hold: Hold) {
+        let mut state = self.state();
+        let taken = state.images.get_mut(name).expect("whoever holds an image has taken it");
+        taken.hold = Some(hold);
+    }
+
+    /// The disk has no image any more. What held it is to be dropped where that may wait for the device.
+    pub(crate) fn leave_image(&self, name: &DiskName) -> Option<Hold> {
+        self.state().images.remove(name)?.hold
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -175,59 +183,5 @@ impl Drop for Claim {
     fn drop(&mut self) {
         self.claims.state().names.remove(&self.name);
         self.claims.released.notify_waiters();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn name(text: &str) -> DiskName {
-        text.parse().unwrap()
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_name_that_is_being_changed_holds_up_no_other() {
-        let claims = Arc::<Claims>::default();
-        let stuck = claims.try_claim(&name("stuck")).unwrap();
-        drop(claims.claim(&name("other"), Duration::ZERO).await.unwrap());
-        let refused = claims.claim(&name("stuck"), Duration::from_secs(10)).await;
-        assert_eq!(refused.unwrap_err(), Claimed::Changing);
-        let waiting = tokio::spawn({
-            let claims = Arc::clone(&claims);
-            async move { claims.claim(&name("stuck"), Duration::MAX).await.map(drop) }
-        });
-        tokio::task::yield_now().await;
-        drop(stuck);
-        waiting.await.unwrap().unwrap();
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn closed_claims_are_opened_again() {
-        let claims = Arc::<Claims>::default();
-        let claim = claims.try_claim(&name("vm1")).unwrap();
-        assert!(!claims.close(Duration::from_secs(1)).await, "one is out");
-        assert_eq!(claims.try_claim(&name("vm2")).unwrap_err(), Claimed::Closed);
-        drop(claim);
-        assert!(claims.close(Duration::from_secs(1)).await);
-        claims.open();
-        assert!(claims.try_claim(&name("vm2")).is_ok());
-    }
-
-    #[test]
-    fn an_image_by_another_name_is_the_same() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = |name: &str| directory.path().join(name).display().to_string();
-        std::fs::write(path("a"), "").unwrap();
-        std::os::unix::fs::symlink(path("a"), path("b")).unwrap();
-        let claims = Claims::default();
-        claims.take_image(&name("vm1"), Identity::of(&path("a"))).unwrap();
-        let taken = claims.take_image(&name("vm2"), Identity::of(&path("b")));
-        assert_eq!(taken, Err(name("vm1")));
-        claims.take_image(&name("vm1"), Identity::of(&path("b"))).unwrap();
-        claims.take_image(&name("vm3"), Identity::of("nbd://host/a")).unwrap();
-        assert!(claims.take_image(&name("vm4"), Identity::of("nbd://host/a")).is_err());
-        claims.leave_image(&name("vm3"));
-        claims.take_image(&name("vm4"), Identity::of("nbd://host/a")).unwrap();
     }
 }

@@ -3,6 +3,7 @@
 //! Invariant: the name of a disk that is being attached or detached is claimed, so it is never
 //! attached twice; every other disk goes on meanwhile, whatever that one waits for.
 
+mod claimed;
 mod detach;
 mod errors;
 mod failback;
@@ -294,23 +295,12 @@ impl Registry {
     ) -> Result<DiskHandle, ApiError> {
         let name = record.name.clone();
         assert!(claim.is_of(&name), "whoever attaches {name} has claimed it");
-        self.take_image(&name, &record.image).await?;
+        self.take_image(&name, &record.image, patience).await?;
         let started = self.start_on(record, patience).await;
         if started.is_err() {
-            self.claims.leave_image(&name);
+            self.leave_image(&name).await;
         }
         started
-    }
-
-    /// Sees that no other disk of this agent has the image.
-    async fn take_image(&self, name: &DiskName, image: &str) -> Result<(), ApiError> {
-        let looked_at = image.to_owned();
-        let identity = waiting(move || Identity::of(&looked_at)).await?;
-        self.claims.take_image(name, identity).map_err(|other| {
-            let message = format!("{image} is protected already: it is disk {other} of this agent");
-            ApiError::new(ErrorCode::Locked, message)
-                .with_hint(format!("use disk {other}, or detach it first"))
-        })
     }
 
     async fn start_on(&self, record: DiskRecord, patience: Duration) -> Result<DiskHandle, ApiError> {

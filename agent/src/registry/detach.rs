@@ -56,7 +56,7 @@ impl Registry {
             None => Left::ByItsDisk,
         };
         let still_open = left.still_open().map(|error| still_open(&name, error));
-        self.claims.leave_image(&name);
+        self.leave_image(&name).await;
         let saved = self.note_detached(&name, left, result.is_ok()).await;
         // What the disk's own thread could not save says more.
         let status = result?;

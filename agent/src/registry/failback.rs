@@ -51,10 +51,10 @@ impl Registry {
         }
         refuse_own(&record, request.adopt)?;
         // Until it is known to be the disk's again, and from then on by the disk itself.
-        self.take_image(name, &record.image).await?;
+        self.take_image(name, &record.image, Duration::ZERO).await?;
         let back = self.come_back(&claim, record, request).await;
         if !self.disks.read().await.contains_key(name) {
-            self.claims.leave_image(name);
+            self.leave_image(name).await;
         }
         back
     }

@@ -127,7 +127,7 @@ impl Registry {
 
     async fn let_go(self: Arc<Self>, _claim: Claim, name: DiskName, attached: Attached) -> DiskName {
         end(name.clone(), attached, self.records.clone(), Leaving::HandedOver).await;
-        self.claims.leave_image(&name);
+        self.leave_image(&name).await;
         name
     }
 }

@@ -89,7 +89,6 @@ impl Registry {
         let attached = self.disks.write().await.remove(&name);
         let attached = attached.ok_or_else(|| missing_record(&name))?;
         end(name.clone(), attached, self.records.clone(), Leaving::Resized).await;
-        self.claims.leave_image(&name);
         let grown = match (&kind, target) {
             (Kind::Qcow2, Some(target)) => self.grow_qcow2(&name, target).await,
             _ => Ok(()),
@@ -100,13 +99,19 @@ impl Registry {
         Ok(ResizeReport { size_before, hung_up: status.clients, disk })
     }
 
+    /// Has a disk again that was let go of and has its image still.
     pub(super) async fn attach_again(
         self: &Arc<Self>,
         claim: &Claim,
         name: &DiskName,
     ) -> Result<backtide_agent_api::DiskStatus, ApiError> {
-        let record = self.records.load_aside(name).await.map_err(|error| failed(&error))?;
-        let record = record.ok_or_else(|| missing_record(name))?;
+        let record = match self.records.load_aside(name).await {
+            Ok(Some(record)) => record,
+            found => {
+                self.leave_image(name).await;
+                return Err(found.err().map_or_else(|| missing_record(name), |error| failed(&error)));
+            }
+        };
         match self.start(claim, record.clone(), PREDECESSOR_TIME).await {
             Ok(handle) => handle.status().await.map_err(|error| failed(&error)),
             Err(error) => {

@@ -139,7 +139,6 @@ impl Registry {
         let attached = attached.ok_or_else(|| missing_record(name))?;
         self.failing.write().await.insert(name.clone(), shown);
         end(name.clone(), attached, self.records.clone(), Leaving::SetBack).await;
-        self.claims.leave_image(name);
         KillPoint::RewindDetached.reached();
         let set_back = self.set_back(name, goal, plan, stamp).await;
         *lacks = set_back.as_ref().is_ok_and(|(_, _, changed)| changed.0 > 0);

@@ -1,5 +1,5 @@
-//! A block device as a target. It is opened exclusively: what is mounted is never overwritten. It is locked as
-//! well: an agent does not open devices exclusively, it locks them, and must not get this one meanwhile.
+//! A block device as a target. It is opened exclusively: what is mounted is never overwritten, nor what an agent has
+//! attached. It is locked as well, as images of all kinds are: so each tells who has it.
 
 use std::{
     fs::File,

@@ -389,7 +389,7 @@ fn alignment(
 }
 
 /// Who holds the lock on `file`, from `/proc/locks`: a help for people, so any trouble is no answer.
-fn lock_owner(file: &File) -> Option<String> {
+pub fn lock_owner(file: &File) -> Option<String> {
     let inode = file.metadata().ok()?.ino().to_string();
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
     let process = locks.lines().find_map(|line| {

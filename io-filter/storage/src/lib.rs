@@ -13,6 +13,7 @@ mod batch;
 mod buffer;
 mod image;
 mod kill_point;
+mod loop_device;
 mod memory;
 mod real;
 mod ring;
@@ -20,8 +21,9 @@ mod seam;
 
 pub use batch::{SetSync, Sharing, SyncSet};
 pub use buffer::{BUFFER_ALIGNMENT, Buffer, BufferPool};
-pub use image::{Alignment, Cache, ImageError, ImageFile, Opening, Wrote};
+pub use image::{Alignment, Cache, ImageError, ImageFile, Opening, Wrote, lock_owner};
 pub use kill_point::KillPoint;
+pub use loop_device::{LoopBacking, loop_backing};
 pub use memory::{MemoryStorage, OperationCounts};
 pub use real::RealStorage;
 pub use ring::{Completion, Ring, RingOp};

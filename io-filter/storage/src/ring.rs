@@ -4,7 +4,7 @@
 //! all to the kernel and brings back what is complete; [`Ring::as_fd`] becomes readable when there is
 //! something to bring back. Who waits for that, and how, is the caller's business.
 //!
-//! This is the only file with `unsafe`. Its argument is one: **memory the kernel may touch is owned by
+//! This is the only file with `unsafe` for I/O. Its argument is one: **memory the kernel may touch is owned by
 //! the [`Flight`] of its request, and a flight ends when the kernel has said that the request is
 //! complete** - never by a future that is dropped, and not when the ring is: that cancels and waits.
 //! [`write_out`] is here for that reason only: no safe crate has the call, and it is given no memory.

@@ -40,6 +40,7 @@ mod many_disks;
 mod mounting_here;
 mod nbd_clients;
 mod one_command;
+mod one_image;
 mod operating;
 mod operator;
 mod protection;

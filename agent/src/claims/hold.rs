@@ -1,0 +1,236 @@
+//! Keeping an image for one disk: from others of this host that would use the same bytes.
+//!
+//! The kernel keeps a list of who has a block device for itself: mounts, swap, device-mapper and md volumes, and whoever
+//! opens it exclusively. So does the agent, for as long as it has the disk: what is in use is refused, and what wants
+//! to use it later is. QEMU does not ask for that, so the device can be put back under a running machine at any
+//! moment. A loop device asks for nothing of what it lies on: there the agent looks itself, once, at the attach. What a loop
+//! device lies on is locked as well, for agents that have the file itself.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use backtide_storage::lock_owner;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
+
+use super::{
+    host::{Block, Host, Use, open_alone},
+    identity::{Identity, Thing, overlap},
+};
+
+/// An image that is kept for one disk, until dropped.
+#[derive(Debug, Default)]
+pub(crate) struct Hold {
+    /// The device, opened exclusively, and the files it lies on, locked.
+    _files: Vec<File>,
+}
+
+/// Why an image cannot be a disk's now.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum InUse {
+    /// The host uses it, or something on the same bytes.
+    #[error("{image} is in use: {} {}", subject(device.as_deref()), predicate(usage))]
+    ByHost {
+        image: String,
+        /// Another device, which has the same bytes.
+        device: Option<PathBuf>,
+        usage: Usage,
+    },
+    /// Another agent, or a restore.
+    #[error("{image} is locked by {}: another agent protects it, or a restore writes to it", by.as_deref().unwrap_or("another process"))]
+    Locked {
+        image: String,
+        /// The process, when the system tells.
+        by: Option<String>,
+    },
+}
+
+/// What for, and the way out.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Usage(Use);
+
+fn subject(device: Option<&Path>) -> String {
+    device.map_or("it".to_owned(), |device| format!("{}, which has bytes of it,", device.display()))
+}
+
+fn predicate(Usage(found): &Usage) -> String {
+    match found {
+        Use::Mounted(at) => format!("is mounted at {at}"),
+        Use::Swap => "is what the host swaps to".to_owned(),
+        Use::Volume(name) => format!("is a part of the volume {name}"),
+        Use::Claimed => {
+            "is opened exclusively, for instance by a mount that cannot be seen from here".to_owned()
+        }
+    }
+}
+
+impl InUse {
+    /// The way out.
+    pub(crate) fn hint(&self) -> String {
+        match self {
+            Self::Locked { .. } => "detach it from the other agent first".to_owned(),
+            Self::ByHost { image, device, usage: Usage(found) } => {
+                let device = device.as_deref().map_or(image.clone(), |device| device.display().to_string());
+                match found {
+                    Use::Mounted(at) => format!("unmount it first: umount {at}"),
+                    Use::Swap => format!("take it from the host first: swapoff {device}"),
+                    Use::Volume(_) => {
+                        "attach the volume instead, or take it down first, for instance with `vgchange -an`, `dmsetup remove` or `mdadm --stop`".to_owned()
+                    }
+                    Use::Claimed => format!("find out who has it with `lsblk {device}` and `fuser -v {device}`, and end that first"),
+                }
+            }
+        }
+    }
+}
+
+impl Hold {
+    /// Keeps an image, if nothing uses it. Waits for the file system.
+    ///
+    /// # Errors
+    /// What uses it.
+    pub(crate) fn of(identity: &Identity) -> Result<Self, InUse> {
+        Self::on(&Host::this(), identity)
+    }
+
+    /// The same on a host.
+    pub(super) fn on(host: &Host, identity: &Identity) -> Result<Self, InUse> {
+        let mut files = Vec::new();
+        match identity.itself() {
+            // No file of this host.
+            None => return Ok(Self::default()),
+            Some(file @ Thing::File(..)) if host.swaps_to(file) => {
+                return Err(by_host(identity, None, Use::Swap));
+            }
+            Some(Thing::File(..)) => {}
+            Some(Thing::Device(_)) => files.extend(have_alone(host, identity)?),
+        }
+        for backing in backings(host, identity) {
+            files.extend(lock_backing(identity, &backing.0, backing.1)?);
+        }
+        refuse_used_beside(host, identity)?;
+        Ok(Self { _files: files })
+    }
+}
+
+fn by_host(identity: &Identity, device: Option<PathBuf>, found: Use) -> InUse {
+    InUse::ByHost { image: identity.image().to_owned(), device, usage: Usage(found) }
+}
+
+/// Opens the image's device exclusively; none where that cannot be done and nobody is known to use it.
+fn have_alone(host: &Host, identity: &Identity) -> Result<Option<File>, InUse> {
+    let path = Path::new(identity.image());
+    let is_busy = match open_alone(path) {
+        Ok(file) => return Ok(Some(file)),
+        Err(error) => Errno::from_io_error(&error) == Some(Errno::BUSY),
+    };
+    let block = match identity.itself() {
+        Some(Thing::Device(number)) => host.block(number),
+        Some(Thing::File(..)) | None => None,
+    };
+    if let Some(block) = block {
+        let disk = host.place(&block).map(|(disk, ..)| disk);
+        let partitions = host.partitions(&block);
+        if let Some(found) = host.told_use_of(&block) {
+            return Err(by_host(identity, None, found));
+        }
+        for other in disk.iter().chain(&partitions) {
+            if let Some(found) = host.told_use_of(other) {
+                return Err(by_host(identity, Some(host.path(other)), found));
+            }
+        }
+    }
+    if !is_busy {
+        // Whoever opens it as the disk's image is going to say why it cannot be opened.
+        return Ok(None);
+    }
+    let lock = File::open(path).and_then(|file| lock_shared(&file).map(|locked| (file, locked)));
+    match lock {
+        Ok((file, false)) => Err(locked(identity, &file)),
+        Ok((_, true)) | Err(_) => Err(by_host(identity, None, Use::Claimed)),
+    }
+}
+
+fn locked(identity: &Identity, file: &File) -> InUse {
+    InUse::Locked { image: identity.image().to_owned(), by: lock_owner(file) }
+}
+
+/// Whether nobody else has it locked as its own.
+fn lock_shared(file: &File) -> io::Result<bool> {
+    match flock(file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The files that the image's loop devices lie on, and where they are.
+fn backings(host: &Host, identity: &Identity) -> Vec<(PathBuf, Thing)> {
+    let blocks = identity.parts().iter().filter_map(|part| match part.of {
+        Thing::Device(number) => host.block(number),
+        Thing::File(..) => None,
+    });
+    let backings = blocks.filter_map(|block| host.backing(&block));
+    let files = backings.filter(|backing| matches!(backing.thing, Thing::File(..)));
+    files.map(|backing| (backing.path, backing.thing)).collect()
+}
+
+/// Others may have other parts of it, and nobody all of it. None where its path leads to another file.
+fn lock_backing(identity: &Identity, path: &Path, thing: Thing) -> Result<Option<File>, InUse> {
+    // Not opened before it is known to be a file: that may wait for ever.
+    let is_it = fs::metadata(path).is_ok_and(|found| found.is_file() && Thing::of(&found) == thing);
+    let Some(file) = is_it.then(|| File::open(path).ok()).flatten() else { return Ok(None) };
+    match lock_shared(&file) {
+        Ok(true) => Ok(Some(file)),
+        Ok(false) => Err(locked(identity, &file)),
+        // Its file system has no locks.
+        Err(_) => Ok(None),
+    }
+}
+
+/// Refuses an image of which something uses bytes that lies beside it: on a loop device of its own, or directly on what the
+/// image's loop device lies on.
+fn refuse_used_beside(host: &Host, identity: &Identity) -> Result<(), InUse> {
+    let mut disks = beneath_loops(host, identity);
+    // Of those on its way down the kernel knows.
+    let own = own_way(host, identity);
+    disks.extend(host.loops().into_iter().filter(|disk| !own.contains(&disk.number)));
+    for disk in disks {
+        let partitions = host.partitions(&disk);
+        for block in std::iter::once(&disk).chain(&partitions) {
+            let has_bytes = || overlap(&host.parts_of(Thing::Device(block.number)), identity.parts());
+            if let Some(found) = has_bytes().then(|| host.use_of(block)).flatten() {
+                return Err(by_host(identity, Some(host.path(block)), found));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The devices on the image's way down.
+fn own_way(host: &Host, identity: &Identity) -> Vec<u64> {
+    let below: Vec<u64> = beneath_loops(host, identity).into_iter().map(|block| block.number).collect();
+    let devices = identity.parts().iter().filter_map(|part| match part.of {
+        Thing::Device(number) => Some(number),
+        Thing::File(..) => None,
+    });
+    devices.filter(|number| !below.contains(number)).collect()
+}
+
+/// The block devices that the image's loop devices lie on: a loop device does not claim them.
+fn beneath_loops(host: &Host, identity: &Identity) -> Vec<Block> {
+    let mut found = Vec::new();
+    for part in identity.parts() {
+        let Thing::Device(number) = part.of else { continue };
+        let backing = host.block(number).and_then(|block| host.backing(&block));
+        let Some(Thing::Device(below)) = backing.map(|backing| backing.thing) else { continue };
+        let Some(block) = host.block(below) else { continue };
+        found.push(host.place(&block).map_or(block, |(disk, ..)| disk));
+    }
+    found
+}

@@ -1,0 +1,275 @@
+//! What the host tells of its block devices, in `/sys` and `/proc`: what lies on what, and what uses it.
+//!
+//! All of it is a help: where a host does not tell (there may be no `/sys`), a device lies on nothing and is used by
+//! nobody, and what the kernel itself refuses is all there is.
+
+use std::{
+    fs::{self, File, Metadata},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use backtide_storage::loop_backing;
+use rustix::{
+    fs::{OFlags, major, makedev, minor},
+    io::Errno,
+};
+
+use super::identity::{DeviceNumber, OPEN_END, Part, Thing};
+
+/// The unit of sizes and starts in `/sys/block`, in bytes.
+const SECTOR: u64 = 512;
+
+/// Devices that lie on each other, at most.
+const DEPTH_MAX: usize = 16;
+
+/// A host, by its file systems.
+#[derive(Clone, Debug)]
+pub(super) struct Host {
+    root: PathBuf,
+    /// Whether something has the device of this path for itself.
+    is_claimed: fn(&Path) -> bool,
+}
+
+/// A block device as the host knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Block {
+    pub(super) number: DeviceNumber,
+    /// As in `/dev`.
+    pub(super) name: String,
+    /// Its directory in `/sys`.
+    directory: PathBuf,
+}
+
+/// What a loop device lies on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Backing {
+    pub(super) thing: Thing,
+    /// Where its file is, or was.
+    pub(super) path: PathBuf,
+    from: u64,
+    to: u64,
+}
+
+/// What somebody uses a device for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Use {
+    /// A file system of it is mounted there.
+    Mounted(String),
+    /// The host swaps to it.
+    Swap,
+    /// A volume that is made of it, by its name.
+    Volume(String),
+    /// Somebody who does not tell.
+    Claimed,
+}
+
+impl Host {
+    /// The one this runs on.
+    pub(super) fn this() -> Self {
+        Self { root: PathBuf::from("/"), is_claimed }
+    }
+
+    /// One whose `sys`, `proc` and `dev` are in `root`.
+    #[cfg(test)]
+    pub(super) fn made_up(root: &Path, is_claimed: fn(&Path) -> bool) -> Self {
+        Self { root: root.to_owned(), is_claimed }
+    }
+
+    /// The thing as a whole, and everything it lies on.
+    pub(super) fn parts_of(&self, thing: Thing) -> Vec<Part> {
+        let mut parts = Vec::new();
+        self.add_parts(Part { of: thing, from: 0, to: OPEN_END, through: None }, &mut parts);
+        parts
+    }
+
+    fn add_parts(&self, part: Part, parts: &mut Vec<Part>) {
+        if parts.len() > DEPTH_MAX || parts.contains(&part) {
+            return;
+        }
+        parts.push(part);
+        let Thing::Device(number) = part.of else { return };
+        let Some(block) = self.block(number) else { return };
+        if let Some((disk, from, to)) = self.place(&block) {
+            let to = if part.to == OPEN_END { to } else { from.saturating_add(part.to).min(to) };
+            let of = Thing::Device(disk.number);
+            return self.add_parts(Part { of, from: from.saturating_add(part.from), to, ..part }, parts);
+        }
+        if let Some(backing) = self.backing(&block) {
+            let to = if part.to == OPEN_END { backing.to } else { backing.from.saturating_add(part.to) };
+            let (of, from) = (backing.thing, backing.from.saturating_add(part.from));
+            return self.add_parts(Part { of, from, to: to.min(backing.to), ..part }, parts);
+        }
+        for slave in names_in(&block.directory.join("slaves")) {
+            if let Some(slave) = self.block_of(&block.directory.join("slaves").join(slave)) {
+                let through = Some(slave.number);
+                let of = Thing::Device(slave.number);
+                self.add_parts(Part { of, from: 0, to: OPEN_END, through }, parts);
+            }
+        }
+    }
+
+    /// The device of a number.
+    pub(super) fn block(&self, number: DeviceNumber) -> Option<Block> {
+        self.block_of(&self.root.join(format!("sys/dev/block/{}:{}", major(number), minor(number))))
+    }
+
+    fn block_of(&self, directory: &Path) -> Option<Block> {
+        let directory = fs::canonicalize(directory).ok()?;
+        let number = parse_number(&read(&directory.join("dev"))?)?;
+        let name = directory.file_name()?.to_str()?.replace('!', "/");
+        Some(Block { number, name, directory })
+    }
+
+    /// The disk that a partition is of, and where in it the partition begins and ends.
+    pub(super) fn place(&self, block: &Block) -> Option<(Block, u64, u64)> {
+        if !block.directory.join("partition").exists() {
+            return None;
+        }
+        let disk = self.block_of(block.directory.parent()?)?;
+        let sectors = |name: &str| read(&block.directory.join(name))?.parse::<u64>().ok();
+        let from = sectors("start")?.saturating_mul(SECTOR);
+        let to = from.saturating_add(sectors("size")?.saturating_mul(SECTOR));
+        Some((disk, from, to))
+    }
+
+    /// The partitions of a disk.
+    pub(super) fn partitions(&self, disk: &Block) -> Vec<Block> {
+        let directories = names_in(&disk.directory).into_iter().map(|name| disk.directory.join(name));
+        let partitions = directories.filter(|directory| directory.join("partition").exists());
+        partitions.filter_map(|directory| self.block_of(&directory)).collect()
+    }
+
+    /// All loop devices that lie on something.
+    pub(super) fn loops(&self) -> Vec<Block> {
+        let blocks = self.root.join("sys/block");
+        let directories = names_in(&blocks).into_iter().map(|name| blocks.join(name));
+        let bound = directories.filter(|directory| directory.join("loop").exists());
+        bound.filter_map(|directory| self.block_of(&directory)).collect()
+    }
+
+    /// What a loop device lies on; none of another device.
+    pub(super) fn backing(&self, block: &Block) -> Option<Backing> {
+        let shown = block.directory.join("loop");
+        let path = PathBuf::from(read(&shown.join("backing_file"))?);
+        if let Some(found) = self.open(block).and_then(|file| loop_backing(&file).ok()) {
+            let thing = found.block_device.map_or(Thing::File(found.device, found.inode), Thing::Device);
+            let from = found.offset.0;
+            let to = found.limit.map_or(OPEN_END, |limit| from.saturating_add(limit.0));
+            return Some(Backing { thing, path, from, to });
+        }
+        // Who may not ask the driver has what it shows: a file may have got that name since.
+        let number = |name: &str| read(&shown.join(name))?.parse::<u64>().ok();
+        let from = number("offset")?;
+        let to = number("sizelimit")
+            .filter(|limit| *limit > 0)
+            .map_or(OPEN_END, |limit| from.saturating_add(limit));
+        let thing = Thing::of(&fs::metadata(&path).ok()?);
+        Some(Backing { thing, path, from, to })
+    }
+
+    /// Where a device is.
+    pub(super) fn path(&self, block: &Block) -> PathBuf {
+        self.root.join("dev").join(&block.name)
+    }
+
+    fn open(&self, block: &Block) -> Option<File> {
+        let file = File::open(self.path(block)).ok()?;
+        // In a container the name may be another device's.
+        (file.metadata().ok()?.rdev() == block.number).then_some(file)
+    }
+
+    /// What a device is used for, as a whole.
+    pub(super) fn use_of(&self, block: &Block) -> Option<Use> {
+        let told = self.told_use_of(block);
+        // With a partition in use the disk is claimed too.
+        told.or_else(|| {
+            let claimed = self.partitions(block).is_empty() && (self.is_claimed)(&self.path(block));
+            claimed.then_some(Use::Claimed)
+        })
+    }
+
+    /// The same as far as the host tells.
+    pub(super) fn told_use_of(&self, block: &Block) -> Option<Use> {
+        let mounted = || self.mount_of(block).map(Use::Mounted);
+        let swap = || self.swaps().iter().any(|swap| self.is_named(block, swap)).then_some(Use::Swap);
+        let volume = || {
+            let holders = block.directory.join("holders");
+            let holder = names_in(&holders).into_iter().next()?;
+            let name = read(&holders.join(&holder).join("dm/name"));
+            Some(Use::Volume(name.map_or(holder.clone(), |name| format!("{holder} ({name})"))))
+        };
+        mounted().or_else(swap).or_else(volume)
+    }
+
+    /// Whether the host swaps to a file.
+    pub(super) fn swaps_to(&self, file: Thing) -> bool {
+        self.swaps().iter().any(|swap| fs::metadata(swap).is_ok_and(|found| Thing::of(&found) == file))
+    }
+
+    /// Where the device's file system is mounted, if it is.
+    fn mount_of(&self, block: &Block) -> Option<String> {
+        let mounts = fs::read_to_string(self.root.join("proc/self/mountinfo")).ok()?;
+        mounts.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(' ').collect();
+            // Optional fields end with a dash.
+            let dash = fields.iter().position(|field| *field == "-")?;
+            let (number, at, source) = (fields.get(2)?, fields.get(4)?, fields.get(dash + 2)?);
+            // Btrfs has a number of its own.
+            let is_it = parse_number(number) == Some(block.number) || self.is_named(block, &unescape(source));
+            is_it.then(|| unescape(at))
+        })
+    }
+
+    fn swaps(&self) -> Vec<String> {
+        let table = fs::read_to_string(self.root.join("proc/swaps")).unwrap_or_default();
+        table.lines().skip(1).filter_map(|line| line.split_whitespace().next().map(unescape)).collect()
+    }
+
+    /// Whether a path is that of the device.
+    fn is_named(&self, block: &Block, path: &str) -> bool {
+        let is_it = |found: Metadata| found.file_type().is_block_device() && found.rdev() == block.number;
+        path.strip_prefix("/dev/") == Some(&block.name) || fs::metadata(path).is_ok_and(is_it)
+    }
+}
+
+/// Opens a block device for nobody else: mounts, volumes and whoever else has devices for themselves are kept away as long
+/// as it is open; who just opens it, as QEMU does, is not.
+pub(super) fn open_alone(path: &Path) -> std::io::Result<File> {
+    fs::OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(path)
+}
+
+fn is_claimed(path: &Path) -> bool {
+    let is_device = fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
+    is_device && open_alone(path).is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::BUSY))
+}
+
+fn parse_number(text: &str) -> Option<DeviceNumber> {
+    let (major, minor) = text.split_once(':')?;
+    Some(makedev(major.parse().ok()?, minor.parse().ok()?))
+}
+
+fn read(path: &Path) -> Option<String> {
+    Some(fs::read_to_string(path).ok()?.trim_end_matches('\n').to_owned())
+}
+
+/// What is in a directory, sorted.
+fn names_in(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort_unstable();
+    names
+}
+
+/// A path as the kernel writes it in its tables: with blanks and the like as octal numbers.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, behind)) = rest.split_first() {
+        let code = behind.get(..3).filter(|_| byte == b'\\');
+        let code = code.and_then(|code| u8::from_str_radix(std::str::from_utf8(code).ok()?, 8).ok());
+        bytes.push(code.unwrap_or(byte));
+        rest = if code.is_some() { &behind[3..] } else { behind };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}

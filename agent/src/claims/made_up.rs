@@ -1,0 +1,143 @@
+//! A host made up of directories: what `/sys` and `/proc` tell of block devices, as far as anybody here reads it.
+
+use std::{
+    fs,
+    io::Write,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::makedev;
+use tempfile::TempDir;
+
+use super::{
+    hold::{Hold, InUse},
+    host::Host,
+    identity::{Identity, Thing},
+};
+
+/// Gone when dropped.
+pub(super) struct MadeUp {
+    root: TempDir,
+}
+
+impl MadeUp {
+    /// Without any device.
+    pub(super) fn new() -> Self {
+        let made_up = Self { root: tempfile::tempdir().unwrap() };
+        for directory in ["sys/dev/block", "sys/block", "sys/devices", "proc/self", "dev", "images"] {
+            fs::create_dir_all(made_up.path(directory)).unwrap();
+        }
+        fs::write(made_up.path("proc/swaps"), "Filename Type Size Used Priority\n").unwrap();
+        made_up
+    }
+
+    pub(super) fn host(&self) -> Host {
+        Host::made_up(self.root.path(), |path| path.with_extension("claimed").exists())
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    /// A disk of 1000 sectors with the number `major:minor`.
+    pub(super) fn disk(&self, name: &str, number: &str) {
+        self.device(&format!("sys/devices/{name}"), number);
+        symlink(self.path(&format!("sys/devices/{name}")), self.path(&format!("sys/block/{name}"))).unwrap();
+    }
+
+    /// A partition of it, in sectors.
+    pub(super) fn partition(&self, disk: &str, name: &str, number: &str, sectors: (u64, u64)) {
+        let directory = format!("sys/devices/{disk}/{name}");
+        self.device(&directory, number);
+        for (file, value) in [("partition", 1), ("start", sectors.0), ("size", sectors.1)] {
+            self.write(&format!("{directory}/{file}"), &value.to_string());
+        }
+    }
+
+    fn device(&self, directory: &str, number: &str) {
+        for inside in ["slaves", "holders"] {
+            fs::create_dir_all(self.path(directory).join(inside)).unwrap();
+        }
+        self.write(&format!("{directory}/dev"), number);
+        symlink(self.path(directory), self.path(&format!("sys/dev/block/{number}"))).unwrap();
+    }
+
+    /// `volume` is made of the devices in these directories.
+    pub(super) fn volume(&self, volume: &str, label: &str, of: &[&str]) {
+        fs::create_dir(self.path(&format!("sys/devices/{volume}/dm"))).unwrap();
+        self.write(&format!("sys/devices/{volume}/dm/name"), label);
+        let own = self.path(&format!("sys/devices/{volume}"));
+        for below in of {
+            let below = self.path(&format!("sys/devices/{below}"));
+            symlink(&below, own.join("slaves").join(below.file_name().unwrap())).unwrap();
+            symlink(&own, below.join("holders").join(volume)).unwrap();
+        }
+    }
+
+    /// A loop device over `length` bytes of a file from `offset` on; 0: to its end.
+    pub(super) fn looped(&self, name: &str, number: &str, over: &Path, offset: u64, length: u64) {
+        self.disk(name, number);
+        fs::create_dir(self.path(&format!("sys/devices/{name}/loop"))).unwrap();
+        let shown = [
+            ("backing_file", over.display().to_string()),
+            ("offset", offset.to_string()),
+            ("sizelimit", length.to_string()),
+        ];
+        for (file, value) in shown {
+            self.write(&format!("sys/devices/{name}/loop/{file}"), &value);
+        }
+    }
+
+    /// A file.
+    pub(super) fn image(&self, name: &str) -> PathBuf {
+        let path = self.path("images").join(name);
+        fs::write(&path, "content").unwrap();
+        path
+    }
+
+    /// A file system of a device is mounted.
+    pub(super) fn mount(&self, number: &str, at: &str, source: &str) {
+        let line = format!("28 1 {number} / {at} rw,relatime shared:1 - ext4 {source} rw\n");
+        let mut table =
+            fs::File::options().create(true).append(true).open(self.path("proc/self/mountinfo")).unwrap();
+        table.write_all(line.as_bytes()).unwrap();
+    }
+
+    /// The host swaps to a file or device.
+    pub(super) fn swap(&self, path: &str) {
+        let mut table = fs::File::options().append(true).open(self.path("proc/swaps")).unwrap();
+        table.write_all(format!("{path}  partition 1048572  0  -2\n").as_bytes()).unwrap();
+    }
+
+    /// Something opens it exclusively that tells nobody.
+    pub(super) fn claim(&self, name: &str) {
+        self.write(&format!("dev/{name}.claimed"), "");
+    }
+
+    /// Where a device is, by its name.
+    pub(super) fn dev(&self, name: &str) -> String {
+        self.path("dev").join(name).display().to_string()
+    }
+
+    /// The image that a device is. There is none to be opened.
+    pub(super) fn of_device(&self, name: &str, number: &str) -> Identity {
+        let (major, minor) = number.split_once(':').unwrap();
+        let number = makedev(major.parse().unwrap(), minor.parse().unwrap());
+        Identity::made_up(&self.host(), &self.dev(name), Thing::Device(number))
+    }
+
+    /// The image that a file is.
+    pub(super) fn of_file(&self, path: &Path) -> Identity {
+        Identity::on(&self.host(), path.to_str().unwrap())
+    }
+
+    /// Why an image cannot be kept; none when it can.
+    pub(super) fn refusal(&self, identity: &Identity) -> Option<InUse> {
+        Hold::on(&self.host(), identity).err()
+    }
+
+    fn write(&self, path: &str, text: &str) {
+        fs::write(self.path(path), format!("{text}\n")).unwrap();
+    }
+}

@@ -1,0 +1,73 @@
+//! The images of this agent's disks: each for one disk only, and kept from whatever else the host would do with it.
+
+use std::time::Duration;
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_units::DiskName;
+use tokio::time::Instant;
+
+use super::{PREDECESSOR_POLL, Registry, waiting};
+use crate::claims::{Hold, Identity, InUse, Shared};
+
+/// How long a device may take to be let go of: the last who closes one waits for what the page cache has of it.
+const CLOSE_TIME: Duration = Duration::from_secs(10);
+
+impl Registry {
+    /// Sees that nobody else has the image, and keeps it for this disk; when a predecessor may still have it, with
+    /// `patience`.
+    pub(super) async fn take_image(
+        &self,
+        name: &DiskName,
+        image: &str,
+        patience: Duration,
+    ) -> Result<(), ApiError> {
+        let until = Instant::now() + patience;
+        let looked_at = image.to_owned();
+        let identity = waiting(move || Identity::of(&looked_at)).await?;
+        if self.claims.take_image(name, identity.clone()).map_err(|shared| shares(image, shared))? {
+            return Ok(());
+        }
+        let held = loop {
+            let identity = identity.clone();
+            match waiting(move || Hold::of(&identity)).await {
+                Ok(Err(_)) if Instant::now() < until => tokio::time::sleep(PREDECESSOR_POLL).await,
+                Ok(held) => break held.map_err(|in_use| refusal(&in_use)),
+                Err(error) => break Err(error),
+            }
+        };
+        match held {
+            Ok(hold) => {
+                self.claims.hold_image(name, hold);
+                Ok(())
+            }
+            Err(error) => {
+                self.leave_image(name).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The disk has no image any more, and others may use it.
+    pub(super) async fn leave_image(&self, name: &DiskName) {
+        let Some(hold) = self.claims.leave_image(name) else { return };
+        let closing = tokio::task::spawn_blocking(move || drop(hold));
+        if tokio::time::timeout(CLOSE_TIME, closing).await.is_err() {
+            tracing::warn!(disk = %name, "the disk's device stands still, and is not let go of yet");
+        }
+    }
+}
+
+fn shares(image: &str, shared: Shared) -> ApiError {
+    let Shared { disk, image: other } = shared;
+    let message = match other {
+        None => format!("{image} is protected already: it is disk {disk} of this agent"),
+        Some(other) => format!(
+            "{image} is protected already: it has bytes of {other}, which is disk {disk} of this agent"
+        ),
+    };
+    ApiError::new(ErrorCode::Locked, message).with_hint(format!("use disk {disk}, or detach it first"))
+}
+
+fn refusal(in_use: &InUse) -> ApiError {
+    ApiError::new(ErrorCode::Locked, in_use.to_string()).with_hint(in_use.hint())
+}
