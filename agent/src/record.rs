@@ -216,6 +216,29 @@ impl DiskRecord {
         self.epoch = self.epoch.max(by);
     }
 
+    /// The same life with what was asked for at an earlier attach.
+    pub(crate) fn on_terms_of(self, earlier: Self) -> Self {
+        let same_image = self.image == earlier.image;
+        let Self { image, receiver, stream_tls, nbd, ack, on_outage, cache, limits, paused, format, .. } =
+            earlier;
+        Self {
+            // What is saved by now is about the other image.
+            image_changed: self.image_changed || !same_image,
+            size: if same_image { self.size } else { earlier.size },
+            image,
+            receiver,
+            stream_tls,
+            nbd,
+            ack,
+            on_outage,
+            cache,
+            limits,
+            paused,
+            format,
+            ..self
+        }
+    }
+
     /// The last attach by which this agent had the disk for itself.
     pub(crate) fn last_own_epoch(&self) -> Epoch {
         if self.fenced { self.own_epoch } else { self.epoch }

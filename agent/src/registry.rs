@@ -212,6 +212,8 @@ impl Registry {
         refuse_adopted(&request, known.as_ref())?;
         refuse_fenced(&request, known.as_ref())?;
         refuse_other_format(&request, known.as_ref()).await?;
+        // One that is adopted begins another life.
+        let waits = known.clone().filter(|record| record.attached && request.adopt.is_none());
         let (from, failover) = (request.from, request.adopt.filter(|_| request.failover));
         let record = self.record_for(request, known);
         let record = match (from, failover) {
@@ -223,7 +225,10 @@ impl Registry {
         let handle = match self.start(&claim, record, Duration::ZERO).await {
             Ok(handle) => handle,
             Err(error) => {
-                self.forget_attached(&name).await;
+                match waits {
+                    Some(as_it_was) => self.go_on_waiting(as_it_was).await,
+                    None => self.forget_attached(&name).await,
+                }
                 return Err(error);
             }
         };

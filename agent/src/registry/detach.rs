@@ -78,6 +78,18 @@ impl Registry {
         })
     }
 
+    /// A disk that was to be attached again before somebody asked for it, and whose attach failed, is tried on the terms of
+    /// before. Nothing else of it changes: its guest waits at its socket.
+    pub(super) async fn go_on_waiting(&self, as_it_was: DiskRecord) {
+        let name = as_it_was.name.clone();
+        let put_back = move |now: DiskRecord| {
+            Some(now).filter(|now| *now != as_it_was).map(|now| now.on_terms_of(as_it_was))
+        };
+        if let Err(error) = self.records.change_aside(&name, put_back).await {
+            tracing::error!(disk = %name, %error, "cannot save the disk's record: it is tried with what was asked for last");
+        }
+    }
+
     /// A disk whose attach failed is not attached again at the next start, and anybody's until the next attach.
     pub(super) async fn forget_attached(&self, name: &DiskName) {
         self.failing.write().await.remove(name);

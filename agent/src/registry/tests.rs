@@ -115,6 +115,48 @@ async fn a_disk_without_times_whose_attach_fails_is_trusted_no_more() {
     }
 }
 
+/// Its guest waits at the socket that is kept for it.
+#[tokio::test]
+async fn a_disk_that_waits_for_its_storage_goes_on_waiting_after_an_attach_that_failed() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let registry = registry(directory);
+    let (image, socket) = (directory.join("vm2.img"), directory.join("taken.sock"));
+    let (name, listener) = stopped(&registry, directory, image.display().to_string());
+    let (purpose, place) = (disk::nbd_purpose(&name), backtide_socket::Listening::Unix(&socket));
+    let file = backtide_socket::SocketFile::of(&socket).ok();
+    registry.sockets.keep(&purpose, place, listener, file).unwrap();
+    assert!(registry.restore().await.unwrap());
+    let was = registry.records.load(&name).unwrap().unwrap();
+    let known = || registry.records.load(&name).unwrap().unwrap();
+
+    let early = registry.attach(request(&registry, &name)).await.unwrap_err();
+    assert_eq!(early.code, ErrorCode::NotFound, "{early}");
+    assert_eq!(known(), was);
+    // This one has all but a socket, and is of another image.
+    let other = directory.join("other.img");
+    std::fs::File::create(&other).unwrap().set_len(2 << 20).unwrap();
+    let taken = directory.join("another.sock");
+    let another = UnixListener::bind(&taken).unwrap();
+    let nbd = Some(format!("nbd+unix:///vm2?socket={}", taken.display()));
+    let elsewhere = AttachRequest { image: other.display().to_string(), nbd, ..request(&registry, &name) };
+    let late = registry.attach(elsewhere).await.unwrap_err();
+    assert_eq!(late.code, ErrorCode::Locked, "{late}");
+    drop(another);
+    let now = known();
+    assert!(now.attached && now.epoch > was.epoch, "{now:?}");
+    assert_eq!((&now.image, &now.nbd, now.size), (&was.image, &was.nbd, was.size));
+
+    assert_eq!(registry.failing().await.len(), 1);
+    assert!(registry.sockets.take(&purpose, place).is_some());
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    assert!(!registry.restore().await.unwrap());
+    let status = registry.find(&name).await.unwrap().1.status().await.unwrap();
+    assert_eq!((status.image, status.nbd_uri), (was.image, was.nbd.unwrap()));
+    assert!(status.resync_due, "it may have been another's meanwhile");
+    registry.shut_down().await;
+}
+
 /// A lock on the state directory lives as long as the registry does.
 #[tokio::test]
 async fn nothing_that_goes_on_trying_outlives_the_agent() {

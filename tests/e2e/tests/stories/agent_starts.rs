@@ -37,6 +37,10 @@ fn a_disk_whose_image_is_missing_at_the_start_is_attached_when_it_is_there() {
     let status = disk.status();
     assert_eq!(status["reason_code"], "not-attached", "{status}");
     assert!(status["reason"].as_str().is_some_and(|reason| reason.contains("there is no image")), "{status}");
+    // Somebody tries it by hand, too early.
+    let said = bench.run(&["attach", "vm1", &disk.image, "--receiver", &bench.socket("stream.sock")]);
+    assert_eq!(said.code, 4, "{said:?}");
+    assert_eq!(disk.status()["reason_code"], "not-attached");
     std::fs::rename(bench.path("away.img"), &disk.image).unwrap();
     while disk.status()["reason_code"] == "not-attached" {}
     disk.qemu_io(&["write -P 0x11 0 1M"]);
