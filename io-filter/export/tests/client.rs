@@ -203,6 +203,24 @@ fn a_lost_connection_fails_everything_in_flight_and_after() {
 }
 
 #[test]
+fn a_runtime_that_ends_fails_what_other_threads_wait_for() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let waiting = tokio::task::LocalSet::new().block_on(&runtime, async {
+        let (place, disk) = (Place::new(), Manual::new("disk"));
+        let server = place.serve(disk.clone()).await;
+        let client = Client::connect(&place.uri("")).await.unwrap();
+        let (kept, handle) = (client.clone(), tokio::runtime::Handle::current());
+        let waiting = std::thread::spawn(move || handle.block_on(kept.read(at(0), bytes(512))));
+        disk.until_waiting(1).await;
+        // It never answers.
+        std::mem::forget((server, disk));
+        waiting
+    });
+    drop(runtime);
+    assert!(waiting.join().unwrap().unwrap_err().is_lost());
+}
+
+#[test]
 fn the_last_clone_says_good_bye() {
     on_a_worker(async {
         let place = Place::new();

@@ -149,6 +149,19 @@ impl Link {
         self.lock().ended.clone()
     }
 
+    /// Nothing comes any more, because of `error` if it had not ended before: who waits is told.
+    fn end(&self, error: &ClientError) {
+        let (pending, error) = {
+            let mut state = self.lock();
+            let error = state.ended.get_or_insert_with(|| error.clone()).clone();
+            state.output = Output::default();
+            (std::mem::take(&mut state.pending), error)
+        };
+        for pending in pending.into_values() {
+            let _ = pending.answered.send(Err(error.clone()));
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it holds the lock and leaves the state half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -172,14 +185,13 @@ async fn drive(mut driver: Driver) {
     };
     // The server may be gone already; nothing depends on this.
     let _ = driver.stream.shutdown().await;
-    let pending = {
-        let mut state = driver.link.lock();
-        state.ended = Some(error.clone());
-        state.output = Output::default();
-        std::mem::take(&mut state.pending)
-    };
-    for pending in pending.into_values() {
-        let _ = pending.answered.send(Err(error.clone()));
+    driver.link.end(&error);
+}
+
+/// Also of a runtime that ends before the connection does: whoever waits on a thread of its own would wait for ever.
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.link.end(&ClientError::Closed);
     }
 }
 
