@@ -16,7 +16,8 @@ use std::{
 };
 
 use backtide_export::{
-    BindError, Directory, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, dirty_bitmap,
+    BindError, Directory, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, SocketMode,
+    dirty_bitmap,
 };
 use backtide_overlay::{Overlay, OverlayId};
 use backtide_receiver_api::{
@@ -257,18 +258,8 @@ impl Table {
             Some(PlanOverlay::Kept(id)) => id.clone(),
             Some(PlanOverlay::New) | None => self.next_id(&plan.disk.name).await?,
         };
-        let wanted = plan.uri.unwrap_or_else(|| NbdUri {
-            address: NbdAddress::Unix(self.serving.run_dir.join(format!("{id}.sock"))),
-            export: id.clone(),
-            tls: None,
-        });
-        let wanted = match &self.serving.nbd_tls {
-            Some(tls) => tls.unless_told(wanted),
-            None => wanted,
-        };
-        let listener = Listener::bind_uri(&wanted, self.serving.nbd.socket_mode)
-            .await
-            .map_err(|error| bind_error(&error))?;
+        let (wanted, mode) = self.place(plan.uri, plan.temporary, &id);
+        let listener = Listener::bind_uri(&wanted, mode).await.map_err(|error| bind_error(&error))?;
         let listener = listener.for_disk(plan.disk.name.clone());
         let uri = NbdUri { address: listener.address().clone(), ..wanted };
         let size = plan.view.disk_size();
@@ -303,6 +294,23 @@ impl Table {
             tokio::task::spawn_local(Rc::clone(self).end_with_its_client(id));
         }
         Ok(answer)
+    }
+
+    /// Where a mount is served, and who may connect there. One that is temporary and names no place is for the command
+    /// that asked for it, which need not have a certificate: it is in the clear on a socket of this user alone. The name
+    /// of its export cannot be guessed, so that the command finds this mount there, or none.
+    fn place(&self, told: Option<NbdUri>, temporary: bool, id: &str) -> (NbdUri, SocketMode) {
+        let alone = temporary && told.is_none();
+        let uri = told.unwrap_or_else(|| NbdUri {
+            address: NbdAddress::Unix(self.serving.run_dir.join(format!("{id}.sock"))),
+            export: if alone { format!("{id}-{}", Uuid::new_v4().simple()) } else { id.to_owned() },
+            tls: None,
+        });
+        match &self.serving.nbd_tls {
+            _ if alone => (uri, SocketMode::PRIVATE),
+            Some(tls) => (tls.unless_told(uri), self.serving.nbd.socket_mode),
+            None => (uri, self.serving.nbd.socket_mode),
+        }
     }
 
     /// Ends a mount when its clients have gone, or when none ever comes: whoever asked for it may have
