@@ -19,6 +19,7 @@ pub(crate) mod limits;
 pub(crate) mod mark;
 pub(crate) mod mount;
 pub(crate) mod mount_here;
+pub(crate) mod mounted;
 pub(crate) mod nbd_mode;
 pub(crate) mod nbd_tls;
 pub(crate) mod pki;
@@ -57,6 +58,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Ending, F
         Command::Receiver(receiver) => receiver.run(context, stop.outliving_the_terminal()).await,
         Command::Restore(restore) => restore.run(context, stop).await,
         Command::Verify(verify) => verify.run(context, stop).await,
+        Command::Rewind(rewind) => rewind.run(context, stop).await,
         other => stop.or(run_stoppable(context, other)).await,
     }
 }
@@ -74,7 +76,6 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         Command::Mark(mark) => mark.run(context).await,
         Command::Failover(failover) => failover.run(context).await,
         Command::Failback(failback) => failback.run(context).await,
-        Command::Rewind(rewind) => rewind.run(context).await,
         Command::Points(points) => points.run(context).await,
         Command::Diff(diff) => diff.run(context).await,
         Command::Ls(ls) => ls.run(context).await,
@@ -97,6 +98,7 @@ async fn run_stoppable(context: &Context, command: Command) -> Result<Ending, Fa
         | Command::Agent(_)
         | Command::Receiver(_)
         | Command::Restore(_)
+        | Command::Rewind(_)
         | Command::Verify(_) => unreachable!("handled by the caller"),
     }
 }

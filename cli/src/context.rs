@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::{
     arguments::{Arguments, ReceiverApi},
     ending::{Failure, failed},
+    output::printable_lines,
     places::Places,
 };
 
@@ -96,7 +97,7 @@ impl Context {
     pub(crate) fn tell(&self, text: &str) {
         if !self.json {
             // Nothing can be done when stderr is gone.
-            let _ = writeln!(io::stderr(), "{text}");
+            let _ = writeln!(io::stderr(), "{}", printable_lines(text));
         }
     }
 
@@ -105,7 +106,7 @@ impl Context {
         let line = if self.json {
             serde_json::json!({ "warning": text }).to_string()
         } else {
-            format!("warning: {text}")
+            format!("warning: {}", printable_lines(text))
         };
         // Nothing can be done when stderr is gone.
         let _ = writeln!(io::stderr(), "{line}");

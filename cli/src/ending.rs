@@ -6,14 +6,18 @@
 use std::{
     io::{self, Write},
     process::ExitCode,
+    time::Duration,
 };
 
 use backtide_control::{ApiError, ErrorCode};
 
-use crate::context::Context;
+use crate::{context::Context, output::printable_lines};
 
 /// Exit code of a command that did its work and has something to say about it.
 const WARNINGS: u8 = 3;
+
+/// How long threads have after an interrupt to put in order what they have begun.
+const LAST_WORK: Duration = Duration::from_secs(5);
 
 /// How a command that did its work ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +90,15 @@ pub(crate) fn exit_code(result: Result<Ending, Failure>, context: &Context) -> E
     }
 }
 
+/// Ends the process after a while, whatever its threads wait for then: a pipe that nobody reads holds one for ever.
+pub(crate) fn soon() {
+    std::thread::spawn(|| {
+        std::thread::sleep(LAST_WORK);
+        say("backtide: interrupted");
+        std::process::exit(ErrorCode::Interrupted.exit_code().into());
+    });
+}
+
 /// Wrong usage, or `--help` and `--version`, which clap reports the same way.
 pub(crate) fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
@@ -128,9 +141,11 @@ fn error_text(error: &ApiError, json: bool) -> String {
     if json {
         return serde_json::json!({ "error": error }).to_string();
     }
+    // What a guest or another host has named may be in it.
+    let message = printable_lines(&error.message);
     match &error.hint {
-        Some(hint) => format!("backtide: {}\nhint: {hint}", error.message),
-        None => format!("backtide: {}", error.message),
+        Some(hint) => format!("backtide: {message}\nhint: {}", printable_lines(hint)),
+        None => format!("backtide: {message}"),
     }
 }
 
@@ -152,6 +167,14 @@ mod tests {
             error_text(&error, true),
             r#"{"error":{"code":"not-found","hint":"see `backtide status`","message":"there is no disk vm9"}}"#
         );
+    }
+
+    #[test]
+    fn an_error_gives_the_terminal_no_orders() {
+        let error =
+            ApiError::new(ErrorCode::Failed, "\u{1b}]0;owned\u{7} and \u{9b}2J\nmore").with_hint("\r!");
+        let text = error_text(&error, false);
+        assert_eq!(text, "backtide: \u{fffd}]0;owned\u{fffd} and \u{fffd}2J\nmore\nhint: \u{fffd}!");
     }
 
     #[test]

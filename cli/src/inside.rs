@@ -16,7 +16,7 @@ pub(crate) use compare::{Change, Difference, Differences, Sides, compare};
 pub(crate) use copy_out::{Copied, Destination, copy_out};
 pub(crate) use partitions::{Content, LogicalVolume, Partition, logical_volumes, partitions};
 pub(crate) use parts::{Part, Parts};
-pub(crate) use point_reader::{Lost, PointReader};
+pub(crate) use point_reader::{Lost, PointReader, is_gone};
 pub(crate) use unreadable::Unreadable;
 pub(crate) use volume::{Entry, Kind, Volume};
 

@@ -52,5 +52,9 @@ fn run(context: &Context, arguments: Arguments) -> Result<Ending, Failure> {
     }
     let runtime =
         builder.enable_all().build().map_err(|error| ending::failed(format!("cannot start: {error}")))?;
-    runtime.block_on(commands::run(context, arguments.command))
+    let result = runtime.block_on(commands::run(context, arguments.command));
+    if matches!(result, Err(Failure::Interrupted)) {
+        ending::soon();
+    }
+    result
 }

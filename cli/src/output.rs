@@ -29,3 +29,13 @@ pub(crate) fn facts(facts: &[(&str, String)]) -> String {
     let line = |(label, value): &(&str, String)| format!("{label:<width$}  {value}");
     facts.iter().map(line).collect::<Vec<_>>().join("\n")
 }
+
+/// A guest's name without what a terminal would take for an order.
+pub(crate) fn printable(name: &str) -> String {
+    name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+/// The same of a text of several lines.
+pub(crate) fn printable_lines(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
+}

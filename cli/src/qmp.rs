@@ -3,6 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use backtide_control::{ApiError, ErrorCode};
+use backtide_export::NbdUri;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -20,10 +21,33 @@ const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Longer lines are no QMP; a machine with very many block nodes has long ones.
 const LINE_BYTES_MAX: usize = 16 << 20;
 
-/// Whether what QEMU calls a node names the server at `place`, and none whose name only begins so.
-fn names(file: &str, place: &str) -> bool {
-    let ends = |rest: &str| rest.is_empty() || rest.starts_with(['/', '&', '?', '"']);
-    file.match_indices(place).any(|(at, found)| ends(&file[at + found.len()..]))
+/// A server in an NBD client's own words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ServerPlace {
+    /// Its socket's path, or its host and port.
+    pub(crate) place: String,
+    /// The export's name, where it has several.
+    pub(crate) export: Option<String>,
+}
+
+impl ServerPlace {
+    /// Whether what QEMU calls a node names this server, and none whose name only begins or ends so.
+    fn is_named(&self, file: &str) -> bool {
+        let begins = |before: &str| ["socket=", "\"", "://"].iter().any(|begin| before.ends_with(begin));
+        let ends = |rest: &str| rest.is_empty() || rest.starts_with(['/', '&', '?', '"']);
+        let here = |(at, found): (usize, &str)| begins(&file[..at]) && ends(&file[at + found.len()..]);
+        file.match_indices(&self.place).any(here)
+            && self.export.as_ref().is_none_or(|export| export_of(file).as_ref() == Some(export))
+    }
+}
+
+/// The export that a node is a client of.
+fn export_of(file: &str) -> Option<String> {
+    if let Some(options) = file.strip_prefix("json:") {
+        let options: Value = serde_json::from_str(options).ok()?;
+        return Some(options["export"].as_str()?.to_owned());
+    }
+    Some(file.parse::<NbdUri>().ok()?.export)
 }
 
 /// A connection to a machine's QMP socket.
@@ -63,14 +87,13 @@ impl Qmp {
         }
     }
 
-    /// Whether a block node of the machine is a client of the NBD server at `place`: its socket's path, or its
-    /// host and port.
-    pub(crate) async fn uses(&mut self, place: &str) -> Result<bool, Failure> {
+    /// Whether a block node of the machine is a client of one of these NBD servers.
+    pub(crate) async fn uses(&mut self, servers: &[ServerPlace]) -> Result<bool, Failure> {
         let nodes = self.execute("query-named-block-nodes", json!({ "flat": true })).await?;
         let nodes = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
         let is_client = |node: &Value| {
             let file = node["file"].as_str().unwrap_or_default();
-            node["drv"].as_str() == Some("nbd") && names(file, place)
+            node["drv"].as_str() == Some("nbd") && servers.iter().any(|server| server.is_named(file))
         };
         Ok(nodes.iter().any(is_client))
     }
@@ -157,6 +180,10 @@ impl Qmp {
 mod tests {
     use super::*;
 
+    fn names(file: &str, place: &str) -> bool {
+        ServerPlace { place: place.to_owned(), export: None }.is_named(file)
+    }
+
     #[test]
     fn a_server_is_named_wholly() {
         for file in [
@@ -168,7 +195,25 @@ mod tests {
         }
         assert!(!names("nbd+unix:///vm1?socket=/run/vm10", "/run/vm1"));
         assert!(!names("nbd+unix:///vm1?socket=/run/vm1.sock", "/run/vm1"));
+        assert!(!names("nbd+unix:///vm1?socket=/srv/run/vm1", "/run/vm1"));
+        assert!(!names(r#"json:{"driver": "nbd", "server.path": "/srv/run/vm1"}"#, "/run/vm1"));
         assert!(names("nbd://127.0.0.1:1080/vm1", "127.0.0.1:1080"));
         assert!(!names("nbd://127.0.0.1:10809/vm1", "127.0.0.1:1080"));
+        assert!(!names("nbd://11.2.3.4:10809/vm1", "1.2.3.4:10809"));
+    }
+
+    #[test]
+    fn where_several_are_served_it_is_the_export_that_counts() {
+        let shared =
+            |export: &str| ServerPlace { place: "/run/all".to_owned(), export: Some(export.to_owned()) };
+        for file in [
+            "nbd+unix:///vm1?socket=/run/all",
+            r#"json:{"driver": "nbd", "server.path": "/run/all", "export": "vm1"}"#,
+        ] {
+            assert!(shared("vm1").is_named(file), "{file}");
+            assert!(!shared("vm10").is_named(file) && !shared("vm").is_named(file), "{file}");
+        }
+        assert!(!shared("vm1").is_named("nbd+unix:///vm1?socket=/run/one"));
+        assert!(!shared("vm1").is_named("nbd+unix://?socket=/run/all"));
     }
 }

@@ -16,11 +16,13 @@ mod notes;
 mod old_file;
 mod open_file;
 mod pieces;
+mod replaceable;
 mod target;
 
 pub(crate) use copy::{copy, verify};
 pub(crate) use leftovers::take;
 pub(crate) use notes::Goal;
+pub(crate) use replaceable::Replaceable;
 pub(crate) use target::{Target, Wanted};
 
 #[cfg(test)]

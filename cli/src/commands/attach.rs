@@ -9,7 +9,7 @@ use std::{
 
 use backtide_agent_api::{
     AckPolicy, Adopted, AgentClient, AttachRequest, CacheMode, DiskStatus, FromPoint, ImageFormat,
-    LimitsRequest, OnOutage, StreamTls,
+    LimitsRequest, Mode, OnOutage, StreamTls,
 };
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_receiver_api::ReceiverDisk;
@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How long to look whether the receiver is there, only to say so if it is not.
-const FIRST_CONTACT: Duration = Duration::from_secs(2);
+const FIRST_CONTACT: Duration = Duration::from_secs(5);
 
 /// How often status is asked while waiting.
 pub(crate) const POLL: Duration = Duration::from_millis(100);
@@ -231,6 +231,15 @@ impl Attach {
                 ));
                 Ok(Ending::Warnings)
             }
+            None if !disk.connected && disk.mode != Mode::Paused => {
+                context.warn(&format!(
+                    "disk {} is attached, but its receiver at {} has not answered for {} s; changed blocks are tracked until it does",
+                    disk.name.as_str(),
+                    disk.receiver,
+                    FIRST_CONTACT.as_secs()
+                ));
+                Ok(Ending::Warnings)
+            }
             Some(_) | None => Ok(Ending::Done),
         }
     }
@@ -332,7 +341,9 @@ pub(crate) async fn first_contact(agent: &AgentClient, attached: DiskStatus) -> 
     let agent = agent.at_length();
     let deadline = tokio::time::Instant::now() + FIRST_CONTACT;
     let mut disk = attached;
-    while !disk.connected && disk.last_error.is_none() && tokio::time::Instant::now() < deadline {
+    let may_come =
+        |disk: &DiskStatus| !disk.connected && disk.last_error.is_none() && disk.mode != Mode::Paused;
+    while may_come(&disk) && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(POLL).await;
         disk = agent.disk(&disk.name).await?;
     }

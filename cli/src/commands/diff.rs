@@ -9,10 +9,11 @@ use serde::Serialize;
 
 use crate::{
     arguments::ReceiverApi,
-    commands::files::{Point, printable, warn, with_points},
+    commands::files::{Point, warn, with_points},
     context::Context,
     ending::{Ending, Failure},
     inside::{Change, Difference, Differences, Part, Parts, Sides, compare},
+    output::printable,
     quantity::{count_text, size_both},
 };
 

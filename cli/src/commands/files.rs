@@ -2,8 +2,6 @@
 
 use std::{path::PathBuf, rc::Rc};
 
-use backtide_control::{ApiError, ErrorCode};
-use backtide_export::{Client, NbdUri};
 use backtide_receiver_api::{Mount, MountRequest, ReceiverClient};
 use backtide_units::{DiskName, Lsn};
 use clap::Args;
@@ -12,13 +10,14 @@ use tokio::runtime::Handle;
 
 use crate::{
     arguments::ReceiverApi,
+    commands::mounted,
     context::Context,
     ending::{Ending, Failure, failed, wrong_usage},
     inside::{
         Copied, Destination, Entry, Kind, LogicalVolume, Lost, Part, Partition, Parts, PointReader, Volume,
         copy_out,
     },
-    output::plain_table,
+    output::{plain_table, printable},
     quantity::{count_text, size_text, time_text},
 };
 
@@ -154,13 +153,14 @@ impl Cp {
         };
         let partition = place.partition.clone();
         let report = with_point(context, place.into_point(), move |mount, disk| {
+            let lost = disk.lost();
             let parts = Parts::find(&disk)?;
             let volume: Volume = parts.choose(partition.as_deref())?.open(&disk)?;
             let entry = volume.look_through(&path)?;
             if entry.kind == Kind::Directory && !recursive {
                 return Err(wrong_usage(format!("{path} is a directory: copy it with --recursive")));
             }
-            let copied = copy_out(&volume, &entry, &to)?;
+            let copied = copy_out(&volume, &entry, &to, &lost)?;
             let (disk, lsn) = (mount.disk.name.clone(), mount.lsn);
             let mut warnings = parts.warnings();
             warnings.extend_from_slice(volume.warnings());
@@ -268,9 +268,7 @@ async fn mount(
     let request = MountRequest { name, at, nbd, temporary, writable, changed_since };
     let mount = receiver.mount(&request).await?;
     ids.push((receiver, mount.id.clone()));
-    let uri: NbdUri = mount.uri.parse().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
-    let connected = Client::connect(&uri).await;
-    let client = connected.map_err(|error| ApiError::from_error(ErrorCode::Unreachable, &error))?;
+    let client = mounted::connect(&mount).await?;
     Ok((mount, PointReader::new(client, Handle::current())))
 }
 
@@ -311,11 +309,6 @@ fn listing_text(listing: &Listing) -> String {
         ]
     };
     plain_table(&["MODE", "OWNER", "BYTES", "MODIFIED", "NAME"], entries.iter().map(row))
-}
-
-/// A guest's name without what a terminal would take for an order.
-pub(super) fn printable(name: &str) -> String {
-    name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 fn copy_text(report: &CopyReport) -> String {

@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use backtide_control::{ApiError, ErrorCode};
-use backtide_export::{Client, NbdUri};
+use backtide_control::ErrorCode;
 use backtide_receiver_api::{Mount, MountRequest, ReceiverClient};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use clap::Args;
@@ -11,7 +10,7 @@ use serde::Serialize;
 
 use crate::{
     arguments::ReceiverApi,
-    commands::Stop,
+    commands::{Stop, mounted},
     context::Context,
     ending::{Ending, Failure},
     output::progress::Progress,
@@ -145,9 +144,7 @@ async fn restore_mounted(
     let leftover = take(context, what.output, &goal)?;
     let wanted = Wanted { goal, force: what.force, only_changed: what.only_changed, leftover };
     let target = Target::open(what.output, wanted).await?;
-    let uri: NbdUri = mount.uri.parse().map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
-    let source =
-        Client::connect(&uri).await.map_err(|error| ApiError::from_error(ErrorCode::Unreachable, &error))?;
+    let source = mounted::connect(mount).await?;
     let copied = match copy(&source, &target, what.verify, &mut Progress::new(context, "restored")).await {
         Ok(copied) => copied,
         Err(Failure::Error(error)) if error.code == ErrorCode::Unreachable => {

@@ -12,14 +12,17 @@ use serde::Serialize;
 
 use crate::{
     arguments::ReceiverApi,
-    commands::attach::POLL,
+    commands::{Stop, attach::POLL},
     confirm::confirm,
     context::Context,
     ending::{Ending, Failure},
     output::progress::Progress,
-    qmp::Qmp,
-    quantity::{duration_text, size_both, time_text},
+    qmp::{Qmp, ServerPlace},
+    quantity::{count_text, duration_text, size_both, time_text},
 };
+
+/// What is said of a guest whose disk was set back under it.
+const PAUSED: &str = "the guest is paused, and its memory knows the disk as it was: reset it before it goes on, in QMP system_reset and then cont";
 
 /// `backtide rewind`
 #[derive(Args, Debug)]
@@ -60,8 +63,23 @@ struct Rewound<'a> {
 }
 
 impl Rewind {
+    /// Sets the disk back. Whatever else this ends with says so of a guest that it leaves paused.
+    pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
+        let (name, mut pause) = (self.name.clone(), Pause::No);
+        let done = tokio::select! {
+            done = self.set_back(context, &mut pause) => done,
+            () = stop.asked() => Err(Failure::Interrupted),
+        };
+        if done.is_err()
+            && let Some(said) = pause.left(&name)
+        {
+            context.warn(&said);
+        }
+        done
+    }
+
     /// Finds the point, says what will change, and has the agent do it.
-    pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
+    async fn set_back(self, context: &Context, pause: &mut Pause) -> Result<Ending, Failure> {
         let agent = context.agent()?;
         let disk = agent.disk(&self.name).await?;
         let uuid: DiskName = disk.uuid.to_string().parse().expect("a UUID is a good name");
@@ -75,12 +93,12 @@ impl Rewind {
             return Err(in_use(&disk));
         }
         if self.yes {
-            context.tell(&plan_text(&disk, &diff));
+            context.tell(&plan_text(&disk, &diff, self.force));
         } else {
-            confirm(context, &plan_text(&disk, &diff)).await?;
+            confirm(context, &plan_text(&disk, &diff, self.force)).await?;
         }
         let mut guest = match &self.qmp {
-            Some(socket) => Some(Guest::paused(socket, &agent, &disk).await?),
+            Some(socket) => Some(Guest::paused(socket, &agent, &disk, pause).await?),
             None => None,
         };
         let request = RewindRequest { to: diff.from.lsn, reconnect: guest.is_some(), force: self.force };
@@ -88,11 +106,14 @@ impl Rewind {
             Ok(report) => report,
             Err(error) => {
                 if let Some(guest) = &mut guest {
-                    guest.let_go(context, &agent, &disk, &error).await;
+                    guest.let_go(&agent, &disk, &error, pause).await;
                 }
                 return Err(error.into());
             }
         };
+        if guest.is_some() {
+            *pause = Pause::SetBack;
+        }
         if self.wait {
             report.disk = until_complete(context, &agent, &disk.name).await?;
         }
@@ -118,6 +139,30 @@ impl Rewind {
     }
 }
 
+/// What a command that ends early leaves of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pause {
+    /// As it was.
+    No,
+    /// Paused by this command, with a disk that may have been set back or not.
+    Begun,
+    /// Paused, with a disk that was set back under it.
+    SetBack,
+}
+
+impl Pause {
+    /// That, and the way out of it; none when there is nothing to say.
+    fn left(self, name: &DiskName) -> Option<String> {
+        match self {
+            Self::No => None,
+            Self::Begun => Some(format!(
+                "the guest is paused, and its disk may have been set back: `backtide status {name}` says whether it was; if it was, reset the guest before it goes on, in QMP system_reset and then cont; if it was not, cont is enough"
+            )),
+            Self::SetBack => Some(PAUSED.to_owned()),
+        }
+    }
+}
+
 /// A virtual machine whose guest does not run.
 struct Guest {
     qmp: Qmp,
@@ -131,9 +176,11 @@ impl Guest {
         socket: &std::path::Path,
         agent: &AgentClient,
         disk: &DiskStatus,
+        pause: &mut Pause,
     ) -> Result<Self, Failure> {
         let mut qmp = Qmp::connect(socket).await?;
-        if !qmp.uses(&place_of(&disk.nbd_uri)).await? {
+        let shared = agent.status(Some(&disk.name)).await?.nbd_listen;
+        if !qmp.uses(&servers(disk, shared.as_deref())).await? {
             let message = format!(
                 "the virtual machine at {} does not have disk {} open at {}",
                 socket.display(),
@@ -156,9 +203,12 @@ impl Guest {
         }
         let (ran, _) = qmp.runs().await?;
         if ran {
+            // Not later: it may be paused by a command whose answer does not come.
+            *pause = Pause::Begun;
             qmp.stop().await?;
             let (runs, state) = qmp.runs().await?;
             if runs {
+                *pause = Pause::No;
                 let message = format!("the guest is not paused: QEMU says {state}");
                 return Err(ApiError::new(ErrorCode::Busy, message).into());
             }
@@ -169,10 +219,10 @@ impl Guest {
     /// After a rewind that failed: the guest goes on when its disk was surely never let go of.
     async fn let_go(
         &mut self,
-        context: &Context,
         agent: &AgentClient,
         before: &DiskStatus,
         error: &ApiError,
+        pause: &mut Pause,
     ) {
         if !self.ran {
             return;
@@ -182,8 +232,8 @@ impl Guest {
             && agent.disk(&before.name).await.is_ok_and(|disk| {
                 disk.epoch == before.epoch && disk.mode != Mode::Detached && disk.hydration.is_none()
             });
-        if !untouched || self.qmp.cont().await.is_err() {
-            context.warn("the guest was paused and stays so: look at its disk before `cont`");
+        if untouched && self.qmp.cont().await.is_ok() {
+            *pause = Pause::No;
         }
     }
 }
@@ -191,6 +241,14 @@ impl Guest {
 /// Whether an error says that no rewind goes on, nor begins later.
 fn is_final(code: ErrorCode) -> bool {
     !matches!(code, ErrorCode::Busy | ErrorCode::Unreachable | ErrorCode::Interrupted)
+}
+
+/// Where a disk is served: on its own socket, and by its name on the one that all share.
+fn servers(disk: &DiskStatus, shared: Option<&str>) -> Vec<ServerPlace> {
+    let own = ServerPlace { place: place_of(&disk.nbd_uri), export: None };
+    let export = || Some(disk.name.as_str().to_owned());
+    let shared = shared.map(|uri| ServerPlace { place: place_of(uri), export: export() });
+    [own].into_iter().chain(shared).collect()
 }
 
 /// What an NBD client of this URI has in its own words: the socket's path, or host and port.
@@ -257,17 +315,40 @@ pub(crate) async fn until_complete(
     }
 }
 
-fn plan_text(disk: &DiskStatus, diff: &DiffReport) -> String {
+fn plan_text(disk: &DiskStatus, diff: &DiffReport, force: bool) -> String {
     let (from, to) = (&diff.to, &diff.from);
-    format!(
-        "disk {} goes from lsn:{} ({}) back to lsn:{} ({}): {} may change; what is there now stays in its history",
+    let goes = format!(
+        "disk {} goes from lsn:{} ({}) back to lsn:{} ({}): {} may change",
         disk.name.as_str(),
         from.lsn,
         time_text(from.time),
         to.lsn,
         time_text(to.time),
         size_both(diff.bytes),
-    )
+    );
+    match given_up(disk).filter(|_| force) {
+        Some(what) => format!("{goes}; {what} not reached the receiver, and IS GIVEN UP: no point has it"),
+        None => format!("{goes}; what is there now stays in its history"),
+    }
+}
+
+/// What of an incomplete disk has not reached the receiver. Of a complete one the agent waits for it, or refuses.
+fn given_up(disk: &DiskStatus) -> Option<String> {
+    disk.hydration.as_ref()?;
+    missed(disk.dirty.bytes, disk.lag.records, disk.mode == Mode::Sync && disk.connected)
+}
+
+fn missed(dirty: ByteCount, lag: u64, in_touch: bool) -> Option<String> {
+    let writes = count_text(lag, "write");
+    match (dirty.is_zero(), lag) {
+        (true, 0) if in_touch => None,
+        (true, 0) => Some("what was written since the receiver was last there may have".to_owned()),
+        (true, _) => Some(format!("of what is there now {writes} have")),
+        (false, 0) => Some(format!("of what is there now {} of changed blocks have", size_both(dirty))),
+        (false, _) => {
+            Some(format!("of what is there now {} of changed blocks, {writes}, have", size_both(dirty)))
+        }
+    }
 }
 
 fn report_text(report: &RewindReport, guest_paused: bool) -> String {
@@ -290,10 +371,7 @@ fn report_text(report: &RewindReport, guest_paused: bool) -> String {
         ));
     }
     if guest_paused {
-        lines.push(
-            "the guest is paused, and its memory knows the disk as it was: reset it before it goes on, in QMP system_reset and then cont"
-                .to_owned(),
-        );
+        lines.push(PAUSED.to_owned());
     }
     lines.join("\n")
 }
@@ -306,5 +384,24 @@ mod tests {
     fn a_machine_names_its_disk_by_the_socket() {
         assert_eq!(place_of("nbd+unix:///vm1?socket=/run/vm1.sock"), "/run/vm1.sock");
         assert_eq!(place_of("nbd://127.0.0.1:10809/vm1"), "127.0.0.1:10809");
+    }
+    #[test]
+    fn what_a_forced_rewind_gives_up_is_said() {
+        assert_eq!(missed(ByteCount(0), 0, true), None);
+        assert!(missed(ByteCount(0), 0, false).unwrap().contains("since the receiver was last there"));
+        assert_eq!(missed(ByteCount(0), 1, true).unwrap(), "of what is there now 1 write have");
+        let both = missed(ByteCount(1 << 20), 7, false).unwrap();
+        assert!(both.contains("1.0 MiB") && both.contains("7 writes"), "{both}");
+    }
+
+    #[test]
+    fn a_guest_that_is_left_paused_is_told_of() {
+        let name: DiskName = "vm1".parse().unwrap();
+        assert_eq!(Pause::No.left(&name), None);
+        for pause in [Pause::Begun, Pause::SetBack] {
+            let said = pause.left(&name).unwrap();
+            assert!(said.starts_with("the guest is paused") && said.contains("system_reset"), "{said}");
+        }
+        assert!(Pause::Begun.left(&name).unwrap().contains("backtide status vm1"));
     }
 }

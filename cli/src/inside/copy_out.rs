@@ -2,7 +2,8 @@
 //!
 //! Invariant: nothing is written through a name that was not made here: directories and files are created, never
 //! opened, so that no symbolic link of the volume leads out of the destination. Nobody else reads anything
-//! before it has the mode that it has on the volume.
+//! before it has the mode that it has on the volume. A file gets its name when all of it is there: what ends a copy
+//! leaves no half one. What was copied is durable at the end.
 
 use std::{
     collections::HashSet,
@@ -20,9 +21,13 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_filesystems::FileId;
 use rustix::fs::OFlags;
 use serde::Serialize;
+use tempfile::NamedTempFile;
 
-use super::{Entry, Kind, Unreadable, Volume};
-use crate::ending::{Failure, io_failure};
+use super::{Entry, Kind, Lost, Unreadable, Volume};
+use crate::{
+    ending::{Failure, io_failure},
+    restore::Replaceable,
+};
 
 /// What is read and written at once.
 const PIECE: usize = 1 << 20;
@@ -61,12 +66,17 @@ pub(crate) struct Copied {
     pub(crate) unreadable: Unreadable,
 }
 
-/// Copies a file, or a directory with everything in it.
+/// Copies a file, or a directory with everything in it, of a point that `lost` tells the end of.
 ///
 /// # Errors
 /// What cannot be written, or cannot be read when it was asked for by name; of a directory's files those that cannot
 /// be read are left out. A directory that was begun stays, a file does not.
-pub(crate) fn copy_out(volume: &Volume, entry: &Entry, to: &Destination) -> Result<Copied, Failure> {
+pub(crate) fn copy_out(
+    volume: &Volume,
+    entry: &Entry,
+    to: &Destination,
+    lost: &Lost,
+) -> Result<Copied, Failure> {
     let mut copied = Copied::default();
     match (entry.kind, to) {
         (Kind::File, Destination::Stdout) => {
@@ -75,20 +85,26 @@ pub(crate) fn copy_out(volume: &Volume, entry: &Entry, to: &Destination) -> Resu
             copied.files = 1;
         }
         (Kind::File, Destination::Path { path, replace }) => {
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
             let failed = |error: io::Error| io_failure(path.display(), &error);
-            let mut file =
-                tempfile::NamedTempFile::new_in(parent.unwrap_or(Path::new("."))).map_err(failed)?;
+            let replaced = Replaceable::at(path, *replace)?;
+            let mut file = NamedTempFile::new_in(parent_of(path)).map_err(failed)?;
             copied.bytes = pour(volume, entry, To::File(file.as_file_mut()), path)?;
             file.as_file().set_permissions(mode(entry)).map_err(failed)?;
-            let kept = if *replace { file.persist(path) } else { file.persist_noclobber(path) };
+            file.as_file().sync_all().map_err(failed)?;
+            let held = replaced.still(path)?;
+            let kept = if held.is_some() { file.persist(path) } else { file.persist_noclobber(path) };
             kept.map_err(|error| exists_or_failed(path, &error.error))?;
+            File::open(parent_of(path)).and_then(|parent| parent.sync_all()).map_err(failed)?;
             copied.files = 1;
         }
         (Kind::Directory, Destination::Path { path, .. }) => {
-            let mut tree = Tree { volume, seen: HashSet::new(), copied };
+            Replaceable::at(path, false)?;
+            let mut tree = Tree { volume, lost, seen: HashSet::new(), copied };
             let entries = tree.entries(entry)?;
-            tree.directory(entry, entries, path, 0)?;
+            let made = tree.directory(entry, entries, path, 0)?;
+            // All of it at once, and with it what closing a file would have told.
+            let synced = rustix::fs::syncfs(&made).map_err(io::Error::from);
+            synced.map_err(|error| io_failure(path.display(), &error))?;
             copied = tree.copied;
         }
         (Kind::Directory, Destination::Stdout) => {
@@ -104,6 +120,7 @@ pub(crate) fn copy_out(volume: &Volume, entry: &Entry, to: &Destination) -> Resu
 /// A directory that is copied with what is in it.
 struct Tree<'volume> {
     volume: &'volume Volume,
+    lost: &'volume Lost,
     /// Directories that were entered: a tree has each once.
     seen: HashSet<FileId>,
     copied: Copied,
@@ -126,7 +143,7 @@ impl Tree<'_> {
         entries: Vec<Entry>,
         path: &Path,
         depth: usize,
-    ) -> Result<(), Failure> {
+    ) -> Result<File, Failure> {
         if depth > DEPTH_MAX {
             return Err(refused(&format!("{} is deeper than {DEPTH_MAX} directories", path.display())));
         }
@@ -139,7 +156,7 @@ impl Tree<'_> {
         // Not through a link that somebody has put in its place meanwhile.
         let flags = (OFlags::DIRECTORY | OFlags::NOFOLLOW).bits().cast_signed();
         let made = File::options().read(true).custom_flags(flags).open(path);
-        let set = made.and_then(|made| made.set_permissions(mode(entry)));
+        let set = made.and_then(|made| made.set_permissions(mode(entry)).map(|()| made));
         set.map_err(|error| io_failure(path.display(), &error))
     }
 
@@ -154,8 +171,8 @@ impl Tree<'_> {
         let to = path.join(OsStr::from_bytes(name));
         match inner.kind {
             Kind::Directory => match self.entries(inner) {
-                Ok(entries) => self.directory(inner, entries, &to, depth + 1)?,
-                Err(error) => self.copied.unreadable.add_error(to.display(), &error),
+                Ok(entries) => drop(self.directory(inner, entries, &to, depth + 1)?),
+                Err(error) => self.leave_out(&to, &error)?,
             },
             Kind::File => self.file(inner, &to)?,
             Kind::Symlink => {
@@ -177,20 +194,26 @@ impl Tree<'_> {
     }
 
     fn file(&mut self, inner: &Entry, to: &Path) -> Result<(), Failure> {
-        let created = File::options().write(true).create_new(true).mode(0o600).open(to);
-        let mut file = created.map_err(|error| exists_or_failed(to, &error))?;
-        match pour(self.volume, inner, To::File(&mut file), to) {
+        // Half a file would be taken for a whole one, were it under its own name.
+        let failed = |error: io::Error| io_failure(to.display(), &error);
+        let mut file = NamedTempFile::new_in(parent_of(to)).map_err(failed)?;
+        match pour(self.volume, inner, To::File(file.as_file_mut()), to) {
             Ok(bytes) => self.copied.bytes += bytes,
-            Err(halt) => {
-                // Half a file would be taken for a whole one.
-                fs::remove_file(to).map_err(|error| io_failure(to.display(), &error))?;
-                let Halt::Volume(error) = halt else { return Err(halt.into()) };
-                self.copied.unreadable.add_error(to.display(), &error);
-                return Ok(());
-            }
+            Err(Halt::Volume(error)) => return self.leave_out(to, &error),
+            Err(halt @ Halt::Here(_)) => return Err(halt.into()),
         }
-        file.set_permissions(mode(inner)).map_err(|error| io_failure(to.display(), &error))?;
+        file.as_file().set_permissions(mode(inner)).map_err(failed)?;
+        file.persist_noclobber(to).map_err(|error| exists_or_failed(to, &error.error))?;
         self.copied.files += 1;
+        Ok(())
+    }
+
+    /// Notes what cannot be read, unless that is so of everything from now on.
+    fn leave_out(&mut self, to: &Path, error: &ApiError) -> Result<(), Failure> {
+        if let Some(why) = self.lost.why() {
+            return Err(why.clone().into());
+        }
+        self.copied.unreadable.add_error(to.display(), error);
         Ok(())
     }
 }
@@ -235,6 +258,7 @@ fn pour(volume: &Volume, entry: &Entry, mut to: To<'_>, name: &Path) -> Result<u
         }
         let count = file.read(&mut buffer).map_err(Halt::Volume)?;
         match &mut to {
+            To::Stream(to) if count == 0 => to.flush().map_err(failed)?,
             To::Stream(to) => to.write_all(&buffer[..count]).map_err(failed)?,
             To::File(to) if count == 0 => to.set_len(bytes).map_err(failed)?,
             To::File(to) => to.write_all(&buffer[..count]).map_err(failed)?,
@@ -244,6 +268,11 @@ fn pour(volume: &Volume, entry: &Entry, mut to: To<'_>, name: &Path) -> Result<u
         }
         bytes += count as u64;
     }
+}
+
+/// The directory that a name is in.
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Who may read and write it; what runs as another user does not come along.

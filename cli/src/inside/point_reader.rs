@@ -11,7 +11,7 @@ use std::{
 };
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_export::{Client, ClientError};
+use backtide_export::{Client, ClientError, NbdError};
 use backtide_filesystems::Source;
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::Bytes;
@@ -30,10 +30,14 @@ const STRETCHES: usize = 64;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Lost(Arc<OnceLock<ApiError>>);
 
+/// Whether a point's server is gone, or about to go; what a server that goes on has refused is about some bytes alone.
+pub(crate) fn is_gone(error: &ClientError) -> bool {
+    error.is_lost() || matches!(error, ClientError::Refused { error: NbdError::Shutdown, .. })
+}
+
 impl Lost {
     fn note(&self, error: &ClientError) {
-        // What a server that goes on has refused is about these bytes alone.
-        if !matches!(error, ClientError::Refused { .. }) {
+        if is_gone(error) {
             let _ = self.0.set(ApiError::from_error(ErrorCode::Unreachable, error));
         }
     }

@@ -5,6 +5,8 @@
 use backtide_control::ApiError;
 use serde::Serialize;
 
+use crate::output::printable;
+
 /// Files that are named; more are counted.
 const NAMED_MAX: usize = 1000;
 
@@ -43,7 +45,8 @@ impl Unreadable {
 
     /// A sentence for each, and one for those that are not named.
     pub(crate) fn sentences(&self) -> Vec<String> {
-        let sentence = |file: &FileError| format!("left out {}: {}", file.path, file.error);
+        let sentence =
+            |file: &FileError| format!("left out {}: {}", printable(&file.path), printable(&file.error));
         let mut sentences: Vec<_> = self.errors.iter().map(sentence).collect();
         let more = self.count - self.errors.len() as u64;
         if more > 0 {
@@ -67,6 +70,8 @@ mod tests {
         let sentences = unreadable.sentences();
         assert_eq!((unreadable.count, sentences.len()), (1002, 1001));
         assert_eq!(sentences[0], "left out /file 0: it is damaged");
+        unreadable.errors[0].path = "/a\nwarning: b\u{1b}[2J".to_owned();
+        assert_eq!(unreadable.sentences()[0], "left out /a\u{fffd}warning: b\u{fffd}[2J: it is damaged");
         assert_eq!(sentences[1000], "left out 2 more that cannot be read");
     }
 }

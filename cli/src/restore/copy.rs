@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     ending::{Failure, failed},
+    inside::is_gone,
     output::progress::Progress,
     restore::{
         pieces::{WindowDigest, digest, pieces, runs, windows},
@@ -259,7 +260,29 @@ async fn zero_the_holes(target: &Target, window: ByteRange, extents: &[Extent]) 
 }
 
 fn read_failure(error: &backtide_export::ClientError) -> Failure {
-    let code = if error.is_lost() { ErrorCode::Unreachable } else { ErrorCode::Damaged };
+    let code = if is_gone(error) { ErrorCode::Unreachable } else { ErrorCode::Damaged };
     let cause = ApiError::from_error(code, error);
     ApiError { message: format!("read the point: {}", cause.message), ..cause }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_export::{ClientError, CommandKind, NbdError};
+    use backtide_units::ByteOffset;
+
+    use super::*;
+
+    #[test]
+    fn a_server_that_ends_is_no_damage() {
+        let refused = |error: NbdError| {
+            let range = ByteRange::between(ByteOffset(0), ByteOffset(4096));
+            let (kind, text) = (CommandKind::Read, String::new());
+            match read_failure(&ClientError::Refused { kind, range, error, text }) {
+                Failure::Error(error) => error.code,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(refused(NbdError::Shutdown), ErrorCode::Unreachable);
+        assert_eq!(refused(NbdError::Io), ErrorCode::Damaged);
+    }
 }

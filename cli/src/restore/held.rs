@@ -22,7 +22,7 @@ use crate::{
 
 /// A file or device that nobody else has locked, nor can lock until this is dropped.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(crate) struct Held {
     file: File,
 }
 

@@ -75,27 +75,23 @@ pub(crate) struct Wanted {
 
 /// Holds what is there, for as long as the restore goes on; refuses what is in use - an image that an agent
 /// protects - and files of a daemon.
-fn hold_unless_live(path: &Path) -> Result<Held, Failure> {
+pub(super) fn hold_unless_live(path: &Path) -> Result<Held, Failure> {
     let real = std::fs::canonicalize(path).map_err(|error| io_failure(path.display(), &error))?;
     refuse_store(&real)?;
-    let hint = "detach the disk first, or restore to another place";
+    let hint = "detach the disk first, or take another place";
     Held::take(&real).map_err(|why| why.failure(path, hint))
 }
 
 /// Refuses what lies in a receiver's store or an agent's state directory, whether it is there already or not.
-fn refuse_store(path: &Path) -> Result<(), Failure> {
+pub(super) fn refuse_store(path: &Path) -> Result<(), Failure> {
     let Ok(real) = std::fs::canonicalize(path) else { return Ok(()) };
     if real.ancestors().any(|directory| directory.join("store.json").exists()) {
         let message = format!("{} lies in a receiver's store", path.display());
-        return Err(ApiError::new(ErrorCode::Refused, message)
-            .with_hint("restore to a place outside it")
-            .into());
+        return Err(ApiError::new(ErrorCode::Refused, message).with_hint("take a place outside it").into());
     }
     if real.ancestors().any(is_agent_state) {
         let message = format!("{} lies in an agent's state directory", path.display());
-        return Err(ApiError::new(ErrorCode::Refused, message)
-            .with_hint("restore to a place outside it")
-            .into());
+        return Err(ApiError::new(ErrorCode::Refused, message).with_hint("take a place outside it").into());
     }
     Ok(())
 }

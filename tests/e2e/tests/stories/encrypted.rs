@@ -87,6 +87,48 @@ fn daemons_told_to_use_tls_use_it_for_every_socket_of_theirs() {
 }
 
 #[test]
+fn commands_look_into_points_of_a_receiver_that_serves_under_tls() {
+    let bench = Bench::new();
+    let pki = bench.name("pki");
+    assert_eq!(bench.run(&["pki", "init", &pki, "--receiver", "localhost"]).code, 0);
+    // The folder of a server: no client's certificate is in it.
+    let folder = bench.name("pki/localhost");
+    let tls = ["--nbd-tls", "required", "--nbd-tls-certificates", &folder];
+    // Who may connect elsewhere may not here.
+    let _receiver = bench.daemon(&[&["receiver", "run", "--nbd-mode", "0660"], &tls[..]].concat());
+    let _agent = bench.agent();
+    let (image, tree) = (bench.name("vm1.img"), bench.path("tree"));
+    std::fs::create_dir(&tree).expect("make a directory");
+    std::fs::write(tree.join("hosts"), "127.0.0.1 here\n").expect("write");
+    tools::run("truncate", &["-s", "16M", &image]);
+    tools::run("mkfs.ext4", &["-q", "-F", "-d", tree.to_str().expect("text"), &image]);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.settle();
+    let from = format!("lsn:{}", disk.last());
+    disk.qemu_io(&["write -P 0x11 12M 4k"]);
+    disk.settle();
+
+    disk.latest_is_the_image();
+    let listed = bench.json(&["ls", "vm1", "/"]);
+    assert_eq!(listed["entries"][0]["name"], "hosts", "{listed}");
+    let copied = bench.plain(&["cp", "vm1", "/hosts", "-"]);
+    assert_eq!((copied.code, copied.stdout.as_str()), (0, "127.0.0.1 here\n"), "{copied:?}");
+    let differing = bench.json(&["diff", "vm1", "--from", &from, "--files", "--content"]);
+    assert_eq!((&differing["added"], &differing["changed"]), (&0.into(), &0.into()), "{differing}");
+    // What stays is under TLS as it was told.
+    let mount = bench.json(&["mount", "vm1", "--at", "latest"]);
+    let uri = mount["uri"].as_str().expect("a URI");
+    assert!(uri.starts_with("nbds+unix:"), "{uri}");
+    let plain = format!("nbd+unix:///point?socket={}", bench.name("point.sock"));
+    let mount = bench.json(&["mount", "vm1", "--at", "latest", "--nbd", &plain]);
+    assert!(
+        mount["uri"].as_str().expect("a URI").starts_with("nbds+unix:"),
+        "its URI says nothing of TLS: {mount}"
+    );
+}
+
+#[test]
 fn certificates_that_cannot_be_used_are_named_at_the_attach() {
     let bench = Bench::new();
     let (_receiver, _agent) = (bench.receiver(), bench.agent());

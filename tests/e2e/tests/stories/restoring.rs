@@ -6,7 +6,7 @@ use std::{
     process::{Child, Stdio},
 };
 
-use backtide_e2e::{Bench, LoopDevice, skip, tools};
+use backtide_e2e::{Bench, Daemon, LoopDevice, skip, tools};
 
 const SIZE: u64 = 32 << 20;
 
@@ -65,6 +65,15 @@ fn a_restore_to_a_block_device_is_the_point_and_keeps_what_lies_behind() {
 
 #[test]
 fn a_restore_whose_receiver_dies_is_gone_on_with_when_it_is_back() {
+    is_gone_on_with(Daemon::kill);
+}
+
+#[test]
+fn a_restore_whose_receiver_is_stopped_is_gone_on_with_when_it_is_back() {
+    is_gone_on_with(|receiver| assert_eq!(receiver.stop(), 0));
+}
+
+fn is_gone_on_with(end: fn(Daemon)) {
     let bench = Bench::new();
     let (mut receiver, _agent, disk) = bench.protected(SIZE, &[]);
     disk.qemu_io(&["write -P 0x11 0 24M", "write -P 0x22 28M 1M"]);
@@ -79,7 +88,7 @@ fn a_restore_whose_receiver_dies_is_gone_on_with_when_it_is_back() {
         while notes(&bench).is_none_or(|length| length < 200) && child.try_wait().unwrap().is_none() {
             std::thread::yield_now();
         }
-        receiver.kill();
+        end(receiver);
         let code = ended(&mut child);
         receiver = bench.receiver();
         interrupted = code == UNREACHABLE && notes(&bench).is_some();

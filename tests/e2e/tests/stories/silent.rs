@@ -108,6 +108,20 @@ fn a_mark_is_waited_for_through_a_resync_and_until_it_is_given_up() {
 }
 
 #[test]
+fn a_disk_that_is_attached_to_a_silent_receiver_is_said_to_be_alone() {
+    let bench = Bench::new();
+    let (receiver, _agent) = (bench.receiver(), bench.agent());
+    bench.image("vm1.img", SIZE);
+    receiver.signal("STOP");
+    let (address, image) = (bench.socket("stream.sock"), bench.name("vm1.img"));
+    let said = bench.run(&["attach", "vm1", &image, "--receiver", &address]);
+    assert_eq!(said.code, 3, "{said:?}");
+    assert!(said.stderr.contains("has not answered"), "{said:?}");
+    receiver.signal("CONT");
+    bench.disk("vm1").wait("sync");
+}
+
+#[test]
 fn a_silent_agent_is_said() {
     let bench = Bench::new();
     let (_receiver, agent, _disk) = bench.protected(SIZE, &[]);
