@@ -212,6 +212,23 @@ impl Registry {
         refuse_adopted(&request, known.as_ref())?;
         refuse_fenced(&request, known.as_ref())?;
         refuse_other_format(&request, known.as_ref()).await?;
+        // From before anything of it is made: another disk may be about to begin in it.
+        self.take_image(&request.name, &request.image, Duration::ZERO).await?;
+        let name = request.name.clone();
+        let attached = self.attach_claimed(&claim, request, known).await;
+        if !self.disks.read().await.contains_key(&name) {
+            self.leave_image(&name).await;
+        }
+        attached
+    }
+
+    /// Attaches a disk whose name and image are claimed.
+    async fn attach_claimed(
+        &self,
+        claim: &Claim,
+        request: AttachRequest,
+        known: Option<DiskRecord>,
+    ) -> Result<DiskStatus, ApiError> {
         // One that is adopted begins another life.
         let waits = known.clone().filter(|record| record.attached && request.adopt.is_none());
         let (from, failover) = (request.from, request.adopt.filter(|_| request.failover));
@@ -222,7 +239,7 @@ impl Registry {
             (None, None) => record,
         };
         let name = record.name.clone();
-        let handle = match self.start(&claim, record, Duration::ZERO).await {
+        let handle = match self.start(claim, record, Duration::ZERO).await {
             Ok(handle) => handle,
             Err(error) => {
                 match waits {

@@ -8,7 +8,7 @@
 //! that no record knows, which nothing takes for a disk; a failover begins anew then, with a higher epoch. A failback
 //! (`failback.rs`) ends in the same way, with an image that has most of it.
 
-use std::{cell::OnceCell, path::Path, rc::Rc, sync::Arc, time::Duration};
+use std::{cell::OnceCell, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::Adopted;
 use backtide_control::{ApiError, ErrorCode};
@@ -16,7 +16,7 @@ use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_protocol::{Hello, PROTOCOL_VERSION, ReceiverState, Tracking, Welcome};
 use backtide_storage::KillPoint;
 use backtide_tracking::{DirtyBitmap, SavedTracking, Snapshot};
-use backtide_units::{BlockRange, ByteCount, Lsn, Reason};
+use backtide_units::{BlockRange, Lsn, Reason};
 use tokio::task::LocalSet;
 use uuid::Uuid;
 
@@ -24,7 +24,7 @@ use super::{
     Registry,
     errors::failed,
     failback::{HeldImage, LeftBehind},
-    image::{self, refuse_other_size},
+    image::{self, Before, empty_again, refuse_other_size},
     origin::fetch_error,
     rewind::{RELEASE_TIME, have_hydration},
     waiting,
@@ -48,14 +48,14 @@ pub(super) struct TakenOver {
     newer: DirtyBitmap,
     /// Nobody else has the image that the disk had here, until the record says what it is.
     image: Option<HeldImage>,
-    /// The size of an image that is kept.
-    had: Option<ByteCount>,
+    /// What was found where the image is to be.
+    before: Before,
 }
 
 /// In what a disk goes on that was taken over.
 pub(super) enum Target {
-    /// An image that is made for it; the size of an export that is kept.
-    New(Option<ByteCount>),
+    /// An image that is made for it, where this was found.
+    New(Before),
     /// The one that it had here.
     Left(Box<LeftBehind>),
 }
@@ -90,9 +90,9 @@ impl Registry {
         };
         let begun = waiting(begun).await?;
         let format = image::find_format(&record).await?;
-        let had = image::refuse_used(&record.image, format, begun).await?;
+        let before = image::refuse_used(&record.image, format, begun).await?;
         let record = DiskRecord { epoch: adopted.epoch.taken_over(), format, ..record };
-        let taken = self.take_over(&record, adopted, Target::New(had)).await?;
+        let taken = self.take_over(&record, adopted, Target::New(before)).await?;
         self.begin_taken(record, taken, None).await
     }
 
@@ -148,11 +148,11 @@ impl Registry {
             let discarded = waiting(move || place.discard(uuid)).await?;
             discarded.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
         }
-        let grows = taken.had.is_some_and(|had| had < taken.source.size);
+        let grows = taken.before.is_shorter_than(taken.source.size);
         if let Some(left) = left.clone().filter(|_| grows) {
             waiting(move || left.refuse_changed()).await??;
         }
-        let inode = image::make(&record.image, record.format, taken.source.size, taken.had).await?;
+        let inode = image::make(&record.image, record.format, taken.source.size, taken.before).await?;
         if let Some(left) = left.filter(|_| !grows) {
             return Ok(Made { inode, stamp: left.stamp });
         }
@@ -228,9 +228,9 @@ impl Registry {
                 taken
             };
             let taken = runtime.block_on(local.run_until(taken));
-            let (image, had) = match target {
-                Target::Left(left) => (Some(left.image), Some(left.size)),
-                Target::New(had) => (None, had),
+            let (image, before) = match target {
+                Target::Left(left) => (Some(left.image), Before::Kept(left.size)),
+                Target::New(before) => (None, before),
             };
             taken.map(|taken| {
                 taken.map(|(welcome, source, missing, newer)| TakenOver {
@@ -239,7 +239,7 @@ impl Registry {
                     missing,
                     newer,
                     image,
-                    had,
+                    before,
                 })
             })
         };
@@ -254,9 +254,8 @@ impl Target {
     fn fits(&self, image: &str, point: &SourcePoint) -> Result<(), FetchError> {
         match self {
             Self::Left(left) => left.fits(point),
-            Self::New(had) => {
-                refuse_other_size(image, point.size, *had).map_err(|error| FetchError::Refused(error.message))
-            }
+            Self::New(before) => refuse_other_size(image, point.size, *before)
+                .map_err(|error| FetchError::Refused(error.message)),
         }
     }
 }
@@ -268,7 +267,7 @@ fn begin(
     taken: TakenOver,
     made: Made,
 ) -> Result<DiskRecord, Unfinished> {
-    let TakenOver { welcome, source, missing, newer, image: held, had: _ } = taken;
+    let TakenOver { welcome, source, missing, newer, image: held, before: _ } = taken;
     let saved = in_sync(&record, &welcome, newer);
     let image = disk::path_of(&record.image);
     let Made { inode, stamp } = made;
@@ -303,7 +302,8 @@ fn begin(
         // What the image lacked before is in the new file only.
         let undone = had_none && undo(records, &record);
         if let Some(image) = image.filter(|_| undone && is_new) {
-            empty_again(&image);
+            // It is one that the next attempt may use; it has no byte.
+            empty_again(&image, record.image_at_detach.as_ref());
         }
         Unfinished { lacks: !undone, error }
     })?;
@@ -349,13 +349,6 @@ fn save(
     records.save(record).map_err(|error| failed(&error))
 }
 
-/// An image that was made here is one that the next attempt may use; it has no byte.
-fn empty_again(image: &Path) {
-    if let Err(error) = std::fs::File::options().write(true).open(image).and_then(|file| file.set_len(0)) {
-        tracing::warn!(image = %image.display(), %error, "cannot empty the image that was made");
-    }
-}
-
 /// Leaves nothing that says the disk is here, if that is sure; else it lacks blocks.
 fn undo(records: &Records, record: &DiskRecord) -> bool {
     let is_saved = |found: Option<DiskRecord>| found.is_some_and(|found| found.epoch == record.epoch);
@@ -375,7 +368,7 @@ fn undo(records: &Records, record: &DiskRecord) -> bool {
 mod tests {
     use backtide_io_filter::Resume;
     use backtide_storage::MemoryStorage;
-    use backtide_units::{CaptureTime, DiskId, HistoryId, LogPosition};
+    use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId, LogPosition};
 
     use super::*;
 
@@ -408,7 +401,7 @@ mod tests {
             size: ByteCount(1 << 20),
         };
         let (missing, newer) = (DirtyBitmap::new(), DirtyBitmap::new());
-        let taken = TakenOver { welcome, source, missing, newer, image: None, had: None };
+        let taken = TakenOver { welcome, source, missing, newer, image: None, before: Before::Nothing };
         std::fs::write(&path, "as somebody else wrote it").unwrap();
         let records = Records::new(Arc::new(MemoryStorage::new()));
         let made = Made { inode: stamp.as_ref().unwrap().inode, stamp: stamp.clone() };

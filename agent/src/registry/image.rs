@@ -1,11 +1,11 @@
 //! The images in which a disk begins that lacks everything of a point, and those that are looked at before a disk goes on
 //! with them: raw files, qcow2 files, and whatever an NBD server serves.
 //!
-//! Invariant: nothing that may be somebody's is written. A file is made here, or has no byte; a server tells that all it has
-//! reads as zeroes.
+//! Invariant: nothing that may be somebody's is written. A file is made here, or has no byte, also when it is made at last,
+//! however long ago it was looked at; a server tells that all it has reads as zeroes.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, Metadata, OpenOptions},
     io,
     os::unix::fs::MetadataExt,
     path::Path,
@@ -15,16 +15,42 @@ use backtide_agent_api::ImageFormat;
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::NbdUri;
 use backtide_units::ByteCount;
+use rustix::{fs::FlockOperation, io::Errno};
 
 use super::{rewind::too_coarse, waiting};
 use crate::{
     disk::{self, Served},
     qcow2::{self, Qcow2Error, format_of},
-    record::DiskRecord,
+    record::{DiskRecord, ImageStamp},
 };
 
 /// The blocks of a file's metadata unit, in bytes.
 const STAT_BLOCK: u64 = 512;
+
+/// What was found where an image is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Before {
+    /// Nothing, or a file without a byte.
+    Nothing,
+    /// The same, or what an attempt has made of it that somebody ended.
+    Begun,
+    /// An image of this size, which is kept.
+    Kept(ByteCount),
+}
+
+impl Before {
+    fn kept(self) -> Option<ByteCount> {
+        match self {
+            Self::Kept(size) => Some(size),
+            Self::Nothing | Self::Begun => None,
+        }
+    }
+
+    /// Whether what is kept is shorter than `size`.
+    pub(super) fn is_shorter_than(self, size: ByteCount) -> bool {
+        self.kept().is_some_and(|kept| kept < size)
+    }
+}
 
 /// What the image of a disk that has yet to be made is, or becomes: as asked for, else by what it looks like or its name ends
 /// with; none of an NBD URI.
@@ -43,21 +69,21 @@ fn format_of_new(image: &str, asked: Option<ImageFormat>) -> Option<ImageFormat>
     }
 }
 
-/// Refuses an image that has a byte, or could be somebody's disk; `begun` when it was made for this one already. The size of one
-/// that has one and keeps it.
+/// Refuses an image that has a byte, or could be somebody's disk; `begun` when it was made for this one already.
 pub(super) async fn refuse_used(
     image: &str,
     format: Option<ImageFormat>,
     begun: bool,
-) -> Result<Option<ByteCount>, ApiError> {
+) -> Result<Before, ApiError> {
     let Some((path, format)) = disk::path_of(image).zip(format) else {
-        return refuse_used_server(image).await.map(Some);
+        return refuse_used_server(image).await.map(Before::Kept);
     };
+    let before = if begun { Before::Begun } else { Before::Nothing };
     let looked_at = path.clone();
     // A link to nothing is somebody's mistake.
     let look = move || (looked_at.metadata(), looked_at.is_symlink());
     let found = match waiting(look).await? {
-        (Err(error), false) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        (Err(error), false) if error.kind() == io::ErrorKind::NotFound => return Ok(before),
         (Err(error), _) => return Err(io_error(&format!("look at {image}"), &error)),
         (Ok(found), _) => found,
     };
@@ -67,17 +93,21 @@ pub(super) async fn refuse_used(
         return Err(ApiError::new(ErrorCode::Refused, message)
             .with_hint("`backtide restore` writes a point to a device"));
     }
-    let is_blank = found.len() == 0
-        || begun
-            && match format {
-                ImageFormat::Raw => found.blocks() * STAT_BLOCK == 0,
-                ImageFormat::Qcow2 => is_blank(&path).await?,
-            };
-    if is_blank {
-        return Ok(None);
-    }
+    let is_blank = match format {
+        ImageFormat::Raw => is_blank_file(&found, before),
+        ImageFormat::Qcow2 => found.len() == 0 || begun && is_blank(&path).await?,
+    };
+    if is_blank { Ok(before) } else { Err(used(image)) }
+}
+
+fn used(image: &str) -> ApiError {
     let message = format!("{image} exists and is not empty");
-    Err(ApiError::new(ErrorCode::Exists, message).with_hint("name a new file, or remove that one first"))
+    ApiError::new(ErrorCode::Exists, message).with_hint("name a new file, or remove that one first")
+}
+
+/// Whether a raw image has no byte.
+fn is_blank_file(found: &Metadata, before: Before) -> bool {
+    found.len() == 0 || before == Before::Begun && found.blocks() * STAT_BLOCK == 0
 }
 
 async fn is_blank(path: &Path) -> Result<bool, ApiError> {
@@ -107,61 +137,112 @@ pub(super) async fn look_at(image: &str) -> Result<Served, ApiError> {
     }
 }
 
-/// Makes the image of a disk of `size`, where it has nothing yet a hole, durably; its inode, or 0 where it has none. `had`: the
-/// size of an image that is kept.
+/// Makes the image of a disk of `size`, where it has nothing yet a hole, durably; its inode, or 0 where it has none.
+/// `before`: what was found there, perhaps long ago.
+///
+/// # Errors
+/// `exists` or `locked` when it is somebody's by now.
 pub(super) async fn make(
     image: &str,
     format: Option<ImageFormat>,
     size: ByteCount,
-    had: Option<ByteCount>,
+    before: Before,
 ) -> Result<u64, ApiError> {
     let Some((path, format)) = disk::path_of(image).zip(format) else {
-        return refuse_other_size(image, size, had).map(|()| 0);
+        return refuse_other_size(image, size, before).map(|()| 0);
     };
-    match (format, had) {
-        (ImageFormat::Raw, _) => {}
-        (ImageFormat::Qcow2, None) => {
-            qcow2::create(&path, size).await.map_err(|error| qcow2_error(&error))?
-        }
-        (ImageFormat::Qcow2, Some(had)) if had < size => {
-            qcow2::grow(&path, size).await.map_err(|error| qcow2_error(&error))?;
-        }
-        (ImageFormat::Qcow2, Some(_)) => {}
-    }
     let shown = image.to_owned();
-    let length = (format == ImageFormat::Raw).then_some(size);
-    let made = waiting(move || make_file(&path, length)).await?;
-    made.map_err(|error| io_error(&format!("make the image {shown}"), &error))
+    match (format, before) {
+        (ImageFormat::Raw, before) => waiting(move || make_raw(&path, &shown, size, before)).await?,
+        (ImageFormat::Qcow2, before) => {
+            match before.kept() {
+                // One that somebody has open is kept from others by QEMU's own lock, which would mind ours on NFS.
+                None => {
+                    refuse_used(image, Some(format), before == Before::Begun).await?;
+                    qcow2::create(&path, size).await.map_err(|error| qcow2_error(&error))?;
+                }
+                Some(kept) if kept < size => {
+                    qcow2::grow(&path, size).await.map_err(|error| qcow2_error(&error))?;
+                }
+                Some(_) => {}
+            }
+            let sync =
+                move || OpenOptions::new().write(true).open(&path).and_then(|file| settle(&file, &path));
+            waiting(sync).await?.map_err(|error| cannot_make(&shown, &error))
+        }
+    }
 }
 
 /// Refuses a server whose disk has not the size that is needed: only the server can change it.
-pub(super) fn refuse_other_size(
-    image: &str,
-    size: ByteCount,
-    had: Option<ByteCount>,
-) -> Result<(), ApiError> {
-    match had {
-        Some(had) if had != size => {
-            let message = format!("{image} has {had} bytes, and the disk {size}");
+pub(super) fn refuse_other_size(image: &str, size: ByteCount, before: Before) -> Result<(), ApiError> {
+    match before.kept() {
+        Some(kept) if kept != size => {
+            let message = format!("{image} has {kept} bytes, and the disk {size}");
             Err(ApiError::new(ErrorCode::Refused, message).with_hint("make it as large as the disk"))
         }
         Some(_) | None => Ok(()),
     }
 }
 
-/// Makes the file, `length` long if that is not for others to say, durably; its inode, or 0 of a device.
-fn make_file(image: &Path, length: Option<ByteCount>) -> io::Result<u64> {
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(image)?;
-    let found = file.metadata()?;
-    // One that is a disk already may be so long, or be a device, which has the size it has.
-    if let Some(length) = length.filter(|length| found.is_file() && found.len() != length.0) {
-        file.set_len(length.0)?;
+/// Makes a raw image, `shown` to people; one that is kept is locked by whoever keeps it. Blocks.
+fn make_raw(path: &Path, shown: &str, size: ByteCount, before: Before) -> Result<u64, ApiError> {
+    let cannot = |error: io::Error| cannot_make(shown, &error);
+    let is_new = before.kept().is_none();
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(is_new).truncate(false).open(path).map_err(cannot)?;
+    if is_new {
+        lock(&file, shown)?;
     }
+    // Under the lock: another disk may have begun here, and written, since it was looked at.
+    let (found, named) = (file.metadata().map_err(cannot)?, path.metadata().map_err(cannot)?);
+    if is_new && (found.ino() != named.ino() || !is_blank_file(&found, before)) {
+        return Err(used(shown));
+    }
+    // A device has the size it has.
+    if found.is_file() && found.len() != size.0 {
+        file.set_len(size.0).map_err(cannot)?;
+    }
+    settle(&file, path).map_err(cannot)
+}
+
+/// Keeps a raw image from every disk and every restore as long as the file is open.
+fn lock(file: &File, shown: &str) -> Result<(), ApiError> {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
+        Errno::WOULDBLOCK => {
+            let message = format!("{shown} is locked: another disk has it by now, or a restore writes to it");
+            ApiError::new(ErrorCode::Locked, message).with_hint("name a new file")
+        }
+        errno => io_error(&format!("lock {shown}"), &errno.into()),
+    })
+}
+
+/// Makes an image and its name durable; its inode, or 0 of a device. Blocks.
+fn settle(file: &File, path: &Path) -> io::Result<u64> {
     file.sync_all()?;
-    if let Some(parent) = image.parent() {
+    if let Some(parent) = path.parent() {
         File::open(parent)?.sync_all()?;
     }
+    let found = file.metadata()?;
     Ok(if found.is_file() { found.ino() } else { 0 })
+}
+
+/// Empties an image that was made and not begun with, so that the next attempt may use it: only as it was made. Blocks.
+pub(super) fn empty_again(path: &Path, made: Option<&ImageStamp>) {
+    let empty = || {
+        let file = File::options().write(true).open(path)?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        match ImageStamp::found(&file.metadata()?) {
+            Some(now) if made == Some(&now) => file.set_len(0),
+            _ => Err(io::Error::other("somebody has written it since")),
+        }
+    };
+    if let Err(error) = empty() {
+        tracing::warn!(image = %path.display(), %error, "cannot empty the image that was made");
+    }
+}
+
+fn cannot_make(shown: &str, error: &io::Error) -> ApiError {
+    io_error(&format!("make the image {shown}"), error)
 }
 
 pub(super) fn qcow2_error(error: &Qcow2Error) -> ApiError {
@@ -170,4 +251,50 @@ pub(super) fn qcow2_error(error: &Qcow2Error) -> ApiError {
 
 pub(super) fn io_error(what: &str, error: &io::Error) -> ApiError {
     ApiError::new(ErrorCode::Failed, format!("cannot {what}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_somebody_has_written_since_it_was_looked_at_is_not_made_anew() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new");
+        let image = path.display().to_string();
+        for format in [ImageFormat::Raw, ImageFormat::Qcow2] {
+            let before = refuse_used(&image, Some(format), false).await.unwrap();
+            std::fs::write(&path, "written").unwrap();
+            let refused = make(&image, Some(format), ByteCount(1 << 20), before).await.unwrap_err();
+            assert_eq!(refused.code, ErrorCode::Exists, "{refused}");
+            assert_eq!(std::fs::read(&path).unwrap(), b"written");
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_image_that_was_made_is_emptied_only_as_it_was_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new");
+        let made = || {
+            let shown = path.display().to_string();
+            make_raw(&path, &shown, ByteCount(1 << 20), Before::Begun).unwrap();
+            ImageStamp::of(&path)
+        };
+        let length = || std::fs::metadata(&path).unwrap().len();
+        let stamp = made();
+        empty_again(&path, None);
+        assert_eq!(length(), 1 << 20);
+        let held = File::open(&path).unwrap();
+        lock(&held, "new").unwrap();
+        empty_again(&path, stamp.as_ref());
+        assert_eq!(length(), 1 << 20, "somebody has it");
+        drop(held);
+        empty_again(&path, stamp.as_ref());
+        assert_eq!(length(), 0);
+        let stamp = made();
+        std::fs::write(&path, "written").unwrap();
+        empty_again(&path, stamp.as_ref());
+        assert_eq!(std::fs::read(&path).unwrap(), b"written");
+    }
 }

@@ -13,13 +13,13 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_storage::KillPoint;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteCount, Lsn};
+use backtide_units::{BlockRange, Lsn};
 use tokio::task::LocalSet;
 
 use super::{
     Registry,
     errors::failed,
-    image::{self, io_error},
+    image::{self, Before, io_error},
     rewind::{RELEASE_TIME, refuse_damaged},
     waiting,
 };
@@ -45,7 +45,7 @@ impl Registry {
         // Of an attempt that somebody ended.
         let begun = record.origin.is_some();
         record.format = image::find_format(&record).await?;
-        let had = image::refuse_used(&record.image, record.format, begun).await?;
+        let before = image::refuse_used(&record.image, record.format, begun).await?;
         let (source, missing) = self.data_of(&record, from).await?;
         record.origin = Some(Origin {
             receiver: source.receiver.clone(),
@@ -55,7 +55,7 @@ impl Registry {
             time: source.time,
         });
         let held = source.clone();
-        if let Err(error) = self.make_from(&record, source, missing, had).await {
+        if let Err(error) = self.make_from(&record, source, missing, before).await {
             let (records, name, uuid) = (self.records.clone(), record.name.clone(), record.uuid);
             let lacks = move || match records.open_hydration(&name, trust::boot_id()) {
                 Ok(found) => found.is_some_and(|found| found.header().disk == uuid),
@@ -68,18 +68,18 @@ impl Registry {
         Ok(record)
     }
 
-    /// Makes the image, in the order of the invariant. `had`: the size of an export that is kept.
+    /// Makes the image, in the order of the invariant. `before`: what was found there.
     async fn make_from(
         &self,
         record: &DiskRecord,
         source: SourcePoint,
         missing: DirtyBitmap,
-        had: Option<ByteCount>,
+        before: Before,
     ) -> Result<(), ApiError> {
-        image::refuse_other_size(&record.image, source.size, had)?;
+        image::refuse_other_size(&record.image, source.size, before)?;
         let (records, saved) = (self.records.clone(), record.clone());
         waiting(move || records.save(&saved)).await?.map_err(|error| failed(&error))?;
-        let inode = image::make(&record.image, record.format, source.size, had).await?;
+        let inode = image::make(&record.image, record.format, source.size, before).await?;
         if missing.is_empty() {
             return Ok(());
         }
@@ -202,3 +202,6 @@ pub(crate) fn fetch_error(what: &str, error: FetchError) -> ApiError {
         FetchError::Refused(_) => ApiError::new(ErrorCode::Refused, message),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ use super::*;
 use crate::{Config, disk::tests::Started};
 
 /// The agent of `directory`.
-fn registry(directory: &Path) -> Arc<Registry> {
+pub(super) fn registry(directory: &Path) -> Arc<Registry> {
     let config = Config {
         state: directory.join("state"),
         run: directory.to_owned(),
