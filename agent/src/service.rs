@@ -19,6 +19,7 @@ use tokio::{
     sync::{Mutex, oneshot},
     task::JoinSet,
 };
+use uuid::Uuid;
 
 use self::changes::Changes;
 use crate::{
@@ -122,6 +123,7 @@ impl AgentService for Service {
     }
 
     async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
+        refuse_identity(&request.name)?;
         let registry = Arc::clone(&self.registry);
         self.changes.to_its_end(async move { registry.attach(request).await }).await
     }
@@ -282,6 +284,15 @@ fn nbd_uri(text: Option<String>) -> Result<Option<NbdUri>, ApiError> {
 
 fn not_verified(disk: &DiskName) -> ApiError {
     ApiError::new(ErrorCode::NotFound, format!("disk {disk} has not been verified since its attach"))
+}
+
+/// A disk may be named by its UUID: no other disk's name may be written so.
+fn refuse_identity(name: &DiskName) -> Result<(), ApiError> {
+    if Uuid::try_parse(name.as_str()).is_ok_and(|uuid| uuid.to_string() == name.as_str()) {
+        let message = format!("{name} is written as a disk's UUID, which names another disk");
+        return Err(ApiError::new(ErrorCode::Usage, message).with_hint("take another name"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

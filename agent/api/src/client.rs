@@ -85,21 +85,16 @@ impl AgentClient {
         })
     }
 
-    /// Protects a disk. One that begins from a receiver's point is followed as a [rewind](Self::rewind).
+    /// Protects a disk. Followed as a [rewind](Self::rewind).
     ///
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn attach(&self, request: &AttachRequest) -> Result<DiskStatus, ApiError> {
         let client = self.client.at_length();
-        let answer = client.post("/v1/disks", request).await;
-        // Those ask a receiver first.
-        match request.failover || request.from.is_some() {
-            true => followed(&client, answer).await,
-            false => answer,
-        }
+        followed(&client, client.post("/v1/disks", request).await).await
     }
 
-    /// Ends protection cleanly.
+    /// Ends protection cleanly. Followed as a [rewind](Self::rewind).
     ///
     /// # Errors
     /// As [`AgentClient::status`].
@@ -116,15 +111,17 @@ impl AgentClient {
         let asked: Vec<String> =
             asked.iter().filter(|(_, asked)| *asked).map(|(name, _)| format!("{name}=true")).collect();
         let query = if asked.is_empty() { String::new() } else { format!("?{}", asked.join("&")) };
-        self.client.at_length().delete(&path(disk, &query)).await
+        let client = self.client.at_length();
+        followed(&client, client.delete(&path(disk, &query)).await).await
     }
 
-    /// Takes over the size that the disk behind has grown to.
+    /// Takes over the size that the disk behind has grown to. Followed as a [rewind](Self::rewind).
     ///
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn resize(&self, disk: &DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
-        self.client.at_length().post(&path(disk, "/resize"), &request).await
+        let client = self.client.at_length();
+        followed(&client, client.post(&path(disk, "/resize"), &request).await).await
     }
 
     /// Sets a disk back to an earlier point of its history. An agent that takes longer than a call is followed to the end

@@ -73,8 +73,9 @@ async fn attach<S: AgentService>(
 async fn detach<S: AgentService>(
     State(service): State<Arc<S>>,
     Path(disk): Path<String>,
-    Query(request): Query<DetachRequest>,
+    request: Result<Query<DetachRequest>, QueryRejection>,
 ) -> Answer<DiskStatus> {
+    let Query(request) = request.map_err(|error| ApiError::new(ErrorCode::Usage, error.body_text()))?;
     service.detach(disk_named(&disk)?, request).await.map(Json)
 }
 

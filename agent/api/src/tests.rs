@@ -7,7 +7,7 @@ use backtide_control::{Address, ApiError, ErrorCode, Server};
 use backtide_units::{BlockCount, ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 
 use crate::{
-    AckPolicy, Adopted, AgentCache, AgentClient, AgentKeptOverlay, AgentMount, AgentMountRequest,
+    AGENT, AckPolicy, Adopted, AgentCache, AgentClient, AgentKeptOverlay, AgentMount, AgentMountRequest,
     AgentMounts, AgentOverlay, AgentOverlayFate, AgentRemountRequest, AgentService, AgentStatus,
     AgentUnmountRequest, AttachRequest, CacheMode, Counters, DetachRequest, Dirty, DiskMark, DiskStatus,
     FailbackReport, FailbackRequest, GoesOn, HydrationKind, HydrationStatus, Lag, Limits, LimitsChange,
@@ -158,10 +158,16 @@ impl AgentService for Fake {
     }
 
     async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
+        if request.name.as_str() == "slow" {
+            return Err(goes_on("slow", 50));
+        }
         self.note(&format!("attach {} {}", request.image, request.ack.unwrap_or_default()), &request.name)
     }
 
     async fn detach(&self, disk: DiskName, request: DetachRequest) -> Result<DiskStatus, ApiError> {
+        if disk.as_str() == "slow" {
+            return Err(goes_on("slow", 50));
+        }
         let what = match (request.incomplete, request.force) {
             (true, true) => "detach-incomplete-forced",
             (true, false) => "detach-incomplete",
@@ -207,6 +213,12 @@ impl AgentService for Fake {
     }
 
     async fn change(&self, id: String) -> Result<serde_json::Value, ApiError> {
+        let resized = || ResizeReport { size_before: ByteCount(512), hung_up: 0, disk: vm1() };
+        match id.as_str() {
+            "slow" => return Ok(serde_json::to_value(vm1()).unwrap()),
+            "slow-resize" => return Ok(serde_json::to_value(resized()).unwrap()),
+            _ => {}
+        }
         self.note("follow", &name(&id))?;
         let follows = self.calls.lock().unwrap().iter().filter(|call| call.starts_with("follow")).count();
         match follows {
@@ -216,6 +228,9 @@ impl AgentService for Fake {
     }
 
     async fn resize(&self, disk: DiskName, request: ResizeRequest) -> Result<ResizeReport, ApiError> {
+        if disk.as_str() == "slow" {
+            return Err(goes_on("slow-resize", 50));
+        }
         let disk = self.note(&format!("resize {:?} {}", request.size, request.reconnect), &disk)?;
         Ok(ResizeReport { size_before: disk.size, hung_up: 1, disk })
     }
@@ -391,6 +406,26 @@ async fn every_call_reaches_its_method_and_comes_back() {
     let nothing =
         client.mark(&MarkRequest { label: "x".to_owned(), disks: vec![], wait_ms: 0 }).await.unwrap_err();
     assert_eq!(nothing.code, ErrorCode::Usage);
+    serving.abort();
+}
+
+#[tokio::test]
+async fn changes_that_take_long_are_followed_and_a_strange_question_is_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = Address::unix(directory.path().join("agent.sock"));
+    let server = Server::bind(&address).await.unwrap();
+    let serving = tokio::spawn(server.run(router(Arc::new(Fake::default())), std::future::pending()));
+    let client = AgentClient::new(&address).unwrap();
+    let slow = name("slow");
+    let attach = AttachRequest { name: slow.clone(), ..attach_request() };
+    assert_eq!(client.attach(&attach).await.unwrap(), vm1());
+    assert_eq!(client.detach(&slow).await.unwrap(), vm1());
+    let resized = client.resize(&slow, ResizeRequest { size: None, reconnect: false }).await.unwrap();
+    assert_eq!(resized.size_before, ByteCount(512));
+
+    let raw = backtide_control::Client::new(&address, AGENT).unwrap();
+    let answer = raw.delete::<DiskStatus>("/v1/disks/vm1?incomplete=perhaps").await.unwrap_err();
+    assert_eq!(answer.code, ErrorCode::Usage, "{answer}");
     serving.abort();
 }
 

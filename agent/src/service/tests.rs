@@ -182,3 +182,13 @@ async fn a_disk_that_cannot_be_attached_again_can_be_given_up() {
     let kept = records.load(&name("vm1")).unwrap().expect("what is known of it stays");
     assert_eq!((kept.uuid, kept.attached), (by_name.uuid, false));
 }
+
+#[test]
+fn a_name_that_is_written_as_a_uuid_names_no_disk() {
+    let uuid = Uuid::new_v4();
+    let refused = refuse_identity(&name(&uuid.to_string())).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Usage);
+    // A disk is never looked for so.
+    refuse_identity(&name(&uuid.simple().to_string())).unwrap();
+    refuse_identity(&name("vm1")).unwrap();
+}
