@@ -69,8 +69,21 @@ impl Context {
         Tell::new(move |text| say_waiting(text, json))
     }
 
-    /// Prints a result: `value` as JSON, or else the text.
+    /// Prints a result: `value` as JSON, or else the text. That nobody reads it is no error, and changes nothing of how the
+    /// command ends.
     pub(crate) fn print(&self, value: &impl Serialize, text: impl FnOnce() -> String) -> Result<(), Failure> {
+        match self.print_next(value, text) {
+            Err(Failure::ClosedPipe) => Ok(()),
+            printed => printed,
+        }
+    }
+
+    /// The same of one result of many, where there is no need for the next when nobody reads.
+    pub(crate) fn print_next(
+        &self,
+        value: &impl Serialize,
+        text: impl FnOnce() -> String,
+    ) -> Result<(), Failure> {
         if self.json {
             let json = serde_json::to_string(value)
                 .map_err(|error| failed(format!("cannot write the result as JSON: {error}")))?;

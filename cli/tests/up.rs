@@ -115,3 +115,40 @@ fn up_refuses_what_it_cannot_protect() {
     assert_eq!(third.code, 5, "a store in use: {third:?}");
     assert_eq!(daemon.interrupt(), 0);
 }
+
+#[test]
+fn an_up_after_an_unclean_end_has_the_options_that_it_is_given() {
+    let bench = Bench::new();
+    let image = bench.image("vm1.img", SIZE);
+    let image = image.to_str().unwrap();
+    up(&bench, image).kill();
+    let directory = bench.path("d");
+    let command = ["up", image, "--dir", directory.to_str().unwrap(), "--ack", "durable", "--window", "8M"];
+    let is_so = |daemon: &Daemon| {
+        let disk = Asked::of(&bench, daemon).agent(&["wait", "vm1", "--for", "sync", "--timeout", "1m"]);
+        assert_eq!((&disk["ack"], &disk["limits"]["window_bytes"]), (&"durable".into(), &(8 << 20).into()));
+        disk["epoch"].as_u64().unwrap()
+    };
+    let daemon = bench.daemon(&command);
+    let first = is_so(&daemon);
+    daemon.kill();
+    // What it has already is not attached a second time: a guest may be there.
+    let daemon = bench.daemon(&command);
+    assert_eq!(is_so(&daemon), first + 1);
+    daemon.kill();
+    let daemon = up(&bench, image);
+    is_so(&daemon);
+    assert_eq!(daemon.interrupt(), 0);
+}
+
+#[test]
+fn an_up_that_cannot_say_where_the_disk_is_fails() {
+    let bench = Bench::new();
+    let image = bench.image("vm1.img", SIZE);
+    let directory = bench.path("d");
+    let mut command = bench.command(&["up", image.to_str().unwrap(), "--dir", directory.to_str().unwrap()]);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let ended = command.stdout(full).output().unwrap();
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("stdout"), "{ended:?}");
+}

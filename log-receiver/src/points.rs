@@ -90,6 +90,8 @@ pub(crate) fn around(
         flush_before: flushes.and_then(|flushes| flushes.first().copied()).map(point),
         mark_before: marks.iter().rev().find(|mark| mark.time <= time).cloned(),
         mark_after: marks.iter().find(|mark| mark.time > time).cloned(),
+        damage: None,
+        touched: Vec::new(),
     })
 }
 

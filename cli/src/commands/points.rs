@@ -1,6 +1,6 @@
 //! `backtide points`: a disk's timeline.
 
-use backtide_receiver_api::{ErrorCode, PointsReport, Touched};
+use backtide_receiver_api::{DiskRef, ErrorCode, PointsReport, Touched};
 use backtide_units::DiskName;
 use clap::Args;
 
@@ -37,24 +37,27 @@ impl Points {
         if let Some(time) = &self.around {
             let report = receiver.around(&self.name, time).await?;
             context.print(&report, || around_text(&report))?;
-            return Ok(Ending::Done);
+            return Ok(told(context, &report.disk, report.damage.as_deref(), &report.touched));
         }
         let mut report = receiver.points(&self.name).await?;
         if let Some(count) = self.last {
             keep_newest(&mut report, count as usize);
         }
         context.print(&report, || timeline_text(&report))?;
-        let Some(damage) = &report.damage else { return Ok(Ending::Done) };
-        let told = damage_text(damage, &report.touched);
-        context.warn(&format!("the log of disk {} is damaged: {told}", report.disk.name));
-        // Other places, which a scrub or reads have found.
-        let others =
-            report.touched.iter().filter(|other| Touched::by(std::slice::from_ref(other), damage).is_none());
-        for other in others {
-            context.warn(&format!("{}; {}", other.place, other.text));
-        }
-        Ok(Ending::Found(ErrorCode::Damaged))
+        Ok(told(context, &report.disk, report.damage.as_deref(), &report.touched))
     }
+}
+
+/// Tells of the damage of a disk's log, if there is any, and ends with that.
+fn told(context: &Context, disk: &DiskRef, damage: Option<&str>, touched: &[Touched]) -> Ending {
+    let Some(damage) = damage else { return Ending::Done };
+    context.warn(&format!("the log of disk {} is damaged: {}", disk.name, damage_text(damage, touched)));
+    // Other places, which a scrub or reads have found.
+    let others = touched.iter().filter(|other| Touched::by(std::slice::from_ref(other), damage).is_none());
+    for other in others {
+        context.warn(&format!("{}; {}", other.place, other.text));
+    }
+    Ending::Found(ErrorCode::Damaged)
 }
 
 /// Leaves the newest `count` intervals, the holes after the first of them, and the newest `count` marks.

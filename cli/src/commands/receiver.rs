@@ -200,10 +200,11 @@ fn status_text(status: &ReceiverStatus) -> String {
         lines.push(("certificate", format!("{}, valid until {until}", certificate.subject)));
     }
     if let Some(scrub) = &status.scrub {
-        let state = match (scrub.running, scrub.sound) {
-            (true, _) => "running",
-            (false, true) => "ended, sound",
-            (false, false) => "ended, DAMAGE FOUND",
+        let state = match (scrub.running, scrub.cancelled, scrub.sound) {
+            (true, ..) => "running",
+            (false, true, true) => "called off, what was read is sound",
+            (false, false, true) => "ended, sound",
+            (false, _, false) => "ended, DAMAGE FOUND",
         };
         let (done, total) = (size_both(scrub.done_bytes), size_both(scrub.total_bytes));
         lines.push(("scrub", format!("{state}, {done} of {total}")));

@@ -41,7 +41,7 @@ impl Resync {
         let agent = context.agent()?;
         let mut disk = agent.resync(&self.name, ResyncRequest { extent: self.extent() }).await?;
         if self.wait {
-            disk = wait::until(context, &agent, &self.name, wait::in_sync, None).await?;
+            disk = wait::until(context, &agent, &self.name, wait::caught_up, None).await?;
         }
         context.print(&disk, || disk_line(&disk))?;
         Ok(Ending::Done)

@@ -38,14 +38,17 @@ impl Status {
         let clear = self.watch && !context.json() && std::io::stdout().is_terminal();
         loop {
             let status = agent.status(self.name.as_ref()).await?;
-            context.print(&status, || {
+            let text = || {
                 let text = match (&self.name, status.disks.as_slice()) {
                     (Some(_), [disk]) => disk_text(disk),
                     (Some(_) | None, disks) => table(disks),
                 };
                 if clear { format!("{CLEAR}{text}") } else { text }
-            })?;
-            if !self.watch {
+            };
+            if self.watch {
+                context.print_next(&status, text)?;
+            } else {
+                context.print(&status, text)?;
                 let alarm = status.disks.iter().any(needs_a_person);
                 return Ok(if alarm { Ending::Warnings } else { Ending::Done });
             }

@@ -5,8 +5,9 @@ use std::{
     time::Duration,
 };
 
-use backtide_agent_api::{AgentClient, AttachRequest, DetachRequest, DiskStatus};
+use backtide_agent_api::{AgentClient, AttachRequest, DetachRequest, DiskStatus, LimitsRequest, Mode};
 use backtide_control::{Address, ApiError, ErrorCode};
+use backtide_export::NbdUri;
 use backtide_units::{DiskId, DiskName};
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -71,6 +72,7 @@ impl Up {
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         let image = absolute_image(&self.image)?;
         let nbd_tls = self.nbd_tls.over(None)?;
+        let has_tls = nbd_tls.is_some();
         let name = match self.name {
             Some(name) => name,
             None => name_of(&image)?,
@@ -81,7 +83,7 @@ impl Up {
         let mut local = Local::at(&directory)?.with_nbd_tls(nbd_tls);
         claim(local.directory(), &image)?;
         let request = self.policy.request(name, image, local.stream(), self.nbd);
-        let result = match begin(&mut local, &request).await {
+        let result = match begin(&mut local, &request, has_tls).await {
             Ok((agent, disk)) => serve(context, &local, &agent, disk, &request, &mut stop).await,
             Err(failure) => {
                 local.stop().await;
@@ -98,11 +100,15 @@ impl Up {
 }
 
 /// Starts the daemons and attaches the disk.
-async fn begin(local: &mut Local, request: &AttachRequest) -> Result<(AgentClient, DiskStatus), Failure> {
+async fn begin(
+    local: &mut Local,
+    request: &AttachRequest,
+    nbd_tls: bool,
+) -> Result<(AgentClient, DiskStatus), Failure> {
     local.start_receiver().await?;
     local.start_agent().await?;
     let agent = local.agent_client()?;
-    let disk = attach(&agent, request).await?;
+    let disk = attach(&agent, request, nbd_tls).await?;
     Ok((agent, disk))
 }
 
@@ -127,20 +133,73 @@ async fn serve(
         stop.asked().await;
     }
     context.tell("ending; ctrl-c again to end at once");
-    tokio::select! {
+    let ended = tokio::select! {
         detached = detach(context, agent, &request.name) => detached,
         () = stop.asked() => Err(Failure::Interrupted),
-    }
+    };
+    // Whoever cannot be told where the disk is has not got it protected.
+    printed.and(ended)
 }
 
-/// Attaches the disk, unless the agent remembers it from an end that was not in good order.
-async fn attach(agent: &AgentClient, request: &AttachRequest) -> Result<DiskStatus, Failure> {
+/// Attaches the disk. One that the agent remembers from an end that was not in good order is attached already, and once
+/// more if it was asked for otherwise now.
+async fn attach(agent: &AgentClient, request: &AttachRequest, nbd_tls: bool) -> Result<DiskStatus, Failure> {
     let known = agent.status(None).await?.disks.into_iter().find(|disk| disk.name == request.name);
     match known {
-        Some(disk) if disk.image == request.image && disk.mode != backtide_agent_api::Mode::Detached => {
-            Ok(disk)
+        Some(disk) if disk.image == request.image && disk.mode != Mode::Detached => {
+            if is_as_asked(&disk, request, nbd_tls) {
+                return Ok(disk);
+            }
+            agent.detach_even(&disk.name, DetachRequest { incomplete: true, force: false }).await?;
         }
-        Some(_) | None => Ok(agent.attach(request).await?),
+        Some(_) | None => {}
+    }
+    Ok(agent.attach(request).await?)
+}
+
+/// Whether a disk is attached as `request` wants it; what that leaves open is as it was.
+fn is_as_asked(disk: &DiskStatus, request: &AttachRequest, nbd_tls: bool) -> bool {
+    fn same<T: PartialEq>(asked: Option<T>, is: T) -> bool {
+        asked.is_none_or(|asked| asked == is)
+    }
+    let LimitsRequest {
+        window_bytes,
+        resync_buffer_bytes,
+        guest_delay_max_ms,
+        resync_bytes_per_second_max,
+        resync_latency_us_max,
+        bitmap_bytes,
+        outage_after_ms,
+        activity_extents,
+        activity_extent_bytes,
+    } = request.limits;
+    let is = &disk.limits;
+    same(request.ack, disk.ack)
+        && same(request.on_outage, disk.on_outage)
+        && same(request.cache, disk.cache)
+        && same(window_bytes, is.window_bytes)
+        && same(resync_buffer_bytes, is.resync_buffer_bytes)
+        && same(guest_delay_max_ms, is.guest_delay_max_ms)
+        && same(resync_bytes_per_second_max, is.resync_bytes_per_second_max)
+        && same(resync_latency_us_max, is.resync_latency_us_max)
+        && same(bitmap_bytes, is.bitmap_bytes)
+        && same(outage_after_ms, is.outage_after_ms)
+        && same(activity_extents, is.activity_extents)
+        && same(activity_extent_bytes, is.activity_extent_bytes)
+        && is_served_as_asked(&disk.nbd_uri, request.nbd.as_deref(), nbd_tls)
+}
+
+/// Whether a disk is served at `asked`, which may be anywhere, and under TLS unless that says otherwise.
+fn is_served_as_asked(served: &str, asked: Option<&str>, nbd_tls: bool) -> bool {
+    let Ok(served) = served.parse::<NbdUri>() else { return false };
+    match asked.map(str::parse::<NbdUri>) {
+        None => served.tls.is_some() == nbd_tls,
+        Some(Ok(asked)) => {
+            let tls = asked.tls.is_some() || nbd_tls;
+            (served.address, served.export, served.tls.is_some()) == (asked.address, asked.export, tls)
+        }
+        // The attach says what is wrong with it.
+        Some(Err(_)) => false,
     }
 }
 
@@ -223,6 +282,18 @@ mod tests {
         assert_eq!(name("/dev/vg0/web").as_deref(), Some("web"));
         assert_eq!(name("nbd://host:10809/export").as_deref(), Some("export"));
         assert_eq!(name("/images/--.img"), None);
+    }
+
+    #[test]
+    fn where_a_disk_is_served_is_as_asked_or_not() {
+        let here = "nbd+unix:///vm1?socket=/run/vm1";
+        assert!(is_served_as_asked(here, None, false) && is_served_as_asked(here, Some(here), false));
+        assert!(!is_served_as_asked(here, None, true) && !is_served_as_asked(here, Some(here), true));
+        assert!(!is_served_as_asked(here, Some("nbd+unix:///vm1?socket=/run/other"), false));
+        assert!(!is_served_as_asked(here, Some("nbd+unix:///other?socket=/run/vm1"), false));
+        let secured = "nbds+unix:///vm1?socket=/run/vm1&tls-certificates=/pki";
+        assert!(is_served_as_asked(secured, None, true) && is_served_as_asked(secured, Some(here), true));
+        assert!(!is_served_as_asked(secured, None, false));
     }
 
     #[test]

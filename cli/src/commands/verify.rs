@@ -122,8 +122,8 @@ async fn repaired(agent: &AgentClient, verify: &VerifyStatus) -> Result<(), Fail
     loop {
         let disk = agent.disk(&verify.disk).await?;
         match disk.mode {
-            Mode::Sync => return Ok(()),
-            Mode::Resync | Mode::Tracking => tokio::time::sleep(POLL).await,
+            Mode::Sync if disk.dirty.blocks.0 == 0 => return Ok(()),
+            Mode::Sync | Mode::Resync | Mode::Tracking => tokio::time::sleep(POLL).await,
             Mode::Paused | Mode::Detached => {
                 let message = format!("disk {} was not repaired: {}", disk.name.as_str(), disk.reason);
                 return Err(failed(message));

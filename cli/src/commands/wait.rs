@@ -4,8 +4,8 @@ use std::{cell::OnceCell, time::Duration};
 
 use backtide_agent_api::{AgentClient, DiskStatus, Mode};
 use backtide_control::{ApiError, ErrorCode};
-use backtide_receiver_api::ReceiverClient;
-use backtide_units::DiskName;
+use backtide_receiver_api::{AroundReport, ReceiverClient};
+use backtide_units::{DiskName, Lsn};
 use clap::{Args, ValueEnum};
 
 use crate::{
@@ -55,6 +55,11 @@ pub(crate) fn in_sync(disk: &DiskStatus) -> bool {
     disk.mode == Mode::Sync && disk.connected && !disk.resync_due
 }
 
+/// The same, and all that a resync was to bring is at the receiver: while a spill is in use a disk is in sync too.
+pub(crate) fn caught_up(disk: &DiskStatus) -> bool {
+    in_sync(disk) && disk.dirty.blocks.0 == 0
+}
+
 impl Wait {
     /// Waits, then prints the disk's status.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
@@ -83,7 +88,8 @@ impl Wait {
                 let at = self.at.as_deref().unwrap_or_default();
                 let point = until_point(&receiver, name, at, self.timeout).await?;
                 context.print(&point, || format!("{}  lsn:{}", name.as_str(), point.lsn))?;
-                return Ok(Ending::Done);
+                let around = receiver.around(name, &format!("lsn:{}", point.lsn)).await?;
+                return Ok(whether_whole(context, &around, point.lsn));
             }
         };
         context.print(&disk, || disk_line(&disk))?;
@@ -149,6 +155,18 @@ async fn until_point(
         Some(result) => result,
         None => Err(timed_out(timeout, &why)),
     }
+}
+
+/// A point that the receiver has, and cannot read all of, is not what was waited for.
+fn whether_whole(context: &Context, around: &AroundReport, lsn: Lsn) -> Ending {
+    let mut of_it = around.touched.iter().filter(|touched| touched.touches(lsn)).peekable();
+    if of_it.peek().is_none() {
+        return Ending::Done;
+    }
+    for touched in of_it {
+        context.warn(&format!("{}; {}", touched.place, touched.text));
+    }
+    Ending::Found(ErrorCode::Damaged)
 }
 
 async fn within<T>(timeout: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {

@@ -100,7 +100,11 @@ pub(crate) fn around_text(report: &AroundReport) -> String {
 /// Whether the time can be gone back to.
 fn standing_text(report: &AroundReport) -> String {
     let time = time_text(report.time);
+    let damaged = |point: Point| report.touched.iter().any(|touched| touched.touches(point.lsn));
     match (report.point, &report.hole) {
+        (Some(point), _) if damaged(point) => {
+            format!("{time} is lsn:{}, of which some bytes are DAMAGED", point.lsn)
+        }
         (Some(point), _) if point.time < report.time => {
             let written = time_text(point.time);
             format!("{time} can be gone back to: it is lsn:{}, written last at {written}", point.lsn)
@@ -176,7 +180,7 @@ fn mark_text(mark: &MarkPoint) -> String {
 
 #[cfg(test)]
 mod tests {
-    use backtide_receiver_api::{DensityPart, FlushPoints};
+    use backtide_receiver_api::{DensityPart, FlushPoints, Touched, TouchedKnown, TouchedPoints};
     use backtide_units::DiskId;
 
     use super::*;
@@ -266,6 +270,8 @@ mod tests {
             flush_before: None,
             mark_before: None,
             mark_after: None,
+            damage: None,
+            touched: Vec::new(),
         };
         let text = around_text(&report);
         let lines: Vec<&str> = text.lines().collect();
@@ -276,6 +282,11 @@ mod tests {
         let there = AroundReport { point: point(40, 4), hole: None, ..report };
         let text = around_text(&there);
         assert!(text.contains("can be gone back to: it is lsn:40, written last at 2026"), "{text}");
+        let span = TouchedPoints { bytes: None, from: there.point, to: None, open: true, lost: false };
+        let (known, text) = (TouchedKnown::Exact, String::new());
+        let touched = vec![Touched { place: "a segment".to_owned(), points: vec![span], known, text }];
+        let text = around_text(&AroundReport { touched, ..there });
+        assert!(text.contains("is lsn:40, of which some bytes are DAMAGED"), "{text}");
     }
 
     #[test]

@@ -138,6 +138,12 @@ impl Target {
                 Self::replace(&path, &found, held, way, wanted)
             }
             Ok(_) => Err(wrong_usage(format!("{} is neither a file nor a block device", path.display()))),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && output.ends_with('/') => {
+                let message = format!("there is no directory {output}, and a file has another name");
+                Err(ApiError::new(ErrorCode::Usage, message)
+                    .with_hint("name a file, without / at its end")
+                    .into())
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 refuse_store(path.parent().unwrap_or(Path::new("/")))?;
                 refuse_dangling(&path)?;

@@ -1,6 +1,6 @@
 //! The store against its checksums: what a scrub found, and how far it is.
 
-use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use serde::{Deserialize, Serialize};
 
 use crate::{ByteSpan, ForgottenDisk, Point};
@@ -99,6 +99,14 @@ impl Touched {
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(": "))
         };
         all.iter().find(is_of_it)
+    }
+
+    /// Whether some byte of the point at `lsn` cannot be read because of the place, or may not.
+    pub fn touches(&self, lsn: Lsn) -> bool {
+        self.points.iter().filter(|points| !points.lost).any(|points| {
+            let begun = points.from.is_none_or(|from| from.lsn <= lsn);
+            begun && (points.open || points.to.is_none_or(|to| lsn <= to.lsn))
+        })
     }
 }
 

@@ -96,6 +96,12 @@ pub struct AroundReport {
     pub mark_before: Option<MarkPoint>,
     /// The oldest mark after it that can be gone back to.
     pub mark_after: Option<MarkPoint>,
+    /// What is wrong with the disk's log, as in [`PointsReport::damage`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damage: Option<String>,
+    /// Which points the damaged places that are known touch.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub touched: Vec<Touched>,
 }
 
 /// A place in a timeline.

@@ -11,8 +11,8 @@ use crate::{
     FindChangeRequest, FlushPoints, ForgottenDisk, FoundChange, Hole, KeepRequest, KeptOverlay, LockRequest,
     Mount, MountOverlay, MountRequest, Mounts, OverlayFate, Point, PointsReport, ReceiverClient,
     ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint,
-    RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, UnavailablePoint,
-    UnmountRequest, router,
+    RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, Touched, TouchedKnown,
+    TouchedPoints, UnavailablePoint, UnmountRequest, router,
 };
 
 /// Notes every call.
@@ -296,6 +296,8 @@ fn around(asked: String) -> AroundReport {
         flush_before: None,
         mark_before: None,
         mark_after: None,
+        damage: None,
+        touched: Vec::new(),
     }
 }
 
@@ -403,4 +405,21 @@ fn unknown_fields_of_requests_are_refused() {
     refuses::<LockRequest>(r#"{"name": "vm1", "until": "30d"}"#);
     refuses::<ResolveRequest>(r#"{"point": "latest"}"#);
     refuses::<DiffRequest>(r#"{"from": "-5m", "to": "latest"}"#);
+}
+
+#[test]
+fn damage_touches_the_points_that_it_names_and_later_ones_while_it_is_open() {
+    let point = |lsn| Some(Point { lsn: Lsn(lsn), time: CaptureTime(lsn) });
+    let span = |from, to, open, lost| TouchedPoints { bytes: None, from, to, open, lost };
+    let of = |points| Touched {
+        place: "a place".to_owned(),
+        points,
+        known: TouchedKnown::Exact,
+        text: String::new(),
+    };
+    let touched = of(vec![span(point(4), point(6), false, false), span(point(9), point(10), true, false)]);
+    let touches: Vec<u64> = (1..14).filter(|lsn| touched.touches(Lsn(*lsn))).collect();
+    assert_eq!(touches, [4, 5, 6, 9, 10, 11, 12, 13]);
+    assert!(!of(vec![span(point(4), point(6), false, true)]).touches(Lsn(5)), "a hole is no point");
+    assert!(!of(vec![]).touches(Lsn(5)));
 }

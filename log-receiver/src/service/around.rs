@@ -1,6 +1,8 @@
 //! The control API's answers about a disk's timeline: all of it, and what is around a time.
 
-use backtide_receiver_api::{ApiError, AroundReport, DiskRef, ErrorCode, PointsReport, ResolveRequest};
+use backtide_receiver_api::{
+    ApiError, AroundReport, DiskRef, ErrorCode, PointsReport, ResolveRequest, Touched,
+};
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn, ago};
 use backtide_units::{DiskName, Lsn};
 
@@ -19,11 +21,7 @@ impl Service {
         let snapshot = found.snapshot.clone();
         let density = self.read(move || snapshot.density(DENSITY_PARTS)).await?;
         let density = density.ok().flatten().map(points::density);
-        let lost = found.damage.iter().map(|why| (why, found.snapshot.lost_with(why)));
-        let lost = lost.filter(|(_, lost)| !lost.spans.is_empty());
-        let mut touched: Vec<_> = lost.map(|(why, lost)| touched::touched(why, &lost)).collect();
-        touched.extend(found.findings.all().into_iter().filter_map(|finding| finding.touched));
-        touched.dedup_by(|next, one| next.place == one.place);
+        let touched = touched_of(&found);
         let mut report = points::report(found.disk, found.snapshot.timeline(), found.damage);
         // A flush that was sent before a pass may tell of an LSN below the pass's, or history may have gone since.
         let timeline = found.snapshot.timeline();
@@ -54,7 +52,9 @@ impl Service {
     ) -> Result<AroundReport, ApiError> {
         let point: Point =
             request.point.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
-        let Found { disk, snapshot, .. } = self.look_at(disk).await?;
+        let found = self.look_at(disk).await?;
+        let touched = touched_of(&found);
+        let Found { disk, snapshot, damage, .. } = found;
         let time = match point {
             Point::Time(time) => {
                 let now = snapshot.refuse_future(time, clock::now());
@@ -68,6 +68,17 @@ impl Service {
         };
         let asked = request.point.clone();
         let found = self.read(move || points::around(disk, request.point, &snapshot, time)).await?;
-        found.map_err(|error: PointError| points::unavailable(&asked, &error))
+        let report = found.map_err(|error: PointError| points::unavailable(&asked, &error))?;
+        Ok(AroundReport { damage, touched, ..report })
     }
+}
+
+/// What the damage of a disk's log touches, as far as it is known.
+fn touched_of(found: &Found) -> Vec<Touched> {
+    let lost = found.damage.iter().map(|why| (why, found.snapshot.lost_with(why)));
+    let lost = lost.filter(|(_, lost)| !lost.spans.is_empty());
+    let mut touched: Vec<_> = lost.map(|(why, lost)| touched::touched(why, &lost)).collect();
+    touched.extend(found.findings.all().into_iter().filter_map(|finding| finding.touched));
+    touched.dedup_by(|next, one| next.place == one.place);
+    touched
 }

@@ -3,6 +3,7 @@
 use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    process::Stdio,
 };
 
 use backtide_e2e::{Bench, tools};
@@ -284,6 +285,17 @@ fn fsck_and_scrub_say_what_is_sound_and_what_is_not() {
     // What it found is told by whoever is asked next.
     let points = bench.json_ending(8, &["points", "vm1"]);
     assert_eq!(points["damage"], damage, "{points}");
+    let around = bench.json_ending(8, &["points", "vm1", "--around", "latest"]);
+    assert_eq!((&around["damage"], &around["touched"]), (&points["damage"], &points["touched"]), "{around}");
+    let around = bench.plain(&["points", "vm1", "--around", "latest"]);
+    assert!(around.stdout.contains("some bytes are DAMAGED"), "{around:?}");
+    let waited = bench.run(&["wait", "vm1", "--for", "point", "--at", "latest"]);
+    assert_eq!(waited.code, 8, "{waited:?}");
+    // Also when nobody reads what it says.
+    let mut unread = bench.command(&["points", "vm1"]);
+    let mut unread = unread.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    drop(unread.stdout.take());
+    assert_eq!(unread.wait().unwrap().code(), Some(8));
     let status = bench.json_ending(3, &["receiver", "status"]);
     assert!(status["alarms"][0].as_str().unwrap().contains(damage), "{status}");
     let doctor = bench.run(&["doctor"]);

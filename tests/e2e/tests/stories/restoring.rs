@@ -105,6 +105,10 @@ fn is_gone_on_with(end: fn(Daemon)) {
     assert!(report["resumed_bytes"].as_u64() > Some(0), "{report}");
     tools::assert_same_images(disk.image.as_ref(), output.as_ref());
     assert_eq!(notes(&bench), None);
+    // A name that no file can have is refused before anything is copied.
+    let refused = bench.run(&["restore", "vm1", "--at", &at, "--output", &bench.name("none/")]);
+    assert_eq!(refused.code, 2, "{refused:?}");
+    assert!(!fs::exists(bench.path("none")).unwrap());
 }
 
 /// The length of the notes of what an unfinished restore has done.

@@ -1,7 +1,7 @@
 //! `backtide rewind` as a person uses it: it says what it will do, asks, refuses a disk under a guest that runs, and
 //! tells how to take it back.
 
-use std::path::Path;
+use std::{path::Path, process::Stdio};
 
 use backtide_e2e::{Bench, Disk, Load, qmp::qmp, skip, tools};
 use serde_json::{Value, json};
@@ -131,4 +131,62 @@ fn a_machine_that_has_the_disk_open_is_paused_for_it_and_stays_so() {
     for said in &answers[4..] {
         assert!(!said.to_string().contains("failed"), "{said}");
     }
+}
+
+/// A machine without a guest whose disk is `vm1` of the NBD server at `served`, with two monitors.
+fn machine(bench: &Bench, served: &str) -> (tools::Beside, [std::path::PathBuf; 2]) {
+    let server = json!({ "driver": "nbd", "node-name": "d0", "export": "vm1", "reconnect-delay": 60,
+                         "server": { "type": "unix", "path": served } })
+    .to_string();
+    let monitors = ["one.qmp", "two.qmp"].map(|name| bench.path(name));
+    let addresses = monitors.each_ref().map(|path| format!("unix:{},server=on,wait=off", path.display()));
+    let nothing = ["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none"];
+    let own = ["-blockdev", &server, "-qmp", &addresses[0], "-qmp", &addresses[1]];
+    let machine = tools::Beside::start("qemu-system-x86_64", &[&nothing[..], &own].concat());
+    monitors.iter().for_each(|monitor| tools::wait_for_socket(monitor));
+    (machine, monitors)
+}
+
+#[test]
+fn a_guest_that_an_interrupted_rewind_leaves_paused_is_told_of() {
+    if !tools::is_there("qemu-system-x86_64") {
+        return skip("there is no qemu-system-x86_64, which is in the Debian package qemu-system-x86");
+    }
+    let bench = Bench::new();
+    let shared = format!("nbd+unix:///?socket={}", bench.name("all.nbd"));
+    let receiver = bench.receiver();
+    let _agent = bench.daemon(&["agent", "run", "--nbd-listen", &shared]);
+    bench.image("vm1.img", SIZE);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    let (early, _) = two_points(&disk);
+    let (_machine, [given, watched]) = machine(&bench, &bench.name("all.nbd"));
+    disk.until("opened by QEMU", |status| status["clients"] == 1);
+
+    let to = format!("lsn:{early}");
+    let query = json!({ "execute": "query-status" });
+    let runs = || qmp(&watched, std::slice::from_ref(&query))[0]["running"] == true;
+    // One may have come to its end before its receiver stands still: then the next is tried.
+    for _ in 0..20 {
+        let mut command =
+            bench.command(&["rewind", "vm1", "--to", &to, "--yes", "--live", "--wait", "--qmp"]);
+        let mut rewinding = command.arg(&given).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        while runs() && rewinding.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        receiver.signal("STOP");
+        tools::run("kill", &["-s", "INT", &rewinding.id().to_string()]);
+        let ended = rewinding.wait_with_output().unwrap();
+        let said = String::from_utf8(ended.stderr).unwrap();
+        receiver.signal("CONT");
+        assert!(!runs(), "nobody has let it go on");
+        if ended.status.code() == Some(130) {
+            assert!(said.contains("the guest is paused") && said.contains("system_reset"), "{said}");
+            return;
+        }
+        assert_eq!(ended.status.code(), Some(0), "{said}");
+        disk.whole();
+        qmp(&watched, &[json!({ "execute": "cont" })]);
+    }
+    panic!("each rewind was faster than its receiver's end");
 }
