@@ -31,8 +31,7 @@ pub(crate) struct Diff {
     /// Tell which files were added, removed and changed
     #[arg(long)]
     files: bool,
-    /// On ext2, ext3 and ext4 read every file at both points, also those that look the same: it is not known there which
-    /// of them the changed blocks belong to
+    /// Compare the bytes of every file, also of those that look the same and in whose blocks nothing changed
     #[arg(long, requires = "files")]
     content: bool,
     /// The partition, or the logical volume as GROUP/NAME [default: the only one with files that can be read]

@@ -1,8 +1,7 @@
 //! Two volumes, or one at two points, compared file by file.
 //!
 //! Both trees are walked side by side. Files that look the same are the same, unless blocks changed where their
-//! bytes are: then the bytes are compared. Where a library reads the volume (ext2/3/4) nobody tells where bytes are: the look
-//! has to do, or every file is read.
+//! bytes are: then the bytes are compared.
 
 use std::{cmp::Ordering, collections::HashSet};
 
@@ -76,7 +75,7 @@ pub(crate) struct Sides<'volumes> {
     pub(crate) to: &'volumes Volume,
     /// Whether blocks of the later one's volume changed here.
     pub(crate) is_changed: &'volumes dyn Fn(ByteRange) -> bool,
-    /// Whether files are read of which nobody tells where their bytes are.
+    /// Whether the bytes of every file are compared.
     pub(crate) reads_all: bool,
 }
 
@@ -86,7 +85,7 @@ pub(crate) struct Sides<'volumes> {
 /// When the root of either cannot be read; what else cannot is noted.
 pub(crate) fn compare(sides: &Sides<'_>) -> Result<Differences, Failure> {
     let seen = [HashSet::new(), HashSet::new()];
-    let mut walk = Walk { sides, seen, entered: [0; 2], found: Differences::default() };
+    let mut walk = Walk { sides, seen, found: Differences::default() };
     let (from, to) = (sides.from.look("/")?, sides.to.look("/")?);
     let entries = (walk.entries(0, Some(&from), "")?, walk.entries(1, Some(&to), "")?);
     walk.directory(entries, "", 0)?;
@@ -97,8 +96,6 @@ struct Walk<'sides> {
     sides: &'sides Sides<'sides>,
     /// Directories that were entered: a tree has each once.
     seen: [HashSet<FileId>; 2],
-    /// How many were entered.
-    entered: [u64; 2],
     found: Differences,
 }
 
@@ -127,9 +124,7 @@ impl Walk<'_> {
     ) -> Result<Vec<Entry>, ApiError> {
         let Some(directory) = directory else { return Ok(Vec::new()) };
         let volume = if side == 0 { self.sides.from } else { self.sides.to };
-        self.entered[side] += 1;
-        let is_again = directory.file_id().is_some_and(|id| !self.seen[side].insert(id));
-        if is_again || self.entered[side] > volume.directories_max() {
+        if !self.seen[side].insert(directory.id) {
             let why = format!("the directory {path}/ is in the tree more than once");
             return Err(ApiError::new(ErrorCode::Damaged, why));
         }
@@ -225,10 +220,11 @@ impl Walk<'_> {
     /// Whether the bytes of a file are elsewhere than before, or other ones beside what is said of it, or
     /// blocks changed where they are.
     fn may_differ(&self, from: &Entry, to: &Entry) -> Result<bool, ApiError> {
-        let Some(now) = self.sides.to.contents(to)? else { return Ok(self.sides.reads_all) };
+        let now = self.sides.to.contents(to)?;
         let is_changed = |range: Option<ByteRange>| range.is_some_and(|range| (self.sides.is_changed)(range));
-        let is_elsewhere = self.sides.from.contents(from)?.is_none_or(|before| before != now);
-        Ok(is_elsewhere
+        let is_elsewhere = self.sides.from.contents(from)? != now;
+        Ok(self.sides.reads_all
+            || is_elsewhere
             || now.pieces().iter().any(|piece| match piece.place {
                 Place::Volume(start) => is_changed(ByteRange::new(start, piece.length)),
                 Place::Inline(_) => false,
@@ -239,6 +235,10 @@ impl Walk<'_> {
         let (mut old, mut new) = (self.sides.from.open_file(from)?, self.sides.to.open_file(to)?);
         let (mut a, mut b) = (vec![0; PIECE], vec![0; PIECE]);
         loop {
+            // What is a hole on both sides is the same.
+            let at = old.next_data().min(new.next_data());
+            old.seek(at);
+            new.seek(at);
             let (read, also) = (old.read(&mut a)?, new.read(&mut b)?);
             if a[..read] != b[..also] {
                 return Ok(true);

@@ -1,20 +1,15 @@
-//! The files of one volume, in our words.
-//!
-//! ext2, ext3 and ext4 are read by a library, the others by `backtide-filesystems`.
-
-mod ext4;
+//! The files of one volume, as `backtide-filesystems` reads them, in our words.
 
 use std::rc::Rc;
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_filesystems::{
-    self as filesystems, Contents, FileId, FileSystem, Name, Node, Source, fat::Fat, ntfs::Ntfs, path,
-    xfs::Xfs,
+    self as filesystems, Contents, FileId, FileSystem, Name, Node, Source, ext::Ext, fat::Fat, ntfs::Ntfs,
+    path, xfs::Xfs,
 };
 use backtide_units::{ByteCount, ByteOffset};
 use serde::Serialize;
 
-use self::ext4::{Ext4Volume, OpenExt4};
 use super::Content;
 
 /// What can be done about a volume that cannot be read here.
@@ -22,12 +17,7 @@ pub(super) const OTHERWISE: &str = "mount the point and read it with guestfish (
     libguestfs-tools): `backtide mount NAME --at POINT`, then `guestfish --ro --format=raw -a URI -i`";
 
 /// A volume whose files can be read.
-pub(crate) enum Volume {
-    /// ext2, ext3 or ext4.
-    Ext4(Ext4Volume),
-    /// Another.
-    Other(Box<dyn FileSystem>),
-}
+pub(crate) struct Volume(Box<dyn FileSystem>);
 
 /// What a directory says of one of its entries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -61,14 +51,14 @@ pub(crate) struct Entry {
     /// Its name as it stands there.
     #[serde(skip)]
     pub(super) raw_name: Vec<u8>,
-    /// Where it is.
+    /// The number by which its volume finds it.
     #[serde(skip)]
-    pub(super) place: Place,
+    pub(super) id: FileId,
 }
 
 impl Entry {
     /// A name behind which nothing can be read.
-    fn unreadable(raw_name: Vec<u8>, place: Place, error: &ApiError) -> Self {
+    fn unreadable(raw_name: Vec<u8>, id: FileId, error: &ApiError) -> Self {
         Self {
             name: String::from_utf8_lossy(&raw_name).into_owned(),
             kind: Kind::Unreadable,
@@ -82,26 +72,9 @@ impl Entry {
             raw_target: Vec::new(),
             error: Some(error.message.clone()),
             raw_name,
-            place,
+            id,
         }
     }
-
-    /// The file's number, where files have one.
-    pub(super) fn file_id(&self) -> Option<FileId> {
-        match self.place {
-            Place::Ext4(_) => None,
-            Place::Other(id) => Some(id),
-        }
-    }
-}
-
-/// How a volume finds a file again.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
-    /// By its path.
-    Ext4(ext4_view::PathBuf),
-    /// By its number.
-    Other(FileId),
 }
 
 /// What a file is.
@@ -132,34 +105,37 @@ impl From<filesystems::Kind> for Kind {
 }
 
 /// A file that is read from its start to its end.
-pub(super) enum OpenFile<'volume> {
-    Ext4(Box<OpenExt4>),
-    Other { volume: &'volume dyn FileSystem, name: String, contents: Contents, at: ByteOffset },
+pub(super) struct OpenFile<'volume> {
+    volume: &'volume dyn FileSystem,
+    name: String,
+    contents: Contents,
+    at: ByteOffset,
 }
 
 impl OpenFile<'_> {
     /// The next bytes; none at the end.
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ApiError> {
-        match self {
-            Self::Ext4(file) => file.read(buffer),
-            Self::Other { volume, name, contents, at } => {
-                let read = volume.read(contents, *at, buffer);
-                let count = read.map_err(|error| api_error(name, &error))?;
-                at.0 += count as u64;
-                Ok(count)
-            }
-        }
+        let read = self.volume.read(&self.contents, self.at, buffer);
+        let count = read.map_err(|error| api_error(&self.name, &error))?;
+        self.at.0 += count as u64;
+        Ok(count)
+    }
+
+    /// The next byte that may be other than zero, or the end.
+    pub(super) fn next_data(&self) -> ByteOffset {
+        let end = || ByteOffset(self.contents.size().0.max(self.at.0));
+        self.contents.next_data(self.at).unwrap_or_else(end)
+    }
+
+    /// Goes on from this byte.
+    pub(super) fn seek(&mut self, at: ByteOffset) {
+        self.at = at;
     }
 
     /// Goes to the next byte that may be other than zero, or to the end, and says where that is.
     pub(super) fn skip_hole(&mut self) -> ByteOffset {
-        match self {
-            Self::Ext4(file) => file.position(),
-            Self::Other { contents, at, .. } => {
-                *at = contents.next_data(*at).unwrap_or(ByteOffset(contents.size().0.max(at.0)));
-                *at
-            }
-        }
+        self.at = self.next_data();
+        self.at
     }
 }
 
@@ -170,10 +146,10 @@ impl Volume {
     /// When it is none that can be read here: the way that can is named.
     pub(crate) fn open(source: Rc<dyn Source>, content: Content, name: &str) -> Result<Self, ApiError> {
         match content {
-            Content::Ext4 => Ext4Volume::open(source).map(Self::Ext4),
-            Content::Xfs => other(name, Xfs::open(source)),
-            Content::Ntfs => other(name, Ntfs::open(source)),
-            Content::Fat => other(name, Fat::open(source)),
+            Content::Ext4 => opened(name, Ext::open(source)),
+            Content::Xfs => opened(name, Xfs::open(source)),
+            Content::Ntfs => opened(name, Ntfs::open(source)),
+            Content::Fat => opened(name, Fat::open(source)),
             Content::Btrfs | Content::Lvm | Content::Luks | Content::Swap | Content::Unknown => {
                 let what = match content == Content::Unknown {
                     true => "no file system that is known here",
@@ -187,10 +163,7 @@ impl Volume {
 
     /// What a reader has to know of the volume before believing what is seen, a sentence each.
     pub(crate) fn warnings(&self) -> &[String] {
-        match self {
-            Self::Ext4(_) => &[],
-            Self::Other(volume) => volume.warnings(),
-        }
+        self.0.warnings()
     }
 
     /// What `path` is.
@@ -198,10 +171,7 @@ impl Volume {
     /// # Errors
     /// When it is not there, or cannot be read.
     pub(crate) fn look(&self, path: &str) -> Result<Entry, ApiError> {
-        match self {
-            Self::Ext4(volume) => volume.look(path),
-            Self::Other(volume) => find(volume.as_ref(), path, false),
-        }
+        find(self.0.as_ref(), path, false)
     }
 
     /// What `path` is when symbolic links are followed.
@@ -209,10 +179,7 @@ impl Volume {
     /// # Errors
     /// As [`Volume::look`].
     pub(crate) fn look_through(&self, path: &str) -> Result<Entry, ApiError> {
-        match self {
-            Self::Ext4(volume) => volume.look_through(path),
-            Self::Other(volume) => find(volume.as_ref(), path, true),
-        }
+        find(self.0.as_ref(), path, true)
     }
 
     /// The entries of a directory, sorted by name, without itself and the one above; one that cannot be read says so.
@@ -220,34 +187,19 @@ impl Volume {
     /// # Errors
     /// When the directory cannot be read.
     pub(crate) fn list(&self, directory: &Entry) -> Result<Vec<Entry>, ApiError> {
-        let mut entries = match (self, &directory.place) {
-            (Self::Ext4(volume), Place::Ext4(path)) => volume.list(&directory.name, path)?,
-            (Self::Other(volume), Place::Other(id)) => {
-                let failed = |error: filesystems::Error| api_error(&directory.name, &error);
-                let names = volume.names(*id).map_err(failed)?.into_iter();
-                names.map(|name| entry_or_why(volume.as_ref(), name)).collect()
-            }
-            (Self::Ext4(_), Place::Other(_)) | (Self::Other(_), Place::Ext4(_)) => another_volume(),
-        };
+        let names = self.0.names(directory.id).map_err(|error| api_error(&directory.name, &error))?;
+        let names = names.into_iter();
+        let mut entries: Vec<_> = names.map(|name| entry_or_why(self.0.as_ref(), name)).collect();
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(entries)
     }
 
-    /// Where the bytes of a file are on the volume; none when nobody tells.
+    /// Where the bytes of a file are on the volume.
     ///
     /// # Errors
     /// When that cannot be read.
-    pub(super) fn contents(&self, file: &Entry) -> Result<Option<Contents>, ApiError> {
-        let (Self::Other(volume), Place::Other(id)) = (self, &file.place) else { return Ok(None) };
-        volume.contents(*id).map(Some).map_err(|error| api_error(&file.name, &error))
-    }
-
-    /// More directories than this are not on it, where their numbers are not told; then one is in the tree twice.
-    pub(super) fn directories_max(&self) -> u64 {
-        match self {
-            Self::Ext4(volume) => volume.inodes(),
-            Self::Other(_) => u64::MAX,
-        }
+    pub(super) fn contents(&self, file: &Entry) -> Result<Contents, ApiError> {
+        self.0.contents(file.id).map_err(|error| api_error(&file.name, &error))
     }
 
     /// Opens a file to read it.
@@ -255,29 +207,16 @@ impl Volume {
     /// # Errors
     /// When it cannot be read.
     pub(super) fn open_file(&self, file: &Entry) -> Result<OpenFile<'_>, ApiError> {
-        match (self, &file.place) {
-            (Self::Ext4(volume), Place::Ext4(path)) => {
-                volume.open_file(&file.name, path).map(|file| OpenFile::Ext4(Box::new(file)))
-            }
-            (Self::Other(volume), Place::Other(id)) => {
-                let contents = volume.contents(*id).map_err(|error| api_error(&file.name, &error))?;
-                let (volume, name) = (volume.as_ref(), file.name.clone());
-                Ok(OpenFile::Other { volume, name, contents, at: ByteOffset::ZERO })
-            }
-            (Self::Ext4(_), Place::Other(_)) | (Self::Other(_), Place::Ext4(_)) => another_volume(),
-        }
+        let (volume, name) = (self.0.as_ref(), file.name.clone());
+        Ok(OpenFile { volume, name, contents: self.contents(file)?, at: ByteOffset::ZERO })
     }
 }
 
-fn other<Opened: FileSystem + 'static>(
+fn opened<Opened: FileSystem + 'static>(
     name: &str,
     opened: Result<Opened, filesystems::Error>,
 ) -> Result<Volume, ApiError> {
-    opened.map(|volume| Volume::Other(Box::new(volume))).map_err(|error| api_error(name, &error))
-}
-
-fn another_volume() -> ! {
-    panic!("an entry belongs to the volume that has told of it")
+    opened.map(|volume| Volume(Box::new(volume))).map_err(|error| api_error(name, &error))
 }
 
 fn find(volume: &dyn FileSystem, path: &str, through: bool) -> Result<Entry, ApiError> {
@@ -288,7 +227,7 @@ fn find(volume: &dyn FileSystem, path: &str, through: bool) -> Result<Entry, Api
 
 fn entry_or_why(volume: &dyn FileSystem, name: Name) -> Entry {
     let (bytes, id) = (name.bytes.clone(), name.id);
-    entry(volume, name).unwrap_or_else(|error| Entry::unreadable(bytes, Place::Other(id), &error))
+    entry(volume, name).unwrap_or_else(|error| Entry::unreadable(bytes, id, &error))
 }
 
 fn entry(volume: &dyn FileSystem, name: Name) -> Result<Entry, ApiError> {
@@ -300,7 +239,7 @@ fn entry(volume: &dyn FileSystem, name: Name) -> Result<Entry, ApiError> {
     let raw_target = if is_link { volume.link_target(name.id).map_err(failed)? } else { Vec::new() };
     let target = is_link.then(|| String::from_utf8_lossy(&raw_target).into_owned());
     let modified = i64::try_from(modified_ns.div_euclid(1_000_000_000)).unwrap_or(i64::MAX);
-    let (raw_name, place) = (name.bytes, Place::Other(name.id));
+    let (raw_name, id) = (name.bytes, name.id);
     Ok(Entry {
         name: text,
         kind,
@@ -314,7 +253,7 @@ fn entry(volume: &dyn FileSystem, name: Name) -> Result<Entry, ApiError> {
         raw_target,
         error: None,
         raw_name,
-        place,
+        id,
     })
 }
 

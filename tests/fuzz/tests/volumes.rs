@@ -4,6 +4,11 @@
 use backtide_fuzz::targets::volume;
 
 #[test]
+fn ext() {
+    volume("ext").run();
+}
+
+#[test]
 fn fat() {
     volume("fat").run();
 }

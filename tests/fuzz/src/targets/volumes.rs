@@ -1,12 +1,12 @@
-//! What guests write: volumes of FAT, NTFS and XFS, and the metadata of LVM.
+//! What guests write: volumes of ext, FAT, NTFS and XFS, and the metadata of LVM.
 //!
 //! A sample is a volume without its empty sectors: its length in sectors, and then each sector behind its number. So
-//! what is done to it is done to something. XFS checks what it reads by checksums, which turn most of it away here: its own
-//! tests damage volumes behind them (`BACKTIDE_DAMAGE_ROUNDS`).
+//! what is done to it is done to something. XFS and ext4 check what they read by checksums, which turn most of it away here: their
+//! own tests damage volumes behind them (`BACKTIDE_DAMAGE_ROUNDS`).
 
 use std::{collections::BTreeMap, io, path::Path, rc::Rc};
 
-use backtide_filesystems::{FileSystem, Kind, Source, Window, fat::Fat, lvm, ntfs::Ntfs, xfs::Xfs};
+use backtide_filesystems::{FileSystem, Kind, Source, Window, ext::Ext, fat::Fat, lvm, ntfs::Ntfs, xfs::Xfs};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 use super::leave;
@@ -27,6 +27,13 @@ const SAMPLE_SECTORS_MAX: usize = 2048;
 pub fn volume(name: &str) -> Target {
     let packed = |names: &[&str]| names.iter().map(|name| pack(&unpacked(name))).collect();
     match name {
+        "ext" => Target {
+            name: "ext",
+            seeds: 150,
+            samples: packed(&["ext3", "ext4"]),
+            mend: leave,
+            take: |bytes| walk_if_open(Ext::open(Rc::new(Sparse::new(bytes)))),
+        },
         "fat" => Target {
             name: "fat",
             seeds: 150,
@@ -175,12 +182,13 @@ mod tests {
         let open = |name: &str| -> Box<dyn FileSystem> {
             let source = Rc::new(Sparse::new(&pack(&unpacked(name))));
             match name {
+                "ext3" | "ext4" => Box::new(Ext::open(source).unwrap()),
                 "ntfs" => Box::new(Ntfs::open(source).unwrap()),
                 "xfs" => Box::new(Xfs::open(source).unwrap()),
                 _ => Box::new(Fat::open(source).unwrap()),
             }
         };
-        for name in ["fat12", "fat16", "fat32", "ntfs", "xfs"] {
+        for name in ["ext3", "ext4", "fat12", "fat16", "fat32", "ntfs", "xfs"] {
             let volume = open(name);
             let names = volume.names(volume.root()).unwrap();
             assert!(names.len() > 3, "{name}: {names:?}");
