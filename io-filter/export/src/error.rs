@@ -105,6 +105,9 @@ pub enum ClientError {
     /// The server closed the connection.
     #[error("the NBD server closed the connection")]
     Closed,
+    /// The server says that it is about to end: it is given no more requests.
+    #[error("the NBD server is shutting down")]
+    ShuttingDown,
     /// The server answered with an error.
     #[error("NBD server refuses {kind:?} of {range}: {error}{}{text}", if text.is_empty() { "" } else { ": " })]
     Refused {
@@ -149,7 +152,8 @@ impl ClientError {
             | Self::Protocol(_)
             | Self::Io(_)
             | Self::HostGone { .. }
-            | Self::Closed => true,
+            | Self::Closed
+            | Self::ShuttingDown => true,
             Self::Refused { .. }
             | Self::NotOffered(_)
             | Self::OutOfRange { .. }
@@ -170,7 +174,8 @@ impl ClientError {
             | Self::Protocol(_)
             | Self::Io(_)
             | Self::HostGone { .. }
-            | Self::Closed => NbdError::Io,
+            | Self::Closed
+            | Self::ShuttingDown => NbdError::Io,
         }
     }
 }

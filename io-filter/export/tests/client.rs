@@ -221,6 +221,33 @@ fn a_runtime_that_ends_fails_what_other_threads_wait_for() {
 }
 
 #[test]
+fn a_server_that_says_it_is_shutting_down_is_asked_for_nothing_more_and_told_good_bye() {
+    on_a_worker(async {
+        let (place, disk) = (Place::new(), Manual::new("disk"));
+        let server = place.serve(disk.clone()).await;
+        let client = Client::connect(&place.uri("")).await.unwrap();
+        let write = |number| {
+            let client = client.clone();
+            tokio::spawn(async move { client.write(at(number), noise(512), false).await })
+        };
+        let (first, refused) = (write(0), write(512));
+        disk.until_waiting(2).await;
+        disk.take_last().1.fail(NbdError::Shutdown);
+        let error = refused.await.unwrap().unwrap_err();
+        assert!(error.is_lost() && error.as_nbd() == NbdError::Io, "{error:?}");
+        assert!(matches!(client.lost(), Some(ClientError::ShuttingDown)));
+        assert!(client.flush().await.unwrap_err().is_lost());
+        assert_eq!((server.connections(), disk.submitted()), (1, 2));
+        // What it has taken it may still do: nobody else must do it meanwhile.
+        disk.answer();
+        first.await.unwrap().unwrap();
+        while server.connections() > 0 {
+            tokio::task::yield_now().await;
+        }
+    });
+}
+
+#[test]
 fn the_last_clone_says_good_bye() {
     on_a_worker(async {
         let place = Place::new();

@@ -4,7 +4,7 @@ mod support;
 
 use std::{collections::VecDeque, rc::Rc, time::Duration};
 
-use backtide_export::{Client, ClientError, Export, Limits, NbdError, ServeError, serve_connection};
+use backtide_export::{Client, ClientError, Export, Limits, ServeError, serve_connection};
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::Bytes;
 use support::{FileExport, Fixed, GRACE, Manual, Place, Raw, on_a_worker, settle};
@@ -251,7 +251,7 @@ fn under_load_an_orderly_end_loses_nothing_that_was_answered() {
                     assert!(written(number as u64), "write {number} was answered");
                     done += 1;
                 }
-                Err(ClientError::Refused { error: NbdError::Shutdown, .. }) => refused += 1,
+                Err(ClientError::ShuttingDown) => refused += 1,
                 Err(error) => assert!(error.is_lost(), "write {number}: {error}"),
             }
         }

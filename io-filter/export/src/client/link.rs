@@ -3,7 +3,8 @@
 //!
 //! Invariants: a request is answered exactly once: by its reply, or by the connection's end;
 //! requests and bytes in flight are bounded, and a request counts until it is answered, also
-//! when nobody waits for it any more; after an error nothing more is sent.
+//! when nobody waits for it any more; after an error nothing more is sent. A server that says it is shutting down is
+//! told good-bye and asked for nothing more, and what it was asked for before is waited for.
 
 use std::{
     collections::HashMap,
@@ -14,7 +15,7 @@ use std::{
 };
 
 use backtide_nbd::client::{Expected, ReplyParser, encode_disconnect, encode_request};
-use backtide_nbd::{Command, Cookie, Intake, ReplyStyle};
+use backtide_nbd::{Command, Cookie, Intake, NbdError, ReplyStyle};
 use bytes::Bytes;
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -60,8 +61,18 @@ struct State {
     sleeper: Option<Waker>,
     /// No request will come any more.
     leaving: bool,
-    /// Why the connection ended.
+    /// Why the connection ended, or ends: it takes no more requests.
     ended: Option<ClientError>,
+}
+
+impl State {
+    /// No request will come any more: finish and say good-bye.
+    fn leave(&mut self, style: ReplyStyle) {
+        if !self.leaving && self.ended.is_none() {
+            self.leaving = true;
+            self.output.push(0, Bytes::new(), |out| encode_disconnect(out, style));
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -133,10 +144,7 @@ impl Link {
     pub(super) fn leave(&self) {
         let sleeper = {
             let mut state = self.lock();
-            if !state.leaving && state.ended.is_none() {
-                state.leaving = true;
-                state.output.push(0, Bytes::new(), |out| encode_disconnect(out, self.style));
-            }
+            state.leave(self.style);
             state.sleeper.take()
         };
         if let Some(sleeper) = sleeper {
@@ -144,7 +152,7 @@ impl Link {
         }
     }
 
-    /// Why the connection ended, if it did.
+    /// Why the connection ended, or takes no more requests, if that is so.
     pub(super) fn ended(&self) -> Option<ClientError> {
         self.lock().ended.clone()
     }
@@ -239,9 +247,24 @@ impl Driver {
             request.gather.take(reply.content)?;
             if reply.last {
                 let request = state.pending.remove(&cookie).expect("it was there just now");
-                let answer = request.gather.finish()?;
+                let (answer, broken) = match request.gather.finish() {
+                    // The request is one for whoever serves in its place.
+                    Ok(Answer::Refused(NbdError::Shutdown, _)) => {
+                        state.leave(self.link.style);
+                        state.ended.get_or_insert(ClientError::ShuttingDown);
+                        (Err(ClientError::ShuttingDown), None)
+                    }
+                    Ok(answer) => (Ok(answer), None),
+                    Err(error) => {
+                        let error = ClientError::from(error);
+                        (Err(error.clone()), Some(error))
+                    }
+                };
                 // Whoever asked may have stopped waiting.
-                let _ = request.answered.send(Ok(answer));
+                let _ = request.answered.send(answer);
+                if let Some(error) = broken {
+                    return Err(error);
+                }
             }
         }
     }
