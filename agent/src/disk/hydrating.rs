@@ -33,7 +33,7 @@ use tokio::{
 };
 
 use super::{
-    image_disk::blocking,
+    image_disk::{EXTENTS_MAX, blocking},
     local::{Began, EIO, Purpose, failure},
     medium::Medium,
     nbd_disk::NbdDisk,
@@ -269,24 +269,26 @@ impl HydratingDisk {
         // As of before the look: what is stored meanwhile may have been a hole at it.
         let missing = self.missing_blocks();
         let found = self.medium.extents(range, one).await?;
+        let max = if one { 1 } else { EXTENTS_MAX };
         let mut extents = Vec::with_capacity(found.len());
         let mut at = range.start();
         for extent in found {
-            let Some(stretch) = ByteRange::new(at, extent.length) else { break };
+            let Some(stretch) = ByteRange::new(at, extent.length).filter(|_| extents.len() < max) else {
+                break;
+            };
             at = stretch.end();
             if !extent.zero {
                 extents.push(Extent::data(stretch.count()));
             } else {
-                self.split_hole(stretch, &missing, &mut extents);
+                self.split_hole(stretch, &missing, &mut extents, max);
             }
         }
-        if one {
-            extents.truncate(1);
-        }
+        extents.truncate(max);
         Ok(extents)
     }
 
-    fn split_hole(&self, hole: ByteRange, missing: &DirtyBitmap, extents: &mut Vec<Extent>) {
+    /// Goes no further once there are `max` extents, or a few more.
+    fn split_hole(&self, hole: ByteRange, missing: &DirtyBitmap, extents: &mut Vec<Extent>, max: usize) {
         let size = self.medium.size();
         let mut at = hole.start();
         for run in missing.runs(BlockRange::touched_by(hole), BlockCount(u64::MAX)) {
@@ -296,6 +298,9 @@ impl HydratingDisk {
             }
             extents.push(Extent::data(data.count()));
             at = data.end();
+            if extents.len() >= max {
+                return;
+            }
         }
         if at < hole.end() {
             extents.push(Extent::hole(ByteRange::between(at, hole.end()).count()));

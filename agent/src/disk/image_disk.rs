@@ -245,7 +245,7 @@ fn image_extents(image: &ImageFile, range: ByteRange, one: bool) -> io::Result<V
 }
 
 /// The longest answer to a block status request.
-const EXTENTS_MAX: usize = 4096;
+pub(super) const EXTENTS_MAX: usize = 4096;
 
 /// Runs on the blocking pool of this thread's runtime.
 pub(crate) async fn blocking<T: Send + 'static>(

@@ -145,7 +145,7 @@ impl Local {
         }
     }
 
-    /// The stretches of `range`, from its start: all of it, or only the first.
+    /// The stretches of `range`, from its start: as many as one answer may have, or only the first.
     pub(crate) async fn extents(&self, range: ByteRange, one: bool) -> Result<Vec<Extent>, IoFailure> {
         match self {
             Self::Whole(medium) => medium.extents(range, one).await,

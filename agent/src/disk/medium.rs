@@ -7,7 +7,7 @@ use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange};
 
 use super::{
-    image_disk::ImageDisk,
+    image_disk::{EXTENTS_MAX, ImageDisk},
     local::{Began, Purpose},
     nbd_disk::NbdDisk,
     ring::RingDisk,
@@ -90,11 +90,11 @@ impl Medium {
         }
     }
 
-    /// The stretches of `range`, from its start: all of it, or only the first.
+    /// The stretches of `range`, from its start: as many as one answer may have, or only the first.
     pub(crate) async fn extents(&self, range: ByteRange, one: bool) -> Result<Vec<Extent>, IoFailure> {
         match self {
             Self::Image(image) => image.extents(range, one).await,
-            Self::Nbd(disk) => disk.extents(range).await,
+            Self::Nbd(disk) => disk.extents(range, if one { 1 } else { EXTENTS_MAX }).await,
         }
     }
 

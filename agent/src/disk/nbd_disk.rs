@@ -234,14 +234,18 @@ impl NbdDisk {
         self.request(|client| async move { client.read(range.start(), range.count()).await }).await
     }
 
-    pub(crate) async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, IoFailure> {
-        self.request(|client| async move { client.block_status(range.start(), range.count()).await }).await
+    /// The stretches of `range` from its start, as far as the server tells at once: at most so many.
+    pub(crate) async fn extents(&self, range: ByteRange, max: usize) -> Result<Vec<Extent>, IoFailure> {
+        let (start, length) = (range.start(), range.count());
+        self.request(|client| async move { client.first_block_status(start, length, max).await }).await
     }
 
     pub(crate) async fn allocated(&self, whole: ByteRange) -> Result<DirtyBitmap, IoFailure> {
         let mut blocks = DirtyBitmap::new();
         for step in whole.split_at_multiples(ByteCount(STATUS_STEP)) {
-            insert_data(&mut blocks, step, self.extents(step).await?);
+            let (start, length) = (step.start(), step.count());
+            let whole = self.request(|client| async move { client.block_status(start, length).await });
+            insert_data(&mut blocks, step, whole.await?);
         }
         Ok(blocks)
     }

@@ -9,6 +9,7 @@ use backtide_export::{
 use tokio::task::LocalSet;
 
 use super::*;
+use crate::disk::medium::Medium;
 
 const SIZE: ByteCount = ByteCount(1 << 20);
 
@@ -25,9 +26,13 @@ struct Behind {
     asked: Notify,
     /// It refuses writes.
     refuses: Cell<bool>,
+    /// It is about to end, which it answers writes with.
+    is_ending: Cell<bool>,
     /// It refuses the next flush.
     refuses_a_flush: Cell<bool>,
     writes: Cell<usize>,
+    /// Requests for block status.
+    looks: Cell<usize>,
     flushes: Cell<usize>,
 }
 
@@ -54,6 +59,10 @@ impl Export for Behind {
                 self.unanswered.borrow_mut().push(reply);
                 self.asked.notify_one();
             }
+            Command::Write { .. } if self.is_ending.get() => {
+                self.asked.notify_one();
+                reply.fail(NbdError::Shutdown);
+            }
             Command::Write { .. } if self.refuses.get() => reply.fail(NbdError::Io),
             Command::Write { .. } => {
                 self.writes.set(self.writes.get() + 1);
@@ -67,7 +76,13 @@ impl Export for Behind {
                     false => reply.done(),
                 }
             }
-            Command::BlockStatus { .. } => reply.extents(&[Extent::data(command.range().count())]),
+            Command::BlockStatus { .. } => {
+                self.looks.set(self.looks.get() + 1);
+                // A block at a time, of every other kind.
+                let start = command.range().start().0 / 4096;
+                let kind = if start.is_multiple_of(2) { Extent::data } else { Extent::hole };
+                reply.extents(&[kind(ByteCount(4096))]);
+            }
             Command::WriteZeroes { .. } | Command::Trim { .. } | Command::Cache { .. } => {
                 reply.done();
             }
@@ -217,5 +232,34 @@ fn a_flush_that_is_refused_then_is_told_and_nothing_counts_as_stable_for_it() {
         assert!(!behind.refuses_a_flush.get());
         disk.run(flush()).await.unwrap_err();
         disk.run(flush()).await.unwrap();
+    });
+}
+
+#[test]
+fn a_server_that_says_that_it_ends_is_left_and_what_it_did_not_take_is_given_to_the_next() {
+    on_stage(async |Stage { behind, socket, server, disk }| {
+        behind.is_ending.set(true);
+        let other = same(&disk);
+        let writing = tokio::task::spawn_local(async move { other.run(write()).await.map(drop) });
+        behind.asked.notified().await;
+        server.shutdown(AT_MOST).await;
+        behind.is_ending.set(false);
+        let _server = serve(&behind, &socket).await;
+        writing.await.unwrap().expect("the guest hears nothing of it");
+        assert!(behind.writes.get() > 1);
+    });
+}
+
+#[test]
+fn where_it_has_data_is_asked_for_once_for_each_answer() {
+    on_stage(async |Stage { behind, disk, .. }| {
+        let whole = ByteRange::between(ByteOffset(0), ByteOffset(SIZE.0));
+        let medium = Medium::Nbd(same(&disk));
+        for one in [true, false] {
+            let before = behind.looks.get();
+            let found = medium.extents(whole, one).await.unwrap();
+            assert_eq!((found, behind.looks.get() - before), (vec![Extent::data(ByteCount(4096))], 1));
+        }
+        assert_eq!(medium.allocated().await.unwrap().count().0, SIZE.0 / 4096 / 2);
     });
 }

@@ -1,7 +1,9 @@
 //! Putting the chunks of one reply together.
 //!
-//! Invariant: a read succeeds only when its chunks bring exactly as many bytes as it asked for;
-//! the parser has seen to it that each lies inside the read.
+//! Invariants: a read succeeds only when its chunks bring each of its bytes exactly once; the parser has seen to it that
+//! each lies inside the read. Block status comes in one chunk: there is one context.
+
+use std::collections::BTreeMap;
 
 use backtide_nbd::client::{Content, Expected};
 use backtide_nbd::{Extent, NbdError, ProtocolError};
@@ -35,10 +37,44 @@ enum Gathered {
     Nothing,
     /// One chunk brought all: no copy.
     Whole(Bytes),
-    Parts {
-        bytes: BytesMut,
-        received: u64,
-    },
+    Parts(Parts),
+}
+
+/// A read that comes in pieces, in whatever order.
+#[derive(Debug)]
+struct Parts {
+    bytes: BytesMut,
+    /// What has not come: from where to where.
+    missing: BTreeMap<u64, u64>,
+}
+
+/// The most stretches of a read that may be missing between others. Servers send pieces in order, mostly.
+const GAPS_MAX: usize = 64 << 10;
+
+impl Parts {
+    fn of(range: ByteRange) -> Self {
+        let missing = BTreeMap::from([(range.start().0, range.end().0)]);
+        Self { bytes: BytesMut::zeroed(range.count().0 as usize), missing }
+    }
+
+    /// A piece has come.
+    fn came(&mut self, piece: ByteRange) -> Result<(), ProtocolError> {
+        let (start, end) = (piece.start().0, piece.end().0);
+        let gap = self.missing.range(..=start).next_back().map(|(from, to)| (*from, *to));
+        let Some((from, to)) = gap.filter(|(_, to)| end <= *to) else {
+            return Err(ProtocolError::Malformed("read: its chunks overlap"));
+        };
+        self.missing.remove(&from);
+        for (from, to) in [(from, start), (end, to)] {
+            if from < to {
+                self.missing.insert(from, to);
+            }
+        }
+        if self.missing.len() > GAPS_MAX {
+            return Err(ProtocolError::Malformed("read: it is scattered over too many chunks"));
+        }
+        Ok(())
+    }
 }
 
 impl Gather {
@@ -57,14 +93,14 @@ impl Gather {
             Content::Nothing => Ok(()),
             Content::Data { offset, data } => self.place(offset, data),
             Content::Hole(range) => {
-                let (bytes, received) = self.parts()?;
-                // The buffer is zeroed already; the sum of all chunks has the last word.
-                debug_assert!(range.count().0 <= bytes.len() as u64);
-                *received += range.count().0;
-                Ok(())
+                // The buffer is zeroed already.
+                self.parts()?.came(range)
+            }
+            Content::Extents(_) if !self.extents.is_empty() => {
+                Err(ProtocolError::Malformed("block status: it goes on after all its extents"))
             }
             Content::Extents(extents) => {
-                self.extents.extend(extents);
+                self.extents = extents;
                 Ok(())
             }
             Content::Error { error, text } => {
@@ -88,12 +124,12 @@ impl Gather {
             Expected::Extents(_) => Ok(Answer::Extents(self.extents)),
             Expected::Read(range) => match self.data {
                 Gathered::Whole(data) => Ok(Answer::Data(data)),
-                Gathered::Parts { bytes, received } if received == range.count().0 => {
+                Gathered::Parts(Parts { bytes, missing }) if missing.is_empty() => {
                     Ok(Answer::Data(bytes.freeze()))
                 }
                 Gathered::Nothing if range.is_empty() => Ok(Answer::Data(Bytes::new())),
-                Gathered::Nothing | Gathered::Parts { .. } => {
-                    Err(ProtocolError::Malformed("read: its chunks do not cover it once"))
+                Gathered::Nothing | Gathered::Parts(_) => {
+                    Err(ProtocolError::Malformed("read: its chunks do not cover it"))
                 }
             },
         }
@@ -105,20 +141,19 @@ impl Gather {
             self.data = Gathered::Whole(data);
             return Ok(());
         }
-        let (bytes, received) = self.parts()?;
+        let parts = self.parts()?;
         let start = (offset.0 - range.start().0) as usize;
-        bytes[start..start + data.len()].copy_from_slice(&data);
-        *received += data.len() as u64;
-        Ok(())
+        parts.bytes[start..start + data.len()].copy_from_slice(&data);
+        parts.came(ByteRange::between(offset, ByteOffset(offset.0 + data.len() as u64)))
     }
 
-    fn parts(&mut self) -> Result<(&mut BytesMut, &mut u64), ProtocolError> {
-        let length = self.range()?.count().0 as usize;
+    fn parts(&mut self) -> Result<&mut Parts, ProtocolError> {
+        let range = self.range()?;
         if matches!(self.data, Gathered::Nothing) {
-            self.data = Gathered::Parts { bytes: BytesMut::zeroed(length), received: 0 };
+            self.data = Gathered::Parts(Parts::of(range));
         }
         match &mut self.data {
-            Gathered::Parts { bytes, received } => Ok((bytes, received)),
+            Gathered::Parts(parts) => Ok(parts),
             Gathered::Nothing | Gathered::Whole(_) => {
                 Err(ProtocolError::Malformed("read: it goes on after all its bytes"))
             }

@@ -62,7 +62,8 @@ pub struct ZeroOptions {
 /// in good order. Any number of requests may wait at once.
 ///
 /// When the connection is lost every request fails, those in flight included; whether those
-/// were carried out is not known.
+/// were carried out is not known. It counts as lost too when the server says that it is shutting down: what is in flight
+/// then is waited for, and fails that way only where the server says so of it or closes.
 #[derive(Clone, Debug)]
 pub struct Client {
     owner: Arc<Owner>,
@@ -121,7 +122,7 @@ impl Client {
         self.session.base_allocation.is_some()
     }
 
-    /// Why the connection ended, if it did.
+    /// Why the connection ended, or takes no more requests, if that is so.
     pub fn lost(&self) -> Option<ClientError> {
         self.owner.link.ended()
     }
@@ -250,23 +251,64 @@ impl Client {
         let mut extents = Vec::new();
         let mut at = range.start();
         while at < range.end() {
-            let length = ByteCount((range.end().0 - at.0).min(self.longest()));
-            let answer = self.send(Command::BlockStatus { offset: at, length, one: false }).await?;
-            let asked = ByteRange::between(at, ByteOffset(at.0 + length.0));
-            match self.wait(CommandKind::BlockStatus, asked, answer).await? {
-                Answer::Extents(found) => {
-                    for extent in found {
-                        let from = at;
-                        at = ByteOffset(at.0.saturating_add(extent.length.0));
-                        push_extent(&mut extents, wanted, ByteRange::between(from, at), extent);
-                    }
-                }
-                Answer::Done | Answer::Data(_) | Answer::Refused(..) => {
-                    unreachable!("block status is answered with extents")
+            for (part, extent) in self.ask_status(at, range.end(), false).await? {
+                at = part.end();
+                push_extent(&mut extents, wanted, part, extent, usize::MAX);
+            }
+        }
+        Ok(extents)
+    }
+
+    /// The same of the beginning of a range, as far as the server's first answer goes and `extents_max` extents: one at
+    /// least, of a range that is not empty.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub async fn first_block_status(
+        &self,
+        offset: ByteOffset,
+        length: ByteCount,
+        extents_max: usize,
+    ) -> Result<Vec<Extent>, ClientError> {
+        let wanted = self.inside(offset, length)?;
+        if !self.has_block_status() || wanted.is_empty() {
+            return Ok(vec![Extent::data(length)]);
+        }
+        let range = self.aligned_around(wanted);
+        let mut extents = Vec::new();
+        let mut at = range.start();
+        // An answer may end before what is wanted begins.
+        while extents.is_empty() && at < range.end() {
+            for (part, extent) in self.ask_status(at, range.end(), extents_max == 1).await? {
+                at = part.end();
+                if !push_extent(&mut extents, wanted, part, extent, extents_max) {
+                    break;
                 }
             }
         }
         Ok(extents)
+    }
+
+    /// What the server answers to one request for what is between, each extent with its place. It may reach further.
+    async fn ask_status(
+        &self,
+        from: ByteOffset,
+        to: ByteOffset,
+        one: bool,
+    ) -> Result<impl Iterator<Item = (ByteRange, Extent)> + use<>, ClientError> {
+        let length = ByteCount((to.0 - from.0).min(self.longest()));
+        let answer = self.send(Command::BlockStatus { offset: from, length, one }).await?;
+        let asked = ByteRange::between(from, ByteOffset(from.0 + length.0));
+        match self.wait(CommandKind::BlockStatus, asked, answer).await? {
+            Answer::Extents(found) => Ok(found.into_iter().scan(from, |at, extent| {
+                let start = *at;
+                *at = ByteOffset(start.0.saturating_add(extent.length.0));
+                Some((ByteRange::between(start, *at), extent))
+            })),
+            Answer::Done | Answer::Data(_) | Answer::Refused(..) => {
+                unreachable!("block status is answered with extents")
+            }
+        }
     }
 
     async fn write_out_zeroes(&self, range: ByteRange, fua: bool) -> Result<(), ClientError> {
@@ -412,13 +454,15 @@ fn joined(mut parts: Vec<Bytes>) -> Bytes {
     whole.freeze()
 }
 
-/// Appends the part of `found` inside `wanted`, joined to the last extent when they are alike.
-fn push_extent(extents: &mut Vec<Extent>, wanted: ByteRange, found: ByteRange, like: Extent) {
-    let Some(part) = wanted.intersection(found) else { return };
-    match extents.last_mut() {
-        Some(last) if (last.hole, last.zero) == (like.hole, like.zero) => {
-            last.length = ByteCount(last.length.0 + part.count().0);
-        }
-        Some(_) | None => extents.push(Extent { length: part.count(), ..like }),
-    }
+/// Appends the part of `found` inside `wanted`, joined to the last extent when they are alike. False when it is another
+/// one and there are `max` already.
+fn push_extent(
+    extents: &mut Vec<Extent>,
+    wanted: ByteRange,
+    found: ByteRange,
+    like: Extent,
+    max: usize,
+) -> bool {
+    let part = wanted.intersection(found).filter(|part| !part.is_empty());
+    part.is_none_or(|part| Extent { length: part.count(), ..like }.append_to(extents, max))
 }
