@@ -313,7 +313,7 @@ impl Filter {
         self.start_change(change);
     }
 
-    fn forfeit(&mut self) {
+    pub(crate) fn forfeit(&mut self) {
         if let Some(pass) = &mut self.pass
             && pass.phase == Phase::Draining
             && !pass.forfeited

@@ -102,6 +102,27 @@ impl Filter {
         self.pump();
     }
 
+    /// Changes of these blocks that were answered are not on the local disk any more, or in part: what is there is sent
+    /// again, as after a change that has failed.
+    pub fn forgotten(&mut self, now: Now, blocks: &DirtyBitmap) {
+        self.observe(now);
+        let whole = self.all_blocks();
+        for run in blocks.runs(whole, whole.count()) {
+            // What a pass still has to send of them is not as it was at its T.
+            if self.pass.as_ref().is_some_and(|pass| pass.active.touches(run)) {
+                self.forfeit();
+            }
+            if let Some(job) = &mut self.verify {
+                job.note_change(run);
+            }
+            if let Some(scanning) = &mut self.scanning {
+                scanning.touched.insert(run);
+            }
+            self.passive.insert(run);
+        }
+        self.pump();
+    }
+
     /// A plan that is due anyway keeps its reason: the first protection stays the first protection.
     fn merge_plan(&self, plan: PassPlan) -> PassPlan {
         match &self.lost {

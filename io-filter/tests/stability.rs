@@ -162,8 +162,16 @@ fn asked(filter: &mut Filter) -> IoId {
     asked.last().expect("something is asked for")
 }
 
-#[test]
-fn without_an_activity_log_a_failed_flush_is_remembered_too() {
+/// Everything that is to be sent arrives.
+fn everything_arrives(filter: &mut Filter) -> Vec<Message> {
+    let (numbers, sent): (Vec<u64>, Vec<Message>) = std::iter::from_fn(|| filter.poll_send(at(1))).unzip();
+    let last = numbers.last().copied().unwrap_or_default();
+    filter.receive(at(1), Message::Ack { received: last, durable: last, position: LogPosition(last) });
+    sent
+}
+
+/// A disk without an activity log in sync, with nothing on it.
+fn in_sync() -> Filter {
     let history = HistoryId(Uuid::from_u128(5));
     let settings = settings(ActivityLimits { hot: 0, ..ActivityLimits::default() });
     let mut filter = Filter::new(settings, Resume::New, at(0));
@@ -178,13 +186,42 @@ fn without_an_activity_log_a_failed_flush_is_remembered_too() {
         last_time: None,
     };
     filter.connected(at(0), &welcome);
-    let everything_arrives = |filter: &mut Filter| {
-        let last = std::iter::from_fn(|| filter.poll_send(at(1))).last().map_or(0, |(seq, _)| seq);
-        filter.receive(at(1), Message::Ack { received: last, durable: last, position: LogPosition(last) });
-    };
     let scan = asked(&mut filter);
     filter.scanned(at(0), scan, &DirtyBitmap::new());
     everything_arrives(&mut filter);
+    filter
+}
+
+#[test]
+fn what_the_disk_has_answered_and_forgotten_is_sent_again_as_it_is() {
+    let mut filter = in_sync();
+    filter.submit(at(1), RequestId(1), write(3));
+    let write = asked(&mut filter);
+    filter.local_done(at(1), write, Ok(LocalData::Changed));
+    everything_arrives(&mut filter);
+    assert!(filter.is_drained());
+    go_on(&mut filter, at(1));
+    filter.forgotten(at(1), &DirtyBitmap::of((3..4).into()));
+    assert!(!filter.is_drained(), "the receiver has what it was told, and the disk has not");
+    let read = std::iter::from_fn(|| filter.next_effect()).find_map(|effect| match effect {
+        Effect::Local(io, LocalOp::Read(range)) => Some((io, range)),
+        _ => None,
+    });
+    let (io, range) = read.expect("the block is read");
+    assert_eq!((range.start(), range.count()), (ByteOffset(3 * 4096), ByteCount(4096)));
+    filter.local_done(at(1), io, Ok(LocalData::Read(Bytes::from(vec![1; 4096]))));
+    let sent = everything_arrives(&mut filter);
+    let reasons = sent.iter().filter_map(|message| match message {
+        Message::PassBegin { reason, .. } => Some(*reason),
+        _ => None,
+    });
+    assert_eq!(reasons.collect::<Vec<_>>(), [Reason::LocalWriteFailed]);
+    assert!(filter.is_drained(), "{:?}", filter.status());
+}
+
+#[test]
+fn without_an_activity_log_a_failed_flush_is_remembered_too() {
+    let mut filter = in_sync();
     // What was there before the first attach is flushed.
     filter.submit(at(1), RequestId(3), Change::Flush);
     let flush = asked(&mut filter);

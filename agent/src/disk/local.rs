@@ -10,7 +10,7 @@ use backtide_units::{ByteCount, ByteRange};
 use rustix::io::Errno;
 
 pub(crate) use super::image_disk::blocking;
-use super::{hydrating::HydratingDisk, medium::Medium, ring::RingDisk};
+use super::{hydrating::HydratingDisk, medium::Medium, nbd_disk::NbdDisk, ring::RingDisk};
 
 /// The disk behind.
 pub(crate) enum Local {
@@ -56,6 +56,14 @@ impl Local {
     /// What brings back operations that are under way.
     pub(crate) fn ring(&self) -> Option<&RingDisk> {
         self.medium().ring()
+    }
+
+    /// The server it is behind of, if it is behind one.
+    pub(crate) fn behind_a_server(&self) -> Option<&NbdDisk> {
+        match self.medium() {
+            Medium::Image(_) => None,
+            Medium::Nbd(disk) => Some(disk),
+        }
     }
 
     pub(crate) fn size(&self) -> ByteCount {

@@ -10,6 +10,7 @@ mod dial;
 pub(crate) mod engine;
 mod export;
 mod flush_turns;
+mod forgotten;
 mod handle;
 pub(crate) mod hydrating;
 mod image_disk;

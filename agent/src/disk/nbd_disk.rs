@@ -3,8 +3,9 @@
 //! Invariants: an outage has one task that connects again and one deadline that all requests share,
 //! however many wait; after the deadline they fail at once, until the server is back. A server that
 //! comes back gets what the last one had not flushed, before anything else; each step of that has a bound, so that
-//! one which takes connections and answers nothing is never waited for. One of another size is not the disk: it is
-//! not used.
+//! one which takes connections and answers nothing is never waited for. What it refuses of that is not there, though
+//! somebody was told so: the next flush fails, and the blocks are told ([`NbdDisk::forgotten`]). One of another size, or
+//! that takes no writes, is not the disk: it is not used.
 
 use std::{
     cell::{Cell, RefCell},
@@ -46,6 +47,9 @@ struct Shared {
     flushing: Cell<bool>,
     /// The server refused such a flush, and may refuse none that follows: nobody was told yet.
     untold: Cell<Option<IoFailure>>,
+    /// The blocks of changes that were answered and are not there.
+    forgotten: RefCell<DirtyBitmap>,
+    has_forgotten: Notify,
     /// Flushes of changes that have to be stable before anything else is said of them.
     turns: FlushTurns,
 }
@@ -65,6 +69,9 @@ pub(crate) enum BehindError {
     /// It serves something of another size.
     #[error("{uri} has {found} bytes now, and the disk has {expected}")]
     Size { uri: NbdUri, expected: ByteCount, found: ByteCount },
+    /// It takes no writes.
+    #[error("{uri} is read-only, and a disk is written: serve it writable")]
+    ReadOnly { uri: NbdUri },
 }
 
 /// What a linear search for block status asks for at once.
@@ -108,6 +115,8 @@ impl NbdDisk {
             unflushed: RefCell::default(),
             flushing: Cell::default(),
             untold: Cell::default(),
+            forgotten: RefCell::default(),
+            has_forgotten: Notify::new(),
             turns: FlushTurns::default(),
         };
         Ok(Self { shared: Rc::new(shared) })
@@ -170,9 +179,17 @@ impl NbdDisk {
             self.flush_unasked().await?;
         }
         let id = shared.unflushed.borrow_mut().submit(&change);
-        let result = self.request(|client| send(client, change.clone())).await;
+        let sent = |client| {
+            shared.unflushed.borrow_mut().sent(id);
+            send(client, change.clone())
+        };
+        let result = self.request(sent).await;
         match &result {
-            Ok(()) => shared.unflushed.borrow_mut().succeeded(id),
+            Ok(()) => {
+                shared.unflushed.borrow_mut().succeeded(id);
+                // The server that answers may not be the one that serves now.
+                shared.forget(None);
+            }
             Err(_) => shared.unflushed.borrow_mut().failed(id),
         }
         let is_due = shared.unflushed.borrow().is_due();
@@ -228,6 +245,17 @@ impl NbdDisk {
             self.shared.untold.set(Some(failure));
         }
         flushed
+    }
+
+    /// Waits for changes that were answered and are not there; their blocks. One at a time may wait.
+    pub(crate) async fn forgotten(&self) -> DirtyBitmap {
+        loop {
+            let forgotten = self.shared.forgotten.take();
+            if !forgotten.is_empty() {
+                return forgotten;
+            }
+            self.shared.has_forgotten.notified().await;
+        }
     }
 
     async fn read(&self, range: ByteRange) -> Result<Bytes, IoFailure> {
@@ -334,7 +362,7 @@ impl Shared {
     /// meanwhile they are stable too: it was made again, and must not be undone when the others are another time.
     async fn reach_again(&self) -> Result<Client, BehindError> {
         let client = reach(&self.uri, self.size, ClientOptions::default()).await?;
-        let (mark, changes) = (self.unflushed.borrow().flush(), self.unflushed.borrow().changes());
+        let (mark, changes) = (self.unflushed.borrow().flush(), self.unflushed.borrow().to_make_again());
         let failures = self.unflushed.borrow().failures();
         if !changes.is_empty() {
             tracing::info!(uri = %self.uri, changes = changes.len(), "making again what was not flushed");
@@ -344,10 +372,20 @@ impl Shared {
             let (uri, what) = (self.uri.clone(), "a change that is made again");
             sent.map_err(|_| BehindError::Silent { uri, what, after: REPLAY_ANSWER_MAX })
         };
-        for change in changes {
-            let made = answered(change).await?;
-            made.map_err(|source| BehindError::Client { uri: self.uri.clone(), source })?;
+        let mut failure = None;
+        for (id, change) in changes {
+            match answered(change).await? {
+                Ok(()) => {}
+                Err(source) if source.is_lost() => {
+                    return Err(BehindError::Client { uri: self.uri.clone(), source });
+                }
+                Err(source) => {
+                    failure = Some(self.refused(&source));
+                    self.unflushed.borrow_mut().refused(id);
+                }
+            }
         }
+        self.forget(failure);
         // No await from the last look to the caller's use of the connection.
         if self.unflushed.borrow().failures() != failures {
             match answered(Change::Flush).await? {
@@ -363,6 +401,22 @@ impl Shared {
             }
         }
         Ok(client)
+    }
+
+    /// What the server has refused of changes that were answered: they are not made again. What is there stays as it
+    /// is read, and the next flush that is asked for fails.
+    fn forget(&self, failure: Option<IoFailure>) {
+        let forgotten = self.unflushed.borrow_mut().forgotten();
+        if forgotten.is_empty() {
+            return;
+        }
+        tracing::error!(uri = %self.uri, changes = forgotten.len(), "the disk behind refuses changes that were answered: the next flush fails");
+        for range in forgotten.iter().filter_map(Change::range) {
+            self.forgotten.borrow_mut().insert(BlockRange::touched_by(range));
+        }
+        self.turns.is_refused();
+        self.untold.set(Some(failure.unwrap_or(IoFailure { errno: EIO })));
+        self.has_forgotten.notify_one();
     }
 
     fn note(&self, trouble: String) {
@@ -424,6 +478,9 @@ async fn reach(uri: &NbdUri, expected: ByteCount, options: ClientOptions) -> Res
     let found = client.size();
     if found != expected {
         return Err(BehindError::Size { uri: uri.clone(), expected, found });
+    }
+    if client.flags().read_only() {
+        return Err(BehindError::ReadOnly { uri: uri.clone() });
     }
     Ok(client)
 }

@@ -94,6 +94,9 @@ pub(crate) enum OpenError {
     /// Its size cannot be a disk's.
     #[error("{uri} has {size} bytes, which is not a positive multiple of 512")]
     NbdSize { uri: NbdUri, size: ByteCount },
+    /// Every write of the guest would fail.
+    #[error("{uri} is read-only, and a disk is written: serve it writable")]
+    NbdReadOnly { uri: NbdUri },
     /// The disk had more, and its points have.
     #[error("{image} has {size} bytes and disk {disk} had {before}: a disk cannot shrink")]
     Shrunk { disk: String, image: String, before: ByteCount, size: ByteCount },
@@ -222,6 +225,9 @@ async fn open_behind(behind: &str, record: &DiskRecord) -> Result<Behind, OpenEr
     let size = client.size();
     if size.is_zero() || !size.0.is_multiple_of(512) {
         return Err(OpenError::NbdSize { uri, size });
+    }
+    if client.flags().read_only() {
+        return Err(OpenError::NbdReadOnly { uri });
     }
     Ok(Behind::Nbd(uri, size, client.block_sizes().minimum))
 }

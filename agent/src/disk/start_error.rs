@@ -26,6 +26,6 @@ fn behind_code(error: &BehindError) -> ErrorCode {
         BehindError::Client { .. } | BehindError::Silent { .. } | BehindError::Untold { .. } => {
             ErrorCode::Unreachable
         }
-        BehindError::Size { .. } => ErrorCode::Failed,
+        BehindError::Size { .. } | BehindError::ReadOnly { .. } => ErrorCode::Failed,
     }
 }

@@ -209,6 +209,7 @@ impl Disk {
             tokio::task::spawn_local(Rc::clone(&stream).keep());
         }
         tokio::task::spawn_local(Rc::clone(&engine).keep_ring());
+        tokio::task::spawn_local(super::forgotten::keep(Rc::clone(&engine)));
         engine.local.hydrate();
         KillPoint::AttachServed.reached();
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");

@@ -3,7 +3,8 @@
 //!
 //! Invariants: changes are in the order they were submitted, which for overlapping ones is the order
 //! they take effect in; a change is here from before it is first sent until a flush that was sent
-//! after its answer has succeeded, or until it has failed.
+//! after its answer has succeeded, or until it has failed. One that a server refuses when it is made again has failed if
+//! it was answered; otherwise whoever waits for it hears what comes of it.
 
 use std::collections::VecDeque;
 
@@ -39,6 +40,8 @@ struct Entry {
     change: Change,
     /// Which answer it got, once it has.
     answer: Option<u64>,
+    /// A server was given it since it was last sent for whoever waits for it, and has refused it.
+    refused: bool,
 }
 
 /// One of the changes.
@@ -61,17 +64,52 @@ impl Unflushed {
             change => change.clone(),
         };
         self.bytes += bytes_of(&change);
-        self.entries.push_back(Entry { id, change, answer: None });
+        self.entries.push_back(Entry { id, change, answer: None, refused: false });
         id
+    }
+
+    /// Before a change is sent for whoever waits for it, also when that is not the first time.
+    pub(crate) fn sent(&mut self, id: ChangeId) {
+        if let Some(entry) = self.entry(id) {
+            entry.refused = false;
+        }
     }
 
     /// When it has succeeded.
     pub(crate) fn succeeded(&mut self, id: ChangeId) {
         self.answers += 1;
         let answer = Some(self.answers);
-        if let Ok(at) = self.entries.binary_search_by_key(&id, |entry| entry.id) {
-            self.entries[at].answer = answer;
+        if let Some(entry) = self.entry(id) {
+            entry.answer = answer;
         }
+    }
+
+    /// When a server was given it that came in place of the last one, and has refused it.
+    pub(crate) fn refused(&mut self, id: ChangeId) {
+        if let Some(entry) = self.entry(id) {
+            entry.refused = true;
+        }
+    }
+
+    /// The changes that were answered and are not there: they have failed.
+    pub(crate) fn forgotten(&mut self) -> Vec<Change> {
+        let is_forgotten = |entry: &Entry| entry.refused && entry.answer.is_some();
+        let forgotten: Vec<Change> = self
+            .entries
+            .iter()
+            .filter(|entry| is_forgotten(entry))
+            .map(|entry| entry.change.clone())
+            .collect();
+        self.failures += forgotten.len() as u64;
+        if !forgotten.is_empty() {
+            self.keep(|entry| !is_forgotten(entry));
+        }
+        forgotten
+    }
+
+    fn entry(&mut self, id: ChangeId) -> Option<&mut Entry> {
+        let at = self.entries.binary_search_by_key(&id, |entry| entry.id).ok()?;
+        Some(&mut self.entries[at])
     }
 
     /// When it has failed: nobody relies on it.
@@ -106,6 +144,12 @@ impl Unflushed {
     }
 
     /// What a new server has to be given, in this order.
+    pub(crate) fn to_make_again(&self) -> Vec<(ChangeId, Change)> {
+        self.entries.iter().map(|entry| (entry.id, entry.change.clone())).collect()
+    }
+
+    /// The same without their names.
+    #[cfg(test)]
     pub(crate) fn changes(&self) -> Vec<Change> {
         self.entries.iter().map(|entry| entry.change.clone()).collect()
     }
@@ -149,6 +193,23 @@ mod tests {
         let mark = unflushed.flush();
         unflushed.flushed(mark);
         assert_eq!((unflushed.changes(), unflushed.bytes), (vec![], 0));
+    }
+
+    #[test]
+    fn what_was_answered_is_forgotten_where_a_server_refused_it_since_it_was_sent() {
+        let mut unflushed = Unflushed::default();
+        let [before, after, again] = [0, 512, 1024].map(|at| unflushed.submit(&write(at, 512)));
+        unflushed.succeeded(before);
+        for id in [before, after, again] {
+            unflushed.refused(id);
+        }
+        assert_eq!(unflushed.forgotten(), [write(0, 512)]);
+        // The last server's answer comes late; the next is asked once more.
+        unflushed.succeeded(after);
+        unflushed.sent(again);
+        unflushed.succeeded(again);
+        assert_eq!(unflushed.forgotten(), [write(512, 512)]);
+        assert_eq!((unflushed.changes(), unflushed.failures()), (vec![write(1024, 512)], 2));
     }
 
     #[test]

@@ -134,6 +134,9 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
             (ErrorCode::Refused, "attach the smaller image under another name: it is a new disk")
         }
         OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
+        OpenError::NbdReadOnly { .. } => {
+            (ErrorCode::Refused, "start the NBD server without its option for read-only exports")
+        }
         OpenError::Nbd { .. } => (ErrorCode::Unreachable, "start the NBD server first"),
         OpenError::Spill { .. } => (ErrorCode::Failed, "remove it by hand: nothing needs it any more"),
         OpenError::Record { .. } => {

@@ -30,6 +30,8 @@ struct Behind {
     is_ending: Cell<bool>,
     /// It refuses the next flush.
     refuses_a_flush: Cell<bool>,
+    /// It takes no writes at all, and says so.
+    read_only: Cell<bool>,
     writes: Cell<usize>,
     /// Requests for block status.
     looks: Cell<usize>,
@@ -46,7 +48,7 @@ impl Behind {
 
 impl Export for Behind {
     fn info(&self) -> ExportInfo {
-        ExportInfo::new("behind", SIZE)
+        ExportInfo { read_only: self.read_only.get(), ..ExportInfo::new("behind", SIZE) }
     }
 
     fn submit(&self, command: Command, reply: Reply) {
@@ -145,6 +147,13 @@ fn on_stage(story: impl AsyncFnOnce(Stage)) {
     LocalSet::new().block_on(&runtime, ended).expect("the disk behind is never back");
 }
 
+/// Waits until the disk behind is back.
+async fn is_back(disk: &NbdDisk) {
+    while disk.trouble().is_some() {
+        disk.shared.back.notified().await;
+    }
+}
+
 /// A second handle for a task.
 fn same(disk: &NbdDisk) -> NbdDisk {
     NbdDisk { shared: Rc::clone(&disk.shared) }
@@ -166,9 +175,7 @@ fn a_server_that_comes_back_and_answers_nothing_is_left_for_another_connection()
         tokio::time::resume();
         assert!(!reading.await.unwrap(), "no request waits for longer than an outage may last");
         behind.asked.notified().await;
-        while disk.trouble().is_some() {
-            disk.shared.back.notified().await;
-        }
+        is_back(&disk).await;
         disk.run(read()).await.unwrap();
     });
 }
@@ -261,5 +268,64 @@ fn where_it_has_data_is_asked_for_once_for_each_answer() {
             assert_eq!((found, behind.looks.get() - before), (vec![Extent::data(ByteCount(4096))], 1));
         }
         assert_eq!(medium.allocated().await.unwrap().count().0, SIZE.0 / 4096 / 2);
+    });
+}
+
+#[test]
+fn a_change_that_the_next_server_refuses_keeps_nobody_waiting_and_is_told_once() {
+    on_stage(async |Stage { behind, socket, server, disk }| {
+        server.shutdown(Duration::ZERO).await;
+        behind.refuses.set(true);
+        let _server = serve(&behind, &socket).await;
+        disk.run(read()).await.expect("what is there can be read");
+        assert_eq!(disk.shared.unflushed.borrow().changes(), []);
+        let LocalOp::Change(refused) = write() else { unreachable!() };
+        assert_eq!(disk.forgotten().await, DirtyBitmap::of(BlockRange::touched_by(refused.range().unwrap())));
+        assert_eq!(
+            disk.run(flush()).await.unwrap_err(),
+            IoFailure { errno: EIO },
+            "somebody was told it is there"
+        );
+        disk.run(flush()).await.unwrap();
+    });
+}
+
+#[test]
+fn a_change_that_waits_for_its_answer_hears_itself_what_the_next_server_says_of_it() {
+    on_stage(async |Stage { behind, socket, server, disk }| {
+        disk.run(flush()).await.unwrap();
+        behind.stands_still.set(true);
+        let other = same(&disk);
+        let writing = tokio::task::spawn_local(async move { other.run(write()).await.map(drop) });
+        behind.asked.notified().await;
+        server.shutdown(Duration::ZERO).await;
+        behind.unanswered.take();
+        behind.stands_still.set(false);
+        behind.refuses.set(true);
+        let _server = serve(&behind, &socket).await;
+        writing.await.unwrap().unwrap_err();
+        assert!(disk.shared.forgotten.borrow().is_empty(), "nobody was told that it is there");
+        disk.run(flush()).await.unwrap();
+    });
+}
+
+#[test]
+fn one_that_takes_no_writes_is_not_the_disk() {
+    on_stage(async |Stage { behind, socket, server, disk }| {
+        server.shutdown(Duration::ZERO).await;
+        behind.read_only.set(true);
+        let server = serve(&behind, &socket).await;
+        let again = NbdDisk::connect(disk.shared.uri.clone(), SIZE).await.err();
+        assert!(matches!(again, Some(BehindError::ReadOnly { .. })), "{again:?}");
+        let other = same(&disk);
+        let reading = tokio::task::spawn_local(async move { other.run(read()).await.map(drop) });
+        while !disk.trouble().is_some_and(|trouble| trouble.contains("read-only")) {
+            tokio::task::yield_now().await;
+        }
+        server.shutdown(Duration::ZERO).await;
+        behind.read_only.set(false);
+        let _server = serve(&behind, &socket).await;
+        reading.await.unwrap().unwrap();
+        assert_eq!(behind.writes.get(), 2, "nothing was forgotten meanwhile");
     });
 }

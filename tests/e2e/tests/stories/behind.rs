@@ -1,5 +1,7 @@
 //! Disks that are not raw files: qcow2, and whatever an NBD server serves.
 
+use std::os::unix::fs::FileExt;
+
 use backtide_e2e::{Bench, tools};
 
 const SIZE: u64 = 64 << 20;
@@ -169,6 +171,71 @@ fn a_qemu_nbd_that_says_much_is_listened_to() {
     disk.qemu_io(&["write -P 0x11 0 1M"]);
     disk.settle();
     bench.json(&["detach", "vm1"]);
+}
+
+#[test]
+fn a_read_only_server_is_no_disk() {
+    let bench = Bench::new();
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    bench.image("behind.img", SIZE);
+    let (image, socket) = (bench.name("behind.img"), bench.name("behind.sock"));
+    let _server = tools::Beside::start("qemu-nbd", &["-f", "raw", "-r", "-t", "-k", &socket, &image]);
+    tools::wait_for_socket(socket.as_ref());
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let refused = bench.run(&["attach", "vm1", &uri, "--receiver", &bench.socket("stream.sock")]);
+    assert_ne!(refused.code, 0, "{refused:?}");
+    assert!(refused.stderr.contains("read-only") && refused.stderr.contains(&socket), "{refused:?}");
+}
+
+#[test]
+fn what_a_server_refuses_of_what_the_last_one_had_answered_is_told_once_and_sent_as_it_is() {
+    let bench = Bench::new();
+    let (_receiver, mut agent) = (bench.receiver(), bench.agent());
+    for expected in
+        ["the disk behind failed", "the disk behind refuses changes", "blocks are not as a guest was told"]
+    {
+        agent.may_complain(expected);
+    }
+    agent.may_complain("the local disk refused a guest request");
+    bench.image("behind.img", SIZE);
+    let (image, socket, full) = (bench.name("behind.img"), bench.name("behind.sock"), bench.name("full"));
+    let serve = || {
+        let trigger = format!("error-file={full}");
+        let faults = ["error=ENOSPC", "error-pwrite-rate=100%", "error-zero-rate=100%", &trigger];
+        let arguments = ["-f", "-U", &socket, "--filter=error", "file", &image].into_iter().chain(faults);
+        let _ = std::fs::remove_file(&socket);
+        let server = tools::Beside::start("nbdkit", &arguments.collect::<Vec<_>>());
+        tools::wait_for_socket(socket.as_ref());
+        server
+    };
+    let server = serve();
+    let disk = bench.attach("vm1", &format!("nbd+unix:///?socket={socket}"), &[]);
+    disk.wait("sync");
+    let uri = disk.uri();
+    let written = ["-f", "raw", &uri, "-c", "write -P 0x11 1M 64k", "-c", "sleep 1000000000"];
+    let guest = tools::Beside::start("qemu-io", &written);
+    disk.until("it is written", |status| status["counters"]["writes"].as_u64() >= Some(1));
+    // It has answered, and goes with what it had not made stable; the next has no room for it.
+    server.kill();
+    std::fs::write(&full, "").unwrap();
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&image)
+        .unwrap()
+        .write_all_at(&[0; 64 << 10], 1 << 20)
+        .unwrap();
+    let _server = serve();
+    guest.kill();
+    // A guest that closes the disk flushes it, too.
+    let steps = ["-c", "read -P 0 1M 64k", "-c", "flush", "-c", "flush"];
+    let (_, said) = tools::try_run("qemu-io", &[&["-f", "raw", uri.as_str()][..], &steps].concat());
+    assert!(said.contains("read 65536/65536") && !said.contains("verification failed"), "{said}");
+    assert_eq!(disk.status()["counters"]["errors"], 1, "one flush of these failed");
+    std::fs::remove_file(&full).unwrap();
+    disk.qemu_io(&["write -P 0x33 8M 64k"]);
+    disk.settle();
+    assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0);
+    tools::assert_same(&image, disk.restore("latest").to_str().unwrap());
 }
 
 #[test]
