@@ -143,6 +143,14 @@ impl ImageStamp {
     }
 }
 
+/// What is known of all disks.
+#[derive(Debug, Default)]
+pub(crate) struct AllRecords {
+    pub(crate) known: Vec<DiskRecord>,
+    /// Disks of which nothing is known for the moment, and why.
+    pub(crate) unreadable: Vec<(DiskName, io::Error)>,
+}
+
 /// All records of an agent.
 #[derive(Clone)]
 pub(crate) struct Records {
@@ -188,6 +196,12 @@ impl DiskRecord {
 }
 
 impl DiskRecord {
+    /// What there is to tell of a disk whose record cannot be read.
+    pub(crate) fn unknown(name: DiskName) -> Self {
+        let receiver = Address::unix("/unknown");
+        Self { uuid: DiskId(Uuid::nil()), ..Self::new(name, String::new(), receiver) }
+    }
+
     /// The record of a disk whose history another agent, or this one before it lost its state, has
     /// made: as after a crash, nothing is known of what differs. The disk changes hands, so that whoever had it before can
     /// tell.
@@ -271,18 +285,24 @@ impl Records {
     }
 
     /// Every record, by name.
-    pub(crate) fn load_all(&self) -> io::Result<Vec<DiskRecord>> {
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub(crate) fn load_all(&self) -> io::Result<AllRecords> {
         let names = self.storage.list(&PathBuf::new())?;
-        let mut records = Vec::new();
+        let mut all = AllRecords::default();
         for name in names {
             let Some(disk) = name.strip_suffix(".json").and_then(|stem| stem.parse().ok()) else { continue };
             match self.load(&disk) {
-                Ok(record) => records.extend(record),
+                Ok(record) => all.known.extend(record),
                 // The other disks are protected all the same.
-                Err(error) => tracing::error!(%disk, %error, "cannot use the disk's record"),
+                Err(error) => {
+                    tracing::error!(%disk, %error, "cannot use the disk's record");
+                    all.unreadable.push((disk, error));
+                }
             }
         }
-        Ok(records)
+        Ok(all)
     }
 
     /// The record of one disk, if there is one.

@@ -149,7 +149,7 @@ impl Registry {
         disk: DiskId,
     ) -> Result<(Option<Address>, Option<StreamTls>), ApiError> {
         let known = self.records.load_all_aside().await.map_err(|error| failed(&error))?;
-        let known = known.into_iter().find(|record| record.uuid == disk);
+        let known = known.known.into_iter().find(|record| record.uuid == disk);
         let tls = known.as_ref().and_then(|record| record.stream_tls.clone());
         Ok((known.map(|record| record.receiver), tls.or_else(|| self.stream_tls.clone())))
     }
@@ -200,12 +200,9 @@ impl Registry {
                 ApiError::new(ErrorCode::Exists, message).with_hint("detach it first, or use another name")
             );
         }
-        let known = self.records.load_aside(&request.name).await.map_err(|error| match error.kind() {
-            std::io::ErrorKind::InvalidData => failed(&error).with_hint(format!(
-                "move it out of {}, then attach with --adopt: that continues its history",
-                self.records.directory().display()
-            )),
-            _ => failed(&error),
+        let known = self.records.load_aside(&request.name).await.map_err(|error| {
+            let hint = "then attach with --adopt: that continues its history";
+            self.unreadable(&error, hint)
         })?;
         let (records, asked) = (self.records.clone(), request.clone());
         let known = waiting(move || origin::begun(&records, &asked, known)).await??;

@@ -5,11 +5,11 @@ use std::io;
 
 use backtide_units::DiskName;
 
-use super::{DiskRecord, Records};
+use super::{AllRecords, DiskRecord, Records};
 
 impl Records {
     /// [`load_all`](Self::load_all).
-    pub(crate) async fn load_all_aside(&self) -> io::Result<Vec<DiskRecord>> {
+    pub(crate) async fn load_all_aside(&self) -> io::Result<AllRecords> {
         self.aside(|records| records.load_all()).await
     }
 
@@ -140,7 +140,7 @@ mod tests {
         *gate.open.lock().unwrap() = false;
         let go_on = async { gate.open() };
         let (all, ()) = tokio::join!(async { still().load_all_aside().await }, go_on);
-        assert_eq!(all.unwrap(), std::slice::from_ref(&record));
+        assert_eq!(all.unwrap().known, std::slice::from_ref(&record));
         *gate.open.lock().unwrap() = false;
         let go_on = async { gate.open() };
         let change = |record| Some(DiskRecord { paused: true, ..record });

@@ -2,7 +2,7 @@
 //!
 //! Invariants: they are opened side by side, and one whose storage stands still holds up the start
 //! for a bounded time; every one that is missing is shown and tried again, until it is there or an operator
-//! gives it up.
+//! gives it up; so is one whose record cannot be read, which may have been attached.
 
 use std::{
     sync::{Arc, PoisonError},
@@ -15,7 +15,10 @@ use backtide_units::DiskName;
 use tokio::task::JoinSet;
 
 use super::{PREDECESSOR_TIME, Registry, errors::failed};
-use crate::{disk, record::DiskRecord};
+use crate::{
+    disk,
+    record::{AllRecords, DiskRecord},
+};
 
 /// How long after a failed start of the agent's disks the next attempt is made.
 const RESTORE_AGAIN: Duration = Duration::from_secs(5);
@@ -29,7 +32,8 @@ impl Registry {
     pub(crate) async fn restore(self: &Arc<Self>) -> std::io::Result<bool> {
         let mut restoring = JoinSet::new();
         let mut wanted = Vec::new();
-        for record in self.records.load_all_aside().await?.into_iter().filter(|record| record.attached) {
+        let AllRecords { known, unreadable } = self.records.load_all_aside().await?;
+        for record in known.into_iter().filter(|record| record.attached) {
             if !self.disks.read().await.contains_key(&record.name) {
                 wanted.push(record.clone());
                 restoring.spawn(Arc::clone(self).restore_one(record));
@@ -43,7 +47,43 @@ impl Registry {
         for record in wanted {
             missing |= self.show_missing(&record).await;
         }
-        Ok(missing)
+        for (name, error) in unreadable {
+            missing |= self.show_unreadable(&name, &error).await;
+        }
+        Ok(self.let_go_of_given_up().await || missing)
+    }
+
+    /// Shows a disk as missing whose record cannot be read, if it is missing; whether it is. It may have been attached.
+    async fn show_unreadable(&self, name: &DiskName, error: &std::io::Error) -> bool {
+        let (mut failing, disks) = (self.failing.write().await, self.disks.read().await);
+        if disks.contains_key(name) {
+            return false;
+        }
+        let shown = disk::not_attached(&DiskRecord::unknown(name.clone()), &error.to_string());
+        // Of what was known before only the reason is another one.
+        failing
+            .entry(name.clone())
+            .and_modify(|known| known.reason.clone_from(&shown.reason))
+            .or_insert(shown);
+        true
+    }
+
+    /// Shows no disk as missing any more that somebody has given up by taking its record away, or that turns out to have been
+    /// detached; whether there may be more such.
+    async fn let_go_of_given_up(&self) -> bool {
+        let names: Vec<DiskName> = self.failing.read().await.keys().cloned().collect();
+        let mut more = false;
+        for name in names {
+            let Ok(_claim) = self.claims.try_claim(&name) else {
+                more = true;
+                continue;
+            };
+            if !self.disks.read().await.contains_key(&name) && self.is_given_up(&name).await {
+                self.failing.write().await.remove(&name);
+                self.forget_sockets(&name);
+            }
+        }
+        more
     }
 
     /// Shows a disk as missing, if it is; whether it is.
@@ -70,8 +110,19 @@ impl Registry {
         !given_up
     }
 
+    /// Why a disk's record cannot be used; `then` is what becomes of the disk when it is moved away.
+    pub(super) fn unreadable(&self, error: &std::io::Error, then: &str) -> ApiError {
+        let directory = self.records.directory();
+        match error.kind() {
+            std::io::ErrorKind::InvalidData => {
+                failed(error).with_hint(format!("move it out of {}, {then}", directory.display()))
+            }
+            _ => failed(error).with_hint(format!("{} has to be readable and writable", directory.display())),
+        }
+    }
+
     async fn is_given_up(&self, name: &DiskName) -> bool {
-        matches!(self.records.load_aside(name).await, Ok(Some(now)) if !now.attached)
+        self.records.load_aside(name).await.is_ok_and(|now| now.is_none_or(|now| !now.attached))
     }
 
     async fn restore_one(self: Arc<Self>, record: DiskRecord) {
@@ -114,7 +165,7 @@ impl Registry {
         self.records
             .change_aside(&known.name, give_up)
             .await
-            .map_err(|error| failed(&error).with_hint("it would be attached again at the next start"))?;
+            .map_err(|error| self.unreadable(&error, "that gives the disk up"))?;
         self.failing.write().await.remove(&known.name);
         self.forget_sockets(&known.name);
         tracing::info!(disk = %known.name, "disk given up: it could not be attached again");
@@ -167,9 +218,12 @@ impl Registry {
     /// listening sockets that were kept for disks which are attached no more: an agent may
     /// have died between the end of a disk and that of its socket.
     pub(crate) async fn forget_other_sockets(&self, others: &[&str]) -> std::io::Result<()> {
-        let attached = self.records.load_all_aside().await?.into_iter().filter(|record| record.attached);
-        let expected = attached.inspect(|record| self.directory.expect(record.name.as_str(), &record.name));
-        let mut purposes: Vec<String> = expected.map(|record| disk::nbd_purpose(&record.name)).collect();
+        let AllRecords { known, unreadable } = self.records.load_all_aside().await?;
+        let attached = known.into_iter().filter(|record| record.attached).map(|record| record.name);
+        // Those of which nothing is known may have been attached too.
+        let expected = attached.chain(unreadable.into_iter().map(|(name, _)| name));
+        let expected = expected.inspect(|name| self.directory.expect(name.as_str(), name));
+        let mut purposes: Vec<String> = expected.map(|name| disk::nbd_purpose(&name)).collect();
         purposes.extend(others.iter().map(|purpose| (*purpose).to_owned()));
         self.sockets.forget_others(&purposes);
         Ok(())

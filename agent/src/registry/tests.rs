@@ -55,7 +55,11 @@ fn stopped(registry: &Registry, directory: &Path, image: String) -> (DiskName, U
 /// What the operator asks for who goes on with that disk, at a socket of its own.
 fn request(registry: &Registry, name: &DiskName) -> AttachRequest {
     let DiskRecord { image, receiver, .. } = registry.records.load(name).unwrap().unwrap();
-    let request = serde_json::json!({ "name": name, "image": image, "receiver": receiver });
+    AttachRequest { name: name.clone(), receiver, ..request_for(Path::new(&image)) }
+}
+
+fn request_for(image: &Path) -> AttachRequest {
+    let request = serde_json::json!({ "name": "vm1", "image": image, "receiver": "unix:/run/nobody.sock" });
     serde_json::from_value(request).unwrap()
 }
 
@@ -155,6 +159,46 @@ async fn a_disk_that_waits_for_its_storage_goes_on_waiting_after_an_attach_that_
     assert_eq!((status.image, status.nbd_uri), (was.image, was.nbd.unwrap()));
     assert!(status.resync_due, "it may have been another's meanwhile");
     registry.shut_down().await;
+}
+
+/// It may have been attached: its guest waits at the socket that was kept for it.
+#[tokio::test]
+async fn a_disk_whose_record_cannot_be_read_is_shown_until_it_can_or_is_taken_away() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let registry = registry(directory);
+    let (image, socket) = (directory.join("vm2.img"), directory.join("taken.sock"));
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let (name, listener) = stopped(&registry, directory, image.display().to_string());
+    let (purpose, place) = (disk::nbd_purpose(&name), backtide_socket::Listening::Unix(&socket));
+    let file = backtide_socket::SocketFile::of(&socket).ok();
+    registry.sockets.keep(&purpose, place, listener, file).unwrap();
+    let record = directory.join("state/vm2.json");
+    let kept = std::fs::read(&record).unwrap();
+    let newer = String::from_utf8(kept.clone()).unwrap().replacen("\"version\": 1", "\"version\": 2", 1);
+    std::fs::write(&record, newer).unwrap();
+
+    registry.forget_other_sockets(&[]).await.unwrap();
+    assert!(registry.restore().await.unwrap(), "it has to be tried again");
+    let reason = registry.failing().await.remove(0).reason;
+    assert!(reason.contains("vm2.json is damaged: expected version 1, found 2"), "{reason}");
+    registry.detach(&name, DetachRequest::default()).await.unwrap_err();
+    registry.attach(AttachRequest { name: name.clone(), ..request_for(&image) }).await.unwrap_err();
+    assert!(registry.restore().await.unwrap());
+    assert!(registry.sockets.take(&purpose, place).is_some());
+
+    std::fs::write(&record, &kept).unwrap();
+    assert!(!registry.restore().await.unwrap());
+    let status = registry.find(&name).await.unwrap().1.status().await.unwrap();
+    assert_eq!(status.nbd_uri, format!("nbd+unix:///vm2?socket={}", socket.display()));
+    assert!(registry.failing().await.is_empty());
+    registry.detach(&name, DetachRequest::default()).await.unwrap();
+
+    std::fs::write(&record, "").unwrap();
+    assert!(registry.restore().await.unwrap());
+    std::fs::remove_file(&record).unwrap();
+    assert!(!registry.restore().await.unwrap());
+    assert!(registry.failing().await.is_empty());
 }
 
 /// A lock on the state directory lives as long as the registry does.

@@ -50,19 +50,34 @@ fn a_disk_whose_image_is_missing_at_the_start_is_attached_when_it_is_there() {
 #[test]
 fn a_damaged_record_is_named_and_costs_no_other_disk_its_protection() {
     let bench = Bench::new();
-    let (_receiver, agent, _damaged) = bench.protected(SIZE, &[]);
+    let (_receiver, agent, damaged) = bench.protected(SIZE, &[]);
     bench.image("vm2.img", SIZE);
     let disk = bench.attach("vm2", "vm2.img", &[]);
     assert_eq!(agent.stop(), 0);
-    std::fs::write(bench.path("state/vm1.json"), "{\"version\": 1, \"name\": \"vm").unwrap();
+    let record = bench.path("state/vm1.json");
+    let kept = std::fs::read(&record).unwrap();
+    std::fs::write(&record, "{\"version\": 1, \"name\": \"vm").unwrap();
     let mut agent = bench.agent();
     agent.may_complain("cannot use the disk's record");
     disk.qemu_io(&["write -P 0x11 0 1M"]);
     disk.latest_is_the_image();
-    assert_eq!(bench.json(&["status"])["disks"].as_array().unwrap().len(), 1);
+    let said = bench.run(&["status"]);
+    assert_eq!(said.code, 3, "{said:?}");
+    let status: Value = serde_json::from_str(&said.stdout).unwrap();
+    assert_eq!(status["disks"].as_array().unwrap().len(), 2, "{status}");
+    let status = damaged.status();
+    assert_eq!(status["reason_code"], "not-attached", "{status}");
+    let named = |text: &str| text.contains("vm1.json is damaged");
+    assert!(status["reason"].as_str().is_some_and(named), "{status}");
     let log = agent.log();
-    let named = |line: &&str| line.contains("cannot use the disk's record") && line.contains("vm1.json");
-    assert!(log.lines().any(|line| named(&line)), "{log}");
+    assert!(log.lines().any(|line| line.contains("cannot use the disk's record") && named(line)), "{log}");
+    let refused = bench.run(&["detach", "vm1"]);
+    assert!(refused.code == 1 && refused.stderr.contains("that gives the disk up"), "{refused:?}");
+    // Put back, it is as good as before.
+    std::fs::write(&record, kept).unwrap();
+    while damaged.status()["reason_code"] == "not-attached" {}
+    damaged.qemu_io(&["write -P 0x22 0 1M"]);
+    damaged.latest_is_the_image();
 }
 
 #[test]
