@@ -37,7 +37,7 @@ use tokio::{
 
 pub(crate) use self::origin::fetch_error;
 use self::{
-    errors::{failed, open_error, refuse_adopted, refuse_fenced, refuse_other_format},
+    errors::{failed, open_error, refuse_adopted, refuse_fenced, refuse_implausible, refuse_other_format},
     left::Left,
     place::Place,
 };
@@ -207,6 +207,7 @@ impl Registry {
         let (records, asked) = (self.records.clone(), request.clone());
         let known = waiting(move || origin::begun(&records, &asked, known)).await??;
         refuse_adopted(&request, known.as_ref())?;
+        refuse_implausible(&request.name, request.adopt.as_ref())?;
         refuse_fenced(&request, known.as_ref())?;
         refuse_other_format(&request, known.as_ref()).await?;
         // From before anything of it is made: another disk may be about to begin in it.

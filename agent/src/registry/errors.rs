@@ -1,8 +1,8 @@
 //! What the control API says of attaches and detaches that fail.
 
-use backtide_agent_api::AttachRequest;
+use backtide_agent_api::{Adopted, AttachRequest};
 use backtide_control::{ApiError, ErrorCode};
-use backtide_units::DiskName;
+use backtide_units::{DiskName, Epoch};
 
 use crate::{
     disk::{DetachError, DiskHandle, HydrationProblem, OpenError},
@@ -19,6 +19,17 @@ pub(super) fn refuse_adopted(request: &AttachRequest, known: Option<&DiskRecord>
     }
     let message = format!("this agent knows the history of disk {} itself", request.name);
     Err(ApiError::new(ErrorCode::Exists, message).with_hint("attach it without adopting one"))
+}
+
+/// What a receiver says nobody can have attached leaves no epoch for this agent.
+pub(super) fn refuse_implausible(name: &DiskName, adopt: Option<&Adopted>) -> Result<(), ApiError> {
+    let Some(Adopted { epoch, .. }) = adopt.filter(|adopt| adopt.epoch > Epoch::OTHERS_MAX) else {
+        return Ok(());
+    };
+    let message =
+        format!("the receiver says that disk {name} was attached {epoch} times, which is not believed");
+    Err(ApiError::new(ErrorCode::Refused, message)
+        .with_hint("attach it without its history, under another name: it is protected anew"))
 }
 
 /// A disk that another agent has had since is taken back only knowingly.

@@ -21,7 +21,13 @@ use tokio::task::LocalSet;
 
 use self::left::left_behind;
 pub(super) use self::left::{HeldImage, LeftBehind};
-use super::{Registry, errors::failed, failover::Target, origin::fetch_error, waiting};
+use super::{
+    Registry,
+    errors::{failed, refuse_implausible},
+    failover::Target,
+    origin::fetch_error,
+    waiting,
+};
 use crate::{
     claims::Claim,
     disk::{self, Dialer, DiskHandle, source::FetchError},
@@ -49,6 +55,7 @@ impl Registry {
         if let Ok((_, handle)) = self.find(name).await {
             return here_already(&record, &handle, request.adopt).await;
         }
+        refuse_implausible(&record.name, Some(&request.adopt))?;
         refuse_own(&record, request.adopt)?;
         // Until it is known to be the disk's again, and from then on by the disk itself.
         self.take_image(name, &record.image, Duration::ZERO).await?;

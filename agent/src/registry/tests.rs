@@ -221,3 +221,24 @@ async fn nothing_that_goes_on_trying_outlives_the_agent() {
         assert_eq!(Arc::strong_count(&registry), 1);
     }
 }
+
+#[tokio::test]
+async fn an_epoch_that_leaves_none_for_this_agent_is_not_adopted() {
+    let directory = tempfile::tempdir().unwrap();
+    let registry = registry(directory.path());
+    let request = |epoch: u64| -> AttachRequest {
+        let adopt = serde_json::json!({
+            "uuid": backtide_units::DiskId::random(), "history": HistoryId::random(), "epoch": epoch, "durable": 7,
+        });
+        let receiver = backtide_control::Address::unix(directory.path().join("nobody.sock"));
+        let image = directory.path().join("none.img");
+        let request =
+            serde_json::json!({ "name": "vm1", "image": image, "receiver": receiver, "adopt": adopt });
+        serde_json::from_value(request).unwrap()
+    };
+    let refused = registry.attach(request(u64::MAX)).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Refused, "{refused:?}");
+    assert!(refused.message.contains("is not believed"), "{refused:?}");
+    let other = registry.attach(request(3)).await.unwrap_err();
+    assert!(!other.message.contains("is not believed"), "there is no such image: {other:?}");
+}

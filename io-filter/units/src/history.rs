@@ -67,6 +67,13 @@ impl Epoch {
     /// than a host begins while it is cut off from the receiver.
     pub const TAKE_OVER_STEP: u64 = 1 << 20;
 
+    /// The highest that is believed of an attach. Nobody attaches a disk so often: what says more is broken or means no
+    /// good, and would leave no epoch for whoever attaches it next.
+    pub const PLAUSIBLE_MAX: Self = Self(1 << 62);
+
+    /// The highest that somebody else is believed to have attached a disk with: what follows it is believed too.
+    pub const OTHERS_MAX: Self = Self(1 << 61);
+
     /// The epoch of whoever takes the disk over from an agent that had this one.
     pub fn taken_over(self) -> Self {
         Self(self.0.saturating_add(Self::TAKE_OVER_STEP))
@@ -78,12 +85,9 @@ impl Epoch {
         self.0.saturating_sub(before.0) >= Self::TAKE_OVER_STEP / 2
     }
 
-    /// The next attach.
-    ///
-    /// # Panics
-    /// After 2^64 - 1 attaches.
+    /// The next attach; the highest there is stays as it is.
     pub fn next(self) -> Self {
-        Self(self.0.checked_add(1).expect("a disk's epochs are used up"))
+        Self(self.0.saturating_add(1))
     }
 }
 

@@ -7,12 +7,12 @@
 mod reading;
 
 use backtide_units::{
-    ByteCount, ByteOffset, ByteRange, CaptureTime, LogPosition, Lsn, PayloadChecksum, Reason,
+    ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, LogPosition, Lsn, PayloadChecksum, Reason,
 };
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::{
-    PROTOCOL_VERSION, ProtocolError,
+    Closed, Hello, PROTOCOL_VERSION, ProtocolError,
     message::{
         COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, Compare, CompareItem, CompareResult, Content, Data,
         LABEL_BYTES_MAX, Message, Record, RecordBody, Sequenced,
@@ -307,9 +307,17 @@ fn decode_message(
 ) -> Result<Message, ProtocolError> {
     let Header { a, b, c, d, .. } = *header;
     Ok(match header.kind {
-        Type::Hello => Message::Hello(of_our_version("hello", &payload)?),
+        Type::Hello => {
+            let hello: Hello = of_our_version("hello", &payload)?;
+            refuse_above("hello", Some(hello.epoch), Epoch::PLAUSIBLE_MAX)?;
+            Message::Hello(hello)
+        }
         Type::Welcome => Message::Welcome(of_our_version("welcome", &payload)?),
-        Type::Close => Message::Close(from_json("close", &payload)?),
+        Type::Close => {
+            let closed: Closed = from_json("close", &payload)?;
+            refuse_above("close", closed.epoch, Epoch::OTHERS_MAX)?;
+            Message::Close(closed)
+        }
         Type::Write => {
             let range = range_of("write", c, payload.len() as u64)?;
             let data = Data::with_checksum(payload, checksum);
@@ -441,6 +449,14 @@ fn of_our_version<T: serde::de::DeserializeOwned>(
 
 fn from_json<T: serde::de::DeserializeOwned>(what: &'static str, payload: &[u8]) -> Result<T, ProtocolError> {
     serde_json::from_slice(payload).map_err(|error| invalid(what, error.to_string()))
+}
+
+/// An epoch that nobody can have come to would be remembered, and leave the disk to nobody.
+fn refuse_above(what: &'static str, epoch: Option<Epoch>, max: Epoch) -> Result<(), ProtocolError> {
+    match epoch.filter(|epoch| *epoch > max) {
+        Some(epoch) => Err(invalid(what, format!("epoch {epoch} is above the highest one believed, {max}"))),
+        None => Ok(()),
+    }
 }
 
 fn invalid(what: &'static str, why: String) -> ProtocolError {

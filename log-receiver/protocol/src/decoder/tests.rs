@@ -216,3 +216,47 @@ proptest! {
         let _ = decode_all(&bytes, bytes.len());
     }
 }
+
+#[test]
+fn an_epoch_that_leaves_none_for_the_next_attach_is_not_believed() {
+    let hello = |epoch| {
+        Message::Hello(crate::Hello {
+            version: PROTOCOL_VERSION,
+            disk: backtide_units::DiskId::random(),
+            name: "vm1".parse().unwrap(),
+            size: ByteCount(4096),
+            epoch,
+            attach: uuid::Uuid::from_u128(1),
+            history: None,
+            tracking: crate::Tracking::New,
+            next_lsn: Lsn(1),
+            acked_durable: Lsn::ZERO,
+            ack: None,
+            on_outage: None,
+            origin: None,
+        })
+    };
+    let close = |epoch| {
+        let closed = Closed::new(CloseCode::Fenced, "another agent has it");
+        Message::Close(Closed { epoch: Some(epoch), ..closed })
+    };
+    let taken = |message: &Message| {
+        let mut decoder = Decoder::new();
+        let (header, payload) = encode(1, message);
+        decoder.buffer().extend_from_slice(&header);
+        decoder.buffer().extend_from_slice(&payload);
+        decoder.next_message().map(|found| found.unwrap().message)
+    };
+    let beyond = |max: Epoch| [Epoch(max.0 + 1), Epoch(u64::MAX)];
+    for message in beyond(Epoch::PLAUSIBLE_MAX).map(hello).iter().chain(&beyond(Epoch::OTHERS_MAX).map(close))
+    {
+        let refused = taken(message).unwrap_err();
+        assert!(matches!(refused, ProtocolError::Invalid { .. }), "{refused}");
+    }
+    for message in [hello(Epoch::PLAUSIBLE_MAX), close(Epoch::OTHERS_MAX)] {
+        assert_eq!(taken(&message).unwrap(), message);
+    }
+    let follows = Epoch::OTHERS_MAX.next().taken_over();
+    assert!(follows < Epoch::PLAUSIBLE_MAX, "who hears of the highest goes on after it");
+    assert_eq!(Epoch(u64::MAX).next().taken_over(), Epoch(u64::MAX));
+}
