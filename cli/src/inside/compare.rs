@@ -140,10 +140,6 @@ impl Walk<'_> {
         path: &str,
         depth: usize,
     ) -> Result<(), Failure> {
-        if depth > DEPTH_MAX {
-            let why = format!("{path} is deeper than {DEPTH_MAX} directories");
-            return Err(ApiError::new(ErrorCode::Refused, why).into());
-        }
         old.reverse();
         new.reverse();
         loop {
@@ -165,6 +161,11 @@ impl Walk<'_> {
             let is_unreadable =
                 |entry: &Option<Entry>| entry.as_ref().is_some_and(|entry| entry.kind == Kind::Unreadable);
             if from.is_none() && to.is_none() || is_unreadable(&before) || is_unreadable(&after) {
+                continue;
+            }
+            if depth >= DEPTH_MAX {
+                let why = format!("it is deeper than {DEPTH_MAX} directories");
+                self.found.unreadable.add(&path, &why);
                 continue;
             }
             let old = self.entries(0, from.as_ref(), &path);

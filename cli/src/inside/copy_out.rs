@@ -19,7 +19,7 @@ use std::{
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_filesystems::FileId;
-use rustix::fs::OFlags;
+use rustix::{fs::OFlags, io::Errno};
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
@@ -101,6 +101,7 @@ pub(crate) fn copy_out(
             Replaceable::at(path, false)?;
             let mut tree = Tree { volume, lost, seen: HashSet::new(), copied };
             let entries = tree.entries(entry)?;
+            make(path).map_err(|error| exists_or_failed(path, &error))?;
             let made = tree.directory(entry, entries, path, 0)?;
             // All of it at once, and with it what closing a file would have told.
             let synced = rustix::fs::syncfs(&made).map_err(io::Error::from);
@@ -115,6 +116,11 @@ pub(crate) fn copy_out(
         }
     }
     Ok(copied)
+}
+
+/// Makes a directory. Nobody else looks in before its own mode says so, and what is read-only can still be filled.
+fn make(path: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(path)
 }
 
 /// A directory that is copied with what is in it.
@@ -136,6 +142,7 @@ impl Tree<'_> {
         self.volume.list(directory)
     }
 
+    /// Fills a directory that was made.
     fn directory(
         &mut self,
         entry: &Entry,
@@ -143,11 +150,6 @@ impl Tree<'_> {
         path: &Path,
         depth: usize,
     ) -> Result<File, Failure> {
-        if depth > DEPTH_MAX {
-            return Err(refused(&format!("{} is deeper than {DEPTH_MAX} directories", path.display())));
-        }
-        // Nobody else looks in before its own mode says so, and what is read-only can still be filled.
-        DirBuilder::new().mode(0o700).create(path).map_err(|error| exists_or_failed(path, &error))?;
         self.copied.directories += 1;
         for inner in entries {
             self.entry(&inner, path, depth)?;
@@ -169,8 +171,15 @@ impl Tree<'_> {
         }
         let to = path.join(OsStr::from_bytes(name));
         match inner.kind {
+            Kind::Directory if depth >= DEPTH_MAX => {
+                let why = format!("it is deeper than {DEPTH_MAX} directories");
+                self.copied.unreadable.add(to.display(), &why);
+            }
             Kind::Directory => match self.entries(inner) {
-                Ok(entries) => drop(self.directory(inner, entries, &to, depth + 1)?),
+                Ok(entries) => match make(&to) {
+                    Ok(()) => drop(self.directory(inner, entries, &to, depth + 1)?),
+                    Err(error) => self.is_not_made(&to, &error)?,
+                },
                 Err(error) => self.leave_out(&to, &error)?,
             },
             Kind::File => self.file(inner, &to)?,
@@ -180,8 +189,10 @@ impl Tree<'_> {
                     self.copied.unreadable.add(to.display(), "where it leads to is no path");
                     return Ok(());
                 }
-                symlink(OsStr::from_bytes(target), &to).map_err(|error| exists_or_failed(&to, &error))?;
-                self.copied.symlinks += 1;
+                match symlink(OsStr::from_bytes(target), &to) {
+                    Ok(()) => self.copied.symlinks += 1,
+                    Err(error) => self.is_not_made(&to, &error)?,
+                }
             }
             Kind::Special => self.copied.skipped += 1,
             Kind::Unreadable => {
@@ -195,15 +206,31 @@ impl Tree<'_> {
     fn file(&mut self, inner: &Entry, to: &Path) -> Result<(), Failure> {
         // Half a file would be taken for a whole one, were it under its own name.
         let failed = |error: io::Error| io_failure(to.display(), &error);
-        let mut file = NamedTempFile::new_in(parent_of(to)).map_err(failed)?;
-        match pour(self.volume, inner, To::File(file.as_file_mut()), to) {
-            Ok(bytes) => self.copied.bytes += bytes,
+        let mut file = match NamedTempFile::new_in(parent_of(to)) {
+            Ok(file) => file,
+            Err(error) => return self.is_not_made(to, &error),
+        };
+        let bytes = match pour(self.volume, inner, To::File(file.as_file_mut()), to) {
+            Ok(bytes) => bytes,
             Err(Halt::Volume(error)) => return self.leave_out(to, &error),
             Err(halt @ Halt::Here(_)) => return Err(halt.into()),
-        }
+        };
         file.as_file().set_permissions(mode(inner)).map_err(failed)?;
-        file.persist_noclobber(to).map_err(|error| exists_or_failed(to, &error.error))?;
+        if let Err(error) = file.persist_noclobber(to) {
+            return self.is_not_made(to, &error.error);
+        }
+        self.copied.bytes += bytes;
         self.copied.files += 1;
+        Ok(())
+    }
+
+    /// Notes what this machine has no name for: a longer one than it takes, or of other letters. All else ends the
+    /// copy.
+    fn is_not_made(&mut self, to: &Path, error: &io::Error) -> Result<(), Failure> {
+        if !matches!(Errno::from_io_error(error), Some(Errno::NAMETOOLONG | Errno::ILSEQ)) {
+            return Err(exists_or_failed(to, error));
+        }
+        self.copied.unreadable.add(to.display(), &format!("this machine takes no such name: {error}"));
         Ok(())
     }
 

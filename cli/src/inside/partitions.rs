@@ -34,6 +34,9 @@ pub(crate) struct Partition {
     pub(crate) length: ByteCount,
     /// What it seems to hold.
     pub(crate) content: Content,
+    /// Why that cannot be told, when its beginning cannot be read.
+    #[serde(skip)]
+    pub(super) unread: Option<String>,
 }
 
 /// What a partition seems to hold.
@@ -66,6 +69,14 @@ impl Content {
         match self {
             Self::Ext4 | Self::Xfs | Self::Ntfs | Self::Fat => true,
             Self::Btrfs | Self::Lvm | Self::Luks | Self::Swap | Self::Unknown => false,
+        }
+    }
+
+    /// Whether its mark is where a table of partitions would be.
+    fn is_in_first_sector(self) -> bool {
+        match self {
+            Self::Xfs | Self::Ntfs | Self::Luks | Self::Fat => true,
+            Self::Ext4 | Self::Btrfs | Self::Lvm | Self::Swap | Self::Unknown => false,
         }
     }
 
@@ -110,6 +121,9 @@ pub(crate) struct LogicalVolume {
     /// Why it cannot be read, when it cannot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) unreadable: Option<String>,
+    /// Why it cannot be told what it holds, when its beginning cannot be read.
+    #[serde(skip)]
+    pub(super) unread: Option<String>,
     /// Where its bytes are.
     #[serde(skip)]
     segments: Vec<Segment>,
@@ -149,9 +163,10 @@ pub(crate) fn logical_volumes(
             Ok(segments) => (segments, None),
             Err(why) => (Vec::new(), Some(why)),
         };
-        let content = content(&LogicalBytes::new(Rc::clone(disk) as Rc<dyn Source>, segments.clone()));
+        let bytes = LogicalBytes::new(Rc::clone(disk) as Rc<dyn Source>, segments.clone());
+        let (content, unread) = content_or_why(&bytes);
         let name = format!("{}/{}", logical.group, logical.name);
-        LogicalVolume { name, length: logical.length, content, unreadable, segments }
+        LogicalVolume { name, length: logical.length, content, unreadable, unread, segments }
     });
     (found.collect(), damage)
 }
@@ -161,28 +176,44 @@ pub(crate) fn logical_volumes(
 /// # Errors
 /// When it cannot be read, or its table is damaged.
 pub(crate) fn partitions(disk: &Rc<PointReader>) -> io::Result<Vec<Partition>> {
-    let mut first = [0; SECTOR as usize];
-    // A file system lies on a bare disk more often than a table's signature is there by chance; FAT has both.
-    let whole = content(disk.as_ref());
-    let bare = disk.size().0 < 2 * SECTOR || whole != Content::Unknown;
-    if !bare {
-        disk.read_at(ByteOffset::ZERO, &mut first)?;
-    }
-    let ranges = match first {
-        _ if bare => Vec::new(),
-        first if first[510..] != [0x55, 0xaa] => Vec::new(),
-        first if primary(&first).any(|(kind, _)| kind == 0xee) => gpt_partitions(disk)?,
-        first => mbr_partitions(disk, &first)?,
-    };
+    let (whole, unread) = content_or_why(disk.as_ref());
+    let ranges = table(disk, whole)?;
     if ranges.is_empty() {
         let (offset, length) = (ByteOffset::ZERO, disk.size());
-        return Ok(vec![Partition { number: 0, offset, length, content: whole }]);
+        return Ok(vec![Partition { number: 0, offset, length, content: whole, unread }]);
     }
     let found = ranges.into_iter().map(|(number, range)| {
         let part = Window::new(Rc::clone(disk) as Rc<dyn Source>, range);
-        Partition { number, offset: range.start(), length: part.size(), content: content(&part) }
+        let (content, unread) = content_or_why(&part);
+        Partition { number, offset: range.start(), length: part.size(), content, unread }
     });
     Ok(found.collect())
+}
+
+/// The partitions of a disk that seems to hold `whole`, by their numbers; none when there is no table.
+fn table(disk: &PointReader, whole: Content) -> io::Result<Vec<(u32, ByteRange)>> {
+    let mut first = [0; SECTOR as usize];
+    // A file system that begins where a table would be lies on a bare disk: FAT has a table's signature, too.
+    if disk.size().0 < 2 * SECTOR || whole.is_in_first_sector() {
+        return Ok(Vec::new());
+    }
+    disk.read_at(ByteOffset::ZERO, &mut first)?;
+    if first[510..] != [0x55, 0xaa] {
+        return Ok(Vec::new());
+    }
+    // What has its mark further behind may be what was there before the table.
+    let is_sure = whole == Content::Unknown;
+    if primary(&first).any(|(kind, _)| kind == 0xee) {
+        return match gpt_partitions(disk) {
+            Err(_) if !is_sure => Ok(Vec::new()),
+            found => found,
+        };
+    }
+    let sectors = disk.size().0 / SECTOR;
+    let is_inside = |(kind, (start, count)): (u8, (u64, u64))| {
+        kind != 0 && start > 0 && count > 0 && start + count <= sectors
+    };
+    if is_sure || primary(&first).any(is_inside) { mbr_partitions(disk, &first) } else { Ok(Vec::new()) }
 }
 
 /// Refuses a header of a table that `gpt` would panic about or take memory for without bounds: the numbers are
@@ -280,21 +311,36 @@ fn mbr_partitions(disk: &PointReader, first: &[u8; SECTOR as usize]) -> io::Resu
     Ok(ranges)
 }
 
-/// What a volume seems to hold, by its marks.
-fn content(volume: &dyn Source) -> Content {
-    let is = |at: u64, mark: &[u8]| {
-        let mut found = vec![0; mark.len()];
-        volume.read_at(ByteOffset(at), &mut found).is_ok() && found == mark
-    };
-    match () {
-        () if is(1080, &[0x53, 0xef]) => Content::Ext4,
-        () if is(0, b"XFSB") => Content::Xfs,
-        () if is(0x1_0040, b"_BHRfS_M") => Content::Btrfs,
-        () if is(3, b"NTFS    ") => Content::Ntfs,
-        () if is(0, b"LUKS\xba\xbe") => Content::Luks,
-        () if is(536, b"LVM2 001") => Content::Lvm,
-        () if is(4086, b"SWAPSPACE2") => Content::Swap,
-        () if is(54, b"FAT1") || is(82, b"FAT32") => Content::Fat,
-        () => Content::Unknown,
+/// What a volume seems to hold, or that this is unknown and why.
+fn content_or_why(volume: &dyn Source) -> (Content, Option<String>) {
+    match content(volume) {
+        Ok(content) => (content, None),
+        Err(error) => (Content::Unknown, Some(error.to_string())),
     }
+}
+
+/// What a volume seems to hold, by its marks.
+fn content(volume: &dyn Source) -> io::Result<Content> {
+    let marks: [(u64, &[u8], Content); 9] = [
+        (1080, &[0x53, 0xef], Content::Ext4),
+        (0, b"XFSB", Content::Xfs),
+        (0x1_0040, b"_BHRfS_M", Content::Btrfs),
+        (3, b"NTFS    ", Content::Ntfs),
+        (0, b"LUKS\xba\xbe", Content::Luks),
+        (536, b"LVM2 001", Content::Lvm),
+        (4086, b"SWAPSPACE2", Content::Swap),
+        (54, b"FAT1", Content::Fat),
+        (82, b"FAT32", Content::Fat),
+    ];
+    for (at, mark, content) in marks {
+        let mut found = vec![0; mark.len()];
+        match volume.read_at(ByteOffset(at), &mut found) {
+            Ok(()) if found == mark => return Ok(content),
+            Ok(()) => {}
+            // It ends before the mark.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Content::Unknown)
 }

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use backtide_control::{ApiError, ErrorCode};
+use backtide_export::ClientError;
 use backtide_filesystems::{Source, Window};
 use backtide_units::{ByteOffset, ByteRange};
 use serde::Serialize;
@@ -37,7 +38,10 @@ impl Parts {
     pub(crate) fn find(disk: &Rc<PointReader>) -> Result<Self, Failure> {
         let found = partitions(disk);
         let partitions = found.map_err(|error| {
-            ApiError::new(ErrorCode::Failed, format!("the partitions cannot be read: {error}"))
+            // What the receiver cannot give is damaged there; else it is the table that is.
+            let is_unread = error.get_ref().is_some_and(|inner| inner.is::<ClientError>());
+            let code = if is_unread { ErrorCode::Damaged } else { ErrorCode::Failed };
+            ApiError::new(code, format!("the partitions cannot be read: {error}"))
         })?;
         let (logical_volumes, damage) = logical_volumes(disk, &partitions);
         let damage = damage.map(|error| {
@@ -51,7 +55,8 @@ impl Parts {
     /// What a reader has to know of the parts, a sentence each.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let sentence = |error: &ApiError| format!("logical volumes cannot be found: {}", error.message);
-        self.damage.iter().map(sentence).collect()
+        let unread = self.all().filter_map(|part| part.unread().map(|error| error.message));
+        self.damage.iter().map(sentence).chain(unread).collect()
     }
 
     /// Whether there is nothing to choose from because of what is damaged.
@@ -93,7 +98,10 @@ impl Parts {
                 Err(self.damage.clone().expect("it is damaged when it is lost").into())
             }
             // Opening it says why it cannot be read, and what can.
-            (None, _) => Ok(self.all().max_by_key(Part::length).expect("a disk has a part")),
+            (None, _) => {
+                let last = |part: &Part<'_>| (part.unread().is_some(), part.length());
+                Ok(self.all().max_by_key(last).expect("a disk has a part"))
+            }
             (Some(_), Some(_)) => {
                 Err(wrong_usage(format!("say which --partition: there are {}", self.names())))
             }
@@ -123,6 +131,24 @@ impl Part<'_> {
         }
     }
 
+    /// Why it cannot be told what it holds, when its beginning cannot be read.
+    fn unread(&self) -> Option<ApiError> {
+        let why = match self {
+            Self::Partition(partition) => partition.unread.as_ref(),
+            Self::Logical(volume) => volume.unread.as_ref(),
+        };
+        let said = |why| format!("what {} holds cannot be told: {why}", self.full_name());
+        why.map(|why| ApiError::new(ErrorCode::Damaged, said(why)))
+    }
+
+    fn full_name(&self) -> String {
+        match self {
+            Self::Partition(Partition { number: 0, .. }) => "the whole disk".to_owned(),
+            Self::Partition(partition) => format!("partition {}", partition.number),
+            Self::Logical(volume) => format!("the logical volume {}", volume.name),
+        }
+    }
+
     /// What `--partition` calls it.
     pub(crate) fn name(&self) -> String {
         match self {
@@ -148,25 +174,20 @@ impl Part<'_> {
     /// When it has none that can be read here.
     pub(crate) fn open(&self, disk: &Rc<PointReader>) -> Result<Volume, ApiError> {
         let disk = Rc::clone(disk) as Rc<dyn Source>;
+        if let Some(error) = self.unread() {
+            return Err(error);
+        }
+        let name = self.full_name();
         match self {
             Self::Partition(partition) => {
-                let name = match partition.number {
-                    0 => "the whole disk".to_owned(),
-                    number => format!("partition {number}"),
-                };
                 let bytes = Rc::new(Window::new(disk, partition.range()));
                 Volume::open(bytes, partition.content, &name)
             }
-            Self::Logical(volume) => {
-                let name = format!("the logical volume {}", volume.name);
-                match &volume.unreadable {
-                    Some(why) => {
-                        Err(ApiError::new(ErrorCode::Refused, format!("{name} cannot be read: {why}"))
-                            .with_hint(super::volume::OTHERWISE))
-                    }
-                    None => Volume::open(Rc::new(volume.bytes(disk)), volume.content, &name),
-                }
-            }
+            Self::Logical(volume) => match &volume.unreadable {
+                Some(why) => Err(ApiError::new(ErrorCode::Refused, format!("{name} cannot be read: {why}"))
+                    .with_hint(super::volume::OTHERWISE)),
+                None => Volume::open(Rc::new(volume.bytes(disk)), volume.content, &name),
+            },
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Partition tables over real NBD connections; files are tried in the stories of whole systems.
 
+mod walks;
+
 use std::rc::Rc;
 
 use backtide_export::{
@@ -15,7 +17,8 @@ use super::*;
 
 const MIB: usize = 1 << 20;
 
-struct Ram(Bytes);
+/// A disk, and the bytes of it that cannot be read.
+struct Ram(Bytes, Option<ByteRange>);
 
 impl Export for Ram {
     fn info(&self) -> ExportInfo {
@@ -25,6 +28,7 @@ impl Export for Ram {
     fn submit(&self, command: Command, reply: Reply) {
         let range = command.range();
         match command {
+            Command::Read { .. } if self.1.is_some_and(|bad| bad.overlaps(range)) => reply.fail(NbdError::Io),
             Command::Read { .. } => {
                 reply.data(self.0.slice(range.start().0 as usize..range.end().0 as usize));
             }
@@ -47,12 +51,21 @@ impl Exports for Only {
 
 /// What `look` finds on a disk of these bytes.
 fn on<T: Send + 'static>(disk: Vec<u8>, look: impl FnOnce(PointReader) -> T + Send + 'static) -> T {
+    on_damaged(disk, None, look)
+}
+
+/// The same when some of them cannot be read.
+fn on_damaged<T: Send + 'static>(
+    disk: Vec<u8>,
+    bad: Option<ByteRange>,
+    look: impl FnOnce(PointReader) -> T + Send + 'static,
+) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     LocalSet::new().block_on(&runtime, async move {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("disk");
         let listener = Listener::bind(&NbdAddress::Unix(socket.clone())).await.unwrap();
-        let _server = listener.serve(Rc::new(Only(Rc::new(Ram(disk.into())))), Limits::default());
+        let _server = listener.serve(Rc::new(Only(Rc::new(Ram(disk.into(), bad)))), Limits::default());
         let uri: NbdUri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
         let client = Client::connect(&uri).await.unwrap();
         let runtime = Handle::current();
@@ -86,6 +99,63 @@ fn a_disk_without_a_table_is_one_part() {
     fat[54..59].copy_from_slice(b"FAT16");
     fat[510..512].copy_from_slice(&[0x55, 0xaa]);
     assert_eq!(told(fat), [(0, 0, MIB as u64, Content::Fat)]);
+}
+
+#[test]
+fn marks_of_what_was_there_before_a_table_do_not_hide_it() {
+    let (mib, mut disk) = (MIB as u64, vec![0; 4 * MIB]);
+    disk[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let bare = [(0, 0, 4 * mib, Content::Ext4)];
+    assert_eq!(told(disk.clone()), bare, "no entry of a table is used");
+    let mut beyond = disk.clone();
+    entry(&mut beyond, 0, 0, 0x83, 2048, 1 << 20);
+    assert_eq!(told(beyond), bare, "what an entry names is not there");
+    let mut mbr = disk.clone();
+    entry(&mut mbr, 0, 0, 0x83, 2048, 2048);
+    mbr[MIB..MIB + 4].copy_from_slice(b"XFSB");
+    assert_eq!(told(mbr.clone()), [(1, mib, mib, Content::Xfs)]);
+    // What begins in the place of the table is there.
+    mbr[3..11].copy_from_slice(b"NTFS    ");
+    mbr[1080..1082].fill(0);
+    assert_eq!(told(mbr), [(0, 0, 4 * mib, Content::Ntfs)]);
+
+    entry(&mut disk, 0, 0, 0xee, 1, 8191);
+    assert_eq!(told(disk.clone()), bare, "a GPT without a header");
+    let table = gpt::GptConfig::new().writable(true).logical_block_size(gpt::disk::LogicalBlockSize::Lb512);
+    let mut table = table.create_from_device(std::io::Cursor::new(&mut disk[..]), None).unwrap();
+    table.add_partition("one", mib, gpt::partition_types::LINUX_FS, 0, None).unwrap();
+    table.write().unwrap();
+    disk[0x1_0040..0x1_0048].copy_from_slice(b"_BHRfS_M");
+    let found = told(disk);
+    assert_eq!((found.len(), found[0].0, found[0].2), (1, 1, mib), "{found:?}");
+}
+
+#[test]
+fn a_partition_whose_beginning_cannot_be_read_is_damaged_and_the_others_are_there() {
+    let mut disk = vec![0; 4 * MIB];
+    entry(&mut disk, 0, 0, 0x83, 2048, 2048);
+    entry(&mut disk, 0, 1, 0x83, 4096, 4096);
+    let bad = |at: usize| ByteRange::new(ByteOffset(at as u64), ByteCount(4096));
+    let said = |disk: Vec<u8>, at: usize, wanted: Option<&'static str>| {
+        on_damaged(disk, bad(at), move |disk| {
+            let disk = Rc::new(disk);
+            let opened = Parts::find(&disk).and_then(|parts| {
+                let opened = parts.choose(wanted)?.open(&disk);
+                Ok((opened.map_err(|error| (error.code, error.message)).err(), parts.warnings()))
+            });
+            format!("{:?}", opened.map_err(|failure| format!("{failure:?}")))
+        })
+    };
+    let why = said(disk.clone(), MIB, None);
+    assert!(why.contains("Damaged") && why.contains("what partition 1 holds cannot be told"), "{why}");
+    disk[2 * MIB + 1080..2 * MIB + 1082].copy_from_slice(&[0x53, 0xef]);
+    let why = said(disk.clone(), MIB, None);
+    assert!(why.contains("superblock of this ext"), "the other one can be read: {why}");
+    assert!(why.contains("what partition 1 holds cannot be told"), "{why}");
+    assert!(said(disk.clone(), MIB, Some("1")).contains("Damaged"));
+    let why = said(disk, 0, None);
+    assert!(why.contains("Damaged") && why.contains("the partitions cannot be read"), "{why}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ pub(super) const OTHERWISE: &str = "mount the point and read it with guestfish (
     libguestfs-tools): `backtide mount NAME --at POINT`, then `guestfish --ro --format=raw -a URI -i`";
 
 /// A volume whose files can be read.
-pub(crate) struct Volume(Box<dyn FileSystem>);
+pub(crate) struct Volume(pub(super) Box<dyn FileSystem>);
 
 /// What a directory says of one of its entries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
