@@ -2,7 +2,7 @@
 //!
 //! Invariants: the record with the new epoch is durable, and before it the tracking file of the new
 //! attach, before an attach lets its first write through; the LSN bound in the record is durable
-//! before an LSN above it is given. So no LSN is given twice, and a tracking file says at least
+//! before an LSN above it leaves this agent. So no LSN that anybody has seen is given twice, and a tracking file says at least
 //! what its record needs.
 
 mod aside;
@@ -68,7 +68,7 @@ pub(crate) struct DiskRecord {
     pub(crate) epoch: Epoch,
     /// Its history at the receiver, once known.
     pub(crate) history: Option<HistoryId>,
-    /// No LSN above it has been given.
+    /// No LSN above it has left this agent.
     pub(crate) lsn_bound: Lsn,
     /// The receiver acknowledged at least this much as durable.
     pub(crate) acked_durable: Lsn,

@@ -259,7 +259,7 @@ impl Filter {
 
     /// Whether frames are out that the receiver has not acknowledged as durable.
     pub fn awaits_acknowledgement(&self) -> bool {
-        self.is_connected() && !self.window.is_empty()
+        self.is_connected() && self.window.awaits()
     }
 
     /// A message came from the receiver. Close is the driver's: it ends with

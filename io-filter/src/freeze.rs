@@ -105,7 +105,7 @@ impl Filter {
             return;
         }
         let may = self.is_connected() && self.pass.is_none() && self.scanning.is_none();
-        if !may || !matches!(self.mode, Mode::Tracking | Mode::Sync) || !self.is_spill_idle() {
+        if !may || !matches!(self.mode, Mode::Tracking | Mode::Sync) || !self.can_begin_pass() {
             return;
         }
         if let Some(reason) = self.spill.pass_wanted.take().filter(|_| self.lost.is_none()) {
@@ -125,9 +125,14 @@ impl Filter {
         }
     }
 
-    /// Begins a pass, or has it begin when the spill is empty.
+    /// Its T lies above everything in the spill, and has to leave at once: what is drained waits behind it.
+    fn can_begin_pass(&self) -> bool {
+        self.is_spill_idle() && !self.window.is_reserve_used(self.last_lsn)
+    }
+
+    /// Begins a pass, or has it begin when the spill is empty and there is an LSN for it.
     pub(crate) fn begin_pass_when_possible(&mut self, reason: Reason) {
-        if self.is_spill_idle() { self.begin_pass(reason) } else { self.spill.pass_wanted = Some(reason) }
+        if self.can_begin_pass() { self.begin_pass(reason) } else { self.spill.pass_wanted = Some(reason) }
     }
 
     /// Freezes: T is now. Changes whose local I/O is under way belong to T, later ones do not.

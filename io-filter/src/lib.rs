@@ -43,6 +43,7 @@ mod pace;
 mod pass;
 mod progress;
 mod recall;
+mod reserve;
 mod spill;
 mod status;
 mod unchanged;

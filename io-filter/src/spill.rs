@@ -272,7 +272,7 @@ impl Filter {
             self.spill.append.is_some() || self.spill.remove.is_some() || self.spill.read.is_some();
         let wanted = self.mode == Mode::Sync && self.spill.failure.is_none() && !self.spill.full;
         let is_whole = self.window.ring().is_none() || self.window.is_all_spilled();
-        !under_way && (is_whole || !wanted)
+        !under_way && (is_whole || !wanted || self.window.is_spill_held())
     }
 
     /// Whether something of the log is in the spill.

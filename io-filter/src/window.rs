@@ -55,6 +55,8 @@ pub(crate) struct Window {
     log_end: Lsn,
     /// What was sent and is not acknowledged costs so much.
     in_flight_bytes: u64,
+    /// Nothing that brings the log above it is sent or spilled: see [`Filter::lsns_reserved`](crate::Filter::lsns_reserved).
+    reserved: Lsn,
     pub(crate) spill: Spilled,
 }
 
@@ -90,6 +92,7 @@ impl Window {
             sent_end: base,
             log_end: base,
             in_flight_bytes: 0,
+            reserved: Lsn(u64::MAX),
             spill: Spilled::default(),
         }
     }
@@ -97,7 +100,8 @@ impl Window {
     /// The log stands at `base`, and nothing is retained.
     pub(crate) fn restart_at(&mut self, base: Lsn) {
         self.spill.forget();
-        *self = Self { spill: std::mem::take(&mut self.spill), ..Self::new(base) };
+        let (spill, reserved) = (std::mem::take(&mut self.spill), self.reserved);
+        *self = Self { spill, reserved, ..Self::new(base) };
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -132,7 +136,35 @@ impl Window {
     /// Whether there is something that can be sent now.
     pub(crate) fn has_unsent(&self) -> bool {
         let end = if self.spill.has_gap() { self.spill.written() } else { self.entries.len() };
-        self.sent < end && self.spill.in_flight_max.is_none_or(|limit| self.in_flight_bytes < limit)
+        self.sent < end
+            && !self.is_held(self.sent)
+            && self.spill.in_flight_max.is_none_or(|limit| self.in_flight_bytes < limit)
+    }
+
+    /// Whether frames are out that may still be acknowledged, or could be sent if there were room.
+    pub(crate) fn awaits(&self) -> bool {
+        !self.is_empty() && (self.sent > 0 || !self.is_held(0))
+    }
+
+    /// LSNs up to here may leave.
+    pub(crate) fn reserve(&mut self, bound: Lsn) {
+        self.reserved = bound;
+    }
+
+    /// Whether the LSN after this one may not leave yet.
+    pub(crate) fn is_reserve_used(&self, last: Lsn) -> bool {
+        last >= self.reserved
+    }
+
+    /// Whether the entry at this position may not leave yet.
+    fn is_held(&self, position: usize) -> bool {
+        self.entries.get(position).is_some_and(|entry| match &entry.item {
+            Item::Kept(Message::Record(Record { lsn: at, .. }) | Message::PassBegin { at, .. }) => {
+                *at > self.reserved
+            }
+            // Nothing else brings the log further.
+            Item::Kept(_) | Item::DataSent(_) => false,
+        })
     }
 
     /// How many records there are, for the lag.

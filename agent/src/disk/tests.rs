@@ -125,6 +125,23 @@ async fn an_image_that_is_not_in_its_place_is_noted_and_nothing_is_believed_of_w
 }
 
 #[tokio::test]
+async fn a_record_that_cannot_be_saved_is_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let (records, away) = (directory.path().join("records"), directory.path().join("away"));
+    let disk = Started::image(directory.path()).await;
+    std::fs::rename(&records, &away).unwrap();
+    let status = disk.handle.ask(Command::Pause).await.unwrap();
+    let told = status.local_error.expect("nothing can be saved");
+    assert!(
+        told.starts_with(&format!("cannot save the disk's record in {}/: ", records.display())),
+        "{told}"
+    );
+    std::fs::rename(&away, &records).unwrap();
+    assert_eq!(disk.handle.ask(Command::Resume).await.unwrap().local_error, None);
+    disk.end().await;
+}
+
+#[tokio::test]
 async fn a_hold_that_nobody_releases_ends_by_itself_and_a_late_mark_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let disk = Started::image(directory.path()).await;

@@ -92,6 +92,8 @@ pub(super) struct Disk {
     verifies: Verifies,
     watch: super::status::Watch,
     pub(super) life: Life,
+    /// Why the record could not be saved the last time.
+    unsaved: Option<String>,
 }
 
 /// Where a disk's clients come in.
@@ -178,7 +180,8 @@ impl Disk {
         };
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
         super::engine::set_pace(&engine, &record.limits);
-        engine.happen(|filter, _| {
+        engine.happen(|filter, now| {
+            filter.lsns_reserved(now, record.lsn_bound);
             filter.not_before(record.last_time);
             if record.flush_failed {
                 filter.owes_failure(IoFailure { errno: EIO });
@@ -214,7 +217,8 @@ impl Disk {
         KillPoint::AttachServed.reached();
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
         let (verifies, watch) = (Verifies::default(), super::status::Watch::default());
-        Ok(Self { engine, stream, server, nbd, record, records, image, verifies, watch, life })
+        let unsaved = None;
+        Ok(Self { engine, stream, server, nbd, record, records, image, verifies, watch, life, unsaved })
     }
 
     async fn serve(mut self, mut inbox: mpsc::Receiver<Command>) {
@@ -332,6 +336,7 @@ impl Disk {
             super::status::disk_status(&self.engine, &self.stream, record, nbd, clients, &self.watch);
         status.local_error =
             status.local_error.or_else(|| self.life.displaced.as_ref().map(Displaced::to_string));
+        status.local_error = status.local_error.or_else(|| self.unsaved.clone());
         status
     }
 
@@ -400,8 +405,18 @@ impl Disk {
     async fn save_record(&mut self, record: DiskRecord) {
         let (records, saved) = (self.records.clone(), record.clone());
         match blocking(move || records.save(&saved)).await {
-            Ok(()) => self.record = record,
-            Err(error) => tracing::error!(disk = %record.name, %error, "cannot save the disk's record"),
+            Ok(()) => {
+                self.record = record;
+                self.unsaved = None;
+                let bound = self.record.lsn_bound;
+                self.engine.happen(|filter, now| filter.lsns_reserved(now, bound));
+            }
+            Err(error) => {
+                tracing::error!(disk = %record.name, %error, "cannot save the disk's record");
+                let directory = self.records.directory();
+                self.unsaved =
+                    Some(format!("cannot save the disk's record in {}: {error}", directory.display()));
+            }
         }
     }
 }

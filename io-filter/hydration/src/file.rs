@@ -300,8 +300,8 @@ impl State {
         Ok(Self { file, id, journal_at, next, compare, missing, pending, broken: false, failed: None })
     }
 
-    /// Writes entries behind the last; the number of the first. One that is not written leaves its place to
-    /// the next.
+    /// Writes entries behind the last; the number of the first. Those that are not all written leave no part of
+    /// themselves, and their place to the next.
     fn append(&mut self, entries: &[Entry]) -> io::Result<u64> {
         let first = self.next;
         let mut bytes = Vec::with_capacity(entries.len() * ENTRY_BYTES as usize);
@@ -309,7 +309,12 @@ impl State {
             bytes.extend_from_slice(&journal::encode(self.id, number, *entry));
         }
         let at = ByteOffset(self.journal_at + (first - 1) * ENTRY_BYTES);
-        self.file.write_at(at, &bytes)?;
+        if let Err(error) = self.file.write_at(at, &bytes) {
+            // A part of it may be there, which whoever opens the file would take for damage. What cannot be taken back
+            // either is the next append's to write over.
+            let _ = self.file.write_at(at, &vec![0; bytes.len()]);
+            return Err(error);
+        }
         self.next += entries.len() as u64;
         Ok(first)
     }

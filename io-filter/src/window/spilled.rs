@@ -155,6 +155,11 @@ impl Window {
         self.ring().is_some() && self.spill.written == self.entries.len()
     }
 
+    /// Whether what is to be spilled next may not leave yet.
+    pub(crate) fn is_spill_held(&self) -> bool {
+        self.is_held(self.spill.written)
+    }
+
     /// Whether something lies in the spill only.
     pub(crate) fn has_gap(&self) -> bool {
         self.spill.has_gap()
@@ -178,9 +183,12 @@ impl Window {
     /// What goes to the spill next, up to so many bytes.
     pub(crate) fn next_batch(&self, limit: ByteCount) -> Option<Batch> {
         assert!(self.spill.writing.is_none(), "one batch at a time");
-        let unwritten = self.entries.iter().skip(self.spill.written).take(BATCH_ENTRIES_MAX);
+        let unwritten = self.entries.iter().enumerate().skip(self.spill.written).take(BATCH_ENTRIES_MAX);
         let (mut entries, mut bytes) = (0, 0);
-        for entry in unwritten {
+        for (position, entry) in unwritten {
+            if self.is_held(position) {
+                break;
+            }
             let size = frame_bytes(&spilled_form(&entry.item)).0;
             if entries > 0 && bytes + size > limit.0 {
                 break;

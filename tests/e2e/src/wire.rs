@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 pub const HELLO: u8 = 1;
 /// The receiver's answer that accepts it.
 pub const WELCOME: u8 = 2;
+/// The begin of a resync pass; its number is T.
+pub const PASS_BEGIN: u8 = 7;
 /// The end, and why.
 pub const CLOSE: u8 = 15;
 
@@ -34,13 +36,19 @@ pub fn frame(kind: u8, sequence: u64, payload: &[u8]) -> Vec<u8> {
 
 /// The next frame's kind and payload.
 pub fn read_frame(stream: &mut UnixStream) -> (u8, Vec<u8>) {
+    let (kind, _, payload) = read_numbered(stream);
+    (kind, payload)
+}
+
+/// The next frame's kind, first number and payload.
+pub fn read_numbered(stream: &mut UnixStream) -> (u8, u64, Vec<u8>) {
     let mut header = [0; HEADER];
     stream.read_exact(&mut header).expect("read a frame's header");
     assert_eq!(&header[..4], b"BTS1");
     let length = u32::from_le_bytes(header[48..52].try_into().expect("four bytes"));
     let mut payload = vec![0; length as usize];
     stream.read_exact(&mut payload).expect("read a frame's payload");
-    (header[4], payload)
+    (header[4], u64::from_le_bytes(header[16..24].try_into().expect("eight bytes")), payload)
 }
 
 /// A receiver that a test plays: it does what the test says, when the test says it.
@@ -66,10 +74,18 @@ impl PlayedReceiver {
 /// # Errors
 /// When the agent has gone.
 pub fn welcome(stream: &mut UnixStream, hello: &Value) -> io::Result<()> {
+    welcome_above(stream, hello, 0)
+}
+
+/// The same as one that has seen LSNs up to `highest` all the same.
+///
+/// # Errors
+/// When the agent has gone.
+pub fn welcome_above(stream: &mut UnixStream, hello: &Value, highest: u64) -> io::Result<()> {
     let state = if hello["history"].is_null() { "new" } else { "known" };
     let welcome = json!({
         "version": 1, "history": "0c2ff4a2-3b7c-4d21-9d0b-5b6d0f1f8e10", "state": state, "durable": 0,
-        "highest": 0, "in_pass": false,
+        "highest": highest, "in_pass": false,
     });
     stream.write_all(&frame(WELCOME, 1, welcome.to_string().as_bytes()))
 }

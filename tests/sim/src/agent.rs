@@ -27,7 +27,7 @@ pub struct Persisted {
     pub(crate) size: Option<ByteCount>,
     /// Saved as soon as it is known.
     pub(crate) history: Option<HistoryId>,
-    /// No LSN above it was given.
+    /// No LSN above it has left the agent.
     pub(crate) reserved: Lsn,
     /// Saved now and then.
     pub(crate) acked_durable: Lsn,
@@ -69,9 +69,6 @@ pub struct Agent {
     /// Answers of the last call were given with less than the policy promises.
     pub(crate) degraded: bool,
 }
-
-/// LSNs are reserved in steps of this.
-const RESERVE: u64 = 1000;
 
 impl Agent {
     /// Whether a verify may wait to read something.
@@ -170,6 +167,7 @@ impl World {
         if let Some(mutant) = self.mutant {
             filter.mutate(mutant);
         }
+        self.reserve_for_attach(&mut filter);
         filter.limit_resync(self.moment(), self.plan.resync_rate);
         filter.yield_to_guest(self.moment(), self.plan.added_latency);
         filter.not_before(self.persisted.last_time);
@@ -218,10 +216,8 @@ impl World {
         let Some(agent) = &self.agent else { return };
         self.persisted.history = agent.filter.history();
         self.persisted.last_time = agent.filter.status().last_time;
-        let last = agent.filter.last_lsn();
-        if last > self.persisted.reserved {
-            self.persisted.reserved = last.plus(RESERVE);
-        }
+        self.keep_reserve();
+        let Some(agent) = &self.agent else { return };
         if self.random.one_in(16) {
             self.persisted.acked_durable = agent.filter.hello().acked_durable;
         }
@@ -284,6 +280,7 @@ impl World {
             self.model.lose(next, range);
             self.shown.unsure.push(range);
         }
+        self.forget_unreserved(&agent.filter);
         if let Some(connection) = agent.connection {
             self.agent_gone(connection);
         }
@@ -304,6 +301,7 @@ impl World {
         self.guest.requests.clear();
         self.local.lose_power(&mut self.random);
         self.shown.power_lost = true;
+        let next = next.min(self.last_lsn().next());
         if !let_go {
             self.model.lose(next, ByteRange::between(ByteOffset::ZERO, ByteOffset(self.plan.size.0)));
         }
@@ -315,6 +313,7 @@ impl World {
         self.kill_agent(false);
         self.trace.note(self.now, "server ends", &[]);
         self.stats.servers_ended += 1;
+        let next = next.min(self.last_lsn().next());
         if !self.local.is_stable() {
             self.local.lose_power(&mut self.random);
             // The journal of what is present is the host's, and keeps what it has not made durable until that dies.
@@ -340,6 +339,7 @@ impl World {
         let saved = self.call(|filter, now| filter.detach(now)).filter(|_| flushed);
         let mut agent = self.agent.take().expect("it was alive");
         assert_eq!(agent.filter.mode(), Mode::Detached);
+        self.reserve_all_given(&agent.filter);
         self.trace.note(self.now, "detached", &[agent.life, u64::from(saved.is_some())]);
         self.stats.detaches += 1;
         self.count(&agent.filter);

@@ -115,7 +115,7 @@ impl World {
         if let Some(last) = last
             && self.random.one_in(4)
         {
-            self.grow(last);
+            self.grow(last.min(self.last_lsn()));
         }
         self.within(self.plan.outage_us, Event::AgentStart);
     }

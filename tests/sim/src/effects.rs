@@ -3,7 +3,10 @@
 use backtide_io_filter::{Effect, LocalOp, Mode};
 use backtide_protocol::encode;
 
-use crate::world::{Event, World};
+use crate::{
+    reserve::check_reserved,
+    world::{Event, World},
+};
 
 impl World {
     /// Everything the filter wants done, until it wants nothing more.
@@ -153,6 +156,8 @@ impl World {
         let Some(id) = agent.connection else { return false };
         let connection = self.connections.get_mut(&id).expect("it is connected");
         if !connection.welcomed || !agent.filter.has_to_send() {
+            let above = agent.filter.last_lsn() > self.persisted.reserved;
+            self.stats.unreserved_held += u64::from(connection.welcomed && above);
             return false;
         }
         let backlog_us = connection.up.free_at.saturating_sub(self.now);
@@ -165,6 +170,7 @@ impl World {
         }
         let Some((seq, message)) = agent.filter.poll_send(now) else { return false };
         connection.note_sent(seq, &message);
+        check_reserved(self.persisted.reserved, &message);
         let (header, payload) = encode(seq, &message);
         self.trace.note(self.now, "send", &[id, seq, payload.len() as u64]);
         self.trace.say(self.now, || crate::link::brief(&message));

@@ -57,6 +57,16 @@ impl Request {
     }
 }
 
+impl Guest {
+    /// LSNs above this are given again: it knows none of them any more.
+    pub(crate) fn forget_above(&mut self, last: Lsn) {
+        self.told = self.told.min(last);
+        for request in self.requests.values_mut() {
+            request.floor = request.floor.min(last);
+        }
+    }
+}
+
 impl World {
     pub(crate) fn guest_turn(&mut self) {
         let pause = if self.calm { self.plan.think_us.max(20_000) } else { self.plan.think_us };

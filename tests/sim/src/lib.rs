@@ -27,6 +27,7 @@ pub mod plan;
 pub mod points;
 pub mod random;
 pub mod receiver;
+mod reserve;
 mod resize;
 mod rewind;
 pub mod run;

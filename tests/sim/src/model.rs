@@ -79,6 +79,13 @@ impl Model {
         self.checkpoints.retain(|(index, _)| *index <= place);
     }
 
+    /// What was given LSNs above `last` has none any more: those are given again. It is part of every point above.
+    pub(crate) fn forget_above(&mut self, last: Lsn) {
+        for change in self.changes.iter_mut().rev().take_while(|change| change.lsn > last) {
+            change.lsn = last.next();
+        }
+    }
+
     /// From `lsn` on nobody knows what the range holds.
     pub fn lose(&mut self, lsn: Lsn, range: ByteRange) {
         self.change(lsn, range, What::Unknown);

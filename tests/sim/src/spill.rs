@@ -8,7 +8,10 @@ use backtide_spill::{RingLimits, SpillFiles};
 use backtide_storage::MemoryStorage;
 use backtide_units::{BlockRange, ByteCount, ByteOffset, Reason};
 
-use crate::world::{Event, World};
+use crate::{
+    reserve::check_reserved,
+    world::{Event, World},
+};
 
 /// What lies where the spill is.
 #[derive(Clone, Default)]
@@ -48,6 +51,9 @@ impl World {
     pub(crate) fn begin_spill(&mut self, io: IoId, op: SpillOp) {
         let agent = self.agent.as_mut().expect("it asked");
         let life = agent.life;
+        if let SpillOp::Append(_, messages) = &op {
+            messages.iter().for_each(|message| check_reserved(self.persisted.reserved, message));
+        }
         let kind = match &op {
             SpillOp::Append(slot, _) => slot.first,
             SpillOp::Read(place) => place.first,
@@ -114,7 +120,11 @@ impl World {
         match reason {
             Some(Reason::ReceiverAway | Reason::LinkTooSlow) => {
                 let giant = 2 * self.plan.write_max >= self.plan.window.0;
-                assert!(busy || giant, "an outage that the spill has room for made a gap: {status:?}");
+                let held = agent.filter.last_lsn() > self.persisted.reserved;
+                assert!(
+                    busy || giant || held,
+                    "an outage that the spill has room for made a gap: {status:?}"
+                );
                 self.stats.spills_slow += 1;
             }
             Some(Reason::SpillFull) => {

@@ -18,6 +18,7 @@ use crate::{
     points::Promises,
     random::Random,
     receiver::Receiver,
+    reserve::Reserving,
     shown::Shown,
     spill::Spill,
     trace::Trace,
@@ -53,6 +54,8 @@ pub enum Event {
         /// Which.
         io: IoId,
     },
+    /// The agent of this incarnation has saved up to where LSNs are its own to give, or could not.
+    Reserved(u64),
     /// Something that missing blocks need is done.
     Hydration {
         /// The agent's incarnation.
@@ -217,6 +220,10 @@ pub struct Stats {
     pub compared_equal: u64,
     /// Servers that ended together with the agent.
     pub servers_ended: u64,
+    /// Agents that died with LSNs given that no other attach knows of.
+    pub unreserved_deaths: u64,
+    /// Looks at what can be sent, and may not because of that.
+    pub unreserved_held: u64,
 }
 
 /// See the module's description.
@@ -240,6 +247,7 @@ pub struct World {
     pub(crate) guest: Guest,
     pub(crate) agent: Option<Agent>,
     pub(crate) persisted: Persisted,
+    pub(crate) reserving: Reserving,
     pub(crate) tracking: Tracking,
     pub(crate) spill: Spill,
     pub(crate) lives: u64,
@@ -288,6 +296,7 @@ impl World {
             guest: Guest::default(),
             agent: None,
             persisted: Persisted::default(),
+            reserving: Reserving::of(&plan),
             tracking: Tracking::default(),
             spill: Spill::default(),
             lives: 0,
@@ -347,6 +356,7 @@ impl World {
             Event::Local { life, io, stage } => self.local_goes_on(life, io, stage),
             Event::Tracking { life, io } => self.tracking_goes_on(life, io),
             Event::Spill { life, io } => self.spill_goes_on(life, io),
+            Event::Reserved(life) => self.reserved(life),
             Event::Scan { life, io, stage } => self.scan_goes_on(life, io, stage),
             Event::Hydration { life, job } => self.hydration_goes_on(life, job),
             Event::Rewind { life, polls } => self.rewind_goes_on(life, polls),

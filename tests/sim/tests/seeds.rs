@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 48] = [
+const SEEN: [Seen; 50] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -56,6 +56,8 @@ const SEEN: [Seen; 48] = [
     ("flushes refused", |stats| stats.flushes_refused),
     ("chunks that the image was found to hold", |stats| stats.compared_equal),
     ("servers that ended with the agent", |stats| stats.servers_ended),
+    ("deaths with LSNs that were not reserved", |stats| stats.unreserved_deaths),
+    ("frames held until they were", |stats| stats.unreserved_held),
 ];
 
 fn number(name: &str) -> Option<u64> {

@@ -85,3 +85,21 @@ fn what_a_killed_agent_called_durable_is_so_when_the_next_one_says_it() {
         assert!(!open(other).missing().touches(blocks), "seed {seed}: what was flushed is missing again");
     }
 }
+
+#[test]
+fn entries_of_which_a_part_was_written_are_none_for_who_opens_the_file() {
+    let path = Path::new("vm1.hydration");
+    for runs in 1..6 {
+        let storage = MemoryStorage::new();
+        let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+        let missing = DirtyBitmap::of((0..64).into());
+        let file = HydrationFile::create(Arc::clone(&shared), path, header(), missing.clone()).unwrap();
+        let blocks: Vec<BlockRange> = (0..runs).map(|run| (run * 2..run * 2 + 1).into()).collect();
+        storage.fail_write_after(0);
+        file.present(&blocks).unwrap_err();
+        assert_eq!(file.missing(), missing);
+        let again = HydrationFile::open(shared, path, header().boot).unwrap().unwrap();
+        assert_eq!(again.missing(), missing, "{runs} runs");
+        again.present(&blocks).unwrap();
+    }
+}

@@ -5,7 +5,7 @@ use std::{io::Read, time::Instant};
 
 use backtide_e2e::{
     Bench, http,
-    wire::{PlayedReceiver, welcome},
+    wire::{PASS_BEGIN, PlayedReceiver, read_numbered, welcome, welcome_above},
 };
 use serde_json::json;
 
@@ -52,6 +52,30 @@ fn a_receiver_that_closes_at_once_is_asked_less_and_less_often() {
     // The waits double from a tenth of a second: 3.1 s, where equal ones would have been 0.6 s.
     let waited = began.elapsed();
     assert!(waited.as_secs_f64() > 1.5, "six connections within {waited:?}");
+}
+
+/// A receiver may have seen more than this agent's state knows of.
+#[test]
+fn an_lsn_is_sent_when_no_later_attach_would_give_it_again() {
+    let bench = Bench::new();
+    let receiver = PlayedReceiver::at(&bench.path("stream.sock"));
+    let _agent = bench.agent();
+    attach(&bench);
+    let bound = || {
+        let record = std::fs::read_to_string(bench.path("state/vm1.json")).unwrap();
+        let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+        record["lsn_bound"].as_u64().expect("a record has a bound")
+    };
+    let seen = 1 << 40;
+    assert!(bound() < seen);
+    let (mut stream, hello) = receiver.meet();
+    welcome_above(&mut stream, &hello, seen).expect("the agent waits for its welcome");
+    let at = loop {
+        if let (PASS_BEGIN, at, _) = read_numbered(&mut stream) {
+            break at;
+        }
+    };
+    assert!(at > seen && bound() >= at, "{at} was sent, and LSNs above {} are given again", bound());
 }
 
 #[test]
