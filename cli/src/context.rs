@@ -40,13 +40,13 @@ impl Context {
     }
 
     /// Where the agent is asked.
-    pub(crate) fn agent_address(&self) -> Address {
-        self.agent.clone().unwrap_or_else(|| self.places.agent_api())
+    pub(crate) fn agent_address(&self) -> Result<Address, Failure> {
+        self.agent.clone().map_or_else(|| self.places.agent_api(), Ok)
     }
 
     /// The agent to ask.
     pub(crate) fn agent(&self) -> Result<AgentClient, Failure> {
-        Ok(AgentClient::new(&self.agent_address())?.telling(self.teller()))
+        Ok(AgentClient::new(&self.agent_address()?)?.telling(self.teller()))
     }
 
     /// The agent's address as it was given, if it was.
@@ -55,13 +55,13 @@ impl Context {
     }
 
     /// Where the receiver is asked.
-    pub(crate) fn receiver_address(&self, given: &ReceiverApi) -> Address {
-        given.receiver.clone().unwrap_or_else(|| self.places.receiver_api())
+    pub(crate) fn receiver_address(&self, given: &ReceiverApi) -> Result<Address, Failure> {
+        given.receiver.clone().map_or_else(|| self.places.receiver_api(), Ok)
     }
 
     /// The receiver to ask.
     pub(crate) fn receiver(&self, given: &ReceiverApi) -> Result<ReceiverClient, Failure> {
-        Ok(ReceiverClient::new(&self.receiver_address(given))?.telling(self.teller()))
+        Ok(ReceiverClient::new(&self.receiver_address(given)?)?.telling(self.teller()))
     }
 
     fn teller(&self) -> Tell {

@@ -78,6 +78,8 @@ pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -
     let mut findings = daemons::reachable(answers);
     findings.extend(daemons::versions(answers));
     for (name, address) in [("agent", context.agent_address()), ("receiver", context.receiver_address(api))] {
+        // Whoever has no place for it was not answered at all.
+        let Ok(address) = address else { continue };
         findings.extend(machine::socket(name, &address));
         // A silent one may not even take a connection, which is waited for without end.
         let answers = if name == "agent" { answers.agent.is_ok() } else { answers.receiver.is_ok() };

@@ -68,8 +68,12 @@ impl Settings {
     }
 
     /// Sets what nobody has set.
-    pub(crate) fn set_default(&mut self, name: &str, value: impl Serialize) -> Result<(), Failure> {
-        if self.table.contains_key(name) { Ok(()) } else { self.set(name, Some(value)) }
+    pub(crate) fn set_default<T: Serialize>(
+        &mut self,
+        name: &str,
+        value: impl FnOnce() -> Result<T, Failure>,
+    ) -> Result<(), Failure> {
+        if self.table.contains_key(name) { Ok(()) } else { self.set(name, Some(value()?)) }
     }
 
     /// One setting that is there.
@@ -100,13 +104,13 @@ impl Settings {
     pub(crate) fn set_places(
         &mut self,
         api: Option<Address>,
-        default: Address,
+        default: impl FnOnce() -> Result<Address, Failure>,
         places: &Places,
     ) -> Result<(), Failure> {
         self.set("api", api)?;
         self.set_default("api", default)?;
-        let run = run_dir(&self.get("api")?, places);
-        self.set_default("run", run)
+        let api: Address = self.get("api")?;
+        self.set_default("run", || run_dir(&api, places))
     }
 }
 
@@ -137,8 +141,8 @@ pub(crate) async fn serve(
 }
 
 /// Sockets without an address of their own are beside the control API's.
-fn run_dir(api: &Address, places: &Places) -> PathBuf {
-    api.socket_path().and_then(Path::parent).map_or_else(|| places.run_dir().clone(), Path::to_owned)
+fn run_dir(api: &Address, places: &Places) -> Result<PathBuf, Failure> {
+    api.socket_path().and_then(Path::parent).map_or_else(|| places.run_dir(), |parent| Ok(parent.to_owned()))
 }
 
 /// What a process does before it becomes a daemon, or holds some: logs go to stderr, as JSON with
@@ -185,8 +189,8 @@ mod tests {
         let mut settings = Settings::read(Some(file.path())).unwrap();
         settings.set("store", Some("/from/flag")).unwrap();
         settings.set("listen", None::<Vec<Address>>).unwrap();
-        settings.set_default("api", Address::unix("/default/api.sock")).unwrap();
-        settings.set_default("run", "/default").unwrap();
+        settings.set_default("api", || Ok(Address::unix("/default/api.sock"))).unwrap();
+        settings.set_default("run", || Ok("/default")).unwrap();
         let config: Config = settings.config().unwrap();
         assert_eq!(config.store, Path::new("/from/flag"));
         assert_eq!(config.api_address().to_string(), "unix:/file/api.sock");
@@ -207,7 +211,8 @@ mod tests {
     #[test]
     fn sockets_are_beside_the_api() {
         let places = Places::of_this_user();
-        assert_eq!(run_dir(&Address::unix("/a/b/api.sock"), &places), Path::new("/a/b"));
-        assert_eq!(run_dir(&"tcp://127.0.0.1:1".parse().unwrap(), &places), *places.run_dir());
+        assert_eq!(run_dir(&Address::unix("/a/b/api.sock"), &places).unwrap(), Path::new("/a/b"));
+        let beside = run_dir(&"tcp://127.0.0.1:1".parse().unwrap(), &places);
+        assert_eq!(beside.ok(), places.run_dir().ok());
     }
 }

@@ -114,8 +114,8 @@ impl Run {
         let mut settings = Settings::read(self.config.as_deref())?;
         settings.set("store", self.store)?;
         settings.set("listen", (!self.listen.is_empty()).then_some(self.listen))?;
-        settings.set_default("store", places.store())?;
-        settings.set_places(self.api, places.receiver_api(), places)?;
+        settings.set_default("store", || places.store())?;
+        settings.set_places(self.api, || places.receiver_api(), places)?;
         settings.directory("store")?;
         settings.directory("run")?;
         self.stream_tls.apply(&mut settings)?;

@@ -77,7 +77,10 @@ impl Up {
             Some(name) => name,
             None => name_of(&image)?,
         };
-        let directory = self.dir.unwrap_or_else(|| context.places().up().join(name.as_str()));
+        let directory = match self.dir {
+            Some(directory) => directory,
+            None => context.places().up()?.join(name.as_str()),
+        };
         prepare(context, "warn");
         let is_new = !directory.exists();
         let mut local = Local::at(&directory)?.with_nbd_tls(nbd_tls);

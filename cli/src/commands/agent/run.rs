@@ -109,8 +109,8 @@ impl Run {
         settings.set("state", self.state)?;
         // --agent and BACKTIDE_AGENT say where the agent is: for the agent itself, where to be.
         let api = self.api.or_else(|| context.given_agent());
-        settings.set_places(api, places.agent_api(), places)?;
-        settings.set_default("state", places.agent_state())?;
+        settings.set_places(api, || places.agent_api(), places)?;
+        settings.set_default("state", || places.agent_state())?;
         settings.set("io_engine", self.io_engine)?;
         settings.directory("state")?;
         settings.directory("run")?;
