@@ -16,7 +16,7 @@ use backtide_units::{ByteCount, ByteOffset};
 use bytes::{Buf, BufMut, Bytes};
 
 use crate::{
-    ImageError,
+    CHUNK_BYTES, ImageError,
     chunk::{CHUNK_HEADER_LENGTH, ChunkHeader, ChunkRef},
     error::failed,
     parts::PartSums,
@@ -115,15 +115,7 @@ impl Pack {
     /// [`ImageError::UnknownVersion`] or the file system's. Damage is told when a chunk is read, or by
     /// [`Pack::broken`].
     pub(crate) fn open(file: Arc<dyn StorageFile>, name: PathBuf, number: u32) -> Result<Self, ImageError> {
-        let mut pack = Self {
-            file,
-            name,
-            number,
-            lines: Vec::new(),
-            chunks_end: 0,
-            broken: None,
-            twins: OnceLock::new(),
-        };
+        let mut pack = Self::without_table(file, name, number);
         let read = pack.check_header().and_then(|()| pack.read_footer());
         match read {
             Ok(()) => {}
@@ -138,6 +130,23 @@ impl Pack {
             }
         }
         Ok(pack)
+    }
+
+    /// A pack of which only chunks are read whose lines are known.
+    pub(crate) fn without_table(file: Arc<dyn StorageFile>, name: PathBuf, number: u32) -> Self {
+        Self { file, name, number, lines: Vec::new(), chunks_end: 0, broken: None, twins: OnceLock::new() }
+    }
+
+    /// Its chunks, by ordinal, each with the bytes that it takes at the most.
+    pub(crate) fn lines_with_lengths(&self) -> impl DoubleEndedIterator<Item = (&Line, u32)> {
+        let whole = (CHUNK_HEADER_LENGTH as u64 + CHUNK_BYTES.0) as u32;
+        let next = |place: usize| {
+            let end = u32::try_from(self.chunks_end).unwrap_or(u32::MAX);
+            self.lines.get(place + 1).map_or(end, |line| line.offset)
+        };
+        let length =
+            move |(place, line): (usize, &'_ Line)| next(place).saturating_sub(line.offset).min(whole);
+        self.lines.iter().enumerate().map(move |(place, line)| (line, length((place, line))))
     }
 
     /// Its chunks, by ordinal.

@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use backtide_storage::{BufferPool, Storage};
+use backtide_storage::{BufferPool, Storage, StorageFile};
 use backtide_units::ByteCount;
 use bytes::Bytes;
 
@@ -171,16 +171,24 @@ impl Images {
 
     /// A pack as its file is now.
     pub(crate) fn open_pack(&self, number: u32) -> Result<Pack, ImageError> {
+        Pack::open(self.open_file(number)?, self.name_of(number), number)
+    }
+
+    /// The same for chunks whose places are known.
+    pub(crate) fn open_pack_without_table(&self, number: u32) -> Result<Pack, ImageError> {
+        Ok(Pack::without_table(self.open_file(number)?, self.name_of(number), number))
+    }
+
+    fn open_file(&self, number: u32) -> Result<Arc<dyn StorageFile>, ImageError> {
         let name = self.name_of(number);
-        let file = self.shared.storage.open(&path_of(number)).map_err(|source| {
+        self.shared.storage.open(&path_of(number)).map_err(|source| {
             if source.kind() == io::ErrorKind::NotFound {
                 let what = "the pack's file is missing".to_owned();
                 let offset = backtide_units::ByteOffset::ZERO;
                 return ImageError::Damaged { file: name.clone(), offset, what };
             }
             failed(format!("open {}", name.display()), source)
-        })?;
-        Pack::open(file, name, number)
+        })
     }
 
     /// Lets the next reader open the file anew.

@@ -22,16 +22,13 @@ use crate::{
     image::{height_of, span},
     node::{FANOUT, Node},
     numbers::{self, Writing},
-    pack::Pack,
+    pack::{Line, Pack},
     pack_writer::PackWriter,
     store::{PACKS_DIR, path_of},
 };
 
 /// The most a pack grows to, whatever the limits say.
 const PACK_BYTES_MAX: u64 = 1 << 30;
-
-/// Packs kept open to read chunks that are stored already.
-const READ_PACKS_MAX: usize = 8;
 
 /// What an image is made of.
 pub trait ImageSource {
@@ -52,6 +49,14 @@ pub trait ImageSource {
     /// # Errors
     /// When they cannot be read, or the image is not wanted any more.
     fn read(&mut self, range: ByteRange) -> Result<Bytes, Self::Error>;
+
+    /// So many bytes of packs will be read; may take its time, to keep to a rate. Without one there is none.
+    ///
+    /// # Errors
+    /// When the image is not wanted any more.
+    fn pace(&mut self, _bytes: ByteCount) -> Result<(), Self::Error> {
+        Ok(())
+    }
 }
 
 /// What was written.
@@ -70,6 +75,10 @@ pub struct Written {
 struct Known {
     pack: u32,
     ordinal: u32,
+    /// Where it begins in the pack, and the most that is read of it there: as this needs no table, a pack is read once, however
+    /// many there are.
+    offset: u32,
+    stored: u32,
     /// This writer has stored it, or read it.
     whole: bool,
 }
@@ -82,7 +91,7 @@ pub struct ImageWriter {
     numbers: Writing,
     next_pack: u32,
     known: Recent<[u8; 32], Known>,
-    /// Those that known chunks are read from.
+    /// Those that known chunks are read from, without their tables.
     packs: Recent<u32, Arc<Pack>>,
     encoder: Encoder,
     written: Written,
@@ -111,15 +120,16 @@ impl Images {
             }
             room -= pack.lines().len();
             // Of a node that is there twice the first is the one that images name.
-            for line in pack.lines().iter().rev() {
-                known.put(line.hash, 1, Known { pack: *number, ordinal: line.ordinal, whole: false });
+            for (line, stored) in pack.lines_with_lengths().rev() {
+                let Line { ordinal, offset, hash } = *line;
+                known.put(hash, 1, Known { pack: *number, ordinal, offset, stored, whole: false });
             }
         }
         let next_pack = writing.first();
         let encoder = Encoder::new()?;
         let written = Written::default();
         let images = self.clone();
-        let packs = Recent::new(READ_PACKS_MAX);
+        let packs = Recent::new(self.shared.limits.open_packs_max.max(1));
         Ok(ImageWriter { images, pack: None, numbers: writing, next_pack, known, packs, encoder, written })
     }
 }
@@ -191,7 +201,7 @@ impl ImageWriter {
         if node.is_zeroes() {
             return Ok(ChunkRef::ZEROES);
         }
-        Ok(self.put(Kind::Node(level), &node.encode())?)
+        self.put(Kind::Node(level), &node.encode(), source)
     }
 
     fn data<S: ImageSource>(&mut self, range: ByteRange, source: &mut S) -> Result<ChunkRef, S::Error> {
@@ -204,16 +214,25 @@ impl ImageWriter {
             whole.resize(CHUNK_BYTES.0 as usize, 0);
             bytes = whole.into();
         }
-        Ok(self.put(Kind::Data, &bytes)?)
+        self.put(Kind::Data, &bytes, source)
     }
 
     /// Stores a chunk that is not stored yet.
-    fn put(&mut self, kind: Kind, content: &[u8]) -> Result<ChunkRef, ImageError> {
+    fn put<S: ImageSource>(
+        &mut self,
+        kind: Kind,
+        content: &[u8],
+        source: &mut S,
+    ) -> Result<ChunkRef, S::Error> {
         let hash = *blake3::hash(content).as_bytes();
-        if let Some(name) = self.stored(hash) {
+        if let Some(name) = self.stored(hash, source)? {
             self.written.known += 1;
             return Ok(name);
         }
+        Ok(self.store(kind, hash, content)?)
+    }
+
+    fn store(&mut self, kind: Kind, hash: [u8; 32], content: &[u8]) -> Result<ChunkRef, ImageError> {
         let limit = self.images.shared.limits.pack_bytes_max.0.min(PACK_BYTES_MAX);
         if self.pack.as_ref().is_some_and(|pack| pack.end().0 >= limit) {
             self.finish_pack()?;
@@ -226,30 +245,40 @@ impl ImageWriter {
         let (header, stored) = self.encoder.encode(kind, name, content);
         pack.append(&header, &stored)?;
         self.written.chunks += 1;
-        self.known.put(hash, 1, Known { pack: name.pack, ordinal: name.ordinal, whole: true });
+        let ChunkRef { pack, ordinal, .. } = name;
+        // It is not read again.
+        self.known.put(hash, 1, Known { pack, ordinal, offset: 0, stored: 0, whole: true });
         Ok(name)
     }
 
     /// A chunk that is stored, and whole.
-    fn stored(&mut self, hash: [u8; 32]) -> Option<ChunkRef> {
-        let Known { pack, ordinal, whole } = self.known.get(&hash)?;
-        let name = ChunkRef { hash, pack, ordinal };
-        if whole || self.is_whole(&name) {
-            self.known.put(hash, 1, Known { pack, ordinal, whole: true });
-            return Some(name);
+    fn stored<S: ImageSource>(
+        &mut self,
+        hash: [u8; 32],
+        source: &mut S,
+    ) -> Result<Option<ChunkRef>, S::Error> {
+        let Some(known) = self.known.get(&hash) else { return Ok(None) };
+        let name = ChunkRef { hash, pack: known.pack, ordinal: known.ordinal };
+        if !known.whole {
+            source.pace(ByteCount(known.stored.into()))?;
+            if !self.is_whole(&name, known.offset) {
+                return Ok(None);
+            }
+            self.known.put(hash, 1, Known { whole: true, ..known });
         }
-        None
+        Ok(Some(name))
     }
 
     /// What cannot be read now is stored again, whatever is wrong.
-    fn is_whole(&mut self, name: &ChunkRef) -> bool {
+    fn is_whole(&mut self, name: &ChunkRef, offset: u32) -> bool {
         let pack = match self.packs.get(&name.pack) {
             Some(pack) => Ok(pack),
-            None => self.images.open_pack(name.pack).map(Arc::new),
+            None => self.images.open_pack_without_table(name.pack).map(Arc::new),
         };
         let Ok(pack) = pack else { return false };
         self.packs.put(name.pack, 1, Arc::clone(&pack));
-        pack.chunk(name).is_ok()
+        let ChunkRef { hash, ordinal, .. } = *name;
+        pack.content(&Line { ordinal, offset, hash }, name).is_ok()
     }
 
     fn begin_pack(&mut self) -> Result<PackWriter, ImageError> {

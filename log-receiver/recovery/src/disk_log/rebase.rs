@@ -121,10 +121,12 @@ impl ImageSource for Source<'_> {
     }
 
     fn read(&mut self, range: ByteRange) -> Result<Bytes, FoldError> {
-        if !(self.pace)(range.count()) {
-            return Err(FoldError::CalledOff);
-        }
+        self.pace(range.count())?;
         Ok(self.view.read(range)?)
+    }
+
+    fn pace(&mut self, bytes: ByteCount) -> Result<(), FoldError> {
+        if (self.pace)(bytes) { Ok(()) } else { Err(FoldError::CalledOff) }
     }
 }
 
