@@ -1,16 +1,19 @@
 //! One segment of a log as readers see it: open, with its index in memory, or sealed, with its index in
 //! the file. It is sealed once, under the readers that have it, and never opened again.
 
+mod open;
+#[cfg(test)]
+mod tests;
+
 use std::{
-    cell::RefCell,
     ops::Range,
     path::PathBuf,
-    sync::{Arc, OnceLock, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock},
 };
 
 use backtide_segment::{
-    Body, Bucket, Contents, EntryHeader, EntryParts, Extent, ExtentKey, Guide, IndexBlock, Position,
-    SealedSegment, SegmentFile, SegmentHeader, SegmentStats, Step, Stretch,
+    Body, Bucket, EntryHeader, EntryParts, Extent, ExtentKey, Guide, IndexBlock, Position, SealedSegment,
+    SegmentFile, SegmentHeader, SegmentStats, Step, Stretch,
 };
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
@@ -19,8 +22,8 @@ use roaring::RoaringTreemap;
 use crate::{
     LogCache, LogError,
     cache::{IndexPart, PartName, PieceKey, SegmentKey},
-    open_extents::Counted,
 };
+pub(crate) use open::OpenSegment;
 
 /// One segment, shared between the log and its views.
 pub(crate) struct Segment {
@@ -30,27 +33,9 @@ pub(crate) struct Segment {
     cache: LogCache,
     key: SegmentKey,
     open: RwLock<Option<OpenSegment>>,
+    /// Held by a writer that waits for `open` or has it. The lock alone prefers whoever comes again.
+    turn: Mutex<()>,
     sealed: OnceLock<SealedSegment>,
-}
-
-/// A segment that is still written.
-pub(crate) struct OpenSegment {
-    pub(crate) file: SegmentFile,
-    pub(crate) contents: Contents,
-    pub(crate) end: ByteOffset,
-    counted: Counted,
-}
-
-impl OpenSegment {
-    pub(crate) fn new(file: SegmentFile, contents: Contents, end: ByteOffset, cache: &LogCache) -> Self {
-        let counted = cache.open_indexes().count(contents.index().count());
-        Self { file, contents, end, counted }
-    }
-
-    /// Counts what the contents have become.
-    pub(crate) fn note_extents(&mut self) {
-        self.counted.note(self.contents.index().count());
-    }
 }
 
 /// What somebody who walks through an index asks for next.
@@ -73,7 +58,8 @@ impl Segment {
     ) -> Self {
         let key = cache.new_key();
         let open = RwLock::new(Some(open));
-        Self { storage, path, header, cache: cache.clone(), key, open, sealed: OnceLock::new() }
+        let turn = Mutex::default();
+        Self { storage, path, header, cache: cache.clone(), key, open, turn, sealed: OnceLock::new() }
     }
 
     pub(crate) fn new_sealed(
@@ -85,7 +71,8 @@ impl Segment {
     ) -> Self {
         let key = cache.new_key();
         let sealed = OnceLock::from(sealed);
-        Self { storage, path, header, cache: cache.clone(), key, open: RwLock::new(None), sealed }
+        let (open, turn) = (RwLock::new(None), Mutex::default());
+        Self { storage, path, header, cache: cache.clone(), key, open, turn, sealed }
     }
 
     pub(crate) fn header(&self) -> &SegmentHeader {
@@ -96,9 +83,15 @@ impl Segment {
     pub(crate) fn become_sealed(&self, sealed: SealedSegment) {
         // Another one says the same: it was made of the same entries.
         let _ = self.sealed.set(sealed);
+        let turn = self.turn();
         let open = self.open.write().unwrap_or_else(PoisonError::into_inner).take();
+        drop(turn);
         // Readers go on while the memory is given back.
         drop(open);
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks at the open segment; `None` when it is sealed.
@@ -111,6 +104,7 @@ impl Segment {
     /// # Panics
     /// When it is sealed.
     pub(crate) fn with_open_mut<R>(&self, change: impl FnOnce(&mut OpenSegment) -> R) -> R {
+        let _turn = self.turn();
         let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
         change(open.as_mut().expect("only an open segment is written"))
     }
@@ -224,28 +218,28 @@ impl Segment {
         Ok(())
     }
 
-    /// Calls `visit` for extents from a key on, in order: for those that it asks for.
+    /// Calls `visit` for extents from a key on, in order: for those that it asks for. What is written meanwhile may be among
+    /// them or not; the writer waits for a piece of an open segment at the most.
     pub(crate) fn walk_on(
         &self,
         from: ExtentKey,
         visit: &mut dyn FnMut(ExtentKey, Extent) -> Next,
     ) -> Result<(), LogError> {
-        let visit = RefCell::new(visit);
-        self.with(
-            |open| {
-                let visit = &mut **visit.borrow_mut();
-                let mut from = Some(from);
-                while let Some((key, extent)) = from.and_then(|from| open.contents.index().next(from)) {
-                    from = match visit(key, extent) {
-                        Next::On => Some(key.older()),
-                        Next::From(later) => Some(later),
-                        Next::End => None,
-                    };
+        let mut next = Some(from);
+        while let Some(from) = next {
+            next = match self.while_open(|open| open.walk_piece(from, visit)) {
+                Some(next) => {
+                    // Whoever wants to write does so before the next piece.
+                    drop(self.turn());
+                    next
                 }
-                Ok(())
-            },
-            |sealed| self.walk_sealed_on(sealed, from, &mut **visit.borrow_mut()),
-        )
+                None => {
+                    let sealed = self.sealed.get().expect("a segment is open or sealed");
+                    return self.walk_sealed_on(sealed, from, visit);
+                }
+            };
+        }
+        Ok(())
     }
 
     fn walk_sealed_on(
@@ -277,20 +271,12 @@ impl Segment {
         Ok(())
     }
 
-    /// Calls `visit` for every extent, in no order; perhaps twice when the segment is sealed meanwhile.
+    /// Calls `visit` for every extent, in key order, as [`Segment::walk_on`].
     pub(crate) fn each_extent(&self, visit: &mut dyn FnMut(&Extent)) -> Result<(), LogError> {
-        if self.sealed.get().is_none() {
-            let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-            if let Some(open) = open.as_ref() {
-                open.contents.index().extents().for_each(|extent| visit(&extent));
-                return Ok(());
-            }
-        }
-        let sealed = self.sealed.get().expect("a segment is open or sealed");
         let first = ExtentKey::newest(Bucket::holding(ByteOffset::ZERO, 0), Lsn::MAX);
-        self.walk(sealed, first, |_, extent| {
+        self.walk_on(first, &mut |_, extent| {
             visit(&extent);
-            true
+            Next::On
         })
     }
 

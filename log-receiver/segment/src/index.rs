@@ -153,9 +153,9 @@ impl OpenIndex {
         in_bucket.take(limit).map(|(key, piece)| (*key, piece.extent(*key))).collect()
     }
 
-    /// The first extent from a key on.
-    pub fn next(&self, from: ExtentKey) -> Option<(ExtentKey, Extent)> {
-        self.extents.range(from..).next().map(|(key, piece)| (*key, piece.extent(*key)))
+    /// The extents from a key on, in key order.
+    pub fn from(&self, from: ExtentKey) -> impl Iterator<Item = (ExtentKey, Extent)> + '_ {
+        self.extents.range(from..).map(|(key, piece)| (*key, piece.extent(*key)))
     }
 
     /// All extents, in key order.
