@@ -98,6 +98,14 @@ pub(crate) struct Wanted {
     pub(crate) through: Option<Seq>,
 }
 
+/// A log that is to begin later.
+pub(crate) struct Rebasing {
+    pub(crate) life: u64,
+    /// Which of the disk's logs.
+    pub(crate) number: u32,
+    pub(crate) ticket: RebaseTicket,
+}
+
 /// Why a disk's log is out of use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Failure {
@@ -324,13 +332,13 @@ impl Disk {
     }
 
     /// Lets the log begin later, once the ticket is written; none when it is out of use or has changed.
-    pub(crate) fn rebase(&self, base: Base) -> Option<(u64, RebaseTicket)> {
-        Some((self.life, self.log()?.rebase(base)?))
+    pub(crate) fn rebase(&self, base: Base) -> Option<Rebasing> {
+        Some(Rebasing { life: self.life, number: self.number, ticket: self.log()?.rebase(base)? })
     }
 
-    /// See [`DiskLog::settle`]; none when it is out of use.
-    pub(crate) fn settle(&self) -> Option<SettleTicket> {
-        self.log()?.settle()
+    /// See [`DiskLog::settle`]; none when that log is not in use.
+    pub(crate) fn settle(&self, number: u32) -> Option<SettleTicket> {
+        self.log().filter(|_| self.number == number)?.settle()
     }
 
     /// Takes note that it begins later. A log that was opened again since knows it from the file.

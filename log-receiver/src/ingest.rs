@@ -14,7 +14,7 @@ use std::{
 };
 
 use backtide_protocol::{CloseCode, Closed};
-use backtide_recovery::{Attached, Base, RebaseTicket, Rebased, SettleTicket, Snapshot};
+use backtide_recovery::{Attached, Base, Rebased, Snapshot};
 use backtide_segment::Seq;
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId};
 use bytes::Bytes;
@@ -30,10 +30,11 @@ use crate::{
     clock,
     committer::Committer,
     connection,
-    disk::{Disk, Failure},
+    disk::{Disk, Failure, Rebasing},
     disks::{Disks, Shelf, closed},
     facts::DiskFacts,
     pool::Pool,
+    reopening::Settling,
     session::ConnectionId,
 };
 
@@ -55,12 +56,12 @@ pub(crate) enum Task {
     Read(DiskId, oneshot::Sender<Option<Result<Readable, Failure>>>),
     /// Ask the agent of a disk what that has now; dropped when nobody can be asked.
     AskDisk(AskDisk),
-    /// Begin a disk's log later: which life of it, and what makes that durable; none when it cannot be.
-    Rebase { disk: DiskId, base: Box<Base>, answer: oneshot::Sender<Option<(u64, RebaseTicket)>> },
+    /// Begin a disk's log later; none when it cannot be.
+    Rebase { disk: DiskId, base: Box<Base>, answer: oneshot::Sender<Option<Rebasing>> },
     /// That is durable now.
     Rebased { disk: DiskId, life: u64, rebased: Box<Rebased>, answer: oneshot::Sender<()> },
-    /// Give what makes durable where a disk's log begins; none when its log has failed.
-    Settle(DiskId, oneshot::Sender<Option<SettleTicket>>),
+    /// Make durable where a log of a disk begins.
+    Settle { disk: DiskId, log: u32, answer: oneshot::Sender<Settling> },
     /// Whether a disk may go; none for an unknown disk. No agent gets it from then on.
     Leave(DiskId, oneshot::Sender<Option<Result<Leaving, String>>>),
     /// Give up a disk that goes.
@@ -199,9 +200,9 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
                 }
                 let _ = answer.send(());
             }
-            Task::Settle(disk, answer) => {
-                let state = ingest.disks.borrow();
-                drop(answer.send(state.get(disk).and_then(Disk::settle)));
+            Task::Settle { disk, log, answer } => {
+                let ingest = Rc::clone(&ingest);
+                tokio::task::spawn_local(async move { drop(answer.send(ingest.settle(disk, log).await)) });
             }
             Task::Leave(disk, answer) => {
                 let ingest = Rc::clone(&ingest);

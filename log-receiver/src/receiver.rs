@@ -36,7 +36,7 @@ use crate::{
     overlays::Overlays,
     pool::{Pool, PoolThreads},
     removal::Removal,
-    retention::{Keeper, Ladder, LadderError, Policies},
+    retention::{Keeper, Ladder, LadderError, Policies, begin_doubts},
     scrub::{self, Scrub},
     service::Service,
     socket::{Entrance, Listener},
@@ -214,6 +214,8 @@ impl Receiver {
             .map_err(|source| failed("start the mounts' thread", source))?
             .map_err(|source| StartError::Nbd { uri: nbd, source })?;
         let tasks: Vec<_> = ingest.iter().map(|thread| thread.tasks.clone()).collect();
+        let doubted = begin_doubts(&shelf, &policies, &tasks, &readers).await;
+        doubted.map_err(|source| failed("look at logs that are not open", source))?;
         let keeper = Keeper::start(
             shelf.clone(),
             tasks.clone(),

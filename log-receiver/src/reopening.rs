@@ -6,10 +6,11 @@
 //! whose directory could not be listed is opened as at a start for an agent or whoever asks for its points.
 //!
 //! Invariants: at most one is under way of a disk, and nobody reads the log's files or gives up the disk meanwhile; what it
-//! came to is used by the next claim or by none, for nothing else writes to a log that failed.
+//! came to is used by the next claim or by none, for nothing else writes to a log that failed but what makes durable where it
+//! begins, which is as an opening does it.
 
 use backtide_protocol::Hello;
-use backtide_recovery::{DiskLog, LogError, Salvage};
+use backtide_recovery::{DiskLog, LogError, Salvage, SettleTicket};
 use backtide_units::DiskId;
 
 use crate::{
@@ -100,7 +101,38 @@ impl Disks {
     }
 }
 
+/// Where a log begins is being made durable.
+pub(crate) enum Settling {
+    /// By this, for the log is in use.
+    InUse(SettleTicket),
+    /// It is, or cannot be now.
+    Closed(Result<(), String>),
+}
+
 impl Ingest {
+    /// Makes durable where a log of a disk begins: at once when it is not in use, where that holds up no other disk.
+    pub(crate) async fn settle(&self, disk: DiskId, log: u32) -> Settling {
+        self.until_reopened(disk).await;
+        let shelf = {
+            let disks = self.disks.borrow();
+            let Some(state) = disks.get(disk) else {
+                return Settling::Closed(Err("the disk is being forgotten".to_owned()));
+            };
+            if let Some(ticket) = state.settle(log) {
+                return Settling::InUse(ticket);
+            }
+            if state.is_worked_on() {
+                return Settling::Closed(Err("work on the log's files has not ended".to_owned()));
+            }
+            disks.shelf().clone()
+        };
+        self.reopening.borrow_mut().insert(disk);
+        let settled = self.readers.run(move || shelf.settle_closed(disk, log)).await;
+        self.reopening.borrow_mut().remove(&disk);
+        self.synced.notify_waiters();
+        Settling::Closed(settled.unwrap_or_else(|given_up| Err(given_up.to_string())))
+    }
+
     /// Lists the logs of a disk again, if that failed, and opens the newest, where that holds up no other disk.
     pub(crate) async fn list_again(&self, disk: DiskId) {
         let is_unlisted = || self.disks.borrow().get(disk).is_some_and(Disk::is_unlisted);

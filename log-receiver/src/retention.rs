@@ -4,6 +4,7 @@
 //! somebody pinned as long as they are pinned, and locked ones until a time, even when the store is full. Nothing goes that the ladder still promises, unless the store is nearly full and
 //! the receiver was told to shrink the oldest history then.
 
+mod doubts;
 mod forecast;
 mod keeper;
 mod ladder;
@@ -11,6 +12,7 @@ mod locks;
 mod plan;
 mod policy;
 
+pub(crate) use doubts::begin_doubts;
 pub(crate) use forecast::Growth;
 pub(crate) use keeper::{Keeper, KeeperWatch};
 pub(crate) use ladder::{Ladder, LadderError, Span};

@@ -123,6 +123,14 @@ impl MemoryStorage {
         world.cut_at = Some(world.operations + changes);
     }
 
+    /// Switches the power on again with nothing lost: it was no power cut but a device that failed for a while. Handles
+    /// stay as they are.
+    pub fn answer_again(&self) {
+        let mut world = self.world();
+        world.powered_off = false;
+        world.cut_at = None;
+    }
+
     /// Whether the power is off.
     pub fn is_off(&self) -> bool {
         self.world().powered_off

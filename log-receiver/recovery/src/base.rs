@@ -18,7 +18,7 @@ mod put;
 
 pub use codec::MAGIC as BASE_MAGIC;
 pub use inspect::inspect_base;
-pub use put::Doubt;
+pub use put::{Doubt, settle_closed, sync_names};
 pub(crate) use put::{put, replace};
 
 use std::{

@@ -32,7 +32,9 @@ mod timeline;
 mod touched;
 mod view;
 
-pub use base::{BASE_MAGIC, Base, Doubt, FoundBase, KeptPoint, forget_bases, inspect_base};
+pub use base::{
+    BASE_MAGIC, Base, Doubt, FoundBase, KeptPoint, forget_bases, inspect_base, settle_closed, sync_names,
+};
 pub use cache::{CacheLimits, LogCache};
 pub use check::{Checked, damaged_place};
 pub use chores::LastWork;

@@ -5,7 +5,9 @@ mod common;
 
 use std::sync::Arc;
 
-use backtide_recovery::{DiskLog, FoundBase, KeptPoint, LogCache, RebaseTicket, TimedLsn, Timeline};
+use backtide_recovery::{
+    DiskLog, FoundBase, KeptPoint, LogCache, RebaseTicket, TimedLsn, Timeline, settle_closed,
+};
 use backtide_storage::{MemoryStorage, Storage};
 use common::{Agent, cache, directory};
 
@@ -112,6 +114,47 @@ fn a_base_that_is_not_written_everywhere_is_taken_back() {
             }
             assert!((3..OPERATIONS_MAX).contains(&failed), "{fault:?}: {failed}");
         }
+    }
+}
+
+/// Nobody is in doubt after a start, so what it finds must be what every later one finds.
+#[test]
+fn what_a_start_finds_of_a_base_in_doubt_stays_after_a_power_cut() {
+    for (bases, opened) in [(0, true), (0, false), (1, true), (1, false)] {
+        let (mut ended, mut old, mut new) = (false, 0, 0);
+        for cut in 0..OPERATIONS_MAX {
+            let said =
+                format!("{bases} bases before, nothing works from operation {cut} on, opened: {opened}");
+            let mut world = World::new(bases);
+            let ticket = world.ticket();
+            let before = world.offered();
+            world.agent.storage.cut_power_after(cut);
+            let Err(error) = ticket.write() else {
+                ended = true;
+                break;
+            };
+            let doubt = error.doubt.unwrap_or_else(|| panic!("{said}: it may not be taken back"));
+            // The process ends, the device works again and has lost nothing so far.
+            world.agent.storage.answer_again();
+            if opened {
+                world.reopen();
+            } else {
+                world.agent.storage.kill_handles();
+                settle_closed(&world.agent.storage, directory()).expect("no fault");
+                world.agent.storage.crash(cut);
+                world.reopen();
+            }
+            let found = world.offered();
+            *(if found == before { &mut old } else { &mut new }) += 1;
+            for interval in before.intervals().iter().filter(|interval| doubt.keeps(interval.from.lsn)) {
+                assert!(found.offers(interval.from.lsn), "{said}");
+            }
+            world.agent.storage.crash(cut + 7);
+            world.reopen();
+            assert_eq!(world.offered(), found, "{said}");
+            world.agent.model.check_some(&mut world.agent.log, 4);
+        }
+        assert!(ended && old > 2 && new > 2, "{bases} bases before: {old} old and {new} new");
     }
 }
 

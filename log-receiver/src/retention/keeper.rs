@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backtide_recovery::{Base, FoldError, KeptPoint, RebaseTicket, Snapshot};
+use backtide_recovery::{Base, FoldError, KeptPoint, Snapshot};
 use backtide_units::{ByteCount, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
@@ -29,7 +29,7 @@ use crate::{
     accept::Door,
     clock,
     config::{OnFull, Retention},
-    disk::chain,
+    disk::{Rebasing, chain},
     facts::DiskFacts,
     ingest::{Readable, Task},
     overlays::Overlays,
@@ -219,13 +219,10 @@ impl Work {
         let mut disks = self.disks()?;
         self.collect |= self.shared.collect.swap(false, Ordering::Relaxed);
         lock(&self.shared.status).errors.retain(|disk, _| disks.contains(disk));
+        // Before anything else goes.
+        let doubtful = self.settle_all()?;
+        disks.retain(|disk| doubtful.get(disk) != Some(&true));
         if pressure == Pressure::Shrink {
-            // What is in doubt is not looked at below, and must not wait.
-            for disk in &disks {
-                if let Err(Undone::Ending) = self.settle(*disk) {
-                    return Err(Ending);
-                }
-            }
             // The longest history first, and one disk a round: then the room is looked at again.
             let mut windows = Vec::new();
             for disk in &disks {
@@ -241,7 +238,9 @@ impl Work {
         for disk in disks {
             match self.thin(disk, pressure) {
                 Ok(done) => {
-                    lock(&self.shared.status).errors.remove(&disk);
+                    if !doubtful.contains_key(&disk) {
+                        lock(&self.shared.status).errors.remove(&disk);
+                    }
                     if done && pressure == Pressure::Shrink {
                         *lock(&self.shared.status).shrunk.entry(disk).or_default() += 1;
                         self.shrunk_last = Some(disk);
@@ -359,7 +358,6 @@ impl Work {
 
     /// Does what the ladder wants of a disk; whether that was anything.
     fn thin(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
-        self.settle(disk)?;
         let policy = self.policies.of(disk);
         let ladder = self.policies.ladder(disk);
         let now = self.policies.moment();
@@ -382,14 +380,14 @@ impl Work {
         };
         let base = self.base(disk, &snapshot, &plan)?;
         let asked = |answer| Task::Rebase { disk, base: Box::new(base), answer };
-        let Some((life, ticket)): Option<(u64, RebaseTicket)> = ask(self.thread_of(disk), asked)? else {
+        let Some(rebasing): Option<Rebasing> = ask(self.thread_of(disk), asked)? else {
             return Err(Undone::Why("the log changed while its images were made".to_owned()));
         };
         self.collect = true;
         // Whoever wants a point kept meanwhile waits for this, and sees what is left then.
         let done = self.policies.while_wanted(disk, &policy, |doubts| {
             let unchanged = self.overlays.points(disk) == below;
-            if unchanged { self.begin_later(disk, life, ticket, doubts) } else { Ok(false) }
+            if unchanged { self.begin_later(disk, rebasing, doubts) } else { Ok(false) }
         });
         if !done.transpose()?.unwrap_or(false) {
             return Ok(false);

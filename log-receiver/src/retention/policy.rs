@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Ladder,
+    doubts::Doubts,
     ladder::{LadderError, Span},
     locks::{LOCKS_MAX, Lock, LockClock, LockedPoint, Locks, Moment},
 };
@@ -155,9 +156,6 @@ struct State {
     doubts: Doubts,
 }
 
-/// Disks of which it is not known durably where their logs begin: what a log may begin without is not promised to anybody.
-pub(crate) type Doubts = BTreeMap<DiskId, Doubt>;
-
 impl Policies {
     /// Reads the file of a store; disks that it does not name have the default.
     pub(crate) fn open(storage: Arc<dyn Storage>, default: Ladder) -> Self {
@@ -176,7 +174,7 @@ impl Policies {
         let noted = clock.moment(open_before);
         let disks = Arc::new(disks);
         let seen = Arc::new(Mutex::new(Arc::clone(&disks)));
-        let state = Arc::new(Mutex::new(State { disks, noted, doubts: Doubts::new() }));
+        let state = Arc::new(Mutex::new(State { disks, noted, doubts: Doubts::default() }));
         Self { storage, default, clock, state, seen, open_before, damage: damage.map(Arc::from) }
     }
 
@@ -238,8 +236,8 @@ impl Policies {
         let before = policy.clone();
         change(policy);
         let now = self.moment();
-        if let Some(doubt) = state.doubts.get(&disk) {
-            check_in_doubt(doubt, &before, policy, now)?;
+        if state.doubts.is_about(disk) {
+            check_in_doubt(|lsn| state.doubts.keep(disk, lsn), &before, policy, now)?;
         }
         if policy.pins.len() + policy.holds.len() > PINS_MAX {
             return Err(format!("{PINS_MAX} points of a disk can be kept, and are: release some"));
@@ -330,24 +328,25 @@ impl Policies {
         (self.damage.is_none() && now == *policy).then(|| act(&mut state.doubts))
     }
 
-    /// Whether it is not known durably where the log of a disk begins; blocks.
-    pub(crate) fn is_in_doubt(&self, disk: DiskId) -> bool {
-        self.lock().doubts.contains_key(&disk)
+    /// The logs of which it is not known durably where they begin, by disk and number; blocks.
+    pub(crate) fn in_doubt(&self) -> Vec<(DiskId, u32)> {
+        self.lock().doubts.logs()
+    }
+
+    /// It is not known of a log.
+    pub(crate) fn begin_doubt(&self, disk: DiskId, log: u32, doubt: Doubt) {
+        self.lock().doubts.begin(disk, log, doubt);
     }
 
     /// It is known again.
-    pub(crate) fn end_doubt(&self, disk: DiskId) {
-        self.lock().doubts.remove(&disk);
+    pub(crate) fn end_doubt(&self, disk: DiskId, log: u32) {
+        self.lock().doubts.end(disk, log);
     }
 
     /// Why a point of a disk cannot be promised to anybody now, if that is so; blocks, until nothing is done that goes by what
     /// was wanted before: after it a log shows whether it did.
     pub(crate) fn doubt_of(&self, disk: DiskId, lsn: Lsn) -> Option<String> {
-        self.lock()
-            .doubts
-            .get(&disk)
-            .filter(|doubt| !doubt.keeps(lsn))
-            .map(|_| in_doubt(&format!("lsn:{lsn}")))
+        (!self.lock().doubts.keep(disk, lsn)).then(|| in_doubt(&format!("lsn:{lsn}")))
     }
 
     /// Forgets what is wanted of a disk that goes, durably; blocks.
@@ -355,7 +354,7 @@ impl Policies {
     /// # Errors
     /// As [`Policies::change`].
     pub(crate) fn forget(&self, disk: DiskId) -> Result<(), String> {
-        self.end_doubt(disk);
+        self.lock().doubts.forget(disk);
         if self.of(disk) == Policy::default() {
             return Ok(());
         }
@@ -373,11 +372,16 @@ impl Policies {
     }
 }
 
-/// Refuses a change by which something would be kept that the log may begin without.
-fn check_in_doubt(doubt: &Doubt, before: &Policy, after: &Policy, now: Moment) -> Result<(), String> {
+/// Refuses a change by which something would be kept that a log may begin without.
+fn check_in_doubt(
+    keep: impl Fn(Lsn) -> bool,
+    before: &Policy,
+    after: &Policy,
+    now: Moment,
+) -> Result<(), String> {
     let known = before.staying(now);
     let mut new = after.staying(now).into_keys().filter(|lsn| !known.contains_key(lsn));
-    if let Some(lsn) = new.find(|lsn| !doubt.keeps(*lsn)) {
+    if let Some(lsn) = new.find(|lsn| !keep(*lsn)) {
         return Err(in_doubt(&format!("lsn:{lsn}")));
     }
     if after.locks.all.is_some() && after.locks.all != before.locks.all {

@@ -1,17 +1,54 @@
 //! A store that cannot say durably where a log begins: nobody is promised what the log may begin without.
 
+use backtide_log_receiver::Receiver;
+use backtide_protocol::{CloseCode, ReceiverState};
 use backtide_receiver_api::{ErrorCode, KeepRequest, LockRequest, MountRequest, ReceiverClient};
-use backtide_units::Lsn;
+use backtide_units::{ByteOffset, Lsn, Reason};
 
 use crate::{
+    agent::*,
     faults::{Fault, Faulty},
     fixture::*,
     going_back::{assert_content, request},
-    retention::{TENS, at, ladder, rounds, vm1, write_history},
+    retention::{TENS, at, go_on, ladder, rounds, vm1, write_history},
 };
 
 fn keep(at: &str) -> KeepRequest {
     KeepRequest { name: vm1(), at: at.to_owned(), release: false }
+}
+
+/// A log in doubt that has a base from before. Gives its agent.
+async fn in_doubt(receiver: &Receiver, storage: &Faulty) -> Agent {
+    let mut agent = write_history(receiver, 6..=31).await;
+    let api = client(receiver);
+    rounds(&api, &vm1(), TENS).await;
+    go_on(&mut agent, 32..=95).await;
+    storage.set(Fault::BasesFail);
+    rounds(&api, &vm1(), TENS).await;
+    assert_refused(&api).await;
+    agent
+}
+
+/// Has the log fail; its agent stays away.
+async fn fail(mut agent: Agent, storage: &Faulty) {
+    storage.set(Fault::WritesFail);
+    agent.send(&write(96, 0, vec![96; 4096])).await;
+    assert_eq!(agent.closed().await.code, CloseCode::Store);
+}
+
+/// Fails the log so that a new one begins; gives its agent, with a point at 200.
+async fn begin_anew(receiver: &Receiver, storage: &Faulty, agent: Agent) -> Agent {
+    let files = storage.memory.files();
+    let segment = files.iter().rev().find(|(path, _)| path.extension().is_some_and(|end| end == "seg"));
+    fail(agent, storage).await;
+    storage.memory.flip_bit(&segment.unwrap().0, ByteOffset(40), 4);
+    storage.set(Fault::None);
+    let (mut agent, welcome) = Agent::welcomed(receiver, hello(1, "vm1")).await;
+    assert_eq!(welcome.state, ReceiverState::New);
+    agent.send(&pass_begin(200, 0, Reason::ReceiverRolledBack)).await;
+    agent.send(&pass_end(200)).await;
+    agent.all_durable().await;
+    agent
 }
 
 /// Asks for all that would keep a point, or history, that was not to stay.
@@ -67,5 +104,84 @@ async fn nobody_is_promised_what_a_log_may_begin_without() {
     assert_eq!(api.retention(Some(&vm1())).await.unwrap().disks[0].single_points, single);
     let mount = api.mount(&request("lsn:40", None)).await.unwrap();
     assert_content(&place, &mount, &at(40)).await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_doubt_about_a_log_that_failed_ends_without_its_agent() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let receiver = place.start_on(storage.clone()).await;
+    let agent = in_doubt(&receiver, &storage).await;
+    fail(agent, &storage).await;
+    let api = client(&receiver);
+    storage.set(Fault::BasesFail);
+    rounds(&api, &vm1(), TENS).await;
+    assert_refused(&api).await;
+    storage.set(Fault::None);
+    rounds(&api, &vm1(), TENS).await;
+    api.keep(&keep("lsn:33")).await.unwrap();
+    receiver.shutdown().await;
+    storage.memory.crash(3);
+    let receiver = place.start_on(storage).await;
+    let mount = client(&receiver).mount(&request("lsn:33", None)).await.unwrap();
+    assert_content(&place, &mount, &at(33)).await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_doubt_ends_with_its_own_log_and_not_with_a_newer_one() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let receiver = place.start_on(storage.clone()).await;
+    let agent = in_doubt(&receiver, &storage).await;
+    let _agent = begin_anew(&receiver, &storage, agent).await;
+    let api = client(&receiver);
+    storage.set(Fault::FirstLogsFail);
+    let report = rounds(&api, &vm1(), TENS).await;
+    assert!(report.disks[0].error.as_deref().unwrap().contains("a log of the disk begins"), "{report:?}");
+    assert_refused(&api).await;
+    api.keep(&keep("lsn:200")).await.unwrap();
+    storage.set(Fault::None);
+    rounds(&api, &vm1(), TENS).await;
+    api.keep(&keep("lsn:33")).await.unwrap();
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn points_of_older_logs_are_promised_while_a_newer_one_is_in_doubt() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let receiver = place.start_on(storage.clone()).await;
+    let agent = write_history(&receiver, 6..=95).await;
+    let mut agent = begin_anew(&receiver, &storage, agent).await;
+    go_on(&mut agent, 201..=295).await;
+    storage.set(Fault::BasesFail);
+    let api = client(&receiver);
+    rounds(&api, &vm1(), TENS).await;
+    for at in ["lsn:203", "lsn:207"] {
+        let refused = api.keep(&keep(at)).await.unwrap_err();
+        assert!(refused.message.contains("cannot be promised"), "{refused}");
+    }
+    for at in ["lsn:5", "lsn:23", "lsn:30", "lsn:295"] {
+        api.keep(&keep(at)).await.unwrap();
+    }
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_promises_nothing_of_a_log_that_is_not_open_and_cannot_be_made_durable() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let receiver = place.start_on(storage.clone()).await;
+    let agent = in_doubt(&receiver, &storage).await;
+    drop(begin_anew(&receiver, &storage, agent).await);
+    receiver.shutdown().await;
+    storage.set(Fault::FirstLogsFail);
+    let receiver = place.start_on(storage.clone()).await;
+    let api = client(&receiver);
+    assert_refused(&api).await;
+    let mount = api.mount(&request("lsn:33", None)).await.unwrap();
+    assert_content(&place, &mount, &at(33)).await;
+    api.unmount(&mount.id, None).await.unwrap();
+    storage.set(Fault::None);
+    rounds(&api, &vm1(), TENS).await;
+    api.keep(&keep("lsn:33")).await.unwrap();
     receiver.shutdown().await;
 }

@@ -22,6 +22,8 @@ pub(crate) enum Fault {
     TombstonesFail,
     /// Syncs of the directory where bases are once more fail.
     BasesFail,
+    /// Syncs of the directory of a disk's first log fail.
+    FirstLogsFail,
     /// Writes fail.
     WritesFail,
     /// Directories of disks cannot be listed.
@@ -77,6 +79,7 @@ impl Faulty {
             | Fault::OpensWait
             | Fault::TombstonesFail
             | Fault::BasesFail
+            | Fault::FirstLogsFail
             | Fault::DisksUnlistable
             | Fault::ReservationsPanic => Ok(()),
         }
@@ -130,17 +133,18 @@ impl Storage for Faulty {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        let failing = match self.state.0.lock().unwrap().fault {
-            Fault::TombstonesFail => Some("forgotten"),
-            Fault::BasesFail => Some("images/bases"),
+        let fails = match self.state.0.lock().unwrap().fault {
+            Fault::TombstonesFail => dir == Path::new("forgotten"),
+            Fault::BasesFail => dir == Path::new("images/bases"),
+            Fault::FirstLogsFail => dir.parent() == Some(Path::new("disks")),
             Fault::None
             | Fault::SyncsWait
             | Fault::OpensWait
             | Fault::WritesFail
             | Fault::DisksUnlistable
-            | Fault::ReservationsPanic => None,
+            | Fault::ReservationsPanic => false,
         };
-        if failing.is_some_and(|failing| dir == Path::new(failing)) {
+        if fails {
             return Err(io::Error::other("injected failure of a directory sync"));
         }
         self.memory.sync_dir(dir)

@@ -9,7 +9,7 @@ use backtide_images::{Image, Images};
 use backtide_storage::{Storage, replace_with};
 use backtide_units::{ByteOffset, Lsn};
 
-use super::{Base, codec, copies};
+use super::{Base, ELSEWHERE, FoundBase, codec, copies};
 use crate::{
     LogError,
     recover::{failed, sync_above},
@@ -18,6 +18,8 @@ use crate::{
 /// A base that was not written everywhere, and not taken back everywhere either: which one counts when the log is opened again
 /// is not known. Nobody may be promised a point that it does without.
 pub struct Doubt {
+    /// What lies before is of older logs of the disk.
+    begins: Lsn,
     floor: Lsn,
     /// Ascending.
     kept: Vec<Lsn>,
@@ -26,29 +28,75 @@ pub struct Doubt {
 }
 
 impl Doubt {
-    pub(crate) fn about(base: &Base, images: &Images) -> Self {
+    pub(crate) fn about(base: &Base, before: Option<&Base>, images: &Images) -> Self {
         Self {
+            begins: before.map_or_else(|| begin(base), first_point),
             floor: base.floor.at.lsn,
             kept: base.kept.iter().map(|kept| kept.at.lsn).collect(),
             _images: base.roots().map(|root| images.image(root)).collect(),
         }
     }
 
-    /// Whether this log's point at `lsn` is there with either base.
-    pub fn keeps(&self, lsn: Lsn) -> bool {
-        lsn >= self.floor || self.kept.binary_search(&lsn).is_ok()
+    /// About all that a log and those before it have: nothing is known of where it begins.
+    pub fn about_everything() -> Self {
+        Self { begins: Lsn::ZERO, floor: Lsn(u64::MAX), kept: Vec::new(), _images: Vec::new() }
     }
+
+    /// Whether the disk's point at `lsn` is there with either base.
+    pub fn keeps(&self, lsn: Lsn) -> bool {
+        lsn < self.begins || lsn >= self.floor || self.kept.binary_search(&lsn).is_ok()
+    }
+}
+
+/// The first point that a log with this base offers.
+fn first_point(base: &Base) -> Lsn {
+    base.kept.first().unwrap_or(&base.floor).at.lsn
+}
+
+/// The first that it offered before it had a base.
+fn begin(base: &Base) -> Lsn {
+    base.timeline.intervals().first().map_or(base.floor.at.lsn, |first| first.from.lsn)
 }
 
 impl fmt::Debug for Doubt {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.debug_struct("Doubt").field("floor", &self.floor).field("kept", &self.kept).finish()
+        let mut out = out.debug_struct("Doubt");
+        out.field("begins", &self.begins).field("floor", &self.floor).field("kept", &self.kept).finish()
     }
 }
 
 /// Puts a base everywhere it belongs for the log in `dir`, durably; none is removed everywhere.
 pub(crate) fn put(base: Option<&Base>, storage: &dyn Storage, dir: &Path) -> Result<(), LogError> {
     put_first(copies(dir).len(), base, storage, dir)
+}
+
+/// Makes durable what the log in `dir` begins with when it is opened, everywhere: for one in [`Doubt`] that has failed, or is
+/// never opened again. Nobody may have it open.
+///
+/// # Errors
+/// As [`FoundBase::read`], or [`LogError::Damaged`] when files are there and none is whole: the doubt remains.
+pub fn settle_closed(storage: &dyn Storage, dir: &Path) -> Result<(), LogError> {
+    if let Some(base) = FoundBase::read(storage, dir)?.usable(storage, dir)? {
+        put(Some(&base), storage, dir)?;
+    }
+    sync_names(storage, dir)
+}
+
+/// Makes durable which base the log in `dir` is seen to have: each is whole and durable before it gets its name.
+///
+/// # Errors
+/// The file system's: then a power cut may leave another one that was there before.
+pub fn sync_names(storage: &dyn Storage, dir: &Path) -> Result<(), LogError> {
+    for dir in [dir, Path::new(ELSEWHERE)] {
+        match storage.sync_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            synced => {
+                synced
+                    .map_err(|source| failed(format!("sync {}", storage.display(dir).display()), source))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Puts `base` everywhere in place of `before`. When that fails `before` is put back: with the error comes whether it is

@@ -250,7 +250,7 @@ impl RebaseTicket {
         match replace(&base, before.as_ref(), &*storage, &dir) {
             Ok(()) => Ok(Some(Rebased(base))),
             Err((source, taken_back)) => {
-                let doubt = (!taken_back).then(|| Doubt::about(&base, &images));
+                let doubt = (!taken_back).then(|| Doubt::about(&base, before.as_ref(), &images));
                 Err(RebaseError { source, doubt })
             }
         }

@@ -3,26 +3,35 @@
 //! While it is not known durably where a log begins nobody is promised what it may begin without (`policy.rs`), so it does not
 //! matter which it is. The log itself goes on with what it began with; that is made durable first, before anything else goes.
 
-use backtide_recovery::{RebaseTicket, Rebased};
+use std::collections::BTreeMap;
+
+use backtide_recovery::Rebased;
 use backtide_units::DiskId;
 
-use super::{Undone, Work, ask};
-use crate::{disk::chain, ingest::Task, retention::policy::Doubts};
+use super::{Ending, Undone, Work, ask, lock};
+use crate::{
+    disk::{Rebasing, chain},
+    ingest::Task,
+    reopening::Settling,
+    retention::doubts::Doubts,
+};
 
 impl Work {
     /// Lets a log begin later; false when it was closed meanwhile.
     pub(super) fn begin_later(
         &self,
         disk: DiskId,
-        life: u64,
-        ticket: RebaseTicket,
+        rebasing: Rebasing,
         doubts: &mut Doubts,
     ) -> Result<bool, Undone> {
+        let Rebasing { life, number, ticket } = rebasing;
         let rebased: Box<Rebased> = match ticket.write() {
             Ok(Some(rebased)) => Box::new(rebased),
             Ok(None) => return Ok(false),
             Err(error) => {
-                doubts.extend(error.doubt.map(|doubt| (disk, doubt)));
+                if let Some(doubt) = error.doubt {
+                    doubts.begin(disk, number, doubt);
+                }
                 return Err(error.source.into());
             }
         };
@@ -30,24 +39,33 @@ impl Work {
         Ok(true)
     }
 
-    /// Makes durable what the log of a disk begins with, where that is in doubt.
-    pub(super) fn settle(&self, disk: DiskId) -> Result<(), Undone> {
-        if !self.policies.is_in_doubt(disk) {
-            return Ok(());
-        }
-        let still = |why: &str| {
-            Undone::Why(format!(
-                "it is not known durably where the log begins, so nobody is promised older points: {why}"
-            ))
-        };
-        let ticket = ask(self.thread_of(disk), |answer| Task::Settle(disk, answer))?;
-        match ticket.map(|ticket| ticket.write()) {
-            Some(Ok(true)) => {
-                self.policies.end_doubt(disk);
-                Ok(())
+    /// Makes durable what logs begin with of which that is in doubt, whether or not they are in use; says which disks stay in
+    /// doubt, and of which of them the log in use.
+    pub(super) fn settle_all(&self) -> Result<BTreeMap<DiskId, bool>, Ending> {
+        let mut doubtful = BTreeMap::new();
+        for (disk, log) in self.policies.in_doubt() {
+            let settling = ask(self.thread_of(disk), |answer| Task::Settle { disk, log, answer })?;
+            let in_use = matches!(settling, Settling::InUse(_));
+            let settled = match settling {
+                Settling::InUse(ticket) => match ticket.write() {
+                    Ok(true) => Ok(()),
+                    Ok(false) => Err("the log is closed".to_owned()),
+                    Err(error) => Err(chain(&error)),
+                },
+                Settling::Closed(settled) => settled,
+            };
+            match settled {
+                Ok(()) => self.policies.end_doubt(disk, log),
+                Err(why) => {
+                    let why = format!(
+                        "it is not known durably where a log of the disk begins, so nobody is promised older points: {why}"
+                    );
+                    tracing::warn!(%disk, log, why, "a log is in doubt");
+                    lock(&self.shared.status).errors.insert(disk, why);
+                    *doubtful.entry(disk).or_default() |= in_use;
+                }
             }
-            Some(Ok(false)) | None => Err(still("the log is closed")),
-            Some(Err(error)) => Err(still(&chain(&error))),
         }
+        Ok(doubtful)
     }
 }
