@@ -314,7 +314,8 @@ impl DiskLog {
             let end = current.writer.reach(entry).0;
             let (extents, control) = current
                 .segment
-                .with_open_mut(|open| (open.contents.index().count(), open.contents.control_bytes()));
+                .while_open(|open| (open.contents.index().count(), open.contents.control_bytes()))
+                .expect("the current segment is open");
             let full = end > self.options.segment_bytes_max.0.min(SEGMENT_BYTES_MAX)
                 || extents >= self.options.segment_extents_max as usize
                 || self.cache.open_indexes().asks_to_seal(extents)

@@ -1,6 +1,10 @@
 //! Who walks through an open segment and who writes it take turns.
 
-use std::{path::Path, thread};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
 
 use backtide_segment::{AttachFacts, Entry, PassReason};
 use backtide_storage::MemoryStorage;
@@ -51,51 +55,54 @@ fn log() -> DiskLog {
     log
 }
 
-/// Walks through the open segment while another thread does something to the log, which waits for the segment from the first
-/// extent on. Gives what was found, and how many extents the segment had at the first one of the second piece.
-fn walk_beside(act: impl FnOnce(&mut DiskLog) + Send) -> (Vec<Extent>, usize) {
+/// Walks through the open segment while another thread does something to the log that waits for the segment some times. Gives
+/// the LSNs that were found, ascending, and how many of them when that was done.
+fn walk_beside(act: impl FnOnce(&mut DiskLog) + Send) -> (Vec<u64>, Option<usize>) {
     let mut log = log();
     let snapshot = log.snapshot().expect("no fault");
     let segment = snapshot.segments.last().expect("a segment");
     let first = ExtentKey::newest(Bucket::holding(ByteOffset::ZERO, 0), Lsn::MAX);
-    let (mut found, mut seen) = (Vec::new(), 0);
+    let (mut found, mut done_at) = (Vec::<Extent>::new(), None);
+    let done = AtomicBool::new(false);
     thread::scope(|scope| {
-        let mut work = Some(move || act(&mut log));
+        let mut work = Some(|| {
+            act(&mut log);
+            done.store(true, Ordering::SeqCst);
+        });
         let walked = segment.walk_on(first, &mut |_, extent| {
             found.push(extent);
             if let Some(work) = work.take() {
                 scope.spawn(work);
-                // Until it has its turn, and waits for this piece.
-                while segment.turn.try_lock().is_ok() {
-                    thread::yield_now();
-                }
             }
-            if found.len() == WALKED_AT_ONCE + 1 {
-                let open = segment.open.try_read().ok();
-                seen = open.map_or(0, |open| open.as_ref().map_or(1, |open| open.contents.index().count()));
+            // Until it waits for this piece, or is done.
+            while !done.load(Ordering::SeqCst) && segment.turn.try_lock().is_ok() {
+                thread::yield_now();
+            }
+            if done.load(Ordering::SeqCst) {
+                done_at.get_or_insert(found.len());
             }
             Next::On
         });
         walked.expect("no fault");
     });
-    (found, seen)
+    let mut lsns: Vec<_> = found.iter().map(|extent| extent.version.0).collect();
+    lsns.sort_unstable();
+    (lsns, done_at)
 }
 
 #[test]
 fn an_append_gets_in_between_the_pieces_of_a_walk() {
     let lsn = EXTENTS as u64 + 2;
-    let (found, seen) = walk_beside(|log| {
+    let (found, done_at) = walk_beside(|log| {
         log.append(zero(lsn)).expect("no fault");
     });
-    assert_eq!(seen, EXTENTS + 1);
-    let lsns: Vec<_> = found.iter().map(|extent| extent.version.0).collect();
-    assert_eq!(lsns, (2..=lsn).collect::<Vec<_>>());
+    assert_eq!(done_at, Some(WALKED_AT_ONCE + 1));
+    assert!(found.into_iter().eq(2..=lsn));
 }
 
 #[test]
 fn a_walk_goes_on_in_the_footer_of_a_segment_that_is_sealed_between_two_pieces() {
-    let (found, seen) = walk_beside(|log| log.seal().expect("no fault"));
-    assert_eq!(seen, 1, "it is open no more");
-    let lsns: Vec<_> = found.iter().map(|extent| extent.version.0).collect();
-    assert_eq!(lsns, (2..EXTENTS as u64 + 2).collect::<Vec<_>>());
+    let (found, done_at) = walk_beside(|log| log.seal().expect("no fault"));
+    assert!(done_at.is_some_and(|at| at < EXTENTS), "{done_at:?}");
+    assert!(found.into_iter().eq(2..EXTENTS as u64 + 2));
 }
