@@ -104,7 +104,7 @@ impl Disks {
 /// Where a log begins is being made durable.
 pub(crate) enum Settling {
     /// By this, for the log is in use.
-    InUse(SettleTicket),
+    InUse(Box<SettleTicket>),
     /// It is, or cannot be now.
     Closed(Result<(), String>),
 }
@@ -119,7 +119,7 @@ impl Ingest {
                 return Settling::Closed(Err("the disk is being forgotten".to_owned()));
             };
             if let Some(ticket) = state.settle(log) {
-                return Settling::InUse(ticket);
+                return Settling::InUse(Box::new(ticket));
             }
             if state.is_worked_on() {
                 return Settling::Closed(Err("work on the log's files has not ended".to_owned()));
