@@ -271,6 +271,7 @@ impl Filter {
             self.activity.record = Some(io);
             self.effects.push_back(Effect::Tracking(io, TrackingOp::Record(record)));
         }
+        self.activity.wanted |= self.is_saving_everything();
         let due = self.activity.wanted || self.activity.log.as_ref().is_some_and(ActivityLog::wants_snapshot);
         if due {
             self.begin_snapshot(false);
@@ -477,6 +478,13 @@ impl Filter {
         let must = plan.within.is_none() && !self.activity.everything_is_saved();
         self.activity.wanted |= must;
         must
+    }
+
+    /// Whether everything is to be compared and the file does not say so yet. Until it does, that would be forgotten if the
+    /// agent died, also while there is no receiver. Not while the file cannot be written: then it goes.
+    pub fn is_saving_everything(&self) -> bool {
+        let due = self.lost.as_ref().is_some_and(|plan| plan.within.is_none());
+        due && !self.activity.everything_is_saved() && !self.activity.broken
     }
 
     /// Why a disk is not in sync when the agent that had it died.

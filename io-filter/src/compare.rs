@@ -135,9 +135,17 @@ impl Filter {
 
     /// The receiver's answer.
     pub(crate) fn compared(&mut self, result: CompareResult) {
-        let pending = self.pass.as_mut().and_then(|pass| pass.compares.remove(&result.id));
-        let Some(pending) = pending else { return self.verify_compared(result) };
-        let at = self.pass.as_ref().expect("its question was found").at;
+        let asked = self.pass.as_ref().and_then(|pass| pass.compares.get(&result.id));
+        let Some(asked) = asked.map(|pending| pending.chunks.len()) else {
+            return self.verify_compared(result);
+        };
+        if !is_answer(&result.differing, asked) {
+            // The question stays, and with it what it was about.
+            return self.refuse_compared(result.id);
+        }
+        let pass = self.pass.as_mut().expect("its question was found");
+        let pending = pass.compares.remove(&result.id).expect("its question was found");
+        let at = pass.at;
         let mut differing: VecDeque<u32> = result.differing.into();
         let held = pending.held_bytes();
         let (mut equal, mut moved) = (0, 0);
@@ -155,14 +163,19 @@ impl Filter {
         pass.compare_bytes -= held;
         pass.moving = pass.moving + moved - held;
         self.counters.resync_bytes_equal += equal;
-        if !differing.is_empty() {
-            self.refuse(format!(
-                "the receiver's answer {} names chunks that were not asked about",
-                result.id
-            ));
-        }
         self.retry_copies();
     }
+
+    /// Gives the connection up whose receiver answered so.
+    pub(crate) fn refuse_compared(&mut self, id: u64) {
+        let why = "names chunks out of order, or others than were asked about";
+        self.refuse(format!("the receiver's answer {id} {why}"));
+    }
+}
+
+/// Whether these are some of so many chunks that were asked about, in their order.
+pub(crate) fn is_answer(differing: &[u32], asked: usize) -> bool {
+    differing.is_sorted_by(|a, b| a < b) && differing.last().is_none_or(|last| (*last as usize) < asked)
 }
 
 /// The chunk, in memory of its own unless everything around it is kept too.

@@ -13,7 +13,7 @@ use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, L
 
 use crate::{
     capture::{Ongoing, Queued},
-    compare::{ZEROES_RUN_MAX, chunk_items},
+    compare::{ZEROES_RUN_MAX, chunk_items, is_answer},
     event::{Effect, IoFailure, IoId, LocalData, LocalOp, Now},
     filter::{Filter, Mode},
 };
@@ -363,6 +363,10 @@ impl Filter {
         // An answer to a question of before an interruption is of no use.
         let Some(job) = &mut self.verify else { return };
         let Some(items) = job.pending.remove(&result.id) else { return };
+        if !is_answer(&result.differing, items.len()) {
+            job.pending.insert(result.id, items);
+            return self.refuse_compared(result.id);
+        }
         job.report.compared.0 += items.iter().map(|item| item.range.count().0).sum::<u64>();
         for item in result.differing.iter().filter_map(|index| items.get(*index as usize)) {
             let blocks = BlockRange::touched_by(item.range);

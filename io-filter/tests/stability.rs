@@ -6,7 +6,7 @@ use backtide_io_filter::{
     AckPolicy, Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
     Settings, TrackingOp,
 };
-use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
+use backtide_protocol::{CompareResult, Message, PROTOCOL_VERSION, ReceiverState, Welcome};
 use backtide_tracking::{ActivityLimits, DirtyBitmap};
 use backtide_units::{
     ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn, Reason,
@@ -152,6 +152,19 @@ fn a_clean_stop_before_the_crash_was_made_good_keeps_what_is_in_doubt() {
     assert!(saved.compare, "they may differ, and need not");
 }
 
+fn welcome(state: ReceiverState, durable: Lsn) -> Welcome {
+    Welcome {
+        version: PROTOCOL_VERSION,
+        history: HistoryId(Uuid::from_u128(5)),
+        state,
+        durable,
+        highest: durable,
+        position: LogPosition::default(),
+        in_pass: false,
+        last_time: None,
+    }
+}
+
 /// What it asked the driver for last.
 fn asked(filter: &mut Filter) -> IoId {
     let effects = std::iter::from_fn(|| filter.next_effect());
@@ -172,20 +185,9 @@ fn everything_arrives(filter: &mut Filter) -> Vec<Message> {
 
 /// A disk without an activity log in sync, with nothing on it.
 fn in_sync() -> Filter {
-    let history = HistoryId(Uuid::from_u128(5));
     let settings = settings(ActivityLimits { hot: 0, ..ActivityLimits::default() });
     let mut filter = Filter::new(settings, Resume::New, at(0));
-    let welcome = Welcome {
-        version: PROTOCOL_VERSION,
-        history,
-        state: ReceiverState::New,
-        durable: Lsn::ZERO,
-        highest: Lsn::ZERO,
-        position: LogPosition::default(),
-        in_pass: false,
-        last_time: None,
-    };
-    filter.connected(at(0), &welcome);
+    filter.connected(at(0), &welcome(ReceiverState::New, Lsn::ZERO));
     let scan = asked(&mut filter);
     filter.scanned(at(0), scan, &DirtyBitmap::new());
     everything_arrives(&mut filter);
@@ -238,4 +240,56 @@ fn without_an_activity_log_a_failed_flush_is_remembered_too() {
     go_on(&mut filter, at(1));
     let saved = filter.detach(at(2)).expect("what may differ is known");
     assert_eq!((saved.dirty, saved.compare), (DirtyBitmap::of((3..4).into()), true));
+}
+
+/// What the receiver says is taken as it is meant, or not at all: else a block that differs would be taken for equal.
+#[test]
+fn an_answer_that_is_none_settles_nothing() {
+    let candidates = DirtyBitmap::of((0..48).into());
+    for wrong in [vec![2, 0], vec![1, 1], vec![0, 3]] {
+        let settings =
+            Settings { resync_buffer_bytes: ByteCount(1 << 20), ..settings(ActivityLimits::default()) };
+        let resume = Resume::Crashed {
+            reason: Reason::AgentCrashed,
+            history: Some(HistoryId(Uuid::from_u128(5))),
+            last_lsn: Lsn(100),
+            acked_durable: Lsn(40),
+            acked_position: LogPosition::default(),
+            candidates: candidates.clone(),
+        };
+        let mut filter = Filter::new(settings, resume, at(0));
+        filter.connected(at(0), &welcome(ReceiverState::Known, Lsn(40)));
+        let mut refused = false;
+        let mut asked = Vec::new();
+        for _ in 0..10 {
+            while let Some(effect) = filter.next_effect() {
+                match effect {
+                    Effect::Tracking(io, _) => filter.tracking_done(at(1), io, Ok(ByteCount(512))),
+                    Effect::Scan(io) => filter.scanned(at(1), io, &candidates),
+                    Effect::Local(io, LocalOp::Read(range)) => {
+                        let bytes = vec![7; usize::try_from(range.count().0).unwrap()];
+                        filter.local_done(at(1), io, Ok(LocalData::Read(bytes.into())));
+                    }
+                    Effect::Disconnect { .. } => refused = true,
+                    _ => {}
+                }
+            }
+            while let Some((_, message)) = filter.poll_send(at(1)) {
+                if let Message::Compare(question) = message {
+                    asked.push((question.id, question.items.len()));
+                }
+            }
+        }
+        assert_eq!(asked.len(), 1, "{asked:?}");
+        let (id, items) = asked[0];
+        assert_eq!(items, 3);
+        filter.receive(at(2), Message::CompareResult(CompareResult { id, differing: wrong.clone() }));
+        while let Some(effect) = filter.next_effect() {
+            refused |= matches!(effect, Effect::Disconnect { .. });
+        }
+        assert!(refused, "{wrong:?}");
+        assert_eq!(filter.unsettled_blocks(), Some(candidates.clone()), "{wrong:?}");
+        filter.disconnected(at(3));
+        assert_eq!(filter.unsettled_blocks(), Some(candidates.clone()), "{wrong:?}");
+    }
 }

@@ -275,6 +275,8 @@ impl Disk {
             }
             Command::Resync(kind, answer) => {
                 self.engine.happen(|filter, now| filter.force_resync(now, kind));
+                // What was promised is not forgotten by an agent that is killed.
+                self.engine.until(|filter| !filter.is_saving_everything()).await;
                 drop(answer.send(self.status()));
             }
             Command::Limits(change, answer) => {

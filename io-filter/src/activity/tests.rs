@@ -1,15 +1,23 @@
-use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch};
+use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId};
 use bytes::Bytes;
 use uuid::Uuid;
 
 use super::*;
-use crate::event::{AckPolicy, LocalData, OnOutage};
+use crate::{
+    ResyncKind,
+    event::{AckPolicy, LocalData, OnOutage},
+};
 
 fn at(millis: u64) -> Now {
     Now { monotonic: Duration::from_millis(millis), wall: CaptureTime(1_000_000 + millis * 1000) }
 }
 
 fn filter() -> Filter {
+    filter_of(None)
+}
+
+/// As it was detached, in sync with the log of that history.
+fn filter_of(history: Option<HistoryId>) -> Filter {
     let settings = Settings {
         disk: DiskId(Uuid::from_u128(1)),
         name: "vm1".parse().unwrap(),
@@ -27,7 +35,7 @@ fn filter() -> Filter {
         unchanged_every: Duration::MAX,
         activity: ActivityLimits::default(),
     };
-    let saved = SavedTracking::unknown(settings.disk);
+    let saved = SavedTracking { history, ..SavedTracking::unknown(settings.disk) };
     Filter::new(settings, Resume::Clean(saved), at(0))
 }
 
@@ -74,4 +82,51 @@ fn what_was_being_written_when_a_flush_failed_is_in_doubt() {
         expected.insert((5..6).into());
         assert_eq!(*filter.activity.doubtful(), expected);
     }
+}
+
+/// Carries out what is asked of the tracking file; what the snapshots say that were written.
+fn snapshots(filter: &mut Filter, now: u64) -> Vec<bool> {
+    let mut everything = Vec::new();
+    while let Some(effect) = filter.next_effect() {
+        if let Effect::Tracking(io, op) = effect {
+            if let TrackingOp::Snapshot(snapshot) = op {
+                everything.push(snapshot.everything);
+            }
+            filter.tracking_done(at(now), io, Ok(ByteCount(512)));
+        }
+    }
+    everything
+}
+
+/// Else an agent that is killed before the receiver is there has forgotten what it was told.
+#[test]
+fn a_forced_compare_is_in_the_file_before_there_is_a_receiver() {
+    for kind in [ResyncKind::Compare, ResyncKind::Full] {
+        for paused in [false, true] {
+            let mut filter = filter_of(Some(HistoryId(Uuid::from_u128(7))));
+            if paused {
+                filter.pause(at(0));
+            }
+            assert!(snapshots(&mut filter, 0).is_empty(), "nothing is to be compared");
+            filter.force_resync(at(1), kind);
+            assert!(filter.is_saving_everything());
+            // Twice, so that damage to one of them is not believed.
+            assert_eq!(snapshots(&mut filter, 1), [true, true], "{kind:?}");
+            assert!(!filter.is_saving_everything());
+            filter.force_resync(at(2), kind);
+            assert!(snapshots(&mut filter, 2).is_empty(), "it says so already");
+        }
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_file_that_cannot_be_written() {
+    let mut filter = filter_of(Some(HistoryId(Uuid::from_u128(7))));
+    filter.force_resync(at(1), ResyncKind::Compare);
+    while let Some(effect) = filter.next_effect() {
+        if let Effect::Tracking(io, _) = effect {
+            filter.tracking_done(at(1), io, Err(IoFailure { errno: 5 }));
+        }
+    }
+    assert!(!filter.is_saving_everything());
 }
