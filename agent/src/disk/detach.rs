@@ -8,7 +8,7 @@
 use std::{rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::DiskStatus;
-use backtide_io_filter::{Change, Filter, LocalOp, Mode};
+use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, Mode};
 use backtide_storage::{ImageFile, KillPoint};
 use backtide_tracking::{SavedTracking, Snapshot};
 use backtide_units::DiskName;
@@ -32,10 +32,13 @@ impl Disk {
         let Self { engine, stream, server, mut record, records, image, mut life, .. } = self;
         last.guest_waits = end_service(&engine, server, leaving, last.guest_waits).await;
         let flushed = come_to_rest(&engine, &record.name).await;
+        last.local_error = flushed.err().map(not_flushed).or(last.local_error);
+        let flushed = flushed.is_ok();
         // Before anybody else can have the image; a qcow2's server writes it when it ends.
         record.image_at_detach = life.look(record.name.as_str()).await.filter(|_| flushed);
         record.image_displaced = life.has_lost_its_image();
         catch_up(&engine, leaving).await;
+        (last.lsn, last.lag) = super::status::progress(&engine);
         let saved = give_up(&engine, &mut record, flushed).await;
         // Of what the path leads to nothing is known then.
         let saved = saved.filter(|_| !record.image_displaced);
@@ -51,8 +54,11 @@ impl Disk {
     }
 }
 
-/// Waits until nothing is under way, and flushes the local disk; whether it took that.
-async fn come_to_rest(engine: &Rc<Engine>, name: &DiskName) -> bool {
+/// Waits until nothing is under way, and flushes the local disk.
+///
+/// # Errors
+/// When it did not take that.
+async fn come_to_rest(engine: &Rc<Engine>, name: &DiskName) -> Result<(), IoFailure> {
     // What waits for a receiver that is away would wait for ever.
     engine.local.stop().await;
     // Requests of a client that was cut off may still be under way; none may follow the bitmap.
@@ -64,7 +70,14 @@ async fn come_to_rest(engine: &Rc<Engine>, name: &DiskName) -> bool {
         tracing::error!(disk = %name, errno = failure.errno, "cannot flush the local disk");
     }
     KillPoint::DetachFlushed.reached();
-    flushed.is_ok()
+    flushed.map(drop)
+}
+
+fn not_flushed(failure: IoFailure) -> String {
+    format!(
+        "it was not flushed at the detach (errno {}): what was written last may not be on it",
+        failure.errno
+    )
 }
 
 /// Gives the receiver, and then the spill, a moment to take what is left.
@@ -110,6 +123,8 @@ fn say_detached(last: &mut DiskStatus, saved: Option<&SavedTracking>) {
     last.reason_code = "detached".to_owned();
     last.connected = false;
     last.clients = 0;
+    // Of what is not trusted nothing is known: everything is compared at the next attach.
+    last.resync_due = saved.is_none();
     if let Some(saved) = saved {
         last.dirty = super::status::dirty(saved.dirty.count(), Some(0));
     }

@@ -105,7 +105,7 @@ pub(crate) fn disk_status(
         size: engine.local.size(),
         epoch: record.epoch,
         history: status.history,
-        lsn: LsnStatus { last: status.last_lsn, received: status.received_lsn, durable: status.durable_lsn },
+        lsn: lsn(&status),
         lag: lag(engine, &status),
         dirty: dirty(status.dirty, status.hot_extents),
         window: Window { bytes: status.window, limit: record.limits.window_bytes },
@@ -156,7 +156,8 @@ pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
         window: Window { bytes: ByteCount::ZERO, limit: record.limits.window_bytes },
         spill: None,
         resync: None,
-        resync_due: false,
+        // What the receiver lacks is not known before it is attached.
+        resync_due: true,
         unreadable: None,
         hydration: None,
         ack: record.ack,
@@ -245,6 +246,16 @@ fn code(reason: Reason) -> String {
         Ok(serde_json::Value::String(code)) => code,
         Ok(_) | Err(_) => unreachable!("a reason serializes as its code"),
     }
+}
+
+/// How far its changes have come, and how far the receiver is behind.
+pub(super) fn progress(engine: &Engine) -> (LsnStatus, Lag) {
+    let status = engine.look(|filter| filter.status_at(engine.now()));
+    (lsn(&status), lag(engine, &status))
+}
+
+fn lsn(status: &Status) -> LsnStatus {
+    LsnStatus { last: status.last_lsn, received: status.received_lsn, durable: status.durable_lsn }
 }
 
 fn lag(engine: &Engine, status: &Status) -> Lag {

@@ -55,6 +55,9 @@ impl Detach {
                 disk.ack
             ));
         }
+        if let Some(trouble) = &disk.local_error {
+            context.warn(&format!("the local disk of {}: {trouble}", disk.name.as_str()));
+        }
         match missing_at_receiver(&disk) {
             Some(missing) => {
                 context.warn(&format!(
@@ -63,7 +66,7 @@ impl Detach {
                 ));
                 Ok(Ending::Warnings)
             }
-            None if disk.guest_waits.is_some() => Ok(Ending::Warnings),
+            None if disk.guest_waits.is_some() || disk.local_error.is_some() => Ok(Ending::Warnings),
             None => Ok(Ending::Done),
         }
     }

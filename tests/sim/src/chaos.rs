@@ -7,6 +7,7 @@ use backtide_units::{ByteCount, Epoch};
 
 use crate::{
     plan::BANDWIDTHS,
+    rewind::Rewind,
     world::{Event, World},
 };
 
@@ -83,9 +84,10 @@ impl World {
 
     /// Somebody restores the receiver's store from a copy made earlier.
     fn put_store_back(&mut self) {
-        // Who keeps a point for a disk that lacks blocks of it does not put it away.
-        let point = self.lacking.point.filter(|_| self.is_lacking());
-        if self.receiver.has_copy_of(point) {
+        // Who keeps a point for a disk that lacks blocks of it, or is about to, does not put it away.
+        let goal = self.agent.as_ref().and_then(|agent| agent.rewind.as_ref()).map(Rewind::to);
+        let lacking = self.lacking.point.filter(|_| self.is_lacking());
+        if self.receiver.has_copy_of(goal) && self.receiver.has_copy_of(lacking) {
             self.stop_receiver(false);
             self.put_copy_back();
             self.within(self.plan.outage_us, Event::ReceiverStart);

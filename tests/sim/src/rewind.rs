@@ -34,6 +34,13 @@ pub(crate) struct Rewind {
     content: Bytes,
 }
 
+impl Rewind {
+    /// The point that is gone back to.
+    pub(crate) fn to(&self) -> Lsn {
+        self.to
+    }
+}
+
 impl World {
     /// Somebody wants to go back; the guest does nothing new meanwhile.
     pub(crate) fn want_rewind(&mut self) {
@@ -89,7 +96,12 @@ impl World {
     }
 
     fn plan_to(&mut self, to: Lsn, since: Since, force: bool) -> Option<Rewind> {
-        let snapshot = if self.link.up { self.snapshot()? } else { return None };
+        // Who asks a receiver for points gets what is durable, after he has waited for that.
+        let disk = self.receiver.disks.as_mut()?.get_mut(self.disk)?;
+        if !self.link.up || disk.durable().seq < disk.appended() {
+            return None;
+        }
+        let snapshot = disk.snapshot().ok()?;
         let view = snapshot.view(to).ok()?;
         if view.disk_size() != self.plan.size || view.history() != self.persisted.history {
             return None;

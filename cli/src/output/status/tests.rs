@@ -173,6 +173,8 @@ fn a_disk_that_was_never_in_sync_lacks_everything() {
     let text = disk_text(&found_out);
     assert!(text.contains("0 blocks, 0 B; what else differs is found out"), "{text}");
     assert!(table(std::slice::from_ref(&found_out)).contains("not known yet"));
+    let detached = DiskStatus { reason_code: "detached".to_owned(), ..found_out };
+    assert_eq!(missing_at_receiver(&detached).unwrap(), "an unknown part");
 }
 
 #[test]

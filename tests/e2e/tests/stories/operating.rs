@@ -82,6 +82,17 @@ fn a_resync_forced_while_the_receiver_is_away_is_done_when_it_is_back() {
 }
 
 #[test]
+fn a_detach_says_that_a_compare_is_due() {
+    let bench = Bench::new();
+    let (receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    receiver.kill();
+    disk.until("the stream is lost", |status| status["connected"] == false);
+    bench.json(&["resync", "vm1", "--compare"]);
+    let detached = bench.json_ending(3, &["detach", "vm1"]);
+    assert_eq!(detached["resync_due"], true, "{detached}");
+}
+
+#[test]
 fn a_mark_of_a_disk_that_does_not_forward_is_refused() {
     let bench = Bench::new();
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
