@@ -28,7 +28,7 @@ use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockCount, BlockRange, ByteRange, DiskName};
 use rustix::io::Errno;
 use tokio::{
-    sync::{Notify, oneshot},
+    sync::{Mutex, Notify, oneshot},
     task::spawn_local,
 };
 
@@ -72,6 +72,8 @@ pub(crate) struct HydratingDisk {
     trouble: RefCell<Option<String>>,
     /// It is that the receiver does not give the point.
     refused: Cell<bool>,
+    /// Locked by who has the point held or released, so that nothing holds it after the release.
+    holding: Mutex<()>,
     progress: RefCell<Progress>,
 }
 
@@ -110,6 +112,7 @@ impl HydratingDisk {
             rate_max: Cell::new(0),
             trouble: RefCell::default(),
             refused: Cell::new(false),
+            holding: Mutex::default(),
             progress: RefCell::new(progress),
         })
     }

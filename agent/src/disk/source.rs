@@ -117,7 +117,8 @@ pub(crate) trait PointSource {
     fn changed_in(&self, since: Lsn, part: BlockRange) -> Fetching<'_, DirtyBitmap>;
 
     /// Has the receiver keep the point until [`release`](Self::release), also while nobody is connected.
-    /// `owner` says to people who needs it; asked again with the same owner it changes nothing.
+    /// `owner` says to people who needs it; asked again with the same owner it changes nothing. Whenever the receiver was
+    /// away it is asked again before anything is fetched.
     fn hold(&self, owner: &str) -> Fetching<'_, ()>;
 
     /// Gives up what [`hold`](Self::hold) with this owner asked for.

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::{
     DiskRetention, KeepRequest, LockRequest, MarkPoint, Point, RetentionPreview, RetentionReport,
     RetentionRequest,
@@ -63,13 +62,16 @@ enum What {
         #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
         at: String,
     },
-    /// Leave a point that was kept to the ladder again
+    /// Leave a point that was kept to the ladder again; what agents hold stays held
     Release {
         /// The disk's name or UUID
         name: DiskName,
         /// The point, as with `keep`
         #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
         at: String,
+        /// What this owner holds there instead, for an agent that never comes back; as `show` names it
+        #[arg(long, value_name = "OWNER")]
+        held: Option<String>,
     },
     /// Lock a point, or every point of a disk, until a time: nobody can let it go before, also when the store is full
     Lock {
@@ -129,22 +131,12 @@ impl Retention {
                 }
                 receiver.set_retention(&name, &request).await?
             }
-            What::Keep { name, at } => receiver.keep(&KeepRequest { name, at, release: false }).await?,
+            What::Keep { name, at } => {
+                receiver.keep(&KeepRequest { name, at, release: false, held: None }).await?
+            }
             What::Lock { name, at, all: _, until } => receiver.lock(&LockRequest { name, at, until }).await?,
-            What::Release { name, at } => {
-                let kept = |report: &RetentionReport| -> Vec<_> {
-                    report.disks.iter().flat_map(|disk| disk.keep.iter().map(|point| point.lsn)).collect()
-                };
-                let before = receiver.retention(Some(&name)).await?;
-                let request = KeepRequest { name: name.clone(), at, release: true };
-                let released = receiver.keep(&request).await?;
-                if kept(&before) == kept(&receiver.retention(Some(&name)).await?) {
-                    let why =
-                        format!("no point of disk {name} is kept at {}, so none was released", request.at);
-                    let hint = "`backtide retention show NAME` lists the points that are kept until released";
-                    return Err(ApiError::new(ErrorCode::NotFound, why).with_hint(hint).into());
-                }
-                released
+            What::Release { name, at, held } => {
+                receiver.keep(&KeepRequest { name, at, release: true, held }).await?
             }
         };
         context.print(&report, || text(&report))?;

@@ -87,9 +87,12 @@ pub struct KeepRequest {
     pub name: DiskName,
     /// The point.
     pub at: String,
-    /// Keep it no longer.
+    /// Keep it no longer; what agents hold stays held.
     #[serde(default)]
     pub release: bool,
+    /// With `release`: the hold of this owner instead, for an agent that never comes back.
+    #[serde(default)]
+    pub held: Option<String>,
 }
 
 /// Lock a point, or every point of a disk, until a time: until then nobody can let it go.

@@ -347,7 +347,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
     let request = RetentionRequest { ladder: Some("any=24h".to_owned()) };
     client.set_retention(&vm1, &request).await.unwrap();
     assert!(client.preview_retention(&vm1, &RetentionRequest::default()).await.unwrap().changes);
-    let request = KeepRequest { name: vm1.clone(), at: "mark:x".to_owned(), release: true };
+    let request = KeepRequest { name: vm1.clone(), at: "mark:x".to_owned(), release: true, held: None };
     client.keep(&request).await.unwrap();
     let request = LockRequest { name: vm1.clone(), at: None, until: "30d".to_owned() };
     client.lock(&request).await.unwrap();

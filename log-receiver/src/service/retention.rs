@@ -1,7 +1,7 @@
 //! The control API's answers about retention.
 
 use backtide_receiver_api::{
-    ApiError, DiskRetention, ErrorCode, HeldPoint, KeepRequest, MarkPoint, Mount, OverlayFate,
+    ApiError, DiskRef, DiskRetention, ErrorCode, HeldPoint, KeepRequest, MarkPoint, Mount, OverlayFate,
     ReceiverService, RetentionPreview, RetentionReport, RetentionRequest, UnmountRequest,
 };
 use backtide_recovery::{ImageCost, LogError, Point, Snapshot, TimedLsn};
@@ -66,7 +66,7 @@ impl Service {
         let held = |(owner, held): (String, Pin)| HeldPoint { owner, lsn: held.lsn, time: held.time };
         let keeper = self.keeper.status();
         Ok(Some(DiskRetention {
-            disk: backtide_receiver_api::DiskRef { name, uuid: facts.id, size: facts.size },
+            disk: DiskRef { name, uuid: facts.id, size: facts.size },
             ladder: self.policies.ladder(facts.id).to_string(),
             own: policy.ladder.is_some(),
             oldest: timeline.intervals().first().map(|interval| points::point(interval.from)),
@@ -166,34 +166,74 @@ impl Service {
     }
 
     pub(super) async fn keep_point(&self, request: KeepRequest) -> Result<RetentionReport, ApiError> {
-        let KeepRequest { name, at, release } = request;
+        let KeepRequest { name, at, release, held } = request;
+        if held.is_some() && !release {
+            let why = "a hold is an agent's: it can be released, and taken by the agent alone";
+            return Err(ApiError::new(ErrorCode::Usage, why));
+        }
         let Found { disk, snapshot, .. } = self.look_at(&name).await?;
         let point = match self.resolve_in(&snapshot, &at).await {
             Ok(point) => point,
             // What cannot be had any more is released all the same.
             Err(error) => self.kept_as(&at, disk.uuid).filter(|_| release).ok_or(error)?,
         };
-        let policies = self.policies.clone();
+        let (policies, owner) = (self.policies.clone(), held.clone());
         let changed = self
             .read(move || {
-                policies.change(disk.uuid, |policy| {
-                    if release {
-                        policy.pins.remove(&point.lsn);
-                        policy.holds.retain(|_, held| held.lsn != point.lsn);
-                    } else {
+                let mut done = true;
+                let changed = policies.change(disk.uuid, |policy| match (release, owner) {
+                    (false, _) => {
                         policy.pins.insert(point.lsn, point.time);
                     }
-                })
+                    (true, None) => done = policy.pins.remove(&point.lsn).is_some(),
+                    (true, Some(owner)) => {
+                        done = policy.holds.get(&owner).is_some_and(|held| held.lsn == point.lsn);
+                        if done {
+                            policy.holds.remove(&owner);
+                        }
+                    }
+                });
+                changed.map(|()| done)
             })
             .await?;
-        changed.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
-        if !release {
-            // It may have gone while it was asked for; from now on it stays.
-            let Found { snapshot, .. } = self.look_at(&name).await?;
-            let there = snapshot.view(point.lsn).map(|_| ());
-            there.map_err(|error| points::unavailable(&at, &error))?;
+        if !changed.map_err(|why| ApiError::new(ErrorCode::Failed, why))? {
+            return Err(self.nothing_released(&disk, &at, point.lsn, held.as_deref()));
+        }
+        match (release, held) {
+            (true, Some(owner)) => {
+                tracing::warn!(disk = %disk.uuid, lsn = %point.lsn, owner, "a person has released what an agent held");
+            }
+            (true, None) => {}
+            (false, _) => {
+                // It may have gone while it was asked for; from now on it stays.
+                let Found { snapshot, .. } = self.look_at(&name).await?;
+                let there = snapshot.view(point.lsn).map(|_| ());
+                there.map_err(|error| points::unavailable(&at, &error))?;
+            }
         }
         self.report_retention(Some(name)).await
+    }
+
+    /// What is said when there is nothing to release at a point, or not what was named.
+    fn nothing_released(&self, disk: &DiskRef, at: &str, lsn: Lsn, owner: Option<&str>) -> ApiError {
+        let name = disk.name.as_str();
+        let why = match owner {
+            None => format!("no point of disk {name} is kept at {at}, so none was released"),
+            Some(owner) => {
+                format!("\"{owner}\" holds nothing at {at} of disk {name}, so nothing was released")
+            }
+        };
+        let holds = self.policies.of(disk.uuid).holds;
+        let holder = holds.into_iter().find(|(_, held)| held.lsn == lsn).filter(|_| owner.is_none());
+        let hint = match holder {
+            Some((holder, _)) => format!(
+                "an agent holds it and takes that back when it is done; if it never comes back, `backtide retention release \
+                 {name} --at lsn:{lsn} --held '{holder}'` does"
+            ),
+            None => "`backtide retention show NAME` lists the points that are kept until released, and those that are held"
+                .to_owned(),
+        };
+        ApiError::new(ErrorCode::NotFound, why).with_hint(hint)
     }
 
     /// What is kept or held of a disk under `lsn:NUMBER`, wherever its history has got to.

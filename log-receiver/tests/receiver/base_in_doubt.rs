@@ -14,7 +14,7 @@ use crate::{
 };
 
 fn keep(at: &str) -> KeepRequest {
-    KeepRequest { name: vm1(), at: at.to_owned(), release: false }
+    KeepRequest { name: vm1(), at: at.to_owned(), release: false, held: None }
 }
 
 /// A log in doubt that has a base from before. Gives its agent.

@@ -44,7 +44,7 @@ pub(crate) async fn two_disks(receiver: &Receiver) {
     let writable = MountRequest { writable: true, ..request("lsn:20", None) };
     let overlay = api.mount(&writable).await.unwrap().id;
     api.unmount(&overlay, Some(OverlayFate::Keep)).await.unwrap();
-    let keep = KeepRequest { name: vm1(), at: "lsn:30".to_owned(), release: false };
+    let keep = KeepRequest { name: vm1(), at: "lsn:30".to_owned(), release: false, held: None };
     api.keep(&keep).await.unwrap();
     left(one, &api, &vm1()).await;
     left(two, &api, &vm2()).await;

@@ -32,7 +32,7 @@ async fn a_locked_point_stays_and_its_lock_never_becomes_shorter() {
     }
     // A point that somebody keeps and releases is locked all the same.
     for release in [false, true] {
-        api.keep(&KeepRequest { name: vm1(), at: "lsn:44".to_owned(), release }).await.unwrap();
+        api.keep(&KeepRequest { name: vm1(), at: "lsn:44".to_owned(), release, held: None }).await.unwrap();
     }
     let left = rounds(&api, &vm1(), "any=1h").await;
     let single: Vec<Lsn> = left.disks[0].single_points.iter().map(|point| point.lsn).collect();

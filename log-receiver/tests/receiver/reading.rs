@@ -6,7 +6,7 @@ use backtide_protocol::{
     AckPolicy, Blocks, CloseCode, FETCH_BYTES_MAX, FailureCode, Hello, Message, OnOutage, OpenPoint,
     OriginPoint, PROTOCOL_VERSION, Reading,
 };
-use backtide_receiver_api::{DiffRequest, KeepRequest};
+use backtide_receiver_api::{DiffRequest, ErrorCode, KeepRequest};
 use backtide_units::{
     BlockRange, ByteCount, ByteOffset, ByteRange, DiskName, Epoch, HistoryId, LogPosition, Lsn,
 };
@@ -177,11 +177,53 @@ async fn a_point_stays_while_it_is_read_and_while_it_is_held() {
     assert!(api.retention(Some(&vm1)).await.unwrap().disks[0].held.is_empty());
     // By hand, too.
     held.done(owned("rewind of vm1", true)).await.unwrap();
-    let release = KeepRequest { name: vm1.clone(), at: "lsn:47".to_owned(), release: true };
+    let release = KeepRequest {
+        name: vm1.clone(),
+        at: "lsn:47".to_owned(),
+        release: true,
+        held: Some("rewind of vm1".to_owned()),
+    };
     assert!(api.keep(&release).await.unwrap().disks[0].held.is_empty());
     let report = rounds(&api, &vm1, TENS).await;
     assert!(!report.disks[0].single_points.iter().any(|point| point.lsn == Lsn(47)));
     assert_eq!(report.disks[0].ladder, ladder(TENS).ladder.unwrap());
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_that_is_released_stays_held_until_its_owner_or_a_person_names_the_hold() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let _agent = retention::write_history(&receiver, 6..=20).await;
+    let api = client(&receiver);
+    let vm1: DiskName = "vm1".parse().unwrap();
+    let mut held = PointReader::open(&receiver, open("vm1", Some(12))).await;
+    held.done(owned("rewind of vm1", true)).await.unwrap();
+    let ask = |at: &str, release, held: Option<&str>| {
+        let (name, at, held) = (vm1.clone(), at.to_owned(), held.map(str::to_owned));
+        KeepRequest { name, at, release, held }
+    };
+    api.keep(&ask("lsn:12", false, None)).await.unwrap();
+    let released = api.keep(&ask("lsn:12", true, None)).await.unwrap();
+    assert!(released.disks[0].keep.is_empty(), "{released:?}");
+    assert_eq!(released.disks[0].held.len(), 1, "the agent needs it still: {released:?}");
+    for (at, owner, why) in [
+        ("lsn:12", None, "is kept at lsn:12, so none was released"),
+        ("lsn:13", Some("rewind of vm1"), "\"rewind of vm1\" holds nothing at lsn:13"),
+        ("lsn:12", Some("rewind of vm2"), "\"rewind of vm2\" holds nothing at lsn:12"),
+    ] {
+        let refused = api.keep(&ask(at, true, owner)).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::NotFound, "{refused:?}");
+        assert!(refused.message.contains(why), "{refused:?}");
+        // The way out is in it where there is one.
+        let named = refused.hint.as_ref().is_some_and(|hint| hint.contains("--held 'rewind of vm1'"));
+        assert_eq!(named, owner.is_none(), "{refused:?}");
+    }
+    let wrong = api.keep(&ask("lsn:12", false, Some("rewind of vm1"))).await.unwrap_err();
+    assert_eq!(wrong.code, ErrorCode::Usage, "{wrong:?}");
+    assert_eq!(api.retention(Some(&vm1)).await.unwrap().disks[0].held.len(), 1);
+    let gone = api.keep(&ask("lsn:12", true, Some("rewind of vm1"))).await.unwrap();
+    assert!(gone.disks[0].held.is_empty(), "{gone:?}");
     receiver.shutdown().await;
 }
 
@@ -191,7 +233,7 @@ async fn a_kept_point_that_has_gone_is_released_all_the_same() {
     let receiver = place.start().await;
     drop(retention::write_history(&receiver, 6..=20).await);
     let vm1: DiskName = "vm1".parse().unwrap();
-    let keep = |release| KeepRequest { name: vm1.clone(), at: "lsn:12".to_owned(), release };
+    let keep = |release| KeepRequest { name: vm1.clone(), at: "lsn:12".to_owned(), release, held: None };
     assert_eq!(client(&receiver).keep(&keep(false)).await.unwrap().disks[0].keep.len(), 1);
     receiver.shutdown().await;
     std::fs::remove_dir_all(place.store().join("disks")).unwrap();

@@ -111,7 +111,7 @@ async fn what_the_ladder_keeps_can_be_gone_back_to_and_the_rest_is_said_to_be_go
     let api = client(&receiver);
     // A point in the middle of what goes is mounted, another is to stay.
     let mounted = api.mount(&request("lsn:33", None)).await.unwrap();
-    let keep = KeepRequest { name: vm1(), at: "lsn:44".to_owned(), release: false };
+    let keep = KeepRequest { name: vm1(), at: "lsn:44".to_owned(), release: false, held: None };
     assert_eq!(api.keep(&keep).await.unwrap().disks[0].keep[0].lsn, Lsn(44));
     // What is written to a mounted point is kept, and the point with it, also when the receiver starts again.
     let writable = MountRequest { writable: true, ..request("lsn:52", None) };
@@ -180,7 +180,7 @@ async fn a_released_point_goes_and_gives_its_room_back() {
     let receiver = place.start().await;
     let _agent = write_history(&receiver, 6..=95).await;
     let api = client(&receiver);
-    let keep = |release| KeepRequest { name: vm1(), at: "lsn:44".to_owned(), release };
+    let keep = |release| KeepRequest { name: vm1(), at: "lsn:44".to_owned(), release, held: None };
     api.keep(&keep(false)).await.unwrap();
     let with = rounds(&api, &vm1(), "any=1h").await;
     assert_eq!(with.disks[0].single_points.len(), 1, "{with:?}");

@@ -206,8 +206,43 @@ impl HydratingDisk {
         }
     }
 
+    /// Has the receiver keep the point for as long as anything is missing: it was asked to when the hydration was planned, and
+    /// somebody may have released it since.
+    async fn keep_holding(&self) {
+        let owner = owner(self.file.header().disk, self.file.header().epoch);
+        let mut pause = RETRY_FIRST;
+        loop {
+            let asked = async {
+                let _alone = self.holding.lock().await;
+                // From here on it is to be released.
+                if self.complete.get() || self.hydrator.borrow().missing().blocks().is_empty() {
+                    return Ok(());
+                }
+                self.source.hold(&owner).await
+            };
+            let held = tokio::select! {
+                biased;
+                () = self.until_stopped() => return,
+                held = asked => held,
+            };
+            match held {
+                Ok(()) => return,
+                Err(FetchError::Unreachable(_)) => self.pause(pause).await,
+                Err(FetchError::Damaged(why) | FetchError::Refused(why)) => {
+                    tracing::warn!(disk = %self.name, owner, why, "the receiver does not keep the point of which blocks are missing");
+                    return;
+                }
+            }
+            pause = (pause * 2).min(RETRY_LAST);
+        }
+    }
+
     /// Fetches everything, piece by piece, then makes the image the disk.
     pub(crate) async fn hydrate(self: Rc<Self>) {
+        tokio::join!(self.keep_holding(), self.bring_everything());
+    }
+
+    async fn bring_everything(self: &Rc<Self>) {
         let mut failures = self.hydrator.borrow().store_failures();
         let mut runs = 0_u64;
         while !self.stopped.get() && !self.complete.get() {
@@ -336,6 +371,7 @@ impl HydratingDisk {
 
     /// In every name in which the receiver may keep this point for the disk.
     async fn give_up_point(&self) -> Result<(), FetchError> {
+        let _alone = self.holding.lock().await;
         let (disk, epoch) = (self.file.header().disk, self.file.header().epoch);
         self.source.release(&owner(disk, epoch)).await?;
         match self.file.header().kind {

@@ -252,6 +252,28 @@ async fn a_receiver_that_is_away_is_waited_for_and_a_disk_given_up_waits_no_long
 }
 
 #[tokio::test]
+async fn the_point_is_held_while_blocks_are_missing_and_by_nobody_then() {
+    LocalSet::new()
+        .run_until(async {
+            let bench = Bench::new();
+            bench.source.close();
+            bench.source.set_away(true);
+            let hydrating = spawn_local(Rc::clone(&bench.disk).hydrate());
+            bench.source.until_asked(1).await;
+            assert!(bench.source.owners().is_empty(), "nobody is there to be asked");
+            bench.source.set_away(false);
+            bench.source.until_held().await;
+            let header = bench.disk.file.header();
+            let owner = owner(header.disk, header.epoch);
+            assert_eq!(bench.source.owners().into_iter().collect::<Vec<_>>(), [owner]);
+            bench.source.open();
+            hydrating.await.unwrap();
+            assert!(bench.source.owners().is_empty(), "nothing is missing any more");
+        })
+        .await;
+}
+
+#[tokio::test]
 async fn what_the_receiver_has_lost_is_an_error_of_those_blocks_only() {
     LocalSet::new()
         .run_until(async {

@@ -1,6 +1,9 @@
 //! A source in memory, for tests: away, damaged or slow as told.
 
-use std::cell::{Cell, RefCell};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeSet,
+};
 
 use backtide_hydration::SourcePoint;
 use backtide_io_filter::chunk_items;
@@ -30,6 +33,8 @@ pub(crate) struct FakeSource {
     maps_closed: Cell<bool>,
     /// How often it was asked what differs.
     compared: Cell<usize>,
+    /// Who holds the point.
+    owners: RefCell<BTreeSet<String>>,
     /// Somebody has asked.
     was_asked: Notify,
 }
@@ -56,6 +61,7 @@ impl FakeSource {
             maps: RefCell::default(),
             maps_closed: Cell::new(false),
             compared: Cell::new(0),
+            owners: RefCell::default(),
             was_asked: Notify::new(),
         }
     }
@@ -111,9 +117,7 @@ impl FakeSource {
         self.maps.borrow_mut().push(part);
         self.was_asked.notify_waiters();
         self.until(|| !self.closed.get() && !self.maps_closed.get()).await;
-        if self.away.get() {
-            return Err(FetchError::Unreachable("the receiver is away".to_owned()));
-        }
+        self.not_away()?;
         if part.start().0 == 0 && self.damaged.borrow().touches(BlockRange::from(0..1)) {
             return Err(FetchError::Damaged("an index does not match".to_owned()));
         }
@@ -124,6 +128,13 @@ impl FakeSource {
             }
         }
         Ok(blocks)
+    }
+
+    fn not_away(&self) -> Result<(), FetchError> {
+        match self.away.get() {
+            true => Err(FetchError::Unreachable("the receiver is away".to_owned())),
+            false => Ok(()),
+        }
     }
 
     async fn until_open(&self) {
@@ -137,6 +148,22 @@ impl FakeSource {
                 return;
             }
             opened.await;
+        }
+    }
+
+    /// Who holds the point now.
+    pub(crate) fn owners(&self) -> BTreeSet<String> {
+        self.owners.borrow().clone()
+    }
+
+    /// Waits until somebody holds the point.
+    pub(crate) async fn until_held(&self) {
+        loop {
+            let asked = self.was_asked.notified();
+            if !self.owners.borrow().is_empty() {
+                return;
+            }
+            asked.await;
         }
     }
 
@@ -226,11 +253,22 @@ impl PointSource for FakeSource {
         Box::pin(self.map(part))
     }
 
-    fn hold(&self, _owner: &str) -> Fetching<'_, ()> {
-        Box::pin(async { Ok(()) })
+    fn hold(&self, owner: &str) -> Fetching<'_, ()> {
+        let owner = owner.to_owned();
+        Box::pin(async move {
+            self.not_away()?;
+            self.owners.borrow_mut().insert(owner);
+            self.was_asked.notify_waiters();
+            Ok(())
+        })
     }
 
-    fn release(&self, _owner: &str) -> Fetching<'_, ()> {
-        Box::pin(async { Ok(()) })
+    fn release(&self, owner: &str) -> Fetching<'_, ()> {
+        let owner = owner.to_owned();
+        Box::pin(async move {
+            self.not_away()?;
+            self.owners.borrow_mut().remove(&owner);
+            Ok(())
+        })
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! Connects when something is asked, and again when that is after the stream was lost; any number of questions
 //! may be asked, a part of which is out at once. Whoever asks gets one answer: when the stream is lost that is
-//! an error, and he asks again.
+//! an error, and he asks again. A point that is held is held again first of all.
 
-use std::{rc::Rc, time::Duration};
+use std::{cell::RefCell, collections::BTreeSet, rc::Rc, time::Duration};
 
 use backtide_hydration::SourcePoint;
 use backtide_protocol::{
@@ -59,12 +59,15 @@ struct RemotePoint {
     point: SourcePoint,
     /// Where questions go, while there is a stream; locked while one is made.
     stream: Mutex<Option<mpsc::Sender<Asked>>>,
+    /// Who needs the point kept: on each new stream that is asked for again, for meanwhile somebody may have released it.
+    owners: RefCell<BTreeSet<String>>,
 }
 
 /// A point that is known; nobody is asked before something is wanted of it.
 pub(crate) fn remote(point: SourcePoint, dialer: Dialer) -> Rc<dyn PointSource> {
     let wanted = Wanted { disk: point.disk, history: Some(point.history), lsn: Some(point.lsn) };
-    Rc::new(RemotePoint { way: Way { dialer, wanted }, point, stream: Mutex::default() })
+    let stream = Mutex::default();
+    Rc::new(RemotePoint { way: Way { dialer, wanted }, point, stream, owners: RefCell::default() })
 }
 
 /// Finds a point of which the receiver knows more: by default of the disk's present history, the latest.
@@ -85,7 +88,7 @@ pub(crate) async fn find_point(
     let receiver = way.dialer.address().to_string();
     let point = SourcePoint { receiver, disk, name, history, lsn, time, size };
     let stream = Mutex::new(Some(questions));
-    Ok(Rc::new(RemotePoint { way, point, stream }))
+    Ok(Rc::new(RemotePoint { way, point, stream, owners: RefCell::default() }))
 }
 
 impl Way {
@@ -192,7 +195,6 @@ impl RemotePoint {
             return answer;
         }
         let questions = self.new_stream().await?;
-        let lost = || FetchError::Unreachable("the stream to the receiver was lost".to_owned());
         put(&questions, question).await.unwrap_or_else(|| Err(lost()))
     }
 
@@ -213,8 +215,25 @@ impl RemotePoint {
                 format!("the disk had {} bytes at that point, and {} now", self.point.size, opened.size);
             return Err(FetchError::Refused(why));
         }
+        self.hold_again(&questions).await?;
         *stream = Some(questions.clone());
         Ok(questions)
+    }
+
+    /// Has the point kept again, before anything else is asked over a new stream.
+    async fn hold_again(&self, questions: &mpsc::Sender<Asked>) -> Result<(), FetchError> {
+        let owners = self.owners.borrow().clone();
+        for owner in owners {
+            match put(questions, Question::Hold(owner.clone())).await.unwrap_or_else(|| Err(lost())) {
+                Ok(_) => {}
+                Err(error @ FetchError::Unreachable(_)) => return Err(error),
+                // This stream gives the point all the same.
+                Err(FetchError::Damaged(why) | FetchError::Refused(why)) => {
+                    tracing::warn!(owner, why, "the receiver does not keep a point that is needed");
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn blocks(&self, which: Blocks) -> Result<DirtyBitmap, FetchError> {
@@ -231,6 +250,10 @@ async fn put(questions: &mpsc::Sender<Asked>, question: Question) -> Option<Resu
     let (answer, answered) = oneshot::channel();
     questions.send(Asked { question, answer }).await.ok()?;
     answered.await.ok()
+}
+
+fn lost() -> FetchError {
+    FetchError::Unreachable("the stream to the receiver was lost".to_owned())
 }
 
 fn mixed_up() -> FetchError {
@@ -300,12 +323,19 @@ impl PointSource for RemotePoint {
 
     fn hold(&self, owner: &str) -> Fetching<'_, ()> {
         let owner = owner.to_owned();
-        Box::pin(async move { self.ask(Question::Hold(owner)).await.map(drop) })
+        Box::pin(async move {
+            self.ask(Question::Hold(owner.clone())).await?;
+            self.owners.borrow_mut().insert(owner);
+            Ok(())
+        })
     }
 
     fn release(&self, owner: &str) -> Fetching<'_, ()> {
         let owner = owner.to_owned();
-        Box::pin(async move { self.ask(Question::Release(owner)).await.map(drop) })
+        Box::pin(async move {
+            self.owners.borrow_mut().remove(&owner);
+            self.ask(Question::Release(owner)).await.map(drop)
+        })
     }
 }
 

@@ -71,6 +71,14 @@ fn a_new_disk_waits_for_its_receiver_and_outlives_its_agent() {
     assert_eq!(new.status()["hydration"]["kind"], "origin");
     let held = bench.json(&["retention", "show", "vm1"])["disks"][0]["held"].clone();
     assert_eq!(held.as_array().map(Vec::len), Some(1), "{held}");
+    // A person who keeps the same point and releases it takes nothing from the disk that needs it.
+    let at = format!("lsn:{}", held[0]["lsn"]);
+    bench.json(&["retention", "keep", "vm1", "--at", &at]);
+    let released = bench.json(&["retention", "release", "vm1", "--at", &at]);
+    assert_eq!(released["disks"][0]["held"], held);
+    let none = bench.plain(&["retention", "release", "vm1", "--at", &at]);
+    assert_eq!(none.code, 4, "{none:?}");
+    assert!(none.stderr.contains("--held 'missing blocks of disk"), "{none:?}");
     new.qemu_io(&["write -P 0x22 1M 1M", "flush"]);
     agent.kill();
     let _agent = bench.agent();

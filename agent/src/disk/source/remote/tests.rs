@@ -216,6 +216,59 @@ async fn a_lost_stream_is_told_to_whoever_waits_and_the_next_question_makes_anot
 }
 
 #[tokio::test]
+async fn a_point_that_is_held_is_held_again_over_each_new_stream_until_it_is_released() {
+    let client = async |source: Rc<dyn PointSource>| {
+        source.hold("vm1 on kvm-3").await.unwrap();
+        source.hold("vm2 on kvm-3").await.unwrap();
+        for nth in 0..3 {
+            assert!(source.fetch(block(nth)).await.is_ok());
+        }
+        source.release("vm1 on kvm-3").await.unwrap();
+        source.release("vm2 on kvm-3").await.unwrap();
+        assert!(source.fetch(block(9)).await.is_ok());
+    };
+    let held = async |peer: &mut Peer, expected: &str| {
+        let Some(Reading::Hold { id, owner }) = peer.next().await else { panic!("it is held first") };
+        assert_eq!(owner, expected);
+        id
+    };
+    let peer = async |listener: UnixListener| {
+        let mut peer = Peer::opened(&listener).await;
+        for owner in ["vm1 on kvm-3", "vm2 on kvm-3"] {
+            let id = held(&mut peer, owner).await;
+            peer.say(Reading::Answered { id }).await;
+        }
+        drop(peer);
+        for nth in 0..3 {
+            let mut peer = Peer::opened(&listener).await;
+            let id = held(&mut peer, "vm1 on kvm-3").await;
+            match nth {
+                // Gone: what is open is read all the same.
+                1 => {
+                    let (code, message) = (backtide_protocol::FailureCode::Gone, "gone".to_owned());
+                    peer.say(Reading::Failed { id, failure: ReadFailure { code, message } }).await;
+                }
+                _ => peer.say(Reading::Answered { id }).await,
+            }
+            let id = held(&mut peer, "vm2 on kvm-3").await;
+            peer.say(Reading::Answered { id }).await;
+            let (id, range) = peer.fetch().await;
+            peer.answer(id, range, 9).await;
+            if nth == 2 {
+                for _ in 0..2 {
+                    let Some(Reading::Release { id, .. }) = peer.next().await else { panic!() };
+                    peer.say(Reading::Answered { id }).await;
+                }
+            }
+        }
+        let mut peer = Peer::opened(&listener).await;
+        let (id, range) = peer.fetch().await;
+        peer.answer(id, range, 9).await;
+    };
+    run(client, peer).await;
+}
+
+#[tokio::test]
 async fn a_receiver_that_does_not_give_the_point_is_no_lost_one() {
     let client = async |source: Rc<dyn PointSource>| {
         assert_eq!(source.fetch(block(0)).await, Err(FetchError::Refused("no such point".to_owned())));
