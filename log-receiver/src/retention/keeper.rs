@@ -6,6 +6,7 @@
 
 mod begin;
 mod room;
+mod thin;
 
 use std::{
     collections::BTreeMap,
@@ -17,19 +18,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backtide_recovery::{Base, FoldError, KeptPoint, Snapshot};
+use backtide_recovery::Snapshot;
 use backtide_units::{ByteCount, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{
-    Growth, Plan, PlanError, Policies, Pressure, SLOTS_MAX, every_change_from, forecast::Forecast, plan,
-};
+use super::{Growth, PlanError, Policies, Pressure, every_change_from, forecast::Forecast};
 use crate::{
     Shelf,
     accept::Door,
-    clock,
     config::{OnFull, Retention},
-    disk::{Rebasing, chain},
+    disk::chain,
     facts::DiskFacts,
     ingest::{Readable, Task},
     overlays::Overlays,
@@ -37,9 +35,6 @@ use crate::{
 
 /// After so many rounds the store is looked through for what nobody has, even if nothing seems to have changed.
 const COLLECT_ROUNDS: u64 = 60;
-
-/// Why history stays that does not fit; it is tried again when more is free, and now and then.
-const NO_ROOM: &str = "there is no room for the image that history is folded into";
 
 /// It waits no longer at once for its rate, so as to be stopped soon.
 const WAIT_MAX: Duration = Duration::from_millis(100);
@@ -95,6 +90,8 @@ struct Work {
     left: Option<BTreeMap<DiskId, ByteCount>>,
     /// What was free when a disk's images did not fit.
     no_room: BTreeMap<DiskId, ByteCount>,
+    /// What of a disk's history could not be read when it was to be folded.
+    unreadable: BTreeMap<DiskId, thin::Unreadable>,
     started: Instant,
     forecast: Forecast,
 }
@@ -129,6 +126,7 @@ impl Keeper {
             shrunk_last: None,
             left: None,
             no_room: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
             started: Instant::now(),
             forecast: Forecast::default(),
         };
@@ -219,6 +217,7 @@ impl Work {
         let mut disks = self.disks()?;
         self.collect |= self.shared.collect.swap(false, Ordering::Relaxed);
         lock(&self.shared.status).errors.retain(|disk, _| disks.contains(disk));
+        self.unreadable.retain(|disk, _| disks.contains(disk));
         // Before anything else goes.
         let doubtful = self.settle_all()?;
         disks.retain(|disk| doubtful.get(disk) != Some(&true));
@@ -250,8 +249,10 @@ impl Work {
                 }
                 Err(Undone::Ending) => return Err(Ending),
                 Err(Undone::Why(why)) => {
-                    tracing::warn!(%disk, why, "old history stays");
-                    lock(&self.shared.status).errors.insert(disk, why);
+                    let before = lock(&self.shared.status).errors.insert(disk, why.clone());
+                    if before.as_ref() != Some(&why) {
+                        tracing::warn!(%disk, why, "old history stays");
+                    }
                 }
             }
         }
@@ -354,101 +355,6 @@ impl Work {
             Some(Ok(Readable { snapshot, .. })) => Some(snapshot.alone()),
             Some(Err(_)) | None => None,
         })
-    }
-
-    /// Does what the ladder wants of a disk; whether that was anything.
-    fn thin(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
-        let policy = self.policies.of(disk);
-        let ladder = self.policies.ladder(disk);
-        let now = self.policies.moment();
-        if self.policies.damage().is_some() || policy.all_locked(now).is_some() {
-            return Ok(false);
-        }
-        if ladder.any.is_none() && pressure == Pressure::None {
-            return Ok(false);
-        }
-        let Some(snapshot) = self.snapshot(disk)? else { return Ok(false) };
-        if let Some(why) = self.overlays.unreadable() {
-            return Err(Undone::Why(why));
-        }
-        // What was written to a mounted point is worth nothing without the point.
-        let below = self.overlays.points(disk);
-        let mut pins = policy.staying(now);
-        pins.extend(below.iter().map(|(lsn, time)| (*lsn, *time)));
-        let Some(plan) = plan(&snapshot, &ladder, &pins, clock::now(), pressure, Some(SLOTS_MAX))? else {
-            return Ok(false);
-        };
-        let base = self.base(disk, &snapshot, &plan)?;
-        let asked = |answer| Task::Rebase { disk, base: Box::new(base), answer };
-        let Some(rebasing): Option<Rebasing> = ask(self.thread_of(disk), asked)? else {
-            return Err(Undone::Why("the log changed while its images were made".to_owned()));
-        };
-        self.collect = true;
-        // Whoever wants a point kept meanwhile waits for this, and sees what is left then.
-        let done = self.policies.while_wanted(disk, &policy, |doubts| {
-            let unchanged = self.overlays.points(disk) == below;
-            if unchanged { self.begin_later(disk, rebasing, doubts) } else { Ok(false) }
-        });
-        if !done.transpose()?.unwrap_or(false) {
-            return Ok(false);
-        }
-        let (segments, bytes) = plan.fold.map_or((0, 0), |(fold, _)| (fold.segments, fold.bytes.0));
-        tracing::info!(%disk, segments, bytes, kept = plan.kept.len(), dropped = plan.dropped.len(), "old history thinned");
-        Ok(true)
-    }
-
-    /// Makes the images of a plan; gives what the log begins with then.
-    fn base(&mut self, disk: DiskId, snapshot: &Snapshot, plan: &Plan) -> Result<Base, Undone> {
-        let old = snapshot.base();
-        let mut known: BTreeMap<_, KeptPoint> = BTreeMap::new();
-        for kept in old.iter().flat_map(|base| base.kept().iter().copied().chain([base.floor()])) {
-            known.insert(kept.at.lsn, kept);
-        }
-        let Some((foldable, floor)) = plan.fold else {
-            let kept = plan.kept.iter().filter_map(|point| known.get(&point.lsn).copied()).collect();
-            return snapshot
-                .rebase_kept(kept)
-                .ok_or_else(|| Undone::Why("there is nothing to thin".to_owned()));
-        };
-        let free = self.shelf.storage.free_space().unwrap_or(ByteCount(u64::MAX));
-        if self.no_room.get(&disk).is_some_and(|then| free.0 <= then.0.saturating_add(then.0 / 16)) {
-            return Err(Undone::Why(NO_ROOM.to_owned()));
-        }
-        let leave = self.room_to_leave(free);
-        // What is made is of no use to anybody if this ends early.
-        self.collect = true;
-        let images = self.shelf.cache.images(&self.shelf.storage);
-        let mut writer = images.write().map_err(|error| Undone::Why(chain(&error)))?;
-        let mut last = old.map(Base::floor);
-        let (begun, mut done) = (Instant::now(), 0);
-        let mut full = false;
-        let mut kept = Vec::new();
-        for at in plan.kept.iter().chain([&floor]) {
-            if let Some(known) = known.get(&at.lsn) {
-                kept.push(*known);
-                continue;
-            }
-            let made = snapshot.make_image(&mut writer, at.lsn, last, &mut |bytes| {
-                full = self.shelf.storage.free_space().is_ok_and(|free| free < leave);
-                done += bytes.0;
-                !full && self.pace(begun, done)
-            });
-            let root = match made {
-                Ok(root) => root,
-                Err(FoldError::CalledOff) if full => {
-                    self.no_room.insert(disk, free);
-                    return Err(Undone::Why(NO_ROOM.to_owned()));
-                }
-                Err(FoldError::CalledOff) => return Err(Undone::Ending),
-                Err(FoldError::Log(error)) => return Err(Undone::Why(chain(&error))),
-            };
-            last = Some(KeptPoint { at: *at, root });
-            kept.extend(last);
-        }
-        writer.finish().map_err(|error| Undone::Why(chain(&error)))?;
-        self.no_room.remove(&disk);
-        let floor = kept.pop().expect("the floor was the last");
-        Ok(snapshot.rebase(&foldable, floor, kept)?)
     }
 
     /// Waits when more was read than the rate allows; false when the receiver ends.

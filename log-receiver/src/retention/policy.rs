@@ -323,9 +323,20 @@ impl Policies {
         policy: &Policy,
         act: impl FnOnce(&mut Doubts) -> R,
     ) -> Option<R> {
+        self.while_allowed(disk, |wanted, _| wanted == policy, act)
+    }
+
+    /// Does something while what is wanted of a disk at this moment `allows` it, and stays that; none when it does not. It may
+    /// leave a doubt.
+    pub(crate) fn while_allowed<R>(
+        &self,
+        disk: DiskId,
+        allows: impl FnOnce(&Policy, Moment) -> bool,
+        act: impl FnOnce(&mut Doubts) -> R,
+    ) -> Option<R> {
         let mut state = self.lock();
-        let now = state.disks.get(&disk).cloned().unwrap_or_default();
-        (self.damage.is_none() && now == *policy).then(|| act(&mut state.doubts))
+        let wanted = state.disks.get(&disk).cloned().unwrap_or_default();
+        (self.damage.is_none() && allows(&wanted, self.moment())).then(|| act(&mut state.doubts))
     }
 
     /// The logs of which it is not known durably where they begin, by disk and number; blocks.

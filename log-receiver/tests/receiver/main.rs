@@ -8,6 +8,7 @@ mod damage;
 mod every_file;
 mod faults;
 mod fixture;
+mod folding;
 mod forget;
 mod forget_failing;
 mod going_back;

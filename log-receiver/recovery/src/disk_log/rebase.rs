@@ -76,6 +76,14 @@ pub enum FoldError {
     /// It is not wanted any more.
     #[error("it is not wanted any more")]
     CalledOff,
+    /// What the disk held there at the point cannot be read.
+    #[error("the disk's {range} cannot be read")]
+    Unreadable {
+        /// Of the disk.
+        range: ByteRange,
+        /// Why.
+        source: LogError,
+    },
     /// The log or the images cannot be read or written.
     #[error(transparent)]
     Log(#[from] LogError),
@@ -117,12 +125,13 @@ impl ImageSource for Source<'_> {
     }
 
     fn is_zero(&mut self, range: ByteRange) -> Result<bool, FoldError> {
-        Ok(self.view.extents(range)?.iter().all(|(_, allocation)| *allocation == Allocation::Zero))
+        let extents = self.view.extents(range).map_err(|source| FoldError::Unreadable { range, source })?;
+        Ok(extents.iter().all(|(_, allocation)| *allocation == Allocation::Zero))
     }
 
     fn read(&mut self, range: ByteRange) -> Result<Bytes, FoldError> {
         self.pace(range.count())?;
-        Ok(self.view.read(range)?)
+        self.view.read(range).map_err(|source| FoldError::Unreadable { range, source })
     }
 
     fn pace(&mut self, bytes: ByteCount) -> Result<(), FoldError> {

@@ -1,0 +1,122 @@
+//! Folding while points come and go, and while a part of the history cannot be read.
+
+use std::fs;
+
+use backtide_log_receiver::{Config, Receiver, Retention};
+use backtide_receiver_api::{KeepRequest, ReceiverClient};
+use backtide_units::{ByteCount, Lsn};
+
+use crate::{
+    agent::*,
+    fixture::*,
+    going_back::{assert_content, request},
+    retention::{TENS, at, content, files, ladder, rounds, vm1, write_history},
+};
+
+/// Folds so slowly that others can do something meanwhile.
+async fn slow(place: &Place) -> Receiver {
+    let retention =
+        Retention { bytes_per_second_max: ByteCount(4 << 20), interval_ms: 20, ..Retention::default() };
+    Receiver::start(Config { retention, ..place.config() }).await.unwrap()
+}
+
+async fn keep(api: &ReceiverClient, lsn: u64, release: bool) {
+    let request = KeepRequest { name: vm1(), at: format!("lsn:{lsn}"), release, held: None };
+    api.keep(&request).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_kept_and_released_above_the_floor_while_images_are_made_holds_up_no_folding() {
+    let place = Place::new();
+    let receiver = slow(&place).await;
+    let mut agent = write_history(&receiver, 6..=95).await;
+    let api = client(&receiver);
+    keep(&api, 95, false).await;
+    let begun = api.set_retention(&vm1(), &ladder("any=1h")).await.unwrap().rounds;
+    // At any two moments something else is kept: always the newest point, which is above the floor of any plan before it.
+    for lsn in 96.. {
+        agent.send(&write(lsn, 0, vec![lsn as u8; 4096])).await;
+        agent.all_durable().await;
+        keep(&api, lsn, false).await;
+        keep(&api, lsn - 1, true).await;
+        let report = api.retention(Some(&vm1())).await.unwrap();
+        if report.disks[0].every_point_from.as_ref().unwrap().lsn > Lsn(5) {
+            break;
+        }
+        assert!(report.rounds < begun + 4, "each round makes the images and throws them away: {report:?}");
+    }
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_that_is_kept_while_images_are_made_stays() {
+    let place = Place::new();
+    let receiver = slow(&place).await;
+    let _agent = write_history(&receiver, 6..=95).await;
+    let api = client(&receiver);
+    api.set_retention(&vm1(), &ladder("any=1h")).await.unwrap();
+    // The images are being made: what is to stay has been decided.
+    while files(&place, "pack").is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(
+        api.retention(Some(&vm1())).await.unwrap().disks[0].every_point_from.as_ref().unwrap().lsn,
+        Lsn(5)
+    );
+    keep(&api, 33, false).await;
+    let folded = loop {
+        let report = api.retention(Some(&vm1())).await.unwrap();
+        if report.disks[0].every_point_from.as_ref().unwrap().lsn > Lsn(5) {
+            break report;
+        }
+    };
+    assert!(folded.disks[0].single_points.iter().any(|point| point.lsn == Lsn(33)), "{folded:?}");
+    let mounted = api.mount(&request("lsn:33", None)).await.unwrap();
+    assert_content(&place, &mounted, &at(33)).await;
+    receiver.shutdown().await;
+}
+
+/// Turns over a byte of what a record holds in a segment, wherever that is.
+fn flip(place: &Place, lsn: u64) {
+    let wanted = &content(lsn)[1000..1064];
+    for path in files(place, "seg") {
+        let mut bytes = fs::read(&path).unwrap();
+        let found = bytes.windows(wanted.len()).position(|window| window[1..] == wanted[1..]);
+        if let Some(at) = found {
+            bytes[at] ^= 0x40;
+            let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, &bytes[at..=at], at as u64).unwrap();
+            return;
+        }
+    }
+    panic!("no segment has lsn:{lsn}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotten_record_costs_folding_a_read_a_round_until_it_is_whole() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let _agent = write_history(&receiver, 6..=95).await;
+    let api = client(&receiver);
+    flip(&place, 27);
+    let first = rounds(&api, &vm1(), TENS).await;
+    let why = first.disks[0].error.clone().unwrap_or_default();
+    assert!(why.contains("a part of it cannot be read") && why.contains("backtide scrub"), "{first:?}");
+    let alarms = api.status().await.unwrap().alarms;
+    assert!(alarms.iter().any(|alarm| alarm.contains("a part of it cannot be read")), "{alarms:?}");
+    // What the first attempt had made is collected, and nothing is made in vain again.
+    let before = rounds(&api, &vm1(), TENS).await;
+    for _ in 0..3 {
+        let later = rounds(&api, &vm1(), TENS).await;
+        assert!(later.rounds > before.rounds);
+        assert_eq!(later.freed_bytes, before.freed_bytes, "images were made and removed again");
+        assert_eq!(later.disks[0].error, before.disks[0].error);
+    }
+    flip(&place, 27);
+    let folded = rounds(&api, &vm1(), TENS).await;
+    assert!(folded.disks[0].error.is_none(), "{folded:?}");
+    assert!(folded.disks[0].every_point_from.as_ref().unwrap().lsn > Lsn(60), "{folded:?}");
+    let mounted = api.mount(&request("lsn:30", None)).await.unwrap();
+    assert_content(&place, &mounted, &at(30)).await;
+    receiver.shutdown().await;
+}
