@@ -3,7 +3,7 @@
 //! What is replaced whole is read whole, as it was or as it is: so no writer makes it look damaged. What is written in place (the
 //! mark of a log, 64 bytes) or is two files that follow each other (its base) is looked at again before it counts as damaged.
 
-use std::{path::Path, sync::Arc, thread::sleep, time::Duration};
+use std::{io, path::Path, sync::Arc, thread::sleep, time::Duration};
 
 use backtide_recovery::{FoundBase, LogError};
 use backtide_storage::Storage;
@@ -65,11 +65,14 @@ pub(crate) fn beside_log(storage: &dyn Storage, dir: &Path, base: bool) -> Vec<S
 /// The same of all logs of a disk that is in use: what stays so counts.
 pub(crate) fn beside_logs_in_use(shelf: &Shelf, disk: DiskId) -> Vec<String> {
     let look = || -> Vec<String> {
-        let numbers = shelf.numbers(disk).unwrap_or_default();
-        numbers
-            .into_iter()
-            .flat_map(|number| beside_log(&*shelf.storage, &Shelf::dir(disk, number), true))
-            .collect()
+        match shelf.numbers(disk) {
+            Ok(numbers) => numbers
+                .into_iter()
+                .flat_map(|number| beside_log(&*shelf.storage, &Shelf::dir(disk, number), true))
+                .collect(),
+            // What nobody can look at is not sound.
+            Err(error) => vec![chain(&error)],
+        }
     };
     let mut damage = look();
     for _ in 1..LOOKS {
@@ -85,7 +88,11 @@ pub(crate) fn beside_logs_in_use(shelf: &Shelf, disk: DiskId) -> Vec<String> {
 
 /// One that is written now has its second file under way: that is no damage.
 fn of_base(storage: &dyn Storage, dir: &Path) -> Vec<String> {
-    let names = storage.list(dir).unwrap_or_default();
+    let names = match storage.list(dir) {
+        Ok(names) => names,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return vec![format!("list {}: {error}", storage.display(dir).display())],
+    };
     if names.iter().any(|name| name.starts_with("base.") && name.ends_with(".new")) {
         return Vec::new();
     }

@@ -176,8 +176,9 @@ impl Work {
             let touched = checked.touched.iter().find(|touched| touched.place == damaged_place(why));
             findings.note_anew(why, touched.cloned());
         }
-        // One that was called off has seen a part of it, nor does all have a name in its report.
-        if !self.shared.is_unwanted() && checked.error.is_none() {
+        // One that was called off has seen a part of it, and of places beyond those that have a name in its report nobody knows
+        // which they are.
+        if !self.shared.is_unwanted() && checked.error.is_none() && checked.more_damage == 0 {
             let is_there =
                 |noted: &String| found.iter().any(|found| damaged_place(found) == damaged_place(noted));
             let gone: Vec<_> = noted.into_iter().filter(|noted| !is_there(noted)).collect();
