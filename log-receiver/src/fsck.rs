@@ -60,6 +60,7 @@ fn check_store(
         disks.into_iter().filter_map(|disk| check_disk(&shelf, disk, &mut step)).collect();
     disks.sort_by(|a, b| (&a.name, a.uuid).cmp(&(&b.name, b.uuid)));
     let overlays = overlays::check_store(storage, &mut step);
+    let overlays = overlays.map_err(io("list", storage.display(Path::new(overlays::record::DIR))))?;
     let sound = damage.is_empty()
         && disks.iter().all(|disk| disk.sound)
         && overlays.iter().all(|overlay| overlay.sound);

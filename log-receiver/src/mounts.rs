@@ -332,7 +332,8 @@ impl Table {
         if let Some(mounted) = mounted {
             tracing::info!(mount = id, "the mount's client has gone");
             self.serving.directory.forget(&id);
-            mounted.end(self.serving.writers.clone()).await;
+            // It has no overlay.
+            let _ = mounted.end(self.serving.writers.clone()).await;
         }
     }
 
@@ -404,10 +405,16 @@ impl Table {
     async fn end_and_settle(&self, mounted: Mounted, fate: Option<OverlayFate>) -> Result<Mount, ApiError> {
         let (overlays, id) = (self.serving.overlays.clone(), mounted.id.clone());
         self.serving.directory.forget(&id);
-        let ended = mounted.end(self.serving.writers.clone()).await;
+        let (ended, flushed) = mounted.end(self.serving.writers.clone()).await;
         let done = match fate {
             None => return Ok(ended),
-            Some(OverlayFate::Keep) => self.serving.writers.run(move || overlays.serve_at(&id, None)).await,
+            Some(OverlayFate::Keep) => {
+                let kept = move || {
+                    overlays.serve_at(&id, None)?;
+                    flushed.map_err(|why| overlays.not_flushed(&id, &why))
+                };
+                self.serving.writers.run(kept).await
+            }
             Some(OverlayFate::Discard) => self.serving.writers.run(move || overlays.discard(&id, true)).await,
         };
         done.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))?.map(|()| ended)
@@ -461,17 +468,23 @@ impl Mounted {
         }
     }
 
-    async fn end(self, writers: Pool) -> Mount {
+    /// Ends it; with a sentence when what was written to it could not be made durable.
+    async fn end(self, writers: Pool) -> (Mount, Result<(), String>) {
         let description = self.describe();
         self.server.shutdown(UNMOUNT_GRACE).await;
+        let mut flushed = Ok(());
         if let Some(overlay) = self.overlay {
             // A client that did not flush was promised nothing; yet what can be kept is kept.
-            if let Ok(Err(error)) = writers.run(move || overlay.flush()).await {
-                tracing::warn!(mount = self.id, why = chain(&error), "cannot flush the mount's overlay");
+            flushed = match writers.run(move || overlay.flush()).await {
+                Ok(flushed) => flushed.map_err(|error| chain(&error)),
+                Err(ended) => Err(ended.to_string()),
+            };
+            if let Err(why) = &flushed {
+                tracing::warn!(mount = self.id, why, "cannot flush the mount's overlay");
             }
         }
         tracing::info!(mount = self.id, disk = %self.disk.uuid, "unmounted");
-        description
+        (description, flushed)
     }
 }
 

@@ -1,8 +1,8 @@
 //! The overlays of a store: made for writable mounts, kept until they are discarded.
 //!
 //! One table for the receiver: which there are, which are in use, and what is wrong with one. Invariants:
-//! an overlay in use is open once, whoever uses it; a file in the directory without a record is from a
-//! crash and removed; a record that cannot be read is left alone, and told.
+//! an overlay in use is open once, whoever uses it; files without a record that nothing was written to, or whose discard has
+//! begun, are from a crash and removed; other files without a record, and a record that cannot be read, are left alone, and told.
 
 pub(crate) mod record;
 
@@ -56,7 +56,8 @@ impl Overlays {
         this.storage.sync_dir(Path::new(""))?;
         let names = this.storage.list(Path::new(DIR))?;
         let mut table = this.table();
-        for id in names.iter().filter_map(|name| name.strip_suffix(".json")) {
+        for id in record::ids(&*this.storage, &names) {
+            let id = &id;
             let record = record::read(&*this.storage, id);
             if let Err(why) = &record {
                 tracing::error!(overlay = id, why, "an overlay cannot be used");
@@ -64,14 +65,17 @@ impl Overlays {
             let problem = record.as_ref().err().cloned();
             table.insert(id.to_owned(), Known { record, open: Weak::new(), problem });
         }
-        let endings = [".map.new", ".map", ".data", ".json.new"];
-        let left = |name: &&String| {
-            let id = endings.iter().find_map(|ending| name.strip_suffix(ending));
-            id.is_some_and(|id| !table.contains_key(id))
-        };
-        for name in names.iter().filter(left) {
-            tracing::info!(name, "removing what a crash left of an overlay");
-            this.storage.remove(&Path::new(DIR).join(name))?;
+        // What says that a discard had begun goes last.
+        for endings in [&[".map.new", ".map", ".data", ".json.new"][..], &[record::GOING]] {
+            let left = |name: &&String| {
+                let id = endings.iter().find_map(|ending| name.strip_suffix(ending));
+                id.is_some_and(|id| !table.contains_key(id))
+            };
+            for name in names.iter().filter(left) {
+                tracing::info!(name, "removing what a crash left of an overlay");
+                this.storage.remove(&Path::new(DIR).join(name))?;
+            }
+            this.storage.sync_dir(Path::new(DIR))?;
         }
         drop(table);
         Ok(this)
@@ -232,15 +236,22 @@ impl Overlays {
         Ok(())
     }
 
-    /// The record goes first, durably: what has none is no overlay.
+    /// The record goes first, durably, and leaves a name that says so until the files have gone: those of which nothing says that
+    /// may be somebody's whose record was lost.
     fn remove_files(&self, id: &str) -> Result<(), String> {
         let io = |error: io::Error| format!("remove overlay {id}: {error}");
-        match self.storage.remove(&record::path(id)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
-            Ok(()) | Err(_) => {}
+        let going = record::going(id);
+        match self.storage.rename(&record::path(id), &going) {
+            // Its record was lost, or was never written.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                drop(self.storage.create_new(&going).or_else(|_| self.storage.open(&going)).map_err(io)?);
+            }
+            renamed => renamed.map_err(io)?,
         }
         self.storage.sync_dir(Path::new(DIR)).map_err(io)?;
-        remove(&*self.storage, &files(id)).map_err(|error| chain(&error))
+        remove(&*self.storage, &files(id)).map_err(|error| chain(&error))?;
+        self.storage.remove(&going).map_err(io)?;
+        self.storage.sync_dir(Path::new(DIR)).map_err(io)
     }
 
     /// Notes what is wrong with an overlay.
@@ -248,6 +259,13 @@ impl Overlays {
         if let Some(known) = self.table().get_mut(id) {
             known.problem = Some(why.to_owned());
         }
+    }
+
+    /// Notes that what was written to a mount that has ended could not all be made durable, and says so.
+    pub(crate) fn not_flushed(&self, id: &str, why: &str) -> ApiError {
+        self.note(id, why);
+        let why = format!("mount {id} has ended and is kept, but not all that was written is durable: {why}");
+        ApiError::new(ErrorCode::Failed, why)
     }
 
     /// What is wrong with overlays: a sentence each.
@@ -343,25 +361,31 @@ impl Overlays {
 }
 
 /// Reads the overlays of a store that no receiver has open, without changing any.
+///
+/// # Errors
+/// When nobody knows which there are.
 pub(crate) fn check_store(
     storage: &Arc<dyn Storage>,
     step: &mut dyn FnMut(ByteCount) -> bool,
-) -> Vec<OverlayCheck> {
-    let names = storage.list(Path::new(DIR)).unwrap_or_default();
-    let ids = names.iter().filter_map(|name| name.strip_suffix(".json"));
-    ids.map(|id| match record::read(&**storage, id) {
-        Err(why) => unreadable(id, Some(why)),
+) -> io::Result<Vec<OverlayCheck>> {
+    let names = match storage.list(Path::new(DIR)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        names => names?,
+    };
+    let ids = record::ids(&**storage, &names).into_iter();
+    let checks = ids.map(|id| match record::read(&**storage, &id) {
+        Err(why) => unreadable(&id, Some(why)),
         Ok(record) => {
             let mut check = empty(&record);
-            match backtide_overlay::check(storage, &files(id), record.overlay, record.disk.size, step) {
+            match backtide_overlay::check(storage, &files(&id), record.overlay, record.disk.size, step) {
                 Ok(checked) => add(&mut check, checked),
                 Err(error) => check.error = Some(chain(&error)),
             }
             finish(&mut check);
             check
         }
-    })
-    .collect()
+    });
+    Ok(checks.collect())
 }
 
 fn files(id: &str) -> OverlayFiles {

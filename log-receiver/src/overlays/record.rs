@@ -1,8 +1,10 @@
 //! `overlays/ID.json`: what an overlay lies over, and where it is served.
 //!
-//! It is written after the overlay's files and removed before them: an overlay without it is none.
+//! It is written after the overlay's files, and becomes `ID.going` before they are removed. So files that something was written to
+//! have the one or the other beside them, unless that was lost.
 
 use std::{
+    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
 };
@@ -20,6 +22,10 @@ use crate::sealed_json::SealedJson;
 pub(crate) const DIR: &str = "overlays";
 const KIND: SealedJson =
     SealedJson { magic: "backtide-overlay", version: 1, bytes_max: ByteCount(64 * 1024) };
+
+/// The files of an overlay that nothing was written to are no longer than this: headers, and the mark of the map.
+const EMPTY_MAP_BYTES: u64 = 1024;
+const EMPTY_DATA_BYTES: u64 = 4096;
 
 /// An overlay that is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +60,30 @@ pub(crate) fn path(id: &str) -> PathBuf {
     Path::new(DIR).join(format!("{id}.json"))
 }
 
+/// What the name of a record ends with while its overlay is removed.
+pub(crate) const GOING: &str = ".going";
+
+/// Where the record of an overlay is while that is removed.
+pub(crate) fn going(id: &str) -> PathBuf {
+    Path::new(DIR).join(format!("{id}{GOING}"))
+}
+
+/// The overlays among the files with these names: those that have a record, and those that something was written to whose
+/// record is lost. One that has only been made has none yet, and one that is removed has none any more.
+pub(crate) fn ids(storage: &dyn Storage, names: &[String]) -> BTreeSet<String> {
+    let with = |ending: &'static str| names.iter().filter_map(move |name| name.strip_suffix(ending));
+    let is_going = |id: &str| names.iter().any(|name| name.strip_suffix(GOING) == Some(id));
+    // What cannot be looked at may hold something.
+    let longer = |id: &str, ending: &str, than: u64| {
+        let file = storage.open(&Path::new(DIR).join(format!("{id}{ending}")));
+        file.and_then(|file| file.len()).map_or(true, |length| length.0 > than)
+    };
+    let maps = with(".map").filter(|id| longer(id, ".map", EMPTY_MAP_BYTES));
+    let datas = with(".data").filter(|id| longer(id, ".data", EMPTY_DATA_BYTES));
+    let lost = maps.chain(datas).filter(|id| !is_going(id));
+    with(".json").chain(lost).map(str::to_owned).collect()
+}
+
 /// Writes a record so that a power cut leaves the old one or the new one.
 ///
 /// # Errors
@@ -72,7 +102,7 @@ pub(crate) fn read(storage: &dyn Storage, id: &str) -> Result<Record, String> {
     let place = path(id);
     let file: Option<RecordFile> = KIND.read(storage, &place).map_err(|error| error.to_string())?;
     let place = storage.display(&place);
-    let missing = || format!("cannot read {}: it is missing", place.display());
+    let missing = || format!("cannot read {}: it is missing, and what was written is there", place.display());
     let RecordFile { id: found, overlay, disk, lsn, time, created, uri } = file.ok_or_else(missing)?;
     if found != id {
         return Err(format!("{} is damaged: it is of overlay {found}", place.display()));

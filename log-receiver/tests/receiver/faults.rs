@@ -26,6 +26,8 @@ pub(crate) enum Fault {
     FirstLogsFail,
     /// Writes fail.
     WritesFail,
+    /// Syncs of the files of overlays fail.
+    OverlaysFail,
     /// Directories of disks cannot be listed.
     DisksUnlistable,
     /// Reserving space panics.
@@ -48,6 +50,8 @@ pub(crate) struct Faulty {
 struct FaultyFile {
     file: Arc<dyn StorageFile>,
     storage: Faulty,
+    /// Of an overlay, and no record.
+    of_overlay: bool,
 }
 
 impl Faulty {
@@ -80,6 +84,7 @@ impl Faulty {
             | Fault::TombstonesFail
             | Fault::BasesFail
             | Fault::FirstLogsFail
+            | Fault::OverlaysFail
             | Fault::DisksUnlistable
             | Fault::ReservationsPanic => Ok(()),
         }
@@ -93,19 +98,20 @@ impl Faulty {
         guard.waiting -= 1;
     }
 
-    fn file(&self, file: Arc<dyn StorageFile>) -> Arc<dyn StorageFile> {
-        Arc::new(FaultyFile { file, storage: self.clone() })
+    fn file(&self, path: &Path, file: Arc<dyn StorageFile>) -> Arc<dyn StorageFile> {
+        let of_overlay = path.extension().is_some_and(|end| end == "map" || end == "data");
+        Arc::new(FaultyFile { file, storage: self.clone(), of_overlay })
     }
 }
 
 impl Storage for Faulty {
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
-        Ok(self.file(self.memory.create_new(path)?))
+        Ok(self.file(path, self.memory.create_new(path)?))
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn StorageFile>> {
         self.waits(Fault::OpensWait);
-        Ok(self.file(self.memory.open(path)?))
+        Ok(self.file(path, self.memory.open(path)?))
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
@@ -141,6 +147,7 @@ impl Storage for Faulty {
             | Fault::SyncsWait
             | Fault::OpensWait
             | Fault::WritesFail
+            | Fault::OverlaysFail
             | Fault::DisksUnlistable
             | Fault::ReservationsPanic => false,
         };
@@ -187,6 +194,10 @@ impl StorageFile for FaultyFile {
 
     fn sync_data(&self) -> io::Result<()> {
         self.storage.waits(Fault::SyncsWait);
+        let fails = self.storage.state.0.lock().unwrap().fault == Fault::OverlaysFail;
+        if fails && self.of_overlay {
+            return Err(io::Error::other("injected failure of an overlay's sync"));
+        }
         self.file.sync_data()
     }
 

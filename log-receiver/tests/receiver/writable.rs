@@ -8,7 +8,12 @@ use backtide_receiver_api::{
 };
 use backtide_units::ByteCount;
 
-use crate::{agent::*, fixture::*, going_back::*};
+use crate::{
+    agent::*,
+    faults::{Fault, Faulty},
+    fixture::*,
+    going_back::*,
+};
 
 fn writable(at: &str) -> MountRequest {
     MountRequest { writable: true, ..request(at, None) }
@@ -242,4 +247,89 @@ async fn damage_of_an_overlay_is_an_error_and_told_by_scrub_fsck_and_status() {
     api.discard("vm1-1").await.unwrap();
     receiver.shutdown().await;
     assert!(fsck(&place.store(), &mut |_| {}).unwrap().sound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_keeps_what_cannot_be_made_durable_is_told_so() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let receiver = place.start_on(storage.clone()).await;
+    one_point(&receiver).await;
+    let api = client(&receiver);
+    for fate in [OverlayFate::Keep, OverlayFate::Discard] {
+        let mount = api.mount(&writable("latest")).await.unwrap();
+        storage.set(Fault::OverlaysFail);
+        // It flushes at its end, and hears that this fails.
+        try_qemu_io(&mount.uri, &["write -P 0x22 0 8k"]).await;
+        let ended = api.unmount(&mount.id, Some(fate)).await;
+        storage.set(Fault::None);
+        match fate {
+            OverlayFate::Keep => {
+                let why = ended.unwrap_err();
+                assert_eq!(why.code, ErrorCode::Failed, "{why}");
+                assert!(why.message.contains("is kept, but not all that was written is durable"), "{why}");
+                let kept = api.mounts().await.unwrap().kept;
+                assert_eq!((kept.len(), &kept[0].id), (1, &mount.id));
+            }
+            // Nobody wants it.
+            OverlayFate::Discard => assert_eq!(ended.unwrap().id, mount.id),
+        }
+        assert!(api.mounts().await.unwrap().mounts.is_empty(), "it has ended");
+    }
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_is_not_removed_because_its_record_alone_is_lost() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    one_point(&receiver).await;
+    let api = client(&receiver);
+    let [lost, going, empty] = [(); 3].map(|()| writable("latest"));
+    let lost = api.mount(&lost).await.unwrap();
+    let going = api.mount(&going).await.unwrap();
+    let empty = api.mount(&empty).await.unwrap();
+    for mount in [&lost, &going] {
+        qemu_io(mount, &["write -P 0x22 0 8k", "flush"]).await;
+    }
+    for mount in [&lost, &going, &empty] {
+        unmount(&api, &mount.id, OverlayFate::Keep).await;
+    }
+    receiver.shutdown().await;
+    let file = |id: &str, ending: &str| place.store().join("overlays").join(format!("{id}.{ending}"));
+    let record = fs::read(file(&lost.id, "json")).unwrap();
+    fs::remove_file(file(&lost.id, "json")).unwrap();
+    fs::remove_file(file(&empty.id, "json")).unwrap();
+    // As a discard leaves it that was killed.
+    fs::rename(file(&going.id, "json"), file(&going.id, "going")).unwrap();
+    fs::remove_file(file(&going.id, "map")).unwrap();
+    let report = fsck(&place.store(), &mut |_| {}).unwrap();
+    let told: Vec<_> = report.overlays.iter().map(|overlay| overlay.id.as_str()).collect();
+    assert_eq!((told, report.sound), (vec![lost.id.as_str()], false), "{report:?}");
+    assert!(report.overlays[0].error.as_ref().unwrap().contains("it is missing"), "{report:?}");
+
+    let receiver = place.start().await;
+    let kept = client(&receiver).mounts().await.unwrap().kept;
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    assert!(kept[0].problem.as_ref().unwrap().contains("it is missing"), "{kept:?}");
+    receiver.shutdown().await;
+    let left = |id: &str| ["json", "map", "data", "going"].map(|ending| file(id, ending).exists());
+    assert_eq!(left(&lost.id), [false, true, true, false]);
+    assert_eq!((left(&going.id), left(&empty.id)), ([false; 4], [false; 4]));
+    // With its record it is what it was; and without, a person may still discard it.
+    fs::write(file(&lost.id, "json"), record).unwrap();
+    let receiver = place.start().await;
+    let again = client(&receiver).remount(&lost.id, &RemountRequest::default()).await.unwrap();
+    qemu_io(&again, &["read -P 0x22 0 8k"]).await;
+    unmount(&client(&receiver), &lost.id, OverlayFate::Keep).await;
+    receiver.shutdown().await;
+    fs::remove_file(file(&lost.id, "json")).unwrap();
+    let receiver = place.start().await;
+    client(&receiver).discard(&lost.id).await.unwrap();
+    receiver.shutdown().await;
+    assert_eq!(left(&lost.id), [false; 4]);
+    assert!(fsck(&place.store(), &mut |_| {}).unwrap().sound);
+    // A directory that cannot be listed is not one without overlays.
+    fs::remove_dir(place.store().join("overlays")).unwrap();
+    fs::write(place.store().join("overlays"), "").unwrap();
+    assert!(fsck(&place.store(), &mut |_| {}).unwrap_err().to_string().contains("list"));
 }
