@@ -210,6 +210,15 @@ async fn a_log_that_lost_a_segment_is_cut_there_and_keeps_its_points_and_its_fen
     receiver.shutdown().await;
 }
 
+/// Within the first entry's header behind `middle`: what is lost from there on begins with an entry, and not with the
+/// payload of one that is there still.
+fn header_behind(segment: &[u8], middle: usize) -> usize {
+    let beginnings: Vec<Vec<u8>> = (6..=100).map(|lsn| content(lsn)[..32].to_vec()).collect();
+    let is_payload = |at: &usize| beginnings.iter().any(|begins| segment[*at..].starts_with(begins));
+    let payload = (middle.next_multiple_of(8)..segment.len()).step_by(8).find(is_payload);
+    payload.expect("an entry is behind the middle") - 32
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_segment_is_kept_up_to_the_entry_that_is_lost() {
     let place = Place::new();
@@ -222,7 +231,8 @@ async fn a_segment_is_kept_up_to_the_entry_that_is_lost() {
     let length = fs::metadata(broken).unwrap().len() as usize;
     cut_file(broken, 20);
     let mut bytes = fs::read(broken).unwrap();
-    bytes[length / 2..length / 2 + 70_000].fill(0xee);
+    let lost = header_behind(&bytes, length / 2);
+    bytes[lost..lost + 70_000].fill(0xee);
     fs::write(broken, &bytes).unwrap();
     // No entry says that those behind it were durable, but what is noted beside the log does.
     let rebuilt = repaired(&place, Repair::Rebuild);
