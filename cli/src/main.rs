@@ -17,6 +17,7 @@ mod local;
 mod open_files;
 mod output;
 mod places;
+mod process_wide;
 mod qmp;
 mod quantity;
 mod restore;
@@ -52,7 +53,10 @@ fn run(context: &Context, arguments: Arguments) -> Result<Ending, Failure> {
     }
     let runtime =
         builder.enable_all().build().map_err(|error| ending::failed(format!("cannot start: {error}")))?;
-    let result = runtime.block_on(commands::run(context, arguments.command));
+    let result = runtime.block_on(async {
+        process_wide::survive_file_size_limits();
+        commands::run(context, arguments.command).await
+    });
     if matches!(result, Err(Failure::Interrupted)) {
         ending::soon();
     }

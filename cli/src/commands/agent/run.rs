@@ -19,6 +19,7 @@ use crate::{
     },
     context::Context,
     ending::{Ending, Failure, io_failure, wrong_usage},
+    process_wide::end_on_panic,
     quantity::parse_size,
 };
 
@@ -100,7 +101,11 @@ impl Run {
             return Ok(Ending::Done);
         }
         prepare(context, "info");
-        if hold { holder::hold(&config, stop).await } else { serve(context, config, stop).await }
+        if hold {
+            return holder::hold(&config, stop).await;
+        }
+        end_on_panic();
+        serve(context, config, stop).await
     }
 
     fn settings(self, context: &Context) -> Result<Config, Failure> {
