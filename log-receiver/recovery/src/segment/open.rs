@@ -6,7 +6,7 @@ use backtide_units::ByteOffset;
 use super::Next;
 use crate::{LogCache, open_extents::Counted};
 
-/// So many extents of an open segment are walked through before its writer may go on: a fraction of a millisecond.
+/// So many extents of an open segment are walked through before its writer may go on.
 pub(super) const WALKED_AT_ONCE: usize = 1024;
 
 /// A segment that is still written.
