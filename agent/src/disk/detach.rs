@@ -2,7 +2,8 @@
 //! next attach needs is saved.
 //!
 //! Invariants: no request follows what is saved of it; nobody else can have the image before it is flushed and its state
-//! was looked at; what was not flushed, and an image that is not in its place, is not trusted at the next attach. No step but the local disk's own waits without
+//! was looked at; what was not flushed, an image that is not in its place, and one that a QEMU had open past us, is not trusted
+//! at the next attach. No step but the local disk's own waits without
 //! a bound.
 
 use std::{rc::Rc, sync::Arc, time::Duration};
@@ -29,6 +30,7 @@ impl Disk {
     /// Ends service, lets the receiver catch up if it can at once, saves what is left.
     pub(super) async fn detach(self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
+        let was_written_by_qemu = self.was_written_by_qemu;
         let Self { engine, stream, server, mut record, records, image, mut life, .. } = self;
         last.guest_waits = end_service(&engine, server, leaving, last.guest_waits).await;
         let flushed = come_to_rest(&engine, &record.name).await;
@@ -40,8 +42,8 @@ impl Disk {
         catch_up(&engine, leaving).await;
         (last.lsn, last.lag) = super::status::progress(&engine);
         let saved = give_up(&engine, &mut record, flushed).await;
-        // Of what the path leads to nothing is known then.
-        let saved = saved.filter(|_| !record.image_displaced);
+        // Of what the path leads to nothing is known then, nor of what others wrote.
+        let saved = saved.filter(|_| !record.image_displaced && !was_written_by_qemu);
         end_stream(&engine, &stream, leaving).await;
         if let Some(epoch) = stream.fenced_by.take() {
             record.fence(epoch);

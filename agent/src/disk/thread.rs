@@ -67,6 +67,10 @@ pub(crate) enum Command {
     },
 }
 
+/// What a person has to do of it.
+const WRITTEN_BY_QEMU: &str = "a QEMU has the image itself open, to write it: what it writes is in no point; have it use the disk's NBD export, \
+     then `backtide resync NAME --compare`";
+
 /// Why a disk's thread did not start.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
@@ -94,6 +98,10 @@ pub(super) struct Disk {
     pub(super) life: Life,
     /// Why the record could not be saved the last time.
     unsaved: Option<String>,
+    /// A QEMU has the image itself open, to write it.
+    written_by_qemu: bool,
+    /// One had, some time since the attach.
+    pub(super) was_written_by_qemu: bool,
 }
 
 /// Where a disk's clients come in.
@@ -218,7 +226,22 @@ impl Disk {
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
         let (verifies, watch) = (Verifies::default(), super::status::Watch::default());
         let unsaved = None;
-        Ok(Self { engine, stream, server, nbd, record, records, image, verifies, watch, life, unsaved })
+        let written_by_qemu = image.as_ref().is_some_and(|image| image.is_written_by_qemu());
+        Ok(Self {
+            engine,
+            stream,
+            server,
+            nbd,
+            record,
+            records,
+            image,
+            verifies,
+            watch,
+            life,
+            unsaved,
+            written_by_qemu,
+            was_written_by_qemu: written_by_qemu,
+        })
     }
 
     async fn serve(mut self, mut inbox: mpsc::Receiver<Command>) {
@@ -339,6 +362,8 @@ impl Disk {
         status.local_error =
             status.local_error.or_else(|| self.life.displaced.as_ref().map(Displaced::to_string));
         status.local_error = status.local_error.or_else(|| self.unsaved.clone());
+        status.local_error =
+            status.local_error.or_else(|| self.written_by_qemu.then(|| WRITTEN_BY_QEMU.to_owned()));
         status
     }
 
@@ -359,6 +384,18 @@ impl Disk {
         self.save_record(DiskRecord { paused, ..self.record.clone() }).await;
     }
 
+    /// Looks whether somebody else writes the image, and says so once.
+    async fn look_for_a_qemu(&mut self) {
+        let Some(image) = self.image.clone() else { return };
+        // A file system of another host may take its time.
+        let found = super::local::blocking(move || Ok(image.is_written_by_qemu())).await.unwrap_or_default();
+        if found && !self.written_by_qemu {
+            tracing::warn!(disk = %self.record.name, "{WRITTEN_BY_QEMU}");
+        }
+        self.written_by_qemu = found;
+        self.was_written_by_qemu |= found;
+    }
+
     /// Brings the record up to date, ahead of what the filter needs of it.
     async fn keep_house(&mut self) {
         let status = self.engine.look(Filter::status);
@@ -367,6 +404,7 @@ impl Disk {
         // Clients may come and go between two looks. What is missing is written by nobody's wish.
         let may_change = self.server.connections() > 0 || self.engine.local.hydration().is_some();
         self.life.keep(changes, status.last_time, may_change, self.record.name.as_str()).await;
+        self.look_for_a_qemu().await;
         if let Some(epoch) = self.stream.fenced_by.get() {
             let mut fenced = self.record.clone();
             fenced.fence(epoch);

@@ -217,6 +217,9 @@ impl Attach {
         let disk = first_contact(&agent, attached).await?;
         refuse_strange(&agent, &disk).await?;
         context.print(&disk, || disk_text(&disk))?;
+        if let Some(trouble) = &disk.local_error {
+            context.warn(&format!("the image of disk {}: {trouble}", disk.name.as_str()));
+        }
         match &disk.last_error {
             Some(error) if !disk.connected => {
                 let (what, until) = match error.code == "unreachable" {
@@ -240,6 +243,7 @@ impl Attach {
                 ));
                 Ok(Ending::Warnings)
             }
+            Some(_) | None if disk.local_error.is_some() => Ok(Ending::Warnings),
             Some(_) | None => Ok(Ending::Done),
         }
     }

@@ -131,7 +131,7 @@ fn disk(disk: &DiskStatus) -> Finding {
     let name = disk.name.as_str();
     let finding = |verdict, how: &str| Finding::new("disks", verdict, format!("{name}: {how}"));
     if let Some(trouble) = &disk.local_error {
-        return finding(Verdict::Failed, &format!("its image cannot be used: {trouble}"));
+        return finding(Verdict::Failed, &format!("its image: {trouble}"));
     }
     if disk.reason_code == "not-attached" {
         return finding(Verdict::Failed, &disk.reason);

@@ -15,6 +15,7 @@ mod image;
 mod kill_point;
 mod loop_device;
 mod memory;
+mod qemu_lock;
 mod real;
 mod ring;
 mod seam;

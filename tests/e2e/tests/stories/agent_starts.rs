@@ -151,7 +151,8 @@ fn an_nbd_disk_that_is_given_up_while_its_server_is_away_is_compared() {
     let mut agent = bench.agent();
     agent.may_complain("cannot attach the disk again");
     assert_eq!(disk.status()["reason_code"], "not-attached");
-    bench.json(&["detach", "vm1"]);
+    let given_up = bench.json_ending(3, &["detach", "vm1"]);
+    assert_eq!(given_up["resync_due"], true, "what the receiver lacks is not known: {given_up}");
     let _server = serve();
     tools::qemu_io(&uri, &["write -P 0x22 10M 1M"]);
     let disk = bench.attach("vm1", &uri, &[]);

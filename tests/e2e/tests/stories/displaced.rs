@@ -103,10 +103,50 @@ fn a_detach_by_force_gives_the_file_up_and_the_next_attach_compares() {
     agent.may_complain("is not where it was");
     replaced(&disk);
     disk.until("it is told", |status| !error_of(status).is_empty());
-    bench.json(&["detach", "vm1", "--force"]);
+    let detached = bench.json_ending(3, &["detach", "vm1", "--force"]);
+    assert_eq!(
+        detached["resync_due"], true,
+        "what is in the image's place now is to be compared: {detached}"
+    );
     let image = disk.image.clone();
     let disk = bench.attach("vm1", Path::new(&image).file_name().unwrap().to_str().unwrap(), &[]);
     disk.settle();
     read(&disk, "0x11");
     disk.latest_is_the_image();
+}
+
+/// What it writes past the agent is in no point. Nothing is to be in the way of giving the file back, so it is not refused.
+#[test]
+fn a_qemu_that_has_the_image_itself_open_is_told() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    let socket = bench.name("past-the-agent.sock");
+    let open = |more: &[&str]| {
+        let arguments = [&["-f", "raw", "-t", "-k", &socket][..], more, &[&disk.image]].concat();
+        let server = tools::Beside::start("qemu-nbd", &arguments);
+        tools::wait_for_socket(socket.as_ref());
+        server
+    };
+    let close = |server| {
+        drop(server);
+        let _ = std::fs::remove_file(&socket);
+    };
+    assert_eq!(error_of(&disk.status()), "");
+    let reader = open(&["-r"]);
+    assert_eq!(bench.run(&["doctor"]).code, 0, "who only reads it does no harm");
+    close(reader);
+    let writer = open(&[]);
+    let told = disk.until("it is told", |status| !error_of(status).is_empty());
+    assert!(error_of(&told).contains("a QEMU has the image itself open"), "{told}");
+    assert!(bench.run(&["doctor"]).stdout.contains("a QEMU has the image itself open"));
+    // Past the agent, which does not see it.
+    tools::qemu_io(&format!("nbd+unix:///?socket={socket}"), &["write -P 0x33 1M 1M", "flush"]);
+    let detached = bench.json_ending(3, &["detach", "vm1"]);
+    assert_eq!(detached["resync_due"], true, "{detached}");
+    let attached = bench.attach_ending(3, "vm1", "vm1.img", &[]);
+    assert!(!error_of(&attached.status()).is_empty());
+    close(writer);
+    attached.until("nobody has it any more", |status| error_of(status).is_empty());
+    attached.settle();
+    attached.latest_is_the_image();
 }

@@ -1,0 +1,28 @@
+//! Whether a QEMU has an image open to write it. Only asked: a lock of ours would be in the way of giving the image back.
+
+use std::{fs::File, io, os::fd::AsRawFd};
+
+/// QEMU holds a shared lock on this byte of an image that it may write: `RAW_LOCK_PERM_BASE` (100) and the number of
+/// `BLK_PERM_WRITE` (1), in `block/file-posix.c` there.
+const MAY_WRITE: libc::off_t = 101;
+
+/// Whether a QEMU, or another program with its locks, has `file` open to write it. Not seen where its locks are switched
+/// off (`locking=off`), nor on a file system that keeps none.
+///
+/// # Errors
+/// The operating system's, where locks cannot be asked for.
+#[expect(unsafe_code, reason = "a request that rustix does not have")]
+pub(crate) fn is_written(file: &File) -> io::Result<bool> {
+    // SAFETY: any bits are a value of it.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::F_WRLCK as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    (lock.l_start, lock.l_len) = (MAY_WRITE, 1);
+    // SAFETY: it reads and fills in a `flock`, which lives as long as the call, and takes no lock.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    if asked < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
+    }
+}
