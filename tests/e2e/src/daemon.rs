@@ -114,15 +114,12 @@ impl Daemon {
 
     /// Sends a signal, such as `STOP`.
     pub fn signal(&self, name: &str) {
-        let id = self.child.id().to_string();
-        let status = Command::new("kill").args(["-s", name, &id]).status().expect("run kill");
-        assert!(status.success(), "kill -s {name} {id}");
+        crate::tools::signal(self.child.id(), name);
     }
 
     /// Whether it is stopped by a signal.
     pub fn is_stopped(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("read /proc");
-        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+        crate::tools::is_stopped(self.child.id())
     }
 
     /// The rest of what it prints, until it ends.

@@ -25,6 +25,25 @@ pub fn try_run(program: &str, arguments: &[&str]) -> (bool, String) {
     (output.status.success(), String::from_utf8_lossy(&said).into_owned())
 }
 
+/// Sends a signal, such as `STOP`, which is waited for: `kill` answers while the threads of the
+/// process still run, and one of them may yet do what the test says that nobody does.
+pub fn signal(process: u32, name: &str) {
+    run("kill", &["-s", name, &process.to_string()]);
+    while name == "STOP" && !is_stopped(process) {
+        std::thread::yield_now();
+    }
+}
+
+/// Whether a signal has stopped a process, with all its threads.
+pub fn is_stopped(process: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).expect("a process that lives");
+    threads.flatten().all(|thread| match std::fs::read_to_string(thread.path().join("stat")) {
+        // Behind the name, which may hold anything; of threads that ended nothing more is to be awaited.
+        Ok(stat) => stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['T', 'Z', 'X'])),
+        Err(_) => true,
+    })
+}
+
 /// Whether a program is there.
 pub fn is_there(program: &str) -> bool {
     Command::new("sh")
@@ -117,7 +136,7 @@ impl Beside {
 
     /// Sends it a signal, such as `STOP`.
     pub fn signal(&self, name: &str) {
-        run("kill", &["-s", name, &self.0.id().to_string()]);
+        signal(self.0.id(), name);
     }
 
     /// Kills it.

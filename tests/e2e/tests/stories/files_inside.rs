@@ -161,9 +161,6 @@ fn interrupted(
             std::thread::yield_now();
         }
         receiver.signal("STOP");
-        while !receiver.is_stopped() {
-            std::thread::yield_now();
-        }
         tools::run("kill", &["-s", "INT", &child.id().to_string()]);
         let ended = child.wait().unwrap().code();
         receiver.signal("CONT");
