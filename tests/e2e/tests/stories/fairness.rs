@@ -25,7 +25,8 @@ const ANSWERS: u64 = 50;
 /// the scheduler alone gives one thread three times what it gives another; a disk that is held up has none.
 const FACTOR: u64 = 8;
 
-const ALLOWANCE: u64 = 10;
+/// What a disk may have before another has any: as much as a thread does before the scheduler takes its turn away.
+const ALLOWANCE: u64 = 50;
 
 /// A guest that sends the next request when one was answered.
 struct Guest {
