@@ -192,7 +192,7 @@ impl Registry {
 
     pub(crate) async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
         request.limits.check().map_err(|why| ApiError::new(ErrorCode::Usage, why))?;
-        disk::check_tls(&request.receiver, request.stream_tls.as_ref().or(self.stream_tls.as_ref()))?;
+        disk::check_tls(&request.receiver, request.stream_tls.as_ref().or(self.stream_tls.as_ref())).await?;
         let claim = self.claim(&request.name).await?;
         if self.disks.read().await.contains_key(&request.name) {
             let message = format!("disk {} is attached already", request.name);

@@ -92,11 +92,14 @@ fn no_answer(disk: &DiskName, error: NoAnswer) -> ApiError {
 
 impl AgentService for Service {
     async fn status(&self, disk: Option<DiskName>) -> Result<AgentStatus, ApiError> {
+        // What a disk's thread says of its certificates is what was seen last.
+        backtide_tls::look_again().await;
         let status = |disks| AgentStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             instance: self.restart.instance.to_string(),
             restart_failure: self.restart.failure(),
             nbd_listen: self.nbd_listen.clone(),
+            certificate_warnings: backtide_tls::warnings(),
             disks,
         };
         let disks = match disk {
@@ -242,7 +245,7 @@ impl AgentService for Service {
                 .with_hint("say where it takes streams: --stream ADDR")
         })?;
         let stream_tls = stream_tls.or(tls);
-        disk::check_tls(&receiver, stream_tls.as_ref())?;
+        disk::check_tls(&receiver, stream_tls.as_ref()).await?;
         let wanted = Wanted { disk, lsn, receiver, stream_tls, changed_since, nbd, cache_bytes, writable };
         let mounts = Arc::clone(&self.mounts);
         self.changes.to_its_end(async move { mounts.mount(wanted).await }).await

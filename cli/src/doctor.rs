@@ -94,7 +94,7 @@ pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -
     }
     if let Ok(agent) = &answers.agent {
         findings.extend(daemons::disks(&agent.disks));
-        findings.extend(streams::disks(&agent.disks));
+        findings.extend(streams::disks(agent));
     }
     findings.push(machine::program("qemu-nbd", "qcow2 images need it (Debian package qemu-utils)"));
     findings.push(machine::qemu());

@@ -160,7 +160,7 @@ impl Receiver {
             .build()
             .map_err(|source| failed("start the control threads", source))?;
         let runtime = Background(Some(runtime));
-        let entrance = entrance(&config)?;
+        let entrance = entrance(&config).await?;
         let tls = entrance.tls.clone();
         let (listeners, api) =
             runtime.bind(config.listen_addresses(), entrance, config.api_address()).await?;
@@ -358,9 +358,13 @@ impl Receiver {
 }
 
 /// How streams over TCP come in.
-fn entrance(config: &Config) -> Result<Entrance, StartError> {
-    let load = |tls: &StreamTls| StreamServer::load(&tls.certificates, tls.disks).map_err(ListenError::Tls);
-    let tls = config.stream_tls.as_ref().map(load).transpose()?.map(Arc::new);
+async fn entrance(config: &Config) -> Result<Entrance, StartError> {
+    let tls = match &config.stream_tls {
+        Some(StreamTls { certificates, disks }) => {
+            Some(Arc::new(StreamServer::load(certificates, *disks).await.map_err(ListenError::Tls)?))
+        }
+        None => None,
+    };
     Ok(Entrance { tls, insecure: config.insecure })
 }
 

@@ -81,6 +81,7 @@ pub(crate) struct Found {
 
 impl ReceiverService for Service {
     async fn status(&self) -> Result<ReceiverStatus, ApiError> {
+        backtide_tls::look_again().await;
         let facts = self.facts().await?;
         let mounts = self.mounts().await?;
         let store_error = self.watch.check().err();
@@ -93,6 +94,7 @@ impl ReceiverService for Service {
             listen: self.listen.clone(),
             nbd_listen: self.nbd_listen.clone(),
             certificate: self.tls.as_ref().and_then(|tls| certificate(tls)),
+            certificate_warnings: backtide_tls::warnings(),
             log_bytes: ByteCount(facts.iter().map(|facts| facts.log_bytes.0).sum()),
             free_bytes: free.unwrap_or_default(),
             store_error,

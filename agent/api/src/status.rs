@@ -22,6 +22,10 @@ pub struct AgentStatus {
     /// The NBD URI at which every disk is served by its name, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_listen: Option<String>,
+    /// What a person should see to of all certificates that are in use, of streams, NBD sockets and the servers of NBD disks:
+    /// those that end soon, and files that cannot be used. Sentences.
+    #[serde(default)]
+    pub certificate_warnings: Vec<String>,
     /// The disks, sorted by name.
     pub disks: Vec<DiskStatus>,
 }

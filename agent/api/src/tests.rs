@@ -153,6 +153,7 @@ impl AgentService for Fake {
             instance: "one".to_owned(),
             restart_failure: None,
             nbd_listen: None,
+            certificate_warnings: Vec::new(),
             disks: vec![one],
         })
     }

@@ -1,13 +1,13 @@
 //! Reaching a disk's receiver: over a unix socket, TCP, or TCP under TLS.
 //!
-//! Certificates are looked at when a stream begins and not before: a disk whose certificates are gone
+//! Certificates are looked at when a stream begins and not before, by another thread: a disk whose certificates are gone
 //! is served and tracked all the same, and its status says what is missing.
 
 use std::{cell::RefCell, io, rc::Rc};
 
 use backtide_agent_api::{StreamTls, StreamTlsStatus};
 use backtide_control::{Address, ApiError, ErrorCode};
-use backtide_tls::{Certificate, ConnectError, StreamClient, receiver_certificate};
+use backtide_tls::{Certificate, ConnectError, StreamClient, TlsError, receiver_certificate};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpStream, UnixStream},
@@ -23,7 +23,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
 pub(crate) struct Dialer {
     receiver: Address,
     tls: Option<StreamTls>,
-    /// Loaded with the first stream under TLS; it follows its files from then on.
+    /// There since the first stream under TLS; it follows its files from then on.
     client: RefCell<Option<Rc<StreamClient>>>,
     /// What the receiver has shown last.
     shown: RefCell<Option<Certificate>>,
@@ -33,15 +33,14 @@ pub(crate) struct Dialer {
 ///
 /// # Errors
 /// What is missing, to whoever attaches.
-pub(crate) fn check_tls(receiver: &Address, tls: Option<&StreamTls>) -> Result<(), ApiError> {
+pub(crate) async fn check_tls(receiver: &Address, tls: Option<&StreamTls>) -> Result<(), ApiError> {
     let Address::Tls { .. } = receiver else { return Ok(()) };
     let Some(tls) = tls else {
         return Err(ApiError::new(ErrorCode::Usage, no_certificates(receiver))
             .with_hint("`backtide pki issue` makes some; docs/cli.md says how"));
     };
-    StreamClient::load(&tls.certificates)
-        .map(drop)
-        .map_err(|error| ApiError::new(ErrorCode::Usage, error.chain()))
+    let unusable = |error: TlsError| ApiError::new(ErrorCode::Usage, error.chain());
+    StreamClient::of(&tls.certificates).map_err(unusable)?.ready().await.map_err(unusable)
 }
 
 fn no_certificates(receiver: &Address) -> String {
@@ -85,8 +84,7 @@ impl Dialer {
             return Ok(Rc::clone(client));
         }
         let tls = self.tls.as_ref().ok_or_else(|| StreamError::Tls(no_certificates(&self.receiver)))?;
-        let client =
-            StreamClient::load(&tls.certificates).map_err(|error| StreamError::Tls(error.chain()))?;
+        let client = StreamClient::of(&tls.certificates).map_err(|error| StreamError::Tls(error.chain()))?;
         Ok(Rc::clone(self.client.borrow_mut().insert(Rc::new(client))))
     }
 

@@ -75,7 +75,7 @@ impl Registry {
         let FailbackRequest { adopt, receiver, dry_run, force, ack, on_outage } = request;
         let name = record.name.clone();
         let receiver = receiver.unwrap_or_else(|| record.receiver.clone());
-        disk::check_tls(&receiver, record.stream_tls.as_ref().or(self.stream_tls.as_ref()))?;
+        disk::check_tls(&receiver, record.stream_tls.as_ref().or(self.stream_tls.as_ref())).await?;
         let record = DiskRecord { receiver, ..record };
         let access = if dry_run { Access::Look } else { Access::Disk };
         let (found, server) = self.find_left(&record, access).await?;

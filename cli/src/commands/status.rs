@@ -43,6 +43,8 @@ impl Status {
                     (Some(_), [disk]) => disk_text(disk),
                     (Some(_) | None, disks) => table(disks),
                 };
+                let warnings = status.certificate_warnings.iter().filter(|_| self.name.is_none());
+                let text = std::iter::once(text).chain(warnings.cloned()).collect::<Vec<_>>().join("\n");
                 if clear { format!("{CLEAR}{text}") } else { text }
             };
             if self.watch {

@@ -1,6 +1,6 @@
 //! Whether disks' streams are kept from others, and for how long yet.
 
-use backtide_agent_api::DiskStatus;
+use backtide_agent_api::AgentStatus;
 use backtide_control::Address;
 use backtide_receiver_api::ReceiverStatus;
 
@@ -10,20 +10,25 @@ use crate::quantity::{count_text, time_text};
 /// What to do about a certificate.
 const RENEW: &str = "`backtide pki issue` makes a new one; daemons take it without a restart";
 
-/// The receiver's certificate; nothing where no stream comes under TLS.
+/// The receiver's certificates, of streams and NBD sockets; nothing where nothing comes under TLS.
 pub(super) fn receiver(receiver: &ReceiverStatus) -> Vec<Finding> {
-    let Some(certificate) = &receiver.certificate else { return Vec::new() };
-    if certificate.warnings.is_empty() {
+    let mut warnings = receiver.certificate_warnings.clone();
+    let certificate = receiver.certificate.as_ref();
+    warnings.extend(certificate.iter().flat_map(|certificate| certificate.warnings.clone()));
+    warnings.sort();
+    warnings.dedup();
+    if let Some(certificate) = certificate.filter(|_| warnings.is_empty()) {
         let until = time_text(certificate.not_after);
         return vec![Finding::ok("streams", format!("the receiver's certificate is valid until {until}"))];
     }
-    certificate.warnings.iter().map(|warning| warned(warning)).collect()
+    warnings.iter().map(|warning| warned(warning)).collect()
 }
 
 /// The agent's, and disks whose streams others can read. Each thing is said once.
-pub(super) fn disks(disks: &[DiskStatus]) -> Vec<Finding> {
-    let mut warnings: Vec<&String> =
-        disks.iter().filter_map(|disk| disk.stream_tls.as_ref()).flat_map(|tls| &tls.warnings).collect();
+pub(super) fn disks(agent: &AgentStatus) -> Vec<Finding> {
+    let disks = &agent.disks;
+    let of_disks = disks.iter().filter_map(|disk| disk.stream_tls.as_ref()).flat_map(|tls| &tls.warnings);
+    let mut warnings: Vec<&String> = agent.certificate_warnings.iter().chain(of_disks).collect();
     warnings.sort();
     warnings.dedup();
     let mut findings: Vec<Finding> = warnings.into_iter().map(|warning| warned(warning)).collect();
@@ -58,7 +63,7 @@ fn is_in_the_clear(receiver: &Address) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use backtide_agent_api::StreamTlsStatus;
+    use backtide_agent_api::{DiskStatus, StreamTlsStatus};
 
     use super::*;
     use crate::output::status::tests::in_sync;
@@ -74,10 +79,21 @@ mod tests {
             ..at("tls://backup:7301")
         };
         let quiet = [at("unix:/r"), at("tcp://127.0.0.1:1"), at("tcp://[::1]:1"), at("tcp://localhost:1")];
-        assert_eq!(disks(&quiet), []);
-        assert_eq!(disks(&[tls(&[]), tls(&[])]), [Finding::ok("streams", "2 streams under TLS")]);
-        let found = disks(&[tls(&["it ends"]), tls(&["it ends"]), at("tcp://10.0.0.5:7300")]);
+        let agent = |warnings: &[&str], disks: &[DiskStatus]| AgentStatus {
+            version: "1".to_owned(),
+            instance: String::new(),
+            restart_failure: None,
+            nbd_listen: None,
+            certificate_warnings: warnings.iter().map(|warning| (*warning).to_owned()).collect(),
+            disks: disks.to_vec(),
+        };
+        assert_eq!(disks(&agent(&[], &quiet)), []);
+        let under_tls = [tls(&[]), tls(&[])];
+        assert_eq!(disks(&agent(&[], &under_tls)), [Finding::ok("streams", "2 streams under TLS")]);
+        let ending = [tls(&["it ends"]), tls(&["it ends"]), at("tcp://10.0.0.5:7300")];
+        let found = disks(&agent(&["it ends", "a key does not fit"], &ending));
         let said: Vec<_> = found.iter().map(|finding| finding.message.as_str()).collect();
-        assert_eq!(said, ["it ends", "vm1: its stream to tcp://10.0.0.5:7300 is in the clear"]);
+        let in_the_clear = "vm1: its stream to tcp://10.0.0.5:7300 is in the clear";
+        assert_eq!(said, ["a key does not fit", "it ends", in_the_clear]);
     }
 }

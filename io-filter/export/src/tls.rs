@@ -4,7 +4,8 @@
 //!
 //! Invariants: TLS 1.2 or 1.3 and nothing older; a server's certificate is always verified, also
 //! its name, which has to be a subject alternative name; a client's is unless told otherwise.
-//! Files are read when a server starts to listen, again when they have changed, and when a client connects.
+//! Files are read when a server starts to listen or a client connects for the first time, and again when they have
+//! changed, by another thread ([`Reloading`]).
 //! A client whose certificate names disks is served no other where the server knows its disk; no session is
 //! resumed, so that each connection's certificate is looked at.
 
@@ -17,7 +18,7 @@ use std::{
 use backtide_nbd::server::TlsMode;
 use backtide_nbd::{NbdAddress, NbdUri, ParseUriError, UriTls};
 use backtide_tls::folder::{authorities, described, identity};
-use backtide_tls::{Reloading, Rights, Role, TlsError, WhichDisks};
+use backtide_tls::{Loaded, Reloading, Rights, Role, Shelf, TlsError, WhichDisks};
 use backtide_units::DiskName;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
@@ -51,7 +52,7 @@ impl NbdTls {
     /// # Errors
     /// When the certificates cannot be used.
     pub fn check(&self) -> Result<(), TlsError> {
-        ServerTls::load(TlsMode::Required, &self.certificates, ClientCertificates::Required).map(drop)
+        server_config(&self.certificates, ClientCertificates::Required).map(drop)
     }
 
     /// The same place to listen, with this TLS unless it names its own.
@@ -87,11 +88,15 @@ pub enum ClientCertificates {
     NotAsked,
 }
 
+static SERVERS: Shelf<Arc<ServerConfig>> = Shelf::new();
+static OPEN_SERVERS: Shelf<Arc<ServerConfig>> = Shelf::new();
+static CLIENTS: Shelf<Arc<ClientConfig>> = Shelf::new();
+
 /// Whether and how a server encrypts.
 #[derive(Clone, Default)]
 pub struct ServerTls {
     mode: TlsMode,
-    config: Option<Arc<Reloading<Arc<ServerConfig>>>>,
+    config: Option<Reloading<Arc<ServerConfig>>>,
     /// What is served: a client's certificate has to speak for it.
     disk: Option<DiskName>,
 }
@@ -106,14 +111,17 @@ impl ServerTls {
     ///
     /// # Errors
     /// When the files are missing or do not fit; not when TLS is off, they are not looked at then.
-    pub fn load(mode: TlsMode, folder: &Path, clients: ClientCertificates) -> Result<Self, TlsError> {
+    pub async fn load(mode: TlsMode, folder: &Path, clients: ClientCertificates) -> Result<Self, TlsError> {
         if mode == TlsMode::Off {
             return Ok(Self::off());
         }
-        let place = folder.to_path_buf();
-        let load = move || server_config(&place, clients);
-        let config = Reloading::new(Role::Server.files(folder), load)?;
-        Ok(Self { mode, config: Some(Arc::new(config)), disk: None })
+        let shelf = match clients {
+            ClientCertificates::Required => &SERVERS,
+            ClientCertificates::NotAsked => &OPEN_SERVERS,
+        };
+        let config = shelf.follow(Role::Server, folder, move |folder| server_config(folder, clients))?;
+        config.current().await?;
+        Ok(Self { mode, config: Some(config), disk: None })
     }
 
     /// The same for clients whose certificate speaks for `disk`, or names no disks; see [`Rights`].
@@ -144,9 +152,9 @@ impl ServerTls {
     ///
     /// # Panics
     /// When TLS is off.
-    pub(crate) fn acceptor(&self) -> TlsAcceptor {
+    pub(crate) async fn acceptor(&self) -> Result<TlsAcceptor, TlsError> {
         let config = self.config.as_ref().expect("TLS is started only where it is on");
-        TlsAcceptor::from(Arc::clone(&*config.current()))
+        Ok(TlsAcceptor::from(Arc::clone(&*config.current().await?)))
     }
 }
 
@@ -156,8 +164,8 @@ impl fmt::Debug for ServerTls {
     }
 }
 
-fn server_config(folder: &Path, clients: ClientCertificates) -> Result<Arc<ServerConfig>, TlsError> {
-    let unusable = |source| TlsError::Unusable { folder: folder.to_path_buf(), source };
+fn server_config(folder: &Path, clients: ClientCertificates) -> Result<Loaded<Arc<ServerConfig>>, TlsError> {
+    let unusable = |source| TlsError::unusable(folder, Role::Server, source);
     let provider = Arc::new(aws_lc_rs::default_provider());
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
@@ -165,49 +173,61 @@ fn server_config(folder: &Path, clients: ClientCertificates) -> Result<Arc<Serve
     let builder = match clients {
         ClientCertificates::Required => {
             let roots = Arc::new(authorities(folder)?);
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
-                .build()
-                .map_err(|source| TlsError::Authorities { folder: folder.to_path_buf(), source })?;
+            let verifier =
+                WebPkiClientVerifier::builder_with_provider(roots, provider).build().map_err(|source| {
+                    TlsError::Authorities { folder: folder.to_path_buf(), source: Arc::new(source) }
+                })?;
             builder.with_client_cert_verifier(verifier)
         }
         ClientCertificates::NotAsked => builder.with_no_client_auth(),
     };
     let own = identity(folder, Role::Server)?;
+    let chain = own.chain.clone();
     let mut config = builder.with_single_cert(own.chain, own.key).map_err(unusable)?;
     // A session that was resumed would not be asked for its certificate, which may have ended.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(Arc::new(config))
+    Ok(Loaded { value: Arc::new(config), chain })
 }
+
+fn client_config(folder: &Path) -> Result<Loaded<Arc<ClientConfig>>, TlsError> {
+    let unusable = |source| TlsError::unusable(folder, Role::Client, source);
+    let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(unusable)?
+        .with_root_certificates(authorities(folder)?);
+    // A client shows who it is when it has something to show.
+    if Role::Client.certificate(folder).exists() {
+        let own = identity(folder, Role::Client)?;
+        let chain = own.chain.clone();
+        let config = builder.with_client_auth_cert(own.chain, own.key).map_err(unusable)?;
+        Ok(Loaded { value: Arc::new(config), chain })
+    } else {
+        Ok(Loaded { value: Arc::new(builder.with_no_client_auth()), chain: Vec::new() })
+    }
+}
+
+/// A client's certificates, for as long as it may connect again.
+pub(crate) type ClientFiles = Reloading<Arc<ClientConfig>>;
 
 /// A client's side of TLS to one server.
 pub(crate) struct ClientTls {
     pub(crate) connector: TlsConnector,
     pub(crate) name: ServerName<'static>,
+    pub(crate) files: ClientFiles,
 }
 
 impl ClientTls {
     /// What `tls` says, for a server at `address`. A unix socket's is `localhost` unless named.
-    pub(crate) fn load(tls: &UriTls, address: &NbdAddress) -> Result<Self, TlsError> {
-        let folder = &*tls.certificates;
-        let unusable = |source| TlsError::Unusable { folder: folder.to_path_buf(), source };
-        let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()
-            .map_err(unusable)?
-            .with_root_certificates(authorities(folder)?);
-        // A client shows who it is when it has something to show.
-        let config = if folder.join("client-cert.pem").exists() {
-            let own = identity(folder, Role::Client)?;
-            builder.with_client_auth_cert(own.chain, own.key).map_err(unusable)?
-        } else {
-            builder.with_no_client_auth()
-        };
+    pub(crate) async fn load(tls: &UriTls, address: &NbdAddress) -> Result<Self, TlsError> {
+        let files = CLIENTS.follow(Role::Client, &tls.certificates, client_config)?;
+        let config = files.current().await?;
         let name = match (&tls.hostname, address) {
             (Some(name), _) => name.clone(),
             (None, NbdAddress::Tcp { host, .. }) => host.clone(),
             (None, NbdAddress::Unix(_)) => "localhost".to_owned(),
         };
         let name = ServerName::try_from(name.clone()).map_err(|_| TlsError::Name(name))?;
-        Ok(Self { connector: TlsConnector::from(Arc::new(config)), name })
+        Ok(Self { connector: TlsConnector::from(Arc::clone(&*config)), name, files })
     }
 }

@@ -73,7 +73,7 @@ fn without_client(place: &Place, whole: &Path, name: &str) -> PathBuf {
 
 async fn serve(place: &Place, mode: TlsMode, folder: &Path, clients: ClientCertificates) -> Server {
     let disk = FileExport::open("disk", &place.image(SIZE), false).unwrap();
-    let tls = ServerTls::load(mode, folder, clients).unwrap();
+    let tls = ServerTls::load(mode, folder, clients).await.unwrap();
     let listener = Listener::bind(&place.address()).await.unwrap().with_tls(tls);
     listener.serve(Fixed::one(disk), Limits::default())
 }
@@ -154,7 +154,7 @@ fn a_client_whose_certificate_names_disks_is_served_no_other() {
     on_a_worker(async {
         let place = Place::new();
         let (folder, authority) = certificates_and_authority(&place, "pki");
-        let tls = ServerTls::load(TlsMode::Required, &folder, ClientCertificates::Required).unwrap();
+        let tls = ServerTls::load(TlsMode::Required, &folder, ClientCertificates::Required).await.unwrap();
         let disk = FileExport::open("disk", &place.image(SIZE), false).unwrap();
         let listener = Listener::bind(&place.address()).await.unwrap().with_tls(tls);
         let server = listener.for_disk("db-1".parse().unwrap()).serve(Fixed::one(disk), Limits::default());
@@ -188,7 +188,7 @@ async fn offered(place: &Place, directory: &Directory, disk: &str) -> Server {
 
 /// The socket that all share.
 async fn shared(place: &Place, folder: &Path, directory: &Directory) -> Server {
-    let tls = ServerTls::load(TlsMode::Required, folder, ClientCertificates::Required).unwrap();
+    let tls = ServerTls::load(TlsMode::Required, folder, ClientCertificates::Required).await.unwrap();
     let listener = Listener::bind(&place.address()).await.unwrap().with_tls(tls);
     listener.serve_directory(directory.clone(), Limits::default())
 }
@@ -281,21 +281,21 @@ fn files_that_cannot_be_used_are_named() {
     on_a_worker(async {
         let place = Place::new();
         let folder = certificates(&place, "pki");
-        let load = || ServerTls::load(TlsMode::Required, &folder, ClientCertificates::Required);
-        load().unwrap();
-        issue(&folder, "client", "x", &authority());
+        let served = NbdTls { mode: TlsDemand::Required, certificates: folder.clone() };
+        served.check().unwrap();
         std::fs::copy(folder.join("client-key.pem"), folder.join("server-key.pem")).unwrap();
-        let error = load().unwrap_err();
-        assert!(matches!(error, TlsError::Unusable { .. }), "a key of another certificate: {error:?}");
+        let error = served.check().unwrap_err();
+        assert!(matches!(error, TlsError::Key { .. }), "a key of another certificate: {error:?}");
         std::fs::remove_file(folder.join("server-key.pem")).unwrap();
-        let error = load().unwrap_err().to_string();
+        let error = served.check().unwrap_err().to_string();
         assert!(error.contains("server-key.pem"), "{error}");
         std::fs::write(folder.join("server-cert.pem"), "no certificate").unwrap();
-        assert!(matches!(load().unwrap_err(), TlsError::Empty { .. }));
+        assert!(matches!(served.check().unwrap_err(), TlsError::Empty { .. }));
         std::fs::remove_file(folder.join("ca-cert.pem")).unwrap();
-        let error = load().unwrap_err().to_string();
-        assert!(error.contains("ca-cert.pem"), "clients are never left unverified by accident: {error}");
-        ServerTls::load(TlsMode::Off, &folder, ClientCertificates::Required).unwrap();
+        let load = |mode| ServerTls::load(mode, &folder, Default::default());
+        let error = load(TlsMode::Required).await.unwrap_err().to_string();
+        assert!(error.contains("ca-cert.pem"), "nobody is unverified by accident: {error}");
+        load(TlsMode::Off).await.unwrap();
         let error = Client::connect(&secure(&place, &folder)).await.unwrap_err();
         assert!(matches!(error, ClientError::TlsFiles(_)), "{error:?}");
     });
@@ -400,7 +400,7 @@ fn foreign_clients_speak_tls_with_our_server() {
     on_a_worker(async {
         let place = Place::new();
         let folder = certificates(&place, "pki");
-        let tls = ServerTls::load(TlsMode::Required, &folder, ClientCertificates::Required).unwrap();
+        let tls = ServerTls::load(TlsMode::Required, &folder, ClientCertificates::Required).await.unwrap();
         let address = NbdAddress::Tcp { host: "localhost".into(), port: 0 };
         let listener = Listener::bind(&address).await.unwrap().with_tls(tls);
         let disk = FileExport::open("disk", &place.image(SIZE), false).unwrap();

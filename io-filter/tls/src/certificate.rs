@@ -1,9 +1,6 @@
 //! What a certificate says of itself: whose it is, for which names, from when until when.
 
-use std::{
-    path::Path,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use backtide_units::CaptureTime;
 
@@ -96,17 +93,8 @@ impl Certificate {
     }
 }
 
-/// What a person should see to of a stream's end: its own certificate, in `file`, that ends, and files that
-/// have changed and cannot be used.
-pub(crate) fn warnings(own: Option<&Certificate>, file: &Path, trouble: Option<String>) -> Vec<String> {
-    let ends = own.and_then(|own| own.warning_now(&file.display().to_string()));
-    let trouble = trouble
-        .map(|why| format!("certificates have changed and cannot be used, the old ones stay in use: {why}"));
-    ends.into_iter().chain(trouble).collect()
-}
-
 /// The wall clock, as certificates are judged by it.
-fn now() -> CaptureTime {
+pub(crate) fn now() -> CaptureTime {
     SystemTime::now().into()
 }
 

@@ -12,8 +12,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use crate::{
-    Certificate, Reloading, Role, TlsError,
-    certificate::warnings,
+    Certificate, Loaded, Reloading, Role, Shelf, TlsError,
     folder::{authorities, described, identity},
     refusal::refused_receiver,
 };
@@ -24,13 +23,10 @@ pub type ClientStream = tokio_rustls::client::TlsStream<TcpStream>;
 /// Connects to receivers under TLS.
 pub struct StreamClient {
     folder: PathBuf,
-    loaded: Reloading<Loaded>,
+    config: Reloading<Arc<ClientConfig>>,
 }
 
-struct Loaded {
-    config: Arc<ClientConfig>,
-    own: Option<Certificate>,
-}
+static CERTIFICATES: Shelf<Arc<ClientConfig>> = Shelf::new();
 
 /// Why there is no encrypted stream.
 #[derive(Debug)]
@@ -42,15 +38,22 @@ pub enum ConnectError {
 }
 
 impl StreamClient {
-    /// With `ca-cert.pem`, `client-cert.pem` and `client-key.pem` of `folder`, which are read again
-    /// when they change.
+    /// With `ca-cert.pem`, `client-cert.pem` and `client-key.pem` of `folder`, which are read by another thread, now and
+    /// when they change. Nothing is waited for here.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub fn of(folder: &Path) -> Result<Self, TlsError> {
+        let config = CERTIFICATES.follow(Role::Client, folder, load)?;
+        Ok(Self { folder: folder.to_path_buf(), config })
+    }
+
+    /// Whether there are certificates to begin with.
     ///
     /// # Errors
     /// When they cannot be used.
-    pub fn load(folder: &Path) -> Result<Self, TlsError> {
-        let place = folder.to_path_buf();
-        let loaded = Reloading::new(Role::Client.files(folder), move || load(&place))?;
-        Ok(Self { folder: folder.to_path_buf(), loaded })
+    pub async fn ready(&self) -> Result<(), TlsError> {
+        self.config.current().await.map(drop)
     }
 
     /// Does the handshake with the receiver that `stream` reaches at `at`, whose certificate has to be
@@ -67,7 +70,8 @@ impl StreamClient {
     ) -> Result<ClientStream, ConnectError> {
         let server = ServerName::try_from(name.to_owned())
             .map_err(|_| ConnectError::Refused(TlsError::Name(name.to_owned()).to_string()))?;
-        let connector = TlsConnector::from(Arc::clone(&self.loaded.current().config));
+        let config = self.config.current().await.map_err(|error| ConnectError::Refused(error.chain()))?;
+        let connector = TlsConnector::from(Arc::clone(&*config));
         connector.connect(server, stream).await.map_err(|error| match self.explain(&error, at) {
             Some(why) => ConnectError::Refused(why),
             None => ConnectError::Io(error),
@@ -81,13 +85,12 @@ impl StreamClient {
 
     /// What a person should see to: a certificate that ends, files that cannot be used.
     pub fn warnings(&self) -> Vec<String> {
-        let loaded = self.loaded.current();
-        warnings(loaded.own.as_ref(), &Role::Client.certificate(&self.folder), self.loaded.trouble())
+        self.config.warnings()
     }
 
     /// The agent's own certificate.
     pub fn certificate(&self) -> Option<Certificate> {
-        self.loaded.current().own.clone()
+        self.config.certificate()
     }
 }
 
@@ -96,10 +99,10 @@ pub fn receiver_certificate(stream: &ClientStream) -> Option<Certificate> {
     stream.get_ref().1.peer_certificates().and_then(described)
 }
 
-fn load(folder: &Path) -> Result<Loaded, TlsError> {
-    let unusable = |source| TlsError::Unusable { folder: folder.to_path_buf(), source };
+fn load(folder: &Path) -> Result<Loaded<Arc<ClientConfig>>, TlsError> {
+    let unusable = |source| TlsError::unusable(folder, Role::Client, source);
     let own = identity(folder, Role::Client)?;
-    let described = described(&own.chain);
+    let chain = own.chain.clone();
     let mut config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(unusable)?
@@ -107,5 +110,5 @@ fn load(folder: &Path) -> Result<Loaded, TlsError> {
         .with_client_auth_cert(own.chain, own.key)
         .map_err(unusable)?;
     config.resumption = Resumption::disabled();
-    Ok(Loaded { config: Arc::new(config), own: described })
+    Ok(Loaded { value: Arc::new(config), chain })
 }

@@ -1,7 +1,10 @@
 //! A folder of certificates under the names QEMU and libnbd use: `ca-cert.pem` (who signed the
 //! peer's certificate), `server-cert.pem` and `server-key.pem`, `client-cert.pem` and `client-key.pem`.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use rustls::RootCertStore;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject};
@@ -18,15 +21,17 @@ pub enum Role {
 }
 
 /// Certificates and keys that cannot be used.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file is missing, unreadable or no PEM file.
-    #[error("cannot read {path:?} for TLS")]
+    #[error("cannot read {path:?} for TLS, where {expected} in PEM is expected")]
     File {
         /// Which.
         path: PathBuf,
+        /// What it should hold.
+        expected: &'static str,
         /// Why.
-        source: pem::Error,
+        source: Arc<pem::Error>,
     },
     /// A file without what it should hold.
     #[error("{path:?} holds no certificate")]
@@ -34,7 +39,35 @@ pub enum TlsError {
         /// Which.
         path: PathBuf,
     },
-    /// The files are no usable identity together: a key of another certificate, for one.
+    /// A key of another certificate.
+    #[error("the key in {key:?} is not that of the certificate in {certificate:?}")]
+    Key {
+        /// The key's file.
+        key: PathBuf,
+        /// The certificate's.
+        certificate: PathBuf,
+    },
+    /// A certificate of the past.
+    #[error("the certificate of {subject} in {path:?} has expired at {at}")]
+    Expired {
+        /// The file.
+        path: PathBuf,
+        /// Whose certificate.
+        subject: String,
+        /// When.
+        at: String,
+    },
+    /// A certificate of the future.
+    #[error("the certificate of {subject} in {path:?} is not valid before {at} by this host's clock")]
+    NotYetValid {
+        /// The file.
+        path: PathBuf,
+        /// Whose certificate.
+        subject: String,
+        /// When it will be.
+        at: String,
+    },
+    /// The files are no usable identity together.
     #[error("cannot use the certificates of {folder:?} for TLS")]
     Unusable {
         /// The folder.
@@ -48,7 +81,23 @@ pub enum TlsError {
         /// The folder.
         folder: PathBuf,
         /// Why.
-        source: rustls::server::VerifierBuilderError,
+        source: Arc<rustls::server::VerifierBuilderError>,
+    },
+    /// The file system of the certificates stands still.
+    #[error("{folder:?} has not answered for {seconds} s, while certificates were to be read there")]
+    Silent {
+        /// The folder.
+        folder: PathBuf,
+        /// For how long.
+        seconds: u64,
+    },
+    /// There is no thread to read with.
+    #[error("cannot start a thread that reads the certificates of {folder:?}")]
+    NoThread {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        source: Arc<std::io::Error>,
     },
     /// A server's name no certificate can be for.
     #[error("{0:?} is no name a server's certificate can be for: give tls-hostname=NAME")]
@@ -66,6 +115,32 @@ impl TlsError {
             cause = error.source();
         }
         text
+    }
+
+    /// What a person can do about it.
+    pub(crate) fn way_out(&self) -> &'static str {
+        match self {
+            Self::Expired { .. } | Self::NotYetValid { .. } => {
+                "put a certificate there that is valid now (is the clock right?), with its key"
+            }
+            Self::File { .. } | Self::Empty { .. } | Self::Key { .. } | Self::Unusable { .. } => {
+                "put a certificate there with its own key, whole files both"
+            }
+            Self::Authorities { .. } => "put the certificates of authorities into its ca-cert.pem",
+            Self::Silent { .. } => "see to its file system",
+            Self::NoThread { .. } => "raise the limit of threads",
+            Self::Name(_) => "give tls-hostname=NAME",
+        }
+    }
+
+    /// Of an identity that TLS does not take.
+    pub fn unusable(folder: &Path, role: Role, source: rustls::Error) -> Self {
+        match source {
+            rustls::Error::InconsistentKeys(_) => {
+                Self::Key { key: role.key(folder), certificate: role.certificate(folder) }
+            }
+            source => Self::Unusable { folder: folder.to_path_buf(), source },
+        }
     }
 }
 
@@ -127,7 +202,8 @@ pub fn authorities(folder: &Path) -> Result<RootCertStore, TlsError> {
 pub fn identity(folder: &Path, role: Role) -> Result<Identity, TlsError> {
     let chain = certificates(role.certificate(folder))?;
     let path = role.key(folder);
-    let key = PrivateKeyDer::from_pem_file(&path).map_err(|source| TlsError::File { path, source })?;
+    let unreadable = |source| TlsError::File { path: path.clone(), expected: "a private key", source };
+    let key = PrivateKeyDer::from_pem_file(&path).map_err(|source| unreadable(Arc::new(source)))?;
     Ok(Identity { chain, key })
 }
 
@@ -141,6 +217,6 @@ fn certificates(path: PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError>
     match read {
         Ok(found) if found.is_empty() => Err(TlsError::Empty { path }),
         Ok(found) => Ok(found),
-        Err(source) => Err(TlsError::File { path, source }),
+        Err(source) => Err(TlsError::File { path, expected: "certificates", source: Arc::new(source) }),
     }
 }

@@ -1,32 +1,90 @@
-//! Something made of files, made again when they change.
+//! Something made of a folder's certificates, made again when they change.
 //!
-//! Looked at when it is used: whoever renews a certificate has to tell nobody. What cannot be made
-//! of new files (a certificate that has come before its key, for one) leaves the old in use, is
-//! said once, and is tried again when a file changes again.
+//! Looked at when it is used, and now and then: whoever renews a certificate has to tell nobody. What cannot be made
+//! of new files (a certificate that has come before its key, half a file, one that has expired) leaves the old in use, is
+//! said once, and is tried again until it can be.
+//!
+//! Invariant: files are touched by a thread that nobody waits for without an end ([`Looks`]).
 
 use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
-use crate::TlsError;
+use rustls::pki_types::CertificateDer;
 
-type Load<T> = Box<dyn Fn() -> Result<T, TlsError> + Send + Sync>;
+use crate::{Certificate, Role, TlsError, certificate::now, in_use, looks::Looks, renewal};
 
-/// What `load` made of some files, as new as they are.
-pub struct Reloading<T> {
-    files: Vec<PathBuf>,
-    load: Load<T>,
-    state: Mutex<State<T>>,
+/// How long a look may take for somebody who has something to go on with.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// And for somebody who has nothing yet.
+const FIRST_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What was made of a folder, and the certificates it shows to peers: its own first, or none.
+pub struct Loaded<T> {
+    /// What was made.
+    pub value: T,
+    /// The certificates.
+    pub chain: Vec<CertificateDer<'static>>,
 }
 
-struct State<T> {
-    current: Arc<T>,
-    /// Of the files when they were last tried.
-    stamps: Vec<Option<Stamp>>,
+/// What is made of some files, as new as they are. Who has one uses them.
+pub struct Reloading<T> {
+    followed: Arc<Followed<T>>,
+    _used: Arc<()>,
+}
+
+/// The same, whether it is used or not.
+pub(crate) struct Followed<T> {
+    notes: Arc<Notes>,
+    current: Arc<Mutex<Option<Arc<T>>>>,
+}
+
+/// What is known of a folder's certificates.
+pub(crate) struct Notes {
+    role: Role,
+    folder: PathBuf,
+    looks: OnceLock<Arc<Looks>>,
+    told: Mutex<Told>,
+    /// Lives as long as somebody uses them.
+    used: Mutex<Weak<()>>,
+    /// Whether the log has been told that the files are not answered for.
+    said_silent: AtomicBool,
+}
+
+#[derive(Default)]
+struct Told {
+    /// Those in use.
+    chain: Vec<Certificate>,
+    /// Whether there are some in use, be it that they show none.
+    is_loaded: bool,
     /// Why what is there now is not in use.
-    trouble: Option<String>,
+    trouble: Option<TlsError>,
+}
+
+/// The files when they were last tried, and what the log has been told.
+struct Look<T> {
+    notes: Arc<Notes>,
+    current: Arc<Mutex<Option<Arc<T>>>>,
+    load: Box<dyn Fn() -> Result<Loaded<T>, TlsError> + Send>,
+    files: Vec<PathBuf>,
+    stamps: Vec<Option<Stamp>>,
+    said: Option<String>,
+    end: End,
+}
+
+/// How near the end of what is in use is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum End {
+    Far,
+    Soon,
+    Past,
 }
 
 /// Enough of a file's state to notice that it was replaced or written.
@@ -52,83 +110,250 @@ impl Stamp {
     }
 }
 
-impl<T> Reloading<T> {
-    /// Loads for the first time.
+impl<T: Send + Sync + 'static> Followed<T> {
+    /// What `load` makes of the files that `role` has in `folder`. They are looked at from now on, by another thread.
     ///
     /// # Errors
-    /// What `load` says.
-    pub fn new(
-        files: Vec<PathBuf>,
-        load: impl Fn() -> Result<T, TlsError> + Send + Sync + 'static,
+    /// When there is no thread to be had.
+    pub(crate) fn start(
+        role: Role,
+        folder: &Path,
+        load: impl Fn() -> Result<Loaded<T>, TlsError> + Send + 'static,
     ) -> Result<Self, TlsError> {
-        // Stamps first: what changes while it is read is read again.
-        let stamps = files.iter().map(|file| Stamp::of(file)).collect();
-        let current = Arc::new(load()?);
-        let state = Mutex::new(State { current, stamps, trouble: None });
-        Ok(Self { files, load: Box::new(load), state })
+        let notes = Arc::new(Notes {
+            role,
+            folder: folder.to_path_buf(),
+            looks: OnceLock::new(),
+            told: Mutex::default(),
+            used: Mutex::default(),
+            said_silent: AtomicBool::new(false),
+        });
+        let current = Arc::<Mutex<Option<Arc<T>>>>::default();
+        let mut look = Look {
+            notes: Arc::clone(&notes),
+            current: Arc::clone(&current),
+            load: Box::new(load),
+            files: role.files(folder),
+            stamps: Vec::new(),
+            said: None,
+            end: End::Far,
+        };
+        let looks = Looks::start(move || look.look());
+        let looks = looks
+            .map_err(|error| TlsError::NoThread { folder: folder.to_path_buf(), source: Arc::new(error) })?;
+        assert!(notes.looks.set(looks).is_ok(), "it was empty");
+        in_use::note(&notes);
+        Ok(Self { notes, current })
+    }
+}
+
+impl<T> Followed<T> {
+    /// For somebody who uses it.
+    pub(crate) fn used(self: &Arc<Self>) -> Reloading<T> {
+        let mut known = self.notes.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let used = known.upgrade().unwrap_or_default();
+        *known = Arc::downgrade(&used);
+        Reloading { followed: Arc::clone(self), _used: used }
     }
 
-    /// As new as can be.
-    pub fn current(&self) -> Arc<T> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn is_used(&self) -> bool {
+        self.notes.is_used()
+    }
+}
+
+impl<T> Drop for Followed<T> {
+    fn drop(&mut self) {
+        self.notes.looks().end();
+    }
+}
+
+impl<T> Reloading<T> {
+    /// As new as can be: what comes after a look that begins now, or what there is when that takes long.
+    ///
+    /// # Errors
+    /// When the files could never be used so far, or were not answered for.
+    pub async fn current(&self) -> Result<Arc<T>, TlsError> {
+        let patience = if self.known().is_some() { PATIENCE } else { FIRST_PATIENCE };
+        self.notes().looks().look(patience).await;
+        self.notes().say_silence();
+        if let Some(current) = self.known() {
+            return Ok(current);
+        }
+        let silent = || TlsError::Silent { folder: self.notes().folder.clone(), seconds: patience.as_secs() };
+        Err(self.notes().told().trouble.clone().unwrap_or_else(silent))
+    }
+
+    fn notes(&self) -> &Notes {
+        &self.followed.notes
+    }
+
+    /// What is in use, without a look.
+    pub fn known(&self) -> Option<Arc<T>> {
+        self.followed.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The certificate that is shown to peers, if there is one.
+    pub fn certificate(&self) -> Option<Certificate> {
+        self.notes().told().chain.first().cloned()
+    }
+
+    /// What a person should see to: a certificate that ends, files that cannot be used. Sentences.
+    pub fn warnings(&self) -> Vec<String> {
+        self.notes().warnings()
+    }
+}
+
+impl<T> Clone for Reloading<T> {
+    fn clone(&self) -> Self {
+        self.followed.used()
+    }
+}
+
+impl<T> std::fmt::Debug for Reloading<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Reloading").field(&self.notes().folder).finish()
+    }
+}
+
+impl Notes {
+    fn looks(&self) -> &Looks {
+        self.looks.get().expect("set before anybody has this")
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether somebody does.
+    pub(crate) fn is_used(&self) -> bool {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).strong_count() > 0
+    }
+
+    /// Has the files looked at, and waits for it a moment.
+    pub(crate) async fn look(&self) {
+        self.looks().look(PATIENCE).await;
+    }
+
+    /// Why the files cannot even be looked at, at this moment.
+    fn silence(&self) -> Option<TlsError> {
+        let silence = self.looks().under_way().filter(|silence| *silence >= PATIENCE)?;
+        Some(TlsError::Silent { folder: self.folder.clone(), seconds: silence.as_secs() })
+    }
+
+    /// Tells the log of it, once.
+    fn say_silence(&self) {
+        let Some(silence) = self.silence() else { return };
+        if !self.said_silent.swap(true, Ordering::Relaxed) {
+            let sentence = self.told().sentence(&self.folder, &silence);
+            tracing::warn!("{sentence}");
+        }
+    }
+
+    /// What a person should see to.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let told = self.told();
+        let mut warnings = told.ending(&self.role.certificate(&self.folder));
+        let trouble = self.silence().or_else(|| told.trouble.clone());
+        warnings.extend(trouble.map(|trouble| told.sentence(&self.folder, &trouble)));
+        warnings
+    }
+}
+
+impl Told {
+    fn ending(&self, file: &Path) -> Vec<String> {
+        let file = file.display().to_string();
+        self.chain.iter().filter_map(|certificate| certificate.warning_now(&file)).collect()
+    }
+
+    fn end(&self) -> End {
+        let now = now();
+        let end = |certificate: &Certificate| match () {
+            () if certificate.not_after < now => End::Past,
+            () if certificate.ends_soon(now) => End::Soon,
+            () => End::Far,
+        };
+        self.chain.iter().map(end).max().unwrap_or(End::Far)
+    }
+
+    /// What is wrong, what holds meanwhile, and the way out.
+    fn sentence(&self, folder: &Path, trouble: &TlsError) -> String {
+        let folder = folder.display();
+        let why = trouble.chain();
+        if !self.is_loaded {
+            return format!("the certificates of {folder} cannot be used: {why}; {}", trouble.way_out());
+        }
+        let until = renewal::end(&self.chain)
+            .map(|end| format!(" until {}", renewal::time_text(end)))
+            .unwrap_or_default();
+        format!(
+            "the certificates of {folder} cannot be read again, the old ones stay in use{until}: {why}; {}",
+            trouble.way_out()
+        )
+    }
+}
+
+impl<T> Look<T> {
+    fn look(&mut self) {
+        self.load();
+        self.say();
+    }
+
+    fn load(&mut self) {
+        // Stamps first: what changes while it is read is read again.
         let stamps: Vec<_> = self.files.iter().map(|file| Stamp::of(file)).collect();
-        if stamps != state.stamps {
-            state.stamps = stamps;
-            match (self.load)() {
-                Ok(new) => {
+        let (is_loaded, trouble) = {
+            let told = self.notes.told();
+            (told.is_loaded, told.trouble.is_some())
+        };
+        // What could not be used may be by now, without a change: time passes.
+        if stamps == self.stamps && is_loaded && !trouble {
+            return;
+        }
+        self.stamps = stamps;
+        // Not under the lock: it may take for ever.
+        let loaded = (self.load)();
+        let mut told = self.notes.told();
+        let file = self.notes.role.certificate(&self.notes.folder);
+        let checked = loaded.and_then(|loaded| {
+            let chain: Vec<_> = loaded.chain.iter().filter_map(|der| Certificate::read(der)).collect();
+            if told.is_loaded {
+                renewal::check(&chain, &told.chain, &file, now())?;
+            }
+            Ok((loaded.value, chain))
+        });
+        match checked {
+            Ok((value, chain)) => {
+                if told.is_loaded {
                     tracing::info!(files = ?self.files, "certificates were read again");
-                    state.current = Arc::new(new);
-                    state.trouble = None;
                 }
-                Err(error) => {
-                    let why = error.chain();
-                    tracing::warn!(
-                        error = why,
-                        "certificates have changed and cannot be used: the old ones stay in use"
-                    );
-                    state.trouble = Some(why);
-                }
+                *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(value));
+                *told = Told { chain, is_loaded: true, trouble: None };
+                self.end = End::Far;
+            }
+            Err(error) => told.trouble = Some(error),
+        }
+    }
+
+    /// Tells the log what is new to it.
+    fn say(&mut self) {
+        self.notes.said_silent.store(false, Ordering::Relaxed);
+        let told = self.notes.told();
+        let end = told.end();
+        if end > self.end {
+            for warning in told.ending(&self.notes.role.certificate(&self.notes.folder)) {
+                tracing::warn!("{warning}: put a new one there, it is read without a restart");
             }
         }
-        Arc::clone(&state.current)
-    }
-
-    /// Why the files as they are now are not in use, when they are not.
-    pub fn trouble(&self) -> Option<String> {
-        self.current();
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).trouble.clone()
+        self.end = end;
+        // Whoever asks for the first ones is told himself.
+        let trouble = told.trouble.as_ref().filter(|_| told.is_loaded);
+        let trouble = trouble.map(|trouble| told.sentence(&self.notes.folder, trouble));
+        if let Some(sentence) = trouble.as_ref().filter(|sentence| self.said.as_ref() != Some(sentence)) {
+            tracing::warn!("{sentence}");
+        }
+        self.said = trouble;
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_changes_is_read_again_and_what_is_broken_is_not_used() {
-        let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("file");
-        std::fs::write(&file, "one").unwrap();
-        let read = file.clone();
-        let load = move || match std::fs::read_to_string(&read) {
-            Ok(text) if text != "broken" => Ok(text),
-            Ok(_) | Err(_) => Err(TlsError::Empty { path: read.clone() }),
-        };
-        let reloading = Reloading::new(vec![file.clone()], load).unwrap();
-        assert_eq!(*reloading.current(), "one");
-        // Of another size or inode, so that no clock has to tick.
-        std::fs::write(&file, "second").unwrap();
-        let old = reloading.current();
-        assert_eq!(*old, "second");
-        std::fs::write(directory.path().join("new"), "broken").unwrap();
-        std::fs::rename(directory.path().join("new"), &file).unwrap();
-        assert_eq!(*reloading.current(), "second");
-        assert!(reloading.trouble().unwrap().contains("holds no certificate"));
-        std::fs::remove_file(&file).unwrap();
-        assert_eq!(*reloading.current(), "second");
-        std::fs::write(&file, "three").unwrap();
-        assert_eq!(*reloading.current(), "three");
-        assert_eq!(reloading.trouble(), None);
-        assert_eq!(*old, "second", "who uses the old one keeps it");
-    }
-}
+mod tests;

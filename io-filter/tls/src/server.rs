@@ -12,8 +12,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
-    Certificate, Reloading, Rights, Role, Secured, Session, TlsError, WhichDisks,
-    certificate::warnings,
+    Certificate, Loaded, Reloading, Rights, Role, Secured, Session, Shelf, TlsError, WhichDisks,
     folder::{authorities, described, identity},
     refusal::refused_agent,
 };
@@ -25,13 +24,10 @@ const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(1);
 pub struct StreamServer {
     folder: PathBuf,
     disks: WhichDisks,
-    loaded: Reloading<Loaded>,
+    config: Reloading<Arc<ServerConfig>>,
 }
 
-struct Loaded {
-    config: Arc<ServerConfig>,
-    own: Option<Certificate>,
-}
+static CERTIFICATES: Shelf<Arc<ServerConfig>> = Shelf::new();
 
 /// A peer whose certificate was verified.
 #[derive(Clone, Debug)]
@@ -44,14 +40,14 @@ pub struct Peer {
 
 impl StreamServer {
     /// With `ca-cert.pem`, `server-cert.pem` and `server-key.pem` of `folder`, which are read again
-    /// when they change.
+    /// when they change, by another thread.
     ///
     /// # Errors
     /// When they cannot be used.
-    pub fn load(folder: &Path, disks: WhichDisks) -> Result<Self, TlsError> {
-        let place = folder.to_path_buf();
-        let loaded = Reloading::new(Role::Server.files(folder), move || load(&place))?;
-        Ok(Self { folder: folder.to_path_buf(), disks, loaded })
+    pub async fn load(folder: &Path, disks: WhichDisks) -> Result<Self, TlsError> {
+        let config = CERTIFICATES.follow(Role::Server, folder, load)?;
+        config.current().await?;
+        Ok(Self { folder: folder.to_path_buf(), disks, config })
     }
 
     /// Does the handshake with a peer that has connected at `at`.
@@ -64,7 +60,8 @@ impl StreamServer {
         from: Option<IpAddr>,
         at: &str,
     ) -> Result<(Secured<TcpStream>, Peer), String> {
-        let acceptor = TlsAcceptor::from(Arc::clone(&self.loaded.current().config));
+        let config = self.config.current().await.map_err(|error| error.chain())?;
+        let acceptor = TlsAcceptor::from(Arc::clone(&*config));
         match acceptor.accept(stream).into_fallible().await {
             Ok(stream) => {
                 let (io, session) = stream.into_inner();
@@ -84,13 +81,12 @@ impl StreamServer {
 
     /// What a person should see to: a certificate that ends, files that cannot be used.
     pub fn warnings(&self) -> Vec<String> {
-        let loaded = self.loaded.current();
-        warnings(loaded.own.as_ref(), &Role::Server.certificate(&self.folder), self.loaded.trouble())
+        self.config.warnings()
     }
 
     /// The receiver's own certificate.
     pub fn certificate(&self) -> Option<Certificate> {
-        self.loaded.current().own.clone()
+        self.config.certificate()
     }
 
     /// Where its certificates are.
@@ -99,15 +95,18 @@ impl StreamServer {
     }
 }
 
-fn load(folder: &Path) -> Result<Loaded, TlsError> {
-    let unusable = |source| TlsError::Unusable { folder: folder.to_path_buf(), source };
+fn load(folder: &Path) -> Result<Loaded<Arc<ServerConfig>>, TlsError> {
+    let unusable = |source| TlsError::unusable(folder, Role::Server, source);
     let provider = Arc::new(aws_lc_rs::default_provider());
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::new(authorities(folder)?), Arc::clone(&provider))
             .build()
-            .map_err(|source| TlsError::Authorities { folder: folder.to_path_buf(), source })?;
+            .map_err(|source| TlsError::Authorities {
+                folder: folder.to_path_buf(),
+                source: Arc::new(source),
+            })?;
     let own = identity(folder, Role::Server)?;
-    let described = described(&own.chain);
+    let chain = own.chain.clone();
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(unusable)?
@@ -117,7 +116,7 @@ fn load(folder: &Path) -> Result<Loaded, TlsError> {
     // A session that was resumed would not be asked for its certificate, which may have ended.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(Loaded { config: Arc::new(config), own: described })
+    Ok(Loaded { value: Arc::new(config), chain })
 }
 
 /// Lets the peer read why it is refused: a socket that is closed with unread bytes throws away what

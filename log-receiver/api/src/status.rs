@@ -23,6 +23,10 @@ pub struct ReceiverStatus {
     /// The certificate that streams under TLS are shown, when there are such.
     #[serde(default)]
     pub certificate: Option<CertificateStatus>,
+    /// What a person should see to of all certificates that are in use, of streams and NBD sockets: those that end soon, and
+    /// files that cannot be used. Sentences.
+    #[serde(default)]
+    pub certificate_warnings: Vec<String>,
     /// Bytes of all disks' logs.
     pub log_bytes: ByteCount,
     /// Why the store cannot be looked at, when it is not where it was: `free_bytes` tells nothing then.

@@ -136,6 +136,7 @@ impl ReceiverService for Fake {
             alarms: Vec::new(),
             scrub: None,
             certificate: None,
+            certificate_warnings: Vec::new(),
         })
     }
 

@@ -92,7 +92,7 @@ impl Service {
         }
         alarms.extend(self.overlays.alarms());
         alarms.extend(self.removal.shelf.forgotten.alarms());
-        alarms.extend(self.tls.iter().flat_map(|tls| tls.warnings()));
+        alarms.extend(backtide_tls::warnings());
         alarms.dedup();
         alarms
     }

@@ -15,6 +15,7 @@ fn receiver(free: u64) -> ReceiverStatus {
         listen: Vec::new(),
         nbd_listen: None,
         certificate: None,
+        certificate_warnings: Vec::new(),
         log_bytes: ByteCount(0),
         store_error: None,
         free_bytes: ByteCount(free),

@@ -9,7 +9,11 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::{request::ClientOptions, silence::Watch};
-use crate::{ClientError, alive::Patience, tls::ClientTls};
+use crate::{
+    ClientError,
+    alive::Patience,
+    tls::{ClientFiles, ClientTls},
+};
 
 /// Either kind of socket's stream.
 pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -21,6 +25,8 @@ pub(super) struct Connected {
     pub(super) intake: Intake,
     pub(super) session: Session,
     pub(super) watch: Option<Watch>,
+    /// What it has shown, which is followed for as long as somebody may connect again.
+    pub(super) files: Option<ClientFiles>,
 }
 
 enum Outcome {
@@ -50,7 +56,10 @@ pub(super) async fn open(uri: &NbdUri, options: &ClientOptions) -> Result<Connec
 async fn reach(uri: &NbdUri, goal: Goal, options: &ClientOptions) -> Result<Outcome, ClientError> {
     let (after, address) = (options.connect_timeout, &uri.address);
     let files = |error| ClientError::TlsFiles(Arc::new(error));
-    let tls = uri.tls.as_ref().map(|tls| ClientTls::load(tls, address)).transpose().map_err(files)?;
+    let tls = match &uri.tls {
+        Some(tls) => Some(ClientTls::load(tls, address).await.map_err(files)?),
+        None => None,
+    };
     let reached = async {
         let (stream, watch) = connect(address, options)
             .await
@@ -106,7 +115,7 @@ async fn shake_hands(
                 }
             }
             Step::StartTls => {
-                let ClientTls { connector, name } = tls.as_ref().expect("it was asked for");
+                let ClientTls { connector, name, .. } = tls.as_ref().expect("it was asked for");
                 let secured = connector.connect(name.clone(), stream).await.map_err(|source| {
                     ClientError::Tls { address: address.clone(), source: Arc::new(source) }
                 })?;
@@ -114,7 +123,8 @@ async fn shake_hands(
                 machine.tls_started(&mut out);
             }
             Step::Transmission(session) => {
-                let connected = Connected { stream, intake, session, watch };
+                let files = tls.map(|tls| tls.files);
+                let connected = Connected { stream, intake, session, watch, files };
                 return Ok(Outcome::Connected(Box::new(connected)));
             }
             Step::Listed(exports) => return Ok(Outcome::Listed(exports)),

@@ -16,7 +16,7 @@ use super::{
     gather::Answer,
     link::{Bounds, Link, Outcome},
 };
-use crate::{ClientError, alive::Patience};
+use crate::{ClientError, alive::Patience, tls::ClientFiles};
 
 /// The longest request without payload where lengths are 32 bits on the wire, or where the server
 /// does not like longer ones.
@@ -73,6 +73,7 @@ pub struct Client {
 #[derive(Debug)]
 struct Owner {
     link: Arc<Link>,
+    _files: Option<ClientFiles>,
 }
 
 impl Drop for Owner {
@@ -95,11 +96,12 @@ impl Client {
     /// # Errors
     /// As [`connect`](Self::connect).
     pub async fn connect_with(uri: &NbdUri, options: ClientOptions) -> Result<Self, ClientError> {
-        let connected = connect::open(uri, &options).await?;
+        let mut connected = connect::open(uri, &options).await?;
+        let files = connected.files.take();
         let session = connected.session;
         let bounds = Bounds { requests: options.requests, bytes: options.bytes.0 };
         let link = Link::start(connected, bounds);
-        Ok(Self { owner: Arc::new(Owner { link }), session })
+        Ok(Self { owner: Arc::new(Owner { link, _files: files }), session })
     }
 
     /// The disk's size.

@@ -69,7 +69,7 @@ impl Listener {
     /// # Errors
     /// As [`bind`](Self::bind), and when the certificates cannot be used.
     pub async fn bind_uri(uri: &NbdUri, mode: SocketMode) -> Result<Self, BindError> {
-        let tls = tls_of(uri)?;
+        let tls = tls_of(uri).await?;
         Ok(Self::bind_for(&uri.address, mode).await?.with_tls(tls))
     }
 
@@ -84,7 +84,7 @@ impl Listener {
         sockets: &Sockets,
         purpose: &str,
     ) -> Result<Self, BindError> {
-        let tls = tls_of(uri)?;
+        let tls = tls_of(uri).await?;
         let failed = |source| bind_failed(&uri.address, source);
         let place = match &uri.address {
             NbdAddress::Tcp { host, port } => Listening::Tcp(host, *port),
@@ -188,10 +188,10 @@ impl Listener {
 }
 
 /// How a server at `uri` encrypts.
-fn tls_of(uri: &NbdUri) -> Result<ServerTls, BindError> {
+async fn tls_of(uri: &NbdUri) -> Result<ServerTls, BindError> {
     let Some(tls) = &uri.tls else { return Ok(ServerTls::off()) };
     let mode = if tls.required { TlsMode::Required } else { TlsMode::Optional };
-    ServerTls::load(mode, &tls.certificates, ClientCertificates::Required).map_err(BindError::Tls)
+    ServerTls::load(mode, &tls.certificates, ClientCertificates::Required).await.map_err(BindError::Tls)
 }
 
 /// The address asked for, with the port that was found for it.

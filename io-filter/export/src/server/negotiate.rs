@@ -85,7 +85,9 @@ async fn handshake(mut stream: Stream, gate: &Gate<'_>) -> Result<Option<Negotia
                 }
             }
             Step::StartTls => {
-                let secured = stream.secured(gate.tls.acceptor());
+                let Some(acceptor) = gate.unless_stopped(gate.tls.acceptor()).await else { return Ok(None) };
+                let acceptor = acceptor.map_err(|error| ServeError::Tls(io::Error::other(error.chain())))?;
+                let secured = stream.secured(acceptor);
                 let Some(secured) = gate.unless_stopped(secured).await else { return Ok(None) };
                 stream = secured.map_err(ServeError::Tls)?;
                 gate.rights.replace(ServerTls::rights_of(stream.client_certificates()));

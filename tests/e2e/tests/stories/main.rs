@@ -45,6 +45,7 @@ mod operating;
 mod operator;
 mod protection;
 mod receiver_outages;
+mod renewals;
 mod restarts;
 mod restoring;
 mod retention;

@@ -10,7 +10,7 @@ use serde_json::Value;
 const SIZE: u64 = 64 << 20;
 
 /// A receiver's address for agents, by the name its certificate is for.
-fn address(receiver: &Daemon, scheme: &str) -> String {
+pub(crate) fn address(receiver: &Daemon, scheme: &str) -> String {
     let listen = receiver.ready["listen"].as_array().expect("addresses");
     let find = |listen: &&Value| listen.as_str().is_some_and(|at| at.starts_with(scheme));
     let found = listen.iter().find(find).and_then(Value::as_str).expect("an address");
@@ -18,13 +18,19 @@ fn address(receiver: &Daemon, scheme: &str) -> String {
     format!("{scheme}localhost:{port}")
 }
 
-fn receiver(bench: &Bench, certificates: &str, options: &[&str]) -> Daemon {
+pub(crate) fn receiver(bench: &Bench, certificates: &str, options: &[&str]) -> Daemon {
     let run = ["receiver", "run", "--listen", "tls://127.0.0.1:0,tcp://127.0.0.1:0", "--tls-certificates"];
     bench.daemon(&[&run[..], &[certificates], options].concat())
 }
 
 /// Attaches `name`, which is going to be connected when `code` is 0.
-fn attach<'b>(bench: &'b Bench, code: i32, name: &str, receiver: &str, certificates: &str) -> Disk<'b> {
+pub(crate) fn attach<'b>(
+    bench: &'b Bench,
+    code: i32,
+    name: &str,
+    receiver: &str,
+    certificates: &str,
+) -> Disk<'b> {
     let image = bench.image(name, SIZE);
     let image = image.to_str().expect("text");
     let arguments = ["attach", name, image, "--receiver", receiver];
@@ -34,10 +40,10 @@ fn attach<'b>(bench: &'b Bench, code: i32, name: &str, receiver: &str, certifica
     bench.disk(name)
 }
 
-type Authority = CertifiedIssuer<'static, KeyPair>;
+pub(crate) type Authority = CertifiedIssuer<'static, KeyPair>;
 
 /// An authority as somebody else makes it.
-fn authority() -> Authority {
+pub(crate) fn authority() -> Authority {
     let mut params = CertificateParams::new(vec![]).expect("an authority has no name");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -45,11 +51,17 @@ fn authority() -> Authority {
 }
 
 /// When a certificate ends, in days from now.
-const LONG: u64 = 300;
+pub(crate) const LONG: u64 = 300;
 
 /// A folder with certificates of both sides, of years ago and until `days` from now, signed by one
 /// authority, that trusts another.
-fn folder(bench: &Bench, name: &str, signed: &Authority, trusted: &Authority, days: u64) -> String {
+pub(crate) fn folder(
+    bench: &Bench,
+    name: &str,
+    signed: &Authority,
+    trusted: &Authority,
+    days: u64,
+) -> String {
     let folder = bench.path(name);
     std::fs::create_dir_all(&folder).expect("make a directory");
     std::fs::write(folder.join("ca-cert.pem"), trusted.pem()).expect("write");
