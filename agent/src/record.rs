@@ -21,6 +21,7 @@ use backtide_agent_api::{
 };
 use backtide_control::Address;
 use backtide_hydration::{Header, HydrationError, HydrationFile};
+use backtide_io_filter::Filter;
 use backtide_storage::{Storage, read_file, replace_file};
 use backtide_tracking::{ActivityLimits, DirtyBitmap, LoadError, Loaded, Snapshot, TrackingFile};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
@@ -34,6 +35,10 @@ const VERSION: u32 = 1;
 
 /// No record is longer than this.
 const RECORD_BYTES_MAX: ByteCount = ByteCount(1 << 20);
+
+/// Attaches in a row that no receiver admitted. Of more the first is forgotten, and everything is compared should the
+/// receiver name that.
+const ATTACHES_MAX: usize = 64;
 
 /// How far ahead of the last LSN the durable bound lies.
 pub(crate) const LSN_STEP: u64 = 1 << 24;
@@ -75,6 +80,14 @@ pub(crate) struct DiskRecord {
     /// The last capture time given, as of when the record was saved.
     #[serde(default)]
     pub(crate) last_time: CaptureTime,
+    /// `last_time` is that of the last sign of life of an attach that was killed, or is older, and no receiver was heard
+    /// since: it may have more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) last_time_is_early: bool,
+    /// The attach that a receiver admitted last, and those since; none where that is not known. See
+    /// [`follows`](backtide_io_filter::Filter::follows).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) attaches: Option<Vec<Uuid>>,
     /// What the image looked like after the last clean detach; none where that cannot be told.
     pub(crate) image_at_detach: Option<ImageStamp>,
     /// The agent ended in good order with the disk attached, which nobody else is to write then.
@@ -179,6 +192,8 @@ impl DiskRecord {
             lsn_bound: Lsn::ZERO,
             acked_durable: Lsn::ZERO,
             last_time: CaptureTime::default(),
+            last_time_is_early: false,
+            attaches: None,
             image_at_detach: None,
             stopped: false,
             size: ByteCount::ZERO,
@@ -250,6 +265,27 @@ impl DiskRecord {
             paused,
             format,
             ..self
+        }
+    }
+
+    /// Whether what the tracking file says is from the end of a clean detach, or of the agent with the disk attached.
+    pub(crate) fn ended_cleanly(&self, left: &Loaded) -> bool {
+        left.clean && (self.stopped || self.image_at_detach.is_some())
+    }
+
+    /// An attach begins that the receiver may hear of.
+    pub(crate) fn note_attach(&mut self, attach: Uuid) {
+        if let Some(attaches) = &mut self.attaches {
+            attaches.push(attach);
+            attaches.drain(..attaches.len().saturating_sub(ATTACHES_MAX));
+        }
+    }
+
+    /// What the filter has heard of the receiver.
+    pub(crate) fn note_welcome(&mut self, filter: &Filter) {
+        if filter.was_welcomed() {
+            self.attaches = filter.attaches().map(<[Uuid]>::to_vec);
+            self.last_time_is_early = false;
         }
     }
 

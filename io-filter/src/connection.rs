@@ -69,6 +69,7 @@ impl Filter {
             self.alarm(format!("disk {}: {why}", self.settings.name));
             return self.refuse(why);
         }
+        let is_strange = self.stranger(welcome).is_some();
         let decision = self.decide(welcome);
         self.known_until = None;
         let rolled_back =
@@ -77,10 +78,15 @@ impl Filter {
         self.link = Link::Up { next_seq: 2, received: 1, durable: 1, asked: Asked::default() };
         self.history = Some(welcome.history);
         self.last_lsn = self.last_lsn.max(welcome.highest).max(welcome.durable);
+        if is_strange {
+            // What the disk had at these LSNs in its own life is not in that log: the timeline gets a hole there.
+            self.last_lsn = self.last_lsn.next();
+        }
         self.acked_durable = welcome.durable;
         self.acked_position = welcome.position;
         self.last_time = self.last_time.max(welcome.last_time.unwrap_or_default());
         self.acked_in_pass = false;
+        self.welcomed();
         self.counters.connections += 1;
         self.receiver_is_alive();
         match decision {
@@ -125,6 +131,7 @@ impl Filter {
         self.window.holds_spill()
             && welcome.state == ReceiverState::Known
             && !self.is_behind(welcome)
+            && self.stranger(welcome).is_none()
             && welcome.highest <= self.last_lsn
             && !welcome.in_pass
             && self.window.continues(welcome.durable)
@@ -190,6 +197,16 @@ impl Filter {
                     "the receiver has records of disk {name} that are newer than this agent's state: was the state directory put back from a copy? everything is compared"
                 ));
                 Decision::Everything(PassPlan::compare(Reason::AgentRolledBack))
+            }
+            ReceiverState::Known
+                if self.lost.is_none()
+                    && welcome.highest <= self.last_lsn
+                    && self.stranger(welcome).is_some() =>
+            {
+                self.alarm(format!(
+                    "the receiver's log of disk {name} was last written by an attach that this agent knows nothing of: was the receiver's store, or this agent's state directory, put back from a copy? everything is compared"
+                ));
+                Decision::Everything(PassPlan::compare(Reason::ForeignHistory))
             }
             ReceiverState::Known if self.mode == Mode::Sync => {
                 if self.window.continues(welcome.durable) && !welcome.in_pass {

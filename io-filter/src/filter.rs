@@ -9,6 +9,7 @@ use backtide_protocol::Message;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, CaptureTime, HistoryId, LogPosition, Lsn, Reason};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::{
     acknowledge::Acknowledgements,
@@ -97,6 +98,8 @@ pub struct Filter {
     /// Until the first handshake: no record that the receiver has was captured later, unless this state is
     /// an older copy.
     pub(crate) known_until: Option<CaptureTime>,
+    /// See [`Filter::follows`].
+    pub(crate) attaches: Option<Vec<Uuid>>,
     /// The highest LSN at which the disk is recoverable and durable at the receiver.
     pub(crate) durable_lsn: Lsn,
     /// The highest LSN the receiver has in memory.
@@ -174,6 +177,7 @@ impl Filter {
             stamped_at: Duration::ZERO,
             reads_overdue: false,
             known_until: None,
+            attaches: None,
             durable_lsn: Lsn::ZERO,
             received_lsn: Lsn::ZERO,
             durable_marks: VecDeque::new(),

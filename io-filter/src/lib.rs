@@ -25,6 +25,7 @@
 
 mod acknowledge;
 mod activity;
+mod attaches;
 mod capture;
 mod compare;
 mod connection;

@@ -66,6 +66,7 @@ impl Disk {
                 position: LogPosition::default(),
                 in_pass: false,
                 last_time: None,
+                last_attach: None,
             },
         );
         let scan = std::iter::from_fn(|| filter.next_effect());

@@ -54,6 +54,7 @@ fn welcome(state: ReceiverState) -> Welcome {
         position: LogPosition::default(),
         in_pass: false,
         last_time: None,
+        last_attach: None,
     }
 }
 

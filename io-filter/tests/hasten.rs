@@ -38,6 +38,7 @@ fn welcome(state: ReceiverState, durable: Lsn) -> Welcome {
         highest: durable,
         in_pass: false,
         last_time: None,
+        last_attach: None,
     }
 }
 

@@ -31,6 +31,7 @@ fn welcome() -> Welcome {
         highest: Lsn::ZERO,
         in_pass: false,
         last_time: None,
+        last_attach: None,
     }
 }
 

@@ -72,6 +72,7 @@ impl World {
             highest: Lsn(highest),
             position: self.position,
             last_time: None,
+            last_attach: None,
             in_pass: false,
         };
         self.filter.connected(now(), &welcome);

@@ -173,6 +173,7 @@ impl World {
             highest: durable,
             position: LogPosition::default(),
             last_time: None,
+            last_attach: None,
             in_pass: false,
         };
         let now = self.now();

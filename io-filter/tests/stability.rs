@@ -162,6 +162,7 @@ fn welcome(state: ReceiverState, durable: Lsn) -> Welcome {
         position: LogPosition::default(),
         in_pass: false,
         last_time: None,
+        last_attach: None,
     }
 }
 

@@ -26,6 +26,7 @@ use backtide_recovery::{Attached, LogCache, LogError, LogOptions, Snapshot};
 use backtide_segment::Seq;
 use backtide_storage::{KillPoint, Storage};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, HistoryId};
+use uuid::Uuid;
 
 use crate::{
     Forgotten, Names, StoreWatch,
@@ -79,6 +80,8 @@ pub struct Claim {
     pub history: HistoryId,
     /// Whether that is what the agent expected.
     pub state: ReceiverState,
+    /// The attach that had the disk before, or the claim's own.
+    pub last_attach: Option<Uuid>,
     /// The newest entry before the claim's own.
     pub before: Seq,
     /// The claim holds when the log is durable up to here.
@@ -260,11 +263,12 @@ impl Disks {
             Some(named) if named == history => ReceiverState::Known,
             Some(_) | None => ReceiverState::Foreign,
         };
+        let last_attach = attached.as_ref().map(|attached| attached.attach);
         let replaced = disk.set_owner(connection).or(displaced).map(|old| {
             let higher = attached.is_some_and(|attached| hello.epoch > attached.epoch);
             (old, replaced_by(hello, higher))
         });
-        Ok(Claim { disk: hello.disk, history, state, before, through, replaced })
+        Ok(Claim { disk: hello.disk, history, state, last_attach, before, through, replaced })
     }
 
     /// Refuses new data when the store has too little room for it.

@@ -412,6 +412,7 @@ fn welcome(disk: &Disk, claim: &Claim) -> Welcome {
         highest: disk.highest_lsn(),
         // Also after a pass that ended without a point: records could follow, points could not.
         last_time: timeline.last_time(),
+        last_attach: claim.last_attach,
         // The claim's own entry would hide that one is missing that was acknowledged before.
         position: LogPosition(claim.before.0),
         in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && timeline.covered() > Lsn::ZERO),

@@ -99,6 +99,7 @@ async fn catch_up(engine: &Rc<Engine>, leaving: Leaving) {
 async fn give_up(engine: &Rc<Engine>, record: &mut DiskRecord, flushed: bool) -> Option<SavedTracking> {
     record.acked_durable = engine.look(Filter::acked_durable);
     record.history = engine.look(Filter::history);
+    engine.look(|filter| record.note_welcome(filter));
     // The filter may have begun a flush of its own meanwhile.
     engine.until(Filter::is_quiet).await;
     let saved = engine.happen(|filter, now| filter.detach(now));

@@ -136,6 +136,7 @@ pub(crate) async fn open(
         record.last_time = record.last_time.max(alive.captured);
     }
     let known_until = trust::known_until(&record, whole);
+    record.last_time_is_early |= !whole.is_some_and(|left| record.ended_cleanly(left));
     let resume = trust::resume(&record, left, stamp.as_ref(), size);
     let resume = incomplete::dirty_too(resume, &record, hydration.as_ref());
     if let Behind::Image(image) = &behind {
@@ -169,11 +170,13 @@ pub(crate) async fn open(
     }
     record.size = size;
     record.attached = true;
+    let attach = Uuid::new_v4();
+    record.note_attach(attach);
     // From now on it is known also when nothing is missing any more.
     record.rewound = hydration.as_ref().and_then(OpenedHydration::rewound).or(record.rewound);
     records.save(&record).map_err(|source| record_error(records, &record, source))?;
     KillPoint::AttachRecord.reached();
-    let settings = settings(&record, behind.size());
+    let settings = settings(&record, attach, behind.size());
     // A fenced disk sends nothing; what it has left in the spill is of another history than the receiver's by now.
     let spill = records.spill().filter(|_| !record.fenced).map(|place| place.open(&settings));
     let io_engine = IoEngine::default();
@@ -284,14 +287,14 @@ fn last_lsn(resume: &Resume) -> Lsn {
     }
 }
 
-fn settings(record: &DiskRecord, size: ByteCount) -> Settings {
+fn settings(record: &DiskRecord, attach: Uuid, size: ByteCount) -> Settings {
     let limits = record.limits;
     Settings {
         disk: record.uuid,
         name: record.name.clone(),
         size,
         epoch: record.epoch,
-        attach: Uuid::new_v4(),
+        attach,
         ack: match record.ack {
             AckPolicy::Local => backtide_io_filter::AckPolicy::Local,
             AckPolicy::Received => backtide_io_filter::AckPolicy::Received,

@@ -194,6 +194,7 @@ impl Disk {
             if record.flush_failed {
                 filter.owes_failure(IoFailure { errno: EIO });
             }
+            filter.follows(record.attaches.clone());
             if let Some(until) = known_until {
                 filter.knows_until(until);
             }
@@ -426,16 +427,19 @@ impl Disk {
         }
         let acked = self.engine.look(Filter::acked_durable);
         let bound_is_near = status.last_lsn.0 + LSN_STEP / 2 > self.record.lsn_bound.0;
-        let history_is_new = status.history != self.record.history;
+        // With the attach by which the receiver knows it.
+        let mut welcomed = self.record.clone();
+        self.engine.look(|filter| welcomed.note_welcome(filter));
+        let is_news = welcomed != self.record || status.history != self.record.history;
         // A bound of what was acknowledged, so it need not follow every acknowledgement.
         let acked_is_stale = acked > self.record.acked_durable && status.mode == Mode::Sync;
-        if bound_is_near || history_is_new || (acked_is_stale && self.watch.is_minute_over()) {
+        if bound_is_near || is_news || (acked_is_stale && self.watch.is_minute_over()) {
             let record = DiskRecord {
                 lsn_bound: status.last_lsn.plus(LSN_STEP).max(self.record.lsn_bound),
                 history: status.history,
                 acked_durable: acked,
                 last_time: status.last_time,
-                ..self.record.clone()
+                ..welcomed
             };
             self.save_record(record).await;
         }

@@ -59,8 +59,8 @@ pub(crate) fn boot_id() -> Uuid {
 /// it from an attach that this state, then an older copy, knows nothing of. None where that is not told.
 /// The record has the time of the last sign of life already.
 pub(crate) fn known_until(record: &DiskRecord, left: Option<&Loaded>) -> Option<CaptureTime> {
-    let left = left.filter(|_| record.last_time > CaptureTime::default())?;
-    if left.clean && (record.stopped || record.image_at_detach.is_some()) {
+    let left = left.filter(|_| record.last_time > CaptureTime::default() && !record.last_time_is_early)?;
+    if record.ended_cleanly(left) {
         return Some(record.last_time);
     }
     // The agent lived on for a while after its last sign; that what is put back is younger is not worth an alarm.
@@ -111,7 +111,7 @@ pub(crate) fn resume(
         let reason = loaded.snapshot.saved.reason.unwrap_or(Reason::AgentCrashed);
         return lost(reason);
     }
-    let clean = loaded.clean && (record.stopped || record.image_at_detach.is_some());
+    let clean = record.ended_cleanly(&loaded);
     let grown = grown(record.size, size);
     let saved = loaded.snapshot.saved;
     if clean && grown.is_none() {
@@ -170,7 +170,7 @@ fn foreign_write(
         return Some((Reason::Resized, "the disk is smaller than it was"));
     }
     let touched = Some((Reason::BitmapUntrusted, "the disk may have been changed while it was detached"));
-    let detached = loaded.clean && (record.stopped || record.image_at_detach.is_some());
+    let detached = record.ended_cleanly(loaded);
     let was_a_file =
         record.image_at_detach.is_some() || loaded.alive.is_some_and(|sign| sign.image.is_some());
     match (detached, stamp) {

@@ -40,6 +40,8 @@ const TAKE_OVER_TIME: Duration = Duration::from_secs(120);
 
 /// A disk that was taken over at its receiver.
 pub(super) struct TakenOver {
+    /// By which it was taken over.
+    attach: Uuid,
     pub(super) welcome: Welcome,
     pub(super) source: SourcePoint,
     /// What the image lacks of the point.
@@ -181,13 +183,14 @@ impl Registry {
                 // Nobody is fenced for a disk that has no point.
                 let before = sources.find(dialer(), uuid, history, None).await?.point().clone();
                 target.fits(&known.image, &before)?;
+                let attach = Uuid::new_v4();
                 let hello = Hello {
                     version: PROTOCOL_VERSION,
                     disk: uuid,
                     name: known.name.clone(),
                     size: before.size,
                     epoch: known.epoch,
-                    attach: Uuid::new_v4(),
+                    attach,
                     history,
                     tracking: Tracking::Window { base: adopted.durable },
                     next_lsn: adopted.durable.next(),
@@ -217,7 +220,7 @@ impl Registry {
                     let _ = holding.set(Rc::clone(&source));
                     source.hold(&keeper).await?;
                 }
-                Ok::<_, FetchError>((welcome, source.point().clone(), missing, newer))
+                Ok::<_, FetchError>((attach, welcome, source.point().clone(), missing, newer))
             };
             let taken = async {
                 let taken = tokio::time::timeout(TAKE_OVER_TIME, take).await;
@@ -233,7 +236,8 @@ impl Registry {
                 Target::New(before) => (None, before),
             };
             taken.map(|taken| {
-                taken.map(|(welcome, source, missing, newer)| TakenOver {
+                taken.map(|(attach, welcome, source, missing, newer)| TakenOver {
+                    attach,
                     welcome,
                     source,
                     missing,
@@ -267,13 +271,14 @@ fn begin(
     taken: TakenOver,
     made: Made,
 ) -> Result<DiskRecord, Unfinished> {
-    let TakenOver { welcome, source, missing, newer, image: held, before: _ } = taken;
+    let TakenOver { attach, welcome, source, missing, newer, image: held, before: _ } = taken;
     let saved = in_sync(&record, &welcome, newer);
     let image = disk::path_of(&record.image);
     let Made { inode, stamp } = made;
     record.history = Some(welcome.history);
     record.lsn_bound = record.lsn_bound.max(welcome.highest);
     record.acked_durable = welcome.durable;
+    record.attaches = Some(vec![attach]);
     record.last_time = record.last_time.max(welcome.last_time.unwrap_or_default());
     record.size = source.size;
     record.image_changed = false;
@@ -390,6 +395,7 @@ mod tests {
             position: LogPosition::default(),
             in_pass: false,
             last_time: None,
+            last_attach: None,
         };
         let source = SourcePoint {
             receiver: "unix:/run/r.sock".to_owned(),
@@ -401,7 +407,9 @@ mod tests {
             size: ByteCount(1 << 20),
         };
         let (missing, newer) = (DirtyBitmap::new(), DirtyBitmap::new());
-        let taken = TakenOver { welcome, source, missing, newer, image: None, before: Before::Nothing };
+        let attach = Uuid::new_v4();
+        let taken =
+            TakenOver { attach, welcome, source, missing, newer, image: None, before: Before::Nothing };
         std::fs::write(&path, "as somebody else wrote it").unwrap();
         let records = Records::new(Arc::new(MemoryStorage::new()));
         let made = Made { inode: stamp.as_ref().unwrap().inode, stamp: stamp.clone() };

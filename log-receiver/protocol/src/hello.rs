@@ -177,6 +177,10 @@ pub struct Welcome {
     /// When the newest record in the log was captured, or its newest pass frozen, by the agent's clock.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_time: Option<CaptureTime>,
+    /// The attach that had the disk here before this hello, which may be the hello's own. None where there was none,
+    /// and from a receiver that does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_attach: Option<Uuid>,
 }
 
 /// What the receiver had of the disk before this handshake.

@@ -21,13 +21,18 @@ use crate::{
 
 pub(crate) const DISK: DiskId = DiskId(Uuid::from_u128(9));
 
+/// The id of the attach with this epoch.
+fn attach_of(epoch: u64) -> Uuid {
+    Uuid::from_u128(epoch.into())
+}
+
 pub(crate) fn settings(config: &Config, epoch: u64) -> Settings {
     Settings {
         disk: DISK,
         name: "vm1".parse().expect("a name"),
         size: disk_size(config.blocks),
         epoch: Epoch(epoch),
-        attach: Uuid::from_u128(epoch.into()),
+        attach: attach_of(epoch),
         ack: AckPolicy::Local,
         on_outage: OnOutage::Continue,
         outage_after: Duration::from_secs(5),
@@ -78,6 +83,7 @@ impl World {
             }
         }
         self.file.history = self.filter.history();
+        self.file.attaches = self.filter.attaches().map(<[_]>::to_vec);
         self.file.reserved = self.file.reserved.max(self.filter.last_lsn());
         self.watch_pass();
     }
@@ -341,9 +347,12 @@ impl World {
     fn start_again(&mut self, config: &Config, resume: Resume) {
         self.pass = None;
         self.paused = false;
+        let mut attaches = self.file.attaches.take();
         self.file = first_file(config, &resume, Some(&self.file));
         self.epoch += 1;
         self.filter = new_filter(config, self.epoch, resume, self.moment());
+        attaches.iter_mut().for_each(|attaches| attaches.push(attach_of(self.epoch)));
+        self.filter.follows(attaches);
         self.use_spill(config);
         self.carry_out(config);
         // The machine sends again what was not answered.

@@ -46,7 +46,7 @@ pub(crate) struct Receiver {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Session {
     AwaitHello,
-    AwaitClaim { before: usize, through: usize, frame: u64, known: bool, fresh: bool },
+    AwaitClaim { before: usize, through: usize, frame: u64, known: bool, fresh: bool, last: Option<Uuid> },
     Streaming { received: u64, durable: u64, acked: (u64, u64), waiting: VecDeque<(usize, u64)> },
     Ended,
 }
@@ -75,7 +75,7 @@ impl Receiver {
     /// Claims the disk: the session that follows, or why not.
     pub(crate) fn claim(&mut self, hello: &Hello, frame: u64) -> Result<Session, CloseCode> {
         let attached = self.timeline.attached();
-        let fresh = attached.is_none();
+        let (fresh, last) = (attached.is_none(), attached.map(|seen| seen.attach));
         let stale = attached.is_some_and(|seen| {
             hello.epoch < seen.epoch || (hello.epoch == seen.epoch && hello.attach != seen.attach)
         });
@@ -87,7 +87,7 @@ impl Receiver {
             self.append(entries::attach(hello, Seq(before as u64), TIME)).map_err(|_| CloseCode::Invalid)?;
         }
         let known = hello.history == Some(HISTORY);
-        Ok(Session::AwaitClaim { before, through: self.log.len(), frame, known, fresh })
+        Ok(Session::AwaitClaim { last, before, through: self.log.len(), frame, known, fresh })
     }
 
     /// Takes a frame of a session that has the disk.
@@ -206,7 +206,7 @@ impl Receiver {
         }
     }
 
-    pub(crate) fn welcome(&self, before: usize, known: bool, fresh: bool) -> Welcome {
+    pub(crate) fn welcome(&self, before: usize, known: bool, fresh: bool, last: Option<Uuid>) -> Welcome {
         let state = match (fresh, known) {
             (true, _) => ReceiverState::New,
             (false, true) => ReceiverState::Known,
@@ -220,6 +220,7 @@ impl Receiver {
             durable: covered,
             highest: timeline.highest_lsn(),
             last_time: timeline.last_time(),
+            last_attach: last,
             position: LogPosition(before as u64),
             in_pass: timeline.open_pass().is_some() || (!timeline.in_sync() && covered > Lsn::ZERO),
         }
@@ -230,8 +231,10 @@ impl Session {
     /// What a session that has the disk has to say now. Without `received`, only what is durable.
     pub(crate) fn settle(&mut self, receiver: &Receiver, received_too: bool) -> Option<Message> {
         match self {
-            Self::AwaitClaim { before, through, frame, known, fresh } if receiver.durable >= *through => {
-                let welcome = receiver.welcome(*before, *known, *fresh);
+            Self::AwaitClaim { before, through, frame, known, fresh, last }
+                if receiver.durable >= *through =>
+            {
+                let welcome = receiver.welcome(*before, *known, *fresh, *last);
                 let acked = (*frame, *frame);
                 let waiting = VecDeque::new();
                 *self = Self::Streaming { received: acked.0, durable: acked.0, acked, waiting };

@@ -4,6 +4,7 @@
 use backtide_io_filter::{Resume, TrackingOp};
 use backtide_tracking::{DirtyBitmap, LogRecord, Snapshot};
 use backtide_units::{BlockCount, HistoryId, Lsn, Reason};
+use uuid::Uuid;
 
 /// Every block is an extent.
 pub(crate) const EXTENT: BlockCount = BlockCount(1);
@@ -17,11 +18,13 @@ pub(crate) struct TrackingFile {
     pub(crate) history: Option<HistoryId>,
     /// No LSN above it was given.
     pub(crate) reserved: Lsn,
+    /// See `Filter::follows`.
+    pub(crate) attaches: Option<Vec<Uuid>>,
 }
 
 impl TrackingFile {
     pub(crate) fn new(snapshot: Snapshot, history: Option<HistoryId>, reserved: Lsn) -> Self {
-        Self { snapshot, records: Vec::new(), history, reserved }
+        Self { snapshot, records: Vec::new(), history, reserved, attaches: None }
     }
 
     pub(crate) fn apply(&mut self, op: &TrackingOp) {

@@ -33,6 +33,8 @@ pub struct Persisted {
     pub(crate) acked_durable: Lsn,
     /// No capture time above it was given.
     pub(crate) last_time: CaptureTime,
+    /// See `Filter::follows`.
+    pub(crate) attaches: Option<Vec<uuid::Uuid>>,
     /// Requests wait to be sent again.
     pub(crate) machine_waits: bool,
 }
@@ -143,6 +145,10 @@ impl World {
         let hydrating = file.map(|file| self.begin_hydrating(file));
         self.persisted.epoch += 1;
         self.persisted.size = Some(self.plan.size);
+        let attach = uuid::Uuid::from_u128(self.lives.into());
+        if let Some(attaches) = &mut self.persisted.attaches {
+            attaches.push(attach);
+        }
         self.trace.note(self.now, "agent starts", &[self.lives, self.persisted.epoch]);
         self.agent_knows_less();
         self.trace.say(self.now, || format!("{resume:?}"));
@@ -151,7 +157,7 @@ impl World {
             name: "vm1".parse().expect("a name"),
             size: self.plan.size,
             epoch: Epoch(self.persisted.epoch),
-            attach: uuid::Uuid::from_u128(self.lives.into()),
+            attach,
             ack: self.plan.ack,
             on_outage: self.plan.on_outage,
             window_bytes: self.plan.window,
@@ -171,6 +177,7 @@ impl World {
         filter.limit_resync(self.moment(), self.plan.resync_rate);
         filter.yield_to_guest(self.moment(), self.plan.added_latency);
         filter.not_before(self.persisted.last_time);
+        filter.follows(self.persisted.attaches.clone());
         self.recover_spill(&mut filter);
         self.agent = Some(Agent {
             life: self.lives,
@@ -216,6 +223,10 @@ impl World {
         let Some(agent) = &self.agent else { return };
         self.persisted.history = agent.filter.history();
         self.persisted.last_time = agent.filter.status().last_time;
+        // It may die before that is saved.
+        if agent.filter.was_welcomed() && (self.calm || self.random.one_in(2)) {
+            self.persisted.attaches = agent.filter.attaches().map(<[_]>::to_vec);
+        }
         self.keep_reserve();
         let Some(agent) = &self.agent else { return };
         if self.random.one_in(16) {

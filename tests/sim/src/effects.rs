@@ -189,7 +189,7 @@ impl World {
 
 /// Whether the receiver is said to have less, or something else, than it once acknowledged.
 fn is_of_a_rollback(alarm: &str) -> bool {
-    ["rolled back", "lost the history", "another history", "cannot be continued"]
+    ["rolled back", "lost the history", "another history", "cannot be continued", "was last written"]
         .iter()
         .any(|words| alarm.contains(words))
 }

@@ -202,6 +202,9 @@ fn what_a_state_knows_of_ends_with_its_last_sign_of_life_and_a_clean_one_with_th
     assert_eq!(until(&crashed, &left(&crashed, false)), Some(60_000_000));
     let clean = DiskRecord { last_time, ..record() };
     assert_eq!(until(&clean, &left(&clean, true)), Some(0));
+    // Its last time is that of an attach before, which was killed, and no receiver was heard since.
+    let early = DiskRecord { last_time_is_early: true, ..clean.clone() };
+    assert_eq!(known_until(&early, Some(&left(&early, true))), None);
     // Nothing was ever captured, or nobody tells.
     assert_eq!(
         known_until(

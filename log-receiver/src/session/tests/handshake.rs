@@ -51,13 +51,15 @@ fn a_history_that_was_welcomed_is_known_again_after_a_restart() {
 fn a_welcome_does_not_count_the_entry_of_its_own_hello() {
     let mut bench = Bench::new();
     let (mut peer, first) = bench.welcomed(of_epoch(1));
-    assert_eq!(first.position, LogPosition(0));
+    assert_eq!((first.position, first.last_attach), (LogPosition(0), None));
     peer.tell(&mut bench, pass_begin(5, 0));
     bench.commit(disk(7));
     let (_, higher) = bench.welcomed(of_epoch(2));
     assert_eq!(higher.position, LogPosition(2), "its attach is the third");
     let (_, same) = bench.welcomed(of_epoch(2));
     assert_eq!(same.position, LogPosition(3), "it has none");
+    let ids = [higher, same].map(|welcome| welcome.last_attach);
+    assert_eq!(ids, [1, 2].map(|attach| Some(Uuid::from_u128(attach))), "whose the log was before");
 }
 
 #[test]

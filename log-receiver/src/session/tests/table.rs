@@ -69,6 +69,7 @@ fn messages() -> Vec<(Message, Then)> {
         position: LogPosition::default(),
         in_pass: false,
         last_time: None,
+        last_attach: None,
     };
     let item = CompareItem { range: range(0, 4096), content: Content::Zeroes };
     vec![

@@ -176,3 +176,63 @@ fn a_state_directory_put_back_from_a_copy_is_noticed_where_no_file_tells() {
     let holes = disk.holes();
     assert!(holes.iter().any(|hole| hole["reason_code"] == "agent-rolled-back"), "{holes:?}");
 }
+
+#[test]
+fn a_store_whose_numbers_fit_and_which_another_life_of_the_disk_has_written_is_compared() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 32M"]);
+    disk.settle();
+    let kept = |from: &[&str], to: &str| {
+        std::fs::create_dir(bench.path(to)).unwrap();
+        from.iter().for_each(|one| drop(tools::run("cp", &["-a", &bench.name(one), &bench.name(to)])));
+    };
+    let put_back = |what: &[&str], from: &str| {
+        for one in what {
+            // The image stays the file that it is, as where a whole volume is put back.
+            if *one != "vm1.img" {
+                tools::run("rm", &["-r", &bench.name(one)]);
+            }
+            tools::run("cp", &["-a", &format!("{}/{one}", bench.name(from)), &bench.name(one)]);
+        }
+    };
+    assert_eq!((agent.stop(), receiver.stop()), (0, 0));
+    kept(&["state", "vm1.img", "store"], "all");
+    // Two lives that go on from there, as long as each other.
+    let live = |pattern: &str, offset: &str| {
+        let (receiver, agent) = (bench.receiver(), bench.agent());
+        disk.qemu_io(&[&format!("write -P {pattern} {offset} 1M")]);
+        disk.settle();
+        assert_eq!((agent.stop(), receiver.stop()), (0, 0));
+    };
+    live("0x22", "8M");
+    kept(&["store"], "newer");
+    put_back(&["state", "vm1.img", "store"], "all");
+    live("0x33", "20M");
+    put_back(&["store"], "newer");
+    let (_receiver, mut agent) = (bench.receiver(), bench.agent());
+    agent.may_complain("last written by an attach that this agent knows nothing of");
+    disk.settle();
+    assert!(agent.log().contains("last written by an attach"), "it is an alarm: {}", agent.log());
+    disk.latest_is_the_image();
+    let holes = disk.holes();
+    assert!(holes.iter().any(|hole| hole["reason_code"] == "foreign-history"), "{holes:?}");
+}
+
+#[test]
+fn what_an_agent_captured_after_its_last_sign_of_life_is_no_reason_for_an_alarm_later() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 8M"]);
+    disk.settle();
+    agent.kill();
+    assert_eq!(receiver.stop(), 0);
+    let mut agent = bench.agent();
+    agent.may_complain("no stream to the receiver");
+    bench.json_ending(3, &["detach", "vm1"]);
+    let _receiver = bench.receiver();
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.settle();
+    assert!(!agent.log().contains("put back from a copy"), "{}", agent.log());
+    disk.latest_is_the_image();
+}

@@ -1,0 +1,124 @@
+//! A receiver whose numbers fit and whose log another attach has written is not one that goes on.
+
+use std::time::Duration;
+
+use backtide_io_filter::{AckPolicy, Effect, Filter, Mode, Now, OnOutage, Resume, Settings};
+use backtide_protocol::{PROTOCOL_VERSION, ReceiverState, Welcome};
+use backtide_tracking::{ActivityLimits, SavedTracking};
+use backtide_units::{ByteCount, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn};
+use uuid::Uuid;
+
+const DISK: DiskId = DiskId(Uuid::from_u128(1));
+
+fn at(millis: u64) -> Now {
+    Now { monotonic: Duration::from_millis(millis), wall: CaptureTime(1_000_000 + millis * 1000) }
+}
+
+fn id(number: u128) -> Uuid {
+    Uuid::from_u128(number)
+}
+
+/// An agent that was in sync up to LSN 7 and attaches again, as attach 3.
+fn resumed() -> Filter {
+    let settings = Settings {
+        disk: DISK,
+        name: "vm1".parse().unwrap(),
+        size: ByteCount(64 * 4096),
+        epoch: Epoch(3),
+        attach: id(3),
+        ack: AckPolicy::Local,
+        on_outage: OnOutage::Continue,
+        window_bytes: ByteCount(1 << 20),
+        resync_buffer_bytes: ByteCount(4096),
+        guest_delay_max: Duration::from_millis(10),
+        outage_after: Duration::from_secs(5),
+        bitmap_bytes: ByteCount(1 << 20),
+        read_retry: Duration::from_secs(1),
+        unchanged_every: Duration::MAX,
+        activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
+    };
+    let saved = SavedTracking {
+        history: Some(HistoryId(id(5))),
+        last_lsn: Lsn(7),
+        gap_from: Lsn(7),
+        acked_durable: Lsn(7),
+        acked_position: LogPosition(9),
+        ..SavedTracking::unknown(DISK)
+    };
+    Filter::new(settings, Resume::Clean(saved), at(0))
+}
+
+/// A receiver that stands where the agent left it.
+fn welcome(last_attach: Option<Uuid>) -> Welcome {
+    Welcome {
+        version: PROTOCOL_VERSION,
+        history: HistoryId(id(5)),
+        state: ReceiverState::Known,
+        durable: Lsn(7),
+        highest: Lsn(7),
+        position: LogPosition(9),
+        in_pass: false,
+        last_time: None,
+        last_attach,
+    }
+}
+
+/// What is alarmed of, and whether everything is compared.
+fn looks(filter: &mut Filter, welcome: &Welcome) -> (Option<String>, bool) {
+    filter.connected(at(1), welcome);
+    let (mut alarm, mut scans) = (None, false);
+    while let Some(effect) = filter.next_effect() {
+        match effect {
+            Effect::Alarm(text) => alarm = Some(text),
+            Effect::Scan(_) => scans = true,
+            _ => {}
+        }
+    }
+    (alarm, scans)
+}
+
+#[test]
+fn the_attach_that_was_admitted_last_and_any_since_may_have_written_the_log() {
+    for last in [1, 2, 3] {
+        let mut filter = resumed();
+        filter.follows(Some(vec![id(1), id(2), id(3)]));
+        assert!(!filter.was_welcomed());
+        assert_eq!(looks(&mut filter, &welcome(Some(id(last)))), (None, false), "{last}");
+        assert!(filter.was_welcomed());
+        assert_eq!(filter.attaches(), Some(&[id(3)][..]), "the log ends with it from now on");
+    }
+}
+
+#[test]
+fn a_log_that_another_attach_has_written_is_compared_whatever_its_numbers_are() {
+    let mut filter = resumed();
+    filter.follows(Some(vec![id(1), id(3)]));
+    let (alarm, scans) = looks(&mut filter, &welcome(Some(id(2))));
+    assert!(alarm.is_some_and(|why| why.contains("put back from a copy")) && scans);
+    assert_eq!(filter.attaches(), Some(&[id(3)][..]), "it has the disk now");
+}
+
+#[test]
+fn a_receiver_put_in_the_place_of_the_one_that_is_connected_is_found_too() {
+    let mut filter = resumed();
+    filter.follows(Some(vec![id(1), id(3)]));
+    assert_eq!(looks(&mut filter, &welcome(Some(id(1)))), (None, false));
+    filter.disconnected(at(2));
+    // The same stream again, and then a store that an earlier attach had written last.
+    assert_eq!(looks(&mut filter, &welcome(Some(id(3)))), (None, false));
+    filter.disconnected(at(3));
+    let (alarm, scans) = looks(&mut filter, &welcome(Some(id(1))));
+    assert!(alarm.is_some() && scans);
+    assert_eq!(filter.mode(), Mode::Tracking);
+}
+
+#[test]
+fn nothing_is_made_of_what_nobody_knows() {
+    // A state of before attaches were noted, and a receiver that does not say.
+    let mut filter = resumed();
+    filter.follows(None);
+    assert_eq!(looks(&mut filter, &welcome(Some(id(2)))), (None, false));
+    let mut filter = resumed();
+    filter.follows(Some(vec![id(1), id(3)]));
+    assert_eq!(looks(&mut filter, &welcome(None)), (None, false));
+}
