@@ -18,7 +18,7 @@ use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 use crate::{
     commit_ticket::{CommitOutcome, CommitTicket, next_life},
     log_mark::{Followed, LogMark},
-    logs::Past,
+    past::{EndedLog, Past},
     reopening::Reopened,
     session::ConnectionId,
 };
@@ -166,7 +166,7 @@ impl Disk {
             Log::Failed(failed) => (failed.left.as_ref(), None),
         };
         let present = present.into_iter().flat_map(|left| &left.damage);
-        self.past.damage.iter().chain(present).chain(loss.map(|loss| &loss.why))
+        self.past.damage().chain(present).chain(loss.map(|loss| &loss.why))
     }
 
     /// Why acknowledged bytes are missing at the end of the open log, as long as only attaches have
@@ -218,7 +218,7 @@ impl Disk {
 
     /// Bytes of the log's files.
     pub fn log_bytes(&self) -> ByteCount {
-        ByteCount(self.log().map_or(ByteCount::ZERO, DiskLog::size).0 + self.past.bytes.0)
+        ByteCount(self.log().map_or(ByteCount::ZERO, DiskLog::size).0 + self.past.bytes().0)
     }
 
     /// How many files the log has.
@@ -361,6 +361,11 @@ impl Disk {
     /// What is left of the logs before it.
     pub(crate) fn past(&self) -> &Past {
         &self.past
+    }
+
+    /// Takes what is left of one of them now.
+    pub(crate) fn put_ended(&mut self, ended: EndedLog) {
+        self.past.put(ended);
     }
 
     pub(crate) fn append(&mut self, entry: Entry, payload: ByteCount) -> Result<Seq, DiskError> {

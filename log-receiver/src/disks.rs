@@ -32,7 +32,8 @@ use crate::{
     Forgotten, Names, StoreWatch,
     disk::{Disk, DiskError, Failure, chain},
     entries,
-    logs::{LOGS_MAX, Past},
+    logs::LOGS_MAX,
+    past::{EndedLog, Past},
     reopening::{Reopened, Reopening},
     session::ConnectionId,
     space::Space,
@@ -300,14 +301,14 @@ impl Disks {
                         take_name(&self.shelf.names, hello)?;
                         displaced = disk.reopened(*log, mark);
                     }
-                    Reopened::Damaged { error, left, past } => {
+                    Reopened::Damaged { error, left, ended } => {
                         // What is left of it may know an attach that nothing else does.
                         if let Some((salvaged, memo)) = left.map(|left| *left) {
                             disk.salvaged(salvaged, memo);
                         }
                         check_attached(disk.attached(), hello)?;
                         take_name(&self.shelf.names, hello)?;
-                        displaced = begin_new_log(&self.shelf, disk, &error, past)?;
+                        displaced = begin_new_log(&self.shelf, disk, &error, ended)?;
                     }
                     Reopened::Failed(error) => {
                         disk.fail(Failure::from(&error));
@@ -369,7 +370,7 @@ fn begin_new_log(
     shelf: &Shelf,
     disk: &mut Disk,
     error: &LogError,
-    past: Past,
+    ended: EndedLog,
 ) -> Result<Option<ConnectionId>, Closed> {
     let number = disk.log_number() + 1;
     if number > LOGS_MAX {
@@ -383,7 +384,7 @@ fn begin_new_log(
     let log = shelf.create(disk.id(), number).map_err(refused)?;
     tracing::error!(disk = %disk.id(), why = chain(error), "the log is damaged: a new one begins, points before the damage stay");
     let mark = shelf.mark(disk.id(), number, &log).map_err(refused)?;
-    Ok(disk.begun_anew(log, mark, number, past))
+    Ok(disk.begun_anew(log, mark, number, ended))
 }
 
 /// Whether the newest attach leaves room for this one.

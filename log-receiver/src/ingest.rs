@@ -14,7 +14,7 @@ use std::{
 };
 
 use backtide_protocol::{CloseCode, Closed};
-use backtide_recovery::{Attached, Base, Rebased, Snapshot};
+use backtide_recovery::{Attached, Base, RebaseError, Rebased, Snapshot};
 use backtide_segment::Seq;
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId};
 use bytes::Bytes;
@@ -33,6 +33,7 @@ use crate::{
     disk::{Disk, Failure, Rebasing},
     disks::{Disks, Shelf, closed},
     facts::DiskFacts,
+    past::EndedLog,
     pool::Pool,
     reopening::Settling,
     session::ConnectionId,
@@ -60,6 +61,15 @@ pub(crate) enum Task {
     Rebase { disk: DiskId, base: Box<Base>, answer: oneshot::Sender<Option<Rebasing>> },
     /// That is durable now.
     Rebased { disk: DiskId, life: u64, rebased: Box<Rebased>, answer: oneshot::Sender<()> },
+    /// Give what is left of the logs that a disk had before, the oldest first.
+    Ended(DiskId, oneshot::Sender<Vec<EndedLog>>),
+    /// Begin a log later that has ended; false when it cannot be.
+    RebaseEnded {
+        disk: DiskId,
+        log: u32,
+        base: Box<Base>,
+        answer: oneshot::Sender<Result<bool, RebaseError>>,
+    },
     /// Make durable where a log of a disk begins.
     Settle { disk: DiskId, log: u32, answer: oneshot::Sender<Settling> },
     /// Whether a disk may go; none for an unknown disk. No agent gets it from then on.
@@ -199,6 +209,16 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
                     disk.rebased(life, *rebased);
                 }
                 let _ = answer.send(());
+            }
+            Task::Ended(disk, answer) => {
+                let disks = ingest.disks.borrow();
+                drop(answer.send(disks.get(disk).map_or(Vec::new(), |disk| disk.past().logs().to_vec())));
+            }
+            Task::RebaseEnded { disk, log, base, answer } => {
+                let ingest = Rc::clone(&ingest);
+                tokio::task::spawn_local(async move {
+                    drop(answer.send(ingest.rebase_ended(disk, log, *base).await));
+                });
             }
             Task::Settle { disk, log, answer } => {
                 let ingest = Rc::clone(&ingest);

@@ -48,6 +48,7 @@ mod mount_numbers;
 mod mounts;
 mod overlay_export;
 mod overlays;
+mod past;
 mod point_export;
 mod points;
 mod pool;

@@ -5,8 +5,8 @@
 //! STORE/disks/<uuid>/log-2/segments/*.seg   the log that began when the first was found damaged
 //! STORE/disks/<uuid>/log-3/...              and so on; the last one is in use
 //! ```
-//! A damaged log is never written again: what it still gives back stays, and everything that comes
-//! goes into a new log with a history of its own. So it is with one that a repair has cut (`cut.rs`).
+//! Nothing is appended to a damaged log any more: what it still gives back stays until it is old (`past.rs`), and everything that
+//! comes goes into a new log with a history of its own. So it is with one that a repair has cut (`cut.rs`).
 
 use std::{
     io,
@@ -15,9 +15,9 @@ use std::{
 };
 
 use backtide_recovery::{
-    Attached, DiskLog, Durable, FoundBase, LogError, LogIdentity, Salvage, Seq, Snapshot, Unreadable, salvage,
+    DiskLog, Durable, FoundBase, LogError, LogIdentity, Salvage, Seq, Unreadable, salvage,
 };
-use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
+use backtide_units::{ByteOffset, DiskId, HistoryId};
 
 use crate::{
     cut::Cut,
@@ -25,54 +25,12 @@ use crate::{
     disks::{DISKS, Shelf},
     log_mark::{LogMark, Loss},
     memo::{self, Memo},
+    past::Past,
     watermark::{self, Noted, Watermark},
 };
 
 /// A disk whose log was damaged so often has a store that cannot be trusted with one more.
 pub(crate) const LOGS_MAX: u32 = 16;
-
-/// What is left of the logs that a disk had before the one in use.
-#[derive(Clone, Default)]
-pub(crate) struct Past {
-    /// All of it, the oldest log first; none when nothing was damaged.
-    pub(crate) snapshot: Option<Snapshot>,
-    /// What is wrong with it: sentences with file and place.
-    pub(crate) damage: Vec<String>,
-    /// The newest attach that is known of it.
-    pub(crate) attached: Option<Attached>,
-    /// Bytes of it that can be read.
-    pub(crate) bytes: ByteCount,
-}
-
-impl Past {
-    /// Puts what is left of the next log behind it.
-    pub(crate) fn push(&mut self, salvaged: Salvage, memo: Option<Memo>) {
-        let Salvage { snapshot, damage, size, .. } = salvaged;
-        let own = snapshot.timeline().attached().cloned();
-        let candidates = [self.attached.take(), own, memo.map(|memo| memo.attached)];
-        // Of equal epochs the first: a memo knows no more than its log.
-        self.attached = candidates.into_iter().flatten().reduce(|a, b| if b.epoch > a.epoch { b } else { a });
-        self.damage.extend(damage);
-        self.bytes.0 += size.0;
-        self.snapshot = Some(match self.snapshot.take() {
-            Some(before) => snapshot.following(before),
-            None => snapshot,
-        });
-    }
-
-    /// The highest LSN of it: new ones lie above.
-    pub(crate) fn highest(&self) -> Lsn {
-        self.snapshot.as_ref().map_or(Lsn::ZERO, |snapshot| snapshot.timeline().highest_lsn())
-    }
-
-    /// `snapshot` of the log in use, with the points of those before it.
-    pub(crate) fn followed_by(&self, snapshot: Snapshot) -> Snapshot {
-        match &self.snapshot {
-            Some(before) => snapshot.following(before.clone()),
-            None => snapshot,
-        }
-    }
-}
 
 impl Shelf {
     /// The directory of a disk's log: of its first, or of one that followed.
@@ -121,7 +79,7 @@ impl Shelf {
         let (number, opened) = found?;
         let mut past = Past::default();
         for &before in numbers.iter().filter(|before| **before < number) {
-            self.push_past(&mut past, disk, before);
+            past.put(self.ended(disk, before));
         }
         let opened = opened.and_then(|log| {
             let mark = self.mark(disk, number, &log)?;
@@ -194,17 +152,6 @@ impl Shelf {
         )
     }
 
-    pub(crate) fn push_past(&self, past: &mut Past, disk: DiskId, number: u32) {
-        match self.salvage(disk, number, None) {
-            Ok(salvaged) => past.push(salvaged, self.memo(disk, number)),
-            Err(error) => {
-                let why = format!("what is left of an older log cannot be read: {}", chain(&error));
-                tracing::error!(%disk, log = number, why);
-                past.damage.push(why);
-            }
-        }
-    }
-
     /// Reads what is left of a log that is out of use, once. What cannot be read is said by the failure.
     pub(crate) fn make_readable(&self, disk: &mut Disk) {
         let Some(wanted) = disk.wants_salvage() else { return };
@@ -268,6 +215,7 @@ impl Shelf {
             (Err(error @ LogError::NoLog { .. }), None) => {
                 Salvage::nothing(chain(&self.lost(disk, log).ok_or(error)?))
             }
+            (Ok(salvaged), _) if salvaged.is_ended() => return Ok(salvaged),
             (Ok(salvaged), Some(cut)) if salvaged.damage.is_empty() || salvaged.has_no_segment() => {
                 salvaged.cut_because(&cut.why)
             }

@@ -19,8 +19,8 @@ use crate::{
     disks::{Disks, check_attached},
     ingest::Ingest,
     log_mark::LogMark,
-    logs::Past,
     memo::Memo,
+    past::EndedLog,
 };
 
 /// A log that failed, to be opened again.
@@ -30,7 +30,6 @@ pub(crate) struct Reopening {
     number: u32,
     /// What is left of it, when nobody has read that yet.
     wanted: Option<Wanted>,
-    past: Past,
 }
 
 /// What that came to.
@@ -42,8 +41,8 @@ pub(crate) enum Reopened {
         error: LogError,
         /// What can still be read of it, when nobody had read that yet and it can be.
         left: Option<Box<(Salvage, Option<Memo>)>>,
-        /// The logs before a new one.
-        past: Past,
+        /// What stands before a new one of it.
+        ended: EndedLog,
     },
     /// Not now.
     Failed(LogError),
@@ -56,13 +55,12 @@ impl Reopening {
             disk: disk.id(),
             number: disk.log_number(),
             wanted: disk.wants_salvage(),
-            past: disk.past().clone(),
         }
     }
 
     /// Does it; blocks.
     pub(crate) fn run(self) -> Reopened {
-        let Self { shelf, disk, number, wanted, mut past } = self;
+        let Self { shelf, disk, number, wanted } = self;
         let opened = shelf.open(disk, number).and_then(|log| {
             let mark = shelf.mark(disk, number, &log)?;
             Ok((log, mark))
@@ -71,8 +69,8 @@ impl Reopening {
             Ok((log, mark)) => Reopened::Open(Box::new(log), mark),
             Err(error @ LogError::Damaged { .. }) => {
                 let left = wanted.and_then(|wanted| shelf.left_of(disk, number, &wanted));
-                shelf.push_past(&mut past, disk, number);
-                Reopened::Damaged { error, left: left.map(Box::new), past }
+                let ended = shelf.ended(disk, number);
+                Reopened::Damaged { error, left: left.map(Box::new), ended }
             }
             Err(error) => Reopened::Failed(error),
         }

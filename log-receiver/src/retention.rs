@@ -17,5 +17,7 @@ pub(crate) use forecast::Growth;
 pub(crate) use keeper::{Keeper, KeeperWatch};
 pub(crate) use ladder::{Ladder, LadderError, Span};
 pub(crate) use locks::{Lock, Moment};
-pub(crate) use plan::{Plan, PlanError, Pressure, SLOTS_MAX, every_change_from, plan};
+pub(crate) use plan::{
+    Plan, PlanError, Pressure, SLOTS_MAX, every_change_from, first_point, plan, plan_all, plan_ended,
+};
 pub(crate) use policy::{Pin, Policies, Policy, damage_of};

@@ -23,6 +23,7 @@ mod alarms;
 mod around;
 mod forget;
 mod locks;
+mod preview;
 mod retention;
 
 use crate::{

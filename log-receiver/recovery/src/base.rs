@@ -64,43 +64,60 @@ pub struct Base {
     pub(crate) generation: u64,
     pub(crate) first_segment: SegmentId,
     pub(crate) first_seq: Seq,
-    /// What the entries before `first_seq` give, as if nothing were thinned.
+    /// What the entries before `first_seq` give, as if nothing were thinned; of a log that has ended what it offers.
     pub(crate) timeline: Timeline,
-    pub(crate) floor: KeptPoint,
+    /// None of a log that has ended (`ended.rs`).
+    pub(crate) floor: Option<KeptPoint>,
     /// Points below the floor that are kept, ascending.
     pub(crate) kept: Vec<KeptPoint>,
 }
 
 impl Base {
-    /// The point from which on every change is kept.
-    pub fn floor(&self) -> KeptPoint {
+    /// The point from which on every change is kept; none of a log that has ended, of which single points are left at most.
+    pub fn floor(&self) -> Option<KeptPoint> {
         self.floor
     }
 
-    /// The single points below it, ascending.
+    /// Whether it is of a log that has ended, of which nothing is read but images.
+    pub fn is_ended(&self) -> bool {
+        self.floor.is_none()
+    }
+
+    /// Whether it is the next one of a log that begins with `before`.
+    pub fn follows(&self, before: Option<&Self>) -> bool {
+        self.generation == before.map_or(0, |before| before.generation) + 1
+    }
+
+    /// The single points below the floor, ascending.
     pub fn kept(&self) -> &[KeptPoint] {
         &self.kept
     }
 
+    /// All points that are images, ascending.
+    pub fn images(&self) -> impl Iterator<Item = KeptPoint> {
+        self.kept.iter().chain(&self.floor).copied()
+    }
+
     /// All images that it names.
     pub fn roots(&self) -> impl Iterator<Item = Root> {
-        self.kept.iter().chain([&self.floor]).map(|kept| kept.root)
+        self.images().map(|kept| kept.root)
     }
 
     /// Thins a timeline to what this offers.
     pub(crate) fn thin(&self, timeline: &mut Timeline) {
+        let Some(floor) = self.floor else { return };
         let kept: Vec<TimedLsn> = self.kept.iter().map(|kept| kept.at).collect();
-        timeline.thin(self.floor.at, &kept);
+        timeline.thin(floor.at, &kept);
     }
 
     /// Whether a log with this timeline ends before the floor: something has removed its end.
     pub(crate) fn is_above(&self, timeline: &Timeline) -> bool {
-        timeline.covered() < self.floor.at.lsn
+        self.floor.is_some_and(|floor| timeline.covered() < floor.at.lsn)
     }
 
-    /// The entries that take a log that ends before the floor to it: the floor's image is a pass that is complete.
-    pub(crate) fn bridge(&self, timeline: &Timeline, what: &str) -> [Entry; 2] {
-        let TimedLsn { lsn: at, time } = self.floor.at;
+    /// The entries that take a log that ends before its `floor` to it: the floor's image is a pass that is complete.
+    pub(crate) fn bridge(floor: KeptPoint, timeline: &Timeline, what: &str) -> [Entry; 2] {
+        let TimedLsn { lsn: at, time } = floor.at;
         let reason = damage_reason(what);
         [
             Entry::PassBegin { at, gap_from: timeline.covered(), time, reason },
@@ -112,7 +129,7 @@ impl Base {
     pub(crate) fn thin_to_images(&self, timeline: &mut Timeline) {
         timeline.intervals.clear();
         timeline.in_interval = false;
-        timeline.intervals.push(Interval { from: self.floor.at, to: self.floor.at });
+        timeline.intervals.extend(self.floor.map(|floor| Interval { from: floor.at, to: floor.at }));
         self.thin(timeline);
     }
 }
@@ -177,15 +194,15 @@ fn read_copy(storage: &dyn Storage, path: &Path) -> Result<Copy, LogError> {
 fn is_of_the_segments(base: &Base, storage: &dyn Storage, dir: &Path) -> Result<bool, LogError> {
     let segments_dir = dir.join("segments");
     let ids = list(storage, &segments_dir)?;
-    if !ids.contains(&base.first_segment) {
-        return Ok(ids.is_empty());
-    }
+    // Of a log that has ended any that is left.
+    let first = ids.iter().find(|id| base.is_ended() || **id == base.first_segment);
+    let Some(first) = first else { return Ok(ids.is_empty()) };
     // A header that is lost says nothing against it.
-    let Ok(header) = told(open_to_recover(storage, &segments_dir, base.first_segment)?.header())? else {
+    let Ok(header) = told(open_to_recover(storage, &segments_dir, *first)?.header())? else {
         return Ok(true);
     };
     let identity = LogIdentity { disk: header.disk, history: header.history };
-    Ok((identity, header.first_seq) == (base.identity, base.first_seq))
+    Ok(identity == base.identity && (base.is_ended() || header.first_seq == base.first_seq))
 }
 
 /// Removes what is kept elsewhere of the logs in `dir` and in the directories below it, durably.
@@ -336,7 +353,7 @@ impl From<ImageError> for LogError {
     }
 }
 
-/// The highest LSN of a version that the entries before the base can have.
+/// The highest LSN of a version that the entries before the base can have: of one that has ended, any.
 pub(crate) fn floor_of(base: Option<&Base>) -> Lsn {
-    base.map_or(Lsn::ZERO, |base| base.floor.at.lsn)
+    base.map_or(Lsn::ZERO, |base| base.floor.map_or(Lsn::MAX, |floor| floor.at.lsn))
 }

@@ -175,6 +175,14 @@ impl DiskLog {
         let base = FoundBase::read(&*storage, dir)?;
         let doubtful = !base.is_settled();
         let base = base.usable(&*storage, dir)?;
+        if base.as_ref().is_some_and(Base::is_ended) {
+            return Err(LogError::Damaged {
+                file: storage.display(&segments_dir),
+                offset: ByteOffset::ZERO,
+                what: "the log has ended: nothing is appended to it any more, and only images of it are left"
+                    .to_owned(),
+            });
+        }
         let opened = recover::recover(&*storage, &segments_dir, options.writer(), base.as_ref(), noted)?;
         if base.is_some() && doubtful {
             put(base.as_ref(), &*storage, dir)?;

@@ -11,6 +11,7 @@ mod chores;
 mod density;
 mod directory;
 mod disk_log;
+mod ended;
 mod error;
 mod fold;
 mod image_cost;
@@ -43,6 +44,7 @@ pub use disk_log::{
     DiskLog, FoldError, Foldable, LogIdentity, LogOptions, RebaseError, RebaseTicket, Rebased, Recovered,
     SettleTicket,
 };
+pub use ended::rebase_closed;
 pub use error::{AppendError, InvalidEntry, LogError, Nearest, PointError, TimedLsn};
 pub use image_cost::ImageCost;
 pub use mend::AskDisk;

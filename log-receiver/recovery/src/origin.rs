@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeSet,
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
@@ -17,6 +18,7 @@ use roaring::RoaringTreemap;
 
 use crate::{
     Base, LogCache, LogError, TimedLsn,
+    chores::SPARE,
     recover::{failed, list},
 };
 
@@ -47,7 +49,7 @@ pub struct Removed {
 impl Origin {
     /// Of a log in `dir`.
     pub(crate) fn new(dir: &Path, base: Option<Base>, images: &Images, origins: &Origins) -> Arc<Self> {
-        let points = base.iter().flat_map(|base| base.kept.iter().chain([&base.floor]));
+        let points = base.iter().flat_map(Base::images);
         let opened = points.map(|kept| (kept.at, images.image(kept.root))).collect();
         let origin =
             Arc::new(Self { dir: dir.to_owned(), base, store: Some(images.clone()), images: opened });
@@ -141,6 +143,9 @@ pub fn remove_unused(storage: &dyn Storage, dir: &Path, cache: &LogCache) -> Res
     let had = cache.origins().first_had(dir);
     let first = had.map_or(base.first_segment, |had| had.min(base.first_segment));
     let segments_dir = dir.join("segments");
+    if base.is_ended() && settled {
+        removed.bytes.0 += remove_spare(storage, &segments_dir)?;
+    }
     let mut names = BTreeSet::new();
     for id in list(storage, &segments_dir)?.into_iter().filter(|id| *id < base.first_segment) {
         let path = segments_dir.join(id.file_name());
@@ -158,4 +163,15 @@ pub fn remove_unused(storage: &dyn Storage, dir: &Path, cache: &LogCache) -> Res
     // An open file takes its room as long as it is open.
     cache.forget_files(&names);
     Ok(removed)
+}
+
+/// Removes the file that was to become the next segment of a log that has ended; gives its bytes.
+fn remove_spare(storage: &dyn Storage, segments_dir: &Path) -> Result<u64, LogError> {
+    let path = segments_dir.join(SPARE);
+    let length = match storage.open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        opened => opened.and_then(|file| file.len()),
+    };
+    let removed = length.and_then(|length| storage.remove(&path).map(|()| length.0));
+    removed.map_err(|source| failed(format!("remove {}", storage.display(&path).display()), source))
 }

@@ -54,7 +54,7 @@ impl Salvage {
         Self::unreadable(timeline, vec![damage])
     }
 
-    fn unreadable(timeline: Timeline, damage: Vec<String>) -> Self {
+    pub(crate) fn unreadable(timeline: Timeline, damage: Vec<String>) -> Self {
         let snapshot = nothing_of(timeline);
         let (beyond, lost_headers) = (Vec::new(), Vec::new());
         Self {
@@ -148,6 +148,9 @@ pub fn salvage(
     };
     let segments_dir = dir.join("segments");
     let FoundBase { base, damage: base_damage, .. } = FoundBase::read(&**storage, dir)?;
+    if let Some(base) = base.as_ref().filter(|base| base.is_ended()) {
+        return Ok(Salvage::of_ended(dir, base.clone(), base_damage, &cache.images(storage), cache));
+    }
     let first = base.as_ref().map_or(SegmentId::FIRST, |base| base.first_segment);
     let mut damage = base_damage;
     let nobody_knows_the_base = base.is_none() && !damage.is_empty();

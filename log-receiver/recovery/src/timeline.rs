@@ -298,7 +298,6 @@ impl Timeline {
     /// Leaves of everything below `floor` only the points in `kept`. The floor is an image, so it is a point, whatever the
     /// log has left of the pass that made it one.
     pub(crate) fn thin(&mut self, floor: TimedLsn, kept: &[TimedLsn]) {
-        let reason = || PassReason { code: Reason::Thinned.code(), text: Reason::Thinned.to_string() };
         self.intervals.retain(|interval| interval.to.lsn >= floor.lsn);
         self.holes.retain(|hole| hole.to.is_none_or(|to| to.lsn > floor.lsn));
         self.seams.retain(|seam| seam.lsn > floor.lsn);
@@ -312,28 +311,25 @@ impl Timeline {
                         hole.from = Some(floor)
                     }
                     Some(_) | None if to.is_some() => {
-                        self.holes.insert(0, Hole { from: Some(floor), to, reason: reason(), passes: 0 });
+                        self.holes.insert(0, Hole { from: Some(floor), to, ..thinned() });
                     }
                     Some(_) | None => {}
                 }
             }
         }
         let behind = kept.iter().skip(1).chain([&floor]);
-        let hole = |(from, to): (&TimedLsn, &TimedLsn)| Hole {
-            from: Some(*from),
-            to: Some(*to),
-            reason: reason(),
-            passes: 0,
-        };
+        let hole =
+            |(from, to): (&TimedLsn, &TimedLsn)| Hole { from: Some(*from), to: Some(*to), ..thinned() };
         self.holes.splice(..0, kept.iter().zip(behind).map(hole));
         self.intervals.splice(..0, kept.iter().map(|point| Interval { from: *point, to: *point }));
     }
 
     /// The timeline of a disk whose log ended and was followed by a new one: an open hole of the older
-    /// one lasts until the first point of the newer one.
+    /// one lasts until the first point of the newer one. Of one that is folded away there is none.
     pub(crate) fn joined(before: &Self, after: &Self) -> Self {
         let mut joined = before.clone();
-        if joined.holes.last().is_none_or(|hole| hole.to.is_some()) {
+        let is_gone = before.intervals.is_empty() && before.holes.is_empty();
+        if !is_gone && joined.holes.last().is_none_or(|hole| hole.to.is_some()) {
             joined.end(Some("the log ended before its time"));
         }
         let first = after.intervals.first().map(|interval| interval.from);
@@ -343,7 +339,7 @@ impl Timeline {
         joined.intervals.extend_from_slice(&after.intervals);
         joined.seams.extend_from_slice(&after.seams);
         // One without a beginning is the time before the newer log's first point: the hole above.
-        joined.holes.extend(after.holes.iter().filter(|hole| hole.from.is_some()).cloned());
+        joined.holes.extend(after.holes.iter().filter(|hole| is_gone || hole.from.is_some()).cloned());
         Arc::make_mut(&mut joined.marks).extend_from_slice(&after.marks);
         joined.sizes.extend_from_slice(&after.sizes);
         joined.forgotten.marks += after.forgotten.marks;
@@ -378,6 +374,12 @@ impl Timeline {
             None => PointError::Outside { asked, nearest },
         }
     }
+}
+
+/// A hole between two points of which those between were not to be kept.
+pub(crate) fn thinned() -> Hole {
+    let reason = PassReason { code: Reason::Thinned.code(), text: Reason::Thinned.to_string() };
+    Hole { from: None, to: None, reason, passes: 0 }
 }
 
 /// The reason of a hole that damage has made.

@@ -98,7 +98,7 @@ impl World {
         }
         let snapshot = self.agent.log.snapshot()?.alone();
         let Some(latest) = snapshot.timeline().latest() else { return Ok(None) };
-        let before = snapshot.base().map(|base| base.floor());
+        let before = snapshot.base().and_then(|base| base.floor());
         let above = before.map_or(Lsn::ZERO, |before| before.at.lsn);
         let choice = Self::named(&snapshot, above, latest.lsn);
         let random = &mut self.agent.random;
@@ -237,7 +237,7 @@ fn differences_between_kept_points_are_told_and_nothing_else() {
         let snapshot = world.agent.log.snapshot().expect("snapshot");
         let points: Vec<Lsn> =
             snapshot.timeline().intervals().iter().flat_map(|i| [i.from.lsn, i.to.lsn]).collect();
-        let floor = snapshot.base().map_or(Lsn::ZERO, |base| base.floor().at.lsn);
+        let floor = snapshot.base().and_then(|base| base.floor()).map_or(Lsn::ZERO, |floor| floor.at.lsn);
         for (place, &a) in points.iter().enumerate() {
             for &b in &points[place..] {
                 let changed = snapshot.changed_blocks(a, b).expect("changed");

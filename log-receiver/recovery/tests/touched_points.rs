@@ -290,7 +290,7 @@ fn a_damaged_chunk_or_node_touches_the_images_that_have_it_and_what_stands_on_th
     for seed in seeds(5) {
         let agent = folded(seed);
         let mut random = Random(seed);
-        let floor: TimedLsn = fresh(&agent).base().expect("it has one").floor().at;
+        let floor: TimedLsn = fresh(&agent).base().and_then(|base| base.floor()).expect("it has one").at;
         for _ in 0..16 {
             let snapshot = fresh(&agent);
             let (path, offset, bit) = flip_anywhere(&agent, &files(&agent, "pack"), &mut random);

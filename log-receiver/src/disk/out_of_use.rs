@@ -6,8 +6,13 @@ use backtide_units::DiskId;
 
 use super::{Disk, Failed, Failure, Left, Log, Wanted};
 use crate::{
-    commit_ticket::next_life, log_mark::LogMark, logs::Past, memo::Memo, reopening::Reopened,
-    session::ConnectionId, touched::touched,
+    commit_ticket::next_life,
+    log_mark::LogMark,
+    memo::Memo,
+    past::{EndedLog, Past},
+    reopening::Reopened,
+    session::ConnectionId,
+    touched::touched,
 };
 
 impl Disk {
@@ -35,7 +40,7 @@ impl Disk {
         if let Some(past) = &self.past.snapshot {
             // The log in use goes on behind them.
             let next = self.timeline().and_then(|timeline| timeline.intervals().first());
-            for why in &self.past.damage {
+            for why in self.past.damage() {
                 let mut found = past.lost_with(why);
                 let open = found.spans.iter_mut().filter(|span| span.to.is_none());
                 open.for_each(|span| span.to = next.map(|interval| interval.from));
@@ -81,16 +86,16 @@ impl Disk {
         self.owner.take()
     }
 
-    /// Puts a new log into use behind a damaged one. Gives the connection that had that one.
+    /// Puts a new log into use behind a damaged one, of which `ended` is left. Gives the connection that had that one.
     pub(crate) fn begun_anew(
         &mut self,
         log: DiskLog,
         mark: LogMark,
         number: u32,
-        past: Past,
+        ended: EndedLog,
     ) -> Option<ConnectionId> {
         self.number = number;
-        self.past = past;
+        self.past.put(ended);
         self.reopened(log, mark)
     }
 

@@ -182,6 +182,11 @@ impl Work<'_> {
     ) -> Result<(), LogError> {
         let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
         let storage = &*shelf.storage;
+        if FoundBase::read(storage, &dir)?.base.is_some_and(|base| base.is_ended()) {
+            // What is left of it are images: there is nothing to open or to cut.
+            done.mended.extend(settle_base(storage, &dir)?);
+            return Ok(());
+        }
         if let Some(cut) = Cut::read(storage, &dir)? {
             done.mended.extend(settle_base(storage, &dir)?);
             if self.what == Repair::Rebuild {

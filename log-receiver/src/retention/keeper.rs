@@ -5,11 +5,12 @@
 //! What it does is whole whenever it ends: it can be stopped at any time.
 
 mod begin;
+mod ended;
 mod room;
 mod thin;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -88,13 +89,18 @@ struct Work {
     shrunk_last: Option<DiskId>,
     /// Bytes of history given up that are still there; none before the first look.
     left: Option<BTreeMap<DiskId, ByteCount>>,
-    /// What was free when a disk's images did not fit.
-    no_room: BTreeMap<DiskId, ByteCount>,
-    /// What of a disk's history could not be read when it was to be folded.
-    unreadable: BTreeMap<DiskId, thin::Unreadable>,
+    /// What was free when a log's images did not fit.
+    no_room: BTreeMap<LogKey, ByteCount>,
+    /// What of a log's history could not be read when it was to be folded.
+    unreadable: BTreeMap<LogKey, thin::Unreadable>,
+    /// Logs that have ended, of which it is known that what they begin with is durable everywhere.
+    settled: BTreeSet<(DiskId, u32)>,
     started: Instant,
     forecast: Forecast,
 }
+
+/// A log of a disk: the one in use, or by its number one that has ended.
+type LogKey = (DiskId, Option<u32>);
 
 /// The receiver is shutting down.
 struct Ending;
@@ -127,6 +133,7 @@ impl Keeper {
             left: None,
             no_room: BTreeMap::new(),
             unreadable: BTreeMap::new(),
+            settled: BTreeSet::new(),
             started: Instant::now(),
             forecast: Forecast::default(),
         };
@@ -217,7 +224,8 @@ impl Work {
         let mut disks = self.disks()?;
         self.collect |= self.shared.collect.swap(false, Ordering::Relaxed);
         lock(&self.shared.status).errors.retain(|disk, _| disks.contains(disk));
-        self.unreadable.retain(|disk, _| disks.contains(disk));
+        self.unreadable.retain(|(disk, _), _| disks.contains(disk));
+        self.settled.retain(|(disk, _)| disks.contains(disk));
         // Before anything else goes.
         let doubtful = self.settle_all()?;
         disks.retain(|disk| doubtful.get(disk) != Some(&true));
@@ -225,7 +233,7 @@ impl Work {
             // The longest history first, and one disk a round: then the room is looked at again.
             let mut windows = Vec::new();
             for disk in &disks {
-                let begins = self.snapshot(*disk)?.and_then(|snapshot| every_change_from(&snapshot));
+                let begins = self.all_logs(*disk)?.and_then(|snapshot| every_change_from(&snapshot));
                 windows.extend(begins.map(|begins| (begins.time, *disk)));
             }
             windows.sort();
@@ -235,7 +243,7 @@ impl Work {
             disks.retain(|disk| !waits && self.left_of(*disk).0 == 0);
         }
         for disk in disks {
-            match self.thin(disk, pressure) {
+            match self.thin_all(disk, pressure) {
                 Ok(done) => {
                     if !doubtful.contains_key(&disk) {
                         lock(&self.shared.status).errors.remove(&disk);
@@ -350,9 +358,14 @@ impl Work {
 
     /// The log in use of a disk, durable; none when it has failed since.
     fn snapshot(&self, disk: DiskId) -> Result<Option<Snapshot>, Ending> {
+        Ok(self.all_logs(disk)?.map(|snapshot| snapshot.alone()))
+    }
+
+    /// The same with those before it.
+    fn all_logs(&self, disk: DiskId) -> Result<Option<Snapshot>, Ending> {
         let readable = ask(self.thread_of(disk), |answer| Task::Read(disk, answer))?;
         Ok(match readable {
-            Some(Ok(Readable { snapshot, .. })) => Some(snapshot.alone()),
+            Some(Ok(Readable { snapshot, .. })) => Some(snapshot),
             Some(Err(_)) | None => None,
         })
     }

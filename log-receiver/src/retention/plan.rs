@@ -6,8 +6,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use backtide_recovery::{Foldable, LogError, Snapshot, TimedLsn};
+use backtide_recovery::{Base, Foldable, LogError, Snapshot, TimedLsn};
 use backtide_units::{CaptureTime, Lsn};
+
+mod ended;
+
+pub(crate) use ended::{first_point, plan_all, plan_ended};
 
 use super::ladder::{Ladder, Span};
 
@@ -39,6 +43,8 @@ pub(crate) enum PlanError {
 pub(crate) struct Plan {
     /// The oldest segments that go, and the point from which on every change is kept then.
     pub(crate) fold: Option<(Foldable, TimedLsn)>,
+    /// The log has ended and is old as a whole: all of its segments go, and single points alone stay.
+    pub(crate) ends: bool,
     /// Single points below that, ascending.
     pub(crate) kept: Vec<TimedLsn>,
     /// Points of the log that go although they are single ones now.
@@ -81,7 +87,7 @@ fn plan_within(
 ) -> Result<Option<Plan>, PlanError> {
     let base = snapshot.base();
     let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect();
-    let old_floor = base.map(|base| base.floor().at);
+    let old_floor = base.and_then(Base::floor).map(|floor| floor.at);
     let fold = match horizon(snapshot, ladder, now, pressure) {
         Some(horizon) => step(snapshot, ladder, now, horizon, slots_max, old_floor)?,
         None => None,
@@ -92,6 +98,23 @@ fn plan_within(
         points.insert(floor);
     }
     let points: Vec<TimedLsn> = points.into_iter().collect();
+    let kept = standing(&points, ladder, pins, (now, pressure), kept_max)?;
+    let gone = old.iter().chain(old_floor.iter().filter(|_| fold.is_some()));
+    let dropped: Vec<TimedLsn> = gone.filter(|point| !kept.contains(point)).copied().collect();
+    if fold.is_none() && kept == old {
+        return Ok(None);
+    }
+    Ok(Some(Plan { fold, ends: false, kept, dropped }))
+}
+
+/// Those of ascending points that stand for something, or are pinned; the last one is none of them, but what comes next.
+fn standing(
+    points: &[TimedLsn],
+    ladder: &Ladder,
+    pins: &BTreeMap<Lsn, CaptureTime>,
+    (now, pressure): (CaptureTime, Pressure),
+    kept_max: usize,
+) -> Result<Vec<TimedLsn>, PlanError> {
     let stands = |two: &&[TimedLsn]| {
         pins.contains_key(&two[0].lsn)
             || ladder.any.is_none()
@@ -104,12 +127,7 @@ fn plan_within(
     if kept.len() > kept_max {
         return Err(PlanError::TooMany { ladder: ladder.to_string() });
     }
-    let gone = old.iter().chain(old_floor.iter().filter(|_| fold.is_some()));
-    let dropped: Vec<TimedLsn> = gone.filter(|point| !kept.contains(point)).copied().collect();
-    if fold.is_none() && kept == old {
-        return Ok(None);
-    }
-    Ok(Some(Plan { fold, kept, dropped }))
+    Ok(kept)
 }
 
 /// Leaves the newest of these points, and those that are pinned.
@@ -142,12 +160,12 @@ fn horizon(
     }
 }
 
-/// The first point of those of which every one is kept.
+/// The first point of those of which every one is kept, holes aside: of the oldest log that has such.
 pub(crate) fn every_change_from(snapshot: &Snapshot) -> Option<TimedLsn> {
-    match snapshot.base() {
-        Some(base) => Some(base.floor().at),
-        None => snapshot.timeline().intervals().first().map(|interval| interval.from),
-    }
+    snapshot.logs().iter().find_map(|log| match log.base() {
+        Some(base) => base.floor().map(|floor| floor.at),
+        None => log.timeline().intervals().first().map(|interval| interval.from),
+    })
 }
 
 /// What can be folded below the horizon, in steps of so many slots: as many steps as it takes for a segment to go.

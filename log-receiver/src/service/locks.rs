@@ -7,7 +7,7 @@ use backtide_units::{CaptureTime, DiskId, DiskName, Lsn};
 use super::{Found, Service};
 use crate::{
     points,
-    retention::{self, Ladder, Moment, Pressure, Span, plan},
+    retention::{self, Ladder, Moment, Span, plan_all},
 };
 
 impl Service {
@@ -70,10 +70,9 @@ impl Service {
         let Found { snapshot, .. } = self.look_at(name).await?;
         let ladder = ladder.unwrap_or_else(|| self.policies.default_ladder()).clone();
         let staying = policy.staying(now);
-        let goes = self
-            .read(move || plan(&snapshot.alone(), &ladder, &staying, now.wall, Pressure::None, None))
-            .await?;
-        if goes.map_err(|error| super::retention::plan_error(&error))?.is_none() {
+        let plans = self.read(move || plan_all(&snapshot, &ladder, &staying, now.wall)).await?;
+        let plans = plans.map_err(|error| super::retention::plan_error(&error))?;
+        if plans.iter().all(|(_, plan)| plan.is_none()) {
             return Ok(());
         }
         let why = format!(

@@ -1,22 +1,22 @@
 //! The control API's answers about retention.
 
 use backtide_receiver_api::{
-    ApiError, DiskRef, DiskRetention, ErrorCode, HeldPoint, KeepRequest, MarkPoint, Mount, OverlayFate,
-    ReceiverService, RetentionPreview, RetentionReport, RetentionRequest, UnmountRequest,
+    ApiError, DiskRef, DiskRetention, ErrorCode, HeldPoint, KeepRequest, Mount, OverlayFate, ReceiverService,
+    RetentionPreview, RetentionReport, RetentionRequest, UnmountRequest,
 };
-use backtide_recovery::{ImageCost, LogError, Point, Snapshot, TimedLsn};
+use backtide_recovery::{LogError, Point, TimedLsn};
 use backtide_units::{ByteCount, DiskId, DiskName, Lsn};
 
-use super::{Found, Service};
+use super::{
+    Found, Service,
+    preview::{LogPreview, single_points},
+};
 use crate::{
     OnFull,
     facts::DiskFacts,
     points,
-    retention::{Ladder, LadderError, Pin, Plan, PlanError, Pressure, every_change_from, plan},
+    retention::{Ladder, LadderError, Pin, PlanError, every_change_from, plan_all},
 };
-
-/// Images of a plan whose cost is looked up; that of others is taken to be like theirs.
-const COSTS_MAX: usize = 128;
 
 impl Service {
     pub(super) async fn report_retention(&self, disk: Option<DiskName>) -> Result<RetentionReport, ApiError> {
@@ -59,9 +59,7 @@ impl Service {
         let (Some(name), snapshot) = (facts.name, readable.snapshot) else { return Ok(None) };
         let policy = self.policies.of(facts.id);
         let timeline = snapshot.timeline();
-        let alone = snapshot.alone();
-        let single =
-            alone.base().iter().flat_map(|base| base.kept()).map(|kept| points::point(kept.at)).collect();
+        let single = snapshot.logs().iter().flat_map(single_points).map(points::point).collect();
         let pinned = |(lsn, time): (&_, &_)| points::point(TimedLsn { lsn: *lsn, time: *time });
         let held = |(owner, held): (String, Pin)| HeldPoint { owner, lsn: held.lsn, time: held.time };
         let keeper = self.keeper.status();
@@ -70,7 +68,7 @@ impl Service {
             ladder: self.policies.ladder(facts.id).to_string(),
             own: policy.ladder.is_some(),
             oldest: timeline.intervals().first().map(|interval| points::point(interval.from)),
-            every_point_from: every_change_from(&alone).map(points::point),
+            every_point_from: every_change_from(&snapshot).map(points::point),
             single_points: single,
             keep: policy.pins.iter().map(pinned).collect(),
             locks: self.locks(facts.id),
@@ -104,9 +102,7 @@ impl Service {
         let ladder = ladder.unwrap_or_else(|| self.policies.default_ladder()).clone();
         let now = self.policies.moment();
         let staying = self.policies.of(disk.uuid).staying(now);
-        let planned = self
-            .read(move || plan(&snapshot.alone(), &ladder, &staying, now.wall, Pressure::None, None))
-            .await?;
+        let planned = self.read(move || plan_all(&snapshot, &ladder, &staying, now.wall)).await?;
         match planned {
             Err(error @ PlanError::TooMany { .. }) => Err(plan_error(&error)),
             // Where its log cannot be read now, the rounds of retention tell.
@@ -128,38 +124,28 @@ impl Service {
         let mut staying = policy.staying(now);
         staying.extend(self.overlays.points(disk.uuid));
         let locked_until = policy.all_locked(now).map(|lock| lock.ends(now));
-        let alone = snapshot.alone();
-        let (wanted, read) = (ladder.clone(), alone.clone());
-        let planned =
-            self.read(move || plan(&read, &wanted, &staying, now.wall, Pressure::None, None)).await?;
-        let planned = planned.map_err(|error| plan_error(&error))?;
-        let list = |points: &[TimedLsn]| points.iter().copied().map(points::point).collect();
-        let begins = every_change_from(&alone);
-        let plan = planned.filter(|_| locked_until.is_none());
-        let (folded, wanted) = (alone.clone(), plan.clone());
-        let cost =
-            self.read(move || wanted.map_or(Ok(ImageCost::default()), |plan| cost(&folded, &plan))).await?;
-        let cost = cost.map_err(|error| points::log_error(&error))?;
-        let floor = plan.as_ref().and_then(|plan| plan.fold).map(|(_, floor)| floor).or(begins);
-        let keep = plan.as_ref().map_or_else(|| single_points(&alone), |plan| plan.kept.clone());
-        let goes = |mark: &MarkPoint| {
-            mark.recoverable
-                && floor.is_some_and(|floor| mark.lsn < floor.lsn)
-                && !keep.iter().any(|kept| kept.lsn == mark.lsn)
+        let (wanted, may_go) = (ladder.clone(), locked_until.is_none());
+        let planned: Result<Vec<LogPreview>, PlanError> = self
+            .read(move || {
+                let plans = plan_all(&snapshot, &wanted, &staying, now.wall)?;
+                plans.into_iter().map(|(log, plan)| LogPreview::of(log, plan.filter(|_| may_go))).collect()
+            })
+            .await?;
+        let logs = planned.map_err(|error| plan_error(&error))?;
+        let list = |points: fn(&LogPreview) -> &Vec<TimedLsn>| {
+            logs.iter().flat_map(points).copied().map(points::point).collect()
         };
+        let sum = |bytes: fn(&LogPreview) -> ByteCount| ByteCount(logs.iter().map(|log| bytes(log).0).sum());
         Ok(RetentionPreview {
-            every_point_from: floor.map(points::point),
-            keep: list(&keep),
-            drop: plan.as_ref().map_or_else(Vec::new, |plan| list(&plan.dropped)),
-            drop_marks: points::marks(alone.timeline()).into_iter().filter(goes).collect(),
+            every_point_from: logs.iter().find_map(|log| log.floor).map(points::point),
+            keep: list(|log| &log.keep),
+            drop: list(|log| &log.drop),
+            drop_marks: logs.iter().flat_map(LogPreview::drop_marks).collect(),
             locked_until,
-            log_bytes_freed: plan
-                .as_ref()
-                .and_then(|plan| plan.fold)
-                .map_or(ByteCount::ZERO, |(fold, _)| fold.bytes),
-            fold_read_bytes: cost.read,
-            fold_write_bytes_max: cost.written_max,
-            changes: plan.is_some(),
+            log_bytes_freed: sum(|log| log.freed),
+            fold_read_bytes: sum(|log| log.cost.read),
+            fold_write_bytes_max: sum(|log| log.cost.written_max),
+            changes: logs.iter().any(|log| log.changes),
             disk,
             ladder: ladder.to_string(),
         })
@@ -269,32 +255,6 @@ impl Service {
         self.unmount(mount.id, UnmountRequest { overlay: Some(OverlayFate::Discard) }).await?;
         Err(why)
     }
-}
-
-fn single_points(snapshot: &Snapshot) -> Vec<TimedLsn> {
-    snapshot.base().iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect()
-}
-
-/// About what it costs to make the images of a plan: of many of them it looks at some.
-fn cost(snapshot: &Snapshot, plan: &Plan) -> Result<ImageCost, LogError> {
-    let Some((_, floor)) = plan.fold else { return Ok(ImageCost::default()) };
-    let old = snapshot.base().map_or(Lsn::ZERO, |base| base.floor().at.lsn);
-    let new = plan.kept.iter().chain([&floor]).map(|point| point.lsn).filter(|lsn| *lsn > old);
-    let points: Vec<Lsn> = [old].into_iter().chain(new).collect();
-    let steps = points.len().saturating_sub(1);
-    let looked_at = steps.min(COSTS_MAX);
-    let mut cost = ImageCost::default();
-    for nth in 0..looked_at {
-        let step = nth * steps / looked_at;
-        let one = snapshot.image_cost(points[step], points[step + 1])?;
-        cost.read.0 += one.read.0;
-        cost.written_max.0 += one.written_max.0;
-    }
-    let scaled = |bytes: ByteCount| {
-        let all = u128::from(bytes.0) * steps as u128 / looked_at.max(1) as u128;
-        ByteCount(u64::try_from(all).unwrap_or(u64::MAX))
-    };
-    Ok(ImageCost { read: scaled(cost.read), written_max: scaled(cost.written_max) })
 }
 
 pub(super) fn plan_error(error: &PlanError) -> ApiError {

@@ -142,7 +142,7 @@ async fn a_doubt_ends_with_its_own_log_and_not_with_a_newer_one() {
     api.keep(&keep("lsn:200")).await.unwrap();
     storage.set(Fault::None);
     rounds(&api, &vm1(), TENS).await;
-    api.keep(&keep("lsn:33")).await.unwrap();
+    api.set_retention(&vm1(), &ladder("forever")).await.unwrap();
     receiver.shutdown().await;
 }
 
@@ -152,15 +152,17 @@ async fn points_of_older_logs_are_promised_while_a_newer_one_is_in_doubt() {
     let receiver = place.start_on(storage.clone()).await;
     let agent = write_history(&receiver, 6..=95).await;
     let mut agent = begin_anew(&receiver, &storage, agent).await;
+    // Of the older one single points are left by then, and none of them goes.
+    let api = client(&receiver);
+    rounds(&api, &vm1(), TENS).await;
     go_on(&mut agent, 201..=295).await;
     storage.set(Fault::BasesFail);
-    let api = client(&receiver);
     rounds(&api, &vm1(), TENS).await;
     for at in ["lsn:203", "lsn:207"] {
         let refused = api.keep(&keep(at)).await.unwrap_err();
         assert!(refused.message.contains("cannot be promised"), "{refused}");
     }
-    for at in ["lsn:5", "lsn:23", "lsn:30", "lsn:295"] {
+    for at in ["lsn:10", "lsn:20", "lsn:30", "lsn:295"] {
         api.keep(&keep(at)).await.unwrap();
     }
     receiver.shutdown().await;
@@ -182,6 +184,42 @@ async fn a_start_promises_nothing_of_a_log_that_is_not_open_and_cannot_be_made_d
     api.unmount(&mount.id, None).await.unwrap();
     storage.set(Fault::None);
     rounds(&api, &vm1(), TENS).await;
-    api.keep(&keep("lsn:33")).await.unwrap();
+    api.set_retention(&vm1(), &ladder("forever")).await.unwrap();
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_promised_what_a_log_that_has_ended_may_begin_without() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let receiver = place.start_on(storage.clone()).await;
+    let agent = write_history(&receiver, 6..=95).await;
+    let _agent = begin_anew(&receiver, &storage, agent).await;
+    storage.set(Fault::BasesFail);
+    let api = client(&receiver);
+    for _ in 0..2 {
+        let report = rounds(&api, &vm1(), TENS).await;
+        assert!(report.disks[0].error.as_deref().unwrap().contains("bases"), "{report:?}");
+        assert_refused(&api).await;
+    }
+    // What stays anyway can be promised, and what the newer log has; every point is there for readers.
+    for at in ["lsn:40", "lsn:200"] {
+        api.keep(&keep(at)).await.unwrap();
+    }
+    let mount = api.mount(&request("lsn:33", None)).await.unwrap();
+    assert_content(&place, &mount, &at(33)).await;
+    api.unmount(&mount.id, None).await.unwrap();
+    storage.set(Fault::None);
+    let report = rounds(&api, &vm1(), TENS).await;
+    assert!(report.disks[0].error.is_none(), "{report:?}");
+    let single = report.disks[0].single_points.clone();
+    assert!(single.iter().any(|point| point.lsn == Lsn(40)));
+    assert_eq!(api.keep(&keep("lsn:33")).await.unwrap_err().code, ErrorCode::PointInHole);
+    receiver.shutdown().await;
+    storage.memory.crash(1);
+    let receiver = place.start_on(storage).await;
+    let api = client(&receiver);
+    assert_eq!(api.retention(Some(&vm1())).await.unwrap().disks[0].single_points, single);
+    let mount = api.mount(&request("lsn:40", None)).await.unwrap();
+    assert_content(&place, &mount, &at(40)).await;
     receiver.shutdown().await;
 }

@@ -5,6 +5,7 @@ mod base_in_doubt;
 mod checks;
 mod commit;
 mod damage;
+mod ended_logs;
 mod every_file;
 mod faults;
 mod fixture;

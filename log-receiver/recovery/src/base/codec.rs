@@ -17,18 +17,21 @@ use crate::{
 
 /// How every base begins.
 pub const MAGIC: [u8; 8] = *b"BKTDBAS\n";
-const VERSION: u32 = 1;
+/// Of logs that have a floor.
+const WITH_FLOOR: u32 = 1;
+/// Of logs that have ended.
+const ENDED: u32 = 2;
 
 pub(super) fn encode(base: &Base) -> Vec<u8> {
     let mut out = Vec::new();
     out.put_slice(&MAGIC);
-    out.put_u32_le(VERSION);
+    out.put_u32_le(if base.is_ended() { ENDED } else { WITH_FLOOR });
     out.put_u32_le(base.first_segment.0);
     out.put_slice(base.identity.disk.0.as_bytes());
     out.put_slice(base.identity.history.0.as_bytes());
     out.put_u64_le(base.generation);
     out.put_u64_le(base.first_seq.0);
-    put_kept(&mut out, &base.floor);
+    base.floor.iter().for_each(|floor| put_kept(&mut out, floor));
     out.put_u32_le(base.kept.len() as u32);
     base.kept.iter().for_each(|kept| put_kept(&mut out, kept));
     put_timeline(&mut out, &base.timeline);
@@ -133,10 +136,10 @@ pub(super) fn decode(bytes: &[u8], file: &Path) -> Result<Base, LogError> {
     }
     let mut input = Input(&content[8..]);
     let version = input.u32().ok_or_else(|| damaged(8, "it ends in its header"))?;
-    if version != VERSION {
-        return Err(LogError::UnknownVersion { file: file.to_owned(), found: version, known: VERSION });
+    if !(WITH_FLOOR..=ENDED).contains(&version) {
+        return Err(LogError::UnknownVersion { file: file.to_owned(), found: version, known: ENDED });
     }
-    let base = input.base().filter(|_| input.0.is_empty());
+    let base = input.base(version == ENDED).filter(|_| input.0.is_empty());
     base.ok_or_else(|| damaged(content.len() - input.0.len(), "it is not the base of a log"))
 }
 
@@ -202,13 +205,14 @@ impl Input<'_> {
         Some(KeptPoint { at: self.timed()?, root: Root::decode(self.bytes(ROOT_LENGTH)?)? })
     }
 
-    fn base(&mut self) -> Option<Base> {
+    fn base(&mut self, ended: bool) -> Option<Base> {
         let first_segment = SegmentId(self.u32()?);
         let identity = LogIdentity { disk: DiskId(self.uuid()?), history: HistoryId(self.uuid()?) };
         let (generation, first_seq) = (self.u64()?, Seq(self.u64()?));
-        let (floor, kept) = (self.kept()?, self.list(Self::kept)?);
+        let floor = if ended { None } else { Some(self.kept()?) };
+        let kept = self.list(Self::kept)?;
         let timeline = self.timeline()?;
-        let ascending = kept.iter().chain([&floor]).is_sorted_by(|a, b| a.at.lsn < b.at.lsn);
+        let ascending = kept.iter().chain(&floor).is_sorted_by(|a, b| a.at.lsn < b.at.lsn);
         let numbered = first_segment.0 > 0 && first_seq > Seq(0) && generation > 0;
         let base = Base { identity, generation, first_segment, first_seq, timeline, floor, kept };
         (ascending && numbered).then_some(base)

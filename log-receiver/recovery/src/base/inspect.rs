@@ -24,8 +24,13 @@ pub fn inspect_base(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write)
         "base {} of disk {}, history {}",
         base.generation, base.identity.disk, base.identity.history
     )?;
-    writeln!(out, "the log begins with segment {}, entry {}", base.first_segment, base.first_seq)?;
-    writeln!(out, "every point from {}", base.floor.at)?;
+    match base.floor {
+        Some(floor) => {
+            writeln!(out, "the log begins with segment {}, entry {}", base.first_segment, base.first_seq)?;
+            writeln!(out, "every point from {}", floor.at)?;
+        }
+        None => writeln!(out, "the log has ended, and no segment of it is read any more")?,
+    }
     for kept in &base.kept {
         writeln!(out, "single point {}", kept.at)?;
     }

@@ -31,7 +31,10 @@ impl Doubt {
     pub(crate) fn about(base: &Base, before: Option<&Base>, images: &Images) -> Self {
         Self {
             begins: before.map_or_else(|| begin(base), first_point),
-            floor: base.floor.at.lsn,
+            // What lies above all of a log that has ended is of those behind it.
+            floor: base
+                .floor
+                .map_or(Lsn(base.timeline.highest_lsn().0.saturating_add(1)), |floor| floor.at.lsn),
             kept: base.kept.iter().map(|kept| kept.at.lsn).collect(),
             _images: base.roots().map(|root| images.image(root)).collect(),
         }
@@ -50,12 +53,14 @@ impl Doubt {
 
 /// The first point that a log with this base offers.
 fn first_point(base: &Base) -> Lsn {
-    base.kept.first().unwrap_or(&base.floor).at.lsn
+    base.images().next().map_or(Lsn::ZERO, |first| first.at.lsn)
 }
 
 /// The first that it offered before it had a base.
 fn begin(base: &Base) -> Lsn {
-    base.timeline.intervals().first().map_or(base.floor.at.lsn, |first| first.from.lsn)
+    // The timeline of one that has ended is what it offers now.
+    let first = base.timeline.intervals().first().filter(|_| !base.is_ended());
+    first.map_or(Lsn::ZERO, |first| first.from.lsn)
 }
 
 impl fmt::Debug for Doubt {

@@ -234,7 +234,7 @@ impl Snapshot {
             first_segment: foldable.first_segment,
             first_seq: foldable.first_seq,
             timeline,
-            floor,
+            floor: Some(floor),
             kept,
         })
     }
@@ -243,6 +243,9 @@ impl Snapshot {
     pub fn rebase_kept(&self, kept: Vec<KeptPoint>) -> Option<Base> {
         let base = self.base()?;
         assert!(kept.iter().all(|kept| base.kept.contains(kept)), "kept points become fewer");
+        if base.is_ended() {
+            return Some(self.ended(base.identity, kept));
+        }
         Some(Base { generation: base.generation + 1, kept, ..base.clone() })
     }
 }
@@ -283,8 +286,7 @@ impl DiskLog {
     /// Takes a base that a snapshot of this log gave. None when the log has another one since, or does not go so far
     /// durably.
     pub fn rebase(&self, base: Base) -> Option<RebaseTicket> {
-        let generation = self.origin.base().map_or(0, |base| base.generation);
-        let follows = base.identity == self.identity && base.generation == generation + 1;
+        let follows = base.identity == self.identity && base.follows(self.origin.base());
         let durable = base.first_seq <= self.durable.seq && !self.poisoned;
         (follows && durable).then(|| RebaseTicket {
             storage: Arc::clone(&self.storage),
@@ -326,14 +328,15 @@ impl DiskLog {
     /// the floor's image, so the log goes on from there as after a complete pass. Says what was found, if that is so.
     pub(super) fn reach_the_floor(&mut self) -> Result<Option<String>, LogError> {
         let origin = Arc::clone(&self.origin);
-        let Some(base) = origin.base().filter(|base| base.is_above(&self.timeline)) else { return Ok(None) };
+        let base = origin.base().filter(|base| base.is_above(&self.timeline));
+        let Some(floor) = base.and_then(Base::floor) else { return Ok(None) };
         let what = format!(
             "the log in {} ends at lsn:{}, before lsn:{}, the first point of which everything was kept",
             self.storage.display(&self.segments_dir).display(),
             self.timeline.covered(),
-            base.floor().at.lsn
+            floor.at.lsn
         );
-        for entry in base.bridge(&self.timeline, &what) {
+        for entry in Base::bridge(floor, &self.timeline, &what) {
             self.append(entry).map_err(|error| match error {
                 AppendError::Log(error) => error,
                 AppendError::Invalid(invalid) => {

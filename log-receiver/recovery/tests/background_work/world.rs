@@ -40,7 +40,7 @@ impl Plan {
 impl Begins {
     pub(crate) fn of(snapshot: &Snapshot) -> Self {
         snapshot.base().map_or_else(Self::default, |base| Self {
-            floor: Some(base.floor().at),
+            floor: base.floor().map(|floor| floor.at),
             points: base.kept().iter().map(|kept| kept.at).collect(),
         })
     }
@@ -142,7 +142,7 @@ impl World {
     /// What could be folded now, or at least dropped of what is folded already.
     pub(crate) fn plan(&mut self) -> Option<Plan> {
         let snapshot = self.snapshot();
-        let above = snapshot.base().map_or(Lsn::ZERO, |base| base.floor().at.lsn);
+        let above = snapshot.base().and_then(|base| base.floor()).map_or(Lsn::ZERO, |floor| floor.at.lsn);
         let latest = snapshot.timeline().latest()?;
         let ends = snapshot.timeline().intervals().iter().flat_map(|interval| [interval.from, interval.to]);
         let mut choice: Vec<TimedLsn> = ends.collect();
@@ -155,7 +155,7 @@ impl World {
         choice.dedup_by_key(|point| point.lsn);
         let random = &mut self.random;
         let mut kept: Vec<KeptPoint> = snapshot.base().iter().flat_map(|base| base.kept()).copied().collect();
-        kept.extend(snapshot.base().map(|base| base.floor()));
+        kept.extend(snapshot.base().and_then(|base| base.floor()));
         // Most of what was kept goes, so that packs have more of what nobody needs than of the rest.
         kept.retain(|_| random.one_in(4));
         let floor =
@@ -198,7 +198,7 @@ impl World {
         let snapshot = self.snapshot();
         let base = self.beside_ingest(|| {
             let mut writer = self.images().write().map_err(FoldError::from)?;
-            let mut last = snapshot.base().map(|base| base.floor());
+            let mut last = snapshot.base().and_then(|base| base.floor());
             let mut kept = plan.kept.clone();
             for at in plan.made.iter().chain([&plan.floor]) {
                 let root = snapshot.make_image(&mut writer, at.lsn, last, &mut |_| true)?;

@@ -64,7 +64,7 @@ impl Work {
 
     /// Remembers from when on every change of a disk is left.
     pub(super) fn note_shrunk(&self, disk: DiskId) -> Result<(), Ending> {
-        let left = self.snapshot(disk)?.and_then(|snapshot| every_change_from(&snapshot));
+        let left = self.all_logs(disk)?.and_then(|snapshot| every_change_from(&snapshot));
         let Some(left) = left else { return Ok(()) };
         if let Err(why) = self.policies.change(disk, |policy| policy.shrunk = Some(left.time)) {
             tracing::warn!(%disk, why, "it is not remembered that history went for want of room");

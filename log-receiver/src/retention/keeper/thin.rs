@@ -5,15 +5,15 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use backtide_recovery::{Base, FoldError, KeptPoint, Snapshot};
-use backtide_units::{ByteCount, ByteOffset, ByteRange, DiskId, Lsn};
+use backtide_recovery::{Base, FoldError, KeptPoint, LogIdentity, Snapshot};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Lsn};
 
-use super::{Undone, Work, ask};
+use super::{LogKey, Undone, Work, ask};
 use crate::{
     clock,
     disk::{Rebasing, chain},
     ingest::Task,
-    retention::{Moment, Plan, Policy, Pressure, SLOTS_MAX, doubts::Doubts, plan},
+    retention::{Ladder, Moment, Plan, Policy, Pressure, SLOTS_MAX, doubts::Doubts, plan},
 };
 
 /// Why history stays that does not fit; it is tried again when more is free, and now and then.
@@ -34,67 +34,131 @@ fn cannot_be_read(why: &str) -> String {
     )
 }
 
+/// What is wanted of a disk.
+pub(super) struct Wanted {
+    pub(super) policy: Policy,
+    pub(super) ladder: Ladder,
+    /// The points that stay whatever the ladder says.
+    pub(super) pins: BTreeMap<Lsn, CaptureTime>,
+}
+
+/// A log that is folded.
+#[derive(Clone, Copy)]
+pub(super) struct Folded<'a> {
+    pub(super) disk: DiskId,
+    /// Its number and whose it is, when it has ended.
+    pub(super) ended: Option<(u32, LogIdentity)>,
+    /// It, alone.
+    pub(super) snapshot: &'a Snapshot,
+}
+
+impl Folded<'_> {
+    fn key(&self) -> LogKey {
+        (self.disk, self.ended.map(|(number, _)| number))
+    }
+}
+
 impl Work {
-    /// Does what the ladder wants of a disk; whether that was anything.
-    pub(super) fn thin(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
-        let policy = self.policies.of(disk);
-        let ladder = self.policies.ladder(disk);
+    /// Does what the ladder wants of a disk; whether that was anything. For want of room its oldest history goes, which is
+    /// that of logs that have ended.
+    pub(super) fn thin_all(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
+        let older = self.thin_ended(disk, pressure);
+        if matches!(older, Err(Undone::Ending)) || matches!((&older, pressure), (Ok(true), Pressure::Shrink))
+        {
+            return older;
+        }
+        // What keeps an older log keeps this one not.
+        let in_use = self.thin(disk, pressure)?;
+        Ok(older? || in_use)
+    }
+
+    /// What is wanted of a disk now; none when nothing of it may go.
+    pub(super) fn wanted(&self, disk: DiskId, pressure: Pressure) -> Result<Option<Wanted>, Undone> {
+        let (policy, ladder) = (self.policies.of(disk), self.policies.ladder(disk));
         let now = self.policies.moment();
-        if self.policies.damage().is_some() || policy.all_locked(now).is_some() {
-            return Ok(false);
+        let nothing_goes = ladder.any.is_none() && pressure == Pressure::None;
+        if self.policies.damage().is_some() || policy.all_locked(now).is_some() || nothing_goes {
+            return Ok(None);
         }
-        if ladder.any.is_none() && pressure == Pressure::None {
-            return Ok(false);
-        }
-        let Some(snapshot) = self.snapshot(disk)? else { return Ok(false) };
         if let Some(why) = self.overlays.unreadable() {
             return Err(Undone::Why(why));
         }
         // What was written to a mounted point is worth nothing without the point.
         let mut pins = policy.staying(now);
         pins.extend(self.overlays.points(disk));
+        Ok(Some(Wanted { policy, ladder, pins }))
+    }
+
+    /// Does what the ladder wants of the log in use of a disk; whether that was anything.
+    fn thin(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
+        let Some(Wanted { policy, ladder, pins }) = self.wanted(disk, pressure)? else { return Ok(false) };
+        let Some(snapshot) = self.snapshot(disk)? else { return Ok(false) };
         let Some(plan) = plan(&snapshot, &ladder, &pins, clock::now(), pressure, Some(SLOTS_MAX))? else {
             return Ok(false);
         };
-        self.refuse_unreadable(disk, &snapshot, &plan)?;
-        let base = self.base(disk, &snapshot, &plan)?;
-        let (floor, left): (_, Vec<Lsn>) =
-            (base.floor().at.lsn, base.kept().iter().map(|kept| kept.at.lsn).collect());
+        let folded = Folded { disk, ended: None, snapshot: &snapshot };
+        self.refuse_unreadable(folded, &plan)?;
+        let base = self.base(folded, &plan)?;
+        let floor = base.floor().expect("a log in use has a floor").at.lsn;
+        let left: Vec<Lsn> = base.kept().iter().map(|kept| kept.at.lsn).collect();
         let asked = |answer| Task::Rebase { disk, base: Box::new(base), answer };
         let Some(rebasing): Option<Rebasing> = ask(self.thread_of(disk), asked)? else {
             return Err(Undone::Why("the log changed while its images were made".to_owned()));
         };
         self.collect = true;
-        // Whoever wants a point kept meanwhile waits for this, and sees what is left then. What came and went since the plan
-        // was made counts only where the base does without it.
-        let allows = |wanted: &Policy, moment: Moment| {
-            let mut staying = wanted.staying(moment);
-            staying.extend(self.overlays.points(disk));
-            let goes = |lsn: &&Lsn| **lsn < floor && left.binary_search(lsn).is_err();
-            let mut going = staying.keys().filter(goes).filter(|lsn| snapshot.timeline().offers(**lsn));
-            let going = going.next();
-            if let Some(lsn) = going {
-                tracing::info!(%disk, %lsn, "old history stays until the next round: a point of it is needed since");
-            }
-            going.is_none() && wanted.ladder == policy.ladder && wanted.all_locked(moment).is_none()
-        };
+        let allows =
+            |wanted: &Policy, moment: Moment| self.allows(folded, (&policy, wanted), moment, (floor, &left));
         let begin = |doubts: &mut Doubts| self.begin_later(disk, rebasing, doubts);
         if !self.policies.while_allowed(disk, allows, begin).transpose()?.unwrap_or(false) {
             return Ok(false);
         }
-        let (segments, bytes) = plan.fold.map_or((0, 0), |(fold, _)| (fold.segments, fold.bytes.0));
-        tracing::info!(%disk, segments, bytes, kept = plan.kept.len(), dropped = plan.dropped.len(), "old history thinned");
+        self.told(folded, &plan);
         Ok(true)
+    }
+
+    /// Whether a log may begin later: nobody wants a point of it that it would do without, which are those below the floor
+    /// that are not left. Whoever wants a point kept meanwhile waits for this, and sees what is left then. What came and went
+    /// since the plan was made for `policy` counts only where the base does without it.
+    pub(super) fn allows(
+        &self,
+        log: Folded<'_>,
+        (policy, wanted): (&Policy, &Policy),
+        moment: Moment,
+        (floor, left): (Lsn, &[Lsn]),
+    ) -> bool {
+        let disk = log.disk;
+        let mut staying = wanted.staying(moment);
+        staying.extend(self.overlays.points(disk));
+        let goes = |lsn: &&Lsn| **lsn < floor && left.binary_search(lsn).is_err();
+        let going = staying.keys().filter(goes).find(|lsn| log.snapshot.timeline().offers(**lsn));
+        if let Some(lsn) = going {
+            tracing::info!(%disk, %lsn, "old history stays until the next round: a point of it is needed since");
+        }
+        going.is_none() && wanted.ladder == policy.ladder && wanted.all_locked(moment).is_none()
+    }
+
+    /// Says what has gone.
+    pub(super) fn told(&self, log: Folded<'_>, plan: &Plan) {
+        let (segments, bytes) = match plan.fold {
+            Some((fold, _)) => (fold.segments, fold.bytes.0),
+            None if plan.ends => (log.snapshot.segment_count(), log.snapshot.segment_bytes().0),
+            None => (0, 0),
+        };
+        let (disk, older) = (log.disk, log.ended.map(|(number, _)| number));
+        tracing::info!(%disk, older, segments, bytes, kept = plan.kept.len(), dropped = plan.dropped.len(), "old history thinned");
     }
 
     /// Refuses a plan one of whose images cannot be made, for what could not be read before cannot be read still: to find that out
     /// costs a read, and to make the images up to there all of theirs, each round.
-    fn refuse_unreadable(&mut self, disk: DiskId, snapshot: &Snapshot, plan: &Plan) -> Result<(), Undone> {
-        let Some(known) = self.unreadable.get_mut(&disk) else { return Ok(()) };
-        let Some((_, floor)) = plan.fold else { return Ok(()) };
-        let old = snapshot.base().map_or(Lsn::ZERO, |base| base.floor().at.lsn);
-        for at in plan.kept.iter().chain([&floor]).filter(|at| at.lsn > old) {
-            let Ok(view) = snapshot.view(at.lsn) else { continue };
+    pub(super) fn refuse_unreadable(&mut self, log: Folded<'_>, plan: &Plan) -> Result<(), Undone> {
+        let Some(known) = self.unreadable.get_mut(&log.key()) else { return Ok(()) };
+        let floor = plan.fold.map(|(_, floor)| floor);
+        if floor.is_none() && !plan.ends {
+            return Ok(());
+        }
+        let old = log.snapshot.base().and_then(Base::floor).map_or(Lsn::ZERO, |floor| floor.at.lsn);
+        for at in plan.kept.iter().chain(&floor).filter(|at| at.lsn > old) {
+            let Ok(view) = log.snapshot.view(at.lsn) else { continue };
             let end = known.range.end().min(ByteOffset(view.disk_size().0));
             if known.range.start() >= end {
                 continue;
@@ -106,25 +170,24 @@ impl Work {
             }
         }
         // A scrub has mended it, or no image has it any more.
-        self.unreadable.remove(&disk);
+        self.unreadable.remove(&log.key());
         Ok(())
     }
 
     /// Makes the images of a plan; gives what the log begins with then.
-    fn base(&mut self, disk: DiskId, snapshot: &Snapshot, plan: &Plan) -> Result<Base, Undone> {
+    pub(super) fn base(&mut self, log: Folded<'_>, plan: &Plan) -> Result<Base, Undone> {
+        let (snapshot, key) = (log.snapshot, log.key());
         let old = snapshot.base();
-        let mut known: BTreeMap<_, KeptPoint> = BTreeMap::new();
-        for kept in old.iter().flat_map(|base| base.kept().iter().copied().chain([base.floor()])) {
-            known.insert(kept.at.lsn, kept);
-        }
-        let Some((foldable, floor)) = plan.fold else {
+        let known: BTreeMap<_, KeptPoint> =
+            old.iter().flat_map(|base| base.images()).map(|kept| (kept.at.lsn, kept)).collect();
+        if plan.fold.is_none() && !plan.ends {
             let kept = plan.kept.iter().filter_map(|point| known.get(&point.lsn).copied()).collect();
             return snapshot
                 .rebase_kept(kept)
                 .ok_or_else(|| Undone::Why("there is nothing to thin".to_owned()));
-        };
+        }
         let free = self.shelf.storage.free_space().unwrap_or(ByteCount(u64::MAX));
-        if self.no_room.get(&disk).is_some_and(|then| free.0 <= then.0.saturating_add(then.0 / 16)) {
+        if self.no_room.get(&key).is_some_and(|then| free.0 <= then.0.saturating_add(then.0 / 16)) {
             return Err(Undone::Why(NO_ROOM.to_owned()));
         }
         let leave = self.room_to_leave(free);
@@ -132,11 +195,12 @@ impl Work {
         self.collect = true;
         let images = self.shelf.cache.images(&self.shelf.storage);
         let mut writer = images.write().map_err(|error| Undone::Why(chain(&error)))?;
-        let mut last = old.map(Base::floor);
+        let mut last = old.and_then(Base::floor);
         let (begun, mut done) = (Instant::now(), 0);
         let mut full = false;
         let mut kept = Vec::new();
-        for at in plan.kept.iter().chain([&floor]) {
+        let floor = plan.fold.map(|(_, floor)| floor);
+        for at in plan.kept.iter().chain(&floor) {
             if let Some(known) = known.get(&at.lsn) {
                 kept.push(*known);
                 continue;
@@ -149,13 +213,13 @@ impl Work {
             let root = match made {
                 Ok(root) => root,
                 Err(FoldError::CalledOff) if full => {
-                    self.no_room.insert(disk, free);
+                    self.no_room.insert(key, free);
                     return Err(Undone::Why(NO_ROOM.to_owned()));
                 }
                 Err(FoldError::CalledOff) => return Err(Undone::Ending),
                 Err(FoldError::Unreadable { range, source }) => {
                     let why = chain(&source);
-                    self.unreadable.insert(disk, Unreadable { range, why: why.clone() });
+                    self.unreadable.insert(key, Unreadable { range, why: why.clone() });
                     return Err(Undone::Why(cannot_be_read(&why)));
                 }
                 Err(FoldError::Log(error)) => return Err(Undone::Why(chain(&error))),
@@ -164,8 +228,14 @@ impl Work {
             kept.extend(last);
         }
         writer.finish().map_err(|error| Undone::Why(chain(&error)))?;
-        self.no_room.remove(&disk);
-        let floor = kept.pop().expect("the floor was the last");
-        Ok(snapshot.rebase(&foldable, floor, kept)?)
+        self.no_room.remove(&key);
+        match (plan.fold, log.ended) {
+            (Some((foldable, _)), _) => {
+                let floor = kept.pop().expect("the floor was the last");
+                Ok(snapshot.rebase(&foldable, floor, kept)?)
+            }
+            (None, Some((_, identity))) => Ok(snapshot.ended(identity, kept)),
+            (None, None) => unreachable!("a log in use does not end"),
+        }
     }
 }

@@ -50,26 +50,43 @@ fn base() -> Base {
         first_segment: SegmentId(4),
         first_seq: Seq(7),
         timeline,
-        floor: kept(5),
+        floor: Some(kept(5)),
         kept: vec![kept(2), kept(4)],
     }
 }
 
+/// The base of a log that has ended.
+fn ended() -> Base {
+    let before = base();
+    let points = [before.kept[0].at, before.kept[1].at];
+    let mut timeline = before.timeline.clone();
+    timeline.end(Some("a segment is missing"));
+    timeline.leave(&points);
+    Base { first_segment: SegmentId(u32::MAX), floor: None, timeline, ..before }
+}
+
 #[test]
 fn a_base_reads_back_and_every_flipped_bit_is_found() {
-    let good = encode(&base());
-    assert_eq!(decode(&good, Path::new("b")).unwrap(), base());
-    for bit in 0..good.len() * 8 {
-        let mut bytes = good.clone();
-        bytes[bit / 8] ^= 1 << (bit % 8);
-        let error = decode(&bytes, Path::new("b")).unwrap_err();
-        assert!(matches!(error, LogError::Damaged { .. }), "bit {bit}: {error}");
+    for base in [base(), ended()] {
+        let good = encode(&base);
+        assert_eq!(decode(&good, Path::new("b")).unwrap(), base);
+        for bit in 0..good.len() * 8 {
+            let mut bytes = good.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let error = decode(&bytes, Path::new("b")).unwrap_err();
+            assert!(matches!(error, LogError::Damaged { .. }), "bit {bit}: {error}");
+        }
     }
 }
 
 #[test]
 fn whatever_has_the_right_checksum_is_taken_or_refused_and_never_more() {
-    let good = encode(&base());
+    for good in [encode(&base()), encode(&ended())] {
+        every_byte_changed(&good);
+    }
+}
+
+fn every_byte_changed(good: &[u8]) {
     for at in 12..good.len() - 4 {
         for value in [0, 1, 2, 0xff] {
             let mut bytes = good[..good.len() - 4].to_vec();
@@ -91,11 +108,11 @@ fn whatever_has_the_right_checksum_is_taken_or_refused_and_never_more() {
 fn a_newer_version_is_refused_by_name() {
     let mut bytes = encode(&base());
     bytes.truncate(bytes.len() - 4);
-    bytes[8] = 2;
+    bytes[8] = 3;
     let crc = crc32c::crc32c(&bytes);
     bytes.put_u32_le(crc);
     let error = decode(&bytes, Path::new("b")).unwrap_err();
-    assert_eq!(error.to_string(), "b has format version 2, this program reads up to 1");
+    assert_eq!(error.to_string(), "b has format version 3, this program reads up to 2");
 }
 
 #[test]
@@ -107,4 +124,15 @@ fn the_bytes_of_version_1_stay() {
     let golden = std::fs::read(&path).unwrap();
     assert_eq!(decode(&golden, &path).unwrap(), base());
     assert!(encode(&base()) == golden);
+}
+
+#[test]
+fn the_bytes_of_version_2_stay() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/v1/segment/ended.base");
+    if std::env::var_os("BACKTIDE_WRITE_GOLDEN").is_some() {
+        std::fs::write(&path, encode(&ended())).unwrap();
+    }
+    let golden = std::fs::read(&path).unwrap();
+    assert_eq!(decode(&golden, &path).unwrap(), ended());
+    assert!(encode(&ended()) == golden);
 }

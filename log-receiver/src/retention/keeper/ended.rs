@@ -1,0 +1,149 @@
+//! What the ladder wants of the logs of a disk that ended before the one in use began: they grow old too.
+//!
+//! Nobody appends to them, and their disk's owner writes where they begin. Invariant: as for the log in use, nothing goes but
+//! what may go at the moment in which it does; nor is a log folded as a whole while a point of it is to stay that cannot be
+//! read now, for the next look may read it.
+
+use std::collections::BTreeMap;
+
+use backtide_recovery::{Base, FoundBase, LogIdentity, Snapshot, TimedLsn};
+use backtide_units::{CaptureTime, DiskId, Lsn};
+
+use super::{
+    Undone, Work, ask,
+    thin::{Folded, Wanted},
+};
+use crate::{
+    Shelf, clock,
+    ingest::Task,
+    past::EndedLog,
+    reopening::Settling,
+    retention::{Moment, Policy, Pressure, SLOTS_MAX, doubts::Doubts, first_point, plan_ended},
+};
+
+/// One of them, with what lies around it.
+struct Ended<'a> {
+    disk: DiskId,
+    number: u32,
+    identity: LogIdentity,
+    snapshot: &'a Snapshot,
+    /// The highest LSN of those before it.
+    above: Lsn,
+    /// The first point behind it.
+    next: TimedLsn,
+}
+
+impl Work {
+    /// Does what the ladder wants of them; whether that was anything. For want of room no more than the oldest of them that
+    /// gives any.
+    pub(super) fn thin_ended(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
+        let logs: Vec<EndedLog> = ask(self.thread_of(disk), |answer| Task::Ended(disk, answer))?;
+        if logs.is_empty() {
+            return Ok(false);
+        }
+        let Some(in_use) = self.snapshot(disk)? else { return Ok(false) };
+        // Of each the first point behind it; as long as there is none it stays.
+        let mut next = first_point(&in_use);
+        let mut behind = Vec::new();
+        for log in logs.iter().rev() {
+            behind.push(next);
+            next = log.snapshot.as_ref().and_then(first_point).or(next);
+        }
+        let (mut done, mut undone, mut above) = (false, None, Lsn::ZERO);
+        for (log, next) in logs.iter().zip(behind.into_iter().rev()) {
+            let EndedLog { number, identity: Some(identity), snapshot: Some(snapshot), .. } = log else {
+                continue;
+            };
+            let (number, identity) = (*number, *identity);
+            if let Some(next) = next {
+                match self.thin_one(&Ended { disk, number, identity, snapshot, above, next }, pressure) {
+                    Ok(thinned) => done |= thinned,
+                    Err(Undone::Ending) => return Err(Undone::Ending),
+                    Err(why) => undone = undone.or(Some(why)),
+                }
+            }
+            if done && pressure == Pressure::Shrink {
+                break;
+            }
+            above = above.max(snapshot.timeline().highest_lsn());
+        }
+        undone.map_or(Ok(done), Err)
+    }
+
+    fn thin_one(&mut self, log: &Ended<'_>, pressure: Pressure) -> Result<bool, Undone> {
+        let &Ended { disk, number, identity, snapshot, next, .. } = log;
+        if self.policies.in_doubt().iter().any(|(of, _)| *of == disk) {
+            return Ok(false);
+        }
+        self.settle_once(disk, number)?;
+        let Some(Wanted { policy, ladder, pins }) = self.wanted(disk, pressure)? else { return Ok(false) };
+        let at = (clock::now(), pressure);
+        let Some(plan) = plan_ended(snapshot, next, &ladder, &pins, at, Some(SLOTS_MAX))? else {
+            return Ok(false);
+        };
+        if plan.ends {
+            log.refuse_unread(&pins)?;
+        }
+        let folded = Folded { disk, ended: Some((number, identity)), snapshot };
+        self.refuse_unreadable(folded, &plan)?;
+        let base = self.base(folded, &plan)?;
+        self.collect = true;
+        let (goes_below, left) = (base.floor().map_or(Lsn::MAX, |floor| floor.at.lsn), images_of(&base));
+        let allows = |wanted: &Policy, moment: Moment| {
+            self.allows(folded, (&policy, wanted), moment, (goes_below, &left))
+        };
+        let begin = |doubts: &mut Doubts| -> Result<bool, Undone> {
+            let base = Box::new(base);
+            let asked = |answer| Task::RebaseEnded { disk, log: number, base, answer };
+            ask(self.thread_of(disk), asked)?.map_err(|error| {
+                if let Some(doubt) = error.doubt {
+                    doubts.begin(disk, number, doubt);
+                }
+                error.source.into()
+            })
+        };
+        if !self.policies.while_allowed(disk, allows, begin).transpose()?.unwrap_or(false) {
+            return Ok(false);
+        }
+        self.told(folded, &plan);
+        Ok(true)
+    }
+
+    /// Makes what such a log begins with durable everywhere, once since the receiver started: the one before may have ended
+    /// while it was written, or a copy of it is damaged.
+    fn settle_once(&mut self, disk: DiskId, number: u32) -> Result<(), Undone> {
+        if self.settled.contains(&(disk, number)) {
+            return Ok(());
+        }
+        let found = FoundBase::read(&*self.shelf.storage, &Shelf::dir(disk, number))?;
+        if !found.is_settled() {
+            let log = number;
+            let settling = ask(self.thread_of(disk), |answer| Task::Settle { disk, log, answer })?;
+            if let Settling::Closed(Err(why)) = settling {
+                return Err(Undone::Why(format!(
+                    "it is not known where an older log of the disk begins: {why}"
+                )));
+            }
+        }
+        self.settled.insert((disk, number));
+        Ok(())
+    }
+}
+
+impl Ended<'_> {
+    /// Refuses to fold the log as a whole while it may have a point that is to stay and cannot be read.
+    fn refuse_unread(&self, pins: &BTreeMap<Lsn, CaptureTime>) -> Result<(), Undone> {
+        let timeline = self.snapshot.timeline();
+        let own = |lsn: &&Lsn| self.above < **lsn && **lsn <= timeline.highest_lsn();
+        let unread = pins.keys().filter(own).find(|lsn| !timeline.offers(**lsn));
+        unread.map_or(Ok(()), |lsn| {
+            Err(Undone::Why(format!(
+                "what is left of an older log of the disk stays, for lsn:{lsn} is to be kept and cannot be read there (`backtide                  retention show` tells who keeps it, `backtide retention release` lets it go)"
+            )))
+        })
+    }
+}
+
+fn images_of(base: &Base) -> Vec<Lsn> {
+    base.images().map(|kept| kept.at.lsn).collect()
+}
