@@ -8,6 +8,7 @@
 mod hold;
 mod host;
 mod identity;
+mod looks;
 #[cfg(test)]
 mod made_up;
 #[cfg(test)]

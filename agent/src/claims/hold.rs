@@ -20,7 +20,7 @@ use rustix::{
 
 use super::{
     host::{Block, Host, Use, open_alone},
-    identity::{Identity, Thing, overlap},
+    identity::{DeviceNumber, Identity, Thing, overlap},
 };
 
 /// An image that is kept for one disk, until dropped.
@@ -196,30 +196,26 @@ fn lock_backing(identity: &Identity, path: &Path, thing: Thing) -> Result<Option
 /// Refuses an image of which something uses bytes that lies beside it: on a loop device of its own, or directly on what the
 /// image's loop device lies on.
 fn refuse_used_beside(host: &Host, identity: &Identity) -> Result<(), InUse> {
-    let mut disks = beneath_loops(host, identity);
+    let beneath = beneath_loops(host, identity);
+    let mut beside: Vec<_> = beneath.iter().flat_map(|disk| host.with_parts(disk)).collect();
     // Of those on its way down the kernel knows.
-    let own = own_way(host, identity);
-    disks.extend(host.loops().into_iter().filter(|disk| !own.contains(&disk.number)));
-    for disk in disks {
-        let partitions = host.partitions(&disk);
-        for block in std::iter::once(&disk).chain(&partitions) {
-            let has_bytes = || overlap(&host.parts_of(Thing::Device(block.number)), identity.parts());
-            if let Some(found) = has_bytes().then(|| host.use_of(block)).flatten() {
-                return Err(by_host(identity, Some(host.path(block)), found));
-            }
+    beside.extend(host.loops_beside(&own_way(identity, &beneath)));
+    for (block, parts) in beside {
+        let has_bytes = overlap(&parts, identity.parts());
+        if let Some(found) = has_bytes.then(|| host.use_of(&block)).flatten() {
+            return Err(by_host(identity, Some(host.path(&block)), found));
         }
     }
     Ok(())
 }
 
 /// The devices on the image's way down.
-fn own_way(host: &Host, identity: &Identity) -> Vec<u64> {
-    let below: Vec<u64> = beneath_loops(host, identity).into_iter().map(|block| block.number).collect();
+fn own_way(identity: &Identity, beneath: &[Block]) -> Vec<DeviceNumber> {
     let devices = identity.parts().iter().filter_map(|part| match part.of {
         Thing::Device(number) => Some(number),
         Thing::File(..) => None,
     });
-    devices.filter(|number| !below.contains(number)).collect()
+    devices.filter(|number| beneath.iter().all(|below| below.number != *number)).collect()
 }
 
 /// The block devices that the image's loop devices lie on: a loop device does not claim them.

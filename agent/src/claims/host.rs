@@ -5,8 +5,11 @@
 
 use std::{
     fs::{self, File, Metadata},
+    io,
     os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::LazyLock,
+    time::Duration,
 };
 
 use backtide_storage::loop_backing;
@@ -15,7 +18,10 @@ use rustix::{
     io::Errno,
 };
 
-use super::identity::{DeviceNumber, OPEN_END, Part, Thing};
+use super::{
+    identity::{DeviceNumber, OPEN_END, Part, Thing},
+    looks::{LOOK_TIME, Looks},
+};
 
 /// The unit of sizes and starts in `/sys/block`, in bytes.
 const SECTOR: u64 = 512;
@@ -26,10 +32,19 @@ const DEPTH_MAX: usize = 16;
 /// A host, by its file systems.
 #[derive(Clone, Debug)]
 pub(super) struct Host {
-    root: PathBuf,
+    pub(super) root: PathBuf,
     /// Whether something has the device of this path for itself.
-    is_claimed: fn(&Path) -> bool,
+    pub(super) is_claimed: fn(&Path) -> bool,
+    /// What is at a path that may be on any storage.
+    pub(super) metadata: fn(&Path) -> io::Result<Metadata>,
+    /// Those at what need not lie on an image's own storage ...
+    pub(super) looks: Looks,
+    /// ... and how long that may take to answer.
+    pub(super) patience: Duration,
 }
+
+/// The looks at the host this runs on.
+static LOOKS: LazyLock<Looks> = LazyLock::new(Looks::default);
 
 /// A block device as the host knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,13 +82,13 @@ pub(super) enum Use {
 impl Host {
     /// The one this runs on.
     pub(super) fn this() -> Self {
-        Self { root: PathBuf::from("/"), is_claimed }
-    }
-
-    /// One whose `sys`, `proc` and `dev` are in `root`.
-    #[cfg(test)]
-    pub(super) fn made_up(root: &Path, is_claimed: fn(&Path) -> bool) -> Self {
-        Self { root: root.to_owned(), is_claimed }
+        Self {
+            root: PathBuf::from("/"),
+            is_claimed,
+            metadata: |path| fs::metadata(path),
+            looks: LOOKS.clone(),
+            patience: LOOK_TIME,
+        }
     }
 
     /// The thing as a whole, and everything it lies on.
@@ -140,12 +155,29 @@ impl Host {
         partitions.filter_map(|directory| self.block_of(&directory)).collect()
     }
 
-    /// All loop devices that lie on something.
-    pub(super) fn loops(&self) -> Vec<Block> {
+    /// All loop devices that lie on something, and their partitions, each with what it is and lies on; without the
+    /// devices of `own`, and those that do not tell in time.
+    pub(super) fn loops_beside(&self, own: &[DeviceNumber]) -> Vec<(Block, Vec<Part>)> {
         let blocks = self.root.join("sys/block");
         let directories = names_in(&blocks).into_iter().map(|name| blocks.join(name));
         let bound = directories.filter(|directory| directory.join("loop").exists());
-        bound.filter_map(|directory| self.block_of(&directory)).collect()
+        let bound = bound.filter_map(|directory| self.block_of(&directory));
+        let others = bound.filter(|disk| !own.contains(&disk.number));
+        let host = self.clone();
+        let look = move |device: &Path| {
+            let disk =
+                device.file_name().and_then(|name| host.block_of(&host.root.join("sys/block").join(name)));
+            disk.map_or_else(Vec::new, |disk| host.with_parts(&disk))
+        };
+        let found = self.looks.at_each(others.map(|disk| self.path(&disk)).collect(), self.patience, look);
+        found.into_iter().flatten().collect()
+    }
+
+    /// A disk and its partitions, each with what it is and lies on.
+    pub(super) fn with_parts(&self, disk: &Block) -> Vec<(Block, Vec<Part>)> {
+        let blocks = std::iter::once(disk.clone()).chain(self.partitions(disk));
+        let with_parts = blocks.map(|block| (self.parts_of(Thing::Device(block.number)), block));
+        with_parts.map(|(parts, block)| (block, parts)).collect()
     }
 
     /// What a loop device lies on; none of another device.
@@ -164,7 +196,7 @@ impl Host {
         let to = number("sizelimit")
             .filter(|limit| *limit > 0)
             .map_or(OPEN_END, |limit| from.saturating_add(limit));
-        let thing = Thing::of(&fs::metadata(&path).ok()?);
+        let thing = Thing::of(&(self.metadata)(&path).ok()?);
         Some(Backing { thing, path, from, to })
     }
 
@@ -204,7 +236,10 @@ impl Host {
 
     /// Whether the host swaps to a file.
     pub(super) fn swaps_to(&self, file: Thing) -> bool {
-        self.swaps().iter().any(|swap| fs::metadata(swap).is_ok_and(|found| Thing::of(&found) == file))
+        let swaps = self.swaps().into_iter().map(PathBuf::from).collect();
+        let metadata = self.metadata;
+        let is_it = move |swap: &Path| metadata(swap).is_ok_and(|found| Thing::of(&found) == file);
+        self.looks.at_each(swaps, self.patience, is_it).contains(&true)
     }
 
     /// Where the device's file system is mounted, if it is.
@@ -228,14 +263,16 @@ impl Host {
 
     /// Whether a path is that of the device.
     fn is_named(&self, block: &Block, path: &str) -> bool {
+        // What is mounted from elsewhere names whatever it likes, also what never answers.
+        let Some(name) = path.strip_prefix("/dev/") else { return false };
         let is_it = |found: Metadata| found.file_type().is_block_device() && found.rdev() == block.number;
-        path.strip_prefix("/dev/") == Some(&block.name) || fs::metadata(path).is_ok_and(is_it)
+        name == block.name || (self.metadata)(Path::new(path)).is_ok_and(is_it)
     }
 }
 
 /// Opens a block device for nobody else: mounts, volumes and whoever else has devices for themselves are kept away as long
 /// as it is open; who just opens it, as QEMU does, is not.
-pub(super) fn open_alone(path: &Path) -> std::io::Result<File> {
+pub(super) fn open_alone(path: &Path) -> io::Result<File> {
     fs::OpenOptions::new().read(true).custom_flags(OFlags::EXCL.bits().cast_signed()).open(path)
 }
 

@@ -5,6 +5,7 @@ use std::{
     io::Write,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::fs::makedev;
@@ -14,17 +15,24 @@ use super::{
     hold::{Hold, InUse},
     host::Host,
     identity::{Identity, Thing},
+    looks::Looks,
 };
 
 /// Gone when dropped.
 pub(super) struct MadeUp {
     root: TempDir,
+    looks: Looks,
+    /// Of those who look elsewhere than at an image's own storage.
+    patience: Duration,
 }
+
+/// Longer than any test.
+const LONG: Duration = Duration::from_secs(600);
 
 impl MadeUp {
     /// Without any device.
     pub(super) fn new() -> Self {
-        let made_up = Self { root: tempfile::tempdir().unwrap() };
+        let made_up = Self { root: tempfile::tempdir().unwrap(), looks: Looks::default(), patience: LONG };
         for directory in ["sys/dev/block", "sys/block", "sys/devices", "proc/self", "dev", "images"] {
             fs::create_dir_all(made_up.path(directory)).unwrap();
         }
@@ -33,7 +41,20 @@ impl MadeUp {
     }
 
     pub(super) fn host(&self) -> Host {
-        Host::made_up(self.root.path(), |path| path.with_extension("claimed").exists())
+        Host {
+            root: self.root.path().to_owned(),
+            is_claimed: |path| path.with_extension("claimed").exists(),
+            metadata: |path| {
+                let gate = path.with_extension("gate");
+                if gate.exists() {
+                    // Until somebody opens its other end.
+                    drop(fs::File::open(gate));
+                }
+                fs::metadata(path)
+            },
+            looks: self.looks.clone(),
+            patience: self.patience,
+        }
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -96,6 +117,19 @@ impl MadeUp {
         path
     }
 
+    /// Whoever asks for a file from elsewhere gets no answer, and a moment's patience, until the result is dropped.
+    pub(super) fn stand_still(&mut self, file: &Path) -> StandsStill {
+        let gate = file.with_extension("gate");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &gate, rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
+        self.patience = Duration::from_millis(20);
+        StandsStill(gate)
+    }
+
+    /// Waits longer than any test for what does not answer.
+    pub(super) fn wait_long(&mut self) {
+        self.patience = LONG;
+    }
+
     /// A file system of a device is mounted.
     pub(super) fn mount(&self, number: &str, at: &str, source: &str) {
         let line = format!("28 1 {number} / {at} rw,relatime shared:1 - ext4 {source} rw\n");
@@ -139,5 +173,16 @@ impl MadeUp {
 
     fn write(&self, path: &str, text: &str) {
         fs::write(self.path(path), format!("{text}\n")).unwrap();
+    }
+}
+
+/// A file whose storage does not answer.
+pub(super) struct StandsStill(PathBuf);
+
+impl Drop for StandsStill {
+    fn drop(&mut self) {
+        // Reading it too, this waits for nobody, and whoever waits goes on.
+        drop(fs::File::options().read(true).write(true).open(&self.0));
+        let _ = fs::remove_file(&self.0);
     }
 }

@@ -229,3 +229,31 @@ fn a_loop_device_of_an_image_that_another_agent_has_is_locked() {
     drop(second);
     flock(&other, FlockOperation::NonBlockingLockExclusive).unwrap();
 }
+
+#[test]
+fn a_loop_device_that_does_not_answer_refuses_no_image_and_hides_no_other() {
+    let mut host = MadeUp::new();
+    let (image, elsewhere) = (host.image("vm.img"), host.image("elsewhere.img"));
+    host.looped("loop0", "7:0", &elsewhere, 0, 0);
+    let still = host.stand_still(&elsewhere);
+    assert_eq!(host.refusal(&host.of_file(&image)), None, "what it has is not known");
+    host.looped("loop1", "7:1", &image, 0, 0);
+    host.mount("7:1", "/mnt", "/dev/loop1");
+    // It is not waited for again.
+    host.wait_long();
+    let (sentence, _) = said(host.refusal(&host.of_file(&image)));
+    assert!(sentence.ends_with("dev/loop1, which has bytes of it, is mounted at /mnt"), "{sentence}");
+    drop(still);
+}
+
+#[test]
+fn what_is_mounted_or_swapped_to_from_elsewhere_is_not_waited_for() {
+    let mut host = partitioned();
+    let (image, elsewhere) = (host.image("vm.img"), host.image("elsewhere.img"));
+    let still = host.stand_still(&elsewhere);
+    host.swap(elsewhere.to_str().unwrap());
+    assert_eq!(host.refusal(&host.of_file(&image)), None);
+    host.mount("0:45", "/mnt", elsewhere.to_str().unwrap());
+    assert_eq!(host.refusal(&host.of_device("sdb", "8:16")), None);
+    drop(still);
+}
