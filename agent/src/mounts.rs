@@ -20,7 +20,7 @@ mod writable;
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use backtide_agent_api::{AgentKeptOverlay, AgentMount, AgentMounts, AgentOverlayFate, StreamTls};
-use backtide_control::{Address, ApiError, ErrorCode};
+use backtide_control::{Address, ApiError, ErrorCode, build_lasting};
 use backtide_export::{Limits, NbdTls, NbdUri};
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, DiskId, Lsn};
@@ -116,7 +116,7 @@ impl Mounts {
         let known = records.load_all()?;
         let overlays = Overlays::load(storage, &limits)?;
         let (orders, inbox) = mpsc::channel(ORDERS_MAX);
-        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let runtime = build_lasting(&mut Builder::new_current_thread())?;
         let serving =
             Serving { records, overlays, overlays_max: limits.overlays, run, nbd, nbd_tls, sources };
         let (over, ended) = oneshot::channel();

@@ -7,6 +7,7 @@
 
 use std::{io, time::Duration};
 
+use backtide_control::build_lasting;
 use backtide_export::{BindError, Directory, Limits, Listener, NbdUri};
 use backtide_socket::Sockets;
 use tokio::{runtime::Builder, sync::oneshot, task::LocalSet};
@@ -45,7 +46,7 @@ impl SharedSocket {
         let (stop, stopped) = oneshot::channel::<()>();
         let (end, ended) = oneshot::channel();
         let failed = |source| BindError::Io { address: self.uri.address.clone(), source };
-        let (socket, runtime) = (self.clone(), Builder::new_current_thread().enable_all().build());
+        let (socket, runtime) = (self.clone(), build_lasting(&mut Builder::new_current_thread()));
         let runtime = runtime.map_err(failed)?;
         let serve = move || {
             LocalSet::new().block_on(&runtime, socket.serve(ready, stopped));

@@ -14,6 +14,7 @@ mod doctor;
 mod ending;
 mod inside;
 mod local;
+mod log_output;
 mod open_files;
 mod output;
 mod places;
@@ -24,6 +25,7 @@ mod restore;
 
 use std::process::ExitCode;
 
+use backtide_control::build_lasting;
 use clap::Parser;
 
 use crate::{
@@ -43,16 +45,11 @@ fn main() -> ExitCode {
 }
 
 fn run(context: &Context, arguments: Arguments) -> Result<Ending, Failure> {
-    let threads = arguments.command.threads();
-    let mut builder = match threads {
-        None => tokio::runtime::Builder::new_current_thread(),
-        Some(_) => tokio::runtime::Builder::new_multi_thread(),
+    let runtime = match arguments.command.threads() {
+        None => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+        Some(threads) => build_lasting(tokio::runtime::Builder::new_multi_thread().worker_threads(threads)),
     };
-    if let Some(threads) = threads {
-        builder.worker_threads(threads);
-    }
-    let runtime =
-        builder.enable_all().build().map_err(|error| ending::failed(format!("cannot start: {error}")))?;
+    let runtime = runtime.map_err(|error| ending::failed(format!("cannot start: {error}")))?;
     let result = runtime.block_on(async {
         process_wide::survive_file_size_limits();
         commands::run(context, arguments.command).await

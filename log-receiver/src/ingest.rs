@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use backtide_control::build_lasting;
 use backtide_protocol::{CloseCode, Closed};
 use backtide_recovery::{Attached, Base, RebaseError, Rebased, Snapshot};
 use backtide_segment::Seq;
@@ -153,7 +154,7 @@ pub(crate) fn start(
 ) -> io::Result<(IngestThread, oneshot::Receiver<()>)> {
     let (tasks, inbox) = mpsc::channel(TASKS_MAX);
     let (ready, opened) = oneshot::channel();
-    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let runtime = build_lasting(&mut Builder::new_current_thread())?;
     let limits = limits.clone();
     let body = move || {
         let ingest = Rc::new(Ingest {

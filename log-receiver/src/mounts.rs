@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use backtide_control::build_lasting;
 use backtide_export::{
     BindError, Directory, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, SocketMode,
     dirty_bitmap,
@@ -159,7 +160,7 @@ pub(crate) async fn start(
 ) -> io::Result<Result<MountThread, BindError>> {
     let (ready, is_ready) = oneshot::channel();
     let (orders, inbox) = mpsc::channel(ORDERS_MAX);
-    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let runtime = build_lasting(&mut Builder::new_current_thread())?;
     let body = move || {
         let table =
             Table { begun: Cell::new(0), settling: RefCell::default(), serving, mounted: RefCell::default() };

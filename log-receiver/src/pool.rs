@@ -4,6 +4,8 @@
 //! exceeds it waits in a queue that is bounded by what can ask (one sync per disk, so many
 //! compares per connection, so many requests per NBD connection).
 
+use std::time::Duration;
+
 use tokio::{
     runtime::{Builder, Handle, Runtime},
     task::JoinHandle,
@@ -30,12 +32,22 @@ pub(crate) enum GivenUp {
     Unanswered,
 }
 
+/// A thread that is there is not given back: the system may have no other when there is work again.
+const FOR_GOOD: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
 impl Pool {
     /// Starts a pool of `threads` threads at most, called `name`.
     pub(crate) fn start(name: &str, threads: usize) -> std::io::Result<(Self, PoolThreads)> {
         // Nothing asynchronous ever runs on it: it only lends its blocking threads.
-        let runtime =
-            Builder::new_current_thread().thread_name(name).max_blocking_threads(threads.max(1)).build()?;
+        let runtime = Builder::new_current_thread()
+            .thread_name(name)
+            .max_blocking_threads(threads.max(1))
+            .thread_keep_alive(FOR_GOOD)
+            .build()?;
+        // An error, where tokio would panic. Once there is a thread, work waits for it where there can be no other.
+        let probe = std::thread::Builder::new().name(name.to_owned()).spawn(|| ())?;
+        probe.join().map_err(|_| std::io::Error::other("a thread that does nothing failed"))?;
+        runtime.spawn_blocking(|| ());
         let pool = Self { handle: runtime.handle().clone() };
         Ok((pool, PoolThreads { runtime: Some(runtime) }))
     }

@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use backtide_control::{Address, Server};
+use backtide_control::{Address, Server, build_lasting};
 use backtide_export::Directory;
 use backtide_overlay::{Budget, OverlayOptions};
 use backtide_recovery::LogCache;
@@ -153,12 +153,10 @@ impl Receiver {
         let run_dir = config.run_dir();
         make_dir(&run_dir)?;
         // Addresses first: they are what fails, and recovery may take its time.
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(CONTROL_THREADS)
-            .thread_name("receiver-control")
-            .enable_all()
-            .build()
-            .map_err(|source| failed("start the control threads", source))?;
+        let mut builder = Builder::new_multi_thread();
+        builder.worker_threads(CONTROL_THREADS).thread_name("receiver-control");
+        let runtime =
+            build_lasting(&mut builder).map_err(|source| failed("start the control threads", source))?;
         let runtime = Background(Some(runtime));
         let entrance = entrance(&config).await?;
         let tls = entrance.tls.clone();

@@ -9,12 +9,14 @@ mod address;
 mod client;
 mod error;
 mod extract;
+mod runtime;
 mod serve;
 
 pub use address::{Address, Address as ApiAddress, InvalidAddress};
 pub use client::{Client, Peer, SILENT_TIME, Tell};
 pub use error::{ApiError, ErrorCode};
 pub use extract::ApiJson;
+pub use runtime::build_lasting;
 pub use serve::{BindError, Server, json_fallbacks};
 
 #[cfg(test)]

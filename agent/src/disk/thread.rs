@@ -3,6 +3,7 @@
 use std::{io, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::{DiskStatus, LimitsChange, MarkState, VerifyStatus};
+use backtide_control::build_lasting;
 use backtide_export::{BindError, Directory, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
 use backtide_socket::Sockets;
@@ -140,7 +141,7 @@ fn run(
     inbox: mpsc::Receiver<Command>,
     ready: oneshot::Sender<Result<(), StartError>>,
 ) {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match build_lasting(&mut tokio::runtime::Builder::new_current_thread()) {
         Ok(runtime) => runtime,
         Err(error) => return drop(ready.send(Err(StartError::Thread(error)))),
     };

@@ -16,6 +16,7 @@ use crate::{
     commands::Stop,
     context::Context,
     ending::{Ending, Failure, io_failure, wrong_usage},
+    log_output::LogOutput,
     open_files,
     places::Places,
 };
@@ -156,8 +157,9 @@ fn log_at(context: &Context, default: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let color =
         std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(std::io::stderr);
+    // Without a descriptor for them there are no logs.
+    let Ok(output) = LogOutput::stderr(context.json()) else { return };
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(output);
     // An error means that logs are set up already, by whoever runs this in his process.
     let _ = if context.json() { builder.json().try_init() } else { builder.try_init() };
 }

@@ -63,6 +63,7 @@ mod stable_writes;
 mod strangers;
 mod timeline;
 mod trusting_back;
+mod unread_logs;
 mod verify;
 mod volumes_inside;
 mod writable_mounts;
