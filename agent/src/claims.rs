@@ -26,7 +26,7 @@ use backtide_units::DiskName;
 use tokio::sync::Notify;
 
 pub(crate) use self::{
-    hold::{Hold, InUse},
+    hold::{Beside, Hold, InUse, Standing},
     identity::Identity,
 };
 
@@ -161,6 +161,17 @@ impl Claims {
         let mut state = self.state();
         let taken = state.images.get_mut(name).expect("whoever holds an image has taken it");
         taken.hold = Some(hold);
+    }
+
+    /// What was found to use the disk's image too.
+    pub(crate) fn beside(&self, name: &DiskName) -> Option<Beside> {
+        self.state().images.get(name)?.hold.as_ref()?.beside()
+    }
+
+    /// The images of all disks.
+    pub(crate) fn images(&self) -> Vec<(DiskName, Identity)> {
+        let state = self.state();
+        state.images.iter().map(|(name, taken)| (name.clone(), taken.image.clone())).collect()
     }
 
     /// The disk has no image any more. What held it is to be dropped where that may wait for the device.

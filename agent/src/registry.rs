@@ -42,7 +42,7 @@ use self::{
     place::Place,
 };
 use crate::{
-    claims::{Claim, Claimed, Claims, Identity},
+    claims::{Claim, Claimed, Claims, Identity, Standing},
     config::{Config, IoEngine, Places},
     disk::{
         self, DiskHandle, InPlace, OpenError, Opened,
@@ -87,6 +87,14 @@ const CLAIM_TIME: Duration = Duration::from_secs(10);
 /// How long an image may be locked by an agent that is dying: what it had in flight is completed, or
 /// cancelled, before the kernel gives up its lock.
 const PREDECESSOR_TIME: Duration = Duration::from_secs(2);
+
+/// How long an image may be another's that a disk is to have.
+const fn patience_of(standing: Standing) -> Duration {
+    match standing {
+        Standing::New => Duration::ZERO,
+        Standing::Had => PREDECESSOR_TIME,
+    }
+}
 
 /// How often its lock is looked at.
 const PREDECESSOR_POLL: Duration = Duration::from_millis(5);
@@ -211,7 +219,7 @@ impl Registry {
         refuse_fenced(&request, known.as_ref())?;
         refuse_other_format(&request, known.as_ref()).await?;
         // From before anything of it is made: another disk may be about to begin in it.
-        self.take_image(&request.name, &request.image, Duration::ZERO).await?;
+        self.take_image(&request.name, &request.image, Standing::New).await?;
         let name = request.name.clone();
         let attached = self.attach_claimed(&claim, request, known).await;
         if !self.disks.read().await.contains_key(&name) {
@@ -237,7 +245,7 @@ impl Registry {
             (None, None) => record,
         };
         let name = record.name.clone();
-        let handle = match self.start(claim, record, Duration::ZERO).await {
+        let handle = match self.start(claim, record, Standing::New).await {
             Ok(handle) => handle,
             Err(error) => {
                 match waits {
@@ -305,18 +313,18 @@ impl Registry {
         }
     }
 
-    /// Attaches the disk of a record whose name is claimed; when a predecessor may still have the
-    /// image, with `patience`.
+    /// Attaches the disk of a record whose name is claimed; with patience for a predecessor, which may still have the
+    /// image that the disk had.
     async fn start(
         &self,
         claim: &Claim,
         record: DiskRecord,
-        patience: Duration,
+        standing: Standing,
     ) -> Result<DiskHandle, ApiError> {
         let name = record.name.clone();
         assert!(claim.is_of(&name), "whoever attaches {name} has claimed it");
-        self.take_image(&name, &record.image, patience).await?;
-        let started = self.start_on(record, patience).await;
+        self.take_image(&name, &record.image, standing).await?;
+        let started = self.start_on(record, patience_of(standing)).await;
         if started.is_err() {
             self.leave_image(&name).await;
         }
@@ -355,6 +363,7 @@ impl Registry {
         // Of a qcow2 file the length says nothing about the disk.
         let bytes_min = if qcow2.is_some() { ByteCount::ZERO } else { opened.record.size };
         opened.in_place = InPlace::new(&opened.record.image, identity, bytes_min);
+        opened.beside = self.claims.beside(&name);
         let in_place = opened.in_place.clone();
         let resume = opened.resume.clone();
         let (direct_block, takes_blocks) = (opened.behind.direct_block(), opened.behind.takes_blocks());

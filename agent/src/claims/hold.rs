@@ -7,6 +7,7 @@
 //! device lies on is locked as well, for agents that have the file itself.
 
 use std::{
+    fmt,
     fs::{self, File},
     io,
     path::{Path, PathBuf},
@@ -28,6 +29,24 @@ use super::{
 pub(crate) struct Hold {
     /// The device, opened exclusively, and the files it lies on, locked.
     _files: Vec<File>,
+    beside: Option<Beside>,
+}
+
+/// How a disk comes by its image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// It begins with it.
+    New,
+    /// It had it until just now: a guest may be waiting for it.
+    Had,
+}
+
+/// What uses bytes of an image that a disk has all the same; as it is told.
+#[derive(Clone, Debug)]
+pub(crate) struct Beside {
+    host: Host,
+    image: Identity,
+    told: String,
 }
 
 /// Why an image cannot be a disk's now.
@@ -89,32 +108,66 @@ impl InUse {
     }
 }
 
+impl fmt::Display for Beside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.told)
+    }
+}
+
+impl Beside {
+    /// What uses the image that lies beside it.
+    fn of(host: &Host, image: &Identity) -> Option<Self> {
+        let in_use = refuse_used_beside(host, image).err()?;
+        let told = format!("{in_use}: what that writes is in no point of the disk; {}", in_use.hint());
+        Some(Self { host: host.clone(), image: image.clone(), told })
+    }
+
+    /// What is there now. Waits for the file system.
+    pub(crate) fn again(&self) -> Option<Self> {
+        Self::of(&self.host, &self.image)
+    }
+}
+
 impl Hold {
-    /// Keeps an image, if nothing uses it. Waits for the file system.
+    /// Keeps an image, if nothing uses it. For a disk that had it, what lies beside it is told and no hindrance: its guest
+    /// would wait for somebody who has nothing to do with it. Waits for the file system.
     ///
     /// # Errors
     /// What uses it.
-    pub(crate) fn of(identity: &Identity) -> Result<Self, InUse> {
-        Self::on(&Host::this(), identity)
+    pub(crate) fn of(identity: &Identity, standing: Standing) -> Result<Self, InUse> {
+        Self::on(&Host::this(), identity, standing)
     }
 
-    /// The same on a host.
-    pub(super) fn on(host: &Host, identity: &Identity) -> Result<Self, InUse> {
+    /// Whether a disk that lets go of its image could have it again, as far as can be told while it has it.
+    ///
+    /// # Errors
+    /// What uses it.
+    pub(crate) fn could_be_had_again(identity: &Identity) -> Result<(), InUse> {
+        refuse_told(&Host::this(), identity)
+    }
+
+    /// What was found to use the image too.
+    pub(super) fn beside(&self) -> Option<Beside> {
+        self.beside.clone()
+    }
+
+    /// The same as [`of`](Self::of) on a host.
+    pub(super) fn on(host: &Host, identity: &Identity, standing: Standing) -> Result<Self, InUse> {
         let mut files = Vec::new();
         match identity.itself() {
             // No file of this host.
             None => return Ok(Self::default()),
-            Some(file @ Thing::File(..)) if host.swaps_to(file) => {
-                return Err(by_host(identity, None, Use::Swap));
-            }
-            Some(Thing::File(..)) => {}
+            Some(Thing::File(..)) => refuse_told(host, identity)?,
             Some(Thing::Device(_)) => files.extend(have_alone(host, identity)?),
         }
         for backing in backings(host, identity) {
             files.extend(lock_backing(identity, &backing.0, backing.1)?);
         }
-        refuse_used_beside(host, identity)?;
-        Ok(Self { _files: files })
+        let beside = match standing {
+            Standing::New => refuse_used_beside(host, identity).map(|()| None)?,
+            Standing::Had => Beside::of(host, identity),
+        };
+        Ok(Self { _files: files, beside })
     }
 }
 
@@ -129,22 +182,7 @@ fn have_alone(host: &Host, identity: &Identity) -> Result<Option<File>, InUse> {
         Ok(file) => return Ok(Some(file)),
         Err(error) => Errno::from_io_error(&error) == Some(Errno::BUSY),
     };
-    let block = match identity.itself() {
-        Some(Thing::Device(number)) => host.block(number),
-        Some(Thing::File(..)) | None => None,
-    };
-    if let Some(block) = block {
-        let disk = host.place(&block).map(|(disk, ..)| disk);
-        let partitions = host.partitions(&block);
-        if let Some(found) = host.told_use_of(&block) {
-            return Err(by_host(identity, None, found));
-        }
-        for other in disk.iter().chain(&partitions) {
-            if let Some(found) = host.told_use_of(other) {
-                return Err(by_host(identity, Some(host.path(other)), found));
-            }
-        }
-    }
+    refuse_told(host, identity)?;
     if !is_busy {
         // Whoever opens it as the disk's image is going to say why it cannot be opened.
         return Ok(None);
@@ -154,6 +192,28 @@ fn have_alone(host: &Host, identity: &Identity) -> Result<Option<File>, InUse> {
         Ok((file, false)) => Err(locked(identity, &file)),
         Ok((_, true)) | Err(_) => Err(by_host(identity, None, Use::Claimed)),
     }
+}
+
+/// Refuses an image that the host uses itself, as far as it tells.
+fn refuse_told(host: &Host, identity: &Identity) -> Result<(), InUse> {
+    let block = match identity.itself() {
+        Some(file @ Thing::File(..)) if host.swaps_to(file) => {
+            return Err(by_host(identity, None, Use::Swap));
+        }
+        Some(Thing::Device(number)) => host.block(number),
+        Some(Thing::File(..)) | None => None,
+    };
+    let Some(block) = block else { return Ok(()) };
+    if let Some(found) = host.told_use_of(&block) {
+        return Err(by_host(identity, None, found));
+    }
+    let disk = host.place(&block).map(|(disk, ..)| disk);
+    for other in disk.iter().chain(&host.partitions(&block)) {
+        if let Some(found) = host.told_use_of(other) {
+            return Err(by_host(identity, Some(host.path(other)), found));
+        }
+    }
+    Ok(())
 }
 
 fn locked(identity: &Identity, file: &File) -> InUse {

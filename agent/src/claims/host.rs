@@ -79,6 +79,13 @@ pub(super) enum Use {
     Claimed,
 }
 
+impl Block {
+    /// Whether the system refuses every write to it.
+    fn is_read_only(&self) -> bool {
+        read(&self.directory.join("ro")).as_deref() == Some("1")
+    }
+}
+
 impl Host {
     /// The one this runs on.
     pub(super) fn this() -> Self {
@@ -155,14 +162,14 @@ impl Host {
         partitions.filter_map(|directory| self.block_of(&directory)).collect()
     }
 
-    /// All loop devices that lie on something, and their partitions, each with what it is and lies on; without the
-    /// devices of `own`, and those that do not tell in time.
+    /// All loop devices by which something can be written that they lie on, and their partitions, each with what it is and
+    /// lies on; without the devices of `own`, and those that do not tell in time.
     pub(super) fn loops_beside(&self, own: &[DeviceNumber]) -> Vec<(Block, Vec<Part>)> {
         let blocks = self.root.join("sys/block");
         let directories = names_in(&blocks).into_iter().map(|name| blocks.join(name));
         let bound = directories.filter(|directory| directory.join("loop").exists());
         let bound = bound.filter_map(|directory| self.block_of(&directory));
-        let others = bound.filter(|disk| !own.contains(&disk.number));
+        let others = bound.filter(|disk| !own.contains(&disk.number) && !disk.is_read_only());
         let host = self.clone();
         let look = move |device: &Path| {
             let disk =

@@ -12,7 +12,7 @@ use rustix::fs::makedev;
 use tempfile::TempDir;
 
 use super::{
-    hold::{Hold, InUse},
+    hold::{Hold, InUse, Standing},
     host::Host,
     identity::{Identity, Thing},
     looks::Looks,
@@ -154,6 +154,16 @@ impl MadeUp {
         self.path("dev").join(name).display().to_string()
     }
 
+    /// Nobody writes to a device.
+    pub(super) fn read_only(&self, name: &str) {
+        self.write(&format!("sys/devices/{name}/ro"), "1");
+    }
+
+    /// Nothing is mounted any more.
+    pub(super) fn unmount_all(&self) {
+        fs::remove_file(self.path("proc/self/mountinfo")).unwrap();
+    }
+
     /// The image that a device is. There is none to be opened.
     pub(super) fn of_device(&self, name: &str, number: &str) -> Identity {
         let (major, minor) = number.split_once(':').unwrap();
@@ -168,7 +178,7 @@ impl MadeUp {
 
     /// Why an image cannot be kept; none when it can.
     pub(super) fn refusal(&self, identity: &Identity) -> Option<InUse> {
-        Hold::on(&self.host(), identity).err()
+        Hold::on(&self.host(), identity, Standing::New).err()
     }
 
     fn write(&self, path: &str, text: &str) {

@@ -4,7 +4,11 @@ use std::fs::File;
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::{hold::InUse, identity::Identity, made_up::MadeUp};
+use super::{
+    hold::{Hold, InUse, Standing},
+    identity::Identity,
+    made_up::MadeUp,
+};
 
 fn overlap(one: &Identity, other: &Identity) -> bool {
     assert_eq!(one.overlaps(other), other.overlaps(one), "it is the same the other way round");
@@ -222,8 +226,8 @@ fn a_loop_device_of_an_image_that_another_agent_has_is_locked() {
     );
     flock(&other, FlockOperation::Unlock).unwrap();
     // Whoever has a part of it keeps others from all of it, and not from other parts.
-    let first = super::Hold::on(&host.host(), &of_loop(0)).unwrap();
-    let second = super::Hold::on(&host.host(), &of_loop(1)).unwrap();
+    let first = Hold::on(&host.host(), &of_loop(0), Standing::New).unwrap();
+    let second = Hold::on(&host.host(), &of_loop(1), Standing::New).unwrap();
     drop(first);
     flock(&other, FlockOperation::NonBlockingLockExclusive).unwrap_err();
     drop(second);
@@ -256,4 +260,40 @@ fn what_is_mounted_or_swapped_to_from_elsewhere_is_not_waited_for() {
     host.mount("0:45", "/mnt", elsewhere.to_str().unwrap());
     assert_eq!(host.refusal(&host.of_device("sdb", "8:16")), None);
     drop(still);
+}
+
+#[test]
+fn a_loop_device_that_nobody_can_write_to_is_no_use_of_its_file() {
+    let host = MadeUp::new();
+    let image = host.image("vm.img");
+    host.looped("loop0", "7:0", &image, 0, 0);
+    host.mount("7:0", "/mnt", "/dev/loop0");
+    assert!(host.refusal(&host.of_file(&image)).is_some());
+    host.read_only("loop0");
+    assert_eq!(host.refusal(&host.of_file(&image)), None);
+}
+
+#[test]
+fn a_disk_keeps_the_image_it_had_and_tells_what_uses_it_until_that_is_over() {
+    let host = MadeUp::new();
+    let image = host.image("vm.img");
+    host.looped("loop0", "7:0", &image, 0, 0);
+    let identity = host.of_file(&image);
+    let hold = |standing| Hold::on(&host.host(), &identity, standing);
+    assert!(hold(Standing::Had).unwrap().beside().is_none());
+    host.mount("7:0", "/mnt", "/dev/loop0");
+    hold(Standing::New).unwrap_err();
+    let found = hold(Standing::Had).unwrap().beside().expect("it is mounted");
+    let used = host.dev("loop0");
+    let expected = format!(
+        "{} is in use: {used}, which has bytes of it, is mounted at /mnt: what that writes is in no point of the disk; unmount it first: umount /mnt",
+        image.display()
+    );
+    assert_eq!(found.to_string(), expected);
+    assert_eq!(found.again().expect("it is still mounted").to_string(), expected);
+    host.unmount_all();
+    assert!(found.again().is_none());
+    // What the host does with the image itself is no neighbour of it.
+    host.swap(image.to_str().unwrap());
+    hold(Standing::Had).unwrap_err();
 }

@@ -4,6 +4,7 @@
 //! guest's side, [`local`] the disk behind, [`medium`] what it lies on, [`image_disk`] and [`nbd_disk`] its kinds, [`stream`] the way
 //! to the receiver, [`status`] what can be told of it all.
 
+mod beside;
 pub(crate) mod claim;
 mod detach;
 mod dial;

@@ -15,13 +15,14 @@ use backtide_tracking::{ActivityLimits, DirtyBitmap, SignOfLife, TrackingFile};
 use backtide_units::{BlockCount, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn};
 use uuid::Uuid;
 
-use super::in_place::InPlace;
 use super::{
+    in_place::InPlace,
     incomplete::{self, HydrationProblem, OpenedHydration},
     source::Sources,
     trust,
 };
 use crate::{
+    claims::Beside,
     config::IoEngine,
     record::{DiskRecord, ImageStamp, LSN_STEP, Records},
     spill::OpenedSpill,
@@ -72,6 +73,8 @@ pub(crate) struct Opened {
     pub(crate) spill: Option<OpenedSpill>,
     /// The image's file, where it has one.
     pub(crate) in_place: Option<InPlace>,
+    /// What else uses its bytes.
+    pub(crate) beside: Option<Beside>,
     /// What the disk lacks, if anything.
     pub(crate) hydration: Option<OpenedHydration>,
 }
@@ -180,7 +183,7 @@ pub(crate) async fn open(
     // A fenced disk sends nothing; what it has left in the spill is of another history than the receiver's by now.
     let spill = records.spill().filter(|_| !record.fenced).map(|place| place.open(&settings));
     let io_engine = IoEngine::default();
-    let (tls, nbd, in_place) = (None, Default::default(), None);
+    let (tls, nbd, in_place, beside) = (None, Default::default(), None, None);
     let opened = Opened {
         record,
         behind,
@@ -194,6 +197,7 @@ pub(crate) async fn open(
         nbd,
         spill,
         in_place,
+        beside,
         hydration,
     };
     Ok((opened.record.clone(), opened))

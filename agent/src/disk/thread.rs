@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     DiskHandle, Terms,
+    beside::UsedBeside,
     dial::Dialer,
     engine::{Engine, Kick, Tracking},
     export::{DiskExport, OneExport},
@@ -103,6 +104,8 @@ pub(super) struct Disk {
     written_by_qemu: bool,
     /// One had, some time since the attach.
     pub(super) was_written_by_qemu: bool,
+    /// What else uses its bytes.
+    beside: UsedBeside,
 }
 
 /// Where a disk's clients come in.
@@ -229,6 +232,7 @@ impl Disk {
         let (verifies, watch) = (Verifies::default(), super::status::Watch::default());
         let unsaved = None;
         let written_by_qemu = image.as_ref().is_some_and(|image| image.is_written_by_qemu());
+        let beside = UsedBeside::found(opened.beside, record.name.as_str());
         Ok(Self {
             engine,
             stream,
@@ -243,6 +247,7 @@ impl Disk {
             unsaved,
             written_by_qemu,
             was_written_by_qemu: written_by_qemu,
+            beside,
         })
     }
 
@@ -366,6 +371,7 @@ impl Disk {
         status.local_error = status.local_error.or_else(|| self.unsaved.clone());
         status.local_error =
             status.local_error.or_else(|| self.written_by_qemu.then(|| WRITTEN_BY_QEMU.to_owned()));
+        status.local_error = status.local_error.or_else(|| self.beside.told());
         status
     }
 
@@ -407,6 +413,7 @@ impl Disk {
         let may_change = self.server.connections() > 0 || self.engine.local.hydration().is_some();
         self.life.keep(changes, status.last_time, may_change, self.record.name.as_str()).await;
         self.look_for_a_qemu().await;
+        self.beside.look(self.record.name.as_str()).await;
         if let Some(epoch) = self.stream.fenced_by.get() {
             let mut fenced = self.record.clone();
             fenced.fence(epoch);

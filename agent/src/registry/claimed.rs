@@ -6,22 +6,22 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_units::DiskName;
 use tokio::time::Instant;
 
-use super::{PREDECESSOR_POLL, Registry, waiting};
-use crate::claims::{Hold, Identity, InUse, Shared};
+use super::{PREDECESSOR_POLL, Registry, patience_of, waiting};
+use crate::claims::{Hold, Identity, InUse, Shared, Standing};
 
 /// How long a device may take to be let go of: the last who closes one waits for what the page cache has of it.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
 
 impl Registry {
-    /// Sees that nobody else has the image, and keeps it for this disk; when a predecessor may still have it, with
-    /// `patience`.
+    /// Sees that nobody else has the image, and keeps it for this disk; with patience for a predecessor, which may still
+    /// have what the disk had.
     pub(super) async fn take_image(
         &self,
         name: &DiskName,
         image: &str,
-        patience: Duration,
+        standing: Standing,
     ) -> Result<(), ApiError> {
-        let until = Instant::now() + patience;
+        let until = Instant::now() + patience_of(standing);
         let looked_at = image.to_owned();
         let identity = waiting(move || Identity::of(&looked_at)).await?;
         if self.claims.take_image(name, identity.clone()).map_err(|shared| shares(image, shared))? {
@@ -29,7 +29,7 @@ impl Registry {
         }
         let held = loop {
             let identity = identity.clone();
-            match waiting(move || Hold::of(&identity)).await {
+            match waiting(move || Hold::of(&identity, standing)).await {
                 Ok(Err(_)) if Instant::now() < until => tokio::time::sleep(PREDECESSOR_POLL).await,
                 Ok(held) => break held.map_err(|in_use| refusal(&in_use)),
                 Err(error) => break Err(error),
@@ -45,6 +45,21 @@ impl Registry {
                 Err(error)
             }
         }
+    }
+
+    /// Refuses to let go of images that a disk would not get again.
+    ///
+    /// # Errors
+    /// `locked`, with who uses one.
+    pub(super) async fn require_unused(&self) -> Result<(), ApiError> {
+        for (name, identity) in self.claims.images() {
+            let looked = waiting(move || Hold::could_be_had_again(&identity)).await?;
+            looked.map_err(|in_use| {
+                let message = format!("disk {name} could not be attached again: {in_use}");
+                ApiError::new(ErrorCode::Locked, message).with_hint(in_use.hint())
+            })?;
+        }
+        Ok(())
     }
 
     /// The disk has no image any more, and others may use it.

@@ -29,7 +29,7 @@ use super::{
     waiting,
 };
 use crate::{
-    claims::Claim,
+    claims::{Claim, Standing},
     disk::{self, Dialer, DiskHandle, source::FetchError},
     qcow2::Access,
     record::DiskRecord,
@@ -58,7 +58,7 @@ impl Registry {
         refuse_implausible(&record.name, Some(&request.adopt))?;
         refuse_own(&record, request.adopt)?;
         // Until it is known to be the disk's again, and from then on by the disk itself.
-        self.take_image(name, &record.image, Duration::ZERO).await?;
+        self.take_image(name, &record.image, Standing::New).await?;
         let back = self.come_back(&claim, record, request).await;
         if !self.disks.read().await.contains_key(name) {
             self.leave_image(name).await;
@@ -113,7 +113,7 @@ impl Registry {
         let (point, point_time) = (taken.source.lsn, taken.source.time);
         let fetched_bytes = taken.missing.count().bytes();
         let record = self.begin_taken(taking, taken, server).await?;
-        let handle = match self.start(claim, record, Duration::ZERO).await {
+        let handle = match self.start(claim, record, Standing::New).await {
             Ok(handle) => handle,
             Err(error) => {
                 self.forget_attached(&name).await;

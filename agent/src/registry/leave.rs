@@ -69,7 +69,7 @@ impl Registry {
     /// # Errors
     /// `busy` when a disk stands still: it would not let go. `failed` when one lost what it had
     /// acknowledged, which its guest has to hear first. `refused` when an image is not where it was: the next
-    /// program would open another file.
+    /// program would open another file. `locked` when the host uses an image by now: the next program would not have it.
     pub(crate) async fn prepare_to_hand_over(&self) -> Result<(), ApiError> {
         let mut looking = JoinSet::new();
         for (name, attached) in self.disks.read().await.iter() {
@@ -77,6 +77,7 @@ impl Registry {
             looking.extend(place.map(|place| async move { in_place(&name, &place).await }));
         }
         all_well(looking).await?;
+        self.require_unused().await?;
         for _ in 0..FLUSHES {
             let mut flushing = JoinSet::new();
             for (name, attached) in self.disks.read().await.iter() {

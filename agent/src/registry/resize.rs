@@ -17,9 +17,9 @@ use backtide_agent_api::{ImageFormat, ResizeReport, ResizeRequest};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::{ByteCount, DiskName};
 
-use super::{PREDECESSOR_TIME, Registry, errors::failed, leave::end, waiting};
+use super::{Registry, errors::failed, leave::end, waiting};
 use crate::{
-    claims::Claim,
+    claims::{Claim, Standing},
     disk::{self, Leaving},
     qcow2::{self, format_of},
     record::{DiskRecord, ImageStamp},
@@ -112,7 +112,7 @@ impl Registry {
                 return Err(found.err().map_or_else(|| missing_record(name), |error| failed(&error)));
             }
         };
-        match self.start(claim, record.clone(), PREDECESSOR_TIME).await {
+        match self.start(claim, record.clone(), Standing::Had).await {
             Ok(handle) => handle.status().await.map_err(|error| failed(&error)),
             Err(error) => {
                 tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again: will try again");

@@ -14,8 +14,9 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_units::DiskName;
 use tokio::task::JoinSet;
 
-use super::{PREDECESSOR_TIME, Registry, errors::failed};
+use super::{Registry, errors::failed};
 use crate::{
+    claims::Standing,
     disk,
     record::{AllRecords, DiskRecord},
 };
@@ -140,7 +141,7 @@ impl Registry {
             Ok(_) => return,
             Err(error) => return tracing::error!(disk = %name, %error, "cannot use the disk's record"),
         };
-        if let Err(error) = self.start(&claim, record.clone(), PREDECESSOR_TIME).await {
+        if let Err(error) = self.start(&claim, record.clone(), Standing::Had).await {
             tracing::error!(disk = %name, error = %error.message, "cannot attach the disk again: will try again");
             let status = disk::not_attached(&record, &error.message);
             self.failing.write().await.insert(name, status);
