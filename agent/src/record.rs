@@ -102,6 +102,9 @@ pub(crate) struct DiskRecord {
     /// The disk behind was not in its place when the agent last looked: nor then. It may be back.
     #[serde(default)]
     pub(crate) image_displaced: bool,
+    /// Somebody else may have written the image while the agent had it, and not everything was compared since.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) written_past_agent: bool,
     /// The receiver has refused the last attach: a later one, which this state knows nothing of, has had the disk.
     #[serde(default)]
     pub(crate) fenced: bool,
@@ -199,6 +202,7 @@ impl DiskRecord {
             size: ByteCount::ZERO,
             image_changed: false,
             image_displaced: false,
+            written_past_agent: false,
             format: None,
             fenced: false,
             own_epoch: Epoch(0),

@@ -194,6 +194,17 @@ impl Filter {
         self.mode == Mode::Sync && self.window.is_empty() && self.passive.is_empty()
     }
 
+    /// Whether every resync that was due or asked for has ended: none is under way or waits for the receiver, and no
+    /// block is known to differ but those of changes that are on their way.
+    pub fn owes_no_resync(&self) -> bool {
+        self.mode == Mode::Sync
+            && self.lost.is_none()
+            && self.scanning.is_none()
+            && self.spill.pass_wanted.is_none()
+            && self.passive.is_empty()
+            && self.passive_zeroes.is_empty()
+    }
+
     /// Gives the disk up. Returns what the next attach has to know, to be saved durably; nothing
     /// when everything has to be found out anew.
     ///

@@ -282,13 +282,8 @@ impl Filter {
 
     /// Where the log ends, if with the spill nothing is missing.
     pub(crate) fn complete_in_spill(&self) -> Option<Lsn> {
-        let nothing_dirty = self.passive.is_empty()
-            && self.passive_zeroes.is_empty()
-            && self.spill.pass_wanted.is_none()
-            && self.activity.doubtful().is_empty()
-            && self.lost.is_none()
-            && self.scanning.is_none();
-        let complete = self.mode == Mode::Sync && nothing_dirty && self.window.is_all_spilled();
+        let nothing_dirty = self.owes_no_resync() && self.activity.doubtful().is_empty();
+        let complete = nothing_dirty && self.window.is_all_spilled();
         (complete && !self.window.is_empty()).then(|| self.window.log_end())
     }
 

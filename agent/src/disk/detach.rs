@@ -2,8 +2,8 @@
 //! next attach needs is saved.
 //!
 //! Invariants: no request follows what is saved of it; nobody else can have the image before it is flushed and its state
-//! was looked at; what was not flushed, an image that is not in its place, and one that a QEMU had open past us, is not trusted
-//! at the next attach. No step but the local disk's own waits without
+//! was looked at; what was not flushed, an image that is not in its place, and one that others may have written past the
+//! agent, is not trusted at the next attach. No step but the local disk's own waits without
 //! a bound.
 
 use std::{rc::Rc, sync::Arc, time::Duration};
@@ -30,8 +30,7 @@ impl Disk {
     /// Ends service, lets the receiver catch up if it can at once, saves what is left.
     pub(super) async fn detach(self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
-        let was_written_by_qemu = self.was_written_by_qemu;
-        let Self { engine, stream, server, mut record, records, image, mut life, .. } = self;
+        let Self { engine, stream, server, mut record, records, image, mut life, mut past_agent, .. } = self;
         last.guest_waits = end_service(&engine, server, leaving, last.guest_waits).await;
         let flushed = come_to_rest(&engine, &record.name).await;
         last.local_error = flushed.err().map(not_flushed).or(last.local_error);
@@ -39,11 +38,14 @@ impl Disk {
         // Before anybody else can have the image; a qcow2's server writes it when it ends.
         record.image_at_detach = life.look(record.name.as_str()).await.filter(|_| flushed);
         record.image_displaced = life.has_lost_its_image();
+        past_agent.look(image.as_ref(), record.name.as_str()).await;
+        record.written_past_agent = past_agent.wrote();
+        last.local_error = last.local_error.or_else(|| past_agent.trouble());
         catch_up(&engine, leaving).await;
         (last.lsn, last.lag) = super::status::progress(&engine);
         let saved = give_up(&engine, &mut record, flushed).await;
         // Of what the path leads to nothing is known then, nor of what others wrote.
-        let saved = saved.filter(|_| !record.image_displaced && !was_written_by_qemu);
+        let saved = saved.filter(|_| !record.image_displaced && !record.written_past_agent);
         end_stream(&engine, &stream, leaving).await;
         if let Some(epoch) = stream.fenced_by.take() {
             record.fence(epoch);

@@ -25,6 +25,7 @@ mod marking;
 mod medium;
 mod nbd_disk;
 mod open;
+mod past_agent;
 mod refused;
 mod retry;
 mod ring;

@@ -7,6 +7,7 @@ use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, MarkError};
 use backtide_socket::Sockets;
 use backtide_storage::RealStorage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use rustix::fs::FlockOperation;
 use tokio::{
     sync::oneshot,
     task::{JoinSet, LocalSet},
@@ -122,6 +123,64 @@ async fn an_image_that_is_not_in_its_place_is_noted_and_nothing_is_believed_of_w
     disk.end().await;
     assert!(record().image_displaced && record().image_at_detach.is_none());
     assert!(records(directory).load_tracking(&name).unwrap().unwrap().snapshot.everything);
+}
+
+#[tokio::test]
+async fn that_a_qemu_had_the_image_itself_open_is_remembered_until_everything_was_compared() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let disk = Started::image(directory).await;
+    let name = "vm1".parse().unwrap();
+    let record = || records(directory).load(&name).unwrap().unwrap();
+    let until = async |told: &str| {
+        let told = async {
+            while !disk.handle.status().await.unwrap().local_error.is_some_and(|error| error.contains(told)) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), told).await.expect("it is looked at each second");
+    };
+    assert!(!record().written_past_agent);
+    // A lock of the whole file is one of the byte that says who may write it.
+    let qemu = std::fs::File::open(directory.join("vm1.img")).unwrap();
+    let lock = |operation| rustix::fs::fcntl_lock(&qemu, operation).unwrap();
+    lock(FlockOperation::NonBlockingLockShared);
+    until("a QEMU has the image itself open").await;
+    disk.handle.ask(Command::Pause).await.unwrap();
+    assert!(record().written_past_agent, "also should the agent die now");
+    lock(FlockOperation::Unlock);
+    until("somebody else had the image itself open").await;
+    // There is no receiver.
+    assert!(disk.handle.status().await.unwrap().resync_due && record().written_past_agent);
+    disk.end().await;
+    assert!(record().written_past_agent);
+    let disk = Started::image_of(directory, |_| record()).await;
+    assert!(disk.handle.status().await.unwrap().local_error.is_some());
+    disk.end().await;
+    assert!(record().written_past_agent);
+    assert!(records(directory).load_tracking(&name).unwrap().unwrap().snapshot.everything);
+}
+
+#[tokio::test]
+async fn a_qemu_is_looked_for_once_more_at_the_detach() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let disk = Started::image(directory).await;
+    let (image, away) = (directory.join("vm1.img"), directory.join("away.img"));
+    let qemu = std::fs::File::open(&image).unwrap();
+    // It has looked just now: the next time is a second away.
+    for (from, to) in [(&image, &away), (&away, &image)] {
+        std::fs::rename(from, to).unwrap();
+        let is_displaced = to == &away;
+        while disk.handle.status().await.unwrap().local_error.is_some() != is_displaced {
+            tokio::task::yield_now().await;
+        }
+    }
+    rustix::fs::fcntl_lock(&qemu, FlockOperation::NonBlockingLockShared).unwrap();
+    let detach = |answer| Command::Detach { leaving: Leaving::Asked, answer };
+    let last = disk.handle.ask_at_length(detach).await.unwrap().unwrap();
+    let record = records(directory).load(&"vm1".parse().unwrap()).unwrap().unwrap();
+    assert!(record.written_past_agent && last.local_error.is_some() && last.resync_due);
 }
 
 #[tokio::test]

@@ -28,6 +28,7 @@ use super::{
     medium::Medium,
     nbd_disk::{BehindError, NbdDisk},
     open::{Behind, Opened},
+    past_agent::PastAgent,
     status::Verifies,
     stream::Stream,
 };
@@ -69,10 +70,6 @@ pub(crate) enum Command {
     },
 }
 
-/// What a person has to do of it.
-const WRITTEN_BY_QEMU: &str = "a QEMU has the image itself open, to write it: what it writes is in no point; have it use the disk's NBD export, \
-     then `backtide resync NAME --compare`";
-
 /// Why a disk's thread did not start.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
@@ -100,10 +97,7 @@ pub(super) struct Disk {
     pub(super) life: Life,
     /// Why the record could not be saved the last time.
     unsaved: Option<String>,
-    /// A QEMU has the image itself open, to write it.
-    written_by_qemu: bool,
-    /// One had, some time since the attach.
-    pub(super) was_written_by_qemu: bool,
+    pub(super) past_agent: PastAgent,
     /// What else uses its bytes.
     beside: UsedBeside,
 }
@@ -231,7 +225,7 @@ impl Disk {
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
         let (verifies, watch) = (Verifies::default(), super::status::Watch::default());
         let unsaved = None;
-        let written_by_qemu = image.as_ref().is_some_and(|image| image.is_written_by_qemu());
+        let past_agent = PastAgent::new(image.as_deref(), record.written_past_agent);
         let beside = UsedBeside::found(opened.beside, record.name.as_str());
         Ok(Self {
             engine,
@@ -245,8 +239,7 @@ impl Disk {
             watch,
             life,
             unsaved,
-            written_by_qemu,
-            was_written_by_qemu: written_by_qemu,
+            past_agent,
             beside,
         })
     }
@@ -369,8 +362,8 @@ impl Disk {
         status.local_error =
             status.local_error.or_else(|| self.life.displaced.as_ref().map(Displaced::to_string));
         status.local_error = status.local_error.or_else(|| self.unsaved.clone());
-        status.local_error =
-            status.local_error.or_else(|| self.written_by_qemu.then(|| WRITTEN_BY_QEMU.to_owned()));
+        status.local_error = status.local_error.or_else(|| self.past_agent.trouble());
+        status.resync_due |= self.past_agent.is_compare_due();
         status.local_error = status.local_error.or_else(|| self.beside.told());
         status
     }
@@ -392,18 +385,6 @@ impl Disk {
         self.save_record(DiskRecord { paused, ..self.record.clone() }).await;
     }
 
-    /// Looks whether somebody else writes the image, and says so once.
-    async fn look_for_a_qemu(&mut self) {
-        let Some(image) = self.image.clone() else { return };
-        // A file system of another host may take its time.
-        let found = super::local::blocking(move || Ok(image.is_written_by_qemu())).await.unwrap_or_default();
-        if found && !self.written_by_qemu {
-            tracing::warn!(disk = %self.record.name, "{WRITTEN_BY_QEMU}");
-        }
-        self.written_by_qemu = found;
-        self.was_written_by_qemu |= found;
-    }
-
     /// Brings the record up to date, ahead of what the filter needs of it.
     async fn keep_house(&mut self) {
         let status = self.engine.look(Filter::status);
@@ -412,7 +393,8 @@ impl Disk {
         // Clients may come and go between two looks. What is missing is written by nobody's wish.
         let may_change = self.server.connections() > 0 || self.engine.local.hydration().is_some();
         self.life.keep(changes, status.last_time, may_change, self.record.name.as_str()).await;
-        self.look_for_a_qemu().await;
+        self.past_agent.look(self.image.as_ref(), self.record.name.as_str()).await;
+        self.past_agent.follow_up(&self.engine);
         self.beside.look(self.record.name.as_str()).await;
         if let Some(epoch) = self.stream.fenced_by.get() {
             let mut fenced = self.record.clone();
@@ -427,6 +409,11 @@ impl Disk {
         let image_displaced = self.life.has_lost_its_image();
         if image_displaced != self.record.image_displaced {
             self.save_record(DiskRecord { image_displaced, ..self.record.clone() }).await;
+        }
+        // Also should the agent die before everything was compared.
+        let written_past_agent = self.past_agent.wrote();
+        if written_past_agent != self.record.written_past_agent {
+            self.save_record(DiskRecord { written_past_agent, ..self.record.clone() }).await;
         }
         // Also should the agent die before a guest was told.
         let flush_failed = self.engine.look(Filter::untold_failure).is_some();

@@ -8,7 +8,9 @@
 //! - after a crash, a regular file must be the one the agent had, written neither before the agent saw
 //!   it last nor later than the agent lived. What tells no time is trusted: a device or server that
 //!   somebody writes between the agent's death and its next start is not noticed;
-//! - an image that was not in its place when the agent last looked is another one.
+//! - an image that was not in its place when the agent last looked is another one;
+//! - one that somebody may have written past the agent that had it is not as that left it, as long as it has not been
+//!   compared.
 
 use std::time::{Duration, SystemTime};
 
@@ -165,6 +167,10 @@ fn foreign_write(
     }
     if record.image_changed || record.image_displaced {
         return Some((Reason::BitmapUntrusted, "the image is another one, or was not in its place"));
+    }
+    if record.written_past_agent {
+        let past = "somebody else may have written the image while the agent had it, and not everything was compared since";
+        return Some((Reason::BitmapUntrusted, past));
     }
     if record.size > size {
         return Some((Reason::Resized, "the disk is smaller than it was"));

@@ -283,6 +283,8 @@ fn begin(
     record.size = source.size;
     record.image_changed = false;
     record.image_displaced = false;
+    // What it may hold of others was compared, or is missing.
+    record.written_past_agent = false;
     // A device tells no time; nobody but this agent has it.
     record.stopped = stamp.is_none();
     record.image_at_detach = stamp;

@@ -262,7 +262,7 @@ async fn standing(handle: &DiskHandle, request: RewindRequest) -> Result<Standin
             return Err(ApiError::new(ErrorCode::Busy, message)
                 .with_hint("shut the virtual machine down first, or take the disk out of it"));
         }
-        let in_sync = status.mode == Mode::Sync && status.dirty.blocks.0 == 0;
+        let in_sync = status.mode == Mode::Sync && status.dirty.blocks.0 == 0 && !status.resync_due;
         let durable = status.connected && status.lag.records == 0 && status.window.bytes.is_zero();
         if in_sync && durable && status.resync.is_none() {
             return Ok(Standing { status, settled: true });
@@ -304,7 +304,13 @@ async fn standing(handle: &DiskHandle, request: RewindRequest) -> Result<Standin
 
 fn not_in_sync(status: &DiskStatus) -> ApiError {
     let name = &status.name;
-    let message = format!("disk {name} is not in sync: {}", status.reason);
+    // Of a disk in sync mode the reason says that every write is forwarded.
+    let why = match (status.mode, &status.local_error) {
+        (Mode::Sync, Some(trouble)) => trouble,
+        (Mode::Sync, None) if status.resync_due => "what else differs is being found",
+        (_, _) => &status.reason,
+    };
+    let message = format!("disk {name} is not in sync: {why}");
     ApiError::new(ErrorCode::Refused, message).with_hint(format!(
         "what the receiver lacks could not be gone back to: `backtide wait {name} --for sync` first"
     ))

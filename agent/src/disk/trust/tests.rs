@@ -94,6 +94,24 @@ fn a_device_is_believed_after_the_end_of_the_agent_and_not_after_a_detach() {
 }
 
 #[test]
+fn what_was_written_past_the_agent_is_not_believed() {
+    let past = |record: DiskRecord| DiskRecord { written_past_agent: true, ..record };
+    let detached = past(record());
+    let stopped = past(DiskRecord { image_at_detach: None, stopped: true, ..record() });
+    let crashed = past(DiskRecord { image_at_detach: None, attached: true, ..record() });
+    let cases = [
+        (&detached, left(&detached, true), Some(stamp(0))),
+        (&stopped, left_of_a_device(&stopped, true), None),
+        (&crashed, left(&crashed, false), Some(stamp(2))),
+        (&crashed, left_of_a_device(&crashed, false), None),
+    ];
+    for (record, left, stamp) in cases {
+        let resumed = resume(record, Ok(Some(left)), stamp.as_ref(), SIZE);
+        assert!(is_lost(&resumed, Reason::BitmapUntrusted), "{resumed:?}");
+    }
+}
+
+#[test]
 fn a_device_in_the_place_of_a_file_is_not_believed() {
     let untrusted = |record: &DiskRecord, loaded: Loaded| {
         let resumed = resume(record, Ok(Some(loaded)), None, SIZE);

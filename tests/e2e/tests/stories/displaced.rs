@@ -3,7 +3,7 @@
 
 use std::{fs, path::Path};
 
-use backtide_e2e::{Bench, Disk, tools};
+use backtide_e2e::{Bench, Disk, nbd_wire::Connection, tools};
 use serde_json::Value;
 
 const SIZE: u64 = 16 << 20;
@@ -115,38 +115,100 @@ fn a_detach_by_force_gives_the_file_up_and_the_next_attach_compares() {
     disk.latest_is_the_image();
 }
 
-/// What it writes past the agent is in no point. Nothing is to be in the way of giving the file back, so it is not refused.
+/// A QEMU that has the image itself open, at this socket.
+fn past_the_agent(bench: &Bench, disk: &Disk<'_>, more: &[&str]) -> tools::Beside {
+    let socket = bench.name("past-the-agent.sock");
+    let _ = fs::remove_file(&socket);
+    let arguments = [&["-f", "raw", "-t", "-k", &socket][..], more, &[&disk.image]].concat();
+    let server = tools::Beside::start("qemu-nbd", &arguments);
+    tools::wait_for_socket(socket.as_ref());
+    server
+}
+
+/// Past the agent, which does not see what is written.
+fn write_past_the_agent(bench: &Bench) {
+    let uri = format!("nbd+unix:///?socket={}", bench.name("past-the-agent.sock"));
+    tools::qemu_io(&uri, &["write -P 0x33 1M 1M", "flush"]);
+}
+
+/// Nothing is to be in the way of giving the file back, so it is not refused.
 #[test]
 fn a_qemu_that_has_the_image_itself_open_is_told() {
     let bench = Bench::new();
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
-    let socket = bench.name("past-the-agent.sock");
-    let open = |more: &[&str]| {
-        let arguments = [&["-f", "raw", "-t", "-k", &socket][..], more, &[&disk.image]].concat();
-        let server = tools::Beside::start("qemu-nbd", &arguments);
-        tools::wait_for_socket(socket.as_ref());
-        server
-    };
-    let close = |server| {
-        drop(server);
-        let _ = std::fs::remove_file(&socket);
-    };
     assert_eq!(error_of(&disk.status()), "");
-    let reader = open(&["-r"]);
+    let reader = past_the_agent(&bench, &disk, &["-r"]);
     assert_eq!(bench.run(&["doctor"]).code, 0, "who only reads it does no harm");
-    close(reader);
-    let writer = open(&[]);
+    drop(reader);
+    let writer = past_the_agent(&bench, &disk, &[]);
     let told = disk.until("it is told", |status| !error_of(status).is_empty());
     assert!(error_of(&told).contains("a QEMU has the image itself open"), "{told}");
     assert!(bench.run(&["doctor"]).stdout.contains("a QEMU has the image itself open"));
-    // Past the agent, which does not see it.
-    tools::qemu_io(&format!("nbd+unix:///?socket={socket}"), &["write -P 0x33 1M 1M", "flush"]);
+    write_past_the_agent(&bench);
     let detached = bench.json_ending(3, &["detach", "vm1"]);
     assert_eq!(detached["resync_due"], true, "{detached}");
     let attached = bench.attach_ending(3, "vm1", "vm1.img", &[]);
     assert!(!error_of(&attached.status()).is_empty());
-    close(writer);
+    drop(writer);
     attached.until("nobody has it any more", |status| error_of(status).is_empty());
     attached.settle();
     attached.latest_is_the_image();
+}
+
+/// As long as a guest is there the file's time tells nothing, and it does not when the QEMU has gone.
+#[test]
+fn what_a_qemu_wrote_past_the_agent_is_compared_when_it_has_let_go_of_the_image() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M", "flush"]);
+    disk.settle();
+    let before = disk.last();
+    disk.qemu_io(&["write -P 0x22 0 1M", "flush"]);
+    disk.settle();
+    let guest = Connection::open(&disk.uri());
+    let writer = past_the_agent(&bench, &disk, &[]);
+    write_past_the_agent(&bench);
+    disk.until("it is told", |status| !error_of(status).is_empty());
+    let rewind = ["rewind", "vm1", "--to", &format!("lsn:{before}"), "--yes"];
+    drop(guest);
+    disk.until("the guest has gone", |status| status["clients"] == 0);
+    let refused = bench.run(&rewind);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    assert!(refused.sentence().contains("a QEMU has the image itself open"), "{refused:?}");
+    let guest = Connection::open(&disk.uri());
+    drop(writer);
+    // Not before it is compared.
+    let told = disk.until("it is compared", |status| error_of(status).is_empty());
+    assert_eq!((&told["mode"], &told["counters"]["passes"]), (&"sync".into(), &2.into()), "{told}");
+    disk.settle();
+    disk.latest_is_the_image();
+    assert_eq!(bench.run(&["doctor"]).code, 0);
+    drop(guest);
+    disk.until("the guest has gone", |status| status["clients"] == 0);
+    bench.json(&rewind);
+    disk.whole();
+    read(&disk, "0x11");
+    disk.latest_is_the_image();
+}
+
+#[test]
+fn what_a_qemu_wrote_past_an_agent_that_was_killed_since_is_compared() {
+    let bench = Bench::new();
+    let (receiver, agent, disk) = bench.protected(SIZE, &[]);
+    let guest = Connection::open(&disk.uri());
+    let writer = past_the_agent(&bench, &disk, &[]);
+    write_past_the_agent(&bench);
+    disk.until("it is told", |status| !error_of(status).is_empty());
+    // Nothing can be compared.
+    receiver.kill();
+    drop(writer);
+    disk.until("it has gone", |status| error_of(status).contains("somebody else had the image itself open"));
+    agent.kill();
+    drop(guest);
+    let _agent = bench.agent();
+    assert!(error_of(&disk.status()).contains("somebody else had the image itself open"));
+    let _receiver = bench.receiver();
+    disk.until("it is compared", |status| error_of(status).is_empty());
+    disk.settle();
+    disk.latest_is_the_image();
 }

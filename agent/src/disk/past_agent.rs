@@ -1,0 +1,89 @@
+//! Who writes the image past the agent: a QEMU that has it open itself. Nothing keeps it away, so that the image can be
+//! given back at any moment; what it writes is in no point.
+//!
+//! Invariant: that somebody was seen is in the disk's record, and told, until everything was compared, from a moment on at
+//! which nobody was seen any more. As long as the record says so nothing that was saved of the disk is trusted.
+
+use std::{rc::Rc, sync::Arc};
+
+use backtide_io_filter::{Filter, ResyncKind};
+use backtide_storage::ImageFile;
+
+use super::{engine::Engine, local::blocking};
+
+/// What a person has to do of it.
+const QEMU_IS_THERE: &str = "a QEMU has the image itself open, to write it: what it writes is in no point; have it use the disk's NBD export; \
+     when it has let go of the image, everything is compared";
+
+/// What the agent does of it.
+const IS_COMPARED: &str = "somebody else had the image itself open, to write it: what was written past the agent is in no point before \
+     everything was compared";
+
+/// What is known of others that write the image of a disk.
+#[derive(Debug)]
+pub(super) struct PastAgent {
+    /// As of the last look.
+    qemu: bool,
+    /// Somebody may have written it since everything was compared last.
+    wrote: bool,
+    /// Since nobody is there any more everything is being compared, or waits for the receiver.
+    compares: bool,
+}
+
+impl PastAgent {
+    /// At an attach, which compares everything by itself if somebody may have `written` the image before, as the record
+    /// says; `image` is none where its locks cannot be asked for.
+    pub(super) fn new(image: Option<&ImageFile>, written: bool) -> Self {
+        let qemu = image.is_some_and(ImageFile::is_written_by_qemu);
+        Self { qemu, wrote: written || qemu, compares: !qemu }
+    }
+
+    /// Looks who is there, and says so once.
+    pub(super) async fn look(&mut self, image: Option<&Arc<ImageFile>>, disk: &str) {
+        let Some(image) = image.cloned() else { return };
+        // A file system of another host may take its time. No look is no news.
+        let found = blocking(move || Ok(image.is_written_by_qemu())).await;
+        self.saw(found.unwrap_or(self.qemu), disk);
+    }
+
+    fn saw(&mut self, qemu: bool, disk: &str) {
+        if qemu && !self.qemu {
+            tracing::warn!(disk, "{QEMU_IS_THERE}");
+        }
+        self.qemu = qemu;
+        self.wrote |= qemu;
+        // What was compared meanwhile may have been written after that.
+        self.compares &= !qemu;
+    }
+
+    /// Has everything compared when nobody is there any more, and forgets them when that has ended.
+    pub(super) fn follow_up(&mut self, engine: &Rc<Engine>) {
+        if !self.wrote || self.qemu {
+            return;
+        }
+        let disk = engine.name();
+        if !self.compares {
+            tracing::warn!(%disk, "nobody else has the image open any more: everything is compared");
+            engine.happen(|filter, now| filter.force_resync(now, ResyncKind::Compare));
+            self.compares = true;
+        } else if engine.look(Filter::owes_no_resync) {
+            tracing::info!(%disk, "what was written past the agent is at the receiver");
+            self.wrote = false;
+        }
+    }
+
+    /// Whether the receiver may lack what was written past the agent: nothing that is saved of the disk can be trusted.
+    pub(super) fn wrote(&self) -> bool {
+        self.wrote
+    }
+
+    /// Whether everything is to be compared that is not being compared yet.
+    pub(super) fn is_compare_due(&self) -> bool {
+        self.wrote && !self.compares
+    }
+
+    /// For people.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.wrote.then(|| if self.qemu { QEMU_IS_THERE } else { IS_COMPARED }.to_owned())
+    }
+}
