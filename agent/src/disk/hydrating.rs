@@ -83,6 +83,8 @@ struct Ongoing {
     op: Option<LocalOp>,
     /// What came of that.
     data: LocalData,
+    /// Whoever asks has a guest told of what failed before and nobody was told: it is a flush, and none of our own.
+    hears: bool,
     reply: oneshot::Sender<Result<LocalData, IoFailure>>,
 }
 
@@ -139,9 +141,20 @@ impl HydratingDisk {
         if self.goes_through(&op) {
             return self.medium.run(op).await;
         }
+        let hears = matches!(op, LocalOp::Change(Change::Flush) | LocalOp::Settle);
+        self.submit(op, hears).await
+    }
+
+    /// Makes everything stable that was done, and nobody asked for that: what a guest has to hear is kept for its next
+    /// flush.
+    async fn settle_unasked(self: &Rc<Self>) -> Result<(), IoFailure> {
+        self.submit(LocalOp::Settle, false).await.map(drop)
+    }
+
+    async fn submit(self: &Rc<Self>, op: LocalOp, hears: bool) -> Result<LocalData, IoFailure> {
         let (reply, answer) = oneshot::channel();
         let id = self.hydrator.borrow_mut().submit(wish_of(&op));
-        let ongoing = Ongoing { op: Some(unstable(op)), data: LocalData::Changed, reply };
+        let ongoing = Ongoing { op: Some(unstable(op)), data: LocalData::Changed, hears, reply };
         self.requests.borrow_mut().insert(id, ongoing);
         self.carry_out();
         answer.await.expect("every request is answered")
@@ -195,12 +208,13 @@ impl HydratingDisk {
     }
 
     async fn settle(self: Rc<Self>, id: RequestId) {
-        let settled = self.settle_all().await;
+        let hears = self.requests.borrow().get(&id).is_some_and(|ongoing| ongoing.hears);
+        let settled = self.settle_all(hears).await;
         self.storing.set(self.storing.get() - 1);
         self.tell(|hydrator| hydrator.settled(id, settled.map_err(refusal)));
     }
 
-    async fn settle_all(&self) -> Result<(), IoFailure> {
+    async fn settle_all(&self, hears: bool) -> Result<(), IoFailure> {
         let file = Arc::clone(&self.file);
         match &self.medium {
             Medium::Image(image) => {
@@ -208,7 +222,11 @@ impl HydratingDisk {
                 blocking(move || file.settle(|| image.sync())).await.map_err(failure)
             }
             Medium::Nbd(disk) => {
-                if let Err(failure) = disk.run(LocalOp::Change(Change::Flush)).await {
+                let flushed = match hears {
+                    true => disk.run(LocalOp::Change(Change::Flush)).await.map(drop),
+                    false => disk.flush_unasked().await,
+                };
+                if let Err(failure) = flushed {
                     self.distrust_image().await;
                     return Err(failure);
                 }

@@ -235,8 +235,8 @@ impl NbdDisk {
         Ok(())
     }
 
-    /// A flush that no guest asked for: the next that one asks for tells of its failure.
-    async fn flush_unasked(&self) -> Result<(), IoFailure> {
+    /// A flush that no guest asked for: the next that one asks for tells of its failure, and of what failed before.
+    pub(crate) async fn flush_unasked(&self) -> Result<(), IoFailure> {
         let flushed = self.flush().await;
         // What a server that went away may have lost is made again when it is back.
         if let Err(failure) = flushed

@@ -260,8 +260,8 @@ impl HydratingDisk {
                     self.keep_pace(run.count()).await;
                     runs += 1;
                     if runs.is_multiple_of(RUNS_BETWEEN_FLUSHES) {
-                        // A failure is one of every flush that follows.
-                        let _ = self.run(LocalOp::Settle).await;
+                        // A failure is one of a flush that follows.
+                        let _ = self.settle_unasked().await;
                     }
                 }
                 Ahead::Complete => self.finish().await,
@@ -317,7 +317,7 @@ impl HydratingDisk {
     /// Nothing is missing: when that is durable the image is the disk.
     async fn finish(self: &Rc<Self>) {
         // Who dies after it asks for the release again.
-        let released = self.run(LocalOp::Settle).await.is_ok() && self.release_once().await;
+        let released = self.settle_unasked().await.is_ok() && self.release_once().await;
         // No await from here to the count, as in `store`.
         if self.stopped.get() {
             return;

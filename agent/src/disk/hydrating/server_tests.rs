@@ -374,3 +374,29 @@ async fn what_a_flush_was_refused_of_is_not_taken_for_stable_by_the_next_agent()
         })
         .await;
 }
+
+#[tokio::test]
+async fn what_a_server_refuses_of_answered_changes_fails_the_next_flush_of_a_guest_and_no_other() {
+    LocalSet::new()
+        .run_until(async {
+            let mut bench = Bench::new().await;
+            bench.disk.run(write(5 * BLOCK..6 * BLOCK, 77)).await.unwrap();
+            bench.volatile.fails_writes.set(true);
+            bench.server_ends().await;
+            // It is given the change again before anything else.
+            bench.read(0..BLOCK).await.unwrap();
+            bench.volatile.fails_writes.set(false);
+            // What lacks blocks flushes by itself, with what is stable at once and at its end.
+            let stable = Change::Write {
+                range: bytes(20 * BLOCK..21 * BLOCK),
+                data: vec![7; BLOCK as usize].into(),
+                fua: true,
+            };
+            bench.disk.run(LocalOp::Change(stable)).await.unwrap();
+            Rc::clone(&bench.disk).hydrate().await;
+            assert!(bench.disk.status().is_none());
+            bench.disk.run(LocalOp::Change(Change::Flush)).await.unwrap_err();
+            bench.disk.run(LocalOp::Change(Change::Flush)).await.unwrap();
+        })
+        .await;
+}
