@@ -24,9 +24,6 @@ pub(crate) enum Decision {
     Everything(PassPlan),
 }
 
-/// No disk lives to see it: a receiver that names a higher one is mistaken.
-const LSN_PLAUSIBLE_MAX: Lsn = Lsn(1 << 62);
-
 impl Filter {
     /// Whether the driver should try to connect.
     pub fn wants_connection(&self) -> bool {
@@ -114,7 +111,7 @@ impl Filter {
                 "the receiver speaks version {version} of the stream, expected {PROTOCOL_VERSION}"
             ));
         }
-        if durable > highest || *highest > LSN_PLAUSIBLE_MAX {
+        if durable > highest || *highest > Lsn::PLAUSIBLE_MAX {
             return Some(format!("the receiver claims LSN {durable} of at most {highest}: that cannot be"));
         }
         if welcome.last_time.is_some_and(|last| last > CaptureTime::PLAUSIBLE_MAX) {

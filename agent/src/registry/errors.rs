@@ -2,7 +2,7 @@
 
 use backtide_agent_api::{Adopted, AttachRequest};
 use backtide_control::{ApiError, ErrorCode};
-use backtide_units::{DiskName, Epoch};
+use backtide_units::{DiskName, Epoch, Lsn};
 
 use crate::{
     disk::{DetachError, DiskHandle, HydrationProblem, OpenError},
@@ -21,13 +21,17 @@ pub(super) fn refuse_adopted(request: &AttachRequest, known: Option<&DiskRecord>
     Err(ApiError::new(ErrorCode::Exists, message).with_hint("attach it without adopting one"))
 }
 
-/// What a receiver says nobody can have attached leaves no epoch for this agent.
+/// What a receiver says nobody can have attached, or written, leaves no epoch or LSN for this agent.
 pub(super) fn refuse_implausible(name: &DiskName, adopt: Option<&Adopted>) -> Result<(), ApiError> {
-    let Some(Adopted { epoch, .. }) = adopt.filter(|adopt| adopt.epoch > Epoch::OTHERS_MAX) else {
+    let Some(Adopted { epoch, durable, .. }) = adopt else { return Ok(()) };
+    let said = if *epoch > Epoch::OTHERS_MAX {
+        format!("disk {name} was attached {epoch} times")
+    } else if *durable > Lsn::PLAUSIBLE_MAX {
+        format!("disk {name} has come to LSN {durable}")
+    } else {
         return Ok(());
     };
-    let message =
-        format!("the receiver says that disk {name} was attached {epoch} times, which is not believed");
+    let message = format!("the receiver says that {said}, which is not believed");
     Err(ApiError::new(ErrorCode::Refused, message)
         .with_hint("attach it without its history, under another name: it is protected anew"))
 }

@@ -223,22 +223,24 @@ async fn nothing_that_goes_on_trying_outlives_the_agent() {
 }
 
 #[tokio::test]
-async fn an_epoch_that_leaves_none_for_this_agent_is_not_adopted() {
+async fn an_epoch_or_lsn_that_leaves_none_for_this_agent_is_not_adopted() {
     let directory = tempfile::tempdir().unwrap();
     let registry = registry(directory.path());
-    let request = |epoch: u64| -> AttachRequest {
-        let adopt = serde_json::json!({
-            "uuid": backtide_units::DiskId::random(), "history": HistoryId::random(), "epoch": epoch, "durable": 7,
-        });
+    let request = |epoch: u64, durable: u64| -> AttachRequest {
+        let (uuid, history) = (backtide_units::DiskId::random(), HistoryId::random());
+        let adopt =
+            serde_json::json!({ "uuid": uuid, "history": history, "epoch": epoch, "durable": durable });
         let receiver = backtide_control::Address::unix(directory.path().join("nobody.sock"));
         let image = directory.path().join("none.img");
         let request =
             serde_json::json!({ "name": "vm1", "image": image, "receiver": receiver, "adopt": adopt });
         serde_json::from_value(request).unwrap()
     };
-    let refused = registry.attach(request(u64::MAX)).await.unwrap_err();
-    assert_eq!(refused.code, ErrorCode::Refused, "{refused:?}");
-    assert!(refused.message.contains("is not believed"), "{refused:?}");
-    let other = registry.attach(request(3)).await.unwrap_err();
+    for (epoch, durable) in [(u64::MAX, 7), (3, 1 << 63)] {
+        let refused = registry.attach(request(epoch, durable)).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Refused, "{refused:?}");
+        assert!(refused.message.contains("is not believed"), "{refused:?}");
+    }
+    let other = registry.attach(request(3, 7)).await.unwrap_err();
     assert!(!other.message.contains("is not believed"), "there is no such image: {other:?}");
 }

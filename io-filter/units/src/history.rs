@@ -45,6 +45,10 @@ impl Lsn {
     /// At or after every write.
     pub const MAX: Self = Self(u64::MAX);
 
+    /// The highest that is believed of a log. No disk lives to see it: a receiver that names a higher one is broken or means
+    /// no good, and would leave no position for what is written next.
+    pub const PLAUSIBLE_MAX: Self = Self(1 << 62);
+
     /// The next position.
     ///
     /// # Panics

@@ -12,7 +12,7 @@ use backtide_units::{
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::{
-    Closed, Hello, PROTOCOL_VERSION, ProtocolError,
+    Closed, Hello, PROTOCOL_VERSION, ProtocolError, Welcome,
     message::{
         COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, Compare, CompareItem, CompareResult, Content, Data,
         LABEL_BYTES_MAX, Message, Record, RecordBody, Sequenced,
@@ -312,7 +312,11 @@ fn decode_message(
             refuse_above("hello", Some(hello.epoch), Epoch::PLAUSIBLE_MAX)?;
             Message::Hello(hello)
         }
-        Type::Welcome => Message::Welcome(of_our_version("welcome", &payload)?),
+        Type::Welcome => {
+            let welcome: Welcome = of_our_version("welcome", &payload)?;
+            welcome.plausible().map_err(|why| invalid("welcome", why))?;
+            Message::Welcome(welcome)
+        }
         Type::Close => {
             let closed: Closed = from_json("close", &payload)?;
             refuse_above("close", closed.epoch, Epoch::OTHERS_MAX)?;

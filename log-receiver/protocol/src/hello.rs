@@ -183,6 +183,20 @@ pub struct Welcome {
     pub last_attach: Option<Uuid>,
 }
 
+impl Welcome {
+    /// Why it cannot be. Also for who takes a disk over: no other look is taken there at what is saved of it.
+    pub(crate) fn plausible(&self) -> Result<(), String> {
+        let (Self { durable, highest, .. }, max) = (self, Lsn::PLAUSIBLE_MAX);
+        if *highest > max {
+            return Err(format!("LSN {highest} is above the highest one believed, {max}"));
+        }
+        if durable > highest {
+            return Err(format!("LSN {durable} is durable of a log up to LSN {highest}"));
+        }
+        Ok(())
+    }
+}
+
 /// What the receiver had of the disk before this handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

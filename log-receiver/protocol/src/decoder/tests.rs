@@ -217,6 +217,40 @@ proptest! {
     }
 }
 
+fn taken(message: &Message) -> Result<Message, ProtocolError> {
+    let mut decoder = Decoder::new();
+    let (header, payload) = encode(1, message);
+    decoder.buffer().extend_from_slice(&header);
+    decoder.buffer().extend_from_slice(&payload);
+    decoder.next_message().map(|found| found.unwrap().message)
+}
+
+#[test]
+fn a_log_that_leaves_no_lsn_for_what_is_written_next_is_not_believed() {
+    let welcome = |durable, highest| {
+        Message::Welcome(crate::Welcome {
+            version: PROTOCOL_VERSION,
+            history: backtide_units::HistoryId(uuid::Uuid::from_u128(1)),
+            state: crate::ReceiverState::Known,
+            durable,
+            highest,
+            position: Default::default(),
+            in_pass: false,
+            last_time: None,
+            last_attach: None,
+        })
+    };
+    let most = Lsn::PLAUSIBLE_MAX;
+    let beyond = [most.next(), Lsn(1 << 63), Lsn::MAX];
+    for message in beyond.map(|lsn| welcome(Lsn(7), lsn)).iter().chain(&[welcome(Lsn(8), Lsn(7))]) {
+        let refused = taken(message).unwrap_err();
+        assert!(matches!(refused, ProtocolError::Invalid { what: "welcome", .. }), "{refused}");
+    }
+    for message in [welcome(Lsn::ZERO, Lsn::ZERO), welcome(most, most)] {
+        assert_eq!(taken(&message).unwrap(), message);
+    }
+}
+
 #[test]
 fn an_epoch_that_leaves_none_for_the_next_attach_is_not_believed() {
     let hello = |epoch| {
@@ -239,13 +273,6 @@ fn an_epoch_that_leaves_none_for_the_next_attach_is_not_believed() {
     let close = |epoch| {
         let closed = Closed::new(CloseCode::Fenced, "another agent has it");
         Message::Close(Closed { epoch: Some(epoch), ..closed })
-    };
-    let taken = |message: &Message| {
-        let mut decoder = Decoder::new();
-        let (header, payload) = encode(1, message);
-        decoder.buffer().extend_from_slice(&header);
-        decoder.buffer().extend_from_slice(&payload);
-        decoder.next_message().map(|found| found.unwrap().message)
     };
     let beyond = |max: Epoch| [Epoch(max.0 + 1), Epoch(u64::MAX)];
     for message in beyond(Epoch::PLAUSIBLE_MAX).map(hello).iter().chain(&beyond(Epoch::OTHERS_MAX).map(close))
