@@ -46,6 +46,8 @@ pub(crate) enum Standing {
 pub(crate) struct Beside {
     host: Host,
     image: Identity,
+    /// The volume that has the device, so that the disk does not have it for itself.
+    volume: Option<String>,
     told: String,
 }
 
@@ -53,7 +55,7 @@ pub(crate) struct Beside {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum InUse {
     /// The host uses it, or something on the same bytes.
-    #[error("{image} is in use: {} {}", subject(device.as_deref()), predicate(usage))]
+    #[error("{image} is in use: {} {}", subject(device.as_deref()), predicate(&usage.0))]
     ByHost {
         image: String,
         /// Another device, which has the same bytes.
@@ -77,11 +79,12 @@ fn subject(device: Option<&Path>) -> String {
     device.map_or("it".to_owned(), |device| format!("{}, which has bytes of it,", device.display()))
 }
 
-fn predicate(Usage(found): &Usage) -> String {
+fn predicate(found: &Use) -> String {
     match found {
         Use::Mounted(at) => format!("is mounted at {at}"),
         Use::Swap => "is what the host swaps to".to_owned(),
-        Use::Volume(name) => format!("is a part of the volume {name}"),
+        Use::Volume(name, used) => format!("is a part of the volume {name}, which {}", predicate(used)),
+        Use::Open(process) => format!("is open in {process}"),
         Use::Claimed => {
             "is opened exclusively, for instance by a mount that cannot be seen from here".to_owned()
         }
@@ -95,15 +98,25 @@ impl InUse {
             Self::Locked { .. } => "detach it from the other agent first".to_owned(),
             Self::ByHost { image, device, usage: Usage(found) } => {
                 let device = device.as_deref().map_or(image.clone(), |device| device.display().to_string());
-                match found {
-                    Use::Mounted(at) => format!("unmount it first: umount {at}"),
-                    Use::Swap => format!("take it from the host first: swapoff {device}"),
-                    Use::Volume(_) => {
-                        "attach the volume instead, or take it down first, for instance with `vgchange -an`, `dmsetup remove` or `mdadm --stop`".to_owned()
-                    }
-                    Use::Claimed => format!("find out who has it with `lsblk {device}` and `fuser -v {device}`, and end that first"),
-                }
+                way_out(found, &device)
             }
+        }
+    }
+}
+
+/// How to take a device down that is a volume.
+const TAKE_DOWN: &str = "for instance with `vgchange -an`, `kpartx -d`, `dmsetup remove` or `mdadm --stop`";
+
+fn way_out(found: &Use, device: &str) -> String {
+    match found {
+        Use::Mounted(at) => format!("unmount it first: umount {at}"),
+        Use::Swap => format!("take it from the host first: swapoff {device}"),
+        Use::Volume(..) => {
+            format!("attach the volume instead, or end its use and take it down first, {TAKE_DOWN}")
+        }
+        Use::Open(process) => format!("end {process} first"),
+        Use::Claimed => {
+            format!("find out who has it with `lsblk {device}` and `fuser -v {device}`, and end that first")
         }
     }
 }
@@ -115,16 +128,25 @@ impl fmt::Display for Beside {
 }
 
 impl Beside {
-    /// What uses the image that lies beside it.
-    fn of(host: &Host, image: &Identity) -> Option<Self> {
-        let in_use = refuse_used_beside(host, image).err()?;
-        let told = format!("{in_use}: what that writes is in no point of the disk; {}", in_use.hint());
-        Some(Self { host: host.clone(), image: image.clone(), told })
+    /// What uses the image that lies beside it, or `volume`, or could use that.
+    fn of(host: &Host, image: &Identity, volume: Option<String>) -> Option<Self> {
+        let by_volume = || volume.as_ref().map_or(Ok(()), |_| refuse_told(host, image));
+        let told = match by_volume().and_then(|()| refuse_used_beside(host, image)) {
+            Err(in_use) => {
+                format!("{in_use}: what that writes is in no point of the disk; {}", in_use.hint())
+            }
+            Ok(()) => format!(
+                "{} is not kept from other use by the host: it was a part of the volume {}, which nothing uses, when it was attached; take that down, {TAKE_DOWN}, then `backtide agent restart`",
+                image.image(),
+                volume.as_ref()?
+            ),
+        };
+        Some(Self { host: host.clone(), image: image.clone(), volume, told })
     }
 
     /// What is there now. Waits for the file system.
     pub(crate) fn again(&self) -> Option<Self> {
-        Self::of(&self.host, &self.image)
+        Self::of(&self.host, &self.image, self.volume.clone())
     }
 }
 
@@ -153,20 +175,25 @@ impl Hold {
 
     /// The same as [`of`](Self::of) on a host.
     pub(super) fn on(host: &Host, identity: &Identity, standing: Standing) -> Result<Self, InUse> {
-        let mut files = Vec::new();
+        let (mut files, mut volume) = (Vec::new(), None);
         match identity.itself() {
             // No file of this host.
             None => return Ok(Self::default()),
             Some(Thing::File(..)) => refuse_told(host, identity)?,
-            Some(Thing::Device(_)) => files.extend(have_alone(host, identity)?),
+            Some(Thing::Device(number)) => {
+                let found = have_alone(host, identity, host.block(number))?;
+                files.extend(found.files);
+                volume = found.volume;
+            }
         }
         for backing in backings(host, identity) {
             files.extend(lock_backing(identity, &backing.0, backing.1)?);
         }
-        let beside = match standing {
-            Standing::New => refuse_used_beside(host, identity).map(|()| None)?,
-            Standing::Had => Beside::of(host, identity),
-        };
+        if standing == Standing::New {
+            refuse_used_beside(host, identity)?;
+        }
+        let is_told = standing == Standing::Had || volume.is_some();
+        let beside = is_told.then(|| Beside::of(host, identity, volume)).flatten();
         Ok(Self { _files: files, beside })
     }
 }
@@ -175,23 +202,41 @@ fn by_host(identity: &Identity, device: Option<PathBuf>, found: Use) -> InUse {
     InUse::ByHost { image: identity.image().to_owned(), device, usage: Usage(found) }
 }
 
-/// Opens the image's device exclusively; none where that cannot be done and nobody is known to use it.
-fn have_alone(host: &Host, identity: &Identity) -> Result<Option<File>, InUse> {
+/// What the agent has of a device.
+#[derive(Default)]
+struct Had {
+    /// Opened exclusively: the device, or what of it can be had alone.
+    files: Vec<File>,
+    /// A volume has the rest, which nothing uses.
+    volume: Option<String>,
+}
+
+/// Opens the image's device exclusively; none where that cannot be done and nobody is known to use it. What the host has made a
+/// volume of by itself, and does not use, is had without that.
+fn have_alone(host: &Host, identity: &Identity, block: Option<Block>) -> Result<Had, InUse> {
     let path = Path::new(identity.image());
     let is_busy = match open_alone(path) {
-        Ok(file) => return Ok(Some(file)),
-        Err(error) => Errno::from_io_error(&error) == Some(Errno::BUSY),
+        Ok(file) => return Ok(Had { files: vec![file], volume: None }),
+        Err(error) => Errno::from_io_error(&error) == Some(Errno::BUSY) || (host.is_claimed)(path),
     };
     refuse_told(host, identity)?;
     if !is_busy {
         // Whoever opens it as the disk's image is going to say why it cannot be opened.
-        return Ok(None);
+        return Ok(Had::default());
     }
     let lock = File::open(path).and_then(|file| lock_shared(&file).map(|locked| (file, locked)));
-    match lock {
-        Ok((file, false)) => Err(locked(identity, &file)),
-        Ok((_, true)) | Err(_) => Err(by_host(identity, None, Use::Claimed)),
+    if let Ok((file, false)) = lock {
+        return Err(locked(identity, &file));
     }
+    let partitions = block.as_ref().map_or_else(Vec::new, |block| host.partitions(block));
+    let disk = block.as_ref().and_then(|block| host.place(block)).map(|(disk, ..)| disk);
+    let mut volumes = block.iter().chain(&disk).chain(&partitions).flat_map(|part| host.volumes_of(part));
+    let Some(volume) = volumes.next() else { return Err(by_host(identity, None, Use::Claimed)) };
+    if let Some(used) = partitions.iter().find(|part| host.is_somebodys(part)) {
+        return Err(by_host(identity, Some(host.path(used)), Use::Claimed));
+    }
+    let files = partitions.iter().filter_map(|part| open_alone(&host.path(part)).ok()).collect();
+    Ok(Had { files, volume: Some(volume.label()) })
 }
 
 /// Refuses an image that the host uses itself, as far as it tells.

@@ -73,13 +73,21 @@ pub(super) enum Use {
     Mounted(String),
     /// The host swaps to it.
     Swap,
-    /// A volume that is made of it, by its name.
-    Volume(String),
+    /// A volume that is made of it, by its name, and is used itself.
+    Volume(String, Box<Use>),
+    /// A process has it open.
+    Open(String),
     /// Somebody who does not tell.
     Claimed,
 }
 
 impl Block {
+    /// As people know a volume.
+    pub(super) fn label(&self) -> String {
+        let label = read(&self.directory.join("dm/name"));
+        label.map_or(self.name.clone(), |label| format!("{} ({label})", self.name))
+    }
+
     /// Whether the system refuses every write to it.
     fn is_read_only(&self) -> bool {
         read(&self.directory.join("ro")).as_deref() == Some("1")
@@ -220,25 +228,67 @@ impl Host {
 
     /// What a device is used for, as a whole.
     pub(super) fn use_of(&self, block: &Block) -> Option<Use> {
-        let told = self.told_use_of(block);
-        // With a partition in use the disk is claimed too.
-        told.or_else(|| {
-            let claimed = self.partitions(block).is_empty() && (self.is_claimed)(&self.path(block));
-            claimed.then_some(Use::Claimed)
-        })
+        self.told_use_of(block).or_else(|| self.is_somebodys(block).then_some(Use::Claimed))
     }
 
-    /// The same as far as the host tells.
+    /// Whether somebody has the device for himself who is neither a volume nor on a partition of it: with those in use it
+    /// is claimed too.
+    pub(super) fn is_somebodys(&self, block: &Block) -> bool {
+        let alone = self.partitions(block).is_empty() && self.volumes_of(block).is_empty();
+        alone && (self.is_claimed)(&self.path(block))
+    }
+
+    /// What a device is used for, as far as the host tells. A volume uses it when the volume is used: many hosts make those
+    /// by themselves of whatever they find.
     pub(super) fn told_use_of(&self, block: &Block) -> Option<Use> {
+        self.told_use(block, 0)
+    }
+
+    fn told_use(&self, block: &Block, depth: usize) -> Option<Use> {
         let mounted = || self.mount_of(block).map(Use::Mounted);
         let swap = || self.swaps().iter().any(|swap| self.is_named(block, swap)).then_some(Use::Swap);
         let volume = || {
-            let holders = block.directory.join("holders");
-            let holder = names_in(&holders).into_iter().next()?;
-            let name = read(&holders.join(&holder).join("dm/name"));
-            Some(Use::Volume(name.map_or(holder.clone(), |name| format!("{holder} ({name})"))))
+            let used = |volume: Block| {
+                let found = self.use_of_volume(&volume, depth + 1)?;
+                Some(Use::Volume(volume.label(), Box::new(found)))
+            };
+            self.volumes_of(block).into_iter().find_map(used)
         };
         mounted().or_else(swap).or_else(volume)
+    }
+
+    fn use_of_volume(&self, volume: &Block, depth: usize) -> Option<Use> {
+        if depth > DEPTH_MAX {
+            return None;
+        }
+        let partitions = || self.partitions(volume).iter().find_map(|part| self.told_use(part, depth));
+        let opened = || self.opener_of(volume).map(Use::Open);
+        let claimed = || self.is_somebodys(volume).then_some(Use::Claimed);
+        self.told_use(volume, depth).or_else(partitions).or_else(opened).or_else(claimed)
+    }
+
+    /// The volumes that are made of a device.
+    pub(super) fn volumes_of(&self, block: &Block) -> Vec<Block> {
+        let holders = block.directory.join("holders");
+        names_in(&holders).iter().filter_map(|name| self.block_of(&holders.join(name))).collect()
+    }
+
+    /// A process that has the device open, where that can be seen.
+    fn opener_of(&self, block: &Block) -> Option<String> {
+        let processes = self.root.join("proc");
+        let is_open_in = |process: &String| {
+            let opened = processes.join(process).join("fd");
+            // Only the names are looked at: what is open may be on storage that does not answer.
+            let links =
+                names_in(&opened).into_iter().filter_map(|name| fs::read_link(opened.join(name)).ok());
+            links
+                .filter_map(|link| link.into_os_string().into_string().ok())
+                .any(|at| self.is_named(block, &at))
+        };
+        let numbers = names_in(&processes).into_iter().filter(|name| name.parse::<u32>().is_ok());
+        let process = numbers.into_iter().find(is_open_in)?;
+        let name = read(&processes.join(&process).join("comm"));
+        Some(name.map_or(format!("process {process}"), |name| format!("process {process} ({name})")))
     }
 
     /// Whether the host swaps to a file.

@@ -93,6 +93,10 @@ impl MadeUp {
             let below = self.path(&format!("sys/devices/{below}"));
             symlink(&below, own.join("slaves").join(below.file_name().unwrap())).unwrap();
             symlink(&own, below.join("holders").join(volume)).unwrap();
+            // It has what it is made of for itself, and with a partition the disk cannot be had as a whole.
+            for name in below.strip_prefix(self.path("sys/devices")).unwrap() {
+                self.claim(name.to_str().unwrap());
+            }
         }
     }
 
@@ -149,6 +153,14 @@ impl MadeUp {
         self.write(&format!("dev/{name}.claimed"), "");
     }
 
+    /// A process has a file open.
+    pub(super) fn open_in(&self, process: u32, name: &str, at: &str) {
+        let opened = self.path(&format!("proc/{process}/fd"));
+        fs::create_dir_all(&opened).unwrap();
+        symlink(at, opened.join("3")).unwrap();
+        self.write(&format!("proc/{process}/comm"), name);
+    }
+
     /// Where a device is, by its name.
     pub(super) fn dev(&self, name: &str) -> String {
         self.path("dev").join(name).display().to_string()
@@ -179,6 +191,12 @@ impl MadeUp {
     /// Why an image cannot be kept; none when it can.
     pub(super) fn refusal(&self, identity: &Identity) -> Option<InUse> {
         Hold::on(&self.host(), identity, Standing::New).err()
+    }
+
+    /// What is told of an image that a disk has.
+    pub(super) fn told_beside(&self, identity: &Identity) -> Option<String> {
+        let held = Hold::on(&self.host(), identity, Standing::New).unwrap();
+        held.beside().map(|beside| beside.to_string())
     }
 
     fn write(&self, path: &str, text: &str) {

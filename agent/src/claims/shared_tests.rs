@@ -158,13 +158,91 @@ fn what_the_host_swaps_to_or_makes_volumes_of_is_in_use() {
     assert_eq!(sentence, format!("{} is in use: it is what the host swaps to", image.display()));
     host.disk("dm-0", "252:0");
     host.volume("dm-0", "vg-root", &["sda/sda2"]);
+    host.mount("252:0", "/mnt", "/dev/mapper/vg-root");
     let (sentence, hint) = said(host.refusal(&host.of_device("sda2", "8:2")));
-    assert_eq!(
-        sentence,
-        format!("{} is in use: it is a part of the volume dm-0 (vg-root)", host.dev("sda2"))
-    );
+    let volume = "is a part of the volume dm-0 (vg-root), which is mounted at /mnt";
+    assert_eq!(sentence, format!("{} is in use: it {volume}", host.dev("sda2")));
     assert!(hint.starts_with("attach the volume instead"), "{hint}");
-    assert_eq!(host.refusal(&host.of_device("dm-0", "252:0")), None);
+    let (sentence, _) = said(host.refusal(&host.of_device("sda", "8:0")));
+    assert!(
+        sentence.ends_with(&format!("{}, which has bytes of it, {volume}", host.dev("sda2"))),
+        "{sentence}"
+    );
+}
+
+/// A disk whose second partition the host has made volumes of by itself.
+fn with_idle_volumes() -> MadeUp {
+    let host = partitioned();
+    host.disk("dm-0", "252:0");
+    host.volume("dm-0", "mpath", &["sda/sda2"]);
+    host.disk("dm-1", "252:1");
+    host.volume("dm-1", "vg-root", &["dm-0"]);
+    host
+}
+
+#[test]
+fn a_volume_that_nothing_uses_keeps_no_disk_from_its_image_and_is_told() {
+    let host = with_idle_volumes();
+    for (name, number) in [("sda", "8:0"), ("sda2", "8:2")] {
+        let told = host.told_beside(&host.of_device(name, number)).expect("it is not had alone");
+        let expected = format!(
+            "{} is not kept from other use by the host: it was a part of the volume dm-0 (mpath), which nothing uses",
+            host.dev(name)
+        );
+        assert!(told.starts_with(&expected) && told.contains("dmsetup remove"), "{told}");
+    }
+    assert_eq!(host.told_beside(&host.of_device("sda1", "8:1")), None, "the partition beside it");
+    // What uses it later is told too.
+    let held = Hold::on(&host.host(), &host.of_device("sda2", "8:2"), Standing::New).unwrap();
+    host.mount("252:1", "/mnt", "/dev/mapper/vg-root");
+    let told = held.beside().unwrap().again().unwrap().to_string();
+    let volumes =
+        "the volume dm-0 (mpath), which is a part of the volume dm-1 (vg-root), which is mounted at /mnt";
+    assert!(told.contains(&format!("is in use: it is a part of {volumes}: what that writes")), "{told}");
+}
+
+#[test]
+fn a_volume_that_something_uses_keeps_a_disk_from_its_image() {
+    let is_refused = |host: &MadeUp, used: &str| {
+        for (name, number) in [("sda", "8:0"), ("sda2", "8:2")] {
+            let (sentence, _) = said(host.refusal(&host.of_device(name, number)));
+            let expected = format!(
+                "is a part of the volume dm-0 (mpath), which is a part of the volume dm-1 (vg-root), which {used}"
+            );
+            assert!(sentence.ends_with(&expected), "{sentence}");
+        }
+    };
+    let host = with_idle_volumes();
+    host.claim("dm-1");
+    is_refused(&host, "is opened exclusively, for instance by a mount that cannot be seen from here");
+    let host = with_idle_volumes();
+    host.open_in(17, "qemu", "/dev/dm-1");
+    is_refused(&host, "is open in process 17 (qemu)");
+    let host = with_idle_volumes();
+    host.swap("/dev/dm-1");
+    is_refused(&host, "is what the host swaps to");
+    // Somebody else has another partition.
+    let host = with_idle_volumes();
+    host.claim("sda1");
+    let (sentence, _) = said(host.refusal(&host.of_device("sda", "8:0")));
+    assert!(sentence.contains("/dev/sda1, which has bytes of it, is opened exclusively"), "{sentence}");
+    assert_eq!(host.refusal(&host.of_device("sda2", "8:2")), None);
+}
+
+#[test]
+fn a_volume_over_a_loop_device_that_nothing_uses_is_no_use_of_the_file() {
+    let host = MadeUp::new();
+    let image = host.image("vm.img");
+    host.looped("loop0", "7:0", &image, 0, 0);
+    host.disk("dm-0", "252:0");
+    host.volume("dm-0", "loop0p1", &["loop0"]);
+    assert_eq!(host.refusal(&host.of_file(&image)), None);
+    host.mount("252:0", "/mnt", "/dev/mapper/loop0p1");
+    let (sentence, _) = said(host.refusal(&host.of_file(&image)));
+    assert!(
+        sentence.ends_with("is a part of the volume dm-0 (loop0p1), which is mounted at /mnt"),
+        "{sentence}"
+    );
 }
 
 #[test]
