@@ -243,3 +243,51 @@ fn a_device_stays_a_disk_over_restarts_deaths_and_rewinds_of_its_agent() {
     assert_eq!(held.stop(), 0);
     assert!(Path::new(device.path()).exists());
 }
+
+#[test]
+fn what_is_mounted_beside_a_disk_takes_it_from_nobody_at_a_restart() {
+    if let Some(why) = kernel_disk::cannot_mount() {
+        return skip(why);
+    }
+    let bench = Bench::new();
+    let image = bench.image("vm1.img", SIZE);
+    let (_receiver, mut agent) = daemons(&bench);
+    agent.may_complain("which has bytes of it, is mounted");
+    let (file, directory) = (image.display().to_string(), bench.name("mounted"));
+    std::fs::create_dir(&directory).unwrap();
+    tools::run("mkfs.ext4", &["-q", &file]);
+    let mount = |options: &str| tools::try_run("mount", &["-o", options, &file, &directory]);
+    if let (false, why) = mount("loop,ro,noload") {
+        return skip(&format!("no loop device here: {why}"));
+    }
+    // Nothing is written that way.
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    bench.json(&["agent", "restart"]);
+    disk.until("in sync", |status| status["mode"] == "sync" && status["local_error"].is_null());
+    tools::run("umount", &[&directory]);
+    let (mounted, why) = mount("loop");
+    assert!(mounted, "{why}");
+    bench.json(&["agent", "restart"]);
+    let told = disk.status()["local_error"].as_str().unwrap_or_default().to_owned();
+    let why = format!("is mounted at {directory}: what that writes is in no point of the disk");
+    assert!(told.contains(&why), "{told}");
+    disk.qemu_io(&["read 0 4k"]);
+    tools::run("umount", &[&directory]);
+    disk.until("nothing is told any more", |status| status["local_error"].is_null());
+    // The next program would not get an image that the host uses itself.
+    let size = SIZE.to_string();
+    let swaps = tools::try_run("fallocate", &["-l", &size, &file]).0
+        && tools::try_run("mkswap", &[&file]).0
+        && tools::try_run("swapon", &[&file]).0;
+    if !swaps {
+        return skip("no swap to a file here");
+    }
+    let refused = bench.run(&["agent", "restart"]);
+    let goes_on = disk.status()["mode"] == "sync";
+    tools::run("swapoff", &[&file]);
+    assert_eq!(refused.code, REFUSED, "{refused:?}");
+    let expected =
+        format!("disk vm1 could not be attached again: {file} is in use: it is what the host swaps to");
+    assert_eq!(refused.sentence(), expected);
+    assert!(goes_on, "it is served as before");
+}
