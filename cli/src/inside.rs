@@ -4,6 +4,8 @@
 //! read was written by a guest, so it is taken as hostile: names and sizes are its words, never this machine's
 //! paths.
 
+use backtide_control::{ApiError, ErrorCode};
+
 mod compare;
 mod copy_out;
 mod partitions;
@@ -19,6 +21,20 @@ pub(crate) use parts::{Part, Parts};
 pub(crate) use point_reader::{Lost, PointReader, is_gone};
 pub(crate) use unreadable::Unreadable;
 pub(crate) use volume::{Entry, Kind, Volume};
+
+/// Names of nested directories that a walk keeps at once: some hundred bytes each. One directory has up to 2^20, and a
+/// walk that compares reads two.
+const NAMES_HELD_MAX: usize = 3 << 20;
+
+/// Counts the names of one more directory. A volume can name the same millions at each of its levels.
+fn hold_names(held: &mut usize, names: usize) -> Result<(), ApiError> {
+    if *held + names > NAMES_HELD_MAX {
+        let why = format!("the directories above it and it have more than {NAMES_HELD_MAX} names");
+        return Err(ApiError::new(ErrorCode::Damaged, why));
+    }
+    *held += names;
+    Ok(())
+}
 
 #[cfg(test)]
 mod tests;

@@ -10,7 +10,7 @@ use backtide_filesystems::{FileId, Place};
 use backtide_units::{ByteCount, ByteRange};
 use serde::Serialize;
 
-use super::{Entry, Kind, Unreadable, Volume};
+use super::{Entry, Kind, Unreadable, Volume, hold_names};
 use crate::ending::Failure;
 
 /// What is read at once.
@@ -85,7 +85,7 @@ pub(crate) struct Sides<'volumes> {
 /// When the root of either cannot be read; what else cannot is noted.
 pub(crate) fn compare(sides: &Sides<'_>) -> Result<Differences, Failure> {
     let seen = [HashSet::new(), HashSet::new()];
-    let mut walk = Walk { sides, seen, found: Differences::default() };
+    let mut walk = Walk { sides, seen, held: 0, found: Differences::default() };
     let (from, to) = (sides.from.look("/")?, sides.to.look("/")?);
     let entries = (walk.entries(0, Some(&from), "")?, walk.entries(1, Some(&to), "")?);
     walk.directory(entries, "", 0)?;
@@ -96,6 +96,8 @@ struct Walk<'sides> {
     sides: &'sides Sides<'sides>,
     /// Directories that were entered: a tree has each once.
     seen: [HashSet<FileId>; 2],
+    /// Names of directories that are being walked through.
+    held: usize,
     found: Differences,
 }
 
@@ -129,6 +131,7 @@ impl Walk<'_> {
             return Err(ApiError::new(ErrorCode::Damaged, why));
         }
         let mut entries = volume.list(directory)?;
+        hold_names(&mut self.held, entries.len())?;
         entries.sort_by(|a, b| a.raw_name.cmp(&b.raw_name));
         Ok(entries)
     }
@@ -168,12 +171,14 @@ impl Walk<'_> {
                 self.found.unreadable.add(&path, &why);
                 continue;
             }
+            let held = self.held;
             let old = self.entries(0, from.as_ref(), &path);
             match old.and_then(|old| Ok((old, self.entries(1, to.as_ref(), &path)?))) {
                 Ok(entries) => self.directory(entries, &path, depth + 1)?,
                 // The names of one side alone would all be differences.
                 Err(error) => self.found.unreadable.add_error(&path, &error),
             }
+            self.held = held;
         }
     }
 

@@ -23,7 +23,7 @@ use rustix::{fs::OFlags, io::Errno};
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
-use super::{Entry, Kind, Lost, Unreadable, Volume};
+use super::{Entry, Kind, Lost, Unreadable, Volume, hold_names};
 use crate::{
     ending::{Failure, io_failure},
     restore::Replaceable,
@@ -99,7 +99,7 @@ pub(crate) fn copy_out(
         }
         (Kind::Directory, Destination::Path { path, .. }) => {
             Replaceable::at(path, false)?;
-            let mut tree = Tree { volume, lost, seen: HashSet::new(), copied };
+            let mut tree = Tree { volume, lost, seen: HashSet::new(), held: 0, copied };
             let entries = tree.entries(entry)?;
             make(path).map_err(|error| exists_or_failed(path, &error))?;
             let made = tree.directory(entry, entries, path, 0)?;
@@ -129,6 +129,8 @@ struct Tree<'volume> {
     lost: &'volume Lost,
     /// Directories that were entered: a tree has each once.
     seen: HashSet<FileId>,
+    /// Names of directories that are being copied.
+    held: usize,
     copied: Copied,
 }
 
@@ -139,7 +141,9 @@ impl Tree<'_> {
             let why = format!("the directory {} is in the tree more than once", directory.name);
             return Err(ApiError::new(ErrorCode::Damaged, why));
         }
-        self.volume.list(directory)
+        let entries = self.volume.list(directory)?;
+        hold_names(&mut self.held, entries.len())?;
+        Ok(entries)
     }
 
     /// Fills a directory that was made.
@@ -175,13 +179,17 @@ impl Tree<'_> {
                 let why = format!("it is deeper than {DEPTH_MAX} directories");
                 self.copied.unreadable.add(to.display(), &why);
             }
-            Kind::Directory => match self.entries(inner) {
-                Ok(entries) => match make(&to) {
-                    Ok(()) => drop(self.directory(inner, entries, &to, depth + 1)?),
-                    Err(error) => self.is_not_made(&to, &error)?,
-                },
-                Err(error) => self.leave_out(&to, &error)?,
-            },
+            Kind::Directory => {
+                let held = self.held;
+                match self.entries(inner) {
+                    Ok(entries) => match make(&to) {
+                        Ok(()) => drop(self.directory(inner, entries, &to, depth + 1)?),
+                        Err(error) => self.is_not_made(&to, &error)?,
+                    },
+                    Err(error) => self.leave_out(&to, &error)?,
+                }
+                self.held = held;
+            }
             Kind::File => self.file(inner, &to)?,
             Kind::Symlink => {
                 let target = &inner.raw_target;

@@ -277,7 +277,7 @@ fn mbr_partitions(disk: &PointReader, first: &[u8; SECTOR as usize]) -> io::Resu
     let mut extended = None;
     for (number, (kind, (start, count))) in (1..).zip(primary(first)) {
         match kind {
-            0 => {}
+            _ if count == 0 => {}
             kind if is_extended(kind) => extended = Some(start),
             _ => ranges.push((number, sectors(start, count))),
         }
@@ -286,7 +286,8 @@ fn mbr_partitions(disk: &PointReader, first: &[u8; SECTOR as usize]) -> io::Resu
     // Each boot record of the chain names one partition, relative to itself, and the next record, relative
     // to the first.
     let mut at = base;
-    for number in 5..5 + LOGICAL_MAX {
+    let mut number = 5;
+    for _ in 0..LOGICAL_MAX {
         let mut record = [0; SECTOR as usize];
         disk.read_at(ByteOffset(at * SECTOR), &mut record)?;
         if record[510..] != [0x55, 0xaa] {
@@ -298,9 +299,13 @@ fn mbr_partitions(disk: &PointReader, first: &[u8; SECTOR as usize]) -> io::Resu
         let mut next = None;
         for (kind, (start, count)) in primary(&record).take(2) {
             match kind {
-                0 => {}
-                kind if is_extended(kind) => next = Some(base + start),
-                _ => ranges.push((number, sectors(at + start, count))),
+                // Linux has no number for it.
+                _ if count == 0 => {}
+                kind if is_extended(kind) => next = next.or(Some(base + start)),
+                _ => {
+                    ranges.push((number, sectors(at + start, count)));
+                    number += 1;
+                }
             }
         }
         match next {

@@ -102,6 +102,31 @@ fn a_disk_without_a_table_is_one_part() {
 }
 
 #[test]
+fn logical_partitions_have_the_numbers_that_linux_gives_them() {
+    let mib = MIB as u64;
+    let mut disk = vec![0; 8 * MIB];
+    entry(&mut disk, 0, 0, 0x05, 2048, 8192);
+    // The first record of the chain names no partition: it was deleted.
+    entry(&mut disk, 2048, 1, 0x05, 2048, 4096);
+    entry(&mut disk, 4096, 0, 0x83, 2048, 2048);
+    entry(&mut disk, 4096, 1, 0x05, 6144, 4096);
+    entry(&mut disk, 8192, 0, 0x83, 2048, 2048);
+    let empty = Content::Unknown;
+    assert_eq!(told(disk), [(5, 3 * mib, mib, empty), (6, 5 * mib, mib, empty)]);
+}
+
+#[test]
+fn a_walk_keeps_only_so_many_names() {
+    let mut held = 0;
+    for _ in 0..3 {
+        hold_names(&mut held, 1 << 20).unwrap();
+    }
+    let why = hold_names(&mut held, 1).unwrap_err();
+    assert!(why.message.contains("more than 3145728 names"), "{}", why.message);
+    assert_eq!(held, NAMES_HELD_MAX);
+}
+
+#[test]
 fn marks_of_what_was_there_before_a_table_do_not_hide_it() {
     let (mib, mut disk) = (MIB as u64, vec![0; 4 * MIB]);
     disk[1080..1082].copy_from_slice(&[0x53, 0xef]);

@@ -14,6 +14,7 @@ use std::{
 };
 
 use backtide_control::{ApiError, ErrorCode};
+use backtide_storage::is_written_by_qemu;
 
 use crate::{
     ending::{Failure, io_failure},
@@ -31,6 +32,8 @@ pub(crate) struct Held {
 pub(super) enum NotHeld {
     /// Somebody else has it locked.
     Locked,
+    /// A QEMU has it open to write, by its own kind of locks.
+    Qemu,
     /// The system does not let it be opened or locked.
     Io(io::Error),
 }
@@ -43,7 +46,7 @@ impl Held {
         let file = File::options().read(true).write(true).open(path);
         let file = file.or_else(|_| File::open(path)).map_err(NotHeld::Io)?;
         match leftovers::hold(&file) {
-            Ok(()) => Ok(Self { file }),
+            Ok(()) => Self { file }.unless_used(),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(NotHeld::Locked),
             Err(error) => Err(NotHeld::Io(error)),
         }
@@ -57,7 +60,8 @@ impl Held {
         };
         if let Some(held) = held {
             match held.is_at(path) {
-                Ok(true) => return Ok(Some(held)),
+                // Locks of other kinds are no obstacle to each other: it may have been started since.
+                Ok(true) => return held.unless_used().map(Some),
                 Ok(false) => {}
                 Err(error) => return none_there(error),
             }
@@ -65,7 +69,7 @@ impl Held {
         let held = match Self::take(path) {
             Ok(held) => held,
             Err(NotHeld::Io(error)) => return none_there(error),
-            Err(NotHeld::Locked) => return Err(NotHeld::Locked),
+            Err(used @ (NotHeld::Locked | NotHeld::Qemu)) => return Err(used),
         };
         match held.is_at(path) {
             Ok(true) => Ok(Some(held)),
@@ -73,6 +77,11 @@ impl Held {
             Ok(false) => Err(NotHeld::Locked),
             Err(error) => none_there(error),
         }
+    }
+
+    fn unless_used(self) -> Result<Self, NotHeld> {
+        // Where that cannot be asked nobody has such a lock either.
+        if is_written_by_qemu(&self.file).unwrap_or(false) { Err(NotHeld::Qemu) } else { Ok(self) }
     }
 
     /// Whether it is what `path` leads to now.
@@ -96,6 +105,11 @@ impl NotHeld {
                     "{} is locked: an agent protects it, or another program writes to it",
                     path.display()
                 );
+                ApiError::new(ErrorCode::Locked, message).with_hint(hint).into()
+            }
+            Self::Qemu => {
+                let message = format!("{} is in use: a QEMU has it open to write", path.display());
+                let hint = "end that QEMU first, or take another place";
                 ApiError::new(ErrorCode::Locked, message).with_hint(hint).into()
             }
             Self::Io(error) => io_failure(path.display(), &error),

@@ -199,7 +199,7 @@ impl ImageFile {
 
     /// Whether a QEMU has the image open to write it, past whoever has it here. As far as its locks tell.
     pub fn is_written_by_qemu(&self) -> bool {
-        crate::qemu_lock::is_written(&self.file).unwrap_or_default()
+        crate::qemu_lock::is_written_by_qemu(&self.file).unwrap_or_default()
     }
 
     /// Gives the lock up before the file is closed.

@@ -26,6 +26,7 @@ pub use image::{Alignment, Cache, ImageError, ImageFile, Opening, Wrote, lock_ow
 pub use kill_point::KillPoint;
 pub use loop_device::{LoopBacking, loop_backing};
 pub use memory::{MemoryStorage, OperationCounts};
+pub use qemu_lock::is_written_by_qemu;
 pub use real::RealStorage;
 pub use ring::{Completion, Ring, RingOp};
 pub use seam::{DeviceId, Storage, StorageFile, read_file, replace_file, replace_with};

@@ -12,7 +12,7 @@ const MAY_WRITE: libc::off_t = 101;
 /// # Errors
 /// The operating system's, where locks cannot be asked for.
 #[expect(unsafe_code, reason = "a request that rustix does not have")]
-pub(crate) fn is_written(file: &File) -> io::Result<bool> {
+pub fn is_written_by_qemu(file: &File) -> io::Result<bool> {
     // SAFETY: any bits are a value of it.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = libc::F_WRLCK as libc::c_short;

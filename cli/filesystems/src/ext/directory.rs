@@ -52,6 +52,9 @@ pub(super) fn names(volume: &Volume, inode: &Inode) -> Result<Vec<Name>, Error> 
         // Pieces lie within the volume, so their ends are no overflow. A block may have several pieces.
         let end = (piece.at.0 + piece.length.0).min(end);
         let mut at = next.max(piece.at.0 / size * size);
+        if at > next {
+            return Err(hole(next));
+        }
         while at < end {
             blocks += 1;
             if blocks > BLOCKS_MAX {
@@ -64,7 +67,12 @@ pub(super) fn names(volume: &Volume, inode: &Inode) -> Result<Vec<Name>, Error> 
             next = at;
         }
     }
-    Ok(names)
+    if next < end { Err(hole(next)) } else { Ok(names) }
+}
+
+/// A directory has names in each of its blocks, or says there that they hold none: what was in this one is lost.
+fn hole(at: u64) -> Error {
+    in_block(Error::damaged("", "it is a hole, which no directory has"), at)
 }
 
 /// Reads and checks a block.

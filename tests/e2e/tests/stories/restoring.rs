@@ -121,3 +121,25 @@ fn notes(bench: &Bench) -> Option<u64> {
 fn ended(child: &mut Child) -> i32 {
     child.wait().unwrap().code().expect("an exit code")
 }
+
+#[test]
+fn a_restore_replaces_no_image_that_a_qemu_has_open() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.settle();
+    let (image, socket) = (bench.image("used.img", SIZE), bench.name("used.sock"));
+    let image = image.to_str().unwrap();
+    let server = tools::Beside::start("qemu-nbd", &["-f", "raw", "-t", "-k", &socket, image]);
+    tools::wait_for_socket(socket.as_ref());
+    let restore = ["restore", "vm1", "--at", "latest", "--output", image, "--force"];
+    for more in [&[][..], &["--only-changed"]] {
+        let said = bench.run(&[&restore[..], more].concat());
+        assert_eq!((said.code, said.error()["code"].as_str()), (5, Some("locked")), "{said:?}");
+        assert!(said.sentence().contains("a QEMU has it open to write"), "{said:?}");
+    }
+    tools::qemu_io(&format!("nbd+unix:///?socket={socket}"), &["read -P 0 0 32M"]);
+    drop(server);
+    bench.json(&restore);
+    tools::assert_same(&disk.image, image);
+}

@@ -142,6 +142,22 @@ fn extents_that_overlap_or_lead_to_themselves_are_damage() {
 }
 
 #[test]
+fn a_directory_that_lost_a_block_is_not_one_with_fewer_names() {
+    let made = Made::new(8 << 10, &["-t", "ext4", "-b", "1024"], None);
+    let mut commands = vec!["mkdir many".to_owned()];
+    commands.extend((0..300).map(|number| format!("mkdir many/a-name-of-some-length-{number}")));
+    made.debugfs(&commands.iter().map(String::as_str).collect::<Vec<_>>());
+    let names = |made: &Made| made.open().names(find(&made.open(), "/many"));
+    assert_eq!(names(&made).unwrap().len(), 300);
+    let blocks = made.blocks("/many").len();
+    for (from, to) in [(3, 4), (blocks - 1, blocks - 1)] {
+        made.debugfs(&[&format!("punch many {from} {to}")]);
+        let why = names(&made).unwrap_err().to_string();
+        assert!(why.contains("a hole"), "{why}");
+    }
+}
+
+#[test]
 fn a_link_that_is_too_long_is_an_error_of_its_own() {
     let made = volume();
     made.debugfs(&["sif link size 0x7fffffff", "sif small size 0xffffffffffffffff"]);
