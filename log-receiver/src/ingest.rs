@@ -36,7 +36,7 @@ use crate::{
     facts::DiskFacts,
     past::EndedLog,
     pool::Pool,
-    reopening::Settling,
+    reopening::{Settling, Unread},
     session::ConnectionId,
 };
 
@@ -71,6 +71,8 @@ pub(crate) enum Task {
         base: Box<Base>,
         answer: oneshot::Sender<Result<bool, RebaseError>>,
     },
+    /// What could not be read of logs that failed may be by now.
+    LookAgain,
     /// Make durable where a log of a disk begins.
     Settle { disk: DiskId, log: u32, answer: oneshot::Sender<Settling> },
     /// Whether a disk may go; none for an unknown disk. No agent gets it from then on.
@@ -108,6 +110,8 @@ pub(crate) struct Ingest {
     pub(crate) syncing: RefCell<BTreeSet<DiskId>>,
     /// The logs of these are being opened again.
     pub(crate) reopening: RefCell<BTreeSet<DiskId>>,
+    /// Of these nothing can be read of a log that failed.
+    pub(crate) unread: RefCell<BTreeMap<DiskId, Unread>>,
     /// Of these the next sync begins when the one under way ends.
     pub(crate) hastened: RefCell<BTreeSet<DiskId>>,
     /// These are synced when the commit interval ends.
@@ -161,6 +165,7 @@ pub(crate) fn start(
             disks: RefCell::new(Disks::open_side_by_side(shelf, &disks, OPENING_THREADS)),
             syncing: RefCell::default(),
             reopening: RefCell::default(),
+            unread: RefCell::default(),
             hastened: RefCell::default(),
             gathering: RefCell::default(),
             ticking: Cell::default(),
@@ -221,6 +226,7 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
                     drop(answer.send(ingest.rebase_ended(disk, log, *base).await));
                 });
             }
+            Task::LookAgain => ingest.look_again(),
             Task::Settle { disk, log, answer } => {
                 let ingest = Rc::clone(&ingest);
                 tokio::task::spawn_local(async move { drop(answer.send(ingest.settle(disk, log).await)) });

@@ -3,11 +3,15 @@
 //! It reads the end of the log, or all that is left of one that is damaged: on a slow device that takes as long as it takes, so a
 //! receiver has it done where blocking is fine ([`Ingest::prepare`]) before the claim, which then finds it done. A simulation
 //! has it done within the claim. In the same way what is left of such a log is read for whoever asks for its points, and a disk
-//! whose directory could not be listed is opened as at a start for an agent or whoever asks for its points.
+//! whose directory could not be listed is opened as at a start for an agent or whoever asks for its points. To read what is left can
+//! fail after all of a log was read but its end, so who asks next has it read again only when something has changed: a hello
+//! has tried to open the log, or a round of retention has come, and more time has gone than it took, many times over.
 //!
 //! Invariants: at most one is under way of a disk, and nobody reads the log's files or gives up the disk meanwhile; what it
 //! came to is used by the next claim or by none, for nothing else writes to a log that failed but what makes durable where it
 //! begins, which is as an opening does it.
+
+use std::time::{Duration, Instant};
 
 use backtide_protocol::Hello;
 use backtide_recovery::{DiskLog, LogError, Salvage, SettleTicket};
@@ -22,6 +26,24 @@ use crate::{
     memo::Memo,
     past::EndedLog,
 };
+
+/// What is left of a log is not read again sooner than so many times what it took to find that it cannot be.
+const SELDOM: u32 = 8;
+
+/// That nothing could be read of a log that failed.
+pub(crate) struct Unread {
+    /// Of this opening of it.
+    life: u64,
+    took: Duration,
+    found: Instant,
+}
+
+impl Unread {
+    /// Whether it may be tried again at `now`.
+    fn is_long_ago(&self, now: Instant) -> bool {
+        now.duration_since(self.found) >= self.took.saturating_mul(SELDOM)
+    }
+}
 
 /// A log that failed, to be opened again.
 pub(crate) struct Reopening {
@@ -167,6 +189,7 @@ impl Ingest {
             let Some(work) = self.disks.borrow_mut().begin_reopening(disk) else { break };
             self.reopening.borrow_mut().insert(disk);
             let reopened = self.readers.run(move || work.run()).await;
+            self.unread.borrow_mut().remove(&disk);
             if let Some(state) = self.disks.borrow_mut().get_mut(disk) {
                 state.end_reopening(reopened.ok());
             }
@@ -176,7 +199,14 @@ impl Ingest {
         }
     }
 
-    /// Has what is left of a log that is out of use read, where that holds up no other disk; once, if it can be.
+    /// What could not be read may be by now: it is tried again when somebody asks.
+    pub(crate) fn look_again(&self) {
+        let now = Instant::now();
+        self.unread.borrow_mut().retain(|_, unread| !unread.is_long_ago(now));
+    }
+
+    /// Has what is left of a log that is out of use read, where that holds up no other disk; once, if it can be, and if not,
+    /// not again before something has changed.
     pub(crate) async fn make_readable(&self, disk: DiskId) {
         self.list_again(disk).await;
         self.until_reopened(disk).await;
@@ -187,12 +217,22 @@ impl Ingest {
             })
         };
         let Some((life, number, shelf, wanted)) = wanted else { return };
+        if self.unread.borrow().get(&disk).is_some_and(|unread| unread.life == life) {
+            return;
+        }
         self.reopening.borrow_mut().insert(disk);
+        let begun = Instant::now();
         let left = self.readers.run(move || shelf.left_of(disk, number, &wanted)).await;
-        if let (Some(state), Ok(Some((salvaged, memo)))) = (self.disks.borrow_mut().get_mut(disk), left)
-            && state.life() == life
-        {
-            state.salvaged(salvaged, memo);
+        match (self.disks.borrow_mut().get_mut(disk), left) {
+            (Some(state), Ok(Some((salvaged, memo)))) if state.life() == life => {
+                state.salvaged(salvaged, memo);
+            }
+            (Some(state), Ok(None)) if state.life() == life => {
+                let found = Instant::now();
+                let unread = Unread { life, took: found.duration_since(begun), found };
+                self.unread.borrow_mut().insert(disk, unread);
+            }
+            _ => {}
         }
         self.reopening.borrow_mut().remove(&disk);
         self.synced.notify_waiters();
@@ -208,5 +248,20 @@ impl Ingest {
             }
             ended.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_took_long_and_failed_is_tried_again_later_than_what_did_not() {
+        let found = Instant::now();
+        let after = |took: u64| Unread { life: 1, took: Duration::from_secs(took), found };
+        let seconds = |seconds| found + Duration::from_secs(seconds);
+        assert!(after(0).is_long_ago(seconds(0)));
+        assert!(!after(60).is_long_ago(seconds(60 * 8 - 1)));
+        assert!(after(60).is_long_ago(seconds(60 * 8)));
     }
 }

@@ -220,6 +220,9 @@ impl Work {
 
     fn round(&mut self) -> Result<(), Ending> {
         self.note_time();
+        for thread in &self.threads {
+            thread.blocking_send(Task::LookAgain).map_err(|_| Ending)?;
+        }
         let pressure = self.look_at_the_room();
         let mut disks = self.disks()?;
         self.collect |= self.shared.collect.swap(false, Ordering::Relaxed);

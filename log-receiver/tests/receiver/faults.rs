@@ -30,6 +30,8 @@ pub(crate) enum Fault {
     OverlaysFail,
     /// Directories of disks cannot be listed.
     DisksUnlistable,
+    /// Directories of segments cannot be listed.
+    SegmentsUnlistable,
     /// Reserving space panics.
     ReservationsPanic,
 }
@@ -38,6 +40,8 @@ pub(crate) enum Fault {
 struct State {
     fault: Fault,
     waiting: usize,
+    /// Listings that failed.
+    unlisted: usize,
 }
 
 /// A storage in memory with faults. Clones are the same.
@@ -56,13 +60,18 @@ struct FaultyFile {
 
 impl Faulty {
     pub(crate) fn new() -> Self {
-        let state = State { fault: Fault::None, waiting: 0 };
+        let state = State { fault: Fault::None, waiting: 0, unlisted: 0 };
         Self { memory: MemoryStorage::new(), state: Arc::new((Mutex::new(state), Condvar::new())) }
     }
 
     pub(crate) fn set(&self, fault: Fault) {
         self.state.0.lock().unwrap().fault = fault;
         self.state.1.notify_all();
+    }
+
+    /// How many listings have failed.
+    pub(crate) fn unlisted(&self) -> usize {
+        self.state.0.lock().unwrap().unlisted
     }
 
     /// Returns when a sync waits, or an open.
@@ -86,6 +95,7 @@ impl Faulty {
             | Fault::FirstLogsFail
             | Fault::OverlaysFail
             | Fault::DisksUnlistable
+            | Fault::SegmentsUnlistable
             | Fault::ReservationsPanic => Ok(()),
         }
     }
@@ -115,10 +125,14 @@ impl Storage for Faulty {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        let fails = self.state.0.lock().unwrap().fault == Fault::DisksUnlistable;
-        if fails && dir.parent() == Some(Path::new("disks")) {
+        let mut state = self.state.0.lock().unwrap();
+        let fails = (state.fault == Fault::DisksUnlistable && dir.parent() == Some(Path::new("disks")))
+            || (state.fault == Fault::SegmentsUnlistable && dir.ends_with("segments"));
+        if fails {
+            state.unlisted += 1;
             return Err(io::Error::other("injected failure of a listing"));
         }
+        drop(state);
         self.memory.list(dir)
     }
 
@@ -149,6 +163,7 @@ impl Storage for Faulty {
             | Fault::WritesFail
             | Fault::OverlaysFail
             | Fault::DisksUnlistable
+            | Fault::SegmentsUnlistable
             | Fault::ReservationsPanic => false,
         };
         if fails {

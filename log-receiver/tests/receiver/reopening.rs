@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use backtide_log_receiver::Receiver;
+use backtide_log_receiver::{Config, Receiver, Retention};
 use backtide_protocol::{CloseCode, Hello, Message, ReceiverState};
 use backtide_units::{Epoch, Lsn};
 
@@ -10,6 +10,7 @@ use crate::{
     agent::*,
     faults::{Fault, Faulty},
     fixture::*,
+    retention::{rounds, vm1},
 };
 
 /// What does not end in this time never does.
@@ -127,5 +128,52 @@ async fn what_is_left_of_a_log_is_read_while_other_disks_go_on() {
     }
     storage.set(Fault::None);
     assert_eq!(asked.await.unwrap().last.map(|last| last.lsn), Some(Lsn(5)));
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_read_of_a_failed_log_is_not_tried_at_each_question_but_when_something_changed() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    // The only rounds are those that are asked for.
+    let retention = Retention { interval_ms: 1 << 40, ..Retention::default() };
+    let config = Config { retention, ..place.config() };
+    let receiver = Receiver::start_on_storage(Arc::new(storage.clone()), config).await.unwrap();
+    let api = client(&receiver);
+    let (mut one, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    one.first_pass(5).await;
+    one.all_durable().await;
+    storage.set(Fault::WritesFail);
+    one.send(&write(6, 0, vec![6; 4096])).await;
+    assert_eq!(one.closed().await.code, CloseCode::Store);
+    storage.set(Fault::SegmentsUnlistable);
+    let questions = async || {
+        let before = storage.unlisted();
+        for _ in 0..10 {
+            let why = api.points(&vm1()).await.unwrap_err().to_string();
+            assert!(why.contains("injected failure of a write"), "{why}");
+        }
+        storage.unlisted() - before
+    };
+    let once = questions().await;
+    assert!((1..10).contains(&once), "{once}");
+    assert_eq!(questions().await, 0, "nothing has changed");
+    // A hello that has tried to open the log in vain has it tried again, once.
+    let again = Hello { history: Some(first.history), ..hello(1, "vm1") };
+    assert_eq!(Agent::refused(&receiver, again).await.code, CloseCode::Store);
+    let tried = storage.unlisted();
+    let why = api.points(&vm1()).await.unwrap_err().to_string();
+    assert!(why.contains("injected failure of a listing") && storage.unlisted() > tried, "{why}");
+    let before = storage.unlisted();
+    assert!(api.points(&vm1()).await.is_err());
+    assert_eq!(storage.unlisted(), before);
+    // What can be read is, soon after, though no agent comes.
+    storage.set(Fault::None);
+    let points = loop {
+        rounds(&api, &vm1(), "any=1000y").await;
+        if let Ok(points) = api.points(&vm1()).await {
+            break points;
+        }
+    };
+    assert_eq!(points.last.map(|last| last.lsn), Some(Lsn(5)));
     receiver.shutdown().await;
 }
