@@ -355,7 +355,7 @@ impl Table {
                 let disk = DiskRef { size, ..disk.clone() };
                 let overlay = OverlayId(Uuid::new_v4());
                 let (lsn, time, created) = (at.lsn, at.time, clock::now());
-                let record = Record { id, overlay, disk, lsn, time, created, uri };
+                let record = Record { id, overlay, disk, lsn, time, created, uri, store: None };
                 self.serving.writers.run(move || overlays.create(record)).await
             }
             PlanOverlay::Kept(_) => {

@@ -5,6 +5,8 @@
 //! begun, are from a crash and removed; other files without a record, and a record that cannot be read, are left alone, and told.
 
 pub(crate) mod record;
+mod serving;
+pub(crate) mod store_place;
 
 use std::{
     collections::BTreeMap,
@@ -20,6 +22,7 @@ use backtide_units::{ByteCount, CaptureTime, DiskId, Lsn};
 
 use crate::disk::chain;
 use record::{DIR, Record};
+use store_place::StorePlace;
 
 /// The overlays of a store. Clones share it.
 #[derive(Clone)]
@@ -27,6 +30,8 @@ pub(crate) struct Overlays {
     storage: Arc<dyn Storage>,
     options: OverlayOptions,
     overlays_max: usize,
+    /// Where the store is; none of one in memory.
+    place: Option<StorePlace>,
     table: Arc<Mutex<BTreeMap<String, Known>>>,
     /// Held while one is opened or removed, which may take its time; the table never is.
     opening: Arc<Mutex<()>>,
@@ -39,6 +44,8 @@ struct Known {
     open: Weak<Overlay>,
     /// What is wrong with it.
     problem: Option<String>,
+    /// It is to be served and could not be.
+    waits: bool,
 }
 
 impl Overlays {
@@ -50,8 +57,10 @@ impl Overlays {
         storage: Arc<dyn Storage>,
         options: OverlayOptions,
         overlays_max: usize,
+        place: Option<StorePlace>,
     ) -> io::Result<Self> {
-        let this = Self { storage, options, overlays_max, table: Arc::default(), opening: Arc::default() };
+        let (table, opening) = (Arc::default(), Arc::default());
+        let this = Self { storage, options, overlays_max, place, table, opening };
         this.storage.create_dir(Path::new(DIR))?;
         this.storage.sync_dir(Path::new(""))?;
         let names = this.storage.list(Path::new(DIR))?;
@@ -63,7 +72,7 @@ impl Overlays {
                 tracing::error!(overlay = id, why, "an overlay cannot be used");
             }
             let problem = record.as_ref().err().cloned();
-            table.insert(id.to_owned(), Known { record, open: Weak::new(), problem });
+            table.insert(id.to_owned(), Known { record, open: Weak::new(), problem, waits: false });
         }
         // What says that a discard had begun goes last.
         for endings in [&[".map.new", ".map", ".data", ".json.new"][..], &[record::GOING]] {
@@ -108,13 +117,6 @@ impl Overlays {
         }
     }
 
-    /// The records of all that are served.
-    pub(crate) fn served(&self) -> Vec<Record> {
-        let table = self.table();
-        let records = table.values().filter_map(|known| known.record.as_ref().ok());
-        records.filter(|record| record.uri.is_some()).cloned().collect()
-    }
-
     /// The points of a disk that overlays lie above, mounted or kept: without them nothing in those can be read.
     pub(crate) fn points(&self, disk: DiskId) -> BTreeMap<Lsn, CaptureTime> {
         let table = self.table();
@@ -146,6 +148,7 @@ impl Overlays {
     /// # Errors
     /// When there are as many as there may be; the store's.
     pub(crate) fn create(&self, record: Record) -> Result<Arc<Overlay>, ApiError> {
+        let record = Record { store: self.place.clone(), ..record };
         let count = self.count();
         if count >= self.overlays_max {
             let why = format!("the receiver keeps its limit of {count} overlays");
@@ -163,8 +166,8 @@ impl Overlays {
         });
         match written {
             Ok(overlay) => {
-                let known =
-                    Known { open: Arc::downgrade(&overlay), problem: None, record: Ok(record.clone()) };
+                let open = Arc::downgrade(&overlay);
+                let known = Known { open, problem: None, record: Ok(record.clone()), waits: false };
                 self.table().insert(record.id, known);
                 Ok(overlay)
             }
@@ -210,12 +213,14 @@ impl Overlays {
     /// # Errors
     /// The store's; then it is as it was.
     pub(crate) fn serve_at(&self, id: &str, uri: Option<String>) -> Result<(), ApiError> {
-        let record = Record { uri, ..self.record(id)? };
+        let store = self.place.clone().filter(|_| uri.is_some());
+        let record = Record { uri, store, ..self.record(id)? };
         record::write(&*self.storage, &record).map_err(|error| {
             ApiError::new(ErrorCode::Failed, format!("write the overlay's record: {error}"))
         })?;
         if let Some(known) = self.table().get_mut(id) {
             known.record = Ok(record);
+            known.waits = false;
         }
         Ok(())
     }

@@ -33,7 +33,7 @@ use crate::{
     ingest::{self, IngestThread, Task},
     mount_numbers::MountNumbers,
     mounts::{self, MountThread, Order},
-    overlays::Overlays,
+    overlays::{Overlays, store_place::StorePlace},
     pool::{Pool, PoolThreads},
     removal::Removal,
     retention::{Keeper, Ladder, LadderError, Policies, begin_doubts},
@@ -184,7 +184,10 @@ impl Receiver {
             new_history: Arc::new(HistoryId::random),
         };
         let findings = Findings::open(Arc::clone(&storage));
-        let overlays = open_overlays(&storage, &limits)?;
+        // A storage without a lock has no place.
+        let place = lock.as_ref().map(|_| StorePlace::of(&config.store)).transpose();
+        let place = place.map_err(|source| failed("look at the store's directory", source))?;
+        let overlays = open_overlays(&storage, &limits, place)?;
         let policies = Policies::open(Arc::clone(&storage), default);
         let removal = Removal {
             shelf: shelf.clone(),
@@ -261,6 +264,8 @@ impl Receiver {
         scrub.resume();
         let api_task = runtime.spawn(serve_api(api, Arc::clone(&service), stopped));
         let mut accepting = vec![runtime.spawn(watch_store(watch))];
+        let serving = Arc::clone(&service);
+        accepting.push(runtime.spawn(async move { serving.keep_serving().await }));
         let points_end = Arc::new(watch::Sender::new(false));
         let door = Door::new(tasks, limits.connections, service, Arc::clone(&points_end));
         accepting.extend(listeners.into_iter().map(|listener| runtime.spawn(door.clone().accept(listener))));
@@ -366,14 +371,18 @@ async fn entrance(config: &Config) -> Result<Entrance, StartError> {
     Ok(Entrance { tls, insecure: config.insecure })
 }
 
-fn open_overlays(storage: &Arc<dyn Storage>, limits: &Limits) -> Result<Overlays, StartError> {
+fn open_overlays(
+    storage: &Arc<dyn Storage>,
+    limits: &Limits,
+    place: Option<StorePlace>,
+) -> Result<Overlays, StartError> {
     let space = Space::new(Arc::clone(storage), limits.free_bytes_min, Refusals::default());
     let options = OverlayOptions {
         budget: Budget::new(limits.overlays_bytes),
         room: Arc::new(move |wanted| space.take(wanted)),
         ..OverlayOptions::alone(limits.overlay_bytes)
     };
-    Overlays::load(Arc::clone(storage), options, limits.overlays)
+    Overlays::load(Arc::clone(storage), options, limits.overlays, place)
         .map_err(|source| failed("read the overlays of mounts", source))
 }
 

@@ -230,7 +230,7 @@ mod tests {
     fn a_scrub_that_panics_is_over_and_has_nothing_in_its_hands() {
         let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
         let options = OverlayOptions::alone(ByteCount(1 << 20));
-        let overlays = Overlays::load(Arc::clone(&storage), options, 1).expect("there are none");
+        let overlays = Overlays::load(Arc::clone(&storage), options, 1, None).expect("there are none");
         // Where nobody owns disks it cannot ask for one.
         let forgotten = crate::Forgotten::load(Arc::clone(&storage)).expect("none was");
         let shelf = crate::fsck::reading(&storage, forgotten);

@@ -22,6 +22,7 @@ use uuid::Uuid;
 mod alarms;
 mod around;
 mod forget;
+mod kept;
 mod locks;
 mod preview;
 mod retention;
@@ -297,43 +298,6 @@ impl ReceiverService for Service {
 }
 
 impl Service {
-    /// Serves the overlays that were served when the receiver ended. One that cannot be is told as an alarm.
-    pub(crate) async fn serve_again(&self) {
-        for record in self.overlays.served() {
-            let uri = nbd_uri(record.uri);
-            let served = match uri {
-                Ok(uri) => self.serve_overlay(record.id.clone(), uri).await.map(drop),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = served {
-                let why = format!("it cannot be mounted again: {}", error.message);
-                tracing::error!(overlay = record.id, why, "a writable mount is not served");
-                self.overlays.note(&record.id, &why);
-            }
-        }
-    }
-
-    async fn serve_overlay(&self, id: String, uri: Option<NbdUri>) -> Result<Mount, ApiError> {
-        let record = self.overlays.record(&id)?;
-        // By its identity: the disk may have another name by now.
-        let uuid: DiskName = record.disk.uuid.to_string().parse().expect("a UUID is a good name");
-        let Found { snapshot, findings, .. } = self.look_at(&uuid).await?;
-        let asked = format!("lsn:{}", record.lsn);
-        let view = snapshot.view(record.lsn).map_err(|error| points::unavailable(&asked, &error))?;
-        if view.disk_size() != record.disk.size {
-            let why = format!(
-                "overlay {id} is of a disk of {} bytes, at {asked} it has {}",
-                record.disk.size,
-                view.disk_size()
-            );
-            return Err(ApiError::new(ErrorCode::Damaged, why));
-        }
-        let at = TimedLsn { lsn: record.lsn, time: record.time };
-        let overlay = Some(PlanOverlay::Kept(id));
-        let (temporary, changed) = (false, None);
-        self.serve(Plan { disk: record.disk, at, view, findings, uri, temporary, overlay, changed }).await
-    }
-
     /// The blocks that may differ between a point that a person named and `at`.
     async fn changed_since(
         &self,

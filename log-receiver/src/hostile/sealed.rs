@@ -9,7 +9,7 @@ use crate::{
     forgotten::Forgotten,
     inspect::{inspect_durable, inspect_json},
     mount_numbers::{self, MountNumbers},
-    overlays::record,
+    overlays::{record, store_place::StorePlace},
     scrub,
     sealed_json::reseal,
 };
@@ -195,9 +195,11 @@ fn records_of_overlays() {
         backtide_receiver_api::DiskRef { name: "vm1".parse().unwrap(), uuid: DISK, size: ByteCount(1 << 30) };
     let overlay = backtide_overlay::OverlayId(Uuid::from_u128(2));
     let samples = [None, Some("nbd+unix:///vm1-1?socket=/run/a.sock".to_owned())].map(|uri| {
+        let store = uri.as_ref().map(|_| StorePlace::of(Path::new("/")).unwrap());
         let (id, disk) = ("vm1-1".to_owned(), disk.clone());
         let (lsn, time, created) = (Lsn(3), CaptureTime(4), CaptureTime(5));
-        record::write(&storage, &record::Record { id, overlay, disk, lsn, time, created, uri }).unwrap();
+        record::write(&storage, &record::Record { id, overlay, disk, lsn, time, created, uri, store })
+            .unwrap();
         file(&storage, &record::path("vm1-1"))
     });
     run_json("overlays/ID.json", samples.to_vec(), |bytes| {

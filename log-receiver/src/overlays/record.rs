@@ -16,6 +16,7 @@ use backtide_units::{ByteCount, CaptureTime, Lsn};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::store_place::StorePlace;
 use crate::sealed_json::SealedJson;
 
 /// The directory of overlays in a store.
@@ -41,6 +42,8 @@ pub(crate) struct Record {
     pub(crate) created: CaptureTime,
     /// Where it is served, now and after a restart; none when it is only kept.
     pub(crate) uri: Option<String>,
+    /// By which store; none when nobody knows.
+    pub(crate) store: Option<StorePlace>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -53,6 +56,8 @@ struct RecordFile {
     time: CaptureTime,
     created: CaptureTime,
     uri: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    store: Option<StorePlace>,
 }
 
 /// Where a record is.
@@ -89,8 +94,8 @@ pub(crate) fn ids(storage: &dyn Storage, names: &[String]) -> BTreeSet<String> {
 /// # Errors
 /// The file system's.
 pub(crate) fn write(storage: &dyn Storage, record: &Record) -> io::Result<()> {
-    let Record { id, overlay, disk, lsn, time, created, uri } = record.clone();
-    let file = RecordFile { id, overlay: overlay.0, disk, lsn, time, created, uri };
+    let Record { id, overlay, disk, lsn, time, created, uri, store } = record.clone();
+    let file = RecordFile { id, overlay: overlay.0, disk, lsn, time, created, uri, store };
     KIND.write(storage, &path(&record.id), &file)
 }
 
@@ -103,11 +108,11 @@ pub(crate) fn read(storage: &dyn Storage, id: &str) -> Result<Record, String> {
     let file: Option<RecordFile> = KIND.read(storage, &place).map_err(|error| error.to_string())?;
     let place = storage.display(&place);
     let missing = || format!("cannot read {}: it is missing, and what was written is there", place.display());
-    let RecordFile { id: found, overlay, disk, lsn, time, created, uri } = file.ok_or_else(missing)?;
+    let RecordFile { id: found, overlay, disk, lsn, time, created, uri, store } = file.ok_or_else(missing)?;
     if found != id {
         return Err(format!("{} is damaged: it is of overlay {found}", place.display()));
     }
-    Ok(Record { id: found, overlay: OverlayId(overlay), disk, lsn, time, created, uri })
+    Ok(Record { id: found, overlay: OverlayId(overlay), disk, lsn, time, created, uri, store })
 }
 
 #[cfg(test)]
@@ -126,7 +131,8 @@ mod tests {
         let uri = Some("nbd+unix:///vm1-1?socket=/run/a.sock".to_owned());
         let (overlay, lsn) = (OverlayId(Uuid::from_u128(2)), Lsn(3));
         let (time, created) = (CaptureTime(4), CaptureTime(5));
-        let record = Record { id: "vm1-1".to_owned(), overlay, disk, lsn, time, created, uri };
+        let store = Some(StorePlace::of(Path::new("/")).unwrap());
+        let record = Record { id: "vm1-1".to_owned(), overlay, disk, lsn, time, created, uri, store };
         write(&storage, &record).unwrap();
         assert_eq!(read(&storage, "vm1-1"), Ok(record.clone()));
         let length = storage.open(&path("vm1-1")).unwrap().len().unwrap().0;

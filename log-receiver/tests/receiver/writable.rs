@@ -1,8 +1,13 @@
 //! Writable mounts: overlays that are kept, discarded, bounded, checked, and served again after a restart.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use backtide_log_receiver::{Receiver, fsck};
+use backtide_log_receiver::{Config, Receiver, fsck};
 use backtide_receiver_api::{
     ErrorCode, Mount, MountRequest, OverlayFate, ReceiverClient, RemountRequest, ScrubRequest,
 };
@@ -332,4 +337,136 @@ async fn what_was_written_is_not_removed_because_its_record_alone_is_lost() {
     fs::remove_dir(place.store().join("overlays")).unwrap();
     fs::write(place.store().join("overlays"), "").unwrap();
     assert!(fsck(&place.store(), &mut |_| {}).unwrap_err().to_string().contains("list"));
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let (entry, kind) = entry.map(|entry| (entry.path(), entry.file_type().unwrap())).unwrap();
+        let to = to.join(entry.file_name().unwrap());
+        if kind.is_dir() {
+            copy_dir(&entry, &to);
+        } else if kind.is_file() {
+            fs::copy(&entry, &to).unwrap();
+        }
+    }
+}
+
+/// A receiver on another directory, with sockets of its own.
+fn elsewhere(place: &Place, store: &str) -> Config {
+    Config { store: place.path(store), run: Some(place.path("run-elsewhere")), ..place.config() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_a_store_leaves_its_mounts_to_the_original() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let mut image = one_point(&receiver).await;
+    let api = client(&receiver);
+    let told = place.path("told.sock");
+    let uri = format!("nbd+unix:///booted?socket={}", told.display());
+    let of_its_own = api.mount(&writable("latest")).await.unwrap();
+    let there = api.mount(&MountRequest { nbd: Some(uri.clone()), ..writable("latest") }).await.unwrap();
+    assert_eq!(there.uri, uri);
+    qemu_io(&there, &["write -P 0x22 0 8k", "flush"]).await;
+    image[..8192].fill(0x22);
+    // While the original runs, and while it does not.
+    copy_dir(&place.store(), &place.path("copy"));
+    let mut original = Some(receiver);
+    for round in 0..2 {
+        let copy = Receiver::start(elsewhere(&place, "copy")).await.unwrap();
+        let of_copy = client(&copy);
+        let mounts = of_copy.mounts().await.unwrap();
+        assert_eq!((mounts.mounts.len(), mounts.kept.len()), (0, 2), "{mounts:?}");
+        if round == 0 {
+            let said = format!("this store is a copy of {}", place.store().canonicalize().unwrap().display());
+            let alarms = of_copy.status().await.unwrap().alarms;
+            assert!(
+                mounts.kept.iter().all(|kept| kept.problem.as_ref().is_some_and(|why| why.contains(&said))),
+                "{mounts:?}"
+            );
+            assert_eq!(alarms.iter().filter(|alarm| alarm.contains(&said)).count(), 2, "{alarms:?}");
+            assert_content(&place, &there, &image).await;
+            original.take().unwrap().shutdown().await;
+        }
+        assert!(!told.exists(), "nobody serves there");
+        copy.shutdown().await;
+    }
+    // It serves what it is told to, at a place of its own from then on, and the original what it has served.
+    let copy = Receiver::start(elsewhere(&place, "copy")).await.unwrap();
+    let again = client(&copy).remount(&there.id, &RemountRequest::default()).await.unwrap();
+    assert!(again.uri.contains("run-elsewhere"), "{again:?}");
+    copy.shutdown().await;
+    let copy = Receiver::start(elsewhere(&place, "copy")).await.unwrap();
+    let receiver = place.start().await;
+    assert_eq!(client(&copy).mounts().await.unwrap().mounts[0].uri, again.uri);
+    let mounts = client(&receiver).mounts().await.unwrap().mounts;
+    let uris: Vec<_> = mounts.iter().map(|mount| mount.uri.as_str()).collect();
+    assert_eq!(uris, [&of_its_own.uri, &uri]);
+    qemu_io(&mounts[1], &["write -P 0x33 0 4k", "flush"]).await;
+    assert_content(&place, &again, &image).await;
+    copy.shutdown().await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_was_renamed_serves_its_mounts_as_before() {
+    let place = Place::new();
+    // Its sockets are in its own directory.
+    let at = |store: &str| Config { run: None, store: place.path(store), ..place.config() };
+    let receiver = Receiver::start(at("store")).await.unwrap();
+    let image = one_point(&receiver).await;
+    let uri = format!("nbd+unix:///booted?socket={}", place.path("told.sock").display());
+    let api = client(&receiver);
+    api.mount(&MountRequest { nbd: Some(uri.clone()), ..writable("latest") }).await.unwrap();
+    let of_its_own = api.mount(&writable("latest")).await.unwrap();
+    receiver.shutdown().await;
+    fs::rename(place.path("store"), place.path("renamed")).unwrap();
+    for _ in 0..2 {
+        let receiver = Receiver::start(at("renamed")).await.unwrap();
+        let mounts = client(&receiver).mounts().await.unwrap().mounts;
+        assert_eq!(mounts.len(), 2, "{mounts:?}");
+        assert_eq!(mounts[0].uri, uri);
+        assert_eq!(mounts[1].uri, of_its_own.uri.replace("/store/", "/renamed/"));
+        assert_content(&place, &mounts[1], &image).await;
+        receiver.shutdown().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_whose_socket_is_another_process_s_is_said_and_tried_again() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let mut image = one_point(&receiver).await;
+    let told = place.path("told.sock");
+    let uri = format!("nbd+unix:///booted?socket={}", told.display());
+    let mount = client(&receiver)
+        .mount(&MountRequest { nbd: Some(uri.clone()), ..writable("latest") })
+        .await
+        .unwrap();
+    qemu_io(&mount, &["write -P 0x22 0 8k", "flush"]).await;
+    image[..8192].fill(0x22);
+    receiver.shutdown().await;
+    let other = UnixListener::bind(&told).unwrap();
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let mounts = api.mounts().await.unwrap();
+    assert!(mounts.mounts.is_empty(), "{mounts:?}");
+    let why = mounts.kept[0].problem.clone().unwrap();
+    assert!(why.contains(&format!("not served at {uri}, which is tried again")), "{why}");
+    let alarms = api.status().await.unwrap().alarms;
+    assert!(alarms.iter().any(|alarm| alarm.contains(&why)), "{alarms:?}");
+    UnixStream::connect(&told).expect("it is the other process's as before");
+    // That one ends, and leaves its file.
+    drop(other);
+    let served = loop {
+        if let Some(mount) = api.mounts().await.unwrap().mounts.pop() {
+            break mount;
+        }
+    };
+    assert_eq!((&served.uri, served.id), (&uri, mount.id));
+    assert_eq!(api.status().await.unwrap().alarms, Vec::<String>::new());
+    let again = api.mounts().await.unwrap().mounts.pop().unwrap();
+    assert_content(&place, &again, &image).await;
+    receiver.shutdown().await;
 }
