@@ -15,7 +15,7 @@ use std::{
 
 use backtide_control::build_lasting;
 use backtide_protocol::{CloseCode, Closed};
-use backtide_recovery::{Attached, Base, RebaseError, Rebased, Snapshot};
+use backtide_recovery::{Attached, Base, Rebased, Snapshot};
 use backtide_segment::Seq;
 use backtide_units::{ByteCount, ByteRange, CaptureTime, DiskId};
 use bytes::Bytes;
@@ -34,7 +34,7 @@ use crate::{
     disk::{Disk, Failure, Rebasing},
     disks::{Disks, Shelf, closed},
     facts::DiskFacts,
-    past::EndedLog,
+    past::{EndedLog, Leave},
     pool::Pool,
     reopening::{Settling, Unread},
     session::ConnectionId,
@@ -64,13 +64,8 @@ pub(crate) enum Task {
     Rebased { disk: DiskId, life: u64, rebased: Box<Rebased>, answer: oneshot::Sender<()> },
     /// Give what is left of the logs that a disk had before, the oldest first.
     Ended(DiskId, oneshot::Sender<Vec<EndedLog>>),
-    /// Begin a log later that has ended; false when it cannot be.
-    RebaseEnded {
-        disk: DiskId,
-        log: u32,
-        base: Box<Base>,
-        answer: oneshot::Sender<Result<bool, RebaseError>>,
-    },
+    /// Give leave to work on a log that has ended; none when there is no such log that can be read.
+    LeaveToFold { disk: DiskId, log: u32, answer: oneshot::Sender<Option<Leave>> },
     /// What could not be read of logs that failed may be by now.
     LookAgain,
     /// Make durable where a log of a disk begins.
@@ -220,11 +215,9 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
                 let disks = ingest.disks.borrow();
                 drop(answer.send(disks.get(disk).map_or(Vec::new(), |disk| disk.past().logs().to_vec())));
             }
-            Task::RebaseEnded { disk, log, base, answer } => {
+            Task::LeaveToFold { disk, log, answer } => {
                 let ingest = Rc::clone(&ingest);
-                tokio::task::spawn_local(async move {
-                    drop(answer.send(ingest.rebase_ended(disk, log, *base).await));
-                });
+                tokio::task::spawn_local(async move { ingest.give_leave(disk, log, answer).await });
             }
             Task::LookAgain => ingest.look_again(),
             Task::Settle { disk, log, answer } => {

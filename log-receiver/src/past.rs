@@ -1,15 +1,12 @@
 //! What is left of the logs that a disk had before the one in use.
 //!
 //! They have ended: nobody appends to them. What retention does to one of them, that is that it begins later or keeps single
-//! points alone, goes by its disk's owner, which sees to it that nobody else works on the disk's files meanwhile, and
-//! reads it anew then ([`Ingest::rebase_ended`]).
+//! points alone, it does with leave of the disk's owner, which keeps everybody else from the disk's files meanwhile and takes what
+//! is left of the log then ([`Leave`]).
 
-use std::io;
-
-use backtide_recovery::{
-    Attached, Base, LogError, LogIdentity, RebaseError, Salvage, Snapshot, rebase_closed,
-};
+use backtide_recovery::{Attached, Base, LogIdentity, RebaseError, Salvage, Snapshot, rebase_closed};
 use backtide_units::{ByteCount, DiskId, Lsn};
+use tokio::sync::oneshot;
 
 use crate::{
     Shelf,
@@ -119,11 +116,11 @@ impl Shelf {
     }
 
     /// Lets a log begin with `base` that has ended, durably, and reads what is left of it; blocks. Who reads it already goes on
-    /// as before.
+    /// as before. Whoever calls this has [`Leave`].
     ///
     /// # Errors
     /// See [`rebase_closed`].
-    fn rebase_ended(
+    pub(crate) fn rebase_ended(
         &self,
         disk: DiskId,
         number: u32,
@@ -136,48 +133,41 @@ impl Shelf {
     }
 }
 
+/// Leave to work on a log that has ended, until this is dropped: nobody opens, settles or removes a log of the disk meanwhile.
+pub(crate) struct Leave {
+    /// What the log begins with now, if it begins with anything.
+    pub(crate) before: Option<Base>,
+    done: oneshot::Sender<EndedLog>,
+    over: oneshot::Receiver<()>,
+}
+
+impl Leave {
+    /// Ends it with what is left of the log now, and waits until whoever asks is told of that; blocks.
+    pub(crate) fn end(self, ended: EndedLog) {
+        let Self { done, over, .. } = self;
+        // The receiver may be ending.
+        let _ = done.send(ended);
+        let _ = over.blocking_recv();
+    }
+}
+
 impl Ingest {
-    /// Lets a log of a disk begin with `base` that has ended, where that holds up no other disk; false when it is not as it was
-    /// any more, or the disk goes.
-    ///
-    /// # Errors
-    /// See [`rebase_closed`].
-    pub(crate) async fn rebase_ended(
-        &self,
-        disk: DiskId,
-        number: u32,
-        base: Base,
-    ) -> Result<bool, RebaseError> {
+    /// Gives leave to work on a log of a disk that has ended, and waits until it is over; none when there is no such log that can
+    /// be read.
+    pub(crate) async fn give_leave(&self, disk: DiskId, number: u32, answer: oneshot::Sender<Option<Leave>>) {
         self.until_reopened(disk).await;
-        let (shelf, before) = {
-            let disks = self.disks.borrow();
-            let Some(before) = disks.get(disk).and_then(|state| state.ended_base(number)) else {
-                return Ok(false);
-            };
-            (disks.shelf().clone(), before)
-        };
-        if !base.follows(before.as_ref()) {
-            return Ok(false);
-        }
+        let before = self.disks.borrow().get(disk).and_then(|state| state.ended_base(number));
+        let Some(before) = before else { return drop(answer.send(None)) };
+        let ((done, ended), (told, over)) = (oneshot::channel(), oneshot::channel());
         self.reopening.borrow_mut().insert(disk);
-        let rebased =
-            self.readers.run(move || shelf.rebase_ended(disk, number, &base, before.as_ref())).await;
-        let done = rebased.unwrap_or_else(|given_up| {
-            let step = "fold what is left of an older log".to_owned();
-            Err(RebaseError {
-                source: LogError::Io { step, source: io::Error::other(given_up) },
-                doubt: None,
-            })
-        });
-        let done = done.map(|ended| {
-            if let Some(state) = self.disks.borrow_mut().get_mut(disk) {
-                state.put_ended(ended);
-            }
-            true
-        });
+        // Whoever asked may have gone: then nothing comes.
+        drop(answer.send(Some(Leave { before, done, over })));
+        if let (Ok(ended), Some(state)) = (ended.await, self.disks.borrow_mut().get_mut(disk)) {
+            state.put_ended(ended);
+        }
         self.reopening.borrow_mut().remove(&disk);
         self.synced.notify_waiters();
-        done
+        let _ = told.send(());
     }
 }
 

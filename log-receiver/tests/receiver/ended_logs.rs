@@ -364,3 +364,47 @@ async fn a_store_without_room_gives_up_the_history_of_a_log_that_has_ended_first
     receiver.shutdown().await;
     assert_eq!(segments(&place), Vec::<PathBuf>::new());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_points_kept_meanwhile_does_not_hold_up_the_folding_of_a_log_that_has_ended() {
+    let place = Place::new();
+    let (receiver, agent) = with_two_logs(&place).await;
+    drop(agent);
+    receiver.shutdown().await;
+    // What is wanted is noted where history is read: on one thread here, which has always somebody who waits for it.
+    let retention = Retention { interval_ms: 1, ..Retention::default() };
+    let mut config = Config { retention, ..place.config() };
+    config.limits.read_threads = 1;
+    let receiver = Receiver::start(config).await.unwrap();
+    let address = receiver.api_address().clone();
+    let keepers: Vec<_> = (0..6)
+        .map(|_| {
+            let api = ReceiverClient::new(&address).unwrap();
+            tokio::spawn(async move {
+                loop {
+                    for release in [false, true] {
+                        // Another one may have released it.
+                        let _ = api.keep(&keep(NEXT, release)).await;
+                    }
+                }
+            })
+        })
+        .collect();
+    let api = client(&receiver);
+    // Each of these lets the older log keep fewer points.
+    for ladder_of in ["any=1h per-1s=100y", "any=1h per-2s=100y", TENS, "any=1h per-20s=100y", "any=1h"] {
+        api.set_retention(&vm1(), &ladder(ladder_of)).await.unwrap();
+        let single = async || api.retention(Some(&vm1())).await.unwrap().disks.remove(0).single_points.len();
+        let wanted = match ladder_of {
+            "any=1h per-1s=100y" => 80..=95,
+            "any=1h per-2s=100y" => 40..=50,
+            TENS => 9..=9,
+            "any=1h per-20s=100y" => 4..=4,
+            _ => 0..=0,
+        };
+        while !wanted.contains(&single().await) {}
+    }
+    keepers.iter().for_each(|keeper| keeper.abort());
+    assert_eq!(segments(&place), Vec::<PathBuf>::new());
+    receiver.shutdown().await;
+}

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     Shelf, clock,
     ingest::Task,
-    past::EndedLog,
+    past::{EndedLog, Leave},
     reopening::Settling,
     retention::{Moment, Policy, Pressure, SLOTS_MAX, doubts::Doubts, first_point, plan_ended},
 };
@@ -92,19 +92,22 @@ impl Work {
         let allows = |wanted: &Policy, moment: Moment| {
             self.allows(folded, (&policy, wanted), moment, (goes_below, &left))
         };
-        let begin = |doubts: &mut Doubts| -> Result<bool, Undone> {
-            let base = Box::new(base);
-            let asked = |answer| Task::RebaseEnded { disk, log: number, base, answer };
-            ask(self.thread_of(disk), asked)?.map_err(|error| {
+        // Before anybody waits for what is decided here, and who gives it may wait for them.
+        let asked = |answer| Task::LeaveToFold { disk, log: number, answer };
+        let leave: Option<Leave> = ask(self.thread_of(disk), asked)?;
+        let Some(leave) = leave.filter(|leave| base.follows(leave.before.as_ref())) else { return Ok(false) };
+        let begin = |doubts: &mut Doubts| -> Result<EndedLog, Undone> {
+            self.shelf.rebase_ended(disk, number, &base, leave.before.as_ref()).map_err(|error| {
                 if let Some(doubt) = error.doubt {
                     doubts.begin(disk, number, doubt);
                 }
                 error.source.into()
             })
         };
-        if !self.policies.while_allowed(disk, allows, begin).transpose()?.unwrap_or(false) {
+        let Some(ended) = self.policies.while_allowed(disk, allows, begin).transpose()? else {
             return Ok(false);
-        }
+        };
+        leave.end(ended);
         self.told(folded, &plan);
         Ok(true)
     }
