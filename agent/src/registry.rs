@@ -16,6 +16,7 @@ mod place;
 mod resize;
 mod restore;
 mod rewind;
+mod unlocked;
 
 use std::{
     collections::BTreeMap,
@@ -32,12 +33,11 @@ use backtide_units::{ByteCount, DiskId, DiskName};
 use tokio::{
     sync::{RwLock, Semaphore},
     task::AbortHandle,
-    time::Instant,
 };
 
 pub(crate) use self::origin::fetch_error;
 use self::{
-    errors::{failed, open_error, refuse_adopted, refuse_fenced, refuse_implausible, refuse_other_format},
+    errors::{failed, refuse_adopted, refuse_fenced, refuse_implausible, refuse_other_format},
     left::Left,
     place::Place,
 };
@@ -45,7 +45,7 @@ use crate::{
     claims::{Claim, Claimed, Claims, Identity, Standing},
     config::{Config, IoEngine, Places},
     disk::{
-        self, DiskHandle, InPlace, OpenError, Opened,
+        self, DiskHandle, InPlace, Opened,
         source::{Remote, Sources},
     },
     qcow2::{Access, Qcow2Server, format_of},
@@ -401,23 +401,17 @@ impl Registry {
         stamp: Option<ImageStamp>,
         patience: Duration,
     ) -> Result<(DiskRecord, Opened), ApiError> {
-        let until = Instant::now() + patience;
-        loop {
+        let open = || {
             let (records, record, behind, stamp) =
                 (self.records.clone(), record.clone(), behind.clone(), stamp.clone());
             let sources = Arc::clone(&self.sources);
             let runtime = tokio::runtime::Handle::current();
-            let opening = move || {
+            waiting(move || {
                 let opened = runtime.block_on(disk::open(&records, record, &behind, stamp, &sources));
                 opened.map_err(Box::new)
-            };
-            match waiting(opening).await? {
-                Err(error) if is_locked(&error) && Instant::now() < until => {
-                    tokio::time::sleep(PREDECESSOR_POLL).await;
-                }
-                result => return result.map_err(|error| open_error(&error)),
-            }
-        }
+            })
+        };
+        unlocked::opened(patience, open).await
     }
 
     fn listen_uri(&self, record: &DiskRecord) -> Result<NbdUri, ApiError> {
@@ -435,10 +429,6 @@ impl Registry {
             None => uri,
         })
     }
-}
-
-fn is_locked(error: &OpenError) -> bool {
-    matches!(error, OpenError::Image(backtide_storage::ImageError::Locked { .. }))
 }
 
 /// Does what may wait for storage, which may stand still for ever: on no thread that others need.

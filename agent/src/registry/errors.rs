@@ -107,8 +107,11 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
         OpenError::Image(ImageError::Missing { .. }) => {
             (ErrorCode::NotFound, "create the image first, for example with truncate or qemu-img")
         }
-        OpenError::Image(ImageError::Locked { .. }) => {
+        OpenError::Image(ImageError::Locked { is_shared: false, .. }) => {
             (ErrorCode::Locked, "detach it from the other agent first")
+        }
+        OpenError::Image(ImageError::Locked { is_shared: true, .. }) => {
+            (ErrorCode::Locked, "try again when it is done with it, or end it first")
         }
         OpenError::Image(ImageError::Size { .. }) => {
             (ErrorCode::Usage, "extend the image with truncate to a multiple of 512 bytes")

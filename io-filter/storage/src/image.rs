@@ -84,13 +84,15 @@ pub enum ImageError {
         /// Which.
         path: PathBuf,
     },
-    /// Another agent has it, or a restore.
-    #[error("{} is locked by {}: another agent protects it, or a restore writes to it", path.display(), by.as_deref().unwrap_or("another process"))]
+    /// Another agent has it, or a restore, or who looks at a device.
+    #[error("{} is locked by {}: {}", path.display(), by.as_deref().unwrap_or("another process"), locked_for(*is_shared))]
     Locked {
         /// Which.
         path: PathBuf,
         /// The process, when the system tells.
         by: Option<String>,
+        /// The lock is one that many can have at a time.
+        is_shared: bool,
     },
     /// Its size cannot be a disk's.
     #[error("{} has {size} bytes, which is not a positive multiple of 512", path.display())]
@@ -132,6 +134,15 @@ pub enum ImageError {
         /// Why.
         source: io::Error,
     },
+}
+
+fn locked_for(is_shared: bool) -> &'static str {
+    match is_shared {
+        false => "another agent protects it, or a restore writes to it",
+        true => {
+            "it shares the lock, as udev does while it looks at a device, or an agent with a loop device over the file"
+        }
+    }
 }
 
 /// The unit disk sizes are multiples of.
@@ -337,12 +348,15 @@ fn open_locked(path: &Path, flags: OFlags) -> Result<File, ImageError> {
             Ok(()) if has_name(&file, path).map_err(io)? => return Ok(file),
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
-                return Err(ImageError::Locked { by: lock_owner(&file), path: path.to_path_buf() });
+                let by = lock_owner(&file);
+                // Given up again with the file.
+                let is_shared = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_ok();
+                return Err(ImageError::Locked { by, path: path.to_path_buf(), is_shared });
             }
             Err(errno) => return Err(io(errno.into())),
         }
     }
-    Err(ImageError::Locked { by: None, path: path.to_path_buf() })
+    Err(ImageError::Locked { by: None, path: path.to_path_buf(), is_shared: false })
 }
 
 /// Whether `path` leads to this file.

@@ -18,12 +18,26 @@ fn a_second_agent_is_locked_out() {
     let path = image(directory.path(), 1 << 20);
     let first = ImageFile::open(&path).unwrap();
     let refused = ImageFile::open(&path).unwrap_err();
-    assert!(matches!(refused, ImageError::Locked { .. }));
+    assert!(matches!(refused, ImageError::Locked { is_shared: false, .. }));
     // Where the system lists locks, the holder is this process.
     let text = refused.to_string();
     let named = text.contains(&format!("process {} (", std::process::id()));
     assert!(named || text.contains("another process"), "{text}");
     drop(first);
+    ImageFile::open(&path).unwrap();
+}
+
+#[test]
+fn who_shares_a_lock_is_not_called_another_agent() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), 1 << 20);
+    let probed = File::open(&path).unwrap();
+    rustix::fs::flock(&probed, FlockOperation::NonBlockingLockShared).unwrap();
+    let refused = ImageFile::open(&path).unwrap_err();
+    assert!(matches!(refused, ImageError::Locked { is_shared: true, .. }));
+    let text = refused.to_string();
+    assert!(text.contains("as udev does") && !text.contains("another agent"), "{text}");
+    drop(probed);
     ImageFile::open(&path).unwrap();
 }
 
