@@ -53,6 +53,18 @@ struct Taken {
     hold: Option<Hold>,
 }
 
+/// An image that is a disk's from now on.
+#[derive(Debug)]
+pub(crate) enum TakenImage {
+    /// The disk had it before, and keeps it.
+    Kept,
+    /// It has yet to be [held](Claims::hold_image).
+    ToHold {
+        /// What held it as it was before, to be dropped first, and where that may wait for the device.
+        before: Option<Box<Hold>>,
+    },
+}
+
 /// Another disk of this agent has bytes of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Shared {
@@ -139,9 +151,8 @@ impl Claims {
         self.state().closed = false;
     }
 
-    /// The image is this disk's from now on; or it shares bytes with another's. Whether the disk had it before, and keeps it;
-    /// otherwise it has yet to be [held](Self::hold_image).
-    pub(crate) fn take_image(&self, name: &DiskName, image: Identity) -> Result<bool, Shared> {
+    /// The image is this disk's from now on; or it shares bytes with another's.
+    pub(crate) fn take_image(&self, name: &DiskName, image: Identity) -> Result<TakenImage, Shared> {
         let mut state = self.state();
         let mut others = state.images.iter().filter(|(other, _)| *other != name);
         if let Some((other, taken)) = others.find(|(_, taken)| taken.image.overlaps(&image)) {
@@ -150,10 +161,11 @@ impl Claims {
             return Err(Shared { disk: other.clone(), image });
         }
         let kept = state.images.get(name).is_some_and(|taken| taken.image == image && taken.hold.is_some());
-        if !kept {
-            state.images.insert(name.clone(), Taken { image, hold: None });
+        if kept {
+            return Ok(TakenImage::Kept);
         }
-        Ok(kept)
+        let before = state.images.insert(name.clone(), Taken { image, hold: None });
+        Ok(TakenImage::ToHold { before: before.and_then(|taken| taken.hold).map(Box::new) })
     }
 
     /// Nothing else uses the disk's image: that is so until the disk has no image any more.

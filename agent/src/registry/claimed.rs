@@ -7,7 +7,7 @@ use backtide_units::DiskName;
 use tokio::time::Instant;
 
 use super::{PREDECESSOR_POLL, Registry, patience_of, waiting};
-use crate::claims::{Hold, Identity, InUse, Shared, Standing};
+use crate::claims::{Hold, Identity, InUse, Shared, Standing, TakenImage};
 
 /// How long a device may take to be let go of: the last who closes one waits for what the page cache has of it.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -24,8 +24,9 @@ impl Registry {
         let until = Instant::now() + patience_of(standing);
         let looked_at = image.to_owned();
         let identity = waiting(move || Identity::of(&looked_at)).await?;
-        if self.claims.take_image(name, identity.clone()).map_err(|shared| shares(image, shared))? {
-            return Ok(());
+        match self.claims.take_image(name, identity.clone()).map_err(|shared| shares(image, shared))? {
+            TakenImage::Kept => return Ok(()),
+            TakenImage::ToHold { before } => close(name, before.map(|hold| *hold)).await,
         }
         let held = loop {
             let identity = identity.clone();
@@ -64,11 +65,16 @@ impl Registry {
 
     /// The disk has no image any more, and others may use it.
     pub(super) async fn leave_image(&self, name: &DiskName) {
-        let Some(hold) = self.claims.leave_image(name) else { return };
-        let closing = tokio::task::spawn_blocking(move || drop(hold));
-        if tokio::time::timeout(CLOSE_TIME, closing).await.is_err() {
-            tracing::warn!(disk = %name, "the disk's device stands still, and is not let go of yet");
-        }
+        close(name, self.claims.leave_image(name)).await;
+    }
+}
+
+/// Lets go of what held an image, where that may wait for its device.
+async fn close(name: &DiskName, hold: Option<Hold>) {
+    let Some(hold) = hold else { return };
+    let closing = tokio::task::spawn_blocking(move || drop(hold));
+    if tokio::time::timeout(CLOSE_TIME, closing).await.is_err() {
+        tracing::warn!(disk = %name, "the disk's device stands still, and is not let go of yet");
     }
 }
 
