@@ -28,8 +28,9 @@ const GOODBYE_TIME: Duration = Duration::from_millis(200);
 
 impl Disk {
     /// Ends service, lets the receiver catch up if it can at once, saves what is left.
-    pub(super) async fn detach(self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
+    pub(super) async fn detach(mut self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
+        self.record = self.asked();
         let Self { engine, stream, server, mut record, records, image, mut life, mut past_agent, .. } = self;
         last.guest_waits = end_service(&engine, server, leaving, last.guest_waits).await;
         let flushed = come_to_rest(&engine, &record.name).await;

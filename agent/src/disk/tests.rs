@@ -196,6 +196,12 @@ async fn a_record_that_cannot_be_saved_is_told() {
         "{told}"
     );
     std::fs::rename(&away, &records).unwrap();
+    // It is tried again, without being asked.
+    while disk.handle.status().await.unwrap().local_error.is_some() {
+        tokio::task::yield_now().await;
+    }
+    let saved = self::records(directory.path()).load(&"vm1".parse().unwrap()).unwrap().unwrap();
+    assert!(saved.paused, "also should the agent die now");
     assert_eq!(disk.handle.ask(Command::Resume).await.unwrap().local_error, None);
     disk.end().await;
 }

@@ -2,7 +2,7 @@
 
 use std::{io, rc::Rc, sync::Arc, time::Duration};
 
-use backtide_agent_api::{DiskStatus, LimitsChange, MarkState, VerifyStatus};
+use backtide_agent_api::{DiskStatus, Limits, LimitsChange, MarkState, VerifyStatus};
 use backtide_control::build_lasting;
 use backtide_export::{BindError, Directory, Listener, NbdUri, Server};
 use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, MarkError, Mode, ResyncKind, VerifyError};
@@ -90,6 +90,8 @@ pub(super) struct Disk {
     pub(super) server: Server,
     nbd: NbdUri,
     pub(super) record: DiskRecord,
+    /// What a person has asked for last; the record has it once that could be saved.
+    limits: Limits,
     pub(super) records: Records,
     pub(super) image: Option<Arc<backtide_storage::ImageFile>>,
     verifies: Verifies,
@@ -232,6 +234,7 @@ impl Disk {
             stream,
             server,
             nbd,
+            limits: record.limits,
             record,
             records,
             image,
@@ -287,13 +290,13 @@ impl Disk {
             Command::Pause(answer) => {
                 self.engine.happen(|filter, now| filter.pause(now));
                 self.engine.end_stream(Kick::Operator("paused by an operator"));
-                self.set_paused(true).await;
+                self.save_asked().await;
                 drop(answer.send(self.status()));
             }
             Command::Resume(answer) => {
                 self.engine.happen(|filter, now| filter.resume(now));
                 self.engine.wanted.notify_one();
-                self.set_paused(false).await;
+                self.save_asked().await;
                 drop(answer.send(self.status()));
             }
             Command::Resync(kind, answer) => {
@@ -356,7 +359,7 @@ impl Disk {
 
     pub(super) fn status(&self) -> DiskStatus {
         let clients = u32::try_from(self.server.connections()).unwrap_or(u32::MAX);
-        let (record, nbd) = (&self.record, &self.nbd);
+        let (record, nbd) = (&self.asked(), &self.nbd);
         let mut status =
             super::status::disk_status(&self.engine, &self.stream, record, nbd, clients, &self.watch);
         status.local_error =
@@ -373,16 +376,25 @@ impl Disk {
     }
 
     async fn set_limits(&mut self, change: LimitsChange) {
-        let mut limits = self.record.limits;
+        let limits = &mut self.limits;
         let rate = change.resync_bytes_per_second_max;
         limits.resync_bytes_per_second_max = rate.unwrap_or(limits.resync_bytes_per_second_max);
         limits.resync_latency_us_max = change.resync_latency_us_max.unwrap_or(limits.resync_latency_us_max);
-        super::engine::set_pace(&self.engine, &limits);
-        self.save_record(DiskRecord { limits, ..self.record.clone() }).await;
+        super::engine::set_pace(&self.engine, &self.limits);
+        self.save_asked().await;
     }
 
-    async fn set_paused(&mut self, paused: bool) {
-        self.save_record(DiskRecord { paused, ..self.record.clone() }).await;
+    /// The record with what a person has asked for.
+    pub(super) fn asked(&self) -> DiskRecord {
+        let paused = self.engine.look(Filter::mode) == Mode::Paused;
+        DiskRecord { paused, limits: self.limits, ..self.record.clone() }
+    }
+
+    async fn save_asked(&mut self) {
+        let asked = self.asked();
+        if asked != self.record {
+            self.save_record(asked).await;
+        }
     }
 
     /// Brings the record up to date, ahead of what the filter needs of it.
@@ -396,6 +408,7 @@ impl Disk {
         self.past_agent.look(self.image.as_ref(), self.record.name.as_str()).await;
         self.past_agent.follow_up(&self.engine);
         self.beside.look(self.record.name.as_str()).await;
+        self.save_asked().await;
         if let Some(epoch) = self.stream.fenced_by.get() {
             let mut fenced = self.record.clone();
             fenced.fence(epoch);
