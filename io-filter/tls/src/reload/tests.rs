@@ -123,6 +123,26 @@ async fn what_changes_is_read_again_and_what_is_worse_is_not_used() {
 }
 
 #[tokio::test]
+async fn one_that_came_too_early_is_used_when_its_time_comes() {
+    let pki = Pki::new();
+    let reloading = following(&pki);
+    assert_eq!(used(&reloading).await, "one");
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(vec![]).unwrap();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "two");
+    params.not_before = (std::time::SystemTime::now() + Duration::from_secs(2)).into();
+    pki.write("client-cert.pem", &params.self_signed(&key).unwrap().pem());
+    pki.write("client-key.pem", &key.serialize_pem());
+    assert_eq!(used(&reloading).await, "one");
+    let early = reloading.warnings();
+    assert!(early.iter().any(|early| early.contains("is not valid before")), "{early:?}");
+    while used(&reloading).await != "two" {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(reloading.warnings(), [""; 0]);
+}
+
+#[tokio::test]
 async fn who_has_nothing_better_takes_what_there_is() {
     let pki = Pki::new();
     pki.put("old", 2010..2021);
@@ -155,6 +175,9 @@ async fn who_comes_back_to_files_that_are_not_whole_finds_the_good_ones() {
     let pki = Pki::new();
     assert_eq!(used(&following(&pki)).await, "one");
     pki.write("client-key.pem", "");
+    let another = Pki::new();
+    assert_eq!(used(&following(&another)).await, "one");
+    in_use::look_again().await;
     assert_eq!(in_use::warnings(), [""; 0], "nobody uses them");
     let reloading = following(&pki);
     assert_eq!(used(&reloading).await, "one");
