@@ -1,21 +1,23 @@
 //! Accepts agents and sends each to the thread that owns its disk, or has its questions about a point answered.
 //!
-//! Invariants: an agent that says nothing has a few seconds; the number of connections, greeted or
-//! not, is bounded.
+//! Invariants: an agent that says nothing has a few seconds, and less when descriptors are short and another one comes; the
+//! number of connections, greeted or not, is bounded.
 
 use std::{
+    collections::BTreeMap,
     hash::{DefaultHasher, Hash, Hasher},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use backtide_protocol::{Decoder, Message, Sequenced};
+use backtide_socket::Door as SocketDoor;
 use backtide_tls::Rights;
 use backtide_units::DiskId;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::{
     admit::{Admitted, Doorkeeper},
@@ -29,10 +31,6 @@ use crate::{
 /// How long an agent may take for its first message.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the accept loop waits after an error that is not about one connection, such as too
-/// many open files.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
 /// A connection whose first message has come.
 pub(crate) struct Arrival {
     pub(crate) id: ConnectionId,
@@ -42,6 +40,38 @@ pub(crate) struct Arrival {
     /// The disks the agent may speak for.
     pub(crate) rights: Rights,
     pub(crate) _permit: OwnedSemaphorePermit,
+}
+
+/// Connections whose first message has not come, in the order in which they came.
+#[derive(Clone, Default)]
+struct Silent(Arc<Mutex<BTreeMap<u64, oneshot::Sender<()>>>>);
+
+/// The silence of one of them, until this is dropped.
+struct Silence(Silent, ConnectionId);
+
+impl Silent {
+    /// Of a connection, and what tells that it is to end.
+    fn begin(&self, id: ConnectionId) -> (Silence, oneshot::Receiver<()>) {
+        let (end, ended) = oneshot::channel();
+        self.waiting().insert(id.0, end);
+        (Silence(self.clone(), id), ended)
+    }
+
+    /// Ends the one that is silent for longest, if there is one.
+    fn end_oldest(&self) -> bool {
+        self.waiting().pop_first().is_some()
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<u64, oneshot::Sender<()>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Silence {
+    fn drop(&mut self) {
+        let Self(silent, id) = self;
+        silent.waiting().remove(&id.0);
+    }
 }
 
 /// Sends connections where they belong.
@@ -84,23 +114,25 @@ impl Door {
     /// Accepts agents until dropped.
     pub(crate) async fn accept(self, listener: Listener) {
         let at: Arc<str> = listener.address().to_string().into();
+        let mut entry = SocketDoor::new(format_args!("the agents at {at}"));
+        let silent = Silent::default();
         loop {
-            let accepted = match listener.accept().await {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(address = %listener.address(), %error, "cannot accept an agent");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
+            let accepted = SocketDoor::accepted(listener.accept(), || silent.end_oldest()).await;
+            let accepted = entry.admit(accepted, || silent.end_oldest()).await;
+            let Some(accepted) = accepted else { continue };
             let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
                 tracing::warn!(address = %listener.address(), "too many connections, one more refused");
                 continue;
             };
             let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
             let (door, at) = (self.clone(), Arc::clone(&at));
+            let (silence, ended) = silent.begin(id);
             tokio::spawn(async move {
-                match tokio::time::timeout(HELLO_TIMEOUT, door.keeper.admit(accepted, &at)).await {
+                let admitted = tokio::time::timeout(HELLO_TIMEOUT, door.keeper.admit(accepted, &at));
+                let admitted = tokio::select! { admitted = admitted => admitted, _ = ended => return };
+                // Whoever has said who it is gives way to nobody.
+                drop(silence);
+                match admitted {
                     Ok(Ok(Some(admitted))) => door.pass_on(id, admitted, permit).await,
                     Ok(Ok(None)) => {}
                     Ok(Err(error)) => {

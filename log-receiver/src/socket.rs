@@ -4,7 +4,13 @@
 //! clear has no authentication) from before anybody can connect, and is removed in the end only while it is the one made here; TCP in
 //! the clear is on loopback, or somebody has said that it may be elsewhere.
 
-use std::{io, net::IpAddr, path::Path, sync::Arc};
+use std::{
+    io,
+    net::IpAddr,
+    os::fd::{AsRawFd, RawFd},
+    path::Path,
+    sync::Arc,
+};
 
 use backtide_control::Address;
 use backtide_socket::{Occupied, SocketFile, SocketMode, bind_unix as bind_unix_at};
@@ -126,11 +132,13 @@ impl Listener {
         &self.address
     }
 
-    pub(crate) async fn accept(&self) -> io::Result<Accepted> {
+    /// The next connection, and its descriptor.
+    pub(crate) async fn accept(&self) -> io::Result<(Accepted, RawFd)> {
         match &self.kind {
             ListenerKind::Unix { listener, .. } => {
-                let stream = Stream::Unix(listener.accept().await?.0);
-                Ok(Accepted { stream, from: None, tls: None })
+                let stream = listener.accept().await?.0;
+                let descriptor = stream.as_raw_fd();
+                Ok((Accepted { stream: Stream::Unix(stream), from: None, tls: None }, descriptor))
             }
             ListenerKind::Tcp(listener) => accept_tcp(listener, None).await,
             ListenerKind::Tls(listener, tls) => accept_tcp(listener, Some(Arc::clone(tls))).await,
@@ -200,11 +208,12 @@ fn keep_alive(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-async fn accept_tcp(listener: &TcpListener, tls: Option<Arc<StreamServer>>) -> io::Result<Accepted> {
+async fn accept_tcp(listener: &TcpListener, tls: Option<Arc<StreamServer>>) -> io::Result<(Accepted, RawFd)> {
     let (stream, from) = listener.accept().await?;
     stream.set_nodelay(true)?;
     keep_alive(&stream)?;
-    Ok(Accepted { stream: Stream::Tcp(stream), from: Some(from.ip().to_canonical()), tls })
+    let descriptor = stream.as_raw_fd();
+    Ok((Accepted { stream: Stream::Tcp(stream), from: Some(from.ip().to_canonical()), tls }, descriptor))
 }
 
 async fn bind_tcp(

@@ -62,6 +62,9 @@ pub struct Client {
     tell: Option<Tell>,
 }
 
+/// How long a connection is kept for the next call: shorter than the daemons keep it.
+const IDLE_KEPT: Duration = Duration::from_secs(20);
+
 impl Client {
     /// Of the `peer` at `address`. Connects with the first call, not now.
     ///
@@ -71,6 +74,7 @@ impl Client {
         let mut builder = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .timeout(CALL_TIMEOUT)
+            .pool_idle_timeout(IDLE_KEPT)
             // The environment's proxies are for the web; a control API is on this machine.
             .no_proxy();
         let base = match address {

@@ -9,6 +9,7 @@ mod address;
 mod client;
 mod error;
 mod extract;
+mod lines;
 mod runtime;
 mod serve;
 

@@ -16,7 +16,7 @@ use axum::{
 use backtide_socket::{Listening, Occupied, SocketFile, SocketMode, Sockets, bind_unix as bind_unix_at};
 use tokio::net::{TcpListener, UnixListener, lookup_host};
 
-use crate::{Address, ApiError, ErrorCode, address::SOCKET_PATH_BYTES_MAX};
+use crate::{Address, ApiError, ErrorCode, address::SOCKET_PATH_BYTES_MAX, lines::Lines};
 
 /// The largest request body taken. Requests are names and numbers.
 const BODY_BYTES_MAX: usize = 1 << 20;
@@ -169,14 +169,16 @@ impl Server {
         };
         match self.listener {
             Listener::Unix { listener, socket } => {
-                let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown);
+                let lines = Lines::new(listener, &self.address);
+                let serving = axum::serve(lines, router).with_graceful_shutdown(shutdown);
                 let result = tokio::select! { result = serving => result, () = grace => Ok(()) };
                 drop(socket);
                 result
             }
             Listener::Tcp(listener) => {
                 let router = router.layer(middleware::from_fn(loopback_host_only));
-                let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown);
+                let lines = Lines::new(listener, &self.address);
+                let serving = axum::serve(lines, router).with_graceful_shutdown(shutdown);
                 tokio::select! { result = serving => result, () = grace => Ok(()) }
             }
         }

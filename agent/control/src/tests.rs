@@ -182,3 +182,56 @@ async fn a_daemon_that_says_nothing_is_waited_for_as_long_as_the_call_is_worth()
     let expected = format!("the agent at {address} has not answered for 10 s, still waiting");
     assert_eq!(*told, [expected]);
 }
+
+/// A connection on which nothing was asked.
+async fn idle(address: &Address) -> tokio::net::UnixStream {
+    tokio::net::UnixStream::connect(address.socket_path().unwrap()).await.unwrap()
+}
+
+/// Waits until the server ends it.
+async fn ended(mut stream: tokio::net::UnixStream) {
+    let mut nothing = [0];
+    assert_eq!(tokio::io::AsyncReadExt::read(&mut stream, &mut nothing).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn clients_that_ask_for_nothing_end_when_there_are_too_many_and_calls_do_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = socket_in(directory.path());
+    let server = Server::bind(&address).await.unwrap();
+    let (come, mut came) = tokio::sync::mpsc::channel(1);
+    let go = Arc::new(tokio::sync::Notify::new());
+    let gone = Arc::clone(&go);
+    let slow = move || async move {
+        come.send(()).await.unwrap();
+        gone.notified().await;
+        Json(Number { n: 7 })
+    };
+    let router = router().route("/slow", axum::routing::get(slow));
+    tokio::spawn(server.run(router, pending()));
+    let client = Client::new(&address, PEER).unwrap();
+    let call = tokio::spawn(async move { client.get::<_, Number>("/slow", &()).await });
+    came.recv().await.unwrap();
+    let first = idle(&address).await;
+    let mut others = Vec::new();
+    for _ in 0..crate::lines::LINES_MAX {
+        others.push(idle(&address).await);
+    }
+    ended(first).await;
+    assert_eq!(ask(&address, 21).await.unwrap(), 42);
+    go.notify_one();
+    assert_eq!(call.await.unwrap().unwrap().n, 7, "its call was under way");
+}
+
+#[tokio::test]
+async fn a_client_that_asks_for_nothing_for_long_is_not_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = socket_in(directory.path());
+    let server = Server::bind(&address).await.unwrap();
+    tokio::spawn(server.run(router(), pending()));
+    let silent = idle(&address).await;
+    assert_eq!(ask(&address, 21).await.unwrap(), 42);
+    // From here on the clock is at the next event at once.
+    tokio::time::pause();
+    ended(silent).await;
+}

@@ -252,8 +252,20 @@ fn who_never_asked_for_anything_gives_way_in_time_and_who_did_stays() {
         };
         assert!(silent.is_closed().await);
         flush().await.expect("the guest was silent for as long, and had asked");
-        let read = real.read(ByteOffset(0), ByteCount(512));
-        let read = tokio::select!(read = read => read, () = answering() => unreachable!());
-        assert_eq!(read.unwrap(), Bytes::from(vec![0; 512]));
+        let read = async |client: &Client| {
+            let read = client.read(ByteOffset(0), ByteCount(512));
+            tokio::select!(read = read => read, () = answering() => unreachable!())
+        };
+        assert_eq!(read(&real).await.unwrap(), Bytes::from(vec![0; 512]));
+        // That one has asked once, and rests.
+        let another = loop {
+            match Client::connect(&place.uri("disk")).await {
+                Ok(client) => break client,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        };
+        assert!(real.read(ByteOffset(0), ByteCount(512)).await.unwrap_err().is_lost());
+        flush().await.expect("the guest goes on");
+        drop(another);
     });
 }

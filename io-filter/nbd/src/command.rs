@@ -115,6 +115,14 @@ impl Command {
         }
     }
 
+    /// Whether it is one of a client that writes: a change, or a flush.
+    pub fn is_of_a_writer(&self) -> bool {
+        match self {
+            Self::Write { .. } | Self::Trim { .. } | Self::WriteZeroes { .. } | Self::Flush => true,
+            Self::Read { .. } | Self::Cache { .. } | Self::BlockStatus { .. } => false,
+        }
+    }
+
     /// The bytes of the disk it is about: none for a flush.
     ///
     /// Commands of a [`RequestParser`](crate::server::RequestParser) are inside their export.

@@ -1,18 +1,20 @@
 //! The files of unix sockets: one rule for everything that listens on one - disks, streams and
 //! control APIs. And how listening sockets outlive the process that listens: [`Sockets`] keeps them
 //! for the next one, [`Notifier`] tells a service manager, [`passing`] is the way from process to
-//! process.
+//! process. [`Door`] accepts, also while descriptors are short.
 //!
 //! Invariants: a file is replaced only when it is a socket on which nobody answers, which is what a
 //! process that was killed leaves behind; and it is removed in the end only while it is the one that
 //! was made.
 
 mod bind;
+mod door;
 mod notifier;
 pub mod passing;
 mod sockets;
 
 pub use bind::{NoSocketMode, SocketMode, bind_unix};
+pub use door::Door;
 pub use notifier::Notifier;
 pub use sockets::{Place as Listening, Sockets};
 

@@ -2,13 +2,14 @@
 //!
 //! Invariants: clients in their handshake and clients that are served have limits of their own,
 //! so that whoever only connects takes no place from a client that is served; a new client takes
-//! the place of the one that has been in its handshake for longest, never the other way round; among those that are
-//! served only one that never asked for anything ever gives way (`seats.rs`);
+//! the place of the one that has been in its handshake for longest, never the other way round; who of those that are
+//! served gives way is for `seats.rs` to say;
 //! after [`Server::shutdown`] nothing of the server is left running.
 
-use std::{cell::RefCell, collections::BTreeMap, io, pin::pin, rc::Rc, time::Duration};
+use std::{cell::RefCell, collections::BTreeMap, pin::pin, rc::Rc, time::Duration};
 
 use backtide_nbd::NbdAddress;
+use backtide_socket::Door;
 use tokio::task::{AbortHandle, JoinHandle};
 
 use super::adopt::Adopting;
@@ -18,10 +19,6 @@ use super::seats::{Seat, Seats};
 use super::stop::{Ending, Stop};
 use super::stream::Stream;
 use crate::{Export, Limits, Listener, ServeError, ServerTls};
-
-/// How long the accept loop waits after an error that is not about one connection, such as too
-/// many open files.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) struct Shared {
     pub(super) choice: Choice,
@@ -53,6 +50,20 @@ impl Shared {
         let serving = serve(Entry { shared: Rc::clone(self), id }, Rc::clone(&stop));
         let task = tokio::task::spawn_local(connection(serving));
         connections.open.insert(id, Open { export, stop, task: Some(task) });
+    }
+
+    /// Ends a connection that nobody needs, if there is one: descriptors are short.
+    fn give_way(&self) -> bool {
+        let mut connections = self.connections.borrow_mut();
+        let seats = match &self.choice {
+            Choice::Own(_, seats) => seats.as_ref(),
+            Choice::Others(_) => None,
+        };
+        let oldest = connections.handshakes().next();
+        let Some(id) = oldest.or_else(|| seats.and_then(Seats::clear_one)) else { return false };
+        tracing::debug!("an NBD client that does nothing gives way: few open files are left");
+        connections.drop_one(id);
+        true
     }
 }
 
@@ -199,17 +210,11 @@ async fn close(shared: &Shared, mut which: impl FnMut(&Open) -> bool, ending: En
 }
 
 async fn accept(listener: Listener, shared: Rc<Shared>) {
+    let mut door = Door::new(format_args!("the NBD clients of {}", listener.address()));
     loop {
-        let stream = match listener.accept().await {
-            Ok(stream) => stream,
-            // About a client that went away before it was accepted: the next may be waiting.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-            Err(error) => {
-                tracing::warn!(address = %listener.address(), %error, "cannot accept an NBD client");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
+        let accepted = Door::accepted(listener.accept(), || shared.give_way()).await;
+        let accepted = door.admit(accepted, || shared.give_way()).await;
+        let Some(stream) = accepted else { continue };
         shared.open(None, |entry, stop| serve(stream, entry, stop));
     }
 }
@@ -222,11 +227,11 @@ pub(super) struct Entry {
 
 impl Entry {
     /// Takes a place among the clients that are served, of one that only sat there if there is no other.
-    fn sit_down(&self, seats: &Seats) -> Result<Seat, ServeError> {
+    fn sit_down(&self, seats: &Seats, process: Option<u32>) -> Result<Seat, ServeError> {
         let full = ServeError::Full(self.shared.limits.connections);
-        let (seat, evicted) = seats.take(self.id).ok_or(full)?;
+        let (seat, evicted) = seats.take(self.id, process).ok_or(full)?;
         if let Some(evicted) = evicted {
-            tracing::debug!("an NBD client that never asked for anything gives way");
+            tracing::debug!("an NBD client that does nothing gives way");
             self.shared.connections.borrow_mut().drop_one(evicted);
         }
         Ok(seat)
@@ -240,7 +245,8 @@ impl Entry {
         seats: Option<&Seats>,
         stop: &Stop,
     ) -> Result<(), ServeError> {
-        let seat = seats.map(|seats| self.sit_down(seats)).transpose()?;
+        let process = negotiated.stream.process();
+        let seat = seats.map(|seats| self.sit_down(seats, process)).transpose()?;
         if let Some(open) = self.shared.connections.borrow_mut().open.get_mut(&self.id) {
             open.export = Some(negotiated.session.export.name.clone());
         }

@@ -32,7 +32,7 @@ use super::negotiate::{Choice, Gate, Negotiated, negotiate};
 use super::{
     hangup::Hangup,
     reply::Channel,
-    seats::Seat,
+    seats::{Seat, Use},
     stop::{Ending, Stop},
     stream::Stream,
 };
@@ -134,9 +134,10 @@ struct Connection {
     export: Rc<dyn Export>,
     limits: Limits,
     channel: Rc<Channel>,
-    /// Its place among the server's clients, and whether that knows that the client has asked for something.
+    /// Its place among the server's clients, and what that is to know.
     seat: Option<Seat>,
-    has_asked: bool,
+    used: Use,
+    is_used: bool,
     /// A request that is there but would break a limit.
     held: Option<(ReplyTo, Command, ByteCount)>,
     phase: Phase,
@@ -172,7 +173,8 @@ impl Connection {
             limits,
             channel: Channel::new(ReplyEncoder::new(&session)),
             seat,
-            has_asked: false,
+            used: Use::default(),
+            is_used: false,
             held: None,
             phase: Phase::Serving,
             stalled: None,
@@ -208,6 +210,7 @@ impl Connection {
                 }
                 Submitted::All => {}
             }
+            self.note_use();
             self.channel.sleep(cx.waker());
             return Poll::Pending;
         }
@@ -243,7 +246,9 @@ impl Connection {
                 None => match self.parser.next(&mut self.intake)? {
                     None => return Ok(Submitted::All),
                     Some(Incoming::Request(to, command)) => {
-                        self.note_asked();
+                        self.used.asked += 1;
+                        self.used.is_writer |= command.is_of_a_writer();
+                        self.is_used = true;
                         let cost = ByteCount(payload(&command).0 + to.data_length().0);
                         (to, command, cost)
                     }
@@ -274,11 +279,13 @@ impl Connection {
         Ok(Submitted::Batch)
     }
 
-    /// The client means it: it keeps its place from now on.
-    fn note_asked(&mut self) {
-        if !self.has_asked {
-            self.has_asked = true;
-            self.seat.iter().for_each(Seat::asked);
+    /// Tells its place what the client has done since it was told last.
+    fn note_use(&mut self) {
+        let is_busy = self.channel.requests() > 0;
+        if self.is_used || self.used.is_busy != is_busy {
+            self.used.is_busy = is_busy;
+            self.is_used = false;
+            self.seat.iter().for_each(|seat| seat.note(self.used));
         }
     }
 

@@ -3,7 +3,12 @@
 //! Invariants: a socket file is replaced only when nobody answers on it, and removed only while
 //! it is the one made here. Whoever its mode does not let in never gets in, whatever the umask.
 
-use std::{io, path::Path, rc::Rc};
+use std::{
+    io,
+    os::fd::{AsRawFd, RawFd},
+    path::Path,
+    rc::Rc,
+};
 
 use backtide_nbd::server::TlsMode;
 use backtide_nbd::{NbdAddress, NbdUri};
@@ -168,20 +173,24 @@ impl Listener {
         Server::start(self, Choice::Others(directory), limits, tls)
     }
 
-    /// The next client.
-    pub(crate) async fn accept(&self) -> io::Result<Stream> {
+    /// The next client, and its descriptor.
+    pub(crate) async fn accept(&self) -> io::Result<(Stream, RawFd)> {
         match &self.socket {
             Socket::Tcp(socket) => loop {
                 let (stream, client) = socket.accept().await?;
                 // A client that is gone already is no trouble of the listener's.
                 match stream.set_nodelay(true).and_then(|()| Patience::WITH_CLIENTS.apply(&stream)) {
-                    Ok(()) => return Ok(Stream::Clear(Client::Tcp(stream))),
+                    Ok(()) => {
+                        let descriptor = stream.as_raw_fd();
+                        return Ok((Stream::Clear(Client::Tcp(stream)), descriptor));
+                    }
                     Err(error) => tracing::debug!(%client, %error, "NBD client went away"),
                 }
             },
             Socket::Unix(socket) => {
                 let (stream, _) = socket.accept().await?;
-                Ok(Stream::Clear(Client::Unix(stream)))
+                let descriptor = stream.as_raw_fd();
+                Ok((Stream::Clear(Client::Unix(stream)), descriptor))
             }
         }
     }

@@ -1,8 +1,10 @@
 //! The places of a server's clients.
 //!
-//! A client has its place until it leaves. One that never asked for anything in the time a handshake may take gives
-//! its place to a new one when all are taken: whoever only connects, however far, locks nobody out. One that has asked
-//! for something keeps it, however long it is silent then: it may be a guest that rests.
+//! A client has its place until it leaves. When all are taken one that does not use it gives it to a new one: first who never
+//! asked for anything, or for next to nothing and is no writer - no guest does with so little - then, of a process that
+//! has more than half of all places, the client that was silent for longest. Nobody gives way whose request is in flight, or
+//! whose last one was answered a moment ago. All others keep their places, however long they are silent: one may be a guest that
+//! rests, whose disk would be gone with it.
 //!
 //! Invariant: there are never more clients than places.
 
@@ -10,26 +12,36 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use tokio::time::Instant;
 
+/// Who has asked for more than this may be a guest. A program that looks at a disk asks for less, an operating system that
+/// finds one reads more of it.
+const ASKED_FOR_NOTHING: u64 = 8;
+
 /// The places. A shared socket's thread looks at them too. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Seats {
-    taken: Arc<Mutex<BTreeMap<u64, Taken>>>,
+    taken: Arc<Mutex<BTreeMap<u64, Arc<Taken>>>>,
     limit: usize,
-    /// How long a client may be silent that never asked for anything.
+    /// How long a client may be silent that asked for next to nothing.
     patience: Duration,
+    began: Instant,
 }
 
 #[derive(Debug)]
 struct Taken {
-    since: Instant,
-    asked: Arc<AtomicBool>,
+    /// The process of the client, where that is known.
+    process: Option<u32>,
+    asked: AtomicU64,
+    is_writer: AtomicBool,
+    is_busy: AtomicBool,
+    /// When it was used last, or was taken, in milliseconds of [`Seats::began`].
+    used: AtomicU64,
 }
 
 /// The place of one client, until this is dropped.
@@ -37,50 +49,114 @@ struct Taken {
 pub(crate) struct Seat {
     seats: Seats,
     id: u64,
-    asked: Arc<AtomicBool>,
+    taken: Arc<Taken>,
+}
+
+/// What a client is doing.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Use {
+    /// So many requests came so far.
+    pub(crate) asked: u64,
+    /// One of them was to change the disk, or to keep what was changed.
+    pub(crate) is_writer: bool,
+    /// One of them is not answered yet.
+    pub(crate) is_busy: bool,
 }
 
 impl Seats {
     pub(crate) fn new(limit: usize, patience: Duration) -> Self {
-        Self { taken: Arc::default(), limit, patience }
+        Self { taken: Arc::default(), limit, patience, began: Instant::now() }
     }
 
     /// Whether one client more would get a place.
     pub(crate) fn has_room(&self) -> bool {
         let taken = self.taken();
-        taken.len() < self.limit || self.idler(&taken).is_some()
+        taken.len() < self.limit || self.leaver(&taken, None).is_some()
     }
 
-    /// Takes a place for connection `id`, and says whose it was if that one has to go. None when all are kept.
-    pub(crate) fn take(&self, id: u64) -> Option<(Seat, Option<u64>)> {
+    /// Takes a place for connection `id` of a process, and says whose it was if that one has to go. None when all are kept.
+    pub(crate) fn take(&self, id: u64, process: Option<u32>) -> Option<(Seat, Option<u64>)> {
         let mut taken = self.taken();
         let mut evicted = None;
         if taken.len() >= self.limit {
-            let idler = self.idler(&taken)?;
-            taken.remove(&idler);
-            evicted = Some(idler);
+            let leaver = self.leaver(&taken, process)?;
+            taken.remove(&leaver);
+            evicted = Some(leaver);
         }
-        let asked = Arc::<AtomicBool>::default();
-        taken.insert(id, Taken { since: Instant::now(), asked: Arc::clone(&asked) });
-        Some((Seat { seats: self.clone(), id, asked }, evicted))
+        let new = Arc::new(Taken {
+            process,
+            asked: AtomicU64::new(0),
+            is_writer: AtomicBool::new(false),
+            is_busy: AtomicBool::new(false),
+            used: AtomicU64::new(self.now()),
+        });
+        taken.insert(id, Arc::clone(&new));
+        Some((Seat { seats: self.clone(), id, taken: new }, evicted))
     }
 
-    /// Of those that only sit there, who came first.
-    fn idler(&self, taken: &BTreeMap<u64, Taken>) -> Option<u64> {
-        let idle =
-            |seat: &Taken| !seat.asked.load(Ordering::Relaxed) && seat.since.elapsed() >= self.patience;
-        taken.iter().filter(|(_, seat)| idle(seat)).min_by_key(|(_, seat)| seat.since).map(|(id, _)| *id)
+    /// Takes the place of whoever asked for next to nothing, if there is somebody, for something else than a client.
+    pub(crate) fn clear_one(&self) -> Option<u64> {
+        let mut taken = self.taken();
+        let idler = self.idler(&taken)?;
+        taken.remove(&idler);
+        Some(idler)
     }
 
-    fn taken(&self) -> MutexGuard<'_, BTreeMap<u64, Taken>> {
+    /// Who gives way to a client of `process`.
+    fn leaver(&self, taken: &BTreeMap<u64, Arc<Taken>>, process: Option<u32>) -> Option<u64> {
+        self.idler(taken).or_else(|| self.of_many(taken, process))
+    }
+
+    /// Of those that only sit there, who did so for longest.
+    fn idler(&self, taken: &BTreeMap<u64, Arc<Taken>>) -> Option<u64> {
+        let asked_little = |seat: &Taken| {
+            !seat.is_writer.load(Ordering::Relaxed) && seat.asked.load(Ordering::Relaxed) <= ASKED_FOR_NOTHING
+        };
+        self.longest(taken, asked_little)
+    }
+
+    /// Of a process that has more than half of all places, and is not the one that wants another, the one that was silent
+    /// for longest. No client of NBD needs as many.
+    fn of_many(&self, taken: &BTreeMap<u64, Arc<Taken>>, process: Option<u32>) -> Option<u64> {
+        let mut counts = BTreeMap::<u32, usize>::new();
+        for owner in taken.values().filter_map(|seat| seat.process) {
+            *counts.entry(owner).or_default() += 1;
+        }
+        let (owner, _) = counts.into_iter().find(|(_, count)| *count > self.limit / 2)?;
+        if process == Some(owner) {
+            return None;
+        }
+        self.longest(taken, |seat| seat.process == Some(owner))
+    }
+
+    fn longest(&self, taken: &BTreeMap<u64, Arc<Taken>>, which: impl Fn(&Taken) -> bool) -> Option<u64> {
+        let before = self.now().checked_sub(millis(self.patience))?;
+        let gives_way = |seat: &Taken| {
+            !seat.is_busy.load(Ordering::Relaxed)
+                && seat.used.load(Ordering::Relaxed) <= before
+                && which(seat)
+        };
+        let idle = taken.iter().filter(|(_, seat)| gives_way(seat));
+        idle.min_by_key(|(_, seat)| seat.used.load(Ordering::Relaxed)).map(|(id, _)| *id)
+    }
+
+    fn now(&self) -> u64 {
+        millis(self.began.elapsed())
+    }
+
+    fn taken(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Taken>>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Seat {
-    /// Its client has asked for something.
-    pub(crate) fn asked(&self) {
-        self.asked.store(true, Ordering::Relaxed);
+    /// Its client has asked for something, or has been answered.
+    pub(crate) fn note(&self, used: Use) {
+        let Use { asked, is_writer, is_busy } = used;
+        self.taken.used.store(self.seats.now(), Ordering::Relaxed);
+        self.taken.asked.store(asked, Ordering::Relaxed);
+        self.taken.is_writer.store(is_writer, Ordering::Relaxed);
+        self.taken.is_busy.store(is_busy, Ordering::Relaxed);
     }
 }
 
@@ -90,32 +166,77 @@ impl Drop for Seat {
     }
 }
 
+fn millis(duration: Duration) -> u64 {
+    duration.as_millis().try_into().unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(10);
 
+    fn asked(asked: u64) -> Use {
+        Use { asked, ..Use::default() }
+    }
+
     #[tokio::test(start_paused = true)]
-    async fn who_never_asked_gives_way_and_who_did_never_does() {
-        let seats = Seats::new(3, PATIENCE);
-        let guest = seats.take(1).unwrap().0;
-        guest.asked();
-        let idlers = [seats.take(2).unwrap().0, seats.take(3).unwrap().0];
-        assert!(!seats.has_room() && seats.take(4).is_none(), "nobody has been silent for long");
-        tokio::time::advance(PATIENCE).await;
+    async fn who_asks_for_next_to_nothing_gives_way_and_a_guest_never_does() {
+        let seats = Seats::new(4, PATIENCE);
+        let writer = seats.take(1, None).unwrap().0;
+        writer.note(Use { asked: 1, is_writer: true, is_busy: false });
+        let reader = seats.take(2, None).unwrap().0;
+        reader.note(asked(ASKED_FOR_NOTHING + 1));
+        let idlers = [seats.take(3, None).unwrap().0, seats.take(4, None).unwrap().0];
+        assert!(!seats.has_room() && seats.take(5, None).is_none(), "nobody has been silent for long");
+        tokio::time::advance(PATIENCE / 2).await;
+        idlers[0].note(asked(ASKED_FOR_NOTHING));
+        tokio::time::advance(PATIENCE / 2).await;
         assert!(seats.has_room());
-        let (fourth, evicted) = seats.take(4).unwrap();
-        assert_eq!(evicted, Some(2), "the one that came first");
-        // The end of the one that had to go takes nothing from others.
+        let (fifth, evicted) = seats.take(5, None).unwrap();
+        assert_eq!(evicted, Some(4), "the one that was silent for longest");
+        tokio::time::advance(PATIENCE / 2).await;
+        let (sixth, evicted) = seats.take(6, None).unwrap();
+        assert_eq!(evicted, Some(3), "it has asked a few times, long ago");
+        // The end of those that had to go takes nothing from others.
         drop(idlers);
-        let (fifth, evicted) = seats.take(5).unwrap();
-        assert_eq!(evicted, None, "the third has left by itself");
+        assert!(!seats.has_room());
         tokio::time::advance(PATIENCE * 1000).await;
-        fourth.asked();
-        fifth.asked();
-        assert!(!seats.has_room() && seats.take(6).is_none(), "all of them have asked, whenever that was");
-        drop(guest);
+        fifth.note(Use { asked: 1, is_writer: false, is_busy: true });
+        sixth.note(Use { asked: 1, is_writer: true, is_busy: false });
+        tokio::time::advance(PATIENCE * 1000).await;
+        assert!(
+            !seats.has_room() && seats.take(7, None).is_none() && seats.clear_one().is_none(),
+            "none is idle"
+        );
+        fifth.note(asked(1));
+        assert_eq!(seats.clear_one(), None, "it was answered just now");
+        tokio::time::advance(PATIENCE).await;
+        assert_eq!(seats.clear_one(), Some(5));
+        drop((writer, fifth));
         assert!(seats.has_room());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_with_most_of_the_places_gives_one_to_another_that_has_none() {
+        let seats = Seats::new(4, PATIENCE);
+        let (many, one, guest) = (Some(77), Some(8), Some(9));
+        let resting = seats.take(1, guest).unwrap().0;
+        resting.note(asked(1000));
+        let hoarded: Vec<_> = (2..5).map(|id| seats.take(id, many).unwrap().0).collect();
+        for (age, seat) in hoarded.iter().enumerate() {
+            seat.note(Use { asked: 1000, is_writer: true, is_busy: false });
+            tokio::time::advance(Duration::from_secs(age as u64)).await;
+        }
+        assert!(seats.take(5, one).is_none(), "they were used a moment ago");
+        tokio::time::advance(PATIENCE).await;
+        assert!(seats.take(5, many).is_none(), "it has enough");
+        hoarded[0].note(Use { asked: 1001, is_writer: false, is_busy: true });
+        let (_fifth, evicted) = seats.take(5, one).unwrap();
+        assert_eq!(evicted, Some(3), "the first is at work");
+        tokio::time::advance(PATIENCE).await;
+        _fifth.note(asked(1000));
+        assert!(seats.take(6, one).is_none(), "half of them is not most");
+        drop(resting);
     }
 }

@@ -84,6 +84,15 @@ impl Stream {
         }
     }
 
+    /// The process of a client on this host, where its socket tells.
+    pub(crate) fn process(&self) -> Option<u32> {
+        match self {
+            Self::Clear(socket) => socket.process(),
+            Self::Secured(stream) => stream.get_ref().0.process(),
+            Self::Other(_) => None,
+        }
+    }
+
     /// What its bytes come and go through.
     fn inner(self: Pin<&mut Self>) -> Pin<&mut dyn Duplex> {
         match self.get_mut() {
@@ -155,6 +164,14 @@ impl Socket {
             Self::Tcp(socket) => Hangup::of_tcp(socket).ok(),
             Self::Unix(socket) => Hangup::of_unix(socket).ok(),
             Self::Parked(..) | Self::Gone => None,
+        }
+    }
+
+    fn process(&self) -> Option<u32> {
+        match self {
+            // A process of another namespace has no number here.
+            Self::Unix(socket) => socket.peer_cred().ok()?.pid()?.try_into().ok().filter(|id| *id > 0),
+            Self::Tcp(_) | Self::Parked(..) | Self::Gone => None,
         }
     }
 

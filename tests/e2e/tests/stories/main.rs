@@ -24,6 +24,7 @@ mod everything_at_once;
 mod failing_back;
 mod failing_over;
 mod fairness;
+mod few_files;
 mod files_inside;
 mod filesystem;
 mod flushes;

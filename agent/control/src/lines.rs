@@ -1,0 +1,212 @@
+//! The connections of a control API: clients that keep one open and ask for nothing.
+//!
+//! Invariants: a connection on which a call is under way is never ended here; one that has been idle for long is, and the
+//! oldest idle one at once when descriptors are short or when there are too many, so that whoever comes to ask is answered.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::AsRawFd,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use backtide_socket::Door;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    time::Sleep,
+};
+
+/// How long a client may keep a connection on which it asks for nothing. Our own give theirs up earlier.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// So many connections are open at once as long as some of them are idle.
+pub(crate) const LINES_MAX: usize = 256;
+
+/// Where calls come in.
+pub(crate) trait Source: Send + Sync + 'static {
+    /// A client's connection.
+    type Io: AsyncRead + AsyncWrite + AsRawFd + Send + Unpin + 'static;
+
+    /// The next one.
+    fn next(&self) -> impl Future<Output = io::Result<Self::Io>> + Send;
+}
+
+impl Source for UnixListener {
+    type Io = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
+impl Source for TcpListener {
+    type Io = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
+/// What a control API accepts from.
+pub(crate) struct Lines<S> {
+    source: S,
+    door: Door,
+    next: u64,
+    open: Open,
+}
+
+/// The connections, in the order in which they came.
+type Open = Arc<Mutex<BTreeMap<u64, Arc<Use>>>>;
+
+/// What is known of a connection.
+#[derive(Default)]
+struct Use {
+    /// It has been given more than it was answered.
+    is_asking: AtomicBool,
+    /// It is to end.
+    is_over: AtomicBool,
+    /// Who waits for its client.
+    reader: Mutex<Option<Waker>>,
+}
+
+/// A connection.
+pub(crate) struct Line<Io> {
+    io: Io,
+    id: u64,
+    used: Arc<Use>,
+    idle: Pin<Box<Sleep>>,
+    open: Open,
+}
+
+impl<S: Source> Lines<S> {
+    pub(crate) fn new(source: S, at: impl std::fmt::Display) -> Self {
+        let door = Door::new(format_args!("the calls to {at}"));
+        Self { source, door, next: 0, open: Arc::default() }
+    }
+}
+
+impl<S: Source> axum::serve::Listener for Lines<S> {
+    type Io = Line<S::Io>;
+    type Addr = ();
+
+    async fn accept(&mut self) -> (Self::Io, ()) {
+        let open = &self.open;
+        let io = loop {
+            let accepted = Door::accepted(self.source.next(), || end_oldest_idle(open)).await.map(|io| {
+                let descriptor = io.as_raw_fd();
+                (io, descriptor)
+            });
+            if let Some(io) = self.door.admit(accepted, || end_oldest_idle(open)).await {
+                break io;
+            }
+        };
+        if lock(open).len() >= LINES_MAX {
+            end_oldest_idle(open);
+        }
+        let (id, used) = (self.next, Arc::<Use>::default());
+        self.next += 1;
+        lock(open).insert(id, Arc::clone(&used));
+        let idle = Box::pin(tokio::time::sleep(IDLE));
+        (Line { io, id, used, idle, open: Arc::clone(open) }, ())
+    }
+
+    fn local_addr(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Whether there was one.
+fn end_oldest_idle(open: &Open) -> bool {
+    let mut open = lock(open);
+    let idle = open.iter().find(|(_, used)| !used.is_asking.load(Ordering::Acquire)).map(|(id, _)| *id);
+    let Some(used) = idle.and_then(|id| open.remove(&id)) else { return false };
+    used.is_over.store(true, Ordering::Release);
+    let reader = lock(&used.reader).take();
+    reader.into_iter().for_each(Waker::wake);
+    true
+}
+
+fn lock<T>(kept: &Mutex<T>) -> MutexGuard<'_, T> {
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<Io> Line<Io> {
+    fn note(&mut self, is_asking: bool) {
+        self.used.is_asking.store(is_asking, Ordering::Release);
+        self.idle.as_mut().reset(tokio::time::Instant::now() + IDLE);
+    }
+
+    /// Whether it ends now, for it has been idle too long or somebody else needs its descriptor.
+    fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.used.is_asking.load(Ordering::Acquire) {
+            return false;
+        }
+        *lock(&self.used.reader) = Some(cx.waker().clone());
+        self.used.is_over.load(Ordering::Acquire) || self.idle.as_mut().poll(cx).is_ready()
+    }
+}
+
+impl<Io> Drop for Line<Io> {
+    fn drop(&mut self) {
+        lock(&self.open).remove(&self.id);
+    }
+}
+
+impl<Io: AsyncRead + Unpin> AsyncRead for Line<Io> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let had = buffer.filled().len();
+        let read = Pin::new(&mut self.io).poll_read(cx, buffer);
+        match &read {
+            Poll::Ready(Ok(())) if buffer.filled().len() > had => self.note(true),
+            // To whoever serves it this is a client that has left.
+            Poll::Pending if self.is_over(cx) => return Poll::Ready(Ok(())),
+            Poll::Ready(_) | Poll::Pending => {}
+        }
+        read
+    }
+}
+
+impl<Io: AsyncWrite + Unpin> AsyncWrite for Line<Io> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.io).poll_write(cx, data);
+        if written.is_ready() {
+            self.note(false);
+        }
+        written
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.io).poll_write_vectored(cx, data);
+        if written.is_ready() {
+            self.note(false);
+        }
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
