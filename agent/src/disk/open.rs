@@ -12,7 +12,9 @@ use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError}
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{Cache, ImageError, ImageFile, KillPoint, Opening};
 use backtide_tracking::{ActivityLimits, DirtyBitmap, SignOfLife, TrackingFile};
-use backtide_units::{BlockCount, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn};
+use backtide_units::{
+    BlockCount, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DISK_SIZE_MAX, Lsn,
+};
 use uuid::Uuid;
 
 use super::{
@@ -97,6 +99,9 @@ pub(crate) enum OpenError {
     /// Its size cannot be a disk's.
     #[error("{uri} has {size} bytes, which is not a positive multiple of 512")]
     NbdSize { uri: NbdUri, size: ByteCount },
+    /// No receiver can keep it.
+    #[error("{image} has {size} bytes ({} TiB), and a disk has {DISK_SIZE_MAX} at most (256 TiB)", size.0 >> 40)]
+    TooLarge { image: String, size: ByteCount },
     /// Every write of the guest would fail.
     #[error("{uri} is read-only, and a disk is written: serve it writable")]
     NbdReadOnly { uri: NbdUri },
@@ -128,6 +133,10 @@ pub(crate) async fn open(
     let behind = open_behind(behind, &record).await?;
     KillPoint::AttachOpened.reached();
     let size = behind.size();
+    // One that an earlier version has attached goes on: its guest needs it.
+    if size > DISK_SIZE_MAX && !record.attached {
+        return Err(OpenError::TooLarge { image: record.image.clone(), size });
+    }
     let hydration = incomplete::look(records, &record, size, sources)?;
     if size < record.size && record.history.is_some() {
         let (disk, image) = (record.name.to_string(), record.image.clone());

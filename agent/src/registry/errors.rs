@@ -152,6 +152,9 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
             (ErrorCode::Refused, "attach the smaller image under another name: it is a new disk")
         }
         OpenError::NbdSize { .. } => (ErrorCode::Usage, "disks have a multiple of 512 bytes"),
+        OpenError::TooLarge { .. } => {
+            (ErrorCode::Usage, "make several smaller disks of it, and let the guest join them (LVM, RAID 0)")
+        }
         OpenError::NbdReadOnly { .. } => {
             (ErrorCode::Refused, "start the NBD server without its option for read-only exports")
         }

@@ -15,7 +15,7 @@ use std::{
 
 use backtide_agent_api::{ImageFormat, ResizeReport, ResizeRequest};
 use backtide_control::{ApiError, ErrorCode};
-use backtide_units::{ByteCount, DiskName};
+use backtide_units::{ByteCount, DISK_SIZE_MAX, DiskName};
 
 use super::{Registry, errors::failed, leave::end, waiting};
 use crate::{
@@ -202,6 +202,12 @@ fn target(
                 .with_hint("grow it there, then resize without --size"));
         }
     };
+    if let Some(larger) = wanted.into_iter().chain(target).max().filter(|size| *size > DISK_SIZE_MAX) {
+        let message =
+            format!("disk {name} cannot have {larger} bytes: a disk has {DISK_SIZE_MAX} at most (256 TiB)");
+        return Err(ApiError::new(ErrorCode::Usage, message)
+            .with_hint("attach another disk beside it, and let the guest join them (LVM, RAID 0)"));
+    }
     let smallest = wanted.into_iter().chain(target).min();
     if let Some(smaller) = smallest.filter(|size| *size < before) {
         return Err(ApiError::new(

@@ -14,6 +14,9 @@ pub struct ByteOffset(pub u64);
 #[serde(transparent)]
 pub struct ByteCount(pub u64);
 
+/// The largest disk: 256 TiB, what a log's index can name.
+pub const DISK_SIZE_MAX: ByteCount = ByteCount(256 << 40);
+
 /// The bytes `[start, end)` of a disk.
 ///
 /// Invariant: `start <= end`; the constructors refuse anything else.

@@ -14,7 +14,7 @@ mod identity;
 mod reason;
 
 pub use blocks::{BLOCK_SIZE, BlockCount, BlockIndex, BlockRange};
-pub use bytes::{ByteCount, ByteOffset, ByteRange, is_zeroes};
+pub use bytes::{ByteCount, ByteOffset, ByteRange, DISK_SIZE_MAX, is_zeroes};
 pub use checksum::PayloadChecksum;
 pub use history::{CaptureTime, Epoch, LogPosition, Lsn, ParseLsnError};
 pub use identity::{DiskId, DiskName, HistoryId, InvalidDiskName};

@@ -8,7 +8,7 @@
 //! middle at a high one: at most two pieces a level. So whatever holds a byte lies in one of nine buckets, and one
 //! look into the sorted index for each finds it.
 
-use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, DISK_SIZE_MAX};
 
 /// How many levels there are.
 pub const LEVELS: u8 = 9;
@@ -19,8 +19,8 @@ const FANOUT_BITS: u32 = 4;
 /// Bytes of a bucket of level 0, as a power of two.
 const SIZE_BITS: u32 = 16;
 
-/// The largest disk the format can hold: one bucket of the highest level, 256 TiB.
-pub const DISK_SIZE_MAX: ByteCount = ByteCount(1 << (SIZE_BITS + FANOUT_BITS * (LEVELS as u32 - 1)));
+/// The largest disk the format can hold is one bucket of the highest level.
+const _: () = assert!(DISK_SIZE_MAX.0 == 1 << (SIZE_BITS + FANOUT_BITS * (LEVELS as u32 - 1)));
 
 /// A piece of the disk: its level, then its number among those of the level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -32,8 +32,9 @@ mod verdict;
 mod writer;
 
 pub use attach::{AttachFacts, AttachOrigin};
+pub use backtide_units::DISK_SIZE_MAX;
 pub use body::Body;
-pub use bucket::{Bucket, DISK_SIZE_MAX, LEVELS};
+pub use bucket::{Bucket, LEVELS};
 pub use compress::Compression;
 pub use contents::{Contents, RecordRun, SegmentStats, Step, Stretch};
 pub use entry::{Entry, PAYLOAD_MAX, PassContent, PassReason, TEXT_MAX};

@@ -18,6 +18,9 @@ fn wrong_attaches_are_refused_with_a_sentence_that_names_what_is_wrong() {
     std::os::unix::fs::symlink("nowhere.img", bench.path("dangling.img")).unwrap();
     let _taken = UnixListener::bind(bench.path("taken.sock")).unwrap();
     let other = OtherAgent::with(&bench, "locked.img");
+    let vast = format!("nbd+unix:///?socket={}", bench.name("vast.sock"));
+    let _vast = tools::Beside::start("nbdkit", &["-f", "-U", &bench.name("vast.sock"), "memory", "4E"]);
+    tools::wait_for_socket(&bench.path("vast.sock"));
     let stream = bench.socket("stream.sock");
     let path = |name: &str| bench.name(name);
     let taken = format!("nbd+unix:///vm2?socket={}", bench.name("taken.sock"));
@@ -25,6 +28,12 @@ fn wrong_attaches_are_refused_with_a_sentence_that_names_what_is_wrong() {
     let cases: &[(&str, &[&str], i32, &str)] = &[
         ("missing image", &["attach", "vm2", &path("none.img")], 4, "none.img"),
         ("odd size", &["attach", "vm2", &path("odd.img")], 2, "512"),
+        (
+            "no disk is as large",
+            &["attach", "vm2", &vast],
+            2,
+            "has 4611686018427387904 bytes (4194304 TiB), and a disk has 281474976710656 at most (256 TiB)",
+        ),
         ("no size", &["attach", "vm2", &path("empty.img")], 2, "empty.img"),
         ("a directory", &["attach", "vm2", &path("store")], 2, "store"),
         ("locked image", &["attach", "vm2", &path("locked.img")], 5, "locked.img"),
