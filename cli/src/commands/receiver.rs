@@ -21,6 +21,7 @@ use crate::{
     context::Context,
     ending::{Ending, Failure, wrong_usage},
     output::facts,
+    process_wide::{APART, end_on_panic},
     quantity::{duration_text, size_both, size_text, time_text},
 };
 
@@ -86,6 +87,7 @@ impl Receiver {
         };
         let config = run.settings(context)?;
         prepare(context, "info");
+        end_on_panic(APART);
         let receiver = backtide_log_receiver::Receiver::start(config).await.map_err(start_failure)?;
         let ready = Ready {
             api: receiver.api_address().clone(),

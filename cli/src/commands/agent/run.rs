@@ -104,7 +104,7 @@ impl Run {
         if hold {
             return holder::hold(&config, stop).await;
         }
-        end_on_panic();
+        end_on_panic(&[]);
         serve(context, config, stop).await
     }
 
