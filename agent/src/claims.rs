@@ -123,9 +123,20 @@ impl Claims {
         }
     }
 
-    /// Gives no more claims, and waits for the given ones for up to `patience`; whether all are back.
-    pub(crate) async fn close(&self, patience: Duration) -> bool {
+    /// Gives no more claims, and waits as [`settled`](Self::settled) does.
+    ///
+    /// # Errors
+    /// Names that are still claimed.
+    pub(crate) async fn close(&self, patience: Duration) -> Result<(), Vec<DiskName>> {
         self.state().closed = true;
+        self.settled(patience).await
+    }
+
+    /// Waits until no name is claimed, for up to `patience`.
+    ///
+    /// # Errors
+    /// Names that are.
+    pub(crate) async fn settled(&self, patience: Duration) -> Result<(), Vec<DiskName>> {
         let none = async {
             loop {
                 let released = self.released.notified();
@@ -135,7 +146,9 @@ impl Claims {
                 released.await;
             }
         };
-        tokio::time::timeout(patience, none).await.is_ok()
+        tokio::time::timeout(patience, none)
+            .await
+            .map_err(|_| self.state().names.iter().cloned().collect::<Vec<_>>())
     }
 
     /// For whoever has closed them and waited: nobody else has a claim.

@@ -353,16 +353,23 @@ impl Records {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
+        let shown = self.storage.display(&path);
         let invalid = |why: String| {
-            io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("the record {} is damaged: {why}", path.display()),
-            )
+            let why = format!("the record {} is damaged: {why}", shown.display());
+            io::Error::new(io::ErrorKind::InvalidData, why)
         };
         let version: serde_json::Value =
             serde_json::from_slice(&bytes).map_err(|error| invalid(error.to_string()))?;
-        if version.get("version").and_then(serde_json::Value::as_u64) != Some(VERSION.into()) {
-            return Err(invalid(format!("expected version {VERSION}, found {}", version["version"])));
+        match version.get("version").and_then(serde_json::Value::as_u64) {
+            Some(found) if found == u64::from(VERSION) => {}
+            Some(found) => {
+                let why = format!(
+                    "the record {} is of version {found}, and this program knows version {VERSION} only",
+                    shown.display()
+                );
+                return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+            }
+            None => return Err(invalid("it has no version".to_owned())),
         }
         let record: DiskRecord =
             serde_json::from_value(version).map_err(|error| invalid(error.to_string()))?;

@@ -26,10 +26,13 @@ async fn a_name_that_is_being_changed_holds_up_no_other() {
 async fn closed_claims_are_opened_again() {
     let claims = Arc::<Claims>::default();
     let claim = claims.try_claim(&name("vm1")).unwrap();
-    assert!(!claims.close(Duration::from_secs(1)).await, "one is out");
+    assert_eq!(claims.settled(Duration::from_secs(1)).await, Err(vec![name("vm1")]));
+    drop(claims.try_claim(&name("vm2")).expect("nothing is closed"));
+    assert_eq!(claims.close(Duration::from_secs(1)).await, Err(vec![name("vm1")]), "one is out");
     assert_eq!(claims.try_claim(&name("vm2")).unwrap_err(), Claimed::Closed);
     drop(claim);
-    assert!(claims.close(Duration::from_secs(1)).await);
+    assert_eq!(claims.close(Duration::from_secs(1)).await, Ok(()));
+    assert_eq!(claims.settled(Duration::ZERO).await, Ok(()));
     claims.open();
     assert!(claims.try_claim(&name("vm2")).is_ok());
 }

@@ -36,8 +36,11 @@ const LET_GO_TIME: Duration = Duration::from_secs(10);
 impl Registry {
     /// Ends every disk in good order, for the end of the agent: they are attached again by the next.
     pub(crate) async fn shut_down(&self) {
-        if !self.claims.close(CHANGES_TIME).await {
-            tracing::warn!("the agent ends while a disk is being attached or detached");
+        if let Err(names) = self.claims.close(CHANGES_TIME).await {
+            tracing::warn!(
+                disks = names_text(&names),
+                "the agent ends while a disk is being attached or detached"
+            );
         }
         self.end_restoring();
         let disks = std::mem::take(&mut *self.disks.write().await);
@@ -67,10 +70,11 @@ impl Registry {
     /// Brings every disk close to its end while it is served: afterwards there is little to flush.
     ///
     /// # Errors
-    /// `busy` when a disk stands still: it would not let go. `failed` when one lost what it had
+    /// `busy` when a disk stands still: it would not let go; or is being attached or detached for long. `failed` when one lost what it had
     /// acknowledged, which its guest has to hear first. `refused` when an image is not where it was: the next
     /// program would open another file. `locked` when the host uses an image by now: the next program would not have it.
     pub(crate) async fn prepare_to_hand_over(&self) -> Result<(), ApiError> {
+        self.claims.settled(CHANGES_TIME).await.map_err(|names| being_changed(&names))?;
         let mut looking = JoinSet::new();
         for (name, attached) in self.disks.read().await.iter() {
             let (name, place) = (name.clone(), attached.place.clone());
@@ -95,10 +99,9 @@ impl Registry {
     /// # Errors
     /// `busy` when a disk does not let go, or is being attached or detached.
     pub(crate) async fn hand_over(self: &Arc<Self>) -> Result<(), ApiError> {
-        if !self.claims.close(CHANGES_TIME).await {
+        if let Err(names) = self.claims.close(CHANGES_TIME).await {
             self.claims.open();
-            let message = "a disk is being attached or detached for long";
-            return Err(ApiError::new(ErrorCode::Busy, message));
+            return Err(being_changed(&names));
         }
         let disks = std::mem::take(&mut *self.disks.write().await);
         let mut ending = JoinSet::new();
@@ -131,6 +134,27 @@ impl Registry {
         self.leave_image(&name).await;
         name
     }
+}
+
+/// Of disks that an attach or detach holds for so long that something must stand still.
+fn being_changed(names: &[DiskName]) -> ApiError {
+    let (disks, verb) = match names {
+        [_] => ("disk", "is"),
+        _ => ("disks", "are"),
+    };
+    let message = format!(
+        "{disks} {} {verb} being attached or detached for more than {} s, and only what has ended can be handed over: what          it waits for, the image's storage or its NBD server, has to answer first",
+        names_text(names),
+        CHANGES_TIME.as_secs()
+    );
+    ApiError::new(ErrorCode::Busy, message).with_hint(
+        "see to that storage, then restart again; the storage that never comes back is left behind by ending the agent's process \
+         (kill -9), which --hold or systemd starts again under the guests",
+    )
+}
+
+fn names_text(names: &[DiskName]) -> String {
+    names.iter().map(DiskName::as_str).collect::<Vec<_>>().join(", ")
 }
 
 /// Until all have ended, or one has failed: a task that ends otherwise leaves nothing to hand over.

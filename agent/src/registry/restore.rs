@@ -115,6 +115,10 @@ impl Registry {
     pub(super) fn unreadable(&self, error: &std::io::Error, then: &str) -> ApiError {
         let directory = self.records.directory();
         match error.kind() {
+            std::io::ErrorKind::Unsupported => failed(error).with_hint(format!(
+                "start the agent that wrote it; or move it out of {}, {then}",
+                directory.display()
+            )),
             std::io::ErrorKind::InvalidData => {
                 failed(error).with_hint(format!("move it out of {}, {then}", directory.display()))
             }

@@ -181,7 +181,7 @@ async fn a_disk_whose_record_cannot_be_read_is_shown_until_it_can_or_is_taken_aw
     registry.forget_other_sockets(&[]).await.unwrap();
     assert!(registry.restore().await.unwrap(), "it has to be tried again");
     let reason = registry.failing().await.remove(0).reason;
-    assert!(reason.contains("vm2.json is damaged: expected version 1, found 2"), "{reason}");
+    assert!(reason.contains("vm2.json is of version 2, and this program knows version 1 only"), "{reason}");
     registry.detach(&name, DetachRequest::default()).await.unwrap_err();
     registry.attach(AttachRequest { name: name.clone(), ..request_for(&image) }).await.unwrap_err();
     assert!(registry.restore().await.unwrap());
@@ -243,4 +243,21 @@ async fn an_epoch_or_lsn_that_leaves_none_for_this_agent_is_not_adopted() {
     }
     let other = registry.attach(request(3, 7)).await.unwrap_err();
     assert!(!other.message.contains("is not believed"), "there is no such image: {other:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attach_that_stands_still_refuses_a_restart_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let registry = registry(directory.path());
+    registry.prepare_to_hand_over().await.unwrap();
+    let stuck: Vec<_> =
+        ["vm7", "vm8"].map(|name| registry.claims.try_claim(&name.parse().unwrap()).unwrap()).into();
+    for refused in [registry.prepare_to_hand_over().await, registry.hand_over().await] {
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Busy);
+        assert!(refused.message.starts_with("disks vm7, vm8 are being attached or detached"), "{refused:?}");
+        assert!(refused.hint.is_some(), "{refused:?}");
+    }
+    drop(stuck);
+    registry.prepare_to_hand_over().await.unwrap();
 }

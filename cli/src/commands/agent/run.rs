@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use backtide_agent::{Agent, AgentError, Config, Sockets, Successor, Surroundings};
+use backtide_agent::{Agent, AgentError, Config, Sockets, Successor, Surroundings, look};
 use backtide_control::{Address, ApiError};
 use backtide_units::ByteCount;
 use clap::Args;
@@ -83,6 +83,8 @@ struct Ready {
 #[derive(Debug, Serialize)]
 struct Checked {
     version: &'static str,
+    /// Whose records can be used.
+    disks: usize,
 }
 
 impl Run {
@@ -96,8 +98,14 @@ impl Run {
         let (hold, check) = (self.hold, self.check);
         let config = self.settings(context)?;
         if check {
-            let checked = Checked { version: env!("CARGO_PKG_VERSION") };
-            context.print(&checked, || format!("version {}: the settings can be used", checked.version))?;
+            let checked = Checked { version: env!("CARGO_PKG_VERSION"), disks: look(&config)? };
+            let text = || {
+                let Checked { version, disks } = checked;
+                format!(
+                    "version {version}: the settings can be used, and what is remembered of disks ({disks})"
+                )
+            };
+            context.print(&checked, text)?;
             return Ok(Ending::Done);
         }
         prepare(context, "info");

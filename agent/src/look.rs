@@ -1,0 +1,99 @@
+//! A look at what an agent would find, by who does not become it: `agent run --check`.
+//!
+//! Invariant: nothing is changed, and a running agent's lock of the state directory is nobody's concern here.
+
+use std::{io, path::Path, sync::Arc};
+
+use backtide_control::{ApiError, ErrorCode};
+use backtide_export::{NbdTls, NbdUri, TlsDemand};
+use backtide_storage::RealStorage;
+
+use crate::{
+    Config,
+    record::{AllRecords, DiskRecord, Records},
+};
+
+/// How many disks an agent with these settings would know.
+///
+/// # Errors
+/// One sentence for each record that it could not use, and for each disk that it could not serve for its certificates. `damaged`
+/// when a record is, else `refused`.
+pub fn look(config: &Config) -> Result<usize, ApiError> {
+    if !config.state.exists() {
+        return Ok(0);
+    }
+    let unreadable = |error: io::Error| {
+        let why = format!("cannot read the disks' records in {}: {error}", config.state.display());
+        ApiError::new(ErrorCode::Failed, why)
+    };
+    let storage = RealStorage::open(&config.state).map_err(unreadable)?;
+    let AllRecords { known, unreadable } = Records::new(Arc::new(storage)).load_all().map_err(unreadable)?;
+    let is_damaged = unreadable.iter().any(|(_, error)| error.kind() != io::ErrorKind::Unsupported);
+    let mut wrong: Vec<String> =
+        unreadable.into_iter().map(|(disk, error)| format!("disk {disk}: {error}")).collect();
+    wrong.extend(known.iter().filter_map(unservable));
+    if wrong.is_empty() {
+        return Ok(known.len());
+    }
+    let code = if is_damaged { ErrorCode::Damaged } else { ErrorCode::Refused };
+    let state = Path::display(&config.state);
+    Err(ApiError::new(code, wrong.join("\n")).with_hint(format!(
+        "use a program that knows such records, put whole ones back, or move them out of {state}, which forgets what the disks \
+         were; `attach --adopt` continues their history"
+    )))
+}
+
+/// Why an attached disk could not be served where it is, as far as its certificates tell.
+fn unservable(record: &DiskRecord) -> Option<String> {
+    let uri: NbdUri = record.nbd.as_deref().filter(|_| record.attached)?.parse().ok()?;
+    let certificates = uri.tls?.certificates;
+    let why = NbdTls { mode: TlsDemand::Required, certificates }.check().err()?;
+    Some(format!("disk {}: it could not be served: {}", record.name, why.chain()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_record_that_cannot_be_used_is_told_in_a_sentence() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        let config: Config = serde_json::from_value(serde_json::json!({
+            "api": "unix:/nowhere/agent.sock", "state": state, "run": directory.path(),
+        }))
+        .unwrap();
+        assert_eq!(look(&config), Ok(0));
+        assert!(!state.exists(), "it only looks");
+        let records = Records::new(Arc::new(RealStorage::open(&state).unwrap()));
+        let record = |name: &str| {
+            DiskRecord::new(name.parse().unwrap(), format!("/{name}"), "unix:/r.sock".parse().unwrap())
+        };
+        for name in ["vm1", "vm2", "vm3"] {
+            records.save(&record(name)).unwrap();
+        }
+        assert_eq!(look(&config), Ok(3));
+        let newer = std::fs::read_to_string(state.join("vm2.json")).unwrap();
+        std::fs::write(state.join("vm2.json"), newer.replace("\"version\": 1", "\"version\": 7")).unwrap();
+        let error = look(&config).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Refused);
+        let file = state.join("vm2.json");
+        let version = format!(
+            "disk vm2: the record {} is of version 7, and this program knows version 1 only",
+            file.display()
+        );
+        assert_eq!(error.message, version);
+        std::fs::write(state.join("vm3.json"), "{").unwrap();
+        let missing = directory.path().join("pki");
+        let nbd = format!("nbds+unix:///vm1?socket=/s&tls-certificates={}", missing.display());
+        records.save(&DiskRecord { nbd: Some(nbd), attached: true, ..record("vm1") }).unwrap();
+        let error = look(&config).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Damaged);
+        let mut said: Vec<_> = error.message.lines().collect();
+        said.sort_unstable();
+        assert_eq!(said.len(), 3, "{said:?}");
+        assert!(said[0].starts_with("disk vm1: it could not be served: cannot read"), "{said:?}");
+        assert_eq!(said[1], version);
+        assert!(said[2].contains("vm3.json is damaged: "), "{said:?}");
+    }
+}
