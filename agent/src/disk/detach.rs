@@ -17,6 +17,7 @@ use backtide_units::DiskName;
 use super::{
     engine::{Engine, Kick},
     leaving::{DetachError, Leaving, end_service},
+    life::Own,
     local::blocking,
     stream::Stream,
     thread::Disk,
@@ -32,6 +33,8 @@ impl Disk {
         let mut last = self.status();
         self.record = self.asked();
         let Self { engine, stream, server, mut record, records, image, mut life, mut past_agent, .. } = self;
+        // Before anything of its own may be written that is not counted.
+        let written = life.look_for_others(|| Own::now(&engine, &server), record.name.as_str()).await;
         last.guest_waits = end_service(&engine, server, leaving, last.guest_waits).await;
         let flushed = come_to_rest(&engine, &record.name).await;
         last.local_error = flushed.err().map(not_flushed).or(last.local_error);
@@ -39,7 +42,7 @@ impl Disk {
         // Before anybody else can have the image; a qcow2's server writes it when it ends.
         record.image_at_detach = life.look(record.name.as_str()).await.filter(|_| flushed);
         record.image_displaced = life.has_lost_its_image();
-        past_agent.look(image.as_ref(), record.name.as_str()).await;
+        past_agent.look(image.as_ref(), written, record.name.as_str()).await;
         record.written_past_agent = past_agent.wrote();
         last.local_error = last.local_error.or_else(|| past_agent.trouble());
         catch_up(&engine, leaving).await;

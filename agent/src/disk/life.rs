@@ -2,40 +2,120 @@
 //! until when the image was written by nobody else.
 //!
 //! Invariant: while nothing of this agent may write the image, the sign goes on telling of the image as this agent left
-//! it, whatever the time: somebody else's write is noticed after a crash.
+//! it, whatever the time: somebody else's write is noticed after a crash, and by the agent itself.
 
-use backtide_tracking::{SignOfLife, TrackingFile};
-use backtide_units::CaptureTime;
+use std::path::Path;
+
+use backtide_export::Server;
+use backtide_io_filter::Filter;
+use backtide_storage::ImageFile;
+use backtide_tracking::{ImageSeen, SignOfLife, TrackingFile};
+use backtide_units::{ByteCount, CaptureTime};
 
 use super::{
+    engine::Engine,
     in_place::{Displaced, InPlace},
     local::blocking,
     trust,
 };
 use crate::record::ImageStamp;
 
+/// The file systems of which it is known that a file's time is that of the last write, as soon as that has ended. One of
+/// another host may have it later, when nobody writes any more.
+const TIMES_OF_WRITES: [u32; 5] = [
+    0xef53,      // ext2, ext3, ext4
+    0x5846_5342, // XFS
+    0x9123_683e, // Btrfs
+    0xf2f5_2010, // F2FS
+    0x0102_1994, // tmpfs
+];
+
+/// What this agent does to the image, as of one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Own {
+    /// Changes so far, those that failed among them.
+    changes: u64,
+    /// Others may be under way, or come at any moment: somebody uses the disk, blocks are brought, or one is on its way.
+    may_change: bool,
+}
+
+impl Own {
+    pub(super) fn now(engine: &Engine, server: &Server) -> Self {
+        let status = engine.look(Filter::status);
+        let (counters, traffic) = (status.counters, &engine.traffic);
+        // One that was under way when a pass froze the disk has no record of its own.
+        let answered = traffic.writes.get() + traffic.zeroes.get() + traffic.errors.get();
+        // What is missing is written by nobody's wish.
+        let used = server.connections() > 0 || engine.local.hydration().is_some();
+        let is_under_way = status.waiting_answers > 0 || !engine.look(Filter::is_quiet);
+        let changes = counters.records + counters.failed_changes + answered;
+        Self { changes, may_change: used || is_under_way }
+    }
+}
+
 /// The tracking file's sign of life, renewed as long as clients may change something.
 pub(super) struct Life {
-    pub(super) file: TrackingFile,
+    file: TrackingFile,
     /// None where the image is no file.
-    pub(super) image: Option<InPlace>,
+    image: Option<InPlace>,
     /// What became of it, as of the last look.
     pub(super) displaced: Option<Displaced>,
     /// It was cut short once: what it had behind that is nowhere any more, however long it is now.
-    pub(super) was_cut: bool,
-    /// As counted when the image was last looked at.
-    pub(super) changes: u64,
+    was_cut: bool,
+    /// How long the image is where its time tells of each write, and nothing of this agent writes it but the disk itself: no
+    /// server.
+    told: Option<ByteCount>,
+    /// As of just before the image was last looked at, and how it was then.
+    own: Own,
+    seen: Option<ImageSeen>,
+    /// The image may be another than the file says, and that is in order.
+    news: bool,
     /// As it is in the file.
-    pub(super) sign: SignOfLife,
+    sign: SignOfLife,
 }
 
 impl Life {
-    /// Looks whether something has changed, and says so; `may_change` when something may have that is not counted.
-    pub(super) async fn keep(&mut self, changes: u64, captured: CaptureTime, may_change: bool, disk: &str) {
+    /// Of an attach that begins, with this `sign` of it in the file. Until the first look an agent that was killed may have
+    /// written the image last.
+    pub(super) fn new(
+        file: TrackingFile,
+        image: Option<InPlace>,
+        raw: Option<&ImageFile>,
+        sign: SignOfLife,
+    ) -> Self {
+        let told = raw.filter(|raw| tells_of_writes(raw.path())).map(ImageFile::size);
+        let (own, displaced, was_cut, seen, news) = (Own::default(), None, false, None, false);
+        Self { file, image, displaced, was_cut, told, own, seen, news, sign }
+    }
+
+    /// Looks at the image; whether somebody else has written it since the last look: it is another than it was, and
+    /// nothing of this agent was under way before that look, between them, or after this one, as `now` says.
+    pub(super) async fn look_for_others(&mut self, now: impl Fn() -> Own, disk: &str) -> bool {
+        let before = now();
         let stamp = self.look(disk).await;
-        if may_change || changes != self.changes {
-            self.changes = changes;
-            self.sign = trust::alive_now(stamp.as_ref(), captured);
+        let found = stamp.as_ref().map(trust::seen);
+        // What was under way at the look was begun before, or is under way or counted by now.
+        let after = now();
+        let idle = !self.own.may_change && !before.may_change && !after.may_change;
+        let unchanged = idle && after.changes == self.own.changes;
+        self.news |= !unchanged;
+        // Who has made it longer does what is asked for before a resize, and may write there.
+        let is_disk = self.told.is_some() && stamp.map(|stamp| stamp.size) == self.told;
+        // Where it was not in its place, more than its time is in doubt.
+        let others = is_disk && unchanged && found.is_some() && self.seen.is_some() && found != self.seen;
+        (self.own, self.seen) = (before, found);
+        others
+    }
+
+    /// From now on the image as it was seen last is in order, whoever wrote it.
+    pub(super) fn renew(&mut self) {
+        self.news = true;
+    }
+
+    /// Says what there is to say since the last time, as of the last look at the image.
+    pub(super) async fn keep(&mut self, captured: CaptureTime, disk: &str) {
+        if std::mem::take(&mut self.news) {
+            self.sign = trust::alive_now(self.seen, captured);
         } else if captured != self.sign.captured {
             // That an idle disk has not changed is captured too, and changes no image.
             self.sign.captured = captured;
@@ -74,13 +154,17 @@ impl Life {
     }
 }
 
+/// Whether a file's time is that of the last write of it.
+fn tells_of_writes(file: &Path) -> bool {
+    // The kernel's numbers have 32 bits, of which the type on some machines makes a negative one.
+    rustix::fs::statfs(file).is_ok_and(|found| TIMES_OF_WRITES.contains(&(found.f_type as u32)))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use backtide_storage::{MemoryStorage, Storage};
     use backtide_tracking::{ActivityLimits, Loaded, SavedTracking, Snapshot};
-    use backtide_units::{ByteCount, DiskId};
+    use backtide_units::DiskId;
 
     use super::*;
     use crate::claims::Identity;
@@ -100,7 +184,7 @@ mod tests {
         let sign = trust::alive_since(Some(&stamp), CaptureTime(1));
         let text = image.to_str().unwrap();
         let image = InPlace::new(text, Identity::of(text), stamp.size);
-        Life { file, image, displaced: None, was_cut: false, changes: 0, sign }
+        Life { told: Some(stamp.size), ..Life::new(file, image, None, sign) }
     }
 
     #[tokio::test]
@@ -112,29 +196,61 @@ mod tests {
         let mut life = life_in(&storage, &image);
         assert!(!life.has_lost_its_image());
         let told = || Loaded::from_file(&storage, Path::new(TRACKING)).unwrap().unwrap().alive.unwrap();
-        life.keep(1, CaptureTime(2), false, "vm1").await;
-        let own = told();
+        let own = |changes, may_change| move || Own { changes, may_change };
+        let keep = async |life: &mut Life, changes, captured, may_change| {
+            let others = life.look_for_others(own(changes, may_change), "vm1").await;
+            life.keep(CaptureTime(captured), "vm1").await;
+            others
+        };
+        assert!(!keep(&mut life, 1, 2, false).await);
+        let at_first = told();
         let touch = |seconds| {
             let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
             std::fs::File::options().write(true).open(&image).unwrap().set_modified(time).unwrap();
         };
         touch(1000);
-        life.keep(1, CaptureTime(30), false, "vm1").await;
+        assert!(keep(&mut life, 1, 30, false).await);
         assert_eq!(
             told(),
-            SignOfLife { captured: CaptureTime(30), ..own },
+            SignOfLife { captured: CaptureTime(30), ..at_first },
             "it says nothing new of the image"
         );
-        // A client, or a change of its own, may have been what changed it.
-        life.keep(1, CaptureTime(30), true, "vm1").await;
+        assert!(!keep(&mut life, 1, 30, false).await, "once");
+        // When everything was compared, that is as it is to be.
+        life.renew();
+        assert!(!keep(&mut life, 1, 30, false).await);
         assert_eq!(told().image.unwrap().modified_ns, 1000 * 1_000_000_000);
+        // A client, or a change of its own, may have been what changed it.
         touch(2000);
-        life.keep(2, CaptureTime(31), false, "vm1").await;
+        assert!(!keep(&mut life, 1, 30, true).await);
         assert_eq!(told().image.unwrap().modified_ns, 2000 * 1_000_000_000);
+        touch(3000);
+        assert!(!keep(&mut life, 1, 30, false).await, "the client was there at the last look");
+        touch(4000);
+        assert!(!keep(&mut life, 2, 31, false).await);
+        assert_eq!(told().image.unwrap().modified_ns, 4000 * 1_000_000_000);
+        // One that comes and goes while it is looked at.
+        let looks = std::cell::Cell::new(0);
+        let passing = || Own { changes: 2 + looks.replace(looks.get() + 1), may_change: false };
+        touch(5000);
+        assert!(!life.look_for_others(passing, "vm1").await);
+        touch(6000);
+        assert!(!keep(&mut life, 3, 31, false).await, "it may have been written after the look");
+        touch(7000);
+        assert!(keep(&mut life, 3, 31, false).await);
+        let longer = std::fs::File::options().append(true).open(&image).unwrap();
+        longer.set_len(100).unwrap();
+        touch(8000);
+        assert!(!keep(&mut life, 3, 31, false).await, "it is to be resized");
+        longer.set_len(7).unwrap();
+        assert!(keep(&mut life, 3, 31, false).await);
+        life.told = None;
+        touch(8000);
+        assert!(!keep(&mut life, 3, 31, false).await, "its server writes it when it likes");
         // Another file by that name: nothing is known of it.
         std::fs::copy(&image, directory.path().join("copy")).unwrap();
         std::fs::rename(directory.path().join("copy"), &image).unwrap();
-        life.keep(3, CaptureTime(32), true, "vm1").await;
+        assert!(!keep(&mut life, 3, 32, true).await);
         assert_eq!((told().image, life.look("vm1").await), (None, None));
         assert_eq!(life.displaced, Some(Displaced::Other(image)));
         assert!(life.has_lost_its_image());

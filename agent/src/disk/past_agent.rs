@@ -1,5 +1,6 @@
-//! Who writes the image past the agent: a QEMU that has it open itself. Nothing keeps it away, so that the image can be
-//! given back at any moment; what it writes is in no point.
+//! Who writes the image past the agent: a QEMU that has it open itself, as its locks tell, and whoever writes a raw file
+//! while nobody uses the disk, as its time tells ([`Life`](super::life::Life)). Nothing keeps them away, so that the image
+//! can be given back at any moment; what they write is in no point.
 //!
 //! Invariant: that somebody was seen is in the disk's record, and told, until everything was compared, from a moment on at
 //! which nobody was seen any more. As long as the record says so nothing that was saved of the disk is trusted.
@@ -16,7 +17,7 @@ const QEMU_IS_THERE: &str = "a QEMU has the image itself open, to write it: what
      when it has let go of the image, everything is compared";
 
 /// What the agent does of it.
-const IS_COMPARED: &str = "somebody else had the image itself open, to write it: what was written past the agent is in no point before \
+const IS_COMPARED: &str = "somebody else has written the image past the agent, or may have: what was written so is in no point before \
      everything was compared";
 
 /// What is known of others that write the image of a disk.
@@ -24,6 +25,8 @@ const IS_COMPARED: &str = "somebody else had the image itself open, to write it:
 pub(super) struct PastAgent {
     /// As of the last look.
     qemu: bool,
+    /// Somebody has written it between the last two looks.
+    writes: bool,
     /// Somebody may have written it since everything was compared last.
     wrote: bool,
     /// Since nobody is there any more everything is being compared, or waits for the receiver.
@@ -35,41 +38,49 @@ impl PastAgent {
     /// says; `image` is none where its locks cannot be asked for.
     pub(super) fn new(image: Option<&ImageFile>, written: bool) -> Self {
         let qemu = image.is_some_and(ImageFile::is_written_by_qemu);
-        Self { qemu, wrote: written || qemu, compares: !qemu }
+        Self { qemu, writes: false, wrote: written || qemu, compares: !qemu }
     }
 
-    /// Looks who is there, and says so once.
-    pub(super) async fn look(&mut self, image: Option<&Arc<ImageFile>>, disk: &str) {
+    /// Looks who is there, and says so once; `writes` when somebody has written the image since the last look.
+    pub(super) async fn look(&mut self, image: Option<&Arc<ImageFile>>, writes: bool, disk: &str) {
         let Some(image) = image.cloned() else { return };
         // A file system of another host may take its time. No look is no news.
         let found = blocking(move || Ok(image.is_written_by_qemu())).await;
-        self.saw(found.unwrap_or(self.qemu), disk);
+        self.saw(found.unwrap_or(self.qemu), writes, disk);
     }
 
-    fn saw(&mut self, qemu: bool, disk: &str) {
+    fn saw(&mut self, qemu: bool, writes: bool, disk: &str) {
+        if writes && !self.wrote {
+            tracing::warn!(disk, "somebody else has written the image, which only the agent is to write");
+        }
         if qemu && !self.qemu {
             tracing::warn!(disk, "{QEMU_IS_THERE}");
         }
-        self.qemu = qemu;
-        self.wrote |= qemu;
+        (self.qemu, self.writes) = (qemu, writes);
+        self.wrote |= self.is_there();
         // What was compared meanwhile may have been written after that.
-        self.compares &= !qemu;
+        self.compares &= !self.is_there();
     }
 
-    /// Has everything compared when nobody is there any more, and forgets them when that has ended.
-    pub(super) fn follow_up(&mut self, engine: &Rc<Engine>) {
-        if !self.wrote || self.qemu {
-            return;
+    fn is_there(&self) -> bool {
+        self.qemu || self.writes
+    }
+
+    /// Has everything compared when nobody is there any more, and forgets them when that has ended; whether it has now.
+    pub(super) fn follow_up(&mut self, engine: &Rc<Engine>) -> bool {
+        if !self.wrote || self.is_there() {
+            return false;
         }
         let disk = engine.name();
         if !self.compares {
-            tracing::warn!(%disk, "nobody else has the image open any more: everything is compared");
+            tracing::warn!(%disk, "nobody else writes the image any more: everything is compared");
             engine.happen(|filter, now| filter.force_resync(now, ResyncKind::Compare));
             self.compares = true;
         } else if engine.look(Filter::owes_no_resync) {
             tracing::info!(%disk, "what was written past the agent is at the receiver");
             self.wrote = false;
         }
+        !self.wrote
     }
 
     /// Whether the receiver may lack what was written past the agent: nothing that is saved of the disk can be trusted.

@@ -62,6 +62,17 @@ impl Started {
         self.nbd.to_string()
     }
 
+    /// Waits until it has looked at its image just now: the next time is a second away.
+    async fn has_looked(&self, directory: &Path) {
+        let (image, away) = (directory.join("vm1.img"), directory.join("away.img"));
+        for (from, to) in [(&image, &away), (&away, &image)] {
+            std::fs::rename(from, to).unwrap();
+            while self.handle.status().await.unwrap().local_error.is_some() != (to == &away) {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
     async fn end(&self) {
         let detach = |answer| Command::Detach { leaving: Leaving::Stopped, answer };
         self.handle.ask_at_length(detach).await.unwrap().unwrap();
@@ -149,7 +160,7 @@ async fn that_a_qemu_had_the_image_itself_open_is_remembered_until_everything_wa
     disk.handle.ask(Command::Pause).await.unwrap();
     assert!(record().written_past_agent, "also should the agent die now");
     lock(FlockOperation::Unlock);
-    until("somebody else had the image itself open").await;
+    until("somebody else has written the image").await;
     // There is no receiver.
     assert!(disk.handle.status().await.unwrap().resync_due && record().written_past_agent);
     disk.end().await;
@@ -166,21 +177,36 @@ async fn a_qemu_is_looked_for_once_more_at_the_detach() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     let disk = Started::image(directory).await;
-    let (image, away) = (directory.join("vm1.img"), directory.join("away.img"));
-    let qemu = std::fs::File::open(&image).unwrap();
-    // It has looked just now: the next time is a second away.
-    for (from, to) in [(&image, &away), (&away, &image)] {
-        std::fs::rename(from, to).unwrap();
-        let is_displaced = to == &away;
-        while disk.handle.status().await.unwrap().local_error.is_some() != is_displaced {
-            tokio::task::yield_now().await;
-        }
-    }
+    let qemu = std::fs::File::open(directory.join("vm1.img")).unwrap();
+    disk.has_looked(directory).await;
     rustix::fs::fcntl_lock(&qemu, FlockOperation::NonBlockingLockShared).unwrap();
     let detach = |answer| Command::Detach { leaving: Leaving::Asked, answer };
     let last = disk.handle.ask_at_length(detach).await.unwrap().unwrap();
     let record = records(directory).load(&"vm1".parse().unwrap()).unwrap().unwrap();
     assert!(record.written_past_agent && last.local_error.is_some() && last.resync_due);
+}
+
+#[tokio::test]
+async fn what_is_written_to_the_image_of_an_idle_disk_is_not_trusted_after_a_detach() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let record = || records(directory).load(&"vm1".parse().unwrap()).unwrap().unwrap();
+    let disk = Started::image(directory).await;
+    disk.has_looked(directory).await;
+    let guest = Client::connect(&disk.nbd).await.unwrap();
+    guest.write(ByteOffset::ZERO, vec![0x11; 4096].into(), false).await.unwrap();
+    drop(guest);
+    disk.end().await;
+    assert!(!record().written_past_agent && record().image_at_detach.is_some(), "that was its guest");
+    let disk = Started::image_of(directory, |_| record()).await;
+    disk.has_looked(directory).await;
+    let image = std::fs::File::options().write(true).open(directory.join("vm1.img")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&image, &[0x22; 4096], 8192).unwrap();
+    let detach = |answer| Command::Detach { leaving: Leaving::Asked, answer };
+    let last = disk.handle.ask_at_length(detach).await.unwrap().unwrap();
+    assert!(last.local_error.is_some_and(|told| told.contains("somebody else has written the image")));
+    assert!(last.resync_due && record().written_past_agent);
+    assert!(records(directory).load_tracking(&record().name).unwrap().unwrap().snapshot.everything);
 }
 
 #[tokio::test]

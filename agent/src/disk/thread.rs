@@ -22,7 +22,7 @@ use super::{
     in_place::Displaced,
     incomplete::path_of,
     leaving::{DetachError, Leaving},
-    life::Life,
+    life::{Life, Own},
     local::{EIO, Local, blocking},
     marking::{self, MarkAt},
     medium::Medium,
@@ -178,14 +178,7 @@ impl Disk {
             }
         };
         let (tracking, left) = Tracking::new(tracking, records.clone(), record.name.clone(), spill);
-        let life = Life {
-            file: tracking.file.clone(),
-            image: opened.in_place,
-            displaced: None,
-            was_cut: false,
-            changes: 0,
-            sign: opened.alive,
-        };
+        let life = Life::new(tracking.file.clone(), opened.in_place, image.as_deref(), opened.alive);
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
         super::engine::set_pace(&engine, &record.limits);
         engine.happen(|filter, now| {
@@ -401,12 +394,7 @@ impl Disk {
     async fn keep_house(&mut self) {
         let status = self.engine.look(Filter::status);
         self.watch.sample(&status);
-        let changes = status.counters.records + status.counters.failed_changes;
-        // Clients may come and go between two looks. What is missing is written by nobody's wish.
-        let may_change = self.server.connections() > 0 || self.engine.local.hydration().is_some();
-        self.life.keep(changes, status.last_time, may_change, self.record.name.as_str()).await;
-        self.past_agent.look(self.image.as_ref(), self.record.name.as_str()).await;
-        self.past_agent.follow_up(&self.engine);
+        self.look_for_others().await;
         self.beside.look(self.record.name.as_str()).await;
         self.save_asked().await;
         if let Some(epoch) = self.stream.fenced_by.get() {
@@ -422,11 +410,6 @@ impl Disk {
         let image_displaced = self.life.has_lost_its_image();
         if image_displaced != self.record.image_displaced {
             self.save_record(DiskRecord { image_displaced, ..self.record.clone() }).await;
-        }
-        // Also should the agent die before everything was compared.
-        let written_past_agent = self.past_agent.wrote();
-        if written_past_agent != self.record.written_past_agent {
-            self.save_record(DiskRecord { written_past_agent, ..self.record.clone() }).await;
         }
         // Also should the agent die before a guest was told.
         let flush_failed = self.engine.look(Filter::untold_failure).is_some();
@@ -450,6 +433,26 @@ impl Disk {
                 ..welcomed
             };
             self.save_record(record).await;
+        }
+    }
+
+    /// Looks at the image, and who else writes it, and keeps what the next attach has to know of that.
+    async fn look_for_others(&mut self) {
+        let (engine, server, name) = (&self.engine, &self.server, self.record.name.clone());
+        let written = self.life.look_for_others(|| Own::now(engine, server), name.as_str()).await;
+        self.past_agent.look(self.image.as_ref(), written, name.as_str()).await;
+        if self.past_agent.follow_up(engine) {
+            self.life.renew();
+        }
+        // Also should the agent die before everything was compared.
+        let written_past_agent = self.past_agent.wrote();
+        if written_past_agent != self.record.written_past_agent {
+            self.save_record(DiskRecord { written_past_agent, ..self.record.clone() }).await;
+        }
+        // The sign vouches for the image: not before the record says who else wrote it.
+        if written_past_agent == self.record.written_past_agent {
+            let captured = self.engine.look(Filter::status).last_time;
+            self.life.keep(captured, name.as_str()).await;
         }
     }
 

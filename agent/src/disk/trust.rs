@@ -29,8 +29,8 @@ const SLACK: Duration = Duration::from_secs(5);
 const SLACK_OF_A_POWER_LOSS: Duration = Duration::from_secs(60);
 
 /// The sign of life of now, of an agent that has the disk, whose image looks like `image`.
-pub(crate) fn alive_now(image: Option<&ImageStamp>, captured: CaptureTime) -> SignOfLife {
-    SignOfLife { at: SystemTime::now().into(), boot: boot_id(), image: image.map(seen), captured }
+pub(crate) fn alive_now(image: Option<ImageSeen>, captured: CaptureTime) -> SignOfLife {
+    SignOfLife { at: SystemTime::now().into(), boot: boot_id(), image, captured }
 }
 
 /// The sign of life of an attach that begins with the image as `stamp` says and has written nothing:
@@ -40,7 +40,8 @@ pub(crate) fn alive_since(stamp: Option<&ImageStamp>, captured: CaptureTime) -> 
     SignOfLife { at, boot: boot_id(), image: stamp.map(seen), captured }
 }
 
-fn seen(stamp: &ImageStamp) -> ImageSeen {
+/// What a sign of life tells of an image.
+pub(crate) fn seen(stamp: &ImageStamp) -> ImageSeen {
     ImageSeen { inode: stamp.inode, modified_ns: stamp.modified_ns }
 }
 

@@ -202,11 +202,62 @@ fn what_a_qemu_wrote_past_an_agent_that_was_killed_since_is_compared() {
     // Nothing can be compared.
     receiver.kill();
     drop(writer);
-    disk.until("it has gone", |status| error_of(status).contains("somebody else had the image itself open"));
+    disk.until("it has gone", |status| error_of(status).contains("somebody else has written the image"));
     agent.kill();
     drop(guest);
     let _agent = bench.agent();
-    assert!(error_of(&disk.status()).contains("somebody else had the image itself open"));
+    assert!(error_of(&disk.status()).contains("somebody else has written the image"));
+    let _receiver = bench.receiver();
+    disk.until("it is compared", |status| error_of(status).is_empty());
+    disk.settle();
+    disk.latest_is_the_image();
+}
+
+/// Not by its locks, for it takes none: by the file's time, as long as nobody uses the disk.
+#[test]
+fn what_is_written_to_the_image_of_an_idle_disk_is_told_and_compared() {
+    let bench = Bench::new();
+    let (receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    agent.may_complain("is not where it was");
+    disk.qemu_io(&["write -P 0x11 0 1M", "write -z 8M 1M", "discard 10M 1M", "flush"]);
+    disk.settle();
+    // What the agent does itself is nobody else's, and what it sends is none of the image's.
+    bench.json(&["resync", "vm1", "--compare", "--wait"]);
+    // It has looked at the file while nobody used the disk.
+    let away = bench.name("away.img");
+    for (from, to, is_away) in [(&disk.image, &away, true), (&away, &disk.image, false)] {
+        fs::rename(from, to).unwrap();
+        disk.until("it has looked", |status| error_of(status).is_empty() != is_away);
+    }
+    let status = disk.status();
+    let passes = status["counters"]["passes"].as_u64().unwrap();
+    let input = bench.path("other");
+    fs::write(&input, [0x44; 64 << 10]).unwrap();
+    let dd = |seek: &str| {
+        let (from, to) = (format!("if={}", input.display()), format!("of={}", disk.image));
+        tools::run("dd", &[&from, &to, "bs=64k", seek, "conv=notrunc", "status=none"]);
+    };
+    dd("seek=32");
+    disk.until("it is compared", |status| status["counters"]["passes"].as_u64() > Some(passes));
+    disk.until("it is over", |status| error_of(status).is_empty());
+    disk.settle();
+    disk.latest_is_the_image();
+    // An agent that ends at once, and one that is killed while nothing can be compared.
+    dd("seek=48");
+    let detached = bench.json_ending(3, &["detach", "vm1"]);
+    assert_eq!(detached["resync_due"], true, "{detached}");
+    assert!(error_of(&detached).contains("somebody else has written the image"), "{detached}");
+    // It says so unless it is over already.
+    let attached = bench.run(&["attach", "vm1", &disk.image, "--receiver", &bench.socket("stream.sock")]);
+    assert!(matches!(attached.code, 0 | 3), "{attached:?}");
+    disk.until("it is compared", |status| error_of(status).is_empty());
+    disk.settle();
+    disk.latest_is_the_image();
+    receiver.kill();
+    dd("seek=64");
+    disk.until("it is told", |status| error_of(status).contains("somebody else has written the image"));
+    agent.kill();
+    let _agent = bench.agent();
     let _receiver = bench.receiver();
     disk.until("it is compared", |status| error_of(status).is_empty());
     disk.settle();

@@ -6,7 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use backtide_e2e::{Bench, tools};
+use backtide_e2e::{Bench, nbd_wire::Connection, tools};
 
 const SIZE: u64 = 64 << 20;
 
@@ -125,6 +125,8 @@ fn verify_finds_a_byte_that_changed_behind_the_agent_and_a_compare_repairs_the_c
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
     disk.qemu_io(&["write -P 0x11 0 8M", "flush"]);
     disk.settle();
+    // As long as somebody uses the disk the file's time tells nothing.
+    let _guest = Connection::open(&disk.uri());
     let image = std::fs::OpenOptions::new().write(true).open(&disk.image).unwrap();
     image.write_all_at(&[0x12], (5 << 20) + 4321).unwrap();
     image.write_all_at(&[0x01], SIZE - 1).unwrap();
@@ -148,6 +150,8 @@ fn verify_repairs_what_differs_when_told_to() {
     let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
     disk.qemu_io(&["write -P 0x11 0 8M", "flush"]);
     disk.settle();
+    // As long as somebody uses the disk the file's time tells nothing.
+    let _guest = Connection::open(&disk.uri());
     let image = std::fs::OpenOptions::new().write(true).open(&disk.image).unwrap();
     image.write_all_at(&[0x12], (5 << 20) + 4321).unwrap();
     let load = disk.load(1);
