@@ -5,6 +5,8 @@
 
 mod out_of_use;
 
+pub(crate) use out_of_use::WantedLook;
+
 use std::collections::VecDeque;
 
 use backtide_recovery::{
@@ -90,9 +92,11 @@ struct Left {
     snapshot: Snapshot,
     damage: Vec<String>,
     attached: Option<Attached>,
+    /// The device could not read all of it.
+    unread: bool,
 }
 
-/// A failed log that nobody has looked at yet.
+/// A failed log of which more may be read.
 pub(crate) struct Wanted {
     /// How much of it counts.
     pub(crate) through: Option<Seq>,

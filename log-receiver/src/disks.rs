@@ -22,7 +22,7 @@ use std::{
 };
 
 use backtide_protocol::{CloseCode, Closed, Hello, ReceiverState};
-use backtide_recovery::{Attached, LogCache, LogError, LogOptions, Snapshot};
+use backtide_recovery::{Attached, DiskLog, LogCache, LogError, LogOptions, Snapshot};
 use backtide_segment::Seq;
 use backtide_storage::{KillPoint, Storage};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, HistoryId};
@@ -32,6 +32,7 @@ use crate::{
     Forgotten, Names, StoreWatch,
     disk::{Disk, DiskError, Failure, chain},
     entries,
+    log_mark::LogMark,
     logs::LOGS_MAX,
     past::{EndedLog, Past},
     reopening::{Reopened, Reopening},
@@ -303,8 +304,8 @@ impl Disks {
                     }
                     Reopened::Damaged { error, left, ended } => {
                         // What is left of it may know an attach that nothing else does.
-                        if let Some((salvaged, memo)) = left.map(|left| *left) {
-                            disk.salvaged(salvaged, memo);
+                        if let Some(left) = left {
+                            disk.salvaged(*left);
                         }
                         check_attached(disk.attached(), hello)?;
                         take_name(&self.shelf.names, hello)?;
@@ -355,6 +356,23 @@ impl Disks {
                 self.disks.remove(&disk);
             }
         }
+    }
+
+    /// Forgets what opening logs again in vain came to, of claims that did not come.
+    pub(crate) fn drop_failed_reopenings(&mut self) {
+        self.disks.values_mut().for_each(Disk::drop_failed_reopening);
+    }
+
+    /// Puts a log into use that was opened again for whoever reads. Gives the connection that had the failed one.
+    pub(crate) fn opened_to_read(
+        &mut self,
+        disk: DiskId,
+        log: DiskLog,
+        mark: LogMark,
+    ) -> Option<ConnectionId> {
+        let displaced = self.disks.get_mut(&disk)?.reopened(log, mark);
+        self.take_recorded_name(&self.disks[&disk]);
+        displaced
     }
 
     fn take_recorded_name(&self, disk: &Disk) {

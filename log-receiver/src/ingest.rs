@@ -341,8 +341,8 @@ impl Ingest {
         let mut disks = self.disks.borrow_mut();
         let snapshot = disks.get_mut(disk)?.snapshot();
         let state = disks.get(disk)?;
-        let damaged = state.failure().filter(|failure| failure.damaged).map(|failure| failure.why.clone());
-        let damage = damaged.or_else(|| state.lost_end().map(str::to_owned));
+        let lacking = state.may_lack_something().map(|failure| failure.why.clone());
+        let damage = lacking.or_else(|| state.lost_end().map(str::to_owned));
         let snapshot = match state.lost_end() {
             Some(why) => snapshot.map(|snapshot| snapshot.ending(why)),
             None => snapshot,

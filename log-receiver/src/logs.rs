@@ -32,6 +32,15 @@ use crate::{
 /// A disk whose log was damaged so often has a store that cannot be trusted with one more.
 pub(crate) const LOGS_MAX: u32 = 16;
 
+/// What is left of a log that is out of use.
+pub(crate) struct LeftOver {
+    /// None when nothing can be read of it.
+    pub(crate) salvaged: Option<Salvage>,
+    pub(crate) memo: Option<Memo>,
+    /// The device could not read some of it: the next look may give more.
+    pub(crate) unread: bool,
+}
+
 impl Shelf {
     /// The directory of a disk's log: of its first, or of one that followed.
     pub(crate) fn dir(disk: DiskId, log: u32) -> PathBuf {
@@ -152,33 +161,43 @@ impl Shelf {
         )
     }
 
-    /// Reads what is left of a log that is out of use, once. What cannot be read is said by the failure.
+    /// Reads what is left of a log that is out of use, unless all of it is known. What cannot be read is said by the failure.
     pub(crate) fn make_readable(&self, disk: &mut Disk) {
         let Some(wanted) = disk.wants_salvage() else { return };
-        if let Some((salvaged, memo)) = self.left_of(disk.id(), disk.log_number(), &wanted) {
-            disk.salvaged(salvaged, memo);
-        }
+        let left = self.left_of(disk.id(), disk.log_number(), &wanted);
+        disk.salvaged(left);
     }
 
-    /// What is left of a log that is out of use; none when nothing can be read of it.
-    pub(crate) fn left_of(
-        &self,
-        disk: DiskId,
-        number: u32,
-        wanted: &Wanted,
-    ) -> Option<(Salvage, Option<Memo>)> {
-        match self.salvage(disk, number, wanted.through) {
+    /// What is left of a log that is out of use.
+    pub(crate) fn left_of(&self, disk: DiskId, number: u32, wanted: &Wanted) -> LeftOver {
+        let whole = self.salvage_where(Unreadable::IsAnError, disk, number, wanted.through);
+        // What the device cannot read now is damage to nobody for longer than it stays so.
+        let unread =
+            matches!(whole, Err(LogError::Io { .. })) || self.noted(&Self::dir(disk, number)).is_err();
+        let salvaged = match whole {
+            Err(LogError::Io { .. }) => self.salvage(disk, number, wanted.through),
+            salvaged => salvaged,
+        };
+        let salvaged = match salvaged {
             Ok(salvaged) => {
                 for damage in &salvaged.damage {
                     tracing::error!(%disk, damage, "the log is damaged");
                 }
-                Some((salvaged, self.memo(disk, number)))
+                Some(salvaged)
             }
             Err(error) => {
                 tracing::warn!(%disk, why = chain(&error), "nothing can be read of a log that failed");
                 None
             }
-        }
+        };
+        LeftOver { salvaged, memo: self.memo(disk, number), unread }
+    }
+
+    /// Opens a log with what is known beside it.
+    pub(crate) fn open_marked(&self, disk: DiskId, number: u32) -> Result<(DiskLog, LogMark), LogError> {
+        let log = self.open(disk, number)?;
+        let mark = self.mark(disk, number, &log)?;
+        Ok((log, mark))
     }
 
     pub(crate) fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {

@@ -2,35 +2,37 @@
 //!
 //! It reads the end of the log, or all that is left of one that is damaged: on a slow device that takes as long as it takes, so a
 //! receiver has it done where blocking is fine ([`Ingest::prepare`]) before the claim, which then finds it done. A simulation
-//! has it done within the claim. In the same way what is left of such a log is read for whoever asks for its points, and a disk
-//! whose directory could not be listed is opened as at a start for an agent or whoever asks for its points. To read what is left can
-//! fail after all of a log was read but its end, so who asks next has it read again only when something has changed: a hello
-//! has tried to open the log, or a round of retention has come, and more time has gone than it took, many times over.
+//! has it done within the claim. In the same way such a log is opened again for whoever asks for its points, or what is left of it
+//! is read when it cannot be, and a disk whose directory could not be listed is opened as at a start for an agent or whoever
+//! asks for its points. That can fail after all of a log was read but its end, so who asks next has it done again only when
+//! something has changed: a hello has tried to open the log, or a round of retention has come, and more time has gone than it
+//! took, many times over.
 //!
 //! Invariants: at most one is under way of a disk, and nobody reads the log's files or gives up the disk meanwhile; what it
-//! came to is used by the next claim or by none, for nothing else writes to a log that failed but what makes durable where it
-//! begins, which is as an opening does it.
+//! came to is used by the next claim or the next reader, or by none, for nothing else writes to a log that failed but what makes
+//! durable where it begins, which is as an opening does it. A reader has it done for a log that could not be opened
+//! or read in full, for a device that cannot read a place may be able to later.
 
 use std::time::{Duration, Instant};
 
-use backtide_protocol::Hello;
-use backtide_recovery::{DiskLog, LogError, Salvage, SettleTicket};
+use backtide_protocol::{CloseCode, Hello};
+use backtide_recovery::{DiskLog, LogError, SettleTicket};
 use backtide_units::DiskId;
 
 use crate::{
     Shelf,
-    disk::{Disk, Wanted},
-    disks::{Disks, check_attached},
+    disk::{Disk, Failure, Wanted, WantedLook},
+    disks::{Disks, check_attached, closed},
     ingest::Ingest,
     log_mark::LogMark,
-    memo::Memo,
+    logs::LeftOver,
     past::EndedLog,
 };
 
 /// What is left of a log is not read again sooner than so many times what it took to find that it cannot be.
 const SELDOM: u32 = 8;
 
-/// That nothing could be read of a log that failed.
+/// That a log that failed could not be opened or read in full.
 pub(crate) struct Unread {
     /// Of this opening of it.
     life: u64,
@@ -62,7 +64,7 @@ pub(crate) enum Reopened {
     Damaged {
         error: LogError,
         /// What can still be read of it, when nobody had read that yet and it can be.
-        left: Option<Box<(Salvage, Option<Memo>)>>,
+        left: Option<Box<LeftOver>>,
         /// What stands before a new one of it.
         ended: EndedLog,
     },
@@ -83,14 +85,10 @@ impl Reopening {
     /// Does it; blocks.
     pub(crate) fn run(self) -> Reopened {
         let Self { shelf, disk, number, wanted } = self;
-        let opened = shelf.open(disk, number).and_then(|log| {
-            let mark = shelf.mark(disk, number, &log)?;
-            Ok((log, mark))
-        });
-        match opened {
+        match shelf.open_marked(disk, number) {
             Ok((log, mark)) => Reopened::Open(Box::new(log), mark),
             Err(error @ LogError::Damaged { .. }) => {
-                let left = wanted.and_then(|wanted| shelf.left_of(disk, number, &wanted));
+                let left = wanted.map(|wanted| shelf.left_of(disk, number, &wanted));
                 let ended = shelf.ended(disk, number);
                 Reopened::Damaged { error, left: left.map(Box::new), ended }
             }
@@ -118,6 +116,40 @@ impl Disks {
         let shelf = self.shelf().clone();
         let disk = self.get_mut(disk)?;
         disk.begin_reopening().then(|| Reopening::of(&shelf, disk))
+    }
+}
+
+/// A look at a log that is out of use, for whoever reads.
+struct LookToDo {
+    shelf: Shelf,
+    disk: DiskId,
+    number: u32,
+    /// It may be whole again.
+    opens: bool,
+    wanted: Option<Wanted>,
+}
+
+/// What it came to.
+enum Look {
+    Open(Box<DiskLog>, LogMark),
+    Left {
+        /// Why it cannot be opened.
+        error: Option<LogError>,
+        left: Option<Box<LeftOver>>,
+    },
+}
+
+impl LookToDo {
+    /// Has it; blocks.
+    fn run(self) -> Look {
+        let Self { shelf, disk, number, opens, wanted } = self;
+        let error = match opens.then(|| shelf.open_marked(disk, number)) {
+            Some(Ok((log, mark))) => return Look::Open(Box::new(log), mark),
+            Some(Err(error)) => Some(error),
+            None => None,
+        };
+        let left = wanted.map(|wanted| Box::new(shelf.left_of(disk, number, &wanted)));
+        Look::Left { error, left }
     }
 }
 
@@ -203,6 +235,8 @@ impl Ingest {
     pub(crate) fn look_again(&self) {
         let now = Instant::now();
         self.unread.borrow_mut().retain(|_, unread| !unread.is_long_ago(now));
+        // What was found for a claim that did not come says nothing any more.
+        self.disks.borrow_mut().drop_failed_reopenings();
     }
 
     /// Has what is left of a log that is out of use read, where that holds up no other disk; once, if it can be, and if not,
@@ -210,32 +244,73 @@ impl Ingest {
     pub(crate) async fn make_readable(&self, disk: DiskId) {
         self.list_again(disk).await;
         self.until_reopened(disk).await;
-        let wanted = {
-            let disks = self.disks.borrow();
-            disks.get(disk).and_then(|state| {
-                Some((state.life(), state.log_number(), disks.shelf().clone(), state.wants_salvage()?))
-            })
+        let (found, life, took) = match self.begin_look(disk) {
+            None => return,
+            // A claim that did not come.
+            Some((Ok(found), life)) => (Some(found), life, None),
+            Some((Err(look), life)) => {
+                self.reopening.borrow_mut().insert(disk);
+                let begun = Instant::now();
+                let found = self.readers.run(move || look.run()).await;
+                self.reopening.borrow_mut().remove(&disk);
+                (found.ok(), life, Some(begun.elapsed()))
+            }
         };
-        let Some((life, number, shelf, wanted)) = wanted else { return };
-        if self.unread.borrow().get(&disk).is_some_and(|unread| unread.life == life) {
-            return;
+        let took = took.unwrap_or_default();
+        let is_open = matches!(found, Some(Look::Open(..)));
+        self.end_look(disk, found, life);
+        if is_open {
+            self.unread.borrow_mut().remove(&disk);
+        } else {
+            self.unread.borrow_mut().insert(disk, Unread { life, took, found: Instant::now() });
         }
-        self.reopening.borrow_mut().insert(disk);
-        let begun = Instant::now();
-        let left = self.readers.run(move || shelf.left_of(disk, number, &wanted)).await;
-        match (self.disks.borrow_mut().get_mut(disk), left) {
-            (Some(state), Ok(Some((salvaged, memo)))) if state.life() == life => {
-                state.salvaged(salvaged, memo);
-            }
-            (Some(state), Ok(None)) if state.life() == life => {
-                let found = Instant::now();
-                let unread = Unread { life, took: found.duration_since(begun), found };
-                self.unread.borrow_mut().insert(disk, unread);
-            }
-            _ => {}
-        }
-        self.reopening.borrow_mut().remove(&disk);
         self.synced.notify_waiters();
+    }
+
+    /// What is to be done about the log, or what was found already; none when it is in use or nothing can be done now. And
+    /// which opening of the log that is about.
+    fn begin_look(&self, disk: DiskId) -> Option<(Result<Look, LookToDo>, u64)> {
+        let mut disks = self.disks.borrow_mut();
+        let shelf = disks.shelf().clone();
+        let state = disks.get_mut(disk)?;
+        let life = state.life();
+        if let Some((log, mark)) = state.take_opened() {
+            return Some((Ok(Look::Open(log, mark)), life));
+        }
+        let WantedLook { opens, wanted } = state.wants_look()?;
+        if self.unread.borrow().get(&disk).is_some_and(|unread| unread.life == life) {
+            return None;
+        }
+        // Of a store that is not there nothing is opened, nor of one that a claim is about to.
+        let opens = opens && shelf.watch.check().is_ok() && state.begin_reopening();
+        let number = state.log_number();
+        (opens || wanted.is_some()).then_some((Err(LookToDo { shelf, disk, number, opens, wanted }), life))
+    }
+
+    fn end_look(&self, disk: DiskId, found: Option<Look>, life: u64) {
+        let mut disks = self.disks.borrow_mut();
+        let Some(state) = disks.get_mut(disk).filter(|state| state.life() == life) else { return };
+        state.end_reopening(None);
+        match found {
+            None => {}
+            Some(Look::Open(log, mark)) => {
+                tracing::info!(%disk, "a log that failed is open again");
+                let displaced = disks.opened_to_read(disk, *log, mark);
+                drop(disks);
+                if let Some(displaced) = displaced {
+                    let why = "the disk's log failed and was opened again: connect again";
+                    self.close(displaced, closed(CloseCode::Store, why));
+                }
+            }
+            Some(Look::Left { error, left }) => {
+                if let Some(error) = error {
+                    state.not_opened(Failure::from(&error));
+                }
+                if let Some(left) = left {
+                    state.salvaged(*left);
+                }
+            }
+        }
     }
 
     /// Waits until nobody opens the disk's log again, or reads what is left of it.

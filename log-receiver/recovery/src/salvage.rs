@@ -380,7 +380,8 @@ impl Work<'_> {
                 (Segment::new_sealed(storage, path, header, self.cache, *sealed), summary.buckets)
             }
             Part::Prefix(scanned) => {
-                let open = OpenSegment::new(file, scanned.contents, scanned.end, self.cache);
+                // Whoever reads it later decides nothing.
+                let open = OpenSegment::new(file.for_readers(), scanned.contents, scanned.end, self.cache);
                 let buckets = open.contents.index().buckets();
                 (Segment::new_open(storage, path, header, self.cache, open), buckets)
             }

@@ -8,12 +8,28 @@ use super::{Disk, Failed, Failure, Left, Log, Wanted};
 use crate::{
     commit_ticket::next_life,
     log_mark::LogMark,
-    memo::Memo,
+    logs::LeftOver,
     past::{EndedLog, Past},
     reopening::Reopened,
     session::ConnectionId,
     touched::touched,
 };
+
+/// What a reader may have done about a log that is out of use.
+pub(crate) struct WantedLook {
+    /// Open it again: it is not known to be damaged.
+    pub(crate) opens: bool,
+    /// Read what is left of it.
+    pub(crate) wanted: Option<Wanted>,
+}
+
+impl Failed {
+    /// Whether it was never open, so that nobody knows all of it, or what was durable of it cannot all be read.
+    fn may_lack_something(&self) -> bool {
+        let whole = self.left.as_ref().is_some_and(|left| !left.unread && left.damage.is_empty());
+        self.through.is_none() || !whole
+    }
+}
 
 impl Disk {
     /// A disk whose directory cannot be listed, with the newest attach that something else tells of: until it is listed
@@ -55,27 +71,55 @@ impl Disk {
         lost
     }
 
-    /// Whether the log is out of use and nobody has read yet what is left of it.
+    /// What is to be read of a log that is out of use: nobody has read yet what is left of it, or the device could not read
+    /// all of it.
     pub(crate) fn wants_salvage(&self) -> Option<Wanted> {
         match &self.log {
-            Log::Failed(failed) if failed.left.is_none() && !failed.unlisted => {
+            Log::Failed(failed)
+                if !failed.unlisted && failed.left.as_ref().is_none_or(|left| left.unread) =>
+            {
                 Some(Wanted { through: failed.through })
             }
             Log::Failed(_) | Log::Open(..) => None,
         }
     }
 
+    /// What a reader may have done about a log that is out of use, if anything: it may be whole again, or more of it may be
+    /// readable.
+    pub(crate) fn wants_look(&self) -> Option<WantedLook> {
+        let Log::Failed(failed) = &self.log else { return None };
+        // One that failed in use is its agent's, unless what was durable of it was found not to be all there.
+        let looked_at = failed.through.is_none() || failed.left.is_some();
+        let lacks = looked_at && failed.may_lack_something();
+        let opens = lacks && !failed.failure.damaged && !self.is_worked_on();
+        let wanted = self.wants_salvage();
+        let any = !failed.unlisted && (opens || wanted.is_some());
+        any.then_some(WantedLook { opens, wanted })
+    }
+
+    /// Why not everything may be there that was acknowledged, of a log that is out of use: none when all that was durable of it
+    /// is served.
+    pub(crate) fn may_lack_something(&self) -> Option<&Failure> {
+        match &self.log {
+            Log::Failed(failed) if failed.failure.damaged || failed.may_lack_something() => {
+                Some(&failed.failure)
+            }
+            Log::Failed(_) | Log::Open(..) => None,
+        }
+    }
+
     /// Takes what is left of a log that is out of use.
-    pub(crate) fn salvaged(&mut self, salvaged: Salvage, memo: Option<Memo>) {
+    pub(crate) fn salvaged(&mut self, left: LeftOver) {
         let Log::Failed(failed) = &mut self.log else { return };
-        let Salvage { snapshot, damage, .. } = salvaged;
+        let LeftOver { salvaged, memo, unread } = left;
+        let Some(Salvage { snapshot, damage, .. }) = salvaged else { return };
         let own = snapshot.timeline().attached().cloned();
         let attached = match (own, memo.map(|memo| memo.attached)) {
             (Some(own), Some(memo)) if memo.epoch > own.epoch => Some(memo),
             (Some(own), _) => Some(own),
             (None, memo) => memo,
         };
-        failed.left = Some(Left { snapshot, damage, attached });
+        failed.left = Some(Left { snapshot, damage, attached, unread });
     }
 
     /// Puts a recovered log into use and gives the connection that had the failed one. That one loses
@@ -128,6 +172,35 @@ impl Disk {
         if let Log::Failed(failed) = &mut self.log {
             failed.reopening = false;
             failed.reopened = reopened;
+        }
+    }
+
+    /// Takes the log when that has opened it.
+    pub(crate) fn take_opened(&mut self) -> Option<(Box<DiskLog>, LogMark)> {
+        let Log::Failed(failed) = &mut self.log else { return None };
+        match failed.reopened.take() {
+            Some(Reopened::Open(log, mark)) => Some((log, mark)),
+            other => {
+                failed.reopened = other;
+                None
+            }
+        }
+    }
+
+    /// Notes why a log that is out of use cannot be opened now.
+    pub(crate) fn not_opened(&mut self, failure: Failure) {
+        if let Log::Failed(failed) = &mut self.log
+            && failed.failure != failure
+        {
+            tracing::error!(disk = %self.id, why = failure.why, "the disk's log cannot be opened again");
+            failed.failure = failure;
+        }
+    }
+
+    /// Forgets what that came to, unless it has opened the log.
+    pub(crate) fn drop_failed_reopening(&mut self) {
+        if let Log::Failed(failed) = &mut self.log {
+            failed.reopened.take_if(|reopened| !matches!(reopened, Reopened::Open(..)));
         }
     }
 

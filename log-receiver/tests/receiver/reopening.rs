@@ -4,12 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use backtide_log_receiver::{Config, Receiver, Retention};
 use backtide_protocol::{CloseCode, Hello, Message, ReceiverState};
-use backtide_units::{Epoch, Lsn};
+use backtide_receiver_api::{PointsReport, ReceiverClient};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, Epoch, Lsn};
 
 use crate::{
     agent::*,
     faults::{Fault, Faulty},
     fixture::*,
+    going_back::{assert_content, request},
     retention::{rounds, vm1},
 };
 
@@ -175,5 +177,64 @@ async fn what_cannot_be_read_of_a_failed_log_is_not_tried_at_each_question_but_w
         }
     };
     assert_eq!(points.last.map(|last| last.lsn), Some(Lsn(5)));
+    receiver.shutdown().await;
+}
+
+/// The points of vm1 when they are as they are to be.
+async fn points_once(api: &ReceiverClient, so: impl Fn(&PointsReport) -> bool) -> PointsReport {
+    loop {
+        let points = api.points(&vm1()).await.unwrap();
+        if so(&points) {
+            return points;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_device_could_not_read_at_the_start_is_there_when_it_can_be_read() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let receiver = place.start_on(storage.clone()).await;
+    let (mut agent, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    for lsn in 6..=600 {
+        agent.send(&write(lsn, 0, vec![lsn as u8; 4096])).await;
+        if lsn % 100 == 0 {
+            agent.all_durable().await;
+        }
+    }
+    drop(agent);
+    receiver.shutdown().await;
+    let files = storage.memory.files();
+    let segments: Vec<_> =
+        files.iter().filter(|(path, _)| path.extension().is_some_and(|end| end == "seg")).collect();
+    let [_, (second, bytes), _, ..] = &segments[..] else { panic!("three segments") };
+    let all = ByteRange::new(ByteOffset(0), ByteCount(bytes.len() as u64)).unwrap();
+
+    storage.memory.make_unreadable(second, all);
+    // Rounds come one after another.
+    let retention = Retention { interval_ms: 1, ..Retention::default() };
+    let config = Config { retention, ..place.config() };
+    let receiver = Receiver::start_on_storage(Arc::new(storage.clone()), config).await.unwrap();
+    let api = client(&receiver);
+    for _ in 0..2 {
+        let points = api.points(&vm1()).await.unwrap();
+        let last = points.last.expect("what stands before it").lsn;
+        assert!(last > Lsn(5) && last < Lsn(600), "{points:?}");
+        assert!(points.damage.is_some_and(|why| why.contains("0000000000000002.seg")), "it is told");
+    }
+    storage.memory.make_unreadable(second, ByteRange::default());
+    let points = points_once(&api, |points| points.damage.is_none()).await;
+    assert_eq!(points.last.map(|last| last.lsn), Some(Lsn(600)), "{points:?}");
+    assert!(points.holes.iter().all(|hole| !hole.open), "{points:?}");
+    let disk = api.disks(Some(&vm1())).await.unwrap().disks.remove(0);
+    assert!(disk.error.is_none() && disk.damage.is_empty(), "{disk:?}");
+    let mount = api.mount(&request("latest", None)).await.unwrap();
+    let mut content = vec![0; DISK_BYTES as usize];
+    content[..4096].fill(600u64 as u8);
+    assert_content(&place, &mount, &content).await;
+    let again = Hello { history: Some(first.history), ..hello(1, "vm1") };
+    let (_agent, welcome) = Agent::welcomed(&receiver, again).await;
+    assert_eq!((welcome.state, welcome.durable), (ReceiverState::Known, Lsn(600)));
     receiver.shutdown().await;
 }
