@@ -43,7 +43,7 @@ fn check_store(
     progress: &mut dyn FnMut(ByteCount),
 ) -> Result<StoreCheck, StoreFileError> {
     let io = |what, path: PathBuf| move |source| StoreFileError::Io { what, path, source };
-    let damage = small_files::of_store(storage)?;
+    let mut damage = small_files::of_store(storage)?;
     let forgotten = Forgotten::load(Arc::clone(storage));
     let forgotten = forgotten.map_err(io("list", storage.display(Path::new(forgotten::DIR))))?;
     let going: Vec<ForgottenDisk> =
@@ -59,8 +59,12 @@ fn check_store(
     let mut disks: Vec<_> =
         disks.into_iter().filter_map(|disk| check_disk(&shelf, disk, &mut step)).collect();
     disks.sort_by(|a, b| (&a.name, a.uuid).cmp(&(&b.name, b.uuid)));
-    let overlays = overlays::check_store(storage, &mut step);
-    let overlays = overlays.map_err(io("list", storage.display(Path::new(overlays::record::DIR))))?;
+    // What was found until then is told all the same.
+    let overlays = overlays::check_store(storage, &mut step).unwrap_or_else(|error| {
+        let dir = storage.display(Path::new(overlays::record::DIR));
+        damage.push(format!("cannot list {}, so no overlay of a mount was read: {error}", dir.display()));
+        Vec::new()
+    });
     let sound = damage.is_empty()
         && disks.iter().all(|disk| disk.sound)
         && overlays.iter().all(|overlay| overlay.sound);
@@ -110,9 +114,9 @@ pub(crate) fn reading(storage: &Arc<dyn Storage>, forgotten: Forgotten) -> Shelf
     }
 }
 
-/// None for a directory in which no log was ever used.
-fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bool) -> Option<DiskCheck> {
-    let mut report = DiskCheck {
+/// A disk of which nothing was read.
+fn unread(disk: DiskId) -> DiskCheck {
+    DiskCheck {
         name: None,
         uuid: disk,
         segments: 0,
@@ -125,7 +129,12 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
         cut: Vec::new(),
         error: None,
         sound: false,
-    };
+    }
+}
+
+/// None for a directory in which no log was ever used.
+fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bool) -> Option<DiskCheck> {
+    let mut report = unread(disk);
     let numbers = match shelf.numbers(disk) {
         Ok(numbers) => numbers,
         Err(error) => return Some(DiskCheck { error: Some(chain(&error)), ..report }),

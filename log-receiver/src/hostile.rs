@@ -95,7 +95,7 @@ fn what_stands_beside_a_log() {
     try_file(&dir.join(memo::FILE), &storage, |storage| {
         let found = memo::read(storage, dir);
         assert!(found.as_ref().is_none_or(|found| *found == right), "{found:?}");
-        assert_eq!(memo::is_damaged(storage, dir), found.is_none());
+        assert_eq!(memo::damage_of(storage, dir).is_some(), found.is_none());
     });
     let durable = Durable { seq: Seq(7), lsn: Lsn(9) };
     drop(Watermark::open(&storage, dir, identity().history, durable).unwrap());

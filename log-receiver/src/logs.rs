@@ -267,7 +267,7 @@ impl Shelf {
         if noted.is_none()
             && !(is_there() && has_base())
             && self.memo(disk, log).is_none()
-            && !memo::is_damaged(&*self.storage, &dir)
+            && memo::damage_of(&*self.storage, &dir).is_none()
             && Watermark::damage_of(&*self.storage, &dir).is_none()
         {
             return None;

@@ -89,12 +89,17 @@ pub(crate) fn is_free(storage: &dyn Storage, dir: &Path) -> bool {
     matches!(KIND.read::<MemoFile>(storage, &dir.join(FILE)), Ok(None) | Err(SealedError::Damaged { .. }))
 }
 
-/// Whether there is a memo that cannot be read.
-pub(crate) fn is_damaged(storage: &dyn Storage, dir: &Path) -> bool {
-    matches!(
-        KIND.read::<MemoFile>(storage, &dir.join(FILE)),
-        Err(SealedError::Damaged { .. } | SealedError::Version { .. })
-    )
+/// What is wrong with a memo that is there: a sentence.
+pub(crate) fn damage_of(storage: &dyn Storage, dir: &Path) -> Option<String> {
+    let path = dir.join(FILE);
+    match KIND.read::<MemoFile>(storage, &path) {
+        Ok(_) => None,
+        Err(error @ SealedError::Io { .. }) => Some(error.to_string()),
+        Err(SealedError::Damaged { .. } | SealedError::Version { .. }) => {
+            let name = storage.display(&path);
+            Some(format!("{} is damaged: it is written again at the next attach", name.display()))
+        }
+    }
 }
 
 #[cfg(test)]

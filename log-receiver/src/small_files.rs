@@ -49,11 +49,7 @@ pub(crate) fn of_store(storage: &Arc<dyn Storage>) -> Result<Vec<String>, StoreF
 /// What is wrong with the files beside the segments of one log: a sentence each. Of its base only with `base`: whoever reads a
 /// damaged log tells that already.
 pub(crate) fn beside_log(storage: &dyn Storage, dir: &Path, base: bool) -> Vec<String> {
-    let mut damage = Vec::new();
-    if memo::is_damaged(storage, dir) {
-        let name = storage.display(&dir.join(memo::FILE));
-        damage.push(format!("{} is damaged: it is written again at the next attach", name.display()));
-    }
+    let mut damage: Vec<_> = memo::damage_of(storage, dir).into_iter().collect();
     damage.extend(Cut::damage_of(storage, dir));
     damage.extend(Watermark::damage_of(storage, dir));
     if base {

@@ -36,7 +36,7 @@ use crate::{
     watermark::{Noted, Watermark},
 };
 
-use super::{check_store, disks_of, reading};
+use super::{check_store, disks_of, reading, unread};
 
 /// Where parts of logs are put that were cut off, by disk.
 pub(crate) const CUT_DIR: &str = "cut";
@@ -131,15 +131,43 @@ fn repair_store(
     }
     // What was read is in memory as it was before: the check reads anew.
     drop(shelf);
-    let report = check_store(path, storage, &mut |bytes| progress(ByteCount(before + bytes.0)))?;
+    let report = check_store(path, storage, &mut |bytes| progress(ByteCount(before + bytes.0)));
+    // What was done is done, and is told whatever comes after it.
+    let report = report.unwrap_or_else(|error| unchecked(path, &error));
     let mut disks = report.disks;
     for (disk, done) in done {
-        if let Some(report) = disks.iter_mut().find(|report| report.uuid == disk) {
-            add(report, done);
+        let place = disks.iter().position(|report| report.uuid == disk);
+        match place {
+            Some(place) => add(&mut disks[place], done),
+            None if done.is_nothing() => {}
+            None => {
+                let mut unread = unread(disk);
+                add(&mut unread, done);
+                disks.push(DiskCheck { sound: false, ..unread });
+            }
         }
     }
     let sound = report.sound && disks.iter().all(|disk| disk.error.is_none());
     Ok(StoreCheck { repaired, disks, sound, ..report })
+}
+
+impl Done {
+    fn is_nothing(&self) -> bool {
+        self.mended.is_empty() && self.cut.is_empty() && self.errors.is_empty()
+    }
+}
+
+/// A store that could not be checked.
+fn unchecked(path: &Path, error: &StoreFileError) -> StoreCheck {
+    StoreCheck {
+        store: path.display().to_string(),
+        damage: vec![format!("the store was not checked after its repair: {}", chain(error))],
+        repaired: Vec::new(),
+        disks: Vec::new(),
+        overlays: Vec::new(),
+        forgotten: Vec::new(),
+        sound: false,
+    }
 }
 
 fn add(report: &mut DiskCheck, done: Done) {
@@ -200,7 +228,7 @@ impl Work<'_> {
                 let salvaged = shelf.salvage_unnoted(self.disk, number)?;
                 self.note_anew(number, salvaged.identity, reached(&salvaged), done)?;
             }
-            return self.cut(number, cut, done);
+            return self.cut(number, cut, true, done);
         }
         // Opening writes a base again that is not everywhere, once it has proved to be that of the log.
         let base = FoundBase::read(storage, &dir)?.damage;
@@ -253,7 +281,7 @@ impl Work<'_> {
                 let Some(why) = salvaged.damage.first().filter(|_| salvaged.can_be_cut() || nothing) else {
                     return Ok(());
                 };
-                self.cut(number, Cut { why: why.clone() }, done)
+                self.cut(number, Cut { why: why.clone() }, false, done)
             }
             Err(error) => Err(error),
         }
@@ -322,8 +350,8 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Cuts a log where it is lost, or ends that.
-    fn cut(&self, number: u32, cut: Cut, done: &mut Done) -> Result<(), LogError> {
+    /// Cuts a log where it is lost, or ends that when it `was_cut`.
+    fn cut(&self, number: u32, cut: Cut, was_cut: bool, done: &mut Done) -> Result<(), LogError> {
         let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
         let storage = &*shelf.storage;
         let salvaged = shelf.salvage_to_repair(self.disk, number)?;
@@ -332,7 +360,8 @@ impl Work<'_> {
         let timeline = salvaged.snapshot.timeline();
         let end = Durable { seq: salvaged.snapshot.through(), lsn: timeline.highest_lsn() };
         let settled = |identity: LogIdentity| matches!(self.noted(&dir, identity.history), Ok(Some(noted)) if noted == Noted::whole(end));
-        if !salvaged.can_be_cut() && salvaged.damage.is_empty() && identity.is_none_or(settled) {
+        // What is damaged of it still is not lost by cutting: it was done, and to the end.
+        if was_cut && !salvaged.can_be_cut() && identity.is_none_or(settled) {
             return Ok(());
         }
         // A memo that is another program's, or that the device cannot read now, stays.
@@ -357,7 +386,9 @@ impl Work<'_> {
             self.io("write", &dir.join(crate::watermark::FILE), noted)?;
         }
         let aside = Path::new(CUT_DIR).join(self.disk.to_string()).join(format!("log-{number}"));
-        let put = salvaged.cut(storage, &dir, &aside)?;
+        salvaged.cut(storage, &dir, &aside)?;
+        // Also what a repair has put there that was interrupted.
+        let put = self.put_aside(&aside)?;
         if let Some(identity) = identity {
             let noted = Watermark::replace(storage, &dir, identity.history, Noted::whole(end));
             self.io("write", &dir.join(crate::watermark::FILE), noted)?;
@@ -381,6 +412,16 @@ impl Work<'_> {
             }
         };
         format!("{points} is lost, since {}; {aside}, which nothing reads any more", cut.why)
+    }
+
+    /// What lies aside of a log.
+    fn put_aside(&self, aside: &Path) -> Result<Vec<PathBuf>, LogError> {
+        let mut names = match self.shelf.storage.list(aside) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            listed => self.io("list", aside, listed)?,
+        };
+        names.sort();
+        Ok(names.into_iter().map(|name| self.shelf.storage.display(&aside.join(name))).collect())
     }
 
     fn is_without_segments(&self, dir: &Path) -> Result<bool, LogError> {

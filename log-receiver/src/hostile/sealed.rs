@@ -109,7 +109,7 @@ fn memos() {
     run_json("disk.json", vec![file(&storage, &dir.join(memo::FILE))], |bytes| {
         let (storage, _) = store(&Path::new("d").join(memo::FILE), bytes);
         let _ = memo::read(&storage, Path::new("d"));
-        let _ = (memo::is_damaged(&storage, Path::new("d")), memo::is_free(&storage, Path::new("d")));
+        let _ = (memo::damage_of(&storage, Path::new("d")), memo::is_free(&storage, Path::new("d")));
     });
 }
 

@@ -7,6 +7,7 @@ use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, Lsn};
 use bytes::Bytes;
 use uuid::Uuid;
 
+mod again;
 mod marks;
 
 use super::*;

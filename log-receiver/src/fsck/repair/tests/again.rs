@@ -1,0 +1,72 @@
+//! A repair that is done again, and one whose report something stands in the way of.
+
+use super::*;
+
+fn aside() -> PathBuf {
+    Path::new(CUT_DIR).join(IDENTITY.disk.to_string()).join("log-1")
+}
+
+/// A store whose log lost its third segment, and of its second the header of an entry, which its index tells all the same.
+fn damaged_before_the_cut() -> MemoryStorage {
+    let (storage, dir) = (damaged(), Shelf::dir(IDENTITY.disk, 1));
+    storage.flip_bit(&dir.join("segments").join(SegmentId(2).file_name()), ByteOffset(128 + 8), 1);
+    storage
+}
+
+#[test]
+fn a_repair_that_is_done_again_does_nothing_and_says_so_also_when_damage_stays() {
+    let storage = damaged_before_the_cut();
+    let first = run(&storage, Repair::Everything).unwrap();
+    assert!(!first.sound && !first.disks[0].damage.is_empty(), "{first:?}");
+    assert_eq!(first.disks[0].cut.len(), 1, "{first:?}");
+    let files = storage.files();
+    let again = run(&storage, Repair::Everything).unwrap();
+    assert_eq!((&again.disks[0].cut, &again.disks[0].mended), (&Vec::new(), &Vec::new()));
+    assert_eq!(again.disks[0].damage, first.disks[0].damage);
+    assert_eq!(storage.files(), files);
+}
+
+#[test]
+fn a_repair_that_ends_an_earlier_one_tells_what_that_has_put_aside() {
+    let storage = damaged();
+    assert!(run(&storage, Repair::Everything).unwrap().sound);
+    // Its last step was not done.
+    let dir = Shelf::dir(IDENTITY.disk, 1);
+    let before = Noted::whole(Durable { seq: Seq(90), lsn: Lsn(95) });
+    Watermark::replace(&storage, &dir, IDENTITY.history, before).unwrap();
+    let report = run(&storage, Repair::Everything).unwrap();
+    let [cut] = &report.disks[0].cut[..] else { panic!("{report:?}") };
+    assert!(cut.contains(&aside().display().to_string()) && !cut.contains("nothing was left"), "{cut}");
+    assert!(run(&storage, Repair::Everything).unwrap().disks[0].cut.is_empty());
+}
+
+#[test]
+fn a_repair_is_told_of_when_what_follows_it_cannot_be_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path();
+    for (path, bytes) in damaged().files() {
+        let path = store.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+    // No directory of overlays.
+    fs::write(store.join("overlays"), "").unwrap();
+    let looked = crate::fsck::fsck(store, &mut |_| {}).unwrap();
+    assert_eq!(looked.disks.len(), 1, "{looked:?}");
+    for (report, cuts) in [(looked, 0), (repair(store, Repair::Everything, &mut |_| {}).unwrap(), 1)] {
+        assert!(!report.sound && report.disks[0].cut.len() == cuts, "{report:?}");
+        assert!(report.damage.iter().any(|why| why.contains("overlays")), "{report:?}");
+    }
+}
+
+#[test]
+fn a_memo_that_the_device_cannot_read_is_not_sound() {
+    let storage = whole(true);
+    assert!(run(&storage, Repair::Everything).unwrap().sound);
+    let memo = Shelf::dir(IDENTITY.disk, 1).join(memo::FILE);
+    storage.make_unreadable(&memo, ByteRange::new(ByteOffset(0), ByteCount(16)).unwrap());
+    let shared: Arc<dyn Storage> = Arc::new(storage);
+    let report = check_store(Path::new("store"), &shared, &mut |_| {}).unwrap();
+    let told = report.disks[0].damage.iter().any(|why| why.contains("disk.json cannot be read"));
+    assert!(!report.sound && told, "{report:?}");
+}
