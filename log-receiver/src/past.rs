@@ -50,8 +50,10 @@ impl EndedLog {
         Self { number, identity, snapshot: Some(snapshot), damage, attached, bytes }
     }
 
-    fn unreadable(number: u32, why: String) -> Self {
-        let (snapshot, attached, bytes) = (None, None, ByteCount::ZERO);
+    /// It keeps the disk's name, and its fence.
+    fn unreadable(number: u32, why: String, memo: Option<Memo>) -> Self {
+        let (snapshot, bytes) = (None, ByteCount::ZERO);
+        let attached = memo.map(|memo| memo.attached);
         Self { number, identity: None, snapshot, damage: vec![why], attached, bytes }
     }
 }
@@ -110,7 +112,7 @@ impl Shelf {
             Err(error) => {
                 let why = format!("what is left of an older log cannot be read: {}", chain(&error));
                 tracing::error!(%disk, log = number, why);
-                EndedLog::unreadable(number, why)
+                EndedLog::unreadable(number, why, self.memo(disk, number))
             }
         }
     }

@@ -112,7 +112,13 @@ impl Disk {
     pub(crate) fn salvaged(&mut self, left: LeftOver) {
         let Log::Failed(failed) = &mut self.log else { return };
         let LeftOver { salvaged, memo, unread } = left;
-        let Some(Salvage { snapshot, damage, .. }) = salvaged else { return };
+        let Some(Salvage { snapshot, damage, .. }) = salvaged else {
+            // It keeps its name, and its fence.
+            let known = [failed.attached.take(), memo.map(|memo| memo.attached)];
+            failed.attached =
+                known.into_iter().flatten().reduce(|a, b| if b.epoch > a.epoch { b } else { a });
+            return;
+        };
         let own = snapshot.timeline().attached().cloned();
         let attached = match (own, memo.map(|memo| memo.attached)) {
             (Some(own), Some(memo)) if memo.epoch > own.epoch => Some(memo),

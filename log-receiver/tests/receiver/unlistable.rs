@@ -90,3 +90,24 @@ async fn whoever_asks_for_points_has_the_disk_listed_again() {
     assert_eq!((welcome.state, welcome.durable), (ReceiverState::Known, Lsn(60)));
     receiver.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_of_which_no_segment_can_be_listed_keeps_its_name_and_its_fence() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let history = two_logs(&place, &storage).await;
+    storage.set(Fault::SegmentsUnlistable);
+    let receiver = place.start_on(storage.clone()).await;
+    let api = client(&receiver);
+    let other = Agent::refused(&receiver, hello(2, "vm1")).await;
+    assert!(other.code == CloseCode::Refused && other.message.contains("is called vm1"), "{other:?}");
+    assert_eq!(Agent::refused(&receiver, attach(1)).await.code, CloseCode::Fenced);
+    let unread = api.points(&vm1()).await.expect_err("nothing of it can be read");
+    assert!(unread.message.contains("segments"), "{unread}");
+    let disk = api.disks(Some(&vm1())).await.unwrap().disks.remove(0);
+    assert!(disk.error.is_some() && disk.uuid == hello(1, "vm1").disk, "{disk:?}");
+    storage.set(Fault::None);
+    let again = Hello { history: Some(history), ..attach(3) };
+    let (_agent, welcome) = Agent::welcomed(&receiver, again).await;
+    assert_eq!((welcome.state, welcome.durable), (ReceiverState::Known, Lsn(60)));
+    receiver.shutdown().await;
+}
