@@ -3,7 +3,7 @@
 mod repair;
 
 pub(crate) use repair::CUT_DIR;
-pub use repair::{Repair, repair};
+pub use repair::{Repair, forget_retention, repair};
 
 use std::{
     fs,

@@ -75,7 +75,7 @@ pub use config::{Config, JournalCompression, Limits, OnFull, Retention, StreamTl
 pub use disk::{Disk, DiskError, Failure};
 pub use disks::{Claim, Disks, ListError, Shelf};
 pub use forgotten::Forgotten;
-pub use fsck::{Repair, fsck, repair};
+pub use fsck::{Repair, forget_retention, fsck, repair};
 pub use inspect::{DURABLE_MAGIC, inspect_durable, inspect_json};
 pub use names::Names;
 pub use receiver::{Receiver, StartError};

@@ -1,7 +1,7 @@
 //! `store.json` and the store's lock: what makes a directory a store, and one receiver's at a time.
 //!
 //! ```text
-//! STORE/store.json                      magic, version, store id, checksum
+//! STORE/store.json                      magic, version, store id, whether there is a retention.json, checksum
 //! STORE/lock                            flock(2) of the receiver that has the store open
 //! STORE/disks/<uuid>/segments/*.seg     one log per disk
 //! STORE/disks/<uuid>/base.{1,2}         what lies below the log once history was folded
@@ -21,9 +21,10 @@
 //! ```
 //! Each JSON file but `store.json` is three lines of it, as `sealed_json.rs` tells.
 //!
-//! Invariants: `store.json` is written once, whole (temporary file, sync, rename, sync of the
-//! directory), before the first disk; a version this build does not know is refused before anything
-//! else is read; a directory with other things in it is never turned into a store.
+//! Invariants: `store.json` is written whole (temporary file, sync, rename, sync of the directory), before the first disk, and
+//! once more when `retention.json` is there for the first time: from then on a store without that file has lost it, with all
+//! that it kept and locked. A version this build does not know is refused before anything else is read; a directory with other
+//! things in it is never turned into a store.
 
 use std::{
     fs::{File, OpenOptions},
@@ -39,7 +40,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::StoreWatch;
+use crate::{StoreWatch, retention};
 
 /// The version of the store's layout that this build reads and writes.
 ///
@@ -134,18 +135,25 @@ struct StoreFile {
     magic: String,
     version: u32,
     store: StoreId,
-    /// CRC32C of `MAGIC VERSION STORE` as text, in hexadecimal.
+    /// Whether `retention.json` was written.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    retention: bool,
+    /// CRC32C of `MAGIC VERSION STORE` as text, with ` retention` behind it when that was written, in hexadecimal.
     checksum: String,
 }
 
 impl StoreFile {
-    fn new(store: StoreId) -> Self {
-        let checksum = Self::checksum(MAGIC, STORE_VERSION, store);
-        Self { magic: MAGIC.to_owned(), version: STORE_VERSION, store, checksum }
+    fn new(store: StoreId, retention: bool) -> Self {
+        let (magic, version, checksum) = (MAGIC.to_owned(), STORE_VERSION, String::new());
+        let file = Self { magic, version, store, retention, checksum };
+        Self { checksum: file.expected(), ..file }
     }
 
-    fn checksum(magic: &str, version: u32, store: StoreId) -> String {
-        format!("{:08x}", crc32c::crc32c(format!("{magic} {version} {}", store.0).as_bytes()))
+    /// The checksum that it should have.
+    fn expected(&self) -> String {
+        let Self { magic, version, store, retention, .. } = self;
+        let retention = if *retention { " retention" } else { "" };
+        format!("{:08x}", crc32c::crc32c(format!("{magic} {version} {}{retention}", store.0).as_bytes()))
     }
 }
 
@@ -255,11 +263,39 @@ pub(crate) fn open_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFil
 /// The file system's.
 pub(crate) fn write_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFileError> {
     let store = StoreId(Uuid::new_v4());
-    let content = serde_json::to_vec_pretty(&StoreFile::new(store)).expect("plain data becomes JSON");
-    let written = replace_file(storage.as_ref(), Path::new(FILE), &content);
+    // The file before may have been all that told, but for the other one itself.
+    let retention = storage.open(Path::new(retention::FILE)).is_ok();
+    let written = replace(&**storage, &StoreFile::new(store, retention));
     let path = || storage.display(Path::new(FILE));
     written.map_err(|source| StoreFileError::Io { what: "write", path: path(), source })?;
     Ok(store)
+}
+
+fn replace(storage: &dyn Storage, file: &StoreFile) -> io::Result<()> {
+    let content = serde_json::to_vec_pretty(file).expect("plain data becomes JSON");
+    replace_file(storage, Path::new(FILE), &content)
+}
+
+/// Whether the store has had a `retention.json`: one that has none now has lost it. One without a good `store.json` does not tell.
+pub(crate) fn has_had_retention(storage: &dyn Storage) -> bool {
+    read_parsed(storage).is_some_and(|file| file.retention)
+}
+
+/// Notes durably that `retention.json` is there, once.
+///
+/// # Errors
+/// The file system's.
+pub(crate) fn note_retention(storage: &dyn Storage) -> io::Result<()> {
+    match read_parsed(storage) {
+        Some(file) if !file.retention => replace(storage, &StoreFile::new(file.store, true)),
+        // What is wrong with a `store.json` is told where it is read for itself.
+        Some(_) | None => Ok(()),
+    }
+}
+
+fn read_parsed(storage: &dyn Storage) -> Option<StoreFile> {
+    let content = read_file(storage, Path::new(FILE), FILE_BYTES_MAX).ok()?;
+    parse_file(Path::new(FILE), &content).ok()
 }
 
 /// What a `store.json` says.
@@ -267,6 +303,10 @@ pub(crate) fn write_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFi
 /// # Errors
 /// When it is damaged, or of another version.
 pub(crate) fn parse(path: &Path, content: &[u8]) -> Result<StoreId, StoreFileError> {
+    parse_file(path, content).map(|file| file.store)
+}
+
+fn parse_file(path: &Path, content: &[u8]) -> Result<StoreFile, StoreFileError> {
     let damaged = |why: String| StoreFileError::Damaged { path: path.to_owned(), why };
     // Magic and version first and alone: another version may have other fields.
     let value: serde_json::Value = serde_json::from_slice(content).map_err(|e| damaged(e.to_string()))?;
@@ -280,11 +320,11 @@ pub(crate) fn parse(path: &Path, content: &[u8]) -> Result<StoreId, StoreFileErr
         return Err(StoreFileError::Version { path: path.to_owned(), found: version });
     }
     let file: StoreFile = serde_json::from_value(value).map_err(|e| damaged(e.to_string()))?;
-    let expected = StoreFile::checksum(&file.magic, file.version, file.store);
+    let expected = file.expected();
     if file.checksum != expected {
         return Err(damaged(format!("checksum expected {expected}, found {}", file.checksum)));
     }
-    Ok(file.store)
+    Ok(file)
 }
 
 #[cfg(test)]

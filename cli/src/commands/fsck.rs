@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_log_receiver::{Repair, StoreFileError, fsck, repair};
+use backtide_log_receiver::{Repair, StoreFileError, forget_retention, fsck, repair};
 use backtide_receiver_api::StoreCheck;
 use backtide_units::ByteCount;
 use clap::Args;
@@ -34,6 +34,10 @@ pub(crate) struct Fsck {
     /// given up that can be read, and what is cut off is put into STORE/cut
     #[arg(long)]
     repair: bool,
+    /// First forget every ladder, kept point and lock of all disks, where retention.json is damaged or lost: until then no
+    /// history goes
+    #[arg(long)]
+    forget_retention: bool,
 }
 
 impl Fsck {
@@ -52,7 +56,7 @@ impl Fsck {
         // What was repaired is read once more, to see that it is.
         let total = ByteCount(bytes_below(&self.store) * if what.is_some() { 2 } else { 1 });
         let (reports, mut progress) = mpsc::channel(REPORTS_MAX);
-        let store = self.store;
+        let (store, forgets) = (self.store, self.forget_retention);
         // A thread that nobody waits for: ctrl-c ends the command while it reads.
         let (ended, result) = tokio::sync::oneshot::channel();
         std::thread::Builder::new()
@@ -62,10 +66,7 @@ impl Fsck {
                     // A report that finds no room is followed by another.
                     let _ = reports.try_send(done);
                 };
-                let result = match what {
-                    Some(what) => repair(&store, what, &mut progress),
-                    None => fsck(&store, &mut progress),
-                };
+                let result = run(&store, forgets, what, &mut progress);
                 drop(reports);
                 let _ = ended.send(result);
             })
@@ -77,7 +78,7 @@ impl Fsck {
         }
         shown.end();
         let report = result.await.map_err(|_| failed("the thread that reads has panicked"))?;
-        let report = report.map_err(failure)?;
+        let report = report?;
         context.print(&report, || text(&report, what))?;
         Ok(match (report.sound, is_repaired(&report)) {
             (true, false) => Ending::Done,
@@ -85,6 +86,31 @@ impl Fsck {
             (false, _) => Ending::Found(ErrorCode::Damaged),
         })
     }
+}
+
+/// Does all that was asked for.
+fn run(
+    store: &Path,
+    forgets: bool,
+    what: Option<Repair>,
+    progress: &mut dyn FnMut(ByteCount),
+) -> Result<StoreCheck, Failure> {
+    let mut forgotten = None;
+    if forgets {
+        forgotten = forget_retention(store).map_err(failure)?;
+        if forgotten.is_none() {
+            let why = format!("retention.json of {} is whole, so it is not forgotten", store.display());
+            let hint = "backtide retention changes what a running receiver keeps";
+            return Err(ApiError::new(ErrorCode::Refused, why).with_hint(hint).into());
+        }
+    }
+    let report = match what {
+        Some(what) => repair(store, what, progress),
+        None => fsck(store, progress),
+    };
+    let mut report = report.map_err(failure)?;
+    report.repaired.splice(0..0, forgotten);
+    Ok(report)
 }
 
 /// Whether anything was not as it should be, and is now.

@@ -31,7 +31,7 @@ use crate::{
     disks::DISKS,
     findings,
     memo::{self, Memo},
-    scrub,
+    retention, scrub,
     store_file::{lock_store, read_store, write_store},
     watermark::{Noted, Watermark},
 };
@@ -81,6 +81,24 @@ pub fn repair(
     let storage: Arc<dyn Storage> =
         Arc::new(RealStorage::open(path).map_err(io("open the store", path.to_owned()))?);
     repair_store(path, &storage, what, progress)
+}
+
+/// Makes `retention.json` anew in the store at `path`, where that is damaged or lost: every ladder, kept point and lock of it
+/// is forgotten. Gives a sentence; none when the file says all that, and nothing was done.
+///
+/// # Errors
+/// As [`super::fsck`].
+pub fn forget_retention(path: &Path) -> Result<Option<String>, StoreFileError> {
+    let io = |what, path: PathBuf| move |source| StoreFileError::Io { what, path, source };
+    fs::metadata(path).map_err(io("open the store", path.to_owned()))?;
+    let _held = lock_store(path)?;
+    let storage: Arc<dyn Storage> =
+        Arc::new(RealStorage::open(path).map_err(io("open the store", path.to_owned()))?);
+    read_store(&storage)?;
+    let Some(damage) = retention::damage_of(&*storage) else { return Ok(None) };
+    let file = storage.display(Path::new(retention::FILE));
+    retention::write_anew(&*storage).map_err(io("write", file))?;
+    Ok(Some(format!("{damage}: it is made anew, and every ladder, kept point and lock is forgotten")))
 }
 
 fn repair_store(

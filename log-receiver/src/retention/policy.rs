@@ -1,12 +1,17 @@
 //! What people want kept, durable in the store: `retention.json`, written whole.
 //!
 //! A file that cannot be understood says nothing of what may go: then nothing goes, and it stays as it is, for it may hold
-//! what others want kept. Changes are refused until somebody restores it or removes it.
+//! what others want kept. So it is with one that was there once, as `store.json` tells, and is not any more. Changes are refused
+//! until somebody restores it, or has it made anew.
 
 use std::{
     collections::BTreeMap,
+    io,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use backtide_recovery::{Doubt, time_text};
@@ -20,7 +25,7 @@ use super::{
     ladder::{LadderError, Span},
     locks::{LOCKS_MAX, Lock, LockClock, LockedPoint, Locks, Moment},
 };
-use crate::sealed_json::SealedJson;
+use crate::{sealed_json::SealedJson, store_file};
 
 /// Its name.
 pub(crate) const FILE: &str = "retention.json";
@@ -145,6 +150,8 @@ pub(crate) struct Policies {
     open_before: Span,
     /// Why nobody knows what is wanted.
     damage: Option<Arc<str>>,
+    /// This receiver has noted in `store.json` that there is a file.
+    is_noted: Arc<AtomicBool>,
 }
 
 type Disks = BTreeMap<DiskId, Policy>;
@@ -164,7 +171,10 @@ impl Policies {
 
     fn open_with(storage: Arc<dyn Storage>, default: Ladder, clock: LockClock) -> Self {
         let ((disks, open_before), damage) = match read(&*storage) {
-            Ok(read) => (read, None),
+            Ok(read) => {
+                let read = read.inspect(|_| note_it(&*storage));
+                (read.unwrap_or_default(), None)
+            }
             Err(why) => {
                 let why = format!("{why}; no history goes");
                 tracing::error!(why);
@@ -175,7 +185,8 @@ impl Policies {
         let disks = Arc::new(disks);
         let seen = Arc::new(Mutex::new(Arc::clone(&disks)));
         let state = Arc::new(Mutex::new(State { disks, noted, doubts: Doubts::default() }));
-        Self { storage, default, clock, state, seen, open_before, damage: damage.map(Arc::from) }
+        let (damage, is_noted) = (damage.map(Arc::from), Arc::default());
+        Self { storage, default, clock, state, seen, open_before, damage, is_noted }
     }
 
     /// The ladder of disks that have none of their own.
@@ -228,7 +239,8 @@ impl Policies {
         if let Some(why) = &self.damage {
             return Err(format!(
                 "{why}, and no retention is changed, for that would forget what it says: stop the receiver and restore \
-                 the file, or remove it to forget every ladder, kept point and lock"
+                 the file, or have every ladder, kept point and lock forgotten with `backtide fsck STORE \
+                 --forget-retention`"
             ));
         }
         let mut disks = Disks::clone(&state.disks);
@@ -270,7 +282,13 @@ impl Policies {
             ));
         }
         let written = replace_file(&*self.storage, Path::new(FILE), &content);
-        written.map_err(|error| format!("write {}: {error}", self.storage.display(Path::new(FILE)).display()))
+        written
+            .map_err(|error| format!("write {}: {error}", self.storage.display(Path::new(FILE)).display()))?;
+        // Only one that is there, so that a power cut between the two leaves none that seems lost.
+        if !self.is_noted.swap(true, Ordering::Relaxed) {
+            note_it(&*self.storage);
+        }
+        Ok(())
     }
 
     /// Both clocks of locks, now.
@@ -411,13 +429,35 @@ fn in_doubt(what: &str) -> String {
     )
 }
 
-fn read(storage: &dyn Storage) -> Result<(BTreeMap<DiskId, Policy>, Span), String> {
+/// What the file says; none when there was never one.
+fn read(storage: &dyn Storage) -> Result<Option<(BTreeMap<DiskId, Policy>, Span)>, String> {
     let file = KIND.read::<PolicyFile>(storage, Path::new(FILE)).map_err(|error| error.to_string())?;
-    let Some(file) = file else { return Ok(Default::default()) };
+    let name = || storage.display(Path::new(FILE)).display().to_string();
+    let Some(file) = file else {
+        return match store_file::has_had_retention(storage) {
+            true => Err(format!("{} is missing, and {} tells that it was there", name(), store_file::FILE)),
+            false => Ok(None),
+        };
+    };
     let policies = file.disks.into_iter().map(|(disk, file)| Ok((disk, file.policy()?)));
     let policies: Result<_, LadderError> = policies.collect();
-    let damaged = |error| format!("{} is damaged: {error}", storage.display(Path::new(FILE)).display());
-    Ok((policies.map_err(damaged)?, Span(file.open_us)))
+    let damaged = |error| format!("{} is damaged: {error}", name());
+    Ok(Some((policies.map_err(damaged)?, Span(file.open_us))))
+}
+
+/// Notes in `store.json` that there is a file.
+fn note_it(storage: &dyn Storage) {
+    if let Err(error) = store_file::note_retention(storage) {
+        tracing::warn!(%error, "cannot note in store.json that there is a retention.json: the next start does");
+    }
+}
+
+/// Makes a file anew in which nothing is wanted, durably.
+///
+/// # Errors
+/// The file system's.
+pub(crate) fn write_anew(storage: &dyn Storage) -> io::Result<()> {
+    KIND.write(storage, Path::new(FILE), &PolicyFile { open_us: 0, disks: BTreeMap::new() })
 }
 
 /// What is wrong with the file of a store that nobody uses.
