@@ -1,5 +1,7 @@
 //! What a disk's owner tells others about it: plain values, taken at one moment.
 
+use std::collections::BTreeMap;
+
 use backtide_protocol::AckPolicy;
 use backtide_receiver_api::{DiskOrigin, Touched};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
@@ -32,6 +34,8 @@ pub(crate) struct DiskFacts {
     pub(crate) damage: Vec<String>,
     /// Which points that touches, as far as it is known.
     pub(crate) touched: Vec<Touched>,
+    /// The first point of each of its logs that has one, by number.
+    pub(crate) begins: BTreeMap<u32, Lsn>,
     /// Intervals beyond those that are offered.
     pub(crate) forgotten_intervals: u64,
 }
@@ -70,6 +74,7 @@ impl DiskFacts {
             error: disk.failure().map(|failure| failure.why.clone()),
             damage: disk.damage().cloned().collect(),
             touched: disk.lost_points(),
+            begins: disk.begins(),
             forgotten_intervals: timeline.map_or(0, |timeline| timeline.forgotten().intervals),
         }
     }

@@ -28,7 +28,7 @@ use crate::{
     disks::closed,
     findings::DiskFindings,
     reading::failed,
-    retention::Pin,
+    retention::{NotChanged, Pin},
     service::{Found, Service},
 };
 
@@ -95,7 +95,7 @@ impl Service {
                 policy.holds.insert(holder, held);
             })
         };
-        self.read(hold).await.map_err(|error| failed(error.message))?.map_err(failed)?;
+        self.read(hold).await.map_err(|error| failed(error.message))?.map_err(|error| not_held(&error))?;
         // It may have gone while it was asked for, though this connection still has it; from now on it stays.
         let uuid: DiskName = disk.to_string().parse().expect("a UUID is a good name");
         let why = match self.look_at(&uuid).await {
@@ -134,7 +134,7 @@ impl Service {
                 }
             })
         };
-        self.read(release).await.map_err(|error| failed(error.message))?.map_err(failed)
+        self.read(release).await.map_err(|error| failed(error.message))?.map_err(|error| not_held(&error))
     }
 }
 
@@ -341,6 +341,14 @@ impl OpenedPoint {
         tracing::error!(disk = %self.disk.uuid, lsn = %self.at.lsn, why = message, "cannot read a point for an agent");
         ReadFailure { code, message }
     }
+}
+
+fn not_held(error: &NotChanged) -> ReadFailure {
+    let code = match error {
+        NotChanged::InDoubt(_) => FailureCode::Refused,
+        NotChanged::Failed(_) => FailureCode::Failed,
+    };
+    ReadFailure { code, message: error.to_string() }
 }
 
 /// Whether an owner of holds takes the place of another: the same at an earlier attach of the disk it speaks of, which ends

@@ -67,7 +67,7 @@ impl Removal {
             .and_then(|()| storage.sync_dir(Path::new(DISKS)))
             .map_err(|error| format!("remove {}: {error}", storage.display(&dir).display()))?;
         self.findings.forget_all(disk);
-        self.policies.forget(disk)?;
+        self.policies.forget(disk).map_err(|error| error.to_string())?;
         self.shelf.names.release(disk);
         Ok(())
     }

@@ -20,4 +20,4 @@ pub(crate) use locks::{Lock, Moment};
 pub(crate) use plan::{
     Plan, PlanError, Pressure, SLOTS_MAX, every_change_from, first_point, plan, plan_all, plan_ended,
 };
-pub(crate) use policy::{FILE, Pin, Policies, Policy, damage_of, write_anew};
+pub(crate) use policy::{FILE, NotChanged, Pin, Policies, Policy, damage_of, write_anew};

@@ -177,6 +177,8 @@ pub enum FailureCode {
     Gone,
     /// The question makes no sense for this point. Asking again does not help.
     Invalid,
+    /// The receiver may not promise it now. Nothing changes that but its store, which a person sees to.
+    Refused,
     /// The receiver could not do it now. Retry later.
     Failed,
 }

@@ -1,8 +1,10 @@
 //! A disk whose log is out of use: what can still be read of it, and its way back into use.
 
+use std::collections::BTreeMap;
+
 use backtide_receiver_api::Touched;
 use backtide_recovery::{Attached, DiskLog, LastWork, LogError, Salvage};
-use backtide_units::DiskId;
+use backtide_units::{DiskId, Lsn};
 
 use super::{Disk, Failed, Failure, Left, Log, Wanted};
 use crate::{
@@ -48,6 +50,20 @@ impl Disk {
             Log::Failed(failed) => failed.unlisted,
             Log::Open(..) => false,
         }
+    }
+
+    /// The first point of each of the disk's logs that has one, by number.
+    pub(crate) fn begins(&self) -> BTreeMap<u32, Lsn> {
+        let left = match &self.log {
+            Log::Failed(failed) => failed.left.as_ref().map(|left| left.snapshot.timeline()),
+            Log::Open(..) => None,
+        };
+        let first = self.timeline().or(left).and_then(|timeline| timeline.intervals().first());
+        let newest = first.map(|first| (self.number, first.from.lsn));
+        let before = self.past.logs().iter().filter_map(|log| {
+            Some((log.number, log.snapshot.as_ref()?.timeline().intervals().first()?.from.lsn))
+        });
+        before.chain(newest).collect()
     }
 
     /// The points that went with what its logs have lost.

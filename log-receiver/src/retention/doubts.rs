@@ -71,16 +71,19 @@ pub(crate) async fn begin_doubts(
         let (answer, answered) = oneshot::channel();
         owner.send(Task::Facts(answer)).await.map_err(|_| ended())?;
         for facts in answered.await.map_err(|_| ended())? {
-            disks.push(facts.id);
             open.extend(facts.error.is_none().then_some(facts.id));
+            disks.push((facts.id, facts.begins));
         }
     }
     let (shelf, policies) = (shelf.clone(), policies.clone());
     readers.run(move || begin_where_needed(&shelf, &policies, disks, &open)).await.map_err(io::Error::other)
 }
 
-fn begin_where_needed(shelf: &Shelf, policies: &Policies, disks: Vec<DiskId>, open: &BTreeSet<DiskId>) {
-    for disk in disks {
+/// A disk, and where each of its logs begins of which that is known.
+type Begins = (DiskId, BTreeMap<u32, Lsn>);
+
+fn begin_where_needed(shelf: &Shelf, policies: &Policies, disks: Vec<Begins>, open: &BTreeSet<DiskId>) {
+    for (disk, begins) in disks {
         let doubtful = match shelf.numbers(disk) {
             Ok(numbers) => {
                 // The open one is the last that is a log at all.
@@ -93,7 +96,10 @@ fn begin_where_needed(shelf: &Shelf, policies: &Policies, disks: Vec<DiskId>, op
         };
         for log in doubtful {
             tracing::warn!(%disk, log, "it is not known durably where a log begins, so nobody is promised older points");
-            policies.begin_doubt(disk, log, Doubt::about_everything());
+            // What newer logs have is not in doubt with it.
+            let newer = begins.range(log.saturating_add(1)..).map(|(_, first)| *first);
+            let next = newer.filter(|_| log != ALL).min();
+            policies.begin_doubt(disk, log, Doubt::about_all_before(next.unwrap_or(Lsn(u64::MAX))));
         }
     }
 }

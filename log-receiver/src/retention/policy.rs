@@ -156,6 +156,17 @@ pub(crate) struct Policies {
 
 type Disks = BTreeMap<DiskId, Policy>;
 
+/// Why what is wanted was not changed: a sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NotChanged {
+    /// It would promise what a log may begin without.
+    #[error("{0}")]
+    InDoubt(String),
+    /// The store cannot keep it, or what it keeps is not known.
+    #[error("{0}")]
+    Failed(String),
+}
+
 struct State {
     disks: Arc<Disks>,
     /// When the time that the store has been open was noted last.
@@ -233,15 +244,15 @@ impl Policies {
     /// Changes what is wanted of a disk, durably; blocks.
     ///
     /// # Errors
-    /// A sentence: then nothing has changed that anybody goes by.
-    pub(crate) fn change(&self, disk: DiskId, change: impl FnOnce(&mut Policy)) -> Result<(), String> {
+    /// Then nothing has changed that anybody goes by.
+    pub(crate) fn change(&self, disk: DiskId, change: impl FnOnce(&mut Policy)) -> Result<(), NotChanged> {
         let mut state = self.lock();
         if let Some(why) = &self.damage {
-            return Err(format!(
+            return Err(NotChanged::Failed(format!(
                 "{why}, and no retention is changed, for that would forget what it says: stop the receiver and restore \
                  the file, or have every ladder, kept point and lock forgotten with `backtide fsck STORE \
                  --forget-retention`"
-            ));
+            )));
         }
         let mut disks = Disks::clone(&state.disks);
         let policy = disks.entry(disk).or_default();
@@ -252,16 +263,16 @@ impl Policies {
             check_in_doubt(|lsn| state.doubts.keep(disk, lsn), &before, policy, now)?;
         }
         if policy.pins.len() + policy.holds.len() > PINS_MAX {
-            return Err(format!("{PINS_MAX} points of a disk can be kept, and are: release some"));
+            let why = format!("{PINS_MAX} points of a disk can be kept, and are: release some");
+            return Err(NotChanged::Failed(why));
         }
         if policy.locks.points.len() > LOCKS_MAX {
-            return Err(format!(
-                "{LOCKS_MAX} points of a disk can be locked, and are: lock all points instead"
-            ));
+            let why = format!("{LOCKS_MAX} points of a disk can be locked, and are: lock all points instead");
+            return Err(NotChanged::Failed(why));
         }
         disks.values_mut().for_each(|policy| policy.locks.prune(now));
         disks.retain(|_, policy| *policy != Policy::default());
-        self.write(&disks, now)?;
+        self.write(&disks, now).map_err(NotChanged::Failed)?;
         state.noted = now;
         state.disks = Arc::new(disks);
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&state.disks);
@@ -329,7 +340,7 @@ impl Policies {
         disk: DiskId,
         point: Option<(Lsn, CaptureTime)>,
         lock: Lock,
-    ) -> Result<(), String> {
+    ) -> Result<(), NotChanged> {
         self.change(disk, |policy| policy.locks.add(point, lock))
     }
 
@@ -382,7 +393,7 @@ impl Policies {
     ///
     /// # Errors
     /// As [`Policies::change`].
-    pub(crate) fn forget(&self, disk: DiskId) -> Result<(), String> {
+    pub(crate) fn forget(&self, disk: DiskId) -> Result<(), NotChanged> {
         self.lock().doubts.forget(disk);
         if self.of(disk) == Policy::default() {
             return Ok(());
@@ -401,23 +412,21 @@ impl Policies {
     }
 }
 
-/// Refuses a change by which something would be kept that a log may begin without.
+/// Refuses a change by which points would be kept that a log may begin without. A ladder is none: it says what of the history
+/// that is there goes from now on, and the log in doubt gives up none before it is settled.
 fn check_in_doubt(
     keep: impl Fn(Lsn) -> bool,
     before: &Policy,
     after: &Policy,
     now: Moment,
-) -> Result<(), String> {
+) -> Result<(), NotChanged> {
     let known = before.staying(now);
     let mut new = after.staying(now).into_keys().filter(|lsn| !known.contains_key(lsn));
     if let Some(lsn) = new.find(|lsn| !keep(*lsn)) {
-        return Err(in_doubt(&format!("lsn:{lsn}")));
+        return Err(NotChanged::InDoubt(in_doubt(&format!("lsn:{lsn}"))));
     }
     if after.locks.all.is_some() && after.locks.all != before.locks.all {
-        return Err(in_doubt("every point"));
-    }
-    if after.ladder != before.ladder {
-        return Err(in_doubt("another history"));
+        return Err(NotChanged::InDoubt(in_doubt("every point")));
     }
     Ok(())
 }

@@ -33,7 +33,7 @@ impl Service {
         let policies = self.policies.clone();
         let timed = point.map(|point| (point.lsn, point.time));
         let locked = self.read(move || policies.add_lock(disk.uuid, timed, lock)).await?;
-        locked.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
+        locked.map_err(|error| super::retention::not_changed(&error))?;
         tracing::info!(disk = %disk.uuid, at = at.as_deref().unwrap_or("every point"), until = time_text(until), "locked");
         if let (Some(at), Some(point)) = (at, point) {
             // It may have gone while it was asked for; from now on it stays.

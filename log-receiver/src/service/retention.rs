@@ -15,7 +15,7 @@ use crate::{
     OnFull,
     facts::DiskFacts,
     points,
-    retention::{Ladder, LadderError, Pin, PlanError, every_change_from, plan_all},
+    retention::{Ladder, LadderError, NotChanged, Pin, PlanError, every_change_from, plan_all},
 };
 
 impl Service {
@@ -90,7 +90,7 @@ impl Service {
         self.unless_too_many(&disk, ladder.as_ref()).await?;
         let policies = self.policies.clone();
         let changed = self.read(move || policies.change(id, |policy| policy.ladder = ladder)).await?;
-        changed.map_err(|why| ApiError::new(ErrorCode::Failed, why))?;
+        changed.map_err(|error| not_changed(&error))?;
         tracing::info!(disk = %id, ladder = request.ladder.as_deref().unwrap_or("default"), "another retention");
         self.keeper.wake();
         self.report_retention(Some(disk)).await
@@ -182,7 +182,7 @@ impl Service {
                 changed.map(|()| done)
             })
             .await?;
-        if !changed.map_err(|why| ApiError::new(ErrorCode::Failed, why))? {
+        if !changed.map_err(|error| not_changed(&error))? {
             return Err(self.nothing_released(&disk, &at, point.lsn, held.as_deref()));
         }
         match (release, held) {
@@ -237,7 +237,7 @@ impl Service {
         let policies = self.policies.clone();
         let (disk, lsn) = (mount.disk.uuid, mount.lsn);
         if let Some(why) = self.read(move || policies.doubt_of(disk, lsn)).await? {
-            return self.take_back(mount, ApiError::new(ErrorCode::Failed, why)).await;
+            return self.take_back(mount, ApiError::new(ErrorCode::Refused, why)).await;
         }
         let uuid: DiskName = mount.disk.uuid.to_string().parse().expect("a UUID is a good name");
         let there = match self.look_at(&uuid).await {
@@ -255,6 +255,14 @@ impl Service {
         self.unmount(mount.id, UnmountRequest { overlay: Some(OverlayFate::Discard) }).await?;
         Err(why)
     }
+}
+
+pub(super) fn not_changed(error: &NotChanged) -> ApiError {
+    let code = match error {
+        NotChanged::InDoubt(_) => ErrorCode::Refused,
+        NotChanged::Failed(_) => ErrorCode::Failed,
+    };
+    ApiError::new(code, error.to_string())
 }
 
 pub(super) fn plan_error(error: &PlanError) -> ApiError {

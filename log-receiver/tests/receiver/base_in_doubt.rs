@@ -1,7 +1,7 @@
 //! A store that cannot say durably where a log begins: nobody is promised what the log may begin without.
 
 use backtide_log_receiver::Receiver;
-use backtide_protocol::{CloseCode, ReceiverState};
+use backtide_protocol::{CloseCode, FailureCode, Reading, ReceiverState};
 use backtide_receiver_api::{ErrorCode, KeepRequest, LockRequest, MountRequest, ReceiverClient};
 use backtide_units::{ByteOffset, Lsn, Reason};
 
@@ -10,6 +10,7 @@ use crate::{
     faults::{Fault, Faulty},
     fixture::*,
     going_back::{assert_content, request},
+    point_reader::{PointReader, open},
     retention::{TENS, at, go_on, ladder, rounds, vm1, write_history},
 };
 
@@ -60,11 +61,10 @@ async fn assert_refused(api: &ReceiverClient) {
         api.keep(&keep("lsn:33")).await.unwrap_err(),
         api.lock(&lock(Some("lsn:33"))).await.unwrap_err(),
         api.lock(&lock(None)).await.unwrap_err(),
-        api.set_retention(&vm1(), &ladder("forever")).await.unwrap_err(),
         api.mount(&writable).await.unwrap_err(),
     ];
     for error in errors {
-        assert_eq!(error.code, ErrorCode::Failed, "{error}");
+        assert_eq!(error.code, ErrorCode::Refused, "{error}");
         assert!(error.message.contains("cannot be promised"), "{error}");
     }
 }
@@ -83,6 +83,14 @@ async fn nobody_is_promised_what_a_log_may_begin_without() {
         assert_refused(&api).await;
     }
     assert!(api.mounts().await.unwrap().mounts.is_empty());
+    // An agent that needs it hears that it is refused, not that nobody is there.
+    let mut reader = PointReader::open(&receiver, open("vm1", Some(33))).await;
+    let hold = |id| Reading::Hold { id, owner: "a rewind".to_owned() };
+    let refused = reader.done(hold).await.unwrap_err();
+    assert_eq!(refused.code, FailureCode::Refused, "{refused:?}");
+    // A ladder promises no point.
+    api.set_retention(&vm1(), &ladder("any=10s per-10s=2y")).await.unwrap();
+    api.set_retention(&vm1(), &ladder(TENS)).await.unwrap();
     // What stays anyway can be promised, and every point is there for readers.
     api.keep(&keep("lsn:40")).await.unwrap();
     let mount = api.mount(&request("lsn:33", None)).await.unwrap();
@@ -179,6 +187,8 @@ async fn a_start_promises_nothing_of_a_log_that_is_not_open_and_cannot_be_made_d
     let receiver = place.start_on(storage.clone()).await;
     let api = client(&receiver);
     assert_refused(&api).await;
+    // What the newer log has is not in doubt with it.
+    api.keep(&keep("lsn:200")).await.unwrap();
     let mount = api.mount(&request("lsn:33", None)).await.unwrap();
     assert_content(&place, &mount, &at(33)).await;
     api.unmount(&mount.id, None).await.unwrap();
@@ -221,5 +231,30 @@ async fn nobody_is_promised_what_a_log_that_has_ended_may_begin_without() {
     assert_eq!(api.retention(Some(&vm1())).await.unwrap().disks[0].single_points, single);
     let mount = api.mount(&request("lsn:40", None)).await.unwrap();
     assert_content(&place, &mount, &at(40)).await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_begins_nowhere_is_in_doubt_no_longer_than_its_store_cannot_be_written() {
+    let (place, storage) = (Place::new(), Faulty::new());
+    let receiver = place.start_on(storage.clone()).await;
+    let agent = in_doubt(&receiver, &storage).await;
+    drop(begin_anew(&receiver, &storage, agent).await);
+    receiver.shutdown().await;
+    for (path, _) in storage.memory.files() {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if name.starts_with("base.") || name.ends_with(".base") {
+            storage.memory.flip_bit(&path, ByteOffset(40), 4);
+        }
+    }
+    storage.set(Fault::FirstLogsFail);
+    let receiver = place.start_on(storage.clone()).await;
+    let api = client(&receiver);
+    let all = LockRequest { name: vm1(), at: None, until: "30d".to_owned() };
+    assert_eq!(api.lock(&all).await.unwrap_err().code, ErrorCode::Refused);
+    api.keep(&keep("lsn:200")).await.unwrap();
+    storage.set(Fault::None);
+    rounds(&api, &vm1(), TENS).await;
+    api.lock(&all).await.unwrap();
     receiver.shutdown().await;
 }

@@ -204,7 +204,9 @@ fn take_compared(result: CompareResult, out: &mut BTreeMap<u64, Out>) -> Result<
 fn error_of(failure: ReadFailure) -> FetchError {
     match failure.code {
         FailureCode::Damaged => FetchError::Damaged(failure.message),
-        FailureCode::Gone | FailureCode::Invalid => FetchError::Refused(failure.message),
+        FailureCode::Gone | FailureCode::Invalid | FailureCode::Refused => {
+            FetchError::Refused(failure.message)
+        }
         FailureCode::Failed => FetchError::Unreachable(failure.message),
     }
 }

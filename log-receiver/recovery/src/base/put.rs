@@ -40,9 +40,9 @@ impl Doubt {
         }
     }
 
-    /// About all that a log and those before it have: nothing is known of where it begins.
-    pub fn about_everything() -> Self {
-        Self { begins: Lsn::ZERO, floor: Lsn(u64::MAX), kept: Vec::new(), _images: Vec::new() }
+    /// About all that a log and those before it have, up to where the next one begins: nothing is known of where it does.
+    pub fn about_all_before(next: Lsn) -> Self {
+        Self { begins: Lsn::ZERO, floor: next, kept: Vec::new(), _images: Vec::new() }
     }
 
     /// Whether the disk's point at `lsn` is there with either base.
@@ -76,12 +76,13 @@ pub(crate) fn put(base: Option<&Base>, storage: &dyn Storage, dir: &Path) -> Res
 }
 
 /// Makes durable what the log in `dir` begins with when it is opened, everywhere: for one in [`Doubt`] that has failed, or is
-/// never opened again. Nobody may have it open.
+/// never opened again. One of which files are there and none is whole begins nowhere: nothing of it is promised, and only what
+/// is seen of it is made durable. Nobody may have it open.
 ///
 /// # Errors
-/// As [`FoundBase::read`], or [`LogError::Damaged`] when files are there and none is whole: the doubt remains.
+/// As [`FoundBase::read`], and the file system's: the doubt remains.
 pub fn settle_closed(storage: &dyn Storage, dir: &Path) -> Result<(), LogError> {
-    if let Some(base) = FoundBase::read(storage, dir)?.usable(storage, dir)? {
+    if let Some(base) = FoundBase::read(storage, dir)?.base {
         put(Some(&base), storage, dir)?;
     }
     sync_names(storage, dir)

@@ -67,7 +67,7 @@ impl Work {
         let left = self.all_logs(disk)?.and_then(|snapshot| every_change_from(&snapshot));
         let Some(left) = left else { return Ok(()) };
         if let Err(why) = self.policies.change(disk, |policy| policy.shrunk = Some(left.time)) {
-            tracing::warn!(%disk, why, "it is not remembered that history went for want of room");
+            tracing::warn!(%disk, %why, "it is not remembered that history went for want of room");
         }
         Ok(())
     }

@@ -34,7 +34,7 @@ fn policies_are_durable_and_a_damaged_file_lets_nothing_go() {
         let found = open();
         assert!(found.damage().is_some(), "byte {byte}");
         assert_eq!(found.ladder(a), Ladder::default());
-        let refused = found.change(a, |policy| policy.ladder = None).unwrap_err();
+        let refused = found.change(a, |policy| policy.ladder = None).unwrap_err().to_string();
         assert!(refused.contains(FILE) && refused.contains("--forget-retention"), "{refused}");
         storage.flip_bit(Path::new(FILE), ByteOffset(byte), 1);
     }
@@ -56,7 +56,8 @@ fn no_file_is_written_that_is_too_large_to_be_read_again() {
     let held = Pin { lsn: Lsn(9), time: CaptureTime(9) };
     policies.change(disk, |policy| policy.holds.extend([("a".to_owned(), held)])).unwrap();
     let long = "b".repeat(64 << 20);
-    let refused = policies.change(disk, |policy| policy.holds.extend([(long, held)])).unwrap_err();
+    let refused =
+        policies.change(disk, |policy| policy.holds.extend([(long, held)])).unwrap_err().to_string();
     assert!(refused.contains(FILE) && refused.contains("larger than"), "{refused}");
     assert_eq!(policies.of(disk).holds.len(), 1);
     assert_eq!(open().of(disk), policies.of(disk));
@@ -101,7 +102,7 @@ fn locks_are_bounded_and_a_damaged_file_lets_nothing_go() {
     let full = policies.change(disk, |policy| {
         (0..=LOCKS_MAX as u64).for_each(|lsn| policy.locks.add(Some((Lsn(lsn), CaptureTime(lsn))), lock));
     });
-    assert!(full.unwrap_err().contains("can be locked"));
+    assert!(full.unwrap_err().to_string().contains("can be locked"));
     policies.add_lock(disk, None, lock).unwrap();
     assert!(policies.of(disk).all_locked(policies.moment()).is_some());
     storage.flip_bit(Path::new(FILE), ByteOffset(90), 1);
