@@ -18,8 +18,8 @@ use backtide_storage::{RealStorage, Storage};
 use backtide_units::{ByteCount, DiskId, DiskName, HistoryId};
 
 use crate::{
-    Forgotten, Names, Shelf, StoreFileError, StoreWatch, disk::chain, disks::DISKS, forgotten, overlays,
-    small_files, store_file::hold_store, touched::touched,
+    Forgotten, Names, Shelf, StoreFileError, StoreWatch, disk::chain, disks::DISKS, findings::Findings,
+    forgotten, overlays, small_files, store_file::hold_store, touched::touched,
 };
 
 /// Checks the store at `path`. `progress` is told the bytes read so far.
@@ -34,13 +34,15 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
     let _held = hold_store(path)?;
     let storage: Arc<dyn Storage> =
         Arc::new(RealStorage::open(path).map_err(io("open the store", path.to_owned()))?);
-    check_store(path, &storage, progress)
+    check_store(path, &storage, progress, &mut |_, _| {})
 }
 
+/// `found` is told of each disk what its logs tell themselves of their damage, whenever they are opened.
 fn check_store(
     path: &Path,
     storage: &Arc<dyn Storage>,
     progress: &mut dyn FnMut(ByteCount),
+    found: &mut dyn FnMut(&DiskCheck, &[String]),
 ) -> Result<StoreCheck, StoreFileError> {
     let io = |what, path: PathBuf| move |source| StoreFileError::Io { what, path, source };
     let mut damage = small_files::of_store(storage)?;
@@ -56,8 +58,8 @@ fn check_store(
         true
     };
     let disks = disks_of(&shelf)?;
-    let mut disks: Vec<_> =
-        disks.into_iter().filter_map(|disk| check_disk(&shelf, disk, &mut step)).collect();
+    let checked = disks.into_iter().filter_map(|disk| check_disk(&shelf, disk, &mut step));
+    let mut disks: Vec<_> = checked.inspect(|(disk, own)| found(disk, own)).map(|(disk, _)| disk).collect();
     disks.sort_by(|a, b| (&a.name, a.uuid).cmp(&(&b.name, b.uuid)));
     // What was found until then is told all the same.
     let overlays = overlays::check_store(storage, &mut step).unwrap_or_else(|error| {
@@ -132,12 +134,16 @@ fn unread(disk: DiskId) -> DiskCheck {
     }
 }
 
-/// None for a directory in which no log was ever used.
-fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bool) -> Option<DiskCheck> {
-    let mut report = unread(disk);
+/// With what its logs tell themselves of their damage. None for a directory in which no log was ever used.
+fn check_disk(
+    shelf: &Shelf,
+    disk: DiskId,
+    step: &mut dyn FnMut(ByteCount) -> bool,
+) -> Option<(DiskCheck, Vec<String>)> {
+    let (mut report, mut own) = (unread(disk), Vec::new());
     let numbers = match shelf.numbers(disk) {
         Ok(numbers) => numbers,
-        Err(error) => return Some(DiskCheck { error: Some(chain(&error)), ..report }),
+        Err(error) => return Some((DiskCheck { error: Some(chain(&error)), ..report }, own)),
     };
     let mut any = false;
     for number in numbers {
@@ -148,6 +154,7 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
         any = true;
         let mut checked = Checked::default();
         let ended = salvaged.and_then(|salvaged| {
+            own.extend_from_slice(&salvaged.damage);
             let attached = salvaged.snapshot.timeline().attached().map(|attached| attached.name.clone());
             let memo = shelf.memo(disk, number).map(|memo| memo.attached.name);
             report.name = attached.or(memo).or(report.name.take());
@@ -163,7 +170,24 @@ fn check_disk(shelf: &Shelf, disk: DiskId, step: &mut dyn FnMut(ByteCount) -> bo
         }
     }
     report.sound = report.damage.is_empty() && report.error.is_none();
-    any.then_some(report)
+    any.then_some((report, own))
+}
+
+/// Notes what is damaged of a disk, as a scrub does, and what is so no longer: whatever its logs do not tell themselves.
+fn note(findings: &Findings, disk: &DiskCheck, own: &[String]) {
+    let findings = findings.of_life(disk.uuid);
+    let noted = findings.known();
+    let found: Vec<_> = disk.damage.iter().filter(|why| !own.contains(why)).collect();
+    for why in &found {
+        let touched = disk.touched.iter().find(|touched| touched.place == damaged_place(why));
+        findings.note_anew(why, touched.cloned());
+    }
+    // Of places that were not all read, or have no name in the report, nobody knows.
+    if disk.error.is_none() && disk.more_damage == 0 {
+        let is_there = |noted: &String| found.iter().any(|why| damaged_place(why) == damaged_place(noted));
+        let gone: Vec<_> = noted.into_iter().filter(|noted| !is_there(noted)).collect();
+        findings.forget(&gone);
+    }
 }
 
 /// Adds what was found in one log.

@@ -29,14 +29,14 @@ use crate::{
     cut::Cut,
     disk::chain,
     disks::DISKS,
-    findings,
+    findings::{self, Findings},
     memo::{self, Memo},
     retention, scrub,
     store_file::{lock_store, read_store, write_store},
     watermark::{Noted, Watermark},
 };
 
-use super::{check_store, disks_of, reading, unread};
+use super::{check_store, disks_of, note, reading, unread};
 
 /// Where parts of logs are put that were cut off, by disk.
 pub(crate) const CUT_DIR: &str = "cut";
@@ -149,7 +149,11 @@ fn repair_store(
     }
     // What was read is in memory as it was before: the check reads anew.
     drop(shelf);
-    let report = check_store(path, storage, &mut |bytes| progress(ByteCount(before + bytes.0)));
+    let findings = Findings::open(Arc::clone(storage));
+    let report =
+        check_store(path, storage, &mut |bytes| progress(ByteCount(before + bytes.0)), &mut |disk, own| {
+            note(&findings, disk, own)
+        });
     // What was done is done, and is told whatever comes after it.
     let report = report.unwrap_or_else(|error| unchecked(path, &error));
     let mut disks = report.disks;

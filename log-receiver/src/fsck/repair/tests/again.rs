@@ -66,7 +66,32 @@ fn a_memo_that_the_device_cannot_read_is_not_sound() {
     let memo = Shelf::dir(IDENTITY.disk, 1).join(memo::FILE);
     storage.make_unreadable(&memo, ByteRange::new(ByteOffset(0), ByteCount(16)).unwrap());
     let shared: Arc<dyn Storage> = Arc::new(storage);
-    let report = check_store(Path::new("store"), &shared, &mut |_| {}).unwrap();
+    let report = check_store(Path::new("store"), &shared, &mut |_| {}, &mut |_, _| {}).unwrap();
     let told = report.disks[0].damage.iter().any(|why| why.contains("disk.json cannot be read"));
     assert!(!report.sound && told, "{report:?}");
+}
+
+#[test]
+fn what_a_repair_finds_damaged_still_is_remembered_and_what_is_whole_again_is_not() {
+    let storage = whole(true);
+    let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+    let noted = || Findings::open(Arc::clone(&shared)).of(IDENTITY.disk);
+    assert!(run(&storage, Repair::Everything).unwrap().sound);
+    assert!(noted().is_empty());
+    // A payload that nobody has any more.
+    let first = Shelf::dir(IDENTITY.disk, 1).join("segments").join(SegmentId(1).file_name());
+    let bytes = storage.files().into_iter().find(|(path, _)| *path == first).unwrap().1;
+    let place = bytes.windows(64).position(|bytes| bytes == [7; 64]).unwrap();
+    storage.flip_bit(&first, ByteOffset(place as u64), 3);
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(!report.sound && report.disks[0].touched.len() == 1, "{report:?}");
+    let found = noted();
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(
+        (&found[0].damage, found[0].touched.as_ref()),
+        (&report.disks[0].damage[0], report.disks[0].touched.first())
+    );
+    storage.flip_bit(&first, ByteOffset(place as u64), 3);
+    assert!(run(&storage, Repair::Everything).unwrap().sound);
+    assert!(noted().is_empty());
 }
