@@ -1,6 +1,9 @@
 //! What every command has: whom to ask, and where to write.
 
-use std::io::{self, IsTerminal, Write};
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use backtide_agent_api::AgentClient;
 use backtide_control::{Address, Tell};
@@ -20,13 +23,16 @@ pub(crate) struct Context {
     json: bool,
     agent: Option<Address>,
     places: Places,
+    /// Something was said of what was done, so that the command ends with warnings.
+    remarked: AtomicBool,
 }
 
 impl Context {
     /// Of one run of the command.
     pub(crate) fn new(arguments: &Arguments) -> Self {
         let places = Places::of_this_user();
-        Self { json: arguments.json, agent: arguments.agent.clone(), places }
+        let remarked = AtomicBool::new(false);
+        Self { json: arguments.json, agent: arguments.agent.clone(), places, remarked }
     }
 
     /// Whether scripts read the output.
@@ -123,6 +129,19 @@ impl Context {
         };
         // Nothing can be done when stderr is gone.
         let _ = writeln!(io::stderr(), "{line}");
+    }
+
+    /// Warns of what a point lacks that was asked for, if it lacks anything: then the command ends with warnings when it is done.
+    pub(crate) fn remark(&self, warning: Option<&str>) {
+        if let Some(warning) = warning {
+            self.warn(warning);
+            self.remarked.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether it has warned so.
+    pub(crate) fn has_remarked(&self) -> bool {
+        self.remarked.load(Ordering::Relaxed)
     }
 
     /// Whether a person watches stderr, so that progress can be drawn.

@@ -74,6 +74,7 @@ pub(crate) fn io_failure(what: impl std::fmt::Display, error: &io::Error) -> Fai
 /// Says what went wrong, if anything did, and gives the exit code.
 pub(crate) fn exit_code(result: Result<Ending, Failure>, context: &Context) -> ExitCode {
     match result {
+        Ok(Ending::Done) if context.has_remarked() => ExitCode::from(WARNINGS),
         Ok(Ending::Done) | Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
         Ok(Ending::Warnings) => ExitCode::from(WARNINGS),
         Ok(Ending::Found(code)) => code.into(),

@@ -457,6 +457,7 @@ impl Mounted {
             size: self.size,
             mounted: self.since,
             clients: u32::try_from(self.server.connections()).unwrap_or(u32::MAX),
+            warning: None,
             changed_since: self.changed_since.map(|since| ChangedSince {
                 lsn: since.lsn,
                 time: since.time,

@@ -3,7 +3,7 @@
 
 use backtide_receiver_api::{
     ApiError, AroundReport, Density, DensityPart, DiskOrigin, DiskRef, ErrorCode, FlushPoints, Hole,
-    Interval, MarkPoint, Point, PointsReport, UnavailablePoint,
+    Interval, MarkPoint, Point, PointsReport, ResolvedPoint, UnavailablePoint,
 };
 use backtide_recovery::{self as recovery, LogError, Nearest, PointError, Snapshot, TimedLsn, Timeline};
 use backtide_segment::AttachOrigin;
@@ -93,6 +93,24 @@ pub(crate) fn around(
         damage: None,
         touched: Vec::new(),
     })
+}
+
+/// What a person should know who gets the newest point as `latest`: none when nothing newer was lost.
+pub(crate) fn lost_end(asked: &str, timeline: &Timeline) -> Option<String> {
+    let open = timeline.holes().last().filter(|hole| hole.to.is_none())?;
+    let is_lost = asked.parse().is_ok_and(|point| matches!(point, recovery::Point::Latest))
+        && open.reason.code == Reason::Damaged.code();
+    let latest = timeline.latest().filter(|_| is_lost)?;
+    Some(format!(
+        "{asked} is the newest point that is left, {latest}: what was written later cannot be given, because {}",
+        open.reason.text
+    ))
+}
+
+/// A point as it was asked for.
+pub(crate) fn resolved(disk: &DiskRef, snapshot: &Snapshot, asked: String, at: TimedLsn) -> ResolvedPoint {
+    let warning = lost_end(&asked, snapshot.timeline());
+    ResolvedPoint { disk: disk.clone(), asked, lsn: at.lsn, time: at.time, warning }
 }
 
 /// The interval that holds a point.

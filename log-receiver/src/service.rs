@@ -146,7 +146,7 @@ impl ReceiverService for Service {
     async fn resolve(&self, disk: DiskName, request: ResolveRequest) -> Result<ResolvedPoint, ApiError> {
         let found = self.look_at(&disk).await?;
         let at = self.resolve_on(&found.disk, &found.snapshot, &request.point).await?;
-        Ok(resolved(&found.disk, request.point, at))
+        Ok(points::resolved(&found.disk, &found.snapshot, request.point, at))
     }
 
     async fn diff(&self, disk: DiskName, request: DiffRequest) -> Result<DiffReport, ApiError> {
@@ -154,6 +154,8 @@ impl ReceiverService for Service {
         let from = self.resolve_on(&disk, &snapshot, &request.from).await?;
         let to = self.resolve_on(&disk, &snapshot, &request.to).await?;
         let (after, through) = (from.lsn.min(to.lsn), from.lsn.max(to.lsn));
+        let from = points::resolved(&disk, &snapshot, request.from, from);
+        let to = points::resolved(&disk, &snapshot, request.to, to);
         let size = disk.size;
         let changes = self
             .read(move || {
@@ -163,8 +165,8 @@ impl ReceiverService for Service {
             .await?
             .map_err(|error| points::log_error(&error))?;
         Ok(DiffReport {
-            from: resolved(&disk, request.from, from),
-            to: resolved(&disk, request.to, to),
+            from,
+            to,
             granularity: changes.granularity,
             bytes: ByteCount(changes.spans.iter().map(|span| span.length.0).sum()),
             ranges: changes.spans,
@@ -176,12 +178,13 @@ impl ReceiverService for Service {
         let at = self.resolve_on(&disk, &snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let block = changes::block_at(request.offset, view.disk_size())?;
+        let at = points::resolved(&disk, &snapshot, request.at, at);
         let change = self
             .read(move || changes::last_change(&snapshot, &view, block))
             .await?
             .map_err(|error| points::log_error(&error))?;
         let block = ByteSpan { offset: block.start(), length: block.count() };
-        Ok(FoundChange { at: resolved(&disk, request.at, at), block, change })
+        Ok(FoundChange { at, block, change })
     }
 
     async fn retention(&self, disk: Option<DiskName>) -> Result<RetentionReport, ApiError> {
@@ -231,9 +234,9 @@ impl ReceiverService for Service {
             Some(since) => Some(self.changed_since(&snapshot, since, at).await?),
             None => None,
         };
-        let temporary = request.temporary;
+        let (temporary, warning) = (request.temporary, points::lost_end(&request.at, snapshot.timeline()));
         let plan = Plan { disk, at, view, findings, uri, temporary, overlay, changed };
-        let mount = self.serve(plan).await?;
+        let mount = Mount { warning, ..self.serve(plan).await? };
         if request.writable { self.unless_its_point_goes(&request.at, mount).await } else { Ok(mount) }
     }
 
@@ -431,10 +434,6 @@ impl Service {
     ) -> Result<T, ApiError> {
         self.readers.run(work).await.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))
     }
-}
-
-fn resolved(disk: &DiskRef, asked: String, at: TimedLsn) -> ResolvedPoint {
-    ResolvedPoint { disk: disk.clone(), asked, lsn: at.lsn, time: at.time }
 }
 
 fn nbd_uri(uri: Option<String>) -> Result<Option<NbdUri>, ApiError> {

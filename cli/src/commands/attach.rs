@@ -210,6 +210,7 @@ impl Attach {
         if let Some((disk, point)) = &self.from {
             let receiver = context.receiver(&ReceiverApi { receiver: self.receiver_api.clone() })?;
             let point = receiver.resolve(disk, point).await?;
+            context.remark(point.warning.as_deref());
             request.from = Some(FromPoint { disk: point.disk.uuid, lsn: point.lsn, force: self.force });
         }
         let attached =

@@ -60,6 +60,8 @@ impl Diff {
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let request = DiffRequest { from: self.from.clone(), to: self.to.clone() };
         let report = context.receiver(&self.api)?.diff(&self.name, &request).await?;
+        context.remark(report.from.warning.as_deref());
+        context.remark(report.to.warning.as_deref());
         context.tell(&summary(&report));
         if self.files {
             return self.files(context, report).await;

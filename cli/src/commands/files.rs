@@ -268,6 +268,7 @@ async fn mount(
     let request = MountRequest { name, at, nbd, temporary, writable, changed_since };
     let mount = receiver.mount(&request).await?;
     ids.push((receiver, mount.id.clone()));
+    context.remark(mount.warning.as_deref());
     let client = mounted::connect(&mount).await?;
     Ok((mount, PointReader::new(client, Handle::current())))
 }

@@ -102,6 +102,7 @@ impl Mount {
             }
         };
         context.print(&mount, || mount_text(&mount))?;
+        context.remark(mount.warning.as_deref());
         Ok(Ending::Done)
     }
 }

@@ -86,6 +86,7 @@ impl Here {
         };
         let mount = context.agent()?.mount(&request).await?;
         context.print(&mount, || agent_mount_text(&mount))?;
+        context.remark(at.warning.as_deref());
         Ok(Ending::Done)
     }
 }

@@ -114,6 +114,7 @@ pub(crate) async fn restore(
         mount = receiver.mount(request) => mount?,
         () = &mut stop => return Err(Failure::Interrupted),
     };
+    context.remark(mount.warning.as_deref());
     let restored = tokio::select! {
         restored = restore_mounted(context, &mount, &request.at, what) => restored,
         () = &mut stop => Err(Failure::Interrupted),

@@ -24,6 +24,9 @@ pub struct ResolvedPoint {
     pub lsn: Lsn,
     /// When that was captured.
     pub time: CaptureTime,
+    /// What was asked for and cannot be given: the newest point of a disk whose log has lost its end is an older one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// Serve a point of a disk over NBD.
@@ -103,6 +106,9 @@ pub struct Mount {
     /// The other point, when it was asked for what changed.
     #[serde(default)]
     pub changed_since: Option<ChangedSince>,
+    /// As in [`ResolvedPoint::warning`], in the answer to the request that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// What tells the changes between a mount's point and another one.

@@ -32,7 +32,7 @@ fn vm1() -> DiskRef {
 }
 
 fn point(asked: &str) -> ResolvedPoint {
-    ResolvedPoint { disk: vm1(), asked: asked.to_owned(), lsn: Lsn(4), time: CaptureTime(5) }
+    ResolvedPoint { disk: vm1(), asked: asked.to_owned(), lsn: Lsn(4), time: CaptureTime(5), warning: None }
 }
 
 fn mount() -> Mount {
@@ -47,6 +47,7 @@ fn mount() -> Mount {
         clients: 0,
         overlay: Some(MountOverlay { bytes: ByteCount(1), limit: ByteCount(2), file_bytes: ByteCount(3) }),
         changed_since: None,
+        warning: None,
     }
 }
 

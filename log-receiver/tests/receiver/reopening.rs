@@ -222,6 +222,17 @@ async fn what_the_device_could_not_read_at_the_start_is_there_when_it_can_be_rea
         let last = points.last.expect("what stands before it").lsn;
         assert!(last > Lsn(5) && last < Lsn(600), "{points:?}");
         assert!(points.damage.is_some_and(|why| why.contains("0000000000000002.seg")), "it is told");
+        let told =
+            |warning: Option<String>| warning.is_some_and(|why| why.contains("newest point that is left"));
+        let latest = api.resolve(&vm1(), "latest").await.unwrap();
+        assert!(
+            latest.lsn == last && told(latest.warning),
+            "what newer points there were is not given in silence"
+        );
+        assert_eq!(api.resolve(&vm1(), &format!("lsn:{last}")).await.unwrap().warning, None);
+        let mount = api.mount(&request("latest", None)).await.unwrap();
+        assert!(mount.lsn == last && told(mount.warning), "nor to who mounts it");
+        api.unmount(&mount.id, None).await.unwrap();
     }
     storage.memory.make_unreadable(second, ByteRange::default());
     let points = points_once(&api, |points| points.damage.is_none()).await;
@@ -230,6 +241,7 @@ async fn what_the_device_could_not_read_at_the_start_is_there_when_it_can_be_rea
     let disk = api.disks(Some(&vm1())).await.unwrap().disks.remove(0);
     assert!(disk.error.is_none() && disk.damage.is_empty(), "{disk:?}");
     let mount = api.mount(&request("latest", None)).await.unwrap();
+    assert_eq!(mount.warning, None);
     let mut content = vec![0; DISK_BYTES as usize];
     content[..4096].fill(600u64 as u8);
     assert_content(&place, &mount, &content).await;
