@@ -152,7 +152,9 @@ fn repair_store(
     let findings = Findings::open(Arc::clone(storage));
     let report =
         check_store(path, storage, &mut |bytes| progress(ByteCount(before + bytes.0)), &mut |disk, own| {
-            note(&findings, disk, own)
+            if what == Repair::Everything {
+                note(&findings, disk, own);
+            }
         });
     // What was done is done, and is told whatever comes after it.
     let report = report.unwrap_or_else(|error| unchecked(path, &error));

@@ -439,7 +439,7 @@ fn in_doubt(what: &str) -> String {
 }
 
 /// What the file says; none when there was never one.
-fn read(storage: &dyn Storage) -> Result<Option<(BTreeMap<DiskId, Policy>, Span)>, String> {
+fn read(storage: &dyn Storage) -> Result<Option<(Disks, Span)>, String> {
     let file = KIND.read::<PolicyFile>(storage, Path::new(FILE)).map_err(|error| error.to_string())?;
     let name = || storage.display(Path::new(FILE)).display().to_string();
     let Some(file) = file else {
