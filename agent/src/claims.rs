@@ -27,7 +27,7 @@ use tokio::sync::Notify;
 
 pub(crate) use self::{
     hold::{Beside, Hold, InUse, Standing},
-    identity::Identity,
+    identity::{Behind, Identity},
 };
 
 /// All claims of an agent.

@@ -19,7 +19,7 @@ use std::{
 use self::ending::{Patience, end_child, end_other};
 pub(crate) use self::{
     ending::NotEnded,
-    tool::{create, grow, is_blank},
+    tool::{create, files_behind, grow, is_blank},
 };
 use backtide_agent_api::{CacheMode, ImageFormat};
 use backtide_units::DiskName;

@@ -219,7 +219,8 @@ impl Registry {
         refuse_fenced(&request, known.as_ref())?;
         refuse_other_format(&request, known.as_ref()).await?;
         // From before anything of it is made: another disk may be about to begin in it.
-        self.take_image(&request.name, &request.image, Standing::New).await?;
+        let format = request.format.or_else(|| known.as_ref().and_then(|record| record.format));
+        self.take_image(&request.name, &request.image, format, Standing::New).await?;
         let name = request.name.clone();
         let attached = self.attach_claimed(&claim, request, known).await;
         if !self.disks.read().await.contains_key(&name) {
@@ -323,7 +324,7 @@ impl Registry {
     ) -> Result<DiskHandle, ApiError> {
         let name = record.name.clone();
         assert!(claim.is_of(&name), "whoever attaches {name} has claimed it");
-        self.take_image(&name, &record.image, standing).await?;
+        self.take_image(&name, &record.image, record.format, standing).await?;
         let started = self.start_on(record, patience_of(standing)).await;
         if started.is_err() {
             self.leave_image(&name).await;

@@ -274,15 +274,16 @@ fn lock_shared(file: &File) -> io::Result<bool> {
     }
 }
 
-/// The files that the image's loop devices lie on, and where they are.
+/// The files that the image names as parts of its content, and those that its loop devices lie on, and where they are.
 fn backings(host: &Host, identity: &Identity) -> Vec<(PathBuf, Thing)> {
     let blocks = identity.parts().iter().filter_map(|part| match part.of {
         Thing::Device(number) => host.block(number),
         Thing::File(..) => None,
     });
     let backings = blocks.filter_map(|block| host.backing(&block));
-    let files = backings.filter(|backing| matches!(backing.thing, Thing::File(..)));
-    files.map(|backing| (backing.path, backing.thing)).collect()
+    let backings = backings.map(|backing| (backing.path, backing.thing));
+    let all = identity.files_behind().iter().cloned().chain(backings);
+    all.filter(|(_, thing)| matches!(thing, Thing::File(..))).collect()
 }
 
 /// Others may have other parts of it, and nobody all of it. None where its path leads to another file.

@@ -109,7 +109,10 @@ impl Host {
     /// The thing as a whole, and everything it lies on.
     pub(super) fn parts_of(&self, thing: Thing) -> Vec<Part> {
         let mut parts = Vec::new();
-        self.add_parts(Part { of: thing, from: 0, to: OPEN_END, through: None }, &mut parts);
+        self.add_parts(
+            Part { of: thing, from: 0, to: OPEN_END, through: None, is_written: true },
+            &mut parts,
+        );
         parts
     }
 
@@ -134,7 +137,7 @@ impl Host {
             if let Some(slave) = self.block_of(&block.directory.join("slaves").join(slave)) {
                 let through = Some(slave.number);
                 let of = Thing::Device(slave.number);
-                self.add_parts(Part { of, from: 0, to: OPEN_END, through }, parts);
+                self.add_parts(Part { of, from: 0, to: OPEN_END, through, ..part }, parts);
             }
         }
     }

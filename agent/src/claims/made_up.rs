@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use super::{
     hold::{Hold, InUse, Standing},
     host::Host,
-    identity::{Identity, Thing},
+    identity::{Behind, Identity, Thing},
     looks::Looks,
 };
 
@@ -185,7 +185,13 @@ impl MadeUp {
 
     /// The image that a file is.
     pub(super) fn of_file(&self, path: &Path) -> Identity {
-        Identity::on(&self.host(), path.to_str().unwrap())
+        self.of_overlay(path, &[])
+    }
+
+    /// The image that a file is which names other files as parts of its content, and whether it writes to them.
+    pub(super) fn of_overlay(&self, path: &Path, behind: &[(&Path, bool)]) -> Identity {
+        let behind = behind.iter().map(|&(path, is_written)| Behind { path: path.to_owned(), is_written });
+        Identity::on(&self.host(), path.to_str().unwrap(), &behind.collect::<Vec<_>>())
     }
 
     /// Why an image cannot be kept; none when it can.

@@ -375,3 +375,26 @@ fn a_disk_keeps_the_image_it_had_and_tells_what_uses_it_until_that_is_over() {
     host.swap(image.to_str().unwrap());
     hold(Standing::Had).unwrap_err();
 }
+
+#[test]
+fn overlays_share_what_nobody_writes_and_nothing_else() {
+    let host = MadeUp::new();
+    let [base, data, first, second] = ["base", "data", "first", "second"].map(|name| host.image(name));
+    let overlay = host.of_overlay(&first, &[(&base, false)]);
+    let other = host.of_overlay(&second, &[(&base, false), (&data, true)]);
+    assert!(!overlap(&overlay, &other), "nobody writes their backing file");
+    assert!(overlap(&overlay, &host.of_file(&base)), "it is another disk's image");
+    assert!(overlap(&other, &host.of_file(&data)) && !overlap(&overlay, &host.of_file(&data)));
+    assert!(overlap(&host.of_overlay(&first, &[(&data, false)]), &other), "the other writes to it");
+    host.looped("loop0", "7:0", &base, 0, 0);
+    assert!(overlap(&overlay, &host.of_device("loop0", "7:0")));
+    // Other agents keep away from it too, and other overlays do not.
+    let held = Hold::on(&host.host(), &overlay, Standing::New).unwrap();
+    let another = Hold::on(&host.host(), &other, Standing::New).unwrap();
+    let file = File::open(&base).unwrap();
+    flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap_err();
+    drop((held, another));
+    flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+    let (sentence, _) = said(host.refusal(&overlay));
+    assert!(sentence.starts_with(&format!("{} is locked by ", first.display())), "{sentence}");
+}

@@ -12,6 +12,7 @@ use backtide_units::ByteCount;
 use tokio::process::Command;
 
 use super::Qcow2Error;
+use crate::claims::Behind;
 
 /// How long it may take: it reads and writes tables, and no data.
 const TOOL_MAX: Duration = Duration::from_secs(60);
@@ -32,6 +33,52 @@ pub(crate) async fn is_blank(image: &Path) -> Result<bool, Qcow2Error> {
     let stretches: Option<Vec<serde_json::Value>> = serde_json::from_slice(&map).ok();
     // What is not understood is somebody's.
     Ok(stretches.is_some_and(|all| all.iter().all(|stretch| stretch["data"] == false)))
+}
+
+/// The files that a qcow2 file names as parts of its content: its backing files and its data file. None of a file that
+/// `qemu-img` does not understand: whoever opens it as a disk is going to say why.
+///
+/// # Errors
+/// When that does not come to an end.
+pub(crate) async fn files_behind(image: &Path) -> Result<Vec<Behind>, Qcow2Error> {
+    // Nothing is locked for that: others may have it open.
+    let command = ["info", "--force-share", "--backing-chain", "--output=json", "-f", "qcow2"];
+    match qemu_img(&command, image, &[]).await {
+        Ok(chain) => Ok(behind(&chain)),
+        Err(stuck @ Qcow2Error::Stuck { .. }) => Err(stuck),
+        Err(_) => Ok(Vec::new()),
+    }
+}
+
+/// The files behind the first image of a chain, as `qemu-img info` prints it.
+fn behind(chain: &[u8]) -> Vec<Behind> {
+    let chain: Vec<serde_json::Value> = serde_json::from_slice(chain).unwrap_or_default();
+    let mut found = Vec::new();
+    for (depth, image) in chain.iter().enumerate() {
+        let data = &image["format-specific"]["data"]["data-file"];
+        add_file(data, depth == 0, &mut found);
+        if depth > 0 {
+            add_files(image, &mut found);
+        }
+    }
+    found
+}
+
+/// An image that is only read, and the files that it consists of.
+fn add_files(image: &serde_json::Value, found: &mut Vec<Behind>) {
+    add_file(&image["filename"], false, found);
+    for child in image["children"].as_array().into_iter().flatten() {
+        add_files(&child["info"], found);
+    }
+}
+
+fn add_file(name: &serde_json::Value, is_written: bool, found: &mut Vec<Behind>) {
+    let Some(name) = name.as_str() else { return };
+    // Of URIs and the like there is no file.
+    let path = Path::new(name.strip_prefix("file:").unwrap_or(name)).to_owned();
+    if found.iter().all(|other| other.path != path) {
+        found.push(Behind { path, is_written });
+    }
 }
 
 /// What `qemu-img` prints of a file.
@@ -63,6 +110,32 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn the_files_behind_an_image_are_its_backing_files_and_its_data_file() {
+        let chain = br#"[
+            {"filename": "/d/top.qcow2", "format": "qcow2", "backing-filename": "middle.qcow2",
+             "children": [{"name": "file", "info": {"filename": "/d/top.qcow2", "children": []}}],
+             "format-specific": {"type": "qcow2", "data": {"compat": "1.1", "data-file": "/d/top.raw"}}},
+            {"filename": "/d/middle.qcow2", "format": "qcow2",
+             "children": [{"name": "file", "info": {"filename": "/d/middle.qcow2", "children": []}}],
+             "format-specific": {"type": "qcow2", "data": {"compat": "1.1", "data-file": "/d/middle.raw"}}},
+            {"filename": "json:{\"driver\": \"raw\"}", "format": "raw",
+             "children": [{"name": "file", "info": {"filename": "file:/d/base.img", "children": []}}]}
+        ]"#;
+        let found = behind(chain);
+        let of = |is_written: bool| {
+            let some = found.iter().filter(move |behind| behind.is_written == is_written);
+            some.map(|behind| behind.path.to_str().unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(of(true), ["/d/top.raw"]);
+        let read = of(false);
+        assert!(!read.contains(&"/d/top.qcow2"), "{read:?}");
+        for path in ["/d/middle.qcow2", "/d/middle.raw", "/d/base.img"] {
+            assert!(read.contains(&path), "{path}: {read:?}");
+        }
+        assert_eq!(behind(b"no JSON"), []);
+    }
 
     #[tokio::test]
     async fn a_tool_that_stands_still_is_given_up_and_killed() {

@@ -1,13 +1,17 @@
 //! The images of this agent's disks: each for one disk only, and kept from whatever else the host would do with it.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
+use backtide_agent_api::ImageFormat;
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::DiskName;
 use tokio::time::Instant;
 
 use super::{PREDECESSOR_POLL, Registry, patience_of, waiting};
-use crate::claims::{Hold, Identity, InUse, Shared, Standing, TakenImage};
+use crate::{
+    claims::{Hold, Identity, InUse, Shared, Standing, TakenImage},
+    qcow2::{files_behind, format_of},
+};
 
 /// How long a device may take to be let go of: the last who closes one waits for what the page cache has of it.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -19,11 +23,18 @@ impl Registry {
         &self,
         name: &DiskName,
         image: &str,
+        format: Option<ImageFormat>,
         standing: Standing,
     ) -> Result<(), ApiError> {
         let until = Instant::now() + patience_of(standing);
         let looked_at = image.to_owned();
-        let identity = waiting(move || Identity::of(&looked_at)).await?;
+        let behind = match waiting(move || format_of(&looked_at, format)).await? {
+            Some(ImageFormat::Qcow2) => files_behind(Path::new(image)).await,
+            Some(ImageFormat::Raw) | None => Ok(Vec::new()),
+        };
+        let behind = behind.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
+        let looked_at = image.to_owned();
+        let identity = waiting(move || Identity::with(&looked_at, &behind)).await?;
         match self.claims.take_image(name, identity.clone()).map_err(|shared| shares(image, shared))? {
             TakenImage::Kept => return Ok(()),
             TakenImage::ToHold { before } => close(name, before.map(|hold| *hold)).await,

@@ -58,7 +58,7 @@ impl Registry {
         refuse_implausible(&record.name, Some(&request.adopt))?;
         refuse_own(&record, request.adopt)?;
         // Until it is known to be the disk's again, and from then on by the disk itself.
-        self.take_image(name, &record.image, Standing::New).await?;
+        self.take_image(name, &record.image, record.format, Standing::New).await?;
         let back = self.come_back(&claim, record, request).await;
         if !self.disks.read().await.contains_key(name) {
             self.leave_image(name).await;

@@ -291,3 +291,37 @@ fn what_is_mounted_beside_a_disk_takes_it_from_nobody_at_a_restart() {
     assert_eq!(refused.sentence(), expected);
     assert!(goes_on, "it is served as before");
 }
+
+#[test]
+fn what_an_overlay_reads_is_no_other_disk() {
+    let bench = Bench::new();
+    let base = bench.image("base.img", SIZE).display().to_string();
+    let [first, second, data, with_data] =
+        ["a.qcow2", "b.qcow2", "data.raw", "c.qcow2"].map(|name| bench.name(name));
+    for overlay in [&first, &second] {
+        tools::run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "raw", overlay]);
+    }
+    let (option, size) = (format!("data_file={data}"), SIZE.to_string());
+    tools::run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &option, &with_data, &size]);
+    let (_receiver, _agent) = daemons(&bench);
+    attaches(&bench, "base", &base);
+    is_refused(&bench, &first, "base", &base);
+    bench.json(&["detach", "base"]);
+    for (name, image) in [("first", &first), ("second", &second), ("data", &with_data)] {
+        attaches(&bench, name, image);
+    }
+    let (sentence, _) = refusal(&attach(&bench, "base", &base));
+    assert!(sentence.contains("it has bytes of"), "{sentence}");
+    is_refused(&bench, &data, "data", &with_data);
+    let (other, _other_agent) = OtherHost::start(&bench);
+    let (sentence, _) =
+        refusal(&other.run(&["attach", "there", &base, "--receiver", &bench.socket("stream.sock")]));
+    assert!(sentence.starts_with(&format!("{base} is locked by ")), "{sentence}");
+    bench.json(&["agent", "restart"]);
+    for name in ["first", "second", "data"] {
+        bench.disk(name).until("in sync", |status| status["mode"] == "sync");
+        bench.json(&["detach", name]);
+    }
+    attaches(&bench, "base", &base);
+    bench.json(&["detach", "base"]);
+}
