@@ -75,6 +75,10 @@ pub struct DiskStatus {
     /// What keeps the disk behind from being used at this moment, if anything is known to.
     #[serde(default)]
     pub local_error: Option<String>,
+    /// Why what the agent is to remember of the disk is not saved; it is tried again. Told as `local_error` too, where
+    /// that is nothing else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unsaved: Option<String>,
     /// The disk's size.
     pub size: ByteCount,
     /// How often it was attached.

@@ -50,6 +50,7 @@ fn vm1() -> DiskStatus {
         nbd_uri: "nbd+unix:///vm1?socket=/run/backtide/vm1.nbd".to_owned(),
         image: "/images/vm1.img".to_owned(),
         local_error: None,
+        unsaved: None,
         size: ByteCount(1 << 30),
         epoch: Epoch(1),
         history: None,

@@ -216,7 +216,7 @@ async fn a_record_that_cannot_be_saved_is_told() {
     let disk = Started::image(directory.path()).await;
     std::fs::rename(&records, &away).unwrap();
     let status = disk.handle.ask(Command::Pause).await.unwrap();
-    let told = status.local_error.expect("nothing can be saved");
+    let told = status.unsaved.expect("nothing can be saved");
     assert!(
         told.starts_with(&format!("cannot save the disk's record in {}/: ", records.display())),
         "{told}"

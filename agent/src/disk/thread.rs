@@ -358,9 +358,11 @@ impl Disk {
         status.local_error =
             status.local_error.or_else(|| self.life.displaced.as_ref().map(Displaced::to_string));
         status.local_error = status.local_error.or_else(|| self.unsaved.clone());
+        status.unsaved.clone_from(&self.unsaved);
+        // Who it is goes before what came of it.
+        status.local_error = status.local_error.or_else(|| self.beside.told());
         status.local_error = status.local_error.or_else(|| self.past_agent.trouble());
         status.resync_due |= self.past_agent.is_compare_due();
-        status.local_error = status.local_error.or_else(|| self.beside.told());
         status
     }
 

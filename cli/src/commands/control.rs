@@ -77,7 +77,7 @@ impl Pause {
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let disk = context.agent()?.pause(&self.name).await?;
         print(context, &disk)?;
-        Ok(with_trouble(context, &disk))
+        Ok(unless_saved(context, &disk))
     }
 }
 
@@ -86,14 +86,14 @@ impl Resume {
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let disk = context.agent()?.resume(&self.name).await?;
         print(context, &disk)?;
-        Ok(with_trouble(context, &disk))
+        Ok(unless_saved(context, &disk))
     }
 }
 
 /// What was asked for holds; a record that cannot be saved forgets it with the agent's end.
-pub(super) fn with_trouble(context: &Context, disk: &DiskStatus) -> Ending {
-    let Some(trouble) = &disk.local_error else { return Ending::Done };
-    context.warn(&format!("the local disk of {}: {trouble}", disk.name.as_str()));
+pub(super) fn unless_saved(context: &Context, disk: &DiskStatus) -> Ending {
+    let Some(trouble) = &disk.unsaved else { return Ending::Done };
+    context.warn(&format!("disk {}: {trouble}; it is tried again", disk.name.as_str()));
     Ending::Warnings
 }
 

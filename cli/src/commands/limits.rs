@@ -5,7 +5,7 @@ use backtide_units::{ByteCount, DiskName};
 use clap::Args;
 
 use crate::{
-    commands::control::with_trouble,
+    commands::control::unless_saved,
     context::Context,
     ending::{Ending, Failure},
     output::status::limits_text,
@@ -39,6 +39,6 @@ impl LimitsOf {
             false => agent.set_limits(&self.name, change).await?,
         };
         context.print(&disk, || limits_text(&disk.limits))?;
-        Ok(with_trouble(context, &disk))
+        Ok(unless_saved(context, &disk))
     }
 }

@@ -23,6 +23,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         nbd_uri: "nbd+unix:///vm1?socket=/run/backtide/vm1.nbd".to_owned(),
         image: "/images/vm1.img".to_owned(),
         local_error: None,
+        unsaved: None,
         size: ByteCount(1 << 30),
         epoch: Epoch(3),
         history: None,

@@ -232,7 +232,10 @@ fn points_of_a_damaged_log_name_the_place_and_end_with_8() {
     let damage = points["damage"].as_str().unwrap();
     assert!(damage.contains("0000000000000001.seg is damaged at byte 0"), "{damage}");
     assert_eq!(points["last"]["lsn"], last, "{points}");
-    tools::assert_same_images(&bench.path("vm1.img"), &disk.restore("latest"));
+    // Of a log that goes on nowhere nobody knows what came after that.
+    let output = bench.name("latest.img");
+    bench.json_ending(3, &["restore", "vm1", "--at", "latest", "--output", &output]);
+    tools::assert_same_images(&bench.path("vm1.img"), output.as_ref());
 }
 
 #[test]
