@@ -207,7 +207,12 @@ mod tests {
             gone.set(0);
             true
         });
-        let refused = tokio::select!(_ = another => unreachable!(), refused = door.admit(opened(), || false) => refused);
+        // In this order: the other door waits already when this one finds nobody.
+        let refused = tokio::select! {
+            biased;
+            _ = another => unreachable!(),
+            refused = door.admit(opened(), || false) => refused,
+        };
         assert!(refused.is_none() && gone.get() == 0, "another door was asked");
         drop(more);
         clients.borrow_mut().clear();
