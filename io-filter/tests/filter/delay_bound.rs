@@ -3,16 +3,14 @@
 use std::time::Duration;
 
 use backtide_io_filter::{
-    AckPolicy, Change, Effect, Filter, IoId, LocalData, LocalOp, Mode, Now, OnOutage, RequestId, Resume,
-    Settings,
+    Change, Effect, Filter, IoId, LocalData, LocalOp, Mode, Now, RequestId, Resume, Settings,
 };
-use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
-use backtide_tracking::{ActivityLimits, DirtyBitmap};
-use backtide_units::{
-    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn,
-};
+use backtide_protocol::{Message, ReceiverState};
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, LogPosition, Lsn};
 use bytes::Bytes;
-use uuid::Uuid;
+
+use crate::common::welcome;
 
 const BOUND: Duration = Duration::from_millis(10);
 
@@ -32,21 +30,11 @@ struct Disk {
 
 fn settings(window: u64, buffer: u64) -> Settings {
     Settings {
-        disk: DiskId(Uuid::from_u128(1)),
-        name: "vm1".parse().unwrap(),
         size: ByteCount(BLOCKS * 4096),
-        epoch: Epoch(1),
-        attach: Uuid::from_u128(1),
-        ack: AckPolicy::Local,
-        on_outage: OnOutage::Continue,
         window_bytes: ByteCount(window),
         resync_buffer_bytes: ByteCount(buffer),
         guest_delay_max: BOUND,
-        outage_after: Duration::from_secs(5),
-        bitmap_bytes: ByteCount(1 << 20),
-        read_retry: Duration::from_secs(1),
-        unchanged_every: Duration::MAX,
-        activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
+        ..crate::common::settings()
     }
 }
 
@@ -55,20 +43,7 @@ impl Disk {
     fn in_a_pass(settings: Settings, allocated: &DirtyBitmap) -> Self {
         let start = Now { monotonic: Duration::ZERO, wall: CaptureTime(1_000_000) };
         let mut filter = Filter::new(settings, Resume::New, start);
-        filter.connected(
-            start,
-            &Welcome {
-                version: PROTOCOL_VERSION,
-                history: HistoryId(Uuid::from_u128(5)),
-                state: ReceiverState::New,
-                durable: Lsn::ZERO,
-                highest: Lsn::ZERO,
-                position: LogPosition::default(),
-                in_pass: false,
-                last_time: None,
-                last_attach: None,
-            },
-        );
+        filter.connected(start, &welcome(ReceiverState::New, Lsn::ZERO));
         let scan = std::iter::from_fn(|| filter.next_effect());
         let scan = scan.filter_map(|effect| if let Effect::Scan(io) = effect { Some(io) } else { None });
         let scan = scan.last().expect("a scan was asked for");

@@ -1,18 +1,12 @@
 //! A receiver whose numbers fit and whose log another attach has written is not one that goes on.
 
-use std::time::Duration;
-
-use backtide_io_filter::{AckPolicy, Effect, Filter, Mode, Now, OnOutage, Resume, Settings};
-use backtide_protocol::{PROTOCOL_VERSION, ReceiverState, Welcome};
-use backtide_tracking::{ActivityLimits, SavedTracking};
-use backtide_units::{ByteCount, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn};
+use backtide_io_filter::{Effect, Filter, Mode, Resume, Settings};
+use backtide_protocol::{ReceiverState, Welcome};
+use backtide_tracking::SavedTracking;
+use backtide_units::{Epoch, LogPosition, Lsn};
 use uuid::Uuid;
 
-const DISK: DiskId = DiskId(Uuid::from_u128(1));
-
-fn at(millis: u64) -> Now {
-    Now { monotonic: Duration::from_millis(millis), wall: CaptureTime(1_000_000 + millis * 1000) }
-}
+use crate::common::{self, DISK, HISTORY, at, settings};
 
 fn id(number: u128) -> Uuid {
     Uuid::from_u128(number)
@@ -20,25 +14,9 @@ fn id(number: u128) -> Uuid {
 
 /// An agent that was in sync up to LSN 7 and attaches again, as attach 3.
 fn resumed() -> Filter {
-    let settings = Settings {
-        disk: DISK,
-        name: "vm1".parse().unwrap(),
-        size: ByteCount(64 * 4096),
-        epoch: Epoch(3),
-        attach: id(3),
-        ack: AckPolicy::Local,
-        on_outage: OnOutage::Continue,
-        window_bytes: ByteCount(1 << 20),
-        resync_buffer_bytes: ByteCount(4096),
-        guest_delay_max: Duration::from_millis(10),
-        outage_after: Duration::from_secs(5),
-        bitmap_bytes: ByteCount(1 << 20),
-        read_retry: Duration::from_secs(1),
-        unchanged_every: Duration::MAX,
-        activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
-    };
+    let settings = Settings { epoch: Epoch(3), attach: id(3), ..settings() };
     let saved = SavedTracking {
-        history: Some(HistoryId(id(5))),
+        history: Some(HISTORY),
         last_lsn: Lsn(7),
         gap_from: Lsn(7),
         acked_durable: Lsn(7),
@@ -50,17 +28,7 @@ fn resumed() -> Filter {
 
 /// A receiver that stands where the agent left it.
 fn welcome(last_attach: Option<Uuid>) -> Welcome {
-    Welcome {
-        version: PROTOCOL_VERSION,
-        history: HistoryId(id(5)),
-        state: ReceiverState::Known,
-        durable: Lsn(7),
-        highest: Lsn(7),
-        position: LogPosition(9),
-        in_pass: false,
-        last_time: None,
-        last_attach,
-    }
+    Welcome { position: LogPosition(9), last_attach, ..common::welcome(ReceiverState::Known, Lsn(7)) }
 }
 
 /// What is alarmed of, and whether everything is compared.

@@ -3,59 +3,33 @@
 use std::time::Duration;
 
 use backtide_io_filter::{
-    AckPolicy, Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
-    Settings,
+    Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume, Settings,
 };
-use backtide_protocol::{Message, PROTOCOL_VERSION, Reading, ReceiverState, Welcome};
-use backtide_tracking::{ActivityLimits, DirtyBitmap};
-use backtide_units::{
-    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn,
-};
+use backtide_protocol::{Message, Reading, ReceiverState};
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
 use bytes::Bytes;
-use uuid::Uuid;
+
+use crate::common::{at, welcome};
 
 /// Not a whole number of blocks.
 const SIZE: u64 = 64 * 4096 + 512;
 
 fn now() -> Now {
-    Now { monotonic: Duration::ZERO, wall: CaptureTime(1_000_000) }
-}
-
-fn welcome() -> Welcome {
-    Welcome {
-        position: LogPosition::default(),
-        version: PROTOCOL_VERSION,
-        history: HistoryId(Uuid::from_u128(5)),
-        state: ReceiverState::New,
-        durable: Lsn::ZERO,
-        highest: Lsn::ZERO,
-        in_pass: false,
-        last_time: None,
-        last_attach: None,
-    }
+    at(0)
 }
 
 /// A disk that is connected, and in its first pass.
 fn connected() -> Filter {
     let settings = Settings {
-        disk: DiskId(Uuid::from_u128(1)),
-        name: "vm1".parse().unwrap(),
         size: ByteCount(SIZE),
-        epoch: Epoch(1),
-        attach: Uuid::from_u128(1),
-        ack: AckPolicy::Local,
         on_outage: OnOutage::Block,
-        window_bytes: ByteCount(1 << 20),
-        resync_buffer_bytes: ByteCount(4096),
         guest_delay_max: Duration::ZERO,
-        outage_after: Duration::from_secs(5),
-        bitmap_bytes: ByteCount(1 << 20),
-        read_retry: Duration::from_secs(1),
         unchanged_every: Duration::from_secs(30),
-        activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
+        ..crate::common::settings()
     };
     let mut filter = Filter::new(settings, Resume::New, now());
-    filter.connected(now(), &welcome());
+    filter.connected(now(), &welcome(ReceiverState::New, Lsn::ZERO));
     let scan = effects(&mut filter).into_iter().find_map(|effect| match effect {
         Effect::Scan(io) => Some(io),
         _ => None,
@@ -160,7 +134,7 @@ fn an_answer_is_for_the_stream_that_asked_and_a_write_does_not_wait_for_it() {
     filter.local_done(now(), write.expect("it is written beside the read"), Ok(LocalData::Changed));
     assert!(filter.is_quiet(), "nothing that a guest or a detach waits for");
     filter.disconnected(now());
-    filter.connected(now(), &welcome());
+    filter.connected(now(), &welcome(ReceiverState::New, Lsn::ZERO));
     filter.local_done(now(), read[1].0, Ok(LocalData::Read(content(read[1].1))));
     let answers = sent(&mut filter);
     assert!(!answers.iter().any(|message| matches!(message, Message::Reading(_))), "{answers:?}");
@@ -176,7 +150,7 @@ fn reads_for_streams_that_are_gone_count_until_they_end_and_nothing_waits_for_th
     assert_eq!(left.len(), 3);
     for id in 4..20 {
         filter.disconnected(now());
-        filter.connected(now(), &welcome());
+        filter.connected(now(), &welcome(ReceiverState::New, Lsn::ZERO));
         sent(&mut filter);
         ask(&mut filter, id, range(0, 4096));
         left.extend(reads(&mut filter));

@@ -3,24 +3,22 @@
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use backtide_io_filter::{
-    AckPolicy, Change, Effect, Filter, LocalData, LocalOp, Mode, Now, OnOutage, RequestId, Resume, Settings,
-    SpillDone, SpillOp,
+    Change, Effect, Filter, LocalData, LocalOp, Mode, Now, RequestId, Resume, Settings, SpillDone, SpillOp,
 };
 use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
 use backtide_spill::{RingLimits, SpillFiles};
 use backtide_storage::{MemoryStorage, Storage};
-use backtide_tracking::{ActivityLimits, DirtyBitmap, SavedTracking};
+use backtide_tracking::{DirtyBitmap, SavedTracking};
 use backtide_units::{
-    BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn,
-    Reason,
+    BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, LogPosition, Lsn, Reason,
 };
 use bytes::Bytes;
 use uuid::Uuid;
 
+use crate::common::{DISK, HISTORY, settings, welcome};
+
 const SIZE: ByteCount = ByteCount(256 * 4096);
 const WINDOW: ByteCount = ByteCount(64 * 1024);
-const DISK: DiskId = DiskId(Uuid::from_u128(1));
-const HISTORY: HistoryId = HistoryId(Uuid::from_u128(5));
 
 struct World {
     filter: Filter,
@@ -57,21 +55,12 @@ impl World {
 
     fn attached(storage: MemoryStorage, spill: u64, epoch: Epoch, resume: Resume) -> Self {
         let settings = Settings {
-            disk: DISK,
-            name: "vm1".parse().unwrap(),
             size: SIZE,
             epoch,
             attach: Uuid::from_u128(epoch.0.into()),
-            ack: AckPolicy::Local,
-            on_outage: OnOutage::Continue,
             window_bytes: WINDOW,
             resync_buffer_bytes: ByteCount(1 << 20),
-            guest_delay_max: Duration::from_millis(10),
-            outage_after: Duration::from_secs(5),
-            bitmap_bytes: ByteCount(1 << 20),
-            read_retry: Duration::from_secs(1),
-            unchanged_every: Duration::MAX,
-            activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
+            ..settings()
         };
         let now = Now { monotonic: Duration::ZERO, wall: CaptureTime(1_000_000) };
         let mut world = Self {
@@ -165,17 +154,7 @@ impl World {
     fn connect(&mut self, durable: u64, state: ReceiverState) {
         let (history, durable) = (HISTORY, Lsn(durable));
         let version = PROTOCOL_VERSION;
-        let welcome = Welcome {
-            version,
-            history,
-            state,
-            durable,
-            highest: durable,
-            position: LogPosition::default(),
-            last_time: None,
-            last_attach: None,
-            in_pass: false,
-        };
+        let welcome = Welcome { version, history, ..welcome(state, durable) };
         let now = self.now();
         self.filter.connected(now, &welcome);
         self.carry_out();

@@ -5,13 +5,12 @@ use std::time::Duration;
 use backtide_io_filter::{
     AckPolicy, Change, Effect, Filter, IoId, LocalData, Mode, Now, OnOutage, RequestId, Resume, Settings,
 };
-use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
-use backtide_tracking::{ActivityLimits, DirtyBitmap};
-use backtide_units::{
-    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn,
-};
+use backtide_protocol::{Message, ReceiverState};
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, LogPosition, Lsn};
 use bytes::Bytes;
-use uuid::Uuid;
+
+use crate::common::{at, welcome};
 
 const WINDOW: u64 = 1 << 20;
 
@@ -25,41 +24,18 @@ struct Disk {
 }
 
 fn now() -> Now {
-    Now { monotonic: Duration::ZERO, wall: CaptureTime(1_000_000) }
-}
-
-fn welcome(state: ReceiverState, durable: Lsn) -> Welcome {
-    Welcome {
-        position: LogPosition::default(),
-        version: PROTOCOL_VERSION,
-        history: HistoryId(Uuid::from_u128(5)),
-        state,
-        durable,
-        highest: durable,
-        in_pass: false,
-        last_time: None,
-        last_attach: None,
-    }
+    at(0)
 }
 
 impl Disk {
     fn in_sync(ack: AckPolicy) -> Self {
         let settings = Settings {
-            disk: DiskId(Uuid::from_u128(1)),
-            name: "vm1".parse().unwrap(),
-            size: ByteCount(64 * 4096),
-            epoch: Epoch(1),
-            attach: Uuid::from_u128(1),
             ack,
             on_outage: OnOutage::Block,
             window_bytes: ByteCount(WINDOW),
-            resync_buffer_bytes: ByteCount(4096),
             guest_delay_max: Duration::ZERO,
-            outage_after: Duration::from_secs(5),
-            bitmap_bytes: ByteCount(1 << 20),
-            read_retry: Duration::from_secs(1),
             unchanged_every: UNCHANGED_EVERY,
-            activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
+            ..crate::common::settings()
         };
         let mut filter = Filter::new(settings, Resume::New, now());
         filter.connected(now(), &welcome(ReceiverState::New, Lsn::ZERO));

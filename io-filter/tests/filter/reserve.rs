@@ -3,23 +3,20 @@
 use std::time::Duration;
 
 use backtide_io_filter::{
-    AckPolicy, Change, Effect, Filter, LocalData, LocalOp, Mode, Now, OnOutage, RequestId, Resume, Settings,
+    Change, Effect, Filter, LocalData, LocalOp, Mode, Now, RequestId, Resume, Settings,
 };
-use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
-use backtide_tracking::{ActivityLimits, DirtyBitmap, SavedTracking};
-use backtide_units::{
-    BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn,
-    Reason,
-};
+use backtide_protocol::{Message, ReceiverState, Welcome};
+use backtide_tracking::{DirtyBitmap, SavedTracking};
+use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, Epoch, LogPosition, Lsn, Reason};
 use bytes::Bytes;
 use uuid::Uuid;
 
+use crate::common::{DISK, HISTORY, at, settings, welcome};
+
 const SIZE: ByteCount = ByteCount(64 * 4096);
-const DISK: DiskId = DiskId(Uuid::from_u128(1));
-const HISTORY: HistoryId = HistoryId(Uuid::from_u128(5));
 
 fn now() -> Now {
-    Now { monotonic: Duration::ZERO, wall: CaptureTime(1_000_000) }
+    at(0)
 }
 
 struct World {
@@ -35,21 +32,12 @@ impl World {
     /// A disk at LSN 100, of which LSNs up to `reserved` may leave.
     fn new(resume: Resume, reserved: u64) -> Self {
         let settings = Settings {
-            disk: DISK,
-            name: "vm1".parse().unwrap(),
             size: SIZE,
             epoch: Epoch(2),
             attach: Uuid::from_u128(2),
-            ack: AckPolicy::Local,
-            on_outage: OnOutage::Continue,
-            window_bytes: ByteCount(1 << 20),
             resync_buffer_bytes: ByteCount(1 << 20),
             guest_delay_max: Duration::ZERO,
-            outage_after: Duration::from_secs(5),
-            bitmap_bytes: ByteCount(1 << 20),
-            read_retry: Duration::from_secs(1),
-            unchanged_every: Duration::MAX,
-            activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
+            ..settings()
         };
         let filter = Filter::new(settings, resume, now());
         let (durable, position) = (Lsn(100), LogPosition::default());
@@ -65,15 +53,9 @@ impl World {
 
     fn connect(&mut self, highest: u64) {
         let welcome = Welcome {
-            version: PROTOCOL_VERSION,
-            history: HISTORY,
-            state: ReceiverState::Known,
-            durable: self.durable,
             highest: Lsn(highest),
             position: self.position,
-            last_time: None,
-            last_attach: None,
-            in_pass: false,
+            ..welcome(ReceiverState::Known, self.durable)
         };
         self.filter.connected(now(), &welcome);
         self.carry_out();

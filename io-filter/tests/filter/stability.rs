@@ -1,59 +1,30 @@
 //! What the local disk may lose, and what is known of it, outlives a failed flush and a clean stop.
 
-use std::time::Duration;
-
 use backtide_io_filter::{
-    AckPolicy, Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
-    Settings, TrackingOp,
+    Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Now, RequestId, Resume, Settings, TrackingOp,
 };
-use backtide_protocol::{CompareResult, Message, PROTOCOL_VERSION, ReceiverState, Welcome};
+use backtide_protocol::{CompareResult, Message, ReceiverState};
 use backtide_tracking::{ActivityLimits, DirtyBitmap};
-use backtide_units::{
-    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn, Reason,
-};
+use backtide_units::{ByteCount, ByteOffset, Epoch, LogPosition, Lsn, Reason};
 use bytes::Bytes;
-use uuid::Uuid;
 
-fn at(millis: u64) -> Now {
-    Now { monotonic: Duration::from_millis(millis), wall: CaptureTime(1_000_000 + millis * 1000) }
-}
+use crate::common::{HISTORY, at, welcome, write};
 
 fn settings(activity: ActivityLimits) -> Settings {
-    Settings {
-        disk: DiskId(Uuid::from_u128(1)),
-        name: "vm1".parse().unwrap(),
-        size: ByteCount(64 * 4096),
-        epoch: Epoch(2),
-        attach: Uuid::from_u128(1),
-        ack: AckPolicy::Local,
-        on_outage: OnOutage::Continue,
-        window_bytes: ByteCount(1 << 20),
-        resync_buffer_bytes: ByteCount(4096),
-        guest_delay_max: Duration::from_millis(10),
-        outage_after: Duration::from_secs(5),
-        bitmap_bytes: ByteCount(1 << 20),
-        read_retry: Duration::from_secs(1),
-        unchanged_every: Duration::MAX,
-        activity,
-    }
+    Settings { epoch: Epoch(2), activity, ..crate::common::settings() }
 }
 
 /// A disk whose agent died with these blocks in doubt; no receiver is there.
 fn crashed(candidates: &DirtyBitmap) -> Filter {
     let resume = Resume::Crashed {
         reason: Reason::AgentCrashed,
-        history: Some(HistoryId(Uuid::from_u128(5))),
+        history: Some(HISTORY),
         last_lsn: Lsn(100),
         acked_durable: Lsn(40),
         acked_position: LogPosition::default(),
         candidates: candidates.clone(),
     };
     Filter::new(settings(ActivityLimits::default()), resume, at(0))
-}
-
-fn write(block: u64) -> Change {
-    let range = ByteRange::new(ByteOffset(block * 4096), ByteCount(4096)).unwrap();
-    Change::Write { range, data: Bytes::from(vec![7; 4096]), fua: false }
 }
 
 type Asked = Vec<(IoId, LocalOp)>;
@@ -152,20 +123,6 @@ fn a_clean_stop_before_the_crash_was_made_good_keeps_what_is_in_doubt() {
     assert!(saved.compare, "they may differ, and need not");
 }
 
-fn welcome(state: ReceiverState, durable: Lsn) -> Welcome {
-    Welcome {
-        version: PROTOCOL_VERSION,
-        history: HistoryId(Uuid::from_u128(5)),
-        state,
-        durable,
-        highest: durable,
-        position: LogPosition::default(),
-        in_pass: false,
-        last_time: None,
-        last_attach: None,
-    }
-}
-
 /// What it asked the driver for last.
 fn asked(filter: &mut Filter) -> IoId {
     let effects = std::iter::from_fn(|| filter.next_effect());
@@ -252,7 +209,7 @@ fn an_answer_that_is_none_settles_nothing() {
             Settings { resync_buffer_bytes: ByteCount(1 << 20), ..settings(ActivityLimits::default()) };
         let resume = Resume::Crashed {
             reason: Reason::AgentCrashed,
-            history: Some(HistoryId(Uuid::from_u128(5))),
+            history: Some(HISTORY),
             last_lsn: Lsn(100),
             acked_durable: Lsn(40),
             acked_position: LogPosition::default(),

@@ -1,71 +1,34 @@
 //! Stories in which the simulation found a promise broken; each is short enough to be read.
 
-use std::time::Duration;
-
 use backtide_io_filter::{
-    AckPolicy, Change, Effect, Filter, IoId, LocalData, LocalOp, Mode, Now, OnOutage, RequestId, Resume,
-    ResyncKind, Settings,
+    AckPolicy, Change, Effect, Filter, IoId, LocalData, LocalOp, Mode, Now, RequestId, Resume, ResyncKind,
+    Settings,
 };
-use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
-use backtide_tracking::ActivityLimits;
+use backtide_protocol::{Message, ReceiverState, Welcome};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{
-    BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId,
-    LogPosition, Lsn, Reason,
+    BlockIndex, BlockRange, ByteCount, ByteOffset, ByteRange, HistoryId, LogPosition, Lsn, Reason,
 };
 use bytes::Bytes;
 use uuid::Uuid;
 
-fn at(millis: u64) -> Now {
-    Now { monotonic: Duration::from_millis(millis), wall: CaptureTime(1_000_000 + millis * 1000) }
-}
+use crate::common::{self, at, write};
 
 fn filter(ack: AckPolicy) -> Filter {
     Filter::new(settings(ack), Resume::New, at(0))
 }
 
 fn settings(ack: AckPolicy) -> Settings {
-    Settings {
-        disk: DiskId(Uuid::from_u128(1)),
-        name: "vm1".parse().unwrap(),
-        size: ByteCount(64 * 4096),
-        epoch: Epoch(1),
-        attach: uuid::Uuid::from_u128(1),
-        ack,
-        on_outage: OnOutage::Continue,
-        window_bytes: ByteCount(1 << 20),
-        resync_buffer_bytes: ByteCount(4096),
-        guest_delay_max: Duration::from_millis(10),
-        outage_after: Duration::from_secs(5),
-        bitmap_bytes: ByteCount(1 << 20),
-        read_retry: Duration::from_secs(1),
-        unchanged_every: Duration::MAX,
-        activity: ActivityLimits { hot: 0, ..ActivityLimits::default() },
-    }
+    Settings { ack, ..common::settings() }
 }
 
 fn welcome(state: ReceiverState) -> Welcome {
-    Welcome {
-        version: PROTOCOL_VERSION,
-        history: HistoryId(Uuid::from_u128(5)),
-        state,
-        durable: Lsn::ZERO,
-        highest: Lsn::ZERO,
-        position: LogPosition::default(),
-        in_pass: false,
-        last_time: None,
-        last_attach: None,
-    }
+    common::welcome(state, Lsn::ZERO)
 }
 
 /// Of a receiver that has the beginning of a pass, and so many entries.
 fn within_pass(at: Lsn, position: LogPosition) -> Welcome {
     Welcome { durable: at, highest: at, position, in_pass: true, ..welcome(ReceiverState::Known) }
-}
-
-fn write(block: u64) -> Change {
-    let range = ByteRange::new(ByteOffset(block * 4096), ByteCount(4096)).unwrap();
-    Change::Write { range, data: Bytes::from(vec![7; 4096]), fua: false }
 }
 
 fn trim(block: u64) -> Change {

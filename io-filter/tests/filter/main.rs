@@ -1,0 +1,11 @@
+//! The filter, story by story, without any I/O.
+
+mod attaches;
+mod common;
+mod delay_bound;
+mod found_by_simulation;
+mod hasten;
+mod recall;
+mod reserve;
+mod spill;
+mod stability;
