@@ -3,7 +3,7 @@
 use backtide_io_filter::{Effect, Filter, Mode, Resume, Settings};
 use backtide_protocol::{ReceiverState, Welcome};
 use backtide_tracking::SavedTracking;
-use backtide_units::{Epoch, LogPosition, Lsn};
+use backtide_units::{Epoch, LogPosition, Lsn, Reason};
 use uuid::Uuid;
 
 use crate::common::{self, DISK, HISTORY, at, settings};
@@ -64,6 +64,7 @@ fn a_log_that_another_attach_has_written_is_compared_whatever_its_numbers_are() 
     let (alarm, scans) = looks(&mut filter, &welcome(Some(id(2))));
     assert!(alarm.is_some_and(|why| why.contains("put back from a copy")) && scans);
     assert_eq!(filter.attaches(), Some(&[id(3)][..]), "it has the disk now");
+    assert_eq!(filter.last_lsn(), Lsn(8), "what this disk had at 7 is not in that log: it gets a hole there");
 }
 
 #[test]
@@ -89,4 +90,15 @@ fn nothing_is_made_of_what_nobody_knows() {
     let mut filter = resumed();
     filter.follows(Some(vec![id(1), id(3)]));
     assert_eq!(looks(&mut filter, &welcome(None)), (None, false));
+}
+
+#[test]
+fn what_is_compared_anyway_is_no_reason_for_an_alarm() {
+    // As of a disk that another agent has had since, which a person takes back.
+    let settings = Settings { epoch: Epoch(3), attach: id(3), ..settings() };
+    let (history, last_lsn, acked_durable) = (Some(HISTORY), Lsn(7), Lsn(7));
+    let resume = Resume::Lost { reason: Reason::AgentRolledBack, history, last_lsn, acked_durable };
+    let mut filter = Filter::new(settings, resume, at(0));
+    filter.follows(Some(vec![id(1), id(3)]));
+    assert_eq!(looks(&mut filter, &welcome(Some(id(2)))), (None, true));
 }

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use backtide_io_filter::{
     Change, Effect, Filter, LocalData, LocalOp, Mode, Now, RequestId, Resume, Settings, SpillDone, SpillOp,
 };
-use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
+use backtide_protocol::{Message, ReceiverState, Welcome};
 use backtide_spill::{RingLimits, SpillFiles};
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_tracking::{DirtyBitmap, SavedTracking};
@@ -152,11 +152,12 @@ impl World {
     }
 
     fn connect(&mut self, durable: u64, state: ReceiverState) {
-        let (history, durable) = (HISTORY, Lsn(durable));
-        let version = PROTOCOL_VERSION;
-        let welcome = Welcome { version, history, ..welcome(state, durable) };
+        self.connect_to(&welcome(state, Lsn(durable)));
+    }
+
+    fn connect_to(&mut self, welcome: &Welcome) {
         let now = self.now();
-        self.filter.connected(now, &welcome);
+        self.filter.connected(now, welcome);
         self.carry_out();
     }
 
@@ -308,6 +309,26 @@ fn another_history_a_higher_epoch_or_a_lower_bound_is_not_replayed() {
         world.connect(100, state);
         let sent = world.drain();
         assert_eq!(sent[0], "pass after 100", "{epoch} {bound} {state:?}");
+        assert_eq!(world.used(), 0);
+    }
+}
+
+#[test]
+fn a_log_that_another_attach_has_written_gets_none_of_it() {
+    let candidates = DirtyBitmap::of((0..128).into());
+    for resume in [Some(crashed(1000, candidates)), None] {
+        let mut world = World::new(4 << 20);
+        world.write(0, 100);
+        if let Some(resume) = resume {
+            world = World::attached(world.storage.clone(), 4 << 20, Epoch(3), resume);
+        }
+        let own = Uuid::from_u128(world.filter.settings().epoch.0.into());
+        world.filter.follows(Some(vec![Uuid::from_u128(70), own]));
+        // It stands where the spill begins.
+        let last_attach = Some(Uuid::from_u128(71));
+        world.connect_to(&Welcome { last_attach, ..welcome(ReceiverState::Known, Lsn(100)) });
+        let sent = world.drain();
+        assert_eq!(sent[0], "pass after 100", "{sent:?}");
         assert_eq!(world.used(), 0);
     }
 }
