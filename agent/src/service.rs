@@ -19,7 +19,6 @@ use tokio::{
     sync::{Mutex, oneshot},
     task::JoinSet,
 };
-use uuid::Uuid;
 
 use self::changes::Changes;
 use crate::{
@@ -291,7 +290,7 @@ fn not_verified(disk: &DiskName) -> ApiError {
 
 /// A disk may be named by its UUID: no other disk's name may be written so.
 fn refuse_identity(name: &DiskName) -> Result<(), ApiError> {
-    if Uuid::try_parse(name.as_str()).is_ok_and(|uuid| uuid.to_string() == name.as_str()) {
+    if name.is_written_as_id() {
         let message = format!("{name} is written as a disk's UUID, which names another disk");
         return Err(ApiError::new(ErrorCode::Usage, message).with_hint("take another name"));
     }

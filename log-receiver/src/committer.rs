@@ -22,6 +22,7 @@ use tokio::{sync::oneshot, task::JoinHandle};
 use crate::{
     commit_ticket::{CommitOutcome, CommitTicket},
     pool::{GivenUp, Pool, PoolThreads},
+    threads,
 };
 
 /// Makes logs durable. Clones share the work.
@@ -83,7 +84,7 @@ impl Committer {
         threads: usize,
         together_min: usize,
     ) -> std::io::Result<(Self, CommitThreads)> {
-        let (pool, threads) = Pool::start("commit", threads)?;
+        let (pool, threads) = Pool::start(threads::COMMIT, threads)?;
         let shared = Arc::new(Shared {
             pool,
             storage,

@@ -42,6 +42,7 @@ use crate::{
     socket::{Entrance, Listener},
     space::{Refusals, Space},
     store_file::{StoreLock, lock_store, open_store},
+    threads,
 };
 
 /// Threads of the runtime that accepts and answers the control API.
@@ -168,7 +169,7 @@ impl Receiver {
         let (commits, commit_threads) =
             Committer::start(Arc::clone(&storage), limits.commit_threads, together_min)
                 .map_err(|source| failed("start a pool", source))?;
-        let (readers, read_threads) = pool("read", limits.read_threads)?;
+        let (readers, read_threads) = pool(threads::READ, limits.read_threads)?;
         let (writers, write_threads) = pool("overlay", limits.read_threads)?;
         let watch = lock.as_ref().map(|lock| lock.watch.clone()).unwrap_or_default();
         let shelf = Shelf {

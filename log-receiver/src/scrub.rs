@@ -29,7 +29,7 @@ use tokio::sync::mpsc;
 
 use self::{progress::Progress, work::Work};
 use crate::{
-    Shelf, StoreFileError, clock, findings::Findings, ingest::Task, overlays::Overlays, small_files,
+    Shelf, StoreFileError, clock, findings::Findings, ingest::Task, overlays::Overlays, small_files, threads,
 };
 
 /// The rate when nobody says another.
@@ -157,7 +157,7 @@ impl Scrub {
                 shared.fell();
             }
         };
-        match std::thread::Builder::new().name("scrub".to_owned()).spawn(body) {
+        match std::thread::Builder::new().name(threads::SCRUB.to_owned()).spawn(body) {
             Ok(spawned) => {
                 *thread = Some(spawned);
                 Ok(())

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use backtide_agent_api::{AgentService, MarkRequest, MarkState};
 use backtide_export::Directory;
 use backtide_storage::{RealStorage, Storage};
-use backtide_units::{CaptureTime, Lsn};
+use backtide_units::{CaptureTime, DiskId, Lsn};
 use tokio::sync::mpsc;
 
 use super::*;
@@ -185,10 +185,10 @@ async fn a_disk_that_cannot_be_attached_again_can_be_given_up() {
 
 #[test]
 fn a_name_that_is_written_as_a_uuid_names_no_disk() {
-    let uuid = Uuid::new_v4();
+    let uuid = DiskId::random();
     let refused = refuse_identity(&name(&uuid.to_string())).unwrap_err();
     assert_eq!(refused.code, ErrorCode::Usage);
     // A disk is never looked for so.
-    refuse_identity(&name(&uuid.simple().to_string())).unwrap();
+    refuse_identity(&name(&uuid.0.simple().to_string())).unwrap();
     refuse_identity(&name("vm1")).unwrap();
 }

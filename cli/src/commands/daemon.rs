@@ -19,6 +19,7 @@ use crate::{
     log_output::LogOutput,
     open_files,
     places::Places,
+    process_wide::end_on_panic,
 };
 
 /// A daemon's settings on their way to its own configuration type.
@@ -147,10 +148,12 @@ fn run_dir(api: &Address, places: &Places) -> Result<PathBuf, Failure> {
 }
 
 /// What a process does before it becomes a daemon, or holds some: logs go to stderr, as JSON with
-/// `--json`, from this level on by default; and as many files may be open as the system allows.
-pub(crate) fn prepare(context: &Context, level: &str) {
+/// `--json`, from this level on by default; as many files may be open as the system allows; and a panic ends it, but in the
+/// threads of `apart` ([`end_on_panic`]).
+pub(crate) fn prepare(context: &Context, level: &str, apart: &'static [&'static str]) {
     log_at(context, level);
     open_files::raise();
+    end_on_panic(apart);
 }
 
 fn log_at(context: &Context, default: &str) {

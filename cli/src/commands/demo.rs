@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use backtide_control::ErrorCode;
+use backtide_log_receiver::THREADS_APART;
 use clap::Args;
 
 use crate::{
@@ -29,7 +30,7 @@ impl Demo {
     /// Tells the story; a proof that fails is a failure.
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
         // The story's receiver goes away on purpose: only errors are news.
-        prepare(context, "error");
+        prepare(context, "error", THREADS_APART);
         let temporary = match &self.dir {
             Some(directory) => {
                 refuse_used(directory)?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_export::BindError;
-use backtide_log_receiver::{Config, ListenError, StartError, StoreFileError};
+use backtide_log_receiver::{Config, ListenError, StartError, StoreFileError, THREADS_APART};
 use backtide_receiver_api::{ReceiverStatus, StoreGrowth};
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -21,7 +21,6 @@ use crate::{
     context::Context,
     ending::{Ending, Failure, wrong_usage},
     output::facts,
-    process_wide::{APART, end_on_panic},
     quantity::{duration_text, size_both, size_text, time_text},
 };
 
@@ -86,8 +85,7 @@ impl Receiver {
             Self::Status(status) => return stop.or(status.run(context)).await,
         };
         let config = run.settings(context)?;
-        prepare(context, "info");
-        end_on_panic(APART);
+        prepare(context, "info", THREADS_APART);
         let receiver = backtide_log_receiver::Receiver::start(config).await.map_err(start_failure)?;
         let ready = Ready {
             api: receiver.api_address().clone(),

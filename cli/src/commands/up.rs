@@ -8,6 +8,7 @@ use std::{
 use backtide_agent_api::{AgentClient, AttachRequest, DetachRequest, DiskStatus, LimitsRequest, Mode};
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_export::NbdUri;
+use backtide_log_receiver::THREADS_APART;
 use backtide_units::{DiskId, DiskName};
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -33,7 +34,8 @@ const LAST_WRITES: Duration = Duration::from_secs(10);
 pub(crate) struct Up {
     /// The disk to protect: a raw image, a block device, a qcow2 file or an NBD URI
     image: String,
-    /// The disk's name [default: the image's file name without its ending]
+    /// The disk's name [default: the image's file name without its ending; disk-UUID where that is a UUID, which only
+    /// names a disk that has it]
     #[arg(long)]
     name: Option<DiskName>,
     /// Where history and sockets are kept; the same directory continues it [default:
@@ -81,7 +83,7 @@ impl Up {
             Some(directory) => directory,
             None => context.places().up()?.join(name.as_str()),
         };
-        prepare(context, "warn");
+        prepare(context, "warn", THREADS_APART);
         let is_new = !directory.exists();
         let mut local = Local::at(&directory)?.with_nbd_tls(nbd_tls);
         claim(local.directory(), &image)?;
@@ -252,7 +254,13 @@ fn name_of(image: &str) -> Result<DiskName, Failure> {
         stem.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
     let name = name.trim_start_matches(['.', '-']);
     let name = &name[..name.len().min(64)];
-    name.parse().map_err(|_| wrong_usage(format!("{image} does not give the disk a name: use --name")))
+    let name: DiskName = name
+        .parse()
+        .map_err(|_| wrong_usage(format!("{image} does not give the disk a name: use --name")))?;
+    if !name.is_written_as_id() {
+        return Ok(name);
+    }
+    Ok(format!("disk-{name}").parse().expect("is a letter and few characters longer than a UUID"))
 }
 
 fn ready_text(ready: &Ready, image: &str) -> String {
@@ -285,6 +293,9 @@ mod tests {
         assert_eq!(name("/dev/vg0/web").as_deref(), Some("web"));
         assert_eq!(name("nbd://host:10809/export").as_deref(), Some("export"));
         assert_eq!(name("/images/--.img"), None);
+        // As an agent's disk none may have a UUID for its name.
+        let uuid = "6f1c0a1e-9d56-4c8f-b1d3-0a52d4a51c11";
+        assert_eq!(name(&format!("/images/{uuid}.img")), Some(format!("disk-{uuid}")));
     }
 
     #[test]

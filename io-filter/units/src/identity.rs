@@ -53,6 +53,11 @@ impl DiskName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether it is written as a [`DiskId`] is. Where a disk may be named by either, it would name another disk.
+    pub fn is_written_as_id(&self) -> bool {
+        Uuid::try_parse(&self.0).is_ok_and(|id| id.to_string() == self.0)
+    }
 }
 
 impl FromStr for DiskName {
@@ -112,6 +117,14 @@ mod tests {
         for bad in ["", ".", "..", "a/b", "-x", "a b", "ü", "a".repeat(65).as_str()] {
             assert!(bad.parse::<DiskName>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_name_is_an_id_as_ids_are_written_only() {
+        let is_id = |text: &str| text.parse::<DiskName>().unwrap().is_written_as_id();
+        assert!(is_id(&DiskId::random().to_string()) && is_id("6f1c0a1e-9d56-4c8f-b1d3-0a52d4a51c11"));
+        assert!(!is_id("6F1C0A1E-9D56-4C8F-B1D3-0A52D4A51C11") && !is_id("6f1c0a1e9d564c8fb1d30a52d4a51c11"));
+        assert!(!is_id("disk-6f1c0a1e-9d56-4c8f-b1d3-0a52d4a51c11") && !is_id("vm1"));
     }
 
     #[test]

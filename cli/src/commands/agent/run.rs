@@ -19,7 +19,6 @@ use crate::{
     },
     context::Context,
     ending::{Ending, Failure, io_failure, wrong_usage},
-    process_wide::end_on_panic,
     quantity::parse_size,
 };
 
@@ -108,11 +107,10 @@ impl Run {
             context.print(&checked, text)?;
             return Ok(Ending::Done);
         }
-        prepare(context, "info");
+        prepare(context, "info", &[]);
         if hold {
             return holder::hold(&config, stop).await;
         }
-        end_on_panic(&[]);
         serve(context, config, stop).await
     }
 

@@ -62,3 +62,14 @@ fn up_protects_an_image_and_continues_its_history() {
     let other = bench.run(&["up", &bench.name("other.img"), "--dir", &directory]);
     assert_eq!(other.code, 5, "{other:?}");
 }
+
+/// As some managers of virtual machines name images. A name of that kind means the disk that has it as its UUID.
+#[test]
+fn up_names_a_disk_whose_image_is_called_by_a_uuid() {
+    let bench = Bench::new();
+    let uuid = "6f1c0a1e-9d56-4c8f-b1d3-0a52d4a51c11";
+    bench.image(&format!("{uuid}.img"), 1 << 20);
+    let up = bench.daemon(&["up", &bench.name(&format!("{uuid}.img")), "--dir", &bench.name("up")]);
+    assert_eq!(up.ready["name"], format!("disk-{uuid}"), "{}", up.ready);
+    assert_eq!(up.stop(), 0);
+}
