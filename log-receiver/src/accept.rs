@@ -1,7 +1,7 @@
 //! Accepts agents and sends each to the thread that owns its disk, or has its questions about a point answered.
 //!
-//! Invariants: an agent that says nothing has a few seconds, and less when descriptors are short and another one comes; the
-//! number of connections, greeted or not, is bounded.
+//! Invariants: an agent that says nothing has a few seconds, and less when descriptors or places are short and another one
+//! comes; the number of connections, greeted or not, is bounded.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +14,7 @@ use std::{
 };
 
 use backtide_protocol::{Decoder, Message, Sequenced};
-use backtide_socket::Door as SocketDoor;
+use backtide_socket::{Door as SocketDoor, Outage};
 use backtide_tls::Rights;
 use backtide_units::DiskId;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
@@ -30,6 +30,9 @@ use crate::{
 
 /// How long an agent may take for its first message.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the place of somebody who was told to leave is waited for. His first message may have come at this very moment.
+const LEAVING_TIME: Duration = Duration::from_millis(100);
 
 /// A connection whose first message has come.
 pub(crate) struct Arrival {
@@ -79,6 +82,8 @@ impl Drop for Silence {
 pub(crate) struct Door {
     threads: Arc<[mpsc::Sender<Task>]>,
     connections: Arc<Semaphore>,
+    connections_max: usize,
+    silent: Silent,
     next: Arc<AtomicU64>,
     keeper: Arc<Doorkeeper>,
     /// Answers who reads a point.
@@ -99,6 +104,8 @@ impl Door {
             ending,
             threads: threads.into(),
             connections: Arc::new(Semaphore::new(connections_max)),
+            connections_max,
+            silent: Silent::default(),
             next: Arc::default(),
             keeper: Arc::default(),
         }
@@ -115,13 +122,20 @@ impl Door {
     pub(crate) async fn accept(self, listener: Listener) {
         let at: Arc<str> = listener.address().to_string().into();
         let mut entry = SocketDoor::new(format_args!("the agents at {at}"));
-        let silent = Silent::default();
+        let silent = &self.silent;
+        let mut crowded = Outage::default();
         loop {
             let accepted = SocketDoor::accepted(listener.accept(), || silent.end_oldest()).await;
             let accepted = entry.admit(accepted, || silent.end_oldest()).await;
             let Some(accepted) = accepted else { continue };
-            let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
-                tracing::warn!(address = %listener.address(), "too many connections, one more refused");
+            let Some(permit) = self.place().await else {
+                if crowded.begins() {
+                    tracing::warn!(
+                        connections = self.connections_max,
+                        "not all of the agents at {at} can be served: every place is taken; those that are there stay, new ones \
+                         are refused and come again; raise `connections` of the receiver's [limits] if that lasts"
+                    );
+                }
                 continue;
             };
             let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
@@ -145,6 +159,19 @@ impl Door {
                 }
             });
         }
+    }
+
+    /// A place for one connection more: when all are taken, that of the one that is silent for longest.
+    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() {
+            return Some(permit);
+        }
+        if !self.silent.end_oldest() {
+            return None;
+        }
+        let left = tokio::time::timeout(LEAVING_TIME, Arc::clone(&self.connections).acquire_owned()).await;
+        // Nobody closes it.
+        left.ok()?.ok()
     }
 
     /// An agent that reads a point stays here: it has nothing to do with whoever owns the disk's log.

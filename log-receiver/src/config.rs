@@ -75,7 +75,8 @@ pub struct Limits {
     pub commit_threads: usize,
     /// Threads that read for mounts, compares and the control API. Default 4.
     pub read_threads: usize,
-    /// Streams open at once; further ones are closed at once. Default 1024.
+    /// Streams open at once; a further one takes the place of one that has not said who it is, or is closed at once.
+    /// Default 1024.
     pub connections: usize,
     /// Disks the store takes. Default 1024.
     pub disks: usize,

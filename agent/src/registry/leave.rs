@@ -143,7 +143,8 @@ fn being_changed(names: &[DiskName]) -> ApiError {
         _ => ("disks", "are"),
     };
     let message = format!(
-        "{disks} {} {verb} being attached or detached for more than {} s, and only what has ended can be handed over: what          it waits for, the image's storage or its NBD server, has to answer first",
+        "{disks} {} {verb} being attached or detached for more than {} s, and only what has ended can be handed over: what it \
+         waits for, the image's storage or its NBD server, has to answer first",
         names_text(names),
         CHANGES_TIME.as_secs()
     );

@@ -9,7 +9,9 @@
 use std::{fmt::Display, io, os::fd::RawFd, pin::pin, time::Duration};
 
 use rustix::process::{Resource, getrlimit};
-use tokio::{sync::Notify, time::Instant};
+use tokio::sync::Notify;
+
+use crate::Outage;
 
 /// How long accepting rests after an error that is not about one connection, and after a client that there was no room
 /// for.
@@ -17,9 +19,6 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long the one that somebody gave way to has for its handshake before it may have to give way itself.
 const HEAD_START: Duration = Duration::from_millis(10);
-
-/// Shortages with less than this between are one outage.
-const OUTAGE_GAP: Duration = Duration::from_secs(60);
 
 /// Accepting takes none of so many last descriptors, ...
 const RESERVE: u64 = 64;
@@ -34,8 +33,8 @@ static SHORT: Notify = Notify::const_new();
 pub struct Door {
     /// What of, for the log.
     whose: String,
-    /// Until when a shortage belongs to the outage before.
-    outage_until: Option<Instant>,
+    /// Of descriptors.
+    outage: Outage,
 }
 
 /// How near the limit of open files this process is.
@@ -50,7 +49,7 @@ enum Room {
 impl Door {
     /// Of `whose` clients, such as `the NBD clients of URI`.
     pub fn new(whose: impl Display) -> Self {
-        Self { whose: whose.to_string(), outage_until: None }
+        Self { whose: whose.to_string(), outage: Outage::default() }
     }
 
     /// What `accept` gives. Meanwhile `give_way` ends a connection that nobody needs as often as descriptors are short at
@@ -112,8 +111,7 @@ impl Door {
         let below = limit.saturating_sub(u64::try_from(descriptor).unwrap_or(0).saturating_add(1));
         // The system gives out the lowest that is free: as long as it is low there are not many above it, unless some were
         // a moment ago.
-        let is_outage = self.outage_until.is_some_and(|until| until >= Instant::now());
-        if room_of(limit, below) == Room::Enough && !is_outage {
+        if room_of(limit, below) == Room::Enough && !self.outage.lasts() {
             return Room::Enough;
         }
         // It is itself one of those that are counted.
@@ -123,8 +121,7 @@ impl Door {
     }
 
     fn say(&mut self, why: &dyn Display) {
-        let now = Instant::now();
-        if self.outage_until.is_none_or(|until| until < now) {
+        if self.outage.begins() {
             let limit = getrlimit(Resource::Nofile).current;
             tracing::warn!(
                 limit,
@@ -133,7 +130,6 @@ impl Door {
                 self.whose
             );
         }
-        self.outage_until = Some(now + OUTAGE_GAP);
     }
 }
 

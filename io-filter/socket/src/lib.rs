@@ -10,12 +10,14 @@
 mod bind;
 mod door;
 mod notifier;
+mod outage;
 pub mod passing;
 mod sockets;
 
 pub use bind::{NoSocketMode, SocketMode, bind_unix};
 pub use door::Door;
 pub use notifier::Notifier;
+pub use outage::Outage;
 pub use sockets::{Place as Listening, Sockets};
 
 use std::{

@@ -1,6 +1,6 @@
-//! Daemons that may open few files, and clients that open many connections and do nothing with them.
+//! Daemons that may open few files or take few streams, and clients that open many connections and do nothing with them.
 
-use std::os::unix::net::UnixStream;
+use std::{io::Read, os::unix::net::UnixStream};
 
 use backtide_e2e::{Bench, nbd_wire::Connection, tools};
 
@@ -48,4 +48,27 @@ fn idle_clients_take_no_descriptor_that_somebody_needs() {
     }
     drop(guest);
     bench.json(&["detach", "vm1"]);
+}
+
+#[test]
+fn a_stream_that_says_nothing_keeps_no_agent_from_the_receiver() {
+    let bench = Bench::new();
+    let receiver = bench.receiver_with("[limits]\nconnections = 2\n");
+    let _agent = bench.agent();
+    let connect = || UnixStream::connect(bench.path("stream.sock")).expect("connect");
+    let ended = |stream: &mut UnixStream| stream.read(&mut [0]).expect("an end in good order") == 0;
+    let complained = || receiver.log().lines().filter(|line| line.contains("can be served")).count();
+    bench.image("vm1.img", SIZE);
+    bench.image("vm2.img", SIZE);
+    bench.attach("vm1", "vm1.img", &[]).wait("sync");
+    let mut silent: Vec<_> = (0..3).map(|_| connect()).collect();
+    assert!(ended(&mut silent[0]) && ended(&mut silent[1]), "each gives way to the next");
+    bench.attach("vm2", "vm2.img", &[]).wait("sync");
+    assert_eq!(complained(), 0, "{}", receiver.log());
+    // Both places are agents' now: they stay, and the log is told once of all who come.
+    for _ in 0..5 {
+        assert!(ended(&mut connect()));
+    }
+    assert_eq!(complained(), 1, "{}", receiver.log());
+    assert_eq!(bench.disk("vm1").status()["mode"], "sync");
 }
