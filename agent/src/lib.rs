@@ -26,5 +26,5 @@ mod watch;
 pub use agent::{Agent, AgentError, Surroundings};
 pub use backtide_socket::Sockets;
 pub use config::{Config, IoEngine, MountLimits, Places};
-pub use look::look;
+pub use look::{look, lost};
 pub use successor::Successor;

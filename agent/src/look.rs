@@ -7,18 +7,40 @@ use std::{io, path::Path, sync::Arc};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdTls, NbdUri, TlsDemand};
 use backtide_storage::RealStorage;
+use backtide_units::DiskName;
 
 use crate::{
     Config,
     record::{AllRecords, DiskRecord, Records},
 };
 
-/// How many disks an agent with these settings would know.
+/// How an agent that is to be restarted tells the program that looks for it of disks whose records it cannot use either.
+pub(crate) const LOST: &str = "BACKTIDE_CHECK_LOST";
+
+/// Between their names.
+const SEPARATOR: char = ',';
+
+/// What [`lost`] reads of these names.
+pub(crate) fn lost_text(names: &[DiskName]) -> String {
+    names.iter().map(DiskName::as_str).collect::<Vec<_>>().join(&SEPARATOR.to_string())
+}
+
+/// Disks that the agent which has this process look neither serves nor knows: none, where no agent does.
+pub fn lost() -> Vec<DiskName> {
+    names_in(&std::env::var(LOST).unwrap_or_default())
+}
+
+fn names_in(text: &str) -> Vec<DiskName> {
+    text.split(SEPARATOR).filter_map(|name| name.parse().ok()).collect()
+}
+
+/// How many disks an agent with these settings would know. Of those that are `lost` it need not know anything: with
+/// them nothing gets worse.
 ///
 /// # Errors
 /// One sentence for each record that it could not use, and for each disk that it could not serve for its certificates. `damaged`
 /// when a record is, else `refused`.
-pub fn look(config: &Config) -> Result<usize, ApiError> {
+pub fn look(config: &Config, lost: &[DiskName]) -> Result<usize, ApiError> {
     if !config.state.exists() {
         return Ok(0);
     }
@@ -27,7 +49,9 @@ pub fn look(config: &Config) -> Result<usize, ApiError> {
         ApiError::new(ErrorCode::Failed, why)
     };
     let storage = RealStorage::open(&config.state).map_err(unreadable)?;
-    let AllRecords { known, unreadable } = Records::new(Arc::new(storage)).load_all().map_err(unreadable)?;
+    let AllRecords { known, mut unreadable } =
+        Records::new(Arc::new(storage)).load_all().map_err(unreadable)?;
+    unreadable.retain(|(disk, _)| !lost.contains(disk));
     let is_damaged = unreadable.iter().any(|(_, error)| error.kind() != io::ErrorKind::Unsupported);
     let mut wrong: Vec<String> =
         unreadable.into_iter().map(|(disk, error)| format!("disk {disk}: {error}")).collect();
@@ -63,7 +87,7 @@ mod tests {
             "api": "unix:/nowhere/agent.sock", "state": state, "run": directory.path(),
         }))
         .unwrap();
-        assert_eq!(look(&config), Ok(0));
+        assert_eq!(look(&config, &[]), Ok(0));
         assert!(!state.exists(), "it only looks");
         let records = Records::new(Arc::new(RealStorage::open(&state).unwrap()));
         let record = |name: &str| {
@@ -72,10 +96,10 @@ mod tests {
         for name in ["vm1", "vm2", "vm3"] {
             records.save(&record(name)).unwrap();
         }
-        assert_eq!(look(&config), Ok(3));
+        assert_eq!(look(&config, &[]), Ok(3));
         let newer = std::fs::read_to_string(state.join("vm2.json")).unwrap();
         std::fs::write(state.join("vm2.json"), newer.replace("\"version\": 1", "\"version\": 7")).unwrap();
-        let error = look(&config).unwrap_err();
+        let error = look(&config, &[]).unwrap_err();
         assert_eq!(error.code, ErrorCode::Refused);
         let file = state.join("vm2.json");
         let version = format!(
@@ -87,7 +111,7 @@ mod tests {
         let missing = directory.path().join("pki");
         let nbd = format!("nbds+unix:///vm1?socket=/s&tls-certificates={}", missing.display());
         records.save(&DiskRecord { nbd: Some(nbd), attached: true, ..record("vm1") }).unwrap();
-        let error = look(&config).unwrap_err();
+        let error = look(&config, &[]).unwrap_err();
         assert_eq!(error.code, ErrorCode::Damaged);
         let mut said: Vec<_> = error.message.lines().collect();
         said.sort_unstable();
@@ -95,5 +119,13 @@ mod tests {
         assert!(said[0].starts_with("disk vm1: it could not be served: cannot read"), "{said:?}");
         assert_eq!(said[1], version);
         assert!(said[2].contains("vm3.json is damaged: "), "{said:?}");
+        // Those that nobody knew before hold up nobody, but no disk that was served is one of them.
+        let lost = names_in(&lost_text(&["vm2", "vm3"].map(|name| name.parse().unwrap())));
+        let error = look(&config, &lost).unwrap_err();
+        assert_eq!(error.message, said[0]);
+        records.save(&record("vm1")).unwrap();
+        assert_eq!(look(&config, &lost), Ok(1));
+        assert!(look(&config, &lost[..1]).unwrap_err().message.contains("vm3.json"));
+        assert_eq!(names_in(&lost_text(&[])), []);
     }
 }

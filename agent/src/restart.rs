@@ -30,7 +30,7 @@ impl Restart {
             return Err(ApiError::new(ErrorCode::Refused, message)
                 .with_hint("run it by itself, with backtide agent run"));
         };
-        successor.check().await?;
+        successor.check(&registry.lost().await?).await?;
         registry.prepare_to_hand_over().await?;
         self.note(None);
         tracing::info!(program = %successor.program().display(), "the agent restarts");

@@ -17,6 +17,9 @@ use std::{
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_socket::{Sockets, passing};
+use backtide_units::DiskName;
+
+use crate::look;
 
 /// How long the new program may take to say that it can start.
 const CHECK_TIME: Duration = Duration::from_secs(20);
@@ -24,9 +27,9 @@ const CHECK_TIME: Duration = Duration::from_secs(20);
 /// As much of what it complains about is told.
 const SAID_BYTES_MAX: usize = 1024;
 
-/// What a service manager tells the process it started, and no other.
-const FOR_THIS_PROCESS: [&str; 5] =
-    ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", passing::VARIABLE];
+/// What a service manager, or an agent that has a program looked at, tells the process it started, and no other.
+const FOR_THIS_PROCESS: [&str; 6] =
+    ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", passing::VARIABLE, look::LOST];
 
 /// A program to become: the file that this process was started from, as it is then, with the same
 /// arguments.
@@ -51,8 +54,9 @@ impl Successor {
         &self.program
     }
 
-    /// Whether the program starts and likes its settings: it is run with `--check`.
-    pub(crate) async fn check(&self) -> Result<(), ApiError> {
+    /// Whether the program starts and likes its settings, and the records of disks but those that are `lost` already: it is
+    /// run with `--check`.
+    pub(crate) async fn check(&self, lost: &[DiskName]) -> Result<(), ApiError> {
         let refused = |why: String| {
             let message = format!("{} cannot follow: {why}", self.program.display());
             ApiError::new(ErrorCode::Refused, message)
@@ -63,6 +67,7 @@ impl Successor {
         for variable in FOR_THIS_PROCESS {
             command.env_remove(variable);
         }
+        command.env(look::LOST, look::lost_text(lost));
         let output = match tokio::time::timeout(CHECK_TIME, command.output()).await {
             Ok(output) => output.map_err(|error| refused(error.to_string()))?,
             Err(_) => return Err(refused(format!("it does not end a check in {} s", CHECK_TIME.as_secs()))),

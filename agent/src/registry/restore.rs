@@ -69,6 +69,18 @@ impl Registry {
         true
     }
 
+    /// Disks whose records cannot be used, and that are not served either: the next agent can do no more than to show them
+    /// too.
+    ///
+    /// # Errors
+    /// When the records cannot be listed.
+    pub(crate) async fn lost(&self) -> Result<Vec<DiskName>, ApiError> {
+        let AllRecords { unreadable, .. } =
+            self.records.load_all_aside().await.map_err(|error| failed(&error))?;
+        let disks = self.disks.read().await;
+        Ok(unreadable.into_iter().map(|(name, _)| name).filter(|name| !disks.contains_key(name)).collect())
+    }
+
     /// Shows no disk as missing any more that somebody has given up by taking its record away, or that turns out to have been
     /// detached; whether there may be more such.
     async fn let_go_of_given_up(&self) -> bool {

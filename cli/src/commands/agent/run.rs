@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use backtide_agent::{Agent, AgentError, Config, Sockets, Successor, Surroundings, look};
+use backtide_agent::{Agent, AgentError, Config, Sockets, Successor, Surroundings, look, lost};
 use backtide_control::{Address, ApiError};
 use backtide_units::ByteCount;
 use clap::Args;
@@ -97,7 +97,7 @@ impl Run {
         let (hold, check) = (self.hold, self.check);
         let config = self.settings(context)?;
         if check {
-            let checked = Checked { version: env!("CARGO_PKG_VERSION"), disks: look(&config)? };
+            let checked = Checked { version: env!("CARGO_PKG_VERSION"), disks: look(&config, &lost())? };
             let text = || {
                 let Checked { version, disks } = checked;
                 format!(

@@ -81,6 +81,33 @@ fn a_damaged_record_is_named_and_costs_no_other_disk_its_protection() {
 }
 
 #[test]
+fn a_damaged_record_holds_up_a_restart_only_where_its_disk_is_served() {
+    let bench = Bench::new();
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    agent.may_complain("cannot use the disk's record");
+    let junk = bench.path("state/vm9.json");
+    std::fs::write(&junk, "{").unwrap();
+    bench.json(&["agent", "restart"]);
+    disk.qemu_io(&["write -P 0x11 0 1M"]);
+    disk.latest_is_the_image();
+    assert_eq!(bench.disk("vm9").status()["reason_code"], "not-attached");
+    // With the disk's own record the next agent would not have it any more.
+    let record = bench.path("state/vm1.json");
+    let kept = std::fs::read(&record).unwrap();
+    std::fs::write(&record, "{").unwrap();
+    let refused = bench.run(&["agent", "restart"]);
+    assert!(refused.code == 5 && refused.sentence().contains("vm1.json is damaged"), "{refused:?}");
+    assert!(!refused.sentence().contains("vm9"), "{refused:?}");
+    disk.qemu_io(&["write -P 0x22 0 1M"]);
+    disk.latest_is_the_image();
+    std::fs::write(&record, kept).unwrap();
+    std::fs::remove_file(&junk).unwrap();
+    bench.json(&["agent", "restart"]);
+    disk.latest_is_the_image();
+    assert_eq!(agent.stop(), 0);
+}
+
+#[test]
 fn capture_times_never_go_back_over_attaches() {
     let bench = Bench::new();
     let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
