@@ -13,6 +13,7 @@ use tokio::{
     task::{JoinSet, LocalSet},
     time::Instant,
 };
+use uuid::Uuid;
 
 use super::{Command, DiskHandle, Entrance, InPlace, Leaving, nbd_disk::NbdDisk, open, start};
 use crate::{
@@ -207,6 +208,29 @@ async fn what_is_written_to_the_image_of_an_idle_disk_is_not_trusted_after_a_det
     assert!(last.local_error.is_some_and(|told| told.contains("somebody else has written the image")));
     assert!(last.resync_due && record().written_past_agent);
     assert!(records(directory).load_tracking(&record().name).unwrap().unwrap().snapshot.everything);
+}
+
+/// A receiver may have admitted one of them, and its answer was lost: to the next attach that one is no stranger.
+#[tokio::test]
+async fn attaches_that_heard_of_no_receiver_are_remembered_with_the_last_that_did() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let record = || records(directory).load(&"vm1".parse().unwrap()).unwrap().unwrap();
+    let known = |ids: Vec<u128>| Some(ids.into_iter().map(Uuid::from_u128).collect());
+    let disk = Started::image_of(directory, |record| DiskRecord { attaches: known(vec![7]), ..record }).await;
+    let first = record().attaches.unwrap();
+    assert_eq!((first.len(), first[0]), (2, Uuid::from_u128(7)), "it is durable before anybody hears of it");
+    disk.end().await;
+    assert_eq!(record().attaches.as_ref(), Some(&first), "nobody has admitted it");
+    let disk = Started::image_of(directory, |_| record()).await;
+    let second = record().attaches.unwrap();
+    assert_eq!((second.len(), &second[..2]), (3, &first[..]));
+    disk.end().await;
+    let many = DiskRecord { attaches: known((0..64).collect()), ..record() };
+    let disk = Started::image_of(directory, |_| many).await;
+    let last = record().attaches.unwrap();
+    assert_eq!((last.len(), last[0]), (64, Uuid::from_u128(1)), "the first of too many is forgotten");
+    disk.end().await;
 }
 
 #[tokio::test]

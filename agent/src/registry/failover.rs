@@ -418,6 +418,11 @@ mod tests {
         let begun =
             begin(&records, record, taken, made).unwrap_or_else(|unfinished| panic!("{}", unfinished.error));
         assert_eq!(begun.image_at_detach, stamp);
+        assert_eq!(
+            begun.attaches,
+            Some(vec![attach]),
+            "the receiver has it from the attach that took it over"
+        );
         let (left, now) = (records.load_tracking(&begun.name), ImageStamp::of(&path));
         let resumed = trust::resume(&begun, left, now.as_ref(), ByteCount(1 << 20));
         assert!(matches!(resumed, Resume::Lost { .. }), "{resumed:?}");

@@ -281,6 +281,30 @@ mod tests {
     }
 
     #[test]
+    fn no_disk_grows_beyond_what_a_log_can_name() {
+        let name: DiskName = "vm1".parse().unwrap();
+        let (before, most, more) = (ByteCount(1 << 20), DISK_SIZE_MAX, ByteCount(DISK_SIZE_MAX.0 + 512));
+        let reached = |kind, wanted| target(&name, &kind, wanted, before);
+        for kind in [Kind::RawFile(before), Kind::Qcow2] {
+            assert_eq!(reached(kind, Some(most)), Ok(Some(most)));
+        }
+        // Also where nobody asked for so much: the image was grown by somebody else.
+        for (kind, wanted) in [
+            (Kind::RawFile(before), Some(more)),
+            (Kind::RawFile(more), None),
+            (Kind::RawFile(more), Some(before)),
+            (Kind::Device(more), None),
+            (Kind::Qcow2, Some(more)),
+        ] {
+            let error = reached(kind, wanted).unwrap_err();
+            assert_eq!(error.code, ErrorCode::Usage, "{error}");
+            let why =
+                "disk vm1 cannot have 281474976711168 bytes: a disk has 281474976710656 at most (256 TiB)";
+            assert_eq!(error.message, why);
+        }
+    }
+
+    #[test]
     fn a_size_that_direct_io_cannot_serve_is_refused_before_anything_is_done() {
         let name: DiskName = "vm1".parse().unwrap();
         let said = |bytes, block| whole_blocks(&name, ByteCount(bytes), block).map_err(|error| error.message);
