@@ -1,7 +1,8 @@
 //! The connections of a control API: clients that keep one open and ask for nothing.
 //!
-//! Invariants: a connection on which a call is under way is never ended here; one that has been idle for long is, and the
-//! oldest idle one at once when descriptors are short or when there are too many, so that whoever comes to ask is answered.
+//! Invariants: a connection on which a call is under way is never ended here, unless its client takes nothing of the answer
+//! for long; one that has been idle for long is, and the oldest idle one at once when descriptors are short or when there are
+//! too many, so that whoever comes to ask is answered.
 
 use std::{
     collections::BTreeMap,
@@ -23,7 +24,8 @@ use tokio::{
     time::Sleep,
 };
 
-/// How long a client may keep a connection on which it asks for nothing. Our own give theirs up earlier.
+/// How long a client may keep a connection on which it asks for nothing, or takes nothing of what it asked for. Our own give
+/// theirs up earlier.
 const IDLE: Duration = Duration::from_secs(60);
 
 /// So many connections are open at once as long as some of them are idle.
@@ -68,7 +70,7 @@ type Open = Arc<Mutex<BTreeMap<u64, Arc<Use>>>>;
 /// What is known of a connection.
 #[derive(Default)]
 struct Use {
-    /// It has been given more than it was answered.
+    /// A call is under way: something came, and what was answered since is not all sent.
     is_asking: AtomicBool,
     /// It is to end.
     is_over: AtomicBool,
@@ -81,6 +83,8 @@ pub(crate) struct Line<Io> {
     io: Io,
     id: u64,
     used: Arc<Use>,
+    /// Something of an answer was sent since something came.
+    is_answering: bool,
     idle: Pin<Box<Sleep>>,
     open: Open,
 }
@@ -114,7 +118,7 @@ impl<S: Source> axum::serve::Listener for Lines<S> {
         self.next += 1;
         lock(open).insert(id, Arc::clone(&used));
         let idle = Box::pin(tokio::time::sleep(IDLE));
-        (Line { io, id, used, idle, open: Arc::clone(open) }, ())
+        (Line { io, id, used, is_answering: false, idle, open: Arc::clone(open) }, ())
     }
 
     fn local_addr(&self) -> io::Result<()> {
@@ -138,18 +142,22 @@ fn lock<T>(kept: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<Io> Line<Io> {
-    fn note(&mut self, is_asking: bool) {
+    fn note(&mut self, is_asking: bool, is_answering: bool) {
         self.used.is_asking.store(is_asking, Ordering::Release);
+        self.is_answering = is_answering;
         self.idle.as_mut().reset(tokio::time::Instant::now() + IDLE);
     }
 
-    /// Whether it ends now, for it has been idle too long or somebody else needs its descriptor.
+    /// Whether it ends now: it has been idle too long, or somebody else needs its descriptor, or its client takes nothing of
+    /// what it asked for.
     fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.used.is_asking.load(Ordering::Acquire) {
+        let is_asking = self.used.is_asking.load(Ordering::Acquire);
+        if is_asking && !self.is_answering {
             return false;
         }
         *lock(&self.used.reader) = Some(cx.waker().clone());
-        self.used.is_over.load(Ordering::Acquire) || self.idle.as_mut().poll(cx).is_ready()
+        let gives_way = !is_asking && self.used.is_over.load(Ordering::Acquire);
+        gives_way || self.idle.as_mut().poll(cx).is_ready()
     }
 }
 
@@ -168,7 +176,7 @@ impl<Io: AsyncRead + Unpin> AsyncRead for Line<Io> {
         let had = buffer.filled().len();
         let read = Pin::new(&mut self.io).poll_read(cx, buffer);
         match &read {
-            Poll::Ready(Ok(())) if buffer.filled().len() > had => self.note(true),
+            Poll::Ready(Ok(())) if buffer.filled().len() > had => self.note(true, false),
             // To whoever serves it this is a client that has left.
             Poll::Pending if self.is_over(cx) => return Poll::Ready(Ok(())),
             Poll::Ready(_) | Poll::Pending => {}
@@ -181,7 +189,7 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for Line<Io> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write(cx, data);
         if written.is_ready() {
-            self.note(false);
+            self.note(true, true);
         }
         written
     }
@@ -193,7 +201,7 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for Line<Io> {
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write_vectored(cx, data);
         if written.is_ready() {
-            self.note(false);
+            self.note(true, true);
         }
         written
     }
@@ -203,7 +211,12 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for Line<Io> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        // It comes when all that there is of an answer was written, but for those that have nothing to write.
+        if flushed.is_ready() && self.is_answering {
+            self.note(false, false);
+        }
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

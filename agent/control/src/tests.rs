@@ -10,6 +10,7 @@ use std::{
 
 use axum::{Json, Router, routing::post};
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{Address, ApiError, ApiJson, BindError, Client, ErrorCode, Peer, Server, Tell};
 
@@ -221,6 +222,51 @@ async fn clients_that_ask_for_nothing_end_when_there_are_too_many_and_calls_do_n
     assert_eq!(ask(&address, 21).await.unwrap(), 42);
     go.notify_one();
     assert_eq!(call.await.unwrap().unwrap().n, 7, "its call was under way");
+}
+
+/// How much is to be had at `/long`: more than a socket holds.
+const LONG: usize = 8 << 20;
+
+/// A client that has begun to take a long answer.
+async fn begun_to_take(directory: &Path) -> (Address, tokio::net::UnixStream) {
+    let address = socket_in(directory);
+    let server = Server::bind(&address).await.unwrap();
+    let router = router().route("/long", axum::routing::get(|| async { vec![7; LONG] }));
+    tokio::spawn(server.run(router, pending()));
+    let mut client = idle(&address).await;
+    let call = b"GET /long HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n";
+    client.write_all(call).await.unwrap();
+    client.read_exact(&mut [0; 1024]).await.unwrap();
+    (address, client)
+}
+
+/// How much more comes until the server ends it.
+async fn rest(mut client: tokio::net::UnixStream) -> usize {
+    let mut rest = Vec::new();
+    client.read_to_end(&mut rest).await.unwrap()
+}
+
+#[tokio::test]
+async fn who_still_takes_an_answer_gives_way_to_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let (address, client) = begun_to_take(directory.path()).await;
+    let mut others = Vec::new();
+    for _ in 0..crate::lines::LINES_MAX {
+        others.push(idle(&address).await);
+    }
+    assert_eq!(ask(&address, 21).await.unwrap(), 42, "behind them all");
+    assert!(rest(client).await > LONG - 1024);
+    ended(others.swap_remove(0)).await;
+}
+
+#[tokio::test]
+async fn who_takes_nothing_of_an_answer_for_long_is_not_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let (address, client) = begun_to_take(directory.path()).await;
+    assert_eq!(ask(&address, 21).await.unwrap(), 42);
+    tokio::time::pause();
+    tokio::time::sleep(std::time::Duration::from_secs(61)).await;
+    assert!(rest(client).await < LONG - 1024);
 }
 
 #[tokio::test]
