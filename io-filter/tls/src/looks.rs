@@ -34,23 +34,26 @@ struct Asked {
 }
 
 impl Looks {
-    /// Begins, with a first look.
+    /// None yet.
+    pub(crate) fn new() -> Arc<Self> {
+        let asked = Asked { newest: 1, ..Asked::default() };
+        let (answered, _) = watch::channel(0);
+        Arc::new(Self { asked: Mutex::new(asked), wake: Condvar::new(), answered })
+    }
+
+    /// Begins, with a first `look`.
     ///
     /// # Errors
     /// When there is no thread to be had.
-    pub(crate) fn start(mut look: impl FnMut() + Send + 'static) -> io::Result<Arc<Self>> {
-        let asked = Asked { newest: 1, ..Asked::default() };
-        let (answered, _) = watch::channel(0);
-        let looks = Arc::new(Self { asked: Mutex::new(asked), wake: Condvar::new(), answered });
-        let its_own = Arc::clone(&looks);
+    pub(crate) fn begin(self: Arc<Self>, mut look: impl FnMut() + Send + 'static) -> io::Result<()> {
         std::thread::Builder::new().name("certificates".to_owned()).spawn(move || {
-            while let Some(question) = its_own.next() {
+            while let Some(question) = self.next() {
                 look();
-                its_own.asked().since = None;
-                its_own.answered.send_replace(question);
+                self.asked().since = None;
+                self.answered.send_replace(question);
             }
         })?;
-        Ok(looks)
+        Ok(())
     }
 
     /// Waits for a question, or until it is time; none in the end.

@@ -10,7 +10,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -50,7 +50,7 @@ pub(crate) struct Followed<T> {
 pub(crate) struct Notes {
     role: Role,
     folder: PathBuf,
-    looks: OnceLock<Arc<Looks>>,
+    looks: Arc<Looks>,
     told: Mutex<Told>,
     /// Lives as long as somebody uses them.
     used: Mutex<Weak<()>>,
@@ -123,7 +123,7 @@ impl<T: Send + Sync + 'static> Followed<T> {
         let notes = Arc::new(Notes {
             role,
             folder: folder.to_path_buf(),
-            looks: OnceLock::new(),
+            looks: Looks::new(),
             told: Mutex::default(),
             used: Mutex::default(),
             said_silent: AtomicBool::new(false),
@@ -138,10 +138,9 @@ impl<T: Send + Sync + 'static> Followed<T> {
             said: None,
             end: End::Far,
         };
-        let looks = Looks::start(move || look.look());
-        let looks = looks
+        let begun = Arc::clone(&notes.looks).begin(move || look.look());
+        begun
             .map_err(|error| TlsError::NoThread { folder: folder.to_path_buf(), source: Arc::new(error) })?;
-        assert!(notes.looks.set(looks).is_ok(), "it was empty");
         in_use::note(&notes);
         Ok(Self { notes, current })
     }
@@ -163,7 +162,7 @@ impl<T> Followed<T> {
 
 impl<T> Drop for Followed<T> {
     fn drop(&mut self) {
-        self.notes.looks().end();
+        self.notes.looks.end();
     }
 }
 
@@ -174,7 +173,7 @@ impl<T> Reloading<T> {
     /// When the files could never be used so far, or were not answered for.
     pub async fn current(&self) -> Result<Arc<T>, TlsError> {
         let patience = if self.known().is_some() { PATIENCE } else { FIRST_PATIENCE };
-        self.notes().looks().look(patience).await;
+        self.notes().looks.look(patience).await;
         self.notes().say_silence();
         if let Some(current) = self.known() {
             return Ok(current);
@@ -216,10 +215,6 @@ impl<T> std::fmt::Debug for Reloading<T> {
 }
 
 impl Notes {
-    fn looks(&self) -> &Looks {
-        self.looks.get().expect("set before anybody has this")
-    }
-
     fn told(&self) -> MutexGuard<'_, Told> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -231,12 +226,12 @@ impl Notes {
 
     /// Has the files looked at, and waits for it a moment.
     pub(crate) async fn look(&self) {
-        self.looks().look(PATIENCE).await;
+        self.looks.look(PATIENCE).await;
     }
 
     /// Why the files cannot even be looked at, at this moment.
     fn silence(&self) -> Option<TlsError> {
-        let silence = self.looks().under_way().filter(|silence| *silence >= PATIENCE)?;
+        let silence = self.looks.under_way().filter(|silence| *silence >= PATIENCE)?;
         Some(TlsError::Silent { folder: self.folder.clone(), seconds: silence.as_secs() })
     }
 

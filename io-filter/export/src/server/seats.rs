@@ -40,7 +40,7 @@ struct Taken {
     asked: AtomicU64,
     is_writer: AtomicBool,
     is_busy: AtomicBool,
-    /// When it was used last, or was taken, in milliseconds of [`Seats::began`].
+    /// When it came to rest last, or was taken, in milliseconds of [`Seats::began`]. Of one that is busy it says nothing.
     used: AtomicU64,
 }
 
@@ -132,7 +132,7 @@ impl Seats {
     fn longest(&self, taken: &BTreeMap<u64, Arc<Taken>>, which: impl Fn(&Taken) -> bool) -> Option<u64> {
         let before = self.now().checked_sub(millis(self.patience))?;
         let gives_way = |seat: &Taken| {
-            !seat.is_busy.load(Ordering::Relaxed)
+            !seat.is_busy.load(Ordering::Acquire)
                 && seat.used.load(Ordering::Relaxed) <= before
                 && which(seat)
         };
@@ -153,10 +153,14 @@ impl Seat {
     /// Its client has asked for something, or has been answered.
     pub(crate) fn note(&self, used: Use) {
         let Use { asked, is_writer, is_busy } = used;
-        self.taken.used.store(self.seats.now(), Ordering::Relaxed);
+        // On every request's way: the clock is asked where it counts only.
+        if !is_busy {
+            self.taken.used.store(self.seats.now(), Ordering::Relaxed);
+        }
         self.taken.asked.store(asked, Ordering::Relaxed);
         self.taken.is_writer.store(is_writer, Ordering::Relaxed);
-        self.taken.is_busy.store(is_busy, Ordering::Relaxed);
+        // Last: who finds it at rest finds since when.
+        self.taken.is_busy.store(is_busy, Ordering::Release);
     }
 }
 

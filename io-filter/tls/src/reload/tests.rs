@@ -221,7 +221,7 @@ async fn files_that_nobody_answers_for_hold_up_nobody() {
     let writer = std::fs::File::options().write(true).open(&pipe).unwrap();
     pki.write("client-key.pem", &key);
     drop(writer);
-    while reloading.notes().looks().under_way().is_some() {
+    while reloading.notes().looks.under_way().is_some() {
         tokio::task::yield_now().await;
     }
     assert_eq!((used(&reloading).await, reloading.warnings()), ("two".to_owned(), vec![]));
