@@ -170,7 +170,7 @@ impl Shelf {
 
     /// What is left of a log that is out of use.
     pub(crate) fn left_of(&self, disk: DiskId, number: u32, wanted: &Wanted) -> LeftOver {
-        let whole = self.salvage_where(Unreadable::IsAnError, disk, number, wanted.through);
+        let whole = self.salvage_where(Unreadable::IsAnError, disk, number, wanted.through, Seq(0));
         // What the device cannot read now is damage to nobody for longer than it stays so.
         let unread =
             matches!(whole, Err(LogError::Io { .. })) || self.noted(&Self::dir(disk, number)).is_err();
@@ -201,7 +201,7 @@ impl Shelf {
     }
 
     pub(crate) fn salvage(&self, disk: DiskId, log: u32, through: Option<Seq>) -> Result<Salvage, LogError> {
-        self.salvage_where(Unreadable::IsDamage, disk, log, through)
+        self.salvage_where(Unreadable::IsDamage, disk, log, through, Seq(0))
     }
 
     /// As [`Shelf::salvage`], for deciding what of a log goes.
@@ -211,23 +211,27 @@ impl Shelf {
     }
 
     /// As [`Shelf::salvage_to_repair`], also when the device cannot read how far the log was durable: that is in what it says
-    /// is damaged then.
+    /// is damaged then, and all that is there may have been acknowledged.
     pub(crate) fn salvage_unnoted(&self, disk: DiskId, log: u32) -> Result<Salvage, LogError> {
-        self.salvage_where(Unreadable::IsAnError, disk, log, None)
+        self.salvage_where(Unreadable::IsAnError, disk, log, None, Seq(u64::MAX))
     }
 
+    /// With `unnoted` for what was durable where the device cannot read how far the log was.
     fn salvage_where(
         &self,
         unreadable: Unreadable,
         disk: DiskId,
         log: u32,
         through: Option<Seq>,
+        unnoted: Seq,
     ) -> Result<Salvage, LogError> {
         let dir = Self::dir(disk, log);
         let known = self.memo(disk, log).map(|memo| memo.identity);
         let cut = Cut::read(&*self.storage, &dir)?;
-        let mut salvaged = match (salvage(&self.storage, &dir, &self.cache, known, through, unreadable), &cut)
-        {
+        let noted = self.noted(&dir);
+        let durable = |identity| noted.as_ref().map_or(unnoted, |noted| durable_of(*noted, identity));
+        let salvaged = salvage(&self.storage, &dir, &self.cache, known, through, durable, unreadable);
+        let mut salvaged = match (salvaged, &cut) {
             (Err(LogError::NoLog { .. }), Some(cut)) => {
                 Salvage::nothing(cut.why.clone()).cut_because(&cut.why)
             }
@@ -241,7 +245,7 @@ impl Shelf {
             (salvaged, _) => salvaged?,
         };
         // What is left can be read all the same.
-        let noted = self.noted(&dir).unwrap_or_else(|error| {
+        let noted = noted.unwrap_or_else(|error| {
             salvaged.damage.push(chain(&error));
             None
         });
@@ -306,10 +310,7 @@ impl Shelf {
 
     pub(crate) fn open(&self, disk: DiskId, log: u32) -> Result<DiskLog, LogError> {
         let noted = self.noted(&Self::dir(disk, log))?;
-        self.open_by(disk, log, |identity| {
-            let noted = noted.filter(|(history, _)| *history == identity.history);
-            noted.map_or(Seq(0), |(_, noted)| noted.durable.seq)
-        })
+        self.open_by(disk, log, |identity| durable_of(noted, identity))
     }
 
     /// As [`Shelf::open`] when the device cannot read how far the log was durable: all that is there may have been
@@ -362,4 +363,10 @@ impl Shelf {
         tracing::info!(%disk, log, history = %identity.history, "new log");
         Ok(created)
     }
+}
+
+/// Up to which entry a log is noted to have been durable.
+fn durable_of(noted: Option<(HistoryId, Noted)>, identity: LogIdentity) -> Seq {
+    let noted = noted.filter(|(history, _)| *history == identity.history);
+    noted.map_or(Seq(0), |(_, noted)| noted.durable.seq)
 }

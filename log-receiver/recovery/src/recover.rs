@@ -8,8 +8,8 @@
 use std::{io, path::Path};
 
 use backtide_segment::{
-    SEGMENT_HEADER_LENGTH, Scanned, SealedSegment, SegmentError, SegmentFile, SegmentHeader, SegmentId,
-    SegmentWriter, Seq, WriterOptions, claims, scan,
+    EntryHeader, Position, SEGMENT_HEADER_LENGTH, Scanned, SealedSegment, SegmentError, SegmentFile,
+    SegmentHeader, SegmentId, SegmentWriter, Seq, WriterOptions, claims, scan,
 };
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset};
@@ -263,7 +263,8 @@ impl Recovery<'_> {
 
     /// A footer is trusted when a later segment says that one of its own entries was durable: only then
     /// were this segment's entries and footer, which are synced before. Any other is checked against the
-    /// entries, for a power cut can leave a trailer without what stands before it.
+    /// entries, for a power cut can leave a trailer without what stands before it. Where entries are gone that were durable, as
+    /// is noted, no power cut was it, and the footer is all that tells of them.
     fn read_segment(
         &mut self,
         file: SegmentFile,
@@ -281,7 +282,15 @@ impl Recovery<'_> {
             Some(_) | None => {}
         }
         let expected = next_begins.map_or(self.synced, |next| self.synced.min(Seq(next.0 - 1)));
-        let scanned = scan(&file, header, expected, self.noted)?;
+        let scanned = scan(&file, header, expected, self.noted);
+        let knows_more = footer.as_ref().filter(|sealed| sealed.last() <= self.noted);
+        if let Some((sealed, gone)) =
+            knows_more.and_then(|sealed| Some((sealed, gone(&file, sealed, &scanned)?)))
+        {
+            self.recovered.damaged_entries.push(gone);
+            return Ok(KeptState::Sealed(Box::new(sealed.clone())));
+        }
+        let scanned = scanned?;
         self.synced = self.synced.max(scanned.synced);
         self.report_damage(&file, &scanned);
         match footer {
@@ -389,14 +398,16 @@ impl Recovery<'_> {
         };
         let mut from = ByteOffset::ZERO;
         if segment.header.first_seq <= self.synced {
-            from = end;
-            for item in file.headers(segment.header, end) {
-                let (header, position) = item?;
-                if header.seq > self.synced {
-                    from = position.offset();
-                    break;
-                }
-            }
+            let behind = |item: &Result<(EntryHeader, Position), SegmentError>| match item {
+                Ok((header, _)) => header.seq > self.synced,
+                Err(_) => true,
+            };
+            from = match file.headers(segment.header, end).find(behind).transpose() {
+                Ok(found) => found.map_or(end, |(_, position)| position.offset()),
+                // Of a segment with a footer: nobody knows where it stands.
+                Err(SegmentError::Damaged { .. }) => ByteOffset::ZERO,
+                Err(error) => return Err(error.into()),
+            };
         }
         let failed = |source| failed(format!("write {} again", file.name().display()), source);
         let mut chunk = vec![0; 1 << 20];
@@ -461,6 +472,22 @@ impl Recovery<'_> {
         synced.map_err(|source| {
             failed(format!("sync {}", self.storage.display(self.segments_dir).display()), source)
         })
+    }
+}
+
+/// What a scan lacks of a sealed segment: a sentence; none when it lacks nothing.
+fn gone(
+    file: &SegmentFile,
+    sealed: &SealedSegment,
+    scanned: &Result<Scanned, SegmentError>,
+) -> Option<String> {
+    match scanned {
+        Err(damage @ SegmentError::Damaged { .. }) => Some(damage.to_string()),
+        Ok(scanned) if scanned.contents.stats().next_seq < sealed.stats().next_seq => {
+            let (name, first) = (file.name().display(), scanned.contents.stats().next_seq);
+            Some(format!("{name} is damaged at byte {}: entry {first} was durable and is gone", scanned.end))
+        }
+        Ok(_) | Err(_) => None,
     }
 }
 

@@ -110,6 +110,8 @@ struct Work<'a> {
     cache: &'a LogCache,
     identity: LogIdentity,
     through: Seq,
+    /// Every entry up to this one was durable at some time, as is noted beside the log.
+    noted: Seq,
     timeline: Timeline,
     segments: Segments,
     next: Seq,
@@ -130,7 +132,8 @@ pub enum Unreadable {
 }
 
 /// Reads what is left of the log in `dir`, up to entry `through` when that is given. `known` says whose
-/// log it is when no header does.
+/// log it is when no header does, `noted` of which entry somebody noted beside the log that it was durable: what damage
+/// takes of the log, and a repair cuts off, may be all else that says so.
 ///
 /// # Errors
 /// [`LogError::NoLog`], [`LogError::UnknownVersion`], or the file system's.
@@ -140,6 +143,7 @@ pub fn salvage(
     cache: &LogCache,
     known: Option<LogIdentity>,
     through: Option<Seq>,
+    noted: impl FnOnce(LogIdentity) -> Seq,
     unreadable: Unreadable,
 ) -> Result<Salvage, LogError> {
     let open = match unreadable {
@@ -179,6 +183,7 @@ pub fn salvage(
         cache,
         identity,
         through: through.unwrap_or(Seq(u64::MAX)),
+        noted: noted(identity),
         timeline: base.as_ref().map(|base| base.timeline.clone()).unwrap_or_default(),
         segments: Segments::new(LogOptions::default().directory_bytes_max),
         next: base.as_ref().map_or(Seq(1), |base| base.first_seq),
@@ -327,7 +332,7 @@ impl Work<'_> {
 
     /// A footer that is whole speaks for its entries: one that is damaged is an error when it is read, and
     /// is told of here where opening the log looks at them too, that is where no later segment says that the footer
-    /// was durable.
+    /// was durable. One that is not whole speaks for entries that were durable and are gone.
     fn read(
         &self,
         file: &SegmentFile,
@@ -335,9 +340,9 @@ impl Work<'_> {
         durable: Seq,
     ) -> Result<(Part, Option<String>), LogError> {
         let sealed = SealedSegment::open(file, header)?;
-        let sealed = sealed.filter(|sealed| sealed.stats().next_seq.0 - 1 <= self.through.0);
+        let sealed = sealed.filter(|sealed| sealed.last() <= self.through);
         let Some(sealed) = sealed else {
-            let (scanned, damage) = scan_prefix(file, header, self.through)?;
+            let (scanned, damage) = scan_prefix(file, header, self.through, self.noted)?;
             return Ok((Part::Prefix(Box::new(scanned)), damage.map(|damage| damage.to_string())));
         };
         let summary = sealed.summary(file)?;
@@ -352,8 +357,9 @@ impl Work<'_> {
             }
             return Ok((Part::Sealed(Box::new(sealed), summary), damage));
         };
-        let (scanned, damage) = scan_prefix(file, header, self.through)?;
-        if known_durable && scanned.contents.stats().next_seq < sealed.stats().next_seq {
+        let (scanned, damage) = scan_prefix(file, header, self.through, self.noted)?;
+        let were_durable = known_durable || sealed.last() <= self.noted;
+        if were_durable && scanned.contents.stats().next_seq < sealed.stats().next_seq {
             // Opening the log believes it as well: what is damaged of it is an error when that is read.
             return Ok((Part::Sealed(Box::new(sealed), summary), Some(footer)));
         }

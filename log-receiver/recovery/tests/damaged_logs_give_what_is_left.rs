@@ -8,7 +8,7 @@ use std::{
 };
 
 use backtide_recovery::{
-    DiskLog, Entry, LogError, PassContent, PassReason, Salvage, Snapshot, TimedLsn, Unreadable, salvage,
+    DiskLog, Entry, LogError, PassContent, PassReason, Salvage, Seq, Snapshot, TimedLsn, Unreadable, salvage,
 };
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn, PayloadChecksum, Reason};
@@ -42,8 +42,9 @@ fn copied(agent: &Agent) -> (MemoryStorage, Vec<PathBuf>) {
 fn left(storage: &MemoryStorage) -> Salvage {
     let shared: Arc<dyn Storage> = Arc::new(storage.clone());
     let before = storage.files();
-    let salvaged = salvage(&shared, directory(), &cache(), Some(identity()), None, Unreadable::IsDamage)
-        .expect("salvage");
+    let salvaged =
+        salvage(&shared, directory(), &cache(), Some(identity()), None, |_| Seq(0), Unreadable::IsDamage)
+            .expect("salvage");
     assert_eq!(storage.files(), before, "nothing is written");
     salvaged
 }
@@ -188,8 +189,9 @@ fn a_failed_log_gives_what_was_durable_and_nothing_above() {
     agent.write().expect("write");
     agent.log.snapshot().expect("all of it is in the files");
     let shared: Arc<dyn Storage> = Arc::new(agent.storage.clone());
-    let salvaged = salvage(&shared, directory(), &cache(), None, Some(durable.seq), Unreadable::IsDamage)
-        .expect("salvage");
+    let salvaged =
+        salvage(&shared, directory(), &cache(), None, Some(durable.seq), |_| Seq(0), Unreadable::IsDamage)
+            .expect("salvage");
     assert_eq!(salvaged.damage, Vec::<String>::new());
     let timeline = salvaged.snapshot.timeline();
     assert_eq!(timeline.covered(), durable.lsn);

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use backtide_images::Root;
 use backtide_recovery::{
-    DiskLog, FoldError, FoundBase, KeptPoint, LogCache, LogError, Salvage, Snapshot, TimedLsn, Unreadable,
-    inspect_base, rebase_closed, remove_unused, settle_closed, sync_names,
+    DiskLog, FoldError, FoundBase, KeptPoint, LogCache, LogError, Salvage, Seq, Snapshot, TimedLsn,
+    Unreadable, inspect_base, rebase_closed, remove_unused, settle_closed, sync_names,
 };
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{Lsn, Reason};
@@ -55,7 +55,15 @@ impl World {
 
     fn left(&self) -> Result<Salvage, LogError> {
         let shared = self.shared();
-        backtide_recovery::salvage(&shared, directory(), &self.cache, None, None, Unreadable::IsDamage)
+        backtide_recovery::salvage(
+            &shared,
+            directory(),
+            &self.cache,
+            None,
+            None,
+            |_| Seq(0),
+            Unreadable::IsDamage,
+        )
     }
 
     /// The points that it offers, those within intervals too.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use backtide_images::{Images, Root};
 use backtide_recovery::{
-    DiskLog, FoldError, FoundBase, KeptPoint, LogError, LogOptions, PointError, Salvage, Snapshot, TimedLsn,
-    Unreadable, remove_unused,
+    DiskLog, FoldError, FoundBase, KeptPoint, LogError, LogOptions, PointError, Salvage, Seq, Snapshot,
+    TimedLsn, Unreadable, remove_unused,
 };
 use backtide_segment::SEGMENT_HEADER_LENGTH;
 use backtide_storage::{MemoryStorage, Storage};
@@ -403,8 +403,15 @@ fn a_log_whose_directory_somebody_removed_begins_anew() {
 
 fn salvage(world: &World) -> Salvage {
     let storage = storage(&world.agent);
-    let salvaged =
-        backtide_recovery::salvage(&storage, directory(), &cache(), None, None, Unreadable::IsDamage);
+    let salvaged = backtide_recovery::salvage(
+        &storage,
+        directory(),
+        &cache(),
+        None,
+        None,
+        |_| Seq(0),
+        Unreadable::IsDamage,
+    );
     salvaged.expect("salvage")
 }
 

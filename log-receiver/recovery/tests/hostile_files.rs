@@ -5,7 +5,7 @@ mod common;
 
 use std::{ops::Range, path::PathBuf, sync::Arc};
 
-use backtide_recovery::{DiskLog, Entry, LogError, LogOptions, Snapshot, Unreadable, inspect, salvage};
+use backtide_recovery::{DiskLog, Entry, LogError, LogOptions, Seq, Snapshot, Unreadable, inspect, salvage};
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{ByteOffset, ByteRange, CaptureTime, Lsn, PayloadChecksum};
 
@@ -95,7 +95,7 @@ fn try_all(files: &[(PathBuf, Vec<u8>)], options: backtide_recovery::LogOptions)
         let _ = inspect(&storage, path, &mut std::io::sink());
     }
     let shared: Arc<dyn Storage> = Arc::new(storage.clone());
-    if let Ok(left) = salvage(&shared, directory(), &cache(), None, None, Unreadable::IsDamage) {
+    if let Ok(left) = salvage(&shared, directory(), &cache(), None, None, |_| Seq(0), Unreadable::IsDamage) {
         read_everything(&left.snapshot);
     }
     match DiskLog::open(Arc::new(storage), directory(), options, &cache()) {

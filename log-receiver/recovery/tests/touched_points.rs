@@ -59,7 +59,7 @@ fn entries(agent: &Agent) -> Vec<Written> {
     for (path, _) in files(agent, "seg") {
         let file = SegmentFile::new(agent.storage.open(&path).expect("open"), path.clone());
         let header = file.header().expect("header");
-        let (scanned, _) = scan_prefix(&file, header, Seq(u64::MAX)).expect("scan");
+        let (scanned, _) = scan_prefix(&file, header, Seq(u64::MAX), Seq(0)).expect("scan");
         for item in file.headers(header, scanned.end) {
             let (header, position) = item.expect("a header");
             if let Some(range) = header.range() {

@@ -5,7 +5,7 @@ mod common;
 
 use std::{path::PathBuf, sync::Arc};
 
-use backtide_recovery::{DiskLog, LogError, Salvage, Unreadable, salvage};
+use backtide_recovery::{DiskLog, LogError, Salvage, Seq, Unreadable, salvage};
 use backtide_storage::{MemoryStorage, Storage};
 use backtide_units::{ByteOffset, ByteRange};
 use common::{Agent, Random, SayOnPanic, cache, directory, identity, seeds, whole};
@@ -50,7 +50,7 @@ fn sector(at: u64) -> ByteRange {
 
 fn left(storage: &MemoryStorage) -> Salvage {
     let shared: Arc<dyn Storage> = Arc::new(storage.clone());
-    salvage(&shared, directory(), &cache(), Some(identity()), None, Unreadable::IsDamage)
+    salvage(&shared, directory(), &cache(), Some(identity()), None, |_| Seq(0), Unreadable::IsDamage)
         .expect("what can be read is read")
 }
 

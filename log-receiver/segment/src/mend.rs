@@ -120,14 +120,15 @@ impl SegmentFile {
         Ok(body.pack(0, &all.freeze()))
     }
 
-    /// Builds the footer of a sealed segment again from its entries, durably; false when they are not all whole.
+    /// Builds the footer of a sealed segment again from its entries, durably; false when one of them is lost. Of the payloads of
+    /// data it says nothing, so those may be damaged.
     ///
     /// # Errors
     /// The file's.
     pub fn mend_footer(&self, sealed: &SealedSegment) -> Result<bool, SegmentError> {
-        let (scanned, damage) = scan_prefix(self, *sealed.header(), Seq::MAX)?;
-        let whole = damage.is_none() && scanned.damaged.is_empty();
-        if !whole || scanned.contents.stats() != sealed.stats() || scanned.end != sealed.entries_end() {
+        let (scanned, damage) = scan_prefix(self, *sealed.header(), Seq::MAX, sealed.last())?;
+        let gone = damage.is_some();
+        if gone || scanned.contents.stats() != sealed.stats() || scanned.end != sealed.entries_end() {
             return Ok(false);
         }
         let file = &**self.file();
@@ -142,7 +143,7 @@ impl SegmentFile {
     /// # Errors
     /// The file's.
     pub fn rebuild_footer(&self, sealed: &SealedSegment) -> Result<Rebuilt, SegmentError> {
-        let (scanned, damage) = scan_prefix(self, *sealed.header(), Seq::MAX)?;
+        let (scanned, damage) = scan_prefix(self, *sealed.header(), Seq::MAX, Seq(0))?;
         if damage.is_some() || !scanned.damaged.is_empty() || scanned.end != sealed.entries_end() {
             return Ok(Rebuilt::EntriesDamaged);
         }

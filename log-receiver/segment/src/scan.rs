@@ -63,7 +63,7 @@ pub fn scan(
 }
 
 /// Scans up to entry `through` or to where entries stop following each other, whatever stands behind:
-/// what can still be read of a damaged segment. Gives the damage too, where that is what ended it.
+/// what can still be read of a damaged segment. Gives the damage too, where that is what ended it. `noted` as for [`scan`].
 ///
 /// # Errors
 /// The file's.
@@ -71,8 +71,9 @@ pub fn scan_prefix(
     file: &SegmentFile,
     header: SegmentHeader,
     through: Seq,
+    noted: Seq,
 ) -> Result<(Scanned, Option<SegmentError>), SegmentError> {
-    let mut scan = Scan::new(file, header, Seq(0), Seq(0))?;
+    let mut scan = Scan::new(file, header, Seq(0), noted)?;
     while scan.scanned.contents.stats.next_seq <= through {
         match scan.step() {
             Ok(true) => {}

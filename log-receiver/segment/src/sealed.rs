@@ -111,6 +111,11 @@ impl SealedSegment {
         &self.stats
     }
 
+    /// The last entry; the one before its first when it has none.
+    pub fn last(&self) -> Seq {
+        Seq(self.stats.next_seq.0.saturating_sub(1))
+    }
+
     /// Where the entries end.
     pub fn entries_end(&self) -> ByteOffset {
         ByteOffset(self.sections.entries_end)

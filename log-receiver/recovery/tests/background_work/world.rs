@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use backtide_images::{Collected, Images, ImagesLimits, Losses, Root};
 use backtide_recovery::{
-    DiskLog, FoldError, FoundBase, KeptPoint, LogCache, LogError, RebaseTicket, Snapshot, TimedLsn,
+    DiskLog, FoldError, FoundBase, KeptPoint, LogCache, LogError, RebaseTicket, Seq, Snapshot, TimedLsn,
     Unreadable, remove_unused, salvage,
 };
 use backtide_storage::{MemoryStorage, Storage};
@@ -280,8 +280,8 @@ impl World {
         assert!(checked.is_sound(), "{checked:?}");
         let rebuilt = snapshot.rebuild_footers(&mut |_| true).expect("no failure");
         assert_eq!(rebuilt, Vec::<String>::new(), "footers are what the entries give");
-        let left =
-            salvage(&shared, directory(), &cache(), None, None, Unreadable::IsDamage).expect("salvage");
+        let left = salvage(&shared, directory(), &cache(), None, None, |_| Seq(0), Unreadable::IsDamage)
+            .expect("salvage");
         assert_eq!(left.damage, Vec::<String>::new());
         let (left, all) = (left.snapshot.timeline(), log.timeline());
         assert_eq!(

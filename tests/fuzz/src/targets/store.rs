@@ -168,7 +168,7 @@ fn segment(bytes: &[u8]) {
     let Ok(header) = file.header() else { return };
     let _ = scan(&file, header, Seq(0), Seq(0));
     let _ = scan(&file, header, Seq(1000), Seq(3));
-    let _ = scan_prefix(&file, header, Seq(u64::MAX >> 1));
+    let _ = scan_prefix(&file, header, Seq(u64::MAX >> 1), Seq(0));
     if let Ok(Some(sealed)) = SealedSegment::open(&file, header) {
         let _ = sealed.verify(&file);
         let _ = file.mend_footer(&sealed);
@@ -185,7 +185,7 @@ fn log(bytes: &[u8]) {
         open_files_max: 4,
         ..CacheLimits::default()
     });
-    if let Ok(left) = salvage(&shared, Path::new(LOG), &cache, None, None, Unreadable::IsDamage) {
+    if let Ok(left) = salvage(&shared, Path::new(LOG), &cache, None, None, |_| Seq(0), Unreadable::IsDamage) {
         read_everything(&left.snapshot);
         let _ = left.check(&mut |_| true);
     }

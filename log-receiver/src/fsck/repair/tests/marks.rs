@@ -16,11 +16,6 @@ fn heal(storage: &MemoryStorage) {
     storage.make_unreadable(&mark(), ByteRange::default());
 }
 
-fn shelf(storage: &MemoryStorage) -> Shelf {
-    let shared: Arc<dyn Storage> = Arc::new(storage.clone());
-    reading(&shared, Forgotten::load(Arc::clone(&shared)).unwrap())
-}
-
 /// A store whose last segment is gone: only the mark tells that there was one.
 fn without_its_end() -> MemoryStorage {
     let storage = whole(false);
@@ -106,13 +101,6 @@ fn cut() -> MemoryStorage {
     let storage = damaged();
     assert_eq!(run(&storage, Repair::Everything).unwrap().disks[0].cut.len(), 1);
     storage
-}
-
-/// The segment files of a store, with where they are.
-fn segments(storage: &MemoryStorage) -> Vec<(PathBuf, Vec<u8>)> {
-    let mut files = storage.files();
-    files.retain(|(path, _)| path.to_string_lossy().contains(".seg"));
-    files
 }
 
 #[test]
