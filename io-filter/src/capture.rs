@@ -228,7 +228,7 @@ impl Filter {
         match result {
             Ok(read) if needed == hull => {
                 self.counters.copies_before_write += 1;
-                self.deliver_content(hull, read.read().0);
+                self.deliver_content(hull, read.read());
                 self.start_change(change);
             }
             Ok(_) => self.forfeit_and_start(change),

@@ -43,35 +43,44 @@ impl PendingCompare {
     }
 }
 
-/// The items that describe `bytes`, in chunks that do not cross multiples of the chunk size.
-pub fn chunk_items(range: ByteRange, bytes: &Bytes) -> Vec<(CompareItem, Bytes)> {
-    let mut rest = bytes.clone();
+/// The items that describe the `bytes` of `range`, in chunks that do not cross multiples of the chunk size.
+pub fn chunk_items(range: ByteRange, bytes: &[u8]) -> Vec<CompareItem> {
+    let mut rest = bytes;
     range
         .split_at_multiples(ByteCount(COMPARE_CHUNK_BYTES_MAX))
         .map(|chunk| {
-            let bytes = rest.split_to(usize::try_from(chunk.count().0).expect("a chunk is small"));
-            let content = match is_zeroes(&bytes) {
+            let (bytes, behind) = rest.split_at(chunk_length(chunk));
+            rest = behind;
+            let content = match is_zeroes(bytes) {
                 true => Content::Zeroes,
-                false => Content::Hash(*blake3::hash(&bytes).as_bytes()),
+                false => Content::Hash(*blake3::hash(bytes).as_bytes()),
             };
-            (CompareItem { range: chunk, content }, bytes)
+            CompareItem { range: chunk, content }
         })
         .collect()
 }
 
+fn chunk_length(chunk: ByteRange) -> usize {
+    chunk.count().as_usize().expect("a chunk is small")
+}
+
 impl Filter {
-    /// The run's content at T was read: asks about it, and holds it until the answer.
-    pub(crate) fn ask_about(&mut self, run: BlockRange, bytes: Bytes) {
-        let items = chunk_items(run.bytes(self.settings.size), &bytes);
+    /// The run's content at T was read: asks about it with the `items` that describe it, and holds it until
+    /// the answer.
+    pub(crate) fn ask_about(&mut self, run: BlockRange, bytes: &Bytes, items: Vec<CompareItem>) {
         // Chunks of a read that is kept whole need no memory of their own.
-        let whole = items.iter().all(|(item, _)| item.content != Content::Zeroes);
+        let whole = items.iter().all(|item| item.content != Content::Zeroes);
         let pass = self.pass.as_mut().expect("only a pass compares");
         pass.active.remove(run);
-        let chunks = items
-            .iter()
-            .map(|(item, bytes)| (item.range, (item.content != Content::Zeroes).then(|| own(bytes, whole))))
-            .collect();
-        let items = items.into_iter().map(|(item, _)| item).collect();
+        let mut chunks = Vec::with_capacity(items.len());
+        let mut at = 0;
+        for item in &items {
+            let chunk = at..at + chunk_length(item.range);
+            at = chunk.end;
+            let held = (item.content != Content::Zeroes).then(|| own(&bytes.slice(chunk), whole));
+            chunks.push((item.range, held));
+        }
+        debug_assert_eq!(at, bytes.len(), "the items describe the run");
         let pending = PendingCompare { chunks };
         pass.moving += pending.held_bytes();
         self.ask(items, pending);

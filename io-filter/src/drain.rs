@@ -29,44 +29,7 @@ const READ_TRIES_MAX: u32 = 5;
 /// So often it is looked whether a pass gains on the guest.
 const GROUND_LOOK: Duration = Duration::from_secs(1);
 
-/// Bytes that were read, and what a pass sends of them: that takes long enough to be made on a thread that
-/// nobody waits for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Prepared {
-    bytes: Bytes,
-    /// Nothing when all of them are zeroes.
-    data: Data,
-}
-
-impl Prepared {
-    /// Looks through bytes that were just read.
-    pub fn new(bytes: Bytes) -> Self {
-        let data = Data::capture(if is_zeroes(&bytes) { Bytes::new() } else { bytes.clone() });
-        Self { bytes, data }
-    }
-}
-
-impl LocalData {
-    /// What a read brought, and what was prepared of it.
-    ///
-    /// # Panics
-    /// When it was no read.
-    pub(crate) fn read(self) -> (Bytes, Option<Data>) {
-        match self {
-            Self::Read(bytes) => (bytes, None),
-            Self::Prepared(Prepared { bytes, data }) => (bytes, Some(data)),
-            Self::Changed => unreachable!("a read brings bytes"),
-        }
-    }
-}
-
 impl Filter {
-    /// Whether what a pass reads now is sent as it is read, so that reads for the filter may end as
-    /// [`LocalData::Prepared`].
-    pub fn sends_what_it_reads(&self) -> bool {
-        self.pass.as_ref().is_some_and(|pass| !pass.compare)
-    }
-
     /// Starts as many reads as the buffer allows.
     pub(crate) fn drain(&mut self) {
         self.ask_about_zeroes();
@@ -254,8 +217,13 @@ impl Filter {
 
     fn drained(&mut self, run: BlockRange, read: LocalData) {
         let pass = self.pass.as_ref().expect("the caller has one");
-        let (bytes, prepared) = read.read();
-        if pass.compare { self.ask_about(run, bytes) } else { self.deliver_prepared(run, bytes, prepared) }
+        if pass.compare {
+            let (bytes, items) = read.read_to_compare(run.bytes(self.settings.size));
+            self.ask_about(run, &bytes, items);
+        } else {
+            let (bytes, prepared) = read.read_to_send();
+            self.deliver_prepared(run, bytes, prepared);
+        }
     }
 
     fn note_unreadable(&mut self, run: BlockRange, failure: IoFailure) {

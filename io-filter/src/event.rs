@@ -12,7 +12,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{drain::Prepared, filter::Mode};
+use crate::{filter::Mode, prepared::Prepared};
 
 /// A moment, by both clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +109,7 @@ pub enum LocalData {
     Changed,
     /// The bytes read.
     Read(Bytes),
-    /// The same, and what a pass sends of them: see [`Filter::sends_what_it_reads`](crate::Filter::sends_what_it_reads).
+    /// The same, and what was made of them: see [`Filter::read_use`](crate::Filter::read_use).
     Prepared(Prepared),
 }
 

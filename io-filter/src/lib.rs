@@ -11,7 +11,7 @@
 //! 3. `acknowledge`: when the guest hears of it.
 //! 4. `connection`: the handshake's decision, acks, a lost stream; `hasten`: when the receiver is told that
 //!    somebody waits.
-//! 5. `freeze`, `drain`, `compare`: a resync pass; `pace`, `courtesy`: how fast it may be; `progress`: how
+//! 5. `freeze`, `drain`, `compare`, `prepared`: a resync pass; `pace`, `courtesy`: how fast it may be; `progress`: how
 //!    fast it is.
 //! 6. `activity`: what the tracking file has to say, before a change may happen.
 //! 7. `spill`: the window's part on disk.
@@ -42,6 +42,7 @@ mod mutant;
 mod operate;
 mod pace;
 mod pass;
+mod prepared;
 mod progress;
 mod recall;
 mod reserve;
@@ -53,7 +54,6 @@ mod window;
 
 pub use compare::chunk_items;
 pub use courtesy::Watch;
-pub use drain::Prepared;
 pub use event::{
     AckPolicy, Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
     Settings, SpillDone, SpillOp, TrackingOp,
@@ -62,6 +62,7 @@ pub use filter::{Filter, Mode};
 #[cfg(feature = "mutants")]
 pub use mutant::Mutant;
 pub use operate::{MARKS_KNOWN, MarkError, Marked, ResyncKind};
+pub use prepared::{Prepared, ReadUse};
 pub use progress::Speed;
 pub use status::{Counters, PassStatus, SpillStatus, Status};
 pub use verify::{VerifyError, VerifyReport};

@@ -59,7 +59,7 @@ impl Filter {
             return;
         }
         let bytes = match result {
-            Ok(read) => read.read().0,
+            Ok(read) => read.read(),
             Err(failure) => return self.fail_recall(id, failure.to_string()),
         };
         let read = BlockRange::touched_by(range).bytes(self.settings.size);

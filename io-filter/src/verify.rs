@@ -13,7 +13,7 @@ use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, L
 
 use crate::{
     capture::{Ongoing, Queued},
-    compare::{ZEROES_RUN_MAX, chunk_items, is_answer},
+    compare::{ZEROES_RUN_MAX, is_answer},
     event::{Effect, IoFailure, IoId, LocalData, LocalOp, Now},
     filter::{Filter, Mode},
 };
@@ -347,8 +347,7 @@ impl Filter {
             job.busy -= 1;
             match result {
                 Ok(read) => {
-                    let (bytes, _) = read.read();
-                    let items = chunk_items(range, &bytes).into_iter().map(|(item, _)| item).collect();
+                    let (_, items) = read.read_to_compare(range);
                     self.ask_for_verify(items);
                 }
                 Err(IoFailure { errno }) => {

@@ -242,12 +242,14 @@ impl Engine {
             Began::UnderWay => {}
             Began::Later(op, purpose) => {
                 let engine = Rc::clone(self);
-                let prepares =
-                    matches!(purpose, Purpose::Filter(_)) && self.look(Filter::sends_what_it_reads);
+                let wanted = match purpose {
+                    Purpose::Filter(_) => self.look(Filter::read_use),
+                    Purpose::Reader(..) => None,
+                };
                 tokio::task::spawn_local(async move {
-                    let result = match prepares {
-                        true => engine.local.run_for_a_pass(op).await,
-                        false => engine.local.run(op).await,
+                    let result = match wanted {
+                        Some(wanted) => engine.local.run_for_filter(op, wanted).await,
+                        None => engine.local.run(op).await,
                     };
                     engine.local_ended(purpose, result);
                     engine.carry_out();

@@ -9,7 +9,7 @@
 use std::{io, sync::Arc, time::Instant};
 
 use backtide_export::{BlockSizes, Extent};
-use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, Prepared};
+use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, Prepared, ReadUse};
 use backtide_storage::{ImageFile, RingOp, Wrote};
 use backtide_units::{ByteOffset, ByteRange};
 use bytes::{Buf, Bytes};
@@ -193,10 +193,10 @@ impl ImageDisk {
         Ok(None)
     }
 
-    /// Reads on the blocking pool, and prepares there what a pass sends.
-    pub(crate) async fn read_for_a_pass(&self, range: ByteRange) -> Result<LocalData, IoFailure> {
+    /// Reads on the blocking pool, and prepares there what it is read for.
+    pub(crate) async fn read_for(&self, wanted: ReadUse, range: ByteRange) -> Result<LocalData, IoFailure> {
         let image = Arc::clone(&self.image);
-        let read = blocking(move || image.read(range).map(Prepared::new)).await;
+        let read = blocking(move || Ok(Prepared::new(wanted, range, image.read(range)?))).await;
         read.map(LocalData::Prepared).map_err(failure)
     }
 

@@ -4,7 +4,7 @@ use std::{io, rc::Rc};
 
 use backtide_agent_api::HydrationStatus;
 use backtide_export::{BlockSizes, Extent, Reply};
-use backtide_io_filter::{IoFailure, IoId, LocalData, LocalOp, Watch};
+use backtide_io_filter::{IoFailure, IoId, LocalData, LocalOp, ReadUse, Watch};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteCount, ByteRange};
 use rustix::io::Errno;
@@ -41,7 +41,7 @@ pub(crate) enum Began {
 pub(super) const EIO: i32 = Errno::IO.raw_os_error();
 
 impl Local {
-    fn medium(&self) -> &Medium {
+    pub(crate) fn medium(&self) -> &Medium {
         match self {
             Self::Whole(medium) => medium,
             Self::Hydrating(disk) => disk.medium(),
@@ -144,11 +144,11 @@ impl Local {
         }
     }
 
-    /// The same while a pass sends what it reads: what it sends of a run is made where the run is read, where
-    /// that is another thread.
-    pub(crate) async fn run_for_a_pass(&self, op: LocalOp) -> Result<LocalData, IoFailure> {
+    /// The same while a resync or a verify reads: what they need of a run is made where the run is read,
+    /// where that is another thread.
+    pub(crate) async fn run_for_filter(&self, op: LocalOp, wanted: ReadUse) -> Result<LocalData, IoFailure> {
         match (self, op) {
-            (Self::Whole(Medium::Image(image)), LocalOp::Read(range)) => image.read_for_a_pass(range).await,
+            (Self::Whole(Medium::Image(image)), LocalOp::Read(range)) => image.read_for(wanted, range).await,
             (Self::Whole(_) | Self::Hydrating(_), op) => self.run(op).await,
         }
     }

@@ -113,6 +113,14 @@ impl Medium {
         }
     }
 
+    /// Keeps so much more memory for reads and writes while nobody uses it.
+    pub(crate) fn keep_buffers(&self, more: ByteCount) {
+        match self {
+            Self::Image(image) => image.image().buffers().keep_beyond(more),
+            Self::Nbd(_) => {}
+        }
+    }
+
     /// The blocks that may hold data.
     pub(crate) async fn allocated(&self) -> Result<DirtyBitmap, IoFailure> {
         let whole = ByteRange::between(ByteOffset::ZERO, ByteOffset(self.size().0));

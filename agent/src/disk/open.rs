@@ -390,7 +390,8 @@ mod tests {
         let in_memory = rustix::fs::statfs(std::env::temp_dir()).unwrap().f_type == 0x0102_1994;
         // A look of its own for each: one may read ahead what the next looks for.
         for at in [block, CACHED_AS_ONE, CACHED_AS_ONE + (60 << 10)] {
-            assert_eq!(is_cached(true, at), in_memory, "{at}");
+            // A page that something else of the kernel looks at for that moment stays.
+            assert_eq!((0..20).all(|_| is_cached(true, at)), in_memory, "{at}");
             assert!(is_cached(false, at), "{at}: what is known is left");
         }
         for at in [60 << 10, 2 * CACHED_AS_ONE] {

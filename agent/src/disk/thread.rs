@@ -396,6 +396,9 @@ impl Disk {
     async fn keep_house(&mut self) {
         let status = self.engine.look(Filter::status);
         self.watch.sample(&status);
+        // What a resync has in memory it reads into again.
+        let reads = self.engine.look(Filter::read_use).map(|_| self.limits.resync_buffer_bytes);
+        self.engine.local.medium().keep_buffers(reads.unwrap_or_default());
         self.look_for_others().await;
         self.beside.look(self.record.name.as_str()).await;
         self.save_asked().await;

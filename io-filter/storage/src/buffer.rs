@@ -5,7 +5,7 @@
 //! when it, or the last slice of the [`Bytes`] made of it, is dropped.
 //!
 //! Invariants: a buffer begins at a multiple of [`BUFFER_ALIGNMENT`]; a pool keeps at most
-//! [`KEPT_BYTES`] that nobody uses. What a buffer holds when it is taken is what was in it before,
+//! [`KEPT_BYTES`] that nobody uses, and more only while its owner says so. What a buffer holds when it is taken is what was in it before,
 //! of the same disk; whoever fills it hands out only what it filled.
 
 use std::{
@@ -36,11 +36,18 @@ pub struct BufferPool {
     shelves: Arc<Mutex<Shelves>>,
 }
 
-#[derive(Default)]
 struct Shelves {
     /// One for each capacity, see [`shelf`].
     unused: Vec<Vec<Memory>>,
     bytes: usize,
+    /// How many may be kept.
+    most: usize,
+}
+
+impl Default for Shelves {
+    fn default() -> Self {
+        Self { unused: Vec::new(), bytes: 0, most: KEPT_BYTES }
+    }
 }
 
 /// Some memory and where its aligned part begins.
@@ -101,10 +108,21 @@ impl BufferPool {
         buffer
     }
 
+    /// From now on keeps up to `more` unused bytes beyond what a pool always may: of a disk that is read
+    /// whole, as many as are under way at once. What is too much goes.
+    pub fn keep_beyond(&self, more: ByteCount) {
+        let mut shelves = self.lock();
+        shelves.most = KEPT_BYTES.saturating_add(more.as_usize().unwrap_or(usize::MAX));
+        while shelves.bytes > shelves.most {
+            let Some(memory) = shelves.unused.iter_mut().rev().find_map(Vec::pop) else { return };
+            shelves.bytes -= memory.capacity();
+        }
+    }
+
     fn keep(&self, memory: Memory) {
         let capacity = memory.capacity();
         let mut shelves = self.lock();
-        if capacity > CAPACITY_KEPT_MAX || shelves.bytes + capacity > KEPT_BYTES {
+        if capacity > CAPACITY_KEPT_MAX || shelves.bytes + capacity > shelves.most {
             return;
         }
         shelves.bytes += capacity;
@@ -218,6 +236,19 @@ mod tests {
         drop(many);
         assert_eq!(pool.unused(), KEPT_BYTES);
         drop(pool.take(ByteCount(32 << 20)));
+        assert_eq!(pool.unused(), KEPT_BYTES);
+    }
+
+    #[test]
+    fn a_pool_keeps_more_while_it_is_told_to() {
+        let pool = BufferPool::default();
+        let use_many = || drop((0..100).map(|_| pool.take(ByteCount(1 << 20))).collect::<Vec<Buffer>>());
+        pool.keep_beyond(ByteCount(4 << 20));
+        use_many();
+        assert_eq!(pool.unused(), KEPT_BYTES + (4 << 20));
+        pool.keep_beyond(ByteCount(0));
+        assert_eq!(pool.unused(), KEPT_BYTES);
+        use_many();
         assert_eq!(pool.unused(), KEPT_BYTES);
     }
 }

@@ -176,12 +176,14 @@ impl World {
             LocalOp::Read(_) | LocalOp::Settle => {}
         }
         let result = result.map(|()| match (&inflight.op, inflight.content) {
-            (LocalOp::Read(_), content) => {
+            (LocalOp::Read(range), content) => {
                 let bytes = content.expect("it was read before the end");
                 let agent = self.agent.as_ref().expect("it is alive");
                 // As some disks behind do, and not all.
-                let prepares = io.0.is_multiple_of(2) && agent.filter.sends_what_it_reads();
-                if prepares { LocalData::Prepared(Prepared::new(bytes)) } else { LocalData::Read(bytes) }
+                match agent.filter.read_use().filter(|_| io.0.is_multiple_of(2)) {
+                    Some(wanted) => LocalData::Prepared(Prepared::new(wanted, *range, bytes)),
+                    None => LocalData::Read(bytes),
+                }
             }
             (LocalOp::Change(_) | LocalOp::Settle, _) => LocalData::Changed,
         });

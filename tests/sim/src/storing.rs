@@ -175,6 +175,6 @@ pub(crate) fn equal(range: ByteRange, seen: &Bytes, bytes: &Bytes) -> Vec<ByteRa
         let from = (chunk.start().0 - range.start().0) as usize;
         bytes.slice(from..from + chunk.count().0 as usize)
     };
-    let chunks = chunk_items(range, seen).into_iter().map(|(item, _)| item.range);
+    let chunks = chunk_items(range, seen).into_iter().map(|item| item.range);
     chunks.filter(|chunk| part(seen, *chunk) == part(bytes, *chunk)).collect()
 }

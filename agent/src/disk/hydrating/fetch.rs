@@ -118,7 +118,7 @@ impl HydratingDisk {
             self.fetch_into(range, &mut pieces).await?;
             return Ok(pieces);
         };
-        let items: Vec<_> = chunk_items(range, &bytes).into_iter().map(|(item, _)| item).collect();
+        let items = chunk_items(range, &bytes);
         let ranges: Vec<ByteRange> = items.iter().map(|item| item.range).collect();
         let differing: BTreeSet<u32> = self.source.differing(items).await?.into_iter().collect();
         let mut wanted: Option<ByteRange> = None;

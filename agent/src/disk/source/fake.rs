@@ -220,9 +220,8 @@ impl PointSource for FakeSource {
             }
             let differs = |item: &CompareItem| {
                 let place = item.range.start().0 as usize..item.range.end().0 as usize;
-                let bytes = Bytes::copy_from_slice(&self.content[place]);
                 let damaged = self.damaged.borrow().touches(BlockRange::touched_by(item.range));
-                damaged || chunk_items(item.range, &bytes)[0].0 != *item
+                damaged || chunk_items(item.range, &self.content[place])[0] != *item
             };
             let positions = (0..).zip(&items).filter(|(_, item)| differs(item));
             Ok(positions.map(|(position, _)| position).collect())
