@@ -234,14 +234,16 @@ async fn a_segment_is_kept_up_to_the_entry_that_is_lost() {
     let lost = header_behind(&bytes, length / 2);
     bytes[lost..lost + 70_000].fill(0xee);
     fs::write(broken, &bytes).unwrap();
-    // No entry says that those behind it were durable, but what is noted beside the log does.
     let rebuilt = repaired(&place, Repair::Rebuild);
     assert!(!rebuilt.sound && segments_of(&place) == segments, "{rebuilt:?}");
     let report = repaired(&place, Repair::Everything);
     assert!(report.sound && report.disks[0].cut.len() == 1, "{report:?}");
     assert_eq!(segments_of(&place), segments[..2]);
-    assert_eq!(aside(&place).len(), segments.len() - 2);
-    assert_eq!(fs::read(broken).unwrap(), bytes, "as it was found");
+    // Entries behind the lost one are cut off where one of them says that it was durable: that one of the next
+    // segment begins with does not. It depends on which of them were written with the same sync.
+    let kept = fs::read(broken).unwrap();
+    assert!(bytes.starts_with(&kept) && kept.len() >= lost, "{} of {} bytes", kept.len(), bytes.len());
+    assert_eq!(aside(&place).len(), segments.len() - 2 + usize::from(kept != bytes));
     let receiver = place.start().await;
     let last = points(&receiver).await.last.unwrap().lsn.0;
     for lsn in [6, last] {
