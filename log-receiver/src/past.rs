@@ -59,7 +59,7 @@ impl EndedLog {
 }
 
 /// Of equal epochs the first: a memo knows no more than its log.
-fn newest(first: Option<Attached>, second: Option<Attached>) -> Option<Attached> {
+pub(crate) fn newest(first: Option<Attached>, second: Option<Attached>) -> Option<Attached> {
     [first, second].into_iter().flatten().reduce(|a, b| if b.epoch > a.epoch { b } else { a })
 }
 
@@ -178,5 +178,32 @@ impl Disk {
     fn ended_base(&self, number: u32) -> Option<Option<Base>> {
         let log = self.past().logs().iter().find(|log| log.number == number)?;
         Some(log.snapshot.as_ref()?.base().cloned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_units::{ByteCount, CaptureTime, Epoch, HistoryId};
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn a_log_of_which_nothing_can_be_read_keeps_its_name_and_its_fence_and_the_newest_attach_counts() {
+        let identity =
+            LogIdentity { disk: DiskId(Uuid::from_u128(1)), history: HistoryId(Uuid::from_u128(2)) };
+        let memo = |epoch| {
+            let (name, size) = ("vm1".parse().unwrap(), ByteCount(1 << 20));
+            let (attach, time) = (Uuid::from_u128(epoch), CaptureTime(0));
+            let epoch = Epoch(epoch as u64);
+            Some(Memo { identity, attached: Attached { epoch, attach, name, size, time } })
+        };
+        let mut past = Past::default();
+        for (number, epoch, newest) in [(1, 4, 4), (2, 9, 9), (3, 6, 9)] {
+            past.put(EndedLog::unreadable(number, "the device failed".to_owned(), memo(epoch)));
+            assert_eq!(past.attached.as_ref().map(|attached| attached.epoch), Some(Epoch(newest)));
+        }
+        past.put(EndedLog::unreadable(2, "nothing tells".to_owned(), None));
+        assert_eq!(past.attached.map(|attached| attached.epoch), Some(Epoch(6)));
     }
 }

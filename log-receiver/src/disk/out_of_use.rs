@@ -11,7 +11,7 @@ use crate::{
     commit_ticket::next_life,
     log_mark::LogMark,
     logs::LeftOver,
-    past::{EndedLog, Past},
+    past::{EndedLog, Past, newest},
     reopening::Reopened,
     session::ConnectionId,
     touched::touched,
@@ -130,17 +130,10 @@ impl Disk {
         let LeftOver { salvaged, memo, unread } = left;
         let Some(Salvage { snapshot, damage, .. }) = salvaged else {
             // It keeps its name, and its fence.
-            let known = [failed.attached.take(), memo.map(|memo| memo.attached)];
-            failed.attached =
-                known.into_iter().flatten().reduce(|a, b| if b.epoch > a.epoch { b } else { a });
+            failed.attached = newest(failed.attached.take(), memo.map(|memo| memo.attached));
             return;
         };
-        let own = snapshot.timeline().attached().cloned();
-        let attached = match (own, memo.map(|memo| memo.attached)) {
-            (Some(own), Some(memo)) if memo.epoch > own.epoch => Some(memo),
-            (Some(own), _) => Some(own),
-            (None, memo) => memo,
-        };
+        let attached = newest(snapshot.timeline().attached().cloned(), memo.map(|memo| memo.attached));
         failed.left = Some(Left { snapshot, damage, attached, unread });
     }
 

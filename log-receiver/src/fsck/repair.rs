@@ -31,6 +31,7 @@ use crate::{
     disks::DISKS,
     findings::{self, Findings},
     memo::{self, Memo},
+    past::newest,
     retention, scrub,
     store_file::{lock_store, read_store, write_store},
     watermark::{Noted, Watermark},
@@ -390,13 +391,11 @@ impl Work<'_> {
         }
         // A memo that is another program's, or that the device cannot read now, stays.
         let may_remember = memo.is_some() || memo::is_free(storage, &dir);
-        if let Some(identity) = identity.filter(|_| may_remember) {
-            let known = [timeline.attached().cloned(), memo.map(|memo| memo.attached)];
-            let newest = known.into_iter().flatten().reduce(|a, b| if b.epoch > a.epoch { b } else { a });
-            if let Some(attached) = newest {
-                let memo = Memo { identity, attached };
-                self.io("write", &dir.join(memo::FILE), memo::write_durably(storage, &dir, &memo))?;
-            }
+        if let Some(identity) = identity.filter(|_| may_remember)
+            && let Some(attached) = newest(timeline.attached().cloned(), memo.map(|memo| memo.attached))
+        {
+            let memo = Memo { identity, attached };
+            self.io("write", &dir.join(memo::FILE), memo::write_durably(storage, &dir, &memo))?;
         }
         // From here on no receiver opens it, whatever is lost on the way.
         self.io("write", &dir, cut.write(storage, &dir))?;

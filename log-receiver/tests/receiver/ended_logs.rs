@@ -278,7 +278,10 @@ async fn nothing_of_a_log_that_has_ended_goes_while_what_is_kept_of_it_cannot_be
     let api = client(&receiver);
     let report = rounds(&api, &vm1(), "any=1h").await;
     let why = report.disks[0].error.clone().unwrap_or_default();
-    assert!(why.contains("lsn:80 is to be kept and cannot be read there"), "{report:?}");
+    assert!(
+        why.contains("lsn:80 is to be kept and cannot be read there (`backtide retention show`"),
+        "{report:?}"
+    );
     let left = segments(&place);
     receiver.shutdown().await;
     fs::rename(&away, &lost).unwrap();

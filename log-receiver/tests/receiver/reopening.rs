@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use backtide_log_receiver::{Config, Receiver, Retention};
 use backtide_protocol::{CloseCode, Hello, Message, ReceiverState};
 use backtide_receiver_api::{PointsReport, ReceiverClient};
-use backtide_units::{ByteCount, ByteOffset, ByteRange, Epoch, Lsn};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, Epoch, Lsn, Reason};
 
 use crate::{
     agent::*,
@@ -248,5 +248,21 @@ async fn what_the_device_could_not_read_at_the_start_is_there_when_it_can_be_rea
     let again = Hello { history: Some(first.history), ..hello(1, "vm1") };
     let (_agent, welcome) = Agent::welcomed(&receiver, again).await;
     assert_eq!((welcome.state, welcome.durable), (ReceiverState::Known, Lsn(600)));
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_the_newest_point_is_warned_of_damage_alone() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    // A hole that is open for as long as a pass takes.
+    agent.send(&pass_begin(60, 5, Reason::ReceiverRolledBack)).await;
+    agent.all_durable().await;
+    let api = client(&receiver);
+    let points = points_once(&api, |points| points.holes.last().is_some_and(|hole| hole.open)).await;
+    assert_eq!(points.last.map(|last| last.lsn), Some(Lsn(5)));
+    assert_eq!(api.resolve(&vm1(), "latest").await.unwrap().warning, None);
     receiver.shutdown().await;
 }

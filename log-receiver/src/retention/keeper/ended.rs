@@ -141,7 +141,8 @@ impl Ended<'_> {
         let unread = pins.keys().filter(own).find(|lsn| !timeline.offers(**lsn));
         unread.map_or(Ok(()), |lsn| {
             Err(Undone::Why(format!(
-                "what is left of an older log of the disk stays, for lsn:{lsn} is to be kept and cannot be read there (`backtide                  retention show` tells who keeps it, `backtide retention release` lets it go)"
+                "what is left of an older log of the disk stays, for lsn:{lsn} is to be kept and cannot be read there (`backtide \
+                 retention show` tells who keeps it, `backtide retention release` lets it go)"
             )))
         })
     }

@@ -1,6 +1,6 @@
 //! Policies: durable, and a file that cannot be understood lets nothing go.
 
-use backtide_storage::MemoryStorage;
+use backtide_storage::{MemoryStorage, read_file, replace_file};
 use backtide_units::ByteOffset;
 
 use super::*;
@@ -135,6 +135,10 @@ fn a_file_that_was_lost_lets_nothing_go_and_one_that_never_was_is_no_loss() {
     let disk = DiskId::random();
     assert_eq!((open().damage(), damage_of(&storage)), (None, None), "nothing was ever wanted");
     open().change(disk, |policy| policy.pins.extend([(Lsn(7), CaptureTime(8))])).unwrap();
+    assert!(
+        store_file::has_had_retention(&storage),
+        "it is noted with the first one, not only by the next start"
+    );
     storage.crash(1);
     assert!(open().damage().is_none() && open().of(disk).pins.len() == 1);
     storage.remove(Path::new(FILE)).unwrap();
@@ -148,6 +152,13 @@ fn a_file_that_was_lost_lets_nothing_go_and_one_that_never_was_is_no_loss() {
     write_anew(&storage).unwrap();
     assert_eq!((open().damage(), open().ladder(disk).to_string().as_str()), (None, "any=1s"));
     assert_eq!(store_file::read_store(&shared).unwrap(), id);
+    // What it tells of the file is under its checksum.
+    let path = Path::new(store_file::FILE);
+    let noted = String::from_utf8(read_file(&storage, path, ByteCount(4096)).unwrap()).unwrap();
+    let changed = noted.replacen("\"retention\": true", "\"retention\": false", 1);
+    assert_ne!(changed, noted);
+    replace_file(&storage, path, changed.as_bytes()).unwrap();
+    assert!(store_file::read_store(&shared).is_err());
 }
 
 #[test]

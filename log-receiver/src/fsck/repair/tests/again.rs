@@ -83,6 +83,8 @@ fn what_a_repair_finds_damaged_still_is_remembered_and_what_is_whole_again_is_no
     let bytes = storage.files().into_iter().find(|(path, _)| *path == first).unwrap().1;
     let place = bytes.windows(64).position(|bytes| bytes == [7; 64]).unwrap();
     storage.flip_bit(&first, ByteOffset(place as u64), 3);
+    assert!(!run(&storage, Repair::Rebuild).unwrap().sound);
+    assert!(noted().is_empty(), "a rebuild writes what follows from the logs alone");
     let report = run(&storage, Repair::Everything).unwrap();
     assert!(!report.sound && report.disks[0].touched.len() == 1, "{report:?}");
     let found = noted();
@@ -94,4 +96,44 @@ fn what_a_repair_finds_damaged_still_is_remembered_and_what_is_whole_again_is_no
     storage.flip_bit(&first, ByteOffset(place as u64), 3);
     assert!(run(&storage, Repair::Everything).unwrap().sound);
     assert!(noted().is_empty());
+}
+
+#[test]
+fn a_repair_forgets_no_finding_of_places_that_it_did_not_all_read() {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    let findings = Findings::open(storage);
+    let whole = unread(IDENTITY.disk);
+    let failed = DiskCheck { error: Some("the device failed".to_owned()), ..whole.clone() };
+    let too_many = DiskCheck { more_damage: 1, ..whole.clone() };
+    findings.of_life(IDENTITY.disk).note_anew("a.seg is damaged at byte 7: found before", None);
+    for (report, left) in [(failed, 1), (too_many, 1), (whole, 0)] {
+        note(&findings, &report, &[]);
+        assert_eq!(findings.of(IDENTITY.disk).len(), left, "{report:?}");
+    }
+    let damaged = DiskCheck { damage: vec!["b.seg is missing".to_owned()], ..unread(IDENTITY.disk) };
+    note(&findings, &damaged, &damaged.damage);
+    assert!(findings.of(IDENTITY.disk).is_empty(), "what its log tells itself whenever it is opened");
+}
+
+#[test]
+fn a_retention_json_that_is_lost_is_made_anew_when_a_person_says_so_and_no_receiver_runs() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path();
+    let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(store).unwrap());
+    write_store(&storage).unwrap();
+    retention::write_anew(&*storage).unwrap();
+    assert_eq!(forget_retention(store).unwrap(), None, "nothing is wrong with it");
+    drop(retention::Policies::open(Arc::clone(&storage), Default::default()));
+    storage.remove(Path::new(retention::FILE)).unwrap();
+    let held = lock_store(store).unwrap();
+    assert!(matches!(forget_retention(store), Err(StoreFileError::Locked { .. })));
+    assert!(retention::damage_of(&*storage).is_some());
+    drop(held);
+    let said = forget_retention(store).unwrap().unwrap();
+    assert!(said.contains("is missing") && said.contains("is forgotten"), "{said}");
+    assert_eq!((retention::damage_of(&*storage), forget_retention(store).unwrap()), (None, None));
+    // One that is made anew while there is a `retention.json` knows of it.
+    write_store(&storage).unwrap();
+    storage.remove(Path::new(retention::FILE)).unwrap();
+    assert!(retention::damage_of(&*storage).is_some());
 }
