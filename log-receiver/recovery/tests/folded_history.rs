@@ -402,16 +402,8 @@ fn a_log_whose_directory_somebody_removed_begins_anew() {
 }
 
 fn salvage(world: &World) -> Salvage {
-    let storage = storage(&world.agent);
-    let salvaged = backtide_recovery::salvage(
-        &storage,
-        directory(),
-        &cache(),
-        None,
-        None,
-        |_| Seq(0),
-        Unreadable::IsDamage,
-    );
+    let (storage, cache, damage) = (storage(&world.agent), cache(), Unreadable::IsDamage);
+    let salvaged = backtide_recovery::salvage(&storage, directory(), &cache, None, None, |_| Seq(0), damage);
     salvaged.expect("salvage")
 }
 
