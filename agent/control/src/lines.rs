@@ -148,14 +148,20 @@ impl<Io> Line<Io> {
         self.idle.as_mut().reset(tokio::time::Instant::now() + IDLE);
     }
 
+    fn note_written(&mut self, written: &Poll<io::Result<usize>>) {
+        if written.is_ready() {
+            self.note(true, true);
+        }
+    }
+
     /// Whether it ends now: it has been idle too long, or somebody else needs its descriptor, or its client takes nothing of
     /// what it asked for.
     fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+        *lock(&self.used.reader) = Some(cx.waker().clone());
         let is_asking = self.used.is_asking.load(Ordering::Acquire);
         if is_asking && !self.is_answering {
             return false;
         }
-        *lock(&self.used.reader) = Some(cx.waker().clone());
         let gives_way = !is_asking && self.used.is_over.load(Ordering::Acquire);
         gives_way || self.idle.as_mut().poll(cx).is_ready()
     }
@@ -188,9 +194,7 @@ impl<Io: AsyncRead + Unpin> AsyncRead for Line<Io> {
 impl<Io: AsyncWrite + Unpin> AsyncWrite for Line<Io> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write(cx, data);
-        if written.is_ready() {
-            self.note(true, true);
-        }
+        self.note_written(&written);
         written
     }
 
@@ -200,9 +204,7 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for Line<Io> {
         data: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write_vectored(cx, data);
-        if written.is_ready() {
-            self.note(true, true);
-        }
+        self.note_written(&written);
         written
     }
 
@@ -215,6 +217,9 @@ impl<Io: AsyncWrite + Unpin> AsyncWrite for Line<Io> {
         // It comes when all that there is of an answer was written, but for those that have nothing to write.
         if flushed.is_ready() && self.is_answering {
             self.note(false, false);
+            // Whoever serves it knows that nothing came, and would not read again: then nobody would hear of its end.
+            let reader = lock(&self.used.reader).take();
+            reader.into_iter().for_each(Waker::wake);
         }
         flushed
     }

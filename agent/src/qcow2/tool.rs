@@ -55,6 +55,7 @@ fn behind(chain: &[u8]) -> Vec<Behind> {
     let chain: Vec<serde_json::Value> = serde_json::from_slice(chain).unwrap_or_default();
     let mut found = Vec::new();
     for (depth, image) in chain.iter().enumerate() {
+        // A relative name of it QEMU takes from its own directory, not from where the image is: so `qemu-nbd` has this one's.
         let data = &image["format-specific"]["data"]["data-file"];
         add_file(data, depth == 0, &mut found);
         if depth > 0 {
