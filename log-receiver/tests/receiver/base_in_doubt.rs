@@ -69,6 +69,27 @@ async fn assert_refused(api: &ReceiverClient) {
     }
 }
 
+/// The store can be written again: what was promised holds, also over a power cut, and nothing else.
+async fn what_was_promised_holds(place: &Place, storage: Faulty, receiver: Receiver, agent: Agent) {
+    storage.set(Fault::None);
+    let api = client(&receiver);
+    let report = rounds(&api, &vm1(), TENS).await;
+    assert!(report.disks[0].error.is_none(), "{report:?}");
+    let single = report.disks[0].single_points.clone();
+    assert!(single.iter().any(|point| point.lsn == Lsn(40)));
+    assert_eq!(api.keep(&keep("lsn:33")).await.unwrap_err().code, ErrorCode::PointInHole);
+    api.set_retention(&vm1(), &ladder("forever")).await.unwrap();
+    drop(agent);
+    receiver.shutdown().await;
+    storage.memory.crash(1);
+    let receiver = place.start_on(storage).await;
+    let api = client(&receiver);
+    assert_eq!(api.retention(Some(&vm1())).await.unwrap().disks[0].single_points, single);
+    let mount = api.mount(&request("lsn:40", None)).await.unwrap();
+    assert_content(place, &mount, &at(40)).await;
+    receiver.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_is_promised_what_a_log_may_begin_without() {
     let place = Place::new();
@@ -96,23 +117,7 @@ async fn nobody_is_promised_what_a_log_may_begin_without() {
     let mount = api.mount(&request("lsn:33", None)).await.unwrap();
     assert_content(&place, &mount, &at(33)).await;
     api.unmount(&mount.id, None).await.unwrap();
-    // The store can be written again, and what is promised holds.
-    storage.set(Fault::None);
-    let report = rounds(&api, &vm1(), TENS).await;
-    assert!(report.disks[0].error.is_none(), "{report:?}");
-    let single = report.disks[0].single_points.clone();
-    assert!(single.iter().any(|point| point.lsn == Lsn(40)));
-    assert_eq!(api.keep(&keep("lsn:33")).await.unwrap_err().code, ErrorCode::PointInHole);
-    api.set_retention(&vm1(), &ladder("forever")).await.unwrap();
-    drop(agent);
-    receiver.shutdown().await;
-    storage.memory.crash(1);
-    let receiver = place.start_on(storage).await;
-    let api = client(&receiver);
-    assert_eq!(api.retention(Some(&vm1())).await.unwrap().disks[0].single_points, single);
-    let mount = api.mount(&request("lsn:40", None)).await.unwrap();
-    assert_content(&place, &mount, &at(40)).await;
-    receiver.shutdown().await;
+    what_was_promised_holds(&place, storage, receiver, agent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -203,7 +208,7 @@ async fn nobody_is_promised_what_a_log_that_has_ended_may_begin_without() {
     let (place, storage) = (Place::new(), Faulty::new());
     let receiver = place.start_on(storage.clone()).await;
     let agent = write_history(&receiver, 6..=95).await;
-    let _agent = begin_anew(&receiver, &storage, agent).await;
+    let agent = begin_anew(&receiver, &storage, agent).await;
     storage.set(Fault::BasesFail);
     let api = client(&receiver);
     for _ in 0..2 {
@@ -218,20 +223,7 @@ async fn nobody_is_promised_what_a_log_that_has_ended_may_begin_without() {
     let mount = api.mount(&request("lsn:33", None)).await.unwrap();
     assert_content(&place, &mount, &at(33)).await;
     api.unmount(&mount.id, None).await.unwrap();
-    storage.set(Fault::None);
-    let report = rounds(&api, &vm1(), TENS).await;
-    assert!(report.disks[0].error.is_none(), "{report:?}");
-    let single = report.disks[0].single_points.clone();
-    assert!(single.iter().any(|point| point.lsn == Lsn(40)));
-    assert_eq!(api.keep(&keep("lsn:33")).await.unwrap_err().code, ErrorCode::PointInHole);
-    receiver.shutdown().await;
-    storage.memory.crash(1);
-    let receiver = place.start_on(storage).await;
-    let api = client(&receiver);
-    assert_eq!(api.retention(Some(&vm1())).await.unwrap().disks[0].single_points, single);
-    let mount = api.mount(&request("lsn:40", None)).await.unwrap();
-    assert_content(&place, &mount, &at(40)).await;
-    receiver.shutdown().await;
+    what_was_promised_holds(&place, storage, receiver, agent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
