@@ -28,7 +28,7 @@ use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId,
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::spill::SpillPlace;
+use crate::{disk::Clientele, spill::SpillPlace};
 
 /// The version of the record's JSON.
 const VERSION: u32 = 1;
@@ -128,6 +128,9 @@ pub(crate) struct DiskRecord {
     /// The last rewind that changed anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) rewound: Option<Rewound>,
+    /// Who has the disk open, or had it when its service was interrupted, and may come back.
+    #[serde(default, skip_serializing_if = "Clientele::is_empty")]
+    pub(crate) clientele: Clientele,
 }
 
 /// Enough of an image's state to notice that somebody else wrote it.
@@ -210,6 +213,7 @@ impl DiskRecord {
             flush_failed: false,
             origin: None,
             rewound: None,
+            clientele: Clientele::default(),
         }
     }
 }

@@ -131,6 +131,10 @@ pub struct DiskStatus {
     pub cache: CacheMode,
     /// Open NBD connections.
     pub clients: u32,
+    /// Clients that had the disk open when its service was interrupted, and have not come back: a virtual machine
+    /// connects again with its next request only. A process counts for one.
+    #[serde(default)]
+    pub awaited_clients: u32,
     /// Requests of theirs that have waited for the receiver for over a second; none where none has. In the answer
     /// to a detach: those that were given up.
     #[serde(default)]

@@ -73,6 +73,7 @@ fn vm1() -> DiskStatus {
         engine_reason: Some("io_uring cannot be used: Operation not permitted (os error 1)".to_owned()),
         cache: CacheMode::Writeback,
         clients: 1,
+        awaited_clients: 0,
         guest_waits: None,
     }
 }

@@ -94,10 +94,12 @@ pub(super) async fn end_service(
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DetachError {
     /// Clients would lose their disk.
-    #[error("{}{}", open_by(*clients), if *waits { ", and waits for the receiver" } else { "" })]
+    #[error("{}{}", open_by(*clients, *awaited), if *waits { ", and waits for the receiver" } else { "" })]
     Open {
-        /// How many.
+        /// How many connections.
         clients: usize,
+        /// How many had it open when its service was interrupted, and have not come back.
+        awaited: u32,
         /// Whether one waits for the receiver, and will as long as that is away.
         waits: bool,
     },
@@ -115,9 +117,21 @@ pub(crate) enum DetachError {
     },
 }
 
-fn open_by(clients: usize) -> String {
+fn open_by(clients: usize, awaited: u32) -> String {
     match clients {
+        0 => awaited_text(awaited),
         1 => "an NBD client has the disk open".to_owned(),
         clients => format!("{clients} NBD clients have the disk open"),
     }
+}
+
+/// Of clients that have not come back.
+pub(crate) fn awaited_text(awaited: u32) -> String {
+    let who = match awaited {
+        1 => "an NBD client that had the disk open when its service was interrupted has".to_owned(),
+        awaited => {
+            format!("{awaited} NBD clients that had the disk open when its service was interrupted have")
+        }
+    };
+    format!("{who} not come back, as an idle virtual machine does only with its next request")
 }

@@ -6,6 +6,7 @@
 
 mod beside;
 pub(crate) mod claim;
+mod clientele;
 mod detach;
 mod dial;
 pub(crate) mod engine;
@@ -39,11 +40,12 @@ mod thread;
 pub(crate) mod trust;
 mod unflushed;
 
+pub(crate) use clientele::Clientele;
 pub(crate) use dial::{Dialer, check_tls};
 pub(crate) use handle::{DiskHandle, NoAnswer};
 pub(crate) use in_place::{Displaced, InPlace};
 pub(crate) use incomplete::{HydrationProblem, has_note, path_of, try_note};
-pub(crate) use leaving::{DetachError, Leaving};
+pub(crate) use leaving::{DetachError, Leaving, awaited_text};
 #[cfg(test)]
 pub(crate) use marking::MarkAt;
 pub(crate) use nbd_disk::{Served, look_at};

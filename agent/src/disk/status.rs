@@ -129,6 +129,7 @@ pub(crate) fn disk_status(
         rewound: record.rewound,
         origin: record.origin.clone(),
         clients,
+        awaited_clients: 0,
         guest_waits,
     }
 }
@@ -172,6 +173,7 @@ pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
         rewound: record.rewound,
         origin: record.origin.clone(),
         clients: 0,
+        awaited_clients: record.clientele.left().count(),
         guest_waits: None,
     }
 }

@@ -197,6 +197,10 @@ async fn what_is_written_to_the_image_of_an_idle_disk_is_not_trusted_after_a_det
     let guest = Client::connect(&disk.nbd).await.unwrap();
     guest.write(ByteOffset::ZERO, vec![0x11; 4096].into(), false).await.unwrap();
     drop(guest);
+    // Of one that was there to the end it would be expected that it comes back.
+    while disk.handle.status().await.unwrap().clients > 0 {
+        tokio::task::yield_now().await;
+    }
     disk.end().await;
     assert!(!record().written_past_agent && record().image_at_detach.is_some(), "that was its guest");
     let disk = Started::image_of(directory, |_| record()).await;

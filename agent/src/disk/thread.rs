@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     DiskHandle, Terms,
     beside::UsedBeside,
+    clientele::Clientele,
     dial::Dialer,
     engine::{Engine, Kick, Tracking},
     export::{DiskExport, OneExport},
@@ -205,6 +206,7 @@ impl Disk {
         let export = DiskExport::new(Rc::clone(&engine));
         let mut server = listener.serve(Rc::new(OneExport(export)), limits);
         server.offer_in(&shared, record.name.as_str(), &record.name);
+        record.clientele.expected_by(&server);
         let stream =
             Stream::new(Rc::clone(&engine), Dialer::new(record.receiver.clone(), tls), Terms::of(&record));
         tokio::task::spawn_local(Rc::clone(&engine).keep_time());
@@ -247,11 +249,12 @@ impl Disk {
                 command = inbox.recv() => match command {
                     Some(Command::Detach { leaving, answer }) => {
                         let clients = self.server.connections();
-                        if clients > 0 && leaving == Leaving::Asked {
+                        let awaited = Clientele::awaited(&self.record.clientele, &self.server).count();
+                        if (clients > 0 || awaited > 0) && leaving == Leaving::Asked {
                             let status = self.engine.look(Filter::status);
                             let watched = u32::try_from(clients).unwrap_or(u32::MAX);
                             let waits = self.watch.waits_on(&status, watched, self.record.on_outage);
-                            let _ = answer.send(Err(DetachError::Open { clients, waits }));
+                            let _ = answer.send(Err(DetachError::Open { clients, awaited, waits }));
                             continue;
                         }
                         inbox.close();
@@ -355,6 +358,7 @@ impl Disk {
         let (record, nbd) = (&self.asked(), &self.nbd);
         let mut status =
             super::status::disk_status(&self.engine, &self.stream, record, nbd, clients, &self.watch);
+        status.awaited_clients = Clientele::awaited(&self.record.clientele, &self.server).count();
         status.local_error =
             status.local_error.or_else(|| self.life.displaced.as_ref().map(Displaced::to_string));
         status.local_error = status.local_error.or_else(|| self.unsaved.clone());
@@ -382,7 +386,8 @@ impl Disk {
     /// The record with what a person has asked for.
     pub(super) fn asked(&self) -> DiskRecord {
         let paused = self.engine.look(Filter::mode) == Mode::Paused;
-        DiskRecord { paused, limits: self.limits, ..self.record.clone() }
+        let clientele = Clientele::now(&self.record.clientele, &self.server);
+        DiskRecord { paused, limits: self.limits, clientele, ..self.record.clone() }
     }
 
     async fn save_asked(&mut self) {

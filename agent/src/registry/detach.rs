@@ -43,8 +43,8 @@ impl Registry {
         let result = match answer.map_err(|error| failed(&error)) {
             // Its thread has ended without us: what is left of it goes all the same.
             Err(ended) => Err(ended),
-            Ok(Err(error @ disk::DetachError::Open { waits, .. })) => {
-                return Err(errors::in_use(&name, &error, waits));
+            Ok(Err(error @ disk::DetachError::Open { .. })) => {
+                return Err(errors::in_use(&name, &error));
             }
             Ok(Err(error @ disk::DetachError::Save { .. })) => Err(not_saved(&error)),
             Ok(Ok(status)) => Ok(status),

@@ -13,14 +13,14 @@ use std::{
     sync::Arc,
 };
 
-use backtide_agent_api::{ImageFormat, ResizeReport, ResizeRequest};
+use backtide_agent_api::{DiskStatus, ImageFormat, ResizeReport, ResizeRequest};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::{ByteCount, DISK_SIZE_MAX, DiskName};
 
 use super::{Registry, errors::failed, leave::end, waiting};
 use crate::{
     claims::{Claim, Standing},
-    disk::{self, Leaving},
+    disk::{self, Leaving, awaited_text},
     qcow2::{self, format_of},
     record::{DiskRecord, ImageStamp},
 };
@@ -74,8 +74,8 @@ impl Registry {
         if target == Some(size_before) {
             return Ok(ResizeReport { size_before, hung_up: 0, disk: status });
         }
-        if status.clients > 0 && !request.reconnect {
-            return Err(ApiError::new(ErrorCode::Busy, in_use(&name, status.clients)).with_hint(
+        if (status.clients > 0 || status.awaited_clients > 0) && !request.reconnect {
+            return Err(ApiError::new(ErrorCode::Busy, in_use(&status)).with_hint(
                 "resize it with --reconnect, which hangs up: QEMU with a reconnect-delay connects again by itself",
             ));
         }
@@ -147,8 +147,13 @@ pub(super) fn missing_record(name: &DiskName) -> ApiError {
     ApiError::new(ErrorCode::NotFound, format!("there is no record of disk {name}"))
 }
 
-fn in_use(name: &DiskName, clients: u32) -> String {
-    let who = match clients {
+fn in_use(disk: &DiskStatus) -> String {
+    let name = &disk.name;
+    let who = match disk.clients {
+        0 => {
+            let who = awaited_text(disk.awaited_clients);
+            return format!("disk {name} is in use: {who}, for another size than it had");
+        }
         1 => "an NBD client has".to_owned(),
         clients => format!("{clients} NBD clients have"),
     };

@@ -31,7 +31,7 @@ pub(super) use self::plan::{RELEASE_TIME, refuse_damaged};
 use super::{Registry, errors::failed, leave::end, resize::missing_record, waiting};
 use crate::{
     claims::Claim,
-    disk::{self, DiskHandle, Leaving, trust},
+    disk::{self, DiskHandle, Leaving, awaited_text, trust},
     marks,
     record::{DiskRecord, ImageStamp, Records},
 };
@@ -261,6 +261,14 @@ async fn standing(handle: &DiskHandle, request: RewindRequest) -> Result<Standin
                 format!("disk {name} is in use: its guest would see another content under its feet");
             return Err(ApiError::new(ErrorCode::Busy, message)
                 .with_hint("shut the virtual machine down first, or take the disk out of it"));
+        }
+        if status.awaited_clients > 0 && !request.reconnect {
+            let who = awaited_text(status.awaited_clients);
+            let message =
+                format!("disk {name} is in use: {who}, and would see another content under its feet");
+            return Err(ApiError::new(ErrorCode::Busy, message).with_hint(format!(
+                "shut the virtual machine down first, or take the disk out of it; where nobody comes back, `backtide detach {name} --force`, attach it again, then rewind"
+            )));
         }
         let in_sync = status.mode == Mode::Sync && status.dirty.blocks.0 == 0 && !status.resync_due;
         let durable = status.connected && status.lag.records == 0 && status.window.bytes.is_zero();

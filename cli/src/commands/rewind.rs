@@ -89,7 +89,7 @@ impl Rewind {
         if let Some(report) = under_way {
             return self.goes_on(context, &agent, report).await;
         }
-        if disk.clients > 0 && self.qmp.is_none() {
+        if disk.clients + disk.awaited_clients > 0 && self.qmp.is_none() {
             return Err(in_use(&disk));
         }
         if self.yes {
@@ -192,7 +192,9 @@ impl Guest {
                 .into());
         }
         // Whoever else has it open would not be paused.
-        let clients = agent.disk(&disk.name).await?.clients;
+        let now = agent.disk(&disk.name).await?;
+        // An idle machine connects again only with its next request.
+        let clients = now.clients.saturating_add(now.awaited_clients);
         if clients != 1 {
             let name = disk.name.as_str();
             let message =
@@ -262,6 +264,16 @@ fn place_of(uri: &str) -> String {
 
 fn in_use(disk: &DiskStatus) -> Failure {
     let name = disk.name.as_str();
+    if disk.clients == 0 {
+        let message = format!(
+            "disk {name} is in use: a virtual machine that had it open when its service was interrupted comes back with its next request, and would see another content under its feet"
+        );
+        return ApiError::new(ErrorCode::Busy, message)
+            .with_hint(format!(
+                "shut the virtual machine down first, or give its QMP socket with --live --qmp; where nobody comes back, `backtide detach {name} --force`, attach it again, then rewind"
+            ))
+            .into();
+    }
     let message = format!("disk {name} is in use: its guest would see another content under its feet");
     ApiError::new(ErrorCode::Busy, message)
         .with_hint("shut the virtual machine down first, or give its QMP socket with --live --qmp: it is paused then, and reset afterwards")

@@ -131,7 +131,7 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     }
     lines.push(("acknowledged", format!("{}, {} in an outage", disk.ack, disk.on_outage)));
     lines.push(("delayed", delay_text(disk)));
-    lines.push(("clients", disk.clients.to_string()));
+    lines.push(("clients", clients_text(disk)));
     lines.push((
         "since attach",
         format!(
@@ -341,6 +341,16 @@ fn resync_point_text(resync: &ResyncStatus) -> String {
 }
 
 /// What an image lacks, and how it comes.
+fn clients_text(disk: &DiskStatus) -> String {
+    match disk.awaited_clients {
+        0 => disk.clients.to_string(),
+        awaited => format!(
+            "{}, and {awaited} that had the disk open when its service was interrupted: a virtual machine comes back with its next request",
+            disk.clients
+        ),
+    }
+}
+
 fn hydration_text(lacks: &HydrationStatus, clients: u32) -> String {
     let (missing, total) = (size_text(lacks.missing_bytes), size_text(lacks.total_bytes));
     let mut text = format!("{missing} of {total}, at LSN {} of disk {}", lacks.point, lacks.disk);

@@ -46,6 +46,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         engine_reason: Some("io_uring cannot be used: Operation not permitted (os error 1)".to_owned()),
         cache: CacheMode::Writeback,
         clients: 1,
+        awaited_clients: 0,
         guest_waits: None,
     }
 }

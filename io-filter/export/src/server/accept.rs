@@ -14,6 +14,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 
 use super::adopt::Adopting;
 use super::connection::serve_until;
+use super::expected::{Clients, Expected};
 use super::negotiate::{Choice, Gate, Negotiated, negotiate};
 use super::seats::{Seat, Seats};
 use super::stop::{Ending, Stop};
@@ -25,6 +26,7 @@ pub(super) struct Shared {
     pub(super) limits: Limits,
     tls: ServerTls,
     connections: RefCell<Connections>,
+    pub(super) expected: Expected,
 }
 
 #[derive(Default)]
@@ -49,7 +51,13 @@ impl Shared {
         let stop = Rc::<Stop>::default();
         let serving = serve(Entry { shared: Rc::clone(self), id }, Rc::clone(&stop));
         let task = tokio::task::spawn_local(connection(serving));
-        connections.open.insert(id, Open { export, stop, task: Some(task) });
+        connections.open.insert(id, Open { export, stop, task: Some(task), process: None });
+    }
+
+    pub(super) fn clients(&self) -> Clients {
+        let mut clients = Clients::default();
+        self.connections.borrow().present().for_each(|open| clients.note(open.process));
+        clients
     }
 
     /// Ends a connection that nobody needs, if there is one: descriptors are short.
@@ -69,8 +77,8 @@ impl Shared {
 
 impl Connections {
     /// Those of them whose client is still there.
-    fn present(&self) -> usize {
-        self.open.values().filter(|open| open.export.is_some() && !open.stop.has_client_left()).count()
+    fn present(&self) -> impl Iterator<Item = &Open> {
+        self.open.values().filter(|open| open.export.is_some() && !open.stop.has_client_left())
     }
 
     /// Those in their handshake, the first that came first.
@@ -101,6 +109,8 @@ struct Open {
     export: Option<String>,
     stop: Rc<Stop>,
     task: Option<JoinHandle<()>>,
+    /// Of its client, once that is served and where it is known.
+    process: Option<u32>,
 }
 
 /// A server that accepts clients. Dropping it stops everything at once; see
@@ -115,7 +125,9 @@ pub struct Server {
 
 impl Server {
     pub(crate) fn start(listener: Listener, choice: Choice, limits: Limits, tls: ServerTls) -> Self {
-        let shared = Rc::new(Shared { choice, limits, tls, connections: RefCell::default() });
+        let shared =
+            Shared { choice, limits, tls, connections: RefCell::default(), expected: Expected::default() };
+        let shared = Rc::new(shared);
         let address = listener.address().clone();
         let accepting = tokio::task::spawn_local(accept(listener, Rc::clone(&shared)));
         Self { address, accepting, adopting: None, shared }
@@ -129,7 +141,7 @@ impl Server {
     /// Connections that are served now, past their handshake. One whose client has left is none, though a request
     /// of it is not done yet.
     pub fn connections(&self) -> usize {
-        self.shared.connections.borrow().present()
+        self.shared.connections.borrow().present().count()
     }
 
     /// Connections that are in their handshake now.
@@ -249,7 +261,9 @@ impl Entry {
         let seat = seats.map(|seats| self.sit_down(seats, process)).transpose()?;
         if let Some(open) = self.shared.connections.borrow_mut().open.get_mut(&self.id) {
             open.export = Some(negotiated.session.export.name.clone());
+            open.process = process;
         }
+        self.shared.expected.came(process);
         serve_until(negotiated, export, self.shared.limits, stop, seat).await
     }
 }

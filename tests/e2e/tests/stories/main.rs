@@ -34,6 +34,7 @@ mod growing;
 mod guests_moving;
 mod handshake;
 mod helping;
+mod idle_guests;
 mod inspecting;
 mod kill_points;
 mod local_io;

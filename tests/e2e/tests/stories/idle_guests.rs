@@ -1,0 +1,88 @@
+//! A virtual machine that does nothing while the agent is restarted, or dies, connects again only with its next
+//! request: meanwhile its disk is in use, though nobody is connected.
+
+use backtide_e2e::{Bench, Disk, Held, Reconnecting, tools};
+
+const SIZE: u64 = 8 << 20;
+
+/// A disk with two states, and the LSN of the first.
+fn written_twice(disk: &Disk<'_>) -> u64 {
+    disk.qemu_io(&["write -P 0x11 0 1M", "flush"]);
+    disk.settle();
+    let early = disk.last();
+    disk.qemu_io(&["write -P 0x22 0 1M", "flush"]);
+    disk.settle();
+    early
+}
+
+/// What would take the disk from under its guest is refused.
+fn assert_in_use(bench: &Bench, disk: &Disk<'_>, early: u64) {
+    let status = disk.status();
+    assert_eq!((&status["clients"], &status["awaited_clients"]), (&0.into(), &1.into()), "{status}");
+    let to = format!("lsn:{early}");
+    for taken in [
+        &["rewind", "vm1", "--to", &to, "--yes"][..],
+        &["detach", "vm1"],
+        &["resize", "vm1", "--size", "16M"],
+    ] {
+        let said = bench.run(taken);
+        assert_eq!(said.code, 5, "{taken:?}: {said:?}");
+        assert!(said.stderr.contains("when its service was interrupted"), "{taken:?}: {said:?}");
+    }
+}
+
+#[test]
+fn a_disk_is_not_taken_from_an_idle_guest_after_a_restart() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    let early = written_twice(&disk);
+    let guest = Reconnecting::before(&bench, "vm1", &bench.path("vm1.nbd"));
+    tools::qemu_io(&guest.uri, &["read -P 0x22 0 1M"]);
+    for _ in 0..2 {
+        bench.json(&["agent", "restart"]);
+        assert_in_use(&bench, &disk, early);
+    }
+    // It asks for something again, and is there.
+    tools::qemu_io(&guest.uri, &["read -P 0x22 0 1M"]);
+    let status = disk.status();
+    assert_eq!((&status["clients"], &status["awaited_clients"]), (&1.into(), &0.into()), "{status}");
+    bench.json(&["agent", "restart"]);
+    assert_in_use(&bench, &disk, early);
+    // Who knows that nobody comes back says so.
+    bench.json(&["detach", "vm1", "--force"]);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    assert_eq!(disk.status()["awaited_clients"], 0);
+    drop(guest);
+    bench.json(&["detach", "vm1"]);
+}
+
+#[test]
+fn a_disk_is_not_taken_from_an_idle_guest_after_its_agent_died_and_is_free_when_that_has_ended() {
+    let bench = Bench::new();
+    let _receiver = bench.receiver();
+    let mut held = Held::start(&bench);
+    held.holder.as_mut().unwrap().may_complain("the agent has died");
+    bench.image("vm1.img", SIZE);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    let early = written_twice(&disk);
+    let guest = Reconnecting::before(&bench, "vm1", &bench.path("vm1.nbd"));
+    tools::qemu_io(&guest.uri, &["read -P 0x22 0 1M"]);
+    // The record says so by itself, at the next look.
+    while !std::fs::read_to_string(bench.path("state/vm1.json")).unwrap().contains("clientele") {
+        std::thread::yield_now();
+    }
+    let instance = bench.json(&["status"])["instance"].clone();
+    held.kill_agent();
+    while bench.json(&["status"])["instance"] == instance {
+        std::thread::yield_now();
+    }
+    disk.wait("sync");
+    assert_in_use(&bench, &disk, early);
+    drop(guest);
+    assert_eq!(disk.status()["awaited_clients"], 0, "its process has ended");
+    bench.json(&["rewind", "vm1", "--to", &format!("lsn:{early}"), "--yes", "--wait"]);
+    disk.qemu_io(&["read -P 0x11 0 1M"]);
+    bench.json(&["detach", "vm1"]);
+    assert_eq!(held.stop(), 0);
+}
