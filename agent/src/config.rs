@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use backtide_agent_api::{CacheMode, LimitsRequest, StreamTls};
 use backtide_control::Address;
-use backtide_export::{NbdTls, NbdUri, shared_uri};
+use backtide_export::{NbdRule, NbdTls, NbdUri, shared_uri};
 use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +43,9 @@ pub struct Config {
     /// TLS of disks whose NBD URI says nothing of it. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_tls: Option<NbdTls>,
+    /// Whether disks and mounts may be served in the clear, to whomever, over TCP that is not loopback.
+    #[serde(default)]
+    pub insecure: bool,
     /// Bounds of the NBD server of each disk.
     #[serde(default)]
     pub nbd: backtide_export::Limits,
@@ -99,10 +102,19 @@ impl Config {
     /// Where all disks are served, if anywhere.
     ///
     /// # Errors
-    /// When it is no NBD URI.
+    /// When it is no NBD URI, or one at which other machines would be served in the clear.
     pub(crate) fn shared_uri(&self) -> Result<Option<NbdUri>, String> {
         let uri = self.nbd_listen.as_ref().map(|text| shared_uri(text, self.nbd_tls.as_ref()));
-        uri.transpose().map_err(|error| format!("nbd_listen: {error}"))
+        let uri = uri.transpose().map_err(|error| format!("nbd_listen: {error}"))?;
+        if let Some(uri) = &uri {
+            self.nbd_rule().check_open(uri).map_err(|error| format!("nbd_listen: {error}"))?;
+        }
+        Ok(uri)
+    }
+
+    /// What holds for every place at which it is told to serve NBD.
+    pub(crate) fn nbd_rule(&self) -> NbdRule {
+        NbdRule { tls: self.nbd_tls.clone(), insecure: self.insecure }
     }
 
     /// Where spills are, if anywhere.

@@ -27,7 +27,7 @@ use std::{
 
 use backtide_agent_api::{AttachRequest, CacheMode, DiskStatus, ImageFormat, Limits, StreamTls};
 use backtide_control::{Address, ApiError, ErrorCode};
-use backtide_export::{Directory, NbdAddress, NbdTls, NbdUri};
+use backtide_export::{Directory, NbdAddress, NbdRule, NbdUri};
 use backtide_socket::Sockets;
 use backtide_units::{ByteCount, DiskId, DiskName};
 use tokio::{
@@ -57,7 +57,7 @@ pub(crate) struct Registry {
     places: Places,
     records: Records,
     defaults: Limits,
-    nbd_tls: Option<NbdTls>,
+    nbd_rule: NbdRule,
     local_io: LocalIo,
     stream_tls: Option<StreamTls>,
     nbd_limits: backtide_export::Limits,
@@ -130,7 +130,7 @@ impl Registry {
             places: Places::of(config),
             records,
             defaults: config.limits.or(Limits::default()),
-            nbd_tls: config.nbd_tls.clone(),
+            nbd_rule: config.nbd_rule(),
             stream_tls: config.stream_tls.clone(),
             nbd_limits: config.nbd,
             local_io: LocalIo { cache: config.cache, engine: config.io_engine },
@@ -415,6 +415,16 @@ impl Registry {
         unlocked::opened(patience, open).await
     }
 
+    /// Refuses a relative place, and one at which other machines would be served in the clear. Asked of what a person asks for now: a disk that
+    /// is served so already is again after a restart.
+    pub(crate) fn check_place(&self, nbd: Option<&NbdUri>) -> Result<(), ApiError> {
+        let checked = nbd.map_or(Ok(()), |uri| self.nbd_rule.check(uri));
+        checked.map_err(|error| {
+            let code = if error.is_open() { ErrorCode::Refused } else { ErrorCode::Usage };
+            ApiError::from_error(code, &error)
+        })
+    }
+
     fn listen_uri(&self, record: &DiskRecord) -> Result<NbdUri, ApiError> {
         let uri = match &record.nbd {
             Some(text) => text.parse().map_err(|error: backtide_export::ParseUriError| {
@@ -425,7 +435,7 @@ impl Registry {
                 NbdUri { address, export: record.name.to_string(), tls: None }
             }
         };
-        Ok(match &self.nbd_tls {
+        Ok(match &self.nbd_rule.tls {
             Some(tls) => tls.unless_told(uri),
             None => uri,
         })

@@ -2,13 +2,16 @@
 
 mod changes;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use backtide_agent_api::{
     AgentKeptOverlay, AgentMount, AgentMountRequest, AgentMounts, AgentRemountRequest, AgentService,
     AgentStatus, AgentUnmountRequest, AttachRequest, DetachRequest, DiskStatus, FailbackReport,
-    FailbackRequest, LimitsChange, MARK_WAIT_MS_MAX, MarkReport, MarkRequest, ResizeReport, ResizeRequest,
-    ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
+    FailbackRequest, LimitsChange, MARK_WAIT_MS_MAX, MarkReport, MarkRequest, Mode, ResizeReport,
+    ResizeRequest, ResyncExtent, ResyncRequest, RewindReport, RewindRequest, VerifyRequest, VerifyStatus,
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::NbdUri;
@@ -61,6 +64,25 @@ impl Service {
         handle.ask(command).await.map_err(|error| no_answer(&name, error))
     }
 
+    /// Why nothing was marked, and the way out.
+    async fn unmarked(&self, error: &MarksError) -> ApiError {
+        let refused = || ApiError::from_error(ErrorCode::Refused, error);
+        let waiting = || refused().with_hint("wait until every disk is in sync");
+        match error {
+            MarksError::NotForwarding { disk } => {
+                let status = self.status(Some(disk.clone())).await;
+                let paused =
+                    status.is_ok_and(|status| status.disks.iter().any(|disk| disk.mode == Mode::Paused));
+                match paused {
+                    true => refused().with_hint(format!("`backtide resume {disk}` first")),
+                    false => waiting(),
+                }
+            }
+            MarksError::Mark(_) => waiting(),
+            MarksError::NoAnswer { .. } => ApiError::from_error(ErrorCode::Busy, error),
+        }
+    }
+
     /// Of all disks; one that is being detached, which storage may hold up, says so.
     async fn status_of_all(&self) -> Vec<DiskStatus> {
         let mut asking = JoinSet::new();
@@ -95,6 +117,7 @@ impl AgentService for Service {
         backtide_tls::look_again().await;
         let status = |disks| AgentStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            now: Some(SystemTime::now().into()),
             instance: self.restart.instance.to_string(),
             restart_failure: self.restart.failure(),
             nbd_listen: self.nbd_listen.clone(),
@@ -126,6 +149,7 @@ impl AgentService for Service {
 
     async fn attach(&self, request: AttachRequest) -> Result<DiskStatus, ApiError> {
         refuse_identity(&request.name)?;
+        self.registry.check_place(nbd_uri(request.nbd.clone())?.as_ref())?;
         let registry = Arc::clone(&self.registry);
         self.changes.to_its_end(async move { registry.attach(request).await }).await
     }
@@ -203,12 +227,10 @@ impl AgentService for Service {
             marks::mark(&named, &marked_on).await
         });
         let marked = marked.await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
-        let mut marks = marked.map_err(|error| match &error {
-            MarksError::NotForwarding { .. } | MarksError::Mark(_) => {
-                ApiError::from_error(ErrorCode::Refused, &error).with_hint("wait until every disk is in sync")
-            }
-            MarksError::NoAnswer { .. } => ApiError::from_error(ErrorCode::Busy, &error),
-        })?;
+        let mut marks = match marked {
+            Ok(marks) => marks,
+            Err(error) => return Err(self.unmarked(&error).await),
+        };
         marks::confirm(&label, disks, &mut marks, Duration::from_millis(wait_ms.into())).await;
         Ok(MarkReport { label, marks })
     }
@@ -238,6 +260,7 @@ impl AgentService for Service {
             return Err(ApiError::new(ErrorCode::Usage, why));
         }
         let nbd = nbd_uri(nbd)?;
+        self.registry.check_place(nbd.as_ref())?;
         let (known, tls) = self.registry.receiver_of(disk).await?;
         let receiver = receiver.or(known).ok_or_else(|| {
             ApiError::new(ErrorCode::Usage, format!("this agent does not know the receiver of disk {disk}"))
@@ -261,6 +284,7 @@ impl AgentService for Service {
 
     async fn remount(&self, id: String, request: AgentRemountRequest) -> Result<AgentMount, ApiError> {
         let nbd = nbd_uri(request.nbd)?;
+        self.registry.check_place(nbd.as_ref())?;
         let mounts = Arc::clone(&self.mounts);
         self.changes.to_its_end(async move { mounts.remount(id, nbd).await }).await
     }

@@ -11,6 +11,7 @@ mod streams;
 use backtide_agent_api::AgentStatus;
 use backtide_control::ApiError;
 use backtide_receiver_api::{ReceiverDisks, ReceiverStatus};
+use backtide_units::CaptureTime;
 use serde::Serialize;
 
 use crate::{arguments::ReceiverApi, context::Context, ending::Failure, output::facts};
@@ -31,7 +32,7 @@ pub(crate) enum Verdict {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Finding {
     /// What was looked at, for scripts: `agent`, `receiver`, `versions`, `sockets`, `store`, `disks`,
-    /// `streams`, `clock`, `open-files`, `programs`.
+    /// `streams`, `alarms`, `nbd`, `clock`, `open-files`, `programs`.
     pub(crate) check: &'static str,
     pub(crate) verdict: Verdict,
     /// How it is: a sentence.
@@ -60,16 +61,59 @@ impl Finding {
 pub(crate) struct Answers {
     pub(crate) agent: Result<AgentStatus, ApiError>,
     pub(crate) receiver: Result<(ReceiverStatus, ReceiverDisks), ApiError>,
+    /// How far the clock of each daemon that told it is ahead of this machine's, at least, in microseconds; less than 0 when
+    /// it is behind.
+    pub(crate) clocks: Vec<(&'static str, i64)>,
+    /// What is served over NBD and where, by its URI.
+    pub(crate) served: Vec<(String, String)>,
+}
+
+/// A daemon's answer, and when it was asked and had answered by this machine's clock.
+async fn timed<T>(answer: impl Future<Output = T>) -> (CaptureTime, T, CaptureTime) {
+    let asked = machine::now();
+    let answer = answer.await;
+    (asked, answer, machine::now())
 }
 
 impl Answers {
     /// Asks both, at the same time: each may be silent for as long as it is waited for.
     pub(crate) async fn gather(context: &Context, api: &ReceiverApi) -> Result<Self, Failure> {
-        let receiver = context.receiver(api)?;
-        let kept = async { Ok((receiver.status().await?, receiver.disks(None).await?)) };
-        let asked = context.agent()?;
-        let (agent, receiver) = tokio::join!(asked.status(None), kept);
-        Ok(Self { agent, receiver })
+        let (of_agent, of_receiver) = (context.agent()?, context.receiver(api)?);
+        let agent = async {
+            let (asked, status, answered) = timed(of_agent.status(None)).await;
+            let status = status?;
+            // What it serves beside disks is asked of one that answers.
+            let mounts = of_agent.mounts().await.map(|mounts| mounts.mounts).unwrap_or_default();
+            let mounts = mounts.into_iter().map(|mount| (format!("mount {}", mount.id), mount.uri));
+            let apart = status.now.map(|now| ("agent", daemons::apart(asked, now, answered)));
+            Ok((status, apart, mounts.collect::<Vec<_>>()))
+        };
+        let receiver = async {
+            let (asked, status, answered) = timed(of_receiver.status()).await;
+            let status = status?;
+            let disks = of_receiver.disks(None).await?;
+            let mounts = of_receiver.mounts().await.map(|mounts| mounts.mounts).unwrap_or_default();
+            let mounts = mounts.into_iter().map(|mount| (format!("mount {}", mount.id), mount.uri));
+            let apart = status.now.map(|now| ("receiver", daemons::apart(asked, now, answered)));
+            Ok(((status, disks), apart, mounts.collect::<Vec<_>>()))
+        };
+        let (agent, receiver) = tokio::join!(agent, receiver);
+        let (mut clocks, mut served) = (Vec::new(), Vec::new());
+        let agent = agent.map(|(status, apart, mounts)| {
+            clocks.extend(apart);
+            let disks = status.disks.iter().filter(|disk| !disk.nbd_uri.is_empty());
+            served.extend(disks.map(|disk| (format!("disk {}", disk.name), disk.nbd_uri.clone())));
+            served.extend(status.nbd_listen.iter().map(|uri| ("every disk".to_owned(), uri.clone())));
+            served.extend(mounts);
+            status
+        });
+        let receiver = receiver.map(|(answer, apart, mounts)| {
+            clocks.extend(apart);
+            served.extend(answer.0.nbd_listen.iter().map(|uri| ("every mount".to_owned(), uri.clone())));
+            served.extend(mounts);
+            answer
+        });
+        Ok(Self { agent, receiver, clocks, served })
     }
 }
 
@@ -89,12 +133,14 @@ pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -
         findings.push(daemons::free_space(receiver));
         findings.extend(machine::store(receiver));
         findings.extend(daemons::kept(kept));
-        findings.extend(streams::receiver(receiver));
-        findings.push(daemons::clock(kept, machine::now()));
+        findings.extend(streams::receiver(receiver, machine::now()));
+        findings.extend(daemons::alarms(receiver, &findings));
     }
+    findings.extend(daemons::clocks(answers));
+    findings.extend(streams::open_to_others(&answers.served));
     if let Ok(agent) = &answers.agent {
         findings.extend(daemons::disks(&agent.disks));
-        findings.extend(streams::disks(agent));
+        findings.extend(streams::disks(agent, machine::now()));
     }
     findings.push(machine::program("qemu-nbd", "qcow2 images need it (Debian package qemu-utils)"));
     findings.push(machine::qemu());

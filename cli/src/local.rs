@@ -98,6 +98,7 @@ impl Local {
             spill_size: None,
             nbd_listen: None,
             nbd_tls: self.nbd_tls.clone(),
+            insecure: false,
             stream_tls: None,
             nbd: Default::default(),
             mounts: Default::default(),

@@ -17,13 +17,15 @@ mod old_file;
 mod open_file;
 mod pieces;
 mod replaceable;
+mod room;
 mod target;
 
 pub(crate) use copy::{copy, verify};
 pub(crate) use leftovers::take;
 pub(crate) use notes::Goal;
 pub(crate) use replaceable::Replaceable;
-pub(crate) use target::{Target, Wanted};
+pub(crate) use room::refuse_no_room;
+pub(crate) use target::{Target, Wanted, is_agent_state, refuse_no_name};
 
 #[cfg(test)]
 mod tests;

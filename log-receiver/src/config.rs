@@ -6,7 +6,7 @@ use std::{
 };
 
 use backtide_control::Address;
-use backtide_export::{NbdTls, NbdUri, shared_uri};
+use backtide_export::{NbdRule, NbdTls, NbdUri, shared_uri};
 use backtide_recovery::{CacheLimits, Compression, LogOptions};
 use backtide_tls::WhichDisks;
 use backtide_units::ByteCount;
@@ -49,7 +49,7 @@ pub struct Config {
     /// TLS of `tls://` addresses of `listen`, which need it. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream_tls: Option<StreamTls>,
-    /// Whether streams may come in the clear, and from whomever, over TCP that is not loopback.
+    /// Whether streams may come in the clear, and from whomever, over TCP that is not loopback, and mounts be served so.
     #[serde(default)]
     pub insecure: bool,
 }
@@ -270,10 +270,19 @@ impl Config {
     /// Where all mounts are served, if anywhere.
     ///
     /// # Errors
-    /// When it is no NBD URI; a sentence.
+    /// When it is no NBD URI, or one at which other machines would be served in the clear; a sentence.
     pub fn shared_uri(&self) -> Result<Option<NbdUri>, String> {
         let uri = self.nbd_listen.as_ref().map(|text| shared_uri(text, self.nbd_tls.as_ref()));
-        uri.transpose().map_err(|error| format!("nbd_listen: {error}"))
+        let uri = uri.transpose().map_err(|error| format!("nbd_listen: {error}"))?;
+        if let Some(uri) = &uri {
+            self.nbd_rule().check_open(uri).map_err(|error| format!("nbd_listen: {error}"))?;
+        }
+        Ok(uri)
+    }
+
+    /// What holds for every place at which it is told to serve NBD.
+    pub(crate) fn nbd_rule(&self) -> NbdRule {
+        NbdRule { tls: self.nbd_tls.clone(), insecure: self.insecure }
     }
 
     fn socket(&self, name: &str) -> Address {

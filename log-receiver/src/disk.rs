@@ -15,9 +15,10 @@ use backtide_recovery::{
 };
 use backtide_segment::{Bucket, DISK_SIZE_MAX, Entry, PassContent, Seq};
 use backtide_storage::KillPoint;
-use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
+use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId, Lsn};
 
 use crate::{
+    clock::Came,
     commit_ticket::{CommitOutcome, CommitTicket, next_life},
     log_mark::{Followed, LogMark},
     past::{EndedLog, Past},
@@ -47,7 +48,7 @@ pub struct Disk {
     /// Which opening of a log this is: a sync that began before the log failed and was opened again, or before the
     /// disk was forgotten and began anew, says nothing about the log of today, whose entries may have the same numbers.
     life: u64,
-    owner: Option<ConnectionId>,
+    owner: Option<(ConnectionId, Came)>,
     /// What was appended since the last ticket and is worth a sync of its own, see [`Disk::gathered_bytes`].
     gathered: u64,
     /// Bytes appended and not yet known durable, by the entry that brought them there.
@@ -237,7 +238,12 @@ impl Disk {
 
     /// The connection that may append.
     pub fn owner(&self) -> Option<ConnectionId> {
-        self.owner
+        self.owner.map(|(connection, _)| connection)
+    }
+
+    /// Since when it may; none when nothing may.
+    pub(crate) fn came(&self) -> Option<Came> {
+        self.owner.map(|(_, came)| came)
     }
 
     /// How far the log is durable.
@@ -417,13 +423,14 @@ impl Disk {
         }
     }
 
-    pub(crate) fn set_owner(&mut self, connection: ConnectionId) -> Option<ConnectionId> {
-        self.owner.replace(connection)
+    pub(crate) fn set_owner(&mut self, connection: ConnectionId, now: CaptureTime) -> Option<ConnectionId> {
+        let latest = self.timeline().and_then(Timeline::latest).map(|point| point.time);
+        self.owner.replace((connection, Came { at: now, latest })).map(|(before, _)| before)
     }
 
     /// Gives the disk up, if `connection` still has it.
     pub(crate) fn release(&mut self, connection: ConnectionId) {
-        if self.owner == Some(connection) {
+        if self.owner() == Some(connection) {
             self.owner = None;
         }
     }

@@ -6,7 +6,12 @@ use backtide_protocol::AckPolicy;
 use backtide_receiver_api::{DiskOrigin, Touched};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 
-use crate::{disk::Disk, findings::Finding, points};
+use crate::{
+    clock::{self, Difference},
+    disk::Disk,
+    findings::Finding,
+    points,
+};
 
 /// One disk at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +27,8 @@ pub(crate) struct DiskFacts {
     pub(crate) received: Lsn,
     pub(crate) durable: Lsn,
     pub(crate) last_time: Option<CaptureTime>,
+    /// How the clock of its times differs from this machine's, as far as it shows.
+    pub(crate) clock: Option<Difference>,
     /// When its guest was answered last, as far as an agent said.
     pub(crate) ack: Option<String>,
     /// And what that means while the receiver is away.
@@ -66,6 +73,7 @@ impl DiskFacts {
             received: timeline.map_or(Lsn::ZERO, |timeline| timeline.covered()),
             durable: disk.durable().lsn,
             last_time: timeline.and_then(|timeline| timeline.latest()).map(|point| point.time),
+            clock: timeline.and_then(|timeline| Difference::seen(timeline, disk.came(), clock::now())),
             ack: answers.map(|(ack, _)| ack.name().to_owned()),
             on_outage: answers.map(|(_, on_outage)| on_outage.name().to_owned()),
             origin: timeline.and_then(|timeline| timeline.origin()).map(points::origin),

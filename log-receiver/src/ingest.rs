@@ -28,7 +28,7 @@ use tokio::{
 use crate::{
     Limits,
     accept::Arrival,
-    clock,
+    clock::{self, Came},
     committer::Committer,
     connection,
     disk::{Disk, Failure, Rebasing},
@@ -84,6 +84,8 @@ pub(crate) struct Readable {
     pub(crate) attached: Option<Attached>,
     /// What is wrong, when acknowledged bytes are not there any more.
     pub(crate) damage: Option<String>,
+    /// Since when its agent is connected, if it is.
+    pub(crate) came: Option<Came>,
 }
 
 /// A question to the agent of a disk.
@@ -347,14 +349,14 @@ impl Ingest {
             Some(why) => snapshot.map(|snapshot| snapshot.ending(why)),
             None => snapshot,
         };
-        let attached = state.attached().cloned();
+        let (attached, came) = (state.attached().cloned(), state.came());
         let failed = state.failure().is_some();
         drop(disks);
         if failed {
             // Taking it may have failed the log: its agent must not go on.
             self.wake_owner(disk);
         }
-        Some(snapshot.map(|snapshot| Readable { snapshot, attached, damage }))
+        Some(snapshot.map(|snapshot| Readable { snapshot, attached, damage, came }))
     }
 
     /// Waits until entry `through` is durable; false when the log was opened again or failed meanwhile.

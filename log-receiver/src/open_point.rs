@@ -66,7 +66,7 @@ impl Service {
         let known = self.find(&open.disk).ok().and_then(|disk| self.names.name_of(disk));
         let denied = |why| closed(CloseCode::Denied, why);
         rights.check(known.as_ref().unwrap_or(&open.disk)).map_err(denied)?;
-        let Found { disk, snapshot, findings, damage: _ } =
+        let Found { disk, snapshot, findings, damage: _, came: _ } =
             self.look_at(&open.disk).await.map_err(refused)?;
         rights.check(&disk.name).map_err(denied)?;
         let asked = open.lsn.map_or_else(|| "latest".to_owned(), |lsn| format!("lsn:{lsn}"));

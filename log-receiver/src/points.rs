@@ -9,6 +9,8 @@ use backtide_recovery::{self as recovery, LogError, Nearest, PointError, Snapsho
 use backtide_segment::AttachOrigin;
 use backtide_units::{CaptureTime, DiskName, Lsn, Reason};
 
+use crate::clock::{self, Came, Difference};
+
 /// Everything a timeline tells.
 pub(crate) fn report(disk: DiskRef, timeline: &Timeline, damage: Option<String>) -> PointsReport {
     let intervals: Vec<_> =
@@ -90,13 +92,14 @@ pub(crate) fn around(
         flush_before: flushes.and_then(|flushes| flushes.first().copied()).map(point),
         mark_before: marks.iter().rev().find(|mark| mark.time <= time).cloned(),
         mark_after: marks.iter().find(|mark| mark.time > time).cloned(),
+        warning: None,
         damage: None,
         touched: Vec::new(),
     })
 }
 
 /// What a person should know who gets the newest point as `latest`: none when nothing newer was lost.
-pub(crate) fn lost_end(asked: &str, timeline: &Timeline) -> Option<String> {
+fn lost_end(asked: &str, timeline: &Timeline) -> Option<String> {
     let open = timeline.holes().last().filter(|hole| hole.to.is_none())?;
     let is_lost = asked.parse().is_ok_and(|point| matches!(point, recovery::Point::Latest))
         && open.reason.code == Reason::Damaged.code();
@@ -107,9 +110,42 @@ pub(crate) fn lost_end(asked: &str, timeline: &Timeline) -> Option<String> {
     ))
 }
 
+/// Why a time may be another moment than was meant: none where the clocks agree, and of a point that is named otherwise.
+pub(crate) fn other_clock(
+    asked: &str,
+    disk: &DiskName,
+    timeline: &Timeline,
+    came: Option<Came>,
+) -> Option<String> {
+    let is_time = |point| matches!(point, recovery::Point::Time(_) | recovery::Point::Ago(_));
+    let difference = Difference::seen(timeline, came, clock::now())?;
+    asked.parse().is_ok_and(is_time).then(|| {
+        format!(
+            "{asked} may be another moment than is meant: {}; `backtide points {disk}` has the times as they were stamped",
+            difference.sentence(disk)
+        )
+    })
+}
+
+/// What a person should know who gets a point for what was asked, if anything.
+pub(crate) fn warning(
+    asked: &str,
+    disk: &DiskName,
+    timeline: &Timeline,
+    came: Option<Came>,
+) -> Option<String> {
+    lost_end(asked, timeline).or_else(|| other_clock(asked, disk, timeline, came))
+}
+
 /// A point as it was asked for.
-pub(crate) fn resolved(disk: &DiskRef, snapshot: &Snapshot, asked: String, at: TimedLsn) -> ResolvedPoint {
-    let warning = lost_end(&asked, snapshot.timeline());
+pub(crate) fn resolved(
+    disk: &DiskRef,
+    snapshot: &Snapshot,
+    asked: String,
+    at: TimedLsn,
+    came: Option<Came>,
+) -> ResolvedPoint {
+    let warning = warning(&asked, &disk.name, snapshot.timeline(), came);
     ResolvedPoint { disk: disk.clone(), asked, lsn: at.lsn, time: at.time, warning }
 }
 

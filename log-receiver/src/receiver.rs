@@ -69,7 +69,7 @@ pub enum StartError {
     /// The default retention is none.
     #[error("{0}")]
     Retention(String),
-    /// Where every mount is to be served is no NBD URI.
+    /// Where every mount is to be served is no NBD URI, or open to others.
     #[error("{0}")]
     NbdUri(String),
     /// The socket that all mounts share cannot be served.
@@ -253,6 +253,7 @@ impl Receiver {
             names: shelf.names,
             threads: tasks.clone(),
             mounts: mounts.orders.clone(),
+            nbd_rule: config.nbd_rule(),
             overlays,
             removal,
             readers,

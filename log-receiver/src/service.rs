@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use backtide_control::Address;
-use backtide_export::NbdUri;
+use backtide_export::{NbdRule, NbdUri};
 use backtide_images::Images;
 use backtide_receiver_api::{
     ApiError, AroundReport, ByteSpan, CertificateStatus, CommitCounts, DiffReport, DiffRequest, DiskRef,
@@ -28,7 +28,8 @@ mod preview;
 mod retention;
 
 use crate::{
-    Names, OnFull, StoreId, StoreWatch, changes, clock,
+    Names, OnFull, StoreId, StoreWatch, changes,
+    clock::{self, Came},
     committer::Committer,
     disk::Failure,
     facts::DiskFacts,
@@ -65,6 +66,7 @@ pub(crate) struct Service {
     pub(crate) names: Arc<Names>,
     pub(crate) threads: Vec<mpsc::Sender<Task>>,
     pub(crate) mounts: mpsc::Sender<Order>,
+    pub(crate) nbd_rule: NbdRule,
     pub(crate) overlays: Overlays,
     pub(crate) removal: Removal,
     pub(crate) readers: Pool,
@@ -79,6 +81,8 @@ pub(crate) struct Found {
     pub(crate) findings: DiskFindings,
     /// What is wrong with its log, when acknowledged bytes are not there any more.
     pub(crate) damage: Option<String>,
+    /// Since when its agent is connected, if it is.
+    pub(crate) came: Option<Came>,
 }
 
 impl ReceiverService for Service {
@@ -91,6 +95,7 @@ impl ReceiverService for Service {
         let alarms = self.alarms(&facts, free.filter(|_| store_error.is_none()));
         Ok(ReceiverStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            now: Some(clock::now()),
             store: self.store.display().to_string(),
             store_id: self.store_id.0.to_string(),
             listen: self.listen.clone(),
@@ -146,16 +151,16 @@ impl ReceiverService for Service {
     async fn resolve(&self, disk: DiskName, request: ResolveRequest) -> Result<ResolvedPoint, ApiError> {
         let found = self.look_at(&disk).await?;
         let at = self.resolve_on(&found.disk, &found.snapshot, &request.point).await?;
-        Ok(points::resolved(&found.disk, &found.snapshot, request.point, at))
+        Ok(points::resolved(&found.disk, &found.snapshot, request.point, at, found.came))
     }
 
     async fn diff(&self, disk: DiskName, request: DiffRequest) -> Result<DiffReport, ApiError> {
-        let Found { disk, snapshot, .. } = self.look_at(&disk).await?;
+        let Found { disk, snapshot, came, .. } = self.look_at(&disk).await?;
         let from = self.resolve_on(&disk, &snapshot, &request.from).await?;
         let to = self.resolve_on(&disk, &snapshot, &request.to).await?;
         let (after, through) = (from.lsn.min(to.lsn), from.lsn.max(to.lsn));
-        let from = points::resolved(&disk, &snapshot, request.from, from);
-        let to = points::resolved(&disk, &snapshot, request.to, to);
+        let from = points::resolved(&disk, &snapshot, request.from, from, came);
+        let to = points::resolved(&disk, &snapshot, request.to, to, came);
         let size = disk.size;
         let changes = self
             .read(move || {
@@ -174,11 +179,11 @@ impl ReceiverService for Service {
     }
 
     async fn find_change(&self, disk: DiskName, request: FindChangeRequest) -> Result<FoundChange, ApiError> {
-        let Found { disk, snapshot, .. } = self.look_at(&disk).await?;
+        let Found { disk, snapshot, came, .. } = self.look_at(&disk).await?;
         let at = self.resolve_on(&disk, &snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let block = changes::block_at(request.offset, view.disk_size())?;
-        let at = points::resolved(&disk, &snapshot, request.at, at);
+        let at = points::resolved(&disk, &snapshot, request.at, at, came);
         let change = self
             .read(move || changes::last_change(&snapshot, &view, block))
             .await?
@@ -216,12 +221,12 @@ impl ReceiverService for Service {
     }
 
     async fn mount(&self, request: MountRequest) -> Result<Mount, ApiError> {
-        let uri = nbd_uri(request.nbd)?;
+        let uri = self.allowed_place(request.nbd)?;
         if request.writable && request.temporary {
             let why = "a temporary mount cannot be writable: its overlay is kept until it is discarded";
             return Err(ApiError::new(ErrorCode::Usage, why));
         }
-        let Found { disk, snapshot, findings, damage: _ } = self.look_at(&request.name).await?;
+        let Found { disk, snapshot, findings, damage: _, came } = self.look_at(&request.name).await?;
         let at = self.resolve_on(&disk, &snapshot, &request.at).await?;
         let view = snapshot.view(at.lsn).map_err(|error| points::unavailable(&request.at, &error))?;
         let overlay = request.writable.then_some(PlanOverlay::New);
@@ -234,14 +239,15 @@ impl ReceiverService for Service {
             Some(since) => Some(self.changed_since(&snapshot, since, at).await?),
             None => None,
         };
-        let (temporary, warning) = (request.temporary, points::lost_end(&request.at, snapshot.timeline()));
+        let warning = points::warning(&request.at, &disk.name, snapshot.timeline(), came);
+        let temporary = request.temporary;
         let plan = Plan { disk, at, view, findings, uri, temporary, overlay, changed };
         let mount = Mount { warning, ..self.serve(plan).await? };
         if request.writable { self.unless_its_point_goes(&request.at, mount).await } else { Ok(mount) }
     }
 
     async fn remount(&self, id: String, request: RemountRequest) -> Result<Mount, ApiError> {
-        let uri = nbd_uri(request.nbd)?;
+        let uri = self.allowed_place(request.nbd)?;
         self.serve_overlay(id, uri).await
     }
 
@@ -316,6 +322,17 @@ impl Service {
         Ok(Changed { since, blocks: Arc::new(blocks) })
     }
 
+    /// Where a person wants something served now. What was served before is again, whatever the rule is by then.
+    fn allowed_place(&self, uri: Option<String>) -> Result<Option<NbdUri>, ApiError> {
+        let uri = nbd_uri(uri)?;
+        let checked = uri.as_ref().map_or(Ok(()), |uri| self.nbd_rule.check(uri));
+        checked.map_err(|error| {
+            let code = if error.is_open() { ErrorCode::Refused } else { ErrorCode::Usage };
+            ApiError::from_error(code, &error)
+        })?;
+        Ok(uri)
+    }
+
     async fn serve(&self, plan: Plan) -> Result<Mount, ApiError> {
         let (answer, mounted) = oneshot::channel();
         self.mounts.send(Order::Mount(Box::new(plan), answer)).await.map_err(|_| ending())?;
@@ -353,7 +370,7 @@ impl Service {
             let code = if damaged { ErrorCode::Damaged } else { ErrorCode::Failed };
             ApiError::new(code, format!("disk {name} cannot be read: {why}"))
         })?;
-        let Readable { snapshot, attached, damage } = readable;
+        let Readable { snapshot, attached, damage, came } = readable;
         let damage = damage.or_else(|| findings.known().into_iter().next());
         let Some(attached) = attached else {
             return Err(match damage {
@@ -364,7 +381,7 @@ impl Service {
             });
         };
         let disk = DiskRef { name: attached.name.clone(), uuid: disk, size: attached.size };
-        Ok(Found { disk, snapshot, findings, damage })
+        Ok(Found { disk, snapshot, findings, damage, came })
     }
 
     async fn facts(&self) -> Result<Vec<DiskFacts>, ApiError> {
@@ -401,6 +418,7 @@ impl Service {
             received: facts.received,
             durable: facts.durable,
             last_time: facts.last_time,
+            clock: facts.clock.zip(facts.name.as_ref()).map(|(clock, name)| clock.sentence(name)),
             ack: facts.ack,
             on_outage: facts.on_outage,
             origin: facts.origin,

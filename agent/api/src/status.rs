@@ -13,6 +13,9 @@ use crate::{AckPolicy, CacheMode, HydrationStatus, Limits, OnOutage, Origin, Rew
 pub struct AgentStatus {
     /// The agent's version.
     pub version: String,
+    /// Its clock when it answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub now: Option<CaptureTime>,
     /// Another one after every start and restart of the agent.
     #[serde(default)]
     pub instance: String,

@@ -152,6 +152,7 @@ impl AgentService for Fake {
         let one = self.note("status", &disk.unwrap_or_else(|| name("vm1")))?;
         Ok(AgentStatus {
             version: "1".to_owned(),
+            now: None,
             instance: "one".to_owned(),
             restart_failure: None,
             nbd_listen: None,

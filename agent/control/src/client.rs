@@ -1,11 +1,11 @@
 //! Asking a daemon: one HTTP call, one typed answer or one [`ApiError`].
 
-use std::{fmt, pin::pin, sync::Arc, time::Duration};
+use std::{fmt, os::unix::fs::MetadataExt, path::Path, pin::pin, sync::Arc, time::Duration};
 
 use reqwest::{Method, RequestBuilder, Response};
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{Address, ApiError, ErrorCode};
+use crate::{Address, ApiError, ErrorCode, serve::NO_SUCH_CALL};
 
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -152,9 +152,44 @@ impl Client {
         let status = response.status();
         let body = response.bytes().await.map_err(|error| self.no_answer(&error))?;
         if status.is_success() {
-            return serde_json::from_slice(&body).map_err(|error| self.strange(&error.to_string()));
+            return match serde_json::from_slice(&body) {
+                Ok(answer) => Ok(answer),
+                Err(error) => Err(self.unless_other(self.strange(&error.to_string())).await),
+            };
         }
-        Err(serde_json::from_slice(&body).unwrap_or_else(|_| self.strange(&format!("HTTP status {status}"))))
+        match serde_json::from_slice::<ApiError>(&body) {
+            Ok(error) if is_no_such_call(&error) => Err(self.unless_other(error).await),
+            Ok(error) => Err(error),
+            Err(_) => Err(self.unless_other(self.strange(&format!("HTTP status {status}"))).await),
+        }
+    }
+
+    /// This error, unless it comes of the other daemon being asked.
+    async fn unless_other(&self, error: ApiError) -> ApiError {
+        let Peer { name, flag, variable, .. } = self.peer;
+        match self.whose().await {
+            Some(other) if other != name => {
+                let message = format!(
+                    "{} is the control API of the {other}, where that of the {name} is expected",
+                    self.address
+                );
+                ApiError::new(ErrorCode::Usage, message)
+                    .with_hint(format!("name the {name}'s with {flag} or {variable}"))
+            }
+            Some(_) | None => error,
+        }
+    }
+
+    /// Which daemon this is, by what its status has.
+    async fn whose(&self) -> Option<&'static str> {
+        let answer = self.begun(self.request(Method::GET, "/v1/status")).await.ok()?;
+        let body = answer.bytes().await.ok()?;
+        let status: serde_json::Value = serde_json::from_slice(&body).ok()?;
+        match (status.get("store_id"), status.get("instance")) {
+            (Some(_), _) => Some("receiver"),
+            (None, Some(_)) => Some("agent"),
+            (None, None) => None,
+        }
     }
 
     /// The answer's first bytes.
@@ -202,9 +237,55 @@ impl Client {
         if error.is_timeout() && !error.is_connect() {
             return self.silent(CALL_TIMEOUT);
         }
-        let message = format!("no {name} answers at {}: {}", self.address, root_cause(error));
+        if let Some(path) = self.address.socket_path().filter(|_| is_denied(error)) {
+            let message =
+                format!("connect to the {name} at {}: permission denied: {}", self.address, owner(path));
+            return ApiError::new(ErrorCode::Unreachable, message).with_hint(format!(
+                "run the command as that user, or name another {name} with {flag} or {variable}"
+            ));
+        }
+        let cause = root_cause(error);
+        let streams = format!(
+            "a receiver's --listen is where agents stream to; name the control API of the {name} with {flag} or {variable}"
+        );
+        // As the HTTP client says it of a first line that is none.
+        if cause.starts_with("invalid HTTP") {
+            let message = format!("{} is no control API: what answers there speaks no HTTP", self.address);
+            return ApiError::new(ErrorCode::Unreachable, message).with_hint(streams);
+        }
+        if cause.starts_with("connection closed before message") {
+            let message =
+                format!("the {name} at {} has ended the connection and answered nothing", self.address);
+            return ApiError::new(ErrorCode::Unreachable, message)
+                .with_hint(format!("see whether it still runs, and whether it is one: {streams}"));
+        }
+        let message = format!("no {name} answers at {}: {cause}", self.address);
         ApiError::new(ErrorCode::Unreachable, message)
             .with_hint(format!("start it with `{start}`, or name its address with {flag} or {variable}"))
+    }
+}
+
+fn is_no_such_call(error: &ApiError) -> bool {
+    error.code == ErrorCode::NotFound && error.message.starts_with(NO_SUCH_CALL)
+}
+
+/// Whether this user may not connect.
+fn is_denied(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            return io.kind() == std::io::ErrorKind::PermissionDenied;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// Whose socket it is.
+fn owner(path: &Path) -> String {
+    match std::fs::metadata(path) {
+        Ok(found) => format!("the socket belongs to user {}", found.uid()),
+        Err(_) => "its directory is another user's".to_owned(),
     }
 }
 

@@ -190,8 +190,11 @@ pub fn json_fallbacks(router: Router) -> Router {
     router.fallback(no_such_call).method_not_allowed_fallback(no_such_call)
 }
 
+/// How the answer to a call begins that the daemon does not know.
+pub(crate) const NO_SUCH_CALL: &str = "there is no call";
+
 async fn no_such_call(request: Request) -> ApiError {
-    let message = format!("there is no call {} {}", request.method(), request.uri().path());
+    let message = format!("{NO_SUCH_CALL} {} {}", request.method(), request.uri().path());
     ApiError::new(ErrorCode::NotFound, message)
         .with_hint("the daemon may be older or newer than the command; the calls are in docs/api.md")
 }

@@ -265,9 +265,12 @@ impl Stream {
     ) -> Result<Welcome, StreamError> {
         let hello = self.terms.tell(self.engine.look(backtide_io_filter::Filter::hello));
         let (header, payload) = encode(1, &Message::Hello(hello));
-        writer.write_all(&header).await.map_err(StreamError::Lost)?;
-        writer.write_all(&payload).await.map_err(StreamError::Lost)?;
-        writer.flush().await.map_err(StreamError::Lost)?;
+        let told = async {
+            writer.write_all(&header).await?;
+            writer.write_all(&payload).await?;
+            writer.flush().await
+        };
+        let mut told = told.await;
         loop {
             if let Some(first) = decoder.next_message()? {
                 return match first.message {
@@ -279,7 +282,11 @@ impl Stream {
                     ))),
                 };
             }
-            fill(reader, decoder).await?;
+            // What the other side said before it closed tells more than the broken pipe.
+            fill(reader, decoder).await.map_err(|error| match std::mem::replace(&mut told, Ok(())) {
+                Err(lost) => StreamError::Lost(lost),
+                Ok(()) => error,
+            })?;
         }
     }
 

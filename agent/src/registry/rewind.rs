@@ -319,6 +319,10 @@ fn not_in_sync(status: &DiskStatus) -> ApiError {
         (_, _) => &status.reason,
     };
     let message = format!("disk {name} is not in sync: {why}");
+    if status.mode == Mode::Paused {
+        return ApiError::new(ErrorCode::Refused, message)
+            .with_hint(format!("`backtide resume {name}` first, then `backtide wait {name} --for sync`"));
+    }
     ApiError::new(ErrorCode::Refused, message).with_hint(format!(
         "what the receiver lacks could not be gone back to: `backtide wait {name} --for sync` first"
     ))

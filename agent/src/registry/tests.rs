@@ -23,6 +23,7 @@ pub(super) fn registry(directory: &Path) -> Arc<Registry> {
         spill_size: None,
         nbd_listen: None,
         nbd_tls: None,
+        insecure: false,
         stream_tls: None,
         nbd: Default::default(),
         mounts: Default::default(),

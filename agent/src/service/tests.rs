@@ -29,6 +29,7 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
         spill_size: None,
         nbd_listen: None,
         nbd_tls: None,
+        insecure: false,
         stream_tls: None,
         nbd: Default::default(),
         mounts: Default::default(),

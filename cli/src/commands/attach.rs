@@ -35,7 +35,7 @@ pub(crate) const POLL: Duration = Duration::from_millis(100);
 #[derive(Args, Debug)]
 pub(crate) struct Attach {
     /// The disk's name, also of its NBD export: letters, digits, '-', '_' and '.'
-    name: DiskName,
+    pub(crate) name: DiskName,
     /// The disk behind: a raw image, a block device, a qcow2 file or an NBD URI
     image: String,
     /// Where the receiver takes streams

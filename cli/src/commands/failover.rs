@@ -25,7 +25,7 @@ use crate::{
 #[derive(Args, Debug)]
 pub(crate) struct Failover {
     /// The disk's name, as its receiver knows it
-    name: DiskName,
+    pub(crate) name: DiskName,
     /// Its image here: a new file, which is made, or an NBD URI of the disk's size that reads as zeroes
     image: String,
     /// Where the receiver takes streams

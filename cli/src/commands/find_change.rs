@@ -31,6 +31,7 @@ impl FindChange {
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let request = FindChangeRequest { offset: ByteOffset(self.offset.0), at: self.at };
         let found = context.receiver(&self.api)?.find_change(&self.name, &request).await?;
+        context.remark(found.at.warning.as_deref());
         context.print(&found, || text(&found))?;
         Ok(Ending::Done)
     }

@@ -17,6 +17,7 @@ use crate::{
         checks::{disks_text, overlays_text, problems_text},
         progress::Progress,
     },
+    restore::is_agent_state,
 };
 
 /// Progress reports on their way; who reads slowly gets fewer.
@@ -40,6 +41,16 @@ pub(crate) struct Fsck {
     forget_retention: bool,
 }
 
+/// Refuses the state directory of an agent, whose lock looks like that of another receiver.
+fn refuse_agent_state(store: &Path) -> Result<(), Failure> {
+    if store.join("store.json").exists() || !is_agent_state(store) {
+        return Ok(());
+    }
+    let why = format!("{} is an agent's state directory, and no receiver's store", store.display());
+    let hint = "name the directory that `receiver run --store` was given";
+    Err(ApiError::new(ErrorCode::Usage, why).with_hint(hint).into())
+}
+
 impl Fsck {
     /// Reads every file, changes none unless that is asked for, and ends with the code of damage when there is some.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
@@ -48,6 +59,7 @@ impl Fsck {
             let hint = "name the directory that `receiver run --store` was given";
             return Err(ApiError::new(ErrorCode::Usage, why).with_hint(hint).into());
         }
+        refuse_agent_state(&self.store)?;
         let what = match (self.rebuild, self.repair) {
             (true, _) => Some(Repair::Rebuild),
             (_, true) => Some(Repair::Everything),

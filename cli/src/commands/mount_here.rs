@@ -65,7 +65,11 @@ impl Here {
         let receiver = context.receiver(api)?;
         let at = receiver.resolve(&name, &at).await?;
         let changed_since = match changed_since {
-            Some(since) => Some(receiver.resolve(&name, &since).await?.lsn),
+            Some(since) => {
+                let since = receiver.resolve(&name, &since).await?;
+                context.remark(since.warning.as_deref());
+                Some(since.lsn)
+            }
             None => None,
         };
         let stream_tls = match self.tls_certificates {

@@ -37,6 +37,7 @@ impl Points {
         if let Some(time) = &self.around {
             let report = receiver.around(&self.name, time).await?;
             context.print(&report, || around_text(&report))?;
+            context.remark(report.warning.as_deref());
             return Ok(told(context, &report.disk, report.damage.as_deref(), &report.touched));
         }
         let mut report = receiver.points(&self.name).await?;

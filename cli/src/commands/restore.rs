@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use backtide_control::ErrorCode;
-use backtide_receiver_api::{Mount, MountRequest, ReceiverClient};
+use backtide_receiver_api::{ByteSpan, Mount, MountRequest, ReceiverClient};
 use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Lsn};
 use clap::Args;
 use serde::Serialize;
@@ -15,7 +15,7 @@ use crate::{
     ending::{Ending, Failure},
     output::progress::Progress,
     quantity::{duration_text, size_both, time_text},
-    restore::{Goal, Target, Wanted, copy, take, verify},
+    restore::{Goal, Target, Wanted, copy, refuse_no_name, refuse_no_room, take, verify},
 };
 
 /// How long the receiver may take to unmount what was restored: it ends by itself, too.
@@ -38,6 +38,9 @@ pub(crate) struct Restore {
     /// Write only what differs from what the output holds, in place; needs --force
     #[arg(long)]
     only_changed: bool,
+    /// Restore what is sound also of a point of which blocks are damaged: these become zeroes, are listed, and it ends with 8
+    #[arg(long)]
+    around_damage: bool,
     /// Do not read the result back to compare it
     #[arg(long)]
     no_verify: bool,
@@ -66,6 +69,9 @@ pub(crate) struct Report {
     pub(crate) data_bytes: ByteCount,
     /// How much of the rest an earlier restore had written that did not come to its end.
     pub(crate) resumed_bytes: ByteCount,
+    /// What is damaged at the receiver and was left as zeroes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) damaged: Vec<ByteSpan>,
     /// Whether it was read back and compared.
     pub(crate) verified: bool,
     /// How long it took.
@@ -75,15 +81,27 @@ pub(crate) struct Report {
 impl Restore {
     /// Restores, or ends with nothing changed but a device or server that was being written.
     pub(crate) async fn run(self, context: &Context, mut stop: Stop) -> Result<Ending, Failure> {
+        refuse_no_name(&self.output)?;
         let receiver = context.receiver(&self.api)?;
         let (name, at) = (self.name, self.at);
         let (temporary, writable) = (true, false);
         let request = MountRequest { name, at, nbd: None, temporary, writable, changed_since: None };
-        let (force, only_changed) = (self.force, self.only_changed);
-        let what = What { output: &self.output, force, only_changed, verify: !self.no_verify };
+        let (force, only_changed, around_damage) = (self.force, self.only_changed, self.around_damage);
+        let verify = !self.no_verify;
+        let what = What { output: &self.output, force, only_changed, around_damage, verify };
         let report = restore(context, &receiver, &request, what, stop.asked()).await?;
         context.print(&report, || report_text(&report))?;
-        Ok(Ending::Done)
+        if report.damaged.is_empty() {
+            return Ok(Ending::Done);
+        }
+        let bytes = ByteCount(report.damaged.iter().map(|span| span.length.0).sum());
+        context.warn(&format!(
+            "{} of this point of disk {} are damaged at the receiver, and are zeroes in {}",
+            size_both(bytes),
+            report.disk,
+            report.output
+        ));
+        Ok(Ending::Found(ErrorCode::Damaged))
     }
 }
 
@@ -96,6 +114,8 @@ pub(crate) struct What<'a> {
     pub(crate) force: bool,
     /// Whether to write only what differs from that.
     pub(crate) only_changed: bool,
+    /// Whether to leave zeroes where the point is damaged.
+    pub(crate) around_damage: bool,
     /// Whether to read it back.
     pub(crate) verify: bool,
 }
@@ -143,11 +163,25 @@ async fn restore_mounted(
     let begun = Instant::now();
     let goal = Goal { disk: mount.disk.uuid, lsn: mount.lsn, size: mount.size };
     let leftover = take(context, what.output, &goal)?;
+    let goes_on = leftover.is_some();
     let wanted = Wanted { goal, force: what.force, only_changed: what.only_changed, leftover };
     let target = Target::open(what.output, wanted).await?;
     let source = mounted::connect(mount).await?;
-    let copied = match copy(&source, &target, what.verify, &mut Progress::new(context, "restored")).await {
+    // A part of what is needed is there already then.
+    if !goes_on {
+        refuse_no_room(&source, &target).await?;
+    }
+    let mut progress = Progress::new(context, "restored");
+    let copied = match copy(&source, &target, what.verify, what.around_damage, &mut progress).await {
         Ok(copied) => copied,
+        Err(Failure::Error(error)) if error.code == ErrorCode::Damaged && error.hint.is_none() => {
+            let name = &mount.disk.name;
+            let hint = format!(
+                "--around-damage restores the rest, with zeroes there; `backtide scrub {name}` mends what it can, and \
+                 `backtide points {name}` says which points need the place"
+            );
+            return Err(error.with_hint(hint).into());
+        }
         Err(Failure::Error(error)) if error.code == ErrorCode::Unreachable => {
             let hint = format!("{}: --at lsn:{}", target.leave(), mount.lsn);
             return Err(error.with_hint(hint).into());
@@ -169,6 +203,11 @@ async fn restore_mounted(
         size: mount.size,
         data_bytes: copied.data_bytes,
         resumed_bytes: copied.resumed_bytes,
+        damaged: copied
+            .damaged
+            .iter()
+            .map(|range| ByteSpan { offset: range.start(), length: range.count() })
+            .collect(),
         verified: what.verify,
         seconds: begun.elapsed().as_secs_f64(),
     })
@@ -179,8 +218,12 @@ fn report_text(report: &Report) -> String {
         true => String::new(),
         false => format!(" and {} were there from before", size_both(report.resumed_bytes)),
     };
+    let damaged = report.damaged.iter().map(|span| {
+        format!("\n  DAMAGED, zeroes instead: bytes {}..{}", span.offset, span.offset.0 + span.length.0)
+    });
+    let damaged: String = damaged.collect();
     format!(
-        "restored {} at {}, which is lsn:{}, written last at {}, to {}: {}, of which {} were written{}, in {}{}",
+        "restored {} at {}, which is lsn:{}, written last at {}, to {}: {}, of which {} were written{}, in {}{}{damaged}",
         report.disk.as_str(),
         report.asked,
         report.lsn,

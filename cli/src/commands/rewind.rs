@@ -6,13 +6,13 @@ use backtide_agent_api::{AgentClient, DiskStatus, Mode, RewindReport, RewindRequ
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{NbdAddress, NbdUri};
 use backtide_receiver_api::{DiffReport, DiffRequest};
-use backtide_units::{ByteCount, DiskName};
+use backtide_units::{BlockCount, ByteCount, DiskName};
 use clap::Args;
 use serde::Serialize;
 
 use crate::{
     arguments::ReceiverApi,
-    commands::{Stop, attach::POLL},
+    commands::{Stop, attach::POLL, wait::in_sync},
     confirm::confirm,
     context::Context,
     ending::{Ending, Failure},
@@ -85,9 +85,19 @@ impl Rewind {
         let uuid: DiskName = disk.uuid.to_string().parse().expect("a UUID is a good name");
         let request = DiffRequest { from: self.to.clone(), to: "latest".to_owned() };
         let diff = context.receiver(&self.api)?.diff(&uuid, &request).await?;
+        context.remark(diff.from.warning.as_deref());
         let under_way = RewindReport::under_way(&disk, diff.from.lsn).filter(|_| !self.force);
         if let Some(report) = under_way {
             return self.goes_on(context, &agent, report).await;
+        }
+        if !self.force && is_there(&disk, &diff) {
+            let report = unchanged(disk, &diff);
+            let text = || {
+                let (name, to, time) = (&report.disk.name, report.to, time_text(report.to_time));
+                format!("{name} is at lsn:{to} ({time}), its newest point: there is nothing to do")
+            };
+            context.print(&Rewound { report: &report, guest_paused: false }, text)?;
+            return Ok(Ending::Done);
         }
         if disk.clients + disk.awaited_clients > 0 && self.qmp.is_none() {
             return Err(in_use(&disk));
@@ -259,6 +269,27 @@ fn place_of(uri: &str) -> String {
         Ok(NbdAddress::Unix(path)) => path.display().to_string(),
         Ok(NbdAddress::Tcp { host, port }) => format!("{host}:{port}"),
         Err(_) => uri.to_owned(),
+    }
+}
+
+/// Whether the point is the newest one, and the disk is as it is there.
+fn is_there(disk: &DiskStatus, diff: &DiffReport) -> bool {
+    let newest = diff.from.lsn == diff.to.lsn && disk.lsn.last == diff.to.lsn;
+    newest && in_sync(disk) && disk.hydration.is_none() && disk.local_error.is_none()
+}
+
+/// The report of a disk that was where it was to go.
+fn unchanged(disk: DiskStatus, diff: &DiffReport) -> RewindReport {
+    RewindReport {
+        from: diff.from.lsn,
+        to: diff.from.lsn,
+        to_time: diff.from.time,
+        changed_blocks: BlockCount(0),
+        changed_bytes: ByteCount(0),
+        blocked_ms: 0,
+        hung_up: 0,
+        under_way: false,
+        disk,
     }
 }
 

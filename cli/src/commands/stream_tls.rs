@@ -28,7 +28,7 @@ pub(crate) struct ReceiverTlsFlags {
     /// What an agent's certificate that names no disks speaks for [default: any]
     #[arg(long, value_name = "WHICH", value_enum)]
     tls_disks: Option<Disks>,
-    /// Take streams in the clear, from whoever comes, over TCP that is not loopback
+    /// Take streams and serve mounts in the clear, whoever comes, over TCP that is not loopback
     #[arg(long)]
     insecure: bool,
 }

@@ -87,6 +87,7 @@ impl Wait {
                 let receiver = context.receiver(&self.api)?;
                 let at = self.at.as_deref().unwrap_or_default();
                 let point = until_point(&receiver, name, at, self.timeout).await?;
+                context.remark(point.warning.as_deref());
                 context.print(&point, || format!("{}  lsn:{}", name.as_str(), point.lsn))?;
                 let around = receiver.around(name, &format!("lsn:{}", point.lsn)).await?;
                 return Ok(whether_whole(context, &around, point.lsn));
@@ -105,13 +106,24 @@ pub(crate) async fn until(
     reached: impl Fn(&DiskStatus) -> bool,
     timeout: Option<Duration>,
 ) -> Result<DiskStatus, Failure> {
+    until_it(context, agent, name, |disk| Ok(reached(disk)), timeout).await
+}
+
+/// The same, where `reached` may say that it never will be.
+pub(crate) async fn until_it(
+    context: &Context,
+    agent: &AgentClient,
+    name: &DiskName,
+    reached: impl Fn(&DiskStatus) -> Result<bool, Failure>,
+    timeout: Option<Duration>,
+) -> Result<DiskStatus, Failure> {
     let agent = agent.at_length();
     let mut last = None;
     let waiting = async {
         let mut progress = Progress::new(context, "resynchronized");
         loop {
             let disk = last.insert(agent.disk(name).await?);
-            if reached(disk) {
+            if reached(disk)? {
                 progress.end();
                 return Ok(disk.clone());
             }

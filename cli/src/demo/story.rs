@@ -220,7 +220,8 @@ impl Stage<'_> {
             changed_since: None,
         };
         let path = output.to_string_lossy().into_owned();
-        let what = What { output: &path, force: true, only_changed: false, verify: true };
+        let what =
+            What { output: &path, force: true, only_changed: false, around_damage: false, verify: true };
         let restored = restore(self.context, &self.receiver, &request, what, std::future::pending()).await?;
         let hash = hash_of(output).await?;
         let same = hash == moment.expected && restored.lsn == moment.lsn;

@@ -17,6 +17,9 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Less room than so many times the reserve is worth a warning.
 const ROOM_FACTOR: u64 = 4;
 
+/// Clocks that differ by no more are the same for a person.
+const CLOCKS_APART_US_MAX: u64 = 3_000_000;
+
 /// Reasons for which everything is compared: what was tracked could not be trusted.
 const DISTRUSTED: [&str; 4] =
     ["bitmap-untrusted", "agent-crashed", "receiver-rolled-back", "foreign-history"];
@@ -100,22 +103,44 @@ pub(super) fn kept(kept: &ReceiverDisks) -> Vec<Finding> {
     wrong.collect()
 }
 
-/// Whether records come from the future: a clock is wrong then, here or where the agent is.
-pub(super) fn clock(kept: &ReceiverDisks, now: CaptureTime) -> Finding {
-    let ahead = kept.disks.iter().filter_map(|disk| {
-        let ahead = disk.last_time?.0.saturating_sub(now.0);
-        (ahead > 1_000_000).then_some((ahead, disk))
-    });
-    let Some((micros, disk)) = ahead.max_by_key(|(ahead, _)| *ahead) else {
-        return Finding::ok("clock", "no disk was captured in the future");
+/// What the receiver says that a person should look at, but for what other findings say.
+pub(super) fn alarms(receiver: &ReceiverStatus, said: &[Finding]) -> Vec<Finding> {
+    let is_said = |alarm: &str| {
+        receiver.certificate_warnings.iter().any(|warning| warning == alarm)
+            || said.iter().any(|finding| alarm.starts_with(&finding.message))
     };
-    let message = format!(
-        "the last write of disk {} was captured {} ahead of this machine's clock",
-        disk.name.as_str(),
-        duration_text(micros as f64 / 1e6)
-    );
-    Finding::new("clock", Verdict::Warning, message)
-        .hint("set the clocks of agent and receiver by NTP: points are asked for by time")
+    let new = receiver.alarms.iter().filter(|alarm| !is_said(alarm));
+    new.map(|alarm| Finding::new("alarms", Verdict::Warning, alarm.clone())).collect()
+}
+
+/// How far a clock that showed `now` is ahead of this machine's, at least, in microseconds: by that it was `asked` when the
+/// question went, and `answered` when the answer was there.
+pub(super) fn apart(asked: CaptureTime, now: CaptureTime, answered: CaptureTime) -> i64 {
+    let nearest = now.0.clamp(asked.0.min(answered.0), answered.0);
+    i64::try_from(i128::from(now.0) - i128::from(nearest)).unwrap_or(i64::MAX)
+}
+
+/// Whether clocks agree, those of the daemons with this machine's and those that stamped the disks' points with the
+/// receiver's: points are asked for by time.
+pub(super) fn clocks(answers: &Answers) -> Vec<Finding> {
+    let warning = |message| {
+        Finding::new("clock", Verdict::Warning, message)
+            .hint("set the clocks of agent and receiver by NTP: points are asked for by time")
+    };
+    let others = answers.clocks.iter().filter(|(_, ahead)| ahead.unsigned_abs() > CLOCKS_APART_US_MAX);
+    let mut found: Vec<_> = others
+        .map(|(name, ahead)| {
+            let side = if *ahead > 0 { "ahead of" } else { "behind" };
+            let by = duration_text(ahead.unsigned_abs() as f64 / 1e6);
+            warning(format!("the clock of the {name} is {by} {side} this machine's"))
+        })
+        .collect();
+    let kept = answers.receiver.iter().flat_map(|(_, kept)| &kept.disks);
+    found.extend(kept.filter_map(|disk| disk.clock.clone()).map(warning));
+    if found.is_empty() && (answers.agent.is_ok() || answers.receiver.is_ok()) {
+        found.push(Finding::ok("clock", "all clocks agree, as far as daemons and disks show them"));
+    }
+    found
 }
 
 /// Whether disks are protected.

@@ -163,6 +163,12 @@ fn stretch_text(stretch: &Stretch<'_>) -> String {
                 (None, _) => ("now".to_owned(), "now, until the resync is complete".to_owned()),
             };
             let (before_lsn, to_time) = end(hole.before_lsn, hole.to_time);
+            if hole.after_lsn == Lsn::ZERO && hole.from_time == CaptureTime(0) {
+                return format!(
+                    "  HOLE    from the beginning and below {before_lsn}  to {to_time}: {}",
+                    hole.reason
+                );
+            }
             format!(
                 "  HOLE    above lsn:{} and below {before_lsn}  {} to {to_time}: {}",
                 hole.after_lsn,
@@ -270,6 +276,7 @@ mod tests {
             flush_before: None,
             mark_before: None,
             mark_after: None,
+            warning: None,
             damage: None,
             touched: Vec::new(),
         };

@@ -22,6 +22,9 @@ use crate::{
 /// Pieces in flight: with 1 MiB each also the memory of a restore in MiB, twice.
 const IN_FLIGHT: usize = 16;
 
+/// In so much is told apart what is damaged.
+const BLOCK: ByteCount = ByteCount(4096);
+
 /// What was copied.
 #[derive(Debug)]
 pub(crate) struct Copied {
@@ -35,6 +38,8 @@ pub(crate) struct Copied {
     pub(crate) data_bytes: ByteCount,
     /// How many of the rest an earlier restore had written.
     pub(crate) resumed_bytes: ByteCount,
+    /// What could not be read, in order, and are zeroes at the target.
+    pub(crate) damaged: Vec<ByteRange>,
 }
 
 /// What became of one piece.
@@ -45,20 +50,24 @@ struct Piece {
     written: u64,
     resumed: u64,
     read_back: bool,
+    damaged: Vec<ByteRange>,
 }
 
 /// Copies all of `source` to `target` and makes it durable there. With `check`, what can be read from the device
-/// at once is read back piece by piece, while others are written.
+/// at once is read back piece by piece, while others are written. With `around_damage`, what is damaged at the source is zeroes at the
+/// target.
 pub(crate) async fn copy(
     source: &Client,
     target: &Target,
     check: bool,
+    around_damage: bool,
     progress: &mut Progress,
 ) -> Result<Copied, Failure> {
     let size = source.size();
     let (data_bytes, resumed_bytes) = (ByteCount(0), ByteCount(0));
     let read_back = check && target.reads_back();
-    let mut copied = Copied { read_back, windows: Vec::new(), size, data_bytes, resumed_bytes };
+    let (windows_done, damaged) = (Vec::new(), Vec::new());
+    let mut copied = Copied { read_back, windows: windows_done, size, data_bytes, resumed_bytes, damaged };
     target.prepare().await?;
     for window in windows(size) {
         let extents = progress
@@ -78,7 +87,8 @@ pub(crate) async fn copy(
         }
         let (from, to) = (source.clone(), target.clone());
         let done = each_piece(work, size, progress, move |index, range| {
-            copy_piece(from.clone(), to.clone(), index, range, holds_data[index], read_back)
+            let holds = Holds { data: holds_data[index], around_damage };
+            copy_piece(from.clone(), to.clone(), index, range, holds, read_back)
         })
         .await?;
         if read_back {
@@ -87,6 +97,7 @@ pub(crate) async fn copy(
         copied.windows.push(done.hash);
         copied.data_bytes.0 += done.written;
         copied.resumed_bytes.0 += done.resumed;
+        add_damage(&mut copied.damaged, done.damaged);
     }
     target.sync().await?;
     progress.end();
@@ -143,6 +154,8 @@ struct Window {
     resumed: u64,
     /// Which pieces were read back.
     read_back: Vec<bool>,
+    /// What could not be read, in the order in which that was seen.
+    damaged: Vec<ByteRange>,
 }
 
 /// Works on those pieces of a window that ask for it, [`IN_FLIGHT`] at once.
@@ -159,10 +172,11 @@ where
     let mut known = vec![false; pieces.len()];
     let mut running = JoinSet::new();
     let (mut written, mut resumed) = (0, 0);
-    let mut failure = None;
+    let (mut failure, mut damage) = (None, Vec::new());
     // After a failure what is in flight still comes to its end: what is done is noted then.
     let mut finish = |ended, failure: &mut Option<Failure>| match unwrap(ended) {
-        Ok(Piece { index, digest, written: new, resumed: old, read_back }) => {
+        Ok(Piece { index, digest, written: new, resumed: old, read_back, damaged }) => {
+            damage.extend(damaged);
             digests.set(index, digest);
             known[index] = read_back;
             written += new;
@@ -190,11 +204,60 @@ where
     if let Some(error) = failure {
         return Err(error);
     }
-    Ok(Window { hash: digests.finish(), written, resumed, read_back: known })
+    Ok(Window { hash: digests.finish(), written, resumed, read_back: known, damaged: damage })
 }
 
 fn unwrap(ended: Result<Result<Piece, Failure>, tokio::task::JoinError>) -> Result<Piece, Failure> {
     ended.unwrap_or_else(|error| Err(failed(format!("a part of the copy ended early: {error}"))))
+}
+
+/// Adds what one window lacks, and makes one of what adjoins.
+fn add_damage(all: &mut Vec<ByteRange>, mut more: Vec<ByteRange>) {
+    more.sort_by_key(|range| range.start());
+    for range in more {
+        match all.last_mut() {
+            Some(last) if last.end() == range.start() => {
+                *last = ByteRange::between(last.start(), range.end())
+            }
+            Some(_) | None => all.push(range),
+        }
+    }
+}
+
+/// What is known of a piece of the source.
+#[derive(Clone, Copy)]
+struct Holds {
+    /// It may hold data.
+    data: bool,
+    /// Of what is damaged the rest is wanted.
+    around_damage: bool,
+}
+
+/// A piece of the source, and what of it could not be read, which are zeroes then.
+async fn read_piece(
+    source: &Client,
+    range: ByteRange,
+    around_damage: bool,
+) -> Result<(Bytes, Vec<ByteRange>), Failure> {
+    let whole = source.read(range.start(), range.count()).await;
+    match whole {
+        Ok(data) => return Ok((data, Vec::new())),
+        Err(error) if !around_damage || is_gone(&error) => return Err(read_failure(&error)),
+        Err(_) => {}
+    }
+    let mut bytes = vec![0; range.count().0 as usize];
+    let mut damaged = Vec::new();
+    for block in range.split_at_multiples(BLOCK) {
+        match source.read(block.start(), block.count()).await {
+            Ok(data) => {
+                let at = (block.start().0 - range.start().0) as usize;
+                bytes[at..at + data.len()].copy_from_slice(&data);
+            }
+            Err(error) if is_gone(&error) => return Err(read_failure(&error)),
+            Err(_) => damaged.push(block),
+        }
+    }
+    Ok((Bytes::from(bytes), damaged))
 }
 
 async fn copy_piece(
@@ -202,18 +265,18 @@ async fn copy_piece(
     target: Target,
     index: usize,
     range: ByteRange,
-    holds_data: bool,
+    holds: Holds,
     read_back: bool,
 ) -> Result<Piece, Failure> {
     if let Some(noted) = target.noted(range)
         && digest(&target.read(range).await?) == noted
     {
-        return Ok(Piece { index, digest: noted, written: 0, resumed: range.count().0, read_back });
+        let (resumed, damaged) = (range.count().0, Vec::new());
+        return Ok(Piece { index, digest: noted, written: 0, resumed, read_back, damaged });
     }
-    let data = if holds_data {
-        source.read(range.start(), range.count()).await.map_err(|error| read_failure(&error))?
-    } else {
-        Bytes::from(vec![0; range.count().0 as usize])
+    let (data, damaged) = match holds.data {
+        true => read_piece(&source, range, holds.around_damage).await?,
+        false => (Bytes::from(vec![0; range.count().0 as usize]), Vec::new()),
     };
     let there = match target.way() {
         Way::Changed => Some(target.read(range).await?),
@@ -235,8 +298,11 @@ async fn copy_piece(
         return Err(differs(&target, range));
     }
     let digest = digest(&data);
-    target.note(range, &digest)?;
-    Ok(Piece { index, digest, written, resumed: 0, read_back })
+    // Who goes on with it later asks again for what is damaged now.
+    if damaged.is_empty() {
+        target.note(range, &digest)?;
+    }
+    Ok(Piece { index, digest, written, resumed: 0, read_back, damaged })
 }
 
 /// Zeroes what no piece writes to. Each run of such pieces is one request.

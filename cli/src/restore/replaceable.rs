@@ -46,7 +46,12 @@ impl Replaceable {
             ),
             (false, _) => ApiError::new(ErrorCode::Exists, format!("{} exists already", path.display())),
         };
-        Err(refused.with_hint("take another name").into())
+        let hint = if found.is_file() && !replace {
+            "take another name, or --force to replace it"
+        } else {
+            "take another name"
+        };
+        Err(refused.with_hint(hint).into())
     }
 
     /// What has the name when the copy is whole, and is replaced by it; to be held until it is. None when nothing has.

@@ -27,6 +27,11 @@ use crate::{
 /// Bytes of which the block status is asked at once.
 const STATUS_MAX: ByteCount = ByteCount(1 << 30);
 
+/// File systems that compress nothing, as statfs(2) tells them.
+const EXT: rustix::fs::FsWord = 0xef53;
+const XFS: rustix::fs::FsWord = 0x5846_5342;
+const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+
 /// Bytes that are read to find out whether an export holds data: some seconds.
 const READ_MAX: ByteCount = ByteCount(1 << 30);
 
@@ -97,7 +102,7 @@ pub(super) fn refuse_store(path: &Path) -> Result<(), Failure> {
 }
 
 /// Whether an agent keeps its disks' tracking files here, under its lock.
-fn is_agent_state(directory: &Path) -> bool {
+pub(crate) fn is_agent_state(directory: &Path) -> bool {
     let tracking = |entry: std::io::Result<std::fs::DirEntry>| {
         entry.is_ok_and(|entry| entry.path().extension().is_some_and(|ending| ending == "tracking"))
     };
@@ -111,6 +116,22 @@ fn refuse_dangling(path: &Path) -> Result<(), Failure> {
     let message =
         format!("{} is a symbolic link to {}, which does not exist", path.display(), target.display());
     Err(ApiError::new(ErrorCode::Exists, message).with_hint("remove the link, or take another name").into())
+}
+
+/// Refuses a name of an output that means something else, before anything is asked.
+pub(crate) fn refuse_no_name(output: &str) -> Result<(), Failure> {
+    if output.is_empty() {
+        return Err(wrong_usage("the output has no name: name a file, a block device or an NBD URI"));
+    }
+    if output == "-" {
+        let hint = "name a file, or read the point with `backtide mount` and nbdcopy; a file called - is ./-";
+        let error = ApiError::new(
+            ErrorCode::Usage,
+            "a point is not restored to standard output: it is sparse, and read back",
+        );
+        return Err(error.with_hint(hint).into());
+    }
+    Ok(())
 }
 
 impl Target {
@@ -190,6 +211,16 @@ impl Target {
                 .into());
         }
         Ok(Self::Nbd { uri: output.to_owned(), client, way })
+    }
+
+    /// What a new file may take on its file system; none where that is not known, or does not count.
+    pub(crate) fn free(&self) -> Option<ByteCount> {
+        let Self::File(file) = self else { return None };
+        let found = rustix::fs::statfs(file.path().parent()?).ok()?;
+        // Others may store it in less.
+        let stores_as_it_is = [EXT, XFS, TMPFS].contains(&found.f_type);
+        let bytes = found.f_bavail.saturating_mul(u64::try_from(found.f_bsize).ok()?);
+        stores_as_it_is.then_some(ByteCount(bytes))
     }
 
     /// How it is written.

@@ -21,9 +21,10 @@ use crate::{
     context::Context,
     ending::Failure,
     output::progress::Progress,
-    restore::{Goal, Target, Wanted, copy, take, verify},
+    restore::{Goal, Target, Wanted, copy, copy::Copied, take, verify},
 };
 
+mod damage;
 mod locks;
 
 const MIB: usize = 1 << 20;
@@ -176,10 +177,15 @@ impl Fixture {
         let leftover = take(&self.context, output, &goal(self.source.size()))?;
         let wanted = Wanted { only_changed, leftover, ..wanted(self.source.size(), force) };
         let target = Target::open(output, wanted).await?;
-        let copied = copy(&self.source, &target, true, &mut Progress::new(&self.context, "restored")).await?;
+        let copied = self.copy(&target, false).await?;
         verify(&target, &copied, &mut Progress::new(&self.context, "verified")).await?;
         target.publish().await?;
         Ok((copied.data_bytes, copied.resumed_bytes))
+    }
+
+    async fn copy(&self, target: &Target, around_damage: bool) -> Result<Copied, Failure> {
+        let mut progress = Progress::new(&self.context, "restored");
+        copy(&self.source, target, true, around_damage, &mut progress).await
     }
 
     async fn open(&self, output: &Path, force: bool) -> Result<Target, Failure> {
@@ -309,7 +315,7 @@ fn a_restore_that_is_given_up_leaves_nothing() {
         let output = fixture.path("out.img");
         let target =
             Target::open(output.to_str().unwrap(), wanted(fixture.source.size(), false)).await.unwrap();
-        copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "restored")).await.unwrap();
+        fixture.copy(&target, false).await.unwrap();
         drop(target);
         assert_eq!(fixture.names(), ["source"]);
     });
@@ -363,9 +369,7 @@ fn a_killed_restore_is_gone_on_with_and_what_it_wrote_is_checked() {
         let name = output.to_str().unwrap();
         fixture.ram.unreadable_from.set(3 * MIB as u64);
         let target = Target::open(name, wanted(fixture.source.size(), false)).await.unwrap();
-        copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "restored"))
-            .await
-            .unwrap_err();
+        fixture.copy(&target, false).await.unwrap_err();
         // As when it is killed: nothing of it is cleared away, and its lock is gone.
         target.leave();
         drop(target);
@@ -412,9 +416,7 @@ fn what_is_left_of_another_point_or_was_lost_since_is_not_taken() {
             let size = fixture.source.size();
             let other = if lost { goal(size) } else { Goal { lsn: Lsn(6), ..goal(size) } };
             let target = Target::open(name, Wanted { goal: other, ..wanted(size, true) }).await.unwrap();
-            copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "restored"))
-                .await
-                .unwrap();
+            fixture.copy(&target, false).await.unwrap();
             target.leave();
             drop(target);
             let partial = fixture.names().into_iter().find(|name| name.ends_with(".restoring")).unwrap();
@@ -449,9 +451,7 @@ fn what_somebody_else_may_have_put_there_is_not_gone_on_with() {
                 let (output, victim) = (fixture.path("out.img"), fixture.path("victim"));
                 let name = output.to_str().unwrap();
                 let target = Target::open(name, wanted(fixture.source.size(), false)).await.unwrap();
-                copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "restored"))
-                    .await
-                    .unwrap();
+                fixture.copy(&target, false).await.unwrap();
                 target.leave();
                 drop(target);
                 let path = fixture.names().into_iter().find(|name| name.ends_with(which)).unwrap();

@@ -66,6 +66,62 @@ impl NbdTls {
     }
 }
 
+/// A place at which nothing is served.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoPlace {
+    /// Whoever reaches this machine would be served in the clear.
+    #[error(
+        "{0} is refused: whoever reaches it over a network would read and write what is served there, in the clear: use nbds:// with certificates, or a daemon with --nbd-tls required, or with --insecure on a network that only hosts you trust are on"
+    )]
+    Open(String),
+    /// A socket's path that depends on where the daemon was started.
+    #[error("the socket of {0} has a relative path: name it from / on")]
+    Relative(String),
+}
+
+impl NoPlace {
+    /// Whether it is refused for who would be served.
+    pub fn is_open(&self) -> bool {
+        matches!(self, Self::Open(_))
+    }
+}
+
+/// Where a daemon serves NBD when it is told a place.
+#[derive(Clone, Debug, Default)]
+pub struct NbdRule {
+    /// TLS of places that say nothing of it.
+    pub tls: Option<NbdTls>,
+    /// Whether other machines may be served in the clear.
+    pub insecure: bool,
+}
+
+impl NbdRule {
+    /// Whether exports may be served at `uri`.
+    ///
+    /// # Errors
+    /// When the path of its socket is relative, or other machines would be served in the clear, and nobody said that they may.
+    pub fn check(&self, uri: &NbdUri) -> Result<(), NoPlace> {
+        if let NbdAddress::Unix(path) = &uri.address
+            && !path.is_absolute()
+        {
+            return Err(NoPlace::Relative(uri.to_string()));
+        }
+        self.check_open(uri)
+    }
+
+    /// The same of a daemon's own settings, where a path may be relative to where it was started.
+    ///
+    /// # Errors
+    /// When other machines would be served in the clear, and nobody said that they may.
+    pub fn check_open(&self, uri: &NbdUri) -> Result<(), NoPlace> {
+        let served = self.tls.as_ref().map_or_else(|| uri.clone(), |tls| tls.unless_told(uri.clone()));
+        if served.is_open_to_others() && !self.insecure {
+            return Err(NoPlace::Open(uri.to_string()));
+        }
+        Ok(())
+    }
+}
+
 /// Where `text` says that exports are served together, with TLS as configured unless it names its own.
 ///
 /// # Errors

@@ -33,6 +33,16 @@ pub struct NbdUri {
     pub tls: Option<UriTls>,
 }
 
+impl NbdUri {
+    /// Whether who listens here serves other machines in the clear, as far as the address tells: TCP that is not on loopback,
+    /// without TLS or with one that clients may go without.
+    pub fn is_open_to_others(&self) -> bool {
+        let NbdAddress::Tcp { host, .. } = &self.address else { return false };
+        let loopback = host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback());
+        !loopback && host != "localhost" && self.tls.as_ref().is_none_or(|tls| !tls.required)
+    }
+}
+
 /// What a URI with TLS says about it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct UriTls {
@@ -330,5 +340,25 @@ mod tests {
         ] {
             assert!(parse(text).is_err(), "{text:?} was accepted");
         }
+    }
+
+    #[test]
+    fn who_listens_off_loopback_in_the_clear_is_open_to_others() {
+        let open = |text: &str| text.parse::<NbdUri>().unwrap().is_open_to_others();
+        for text in ["nbd://0.0.0.0:1/d", "nbd://[::]:1/d", "nbd://10.0.0.5/d", "nbd://host/d"] {
+            assert!(open(text), "{text}");
+        }
+        for text in [
+            "nbd://127.0.0.1:1/d",
+            "nbd://[::1]:1/d",
+            "nbd://localhost/d",
+            "nbds://0.0.0.0:1/d?tls-certificates=/c",
+            "nbd+unix:///d?socket=/s",
+        ] {
+            assert!(!open(text), "{text}");
+        }
+        let mut optional: NbdUri = "nbds://0.0.0.0:1/d?tls-certificates=/c".parse().unwrap();
+        optional.tls.as_mut().unwrap().required = false;
+        assert!(optional.is_open_to_others());
     }
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use backtide_units::CaptureTime;
 
-use crate::der::{GENERAL_TIME, OBJECT, OCTETS, Reader, SEQUENCE, SET, UTC_TIME, time_us};
+use crate::der::{GENERAL_TIME, INTEGER, OBJECT, OCTETS, Reader, SEQUENCE, SET, UTC_TIME, time_us};
 
 /// `2.5.4.3`, a common name.
 const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
@@ -32,6 +32,15 @@ pub struct Certificate {
     pub not_before: CaptureTime,
     /// The last moment at which it is.
     pub not_after: CaptureTime,
+}
+
+/// The X.509 version of a certificate in DER; none where the bytes are no certificate.
+pub(crate) fn version(der: &[u8]) -> Option<u32> {
+    let mut body = Reader(Reader(Reader(der).expect(SEQUENCE)?).expect(SEQUENCE)?);
+    // Version 1 is said by saying nothing.
+    let Some(told) = body.optional(0xa0) else { return Some(1) };
+    let number = Reader(told).expect(INTEGER)?;
+    number.first().map(|number| u32::from(*number) + 1)
 }
 
 impl Certificate {

@@ -5,6 +5,7 @@
 //! same: every length is checked against what is there.
 
 /// `SEQUENCE`
+pub(crate) const INTEGER: u8 = 0x02;
 pub(crate) const SEQUENCE: u8 = 0x30;
 /// `SET`
 pub(crate) const SET: u8 = 0x31;

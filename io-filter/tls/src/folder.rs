@@ -9,7 +9,7 @@ use std::{
 use rustls::RootCertStore;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject};
 
-use crate::Certificate;
+use crate::{Certificate, certificate::version};
 
 /// Which side of a connection an identity is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +38,16 @@ pub enum TlsError {
     Empty {
         /// Which.
         path: PathBuf,
+    },
+    /// A certificate of an X.509 version that TLS does not take.
+    #[error(
+        "the certificate in {path:?} is of X.509 version {version}, where version 3 is needed: issue it with extensions, such as subject alternative names"
+    )]
+    Version {
+        /// Which.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
     },
     /// A key of another certificate.
     #[error("the key in {key:?} is not that of the certificate in {certificate:?}")]
@@ -123,9 +133,11 @@ impl TlsError {
             Self::Expired { .. } | Self::NotYetValid { .. } => {
                 "put a certificate there that is valid now (is the clock right?), with its key"
             }
-            Self::File { .. } | Self::Empty { .. } | Self::Key { .. } | Self::Unusable { .. } => {
-                "put a certificate there with its own key, whole files both"
-            }
+            Self::File { .. }
+            | Self::Empty { .. }
+            | Self::Version { .. }
+            | Self::Key { .. }
+            | Self::Unusable { .. } => "put a certificate there with its own key, whole files both",
             Self::Authorities { .. } => "put the certificates of authorities into its ca-cert.pem",
             Self::Silent { .. } => "see to its file system",
             Self::NoThread { .. } => "raise the limit of threads",
@@ -200,7 +212,11 @@ pub fn authorities(folder: &Path) -> Result<RootCertStore, TlsError> {
 /// # Errors
 /// When a file is missing or holds something else.
 pub fn identity(folder: &Path, role: Role) -> Result<Identity, TlsError> {
-    let chain = certificates(role.certificate(folder))?;
+    let path = role.certificate(folder);
+    let chain = certificates(path.clone())?;
+    if let Some(version) = chain.iter().find_map(|one| version(one).filter(|version| *version != 3)) {
+        return Err(TlsError::Version { path, version });
+    }
     let path = role.key(folder);
     let unreadable = |source| TlsError::File { path: path.clone(), expected: "a private key", source };
     let key = PrivateKeyDer::from_pem_file(&path).map_err(|source| unreadable(Arc::new(source)))?;
@@ -218,5 +234,21 @@ fn certificates(path: PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError>
         Ok(found) if found.is_empty() => Err(TlsError::Empty { path }),
         Ok(found) => Ok(found),
         Err(source) => Err(TlsError::File { path, expected: "certificates", source: Arc::new(source) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_of_version_1_is_told_with_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        // A body that begins with its serial number: where a version would be, there is none.
+        let old = "-----BEGIN CERTIFICATE-----\nMAUwAwIBAQ==\n-----END CERTIFICATE-----\n";
+        let path = Role::Server.certificate(folder.path());
+        std::fs::write(&path, old).unwrap();
+        let why = identity(folder.path(), Role::Server).err().unwrap().to_string();
+        assert!(why.contains("server-cert.pem\" is of X.509 version 1, where version 3 is needed"), "{why}");
     }
 }

@@ -24,7 +24,8 @@ pub struct ResolvedPoint {
     pub lsn: Lsn,
     /// When that was captured.
     pub time: CaptureTime,
-    /// What was asked for and cannot be given: the newest point of a disk whose log has lost its end is an older one.
+    /// What to know of what was asked for: the newest point of a disk whose log has lost its end is an older one, and a time
+    /// is another moment than is meant where the clock of the disk's agent differs from the receiver's. A sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
 }

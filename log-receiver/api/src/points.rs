@@ -96,6 +96,9 @@ pub struct AroundReport {
     pub mark_before: Option<MarkPoint>,
     /// The oldest mark after it that can be gone back to.
     pub mark_after: Option<MarkPoint>,
+    /// As in [`ResolvedPoint::warning`](crate::ResolvedPoint::warning).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
     /// What is wrong with the disk's log, as in [`PointsReport::damage`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damage: Option<String>,

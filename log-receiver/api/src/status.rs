@@ -11,6 +11,9 @@ use crate::{ScrubStatus, Touched};
 pub struct ReceiverStatus {
     /// The receiver's version.
     pub version: String,
+    /// Its clock when it answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub now: Option<CaptureTime>,
     /// The store's directory.
     pub store: String,
     /// The store's identity.
@@ -117,6 +120,9 @@ pub struct ReceiverDisk {
     pub durable: Lsn,
     /// When the last record was captured; none before the first.
     pub last_time: Option<CaptureTime>,
+    /// How the clock of the disk's times differs from the receiver's, when that shows: a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<String>,
     /// When its guest was answered by the last agent that said so, as `attach --ack` has it; none when nobody did.
     #[serde(default)]
     pub ack: Option<String>,

@@ -119,6 +119,7 @@ impl ReceiverService for Fake {
         self.note("status".to_owned());
         Ok(ReceiverStatus {
             version: "1".to_owned(),
+            now: None,
             store: "/store".to_owned(),
             store_id: "s".to_owned(),
             listen: vec!["tcp://127.0.0.1:7300".parse().unwrap()],
@@ -298,6 +299,7 @@ fn around(asked: String) -> AroundReport {
         flush_before: None,
         mark_before: None,
         mark_after: None,
+        warning: None,
         damage: None,
         touched: Vec::new(),
     }

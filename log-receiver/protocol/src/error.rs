@@ -2,13 +2,23 @@
 
 use crate::PROTOCOL_VERSION;
 
+/// What a server of HTTP begins its answers with.
+const HTTP: u32 = u32::from_le_bytes(*b"HTTP");
+
+fn magic_text(expected: u32, found: u32) -> String {
+    if found == HTTP {
+        return "this is a control API, where no streams are taken: give an address that the receiver has as --listen".to_owned();
+    }
+    format!(
+        "the peer does not speak the backtide stream protocol: expected magic {expected:#010x}, found {found:#010x}"
+    )
+}
+
 /// Bytes from the peer that are no valid stream. The connection cannot go on after one.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
     /// The first bytes are not those of a frame of this protocol.
-    #[error(
-        "the peer does not speak the backtide stream protocol: expected magic {expected:#010x}, found {found:#010x}"
-    )]
+    #[error("{}", magic_text(*expected, *found))]
     Magic {
         /// The magic of this protocol.
         expected: u32,
@@ -71,4 +81,18 @@ pub enum ProtocolError {
         /// As the header says.
         found: u64,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_control_api_is_told_from_another_stranger() {
+        let text = |found: &[u8; 4]| {
+            ProtocolError::Magic { expected: 1, found: u32::from_le_bytes(*found) }.to_string()
+        };
+        assert!(text(b"HTTP").starts_with("this is a control API"));
+        assert!(text(b"SSH-").ends_with("expected magic 0x00000001, found 0x2d485353"));
+    }
 }

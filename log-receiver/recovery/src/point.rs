@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use backtide_units::{CaptureTime, Lsn};
-use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
+use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp, civil::DateTime};
 
 /// A point as a person names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,19 +22,23 @@ pub enum Point {
 
 /// Text that names no point.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "{found:?} names no point: expected latest, lsn:NUMBER, a time such as 2026-03-01T12:00:00Z, \
-     a duration ago such as -5m, or mark:NAME"
-)]
-pub struct ParsePointError {
-    found: String,
+pub enum ParsePointError {
+    /// A time of which nobody knows where on earth.
+    #[error("the time {0:?} has no zone: add Z, or an offset such as +02:00")]
+    NoZone(String),
+    /// Anything else.
+    #[error(
+        "{0:?} names no point: expected latest, lsn:NUMBER, a time such as 2026-03-01T12:00:00Z, \
+         a duration ago such as -5m, or mark:NAME"
+    )]
+    Other(String),
 }
 
 impl FromStr for Point {
     type Err = ParsePointError;
 
     fn from_str(text: &str) -> Result<Self, ParsePointError> {
-        let wrong = || ParsePointError { found: text.to_owned() };
+        let wrong = || ParsePointError::Other(text.to_owned());
         if text == "latest" {
             return Ok(Self::Latest);
         }
@@ -47,7 +51,10 @@ impl FromStr for Point {
         if let Some(ago) = text.strip_prefix('-') {
             return duration(ago).map(Self::Ago).ok_or_else(wrong);
         }
-        let timestamp: Timestamp = text.parse().map_err(|_| wrong())?;
+        let timestamp: Timestamp = text.parse().map_err(|_| match text.parse::<DateTime>() {
+            Ok(_) => ParsePointError::NoZone(text.to_owned()),
+            Err(_) => wrong(),
+        })?;
         // Rounded down: the point is the last record at or before the time, and capture times
         // have microseconds.
         let micros = timestamp.as_nanosecond().div_euclid(1000);
@@ -132,5 +139,17 @@ mod tests {
             let point = parse(text).expect("a point");
             assert_eq!(parse(&point.to_string()), Some(point));
         }
+    }
+
+    #[test]
+    fn a_time_without_a_zone_is_told_so() {
+        let why = |text: &str| text.parse::<Point>().unwrap_err().to_string();
+        for text in ["2026-03-01T12:00:00", "2026-03-01 12:00", "2026-03-01"] {
+            assert_eq!(
+                why(text),
+                format!("the time {text:?} has no zone: add Z, or an offset such as +02:00")
+            );
+        }
+        assert!(why("yesterday").starts_with("\"yesterday\" names no point"));
     }
 }

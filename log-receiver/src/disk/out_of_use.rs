@@ -142,7 +142,7 @@ impl Disk {
     pub(crate) fn reopened(&mut self, log: DiskLog, mark: LogMark) -> Option<ConnectionId> {
         self.log = Log::Open(Box::new(log), mark);
         self.life = next_life();
-        self.owner.take()
+        self.owner.take().map(|(connection, _)| connection)
     }
 
     /// Puts a new log into use behind a damaged one, of which `ended` is left. Gives the connection that had that one.

@@ -54,7 +54,7 @@ impl Service {
             request.point.parse().map_err(|error| ApiError::from_error(ErrorCode::Usage, &error))?;
         let found = self.look_at(disk).await?;
         let touched = touched_of(&found);
-        let Found { disk, snapshot, damage, .. } = found;
+        let Found { disk, snapshot, damage, came, .. } = found;
         let time = match point {
             Point::Time(time) => {
                 let now = snapshot.refuse_future(time, clock::now());
@@ -67,9 +67,10 @@ impl Service {
             }
         };
         let asked = request.point.clone();
+        let warning = points::other_clock(&asked, &disk.name, snapshot.timeline(), came);
         let found = self.read(move || points::around(disk, request.point, &snapshot, time)).await?;
         let report = found.map_err(|error: PointError| points::unavailable(&asked, &error))?;
-        Ok(AroundReport { damage, touched, ..report })
+        Ok(AroundReport { warning, damage, touched, ..report })
     }
 }
 

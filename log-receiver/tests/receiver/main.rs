@@ -3,6 +3,7 @@
 mod agent;
 mod base_in_doubt;
 mod checks;
+mod clocks;
 mod commit;
 mod damage;
 mod ended_logs;

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::{
     context::Context,
     ending::{Ending, Failure},
+    quantity::count_text,
 };
 
 /// How long the next agent may take to answer.
@@ -76,7 +77,10 @@ impl Restart {
         context.print(&restarted, || {
             let Restarted { from, version, disks, took_ms } = &restarted;
             let change = if from == version { version.clone() } else { format!("{version}, after {from}") };
-            format!("the agent runs again: version {change}, {disks} disks, {took_ms} ms")
+            format!(
+                "the agent runs again: version {change}, {}, {took_ms} ms",
+                count_text(*disks as u64, "disk")
+            )
         })?;
         if let Some(restart_failure) = after.restart_failure {
             let message = format!("the old program runs again: {restart_failure}");

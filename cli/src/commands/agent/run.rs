@@ -59,6 +59,9 @@ pub(crate) struct Run {
     /// there, else the only disk is [default: each on a socket of its own]
     #[arg(long, value_name = "URI", env = "BACKTIDE_NBD_LISTEN", hide_env_values = true)]
     nbd_listen: Option<String>,
+    /// Serve disks and mounts in the clear, to whoever comes, where --nbd or --nbd-listen names TCP that is not loopback
+    #[arg(long)]
+    insecure: bool,
     #[command(flatten)]
     nbd_mode: NbdModeFlag,
     #[command(flatten)]
@@ -132,6 +135,7 @@ impl Run {
         }
         self.stream_tls.apply(&mut settings)?;
         settings.set("nbd_listen", self.nbd_listen)?;
+        settings.set("insecure", self.insecure.then_some(true))?;
         self.nbd_mode.apply(&mut settings)?;
         self.nbd_tls.apply(&mut settings)?;
         let config: Config = settings.config()?;

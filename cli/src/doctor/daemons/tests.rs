@@ -10,6 +10,7 @@ use crate::output::status::tests::in_sync;
 fn receiver(free: u64) -> ReceiverStatus {
     ReceiverStatus {
         version: VERSION.to_owned(),
+        now: None,
         store: "/srv/backtide".to_owned(),
         store_id: "5f0c9f54".to_owned(),
         listen: Vec::new(),
@@ -44,6 +45,7 @@ fn kept_disk(last_time: u64) -> ReceiverDisk {
         received: Lsn(9),
         durable: Lsn(9),
         last_time: Some(CaptureTime(last_time)),
+        clock: None,
         ack: None,
         on_outage: None,
         origin: None,
@@ -59,10 +61,15 @@ fn kept_disk(last_time: u64) -> ReceiverDisk {
 fn one_daemon_may_be_elsewhere_and_not_both() {
     let lost = || ApiError::new(ErrorCode::Unreachable, "no agent answers").with_hint("start it");
     let kept = ReceiverDisks { disks: Vec::new() };
-    let half = Answers { agent: Err(lost()), receiver: Ok((receiver(1 << 40), kept)) };
+    let half = Answers {
+        agent: Err(lost()),
+        receiver: Ok((receiver(1 << 40), kept)),
+        clocks: Vec::new(),
+        served: Vec::new(),
+    };
     let verdicts = |answers| reachable(answers).iter().map(|finding| finding.verdict).collect::<Vec<_>>();
     assert_eq!(verdicts(&half), [Verdict::Warning, Verdict::Ok]);
-    let none = Answers { agent: Err(lost()), receiver: Err(lost()) };
+    let none = Answers { agent: Err(lost()), receiver: Err(lost()), clocks: Vec::new(), served: Vec::new() };
     assert_eq!(verdicts(&none), [Verdict::Failed, Verdict::Failed]);
     assert!(versions(&none).is_empty());
     let older = ReceiverStatus { version: "0.0.9".to_owned(), ..receiver(1 << 40) };
@@ -90,13 +97,51 @@ fn a_store_without_room_fails_and_one_with_little_warns() {
 }
 
 #[test]
-fn a_capture_in_the_future_tells_of_a_wrong_clock() {
-    let now = CaptureTime(1_000_000_000);
-    let disks = |last| ReceiverDisks { disks: vec![kept_disk(0), kept_disk(last)] };
-    assert_eq!(clock(&disks(now.0 + 900_000), now).verdict, Verdict::Ok);
-    let found = clock(&disks(now.0 + 65_000_000), now);
-    assert_eq!(found.verdict, Verdict::Warning);
-    assert!(found.message.contains("1m 5s ahead"), "{found:?}");
+fn each_alarm_of_the_receiver_is_told_once() {
+    let said = |text: &str| text.to_owned();
+    let alarming = ReceiverStatus {
+        alarms: vec![
+            said("retention.json is missing"),
+            said("disk vm1: segment 3 is damaged; it touches"),
+            said("it ends"),
+        ],
+        certificate_warnings: vec![said("it ends")],
+        ..receiver(1 << 40)
+    };
+    let known = [Finding::new("store", Verdict::Failed, "disk vm1: segment 3 is damaged")];
+    let found = alarms(&alarming, &known);
+    assert_eq!(found, [Finding::new("alarms", Verdict::Warning, "retention.json is missing")]);
+}
+
+#[test]
+fn a_clock_that_is_wrong_either_way_is_told_with_whose_it_is() {
+    let lost = || ApiError::new(ErrorCode::Unreachable, "no agent answers");
+    let answers = |agent, disk: ReceiverDisk| Answers {
+        agent: Err(lost()),
+        receiver: Ok((receiver(1 << 40), ReceiverDisks { disks: vec![kept_disk(0), disk] })),
+        clocks: vec![("receiver", 0), ("agent", agent)],
+        served: Vec::new(),
+    };
+    let verdicts = |answers: &Answers| {
+        let told = clocks(answers).into_iter().map(|finding| (finding.verdict, finding.message));
+        told.collect::<Vec<_>>()
+    };
+    assert_eq!(verdicts(&answers(-2_900_000, kept_disk(0)))[0].0, Verdict::Ok);
+    let behind = verdicts(&answers(-3_600_000_000, kept_disk(0)));
+    let said = "the clock of the agent is 1h 0m behind this machine's".to_owned();
+    assert_eq!(behind, [(Verdict::Warning, said)]);
+    let why = || "the newest point of disk vm1 is stamped 1h 0m ahead".to_owned();
+    let ahead = verdicts(&answers(3_600_000_000, ReceiverDisk { clock: Some(why()), ..kept_disk(0) }));
+    let said = "the clock of the agent is 1h 0m ahead of this machine's".to_owned();
+    assert_eq!(ahead, [(Verdict::Warning, said), (Verdict::Warning, why())]);
+}
+
+#[test]
+fn a_slow_answer_is_no_wrong_clock() {
+    let at = |seconds: u64| CaptureTime(seconds * 1_000_000);
+    assert_eq!(apart(at(100), at(101), at(115)), 0);
+    assert_eq!(apart(at(100), at(40), at(115)), -60_000_000);
+    assert_eq!(apart(at(100), at(175), at(115)), 60_000_000);
 }
 
 #[test]

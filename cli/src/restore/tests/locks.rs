@@ -6,7 +6,6 @@ use backtide_control::ErrorCode;
 use backtide_units::ByteCount;
 
 use super::{Fixture, code, disk, run};
-use crate::{output::progress::Progress, restore::copy};
 
 #[test]
 fn an_image_that_an_agent_has_locked_is_not_replaced_even_by_force() {
@@ -37,7 +36,7 @@ fn no_agent_gets_a_file_that_is_going_to_be_replaced() {
         std::fs::write(&output, "old").unwrap();
         let target = fixture.open(&output, true).await.unwrap();
         assert!(is_locked(&output), "an agent could attach it now, and would lose it at the end");
-        copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "")).await.unwrap();
+        fixture.copy(&target, false).await.unwrap();
         assert!(is_locked(&output));
         target.publish().await.unwrap();
         drop(target);
@@ -57,7 +56,7 @@ fn what_came_under_the_name_meanwhile_and_is_protected_is_not_replaced() {
                 std::fs::write(&output, old).unwrap();
             }
             let target = fixture.open(&output, true).await.unwrap();
-            copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "")).await.unwrap();
+            fixture.copy(&target, false).await.unwrap();
             if old.is_some() {
                 std::fs::remove_file(&output).unwrap();
             }
@@ -86,7 +85,7 @@ fn a_file_that_nobody_has_is_replaced_also_when_it_is_another_than_at_the_beginn
         for between in ["removed", "another"] {
             std::fs::write(&output, "old").unwrap();
             let target = fixture.open(&output, true).await.unwrap();
-            copy(&fixture.source, &target, true, &mut Progress::new(&fixture.context, "")).await.unwrap();
+            fixture.copy(&target, false).await.unwrap();
             std::fs::remove_file(&output).unwrap();
             if between == "another" {
                 std::fs::write(&output, "another").unwrap();

@@ -1,0 +1,112 @@
+//! What is told of a clock that is not the receiver's.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use backtide_protocol::Message;
+use backtide_receiver_api::{DiffRequest, FindChangeRequest};
+use backtide_units::{ByteOffset, CaptureTime, DiskName};
+
+use crate::{agent::*, fixture::*, going_back::request};
+
+const HOUR_US: i64 = 3_600_000_000;
+
+fn vm1() -> DiskName {
+    "vm1".parse().unwrap()
+}
+
+/// A disk in sync whose agent's clock is ahead by so much: all was captured just now.
+async fn attached_with_clock(receiver: &backtide_log_receiver::Receiver, ahead_us: i64) -> Agent {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as i64;
+    let stamped = CaptureTime((now + ahead_us) as u64);
+    let (mut agent, _) = Agent::welcomed(receiver, hello(1, "vm1")).await;
+    let begin = match pass_begin(5, 0, backtide_units::Reason::FirstAttach) {
+        Message::PassBegin { at, gap_from, reason, .. } => {
+            Message::PassBegin { at, gap_from, time: stamped, reason }
+        }
+        other => panic!("{other:?}"),
+    };
+    agent.send(&begin).await;
+    let end = match pass_end(5) {
+        Message::PassEnd { at, valid_from, .. } => Message::PassEnd { at, valid_from, time: stamped },
+        other => panic!("{other:?}"),
+    };
+    agent.send(&end).await;
+    agent.all_durable().await;
+    agent
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_of_another_clock_is_given_with_a_warning() {
+    for (ahead_us, said) in [
+        (-HOUR_US, "vm1 is stamped 1h 0m behind the receiver's clock"),
+        (HOUR_US, "ahead of the receiver's clock"),
+    ] {
+        let place = Place::new();
+        let receiver = place.start().await;
+        let _agent = attached_with_clock(&receiver, ahead_us).await;
+        let api = client(&receiver);
+        // Ahead no point is so old: only a time that has not come yet is one.
+        let asked = match ahead_us < 0 {
+            true => "-0s".to_owned(),
+            false => {
+                let disk = &api.disks(Some(&vm1())).await.unwrap().disks[0];
+                backtide_recovery::time_text(disk.last_time.unwrap())
+            }
+        };
+        let told = api.resolve(&vm1(), &asked).await.unwrap();
+        let warning = told.warning.unwrap();
+        assert!(warning.starts_with(&format!("{asked} may be another moment than is meant")), "{warning}");
+        assert!(warning.contains(said), "{warning}");
+        let warned = |warning: Option<String>| assert!(warning.unwrap().contains(said), "{asked}");
+        warned(api.around(&vm1(), &asked).await.unwrap().warning);
+        warned(api.mount(&request(&asked, None)).await.unwrap().warning);
+        let diff = DiffRequest { from: asked.clone(), to: "latest".to_owned() };
+        let diff = api.diff(&vm1(), &diff).await.unwrap();
+        warned(diff.from.warning);
+        assert_eq!(diff.to.warning, None, "latest is that whatever the clocks say");
+        let change = FindChangeRequest { offset: ByteOffset(0), at: asked.clone() };
+        warned(api.find_change(&vm1(), &change).await.unwrap().at.warning);
+        let disk = api.disks(None).await.unwrap().disks.remove(0);
+        assert!(disk.clock.unwrap().contains(said));
+        receiver.shutdown().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_of_the_same_clock_is_given_without_a_word() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let agent = attached_with_clock(&receiver, 0).await;
+    let api = client(&receiver);
+    assert_eq!(api.resolve(&vm1(), "-0s").await.unwrap().warning, None);
+    assert_eq!(api.disks(None).await.unwrap().disks[0].clock, None);
+    drop(agent);
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_for_other_machines_in_the_clear_is_refused() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let _agent = attached_with_clock(&receiver, 0).await;
+    let api = client(&receiver);
+    let at = |uri: &str| request("latest", Some(uri.to_owned()));
+    let refused = api.mount(&at("nbd://0.0.0.0:10999/vm1")).await.unwrap_err();
+    assert_eq!(refused.code, backtide_receiver_api::ErrorCode::Refused);
+    assert!(refused.message.contains("--insecure"), "{refused}");
+    let relative = api.mount(&at("nbd+unix:///vm1?socket=here.sock")).await.unwrap_err();
+    assert_eq!(relative.code, backtide_receiver_api::ErrorCode::Usage);
+    receiver.shutdown().await;
+    let insecure = backtide_log_receiver::Config { insecure: true, ..place.config() };
+    let receiver = backtide_log_receiver::Receiver::start(insecure).await.unwrap();
+    let socket = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = socket.local_addr().unwrap().port();
+    drop(socket);
+    client(&receiver).mount(&at(&format!("nbd://0.0.0.0:{port}/vm1"))).await.unwrap();
+    receiver.shutdown().await;
+    let open = backtide_log_receiver::Config {
+        nbd_listen: Some("nbd://0.0.0.0:10999".to_owned()),
+        ..place.config()
+    };
+    assert!(place.refusal(open).await.contains("nbd_listen: nbd://0.0.0.0:10999"));
+}
