@@ -164,10 +164,12 @@ impl Disk {
     }
 
     /// Everything that is damaged, in the log in use and in those before it: a sentence each, with
-    /// file and place.
+    /// file and place. A lost end is, until a pass that has compared everything has ended durably.
     pub fn damage(&self) -> impl Iterator<Item = &String> {
         let (present, loss) = match &self.log {
-            Log::Open(_, mark) => (None, mark.loss.as_ref()),
+            Log::Open(log, mark) => {
+                (None, mark.loss.as_ref().filter(|loss| !loss.is_over(log.durable().seq)))
+            }
             Log::Failed(failed) => (failed.left.as_ref(), None),
         };
         let present = present.into_iter().flat_map(|left| &left.damage);

@@ -32,6 +32,8 @@ pub(crate) struct Loss {
     pub(crate) followed: bool,
     /// The entry with which a pass has begun since.
     pub(crate) pass: Option<Seq>,
+    /// The entry with which such a pass has ended in a point.
+    pub(crate) ended: Option<Seq>,
 }
 
 /// What was appended to a log that has a loss.
@@ -39,6 +41,8 @@ pub(crate) struct Loss {
 pub(crate) enum Followed {
     Attach,
     PassBegin,
+    /// Of one that ends in a point.
+    PassEnd,
     Other,
 }
 
@@ -47,6 +51,7 @@ impl Followed {
         match entry {
             Entry::Attach { .. } => Self::Attach,
             Entry::PassBegin { .. } => Self::PassBegin,
+            Entry::PassEnd { valid_from: Some(_), .. } => Self::PassEnd,
             Entry::Write { .. }
             | Entry::Zero { .. }
             | Entry::PassData { .. }
@@ -67,6 +72,12 @@ impl Loss {
                 self.followed = true;
                 self.pass.get_or_insert(entry);
             }
+            Followed::PassEnd => {
+                self.followed = true;
+                if self.pass.is_some() {
+                    self.ended.get_or_insert(entry);
+                }
+            }
             Followed::Other => self.followed = true,
         }
     }
@@ -74,6 +85,11 @@ impl Loss {
     /// Whether a pass that compares everything is known to later starts, when the log is durable up to there.
     pub(crate) fn is_compared(&self, durable: Seq) -> bool {
         self.pass.is_some_and(|pass| pass <= durable)
+    }
+
+    /// Whether everything was compared since, when the log is durable up to there: nothing is left to be told of.
+    pub(crate) fn is_over(&self, durable: Seq) -> bool {
+        self.ended.is_some_and(|ended| ended <= durable)
     }
 
     /// What to note of a log with this loss, or without one.

@@ -123,6 +123,7 @@ impl Shelf {
                 lost,
                 followed: false,
                 pass: None,
+                ended: None,
             })
         });
         if let (Some(mark), Some(loss)) = (&watermark, &loss) {

@@ -90,16 +90,21 @@ fn an_agent_that_died_before_it_had_noted_its_history_is_no_other_one() {
     assert_eq!(alarms_of(&mut first, &told), Vec::<String>::new());
 
     // It had begun it in place of one that was lost: that is the alarm, as it was before the agent died.
-    let known = |durable| {
-        let (history, last_lsn) = (Some(HistoryId(Uuid::from_u128(4))), Lsn(90));
+    let known_of = |history, durable| {
+        let (history, last_lsn) = (Some(history), Lsn(90));
         let resume = Resume::Lost { reason: Reason::AgentCrashed, history, last_lsn, acked_durable: Lsn(80) };
         let mut filter = Filter::new(settings(AckPolicy::Local), resume, at(0));
         alarms_of(&mut filter, &Welcome { durable, highest: durable, ..welcome(ReceiverState::Foreign) })
     };
+    let known = |durable| known_of(HistoryId(Uuid::from_u128(4)), durable);
     let [lost] = &known(Lsn::ZERO)[..] else { panic!("one alarm") };
     assert!(lost.contains("has lost the history"), "{lost}");
     let [other] = &known(Lsn(3))[..] else { panic!("one alarm") };
     assert!(other.contains("keeps another history"), "{other}");
+
+    // Its own history, which the receiver says to have lost something of, is no other one.
+    let [damaged] = &known_of(common::HISTORY, Lsn(3))[..] else { panic!("one alarm") };
+    assert!(damaged.contains("is damaged"), "{damaged}");
 }
 
 #[test]

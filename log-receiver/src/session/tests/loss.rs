@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use backtide_protocol::{Hello, ReceiverState, Welcome};
+use backtide_protocol::{Hello, Message, ReceiverState, Welcome};
 use backtide_recovery::LogOptions;
 use backtide_segment::Seq;
 use backtide_storage::Storage;
-use backtide_units::{ByteCount, Epoch, HistoryId, Lsn};
+use backtide_units::{ByteCount, CaptureTime, Epoch, HistoryId, Lsn};
 use uuid::Uuid;
 
 use super::fixture::*;
@@ -80,6 +80,29 @@ fn a_loss_is_said_until_a_pass_has_begun_durably() {
         assert_eq!((welcome.state, welcome.in_pass), (ReceiverState::Known, true));
         bench.restart();
     }
+}
+
+#[test]
+fn a_loss_is_no_damage_any_more_when_the_pass_that_compared_everything_has_ended_durably() {
+    let (mut bench, history) = lossy();
+    let damage = |bench: &Bench| bench.disks.get(disk(7)).unwrap().damage().count();
+    let (mut peer, _) = again(&mut bench, history, 1);
+    peer.tell(&mut bench, pass_begin(9, 5));
+    peer.tell(&mut bench, pass_data(9, 4096, b"compared"));
+    bench.commit(disk(7));
+    assert_eq!(damage(&bench), 1, "the pass goes on");
+    // One that ends without a point has not compared everything.
+    let time = CaptureTime(9000);
+    peer.tell(&mut bench, Message::PassEnd { at: Lsn(9), valid_from: None, time });
+    bench.commit(disk(7));
+    assert_eq!(damage(&bench), 1, "it gave no point");
+    peer.tell(&mut bench, pass_begin(10, 9));
+    peer.tell(&mut bench, pass_end(10));
+    assert_eq!(damage(&bench), 1, "its end is not durable");
+    bench.commit(disk(7));
+    assert_eq!(damage(&bench), 0);
+    bench.restart();
+    assert_eq!(damage(&bench), 0);
 }
 
 #[test]
