@@ -205,6 +205,11 @@ impl Forgotten {
         }
     }
 
+    /// Whether a disk was forgotten, also one that has begun anew since.
+    pub(crate) fn is_remembered(&self, disk: DiskId) -> bool {
+        self.table().stones.contains_key(&disk)
+    }
+
     /// Nothing that could panic runs under the lock.
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)

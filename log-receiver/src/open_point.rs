@@ -346,7 +346,7 @@ impl OpenedPoint {
 fn not_held(error: &NotChanged) -> ReadFailure {
     let code = match error {
         NotChanged::InDoubt(_) => FailureCode::Refused,
-        NotChanged::Failed(_) => FailureCode::Failed,
+        NotChanged::Full(_) | NotChanged::Failed(_) => FailureCode::Failed,
     };
     ReadFailure { code, message: error.to_string() }
 }

@@ -379,6 +379,9 @@ fn open_overlays(
     place: Option<StorePlace>,
 ) -> Result<Overlays, StartError> {
     let space = Space::new(Arc::clone(storage), limits.free_bytes_min, Refusals::default());
+    if let Err(why) = space.look(backtide_units::ByteCount::ZERO) {
+        tracing::warn!(why, "new data is refused until there is room");
+    }
     let options = OverlayOptions {
         budget: Budget::new(limits.overlays_bytes),
         room: Arc::new(move |wanted| space.take(wanted)),

@@ -162,6 +162,9 @@ pub(crate) enum NotChanged {
     /// It would promise what a log may begin without.
     #[error("{0}")]
     InDoubt(String),
+    /// The store has no room for it.
+    #[error("{0}")]
+    Full(String),
     /// The store cannot keep it, or what it keeps is not known.
     #[error("{0}")]
     Failed(String),
@@ -272,29 +275,35 @@ impl Policies {
         }
         disks.values_mut().for_each(|policy| policy.locks.prune(now));
         disks.retain(|_, policy| *policy != Policy::default());
-        self.write(&disks, now).map_err(NotChanged::Failed)?;
+        self.write(&disks, now)?;
         state.noted = now;
         state.disks = Arc::new(disks);
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&state.disks);
         Ok(())
     }
 
-    fn write(&self, disks: &BTreeMap<DiskId, Policy>, now: Moment) -> Result<(), String> {
+    fn write(&self, disks: &BTreeMap<DiskId, Policy>, now: Moment) -> Result<(), NotChanged> {
         let file = PolicyFile {
             open_us: now.open.0,
             disks: disks.iter().map(|(disk, policy)| (*disk, DiskFile::of(policy))).collect(),
         };
         let content = KIND.encode(&file);
         if ByteCount::of(&content) > KIND.bytes_max {
-            return Err(format!(
+            return Err(NotChanged::Failed(format!(
                 "{} would be larger than {}, and could not be read again: release points that are kept",
                 self.storage.display(Path::new(FILE)).display(),
                 KIND.bytes_max
-            ));
+            )));
         }
         let written = replace_file(&*self.storage, Path::new(FILE), &content);
-        written
-            .map_err(|error| format!("write {}: {error}", self.storage.display(Path::new(FILE)).display()))?;
+        written.map_err(|error| {
+            let why = format!("write {}: {error}", self.storage.display(Path::new(FILE)).display());
+            if error.kind() == io::ErrorKind::StorageFull {
+                NotChanged::Full(why)
+            } else {
+                NotChanged::Failed(why)
+            }
+        })?;
         // Only one that is there, so that a power cut between the two leaves none that seems lost.
         if !self.is_noted.swap(true, Ordering::Relaxed) {
             note_it(&*self.storage);
@@ -326,7 +335,7 @@ impl Policies {
             return Ok(None);
         }
         let jump = LockClock::jump(state.noted, now);
-        self.write(&state.disks, now)?;
+        self.write(&state.disks, now).map_err(|error| error.to_string())?;
         state.noted = now;
         Ok(jump)
     }

@@ -80,6 +80,11 @@ impl Service {
             alarms.extend(undone.map(|why| format!("disk {name}: old history cannot be thinned: {why}")));
             let shortened = self.policies.shortened(facts.id, clock::now());
             alarms.extend(shortened.map(|why| format!("disk {name}: {why}")));
+            // Where somebody had it forgotten its agent does not know that.
+            let forgotten = self.removal.shelf.forgotten.is_remembered(facts.id);
+            let less = facts.rolled_back.filter(|less| less.from.is_some() || !forgotten);
+            let less = less.and_then(|less| less.told(clock::now()));
+            alarms.extend(less.map(|why| format!("disk {name}: {why}")));
             if facts.forgotten_intervals > 0 {
                 alarms.push(format!(
                     "disk {name}: its history has more than {INTERVALS_MAX} intervals; the points of the oldest {} are not \

@@ -260,9 +260,16 @@ impl Service {
 pub(super) fn not_changed(error: &NotChanged) -> ApiError {
     let code = match error {
         NotChanged::InDoubt(_) => ErrorCode::Refused,
-        NotChanged::Failed(_) => ErrorCode::Failed,
+        NotChanged::Full(_) | NotChanged::Failed(_) => ErrorCode::Failed,
     };
-    ApiError::new(code, error.to_string())
+    let failed = ApiError::new(code, error.to_string());
+    match error {
+        NotChanged::Full(_) => failed.with_hint(
+            "the store has no room for it: make the file system larger or remove other files from it; history goes as the \
+             ladders say, and by itself where the receiver's configuration has `on_full = \"shrink\"`",
+        ),
+        NotChanged::InDoubt(_) | NotChanged::Failed(_) => failed,
+    }
 }
 
 pub(super) fn plan_error(error: &PlanError) -> ApiError {

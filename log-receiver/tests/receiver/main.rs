@@ -17,6 +17,7 @@ mod going_back;
 mod locks;
 mod mending;
 mod point_reader;
+mod put_back;
 mod reading;
 mod refusals;
 mod reopening;
