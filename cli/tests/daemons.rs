@@ -175,3 +175,31 @@ fn an_interrupted_restore_unmounts_and_leaves_nothing() {
     assert_eq!(bench.json(&["mount"])["mounts"], serde_json::json!([]));
     assert_eq!((agent.interrupt(), receiver.interrupt()), (0, 0));
 }
+
+/// Runs a daemon that cannot print that it is ready until it answers, and gives its log.
+fn lives_with_full_stdout(bench: &Bench, arguments: &[&str], ask: &[&str]) -> String {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let log = bench.path(&format!("full-{}.log", arguments[0]));
+    let mut command = bench.command(arguments);
+    let mut child = command.stdout(full).stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
+    // 6 says that nobody answers.
+    while bench.run(ask).code == 6 {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended: {}", std::fs::read_to_string(&log).unwrap());
+    }
+    signal(&child, "INT");
+    assert_eq!(exit_code(child.wait().unwrap()), 0);
+    std::fs::read_to_string(log).unwrap()
+}
+
+#[test]
+fn daemons_that_cannot_print_that_they_are_ready_go_on_and_a_full_store_is_told_at_the_start() {
+    let bench = Bench::new();
+    let file = bench.path("receiver.toml");
+    std::fs::write(&file, "[limits]\nfree_bytes_min = 4611686018427387904\n").unwrap();
+    let run = ["receiver", "run", "--config", file.to_str().unwrap()];
+    let log = lives_with_full_stdout(&bench, &run, &["receiver", "status"]);
+    assert!(log.contains("cannot print that this is ready"), "{log}");
+    assert!(log.contains("are kept in reserve"), "{log}");
+    let log = lives_with_full_stdout(&bench, &["agent", "run"], &["status"]);
+    assert!(log.contains("cannot print that this is ready"), "{log}");
+}

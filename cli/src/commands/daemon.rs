@@ -133,13 +133,18 @@ pub(crate) async fn serve(
     text: impl FnOnce() -> String,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Ending, Failure> {
-    let printed = context.print(ready, text);
-    // Nobody has to read it: a pipe that is closed is no reason to end.
-    if !matches!(printed, Err(Failure::Error(_))) {
-        stop.asked().await;
-    }
+    tell_ready(context, ready, text);
+    stop.asked().await;
     shutdown.await;
-    printed.map(|()| Ending::Done)
+    Ok(Ending::Done)
+}
+
+/// Prints that a daemon is ready. Nobody has to read it: neither a pipe that is closed nor a file system that is full, as that
+/// of logs may be after a start of the machine, is a reason to protect nothing.
+pub(crate) fn tell_ready(context: &Context, ready: &impl Serialize, text: impl FnOnce() -> String) {
+    if let Err(Failure::Error(error)) = context.print(ready, text) {
+        tracing::warn!(why = error.message, "cannot print that this is ready: it goes on");
+    }
 }
 
 /// Sockets without an address of their own are beside the control API's.

@@ -169,12 +169,7 @@ fn text(report: &StoreCheck, done: Option<Repair>) -> String {
     } else {
         format!("{} is DAMAGED", report.store)
     });
-    if !report.sound && done != Some(Repair::Everything) {
-        lines.push(format!(
-            "`backtide fsck {} --repair` mends what can be mended, and says what is lost",
-            report.store
-        ));
-    }
+    lines.extend(next_steps(report, done));
     if report.disks.iter().any(|disk| !disk.cut.is_empty()) {
         lines.push(
             "a disk whose log was cut gets a new one when its agent connects, which sends what differs; until then it \
@@ -183,4 +178,104 @@ fn text(report: &StoreCheck, done: Option<Repair>) -> String {
         );
     }
     lines.join("\n")
+}
+
+/// What can be done about what is damaged still.
+fn next_steps(report: &StoreCheck, done: Option<Repair>) -> Vec<String> {
+    let store = &report.store;
+    let mut lines = Vec::new();
+    let (promises, files): (Vec<_>, Vec<_>) =
+        report.damage.iter().partition(|why| why.contains("retention.json"));
+    if !promises.is_empty() {
+        lines.push(format!(
+            "what retention.json said is nowhere else: restore the file from a copy, or have every ladder, kept point and \
+             lock forgotten with `backtide fsck {store} --forget-retention`; until then no history goes"
+        ));
+    }
+    let disks: Vec<_> = report.disks.iter().filter(|disk| !disk.sound).collect();
+    let overlays: Vec<_> = report.overlays.iter().filter(|overlay| !overlay.sound).collect();
+    if files.is_empty() && disks.is_empty() && overlays.is_empty() {
+        return lines;
+    }
+    if done != Some(Repair::Everything) {
+        lines.push(format!(
+            "`backtide fsck {store} --repair` mends what can be mended, and says what is lost; of what it cannot mend it says \
+             what can be done"
+        ));
+        return lines;
+    }
+    for disk in disks {
+        let name = disk.name.as_ref().map_or_else(|| disk.uuid.to_string(), ToString::to_string);
+        lines.push(format!(
+            "what is damaged still of {name} cannot be mended: nothing in the store has those bytes, and another --repair does \
+             the same. Points that it does not touch are sound. With the receiver running, `backtide mount {name} --at POINT` \
+             serves what can be read of the others, `backtide scrub {name}` mends what the disk itself has still while its \
+             agent is connected, and retention lets go of the rest when it is old"
+        ));
+    }
+    lines.extend(overlays.iter().map(|overlay| {
+        let id = &overlay.id;
+        format!(
+            "overlay {id} cannot be mended: `backtide unmount {id} --discard` at the running receiver gives it up"
+        )
+    }));
+    if !files.is_empty() {
+        lines.push(
+            "the files of the store named above cannot be made again: restore them from a copy of the store"
+                .to_owned(),
+        );
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_receiver_api::DiskCheck;
+    use backtide_units::DiskId;
+
+    use super::*;
+
+    fn store(damage: &[&str], disks: Vec<DiskCheck>) -> StoreCheck {
+        StoreCheck {
+            store: "/srv/b".to_owned(),
+            damage: damage.iter().map(|why| (*why).to_owned()).collect(),
+            repaired: Vec::new(),
+            disks,
+            overlays: Vec::new(),
+            forgotten: Vec::new(),
+            sound: false,
+        }
+    }
+
+    fn damaged_disk() -> DiskCheck {
+        DiskCheck {
+            name: Some("vm1".parse().unwrap()),
+            uuid: DiskId::random(),
+            segments: 1,
+            entries: 1,
+            bytes: ByteCount(1),
+            damage: vec!["a.seg is damaged at byte 7".to_owned()],
+            more_damage: 0,
+            touched: Vec::new(),
+            mended: Vec::new(),
+            cut: Vec::new(),
+            error: None,
+            sound: false,
+        }
+    }
+
+    #[test]
+    fn what_no_repair_mends_is_told_with_what_can_be_done() {
+        let lost = store(&["/srv/b/retention.json is missing"], Vec::new());
+        for done in [None, Some(Repair::Everything)] {
+            let text = text(&lost, done);
+            assert!(text.contains("`backtide fsck /srv/b --forget-retention`"), "{text}");
+            assert!(!text.contains("--repair"), "it does nothing about that: {text}");
+        }
+        let damaged = store(&[], vec![damaged_disk()]);
+        assert!(text(&damaged, None).contains("`backtide fsck /srv/b --repair`"));
+        let after = text(&damaged, Some(Repair::Everything));
+        assert!(after.contains("of vm1 cannot be mended") && after.contains("backtide scrub vm1"), "{after}");
+        assert!(!after.contains("fsck /srv/b --repair"), "{after}");
+    }
 }

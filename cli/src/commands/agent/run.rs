@@ -12,7 +12,7 @@ use super::holder;
 use crate::{
     commands::{
         Stop,
-        daemon::{Settings, prepare},
+        daemon::{Settings, prepare, tell_ready},
         nbd_mode::NbdModeFlag,
         nbd_tls::NbdTlsFlags,
         stream_tls::AgentTlsFlags,
@@ -152,12 +152,7 @@ async fn serve(context: &Context, config: Config, mut stop: Stop) -> Result<Endi
         Surroundings { sockets, successor: Some(successor.clone()), restart_failure: None };
     let mut agent = Agent::start_in(config.clone(), surroundings.clone()).await.map_err(start_failure)?;
     let ready = Ready { api: agent.api_address().clone() };
-    let printed = context.print(&ready, || format!("the agent answers at {}", ready.api));
-    // Nobody has to read it: a pipe that is closed is no reason to end.
-    if matches!(printed, Err(Failure::Error(_))) {
-        agent.shutdown().await;
-        return printed.map(|()| Ending::Done);
-    }
+    tell_ready(context, &ready, || format!("the agent answers at {}", ready.api));
     loop {
         let restart = tokio::select! {
             () = stop.asked() => false,
