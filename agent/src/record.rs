@@ -178,6 +178,12 @@ pub(crate) struct Records {
 }
 
 impl DiskRecord {
+    /// From now on the disk is anybody's: it is not attached again by itself, that the agent ended in good order with it says
+    /// nothing any more, and nobody is expected back.
+    pub(crate) fn given_up(self) -> Self {
+        Self { attached: false, stopped: false, clientele: Clientele::default(), ..self }
+    }
+
     pub(crate) fn new(name: DiskName, image: String, receiver: Address) -> Self {
         Self {
             version: VERSION,

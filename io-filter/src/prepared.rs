@@ -28,7 +28,8 @@ pub struct Prepared {
 enum Made {
     /// What is sent: nothing when all bytes are zeroes.
     Data(Data),
-    Items(Vec<CompareItem>),
+    /// Of this range.
+    Items(ByteRange, Vec<CompareItem>),
 }
 
 impl Prepared {
@@ -39,7 +40,7 @@ impl Prepared {
                 let sent = if is_zeroes(&bytes) { Bytes::new() } else { bytes.clone() };
                 Made::Data(Data::capture(sent))
             }
-            ReadUse::Compare => Made::Items(chunk_items(range, &bytes)),
+            ReadUse::Compare => Made::Items(range, chunk_items(range, &bytes)),
         };
         Self { bytes, made }
     }
@@ -74,7 +75,7 @@ impl LocalData {
     /// When it was no read.
     pub(crate) fn read_to_compare(self, range: ByteRange) -> (Bytes, Vec<CompareItem>) {
         match self {
-            Self::Prepared(Prepared { bytes, made: Made::Items(items) }) => (bytes, items),
+            Self::Prepared(Prepared { bytes, made: Made::Items(of, items) }) if of == range => (bytes, items),
             read => {
                 let bytes = read.read();
                 let items = chunk_items(range, &bytes);
@@ -92,7 +93,7 @@ impl Filter {
         match &self.pass {
             Some(pass) if pass.compare => Some(ReadUse::Compare),
             Some(_) => Some(ReadUse::Send),
-            None => self.verify.is_some().then_some(ReadUse::Compare),
+            None => self.is_verifying().then_some(ReadUse::Compare),
         }
     }
 }

@@ -336,6 +336,11 @@ impl Filter {
         }
     }
 
+    /// Whether one is under way.
+    pub(crate) fn is_verifying(&self) -> bool {
+        self.verify.as_ref().is_some_and(|job| job.result.is_none())
+    }
+
     fn verify_of(&mut self, run: VerifyRun) -> Option<&mut VerifyJob> {
         self.verify.as_mut().filter(|job| job.number == run.job && job.result.is_none())
     }

@@ -136,7 +136,7 @@ fn say_detached(last: &mut DiskStatus, saved: Option<&SavedTracking>) {
     last.reason = backtide_units::Reason::Detached.to_string();
     last.reason_code = "detached".to_owned();
     last.connected = false;
-    last.clients = 0;
+    (last.clients, last.awaited_clients) = (0, 0);
     // Of what is not trusted nothing is known: everything is compared at the next attach.
     last.resync_due = saved.is_none();
     if let Some(saved) = saved {

@@ -249,7 +249,7 @@ impl Disk {
                 command = inbox.recv() => match command {
                     Some(Command::Detach { leaving, answer }) => {
                         let clients = self.server.connections();
-                        let awaited = Clientele::awaited(&self.record.clientele, &self.server).count();
+                        let awaited = Clientele::awaited(&self.server).count();
                         if (clients > 0 || awaited > 0) && leaving == Leaving::Asked {
                             let status = self.engine.look(Filter::status);
                             let watched = u32::try_from(clients).unwrap_or(u32::MAX);
@@ -358,7 +358,7 @@ impl Disk {
         let (record, nbd) = (&self.asked(), &self.nbd);
         let mut status =
             super::status::disk_status(&self.engine, &self.stream, record, nbd, clients, &self.watch);
-        status.awaited_clients = Clientele::awaited(&self.record.clientele, &self.server).count();
+        status.awaited_clients = Clientele::awaited(&self.server).count();
         status.local_error =
             status.local_error.or_else(|| self.life.displaced.as_ref().map(Displaced::to_string));
         status.local_error = status.local_error.or_else(|| self.unsaved.clone());
@@ -386,7 +386,7 @@ impl Disk {
     /// The record with what a person has asked for.
     pub(super) fn asked(&self) -> DiskRecord {
         let paused = self.engine.look(Filter::mode) == Mode::Paused;
-        let clientele = Clientele::now(&self.record.clientele, &self.server);
+        let clientele = Clientele::now(&self.server);
         DiskRecord { paused, limits: self.limits, clientele, ..self.record.clone() }
     }
 

@@ -13,7 +13,7 @@ use super::{
     place::Place,
 };
 use crate::{
-    disk::{self, Command, Leaving},
+    disk::{self, Clientele, Command, Leaving},
     qcow2::NotEnded,
     record::DiskRecord,
 };
@@ -27,7 +27,7 @@ impl Registry {
     ) -> Result<DiskStatus, ApiError> {
         let name = match self.find(name).await {
             Ok((name, _)) => name,
-            Err(unknown) => return self.detach_failing(name).await?.ok_or(unknown),
+            Err(unknown) => return self.detach_failing(name, request.force).await?.ok_or(unknown),
         };
         let _claim = self.claim(&name).await?;
         // It may have been detached while this waited.
@@ -68,6 +68,7 @@ impl Registry {
     async fn note_detached(&self, name: &DiskName, left: Left, clean: bool) -> Result<(), ApiError> {
         let note = move |mut record: DiskRecord| {
             record.attached = false;
+            record.clientele = Clientele::default();
             left.note(&mut record);
             record.image_at_detach.take_if(|_| !clean);
             Some(record)
@@ -96,7 +97,7 @@ impl Registry {
         self.forget_sockets(name);
         let forget = |record: DiskRecord| {
             let is_kept = record.attached || record.stopped;
-            is_kept.then_some(DiskRecord { attached: false, stopped: false, ..record })
+            is_kept.then(|| record.given_up())
         };
         if let Err(error) = self.records.change_aside(name, forget).await {
             tracing::error!(disk = %name, %error, "cannot save the disk's record");

@@ -75,16 +75,14 @@ pub(super) async fn refuse_other_format(
 
 /// A disk that clients have open is not detached.
 pub(super) fn in_use(name: &DiskName, error: &DetachError) -> ApiError {
-    let (gone, waits) = match error {
-        DetachError::Open { clients, waits, .. } => (*clients == 0, *waits),
-        DetachError::Save { .. } => (false, false),
-    };
-    let hint = match waits {
-        _ if gone => format!(
+    let hint = match error {
+        DetachError::Open { clients: 0, .. } => format!(
             "take the disk out of the virtual machine, or shut it down, then detach; where nobody comes back, `backtide detach {name} --force`"
         ),
-        false => "take the disk out of the virtual machine, or shut it down, then detach".to_owned(),
-        true => format!(
+        DetachError::Open { waits: false, .. } | DetachError::Save { .. } => {
+            "take the disk out of the virtual machine, or shut it down, then detach".to_owned()
+        }
+        DetachError::Open { waits: true, .. } => format!(
             "its machine may not come to an end while it waits: kill it, then detach; or `backtide detach {name} --force`, which answers what waits with an error"
         ),
     };

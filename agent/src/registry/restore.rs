@@ -14,7 +14,10 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_units::DiskName;
 use tokio::task::JoinSet;
 
-use super::{Registry, errors::failed};
+use super::{
+    Registry,
+    errors::{failed, in_use},
+};
 use crate::{
     claims::Standing,
     disk,
@@ -166,7 +169,14 @@ impl Registry {
 
     /// Gives up a disk that could not be attached again, by its name or UUID; none where there is no such.
     /// What is known of it stays as it is, so an attach under its name goes on with it.
-    pub(super) async fn detach_failing(&self, disk: &DiskName) -> Result<Option<DiskStatus>, ApiError> {
+    ///
+    /// # Errors
+    /// `busy` while who had it open before may come back, without `force`.
+    pub(super) async fn detach_failing(
+        &self,
+        disk: &DiskName,
+        force: bool,
+    ) -> Result<Option<DiskStatus>, ApiError> {
         let is_meant = |known: &DiskStatus| known.name == *disk || known.uuid.to_string() == disk.as_str();
         let Some(known) = self.failing.read().await.values().find(|known| is_meant(known)).cloned() else {
             return Ok(None);
@@ -177,10 +187,13 @@ impl Registry {
             let message = format!("disk {} has just been attached again", known.name);
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint("detach it once more"));
         }
-        // From now on it is anybody's: that the agent ended in good order with it says nothing any more.
-        let give_up = |record| Some(DiskRecord { attached: false, stopped: false, ..record });
+        let record = self.records.load_aside(&known.name).await.ok().flatten();
+        let awaited = record.map_or(0, |record| record.clientele.left().count());
+        if awaited > 0 && !force {
+            return Err(in_use(&known.name, &disk::DetachError::Open { clients: 0, awaited, waits: false }));
+        }
         self.records
-            .change_aside(&known.name, give_up)
+            .change_aside(&known.name, |record| Some(record.given_up()))
             .await
             .map_err(|error| self.unreadable(&error, "that gives the disk up"))?;
         self.failing.write().await.remove(&known.name);

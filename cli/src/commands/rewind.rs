@@ -99,7 +99,7 @@ impl Rewind {
             context.print(&Rewound { report: &report, guest_paused: false }, text)?;
             return Ok(Ending::Done);
         }
-        if disk.clients + disk.awaited_clients > 0 && self.qmp.is_none() {
+        if disk.clients.saturating_add(disk.awaited_clients) > 0 && self.qmp.is_none() {
             return Err(in_use(&disk));
         }
         if self.yes {

@@ -340,7 +340,7 @@ fn resync_point_text(resync: &ResyncStatus) -> String {
     }
 }
 
-/// What an image lacks, and how it comes.
+/// Who has the disk open, and who may come back to it.
 fn clients_text(disk: &DiskStatus) -> String {
     match disk.awaited_clients {
         0 => disk.clients.to_string(),
@@ -351,6 +351,7 @@ fn clients_text(disk: &DiskStatus) -> String {
     }
 }
 
+/// What an image lacks, and how it comes.
 fn hydration_text(lacks: &HydrationStatus, clients: u32) -> String {
     let (missing, total) = (size_text(lacks.missing_bytes), size_text(lacks.total_bytes));
     let mut text = format!("{missing} of {total}, at LSN {} of disk {}", lacks.point, lacks.disk);

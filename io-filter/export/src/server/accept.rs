@@ -6,7 +6,13 @@
 //! served gives way is for `seats.rs` to say;
 //! after [`Server::shutdown`] nothing of the server is left running.
 
-use std::{cell::RefCell, collections::BTreeMap, pin::pin, rc::Rc, time::Duration};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    pin::pin,
+    rc::Rc,
+    time::Duration,
+};
 
 use backtide_nbd::NbdAddress;
 use backtide_socket::Door;
@@ -14,7 +20,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 
 use super::adopt::Adopting;
 use super::connection::serve_until;
-use super::expected::{Clients, Expected};
+use super::expected::{Expected, Peer};
 use super::negotiate::{Choice, Gate, Negotiated, negotiate};
 use super::seats::{Seat, Seats};
 use super::stop::{Ending, Stop};
@@ -51,13 +57,11 @@ impl Shared {
         let stop = Rc::<Stop>::default();
         let serving = serve(Entry { shared: Rc::clone(self), id }, Rc::clone(&stop));
         let task = tokio::task::spawn_local(connection(serving));
-        connections.open.insert(id, Open { export, stop, task: Some(task), process: None });
+        connections.open.insert(id, Open { export, stop, task: Some(task), peer: None });
     }
 
-    pub(super) fn clients(&self) -> Clients {
-        let mut clients = Clients::default();
-        self.connections.borrow().present().for_each(|open| clients.note(open.process));
-        clients
+    pub(super) fn clients(&self) -> BTreeSet<Peer> {
+        self.connections.borrow().present().filter_map(|open| open.peer.clone()).collect()
     }
 
     /// Ends a connection that nobody needs, if there is one: descriptors are short.
@@ -109,8 +113,8 @@ struct Open {
     export: Option<String>,
     stop: Rc<Stop>,
     task: Option<JoinHandle<()>>,
-    /// Of its client, once that is served and where it is known.
-    process: Option<u32>,
+    /// Its client, once that is served.
+    peer: Option<Peer>,
 }
 
 /// A server that accepts clients. Dropping it stops everything at once; see
@@ -257,13 +261,13 @@ impl Entry {
         seats: Option<&Seats>,
         stop: &Stop,
     ) -> Result<(), ServeError> {
-        let process = negotiated.stream.process();
+        let (process, peer) = (negotiated.stream.process(), negotiated.stream.peer());
         let seat = seats.map(|seats| self.sit_down(seats, process)).transpose()?;
+        self.shared.expected.came(&peer);
         if let Some(open) = self.shared.connections.borrow_mut().open.get_mut(&self.id) {
             open.export = Some(negotiated.session.export.name.clone());
-            open.process = process;
+            open.peer = Some(peer);
         }
-        self.shared.expected.came(process);
         serve_until(negotiated, export, self.shared.limits, stop, seat).await
     }
 }

@@ -16,6 +16,6 @@ mod stream;
 pub use accept::Server;
 pub use connection::serve_connection;
 pub use directory::Directory;
-pub use expected::Clients;
+pub use expected::Peer;
 pub use listener::Listener;
 pub use reply::Reply;

@@ -5,6 +5,7 @@
 
 use std::{
     io::{self, IoSlice},
+    net::IpAddr,
     os::fd::OwnedFd,
     pin::Pin,
     task::{Context, Poll},
@@ -17,7 +18,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use super::hangup::Hangup;
+use super::{expected::Peer, hangup::Hangup};
 
 /// Whatever bytes come and go through.
 pub(crate) trait Duplex: AsyncRead + AsyncWrite + Unpin {}
@@ -86,9 +87,19 @@ impl Stream {
 
     /// The process of a client on this host, where its socket tells.
     pub(crate) fn process(&self) -> Option<u32> {
+        self.socket().and_then(Socket::process)
+    }
+
+    /// Who the client is, as far as its socket tells.
+    pub(crate) fn peer(&self) -> Peer {
+        let far = self.socket().and_then(Socket::far_address);
+        far.map_or_else(|| Peer::process(self.process()), Peer::Host)
+    }
+
+    fn socket(&self) -> Option<&Socket> {
         match self {
-            Self::Clear(socket) => socket.process(),
-            Self::Secured(stream) => stream.get_ref().0.process(),
+            Self::Clear(socket) => Some(socket),
+            Self::Secured(stream) => Some(stream.get_ref().0),
             Self::Other(_) => None,
         }
     }
@@ -172,6 +183,13 @@ impl Socket {
             // A process of another namespace has no number here.
             Self::Unix(socket) => socket.peer_cred().ok()?.pid()?.try_into().ok().filter(|id| *id > 0),
             Self::Tcp(_) | Self::Parked(..) | Self::Gone => None,
+        }
+    }
+
+    fn far_address(&self) -> Option<IpAddr> {
+        match self {
+            Self::Tcp(socket) => Some(socket.peer_addr().ok()?.ip()),
+            Self::Unix(_) | Self::Parked(..) | Self::Gone => None,
         }
     }
 

@@ -66,12 +66,17 @@ fn a_disk_is_not_taken_from_an_idle_guest_after_its_agent_died_and_is_free_when_
     let disk = bench.attach("vm1", "vm1.img", &[]);
     disk.wait("sync");
     let early = written_twice(&disk);
+    // The record says by itself who has the disk open, from the next look on.
+    let until_noted = |is_open: bool| {
+        while std::fs::read_to_string(bench.path("state/vm1.json")).unwrap().contains("clientele") != is_open
+        {
+            std::thread::yield_now();
+        }
+    };
+    until_noted(false);
     let guest = Reconnecting::before(&bench, "vm1", &bench.path("vm1.nbd"));
     tools::qemu_io(&guest.uri, &["read -P 0x22 0 1M"]);
-    // The record says so by itself, at the next look.
-    while !std::fs::read_to_string(bench.path("state/vm1.json")).unwrap().contains("clientele") {
-        std::thread::yield_now();
-    }
+    until_noted(true);
     let instance = bench.json(&["status"])["instance"].clone();
     held.kill_agent();
     while bench.json(&["status"])["instance"] == instance {
