@@ -170,7 +170,7 @@ impl Filter {
     /// When the disk is not in sync, or a verify is running.
     pub fn start_verify(&mut self, now: Now, repair: bool) -> Result<(), VerifyError> {
         self.observe(now);
-        if self.verify.as_ref().is_some_and(|job| job.result.is_none()) {
+        if self.is_verifying() {
             return Err(VerifyError::Running);
         }
         if self.mode != Mode::Sync || !self.is_connected() {

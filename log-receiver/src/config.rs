@@ -6,7 +6,7 @@ use std::{
 };
 
 use backtide_control::Address;
-use backtide_export::{NbdRule, NbdTls, NbdUri, shared_uri};
+use backtide_export::{NbdRule, NbdTls, NbdUri};
 use backtide_recovery::{CacheLimits, Compression, LogOptions};
 use backtide_tls::WhichDisks;
 use backtide_units::ByteCount;
@@ -272,12 +272,8 @@ impl Config {
     /// # Errors
     /// When it is no NBD URI, or one at which other machines would be served in the clear; a sentence.
     pub fn shared_uri(&self) -> Result<Option<NbdUri>, String> {
-        let uri = self.nbd_listen.as_ref().map(|text| shared_uri(text, self.nbd_tls.as_ref()));
-        let uri = uri.transpose().map_err(|error| format!("nbd_listen: {error}"))?;
-        if let Some(uri) = &uri {
-            self.nbd_rule().check_open(uri).map_err(|error| format!("nbd_listen: {error}"))?;
-        }
-        Ok(uri)
+        let rule = self.nbd_rule();
+        self.nbd_listen.as_ref().map(|text| rule.shared_uri(text)).transpose()
     }
 
     /// What holds for every place at which it is told to serve NBD.

@@ -15,7 +15,6 @@ use backtide_tracking::{SavedTracking, Snapshot};
 use backtide_units::DiskName;
 
 use super::{
-    clientele::Clientele,
     engine::{Engine, Kick},
     leaving::{DetachError, Leaving, end_service},
     life::Own,
@@ -33,10 +32,6 @@ impl Disk {
     pub(super) async fn detach(mut self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
         self.record = self.asked();
-        if leaving == Leaving::Forced {
-            // Who asked knows of them.
-            self.record.clientele = Clientele::default();
-        }
         let Self { engine, stream, server, mut record, records, image, mut life, mut past_agent, .. } = self;
         // Before anything of its own may be written that is not counted.
         let written = life.look_for_others(|| Own::now(&engine, &server), record.name.as_str()).await;

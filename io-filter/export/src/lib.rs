@@ -26,7 +26,7 @@ pub use client::{Client, ClientOptions, ZeroOptions, list_exports};
 pub use error::{BindError, ClientError, ServeError};
 pub use export::{Export, Exports, Limits};
 pub use server::{Directory, Listener, Peer, Reply, Server, serve_connection};
-pub use tls::{ClientCertificates, NbdRule, NbdTls, NoPlace, ServerTls, TlsDemand, shared_uri};
+pub use tls::{ClientCertificates, NbdRule, NbdTls, NoPlace, ServerTls, TlsDemand};
 
 pub use backtide_nbd::wire::dirty_bitmap;
 pub use backtide_nbd::{

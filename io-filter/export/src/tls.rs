@@ -120,18 +120,18 @@ impl NbdRule {
         }
         Ok(())
     }
-}
 
-/// Where `text` says that exports are served together, with TLS as configured unless it names its own.
-///
-/// # Errors
-/// When it is no NBD URI.
-pub fn shared_uri(text: &str, configured: Option<&NbdTls>) -> Result<NbdUri, ParseUriError> {
-    let uri: NbdUri = text.parse()?;
-    Ok(match configured {
-        Some(tls) => tls.unless_told(uri),
-        None => uri,
-    })
+    /// Where the setting `nbd_listen` of a daemon says that exports are served together, with TLS as configured unless it
+    /// names its own.
+    ///
+    /// # Errors
+    /// When it is no NBD URI, or one at which other machines would be served in the clear; a sentence.
+    pub fn shared_uri(&self, nbd_listen: &str) -> Result<NbdUri, String> {
+        let uri: NbdUri =
+            nbd_listen.parse().map_err(|error: ParseUriError| format!("nbd_listen: {error}"))?;
+        self.check_open(&uri).map_err(|error| format!("nbd_listen: {error}"))?;
+        Ok(self.tls.as_ref().map_or_else(|| uri.clone(), |tls| tls.unless_told(uri.clone())))
+    }
 }
 
 /// What a server wants of its clients under TLS.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use backtide_io_filter::{AckPolicy, Change, Now, OnOutage, Settings};
 use backtide_protocol::{PROTOCOL_VERSION, ReceiverState, Welcome};
-use backtide_tracking::ActivityLimits;
+use backtide_tracking::{ActivityLimits, SavedTracking};
 use backtide_units::{
     ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, HistoryId, LogPosition, Lsn,
 };
@@ -15,6 +15,19 @@ pub(crate) const DISK: DiskId = DiskId(Uuid::from_u128(1));
 
 /// The history that the receiver keeps of it.
 pub(crate) const HISTORY: HistoryId = HistoryId(Uuid::from_u128(5));
+
+/// Of a disk that was detached in sync, with a log up to LSN 100.
+pub(crate) fn saved_in_sync() -> SavedTracking {
+    SavedTracking {
+        history: Some(HISTORY),
+        last_lsn: Lsn(100),
+        gap_from: Lsn(100),
+        acked_durable: Lsn(100),
+        acked_position: LogPosition::default(),
+        compare: false,
+        ..SavedTracking::unknown(DISK)
+    }
+}
 
 /// Of a disk of 64 blocks, at its first attach, without an activity log.
 pub(crate) fn settings() -> Settings {

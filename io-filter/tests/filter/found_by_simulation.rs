@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::common::{self, at, write};
 
-fn filter(ack: AckPolicy) -> Filter {
+pub(crate) fn filter(ack: AckPolicy) -> Filter {
     Filter::new(settings(ack), Resume::New, at(0))
 }
 
@@ -57,6 +57,17 @@ fn scan(filter: &mut Filter) -> IoId {
 fn is_answered(filter: &mut Filter, number: u64) -> bool {
     let answer = |effect: &Effect| matches!(effect, Effect::Complete { request, .. } if request.0 == number);
     effects(filter).iter().any(answer)
+}
+
+/// In sync with a receiver that is new to it.
+pub(crate) fn come_into_sync(filter: &mut Filter) {
+    filter.connected(at(0), &welcome(ReceiverState::New));
+    let scan = scan(filter);
+    filter.scanned(at(0), scan, &DirtyBitmap::new());
+    let last = send_all(filter, at(0));
+    filter.receive(at(0), Message::Ack { received: last, durable: last, position: LogPosition(last) });
+    assert_eq!(filter.mode(), Mode::Sync);
+    effects(filter);
 }
 
 /// Sends all there is; gives the last frame.
@@ -110,13 +121,7 @@ fn an_agent_that_died_before_it_had_noted_its_history_is_no_other_one() {
 #[test]
 fn a_resync_that_begins_keeps_no_answer_waiting() {
     let mut filter = filter(AckPolicy::DurableEveryWrite);
-    filter.connected(at(0), &welcome(ReceiverState::New));
-    let scan = scan(&mut filter);
-    filter.scanned(at(0), scan, &DirtyBitmap::new());
-    let last = send_all(&mut filter, at(0));
-    filter.receive(at(0), Message::Ack { received: last, durable: last, position: LogPosition(last) });
-    assert_eq!(filter.mode(), Mode::Sync);
-    effects(&mut filter);
+    come_into_sync(&mut filter);
 
     filter.submit(at(1), RequestId(1), write(0));
     let (io, _) = local(&mut filter);
@@ -178,13 +183,7 @@ fn a_scan_that_outlived_its_connection_says_nothing() {
 fn a_pass_with_nothing_to_move_is_the_last() {
     let settings = Settings { window_bytes: ByteCount(450), ..filter(AckPolicy::Local).settings().clone() };
     let mut filter = Filter::new(settings, Resume::New, at(0));
-    filter.connected(at(0), &welcome(ReceiverState::New));
-    let scan = scan(&mut filter);
-    filter.scanned(at(0), scan, &DirtyBitmap::new());
-    let last = send_all(&mut filter, at(0));
-    filter.receive(at(0), Message::Ack { received: last, durable: last, position: LogPosition(last) });
-    assert_eq!(filter.mode(), Mode::Sync);
-    effects(&mut filter);
+    come_into_sync(&mut filter);
     // The window overflows with the receiver there: the link counts as too slow.
     for number in 0..3 {
         filter.submit(at(1), RequestId(number), trim(number));

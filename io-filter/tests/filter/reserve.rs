@@ -6,12 +6,12 @@ use backtide_io_filter::{
     Change, Effect, Filter, LocalData, LocalOp, Mode, Now, RequestId, Resume, Settings,
 };
 use backtide_protocol::{Message, ReceiverState, Welcome};
-use backtide_tracking::{DirtyBitmap, SavedTracking};
+use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, Epoch, LogPosition, Lsn, Reason};
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::common::{DISK, HISTORY, at, settings, welcome};
+use crate::common::{HISTORY, at, saved_in_sync, settings, welcome};
 
 const SIZE: ByteCount = ByteCount(64 * 4096);
 
@@ -121,15 +121,7 @@ impl World {
 
 /// In sync.
 fn clean() -> Resume {
-    Resume::Clean(SavedTracking {
-        history: Some(HISTORY),
-        last_lsn: Lsn(100),
-        gap_from: Lsn(100),
-        acked_durable: Lsn(100),
-        acked_position: LogPosition::default(),
-        compare: false,
-        ..SavedTracking::unknown(DISK)
-    })
+    Resume::Clean(saved_in_sync())
 }
 
 fn crashed() -> Resume {

@@ -8,14 +8,14 @@ use backtide_io_filter::{
 use backtide_protocol::{Message, ReceiverState, Welcome};
 use backtide_spill::{RingLimits, SpillFiles};
 use backtide_storage::{MemoryStorage, Storage};
-use backtide_tracking::{DirtyBitmap, SavedTracking};
+use backtide_tracking::DirtyBitmap;
 use backtide_units::{
     BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, Epoch, LogPosition, Lsn, Reason,
 };
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::common::{DISK, HISTORY, settings, welcome};
+use crate::common::{DISK, HISTORY, saved_in_sync, settings, welcome};
 
 const SIZE: ByteCount = ByteCount(256 * 4096);
 const WINDOW: ByteCount = ByteCount(64 * 1024);
@@ -35,22 +35,10 @@ struct World {
     kept: VecDeque<Effect>,
 }
 
-fn saved() -> SavedTracking {
-    SavedTracking {
-        history: Some(HISTORY),
-        last_lsn: Lsn(100),
-        gap_from: Lsn(100),
-        acked_durable: Lsn(100),
-        acked_position: LogPosition::default(),
-        compare: false,
-        ..SavedTracking::unknown(DISK)
-    }
-}
-
 impl World {
     /// A disk in sync at LSN 100, the receiver away.
     fn new(spill: u64) -> Self {
-        Self::attached(MemoryStorage::new(), spill, Epoch(2), Resume::Clean(saved()))
+        Self::attached(MemoryStorage::new(), spill, Epoch(2), Resume::Clean(saved_in_sync()))
     }
 
     fn attached(storage: MemoryStorage, spill: u64, epoch: Epoch, resume: Resume) -> Self {

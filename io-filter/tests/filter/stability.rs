@@ -16,6 +16,10 @@ fn settings(activity: ActivityLimits) -> Settings {
 
 /// A disk whose agent died with these blocks in doubt; no receiver is there.
 fn crashed(candidates: &DirtyBitmap) -> Filter {
+    crashed_with(settings(ActivityLimits::default()), candidates)
+}
+
+fn crashed_with(settings: Settings, candidates: &DirtyBitmap) -> Filter {
     let resume = Resume::Crashed {
         reason: Reason::AgentCrashed,
         history: Some(HISTORY),
@@ -24,7 +28,7 @@ fn crashed(candidates: &DirtyBitmap) -> Filter {
         acked_position: LogPosition::default(),
         candidates: candidates.clone(),
     };
-    Filter::new(settings(ActivityLimits::default()), resume, at(0))
+    Filter::new(settings, resume, at(0))
 }
 
 type Asked = Vec<(IoId, LocalOp)>;
@@ -207,15 +211,7 @@ fn an_answer_that_is_none_settles_nothing() {
     for wrong in [vec![2, 0], vec![1, 1], vec![0, 3]] {
         let settings =
             Settings { resync_buffer_bytes: ByteCount(1 << 20), ..settings(ActivityLimits::default()) };
-        let resume = Resume::Crashed {
-            reason: Reason::AgentCrashed,
-            history: Some(HISTORY),
-            last_lsn: Lsn(100),
-            acked_durable: Lsn(40),
-            acked_position: LogPosition::default(),
-            candidates: candidates.clone(),
-        };
-        let mut filter = Filter::new(settings, resume, at(0));
+        let mut filter = crashed_with(settings, &candidates);
         filter.connected(at(0), &welcome(ReceiverState::Known, Lsn(40)));
         let mut refused = false;
         let mut asked = Vec::new();

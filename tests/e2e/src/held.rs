@@ -16,6 +16,13 @@ impl Held {
         Self { holder: Some(bench.daemon(&["agent", "run", "--hold"])) }
     }
 
+    /// The same, for a story in which the agent dies.
+    pub fn dying(bench: &Bench) -> Self {
+        let mut held = Self::start(bench);
+        held.holder.as_mut().expect("it runs").may_complain("the agent has died");
+        held
+    }
+
     /// The holder.
     pub fn holder(&self) -> &Daemon {
         self.holder.as_ref().expect("it runs")

@@ -57,11 +57,32 @@ fn a_disk_is_not_taken_from_an_idle_guest_after_a_restart() {
 }
 
 #[test]
+fn a_disk_that_cannot_be_attached_again_is_not_given_up_under_an_idle_guest() {
+    let bench = Bench::new();
+    let (_receiver, agent, disk) = bench.protected(SIZE, &[]);
+    written_twice(&disk);
+    let _guest = Reconnecting::before(&bench, "vm1", &bench.path("vm1.nbd"));
+    assert_eq!(agent.stop(), 0);
+    std::fs::rename(bench.path("vm1.img"), bench.path("away.img")).unwrap();
+    let mut agent = bench.agent();
+    agent.may_complain("cannot attach the disk again");
+    assert_eq!(disk.status()["awaited_clients"], 1);
+    let said = bench.run(&["detach", "vm1"]);
+    assert_eq!(said.code, 5, "{said:?}");
+    assert!(said.sentence().contains("when its service was interrupted"), "{said:?}");
+    bench.json_ending(3, &["detach", "vm1", "--force"]);
+    // Nobody is expected of it any more, though the guest is there still.
+    std::fs::rename(bench.path("away.img"), bench.path("vm1.img")).unwrap();
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    assert_eq!(disk.status()["awaited_clients"], 0);
+    bench.json(&["detach", "vm1"]);
+}
+
+#[test]
 fn a_disk_is_not_taken_from_an_idle_guest_after_its_agent_died_and_is_free_when_that_has_ended() {
     let bench = Bench::new();
     let _receiver = bench.receiver();
-    let mut held = Held::start(&bench);
-    held.holder.as_mut().unwrap().may_complain("the agent has died");
+    let held = Held::dying(&bench);
     bench.image("vm1.img", SIZE);
     let disk = bench.attach("vm1", "vm1.img", &[]);
     disk.wait("sync");

@@ -210,8 +210,7 @@ fn a_device_stays_a_disk_over_restarts_deaths_and_rewinds_of_its_agent() {
         Err(why) => return skip(&why),
     };
     let _receiver = bench.receiver();
-    let mut held = Held::start(&bench);
-    held.holder.as_mut().unwrap().may_complain("the agent has died");
+    let held = Held::dying(&bench);
     std::os::unix::fs::symlink(device.path(), bench.path("vm1.img")).unwrap();
     let disk = bench.attach("vm1", "vm1.img", &[]);
     disk.qemu_io(&["write -P 0x11 0 64k"]);

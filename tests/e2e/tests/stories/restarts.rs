@@ -74,8 +74,7 @@ fn a_restart_with_the_receiver_away_loses_nothing() {
 fn a_killed_agent_is_started_again_behind_its_guest() {
     let bench = Bench::new();
     let _receiver = bench.receiver();
-    let mut held = Held::start(&bench);
-    held.holder.as_mut().unwrap().may_complain("the agent has died");
+    let held = Held::dying(&bench);
     bench.image("vm1.img", SIZE);
     let disk = bench.attach("vm1", "vm1.img", &[]);
     disk.wait("sync");
@@ -112,8 +111,7 @@ fn a_killed_agent_is_started_again_behind_its_guest() {
 fn an_agent_that_dies_at_any_step_of_a_restart_costs_a_pause() {
     let bench = Bench::new();
     let _receiver = bench.receiver();
-    let mut held = Held::start(&bench);
-    held.holder.as_mut().unwrap().may_complain("the agent has died");
+    let held = Held::dying(&bench);
     bench.image("vm1.img", SIZE);
     let disk = bench.attach("vm1", "vm1.img", &[]);
     disk.wait("sync");
