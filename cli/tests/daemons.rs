@@ -73,6 +73,27 @@ fn an_attach_without_its_receiver_tracks_and_says_so() {
 }
 
 #[test]
+fn the_settings_of_a_receiver_are_looked_at_beside_the_one_that_runs() {
+    let bench = Bench::new();
+    let check = ["receiver", "run", "--check"];
+    let found = bench.json(&check);
+    assert_eq!((&found["store_id"], &found["disks"]), (&serde_json::Value::Null, &0.into()), "{found}");
+    assert!(!bench.path("store").exists(), "it only looks");
+    let receiver = receiver(&bench);
+    let agent = agent(&bench);
+    assert_eq!(attach(&bench).code, 0);
+    let found = bench.json(&check);
+    assert_eq!((&found["store_id"], &found["disks"]), (&receiver.ready["store_id"], &1.into()), "{found}");
+    let said = bench.run(&[&check[..], &["--listen", "tcp://0.0.0.0:7301"]].concat());
+    assert_eq!(said.code, 5, "{said:?}");
+    std::fs::write(bench.path("store/store.json"), "{").unwrap();
+    let said = bench.run(&check);
+    assert_eq!(said.code, 8, "{said:?}");
+    assert!(said.stderr.contains("store.json"), "{said:?}");
+    assert_eq!((agent.interrupt(), receiver.interrupt()), (0, 0));
+}
+
+#[test]
 fn a_hole_is_shown_and_a_point_in_it_is_refused_with_its_neighbors() {
     let bench = Bench::new();
     let first = receiver(&bench);

@@ -144,11 +144,7 @@ impl Receiver {
         config: Config,
     ) -> Result<Self, StartError> {
         let store = open_store(&storage)?;
-        let default: Ladder = config
-            .retention
-            .default
-            .parse()
-            .map_err(|error: LadderError| StartError::Retention(error.to_string()))?;
+        let default = default_ladder(&config)?;
         let shared_uri = config.shared_uri().map_err(StartError::NbdUri)?;
         let limits = config.limits.clone();
         let run_dir = config.run_dir();
@@ -363,7 +359,14 @@ impl Receiver {
 }
 
 /// How streams over TCP come in.
-async fn entrance(config: &Config) -> Result<Entrance, StartError> {
+/// What is kept of a disk that has no ladder of its own.
+pub(crate) fn default_ladder(config: &Config) -> Result<Ladder, StartError> {
+    let ladder = config.retention.default.parse();
+    ladder.map_err(|error: LadderError| StartError::Retention(error.to_string()))
+}
+
+/// Under which conditions streams are taken.
+pub(crate) async fn entrance(config: &Config) -> Result<Entrance, StartError> {
     let tls = match &config.stream_tls {
         Some(StreamTls { certificates, disks }) => {
             Some(Arc::new(StreamServer::load(certificates, *disks).await.map_err(ListenError::Tls)?))
@@ -487,6 +490,6 @@ fn make_dir(path: &Path) -> Result<PathBuf, StartError> {
     Ok(path.to_owned())
 }
 
-fn failed(what: impl Into<String>, source: io::Error) -> StartError {
+pub(crate) fn failed(what: impl Into<String>, source: io::Error) -> StartError {
     StartError::Io { what: what.into(), source }
 }

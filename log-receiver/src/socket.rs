@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsRawFd, RawFd},
     path::Path,
     sync::Arc,
@@ -107,6 +107,19 @@ pub(crate) enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
     Tls(Secured<TcpStream>),
+}
+
+impl Entrance {
+    /// Whether streams may be taken at `address`, as far as can be told without taking the place.
+    pub(crate) async fn check(&self, address: &Address) -> Result<(), ListenError> {
+        let allowed = match address {
+            Address::Unix(_) => return Ok(()),
+            Address::Tcp { host, port } => resolve(address, host, *port, self.insecure).await,
+            Address::Tls { .. } if self.tls.is_none() => Err(ListenError::NoCertificates(address.clone())),
+            Address::Tls { host, port } => resolve(address, host, *port, true).await,
+        };
+        allowed.map(drop)
+    }
 }
 
 impl Listener {
@@ -216,6 +229,21 @@ async fn accept_tcp(listener: &TcpListener, tls: Option<Arc<StreamServer>>) -> i
     Ok((Accepted { stream: Stream::Tcp(stream), from: Some(from.ip().to_canonical()), tls }, descriptor))
 }
 
+/// What a host's name stands for, where streams may be taken; `anywhere` or on loopback.
+async fn resolve(
+    address: &Address,
+    host: &str,
+    port: u16,
+    anywhere: bool,
+) -> Result<Vec<SocketAddr>, ListenError> {
+    let failed = |source| ListenError::Io { address: address.clone(), source };
+    let resolved: Vec<_> = lookup_host((host, port)).await.map_err(failed)?.collect();
+    if !anywhere && resolved.iter().any(|at| !at.ip().is_loopback()) {
+        return Err(ListenError::Insecure(address.clone()));
+    }
+    Ok(resolved)
+}
+
 async fn bind_tcp(
     address: &Address,
     host: &str,
@@ -226,10 +254,7 @@ async fn bind_tcp(
         io::ErrorKind::AddrInUse => ListenError::InUse(address.clone()),
         _ => ListenError::Io { address: address.clone(), source },
     };
-    let resolved: Vec<_> = lookup_host((host, port)).await.map_err(failed)?.collect();
-    if !anywhere && resolved.iter().any(|at| !at.ip().is_loopback()) {
-        return Err(ListenError::Insecure(address.clone()));
-    }
+    let resolved = resolve(address, host, port, anywhere).await?;
     let listener = TcpListener::bind(resolved.as_slice()).await.map_err(failed)?;
     let port = listener.local_addr().map_err(failed)?.port();
     Ok((listener, port))

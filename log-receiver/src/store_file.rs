@@ -245,15 +245,25 @@ pub(crate) fn open_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFil
     match read_file(storage.as_ref(), Path::new(FILE), FILE_BYTES_MAX) {
         Ok(content) => parse(&path, &content),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let names = storage.list(Path::new("")).map_err(|e| io("list the directory of", e))?;
-            // The lock is ours; a leftover temporary file is from a crash while this was written.
-            let foreign = names.into_iter().find(|name| !name.starts_with(FILE) && name != LOCK);
-            if let Some(found) = foreign {
-                return Err(StoreFileError::NotAStore { path: storage.display(Path::new("")), found });
-            }
+            check_unused(storage)?;
             write_store(storage)
         }
         Err(error) => Err(io("read", error)),
+    }
+}
+
+/// Whether a directory without a `store.json` may become a store.
+///
+/// # Errors
+/// When there is something in it.
+pub(crate) fn check_unused(storage: &Arc<dyn Storage>) -> Result<(), StoreFileError> {
+    let path = storage.display(Path::new(FILE));
+    let names = storage.list(Path::new(""));
+    let names = names.map_err(|source| StoreFileError::Io { what: "list the directory of", path, source })?;
+    // The lock is a receiver's; a leftover temporary file is from a crash while this was written.
+    match names.into_iter().find(|name| !name.starts_with(FILE) && name != LOCK) {
+        Some(found) => Err(StoreFileError::NotAStore { path: storage.display(Path::new("")), found }),
+        None => Ok(()),
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_export::BindError;
-use backtide_log_receiver::{Config, ListenError, StartError, StoreFileError, THREADS_APART};
+use backtide_log_receiver::{Config, Found, ListenError, StartError, StoreFileError, THREADS_APART, look};
 use backtide_receiver_api::{ReceiverStatus, StoreGrowth};
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -67,6 +67,20 @@ pub(crate) struct Run {
     nbd_mode: NbdModeFlag,
     #[command(flatten)]
     nbd_tls: NbdTlsFlags,
+    /// Only say whether the settings and the store can be used
+    #[arg(long)]
+    check: bool,
+}
+
+/// What is printed of settings that can be used.
+#[derive(Debug, Serialize)]
+struct Checked {
+    version: &'static str,
+    store: PathBuf,
+    /// None where it would be made.
+    store_id: Option<String>,
+    /// In the store.
+    disks: usize,
 }
 
 /// What is printed when the receiver is ready.
@@ -84,7 +98,11 @@ impl Receiver {
             Self::Run(run) => run,
             Self::Status(status) => return stop.or(status.run(context)).await,
         };
+        let check = run.check;
         let config = run.settings(context)?;
+        if check {
+            return stop.or(tell_checked(context, config)).await;
+        }
         prepare(context, "info", THREADS_APART);
         let receiver = backtide_log_receiver::Receiver::start(config).await.map_err(start_failure)?;
         let ready = Ready {
@@ -127,6 +145,27 @@ impl Run {
         config.shared_uri().map_err(wrong_usage)?;
         Ok(config)
     }
+}
+
+/// Says what a receiver with these settings would find.
+async fn tell_checked(context: &Context, config: Config) -> Result<Ending, Failure> {
+    let Found { store, disks } = look(&config).await.map_err(start_failure)?;
+    let checked = Checked {
+        version: env!("CARGO_PKG_VERSION"),
+        store: config.store,
+        store_id: store.map(|store| store.0.to_string()),
+        disks,
+    };
+    let text = || {
+        let (version, at) = (checked.version, checked.store.display());
+        let found = match &checked.store_id {
+            Some(id) => format!("the store {at} ({id}, disks: {disks})"),
+            None => format!("{at}, where a store is made at the first start"),
+        };
+        format!("version {version}: the settings can be used, and {found}")
+    };
+    context.print(&checked, text)?;
+    Ok(Ending::Done)
 }
 
 /// The error of a receiver that did not start, with its exit code.
