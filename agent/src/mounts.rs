@@ -19,7 +19,7 @@ mod writable;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
-use backtide_agent_api::{AgentKeptOverlay, AgentMount, AgentMounts, AgentOverlayFate, StreamTls};
+use backtide_agent_api::{AgentKeptOverlay, AgentMount, AgentMounts, AgentUnmountRequest, StreamTls};
 use backtide_control::{Address, ApiError, ErrorCode, build_lasting};
 use backtide_export::{Limits, NbdTls, NbdUri};
 use backtide_storage::Storage;
@@ -80,7 +80,7 @@ pub(crate) struct Wanted {
 enum Order {
     Mount(Box<Wanted>, oneshot::Sender<Result<AgentMount, ApiError>>),
     List(oneshot::Sender<AgentMounts>),
-    Unmount(String, Option<AgentOverlayFate>, oneshot::Sender<Result<AgentMount, ApiError>>),
+    Unmount(String, AgentUnmountRequest, oneshot::Sender<Result<AgentMount, ApiError>>),
     /// Serve an overlay again that is kept.
     Remount(String, Option<NbdUri>, oneshot::Sender<Result<AgentMount, ApiError>>),
     /// Remove one.
@@ -141,12 +141,8 @@ impl Mounts {
     }
 
     /// Serves a point no longer, and does with its overlay what is asked.
-    pub(crate) async fn unmount(
-        &self,
-        id: String,
-        fate: Option<AgentOverlayFate>,
-    ) -> Result<AgentMount, ApiError> {
-        self.ask(|answer| Order::Unmount(id, fate, answer)).await?
+    pub(crate) async fn unmount(&self, id: String, how: AgentUnmountRequest) -> Result<AgentMount, ApiError> {
+        self.ask(|answer| Order::Unmount(id, how, answer)).await?
     }
 
     /// Serves an overlay again that is kept.

@@ -279,7 +279,7 @@ impl AgentService for Service {
 
     async fn unmount(&self, id: String, request: AgentUnmountRequest) -> Result<AgentMount, ApiError> {
         let mounts = Arc::clone(&self.mounts);
-        self.changes.to_its_end(async move { mounts.unmount(id, request.overlay).await }).await
+        self.changes.to_its_end(async move { mounts.unmount(id, request).await }).await
     }
 
     async fn remount(&self, id: String, request: AgentRemountRequest) -> Result<AgentMount, ApiError> {

@@ -4,6 +4,8 @@
 //! somebody else's mount; a mount is ready for clients when it is answered; their number is bounded; an
 //! overlay's record says where it is served before its mount is answered.
 
+mod ending;
+
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet},
@@ -22,7 +24,7 @@ use backtide_export::{
 };
 use backtide_overlay::{Overlay, OverlayId};
 use backtide_receiver_api::{
-    ApiError, ChangedSince, DiskRef, ErrorCode, Mount, MountOverlay, Mounts, OverlayFate,
+    ApiError, ChangedSince, DiskRef, ErrorCode, Mount, MountOverlay, Mounts, UnmountRequest,
 };
 use backtide_recovery::{TimedLsn, View, time_text};
 use backtide_units::{ByteCount, CaptureTime, DiskName};
@@ -37,7 +39,6 @@ use uuid::Uuid;
 
 use crate::{
     clock,
-    disk::chain,
     findings::DiskFindings,
     mount_numbers::MountNumbers,
     overlay_export::OverlayExport,
@@ -48,9 +49,6 @@ use crate::{
 
 /// Orders waiting for the thread; who sends more waits.
 const ORDERS_MAX: usize = 64;
-
-/// How long an unmount waits for requests in flight.
-const UNMOUNT_GRACE: Duration = Duration::from_secs(5);
 
 /// How often a temporary mount is looked at ...
 const LEASE_LOOK: Duration = Duration::from_millis(500);
@@ -63,8 +61,8 @@ pub(crate) enum Order {
     Mount(Box<Plan>, oneshot::Sender<Result<Mount, ApiError>>),
     /// What is served?
     List(oneshot::Sender<Mounts>),
-    /// Serve it no longer; none when there is no such mount.
-    Unmount(String, Option<OverlayFate>, oneshot::Sender<Result<Mount, ApiError>>),
+    /// Serve it no longer.
+    Unmount(String, UnmountRequest, oneshot::Sender<Result<Mount, ApiError>>),
     /// End all mounts and the thread.
     Shutdown,
 }
@@ -119,6 +117,8 @@ struct Mounted {
     since: CaptureTime,
     overlay: Option<Arc<Overlay>>,
     changed_since: Option<TimedLsn>,
+    /// It ends by itself with its last client.
+    temporary: bool,
     server: Server,
 }
 
@@ -203,17 +203,10 @@ impl Table {
                     tokio::task::spawn_local(async move { drop(answer.send(table.mount(*plan).await)) });
                 }
                 Order::List(answer) => self.list(answer),
-                Order::Unmount(id, fate, answer) => {
-                    let table = Rc::clone(&self);
-                    let taken = self.take(&id, fate);
+                Order::Unmount(id, how, answer) => {
                     // Apart from the others' orders: it may take its grace.
-                    tokio::task::spawn_local(async move {
-                        let ended = match taken {
-                            Ok(mounted) => table.end(mounted, fate).await,
-                            Err(why) => Err(why),
-                        };
-                        drop(answer.send(ended));
-                    });
+                    let table = Rc::clone(&self);
+                    tokio::task::spawn_local(async move { drop(answer.send(table.unmount(&id, how).await)) });
                 }
                 Order::Shutdown => break,
             }
@@ -287,11 +280,12 @@ impl Table {
         let mut server = listener.serve(Rc::new(export), self.serving.nbd);
         server.offer_in(&self.serving.directory, &id, &plan.disk.name);
         tracing::info!(mount = id, disk = %plan.disk.uuid, lsn = %plan.at.lsn, %uri, "mounted");
-        let (disk, at, since) = (plan.disk, plan.at, clock::now());
-        let mounted = Mounted { id: id.clone(), disk, at, size, uri, since, overlay, changed_since, server };
+        let (disk, at, temporary, since) = (plan.disk, plan.at, plan.temporary, clock::now());
+        let mounted =
+            Mounted { id: id.clone(), disk, at, size, uri, since, overlay, changed_since, temporary, server };
         let answer = mounted.describe();
         self.mounted.borrow_mut().insert(id.clone(), mounted);
-        if plan.temporary {
+        if temporary {
             tokio::task::spawn_local(Rc::clone(self).end_with_its_client(id));
         }
         Ok(answer)
@@ -370,57 +364,6 @@ impl Table {
         opened.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))?
     }
 
-    /// Takes a mount out of the table, when it can end so.
-    fn take(&self, id: &str, fate: Option<OverlayFate>) -> Result<Mounted, ApiError> {
-        let mut mounts = self.mounted.borrow_mut();
-        let writable = mounts.get(id).map(|mounted| mounted.overlay.is_some());
-        match (writable, fate) {
-            (Some(true), None) => {
-                let why = format!("mount {id} is writable: what was written to it is kept or discarded");
-                Err(ApiError::new(ErrorCode::Usage, why)
-                    .with_hint(format!("backtide unmount {id} --keep, or backtide unmount {id} --discard")))
-            }
-            (Some(false), Some(_)) => {
-                let why = format!("mount {id} is read-only: there is nothing to keep or discard");
-                Err(ApiError::new(ErrorCode::Usage, why).with_hint(format!("backtide unmount {id}")))
-            }
-            (Some(writable), _) => {
-                if writable {
-                    self.settling.borrow_mut().insert(id.to_owned());
-                }
-                Ok(mounts.remove(id).expect("it is there"))
-            }
-            (None, _) => Err(ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?}"))
-                .with_hint("the control API's /v1/mounts lists them")),
-        }
-    }
-
-    /// Ends a mount, and does with its overlay what is asked.
-    async fn end(&self, mounted: Mounted, fate: Option<OverlayFate>) -> Result<Mount, ApiError> {
-        let id = mounted.id.clone();
-        let ended = self.end_and_settle(mounted, fate).await;
-        self.settling.borrow_mut().remove(&id);
-        ended
-    }
-
-    async fn end_and_settle(&self, mounted: Mounted, fate: Option<OverlayFate>) -> Result<Mount, ApiError> {
-        let (overlays, id) = (self.serving.overlays.clone(), mounted.id.clone());
-        self.serving.directory.forget(&id);
-        let (ended, flushed) = mounted.end(self.serving.writers.clone()).await;
-        let done = match fate {
-            None => return Ok(ended),
-            Some(OverlayFate::Keep) => {
-                let kept = move || {
-                    overlays.serve_at(&id, None)?;
-                    flushed.map_err(|why| overlays.not_flushed(&id, &why))
-                };
-                self.serving.writers.run(kept).await
-            }
-            Some(OverlayFate::Discard) => self.serving.writers.run(move || overlays.discard(&id, true)).await,
-        };
-        done.map_err(|error| ApiError::new(ErrorCode::Failed, error.to_string()))?.map(|()| ended)
-    }
-
     /// Answers on a thread that may look at files.
     fn list(&self, answer: oneshot::Sender<Mounts>) {
         let mounts: Vec<Mount> = self.mounted.borrow().values().map(Mounted::describe).collect();
@@ -468,25 +411,6 @@ impl Mounted {
                 MountOverlay { bytes: usage.bytes, limit: usage.limit, file_bytes: usage.file_bytes }
             }),
         }
-    }
-
-    /// Ends it; with a sentence when what was written to it could not be made durable.
-    async fn end(self, writers: Pool) -> (Mount, Result<(), String>) {
-        let description = self.describe();
-        self.server.shutdown(UNMOUNT_GRACE).await;
-        let mut flushed = Ok(());
-        if let Some(overlay) = self.overlay {
-            // A client that did not flush was promised nothing; yet what can be kept is kept.
-            flushed = match writers.run(move || overlay.flush()).await {
-                Ok(flushed) => flushed.map_err(|error| chain(&error)),
-                Err(ended) => Err(ended.to_string()),
-            };
-            if let Err(why) = &flushed {
-                tracing::warn!(mount = self.id, why, "cannot flush the mount's overlay");
-            }
-        }
-        tracing::info!(mount = self.id, disk = %self.disk.uuid, "unmounted");
-        (description, flushed)
     }
 }
 

@@ -271,7 +271,7 @@ impl ReceiverService for Service {
 
     async fn unmount(&self, id: String, request: UnmountRequest) -> Result<Mount, ApiError> {
         let (answer, ended) = oneshot::channel();
-        let order = Order::Unmount(id, request.overlay, answer);
+        let order = Order::Unmount(id, request, answer);
         self.mounts.send(order).await.map_err(|_| ending())?;
         ended.await.map_err(|_| ending())?
     }

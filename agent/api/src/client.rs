@@ -208,13 +208,33 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn unmount(&self, id: &str, overlay: Option<AgentOverlayFate>) -> Result<AgentMount, ApiError> {
-        let id = mount_id(id)?;
         let query = match overlay {
             None => "",
             Some(AgentOverlayFate::Keep) => "?overlay=keep",
             Some(AgentOverlayFate::Discard) => "?overlay=discard",
         };
-        self.client.at_length().delete(&format!("/v1/mounts/{id}{query}")).await
+        self.end_mount(id, query).await
+    }
+
+    /// The same of a mount that NBD clients may have open: it is taken from them.
+    ///
+    /// # Errors
+    /// As [`AgentClient::status`].
+    pub async fn unmount_by_force(
+        &self,
+        id: &str,
+        overlay: Option<AgentOverlayFate>,
+    ) -> Result<AgentMount, ApiError> {
+        let query = match overlay {
+            None => "?force=true",
+            Some(AgentOverlayFate::Keep) => "?overlay=keep&force=true",
+            Some(AgentOverlayFate::Discard) => "?overlay=discard&force=true",
+        };
+        self.end_mount(id, query).await
+    }
+
+    async fn end_mount(&self, id: &str, query: &str) -> Result<AgentMount, ApiError> {
+        self.client.at_length().delete(&format!("/v1/mounts/{}{query}", mount_id(id)?)).await
     }
 
     /// Serves an overlay again that was kept.

@@ -65,6 +65,9 @@ pub struct AgentUnmountRequest {
     /// What becomes of its overlay; needed when it has one, refused when it has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<AgentOverlayFate>,
+    /// Also while NBD clients have it open: what they ask for from then on is answered with `ESHUTDOWN`.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// A point that an agent serves.

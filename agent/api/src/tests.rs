@@ -285,7 +285,8 @@ impl AgentService for Fake {
     }
 
     async fn unmount(&self, id: String, request: AgentUnmountRequest) -> Result<AgentMount, ApiError> {
-        self.note(&format!("unmount {id} {:?}", request.overlay), &name("vm1")).map(|_| mounted())
+        let how = format!("unmount {id} {:?} {}", request.overlay, request.force);
+        self.note(&how, &name("vm1")).map(|_| mounted())
     }
 
     async fn remount(&self, id: String, request: AgentRemountRequest) -> Result<AgentMount, ApiError> {
@@ -370,6 +371,9 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.unmount(id, None).await.unwrap().lsn, Lsn(90));
     client.unmount(id, Some(AgentOverlayFate::Keep)).await.unwrap();
     client.unmount(id, Some(AgentOverlayFate::Discard)).await.unwrap();
+    for fate in [None, Some(AgentOverlayFate::Keep), Some(AgentOverlayFate::Discard)] {
+        client.unmount_by_force(id, fate).await.unwrap();
+    }
     let elsewhere = AgentRemountRequest { nbd: Some("nbd://localhost".to_owned()) };
     assert_eq!(client.remount(id, &elsewhere).await.unwrap().overlay, mounted().overlay);
     assert_eq!(client.discard(id).await.unwrap().file_bytes, ByteCount(9296));
@@ -397,9 +401,12 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "verify_status vm1",
             "cancel_verify vm1",
             "mount 90 Some(ByteCount(7)) true vm1",
-            "unmount vm1-0a1b2c3d None vm1",
-            "unmount vm1-0a1b2c3d Some(Keep) vm1",
-            "unmount vm1-0a1b2c3d Some(Discard) vm1",
+            "unmount vm1-0a1b2c3d None false vm1",
+            "unmount vm1-0a1b2c3d Some(Keep) false vm1",
+            "unmount vm1-0a1b2c3d Some(Discard) false vm1",
+            "unmount vm1-0a1b2c3d None true vm1",
+            "unmount vm1-0a1b2c3d Some(Keep) true vm1",
+            "unmount vm1-0a1b2c3d Some(Discard) true vm1",
             "remount vm1-0a1b2c3d Some(\"nbd://localhost\") vm1",
             "discard vm1-0a1b2c3d vm1",
         ]

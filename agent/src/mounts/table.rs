@@ -131,10 +131,8 @@ impl Table {
                 Order::List(answer) => {
                     tokio::task::spawn_local(async move { drop(answer.send(table.list().await)) });
                 }
-                Order::Unmount(id, fate, answer) => {
-                    tokio::task::spawn_local(
-                        async move { drop(answer.send(table.unmount(&id, fate).await)) },
-                    );
+                Order::Unmount(id, how, answer) => {
+                    tokio::task::spawn_local(async move { drop(answer.send(table.unmount(&id, how).await)) });
                 }
                 Order::Remount(id, nbd, answer) => {
                     tokio::task::spawn_local(async move { drop(answer.send(table.remount(&id, nbd).await)) });
@@ -355,6 +353,11 @@ impl Served {
 }
 
 impl Mounted {
+    /// NBD connections that have it open.
+    fn clients(&self) -> usize {
+        self.served.as_ref().map_or(0, |served| served.server.connections())
+    }
+
     fn describe(&self) -> AgentMount {
         let (record, point) = (&self.record, self.source.point());
         let served = self.served.as_ref();
@@ -370,8 +373,7 @@ impl Mounted {
             time: point.time,
             size: point.size,
             mounted: record.mounted,
-            clients: u32::try_from(served.map_or(0, |served| served.server.connections()))
-                .unwrap_or(u32::MAX),
+            clients: u32::try_from(self.clients()).unwrap_or(u32::MAX),
             changed_since: record.changed_since.map(|lsn| AgentChangedSince {
                 lsn,
                 context: format!("{}{}", dirty_bitmap::PREFIX, record.name),

@@ -58,6 +58,9 @@ pub(crate) struct Unmount {
     /// Remove for good what was written to a writable mount, or to one that is only kept
     #[arg(long)]
     discard: bool,
+    /// Also while NBD clients have it open: it is taken from them, with --discard with all that they wrote
+    #[arg(long)]
+    force: bool,
     /// It is served, or kept, by this host's agent
     #[arg(long)]
     here: bool,
@@ -116,7 +119,7 @@ impl Unmount {
             (false, false) => None,
         };
         if self.here {
-            return mount_here::unmount(context, &self.id, fate).await;
+            return mount_here::unmount(context, &self.id, fate, self.force).await;
         }
         // The receiver's own hint is for programs that ask it.
         let no_mount = |error: ApiError| {
@@ -125,7 +128,11 @@ impl Unmount {
             if unknown { error.with_hint(hint) } else { error }
         };
         let receiver = context.receiver(&self.api)?;
-        match receiver.unmount(&self.id, fate).await {
+        let unmounted = match self.force {
+            true => receiver.unmount_by_force(&self.id, fate).await,
+            false => receiver.unmount(&self.id, fate).await,
+        };
+        match unmounted {
             Ok(mount) => {
                 context.print(&mount, || unmounted_text(&mount.id, fate))?;
             }

@@ -114,13 +114,18 @@ pub(crate) async fn unmount(
     context: &Context,
     id: &str,
     fate: Option<OverlayFate>,
+    force: bool,
 ) -> Result<Ending, Failure> {
     let agent = context.agent()?;
     let overlay = fate.map(|fate| match fate {
         OverlayFate::Keep => AgentOverlayFate::Keep,
         OverlayFate::Discard => AgentOverlayFate::Discard,
     });
-    match agent.unmount(id, overlay).await {
+    let unmounted = match force {
+        true => agent.unmount_by_force(id, overlay).await,
+        false => agent.unmount(id, overlay).await,
+    };
+    match unmounted {
         Ok(mount) => context.print(&mount, || unmounted_text(&mount.id, fate))?,
         Err(error) if error.code == ErrorCode::NotFound && fate == Some(OverlayFate::Discard) => {
             // Perhaps it is only kept. Who has neither hears of the mount.

@@ -222,13 +222,29 @@ impl ReceiverClient {
     /// # Errors
     /// As [`ReceiverClient::status`].
     pub async fn unmount(&self, id: &str, overlay: Option<OverlayFate>) -> Result<Mount, ApiError> {
-        let id = mount_id(id)?;
         let query = match overlay {
             None => "",
             Some(OverlayFate::Keep) => "?overlay=keep",
             Some(OverlayFate::Discard) => "?overlay=discard",
         };
-        self.client.at_length().delete(&format!("/v1/mounts/{id}{query}")).await
+        self.end_mount(id, query).await
+    }
+
+    /// The same of a mount that NBD clients may have open: it is taken from them.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn unmount_by_force(&self, id: &str, overlay: Option<OverlayFate>) -> Result<Mount, ApiError> {
+        let query = match overlay {
+            None => "?force=true",
+            Some(OverlayFate::Keep) => "?overlay=keep&force=true",
+            Some(OverlayFate::Discard) => "?overlay=discard&force=true",
+        };
+        self.end_mount(id, query).await
+    }
+
+    async fn end_mount(&self, id: &str, query: &str) -> Result<Mount, ApiError> {
+        self.client.at_length().delete(&format!("/v1/mounts/{}{query}", mount_id(id)?)).await
     }
 
     /// Serves an overlay again that was kept.

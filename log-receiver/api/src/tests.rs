@@ -282,7 +282,7 @@ impl ReceiverService for Fake {
     }
 
     async fn unmount(&self, id: String, request: UnmountRequest) -> Result<Mount, ApiError> {
-        self.note(format!("unmount {id} {:?}", request.overlay));
+        self.note(format!("unmount {id} {:?} {}", request.overlay, request.force));
         Ok(mount())
     }
 }
@@ -340,6 +340,9 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.unmount("vm1-1", None).await.unwrap(), mount());
     assert_eq!(client.unmount("vm1-2", Some(OverlayFate::Keep)).await.unwrap(), mount());
     assert_eq!(client.unmount("vm1-3", Some(OverlayFate::Discard)).await.unwrap(), mount());
+    for fate in [None, Some(OverlayFate::Keep), Some(OverlayFate::Discard)] {
+        assert_eq!(client.unmount_by_force("vm1-4", fate).await.unwrap(), mount());
+    }
     assert_eq!(client.remount("vm1-2", &RemountRequest::default()).await.unwrap(), mount());
     assert_eq!(client.discard("vm1-2").await.unwrap(), kept());
     let request = ScrubRequest { name: Some(vm1.clone()), bytes_per_second_max: None };
@@ -372,9 +375,12 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "find-change vm1 5000 latest",
             "mount vm1 latest",
             "mounts",
-            "unmount vm1-1 None",
-            "unmount vm1-2 Some(Keep)",
-            "unmount vm1-3 Some(Discard)",
+            "unmount vm1-1 None false",
+            "unmount vm1-2 Some(Keep) false",
+            "unmount vm1-3 Some(Discard) false",
+            "unmount vm1-4 None true",
+            "unmount vm1-4 Some(Keep) true",
+            "unmount vm1-4 Some(Discard) true",
             "remount vm1-2 None",
             "discard vm1-2",
             "scrub vm1",

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use backtide_receiver_api::{ApiError, ErrorCode, ForgottenDisk, Mounts};
+use backtide_receiver_api::{ApiError, ErrorCode, ForgottenDisk, Mounts, OverlayFate, UnmountRequest};
 use backtide_recovery::{Attached, time_text};
 use backtide_storage::KillPoint;
 use backtide_units::{ByteCount, DiskId, DiskName, Epoch};
@@ -57,8 +57,9 @@ impl Service {
         // Whoever mounted it while somebody looked has nothing to read any more.
         for mount in self.mounts_of(disk).await?.mounts {
             let (answer, ended) = oneshot::channel();
-            let fate = mount.overlay.is_some().then_some(backtide_receiver_api::OverlayFate::Keep);
-            self.mounts.send(Order::Unmount(mount.id, fate, answer)).await.map_err(|_| ending())?;
+            let overlay = mount.overlay.is_some().then_some(OverlayFate::Keep);
+            let how = UnmountRequest { overlay, force: true };
+            self.mounts.send(Order::Unmount(mount.id, how, answer)).await.map_err(|_| ending())?;
             let _ = ended.await;
         }
         let removal = self.removal.clone();

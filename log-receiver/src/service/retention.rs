@@ -252,7 +252,8 @@ impl Service {
 
     async fn take_back(&self, mount: Mount, why: ApiError) -> Result<Mount, ApiError> {
         tracing::warn!(mount = mount.id, why = why.message, "the mount's point went while it was made");
-        self.unmount(mount.id, UnmountRequest { overlay: Some(OverlayFate::Discard) }).await?;
+        let how = UnmountRequest { overlay: Some(OverlayFate::Discard), force: true };
+        self.unmount(mount.id, how).await?;
         Err(why)
     }
 }

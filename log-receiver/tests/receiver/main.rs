@@ -16,6 +16,7 @@ mod forget_failing;
 mod going_back;
 mod locks;
 mod mending;
+mod mounts_in_use;
 mod point_reader;
 mod put_back;
 mod reading;

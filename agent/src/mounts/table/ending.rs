@@ -1,12 +1,14 @@
 //! How mounts end, and what becomes of what was written to them.
 //!
 //! Invariants: what is to be kept is durable, and said to be kept, before that is answered; what is to be discarded is
-//! said to be ended, durably, before a byte of it goes, so that nobody is ever served a part of it.
+//! said to be ended, durably, before a byte of it goes, so that nobody is ever served a part of it; nobody who has a
+//! mount open loses it by a person who does not know that.
 
-use std::rc::Rc;
+use std::{rc::Rc, time::Duration};
 
-use backtide_agent_api::{AgentKeptOverlay, AgentMount, AgentOverlayFate};
+use backtide_agent_api::{AgentKeptOverlay, AgentMount, AgentOverlayFate, AgentUnmountRequest};
 use backtide_control::{ApiError, ErrorCode};
+use tokio::time::Instant;
 
 use super::{Mounted, PAUSE, Table};
 use crate::{
@@ -14,13 +16,19 @@ use crate::{
     mounts::record::MountRecord,
 };
 
+/// How long a client that has hung up may be taken for one that is there: its socket was not read yet ...
+const LEAVING_TIME: Duration = Duration::from_millis(300);
+/// ... and how often that is looked at.
+const LEAVING_LOOK: Duration = Duration::from_millis(10);
+
 impl Table {
     pub(super) async fn unmount(
         self: &Rc<Self>,
         id: &str,
-        fate: Option<AgentOverlayFate>,
+        how: AgentUnmountRequest,
     ) -> Result<AgentMount, ApiError> {
-        let mounted = self.take(id, fate)?;
+        let fate = how.overlay;
+        let mounted = self.take(id, how).await?;
         let told = mounted.describe();
         let Mounted { record, source, served, trouble: _ } = mounted;
         let ended = match served {
@@ -46,33 +54,53 @@ impl Table {
     }
 
     /// Takes a mount out of the table, when it can end so.
-    fn take(&self, id: &str, fate: Option<AgentOverlayFate>) -> Result<Mounted, ApiError> {
+    async fn take(&self, id: &str, how: AgentUnmountRequest) -> Result<Mounted, ApiError> {
+        let begun = Instant::now();
+        loop {
+            match self.try_take(id, how) {
+                Err(in_use) if in_use.code == ErrorCode::Busy && begun.elapsed() < LEAVING_TIME => {
+                    tokio::time::sleep(LEAVING_LOOK).await;
+                }
+                taken => return taken,
+            }
+        }
+    }
+
+    fn try_take(
+        &self,
+        id: &str,
+        AgentUnmountRequest { overlay, force }: AgentUnmountRequest,
+    ) -> Result<Mounted, ApiError> {
         let mut mounts = self.mounted.borrow_mut();
-        let served = mounts.get(id).filter(|one| !one.record.kept);
-        match (served.map(|one| one.record.overlay.is_some()), fate) {
-            (Some(true), None) => {
+        let Some(mounted) = mounts.get(id).filter(|one| !one.record.kept) else {
+            return Err(ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?} at the agent"))
+                .with_hint(
+                    "`backtide mount --here` lists the agent's, `backtide mount` those of the receiver",
+                ));
+        };
+        let writable = mounted.record.overlay.is_some();
+        match (writable, overlay) {
+            (true, None) => {
                 let why = format!("mount {id} is writable: what was written to it is kept or discarded");
                 let hint =
                     format!("backtide unmount {id} --here --keep, or backtide unmount {id} --here --discard");
-                Err(ApiError::new(ErrorCode::Usage, why).with_hint(hint))
+                return Err(ApiError::new(ErrorCode::Usage, why).with_hint(hint));
             }
-            (Some(false), Some(_)) => {
+            (false, Some(_)) => {
                 let why = format!("mount {id} is read-only: there is nothing to keep or discard");
-                Err(ApiError::new(ErrorCode::Usage, why).with_hint(format!("backtide unmount {id} --here")))
+                return Err(
+                    ApiError::new(ErrorCode::Usage, why).with_hint(format!("backtide unmount {id} --here"))
+                );
             }
-            (Some(writable), _) => {
-                if writable {
-                    self.settling.borrow_mut().insert(id.to_owned());
-                }
-                Ok(mounts.remove(id).expect("it is there"))
-            }
-            (None, _) => {
-                Err(ApiError::new(ErrorCode::NotFound, format!("there is no mount {id:?} at the agent"))
-                    .with_hint(
-                        "`backtide mount --here` lists the agent's, `backtide mount` those of the receiver",
-                    ))
-            }
+            (true, Some(_)) | (false, None) => {}
         }
+        if !force {
+            mounted.refuse_in_use(overlay)?;
+        }
+        if writable {
+            self.settling.borrow_mut().insert(id.to_owned());
+        }
+        Ok(mounts.remove(id).expect("it is there"))
     }
 
     /// Removes an overlay that is kept.
@@ -151,6 +179,27 @@ impl Table {
         if let Ok(Err(error)) = removed {
             tracing::warn!(%error, "cannot remove the record of an ended mount");
         }
+    }
+}
+
+impl Mounted {
+    fn refuse_in_use(&self, fate: Option<AgentOverlayFate>) -> Result<(), ApiError> {
+        let id = &self.record.id;
+        let who = match self.clients() {
+            0 => return Ok(()),
+            1 => "an NBD client has it open".to_owned(),
+            clients => format!("{clients} NBD connections have it open"),
+        };
+        let (fate, what) = match fate {
+            None => ("", "takes it from them"),
+            Some(AgentOverlayFate::Keep) => (" --keep", "takes it from them and keeps what was written"),
+            Some(AgentOverlayFate::Discard) => (" --discard", "takes it from them with all that was written"),
+        };
+        let hint = format!(
+            "shut the virtual machine down, or end the program that uses it, then unmount; `backtide unmount {id} --here{fate} \
+             --force` {what}"
+        );
+        Err(ApiError::new(ErrorCode::Busy, format!("mount {id} is in use: {who}")).with_hint(hint))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use backtide_agent_api::AgentOverlayFate;
+use backtide_agent_api::{AgentOverlayFate, AgentUnmountRequest};
 use backtide_export::Client;
 use backtide_hydration::SourcePoint;
 use backtide_storage::MemoryStorage;
@@ -15,6 +15,15 @@ use crate::{
     config::MountLimits,
     disk::source::{Fetching, fake::FakeSource},
 };
+
+const PLAIN: AgentUnmountRequest = AgentUnmountRequest { overlay: None, force: false };
+const KEEP: AgentUnmountRequest = AgentUnmountRequest { overlay: Some(AgentOverlayFate::Keep), force: false };
+const DISCARD: AgentUnmountRequest =
+    AgentUnmountRequest { overlay: Some(AgentOverlayFate::Discard), force: false };
+
+fn by_force(how: AgentUnmountRequest) -> AgentUnmountRequest {
+    AgentUnmountRequest { force: true, ..how }
+}
 
 /// Its last block is a short one.
 const SIZE: usize = 16 * 4096 + 512;
@@ -152,14 +161,14 @@ async fn life(table: &Rc<Table>, possible: &mut Possible) -> Answered {
         }
     }
     drop(guest);
-    if table.unmount(&mount.id, Some(AgentOverlayFate::Keep)).await.is_err() {
+    if table.unmount(&mount.id, KEEP).await.is_err() {
         return Answered::Mounted;
     }
     let Ok(mount) = table.remount(&mount.id, None).await else { return Answered::Kept };
     if !possible.write(&client(&mount).await, 30_208, 7168, 5).await {
         return Answered::MountedAgain;
     }
-    match table.unmount(&mount.id, Some(AgentOverlayFate::Discard)).await {
+    match table.unmount(&mount.id, DISCARD).await {
         Ok(_) => Answered::Discarded,
         Err(_) => Answered::MountedAgain,
     }
@@ -193,7 +202,7 @@ async fn cut_at(cut: u64, run: &Path) -> bool {
     for mount in all {
         assert_eq!(mount.last_error, None, "{story}");
         possible.check(&mount, &story).await;
-        after.unmount(&mount.id, Some(AgentOverlayFate::Discard)).await.unwrap();
+        after.unmount(&mount.id, DISCARD).await.unwrap();
     }
     assert_eq!(after.list().await, AgentMounts::default(), "{story}");
     // Records that have ended go when the receiver has been told, by this agent or the next.
@@ -234,19 +243,18 @@ fn what_becomes_of_an_overlay_is_said_when_its_mount_ends_and_only_then() {
         possible.check(&mount, "full").await;
         drop(guest);
         let code = |result: Result<AgentMount, ApiError>| result.unwrap_err().code;
-        let (keep, discard) = (Some(AgentOverlayFate::Keep), Some(AgentOverlayFate::Discard));
-        assert_eq!(code(table.unmount(&mount.id, None).await), ErrorCode::Usage);
+        assert_eq!(code(table.unmount(&mount.id, PLAIN).await), ErrorCode::Usage);
         let plain = table.mount(wanted(false)).await.unwrap();
         assert_eq!(plain.overlay, None);
-        assert_eq!(code(table.unmount(&plain.id, keep).await), ErrorCode::Usage);
+        assert_eq!(code(table.unmount(&plain.id, KEEP).await), ErrorCode::Usage);
         assert_eq!(code(table.remount(&plain.id, None).await), ErrorCode::NotFound);
         assert_eq!(table.discard(&plain.id).await.unwrap_err().code, ErrorCode::NotFound);
         assert_eq!(code(table.remount(&mount.id, None).await), ErrorCode::Busy);
         assert_eq!(table.discard(&mount.id).await.unwrap_err().code, ErrorCode::Busy);
-        table.unmount(&plain.id, None).await.unwrap();
+        table.unmount(&plain.id, PLAIN).await.unwrap();
 
-        table.unmount(&mount.id, keep).await.unwrap();
-        assert_eq!(code(table.unmount(&mount.id, keep).await), ErrorCode::NotFound, "it is kept already");
+        table.unmount(&mount.id, KEEP).await.unwrap();
+        assert_eq!(code(table.unmount(&mount.id, KEEP).await), ErrorCode::NotFound, "it is kept already");
         // What is kept counts.
         let other = table.mount(wanted(true)).await.unwrap();
         assert_eq!(code(table.mount(wanted(true)).await), ErrorCode::Busy);
@@ -255,8 +263,8 @@ fn what_becomes_of_an_overlay_is_said_when_its_mount_ends_and_only_then() {
         assert!(listed.kept[0].file_bytes > ByteCount(4096), "{listed:?}");
         assert_eq!(table.discard(&mount.id).await.unwrap().id, mount.id);
         assert_eq!(code(table.remount(&mount.id, None).await), ErrorCode::NotFound);
-        table.unmount(&other.id, discard).await.unwrap();
-        assert_eq!(code(table.unmount(&other.id, discard).await), ErrorCode::NotFound);
+        table.unmount(&other.id, DISCARD).await.unwrap();
+        assert_eq!(code(table.unmount(&other.id, DISCARD).await), ErrorCode::NotFound);
         assert_eq!(table.list().await, AgentMounts::default());
     });
 }
@@ -280,7 +288,7 @@ fn a_damaged_overlay_is_told_and_can_be_discarded() {
         let listed = table.list().await;
         let why = listed.mounts[0].last_error.clone().unwrap();
         assert!(why.contains("is damaged at byte 1024"), "{why}");
-        table.unmount(&mount.id, Some(AgentOverlayFate::Keep)).await.unwrap();
+        table.unmount(&mount.id, KEEP).await.unwrap();
         assert_eq!(table.remount(&mount.id, None).await.unwrap_err().code, ErrorCode::Damaged);
         assert_eq!(table.list().await.kept.len(), 1, "it stays until it is discarded");
         table.discard(&mount.id).await.unwrap();
@@ -312,7 +320,7 @@ fn a_request_that_waits_for_the_receiver_changes_nothing_once_its_mount_has_ende
         };
         // Requests have a while to end in, and this one does not.
         tokio::time::pause();
-        table.unmount(&mount.id, Some(AgentOverlayFate::Keep)).await.unwrap();
+        table.unmount(&mount.id, by_force(KEEP)).await.unwrap();
         tokio::time::resume();
         assert!(!writing.await.unwrap());
         assert!(written.upgrade().is_some(), "the request is there still");
@@ -335,10 +343,57 @@ fn what_is_kept_and_cannot_be_made_durable_is_said_to_be_so() {
         let guest = client(&mount).await;
         guest.write(ByteOffset::ZERO, Bytes::from(vec![1; 4096]), false).await.unwrap();
         storage.fail_sync_after(0);
-        let told = table.unmount(&mount.id, Some(AgentOverlayFate::Keep)).await.unwrap_err();
+        let told = table.unmount(&mount.id, by_force(KEEP)).await.unwrap_err();
         assert!(told.message.contains("is kept, but not all that was written is durable"), "{told}");
         let listed = table.list().await;
         assert_eq!((listed.mounts.len(), listed.kept.len()), (0, 1));
         table.discard(&mount.id).await.unwrap();
+    });
+}
+
+#[test]
+fn a_mount_is_taken_from_who_has_it_open_only_by_force() {
+    let directory = tempfile::tempdir().unwrap();
+    local(async {
+        let storage = MemoryStorage::new();
+        let table = table(&storage, directory.path());
+        let mount = table.mount(wanted(true)).await.unwrap();
+        let (guest, mut possible) = (client(&mount).await, Possible(vec![below()]));
+        assert!(possible.write(&guest, 0, 4096, 1).await);
+        for (how, way_out) in [(KEEP, "--here --keep --force"), (DISCARD, "--here --discard --force")] {
+            let refused = table.unmount(&mount.id, how).await.unwrap_err();
+            assert_eq!(refused.code, ErrorCode::Busy, "{refused}");
+            assert!(refused.message.contains("an NBD client has it open"), "{refused}");
+            assert!(refused.hint.unwrap().contains(&format!("backtide unmount {} {way_out}", mount.id)));
+        }
+        assert!(possible.write(&guest, 8192, 4096, 2).await, "nothing has changed for it");
+        let other = client(&mount).await;
+        let refused = table.unmount(&mount.id, KEEP).await.unwrap_err();
+        assert!(refused.message.contains("2 NBD connections have it open"), "{refused}");
+        assert_eq!(table.list().await.mounts[0].clients, 2);
+        drop((guest, other));
+        // Who has gone is in nobody's way, however lately.
+        table.unmount(&mount.id, KEEP).await.unwrap();
+
+        let mount = table.remount(&mount.id, None).await.unwrap();
+        possible.check(&mount, "kept").await;
+        let guest = client(&mount).await;
+        assert!(possible.write(&guest, 16_384, 4096, 3).await);
+        table.unmount(&mount.id, by_force(KEEP)).await.unwrap();
+        assert!(!possible.write(&guest, 0, 4096, 4).await, "it was taken from it");
+        let mount = table.remount(&mount.id, None).await.unwrap();
+        possible.check(&mount, "kept by force").await;
+        let guest = client(&mount).await;
+        table.unmount(&mount.id, by_force(DISCARD)).await.unwrap();
+        assert!(guest.flush().await.is_err());
+        assert_eq!(table.list().await, AgentMounts::default());
+
+        let plain = table.mount(wanted(false)).await.unwrap();
+        let reader = client(&plain).await;
+        let refused = table.unmount(&plain.id, PLAIN).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Busy, "{refused}");
+        assert!(refused.hint.unwrap().contains(&format!("backtide unmount {} --here --force", plain.id)));
+        assert_eq!(reader.read(ByteOffset::ZERO, ByteCount(512)).await.unwrap(), below()[..512]);
+        table.unmount(&plain.id, by_force(PLAIN)).await.unwrap();
     });
 }
