@@ -37,12 +37,21 @@ pub fn fsck(path: &Path, progress: &mut dyn FnMut(ByteCount)) -> Result<StoreChe
     check_store(path, &storage, progress, &mut |_, _| {})
 }
 
-/// `found` is told of each disk what its logs tell themselves of their damage, whenever they are opened.
+/// What one log of a disk says itself of its damage, whenever a receiver has it.
+struct Own {
+    log: u32,
+    /// Of one that is out of use: all that reading it finds, short of what only a check reads.
+    damage: Vec<String>,
+    /// One that is in use says no more than that its end is lost.
+    lost_end: Option<String>,
+}
+
+/// `found` is told of each disk what its logs say themselves.
 fn check_store(
     path: &Path,
     storage: &Arc<dyn Storage>,
     progress: &mut dyn FnMut(ByteCount),
-    found: &mut dyn FnMut(&DiskCheck, &[String]),
+    found: &mut dyn FnMut(&DiskCheck, &[Own]),
 ) -> Result<StoreCheck, StoreFileError> {
     let io = |what, path: PathBuf| move |source| StoreFileError::Io { what, path, source };
     let mut damage = small_files::of_store(storage)?;
@@ -134,12 +143,12 @@ fn unread(disk: DiskId) -> DiskCheck {
     }
 }
 
-/// With what its logs tell themselves of their damage. None for a directory in which no log was ever used.
+/// With what its logs say themselves. None for a directory in which no log was ever used.
 fn check_disk(
     shelf: &Shelf,
     disk: DiskId,
     step: &mut dyn FnMut(ByteCount) -> bool,
-) -> Option<(DiskCheck, Vec<String>)> {
+) -> Option<(DiskCheck, Vec<Own>)> {
     let (mut report, mut own) = (unread(disk), Vec::new());
     let numbers = match shelf.numbers(disk) {
         Ok(numbers) => numbers,
@@ -154,7 +163,8 @@ fn check_disk(
         any = true;
         let mut checked = Checked::default();
         let ended = salvaged.and_then(|salvaged| {
-            own.extend_from_slice(&salvaged.damage);
+            let (damage, lost_end) = (salvaged.damage.clone(), shelf.lost_end_of(disk, number, &salvaged));
+            own.push(Own { log: number, damage, lost_end });
             let attached = salvaged.snapshot.timeline().attached().map(|attached| attached.name.clone());
             let memo = shelf.memo(disk, number).map(|memo| memo.attached.name);
             report.name = attached.or(memo).or(report.name.take());
@@ -173,7 +183,16 @@ fn check_disk(
     any.then_some((report, own))
 }
 
-/// Notes what is damaged of a disk, as a scrub does, and what is so no longer: whatever its logs do not tell themselves.
+/// What a receiver tells of a disk without having read it, whose log `in_use` opens, if that is one.
+fn told_anyway(own: &[Own], in_use: Option<u32>) -> Vec<String> {
+    let of_log = |own: &Own| match Some(own.log) == in_use {
+        true => own.lost_end.iter().cloned().collect(),
+        false => own.damage.clone(),
+    };
+    own.iter().flat_map(of_log).collect()
+}
+
+/// Notes what is damaged of a disk, as a scrub does, and what is so no longer: whatever is not told anyway, as `own` is.
 fn note(findings: &Findings, disk: &DiskCheck, own: &[String]) {
     let findings = findings.of_life(disk.uuid);
     let noted = findings.known();

@@ -253,12 +253,22 @@ impl Shelf {
         let of = salvaged.identity.or(known).map(|known| known.history);
         let noted = noted.filter(|(history, _)| of.is_none_or(|of| of == *history));
         let Some((_, noted)) = noted else { return Ok(salvaged) };
+        salvaged.damage.extend(self.lost_end_by(&dir, &noted, &salvaged));
+        Ok(salvaged.reaching(noted.highest()))
+    }
+
+    /// The sentence among what is damaged of a log that says that its end is lost, as one that is in use says it too.
+    pub(crate) fn lost_end_of(&self, disk: DiskId, log: u32, salvaged: &Salvage) -> Option<String> {
+        let dir = Self::dir(disk, log);
+        let (history, noted) = self.noted(&dir).ok().flatten()?;
+        let is_its_own = salvaged.identity.is_none_or(|identity| identity.history == history);
+        self.lost_end_by(&dir, &noted, salvaged).filter(|_| is_its_own && !salvaged.is_ended())
+    }
+
+    fn lost_end_by(&self, dir: &Path, noted: &Noted, salvaged: &Salvage) -> Option<String> {
         let end = salvaged.reached();
         let lost = if noted.durable.seq > end { Some(noted.durable) } else { noted.lost };
-        if let Some(lost) = lost.filter(|_| end > Seq(0)) {
-            salvaged.damage.push(self.lost_end(&dir, lost, end));
-        }
-        Ok(salvaged.reaching(noted.highest()))
+        lost.filter(|_| end > Seq(0)).map(|lost| self.lost_end(dir, lost, end))
     }
 
     /// What to say of a directory without a segment to go by, when something beside tells that a log was in use

@@ -37,7 +37,7 @@ use crate::{
     watermark::{Noted, Watermark},
 };
 
-use super::{check_store, disks_of, note, reading, unread};
+use super::{check_store, disks_of, note, reading, told_anyway, unread};
 
 /// Where parts of logs are put that were cut off, by disk.
 pub(crate) const CUT_DIR: &str = "cut";
@@ -58,6 +58,8 @@ struct Done {
     cut: Vec<String>,
     /// Why no more was.
     errors: Vec<String>,
+    /// The log that a receiver has in use: it tells nothing of itself but that its end is lost.
+    in_use: Option<u32>,
 }
 
 /// Repairs the store at `path`, then checks it: the report says what was done, and what is damaged still. `progress` is
@@ -154,7 +156,8 @@ fn repair_store(
     let report =
         check_store(path, storage, &mut |bytes| progress(ByteCount(before + bytes.0)), &mut |disk, own| {
             if what == Repair::Everything {
-                note(&findings, disk, own);
+                let in_use = done.iter().find(|(id, _)| *id == disk.uuid).and_then(|(_, done)| done.in_use);
+                note(&findings, disk, &told_anyway(own, in_use));
             }
         });
     // What was done is done, and is told whatever comes after it.
@@ -219,31 +222,38 @@ impl Work<'_> {
         };
         for number in numbers {
             match self.log(number, &mut done, step) {
+                Ok(is_open) => done.in_use = is_open.then_some(number),
+                Err(LogError::NoLog { .. }) => {}
                 // What cannot be mended is damage that the check tells of.
-                Ok(()) | Err(LogError::NoLog { .. } | LogError::Damaged { .. }) => {}
-                Err(error) => done.errors.push(chain(&error)),
+                Err(LogError::Damaged { .. }) => done.in_use = None,
+                Err(error) => {
+                    // What of it opens nobody knows.
+                    done.in_use = Some(number);
+                    done.errors.push(chain(&error));
+                }
             }
         }
         done
     }
 
+    /// Whether the log can be in use then.
     fn log(
         &self,
         number: u32,
         done: &mut Done,
         step: &mut dyn FnMut(ByteCount) -> bool,
-    ) -> Result<(), LogError> {
+    ) -> Result<bool, LogError> {
         let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
         let storage = &*shelf.storage;
         if FoundBase::read(storage, &dir)?.base.is_some_and(|base| base.is_ended()) {
             // What is left of it are images: there is nothing to open or to cut.
             done.mended.extend(settle_base(storage, &dir)?);
-            return Ok(());
+            return Ok(false);
         }
         if let Some(cut) = Cut::read(storage, &dir)? {
             done.mended.extend(settle_base(storage, &dir)?);
             if self.what == Repair::Rebuild {
-                return Ok(());
+                return Ok(false);
             }
             if let Some(damage) = Cut::damage_of(storage, &dir) {
                 self.io("write", &dir, Cut { why: "a repair has cut it".to_owned() }.write(storage, &dir))?;
@@ -253,7 +263,7 @@ impl Work<'_> {
                 let salvaged = shelf.salvage_unnoted(self.disk, number)?;
                 self.note_anew(number, salvaged.identity, reached(&salvaged), done)?;
             }
-            return self.cut(number, cut, true, done);
+            return self.cut(number, cut, true, done).map(|()| false);
         }
         // Opening writes a base again that is not everywhere, once it has proved to be that of the log.
         let base = FoundBase::read(storage, &dir)?.damage;
@@ -287,7 +297,7 @@ impl Work<'_> {
                 if unreadable {
                     self.note_anew(number, Some(log.identity()), log.durable(), done)?;
                 }
-                self.in_use(number, log, done, step)
+                self.in_use(number, log, done, step).map(|()| true)
             }
             Err(LogError::Damaged { .. }) if self.what == Repair::Everything => {
                 done.mended.extend(settle_base(storage, &dir)?);
@@ -304,9 +314,9 @@ impl Work<'_> {
                 // Without a base nobody knows that the first of what is left is not where the log begins.
                 let nothing = salvaged.has_no_segment() && self.is_without_segments(&dir)?;
                 let Some(why) = salvaged.damage.first().filter(|_| salvaged.can_be_cut() || nothing) else {
-                    return Ok(());
+                    return Ok(false);
                 };
-                self.cut(number, Cut { why: why.clone() }, false, done)
+                self.cut(number, Cut { why: why.clone() }, false, done).map(|()| false)
             }
             Err(error) => Err(error),
         }

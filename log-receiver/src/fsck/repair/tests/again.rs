@@ -1,5 +1,7 @@
 //! A repair that is done again, and one whose report something stands in the way of.
 
+use crate::fsck::check_snapshot;
+
 use super::*;
 
 fn aside() -> PathBuf {
@@ -96,6 +98,46 @@ fn what_a_repair_finds_damaged_still_is_remembered_and_what_is_whole_again_is_no
     storage.flip_bit(&first, ByteOffset(place as u64), 3);
     assert!(run(&storage, Repair::Everything).unwrap().sound);
     assert!(noted().is_empty());
+}
+
+/// What a scrub notes of the log in use.
+fn scrubbed(storage: &MemoryStorage) -> Vec<findings::Finding> {
+    let noted = Findings::open(Arc::new(storage.clone()));
+    let mut log = shelf(storage).open(IDENTITY.disk, 1).unwrap();
+    let snapshot = log.snapshot().unwrap();
+    note(&noted, &check_snapshot(unread(IDENTITY.disk), &snapshot, None, &mut |_| true), &[]);
+    noted.of(IDENTITY.disk)
+}
+
+#[test]
+fn a_repair_remembers_what_it_cannot_mend_of_a_log_that_opens_for_that_says_nothing_of_itself() {
+    for footer_too in [false, true] {
+        // The newest segment: no later one says that it was durable, and its footer tells of an entry that is gone.
+        let (storage, path, [_, entry]) = repeated::of_one_segment(22, true);
+        storage.flip_bit(&path, ByteOffset(entry - 64 + 9), 1);
+        if footer_too {
+            storage.flip_bit(&path, ByteOffset(repeated::footer_of(&storage) + 10), 1);
+        }
+        let noted = scrubbed(&storage);
+        assert!(noted.iter().any(|finding| finding.touched.is_some()), "{noted:?}");
+        let report = run(&storage, Repair::Everything).unwrap();
+        assert!(!report.sound && report.disks[0].cut.is_empty(), "{report:?}");
+        let disk = shelf(&storage).open_disk(IDENTITY.disk).unwrap();
+        assert_eq!((disk.failure(), disk.damage().count()), (None, 0));
+        assert_eq!(Findings::open(Arc::new(storage.clone())).of(IDENTITY.disk), noted);
+    }
+}
+
+#[test]
+fn a_repair_notes_nothing_that_the_disk_says_itself_as_long_as_it_is_so() {
+    // A log in use that has lost its end, and one that is cut and has damage before that.
+    for storage in [marks::without_its_end(), damaged_before_the_cut()] {
+        let report = run(&storage, Repair::Everything).unwrap();
+        assert!(!report.sound && !report.disks[0].damage.is_empty(), "{report:?}");
+        let disk = shelf(&storage).open_disk(IDENTITY.disk).unwrap();
+        assert_eq!(disk.damage().cloned().collect::<Vec<_>>(), report.disks[0].damage);
+        assert_eq!(Findings::open(Arc::new(storage)).of(IDENTITY.disk), []);
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ fn heal(storage: &MemoryStorage) {
 }
 
 /// A store whose last segment is gone: only the mark tells that there was one.
-fn without_its_end() -> MemoryStorage {
+pub(super) fn without_its_end() -> MemoryStorage {
     let storage = whole(false);
     storage.remove(&last_segment(&storage)).unwrap();
     storage.sync_dir(&Shelf::dir(IDENTITY.disk, 1).join("segments")).unwrap();

@@ -254,7 +254,7 @@ fn no_repair_costs_what_could_be_read_before_it_however_many_there_are() {
 
 /// A log of one segment, of which nothing but its mark says that it was durable, in full or up to `synced`; and where the
 /// payloads of two writes stand.
-fn of_one_segment(synced: u64, sealed: bool) -> (MemoryStorage, PathBuf, [u64; 2]) {
+pub(super) fn of_one_segment(synced: u64, sealed: bool) -> (MemoryStorage, PathBuf, [u64; 2]) {
     let storage = MemoryStorage::new();
     let shared: Arc<dyn Storage> = Arc::new(storage.clone());
     write_store(&shared).unwrap();
@@ -276,6 +276,11 @@ fn of_one_segment(synced: u64, sealed: bool) -> (MemoryStorage, PathBuf, [u64; 2
     let (path, bytes) = segments(&storage).swap_remove(0);
     let at = |byte| bytes.windows(4096).position(|page| page == [byte; 4096]).unwrap() as u64;
     (storage, path, [at(10), at(20)])
+}
+
+/// Where the footer of the first segment that has one stands.
+pub(super) fn footer_of(storage: &MemoryStorage) -> u64 {
+    places(storage).into_iter().find(|place| place.kind == Kind::Footer).unwrap().at
 }
 
 #[test]
@@ -313,9 +318,8 @@ fn entries_are_read_where_their_footer_and_a_payload_are_damaged() {
     let (storage, path, [payload, _]) = of_one_segment(0, true);
     let before = left(&storage, "before");
     storage.flip_bit(&path, ByteOffset(payload + 100), 1);
-    let footer = places(&storage).into_iter().find(|place| place.kind == Kind::Footer).unwrap();
     // Its only index block.
-    storage.flip_bit(&path, ByteOffset(footer.at + 10), 1);
+    storage.flip_bit(&path, ByteOffset(footer_of(&storage) + 10), 1);
     let after = left(&storage, "after");
     assert_eq!(after.keys().last(), before.keys().last());
     // The page of the damaged write, until it is written again.
