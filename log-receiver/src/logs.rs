@@ -103,18 +103,10 @@ impl Shelf {
     /// bytes that were acknowledged: that is said loudly and noted durably, and the agent's handshake finds it too.
     ///
     /// # Errors
-    /// When what is known cannot be read.
+    /// When what is known cannot be read, or a loss cannot be noted.
     pub(crate) fn mark(&self, disk: DiskId, number: u32, log: &DiskLog) -> Result<LogMark, LogError> {
         let dir = Self::dir(disk, number);
         let noted = self.noted(&dir)?.filter(|(history, _)| *history == log.identity().history);
-        let mut watermark = match Watermark::open(&*self.storage, &dir, log.identity().history, log.durable())
-        {
-            Ok(watermark) => Some(watermark),
-            Err(error) => {
-                tracing::warn!(%disk, %error, "cannot note beside the log how far it is durable");
-                None
-            }
-        };
         let found = log.durable();
         let loss = noted.and_then(|(_, noted)| {
             let lost = if noted.durable.seq > found.seq { Some(noted.durable) } else { noted.lost };
@@ -126,14 +118,23 @@ impl Shelf {
                 ended: None,
             })
         });
-        if let (Some(mark), Some(loss)) = (&watermark, &loss) {
+        if let Some(loss) = &loss {
             tracing::error!(%disk, why = loss.why, "acknowledged bytes are lost");
-            if let Err(error) = mark.write_durably(Loss::noted(Some(loss), found)) {
-                // The mark that tells of the loss stays for the next start.
-                tracing::warn!(%disk, %error, "cannot note beside the log that its end is lost");
-                watermark = None;
-            }
         }
+        let mark = Watermark::open(&*self.storage, &dir, log.identity().history, found);
+        let mark = mark.and_then(|mark| match &loss {
+            Some(loss) => mark.write_durably(Loss::noted(Some(loss), found)).map(|()| mark),
+            None => Ok(mark),
+        });
+        let watermark = match mark {
+            Ok(mark) => Some(mark),
+            // The mark of before tells of more than there is: what is appended now and torn would be taken for damage.
+            Err(source) if loss.is_some() => return Err(self.loss_not_noted(&dir, source)),
+            Err(error) => {
+                tracing::warn!(%disk, %error, "cannot note beside the log how far it is durable");
+                None
+            }
+        };
         Ok(LogMark { watermark, watch: self.watch.clone(), loss })
     }
 
@@ -149,6 +150,17 @@ impl Shelf {
             )
         };
         Watermark::of_any(&*self.storage, dir).map_err(|source| LogError::Io { step: step(), source })
+    }
+
+    fn loss_not_noted(&self, dir: &Path, source: io::Error) -> LogError {
+        let step = format!(
+            "write {}, which is to tell that the log has lost what was durable: it is used again when that can be written",
+            self.storage.display(&dir.join(watermark::FILE)).display()
+        );
+        match source.kind() {
+            io::ErrorKind::StorageFull => LogError::Full { step, source },
+            _ => LogError::Io { step, source },
+        }
     }
 
     /// A sentence.

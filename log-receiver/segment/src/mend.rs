@@ -1,9 +1,9 @@
 //! Mending a sealed segment in place: bytes that are damaged become again what was written.
 //!
 //! Nothing is written that a checksum in the segment does not ask for: a payload is taken from somewhere else only when it
-//! has the checksum it was captured with, a footer is built from entries that are whole. So whoever reads meanwhile sees the
-//! damage or what was written, and after a power cut on the way it is one of both. An entry whose header is damaged cannot
-//! be mended: nothing tells what stood there.
+//! has the checksum it was captured with, a footer is built from entries of which every header is whole. What a payload of data
+//! has does not matter to the footer. So whoever reads meanwhile sees the damage or what was written, and after a power cut on
+//! the way it is one of both. An entry whose header is damaged cannot be mended: nothing tells what stood there.
 
 use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn, PayloadChecksum};
 use bytes::{Bytes, BytesMut};

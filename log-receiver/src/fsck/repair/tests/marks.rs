@@ -72,6 +72,28 @@ fn what_a_mark_tells_is_known_again_when_it_can_be_read() {
 }
 
 #[test]
+fn a_log_of_which_it_cannot_be_noted_that_its_end_is_lost_is_not_used_until_it_can() {
+    for fail in [MemoryStorage::fail_write_after, MemoryStorage::fail_sync_after] {
+        let storage = without_its_end();
+        let before = storage.copy();
+        let shelf = shelf(&storage);
+        let log = shelf.open(IDENTITY.disk, 1).unwrap();
+        fail(&storage, 0);
+        let error = shelf.mark(IDENTITY.disk, 1, &log).err().unwrap();
+        assert!(matches!(&error, LogError::Io { step, .. } if step.contains("durable")), "{error}");
+        let log = super::shelf(&before).open_marked(IDENTITY.disk, 1).unwrap();
+        assert_eq!(log.1.loss.unwrap().lost.lsn, Lsn(95));
+    }
+    // One that has lost nothing goes on without its mark: an older one is true all the same.
+    let whole = whole(true);
+    whole.remove(&mark()).unwrap();
+    let shelf = super::shelf(&whole);
+    let log = shelf.open(IDENTITY.disk, 1).unwrap();
+    whole.fail_write_after(0);
+    assert!(shelf.mark(IDENTITY.disk, 1, &log).unwrap().watermark.is_none());
+}
+
+#[test]
 fn what_is_left_of_a_log_is_read_and_it_is_told_that_its_mark_is_not() {
     let storage = whole(true);
     make_unreadable(&storage);
