@@ -5,7 +5,7 @@
 
 mod out_of_use;
 
-pub(crate) use out_of_use::WantedLook;
+pub(crate) use out_of_use::{DamagedLog, WantedLook};
 
 use std::collections::VecDeque;
 

@@ -42,6 +42,8 @@ pub(crate) struct DiskFacts {
     pub(crate) log_bytes: ByteCount,
     pub(crate) segments: u64,
     pub(crate) error: Option<String>,
+    /// That is damage: the log is not opened again, another one begins when the agent comes.
+    pub(crate) is_damaged: bool,
     pub(crate) damage: Vec<String>,
     /// Which points that touches, as far as it is known.
     pub(crate) touched: Vec<Touched>,
@@ -133,6 +135,7 @@ impl DiskFacts {
             log_bytes: disk.log_bytes(),
             segments: disk.segments(),
             error: disk.failure().map(|failure| failure.why.clone()),
+            is_damaged: disk.failure().is_some_and(|failure| failure.damaged),
             damage: disk.damage().cloned().collect(),
             touched: disk.lost_points(),
             begins: disk.begins(),

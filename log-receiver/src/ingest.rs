@@ -31,7 +31,7 @@ use crate::{
     clock::{self, Came},
     committer::Committer,
     connection,
-    disk::{Disk, Failure, Rebasing},
+    disk::{DamagedLog, Disk, Failure, Rebasing},
     disks::{Disks, Shelf, closed},
     facts::DiskFacts,
     past::{EndedLog, Leave},
@@ -64,7 +64,9 @@ pub(crate) enum Task {
     Rebased { disk: DiskId, life: u64, rebased: Box<Rebased>, answer: oneshot::Sender<()> },
     /// Give what is left of the logs that a disk had before, the oldest first.
     Ended(DiskId, oneshot::Sender<Vec<EndedLog>>),
-    /// Give leave to work on a log that has ended; none when there is no such log that can be read.
+    /// Give a disk's newest log; none when it is out of use and not damaged, or nobody knows all that is left of it.
+    Newest(DiskId, oneshot::Sender<Option<Newest>>),
+    /// Give leave to work on a log that has ended, or is the newest and damaged; none when there is no such log that can be read.
     LeaveToFold { disk: DiskId, log: u32, answer: oneshot::Sender<Option<Leave>> },
     /// What could not be read of logs that failed may be by now.
     LookAgain,
@@ -86,6 +88,22 @@ pub(crate) struct Readable {
     pub(crate) damage: Option<String>,
     /// Since when its agent is connected, if it is.
     pub(crate) came: Option<Came>,
+}
+
+/// The newest log of a disk, as retention sees it.
+pub(crate) enum Newest {
+    /// As it is, alone, durable.
+    InUse(Box<Snapshot>),
+    Damaged(DamagedLog),
+}
+
+impl Newest {
+    pub(crate) fn snapshot(&self) -> &Snapshot {
+        match self {
+            Self::InUse(snapshot) => snapshot,
+            Self::Damaged(log) => &log.snapshot,
+        }
+    }
 }
 
 /// A question to the agent of a disk.
@@ -217,6 +235,10 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
                 let disks = ingest.disks.borrow();
                 drop(answer.send(disks.get(disk).map_or(Vec::new(), |disk| disk.past().logs().to_vec())));
             }
+            Task::Newest(disk, answer) => {
+                let ingest = Rc::clone(&ingest);
+                tokio::task::spawn_local(async move { drop(answer.send(ingest.newest(disk).await)) });
+            }
             Task::LeaveToFold { disk, log, answer } => {
                 let ingest = Rc::clone(&ingest);
                 tokio::task::spawn_local(async move { ingest.give_leave(disk, log, answer).await });
@@ -336,6 +358,17 @@ impl Ingest {
             if self.durable(disk, life, readable.snapshot.through()).await? {
                 return Some(taken);
             }
+        }
+    }
+
+    async fn newest(self: Rc<Self>, disk: DiskId) -> Option<Newest> {
+        let readable = Rc::clone(&self).read(disk).await?;
+        let disks = self.disks.borrow();
+        let state = disks.get(disk)?;
+        // Of one that is out of use what is read may be that of older logs alone.
+        match state.failure() {
+            None => Some(Newest::InUse(Box::new(readable.ok()?.snapshot.alone()))),
+            Some(_) => state.damaged_log().map(Newest::Damaged),
         }
     }
 

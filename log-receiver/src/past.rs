@@ -2,7 +2,8 @@
 //!
 //! They have ended: nobody appends to them. What retention does to one of them, that is that it begins later or keeps single
 //! points alone, it does with leave of the disk's owner, which keeps everybody else from the disk's files meanwhile and takes what
-//! is left of the log then ([`Leave`]).
+//! is left of the log then ([`Leave`]). So it is with the newest log when that is damaged and its agent has not come again: that
+//! one begins later only, and its damage stays in it unless all of it lay in what was folded.
 
 use backtide_recovery::{Attached, Base, LogIdentity, RebaseError, Salvage, Snapshot, rebase_closed};
 use backtide_units::{ByteCount, DiskId, Lsn};
@@ -10,8 +11,9 @@ use tokio::sync::oneshot;
 
 use crate::{
     Shelf,
-    disk::{Disk, chain},
+    disk::{DamagedLog, Disk, Wanted, chain},
     ingest::Ingest,
+    logs::LeftOver,
     memo::Memo,
 };
 
@@ -133,39 +135,67 @@ impl Shelf {
         rebase_closed(base, before, &*self.storage, &Self::dir(disk, number), &images)?;
         Ok(self.ended(disk, number))
     }
+
+    /// The same of the newest log, which is damaged.
+    ///
+    /// # Errors
+    /// See [`rebase_closed`].
+    pub(crate) fn rebase_damaged(
+        &self,
+        disk: DiskId,
+        log: &DamagedLog,
+        base: &Base,
+        before: Option<&Base>,
+    ) -> Result<LeftOver, RebaseError> {
+        let images = self.cache.images(&self.storage);
+        rebase_closed(base, before, &*self.storage, &Self::dir(disk, log.number), &images)?;
+        Ok(self.left_of(disk, log.number, &Wanted { through: log.through }))
+    }
 }
 
-/// Leave to work on a log that has ended, until this is dropped: nobody opens, settles or removes a log of the disk meanwhile.
+/// What is left of a log that begins later.
+pub(crate) enum Remains {
+    /// It has ended.
+    Ended(EndedLog),
+    /// It is the newest, and damaged.
+    Damaged(Box<LeftOver>),
+}
+
+/// Leave to work on a log that nobody has open, until this is dropped: nobody opens, settles or removes a log of the disk
+/// meanwhile.
 pub(crate) struct Leave {
     /// What the log begins with now, if it begins with anything.
     pub(crate) before: Option<Base>,
-    done: oneshot::Sender<EndedLog>,
+    /// It is the disk's newest.
+    pub(crate) is_newest: bool,
+    done: oneshot::Sender<Remains>,
     over: oneshot::Receiver<()>,
 }
 
 impl Leave {
     /// Ends it with what is left of the log now, and waits until whoever asks is told of that; blocks.
-    pub(crate) fn end(self, ended: EndedLog) {
+    pub(crate) fn end(self, remains: Remains) {
         let Self { done, over, .. } = self;
         // The receiver may be ending.
-        let _ = done.send(ended);
+        let _ = done.send(remains);
         let _ = over.blocking_recv();
     }
 }
 
 impl Ingest {
-    /// Gives leave to work on a log of a disk that has ended, and waits until it is over; none when there is no such log that can
-    /// be read.
+    /// Gives leave to work on a log of a disk that has ended, or is the newest and damaged, and waits until it is over; none when
+    /// there is no such log that can be read.
     pub(crate) async fn give_leave(&self, disk: DiskId, number: u32, answer: oneshot::Sender<Option<Leave>>) {
         self.until_reopened(disk).await;
-        let before = self.disks.borrow().get(disk).and_then(|state| state.ended_base(number));
-        let Some(before) = before else { return drop(answer.send(None)) };
-        let ((done, ended), (told, over)) = (oneshot::channel(), oneshot::channel());
+        let begun = self.disks.borrow_mut().get_mut(disk).and_then(|state| state.begin_fold(number));
+        let Some((before, is_newest)) = begun else { return drop(answer.send(None)) };
+        let ((done, remains), (told, over)) = (oneshot::channel(), oneshot::channel());
         self.reopening.borrow_mut().insert(disk);
         // Whoever asked may have gone: then nothing comes.
-        drop(answer.send(Some(Leave { before, done, over })));
-        if let (Ok(ended), Some(state)) = (ended.await, self.disks.borrow_mut().get_mut(disk)) {
-            state.put_ended(ended);
+        drop(answer.send(Some(Leave { before, is_newest, done, over })));
+        let remains = remains.await.ok();
+        if let Some(state) = self.disks.borrow_mut().get_mut(disk) {
+            state.end_fold(is_newest, remains);
         }
         self.reopening.borrow_mut().remove(&disk);
         self.synced.notify_waiters();
@@ -174,6 +204,28 @@ impl Ingest {
 }
 
 impl Disk {
+    /// What a log begins with that is to begin later, if it begins with anything, and whether it is the newest; none when there is
+    /// none that has ended or is damaged and can be read.
+    fn begin_fold(&mut self, number: u32) -> Option<(Option<Base>, bool)> {
+        if let Some(before) = self.ended_base(number) {
+            return Some((before, false));
+        }
+        let damaged = self.damaged_log().filter(|log| log.number == number)?;
+        let before = damaged.snapshot.base().cloned();
+        self.begin_reopening().then_some((before, true))
+    }
+
+    fn end_fold(&mut self, is_newest: bool, remains: Option<Remains>) {
+        if is_newest {
+            self.end_reopening(None);
+        }
+        match remains {
+            Some(Remains::Ended(ended)) => self.put_ended(ended),
+            Some(Remains::Damaged(left)) => self.salvaged(*left),
+            None => {}
+        }
+    }
+
     /// What a log begins with that has ended, if it begins with anything; none when there is no such log that can be read.
     fn ended_base(&self, number: u32) -> Option<Option<Base>> {
         let log = self.past().logs().iter().find(|log| log.number == number)?;

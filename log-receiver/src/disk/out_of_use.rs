@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use backtide_receiver_api::Touched;
-use backtide_recovery::{Attached, DiskLog, LastWork, LogError, Salvage};
+use backtide_recovery::{Attached, DiskLog, LastWork, LogError, Salvage, Seq, Snapshot};
 use backtide_units::{DiskId, Lsn};
 
 use super::{Disk, Failed, Failure, Left, Log, Wanted};
@@ -16,6 +16,17 @@ use crate::{
     session::ConnectionId,
     touched::touched,
 };
+
+/// A disk's newest log when that is damaged: another one begins behind it once its agent comes again. Nobody writes to it, and
+/// nobody opens it but for that agent.
+pub(crate) struct DamagedLog {
+    /// Which of the disk's logs.
+    pub(crate) number: u32,
+    /// What can be read of it, alone.
+    pub(crate) snapshot: Snapshot,
+    /// How far it was durable when it failed; none when it was never open.
+    pub(crate) through: Option<Seq>,
+}
 
 /// What a reader may have done about a log that is out of use.
 pub(crate) struct WantedLook {
@@ -122,6 +133,19 @@ impl Disk {
             }
             Log::Failed(_) | Log::Open(..) => None,
         }
+    }
+
+    /// The newest log when that is damaged, all that is left of it is known, and nobody works on its files or is about to claim
+    /// it. What the device cannot read now is no damage: it may be read later.
+    pub(crate) fn damaged_log(&self) -> Option<DamagedLog> {
+        let Log::Failed(failed) = &self.log else { return None };
+        let left = failed.left.as_ref().filter(|left| !left.unread)?;
+        let at_rest = failed.failure.damaged && failed.reopened.is_none() && !self.is_worked_on();
+        at_rest.then(|| DamagedLog {
+            number: self.number,
+            snapshot: left.snapshot.clone(),
+            through: failed.through,
+        })
     }
 
     /// Takes what is left of a log that is out of use.

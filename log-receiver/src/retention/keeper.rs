@@ -5,6 +5,7 @@
 //! What it does is whole whenever it ends: it can be stopped at any time.
 
 mod begin;
+mod damaged;
 mod ended;
 mod room;
 mod thin;
@@ -345,12 +346,17 @@ impl Work {
         ByteCount(if free.0 >= low { low } else { floor + (low - floor) / 4 })
     }
 
-    /// The disks whose logs are in use.
+    /// The disks whose logs are in use, or damaged: those wait for their agents, and grow old meanwhile.
     fn disks(&self) -> Result<Vec<DiskId>, Ending> {
         let mut disks = Vec::new();
         for thread in &self.threads {
             let facts: Vec<DiskFacts> = ask(thread, Task::Facts)?;
-            disks.extend(facts.into_iter().filter(|facts| facts.error.is_none()).map(|facts| facts.id));
+            disks.extend(
+                facts
+                    .into_iter()
+                    .filter(|facts| facts.error.is_none() || facts.is_damaged)
+                    .map(|facts| facts.id),
+            );
         }
         Ok(disks)
     }

@@ -21,14 +21,14 @@ use crate::{
 };
 
 /// The first point of the log behind the one that has ended.
-const NEXT: u64 = 100;
+pub(crate) const NEXT: u64 = 100;
 
-fn older_log(place: &Place) -> PathBuf {
+pub(crate) fn older_log(place: &Place) -> PathBuf {
     place.store().join("disks").join(hello(1, "vm1").disk.to_string())
 }
 
 /// The segments of the log that has ended.
-fn segments(place: &Place) -> Vec<PathBuf> {
+pub(crate) fn segments(place: &Place) -> Vec<PathBuf> {
     let listed = fs::read_dir(older_log(place).join("segments")).unwrap();
     let mut found: Vec<_> = listed.map(|entry| entry.unwrap().path()).collect();
     found.retain(|path| path.extension().is_some_and(|name| name == "seg"));
@@ -37,19 +37,19 @@ fn segments(place: &Place) -> Vec<PathBuf> {
 }
 
 /// A header that is lost costs no point, but the log is never written again.
-fn end_the_log(place: &Place) {
+pub(crate) fn end_the_log(place: &Place) {
     let last = segments(place).pop().unwrap();
     let mut bytes = fs::read(&last).unwrap();
     bytes[40] ^= 0x10;
     fs::write(last, bytes).unwrap();
 }
 
-fn second() -> Hello {
+pub(crate) fn second() -> Hello {
     Hello { epoch: Epoch(2), ..hello(1, "vm1") }
 }
 
 /// A pass with what the disk has, in a log behind the one that has ended.
-async fn begin_anew(receiver: &Receiver) -> Agent {
+pub(crate) async fn begin_anew(receiver: &Receiver) -> Agent {
     let (mut agent, welcome) = Agent::welcomed(receiver, second()).await;
     assert_eq!(welcome.state, ReceiverState::New);
     agent.send(&pass_begin(NEXT, 0, Reason::ReceiverRolledBack)).await;
@@ -66,7 +66,7 @@ fn place_of(lsn: u64) -> u64 {
 }
 
 /// What the disk holds at a point of the newer log.
-fn later(lsn: u64) -> Vec<u8> {
+pub(crate) fn later(lsn: u64) -> Vec<u8> {
     let mut image = at(95);
     for lsn in NEXT + 1..=lsn {
         let place = place_of(lsn) as usize;
@@ -75,24 +75,24 @@ fn later(lsn: u64) -> Vec<u8> {
     image
 }
 
-async fn reads_as(place: &Place, api: &ReceiverClient, lsn: u64, expected: &[u8]) {
+pub(crate) async fn reads_as(place: &Place, api: &ReceiverClient, lsn: u64, expected: &[u8]) {
     let mount = api.mount(&request(&format!("lsn:{lsn}"), None)).await.unwrap();
     assert_content(place, &mount, expected).await;
     api.unmount(&mount.id, None).await.unwrap();
 }
 
-async fn single(api: &ReceiverClient, wanted: &str) -> Vec<u64> {
+pub(crate) async fn single(api: &ReceiverClient, wanted: &str) -> Vec<u64> {
     let report = rounds(api, &vm1(), wanted).await;
     assert!(report.error.is_none() && report.disks[0].error.is_none(), "{report:?}");
     report.disks[0].single_points.iter().map(|point| point.lsn.0).collect()
 }
 
-fn keep(lsn: u64, release: bool) -> KeepRequest {
+pub(crate) fn keep(lsn: u64, release: bool) -> KeepRequest {
     KeepRequest { name: vm1(), at: format!("lsn:{lsn}"), release, held: None }
 }
 
 /// The older log has points from LSN 5 to 95.
-async fn with_two_logs(place: &Place) -> (Receiver, Agent) {
+pub(crate) async fn with_two_logs(place: &Place) -> (Receiver, Agent) {
     let receiver = place.start().await;
     let mut agent = write_history(&receiver, 6..=95).await;
     agent.send(&mark(44, "the middle")).await;

@@ -6,6 +6,7 @@ mod checks;
 mod clocks;
 mod commit;
 mod damage;
+mod damaged_logs;
 mod ended_logs;
 mod every_file;
 mod faults;

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     Shelf, clock,
     ingest::Task,
-    past::{EndedLog, Leave},
+    past::{EndedLog, Leave, Remains},
     reopening::Settling,
     retention::{Moment, Policy, Pressure, SLOTS_MAX, doubts::Doubts, first_point, plan_ended},
 };
@@ -36,14 +36,18 @@ struct Ended<'a> {
 impl Work {
     /// Does what the ladder wants of them; whether that was anything. For want of room no more than the oldest of them that
     /// gives any.
-    pub(super) fn thin_ended(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
+    pub(super) fn thin_ended(
+        &mut self,
+        disk: DiskId,
+        newest: &Snapshot,
+        pressure: Pressure,
+    ) -> Result<bool, Undone> {
         let logs: Vec<EndedLog> = ask(self.thread_of(disk), |answer| Task::Ended(disk, answer))?;
         if logs.is_empty() {
             return Ok(false);
         }
-        let Some(in_use) = self.snapshot(disk)? else { return Ok(false) };
         // Of each the first point behind it; as long as there is none it stays.
-        let mut next = first_point(&in_use);
+        let mut next = first_point(newest);
         let mut behind = Vec::new();
         for log in logs.iter().rev() {
             behind.push(next);
@@ -107,7 +111,7 @@ impl Work {
         let Some(ended) = self.policies.while_allowed(disk, allows, begin).transpose()? else {
             return Ok(false);
         };
-        leave.end(ended);
+        leave.end(Remains::Ended(ended));
         self.told(folded, &plan);
         Ok(true)
     }
@@ -118,17 +122,21 @@ impl Work {
         if self.settled.contains(&(disk, number)) {
             return Ok(());
         }
+        self.settle_now(disk, number)?;
+        self.settled.insert((disk, number));
+        Ok(())
+    }
+
+    /// The same of a log that may be in use again later.
+    pub(super) fn settle_now(&self, disk: DiskId, number: u32) -> Result<(), Undone> {
         let found = FoundBase::read(&*self.shelf.storage, &Shelf::dir(disk, number))?;
         if !found.is_settled() {
             let log = number;
             let settling = ask(self.thread_of(disk), |answer| Task::Settle { disk, log, answer })?;
             if let Settling::Closed(Err(why)) = settling {
-                return Err(Undone::Why(format!(
-                    "it is not known where an older log of the disk begins: {why}"
-                )));
+                return Err(Undone::Why(format!("it is not known where a log of the disk begins: {why}")));
             }
         }
-        self.settled.insert((disk, number));
         Ok(())
     }
 }

@@ -12,7 +12,7 @@ use super::{LogKey, Undone, Work, ask};
 use crate::{
     clock,
     disk::{Rebasing, chain},
-    ingest::Task,
+    ingest::{Newest, Task},
     retention::{Ladder, Moment, Plan, Policy, Pressure, SLOTS_MAX, doubts::Doubts, plan},
 };
 
@@ -62,14 +62,21 @@ impl Work {
     /// Does what the ladder wants of a disk; whether that was anything. For want of room its oldest history goes, which is
     /// that of logs that have ended.
     pub(super) fn thin_all(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
-        let older = self.thin_ended(disk, pressure);
+        let Some(newest): Option<Newest> = ask(self.thread_of(disk), |answer| Task::Newest(disk, answer))?
+        else {
+            return Ok(false);
+        };
+        let older = self.thin_ended(disk, newest.snapshot(), pressure);
         if matches!(older, Err(Undone::Ending)) || matches!((&older, pressure), (Ok(true), Pressure::Shrink))
         {
             return older;
         }
         // What keeps an older log keeps this one not.
-        let in_use = self.thin(disk, pressure)?;
-        Ok(older? || in_use)
+        let last = match newest {
+            Newest::InUse(_) => self.thin(disk, pressure)?,
+            Newest::Damaged(log) => self.thin_damaged(disk, &log, pressure)?,
+        };
+        Ok(older? || last)
     }
 
     /// What is wanted of a disk now; none when nothing of it may go.

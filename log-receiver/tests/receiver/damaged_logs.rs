@@ -1,0 +1,192 @@
+//! Retention of a disk whose newest log is damaged, and whose agent does not come again: it grows old as any other.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use backtide_log_receiver::{Receiver, fsck};
+use backtide_protocol::CloseCode;
+use backtide_receiver_api::{PointsReport, ReceiverClient};
+use backtide_units::Lsn;
+
+use crate::{
+    agent::*,
+    ended_logs::*,
+    fixture::*,
+    retention::{TENS, at, go_on, rounds, vm1, write_history},
+};
+
+/// Points from LSN 5 to 95, of a log in use before.
+async fn written(place: &Place) -> Vec<PathBuf> {
+    let receiver = place.start().await;
+    drop(write_history(&receiver, 6..=95).await);
+    receiver.shutdown().await;
+    segments(place)
+}
+
+fn flip_in_header(segment: &Path) {
+    let mut bytes = fs::read(segment).unwrap();
+    bytes[40] ^= 0x10;
+    fs::write(segment, bytes).unwrap();
+}
+
+async fn points(api: &ReceiverClient) -> PointsReport {
+    api.points(&vm1()).await.unwrap()
+}
+
+/// All that it says is damaged.
+async fn damage(api: &ReceiverClient) -> Vec<String> {
+    api.disks(Some(&vm1())).await.unwrap().disks.remove(0).damage
+}
+
+async fn reads(place: &Place, receiver: &Receiver, lsns: impl IntoIterator<Item = u64>) {
+    for lsn in lsns {
+        reads_as(place, &client(receiver), lsn, &at(lsn)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_log_whose_agent_stays_away_grows_old_up_to_its_damage() {
+    let place = Place::new();
+    let all = written(&place).await;
+    let lost = all.len() - 3;
+    fs::remove_file(&all[lost]).unwrap();
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let before = points(&api).await;
+    let last = before.last.unwrap().lsn.0;
+    assert!((50..90).contains(&last) && before.first.unwrap().lsn == Lsn(5), "{last}");
+    let said = damage(&api).await;
+    assert!(said[0].contains("is missing"), "{said:?}");
+    api.keep(&keep(33, false)).await.unwrap();
+
+    let found = single(&api, TENS).await;
+    // What is before the last point that can be read is folded but for the segment that has it; what is behind the damage
+    // stays.
+    let mut stay = all[lost - 1..].to_vec();
+    stay.remove(1);
+    assert_eq!(segments(&place), stay);
+    let tens = (1..).map(|tens| tens * 10).take_while(|lsn| *lsn < last).chain([33]);
+    let mut expected: Vec<u64> = tens.collect();
+    expected.sort_unstable();
+    assert_eq!(found, expected);
+    let after = points(&api).await;
+    let end = (after.last.unwrap().lsn.0, after.holes.last().unwrap().clone());
+    assert_eq!((end.0, &end.1), (last, before.holes.last().unwrap()), "the hole behind it is what it was");
+    assert_eq!((damage(&api).await, after.damage.is_some()), (said.clone(), true));
+    reads(&place, &receiver, [10, 33, last]).await;
+    assert_eq!(single(&api, TENS).await, found, "there is no more to do");
+
+    // So it is after a start, and for those who check.
+    receiver.shutdown().await;
+    assert!(!fsck(&place.store(), &mut |_| {}).unwrap().sound);
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    assert_eq!((single(&api, TENS).await, damage(&api).await), (found.clone(), said));
+    assert_eq!(points(&api).await.holes.last().unwrap(), &end.1);
+    reads(&place, &receiver, [10, 33, last]).await;
+
+    // The agent comes at last: a new log begins behind it, above all that it had, and it goes as a whole.
+    let agent = begin_anew(&receiver).await;
+    let stale = Agent::refused(&receiver, hello(1, "vm1")).await;
+    assert_eq!(stale.code, CloseCode::Fenced, "{stale:?}");
+    drop(agent);
+    let joined = points(&api).await;
+    let hole = joined.holes.iter().find(|hole| hole.after_lsn == Lsn(last)).unwrap();
+    assert_eq!((hole.before_lsn, hole.reason_code.as_str()), (Some(Lsn(NEXT)), "damaged"), "{hole:?}");
+    let of_both = single(&api, TENS).await;
+    assert!(of_both.starts_with(&found), "{found:?} {of_both:?}");
+    assert_eq!(segments(&place), Vec::<PathBuf>::new());
+    reads(&place, &receiver, [10, 33]).await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_comes_while_the_receiver_runs_finds_a_folded_log_as_it_is() {
+    let place = Place::new();
+    let all = written(&place).await;
+    fs::remove_file(&all[all.len() - 2]).unwrap();
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let last = points(&api).await.last.unwrap().lsn.0;
+    let found = single(&api, TENS).await;
+    assert!(segments(&place).len() < 3, "{:?}", segments(&place));
+    let _agent = begin_anew(&receiver).await;
+    reads(&place, &receiver, found.iter().copied().chain([last])).await;
+    assert_eq!(points(&api).await.last.unwrap().lsn, Lsn(NEXT));
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_that_costs_no_point_goes_with_the_segment_that_has_it() {
+    let place = Place::new();
+    let all = written(&place).await;
+    flip_in_header(&all[1]);
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    assert!(damage(&api).await[0].contains("is damaged at byte 0"));
+    assert_eq!(points(&api).await.last.unwrap().lsn, Lsn(95));
+    let found = single(&api, TENS).await;
+    assert_eq!(segments(&place), all[all.len() - 1..]);
+    receiver.shutdown().await;
+    // What is left is whole.
+    let checked = fsck(&place.store(), &mut |_| {}).unwrap();
+    assert!(checked.sound, "{checked:?}");
+    let receiver = place.start().await;
+    assert_eq!(damage(&client(&receiver)).await, Vec::<String>::new());
+    reads(&place, &receiver, found.into_iter().chain([95])).await;
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_before_a_damaged_one_grow_old_too_and_stay_where_nothing_of_that_can_be_read() {
+    for all_is_lost in [false, true] {
+        let place = Place::new();
+        let (receiver, mut agent) = with_two_logs(&place).await;
+        go_on(&mut agent, NEXT + 1..=130).await;
+        drop(agent);
+        receiver.shutdown().await;
+        let newer = older_log(&place).join("log-2/segments");
+        let mut listed: Vec<_> = fs::read_dir(&newer).unwrap().map(|entry| entry.unwrap().path()).collect();
+        listed.retain(|path| path.extension().is_some_and(|name| name == "seg"));
+        listed.sort();
+        match all_is_lost {
+            false => flip_in_header(listed.last().unwrap()),
+            true => listed.iter().for_each(|path| fs::remove_file(path).unwrap()),
+        }
+        let older = segments(&place);
+        let receiver = place.start().await;
+        let api = client(&receiver);
+        let report = rounds(&api, &vm1(), "any=1h").await;
+        assert_eq!(report.disks[0].error, None);
+        let left = points(&api).await;
+        if all_is_lost {
+            // What stands before it is the newest that the disk has.
+            assert_eq!((left.first.unwrap().lsn, left.last.unwrap().lsn), (Lsn(5), Lsn(95)));
+            assert_eq!(segments(&place), older);
+            reads(&place, &receiver, [5, 95]).await;
+        } else {
+            assert_eq!(left.last.unwrap().lsn, Lsn(130));
+            assert_eq!(segments(&place), Vec::<PathBuf>::new());
+            reads_as(&place, &api, 130, &later(130)).await;
+        }
+        receiver.shutdown().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_that_are_all_that_a_disk_has_left_stay() {
+    let place = Place::new();
+    let (receiver, agent) = with_two_logs(&place).await;
+    let api = client(&receiver);
+    let found = single(&api, TENS).await;
+    assert_eq!(segments(&place), Vec::<PathBuf>::new());
+    drop(agent);
+    receiver.shutdown().await;
+    fs::remove_dir_all(older_log(&place).join("log-2")).unwrap();
+    let receiver = place.start().await;
+    assert_eq!(single(&client(&receiver), "any=1h").await, found);
+    reads(&place, &receiver, found).await;
+    receiver.shutdown().await;
+}
