@@ -33,7 +33,7 @@ use crate::{
     disk::{Disk, DiskError, Failure, chain},
     entries,
     log_mark::LogMark,
-    logs::LOGS_MAX,
+    logs::{LOGS_MAX, NUMBER_MAX},
     past::{EndedLog, Past},
     reopening::{Reopened, Reopening},
     session::ConnectionId,
@@ -391,10 +391,14 @@ fn begin_new_log(
     ended: EndedLog,
 ) -> Result<Option<ConnectionId>, Closed> {
     let number = disk.log_number() + 1;
-    if number > LOGS_MAX {
+    // The one that is damaged now is one of them.
+    let damaged = disk.past().logs().iter().filter(|log| log.has_segments()).count() + 1;
+    if damaged >= LOGS_MAX || number > NUMBER_MAX {
         let why = format!(
-            "{}; {LOGS_MAX} logs of this disk were damaged already: the store needs to be mended or replaced",
-            chain(error)
+            "{}; {damaged} logs of this disk are damaged, the last is number {}: the store needs to be mended or replaced (those \
+             whose history is old to the ladder of `backtide retention set` do not count)",
+            chain(error),
+            disk.log_number()
         );
         return Err(closed(CloseCode::Store, why));
     }

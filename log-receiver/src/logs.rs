@@ -29,8 +29,12 @@ use crate::{
     watermark::{self, Noted, Watermark},
 };
 
-/// A disk whose log was damaged so often has a store that cannot be trusted with one more.
-pub(crate) const LOGS_MAX: u32 = 16;
+/// A disk that has so many logs with segments, all but the last damaged, has a store that cannot be trusted with one more. Those
+/// of which retention has left images at most do not count.
+pub(crate) const LOGS_MAX: usize = 16;
+
+/// The highest number that a log may have: each has a directory for good, which tells what was there.
+pub(crate) const NUMBER_MAX: u32 = 1000;
 
 /// What is left of a log that is out of use.
 pub(crate) struct LeftOver {
@@ -64,7 +68,7 @@ impl Shelf {
             }
         };
         let number = |name: &String| name.strip_prefix("log-")?.parse().ok();
-        let later = names.iter().filter_map(number).filter(|number| (2..=LOGS_MAX).contains(number));
+        let later = names.iter().filter_map(number).filter(|number| (2..=NUMBER_MAX).contains(number));
         let mut numbers: Vec<u32> = std::iter::once(1).chain(later).collect();
         numbers.sort_unstable();
         Ok(numbers)
@@ -76,7 +80,7 @@ impl Shelf {
         let numbers = match self.numbers(disk) {
             Ok(numbers) => numbers,
             Err(error) => {
-                let memo = (1..=LOGS_MAX).rev().find_map(|number| self.memo(disk, number));
+                let memo = (1..=NUMBER_MAX).rev().find_map(|number| self.memo(disk, number));
                 return Some(Disk::unlisted(disk, &error, memo.map(|memo| memo.attached)));
             }
         };

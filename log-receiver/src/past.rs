@@ -52,6 +52,11 @@ impl EndedLog {
         Self { number, identity, snapshot: Some(snapshot), damage, attached, bytes }
     }
 
+    /// Whether it is more than the images that retention has left of it, or than nothing.
+    pub(crate) fn has_segments(&self) -> bool {
+        !self.snapshot.as_ref().and_then(Snapshot::base).is_some_and(Base::is_ended)
+    }
+
     /// It keeps the disk's name, and its fence.
     fn unreadable(number: u32, why: String, memo: Option<Memo>) -> Self {
         let (snapshot, bytes) = (None, ByteCount::ZERO);

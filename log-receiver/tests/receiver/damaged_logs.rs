@@ -6,9 +6,9 @@ use std::{
 };
 
 use backtide_log_receiver::{Receiver, fsck};
-use backtide_protocol::CloseCode;
+use backtide_protocol::{CloseCode, Hello};
 use backtide_receiver_api::{PointsReport, ReceiverClient};
-use backtide_units::Lsn;
+use backtide_units::{Epoch, Lsn};
 
 use crate::{
     agent::*,
@@ -188,5 +188,56 @@ async fn images_that_are_all_that_a_disk_has_left_stay() {
     let receiver = place.start().await;
     assert_eq!(single(&client(&receiver), "any=1h").await, found);
     reads(&place, &receiver, found).await;
+    receiver.shutdown().await;
+}
+
+/// The newest segment of a log, by its number.
+fn newest_segment(place: &Place, log: u64) -> PathBuf {
+    let dir = if log == 1 { older_log(place) } else { older_log(place).join(format!("log-{log}")) };
+    let listed = fs::read_dir(dir.join("segments")).unwrap().map(|entry| entry.unwrap().path());
+    listed.filter(|path| path.extension().is_some_and(|name| name == "seg")).max().unwrap()
+}
+
+/// As many logs as a disk may have, all damaged.
+const LOGS_MAX: u64 = 16;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_was_damaged_often_goes_on_when_its_older_logs_are_old() {
+    let place = Place::new();
+    let of = |log: u64| Hello { epoch: Epoch(log), ..hello(1, "vm1") };
+    let mut receiver = place.start().await;
+    for log in 1..=LOGS_MAX {
+        let (mut agent, _) = Agent::welcomed(&receiver, of(log)).await;
+        agent.first_pass(log * 10).await;
+        agent.all_durable().await;
+        drop(agent);
+        receiver.shutdown().await;
+        flip_in_header(&newest_segment(&place, log));
+        receiver = place.start().await;
+    }
+    let refused = Agent::refused(&receiver, of(LOGS_MAX + 1)).await;
+    assert_eq!(refused.code, CloseCode::Store, "{refused:?}");
+    assert!(
+        refused.message.contains("16 logs of this disk are damaged, the last is number 16"),
+        "{refused:?}"
+    );
+    let api = client(&receiver);
+    assert_eq!(points(&api).await.first.unwrap().lsn, Lsn(10));
+    // Nothing is left of those before the last, whose point is the newest.
+    assert_eq!(single(&api, "any=1h").await, Vec::<u64>::new());
+    for log in LOGS_MAX + 1..=LOGS_MAX + 2 {
+        let (mut agent, welcome) = Agent::welcomed(&receiver, of(log)).await;
+        assert_eq!(welcome.highest, Lsn((log - 1) * 10), "LSNs go on above those of all before");
+        agent.first_pass(log * 10).await;
+        agent.all_durable().await;
+        drop(agent);
+        receiver.shutdown().await;
+        flip_in_header(&newest_segment(&place, log));
+        receiver = place.start().await;
+        let stale = Agent::refused(&receiver, of(log - 1)).await;
+        assert_eq!(stale.code, CloseCode::Fenced, "{stale:?}");
+        let last = points(&client(&receiver)).await.last.unwrap().lsn;
+        assert_eq!(last, Lsn(log * 10), "a log of any number is found again");
+    }
     receiver.shutdown().await;
 }
