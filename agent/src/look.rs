@@ -1,6 +1,6 @@
 //! A look at what an agent would find, by who does not become it: `agent run --check`.
 //!
-//! Invariant: nothing is changed, and a running agent's lock of the state directory is nobody's concern here.
+//! Invariant: nothing stays changed, and a running agent's lock of the state directory is nobody's concern here.
 
 use std::{io, path::Path, sync::Arc};
 
@@ -42,7 +42,7 @@ fn names_in(text: &str) -> Vec<DiskName> {
 /// when a record is, else `refused`.
 pub fn look(config: &Config, lost: &[DiskName]) -> Result<usize, ApiError> {
     if !config.state.exists() {
-        return Ok(0);
+        return can_be_made(&config.state).map(|()| 0);
     }
     let unreadable = |error: io::Error| {
         let why = format!("cannot read the disks' records in {}: {error}", config.state.display());
@@ -67,6 +67,22 @@ pub fn look(config: &Config, lost: &[DiskName]) -> Result<usize, ApiError> {
     )))
 }
 
+/// Whether the directory could be made. Who may make one there, and whether that file system takes any, only an attempt tells.
+fn can_be_made(state: &Path) -> Result<(), ApiError> {
+    let above = std::path::absolute(state)
+        .map(|state| state.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/")).to_owned());
+    let attempt = above.and_then(|above| {
+        let attempt = above.join(format!(".backtide-check-{}", std::process::id()));
+        std::fs::create_dir(&attempt)?;
+        std::fs::remove_dir(&attempt)
+    });
+    attempt.map_err(|error| {
+        let why = format!("the state directory {} is not there and cannot be made: {error}", state.display());
+        ApiError::new(ErrorCode::Failed, why)
+            .with_hint("give an agent that may not make it another one with --state")
+    })
+}
+
 /// Why an attached disk could not be served where it is, as far as its certificates tell.
 fn unservable(record: &DiskRecord) -> Option<String> {
     let uri: NbdUri = record.nbd.as_deref().filter(|_| record.attached)?.parse().ok()?;
@@ -88,7 +104,11 @@ mod tests {
         }))
         .unwrap();
         assert_eq!(look(&config, &[]), Ok(0));
-        assert!(!state.exists(), "it only looks");
+        assert!(!state.exists() && directory.path().read_dir().unwrap().next().is_none(), "it only looks");
+        let nowhere = Config { state: "/proc/backtide/state".into(), ..config.clone() };
+        let error = look(&nowhere, &[]).unwrap_err();
+        let told = "the state directory /proc/backtide/state is not there and cannot be made: ";
+        assert!(error.message.starts_with(told) && error.code == ErrorCode::Failed, "{error:?}");
         let records = Records::new(Arc::new(RealStorage::open(&state).unwrap()));
         let record = |name: &str| {
             DiskRecord::new(name.parse().unwrap(), format!("/{name}"), "unix:/r.sock".parse().unwrap())

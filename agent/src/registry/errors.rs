@@ -179,6 +179,11 @@ pub(super) async fn refuse_incomplete(handle: &DiskHandle) -> Result<(), ApiErro
     let Ok(status) = handle.status().await else { return Ok(()) };
     let Some(hydration) = status.hydration else { return Ok(()) };
     let (disk, missing) = (&status.name, hydration.missing_bytes);
+    if missing.is_zero() {
+        let message =
+            format!("the image of disk {disk} lacks nothing any more, which is still being made durable");
+        return Err(ApiError::new(ErrorCode::Refused, message).with_hint("detach it again in a moment"));
+    }
     let message = format!("the image of disk {disk} lacks {missing} bytes, which are still at the receiver");
     Err(ApiError::new(ErrorCode::Refused, message).with_hint(
         "detach it when nothing is missing; with --incomplete only the same agent can go on with it",

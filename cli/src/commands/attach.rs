@@ -228,19 +228,21 @@ impl Attach {
                     false => ("does not take it", "does"),
                 };
                 context.warn(&format!(
-                    "disk {} is attached, but its receiver at {} {what}: {}; changed blocks are tracked until it {until}",
+                    "disk {} is attached, but its receiver at {} {what}: {}; {} until it {until}",
                     disk.name.as_str(),
                     disk.receiver,
-                    error.message
+                    error.message,
+                    meanwhile(&disk)
                 ));
                 Ok(Ending::Warnings)
             }
             None if !disk.connected && disk.mode != Mode::Paused => {
                 context.warn(&format!(
-                    "disk {} is attached, but its receiver at {} has not answered for {} s; changed blocks are tracked until it does",
+                    "disk {} is attached, but its receiver at {} has not answered for {} s; {} until it does",
                     disk.name.as_str(),
                     disk.receiver,
-                    FIRST_CONTACT.as_secs()
+                    FIRST_CONTACT.as_secs(),
+                    meanwhile(&disk)
                 ));
                 Ok(Ending::Warnings)
             }
@@ -364,6 +366,12 @@ pub(crate) fn absolute_image(image: &str) -> Result<String, Failure> {
     path.into_os_string().into_string().map_err(|path| {
         crate::ending::wrong_usage(format!("the path {} is not UTF-8, which the API needs", path.display()))
     })
+}
+
+/// What becomes of the guest's writes, as the disk's reason has it.
+fn meanwhile(disk: &DiskStatus) -> &'static str {
+    // The only mode without a stream in which there are records.
+    if disk.mode == Mode::Sync { "writes are retained" } else { "changed blocks are tracked" }
 }
 
 #[cfg(test)]

@@ -60,16 +60,28 @@ impl Detach {
         }
         match missing_at_receiver(&disk) {
             Some(missing) => {
-                context.warn(&format!(
-                    "the receiver lacks {missing} of disk {}; what it lacks is remembered and follows at the next attach",
-                    disk.name.as_str()
-                ));
+                let goes_on = after_detach(&disk);
+                context
+                    .warn(&format!("the receiver lacks {missing} of disk {}; {goes_on}", disk.name.as_str()));
                 Ok(Ending::Warnings)
             }
             None if disk.guest_waits.is_some() || disk.local_error.is_some() => Ok(Ending::Warnings),
             None => Ok(Ending::Done),
         }
     }
+}
+
+/// What becomes of what the receiver lacks.
+fn after_detach(disk: &DiskStatus) -> String {
+    if disk.last_error.as_ref().is_none_or(|error| error.code != "fenced") {
+        return "what it lacks is remembered and follows at the next attach".to_owned();
+    }
+    let (name, image) = (disk.name.as_str(), &disk.image);
+    format!(
+        "another agent has the disk, so that it does not get it from here: `backtide failback {name}` brings the latest point of that \
+         one here, `backtide attach {name} {image} --receiver {} --take-over` makes what this image holds the latest content",
+        disk.receiver
+    )
 }
 
 impl Pause {

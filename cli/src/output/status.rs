@@ -92,7 +92,7 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
         lines.extend(tls_lines(tls));
     }
     if let Some(trouble) = &disk.local_error {
-        lines.push(("image error", trouble.clone()));
+        lines.push((trouble_of(disk), trouble.clone()));
     }
     if let Some(origin) = &disk.origin {
         let Origin { disk, lsn, time, .. } = origin;
@@ -215,9 +215,14 @@ fn dirty_text(disk: &DiskStatus) -> String {
 /// What hurts the guest goes before what explains the mode.
 fn reason_text(disk: &DiskStatus) -> String {
     match &disk.local_error {
-        Some(trouble) => format!("image error: {trouble}"),
+        Some(trouble) => format!("{}: {trouble}", trouble_of(disk)),
         None => disk.reason.clone(),
     }
+}
+
+/// Where the trouble is: what cannot be saved is the agent's state, whatever the image is.
+fn trouble_of(disk: &DiskStatus) -> &'static str {
+    if disk.unsaved.is_some() && disk.unsaved == disk.local_error { "state error" } else { "image error" }
 }
 
 fn mode_text(disk: &DiskStatus) -> String {

@@ -136,6 +136,15 @@ fn a_guest_that_waits_and_a_fenced_disk_are_shown_with_the_way_out() {
 }
 
 #[test]
+fn what_cannot_be_saved_is_no_trouble_of_the_image() {
+    let trouble = Some("cannot save the disk's record in /state: no space".to_owned());
+    let disk = DiskStatus { local_error: trouble.clone(), unsaved: trouble, ..in_sync() };
+    assert!(table(std::slice::from_ref(&disk)).contains("state error: cannot save"));
+    let text = disk_text(&DiskStatus { local_error: Some("the image is away".to_owned()), ..disk });
+    assert!(text.contains("image error") && !text.contains("state error"), "{text}");
+}
+
+#[test]
 fn a_lost_receiver_is_shown_with_its_words() {
     let mut disk = in_sync();
     disk.connected = false;
