@@ -18,8 +18,8 @@ use crate::disk::{Command, DiskHandle, NoAnswer};
 pub(crate) enum MarksError {
     #[error(transparent)]
     Mark(#[from] MarkError),
-    #[error("disk {disk} does not forward its writes now: this moment will not be recoverable")]
-    NotForwarding { disk: DiskName },
+    #[error("disk {disk} does not forward its writes now ({why}): this moment will not be recoverable")]
+    NotForwarding { disk: DiskName, why: String },
     #[error("disk {disk}: {source}")]
     NoAnswer { disk: DiskName, source: NoAnswer },
 }
@@ -38,7 +38,8 @@ async fn mark_held(label: &str, disks: &[(DiskName, DiskHandle)]) -> Result<Vec<
     for (disk, handle) in disks {
         let no_answer = |source| MarksError::NoAnswer { disk: disk.clone(), source };
         if !handle.ask(Command::Hold).await.map_err(no_answer)? {
-            return Err(MarksError::NotForwarding { disk: disk.clone() });
+            let why = handle.status().await.map_err(no_answer)?.reason;
+            return Err(MarksError::NotForwarding { disk: disk.clone(), why });
         }
     }
     let mut marks = Vec::with_capacity(disks.len());

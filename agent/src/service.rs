@@ -69,7 +69,7 @@ impl Service {
         let refused = || ApiError::from_error(ErrorCode::Refused, error);
         let waiting = || refused().with_hint("wait until every disk is in sync");
         match error {
-            MarksError::NotForwarding { disk } => {
+            MarksError::NotForwarding { disk, .. } => {
                 let status = self.status(Some(disk.clone())).await;
                 let paused =
                     status.is_ok_and(|status| status.disks.iter().any(|disk| disk.mode == Mode::Paused));

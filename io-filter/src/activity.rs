@@ -55,7 +55,7 @@ pub(crate) struct Activity {
     /// Whether the one under way says so.
     everything_coming: bool,
     /// Changed since the last flush began.
-    unflushed: DirtyBitmap,
+    pub(crate) unflushed: DirtyBitmap,
     /// Changed before the flush that is under way.
     flushing: Option<(IoId, DirtyBitmap)>,
     /// Of these a flush failed: nobody knows what the disk is going to hold.
@@ -305,7 +305,7 @@ impl Filter {
             gap_from: self.acked_durable,
             acked_durable: self.acked_durable,
             acked_position: self.acked_position,
-            reason: self.reason,
+            reason: self.why_hole(),
             dirty,
             ..SavedTracking::unknown(self.settings.disk)
         };

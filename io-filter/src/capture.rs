@@ -435,11 +435,11 @@ impl Filter {
     /// The window is full: its records become dirty blocks.
     fn overflow(&mut self) {
         self.counters.overflows += 1;
-        let spill = self.why_spill_was_not_enough();
+        let why = self.why_window_was_not_enough();
         match (&self.link, self.mode) {
             (Link::Down, _) => {
                 self.window.abandon_unspilled(&mut self.passive);
-                self.enter(Mode::Tracking, Some(spill.unwrap_or(Reason::ReceiverAway)));
+                self.enter(Mode::Tracking, Some(why.unwrap_or(Reason::ReceiverAway)));
             }
             (Link::Up { .. }, Mode::Resync) => {
                 self.window.abandon_unsent_records(&mut self.passive);
@@ -450,7 +450,7 @@ impl Filter {
             (Link::Up { .. }, _) => {
                 self.window.abandon_unsent_records(&mut self.passive);
                 self.slow = true;
-                self.enter(Mode::Tracking, Some(spill.unwrap_or(Reason::LinkTooSlow)));
+                self.enter(Mode::Tracking, Some(why.unwrap_or(Reason::LinkTooSlow)));
             }
         }
         self.release_answers_after_outage();

@@ -320,7 +320,8 @@ impl Filter {
         }
         self.link = Link::Down;
         self.forget_recalls();
-        self.acked_in_pass = false;
+        // The receiver keeps the reason of the pass that it has.
+        let has_begun = std::mem::take(&mut self.acked_in_pass);
         if let Some(scanning) = self.scanning.take() {
             self.lost = Some(scanning.plan);
         }
@@ -328,7 +329,8 @@ impl Filter {
             Mode::Sync => self.window.rewind(),
             Mode::Resync => {
                 self.abort_pass();
-                self.enter(Mode::Tracking, Some(Reason::ResyncInterrupted));
+                let first = self.reason.filter(|_| !has_begun);
+                self.enter(Mode::Tracking, Some(first.unwrap_or(Reason::ResyncInterrupted)));
             }
             Mode::Tracking | Mode::Paused | Mode::Detached if self.window.holds_spill() => {
                 self.window.rewind();
@@ -355,6 +357,7 @@ impl Filter {
         let progress = (received, durable) != (*known_received, *known_durable);
         (*known_received, *known_durable) = (received, durable);
         if progress {
+            self.refused = false;
             self.receiver_is_alive();
         }
         if let Some(lsn) = self.window.received(received) {

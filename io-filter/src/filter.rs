@@ -85,6 +85,12 @@ pub struct Filter {
     pub(crate) mode: Mode,
     /// Why the mode is not `Sync`.
     pub(crate) reason: Option<Reason>,
+    /// While it is paused: why it was not in sync before that.
+    pub(crate) before_pause: Option<Reason>,
+    /// Somebody writes the local disk past the agent: a pass would read what changes under it.
+    pub(crate) written_past: bool,
+    /// The receiver refused the last connection, and has acknowledged nothing since.
+    pub(crate) refused: bool,
     pub(crate) link: Link,
     pub(crate) history: Option<HistoryId>,
     /// The last LSN given.
@@ -170,6 +176,9 @@ impl Filter {
             settings,
             mode: Mode::Tracking,
             reason: None,
+            before_pause: None,
+            written_past: false,
+            refused: false,
             link: Link::Down,
             history: None,
             last_lsn: Lsn::ZERO,

@@ -104,7 +104,8 @@ impl Filter {
         if self.mode == Mode::Tracking && self.lost.is_none() && self.pause_between_passes().is_some() {
             return;
         }
-        let may = self.is_connected() && self.pass.is_none() && self.scanning.is_none();
+        let foreign = self.written_past && !self.is_mutant(Mutant::PassWhileWrittenPast);
+        let may = self.is_connected() && self.pass.is_none() && self.scanning.is_none() && !foreign;
         if !may || !matches!(self.mode, Mode::Tracking | Mode::Sync) || !self.can_begin_pass() {
             return;
         }

@@ -71,6 +71,7 @@ impl Filter {
             return;
         }
         self.stop_forwarding();
+        self.before_pause = self.reason;
         self.enter(Mode::Paused, Some(Reason::Paused));
         self.retry_copies();
         self.release_answers_after_outage();
@@ -80,7 +81,8 @@ impl Filter {
     pub fn resume(&mut self, now: Now) {
         self.observe(now);
         if self.mode == Mode::Paused {
-            let reason = self.lost.as_ref().map_or(Reason::Paused, |plan| plan.reason);
+            let why = self.lost.as_ref().map_or(Reason::Paused, |plan| plan.reason);
+            let reason = self.before_pause.take().unwrap_or(why);
             self.enter(Mode::Tracking, Some(reason));
         }
     }
@@ -100,6 +102,70 @@ impl Filter {
             ResyncKind::Full => self.lost = Some(self.merge_plan(PassPlan::full(Reason::Forced))),
         }
         self.pump();
+    }
+
+    /// Somebody else writes the local disk: as long as that is so nothing is forwarded and no pass begins, and then everything
+    /// is compared. To be said again while they are there. Whether the driver has to end the stream.
+    pub fn is_written_past(&mut self, now: Now) -> bool {
+        self.observe(now);
+        if self.mode == Mode::Detached {
+            return false;
+        }
+        let (mode, was_connected) = (self.mode, self.is_connected());
+        let reason = Reason::WrittenPastAgent;
+        // What a scan or a pass has seen so far may have been written since.
+        let restarts = mode == Mode::Resync || self.scanning.is_some();
+        if restarts {
+            self.stop_forwarding();
+        }
+        let mut plan = self.merge_plan(PassPlan::compare(reason));
+        match mode {
+            Mode::Sync => {
+                // The hole begins here, whatever was to be compared anyway.
+                plan.reason = reason;
+                self.window.abandon_unsent_records(&mut self.passive);
+                self.enter(Mode::Tracking, Some(reason));
+            }
+            Mode::Resync => self.enter(Mode::Tracking, self.reason),
+            Mode::Tracking | Mode::Paused | Mode::Detached => {}
+        }
+        self.lost = Some(plan);
+        if !std::mem::replace(&mut self.written_past, true) {
+            // What is written past stands for a change that the receiver lacks: without one there is no hole.
+            let _ = (self.take_lsn(), self.stamp());
+        }
+        if mode != self.mode || restarts {
+            self.retry_copies();
+            self.release_answers_after_outage();
+        }
+        self.pump();
+        restarts && was_connected
+    }
+
+    /// Nobody else writes the local disk any more: everything is compared.
+    pub fn was_written_past(&mut self, now: Now) {
+        self.observe(now);
+        self.written_past = false;
+        // Also when it was compared: the power may take it.
+        self.activity.unflushed.insert(self.all_blocks());
+        self.lost = Some(self.merge_plan(PassPlan::compare(Reason::WrittenPastAgent)));
+        self.pump();
+    }
+
+    /// Whether the receiver was there at the last attempt and refused the disk, or what was sent of it.
+    pub fn receiver_refuses(&mut self, now: Now, refuses: bool) {
+        self.observe(now);
+        self.refused = refuses;
+    }
+
+    /// Whether the receiver is there and takes nothing.
+    pub fn is_refused(&self) -> bool {
+        self.refused
+    }
+
+    /// Why what the receiver lacks is a hole, also while the disk is paused.
+    pub(crate) fn why_hole(&self) -> Option<Reason> {
+        self.before_pause.or(self.reason)
     }
 
     /// Changes of these blocks that were answered are not on the local disk any more, or in part: what is there is sent
@@ -128,6 +194,10 @@ impl Filter {
         match &self.lost {
             Some(due) if !due.tell_zeroes => due.clone(),
             Some(due) => PassPlan { reason: due.reason, ..plan },
+            // A hole tells why it began.
+            None if matches!(self.mode, Mode::Tracking | Mode::Paused) => {
+                PassPlan { reason: self.why_hole().unwrap_or(plan.reason), ..plan }
+            }
             None => plan,
         }
     }
@@ -218,7 +288,7 @@ impl Filter {
         }
         let clean = self.is_drained();
         let spilled_to = self.complete_in_spill();
-        let reason = self.reason;
+        let reason = self.why_hole();
         self.stop_forwarding();
         self.release_answers_after_outage();
         // Only where something is known of the differences is there something to save.

@@ -159,12 +159,12 @@ impl Filter {
         !self.spill.active && self.spill.append.is_none() && !self.window.holds_spill()
     }
 
-    /// Why the window overflowed although there is a spill.
-    pub(crate) fn why_spill_was_not_enough(&self) -> Option<Reason> {
+    /// Why the window overflowed, if not for the link alone.
+    pub(crate) fn why_window_was_not_enough(&self) -> Option<Reason> {
         if self.spill.failure.is_some() {
             return Some(Reason::SpillFailed);
         }
-        self.spill.full.then_some(Reason::SpillFull)
+        self.spill.full.then_some(Reason::SpillFull).or(self.refused.then_some(Reason::ReceiverRefuses))
     }
 
     /// Does whatever the spill needs.

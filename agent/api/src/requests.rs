@@ -132,6 +132,8 @@ pub enum MarkState {
     Unconfirmed,
     /// The receiver is away. It is lost if that lasts until the retained window overflows.
     Away,
+    /// The receiver is there and takes nothing of the disk. It is lost if that lasts until the retained window overflows.
+    Refused,
     /// A resync: it is a point when that is complete, and lost when that is interrupted.
     Resync,
     /// The disk gave it up with the writes around it before the receiver had acknowledged it, and sends it no more. It is a

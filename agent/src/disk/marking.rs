@@ -50,6 +50,7 @@ pub(super) fn mark(engine: &Rc<Engine>, label: &str) -> Result<MarkAt, MarkError
             return Err(MarkError::HeldTooLong { disk });
         }
         let state = match (filter.is_connected(), filter.mode()) {
+            (false, _) if filter.is_refused() => MarkState::Refused,
             (false, _) => MarkState::Away,
             (true, Mode::Sync) => MarkState::Unconfirmed,
             (true, Mode::Resync | Mode::Tracking | Mode::Paused | Mode::Detached) => MarkState::Resync,

@@ -2,15 +2,21 @@
 //! while nobody uses the disk, as its time tells ([`Life`](super::life::Life)). Nothing keeps them away, so that the image
 //! can be given back at any moment; what they write is in no point.
 //!
+//! From the first look that sees them nothing is forwarded until everything was compared: what the receiver had of the disk
+//! meanwhile would be points of what the disk never was. So the history has a hole there.
+//!
 //! Invariant: that somebody was seen is in the disk's record, and told, until everything was compared, from a moment on at
 //! which nobody was seen any more. As long as the record says so nothing that was saved of the disk is trusted.
 
 use std::{rc::Rc, sync::Arc};
 
-use backtide_io_filter::{Filter, ResyncKind};
+use backtide_io_filter::Filter;
 use backtide_storage::ImageFile;
 
-use super::{engine::Engine, local::blocking};
+use super::{
+    engine::{Engine, Kick},
+    local::blocking,
+};
 
 /// What a person has to do of it.
 const QEMU_IS_THERE: &str = "a QEMU has the image itself open, to write it: what it writes is in no point; have it use the disk's NBD export; \
@@ -18,7 +24,7 @@ const QEMU_IS_THERE: &str = "a QEMU has the image itself open, to write it: what
 
 /// What the agent does of it.
 const IS_COMPARED: &str = "somebody else has written the image past the agent, or may have: what was written so is in no point before \
-     everything was compared";
+     everything was compared, which happens by itself as soon as the receiver is there";
 
 /// What is known of others that write the image of a disk.
 #[derive(Debug)]
@@ -66,15 +72,22 @@ impl PastAgent {
         self.qemu || self.writes
     }
 
-    /// Has everything compared when nobody is there any more, and forgets them when that has ended; whether it has now.
+    /// Forwards nothing while somebody is there, has everything compared when nobody is any more, and forgets them when that
+    /// has ended; whether it has now.
     pub(super) fn follow_up(&mut self, engine: &Rc<Engine>) -> bool {
-        if !self.wrote || self.is_there() {
+        if !self.wrote {
+            return false;
+        }
+        if self.is_there() {
+            if engine.happen(Filter::is_written_past) {
+                engine.end_stream(Kick::Operator("somebody else writes the image: nothing is read of it"));
+            }
             return false;
         }
         let disk = engine.name();
         if !self.compares {
             tracing::warn!(%disk, "nobody else writes the image any more: everything is compared");
-            engine.happen(|filter, now| filter.force_resync(now, ResyncKind::Compare));
+            engine.happen(Filter::was_written_past);
             self.compares = true;
         } else if engine.look(Filter::owes_no_resync) {
             tracing::info!(%disk, "what was written past the agent is at the receiver");

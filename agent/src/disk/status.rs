@@ -222,14 +222,14 @@ fn reason_of(
     if let Some(error) = refuses {
         let goes_on = match status.reason {
             None => "writes are retained".to_owned(),
-            Some(Reason::ReceiverAway | Reason::Paused | Reason::Detached) => {
+            Some(Reason::ReceiverAway | Reason::ReceiverRefuses | Reason::Paused | Reason::Detached) => {
                 "changes are tracked".to_owned()
             }
             Some(reason) => reason.to_string(),
         };
         let code = match status.reason {
             None => "retaining".to_owned(),
-            Some(Reason::Paused | Reason::Detached) => code(Reason::ReceiverAway),
+            Some(Reason::Paused | Reason::Detached) => code(Reason::ReceiverRefuses),
             Some(reason) => code(reason),
         };
         return (format!("the receiver refuses data: {}; {goes_on}", error.message), code);

@@ -120,6 +120,19 @@ impl StreamError {
         }
     }
 
+    /// Whether the receiver was there, and takes nothing of this disk as long as something stays as it is.
+    fn is_refusal(&self) -> bool {
+        let Self::Closed(closed) = self else { return false };
+        match closed.code {
+            CloseCode::Fenced
+            | CloseCode::Version
+            | CloseCode::Store
+            | CloseCode::Refused
+            | CloseCode::Denied => true,
+            CloseCode::Bye | CloseCode::Invalid | CloseCode::Busy => false,
+        }
+    }
+
     /// A fenced agent never comes back with this epoch.
     fn fenced_by(&self) -> Option<Epoch> {
         match self {
@@ -164,6 +177,7 @@ impl Stream {
             }
             let began = Instant::now();
             let error = self.receiver.explained(self.connect_and_run().await);
+            self.engine.happen(|filter, now| filter.receiver_refuses(now, error.is_refusal()));
             let was_connected = self.engine.look(backtide_io_filter::Filter::is_connected);
             if was_connected {
                 add(&self.engine.traffic.disconnects, 1);

@@ -6,7 +6,7 @@ use backtide_export::{Client, Directory, NbdAddress, NbdUri};
 use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, MarkError};
 use backtide_socket::Sockets;
 use backtide_storage::RealStorage;
-use backtide_units::{ByteCount, ByteOffset, ByteRange};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, HistoryId};
 use rustix::fs::FlockOperation;
 use tokio::{
     sync::oneshot,
@@ -166,8 +166,16 @@ async fn that_a_qemu_had_the_image_itself_open_is_remembered_until_everything_wa
     assert!(disk.handle.status().await.unwrap().resync_due && record().written_past_agent);
     disk.end().await;
     assert!(record().written_past_agent);
-    let disk = Started::image_of(directory, |_| record()).await;
-    assert!(disk.handle.status().await.unwrap().local_error.is_some());
+    // It has been in sync once: what is lacked is a hole.
+    let known = |record| DiskRecord { history: Some(HistoryId(Uuid::from_u128(5))), ..record };
+    let disk = Started::image_of(directory, |_| DiskRecord { paused: false, ..known(record()) }).await;
+    let status = disk.handle.status().await.unwrap();
+    assert!(status.local_error.is_some_and(|told| told.contains("which happens by itself")));
+    let refused = crate::marks::mark("here", &[(name.clone(), disk.handle.clone())]).await.unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "disk vm1 does not forward its writes now (written past the agent): this moment will not be recoverable"
+    );
     disk.end().await;
     assert!(record().written_past_agent);
     assert!(records(directory).load_tracking(&name).unwrap().unwrap().snapshot.everything);

@@ -199,6 +199,9 @@ impl Disk {
         if record.paused {
             engine.happen(|filter, now| filter.pause(now));
         }
+        // Before anything is connected to which the image could be read.
+        let mut past_agent = PastAgent::new(image.as_deref(), record.written_past_agent);
+        past_agent.follow_up(&engine);
         let purpose = nbd_purpose(&record.name);
         let listener = Listener::bind_kept(&nbd, limits.socket_mode, &sockets, &purpose).await?;
         let listener = listener.for_disk(record.name.clone());
@@ -222,7 +225,6 @@ impl Disk {
         tracing::info!(disk = %record.name, epoch = %record.epoch, nbd = %nbd, "disk attached");
         let (verifies, watch) = (Verifies::default(), super::status::Watch::default());
         let unsaved = None;
-        let past_agent = PastAgent::new(image.as_deref(), record.written_past_agent);
         let beside = UsedBeside::found(opened.beside, record.name.as_str());
         Ok(Self {
             engine,

@@ -171,7 +171,7 @@ fn foreign_write(
     }
     if record.written_past_agent {
         let past = "somebody else may have written the image while the agent had it, and not everything was compared since";
-        return Some((Reason::BitmapUntrusted, past));
+        return Some((Reason::WrittenPastAgent, past));
     }
     if record.size > size {
         return Some((Reason::Resized, "the disk is smaller than it was"));

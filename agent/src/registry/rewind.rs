@@ -315,6 +315,7 @@ fn not_in_sync(status: &DiskStatus) -> ApiError {
     // Of a disk in sync mode the reason says that every write is forwarded.
     let why = match (status.mode, &status.local_error) {
         (Mode::Sync, Some(trouble)) => trouble,
+        (_, Some(trouble)) if status.reason_code == "written-past-agent" => trouble,
         (Mode::Sync, None) if status.resync_due => "what else differs is being found",
         (_, _) => &status.reason,
     };

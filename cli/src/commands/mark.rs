@@ -49,7 +49,8 @@ fn doubt(mark: &DiskMark, label: &str, wait: Duration) -> Option<String> {
     let name = mark.disk.as_str();
     let wait = duration_text(wait.as_secs_f64());
     let what = format!("the mark {label:?} of disk {name}");
-    let lasts = "the retained window (64 MiB of writes by default), and the spill if there is one, is full";
+    let lasts = "the retained window (64 MiB of writes by default), and the spill if there is one, is full, and before the \
+                 disk is paused or detached or its agent restarts";
     match mark.state {
         MarkState::Kept => None,
         MarkState::Unconfirmed => Some(format!(
@@ -59,6 +60,10 @@ fn doubt(mark: &DiskMark, label: &str, wait: Duration) -> Option<String> {
         MarkState::Away => Some(format!(
             "the receiver is away and does not have {what}: that moment can be given back only if the \
              receiver is back before {lasts}"
+        )),
+        MarkState::Refused => Some(format!(
+            "the receiver refuses data and does not have {what}: that moment can be given back only if the \
+             receiver takes it before {lasts}"
         )),
         MarkState::Resync => Some(format!(
             "{what} lies in a resync that is not complete: that moment can be given back only when the resync \

@@ -5,6 +5,7 @@ mod common;
 mod delay_bound;
 mod found_by_simulation;
 mod hasten;
+mod interruptions;
 mod read_use;
 mod recall;
 mod reserve;

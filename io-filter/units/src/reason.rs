@@ -53,10 +53,14 @@ pub enum Reason {
     SpillFailed,
     /// The disk was set back to an earlier point.
     Rewind,
+    /// Somebody wrote the local disk past the agent: what was written so, and when, nobody knows.
+    WrittenPastAgent,
+    /// The retained window overflowed while the receiver was there and took nothing.
+    ReceiverRefuses,
 }
 
 /// Every reason with its code and the sentence people read.
-const TABLE: [(Reason, u8, &str); 21] = [
+const TABLE: [(Reason, u8, &str); 23] = [
     (Reason::FirstAttach, 1, "first protection of the disk"),
     (Reason::ReceiverAway, 2, "the receiver was away longer than the retained window lasts"),
     (Reason::LinkTooSlow, 3, "the receiver or the link to it was slower than the guest's writes"),
@@ -78,6 +82,8 @@ const TABLE: [(Reason, u8, &str); 21] = [
     (Reason::SpillFull, 19, "the outage was longer than the retained window and its spill last"),
     (Reason::SpillFailed, 20, "the spill could not be written or read, and the retained window was full"),
     (Reason::Rewind, 21, "the disk was set back to an earlier point"),
+    (Reason::WrittenPastAgent, 22, "written past the agent"),
+    (Reason::ReceiverRefuses, 23, "the receiver refused the disk for longer than the retained window lasts"),
 ];
 
 impl Reason {

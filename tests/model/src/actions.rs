@@ -45,6 +45,12 @@ pub enum Action {
     SpillFails(IoId, Part),
     /// The disk is detached as soon as that is possible, and attached again.
     Detach,
+    /// Somebody else opens the image, to write it past the agent, which sees that.
+    PastAgent,
+    /// They write this block.
+    PastAgentWrites(u8),
+    /// They have gone.
+    PastAgentLeaves,
     /// The receiver dies; so many entries of its log are there afterwards.
     ReceiverCrash(usize),
     /// The agent dies, and starts again.
@@ -105,6 +111,9 @@ impl World {
         if self.paused {
             actions.push(Action::Resume);
         }
+        if self.past.there {
+            actions.push(Action::PastAgentLeaves);
+        }
         if !self.has_connection() && !self.fenced && self.filter.wants_connection() {
             actions.push(Action::Connect);
         }
@@ -150,6 +159,12 @@ impl World {
         }
         if left.detaches > 0 && !self.detaching {
             actions.push(Action::Detach);
+        }
+        if left.past_agents > 0 && !self.past.there {
+            actions.push(Action::PastAgent);
+        }
+        if left.past_writes > 0 && self.past.there {
+            actions.extend(self.free_blocks().map(Action::PastAgentWrites));
         }
         if left.spill_failures > 0 {
             let parts = |io: &IoId| Part::EACH.map(|part| Action::SpillFails(*io, part));
@@ -258,6 +273,15 @@ impl World {
                 self.left.detaches -= 1;
                 self.detaching = true;
             }
+            Action::PastAgent => {
+                self.left.past_agents -= 1;
+                self.past_agent_is_seen(config);
+            }
+            Action::PastAgentWrites(block) => {
+                self.left.past_writes -= 1;
+                self.written_past(*block);
+            }
+            Action::PastAgentLeaves => self.past_agent_leaves(config),
             Action::Rival => {
                 self.left.rivals -= 1;
                 self.rival_takes_over(config);

@@ -85,6 +85,7 @@ impl World {
         self.file.history = self.filter.history();
         self.file.attaches = self.filter.attaches().map(<[_]>::to_vec);
         self.file.reserved = self.file.reserved.max(self.filter.last_lsn());
+        self.forget_past_agent();
         self.watch_pass();
     }
 
@@ -324,7 +325,7 @@ impl World {
         assert!(self.spill_ops.is_empty(), "a settled spill has nothing under way");
         self.disk.flush(&self.disk.flush_mark());
         let now = self.moment();
-        let saved = self.filter.detach(now);
+        let saved = self.filter.detach(now).filter(|_| !self.past.wrote);
         self.carry_out(config);
         let (history, last_lsn) = (self.filter.history(), self.filter.last_lsn());
         assert!(self.writers.iter().all(|writer| writer.waiting.is_none()), "somebody waits for an answer");
@@ -345,6 +346,7 @@ impl World {
     }
 
     fn start_again(&mut self, config: &Config, resume: Resume) {
+        let resume = self.distrusting(resume);
         self.pass = None;
         self.paused = false;
         let mut attaches = self.file.attaches.take();
@@ -355,6 +357,7 @@ impl World {
         self.filter.follows(attaches);
         self.use_spill(config);
         self.carry_out(config);
+        self.look_at_start(config);
         // The machine sends again what was not answered.
         for writer in 0..u8::try_from(self.writers.len()).expect("few writers") {
             if let Some(waiting) = &mut self.writers[usize::from(writer)].waiting {

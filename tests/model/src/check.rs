@@ -6,6 +6,9 @@
 //! 2. and 3. Every offered point equals the model; a pass that is open offers none.
 //! 4. What was offered durably is offered.
 //!
+//! While somebody else writes the image past the agent no mark is taken and nothing is read for a pass; the moment from which
+//! on they are seen is no point.
+//!
 //! Promise 7 (a pass only shrinks) is checked at each step; that sync is reached, by `heal`. Promise 8
 //! (a stale epoch changes nothing) is checked by offering one: here to the receiver of the walks, in
 //! `lockstep` to the one that is shipped; and where another host takes the disk over, by looking that
@@ -29,12 +32,14 @@ impl World {
             Some(rival) => self.check_rival(rival),
             None => {
                 self.check_differences(config);
-                if config.hot > 0 {
+                // What is written past the agent the file does not know, but the agent's record that it was.
+                if config.hot > 0 && !self.past.wrote {
                     self.check_tracking(config);
                 }
             }
         }
         self.check_points();
+        self.check_past_agent();
         self.check_stale_epoch();
         let (acked, durable) = (self.filter.acked_durable(), self.receiver.durable_covered);
         assert!(acked <= durable, "the agent believes LSN {acked} to be durable, it is {durable}");

@@ -53,6 +53,10 @@ pub struct Budget {
     pub detaches: u8,
     /// An operation of the spill fails.
     pub spill_failures: u8,
+    /// Somebody else opens the image, to write it past the agent.
+    pub past_agents: u8,
+    /// They write a block of it.
+    pub past_writes: u8,
 }
 
 /// A walk. See the module's description.
@@ -115,6 +119,8 @@ impl Config {
                 rivals: 0,
                 detaches: 0,
                 spill_failures: 0,
+                past_agents: 0,
+                past_writes: 0,
             },
             lane: 1,
             window_bytes: 1 << 20,

@@ -74,7 +74,7 @@ impl World {
         for entry in &self.receiver.log {
             digest_entry(entry, &mut hasher);
         }
-        (self.rival, self.fenced).hash(&mut hasher);
+        (self.rival, self.fenced, &self.past).hash(&mut hasher);
         // The timeline follows from the log.
         (self.receiver.durable, &self.receiver.promised).hash(&mut hasher);
         hasher.finish()

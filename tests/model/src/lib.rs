@@ -35,6 +35,7 @@ mod heal;
 mod history;
 mod link;
 mod lockstep;
+mod past_agent;
 mod receiver;
 mod rival;
 mod spill;

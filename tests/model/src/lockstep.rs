@@ -183,6 +183,9 @@ impl Production {
             | Action::Pause
             | Action::Resume
             | Action::Force(_)
+            | Action::PastAgent
+            | Action::PastAgentWrites(_)
+            | Action::PastAgentLeaves
             | Action::ReceiverCrash(_)
             | Action::AgentCrash(_) => {}
         }

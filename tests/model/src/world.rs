@@ -14,6 +14,7 @@ use crate::{
     config::{Budget, Config},
     disk::LocalDisk,
     history::History,
+    past_agent::PastAgent,
     receiver::{Receiver, Session, TIME},
     rival::Rival,
     spill::SpillDirectory,
@@ -51,6 +52,7 @@ pub(crate) struct World {
     /// How many there were; nothing depends on it.
     pub(crate) connected: u64,
     pub(crate) receiver: Receiver,
+    pub(crate) past: PastAgent,
     /// Another host has taken the disk over.
     pub(crate) rival: Option<Rival>,
     /// The agent was told so: it connects no more.

@@ -73,6 +73,17 @@ fn a_snapshot_without_the_window_is_found() {
     );
 }
 
+#[test]
+fn reading_what_somebody_else_writes_is_found() {
+    is_found(
+        Mutant::PassWhileWrittenPast,
+        Config {
+            budget: Budget { past_agents: 1, past_writes: 1, ..NONE },
+            ..Config::new("past the agent", &[&[Op::Write(0)]])
+        },
+    );
+}
+
 fn spilled(writers: &'static [&'static [Op]]) -> Config {
     Config { spill_bytes: 1 << 16, window_bytes: 700, ..Config::new("spilled", writers) }
 }

@@ -19,6 +19,8 @@ fn the_walked_receiver_is_the_shipped_one() {
         rivals: 0,
         detaches: 1,
         spill_failures: 1,
+        past_agents: 2,
+        past_writes: 2,
     };
     let mut all = Steps::default();
     for seed in 0..400 {

@@ -68,6 +68,10 @@ pub struct Agent {
     pub(crate) verifying: bool,
     /// Until then a verify that ended may still have runs in the queue of the guard.
     pub(crate) verify_shadow: u64,
+    /// It has seen somebody else write the image, and not yet that they have gone.
+    pub(crate) sees_past_agent: bool,
+    /// The receiver refused it at the last attempt.
+    pub(crate) refused: bool,
     /// Answers of the last call were given with less than the policy promises.
     pub(crate) degraded: bool,
 }
@@ -197,11 +201,14 @@ impl World {
             holding: false,
             verifying: false,
             verify_shadow: 0,
+            sees_past_agent: false,
+            refused: false,
             degraded: false,
         });
         self.persisted.machine_waits = false;
         self.guest.paused = false;
         self.carry_out();
+        self.look_at_start();
         self.hydrate();
         self.send_requests_again();
         self.within(self.plan.outage_us.min(50_000), Event::Connect(self.lives));
@@ -228,6 +235,7 @@ impl World {
             self.persisted.attaches = agent.filter.attaches().map(<[_]>::to_vec);
         }
         self.keep_reserve();
+        self.forget_past_agent();
         let Some(agent) = &self.agent else { return };
         if self.random.one_in(16) {
             self.persisted.acked_durable = agent.filter.hello().acked_durable;
@@ -308,6 +316,7 @@ impl World {
         // A clean detach has left everything on stable storage, except what that refused.
         let let_go = self.agent.is_none() && self.tracking.is_clean() && self.local.is_stable();
         self.kill_agent(true);
+        self.past_agent_leaves();
         self.trace.note(self.now, "host loses power", &[]);
         self.guest.requests.clear();
         self.local.lose_power(&mut self.random);
@@ -347,7 +356,8 @@ impl World {
         assert!(agent.spill_ops.is_empty(), "a settled spill has nothing under way");
         let lacks = agent.hydrating.as_ref().is_some_and(|hydrating| !hydrating.is_complete());
         let flushed = !lacks || self.do_settle().is_ok();
-        let saved = self.call(|filter, now| filter.detach(now)).filter(|_| flushed);
+        let believed = flushed && !self.past.wrote;
+        let saved = self.call(|filter, now| filter.detach(now)).filter(|_| believed);
         let mut agent = self.agent.take().expect("it was alive");
         assert_eq!(agent.filter.mode(), Mode::Detached);
         self.reserve_all_given(&agent.filter);

@@ -177,6 +177,7 @@ impl World {
             let mode = self.agent.as_ref().map(|agent| agent.filter.mode());
             self.guest.marks.extend(marked.iter().map(|marked| (label.clone(), marked.lsn)));
             assert!(marked.is_ok() || mode != Some(Mode::Sync), "a disk in sync takes a mark: {marked:?}");
+            assert!(marked.is_err() || !self.past.there, "a mark while somebody else writes the image");
         }
     }
 
@@ -261,6 +262,7 @@ impl World {
         {
             self.kill_agent(false);
         }
+        self.past_agent_leaves();
         self.link.up = true;
         self.link.bandwidth = 400_000_000;
         self.link.latency_us = 100;

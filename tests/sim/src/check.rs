@@ -13,6 +13,7 @@
 //! - every read of the image gives what the disk shows, missing blocks are never read; the disk is what the model says,
 //!   and after a crash what it was; a note beside the image says so while blocks are missing, and no longer;
 //! - a pass only shrinks (promise 7); replaced connections and stale epochs change nothing (promise 8);
+//! - while somebody else writes the image no mark is taken, and the moment at which that is seen is no point;
 //! - a verify finds nothing; nobody closes a connection for an invalid message, nobody alarms.
 //!
 //! At the end, with the world healed: sync is reached under load and then everything drains; disk,
@@ -126,6 +127,7 @@ impl World {
             agent.is_some_and(|agent| rests(&agent.filter) && agent.inflight.is_empty())
                 && world.guest.requests.is_empty()
         });
+        assert!(!self.past.wrote, "everything was compared, and somebody is still said to write the image");
         self.check_now();
         self.check_all_ends();
         self.check_marks();

@@ -23,6 +23,7 @@ pub mod link;
 pub mod local;
 mod local_io;
 pub mod model;
+mod past_agent;
 pub mod plan;
 pub mod points;
 pub mod random;

@@ -123,7 +123,8 @@ impl World {
             room_awaited: false,
         };
         self.connections.insert(id, connection);
-        self.agent.as_mut().expect("seen above").connection = Some(id);
+        let agent = self.agent.as_mut().expect("seen above");
+        (agent.connection, agent.refused) = (Some(id), false);
         let (header, payload) = encode(1, &Message::Hello(hello));
         self.transmit_up(id, &[&header[..], &payload].concat());
     }
@@ -211,6 +212,7 @@ impl World {
             Message::Close(closed) => {
                 let expected = matches!(closed.code, CloseCode::Store | CloseCode::Busy);
                 assert!(expected, "the receiver closed: {closed:?}");
+                self.agent.as_mut().expect("seen above").refused = closed.code == CloseCode::Store;
                 self.lost_at_agent(id);
             }
             other => self.call(|filter, now| filter.receive(now, other)),
@@ -234,8 +236,13 @@ impl World {
         if self.agent.as_ref().is_some_and(|agent| agent.connection == Some(id)) {
             self.trace.note(self.now, "lost at agent", &[id]);
             self.agent_gone(id);
-            self.agent.as_mut().expect("it has it").connection = None;
-            self.call(|filter, now| filter.disconnected(now));
+            let agent = self.agent.as_mut().expect("it has it");
+            agent.connection = None;
+            let refused = agent.refused;
+            self.call(|filter, now| {
+                filter.receiver_refuses(now, refused);
+                filter.disconnected(now);
+            });
             self.detach_when_quiet();
         }
     }

@@ -30,6 +30,7 @@ impl World {
             self.promises.acked
         );
         let offers = offered(disk);
+        self.check_past_agent(&offers);
         for (from, to) in &self.promises.intervals {
             let kept = offers.iter().any(|(first, last)| first <= from && to <= last);
             assert!(kept, "points {from} to {to} were offered, now there are {offers:?}");

@@ -96,6 +96,7 @@ impl World {
         self.model.forget_above(reserved);
         self.captured.split_off(&reserved.next());
         self.guest.forget_above(reserved);
+        self.past.forget_above(reserved);
     }
 }
 

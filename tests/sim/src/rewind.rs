@@ -45,7 +45,7 @@ impl World {
     /// Somebody wants to go back; the guest does nothing new meanwhile.
     pub(crate) fn want_rewind(&mut self) {
         let Some(agent) = &self.agent else { return };
-        if agent.detaching || agent.wants_rewind {
+        if agent.detaching || agent.wants_rewind || self.past.wrote {
             return;
         }
         let life = agent.life;

@@ -118,7 +118,7 @@ impl World {
         let under_way = |op: &SpillOp| matches!(op, SpillOp::Append(..) | SpillOp::Remove(_));
         let busy = agent.spill_ops.values().any(under_way);
         match reason {
-            Some(Reason::ReceiverAway | Reason::LinkTooSlow) => {
+            Some(Reason::ReceiverAway | Reason::LinkTooSlow | Reason::ReceiverRefuses) => {
                 let giant = 2 * self.plan.write_max >= self.plan.window.0;
                 let held = agent.filter.last_lsn() > self.persisted.reserved;
                 assert!(

@@ -63,6 +63,7 @@ impl World {
             acked_durable: world.persisted.acked_durable,
         };
         match loaded {
+            Ok(_) if self.past.wrote => lost(self, Reason::WrittenPastAgent),
             Ok(None) if self.persisted.epoch == 0 => Resume::New,
             Ok(None) => {
                 assert!(self.tracking.faulty, "the tracking file is gone");

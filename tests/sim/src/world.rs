@@ -14,6 +14,7 @@ use crate::{
     link::{Connection, Link},
     local::LocalDisk,
     model::Model,
+    past_agent::PastAgent,
     plan::Plan,
     points::Promises,
     random::Random,
@@ -115,6 +116,8 @@ pub enum Event {
     StoreHeal,
     /// The spill's storage has room again.
     SpillHeal,
+    /// Somebody else comes, writes the image past the agent, or goes.
+    PastAgent,
     /// Something goes wrong just after the disk was set back.
     Strike,
     /// Something goes wrong, or somebody asks for something.
@@ -224,6 +227,16 @@ pub struct Stats {
     pub unreserved_deaths: u64,
     /// Looks at what can be sent, and may not because of that.
     pub unreserved_held: u64,
+    /// Times that somebody else was seen to write the image past the agent.
+    pub past_agents: u64,
+    /// Of these, those that ended a pass or the scan for one.
+    pub past_in_pass: u64,
+    /// What was written past the agent.
+    pub past_writes: u64,
+    /// Of these, writes while no agent was there.
+    pub past_without_agent: u64,
+    /// Times that everything was compared after that.
+    pub past_compared: u64,
 }
 
 /// See the module's description.
@@ -250,6 +263,7 @@ pub struct World {
     pub(crate) reserving: Reserving,
     pub(crate) tracking: Tracking,
     pub(crate) spill: Spill,
+    pub(crate) past: PastAgent,
     pub(crate) lives: u64,
     pub(crate) link: Link,
     pub(crate) connections: BTreeMap<u64, Connection>,
@@ -299,6 +313,7 @@ impl World {
             reserving: Reserving::of(&plan),
             tracking: Tracking::default(),
             spill: Spill::default(),
+            past: PastAgent::of(&plan),
             lives: 0,
             connections: BTreeMap::new(),
             receiver: Receiver::new(&plan),
@@ -317,6 +332,7 @@ impl World {
         world.after(10, Event::Guest);
         let first = world.plan.chaos_us;
         world.after(first, Event::Chaos);
+        world.plan_past_agent();
         world
     }
 
@@ -378,6 +394,7 @@ impl World {
             Event::DiskHeal => self.local.heal(),
             Event::StoreHeal => self.receiver.storage.set_capacity(None),
             Event::SpillHeal => self.spill.storage.set_capacity(None),
+            Event::PastAgent => self.past_agent_turn(),
             Event::Strike => self.strike(),
             Event::Chaos => self.chaos(),
         }

@@ -71,6 +71,11 @@ fn forgetting_the_blocks_of_a_spill_is_found() {
 }
 
 #[test]
+fn reading_what_somebody_else_writes_is_found() {
+    is_found(Mistake::Filter(Mutant::PassWhileWrittenPast), 20);
+}
+
+#[test]
 fn acknowledging_before_the_sync_is_found() {
     is_found(Mistake::AckBeforeSync, 20);
 }

@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 50] = [
+const SEEN: [Seen; 55] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -58,6 +58,11 @@ const SEEN: [Seen; 50] = [
     ("servers that ended with the agent", |stats| stats.servers_ended),
     ("deaths with LSNs that were not reserved", |stats| stats.unreserved_deaths),
     ("frames held until they were", |stats| stats.unreserved_held),
+    ("times the image was written past the agent", |stats| stats.past_agents),
+    ("of these during a pass", |stats| stats.past_in_pass),
+    ("writes past the agent", |stats| stats.past_writes),
+    ("of these without one", |stats| stats.past_without_agent),
+    ("comparisons of what was written past it", |stats| stats.past_compared),
 ];
 
 fn number(name: &str) -> Option<u64> {

@@ -107,7 +107,7 @@ fn what_was_written_past_the_agent_is_not_believed() {
     ];
     for (record, left, stamp) in cases {
         let resumed = resume(record, Ok(Some(left)), stamp.as_ref(), SIZE);
-        assert!(is_lost(&resumed, Reason::BitmapUntrusted), "{resumed:?}");
+        assert!(is_lost(&resumed, Reason::WrittenPastAgent), "{resumed:?}");
     }
 }
 

@@ -143,6 +143,9 @@ fn a_qemu_that_has_the_image_itself_open_is_told() {
     let writer = past_the_agent(&bench, &disk, &[]);
     let told = disk.until("it is told", |status| !error_of(status).is_empty());
     assert!(error_of(&told).contains("a QEMU has the image itself open"), "{told}");
+    let marked = bench.run(&["mark", "here", "vm1"]);
+    assert_eq!(marked.code, 5, "it is no point: {marked:?}");
+    assert!(marked.sentence().contains("written past the agent"), "{marked:?}");
     assert!(bench.run(&["doctor"]).stdout.contains("a QEMU has the image itself open"));
     write_past_the_agent(&bench);
     let detached = bench.json_ending(3, &["detach", "vm1"]);
@@ -180,6 +183,7 @@ fn what_a_qemu_wrote_past_the_agent_is_compared_when_it_has_let_go_of_the_image(
     // Not before it is compared.
     let told = disk.until("it is compared", |status| error_of(status).is_empty());
     assert_eq!((&told["mode"], &told["counters"]["passes"]), (&"sync".into(), &2.into()), "{told}");
+    assert_eq!(disk.holes().last().unwrap()["reason_code"], "written-past-agent");
     disk.settle();
     disk.latest_is_the_image();
     assert_eq!(bench.run(&["doctor"]).code, 0);
