@@ -39,10 +39,10 @@ impl Work {
     pub(super) fn thin_ended(
         &mut self,
         disk: DiskId,
+        logs: &[EndedLog],
         newest: &Snapshot,
         pressure: Pressure,
     ) -> Result<bool, Undone> {
-        let logs: Vec<EndedLog> = ask(self.thread_of(disk), |answer| Task::Ended(disk, answer))?;
         if logs.is_empty() {
             return Ok(false);
         }

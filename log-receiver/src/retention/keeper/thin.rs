@@ -13,6 +13,7 @@ use crate::{
     clock,
     disk::{Rebasing, chain},
     ingest::{Newest, Task},
+    past::EndedLog,
     retention::{Ladder, Moment, Plan, Policy, Pressure, SLOTS_MAX, doubts::Doubts, plan},
 };
 
@@ -62,11 +63,16 @@ impl Work {
     /// Does what the ladder wants of a disk; whether that was anything. For want of room its oldest history goes, which is
     /// that of logs that have ended.
     pub(super) fn thin_all(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
+        let ended: Vec<EndedLog> = ask(self.thread_of(disk), |answer| Task::Ended(disk, answer))?;
+        // To look at the newest log makes durable what has come: not where nobody wants anything of it.
+        if ended.is_empty() && self.wanted(disk, pressure)?.is_none() {
+            return Ok(false);
+        }
         let Some(newest): Option<Newest> = ask(self.thread_of(disk), |answer| Task::Newest(disk, answer))?
         else {
             return Ok(false);
         };
-        let older = self.thin_ended(disk, newest.snapshot(), pressure);
+        let older = self.thin_ended(disk, &ended, newest.snapshot(), pressure);
         if matches!(older, Err(Undone::Ending)) || matches!((&older, pressure), (Ok(true), Pressure::Shrink))
         {
             return older;
