@@ -15,7 +15,7 @@
 use backtide_segment::{
     AttachFacts, DISK_SIZE_MAX, Entry, PAYLOAD_MAX, PassContent, PassReason, RecordRun, Step, TEXT_MAX,
 };
-use backtide_units::{ByteCount, ByteRange, CaptureTime, Lsn};
+use backtide_units::{ByteCount, ByteRange, CaptureTime, Lsn, Reason};
 
 use crate::{
     Attached, Hole, INTERVALS_MAX, Interval, InvalidEntry, Mark, OpenPass, TimedLsn, Timeline,
@@ -159,7 +159,13 @@ impl Timeline {
     fn begin_pass(&mut self, at: Lsn, time: CaptureTime, reason: &PassReason) {
         self.in_interval = false;
         match self.holes.last_mut().filter(|hole| hole.to.is_none()) {
-            Some(hole) => hole.passes += 1,
+            Some(hole) => {
+                hole.passes += 1;
+                // What was lost is more than what the hole began with.
+                if gravity(reason) > gravity(&hole.reason) {
+                    hole.reason = reason.clone();
+                }
+            }
             None => {
                 self.holes.push(Hole { from: self.latest(), to: None, reason: reason.clone(), passes: 1 });
             }
@@ -222,6 +228,15 @@ impl Timeline {
             }
             Some(_) | None => Ok(()),
         }
+    }
+}
+
+/// Whether acknowledged changes are gone, and whether what is left of the log had an end that is known.
+fn gravity(reason: &PassReason) -> u8 {
+    match Reason::from_code(reason.code) {
+        Some(Reason::Damaged) => 2,
+        Some(Reason::ReceiverRolledBack) => 1,
+        Some(_) | None => 0,
     }
 }
 

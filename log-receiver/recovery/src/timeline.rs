@@ -33,7 +33,7 @@ pub struct Hole {
     pub from: Option<TimedLsn>,
     /// The first point after it; `None` while it is open.
     pub to: Option<TimedLsn>,
-    /// The reason given by the pass that opened it.
+    /// The reason given by the pass that opened it, or by a later one of it that found acknowledged changes gone.
     pub reason: PassReason,
     /// How many passes it has taken so far.
     pub passes: u64,

@@ -4,7 +4,9 @@ use backtide_recovery::{
     Entry, Interval, InvalidEntry, PassContent, PassReason, PointError, TimedLsn, Timeline,
 };
 use backtide_segment::{AttachFacts, AttachOrigin, Seq};
-use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, Lsn, PayloadChecksum};
+use backtide_units::{
+    ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoch, Lsn, PayloadChecksum, Reason,
+};
 
 fn at(number: u64) -> TimedLsn {
     TimedLsn { lsn: Lsn(number), time: CaptureTime(number * 10) }
@@ -101,6 +103,35 @@ fn an_aborted_pass_gives_no_points_and_the_hole_goes_on() {
     let timeline = told(&[&story[..], &[end(20, Some(20))]].concat());
     assert_eq!(intervals(&timeline), [(1, 2), (20, 20)]);
     assert_eq!(holes(&timeline), [(Some(2), Some(20), 2)]);
+}
+
+#[test]
+fn an_open_hole_gets_the_reason_of_a_pass_that_finds_acknowledged_changes_gone() {
+    let because = |t: u64, gap_from, reason: Reason| {
+        let reason = PassReason { code: reason.code(), text: format!("reason {t}") };
+        Entry::PassBegin { at: Lsn(t), gap_from: Lsn(gap_from), time: at(t).time, reason }
+    };
+    let (away, put_back, damaged) = (Reason::ReceiverAway, Reason::ReceiverRolledBack, Reason::Damaged);
+    for (reasons, told) in [
+        (vec![away, put_back], "reason 20"),
+        (vec![away, damaged], "reason 20"),
+        (vec![put_back, away], "reason 10"),
+        (vec![damaged, put_back, away], "reason 10"),
+        (vec![away, put_back, damaged], "reason 30"),
+        (vec![put_back, put_back], "reason 10"),
+        (vec![Reason::Paused, Reason::AgentCrashed], "reason 10"),
+    ] {
+        let mut story = vec![begin(1, 0), end(1, Some(1)), record(2)];
+        story.extend(
+            reasons
+                .iter()
+                .zip(1..)
+                .map(|(reason, n)| because(n * 10, if n == 1 { 2 } else { n * 10 - 10 }, *reason)),
+        );
+        let timeline = self::told(&story);
+        let hole = &timeline.holes()[0];
+        assert_eq!((hole.reason.text.as_str(), hole.passes), (told, reasons.len() as u64), "{reasons:?}");
+    }
 }
 
 #[test]
