@@ -8,7 +8,7 @@ use backtide_units::ByteCount;
 use crate::{
     sealed_json::{self, SealedError},
     store_file,
-    watermark::{self, Watermark},
+    watermark::{self, Lost, Watermark},
 };
 
 /// How the mark beside a log begins that says how far it is durable.
@@ -60,8 +60,11 @@ pub fn inspect_durable(storage: &dyn Storage, path: &Path, out: &mut dyn io::Wri
     };
     writeln!(out, "the log of history {history}")?;
     writeln!(out, "durable up to entry {}, lsn {}", noted.durable.seq, noted.durable.lsn)?;
-    if let Some(lost) = noted.lost {
-        writeln!(out, "it was durable up to entry {}, lsn {} once: that end is lost", lost.seq, lost.lsn)?;
+    if let Some(Lost { through, is_compared }) = noted.lost {
+        let (seq, lsn) = (through.seq, through.lsn);
+        let since =
+            if is_compared { "everything is being compared since" } else { "nothing was compared since" };
+        writeln!(out, "it was durable up to entry {seq}, lsn {lsn} once: that end is lost, and {since}")?;
     }
     Ok(true)
 }

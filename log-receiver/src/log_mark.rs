@@ -1,14 +1,14 @@
 //! What stands beside an open log: the mark of how far it is durable, and a loss that the mark told of.
 //!
-//! Invariant: once a loss was found, every mark that is written names it until a pass has begun, durably. As the
-//! agent was told of the loss before that pass, it compares everything.
+//! Invariants: once a loss was found, every mark that is written names it until a pass that compares everything has ended,
+//! durably. As long as the mark does not say that such a pass has begun, each agent is told to compare everything.
 
-use backtide_recovery::Durable;
+use backtide_recovery::{Durable, Timeline};
 use backtide_segment::{Entry, Seq};
 
 use crate::{
     StoreWatch,
-    watermark::{Noted, Watermark},
+    watermark::{Lost, Noted, Watermark},
 };
 
 /// See the module's description.
@@ -64,6 +64,20 @@ impl Followed {
 }
 
 impl Loss {
+    /// The loss of a log that goes to `found`, as its mark tells of it; `why` is made of how far it was durable, and of
+    /// whether a pass that compares everything had begun since.
+    pub(crate) fn of(
+        noted: Noted,
+        found: Durable,
+        timeline: &Timeline,
+        why: impl FnOnce(Lost) -> String,
+    ) -> Option<Self> {
+        let lost = noted.lost_of(found.seq, timeline)?;
+        // It was durable: so is every entry that is there.
+        let pass = lost.is_compared.then_some(Seq(0));
+        Some(Self { why: why(lost), lost: lost.through, followed: pass.is_some(), pass, ended: None })
+    }
+
     /// Takes note of an entry that was appended.
     pub(crate) fn follow(&mut self, entry: Seq, kind: Followed) {
         match kind {
@@ -94,7 +108,9 @@ impl Loss {
 
     /// What to note of a log with this loss, or without one.
     pub(crate) fn noted(loss: Option<&Self>, durable: Durable) -> Noted {
-        let lost = loss.filter(|loss| !loss.is_compared(durable.seq)).map(|loss| loss.lost);
+        let lost = loss
+            .filter(|loss| !loss.is_over(durable.seq))
+            .map(|loss| Lost { through: loss.lost, is_compared: loss.is_compared(durable.seq) });
         Noted { durable, lost }
     }
 }

@@ -14,9 +14,7 @@ use std::{
     sync::Arc,
 };
 
-use backtide_recovery::{
-    DiskLog, Durable, FoundBase, LogError, LogIdentity, Salvage, Seq, Unreadable, salvage,
-};
+use backtide_recovery::{DiskLog, FoundBase, LogError, LogIdentity, Salvage, Seq, Unreadable, salvage};
 use backtide_units::{ByteOffset, DiskId, HistoryId};
 
 use crate::{
@@ -26,7 +24,7 @@ use crate::{
     log_mark::{LogMark, Loss},
     memo::{self, Memo},
     past::Past,
-    watermark::{self, Noted, Watermark},
+    watermark::{self, Lost, Noted, Watermark},
 };
 
 /// A disk that has so many logs with segments, all but the last damaged, has a store that cannot be trusted with one more. Those
@@ -113,14 +111,7 @@ impl Shelf {
         let noted = self.noted(&dir)?.filter(|(history, _)| *history == log.identity().history);
         let found = log.durable();
         let loss = noted.and_then(|(_, noted)| {
-            let lost = if noted.durable.seq > found.seq { Some(noted.durable) } else { noted.lost };
-            lost.map(|lost| Loss {
-                why: self.lost_end(&dir, lost, found.seq),
-                lost,
-                followed: false,
-                pass: None,
-                ended: None,
-            })
+            Loss::of(noted, found, log.timeline(), |lost| self.lost_end(&dir, lost, found.seq))
         });
         if let Some(loss) = &loss {
             tracing::error!(%disk, why = loss.why, "acknowledged bytes are lost");
@@ -168,13 +159,14 @@ impl Shelf {
     }
 
     /// A sentence.
-    fn lost_end(&self, dir: &Path, lost: Durable, end: Seq) -> String {
+    fn lost_end(&self, dir: &Path, Lost { through, is_compared }: Lost, end: Seq) -> String {
+        let since = if is_compared { "not everything" } else { "nothing" };
         format!(
-            "the end of the log in {} is lost: entries up to {} (lsn:{}) were durable, and nothing has been compared \
+            "the end of the log in {} is lost: entries up to {} (lsn:{}) were durable, and {since} has been compared \
              since; it ends with entry {end}",
             self.storage.display(&dir.join("segments")).display(),
-            lost.seq,
-            lost.lsn,
+            through.seq,
+            through.lsn,
         )
     }
 
@@ -283,7 +275,7 @@ impl Shelf {
 
     fn lost_end_by(&self, dir: &Path, noted: &Noted, salvaged: &Salvage) -> Option<String> {
         let end = salvaged.reached();
-        let lost = if noted.durable.seq > end { Some(noted.durable) } else { noted.lost };
+        let lost = noted.lost_of(end, salvaged.snapshot.timeline());
         lost.filter(|_| end > Seq(0)).map(|lost| self.lost_end(dir, lost, end))
     }
 

@@ -3,12 +3,13 @@
 //!
 //! ```text
 //! 0  magic "BKTDDUR\n"   8  history   24  entry   32  LSN   40  lost entry   48  its LSN
-//! 56  zero   60  CRC32C of 0..60
+//! 56  comparing   60  CRC32C of 0..60
 //! ```
 //! Little-endian. Entry and LSN: everything up to there is durable. When a log is found to end before its mark, a mark with its
 //! actual end is synced before anything is appended, and names as *lost* how far it had been durable (0 and 0 otherwise): so what
 //! is appended and torn later is cut like any other tail, and the loss is known at every start until all of it has been
-//! compared.
+//! compared. *Comparing* is 1 when the pass that does that has begun, durably, and 0 otherwise: from then on no agent need be
+//! told of the loss any more.
 //!
 //! The first mark is synced before it gets the file's name, so a file without one is damaged. Others are
 //! written in place, within a sector, and not synced but the one that tells of a loss: what a power cut leaves is an
@@ -19,7 +20,7 @@
 
 use std::{io, path::Path, sync::Arc};
 
-use backtide_recovery::Durable;
+use backtide_recovery::{Durable, Timeline};
 use backtide_segment::Seq;
 use backtide_storage::{Storage, StorageFile, replace_with};
 use backtide_units::{ByteOffset, HistoryId, Lsn};
@@ -28,6 +29,7 @@ use uuid::Uuid;
 pub(crate) const FILE: &str = "durable";
 pub(crate) const MAGIC: &[u8; 8] = b"BKTDDUR\n";
 const LENGTH: usize = 64;
+const COMPARING_AT: usize = 56;
 const CRC_AT: usize = 60;
 
 /// What a mark says.
@@ -35,8 +37,17 @@ const CRC_AT: usize = 60;
 pub(crate) struct Noted {
     /// Everything up to there is durable.
     pub(crate) durable: Durable,
-    /// How far the log was durable once, when its end was lost and no pass has compared everything since.
-    pub(crate) lost: Option<Durable>,
+    /// The end that was lost, when no pass has compared everything since.
+    pub(crate) lost: Option<Lost>,
+}
+
+/// The end of a log that was lost after it had been acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lost {
+    /// How far the log was durable once.
+    pub(crate) through: Durable,
+    /// Whether a pass that compares everything has begun since, durably.
+    pub(crate) is_compared: bool,
 }
 
 /// The mark of one log.
@@ -54,7 +65,17 @@ impl Noted {
 
     /// The highest LSN that was ever durable.
     pub(crate) fn highest(&self) -> Lsn {
-        self.durable.lsn.max(self.lost.map_or(Lsn::ZERO, |lost| lost.lsn))
+        self.durable.lsn.max(self.lost.map_or(Lsn::ZERO, |lost| lost.through.lsn))
+    }
+
+    /// The end that a log has lost which goes to entry `found`. A pass may have ended durably after the last mark was written:
+    /// when one had begun, and the log gives points as they come, everything was compared.
+    pub(crate) fn lost_of(&self, found: Seq, timeline: &Timeline) -> Option<Lost> {
+        if self.durable.seq > found {
+            return Some(Lost { through: self.durable, is_compared: false });
+        }
+        let is_whole = timeline.latest().is_some() && timeline.holes().iter().all(|hole| hole.to.is_some());
+        self.lost.filter(|lost| !(lost.is_compared && is_whole))
     }
 }
 
@@ -196,11 +217,13 @@ fn encode(history: HistoryId, noted: Noted) -> [u8; LENGTH] {
     let mut bytes = [0; LENGTH];
     bytes[..8].copy_from_slice(MAGIC);
     bytes[8..24].copy_from_slice(history.0.as_bytes());
-    let lost = noted.lost.unwrap_or_default();
+    let lost = noted.lost.map(|lost| lost.through).unwrap_or_default();
+    let is_compared = noted.lost.is_some_and(|lost| lost.is_compared);
     let numbers = [noted.durable.seq.0, noted.durable.lsn.0, lost.seq.0, lost.lsn.0];
     for (number, place) in numbers.iter().zip(bytes[24..56].chunks_exact_mut(8)) {
         place.copy_from_slice(&number.to_le_bytes());
     }
+    bytes[COMPARING_AT..CRC_AT].copy_from_slice(&u32::from(is_compared).to_le_bytes());
     let crc = crc32c::crc32c(&bytes[..CRC_AT]);
     bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
     bytes
@@ -216,6 +239,7 @@ fn decode(bytes: &[u8; LENGTH], history: HistoryId) -> Option<Noted> {
         Durable { seq: Seq(number(at)), lsn: Lsn(number(at + 8)) }
     };
     let lost = Some(durable(40)).filter(|lost| lost.seq > Seq(0));
+    let lost = lost.map(|through| Lost { through, is_compared: bytes[COMPARING_AT] == 1 });
     let noted = Noted { durable: durable(24), lost };
     (*bytes == encode(history, noted)).then_some(noted)
 }
@@ -229,7 +253,8 @@ mod tests {
         let history = HistoryId(Uuid::from_u128(5));
         let durable = Durable { seq: Seq(7), lsn: Lsn(9) };
         let lost = Durable { seq: Seq(12), lsn: Lsn(11) };
-        for noted in [Noted::whole(durable), Noted { durable, lost: Some(lost) }] {
+        let lost = |is_compared| Some(Lost { through: lost, is_compared });
+        for noted in [None, lost(false), lost(true)].map(|lost| Noted { durable, lost }) {
             let good = encode(history, noted);
             assert_eq!(decode(&good, history), Some(noted));
             assert_eq!(decode(&good, HistoryId(Uuid::from_u128(6))), None, "a mark of another log");

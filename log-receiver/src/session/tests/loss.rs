@@ -91,6 +91,12 @@ fn a_loss_is_no_damage_any_more_when_the_pass_that_compared_everything_has_ended
     peer.tell(&mut bench, pass_data(9, 4096, b"compared"));
     bench.commit(disk(7));
     assert_eq!(damage(&bench), 1, "the pass goes on");
+    bench.restart();
+    assert_eq!(damage(&bench), 1, "it is not at its end only because the receiver has started again");
+    let (mut peer, welcome) = again(&mut bench, history, 1);
+    assert_eq!((welcome.state, welcome.in_pass), (ReceiverState::Known, true));
+    let lost_end = |bench: &Bench| bench.disks.get(disk(7)).unwrap().lost_end().is_some();
+    assert!(!lost_end(&bench), "a hole of its own has followed");
     // One that ends without a point has not compared everything.
     let time = CaptureTime(9000);
     peer.tell(&mut bench, Message::PassEnd { at: Lsn(9), valid_from: None, time });
