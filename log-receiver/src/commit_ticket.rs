@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use backtide_recovery::{SyncOutcome, SyncTicket};
 use backtide_storage::{KillPoint, Storage};
 
-use crate::{StoreWatch, log_mark::Loss, watermark::Watermark};
+use crate::{StoreWatch, log_mark::Loss, shortfalls::Shortfalls, watermark::Watermark};
 
 /// No two openings of logs are the same, whatever their disks: one that was forgotten may begin anew.
 pub(crate) fn next_life() -> u64 {
@@ -19,6 +19,7 @@ pub struct CommitTicket {
     pub(crate) ticket: SyncTicket,
     pub(crate) watermark: Option<Watermark>,
     pub(crate) loss: Option<Loss>,
+    pub(crate) shortfalls: Shortfalls,
     pub(crate) watch: StoreWatch,
 }
 
@@ -47,7 +48,7 @@ impl CommitTicket {
 
     /// Whether it should not be synced together with others.
     pub(crate) fn is_apart(&self) -> bool {
-        self.ticket.has_chores()
+        self.ticket.has_chores() || self.shortfalls.wants_writing()
     }
 
     /// Syncs tickets of logs on one storage, see [`SyncTicket::sync_together`]; blocks. Outcomes come in the order of
@@ -59,7 +60,9 @@ impl CommitTicket {
     }
 
     fn split(self) -> (SyncTicket, Noting) {
-        let Self { life, ticket, watermark, loss, watch } = self;
+        let Self { life, ticket, watermark, loss, shortfalls, watch } = self;
+        // Before the pass of an agent that misses something is durable, so that it is known whatever happens then.
+        shortfalls.write();
         (ticket, Noting { life, watermark, loss, watch })
     }
 }

@@ -3,6 +3,7 @@
 //! Owned by one thread (a worker of the daemon, or a simulation). A failed log is kept out of use until the next
 //! handshake opens it again, which recovers it. What is durable in it can be read all the time.
 
+mod appending;
 mod out_of_use;
 
 pub(crate) use out_of_use::{DamagedLog, WantedLook};
@@ -10,33 +11,22 @@ pub(crate) use out_of_use::{DamagedLog, WantedLook};
 use std::collections::VecDeque;
 
 use backtide_recovery::{
-    AppendError, Attached, Base, DiskLog, Durable, LastWork, LogError, RebaseTicket, Rebased, SettleTicket,
-    Snapshot, Timeline,
+    Attached, Base, DiskLog, Durable, LastWork, LogError, RebaseTicket, Rebased, SettleTicket, Snapshot,
+    Timeline,
 };
-use backtide_segment::{Bucket, DISK_SIZE_MAX, Entry, PassContent, Seq};
+use backtide_segment::Seq;
 use backtide_storage::KillPoint;
 use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId, Lsn};
 
 use crate::{
     clock::Came,
     commit_ticket::{CommitOutcome, CommitTicket, next_life},
-    log_mark::{Followed, LogMark},
+    log_mark::{LogMark, Loss},
     past::{EndedLog, Past},
     reopening::Reopened,
     session::ConnectionId,
+    shortfalls::Shortfalls,
 };
-
-/// What an entry costs beside its payload.
-const ENTRY_HEADER_BYTES: u64 = 64;
-
-/// What an extent costs in the index of a segment that is written: an entry without a payload may have many.
-const EXTENT_BYTES: u64 = 64;
-
-/// So many times as much of a pass is gathered for a sync as of what guests write.
-const PASS_GATHERS_LONGER: u64 = 8;
-
-/// Undurable bytes are counted in groups of about this size.
-const WAITING_GROUP_BYTES: u64 = 64 * 1024;
 
 /// One disk of the store.
 pub struct Disk {
@@ -45,6 +35,8 @@ pub struct Disk {
     /// Which of the disk's logs is in use: all before it were damaged.
     number: u32,
     past: Past,
+    /// What its agents found missing.
+    shortfalls: Shortfalls,
     /// Which opening of a log this is: a sync that began before the log failed and was opened again, or before the
     /// disk was forgotten and began anew, says nothing about the log of today, whose entries may have the same numbers.
     life: u64,
@@ -139,7 +131,13 @@ pub enum DiskError {
 
 impl Disk {
     /// A disk with its opened log, or with the reason why it could not be opened.
-    pub(crate) fn new(id: DiskId, number: u32, log: Result<(DiskLog, LogMark), Failure>, past: Past) -> Self {
+    pub(crate) fn new(
+        id: DiskId,
+        number: u32,
+        log: Result<(DiskLog, LogMark), Failure>,
+        past: Past,
+        shortfalls: Shortfalls,
+    ) -> Self {
         let log = match log {
             Ok((log, mark)) => Log::Open(Box::new(log), mark),
             Err(failure) => Log::Failed(Box::new(Failed { failure, ..Failed::default() })),
@@ -147,7 +145,19 @@ impl Disk {
         let waiting = VecDeque::new();
         let life = next_life();
         let (gathered, waiting_bytes, pass_end) = (0, 0, None);
-        Self { id, log, number, past, life, owner: None, gathered, waiting, waiting_bytes, pass_end }
+        Self {
+            id,
+            log,
+            number,
+            past,
+            shortfalls,
+            life,
+            owner: None,
+            gathered,
+            waiting,
+            waiting_bytes,
+            pass_end,
+        }
     }
 
     /// Which disk.
@@ -166,14 +176,18 @@ impl Disk {
     /// Everything that is damaged, in the log in use and in those before it: a sentence each, with
     /// file and place. A lost end is, until a pass that has compared everything has ended durably.
     pub fn damage(&self) -> impl Iterator<Item = &String> {
-        let (present, loss) = match &self.log {
-            Log::Open(log, mark) => {
-                (None, mark.loss.as_ref().filter(|loss| !loss.is_over(log.durable().seq)))
-            }
-            Log::Failed(failed) => (failed.left.as_ref(), None),
+        let present = match &self.log {
+            Log::Open(..) => None,
+            Log::Failed(failed) => failed.left.as_ref(),
         };
         let present = present.into_iter().flat_map(|left| &left.damage);
-        self.past.damage().chain(present).chain(loss.map(|loss| &loss.why))
+        self.past.damage().chain(present).chain(self.loss().map(|loss| &loss.why))
+    }
+
+    /// The lost end of the open log, until a pass that has compared everything has ended durably.
+    pub(crate) fn loss(&self) -> Option<&Loss> {
+        let Log::Open(log, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
+        (!loss.is_over(log.durable().seq)).then_some(loss)
     }
 
     /// Why acknowledged bytes are missing at the end of the open log, as long as only attaches have
@@ -286,6 +300,7 @@ impl Disk {
                 ticket,
                 watermark: mark.watermark.clone(),
                 loss: mark.loss.clone(),
+                shortfalls: self.shortfalls.clone(),
                 watch: mark.watch.clone(),
             }),
             Err(error) => {
@@ -375,54 +390,14 @@ impl Disk {
         &self.past
     }
 
+    /// What its agents found missing in the store.
+    pub(crate) fn shortfalls(&self) -> &Shortfalls {
+        &self.shortfalls
+    }
+
     /// Takes what is left of one of them now.
     pub(crate) fn put_ended(&mut self, ended: EndedLog) {
         self.past.put(ended);
-    }
-
-    pub(crate) fn append(&mut self, entry: Entry, payload: ByteCount) -> Result<Seq, DiskError> {
-        let (log, mark) = match &mut self.log {
-            Log::Open(log, mark) => (log, mark),
-            Log::Failed(failed) => return Err(DiskError::Store(failed.failure.why.clone())),
-        };
-        let followed = Followed::of(&entry);
-        let ends_pass = matches!(entry, Entry::PassEnd { .. });
-        let parts = if matches!(entry, Entry::PassData { .. }) { PASS_GATHERS_LONGER } else { 1 };
-        let cost = ByteCount(payload.0 + ENTRY_HEADER_BYTES + EXTENT_BYTES * bare_extents(&entry));
-        match log.append(entry) {
-            Ok(seq) => {
-                if let Some(loss) = &mut mark.loss {
-                    loss.follow(seq, followed);
-                }
-                self.note_waiting(seq, cost);
-                self.gathered += cost.0 / parts;
-                self.pass_end = ends_pass.then_some(seq).or(self.pass_end);
-                Ok(seq)
-            }
-            Err(AppendError::Invalid(invalid)) => Err(DiskError::Invalid(invalid.to_string())),
-            // Nothing was written: the log itself is sound and goes on when there is space again. Where
-            // a segment could not be closed that is not so, and only opening it again helps.
-            Err(AppendError::Log(error @ LogError::Full { .. })) if !log.is_poisoned() => {
-                Err(DiskError::Store(chain(&error)))
-            }
-            Err(AppendError::Log(error)) => {
-                let failure = Failure::from(&error);
-                self.fail(failure.clone());
-                Err(DiskError::Store(failure.why))
-            }
-        }
-    }
-
-    /// Counts what is not durable yet, in groups: a group counts until its last entry is durable.
-    fn note_waiting(&mut self, seq: Seq, bytes: ByteCount) {
-        self.waiting_bytes += bytes.0;
-        match self.waiting.back_mut() {
-            Some((last, group)) if group.0 < WAITING_GROUP_BYTES => {
-                *last = seq;
-                group.0 += bytes.0;
-            }
-            Some(_) | None => self.waiting.push_back((seq, bytes)),
-        }
     }
 
     pub(crate) fn set_owner(&mut self, connection: ConnectionId, now: CaptureTime) -> Option<ConnectionId> {
@@ -463,25 +438,6 @@ impl Disk {
             Log::Open(log, _) => Some(log),
             Log::Failed(_) => None,
         }
-    }
-}
-
-/// How many extents an entry without a payload becomes; those of a payload are little beside it.
-fn bare_extents(entry: &Entry) -> u64 {
-    match entry {
-        Entry::Zero { range, .. } | Entry::PassData { range, content: PassContent::Zeroes, .. } => {
-            // A range that no log takes is refused when it is appended.
-            let known = range.end().0 <= DISK_SIZE_MAX.0;
-            if known { Bucket::split(*range).len() as u64 } else { 0 }
-        }
-        Entry::Write { .. }
-        | Entry::PassData { content: PassContent::Bytes { .. }, .. }
-        | Entry::Flush { .. }
-        | Entry::Unchanged { .. }
-        | Entry::PassBegin { .. }
-        | Entry::PassEnd { .. }
-        | Entry::Mark { .. }
-        | Entry::Attach { .. } => 0,
     }
 }
 

@@ -336,7 +336,9 @@ impl Disks {
             store(error)
         })?;
         let fresh = log.timeline().attached().is_none();
-        self.disks.insert(hello.disk, Disk::new(hello.disk, 1, Ok((log, mark)), Past::default()));
+        let shortfalls = self.shelf.shortfalls(hello.disk);
+        let disk = Disk::new(hello.disk, 1, Ok((log, mark)), Past::default(), shortfalls);
+        self.disks.insert(hello.disk, disk);
         Ok(Found { fresh, displaced: None })
     }
 

@@ -1,11 +1,10 @@
 //! What a disk's owner tells others about it: plain values, taken at one moment.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use backtide_protocol::AckPolicy;
 use backtide_receiver_api::{DiskOrigin, Touched};
-use backtide_recovery::{Hole, TimedLsn, time_text};
-use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn, Reason};
+use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId, Lsn};
 
 use crate::{
     clock::{self, Difference},
@@ -13,9 +12,6 @@ use crate::{
     findings::Finding,
     points,
 };
-
-/// So long it is told that a store had less than it had acknowledged.
-const TOLD_FOR: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// One disk at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,57 +45,10 @@ pub(crate) struct DiskFacts {
     pub(crate) touched: Vec<Touched>,
     /// The first point of each of its logs that has one, by number.
     pub(crate) begins: BTreeMap<u32, Lsn>,
-    /// Where the log begins or goes on with less than its agent knew to be durable: the newest such place.
-    pub(crate) rolled_back: Option<RolledBack>,
+    /// What the store had less of than its agent knew to be durable: sentences, each with whether any point was left.
+    pub(crate) lacked: Vec<(bool, String)>,
     /// Intervals beyond those that are offered.
     pub(crate) forgotten_intervals: u64,
-}
-
-/// History that had been acknowledged as durable, and that the store had no more when the agent came back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RolledBack {
-    /// The last point before it; none when nothing was left.
-    pub(crate) from: Option<TimedLsn>,
-    /// The first point after it; none before there is one.
-    pub(crate) to: Option<TimedLsn>,
-}
-
-impl RolledBack {
-    /// The newest of a disk. What is lost with a damaged log is told as damage.
-    fn of(disk: &Disk) -> Option<Self> {
-        if !disk.past().logs().is_empty() {
-            return None;
-        }
-        let is_so = |hole: &&Hole| hole.reason.code == Reason::ReceiverRolledBack.code();
-        let hole = disk.timeline()?.holes().iter().rev().find(is_so)?;
-        Some(Self { from: hole.from, to: hole.to })
-    }
-
-    /// What a person should know of it, for a week after there is a point again.
-    pub(crate) fn told(&self, now: CaptureTime) -> Option<String> {
-        let is_long_ago = |to: TimedLsn| now.0.saturating_sub(to.time.0) > TOLD_FOR.as_micros() as u64;
-        if self.to.is_some_and(is_long_ago) {
-            return None;
-        }
-        let gone = match self.from {
-            Some(from) => {
-                format!("points and marks after lsn:{} ({}) are gone", from.lsn, time_text(from.time))
-            }
-            None => "all points and marks of before are gone".to_owned(),
-        };
-        let since = match self.to {
-            Some(to) => format!(
-                "everything was compared or sent anew, lsn:{} ({}) is the next point; this is told for a week after it",
-                to.lsn,
-                time_text(to.time)
-            ),
-            None => "its agent has not brought everything anew yet".to_owned(),
-        };
-        Some(format!(
-            "the store had less of it than had been acknowledged as durable, as one has that was put back to an older copy: \
-             {gone}; {since}"
-        ))
-    }
 }
 
 impl DiskFacts {
@@ -139,7 +88,7 @@ impl DiskFacts {
             damage: disk.damage().cloned().collect(),
             touched: disk.lost_points(),
             begins: disk.begins(),
-            rolled_back: RolledBack::of(disk),
+            lacked: disk.lacked(clock::now()),
             forgotten_intervals: timeline.map_or(0, |timeline| timeline.forgotten().intervals),
         }
     }

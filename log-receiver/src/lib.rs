@@ -61,6 +61,7 @@ mod retention;
 mod scrub;
 mod sealed_json;
 mod service;
+mod shortfalls;
 mod small_files;
 mod space;
 mod store_file;

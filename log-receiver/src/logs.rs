@@ -79,7 +79,8 @@ impl Shelf {
             Ok(numbers) => numbers,
             Err(error) => {
                 let memo = (1..=NUMBER_MAX).rev().find_map(|number| self.memo(disk, number));
-                return Some(Disk::unlisted(disk, &error, memo.map(|memo| memo.attached)));
+                let attached = memo.map(|memo| memo.attached);
+                return Some(Disk::unlisted(disk, &error, attached, self.shortfalls(disk)));
             }
         };
         // A crash while a log was being made leaves one that is none: nobody was ever told of it.
@@ -96,7 +97,8 @@ impl Shelf {
             let mark = self.mark(disk, number, &log)?;
             Ok((log, mark))
         });
-        let mut opened = Disk::new(disk, number, opened.map_err(|error| Failure::from(&error)), past);
+        let opened = opened.map_err(|error| Failure::from(&error));
+        let mut opened = Disk::new(disk, number, opened, past, self.shortfalls(disk));
         self.make_readable(&mut opened);
         Some(opened)
     }

@@ -184,7 +184,7 @@ impl Session {
                     Some(disk) if disk.owner() == Some(self.connection) => match disk.failure() {
                         // Not the message is wrong, though nothing can be checked against the log.
                         Some(failure) => Err(closed(CloseCode::Store, &failure.why)),
-                        None => streaming.take(disks, message),
+                        None => streaming.take(disks, message, now),
                     },
                     Some(_) | None => Err(closed(CloseCode::Busy, REPLACED)),
                 }
@@ -294,7 +294,12 @@ impl Streaming {
         Self { disk, reached, acked: reached, asked: reached, waiting }
     }
 
-    fn take(&mut self, disks: &mut Disks, message: Message) -> Result<Option<Effect>, Closed> {
+    fn take(
+        &mut self,
+        disks: &mut Disks,
+        message: Message,
+        now: CaptureTime,
+    ) -> Result<Option<Effect>, Closed> {
         let (entry, payload) = match message {
             Message::Record(mut record) => {
                 self.check_record(disks, &record)?;
@@ -318,12 +323,14 @@ impl Streaming {
             }
             Message::PassBegin { at, gap_from, time, reason } => {
                 let time = self.in_order(disks, time);
-                (entries::pass_begin(at, gap_from, time, reason), ByteCount::ZERO)
+                let entry = entries::pass_begin(at, gap_from, time, reason);
+                return self.disk(disks).append_of_pass(entry, now).map(|()| None).map_err(refusal);
             }
             Message::PassEnd { at, valid_from, time } => {
                 // The disk is in sync, or the next pass begins, when it is durable.
                 self.asked.durable = self.reached.received;
-                (Entry::PassEnd { at, valid_from, time }, ByteCount::ZERO)
+                let entry = Entry::PassEnd { at, valid_from, time };
+                return self.disk(disks).append_of_pass(entry, now).map(|()| None).map_err(refusal);
             }
             Message::Mark { lsn, time, label } => {
                 self.check_reached(disks, "mark", lsn)?;

@@ -11,7 +11,7 @@ use backtide_units::DiskId;
 
 use crate::{
     Shelf, StoreFileError, cut::Cut, disk::chain, findings, forgotten, memo, mount_numbers, retention, scrub,
-    store_file::read_store, watermark::Watermark,
+    shortfalls, store_file::read_store, watermark::Watermark,
 };
 
 /// What was found damaged counts when it is the same so often ...
@@ -51,6 +51,7 @@ pub(crate) fn of_store(storage: &Arc<dyn Storage>) -> Result<Vec<String>, StoreF
 pub(crate) fn beside_log(storage: &dyn Storage, dir: &Path, base: bool) -> Vec<String> {
     let mut damage: Vec<_> = memo::damage_of(storage, dir).into_iter().collect();
     damage.extend(Cut::damage_of(storage, dir));
+    damage.extend(shortfalls::damage_of(storage, dir));
     damage.extend(Watermark::damage_of(storage, dir));
     if base {
         damage.extend(of_base(storage, dir));

@@ -14,6 +14,7 @@ use crate::{
     past::{EndedLog, Past, newest},
     reopening::Reopened,
     session::ConnectionId,
+    shortfalls::Shortfalls,
     touched::touched,
 };
 
@@ -47,11 +48,16 @@ impl Failed {
 impl Disk {
     /// A disk whose directory cannot be listed, with the newest attach that something else tells of: until it is listed
     /// nothing of it is opened or read, for an older log may look like the newest.
-    pub(crate) fn unlisted(id: DiskId, error: &LogError, attached: Option<Attached>) -> Self {
+    pub(crate) fn unlisted(
+        id: DiskId,
+        error: &LogError,
+        attached: Option<Attached>,
+        shortfalls: Shortfalls,
+    ) -> Self {
         let failed = Failed { failure: Failure::from(error), attached, unlisted: true, ..Failed::default() };
         Self {
             log: Log::Failed(Box::new(failed)),
-            ..Self::new(id, 1, Err(Failure::default()), Past::default())
+            ..Self::new(id, 1, Err(Failure::default()), Past::default(), shortfalls)
         }
     }
 

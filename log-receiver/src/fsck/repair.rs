@@ -32,7 +32,7 @@ use crate::{
     findings::{self, Findings},
     memo::{self, Memo},
     past::newest,
-    retention, scrub,
+    retention, scrub, shortfalls,
     store_file::{lock_store, read_store, write_store},
     watermark::{Noted, Watermark},
 };
@@ -220,6 +220,12 @@ impl Work<'_> {
             Ok(numbers) => numbers,
             Err(error) => return Done { errors: vec![chain(&error)], ..done },
         };
+        match shortfalls::remove_damaged(&*self.shelf.storage, &Shelf::dir(self.disk, 1)) {
+            Ok(damage) => {
+                done.mended.extend(damage.map(|why| format!("{why}: it is removed, with what it told")))
+            }
+            Err(error) => done.errors.push(format!("remove {}: {error}", shortfalls::FILE)),
+        }
         for number in numbers {
             match self.log(number, &mut done, step) {
                 Ok(is_open) => done.in_use = is_open.then_some(number),

@@ -12,6 +12,7 @@ use crate::{
     overlays::{record, store_place::StorePlace},
     scrub,
     sealed_json::reseal,
+    shortfalls,
 };
 
 use super::*;
@@ -218,5 +219,18 @@ fn notes_of_a_cut() {
         // Whatever stands there: the log was cut.
         assert!(Cut::read(&storage, Path::new("d")).map_or(true, |cut| cut.is_some()));
         let _ = Cut::damage_of(&storage, Path::new("d"));
+    });
+}
+
+#[test]
+fn notes_of_what_a_store_had_less_of() {
+    let (storage, dir) = (MemoryStorage::new(), Path::new("d"));
+    storage.create_dir(dir).unwrap();
+    shortfalls::sample(&storage, dir);
+    run_json("shortfalls.json", vec![file(&storage, &dir.join(shortfalls::FILE))], |bytes| {
+        let (storage, shared) = store(&Path::new("d").join(shortfalls::FILE), bytes);
+        let _ = shortfalls::damage_of(&storage, Path::new("d"));
+        shortfalls::take(shared, Path::new("d"));
+        let _ = shortfalls::remove_damaged(&storage, Path::new("d"));
     });
 }

@@ -82,9 +82,8 @@ impl Service {
             alarms.extend(shortened.map(|why| format!("disk {name}: {why}")));
             // Where somebody had it forgotten its agent does not know that.
             let forgotten = self.removal.shelf.forgotten.is_remembered(facts.id);
-            let less = facts.rolled_back.filter(|less| less.from.is_some() || !forgotten);
-            let less = less.and_then(|less| less.told(clock::now()));
-            alarms.extend(less.map(|why| format!("disk {name}: {why}")));
+            let lacked = facts.lacked.iter().filter(|(has_left_some, _)| *has_left_some || !forgotten);
+            alarms.extend(lacked.map(|(_, why)| format!("disk {name}: {why}")));
             if facts.forgotten_intervals > 0 {
                 alarms.push(format!(
                     "disk {name}: its history has more than {INTERVALS_MAX} intervals; the points of the oldest {} are not \

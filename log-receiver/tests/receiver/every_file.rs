@@ -12,7 +12,7 @@ use backtide_receiver_api::{
     DiskCheck, MountRequest, OverlayCheck, OverlayFate, ReceiverClient, RetentionReport, ScrubRequest,
     ScrubStatus,
 };
-use backtide_units::{ByteCount, DiskName};
+use backtide_units::{ByteCount, DiskName, Reason};
 
 use crate::{
     agent::*,
@@ -27,7 +27,10 @@ use crate::{
 async fn filled(place: &Place) -> Receiver {
     let receiver = place.start().await;
     let api = client(&receiver);
-    let agent = write_history(&receiver, 6..=95).await;
+    let mut agent = write_history(&receiver, 6..=95).await;
+    agent.send(&pass_begin(100, 95, Reason::ReceiverRolledBack)).await;
+    agent.send(&pass_end(100)).await;
+    agent.all_durable().await;
     let vm2: DiskName = "vm2".parse().unwrap();
     let (mut two, _) = Agent::welcomed(&receiver, hello(2, "vm2")).await;
     two.first_pass(5).await;
@@ -185,7 +188,7 @@ async fn a_flipped_bit_in_any_file_is_found_by_a_scrub_and_by_fsck() {
     let forgotten = format!("{}.json", hello(2, "vm2").disk);
     let kinds = ["store.json", "retention.json", "findings.json", "scrub.json", "mounts.json", &forgotten];
     let kinds = kinds.into_iter().chain(["disk.json", "durable", "1", "2", "seg", "pack", "map", "data"]);
-    let kinds = kinds.chain(["vm1-1.json", "vm1-2.json"]);
+    let kinds = kinds.chain(["vm1-1.json", "vm1-2.json", "shortfalls.json"]);
     for kind in kinds {
         assert!(by_scrub.iter().any(|found| found == kind), "no {kind} in {by_scrub:?}");
     }

@@ -6,10 +6,11 @@ use backtide_protocol::{Hello, Message, ReceiverState, Welcome};
 use backtide_recovery::LogOptions;
 use backtide_segment::Seq;
 use backtide_storage::Storage;
-use backtide_units::{ByteCount, CaptureTime, Epoch, HistoryId, Lsn};
+use backtide_units::{ByteCount, CaptureTime, Epoch, HistoryId, Lsn, Reason};
 use uuid::Uuid;
 
 use super::fixture::*;
+use crate::Shelf;
 
 /// The log's only segment, and where what is written in it ends.
 fn segment(bench: &Bench) -> (PathBuf, ByteCount) {
@@ -111,8 +112,8 @@ fn a_loss_is_no_damage_any_more_when_the_pass_that_compared_everything_has_ended
     assert_eq!(damage(&bench), 0);
 }
 
-#[test]
-fn no_lsn_that_was_lost_is_given_again() {
+/// As [`lossy`], with LSN 5 as the last point that is left.
+fn lossy_behind_a_point() -> (Bench, HistoryId) {
     let mut bench = Bench::new();
     let (mut peer, first) = bench.welcomed(hello());
     peer.tell(&mut bench, pass_begin(5, 0));
@@ -124,9 +125,93 @@ fn no_lsn_that_was_lost_is_given_again() {
     }
     bench.commit(disk(7));
     bench.storage.open(&path).unwrap().set_len(ByteCount(end.0.next_multiple_of(8))).unwrap();
+    bench.restart();
+    (bench, first.history)
+}
+
+fn pass_because(at: u64, reason: Reason) -> Message {
+    Message::PassBegin { at: Lsn(at), gap_from: Lsn(5), time: CaptureTime(at * 1000), reason }
+}
+
+fn lacked(bench: &Bench) -> Vec<String> {
+    let lacked = bench.disks.get(disk(7)).unwrap().lacked(TIME);
+    lacked.into_iter().map(|(_, why)| why).collect()
+}
+
+#[test]
+fn a_lost_end_is_damage_until_everything_was_compared_and_told_as_past_then() {
+    let (mut bench, history) = lossy_behind_a_point();
+    let (mut peer, _) = again(&mut bench, history, 1);
+    assert_eq!(lacked(&bench), Vec::<String>::new());
+    peer.tell(&mut bench, pass_because(29, Reason::Damaged));
+    bench.commit(disk(7));
+    assert_eq!(lacked(&bench), Vec::<String>::new(), "it is told as damage");
+    peer.tell(&mut bench, pass_end(29));
+    bench.commit(disk(7));
+    let told = lacked(&bench);
+    let text = "points and marks after lsn:5 (1970-01-01T00:00:00.005Z) that it had are gone";
+    assert!(told.len() == 1 && told[0].starts_with("the end of its log was lost"), "{told:?}");
+    assert!(told[0].contains(text) && told[0].contains("told until 1970-01-08T00:00:01Z"), "{told:?}");
+    bench.restart();
+    assert_eq!(lacked(&bench), told);
+}
+
+#[test]
+fn what_an_agent_misses_is_told_from_the_begin_of_its_pass_whenever_the_receiver_ends() {
+    for (is_cut, is_written) in [(false, true), (true, true), (false, false)] {
+        let mut bench = Bench::new();
+        let (mut peer, first) = bench.welcomed(hello());
+        peer.tell(&mut bench, pass_begin(5, 0));
+        peer.tell(&mut bench, pass_end(5));
+        bench.commit(disk(7));
+        peer.tell(&mut bench, pass_because(9, Reason::ReceiverRolledBack));
+        // Nobody hears of it.
+        drop(bench.disks.get_mut(disk(7)).unwrap().ticket().unwrap().sync());
+        if is_cut {
+            bench.storage.crash(3);
+        }
+        if !is_written {
+            bench.storage.remove(&Shelf::dir(disk(7), 1).join("shortfalls.json")).unwrap();
+        }
+        bench.restart();
+        assert!(lacked(&bench)[0].contains("has not brought everything anew yet"));
+        let (mut peer, _) = again(&mut bench, first.history, 1);
+        peer.tell(&mut bench, pass_end(9));
+        bench.commit(disk(7));
+        let told = lacked(&bench);
+        assert!(told.len() == 1 && told[0].contains("after lsn:5 ("), "{told:?}");
+        bench.storage.crash(4);
+        bench.restart();
+        assert_eq!(lacked(&bench), told);
+    }
+}
+
+#[test]
+fn a_pass_that_goes_on_after_an_interruption_still_misses_what_it_began_for() {
+    let mut bench = Bench::new();
+    let (mut peer, _) = bench.welcomed(hello());
+    peer.tell(&mut bench, pass_begin(5, 0));
+    peer.tell(&mut bench, pass_end(5));
+    peer.tell(&mut bench, pass_because(9, Reason::ReceiverRolledBack));
+    let again = Message::PassBegin {
+        at: Lsn(20),
+        gap_from: Lsn(9),
+        time: CaptureTime(20_000),
+        reason: Reason::ResyncInterrupted,
+    };
+    peer.tell(&mut bench, again);
+    peer.tell(&mut bench, pass_end(20));
+    bench.commit(disk(7));
+    bench.restart();
+    assert!(lacked(&bench)[0].contains("after lsn:5 ("));
+}
+
+#[test]
+fn no_lsn_that_was_lost_is_given_again() {
+    let (mut bench, history) = lossy_behind_a_point();
     for _ in 0..3 {
         bench.restart();
-        let (_, welcome) = again(&mut bench, first.history, 1);
+        let (_, welcome) = again(&mut bench, history, 1);
         assert_eq!((welcome.durable, welcome.highest), (Lsn(5), Lsn(19)));
     }
 }
