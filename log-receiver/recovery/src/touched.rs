@@ -15,7 +15,7 @@ use backtide_segment::{Extent, Position, SegmentId};
 use backtide_units::{ByteCount, ByteRange, Lsn, Reason};
 
 use crate::{
-    LogError, Snapshot, TimedLsn, View, check::entry_places, merge::Content, segment::Segment,
+    Hole, LogError, Snapshot, TimedLsn, View, check::entry_places, merge::Content, segment::Segment,
     timeline::damage_reason,
 };
 
@@ -164,9 +164,14 @@ impl Snapshot {
     /// those that are told of the log.
     pub fn lost_with(&self, damage: &str) -> Touched {
         let reason = damage_reason(damage);
-        let is_damage = |code| Reason::from_code(code) == Some(Reason::Damaged);
-        let holes = self.timeline().holes().iter().filter(|hole| is_damage(hole.reason.code));
-        let told = |hole: &crate::Hole| Touched::lost(hole.from, hole.to);
+        // The hole that a pass has left which compared everything, after an end was lost, is that of no other damage.
+        let of_pass = Reason::Damaged.to_string();
+        let is_damage = |hole: &&Hole| {
+            let is_compared = hole.to.is_some() && hole.reason.text == of_pass;
+            hole.reason.code == Reason::Damaged.code() && !is_compared
+        };
+        let holes = self.timeline().holes().iter().filter(is_damage);
+        let told = |hole: &Hole| Touched::lost(hole.from, hole.to);
         if let Some(hole) = holes.clone().find(|hole| hole.reason == reason) {
             return told(hole);
         }

@@ -4,11 +4,13 @@ mod common;
 
 use std::{path::PathBuf, sync::Arc};
 
-use backtide_recovery::{Checked, DiskLog, KeptPoint, Known, Snapshot, TimedLsn, TouchedSpan};
+use backtide_recovery::{
+    Checked, DiskLog, Entry, KeptPoint, Known, LogOptions, PassReason, Snapshot, TimedLsn, TouchedSpan,
+};
 use backtide_segment::{EntryHeader, Extent, Position, SegmentFile, Seq, scan_prefix};
 use backtide_storage::{MemoryStorage, Storage};
-use backtide_units::{ByteOffset, ByteRange, Lsn};
-use common::{Agent, Random, SayOnPanic, cache, directory, seeds, whole};
+use backtide_units::{ByteOffset, ByteRange, CaptureTime, Lsn, Reason};
+use common::{Agent, Random, SayOnPanic, cache, directory, identity, seeds, whole};
 
 /// What is read at once where a read of the whole disk fails.
 const PIECE: u64 = 4096;
@@ -304,6 +306,35 @@ fn a_damaged_chunk_or_node_touches_the_images_that_have_it_and_what_stands_on_th
         }
     }
     assert!(exact > 20 && failed > 100 && above > 5, "{exact} {failed} {above}");
+}
+
+#[test]
+fn what_is_lost_with_one_damage_is_not_told_of_another_that_was_compared_long_ago() {
+    let options = LogOptions::default();
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    let mut log = DiskLog::create(storage, directory(), identity(), options, &cache()).unwrap();
+    let mut pass = |at: u64, valid_from: Option<Lsn>| {
+        let (at, time, gap_from) = (Lsn(at), CaptureTime(at), log.timeline().covered());
+        let reason = PassReason { code: Reason::Damaged.code(), text: Reason::Damaged.to_string() };
+        log.append(Entry::PassBegin { at, gap_from, time, reason }).unwrap();
+        if valid_from.is_some() {
+            log.append(Entry::PassEnd { at, valid_from, time }).unwrap();
+        }
+        log.snapshot().unwrap()
+    };
+    pass(5, Some(Lsn(5)));
+    let compared = pass(10, Some(Lsn(10)));
+    assert_eq!(compared.timeline().holes().len(), 1);
+    assert_eq!(compared.lost_with("b.seg is damaged").spans, []);
+    let lost = |snapshot: &Snapshot, why| {
+        let spans = snapshot.lost_with(why).spans.into_iter();
+        spans.map(|span| (span.from.map(|from| from.lsn), span.to.map(|to| to.lsn))).collect::<Vec<_>>()
+    };
+    let ended = compared.ending("b.seg is damaged");
+    assert_eq!(lost(&ended, "b.seg is damaged"), [(Some(Lsn(10)), None)]);
+    assert_eq!(lost(&ended, "c.seg is damaged"), [(Some(Lsn(10)), None)], "nobody knows which of both");
+    let comparing = pass(20, None);
+    assert_eq!(lost(&comparing, "the end is lost"), [(Some(Lsn(10)), None)], "nothing is compared yet");
 }
 
 #[test]

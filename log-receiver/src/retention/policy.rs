@@ -170,6 +170,13 @@ pub(crate) enum NotChanged {
     Failed(String),
 }
 
+impl NotChanged {
+    fn unwritten(kind: io::ErrorKind, why: String) -> Self {
+        let is_full = matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        if is_full { Self::Full(why) } else { Self::Failed(why) }
+    }
+}
+
 struct State {
     disks: Arc<Disks>,
     /// When the time that the store has been open was noted last.
@@ -298,11 +305,7 @@ impl Policies {
         let written = replace_file(&*self.storage, Path::new(FILE), &content);
         written.map_err(|error| {
             let why = format!("write {}: {error}", self.storage.display(Path::new(FILE)).display());
-            if error.kind() == io::ErrorKind::StorageFull {
-                NotChanged::Full(why)
-            } else {
-                NotChanged::Failed(why)
-            }
+            NotChanged::unwritten(error.kind(), why)
         })?;
         // Only one that is there, so that a power cut between the two leaves none that seems lost.
         if !self.is_noted.swap(true, Ordering::Relaxed) {

@@ -183,3 +183,12 @@ fn a_power_cut_while_the_first_file_is_written_makes_none_look_lost() {
         }
     }
 }
+
+#[test]
+fn a_store_has_no_room_also_where_a_quota_says_so() {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, StorageFull};
+    let unwritten = |kind| NotChanged::unwritten(kind, "why".to_owned());
+    let full = NotChanged::Full("why".to_owned());
+    assert_eq!([StorageFull, QuotaExceeded].map(unwritten), [full.clone(), full]);
+    assert_eq!(unwritten(PermissionDenied), NotChanged::Failed("why".to_owned()));
+}
