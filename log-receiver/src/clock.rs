@@ -3,30 +3,65 @@
 use std::time::{Duration, SystemTime};
 
 use backtide_recovery::Timeline;
-use backtide_units::{CaptureTime, DiskName};
+use backtide_units::{CaptureTime, DiskName, Lsn};
 
 /// So far may the newest point be ahead before that is told.
 const AHEAD_MAX: Duration = Duration::from_secs(3);
 
-/// So old may the newest point be of a disk that is connected and in sync: an idle one gives a sign of life every 30 s, and
-/// what a busy one sends may wait for a moment.
+/// So far behind may something be stamped before that is told: a hello may wait as long for its disk.
 const BEHIND_MAX: Duration = Duration::from_secs(90);
-
-/// From an agent that has come again nothing new is expected sooner.
-const FIRST_SIGN: Duration = Duration::from_secs(45);
 
 /// Now; 1970 when the machine's clock stands before it.
 pub(crate) fn now() -> CaptureTime {
     SystemTime::now().into()
 }
 
-/// When the agent of a disk came.
+/// What the agent of a disk has shown of its clock since it came.
+///
+/// What it sends may be old and stamped right: after an outage it sends what it has retained, for hours where it has a spill, and
+/// with a slow link all comes late. So a stamp counts only where it is known when at the earliest it was made: an agent gives LSNs
+/// from the one in its hello on after that hello, and gives a sign of life when all that it has sent before is
+/// acknowledged.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Came {
-    /// By the receiver's clock.
-    pub(crate) at: CaptureTime,
-    /// The time of the newest point then.
-    pub(crate) latest: Option<CaptureTime>,
+    /// When, by the receiver's clock.
+    at: CaptureTime,
+    /// The first LSN that it had not given then.
+    next_lsn: Lsn,
+    /// When something was heard of it last.
+    heard: CaptureTime,
+    /// So far behind, at the least, it has stamped something since.
+    behind: Option<Duration>,
+}
+
+impl Came {
+    pub(crate) fn new(at: CaptureTime, next_lsn: Lsn) -> Self {
+        Self { at, next_lsn, heard: at, behind: None }
+    }
+
+    /// A change or the begin of a pass with this LSN and stamp has come.
+    pub(crate) fn saw_change(&mut self, lsn: Lsn, stamp: CaptureTime, now: CaptureTime) {
+        if lsn >= self.next_lsn {
+            self.see(self.at, stamp, now);
+        }
+        self.heard = now;
+    }
+
+    /// A sign of life with this stamp has come.
+    pub(crate) fn saw_sign(&mut self, stamp: CaptureTime, now: CaptureTime) {
+        self.see(self.heard, stamp, now);
+        self.heard = now;
+    }
+
+    /// What was stamped so was so at `from` at the earliest.
+    fn see(&mut self, from: CaptureTime, stamp: CaptureTime, now: CaptureTime) {
+        let since = |time: CaptureTime| Duration::from_micros(time.0.saturating_sub(stamp.0));
+        if since(from) > BEHIND_MAX {
+            self.behind = Some(since(from));
+        } else if since(now) <= BEHIND_MAX {
+            self.behind = None;
+        }
+    }
 }
 
 /// How the clock that stamped a disk's newest point differs from this machine's.
@@ -34,28 +69,23 @@ pub(crate) struct Came {
 pub(crate) enum Difference {
     /// The newest point lies so far in the future.
     Ahead(Duration),
-    /// The newest point of a disk that is connected and in sync is so old.
+    /// What the agent that is connected has stamped was so much older than it can have been, or more.
     Behind(Duration),
 }
 
 impl Difference {
     /// What shows of it. `came` is none when the disk's agent is not connected.
     pub(crate) fn seen(timeline: &Timeline, came: Option<Came>, now: CaptureTime) -> Option<Self> {
-        let latest = timeline.latest()?.time;
-        Self::of(latest, came.filter(|_| timeline.in_sync()), now)
+        Self::of(timeline.latest()?.time, came, now)
     }
 
-    /// The same of the newest point's time. `came` is none when the disk's agent has not to give a sign of life.
+    /// The same of the newest point's time.
     fn of(latest: CaptureTime, came: Option<Came>, now: CaptureTime) -> Option<Self> {
-        let since = |from: CaptureTime| Duration::from_micros(now.0.saturating_sub(from.0));
         let ahead = Duration::from_micros(latest.0.saturating_sub(now.0));
         if ahead > AHEAD_MAX {
             return Some(Self::Ahead(ahead));
         }
-        let came = came?;
-        let has_said_something = came.latest != Some(latest) || since(came.at) > FIRST_SIGN;
-        let behind = since(latest);
-        (has_said_something && behind > BEHIND_MAX).then_some(Self::Behind(behind))
+        came?.behind.map(Self::Behind)
     }
 
     /// It in words.
@@ -67,9 +97,9 @@ impl Difference {
                 text(by)
             ),
             Self::Behind(by) => format!(
-                "the newest point of disk {disk} is stamped {} behind the receiver's clock, though it is connected and in sync: \
-                 the clock of its agent is behind or the receiver's ahead, or what it sends comes so late",
-                text(by)
+                "what the agent of disk {disk} has sent is stamped {} behind the receiver's clock or more, late as it may \
+                 have come: the clock of the agent is behind, or the receiver's ahead",
+                text(by + Duration::from_millis(500))
             ),
         }
     }
@@ -104,15 +134,63 @@ mod tests {
         assert!(ahead.sentence(&"vm1".parse().unwrap()).contains("vm1 is stamped 1h 0m ahead"));
     }
 
+    /// An agent that came at second 10 000 with LSN 50 as its next one.
+    fn came() -> Came {
+        Came::new(at(10_000), Lsn(50))
+    }
+
+    fn behind(came: Came, now: u64) -> Option<u64> {
+        match Difference::of(at(5000), Some(came), at(now))? {
+            Difference::Behind(by) => Some(by.as_secs()),
+            Difference::Ahead(_) => None,
+        }
+    }
+
     #[test]
-    fn an_old_newest_point_does_where_the_agent_has_to_give_signs_of_life() {
-        let now = at(10_000);
-        let came = |came, latest| Some(Came { at: at(came), latest });
-        let behind = Some(Difference::Behind(Duration::from_secs(3600)));
-        assert_eq!(Difference::of(at(6400), came(9999, None), now), behind, "it stamps what is new");
-        assert_eq!(Difference::of(at(6400), came(9000, Some(at(6400))), now), behind, "a sign is overdue");
-        assert_eq!(Difference::of(at(6400), came(9990, Some(at(6400))), now), None, "none is due yet");
-        assert_eq!(Difference::of(at(9911), came(9000, None), now), None, "the next sign comes in time");
-        assert_eq!(Difference::of(at(6400), None, now), None, "nobody is there who would give one");
+    fn what_was_stamped_right_and_comes_late_tells_of_no_other_clock() {
+        let mut came = came();
+        assert_eq!(behind(came, 10_000), None);
+        assert_eq!(
+            behind(came, 10_080),
+            None,
+            "it looks for what has changed, and says nothing until it knows"
+        );
+        // It sends what it has retained for an hour, and behind that what is new.
+        came.saw_change(Lsn(7), at(6400), at(10_001));
+        came.saw_change(Lsn(49), at(9999), at(11_000));
+        assert_eq!(behind(came, 11_000), None);
+        came.saw_change(Lsn(50), at(10_001), at(12_000));
+        came.saw_change(Lsn(51), at(10_500), at(13_000));
+        assert_eq!(behind(came, 13_000), None);
+        // A device that stands still holds up this side, too.
+        came.saw_sign(at(13_030), at(13_500));
+        assert_eq!(behind(came, 13_500), None);
+    }
+
+    #[test]
+    fn a_stamp_from_before_the_agent_came_does_on_what_is_new_until_one_is_right() {
+        let mut came = came();
+        came.saw_change(Lsn(50), at(6500), at(10_100));
+        assert_eq!(behind(came, 10_100), Some(3500));
+        came.saw_change(Lsn(51), at(10_500), at(14_100));
+        assert_eq!(
+            behind(came, 14_100),
+            Some(3500),
+            "it may come late, and does not show that the clock is right"
+        );
+        came.saw_change(Lsn(52), at(14_150), at(14_200));
+        assert_eq!(behind(came, 14_200), None, "it was set right");
+        assert_eq!(Difference::of(at(5000), None, at(14_200)), None, "nobody is there whose clock it is");
+    }
+
+    #[test]
+    fn a_sign_of_life_does_that_is_older_than_what_was_heard_before_it() {
+        let mut came = came();
+        came.saw_change(Lsn(50), at(16_000), at(20_000));
+        assert_eq!(behind(came, 20_000), None, "nobody knows how late that came");
+        came.saw_sign(at(16_030), at(20_030));
+        assert_eq!(behind(came, 20_030), Some(3970));
+        came.saw_sign(at(20_060), at(20_060));
+        assert_eq!(behind(came, 20_060), None);
     }
 }

@@ -19,6 +19,7 @@ use backtide_protocol::{
     CloseCode, Closed, CompareResult, Decoder, Hello, Message, ProtocolError, Sequenced, encode,
 };
 use backtide_recovery::LogError;
+use backtide_units::CaptureTime;
 use bytes::{Buf, BytesMut};
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -175,12 +176,14 @@ impl Connection {
     }
 
     async fn serve(&mut self, mut duplex: Duplex, first: Sequenced, wakeup: &Wakeup) -> io::Result<()> {
+        // What its agent does from now on is later, however long its disk takes.
+        let came = self.ingest.now();
         if let Message::Hello(hello) = &first.message
             && !self.prepare(hello, &mut duplex, wakeup).await?
         {
             return Ok(());
         }
-        self.take(first);
+        self.take(first, came);
         self.take_decoded();
         // The first beat is due after an interval of silence: one at once may be a little late, and meet a
         // record that has just come.
@@ -264,7 +267,7 @@ impl Connection {
         let disk = self.session.disk();
         while !self.ending && self.compares.len() < COMPARES_MAX {
             match self.decoder.next_message() {
-                Ok(Some(message)) => self.take(message),
+                Ok(Some(message)) => self.take(message, self.ingest.now()),
                 Ok(None) => break,
                 Err(error) => self.close(undecodable(&error)),
             }
@@ -284,8 +287,7 @@ impl Connection {
         }
     }
 
-    fn take(&mut self, message: Sequenced) {
-        let now = self.ingest.now();
+    fn take(&mut self, message: Sequenced, now: CaptureTime) {
         let effects = self.session.handle(&mut self.ingest.disks.borrow_mut(), message, now);
         self.carry_out(effects);
     }

@@ -16,7 +16,7 @@ use backtide_recovery::{
 };
 use backtide_segment::Seq;
 use backtide_storage::KillPoint;
-use backtide_units::{ByteCount, CaptureTime, DiskId, HistoryId, Lsn};
+use backtide_units::{ByteCount, DiskId, HistoryId, Lsn};
 
 use crate::{
     clock::Came,
@@ -257,9 +257,14 @@ impl Disk {
         self.owner.map(|(connection, _)| connection)
     }
 
-    /// Since when it may; none when nothing may.
+    /// What has shown of its agent's clock; none when nothing may.
     pub(crate) fn came(&self) -> Option<Came> {
         self.owner.map(|(_, came)| came)
+    }
+
+    /// To note what shows of it.
+    pub(crate) fn came_mut(&mut self) -> Option<&mut Came> {
+        self.owner.as_mut().map(|(_, came)| came)
     }
 
     /// How far the log is durable.
@@ -400,9 +405,8 @@ impl Disk {
         self.past.put(ended);
     }
 
-    pub(crate) fn set_owner(&mut self, connection: ConnectionId, now: CaptureTime) -> Option<ConnectionId> {
-        let latest = self.timeline().and_then(Timeline::latest).map(|point| point.time);
-        self.owner.replace((connection, Came { at: now, latest })).map(|(before, _)| before)
+    pub(crate) fn set_owner(&mut self, connection: ConnectionId, came: Came) -> Option<ConnectionId> {
+        self.owner.replace((connection, came)).map(|(before, _)| before)
     }
 
     /// Gives the disk up, if `connection` still has it.

@@ -30,6 +30,7 @@ use uuid::Uuid;
 
 use crate::{
     Forgotten, Names, StoreWatch,
+    clock::Came,
     disk::{Disk, DiskError, Failure, chain},
     entries,
     log_mark::LogMark,
@@ -266,7 +267,7 @@ impl Disks {
             Some(_) | None => ReceiverState::Foreign,
         };
         let last_attach = attached.as_ref().map(|attached| attached.attach);
-        let replaced = disk.set_owner(connection, now).or(displaced).map(|old| {
+        let replaced = disk.set_owner(connection, Came::new(now, hello.next_lsn)).or(displaced).map(|old| {
             let higher = attached.is_some_and(|attached| hello.epoch > attached.epoch);
             (old, replaced_by(hello, higher))
         });

@@ -303,6 +303,7 @@ impl Streaming {
         let (entry, payload) = match message {
             Message::Record(mut record) => {
                 self.check_record(disks, &record)?;
+                self.saw_change(disks, record.lsn, record.time, now);
                 record.time = self.in_order(disks, record.time);
                 let entry = entries::record(record);
                 let payload = payload_of(&entry);
@@ -318,10 +319,14 @@ impl Streaming {
             }
             Message::Unchanged { lsn, time } => {
                 self.check_reached(disks, "unchanged", lsn)?;
+                if let Some(came) = self.disk(disks).came_mut() {
+                    came.saw_sign(time, now);
+                }
                 let time = self.in_order(disks, time);
                 (Entry::Unchanged { lsn, time }, ByteCount::ZERO)
             }
             Message::PassBegin { at, gap_from, time, reason } => {
+                self.saw_change(disks, at, time, now);
                 let time = self.in_order(disks, time);
                 let entry = entries::pass_begin(at, gap_from, time, reason);
                 return self.disk(disks).append_of_pass(entry, now).map(|()| None).map_err(refusal);
@@ -365,6 +370,13 @@ impl Streaming {
             disks.check_space(payload).map_err(|why| closed(CloseCode::Store, why))?;
         }
         self.disk(disks).append(entry, payload).map(|_| None).map_err(refusal)
+    }
+
+    /// Notes what a stamp shows of the agent's clock.
+    fn saw_change(&self, disks: &mut Disks, lsn: Lsn, stamp: CaptureTime, now: CaptureTime) {
+        if let Some(came) = self.disk(disks).came_mut() {
+            came.saw_change(lsn, stamp, now);
+        }
     }
 
     fn disk<'a>(&self, disks: &'a mut Disks) -> &'a mut Disk {

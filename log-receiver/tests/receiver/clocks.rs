@@ -2,9 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use backtide_protocol::Message;
+use backtide_protocol::{Hello, Message};
 use backtide_receiver_api::{DiffRequest, FindChangeRequest};
-use backtide_units::{ByteOffset, CaptureTime, DiskName};
+use backtide_units::{ByteOffset, CaptureTime, DiskName, Lsn};
 
 use crate::{agent::*, fixture::*, going_back::request};
 
@@ -38,7 +38,7 @@ async fn attached_with_clock(receiver: &backtide_log_receiver::Receiver, ahead_u
 #[tokio::test(flavor = "multi_thread")]
 async fn a_time_of_another_clock_is_given_with_a_warning() {
     for (ahead_us, said) in [
-        (-HOUR_US, "vm1 is stamped 1h 0m behind the receiver's clock"),
+        (-HOUR_US, "vm1 has sent is stamped 1h 0m behind the receiver's clock or more"),
         (HOUR_US, "ahead of the receiver's clock"),
     ] {
         let place = Place::new();
@@ -81,6 +81,43 @@ async fn a_time_of_the_same_clock_is_given_without_a_word() {
     assert_eq!(api.resolve(&vm1(), "-0s").await.unwrap().warning, None);
     assert_eq!(api.disks(None).await.unwrap().disks[0].clock, None);
     drop(agent);
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_agent_has_retained_is_stamped_by_the_same_clock_however_late_it_comes() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64;
+    let ago = |hours: u64| CaptureTime(now - hours * HOUR_US as u64);
+    let record = |lsn: u64, time: CaptureTime| match write(lsn, 0, vec![1; 4096]) {
+        Message::Record(record) => Message::Record(backtide_protocol::Record { time, ..record }),
+        other => panic!("{other:?}"),
+    };
+    let api = client(&receiver);
+    let clock = async || api.disks(None).await.unwrap().disks.remove(0).clock;
+    let agent = attached_with_clock(&receiver, -5 * HOUR_US).await;
+    assert!(clock().await.is_some());
+    drop(agent);
+    // It comes back after an outage of hours, with what it has captured meanwhile.
+    let again = Hello { next_lsn: Lsn(9), ..hello(1, "vm1") };
+    let (mut agent, _) = Agent::welcomed(&receiver, again).await;
+    assert_eq!(clock().await, None, "it has said nothing yet");
+    for (lsn, time) in [(6, ago(3)), (7, ago(2)), (8, ago(1))] {
+        agent.send(&record(lsn, time)).await;
+        agent.all_durable().await;
+        assert_eq!(clock().await, None, "LSN {lsn}");
+    }
+    let after = "-1s";
+    assert_eq!(api.resolve(&vm1(), after).await.unwrap().warning, None);
+    // What it captures now is another matter.
+    agent.send(&record(9, ago(1))).await;
+    agent.all_durable().await;
+    assert!(clock().await.unwrap().contains("1h 0m behind"));
+    assert!(api.resolve(&vm1(), after).await.unwrap().warning.is_some());
+    agent.send(&record(10, ago(0))).await;
+    agent.all_durable().await;
+    assert_eq!(clock().await, None, "it was set right");
     receiver.shutdown().await;
 }
 
