@@ -10,7 +10,7 @@ use backtide_units::{ByteCount, CaptureTime, Epoch, HistoryId, Lsn, Reason};
 use uuid::Uuid;
 
 use super::fixture::*;
-use crate::Shelf;
+use crate::{Shelf, watermark::Watermark};
 
 /// The log's only segment, and where what is written in it ends.
 fn segment(bench: &Bench) -> (PathBuf, ByteCount) {
@@ -110,6 +110,25 @@ fn a_loss_is_no_damage_any_more_when_the_pass_that_compared_everything_has_ended
     assert_eq!(damage(&bench), 0);
     bench.restart();
     assert_eq!(damage(&bench), 0);
+}
+
+#[test]
+fn an_older_mark_of_a_log_that_was_compared_since_tells_of_no_loss() {
+    let (mut bench, history) = lossy();
+    let (mut peer, _) = again(&mut bench, history, 1);
+    peer.tell(&mut bench, pass_begin(9, 5));
+    bench.commit(disk(7));
+    let dir = Shelf::dir(disk(7), 1);
+    let (of, comparing) = Watermark::of_any(&bench.storage, &dir).unwrap().unwrap();
+    assert!(comparing.lost.unwrap().is_compared);
+    peer.tell(&mut bench, pass_end(9));
+    bench.commit(disk(7));
+    // The newest was in memory when the power failed.
+    Watermark::replace(&bench.storage, &dir, of, comparing).unwrap();
+    bench.restart();
+    assert_eq!(bench.disks.get(disk(7)).unwrap().damage().count(), 0);
+    let (_, welcome) = again(&mut bench, history, 1);
+    assert_eq!((welcome.state, welcome.in_pass), (ReceiverState::Known, false));
 }
 
 /// As [`lossy`], with LSN 5 as the last point that is left.
