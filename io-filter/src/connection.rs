@@ -172,10 +172,10 @@ impl Filter {
             }
             // It began one anew in place of a lost one, has nothing of it yet, and the agent died before it had noted that.
             ReceiverState::Foreign if welcome.durable == Lsn::ZERO => self.lost_history(),
-            // It is this agent's history, and the receiver says itself that acknowledged bytes are missing in it.
+            // It is this agent's history, and the receiver says itself that acknowledged bytes may be missing in it.
             ReceiverState::Foreign if self.history == Some(welcome.history) => {
                 self.alarm(format!(
-                    "the receiver's log of disk {name} is damaged, acknowledged bytes are missing at its end: everything is compared"
+                    "the receiver's log of disk {name} is damaged or in doubt, not all that was acknowledged is known to be in it: everything is compared"
                 ));
                 Decision::Everything(PassPlan::compare(Reason::Damaged))
             }

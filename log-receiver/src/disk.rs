@@ -174,17 +174,26 @@ impl Disk {
     }
 
     /// Everything that is damaged, in the log in use and in those before it: a sentence each, with
-    /// file and place. A lost end is, until a pass that has compared everything has ended durably.
+    /// file and place. A lost end is, until a pass that has compared everything has ended durably. What a log in use has
+    /// damaged elsewhere is among what was found of the disk (`findings.rs`).
     pub fn damage(&self) -> impl Iterator<Item = &String> {
         let present = match &self.log {
             Log::Open(..) => None,
             Log::Failed(failed) => failed.left.as_ref(),
         };
         let present = present.into_iter().flat_map(|left| &left.damage);
-        self.past.damage().chain(present).chain(self.loss().map(|loss| &loss.why))
+        let lost = self.loss().filter(|loss| !loss.in_doubt);
+        self.past.damage().chain(present).chain(lost.map(|loss| &loss.why))
     }
 
-    /// The lost end of the open log, until a pass that has compared everything has ended durably.
+    /// Takes note of how much the disk's agent knows to have been durable.
+    pub(crate) fn learn_acknowledged(&mut self, acknowledged: Lsn) {
+        if let Log::Open(log, LogMark { loss: Some(loss), .. }) = &mut self.log {
+            loss.is_short |= acknowledged > log.timeline().covered();
+        }
+    }
+
+    /// The lost end of the open log, or that it is in doubt, until a pass that has compared everything has ended durably.
     pub(crate) fn loss(&self) -> Option<&Loss> {
         let Log::Open(log, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
         (!loss.is_over(log.durable().seq)).then_some(loss)
@@ -194,11 +203,11 @@ impl Disk {
     /// followed: anything else either follows exactly, or is a pass with a hole of its own.
     pub fn lost_end(&self) -> Option<&str> {
         let Log::Open(_, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
-        (!loss.followed).then_some(loss.why.as_str())
+        (!loss.followed && !loss.in_doubt).then_some(loss.why.as_str())
     }
 
     /// Why nothing that the agent believes of this log may be relied on: acknowledged bytes are missing at
-    /// its end, and no pass that compares everything is durable since.
+    /// its end, or what it holds is in doubt, and no pass that compares everything is durable since.
     pub(crate) fn uncompared_loss(&self) -> Option<&str> {
         let Log::Open(log, LogMark { loss: Some(loss), .. }) = &self.log else { return None };
         (!loss.is_compared(log.durable().seq)).then_some(loss.why.as_str())

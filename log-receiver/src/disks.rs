@@ -33,6 +33,7 @@ use crate::{
     clock::Came,
     disk::{Disk, DiskError, Failure, chain},
     entries,
+    findings::Findings,
     log_mark::LogMark,
     logs::{LOGS_MAX, NUMBER_MAX},
     past::{EndedLog, Past},
@@ -63,6 +64,8 @@ pub struct Shelf {
     pub disks_max: usize,
     /// Whether the store is still where it was.
     pub watch: StoreWatch,
+    /// What was found damaged.
+    pub findings: Findings,
     /// Makes the history ids of new disks; random but in a simulation.
     pub new_history: Arc<dyn Fn() -> HistoryId + Send + Sync>,
 }
@@ -255,6 +258,7 @@ impl Disks {
             self.shelf.remember(disk);
         }
         let history = disk.history().expect("the log is open: it took the claim");
+        disk.learn_acknowledged(hello.acked_durable);
         let loss = disk.uncompared_loss();
         if let Some(why) = loss {
             tracing::warn!(disk = %hello.disk, why, "the agent is told to compare everything");

@@ -1,4 +1,4 @@
-//! Damage that was found in logs that are in use: by a scrub, or by a read of a mounted point.
+//! Damage that was found in logs that are in use: by a scrub, by a read of a mounted point, or when a log was opened.
 //!
 //! A log tells nothing of a payload that has rotten in it before somebody reads it. What was found is kept in
 //! `findings.json`, so that every later answer about the disk says it, also after the receiver was started again; a complete
@@ -73,7 +73,7 @@ impl From<Finding> for Noted {
 
 /// What was found, by disk: sentences with file and place. Clones share it.
 #[derive(Clone)]
-pub(crate) struct Findings(Arc<Shared>);
+pub struct Findings(Arc<Shared>);
 
 struct Shared {
     storage: Arc<dyn Storage>,
@@ -106,7 +106,7 @@ pub(crate) struct DiskFindings {
 
 impl Findings {
     /// What is noted in a store.
-    pub(crate) fn open(storage: Arc<dyn Storage>) -> Self {
+    pub fn open(storage: Arc<dyn Storage>) -> Self {
         let read = KIND.read::<Places>(&*storage, Path::new(FILE));
         let stays = matches!(read, Err(SealedError::Version { .. }));
         let places = read.unwrap_or_else(|error| {
@@ -191,6 +191,13 @@ impl DiskFindings {
     /// Notes a damaged place that a scrub found, with what that says of it now; blocks.
     pub(crate) fn note_anew(&self, why: &str, touched: Option<Touched>) {
         self.add(Finding { damage: why.to_owned(), touched }, true);
+    }
+
+    /// Whether nothing is known of a damaged place, and it can be noted.
+    pub(crate) fn is_new(&self, why: &str) -> bool {
+        let known = self.all();
+        known.len() < PLACES_MAX
+            && known.iter().all(|known| damaged_place(&known.damage) != damaged_place(why))
     }
 
     /// What is known of the disk, the oldest first: a sentence each.
@@ -307,9 +314,12 @@ mod tests {
         let findings = open(&storage);
         assert_eq!(findings.of_life(disk).known(), ["b"]);
         assert!(findings.of(DiskId::random()).is_empty());
+        let of_disk = findings.of_life(disk);
+        assert!(of_disk.is_new("c") && !of_disk.is_new("b: cannot be mended: no space left"));
         for number in 0..2 * PLACES_MAX {
             findings.of_life(disk).note(&number.to_string(), None);
         }
+        assert!(!of_disk.is_new("c"), "it could not be noted");
         assert_eq!(findings.of(disk).len(), PLACES_MAX);
     }
 

@@ -121,6 +121,7 @@ pub(crate) fn reading(storage: &Arc<dyn Storage>, forgotten: Forgotten) -> Shelf
         space_floor: ByteCount::ZERO,
         disks_max: 0,
         watch: StoreWatch::default(),
+        findings: Findings::open(Arc::clone(storage)),
         new_history: Arc::new(HistoryId::random),
     }
 }

@@ -60,11 +60,17 @@ pub fn inspect_durable(storage: &dyn Storage, path: &Path, out: &mut dyn io::Wri
     };
     writeln!(out, "the log of history {history}")?;
     writeln!(out, "durable up to entry {}, lsn {}", noted.durable.seq, noted.durable.lsn)?;
-    if let Some(Lost { through, is_compared }) = noted.lost {
+    if let Some(Lost { through, is_compared, in_doubt }) = noted.lost {
         let (seq, lsn) = (through.seq, through.lsn);
         let since =
             if is_compared { "everything is being compared since" } else { "nothing was compared since" };
-        writeln!(out, "it was durable up to entry {seq}, lsn {lsn} once: that end is lost, and {since}")?;
+        match in_doubt {
+            true => writeln!(out, "what stands up to entry {seq}, lsn {lsn} is in doubt, and {since}")?,
+            false => writeln!(
+                out,
+                "it was durable up to entry {seq}, lsn {lsn} once: that end is lost, and {since}"
+            )?,
+        }
     }
     Ok(true)
 }

@@ -77,6 +77,7 @@ pub use compare::CompareJob;
 pub use config::{Config, JournalCompression, Limits, OnFull, Retention, StreamTls};
 pub use disk::{Disk, DiskError, Failure};
 pub use disks::{Claim, Disks, ListError, Shelf};
+pub use findings::Findings;
 pub use forgotten::Forgotten;
 pub use fsck::{Repair, forget_retention, fsck, repair};
 pub use inspect::{DURABLE_MAGIC, inspect_durable, inspect_json};

@@ -3,7 +3,7 @@
 //! Invariants: once a loss was found, every mark that is written names it until a pass that compares everything has ended,
 //! durably. As long as the mark does not say that such a pass has begun, each agent is told to compare everything.
 
-use backtide_recovery::{Durable, Timeline};
+use backtide_recovery::Durable;
 use backtide_segment::{Entry, Seq};
 
 use crate::{
@@ -21,13 +21,17 @@ pub(crate) struct LogMark {
     pub(crate) loss: Option<Loss>,
 }
 
-/// The end of a log was lost after it had been acknowledged.
+/// The end of a log was lost after it had been acknowledged, or what it holds is in doubt: to be compared in both cases.
 #[derive(Clone)]
 pub(crate) struct Loss {
     /// A sentence.
     pub(crate) why: String,
     /// How far the log had been durable.
     pub(crate) lost: Durable,
+    /// Its end is not lost. What of it is damaged is told as a finding.
+    pub(crate) in_doubt: bool,
+    /// The agent has said that it knows more to have been durable than the log has.
+    pub(crate) is_short: bool,
     /// Something else than an attach has followed: it either follows exactly, or is a pass with a hole of its own.
     pub(crate) followed: bool,
     /// The entry with which a pass has begun since.
@@ -64,18 +68,13 @@ impl Followed {
 }
 
 impl Loss {
-    /// The loss of a log that goes to `found`, as its mark tells of it; `why` is made of how far it was durable, and of
-    /// whether a pass that compares everything had begun since.
-    pub(crate) fn of(
-        noted: Noted,
-        found: Durable,
-        timeline: &Timeline,
-        why: impl FnOnce(Lost) -> String,
-    ) -> Option<Self> {
-        let lost = noted.lost_of(found.seq, timeline)?;
+    /// What is lost of a log, or in doubt, and a sentence that says so.
+    pub(crate) fn of(lost: Lost, why: String) -> Self {
+        let Lost { through, is_compared, in_doubt } = lost;
         // It was durable: so is every entry that is there.
-        let pass = lost.is_compared.then_some(Seq(0));
-        Some(Self { why: why(lost), lost: lost.through, followed: pass.is_some(), pass, ended: None })
+        let pass = is_compared.then_some(Seq(0));
+        let (followed, is_short) = (pass.is_some(), false);
+        Self { why, lost: through, in_doubt, is_short, followed, pass, ended: None }
     }
 
     /// Takes note of an entry that was appended.
@@ -108,9 +107,11 @@ impl Loss {
 
     /// What to note of a log with this loss, or without one.
     pub(crate) fn noted(loss: Option<&Self>, durable: Durable) -> Noted {
-        let lost = loss
-            .filter(|loss| !loss.is_over(durable.seq))
-            .map(|loss| Lost { through: loss.lost, is_compared: loss.is_compared(durable.seq) });
+        let lost = loss.filter(|loss| !loss.is_over(durable.seq)).map(|loss| Lost {
+            through: loss.lost,
+            is_compared: loss.is_compared(durable.seq),
+            in_doubt: loss.in_doubt,
+        });
         Noted { durable, lost }
     }
 }

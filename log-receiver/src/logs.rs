@@ -14,7 +14,9 @@ use std::{
     sync::Arc,
 };
 
-use backtide_recovery::{DiskLog, FoundBase, LogError, LogIdentity, Salvage, Seq, Unreadable, salvage};
+use backtide_recovery::{
+    DiskLog, FoundBase, LogError, LogIdentity, Salvage, Seq, Unreadable, damaged_place, salvage,
+};
 use backtide_units::{ByteOffset, DiskId, HistoryId};
 
 use crate::{
@@ -24,6 +26,7 @@ use crate::{
     log_mark::{LogMark, Loss},
     memo::{self, Memo},
     past::Past,
+    touched::touched,
     watermark::{self, Lost, Noted, Watermark},
 };
 
@@ -104,19 +107,24 @@ impl Shelf {
     }
 
     /// What is known beside an open log about how far it was durable. A log that ends before that has lost
-    /// bytes that were acknowledged: that is said loudly and noted durably, and the agent's handshake finds it too.
+    /// bytes that were acknowledged: that is said loudly and noted durably, and the agent's handshake finds it too. What opening
+    /// has met of damage is noted among what was found of the disk; what nobody knew of puts the log in doubt, once.
     ///
     /// # Errors
     /// When what is known cannot be read, or a loss cannot be noted.
     pub(crate) fn mark(&self, disk: DiskId, number: u32, log: &DiskLog) -> Result<LogMark, LogError> {
         let dir = Self::dir(disk, number);
         let noted = self.noted(&dir)?.filter(|(history, _)| *history == log.identity().history);
-        let found = log.durable();
-        let loss = noted.and_then(|(_, noted)| {
-            Loss::of(noted, found, log.timeline(), |lost| self.lost_end(&dir, lost, found.seq))
-        });
+        let (found, damage) = (log.durable(), log.damage_met()?);
+        let findings = self.findings.of_life(disk);
+        let known = noted.and_then(|(_, noted)| noted.lost_of(found.seq, log.timeline()));
+        let lost = match damage.damage.iter().any(|why| findings.is_new(why)) {
+            true => Some(Lost { is_compared: false, ..known.unwrap_or(Lost::in_doubt(found)) }),
+            false => known,
+        };
+        let loss = lost.map(|lost| Loss::of(lost, self.lost_sentence(&dir, lost, found.seq)));
         if let Some(loss) = &loss {
-            tracing::error!(%disk, why = loss.why, "acknowledged bytes are lost");
+            tracing::error!(%disk, why = loss.why, "what was acknowledged is to be compared");
         }
         let mark = Watermark::open(&*self.storage, &dir, log.identity().history, found);
         let mark = mark.and_then(|mark| match &loss {
@@ -132,6 +140,11 @@ impl Shelf {
                 None
             }
         };
+        // Behind the mark: what is known puts no log in doubt.
+        for why in &damage.damage {
+            let known = damage.touched.get(damaged_place(why));
+            findings.note(why, known.map(|known| touched(damaged_place(why), known)));
+        }
         Ok(LogMark { watermark, watch: self.watch.clone(), loss })
     }
 
@@ -161,15 +174,21 @@ impl Shelf {
     }
 
     /// A sentence.
-    fn lost_end(&self, dir: &Path, Lost { through, is_compared }: Lost, end: Seq) -> String {
+    fn lost_sentence(&self, dir: &Path, lost: Lost, end: Seq) -> String {
+        let Lost { through, is_compared, in_doubt } = lost;
         let since = if is_compared { "not everything" } else { "nothing" };
-        format!(
-            "the end of the log in {} is lost: entries up to {} (lsn:{}) were durable, and {since} has been compared \
-             since; it ends with entry {end}",
-            self.storage.display(&dir.join("segments")).display(),
-            through.seq,
-            through.lsn,
-        )
+        let segments = self.storage.display(&dir.join("segments"));
+        let (segments, seq, lsn) = (segments.display(), through.seq, through.lsn);
+        match in_doubt {
+            true => format!(
+                "what the log in {segments} holds up to entry {seq} (lsn:{lsn}) is in doubt, and {since} has been compared \
+                 since: some of it is damaged, or `backtide fsck --repair` has made the mark of how far it was durable anew"
+            ),
+            false => format!(
+                "the end of the log in {segments} is lost: entries up to {seq} (lsn:{lsn}) were durable, and {since} has been \
+                 compared since; it ends with entry {end}"
+            ),
+        }
     }
 
     /// Reads what is left of a log that is out of use, unless all of it is known. What cannot be read is said by the failure.
@@ -277,8 +296,8 @@ impl Shelf {
 
     fn lost_end_by(&self, dir: &Path, noted: &Noted, salvaged: &Salvage) -> Option<String> {
         let end = salvaged.reached();
-        let lost = noted.lost_of(end, salvaged.snapshot.timeline());
-        lost.filter(|_| end > Seq(0)).map(|lost| self.lost_end(dir, lost, end))
+        let lost = noted.lost_of(end, salvaged.snapshot.timeline()).filter(|lost| !lost.in_doubt);
+        lost.filter(|_| end > Seq(0)).map(|lost| self.lost_sentence(dir, lost, end))
     }
 
     /// What to say of a directory without a segment to go by, when something beside tells that a log was in use

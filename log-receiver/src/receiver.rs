@@ -168,6 +168,7 @@ impl Receiver {
         let (readers, read_threads) = pool(threads::READ, limits.read_threads)?;
         let (writers, write_threads) = pool("overlay", limits.read_threads)?;
         let watch = lock.as_ref().map(|lock| lock.watch.clone()).unwrap_or_default();
+        let findings = Findings::open(Arc::clone(&storage));
         let shelf = Shelf {
             storage: Arc::clone(&storage),
             log: limits.log(),
@@ -178,9 +179,9 @@ impl Receiver {
             space_floor: limits.free_bytes_min,
             disks_max: limits.disks,
             watch: watch.clone(),
+            findings: findings.clone(),
             new_history: Arc::new(HistoryId::random),
         };
-        let findings = Findings::open(Arc::clone(&storage));
         // A storage without a lock has no place.
         let place = lock.as_ref().map(|_| StorePlace::of(&config.store)).transpose();
         let place = place.map_err(|source| failed("look at the store's directory", source))?;

@@ -245,7 +245,10 @@ impl Disk {
         let is_told = found.reason == Reason::ReceiverRolledBack
             && hole.from.is_none()
             && !self.past().logs().is_empty();
-        (!is_told).then_some(found)
+        // Of a log in doubt nothing is missing, as far as its agent has said.
+        let is_doubt = found.reason == Reason::Damaged
+            && self.loss().is_some_and(|loss| loss.in_doubt && !loss.is_short);
+        (!is_told && !is_doubt).then_some(found)
     }
 
     /// What a person should know at `now` of what the store had less of: sentences, each with whether any point was left.

@@ -3,13 +3,15 @@
 //!
 //! ```text
 //! 0  magic "BKTDDUR\n"   8  history   24  entry   32  LSN   40  lost entry   48  its LSN
-//! 56  comparing   60  CRC32C of 0..60
+//! 56  comparing   57  in doubt   58  zero   60  CRC32C of 0..60
 //! ```
 //! Little-endian. Entry and LSN: everything up to there is durable. When a log is found to end before its mark, a mark with its
 //! actual end is synced before anything is appended, and names as *lost* how far it had been durable (0 and 0 otherwise): so what
 //! is appended and torn later is cut like any other tail, and the loss is known at every start until all of it has been
 //! compared. *Comparing* is 1 when the pass that does that has begun, durably, and 0 otherwise: from then on no agent need be
 //! told of the loss any more.
+//! *In doubt* is 1 when nothing is known to be missing at the end, but not all up to the lost entry may be what its agent knows
+//! of: some of it is damaged, or the mark is one that a repair has made anew. That is to be compared too.
 //!
 //! The first mark is synced before it gets the file's name, so a file without one is damaged. Others are
 //! written in place, within a sector, and not synced but the one that tells of a loss: what a power cut leaves is an
@@ -30,6 +32,7 @@ pub(crate) const FILE: &str = "durable";
 pub(crate) const MAGIC: &[u8; 8] = b"BKTDDUR\n";
 const LENGTH: usize = 64;
 const COMPARING_AT: usize = 56;
+const DOUBT_AT: usize = 57;
 const CRC_AT: usize = 60;
 
 /// What a mark says.
@@ -37,17 +40,26 @@ const CRC_AT: usize = 60;
 pub(crate) struct Noted {
     /// Everything up to there is durable.
     pub(crate) durable: Durable,
-    /// The end that was lost, when no pass has compared everything since.
+    /// The end that was lost, or what is in doubt, when no pass has compared everything since.
     pub(crate) lost: Option<Lost>,
 }
 
-/// The end of a log that was lost after it had been acknowledged.
+/// The end of a log that was lost after it had been acknowledged, or what is in doubt of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Lost {
     /// How far the log was durable once.
     pub(crate) through: Durable,
     /// Whether a pass that compares everything has begun since, durably.
     pub(crate) is_compared: bool,
+    /// It is no lost end: what stands up to there is in doubt.
+    pub(crate) in_doubt: bool,
+}
+
+impl Lost {
+    /// What stands up to there is to be compared.
+    pub(crate) fn in_doubt(through: Durable) -> Self {
+        Self { through, is_compared: false, in_doubt: true }
+    }
 }
 
 /// The mark of one log.
@@ -63,6 +75,11 @@ impl Noted {
         Self { durable, lost: None }
     }
 
+    /// What stands up to there is to be compared.
+    pub(crate) fn in_doubt(durable: Durable) -> Self {
+        Self { durable, lost: Some(Lost::in_doubt(durable)) }
+    }
+
     /// The highest LSN that was ever durable.
     pub(crate) fn highest(&self) -> Lsn {
         self.durable.lsn.max(self.lost.map_or(Lsn::ZERO, |lost| lost.through.lsn))
@@ -72,7 +89,7 @@ impl Noted {
     /// when one had begun, and the log gives points as they come, everything was compared.
     pub(crate) fn lost_of(&self, found: Seq, timeline: &Timeline) -> Option<Lost> {
         if self.durable.seq > found {
-            return Some(Lost { through: self.durable, is_compared: false });
+            return Some(Lost { through: self.durable, is_compared: false, in_doubt: false });
         }
         let is_whole = timeline.latest().is_some() && timeline.holes().iter().all(|hole| hole.to.is_some());
         self.lost.filter(|lost| !(lost.is_compared && is_whole))
@@ -223,7 +240,8 @@ fn encode(history: HistoryId, noted: Noted) -> [u8; LENGTH] {
     for (number, place) in numbers.iter().zip(bytes[24..56].chunks_exact_mut(8)) {
         place.copy_from_slice(&number.to_le_bytes());
     }
-    bytes[COMPARING_AT..CRC_AT].copy_from_slice(&u32::from(is_compared).to_le_bytes());
+    bytes[COMPARING_AT] = u8::from(is_compared);
+    bytes[DOUBT_AT] = u8::from(noted.lost.is_some_and(|lost| lost.in_doubt));
     let crc = crc32c::crc32c(&bytes[..CRC_AT]);
     bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
     bytes
@@ -239,7 +257,8 @@ fn decode(bytes: &[u8; LENGTH], history: HistoryId) -> Option<Noted> {
         Durable { seq: Seq(number(at)), lsn: Lsn(number(at + 8)) }
     };
     let lost = Some(durable(40)).filter(|lost| lost.seq > Seq(0));
-    let lost = lost.map(|through| Lost { through, is_compared: bytes[COMPARING_AT] == 1 });
+    let (is_compared, in_doubt) = (bytes[COMPARING_AT] == 1, bytes[DOUBT_AT] == 1);
+    let lost = lost.map(|through| Lost { through, is_compared, in_doubt });
     let noted = Noted { durable: durable(24), lost };
     (*bytes == encode(history, noted)).then_some(noted)
 }
@@ -253,8 +272,9 @@ mod tests {
         let history = HistoryId(Uuid::from_u128(5));
         let durable = Durable { seq: Seq(7), lsn: Lsn(9) };
         let lost = Durable { seq: Seq(12), lsn: Lsn(11) };
-        let lost = |is_compared| Some(Lost { through: lost, is_compared });
-        for noted in [None, lost(false), lost(true)].map(|lost| Noted { durable, lost }) {
+        let lost = |is_compared, in_doubt| Some(Lost { through: lost, is_compared, in_doubt });
+        for lost in [None, lost(false, false), lost(true, false), lost(false, true), lost(true, true)] {
+            let noted = Noted { durable, lost };
             let good = encode(history, noted);
             assert_eq!(decode(&good, history), Some(noted));
             assert_eq!(decode(&good, HistoryId(Uuid::from_u128(6))), None, "a mark of another log");

@@ -11,7 +11,7 @@ pub(crate) use segment::entry_places;
 
 use std::collections::BTreeMap;
 
-use backtide_segment::{SegmentError, Seq};
+use backtide_segment::{SegmentError, SegmentId, Seq};
 use backtide_units::ByteCount;
 
 use crate::{AskDisk, LogError, Salvage, Snapshot, Touched, mend::Mender};
@@ -185,6 +185,16 @@ impl Snapshot {
     ) -> Result<(), LogError> {
         let mender = disk.map(|disk| Mender::new(self, disk));
         self.walk(checked, mender.as_ref(), Mends::All, step)
+    }
+
+    /// As [`Snapshot::check`] of some segments alone.
+    pub(crate) fn check_segments(&self, some: &[SegmentId]) -> Result<Checked, LogError> {
+        let mut checked = Checked::default();
+        let some = self.segments.iter().filter(|segment| some.contains(&segment.header().id));
+        for segment in some {
+            SegmentCheck::new(self, segment, None)?.run(self.through().0, &mut checked, &mut |_| true)?;
+        }
+        Ok(checked)
     }
 
     fn walk(

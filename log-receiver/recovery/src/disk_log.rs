@@ -18,8 +18,8 @@ use backtide_storage::{KillPoint, Storage, StorageFile};
 use backtide_units::{ByteCount, ByteOffset, DiskId, HistoryId, Lsn};
 
 use crate::{
-    AppendError, Base, Durable, FoundBase, InvalidEntry, LogCache, LogError, PointError, Snapshot, Timeline,
-    View,
+    AppendError, Base, Checked, Durable, FoundBase, InvalidEntry, LogCache, LogError, PointError, Snapshot,
+    Timeline, View,
     base::{forget_bases, put},
     chores::LastWork,
     origin::Origin,
@@ -55,6 +55,8 @@ pub struct Recovered {
     pub resealed_segments: Vec<SegmentId>,
     /// Entries of the tail whose payload is damaged; reading them gives an error that names the place.
     pub damaged_entries: Vec<String>,
+    /// Segments with such entries, or of which durable entries are gone that a footer tells of.
+    pub damaged_segments: Vec<SegmentId>,
 }
 
 /// One disk's log. Owned by one thread; has none of its own.
@@ -82,6 +84,8 @@ pub struct DiskLog {
     rotation: Rotation,
     resident: Resident,
     poisoned: bool,
+    /// Segments in which opening has met damage.
+    damaged: Vec<SegmentId>,
 }
 
 /// The open segment.
@@ -195,6 +199,7 @@ impl DiskLog {
         }
         log.durable = Durable { seq: log.appended, lsn: log.timeline.covered() };
         let mut recovered = opened.recovered;
+        log.damaged.clone_from(&recovered.damaged_segments);
         recovered.damaged_entries.extend(log.reach_the_floor()?);
         if let Some(base) = log.origin.base() {
             base.thin(Arc::make_mut(&mut log.timeline));
@@ -237,6 +242,7 @@ impl DiskLog {
             rotation: Rotation::default(),
             resident: Resident::default(),
             poisoned: false,
+            damaged: Vec::new(),
         }
     }
 
@@ -279,6 +285,17 @@ impl DiskLog {
             })?;
         }
         Ok(())
+    }
+
+    /// What a check finds in the segments in which opening has met damage: nothing where it has met none. Before anything is
+    /// appended.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn damage_met(&self) -> Result<Checked, LogError> {
+        let (timeline, segments) = (Arc::clone(&self.timeline), Arc::clone(&self.segments));
+        let snapshot = Snapshot::new(timeline, segments, self.appended, Arc::clone(&self.origin));
+        snapshot.check_segments(&self.damaged)
     }
 
     /// Whose log it is.

@@ -288,11 +288,12 @@ impl Recovery<'_> {
             knows_more.and_then(|sealed| Some((sealed, gone(&file, sealed, &scanned)?)))
         {
             self.recovered.damaged_entries.push(gone);
+            self.recovered.damaged_segments.push(header.id);
             return Ok(KeptState::Sealed(Box::new(sealed.clone())));
         }
         let scanned = scanned?;
         self.synced = self.synced.max(scanned.synced);
-        self.report_damage(&file, &scanned);
+        self.report_damage(&file, header.id, &scanned);
         match footer {
             Some(sealed)
                 if scanned.contents.stats() == sealed.stats()
@@ -421,11 +422,11 @@ impl Recovery<'_> {
         }
     }
 
-    fn report_damage(&mut self, file: &SegmentFile, scanned: &Scanned) {
+    fn report_damage(&mut self, file: &SegmentFile, id: SegmentId, scanned: &Scanned) {
+        self.recovered.damaged_segments.extend((!scanned.damaged.is_empty()).then_some(id));
         for (seq, position) in &scanned.damaged {
-            let name = file.name().display();
-            let entry = format!("{name}: entry {seq} at byte {position} has a damaged payload");
-            self.recovered.damaged_entries.push(entry);
+            let entry = format!("{}: entry {seq} at byte {position}", file.name().display());
+            self.recovered.damaged_entries.push(format!("{entry} has a damaged payload"));
         }
     }
 

@@ -29,7 +29,7 @@ use crate::{
     cut::Cut,
     disk::chain,
     disks::DISKS,
-    findings::{self, Findings},
+    findings,
     memo::{self, Memo},
     past::newest,
     retention, scrub, shortfalls,
@@ -151,8 +151,8 @@ fn repair_store(
         done.push((disk, Work { shelf: &shelf, disk, what }.run(&mut step)));
     }
     // What was read is in memory as it was before: the check reads anew.
+    let findings = shelf.findings.clone();
     drop(shelf);
-    let findings = Findings::open(Arc::clone(storage));
     let report =
         check_store(path, storage, &mut |bytes| progress(ByteCount(before + bytes.0)), &mut |disk, own| {
             if what == Repair::Everything {
@@ -267,7 +267,7 @@ impl Work<'_> {
             }
             if Watermark::unreadable_in(storage, &dir).is_some() {
                 let salvaged = shelf.salvage_unnoted(self.disk, number)?;
-                self.note_anew(number, salvaged.identity, reached(&salvaged), done)?;
+                self.note_anew(number, salvaged.identity, Noted::whole(reached(&salvaged)), done)?;
             }
             return self.cut(number, cut, true, done).map(|()| false);
         }
@@ -301,7 +301,8 @@ impl Work<'_> {
         match opened {
             Ok(log) => {
                 if unreadable {
-                    self.note_anew(number, Some(log.identity()), log.durable(), done)?;
+                    // Behind what was durable stands what only looks so: its agent has that, and sends it again.
+                    self.note_anew(number, Some(log.identity()), Noted::in_doubt(log.durable()), done)?;
                 }
                 self.in_use(number, log, done, step).map(|()| true)
             }
@@ -314,7 +315,7 @@ impl Work<'_> {
                         // Something follows what can be read: with a mark below that it would be removed as a torn write.
                         end.seq = end.seq.max(Seq(salvaged.snapshot.through().0 + 1));
                     }
-                    self.note_anew(number, salvaged.identity, end, done)?;
+                    self.note_anew(number, salvaged.identity, Noted::whole(end), done)?;
                 }
                 let salvaged = shelf.salvage_to_repair(self.disk, number)?;
                 // Without a base nobody knows that the first of what is left is not where the log begins.
@@ -334,7 +335,7 @@ impl Work<'_> {
         &self,
         number: u32,
         identity: Option<LogIdentity>,
-        end: Durable,
+        noted: Noted,
         done: &mut Done,
     ) -> Result<(), LogError> {
         let (shelf, dir) = (self.shelf, Shelf::dir(self.disk, number));
@@ -342,12 +343,12 @@ impl Work<'_> {
         let Some(damage) = Watermark::unreadable_in(&*shelf.storage, &dir) else { return Ok(()) };
         let identity = identity.or(shelf.memo(self.disk, number).map(|memo| memo.identity));
         let history = identity.map_or(HistoryId(Uuid::nil()), |identity| identity.history);
-        let noted = Watermark::replace(&*shelf.storage, &dir, history, Noted::whole(end));
-        self.io("write", &dir.join(crate::watermark::FILE), noted)?;
+        let written = Watermark::replace(&*shelf.storage, &dir, history, noted);
+        self.io("write", &dir.join(crate::watermark::FILE), written)?;
         done.mended.push(format!(
-            "{damage}: it is made anew, up to lsn:{}; whether anything behind that was durable nobody knows but the disk's \
-             agent, which says so when it comes back",
-            end.lsn
+            "{damage}: it is made anew, up to lsn:{}; how much was durable nobody knows but the disk's agent, which compares \
+             everything when it comes back",
+            noted.durable.lsn
         ));
         Ok(())
     }
@@ -381,14 +382,13 @@ impl Work<'_> {
         if self.noted(&dir, log.identity().history)?.is_none() {
             done.mended.push(self.written_again(&dir.join(crate::watermark::FILE)));
         }
-        // Notes how far the log is durable where nothing tells, or that its end is lost.
-        drop(shelf.mark(self.disk, number, &log)?);
         let snapshot = log.snapshot()?;
         match self.what {
             Repair::Rebuild => done.mended.extend(snapshot.rebuild_footers(step)?),
             Repair::Everything => done.mended.extend(snapshot.check_and_mend(&|_| None, step)?.mended),
         }
-        Ok(())
+        // Notes how far the log is durable where nothing tells, that its end is lost, or what could not be mended.
+        shelf.mark(self.disk, number, &log).map(drop)
     }
 
     /// Cuts a log where it is lost, or ends that when it `was_cut`.

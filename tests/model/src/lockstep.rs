@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use backtide_log_receiver::{
-    ConnectionId, Disk, Disks, Effect, Forgotten, Names, Session, Shelf, StoreWatch,
+    ConnectionId, Disk, Disks, Effect, Findings, Forgotten, Names, Session, Shelf, StoreWatch,
 };
 use backtide_protocol::{CloseCode, CompareResult, Hello, Message, Sequenced};
 use backtide_recovery::{LogCache, LogOptions};
@@ -368,6 +368,7 @@ fn open(storage: &MemoryStorage) -> Disks {
         space_floor: ByteCount::ZERO,
         disks_max: 1,
         watch: StoreWatch::default(),
+        findings: Findings::open(Arc::new(storage.clone())),
         new_history: Arc::new(|| HISTORY),
     };
     let known: Vec<DiskId> = shelf.list().expect("the store can be listed");

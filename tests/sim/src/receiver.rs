@@ -10,8 +10,8 @@ use std::{
 };
 
 use backtide_log_receiver::{
-    CommitOutcome, CommitTicket, CompareJob, ConnectionId, Disk, Disks, Effect, Forgotten, Names, Session,
-    Shelf, StoreWatch,
+    CommitOutcome, CommitTicket, CompareJob, ConnectionId, Disk, Disks, Effect, Findings, Forgotten, Names,
+    Session, Shelf, StoreWatch,
 };
 use backtide_protocol::{CloseCode, Message, Sequenced};
 use backtide_recovery::{Compression, LogCache, LogOptions, Seq};
@@ -115,6 +115,7 @@ impl Receiver {
             space_floor: ByteCount(64 * 1024),
             disks_max: 3,
             watch: StoreWatch::default(),
+            findings: Findings::open(Arc::new(self.storage.clone())),
             new_history: Arc::new(move || {
                 HistoryId(Uuid::from_u128(histories.fetch_add(1, Ordering::Relaxed).into()))
             }),

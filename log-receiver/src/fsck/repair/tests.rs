@@ -7,7 +7,10 @@ use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, Lsn};
 use bytes::Bytes;
 use uuid::Uuid;
 
+use crate::findings::Findings;
+
 mod again;
+mod doubt;
 mod marks;
 mod repeated;
 

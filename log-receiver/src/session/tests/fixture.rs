@@ -14,7 +14,7 @@ use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Epoc
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::{ConnectionId, Disks, Effect, Forgotten, Names, Session, Shelf, StoreWatch};
+use crate::{ConnectionId, Disks, Effect, Findings, Forgotten, Names, Session, Shelf, StoreWatch};
 
 pub(super) const SIZE: ByteCount = ByteCount(1 << 20);
 pub(super) const TIME: CaptureTime = CaptureTime(1_000_000);
@@ -109,6 +109,7 @@ fn open(storage: &MemoryStorage, log: LogOptions) -> Disks {
         space_floor: ByteCount(64 * 1024),
         disks_max: 3,
         watch: StoreWatch::default(),
+        findings: Findings::open(Arc::new(storage.clone())),
         new_history: Arc::new(move || {
             HistoryId(Uuid::from_u128(histories.fetch_add(1, Ordering::Relaxed).into()))
         }),

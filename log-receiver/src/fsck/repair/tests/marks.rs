@@ -1,5 +1,7 @@
 //! A mark of what is durable that the device cannot read: it is an error, and never taken for none.
 
+use backtide_protocol::ReceiverState;
+
 use crate::{small_files, watermark};
 
 use super::*;
@@ -115,7 +117,8 @@ fn a_repair_makes_a_mark_anew_that_cannot_be_read() {
     assert!(said("made anew, up to lsn:95") && said("agent"), "{report:?}");
     let log = shelf(&storage).open(IDENTITY.disk, 1).unwrap();
     let noted = Watermark::find(&storage, &Shelf::dir(IDENTITY.disk, 1), IDENTITY.history).unwrap();
-    assert_eq!(noted, Some(Noted::whole(log.durable())));
+    assert_eq!(noted, Some(Noted::in_doubt(log.durable())));
+    assert_eq!(doubt::claimed(&storage), ReceiverState::Foreign, "its agent compares everything");
 }
 
 /// A store whose log was cut, with a mark that cannot be read since.
@@ -212,7 +215,8 @@ fn nothing_is_cut_of_an_end_that_may_have_been_durable() {
     let log = shelf(&storage).open(IDENTITY.disk, 1).unwrap();
     assert_eq!(log.durable().lsn, Lsn(95));
     let noted = Watermark::find(&storage, &Shelf::dir(IDENTITY.disk, 1), IDENTITY.history).unwrap();
-    assert_eq!(noted, Some(Noted::whole(log.durable())));
+    assert_eq!(noted, Some(Noted::in_doubt(log.durable())));
+    assert_eq!(doubt::claimed(&storage), ReceiverState::Foreign, "its agent compares everything");
 }
 
 #[test]

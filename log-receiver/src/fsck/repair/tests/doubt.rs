@@ -1,0 +1,216 @@
+//! A log of which something that was durable is not there as it was, although it opens: it is told, and compared once.
+
+use backtide_protocol::{
+    Compare, CompareItem, Content, Data, Hello, PROTOCOL_VERSION, ReceiverState, Tracking,
+};
+
+use backtide_units::Reason;
+
+use crate::{CompareJob, ConnectionId, Disk, Disks, entries};
+
+use super::{repeated::of_one_segment, *};
+
+const PAGE: u64 = 4096;
+
+fn hello() -> Hello {
+    Hello {
+        version: PROTOCOL_VERSION,
+        disk: IDENTITY.disk,
+        name: "vm1".parse().unwrap(),
+        size: ByteCount(1 << 20),
+        epoch: Epoch(9),
+        attach: Uuid::from_u128(9),
+        history: Some(IDENTITY.history),
+        tracking: Tracking::New,
+        next_lsn: Lsn(100),
+        acked_durable: Lsn::ZERO,
+        ack: None,
+        on_outage: None,
+        origin: None,
+    }
+}
+
+/// What a receiver has that starts on the store, once the disk's agent has come; and what that agent is told.
+fn started(storage: &MemoryStorage) -> (Disks, ReceiverState) {
+    let mut disks = Disks::open(shelf(storage), [IDENTITY.disk]);
+    let claim = disks.claim(ConnectionId(1), &hello(), CaptureTime(200)).unwrap();
+    commit(disks.get_mut(IDENTITY.disk).unwrap());
+    (disks, claim.state)
+}
+
+/// What the disk's agent is told that comes to a receiver on a copy of the store.
+pub(super) fn claimed(storage: &MemoryStorage) -> ReceiverState {
+    started(&storage.copy()).1
+}
+
+fn commit(disk: &mut Disk) {
+    while let Some(ticket) = disk.ticket() {
+        disk.synced(ticket.sync());
+    }
+}
+
+fn findings(storage: &MemoryStorage) -> Vec<findings::Finding> {
+    Findings::open(Arc::new(storage.clone())).of(IDENTITY.disk)
+}
+
+fn page(number: u64) -> ByteRange {
+    ByteRange::new(ByteOffset(number * PAGE), ByteCount(PAGE)).unwrap()
+}
+
+/// What the agent has in a page, when lsn:25 is the last write.
+fn content(page: u64) -> Bytes {
+    let newest = (6..=25).rev().find(|lsn| lsn % 16 == page).unwrap();
+    Bytes::from(vec![newest as u8; PAGE as usize])
+}
+
+/// Compares everything as an agent does, and sends what differs: which pages.
+fn compare(disk: &mut Disk, at: u64) -> Vec<u32> {
+    let (at, time) = (Lsn(at), CaptureTime(at));
+    disk.append_of_pass(entries::pass_begin(at, Lsn(25), time, Reason::Damaged), time).unwrap();
+    let hash = |number| Content::Hash(*blake3::hash(&content(number)).as_bytes());
+    let items = (0..16).map(|number| CompareItem { range: page(number), content: hash(number) }).collect();
+    let view = disk.snapshot().unwrap().newest_view(at);
+    let differing = CompareJob::new(Compare { id: 1, at, items }, view).run().unwrap().differing;
+    for number in &differing {
+        let number = u64::from(*number);
+        disk.append(entries::pass_data(at, page(number), &Data::capture(content(number))), ByteCount(PAGE))
+            .unwrap();
+    }
+    disk.append_of_pass(Entry::PassEnd { at, valid_from: Some(at), time }, time).unwrap();
+    commit(disk);
+    differing
+}
+
+fn latest_is_whole(disk: &mut Disk) -> bool {
+    let view = disk.snapshot().unwrap().latest_view();
+    (0..16).all(|number| view.read(page(number)).is_ok_and(|bytes| bytes == content(number)))
+}
+
+/// Stores of which an entry that was durable is damaged where opening sees it: the header of one that a footer tells of, and
+/// a payload of the segment that is written.
+fn damaged_where_opening_sees_it() -> [MemoryStorage; 3] {
+    [(0, true), (22, true), (22, false)].map(|(synced, sealed)| {
+        let (storage, path, [_, payload]) = of_one_segment(synced, sealed);
+        let at = if sealed { payload - 64 + 9 } else { payload + 100 };
+        storage.flip_bit(&path, ByteOffset(at), 1);
+        storage
+    })
+}
+
+#[test]
+fn what_opening_finds_damaged_is_told_and_its_agent_compares_everything_once() {
+    for storage in damaged_where_opening_sees_it() {
+        let (mut disks, state) = started(&storage);
+        assert_eq!(state, ReceiverState::Foreign);
+        let found = findings(&storage);
+        let told = found.iter().any(|finding| finding.damage.contains("1.seg") && finding.touched.is_some());
+        assert!(told, "{found:?}");
+        assert!(!latest_is_whole(disks.get_mut(IDENTITY.disk).unwrap()));
+        // Nobody has compared yet.
+        drop(disks);
+        let (mut disks, state) = started(&storage);
+        assert_eq!((state, findings(&storage)), (ReceiverState::Foreign, found.clone()));
+        let disk = disks.get_mut(IDENTITY.disk).unwrap();
+        assert_eq!((disk.damage().count(), disk.lost_end()), (0, None), "nothing is lost at its end");
+        assert_eq!(compare(disk, 30), [4]);
+        assert!(latest_is_whole(disk));
+        assert_eq!(disk.lacked(CaptureTime(200)), [], "no point is missing");
+        // The damage is there for ever, in older points.
+        drop(disks);
+        let (mut disks, state) = started(&storage);
+        assert_eq!((state, findings(&storage)), (ReceiverState::Known, found));
+        assert!(latest_is_whole(disks.get_mut(IDENTITY.disk).unwrap()));
+    }
+}
+
+#[test]
+fn what_is_found_damaged_while_everything_is_compared_is_to_be_compared_again() {
+    let (storage, path, [another, payload]) = of_one_segment(22, false);
+    storage.flip_bit(&path, ByteOffset(payload + 100), 1);
+    let (mut disks, state) = started(&storage);
+    assert_eq!(state, ReceiverState::Foreign);
+    let (disk, at) = (disks.get_mut(IDENTITY.disk).unwrap(), Lsn(30));
+    let begin = entries::pass_begin(at, Lsn(25), CaptureTime(30), Reason::Damaged);
+    disk.append_of_pass(begin, CaptureTime(30)).unwrap();
+    commit(disk);
+    drop(disks);
+    assert_eq!(started(&storage).1, ReceiverState::Known, "the pass has begun");
+    storage.flip_bit(&path, ByteOffset(another + 100), 1);
+    assert_eq!(started(&storage).1, ReceiverState::Foreign);
+}
+
+#[test]
+fn a_repair_that_makes_a_mark_anew_has_its_agent_compare_what_may_never_have_been_durable() {
+    let (storage, path, [_, payload]) = of_one_segment(22, false);
+    storage.flip_bit(&path, ByteOffset(payload + 100), 1);
+    let mark = Shelf::dir(IDENTITY.disk, 1).join(crate::watermark::FILE);
+    storage.make_unreadable(&mark, ByteRange::new(ByteOffset(0), ByteCount(512)).unwrap());
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(report.disks[0].mended.iter().any(|mended| mended.contains("compares everything")), "{report:?}");
+    for _ in 0..2 {
+        let (_, state) = started(&storage);
+        assert_eq!(state, ReceiverState::Foreign);
+    }
+    // Whether something is missing at the end only its agent knows.
+    for (acknowledged, missing) in [(Lsn(25), false), (Lsn(27), true)] {
+        let storage = storage.copy();
+        let hello = Hello { acked_durable: acknowledged, ..hello() };
+        let mut disks = Disks::open(shelf(&storage), [IDENTITY.disk]);
+        let claim = disks.claim(ConnectionId(1), &hello, CaptureTime(200)).unwrap();
+        assert_eq!(claim.state, ReceiverState::Foreign);
+        let disk = disks.get_mut(IDENTITY.disk).unwrap();
+        assert_eq!(compare(disk, 30), [4]);
+        assert!(latest_is_whole(disk));
+        assert_eq!(disk.lacked(CaptureTime(200)).len(), usize::from(missing));
+        drop(disks);
+        assert_eq!(started(&storage).1, ReceiverState::Known);
+    }
+}
+
+#[test]
+fn what_a_repair_mends_is_in_no_doubt() {
+    let (storage, path, [payload, _]) = of_one_segment(22, false);
+    let mut log = shelf(&storage).open(IDENTITY.disk, 1).unwrap();
+    let Entry::Write { range, payload: bytes, checksum, .. } = write(10) else { unreachable!() };
+    // The same bytes a second time.
+    let again = Entry::Write { lsn: Lsn(26), time: CaptureTime(26), range, payload: bytes, checksum };
+    log.append(again).unwrap();
+    log.seal().unwrap();
+    sync_all(&mut log);
+    Watermark::replace(
+        &storage,
+        &Shelf::dir(IDENTITY.disk, 1),
+        IDENTITY.history,
+        Noted::whole(log.durable()),
+    )
+    .unwrap();
+    storage.flip_bit(&path, ByteOffset(payload + 100), 1);
+    assert_eq!(claimed(&storage), ReceiverState::Foreign);
+    let report = run(&storage, Repair::Everything).unwrap();
+    assert!(report.sound && !report.disks[0].mended.is_empty(), "{report:?}");
+    assert_eq!((findings(&storage), started(&storage).1), (Vec::new(), ReceiverState::Known));
+}
+
+#[test]
+fn a_power_cut_that_tears_what_was_not_synced_is_told_nowhere_and_nothing_is_compared() {
+    let mut torn = 0;
+    for seed in 0..60 {
+        let (storage, path, _) = of_one_segment(22, false);
+        let before = storage.files();
+        let mut log = shelf(&storage).open(IDENTITY.disk, 1).unwrap();
+        for lsn in 26..=40 {
+            log.append(write(lsn)).unwrap();
+        }
+        if seed % 2 == 0 {
+            log.seal().unwrap();
+        }
+        drop(log.snapshot());
+        storage.crash(seed);
+        torn += u32::from(storage.files().iter().find(|(found, _)| *found == path) != before.first());
+        let (mut disks, state) = started(&storage);
+        assert_eq!((state, findings(&storage)), (ReceiverState::Known, Vec::new()), "seed {seed}");
+        let disk = disks.get_mut(IDENTITY.disk).unwrap();
+        assert_eq!((disk.damage().count(), disk.failure()), (0, None), "seed {seed}");
+    }
+    assert!(torn > 10, "{torn}");
+}
