@@ -1,7 +1,6 @@
 //! What can be asked of `backtide`: the command and the arguments common to several commands.
 
 use backtide_control::Address;
-use backtide_units::DiskName;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
@@ -123,15 +122,6 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// The disk of a command with which the agent goes on when the command is interrupted.
-    pub(crate) fn goes_on_at_agent(&self) -> Option<DiskName> {
-        match self {
-            Self::Attach(attach) => Some(attach.name.clone()),
-            Self::Failover(failover) => Some(failover.name.clone()),
-            _ => None,
-        }
-    }
-
     /// How many worker threads the command needs besides the one it runs on, if it needs any.
     pub(crate) fn threads(&self) -> Option<usize> {
         match self {

@@ -60,9 +60,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Ending, F
         Command::Verify(verify) => verify.run(context, stop).await,
         Command::Rewind(rewind) => rewind.run(context, stop).await,
         other => {
-            let at_agent = other.goes_on_at_agent();
             let ended = stop.or(run_stoppable(context, other)).await;
-            if let (Some(name), Err(Failure::Interrupted)) = (at_agent, &ended) {
+            if let (Some(name), Err(Failure::Interrupted)) = (context.at_agent(), &ended) {
                 context.warn(&format!(
                     "the agent goes on with disk {name}: `backtide status {name}` tells how far it is"
                 ));

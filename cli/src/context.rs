@@ -2,12 +2,16 @@
 
 use std::{
     io::{self, IsTerminal, Write},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use backtide_agent_api::AgentClient;
 use backtide_control::{Address, Tell};
 use backtide_receiver_api::ReceiverClient;
+use backtide_units::DiskName;
 use serde::Serialize;
 
 use crate::{
@@ -25,6 +29,8 @@ pub(crate) struct Context {
     places: Places,
     /// Something was said of what was done, so that the command ends with warnings.
     remarked: AtomicBool,
+    /// The disk that the agent was asked to do something with, and does also when nobody waits any more.
+    at_agent: OnceLock<DiskName>,
 }
 
 impl Context {
@@ -32,7 +38,8 @@ impl Context {
     pub(crate) fn new(arguments: &Arguments) -> Self {
         let places = Places::of_this_user();
         let remarked = AtomicBool::new(false);
-        Self { json: arguments.json, agent: arguments.agent.clone(), places, remarked }
+        let at_agent = OnceLock::new();
+        Self { json: arguments.json, agent: arguments.agent.clone(), places, remarked, at_agent }
     }
 
     /// Whether scripts read the output.
@@ -142,6 +149,17 @@ impl Context {
     /// Whether it has warned so.
     pub(crate) fn has_remarked(&self) -> bool {
         self.remarked.load(Ordering::Relaxed)
+    }
+
+    /// From now on the agent goes on with this disk, also when the command is interrupted.
+    pub(crate) fn goes_on_at_agent(&self, disk: &DiskName) {
+        // A command asks it for one disk.
+        self.at_agent.get_or_init(|| disk.clone());
+    }
+
+    /// With which disk it does, if with any.
+    pub(crate) fn at_agent(&self) -> Option<&DiskName> {
+        self.at_agent.get()
     }
 
     /// Whether a person watches stderr, so that progress can be drawn.

@@ -126,31 +126,13 @@ pub(crate) fn reading(storage: &Arc<dyn Storage>, forgotten: Forgotten) -> Shelf
     }
 }
 
-/// A disk of which nothing was read.
-fn unread(disk: DiskId) -> DiskCheck {
-    DiskCheck {
-        name: None,
-        uuid: disk,
-        segments: 0,
-        entries: 0,
-        bytes: ByteCount::ZERO,
-        damage: Vec::new(),
-        more_damage: 0,
-        touched: Vec::new(),
-        mended: Vec::new(),
-        cut: Vec::new(),
-        error: None,
-        sound: false,
-    }
-}
-
 /// With what its logs say themselves. None for a directory in which no log was ever used.
 fn check_disk(
     shelf: &Shelf,
     disk: DiskId,
     step: &mut dyn FnMut(ByteCount) -> bool,
 ) -> Option<(DiskCheck, Vec<Own>)> {
-    let (mut report, mut own) = (unread(disk), Vec::new());
+    let (mut report, mut own) = (DiskCheck::unread(disk), Vec::new());
     let numbers = match shelf.numbers(disk) {
         Ok(numbers) => numbers,
         Err(error) => return Some((DiskCheck { error: Some(chain(&error)), ..report }, own)),

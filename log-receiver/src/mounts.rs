@@ -252,6 +252,7 @@ impl Table {
             Some(PlanOverlay::Kept(id)) => id.clone(),
             Some(PlanOverlay::New) | None => self.next_id(&plan.disk.name).await?,
         };
+        let told_tls = plan.uri.as_ref().and_then(|uri| uri.tls.clone());
         let (wanted, mode) = self.place(plan.uri, plan.temporary, &id);
         let listener = Listener::bind_uri(&wanted, mode).await.map_err(|error| bind_error(&error))?;
         let listener = listener.for_disk(plan.disk.name.clone());
@@ -270,7 +271,9 @@ impl Table {
                 (None, OneExport(Rc::new(PointExport::new(info, plan.view, reading, changed))))
             }
             Some(wanted) => {
-                let overlay = self.overlay(wanted, &id, &plan.disk, plan.at, size, &uri).await?;
+                // As it was asked for: what is configured may be another by the time it is served again, and is not all in the text.
+                let again = NbdUri { tls: told_tls, ..uri.clone() };
+                let overlay = self.overlay(wanted, &id, &plan.disk, plan.at, size, &again).await?;
                 let (whose, writers) = ((overlays.clone(), id.clone()), writers.clone());
                 let shared = Arc::clone(&overlay);
                 let export = OverlayExport::new(info, plan.view, shared, reading, writers, whose);
@@ -405,6 +408,7 @@ impl Mounted {
                 lsn: since.lsn,
                 time: since.time,
                 context: format!("{}{}", dirty_bitmap::PREFIX, self.disk.name),
+                warning: None,
             }),
             overlay: self.overlay.as_ref().map(|overlay| {
                 let usage = overlay.usage();

@@ -239,10 +239,15 @@ impl ReceiverService for Service {
             Some(since) => Some(self.changed_since(&snapshot, since, at).await?),
             None => None,
         };
-        let warning = points::warning(&request.at, &disk.name, snapshot.timeline(), came);
+        let warning_of = |asked: &String| points::warning(asked, &disk.name, snapshot.timeline(), came);
+        let warning = warning_of(&request.at);
+        let warning_since = request.changed_since.as_ref().and_then(warning_of);
         let temporary = request.temporary;
         let plan = Plan { disk, at, view, findings, uri, temporary, overlay, changed };
-        let mount = Mount { warning, ..self.serve(plan).await? };
+        let mut mount = Mount { warning, ..self.serve(plan).await? };
+        if let Some(since) = &mut mount.changed_since {
+            since.warning = warning_since;
+        }
         if request.writable { self.unless_its_point_goes(&request.at, mount).await } else { Ok(mount) }
     }
 

@@ -92,7 +92,16 @@ struct Mounted {
     trouble: Option<String>,
 }
 
+/// Where a mount is served.
+struct Place {
+    /// As it was asked for: what is remembered, for what is configured may be another when it is served again.
+    asked: NbdUri,
+    /// With TLS as configured, unless it was asked for with its own.
+    served: NbdUri,
+}
+
 struct Served {
+    uri: NbdUri,
     reader: Rc<Reader>,
     server: Server,
     written: Option<Rc<Written>>,
@@ -212,8 +221,8 @@ impl Table {
         record.changed_since = changed_since;
         record.cache_bytes = cache_bytes.unwrap_or(CACHE_BYTES);
         record.overlay = writable.then(Uuid::new_v4);
-        let (uri, listener) = self.listen(&record.id, nbd).await?;
-        record.uri = uri.to_string();
+        let (place, listener) = self.listen(&record.id, nbd).await?;
+        record.uri = place.asked.to_string();
         let reader = self.reader(&record, &source).await;
         let opened = match writable {
             true => Some(self.on_storage(&record, Overlays::create).await?),
@@ -230,7 +239,7 @@ impl Table {
             self.end_record(record, source).await;
             return Err(why);
         }
-        let served = self.serve_at(&record, reader, opened, listener, &uri);
+        let served = self.serve_at(&record, reader, opened, listener, place);
         let mounted = Mounted { record, source, served: Some(served), trouble: None };
         let told = mounted.describe();
         self.mounted.borrow_mut().insert(told.id.clone(), mounted);
@@ -238,15 +247,21 @@ impl Table {
     }
 
     /// Listens where a mount is wanted, or at a place of its own.
-    async fn listen(&self, id: &str, nbd: Option<NbdUri>) -> Result<(NbdUri, Listener), ApiError> {
+    async fn listen(&self, id: &str, nbd: Option<NbdUri>) -> Result<(Place, Listener), ApiError> {
         let socket = self.serving.run.join(format!("{id}.nbd"));
         let own = || NbdUri { address: NbdAddress::Unix(socket), export: id.to_owned(), tls: None };
-        let uri = nbd.unwrap_or_else(own);
-        let uri = self.serving.nbd_tls.as_ref().map_or(uri.clone(), |tls| tls.unless_told(uri));
-        let listener = Listener::bind_uri(&uri, self.serving.nbd.socket_mode)
-            .await
-            .map_err(|error| bind_error(&error))?;
-        Ok((NbdUri { address: listener.address().clone(), ..uri }, listener))
+        self.listen_at(nbd.unwrap_or_else(own)).await.map_err(|error| bind_error(&error))
+    }
+
+    /// Listens at a place, with TLS as configured unless it names its own.
+    async fn listen_at(&self, asked: NbdUri) -> Result<(Place, Listener), BindError> {
+        let served = match &self.serving.nbd_tls {
+            Some(tls) => tls.unless_told(asked.clone()),
+            None => asked.clone(),
+        };
+        let listener = Listener::bind_uri(&served, self.serving.nbd.socket_mode).await?;
+        let at = |uri| NbdUri { address: listener.address().clone(), ..uri };
+        Ok((Place { asked: at(asked), served: at(served) }, listener))
     }
 
     fn serve_at(
@@ -255,8 +270,9 @@ impl Table {
         reader: Rc<Reader>,
         opened: Option<Opened>,
         listener: Listener,
-        uri: &NbdUri,
+        place: Place,
     ) -> Served {
+        let uri = place.served;
         let listener = listener.for_disk(record.name.clone());
         let tells = record.changed_since.map(|_| record.name.to_string());
         let description = format!("{} at lsn:{}", record.name, record.lsn);
@@ -271,7 +287,7 @@ impl Table {
         };
         let server = listener.serve(Rc::new(export), self.serving.nbd);
         tracing::info!(mount = record.id, disk = %record.name, lsn = %record.lsn, %uri, "mounted");
-        Served { reader, server, written }
+        Served { uri, reader, server, written }
     }
 
     fn source_of(&self, record: &MountRecord) -> Rc<dyn PointSource> {
@@ -368,7 +384,7 @@ impl Mounted {
             disk: record.name.clone(),
             uuid: point.disk,
             receiver: record.receiver.to_string(),
-            uri: record.uri.clone(),
+            uri: served.map_or_else(|| record.uri.clone(), |served| served.uri.to_string()),
             lsn: record.lsn,
             time: point.time,
             size: point.size,

@@ -213,6 +213,7 @@ impl Attach {
             context.remark(point.warning.as_deref());
             request.from = Some(FromPoint { disk: point.disk.uuid, lsn: point.lsn, force: self.force });
         }
+        context.goes_on_at_agent(&request.name);
         let attached =
             agent.attach(&request).await.map_err(|error| named(self.from.as_ref(), &request, error))?;
         let disk = first_contact(&agent, attached).await?;

@@ -62,6 +62,7 @@ impl Failover {
         let disk = receiver.disks(Some(&self.name)).await?.disks.into_iter().next();
         let disk = disk.ok_or_else(|| failed("the receiver answered nothing"))?;
         let latest = receiver.resolve(&self.name, "latest").await?;
+        context.remark(latest.warning.as_deref());
         let what = plan_text(&disk, &latest);
         if self.yes {
             context.tell(&what);
@@ -81,6 +82,7 @@ impl Failover {
         request.adopt = Some(adopted_of(&disk));
         request.failover = true;
         request.format = self.format;
+        context.goes_on_at_agent(&request.name);
         let attached = agent.attach(&request).await?;
         let attached = first_contact(&agent, attached).await?;
         context.print(&attached, || disk_text(&attached))?;

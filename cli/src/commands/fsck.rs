@@ -250,17 +250,8 @@ mod tests {
     fn damaged_disk() -> DiskCheck {
         DiskCheck {
             name: Some("vm1".parse().unwrap()),
-            uuid: DiskId::random(),
-            segments: 1,
-            entries: 1,
-            bytes: ByteCount(1),
             damage: vec!["a.seg is damaged at byte 7".to_owned()],
-            more_damage: 0,
-            touched: Vec::new(),
-            mended: Vec::new(),
-            cut: Vec::new(),
-            error: None,
-            sound: false,
+            ..DiskCheck::unread(DiskId::random())
         }
     }
 

@@ -106,6 +106,7 @@ impl Mount {
         };
         context.print(&mount, || mount_text(&mount))?;
         context.remark(mount.warning.as_deref());
+        context.remark(mount.changed_since.as_ref().and_then(|since| since.warning.as_deref()));
         Ok(Ending::Done)
     }
 }

@@ -96,7 +96,7 @@ impl Restore {
         }
         let bytes = ByteCount(report.damaged.iter().map(|span| span.length.0).sum());
         context.warn(&format!(
-            "{} of this point of disk {} are damaged at the receiver, and are zeroes in {}",
+            "{} of this point of disk {} cannot be read at the receiver, and are zeroes in {}",
             size_both(bytes),
             report.disk,
             report.output
@@ -167,14 +167,16 @@ async fn restore_mounted(
     let wanted = Wanted { goal, force: what.force, only_changed: what.only_changed, leftover };
     let target = Target::open(what.output, wanted).await?;
     let source = mounted::connect(mount).await?;
-    // A part of what is needed is there already then.
-    if !goes_on {
+    // A part of what is needed is there already then. Who forces it may know of zeroes that a guest wrote, and that take no room.
+    if !goes_on && !what.force {
         refuse_no_room(&source, &target).await?;
     }
     let mut progress = Progress::new(context, "restored");
     let copied = match copy(&source, &target, what.verify, what.around_damage, &mut progress).await {
         Ok(copied) => copied,
-        Err(Failure::Error(error)) if error.code == ErrorCode::Damaged && error.hint.is_none() => {
+        Err(Failure::Error(error))
+            if error.code == ErrorCode::Damaged && error.hint.is_none() && !what.around_damage =>
+        {
             let name = &mount.disk.name;
             let hint = format!(
                 "--around-damage restores the rest, with zeroes there; `backtide scrub {name}` mends what it can, and \

@@ -21,8 +21,8 @@ const ROOM_FACTOR: u64 = 4;
 const CLOCKS_APART_US_MAX: u64 = 3_000_000;
 
 /// Reasons for which everything is compared: what was tracked could not be trusted.
-const DISTRUSTED: [&str; 4] =
-    ["bitmap-untrusted", "agent-crashed", "receiver-rolled-back", "foreign-history"];
+const DISTRUSTED: [&str; 5] =
+    ["bitmap-untrusted", "agent-crashed", "receiver-rolled-back", "foreign-history", "damaged"];
 
 /// Whether the daemons answer. One of the two may run on another machine, not both.
 pub(super) fn reachable(answers: &Answers) -> Vec<Finding> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{Client, Extent};
-use backtide_units::{ByteCount, ByteRange};
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use blake3::Hash;
 use bytes::Bytes;
 use tokio::task::JoinSet;
@@ -14,7 +14,7 @@ use crate::{
     inside::is_gone,
     output::progress::Progress,
     restore::{
-        pieces::{WindowDigest, digest, pieces, runs, windows},
+        pieces::{PIECE, WindowDigest, digest, pieces, runs, windows},
         target::{Target, Way},
     },
 };
@@ -70,10 +70,7 @@ pub(crate) async fn copy(
     let mut copied = Copied { read_back, windows: windows_done, size, data_bytes, resumed_bytes, damaged };
     target.prepare().await?;
     for window in windows(size) {
-        let extents = progress
-            .wait(source.block_status(window.start(), window.count()))
-            .await
-            .map_err(|error| read_failure(&error))?;
+        let extents = progress.wait(extents_of(source, window, around_damage)).await?;
         let mut work = pieces(window, &extents);
         let holds_data: Arc<[bool]> = work.iter().map(|(_, holds_data)| *holds_data).collect();
         match target.way() {
@@ -231,6 +228,27 @@ struct Holds {
     data: bool,
     /// Of what is damaged the rest is wanted.
     around_damage: bool,
+}
+
+/// Where a window of the source may hold data. With `around_damage`, a piece of which that cannot be told is taken for one
+/// that does, and read.
+async fn extents_of(source: &Client, window: ByteRange, around_damage: bool) -> Result<Vec<Extent>, Failure> {
+    let (mut extents, mut parts) = (Vec::new(), vec![window]);
+    while let Some(part) = parts.pop() {
+        match source.block_status(part.start(), part.count()).await {
+            Ok(told) => extents.extend(told),
+            Err(error) if !around_damage || is_gone(&error) => return Err(read_failure(&error)),
+            Err(_) if part.count() <= PIECE => extents.push(Extent::data(part.count())),
+            Err(_) => {
+                let half = ByteCount((part.count().0 / 2).next_multiple_of(PIECE.0));
+                let middle = ByteOffset(part.start().0 + half.0);
+                // The first one is next.
+                parts.push(ByteRange::between(middle, part.end()));
+                parts.push(ByteRange::between(part.start(), middle));
+            }
+        }
+    }
+    Ok(extents)
 }
 
 /// A piece of the source, and what of it could not be read, which are zeroes then.

@@ -28,7 +28,7 @@ fn refuse_less(target: impl std::fmt::Display, free: ByteCount, needed: ByteCoun
     let message =
         format!("{target} needs {}, and its file system has {} left", size_both(needed), size_both(free));
     Err(ApiError::new(ErrorCode::Refused, message)
-        .with_hint("make room there, or restore to another file system or an NBD server")
+        .with_hint("make room there, restore to another file system or an NBD server, or try all the same with --force")
         .into())
 }
 

@@ -219,7 +219,9 @@ impl Target {
         let found = rustix::fs::statfs(file.path().parent()?).ok()?;
         // Others may store it in less.
         let stores_as_it_is = [EXT, XFS, TMPFS].contains(&found.f_type);
-        let bytes = found.f_bavail.saturating_mul(u64::try_from(found.f_bsize).ok()?);
+        // Ext keeps some for root alone.
+        let blocks = if rustix::process::geteuid().is_root() { found.f_bfree } else { found.f_bavail };
+        let bytes = blocks.saturating_mul(u64::try_from(found.f_bsize).ok()?);
         stores_as_it_is.then_some(ByteCount(bytes))
     }
 

@@ -38,6 +38,8 @@ struct Ram {
     zeroed: RefCell<Vec<ByteRange>>,
     /// From here on reads are refused.
     unreadable_from: Cell<u64>,
+    /// From here on nobody can tell what holds data.
+    untold_from: Cell<u64>,
     read: Cell<u64>,
     written: Cell<u64>,
 }
@@ -50,6 +52,7 @@ impl Ram {
             spoils: Cell::new(None),
             zeroed: RefCell::default(),
             unreadable_from: Cell::new(u64::MAX),
+            untold_from: Cell::new(u64::MAX),
             read: Cell::new(0),
             written: Cell::new(0),
         })
@@ -97,6 +100,7 @@ impl Export for Ram {
                 self.zeroed.borrow_mut().push(range);
                 reply.done();
             }
+            Command::BlockStatus { .. } if range.end().0 > self.untold_from.get() => reply.fail(NbdError::Io),
             Command::BlockStatus { .. } => reply.extents(&self.extents(range)),
             Command::Flush | Command::Cache { .. } => reply.done(),
             Command::Trim { .. } => reply.fail(NbdError::NotSupported),

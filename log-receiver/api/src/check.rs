@@ -78,6 +78,26 @@ pub struct DiskCheck {
     pub sound: bool,
 }
 
+impl DiskCheck {
+    /// Of a disk of which nothing has been read.
+    pub fn unread(disk: DiskId) -> Self {
+        Self {
+            name: None,
+            uuid: disk,
+            segments: 0,
+            entries: 0,
+            bytes: ByteCount::ZERO,
+            damage: Vec::new(),
+            more_damage: 0,
+            touched: Vec::new(),
+            mended: Vec::new(),
+            cut: Vec::new(),
+            error: None,
+            sound: false,
+        }
+    }
+}
+
 /// Which points of a disk a damaged place touches: those at which some byte cannot be read because of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Touched {

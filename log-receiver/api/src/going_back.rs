@@ -124,6 +124,9 @@ pub struct ChangedSince {
     pub time: CaptureTime,
     /// The NBD metadata context.
     pub context: String,
+    /// As in [`ResolvedPoint::warning`], in the answer to the request that made the mount.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// What the overlay of a mount takes.

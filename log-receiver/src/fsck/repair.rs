@@ -37,7 +37,7 @@ use crate::{
     watermark::{Noted, Watermark},
 };
 
-use super::{check_store, disks_of, note, reading, told_anyway, unread};
+use super::{check_store, disks_of, note, reading, told_anyway};
 
 /// Where parts of logs are put that were cut off, by disk.
 pub(crate) const CUT_DIR: &str = "cut";
@@ -169,7 +169,7 @@ fn repair_store(
             Some(place) => add(&mut disks[place], done),
             None if done.is_nothing() => {}
             None => {
-                let mut unread = unread(disk);
+                let mut unread = DiskCheck::unread(disk);
                 add(&mut unread, done);
                 disks.push(DiskCheck { sound: false, ..unread });
             }

@@ -60,6 +60,13 @@ async fn a_time_of_another_clock_is_given_with_a_warning() {
         let warned = |warning: Option<String>| assert!(warning.unwrap().contains(said), "{asked}");
         warned(api.around(&vm1(), &asked).await.unwrap().warning);
         warned(api.mount(&request(&asked, None)).await.unwrap().warning);
+        let since = backtide_receiver_api::MountRequest {
+            changed_since: Some(asked.clone()),
+            ..request("latest", None)
+        };
+        let mount = api.mount(&since).await.unwrap();
+        assert_eq!(mount.warning, None);
+        warned(mount.changed_since.unwrap().warning);
         let diff = DiffRequest { from: asked.clone(), to: "latest".to_owned() };
         let diff = api.diff(&vm1(), &diff).await.unwrap();
         warned(diff.from.warning);

@@ -6,7 +6,7 @@ use backtide_agent_api::AgentMount;
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{Listener, NbdUri};
 
-use super::{BIND_PAUSE, Mounted, PAUSE, Table, can_tell_since, ending::no_overlay};
+use super::{BIND_PAUSE, Mounted, PAUSE, Place, Table, can_tell_since, ending::no_overlay};
 use crate::{
     disk::source::{FetchError, PointSource},
     mounts::{overlays::Overlays, record::MountRecord},
@@ -22,7 +22,7 @@ impl Table {
         if record.kept {
             return;
         }
-        let Some((uri, listener)) = self.listen_again(&record, &source).await else { return };
+        let Some((place, listener)) = self.listen_again(&record, &source).await else { return };
         let opened = match record.overlay {
             None => None,
             Some(_) => match self.on_storage(&record, Overlays::open).await {
@@ -35,7 +35,7 @@ impl Table {
             },
         };
         let reader = self.reader(&record, &source).await;
-        let served = self.serve_at(&record, reader, opened, listener, &uri);
+        let served = self.serve_at(&record, reader, opened, listener, place);
         let begun = |mounted: &mut Mounted| (mounted.served, mounted.trouble) = (Some(served), None);
         if self.with(&record.id, &source, begun) {
             self.keep_holding(&record, &source).await;
@@ -72,13 +72,13 @@ impl Table {
         record: MountRecord,
         nbd: Option<NbdUri>,
     ) -> Result<AgentMount, ApiError> {
-        let (uri, listener) = self.listen(&record.id, nbd).await?;
-        let record = record.served_at(uri.to_string());
+        let (place, listener) = self.listen(&record.id, nbd).await?;
+        let record = record.served_at(place.asked.to_string());
         let opened = self.on_storage(&record, Overlays::open).await?;
         self.saved(&record).await?;
         let source = self.source_of(&record);
         let reader = self.reader(&record, &source).await;
-        let served = self.serve_at(&record, reader, Some(opened), listener, &uri);
+        let served = self.serve_at(&record, reader, Some(opened), listener, place);
         let mounted = Mounted {
             record: record.clone(),
             source: Rc::clone(&source),
@@ -119,7 +119,7 @@ impl Table {
         &self,
         record: &MountRecord,
         source: &Rc<dyn PointSource>,
-    ) -> Option<(NbdUri, Listener)> {
+    ) -> Option<(Place, Listener)> {
         let id = &record.id;
         let cannot = |why: String| {
             tracing::error!(mount = id, why, "a mount cannot be served again yet");
@@ -134,8 +134,8 @@ impl Table {
         };
         let mut told = None;
         loop {
-            let why = match Listener::bind_uri(&uri, self.serving.nbd.socket_mode).await {
-                Ok(listener) => return Some((uri, listener)),
+            let why = match self.listen_at(uri.clone()).await {
+                Ok(there) => return Some(there),
                 Err(error) => ApiError::from_error(ErrorCode::Failed, &error).message,
             };
             if told.as_ref() != Some(&why) {

@@ -144,7 +144,7 @@ fn a_repair_notes_nothing_that_the_disk_says_itself_as_long_as_it_is_so() {
 fn a_repair_forgets_no_finding_of_places_that_it_did_not_all_read() {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     let findings = Findings::open(storage);
-    let whole = unread(IDENTITY.disk);
+    let whole = DiskCheck::unread(IDENTITY.disk);
     let failed = DiskCheck { error: Some("the device failed".to_owned()), ..whole.clone() };
     let too_many = DiskCheck { more_damage: 1, ..whole.clone() };
     findings.of_life(IDENTITY.disk).note_anew("a.seg is damaged at byte 7: found before", None);
@@ -152,7 +152,8 @@ fn a_repair_forgets_no_finding_of_places_that_it_did_not_all_read() {
         note(&findings, &report, &[]);
         assert_eq!(findings.of(IDENTITY.disk).len(), left, "{report:?}");
     }
-    let damaged = DiskCheck { damage: vec!["b.seg is missing".to_owned()], ..unread(IDENTITY.disk) };
+    let damaged =
+        DiskCheck { damage: vec!["b.seg is missing".to_owned()], ..DiskCheck::unread(IDENTITY.disk) };
     note(&findings, &damaged, &damaged.damage);
     assert!(findings.of(IDENTITY.disk).is_empty(), "what its log tells itself whenever it is opened");
 }
