@@ -129,7 +129,7 @@ pub(crate) struct DiskRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) rewound: Option<Rewound>,
     /// Who has the disk open, or had it when its service was interrupted, and may come back.
-    #[serde(default, skip_serializing_if = "Clientele::is_empty")]
+    #[serde(default, skip_serializing_if = "Clientele::is_empty", deserialize_with = "Clientele::or_nobody")]
     pub(crate) clientele: Clientele,
 }
 

@@ -107,7 +107,8 @@ impl AgentClient {
     /// # Errors
     /// As [`AgentClient::status`].
     pub async fn detach_even(&self, disk: &DiskName, request: DetachRequest) -> Result<DiskStatus, ApiError> {
-        let asked = [("incomplete", request.incomplete), ("force", request.force)];
+        let DetachRequest { incomplete, force, nobody_returns } = request;
+        let asked = [("incomplete", incomplete), ("force", force), ("nobody_returns", nobody_returns)];
         let asked: Vec<String> =
             asked.iter().filter(|(_, asked)| *asked).map(|(name, _)| format!("{name}=true")).collect();
         let query = if asked.is_empty() { String::new() } else { format!("?{}", asked.join("&")) };

@@ -61,6 +61,9 @@ pub struct DetachRequest {
     /// Also one that NBD clients have open: they lose it, and requests of theirs that wait for the receiver fail.
     #[serde(default)]
     pub force: bool,
+    /// Also one that NBD clients had open when its service was interrupted, of which none is there now: none comes back.
+    #[serde(default)]
+    pub nobody_returns: bool,
 }
 
 /// A disk with another size.

@@ -331,8 +331,11 @@ async fn every_call_reaches_its_method_and_comes_back() {
     assert_eq!(client.disk(&vm1).await.unwrap(), self::vm1());
     assert_eq!(client.attach(&attach_request()).await.unwrap(), self::vm1());
     client.detach(&vm1).await.unwrap();
-    client.detach_even(&vm1, DetachRequest { incomplete: true, force: false }).await.unwrap();
-    client.detach_even(&vm1, DetachRequest { incomplete: true, force: true }).await.unwrap();
+    client.detach_even(&vm1, DetachRequest { incomplete: true, ..DetachRequest::default() }).await.unwrap();
+    client
+        .detach_even(&vm1, DetachRequest { incomplete: true, force: true, nobody_returns: true })
+        .await
+        .unwrap();
     let rewind = RewindRequest { to: Lsn(40), reconnect: true, force: false };
     assert_eq!(client.rewind(&vm1, rewind).await.unwrap().from, Lsn(90));
     let (epoch, durable, last_time) = (Epoch(4), Lsn(90), None);

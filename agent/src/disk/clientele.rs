@@ -3,13 +3,13 @@
 //! its memory is of this disk as it was: until then the disk is in use, though nobody is connected.
 //!
 //! Invariants: who is connected is in the record from the next look on, at the latest as the service ends; who hung up by
-//! itself is not expected; nor is a process that has ended, nor anybody of this host after that was started anew; nobody
-//! is expected of a disk that was detached.
+//! itself is not expected, but a process whose connection the server ended is; not a process that has ended, nor anybody of this
+//! host after that was started anew; nobody is expected of a disk that was detached.
 
 use std::collections::BTreeSet;
 
 use backtide_export::{Peer, Server};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
 use super::trust::boot_id;
@@ -27,10 +27,16 @@ impl Clientele {
         self.peers.is_empty()
     }
 
+    /// What a record says of them: it must never be lost for what is not understood of that, which is nobody.
+    pub(crate) fn or_nobody<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = serde_json::Value::deserialize(deserializer)?;
+        Ok(serde_json::from_value(value).unwrap_or_default())
+    }
+
     /// Those that may come back to a disk that is served now.
     pub(crate) fn left(&self) -> Self {
         let same_start = self.is_empty() || self.boot == boot_id();
-        let is_left = |peer: &&Peer| (same_start || matches!(peer, Peer::Host(_))) && peer.may_come_back();
+        let is_left = |peer: &&Peer| (same_start || !peer.is_of_this_host()) && peer.may_come_back();
         Self { boot: self.boot, peers: self.peers.iter().filter(is_left).cloned().collect() }
     }
 
@@ -73,5 +79,9 @@ mod tests {
         let of = |boot| Clientele { boot, peers: [Peer::Unseen, far.clone()].into() };
         assert_eq!(of(boot_id()).left(), of(boot_id()));
         assert_eq!(of(Uuid::nil()).left().peers, [far.clone()].into());
+        for here in ["127.0.0.1", "::1"] {
+            let near = Clientele { boot: Uuid::nil(), peers: [Peer::Host(here.parse().unwrap())].into() };
+            assert!(near.left().is_empty(), "{here}");
+        }
     }
 }

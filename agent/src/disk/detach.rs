@@ -31,6 +31,8 @@ impl Disk {
     /// Ends service, lets the receiver catch up if it can at once, saves what is left.
     pub(super) async fn detach(mut self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
+        // Whoever comes from now on is not seen: neither refused for, nor awaited.
+        self.server.stop_accepting();
         self.record = self.asked();
         let Self { engine, stream, server, mut record, records, image, mut life, mut past_agent, .. } = self;
         // Before anything of its own may be written that is not counted.

@@ -18,28 +18,46 @@ const HAND_OVER_GRACE: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Leaving {
     /// By a person: refused with the number of clients while it is open.
-    Asked,
+    Asked {
+        /// Who had it open before and is not there does not come back, as the person knows.
+        nobody_returns: bool,
+    },
     /// By a person who knows that clients have it open: what they wait for is answered with an error.
     Forced,
     /// With its agent, whoever has it open.
     Stopped,
     /// To be attached again at once with another size.
-    Resized,
+    Resized {
+        /// Clients connect again; without, it is refused as when it is asked.
+        reconnect: bool,
+    },
     /// To be attached again at once at another point.
-    SetBack,
+    SetBack {
+        /// As with another size.
+        reconnect: bool,
+    },
     /// To the agent that follows at once, for which clients wait.
     HandedOver,
 }
 
 impl Leaving {
+    /// Whether the disk stays while it is open.
+    pub(super) fn spares_clients(self) -> bool {
+        match self {
+            Self::Asked { .. } => true,
+            Self::Resized { reconnect } | Self::SetBack { reconnect } => !reconnect,
+            Self::Forced | Self::Stopped | Self::HandedOver => false,
+        }
+    }
+
     /// Why the stream ends, for the receiver and whoever reads its log.
     pub(super) fn reason(self) -> &'static str {
         match self {
-            Self::Asked => "detached by an operator",
+            Self::Asked { .. } => "detached by an operator",
             Self::Forced => "detached by an operator, by force",
             Self::Stopped => "the agent ends",
-            Self::Resized => "the disk is attached again with another size",
-            Self::SetBack => "the disk is set back to an earlier point",
+            Self::Resized { .. } => "the disk is attached again with another size",
+            Self::SetBack { .. } => "the disk is set back to an earlier point",
             Self::HandedOver => "the agent is restarted",
         }
     }
@@ -47,16 +65,16 @@ impl Leaving {
     /// How long requests in flight may take. Those that take longer are sent again by their clients.
     pub(super) fn requests(self) -> Duration {
         match self {
-            Self::Asked | Self::Forced | Self::Stopped | Self::Resized | Self::SetBack => DETACH_GRACE,
             Self::HandedOver => HAND_OVER_GRACE,
+            _ => DETACH_GRACE,
         }
     }
 
     /// How long the receiver may take. What it has not acknowledged by then is resynchronized.
     pub(super) fn receiver(self) -> Duration {
         match self {
-            Self::Asked | Self::Forced | Self::Stopped | Self::Resized | Self::SetBack => DETACH_GRACE,
             Self::HandedOver => HAND_OVER_GRACE,
+            _ => DETACH_GRACE,
         }
     }
 }
@@ -71,12 +89,12 @@ pub(super) async fn end_service(
     match leaving {
         // A client that reconnects to what serves the disk next sends again what was not begun; an
         // error would reach the guest.
-        Leaving::Stopped | Leaving::Resized | Leaving::SetBack | Leaving::HandedOver => {
+        Leaving::Stopped | Leaving::Resized { .. } | Leaving::SetBack { .. } | Leaving::HandedOver => {
             server.hand_over(leaving.requests()).await;
             None
         }
         // Clients have gone: nobody hears what becomes of their last requests, which might wait for ever.
-        Leaving::Asked => {
+        Leaving::Asked { .. } => {
             engine.happen(Filter::give_up_answers);
             server.hand_over(leaving.requests()).await;
             None

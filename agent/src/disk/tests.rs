@@ -15,7 +15,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::{Command, DiskHandle, Entrance, InPlace, Leaving, nbd_disk::NbdDisk, open, start};
+use super::{Command, DetachError, DiskHandle, Entrance, InPlace, Leaving, nbd_disk::NbdDisk, open, start};
 use crate::{
     claims::Identity,
     record::{DiskRecord, ImageStamp, Records},
@@ -189,7 +189,7 @@ async fn a_qemu_is_looked_for_once_more_at_the_detach() {
     let qemu = std::fs::File::open(directory.join("vm1.img")).unwrap();
     disk.has_looked(directory).await;
     rustix::fs::fcntl_lock(&qemu, FlockOperation::NonBlockingLockShared).unwrap();
-    let detach = |answer| Command::Detach { leaving: Leaving::Asked, answer };
+    let detach = |answer| Command::Detach { leaving: Leaving::Asked { nobody_returns: false }, answer };
     let last = disk.handle.ask_at_length(detach).await.unwrap().unwrap();
     let record = records(directory).load(&"vm1".parse().unwrap()).unwrap().unwrap();
     assert!(record.written_past_agent && last.local_error.is_some() && last.resync_due);
@@ -215,7 +215,7 @@ async fn what_is_written_to_the_image_of_an_idle_disk_is_not_trusted_after_a_det
     disk.has_looked(directory).await;
     let image = std::fs::File::options().write(true).open(directory.join("vm1.img")).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&image, &[0x22; 4096], 8192).unwrap();
-    let detach = |answer| Command::Detach { leaving: Leaving::Asked, answer };
+    let detach = |answer| Command::Detach { leaving: Leaving::Asked { nobody_returns: false }, answer };
     let last = disk.handle.ask_at_length(detach).await.unwrap().unwrap();
     assert!(last.local_error.is_some_and(|told| told.contains("somebody else has written the image")));
     assert!(last.resync_due && record().written_past_agent);
@@ -373,4 +373,35 @@ async fn what_was_stable_at_once_is_not_undone_by_what_is_made_again() {
 
 async fn read(behind: &NbdDisk) -> Result<LocalData, IoFailure> {
     behind.run(LocalOp::Read(ByteRange::between(ByteOffset::ZERO, ByteOffset(4096)))).await
+}
+
+#[tokio::test]
+async fn a_disk_that_a_client_opens_as_it_is_about_to_be_taken_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let disk = Started::image(directory).await;
+    let guest = Client::connect(&disk.nbd).await.unwrap();
+    for leaving in [
+        Leaving::Asked { nobody_returns: false },
+        Leaving::Asked { nobody_returns: true },
+        Leaving::Resized { reconnect: false },
+        Leaving::SetBack { reconnect: false },
+    ] {
+        let detach = |answer| Command::Detach { leaving, answer };
+        let open = disk.handle.ask_at_length(detach).await.unwrap().unwrap_err();
+        assert!(matches!(open, DetachError::Open { clients: 1, awaited: 0, .. }), "{leaving:?}: {open}");
+        guest.write(ByteOffset::ZERO, vec![0x11; 4096].into(), false).await.unwrap();
+    }
+    let detach = |answer| Command::Detach { leaving: Leaving::SetBack { reconnect: true }, answer };
+    disk.handle.ask_at_length(detach).await.unwrap().unwrap();
+    let record = records(directory).load(&"vm1".parse().unwrap()).unwrap().unwrap();
+    assert_eq!(record.clientele.left().count(), 1, "it comes back");
+    disk.sockets.forget("disk-vm1");
+    // Who had it open is expected, until somebody knows better.
+    let disk = Started::image_of(directory, |_| record).await;
+    let asked =
+        |nobody_returns| move |answer| Command::Detach { leaving: Leaving::Asked { nobody_returns }, answer };
+    let open = disk.handle.ask_at_length(asked(false)).await.unwrap().unwrap_err();
+    assert!(matches!(open, DetachError::Open { clients: 0, awaited: 1, .. }), "{open}");
+    disk.handle.ask_at_length(asked(true)).await.unwrap().unwrap();
 }

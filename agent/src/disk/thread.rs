@@ -250,9 +250,12 @@ impl Disk {
             tokio::select! {
                 command = inbox.recv() => match command {
                     Some(Command::Detach { leaving, answer }) => {
+                        if leaving == (Leaving::Asked { nobody_returns: true }) {
+                            Clientele::default().expected_by(&self.server);
+                        }
                         let clients = self.server.connections();
                         let awaited = Clientele::awaited(&self.server).count();
-                        if (clients > 0 || awaited > 0) && leaving == Leaving::Asked {
+                        if (clients > 0 || awaited > 0) && leaving.spares_clients() {
                             let status = self.engine.look(Filter::status);
                             let watched = u32::try_from(clients).unwrap_or(u32::MAX);
                             let waits = self.watch.waits_on(&status, watched, self.record.on_outage);

@@ -48,3 +48,17 @@ fn records_of_disks() {
     let samples = [new, used].iter().map(saved).collect();
     Target { name: "record of a disk", seeds: 4000, samples, mend: |_| {}, take }.run();
 }
+
+#[test]
+fn what_is_not_understood_of_a_clientele_costs_no_record() {
+    let receiver: Address = "unix:/run/r.sock".parse().unwrap();
+    let record = DiskRecord::new("vm1".parse().unwrap(), "/images/vm1".to_owned(), receiver);
+    let mut value: serde_json::Value = serde_json::from_slice(&saved(&record)).unwrap();
+    for strange in [serde_json::json!({"boot": 7, "processes": [1]}), serde_json::json!("nobody")] {
+        value["clientele"] = strange;
+        let storage = MemoryStorage::new();
+        replace_file(&storage, &record_path(&record.name), value.to_string().as_bytes()).unwrap();
+        let loaded = Records::new(Arc::new(storage)).load(&record.name).unwrap();
+        assert_eq!(loaded.as_ref(), Some(&record), "{value}");
+    }
+}

@@ -27,7 +27,10 @@ impl Registry {
     ) -> Result<DiskStatus, ApiError> {
         let name = match self.find(name).await {
             Ok((name, _)) => name,
-            Err(unknown) => return self.detach_failing(name, request.force).await?.ok_or(unknown),
+            Err(unknown) => {
+                let nobody = request.force || request.nobody_returns;
+                return self.detach_failing(name, nobody).await?.ok_or(unknown);
+            }
         };
         let _claim = self.claim(&name).await?;
         // It may have been detached while this waited.
@@ -38,7 +41,8 @@ impl Registry {
         if !request.force {
             self.require_in_place(&name).await?;
         }
-        let leaving = if request.force { Leaving::Forced } else { Leaving::Asked };
+        let nobody_returns = request.nobody_returns;
+        let leaving = if request.force { Leaving::Forced } else { Leaving::Asked { nobody_returns } };
         let answer = handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await;
         let result = match answer.map_err(|error| failed(&error)) {
             // Its thread has ended without us: what is left of it goes all the same.

@@ -77,7 +77,7 @@ pub(super) async fn refuse_other_format(
 pub(super) fn in_use(name: &DiskName, error: &DetachError) -> ApiError {
     let hint = match error {
         DetachError::Open { clients: 0, .. } => format!(
-            "take the disk out of the virtual machine, or shut it down, then detach; where nobody comes back, `backtide detach {name} --force`"
+            "take the disk out of the virtual machine, or shut it down, then detach; where nobody comes back, `backtide detach {name} --nobody-returns`"
         ),
         DetachError::Open { waits: false, .. } | DetachError::Save { .. } => {
             "take the disk out of the virtual machine, or shut it down, then detach".to_owned()

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     claims::Claim,
-    disk::{Command, DiskHandle, Leaving},
+    disk::{Command, DetachError, DiskHandle, Leaving},
     record::{DiskRecord, Records},
 };
 
@@ -200,8 +200,20 @@ async fn flush(disk: &DiskName, handle: &DiskHandle) -> Result<(), ApiError> {
 }
 
 pub(super) async fn end(name: DiskName, attached: Attached, records: Records, leaving: Leaving) {
+    // None of the ways of an agent that ends spares a client.
+    drop(end_unless_open(name, attached, records, leaving).await);
+}
+
+/// The same of a disk that stays while clients have it open, where it is to be left so: then it goes on, and is given back.
+pub(super) async fn end_unless_open(
+    name: DiskName,
+    attached: Attached,
+    records: Records,
+    leaving: Leaving,
+) -> Option<(Attached, DetachError)> {
     match attached.handle.ask_at_length(|answer| Command::Detach { leaving, answer }).await {
         Ok(Ok(_)) => {}
+        Ok(Err(open @ DetachError::Open { .. })) => return Some((attached, open)),
         Ok(Err(error)) => tracing::error!(disk = %name, %error, "detach"),
         Err(error) => tracing::error!(disk = %name, %error, "detach"),
     }
@@ -217,4 +229,5 @@ pub(super) async fn end(name: DiskName, attached: Attached, records: Records, le
     if let Err(error) = records.change_aside(&name, note).await {
         tracing::error!(disk = %name, %error, "cannot save the disk's record");
     }
+    None
 }

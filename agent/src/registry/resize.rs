@@ -17,13 +17,17 @@ use backtide_agent_api::{DiskStatus, ImageFormat, ResizeReport, ResizeRequest};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::{ByteCount, DISK_SIZE_MAX, DiskName};
 
-use super::{Registry, errors::failed, leave::end, waiting};
+use super::{Attached, Registry, errors::failed, leave::end_unless_open, waiting};
 use crate::{
     claims::{Claim, Standing},
     disk::{self, Leaving, awaited_text},
     qcow2::{self, format_of},
     record::{DiskRecord, ImageStamp},
 };
+
+/// The way out for who resizes a disk that is open.
+const HANG_UP: &str =
+    "resize it with --reconnect, which hangs up: QEMU with a reconnect-delay connects again by itself";
 
 /// The unit disk sizes are multiples of.
 const SECTOR_BYTES: u64 = 512;
@@ -75,9 +79,7 @@ impl Registry {
             return Ok(ResizeReport { size_before, hung_up: 0, disk: status });
         }
         if (status.clients > 0 || status.awaited_clients > 0) && !request.reconnect {
-            return Err(ApiError::new(ErrorCode::Busy, in_use(&status)).with_hint(
-                "resize it with --reconnect, which hangs up: QEMU with a reconnect-delay connects again by itself",
-            ));
+            return Err(ApiError::new(ErrorCode::Busy, in_use(&status)).with_hint(HANG_UP));
         }
         if let (Kind::RawFile(_), Some(target)) = (&kind, target) {
             let image = record.image.clone();
@@ -88,7 +90,14 @@ impl Registry {
         self.failing.write().await.insert(name.clone(), shown);
         let attached = self.disks.write().await.remove(&name);
         let attached = attached.ok_or_else(|| missing_record(&name))?;
-        end(name.clone(), attached, self.records.clone(), Leaving::Resized).await;
+        let leaving = Leaving::Resized { reconnect: request.reconnect };
+        let ended = end_unless_open(name.clone(), attached, self.records.clone(), leaving).await;
+        if let Some((attached, open)) = ended {
+            // Somebody has come meanwhile.
+            self.keep_attached(&name, attached).await;
+            let message = format!("disk {name} is in use: {open}");
+            return Err(ApiError::new(ErrorCode::Busy, message).with_hint(HANG_UP));
+        }
         let grown = match (&kind, target) {
             (Kind::Qcow2, Some(target)) => self.grow_qcow2(&name, target).await,
             _ => Ok(()),
@@ -97,6 +106,12 @@ impl Registry {
         grown?;
         tracing::info!(disk = %name, before = %size_before, now = %disk.size, "the disk has another size");
         Ok(ResizeReport { size_before, hung_up: status.clients, disk })
+    }
+
+    /// Has a disk go on that was to be let go of and was not.
+    pub(super) async fn keep_attached(&self, name: &DiskName, attached: Attached) {
+        self.disks.write().await.insert(name.clone(), attached);
+        self.failing.write().await.remove(name);
     }
 
     /// Has a disk again that was let go of and has its image still.

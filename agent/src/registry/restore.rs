@@ -171,11 +171,11 @@ impl Registry {
     /// What is known of it stays as it is, so an attach under its name goes on with it.
     ///
     /// # Errors
-    /// `busy` while who had it open before may come back, without `force`.
+    /// `busy` while who had it open before may come back, unless `nobody_returns`.
     pub(super) async fn detach_failing(
         &self,
         disk: &DiskName,
-        force: bool,
+        nobody_returns: bool,
     ) -> Result<Option<DiskStatus>, ApiError> {
         let is_meant = |known: &DiskStatus| known.name == *disk || known.uuid.to_string() == disk.as_str();
         let Some(known) = self.failing.read().await.values().find(|known| is_meant(known)).cloned() else {
@@ -189,7 +189,7 @@ impl Registry {
         }
         let record = self.records.load_aside(&known.name).await.ok().flatten();
         let awaited = record.map_or(0, |record| record.clientele.left().count());
-        if awaited > 0 && !force {
+        if awaited > 0 && !nobody_returns {
             return Err(in_use(&known.name, &disk::DetachError::Open { clients: 0, awaited, waits: false }));
         }
         self.records

@@ -28,7 +28,7 @@ use tokio::time::Instant;
 
 use self::plan::{Goal, Plan};
 pub(super) use self::plan::{RELEASE_TIME, refuse_damaged};
-use super::{Registry, errors::failed, leave::end, resize::missing_record, waiting};
+use super::{Registry, errors::failed, leave::end_unless_open, resize::missing_record, waiting};
 use crate::{
     claims::Claim,
     disk::{self, DiskHandle, Leaving, awaited_text, trust},
@@ -138,7 +138,16 @@ impl Registry {
         let attached = self.disks.write().await.remove(name);
         let attached = attached.ok_or_else(|| missing_record(name))?;
         self.failing.write().await.insert(name.clone(), shown);
-        end(name.clone(), attached, self.records.clone(), Leaving::SetBack).await;
+        let leaving = Leaving::SetBack { reconnect: request.reconnect };
+        let ended = end_unless_open(name.clone(), attached, self.records.clone(), leaving).await;
+        if let Some((attached, open)) = ended {
+            // Somebody has come meanwhile.
+            self.keep_attached(name, attached).await;
+            let message =
+                format!("disk {name} is in use: {open}, and would see another content under its feet");
+            return Err(ApiError::new(ErrorCode::Busy, message)
+                .with_hint("shut the virtual machine down first, or take the disk out of it"));
+        }
         KillPoint::RewindDetached.reached();
         let set_back = self.set_back(name, goal, plan, stamp).await;
         *lacks = set_back.as_ref().is_ok_and(|(_, _, changed)| changed.0 > 0);
@@ -267,7 +276,7 @@ async fn standing(handle: &DiskHandle, request: RewindRequest) -> Result<Standin
             let message =
                 format!("disk {name} is in use: {who}, and would see another content under its feet");
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint(format!(
-                "shut the virtual machine down first, or take the disk out of it; where nobody comes back, `backtide detach {name} --force`, attach it again, then rewind"
+                "shut the virtual machine down first, or take the disk out of it; where nobody comes back, `backtide detach {name} --nobody-returns`, attach it again, then rewind"
             )));
         }
         let in_sync = status.mode == Mode::Sync && status.dirty.blocks.0 == 0 && !status.resync_due;

@@ -24,6 +24,10 @@ pub(crate) struct Detach {
     /// answered with an error
     #[arg(long)]
     force: bool,
+    /// Detach it although NBD clients that had it open when the agent was restarted or died have not come back: none does.
+    /// Refused as ever while one is there
+    #[arg(long)]
+    nobody_returns: bool,
 }
 
 /// `backtide pause`
@@ -44,7 +48,8 @@ impl Detach {
     /// Detaches, and warns of what the receiver lacks.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let agent = context.agent()?;
-        let request = DetachRequest { incomplete: self.incomplete, force: self.force };
+        let Self { incomplete, force, nobody_returns, .. } = self;
+        let request = DetachRequest { incomplete, force, nobody_returns };
         let disk = agent.detach_even(&self.name, request).await?;
         print(context, &disk)?;
         if let Some(given_up) = &disk.guest_waits {

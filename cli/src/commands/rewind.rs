@@ -301,7 +301,7 @@ fn in_use(disk: &DiskStatus) -> Failure {
         );
         return ApiError::new(ErrorCode::Busy, message)
             .with_hint(format!(
-                "shut the virtual machine down first, or give its QMP socket with --live --qmp; where nobody comes back, `backtide detach {name} --force`, attach it again, then rewind"
+                "shut the virtual machine down first, or give its QMP socket with --live --qmp; where nobody comes back, `backtide detach {name} --nobody-returns`, attach it again, then rewind"
             ))
             .into();
     }

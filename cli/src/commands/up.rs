@@ -155,7 +155,9 @@ async fn attach(agent: &AgentClient, request: &AttachRequest, nbd_tls: bool) -> 
             if is_as_asked(&disk, request, nbd_tls) {
                 return Ok(disk);
             }
-            agent.detach_even(&disk.name, DetachRequest { incomplete: true, force: false }).await?;
+            agent
+                .detach_even(&disk.name, DetachRequest { incomplete: true, ..DetachRequest::default() })
+                .await?;
         }
         Some(_) | None => {}
     }
@@ -220,7 +222,8 @@ async fn detach(context: &Context, agent: &AgentClient, name: &DiskName) -> Resu
         waited?;
     }
     // What its image lacks comes when it is up again: the agent's state stays in the same directory.
-    let disk = agent.detach_even(name, DetachRequest { incomplete: true, force: false }).await?;
+    let disk =
+        agent.detach_even(name, DetachRequest { incomplete: true, ..DetachRequest::default() }).await?;
     let Some(missing) = missing_at_receiver(&disk) else { return Ok(Ending::Done) };
     context.warn(&format!("the history lacks {missing}: that follows when the disk is up again"));
     Ok(Ending::Warnings)

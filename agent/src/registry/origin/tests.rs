@@ -96,7 +96,10 @@ async fn of_two_disks_that_begin_in_one_image_the_later_leaves_it_as_it_is() {
         drop(guest);
         if detaches {
             let (name, incomplete): (DiskName, _) = ("quick".parse().unwrap(), true);
-            registry.detach(&name, DetachRequest { incomplete, force: true }).await.unwrap();
+            registry
+                .detach(&name, DetachRequest { incomplete, force: true, nobody_returns: false })
+                .await
+                .unwrap();
         }
         go_on.add_permits(1);
         let refused = slow.await.unwrap().unwrap_err();

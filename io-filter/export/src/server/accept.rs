@@ -7,7 +7,7 @@
 //! after [`Server::shutdown`] nothing of the server is left running.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet},
     pin::pin,
     rc::Rc,
@@ -33,6 +33,8 @@ pub(super) struct Shared {
     tls: ServerTls,
     connections: RefCell<Connections>,
     pub(super) expected: Expected,
+    /// Nobody is let in any more.
+    closed: Cell<bool>,
 }
 
 #[derive(Default)]
@@ -64,6 +66,10 @@ impl Shared {
         self.connections.borrow().present().filter_map(|open| open.peer.clone()).collect()
     }
 
+    fn note_dropped(&self, peer: Option<Peer>) {
+        peer.into_iter().for_each(|peer| self.expected.was_dropped(peer));
+    }
+
     /// Ends a connection that nobody needs, if there is one: descriptors are short.
     fn give_way(&self) -> bool {
         let mut connections = self.connections.borrow_mut();
@@ -74,7 +80,7 @@ impl Shared {
         let oldest = connections.handshakes().next();
         let Some(id) = oldest.or_else(|| seats.and_then(Seats::clear_one)) else { return false };
         tracing::debug!("an NBD client that does nothing gives way: few open files are left");
-        connections.drop_one(id);
+        self.note_dropped(connections.drop_one(id));
         true
     }
 }
@@ -100,11 +106,12 @@ impl Connections {
         self.drop_one(oldest);
     }
 
-    /// Ends a connection for another. It is out of the list at once: its task ends only when it is its turn.
-    fn drop_one(&mut self, id: u64) {
-        if let Some(task) = self.open.remove(&id).and_then(|open| open.task) {
-            task.abort();
-        }
+    /// Ends a connection for another. It is out of the list at once: its task ends only when it is its turn. Whose it was, if that
+    /// was served.
+    fn drop_one(&mut self, id: u64) -> Option<Peer> {
+        let Open { task, peer, .. } = self.open.remove(&id)?;
+        task.iter().for_each(JoinHandle::abort);
+        peer
     }
 }
 
@@ -129,8 +136,8 @@ pub struct Server {
 
 impl Server {
     pub(crate) fn start(listener: Listener, choice: Choice, limits: Limits, tls: ServerTls) -> Self {
-        let shared =
-            Shared { choice, limits, tls, connections: RefCell::default(), expected: Expected::default() };
+        let (connections, expected) = (RefCell::default(), Expected::default());
+        let shared = Shared { choice, limits, tls, connections, expected, closed: Cell::new(false) };
         let shared = Rc::new(shared);
         let address = listener.address().clone();
         let accepting = tokio::task::spawn_local(accept(listener, Rc::clone(&shared)));
@@ -177,9 +184,16 @@ impl Server {
         self.end(Ending::HandOver, grace).await;
     }
 
-    async fn end(mut self, ending: Ending, grace: Duration) {
+    /// Lets nobody in any more: who connects waits, for whoever listens there next, and who comes to the end of the handshake
+    /// is hung up on. Those that are served are further on.
+    pub fn stop_accepting(&mut self) {
         self.adopting = None;
         self.accepting.abort();
+        self.shared.closed.set(true);
+    }
+
+    async fn end(mut self, ending: Ending, grace: Duration) {
+        self.stop_accepting();
         // The loop's end closes the socket and removes its file.
         let _ = (&mut self.accepting).await;
         close(&self.shared, |_| true, ending, grace).await;
@@ -248,7 +262,8 @@ impl Entry {
         let (seat, evicted) = seats.take(self.id, process).ok_or(full)?;
         if let Some(evicted) = evicted {
             tracing::debug!("an NBD client that does nothing gives way");
-            self.shared.connections.borrow_mut().drop_one(evicted);
+            let peer = self.shared.connections.borrow_mut().drop_one(evicted);
+            self.shared.note_dropped(peer);
         }
         Ok(seat)
     }
@@ -261,14 +276,22 @@ impl Entry {
         seats: Option<&Seats>,
         stop: &Stop,
     ) -> Result<(), ServeError> {
+        if self.shared.closed.get() {
+            return Ok(());
+        }
         let (process, peer) = (negotiated.stream.process(), negotiated.stream.peer());
         let seat = seats.map(|seats| self.sit_down(seats, process)).transpose()?;
         self.shared.expected.came(&peer);
         if let Some(open) = self.shared.connections.borrow_mut().open.get_mut(&self.id) {
             open.export = Some(negotiated.session.export.name.clone());
-            open.peer = Some(peer);
+            open.peer = Some(peer.clone());
         }
-        serve_until(negotiated, export, self.shared.limits, stop, seat).await
+        let ended = serve_until(negotiated, export, self.shared.limits, stop, seat).await;
+        if matches!(ended, Err(ServeError::Stalled(_))) {
+            // It may only have been stopped for a while.
+            self.shared.expected.was_dropped(peer);
+        }
+        ended
     }
 }
 

@@ -1,6 +1,6 @@
 //! Who is connected, and who is expected back: they had the export open where it was served before.
 
-use std::{cell::RefCell, collections::BTreeSet, net::IpAddr};
+use std::{cell::RefCell, collections::BTreeSet, io, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -26,33 +26,65 @@ pub enum Peer {
 impl Peer {
     /// The process of this number at a unix socket.
     pub(super) fn process(id: Option<u32>) -> Self {
-        let started = id.and_then(|id| Some((id, started(id)?)));
+        let started = id.and_then(|id| Some((id, started(stat(id)).ok()??)));
         started.map_or(Self::Unseen, |(id, started)| Self::Process { id, started })
     }
 
     /// Whether it may still come back, as far as can be told; of the same start of this host.
     pub fn may_come_back(&self) -> bool {
         match self {
-            Self::Process { id, started: then } => started(*id) == Some(*then),
+            // What cannot be looked at may be there.
+            Self::Process { id, started: then } => started(stat(*id)).map_or(true, |now| now == Some(*then)),
             Self::Host(_) | Self::Unseen => true,
+        }
+    }
+
+    /// Whether it is of this host, and ends with it.
+    pub fn is_of_this_host(&self) -> bool {
+        match self {
+            Self::Process { .. } | Self::Unseen => true,
+            Self::Host(ip) => ip.is_loopback(),
         }
     }
 }
 
-/// When a process was started; none when there is none of this number.
-fn started(id: u32) -> Option<u64> {
-    started_of(&std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?)
+fn stat(process: u32) -> io::Result<String> {
+    std::fs::read_to_string(format!("/proc/{process}/stat"))
 }
 
-/// The 22nd field of a `/proc/PID/stat`, see proc(5). The second, a name in parentheses, may have any bytes.
+/// When a process was started, by its `stat`; none when there is none of this number.
+///
+/// # Errors
+/// When that cannot be told now.
+fn started(stat: io::Result<String>) -> io::Result<Option<u64>> {
+    match stat {
+        Ok(stat) => Ok(started_of(&stat)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        // It ended while that was read.
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The 22nd field of a `/proc/PID/stat`, see proc(5). The second, a name in parentheses, may have any bytes. None of one that
+/// has ended and was not waited for: its third field, with one thread left.
 fn started_of(stat: &str) -> Option<u64> {
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+    let fields: Vec<_> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    let has_ended = matches!(*fields.first()?, "Z" | "X") && *fields.get(17)? == "1";
+    if has_ended { None } else { fields.get(19)?.parse().ok() }
 }
 
 #[derive(Default)]
 pub(super) struct Expected(RefCell<BTreeSet<Peer>>);
 
 impl Expected {
+    /// The server itself ended a connection of this client. Of one that is not seen nobody hears whether it is still there.
+    pub(super) fn was_dropped(&self, peer: Peer) {
+        if matches!(peer, Peer::Process { .. }) && peer.may_come_back() {
+            self.0.borrow_mut().insert(peer);
+        }
+    }
+
     /// A client is there.
     pub(super) fn came(&self, peer: &Peer) {
         self.0.borrow_mut().remove(peer);
@@ -65,9 +97,9 @@ impl Server {
         *self.shared.expected.0.borrow_mut() = peers;
     }
 
-    /// Who was expected and has not come.
+    /// Who was expected and has not come, or was dropped and has no other connection.
     pub fn expected(&self) -> BTreeSet<Peer> {
-        self.shared.expected.0.borrow().clone()
+        self.shared.expected.0.borrow().difference(&self.clients()).cloned().collect()
     }
 
     /// Whose [connections](Self::connections) are served now.
@@ -84,10 +116,38 @@ mod tests {
     fn a_process_is_known_by_its_number_and_its_start() {
         assert_eq!(started_of("7 (a) b) c) S 1 7 7 0 -1 4 1 0 0 0 0 0 0 0 20 0 1 0 4711 9 9"), Some(4711));
         assert_eq!(started_of("7 (a"), None);
+        let ended = |state: &str, threads: u32| {
+            started_of(&format!("7 (a) {state} 1 7 7 0 -1 4 1 0 0 0 0 0 0 0 20 0 {threads} 0 4711 9 9"))
+        };
+        assert_eq!((ended("Z", 1), ended("Z", 2), ended("X", 1)), (None, Some(4711), None));
         let own = Peer::process(Some(std::process::id()));
         let Peer::Process { id, started } = own else { panic!("{own:?}") };
         assert!(own.may_come_back() && !Peer::Process { id, started: started + 1 }.may_come_back());
         assert_eq!(Peer::process(None), Peer::Unseen);
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_looked_at_may_be_there() {
+        let error = |errno: rustix::io::Errno| started(Err(errno.into()));
+        assert_eq!(error(rustix::io::Errno::NOENT).unwrap(), None);
+        assert_eq!(error(rustix::io::Errno::SRCH).unwrap(), None);
+        error(rustix::io::Errno::MFILE).unwrap_err();
+        error(rustix::io::Errno::ACCESS).unwrap_err();
+    }
+
+    #[test]
+    fn a_process_that_was_not_waited_for_has_ended() {
+        let mut child =
+            std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let peer = Peer::process(Some(child.id()));
+        assert!(matches!(peer, Peer::Process { .. }) && peer.may_come_back());
+        drop(child.stdin.take());
+        // It is a zombie as soon as it has ended, until it is waited for.
+        while peer.may_come_back() {
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+        assert!(!peer.may_come_back());
     }
 
     #[test]

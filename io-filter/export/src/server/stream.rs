@@ -188,7 +188,7 @@ impl Socket {
 
     fn far_address(&self) -> Option<IpAddr> {
         match self {
-            Self::Tcp(socket) => Some(socket.peer_addr().ok()?.ip()),
+            Self::Tcp(socket) => Some(socket.peer_addr().ok()?.ip().to_canonical()),
             Self::Unix(_) | Self::Parked(..) | Self::Gone => None,
         }
     }
