@@ -163,7 +163,7 @@ impl Agent {
             storage,
             run: config.run.clone(),
             nbd: config.nbd,
-            nbd_tls: config.nbd_tls.clone(),
+            nbd_rule: config.nbd_rule(),
             limits: config.mounts,
             sources: registry.sources(),
         };

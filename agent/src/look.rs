@@ -5,7 +5,7 @@
 use std::{io, path::Path, sync::Arc};
 
 use backtide_control::{ApiError, ErrorCode};
-use backtide_export::{NbdTls, NbdUri, TlsDemand};
+use backtide_export::{NbdRule, NbdTls, NbdUri, TlsDemand};
 use backtide_storage::RealStorage;
 use backtide_units::DiskName;
 
@@ -55,7 +55,7 @@ pub fn look(config: &Config, lost: &[DiskName]) -> Result<usize, ApiError> {
     let is_damaged = unreadable.iter().any(|(_, error)| error.kind() != io::ErrorKind::Unsupported);
     let mut wrong: Vec<String> =
         unreadable.into_iter().map(|(disk, error)| format!("disk {disk}: {error}")).collect();
-    wrong.extend(known.iter().filter_map(unservable));
+    wrong.extend(known.iter().filter_map(|record| unservable(record, &config.nbd_rule())));
     if wrong.is_empty() {
         return Ok(known.len());
     }
@@ -83,12 +83,18 @@ fn can_be_made(state: &Path) -> Result<(), ApiError> {
     })
 }
 
-/// Why an attached disk could not be served where it is, as far as its certificates tell.
-fn unservable(record: &DiskRecord) -> Option<String> {
+/// Why an attached disk could not be served where it is, as far as its certificates tell, and what is allowed.
+fn unservable(record: &DiskRecord, rule: &NbdRule) -> Option<String> {
     let uri: NbdUri = record.nbd.as_deref().filter(|_| record.attached)?.parse().ok()?;
-    let certificates = uri.tls?.certificates;
-    let why = NbdTls { mode: TlsDemand::Required, certificates }.check().err()?;
-    Some(format!("disk {}: it could not be served: {}", record.name, why.chain()))
+    let why = match (rule.check_open(&uri), uri.tls) {
+        (Err(open), _) => open.to_string(),
+        (Ok(()), Some(tls)) => {
+            let tls = NbdTls { mode: TlsDemand::Required, certificates: tls.certificates };
+            tls.check().err()?.chain().to_string()
+        }
+        (Ok(()), None) => return None,
+    };
+    Some(format!("disk {}: it could not be served: {why}", record.name))
 }
 
 #[cfg(test)]
@@ -143,6 +149,12 @@ mod tests {
         let lost = names_in(&lost_text(&["vm2", "vm3"].map(|name| name.parse().unwrap())));
         let error = look(&config, &lost).unwrap_err();
         assert_eq!(error.message, said[0]);
+        let exposed = Some("nbd://0.0.0.0:10809/vm1".to_owned());
+        records.save(&DiskRecord { nbd: exposed, attached: true, ..record("vm1") }).unwrap();
+        let error = look(&config, &lost).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Refused);
+        assert!(error.message.starts_with("disk vm1: it could not be served: nbd://0.0.0.0"), "{error}");
+        assert_eq!(look(&Config { insecure: true, ..config.clone() }, &lost), Ok(1));
         records.save(&record("vm1")).unwrap();
         assert_eq!(look(&config, &lost), Ok(1));
         assert!(look(&config, &lost[..1]).unwrap_err().message.contains("vm3.json"));

@@ -21,7 +21,7 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use backtide_agent_api::{AgentKeptOverlay, AgentMount, AgentMounts, AgentUnmountRequest, StreamTls};
 use backtide_control::{Address, ApiError, ErrorCode, build_lasting};
-use backtide_export::{Limits, NbdTls, NbdUri};
+use backtide_export::{Limits, NbdRule, NbdUri};
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, DiskId, Lsn};
 use tokio::{
@@ -58,7 +58,7 @@ pub(crate) struct Settings {
     /// Sockets are made here.
     pub(crate) run: PathBuf,
     pub(crate) nbd: Limits,
-    pub(crate) nbd_tls: Option<NbdTls>,
+    pub(crate) nbd_rule: NbdRule,
     pub(crate) limits: MountLimits,
     pub(crate) sources: Arc<dyn Sources>,
 }
@@ -111,14 +111,14 @@ impl Mounts {
     /// # Errors
     /// When there can be no thread, or the state directory cannot be read.
     pub(crate) fn start(settings: Settings) -> io::Result<Self> {
-        let Settings { storage, run, nbd, nbd_tls, limits, sources } = settings;
+        let Settings { storage, run, nbd, nbd_rule, limits, sources } = settings;
         let records = MountRecords::new(Arc::clone(&storage));
         let known = records.load_all()?;
         let overlays = Overlays::load(storage, &limits)?;
         let (orders, inbox) = mpsc::channel(ORDERS_MAX);
         let runtime = build_lasting(&mut Builder::new_current_thread())?;
         let serving =
-            Serving { records, overlays, overlays_max: limits.overlays, run, nbd, nbd_tls, sources };
+            Serving { records, overlays, overlays_max: limits.overlays, run, nbd, nbd_rule, sources };
         let (over, ended) = oneshot::channel();
         let body = move || {
             LocalSet::new().block_on(&runtime, Table::new(serving).serve(known, inbox));

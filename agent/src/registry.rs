@@ -415,8 +415,7 @@ impl Registry {
         unlocked::opened(patience, open).await
     }
 
-    /// Refuses a relative place, and one at which other machines would be served in the clear. Asked of what a person asks for now: a disk that
-    /// is served so already is again after a restart.
+    /// Refuses a relative place, and one at which other machines would be served in the clear.
     pub(crate) fn check_place(&self, nbd: Option<&NbdUri>) -> Result<(), ApiError> {
         let checked = nbd.map_or(Ok(()), |uri| self.nbd_rule.check(uri));
         checked.map_err(|error| {
@@ -435,6 +434,8 @@ impl Registry {
                 NbdUri { address, export: record.name.to_string(), tls: None }
             }
         };
+        // What may be served so, and with which TLS, may be another than when the disk was attached.
+        self.nbd_rule.check_open(&uri).map_err(|error| ApiError::from_error(ErrorCode::Refused, &error))?;
         Ok(match &self.nbd_rule.tls {
             Some(tls) => tls.unless_told(uri),
             None => uri,

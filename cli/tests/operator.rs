@@ -132,9 +132,17 @@ fn a_disk_for_other_machines_in_the_clear_is_refused_until_it_is_said_that_it_ma
     let doctor = bench.run(&["doctor"]);
     assert!(doctor.stdout.contains(&format!("nbd: disk vm1 is served at {uri} in the clear")), "{doctor:?}");
     assert_eq!(agent.interrupt(), 0);
-    // What is served is served again, whatever the rule is by then.
+    // What was allowed when it was attached is not any more.
+    refused(
+        &bench.run(&["agent", "run", "--check"]),
+        5,
+        &["disk vm1: it could not be served", "in the clear"],
+    );
     let agent = bench.daemon(&["agent", "run"]);
-    assert_eq!(bench.json(&["status", "vm1"])["disks"][0]["nbd_uri"], uri.as_str());
+    let status = bench.run(&["status", "vm1"]);
+    assert_eq!(status.code, 3, "{status:?}");
+    assert!(status.stdout.contains("in the clear"), "{status:?}");
+    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err(), "nobody is served");
     assert_eq!(agent.interrupt(), 0);
 }
 
@@ -165,4 +173,21 @@ fn doctor_tells_what_the_receiver_is_alarmed_of() {
     let doctor: serde_json::Value = serde_json::from_str(&doctor.stdout).unwrap();
     let told = doctor["findings"].as_array().unwrap().iter().find(|finding| finding["check"] == "alarms");
     assert_eq!(told.expect("an alarm is told")["message"], alarm.as_str());
+}
+
+#[test]
+fn a_time_in_an_outage_is_given_with_a_warning_and_is_waited_for() {
+    let bench = Bench::new();
+    let _daemons = attached(&bench);
+    bench.json(&["pause", "vm1"]);
+    let output = bench.path("out.img");
+    let output = output.to_str().unwrap();
+    let said = bench.run(&["restore", "vm1", "--at", "-0s", "--output", output]);
+    refused(&said, 3, &["later than what the receiver has heard of disk vm1", "its agent is not connected"]);
+    let points = bench.run(&["points", "vm1"]);
+    assert!(points.stdout.contains("and nothing newer: its agent is not connected"), "{points:?}");
+    let said = bench.run(&["wait", "vm1", "--for", "point", "--at", "-0s", "--timeout", "200ms"]);
+    refused(&said, 1, &["its agent is not connected"]);
+    let said = bench.run(&["restore", "vm1", "--at", "latest", "--output", output, "--force"]);
+    assert_eq!(said.code, 0, "{said:?}");
 }

@@ -29,6 +29,7 @@ pub(crate) fn report(disk: DiskRef, timeline: &Timeline, damage: Option<String>)
         density: None,
         damage,
         touched: Vec::new(),
+        connected: None,
     }
 }
 
@@ -111,12 +112,7 @@ fn lost_end(asked: &str, timeline: &Timeline) -> Option<String> {
 }
 
 /// Why a time may be another moment than was meant: none where the clocks agree, and of a point that is named otherwise.
-pub(crate) fn other_clock(
-    asked: &str,
-    disk: &DiskName,
-    timeline: &Timeline,
-    came: Option<Came>,
-) -> Option<String> {
+fn other_clock(asked: &str, disk: &DiskName, timeline: &Timeline, came: Option<Came>) -> Option<String> {
     let is_time = |point| matches!(point, recovery::Point::Time(_) | recovery::Point::Ago(_));
     let difference = Difference::seen(timeline, came, clock::now())?;
     asked.parse().is_ok_and(is_time).then(|| {
@@ -127,6 +123,34 @@ pub(crate) fn other_clock(
     })
 }
 
+/// Why what the guest wrote until then may be missing: the disk's agent is not there, and was heard last before. None where it
+/// is, and of a point that is named otherwise.
+fn unheard(asked: &str, disk: &DiskName, timeline: &Timeline, came: Option<Came>) -> Option<String> {
+    let last = timeline.latest().filter(|_| came.is_none())?.time;
+    let time = match asked.parse().ok()? {
+        recovery::Point::Time(time) => time,
+        recovery::Point::Ago(duration) => recovery::ago(clock::now(), duration),
+        recovery::Point::Latest | recovery::Point::Lsn(_) | recovery::Point::Mark(_) => return None,
+    };
+    (time > last).then(|| {
+        format!(
+            "{asked} is later than what the receiver has heard of disk {disk}, the last at {}, and its agent is not connected: \
+             what was written since is not in this point, and may become a hole",
+            recovery::time_text(last)
+        )
+    })
+}
+
+/// What a person should know who asked for a time, if that it was.
+pub(crate) fn of_time(
+    asked: &str,
+    disk: &DiskName,
+    timeline: &Timeline,
+    came: Option<Came>,
+) -> Option<String> {
+    unheard(asked, disk, timeline, came).or_else(|| other_clock(asked, disk, timeline, came))
+}
+
 /// What a person should know who gets a point for what was asked, if anything.
 pub(crate) fn warning(
     asked: &str,
@@ -134,7 +158,7 @@ pub(crate) fn warning(
     timeline: &Timeline,
     came: Option<Came>,
 ) -> Option<String> {
-    lost_end(asked, timeline).or_else(|| other_clock(asked, disk, timeline, came))
+    lost_end(asked, timeline).or_else(|| of_time(asked, disk, timeline, came))
 }
 
 /// A point as it was asked for.
@@ -146,7 +170,8 @@ pub(crate) fn resolved(
     came: Option<Came>,
 ) -> ResolvedPoint {
     let warning = warning(&asked, &disk.name, snapshot.timeline(), came);
-    ResolvedPoint { disk: disk.clone(), asked, lsn: at.lsn, time: at.time, warning }
+    let unheard = unheard(&asked, &disk.name, snapshot.timeline(), came).is_some();
+    ResolvedPoint { disk: disk.clone(), asked, lsn: at.lsn, time: at.time, warning, unheard }
 }
 
 /// The interval that holds a point.

@@ -327,7 +327,7 @@ impl Service {
         Ok(Changed { since, blocks: Arc::new(blocks) })
     }
 
-    /// Where a person wants something served now. What was served before is again, whatever the rule is by then.
+    /// Where something is to be served, or is again: what is allowed may be another than when it was asked for.
     fn allowed_place(&self, uri: Option<String>) -> Result<Option<NbdUri>, ApiError> {
         let uri = nbd_uri(uri)?;
         let checked = uri.as_ref().map_or(Ok(()), |uri| self.nbd_rule.check(uri));

@@ -18,7 +18,7 @@ use backtide_agent_api::{
 };
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::{
-    BindError, ExportInfo, Limits, Listener, NbdAddress, NbdTls, NbdUri, Server, dirty_bitmap,
+    BindError, ExportInfo, Limits, Listener, NbdAddress, NbdRule, NbdUri, Server, dirty_bitmap,
 };
 use backtide_units::{BlockRange, ByteCount, CaptureTime, Lsn};
 use tokio::sync::mpsc;
@@ -67,7 +67,7 @@ pub(super) struct Serving {
     pub(super) overlays_max: usize,
     pub(super) run: PathBuf,
     pub(super) nbd: Limits,
-    pub(super) nbd_tls: Option<NbdTls>,
+    pub(super) nbd_rule: NbdRule,
     pub(super) sources: Arc<dyn Sources>,
 }
 
@@ -250,16 +250,23 @@ impl Table {
     async fn listen(&self, id: &str, nbd: Option<NbdUri>) -> Result<(Place, Listener), ApiError> {
         let socket = self.serving.run.join(format!("{id}.nbd"));
         let own = || NbdUri { address: NbdAddress::Unix(socket), export: id.to_owned(), tls: None };
-        self.listen_at(nbd.unwrap_or_else(own)).await.map_err(|error| bind_error(&error))
+        self.listen_at(nbd.unwrap_or_else(own)).await
     }
 
     /// Listens at a place, with TLS as configured unless it names its own.
-    async fn listen_at(&self, asked: NbdUri) -> Result<(Place, Listener), BindError> {
-        let served = match &self.serving.nbd_tls {
+    ///
+    /// # Errors
+    /// Also where other machines would be served in the clear: what is allowed may be another than when the mount was made.
+    async fn listen_at(&self, asked: NbdUri) -> Result<(Place, Listener), ApiError> {
+        let rule = &self.serving.nbd_rule;
+        rule.check_open(&asked).map_err(|error| ApiError::from_error(ErrorCode::Refused, &error))?;
+        let served = match &rule.tls {
             Some(tls) => tls.unless_told(asked.clone()),
             None => asked.clone(),
         };
-        let listener = Listener::bind_uri(&served, self.serving.nbd.socket_mode).await?;
+        let listener = Listener::bind_uri(&served, self.serving.nbd.socket_mode)
+            .await
+            .map_err(|error| bind_error(&error))?;
         let at = |uri| NbdUri { address: listener.address().clone(), ..uri };
         Ok((Place { asked: at(asked), served: at(served) }, listener))
     }

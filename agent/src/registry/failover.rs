@@ -12,6 +12,7 @@ use std::{cell::OnceCell, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_agent_api::Adopted;
 use backtide_control::{ApiError, ErrorCode};
+use backtide_export::Listener;
 use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_protocol::{Hello, PROTOCOL_VERSION, ReceiverState, Tracking, Welcome};
 use backtide_storage::KillPoint;
@@ -93,6 +94,10 @@ impl Registry {
         let begun = waiting(begun).await?;
         let format = image::find_format(&record).await?;
         let before = image::refuse_used(&record.image, format, begun).await?;
+        // Nobody is fenced for a disk that could not be served.
+        let place = self.listen_uri(&record)?;
+        let free = Listener::bind_uri(&place, self.nbd_limits.socket_mode).await;
+        drop(free.map_err(|error| disk::start_error(&error.into()))?);
         let record = DiskRecord { epoch: adopted.epoch.taken_over(), format, ..record };
         let taken = self.take_over(&record, adopted, Target::New(before)).await?;
         self.begin_taken(record, taken, None).await

@@ -83,7 +83,11 @@ pub(super) async fn refuse_used(
     // A link to nothing is somebody's mistake.
     let look = move || (looked_at.metadata(), looked_at.is_symlink());
     let found = match waiting(look).await? {
-        (Err(error), false) if error.kind() == io::ErrorKind::NotFound => return Ok(before),
+        (Err(error), false) if error.kind() == io::ErrorKind::NotFound => {
+            let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
+            waiting(move || refuse_no_folder(&folder)).await??;
+            return Ok(before);
+        }
         (Err(error), _) => return Err(io_error(&format!("look at {image}"), &error)),
         (Ok(found), _) => found,
     };
@@ -98,6 +102,16 @@ pub(super) async fn refuse_used(
         ImageFormat::Qcow2 => found.len() == 0 || begun && is_blank(&path).await?,
     };
     if is_blank { Ok(before) } else { Err(used(image)) }
+}
+
+/// Refuses a folder in which no file can be made.
+fn refuse_no_folder(folder: &Path) -> Result<(), ApiError> {
+    let wanted = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    let found = rustix::fs::stat(folder).and_then(|_| rustix::fs::access(folder, wanted));
+    found.map_err(|error| {
+        io_error(&format!("make a file in {}", folder.display()), &error.into())
+            .with_hint("make the folder, or name a file in another one")
+    })
 }
 
 fn used(image: &str) -> ApiError {

@@ -37,9 +37,10 @@ fn service(directory: &std::path::Path) -> Arc<Service> {
     let storage: Arc<dyn Storage> = Arc::new(RealStorage::open(&config.state).unwrap());
     let sockets = backtide_socket::Sockets::default();
     let registry = Registry::new(&config, Records::new(Arc::clone(&storage)), sockets, Directory::new(""));
-    let (run, nbd, nbd_tls, sources) = (config.run, config.nbd, None, registry.sources());
+    let (run, nbd, nbd_rule, sources) =
+        (config.run, config.nbd, backtide_export::NbdRule::default(), registry.sources());
     let limits = config.mounts;
-    let mounts = Mounts::start(mounts::Settings { storage, run, nbd, nbd_tls, limits, sources }).unwrap();
+    let mounts = Mounts::start(mounts::Settings { storage, run, nbd, nbd_rule, limits, sources }).unwrap();
     Service::new(registry, Arc::new(mounts), Arc::new(Restart::new(None, None)), None)
 }
 

@@ -152,6 +152,8 @@ async fn until_point(
     let waiting = async {
         loop {
             match receiver.resolve(name, at).await {
+                // It may become another one, or none, when the agent comes.
+                Ok(point) if point.unheard => why = point.warning.unwrap_or_default(),
                 Ok(point) => return Ok(point),
                 Err(ApiError {
                     code: ErrorCode::PointInHole | ErrorCode::PointNotFound, message, ..

@@ -30,7 +30,7 @@ pub(crate) fn timeline_text(report: &PointsReport) -> String {
     if stretches.is_empty() {
         lines.push("no points yet: nothing of this disk has arrived".to_owned());
     }
-    lines.extend(stretches.iter().map(stretch_text));
+    lines.extend(stretches.iter().map(|stretch| stretch_text(stretch, report.connected)));
     lines.extend(report.density.iter().map(density_text));
     if !report.marks.is_empty() {
         lines.push("marks".to_owned());
@@ -111,7 +111,7 @@ fn standing_text(report: &AroundReport) -> String {
         }
         (Some(point), _) => format!("{time} can be gone back to: it is lsn:{}", point.lsn),
         (None, Some(hole)) => {
-            format!("{time} cannot be gone back to: {}", stretch_text(&Stretch::Hole(hole)).trim())
+            format!("{time} cannot be gone back to: {}", stretch_text(&Stretch::Hole(hole), None).trim())
         }
         (None, None) => format!("{time} cannot be gone back to: it lies before the first point"),
     }
@@ -143,10 +143,15 @@ fn stretches(report: &PointsReport) -> Vec<Stretch<'_>> {
     stretches
 }
 
-fn stretch_text(stretch: &Stretch<'_>) -> String {
+/// `connected`, as far as that is told, is the disk's agent.
+fn stretch_text(stretch: &Stretch<'_>, connected: Option<bool>) -> String {
     match stretch {
         Stretch::Interval(interval) => {
-            let now = if interval.open { ", growing" } else { "" };
+            let now = match (interval.open, connected) {
+                (true, Some(false)) => ", and nothing newer: its agent is not connected",
+                (true, _) => ", growing",
+                (false, _) => "",
+            };
             format!(
                 "  points  lsn:{} to lsn:{}  {} to {} ({}){now}",
                 interval.from_lsn,
@@ -232,6 +237,7 @@ mod tests {
             density: None,
             damage: None,
             touched: Vec::new(),
+            connected: None,
         }
     }
 
@@ -243,6 +249,11 @@ mod tests {
         assert!(lines[2].contains("HOLE    above lsn:40 and below lsn:60"), "{text}");
         assert!(lines[2].ends_with(": the receiver was away"), "{text}");
         assert!(lines[3].contains("lsn:60 to lsn:75") && lines[3].ends_with(", growing"), "{text}");
+        let text = timeline_text(&PointsReport { connected: Some(false), ..interrupted() });
+        assert!(
+            text.contains("and nothing newer: its agent is not connected") && !text.contains("growing"),
+            "{text}"
+        );
         assert!(lines[5].contains("mark:m  lsn:50") && lines[5].contains("in a hole"), "{text}");
         assert!(lines[6].starts_with("2 flush points, the last at lsn:70"), "{text}");
     }

@@ -28,6 +28,10 @@ pub struct ResolvedPoint {
     /// is another moment than is meant where the clock of the disk's agent differs from the receiver's. A sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
+    /// It was asked for by a time later than what the receiver has heard of the disk, whose agent is not connected: when that
+    /// comes, the same time may be another point, or in a hole. `warning` says so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unheard: bool,
 }
 
 /// Serve a point of a disk over NBD.

@@ -51,6 +51,9 @@ pub struct PointsReport {
     /// Which points the damaged places that are known touch.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub touched: Vec<Touched>,
+    /// Whether the disk's agent is connected: else what was written since the newest point is not here. None where nobody tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connected: Option<bool>,
 }
 
 /// How much was written when: the time of a disk's log in equal parts.

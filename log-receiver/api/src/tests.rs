@@ -32,7 +32,8 @@ fn vm1() -> DiskRef {
 }
 
 fn point(asked: &str) -> ResolvedPoint {
-    ResolvedPoint { disk: vm1(), asked: asked.to_owned(), lsn: Lsn(4), time: CaptureTime(5), warning: None }
+    let (disk, asked, time) = (vm1(), asked.to_owned(), CaptureTime(5));
+    ResolvedPoint { disk, asked, lsn: Lsn(4), time, warning: None, unheard: false }
 }
 
 fn mount() -> Mount {
@@ -162,6 +163,7 @@ impl ReceiverService for Fake {
             density: None,
             damage: None,
             touched: Vec::new(),
+            connected: None,
         })
     }
 

@@ -17,7 +17,7 @@ impl Service {
     /// for it: then something worse is told.
     pub(super) async fn points_of(&self, disk: &DiskName) -> Result<PointsReport, ApiError> {
         let found = self.look_at(disk).await?;
-        let locks = self.locks(found.disk.uuid);
+        let (locks, connected) = (self.locks(found.disk.uuid), Some(found.came.is_some()));
         let snapshot = found.snapshot.clone();
         let density = self.read(move || snapshot.density(DENSITY_PARTS)).await?;
         let density = density.ok().flatten().map(points::density);
@@ -31,7 +31,7 @@ impl Service {
             report.flush_points.last =
                 flushes.ok().and_then(|found| found.first().copied()).map(points::point);
         }
-        Ok(PointsReport { locks, density, touched, ..report })
+        Ok(PointsReport { locks, density, touched, connected, ..report })
     }
 
     /// As [`Service::resolve_in`], with the disk's name in what it says.
@@ -67,7 +67,7 @@ impl Service {
             }
         };
         let asked = request.point.clone();
-        let warning = points::other_clock(&asked, &disk.name, snapshot.timeline(), came);
+        let warning = points::of_time(&asked, &disk.name, snapshot.timeline(), came);
         let found = self.read(move || points::around(disk, request.point, &snapshot, time)).await?;
         let report = found.map_err(|error: PointError| points::unavailable(&asked, &error))?;
         Ok(AroundReport { warning, damage, touched, ..report })

@@ -10,7 +10,7 @@ use backtide_receiver_api::{ApiError, ErrorCode, Mount};
 use backtide_recovery::TimedLsn;
 use backtide_units::DiskName;
 
-use super::{Found, Service, nbd_uri};
+use super::{Found, Service};
 use crate::{
     mounts::{Plan, PlanOverlay},
     overlays::record::Record,
@@ -45,7 +45,7 @@ impl Service {
 
     async fn try_to_serve(&self, record: Record) {
         let (id, uri) = (record.id.clone(), record.uri.clone().unwrap_or_default());
-        let served = match nbd_uri(record.uri) {
+        let served = match self.allowed_place(record.uri) {
             Ok(uri) => self.serve_overlay(id.clone(), uri).await.map(drop),
             Err(error) => Err(error),
         };

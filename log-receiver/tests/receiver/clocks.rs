@@ -129,6 +129,32 @@ async fn what_an_agent_has_retained_is_stamped_by_the_same_clock_however_late_it
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_time_after_the_last_word_of_an_agent_that_is_away_is_given_with_a_warning() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let agent = attached_with_clock(&receiver, -1_000_000).await;
+    let api = client(&receiver);
+    let points = api.points(&vm1()).await.unwrap();
+    assert_eq!(points.connected, Some(true));
+    let last = backtide_recovery::time_text(points.last.unwrap().time);
+    drop(agent);
+    while api.points(&vm1()).await.unwrap().connected == Some(true) {
+        tokio::task::yield_now().await;
+    }
+    let told = api.resolve(&vm1(), "-0s").await.unwrap();
+    let warning = told.warning.unwrap();
+    assert!(warning.starts_with("-0s is later than what the receiver has heard of disk vm1"), "{warning}");
+    assert!(warning.contains(&last) && told.unheard, "{warning}");
+    assert!(api.around(&vm1(), "-0s").await.unwrap().warning.is_some());
+    assert!(api.mount(&request("-0s", None)).await.unwrap().warning.is_some());
+    for known in ["latest", &last] {
+        let told = api.resolve(&vm1(), known).await.unwrap();
+        assert_eq!((told.warning, told.unheard), (None, false), "{known}");
+    }
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_mount_for_other_machines_in_the_clear_is_refused() {
     let place = Place::new();
     let receiver = place.start().await;

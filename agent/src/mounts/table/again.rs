@@ -136,7 +136,7 @@ impl Table {
         loop {
             let why = match self.listen_at(uri.clone()).await {
                 Ok(there) => return Some(there),
-                Err(error) => ApiError::from_error(ErrorCode::Failed, &error).message,
+                Err(error) => error.message,
             };
             if told.as_ref() != Some(&why) {
                 told = Some(why.clone());

@@ -70,7 +70,7 @@ fn table_with(storage: &MemoryStorage, run: &Path, limits: &MountLimits) -> Rc<T
         overlays_max: limits.overlays,
         run: run.to_owned(),
         nbd: Limits::default(),
-        nbd_tls: None,
+        nbd_rule: NbdRule::default(),
         sources: Arc::new(Points),
     })
 }

@@ -117,6 +117,18 @@ fn a_failover_that_cannot_be_leaves_the_disk_where_it_is() {
     std::fs::write(bench.path("b.img"), vec![1; 4096]).unwrap();
     let refused = other.failover(&["--yes"]);
     assert_eq!((refused.code, refused.error()["code"].clone()), (5, json!("exists")), "{refused:?}");
+    std::fs::remove_file(bench.path("b.img")).unwrap();
+    // What can be told before is: nobody is fenced for a disk that could not be made, or served.
+    let (nowhere, stream) = (bench.name("nowhere/b.img"), bench.socket("stream.sock"));
+    let refused = other.run(&["failover", "vm1", &nowhere, "--receiver", &stream, "--yes"]);
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(refused.sentence().contains("make a file in"), "{refused:?}");
+    let socket = bench.path("busy.sock");
+    let _busy = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let busy = format!("nbd+unix:///vm1?socket={}", socket.display());
+    let refused = other.failover(&["--yes", "--nbd", &busy]);
+    assert_eq!(refused.code, 5, "{refused:?}");
+    assert!(disk.status()["connected"].as_bool().unwrap() && !bench.path("b.img").exists());
     // The host that has the disk does not take it over from itself.
     let (image, stream) = (bench.name("c.img"), bench.socket("stream.sock"));
     let own = bench.run(&["failover", "vm1", &image, "--receiver", &stream, "--yes"]);

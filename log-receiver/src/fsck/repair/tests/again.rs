@@ -105,7 +105,7 @@ fn scrubbed(storage: &MemoryStorage) -> Vec<findings::Finding> {
     let noted = Findings::open(Arc::new(storage.clone()));
     let mut log = shelf(storage).open(IDENTITY.disk, 1).unwrap();
     let snapshot = log.snapshot().unwrap();
-    note(&noted, &check_snapshot(unread(IDENTITY.disk), &snapshot, None, &mut |_| true), &[]);
+    note(&noted, &check_snapshot(DiskCheck::unread(IDENTITY.disk), &snapshot, None, &mut |_| true), &[]);
     noted.of(IDENTITY.disk)
 }
 
