@@ -183,6 +183,14 @@ fn nothing_is_a_point_from_when_somebody_else_writes_the_disk_until_everything_w
 }
 
 #[test]
+fn what_was_not_sent_when_somebody_else_was_seen_is_no_point() {
+    let mut disk = Disk::in_sync();
+    disk.write(1);
+    disk.filter.is_written_past(at(0));
+    assert_eq!(disk.filter.poll_send(at(0)), None);
+}
+
+#[test]
 fn a_paused_disk_that_is_written_past_lacks_something_too() {
     let mut disk = Disk::in_sync();
     let before = disk.filter.status().last_lsn;
