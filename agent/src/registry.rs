@@ -35,7 +35,7 @@ use tokio::{
     task::AbortHandle,
 };
 
-pub(crate) use self::origin::fetch_error;
+pub(crate) use self::{errors::refuse_taken_away, origin::fetch_error};
 use self::{
     errors::{failed, refuse_adopted, refuse_fenced, refuse_implausible, refuse_other_format},
     left::Left,

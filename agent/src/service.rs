@@ -28,7 +28,7 @@ use crate::{
     disk::{self, Command, NoAnswer},
     marks::{self, MarksError},
     mounts::{Mounts, Wanted},
-    registry::Registry,
+    registry::{Registry, refuse_taken_away},
     restart::Restart,
 };
 
@@ -217,6 +217,7 @@ impl AgentService for Service {
             if disks.iter().any(|(known, _)| *known == found.0) {
                 return Err(ApiError::new(ErrorCode::Usage, format!("disk {} is named twice", found.0)));
             }
+            refuse_taken_away(&found.1.status().await.map_err(|error| no_answer(&found.0, error))?)?;
             disks.push(found);
         }
         // A task of its own: an asker that goes away must not leave the disks held.
@@ -236,6 +237,7 @@ impl AgentService for Service {
     }
 
     async fn start_verify(&self, disk: DiskName, request: VerifyRequest) -> Result<VerifyStatus, ApiError> {
+        refuse_taken_away(&self.ask(&disk, Command::Status).await?)?;
         self.ask(&disk, |answer| Command::StartVerify(request.repair, answer)).await?.map_err(|error| {
             let code = match error {
                 VerifyError::Running => ErrorCode::Busy,

@@ -239,6 +239,9 @@ fn reason_of(
         Some(Reason::Paused | Reason::Detached) if serving && !status.connected => {
             ("the receiver has not answered yet".to_owned(), code(Reason::ReceiverAway))
         }
+        Some(Reason::Paused) if status.mode == backtide_io_filter::Mode::Resync => {
+            ("what changed while it was paused is being sent".to_owned(), code(Reason::Paused))
+        }
         Some(reason) => (reason.to_string(), code(reason)),
         None if status.connected => ("every write is forwarded".to_owned(), "in-sync".to_owned()),
         None => ("the receiver is away: writes are retained".to_owned(), "retaining".to_owned()),

@@ -1,6 +1,6 @@
 //! What the control API says of attaches and detaches that fail.
 
-use backtide_agent_api::{Adopted, AttachRequest};
+use backtide_agent_api::{Adopted, AttachRequest, DiskStatus};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::{DiskName, Epoch, Lsn};
 
@@ -34,6 +34,17 @@ pub(super) fn refuse_implausible(name: &DiskName, adopt: Option<&Adopted>) -> Re
     let message = format!("the receiver says that {said}, which is not believed");
     Err(ApiError::new(ErrorCode::Refused, message)
         .with_hint("attach it without its history, under another name: it is protected anew"))
+}
+
+/// Refuses what needs the receiver, of a disk that another agent has: its history stands still here.
+pub(crate) fn refuse_taken_away(disk: &DiskStatus) -> Result<(), ApiError> {
+    if disk.reason_code != "fenced" {
+        return Ok(());
+    }
+    let name = &disk.name;
+    let message = format!("disk {name} is fenced: {}", disk.reason);
+    Err(ApiError::new(ErrorCode::Fenced, message)
+        .with_hint(format!("`backtide status {name}` says how it comes back here")))
 }
 
 /// A disk that another agent has had since is taken back only knowingly.

@@ -167,7 +167,7 @@ fn in_use(disk: &DiskStatus) -> String {
     let who = match disk.clients {
         0 => {
             let who = awaited_text(disk.awaited_clients);
-            return format!("disk {name} is in use: {who}, for another size than it had");
+            return format!("disk {name} is in use: {who}, and would find another size than it had");
         }
         1 => "an NBD client has".to_owned(),
         clients => format!("{clients} NBD clients have"),

@@ -28,7 +28,13 @@ use tokio::time::Instant;
 
 use self::plan::{Goal, Plan};
 pub(super) use self::plan::{RELEASE_TIME, refuse_damaged};
-use super::{Registry, errors::failed, leave::end_unless_open, resize::missing_record, waiting};
+use super::{
+    Registry,
+    errors::{failed, refuse_taken_away},
+    leave::end_unless_open,
+    resize::missing_record,
+    waiting,
+};
 use crate::{
     claims::Claim,
     disk::{self, DiskHandle, Leaving, awaited_text, trust},
@@ -264,6 +270,7 @@ async fn standing(handle: &DiskHandle, request: RewindRequest) -> Result<Standin
     let until = Instant::now() + SETTLE_TIME;
     loop {
         let status = handle.status().await.map_err(|error| failed(&error))?;
+        refuse_taken_away(&status)?;
         let name = &status.name;
         if status.clients > 0 && !request.reconnect {
             let message =

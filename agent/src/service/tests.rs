@@ -88,12 +88,19 @@ async fn a_disk_that_stands_still_hides_no_other_and_says_so() {
 async fn a_mark_whose_asker_is_gone_gives_the_held_answers() {
     let directory = tempfile::tempdir().unwrap();
     let service = service(directory.path());
+    let known = Started::image(directory.path()).await.handle.status().await.unwrap();
     let (mut one, mut two) = (played(&service, "vm1").await, played(&service, "vm2").await);
     let asker = {
         let service = Arc::clone(&service);
         let request = MarkRequest { label: "here".into(), disks: vec![name("vm1"), name("vm2")], wait_ms: 0 };
         tokio::spawn(async move { service.mark(request).await })
     };
+    for inbox in [&mut one, &mut two] {
+        let Some(Command::Status(answer)) = inbox.recv().await else {
+            panic!("whether it is fenced is asked")
+        };
+        answer.send(known.clone()).unwrap();
+    }
     let Some(Command::Hold(held)) = one.recv().await else { panic!("vm1 is to hold its answers") };
     held.send(true).unwrap();
     let Some(Command::Hold(held)) = two.recv().await else { panic!("vm2 is to hold its answers") };

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use backtide_receiver_api::{
-    DiskRetention, KeepRequest, LockRequest, MarkPoint, Point, RetentionPreview, RetentionReport,
-    RetentionRequest,
+    DiskRetention, KeepRequest, LockRequest, MarkPoint, Point, ReceiverClient, RetentionPreview,
+    RetentionReport, RetentionRequest,
 };
 use backtide_units::DiskName;
 use clap::{Args, Subcommand};
@@ -132,9 +132,16 @@ impl Retention {
                 receiver.set_retention(&name, &request).await?
             }
             What::Keep { name, at } => {
+                let at = found(context, &receiver, &name, &at).await?;
                 receiver.keep(&KeepRequest { name, at, release: false, held: None }).await?
             }
-            What::Lock { name, at, all: _, until } => receiver.lock(&LockRequest { name, at, until }).await?,
+            What::Lock { name, at, all: _, until } => {
+                let at = match at {
+                    Some(at) => Some(found(context, &receiver, &name, &at).await?),
+                    None => None,
+                };
+                receiver.lock(&LockRequest { name, at, until }).await?
+            }
             What::Release { name, at, held } => {
                 receiver.keep(&KeepRequest { name, at, release: true, held }).await?
             }
@@ -142,6 +149,18 @@ impl Retention {
         context.print(&report, || text(&report))?;
         Ok(if report.error.is_some() { Ending::Warnings } else { Ending::Done })
     }
+}
+
+/// The point that is meant, said if it may be another one than a person means by that.
+async fn found(
+    context: &Context,
+    receiver: &ReceiverClient,
+    name: &DiskName,
+    at: &str,
+) -> Result<String, Failure> {
+    let point = receiver.resolve(name, at).await?;
+    context.remark(point.warning.as_deref());
+    Ok(format!("lsn:{}", point.lsn))
 }
 
 /// For how long a ladder keeps every point, when hardly anybody can mean that.

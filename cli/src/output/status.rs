@@ -226,6 +226,10 @@ fn trouble_of(disk: &DiskStatus) -> &'static str {
 }
 
 fn mode_text(disk: &DiskStatus) -> String {
+    // Whatever it keeps or tracks, none of it goes to the receiver.
+    if disk.reason_code == "fenced" {
+        return "fenced".to_owned();
+    }
     let mode = match disk.mode {
         Mode::Sync => "sync",
         Mode::Resync => "resync",

@@ -20,7 +20,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 
 use super::adopt::Adopting;
 use super::connection::serve_until;
-use super::expected::{Expected, Peer};
+use super::expected::{Expected, Peer, Returning};
 use super::negotiate::{Choice, Gate, Negotiated, negotiate};
 use super::seats::{Seat, Seats};
 use super::stop::{Ending, Stop};
@@ -281,12 +281,12 @@ impl Entry {
         }
         let (process, peer) = (negotiated.stream.process(), negotiated.stream.peer());
         let seat = seats.map(|seats| self.sit_down(seats, process)).transpose()?;
-        self.shared.expected.came(&peer);
+        let returning = Returning::new(&self.shared, &peer);
         if let Some(open) = self.shared.connections.borrow_mut().open.get_mut(&self.id) {
             open.export = Some(negotiated.session.export.name.clone());
             open.peer = Some(peer.clone());
         }
-        let ended = serve_until(negotiated, export, self.shared.limits, stop, seat).await;
+        let ended = serve_until(negotiated, export, self.shared.limits, stop, seat, returning).await;
         if matches!(ended, Err(ServeError::Stalled(_))) {
             // It may only have been stopped for a while.
             self.shared.expected.was_dropped(peer);

@@ -30,6 +30,7 @@ use tokio::{
 
 use super::negotiate::{Choice, Gate, Negotiated, negotiate};
 use super::{
+    expected::Returning,
     hangup::Hangup,
     reply::Channel,
     seats::{Seat, Use},
@@ -60,21 +61,22 @@ pub async fn serve_connection(
     };
     let name = &negotiated.session.requested;
     let export = exports.find(name).ok_or_else(|| ServeError::ExportGone(name.clone()))?;
-    serve_until(negotiated, export, limits, &stop, None).await
+    serve_until(negotiated, export, limits, &stop, None, None).await
 }
 
 /// Serves the transmission phase of a client that has chosen `export`, until it leaves or `stop`
-/// is requested: then what is in flight is finished and sent. It has `seat` meanwhile.
+/// is requested: then what is in flight is finished and sent. It has `seat` meanwhile, and is told of as `returning` when it writes.
 pub(crate) async fn serve_until(
     negotiated: Negotiated,
     export: Rc<dyn Export>,
     limits: Limits,
     stop: &Stop,
     seat: Option<Seat>,
+    returning: Option<Returning>,
 ) -> Result<(), ServeError> {
     // Tells that the client has left also while nothing is read from it.
     let mut hung_up = pin!(hung_up(negotiated.stream.hangup()));
-    let mut connection = Connection::new(negotiated, export, limits, seat);
+    let mut connection = Connection::new(negotiated, export, limits, seat, returning);
     let polled = |cx: &mut Context<'_>| {
         let polled = connection.poll(cx);
         if polled.is_pending() && connection.takes_nothing() && !stop.has_client_left() {
@@ -138,6 +140,8 @@ struct Connection {
     seat: Option<Seat>,
     used: Use,
     is_used: bool,
+    /// Until it writes.
+    returning: Option<Returning>,
     /// A request that is there but would break a limit.
     held: Option<(ReplyTo, Command, ByteCount)>,
     phase: Phase,
@@ -163,7 +167,13 @@ enum Submitted {
 }
 
 impl Connection {
-    fn new(negotiated: Negotiated, export: Rc<dyn Export>, limits: Limits, seat: Option<Seat>) -> Self {
+    fn new(
+        negotiated: Negotiated,
+        export: Rc<dyn Export>,
+        limits: Limits,
+        seat: Option<Seat>,
+        returning: Option<Returning>,
+    ) -> Self {
         let Negotiated { stream, intake, session } = negotiated;
         Self {
             stream,
@@ -175,6 +185,7 @@ impl Connection {
             seat,
             used: Use::default(),
             is_used: false,
+            returning,
             held: None,
             phase: Phase::Serving,
             stalled: None,
@@ -247,7 +258,10 @@ impl Connection {
                     None => return Ok(Submitted::All),
                     Some(Incoming::Request(to, command)) => {
                         self.used.asked += 1;
-                        self.used.is_writer |= command.is_of_a_writer();
+                        if command.is_of_a_writer() {
+                            self.used.is_writer = true;
+                            self.returning.take().into_iter().for_each(Returning::writes);
+                        }
                         self.is_used = true;
                         let cost = ByteCount(payload(&command).0 + to.data_length().0);
                         (to, command, cost)

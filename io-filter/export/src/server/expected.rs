@@ -1,10 +1,10 @@
 //! Who is connected, and who is expected back: they had the export open where it was served before.
 
-use std::{cell::RefCell, collections::BTreeSet, io, net::IpAddr};
+use std::{cell::RefCell, collections::BTreeSet, io, net::IpAddr, rc::Rc};
 
 use serde::{Deserialize, Serialize};
 
-use super::accept::Server;
+use super::accept::{Server, Shared};
 
 /// Who a client is, as far as can be known. However many connections it has, it is one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -85,19 +85,42 @@ impl Expected {
         }
     }
 
-    /// A client is there.
+    /// A client is back.
     pub(super) fn came(&self, peer: &Peer) {
         self.0.borrow_mut().remove(peer);
     }
 }
 
+/// A client that is served, and may be one that is expected.
+pub(crate) struct Returning {
+    shared: Rc<Shared>,
+    peer: Peer,
+}
+
+impl Returning {
+    /// A process is known, and back. Of a host, or where processes are not seen, somebody else may only look at the export:
+    /// whoever had it open goes on with it, and that is told by what it asks for.
+    pub(super) fn new(shared: &Rc<Shared>, peer: &Peer) -> Option<Self> {
+        if matches!(peer, Peer::Process { .. }) {
+            shared.expected.came(peer);
+            return None;
+        }
+        Some(Self { shared: Rc::clone(shared), peer: peer.clone() })
+    }
+
+    /// It writes, or flushes.
+    pub(super) fn writes(self) {
+        self.shared.expected.came(&self.peer);
+    }
+}
+
 impl Server {
-    /// Expects these: each until it connects.
+    /// Expects these: each until it connects, and one that is no known process until it writes or flushes, too.
     pub fn expect(&self, peers: BTreeSet<Peer>) {
         *self.shared.expected.0.borrow_mut() = peers;
     }
 
-    /// Who was expected and has not come, or was dropped and has no other connection.
+    /// Who was expected and is not back, or was dropped and has no other connection. Whoever is there now is not counted.
     pub fn expected(&self) -> BTreeSet<Peer> {
         self.shared.expected.0.borrow().difference(&self.clients()).cloned().collect()
     }

@@ -29,6 +29,16 @@ fn a_disk_goes_on_at_another_host_and_the_first_is_fenced() {
     let done = other.failover(&["--yes"]);
     assert_eq!(done.code, 0, "{done:?}");
     disk.until("it is fenced", |status| status["reason_code"] == "fenced");
+    // What needs the receiver says that the disk is no longer this agent's.
+    let back = format!("lsn:{early}");
+    for asked in
+        [&["mark", "late", "vm1"][..], &["verify", "vm1"], &["rewind", "vm1", "--to", &back, "--yes"]]
+    {
+        let refused = bench.run(asked);
+        assert_eq!((refused.code, refused.sentence().contains("vm1 is fenced")), (5, true), "{refused:?}");
+    }
+    let shown = bench.plain(&["status"]).stdout;
+    assert!(shown.lines().any(|line| line.starts_with("vm1") && line.contains("fenced")), "{shown}");
     // In sync at once, without a pass, and its guest goes on.
     assert_eq!(other.status()["mode"], "sync", "{}", other.status());
     let load = Load::start(&other.uri(), 2);
