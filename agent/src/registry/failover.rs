@@ -123,7 +123,11 @@ impl Registry {
             Err(Unfinished { lacks, error }) => {
                 let keeper = owner(held.uuid, held.epoch);
                 self.settle_hold(&held, source, keeper, lacks).await;
-                Err(error)
+                let message = format!(
+                    "{}; whoever had disk {} is fenced by now, and the same command again goes on from here",
+                    error.message, held.name
+                );
+                Err(ApiError { message, ..error })
             }
         }
     }

@@ -148,3 +148,28 @@ fn a_failover_that_cannot_be_leaves_the_disk_where_it_is() {
     disk.settle();
     disk.latest_is_the_image();
 }
+
+#[test]
+fn a_failover_that_fails_after_the_fence_says_so_and_goes_on() {
+    let bench = Bench::new();
+    let (_receiver, mut first, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M", "flush"]);
+    disk.settle();
+    let (other, second) = OtherHost::start(&bench);
+    first.may_complain("fenced");
+    let limit = |bytes: &str| {
+        tools::run("prlimit", &["--pid", &second.id().to_string(), &format!("--fsize={bytes}:unlimited")]);
+    };
+    // Its new image cannot be as large as that.
+    limit("4194304");
+    let failed = other.failover(&["--yes"]);
+    assert_ne!(failed.code, 0, "{failed:?}");
+    assert!(failed.sentence().contains("whoever had disk vm1 is fenced by now"), "{failed:?}");
+    disk.until("it is fenced", |status| status["reason_code"] == "fenced");
+    limit("unlimited");
+    let again = other.failover(&["--yes"]);
+    assert_eq!(again.code, 0, "{again:?}");
+    other.settle();
+    tools::assert_same_images(Path::new(&disk.image), &bench.path("b.img"));
+    assert_eq!(second.stop(), 0);
+}
