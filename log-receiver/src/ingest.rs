@@ -38,6 +38,7 @@ use crate::{
     pool::Pool,
     reopening::{Settling, Unread},
     session::ConnectionId,
+    shortfalls::Shortfalls,
 };
 
 /// Tasks waiting for a thread; who sends more waits.
@@ -54,6 +55,8 @@ pub(crate) enum Task {
     Facts(oneshot::Sender<Vec<DiskFacts>>),
     /// Tell about one; none for an unknown disk.
     FactsOf(DiskId, oneshot::Sender<Option<Box<DiskFacts>>>),
+    /// Give what is noted of what the store had less of; none for an unknown disk.
+    Shortfalls(DiskId, oneshot::Sender<Option<Shortfalls>>),
     /// Give what can be read of a disk, or the reason why nothing can; none for an unknown disk.
     Read(DiskId, oneshot::Sender<Option<Result<Readable, Failure>>>),
     /// Ask the agent of a disk what that has now; dropped when nobody can be asked.
@@ -215,6 +218,10 @@ async fn serve(ingest: Rc<Ingest>, mut inbox: mpsc::Receiver<Task>) {
             Task::FactsOf(disk, answer) => {
                 let facts = ingest.disks.borrow().get(disk).map(DiskFacts::of).map(Box::new);
                 drop(answer.send(facts));
+            }
+            Task::Shortfalls(disk, answer) => {
+                let shortfalls = ingest.disks.borrow().get(disk).map(|disk| disk.shortfalls().clone());
+                drop(answer.send(shortfalls));
             }
             Task::Read(disk, answer) => {
                 let ingest = Rc::clone(&ingest);

@@ -7,10 +7,10 @@ use backtide_export::{NbdRule, NbdUri};
 use backtide_images::Images;
 use backtide_receiver_api::{
     ApiError, AroundReport, ByteSpan, CertificateStatus, CommitCounts, DiffReport, DiffRequest, DiskRef,
-    ErrorCode, FindChangeRequest, ForgottenDisk, FoundChange, KeepRequest, KeptOverlay, LockRequest, Mount,
-    MountRequest, Mounts, PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService, ReceiverStatus,
-    RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
-    ScrubRequest, ScrubStatus, UnmountRequest,
+    Dismissed, ErrorCode, FindChangeRequest, ForgottenDisk, FoundChange, KeepRequest, KeptOverlay,
+    LockRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisk, ReceiverDisks, ReceiverService,
+    ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport,
+    RetentionRequest, ScrubRequest, ScrubStatus, UnmountRequest,
 };
 use backtide_recovery::{Point, PointError, Snapshot, TimedLsn};
 use backtide_storage::Storage;
@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 mod alarms;
 mod around;
+mod dismiss;
 mod forget;
 mod kept;
 mod locks;
@@ -138,6 +139,10 @@ impl ReceiverService for Service {
 
     async fn forget(&self, disk: DiskName) -> Result<ForgottenDisk, ApiError> {
         self.forget_disk(disk).await
+    }
+
+    async fn dismiss(&self, disk: DiskName) -> Result<Dismissed, ApiError> {
+        self.dismiss_past(disk).await
     }
 
     async fn points(&self, disk: DiskName) -> Result<PointsReport, ApiError> {

@@ -129,7 +129,7 @@ impl Shortfall {
             false => {
                 let until = CaptureTime(self.at.0.saturating_add(TOLD_FOR.as_micros() as u64));
                 format!(
-                    "its agent has brought everything anew since; this is told until {}",
+                    "its agent has brought everything anew since; this is told until {}, or `backtide receiver dismiss` ends it",
                     time_text(until)
                 )
             }
@@ -207,6 +207,32 @@ impl Shortfalls {
             let path = storage.display(&path);
             tracing::warn!(path = %path.display(), %error, "cannot note what the store had less of than acknowledged: the next start does not know it");
         }
+    }
+
+    /// Forgets durably what is told at `now` of the past; blocks. What was found since is told nevertheless.
+    ///
+    /// # Errors
+    /// When the file cannot be removed: all is told as before.
+    pub(crate) fn dismiss(&self, now: CaptureTime) -> io::Result<Vec<String>> {
+        let _alone = self.0.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let told = self.told(now);
+        if told.is_empty() {
+            return Ok(Vec::new());
+        }
+        if self.lock().stays {
+            let why = format!("{FILE} is of a newer version of Backtide, which alone can change it");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
+        let removed = remove(&*self.0.storage, &self.0.dir.join(FILE), &self.0.dir);
+        let mut known = self.lock();
+        if let Err(error) = removed {
+            // It may be gone nevertheless.
+            known.changed = true;
+            return Err(error);
+        }
+        known.notes.retain(|note| !told.contains(note));
+        known.changed = !known.notes.is_empty();
+        Ok(told.iter().map(|note| note.told(false)).collect())
     }
 
     /// Nothing that could panic runs under the lock.
@@ -374,6 +400,30 @@ mod tests {
     }
 
     #[test]
+    fn what_a_person_dismisses_is_told_no_more_and_what_comes_after_is() {
+        let (memory, storage) = store();
+        let shortfalls = open(&storage);
+        assert_eq!(shortfalls.dismiss(NOW).unwrap(), Vec::<String>::new());
+        shortfalls.note(found(5, 98));
+        shortfalls.note(found(6, 99));
+        shortfalls.write();
+        memory.fail_sync_after(0);
+        shortfalls.dismiss(NOW).unwrap_err();
+        shortfalls.write();
+        for shortfalls in [&shortfalls, &open(&storage)] {
+            assert_eq!(shortfalls.told(NOW), [found(5, 98), found(6, 99)], "all is as it was");
+        }
+        let dismissed = shortfalls.dismiss(NOW).unwrap();
+        assert_eq!(dismissed.len(), 2);
+        assert!(dismissed[1].contains("after lsn:6 ("), "{dismissed:?}");
+        memory.crash(1);
+        assert!(shortfalls.told(NOW).is_empty() && open(&storage).told(NOW).is_empty());
+        shortfalls.note(found(7, 99));
+        shortfalls.write();
+        assert_eq!(open(&storage).told(NOW), [found(7, 99)]);
+    }
+
+    #[test]
     fn one_that_cannot_be_written_is_told_and_tried_again() {
         let (memory, storage) = store();
         let shortfalls = open(&storage);
@@ -406,6 +456,8 @@ mod tests {
         shortfalls.write();
         assert!(memory.files() == before);
         assert_eq!(shortfalls.told(NOW), [found(5, 99)]);
+        shortfalls.dismiss(NOW).unwrap_err();
+        assert!(memory.files() == before);
         assert_eq!(remove_damaged(&*storage, Path::new("d")).unwrap(), None);
     }
 }

@@ -6,6 +6,7 @@ use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_export::BindError;
 use backtide_log_receiver::{Config, Found, ListenError, StartError, StoreFileError, THREADS_APART, look};
 use backtide_receiver_api::{ReceiverStatus, StoreGrowth};
+use backtide_units::DiskName;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
@@ -31,6 +32,17 @@ pub(crate) enum Receiver {
     Run(Run),
     /// Show what a receiver keeps, and what a person should look at
     Status(Status),
+    /// Tell no more what a disk's store once had less of than was acknowledged; without this it is told for a week
+    Dismiss(Dismiss),
+}
+
+/// `backtide receiver dismiss`
+#[derive(Args, Debug)]
+pub(crate) struct Dismiss {
+    /// The disk's name or UUID
+    name: DiskName,
+    #[command(flatten)]
+    api: ReceiverApi,
 }
 
 /// `backtide receiver status`
@@ -97,6 +109,7 @@ impl Receiver {
         let run = match self {
             Self::Run(run) => run,
             Self::Status(status) => return stop.or(status.run(context)).await,
+            Self::Dismiss(dismiss) => return stop.or(dismiss.run(context)).await,
         };
         let check = run.check;
         let config = run.settings(context)?;
@@ -123,6 +136,16 @@ impl Status {
             context.warn(alarm);
         }
         Ok(if status.alarms.is_empty() { Ending::Done } else { Ending::Warnings })
+    }
+}
+
+impl Dismiss {
+    /// Prints what is told no more.
+    async fn run(self, context: &Context) -> Result<Ending, Failure> {
+        let dismissed = context.receiver(&self.api)?.dismiss(&self.name).await?;
+        let line = |what: &String| format!("of disk {} is told no more: {what}", self.name);
+        context.print(&dismissed, || dismissed.shortfalls.iter().map(line).collect::<Vec<_>>().join("\n"))?;
+        Ok(Ending::Done)
     }
 }
 

@@ -4,10 +4,10 @@ use backtide_control::{Address, ApiError, Client, ErrorCode, Peer, Tell};
 use backtide_units::DiskName;
 
 use crate::{
-    AroundReport, DiffReport, DiffRequest, FindChangeRequest, ForgottenDisk, FoundChange, KeepRequest,
-    KeptOverlay, LockRequest, Mount, MountRequest, Mounts, OverlayFate, PointsReport, ReceiverDisks,
-    ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport,
-    RetentionRequest, ScrubRequest, ScrubStatus,
+    AroundReport, DiffReport, DiffRequest, Dismissed, FindChangeRequest, ForgottenDisk, FoundChange,
+    KeepRequest, KeptOverlay, LockRequest, Mount, MountRequest, Mounts, OverlayFate, PointsReport,
+    ReceiverDisks, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview,
+    RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus,
 };
 
 /// The receiver, in the words of errors.
@@ -77,6 +77,14 @@ impl ReceiverClient {
     /// As [`ReceiverClient::status`].
     pub async fn forget(&self, disk: &DiskName) -> Result<ForgottenDisk, ApiError> {
         self.client.at_length().delete(&path(disk, "")).await
+    }
+
+    /// Has it tell no more what the store once had less of.
+    ///
+    /// # Errors
+    /// As [`ReceiverClient::status`].
+    pub async fn dismiss(&self, disk: &DiskName) -> Result<Dismissed, ApiError> {
+        self.client.delete(&path(disk, "/shortfalls")).await
     }
 
     /// A disk's timeline.

@@ -36,8 +36,8 @@ pub use retention::{
 pub use routes::router;
 pub use service::ReceiverService;
 pub use status::{
-    CertificateStatus, CommitCounts, DiskOrigin, ForgottenDisk, ReceiverDisk, ReceiverDisks, ReceiverStatus,
-    StoreGrowth,
+    CertificateStatus, CommitCounts, DiskOrigin, Dismissed, ForgottenDisk, ReceiverDisk, ReceiverDisks,
+    ReceiverStatus, StoreGrowth,
 };
 
 #[cfg(test)]

@@ -11,10 +11,10 @@ use backtide_control::{ApiError, ApiJson, ErrorCode, json_fallbacks};
 use backtide_units::DiskName;
 
 use crate::{
-    AroundReport, DiffReport, DiffRequest, FindChangeRequest, ForgottenDisk, FoundChange, KeepRequest,
-    KeptOverlay, LockRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverService,
-    ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport,
-    RetentionRequest, ScrubRequest, ScrubStatus, UnmountRequest,
+    AroundReport, DiffReport, DiffRequest, Dismissed, FindChangeRequest, ForgottenDisk, FoundChange,
+    KeepRequest, KeptOverlay, LockRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks,
+    ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview,
+    RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, UnmountRequest,
 };
 
 type Answer<T> = Result<Json<T>, ApiError>;
@@ -25,6 +25,7 @@ pub fn router<S: ReceiverService>(service: Arc<S>) -> Router {
         .route("/v1/status", get(status::<S>))
         .route("/v1/disks", get(disks::<S>))
         .route("/v1/disks/{disk}", get(disk::<S>).merge(delete(forget::<S>)))
+        .route("/v1/disks/{disk}/shortfalls", delete(dismiss::<S>))
         .route("/v1/disks/{disk}/points", get(points::<S>))
         .route("/v1/disks/{disk}/around", post(around::<S>))
         .route("/v1/disks/{disk}/resolve", post(resolve::<S>))
@@ -68,6 +69,13 @@ async fn forget<S: ReceiverService>(
     Path(disk): Path<String>,
 ) -> Answer<ForgottenDisk> {
     service.forget(disk_named(&disk)?).await.map(Json)
+}
+
+async fn dismiss<S: ReceiverService>(
+    State(service): State<Arc<S>>,
+    Path(disk): Path<String>,
+) -> Answer<Dismissed> {
+    service.dismiss(disk_named(&disk)?).await.map(Json)
 }
 
 async fn points<S: ReceiverService>(

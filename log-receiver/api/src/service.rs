@@ -4,10 +4,10 @@ use backtide_control::ApiError;
 use backtide_units::DiskName;
 
 use crate::{
-    AroundReport, DiffReport, DiffRequest, FindChangeRequest, ForgottenDisk, FoundChange, KeepRequest,
-    KeptOverlay, LockRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks, ReceiverStatus,
-    RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport, RetentionRequest,
-    ScrubRequest, ScrubStatus, UnmountRequest,
+    AroundReport, DiffReport, DiffRequest, Dismissed, FindChangeRequest, ForgottenDisk, FoundChange,
+    KeepRequest, KeptOverlay, LockRequest, Mount, MountRequest, Mounts, PointsReport, ReceiverDisks,
+    ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint, RetentionPreview, RetentionReport,
+    RetentionRequest, ScrubRequest, ScrubStatus, UnmountRequest,
 };
 
 /// The receiver's side of the control API. A disk may be named by its name or its UUID.
@@ -25,6 +25,10 @@ pub trait ReceiverService: Send + Sync + 'static {
     /// Removes a disk with all its history, for good. `busy` while somebody uses it, `refused` while a point of it is
     /// locked.
     fn forget(&self, disk: DiskName) -> impl Future<Output = Result<ForgottenDisk, ApiError>> + Send;
+
+    /// Tells no more what the store once had less of, of a disk whose agent has brought everything anew since. `refused` when there
+    /// is nothing of that.
+    fn dismiss(&self, disk: DiskName) -> impl Future<Output = Result<Dismissed, ApiError>> + Send;
 
     /// A disk's timeline.
     fn points(&self, disk: DiskName) -> impl Future<Output = Result<PointsReport, ApiError>> + Send;

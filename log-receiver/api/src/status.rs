@@ -175,6 +175,15 @@ pub struct ForgottenDisk {
     pub overlays: Vec<String>,
 }
 
+/// What was said of a disk's store in the past, and is told no more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dismissed {
+    /// The disk.
+    pub uuid: DiskId,
+    /// Sentences, without the disk's name: what the store had less of than had been acknowledged.
+    pub shortfalls: Vec<String>,
+}
+
 /// How the store's file system filled lately, and what that comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreGrowth {

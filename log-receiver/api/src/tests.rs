@@ -8,8 +8,8 @@ use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, DiskName, Lsn};
 
 use crate::{
     AroundReport, BlockChange, ByteSpan, ChangedBy, CommitCounts, DiffReport, DiffRequest, DiskRef,
-    FindChangeRequest, FlushPoints, ForgottenDisk, FoundChange, Hole, KeepRequest, KeptOverlay, LockRequest,
-    Mount, MountOverlay, MountRequest, Mounts, OverlayFate, Point, PointsReport, ReceiverClient,
+    Dismissed, FindChangeRequest, FlushPoints, ForgottenDisk, FoundChange, Hole, KeepRequest, KeptOverlay,
+    LockRequest, Mount, MountOverlay, MountRequest, Mounts, OverlayFate, Point, PointsReport, ReceiverClient,
     ReceiverDisks, ReceiverService, ReceiverStatus, RemountRequest, ResolveRequest, ResolvedPoint,
     RetentionPreview, RetentionReport, RetentionRequest, ScrubRequest, ScrubStatus, Touched, TouchedKnown,
     TouchedPoints, UnavailablePoint, UnmountRequest, router,
@@ -278,6 +278,11 @@ impl ReceiverService for Fake {
         Ok(ForgottenDisk { name, uuid, log_bytes: ByteCount(1), overlays: vec!["vm1-1".to_owned()] })
     }
 
+    async fn dismiss(&self, disk: DiskName) -> Result<Dismissed, ApiError> {
+        self.note(format!("dismiss {disk}"));
+        Ok(Dismissed { uuid: vm1().uuid, shortfalls: vec!["gone".to_owned()] })
+    }
+
     async fn discard(&self, id: String) -> Result<KeptOverlay, ApiError> {
         self.note(format!("discard {id}"));
         Ok(kept())
@@ -321,6 +326,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
     client.disks(None).await.unwrap();
     client.disks(Some(&vm1)).await.unwrap();
     assert_eq!(client.forget(&vm1).await.unwrap().overlays, ["vm1-1"]);
+    assert_eq!(client.dismiss(&vm1).await.unwrap().shortfalls, ["gone"]);
     client.points(&vm1).await.unwrap();
     assert_eq!(client.around(&vm1, "-5m").await.unwrap(), around("-5m".to_owned()));
     assert_eq!(client.resolve(&vm1, "mark:a b/ü").await.unwrap(), point("mark:a b/ü"));
@@ -370,6 +376,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
             "disks ",
             "disks vm1",
             "forget vm1",
+            "dismiss vm1",
             "points vm1",
             "around vm1 -5m",
             "resolve vm1 mark:a b/ü",

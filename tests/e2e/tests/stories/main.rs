@@ -46,6 +46,7 @@ mod one_image;
 mod operating;
 mod operator;
 mod protection;
+mod putting_back;
 mod receiver_outages;
 mod renewals;
 mod restarts;
