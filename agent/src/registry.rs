@@ -239,16 +239,17 @@ impl Registry {
         // One that is adopted begins another life.
         let waits = known.clone().filter(|record| record.attached && request.adopt.is_none());
         let (from, failover) = (request.from, request.adopt.filter(|_| request.failover));
-        let record = self.record_for(request, known);
+        let (record, takes_over) = (self.record_for(request, known), failover.is_some());
         let record = match (from, failover) {
             (Some(from), _) => self.begin_from(record, from).await?,
             (None, Some(adopted)) => self.begin_failover(record, adopted).await?,
             (None, None) => record,
         };
         let name = record.name.clone();
-        let handle = match self.start(claim, record, Standing::New).await {
+        let handle = match self.start(claim, record.clone(), Standing::New).await {
             Ok(handle) => handle,
             Err(error) => {
+                let error = if takes_over { failover::not_served(&record, error) } else { error };
                 match waits {
                     Some(as_it_was) => self.go_on_waiting(as_it_was).await,
                     None => self.forget_attached(&name).await,

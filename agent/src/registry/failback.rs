@@ -24,7 +24,7 @@ pub(super) use self::left::{HeldImage, LeftBehind};
 use super::{
     Registry,
     errors::{failed, refuse_implausible},
-    failover::Target,
+    failover::{Target, not_served},
     origin::fetch_error,
     waiting,
 };
@@ -92,6 +92,7 @@ impl Registry {
             ..record.clone()
         };
         let taken = async {
+            self.refuse_unserved(&record).await?;
             let (left, report) = self.plan_failback(&record, adopt, waiting(left).await??).await?;
             match dry_run {
                 true => Ok((report, None)),
@@ -113,11 +114,11 @@ impl Registry {
         let (point, point_time) = (taken.source.lsn, taken.source.time);
         let fetched_bytes = taken.missing.count().bytes();
         let record = self.begin_taken(taking, taken, server).await?;
-        let handle = match self.start(claim, record, Standing::New).await {
+        let handle = match self.start(claim, record.clone(), Standing::New).await {
             Ok(handle) => handle,
             Err(error) => {
                 self.forget_attached(&name).await;
-                return Err(error);
+                return Err(not_served(&record, error));
             }
         };
         tracing::info!(disk = %name, %point, %fetched_bytes, "the disk is back, and fetches what differs");

@@ -8,7 +8,15 @@
 //! that no record knows, which nothing takes for a disk; a failover begins anew then, with a higher epoch. A failback
 //! (`failback.rs`) ends in the same way, with an image that has most of it.
 
-use std::{cell::OnceCell, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::OnceCell,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use backtide_agent_api::Adopted;
 use backtide_control::{ApiError, ErrorCode};
@@ -17,7 +25,7 @@ use backtide_hydration::{Header, Kind, SourcePoint};
 use backtide_protocol::{Hello, PROTOCOL_VERSION, ReceiverState, Tracking, Welcome};
 use backtide_storage::KillPoint;
 use backtide_tracking::{DirtyBitmap, SavedTracking, Snapshot};
-use backtide_units::{BlockRange, Lsn, Reason};
+use backtide_units::{BlockRange, DiskName, Lsn, Reason};
 use tokio::task::LocalSet;
 use uuid::Uuid;
 
@@ -94,13 +102,18 @@ impl Registry {
         let begun = waiting(begun).await?;
         let format = image::find_format(&record).await?;
         let before = image::refuse_used(&record.image, format, begun).await?;
-        // Nobody is fenced for a disk that could not be served.
-        let place = self.listen_uri(&record)?;
-        let free = Listener::bind_uri(&place, self.nbd_limits.socket_mode).await;
-        drop(free.map_err(|error| disk::start_error(&error.into()))?);
+        self.refuse_unserved(&record).await?;
         let record = DiskRecord { epoch: adopted.epoch.taken_over(), format, ..record };
         let taken = self.take_over(&record, adopted, Target::New(before)).await?;
         self.begin_taken(record, taken, None).await
+    }
+
+    /// Nobody is fenced for a disk that could not be served here.
+    pub(super) async fn refuse_unserved(&self, record: &DiskRecord) -> Result<(), ApiError> {
+        let (place, purpose) = (self.listen_uri(record)?, disk::nbd_purpose(&record.name));
+        let mode = self.nbd_limits.socket_mode;
+        let free = Listener::check_kept(&place, mode, &self.sockets, &purpose).await;
+        free.map_err(|error| disk::start_error(&error.into()))
     }
 
     /// Makes the image, says what it lacks, and saves the record of a disk that was taken over. Ends what serves the image that it
@@ -123,11 +136,7 @@ impl Registry {
             Err(Unfinished { lacks, error }) => {
                 let keeper = owner(held.uuid, held.epoch);
                 self.settle_hold(&held, source, keeper, lacks).await;
-                let message = format!(
-                    "{}; whoever had disk {} is fenced by now, and the same command again goes on from here",
-                    error.message, held.name
-                );
-                Err(ApiError { message, ..error })
+                Err(fenced_by_now(&held.name, error))
             }
         }
     }
@@ -182,6 +191,8 @@ impl Registry {
         let tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
         let (sources, runtime) = (Arc::clone(&self.sources), tokio::runtime::Handle::current());
         let known = record.clone();
+        let fenced = Arc::new(AtomicBool::new(false));
+        let claimed = Arc::clone(&fenced);
         let taking = move || {
             let (uuid, history) = (known.uuid, Some(adopted.history));
             let dialer = || Dialer::new(known.receiver.clone(), tls.clone());
@@ -210,6 +221,7 @@ impl Registry {
                 };
                 let hello = disk::Terms::of(&known).tell(hello);
                 let welcome = claim::claim(&dialer(), hello).await?;
+                claimed.store(true, Ordering::Release);
                 if welcome.state != ReceiverState::Known || welcome.durable < adopted.durable {
                     let why = "the receiver keeps another history than it has told".to_owned();
                     return Err(FetchError::Refused(why));
@@ -258,8 +270,29 @@ impl Registry {
         };
         let silent = || FetchError::Unreachable("the receiver does not answer".to_owned());
         let taken = waiting(taking).await?.unwrap_or_else(|_| Err(silent()));
-        taken.map_err(|error| fetch_error(&format!("disk {} cannot go on here", record.name), error))
+        taken.map_err(|error| {
+            let error = fetch_error(&format!("disk {} cannot go on here", record.name), error);
+            if fenced.load(Ordering::Acquire) { fenced_by_now(&record.name, error) } else { error }
+        })
     }
+}
+
+/// What failed when the receiver had the higher epoch already, and the record nothing of it.
+fn fenced_by_now(name: &DiskName, error: ApiError) -> ApiError {
+    let what = error.message;
+    let message = format!(
+        "{what}; whoever had disk {name} is fenced by now, and the same command again goes on from here"
+    );
+    ApiError { message, ..error }
+}
+
+/// The same when the record says that the disk is here.
+pub(super) fn not_served(record: &DiskRecord, error: ApiError) -> ApiError {
+    let DiskRecord { name, image, receiver, .. } = record;
+    let message = format!("{}; whoever had disk {name} is fenced by now", error.message);
+    let way = format!("`backtide attach {name} {image} --receiver {receiver}` goes on with it here");
+    let hint = error.hint.map_or(way.clone(), |hint| format!("{hint}; then {way}"));
+    ApiError { message, hint: Some(hint), ..error }
 }
 
 impl Target {

@@ -5,6 +5,7 @@ mod support;
 use std::{rc::Rc, time::Duration};
 
 use backtide_export::{BindError, Client, ClientError, Export, Limits, Listener, NbdAddress, NbdError};
+use backtide_socket::{SocketMode, Sockets};
 use support::{Fixed, GRACE, Manual, Place, Raw, on_a_worker, settle};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -214,5 +215,26 @@ fn clients_beyond_the_limit_are_told_so_and_served_later() {
             tokio::task::yield_now().await;
         }
         connect(&place, "disk").await;
+    });
+}
+
+#[test]
+fn whether_an_address_is_free_is_told_and_nothing_listens_there_afterwards() {
+    on_a_worker(async {
+        let place = Place::new();
+        let (uri, socket) = (place.uri("disk"), place.path("socket"));
+        let sockets = Sockets::default();
+        let check = async |purpose| Listener::check_kept(&uri, SocketMode::PRIVATE, &sockets, purpose).await;
+        check("ours").await.unwrap();
+        assert!(!socket.exists());
+        let theirs = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(matches!(check("ours").await, Err(BindError::InUse(_))));
+        drop(theirs);
+        // What is kept for it is its own.
+        let ours = Listener::bind_kept(&uri, SocketMode::PRIVATE, &sockets, "ours").await.unwrap();
+        check("ours").await.unwrap();
+        assert!(matches!(check("another").await, Err(BindError::InUse(_))));
+        drop(ours);
+        check("ours").await.unwrap();
     });
 }

@@ -91,10 +91,7 @@ impl Listener {
     ) -> Result<Self, BindError> {
         let tls = tls_of(uri).await?;
         let failed = |source| bind_failed(&uri.address, source);
-        let place = match &uri.address {
-            NbdAddress::Tcp { host, port } => Listening::Tcp(host, *port),
-            NbdAddress::Unix(path) => Listening::Unix(path),
-        };
+        let place = place_of(uri);
         if let Some(socket) = sockets.take(purpose, place) {
             return match &uri.address {
                 NbdAddress::Tcp { .. } => Self::from_tcp(socket.into()),
@@ -111,6 +108,22 @@ impl Listener {
         };
         kept.map_err(failed)?;
         Ok(listener)
+    }
+
+    /// Whether [`bind_kept`](Self::bind_kept) would listen there now; nothing listens afterwards that did not before.
+    ///
+    /// # Errors
+    /// Those of [`bind_kept`](Self::bind_kept).
+    pub async fn check_kept(
+        uri: &NbdUri,
+        mode: SocketMode,
+        sockets: &Sockets,
+        purpose: &str,
+    ) -> Result<(), BindError> {
+        match sockets.take(purpose, place_of(uri)) {
+            Some(_) => tls_of(uri).await.map(drop),
+            None => Self::bind_uri(uri, mode).await.map(drop),
+        }
     }
 
     /// The same listener, encrypting as `tls` says.
@@ -210,6 +223,13 @@ fn with_port_of(asked: &NbdAddress, bound: &NbdAddress) -> NbdAddress {
             NbdAddress::Tcp { host: host.clone(), port: *port }
         }
         (asked, _) => asked.clone(),
+    }
+}
+
+fn place_of(uri: &NbdUri) -> Listening<'_> {
+    match &uri.address {
+        NbdAddress::Tcp { host, port } => Listening::Tcp(host, *port),
+        NbdAddress::Unix(path) => Listening::Unix(path),
     }
 }
 

@@ -84,6 +84,13 @@ fn only_what_differs_comes_back() {
     let _first = bench.agent();
     let connected = bench.run(&["failback", "vm1", "--yes"]);
     assert_eq!((connected.code, connected.error()["code"].clone()), (5, json!("busy")), "{connected:?}");
+    // Nobody is fenced for a disk that could not be served here.
+    let taken = std::os::unix::net::UnixListener::bind(bench.path("vm1.nbd")).unwrap();
+    let unserved = bench.run(&["failback", "vm1", "--yes", "--force"]);
+    assert_eq!((unserved.code, unserved.sentence().contains("vm1.nbd")), (5, true), "{unserved:?}");
+    assert_eq!(other.status()["connected"], true);
+    drop(taken);
+    std::fs::remove_file(bench.path("vm1.nbd")).unwrap();
     assert_eq!(other.run(&["detach", "vm1"]).code, 0);
     assert_eq!(second.stop(), 0);
     let unasked = bench.run(&["failback", "vm1"]);
