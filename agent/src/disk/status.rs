@@ -206,7 +206,9 @@ fn reason_of(
 ) -> (String, String) {
     let serving =
         !matches!(status.mode, backtide_io_filter::Mode::Paused | backtide_io_filter::Mode::Detached);
-    if let Some(error) = last_error.filter(|error| error.code == "fenced" && serving && !status.connected) {
+    // No resume brings it back either.
+    let attached = status.mode != backtide_io_filter::Mode::Detached;
+    if let Some(error) = last_error.filter(|error| error.code == "fenced" && attached && !status.connected) {
         let reason = match guest_waits {
             Some(waits) => format!("{}; the guest has waited for {:.0} s", error.message, waits.seconds),
             None => error.message.clone(),

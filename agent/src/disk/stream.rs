@@ -159,13 +159,18 @@ impl Stream {
 
     /// Never connects: another agent has the disk, and whoever comes with a higher epoch takes it away.
     pub(crate) fn stay_fenced(&self) {
+        tracing::error!(disk = %self.engine.name(), "{}", self.note_fenced());
+    }
+
+    /// What its status says from now on, whatever the receiver's words were.
+    fn note_fenced(&self) -> String {
         let message = format!(
             "another agent has disk {} since: this one serves it, and forwards nothing",
             self.engine.name()
         );
-        tracing::error!(disk = %self.engine.name(), "{message}");
         let time = self.engine.now().wall;
-        self.last_error.replace(Some(LastError { code: "fenced", message, time }));
+        self.last_error.replace(Some(LastError { code: "fenced", message: message.clone(), time }));
+        message
     }
 
     /// Keeps the disk connected for as long as it wants to be.
@@ -186,6 +191,7 @@ impl Stream {
             self.note(&error);
             self.ended.notify_waiters();
             if let Some(epoch) = error.fenced_by() {
+                self.note_fenced();
                 self.fenced_by.set(Some(epoch));
                 // The next attach has to know, also after a crash.
                 self.engine.acquainted.notify_one();

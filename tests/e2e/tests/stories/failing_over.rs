@@ -37,6 +37,8 @@ fn a_disk_goes_on_at_another_host_and_the_first_is_fenced() {
         let refused = bench.run(asked);
         assert_eq!((refused.code, refused.sentence().contains("vm1 is fenced")), (5, true), "{refused:?}");
     }
+    assert_eq!(bench.json(&["pause", "vm1"])["reason_code"], "fenced");
+    assert!(bench.json(&["resume", "vm1"])["reason"].to_string().contains("another agent has disk vm1"));
     let shown = bench.plain(&["status"]).stdout;
     assert!(shown.lines().any(|line| line.starts_with("vm1") && line.contains("fenced")), "{shown}");
     // In sync at once, without a pass, and its guest goes on.
