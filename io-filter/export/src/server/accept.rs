@@ -312,7 +312,7 @@ async fn connection(serving: impl Future<Output = Result<(), ServeError>>) {
 
 async fn serve(stream: Stream, entry: Entry, stop: Rc<Stop>) -> Result<(), ServeError> {
     let Shared { choice, limits, tls, .. } = &*entry.shared;
-    let gate = Gate::new(choice, limits, tls, &stop);
+    let gate = Gate::new(choice, limits, tls, &stop, stream.process());
     let Some(negotiated) = negotiate(stream, &gate).await? else { return Ok(()) };
     match choice {
         Choice::Own(exports, seats) => {

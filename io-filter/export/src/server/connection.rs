@@ -55,7 +55,7 @@ pub async fn serve_connection(
 ) -> Result<(), ServeError> {
     let (stop, choice) = (Stop::default(), Choice::Own(Rc::clone(&exports), None));
     let (stream, tls) = (Stream::Other(Box::new(stream)), ServerTls::off());
-    let gate = Gate::new(&choice, &limits, &tls, &stop);
+    let gate = Gate::new(&choice, &limits, &tls, &stop, stream.process());
     let Some(negotiated) = negotiate(stream, &gate).await? else {
         return Ok(());
     };

@@ -142,11 +142,11 @@ impl Directory {
         entry.is_some_and(|entry| entry.offer.is_none())
     }
 
-    /// Whether a client with these rights may use it, and it has as many clients as it may.
-    pub(crate) fn is_full(&self, name: &str, rights: &Rights) -> bool {
+    /// Whether a client of `process` with these rights may use it, and it has as many clients as it may.
+    pub(crate) fn is_full(&self, name: &str, process: Option<u32>, rights: &Rights) -> bool {
         let entries = self.entries();
         let entry = self.entry(&entries, name, rights).filter(|entry| entry.is_for(rights));
-        entry.and_then(|entry| entry.offer.as_ref()).is_some_and(|offer| !offer.seats.has_room())
+        entry.and_then(|entry| entry.offer.as_ref()).is_some_and(|offer| !offer.seats.has_room(process))
     }
 
     /// Those that are there.

@@ -80,7 +80,7 @@ pub(super) struct Expected(RefCell<BTreeSet<Peer>>);
 impl Expected {
     /// The server itself ended a connection of this client. Of one that is not seen nobody hears whether it is still there.
     pub(super) fn was_dropped(&self, peer: Peer) {
-        if matches!(peer, Peer::Process { .. }) && peer.may_come_back() {
+        if matches!(peer, Peer::Process { .. }) {
             self.0.borrow_mut().insert(peer);
         }
     }

@@ -40,6 +40,8 @@ pub(crate) struct Gate<'server> {
     pub(crate) limits: &'server Limits,
     pub(crate) tls: &'server ServerTls,
     pub(crate) stop: &'server Stop,
+    /// Of the client, where its socket tells: who has most of the places gets no other.
+    process: Option<u32>,
     /// For which disks the client's certificate speaks; who has none was let in without.
     rights: RefCell<Rights>,
 }
@@ -130,8 +132,9 @@ impl<'server> Gate<'server> {
         limits: &'server Limits,
         tls: &'server ServerTls,
         stop: &'server Stop,
+        process: Option<u32>,
     ) -> Self {
-        Self { choice, limits, tls, stop, rights: RefCell::new(Rights::all()) }
+        Self { choice, limits, tls, stop, process, rights: RefCell::new(Rights::all()) }
     }
 
     fn changes(&self) -> Option<watch::Receiver<()>> {
@@ -163,8 +166,8 @@ impl Catalog for Gate<'_> {
 
     fn is_full(&self, name: &str) -> bool {
         match self.choice {
-            Choice::Own(_, seats) => seats.as_ref().is_some_and(|seats| !seats.has_room()),
-            Choice::Others(directory) => directory.is_full(name, &self.rights.borrow()),
+            Choice::Own(_, seats) => seats.as_ref().is_some_and(|seats| !seats.has_room(self.process)),
+            Choice::Others(directory) => directory.is_full(name, self.process, &self.rights.borrow()),
         }
     }
 

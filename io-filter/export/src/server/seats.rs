@@ -68,10 +68,10 @@ impl Seats {
         Self { taken: Arc::default(), limit, patience, began: Instant::now() }
     }
 
-    /// Whether one client more would get a place.
-    pub(crate) fn has_room(&self) -> bool {
+    /// Whether one client more, of that process, would get a place now: what [`take`](Self::take) would say.
+    pub(crate) fn has_room(&self, process: Option<u32>) -> bool {
         let taken = self.taken();
-        taken.len() < self.limit || self.leaver(&taken, None).is_some()
+        taken.len() < self.limit || self.leaver(&taken, process).is_some()
     }
 
     /// Takes a place for connection `id` of a process, and says whose it was if that one has to go. None when all are kept.
@@ -192,11 +192,11 @@ mod tests {
         let reader = seats.take(2, None).unwrap().0;
         reader.note(asked(ASKED_FOR_NOTHING + 1));
         let idlers = [seats.take(3, None).unwrap().0, seats.take(4, None).unwrap().0];
-        assert!(!seats.has_room() && seats.take(5, None).is_none(), "nobody has been silent for long");
+        assert!(!seats.has_room(None) && seats.take(5, None).is_none(), "nobody has been silent for long");
         tokio::time::advance(PATIENCE / 2).await;
         idlers[0].note(asked(ASKED_FOR_NOTHING));
         tokio::time::advance(PATIENCE / 2).await;
-        assert!(seats.has_room());
+        assert!(seats.has_room(None));
         let (fifth, evicted) = seats.take(5, None).unwrap();
         assert_eq!(evicted, Some(4), "the one that was silent for longest");
         tokio::time::advance(PATIENCE / 2).await;
@@ -204,13 +204,13 @@ mod tests {
         assert_eq!(evicted, Some(3), "it has asked a few times, long ago");
         // The end of those that had to go takes nothing from others.
         drop(idlers);
-        assert!(!seats.has_room());
+        assert!(!seats.has_room(None));
         tokio::time::advance(PATIENCE * 1000).await;
         fifth.note(Use { asked: 1, is_writer: false, is_busy: true });
         sixth.note(Use { asked: 1, is_writer: true, is_busy: false });
         tokio::time::advance(PATIENCE * 1000).await;
         assert!(
-            !seats.has_room() && seats.take(7, None).is_none() && seats.clear_one().is_none(),
+            !seats.has_room(None) && seats.take(7, None).is_none() && seats.clear_one().is_none(),
             "none is idle"
         );
         fifth.note(asked(1));
@@ -218,7 +218,7 @@ mod tests {
         tokio::time::advance(PATIENCE).await;
         assert_eq!(seats.clear_one(), Some(5));
         drop((writer, fifth));
-        assert!(seats.has_room());
+        assert!(seats.has_room(None));
     }
 
     #[tokio::test(start_paused = true)]
@@ -234,7 +234,8 @@ mod tests {
         }
         assert!(seats.take(5, one).is_none(), "they were used a moment ago");
         tokio::time::advance(PATIENCE).await;
-        assert!(seats.take(5, many).is_none(), "it has enough");
+        assert!(!seats.has_room(many) && seats.take(5, many).is_none(), "it has enough");
+        assert!(seats.has_room(one) && seats.has_room(None));
         hoarded[0].note(Use { asked: 1001, is_writer: false, is_busy: true });
         let (_fifth, evicted) = seats.take(5, one).unwrap();
         assert_eq!(evicted, Some(3), "the first is at work");
