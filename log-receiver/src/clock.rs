@@ -24,7 +24,7 @@ pub(crate) fn now() -> CaptureTime {
 /// acknowledged.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Came {
-    /// When, by the receiver's clock.
+    /// When, by the receiver's clock; 0 when that was set back since and nobody knows.
     at: CaptureTime,
     /// The first LSN that it had not given then.
     next_lsn: Lsn,
@@ -41,6 +41,7 @@ impl Came {
 
     /// A change or the begin of a pass with this LSN and stamp has come.
     pub(crate) fn saw_change(&mut self, lsn: Lsn, stamp: CaptureTime, now: CaptureTime) {
+        self.mind_own_clock(now);
         if lsn >= self.next_lsn {
             self.see(self.at, stamp, now);
         }
@@ -49,8 +50,16 @@ impl Came {
 
     /// A sign of life with this stamp has come.
     pub(crate) fn saw_sign(&mut self, stamp: CaptureTime, now: CaptureTime) {
+        self.mind_own_clock(now);
         self.see(self.heard, stamp, now);
         self.heard = now;
+    }
+
+    /// A receiver's clock that was set back has shown nothing of the agent's. By less than what is no difference it may be.
+    fn mind_own_clock(&mut self, now: CaptureTime) {
+        if self.heard.0.saturating_sub(now.0) > BEHIND_MAX.as_micros() as u64 {
+            (self.at, self.heard, self.behind) = (CaptureTime(0), CaptureTime(0), None);
+        }
     }
 
     /// What was stamped so was so at `from` at the earliest.
@@ -181,6 +190,25 @@ mod tests {
         came.saw_change(Lsn(52), at(14_150), at(14_200));
         assert_eq!(behind(came, 14_200), None, "it was set right");
         assert_eq!(Difference::of(at(5000), None, at(14_200)), None, "nobody is there whose clock it is");
+    }
+
+    #[test]
+    fn a_receiver_whose_clock_is_set_back_blames_no_agent_for_it() {
+        // It was two hours ahead.
+        let mut came = Came::new(at(17_200), Lsn(50));
+        came.saw_change(Lsn(50), at(10_000), at(10_000));
+        assert_eq!(behind(came, 10_000), None);
+        came.saw_change(Lsn(51), at(10_100), at(10_300));
+        assert_eq!(behind(came, 10_300), None, "it comes late");
+        came.saw_change(Lsn(52), at(17_000), at(17_250));
+        assert_eq!(behind(came, 17_250), None, "also when the time is what it was then");
+        let mut came = Came::new(at(17_200), Lsn(50));
+        came.saw_change(Lsn(50), at(10_000), at(17_210));
+        assert_eq!(behind(came, 17_210), Some(7200), "it is ahead, or the agent behind");
+        came.saw_sign(at(10_030), at(10_200));
+        assert_eq!(behind(came, 10_200), None, "nobody knows how late that comes");
+        came.saw_sign(at(10_030), at(10_230));
+        assert_eq!(behind(came, 10_230), Some(170), "what its clock shows since counts");
     }
 
     #[test]
