@@ -11,7 +11,8 @@
 //! compared. *Comparing* is 1 when the pass that does that has begun, durably, and 0 otherwise: from then on no agent need be
 //! told of the loss any more.
 //! *In doubt* is 1 when nothing is known to be missing at the end, but not all up to the lost entry may be what its agent knows
-//! of: some of it is damaged, or the mark is one that a repair has made anew. That is to be compared too.
+//! of: some of it is damaged, or the mark is one that a repair has made anew. That is to be compared too. An agent that knows of more
+//! than the log has makes a loss of it, with the LSN that it knows of.
 //!
 //! The first mark is synced before it gets the file's name, so a file without one is damaged. Others are
 //! written in place, within a sector, and not synced but the one that tells of a loss: what a power cut leaves is an
@@ -89,7 +90,9 @@ impl Noted {
     /// when one had begun, and the log gives points as they come, everything was compared.
     pub(crate) fn lost_of(&self, found: Seq, timeline: &Timeline) -> Option<Lost> {
         if self.durable.seq > found {
-            return Some(Lost { through: self.durable, is_compared: false, in_doubt: false });
+            // What was lost before may have had higher LSNs.
+            let through = Durable { seq: self.durable.seq, lsn: self.highest() };
+            return Some(Lost { through, is_compared: false, in_doubt: false });
         }
         let is_whole = timeline.latest().is_some() && timeline.holes().iter().all(|hole| hole.to.is_some());
         self.lost.filter(|lost| !(lost.is_compared && is_whole))

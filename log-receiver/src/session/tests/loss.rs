@@ -233,6 +233,16 @@ fn no_lsn_that_was_lost_is_given_again() {
         let (_, welcome) = again(&mut bench, history, 1);
         assert_eq!((welcome.durable, welcome.highest), (Lsn(5), Lsn(19)));
     }
+    // What comes then is lost as well.
+    let (mut peer, _) = again(&mut bench, history, 1);
+    let (path, end) = segment(&bench);
+    peer.tell(&mut bench, pass_begin(9, 5));
+    bench.commit(disk(7));
+    assert!(segment(&bench).1 > end);
+    bench.storage.open(&path).unwrap().set_len(ByteCount(end.0.next_multiple_of(8))).unwrap();
+    bench.restart();
+    let (_, welcome) = again(&mut bench, history, 1);
+    assert_eq!((welcome.state, welcome.highest), (ReceiverState::Foreign, Lsn(19)));
 }
 
 #[test]
