@@ -70,6 +70,8 @@ struct Failed {
     attached: Option<Attached>,
     /// Nobody knows which logs the disk has: their directory cannot be listed.
     unlisted: bool,
+    /// Bytes of its files when it failed, or that can still be read.
+    bytes: ByteCount,
     /// What can still be read, once somebody has asked.
     left: Option<Left>,
     /// What another thread was doing to its files.
@@ -186,11 +188,11 @@ impl Disk {
         self.past.damage().chain(present).chain(lost.map(|loss| &loss.why))
     }
 
-    /// Takes note of how much the disk's agent knows to have been durable.
-    pub(crate) fn learn_acknowledged(&mut self, acknowledged: Lsn) {
-        if let Log::Open(log, LogMark { loss: Some(loss), .. }) = &mut self.log {
-            loss.is_short |= acknowledged > log.timeline().covered();
-        }
+    /// The mark of a log that is in doubt, and how far it is durable, when its agent knows more to have been durable than it has.
+    pub(crate) fn doubt_short_of(&mut self, acknowledged: Lsn) -> Option<(&mut LogMark, Durable)> {
+        let in_doubt = self.loss().is_some_and(|loss| loss.in_doubt);
+        let Log::Open(log, mark) = &mut self.log else { return None };
+        (in_doubt && acknowledged > log.timeline().covered()).then(|| (mark, log.durable()))
     }
 
     /// The lost end of the open log, or that it is in doubt, until a pass that has compared everything has ended durably.
@@ -246,9 +248,13 @@ impl Disk {
         self.log().map(|log| log.identity().history)
     }
 
-    /// Bytes of the log's files.
+    /// Bytes of the files of its logs; of one that is damaged those that can be read.
     pub fn log_bytes(&self) -> ByteCount {
-        ByteCount(self.log().map_or(ByteCount::ZERO, DiskLog::size).0 + self.past.bytes().0)
+        let newest = match &self.log {
+            Log::Open(log, _) => log.size(),
+            Log::Failed(failed) => failed.bytes,
+        };
+        ByteCount(newest.0 + self.past.bytes().0)
     }
 
     /// How many files the log has.
@@ -431,6 +437,7 @@ impl Disk {
         match (std::mem::replace(&mut self.log, Log::Failed(failed)), &mut self.log) {
             (Log::Open(log, _), Log::Failed(failed)) => {
                 failed.through = Some(log.durable().seq);
+                failed.bytes = log.size();
                 failed.attached = log.timeline().attached().cloned();
                 // A device that hangs under another thread holds up nobody here.
                 failed.work = Some(log.abandon());

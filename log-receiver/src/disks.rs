@@ -228,12 +228,16 @@ impl Disks {
     ) -> Result<Claim, Closed> {
         self.shelf.watch.check().map_err(|why| closed(CloseCode::Store, why))?;
         self.space.look(ByteCount::ZERO).map_err(|why| closed(CloseCode::Store, why))?;
+        self.shelf.findings.write_what_failed();
         self.shelf.forgotten.admit(hello, self.disks.contains_key(&hello.disk))?;
         let Found { fresh, displaced } = self.find_or_create(hello)?;
         let disk = self.disks.get_mut(&hello.disk).expect("the disk was found or created");
         // A log that began behind a damaged one may have no attach yet: those before it fence as well.
         let attached = disk.attached().cloned();
         check_attached(attached.as_ref(), hello)?;
+        let acknowledged = hello.acked_durable.min(hello.next_lsn);
+        let learned = self.shelf.learn_acknowledged(disk, acknowledged);
+        learned.map_err(|error| closed(CloseCode::Store, chain(&error)))?;
         take_name(&self.shelf.names, hello)?;
         let own = disk.timeline().and_then(|timeline| timeline.attached());
         let unchanged = own.is_some_and(|attached| {
@@ -258,7 +262,6 @@ impl Disks {
             self.shelf.remember(disk);
         }
         let history = disk.history().expect("the log is open: it took the claim");
-        disk.learn_acknowledged(hello.acked_durable);
         let loss = disk.uncompared_loss();
         if let Some(why) = loss {
             tracing::warn!(disk = %hello.disk, why, "the agent is told to compare everything");

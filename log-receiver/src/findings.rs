@@ -6,6 +6,9 @@
 //! places are kept. A file that is damaged, or cannot be written, costs what it would tell until the next scrub; one of a newer
 //! version stays as it is.
 //!
+//! A store may be moved, or mounted elsewhere: in the file a sentence that begins with the name of a file of the store has that
+//! name from the store's root.
+//!
 //! Whoever reads a log asks for its disk's findings before it begins ([`Findings::of_life`]). When the disk is forgotten
 //! meanwhile nothing is noted any more: files that went with it are no damage of one that has its identity afterwards.
 //! Whoever asks what is known never waits for the file: it is written outside of the lock of what it says.
@@ -16,6 +19,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use backtide_images::PACKS_DIR;
 use backtide_receiver_api::Touched;
 use backtide_recovery::{View, damaged_place};
 use backtide_storage::Storage;
@@ -23,6 +27,7 @@ use backtide_units::{ByteCount, ByteRange, DiskId};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    disks::DISKS,
     sealed_json::{SealedError, SealedJson},
     touched::{told, touched},
 };
@@ -43,6 +48,41 @@ pub(crate) struct Finding {
     pub(crate) damage: String,
     /// Which points it touches; none when nobody could tell.
     pub(crate) touched: Option<Touched>,
+}
+
+impl Finding {
+    /// With its sentences as the file has them.
+    fn within(mut self, root: &str) -> Self {
+        self.change(|sentence| sentence.strip_prefix(root).map(str::to_owned));
+        self
+    }
+
+    /// As [`Finding::within`] gave it, or an older program has noted it of a store that stood elsewhere, with names as they are.
+    fn named(mut self, root: &str, disk: DiskId) -> Self {
+        let beginnings = [format!("{DISKS}/{disk}/"), format!("{PACKS_DIR}/"), "images/bases/".to_owned()];
+        let begins = |sentence: &str| beginnings.iter().any(|beginning| sentence.starts_with(beginning));
+        self.change(|sentence| {
+            if begins(sentence) {
+                return Some(format!("{root}{sentence}"));
+            }
+            if !sentence.starts_with('/') || sentence.strip_prefix(root).is_some_and(begins) {
+                return None;
+            }
+            let mut names = sentence.match_indices('/').map(|(at, _)| &sentence[at + 1..]);
+            names.find(|name| begins(name)).map(|name| format!("{root}{name}"))
+        });
+        self
+    }
+
+    /// Changes each sentence that begins with the name of a file, as `to` says.
+    fn change(&mut self, to: impl Fn(&str) -> Option<String>) {
+        let places = self.touched.iter_mut().map(|touched| &mut touched.place);
+        for sentence in places.chain([&mut self.damage]) {
+            if let Some(changed) = to(sentence) {
+                *sentence = changed;
+            }
+        }
+    }
 }
 
 /// A place in the file: older programs know it as a sentence alone.
@@ -77,6 +117,8 @@ pub struct Findings(Arc<Shared>);
 
 struct Shared {
     storage: Arc<dyn Storage>,
+    /// How the names of its files begin in sentences.
+    root: String,
     known: Mutex<Known>,
     /// Held while the file is written, and taken before the lock of what is known, so that the newest is written last. Whether
     /// it is of a newer version, and stays.
@@ -86,6 +128,10 @@ struct Shared {
 /// Places by disk, the oldest first.
 type Places = BTreeMap<DiskId, Vec<Finding>>;
 
+fn each(places: Places) -> impl Iterator<Item = (DiskId, Finding)> {
+    places.into_iter().flat_map(|(disk, all)| all.into_iter().map(move |finding| (disk, finding)))
+}
+
 #[derive(Default)]
 struct Known {
     places: Places,
@@ -93,6 +139,8 @@ struct Known {
     forgets: u64,
     /// Which of them each was, the last time.
     forgotten: BTreeMap<DiskId, u64>,
+    /// The file could not be written.
+    unwritten: bool,
 }
 
 /// What is found of a disk from now on, until it is forgotten. Clones are the same.
@@ -114,8 +162,13 @@ impl Findings {
             tracing::error!(why, "what was found damaged is not known any more: a scrub finds it again");
             None
         });
-        let known = Known { places: places.unwrap_or_default(), ..Known::default() };
-        Self(Arc::new(Shared { storage, known: Mutex::new(known), file: Mutex::new(stays) }))
+        let root = storage.display(Path::new("")).display().to_string();
+        let mut known = Known::default();
+        for (disk, finding) in each(places.unwrap_or_default()) {
+            // The same place may be noted by several names, from several roots.
+            known.add(disk, finding.named(&root, disk), false);
+        }
+        Self(Arc::new(Shared { storage, root, known: Mutex::new(known), file: Mutex::new(stays) }))
     }
 
     /// What is known of a disk, the oldest first.
@@ -150,13 +203,26 @@ impl Findings {
         }
     }
 
+    /// Notes what could not be noted when it was found; blocks.
+    pub(crate) fn write_what_failed(&self) {
+        let failed = self.lock().unwritten;
+        if failed {
+            self.write();
+        }
+    }
+
     fn write(&self) {
         let stays = self.0.file.lock().unwrap_or_else(PoisonError::into_inner);
         if *stays {
             return;
         }
         let places = self.lock().places.clone();
-        if let Err(error) = KIND.write(&*self.0.storage, Path::new(FILE), &places) {
+        let root = &self.0.root;
+        let within = |all: Vec<Finding>| all.into_iter().map(|finding| finding.within(root)).collect();
+        let places: Places = places.into_iter().map(|(disk, all)| (disk, within(all))).collect();
+        let written = KIND.write(&*self.0.storage, Path::new(FILE), &places);
+        let before = std::mem::replace(&mut self.lock().unwritten, written.is_err());
+        if let (Err(error), false) = (written, before) {
             tracing::warn!(%error, "cannot note what was found damaged: the next start does not know it");
         }
     }
@@ -358,6 +424,30 @@ mod tests {
         findings.note_anew("a", None);
         assert_eq!(open(&storage).of(disk)[0].touched, touched("by a scrub"));
         assert_eq!(damage_of(&storage), None);
+    }
+
+    #[test]
+    fn places_are_named_where_the_store_stands_and_from_its_root_in_the_file() {
+        let disk = DiskId::random();
+        let segment = format!("disks/{disk}/log-2/segments/0000000000000001.seg is damaged at byte 7: x");
+        let pack = "images/packs/1.pack is damaged at byte 7".to_owned();
+        for sentence in [&segment, &pack] {
+            let at = |root: &str| {
+                let damage = format!("{root}{sentence}");
+                let known = backtide_receiver_api::TouchedKnown::Exact;
+                let text = String::new();
+                let touched = Some(Touched { place: damage.clone(), points: Vec::new(), known, text });
+                Finding { damage, touched }
+            };
+            assert_eq!(at("/a/disks/").within("/a/disks/"), at(""));
+            // Of another root only an older program may have noted it.
+            for noted in ["", "/b/", "/images/b c/", "/a/disks/old/"] {
+                assert_eq!(at(noted).named("/a/disks/", disk), at("/a/disks/"), "{noted}");
+            }
+            for other in ["list ", "/b/more/list "] {
+                assert_eq!(at(other).named("/b/", disk), at(other));
+            }
+        }
     }
 
     #[test]

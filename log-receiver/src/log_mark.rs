@@ -3,11 +3,13 @@
 //! Invariants: once a loss was found, every mark that is written names it until a pass that compares everything has ended,
 //! durably. As long as the mark does not say that such a pass has begun, each agent is told to compare everything.
 
-use backtide_recovery::Durable;
+use backtide_recovery::{Durable, LogError};
 use backtide_segment::{Entry, Seq};
+use backtide_units::Lsn;
 
 use crate::{
-    StoreWatch,
+    Shelf, StoreWatch,
+    disk::Disk,
     watermark::{Lost, Noted, Watermark},
 };
 
@@ -30,8 +32,6 @@ pub(crate) struct Loss {
     pub(crate) lost: Durable,
     /// Its end is not lost. What of it is damaged is told as a finding.
     pub(crate) in_doubt: bool,
-    /// The agent has said that it knows more to have been durable than the log has.
-    pub(crate) is_short: bool,
     /// Something else than an attach has followed: it either follows exactly, or is a pass with a hole of its own.
     pub(crate) followed: bool,
     /// The entry with which a pass has begun since.
@@ -73,8 +73,7 @@ impl Loss {
         let Lost { through, is_compared, in_doubt } = lost;
         // It was durable: so is every entry that is there.
         let pass = is_compared.then_some(Seq(0));
-        let (followed, is_short) = (pass.is_some(), false);
-        Self { why, lost: through, in_doubt, is_short, followed, pass, ended: None }
+        Self { why, lost: through, in_doubt, followed: pass.is_some(), pass, ended: None }
     }
 
     /// Takes note of an entry that was appended.
@@ -113,5 +112,29 @@ impl Loss {
             in_doubt: loss.in_doubt,
         });
         Noted { durable, lost }
+    }
+}
+
+impl Shelf {
+    /// Takes note of how much the disk's agent knows to have been durable: a log in doubt that has less has lost its end. That is
+    /// durable before the agent is told how much there is, for later it knows of no more.
+    ///
+    /// # Errors
+    /// When it cannot be noted: the log is in doubt as before.
+    pub(crate) fn learn_acknowledged(&self, disk: &mut Disk, acknowledged: Lsn) -> Result<(), LogError> {
+        let (id, dir) = (disk.id(), Self::dir(disk.id(), disk.log_number()));
+        let Some((mark, durable)) = disk.doubt_short_of(acknowledged) else { return Ok(()) };
+        let Some(mut loss) = mark.loss.clone() else { return Ok(()) };
+        loss.in_doubt = false;
+        loss.lost.lsn = loss.lost.lsn.max(acknowledged);
+        let lost = Lost { through: loss.lost, is_compared: false, in_doubt: false };
+        loss.why = self.lost_sentence(&dir, lost, loss.lost.seq);
+        if let Some(watermark) = &mark.watermark {
+            let written = watermark.write_durably(Loss::noted(Some(&loss), durable));
+            written.map_err(|source| self.loss_not_noted(&dir, source))?;
+        }
+        tracing::error!(disk = %id, why = loss.why, "the disk's agent knows more to have been durable");
+        mark.loss = Some(loss);
+        Ok(())
     }
 }

@@ -162,7 +162,7 @@ impl Shelf {
         Watermark::of_any(&*self.storage, dir).map_err(|source| LogError::Io { step: step(), source })
     }
 
-    fn loss_not_noted(&self, dir: &Path, source: io::Error) -> LogError {
+    pub(crate) fn loss_not_noted(&self, dir: &Path, source: io::Error) -> LogError {
         let step = format!(
             "write {}, which is to tell that the log has lost what was durable: it is used again when that can be written",
             self.storage.display(&dir.join(watermark::FILE)).display()
@@ -174,21 +174,27 @@ impl Shelf {
     }
 
     /// A sentence.
-    fn lost_sentence(&self, dir: &Path, lost: Lost, end: Seq) -> String {
-        let Lost { through, is_compared, in_doubt } = lost;
-        let since = if is_compared { "not everything" } else { "nothing" };
+    pub(crate) fn lost_sentence(&self, dir: &Path, lost: Lost, end: Seq) -> String {
+        let through = lost.through;
         let segments = self.storage.display(&dir.join("segments"));
         let (segments, seq, lsn) = (segments.display(), through.seq, through.lsn);
-        match in_doubt {
-            true => format!(
-                "what the log in {segments} holds up to entry {seq} (lsn:{lsn}) is in doubt, and {since} has been compared \
-                 since: some of it is damaged, or `backtide fsck --repair` has made the mark of how far it was durable anew"
-            ),
-            false => format!(
-                "the end of the log in {segments} is lost: entries up to {seq} (lsn:{lsn}) were durable, and {since} has been \
-                 compared since; it ends with entry {end}"
-            ),
+        // It is said as long as an agent compares, too.
+        let since = "not everything has been compared since";
+        if lost.in_doubt {
+            return format!(
+                "what the log in {segments} holds up to entry {seq} (lsn:{lsn}) is in doubt, and {since}: some of it is damaged, \
+                 or `backtide fsck --repair` has made the mark of how far it was durable anew"
+            );
         }
+        if seq > end {
+            return format!(
+                "the end of the log in {segments} is lost: entries up to {seq} (lsn:{lsn}) were durable, and {since}; it ends \
+                 with entry {end}"
+            );
+        }
+        format!(
+            "the end of the log in {segments} is lost: everything up to lsn:{lsn} was durable, and {since}"
+        )
     }
 
     /// Reads what is left of a log that is out of use, unless all of it is known. What cannot be read is said by the failure.

@@ -359,7 +359,6 @@ impl Receiver {
     }
 }
 
-/// How streams over TCP come in.
 /// What is kept of a disk that has no ladder of its own.
 pub(crate) fn default_ladder(config: &Config) -> Result<Ladder, StartError> {
     let ladder = config.retention.default.parse();

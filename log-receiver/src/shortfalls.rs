@@ -5,6 +5,9 @@
 //! pass that follows, and the hole of this pass says it too; but a ladder removes that, and there is none where marks are gone and
 //! no point. Of a log that has lost its end it is noted too, for that is told as damage only until everything was compared.
 //!
+//! A note says whether the disk's agent is still bringing everything anew, for a log that is out of use does not: that is told as open,
+//! and nobody can dismiss it.
+//!
 //! The note is written before the sync that makes the begin of the pass durable, and again before that of its end. Where a crash
 //! comes between, there is a note of a pass that is not in the log, and it is true: the agent had found so. Where the receiver ends
 //! in the moment before that, neither is there, and only the agent's own log tells. One that cannot be written is tried again
@@ -51,6 +54,9 @@ pub(crate) struct Shortfall {
     from: Option<Place>,
     /// When it was found, or everything had been brought anew, by the receiver's clock.
     at: CaptureTime,
+    /// Its agent has not brought everything anew yet. Not in the file where it has: programs that do not know of it read that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    is_open: bool,
 }
 
 /// A point in the file.
@@ -94,7 +100,7 @@ impl Shortfall {
         let reason =
             reason.filter(|reason| matches!(reason, Reason::ReceiverRolledBack | Reason::Damaged))?;
         let from = hole.from.or(before).map(|TimedLsn { lsn, time }| Place { lsn, time });
-        Some(Self { reason, from, at })
+        Some(Self { reason, from, at, is_open: true })
     }
 
     /// Whether any point was left.
@@ -106,8 +112,8 @@ impl Shortfall {
         (self.reason, self.from) == (other.reason, other.from)
     }
 
-    /// It in words; `is_open` as long as its agent has not brought everything anew.
-    fn told(&self, is_open: bool) -> String {
+    /// It in words.
+    fn told(&self) -> String {
         let what = match (self.reason, self.from) {
             (Reason::Damaged, _) => {
                 "the end of its log was lost after it had been acknowledged as durable".to_owned()
@@ -124,7 +130,7 @@ impl Shortfall {
         let gone = self.from.map_or_else(String::new, |Place { lsn, time }| {
             format!(": points and marks after lsn:{lsn} ({}) that it had are gone", time_text(time))
         });
-        let since = match is_open {
+        let since = match self.is_open {
             true => "its agent has not brought everything anew yet".to_owned(),
             false => {
                 let until = CaptureTime(self.at.0.saturating_add(TOLD_FOR.as_micros() as u64));
@@ -165,15 +171,24 @@ impl Shortfalls {
         known.changed = true;
     }
 
+    /// Notes that the disk's agent has brought everything anew: all that was found is past, whether or not its pass got into the log.
+    fn end(&self) {
+        let mut known = self.lock();
+        known.changed |= known.notes.iter().any(|note| note.is_open);
+        known.notes.iter_mut().for_each(|note| note.is_open = false);
+    }
+
     /// Those that are told at `now`. The others are forgotten.
     fn told(&self, now: CaptureTime) -> Notes {
         let mut known = self.lock();
         let before = known.notes.len();
         known.notes.retain(|note| now.0.saturating_sub(note.at.0) <= TOLD_FOR.as_micros() as u64);
         known.changed |= known.notes.len() < before;
-        for note in known.notes.iter_mut().filter(|note| note.at > now) {
+        let ahead = known.notes.iter().any(|note| note.at > now);
+        known.changed |= ahead;
+        for note in &mut known.notes {
             // The receiver's clock was ahead then: nobody knows for how long it is told already.
-            note.at = now;
+            note.at = note.at.min(now);
         }
         known.notes.clone()
     }
@@ -195,27 +210,32 @@ impl Shortfalls {
             known.changed = false;
             known.notes.clone()
         };
-        let (storage, path) = (&*self.0.storage, self.0.dir.join(FILE));
-        let written = match notes.as_slice() {
-            [] => remove(storage, &path, &self.0.dir),
-            notes => KIND.write(storage, &path, &notes),
-        };
-        let Err(error) = written else { return };
+        let Err(error) = self.put(&notes) else { return };
         let mut known = self.lock();
         known.changed = true;
         if !std::mem::replace(&mut known.warned, true) {
-            let path = storage.display(&path);
+            let path = self.0.storage.display(&self.0.dir.join(FILE));
             tracing::warn!(path = %path.display(), %error, "cannot note what the store had less of than acknowledged: the next start does not know it");
         }
     }
 
-    /// Forgets durably what is told at `now` of the past; blocks. What was found since is told nevertheless.
+    /// Makes the file say this, durably.
+    fn put(&self, notes: &[Shortfall]) -> io::Result<()> {
+        let (storage, path) = (&*self.0.storage, self.0.dir.join(FILE));
+        if notes.is_empty() {
+            remove(storage, &path, &self.0.dir)
+        } else {
+            KIND.write(storage, &path, &notes)
+        }
+    }
+
+    /// Forgets durably what is told at `now` of the past; blocks. What is not past, or was found since, is told nevertheless.
     ///
     /// # Errors
-    /// When the file cannot be removed: all is told as before.
+    /// When the file cannot be written or removed: all is told as before.
     pub(crate) fn dismiss(&self, now: CaptureTime) -> io::Result<Vec<String>> {
         let _alone = self.0.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let told = self.told(now);
+        let (stay, told): (Notes, Notes) = self.told(now).into_iter().partition(|note| note.is_open);
         if told.is_empty() {
             return Ok(Vec::new());
         }
@@ -223,16 +243,16 @@ impl Shortfalls {
             let why = format!("{FILE} is of a newer version of Backtide, which alone can change it");
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
-        let removed = remove(&*self.0.storage, &self.0.dir.join(FILE), &self.0.dir);
+        let written = self.put(&stay);
         let mut known = self.lock();
-        if let Err(error) = removed {
-            // It may be gone nevertheless.
+        if let Err(error) = written {
+            // It may be written nevertheless.
             known.changed = true;
             return Err(error);
         }
         known.notes.retain(|note| !told.contains(note));
-        known.changed = !known.notes.is_empty();
-        Ok(told.iter().map(|note| note.told(false)).collect())
+        known.changed = known.notes != stay;
+        Ok(told.iter().map(Shortfall::told).collect())
     }
 
     /// Nothing that could panic runs under the lock.
@@ -255,7 +275,11 @@ impl Disk {
         let ends = matches!(entry, Entry::PassEnd { valid_from: Some(_), .. });
         let before = if ends { self.open_shortfall(now) } else { None };
         self.append(entry, ByteCount::ZERO)?;
-        let found = if begins { self.open_shortfall(now) } else { before };
+        if ends {
+            self.shortfalls().end();
+        }
+        let past = before.map(|found| Shortfall { is_open: false, ..found });
+        let found = if begins { self.open_shortfall(now) } else { past };
         // A store that never had any of it may have lost nothing.
         if let Some(found) = found.filter(|found| found.has_left_some() || found.reason == Reason::Damaged) {
             self.shortfalls().note(found);
@@ -272,8 +296,7 @@ impl Disk {
             && hole.from.is_none()
             && !self.past().logs().is_empty();
         // Of a log in doubt nothing is missing, as far as its agent has said.
-        let is_doubt = found.reason == Reason::Damaged
-            && self.loss().is_some_and(|loss| loss.in_doubt && !loss.is_short);
+        let is_doubt = found.reason == Reason::Damaged && self.loss().is_some_and(|loss| loss.in_doubt);
         (!is_told && !is_doubt).then_some(found)
     }
 
@@ -283,10 +306,9 @@ impl Disk {
         let mut all = self.shortfalls().told(now);
         all.retain(|note| open.is_none_or(|open| !open.is_of(note)));
         // A lost end is damage until everything was compared.
-        let is_damage = |found: &Shortfall| found.reason == Reason::Damaged && self.loss().is_some();
-        let told = all.iter().map(|note| (note, false)).chain(open.iter().map(|open| (open, true)));
-        let told = told.filter(|(found, _)| !is_damage(found));
-        told.map(|(found, is_open)| (found.has_left_some(), found.told(is_open))).collect()
+        let is_lost = self.loss().is_some_and(|loss| !loss.in_doubt);
+        let told = all.iter().chain(&open).filter(|found| !(is_lost && found.reason == Reason::Damaged));
+        told.map(|found| (found.has_left_some(), found.told())).collect()
     }
 }
 
@@ -318,8 +340,8 @@ fn remove(storage: &dyn Storage, path: &Path, dir: &Path) -> io::Result<()> {
 #[cfg(test)]
 pub(crate) fn sample(storage: &dyn Storage, dir: &Path) {
     let from = Some(Place { lsn: Lsn(5), time: CaptureTime(6) });
-    let note = |reason, from| Shortfall { reason, from, at: CaptureTime(7) };
-    let notes: Notes = vec![note(Reason::ReceiverRolledBack, from), note(Reason::Damaged, None)];
+    let note = |reason, from, is_open| Shortfall { reason, from, at: CaptureTime(7), is_open };
+    let notes: Notes = vec![note(Reason::ReceiverRolledBack, from, true), note(Reason::Damaged, None, false)];
     KIND.write(storage, &dir.join(FILE), &notes).unwrap();
 }
 
@@ -328,7 +350,7 @@ pub(crate) fn sample(storage: &dyn Storage, dir: &Path) {
 pub(crate) fn take(storage: Arc<dyn Storage>, dir: &Path) {
     let shortfalls = Shortfalls::open(storage, dir.to_owned());
     let told = shortfalls.told(CaptureTime(8));
-    let _: Vec<_> = told.iter().map(|found| (found.told(true), found.told(false))).collect();
+    let _: Vec<_> = told.iter().map(Shortfall::told).collect();
     told.into_iter().for_each(|found| shortfalls.note(found));
     shortfalls.write();
 }
@@ -345,7 +367,8 @@ mod tests {
 
     fn found(lsn: u64, days: u64) -> Shortfall {
         let from = Some(Place { lsn: Lsn(lsn), time: CaptureTime(u64::MAX / 2) });
-        Shortfall { reason: Reason::ReceiverRolledBack, from, at: CaptureTime(days * DAY) }
+        let (reason, at) = (Reason::ReceiverRolledBack, CaptureTime(days * DAY));
+        Shortfall { reason, from, at, is_open: false }
     }
 
     fn store() -> (MemoryStorage, Arc<dyn Storage>) {
@@ -381,8 +404,12 @@ mod tests {
         let (_, storage) = store();
         let shortfalls = open(&storage);
         shortfalls.note(found(5, 10_000));
+        shortfalls.write();
         assert_eq!(shortfalls.told(NOW), [found(5, 100)]);
-        assert!(shortfalls.told(CaptureTime(NOW.0 + 8 * DAY)).is_empty());
+        shortfalls.write();
+        for shortfalls in [&shortfalls, &open(&storage)] {
+            assert!(shortfalls.told(CaptureTime(NOW.0 + 8 * DAY)).is_empty(), "also after a start");
+        }
     }
 
     #[test]
@@ -421,6 +448,13 @@ mod tests {
         shortfalls.note(found(7, 99));
         shortfalls.write();
         assert_eq!(open(&storage).told(NOW), [found(7, 99)]);
+        let is_brought = Shortfall { is_open: true, ..found(8, 99) };
+        shortfalls.note(is_brought);
+        assert_eq!(shortfalls.dismiss(NOW).unwrap().len(), 1);
+        assert_eq!(open(&storage).told(NOW), [is_brought], "it is not past");
+        shortfalls.end();
+        shortfalls.write();
+        assert_eq!(open(&storage).told(NOW), [found(8, 99)]);
     }
 
     #[test]

@@ -158,12 +158,13 @@ impl Disk {
     pub(crate) fn salvaged(&mut self, left: LeftOver) {
         let Log::Failed(failed) = &mut self.log else { return };
         let LeftOver { salvaged, memo, unread } = left;
-        let Some(Salvage { snapshot, damage, .. }) = salvaged else {
+        let Some(Salvage { snapshot, damage, size, .. }) = salvaged else {
             // It keeps its name, and its fence.
             failed.attached = newest(failed.attached.take(), memo.map(|memo| memo.attached));
             return;
         };
         let attached = newest(snapshot.timeline().attached().cloned(), memo.map(|memo| memo.attached));
+        failed.bytes = size;
         failed.left = Some(Left { snapshot, damage, attached, unread });
     }
 

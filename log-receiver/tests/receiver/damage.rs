@@ -86,6 +86,8 @@ async fn a_log_with_a_bad_header_keeps_its_name_and_all_its_points_and_its_agent
     assert!(damage.contains("0000000000000001.seg is damaged at byte 0"), "{damage}");
     assert_eq!((points.intervals[0].from_lsn, points.intervals[0].to_lsn), (Lsn(5), Lsn(50)));
     let hole = damaged_hole(&points);
+    let listed = api.disks(None).await.unwrap().disks.remove(0);
+    assert!(listed.log_bytes > ByteCount(45 * 4096), "{listed:?}");
     assert!(hole.open && hole.after_lsn == Lsn(50), "{hole:?}");
     read_point(&place, &api, 20).await;
     read_point(&place, &api, 50).await;
@@ -432,4 +434,51 @@ async fn damage_is_told_after_a_start_and_mended_from_what_was_sent_again() {
     assert_content(&place, &mount, &image).await;
     receiver.shutdown().await;
     assert!(fsck(&place.store(), &mut |_| {}).unwrap().sound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_moved_is_compared_no_second_time_and_tells_each_place_once() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let (mut agent, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    for lsn in 6..=20 {
+        agent.send(&write(lsn, lsn << 12, vec![lsn as u8; 4096])).await;
+        agent.all_durable().await;
+    }
+    // Nothing seals the segment.
+    let copy = fs::read(&segments(&place)[0]).unwrap();
+    drop(agent);
+    receiver.shutdown().await;
+    let [only] = &segments(&place)[..] else { panic!("one segment") };
+    fs::write(only, copy).unwrap();
+    let payload = fs::read(only).unwrap().windows(4096).position(|bytes| bytes == [10; 4096]);
+    flip(only, payload.expect("the payload of LSN 10 stands in the file as it is") + 100);
+
+    let again = Hello { history: Some(first.history), ..hello(1, "vm1") };
+    let receiver = place.start().await;
+    let (mut agent, welcome) = Agent::welcomed(&receiver, again.clone()).await;
+    assert_eq!(welcome.state, ReceiverState::Foreign);
+    agent.send(&pass_begin(60, 20, Reason::Damaged)).await;
+    agent.send(&pass_end(60)).await;
+    agent.all_durable().await;
+    let damage = client(&receiver).disks(None).await.unwrap().disks.remove(0).damage;
+    assert_eq!(damage.len(), 1, "{damage:?}");
+    drop(agent);
+    receiver.shutdown().await;
+
+    let moved = place.path("moved");
+    fs::rename(place.store(), &moved).unwrap();
+    let config = backtide_log_receiver::Config { store: moved.clone(), ..place.config() };
+    let receiver = Receiver::start(config).await.unwrap();
+    let (_agent, welcome) = Agent::welcomed(&receiver, again).await;
+    assert_eq!(welcome.state, ReceiverState::Known);
+    let disk = client(&receiver).disks(None).await.unwrap().disks.remove(0);
+    let [told] = &disk.damage[..] else { panic!("one place, not {disk:?}") };
+    assert!(told.starts_with(&format!("{}/disks/", moved.display())), "{told}");
+    assert!(
+        disk.touched.iter().all(|touched| *told == touched.place) && !disk.touched.is_empty(),
+        "{disk:?}"
+    );
+    receiver.shutdown().await;
 }

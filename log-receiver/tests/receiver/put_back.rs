@@ -8,6 +8,7 @@ use backtide_units::{ByteCount, CaptureTime, Epoch, Lsn, Reason};
 
 use crate::{
     agent::*,
+    faults::{Fault, Faulty},
     fixture::*,
     retention::{TENS, files, go_on, ladder, rounds, vm1, write_history},
 };
@@ -159,6 +160,44 @@ async fn another_store_than_the_agent_had_is_not_said_to_have_been_put_back() {
     assert!(!told[0].contains("put back") && !told[0].contains("acknowledged"), "{told:?}");
     end(&mut agent, 60, CaptureTime(60)).await;
     assert_eq!(alarms(&api).await, Vec::<String>::new());
+    receiver.shutdown().await;
+}
+
+#[tokio::test]
+async fn while_its_log_is_out_of_use_nothing_that_its_agent_is_still_bringing_is_past() {
+    let place = Place::new();
+    let storage = Faulty::new();
+    let receiver = place.start_on(storage.clone()).await;
+    let (mut agent, first) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    agent.first_pass(5).await;
+    let api = client(&receiver);
+    agent.send(&begin(60, 5, CaptureTime(60), Reason::ReceiverRolledBack)).await;
+    agent.all_durable().await;
+    storage.set(Fault::WritesFail);
+    agent.send(&pass_data(60, 0, vec![60; 4096])).await;
+    agent.closed().await;
+    let lacking = |told: Vec<String>| {
+        let told: Vec<_> = told.into_iter().filter(|why| why.contains("the store had less of it")).collect();
+        let [only] = &told[..] else { panic!("one alarm, not {told:?}") };
+        only.clone()
+    };
+    let told = lacking(alarms(&api).await);
+    assert!(told.contains("has not brought everything anew yet"), "{told}");
+    let refused = api.dismiss(&vm1()).await.unwrap_err();
+    assert!(refused.message.contains("nothing is told that is past"), "{refused}");
+
+    storage.set(Fault::None);
+    let again = Hello { history: Some(first.history), ..hello(1, "vm1") };
+    let (mut agent, _) = Agent::welcomed(&receiver, again).await;
+    assert_eq!(lacking(alarms(&api).await), told);
+    end(&mut agent, 60, CaptureTime(60)).await;
+    storage.set(Fault::WritesFail);
+    agent.send(&write(61, 0, vec![61; 4096])).await;
+    agent.closed().await;
+    let told = lacking(alarms(&api).await);
+    assert!(told.contains("has brought everything anew since"), "{told}");
+    storage.set(Fault::None);
+    assert_eq!(api.dismiss(&vm1()).await.unwrap().shortfalls.len(), 1);
     receiver.shutdown().await;
 }
 

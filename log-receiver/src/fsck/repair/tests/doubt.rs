@@ -63,10 +63,21 @@ fn content(page: u64) -> Bytes {
     Bytes::from(vec![newest as u8; PAGE as usize])
 }
 
-/// Compares everything as an agent does, and sends what differs: which pages.
-fn compare(disk: &mut Disk, at: u64) -> Vec<u32> {
+/// Begins to compare everything, durably.
+fn begin(disk: &mut Disk, at: u64) {
     let (at, time) = (Lsn(at), CaptureTime(at));
     disk.append_of_pass(entries::pass_begin(at, Lsn(25), time, Reason::Damaged), time).unwrap();
+    commit(disk);
+}
+
+/// Compares everything as an agent does, and sends what differs: which pages.
+fn compare(disk: &mut Disk, at: u64) -> Vec<u32> {
+    begin(disk, at);
+    compare_begun(disk, at)
+}
+
+fn compare_begun(disk: &mut Disk, at: u64) -> Vec<u32> {
+    let (at, time) = (Lsn(at), CaptureTime(at));
     let hash = |number| Content::Hash(*blake3::hash(&content(number)).as_bytes());
     let items = (0..16).map(|number| CompareItem { range: page(number), content: hash(number) }).collect();
     let view = disk.snapshot().unwrap().newest_view(at);
@@ -79,6 +90,12 @@ fn compare(disk: &mut Disk, at: u64) -> Vec<u32> {
     disk.append_of_pass(Entry::PassEnd { at, valid_from: Some(at), time }, time).unwrap();
     commit(disk);
     differing
+}
+
+/// What is told of its end.
+fn told(disk: &Disk) -> Vec<String> {
+    let lacked = disk.lacked(CaptureTime(200)).into_iter().map(|(_, why)| why);
+    disk.damage().cloned().chain(lacked).collect()
 }
 
 fn latest_is_whole(disk: &mut Disk) -> bool {
@@ -124,6 +141,24 @@ fn what_opening_finds_damaged_is_told_and_its_agent_compares_everything_once() {
 }
 
 #[test]
+fn what_a_full_store_could_not_note_is_noted_when_its_agent_comes_and_compared_once() {
+    for storage in damaged_where_opening_sees_it() {
+        // Opening cuts off what was reserved.
+        storage.set_capacity(Some(ByteCount::ZERO));
+        let mut disks = Disks::open(shelf(&storage), [IDENTITY.disk]);
+        assert_eq!(findings(&storage), []);
+        storage.set_capacity(None);
+        let claim = disks.claim(ConnectionId(1), &hello(), CaptureTime(200)).unwrap();
+        assert_eq!(claim.state, ReceiverState::Foreign);
+        let found = findings(&storage);
+        assert_eq!(found.len(), 1);
+        compare(disks.get_mut(IDENTITY.disk).unwrap(), 30);
+        drop(disks);
+        assert_eq!((started(&storage).1, findings(&storage)), (ReceiverState::Known, found));
+    }
+}
+
+#[test]
 fn what_is_found_damaged_while_everything_is_compared_is_to_be_compared_again() {
     let (storage, path, [another, payload]) = of_one_segment(22, false);
     storage.flip_bit(&path, ByteOffset(payload + 100), 1);
@@ -139,14 +174,29 @@ fn what_is_found_damaged_while_everything_is_compared_is_to_be_compared_again() 
     assert_eq!(started(&storage).1, ReceiverState::Foreign);
 }
 
-#[test]
-fn a_repair_that_makes_a_mark_anew_has_its_agent_compare_what_may_never_have_been_durable() {
+/// A store with a log whose mark a repair has made anew.
+fn repaired() -> MemoryStorage {
     let (storage, path, [_, payload]) = of_one_segment(22, false);
     storage.flip_bit(&path, ByteOffset(payload + 100), 1);
     let mark = Shelf::dir(IDENTITY.disk, 1).join(crate::watermark::FILE);
     storage.make_unreadable(&mark, ByteRange::new(ByteOffset(0), ByteCount(512)).unwrap());
     let report = run(&storage, Repair::Everything).unwrap();
     assert!(report.disks[0].mended.iter().any(|mended| mended.contains("compares everything")), "{report:?}");
+    storage
+}
+
+/// As [`started`], with an agent that knows so much to have been durable.
+fn started_by(storage: &MemoryStorage, acked_durable: Lsn) -> (Disks, ReceiverState) {
+    let mut disks = Disks::open(shelf(storage), [IDENTITY.disk]);
+    let hello = Hello { acked_durable, ..hello() };
+    let claim = disks.claim(ConnectionId(1), &hello, CaptureTime(200)).unwrap();
+    commit(disks.get_mut(IDENTITY.disk).unwrap());
+    (disks, claim.state)
+}
+
+#[test]
+fn a_repair_that_makes_a_mark_anew_has_its_agent_compare_what_may_never_have_been_durable() {
+    let storage = repaired();
     for _ in 0..2 {
         let (_, state) = started(&storage);
         assert_eq!(state, ReceiverState::Foreign);
@@ -154,17 +204,62 @@ fn a_repair_that_makes_a_mark_anew_has_its_agent_compare_what_may_never_have_bee
     // Whether something is missing at the end only its agent knows.
     for (acknowledged, missing) in [(Lsn(25), false), (Lsn(27), true)] {
         let storage = storage.copy();
-        let hello = Hello { acked_durable: acknowledged, ..hello() };
-        let mut disks = Disks::open(shelf(&storage), [IDENTITY.disk]);
-        let claim = disks.claim(ConnectionId(1), &hello, CaptureTime(200)).unwrap();
-        assert_eq!(claim.state, ReceiverState::Foreign);
+        let (mut disks, state) = started_by(&storage, acknowledged);
+        assert_eq!(state, ReceiverState::Foreign);
         let disk = disks.get_mut(IDENTITY.disk).unwrap();
-        assert_eq!(compare(disk, 30), [4]);
+        assert_eq!(told(disk).len(), usize::from(missing), "{:?}", told(disk));
+        begin(disk, 30);
+        assert_eq!(told(disk).len(), usize::from(missing), "{:?}", told(disk));
+        assert_eq!(compare_begun(disk, 30), [4]);
         assert!(latest_is_whole(disk));
+        assert_eq!(told(disk).len(), usize::from(missing));
         assert_eq!(disk.lacked(CaptureTime(200)).len(), usize::from(missing));
         drop(disks);
         assert_eq!(started(&storage).1, ReceiverState::Known);
     }
+}
+
+#[test]
+fn what_the_agent_of_a_log_in_doubt_misses_is_known_from_its_hello_on_whenever_the_receiver_ends() {
+    // The first attach goes into the log; the second does not, for it is there.
+    for attached in [false, true] {
+        let storage = repaired();
+        if attached {
+            drop(started(&storage));
+        }
+        drop(started_by(&storage, Lsn(27)));
+        storage.crash(1);
+        // By then the agent knows of no more than it was told.
+        let (mut disks, state) = started_by(&storage, Lsn(25));
+        assert_eq!(state, ReceiverState::Foreign);
+        let disk = disks.get_mut(IDENTITY.disk).unwrap();
+        let lost = told(disk);
+        assert!(lost.len() == 1 && lost[0].contains("lsn:27") && lost[0].contains("is lost"), "{lost:?}");
+        assert_eq!(disk.lost_end(), Some(lost[0].as_str()), "there is a hole");
+        begin(disk, 30);
+        assert_eq!(told(disk), lost);
+        drop(disks);
+        let (mut disks, state) = started_by(&storage, Lsn(30));
+        let disk = disks.get_mut(IDENTITY.disk).unwrap();
+        assert_eq!((state, told(disk).len()), (ReceiverState::Known, 1));
+        compare_begun(disk, 30);
+        let past = told(disk);
+        assert!(past.len() == 1 && past[0].starts_with("the end of its log was lost"), "{past:?}");
+        drop(disks);
+        let (disks, state) = started(&storage);
+        assert_eq!((state, told(disks.get(IDENTITY.disk).unwrap())), (ReceiverState::Known, past));
+    }
+}
+
+#[test]
+fn what_was_lost_before_is_told_also_while_a_log_is_in_doubt() {
+    let storage = repaired();
+    crate::shortfalls::sample(&storage, &Shelf::dir(IDENTITY.disk, 1));
+    let (mut disks, _) = started(&storage);
+    let disk = disks.get_mut(IDENTITY.disk).unwrap();
+    assert_eq!(told(disk).len(), 2);
+    begin(disk, 30);
+    assert_eq!(told(disk).len(), 2);
 }
 
 #[test]
