@@ -107,8 +107,7 @@ pub(super) async fn refuse_used(
 /// Refuses a folder in which no file can be made.
 fn refuse_no_folder(folder: &Path) -> Result<(), ApiError> {
     let wanted = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-    let found = rustix::fs::stat(folder).and_then(|_| rustix::fs::access(folder, wanted));
-    found.map_err(|error| {
+    rustix::fs::access(folder, wanted).map_err(|error| {
         io_error(&format!("make a file in {}", folder.display()), &error.into())
             .with_hint("make the folder, or name a file in another one")
     })
@@ -284,6 +283,17 @@ mod tests {
             assert_eq!(std::fs::read(&path).unwrap(), b"written");
             std::fs::remove_file(&path).unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_not_there_is_told_before_a_file_is_made_in_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("nowhere/new").display().to_string();
+        let refused = refuse_used(&image, Some(ImageFormat::Raw), false).await.unwrap_err();
+        assert!(
+            refused.message.contains("make a file in") && refused.message.contains("/nowhere"),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -8,7 +8,10 @@ use backtide_tracking::{SavedTracking, Snapshot};
 use backtide_units::{HistoryId, Lsn};
 
 use super::*;
-use crate::{Config, disk::tests::Started};
+use crate::{
+    Config,
+    disk::{Leaving, tests::Started},
+};
 
 /// The agent of `directory`.
 pub(super) fn registry(directory: &Path) -> Arc<Registry> {
@@ -261,4 +264,74 @@ async fn an_attach_that_stands_still_refuses_a_restart_by_name() {
     }
     drop(stuck);
     registry.prepare_to_hand_over().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_disk_whose_clients_may_come_back_is_given_up_only_by_who_knows_better() {
+    let directory = tempfile::tempdir().unwrap();
+    let registry = registry(directory.path());
+    let receiver = backtide_control::Address::unix(directory.path().join("nobody.sock"));
+    let image = directory.path().join("gone.img").display().to_string();
+    let far = serde_json::json!({ "boot": uuid::Uuid::nil(), "peers": [{ "host": "192.0.2.1" }] });
+    let ways = [("vm1", false, true), ("vm2", true, false)];
+    for (name, ..) in ways {
+        let clientele = serde_json::from_value(far.clone()).unwrap();
+        let new = DiskRecord::new(name.parse().unwrap(), image.clone(), receiver.clone());
+        registry.records.save(&DiskRecord { attached: true, clientele, ..new }).unwrap();
+    }
+    assert!(registry.restore().await.unwrap());
+    for (name, force, nobody_returns) in ways {
+        let name: DiskName = name.parse().unwrap();
+        let refused = registry.detach(&name, DetachRequest::default()).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Busy, "{refused}");
+        assert!(refused.hint.unwrap().contains(&format!("backtide detach {name} --nobody-returns")));
+        assert!(registry.records.load(&name).unwrap().unwrap().attached);
+        let request = DetachRequest { force, nobody_returns, incomplete: false };
+        registry.detach(&name, request).await.unwrap();
+        assert!(!registry.records.load(&name).unwrap().unwrap().attached);
+    }
+    assert!(registry.failing().await.is_empty());
+}
+
+/// Its client comes when it was looked at, and before it is taken.
+#[tokio::test]
+async fn a_disk_that_a_client_opened_meanwhile_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let registry = registry(directory.path());
+    let image = directory.path().join("vm1.img");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let status = registry.attach(request_for(&image)).await.unwrap();
+    let guest = backtide_export::Client::connect(&status.nbd_uri.parse().unwrap()).await.unwrap();
+    for leaving in [Leaving::Resized { reconnect: false }, Leaving::SetBack { reconnect: false }] {
+        let attached = registry.disks.write().await.remove(&status.name).unwrap();
+        let shown = disk::not_attached(&registry.records.load(&status.name).unwrap().unwrap(), "a moment");
+        registry.failing.write().await.insert(status.name.clone(), shown);
+        let records = registry.records.clone();
+        let ended = leave::end_unless_open(status.name.clone(), attached, records, leaving).await;
+        let (attached, open) = ended.expect("a client has it open");
+        assert_eq!(open.to_string(), "an NBD client has the disk open");
+        assert!(!registry.records.load(&status.name).unwrap().unwrap().stopped);
+        registry.keep_attached(&status.name, attached).await;
+        assert!(registry.failing().await.is_empty());
+        assert_eq!(registry.find(&status.name).await.unwrap().1.status().await.unwrap().clients, 1);
+        guest.flush().await.unwrap();
+    }
+    registry.shut_down().await;
+}
+
+/// It was attached by an agent that had its TLS configured, or was told that this may be.
+#[tokio::test]
+async fn a_disk_that_other_machines_would_reach_in_the_clear_is_not_served_after_a_start() {
+    let directory = tempfile::tempdir().unwrap();
+    let registry = registry(directory.path());
+    let image = directory.path().join("vm2.img");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let (name, _taken) = stopped(&registry, directory.path(), image.display().to_string());
+    let was = registry.records.load(&name).unwrap().unwrap();
+    let open = "nbd://0.0.0.0:10809/vm2";
+    registry.records.save(&DiskRecord { nbd: Some(open.to_owned()), ..was }).unwrap();
+    assert!(registry.restore().await.unwrap());
+    let reason = registry.failing().await.remove(0).reason;
+    let rule = registry.nbd_rule.check_open(&open.parse().unwrap()).unwrap_err();
+    assert!(reason.contains(&rule.to_string()), "{reason}");
 }

@@ -397,3 +397,20 @@ fn a_mount_is_taken_from_who_has_it_open_only_by_force() {
         table.unmount(&plain.id, by_force(PLAIN)).await.unwrap();
     });
 }
+
+#[test]
+fn other_machines_are_served_no_mount_in_the_clear() {
+    let directory = tempfile::tempdir().unwrap();
+    local(async {
+        let storage = MemoryStorage::new();
+        let table = table(&storage, directory.path());
+        let open: NbdUri = "nbd://0.0.0.0:10809/m".parse().unwrap();
+        let refused = table.mount(Wanted { nbd: Some(open.clone()), ..wanted(false) }).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Refused, "{refused}");
+        let mount = table.mount(wanted(true)).await.unwrap();
+        table.unmount(&mount.id, KEEP).await.unwrap();
+        let refused = table.remount(&mount.id, Some(open)).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Refused, "{refused}");
+        table.remount(&mount.id, None).await.unwrap();
+    });
+}
