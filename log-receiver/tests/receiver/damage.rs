@@ -467,6 +467,8 @@ async fn a_store_that_is_moved_is_compared_no_second_time_and_tells_each_place_o
     drop(agent);
     receiver.shutdown().await;
 
+    let noted = fs::read_to_string(place.store().join("findings.json")).unwrap();
+    assert!(noted.contains("\"disks/") && !noted.contains(&place.store().display().to_string()), "{noted}");
     let moved = place.path("moved");
     fs::rename(place.store(), &moved).unwrap();
     let config = backtide_log_receiver::Config { store: moved.clone(), ..place.config() };
