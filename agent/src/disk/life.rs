@@ -2,9 +2,10 @@
 //! until when the image was written by nobody else.
 //!
 //! Invariant: while nothing of this agent may write the image, the sign goes on telling of the image as this agent left
-//! it, whatever the time: somebody else's write is noticed after a crash, and by the agent itself.
+//! it, whatever the time: somebody else's write is noticed after a crash, and by the agent itself. That the image is not in
+//! its place, or cannot be looked at, takes nothing away from that.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use backtide_export::Server;
 use backtide_io_filter::Filter;
@@ -65,9 +66,13 @@ pub(super) struct Life {
     /// How long the image is where its time tells of each write, and nothing of this agent writes it but the disk itself: no
     /// server.
     told: Option<ByteCount>,
-    /// As of just before the image was last looked at, and how it was then.
+    /// The raw file as it is open, wherever its path leads.
+    open: Option<Arc<ImageFile>>,
+    /// As of just before the last look that found the image, and how it was then.
     own: Own,
     seen: Option<ImageSeen>,
+    /// The last look found it in its place.
+    in_place: bool,
     /// The image may be another than the file says, and that is in order.
     news: bool,
     /// As it is in the file.
@@ -80,19 +85,25 @@ impl Life {
     pub(super) fn new(
         file: TrackingFile,
         image: Option<InPlace>,
-        raw: Option<&ImageFile>,
+        open: Option<Arc<ImageFile>>,
         sign: SignOfLife,
     ) -> Self {
-        let told = raw.filter(|raw| tells_of_writes(raw.path())).map(ImageFile::size);
-        let (own, displaced, was_cut, seen, news) = (Own::default(), None, false, None, false);
-        Self { file, image, displaced, was_cut, told, own, seen, news, sign }
+        let told = open.as_ref().filter(|open| tells_of_writes(open.path())).map(|open| open.size());
+        let (own, displaced, seen) = (Own::default(), None, None);
+        let (was_cut, in_place, news) = (false, false, false);
+        Self { file, image, displaced, was_cut, told, open, own, seen, in_place, news, sign }
     }
 
-    /// Looks at the image; whether somebody else has written it since the last look: it is another than it was, and
-    /// nothing of this agent was under way before that look, between them, or after this one, as `now` says.
+    /// Looks at the image; whether somebody else has written it since the last look that found it: it is another than it was,
+    /// and nothing of this agent was under way before that look, between them, or after this one, as `now` says.
     pub(super) async fn look_for_others(&mut self, now: impl Fn() -> Own, disk: &str) -> bool {
         let before = now();
-        let stamp = self.look(disk).await;
+        let in_place = self.look(disk).await;
+        self.in_place = in_place.is_some();
+        let stamp = match in_place {
+            Some(stamp) => Some(stamp),
+            None => self.look_at_open().await,
+        };
         let found = stamp.as_ref().map(trust::seen);
         // What was under way at the look was begun before, or is under way or counted by now.
         let after = now();
@@ -101,9 +112,13 @@ impl Life {
         self.news |= !unchanged;
         // Who has made it longer does what is asked for before a resize, and may write there.
         let is_disk = self.told.is_some() && stamp.map(|stamp| stamp.size) == self.told;
-        // Where it was not in its place, more than its time is in doubt.
         let others = is_disk && unchanged && found.is_some() && self.seen.is_some() && found != self.seen;
-        (self.own, self.seen) = (before, found);
+        // What was not found now is compared with how it was when it is found again, and so is what this agent does.
+        if found.is_some() || self.image.is_none() {
+            (self.own, self.seen) = (before, found);
+        }
+        // What was in order before is not what is there.
+        self.news &= !others;
         others
     }
 
@@ -114,7 +129,9 @@ impl Life {
 
     /// Says what there is to say since the last time, as of the last look at the image.
     pub(super) async fn keep(&mut self, captured: CaptureTime, disk: &str) {
-        if std::mem::take(&mut self.news) {
+        let is_known = self.in_place || self.image.is_none();
+        // Of an image that is not in its place the file says what it said.
+        if is_known && std::mem::take(&mut self.news) {
             self.sign = trust::alive_now(self.seen, captured);
         } else if captured != self.sign.captured {
             // That an idle disk has not changed is captured too, and changes no image.
@@ -148,6 +165,12 @@ impl Life {
         stamp
     }
 
+    /// The same of the raw file that is open, which others may write by another name.
+    async fn look_at_open(&self) -> Option<ImageStamp> {
+        let open = Arc::clone(self.open.as_ref()?);
+        ImageStamp::found(&blocking(move || open.metadata()).await.ok()?)
+    }
+
     /// Whether what the guest wrote need not be where the image's path leads to.
     pub(super) fn has_lost_its_image(&self) -> bool {
         self.displaced.is_some() || self.was_cut
@@ -176,6 +199,27 @@ mod tests {
         life_in(&MemoryStorage::new(), image)
     }
 
+    fn told(storage: &dyn Storage) -> SignOfLife {
+        Loaded::from_file(storage, Path::new(TRACKING)).unwrap().unwrap().alive.unwrap()
+    }
+
+    /// A look while the agent has made so many changes; whether somebody else has written the image.
+    async fn keep(life: &mut Life, changes: u64, captured: u64, may_change: bool) -> bool {
+        let others = life.look_for_others(|| Own { changes, may_change }, "vm1").await;
+        life.keep(CaptureTime(captured), "vm1").await;
+        others
+    }
+
+    /// As if it was written then.
+    fn touch(image: &Path, seconds: u64) {
+        let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+        std::fs::File::options().write(true).open(image).unwrap().set_modified(time).unwrap();
+    }
+
+    fn seconds(sign: SignOfLife) -> u64 {
+        sign.image.unwrap().modified_ns / 1_000_000_000
+    }
+
     fn life_in(storage: &dyn Storage, image: &Path) -> Life {
         let snapshot = Snapshot::first(SavedTracking::unknown(DiskId::random()), false, true);
         let (path, limits) = (Path::new(TRACKING), ActivityLimits::default());
@@ -195,19 +239,10 @@ mod tests {
         let storage = MemoryStorage::new();
         let mut life = life_in(&storage, &image);
         assert!(!life.has_lost_its_image());
-        let told = || Loaded::from_file(&storage, Path::new(TRACKING)).unwrap().unwrap().alive.unwrap();
-        let own = |changes, may_change| move || Own { changes, may_change };
-        let keep = async |life: &mut Life, changes, captured, may_change| {
-            let others = life.look_for_others(own(changes, may_change), "vm1").await;
-            life.keep(CaptureTime(captured), "vm1").await;
-            others
-        };
+        let told = || told(&storage);
         assert!(!keep(&mut life, 1, 2, false).await);
         let at_first = told();
-        let touch = |seconds| {
-            let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
-            std::fs::File::options().write(true).open(&image).unwrap().set_modified(time).unwrap();
-        };
+        let touch = |seconds| touch(&image, seconds);
         touch(1000);
         assert!(keep(&mut life, 1, 30, false).await);
         assert_eq!(
@@ -250,10 +285,95 @@ mod tests {
         // Another file by that name: nothing is known of it.
         std::fs::copy(&image, directory.path().join("copy")).unwrap();
         std::fs::rename(directory.path().join("copy"), &image).unwrap();
+        let last = told();
         assert!(!keep(&mut life, 3, 32, true).await);
-        assert_eq!((told().image, life.look("vm1").await), (None, None));
+        assert_eq!(told(), SignOfLife { captured: CaptureTime(32), ..last });
+        assert_eq!(life.look("vm1").await, None);
         assert_eq!(life.displaced, Some(Displaced::Other(image)));
         assert!(life.has_lost_its_image());
+    }
+
+    #[tokio::test]
+    async fn a_write_is_noticed_after_looks_that_failed_and_the_guests_own_is_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let (image, link) = (directory.path().join("vm1.img"), directory.path().join("link"));
+        std::fs::write(&image, "content").unwrap();
+        let leads_to = |target: &Path| {
+            let _ = std::fs::remove_file(&link);
+            std::os::unix::fs::symlink(target, &link).unwrap();
+        };
+        leads_to(&image);
+        let storage = MemoryStorage::new();
+        let mut life = life_in(&storage, &link);
+        keep(&mut life, 1, 2, false).await;
+        let at_first = told(&storage);
+        // Too many links, as storage in trouble has its own errors: it says nothing of where the file is.
+        leads_to(&link);
+        assert!(!keep(&mut life, 1, 2, false).await && !life.has_lost_its_image());
+        touch(&image, 1000);
+        assert!(!keep(&mut life, 1, 2, false).await);
+        leads_to(&image);
+        assert!(keep(&mut life, 1, 2, false).await);
+        assert_eq!(told(&storage), at_first);
+        life.renew();
+        assert!(!keep(&mut life, 1, 2, false).await);
+        assert_eq!(seconds(told(&storage)), 1000);
+        // Writes of the guest, which is gone again when the image is found.
+        leads_to(&link);
+        assert!(!keep(&mut life, 2, 2, true).await);
+        touch(&image, 2000);
+        assert!(!keep(&mut life, 2, 2, false).await);
+        assert_eq!(seconds(told(&storage)), 1000, "it was not looked at");
+        leads_to(&image);
+        assert!(!keep(&mut life, 2, 2, false).await);
+        assert_eq!(seconds(told(&storage)), 2000);
+        // One that was there at the last look may have written since.
+        assert!(!keep(&mut life, 2, 2, true).await);
+        leads_to(&link);
+        assert!(!keep(&mut life, 2, 2, false).await);
+        touch(&image, 3000);
+        leads_to(&image);
+        assert!(!keep(&mut life, 2, 2, false).await);
+    }
+
+    #[tokio::test]
+    async fn a_write_of_an_image_that_has_another_name_is_noticed_and_the_guests_own_is_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let (image, away) = (directory.path().join("vm1.img"), directory.path().join("away.img"));
+        std::fs::write(&image, [1; 8192]).unwrap();
+        let storage = MemoryStorage::new();
+        let mut life = life_in(&storage, &image);
+        life.open = Some(Arc::new(ImageFile::open(&image).unwrap()));
+        keep(&mut life, 1, 2, false).await;
+        let at_first = told(&storage);
+        std::fs::rename(&image, &away).unwrap();
+        assert!(!keep(&mut life, 1, 2, false).await && life.has_lost_its_image());
+        touch(&away, 1000);
+        assert!(keep(&mut life, 1, 2, false).await);
+        assert!(!keep(&mut life, 1, 2, false).await, "once");
+        touch(&away, 2000);
+        assert!(!keep(&mut life, 2, 2, true).await, "its guest");
+        assert!(!keep(&mut life, 2, 2, false).await);
+        touch(&away, 3000);
+        assert!(keep(&mut life, 2, 2, false).await, "the guest has gone");
+        std::fs::rename(&away, &image).unwrap();
+        assert!(!keep(&mut life, 2, 2, false).await && !life.has_lost_its_image());
+        assert_eq!(told(&storage), at_first, "it is not as this agent left it");
+        life.renew();
+        // With a guest there is news, which waits until it is in its place.
+        std::fs::rename(&image, &away).unwrap();
+        touch(&away, 4000);
+        assert!(!keep(&mut life, 3, 2, false).await);
+        assert_eq!(told(&storage), at_first);
+        std::fs::rename(&away, &image).unwrap();
+        assert!(!keep(&mut life, 3, 2, false).await);
+        assert_eq!(seconds(told(&storage)), 4000);
+        // Cut short, and as long as it was: not by the agent.
+        let file = std::fs::File::options().write(true).open(&image).unwrap();
+        file.set_len(4096).unwrap();
+        assert!(!keep(&mut life, 3, 2, false).await);
+        file.set_len(8192).unwrap();
+        assert!(keep(&mut life, 3, 2, false).await);
     }
 
     #[tokio::test]

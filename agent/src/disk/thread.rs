@@ -179,7 +179,7 @@ impl Disk {
             }
         };
         let (tracking, left) = Tracking::new(tracking, records.clone(), record.name.clone(), spill);
-        let life = Life::new(tracking.file.clone(), opened.in_place, image.as_deref(), opened.alive);
+        let life = Life::new(tracking.file.clone(), opened.in_place, image.clone(), opened.alive);
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
         super::engine::set_pace(&engine, &record.limits);
         engine.happen(|filter, now| {

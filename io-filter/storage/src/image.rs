@@ -10,7 +10,7 @@ mod direct;
 mod transfer;
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, Metadata, OpenOptions},
     io,
     os::{
         fd::{AsFd, BorrowedFd},
@@ -244,6 +244,14 @@ impl ImageFile {
     /// Its size when it was opened.
     pub fn size(&self) -> ByteCount {
         self.size
+    }
+
+    /// What the system tells of the file that is open, wherever its path leads by now.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn metadata(&self) -> io::Result<Metadata> {
+        self.file.metadata()
     }
 
     /// When it was last written, in nanoseconds since the Unix epoch; zero for a device, which

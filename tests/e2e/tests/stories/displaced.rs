@@ -233,19 +233,30 @@ fn what_is_written_to_the_image_of_an_idle_disk_is_told_and_compared() {
         fs::rename(from, to).unwrap();
         disk.until("it has looked", |status| error_of(status).is_empty() != is_away);
     }
-    let status = disk.status();
-    let passes = status["counters"]["passes"].as_u64().unwrap();
     let input = bench.path("other");
     fs::write(&input, [0x44; 64 << 10]).unwrap();
-    let dd = |seek: &str| {
-        let (from, to) = (format!("if={}", input.display()), format!("of={}", disk.image));
+    let dd_to = |image: &str, seek: &str| {
+        let (from, to) = (format!("if={}", input.display()), format!("of={image}"));
         tools::run("dd", &[&from, &to, "bs=64k", seek, "conv=notrunc", "status=none"]);
     };
+    let dd = |seek: &str| dd_to(&disk.image, seek);
+    let passes = || disk.status()["counters"]["passes"].as_u64().unwrap();
+    let is_compared = |before: u64| {
+        disk.until("it is compared", |status| status["counters"]["passes"].as_u64() > Some(before));
+        disk.until("it is over", |status| error_of(status).is_empty());
+        disk.settle();
+        disk.latest_is_the_image();
+    };
+    let before = passes();
     dd("seek=32");
-    disk.until("it is compared", |status| status["counters"]["passes"].as_u64() > Some(passes));
-    disk.until("it is over", |status| error_of(status).is_empty());
-    disk.settle();
-    disk.latest_is_the_image();
+    is_compared(before);
+    // Also by another name, while the agent does not find it.
+    let before = passes();
+    fs::rename(&disk.image, &away).unwrap();
+    disk.until("it has looked", |status| error_of(status).contains("was deleted"));
+    dd_to(&away, "seek=96");
+    fs::rename(&away, &disk.image).unwrap();
+    is_compared(before);
     // An agent that ends at once, and one that is killed while nothing can be compared.
     dd("seek=48");
     let detached = bench.json_ending(3, &["detach", "vm1"]);
