@@ -8,7 +8,7 @@
 //! Invariant: that somebody was seen is in the disk's record, and told, until everything was compared, from a moment on at
 //! which nobody was seen any more. As long as the record says so nothing that was saved of the disk is trusted.
 
-use std::{rc::Rc, sync::Arc};
+use std::{io, rc::Rc, sync::Arc};
 
 use backtide_io_filter::Filter;
 use backtide_storage::ImageFile;
@@ -43,19 +43,21 @@ impl PastAgent {
     /// At an attach, which compares everything by itself if somebody may have `written` the image before, as the record
     /// says; `image` is none where its locks cannot be asked for.
     pub(super) fn new(image: Option<&ImageFile>, written: bool) -> Self {
-        let qemu = image.is_some_and(ImageFile::is_written_by_qemu);
+        let qemu = image.is_some_and(|image| image.is_written_by_qemu().unwrap_or_default());
         Self { qemu, writes: false, wrote: written || qemu, compares: !qemu }
     }
 
     /// Looks who is there, and says so once; `writes` when somebody has written the image since the last look.
     pub(super) async fn look(&mut self, image: Option<&Arc<ImageFile>>, writes: bool, disk: &str) {
         let Some(image) = image.cloned() else { return };
-        // A file system of another host may take its time. No look is no news.
-        let found = blocking(move || Ok(image.is_written_by_qemu())).await;
-        self.saw(found.unwrap_or(self.qemu), writes, disk);
+        // A file system of another host may take its time.
+        let found = blocking(move || image.is_written_by_qemu()).await;
+        self.saw(found, writes, disk);
     }
 
-    fn saw(&mut self, qemu: bool, writes: bool, disk: &str) {
+    fn saw(&mut self, found: io::Result<bool>, writes: bool, disk: &str) {
+        // No look is no news: who was there may write still.
+        let qemu = found.unwrap_or(self.qemu);
         if writes && !self.wrote {
             tracing::warn!(disk, "somebody else has written the image, which only the agent is to write");
         }
@@ -109,5 +111,25 @@ impl PastAgent {
     /// For people.
     pub(super) fn trouble(&self) -> Option<String> {
         self.wrote.then(|| if self.qemu { QEMU_IS_THERE } else { IS_COMPARED }.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_was_there_is_there_until_a_look_says_otherwise() {
+        let mut past = PastAgent::new(None, false);
+        let fails = || Err(io::Error::from(rustix::io::Errno::NOLCK));
+        past.saw(fails(), false, "vm1");
+        assert!(!past.wrote(), "nobody was seen");
+        past.saw(Ok(true), false, "vm1");
+        past.saw(fails(), false, "vm1");
+        assert!(past.is_there() && past.is_compare_due());
+        assert_eq!(past.trouble().as_deref(), Some(QEMU_IS_THERE));
+        past.saw(Ok(false), false, "vm1");
+        assert!(!past.is_there() && past.wrote());
+        assert_eq!(past.trouble().as_deref(), Some(IS_COMPARED));
     }
 }

@@ -209,8 +209,11 @@ impl ImageFile {
     }
 
     /// Whether a QEMU has the image open to write it, past whoever has it here. As far as its locks tell.
-    pub fn is_written_by_qemu(&self) -> bool {
-        crate::qemu_lock::is_written_by_qemu(&self.file).unwrap_or_default()
+    ///
+    /// # Errors
+    /// The operating system's: nothing is known of who is there.
+    pub fn is_written_by_qemu(&self) -> io::Result<bool> {
+        crate::qemu_lock::is_written_by_qemu(&self.file)
     }
 
     /// Gives the lock up before the file is closed.

@@ -26,3 +26,19 @@ pub fn is_written_by_qemu(file: &File) -> io::Result<bool> {
         Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{Mode, OFlags};
+
+    use super::*;
+
+    #[test]
+    fn a_question_that_nobody_answers_is_an_error_and_not_that_nobody_is_there() {
+        let path = std::env::current_exe().unwrap();
+        // Such a file can be asked for nothing.
+        let opened = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        is_written_by_qemu(&File::from(opened)).unwrap_err();
+        assert!(!is_written_by_qemu(&File::open(&path).unwrap()).unwrap());
+    }
+}
