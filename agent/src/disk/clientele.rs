@@ -35,9 +35,16 @@ impl Clientele {
 
     /// Those that may come back to a disk that is served now.
     pub(crate) fn left(&self) -> Self {
-        let same_start = self.is_empty() || self.boot == boot_id();
-        let is_left = |peer: &&Peer| (same_start || !peer.is_of_this_host()) && peer.may_come_back();
-        Self { boot: self.boot, peers: self.peers.iter().filter(is_left).cloned().collect() }
+        let now = if self.is_empty() { Uuid::nil() } else { boot_id() };
+        self.left_in(now)
+    }
+
+    /// The same in this start of the host. One that is not known may be that in which they were seen.
+    fn left_in(&self, now: Uuid) -> Self {
+        let same_start = self.boot == now || self.boot.is_nil() || now.is_nil();
+        let is_left = |peer: &Peer| (same_start || !peer.is_of_this_host()) && peer.may_come_back();
+        let peers = self.peers.iter().cloned().map(Peer::canonical).filter(is_left).collect();
+        Self { boot: self.boot, peers }
     }
 
     /// Has `server` expect them.
@@ -78,10 +85,21 @@ mod tests {
         let far = Peer::Host([192, 0, 2, 1].into());
         let of = |boot| Clientele { boot, peers: [Peer::Unseen, far.clone()].into() };
         assert_eq!(of(boot_id()).left(), of(boot_id()));
-        assert_eq!(of(Uuid::nil()).left().peers, [far.clone()].into());
-        for here in ["127.0.0.1", "::1"] {
-            let near = Clientele { boot: Uuid::nil(), peers: [Peer::Host(here.parse().unwrap())].into() };
+        let before = Uuid::from_u128(7);
+        assert_eq!(of(before).left().peers, [far.clone()].into());
+        for here in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
+            let near = Clientele { boot: before, peers: [Peer::Host(here.parse().unwrap())].into() };
             assert!(near.left().is_empty(), "{here}");
         }
+        // That cannot be told: they may be there.
+        assert_eq!(of(before).left_in(Uuid::nil()), of(before));
+        assert_eq!(of(Uuid::nil()).left(), of(Uuid::nil()));
+    }
+
+    #[test]
+    fn a_host_is_awaited_by_the_address_that_it_comes_from() {
+        let of = |ip: &str| Clientele { boot: boot_id(), peers: [Peer::Host(ip.parse().unwrap())].into() };
+        assert_eq!(of("::ffff:192.0.2.1").left(), of("192.0.2.1"));
+        assert_eq!(of("::1").left(), of("127.0.0.1"));
     }
 }

@@ -12,7 +12,11 @@
 //! - one that somebody may have written past the agent that had it is not as that left it, as long as it has not been
 //!   compared.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    io,
+    sync::OnceLock,
+    time::{Duration, SystemTime},
+};
 
 use backtide_io_filter::Resume;
 use backtide_tracking::{ImageSeen, LoadError, Loaded, SignOfLife};
@@ -54,8 +58,14 @@ fn booted_at() -> Option<CaptureTime> {
 
 /// Which boot of the host this is; nil when that is not known.
 pub(crate) fn boot_id() -> Uuid {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    text.trim().parse().unwrap_or_default()
+    static KNOWN: OnceLock<Uuid> = OnceLock::new();
+    known_once(&KNOWN, || std::fs::read_to_string("/proc/sys/kernel/random/boot_id"))
+}
+
+/// It stays what it is for as long as this process lives. What could not be read is read again.
+fn known_once(known: &OnceLock<Uuid>, read: impl FnOnce() -> io::Result<String>) -> Uuid {
+    let found = || read().ok()?.trim().parse().ok();
+    known.get().copied().or_else(found).map_or(Uuid::nil(), |id| *known.get_or_init(|| id))
 }
 
 /// Until when everything that was captured is known to what was left: a receiver with something later has

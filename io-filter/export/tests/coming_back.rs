@@ -64,7 +64,9 @@ fn a_process_is_back_when_it_connects() {
         let server = place.serve(FileExport::open("disk", &place.image(1 << 20), false).unwrap()).await;
         let first = client(&server, &place.uri("disk")).await;
         let own = server.clients();
-        assert!(matches!(own.first(), Some(Peer::Process { .. })), "{own:?}");
+        let Some(Peer::Process { id, .. }) = own.first() else { panic!("{own:?}") };
+        server.expect([Peer::Process { id: *id, started: 0 }].into());
+        assert_eq!(server.expected(), [].into(), "it is there, whenever it was started");
         drop(first);
         deserted(&server).await;
         server.expect(own.clone());

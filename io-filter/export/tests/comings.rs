@@ -152,12 +152,17 @@ fn of_a_host_that_gave_way_nobody_is_expected() {
             export: "disk".into(),
             tls: None,
         };
-        let mut other = None;
-        while server.clients() != [Peer::Host([127, 0, 0, 1].into())].into() {
-            other = Client::connect(&uri).await.ok();
-        }
+        let other = loop {
+            if let Ok(other) = Client::connect(&uri).await {
+                break other;
+            }
+        };
         assert!(silent.is_closed().await);
+        assert_eq!(server.clients(), [Peer::Host([127, 0, 0, 1].into())].into());
         drop(other);
+        while server.connections() > 0 {
+            yield_now().await;
+        }
         assert_eq!(server.expected(), BTreeSet::new(), "whether that one is still there nobody hears");
     });
 }

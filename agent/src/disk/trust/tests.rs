@@ -19,6 +19,16 @@ fn record() -> DiskRecord {
     }
 }
 
+#[test]
+fn the_boot_of_the_host_is_read_once() {
+    let known = OnceLock::new();
+    let id = Uuid::from_u128(7);
+    assert_eq!(known_once(&known, || Err(io::ErrorKind::Other.into())), Uuid::nil());
+    assert_eq!(known_once(&known, || Ok(format!("{id}\n"))), id);
+    assert_eq!(known_once(&known, || Err(io::ErrorKind::Other.into())), id);
+    assert!(!boot_id().is_nil());
+}
+
 /// When the agent was last alive.
 const ALIVE: u64 = 1_700_000_000;
 

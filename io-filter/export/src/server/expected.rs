@@ -1,6 +1,12 @@
 //! Who is connected, and who is expected back: they had the export open where it was served before.
 
-use std::{cell::RefCell, collections::BTreeSet, io, net::IpAddr, rc::Rc};
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    io,
+    net::{IpAddr, Ipv4Addr},
+    rc::Rc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,10 +20,10 @@ pub enum Peer {
     Process {
         /// Its number, which another has after it.
         id: u32,
-        /// When it was started, in ticks since the host was.
+        /// When it was started, in ticks since the host was; 0 where that could not be told.
         started: u64,
     },
-    /// Whatever connects from there.
+    /// Whatever connects from there; from this host it is 127.0.0.1, by whichever of its addresses.
     Host(IpAddr),
     /// At a unix socket, of a process that is not seen here: one of another namespace.
     Unseen,
@@ -26,15 +32,48 @@ pub enum Peer {
 impl Peer {
     /// The process of this number at a unix socket.
     pub(super) fn process(id: Option<u32>) -> Self {
-        let started = id.and_then(|id| Some((id, started(stat(id)).ok()??)));
-        started.map_or(Self::Unseen, |(id, started)| Self::Process { id, started })
+        id.map_or(Self::Unseen, |id| Self::found(id, started(stat(id))))
+    }
+
+    fn found(id: u32, started: io::Result<Option<u64>>) -> Self {
+        match started {
+            Ok(Some(started)) => Self::Process { id, started },
+            Ok(None) => Self::Unseen,
+            // What cannot be looked at may be there, and may be looked at when it is back.
+            Err(_) => Self::Process { id, started: 0 },
+        }
+    }
+
+    /// Whatever connects from `far` to `near`.
+    pub(super) fn host(far: IpAddr, near: Option<IpAddr>) -> Self {
+        let is_here = near.is_some_and(|near| near.to_canonical() == far.to_canonical());
+        Self::Host(if is_here { Ipv4Addr::LOCALHOST.into() } else { far }).canonical()
+    }
+
+    /// As it is told of one that is there: an earlier program may have told it by another form of its address.
+    pub fn canonical(self) -> Self {
+        match self {
+            Self::Host(ip) if ip.to_canonical().is_loopback() => Self::Host(Ipv4Addr::LOCALHOST.into()),
+            Self::Host(ip) => Self::Host(ip.to_canonical()),
+            peer @ (Self::Process { .. } | Self::Unseen) => peer,
+        }
+    }
+
+    /// Whether both are one. No two processes of one number are there at a time, and when one was started is not always told.
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Process { id, .. }, Self::Process { id: other, .. }) => id == other,
+            _ => self == other,
+        }
     }
 
     /// Whether it may still come back, as far as can be told; of the same start of this host.
     pub fn may_come_back(&self) -> bool {
         match self {
             // What cannot be looked at may be there.
-            Self::Process { id, started: then } => started(stat(*id)).map_or(true, |now| now == Some(*then)),
+            Self::Process { id, started: then } => {
+                started(stat(*id)).map_or(true, |now| now.is_some_and(|now| *then == 0 || now == *then))
+            }
             Self::Host(_) | Self::Unseen => true,
         }
     }
@@ -87,7 +126,7 @@ impl Expected {
 
     /// A client is back.
     pub(super) fn came(&self, peer: &Peer) {
-        self.0.borrow_mut().remove(peer);
+        self.0.borrow_mut().retain(|expected| !expected.is(peer));
     }
 }
 
@@ -122,7 +161,8 @@ impl Server {
 
     /// Who was expected and is not back, or was dropped and has no other connection. Whoever is there now is not counted.
     pub fn expected(&self) -> BTreeSet<Peer> {
-        self.shared.expected.0.borrow().difference(&self.clients()).cloned().collect()
+        let (there, expected) = (self.clients(), self.shared.expected.0.borrow());
+        expected.iter().filter(|peer| !there.iter().any(|client| client.is(peer))).cloned().collect()
     }
 
     /// Whose [connections](Self::connections) are served now.
@@ -156,6 +196,53 @@ mod tests {
         assert_eq!(error(rustix::io::Errno::SRCH).unwrap(), None);
         error(rustix::io::Errno::MFILE).unwrap_err();
         error(rustix::io::Errno::ACCESS).unwrap_err();
+    }
+
+    #[test]
+    fn a_process_that_could_not_be_looked_at_is_known_when_it_is_back() {
+        let own = Peer::process(Some(std::process::id()));
+        let Peer::Process { id, started } = own else { panic!("{own:?}") };
+        let unclear = Peer::found(id, Err(rustix::io::Errno::MFILE.into()));
+        assert_eq!(unclear, Peer::Process { id, started: 0 });
+        assert_eq!(Peer::found(id, Ok(None)), Peer::Unseen);
+        assert!(unclear.may_come_back() && unclear.is_of_this_host());
+        // No process has this number.
+        assert!(!Peer::Process { id: u32::MAX, started: 0 }.may_come_back());
+        let expected = Expected(RefCell::new([unclear.clone(), Peer::Unseen].into()));
+        expected.came(&Peer::Process { id: id + 1, started });
+        assert_eq!(expected.0.borrow().len(), 2);
+        expected.came(&own);
+        assert_eq!(*expected.0.borrow(), [Peer::Unseen].into());
+        expected.was_dropped(own);
+        expected.came(&unclear);
+        assert_eq!(*expected.0.borrow(), [Peer::Unseen].into());
+    }
+
+    #[test]
+    fn whoever_connects_from_an_address_of_this_host_is_of_it() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let of = |far, near: Option<&str>| Peer::host(ip(far), near.map(ip));
+        let here = Peer::Host(ip("127.0.0.1"));
+        for (far, near) in [
+            ("192.0.2.2", "192.0.2.2"),
+            ("::ffff:192.0.2.2", "192.0.2.2"),
+            ("192.0.2.2", "::ffff:192.0.2.2"),
+            ("2001:db8::2", "2001:db8::2"),
+            ("127.0.0.2", "127.0.0.1"),
+            ("::ffff:127.0.0.2", "::ffff:127.0.0.1"),
+            ("::1", "::1"),
+        ] {
+            assert_eq!(of(far, Some(near)), here, "{far}");
+        }
+        assert!(here.is_of_this_host());
+        for near in [None, Some("192.0.2.2"), Some("::ffff:192.0.2.2")] {
+            let far = of("::ffff:192.0.2.1", near);
+            assert_eq!(far, Peer::Host(ip("192.0.2.1")));
+            assert!(!far.is_of_this_host());
+        }
+        assert_eq!(of("::1", None), here);
+        assert_eq!(Peer::Host(ip("::ffff:192.0.2.1")).canonical(), Peer::Host(ip("192.0.2.1")));
+        assert_eq!(Peer::Unseen.canonical(), Peer::Unseen);
     }
 
     #[test]

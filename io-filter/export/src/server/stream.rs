@@ -5,7 +5,6 @@
 
 use std::{
     io::{self, IoSlice},
-    net::IpAddr,
     os::fd::OwnedFd,
     pin::Pin,
     task::{Context, Poll},
@@ -92,8 +91,8 @@ impl Stream {
 
     /// Who the client is, as far as its socket tells.
     pub(crate) fn peer(&self) -> Peer {
-        let far = self.socket().and_then(Socket::far_address);
-        far.map_or_else(|| Peer::process(self.process()), Peer::Host)
+        let host = self.socket().and_then(Socket::host);
+        host.unwrap_or_else(|| Peer::process(self.process()))
     }
 
     fn socket(&self) -> Option<&Socket> {
@@ -186,9 +185,13 @@ impl Socket {
         }
     }
 
-    fn far_address(&self) -> Option<IpAddr> {
+    /// Where it connects from.
+    fn host(&self) -> Option<Peer> {
         match self {
-            Self::Tcp(socket) => Some(socket.peer_addr().ok()?.ip().to_canonical()),
+            Self::Tcp(socket) => {
+                let near = socket.local_addr().ok().map(|near| near.ip());
+                Some(Peer::host(socket.peer_addr().ok()?.ip(), near))
+            }
             Self::Unix(_) | Self::Parked(..) | Self::Gone => None,
         }
     }
@@ -271,5 +274,31 @@ impl AsyncWrite for Stream {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.inner().poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// An address of this host by which others reach it; loopback where it has none. Nothing is sent.
+    fn own_address() -> IpAddr {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let local = socket.connect(("192.0.2.1", 9)).and_then(|()| socket.local_addr());
+        local.map_or(Ipv4Addr::LOCALHOST.into(), |local| local.ip())
+    }
+
+    #[tokio::test]
+    async fn a_client_from_this_hosts_own_address_is_of_this_host() {
+        let listener = TcpListener::bind((own_address(), 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let _client = client.unwrap();
+        let peer = Stream::Clear(Socket::Tcp(accepted.unwrap().0)).peer();
+        assert_eq!(peer, Peer::Host(Ipv4Addr::LOCALHOST.into()), "{address}");
     }
 }
