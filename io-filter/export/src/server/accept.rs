@@ -327,3 +327,59 @@ async fn serve(stream: Stream, entry: Entry, stop: Rc<Stop>) -> Result<(), Serve
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use backtide_nbd::{Command, ExportInfo, ExportSummary};
+    use backtide_units::ByteCount;
+    use tokio::task::LocalSet;
+
+    use super::*;
+    use crate::{Client, Exports, NbdUri, Reply};
+
+    struct Disk;
+
+    impl Export for Disk {
+        fn info(&self) -> ExportInfo {
+            ExportInfo::new("disk", ByteCount(1 << 20))
+        }
+
+        fn submit(&self, _: Command, reply: Reply) {
+            reply.done();
+        }
+    }
+
+    impl Exports for Disk {
+        fn find(&self, _: &str) -> Option<Rc<dyn Export>> {
+            Some(Rc::new(Self))
+        }
+
+        fn list(&self) -> Vec<ExportSummary> {
+            Vec::new()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_that_had_to_give_its_descriptors_back_is_expected() {
+        let story = async {
+            let directory = tempfile::tempdir().unwrap();
+            let address = NbdAddress::Unix(directory.path().join("socket"));
+            let limits = Limits::default();
+            let server = Listener::bind(&address).await.unwrap().serve(Rc::new(Disk), limits);
+            let uri = NbdUri { address, export: "disk".into(), tls: None };
+            let _idler = Client::connect(&uri).await.unwrap();
+            while server.connections() == 0 {
+                tokio::task::yield_now().await;
+            }
+            let own = server.clients();
+            assert!(matches!(own.first(), Some(Peer::Process { .. })), "{own:?}");
+            tokio::time::pause();
+            assert!(!server.shared.give_way(), "it may only just have come");
+            tokio::time::advance(limits.handshake).await;
+            assert!(server.shared.give_way());
+            assert_eq!((server.clients(), server.expected()), ([].into(), own));
+            assert!(!server.shared.give_way(), "nobody is left");
+        };
+        LocalSet::new().run_until(story).await;
+    }
+}
