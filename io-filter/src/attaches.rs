@@ -34,7 +34,8 @@ impl Filter {
 
     /// The attach that wrote the receiver's log last, if this state knows nothing of it.
     pub(crate) fn stranger(&self, welcome: &Welcome) -> Option<Uuid> {
-        let welcome = Some(welcome).filter(|welcome| welcome.state == ReceiverState::Known)?;
+        let is_own = welcome.state == ReceiverState::Known || self.history == Some(welcome.history);
+        let welcome = Some(welcome).filter(|_| is_own)?;
         let (known, last) = self.attaches.as_ref().zip(welcome.last_attach)?;
         (last != self.settings.attach && !known.contains(&last)).then_some(last)
     }

@@ -18,6 +18,8 @@ use crate::{
 pub(crate) enum Decision {
     /// The window continues the log: send it from here.
     Replay,
+    /// The same, and then everything is compared: the log goes on, and what it holds is in doubt.
+    ReplayAndCompare(PassPlan),
     /// The passive bitmap says what is missing.
     Bitmap,
     /// Nothing is known: the whole disk.
@@ -87,11 +89,10 @@ impl Filter {
         self.counters.connections += 1;
         self.receiver_is_alive();
         match decision {
-            Decision::Replay => {
-                self.window.trim_to(welcome.durable);
-                self.durable_lsn = self.durable_lsn.max(welcome.durable);
-                self.received_lsn = self.received_lsn.max(welcome.durable);
-                self.release_answers();
+            Decision::Replay => self.replay_from(welcome.durable),
+            Decision::ReplayAndCompare(plan) => {
+                self.replay_from(welcome.durable);
+                self.lost = Some(self.merge_plan(plan));
             }
             Decision::Bitmap => self.go_on_or_restart(continues, welcome.durable),
             Decision::Everything(plan) => {
@@ -101,6 +102,13 @@ impl Filter {
             }
         }
         self.pump();
+    }
+
+    fn replay_from(&mut self, durable: Lsn) {
+        self.window.trim_to(durable);
+        self.durable_lsn = self.durable_lsn.max(durable);
+        self.received_lsn = self.received_lsn.max(durable);
+        self.release_answers();
     }
 
     /// What makes a welcome one that cannot be: nothing may follow from it.
@@ -125,12 +133,34 @@ impl Filter {
     /// Whether what the spill holds of the log is what comes next at the receiver. It is true history,
     /// whatever has become of the disk since: only what follows it has to be compared.
     fn log_continues(&self, welcome: &Welcome) -> bool {
+        let is_own = welcome.state == ReceiverState::Known || self.is_in_doubt(welcome);
         self.window.holds_spill()
-            && welcome.state == ReceiverState::Known
+            && is_own
             && !self.is_behind(welcome)
             && self.stranger(welcome).is_none()
             && welcome.highest <= self.last_lsn
             && !welcome.in_pass
+            && self.window.continues(welcome.durable)
+    }
+
+    /// Whether the receiver has this agent's history, and says itself that acknowledged bytes may be missing in it.
+    fn is_in_doubt(&self, welcome: &Welcome) -> bool {
+        let is_own = self.history == Some(welcome.history) && welcome.durable > Lsn::ZERO;
+        welcome.state == ReceiverState::Foreign && is_own
+    }
+
+    /// Whether a log in doubt goes on with what is retained all the same: of what was acknowledged nothing is missing at its end.
+    /// The first pass that it gets is then the one that compares everything, so none may be retained.
+    fn doubt_is_continued(&self, welcome: &Welcome) -> bool {
+        let is_newer =
+            self.known_until.is_some_and(|until| welcome.last_time.is_some_and(|last| last > until));
+        self.mode == Mode::Sync
+            && !self.is_behind(welcome)
+            && !is_newer
+            && self.stranger(welcome).is_none()
+            && welcome.highest <= self.last_lsn
+            && !welcome.in_pass
+            && !self.window.holds_pass()
             && self.window.continues(welcome.durable)
     }
 
@@ -172,12 +202,16 @@ impl Filter {
             }
             // It began one anew in place of a lost one, has nothing of it yet, and the agent died before it had noted that.
             ReceiverState::Foreign if welcome.durable == Lsn::ZERO => self.lost_history(),
-            // It is this agent's history, and the receiver says itself that acknowledged bytes may be missing in it.
-            ReceiverState::Foreign if self.history == Some(welcome.history) => {
+            ReceiverState::Foreign if self.is_in_doubt(welcome) => {
                 self.alarm(format!(
                     "the receiver's log of disk {name} is damaged or in doubt, not all that was acknowledged is known to be in it: everything is compared"
                 ));
-                Decision::Everything(PassPlan::compare(Reason::Damaged))
+                let plan = PassPlan::compare(Reason::Damaged);
+                // What is retained is true history, whatever is to be said of what was before.
+                match self.doubt_is_continued(welcome) {
+                    true => Decision::ReplayAndCompare(plan),
+                    false => Decision::Everything(plan),
+                }
             }
             ReceiverState::Foreign => {
                 self.alarm(format!(

@@ -190,7 +190,7 @@ impl Filter {
     }
 
     /// A plan that is due anyway keeps its reason: the first protection stays the first protection.
-    fn merge_plan(&self, plan: PassPlan) -> PassPlan {
+    pub(crate) fn merge_plan(&self, plan: PassPlan) -> PassPlan {
         match &self.lost {
             Some(due) if !due.tell_zeroes => due.clone(),
             Some(due) => PassPlan { reason: due.reason, ..plan },

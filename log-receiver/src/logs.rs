@@ -15,7 +15,7 @@ use std::{
 };
 
 use backtide_recovery::{
-    DiskLog, FoundBase, LogError, LogIdentity, Salvage, Seq, Unreadable, damaged_place, salvage,
+    DiskLog, FoundBase, LogError, LogIdentity, Salvage, Seq, Touched, Unreadable, damaged_place, salvage,
 };
 use backtide_units::{ByteOffset, DiskId, HistoryId};
 
@@ -108,7 +108,8 @@ impl Shelf {
 
     /// What is known beside an open log about how far it was durable. A log that ends before that has lost
     /// bytes that were acknowledged: that is said loudly and noted durably, and the agent's handshake finds it too. What opening
-    /// has met of damage is noted among what was found of the disk; what nobody knew of puts the log in doubt, once.
+    /// has met of damage is noted among what was found of the disk; what nobody knew of puts the log in doubt, once, unless it is
+    /// surely of the past.
     ///
     /// # Errors
     /// When what is known cannot be read, or a loss cannot be noted.
@@ -118,7 +119,10 @@ impl Shelf {
         let (found, damage) = (log.durable(), log.damage_met()?);
         let findings = self.findings.of_life(disk);
         let known = noted.and_then(|(_, noted)| noted.lost_of(found.seq, log.timeline()));
-        let lost = match damage.damage.iter().any(|why| findings.is_new(why)) {
+        // What newer content covers no compare would bring back, and nothing that follows needs.
+        let is_past = |why: &str| damage.touched.get(damaged_place(why)).is_some_and(Touched::is_past);
+        let raises_doubt = |why: &String| findings.is_new(why) && !is_past(why);
+        let lost = match damage.damage.iter().any(raises_doubt) {
             true => Some(Lost { is_compared: false, ..known.unwrap_or(Lost::in_doubt(found)) }),
             false => known,
         };

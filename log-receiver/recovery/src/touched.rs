@@ -77,6 +77,11 @@ impl Touched {
         Self { spans: vec![span], known: Known::Exact }
     }
 
+    /// Whether it is points of the past only: the newest one, and those to come, read as if nothing were damaged.
+    pub fn is_past(&self) -> bool {
+        self.known == Known::Exact && self.spans.iter().all(|span| !span.open && !span.lost)
+    }
+
     pub(crate) fn of(spans: impl IntoIterator<Item = TouchedSpan>, known: Known) -> Self {
         let mut touched = Self { spans: Vec::new(), known };
         spans.into_iter().for_each(|span| touched.add(span));

@@ -279,7 +279,15 @@ fn what_a_repair_mends_is_in_no_doubt() {
         Noted::whole(log.durable()),
     )
     .unwrap();
+    let sound = storage.copy();
+    // What is covered by newer content no compare brings back: it is told, and nothing is in doubt.
     storage.flip_bit(&path, ByteOffset(payload + 100), 1);
+    assert_eq!((started(&storage).1, findings(&storage).len()), (ReceiverState::Known, 1));
+    // The newest is in doubt until it is mended with the one before.
+    let storage = sound;
+    let (_, file) = storage.files().into_iter().find(|(found, _)| *found == path).unwrap();
+    let newest = file.windows(PAGE as usize).rposition(|bytes| bytes == [10; PAGE as usize]).unwrap();
+    storage.flip_bit(&path, ByteOffset(newest as u64 + 100), 1);
     assert_eq!(claimed(&storage), ReceiverState::Foreign);
     let report = run(&storage, Repair::Everything).unwrap();
     assert!(report.sound && !report.disks[0].mended.is_empty(), "{report:?}");
