@@ -17,6 +17,9 @@ use crate::{
 /// How an agent that is to be restarted tells the program that looks for it of disks whose records it cannot use either.
 pub(crate) const LOST: &str = "BACKTIDE_CHECK_LOST";
 
+/// So much has to fit into the state directory: a record, and what a file system takes for its name.
+const PROBED_BYTES: usize = 16 << 10;
+
 /// Between their names.
 const SEPARATOR: char = ',';
 
@@ -48,6 +51,7 @@ pub fn look(config: &Config, lost: &[DiskName]) -> Result<usize, ApiError> {
         let why = format!("cannot read the disks' records in {}: {error}", config.state.display());
         ApiError::new(ErrorCode::Failed, why)
     };
+    has_room(&config.state)?;
     let storage = RealStorage::open(&config.state).map_err(unreadable)?;
     let AllRecords { known, mut unreadable } =
         Records::new(Arc::new(storage)).load_all().map_err(unreadable)?;
@@ -65,6 +69,21 @@ pub fn look(config: &Config, lost: &[DiskName]) -> Result<usize, ApiError> {
         "use a program that knows such records, put whole ones back, or move them out of {state}, which forgets what the disks \
          were; `attach --adopt` continues their history"
     )))
+}
+
+/// Whether an agent could keep there what it has to before it serves a disk: its record, with another epoch. Only an attempt tells.
+fn has_room(state: &Path) -> Result<(), ApiError> {
+    let attempt = state.join(format!(".backtide-check-{}", std::process::id()));
+    let written = std::fs::File::create_new(&attempt).and_then(|mut file| {
+        io::Write::write_all(&mut file, &[0; PROBED_BYTES])?;
+        file.sync_all()
+    });
+    let removed = std::fs::remove_file(&attempt);
+    written.and(removed).map_err(|error| {
+        let why = format!("nothing can be written in the state directory {}: {error}", state.display());
+        ApiError::new(ErrorCode::Refused, why)
+            .with_hint("make room there, or have it written to again: no disk is attached without its record")
+    })
 }
 
 /// Whether the directory could be made. Who may make one there, and whether that file system takes any, only an attempt tells.

@@ -17,7 +17,12 @@ use backtide_agent_api::{DiskStatus, ImageFormat, ResizeReport, ResizeRequest};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::{ByteCount, DISK_SIZE_MAX, DiskName};
 
-use super::{Attached, Registry, errors::failed, leave::end_unless_open, waiting};
+use super::{
+    Attached, Registry,
+    errors::{failed, refuse_taken_away},
+    leave::end_unless_open,
+    waiting,
+};
 use crate::{
     claims::{Claim, Standing},
     disk::{self, Leaving, awaited_text},
@@ -58,6 +63,7 @@ impl Registry {
         let record = self.records.load_aside(&name).await.map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(&name))?;
         let status = handle.status().await.map_err(|error| failed(&error))?;
+        refuse_taken_away(&status)?;
         if status.hydration.is_some() {
             let message =
                 format!("disk {name} lacks blocks of the point it was set to: it cannot be resized now");

@@ -16,7 +16,7 @@ use crate::{
     confirm::confirm,
     context::Context,
     ending::{Ending, Failure},
-    output::progress::Progress,
+    output::{progress::Progress, status::way_out},
     qmp::{Qmp, ServerPlace},
     quantity::{count_text, duration_text, size_both, time_text},
 };
@@ -82,6 +82,11 @@ impl Rewind {
     async fn set_back(self, context: &Context, pause: &mut Pause) -> Result<Ending, Failure> {
         let agent = context.agent()?;
         let disk = agent.disk(&self.name).await?;
+        if disk.reason_code == "fenced" {
+            let error =
+                ApiError::new(ErrorCode::Fenced, format!("disk {} is fenced: {}", disk.name, disk.reason));
+            return Err(way_out(&disk).into_iter().fold(error, ApiError::with_hint).into());
+        }
         let uuid: DiskName = disk.uuid.to_string().parse().expect("a UUID is a good name");
         let request = DiffRequest { from: self.to.clone(), to: "latest".to_owned() };
         let diff = context.receiver(&self.api)?.diff(&uuid, &request).await?;

@@ -31,9 +31,12 @@ fn a_disk_goes_on_at_another_host_and_the_first_is_fenced() {
     disk.until("it is fenced", |status| status["reason_code"] == "fenced");
     // What needs the receiver says that the disk is no longer this agent's.
     let back = format!("lsn:{early}");
-    for asked in
-        [&["mark", "late", "vm1"][..], &["verify", "vm1"], &["rewind", "vm1", "--to", &back, "--yes"]]
-    {
+    for asked in [
+        &["mark", "late", "vm1"][..],
+        &["verify", "vm1"],
+        &["rewind", "vm1", "--to", &back, "--yes"],
+        &["resize", "vm1", "--size", "16M"],
+    ] {
         let refused = bench.run(asked);
         assert_eq!((refused.code, refused.sentence().contains("vm1 is fenced")), (5, true), "{refused:?}");
     }
