@@ -3,8 +3,8 @@
 //! A log tells nothing of a payload that has rotten in it before somebody reads it. What was found is kept in
 //! `findings.json`, so that every later answer about the disk says it, also after the receiver was started again; a complete
 //! scrub of the disk says anew what there is, and what it has mended is no finding any more. Bounded: of each disk so many
-//! places are kept. A file that is damaged, or cannot be written, costs what it would tell until the next scrub; one of a newer
-//! version stays as it is.
+//! places are kept. A file that is damaged costs what it would tell until the next scrub; one that
+//! cannot be written is written when an agent comes; one of a newer version stays as it is.
 //!
 //! A store may be moved, or mounted elsewhere: in the file a sentence that begins with the name of a file of the store has that
 //! name from the store's root.

@@ -211,13 +211,19 @@ fn what_the_device_cannot_read_is_an_error_and_nothing_is_cut() {
     assert!(after == before, "{:?}", after.iter().map(|(path, _)| path).collect::<Vec<_>>());
 }
 
-#[test]
-fn what_a_newer_program_wrote_stays() {
-    let storage = damaged();
+/// Puts into a store what only a newer program can have noted of damage, and gives it.
+fn note_as_a_newer_program(storage: &MemoryStorage) -> Vec<u8> {
     let newer = b"{\"magic\":\"backtide-findings\",\"version\":2}\n{}\n";
     let seal = format!("{{\"crc32c\":\"{:08x}\"}}\n", crc32c::crc32c(newer));
     let content = [&newer[..], seal.as_bytes()].concat();
-    backtide_storage::replace_file(&storage, Path::new(findings::FILE), &content).unwrap();
+    backtide_storage::replace_file(storage, Path::new(findings::FILE), &content).unwrap();
+    content
+}
+
+#[test]
+fn what_a_newer_program_wrote_stays() {
+    let storage = damaged();
+    let content = note_as_a_newer_program(&storage);
     let report = run(&storage, Repair::Everything).unwrap();
     assert!(report.damage.iter().any(|damage| damage.contains("has version 2")), "{report:?}");
     assert!(report.repaired.is_empty(), "{report:?}");

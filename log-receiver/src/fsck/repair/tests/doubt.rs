@@ -159,6 +159,18 @@ fn what_a_full_store_could_not_note_is_noted_when_its_agent_comes_and_compared_o
 }
 
 #[test]
+fn what_cannot_be_noted_because_a_newer_program_has_the_file_is_compared_once_too() {
+    for storage in damaged_where_opening_sees_it() {
+        note_as_a_newer_program(&storage);
+        let (mut disks, state) = started(&storage);
+        assert_eq!(state, ReceiverState::Foreign);
+        compare(disks.get_mut(IDENTITY.disk).unwrap(), 30);
+        drop(disks);
+        assert_eq!((started(&storage).1, findings(&storage)), (ReceiverState::Known, Vec::new()));
+    }
+}
+
+#[test]
 fn what_is_found_damaged_while_everything_is_compared_is_to_be_compared_again() {
     let (storage, path, [another, payload]) = of_one_segment(22, false);
     storage.flip_bit(&path, ByteOffset(payload + 100), 1);
