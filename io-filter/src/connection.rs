@@ -353,6 +353,7 @@ impl Filter {
             return;
         }
         self.link = Link::Down;
+        self.hole_is_open = false;
         self.forget_recalls();
         // The receiver keeps the reason of the pass that it has.
         let has_begun = std::mem::take(&mut self.acked_in_pass);

@@ -89,6 +89,8 @@ pub struct Filter {
     pub(crate) before_pause: Option<Reason>,
     /// Somebody writes the local disk past the agent: a pass would read what changes under it.
     pub(crate) written_past: bool,
+    /// The receiver was told on this connection that there is a hole, without a pass that would close it.
+    pub(crate) hole_is_open: bool,
     /// The receiver refused the last connection, and has acknowledged nothing since.
     pub(crate) refused: bool,
     pub(crate) link: Link,
@@ -178,6 +180,7 @@ impl Filter {
             reason: None,
             before_pause: None,
             written_past: false,
+            hole_is_open: false,
             refused: false,
             link: Link::Down,
             history: None,

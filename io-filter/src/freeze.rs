@@ -105,6 +105,9 @@ impl Filter {
             return;
         }
         let foreign = self.written_past && !self.is_mutant(Mutant::PassWhileWrittenPast);
+        if foreign {
+            self.open_hole();
+        }
         let may = self.is_connected() && self.pass.is_none() && self.scanning.is_none() && !foreign;
         if !may || !matches!(self.mode, Mode::Tracking | Mode::Sync) || !self.can_begin_pass() {
             return;
@@ -124,6 +127,22 @@ impl Filter {
         } else if !self.passive.is_empty() {
             self.begin_pass(Reason::LocalWriteFailed);
         }
+    }
+
+    /// The receiver hears at once that it lacks something: as long as it does not, it has the newest point it has for the
+    /// disk's. What it hears is a pass that nothing came of; the one that compares everything follows.
+    fn open_hole(&mut self) {
+        let due = self.is_connected() && !self.hole_is_open && self.mode == Mode::Tracking;
+        let Some(reason) = self.lost.as_ref().map(|plan| plan.reason).filter(|_| due) else { return };
+        // What is in the spill comes before.
+        if !self.can_begin_pass() {
+            return;
+        }
+        let gap_from = self.window.log_end();
+        let (at, time) = (self.take_lsn(), self.stamp());
+        self.window.push(Message::PassBegin { at, gap_from, time, reason });
+        self.window.push(Message::PassEnd { at, valid_from: None, time });
+        self.hole_is_open = true;
     }
 
     /// Its T lies above everything in the spill, and has to leave at once: what is drained waits behind it.

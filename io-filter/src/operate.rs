@@ -104,8 +104,9 @@ impl Filter {
         self.pump();
     }
 
-    /// Somebody else writes the local disk: as long as that is so nothing is forwarded and no pass begins, and then everything
-    /// is compared. To be said again while they are there. Whether the driver has to end the stream.
+    /// Somebody else writes the local disk: as long as that is so nothing is forwarded and no pass reads, and then everything
+    /// is compared. The receiver hears of the hole at once. To be said again while they are there. Whether the driver has to
+    /// end the stream.
     pub fn is_written_past(&mut self, now: Now) -> bool {
         self.observe(now);
         if self.mode == Mode::Detached {
@@ -145,7 +146,7 @@ impl Filter {
     /// Nobody else writes the local disk any more: everything is compared.
     pub fn was_written_past(&mut self, now: Now) {
         self.observe(now);
-        self.written_past = false;
+        (self.written_past, self.hole_is_open) = (false, false);
         // Also when it was compared: the power may take it.
         self.activity.unflushed.insert(self.all_blocks());
         self.lost = Some(self.merge_plan(PassPlan::compare(Reason::WrittenPastAgent)));
@@ -324,6 +325,7 @@ impl Filter {
     /// Whatever is not durable becomes dirty, and the link is no longer used.
     fn stop_forwarding(&mut self) {
         self.link = Link::Down;
+        self.hole_is_open = false;
         self.forget_recalls();
         self.acked_in_pass = false;
         if let Some(scanning) = self.scanning.take() {

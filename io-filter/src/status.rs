@@ -119,6 +119,8 @@ pub struct Status {
     pub mode: Mode,
     /// Why it is not sync.
     pub reason: Option<Reason>,
+    /// Whether somebody else writes the local disk: nothing is forwarded or resynchronized.
+    pub written_past: bool,
     /// Whether the receiver is connected.
     pub connected: bool,
     /// The history at the receiver.
@@ -169,6 +171,7 @@ impl Filter {
         Status {
             mode: self.mode,
             reason: self.reason,
+            written_past: self.written_past,
             connected: self.is_connected(),
             history: self.history,
             last_lsn: self.last_lsn,

@@ -152,8 +152,8 @@ fn nothing_is_a_point_from_when_somebody_else_writes_the_disk_until_everything_w
     assert!(!disk.filter.is_written_past(at(0)), "the stream can stay");
     assert_eq!(
         disk.filter.status().last_lsn,
-        before.next(),
-        "without a change that is lacked there is no hole"
+        before.plus(2),
+        "a change that is lacked, and the hole that the receiver hears of"
     );
     disk.carry_out();
     assert!(matches!(disk.filter.mark(at(0), "here"), Err(MarkError::NotForwarding { .. })));
@@ -161,7 +161,7 @@ fn nothing_is_a_point_from_when_somebody_else_writes_the_disk_until_everything_w
     disk.send();
     assert_eq!(
         (disk.filter.mode(), disk.passes.len()),
-        (Mode::Tracking, 0),
+        (Mode::Tracking, 1),
         "it would read what changes under it"
     );
     // Somebody is there still, at each look.
@@ -179,7 +179,59 @@ fn nothing_is_a_point_from_when_somebody_else_writes_the_disk_until_everything_w
     disk.filter.was_written_past(at(0));
     disk.carry_out();
     disk.send();
-    assert_eq!(disk.passes, [Reason::WrittenPastAgent; 2]);
+    let hole_and_pass = 2;
+    assert_eq!(disk.passes, [Reason::WrittenPastAgent; 2].repeat(hole_and_pass));
+}
+
+/// Without it the newest point that it has would be the disk's, for as long as somebody writes.
+#[test]
+fn the_receiver_hears_of_the_hole_at_once_and_nothing_closes_it_while_somebody_else_writes_the_disk() {
+    let mut disk = Disk::in_sync();
+    disk.write(1);
+    disk.settle();
+    let before = disk.filter.status().last_lsn;
+    disk.filter.is_written_past(at(0));
+    let hole = |disk: &mut Disk| {
+        let sent: Vec<_> = std::iter::from_fn(|| disk.filter.poll_send(at(0))).collect();
+        disk.last = sent.last().unwrap().0;
+        let [(_, begin), (_, end)] = &sent[..] else { panic!("{sent:?}") };
+        let Message::PassBegin { at, gap_from, reason: Reason::WrittenPastAgent, .. } = begin else {
+            panic!("{begin:?}")
+        };
+        assert!(matches!(end, Message::PassEnd { at: of, valid_from: None, .. } if of == at), "{end:?}");
+        assert!(disk.filter.status().pass.is_none(), "nothing is read");
+        *gap_from
+    };
+    assert_eq!(hole(&mut disk), before, "right behind what it has");
+    disk.acknowledge();
+    // At each look.
+    disk.filter.is_written_past(at(0));
+    disk.write(2);
+    assert_eq!(disk.filter.poll_send(at(0)), None, "it is told once");
+    // It may have got lost with the connection.
+    for _ in 0..2 {
+        disk.filter.disconnected(at(0));
+        disk.reconnect();
+        hole(&mut disk);
+    }
+    disk.filter.disconnected(at(0));
+    disk.filter.was_written_past(at(0));
+    disk.reconnect();
+    disk.settle();
+    assert_eq!((disk.filter.mode(), disk.passes.len()), (Mode::Resync, 1), "this one compares");
+}
+
+/// An outage goes before it, and its records are true history.
+#[test]
+fn whom_the_receiver_was_away_from_it_hears_of_the_hole_when_it_is_back() {
+    let mut disk = Disk::in_sync();
+    disk.filter.disconnected(at(0));
+    disk.overflow();
+    disk.filter.is_written_past(at(0));
+    assert_eq!(disk.filter.poll_send(at(0)), None);
+    disk.reconnect();
+    disk.settle();
+    assert_eq!((disk.filter.mode(), &disk.passes[..]), (Mode::Tracking, &[Reason::ReceiverAway][..]));
 }
 
 #[test]
@@ -187,7 +239,9 @@ fn what_was_not_sent_when_somebody_else_was_seen_is_no_point() {
     let mut disk = Disk::in_sync();
     disk.write(1);
     disk.filter.is_written_past(at(0));
-    assert_eq!(disk.filter.poll_send(at(0)), None);
+    disk.send();
+    assert_eq!(disk.passes, [Reason::WrittenPastAgent], "the hole");
+    assert!(disk.filter.status().dirty.0 > 0, "the change is in the next pass");
 }
 
 #[test]
@@ -216,5 +270,5 @@ fn a_comparison_that_somebody_asked_for_does_not_name_the_hole_of_what_is_writte
     disk.filter.was_written_past(at(0));
     disk.carry_out();
     disk.settle();
-    assert_eq!(disk.passes, [Reason::WrittenPastAgent]);
+    assert_eq!(disk.passes, [Reason::WrittenPastAgent; 2], "the hole, and the pass that closes it");
 }
