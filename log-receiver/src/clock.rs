@@ -39,6 +39,12 @@ impl Came {
         Self { at, next_lsn, heard: at, behind: None }
     }
 
+    /// Whether it had given LSNs when it came that have not reached a log that ends here: what it has retained is on its way, or it is
+    /// finding out what changed. The change with the last of them ends that, or a pass, whose T lies above them all.
+    pub(crate) fn has_more_than(&self, end: Lsn) -> bool {
+        self.next_lsn > end.next()
+    }
+
     /// A change or the begin of a pass with this LSN and stamp has come.
     pub(crate) fn saw_change(&mut self, lsn: Lsn, stamp: CaptureTime, now: CaptureTime) {
         self.mind_own_clock(now);

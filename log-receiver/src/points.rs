@@ -123,20 +123,29 @@ fn other_clock(asked: &str, disk: &DiskName, timeline: &Timeline, came: Option<C
     })
 }
 
-/// Why what the guest wrote until then may be missing: the disk's agent is not there, and was heard last before. None where it
-/// is, and of a point that is named otherwise.
+/// Why what the guest wrote until then may be missing: the disk's agent is not there and was heard last before, or has not sent yet
+/// what it had when it came. None of a point that is named otherwise.
 fn unheard(asked: &str, disk: &DiskName, timeline: &Timeline, came: Option<Came>) -> Option<String> {
-    let last = timeline.latest().filter(|_| came.is_none())?.time;
+    let last = timeline.latest()?;
+    let why = match came {
+        None => {
+            "its agent is not connected: what was written since is not in this point, and may become a hole"
+        }
+        Some(came) if came.has_more_than(last.lsn) => {
+            "its agent has not sent everything yet that it had when it came: what was written since is not in this point yet, \
+             and may become a hole"
+        }
+        Some(_) => return None,
+    };
     let time = match asked.parse().ok()? {
         recovery::Point::Time(time) => time,
         recovery::Point::Ago(duration) => recovery::ago(clock::now(), duration),
         recovery::Point::Latest | recovery::Point::Lsn(_) | recovery::Point::Mark(_) => return None,
     };
-    (time > last).then(|| {
+    (time > last.time).then(|| {
         format!(
-            "{asked} is later than what the receiver has heard of disk {disk}, the last at {}, and its agent is not connected: \
-             what was written since is not in this point, and may become a hole",
-            recovery::time_text(last)
+            "{asked} is later than what the receiver has heard of disk {disk}, the last at {}, and {why}",
+            recovery::time_text(last.time)
         )
     })
 }

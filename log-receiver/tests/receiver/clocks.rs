@@ -154,6 +154,65 @@ async fn a_time_after_the_last_word_of_an_agent_that_is_away_is_given_with_a_war
     receiver.shutdown().await;
 }
 
+/// What it sends first is of the outage's begin: a time of later in it would be given as another point with every record.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_that_an_agent_has_yet_to_send_something_of_is_given_with_a_warning() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64;
+    let record = |lsn: u64| match write(lsn, 0, vec![1; 4096]) {
+        Message::Record(record) => Message::Record(backtide_protocol::Record {
+            time: CaptureTime(now - 60_000_000 + lsn * 1_000_000),
+            ..record
+        }),
+        other => panic!("{other:?}"),
+    };
+    drop(attached_with_clock(&receiver, -HOUR_US).await);
+    let again = Hello { next_lsn: Lsn(10), ..hello(1, "vm1") };
+    let (mut agent, _) = Agent::welcomed(&receiver, again).await;
+    let fixed = backtide_recovery::time_text(CaptureTime(now - 60_000_000 + 7_500_000));
+    for lsn in 6..=9 {
+        // A time is over when something later has come.
+        for (asked, unheard) in [("-0s", true), (&*fixed, lsn <= 8)] {
+            let told = api.resolve(&vm1(), asked).await.unwrap();
+            assert_eq!(told.unheard, unheard, "before LSN {lsn}: {told:?}");
+            let warning = told.warning.unwrap_or_default();
+            assert_eq!(warning.contains("has not sent everything yet"), unheard, "{warning}");
+        }
+        for known in ["latest", "lsn:5"] {
+            let told = api.resolve(&vm1(), known).await.unwrap();
+            assert!(!told.unheard && told.warning.is_none(), "{told:?}");
+        }
+        agent.send(&record(lsn)).await;
+        agent.all_durable().await;
+    }
+    let told = api.resolve(&vm1(), "-0s").await.unwrap();
+    assert_eq!((told.unheard, told.warning, told.lsn), (false, None, Lsn(9)));
+    receiver.shutdown().await;
+}
+
+/// LSNs that it has given and does not send are below the pass that follows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pass_ends_what_an_agent_has_yet_to_send() {
+    let place = Place::new();
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    drop(attached_with_clock(&receiver, -HOUR_US).await);
+    let again = Hello { next_lsn: Lsn(1000), ..hello(1, "vm1") };
+    let (mut agent, _) = Agent::welcomed(&receiver, again).await;
+    assert!(api.resolve(&vm1(), "-0s").await.unwrap().unheard);
+    agent.send(&pass_begin(1000, 5, backtide_units::Reason::AgentCrashed)).await;
+    agent.all_durable().await;
+    let refused = api.resolve(&vm1(), "-0s").await.unwrap_err();
+    assert_eq!(refused.code, backtide_receiver_api::ErrorCode::PointInHole);
+    agent.send(&pass_end(1000)).await;
+    agent.all_durable().await;
+    let told = api.resolve(&vm1(), "-0s").await.unwrap();
+    assert_eq!((told.unheard, told.lsn), (false, Lsn(1000)), "{told:?}");
+    receiver.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mount_for_other_machines_in_the_clear_is_refused() {
     let place = Place::new();
