@@ -78,6 +78,10 @@ pub struct DiskStatus {
     /// What keeps the disk behind from being used at this moment, if anything is known to.
     #[serde(default)]
     pub local_error: Option<String>,
+    /// Whether a QEMU has the image itself open, to write it: nothing is forwarded or resynchronized until it lets go. Told as
+    /// `local_error` too, where that is nothing else.
+    #[serde(default)]
+    pub open_elsewhere: bool,
     /// Why what the agent is to remember of the disk is not saved; it is tried again. Told as `local_error` too, where
     /// that is nothing else.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -74,6 +74,7 @@ fn vm1() -> DiskStatus {
         cache: CacheMode::Writeback,
         clients: 1,
         awaited_clients: 0,
+        open_elsewhere: false,
         guest_waits: None,
     }
 }

@@ -19,6 +19,7 @@ use super::{
     leaving::{DetachError, Leaving, end_service},
     life::Own,
     local::blocking,
+    past_agent::Compared,
     stream::Stream,
     thread::Disk,
 };
@@ -31,6 +32,9 @@ impl Disk {
     /// Ends service, lets the receiver catch up if it can at once, saves what is left.
     pub(super) async fn detach(mut self, leaving: Leaving) -> Result<DiskStatus, DetachError> {
         let mut last = self.status();
+        let told = self.past_agent.trouble(Compared::next(&self.record, last.mode));
+        // It is another sentence from now on.
+        last.local_error = last.local_error.filter(|error| Some(error) != told.as_ref());
         // Whoever comes from now on is not seen: neither refused for, nor awaited.
         self.server.stop_accepting();
         self.record = self.asked();
@@ -46,7 +50,7 @@ impl Disk {
         record.image_displaced = life.has_lost_its_image();
         past_agent.look(image.as_ref(), written, record.name.as_str()).await;
         record.written_past_agent = past_agent.wrote();
-        last.local_error = last.local_error.or_else(|| past_agent.trouble());
+        last.local_error = last.local_error.or_else(|| past_agent.trouble(Compared::AfterAttach));
         catch_up(&engine, leaving).await;
         (last.lsn, last.lag) = super::status::progress(&engine);
         let saved = give_up(&engine, &mut record, flushed).await;

@@ -2,14 +2,16 @@
 //! while nobody uses the disk, as its time tells ([`Life`](super::life::Life)). Nothing keeps them away, so that the image
 //! can be given back at any moment; what they write is in no point.
 //!
-//! From the first look that sees them nothing is forwarded until everything was compared: what the receiver had of the disk
-//! meanwhile would be points of what the disk never was. So the history has a hole there.
+//! From the first look that sees them nothing is forwarded and no pass reads: what the receiver had of the disk meanwhile would be
+//! points of what the disk never was. The receiver hears at once that the history has a hole. When they have gone everything is
+//! compared; the hole ends with that, and the guest's writes may be forwarded while it runs.
 //!
 //! Invariant: that somebody was seen is in the disk's record, and told, until everything was compared, from a moment on at
 //! which nobody was seen any more. As long as the record says so nothing that was saved of the disk is trusted.
 
 use std::{io, rc::Rc, sync::Arc};
 
+use backtide_agent_api::{DiskStatus, Mode};
 use backtide_io_filter::Filter;
 use backtide_storage::ImageFile;
 
@@ -17,14 +19,49 @@ use super::{
     engine::{Engine, Kick},
     local::blocking,
 };
+use crate::record::DiskRecord;
 
 /// What a person has to do of it.
 const QEMU_IS_THERE: &str = "a QEMU has the image itself open, to write it: what it writes is in no point; have it use the disk's NBD export; \
      when it has let go of the image, everything is compared";
 
-/// What the agent does of it.
-const IS_COMPARED: &str = "somebody else has written the image past the agent, or may have: what was written so is in no point before \
-     everything was compared, which happens by itself as soon as the receiver is there";
+/// When everything is compared, now that nobody writes it any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compared {
+    /// As soon as the receiver is there.
+    ByItself,
+    /// After a resume.
+    AfterResume,
+    /// Another agent has the disk.
+    NotHere,
+    /// The disk is not attached any more.
+    AfterAttach,
+}
+
+impl Compared {
+    /// Of a disk with this record, in this mode.
+    pub(super) fn next(record: &DiskRecord, mode: Mode) -> Self {
+        match mode {
+            _ if record.fenced => Self::NotHere,
+            Mode::Paused => Self::AfterResume,
+            Mode::Sync | Mode::Resync | Mode::Tracking | Mode::Detached => Self::ByItself,
+        }
+    }
+
+    /// What the agent does of what was written.
+    fn told(self) -> String {
+        let when = match self {
+            Self::ByItself => "which happens by itself as soon as the receiver is there",
+            Self::AfterResume => "which happens when the disk is resumed",
+            Self::NotHere => "which does not happen here as long as another agent has the disk",
+            Self::AfterAttach => "which happens after the next attach",
+        };
+        format!(
+            "somebody else has written the image past the agent, or may have: what was written so is in no point before everything \
+             was compared, {when}"
+        )
+    }
+}
 
 /// What is known of others that write the image of a disk.
 #[derive(Debug)]
@@ -103,14 +140,18 @@ impl PastAgent {
         self.wrote
     }
 
-    /// Whether everything is to be compared that is not being compared yet.
-    pub(super) fn is_compare_due(&self) -> bool {
-        self.wrote && !self.compares
+    /// Completes the status of the disk with this record.
+    pub(super) fn tell(&self, status: &mut DiskStatus, record: &DiskRecord) {
+        let compared = Compared::next(record, status.mode);
+        status.local_error = status.local_error.take().or_else(|| self.trouble(compared));
+        status.open_elsewhere = self.qemu;
+        // Also what waits for them to go.
+        status.resync_due |= self.wrote && !self.compares;
     }
 
     /// For people.
-    pub(super) fn trouble(&self) -> Option<String> {
-        self.wrote.then(|| if self.qemu { QEMU_IS_THERE } else { IS_COMPARED }.to_owned())
+    pub(super) fn trouble(&self, compared: Compared) -> Option<String> {
+        self.wrote.then(|| if self.qemu { QEMU_IS_THERE.to_owned() } else { compared.told() })
     }
 }
 
@@ -126,10 +167,17 @@ mod tests {
         assert!(!past.wrote(), "nobody was seen");
         past.saw(Ok(true), false, "vm1");
         past.saw(fails(), false, "vm1");
-        assert!(past.is_there() && past.is_compare_due());
-        assert_eq!(past.trouble().as_deref(), Some(QEMU_IS_THERE));
+        assert!(past.is_there() && !past.compares);
+        assert_eq!(past.trouble(Compared::ByItself).as_deref(), Some(QEMU_IS_THERE));
         past.saw(Ok(false), false, "vm1");
         assert!(!past.is_there() && past.wrote());
-        assert_eq!(past.trouble().as_deref(), Some(IS_COMPARED));
+        for (compared, when) in [
+            (Compared::ByItself, "as soon as the receiver is there"),
+            (Compared::AfterResume, "when the disk is resumed"),
+            (Compared::NotHere, "as long as another agent has the disk"),
+            (Compared::AfterAttach, "after the next attach"),
+        ] {
+            assert!(past.trouble(compared).unwrap().ends_with(when));
+        }
     }
 }

@@ -102,6 +102,7 @@ pub(crate) fn disk_status(
         nbd_uri: nbd.to_string(),
         image: record.image.clone(),
         local_error: engine.local.trouble(),
+        open_elsewhere: false,
         unsaved: None,
         size: engine.local.size(),
         epoch: record.epoch,
@@ -149,6 +150,7 @@ pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
         nbd_uri: record.nbd.clone().unwrap_or_default(),
         image: record.image.clone(),
         local_error: None,
+        open_elsewhere: false,
         unsaved: None,
         size: record.size,
         epoch: record.epoch,
@@ -216,9 +218,10 @@ fn reason_of(
         return (reason, "fenced".to_owned());
     }
     if let Some(waits) = guest_waits {
-        let seconds = waits.seconds.floor();
-        let reason = format!("the guest waits for the receiver, which has said nothing for {seconds} s");
-        return (reason, "guest-waits".to_owned());
+        return (awaited(status, waits), "guest-waits".to_owned());
+    }
+    if is_written_past(status) {
+        return (Reason::WrittenPastAgent.to_string(), code(Reason::WrittenPastAgent));
     }
     let refuses = last_error.filter(|error| error.code == "store" && serving && !status.connected);
     if let Some(error) = refuses {
@@ -247,6 +250,25 @@ fn reason_of(
         Some(reason) => (reason.to_string(), code(reason)),
         None if status.connected => ("every write is forwarded".to_owned(), "in-sync".to_owned()),
         None => ("the receiver is away: writes are retained".to_owned(), "retaining".to_owned()),
+    }
+}
+
+/// Whether that somebody else writes the image is what keeps the disk from being resynchronized, whatever its hole began with.
+fn is_written_past(status: &Status) -> bool {
+    status.written_past && status.mode == backtide_io_filter::Mode::Tracking
+}
+
+/// What the guest waits for, as far as it is known.
+fn awaited(status: &Status, waits: GuestWaits) -> String {
+    let seconds = waits.seconds.floor();
+    match status.mode {
+        _ if is_written_past(status) => format!(
+            "the guest waits until nobody else has the image open and everything was compared, for {seconds} s so far"
+        ),
+        backtide_io_filter::Mode::Resync | backtide_io_filter::Mode::Tracking if status.connected => {
+            format!("the guest waits until the resync has ended, for {seconds} s so far")
+        }
+        _ => format!("the guest waits for the receiver, which has said nothing for {seconds} s"),
     }
 }
 

@@ -370,8 +370,7 @@ impl Disk {
         status.unsaved.clone_from(&self.unsaved);
         // Who it is goes before what came of it.
         status.local_error = status.local_error.or_else(|| self.beside.told());
-        status.local_error = status.local_error.or_else(|| self.past_agent.trouble());
-        status.resync_due |= self.past_agent.is_compare_due();
+        self.past_agent.tell(&mut status, &self.record);
         status
     }
 

@@ -67,6 +67,18 @@ impl Resync {
             let error = ApiError::new(ErrorCode::Fenced, message);
             return Err(way_out(disk).into_iter().fold(error, ApiError::with_hint).into());
         }
+        if disk.open_elsewhere {
+            let message = format!(
+                "disk {name} is not resynchronized while a QEMU has its image itself open, to write it"
+            );
+            return Err(ApiError::new(ErrorCode::Refused, message)
+                .with_hint(format!(
+                    "shut down the program that has {} open: everything is compared by itself then; `backtide wait {name} --for sync` \
+                     waits for that",
+                    disk.image
+                ))
+                .into());
+        }
         let put_off = self.extent() != ResyncExtent::Changed && !self.wait;
         if disk.mode == Mode::Paused && !put_off {
             let message = format!("disk {name} is paused: nothing is sent to its receiver");

@@ -49,10 +49,15 @@ pub(crate) fn way_out(disk: &DiskStatus) -> Option<String> {
     }
     let for_good = disk.on_outage == OnOutage::Block;
     disk.guest_waits.as_ref().filter(|waits| for_good && waits.seconds >= WAIT_BORNE_SECONDS)?;
-    Some(format!(
-        "it goes on when {} answers; `backtide detach {name} --force` answers what waits with an error instead",
-        disk.receiver
-    ))
+    let goes_on = match disk.mode {
+        _ if disk.open_elsewhere => format!(
+            "shut down the program that has {} open beside the agent: it goes on when everything was compared then",
+            disk.image
+        ),
+        Mode::Resync | Mode::Tracking if disk.connected => "it goes on when the resync has ended".to_owned(),
+        _ => format!("it goes on when {} answers", disk.receiver),
+    };
+    Some(format!("{goes_on}; `backtide detach {name} --force` answers what waits with an error instead"))
 }
 
 /// Whether a person should look at a disk now: the exit code says so.

@@ -47,6 +47,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         cache: CacheMode::Writeback,
         clients: 1,
         awaited_clients: 0,
+        open_elsewhere: false,
         guest_waits: None,
     }
 }
@@ -127,6 +128,18 @@ fn a_guest_that_waits_and_a_fenced_disk_are_shown_with_the_way_out() {
         assert!(disk_text(&itself).contains("2 requests for the receiver, for "));
         assert!(!needs_a_person(&itself) && way_out(&itself).is_none());
     }
+    // The receiver is there, and is not what it waits for.
+    let here = DiskStatus { connected: true, ..disk.clone() };
+    let behind = DiskStatus { mode: Mode::Resync, ..here.clone() };
+    assert!(
+        way_out(&behind)
+            .unwrap()
+            .starts_with("it goes on when the resync has ended; `backtide detach vm1 --force`")
+    );
+    let elsewhere = DiskStatus { mode: Mode::Tracking, open_elsewhere: true, ..here };
+    let told = way_out(&elsewhere).unwrap();
+    assert!(told.starts_with("shut down the program that has ") && needs_a_person(&elsewhere), "{told}");
+    assert!(told.contains("it goes on when everything was compared"), "{told}");
     disk.reason_code = "fenced".to_owned();
     for text in [disk_text(&disk), table(std::slice::from_ref(&disk))] {
         assert!(text.contains("`backtide detach vm1 --force`; then `backtide failback vm1`"), "{text}");

@@ -158,6 +158,61 @@ fn a_qemu_that_has_the_image_itself_open_is_told() {
     attached.latest_is_the_image();
 }
 
+/// What the guest writes meanwhile is not sent: the newest point from before is not the disk.
+#[test]
+fn a_time_while_a_qemu_writes_past_the_agent_is_in_a_hole_at_once() {
+    let bench = Bench::new();
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M", "flush"]);
+    disk.settle();
+    let writer = past_the_agent(&bench, &disk, &[]);
+    disk.until("the receiver has heard of it", |status| {
+        status["reason_code"] == "written-past-agent" && status["window"]["bytes"] == 0
+    });
+    disk.qemu_io(&["write -P 0x22 0 1M", "flush"]);
+    let status = disk.status();
+    assert_eq!((&status["connected"], &status["open_elsewhere"]), (&true.into(), &true.into()), "{status}");
+    let hole = disk.holes().pop().unwrap();
+    assert_eq!((&hole["reason_code"], &hole["open"]), (&"written-past-agent".into(), &true.into()), "{hole}");
+    let refused = disk.restore_fails("-0s");
+    assert_eq!(refused.error()["code"], "point-in-hole", "{refused:?}");
+    let points = bench.plain(&["points", "vm1"]);
+    assert!(!points.stdout.contains("growing"), "{points:?}");
+    drop(writer);
+    disk.until("it is compared", |status| error_of(status).is_empty());
+    disk.settle();
+    disk.latest_is_the_image();
+    assert!(bench.plain(&["points", "vm1"]).stdout.contains("growing"));
+}
+
+/// It waits for them to go, and for the comparison, whatever the receiver says.
+#[test]
+fn a_guest_that_waits_while_a_qemu_writes_past_the_agent_is_told_what_for() {
+    let bench = Bench::new();
+    let block = ["--ack", "durable-every-write", "--on-outage", "block"];
+    let (_receiver, _agent, disk) = bench.protected(SIZE, &block);
+    let writer = past_the_agent(&bench, &disk, &[]);
+    disk.until("it is told", |status| status["reason_code"] == "written-past-agent");
+    let uri = disk.uri();
+    let guest = tools::Beside::start("qemu-io", &["-f", "raw", "-c", "write -P 0x22 4M 64k", &uri]);
+    let waits = disk.until("it has waited", |status| status["guest_waits"]["seconds"].as_f64() >= Some(10.0));
+    let reason = waits["reason"].as_str().unwrap();
+    assert!(reason.contains("until nobody else has the image open and everything was compared"), "{waits}");
+    let told = bench.plain(&["status", "vm1"]);
+    assert_eq!(told.code, 3, "{told:?}");
+    assert!(told.stdout.contains("shut down the program that has "), "{told:?}");
+    assert!(!told.stdout.contains("said nothing") && !told.stdout.contains("answers;"), "{told:?}");
+    for wait in [&["resync", "vm1", "--compare", "--wait"][..], &["resync", "vm1"]] {
+        let refused = bench.run(wait);
+        assert_eq!(refused.code, 5, "{wait:?}: {refused:?}");
+        assert!(refused.sentence().contains("a QEMU has its image itself open"), "{refused:?}");
+    }
+    drop(writer);
+    guest.succeed();
+    disk.settle();
+    disk.latest_is_the_image();
+}
+
 /// As long as a guest is there the file's time tells nothing, and it does not when the QEMU has gone.
 #[test]
 fn what_a_qemu_wrote_past_the_agent_is_compared_when_it_has_let_go_of_the_image() {
