@@ -40,7 +40,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{StoreWatch, retention};
+use crate::{StoreWatch, disks::DISKS, retention};
 
 /// The version of the store's layout that this build reads and writes.
 ///
@@ -82,23 +82,27 @@ pub enum StoreFileError {
     },
     /// There are files in the directory, but no `store.json`.
     #[error(
-        "{} is not empty and has no {FILE}: expected a backtide store or an empty directory, found {found:?}",
-        path.display()
+        "{} is not empty and has no {FILE}: expected a backtide store or an empty directory, found {found:?}{}",
+        path.display(),
+        lost(found, path)
     )]
     NotAStore {
         /// The directory.
         path: PathBuf,
-        /// The first name found there.
+        /// A name found there: that of a store's disks, if it is there.
         found: String,
     },
     /// There is no `store.json`.
     #[error(
-        "{} is no store of a receiver: it has no {FILE}; name the directory that `receiver run --store` was given",
-        path.display()
+        "{} is no store of a receiver: it has no {FILE}; name the directory that `receiver run --store` was given{}",
+        path.display(),
+        lost(if *has_disks { DISKS } else { "" }, path)
     )]
     NoStore {
         /// The directory.
         path: PathBuf,
+        /// Whether it has the directory of a store's disks.
+        has_disks: bool,
     },
     /// `store.json` does not hold what it should.
     #[error("{} is damaged: {why}; put that file back from a copy of this store, or let `backtide fsck --rebuild` write it anew: it says whose store it is, and the logs do not depend on it", path.display())]
@@ -229,7 +233,10 @@ pub(crate) fn read_store(storage: &Arc<dyn Storage>) -> Result<StoreId, StoreFil
     let path = storage.display(Path::new(FILE));
     let content = read_file(storage.as_ref(), Path::new(FILE), FILE_BYTES_MAX);
     let content = content.map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => StoreFileError::NoStore { path: storage.display(Path::new("")) },
+        io::ErrorKind::NotFound => {
+            let has_disks = storage.list(Path::new(DISKS)).is_ok();
+            StoreFileError::NoStore { path: storage.display(Path::new("")), has_disks }
+        }
         _ => StoreFileError::Io { what: "read", path: path.clone(), source },
     })?;
     parse(&path, &content)
@@ -261,10 +268,22 @@ pub(crate) fn check_unused(storage: &Arc<dyn Storage>) -> Result<(), StoreFileEr
     let names = storage.list(Path::new(""));
     let names = names.map_err(|source| StoreFileError::Io { what: "list the directory of", path, source })?;
     // The lock is a receiver's; a leftover temporary file is from a crash while this was written.
-    match names.into_iter().find(|name| !name.starts_with(FILE) && name != LOCK) {
+    let disks = names.iter().find(|name| *name == DISKS).cloned();
+    match disks.or_else(|| names.into_iter().find(|name| !name.starts_with(FILE) && name != LOCK)) {
         Some(found) => Err(StoreFileError::NotAStore { path: storage.display(Path::new("")), found }),
         None => Ok(()),
     }
+}
+
+/// The way out of a store that has lost the file.
+fn lost(found: &str, path: &Path) -> String {
+    if found != DISKS {
+        return String::new();
+    }
+    format!(
+        "; a store that has lost the file has it again after `backtide fsck {} --rebuild`",
+        path.display()
+    )
 }
 
 /// Writes a `store.json` with a new id. Nothing in the store depends on the one before.

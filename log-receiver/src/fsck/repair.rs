@@ -77,7 +77,7 @@ pub fn repair(
     if let Err(error) = fs::metadata(path.join(DISKS)) {
         fs::metadata(path).map_err(io("open the store", path.to_owned()))?;
         if error.kind() == io::ErrorKind::NotFound && !path.join("store.json").exists() {
-            return Err(StoreFileError::NoStore { path: path.to_owned() });
+            return Err(StoreFileError::NoStore { path: path.to_owned(), has_disks: false });
         }
     }
     let _held = lock_store(path)?;
