@@ -97,5 +97,12 @@ fn certificates_that_nobody_answers_for_hold_up_no_disk() {
     disk.wait("sync");
     let said = doctor(&bench, 3);
     assert_eq!(said.iter().filter(|said| said.contains("has not answered for")).count(), 3, "{said:#?}");
-    assert_eq!(times(&agent.log(), "has not answered for"), 2, "once each: {}", agent.log());
+    let silent = || times(&agent.log(), "has not answered for");
+    // A look that had not lasted so long when it was used is told of with the next use.
+    while silent() < 2 {
+        bench.json(&["pause", "vm1"]);
+        bench.json(&["resume", "vm1"]);
+        disk.wait("sync");
+    }
+    assert_eq!(silent(), 2, "once each: {}", agent.log());
 }
