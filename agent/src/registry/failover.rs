@@ -222,7 +222,9 @@ impl Registry {
                 let hello = disk::Terms::of(&known).tell(hello);
                 let welcome = claim::claim(&dialer(), hello).await?;
                 claimed.store(true, Ordering::Release);
-                if welcome.state != ReceiverState::Known || welcome.durable < adopted.durable {
+                // A log that is in doubt or has lost its end is no other one: the attach that follows compares everything.
+                let is_it = welcome.state != ReceiverState::New && welcome.history == adopted.history;
+                if !is_it || welcome.durable < adopted.durable {
                     let why = "the receiver keeps another history than it has told".to_owned();
                     return Err(FetchError::Refused(why));
                 }

@@ -155,6 +155,42 @@ fn a_failover_that_cannot_be_leaves_the_disk_where_it_is() {
 }
 
 #[test]
+fn a_disk_whose_log_is_in_doubt_goes_on_at_another_host() {
+    let bench = Bench::new();
+    let (receiver, first, disk) = bench.protected(SIZE, &[]);
+    disk.qemu_io(&["write -P 0x11 0 1M", "write -P 0x5c 4M 64k", "flush"]);
+    disk.settle();
+    // A power cut takes both, and a byte of the log.
+    first.kill();
+    assert_eq!(receiver.stop(), 0);
+    let listed = tools::run("find", &[&bench.name("store"), "-name", "*.seg"]);
+    let flipped = listed.lines().any(|path| {
+        let mut bytes = std::fs::read(path).unwrap();
+        let Some(at) = bytes.windows(4096).position(|window| window == [0x5c; 4096]) else { return false };
+        bytes[at + 2000] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+        true
+    });
+    assert!(flipped, "the data are in the log");
+    let mut receiver = bench.receiver();
+    for complaint in ["damaged", "is to be compared"] {
+        receiver.may_complain(complaint);
+    }
+    let other = OtherHost::new(&bench);
+    let mut second = other.agent();
+    for complaint in ["is damaged", "damaged at"] {
+        second.may_complain(complaint);
+    }
+    let done = other.failover(&["--yes"]);
+    assert_eq!(done.code, 0, "{done:?}");
+    // All of it is there but what is damaged.
+    tools::qemu_io(&other.uri(), &["read -P 0x11 0 1M", "write -P 0x22 4M 64k", "flush"]);
+    other.settle();
+    tools::qemu_io(&other.uri(), &["read -P 0x11 0 1M", "read -P 0x22 4M 64k", "read -P 0 5M 1M"]);
+    assert_eq!(other.run(&["verify", "vm1"]).code, 0);
+}
+
+#[test]
 fn a_failover_that_fails_after_the_fence_says_so_and_goes_on() {
     let bench = Bench::new();
     let (_receiver, mut first, disk) = bench.protected(SIZE, &[]);
