@@ -411,6 +411,17 @@ impl Records {
         TrackingFile::create(&*self.storage, &tracking_path(disk), limits, size, snapshot)
     }
 
+    /// The same for a file that could not be written, with room for what comes first.
+    pub(crate) fn begin_tracking_anew(
+        &self,
+        disk: &DiskName,
+        limits: ActivityLimits,
+        size: ByteCount,
+        snapshot: &Snapshot,
+    ) -> io::Result<TrackingFile> {
+        TrackingFile::create_with_room(&*self.storage, &tracking_path(disk), limits, size, snapshot)
+    }
+
     /// What the disk lacks, if its hydration file is there, in the boot `boot` of the host.
     pub(crate) fn open_hydration(
         &self,
@@ -475,21 +486,4 @@ fn tracking_path(disk: &DiskName) -> PathBuf {
 mod hostile;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_attach_whose_epoch_another_agent_had_too_was_not_its_own() {
-        let receiver: Address = "unix:/run/r.sock".parse().unwrap();
-        let record = DiskRecord::new("vm1".parse().unwrap(), "/images/vm1".to_owned(), receiver);
-        let mut record = DiskRecord { epoch: Epoch(6), ..record };
-        let mut equal = record.clone();
-        equal.fence(Epoch(6));
-        assert_eq!((equal.epoch, equal.last_own_epoch()), (Epoch(6), Epoch(5)));
-        record.fence(Epoch(9));
-        assert_eq!((record.epoch, record.last_own_epoch()), (Epoch(9), Epoch(6)));
-        // Fenced again it had no attach of its own in between.
-        record.fence(Epoch(30));
-        assert_eq!((record.epoch, record.last_own_epoch()), (Epoch(30), Epoch(6)));
-    }
-}
+mod tests;

@@ -5,6 +5,8 @@
 //! may still lose: after a power loss the receiver may have writes that the disk has not. So
 //! neither the receiver nor a flush has to be waited for before an extent goes cold.
 
+mod standing;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use backtide_tracking::{ActivityLimits, ActivityLog, DirtyBitmap, SavedTracking, Sequence, Snapshot};
@@ -20,8 +22,8 @@ use crate::{
     window::Window,
 };
 
-/// When a tracking file that could not be removed is tried again.
-const DISCARD_AGAIN: Duration = Duration::from_secs(5);
+use standing::Standing;
+pub use standing::Untracked;
 
 /// Copies of a snapshot by which everything may differ: as many as the file has places.
 const COPIES: u8 = 2;
@@ -39,15 +41,14 @@ pub(crate) struct Parked {
 /// See the module's description.
 #[derive(Clone, Debug)]
 pub(crate) struct Activity {
-    /// None when none is kept: a crash means a compare of everything then.
+    /// None when none is wanted: a crash means a compare of everything then.
     log: Option<ActivityLog>,
     /// By the record they wait for.
     parked: BTreeMap<Sequence, Vec<Parked>>,
     record: Option<IoId>,
     snapshot: Option<IoId>,
-    discard: Option<IoId>,
-    /// The file failed: nothing is written to it any more.
-    broken: bool,
+    /// Whether the file can be written.
+    standing: Standing,
     /// A snapshot is due, whatever the log says.
     wanted: bool,
     /// How many snapshots in a row said that everything may differ, the durable one the last.
@@ -62,8 +63,6 @@ pub(crate) struct Activity {
     doubtful: DirtyBitmap,
     /// When idle extents are let go next.
     idle_at: Option<Duration>,
-    /// When a file that could not be removed is to be removed again.
-    discard_again_at: Option<Duration>,
     /// A flush of the filter's own failed, and no guest was told.
     untold: Option<IoFailure>,
 }
@@ -86,8 +85,7 @@ impl Activity {
             parked: BTreeMap::new(),
             record: None,
             snapshot: None,
-            discard: None,
-            broken: false,
+            standing: Standing::new(limits.anew),
             wanted: false,
             everything_copies: if everything { COPIES } else { 0 },
             everything_coming: false,
@@ -95,7 +93,6 @@ impl Activity {
             flushing: None,
             doubtful: bounded(),
             idle_at: None,
-            discard_again_at: None,
             untold: None,
         }
     }
@@ -106,7 +103,7 @@ impl Activity {
 
     /// Extents that are hot; none when no activity log is kept.
     pub(crate) fn hot_extents(&self) -> Option<u64> {
-        self.log.as_ref().map(ActivityLog::hot_count)
+        self.log.as_ref().filter(|_| self.untracked().is_none()).map(ActivityLog::hot_count)
     }
 
     /// Blocks of which a flush failed.
@@ -253,14 +250,10 @@ impl Filter {
 
     /// Writes what has to be written of the tracking.
     pub(crate) fn keep_tracking(&mut self) {
-        let Some(log) = self.activity.log.as_mut().filter(|_| self.mode != Mode::Detached) else { return };
-        if self.activity.broken {
-            let again = self.activity.discard_again_at.is_some_and(|at| at <= self.now.monotonic);
-            if (self.activity.has_parked() || again) && self.activity.discard.is_none() {
-                self.discard_tracking();
-            }
-            return;
+        if !self.activity.is_kept() && self.mode != Mode::Detached {
+            return self.see_to_the_file();
         }
+        let Some(log) = self.activity.log.as_mut().filter(|_| self.mode != Mode::Detached) else { return };
         if self.activity.idle_at.is_none() && log.has_hot() {
             self.activity.idle_at = Some(self.now.monotonic + self.settings.activity.idle);
         }
@@ -288,7 +281,7 @@ impl Filter {
     }
 
     fn begin_snapshot(&mut self, idle: bool) {
-        if self.activity.snapshot.is_some() || self.activity.broken || self.mode == Mode::Detached {
+        if self.activity.snapshot.is_some() || !self.activity.is_kept() || self.mode == Mode::Detached {
             return;
         }
         let unsettled = self.unsettled_in_memory();
@@ -299,16 +292,7 @@ impl Filter {
         }
         let Some(log) = &mut self.activity.log else { return };
         let captured = log.capture(everything, idle);
-        let saved = SavedTracking {
-            history: self.history,
-            last_lsn: self.last_lsn,
-            gap_from: self.acked_durable,
-            acked_durable: self.acked_durable,
-            acked_position: self.acked_position,
-            reason: self.why_hole(),
-            dirty,
-            ..SavedTracking::unknown(self.settings.disk)
-        };
+        let saved = self.tracked(dirty);
         let io = self.take_io_id();
         self.activity.wanted = false;
         self.activity.snapshot = Some(io);
@@ -318,14 +302,28 @@ impl Filter {
         self.effects.push_back(Effect::Tracking(io, TrackingOp::Snapshot(Box::new(snapshot))));
     }
 
+    /// What the file says of the disk, with these blocks.
+    fn tracked(&self, dirty: DirtyBitmap) -> SavedTracking {
+        SavedTracking {
+            history: self.history,
+            last_lsn: self.last_lsn,
+            gap_from: self.acked_durable,
+            acked_durable: self.acked_durable,
+            acked_position: self.acked_position,
+            reason: self.why_hole(),
+            dirty,
+            ..SavedTracking::unknown(self.settings.disk)
+        }
+    }
+
     /// An operation of [`Effect::Tracking`] has ended: durable, or failed. With what a snapshot took.
     ///
     /// # Panics
     /// When no such operation is under way.
     pub fn tracking_done(&mut self, now: Now, io: IoId, result: Result<ByteCount, IoFailure>) {
         self.observe(now);
-        if self.activity.discard.take_if(|discard| *discard == io).is_some() {
-            self.discarded(result);
+        if self.activity.standing.is_of_the_file(io) {
+            self.file_done(result.map(|_| ()));
         } else if self.activity.record.take_if(|record| *record == io).is_some() {
             match result {
                 Ok(_) => self.record_is_durable(),
@@ -343,7 +341,8 @@ impl Filter {
 
     fn record_is_durable(&mut self) {
         // Of a file that is to go nothing is believed.
-        let Some(log) = self.activity.log.as_mut().filter(|_| !self.activity.broken) else { return };
+        let kept = self.activity.is_kept();
+        let Some(log) = self.activity.log.as_mut().filter(|_| kept) else { return };
         let durable = log.record_done();
         while let Some(waiting) = self.activity.parked.first_entry().filter(|entry| *entry.key() <= durable) {
             for parked in waiting.remove() {
@@ -353,54 +352,13 @@ impl Filter {
     }
 
     fn snapshot_is_durable(&mut self, bytes: ByteCount) {
-        let Some(log) = self.activity.log.as_mut().filter(|_| !self.activity.broken) else { return };
+        let kept = self.activity.is_kept();
+        let Some(log) = self.activity.log.as_mut().filter(|_| kept) else { return };
         log.snapshot_done(bytes);
+        self.activity.standing.is_tracked_again();
         let everything = std::mem::take(&mut self.activity.everything_coming);
         let copies = if everything { self.activity.everything_copies + 1 } else { 0 };
         self.activity.everything_copies = copies.min(COPIES);
-    }
-
-    /// The file cannot be written. Without it, a crash means a compare of everything, which has to be
-    /// known before a cold extent is changed: so the file goes.
-    fn tracking_failed(&mut self, failure: IoFailure) {
-        if !self.activity.broken {
-            let name = &self.settings.name;
-            self.effects.push_back(Effect::Alarm(format!(
-                "disk {name}: the tracking file cannot be written ({failure}): it is given up, and after a crash the whole disk will be compared"
-            )));
-        }
-        self.activity.broken = true;
-        if self.activity.discard.is_none() && self.activity.log.is_some() {
-            self.discard_tracking();
-        }
-    }
-
-    fn discard_tracking(&mut self) {
-        let io = self.take_io_id();
-        self.activity.discard = Some(io);
-        self.activity.discard_again_at = None;
-        self.effects.push_back(Effect::Tracking(io, TrackingOp::Discard));
-    }
-
-    /// The file is gone, durably; or it stays, and who would have to be in it gets an error.
-    fn discarded(&mut self, result: Result<ByteCount, IoFailure>) {
-        let parked = std::mem::take(&mut self.activity.parked);
-        match result {
-            Ok(_) => self.activity.log = None,
-            Err(failure) => {
-                let name = &self.settings.name;
-                self.effects.push_back(Effect::Alarm(format!(
-                    "disk {name}: the tracking file cannot be removed either ({failure}): writes to where nothing was written lately fail until it can"
-                )));
-                self.activity.discard_again_at = Some(self.now.monotonic + DISCARD_AGAIN);
-            }
-        }
-        for parked in parked.into_values().flatten() {
-            match result {
-                Ok(_) => self.begin_parked(parked),
-                Err(failure) => self.refuse_parked(parked, failure),
-            }
-        }
     }
 
     /// Waiting for the activity log is not waiting for the receiver.
@@ -409,23 +367,15 @@ impl Filter {
         self.begin_hot_change(parked.request, parked.change, asked);
     }
 
-    fn refuse_parked(&mut self, parked: Parked, failure: IoFailure) {
-        if let Some(log) = &mut self.activity.log {
-            log.leave(parked.blocks);
-        }
-        self.counters.failed_changes += 1;
-        self.effects.push_back(Effect::Complete { request: parked.request, result: Err(failure) });
-        self.release(parked.blocks);
-    }
-
-    /// When idle extents have to be let go, if there are any.
-    pub(crate) fn next_idle_snapshot(&self) -> Option<Duration> {
-        [self.activity.idle_at, self.activity.discard_again_at].into_iter().flatten().min()
+    /// When idle extents have to be let go, if there are any, or something is to be done about the file.
+    pub(crate) fn next_tracking(&self) -> Option<Duration> {
+        let due = if self.activity.is_kept() { self.activity.idle_at } else { self.activity.next_for_file() };
+        due.filter(|_| self.mode != Mode::Detached)
     }
 
     /// Lets idle extents go: after a flush, so that what it covers need not be compared either.
     pub(crate) fn let_idle_extents_go(&mut self) {
-        let busy = self.activity.log.as_ref().is_some_and(ActivityLog::has_hot) && !self.activity.broken;
+        let busy = self.activity.log.as_ref().is_some_and(ActivityLog::has_hot) && self.activity.is_kept();
         if !busy || self.mode == Mode::Detached {
             self.activity.idle_at = None;
             return;
@@ -484,7 +434,7 @@ impl Filter {
     /// agent died, also while there is no receiver. Not while the file cannot be written: then it goes.
     pub fn is_saving_everything(&self) -> bool {
         let due = self.lost.as_ref().is_some_and(|plan| plan.within.is_none());
-        due && !self.activity.everything_is_saved() && !self.activity.broken
+        due && !self.activity.everything_is_saved() && self.activity.is_kept()
     }
 
     /// Why a disk is not in sync when the agent that had it died.

@@ -77,6 +77,9 @@ pub enum TrackingOp {
     Snapshot(Box<Snapshot>),
     /// Remove the file: it cannot be written and must not be believed.
     Discard,
+    /// Put a new file with this snapshot in place, where the last one was removed. What comes later is written to
+    /// it; the last one is written no more.
+    Begin(Box<Snapshot>),
 }
 
 /// Something the driver does to the disk's spill, answered by [`crate::Filter::spill_done`]. At most one

@@ -380,7 +380,7 @@ impl Filter {
         let answers = self.acknowledgements.next_deadline();
         let retries = self.pass.as_ref().and_then(|pass| pass.next_retry(self.now.monotonic));
         let reads = self.next_paced_read().or(self.reads_overdue.then_some(self.now.monotonic));
-        let idle = self.next_idle_snapshot();
+        let idle = self.next_tracking();
         let pass = self.pause_between_passes();
         let stall = self.next_stall();
         let ways = self.next_give_way();

@@ -52,6 +52,7 @@ mod unchanged;
 mod verify;
 mod window;
 
+pub use activity::Untracked;
 pub use compare::chunk_items;
 pub use courtesy::Watch;
 pub use event::{

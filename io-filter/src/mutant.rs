@@ -21,6 +21,8 @@ pub enum Mutant {
     SnapshotForgetsUnflushed,
     /// A snapshot leaves out what is on its way to the receiver.
     SnapshotForgetsWindow,
+    /// A tracking file that is begun anew says that no block differs.
+    AnewForgetsBlocks,
     /// An idle disk says that it will not change for another second.
     UnchangedAhead,
     /// The spill is trimmed by what the receiver has in memory.

@@ -244,10 +244,11 @@ impl Filter {
     }
 
     /// Whether nothing is under way of which a guest has to hear: [`detach`](Self::detach) is
-    /// possible, and [`untold_failure`](Self::untold_failure) is the last word.
+    /// possible, and [`untold_failure`](Self::untold_failure) is the last word. Nor is the tracking file being removed or
+    /// made, which would go on with the one that a detach leaves.
     pub fn is_quiet(&self) -> bool {
         let settles = self.ongoing.values().any(|ongoing| matches!(ongoing, Ongoing::Settle));
-        !settles && self.is_unchanging()
+        !settles && !self.activity.replaces_file() && self.is_unchanging()
     }
 
     fn is_unchanging(&self) -> bool {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use backtide_units::{BlockCount, BlockIndex, ByteCount, ByteRange, CaptureTime, HistoryId, Lsn, Reason};
 
 use crate::{
+    activity::Untracked,
     event::Now,
     filter::{Filter, Mode},
     pass::NewWrites,
@@ -147,6 +148,8 @@ pub struct Status {
     pub dirty: BlockCount,
     /// Extents that are hot; none when no activity log is kept.
     pub hot_extents: Option<u64>,
+    /// Why no activity log is kept, although one should be.
+    pub untracked: Option<Untracked>,
     /// Blocks that the last pass could not read, and where the first are.
     pub unreadable: Option<(BlockCount, ByteRange)>,
     /// Whether the dirty blocks are being found out.
@@ -185,6 +188,7 @@ impl Filter {
             resync_buffer: self.window.data_bytes(),
             dirty: BlockCount(self.passive.count().0 + active),
             hot_extents: self.activity.hot_extents(),
+            untracked: self.activity.untracked(),
             unreadable: self.first_unreadable(),
             scanning: self.scanning.is_some() || self.lost.is_some(),
             waiting_answers: self.acknowledgements.waiting() as u64,

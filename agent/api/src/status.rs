@@ -86,6 +86,10 @@ pub struct DiskStatus {
     /// that is nothing else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unsaved: Option<String>,
+    /// Why no activity log is kept, although one should be: a crash of the agent means a compare of everything, until a new
+    /// one is begun. Told as `local_error` too where writes fail by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub untracked: Option<String>,
     /// The disk's size.
     pub size: ByteCount,
     /// How often it was attached.

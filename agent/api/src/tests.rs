@@ -51,6 +51,7 @@ fn vm1() -> DiskStatus {
         image: "/images/vm1.img".to_owned(),
         local_error: None,
         unsaved: None,
+        untracked: None,
         size: ByteCount(1 << 30),
         epoch: Epoch(1),
         history: None,

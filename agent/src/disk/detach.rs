@@ -138,6 +138,9 @@ fn say_detached(last: &mut DiskStatus, saved: Option<&SavedTracking>) {
     last.reason_code = "detached".to_owned();
     last.connected = false;
     (last.clients, last.awaited_clients) = (0, 0);
+    // Whether that can be saved shows now.
+    let of_state = [last.unsaved.take(), last.untracked.take()];
+    last.local_error.take_if(|error| of_state.iter().flatten().any(|told| told == error));
     // Of what is not trusted nothing is known: everything is compared at the next attach.
     last.resync_due = saved.is_none();
     if let Some(saved) = saved {

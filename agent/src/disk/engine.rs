@@ -17,19 +17,18 @@ use backtide_io_filter::{
     Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, RequestId, SpillDone, SpillOp,
     TrackingOp,
 };
-use backtide_spill::{Recovered, SpillError, SpillFiles};
+use backtide_spill::{SpillError, SpillFiles};
 use backtide_storage::{Completion, KillPoint};
-use backtide_tracking::TrackingFile;
-use backtide_units::{ByteCount, ByteRange, DiskName, Lsn};
+use backtide_units::{ByteCount, ByteRange, Lsn};
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
 use super::{
-    local::{Began, Purpose, SharedLocal, blocking, failure},
+    local::{Began, Purpose, SharedLocal, failure},
     marking::MarkWaits,
     refused::{Refused, refuse},
+    tracking::Tracking,
 };
-use crate::{record::Records, spill::OpenedSpill};
 
 /// How long a kernel that could not take requests is left alone.
 const RING_RETRY: Duration = Duration::from_millis(1);
@@ -38,7 +37,7 @@ const RING_RETRY: Duration = Duration::from_millis(1);
 pub(crate) struct Engine {
     filter: RefCell<Filter>,
     pub(crate) local: SharedLocal,
-    tracking: Tracking,
+    pub(super) tracking: Rc<Tracking>,
     requests: RefCell<HashMap<RequestId, Pending>>,
     next_request: Cell<u64>,
     started: Instant,
@@ -62,35 +61,6 @@ pub(crate) struct Engine {
     pub(crate) traffic: Traffic,
     /// When everything was at the receiver last.
     caught_up: Cell<Instant>,
-}
-
-/// Where what has to outlive the agent is written.
-#[derive(Clone)]
-pub(crate) struct Tracking {
-    pub(crate) file: TrackingFile,
-    pub(crate) records: Records,
-    pub(crate) disk: DiskName,
-    pub(crate) spill: Option<SpillFiles>,
-    /// Why there is none, although there should be one.
-    pub(crate) spill_error: Option<String>,
-}
-
-impl Tracking {
-    /// With a spill, if it could be opened; gives what the last attach left in it.
-    pub(crate) fn new(
-        file: TrackingFile,
-        records: Records,
-        disk: DiskName,
-        spill: Option<OpenedSpill>,
-    ) -> (Self, Option<Recovered>) {
-        let (opened, spill_error) = match spill {
-            Some(Ok(opened)) => (Some(opened), None),
-            Some(Err(error)) => (None, Some(error)),
-            None => (None, None),
-        };
-        let (spill, left) = opened.unzip();
-        (Self { file, records, disk, spill, spill_error }, left)
-    }
 }
 
 /// Why this side ends a connection.
@@ -135,7 +105,11 @@ pub(crate) fn add(counter: &Cell<u64>, count: u64) {
 }
 
 impl Engine {
-    pub(crate) fn new(make: impl FnOnce(Now) -> Filter, local: SharedLocal, tracking: Tracking) -> Rc<Self> {
+    pub(crate) fn new(
+        make: impl FnOnce(Now) -> Filter,
+        local: SharedLocal,
+        tracking: Rc<Tracking>,
+    ) -> Rc<Self> {
         let started = Instant::now();
         Rc::new(Self {
             filter: RefCell::new(make(now_since(started))),
@@ -319,14 +293,8 @@ impl Engine {
 
     fn start_tracking(self: &Rc<Self>, io: IoId, op: TrackingOp) {
         let engine = Rc::clone(self);
-        let Tracking { file, records, disk, .. } = self.tracking.clone();
         tokio::task::spawn_local(async move {
-            let done = blocking(move || match op {
-                TrackingOp::Record(record) => file.write_record(&record).map(|()| ByteCount::ZERO),
-                TrackingOp::Snapshot(snapshot) => file.write_snapshot(&snapshot),
-                TrackingOp::Discard => records.discard_tracking(&disk).map(|()| ByteCount::ZERO),
-            });
-            let result = done.await.map_err(failure);
+            let result = engine.tracking.carry_out(op).await.map_err(failure);
             engine.happen(|filter, now| filter.tracking_done(now, io, result));
         });
     }

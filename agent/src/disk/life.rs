@@ -5,18 +5,19 @@
 //! it, whatever the time: somebody else's write is noticed after a crash, and by the agent itself. That the image is not in
 //! its place, or cannot be looked at, takes nothing away from that.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, rc::Rc, sync::Arc};
 
 use backtide_export::Server;
 use backtide_io_filter::Filter;
 use backtide_storage::ImageFile;
-use backtide_tracking::{ImageSeen, SignOfLife, TrackingFile};
+use backtide_tracking::{ImageSeen, SignOfLife};
 use backtide_units::{ByteCount, CaptureTime};
 
 use super::{
     engine::Engine,
     in_place::{Displaced, InPlace},
     local::blocking,
+    tracking::Tracking,
     trust,
 };
 use crate::record::ImageStamp;
@@ -56,7 +57,7 @@ impl Own {
 
 /// The tracking file's sign of life, renewed as long as clients may change something.
 pub(super) struct Life {
-    file: TrackingFile,
+    tracking: Rc<Tracking>,
     /// None where the image is no file.
     image: Option<InPlace>,
     /// What became of it, as of the last look.
@@ -75,23 +76,16 @@ pub(super) struct Life {
     in_place: bool,
     /// The image may be another than the file says, and that is in order.
     news: bool,
-    /// As it is in the file.
-    sign: SignOfLife,
 }
 
 impl Life {
-    /// Of an attach that begins, with this `sign` of it in the file. Until the first look an agent that was killed may have
+    /// Of an attach that begins, with a sign of it in the file. Until the first look an agent that was killed may have
     /// written the image last.
-    pub(super) fn new(
-        file: TrackingFile,
-        image: Option<InPlace>,
-        open: Option<Arc<ImageFile>>,
-        sign: SignOfLife,
-    ) -> Self {
+    pub(super) fn new(tracking: Rc<Tracking>, image: Option<InPlace>, open: Option<Arc<ImageFile>>) -> Self {
         let told = open.as_ref().filter(|open| tells_of_writes(open.path())).map(|open| open.size());
         let (own, displaced, seen) = (Own::default(), None, None);
         let (was_cut, in_place, news) = (false, false, false);
-        Self { file, image, displaced, was_cut, told, open, own, seen, in_place, news, sign }
+        Self { tracking, image, displaced, was_cut, told, open, own, seen, in_place, news }
     }
 
     /// Looks at the image; whether somebody else has written it since the last look that found it: it is another than it was,
@@ -131,17 +125,17 @@ impl Life {
     pub(super) async fn keep(&mut self, captured: CaptureTime, disk: &str) {
         let is_known = self.in_place || self.image.is_none();
         // Of an image that is not in its place the file says what it said.
-        if is_known && std::mem::take(&mut self.news) {
-            self.sign = trust::alive_now(self.seen, captured);
-        } else if captured != self.sign.captured {
+        let said = self.tracking.sign();
+        let sign = if is_known && std::mem::take(&mut self.news) {
+            trust::alive_now(self.seen, captured)
+        } else if captured != said.captured {
             // That an idle disk has not changed is captured too, and changes no image.
-            self.sign.captured = captured;
+            SignOfLife { captured, ..said }
         } else {
             return;
-        }
-        let (file, sign) = (self.file.clone(), self.sign);
+        };
         // An old sign is a doubt the next attach settles by comparing everything.
-        if let Err(error) = blocking(move || file.sign(sign)).await {
+        if let Err(error) = self.tracking.renew(sign).await {
             tracing::warn!(disk, %error, "cannot renew the sign of life in the tracking file");
         }
     }
@@ -190,7 +184,7 @@ mod tests {
     use backtide_units::DiskId;
 
     use super::*;
-    use crate::claims::Identity;
+    use crate::{claims::Identity, record::Records};
 
     const TRACKING: &str = "vm1.tracking";
 
@@ -220,15 +214,17 @@ mod tests {
         sign.image.unwrap().modified_ns / 1_000_000_000
     }
 
-    fn life_in(storage: &dyn Storage, image: &Path) -> Life {
+    fn life_in(storage: &MemoryStorage, image: &Path) -> Life {
+        let (records, disk) = (Records::new(Arc::new(storage.clone())), "vm1".parse().unwrap());
         let snapshot = Snapshot::first(SavedTracking::unknown(DiskId::random()), false, true);
-        let (path, limits) = (Path::new(TRACKING), ActivityLimits::default());
-        let file = TrackingFile::create(storage, path, limits, ByteCount(1 << 20), &snapshot).unwrap();
+        let kind = (ActivityLimits::default(), ByteCount(1 << 20));
+        let file = records.create_tracking(&disk, kind.0, kind.1, &snapshot).unwrap();
         let stamp = ImageStamp::of(image).unwrap();
         let sign = trust::alive_since(Some(&stamp), CaptureTime(1));
         let text = image.to_str().unwrap();
         let image = InPlace::new(text, Identity::of(text), stamp.size);
-        Life { told: Some(stamp.size), ..Life::new(file, image, None, sign) }
+        let (tracking, _) = Tracking::new((file, sign), kind, records, disk, None);
+        Life { told: Some(stamp.size), ..Life::new(tracking, image, None) }
     }
 
     #[tokio::test]

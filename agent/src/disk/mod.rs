@@ -30,6 +30,7 @@ mod past_agent;
 mod refused;
 mod retry;
 mod ring;
+mod saving;
 #[allow(dead_code, reason = "an attach from a point needs more of it")]
 pub(crate) mod source;
 mod start_error;
@@ -37,6 +38,7 @@ mod status;
 mod stream;
 mod terms;
 mod thread;
+mod tracking;
 pub(crate) mod trust;
 mod unflushed;
 

@@ -21,6 +21,7 @@ use super::{
     in_place::InPlace,
     incomplete::{self, HydrationProblem, OpenedHydration},
     source::Sources,
+    tracking::way_out,
     trust,
 };
 use crate::{
@@ -117,7 +118,7 @@ pub(crate) enum OpenError {
     )]
     Spill { disk: String, why: String },
     /// The agent's own records failed.
-    #[error("cannot keep the record of disk {disk} in {}: {source}", directory.display())]
+    #[error("cannot keep the record of disk {disk} in {}: {source}; {}", directory.display(), way_out(source))]
     Record { disk: String, directory: PathBuf, source: io::Error },
 }
 

@@ -88,6 +88,9 @@ pub(crate) fn disk_status(
     let hydration = engine.local.hydration();
     // A pass reads what is missing as well, and waits for it.
     let ends = hydration.as_ref().is_none_or(|lacks| !lacks.stuck && lacks.damaged_bytes.is_zero());
+    let untracked = status.untracked.map(|untracked| engine.tracking.told(untracked));
+    // The guest's writes fail by it.
+    let refuses = status.untracked.is_some_and(|untracked| untracked.stays);
     let (reason, reason_code) = reason_of(&status, last_error.as_ref(), guest_waits);
     DiskStatus {
         name: record.name.clone(),
@@ -101,9 +104,10 @@ pub(crate) fn disk_status(
         stream_tls: stream.tls(),
         nbd_uri: nbd.to_string(),
         image: record.image.clone(),
-        local_error: engine.local.trouble(),
+        local_error: engine.local.trouble().or_else(|| untracked.clone().filter(|_| refuses)),
         open_elsewhere: false,
         unsaved: None,
+        untracked,
         size: engine.local.size(),
         epoch: record.epoch,
         history: status.history,
@@ -152,6 +156,7 @@ pub(crate) fn not_attached(record: &DiskRecord, why: &str) -> DiskStatus {
         local_error: None,
         open_elsewhere: false,
         unsaved: None,
+        untracked: None,
         size: record.size,
         epoch: record.epoch,
         history: record.history,

@@ -3,7 +3,7 @@
 use std::{path::Path, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_export::{Client, Directory, NbdAddress, NbdUri};
-use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, MarkError};
+use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, MarkError, Settings};
 use backtide_socket::Sockets;
 use backtide_storage::RealStorage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange, HistoryId};
@@ -37,17 +37,27 @@ impl Started {
 
     /// The same with another record.
     async fn image_of(directory: &Path, change: impl FnOnce(DiskRecord) -> DiskRecord) -> Self {
+        Self::kept_in(records(directory), directory, change, |_| {}).await
+    }
+
+    /// The same with its records elsewhere, and other settings.
+    pub(super) async fn kept_in(
+        records: Records,
+        directory: &Path,
+        change: impl FnOnce(DiskRecord) -> DiskRecord,
+        set: impl FnOnce(&mut Settings),
+    ) -> Self {
         let image = directory.join("vm1.img");
         // Another start goes on with the same content.
         let file = std::fs::File::options().write(true).create(true).truncate(false).open(&image).unwrap();
         file.set_len(1 << 20).unwrap();
-        let records = records(directory);
         let behind = image.display().to_string();
         let receiver = backtide_control::Address::unix(directory.join("nobody.sock"));
         let record = change(DiskRecord::new("vm1".parse().unwrap(), behind.clone(), receiver));
         let sources: Arc<dyn crate::disk::source::Sources> = Arc::new(crate::disk::source::Remote);
         let (_, mut opened) =
             open(&records, record, &behind, ImageStamp::of(&image), &sources).await.unwrap();
+        set(&mut opened.settings);
         opened.in_place = InPlace::new(&behind, Identity::of(&behind), ByteCount(1 << 20));
         let address = NbdAddress::Unix(directory.join("vm1.nbd"));
         let nbd = NbdUri { address, export: "vm1".to_owned(), tls: None };
@@ -63,6 +73,11 @@ impl Started {
         self.nbd.to_string()
     }
 
+    /// A guest.
+    pub(super) async fn guest(&self) -> Client {
+        Client::connect(&self.nbd).await.unwrap()
+    }
+
     /// Waits until it has looked at its image just now: the next time is a second away.
     async fn has_looked(&self, directory: &Path) {
         let (image, away) = (directory.join("vm1.img"), directory.join("away.img"));
@@ -74,7 +89,7 @@ impl Started {
         }
     }
 
-    async fn end(&self) {
+    pub(super) async fn end(&self) {
         let detach = |answer| Command::Detach { leaving: Leaving::Stopped, answer };
         self.handle.ask_at_length(detach).await.unwrap().unwrap();
         self.sockets.forget("disk-vm1");
@@ -266,6 +281,36 @@ async fn a_record_that_cannot_be_saved_is_told() {
     assert!(saved.paused, "also should the agent die now");
     assert_eq!(disk.handle.ask(Command::Resume).await.unwrap().local_error, None);
     disk.end().await;
+}
+
+#[tokio::test]
+async fn what_could_not_be_saved_is_not_told_for_ever_though_nothing_is_left_to_save() {
+    let directory = tempfile::tempdir().unwrap();
+    let (records, away) = (directory.path().join("records"), directory.path().join("away"));
+    let disk = Started::image(directory.path()).await;
+    std::fs::rename(&records, &away).unwrap();
+    assert!(disk.handle.ask(Command::Pause).await.unwrap().unsaved.is_some());
+    // As it is saved.
+    assert!(disk.handle.ask(Command::Resume).await.unwrap().unsaved.is_some(), "nothing can be");
+    std::fs::rename(&away, &records).unwrap();
+    while disk.handle.status().await.unwrap().unsaved.is_some() {
+        tokio::task::yield_now().await;
+    }
+    disk.end().await;
+}
+
+#[tokio::test]
+async fn a_detach_that_saves_everything_tells_nothing_of_what_could_not_be_saved_before() {
+    let directory = tempfile::tempdir().unwrap();
+    let (records, away) = (directory.path().join("records"), directory.path().join("away"));
+    let disk = Started::image(directory.path()).await;
+    disk.has_looked(directory.path()).await;
+    std::fs::rename(&records, &away).unwrap();
+    assert!(disk.handle.ask(Command::Pause).await.unwrap().local_error.is_some());
+    std::fs::rename(&away, &records).unwrap();
+    let detach = |answer| Command::Detach { leaving: Leaving::Stopped, answer };
+    let last = disk.handle.ask_at_length(detach).await.unwrap().unwrap();
+    assert_eq!((last.unsaved, last.local_error), (None, None));
 }
 
 #[tokio::test]

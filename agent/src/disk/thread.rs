@@ -16,7 +16,7 @@ use super::{
     beside::UsedBeside,
     clientele::Clientele,
     dial::Dialer,
-    engine::{Engine, Kick, Tracking},
+    engine::{Engine, Kick},
     export::{DiskExport, OneExport},
     hydrating::HydratingDisk,
     image_disk::{EngineError, ImageDisk},
@@ -24,7 +24,7 @@ use super::{
     incomplete::path_of,
     leaving::{DetachError, Leaving},
     life::{Life, Own},
-    local::{EIO, Local, blocking},
+    local::{EIO, Local},
     marking::{self, MarkAt},
     medium::Medium,
     nbd_disk::{BehindError, NbdDisk},
@@ -32,6 +32,7 @@ use super::{
     past_agent::PastAgent,
     status::Verifies,
     stream::Stream,
+    tracking::Tracking,
 };
 use crate::record::{DiskRecord, LSN_STEP, Records};
 
@@ -99,7 +100,7 @@ pub(super) struct Disk {
     watch: super::status::Watch,
     pub(super) life: Life,
     /// Why the record could not be saved the last time.
-    unsaved: Option<String>,
+    pub(super) unsaved: Option<String>,
     pub(super) past_agent: PastAgent,
     /// What else uses its bytes.
     beside: UsedBeside,
@@ -178,8 +179,9 @@ impl Disk {
                 Local::Hydrating(HydratingDisk::new(record.name.clone(), medium, noted, file, source))
             }
         };
-        let (tracking, left) = Tracking::new(tracking, records.clone(), record.name.clone(), spill);
-        let life = Life::new(tracking.file.clone(), opened.in_place, image.clone(), opened.alive);
+        let (signed, kind) = ((tracking, opened.alive), (settings.activity, settings.size));
+        let (tracking, left) = Tracking::new(signed, kind, records.clone(), record.name.clone(), spill);
+        let life = Life::new(Rc::clone(&tracking), opened.in_place, image.clone());
         let engine = Engine::new(|now| Filter::new(settings, resume, now), Rc::new(local), tracking);
         super::engine::set_pace(&engine, &record.limits);
         engine.happen(|filter, now| {
@@ -394,13 +396,6 @@ impl Disk {
         DiskRecord { paused, limits: self.limits, clientele, ..self.record.clone() }
     }
 
-    async fn save_asked(&mut self) {
-        let asked = self.asked();
-        if asked != self.record {
-            self.save_record(asked).await;
-        }
-    }
-
     /// Brings the record up to date, ahead of what the filter needs of it.
     async fn keep_house(&mut self) {
         let status = self.engine.look(Filter::status);
@@ -467,25 +462,6 @@ impl Disk {
         if written_past_agent == self.record.written_past_agent {
             let captured = self.engine.look(Filter::status).last_time;
             self.life.keep(captured, name.as_str()).await;
-        }
-    }
-
-    /// Makes the record durable. One that cannot be saved is not the record: it is tried again.
-    async fn save_record(&mut self, record: DiskRecord) {
-        let (records, saved) = (self.records.clone(), record.clone());
-        match blocking(move || records.save(&saved)).await {
-            Ok(()) => {
-                self.record = record;
-                self.unsaved = None;
-                let bound = self.record.lsn_bound;
-                self.engine.happen(|filter, now| filter.lsns_reserved(now, bound));
-            }
-            Err(error) => {
-                tracing::error!(disk = %record.name, %error, "cannot save the disk's record");
-                let directory = self.records.directory();
-                self.unsaved =
-                    Some(format!("cannot save the disk's record in {}: {error}", directory.display()));
-            }
         }
     }
 }

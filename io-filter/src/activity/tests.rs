@@ -8,7 +8,7 @@ use crate::{
     event::{AckPolicy, LocalData, OnOutage},
 };
 
-fn at(millis: u64) -> Now {
+pub(super) fn at(millis: u64) -> Now {
     Now { monotonic: Duration::from_millis(millis), wall: CaptureTime(1_000_000 + millis * 1000) }
 }
 
@@ -18,6 +18,10 @@ fn filter() -> Filter {
 
 /// As it was detached, in sync with the log of that history.
 fn filter_of(history: Option<HistoryId>) -> Filter {
+    filter_with(history, ActivityLimits::default())
+}
+
+pub(super) fn filter_with(history: Option<HistoryId>, activity: ActivityLimits) -> Filter {
     let settings = Settings {
         disk: DiskId(Uuid::from_u128(1)),
         name: "vm1".parse().unwrap(),
@@ -33,7 +37,7 @@ fn filter_of(history: Option<HistoryId>) -> Filter {
         bitmap_bytes: ByteCount(1 << 20),
         read_retry: Duration::from_secs(1),
         unchanged_every: Duration::MAX,
-        activity: ActivityLimits::default(),
+        activity,
     };
     let saved = SavedTracking { history, ..SavedTracking::unknown(settings.disk) };
     Filter::new(settings, Resume::Clean(saved), at(0))
@@ -53,7 +57,7 @@ fn begin(filter: &mut Filter, id: u64, change: Change) -> IoId {
     local.expect("it is asked of the disk")
 }
 
-fn write(block: u64) -> Change {
+pub(super) fn write(block: u64) -> Change {
     let range = ByteRange::new(ByteOffset(block * 4096), ByteCount(4096)).unwrap();
     Change::Write { range, data: Bytes::from(vec![7; 4096]), fua: false }
 }

@@ -111,6 +111,21 @@ impl ActivityLog {
         }
     }
 
+    /// The file is gone, durably: a crash means that everything may differ, and nobody waits for a record. The one that is
+    /// put in its place later, with snapshot 1, says so too, until a snapshot follows. Changes under way stay entered:
+    /// that snapshot lists their extents.
+    pub fn begin_anew(&mut self) {
+        self.hot.retain(|_, hot| hot.users > 0);
+        for hot in self.hot.values_mut() {
+            (hot.sequence, hot.ahead) = (0, false);
+        }
+        self.wide.retain(|wide| wide.under_way);
+        self.queued.clear();
+        self.writing = false;
+        (self.issued, self.durable, self.generation) = (0, 0, 1);
+        (self.base, self.capturing, self.snapshot_bytes) = ((1, true), None, 0);
+    }
+
     /// A change of these blocks wants to begin. It may when the record returned is durable; at once
     /// when there is none. [`leave`](Self::leave) when it has ended, however it did.
     pub fn enter(&mut self, blocks: BlockRange) -> Option<Sequence> {

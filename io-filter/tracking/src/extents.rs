@@ -16,11 +16,20 @@ pub struct ActivityLimits {
     pub sectors: u32,
     /// How often extents that nobody used since the last time go cold.
     pub idle: Duration,
+    /// How long after a tracking file was given up a new one is begun, at first. Where that fails it is tried less and less
+    /// often.
+    pub anew: Duration,
 }
 
 impl Default for ActivityLimits {
     fn default() -> Self {
-        Self { extent: BlockCount(1024), hot: 1024, sectors: 2048, idle: Duration::from_secs(60) }
+        Self {
+            extent: BlockCount(1024),
+            hot: 1024,
+            sectors: 2048,
+            idle: Duration::from_secs(60),
+            anew: Duration::from_secs(5),
+        }
     }
 }
 

@@ -81,6 +81,11 @@ struct Filled {
 }
 
 impl Filled {
+    /// Those of the first so many records.
+    fn up_to(room: u64) -> Self {
+        Self { first: (room > 0).then_some(1), until: room + 1 }
+    }
+
     /// The records whose sectors have to be filled with record `sequence`: a stretch ahead of it, once
     /// for each stretch of the first round.
     fn with(&mut self, sequence: u64, sectors: u32) -> Range<u64> {
@@ -151,13 +156,41 @@ impl TrackingFile {
         size: ByteCount,
         snapshot: &Snapshot,
     ) -> io::Result<Self> {
+        Self::put(storage, path, limits, size, snapshot, 0)
+    }
+
+    /// The same with a place on the file system for the first records: where there is none, the file would be given up
+    /// with the first of them.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn create_with_room(
+        storage: &dyn Storage,
+        path: &Path,
+        limits: ActivityLimits,
+        size: ByteCount,
+        snapshot: &Snapshot,
+    ) -> io::Result<Self> {
+        Self::put(storage, path, limits, size, snapshot, FILL_SECTORS)
+    }
+
+    fn put(
+        storage: &dyn Storage,
+        path: &Path,
+        limits: ActivityLimits,
+        size: ByteCount,
+        snapshot: &Snapshot,
+        room: u64,
+    ) -> io::Result<Self> {
         let layout = Layout {
             disk: snapshot.saved.disk,
             extent: limits.extent,
             sectors: limits.sectors.clamp(1, SECTORS_MAX),
             slot_bytes: slot_bytes(limits, size),
         };
+        let room = room.min(layout.sectors.into());
         let file = replace_with(storage, path, |file| {
+            file.write_at(ByteOffset(LOG_AT), &vec![0; room as usize * SECTOR_BYTES])?;
             let bytes = snapshot.encode();
             put_snapshot(file, layout, snapshot.generation, &bytes)?;
             if snapshot.everything {
@@ -165,7 +198,7 @@ impl TrackingFile {
             }
             file.write_at(ByteOffset::ZERO, &layout.encode())
         })?;
-        Ok(Self { file, layout, filled: Arc::default() })
+        Ok(Self { file, layout, filled: Arc::new(Mutex::new(Filled::up_to(room))) })
     }
 
     /// Makes a record of the activity log durable.

@@ -47,6 +47,7 @@ pub(crate) fn settings(config: &Config, epoch: u64) -> Settings {
             hot: config.hot,
             sectors: 8,
             idle: Duration::from_secs(60),
+            ..ActivityLimits::default()
         },
     }
 }

@@ -35,7 +35,7 @@ impl TrackingFile {
                 self.snapshot = Snapshot::clone(snapshot);
                 self.records.retain(|record| record.sequence >= snapshot.log_from);
             }
-            TrackingOp::Discard => unreachable!("the file does not fail"),
+            TrackingOp::Discard | TrackingOp::Begin(_) => unreachable!("the file does not fail"),
         }
     }
 

@@ -20,6 +20,9 @@ impl World {
         self.within(pause, Event::Chaos);
         let kind = self.random.below(44 + self.plan.rewinds);
         self.trace.note(self.now, "chaos", &[kind]);
+        if self.plan.tracking_faults {
+            self.tracking_fault();
+        }
         match kind {
             0..=3 => self.cut_link(),
             4..=5 => self.cut_connections(),
@@ -36,7 +39,8 @@ impl World {
             29 => self.clock_jumps(),
             30..=31 => self.stale_claim(),
             32..=33 => self.store_fault(),
-            34 => self.tracking_fault(),
+            34 if self.plan.store_faults => self.tracking_fault(),
+            34 => {}
             35..=36 => {
                 let blocks = self.plan.size.0.div_ceil(4096);
                 self.local.break_block(self.random.below(blocks));
@@ -268,6 +272,7 @@ impl World {
         self.link.latency_us = 100;
         self.receiver.storage.set_capacity(None);
         self.spill.storage.set_capacity(None);
+        self.tracking.storage.set_capacity(None);
         self.start_receiver();
         if let Some(agent) = &self.agent {
             let life = agent.life;

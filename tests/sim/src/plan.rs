@@ -63,6 +63,8 @@ pub struct Plan {
     pub outage_us: u64,
     /// Whether the receiver's storage fails now and then.
     pub store_faults: bool,
+    /// Whether the storage of the tracking file fails again and again.
+    pub tracking_faults: bool,
     /// Steps until the world is healed.
     pub steps: u64,
     /// How long a silent receiver is waited for.
@@ -151,6 +153,7 @@ impl Plan {
                 hot: random.pick(&[0, 1, 2, 8, 64]),
                 sectors: random.pick(&[2, 4, 64]),
                 idle: Duration::from_micros(chaos_us),
+                anew: Duration::from_micros(chaos_us / 10),
             },
             tracking_us: random.pick(&[100, 1_000, 20_000]),
             prefilled: random.one_in(2),
@@ -161,6 +164,7 @@ impl Plan {
             server: random.one_in(2),
             refused_permille: if faulty { random.pick(&[20, 200]) } else { 0 },
             compares: random.one_in(2),
+            tracking_faults: random.one_in(8),
         };
         if plan.rewinds > 1 {
             // A disk that says all the time that nothing changes is never all durable.

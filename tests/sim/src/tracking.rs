@@ -35,6 +35,8 @@ pub(crate) struct Tracking {
     clean: bool,
     /// The sector of the log that the last power loss has torn.
     torn: Option<u64>,
+    /// The file was given up in this life, and begun anew.
+    anew: bool,
     /// The storage was told to fail, and an alarm is right.
     pub(crate) faulty: bool,
 }
@@ -93,6 +95,7 @@ impl World {
 
     fn crashed(&mut self, loaded: Loaded) -> Resume {
         self.stats.crashes_tracked += 1;
+        self.stats.crashes_anew += u64::from(self.tracking.anew);
         let Loaded { snapshot: Snapshot { saved, .. }, hot, .. } = loaded;
         let mut candidates = hot;
         candidates.union_with(&saved.dirty);
@@ -112,14 +115,23 @@ impl World {
 
     /// Puts a new file in place; done before the agent does anything else.
     pub(crate) fn make_tracking(&mut self, snapshot: &Snapshot, clean: bool) -> TrackingFile {
-        let (limits, size) = (self.limits(), self.plan.size);
-        let path = Path::new(PATH);
         self.tracking.storage.fail_write_after(u64::MAX / 2);
         self.tracking.storage.fail_sync_after(u64::MAX / 2);
-        let made = TrackingFile::create(&self.tracking.storage, path, limits, size, snapshot);
-        self.tracking.clean = clean;
+        self.tracking.storage.set_capacity(None);
+        let made = self.new_file(snapshot);
+        (self.tracking.clean, self.tracking.anew) = (clean, false);
         self.tracking.torn = None;
         made.expect("no fault is planned for it")
+    }
+
+    fn new_file(&self, snapshot: &Snapshot) -> std::io::Result<TrackingFile> {
+        let (limits, size) = (self.limits(), self.plan.size);
+        TrackingFile::create(&self.tracking.storage, Path::new(PATH), limits, size, snapshot)
+    }
+
+    fn file_anew(&self, snapshot: &Snapshot) -> std::io::Result<TrackingFile> {
+        let (limits, size) = (self.limits(), self.plan.size);
+        TrackingFile::create_with_room(&self.tracking.storage, Path::new(PATH), limits, size, snapshot)
     }
 
     /// A clean detach leaves what it knows.
@@ -153,6 +165,13 @@ impl World {
     }
 
     fn do_tracking(&mut self, op: &TrackingOp) -> std::io::Result<ByteCount> {
+        if let TrackingOp::Begin(snapshot) = op {
+            let made = self.file_anew(snapshot)?;
+            self.agent.as_mut().expect("it is alive").tracking = made;
+            self.tracking.anew = true;
+            self.stats.tracking_anew += 1;
+            return Ok(ByteCount::ZERO);
+        }
         let file = &self.agent.as_ref().expect("it is alive").tracking;
         match op {
             TrackingOp::Record(record) => file.write_record(record).map(|()| ByteCount::ZERO),
@@ -161,9 +180,14 @@ impl World {
                 file.write_snapshot(snapshot)
             }
             TrackingOp::Discard => {
-                self.tracking.storage.remove(Path::new(PATH))?;
+                match self.tracking.storage.remove(Path::new(PATH)) {
+                    // The last time it was not durable.
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                    Ok(()) | Err(_) => {}
+                }
                 self.tracking.storage.sync_dir(Path::new("")).map(|()| ByteCount::ZERO)
             }
+            TrackingOp::Begin(_) => unreachable!("done above"),
         }
     }
 
@@ -190,6 +214,7 @@ impl World {
                 TrackingOp::Record(record) => file.write_record(&record),
                 TrackingOp::Snapshot(snapshot) => file.write_snapshot(&snapshot).map(|_| ()),
                 TrackingOp::Discard => self.tracking.storage.remove(Path::new(PATH)),
+                TrackingOp::Begin(snapshot) => self.file_anew(&snapshot).map(drop),
             };
         }
         if power {
@@ -232,16 +257,19 @@ impl World {
         self.tracking.storage.crash(seed);
     }
 
-    /// The agent's own storage fails once.
+    /// The agent's own storage fails once, or is full for a while.
     pub(crate) fn tracking_fault(&mut self) {
-        if self.agent.is_none() || !self.plan.store_faults {
+        if self.agent.is_none() {
             return;
         }
         self.tracking.faulty = true;
-        if self.random.one_in(2) {
-            self.tracking.storage.fail_write_after(0);
-        } else {
-            self.tracking.storage.fail_sync_after(0);
+        match self.random.below(3) {
+            0 => self.tracking.storage.fail_write_after(0),
+            1 => self.tracking.storage.fail_sync_after(0),
+            _ => {
+                self.tracking.storage.set_capacity(Some(self.tracking.storage.used()));
+                self.within(self.plan.outage_us, Event::TrackingHeal);
+            }
         }
     }
 }

@@ -114,6 +114,8 @@ pub enum Event {
     DiskHeal,
     /// The store has room again.
     StoreHeal,
+    /// The agent's own storage has room again.
+    TrackingHeal,
     /// The spill's storage has room again.
     SpillHeal,
     /// Somebody else comes, writes the image past the agent, or goes.
@@ -175,12 +177,16 @@ pub struct Stats {
     pub snapshots: u64,
     /// Agents that began with what the tracking file of a dead one said.
     pub crashes_tracked: u64,
-    /// Of the others, those that found it torn.
+    /// Of these, those of one that was begun anew.
+    pub crashes_anew: u64,
+    /// Agents that found it torn.
     pub tracking_torn: u64,
     /// Passes that ended without blocks they could not read.
     pub unreadable: u64,
     /// Tracking files that were given up because their storage failed.
     pub tracking_lost: u64,
+    /// Of these, those that were begun anew.
+    pub tracking_anew: u64,
     /// Spills that a new agent found something in.
     pub spills_found: u64,
     /// Of these, those with which nothing was missing.
@@ -393,6 +399,7 @@ impl World {
             Event::GiveAnswers(life) => self.give_answers(life),
             Event::DiskHeal => self.local.heal(),
             Event::StoreHeal => self.receiver.storage.set_capacity(None),
+            Event::TrackingHeal => self.tracking.storage.set_capacity(None),
             Event::SpillHeal => self.spill.storage.set_capacity(None),
             Event::PastAgent => self.past_agent_turn(),
             Event::Strike => self.strike(),

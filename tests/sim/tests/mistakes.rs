@@ -56,6 +56,11 @@ fn a_snapshot_without_the_window_is_found() {
 }
 
 #[test]
+fn a_file_begun_anew_that_knows_nothing_and_does_not_say_so_is_found() {
+    is_found(Mistake::Filter(Mutant::AnewForgetsBlocks), 200);
+}
+
+#[test]
 fn promising_that_nothing_changes_is_found() {
     is_found(Mistake::Filter(Mutant::UnchangedAhead), 40);
 }

@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 55] = [
+const SEEN: [Seen; 57] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -35,6 +35,8 @@ const SEEN: [Seen; 55] = [
     ("tracking files with a torn record", |stats| stats.tracking_torn),
     ("passes without unreadable blocks", |stats| stats.unreadable),
     ("tracking files given up", |stats| stats.tracking_lost),
+    ("of these begun anew", |stats| stats.tracking_anew),
+    ("crashes with one that was", |stats| stats.crashes_anew),
     ("spills found by a new agent", |stats| stats.spills_found),
     ("of these without a gap", |stats| stats.spills_complete),
     ("bytes spilled", |stats| stats.spilled_bytes),

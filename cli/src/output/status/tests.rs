@@ -24,6 +24,7 @@ pub(crate) fn in_sync() -> DiskStatus {
         image: "/images/vm1.img".to_owned(),
         local_error: None,
         unsaved: None,
+        untracked: None,
         size: ByteCount(1 << 30),
         epoch: Epoch(3),
         history: None,

@@ -19,6 +19,9 @@ pub(super) struct MemoryFile {
 /// What a device answers for a bad sector.
 const EIO: i32 = 5;
 
+/// What a full file system answers.
+const ENOSPC: i32 = 28;
+
 impl MemoryFile {
     fn world(&self) -> io::Result<MutexGuard<'_, World>> {
         let world = self.storage.world();
@@ -64,7 +67,7 @@ impl StorageFile for MemoryFile {
         if fails {
             return Err(io::Error::other("injected failure of a write"));
         }
-        if written < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        if written < bytes.len() { Err(io::Error::from_raw_os_error(ENOSPC)) } else { Ok(()) }
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -108,7 +111,7 @@ impl StorageFile for MemoryFile {
         let free = world.free();
         let content = &mut world.files[self.file];
         if range.end().0 > content.space().saturating_add(free) {
-            return Err(io::ErrorKind::StorageFull.into());
+            return Err(io::Error::from_raw_os_error(ENOSPC));
         }
         content.allocate(range.end().0);
         if cut { Err(power_off()) } else { Ok(()) }

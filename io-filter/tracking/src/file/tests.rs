@@ -188,9 +188,12 @@ fn what_cannot_be_created_leaves_nothing_beside_and_the_old_file_in_place() {
 
 #[test]
 fn sectors_are_filled_ahead_once_and_never_over_a_record() {
-    for (sectors, first) in [(1, 1), (2, 1), (64, 1), (100, 7), (1000, 1), (1000, 999)] {
-        let mut filled = Filled::default();
+    let made = [(1, 1, 0), (2, 1, 0), (64, 1, 0), (100, 7, 0), (1000, 1, 0), (1000, 999, 0)];
+    let with_room = [(1, 1, 1), (2, 1, 2), (64, 1, 64), (100, 1, 64), (1000, 1, 64)];
+    for (sectors, first, room) in made.into_iter().chain(with_room) {
+        let mut filled = Filled::up_to(room);
         let mut places: Vec<Option<u64>> = vec![None; sectors as usize];
+        places[..room as usize].fill(Some(0));
         let place = |sequence: u64| ((sequence - 1) % u64::from(sectors)) as usize;
         for sequence in first..first + 3 * u64::from(sectors) {
             let ahead = filled.with(sequence, sectors);
@@ -202,4 +205,21 @@ fn sectors_are_filled_ahead_once_and_never_over_a_record() {
             places[place(sequence)] = Some(sequence);
         }
     }
+}
+
+#[test]
+fn a_file_with_room_has_its_first_records_in_it() {
+    let storage = MemoryStorage::new();
+    let writes_of = |file: &TrackingFile, sequence| {
+        let before = storage.counts().writes;
+        file.write_record(&record(sequence, 3)).unwrap();
+        storage.counts().writes - before
+    };
+    assert_eq!(writes_of(&create(&storage, false, false), 1), 2, "one makes room for the next");
+    let limits = ActivityLimits { sectors: 200, ..limits() };
+    let snapshot = Snapshot::first(saved(), false, true);
+    let file = TrackingFile::create_with_room(&storage, Path::new(PATH), limits, SIZE, &snapshot).unwrap();
+    assert!(load(&storage).unwrap().snapshot.everything);
+    let writes: Vec<u64> = (1..=65).map(|sequence| writes_of(&file, sequence)).collect();
+    assert_eq!((&writes[..64], writes[64]), ([1; 64].as_slice(), 2));
 }
