@@ -110,7 +110,7 @@ impl Resume {
 /// What was asked for holds; a record that cannot be saved forgets it with the agent's end.
 pub(super) fn unless_saved(context: &Context, disk: &DiskStatus) -> Ending {
     let Some(trouble) = &disk.unsaved else { return Ending::Done };
-    context.warn(&format!("disk {}: {trouble}; it is tried again", disk.name.as_str()));
+    context.warn(&format!("disk {}: {trouble}", disk.name.as_str()));
     Ending::Warnings
 }
 

@@ -7,7 +7,7 @@ use backtide_units::CaptureTime;
 
 use super::{Answers, Finding, Verdict};
 use crate::{
-    output::status::way_out,
+    output::status::{is_of_state, untracked, way_out},
     quantity::{count_text, duration_text, size_text},
 };
 
@@ -149,14 +149,21 @@ pub(super) fn disks(disks: &[DiskStatus]) -> Vec<Finding> {
         let none = Finding::new("disks", Verdict::Warning, "no disk is attached: nothing is protected");
         return vec![none.hint("`backtide attach NAME IMAGE --receiver ADDR` protects one")];
     }
-    disks.iter().map(disk).collect()
+    disks.iter().flat_map(|one| [Some(disk(one)), costly_crash(one)]).flatten().collect()
+}
+
+/// Whether a crash of the agent would cost more than it has to.
+fn costly_crash(disk: &DiskStatus) -> Option<Finding> {
+    let told = format!("{}: {}", disk.name.as_str(), untracked(disk)?);
+    Some(Finding::new("disks", Verdict::Warning, told))
 }
 
 fn disk(disk: &DiskStatus) -> Finding {
     let name = disk.name.as_str();
     let finding = |verdict, how: &str| Finding::new("disks", verdict, format!("{name}: {how}"));
     if let Some(trouble) = &disk.local_error {
-        return finding(Verdict::Failed, &format!("its image: {trouble}"));
+        let what = if is_of_state(disk) { "" } else { "its image: " };
+        return finding(Verdict::Failed, &format!("{what}{trouble}"));
     }
     if disk.reason_code == "not-attached" {
         return finding(Verdict::Failed, &disk.reason);

@@ -26,9 +26,11 @@ pub(crate) fn table(disks: &[DiskStatus]) -> String {
         ]
     };
     let table = plain_table(&["DISK", "MODE", "LAG", "DIRTY", "RESYNC", "REASON"], disks.iter().map(row));
-    let ways_out =
-        disks.iter().filter_map(|disk| way_out(disk).map(|way| format!("{}: {way}", disk.name.as_str())));
-    std::iter::once(table).chain(ways_out).collect::<Vec<_>>().join("\n")
+    let beside = disks.iter().flat_map(|disk| {
+        let told = [way_out(disk), untracked(disk).cloned()];
+        told.into_iter().flatten().map(|told| format!("{}: {told}", disk.name.as_str()))
+    });
+    std::iter::once(table).chain(beside).collect::<Vec<_>>().join("\n")
 }
 
 /// So long a guest may wait before a person is told what to do: a receiver that starts again is back by then.
@@ -98,6 +100,9 @@ pub(crate) fn disk_text(disk: &DiskStatus) -> String {
     }
     if let Some(trouble) = &disk.local_error {
         lines.push((trouble_of(disk), trouble.clone()));
+    }
+    if let Some(untracked) = untracked(disk) {
+        lines.push(("state error", untracked.clone()));
     }
     if let Some(origin) = &disk.origin {
         let Origin { disk, lsn, time, .. } = origin;
@@ -225,9 +230,18 @@ fn reason_text(disk: &DiskStatus) -> String {
     }
 }
 
-/// Where the trouble is: what cannot be saved is the agent's state, whatever the image is.
+/// Why a crash of the agent would cost a compare of the whole disk, where that is not told as its trouble.
+pub(crate) fn untracked(disk: &DiskStatus) -> Option<&String> {
+    disk.untracked.as_ref().filter(|_| disk.untracked != disk.local_error)
+}
+
+/// Whether the trouble is with the agent's state, whatever the image is.
+pub(crate) fn is_of_state(disk: &DiskStatus) -> bool {
+    disk.local_error.is_some() && [&disk.unsaved, &disk.untracked].contains(&&disk.local_error)
+}
+
 fn trouble_of(disk: &DiskStatus) -> &'static str {
-    if disk.unsaved.is_some() && disk.unsaved == disk.local_error { "state error" } else { "image error" }
+    if is_of_state(disk) { "state error" } else { "image error" }
 }
 
 fn mode_text(disk: &DiskStatus) -> String {

@@ -145,6 +145,25 @@ fn a_slow_answer_is_no_wrong_clock() {
 }
 
 #[test]
+fn a_state_that_cannot_be_written_is_no_trouble_of_the_image() {
+    let said = |disk: DiskStatus| {
+        let found = disks(&[disk]).into_iter().map(|finding| (finding.verdict, finding.message));
+        found.collect::<Vec<_>>()
+    };
+    let trouble = || Some("the state is full".to_owned());
+    let failed = (Verdict::Failed, "vm1: the state is full".to_owned());
+    let unsaved = DiskStatus { local_error: trouble(), unsaved: trouble(), ..in_sync() };
+    assert_eq!(said(unsaved), std::slice::from_ref(&failed));
+    let refused = DiskStatus { local_error: trouble(), untracked: trouble(), ..in_sync() };
+    assert_eq!(said(refused), [failed]);
+    let image = DiskStatus { local_error: trouble(), ..in_sync() };
+    assert_eq!(said(image), [(Verdict::Failed, "vm1: its image: the state is full".to_owned())]);
+    let costly = DiskStatus { untracked: trouble(), ..in_sync() };
+    let in_sync = (Verdict::Ok, "vm1: in sync".to_owned());
+    assert_eq!(said(costly), [in_sync, (Verdict::Warning, "vm1: the state is full".to_owned())]);
+}
+
+#[test]
 fn a_disk_that_is_not_protected_is_found() {
     assert_eq!(disks(&[])[0].verdict, Verdict::Warning);
     assert_eq!(disk(&in_sync()).verdict, Verdict::Ok);

@@ -159,6 +159,28 @@ fn what_cannot_be_saved_is_no_trouble_of_the_image() {
 }
 
 #[test]
+fn what_a_crash_would_cost_is_told_beside_what_is_wrong_and_once() {
+    let costly = Some("vm1.tracking cannot be written".to_owned());
+    let disk = DiskStatus { untracked: costly.clone(), ..in_sync() };
+    let shown = table(std::slice::from_ref(&disk));
+    assert!(shown.contains("every write is forwarded"), "{shown}");
+    assert!(shown.ends_with("\nvm1: vm1.tracking cannot be written"), "{shown}");
+    assert!(
+        disk_text(&disk).contains("state error   vm1.tracking cannot be written"),
+        "{}",
+        disk_text(&disk)
+    );
+    let away = DiskStatus { local_error: Some("the image is away".to_owned()), ..disk.clone() };
+    assert!(disk_text(&away).contains("image error") && disk_text(&away).contains("state error"));
+    // Writes fail by it.
+    let refused = DiskStatus { local_error: costly, ..disk };
+    for text in [table(std::slice::from_ref(&refused)), disk_text(&refused)] {
+        assert_eq!(text.matches("vm1.tracking").count(), 1, "{text}");
+        assert!(text.contains("state error") && !text.contains("image error"), "{text}");
+    }
+}
+
+#[test]
 fn a_lost_receiver_is_shown_with_its_words() {
     let mut disk = in_sync();
     disk.connected = false;

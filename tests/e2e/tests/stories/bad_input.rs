@@ -239,7 +239,7 @@ fn a_full_receiver_costs_the_guest_nothing() {
 }
 
 /// Unmounts at the end of a test.
-struct Unmount(String);
+pub(crate) struct Unmount(pub(crate) String);
 
 impl Drop for Unmount {
     fn drop(&mut self) {

@@ -1,7 +1,9 @@
 //! An agent that is killed knows afterwards what may differ: the rest of the disk is not read again.
 
-use backtide_e2e::{Bench, Model, kill_rounds, tools};
+use backtide_e2e::{Bench, Model, is_root, kill_rounds, skip, tools};
 use serde_json::Value;
+
+use crate::bad_input::Unmount;
 
 const SIZE: u64 = 64 << 20;
 const EXTENT: u64 = 4 << 20;
@@ -166,4 +168,44 @@ fn a_state_directory_that_is_removed_costs_the_guest_no_write() {
     let log = agent.log();
     assert!(log.contains("after a crash the whole disk will be compared"), "{log}");
     agent.kill();
+}
+
+#[test]
+fn a_state_directory_that_was_full_costs_a_later_crash_nothing() {
+    if !is_root() {
+        return skip("only root mounts a small file system");
+    }
+    let bench = Bench::new();
+    let state = bench.path("state");
+    std::fs::create_dir(&state).unwrap();
+    let options = ["-t", "tmpfs", "-o", "size=2M", "none", state.to_str().unwrap()];
+    if let (false, said) = tools::try_run("mount", &options) {
+        return skip(&format!("tmpfs cannot be mounted here: {said}"));
+    }
+    let _mounted = Unmount(state.to_str().unwrap().to_owned());
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &["--activity-extents", "2"]);
+    agent.may_complain("the tracking file cannot be written");
+    agent.may_complain("cannot save the disk's record");
+    disk.settle();
+    std::fs::write(state.join("fill"), vec![0; 4 << 20]).unwrap_err();
+    disk.qemu_io(&["write -P 0x11 0 48M", "flush"]);
+    let status = disk.until("it is told", |status| status["untracked"].is_string());
+    assert_eq!(status["dirty"]["hot_extents"], Value::Null);
+    for command in ["status", "doctor"] {
+        let said = bench.run(&[command]).stdout;
+        let sentence = "vm1.tracking cannot be written: No space left on device (os error 28): a crash of the agent costs a compare of the whole disk; make room there,";
+        assert!(said.contains(sentence) && !said.contains("its image"), "{said}");
+    }
+    std::fs::remove_file(state.join("fill")).unwrap();
+    let back = |status: &Value| status["untracked"].is_null() && status["dirty"]["hot_extents"].is_u64();
+    disk.until("it is begun anew", back);
+    let said = bench.run(&["doctor"]).stdout;
+    assert!(!said.contains("tracking file") && !said.contains("cannot save"), "{said}");
+    disk.settle();
+    disk.qemu_io(&["write -P 0x22 60M 64k"]);
+    agent.kill();
+    let _agent = bench.agent();
+    disk.latest_is_the_image();
+    let status = disk.status();
+    assert!(looked_at(&status) < 48 << 20, "not the whole disk: {status}");
 }
