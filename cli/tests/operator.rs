@@ -188,6 +188,10 @@ fn a_time_in_an_outage_is_given_with_a_warning_and_is_waited_for() {
     assert!(points.stdout.contains("and nothing newer: its agent is not connected"), "{points:?}");
     let said = bench.run(&["wait", "vm1", "--for", "point", "--at", "-0s", "--timeout", "200ms"]);
     refused(&said, 1, &["its agent is not connected"]);
+    for kept in [&["keep", "vm1", "--at", "-0s"][..], &["lock", "vm1", "--at", "-0s", "--until", "1h"]] {
+        let said = bench.run(&[&["retention"], kept].concat());
+        refused(&said, 3, &["later than what the receiver has heard of disk vm1"]);
+    }
     let said = bench.run(&["restore", "vm1", "--at", "latest", "--output", output, "--force"]);
     assert_eq!(said.code, 0, "{said:?}");
 }

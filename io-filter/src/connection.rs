@@ -69,11 +69,9 @@ impl Filter {
             return self.refuse(why);
         }
         let is_strange = self.stranger(welcome).is_some();
+        let continues = self.log_continues(welcome);
         let decision = self.decide(welcome);
         self.known_until = None;
-        let rolled_back =
-            matches!(&decision, Decision::Everything(plan) if plan.reason == Reason::AgentRolledBack);
-        let continues = !rolled_back && self.log_continues(welcome);
         self.link = Link::Up { next_seq: 2, received: 1, durable: 1, asked: Asked::default() };
         self.history = Some(welcome.history);
         self.last_lsn = self.last_lsn.max(welcome.highest).max(welcome.durable);
@@ -134,9 +132,13 @@ impl Filter {
     /// whatever has become of the disk since: only what follows it has to be compared.
     fn log_continues(&self, welcome: &Welcome) -> bool {
         let is_own = welcome.state == ReceiverState::Known || self.is_in_doubt(welcome);
-        self.window.holds_spill()
-            && is_own
-            && !self.is_behind(welcome)
+        self.window.holds_spill() && is_own && self.is_what_was_left(welcome)
+    }
+
+    /// Whether the receiver has all that it acknowledged, nothing was written to its log since, and what is retained comes next.
+    fn is_what_was_left(&self, welcome: &Welcome) -> bool {
+        !self.is_behind(welcome)
+            && !self.is_newer(welcome)
             && self.stranger(welcome).is_none()
             && welcome.highest <= self.last_lsn
             && !welcome.in_pass
@@ -150,18 +152,14 @@ impl Filter {
     }
 
     /// Whether a log in doubt goes on with what is retained all the same: of what was acknowledged nothing is missing at its end.
-    /// The first pass that it gets is then the one that compares everything, so none may be retained.
+    /// The first pass that it gets is then the one that compares everything: in sync nothing of another one is retained.
     fn doubt_is_continued(&self, welcome: &Welcome) -> bool {
-        let is_newer =
-            self.known_until.is_some_and(|until| welcome.last_time.is_some_and(|last| last > until));
-        self.mode == Mode::Sync
-            && !self.is_behind(welcome)
-            && !is_newer
-            && self.stranger(welcome).is_none()
-            && welcome.highest <= self.last_lsn
-            && !welcome.in_pass
-            && !self.window.holds_pass()
-            && self.window.continues(welcome.durable)
+        self.mode == Mode::Sync && self.is_what_was_left(welcome)
+    }
+
+    /// Whether the receiver has records that were made after this agent's state was saved.
+    fn is_newer(&self, welcome: &Welcome) -> bool {
+        self.known_until.is_some_and(|until| welcome.last_time.is_some_and(|last| last > until))
     }
 
     /// Whether the receiver has less than it acknowledged as durable. Its LSN does not tell all: the blocks of
@@ -226,11 +224,7 @@ impl Filter {
                 ));
                 Decision::Everything(PassPlan::compare(Reason::ReceiverRolledBack))
             }
-            ReceiverState::Known
-                if self
-                    .known_until
-                    .is_some_and(|until| welcome.last_time.is_some_and(|last| last > until)) =>
-            {
+            ReceiverState::Known if self.is_newer(welcome) => {
                 self.alarm(format!(
                     "the receiver has records of disk {name} that are newer than this agent's state: was the state directory put back from a copy? everything is compared"
                 ));

@@ -133,11 +133,12 @@ impl Filter {
     /// disk's. What it hears is a pass that nothing came of; the one that compares everything follows.
     fn open_hole(&mut self) {
         let due = self.is_connected() && !self.hole_is_open && self.mode == Mode::Tracking;
-        let Some(reason) = self.lost.as_ref().map(|plan| plan.reason).filter(|_| due) else { return };
-        // What is in the spill comes before.
-        if !self.can_begin_pass() {
+        let Some(plan) = self.lost.clone().filter(|_| due) else { return };
+        // What is in the spill comes before, and what this pass says must be known to an agent that comes after this one.
+        if !self.can_begin_pass() || self.must_save_everything(&plan) {
             return;
         }
+        let reason = plan.reason;
         let gap_from = self.window.log_end();
         let (at, time) = (self.take_lsn(), self.stamp());
         self.window.push(Message::PassBegin { at, gap_from, time, reason });

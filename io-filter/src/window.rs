@@ -299,14 +299,6 @@ impl Window {
             .any(|entry| matches!(&entry.item, Item::Kept(Message::Record(record)) if record.lsn == lsn))
     }
 
-    /// Whether something of a pass is in memory.
-    pub(crate) fn holds_pass(&self) -> bool {
-        self.entries.iter().any(|entry| match &entry.item {
-            Item::DataSent(_) => true,
-            Item::Kept(message) => matches!(message, Message::PassBegin { .. } | Message::PassEnd { .. }),
-        })
-    }
-
     /// Whether a mark is in memory.
     pub(crate) fn has_mark(&self, lsn: Lsn, label: &str) -> bool {
         self.entries.iter().any(|entry| match &entry.item {

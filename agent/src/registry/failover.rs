@@ -424,6 +424,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_disk_that_was_taken_over_and_cannot_be_served_names_the_way_on() {
+        let (name, receiver) = ("vm1".parse().unwrap(), "unix:/run/r.sock".parse().unwrap());
+        let record = DiskRecord::new(name, "/images/vm1".to_owned(), receiver);
+        let way = "`backtide attach vm1 /images/vm1 --receiver unix:/run/r.sock` goes on with it here";
+        let told = not_served(&record, ApiError::new(ErrorCode::Locked, "it is locked"));
+        assert_eq!(told.message, "it is locked; whoever had disk vm1 is fenced by now");
+        assert_eq!((told.code, told.hint.as_deref()), (ErrorCode::Locked, Some(way)));
+        let told = not_served(&record, ApiError::new(ErrorCode::Locked, "").with_hint("unlock it"));
+        assert_eq!(told.hint.unwrap(), format!("unlock it; then {way}"));
+    }
+
+    #[test]
     fn an_image_that_is_written_before_the_record_is_saved_is_not_believed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm1.qcow2");

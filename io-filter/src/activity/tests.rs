@@ -1,4 +1,5 @@
-use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId};
+use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
+use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, LogPosition};
 use bytes::Bytes;
 use uuid::Uuid;
 
@@ -121,6 +122,31 @@ fn a_forced_compare_is_in_the_file_before_there_is_a_receiver() {
             assert!(snapshots(&mut filter, 2).is_empty(), "it says so already");
         }
     }
+}
+
+/// Else the receiver would take a pass that compares less for the one that compares everything, should the agent die meanwhile.
+#[test]
+fn a_hole_is_told_when_the_file_says_that_everything_is_compared_after_it() {
+    let history = HistoryId(Uuid::from_u128(7));
+    let mut filter = filter_of(Some(history));
+    let welcome = Welcome {
+        version: PROTOCOL_VERSION,
+        history,
+        state: ReceiverState::Known,
+        durable: filter.acked_durable(),
+        highest: filter.acked_durable(),
+        position: LogPosition::default(),
+        in_pass: false,
+        last_time: None,
+        last_attach: None,
+    };
+    filter.connected(at(0), &welcome);
+    assert!(snapshots(&mut filter, 0).is_empty() && filter.mode() == Mode::Sync);
+    filter.is_written_past(at(1));
+    assert_eq!(filter.poll_send(at(1)), None);
+    assert_eq!(snapshots(&mut filter, 1), [true, true]);
+    let sent = filter.poll_send(at(2));
+    assert!(matches!(sent, Some((_, Message::PassBegin { .. }))), "{sent:?}");
 }
 
 #[test]

@@ -183,6 +183,17 @@ fn nothing_is_a_point_from_when_somebody_else_writes_the_disk_until_everything_w
     assert_eq!(disk.passes, [Reason::WrittenPastAgent; 2].repeat(hole_and_pass));
 }
 
+#[test]
+fn what_a_log_in_doubt_lacks_of_an_outage_is_missing_for_its_damage() {
+    let mut disk = Disk::in_sync();
+    disk.filter.disconnected(at(0));
+    disk.overflow();
+    assert_eq!(disk.filter.status().reason, Some(Reason::ReceiverAway));
+    disk.connect(ReceiverState::Foreign, disk.filter.acked_durable());
+    disk.settle();
+    assert_eq!(disk.passes, [Reason::Damaged]);
+}
+
 /// Without it the newest point that it has would be the disk's, for as long as somebody writes.
 #[test]
 fn the_receiver_hears_of_the_hole_at_once_and_nothing_closes_it_while_somebody_else_writes_the_disk() {

@@ -262,20 +262,7 @@ pub(crate) mod tests {
     }
 
     fn checked(uuid: DiskId) -> DiskCheck {
-        DiskCheck {
-            name: None,
-            uuid,
-            segments: 1,
-            entries: 2,
-            bytes: ByteCount(10),
-            damage: Vec::new(),
-            more_damage: 0,
-            touched: Vec::new(),
-            mended: Vec::new(),
-            cut: Vec::new(),
-            error: None,
-            sound: true,
-        }
+        DiskCheck { segments: 1, entries: 2, bytes: ByteCount(10), sound: true, ..DiskCheck::unread(uuid) }
     }
 
     #[test]

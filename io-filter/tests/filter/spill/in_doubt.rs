@@ -2,7 +2,7 @@
 
 use backtide_protocol::{ReceiverState, Welcome};
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{Epoch, Lsn};
+use backtide_units::{CaptureTime, Epoch, Lsn};
 use uuid::Uuid;
 
 use super::{World, crashed, lsns};
@@ -46,4 +46,28 @@ fn a_log_in_doubt_that_is_short_as_well_gets_none_of_it() {
         world.connect_to(&told);
         assert_eq!(world.drain()[0], first, "{told:?}");
     }
+}
+
+#[test]
+fn a_log_in_doubt_that_was_put_back_gets_none_of_it() {
+    let mut world = World::new(4 << 20);
+    world.connect(100, ReceiverState::Known);
+    world.write(0, 1);
+    assert_eq!(world.drain(), ["101"]);
+    let now = world.now();
+    world.filter.disconnected(now);
+    world.write(1, 1);
+    // With fewer entries than it has acknowledged, though not with fewer changes.
+    world.connect(101, ReceiverState::Foreign);
+    assert_eq!(world.drain()[0], "pass after 101");
+
+    // It is newer than the agent's state: that was put back.
+    let mut world = World::new(4 << 20);
+    world.filter.knows_until(CaptureTime(7));
+    world.write(0, 5);
+    world.connect_to(&Welcome {
+        last_time: Some(CaptureTime(8)),
+        ..welcome(ReceiverState::Foreign, Lsn(100))
+    });
+    assert_eq!(world.drain()[0], "pass after 100");
 }
