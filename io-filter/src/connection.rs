@@ -1,7 +1,7 @@
 //! The connection to the receiver: the handshake's decision, what is sent, what comes back, and
 //! what a lost stream means.
 
-use backtide_protocol::{Hello, Message, PROTOCOL_VERSION, Reading, ReceiverState, Tracking, Welcome};
+use backtide_protocol::{Hello, Message, PROTOCOL_VERSION, Ping, Reading, ReceiverState, Tracking, Welcome};
 use backtide_units::{BlockRange, CaptureTime, Lsn, Reason};
 
 use crate::{
@@ -72,7 +72,7 @@ impl Filter {
         let continues = self.log_continues(welcome);
         let decision = self.decide(welcome);
         self.known_until = None;
-        self.link = Link::Up { next_seq: 2, received: 1, durable: 1, asked: Asked::default() };
+        self.link = Link::Up { next_seq: 2, received: 1, durable: 1, asked: Asked::default(), heard: None };
         self.history = Some(welcome.history);
         self.last_lsn = self.last_lsn.max(welcome.highest).max(welcome.durable);
         if is_strange {
@@ -283,12 +283,17 @@ impl Filter {
         self.observe(now);
         let asks = self.next_hasten();
         let recalled = if self.is_connected() { self.recalled.pop_front() } else { None };
-        let Link::Up { next_seq, asked, .. } = &mut self.link else { return None };
+        let stamp = self.next_stamp();
+        let Link::Up { next_seq, asked, heard, .. } = &mut self.link else { return None };
         let seq = *next_seq;
-        let message = match (recalled, asks) {
-            (Some(recalled), _) => recalled,
-            (None, Some(durable)) => asked.asks(seq, durable, self.window.sent_end()),
-            (None, None) => self.window.send(seq)?,
+        let message = match (heard.take(), recalled, asks) {
+            (heard @ Some(_), recalled, _) => {
+                self.recalled.extend(recalled);
+                Message::Ping(Ping { sent: Some(stamp), heard })
+            }
+            (None, Some(recalled), _) => recalled,
+            (None, None, Some(durable)) => asked.asks(seq, durable, self.window.sent_end()),
+            (None, None, None) => self.window.send(seq)?,
         };
         *next_seq += 1;
         if matches!(message, Message::PassData { .. }) {
@@ -301,9 +306,11 @@ impl Filter {
 
     /// Whether [`poll_send`](Self::poll_send) would give a frame.
     pub fn has_to_send(&self) -> bool {
-        let has_something =
-            || !self.recalled.is_empty() || self.window.has_unsent() || self.next_hasten().is_some();
-        self.is_connected() && has_something()
+        let Link::Up { heard, .. } = &self.link else { return false };
+        heard.is_some()
+            || !self.recalled.is_empty()
+            || self.window.has_unsent()
+            || self.next_hasten().is_some()
     }
 
     /// Whether frames are out that the receiver has not acknowledged as durable.
@@ -321,7 +328,11 @@ impl Filter {
                 self.acked_position = self.acked_position.max(position);
             }
             Message::CompareResult(result) => self.compared(result),
-            Message::Ping => {}
+            Message::Ping(ping) => {
+                if let Link::Up { heard, .. } = &mut self.link {
+                    *heard = ping.sent;
+                }
+            }
             Message::Reading(Reading::Fetch { id, range }) => self.asked_for(id, range),
             Message::Hello(_)
             | Message::Welcome(_)

@@ -75,6 +75,8 @@ pub(crate) enum Link {
         durable: u64,
         /// What the receiver was asked to hear about soon.
         asked: Asked,
+        /// What its clock has shown, which is not answered yet.
+        heard: Option<CaptureTime>,
     },
 }
 
@@ -402,9 +404,14 @@ impl Filter {
 
     /// The capture time of something that happens now; never goes back.
     pub(crate) fn stamp(&mut self) -> CaptureTime {
-        self.last_time = self.now.wall.after(self.last_time);
+        self.last_time = self.next_stamp();
         self.stamped_at = self.now.monotonic;
         self.last_time
+    }
+
+    /// What [`stamp`](Self::stamp) would give.
+    pub(crate) fn next_stamp(&self) -> CaptureTime {
+        self.now.wall.after(self.last_time)
     }
 
     pub(crate) fn take_lsn(&mut self) -> Lsn {

@@ -200,7 +200,7 @@ impl Door {
             | Message::CompareResult(_)
             | Message::Ack { .. }
             | Message::Hasten { .. }
-            | Message::Ping
+            | Message::Ping(_)
             | Message::Close(_) => 0,
         };
         let Admitted { stream, decoder, first, rights } = admitted;

@@ -5,38 +5,26 @@ use std::time::{Duration, SystemTime};
 use backtide_recovery::Timeline;
 use backtide_units::{CaptureTime, DiskName, Lsn};
 
-/// So far may the newest point be ahead before that is told.
-const AHEAD_MAX: Duration = Duration::from_secs(3);
-
-/// So far behind may something be stamped before that is told: a hello may wait as long for its disk.
-const BEHIND_MAX: Duration = Duration::from_secs(90);
+/// So far may clocks be apart before that is told.
+const APART_MAX: Duration = Duration::from_secs(3);
 
 /// Now; 1970 when the machine's clock stands before it.
 pub(crate) fn now() -> CaptureTime {
     SystemTime::now().into()
 }
 
-/// What the agent of a disk has shown of its clock since it came.
-///
-/// What it sends may be old and stamped right: after an outage it sends what it has retained, for hours where it has a spill, and
-/// with a slow link all comes late. So a stamp counts only where it is known when at the earliest it was made: an agent gives LSNs
-/// from the one in its hello on after that hello, and gives a sign of life when all that it has sent before is
-/// acknowledged.
+/// What the agent of a disk has shown of itself since it came.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Came {
-    /// When, by the receiver's clock; 0 when that was set back since and nobody knows.
-    at: CaptureTime,
     /// The first LSN that it had not given then.
     next_lsn: Lsn,
-    /// When something was heard of it last.
-    heard: CaptureTime,
-    /// So far behind, at the least, it has stamped something since.
+    /// So far behind, at the least, it stamps what happens.
     behind: Option<Duration>,
 }
 
 impl Came {
-    pub(crate) fn new(at: CaptureTime, next_lsn: Lsn) -> Self {
-        Self { at, next_lsn, heard: at, behind: None }
+    pub(crate) fn new(next_lsn: Lsn) -> Self {
+        Self { next_lsn, behind: None }
     }
 
     /// Whether it had given LSNs when it came that have not reached a log that ends here: what it has retained is on its way, or it is
@@ -45,36 +33,16 @@ impl Came {
         self.next_lsn > end.next()
     }
 
-    /// A change or the begin of a pass with this LSN and stamp has come.
-    pub(crate) fn saw_change(&mut self, lsn: Lsn, stamp: CaptureTime, now: CaptureTime) {
-        self.mind_own_clock(now);
-        if lsn >= self.next_lsn {
-            self.see(self.at, stamp, now);
-        }
-        self.heard = now;
-    }
-
-    /// A sign of life with this stamp has come.
-    pub(crate) fn saw_sign(&mut self, stamp: CaptureTime, now: CaptureTime) {
-        self.mind_own_clock(now);
-        self.see(self.heard, stamp, now);
-        self.heard = now;
-    }
-
-    /// A receiver's clock that was set back has shown nothing of the agent's. By less than what is no difference it may be.
-    fn mind_own_clock(&mut self, now: CaptureTime) {
-        if self.heard.0.saturating_sub(now.0) > BEHIND_MAX.as_micros() as u64 {
-            (self.at, self.heard, self.behind) = (CaptureTime(0), CaptureTime(0), None);
-        }
-    }
-
-    /// What was stamped so was so at `from` at the earliest.
-    fn see(&mut self, from: CaptureTime, stamp: CaptureTime, now: CaptureTime) {
+    /// It has answered what this side's clock had shown with how it stamps what happens. However late that comes, it was stamped
+    /// between the two. What it sends else may be old and stamped right: after an outage it sends what it has
+    /// retained, for hours where it has a spill, and with a slow link all comes late.
+    pub(crate) fn saw_clock(&mut self, heard: CaptureTime, stamp: CaptureTime, now: CaptureTime) {
         let since = |time: CaptureTime| Duration::from_micros(time.0.saturating_sub(stamp.0));
-        if since(from) > BEHIND_MAX {
-            self.behind = Some(since(from));
-        } else if since(now) <= BEHIND_MAX {
+        if heard > now || since(now) <= APART_MAX {
+            // This side's clock was set back and shows nothing, or both agree.
             self.behind = None;
+        } else if since(heard) > APART_MAX {
+            self.behind = Some(since(heard));
         }
     }
 }
@@ -84,7 +52,7 @@ impl Came {
 pub(crate) enum Difference {
     /// The newest point lies so far in the future.
     Ahead(Duration),
-    /// What the agent that is connected has stamped was so much older than it can have been, or more.
+    /// The agent that is connected stamps what happens so much too early, or more.
     Behind(Duration),
 }
 
@@ -97,7 +65,7 @@ impl Difference {
     /// The same of the newest point's time.
     fn of(latest: CaptureTime, came: Option<Came>, now: CaptureTime) -> Option<Self> {
         let ahead = Duration::from_micros(latest.0.saturating_sub(now.0));
-        if ahead > AHEAD_MAX {
+        if ahead > APART_MAX {
             return Some(Self::Ahead(ahead));
         }
         came?.behind.map(Self::Behind)
@@ -112,8 +80,8 @@ impl Difference {
                 text(by)
             ),
             Self::Behind(by) => format!(
-                "what the agent of disk {disk} has sent is stamped {} behind the receiver's clock or more, late as it may \
-                 have come: the clock of the agent is behind, or the receiver's ahead",
+                "what happens to disk {disk} is stamped {} behind the receiver's clock or more: the clock of its agent is \
+                 behind, or the receiver's ahead",
                 text(by + Duration::from_millis(500))
             ),
         }
@@ -149,11 +117,6 @@ mod tests {
         assert!(ahead.sentence(&"vm1".parse().unwrap()).contains("vm1 is stamped 1h 0m ahead"));
     }
 
-    /// An agent that came at second 10 000 with LSN 50 as its next one.
-    fn came() -> Came {
-        Came::new(at(10_000), Lsn(50))
-    }
-
     fn behind(came: Came, now: u64) -> Option<u64> {
         match Difference::of(at(5000), Some(came), at(now))? {
             Difference::Behind(by) => Some(by.as_secs()),
@@ -162,69 +125,38 @@ mod tests {
     }
 
     #[test]
-    fn what_was_stamped_right_and_comes_late_tells_of_no_other_clock() {
-        let mut came = came();
-        assert_eq!(behind(came, 10_000), None);
-        assert_eq!(
-            behind(came, 10_080),
-            None,
-            "it looks for what has changed, and says nothing until it knows"
-        );
-        // It sends what it has retained for an hour, and behind that what is new.
-        came.saw_change(Lsn(7), at(6400), at(10_001));
-        came.saw_change(Lsn(49), at(9999), at(11_000));
-        assert_eq!(behind(came, 11_000), None);
-        came.saw_change(Lsn(50), at(10_001), at(12_000));
-        came.saw_change(Lsn(51), at(10_500), at(13_000));
-        assert_eq!(behind(came, 13_000), None);
-        // A device that stands still holds up this side, too.
-        came.saw_sign(at(13_030), at(13_500));
-        assert_eq!(behind(came, 13_500), None);
+    fn an_answer_that_was_stamped_before_the_question_tells_of_another_clock_until_one_is_right() {
+        let mut came = Came::new(Lsn(50));
+        assert_eq!(behind(came, 10_000), None, "it has shown nothing yet");
+        came.saw_clock(at(10_000), at(9_997), at(10_000));
+        assert_eq!(behind(came, 10_000), None, "no clock is right to the second");
+        came.saw_clock(at(10_005), at(10_001), at(10_005));
+        assert_eq!(behind(came, 10_005), Some(4));
+        came.saw_clock(at(10_010), at(10_008), at(10_090));
+        assert_eq!(behind(came, 10_090), Some(4), "it comes late, and does not show that the clock is right");
+        came.saw_clock(at(10_100), at(10_100), at(10_102));
+        assert_eq!(behind(came, 10_102), None, "it was set right");
+        assert_eq!(Difference::of(at(5000), None, at(14_200)), None, "nobody is there whose clock it is");
     }
 
     #[test]
-    fn a_stamp_from_before_the_agent_came_does_on_what_is_new_until_one_is_right() {
-        let mut came = came();
-        came.saw_change(Lsn(50), at(6500), at(10_100));
-        assert_eq!(behind(came, 10_100), Some(3500));
-        came.saw_change(Lsn(51), at(10_500), at(14_100));
-        assert_eq!(
-            behind(came, 14_100),
-            Some(3500),
-            "it may come late, and does not show that the clock is right"
-        );
-        came.saw_change(Lsn(52), at(14_150), at(14_200));
-        assert_eq!(behind(came, 14_200), None, "it was set right");
-        assert_eq!(Difference::of(at(5000), None, at(14_200)), None, "nobody is there whose clock it is");
+    fn an_answer_that_is_long_under_way_tells_of_no_other_clock() {
+        let mut came = Came::new(Lsn(50));
+        for stamped in [10_000, 10_300, 10_600] {
+            came.saw_clock(at(10_000), at(stamped), at(10_600));
+            assert_eq!(behind(came, 10_600), None, "{stamped}");
+        }
     }
 
     #[test]
     fn a_receiver_whose_clock_is_set_back_blames_no_agent_for_it() {
         // It was two hours ahead.
-        let mut came = Came::new(at(17_200), Lsn(50));
-        came.saw_change(Lsn(50), at(10_000), at(10_000));
-        assert_eq!(behind(came, 10_000), None);
-        came.saw_change(Lsn(51), at(10_100), at(10_300));
-        assert_eq!(behind(came, 10_300), None, "it comes late");
-        came.saw_change(Lsn(52), at(17_000), at(17_250));
-        assert_eq!(behind(came, 17_250), None, "also when the time is what it was then");
-        let mut came = Came::new(at(17_200), Lsn(50));
-        came.saw_change(Lsn(50), at(10_000), at(17_210));
-        assert_eq!(behind(came, 17_210), Some(7200), "it is ahead, or the agent behind");
-        came.saw_sign(at(10_030), at(10_200));
-        assert_eq!(behind(came, 10_200), None, "nobody knows how late that comes");
-        came.saw_sign(at(10_030), at(10_230));
-        assert_eq!(behind(came, 10_230), Some(170), "what its clock shows since counts");
-    }
-
-    #[test]
-    fn a_sign_of_life_does_that_is_older_than_what_was_heard_before_it() {
-        let mut came = came();
-        came.saw_change(Lsn(50), at(16_000), at(20_000));
-        assert_eq!(behind(came, 20_000), None, "nobody knows how late that came");
-        came.saw_sign(at(16_030), at(20_030));
-        assert_eq!(behind(came, 20_030), Some(3970));
-        came.saw_sign(at(20_060), at(20_060));
-        assert_eq!(behind(came, 20_060), None);
+        let mut came = Came::new(Lsn(50));
+        came.saw_clock(at(17_200), at(10_000), at(17_200));
+        assert_eq!(behind(came, 17_200), Some(7200), "it is ahead, or the agent behind");
+        came.saw_clock(at(17_205), at(10_005), at(10_005));
+        assert_eq!(behind(came, 10_005), None);
+        came.saw_clock(at(17_210), at(10_010), at(10_100));
+        assert_eq!(behind(came, 10_100), None);
     }
 }

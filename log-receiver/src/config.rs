@@ -110,8 +110,8 @@ pub struct Limits {
     pub journal_compression: JournalCompression,
     /// Memory for index blocks of all readers. Default 64 MiB.
     pub index_cache_bytes: ByteCount,
-    /// How often an agent that is owed an acknowledgement hears that the receiver is still there, while
-    /// a slow device syncs; agents give a receiver up that is silent for 30 seconds. Default 5000 ms.
+    /// How often an agent hears from the receiver, and is asked how its clock stamps what happens. Agents give a receiver up that
+    /// is silent for 30 seconds while a slow device syncs. Default 5000 ms.
     pub ping_interval_ms: u64,
     /// Sealed segment files kept open for readers. Default 256.
     pub open_segments: usize,

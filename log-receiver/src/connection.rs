@@ -16,7 +16,7 @@ use std::{
 };
 
 use backtide_protocol::{
-    CloseCode, Closed, CompareResult, Decoder, Hello, Message, ProtocolError, Sequenced, encode,
+    CloseCode, Closed, CompareResult, Decoder, Hello, Message, Ping, ProtocolError, Sequenced, encode,
 };
 use backtide_recovery::LogError;
 use backtide_units::CaptureTime;
@@ -176,14 +176,12 @@ impl Connection {
     }
 
     async fn serve(&mut self, mut duplex: Duplex, first: Sequenced, wakeup: &Wakeup) -> io::Result<()> {
-        // What its agent does from now on is later, however long its disk takes.
-        let came = self.ingest.now();
         if let Message::Hello(hello) = &first.message
             && !self.prepare(hello, &mut duplex, wakeup).await?
         {
             return Ok(());
         }
-        self.take(first, came);
+        self.take(first, self.ingest.now());
         self.take_decoded();
         // The first beat is due after an interval of silence: one at once may be a little late, and meet a
         // record that has just come.
@@ -210,9 +208,8 @@ impl Connection {
                 }
                 // A slow sync or comparison is no silence; nor is this more than one frame not taken.
                 Event::Beat => {
-                    let owes = self.session.owes_acknowledgement() || !self.compares.is_empty();
-                    if owes && self.output.is_empty() {
-                        self.send(&Message::Ping);
+                    if self.asking.may_ask && self.output.is_empty() {
+                        self.send_clock();
                     }
                 }
                 Event::Written(written) => {
@@ -305,7 +302,12 @@ impl Connection {
     fn carry_out(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
-                Effect::Send(message) => self.send(&message),
+                Effect::Send(message) => {
+                    self.send(&message);
+                    if matches!(message, Message::Welcome(_)) {
+                        self.send_clock();
+                    }
+                }
                 Effect::Compare(job) => {
                     let readers = self.ingest.readers.clone();
                     let unwanted = Arc::clone(&self.unwanted);
@@ -327,6 +329,11 @@ impl Connection {
         if let Some(message) = self.asking.ask(question) {
             self.send(&message);
         }
+    }
+
+    /// Says what this side's clock shows; the answer tells how the agent's differs.
+    fn send_clock(&mut self) {
+        self.send(&Message::Ping(Ping { sent: Some(self.ingest.now()), heard: None }));
     }
 
     fn send(&mut self, message: &Message) {

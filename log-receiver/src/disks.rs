@@ -274,7 +274,7 @@ impl Disks {
             Some(_) | None => ReceiverState::Foreign,
         };
         let last_attach = attached.as_ref().map(|attached| attached.attach);
-        let replaced = disk.set_owner(connection, Came::new(now, hello.next_lsn)).or(displaced).map(|old| {
+        let replaced = disk.set_owner(connection, Came::new(hello.next_lsn)).or(displaced).map(|old| {
             let higher = attached.is_some_and(|attached| hello.epoch > attached.epoch);
             (old, replaced_by(hello, higher))
         });

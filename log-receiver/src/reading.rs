@@ -19,7 +19,7 @@ use std::{
 
 use backtide_protocol::reading::FETCH_BYTES_MAX;
 use backtide_protocol::{
-    Blocks, CloseCode, Closed, Compare, Decoder, FailureCode, Message, ReadFailure, Reading, encode,
+    Blocks, CloseCode, Closed, Compare, Decoder, FailureCode, Message, Ping, ReadFailure, Reading, encode,
 };
 use backtide_units::ByteRange;
 use bytes::{Buf, Bytes};
@@ -180,7 +180,7 @@ impl PointReader {
                 Event::Worked(None) => break closed(CloseCode::Store, "reading the point failed"),
                 Event::Beat => {
                     if !self.open.is_empty() && self.output.is_empty() {
-                        self.send(&Message::Ping);
+                        self.send(&Message::Ping(Ping::default()));
                     }
                 }
                 Event::Ending => break closed(CloseCode::Bye, ENDING),
@@ -213,10 +213,10 @@ impl PointReader {
     fn take(&mut self, message: Message) -> Result<(), Closed> {
         let reading = match message {
             Message::Reading(reading) => reading,
-            Message::Ping => {
+            Message::Ping(_) => {
                 // Who has something to take hears enough; a peer that takes nothing shall not pile them up.
                 if self.output.is_empty() {
-                    self.send(&Message::Ping);
+                    self.send(&Message::Ping(Ping::default()));
                 }
                 return Ok(());
             }

@@ -23,7 +23,7 @@ mod checks;
 use std::collections::VecDeque;
 
 use backtide_protocol::{
-    CloseCode, Closed, Compare, Hello, Message, PROTOCOL_VERSION, Reading, Sequenced, Welcome,
+    CloseCode, Closed, Compare, Hello, Message, PROTOCOL_VERSION, Ping, Reading, Sequenced, Welcome,
 };
 use backtide_segment::{Entry, Seq};
 use backtide_tls::Rights;
@@ -126,14 +126,6 @@ impl Session {
             State::AwaitHello | State::Ended => None,
             State::AwaitClaim { claim, .. } => Some(claim.disk),
             State::Streaming(streaming) => Some(streaming.disk),
-        }
-    }
-
-    /// Whether the agent waits for something that was received to become durable.
-    pub fn owes_acknowledgement(&self) -> bool {
-        match &self.state {
-            State::Streaming(streaming) => streaming.acked.durable < streaming.reached.received,
-            State::AwaitHello | State::AwaitClaim { .. } | State::Ended => false,
         }
     }
 
@@ -303,7 +295,6 @@ impl Streaming {
         let (entry, payload) = match message {
             Message::Record(mut record) => {
                 self.check_record(disks, &record)?;
-                self.saw_change(disks, record.lsn, record.time, now);
                 record.time = self.in_order(disks, record.time);
                 let entry = entries::record(record);
                 let payload = payload_of(&entry);
@@ -319,14 +310,10 @@ impl Streaming {
             }
             Message::Unchanged { lsn, time } => {
                 self.check_reached(disks, "unchanged", lsn)?;
-                if let Some(came) = self.disk(disks).came_mut() {
-                    came.saw_sign(time, now);
-                }
                 let time = self.in_order(disks, time);
                 (Entry::Unchanged { lsn, time }, ByteCount::ZERO)
             }
             Message::PassBegin { at, gap_from, time, reason } => {
-                self.saw_change(disks, at, time, now);
                 let time = self.in_order(disks, time);
                 let entry = entries::pass_begin(at, gap_from, time, reason);
                 return self.disk(disks).append_of_pass(entry, now).map(|()| None).map_err(refusal);
@@ -354,7 +341,13 @@ impl Streaming {
                     Frames { received: frame, durable: if durable { frame } else { self.asked.durable } };
                 return Ok(None);
             }
-            Message::Ping => {
+            Message::Ping(Ping { sent, heard: Some(heard) }) => {
+                if let (Some(came), Some(sent)) = (self.disk(disks).came_mut(), sent) {
+                    came.saw_clock(heard, sent, now);
+                }
+                return Ok(None);
+            }
+            Message::Ping(_) => {
                 // Whoever asks whether this side is alive does not wait for the next sync.
                 self.asked.received = self.reached.received;
                 return Ok(None);
@@ -370,13 +363,6 @@ impl Streaming {
             disks.check_space(payload).map_err(|why| closed(CloseCode::Store, why))?;
         }
         self.disk(disks).append(entry, payload).map(|_| None).map_err(refusal)
-    }
-
-    /// Notes what a stamp shows of the agent's clock.
-    fn saw_change(&self, disks: &mut Disks, lsn: Lsn, stamp: CaptureTime, now: CaptureTime) {
-        if let Some(came) = self.disk(disks).came_mut() {
-            came.saw_change(lsn, stamp, now);
-        }
     }
 
     fn disk<'a>(&self, disks: &'a mut Disks) -> &'a mut Disk {

@@ -150,7 +150,7 @@ impl Walk<'_> {
                 }
                 Ok(())
             }
-            Message::Ping => {
+            Message::Ping(_) => {
                 self.ring.append(message);
                 Ok(())
             }

@@ -106,7 +106,7 @@ pub fn frame_bytes(message: &Message) -> ByteCount {
         Message::Record(Record { body: RecordBody::Write(data), .. }) => data.bytes().len(),
         Message::Record(Record { body: RecordBody::Zero | RecordBody::Trim, .. }) => 8,
         Message::Mark { label, .. } => label.len(),
-        Message::Flush { .. } | Message::Unchanged { .. } | Message::Ping => 0,
+        Message::Flush { .. } | Message::Unchanged { .. } | Message::Ping(_) => 0,
         Message::Hello(_)
         | Message::Welcome(_)
         | Message::PassBegin { .. }

@@ -7,7 +7,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use backtide_protocol::{Message, Record, RecordBody};
+use backtide_protocol::{Message, Ping, Record, RecordBody};
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn};
 use common::{DISK, Spill, limits, write};
@@ -34,7 +34,7 @@ fn messages() -> Vec<Message> {
         zero(103, RecordBody::Trim),
         Message::Flush { lsn: Lsn(103), time },
         Message::Mark { lsn: Lsn(103), time, label: "before-upgrade".to_owned() },
-        Message::Ping,
+        Message::Ping(Ping::default()),
     ]
 }
 

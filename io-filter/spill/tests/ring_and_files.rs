@@ -2,7 +2,7 @@
 
 mod common;
 
-use backtide_protocol::Message;
+use backtide_protocol::{Message, Ping};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteCount, ByteOffset, CaptureTime, Lsn};
 use common::{Spill, limits, write};
@@ -16,7 +16,7 @@ fn what_was_appended_is_read_back_and_recovered() {
     let first = [write(101, 100, 4096), write(102, 101, 512), flush, mark];
     assert!(spill.append(&first).unwrap());
     // LSNs are not dense: what follows an attach begins elsewhere.
-    let second = [write(500, 102, 30_000), Message::Ping, write(501, 500, 1)];
+    let second = [write(500, 102, 30_000), Message::Ping(Ping::default()), write(501, 500, 1)];
     assert!(spill.append(&second).unwrap());
     let all: Vec<Message> = first.into_iter().chain(second).collect();
     assert_eq!(spill.read_all(&spill.ring), all);

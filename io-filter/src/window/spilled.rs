@@ -10,7 +10,7 @@
 //! So an entry is dropped from memory only when it is in the ring, sent only when everything before it
 //! is in memory, and trimmed from the ring only when it leaves the window.
 
-use backtide_protocol::Message;
+use backtide_protocol::{Message, Ping};
 use backtide_spill::{Place, Ring, Slot, frame_bytes};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteCount, CaptureTime, Lsn};
@@ -365,7 +365,7 @@ impl Window {
 /// As it is written: a question of a verify is of no use to anybody who reads it later.
 fn spilled_form(item: &Item) -> Message {
     match item {
-        Item::Kept(Message::Compare(_)) => Message::Ping,
+        Item::Kept(Message::Compare(_)) => Message::Ping(Ping::default()),
         Item::Kept(message) => message.clone(),
         Item::DataSent(_) => unreachable!("nothing is spilled during a pass"),
     }

@@ -1,13 +1,14 @@
-//! The receiver asks for what the disk has somewhere: it is told, a little at a time, and nothing else waits for that.
+//! The receiver asks: for what the disk has somewhere, which it is told a little at a time while nothing else waits for that, and
+//! how what happens now is stamped.
 
 use std::time::Duration;
 
 use backtide_io_filter::{
     Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume, Settings,
 };
-use backtide_protocol::{Message, Reading, ReceiverState};
+use backtide_protocol::{Message, Ping, Reading, ReceiverState};
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{ByteCount, ByteOffset, ByteRange, Lsn};
+use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, Lsn};
 use bytes::Bytes;
 
 use crate::common::{at, welcome};
@@ -169,4 +170,30 @@ fn reads_for_streams_that_are_gone_count_until_they_end_and_nothing_waits_for_th
     }
     ask(&mut filter, 20, range(0, 4096));
     assert_eq!(reads(&mut filter).len(), 1, "there is room again");
+}
+
+#[test]
+fn what_the_receivers_clock_shows_is_answered_once_and_before_all_else() {
+    let mut filter = connected();
+    filter.hasten();
+    let shown = |micros| Message::Ping(Ping { sent: Some(CaptureTime(micros)), heard: None });
+    filter.receive(now(), shown(7));
+    filter.receive(now(), shown(8));
+    let answer = |messages: &[Message]| match messages {
+        [Message::Ping(Ping { sent: Some(sent), heard: Some(heard) }), ..] => (sent.0, heard.0),
+        other => panic!("{other:?}"),
+    };
+    let messages = sent(&mut filter);
+    // The pass that runs was begun now, and has ended.
+    assert_eq!(answer(&messages), (now().wall.0 + 2, 8), "the newest");
+    assert!(messages[1..].iter().all(|message| !matches!(message, Message::Ping(_))), "{messages:?}");
+    filter.receive(now(), Message::Ping(Ping::default()));
+    assert_eq!(sent(&mut filter), [], "it shows nothing");
+    // A clock that was set back stamps what happens later than it shows, and so it answers.
+    filter.not_before(CaptureTime(now().wall.0 + 60_000_000));
+    filter.receive(now(), shown(9));
+    assert_eq!(answer(&sent(&mut filter)), (now().wall.0 + 60_000_001, 9));
+    filter.receive(now(), shown(10));
+    filter.disconnected(now());
+    assert!(!filter.has_to_send(), "nobody is there");
 }

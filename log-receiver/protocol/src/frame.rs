@@ -15,7 +15,7 @@ use crate::{
     Closed, Hello, PROTOCOL_VERSION, ProtocolError, Welcome,
     message::{
         COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, Compare, CompareItem, CompareResult, Content, Data,
-        LABEL_BYTES_MAX, Message, Record, RecordBody, Sequenced,
+        LABEL_BYTES_MAX, Message, Ping, Record, RecordBody, Sequenced,
     },
     reading::{FETCH_BYTES_MAX, OWNER_BYTES_MAX},
 };
@@ -252,7 +252,10 @@ fn encode_parts(message: &Message) -> (Header, Data) {
             let flags = if *durable { FLAG_DURABLE } else { 0 };
             (Header { flags, ..Header::of(Type::Hasten) }, none())
         }
-        Message::Ping => (Header::of(Type::Ping), none()),
+        Message::Ping(Ping { sent, heard }) => {
+            let of = |time: &Option<CaptureTime>| time.unwrap_or_default().0;
+            (Header::of(Type::Ping).fields(0, 0, of(heard), of(sent)), none())
+        }
         Message::Reading(reading) => reading::encode(reading),
     }
 }
@@ -356,7 +359,10 @@ fn decode_message(
         Type::CompareResult => Message::CompareResult(compare_result(a, payload)?),
         Type::Ack => Message::Ack { received: a, durable: b, position: LogPosition(c) },
         Type::Hasten => Message::Hasten { durable: header.flags & FLAG_DURABLE != 0 },
-        Type::Ping => Message::Ping,
+        Type::Ping => {
+            let time = |micros| Some(CaptureTime(micros)).filter(|time| *time != CaptureTime::default());
+            Message::Ping(Ping { sent: time(d), heard: time(c) })
+        }
         Type::OpenPoint
         | Type::PointOpened
         | Type::Fetch

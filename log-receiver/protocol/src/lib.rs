@@ -20,7 +20,7 @@ pub use hello::{
     AckPolicy, CloseCode, Closed, Hello, OnOutage, OriginPoint, ReceiverState, Tracking, Welcome,
 };
 pub use message::{
-    Compare, CompareItem, CompareResult, Content, Data, Message, Record, RecordBody, Sequenced,
+    Compare, CompareItem, CompareResult, Content, Data, Message, Ping, Record, RecordBody, Sequenced,
 };
 pub use reading::{
     Blocks, FETCH_BYTES_MAX, FailureCode, OpenPoint, PointOpened, ReadFailure, Reading, collect_part,

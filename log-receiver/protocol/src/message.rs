@@ -92,7 +92,7 @@ pub enum Message {
         durable: bool,
     },
     /// Either side: are you there? An agent's ping is acknowledged like any frame.
-    Ping,
+    Ping(Ping),
     /// Either side: the connection ends here, and why.
     Close(Closed),
     /// Either side, on a connection that reads a point and feeds no log.
@@ -116,11 +116,24 @@ impl Message {
             Self::CompareResult(_) => "compare-result",
             Self::Ack { .. } => "ack",
             Self::Hasten { .. } => "hasten",
-            Self::Ping => "ping",
+            Self::Ping(_) => "ping",
             Self::Close(_) => "close",
             Self::Reading(reading) => reading.name(),
         }
     }
+}
+
+/// The clocks of both sides, by which the receiver knows how the one differs that stamps what it keeps: it says what its own
+/// shows, and the agent answers with that and how it stamps what happens now.
+///
+/// However long the two are under way, the answer was stamped between the moment that it came from and the one at
+/// which it arrives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ping {
+    /// The sender's clock; of an agent, the stamp that a change would get now. None where it does not say.
+    pub sent: Option<CaptureTime>,
+    /// The receiver's clock that this answers. None where it answers none.
+    pub heard: Option<CaptureTime>,
 }
 
 /// The longest label of a mark, in bytes.

@@ -81,7 +81,7 @@ impl Agent {
                     assert_eq!(self.next().await, None, "nothing comes after a close");
                     return closed;
                 }
-                Some(Message::Ack { .. } | Message::Ping) => {}
+                Some(Message::Ack { .. } | Message::Ping(_)) => {}
                 other => panic!("expected a close, found {other:?}"),
             }
         }
@@ -97,7 +97,7 @@ impl Agent {
                     assert!(received >= last.0 && durable >= last.1 && durable <= received);
                     last = (received, durable);
                 }
-                Some(Message::Ping) => {}
+                Some(Message::Ping(_)) => {}
                 other => panic!("expected an acknowledgement, found {other:?}"),
             }
         }

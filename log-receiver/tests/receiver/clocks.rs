@@ -1,8 +1,8 @@
 //! What is told of a clock that is not the receiver's.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
-use backtide_protocol::{Hello, Message};
+use backtide_protocol::{Hello, Message, Ping};
 use backtide_receiver_api::{DiffRequest, FindChangeRequest};
 use backtide_units::{ByteOffset, CaptureTime, DiskName, Lsn};
 
@@ -14,10 +14,21 @@ fn vm1() -> DiskName {
     "vm1".parse().unwrap()
 }
 
+fn now() -> CaptureTime {
+    SystemTime::now().into()
+}
+
+/// Answers what the receiver's clock shows now, with a clock that is ahead by so much.
+async fn answer_clock(agent: &mut Agent, ahead_us: i64) {
+    let heard = now();
+    let sent = CaptureTime((heard.0 as i64 + ahead_us) as u64);
+    agent.send(&Message::Ping(Ping { sent: Some(sent), heard: Some(heard) })).await;
+    agent.all_durable().await;
+}
+
 /// A disk in sync whose agent's clock is ahead by so much: all was captured just now.
 async fn attached_with_clock(receiver: &backtide_log_receiver::Receiver, ahead_us: i64) -> Agent {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as i64;
-    let stamped = CaptureTime((now + ahead_us) as u64);
+    let stamped = CaptureTime((now().0 as i64 + ahead_us) as u64);
     let (mut agent, _) = Agent::welcomed(receiver, hello(1, "vm1")).await;
     let begin = match pass_begin(5, 0, backtide_units::Reason::FirstAttach) {
         Message::PassBegin { at, gap_from, reason, .. } => {
@@ -32,13 +43,15 @@ async fn attached_with_clock(receiver: &backtide_log_receiver::Receiver, ahead_u
     };
     agent.send(&end).await;
     agent.all_durable().await;
+    answer_clock(&mut agent, ahead_us).await;
     agent
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_time_of_another_clock_is_given_with_a_warning() {
     for (ahead_us, said) in [
-        (-HOUR_US, "vm1 has sent is stamped 1h 0m behind the receiver's clock or more"),
+        (-HOUR_US, "disk vm1 is stamped 1h 0m behind the receiver's clock or more"),
+        (-40_000_000, "disk vm1 is stamped 40s behind the receiver's clock or more"),
         (HOUR_US, "ahead of the receiver's clock"),
     ] {
         let place = Place::new();
@@ -95,8 +108,8 @@ async fn a_time_of_the_same_clock_is_given_without_a_word() {
 async fn what_an_agent_has_retained_is_stamped_by_the_same_clock_however_late_it_comes() {
     let place = Place::new();
     let receiver = place.start().await;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64;
-    let ago = |hours: u64| CaptureTime(now - hours * HOUR_US as u64);
+    let now = now();
+    let ago = |hours: u64| CaptureTime(now.0 - hours * HOUR_US as u64);
     let record = |lsn: u64, time: CaptureTime| match write(lsn, 0, vec![1; 4096]) {
         Message::Record(record) => Message::Record(backtide_protocol::Record { time, ..record }),
         other => panic!("{other:?}"),
@@ -117,13 +130,11 @@ async fn what_an_agent_has_retained_is_stamped_by_the_same_clock_however_late_it
     }
     let after = "-1s";
     assert_eq!(api.resolve(&vm1(), after).await.unwrap().warning, None);
-    // What it captures now is another matter.
-    agent.send(&record(9, ago(1))).await;
-    agent.all_durable().await;
+    // How it stamps what happens now is another matter.
+    answer_clock(&mut agent, -HOUR_US).await;
     assert!(clock().await.unwrap().contains("1h 0m behind"));
     assert!(api.resolve(&vm1(), after).await.unwrap().warning.is_some());
-    agent.send(&record(10, ago(0))).await;
-    agent.all_durable().await;
+    answer_clock(&mut agent, 0).await;
     assert_eq!(clock().await, None, "it was set right");
     receiver.shutdown().await;
 }
@@ -154,13 +165,33 @@ async fn a_time_after_the_last_word_of_an_agent_that_is_away_is_given_with_a_war
     receiver.shutdown().await;
 }
 
+/// Without a question nobody could answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_is_told_what_the_receivers_clock_shows_when_it_comes_and_time_and_again() {
+    let place = Place::new();
+    let mut config = place.config();
+    config.limits.ping_interval_ms = 20;
+    let receiver = backtide_log_receiver::Receiver::start(config).await.unwrap();
+    let before = now();
+    let (mut agent, _) = Agent::welcomed(&receiver, hello(1, "vm1")).await;
+    let mut shown = vec![before];
+    while shown.len() < 4 {
+        match agent.next().await {
+            Some(Message::Ping(Ping { sent, heard: None })) => shown.extend(sent),
+            other => panic!("expected a ping, found {other:?}"),
+        }
+    }
+    assert!(shown.is_sorted() && shown.iter().all(|time| *time <= now()), "{shown:?}");
+    receiver.shutdown().await;
+}
+
 /// What it sends first is of the outage's begin: a time of later in it would be given as another point with every record.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_time_that_an_agent_has_yet_to_send_something_of_is_given_with_a_warning() {
     let place = Place::new();
     let receiver = place.start().await;
     let api = client(&receiver);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64;
+    let now = now().0;
     let record = |lsn: u64| match write(lsn, 0, vec![1; 4096]) {
         Message::Record(record) => Message::Record(backtide_protocol::Record {
             time: CaptureTime(now - 60_000_000 + lsn * 1_000_000),

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use backtide_log_receiver::{Config, Receiver};
-use backtide_protocol::Message;
+use backtide_protocol::{Message, Ping};
 use backtide_storage::MemoryStorage;
 use backtide_units::{ByteCount, Lsn, Reason};
 
@@ -40,7 +40,7 @@ async fn heard(agent: &mut Agent) -> (u64, u64) {
             Some(Message::Ack { received, durable, .. }) if received == agent.sent => {
                 return (received, durable);
             }
-            Some(Message::Ack { .. } | Message::Ping) => {}
+            Some(Message::Ack { .. } | Message::Ping(_)) => {}
             other => panic!("expected an acknowledgement, found {other:?}"),
         }
     }
@@ -135,11 +135,11 @@ async fn a_ping_is_answered_while_the_receiver_gathers() {
     let mut agent = synced(&receiver, 1, "vm1").await;
     agent.send(&write(6, 0, vec![6; 4096])).await;
     let record = agent.sent;
-    agent.send(&Message::Ping).await;
+    agent.send(&Message::Ping(Ping::default())).await;
     let durable = loop {
         match agent.next().await {
             Some(Message::Ack { received, durable, .. }) if received == agent.sent => break durable,
-            Some(Message::Ack { .. } | Message::Ping) => {}
+            Some(Message::Ack { .. } | Message::Ping(_)) => {}
             other => panic!("expected an acknowledgement, found {other:?}"),
         }
     };

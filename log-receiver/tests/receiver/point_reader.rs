@@ -66,7 +66,7 @@ impl PointReader {
         loop {
             match self.agent.next().await {
                 Some(Message::Reading(reading)) => return reading,
-                Some(Message::Ping) => {}
+                Some(Message::Ping(_)) => {}
                 other => panic!("expected an answer, found {other:?}"),
             }
         }

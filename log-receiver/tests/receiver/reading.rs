@@ -4,7 +4,7 @@
 use backtide_log_receiver::Receiver;
 use backtide_protocol::{
     AckPolicy, Blocks, CloseCode, FETCH_BYTES_MAX, FailureCode, Hello, Message, OnOutage, OpenPoint,
-    OriginPoint, PROTOCOL_VERSION, Reading,
+    OriginPoint, PROTOCOL_VERSION, Ping, Reading,
 };
 use backtide_receiver_api::{DiffRequest, ErrorCode, KeepRequest};
 use backtide_units::{
@@ -276,13 +276,13 @@ async fn pings_of_an_agent_that_takes_nothing_are_not_all_answered() {
     // More than a socket holds of answers to them.
     const PINGS: usize = 50_000;
     for _ in 0..PINGS {
-        reader.agent.send(&Message::Ping).await;
+        reader.agent.send(&Message::Ping(Ping::default())).await;
     }
     let asked = reader.fetch(0, 4096).await;
     let mut answered = 0;
     loop {
         match reader.agent.next().await {
-            Some(Message::Ping) => answered += 1,
+            Some(Message::Ping(_)) => answered += 1,
             Some(Message::Reading(Reading::Answered { id })) if id == asked => break,
             Some(Message::Reading(Reading::Piece { .. })) => {}
             other => panic!("expected an answer, found {other:?}"),

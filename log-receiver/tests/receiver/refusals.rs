@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::net::UnixListener};
 
-use backtide_protocol::{CloseCode, Hello, Message, encode};
+use backtide_protocol::{CloseCode, Hello, Message, Ping, encode};
 
 use crate::{agent::*, fixture::*};
 
@@ -34,7 +34,7 @@ async fn garbage_is_answered_with_the_reason_and_hurts_nobody() {
     assert_eq!(greeted.closed().await.code, CloseCode::Invalid);
 
     let mut impatient = Agent::connect(&receiver).await;
-    impatient.send(&Message::Ping).await;
+    impatient.send(&Message::Ping(Ping::default())).await;
     let closed = impatient.closed().await;
     assert_eq!(closed.message, "expected hello as the first frame, found ping");
 

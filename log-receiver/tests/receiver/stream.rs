@@ -180,7 +180,7 @@ async fn compares_are_answered_in_order_while_records_go_on() {
                 assert_eq!((result.id, result.differing), (expected, vec![1]));
                 expected += 1;
             }
-            Some(Message::Ack { .. }) => {}
+            Some(Message::Ack { .. } | Message::Ping(_)) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -309,7 +309,7 @@ async fn an_agent_hears_from_a_receiver_whose_device_is_slow() {
     let mut pings = 0;
     while pings < 3 {
         match agent.next().await {
-            Some(Message::Ping) => pings += 1,
+            Some(Message::Ping(_)) => pings += 1,
             Some(Message::Ack { durable, .. }) => assert!(durable < agent.sent, "it is not durable"),
             other => panic!("expected a ping, found {other:?}"),
         }

@@ -113,7 +113,7 @@ impl Receiver {
             }
             Message::PassEnd { at, valid_from, time } => Entry::PassEnd { at, valid_from, time },
             Message::Compare(question) => return Taken::Compared(self.compare(&question)),
-            Message::Hasten { .. } | Message::Ping => return Taken::Fine,
+            Message::Hasten { .. } | Message::Ping(_) => return Taken::Fine,
             other @ (Message::Hello(_)
             | Message::Welcome(_)
             | Message::CompareResult(_)

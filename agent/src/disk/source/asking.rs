@@ -138,7 +138,7 @@ fn take_all(decoder: &mut Decoder, out: &mut BTreeMap<u64, Out>) -> Result<(), S
         match message.message {
             Message::Reading(reading) => take(reading, out)?,
             Message::CompareResult(result) => take_compared(result, out)?,
-            Message::Ping => {}
+            Message::Ping(_) => {}
             Message::Close(closed) => return Err(closed.message),
             Message::Hello(_)
             | Message::Welcome(_)

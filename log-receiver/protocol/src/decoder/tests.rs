@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Data, FETCH_BYTES_MAX, Message,
-    PAYLOAD_BYTES_MAX, PROTOCOL_VERSION, Record, RecordBody, encode,
+    PAYLOAD_BYTES_MAX, PROTOCOL_VERSION, Ping, Record, RecordBody, encode,
     reading::{Blocks, FailureCode, OpenPoint, PointOpened, ReadFailure, Reading},
 };
 
@@ -51,7 +51,8 @@ fn one_of_each() -> Vec<Message> {
         Message::Ack { received: 10, durable: 8, position: LogPosition(77) },
         Message::Hasten { durable: true },
         Message::Hasten { durable: false },
-        Message::Ping,
+        Message::Ping(Ping::default()),
+        Message::Ping(Ping { sent: Some(CaptureTime(9)), heard: Some(CaptureTime(7)) }),
         Message::Close(Closed {
             epoch: Some(backtide_units::Epoch(3)),
             ..Closed::new(CloseCode::Fenced, "epoch 3 owns the disk")
@@ -143,7 +144,7 @@ fn every_flipped_bit_is_noticed() {
 
 #[test]
 fn a_repeated_frame_is_out_of_order() {
-    let (header, _) = encode(1, &Message::Ping);
+    let (header, _) = encode(1, &Message::Ping(Ping::default()));
     let bytes = [header, header].concat();
     assert!(matches!(decode_all(&bytes, 128), Err(ProtocolError::Sequence { expected: 2, found: 1 })));
 }
@@ -183,7 +184,7 @@ fn another_protocol_is_named_as_such() {
 fn another_version_is_known_by_its_number_whatever_its_shape() {
     let newer = Bytes::from_static(br#"{"version":2,"everything":"else"}"#);
     for kind in [1, 2, 16, 17] {
-        let (mut header, _) = encode(1, &Message::Ping);
+        let (mut header, _) = encode(1, &Message::Ping(Ping::default()));
         header[4] = kind;
         header[48..52].copy_from_slice(&(newer.len() as u32).to_le_bytes());
         header[52..56].copy_from_slice(&crc32c::crc32c(&newer).to_le_bytes());
@@ -203,7 +204,7 @@ proptest! {
     /// Headers that pass their checksum and are nonsense otherwise.
     #[test]
     fn arbitrary_checksummed_headers_never_panic(kind in 0u8..28, fields in any::<[u64; 4]>(), payload in proptest::collection::vec(any::<u8>(), 0..64)) {
-        let (mut header, _) = encode(1, &Message::Ping);
+        let (mut header, _) = encode(1, &Message::Ping(Ping::default()));
         header[4] = kind;
         for (index, field) in fields.iter().enumerate() {
             header[16 + index * 8..24 + index * 8].copy_from_slice(&field.to_le_bytes());

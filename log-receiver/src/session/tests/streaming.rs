@@ -3,7 +3,7 @@
 use std::cell::Cell;
 
 use backtide_protocol::{
-    CloseCode, Compare, CompareItem, CompareResult, Content, Hello, Message, Record, RecordBody,
+    CloseCode, Compare, CompareItem, CompareResult, Content, Hello, Message, Ping, Record, RecordBody,
 };
 use backtide_recovery::LogOptions;
 use backtide_segment::Bucket;
@@ -50,10 +50,10 @@ fn a_batch_is_acknowledged_once_and_durable_only_when_it_is() {
 fn a_ping_is_durable_with_what_came_before_it() {
     let mut bench = Bench::new();
     let mut peer = in_sync(&mut bench);
-    peer.tell(&mut bench, Message::Ping);
+    peer.tell(&mut bench, Message::Ping(Ping::default()));
     assert_eq!(peer.settle(&mut bench), [Seen::Ack { received: 4, durable: 4 }]);
     peer.tell(&mut bench, write(6, 5));
-    peer.tell(&mut bench, Message::Ping);
+    peer.tell(&mut bench, Message::Ping(Ping::default()));
     assert_eq!(peer.settle(&mut bench), [Seen::Ack { received: 6, durable: 4 }]);
     bench.commit(disk(7));
     assert_eq!(peer.settle(&mut bench), [Seen::Ack { received: 6, durable: 6 }]);

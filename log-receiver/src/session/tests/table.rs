@@ -1,8 +1,8 @@
 //! Every state with every message.
 
 use backtide_protocol::{
-    CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Data, Message, Reading, ReceiverState,
-    Welcome,
+    CloseCode, Closed, Compare, CompareItem, CompareResult, Content, Data, Message, Ping, Reading,
+    ReceiverState, Welcome,
 };
 use backtide_units::{HistoryId, LogPosition, Lsn};
 use uuid::Uuid;
@@ -85,7 +85,7 @@ fn messages() -> Vec<(Message, Then)> {
         (Message::CompareResult(CompareResult { id: 1, differing: vec![] }), Then::Invalid),
         (Message::Ack { received: 1, durable: 1, position: LogPosition(1) }, Then::Invalid),
         (Message::Hasten { durable: true }, Then::Nothing),
-        (Message::Ping, Then::Nothing),
+        (Message::Ping(Ping::default()), Then::Nothing),
         (Message::Reading(Reading::Answered { id: 1 }), Then::Invalid),
         (recalled(3), Then::Recalled),
         (close(), Then::End),

@@ -199,7 +199,7 @@ impl Peer {
 fn acknowledged(message: &Message) -> anyhow::Result<Option<u64>> {
     match message {
         Message::Ack { durable, .. } => Ok(Some(*durable)),
-        Message::Ping => Ok(None),
+        Message::Ping(_) => Ok(None),
         other => bail!("expected an acknowledgement, found {other:?}"),
     }
 }

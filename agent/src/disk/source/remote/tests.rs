@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use backtide_control::Address;
-use backtide_protocol::{Data, ReadFailure};
+use backtide_protocol::{Data, Ping, ReadFailure};
 use backtide_units::{ByteCount, ByteOffset, CaptureTime};
 use bytes::Bytes;
 use tokio::{
@@ -101,7 +101,7 @@ impl Peer {
         let bytes = Bytes::from(vec![byte; 512]);
         self.say(Reading::Piece { id, range: data, data: Data::capture(bytes) }).await;
         // Of another question, between the parts of this one.
-        self.send(Message::Ping).await;
+        self.send(Message::Ping(Ping::default())).await;
         self.say(Reading::Piece { id, range: zeroes, data: Data::capture(Bytes::new()) }).await;
         self.say(Reading::Answered { id }).await;
     }
