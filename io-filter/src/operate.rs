@@ -323,6 +323,20 @@ impl Filter {
         })
     }
 
+    /// Another agent has the disk from now on: what is retained, in memory and in the spill, would be for nobody. Its blocks
+    /// are dirty, and changes are tracked.
+    pub fn fenced(&mut self, now: Now) {
+        self.observe(now);
+        self.stop_forwarding();
+        self.window.abandon(&mut self.passive);
+        if matches!(self.mode, Mode::Sync | Mode::Resync) {
+            self.enter(Mode::Tracking, Some(Reason::ForeignHistory));
+        }
+        self.retry_copies();
+        self.release_answers_after_outage();
+        self.keep_spilling();
+    }
+
     /// Whatever is not durable becomes dirty, and the link is no longer used.
     fn stop_forwarding(&mut self) {
         self.link = Link::Down;

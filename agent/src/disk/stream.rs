@@ -192,6 +192,7 @@ impl Stream {
             self.ended.notify_waiters();
             if let Some(epoch) = error.fenced_by() {
                 self.note_fenced();
+                self.engine.happen(|filter, now| filter.fenced(now));
                 self.fenced_by.set(Some(epoch));
                 // The next attach has to know, also after a crash.
                 self.engine.acquainted.notify_one();

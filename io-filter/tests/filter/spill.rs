@@ -1,5 +1,6 @@
 //! The filter's spill, story by story: a driver that carries out everything at once.
 
+mod fenced;
 mod in_doubt;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
