@@ -24,14 +24,23 @@ pub(crate) enum MarksError {
     NoAnswer { disk: DiskName, source: NoAnswer },
 }
 
-/// Marks all disks, or none.
+/// Marks all disks at one instant. When that fails, disks that were marked by then have the label each for itself.
 pub(crate) async fn mark(label: &str, disks: &[(DiskName, DiskHandle)]) -> Result<Vec<DiskMark>, MarksError> {
     let marked = mark_held(label, disks).await;
-    for (_, handle) in disks {
+    let mut gave_early = None;
+    for (disk, handle) in disks {
         // A disk that has ended has given its answers.
-        let _ = handle.ask(Command::Release).await;
+        if !handle.ask(Command::Release).await.unwrap_or(false) {
+            gave_early.get_or_insert(disk);
+        }
     }
-    marked
+    // What a guest built upon such an answer may lie before a later mark.
+    match gave_early {
+        Some(disk) if disks.len() > 1 => {
+            marked.and_then(|_| Err(MarksError::Mark(MarkError::HeldTooLong { disk: disk.to_string() })))
+        }
+        Some(_) | None => marked,
+    }
 }
 
 async fn mark_held(label: &str, disks: &[(DiskName, DiskHandle)]) -> Result<Vec<DiskMark>, MarksError> {

@@ -215,11 +215,13 @@ impl Filter {
         self.acknowledgements.held.is_some()
     }
 
-    /// Gives the held answers.
-    pub fn give_held_answers(&mut self) {
-        for (request, lsn) in self.acknowledgements.held.take().map_or_else(Vec::new, |held| held.answers) {
+    /// Gives the held answers. Whether they were held until now: if not, a guest may have built upon one.
+    pub fn give_held_answers(&mut self) -> bool {
+        let Some(held) = self.acknowledgements.held.take() else { return false };
+        for (request, lsn) in held.answers {
             self.complete(request, lsn);
         }
+        true
     }
 
     fn answer_after_delay(&mut self, request: RequestId, lsn: Lsn, delayed: Duration) {

@@ -57,7 +57,7 @@ pub(crate) enum Command {
     /// Waits until the receiver has the mark durable, or it is lost; which of them.
     MarkKept(Lsn, String, oneshot::Sender<MarkState>),
     /// Gives the held answers.
-    Release(oneshot::Sender<()>),
+    Release(oneshot::Sender<bool>),
     /// Begins a verify, which repairs what differs or not.
     StartVerify(bool, oneshot::Sender<Result<VerifyStatus, VerifyError>>),
     VerifyStatus(oneshot::Sender<Option<VerifyStatus>>),
@@ -329,8 +329,7 @@ impl Disk {
                 self.engine.look(|filter| self.engine.marks.wait(filter, lsn, label, answer));
             }
             Command::Release(answer) => {
-                self.engine.happen(|filter, _| filter.give_held_answers());
-                let _ = answer.send(());
+                let _ = answer.send(self.engine.happen(|filter, _| filter.give_held_answers()));
             }
             Command::StartVerify(repair, answer) => {
                 let started = self.engine.happen(|filter, now| filter.start_verify(now, repair));

@@ -115,7 +115,53 @@ async fn a_mark_whose_asker_is_gone_gives_the_held_answers() {
     }
     for inbox in [&mut one, &mut two] {
         let Some(Command::Release(answer)) = inbox.recv().await else { panic!("the answers are released") };
-        answer.send(()).unwrap();
+        answer.send(true).unwrap();
+    }
+}
+
+/// A guest that was answered between may have built upon that on the other disk, before its mark.
+#[tokio::test]
+async fn a_mark_of_several_disks_of_which_one_has_answered_too_early_is_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let service = service(directory.path());
+    let known = Started::image(directory.path()).await.handle.status().await.unwrap();
+    let (mut one, mut two) = (played(&service, "vm1").await, played(&service, "vm2").await);
+    for (disks, held, fails) in [
+        (2, [true, true], false),
+        (2, [false, true], true),
+        (2, [true, false], true),
+        (1, [false, true], false),
+    ] {
+        let asker = {
+            let service = Arc::clone(&service);
+            let disks = [name("vm1"), name("vm2")][..disks].to_vec();
+            let request = MarkRequest { label: "here".into(), disks, wait_ms: 0 };
+            tokio::spawn(async move { service.mark(request).await })
+        };
+        let mut inboxes = [&mut one, &mut two];
+        for inbox in &mut inboxes[..disks] {
+            let Some(Command::Status(answer)) = inbox.recv().await else { panic!("first its status") };
+            answer.send(known.clone()).unwrap();
+        }
+        for inbox in &mut inboxes[..disks] {
+            let Some(Command::Hold(answer)) = inbox.recv().await else { panic!("it is to hold its answers") };
+            answer.send(true).unwrap();
+        }
+        for inbox in &mut inboxes[..disks] {
+            let Some(Command::Mark(_, answer)) = inbox.recv().await else { panic!("it is to be marked") };
+            let at = MarkAt { lsn: Lsn(7), time: CaptureTime(7), state: MarkState::Away };
+            answer.send(Ok(at)).unwrap();
+        }
+        for (inbox, held) in inboxes.iter_mut().zip(held).take(disks) {
+            let Some(Command::Release(answer)) = inbox.recv().await else { panic!("it is released") };
+            answer.send(held).unwrap();
+        }
+        let marked = asker.await.unwrap();
+        assert_eq!(marked.is_err(), fails, "{disks} {held:?}: {marked:?}");
+        if let Err(error) = marked {
+            let which = if held[0] { "vm2" } else { "vm1" };
+            assert!(error.message.starts_with(&format!("disk {which} could not be held")), "{error}");
+        }
     }
 }
 
