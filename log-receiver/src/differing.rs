@@ -41,6 +41,27 @@ pub fn known(snapshot: &Snapshot, other: Lsn) -> Result<(), Differing> {
     Ok(())
 }
 
+/// The blocks whose content at the point `at` may differ from what an agent has that knew everything up to `durable`, and so many entries
+/// of the log, to be durable here. What it has changed by itself is not among them.
+///
+/// # Errors
+/// When not all of that is here, as in a store that was put back from a copy, or the log cannot be read.
+pub fn after(
+    snapshot: &Snapshot,
+    at: Lsn,
+    durable: Lsn,
+    entries: LogPosition,
+) -> Result<RoaringTreemap, Differing> {
+    let (found, entry) = (snapshot.timeline().covered(), snapshot.through().0);
+    if found < durable || entry < entries.0 {
+        return Err(Differing::Gone(format!(
+            "the log ends at LSN {found} (log entry {entry}), though everything up to LSN {durable} (log entry {}) had been durable here: nobody knows what changed since",
+            entries.0
+        )));
+    }
+    changed(snapshot, at, Lsn::MAX)
+}
+
 /// The blocks whose content at the point `at` may differ from what an agent was left with, whose last attach was of
 /// `epoch` and which knew everything up to `durable`, and so many entries of the log, to be durable. What it has
 /// changed by itself is not among them.

@@ -206,6 +206,10 @@ impl OpenedPoint {
         match which {
             Blocks::Changed(other) => self.changed(other),
             Blocks::Left { epoch, durable, entries } => self.left(epoch, durable, entries),
+            Blocks::After { durable, entries } => {
+                let after = differing::after(&self.snapshot, self.at.lsn, durable, entries);
+                after.map_err(|error| self.unknown(error))
+            }
             Blocks::Damaged(since) => self.damaged(since, wanted),
             Blocks::Data => self.data(BlockRange::whole_disk(self.view.disk_size()), wanted),
             Blocks::DataIn(part) => self.data(part, wanted),

@@ -97,6 +97,10 @@ pub(crate) trait PointSource {
     /// the same history.
     fn changed(&self, since: Lsn) -> Fetching<'_, DirtyBitmap>;
 
+    /// The blocks whose content at the point may differ from what this agent has, which has been told that everything up to `durable`,
+    /// and so many entries of the log, are durable. What it knows to be changed here comes on top.
+    fn after(&self, durable: Lsn, entries: LogPosition) -> Fetching<'_, DirtyBitmap>;
+
     /// The blocks whose content at the point may differ from what this agent has, whose attach of `epoch` was its last before
     /// the disk was taken from it, when it has been told that everything up to `durable`, and so many entries of the log, are
     /// durable. What it knows to be changed here comes on top.

@@ -95,7 +95,7 @@ impl Registry {
         let keeper = plan::keeper(&record, status.hydration.is_some());
         let (to, force, epoch) = (request.to, request.force, record.epoch);
         let goal = Goal { history, to, force, keeper, epoch };
-        let plan = self.plan(&record, &goal, since).await?;
+        let plan = self.plan(&record, &goal, since, None).await?;
         let held = plan.source.clone();
         // So that whoever looks at the timeline finds what was left; the rewind goes on without it.
         if let Err(error) = marks::mark(MARK, &[(name.clone(), handle.clone())]).await {
@@ -189,7 +189,7 @@ impl Registry {
         // Whatever a client has changed at the last moment is among it, or the receiver has got meanwhile.
         let plan = match Since::of(&saved, lacked.is_some()) {
             since @ Since::Lsn(_) if since == plan.since => plan,
-            since => self.plan(&record, goal, since).await?,
+            since => self.plan(&record, goal, since, Some(&saved)).await?,
         };
         let Plan { source, changed, .. } = plan;
         let changed = lacking(changed, &saved, lacked.as_ref(), record.size);

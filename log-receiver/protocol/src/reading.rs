@@ -117,6 +117,13 @@ pub enum Blocks {
         /// So many entries of the log it had acknowledged as durable.
         entries: LogPosition,
     },
+    /// Those of [`Blocks::Changed`] since the point, as far as all that the receiver had acknowledged as durable is in the log still.
+    After {
+        /// Up to here it had.
+        durable: Lsn,
+        /// So many entries of the log it had.
+        entries: LogPosition,
+    },
 }
 
 /// The first frame of a connection that reads a point.

@@ -329,6 +329,17 @@ async fn what_an_agent_left_is_known_only_when_all_it_was_told_of_was_here_then(
         let gone = left(durable, entries).await.unwrap_err();
         assert!(gone.code == FailureCode::Gone && gone.message.contains("had been durable here"), "{gone:?}");
     }
+    // Nor is it known what changed after a point where the log has less than it had.
+    let mut reader = PointReader::open(&receiver, open("vm1", Some(20))).await;
+    let since = reader.blocks(Blocks::Changed(Lsn::MAX)).await.unwrap();
+    let mut after = async |durable: u64, entries: u64| {
+        reader.blocks(Blocks::After { durable: Lsn(durable), entries: LogPosition(entries) }).await
+    };
+    assert_eq!(after(100, entries).await.unwrap(), since);
+    for (durable, entries) in [(101, entries), (100, entries + 100)] {
+        let gone = after(durable, entries).await.unwrap_err();
+        assert!(gone.code == FailureCode::Gone && gone.message.contains("had been durable here"), "{gone:?}");
+    }
     receiver.shutdown().await;
 }
 

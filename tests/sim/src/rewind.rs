@@ -92,10 +92,16 @@ impl World {
     /// Asks the receiver for a point, and for what differs from it.
     fn plan_rewind(&mut self, last: Lsn, since: Since, force: bool) -> Option<Rewind> {
         let to = self.choose_point(last)?;
-        self.plan_to(to, since, force)
+        self.plan_to(to, since, force, None)
     }
 
-    fn plan_to(&mut self, to: Lsn, since: Since, force: bool) -> Option<Rewind> {
+    fn plan_to(
+        &mut self,
+        to: Lsn,
+        since: Since,
+        force: bool,
+        left: Option<&SavedTracking>,
+    ) -> Option<Rewind> {
         // Who asks a receiver for points gets what is durable, after he has waited for that.
         let disk = self.receiver.disks.as_mut()?.get_mut(self.disk)?;
         if !self.link.up || disk.durable().seq < disk.appended() {
@@ -107,7 +113,14 @@ impl World {
             return None;
         }
         let content = view.read(self.whole()).expect("an offered point can be read");
-        let blocks = differing::changed(&snapshot, to, since.lsn()).ok()?;
+        let blocks = match (since, left) {
+            (Since::Everything, Some(saved)) => {
+                differing::after(&snapshot, to, saved.acked_durable, saved.acked_position).ok()?
+            }
+            (Since::Everything, None) | (Since::Lsn(_), _) => {
+                differing::changed(&snapshot, to, since.lsn()).ok()?
+            }
+        };
         let mut changed = DirtyBitmap::new();
         for block in blocks {
             changed.insert(BlockRange::between(BlockIndex(block), BlockIndex(block + 1)));
@@ -146,7 +159,7 @@ impl World {
         let lacked = self.lacking.open().map(|file| file.missing());
         let rewind = match Since::of(&saved, lacked.is_some()) {
             since @ Since::Lsn(_) if since == rewind.since => Some(rewind),
-            since => self.plan_to(rewind.to, since, rewind.force),
+            since => self.plan_to(rewind.to, since, rewind.force, Some(&saved)),
         };
         let Some(Rewind { to, changed, content, .. }) = rewind else {
             self.stats.rewinds_refused += 1;

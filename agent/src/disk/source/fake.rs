@@ -232,6 +232,10 @@ impl PointSource for FakeSource {
         Box::pin(async { Ok(DirtyBitmap::of(BlockRange::whole_disk(self.point.size))) })
     }
 
+    fn after(&self, _durable: Lsn, _entries: LogPosition) -> Fetching<'_, DirtyBitmap> {
+        self.changed(Lsn::ZERO)
+    }
+
     fn left(&self, _epoch: Epoch, _durable: Lsn, _entries: LogPosition) -> Fetching<'_, DirtyBitmap> {
         self.changed(Lsn::ZERO)
     }

@@ -301,6 +301,10 @@ impl PointSource for RemotePoint {
         Box::pin(self.blocks(Blocks::Changed(since)))
     }
 
+    fn after(&self, durable: Lsn, entries: LogPosition) -> Fetching<'_, DirtyBitmap> {
+        Box::pin(self.blocks(Blocks::After { durable, entries }))
+    }
+
     fn left(&self, epoch: Epoch, durable: Lsn, entries: LogPosition) -> Fetching<'_, DirtyBitmap> {
         Box::pin(self.blocks(Blocks::Left { epoch, durable, entries }))
     }

@@ -7,7 +7,7 @@ use std::{cell::OnceCell, rc::Rc, sync::Arc, time::Duration};
 
 use backtide_control::ApiError;
 use backtide_hydration::{Since, SourcePoint};
-use backtide_tracking::DirtyBitmap;
+use backtide_tracking::{DirtyBitmap, SavedTracking};
 use backtide_units::{BlockRange, Epoch, HistoryId, Lsn};
 use tokio::task::LocalSet;
 
@@ -58,13 +58,16 @@ pub(super) fn keeper(record: &DiskRecord, lacks_another: bool) -> String {
 }
 
 impl Registry {
-    /// Finds the point at the receiver, has it kept, and finds out what differs from `since`.
+    /// Finds the point at the receiver, has it kept, and finds out what differs from `since`. With `left`, what a detach has left, the
+    /// receiver has to have all that it has acknowledged: it may have been put back from a copy since.
     pub(super) async fn plan(
         &self,
         record: &DiskRecord,
         goal: &Goal,
         since: Since,
+        left: Option<&SavedTracking>,
     ) -> Result<Plan, ApiError> {
+        let acknowledged = left.map(|saved| (saved.acked_durable, saved.acked_position));
         let tls = record.stream_tls.clone().or_else(|| self.stream_tls.clone());
         let (receiver, uuid, size) = (record.receiver.clone(), record.uuid, record.size);
         let (sources, runtime) = (Arc::clone(&self.sources), tokio::runtime::Handle::current());
@@ -84,7 +87,10 @@ impl Registry {
                 let _ = holding.set(Rc::clone(&source));
                 source.hold(&keeper).await?;
                 let since_lsn = since.lsn();
-                let changed = source.changed(since_lsn).await?;
+                let changed = match (since, acknowledged) {
+                    (Since::Everything, Some((durable, entries))) => source.after(durable, entries).await?,
+                    (Since::Everything, None) | (Since::Lsn(_), _) => source.changed(since_lsn).await?,
+                };
                 if !force {
                     refuse_damaged(&*source, Some(since_lsn)).await?;
                 }

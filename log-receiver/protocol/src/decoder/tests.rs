@@ -90,6 +90,7 @@ fn one_of_each_reading() -> Vec<Reading> {
             id: 3,
             which: Blocks::Left { epoch: Epoch(5), durable: Lsn(4), entries: LogPosition(6) },
         },
+        Reading::AskBlocks { id: 3, which: Blocks::After { durable: Lsn(4), entries: LogPosition(6) } },
         Reading::Blocks { id: 3, first: BlockIndex(1 << 22), blocks: [0, 70_000].into_iter().collect() },
         Reading::Hold { id: 4, owner: "rewind of vm1".into() },
         Reading::Release { id: 4, owner: "rewind of vm1".into() },

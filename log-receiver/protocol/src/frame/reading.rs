@@ -18,6 +18,7 @@ const FLAG_CHANGED: u8 = 1;
 const FLAG_LEFT: u8 = 2;
 const FLAG_DAMAGED: u8 = 4;
 const FLAG_PART: u8 = 8;
+const FLAG_AFTER: u8 = 16;
 
 /// No disk has so many blocks, so a range of them ends within what a number of bytes can be.
 const BLOCKS_MAX: u64 = 1 << 52;
@@ -43,6 +44,7 @@ pub(super) fn encode(reading: &Reading) -> (Header, Data) {
                 Blocks::Damaged(None) => (FLAG_DAMAGED, Lsn::ZERO, 0, 0),
                 Blocks::Damaged(Some(since)) => (FLAG_DAMAGED | FLAG_CHANGED, *since, 0, 0),
                 Blocks::Left { epoch, durable, entries } => (FLAG_LEFT, *durable, epoch.0, entries.0),
+                Blocks::After { durable, entries } => (FLAG_AFTER, *durable, 0, entries.0),
             };
             let header = Header::of(Type::AskBlocks).fields(*id, since.0, c, d);
             (Header { flags, ..header }, none())
@@ -84,6 +86,7 @@ pub(super) fn decode(header: &Header, data: Data) -> Result<Reading, ProtocolErr
                 FLAG_DAMAGED => Blocks::Damaged(None),
                 flags if flags == FLAG_DAMAGED | FLAG_CHANGED => Blocks::Damaged(Some(Lsn(b))),
                 FLAG_LEFT => Blocks::Left { epoch: Epoch(c), durable: Lsn(b), entries: LogPosition(d) },
+                FLAG_AFTER => Blocks::After { durable: Lsn(b), entries: LogPosition(d) },
                 other => return Err(invalid("ask-blocks", format!("flags {other:#x}"))),
             };
             Reading::AskBlocks { id, which }
