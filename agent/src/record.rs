@@ -232,15 +232,15 @@ impl DiskRecord {
     }
 
     /// The record of a disk whose history another agent, or this one before it lost its state, has
-    /// made: as after a crash, nothing is known of what differs. The disk changes hands, so that whoever had it before can
-    /// tell.
+    /// made: as after a crash, nothing is known of what differs, nor of what was written since the log's end, for which an LSN is
+    /// left out. The disk changes hands, so that whoever had it before can tell.
     pub(crate) fn adopted(fresh: Self, adopted: Adopted) -> Self {
         let Adopted { uuid, history, epoch, durable, last_time } = adopted;
         Self {
             uuid,
             epoch: epoch.taken_over(),
             history: Some(history),
-            lsn_bound: durable,
+            lsn_bound: durable.next(),
             acked_durable: durable,
             last_time: last_time.unwrap_or_default(),
             ..fresh
@@ -291,7 +291,10 @@ impl DiskRecord {
     pub(crate) fn note_attach(&mut self, attach: Uuid) {
         if let Some(attaches) = &mut self.attaches {
             attaches.push(attach);
-            attaches.drain(..attaches.len().saturating_sub(ATTACHES_MAX));
+            // The first is the one that the receiver has heard of for certain.
+            while attaches.len() > ATTACHES_MAX {
+                attaches.remove(1);
+            }
         }
     }
 

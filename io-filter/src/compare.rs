@@ -32,10 +32,19 @@ const TELL_BLOCKS: u64 = 256;
 /// Questions about zeroes under way at once.
 const ZEROES_PENDING_MAX: usize = 8;
 
+/// What a question takes in memory without its chunks, about.
+const QUESTION_BYTES: u64 = 256;
+
 impl PendingCompare {
     /// What was asked about.
     pub(crate) fn ranges(&self) -> impl Iterator<Item = ByteRange> {
         self.chunks.iter().map(|(range, _)| *range)
+    }
+
+    /// What it takes in memory: here, and in the question until that is acknowledged.
+    fn memory_bytes(&self) -> u64 {
+        let items = self.chunks.len() * (size_of::<(ByteRange, Option<Bytes>)>() + size_of::<CompareItem>());
+        QUESTION_BYTES + items as u64 + self.held_bytes()
     }
 
     fn held_bytes(&self) -> u64 {
@@ -131,7 +140,7 @@ impl Filter {
     fn ask(&mut self, items: Vec<CompareItem>, pending: PendingCompare) {
         let id = self.take_compare_id();
         let pass = self.pass.as_mut().expect("only a pass compares");
-        pass.compare_bytes += pending.held_bytes();
+        pass.compare_bytes += pending.memory_bytes();
         pass.compares.insert(id, pending);
         let at = pass.at;
         self.window.push(Message::Compare(Compare { id, at, items }));
@@ -156,7 +165,7 @@ impl Filter {
         let pending = pass.compares.remove(&result.id).expect("its question was found");
         let at = pass.at;
         let mut differing: VecDeque<u32> = result.differing.into();
-        let held = pending.held_bytes();
+        let (held, memory) = (pending.held_bytes(), pending.memory_bytes());
         let (mut equal, mut moved) = (0, 0);
         for (index, (range, bytes)) in (0u32..).zip(pending.chunks) {
             if differing.front() == Some(&index) {
@@ -169,7 +178,7 @@ impl Filter {
             }
         }
         let pass = self.pass.as_mut().expect("its question was found");
-        pass.compare_bytes -= held;
+        pass.compare_bytes -= memory;
         pass.moving = pass.moving + moved - held;
         self.counters.resync_bytes_equal += equal;
         self.retry_copies();

@@ -22,7 +22,9 @@ pub(crate) enum Decision {
     ReplayAndCompare(PassPlan),
     /// The passive bitmap says what is missing.
     Bitmap,
-    /// Nothing is known: the whole disk.
+    /// What was due anyway, or as much more as the receiver makes it.
+    Due(PassPlan),
+    /// The receiver's log is not what this agent thinks of it: the whole disk.
     Everything(PassPlan),
 }
 
@@ -68,14 +70,15 @@ impl Filter {
             self.alarm(format!("disk {}: {why}", self.settings.name));
             return self.refuse(why);
         }
-        let is_strange = self.stranger(welcome).is_some();
         let continues = self.log_continues(welcome);
+        let is_strange = self.stranger(welcome).is_some();
         let decision = self.decide(welcome);
+        let is_another = matches!(decision, Decision::Everything(_)) && welcome.durable > Lsn::ZERO;
         self.known_until = None;
         self.link = Link::Up { next_seq: 2, received: 1, durable: 1, asked: Asked::default(), heard: None };
         self.history = Some(welcome.history);
         self.last_lsn = self.last_lsn.max(welcome.highest).max(welcome.durable);
-        if is_strange {
+        if is_strange || is_another {
             // What the disk had at these LSNs in its own life is not in that log: the timeline gets a hole there.
             self.last_lsn = self.last_lsn.next();
         }
@@ -93,7 +96,7 @@ impl Filter {
                 self.lost = Some(self.merge_plan(plan));
             }
             Decision::Bitmap => self.go_on_or_restart(continues, welcome.durable),
-            Decision::Everything(plan) => {
+            Decision::Due(plan) | Decision::Everything(plan) => {
                 self.go_on_or_restart(continues, welcome.durable);
                 self.enter(Mode::Tracking, Some(plan.reason));
                 self.lost = Some(plan);
@@ -252,7 +255,7 @@ impl Filter {
                 }
             }
             ReceiverState::Known => match &self.lost {
-                Some(plan) => Decision::Everything(plan.clone().comparing()),
+                Some(plan) => Decision::Due(plan.clone().comparing()),
                 None if welcome.highest > self.last_lsn => {
                     self.alarm(format!(
                         "the receiver has LSN {} of disk {name}, this agent gave none above {}: was its state rolled back?",
@@ -362,9 +365,7 @@ impl Filter {
         self.forget_recalls();
         // The receiver keeps the reason of the pass that it has.
         let has_begun = std::mem::take(&mut self.acked_in_pass);
-        if let Some(scanning) = self.scanning.take() {
-            self.lost = Some(scanning.plan);
-        }
+        self.give_up_scan();
         match self.mode {
             Mode::Sync => self.window.rewind(),
             Mode::Resync => {

@@ -55,6 +55,16 @@ impl PassPlan {
         Self { compare: false, tell_zeroes: true, within: None, reason }
     }
 
+    /// What does this and another that was asked for later, for the reason of this one: of all blocks that either is about, and
+    /// without asking which differ where either does not ask.
+    pub(crate) fn joined(self, later: Self) -> Self {
+        let within = self.within.zip(later.within).map(|(mut blocks, others)| {
+            blocks.union_with(&others);
+            blocks
+        });
+        Self { compare: self.compare && later.compare, tell_zeroes: true, within, reason: self.reason }
+    }
+
     /// The plan as it must be when the receiver turns out to have something.
     pub(crate) fn comparing(self) -> Self {
         Self { tell_zeroes: true, ..self }
@@ -98,6 +108,16 @@ impl Filter {
         self.passive_compare = plan.compare;
         self.begin_pass_when_possible(plan.reason);
         self.pump();
+    }
+
+    /// A scan is given up: what it was for is due again, with what was asked for since.
+    pub(crate) fn give_up_scan(&mut self) {
+        if let Some(Scanning { plan, .. }) = self.scanning.take() {
+            self.lost = Some(match self.lost.take() {
+                Some(later) => plan.joined(later),
+                None => plan,
+            });
+        }
     }
 
     pub(crate) fn begin_pass_if_due(&mut self) {

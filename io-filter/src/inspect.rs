@@ -13,8 +13,7 @@ impl Filter {
     pub fn unsettled_blocks(&self) -> Option<DirtyBitmap> {
         // Made often: nothing is coarsened for it.
         let mut blocks = self.passive.unbounded();
-        let plan = self.lost.as_ref().or(self.scanning.as_ref().map(|scanning| &scanning.plan));
-        if let Some(plan) = plan {
+        for plan in self.lost.iter().chain(self.scanning.iter().map(|scanning| &scanning.plan)) {
             blocks.union_with(plan.within.as_ref()?);
         }
         if let Some(scanning) = &self.scanning {

@@ -193,8 +193,7 @@ impl Filter {
     /// A plan that is due anyway keeps its reason: the first protection stays the first protection.
     pub(crate) fn merge_plan(&self, plan: PassPlan) -> PassPlan {
         match &self.lost {
-            Some(due) if !due.tell_zeroes => due.clone(),
-            Some(due) => PassPlan { reason: due.reason, ..plan },
+            Some(due) => due.clone().joined(plan),
             // A hole tells why it began.
             None if matches!(self.mode, Mode::Tracking | Mode::Paused) => {
                 PassPlan { reason: self.why_hole().unwrap_or(plan.reason), ..plan }
@@ -343,9 +342,7 @@ impl Filter {
         self.hole_is_open = false;
         self.forget_recalls();
         self.acked_in_pass = false;
-        if let Some(scanning) = self.scanning.take() {
-            self.lost = Some(scanning.plan);
-        }
+        self.give_up_scan();
         match self.mode {
             Mode::Resync => self.abort_pass(),
             Mode::Sync | Mode::Tracking | Mode::Paused | Mode::Detached => {

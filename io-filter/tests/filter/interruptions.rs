@@ -5,9 +5,9 @@ use backtide_io_filter::{
 };
 use backtide_protocol::{Message, ReceiverState};
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{ByteCount, LogPosition, Lsn, Reason};
+use backtide_units::{BlockIndex, BlockRange, ByteCount, HistoryId, LogPosition, Lsn, Reason};
 
-use crate::common::{at, settings, welcome, write};
+use crate::common::{HISTORY, at, saved_in_sync, settings, welcome, write};
 
 struct Disk {
     filter: Filter,
@@ -282,4 +282,98 @@ fn a_comparison_that_somebody_asked_for_does_not_name_the_hole_of_what_is_writte
     disk.carry_out();
     disk.settle();
     assert_eq!(disk.passes, [Reason::WrittenPastAgent; 2], "the hole, and the pass that closes it");
+}
+
+/// An agent that died, whose activity log says which blocks may differ.
+fn crashed(candidates: std::ops::Range<u64>) -> Disk {
+    let resume = Resume::Crashed {
+        reason: Reason::AgentCrashed,
+        history: Some(HISTORY),
+        last_lsn: Lsn(1000),
+        acked_durable: Lsn(100),
+        acked_position: LogPosition::default(),
+        candidates: DirtyBitmap::of(BlockRange::between(
+            BlockIndex(candidates.start),
+            BlockIndex(candidates.end),
+        )),
+    };
+    let filter = Filter::new(settings(), resume, at(0));
+    Disk { filter, requests: 0, last: 1, passes: Vec::new() }
+}
+
+#[test]
+fn what_is_asked_for_during_a_scan_is_done_also_when_that_is_given_up() {
+    type GivesUp = fn(&mut Filter);
+    let gives_up: [GivesUp; 3] =
+        [|filter| filter.disconnected(at(0)), |filter| filter.pause(at(0)), |filter| filter.fenced(at(0))];
+    for (kind, gives_up) in
+        [ResyncKind::Compare, ResyncKind::Full].into_iter().flat_map(|kind| gives_up.map(|it| (kind, it)))
+    {
+        let mut disk = crashed(3..5);
+        disk.filter.connected(at(0), &welcome(ReceiverState::Known, Lsn(100)));
+        assert_eq!(disk.filter.unsettled_blocks().unwrap().count().0, 2, "those are looked for");
+        disk.filter.force_resync(at(0), kind);
+        gives_up(&mut disk.filter);
+        while disk.filter.next_effect().is_some() {}
+        assert!(disk.filter.unsettled_blocks().is_none(), "{kind:?}: everything may differ");
+        disk.filter.resume(at(0));
+        disk.connect(ReceiverState::Known, Lsn(100));
+        let questions = std::iter::from_fn(|| disk.filter.poll_send(at(0)))
+            .filter(|(_, message)| matches!(message, Message::Compare(_)))
+            .count();
+        // Of zeroes the receiver is always asked: here they are the whole disk.
+        assert!(questions > 0 && disk.filter.unsettled_blocks().unwrap().count().0 == 64, "{kind:?}");
+    }
+}
+
+#[test]
+fn two_plans_are_one_of_all_blocks_that_does_not_ask_where_either_does_not() {
+    let mut disk = crashed(3..5);
+    disk.filter.force_resync(at(0), ResyncKind::Full);
+    disk.filter.force_resync(at(0), ResyncKind::Compare);
+    disk.filter.connected(at(0), &welcome(ReceiverState::Known, Lsn(100)));
+    let scan = std::iter::from_fn(|| disk.filter.next_effect()).find_map(|effect| match effect {
+        Effect::Scan(io) => Some(io),
+        _ => None,
+    });
+    let all = DirtyBitmap::of(BlockRange::whole_disk(settings().size));
+    disk.filter.scanned(at(0), scan.unwrap(), &all);
+    disk.carry_out();
+    let (mut sent, mut asked) = (0, 0);
+    for _ in 0..200 {
+        while let Some((seq, message)) = disk.filter.poll_send(at(0)) {
+            disk.last = seq;
+            sent += usize::from(matches!(message, Message::PassData { .. }));
+            asked += usize::from(matches!(message, Message::Compare(_)));
+            disk.carry_out();
+        }
+        disk.acknowledge();
+    }
+    assert!(sent > 0 && asked == 0, "{sent} sent, {asked} asked about");
+    assert_eq!(disk.filter.mode(), Mode::Sync);
+}
+
+#[test]
+fn a_log_that_is_not_what_the_agent_thinks_is_not_joined_to_what_follows() {
+    let later =
+        |welcome| backtide_protocol::Welcome { last_time: Some(backtide_units::CaptureTime(9)), ..welcome };
+    let another =
+        |welcome| backtide_protocol::Welcome { history: HistoryId(uuid::Uuid::from_u128(6)), ..welcome };
+    let stories = [
+        (later(welcome(ReceiverState::Known, Lsn(100))), Reason::AgentRolledBack),
+        (another(welcome(ReceiverState::Foreign, Lsn(100))), Reason::ForeignHistory),
+    ];
+    for (told, reason) in stories {
+        let mut disk = crashed(0..0);
+        disk.filter = Filter::new(settings(), Resume::Clean(saved_in_sync()), at(0));
+        disk.filter.knows_until(backtide_units::CaptureTime(8));
+        disk.filter.connected(at(0), &told);
+        disk.carry_out();
+        let begins =
+            std::iter::from_fn(|| disk.filter.poll_send(at(0))).find_map(|(_, message)| match message {
+                Message::PassBegin { at, gap_from, reason, .. } => Some((gap_from, at, reason)),
+                _ => None,
+            });
+        assert_eq!(begins, Some((Lsn(100), Lsn(102), reason)), "LSN 101 is in the hole");
+    }
 }

@@ -262,7 +262,17 @@ async fn a_mount_for_other_machines_in_the_clear_is_refused() {
     let socket = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = socket.local_addr().unwrap().port();
     drop(socket);
-    client(&receiver).mount(&at(&format!("nbd://0.0.0.0:{port}/vm1"))).await.unwrap();
+    let uri = format!("nbd://0.0.0.0:{port}/vm1");
+    let writable = backtide_receiver_api::MountRequest { writable: true, ..at(&uri) };
+    client(&receiver).mount(&writable).await.unwrap();
+    receiver.shutdown().await;
+    // Nor is one that was allowed once served again where it is not.
+    let receiver = place.start().await;
+    let mounts = client(&receiver).mounts().await.unwrap();
+    assert!(mounts.mounts.is_empty(), "{mounts:?}");
+    let why = mounts.kept[0].problem.clone().unwrap();
+    assert!(why.contains(&format!("not served at {uri}")) && why.contains("--insecure"), "{why}");
+    std::net::TcpStream::connect(("127.0.0.1", port)).expect_err("nobody listens there");
     receiver.shutdown().await;
     let open = backtide_log_receiver::Config {
         nbd_listen: Some("nbd://0.0.0.0:10999".to_owned()),
