@@ -1,6 +1,6 @@
 //! What can happen next in a state, and the step that makes it happen.
 
-use backtide_io_filter::{Change, IoId, LocalOp, ResyncKind};
+use backtide_io_filter::{Change, IoId, LocalOp, ResyncKind, TrackingOp};
 
 use crate::{config::Config, world::World};
 
@@ -15,6 +15,8 @@ pub enum Action {
     Local(IoId),
     /// A write of the tracking file is durable.
     Tracking(IoId),
+    /// It fails, and has happened or not.
+    TrackingFails(IoId, bool),
     /// A scan ends; it saw what was allocated when it began, or now.
     Scan(IoId, bool),
     /// The agent connects.
@@ -170,6 +172,13 @@ impl World {
             let parts = |io: &IoId| Part::EACH.map(|part| Action::SpillFails(*io, part));
             actions.extend(self.spill_ops.keys().flat_map(parts));
         }
+        if left.tracking_failures > 0 {
+            let fail = |(io, op): (&IoId, &TrackingOp)| {
+                let ends = [false, true].map(|happened| Action::TrackingFails(*io, happened));
+                ends.into_iter().filter(move |_| may_fail(op)).collect::<Vec<_>>()
+            };
+            actions.extend(self.tracking_ops.iter().flat_map(fail));
+        }
         if left.receiver_crashes > 0 {
             actions.extend((self.receiver.durable..=self.receiver.log.len()).map(Action::ReceiverCrash));
         }
@@ -238,6 +247,10 @@ impl World {
             Action::Land(io) => self.land(*io),
             Action::Local(io) => self.local_ends(config, *io),
             Action::Tracking(io) => self.tracking_ends(config, *io),
+            Action::TrackingFails(io, happened) => {
+                self.left.tracking_failures -= 1;
+                self.tracking_fails(config, *io, *happened);
+            }
             Action::Scan(io, early) => self.scan_ends(config, *io, *early),
             Action::Connect => self.connect(config),
             Action::Arrive(index) => self.arrive(config, *index),
@@ -330,5 +343,13 @@ impl Config {
     /// The value that the request of this number of this writer writes.
     pub(crate) fn value(&self, writer: u8, number: u8) -> u8 {
         self.first_value + 0x10 * writer + number
+    }
+}
+
+/// A file that cannot be removed is none of these worlds: the guest's requests would fail.
+fn may_fail(op: &TrackingOp) -> bool {
+    match op {
+        TrackingOp::Record(_) | TrackingOp::Snapshot(_) | TrackingOp::Begin(_) => true,
+        TrackingOp::Discard => false,
     }
 }

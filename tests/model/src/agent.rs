@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use backtide_io_filter::{
-    AckPolicy, Change, Effect, Filter, IoId, LocalData, LocalOp, Mode, Now, OnOutage, RequestId, Resume,
-    Settings,
+    AckPolicy, Change, Effect, Filter, IoFailure, IoId, LocalData, LocalOp, Mode, Now, OnOutage, RequestId,
+    Resume, Settings,
 };
 use backtide_tracking::{ActivityLimits, DirtyBitmap};
 use backtide_units::{BlockRange, ByteCount, DiskId, Epoch, Lsn, Reason};
@@ -115,7 +115,7 @@ impl World {
             Effect::Transition { from: Mode::Resync, .. } => self.pass = None,
             Effect::Transition { .. } => {}
             Effect::Disconnect { why } => panic!("honest peers do not part: {why}"),
-            Effect::Alarm(_) if self.spill_failed => {}
+            Effect::Alarm(_) if self.spill_failed || self.file_failed => {}
             Effect::Alarm(why) => panic!("nothing happened that an alarm is right for: {why}"),
             Effect::ReadFailed { range, .. } => panic!("no read fails here: {range}"),
         }
@@ -247,6 +247,16 @@ impl World {
         let op = self.tracking_ops.remove(&io).expect("it is under way");
         self.file.apply(&op);
         self.call(config, |filter, now| filter.tracking_done(now, io, Ok(ByteCount(4096))));
+    }
+
+    pub(crate) fn tracking_fails(&mut self, config: &Config, io: IoId, happened: bool) {
+        let op = self.tracking_ops.remove(&io).expect("it is under way");
+        if happened {
+            self.file.apply(&op);
+        }
+        self.file_failed = true;
+        let failure = IoFailure { errno: 28 };
+        self.call(config, |filter, now| filter.tracking_done(now, io, Err(failure)));
     }
 
     pub(crate) fn scan_ends(&mut self, config: &Config, io: IoId, early: bool) {

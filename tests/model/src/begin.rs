@@ -54,6 +54,7 @@ impl World {
             spill: SpillDirectory::default(),
             spill_ops: BTreeMap::new(),
             spill_failed: false,
+            file_failed: false,
             kept_to: Lsn::ZERO,
             detaching: false,
             history: History::new(disk.values()),

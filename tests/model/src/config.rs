@@ -53,6 +53,8 @@ pub struct Budget {
     pub detaches: u8,
     /// An operation of the spill fails.
     pub spill_failures: u8,
+    /// A write of the tracking file fails, or the making of a new one.
+    pub tracking_failures: u8,
     /// Somebody else opens the image, to write it past the agent.
     pub past_agents: u8,
     /// They write a block of it.
@@ -119,6 +121,7 @@ impl Config {
                 rivals: 0,
                 detaches: 0,
                 spill_failures: 0,
+                tracking_failures: 0,
                 past_agents: 0,
                 past_writes: 0,
             },

@@ -66,7 +66,7 @@ impl World {
             (ranked(io), early).hash(&mut hasher);
         }
         (self.left, self.now, self.epoch, self.paused, self.told).hash(&mut hasher);
-        format!("{:?}", self.file).hash(&mut hasher);
+        (format!("{:?}", self.file), self.file_failed).hash(&mut hasher);
         (&self.disk, &self.writers, &self.history).hash(&mut hasher);
         for connection in &self.connections {
             connection.digest(&mut hasher);

@@ -47,7 +47,11 @@ impl World {
     }
 
     fn is_settled(&self, config: &Config) -> bool {
-        self.filter.mode() == Mode::Sync && self.filter.is_drained() && self.guest_is_done(config)
+        let is_tracked = self.filter.status().untracked.is_none();
+        is_tracked
+            && self.filter.mode() == Mode::Sync
+            && self.filter.is_drained()
+            && self.guest_is_done(config)
     }
 
     /// Disk, receiver and model hold the same.

@@ -172,6 +172,7 @@ impl Production {
             | Action::Land(_)
             | Action::Local(_)
             | Action::Tracking(_)
+            | Action::TrackingFails(..)
             | Action::Spill(_)
             | Action::SpillFails(..)
             | Action::Detach

@@ -14,6 +14,8 @@ pub(crate) const EXTENT: BlockCount = BlockCount(1);
 pub(crate) struct TrackingFile {
     pub(crate) snapshot: Snapshot,
     pub(crate) records: Vec<LogRecord>,
+    /// It was removed: what is still under way to it is nowhere.
+    pub(crate) gone: bool,
     /// The history, saved as soon as it is known.
     pub(crate) history: Option<HistoryId>,
     /// No LSN above it was given.
@@ -24,25 +26,31 @@ pub(crate) struct TrackingFile {
 
 impl TrackingFile {
     pub(crate) fn new(snapshot: Snapshot, history: Option<HistoryId>, reserved: Lsn) -> Self {
-        Self { snapshot, records: Vec::new(), history, reserved, attaches: None }
+        Self { snapshot, records: Vec::new(), gone: false, history, reserved, attaches: None }
     }
 
     pub(crate) fn apply(&mut self, op: &TrackingOp) {
         match op {
+            TrackingOp::Record(_) | TrackingOp::Snapshot(_) if self.gone => {}
             TrackingOp::Record(record) => self.records.push(record.clone()),
             TrackingOp::Snapshot(snapshot) => {
                 assert!(snapshot.generation > self.snapshot.generation, "snapshots follow one another");
                 self.snapshot = Snapshot::clone(snapshot);
                 self.records.retain(|record| record.sequence >= snapshot.log_from);
             }
-            TrackingOp::Discard | TrackingOp::Begin(_) => unreachable!("the file does not fail"),
+            TrackingOp::Discard => self.gone = true,
+            TrackingOp::Begin(snapshot) => {
+                assert!(self.gone && snapshot.generation == 1, "it is begun where there is none");
+                (self.gone, self.snapshot) = (false, Snapshot::clone(snapshot));
+                self.records.clear();
+            }
         }
     }
 
     /// The blocks that may differ from the receiver; none when all may.
     pub(crate) fn candidates(&self) -> Option<DirtyBitmap> {
         let Snapshot { everything, saved, hot, log_from, .. } = &self.snapshot;
-        if *everything || self.history.is_none() || saved.history != self.history {
+        if self.gone || *everything || self.history.is_none() || saved.history != self.history {
             return None;
         }
         let mut blocks = saved.dirty.clone();

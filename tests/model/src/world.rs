@@ -34,6 +34,8 @@ pub(crate) struct World {
     /// Scans under way, with the blocks that were allocated when they began.
     pub(crate) scans: BTreeMap<IoId, u8>,
     pub(crate) file: TrackingFile,
+    /// It was made to fail: an alarm is right.
+    pub(crate) file_failed: bool,
     pub(crate) spill: SpillDirectory,
     pub(crate) spill_ops: BTreeMap<IoId, SpillOp>,
     /// It was made to fail: an alarm is right, and so is a hole.

@@ -116,6 +116,15 @@ fn the_agent_dies() {
 }
 
 #[test]
+fn the_tracking_file_fails_and_is_begun_anew() {
+    holds(&Config {
+        hot: 1,
+        budget: Budget { tracking_failures: 1, ticks: 1, ..NONE },
+        ..Config::new("tracking file", &[&[Op::Write(0)], &[Op::Write(1)]])
+    });
+}
+
+#[test]
 fn the_host_loses_power() {
     holds(&Config {
         hot: 1,
@@ -214,6 +223,16 @@ fn larger_worlds() {
         hot: 1,
         budget: Budget { power_losses: 1, ..NONE },
         ..Config::new("large: power loss", &[&[Op::Write(0), Op::Flush, Op::Write(1)]])
+    });
+    holds(&Config {
+        hot: 1,
+        budget: Budget { tracking_failures: 1, ticks: 1, agent_crashes: 1, ..NONE },
+        ..Config::new("large: tracking file and agent crash", &[&[Op::Write(0)]])
+    });
+    holds(&Config {
+        hot: 1,
+        budget: Budget { tracking_failures: 1, ticks: 1, ..NONE },
+        ..Config::new("large: tracking file", &[&[Op::Write(0)], &[Op::Write(1), Op::Write(0)]])
     });
     holds(&Config {
         budget: Budget { pauses: 1, forces: 1, cuts: 1, ..NONE },

@@ -74,6 +74,14 @@ fn a_snapshot_without_the_window_is_found() {
 }
 
 #[test]
+fn a_file_begun_anew_that_knows_nothing_and_does_not_say_so_is_found() {
+    is_found(
+        Mutant::AnewForgetsBlocks,
+        Config { budget: Budget { tracking_failures: 1, ticks: 1, ..NONE }, ..tracked("anew") },
+    );
+}
+
+#[test]
 fn reading_what_somebody_else_writes_is_found() {
     is_found(
         Mutant::PassWhileWrittenPast,

@@ -19,6 +19,7 @@ fn the_walked_receiver_is_the_shipped_one() {
         rivals: 0,
         detaches: 1,
         spill_failures: 1,
+        tracking_failures: 0,
         past_agents: 2,
         past_writes: 2,
     };
