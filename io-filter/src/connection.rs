@@ -160,6 +160,12 @@ impl Filter {
         self.mode == Mode::Sync && self.is_what_was_left(welcome)
     }
 
+    /// Whether nothing more is forwarded before everything was compared, whatever the receiver has.
+    fn will_compare_everything(&self) -> bool {
+        let is_all = self.lost.as_ref().is_some_and(|plan| plan.within.is_none());
+        is_all && self.mode != Mode::Sync
+    }
+
     /// Whether the receiver has records that were made after this agent's state was saved.
     fn is_newer(&self, welcome: &Welcome) -> bool {
         self.known_until.is_some_and(|until| welcome.last_time.is_some_and(|last| last > until))
@@ -233,11 +239,14 @@ impl Filter {
                 ));
                 Decision::Everything(PassPlan::compare(Reason::AgentRolledBack))
             }
-            ReceiverState::Known
-                if self.lost.is_none()
-                    && welcome.highest <= self.last_lsn
-                    && self.stranger(welcome).is_some() =>
-            {
+            ReceiverState::Known if welcome.highest > self.last_lsn && !self.will_compare_everything() => {
+                self.alarm(format!(
+                    "the receiver has LSN {} of disk {name}, this agent gave none above {}: was its state rolled back?",
+                    welcome.highest, self.last_lsn
+                ));
+                Decision::Everything(PassPlan::compare(Reason::AgentRolledBack))
+            }
+            ReceiverState::Known if self.stranger(welcome).is_some() && !self.will_compare_everything() => {
                 self.alarm(format!(
                     "the receiver's log of disk {name} was last written by an attach that this agent knows nothing of: was the receiver's store, or this agent's state directory, put back from a copy? everything is compared"
                 ));
@@ -256,13 +265,6 @@ impl Filter {
             }
             ReceiverState::Known => match &self.lost {
                 Some(plan) => Decision::Due(plan.clone().comparing()),
-                None if welcome.highest > self.last_lsn => {
-                    self.alarm(format!(
-                        "the receiver has LSN {} of disk {name}, this agent gave none above {}: was its state rolled back?",
-                        welcome.highest, self.last_lsn
-                    ));
-                    Decision::Everything(PassPlan::compare(Reason::AgentRolledBack))
-                }
                 None => Decision::Bitmap,
             },
         }

@@ -309,6 +309,8 @@ impl Filter {
             return;
         };
         self.passive.union_with(&job.report.differing);
+        // No change has made it known: an agent that dies before it is sent would leave nothing of it.
+        self.activity.want_snapshot();
         // A scan under way is going to take them along.
         if self.mode == Mode::Sync && self.is_connected() && self.scanning.is_none() && self.lost.is_none() {
             self.begin_pass_when_possible(Reason::VerifyRepair);

@@ -136,8 +136,9 @@ impl NbdDisk {
         self.shared.trouble.borrow().clone()
     }
 
-    /// Sends a request; again on a new connection when the old one was lost. A change that arrives
-    /// twice is harmless: nothing else touches its range until it is answered.
+    /// Sends a request; again on a new connection when the old one was lost. A change that is carried out
+    /// twice is harmless: nothing else touches its range until it is answered, and what the server has not got by the old connection
+    /// it never gets. What it has got of that, and carries out later than what it is told on the new one, nobody can take back.
     async fn request<T, F>(&self, send: impl Fn(Client) -> F) -> Result<T, IoFailure>
     where
         F: Future<Output = Result<T, ClientError>>,
@@ -370,7 +371,11 @@ impl Shared {
         let answered = async |change| {
             let sent = tokio::time::timeout(REPLAY_ANSWER_MAX, send(client.clone(), change)).await;
             let (uri, what) = (self.uri.clone(), "a change that is made again");
-            sent.map_err(|_| BehindError::Silent { uri, what, after: REPLAY_ANSWER_MAX })
+            sent.map_err(|_| {
+                // It must not come behind what is written on the next connection.
+                client.give_up();
+                BehindError::Silent { uri, what, after: REPLAY_ANSWER_MAX }
+            })
         };
         let mut failure = None;
         for (id, change) in changes {

@@ -2,20 +2,20 @@
 
 mod support;
 
-use backtide_export::{Client, ClientError, Extent};
+use backtide_export::{Client, ClientError, Extent, NbdUri};
 use backtide_nbd::{Command, wire};
 use backtide_units::{ByteCount, ByteOffset};
 use support::{GRACE, Manual, Place, on_a_worker};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{UnixListener, UnixStream},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UnixListener},
 };
 use wire::{chunk, option as code, option_reply as reply};
 
 /// The size of the disk that is served by hand.
 const SIZE: u64 = 1 << 20;
 
-async fn answer_option(stream: &mut UnixStream, code: u32, reply: u32, data: &[u8]) {
+async fn answer_option(stream: &mut (impl AsyncWrite + Unpin), code: u32, reply: u32, data: &[u8]) {
     let mut bytes = wire::magic::OPTION_REPLY.to_be_bytes().to_vec();
     for word in [code, reply, data.len() as u32] {
         bytes.extend_from_slice(&word.to_be_bytes());
@@ -24,9 +24,8 @@ async fn answer_option(stream: &mut UnixStream, code: u32, reply: u32, data: &[u
     stream.write_all(&bytes).await.unwrap();
 }
 
-/// Shakes hands as a server of structured replies, and answers the first request with these chunks: kind and payload.
-async fn serve_by_hand(listener: UnixListener, chunks: &[(u16, Vec<u8>)]) {
-    let (mut stream, _) = listener.accept().await.unwrap();
+/// Shakes hands as a server of structured replies.
+async fn shake_hands(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) {
     stream.write_all(b"NBDMAGICIHAVEOPT\x00\x03").await.unwrap();
     stream.read_exact(&mut [0; 4]).await.unwrap();
     loop {
@@ -36,21 +35,27 @@ async fn serve_by_hand(listener: UnixListener, chunks: &[(u16, Vec<u8>)]) {
         let mut data = vec![0; u32::from_be_bytes(header[12..].try_into().unwrap()) as usize];
         stream.read_exact(&mut data).await.unwrap();
         match code {
-            code::EXTENDED_HEADERS => answer_option(&mut stream, code, reply::ERR_UNSUP, &[]).await,
+            code::EXTENDED_HEADERS => answer_option(stream, code, reply::ERR_UNSUP, &[]).await,
             code::SET_META_CONTEXT => {
                 let context = [&[0, 0, 0, 1][..], b"base:allocation"].concat();
-                answer_option(&mut stream, code, reply::META_CONTEXT, &context).await;
-                answer_option(&mut stream, code, reply::ACK, &[]).await;
+                answer_option(stream, code, reply::META_CONTEXT, &context).await;
+                answer_option(stream, code, reply::ACK, &[]).await;
             }
             code::GO => {
                 let export = [&[0, 0][..], &SIZE.to_be_bytes(), &[0, 1]].concat();
-                answer_option(&mut stream, code, reply::INFO, &export).await;
-                answer_option(&mut stream, code, reply::ACK, &[]).await;
+                answer_option(stream, code, reply::INFO, &export).await;
+                answer_option(stream, code, reply::ACK, &[]).await;
                 break;
             }
-            _ => answer_option(&mut stream, code, reply::ACK, &[]).await,
+            _ => answer_option(stream, code, reply::ACK, &[]).await,
         }
     }
+}
+
+/// Shakes hands, and answers the first request with these chunks: kind and payload.
+async fn serve_by_hand(listener: UnixListener, chunks: &[(u16, Vec<u8>)]) {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    shake_hands(&mut stream).await;
     let mut request = [0; 28];
     stream.read_exact(&mut request).await.unwrap();
     for (number, (kind, payload)) in chunks.iter().enumerate() {
@@ -177,5 +182,54 @@ fn the_beginning_of_block_status_costs_one_request_however_much_is_asked_for() {
         }
         drop(client);
         server.shutdown(GRACE).await;
+    });
+}
+
+/// A client, and a server over TCP that reads nothing.
+async fn over_tcp() -> (Client, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let uri: NbdUri = format!("nbd://{}", listener.local_addr().unwrap()).parse().unwrap();
+    let serving = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        shake_hands(&mut stream).await;
+        stream
+    };
+    let (client, server) = tokio::join!(Client::connect(&uri), serving);
+    (client.unwrap(), server)
+}
+
+/// The kernel sent it for minutes: over what had been written on another connection by then.
+#[test]
+fn what_a_server_has_not_got_when_it_is_given_up_never_gets_there() {
+    on_a_worker(async {
+        let (client, mut server) = over_tcp().await;
+        let megabyte = bytes::Bytes::from(vec![7; SIZE as usize]);
+        let writes: Vec<_> = (0..16)
+            .map(|_| {
+                let (client, data) = (client.clone(), megabyte.clone());
+                tokio::spawn(async move { client.write(ByteOffset(0), data, false).await })
+            })
+            .collect();
+        // The sockets are full of them.
+        server.read_exact(&mut [0; 28]).await.unwrap();
+        client.give_up();
+        for write in writes {
+            let error = write.await.unwrap().unwrap_err();
+            assert!(error.is_lost(), "{error:?}");
+        }
+        assert!(client.lost().is_some());
+        let ended = tokio::io::copy(&mut server, &mut tokio::io::sink()).await;
+        assert_eq!(ended.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset, "it had not got all");
+    });
+}
+
+#[test]
+fn a_server_that_is_left_in_good_order_gets_the_good_bye() {
+    on_a_worker(async {
+        let (client, mut server) = over_tcp().await;
+        drop(client);
+        let mut rest = Vec::new();
+        server.read_to_end(&mut rest).await.expect("an end, and no reset");
+        assert_eq!((rest.len(), &rest[4..8]), (28, &[0, 0, 0, 2][..]), "a request to disconnect");
     });
 }

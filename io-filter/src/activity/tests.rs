@@ -1,4 +1,4 @@
-use backtide_protocol::{Message, PROTOCOL_VERSION, ReceiverState, Welcome};
+use backtide_protocol::{CompareResult, Message, PROTOCOL_VERSION, ReceiverState, Welcome};
 use backtide_units::{ByteOffset, ByteRange, CaptureTime, Epoch, HistoryId, LogPosition};
 use bytes::Bytes;
 use uuid::Uuid;
@@ -124,9 +124,8 @@ fn a_forced_compare_is_in_the_file_before_there_is_a_receiver() {
     }
 }
 
-/// Else the receiver would take a pass that compares less for the one that compares everything, should the agent die meanwhile.
-#[test]
-fn a_hole_is_told_when_the_file_says_that_everything_is_compared_after_it() {
+/// With a receiver that has everything.
+fn in_sync() -> Filter {
     let history = HistoryId(Uuid::from_u128(7));
     let mut filter = filter_of(Some(history));
     let welcome = Welcome {
@@ -142,6 +141,49 @@ fn a_hole_is_told_when_the_file_says_that_everything_is_compared_after_it() {
     };
     filter.connected(at(0), &welcome);
     assert!(snapshots(&mut filter, 0).is_empty() && filter.mode() == Mode::Sync);
+    filter
+}
+
+/// Else an agent that dies before the receiver has it has forgotten what it was asked to find.
+#[test]
+fn what_a_verify_is_to_repair_is_in_the_file() {
+    let mut filter = in_sync();
+    filter.start_verify(at(1), true).unwrap();
+    let mut saved = DirtyBitmap::new();
+    for now in 2..100 {
+        while let Some(effect) = filter.next_effect() {
+            match effect {
+                Effect::Scan(io) => filter.scanned(at(now), io, &DirtyBitmap::of((0..64).into())),
+                Effect::Local(io, LocalOp::Read(range)) => {
+                    let read = Bytes::from(vec![7; usize::try_from(range.count().0).unwrap()]);
+                    filter.local_done(at(now), io, Ok(LocalData::Read(read)));
+                }
+                Effect::Tracking(io, op) => {
+                    if let TrackingOp::Snapshot(snapshot) = op {
+                        saved = snapshot.saved.dirty;
+                    }
+                    filter.tracking_done(at(now), io, Ok(ByteCount(512)));
+                }
+                _ => {}
+            }
+        }
+        // Nothing of the repair is acknowledged.
+        while let Some((_, message)) = filter.poll_send(at(now)) {
+            if let Message::Compare(question) = message {
+                let differing = (0..).take(question.items.len()).collect();
+                let id = question.id;
+                filter.receive(at(now), Message::CompareResult(CompareResult { id, differing }));
+            }
+        }
+    }
+    assert_eq!(filter.mode(), Mode::Resync);
+    assert_eq!(saved.count().0, 64, "all that differs");
+}
+
+/// Else the receiver would take a pass that compares less for the one that compares everything, should the agent die meanwhile.
+#[test]
+fn a_hole_is_told_when_the_file_says_that_everything_is_compared_after_it() {
+    let mut filter = in_sync();
     filter.is_written_past(at(1));
     assert_eq!(filter.poll_send(at(1)), None);
     assert_eq!(snapshots(&mut filter, 1), [true, true]);

@@ -1,8 +1,8 @@
 //! A receiver whose numbers fit and whose log another attach has written is not one that goes on.
 
-use backtide_io_filter::{Effect, Filter, Mode, Resume, Settings};
+use backtide_io_filter::{Effect, Filter, Mode, Resume, ResyncKind, Settings};
 use backtide_protocol::{ReceiverState, Welcome};
-use backtide_tracking::SavedTracking;
+use backtide_tracking::{DirtyBitmap, SavedTracking};
 use backtide_units::{Epoch, LogPosition, Lsn, Reason};
 use uuid::Uuid;
 
@@ -101,4 +101,50 @@ fn what_is_compared_anyway_is_no_reason_for_an_alarm() {
     let mut filter = Filter::new(settings, resume, at(0));
     filter.follows(Some(vec![id(1), id(3)]));
     assert_eq!(looks(&mut filter, &welcome(Some(id(2)))), (None, true));
+}
+
+/// An agent that died, of a disk that was in sync up to LSN 7: its activity log names one block.
+fn crashed() -> Filter {
+    let settings = Settings { epoch: Epoch(3), attach: id(3), ..settings() };
+    let resume = Resume::Crashed {
+        reason: Reason::AgentCrashed,
+        history: Some(HISTORY),
+        last_lsn: Lsn(1000),
+        acked_durable: Lsn(7),
+        acked_position: LogPosition(9),
+        candidates: DirtyBitmap::of((3..4).into()),
+    };
+    Filter::new(settings, resume, at(0))
+}
+
+#[test]
+fn after_a_crash_a_log_that_another_attach_has_written_is_compared_as_a_whole() {
+    let mut filter = crashed();
+    filter.follows(Some(vec![id(1), id(3)]));
+    assert_eq!(looks(&mut filter, &welcome(Some(id(1)))), (None, true));
+    assert_eq!(filter.unsettled_blocks().unwrap().count().0, 1, "what the activity log names");
+
+    let above = Welcome { highest: Lsn(1001), ..welcome(Some(id(1))) };
+    for (told, why) in [(welcome(Some(id(2))), "put back from a copy"), (above, "gave none above 1000")] {
+        let mut filter = crashed();
+        filter.follows(Some(vec![id(1), id(3)]));
+        let (alarm, scans) = looks(&mut filter, &told);
+        assert!(alarm.as_ref().is_some_and(|alarm| alarm.contains(why)) && scans, "{alarm:?}");
+        assert!(filter.unsettled_blocks().is_none(), "everything may differ");
+    }
+}
+
+#[test]
+fn a_comparison_that_somebody_asked_for_in_sync_forwards_nothing_to_a_log_that_is_not_the_disks() {
+    let above = Welcome { highest: Lsn(8), ..welcome(Some(id(1))) };
+    for (forced, told) in [(true, welcome(Some(id(2)))), (true, above.clone()), (false, above)] {
+        let mut filter = resumed();
+        filter.follows(Some(vec![id(1), id(3)]));
+        if forced {
+            filter.force_resync(at(0), ResyncKind::Compare);
+        }
+        let (alarm, scans) = looks(&mut filter, &told);
+        assert!(alarm.is_some() && scans, "{forced}");
+        assert_eq!(filter.mode(), Mode::Tracking);
+    }
 }

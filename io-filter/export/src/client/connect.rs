@@ -1,12 +1,14 @@
 //! Reaching a server and shaking hands.
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
 
 use backtide_nbd::client::{Goal, Handshake, Session, Step};
 use backtide_nbd::{ExportSummary, Intake, NbdAddress, NbdUri};
 use bytes::BytesMut;
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::client::TlsStream;
 
 use super::{request::ClientOptions, silence::Watch};
 use crate::{
@@ -16,8 +18,31 @@ use crate::{
 };
 
 /// Either kind of socket's stream.
-pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Duplex for S {}
+///
+/// Invariant: what a stream that is dropped has not got through to the server never gets there. A request that was given up
+/// is made again on another connection, where newer ones follow it: the kernel would go on sending the old one for minutes.
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {
+    /// What was written still gets to the server after the drop: it was told good-bye.
+    fn keep_what_was_sent(&self);
+}
+
+impl Duplex for TcpStream {
+    fn keep_what_was_sent(&self) {
+        // The server notices without the good-bye too.
+        let _ = sockopt::set_socket_linger(self, None);
+    }
+}
+
+/// On this host nothing is under way between the two.
+impl Duplex for UnixStream {
+    fn keep_what_was_sent(&self) {}
+}
+
+impl Duplex for TlsStream<Box<dyn Duplex>> {
+    fn keep_what_was_sent(&self) {
+        self.get_ref().0.keep_what_was_sent();
+    }
+}
 
 /// A connection ready for requests.
 pub(super) struct Connected {
@@ -88,6 +113,7 @@ async fn connect(
 async fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
     let stream = TcpStream::connect((host, port)).await?;
     stream.set_nodelay(true)?;
+    sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
     Patience::WITH_SERVERS.apply(&stream)?;
     Ok(stream)
 }
@@ -134,10 +160,6 @@ async fn shake_hands(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use rustix::net::sockopt;
-
     use super::*;
 
     #[tokio::test]
@@ -151,6 +173,13 @@ mod tests {
             sockopt::tcp_keepidle(&stream).unwrap() + sockopt::tcp_keepintvl(&stream).unwrap() * probes;
         assert!(asked <= Duration::from_secs(20), "given up after {asked:?} of silence");
         assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 0, "a closed window counts as silence");
+        assert_eq!(
+            sockopt::socket_linger(&stream).unwrap(),
+            Some(Duration::ZERO),
+            "nothing is sent after a drop"
+        );
+        stream.keep_what_was_sent();
+        assert_eq!(sockopt::socket_linger(&stream).unwrap(), None);
         let patience = ClientOptions::default().host_silence;
         assert!(patience <= Duration::from_secs(20), "given up {patience:?} after a request");
     }

@@ -12,6 +12,7 @@ use std::{
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use backtide_nbd::client::{Expected, ReplyParser, encode_disconnect, encode_request};
@@ -28,6 +29,9 @@ use super::{
     silence::Watch,
 };
 use crate::{ClientError, output::Output};
+
+/// How long a server may take the good-bye.
+const GOOD_BYE_MAX: Duration = Duration::from_secs(10);
 
 /// Bytes in flight are counted in units of this size.
 const UNIT: u64 = 4096;
@@ -63,6 +67,8 @@ struct State {
     leaving: bool,
     /// Why the connection ended, or ends: it takes no more requests.
     ended: Option<ClientError>,
+    /// It ends now, whatever is not answered.
+    given_up: Option<ClientError>,
 }
 
 impl State {
@@ -152,6 +158,18 @@ impl Link {
         }
     }
 
+    /// Ends the connection now: what the server has not got of it never gets there.
+    pub(super) fn give_up(&self, why: ClientError) {
+        let sleeper = {
+            let mut state = self.lock();
+            state.given_up.get_or_insert(why);
+            state.sleeper.take()
+        };
+        if let Some(sleeper) = sleeper {
+            sleeper.wake();
+        }
+    }
+
     /// Why the connection ended, or takes no more requests, if that is so.
     pub(super) fn ended(&self) -> Option<ClientError> {
         self.lock().ended.clone()
@@ -185,15 +203,16 @@ struct Driver {
     watch: Option<Watch>,
 }
 
-/// Runs until the connection ends, then answers every request that is left.
+/// Runs until the connection ends, then answers every request that is left. Whoever waits hears of it before anything else
+/// is waited for: a server that is given up takes no good-bye.
 async fn drive(mut driver: Driver) {
-    let error = match poll_fn(|cx| driver.poll(cx)).await {
-        Ok(()) => ClientError::Closed,
-        Err(error) => error,
-    };
-    // The server may be gone already; nothing depends on this.
-    let _ = driver.stream.shutdown().await;
-    driver.link.end(&error);
+    let ended = poll_fn(|cx| driver.poll(cx)).await;
+    driver.link.end(ended.as_ref().err().unwrap_or(&ClientError::Closed));
+    if ended.is_ok() {
+        driver.stream.keep_what_was_sent();
+        // The server may be gone already; nothing depends on this.
+        let _ = tokio::time::timeout(GOOD_BYE_MAX, driver.stream.shutdown()).await;
+    }
 }
 
 /// Also of a runtime that ends before the connection does: whoever waits on a thread of its own would wait for ever.
@@ -210,6 +229,9 @@ impl Driver {
             self.take_replies()?;
             {
                 let mut state = self.link.lock();
+                if let Some(why) = state.given_up.take() {
+                    return Poll::Ready(Err(why));
+                }
                 if let Some(watch) = &mut self.watch {
                     watch.poll(cx, state.leaving || !state.pending.is_empty())?;
                 }

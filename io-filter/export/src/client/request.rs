@@ -129,6 +129,12 @@ impl Client {
         self.owner.link.ended()
     }
 
+    /// Ends the connection now, for all clones: what is not answered fails, and what the server has not got yet never gets
+    /// there. What it has got it may still carry out.
+    pub fn give_up(&self) {
+        self.owner.link.give_up(ClientError::Closed);
+    }
+
     /// Reads `length` bytes at `offset`, however aligned.
     ///
     /// # Errors
