@@ -259,11 +259,19 @@ impl DiskFindings {
         self.add(Finding { damage: why.to_owned(), touched }, true);
     }
 
-    /// Whether nothing is known of a damaged place, and it can be noted.
+    /// Notes a damaged place that was met when the log was opened. One that the newest point needs is noted whatever else is: what
+    /// is not known puts the log in doubt. Blocks.
+    pub(crate) fn note_opening(&self, why: &str, touched: Option<Touched>) {
+        let is_past = touched.as_ref().is_some_and(Touched::is_past);
+        if !is_past && self.is_new(why) && self.is_current() {
+            self.all.lock().make_room(self.disk);
+        }
+        self.note(why, touched);
+    }
+
+    /// Whether nothing is known of a damaged place.
     pub(crate) fn is_new(&self, why: &str) -> bool {
-        let known = self.all();
-        known.len() < PLACES_MAX
-            && known.iter().all(|known| damaged_place(&known.damage) != damaged_place(why))
+        self.all().iter().all(|known| damaged_place(&known.damage) != damaged_place(why))
     }
 
     /// What is known of the disk, the oldest first: a sentence each.
@@ -328,6 +336,15 @@ impl Known {
         *place != before
     }
 
+    /// Forgets a place where no more can be kept: one of the past, or else the oldest. A scrub finds it again.
+    fn make_room(&mut self, disk: DiskId) {
+        let full = self.places.get_mut(&disk).filter(|places| places.len() >= PLACES_MAX);
+        if let Some(places) = full {
+            let is_past = |place: &Finding| place.touched.as_ref().is_some_and(Touched::is_past);
+            places.remove(places.iter().position(is_past).unwrap_or(0));
+        }
+    }
+
     fn forget(&mut self, disk: DiskId, gone: &[String]) -> bool {
         let Some(places) = self.places.get_mut(&disk) else { return false };
         let before = places.len();
@@ -351,147 +368,4 @@ pub(crate) fn is_damaged(storage: &dyn Storage) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use backtide_storage::MemoryStorage;
-    use backtide_units::ByteOffset;
-
-    use super::*;
-
-    fn open(storage: &MemoryStorage) -> Findings {
-        Findings::open(Arc::new(storage.clone()))
-    }
-
-    #[test]
-    fn a_place_is_kept_once_until_it_is_forgotten_and_their_number_is_bounded() {
-        let (storage, disk) = (MemoryStorage::new(), DiskId::random());
-        let findings = open(&storage);
-        let of_disk = findings.of_life(disk);
-        of_disk.note("a", None);
-        let before = of_disk.known();
-        of_disk.note("b", None);
-        of_disk.note("a", None);
-        assert_eq!(of_disk.known(), ["a", "b"]);
-        storage.crash(1);
-        let findings = open(&storage);
-        assert_eq!(findings.of_life(disk).known(), ["a", "b"], "after a power cut too");
-        findings.of_life(disk).forget(&before);
-        assert_eq!(findings.of_life(disk).known(), ["b"], "what was found since stays");
-        storage.crash(2);
-        let findings = open(&storage);
-        assert_eq!(findings.of_life(disk).known(), ["b"]);
-        assert!(findings.of(DiskId::random()).is_empty());
-        let of_disk = findings.of_life(disk);
-        assert!(of_disk.is_new("c") && !of_disk.is_new("b: cannot be mended: no space left"));
-        for number in 0..2 * PLACES_MAX {
-            findings.of_life(disk).note(&number.to_string(), None);
-        }
-        assert!(!of_disk.is_new("c"), "it could not be noted");
-        assert_eq!(findings.of(disk).len(), PLACES_MAX);
-    }
-
-    #[test]
-    fn why_a_place_could_not_be_mended_is_what_the_last_scrub_says_and_goes_with_the_place() {
-        let (storage, disk) = (MemoryStorage::new(), DiskId::random());
-        let findings = open(&storage).of_life(disk);
-        let (full, slow) = ("a: cannot be mended: no space left", "a: cannot be mended: it was called off");
-        findings.note_anew(full, None);
-        findings.note("a", None);
-        assert_eq!(findings.known(), [full], "a read says no more of it");
-        findings.note_anew(slow, None);
-        assert_eq!(findings.known(), [slow]);
-        findings.note_anew("a", None);
-        assert_eq!(findings.known(), ["a"]);
-        findings.note_anew(full, None);
-        // The scrub of another disk has put it back.
-        findings.all.forget(disk, &["a".to_owned()]);
-        assert!(findings.known().is_empty() && open(&storage).of(disk).is_empty());
-    }
-
-    #[test]
-    fn the_points_that_a_place_touches_are_kept_as_the_last_scrub_has_them_and_older_files_are_read() {
-        let (storage, disk) = (MemoryStorage::new(), DiskId::random());
-        KIND.write(&storage, Path::new(FILE), &BTreeMap::from([(disk, ["a"])])).unwrap();
-        let touched = |text: &str| {
-            let (place, known) = ("a".to_owned(), backtide_receiver_api::TouchedKnown::Exact);
-            Some(Touched { place, points: Vec::new(), known, text: text.to_owned() })
-        };
-        let findings = open(&storage).of_life(disk);
-        assert_eq!(findings.all(), [Finding { damage: "a".to_owned(), touched: None }]);
-        findings.note("a", touched("by a read"));
-        findings.note("a", touched("by another"));
-        assert_eq!(open(&storage).of(disk)[0].touched, touched("by a read"));
-        findings.note_anew("a", touched("by a scrub"));
-        findings.note_anew("a", None);
-        assert_eq!(open(&storage).of(disk)[0].touched, touched("by a scrub"));
-        assert_eq!(damage_of(&storage), None);
-    }
-
-    #[test]
-    fn places_are_named_where_the_store_stands_and_from_its_root_in_the_file() {
-        let disk = DiskId::random();
-        let segment = format!("disks/{disk}/log-2/segments/0000000000000001.seg is damaged at byte 7: x");
-        let pack = "images/packs/1.pack is damaged at byte 7".to_owned();
-        for sentence in [&segment, &pack] {
-            let at = |root: &str| {
-                let damage = format!("{root}{sentence}");
-                let known = backtide_receiver_api::TouchedKnown::Exact;
-                let text = String::new();
-                let touched = Some(Touched { place: damage.clone(), points: Vec::new(), known, text });
-                Finding { damage, touched }
-            };
-            assert_eq!(at("/a/disks/").within("/a/disks/"), at(""));
-            // Of another root only an older program may have noted it.
-            for noted in ["", "/b/", "/images/b c/", "/a/disks/old/"] {
-                assert_eq!(at(noted).named("/a/disks/", disk), at("/a/disks/"), "{noted}");
-            }
-            for other in ["list ", "/b/more/list "] {
-                assert_eq!(at(other).named("/b/", disk), at(other));
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_found_of_a_disk_that_was_forgotten_is_not_noted_of_one_that_comes_after_it() {
-        let (storage, disk, other) = (MemoryStorage::new(), DiskId::random(), DiskId::random());
-        let findings = open(&storage);
-        let (before, beside) = (findings.of_life(disk), findings.of_life(other));
-        before.note("a", None);
-        findings.forget_all(disk);
-        before.note("its file is missing", None);
-        before.note_anew("all its files are", None);
-        assert!(!before.is_current() && findings.of(disk).is_empty());
-        let after = findings.of_life(disk);
-        after.note("b", None);
-        before.forget(&["b".to_owned()]);
-        beside.note("c", None);
-        assert!(after.is_current() && beside.is_current());
-        let findings = open(&storage);
-        let known = |disk| findings.of_life(disk).known();
-        assert_eq!((known(disk), known(other)), (vec!["b".to_owned()], vec!["c".to_owned()]));
-    }
-
-    #[test]
-    fn a_damaged_file_is_told_and_replaced_by_what_is_found_next() {
-        let (storage, disk) = (MemoryStorage::new(), DiskId::random());
-        open(&storage).of_life(disk).note("a", None);
-        assert_eq!(damage_of(&storage), None);
-        storage.flip_bit(Path::new(FILE), ByteOffset(60), 1);
-        assert!(damage_of(&storage).unwrap().contains("findings.json is damaged"));
-        let findings = open(&storage);
-        assert!(findings.of(disk).is_empty());
-        findings.of_life(disk).note("b", None);
-        assert_eq!(open(&storage).of_life(disk).known(), ["b"]);
-    }
-
-    #[test]
-    fn a_file_of_a_newer_version_stays_as_it_is() {
-        let (storage, disk) = (MemoryStorage::new(), DiskId::random());
-        SealedJson { version: 2, ..KIND }.write(&storage, Path::new(FILE), &["more"]).unwrap();
-        let before = storage.files();
-        let findings = open(&storage).of_life(disk);
-        findings.note("a", None);
-        assert_eq!(findings.known(), ["a"]);
-        assert!(storage.files() == before);
-        assert!(damage_of(&storage).unwrap().contains("has version 2"));
-    }
-}
+mod tests;

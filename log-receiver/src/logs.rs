@@ -147,7 +147,7 @@ impl Shelf {
         // Behind the mark: what is known puts no log in doubt.
         for why in &damage.damage {
             let known = damage.touched.get(damaged_place(why));
-            findings.note(why, known.map(|known| touched(damaged_place(why), known)));
+            findings.note_opening(why, known.map(|known| touched(damaged_place(why), known)));
         }
         Ok(LogMark { watermark, watch: self.watch.clone(), loss })
     }

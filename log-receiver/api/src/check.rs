@@ -121,6 +121,11 @@ impl Touched {
         all.iter().find(is_of_it)
     }
 
+    /// Whether it is points of the past only: the newest one, and those to come, read as if nothing were damaged.
+    pub fn is_past(&self) -> bool {
+        self.known == TouchedKnown::Exact && self.points.iter().all(|points| !points.open && !points.lost)
+    }
+
     /// Whether some byte of the point at `lsn` cannot be read because of the place, or may not.
     pub fn touches(&self, lsn: Lsn) -> bool {
         self.points.iter().filter(|points| !points.lost).any(|points| {

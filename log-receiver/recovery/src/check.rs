@@ -46,7 +46,7 @@ pub struct Checked {
     pub entries: u64,
     /// Bytes read.
     pub bytes: ByteCount,
-    /// What is damaged, a sentence each with file and place; at most 100.
+    /// What is damaged, a sentence each with file and place; at most 100, and first of all what the newest point needs.
     pub damage: Vec<String>,
     /// Damaged places beyond those.
     pub more_damage: u64,
@@ -94,11 +94,25 @@ impl Checked {
         why: Option<&str>,
         touched: impl FnOnce(bool) -> Touched,
     ) {
-        self.note(why.map_or_else(|| place.clone(), |why| cannot_be_mended(&place, why)));
+        self.looked_for = self.looked_for.saturating_add(1);
+        let found = touched(self.looked_for <= LOOKED_FOR_MAX);
+        let sentence = why.map_or_else(|| place.clone(), |why| cannot_be_mended(&place, why));
+        if !found.is_past() && self.damage.len() >= DAMAGE_MAX && !self.damage.contains(&sentence) {
+            self.name_no_more_of_the_past();
+        }
+        self.note(sentence);
         if self.damage.iter().any(|damage| damaged_place(damage) == place) {
-            self.looked_for = self.looked_for.saturating_add(1);
-            let found = touched(self.looked_for <= LOOKED_FOR_MAX);
             self.touched.entry(place).or_default().merge(found);
+        }
+    }
+
+    /// Makes room for a place that the newest point or those to come need, if one is named that they do not need.
+    fn name_no_more_of_the_past(&mut self) {
+        let is_past = |damage: &String| self.touched.get(damaged_place(damage)).is_some_and(Touched::is_past);
+        if let Some(at) = self.damage.iter().rposition(is_past) {
+            let gone = self.damage.remove(at);
+            self.touched.remove(damaged_place(&gone));
+            self.more_damage += 1;
         }
     }
 

@@ -1,5 +1,7 @@
 //! A log of which something that was durable is not there as it was, although it opens: it is told, and compared once.
 
+use std::collections::BTreeMap;
+
 use backtide_protocol::{
     Compare, CompareItem, Content, Data, Hello, PROTOCOL_VERSION, ReceiverState, Tracking,
 };
@@ -304,6 +306,62 @@ fn what_a_repair_mends_is_in_no_doubt() {
     let report = run(&storage, Repair::Everything).unwrap();
     assert!(report.sound && !report.disks[0].mended.is_empty(), "{report:?}");
     assert_eq!((findings(&storage), started(&storage).1), (Vec::new(), ReceiverState::Known));
+}
+
+/// Where the payloads begin that repeat these numbers.
+fn places_of(
+    storage: &MemoryStorage,
+    numbers: std::ops::RangeInclusive<u64>,
+) -> BTreeMap<u64, (std::path::PathBuf, u64)> {
+    let mut places = BTreeMap::new();
+    for (path, file) in storage.files() {
+        for (at, bytes) in file.windows(16).enumerate() {
+            let number = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            if numbers.contains(&number) && bytes[..8] == bytes[8..] {
+                places.entry(number).or_insert_with(|| (path.clone(), at as u64));
+            }
+        }
+    }
+    places
+}
+
+/// Whatever else is damaged, and was known before: places that newer content covers are named up to a number.
+#[test]
+fn damage_of_the_newest_content_is_in_doubt_behind_any_number_of_places_of_the_past() {
+    for (past, at_once) in [(99, false), (100, false), (101, false), (100, true), (130, true)] {
+        let (storage, ..) = of_one_segment(22, false);
+        let mut log = shelf(&storage).open(IDENTITY.disk, 1).unwrap();
+        let newest = 1000 + past;
+        for lsn in (1000..newest).chain([newest, newest + 1]) {
+            let data = Data::capture(u64::to_le_bytes(lsn).repeat(PAGE as usize / 8).into());
+            let (payload, checksum) = (data.bytes().clone(), data.checksum().clone());
+            // Only the last of all is of another page.
+            let range = page(if lsn > newest { 6 } else { 5 });
+            log.append(Entry::Write { lsn: Lsn(lsn), time: CaptureTime(lsn), range, payload, checksum })
+                .unwrap();
+        }
+        sync_all(&mut log);
+        let noted = Noted::whole(log.durable());
+        Watermark::replace(&storage, &Shelf::dir(IDENTITY.disk, 1), IDENTITY.history, noted).unwrap();
+        drop(log);
+        let places = places_of(&storage, 1000..=newest + 1);
+        let rot = |lsn: u64| {
+            let (path, at) = &places[&lsn];
+            storage.flip_bit(path, ByteOffset(*at + 100), 1);
+        };
+        (1000..newest).for_each(rot);
+        if !at_once {
+            assert_eq!(started(&storage).1, ReceiverState::Known, "{past} of the past");
+            assert_eq!(findings(&storage).len() as u64, past.min(100));
+        }
+        rot(newest + 1);
+        let (disks, state) = started(&storage);
+        assert_eq!(state, ReceiverState::Foreign, "{past} of the past, at once: {at_once}");
+        drop(disks);
+        let found = findings(&storage);
+        let open = found.iter().filter(|found| !found.touched.as_ref().unwrap().is_past()).count();
+        assert_eq!((open, found.len() as u64), (1, (past + 1).min(100)));
+    }
 }
 
 #[test]
