@@ -106,10 +106,45 @@ type LogKey = (DiskId, Option<u32>);
 /// The receiver is shutting down.
 struct Ending;
 
-/// Why a disk's history was not thinned.
+/// Why a log was not thinned.
 enum Undone {
     Ending,
+    /// It may be in another round; others tell why, if it is worth telling.
+    Later,
     Why(String),
+}
+
+/// What came of a look at the logs of a disk.
+#[derive(Default)]
+struct Thinned {
+    /// Something went, whatever else stays.
+    done: bool,
+    /// Something stays that should go.
+    stays: bool,
+    /// Why, of the first of which it is told.
+    why: Option<String>,
+}
+
+impl Thinned {
+    /// Adds what came of one of them.
+    fn add(&mut self, log: Result<bool, Undone>) -> Result<(), Ending> {
+        match log {
+            Ok(done) => self.done |= done,
+            Err(Undone::Ending) => return Err(Ending),
+            Err(Undone::Later) => self.stays = true,
+            Err(Undone::Why(why)) => {
+                self.stays = true;
+                self.why.get_or_insert(why);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether newer logs are not looked at. For want of room the oldest history goes, and no more of a disk in a round; where it
+    /// cannot go, newer history must not pay for it.
+    fn is_all(&self, pressure: Pressure) -> bool {
+        pressure == Pressure::Shrink && (self.done || self.stays)
+    }
 }
 
 impl Keeper {
@@ -247,25 +282,24 @@ impl Work {
             disks.retain(|disk| !waits && self.left_of(*disk).0 == 0);
         }
         for disk in disks {
-            match self.thin_all(disk, pressure) {
-                Ok(done) => {
-                    if !doubtful.contains_key(&disk) {
-                        lock(&self.shared.status).errors.remove(&disk);
-                    }
-                    if done && pressure == Pressure::Shrink {
-                        *lock(&self.shared.status).shrunk.entry(disk).or_default() += 1;
-                        self.shrunk_last = Some(disk);
-                        self.note_shrunk(disk)?;
-                        break;
-                    }
+            let Thinned { done, why, .. } = self.thin_all(disk, pressure)?;
+            match why {
+                None if doubtful.contains_key(&disk) => {}
+                None => {
+                    lock(&self.shared.status).errors.remove(&disk);
                 }
-                Err(Undone::Ending) => return Err(Ending),
-                Err(Undone::Why(why)) => {
+                Some(why) => {
                     let before = lock(&self.shared.status).errors.insert(disk, why.clone());
                     if before.as_ref() != Some(&why) {
                         tracing::warn!(%disk, why, "old history stays");
                     }
                 }
+            }
+            if done && pressure == Pressure::Shrink {
+                *lock(&self.shared.status).shrunk.entry(disk).or_default() += 1;
+                self.shrunk_last = Some(disk);
+                self.note_shrunk(disk)?;
+                break;
             }
         }
         let rounds = lock(&self.shared.status).rounds;

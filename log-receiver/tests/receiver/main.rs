@@ -26,6 +26,7 @@ mod reopening;
 mod repair;
 mod retention;
 mod scrubbing;
+mod shrinking;
 mod store;
 mod stream;
 mod unlistable;

@@ -10,7 +10,7 @@ use backtide_recovery::{Base, FoundBase, LogIdentity, Snapshot, TimedLsn};
 use backtide_units::{CaptureTime, DiskId, Lsn};
 
 use super::{
-    Undone, Work, ask,
+    Ending, Thinned, Undone, Work, ask,
     thin::{Folded, Wanted},
 };
 use crate::{
@@ -34,18 +34,16 @@ struct Ended<'a> {
 }
 
 impl Work {
-    /// Does what the ladder wants of them; whether that was anything. For want of room no more than the oldest of them that
-    /// gives any.
+    /// Does what the ladder wants of them. For want of room no more than the oldest of them that gives any, and none behind one
+    /// that stays although it should go.
     pub(super) fn thin_ended(
         &mut self,
         disk: DiskId,
         logs: &[EndedLog],
         newest: &Snapshot,
         pressure: Pressure,
-    ) -> Result<bool, Undone> {
-        if logs.is_empty() {
-            return Ok(false);
-        }
+        thinned: &mut Thinned,
+    ) -> Result<(), Ending> {
         // Of each the first point behind it; as long as there is none it stays.
         let mut next = first_point(newest);
         let mut behind = Vec::new();
@@ -53,31 +51,29 @@ impl Work {
             behind.push(next);
             next = log.snapshot.as_ref().and_then(first_point).or(next);
         }
-        let (mut done, mut undone, mut above) = (false, None, Lsn::ZERO);
+        let mut above = Lsn::ZERO;
         for (log, next) in logs.iter().zip(behind.into_iter().rev()) {
             let EndedLog { number, identity: Some(identity), snapshot: Some(snapshot), .. } = log else {
                 continue;
             };
             let (number, identity) = (*number, *identity);
             if let Some(next) = next {
-                match self.thin_one(&Ended { disk, number, identity, snapshot, above, next }, pressure) {
-                    Ok(thinned) => done |= thinned,
-                    Err(Undone::Ending) => return Err(Undone::Ending),
-                    Err(why) => undone = undone.or(Some(why)),
-                }
+                let one = Ended { disk, number, identity, snapshot, above, next };
+                let one = self.thin_one(&one, pressure);
+                thinned.add(one)?;
             }
-            if done && pressure == Pressure::Shrink {
+            if thinned.is_all(pressure) {
                 break;
             }
             above = above.max(snapshot.timeline().highest_lsn());
         }
-        undone.map_or(Ok(done), Err)
+        Ok(())
     }
 
     fn thin_one(&mut self, log: &Ended<'_>, pressure: Pressure) -> Result<bool, Undone> {
         let &Ended { disk, number, identity, snapshot, next, .. } = log;
         if self.policies.in_doubt().iter().any(|(of, _)| *of == disk) {
-            return Ok(false);
+            return Err(Undone::Later);
         }
         self.settle_once(disk, number)?;
         let Some(Wanted { policy, ladder, pins }) = self.wanted(disk, pressure)? else { return Ok(false) };
@@ -99,7 +95,7 @@ impl Work {
         // Before anybody waits for what is decided here, and who gives it may wait for them.
         let asked = |answer| Task::LeaveToFold { disk, log: number, answer };
         let leave: Option<Leave> = ask(self.thread_of(disk), asked)?;
-        let Some(leave) = leave.filter(|leave| base.follows(leave.before.as_ref())) else { return Ok(false) };
+        let leave = leave.filter(|leave| base.follows(leave.before.as_ref())).ok_or(Undone::Later)?;
         let begin = |doubts: &mut Doubts| -> Result<EndedLog, Undone> {
             self.shelf.rebase_ended(disk, number, &base, leave.before.as_ref()).map_err(|error| {
                 if let Some(doubt) = error.doubt {
@@ -108,9 +104,7 @@ impl Work {
                 error.source.into()
             })
         };
-        let Some(ended) = self.policies.while_allowed(disk, allows, begin).transpose()? else {
-            return Ok(false);
-        };
+        let ended = self.policies.while_allowed(disk, allows, begin).transpose()?.ok_or(Undone::Later)?;
         leave.end(Remains::Ended(ended));
         self.told(folded, &plan);
         Ok(true)

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, time::Instant};
 use backtide_recovery::{Base, FoldError, KeptPoint, LogIdentity, Snapshot};
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Lsn};
 
-use super::{LogKey, Undone, Work, ask};
+use super::{Ending, LogKey, Thinned, Undone, Work, ask};
 use crate::{
     clock,
     disk::{Rebasing, chain},
@@ -60,10 +60,23 @@ impl Folded<'_> {
 }
 
 impl Work {
-    /// Does what the ladder wants of a disk; whether that was anything. For want of room its oldest history goes, which is
-    /// that of logs that have ended.
-    pub(super) fn thin_all(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
+    /// Does what the ladder wants of a disk. For want of room its oldest history goes, which is that of logs that have ended.
+    pub(super) fn thin_all(&mut self, disk: DiskId, pressure: Pressure) -> Result<Thinned, Ending> {
         let ended: Vec<EndedLog> = ask(self.thread_of(disk), |answer| Task::Ended(disk, answer))?;
+        let mut thinned = Thinned::default();
+        let newest = self.thin_ended_and_newest(disk, &ended, pressure, &mut thinned);
+        thinned.add(newest)?;
+        Ok(thinned)
+    }
+
+    /// The same; gives what came of the newest log.
+    fn thin_ended_and_newest(
+        &mut self,
+        disk: DiskId,
+        ended: &[EndedLog],
+        pressure: Pressure,
+        thinned: &mut Thinned,
+    ) -> Result<bool, Undone> {
         // To look at the newest log makes durable what has come: not where nobody wants anything of it.
         if ended.is_empty() && self.wanted(disk, pressure)?.is_none() {
             return Ok(false);
@@ -72,17 +85,15 @@ impl Work {
         else {
             return Ok(false);
         };
-        let older = self.thin_ended(disk, &ended, newest.snapshot(), pressure);
-        if matches!(older, Err(Undone::Ending)) || matches!((&older, pressure), (Ok(true), Pressure::Shrink))
-        {
-            return older;
+        self.thin_ended(disk, ended, newest.snapshot(), pressure, thinned)?;
+        if thinned.is_all(pressure) {
+            return Ok(false);
         }
-        // What keeps an older log keeps this one not.
-        let last = match newest {
-            Newest::InUse(_) => self.thin(disk, pressure)?,
-            Newest::Damaged(log) => self.thin_damaged(disk, &log, pressure)?,
-        };
-        Ok(older? || last)
+        // While there is room, what keeps an older log keeps this one not.
+        match newest {
+            Newest::InUse(_) => self.thin(disk, pressure),
+            Newest::Damaged(log) => self.thin_damaged(disk, &log, pressure),
+        }
     }
 
     /// What is wanted of a disk now; none when nothing of it may go.

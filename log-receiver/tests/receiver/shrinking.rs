@@ -1,0 +1,120 @@
+//! A store without room of which some cannot go: what goes instead, and what is said of it.
+
+use std::{fs, os::unix::fs::FileExt};
+
+use backtide_log_receiver::{Config, OnFull, Receiver, Retention};
+use backtide_receiver_api::{DiskRetention, ReceiverClient};
+use backtide_storage::{RealStorage, Storage};
+use backtide_units::{ByteCount, Lsn};
+
+use crate::{
+    agent::*,
+    ended_logs::{NEXT, begin_anew, end_the_log, later, reads_as, segments},
+    fixture::*,
+    retention::{TENS, content, go_on, rounds, vm1, write_history},
+};
+
+/// Turns over a byte of what a record holds in the log that has ended.
+fn flip(place: &Place, lsn: u64) {
+    let wanted = &content(lsn)[1000..1064];
+    for path in segments(place) {
+        let mut bytes = fs::read(&path).unwrap();
+        let found = bytes.windows(wanted.len()).position(|window| window[1..] == wanted[1..]);
+        if let Some(at) = found {
+            bytes[at] ^= 0x40;
+            let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+            file.write_all_at(&bytes[at..=at], at as u64).unwrap();
+            return;
+        }
+    }
+    panic!("no segment has lsn:{lsn}");
+}
+
+/// A log that has ended, of which a record that its newest point needs is rotten, and one behind it up to LSN 190.
+async fn with_a_rotten_older_log(place: &Place) {
+    let receiver = place.start().await;
+    drop(write_history(&receiver, 6..=95).await);
+    receiver.shutdown().await;
+    end_the_log(place);
+    flip(place, 60);
+    let receiver = place.start().await;
+    let mut agent = begin_anew(&receiver).await;
+    go_on(&mut agent, NEXT + 1..=190).await;
+    let (mut other, _) = Agent::welcomed(&receiver, hello(2, "vm2")).await;
+    other.first_pass(6).await;
+    go_on(&mut other, 7..=95).await;
+    drop((agent, other));
+    receiver.shutdown().await;
+}
+
+/// It never has as much room as it wants.
+async fn without_room(place: &Place) -> Receiver {
+    let free = RealStorage::open(&place.store()).unwrap().free_space().unwrap();
+    let low_bytes = ByteCount(free.0 * 2);
+    let retention = Retention { on_full: OnFull::Shrink, low_bytes, interval_ms: 20, ..Retention::default() };
+    Receiver::start(Config { retention, ..place.config() }).await.unwrap()
+}
+
+/// What is told of both disks at one moment, and how many rounds have ended.
+async fn both(api: &ReceiverClient) -> (DiskRetention, DiskRetention, u64) {
+    let report = api.retention(None).await.unwrap();
+    let of = |name: &str| {
+        let mut disks = report.disks.iter();
+        disks.find(|disk| disk.disk.name.as_str() == name).unwrap().clone()
+    };
+    (of("vm1"), of("vm2"), report.rounds)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn newer_history_does_not_go_for_want_of_room_while_older_history_cannot() {
+    let place = Place::new();
+    with_a_rotten_older_log(&place).await;
+    let receiver = without_room(&place).await;
+    let api = client(&receiver);
+    let seen = loop {
+        let (rotten, other, rounds) = both(&api).await;
+        if rotten.error.is_some() && other.shrunk > 0 {
+            break rounds;
+        }
+    };
+    let (rotten, other) = loop {
+        let (rotten, other, rounds) = both(&api).await;
+        if rounds > seen + 3 {
+            break (rotten, other);
+        }
+    };
+    assert!(rotten.error.as_ref().unwrap().contains("a part of it cannot be read"), "{rotten:?}");
+    assert_eq!((rotten.shrunk, rotten.every_point_from.unwrap().lsn), (0, Lsn(5)));
+    assert!(other.every_point_from.unwrap().lsn > Lsn(6));
+    // Nothing of it has gone, in either log.
+    let points = api.points(&vm1()).await.unwrap();
+    let ranges: Vec<_> = points.intervals.iter().map(|of| (of.from_lsn.0, of.to_lsn.0)).collect();
+    assert_eq!(ranges, [(5, 95), (NEXT, 190)]);
+    reads_as(&place, &api, NEXT + 1, &later(NEXT + 1)).await;
+    // When it is whole again the older log goes before the newer, and it is told.
+    flip(&place, 60);
+    let (rotten, alarms) = loop {
+        let (rotten, _, _) = both(&api).await;
+        let alarms = api.status().await.unwrap().alarms;
+        if rotten.shrunk > 0 && alarms.iter().any(|alarm| alarm.contains("promises is gone")) {
+            break (rotten, alarms);
+        }
+    };
+    assert!(rotten.error.is_none() && rotten.every_point_from.unwrap().lsn >= Lsn(NEXT), "{alarms:?}");
+    receiver.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_there_is_room_newer_history_grows_old_whatever_keeps_the_older() {
+    let place = Place::new();
+    with_a_rotten_older_log(&place).await;
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let report = rounds(&api, &vm1(), TENS).await;
+    let of = &report.disks[0];
+    assert!(of.error.as_ref().unwrap().contains("a part of it cannot be read"), "{of:?}");
+    let single: Vec<u64> = of.single_points.iter().map(|point| point.lsn.0).collect();
+    assert!(single.contains(&110) && !single.contains(&50), "{single:?}");
+    assert_eq!(api.points(&vm1()).await.unwrap().intervals[0].to_lsn, Lsn(95));
+    receiver.shutdown().await;
+}
