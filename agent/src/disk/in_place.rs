@@ -6,8 +6,13 @@
 //!
 //! Invariant: an image is trusted at the next attach only if it was in place at the end of the last.
 
-use std::{fs, io::ErrorKind, path::PathBuf};
+use std::{
+    fs,
+    io::{self, ErrorKind},
+    path::PathBuf,
+};
 
+use backtide_storage::ImageFile;
 use backtide_units::ByteCount;
 
 use crate::{claims::Identity, record::ImageStamp};
@@ -65,6 +70,18 @@ impl InPlace {
     }
 }
 
+/// Looks whether an image, a file or a device, is as long as when it was opened.
+///
+/// # Errors
+/// When it cannot be asked; within, that it was cut short.
+pub(crate) fn look_at_length(open: &ImageFile) -> io::Result<Result<(), Displaced>> {
+    let (now, bytes_min) = (open.size_now()?, open.size());
+    Ok(match now < bytes_min {
+        true => Err(Displaced::Shorter { path: open.path().to_owned(), now, bytes_min }),
+        false => Ok(()),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::{fs, os::unix::fs::symlink, path::Path};
@@ -96,6 +113,14 @@ mod tests {
         assert_eq!(by_name.look(), Err(Displaced::Gone(image.clone())));
         fs::rename(&other, &image).unwrap();
         assert_eq!(by_name.look(), Err(Displaced::Other(image)));
+        // As of a device, which is looked at where it is open.
+        let device = directory.path().join("device");
+        fs::write(&device, [0; 8192]).unwrap();
+        let open = ImageFile::open(&device).unwrap();
+        assert_eq!(look_at_length(&open).unwrap(), Ok(()));
+        fs::File::options().write(true).open(&device).unwrap().set_len(4096).unwrap();
+        let cut = look_at_length(&open).unwrap();
+        assert!(matches!(cut, Err(Displaced::Shorter { now: ByteCount(4096), .. })), "{cut:?}");
         assert!(InPlace::new("nbd://host/disk", Identity::of("nbd://host/disk"), ByteCount(0)).is_none());
     }
 }

@@ -15,7 +15,7 @@ use backtide_units::{ByteCount, CaptureTime};
 
 use super::{
     engine::Engine,
-    in_place::{Displaced, InPlace},
+    in_place::{Displaced, InPlace, look_at_length},
     local::blocking,
     tracking::Tracking,
     trust,
@@ -62,8 +62,11 @@ pub(super) struct Life {
     image: Option<InPlace>,
     /// What became of it, as of the last look.
     pub(super) displaced: Option<Displaced>,
-    /// It was cut short once: what it had behind that is nowhere any more, however long it is now.
+    /// It was cut short, and not everything was compared since: what it had behind that is nowhere any more, however long it is
+    /// now.
     was_cut: bool,
+    /// That was told when it was as long as it has to be again.
+    cut_is_told: bool,
     /// How long the image is where its time tells of each write, and nothing of this agent writes it but the disk itself: no
     /// server.
     told: Option<ByteCount>,
@@ -84,12 +87,13 @@ impl Life {
     pub(super) fn new(tracking: Rc<Tracking>, image: Option<InPlace>, open: Option<Arc<ImageFile>>) -> Self {
         let told = open.as_ref().filter(|open| tells_of_writes(open.path())).map(|open| open.size());
         let (own, displaced, seen) = (Own::default(), None, None);
-        let (was_cut, in_place, news) = (false, false, false);
-        Self { tracking, image, displaced, was_cut, told, open, own, seen, in_place, news }
+        let (was_cut, cut_is_told, in_place, news) = (false, false, false, false);
+        Self { tracking, image, displaced, was_cut, cut_is_told, told, open, own, seen, in_place, news }
     }
 
     /// Looks at the image; whether somebody else has written it since the last look that found it: it is another than it was,
-    /// and nothing of this agent was under way before that look, between them, or after this one, as `now` says.
+    /// and nothing of this agent was under way before that look, between them, or after this one, as `now` says. Whoever
+    /// cut it short has, whatever was under way: that is told when it is as long as it has to be again.
     pub(super) async fn look_for_others(&mut self, now: impl Fn() -> Own, disk: &str) -> bool {
         let before = now();
         let in_place = self.look(disk).await;
@@ -113,7 +117,16 @@ impl Life {
         }
         // What was in order before is not what is there.
         self.news &= !others;
-        others
+        let grew_again = self.was_cut && self.displaced.is_none() && !self.cut_is_told;
+        self.cut_is_told |= grew_again;
+        others || grew_again
+    }
+
+    /// Everything was compared since somebody else has written the image.
+    pub(super) fn was_compared(&mut self) {
+        if std::mem::take(&mut self.cut_is_told) {
+            self.was_cut = self.displaced.is_some();
+        }
     }
 
     /// From now on the image as it was seen last is in order, whoever wrote it.
@@ -143,9 +156,14 @@ impl Life {
     /// Looks whether the image is where it was, on a thread that may wait for the file system. The image as it is now; none
     /// of one that is not a file, or not in its place.
     pub(super) async fn look(&mut self, disk: &str) -> Option<ImageStamp> {
-        let image = self.image.clone()?;
+        let (image, open) = (self.image.clone(), self.open.clone());
+        let look = move || match (image.map_or(Ok(None), |image| image.look()), open) {
+            // The length of a device is told where it is open alone.
+            (Ok(stamp), Some(open)) => Ok(look_at_length(&open)?.map(|()| stamp)),
+            (found, _) => Ok(found),
+        };
         // No look is no news.
-        let (displaced, stamp) = match blocking(move || Ok(image.look())).await.ok()? {
+        let (displaced, stamp) = match blocking(look).await.ok()? {
             Ok(stamp) => (None, stamp),
             Err(displaced) => (Some(displaced), None),
         };
@@ -154,7 +172,9 @@ impl Life {
             Some(error) => tracing::error!(disk, %error, "the image is not where it was"),
             None => tracing::info!(disk, "the image is where it was again"),
         }
-        self.was_cut |= matches!(displaced, Some(Displaced::Shorter { .. }));
+        if matches!(displaced, Some(Displaced::Shorter { .. })) {
+            (self.was_cut, self.cut_is_told) = (true, false);
+        }
         self.displaced = displaced;
         stamp
     }
@@ -390,5 +410,27 @@ mod tests {
             assert!(life.has_lost_its_image(), "{length}");
         }
         assert_eq!(life.displaced, None);
+    }
+
+    #[tokio::test]
+    async fn what_was_cut_short_is_written_by_others_when_it_is_as_long_again_whoever_uses_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("vm1.img");
+        std::fs::write(&image, "content").unwrap();
+        let mut life = life_of(&image);
+        assert!(!keep(&mut life, 1, 2, true).await);
+        let resize =
+            |bytes| std::fs::File::options().write(true).open(&image).unwrap().set_len(bytes).unwrap();
+        for _ in 0..2 {
+            resize(3);
+            assert!(!keep(&mut life, 2, 3, true).await && life.has_lost_its_image());
+            life.was_compared();
+            assert!(life.has_lost_its_image(), "it has");
+            resize(7);
+            assert!(keep(&mut life, 3, 4, true).await, "what it had is gone");
+            assert!(!keep(&mut life, 4, 5, true).await && life.has_lost_its_image(), "once");
+        }
+        life.was_compared();
+        assert!(!life.has_lost_its_image() && !keep(&mut life, 5, 6, true).await);
     }
 }

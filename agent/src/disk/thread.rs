@@ -454,6 +454,9 @@ impl Disk {
         }
         // Also should the agent die before everything was compared.
         let written_past_agent = self.past_agent.wrote();
+        if !written_past_agent {
+            self.life.was_compared();
+        }
         if written_past_agent != self.record.written_past_agent {
             self.save_record(DiskRecord { written_past_agent, ..self.record.clone() }).await;
         }

@@ -249,6 +249,14 @@ impl ImageFile {
         self.size
     }
 
+    /// Its size by now: somebody may have cut it short, or the device.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn size_now(&self) -> io::Result<ByteCount> {
+        Ok(ByteCount(rustix::fs::seek(&self.file, SeekFrom::End(0))?))
+    }
+
     /// What the system tells of the file that is open, wherever its path leads by now.
     ///
     /// # Errors
