@@ -51,12 +51,20 @@ impl Group {
             Value::Section(volume) => Some((name, volume)),
             Value::Number(_) | Value::Text(_) | Value::List(_) => None,
         });
+        // Some of what it holds is in the snapshot's volume only, until that has ended.
+        let segments = volumes.clone().flat_map(|(_, volume)| Self::numbered(volume));
+        let merges = segments.filter(|segment| segment.text("merging_store").is_ok());
+        let merged_into: Vec<&str> = merges.filter_map(|segment| segment.text("origin").ok()).collect();
         let visible = |volume: &Section| {
             volume.list("status").is_ok_and(|list| list.contains(&Value::Text("VISIBLE".to_owned())))
         };
         let volumes = volumes.filter(|(_, volume)| visible(volume));
         let read = volumes.map(|(name, volume)| {
-            let segments = self.segments(volume, physicals).map_err(|error| match error {
+            let segments = match merged_into.contains(&name.as_str()) {
+                true => Err(Error::Unsupported { what: "a snapshot is being merged into it".to_owned() }),
+                false => self.segments(volume, physicals),
+            };
+            let segments = segments.map_err(|error| match error {
                 Error::Damaged { why, .. } => format!("its description is damaged: {why}"),
                 other => other.to_string(),
             });

@@ -95,6 +95,31 @@ fn damage_is_found_by_the_checksums_and_named() {
     assert!(physical(&Bytes(vec![0; 4096])).unwrap_err().to_string().contains("there is none"));
 }
 
+/// Of what is not merged yet it would show what was there before.
+#[test]
+fn a_volume_that_a_snapshot_is_merged_into_is_not_read() {
+    let plain = "status = [\"VISIBLE\"] segment1 { start_extent = 0 extent_count = 2 type = \"striped\" \
+                 stripe_count = 1 stripes = [\"pv0\", 0] }";
+    for (store, is_read) in [("cow_store", true), ("merging_store", false)] {
+        let snapshot = format!(
+            "status = [] segment1 {{ start_extent = 0 extent_count = 2 type = \"snapshot\" chunk_size = 8 \
+             origin = \"root\" {store} = \"snap\" }}"
+        );
+        let metadata = format!(
+            "vg {{ id = \"g\" seqno = 1 extent_size = 8\n\
+             physical_volumes {{ pv0 {{ id = \"a-b\" pe_start = 8 }} }}\n\
+             logical_volumes {{ root {{ {plain} }} home {{ {plain} }} snapshot0 {{ {snapshot} }} }} }}"
+        );
+        let physical = Physical { id: "ab".to_owned(), metadata: Some(metadata) };
+        let found = logical_volumes(&[(range(MIB), physical)]).unwrap();
+        assert_eq!(names(&found), [("root", 8192), ("home", 8192)]);
+        let why = found[0].segments.clone().err();
+        assert_eq!(why.is_none(), is_read, "{why:?}");
+        assert!(is_read || why.unwrap().contains("a snapshot is being merged into it"));
+        assert!(found[1].segments.is_ok());
+    }
+}
+
 #[test]
 fn descriptions_that_make_no_sense_are_refused_in_a_sentence() {
     let text = |volume: &str| {
