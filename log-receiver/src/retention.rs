@@ -18,6 +18,7 @@ pub(crate) use keeper::{Keeper, KeeperWatch};
 pub(crate) use ladder::{Ladder, LadderError, Span};
 pub(crate) use locks::{Lock, Moment};
 pub(crate) use plan::{
-    Plan, PlanError, Pressure, SLOTS_MAX, every_change_from, first_point, plan, plan_all, plan_ended,
+    Plan, PlanError, Pressure, Reach, before_damage, every_change_from, first_point, plan, plan_all,
+    plan_ended, plan_readable,
 };
 pub(crate) use policy::{FILE, NotChanged, Pin, Policies, Policy, damage_of, write_anew};

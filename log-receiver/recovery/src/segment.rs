@@ -293,6 +293,14 @@ impl Segment {
         Ok(Some(sealed.disk_blocks(&self.file()?)?))
     }
 
+    /// Reads all that tells what it holds, and gives nothing of it.
+    pub(crate) fn read_index(&self) -> Result<(), LogError> {
+        self.steps()?;
+        self.stretches()?;
+        self.disk_blocks(&mut |_| ())?;
+        self.each_extent(&mut |_| ())
+    }
+
     /// Whether it is sealed.
     pub(crate) fn is_sealed(&self) -> bool {
         self.sealed.get().is_some()

@@ -256,6 +256,16 @@ impl Snapshot {
         Ok(record.max(self.last_end(&|end| end.time <= time)))
     }
 
+    /// The newest point at or below `lsn`. Reads nothing of the segments that hold only what is above it.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn newest_point_at(&self, lsn: Lsn) -> Result<Option<TimedLsn>, LogError> {
+        let record = self.last_record(&|record, _| record <= lsn)?;
+        let record = record.filter(|record| self.timeline.offers(record.lsn));
+        Ok(record.max(self.last_end(&|end| end.lsn <= lsn)))
+    }
+
     /// The last begin or end of an interval, or seam within one, that `wanted` takes: it may be the T of a pass,
     /// which no record has.
     fn last_end(&self, wanted: &dyn Fn(TimedLsn) -> bool) -> Option<TimedLsn> {

@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backtide_recovery::Snapshot;
+use backtide_recovery::{LogError, Snapshot};
 use backtide_units::{ByteCount, DiskId};
 use tokio::sync::{mpsc, oneshot};
 
@@ -434,15 +434,18 @@ impl From<Ending> for Undone {
     }
 }
 
-impl From<backtide_recovery::LogError> for Undone {
-    fn from(error: backtide_recovery::LogError) -> Self {
+impl From<LogError> for Undone {
+    fn from(error: LogError) -> Self {
         Self::Why(chain(&error))
     }
 }
 
 impl From<PlanError> for Undone {
     fn from(error: PlanError) -> Self {
-        Self::Why(chain(&error))
+        Self::Why(match &error {
+            PlanError::Log(LogError::Damaged { .. }) => thin::cannot_be_read(&chain(&error)),
+            PlanError::Log(_) | PlanError::TooMany { .. } => chain(&error),
+        })
     }
 }
 

@@ -9,14 +9,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use backtide_recovery::{Base, Foldable, LogError, Snapshot, TimedLsn};
 use backtide_units::{CaptureTime, Lsn};
 
+mod damaged;
 mod ended;
 
-pub(crate) use ended::{first_point, plan_all, plan_ended};
+pub(crate) use damaged::before_damage;
+pub(crate) use ended::{first_point, plan_all, plan_ended, plan_readable};
 
 use super::ladder::{Ladder, Span};
 
 /// Slots of a rung that are looked for in one round, the oldest: a log with more is folded in several.
-pub(crate) const SLOTS_MAX: u64 = 4096;
+const SLOTS_MAX: u64 = 4096;
 
 /// Single points of a disk: each is an interval of its timeline, which has a few more than that, and an image.
 pub(crate) const KEPT_MAX: usize = 50_000;
@@ -51,6 +53,15 @@ pub(crate) struct Plan {
     pub(crate) dropped: Vec<TimedLsn>,
 }
 
+impl Plan {
+    /// The point of the last image that is to be made for it, of a log whose newest point is `latest`; none when it does with
+    /// those that are there.
+    pub(crate) fn images_until(&self, latest: Option<TimedLsn>) -> Option<Lsn> {
+        let last = self.fold.map(|(_, floor)| floor).or(latest.filter(|_| self.ends));
+        last.map(|last| last.lsn)
+    }
+}
+
 /// Whether the store has room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pressure {
@@ -61,8 +72,21 @@ pub(crate) enum Pressure {
     Shrink,
 }
 
-/// What the ladder wants done at `now` to a log that stands alone; none when nothing is to be done. With `slots_max` only
-/// as much of it as has about so many slots of a rung.
+/// How much of what is wanted is planned at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Reach {
+    /// As much as has about so many slots of a rung; none is all of it.
+    pub(crate) slots_max: Option<u64>,
+    /// Nothing is folded beyond the last point captured by then.
+    pub(crate) until: Option<CaptureTime>,
+}
+
+impl Reach {
+    /// Of one round of retention.
+    pub(crate) const ROUND: Self = Self { slots_max: Some(SLOTS_MAX), until: None };
+}
+
+/// What the ladder wants done at `now` to a log that stands alone, as far as `reach`; none when nothing is to be done.
 ///
 /// # Errors
 /// See [`PlanError`].
@@ -72,9 +96,9 @@ pub(crate) fn plan(
     pins: &BTreeMap<Lsn, CaptureTime>,
     now: CaptureTime,
     pressure: Pressure,
-    slots_max: Option<u64>,
+    reach: Reach,
 ) -> Result<Option<Plan>, PlanError> {
-    plan_within(snapshot, ladder, pins, (now, pressure), slots_max, KEPT_MAX)
+    plan_within(snapshot, ladder, pins, (now, pressure), reach, KEPT_MAX)
 }
 
 fn plan_within(
@@ -82,14 +106,17 @@ fn plan_within(
     ladder: &Ladder,
     pins: &BTreeMap<Lsn, CaptureTime>,
     (now, pressure): (CaptureTime, Pressure),
-    slots_max: Option<u64>,
+    reach: Reach,
     kept_max: usize,
 ) -> Result<Option<Plan>, PlanError> {
     let base = snapshot.base();
     let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect();
     let old_floor = base.and_then(Base::floor).map(|floor| floor.at);
     let fold = match horizon(snapshot, ladder, now, pressure) {
-        Some(horizon) => step(snapshot, ladder, now, horizon, slots_max, old_floor)?,
+        Some(horizon) => {
+            let horizon = reach.until.map_or(horizon, |until| until.min(horizon));
+            step(snapshot, ladder, now, horizon, reach.slots_max, old_floor)?
+        }
         None => None,
     };
     let mut points: BTreeSet<TimedLsn> = old.iter().copied().chain(old_floor).collect();
@@ -321,7 +348,8 @@ mod tests {
         let ladder: Ladder = "any=1h per-1s=100y".parse().unwrap();
         let now = (CaptureTime(10_000 * 3_600_000_000), Pressure::None);
         let snapshot = log(60);
-        let within = |kept_max| plan_within(&snapshot, &ladder, &BTreeMap::new(), now, None, kept_max);
+        let within =
+            |kept_max| plan_within(&snapshot, &ladder, &BTreeMap::new(), now, Reach::default(), kept_max);
         let plan = within(KEPT_MAX).expect("they are few").expect("it is old");
         assert!(plan.kept.len() > 50, "{plan:?}");
         assert_eq!(within(plan.kept.len()).expect("just as many").expect("it is old"), plan);
@@ -337,7 +365,7 @@ mod tests {
         let snapshot = log(60);
         let now = CaptureTime(10_000 * 3_600_000_000);
         let within = |pins: &BTreeMap<Lsn, CaptureTime>, pressure, kept_max| {
-            plan_within(&snapshot, &ladder, pins, (now, pressure), None, kept_max)
+            plan_within(&snapshot, &ladder, pins, (now, pressure), Reach::default(), kept_max)
         };
         let none = BTreeMap::new();
         let all = within(&none, Pressure::Shrink, KEPT_MAX).expect("they are few").expect("it is old").kept;

@@ -72,16 +72,22 @@ fn cost(log: &Snapshot, plan: Option<&Plan>) -> Result<ImageCost, LogError> {
     let new = plan.kept.iter().chain(&floor).map(|point| point.lsn).filter(|lsn| *lsn > old);
     let points: Vec<Lsn> = [old].into_iter().chain(new).collect();
     let steps = points.len().saturating_sub(1);
-    let looked_at = steps.min(COSTS_MAX);
+    let (tried, mut known) = (steps.min(COSTS_MAX), 0);
     let mut cost = ImageCost::default();
-    for nth in 0..looked_at {
-        let step = nth * steps / looked_at;
-        let one = log.image_cost(points[step], points[step + 1])?;
+    for nth in 0..tried {
+        let step = nth * steps / tried;
+        let one = match log.image_cost(points[step], points[step + 1]) {
+            Ok(one) => one,
+            // It is not made before that is mended; what is told is about the others.
+            Err(LogError::Damaged { .. }) => continue,
+            Err(error) => return Err(error),
+        };
+        known += 1;
         cost.read.0 += one.read.0;
         cost.written_max.0 += one.written_max.0;
     }
     let scaled = |bytes: ByteCount| {
-        let all = u128::from(bytes.0) * steps as u128 / looked_at.max(1) as u128;
+        let all = u128::from(bytes.0) * steps as u128 / known.max(1);
         ByteCount(u64::try_from(all).unwrap_or(u64::MAX))
     };
     Ok(ImageCost { read: scaled(cost.read), written_max: scaled(cost.written_max) })

@@ -15,7 +15,9 @@ use crate::{
     OnFull,
     facts::DiskFacts,
     points,
-    retention::{Ladder, LadderError, NotChanged, Pin, PlanError, every_change_from, plan_all},
+    retention::{
+        Ladder, LadderError, NotChanged, Pin, PlanError, every_change_from, plan_all, plan_readable,
+    },
 };
 
 impl Service {
@@ -127,7 +129,7 @@ impl Service {
         let (wanted, may_go) = (ladder.clone(), locked_until.is_none());
         let planned: Result<Vec<LogPreview>, PlanError> = self
             .read(move || {
-                let plans = plan_all(&snapshot, &wanted, &staying, now.wall)?;
+                let plans = plan_readable(&snapshot, &wanted, &staying, now.wall)?;
                 plans.into_iter().map(|(log, plan)| LogPreview::of(log, plan.filter(|_| may_go))).collect()
             })
             .await?;

@@ -1,6 +1,6 @@
 //! Folding while points come and go, and while a part of the history cannot be read.
 
-use std::fs;
+use std::{fs, ops::Range, os::unix::fs::FileExt, path::Path};
 
 use backtide_log_receiver::{Config, Receiver, Retention};
 use backtide_receiver_api::{KeepRequest, ReceiverClient};
@@ -10,6 +10,7 @@ use crate::{
     agent::*,
     fixture::*,
     going_back::{assert_content, request},
+    mending::scrubbed,
     retention::{TENS, at, content, files, ladder, rounds, vm1, write_history},
 };
 
@@ -119,4 +120,73 @@ async fn a_rotten_record_costs_folding_a_read_a_round_until_it_is_whole() {
     let mounted = api.mount(&request("lsn:30", None)).await.unwrap();
     assert_content(&place, &mounted, &at(30)).await;
     receiver.shutdown().await;
+}
+
+/// Where the parts of a sealed segment's index lie: its first block, its guide and its bitmap.
+fn index_parts(segment: &[u8]) -> [Range<usize>; 3] {
+    let trailer = segment.len() - 144;
+    let number = |at: usize| u32::from_le_bytes(segment[trailer + at..][..4].try_into().unwrap()) as usize;
+    let entries = u64::from_le_bytes(segment[trailer + 96..][..8].try_into().unwrap()) as usize;
+    let (guide, summary, bitmap) = (number(112), number(120), number(128));
+    let begins = trailer - bitmap - summary - guide;
+    [entries..begins, begins..begins + guide, trailer - bitmap..trailer]
+}
+
+fn flip_byte(path: &Path, at: usize) {
+    let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at as u64).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], at as u64).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_index_holds_up_only_what_is_not_before_it_until_a_scrub_mends_it() {
+    for part in 0..3 {
+        let place = Place::new();
+        let receiver = place.start().await;
+        drop(write_history(&receiver, 6..=95).await);
+        receiver.shutdown().await;
+        let segment = files(&place, "seg")[3].clone();
+        let damaged = index_parts(&fs::read(&segment).unwrap())[part].clone();
+        // A start reads the bitmap, and nothing else of these.
+        let receiver = place.start().await;
+        flip_byte(&segment, damaged.start + damaged.len() / 2);
+        let api = client(&receiver);
+        // Who asks what would go hears that.
+        for wanted in ["any=1h", TENS] {
+            let preview = api.preview_retention(&vm1(), &ladder(wanted)).await.unwrap();
+            assert!(preview.changes && preview.log_bytes_freed.0 > 0, "{preview:?}");
+        }
+        // What lies before it is folded, and then it is told what helps.
+        let before = loop {
+            let report = rounds(&api, &vm1(), TENS).await;
+            if report.disks[0].error.is_some() {
+                break report;
+            }
+        };
+        let disk = &before.disks[0];
+        let why = disk.error.as_ref().unwrap();
+        assert!(why.contains(".seg is damaged at byte") && why.contains("backtide scrub"), "{why}");
+        let from = disk.every_point_from.unwrap().lsn.0;
+        assert!((30..60).contains(&from), "{disk:?}");
+        assert!(!disk.single_points.is_empty() && files(&place, "seg")[0] == segment, "{disk:?}");
+        // Nothing is made in vain: what was given back until now is what was folded.
+        let before = rounds(&api, &vm1(), TENS).await;
+        for _ in 0..3 {
+            let later = rounds(&api, &vm1(), TENS).await;
+            assert!(later.rounds > before.rounds);
+            assert_eq!(later.freed_bytes, before.freed_bytes, "images were made and removed again");
+            assert_eq!(later.disks[0].error, before.disks[0].error);
+        }
+        let scrub = scrubbed(&api).await;
+        assert!(scrub.sound && !scrub.disks[0].mended.is_empty(), "{scrub:?}");
+        let folded = rounds(&api, &vm1(), TENS).await;
+        assert!(folded.disks[0].error.is_none(), "{folded:?}");
+        assert!(folded.disks[0].every_point_from.unwrap().lsn > Lsn(60), "{folded:?}");
+        for lsn in [30, 60] {
+            let mount = api.mount(&request(&format!("lsn:{lsn}"), None)).await.unwrap();
+            assert_content(&place, &mount, &at(lsn)).await;
+        }
+        receiver.shutdown().await;
+    }
 }

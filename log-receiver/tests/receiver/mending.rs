@@ -65,7 +65,7 @@ fn damage(files: &[PathBuf], lsn: u64) {
     panic!("the bytes of LSN {lsn} stand nowhere");
 }
 
-async fn scrubbed(api: &ReceiverClient) -> ScrubStatus {
+pub(crate) async fn scrubbed(api: &ReceiverClient) -> ScrubStatus {
     let fast = ScrubRequest { name: None, bytes_per_second_max: Some(ByteCount(0)) };
     let mut status = api.scrub(&fast).await.unwrap();
     while status.running {

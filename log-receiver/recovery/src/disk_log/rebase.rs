@@ -171,6 +171,23 @@ impl Snapshot {
         foldable
     }
 
+    /// The first sealed segment with versions up to `through` whose index cannot be read whole, if there is one: its lowest
+    /// version, and why. No image of a point behind it can be made, nor can it be folded, though all that it holds may be there.
+    /// Reads the indexes of all segments before it.
+    pub fn index_damage(&self, through: Lsn) -> Option<(Lsn, LogError)> {
+        for segment in self.segments.iter() {
+            let stats = segment.stats();
+            if !segment.is_sealed() || (stats.version_min <= stats.version_max && stats.version_min > through)
+            {
+                break;
+            }
+            if let Err(error) = segment.read_index() {
+                return Some((stats.version_min, error));
+            }
+        }
+        None
+    }
+
     /// Makes an image of the disk at a point, `before` being that of an older point, if there is one. `pace` is told what
     /// will be read, may wait, and says whether to go on.
     ///

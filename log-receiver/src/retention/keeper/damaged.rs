@@ -19,7 +19,7 @@ use crate::{
     ingest::Task,
     logs::LeftOver,
     past::{Leave, Remains},
-    retention::{Moment, Policy, Pressure, SLOTS_MAX, doubts::Doubts, plan},
+    retention::{Moment, Policy, Pressure, Reach, doubts::Doubts, plan},
 };
 
 impl Work {
@@ -37,12 +37,11 @@ impl Work {
             return Ok(false);
         }
         let Some(Wanted { policy, ladder, pins }) = self.wanted(disk, pressure)? else { return Ok(false) };
-        let Some(plan) = plan(snapshot, &ladder, &pins, clock::now(), pressure, Some(SLOTS_MAX))? else {
-            return Ok(false);
-        };
-        self.settle_now(disk, number)?;
         let folded = Folded { disk, ended: None, snapshot };
-        self.refuse_unreadable(folded, &plan)?;
+        let now = clock::now();
+        let planning = |reach: Reach| plan(snapshot, &ladder, &pins, now, pressure, reach);
+        let Some(plan) = self.planned(folded, &planning)? else { return Ok(false) };
+        self.settle_now(disk, number)?;
         let base = self.base(folded, &plan)?;
         self.collect = true;
         let floor = base.floor().expect("only one that has ended has none").at.lsn;

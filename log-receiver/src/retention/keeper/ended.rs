@@ -18,7 +18,7 @@ use crate::{
     ingest::Task,
     past::{EndedLog, Leave, Remains},
     reopening::Settling,
-    retention::{Moment, Policy, Pressure, SLOTS_MAX, doubts::Doubts, first_point, plan_ended},
+    retention::{Moment, Policy, Pressure, Reach, doubts::Doubts, first_point, plan_ended},
 };
 
 /// One of them, with what lies around it.
@@ -78,14 +78,12 @@ impl Work {
         self.settle_once(disk, number)?;
         let Some(Wanted { policy, ladder, pins }) = self.wanted(disk, pressure)? else { return Ok(false) };
         let at = (clock::now(), pressure);
-        let Some(plan) = plan_ended(snapshot, next, &ladder, &pins, at, Some(SLOTS_MAX))? else {
-            return Ok(false);
-        };
+        let folded = Folded { disk, ended: Some((number, identity)), snapshot };
+        let planning = |reach: Reach| plan_ended(snapshot, next, &ladder, &pins, at, reach);
+        let Some(plan) = self.planned(folded, &planning)? else { return Ok(false) };
         if plan.ends {
             log.refuse_unread(&pins)?;
         }
-        let folded = Folded { disk, ended: Some((number, identity)), snapshot };
-        self.refuse_unreadable(folded, &plan)?;
         let base = self.base(folded, &plan)?;
         self.collect = true;
         let (goes_below, left) = (base.floor().map_or(Lsn::MAX, |floor| floor.at.lsn), images_of(&base));

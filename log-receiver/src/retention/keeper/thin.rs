@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use backtide_recovery::{Base, FoldError, KeptPoint, LogIdentity, Snapshot};
+use backtide_recovery::{Base, FoldError, KeptPoint, LogError, LogIdentity, Snapshot};
 use backtide_units::{ByteCount, ByteOffset, ByteRange, CaptureTime, DiskId, Lsn};
 
 use super::{Ending, LogKey, Thinned, Undone, Work, ask};
@@ -14,7 +14,9 @@ use crate::{
     disk::{Rebasing, chain},
     ingest::{Newest, Task},
     past::EndedLog,
-    retention::{Ladder, Moment, Plan, Policy, Pressure, SLOTS_MAX, doubts::Doubts, plan},
+    retention::{
+        Ladder, Moment, Plan, PlanError, Policy, Pressure, Reach, before_damage, doubts::Doubts, plan,
+    },
 };
 
 /// Why history stays that does not fit; it is tried again when more is free, and now and then.
@@ -28,7 +30,7 @@ pub(super) struct Unreadable {
 }
 
 /// What is said of history that cannot be folded, and what helps.
-fn cannot_be_read(why: &str) -> String {
+pub(super) fn cannot_be_read(why: &str) -> String {
     format!(
         "it is not folded, for a part of it cannot be read: {why}; each round reads that part again, and folds when it is whole \
          (`backtide scrub` mends it where it can)"
@@ -117,11 +119,10 @@ impl Work {
     fn thin(&mut self, disk: DiskId, pressure: Pressure) -> Result<bool, Undone> {
         let Some(Wanted { policy, ladder, pins }) = self.wanted(disk, pressure)? else { return Ok(false) };
         let Some(snapshot) = self.snapshot(disk)? else { return Ok(false) };
-        let Some(plan) = plan(&snapshot, &ladder, &pins, clock::now(), pressure, Some(SLOTS_MAX))? else {
-            return Ok(false);
-        };
         let folded = Folded { disk, ended: None, snapshot: &snapshot };
-        self.refuse_unreadable(folded, &plan)?;
+        let now = clock::now();
+        let planning = |reach: Reach| plan(&snapshot, &ladder, &pins, now, pressure, reach);
+        let Some(plan) = self.planned(folded, &planning)? else { return Ok(false) };
         let base = self.base(folded, &plan)?;
         let floor = base.floor().expect("a log in use has a floor").at.lsn;
         let left: Vec<Lsn> = base.kept().iter().map(|kept| kept.at.lsn).collect();
@@ -172,9 +173,50 @@ impl Work {
         tracing::info!(%disk, older, segments, bytes, kept = plan.kept.len(), dropped = plan.dropped.len(), "old history thinned");
     }
 
+    /// The plan for a log, as far as its images can be made: of one of which an index is damaged, what lies before that. To find
+    /// that while they are made would cost all of them, each round.
+    pub(super) fn planned(
+        &mut self,
+        log: Folded<'_>,
+        planning: &dyn Fn(Reach) -> Result<Option<Plan>, PlanError>,
+    ) -> Result<Option<Plan>, Undone> {
+        let damage = match planning(Reach::ROUND) {
+            Ok(None) => return Ok(None),
+            Ok(Some(plan)) => {
+                let Some(until) = plan.images_until(log.snapshot.timeline().latest()) else {
+                    return Ok(Some(plan));
+                };
+                self.refuse_unreadable(log, &plan)?;
+                self.refuse_without_room(log)?;
+                match log.snapshot.index_damage(until) {
+                    None => return Ok(Some(plan)),
+                    Some(damage) => damage,
+                }
+            }
+            Err(PlanError::Log(error @ LogError::Damaged { .. })) => {
+                self.refuse_without_room(log)?;
+                log.snapshot.index_damage(Lsn::MAX).unwrap_or((Lsn::ZERO, error))
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let plan = before_damage(log.snapshot, damage, Reach::ROUND, planning)?;
+        self.refuse_unreadable(log, &plan)?;
+        Ok(Some(plan))
+    }
+
+    /// Refuses to make images of a log that had no room for them, until there is more.
+    fn refuse_without_room(&self, log: Folded<'_>) -> Result<(), Undone> {
+        let free = self.shelf.storage.free_space().unwrap_or(ByteCount(u64::MAX));
+        let had_none = |then: &ByteCount| free.0 <= then.0.saturating_add(then.0 / 16);
+        if self.no_room.get(&log.key()).is_some_and(had_none) {
+            return Err(Undone::Why(NO_ROOM.to_owned()));
+        }
+        Ok(())
+    }
+
     /// Refuses a plan one of whose images cannot be made, for what could not be read before cannot be read still: to find that out
     /// costs a read, and to make the images up to there all of theirs, each round.
-    pub(super) fn refuse_unreadable(&mut self, log: Folded<'_>, plan: &Plan) -> Result<(), Undone> {
+    fn refuse_unreadable(&mut self, log: Folded<'_>, plan: &Plan) -> Result<(), Undone> {
         let Some(known) = self.unreadable.get_mut(&log.key()) else { return Ok(()) };
         let floor = plan.fold.map(|(_, floor)| floor);
         if floor.is_none() && !plan.ends {
@@ -211,9 +253,6 @@ impl Work {
                 .ok_or_else(|| Undone::Why("there is nothing to thin".to_owned()));
         }
         let free = self.shelf.storage.free_space().unwrap_or(ByteCount(u64::MAX));
-        if self.no_room.get(&key).is_some_and(|then| free.0 <= then.0.saturating_add(then.0 / 16)) {
-            return Err(Undone::Why(NO_ROOM.to_owned()));
-        }
         let leave = self.room_to_leave(free);
         // What is made is of no use to anybody if this ends early.
         self.collect = true;

@@ -7,16 +7,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use backtide_recovery::{Base, Snapshot, TimedLsn};
+use backtide_recovery::{Base, LogError, Snapshot, TimedLsn};
 use backtide_units::{CaptureTime, Lsn};
 
 use super::{
-    KEPT_MAX, Ladder, Plan, PlanError, Pressure, every_change_from, horizon, nearer, new_points, plan,
-    standing,
+    KEPT_MAX, Ladder, Plan, PlanError, Pressure, Reach, before_damage, every_change_from, horizon, nearer,
+    new_points, plan, standing,
 };
 
 /// What the ladder wants done at `now` to a log that stands alone and has ended, `next` being the first point behind it; none
-/// when nothing is to be done.
+/// when nothing is to be done. With a time until which it reaches it does not go as a whole.
 ///
 /// # Errors
 /// See [`PlanError`].
@@ -26,7 +26,7 @@ pub(crate) fn plan_ended(
     ladder: &Ladder,
     pins: &BTreeMap<Lsn, CaptureTime>,
     (now, pressure): (CaptureTime, Pressure),
-    slots_max: Option<u64>,
+    reach: Reach,
 ) -> Result<Option<Plan>, PlanError> {
     let base = snapshot.base();
     let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.images()).map(|kept| kept.at).collect();
@@ -36,16 +36,18 @@ pub(crate) fn plan_ended(
     let latest = snapshot.timeline().latest();
     let is_old =
         |horizon: CaptureTime| next.time <= horizon && latest.is_none_or(|latest| latest.time <= horizon);
-    if !horizon(snapshot, ladder, now, pressure).is_some_and(is_old) {
-        return plan(snapshot, ladder, pins, now, pressure, slots_max);
+    let goes_as_a_whole =
+        reach.until.is_none() && horizon(snapshot, ladder, now, pressure).is_some_and(is_old);
+    if !goes_as_a_whole {
+        return plan(snapshot, ladder, pins, now, pressure, reach);
     }
     let Some(latest) = latest else {
         return Ok(Some(Plan { fold: None, ends: true, kept: Vec::new(), dropped: Vec::new() }));
     };
     // A long history goes in several rounds, as that of a log in use does.
     let begins = every_change_from(snapshot).map_or(latest.time, |begins| begins.time);
-    let at_once = slots_max.is_none_or(|slots| nearer(ladder, begins, now, slots) > latest.time);
-    if !at_once && let Some(plan) = plan(snapshot, ladder, pins, now, pressure, slots_max)? {
+    let at_once = reach.slots_max.is_none_or(|slots| nearer(ladder, begins, now, slots) > latest.time);
+    if !at_once && let Some(plan) = plan(snapshot, ladder, pins, now, pressure, reach)? {
         return Ok(Some(plan));
     }
     let old_floor = base.and_then(Base::floor).map(|floor| floor.at);
@@ -84,14 +86,55 @@ pub(crate) fn plan_all(
     pins: &BTreeMap<Lsn, CaptureTime>,
     now: CaptureTime,
 ) -> Result<Vec<(Snapshot, Option<Plan>)>, PlanError> {
+    plan_each(snapshot, ladder, pins, now, &|_, plan| plan(Reach::default()))
+}
+
+/// The same as far as it can be done now: of a log of which an index is damaged, what lies before that.
+///
+/// # Errors
+/// See [`PlanError`].
+pub(crate) fn plan_readable(
+    snapshot: &Snapshot,
+    ladder: &Ladder,
+    pins: &BTreeMap<Lsn, CaptureTime>,
+    now: CaptureTime,
+) -> Result<Vec<(Snapshot, Option<Plan>)>, PlanError> {
+    let readable = |log: &Snapshot, plan: Planning<'_>| match plan(Reach::default()) {
+        Err(PlanError::Log(LogError::Damaged { .. })) => {
+            let Some(damage) = log.index_damage(Lsn::MAX) else { return Ok(None) };
+            match before_damage(log, damage, Reach::default(), plan) {
+                Err(PlanError::Log(LogError::Damaged { .. })) => Ok(None),
+                found => found.map(Some),
+            }
+        }
+        found => found,
+    };
+    plan_each(snapshot, ladder, pins, now, &readable)
+}
+
+/// Plans for one log, as far as it is told to.
+type Planning<'a> = &'a dyn Fn(Reach) -> Result<Option<Plan>, PlanError>;
+
+/// Looks at one log with what plans for it.
+type Look<'a> = &'a dyn Fn(&Snapshot, Planning<'_>) -> Result<Option<Plan>, PlanError>;
+
+fn plan_each(
+    snapshot: &Snapshot,
+    ladder: &Ladder,
+    pins: &BTreeMap<Lsn, CaptureTime>,
+    now: CaptureTime,
+    look: Look<'_>,
+) -> Result<Vec<(Snapshot, Option<Plan>)>, PlanError> {
     let mut logs = snapshot.logs();
     let in_use = logs.pop().expect("a snapshot has a log");
     let mut next = first_point(&in_use);
-    let of_in_use = plan(&in_use, ladder, pins, now, Pressure::None, None)?;
+    let of_in_use = look(&in_use, &|reach| plan(&in_use, ladder, pins, now, Pressure::None, reach))?;
     let mut plans = vec![(in_use, of_in_use)];
     for log in logs.into_iter().rev() {
         let planned = match next {
-            Some(next) => plan_ended(&log, next, ladder, pins, (now, Pressure::None), None)?,
+            Some(next) => {
+                look(&log, &|reach| plan_ended(&log, next, ladder, pins, (now, Pressure::None), reach))?
+            }
             None => None,
         };
         next = first_point(&log).or(next);
