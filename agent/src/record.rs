@@ -6,6 +6,7 @@
 //! what its record needs.
 
 mod aside;
+mod room;
 
 use std::{
     fs::Metadata,

@@ -16,6 +16,7 @@ mod place;
 mod resize;
 mod restore;
 mod rewind;
+mod room;
 mod unlocked;
 
 use std::{

@@ -20,7 +20,7 @@ use backtide_agent_api::{Rewound, StreamTls};
 use backtide_control::Address;
 use backtide_hydration::{Header, HydrationError, HydrationFile, Kind};
 use backtide_io_filter::Resume;
-use backtide_units::ByteCount;
+use backtide_units::{ByteCount, DiskName};
 
 use super::{
     dial::Dialer,
@@ -31,6 +31,12 @@ use crate::record::{DiskRecord, ImageStamp, Records};
 
 /// What the note's name ends with, behind that of the image.
 const SUFFIX: &str = ".backtide-incomplete";
+
+/// Behind that, as long as it is being written.
+const FRESH: &str = ".new";
+
+/// So much has to fit beside an image: a note, and what a file system takes for its name.
+const PROBED_BYTES: usize = 16 << 10;
 
 /// What a disk lacks, and how to come by it.
 pub(crate) struct OpenedHydration {
@@ -157,13 +163,73 @@ pub(crate) fn has_note(image: &Path) -> bool {
     note_of(image).is_some_and(|note| note.exists())
 }
 
+/// A note that is written and has another name until an attach needs it: then there is room for it. Without that attach it goes.
+#[derive(Debug)]
+pub(crate) struct ReservedNote(Option<PathBuf>);
+
+impl Drop for ReservedNote {
+    fn drop(&mut self) {
+        // By now it may be the note.
+        if let Some(fresh) = &self.0 {
+            let _ = std::fs::remove_file(fresh);
+        }
+    }
+}
+
+/// Writes the note of a disk that is about to lack what `header` says, where no one takes it for that. Who dies here leaves no
+/// image that seems to be incomplete.
+pub(crate) fn reserve_note(record: &DiskRecord, header: &Header) -> io::Result<ReservedNote> {
+    let Some(note) = path_of(&record.image).as_deref().and_then(note_of) else {
+        return Ok(ReservedNote(None));
+    };
+    let fresh = fresh_of(&note);
+    match write_fresh(&fresh, &text_of(record, header)) {
+        Ok(()) => Ok(ReservedNote(Some(fresh))),
+        // One that is there goes on.
+        Err(_) if note.exists() => Ok(ReservedNote(None)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes the note of a disk that does not lack what `header` says after all, if it is that one.
+pub(crate) fn take_note_back(record: &DiskRecord, header: &Header) -> io::Result<()> {
+    let Some(image) = path_of(&record.image) else { return Ok(()) };
+    let found = note_of(&image).and_then(|note| std::fs::read(note).ok());
+    match found {
+        Some(found) if found == text_of(record, header).as_bytes() => remove_note(&image),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// What the image of a disk lacks that is not attached, as this agent has noted it.
+///
+/// # Errors
+/// When that cannot be read, or is damaged.
+pub(crate) fn lacked(records: &Records, disk: &DiskName) -> Result<ByteCount, HydrationProblem> {
+    let file = records.open_hydration(disk, trust::boot_id())?;
+    Ok(file.map_or(ByteCount::ZERO, |file| file.missing().count().bytes()))
+}
+
+/// Sees that the note is beside the image of a disk that is given up and lacks blocks; of one that is away nothing can be said
+/// beside it.
+///
+/// # Errors
+/// When it cannot be written.
+pub(crate) fn leave_note(records: &Records, record: &DiskRecord) -> Result<(), HydrationProblem> {
+    let note = path_of(&record.image).as_deref().and_then(note_of);
+    let (Some(note), Some(file)) = (note, records.open_hydration(&record.name, trust::boot_id())?) else {
+        return Ok(());
+    };
+    have_note(note, &text_of(record, file.header()))
+}
+
 /// Whether a note could be written beside an image; found out before anything depends on it.
 pub(crate) fn try_note(image: &Path) -> io::Result<()> {
     let Some(note) = note_of(image) else { return Ok(()) };
     // Under another name: who dies here leaves no image that seems to be incomplete.
     let mut probe = note.into_os_string();
     probe.push(".probe");
-    write_note(Path::new(&probe), "")?;
+    write_note(Path::new(&probe), &" ".repeat(PROBED_BYTES))?;
     std::fs::remove_file(probe)
 }
 
@@ -197,18 +263,40 @@ fn have_note(note: PathBuf, text: &str) -> Result<(), HydrationProblem> {
 
 /// Puts a note in place: who dies or fails before leaves the one that was there.
 fn write_note(note: &Path, text: &str) -> io::Result<()> {
-    let mut fresh = note.as_os_str().to_owned();
-    fresh.push(".new");
-    let written = File::create(&fresh).and_then(|mut file| {
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        std::fs::rename(&fresh, note)
-    });
-    if let Err(error) = written {
+    let fresh = fresh_of(note);
+    match is_reserved(&fresh, text) {
+        // Whoever wrote it may have died before it was durable.
+        true => File::open(&fresh).and_then(|file| file.sync_all())?,
+        false => write_fresh(&fresh, text)?,
+    }
+    if let Err(error) = std::fs::rename(&fresh, note) {
         let _ = std::fs::remove_file(&fresh);
         return Err(error);
     }
     sync_directory(note)
+}
+
+fn fresh_of(note: &Path) -> PathBuf {
+    let mut fresh = note.as_os_str().to_owned();
+    fresh.push(FRESH);
+    PathBuf::from(fresh)
+}
+
+fn is_reserved(fresh: &Path, text: &str) -> bool {
+    let long = |found: std::fs::Metadata| found.is_file() && found.len() == text.len() as u64;
+    std::fs::symlink_metadata(fresh).is_ok_and(long)
+        && std::fs::read(fresh).is_ok_and(|found| found == text.as_bytes())
+}
+
+fn write_fresh(fresh: &Path, text: &str) -> io::Result<()> {
+    let written = File::create(fresh).and_then(|mut file| {
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    });
+    if written.is_err() {
+        let _ = std::fs::remove_file(fresh);
+    }
+    written
 }
 
 fn sync_directory(of: &Path) -> io::Result<()> {
@@ -233,6 +321,9 @@ fn text_of(record: &DiskRecord, header: &Header) -> String {
 
 #[cfg(test)]
 mod tests {
+    use backtide_hydration::SourcePoint;
+    use backtide_units::Lsn;
+
     use super::*;
 
     #[test]
@@ -251,5 +342,80 @@ mod tests {
         assert_eq!(std::fs::read(&note).unwrap(), b"second");
         std::fs::remove_file(&note).unwrap();
         have_note(note, "third").unwrap_err();
+    }
+
+    #[test]
+    fn an_image_beside_which_there_is_no_room_is_found_out() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("vm1.img");
+        File::create(&image).unwrap();
+        try_note(&image).unwrap();
+        let full = directory.path().join("vm1.img.backtide-incomplete.probe.new");
+        std::os::unix::fs::symlink("/dev/full", full).unwrap();
+        assert_eq!(try_note(&image).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left over");
+    }
+
+    #[test]
+    fn a_note_that_is_reserved_needs_no_more_room_and_goes_without_an_attach() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("vm1.img");
+        File::create(&image).unwrap();
+        let receiver = "unix:/run/r.sock".parse().unwrap();
+        let record = DiskRecord::new("vm1".parse().unwrap(), image.display().to_string(), receiver);
+        let header = header(&record);
+        let note = note_of(&image).unwrap();
+        let fresh = fresh_of(&note);
+        let long_ago = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1000);
+
+        drop(reserve_note(&record, &header).unwrap());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        let reserved = reserve_note(&record, &header).unwrap();
+        assert!(!has_note(&image), "nothing says that it lacks anything yet");
+        File::options().write(true).open(&fresh).unwrap().set_modified(long_ago).unwrap();
+        have_note(note.clone(), &text_of(&record, &header)).unwrap();
+        let written = std::fs::metadata(&note).unwrap().modified().unwrap();
+        assert_eq!(written, long_ago, "it is not written anew");
+        drop(reserved);
+        assert!(has_note(&image));
+
+        let other = Header { source: SourcePoint { lsn: Lsn(7), ..header.source.clone() }, ..header.clone() };
+        take_note_back(&record, &other).unwrap();
+        assert!(has_note(&image), "it is somebody else's");
+        take_note_back(&record, &header).unwrap();
+        assert!(!has_note(&image));
+        // What was reserved for another point is not it.
+        let reserved = reserve_note(&record, &other).unwrap();
+        have_note(note.clone(), &text_of(&record, &header)).unwrap();
+        assert_eq!(std::fs::read(&note).unwrap(), text_of(&record, &header).into_bytes());
+        drop(reserved);
+
+        std::fs::remove_file(&note).unwrap();
+        std::os::unix::fs::symlink("/dev/full", &fresh).unwrap();
+        assert_eq!(reserve_note(&record, &header).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left over");
+    }
+
+    fn header(record: &DiskRecord) -> Header {
+        let source = SourcePoint {
+            receiver: "unix:/run/r.sock".to_owned(),
+            disk: record.uuid,
+            name: record.name.clone(),
+            history: backtide_units::HistoryId::random(),
+            lsn: Lsn(40),
+            time: backtide_units::CaptureTime(7),
+            size: ByteCount(1 << 20),
+        };
+        Header {
+            disk: record.uuid,
+            kind: Kind::Rewind,
+            boot: trust::boot_id(),
+            epoch: record.epoch,
+            inode: 1,
+            before: Lsn(90),
+            total: backtide_units::BlockCount(4),
+            compare: false,
+            source,
+        }
     }
 }

@@ -46,7 +46,10 @@ pub(crate) use clientele::Clientele;
 pub(crate) use dial::{Dialer, check_tls};
 pub(crate) use handle::{DiskHandle, NoAnswer};
 pub(crate) use in_place::{Displaced, InPlace};
-pub(crate) use incomplete::{HydrationProblem, has_note, path_of, try_note};
+pub(crate) use incomplete::{
+    HydrationProblem, ReservedNote, has_note, lacked, leave_note, path_of, reserve_note, take_note_back,
+    try_note,
+};
 pub(crate) use leaving::{DetachError, Leaving, awaited_text};
 #[cfg(test)]
 pub(crate) use marking::MarkAt;

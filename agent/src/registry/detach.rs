@@ -27,10 +27,7 @@ impl Registry {
     ) -> Result<DiskStatus, ApiError> {
         let name = match self.find(name).await {
             Ok((name, _)) => name,
-            Err(unknown) => {
-                let nobody = request.force || request.nobody_returns;
-                return self.detach_failing(name, nobody).await?.ok_or(unknown);
-            }
+            Err(unknown) => return self.detach_failing(name, request).await?.ok_or(unknown),
         };
         let _claim = self.claim(&name).await?;
         // It may have been detached while this waited.

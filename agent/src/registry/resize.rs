@@ -15,6 +15,7 @@ use std::{
 
 use backtide_agent_api::{DiskStatus, ImageFormat, ResizeReport, ResizeRequest};
 use backtide_control::{ApiError, ErrorCode};
+use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteCount, DISK_SIZE_MAX, DiskName};
 
 use super::{
@@ -87,6 +88,7 @@ impl Registry {
         if (status.clients > 0 || status.awaited_clients > 0) && !request.reconnect {
             return Err(ApiError::new(ErrorCode::Busy, in_use(&status)).with_hint(HANG_UP));
         }
+        self.require_room(&name, &DirtyBitmap::new()).await?;
         if let (Kind::RawFile(_), Some(target)) = (&kind, target) {
             let image = record.image.clone();
             waiting(move || grow_file(Path::new(&image), target)).await??;
@@ -130,6 +132,7 @@ impl Registry {
             Ok(Some(record)) => record,
             found => {
                 self.leave_image(name).await;
+                self.restore_beside();
                 return Err(found.err().map_or_else(|| missing_record(name), |error| failed(&error)));
             }
         };

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use backtide_agent_api::DiskStatus;
+use backtide_agent_api::{DetachRequest, DiskStatus};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_units::DiskName;
 use tokio::task::JoinSet;
@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use super::{
     Registry,
     errors::{failed, in_use},
+    waiting,
 };
 use crate::{
     claims::Standing,
@@ -171,11 +172,12 @@ impl Registry {
     /// What is known of it stays as it is, so an attach under its name goes on with it.
     ///
     /// # Errors
-    /// `busy` while who had it open before may come back, unless `nobody_returns`.
+    /// `busy` while who had it open before may come back, unless it is forced or nobody returns. `refused` while the image lacks
+    /// blocks, unless it is to be given up incomplete.
     pub(super) async fn detach_failing(
         &self,
         disk: &DiskName,
-        nobody_returns: bool,
+        request: DetachRequest,
     ) -> Result<Option<DiskStatus>, ApiError> {
         let is_meant = |known: &DiskStatus| known.name == *disk || known.uuid.to_string() == disk.as_str();
         let Some(known) = self.failing.read().await.values().find(|known| is_meant(known)).cloned() else {
@@ -188,10 +190,11 @@ impl Registry {
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint("detach it once more"));
         }
         let record = self.records.load_aside(&known.name).await.ok().flatten();
-        let awaited = record.map_or(0, |record| record.clientele.left().count());
-        if awaited > 0 && !nobody_returns {
+        let awaited = record.as_ref().map_or(0, |record| record.clientele.left().count());
+        if awaited > 0 && !request.force && !request.nobody_returns {
             return Err(in_use(&known.name, &disk::DetachError::Open { clients: 0, awaited, waits: false }));
         }
+        let lacks = self.give_up_incomplete(&known.name, record, request).await?;
         self.records
             .change_aside(&known.name, |record| Some(record.given_up()))
             .await
@@ -199,7 +202,37 @@ impl Registry {
         self.failing.write().await.remove(&known.name);
         self.forget_sockets(&known.name);
         tracing::info!(disk = %known.name, "disk given up: it could not be attached again");
-        Ok(Some(disk::given_up(known)))
+        Ok(Some(DiskStatus { local_error: lacks, ..disk::given_up(known) }))
+    }
+
+    /// Refuses to give up a disk that lacks blocks, unless it is to be given up so; then the note is beside the image, and it is said what
+    /// is missing.
+    async fn give_up_incomplete(
+        &self,
+        name: &DiskName,
+        record: Option<DiskRecord>,
+        request: DetachRequest,
+    ) -> Result<Option<String>, ApiError> {
+        let (records, disk) = (self.records.clone(), name.clone());
+        let (lacks, is_known) = match waiting(move || disk::lacked(&records, &disk)).await? {
+            Ok(nothing) if nothing.is_zero() => return Ok(None),
+            Ok(missing) => (format!("it lacks {missing} bytes, which are still at the receiver"), true),
+            Err(problem) => (problem.to_string(), false),
+        };
+        if !request.incomplete {
+            let message =
+                format!("the image of disk {name}, which is not attached, is not complete: {lacks}");
+            return Err(ApiError::new(ErrorCode::Refused, message).with_hint(
+                "detach it when it is attached again and nothing is missing; with --incomplete only this agent can go on with it",
+            ));
+        }
+        if let Some(record) = record.filter(|_| is_known) {
+            let records = self.records.clone();
+            let left = waiting(move || disk::leave_note(&records, &record)).await?;
+            // Who forces it knows that nothing beside the image says so.
+            left.or_else(|problem| if request.force { Ok(()) } else { Err(failed(&problem)) })?;
+        }
+        Ok(Some(lacks))
     }
 
     /// [`restore`](Self::restore) at once, and then until every disk is there.

@@ -10,9 +10,11 @@
 //! are damaged there keep a disk from ever being in sync - what it lacks is given up, if that is asked for.
 //!
 //! Invariant: the hydration file is the only thing that is changed. Whoever dies before it is there leaves the
-//! disk as it was, whoever dies after it a disk that is set back. The point that a disk lacks blocks of is kept at the
+//! disk as it was, whoever dies after it a disk that is set back. Who lives, and cannot attach it with that file, takes the file
+//! back (`rewind/again.rs`): what failed does not happen later. The point that a disk lacks blocks of is kept at the
 //! receiver until it lacks those of another one.
 
+mod again;
 mod plan;
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -97,12 +99,17 @@ impl Registry {
         let goal = Goal { history, to, force, keeper, epoch };
         let plan = self.plan(&record, &goal, since, None).await?;
         let held = plan.source.clone();
-        // So that whoever looks at the timeline finds what was left; the rewind goes on without it.
-        if let Err(error) = marks::mark(MARK, &[(name.clone(), handle.clone())]).await {
-            tracing::warn!(disk = %name, %error, "the moment before the rewind is not marked");
-        }
         let mut lacks = false;
-        let set_back = self.exchange(&claim, &name, request, &goal, plan, stamp, &mut lacks).await;
+        let set_back = match self.require_room(&name, &plan.changed).await {
+            Ok(()) => {
+                // So that whoever looks at the timeline finds what was left; the rewind goes on without it.
+                if let Err(error) = marks::mark(MARK, &[(name.clone(), handle.clone())]).await {
+                    tracing::warn!(disk = %name, %error, "the moment before the rewind is not marked");
+                }
+                self.exchange(&claim, &name, request, &goal, plan, stamp, &mut lacks).await
+            }
+            Err(full) => Err(full),
+        };
         self.settle_hold(&record, held, goal.keeper, lacks).await;
         let SetBack { from, source, changed, blocked, hung_up, disk } = set_back?;
         tracing::info!(disk = %name, %from, to = %source.lsn, changed_blocks = %changed, ?blocked, "the disk is set back");
@@ -156,11 +163,10 @@ impl Registry {
         }
         KillPoint::RewindDetached.reached();
         let set_back = self.set_back(name, goal, plan, stamp).await;
-        *lacks = set_back.as_ref().is_ok_and(|(_, _, changed)| changed.0 > 0);
-        let attached = self.attach_again(claim, name).await;
-        let (from, source, changed) = set_back?;
+        let (made, disk) = self.has_again(claim, name, set_back, lacks).await?;
+        let Made { from, source, changed, .. } = made;
         let (blocked, hung_up) = (began.elapsed(), status.clients);
-        Ok(SetBack { from, source, changed, blocked, hung_up, disk: attached? })
+        Ok(SetBack { from, source, changed, blocked, hung_up, disk })
     }
 
     /// Nobody has the disk now: says which blocks are missing, if it was left as it has to be.
@@ -170,9 +176,9 @@ impl Registry {
         goal: &Goal,
         plan: Plan,
         stamp: Option<ImageStamp>,
-    ) -> Result<(Lsn, SourcePoint, BlockCount), ApiError> {
+    ) -> Result<Made, ApiError> {
         let (records, disk, force, epoch) = (self.records.clone(), name.clone(), goal.force, goal.epoch);
-        let (record, saved, lacked) = waiting(move || {
+        let (record, saved, as_it_was) = waiting(move || {
             let record = records.load(&disk).map_err(|error| failed(&error))?;
             let record = record.ok_or_else(|| missing_record(&disk))?;
             refuse_taken(&record, epoch)?;
@@ -182,21 +188,23 @@ impl Registry {
                 ApiError::new(ErrorCode::Busy, message).with_hint("try again when it is in sync")
             })?;
             let lacked = records.open_hydration(&disk, trust::boot_id()).map_err(|error| failed(&error))?;
-            let lacked = lacked.map(|file| file.missing());
-            Ok::<_, ApiError>((record, saved, lacked))
+            // One that says less than is known cannot be put back as it was.
+            let as_it_was =
+                lacked.as_ref().map(|file| (file.header().clone(), file.missing(), file.is_settled()));
+            Ok::<_, ApiError>((record, saved, as_it_was))
         })
         .await??;
         // Whatever a client has changed at the last moment is among it, or the receiver has got meanwhile.
-        let plan = match Since::of(&saved, lacked.is_some()) {
+        let plan = match Since::of(&saved, as_it_was.is_some()) {
             since @ Since::Lsn(_) if since == plan.since => plan,
             since => self.plan(&record, goal, since, Some(&saved)).await?,
         };
         let Plan { source, changed, .. } = plan;
-        let changed = lacking(changed, &saved, lacked.as_ref(), record.size);
-        let blocks = changed.count();
-        let report = (saved.last_lsn, source.clone(), blocks);
+        let lacked = as_it_was.as_ref().map(|(_, missing, _)| missing);
+        let changed = lacking(changed, &saved, lacked, record.size);
+        let (blocks, from) = (changed.count(), saved.last_lsn);
         if changed.is_empty() {
-            return Ok(report);
+            return Ok(Made { from, source, changed: blocks, noted: None });
         }
         let header = Header {
             disk: record.uuid,
@@ -207,16 +215,41 @@ impl Registry {
             before: saved.last_lsn,
             total: blocks,
             compare: false,
-            source,
+            source: source.clone(),
         };
-        let (records, disk) = (self.records.clone(), name.clone());
-        waiting(move || have_hydration(&records, &disk, header, changed)).await?.map_err(|error| {
-            let message = format!("cannot remember what disk {name} lacks: {error}");
-            ApiError::new(ErrorCode::Failed, message)
-        })?;
+        let records = self.records.clone();
+        let noted = move || {
+            let reserved =
+                disk::reserve_note(&record, &header).map_err(|error| no_note(&record.image, &error))?;
+            have_hydration(&records, &record.name, header.clone(), changed).map_err(|error| {
+                let message = format!("cannot remember what disk {} lacks: {error}", record.name);
+                ApiError::new(ErrorCode::Failed, message)
+            })?;
+            Ok::<_, ApiError>(Noted { record, header, as_it_was, _reserved: reserved })
+        };
+        let noted = waiting(noted).await??;
         KillPoint::HydrationMade.reached();
-        Ok(report)
+        Ok(Made { from, source, changed: blocks, noted: Some(noted) })
     }
+}
+
+/// What is missing from now on, of a disk that nobody has.
+struct Made {
+    from: Lsn,
+    source: SourcePoint,
+    changed: BlockCount,
+    /// None where nothing is.
+    noted: Option<Noted>,
+}
+
+/// What says so, and how the disk was before.
+struct Noted {
+    record: DiskRecord,
+    header: Header,
+    /// What it lacked already, and whether that file said all there was to say.
+    as_it_was: Option<(Header, DirtyBitmap, bool)>,
+    /// Until the disk is attached.
+    _reserved: disk::ReservedNote,
 }
 
 /// A disk that was set back, and is there again.
@@ -233,12 +266,14 @@ struct SetBack {
 /// place for one.
 pub(super) fn refuse_unfit(image: &str) -> Result<Option<ImageStamp>, ApiError> {
     let Some(path) = disk::path_of(image) else { return Ok(None) };
-    disk::try_note(&path).map_err(|error| {
-        let message =
-            format!("cannot write beside {image}, where the agent says that an image is incomplete: {error}");
-        ApiError::new(ErrorCode::Failed, message)
-    })?;
+    disk::try_note(&path).map_err(|error| no_note(image, &error))?;
     Ok(ImageStamp::of(&path))
+}
+
+fn no_note(image: &str, error: &std::io::Error) -> ApiError {
+    let message =
+        format!("cannot write beside {image}, where the agent says that an image is incomplete: {error}");
+    ApiError::new(ErrorCode::Refused, message).with_hint("make room there, or have it written to again")
 }
 
 /// What only takes whole requests of more than a block cannot be brought block by block.

@@ -3,7 +3,7 @@
 use std::{os::unix::net::UnixListener, path::Path};
 
 use backtide_agent_api::DetachRequest;
-use backtide_storage::RealStorage;
+use backtide_storage::{RealStorage, Storage};
 use backtide_tracking::{SavedTracking, Snapshot};
 use backtide_units::{HistoryId, Lsn};
 
@@ -15,6 +15,11 @@ use crate::{
 
 /// The agent of `directory`.
 pub(super) fn registry(directory: &Path) -> Arc<Registry> {
+    registry_on(directory, Arc::new(RealStorage::open(&directory.join("state")).unwrap()))
+}
+
+/// The same with what it keeps of its disks elsewhere.
+pub(super) fn registry_on(directory: &Path, storage: Arc<dyn Storage>) -> Arc<Registry> {
     let config = Config {
         state: directory.join("state"),
         run: directory.to_owned(),
@@ -31,7 +36,6 @@ pub(super) fn registry(directory: &Path) -> Arc<Registry> {
         nbd: Default::default(),
         mounts: Default::default(),
     };
-    let storage = Arc::new(RealStorage::open(&config.state).unwrap());
     Registry::new(&config, Records::new(storage), Sockets::default(), Directory::new(""))
 }
 
@@ -62,7 +66,7 @@ fn request(registry: &Registry, name: &DiskName) -> AttachRequest {
     AttachRequest { name: name.clone(), receiver, ..request_for(Path::new(&image)) }
 }
 
-fn request_for(image: &Path) -> AttachRequest {
+pub(super) fn request_for(image: &Path) -> AttachRequest {
     let request = serde_json::json!({ "name": "vm1", "image": image, "receiver": "unix:/run/nobody.sock" });
     serde_json::from_value(request).unwrap()
 }
@@ -334,4 +338,66 @@ async fn a_disk_that_other_machines_would_reach_in_the_clear_is_not_served_after
     let reason = registry.failing().await.remove(0).reason;
     let rule = registry.nbd_rule.check_open(&open.parse().unwrap()).unwrap_err();
     assert!(reason.contains(&rule.to_string()), "{reason}");
+}
+
+#[tokio::test]
+async fn a_disk_that_lacks_blocks_is_given_up_only_as_incomplete_also_when_its_image_is_away() {
+    let directory = tempfile::tempdir().unwrap();
+    let registry = registry(directory.path());
+    let receiver: backtide_control::Address = "unix:/run/nobody.sock".parse().unwrap();
+    // One is of another size than it had, and one is away.
+    let short = directory.path().join("vm1.img");
+    std::fs::File::create(&short).unwrap().set_len(4096).unwrap();
+    for name in ["vm1", "vm2"] {
+        let image = directory.path().join(format!("{name}.img"));
+        let (name, image): (DiskName, _) = (name.parse().unwrap(), image.display().to_string());
+        let record = DiskRecord { attached: true, ..DiskRecord::new(name.clone(), image, receiver.clone()) };
+        registry.records.save(&record).unwrap();
+        let source = backtide_hydration::SourcePoint {
+            receiver: receiver.to_string(),
+            disk: record.uuid,
+            name: name.clone(),
+            history: HistoryId::random(),
+            lsn: Lsn(40),
+            time: backtide_units::CaptureTime(7),
+            size: ByteCount(1 << 20),
+        };
+        let header = backtide_hydration::Header {
+            disk: record.uuid,
+            kind: backtide_hydration::Kind::Rewind,
+            boot: disk::trust::boot_id(),
+            epoch: record.epoch,
+            inode: ImageStamp::of(&short).unwrap().inode,
+            before: Lsn(90),
+            total: backtide_units::BlockCount(4),
+            compare: false,
+            source,
+        };
+        let missing = backtide_tracking::DirtyBitmap::of((0..4).into());
+        registry.records.create_hydration(&name, header, missing).unwrap();
+    }
+    assert!(registry.restore().await.unwrap());
+    let note = directory.path().join("vm1.img.backtide-incomplete");
+    for name in ["vm1", "vm2"] {
+        let name: DiskName = name.parse().unwrap();
+        for force in [false, true] {
+            let request = DetachRequest { force, nobody_returns: true, incomplete: false };
+            let refused = registry.detach(&name, request).await.unwrap_err();
+            assert_eq!(refused.code, ErrorCode::Refused, "{refused}");
+            let lacks = "which is not attached, is not complete: it lacks 16384 bytes";
+            assert!(refused.message.contains(lacks) && refused.hint.unwrap().contains("--incomplete"));
+            assert!(registry.records.load(&name).unwrap().unwrap().attached);
+        }
+    }
+    assert!(!note.exists());
+    for name in ["vm1", "vm2"] {
+        let name: DiskName = name.parse().unwrap();
+        let request = DetachRequest { incomplete: true, ..DetachRequest::default() };
+        let status = registry.detach(&name, request).await.unwrap();
+        let lacks = "it lacks 16384 bytes, which are still at the receiver";
+        assert_eq!(status.local_error.as_deref(), Some(lacks));
+        assert!(!registry.records.load(&name).unwrap().unwrap().attached);
+    }
+    assert!(std::fs::read_to_string(note).unwrap().contains("is not complete: do not use it by itself"));
+    assert!(registry.failing().await.is_empty());
 }

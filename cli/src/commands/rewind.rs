@@ -171,7 +171,7 @@ impl Pause {
         match self {
             Self::No => None,
             Self::Begun => Some(format!(
-                "the guest is paused, and its disk may have been set back: `backtide status {name}` says whether it was; if it was, reset the guest before it goes on, in QMP system_reset and then cont; if it was not, cont is enough"
+                "the guest is paused, and its disk may have been set back: `backtide status {name}` says whether it was, once it is attached; if it was, reset the guest before it goes on, in QMP system_reset and then cont; if it was not, cont is enough"
             )),
             Self::SetBack => Some(PAUSED.to_owned()),
         }

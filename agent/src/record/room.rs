@@ -1,0 +1,52 @@
+//! Whether the state directory takes what is going to be written there: only an attempt tells.
+
+use std::{io, path::PathBuf};
+
+use backtide_tracking::DirtyBitmap;
+use backtide_units::{ByteCount, ByteOffset, DiskName};
+
+use super::Records;
+
+/// Of a record, the frames of the files, and what a file system takes for their names.
+const FRAMES: ByteCount = ByteCount(64 << 10);
+
+/// It is written in pieces of this size.
+const PIECE_BYTES: u64 = 1 << 20;
+
+impl Records {
+    /// What is written of a disk that is let go of and attached again, and then lacks `missing`: a hydration file, a
+    /// tracking file by which that is changed, and a record.
+    pub(crate) fn room_for(&self, disk: &DiskName, missing: &DirtyBitmap) -> ByteCount {
+        let missing = missing.to_bytes().len() as u64;
+        // What cannot be read is begun anew, and is small.
+        let tracked = self.load_tracking(disk).ok().flatten();
+        let tracked = tracked.map_or(0, |tracked| tracked.snapshot.encode().len() as u64);
+        ByteCount(FRAMES.0 + 2 * missing + tracked)
+    }
+
+    /// Writes so many bytes there, durably, and removes them.
+    ///
+    /// # Errors
+    /// The storage's: then nothing stays of it, as far as that allows.
+    pub(crate) fn try_room(&self, disk: &DiskName, bytes: ByteCount) -> io::Result<()> {
+        let path = PathBuf::from(format!("{disk}.room"));
+        // Of an agent that died meanwhile.
+        match self.storage.remove(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        let written = self.storage.create_new(&path).and_then(|file| {
+            let piece = vec![0; PIECE_BYTES.min(bytes.0) as usize];
+            let mut at = 0;
+            while at < bytes.0 {
+                let length = PIECE_BYTES.min(bytes.0 - at);
+                file.write_at(ByteOffset(at), &piece[..length as usize])?;
+                at += length;
+            }
+            file.sync_data()
+        });
+        let removed = self.storage.remove(&path);
+        // On some file systems its room is free only then.
+        written.and(removed).and_then(|()| self.sync_names())
+    }
+}
