@@ -239,7 +239,10 @@ impl Filter {
                 ));
                 Decision::Everything(PassPlan::compare(Reason::AgentRolledBack))
             }
-            ReceiverState::Known if welcome.highest > self.last_lsn && !self.will_compare_everything() => {
+            // An agent that died may have named LSNs in its hello that it had not noted yet, and sent nothing of them.
+            ReceiverState::Known
+                if welcome.highest > self.last_lsn && (self.lost.is_none() || self.mode == Mode::Sync) =>
+            {
                 self.alarm(format!(
                     "the receiver has LSN {} of disk {name}, this agent gave none above {}: was its state rolled back?",
                     welcome.highest, self.last_lsn

@@ -124,14 +124,16 @@ fn after_a_crash_a_log_that_another_attach_has_written_is_compared_as_a_whole() 
     assert_eq!(looks(&mut filter, &welcome(Some(id(1)))), (None, true));
     assert_eq!(filter.unsettled_blocks().unwrap().count().0, 1, "what the activity log names");
 
+    let mut filter = crashed();
+    filter.follows(Some(vec![id(1), id(3)]));
+    let (alarm, scans) = looks(&mut filter, &welcome(Some(id(2))));
+    assert!(alarm.as_ref().is_some_and(|alarm| alarm.contains("put back from a copy")) && scans, "{alarm:?}");
+    assert!(filter.unsettled_blocks().is_none(), "everything may differ");
+    // The hello of the one that died has named LSNs that it had not noted yet.
+    let mut filter = crashed();
+    filter.follows(Some(vec![id(1), id(3)]));
     let above = Welcome { highest: Lsn(1001), ..welcome(Some(id(1))) };
-    for (told, why) in [(welcome(Some(id(2))), "put back from a copy"), (above, "gave none above 1000")] {
-        let mut filter = crashed();
-        filter.follows(Some(vec![id(1), id(3)]));
-        let (alarm, scans) = looks(&mut filter, &told);
-        assert!(alarm.as_ref().is_some_and(|alarm| alarm.contains(why)) && scans, "{alarm:?}");
-        assert!(filter.unsettled_blocks().is_none(), "everything may differ");
-    }
+    assert_eq!(looks(&mut filter, &above), (None, true));
 }
 
 #[test]
