@@ -3,13 +3,24 @@
 //! Whoever can reach a control API owns the daemon's disks, so it is reached by the same user on
 //! the same machine only: a unix socket has mode 0600 from its first moment, TCP is loopback.
 
-use std::{future::poll_fn, io, net::SocketAddr, os::fd::OwnedFd, path::Path, pin::Pin, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
+    path::Path,
+    pin::Pin,
+    time::Duration,
+};
 
 use axum::{
     Router,
     body::{Body, HttpBody},
     extract::{DefaultBodyLimit, Request},
-    http::{StatusCode, header::HOST},
+    http::{
+        StatusCode,
+        header::{HOST, ORIGIN},
+    },
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -152,8 +163,11 @@ impl Server {
         router: Router,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> io::Result<()> {
-        let router =
-            json_fallbacks(router).layer(DefaultBodyLimit::disable()).layer(middleware::from_fn(whole_body));
+        let router = json_fallbacks(router)
+            .layer(DefaultBodyLimit::disable())
+            .layer(middleware::from_fn(no_web_pages));
+        // The outermost: also what is refused is read to its end.
+        let router = router.layer(middleware::from_fn(whole_body));
         let (ending, mut ended) = tokio::sync::watch::channel(false);
         let shutdown = async move {
             shutdown.await;
@@ -228,12 +242,36 @@ async fn whole_body(request: Request, next: Next) -> Response {
 /// `http://its.own.name:port` after pointing that name at 127.0.0.1.
 async fn loopback_host_only(request: Request, next: Next) -> Response {
     let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or("");
-    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
-    if matches!(name, "localhost" | "[::1]") || name.starts_with("127.") {
+    if is_loopback(host) {
         return next.run(request).await;
     }
-    let error = ApiError::new(ErrorCode::Refused, format!("refused for host {name:?}: loopback only"));
+    let error = ApiError::new(ErrorCode::Refused, format!("refused for host {host:?}: loopback only"));
     (StatusCode::FORBIDDEN, error.into_response()).into_response()
+}
+
+/// Whether a `Host` is loopback, with or without a port. A name is not by how it begins: `127.0.0.1.example` is anybody's.
+fn is_loopback(host: &str) -> bool {
+    let (named, after) = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((name, after)) => (name.parse().is_ok_and(|address: Ipv6Addr| address.is_loopback()), after),
+        None => {
+            let (name, after) = host.split_at(host.find(':').unwrap_or(host.len()));
+            let address = || name.parse().is_ok_and(|address: Ipv4Addr| address.is_loopback());
+            (name == "localhost" || address(), after)
+        }
+    };
+    let port = after.strip_prefix(':');
+    named && (after.is_empty() || port.is_some_and(|port| port.parse::<u16>().is_ok()))
+}
+
+/// Refuses web pages: a page of anybody's makes the browser of a user here send what needs no body, such as a pause, and does
+/// without the answer. Browsers say of all that changes something whose page it comes from; commands do not. So on a unix socket
+/// too: a port may have been forwarded to it.
+async fn no_web_pages(request: Request, next: Next) -> Response {
+    if !request.headers().contains_key(ORIGIN) {
+        return next.run(request).await;
+    }
+    let message = "refused with an Origin header: a web page sends that, and the control API answers none";
+    (StatusCode::FORBIDDEN, ApiError::new(ErrorCode::Refused, message).into_response()).into_response()
 }
 
 /// A socket that listens already, here or at the same host with a port of its own.

@@ -130,20 +130,63 @@ async fn a_network_address_is_refused_for_control() {
     assert!(error.to_string().contains("loopback only"), "{error}");
 }
 
-#[tokio::test]
-async fn a_foreign_host_name_on_loopback_is_refused() {
+/// What a request with these headers is answered on loopback, as curl and browsers send it.
+async fn asked_with(headers: &[(&'static str, &str)]) -> (u16, String) {
     let server = Server::bind(&"tcp://127.0.0.1:0".parse().unwrap()).await.unwrap();
     let Address::Tcp { port, .. } = *server.address() else { unreachable!("bound to TCP") };
     let serving = tokio::spawn(server.run(router(), pending()));
-    let answer = reqwest::Client::new()
-        .post(format!("http://127.0.0.1:{port}/double"))
-        .header("host", "evil.example")
-        .json(&Number { n: 1 })
-        .send()
-        .await
-        .unwrap();
-    assert_eq!(answer.status().as_u16(), 403);
+    let mut request =
+        reqwest::Client::new().post(format!("http://127.0.0.1:{port}/double")).json(&Number { n: 1 });
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let answer = request.send().await.unwrap();
+    let answer = (answer.status().as_u16(), answer.text().await.unwrap());
     serving.abort();
+    answer
+}
+
+#[tokio::test]
+async fn a_foreign_host_name_on_loopback_is_refused() {
+    for foreign in [
+        "evil.example",
+        "evil.example:80",
+        "127.evil.example",
+        "127.0.0.1.evil.example:8080",
+        "localhost.evil.example",
+        "localhost:80.evil.example",
+        "192.0.2.1",
+        "[::2]:80",
+        "[::1].evil.example",
+        "::1",
+        "",
+    ] {
+        assert_eq!(asked_with(&[("host", foreign)]).await.0, 403, "{foreign:?}");
+    }
+    for own in ["localhost", "localhost:80", "127.0.0.1", "127.8.9.1:80", "[::1]", "[::1]:80"] {
+        assert_eq!(asked_with(&[("host", own)]).await, (200, r#"{"n":2}"#.to_owned()), "{own:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_web_page_is_refused_whatever_it_asks_for() {
+    for page in ["http://evil.example", "http://127.0.0.1", "null"] {
+        let (status, told) = asked_with(&[("origin", page)]).await;
+        assert_eq!(status, 403, "{page:?}");
+        assert!(told.contains(r#""code":"refused""#) && told.contains("Origin"), "{told}");
+    }
+    assert_eq!(asked_with(&[]).await.0, 200);
+    // A port that is forwarded to the socket is in a browser's reach as well.
+    let directory = tempfile::tempdir().unwrap();
+    let address = socket_in(directory.path());
+    let server = Server::bind(&address).await.unwrap();
+    tokio::spawn(server.run(router(), pending()));
+    let mut client = idle(&address).await;
+    let call = b"POST /double HTTP/1.1\r\nhost: x\r\norigin: http://x\r\nconnection: close\r\n\r\n";
+    client.write_all(call).await.unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
 }
 
 #[tokio::test]
