@@ -15,10 +15,21 @@ pub struct RewindRequest {
     /// Only a guest that is paused or shut down bears that.
     #[serde(default)]
     pub reconnect: bool,
+    /// With `reconnect`: as many clients as whoever asks knows of. With more, counting those that had the disk open and may
+    /// come back, it stays as it is. None: however many there are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clients_max: Option<u32>,
     /// Also to a point of which blocks are damaged at the receiver, and also a disk that lacks blocks of another point and
     /// is not in sync: what has not reached the receiver is given up.
     #[serde(default)]
     pub force: bool,
+}
+
+impl RewindRequest {
+    /// How many clients may be hung up on; none for any number.
+    pub fn hangs_up_on(&self) -> Option<u32> {
+        if self.reconnect { self.clients_max } else { Some(0) }
+    }
 }
 
 /// A disk that was set back.

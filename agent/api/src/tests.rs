@@ -338,7 +338,7 @@ async fn every_call_reaches_its_method_and_comes_back() {
         .detach_even(&vm1, DetachRequest { incomplete: true, force: true, nobody_returns: true })
         .await
         .unwrap();
-    let rewind = RewindRequest { to: Lsn(40), reconnect: true, force: false };
+    let rewind = RewindRequest { to: Lsn(40), reconnect: true, clients_max: Some(1), force: false };
     assert_eq!(client.rewind(&vm1, rewind).await.unwrap().from, Lsn(90));
     let (epoch, durable, last_time) = (Epoch(4), Lsn(90), None);
     let adopt = Adopted { uuid: DiskId::random(), history: HistoryId::random(), epoch, durable, last_time };

@@ -33,21 +33,22 @@ pub(crate) enum Leaving {
     },
     /// To be attached again at once at another point.
     SetBack {
-        /// As with another size.
-        reconnect: bool,
+        /// As many clients connect again, none for any number; with more it is refused as when it is asked.
+        clients_max: Option<u32>,
     },
     /// To the agent that follows at once, for which clients wait.
     HandedOver,
 }
 
 impl Leaving {
-    /// Whether the disk stays while it is open.
-    pub(super) fn spares_clients(self) -> bool {
-        match self {
-            Self::Asked { .. } => true,
-            Self::Resized { reconnect } | Self::SetBack { reconnect } => !reconnect,
-            Self::Forced | Self::Stopped | Self::HandedOver => false,
-        }
+    /// Whether the disk stays while so many have it open, or had and may come back.
+    pub(super) fn spares(self, clients: usize) -> bool {
+        let max = match self {
+            Self::Asked { .. } | Self::Resized { reconnect: false } => Some(0),
+            Self::SetBack { clients_max } => clients_max,
+            Self::Resized { reconnect: true } | Self::Forced | Self::Stopped | Self::HandedOver => None,
+        };
+        max.is_some_and(|max| clients > max as usize)
     }
 
     /// Why the stream ends, for the receiver and whoever reads its log.

@@ -434,14 +434,22 @@ async fn a_disk_that_a_client_opens_as_it_is_about_to_be_taken_stays() {
         Leaving::Asked { nobody_returns: false },
         Leaving::Asked { nobody_returns: true },
         Leaving::Resized { reconnect: false },
-        Leaving::SetBack { reconnect: false },
+        Leaving::SetBack { clients_max: Some(0) },
     ] {
         let detach = |answer| Command::Detach { leaving, answer };
         let open = disk.handle.ask_at_length(detach).await.unwrap().unwrap_err();
         assert!(matches!(open, DetachError::Open { clients: 1, awaited: 0, .. }), "{leaving:?}: {open}");
         guest.write(ByteOffset::ZERO, vec![0x11; 4096].into(), false).await.unwrap();
     }
-    let detach = |answer| Command::Detach { leaving: Leaving::SetBack { reconnect: true }, answer };
+    let second = Client::connect(&disk.nbd).await.unwrap();
+    let set_back = |clients_max| move |answer| Command::Detach { leaving: Leaving::SetBack { clients_max }, answer };
+    let open = disk.handle.ask_at_length(set_back(Some(1))).await.unwrap().unwrap_err();
+    assert!(matches!(open, DetachError::Open { clients: 2, awaited: 0, .. }), "{open}");
+    drop(second);
+    while disk.handle.status().await.unwrap().clients > 1 {
+        tokio::task::yield_now().await;
+    }
+    let detach = set_back(Some(1));
     disk.handle.ask_at_length(detach).await.unwrap().unwrap();
     let record = records(directory).load(&"vm1".parse().unwrap()).unwrap().unwrap();
     assert_eq!(record.clientele.left().count(), 1, "it comes back");

@@ -257,7 +257,7 @@ impl Disk {
                         }
                         let clients = self.server.connections();
                         let awaited = Clientele::awaited(&self.server).count();
-                        if (clients > 0 || awaited > 0) && leaving.spares_clients() {
+                        if leaving.spares(clients.saturating_add(awaited as usize)) {
                             let status = self.engine.look(Filter::status);
                             let watched = u32::try_from(clients).unwrap_or(u32::MAX);
                             let waits = self.watch.waits_on(&status, watched, self.record.on_outage);

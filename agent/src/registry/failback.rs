@@ -144,14 +144,19 @@ impl Registry {
                 let source = sources.find(dialer, uuid, Some(adopt.history), None).await?;
                 left.fits(source.point())?;
                 let (missing, why) = left.missing(&*source).await?;
-                let report = left.report(source.point(), missing, why);
-                Ok::<_, FetchError>((left, report))
+                let report = left.report(source.point(), missing.clone(), why);
+                Ok::<_, FetchError>((left, report, missing))
             };
             runtime.block_on(local.run_until(tokio::time::timeout(FIND_TIME, plan)))
         };
         let silent = |_| Err(FetchError::Unreachable("the receiver does not answer".to_owned()));
         let planned = waiting(planning).await?.unwrap_or_else(silent);
-        planned.map_err(|error| fetch_error(&format!("disk {} cannot go on here", record.name), error))
+        let planned =
+            planned.map_err(|error| fetch_error(&format!("disk {} cannot go on here", record.name), error));
+        let (left, report, missing) = planned?;
+        // Nobody is fenced for a disk that could not be kept here either.
+        self.require_room(&record.name, &missing).await?;
+        Ok((left, report))
     }
 }
 

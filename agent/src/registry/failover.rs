@@ -103,6 +103,8 @@ impl Registry {
         let format = image::find_format(&record).await?;
         let before = image::refuse_used(&record.image, format, begun).await?;
         self.refuse_unserved(&record).await?;
+        // How much it will lack is known only when it is taken over.
+        self.require_room(&record.name, &DirtyBitmap::new()).await?;
         let record = DiskRecord { epoch: adopted.epoch.taken_over(), format, ..record };
         let taken = self.take_over(&record, adopted, Target::New(before)).await?;
         self.begin_taken(record, taken, None).await

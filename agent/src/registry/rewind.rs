@@ -151,14 +151,16 @@ impl Registry {
         let attached = self.disks.write().await.remove(name);
         let attached = attached.ok_or_else(|| missing_record(name))?;
         self.failing.write().await.insert(name.clone(), shown);
-        let leaving = Leaving::SetBack { reconnect: request.reconnect };
+        let leaving = Leaving::SetBack { clients_max: request.hangs_up_on() };
         let ended = end_unless_open(name.clone(), attached, self.records.clone(), leaving).await;
         if let Some((attached, open)) = ended {
             // Somebody has come meanwhile.
             self.keep_attached(name, attached).await;
             let message =
                 format!("disk {name} is in use: {open}, and would see another content under its feet");
-            return Err(ApiError::new(ErrorCode::Busy, message)
+            // A guest that is paused for it may go on: this will not happen later.
+            let code = if request.reconnect { ErrorCode::Refused } else { ErrorCode::Busy };
+            return Err(ApiError::new(code, message)
                 .with_hint("shut the virtual machine down first, or take the disk out of it"));
         }
         KillPoint::RewindDetached.reached();
@@ -320,6 +322,12 @@ async fn standing(handle: &DiskHandle, request: RewindRequest) -> Result<Standin
             return Err(ApiError::new(ErrorCode::Busy, message).with_hint(format!(
                 "shut the virtual machine down first, or take the disk out of it; where nobody comes back, `backtide detach {name} --nobody-returns`, attach it again, then rewind"
             )));
+        }
+        let clients = status.clients.saturating_add(status.awaited_clients);
+        if request.hangs_up_on().is_some_and(|max| clients > max) {
+            let message = format!("disk {name} has {clients} clients, and one of them is not known of");
+            return Err(ApiError::new(ErrorCode::Refused, message)
+                .with_hint("see that the virtual machine, and nobody else, has the disk open"));
         }
         let in_sync = status.mode == Mode::Sync && status.dirty.blocks.0 == 0 && !status.resync_due;
         let durable = status.connected && status.lag.records == 0 && status.window.bytes.is_zero();

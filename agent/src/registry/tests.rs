@@ -306,7 +306,7 @@ async fn a_disk_that_a_client_opened_meanwhile_goes_on() {
     std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
     let status = registry.attach(request_for(&image)).await.unwrap();
     let guest = backtide_export::Client::connect(&status.nbd_uri.parse().unwrap()).await.unwrap();
-    for leaving in [Leaving::Resized { reconnect: false }, Leaving::SetBack { reconnect: false }] {
+    for leaving in [Leaving::Resized { reconnect: false }, Leaving::SetBack { clients_max: Some(0) }] {
         let attached = registry.disks.write().await.remove(&status.name).unwrap();
         let shown = disk::not_attached(&registry.records.load(&status.name).unwrap().unwrap(), "a moment");
         registry.failing.write().await.insert(status.name.clone(), shown);

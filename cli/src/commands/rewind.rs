@@ -24,6 +24,9 @@ use crate::{
 /// What is said of a guest whose disk was set back under it.
 const PAUSED: &str = "the guest is paused, and its memory knows the disk as it was: reset it before it goes on, in QMP system_reset and then cont";
 
+/// As many clients may have a disk that is set back under a guest: that of the one virtual machine that is paused.
+const CLIENTS_LIVE: u32 = 1;
+
 /// `backtide rewind`
 #[derive(Args, Debug)]
 pub(crate) struct Rewind {
@@ -116,7 +119,10 @@ impl Rewind {
             Some(socket) => Some(Guest::paused(socket, &agent, &disk, pause).await?),
             None => None,
         };
-        let request = RewindRequest { to: diff.from.lsn, reconnect: guest.is_some(), force: self.force };
+        let (to, reconnect) = (diff.from.lsn, guest.is_some());
+        // Whoever comes after the look is not paused.
+        let clients_max = reconnect.then_some(CLIENTS_LIVE);
+        let request = RewindRequest { to, reconnect, clients_max, force: self.force };
         let mut report = match agent.rewind(&disk.name, request).await {
             Ok(report) => report,
             Err(error) => {
@@ -210,7 +216,7 @@ impl Guest {
         let now = agent.disk(&disk.name).await?;
         // An idle machine connects again only with its next request.
         let clients = now.clients.saturating_add(now.awaited_clients);
-        if clients != 1 {
+        if clients != CLIENTS_LIVE {
             let name = disk.name.as_str();
             let message =
                 format!("disk {name} has {clients} clients, and only one of them can be paused for it");

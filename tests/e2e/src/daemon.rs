@@ -112,6 +112,12 @@ impl Daemon {
         self.child.id()
     }
 
+    /// From now on it writes no file beyond so many bytes, as where a file system is full; or `unlimited`.
+    pub fn limit_files(&self, bytes: &str) {
+        let (process, limit) = (self.id().to_string(), format!("--fsize={bytes}:unlimited"));
+        crate::tools::run("prlimit", &["--pid", &process, &limit]);
+    }
+
     /// Sends a signal, such as `STOP`.
     pub fn signal(&self, name: &str) {
         crate::tools::signal(self.child.id(), name);

@@ -31,18 +31,15 @@ fn a_restart_that_could_save_no_record_is_refused_and_the_disk_stays() {
     let bench = Bench::new();
     let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
     agent.may_complain("cannot");
-    let limit = |bytes: &str| {
-        tools::run("prlimit", &["--pid", &agent.id().to_string(), &format!("--fsize={bytes}:unlimited")]);
-    };
     // As with a full state directory: nothing new can be written.
-    limit("0");
+    agent.limit_files("0");
     let refused = bench.run(&["agent", "restart"]);
     assert_eq!(
         (refused.code, refused.sentence().contains("nothing can be written in")),
         (5, true),
         "{refused:?}"
     );
-    limit("unlimited");
+    agent.limit_files("unlimited");
     disk.qemu_io(&["write -P 0x11 0 64k"]);
     bench.json(&["agent", "restart"]);
     disk.settle();

@@ -81,7 +81,7 @@ fn only_what_differs_comes_back() {
     bench.json_ending(3, &["detach", "vm1"]);
     // The agent that keeps it may be started again, and again.
     assert_eq!(first.stop(), 0);
-    let _first = bench.agent();
+    let first = bench.agent();
     let connected = bench.run(&["failback", "vm1", "--yes"]);
     assert_eq!((connected.code, connected.error()["code"].clone()), (5, json!("busy")), "{connected:?}");
     // Nobody is fenced for a disk that could not be served here.
@@ -91,6 +91,12 @@ fn only_what_differs_comes_back() {
     assert_eq!(other.status()["connected"], true);
     drop(taken);
     std::fs::remove_file(bench.path("vm1.nbd")).unwrap();
+    // Nor for one of which nothing can be kept here.
+    first.limit_files("8192");
+    let full = bench.run(&["failback", "vm1", "--yes", "--force"]);
+    assert_eq!((full.code, full.sentence().contains("in the state directory")), (5, true), "{full:?}");
+    assert_eq!(other.status()["connected"], true);
+    first.limit_files("unlimited");
     assert_eq!(other.run(&["detach", "vm1"]).code, 0);
     assert_eq!(second.stop(), 0);
     let unasked = bench.run(&["failback", "vm1"]);

@@ -198,16 +198,19 @@ fn a_failover_that_fails_after_the_fence_says_so_and_goes_on() {
     disk.settle();
     let (other, second) = OtherHost::start(&bench);
     first.may_complain("fenced");
-    let limit = |bytes: &str| {
-        tools::run("prlimit", &["--pid", &second.id().to_string(), &format!("--fsize={bytes}:unlimited")]);
-    };
+    // Nobody is fenced for a disk of which nothing can be kept there.
+    second.limit_files("8192");
+    let refused = other.failover(&["--yes"]);
+    assert_eq!((refused.code, refused.error()["code"].clone()), (5, json!("refused")), "{refused:?}");
+    assert!(refused.sentence().contains("cannot be written in the state directory"), "{refused:?}");
+    assert!(disk.status()["connected"].as_bool().unwrap() && !bench.path("b.img").exists());
     // Its new image cannot be as large as that.
-    limit("4194304");
+    second.limit_files("4194304");
     let failed = other.failover(&["--yes"]);
     assert_ne!(failed.code, 0, "{failed:?}");
     assert!(failed.sentence().contains("whoever had disk vm1 is fenced by now"), "{failed:?}");
     disk.until("it is fenced", |status| status["reason_code"] == "fenced");
-    limit("unlimited");
+    second.limit_files("unlimited");
     let again = other.failover(&["--yes"]);
     assert_eq!(again.code, 0, "{again:?}");
     other.settle();

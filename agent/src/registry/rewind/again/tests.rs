@@ -42,7 +42,7 @@ impl LetGo {
         std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
         let name = registry.attach(request_for(&image)).await.unwrap().name;
         let attached = registry.disks.write().await.remove(&name).unwrap();
-        let leaving = Leaving::SetBack { reconnect: false };
+        let leaving = Leaving::SetBack { clients_max: Some(0) };
         let open = end_unless_open(name.clone(), attached, registry.records.clone(), leaving).await;
         assert!(open.is_none());
         Self { directory, storage, registry, name }
