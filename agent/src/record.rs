@@ -7,14 +7,12 @@
 
 mod aside;
 mod room;
+mod stamp;
 
 use std::{
-    fs::Metadata,
     io,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::UNIX_EPOCH,
 };
 
 use backtide_agent_api::{
@@ -29,6 +27,7 @@ use backtide_units::{ByteCount, CaptureTime, DiskId, DiskName, Epoch, HistoryId,
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub(crate) use self::stamp::ImageStamp;
 use crate::{disk::Clientele, spill::SpillPlace};
 
 /// The version of the record's JSON.
@@ -120,6 +119,10 @@ pub(crate) struct DiskRecord {
     /// disk, and before the first attach.
     #[serde(default)]
     pub(crate) format: Option<ImageFormat>,
+    /// The files besides `image` that have the disk's content, as a qcow2 file's external data file has: what is written there
+    /// changes no time of the image. As the image named them at the last attach; it is written when it names others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) data_files: Vec<PathBuf>,
     /// A flush of the disk behind failed and no guest was told: the next that flushes is.
     #[serde(default)]
     pub(crate) flush_failed: bool,
@@ -132,35 +135,6 @@ pub(crate) struct DiskRecord {
     /// Who has the disk open, or had it when its service was interrupted, and may come back.
     #[serde(default, skip_serializing_if = "Clientele::is_empty", deserialize_with = "Clientele::or_nobody")]
     pub(crate) clientele: Clientele,
-}
-
-/// Enough of an image's state to notice that somebody else wrote it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct ImageStamp {
-    pub(crate) size: ByteCount,
-    pub(crate) modified_ns: u64,
-    #[serde(default)]
-    pub(crate) inode: u64,
-}
-
-impl ImageStamp {
-    /// Of the regular file at `path`. Devices and NBD servers do not tell when they were written.
-    pub(crate) fn of(path: &Path) -> Option<Self> {
-        Self::found(&std::fs::metadata(path).ok()?)
-    }
-
-    /// The same of what was found there.
-    pub(crate) fn found(metadata: &Metadata) -> Option<Self> {
-        if !metadata.is_file() {
-            return None;
-        }
-        let since = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-        Some(Self {
-            size: ByteCount(metadata.len()),
-            modified_ns: u64::try_from(since.as_nanos()).ok()?,
-            inode: metadata.ino(),
-        })
-    }
 }
 
 /// What is known of all disks.
@@ -214,6 +188,7 @@ impl DiskRecord {
             image_displaced: false,
             written_past_agent: false,
             format: None,
+            data_files: Vec::new(),
             fenced: false,
             own_epoch: Epoch(0),
             take_over: false,
@@ -281,6 +256,11 @@ impl DiskRecord {
             format,
             ..self
         }
+    }
+
+    /// How its image looks now.
+    pub(crate) fn stamp_now(&self) -> Option<ImageStamp> {
+        ImageStamp::with(Path::new(&self.image), &self.data_files)
     }
 
     /// Whether what the tracking file says is from the end of a clean detach, or of the agent with the disk attached.

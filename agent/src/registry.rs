@@ -326,7 +326,9 @@ impl Registry {
     ) -> Result<DiskHandle, ApiError> {
         let name = record.name.clone();
         assert!(claim.is_of(&name), "whoever attaches {name} has claimed it");
-        self.take_image(&name, &record.image, record.format, standing).await?;
+        let behind = self.take_image(&name, &record.image, record.format, standing).await?;
+        let data_files = behind.into_iter().filter(|behind| behind.is_written).map(|behind| behind.path);
+        let record = DiskRecord { data_files: data_files.collect(), ..record };
         let started = self.start_on(record, patience_of(standing)).await;
         if started.is_err() {
             self.leave_image(&name).await;
@@ -337,10 +339,10 @@ impl Registry {
     async fn start_on(&self, record: DiskRecord, patience: Duration) -> Result<DiskHandle, ApiError> {
         let name = record.name.clone();
         let nbd = self.listen_uri(&record)?;
-        let path = record.image.clone();
+        let known = record.clone();
         // The stamp before qemu-nbd opens it, which writes it already.
-        let known = record.format;
-        let look = move || (Identity::of(&path), ImageStamp::of(Path::new(&path)), format_of(&path, known));
+        let look =
+            move || (Identity::of(&known.image), known.stamp_now(), format_of(&known.image, known.format));
         let (identity, stamp, format) = waiting(look).await?;
         let record = DiskRecord { format, ..record };
         let qcow2 = match format {
@@ -365,7 +367,8 @@ impl Registry {
         opened.nbd = self.nbd_limits;
         // Of a qcow2 file the length says nothing about the disk.
         let bytes_min = if qcow2.is_some() { ByteCount::ZERO } else { opened.record.size };
-        opened.in_place = InPlace::new(&opened.record.image, identity, bytes_min);
+        let in_place = InPlace::new(&opened.record.image, identity, bytes_min);
+        opened.in_place = in_place.map(|image| image.with_data(opened.record.data_files.clone()));
         opened.beside = self.claims.beside(&name);
         let in_place = opened.in_place.clone();
         let resume = opened.resume.clone();

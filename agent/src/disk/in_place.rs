@@ -24,6 +24,8 @@ pub(crate) struct InPlace {
     identity: Identity,
     /// A raw file has at least the disk's size.
     bytes_min: ByteCount,
+    /// The files that have its content besides.
+    data_files: Vec<PathBuf>,
 }
 
 /// What became of it.
@@ -41,7 +43,13 @@ impl InPlace {
     /// The file at `path`, of which `identity` was taken before it was opened; none where there is no such file, as behind
     /// an NBD server. `bytes_min` is zero where the file's length says nothing.
     pub(crate) fn new(path: &str, identity: Identity, bytes_min: ByteCount) -> Option<Self> {
-        identity.is_file().then(|| Self { path: PathBuf::from(path), identity, bytes_min })
+        let data_files = Vec::new();
+        identity.is_file().then(|| Self { path: PathBuf::from(path), identity, bytes_min, data_files })
+    }
+
+    /// The same with data files, which are looked at for how the image looks.
+    pub(crate) fn with_data(self, data_files: Vec<PathBuf>) -> Self {
+        Self { data_files, ..self }
     }
 
     /// Looks, once; how the image looks, where that can be told. Waits for the file system.
@@ -65,7 +73,7 @@ impl InPlace {
             Some(ImageStamp { size: now, .. }) if now < self.bytes_min => {
                 Err(Displaced::Shorter { path: path(), now, bytes_min: self.bytes_min })
             }
-            stamp => Ok(stamp),
+            stamp => Ok(stamp.and_then(|stamp| stamp.and(&self.data_files))),
         }
     }
 }

@@ -442,7 +442,8 @@ async fn a_disk_that_a_client_opens_as_it_is_about_to_be_taken_stays() {
         guest.write(ByteOffset::ZERO, vec![0x11; 4096].into(), false).await.unwrap();
     }
     let second = Client::connect(&disk.nbd).await.unwrap();
-    let set_back = |clients_max| move |answer| Command::Detach { leaving: Leaving::SetBack { clients_max }, answer };
+    let set_back =
+        |clients_max| move |answer| Command::Detach { leaving: Leaving::SetBack { clients_max }, answer };
     let open = disk.handle.ask_at_length(set_back(Some(1))).await.unwrap().unwrap_err();
     assert!(matches!(open, DetachError::Open { clients: 2, awaited: 0, .. }), "{open}");
     drop(second);

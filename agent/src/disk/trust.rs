@@ -40,13 +40,17 @@ pub(crate) fn alive_now(image: Option<ImageSeen>, captured: CaptureTime) -> Sign
 /// The sign of life of an attach that begins with the image as `stamp` says and has written nothing:
 /// whatever is written before the first sign of its own is by somebody else.
 pub(crate) fn alive_since(stamp: Option<&ImageStamp>, captured: CaptureTime) -> SignOfLife {
-    let at = CaptureTime(stamp.map_or(0, |stamp| stamp.modified_ns / 1000));
+    let at = CaptureTime(stamp.map_or(0, |stamp| seen(stamp).modified_ns / 1000));
     SignOfLife { at, boot: boot_id(), image: stamp.map(seen), captured }
 }
 
-/// What a sign of life tells of an image.
+/// What a sign of life tells of an image: with data files the newest time of all, and a number of all their inodes.
 pub(crate) fn seen(stamp: &ImageStamp) -> ImageSeen {
-    ImageSeen { inode: stamp.inode, modified_ns: stamp.modified_ns }
+    let ImageStamp { inode, modified_ns, .. } = *stamp;
+    stamp.data.iter().fold(ImageSeen { inode, modified_ns }, |seen, file| ImageSeen {
+        inode: seen.inode.rotate_left(7) ^ file.inode,
+        modified_ns: seen.modified_ns.max(file.modified_ns),
+    })
 }
 
 /// When this boot of the host began, by the clock of now; none when that is not known.
@@ -212,10 +216,11 @@ fn lived_until(alive: Option<SignOfLife>, stamp: &ImageStamp) -> bool {
     let (before, after) =
         if is_this_boot { (Duration::ZERO, SLACK) } else { (SLACK_OF_A_POWER_LOSS, SLACK_OF_A_POWER_LOSS) };
     let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
-    let (written, seen_written) = (stamp.modified_ns / 1000, seen.modified_ns / 1000);
+    let now = self::seen(stamp);
+    let (written, seen_written) = (now.modified_ns / 1000, seen.modified_ns / 1000);
     // No agent of an earlier boot has written it in this one.
     let since_the_boot = !is_this_boot && booted_at().is_some_and(|booted| written >= booted.0);
-    seen.inode == stamp.inode
+    seen.inode == now.inode
         && !since_the_boot
         && written >= seen_written.saturating_sub(micros(before))
         && written <= at.0.max(seen_written).saturating_add(micros(after))

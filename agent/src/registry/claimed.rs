@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::{PREDECESSOR_POLL, Registry, patience_of, waiting};
 use crate::{
-    claims::{Hold, Identity, InUse, Shared, Standing, TakenImage},
+    claims::{Behind, Hold, Identity, InUse, Shared, Standing, TakenImage},
     qcow2::{files_behind, format_of},
 };
 
@@ -18,14 +18,14 @@ const CLOSE_TIME: Duration = Duration::from_secs(10);
 
 impl Registry {
     /// Sees that nobody else has the image, and keeps it for this disk; with patience for a predecessor, which may still
-    /// have what the disk had.
+    /// have what the disk had. The files that the image names as parts of its content.
     pub(super) async fn take_image(
         &self,
         name: &DiskName,
         image: &str,
         format: Option<ImageFormat>,
         standing: Standing,
-    ) -> Result<(), ApiError> {
+    ) -> Result<Vec<Behind>, ApiError> {
         let until = Instant::now() + patience_of(standing);
         let looked_at = image.to_owned();
         let behind = match waiting(move || format_of(&looked_at, format)).await? {
@@ -33,10 +33,10 @@ impl Registry {
             Some(ImageFormat::Raw) | None => Ok(Vec::new()),
         };
         let behind = behind.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
-        let looked_at = image.to_owned();
-        let identity = waiting(move || Identity::with(&looked_at, &behind)).await?;
+        let (looked_at, named) = (image.to_owned(), behind.clone());
+        let identity = waiting(move || Identity::with(&looked_at, &named)).await?;
         match self.claims.take_image(name, identity.clone()).map_err(|shared| shares(image, shared))? {
-            TakenImage::Kept => return Ok(()),
+            TakenImage::Kept => return Ok(behind),
             TakenImage::ToHold { before } => close(name, before.map(|hold| *hold)).await,
         }
         let held = loop {
@@ -50,7 +50,7 @@ impl Registry {
         match held {
             Ok(hold) => {
                 self.claims.hold_image(name, hold);
-                Ok(())
+                Ok(behind)
             }
             Err(error) => {
                 self.leave_image(name).await;

@@ -152,15 +152,13 @@ impl Registry {
     async fn grow_qcow2(&self, name: &DiskName, target: ByteCount) -> Result<(), ApiError> {
         let record = self.records.load_aside(name).await.map_err(|error| failed(&error))?;
         let record = record.ok_or_else(|| missing_record(name))?;
-        let (image, left) = (PathBuf::from(&record.image), record.image_at_detach);
-        let as_left = {
-            let image = image.clone();
-            waiting(move || ImageStamp::of(&image).filter(|now| left.as_ref() == Some(now))).await?
-        };
+        let image = PathBuf::from(&record.image);
+        let look = move || record.stamp_now().filter(|now| record.image_at_detach.as_ref() == Some(now));
+        let as_left = waiting(look).await?;
         qcow2::grow(&image, target).await.map_err(|error| ApiError::from_error(ErrorCode::Failed, &error))?;
-        let stamp = move |record| {
+        let stamp = move |record: DiskRecord| {
             let is_it = |now: &ImageStamp| as_left.as_ref().is_some_and(|left| left.inode == now.inode);
-            let image_at_detach = ImageStamp::of(&image).filter(is_it);
+            let image_at_detach = record.stamp_now().filter(is_it);
             Some(DiskRecord { image_at_detach, ..record })
         };
         self.records.change_aside(name, stamp).await.map_err(|error| failed(&error))

@@ -17,7 +17,7 @@
 mod again;
 mod plan;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use backtide_agent_api::{DiskStatus, Mode, RewindReport, RewindRequest};
 use backtide_control::{ApiError, ErrorCode};
@@ -403,7 +403,7 @@ fn as_left(
     left: Result<Option<backtide_tracking::Loaded>, backtide_tracking::LoadError>,
     force: bool,
 ) -> Option<SavedTracking> {
-    let stamp = ImageStamp::of(Path::new(&record.image));
+    let stamp = record.stamp_now();
     match trust::resume(record, left, stamp.as_ref(), record.size) {
         Resume::Clean(saved) => Some(saved).filter(|saved| may_be_set_back(saved, force)),
         Resume::New | Resume::Lost { .. } | Resume::Crashed { .. } => None,

@@ -34,7 +34,8 @@ const ALIVE: u64 = 1_700_000_000;
 
 /// Written so many seconds from then.
 fn stamp(seconds: i64) -> ImageStamp {
-    ImageStamp { size: SIZE, modified_ns: ALIVE.saturating_add_signed(seconds) * 1_000_000_000, inode: 12 }
+    let modified_ns = ALIVE.saturating_add_signed(seconds) * 1_000_000_000;
+    ImageStamp { size: SIZE, modified_ns, inode: 12, data: Vec::new() }
 }
 
 /// The agent saw the image as written ten seconds before its last sign of life.
@@ -163,6 +164,29 @@ fn an_image_written_after_the_agent_died_is_compared_whole() {
     untrusted(&Loaded { alive: None, ..loaded.clone() }, Some(stamp(-10)));
     // A device that was detached, though that could not be saved.
     untrusted(&loaded, None);
+}
+
+#[test]
+fn an_image_whose_data_file_was_written_or_replaced_is_compared_whole() {
+    let with = |inode: u64, seconds: i64| ImageStamp {
+        data: vec![ImageStamp { inode, ..stamp(seconds) }],
+        ..stamp(-1000)
+    };
+    let was = with(20, -10);
+    let detached = DiskRecord { image_at_detach: Some(was.clone()), ..record() };
+    let crashed = DiskRecord { image_at_detach: None, attached: true, ..record() };
+    let alive = SignOfLife { image: Some(super::seen(&was)), ..alive() };
+    let (clean, killed) = (left(&detached, true), Loaded { alive: Some(alive), ..left(&crashed, false) });
+    let resumed = |record, loaded: &Loaded, now| resume(record, Ok(Some(loaded.clone())), Some(&now), SIZE);
+    assert!(matches!(resumed(&detached, &clean, was.clone()), Resume::Clean(_)));
+    assert!(matches!(resumed(&crashed, &killed, was), Resume::Crashed { .. }));
+    // By the agent's guest, before it died.
+    assert!(matches!(resumed(&crashed, &killed, with(20, 2)), Resume::Crashed { .. }));
+    for (now, why) in [(with(20, 600), "written"), (with(21, -10), "replaced"), (stamp(-1000), "not known")] {
+        let (clean, killed) = (resumed(&detached, &clean, now.clone()), resumed(&crashed, &killed, now));
+        assert!(is_lost(&clean, Reason::BitmapUntrusted), "{why}: {clean:?}");
+        assert!(is_lost(&killed, Reason::BitmapUntrusted), "{why}: {killed:?}");
+    }
 }
 
 #[test]

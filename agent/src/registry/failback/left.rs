@@ -35,9 +35,11 @@ pub(in crate::registry) struct HeldImage {
 }
 
 /// An image as it was when it was looked at.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(in crate::registry) struct LookedAt {
     path: Option<PathBuf>,
+    /// The files that have its content besides.
+    data_files: Vec<PathBuf>,
     /// None of a device, and of an NBD export.
     pub(in crate::registry) stamp: Option<ImageStamp>,
 }
@@ -86,7 +88,9 @@ impl Registry {
         access: Access,
     ) -> Result<(Found, Option<Qcow2Server>), ApiError> {
         let image = record.image.clone();
-        let stamp = waiting(move || refuse_unfit(&image)).await??;
+        let known = record.clone();
+        let look = move || refuse_unfit(&image).map(|_| known.stamp_now());
+        let stamp = waiting(look).await??;
         let (image, known) = (record.image.clone(), record.format);
         match waiting(move || format_of(&image, known)).await? {
             Some(ImageFormat::Raw) => {
@@ -98,9 +102,9 @@ impl Registry {
                 let server = Qcow2Server::start(path, &record.name, socket, record.cache, access).await;
                 let server = server.map_err(|error| image::qcow2_error(&error))?;
                 let served = image::look_at(server.uri()).await;
-                let path = path.to_owned();
+                let (path, data_files) = (path.to_owned(), record.data_files.clone());
                 // Opening it is a change of the file, and none of the disk.
-                let opened = waiting(move || LookedAt { stamp: ImageStamp::of(&path), path: Some(path) });
+                let opened = waiting(move || LookedAt::now(path, data_files));
                 match (served, opened.await) {
                     (Ok(served), Ok(opened)) => Ok((Found::served(opened, stamp, served), Some(server))),
                     (Err(error), _) | (_, Err(error)) => {
@@ -111,7 +115,7 @@ impl Registry {
             }
             None => {
                 let served = image::look_at(&record.image).await?;
-                Ok((Found::served(LookedAt { path: None, stamp: None }, None, served), None))
+                Ok((Found::served(LookedAt::default(), None, served), None))
             }
         }
     }
@@ -133,7 +137,7 @@ fn find_raw(path: &Path) -> Result<Found, ApiError> {
     for stretch in image.allocated(whole).map_err(|error| failed(&error))? {
         allocated.insert(BlockRange::touched_by(stretch));
     }
-    let looked_at = LookedAt { path: Some(path.to_owned()), stamp: stamp.clone() };
+    let looked_at = LookedAt { path: Some(path.to_owned()), data_files: Vec::new(), stamp: stamp.clone() };
     Ok(Found { held: HeldImage { looked_at, _lock: Some(image) }, stamp, size, allocated })
 }
 
@@ -178,10 +182,11 @@ fn another_image(
             record.size
         ));
     }
-    let detached = record.image_at_detach.as_ref().map(|stamp| stamp.inode);
+    let number = |stamp: &ImageStamp| trust::seen(stamp).inode;
+    let detached = record.image_at_detach.as_ref().map(number);
     let seen = left.and_then(|left| left.alive?.image).map(|seen| seen.inode);
     let was = detached.filter(|inode| *inode > 0).or(seen.filter(|inode| *inode > 0))?;
-    let is = stamp.map_or(0, |stamp| stamp.inode);
+    let is = stamp.map_or(0, number);
     (was != is).then(|| format!("{image} is another file than the image that disk {name} had here"))
 }
 
@@ -228,19 +233,28 @@ impl LookedAt {
     /// Blocks.
     pub(in crate::registry) fn refuse_changed(&self) -> Result<(), ApiError> {
         match &self.path {
-            Some(path) if ImageStamp::of(path) != self.stamp => Err(changed(path)),
+            Some(path) if self.look() != self.stamp => Err(changed(path)),
             Some(_) | None => Ok(()),
         }
     }
 
     /// How what served it has left it, just now. Refuses another file in its place. Blocks.
     pub(in crate::registry) fn left(&self) -> Result<Self, ApiError> {
-        let stamp = self.path.as_deref().and_then(ImageStamp::of);
+        let stamp = self.look();
         let inode = |stamp: &Option<ImageStamp>| stamp.as_ref().map(|stamp| stamp.inode);
         match &self.path {
             Some(path) if inode(&stamp) != inode(&self.stamp) => Err(changed(path)),
-            path => Ok(Self { path: path.clone(), stamp }),
+            _ => Ok(Self { stamp, ..self.clone() }),
         }
+    }
+
+    fn now(path: PathBuf, data_files: Vec<PathBuf>) -> Self {
+        let unseen = Self { path: Some(path), data_files, stamp: None };
+        Self { stamp: unseen.look(), ..unseen }
+    }
+
+    fn look(&self) -> Option<ImageStamp> {
+        ImageStamp::with(self.path.as_deref()?, &self.data_files)
     }
 }
 
@@ -319,7 +333,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm1.qcow2");
         std::fs::write(&path, "open").unwrap();
-        let looked_at = LookedAt { path: Some(path.clone()), stamp: ImageStamp::of(&path) };
+        let looked_at = LookedAt::now(path.clone(), Vec::new());
         std::fs::write(&path, "open and closed").unwrap();
         looked_at.refuse_changed().unwrap_err();
         let left = looked_at.left().unwrap();

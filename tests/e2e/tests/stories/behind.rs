@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use backtide_e2e::{Bench, tools};
+use backtide_e2e::{Bench, Disk, tools};
 
 const SIZE: u64 = 64 << 20;
 
@@ -333,6 +333,47 @@ fn a_block_that_cannot_be_read_is_named_and_holds_up_no_other() {
 
 /// A guest decides about every byte of a raw disk. A header of another format there must not be believed: it may name any
 /// file of the host.
+#[test]
+fn what_others_write_to_a_data_file_is_found() {
+    let bench = Bench::new();
+    let (_receiver, agent) = (bench.receiver(), bench.agent());
+    let (image, data) = (bench.name("vm1.qcow2"), bench.path("vm1.raw"));
+    let option = format!("data_file={}", data.display());
+    tools::run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &option, &image, &SIZE.to_string()]);
+    // The guest's data lies where its tables say from here on: they are written no more.
+    tools::run("qemu-io", &["-f", "qcow2", &image, "-c", "write -P 0x11 0 8M"]);
+    let disk = bench.attach("vm1", "vm1.qcow2", &[]);
+    disk.settle();
+    disk.qemu_io(&["write -P 0x12 1M 1M", "flush"]);
+    disk.settle();
+    let passes = |disk: &Disk<'_>| disk.status()["counters"]["passes"].as_u64().unwrap();
+    // Nobody else has it open.
+    let write =
+        |command: &str| while !tools::try_run("qemu-io", &["-f", "qcow2", &image, "-c", command]).0 {};
+    let is_the_latest = |disk: &Disk<'_>| {
+        disk.settle();
+        tools::assert_same(&disk.uri(), disk.restore("latest").to_str().unwrap());
+    };
+    bench.json(&["detach", "vm1"]);
+    let disk = bench.attach("vm1", "vm1.qcow2", &[]);
+    disk.settle();
+    assert_eq!(passes(&disk), 0, "nobody has written it");
+    bench.json(&["detach", "vm1"]);
+    write("write -P 0x21 2M 64k");
+    let disk = bench.attach("vm1", "vm1.qcow2", &[]);
+    is_the_latest(&disk);
+    assert_eq!(passes(&disk), 1);
+    // Long after the agent has died.
+    agent.kill();
+    let server = std::fs::read_to_string(bench.path("vm1.qemu-nbd.pid")).unwrap();
+    tools::try_run("kill", &["-s", "KILL", server.trim()]);
+    write("write -P 0x22 3M 64k");
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(3600);
+    std::fs::File::options().write(true).open(&data).unwrap().set_modified(later).unwrap();
+    let _agent = bench.agent();
+    is_the_latest(&bench.disk("vm1"));
+}
+
 #[test]
 fn what_a_guest_writes_into_a_raw_disk_makes_it_no_qcow2_file() {
     let bench = Bench::new();

@@ -92,7 +92,7 @@ fn only_what_differs_comes_back() {
     drop(taken);
     std::fs::remove_file(bench.path("vm1.nbd")).unwrap();
     // Nor for one of which nothing can be kept here.
-    first.limit_files("8192");
+    first.limit_files("32768");
     let full = bench.run(&["failback", "vm1", "--yes", "--force"]);
     assert_eq!((full.code, full.sentence().contains("in the state directory")), (5, true), "{full:?}");
     assert_eq!(other.status()["connected"], true);

@@ -199,7 +199,7 @@ fn a_failover_that_fails_after_the_fence_says_so_and_goes_on() {
     let (other, second) = OtherHost::start(&bench);
     first.may_complain("fenced");
     // Nobody is fenced for a disk of which nothing can be kept there.
-    second.limit_files("8192");
+    second.limit_files("32768");
     let refused = other.failover(&["--yes"]);
     assert_eq!((refused.code, refused.error()["code"].clone()), (5, json!("refused")), "{refused:?}");
     assert!(refused.sentence().contains("cannot be written in the state directory"), "{refused:?}");
