@@ -119,29 +119,26 @@ impl Blocks {
     }
 
     /// The fewest changes that make an empty overlay this one, each of at most `blocks_max` stored blocks.
-    pub(crate) fn changes(&self, blocks_max: usize) -> Vec<Change> {
-        let mut changes: Vec<Change> = Vec::new();
-        for (block, stored) in &self.stored {
-            match changes.last_mut() {
-                Some(Change::Data { first, slot, crcs })
-                    if crcs.len() < blocks_max
-                        && first.0 + crcs.len() as u64 == *block
-                        && u64::from(slot.0) + crcs.len() as u64 == u64::from(stored.slot.0) =>
-                {
-                    crcs.push(stored.crc);
-                }
-                Some(_) | None => changes.push(Change::Data {
-                    first: BlockIndex(*block),
-                    slot: stored.slot,
-                    crcs: vec![stored.crc],
-                }),
+    pub(crate) fn changes(&self, blocks_max: usize) -> impl Iterator<Item = Change> + '_ {
+        let mut stored = self.stored.iter().peekable();
+        let data = std::iter::from_fn(move || {
+            let (first, at) = stored.next()?;
+            let mut crcs = vec![at.crc];
+            let follows = |(block, next): &(&u64, &Stored), count: usize| {
+                let count = count as u64;
+                **block == first + count && u64::from(next.slot.0) == u64::from(at.slot.0) + count
+            };
+            while crcs.len() < blocks_max
+                && let Some((_, next)) = stored.next_if(|next| follows(next, crcs.len()))
+            {
+                crcs.push(next.crc);
             }
-        }
-        changes.extend(self.zero_runs().map(Change::Zero));
-        changes
+            Some(Change::Data { first: BlockIndex(*first), slot: at.slot, crcs })
+        });
+        data.chain(self.zero_runs().map(Change::Zero))
     }
 
-    /// The runs of zeroed blocks: few, also where they are very many blocks.
+    /// The runs of zeroed blocks.
     fn zero_runs(&self) -> impl Iterator<Item = BlockRange> + '_ {
         self.zeroes.bitmaps().flat_map(|(high, bitmap)| {
             let mut blocks = bitmap.iter();

@@ -2,7 +2,8 @@
 //!
 //! The map is read record by record. Up to what is known to have been durable a bad record is damage.
 //! Behind it, records are what nobody was promised: each is taken only with the data it names, and the
-//! first that is not whole ends the map. What is taken is written again before it is synced: a device
+//! first that is not whole ends the map. Where the mark of what was durable cannot be read the records tell: each
+//! names what was durable before it, and of a slot that was used again a later one does. What is taken is written again before it is synced: a device
 //! that failed a sync once may say of the next that all is well without having kept the bytes.
 
 use std::{path::Path, sync::Arc};
@@ -70,8 +71,11 @@ pub(crate) fn scan(
         tail: Vec::new(),
         mark_is_damaged: mark.is_none(),
     };
-    let mut durable = mark.unwrap_or_default();
     let disk = BlockRange::whole_disk(size);
+    let mut durable = match mark {
+        Some(durable) => durable,
+        None => told_by_records(&*scanned.map, id, disk).map_err(io)?,
+    };
     loop {
         let read = read_record(&*scanned.map, scanned.end, scanned.last, id, disk).map_err(io)?;
         let why = match read {
@@ -83,7 +87,14 @@ pub(crate) fn scan(
                     scanned.take(header, changes, durable, length);
                     continue;
                 }
-                "the data that the record names is not there".to_owned()
+                let why = "the data that the record names is not there".to_owned();
+                if scanned.mark_is_damaged {
+                    // It may have been promised, and nothing tells that any more.
+                    let (path, offset) = (storage.display(&files.map), scanned.end);
+                    let why = format!("{why}, and the mark of what was durable cannot be read");
+                    return Err(OverlayError::Damaged { path, offset, why });
+                }
+                why
             }
             Err(why) => why,
         };
@@ -193,6 +204,16 @@ pub(crate) fn open_file(
         });
     }
     Ok(file)
+}
+
+/// The last record that another one tells was durable.
+fn told_by_records(map: &dyn StorageFile, id: OverlayId, disk: BlockRange) -> std::io::Result<RecordNumber> {
+    let (mut at, mut last, mut durable) = (RECORDS_AT, RecordNumber::default(), RecordNumber::default());
+    while let Ok((header, _)) = read_record(map, at, last, id, disk)? {
+        (last, durable) = (header.number, durable.max(header.durable));
+        at.0 += (RECORD_HEADER_LENGTH + header.body_length) as u64;
+    }
+    Ok(durable)
 }
 
 pub(crate) type MaybeRecord = Result<(RecordHeader, Vec<Change>), String>;

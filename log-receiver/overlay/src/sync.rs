@@ -95,11 +95,12 @@ impl Overlay {
         writer.compact = ByteCount(writer.end.0);
         let synced = self.data.sync_data().map_err(|error| self.io("sync", &self.files.data, error));
         self.poison_on_error(writer, synced)?;
-        let changes = {
+        // Record by record: zeroed blocks that are not beside each other make very many changes.
+        let written = {
             let blocks = self.blocks.read().unwrap_or_else(PoisonError::into_inner);
-            blocks.changes(BLOCKS_MAX as usize)
+            self.write_map(blocks.changes(BLOCKS_MAX as usize))
         };
-        let Ok((map, end, last)) = self.write_map(changes) else {
+        let Ok((map, end, last)) = written else {
             // The old map is as good as it was.
             let _ = self.storage.remove(&self.files.map_beside());
             return Ok(());
@@ -122,7 +123,7 @@ impl Overlay {
     /// Writes a map with `changes` beside the one in use, durably.
     fn write_map(
         &self,
-        changes: Vec<Change>,
+        changes: impl Iterator<Item = Change>,
     ) -> std::io::Result<(Arc<dyn StorageFile>, ByteOffset, RecordNumber)> {
         let beside = self.files.map_beside();
         match self.storage.remove(&beside) {
@@ -148,24 +149,21 @@ impl Overlay {
 }
 
 /// Changes in groups that fit into a record each.
-fn gathered(changes: Vec<Change>) -> Vec<Vec<Change>> {
-    let mut groups: Vec<Vec<Change>> = Vec::new();
-    let mut checksums = 0;
-    for change in changes {
-        let more = match &change {
-            Change::Data { crcs, .. } => crcs.len(),
-            Change::Zero(_) => 0,
-        };
-        match groups.last_mut() {
-            Some(group) if group.len() < CHANGES_MAX && checksums + more <= GATHERED_MAX => {
-                group.push(change);
-                checksums += more;
-            }
-            Some(_) | None => {
-                groups.push(vec![change]);
-                checksums = more;
-            }
+fn gathered(changes: impl Iterator<Item = Change>) -> impl Iterator<Item = Vec<Change>> {
+    let mut changes = changes.peekable();
+    let checksums = |change: &Change| match change {
+        Change::Data { crcs, .. } => crcs.len(),
+        Change::Zero(_) => 0,
+    };
+    std::iter::from_fn(move || {
+        let mut group = vec![changes.next()?];
+        let mut gathered = checksums(&group[0]);
+        while group.len() < CHANGES_MAX
+            && let Some(change) = changes.next_if(|next| gathered + checksums(next) <= GATHERED_MAX)
+        {
+            gathered += checksums(&change);
+            group.push(change);
         }
-    }
-    groups
+        Some(group)
+    })
 }
