@@ -57,6 +57,11 @@ pub(crate) enum HydrationProblem {
     /// Another image is in the place of the one that lacks blocks.
     #[error("disk {disk} lacks blocks of the image it had, and {image} is another one")]
     OtherImage { disk: String, image: String },
+    /// By what is noted the image would become what the other host had, and that is not what was asked for.
+    #[error(
+        "a failback of disk {disk} was cut off: it is noted already what {image} lacks of what the other host had"
+    )]
+    CutOff { disk: String, image: String },
     /// Such a disk does not change its size.
     #[error("disk {disk} lacks blocks of its {expected} bytes, and {image} has {found}")]
     Size { disk: String, image: String, expected: ByteCount, found: ByteCount },
@@ -111,6 +116,9 @@ pub(crate) fn look(
     let renamed = inode == 0 && record.image_changed;
     if header.disk != record.uuid || header.inode != inode || renamed {
         return Err(HydrationProblem::OtherImage { disk: disk(), image: shown });
+    }
+    if header.kind == Kind::Failover && header.epoch > record.last_own_epoch() {
+        return Err(HydrationProblem::CutOff { disk: disk(), image: shown });
     }
     let (expected, found) = (header.source.size, size);
     if expected != found {

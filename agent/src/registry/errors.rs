@@ -156,6 +156,10 @@ pub(super) fn open_error(error: &OpenError) -> ApiError {
         OpenError::Hydration(HydrationProblem::OtherImage { .. }) => {
             (ErrorCode::Refused, "attach the disk with the image it had, or this image under another name")
         }
+        OpenError::Hydration(HydrationProblem::CutOff { .. }) => (
+            ErrorCode::Refused,
+            "`backtide failback` begins it anew; what the image holds itself can be attached under another name",
+        ),
         OpenError::Hydration(HydrationProblem::Size { .. }) => {
             (ErrorCode::Refused, "give the image back the size it had")
         }

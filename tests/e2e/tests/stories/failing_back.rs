@@ -201,6 +201,13 @@ fn whoever_dies_in_a_failback_leaves_a_disk_that_comes_back() {
         }
         assert!(doomed.died(), "{} is never reached", step.name());
         first = bench.agent();
+        if matches!(step, KillPoint::HydrationMade | KillPoint::TakenTracking) {
+            // What the image has would be overwritten, and not become the latest content.
+            let stream = bench.socket("stream.sock");
+            let kept = bench.run(&["attach", "vm1", &disk.image, "--receiver", &stream, "--take-over"]);
+            let told = kept.sentence().contains("a failback of disk vm1 was cut off");
+            assert_eq!((kept.code, told), (5, true), "{kept:?}");
+        }
         if !is_here {
             let report = bench.json(&["failback", "vm1", "--yes"]);
             // Its tracking file is that of the first attempt by then.
