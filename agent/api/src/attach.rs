@@ -156,7 +156,7 @@ pub struct LimitsRequest {
     /// Extents that stay hot in the activity log; 0 = none is kept, and a crash means comparing all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activity_extents: Option<u32>,
-    /// The size of an extent: a multiple of 4096, at least 65536.
+    /// The size of an extent: a multiple of 4096, from 64 KiB to 16 TiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activity_extent_bytes: Option<ByteCount>,
 }
@@ -166,6 +166,9 @@ const BITMAP_BYTES_MIN: u64 = 1 << 20;
 
 /// The smallest extent of an activity log.
 const EXTENT_BYTES_MIN: u64 = 64 << 10;
+
+/// The largest: a tracking file knows none above.
+const EXTENT_BYTES_MAX: u64 = 16 << 40;
 
 /// Bounds of one disk as they are in force. What a configuration leaves out is the default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -192,7 +195,7 @@ pub struct Limits {
     /// Extents that stay hot in the activity log: about what has to be compared after a crash.
     /// 0 = no log is kept, and all has to be.
     pub activity_extents: u32,
-    /// The size of an extent: a multiple of 4096, at least 65536.
+    /// The size of an extent: a multiple of 4096, from 64 KiB to 16 TiB.
     pub activity_extent_bytes: ByteCount,
 }
 
@@ -229,10 +232,10 @@ impl LimitsRequest {
             return Err("the bitmap of changed blocks needs at least 1 MiB".to_owned());
         }
         let extent = self.activity_extent_bytes;
-        if below(extent, EXTENT_BYTES_MIN) || extent.is_some_and(|bytes| !bytes.0.is_multiple_of(4096)) {
-            return Err(
-                "an extent of the activity log has a multiple of 4096 bytes, at least 64 KiB".to_owned()
-            );
+        let wrong = |bytes: ByteCount| bytes.0 > EXTENT_BYTES_MAX || !bytes.0.is_multiple_of(4096);
+        if below(extent, EXTENT_BYTES_MIN) || extent.is_some_and(wrong) {
+            return Err("an extent of the activity log has a multiple of 4096 bytes, from 64 KiB to 16 TiB"
+                .to_owned());
         }
         Ok(())
     }
@@ -353,6 +356,7 @@ mod tests {
             (r#"{"bitmap_bytes":1048575}"#, "bitmap"),
             (r#"{"activity_extent_bytes":32768}"#, "extent"),
             (r#"{"activity_extent_bytes":65537}"#, "extent"),
+            (r#"{"activity_extent_bytes":17592186048512}"#, "extent"),
         ] {
             let limits: LimitsRequest = serde_json::from_str(limits).unwrap();
             assert!(limits.check().unwrap_err().contains(part), "{limits:?}");

@@ -165,7 +165,7 @@ async fn save(records: Records, record: DiskRecord, saved: Option<SavedTracking>
             Some(saved) => Snapshot::first(saved, true, false),
             None => Snapshot::first(SavedTracking::unknown(record.uuid), false, true),
         };
-        let limits = super::activity_limits(&record);
+        let limits = super::activity_limits(&record, record.size);
         records.create_tracking(&record.name, limits, record.size, &snapshot)?;
         KillPoint::DetachTracking.reached();
         records.save(&record)?;

@@ -156,7 +156,7 @@ pub(crate) async fn open(
         look_at_the_device(image, &resume);
     }
     // Before the record, by which the next attach would take the old file for that of a crash.
-    let activity = activity_limits(&record);
+    let activity = activity_limits(&record, size);
     let snapshot = resume.first_snapshot(record.uuid, activity);
     let alive = trust::alive_since(stamp.as_ref(), record.last_time);
     let tracking = records
@@ -326,7 +326,7 @@ fn settings(record: &DiskRecord, attach: Uuid, size: ByteCount) -> Settings {
         bitmap_bytes: limits.bitmap_bytes,
         read_retry: READ_RETRY,
         unchanged_every: UNCHANGED_EVERY,
-        activity: activity_limits(record),
+        activity: activity_limits(record, size),
     }
 }
 
@@ -337,9 +337,11 @@ fn delay_bound(max_ms: u32) -> std::time::Duration {
 }
 
 /// How the disk's activity log is kept.
-pub(crate) fn activity_limits(record: &DiskRecord) -> ActivityLimits {
-    let limits = record.limits;
-    let extent = BlockCount((limits.activity_extent_bytes.0 / BlockCount(1).bytes().0).max(16));
+pub(crate) fn activity_limits(record: &DiskRecord, size: ByteCount) -> ActivityLimits {
+    let (limits, block) = (record.limits, BlockCount(1).bytes().0);
+    // Extents are counted with 32 bits.
+    let fits = size.0 / block / u64::from(u32::MAX) + 1;
+    let extent = BlockCount((limits.activity_extent_bytes.0 / block).max(16).max(fits));
     ActivityLimits { extent, hot: limits.activity_extents, ..ActivityLimits::default() }
 }
 
@@ -351,6 +353,16 @@ mod tests {
     use super::*;
 
     const PIECES: u64 = 3;
+
+    #[test]
+    fn every_extent_of_every_disk_has_a_number() {
+        let receiver = "unix:/run/r.sock".parse().unwrap();
+        let mut record = DiskRecord::new("vm1".parse().unwrap(), "/vm1.img".to_owned(), receiver);
+        record.limits.activity_extent_bytes = ByteCount(64 << 10);
+        let largest = activity_limits(&record, DISK_SIZE_MAX);
+        assert!(DISK_SIZE_MAX.0.div_ceil(largest.extent.bytes().0) < u64::from(u32::MAX), "{largest:?}");
+        assert_eq!(activity_limits(&record, ByteCount(200 << 40)).extent, BlockCount(16));
+    }
 
     /// Whether these 4 KiB of an image that was just written and synced are in the page cache still, after a look at its
     /// one block in doubt: in the middle of the 64 KiB at the beginning of the second piece.

@@ -111,7 +111,7 @@ impl Registry {
         let snapshot = Snapshot::first(saved.clone(), true, false);
         let name = record.name.clone();
         let put_back = self.records.aside(move |records| {
-            let limits = disk::activity_limits(&record);
+            let limits = disk::activity_limits(&record, record.size);
             records.create_tracking(&record.name, limits, record.size, &snapshot)?;
             records.save(&record)
         });

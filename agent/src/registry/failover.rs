@@ -395,7 +395,7 @@ fn save(
     }
     KillPoint::HydrationMade.reached();
     let snapshot = Snapshot::first(saved.clone(), true, false);
-    let limits = disk::activity_limits(record);
+    let limits = disk::activity_limits(record, record.size);
     let tracking = records.create_tracking(name, limits, record.size, &snapshot);
     tracking.map_err(|error| lacks(error.to_string()))?;
     KillPoint::TakenTracking.reached();

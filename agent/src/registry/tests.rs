@@ -53,7 +53,7 @@ fn stopped(registry: &Registry, directory: &Path, image: String) -> (DiskName, U
         ..DiskRecord::new(name.clone(), image, receiver)
     };
     let saved = SavedTracking { history: record.history, ..SavedTracking::unknown(record.uuid) };
-    let limits = disk::activity_limits(&record);
+    let limits = disk::activity_limits(&record, record.size);
     let snapshot = Snapshot::first(saved, true, false);
     registry.records.create_tracking(&name, limits, record.size, &snapshot).unwrap();
     registry.records.save(&record).unwrap();
