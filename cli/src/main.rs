@@ -18,6 +18,8 @@ mod log_output;
 mod open_files;
 mod output;
 mod places;
+#[cfg(test)]
+mod played_agent;
 mod process_wide;
 mod qmp;
 mod quantity;

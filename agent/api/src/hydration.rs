@@ -70,9 +70,9 @@ pub struct Rewound {
 
 impl RewindReport {
     /// Of the rewind to this point that the disk still lacks blocks of; none of any other, and none when the disk was
-    /// written to since, or may have been: then it is to be set to that point anew.
+    /// written to since, or may have been, as one that does not answer may: then it is to be set to that point anew.
     pub fn under_way(disk: &DiskStatus, to: Lsn) -> Option<Self> {
-        let found = disk.hydration.as_ref();
+        let found = disk.hydration.as_ref().filter(|_| disk.is_of_now());
         let found = found.filter(|found| found.kind == HydrationKind::Rewind && found.point == to)?;
         let before = found.before?;
         // Each change takes an LSN, and so does each pass. Those of earlier attaches are not among the passes counted, and a

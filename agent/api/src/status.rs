@@ -152,6 +152,14 @@ pub struct DiskStatus {
     pub guest_waits: Option<GuestWaits>,
 }
 
+impl DiskStatus {
+    /// Whether this is how the disk is now. Of one that stands still, or is being let go of, the agent shows how it was when it
+    /// answered last, which may be days ago: that proves nothing.
+    pub fn is_of_now(&self) -> bool {
+        !matches!(self.reason_code.as_str(), "not-answering" | "detaching")
+    }
+}
+
 /// Requests that are answered only when the receiver has what they changed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GuestWaits {

@@ -482,6 +482,8 @@ fn a_rewind_is_under_way_only_while_nothing_was_written_since() {
     assert!(!is(0, 90, 1), "a write that failed may have changed something");
     assert!(!is(1, 90, 0), "the agent's state is not what it was");
     assert_eq!(RewindReport::under_way(&set_back(), Lsn(41)), None, "another point");
+    let silent = DiskStatus { reason_code: "not-answering".to_owned(), ..set_back() };
+    assert_eq!(RewindReport::under_way(&silent, Lsn(40)), None, "that was the case when it answered last");
     let report = RewindReport::under_way(&set_back(), Lsn(40)).unwrap();
     assert_eq!((report.from, report.under_way), (Lsn(90), true));
 }

@@ -65,7 +65,7 @@ async fn a_disk_that_stands_still_hides_no_other_and_says_so() {
     // From now on it is one that does not answer, and another one beside it does.
     let mut inbox = played(&service, "vm2").await;
     let (still, _unread) = started.handle.standing_still();
-    service.registry.insert(name("vm1"), still).await;
+    service.registry.insert(name("vm1"), still.clone()).await;
     // Waits end as soon as nothing else can go on.
     tokio::time::pause();
     let asked = {
@@ -78,6 +78,7 @@ async fn a_disk_that_stands_still_hides_no_other_and_says_so() {
     let disks = asked.await.unwrap().unwrap().disks;
     assert_eq!((disks.len(), &disks[1]), (2, &answering));
     assert_eq!((disks[0].name.as_str(), disks[0].reason_code.as_str()), ("vm1", "not-answering"));
+    assert!(disks[1].is_of_now() && !disks[0].is_of_now() && !still.leaving().unwrap().is_of_now());
     assert!(disks[0].reason.contains("not answering"), "{}", disks[0].reason);
     let error = service.pause(name("vm1")).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::Busy);

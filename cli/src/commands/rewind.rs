@@ -212,18 +212,7 @@ impl Guest {
                 .with_hint("give the QMP socket of the machine that has it")
                 .into());
         }
-        // Whoever else has it open would not be paused.
-        let now = agent.disk(&disk.name).await?;
-        // An idle machine connects again only with its next request.
-        let clients = now.clients.saturating_add(now.awaited_clients);
-        if clients != CLIENTS_LIVE {
-            let name = disk.name.as_str();
-            let message =
-                format!("disk {name} has {clients} clients, and only one of them can be paused for it");
-            return Err(ApiError::new(ErrorCode::Busy, message)
-                .with_hint("see that the virtual machine, and nobody else, has the disk open")
-                .into());
-        }
+        only_client(&agent.disk(&disk.name).await?)?;
         let (ran, _) = qmp.runs().await?;
         if ran {
             // Not later: it may be paused by a command whose answer does not come.
@@ -252,13 +241,32 @@ impl Guest {
         }
         // An agent that has not answered may be at it still.
         let untouched = is_final(error.code)
-            && agent.disk(&before.name).await.is_ok_and(|disk| {
-                disk.epoch == before.epoch && disk.mode != Mode::Detached && disk.hydration.is_none()
-            });
+            && agent.disk(&before.name).await.is_ok_and(|disk| was_never_let_go_of(before, &disk));
         if untouched && self.qmp.cont().await.is_ok() {
             *pause = Pause::No;
         }
     }
+}
+
+fn was_never_let_go_of(before: &DiskStatus, now: &DiskStatus) -> bool {
+    now.is_of_now() && now.epoch == before.epoch && now.mode != Mode::Detached && now.hydration.is_none()
+}
+
+/// Refuses a disk that somebody has open who would not be paused, or may have.
+fn only_client(now: &DiskStatus) -> Result<(), ApiError> {
+    let name = now.name.as_str();
+    if !now.is_of_now() {
+        let message = format!("who has disk {name} open is not known: {}", now.reason);
+        return Err(ApiError::new(ErrorCode::Busy, message).with_hint("look at the storage its image is on"));
+    }
+    // An idle machine connects again only with its next request.
+    let clients = now.clients.saturating_add(now.awaited_clients);
+    if clients != CLIENTS_LIVE {
+        let message = format!("disk {name} has {clients} clients, and only one of them can be paused for it");
+        return Err(ApiError::new(ErrorCode::Busy, message)
+            .with_hint("see that the virtual machine, and nobody else, has the disk open"));
+    }
+    Ok(())
 }
 
 /// Whether an error says that no rewind goes on, nor begins later.
@@ -433,12 +441,27 @@ fn report_text(report: &RewindReport, guest_paused: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::output::status::tests::in_sync as in_sync_disk;
 
     #[test]
     fn a_machine_names_its_disk_by_the_socket() {
         assert_eq!(place_of("nbd+unix:///vm1?socket=/run/vm1.sock"), "/run/vm1.sock");
         assert_eq!(place_of("nbd://127.0.0.1:10809/vm1"), "127.0.0.1:10809");
     }
+
+    #[test]
+    fn a_disk_that_does_not_answer_proves_nothing() {
+        let now = in_sync_disk();
+        assert!(only_client(&now).is_ok() && was_never_let_go_of(&now, &now));
+        for code in ["not-answering", "detaching"] {
+            let then = DiskStatus { reason_code: code.to_owned(), ..now.clone() };
+            assert!(only_client(&then).is_err() && !was_never_let_go_of(&now, &then), "{code}");
+        }
+        let two = DiskStatus { awaited_clients: 1, ..now.clone() };
+        assert!(only_client(&two).is_err());
+        assert!(!was_never_let_go_of(&now, &DiskStatus { mode: Mode::Detached, ..now.clone() }));
+    }
+
     #[test]
     fn what_a_forced_rewind_gives_up_is_said() {
         assert_eq!(missed(ByteCount(0), 0, true), None);

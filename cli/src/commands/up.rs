@@ -213,10 +213,13 @@ fn is_served_as_asked(served: &str, asked: Option<&str>, nbd_tls: bool) -> bool 
 /// Waits for the last writes, so that the next start has nothing to resynchronize, and detaches.
 async fn detach(context: &Context, agent: &AgentClient, name: &DiskName) -> Result<Ending, Failure> {
     let durable = async {
-        while missing_at_receiver(&agent.disk(name).await?).is_some() {
+        loop {
+            let disk = agent.disk(name).await?;
+            if disk.is_of_now() && missing_at_receiver(&disk).is_none() {
+                return Ok::<(), Failure>(());
+            }
             tokio::time::sleep(POLL).await;
         }
-        Ok::<(), Failure>(())
     };
     if let Ok(waited) = tokio::time::timeout(LAST_WRITES, durable).await {
         waited?;

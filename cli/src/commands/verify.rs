@@ -8,7 +8,7 @@ use backtide_units::{ByteCount, DiskName};
 use clap::Args;
 
 use crate::{
-    commands::{Stop, attach::POLL},
+    commands::{Stop, attach::POLL, wait::caught_up},
     context::Context,
     ending::{Ending, Failure, failed},
     output::progress::Progress,
@@ -122,8 +122,10 @@ async fn repaired(agent: &AgentClient, verify: &VerifyStatus) -> Result<(), Fail
     loop {
         let disk = agent.disk(&verify.disk).await?;
         match disk.mode {
-            Mode::Sync if disk.dirty.blocks.0 == 0 => return Ok(()),
+            Mode::Sync if caught_up(&disk) => return Ok(()),
             Mode::Sync | Mode::Resync | Mode::Tracking => tokio::time::sleep(POLL).await,
+            // It was; what it is now comes when it answers.
+            Mode::Paused | Mode::Detached if !disk.is_of_now() => tokio::time::sleep(POLL).await,
             Mode::Paused | Mode::Detached => {
                 let message = format!("disk {} was not repaired: {}", disk.name.as_str(), disk.reason);
                 return Err(failed(message));
@@ -175,10 +177,26 @@ fn report_text(verify: &VerifyStatus) -> String {
 
 #[cfg(test)]
 mod tests {
-    use backtide_agent_api::ByteSpan;
+    use backtide_agent_api::{ByteSpan, DiskStatus};
     use backtide_units::{ByteOffset, CaptureTime, Lsn};
 
     use super::*;
+    use crate::{output::status::tests::in_sync, played_agent::PlayedAgent};
+
+    #[tokio::test]
+    async fn repaired_is_what_the_receiver_is_known_to_have_now() {
+        let then = |code: &str| DiskStatus { reason_code: code.to_owned(), ..in_sync() };
+        let paused = DiskStatus { mode: Mode::Paused, ..then("not-answering") };
+        let due = DiskStatus { resync_due: true, ..in_sync() };
+        let shown = [then("not-answering"), then("detaching"), paused, due, in_sync()];
+        let agent = PlayedAgent::showing(shown.clone());
+        repaired(&agent.context().agent().unwrap(), &done(vec![])).await.unwrap();
+        assert_eq!(agent.calls().len(), shown.len());
+        let paused = DiskStatus { mode: Mode::Paused, ..in_sync() };
+        let agent = PlayedAgent::showing([paused]);
+        let refused = repaired(&agent.context().agent().unwrap(), &done(vec![])).await;
+        assert!(refused.is_err());
+    }
 
     fn done(differing: Vec<ByteSpan>) -> VerifyStatus {
         VerifyStatus {

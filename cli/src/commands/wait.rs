@@ -50,9 +50,9 @@ enum State {
     Point,
 }
 
-/// Whether a disk is in sync and its receiver is there.
+/// Whether a disk is in sync and its receiver is there. That it was, when it answered last, is not enough.
 pub(crate) fn in_sync(disk: &DiskStatus) -> bool {
-    disk.mode == Mode::Sync && disk.connected && !disk.resync_due
+    disk.is_of_now() && disk.mode == Mode::Sync && disk.connected && !disk.resync_due
 }
 
 /// The same, and all that a resync was to bring is at the receiver: while a spill is in use a disk is in sync too.
@@ -79,7 +79,8 @@ impl Wait {
                 let last = OnceCell::new();
                 let durable = |disk: &DiskStatus| {
                     let last = *last.get_or_init(|| disk.lsn.last);
-                    in_sync(disk) && disk.lsn.durable >= last
+                    // What is marked as changed has not come as writes that are.
+                    caught_up(disk) && disk.lsn.durable >= last
                 };
                 until(context, &agent, name, durable, self.timeout).await?
             }
@@ -98,7 +99,7 @@ impl Wait {
     }
 }
 
-/// The disk's status once `reached` says so.
+/// The disk's status once `reached` says so. It is not asked while the disk does not answer: what it was then is no proof.
 pub(crate) async fn until(
     context: &Context,
     agent: &AgentClient,
@@ -123,7 +124,7 @@ pub(crate) async fn until_it(
         let mut progress = Progress::new(context, "resynchronized");
         loop {
             let disk = last.insert(agent.disk(name).await?);
-            if reached(disk)? {
+            if disk.is_of_now() && reached(disk)? {
                 progress.end();
                 return Ok(disk.clone());
             }
@@ -193,4 +194,62 @@ async fn within<T>(timeout: Option<Duration>, work: impl Future<Output = T>) -> 
 fn timed_out(timeout: Option<Duration>, now: &str) -> Failure {
     let seconds = timeout.unwrap_or_default().as_secs_f64();
     failed(format!("waited {} in vain: {now}", duration_text(seconds)))
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_agent_api::{Dirty, LsnStatus};
+    use backtide_units::{BlockCount, ByteCount};
+
+    use super::*;
+    use crate::{output::status::tests::in_sync as in_sync_disk, played_agent::PlayedAgent};
+
+    /// As the agent shows it of a disk that it has heard of nothing since.
+    fn of_then(disk: DiskStatus) -> [DiskStatus; 2] {
+        ["not-answering", "detaching"].map(|code| DiskStatus { reason_code: code.to_owned(), ..disk.clone() })
+    }
+
+    fn waiting(state: State) -> Wait {
+        let api = ReceiverApi::default();
+        Wait { name: "vm1".parse().unwrap(), state, at: None, timeout: None, api }
+    }
+
+    async fn waits_for_the_last(state: State, shown: Vec<DiskStatus>) {
+        let agent = PlayedAgent::showing(shown.clone());
+        assert_eq!(waiting(state).run(&agent.context()).await.unwrap(), Ending::Done);
+        assert_eq!(agent.calls().len(), shown.len(), "{state:?}");
+    }
+
+    #[tokio::test]
+    async fn what_a_disk_was_when_it_answered_last_ends_no_wait() {
+        let tracking = DiskStatus { mode: Mode::Tracking, connected: false, ..in_sync_disk() };
+        for (state, reached) in
+            [(State::Sync, in_sync_disk()), (State::Connected, in_sync_disk()), (State::Tracking, tracking)]
+        {
+            let [then, leaving] = of_then(reached.clone());
+            waits_for_the_last(state, vec![then, leaving, reached]).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn durable_is_what_was_written_when_the_disk_answered_and_nothing_missing() {
+        let at = |last, durable| DiskStatus {
+            lsn: LsnStatus { last: Lsn(last), received: Lsn(durable), durable: Lsn(durable) },
+            ..in_sync_disk()
+        };
+        let [then, _] = of_then(at(90, 90));
+        let blocks = BlockCount(7);
+        let dirty = Dirty { blocks, bytes: ByteCount(7 << 12), hot_extents: None };
+        waits_for_the_last(
+            State::Durable,
+            vec![
+                then,
+                at(100, 95),
+                DiskStatus { dirty, ..at(110, 105) },
+                DiskStatus { resync_due: true, ..at(110, 105) },
+                at(120, 100),
+            ],
+        )
+        .await;
+    }
 }

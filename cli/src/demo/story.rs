@@ -165,7 +165,7 @@ impl Stage<'_> {
         self.wait(|disk| !disk.connected).await?;
         self.say("the receiver is stopped: the stream is cut".to_owned())?;
         guest.write(WINDOW).await?;
-        let lost = self.agent.disk(&self.disk).await?.lsn.last;
+        let lost = self.wait(|_| true).await?.lsn.last;
         let writes = guest.write(WRITTEN_IN_OUTAGE).await?;
         let disk = self.wait(|disk| disk.mode == Mode::Tracking).await?;
         self.say(format!(
@@ -196,7 +196,7 @@ impl Stage<'_> {
 
     async fn after(&mut self, guest: &mut Guest) -> Result<Moment, Failure> {
         let writes = guest.write(WRITTEN_AFTER).await?;
-        let lsn = self.agent.disk(&self.disk).await?.lsn.last;
+        let lsn = self.wait(|_| true).await?.lsn.last;
         self.durable(lsn).await?;
         self.say(format!(
             "the guest writes {} in {writes} writes more, up to lsn:{lsn}",
