@@ -7,7 +7,7 @@ use backtide_units::CaptureTime;
 
 use super::{Answers, Finding, Verdict};
 use crate::{
-    output::status::{is_of_state, untracked, way_out},
+    output::status::{is_of_state, missing_at_receiver, untracked, way_out},
     quantity::{count_text, duration_text, size_text},
 };
 
@@ -168,7 +168,8 @@ fn disk(disk: &DiskStatus) -> Finding {
     if disk.reason_code == "not-attached" {
         return finding(Verdict::Failed, &disk.reason);
     }
-    if disk.reason_code == "not-answering" {
+    // What else is shown of it was so when it answered last.
+    if !disk.is_of_now() {
         return finding(Verdict::Failed, &disk.reason).hint("look at the storage its image is on");
     }
     if let Some(way) = way_out(disk) {
@@ -186,6 +187,11 @@ fn disk(disk: &DiskStatus) -> Finding {
         return finding(Verdict::Warning, &format!("everything is compared: {}", disk.reason));
     }
     match disk.mode {
+        // Writes that are on their way are no reason to look at it.
+        Mode::Sync if disk.resync_due || disk.dirty.blocks.0 > 0 => {
+            let missing = missing_at_receiver(disk).unwrap_or_default();
+            finding(Verdict::Warning, &format!("in sync mode, and the receiver still lacks {missing}"))
+        }
         Mode::Sync => finding(Verdict::Ok, "in sync"),
         Mode::Resync | Mode::Tracking | Mode::Paused | Mode::Detached => {
             finding(Verdict::Warning, &format!("not in sync: {}", disk.reason))

@@ -1,8 +1,9 @@
 //! Each thing that can be wrong is found, and what is well is said to be.
 
+use backtide_agent_api::{Dirty, Lag};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::ReceiverDisk;
-use backtide_units::{ByteCount, DiskId, Epoch, HistoryId, Lsn};
+use backtide_units::{BlockCount, ByteCount, DiskId, Epoch, HistoryId, Lsn};
 
 use super::*;
 use crate::output::status::tests::in_sync;
@@ -164,6 +165,23 @@ fn a_state_that_cannot_be_written_is_no_trouble_of_the_image() {
 }
 
 #[test]
+fn what_the_receiver_lacks_of_a_disk_in_sync_is_said() {
+    let blocks = BlockCount(2048);
+    let dirty = Dirty { blocks, bytes: blocks.bytes(), hot_extents: None };
+    for (lacks, missing) in [
+        (DiskStatus { dirty, ..in_sync() }, "2048 changed blocks"),
+        (DiskStatus { resync_due: true, dirty, ..in_sync() }, "everything"),
+        (DiskStatus { resync_due: true, history: Some(HistoryId::random()), ..in_sync() }, "an unknown part"),
+    ] {
+        let found = disk(&lacks);
+        let said = format!("vm1: in sync mode, and the receiver still lacks {missing}");
+        assert_eq!((found.verdict, found.message), (Verdict::Warning, said));
+    }
+    let lag = Lag { records: 3, bytes: ByteCount(12 << 10), seconds: 0.1 };
+    assert_eq!(disk(&DiskStatus { lag, ..in_sync() }).verdict, Verdict::Ok, "they are on their way");
+}
+
+#[test]
 fn a_disk_that_is_not_protected_is_found() {
     assert_eq!(disks(&[])[0].verdict, Verdict::Warning);
     assert_eq!(disk(&in_sync()).verdict, Verdict::Ok);
@@ -171,7 +189,9 @@ fn a_disk_that_is_not_protected_is_found() {
     for (wrong, verdict) in [
         (DiskStatus { local_error: Some("away".to_owned()), ..in_sync() }, Verdict::Failed),
         (DiskStatus { reason_code: "not-answering".to_owned(), ..in_sync() }, Verdict::Failed),
+        (DiskStatus { reason_code: "detaching".to_owned(), ..in_sync() }, Verdict::Failed),
         (DiskStatus { reason_code: "not-attached".to_owned(), ..in_sync() }, Verdict::Failed),
+        (DiskStatus { resync_due: true, ..in_sync() }, Verdict::Warning),
         (DiskStatus { connected: false, ..in_sync() }, Verdict::Failed),
         (DiskStatus { connected: false, mode: Mode::Paused, ..in_sync() }, Verdict::Warning),
         (code("agent-crashed"), Verdict::Warning),
