@@ -7,7 +7,7 @@ use backtide_units::CaptureTime;
 
 use super::{Answers, Finding, Verdict};
 use crate::{
-    output::status::{is_of_state, missing_at_receiver, untracked, way_out},
+    output::status::{is_of_state, missing_at_receiver, spill_lost, untracked, way_out},
     quantity::{count_text, duration_text, size_text},
 };
 
@@ -149,13 +149,15 @@ pub(super) fn disks(disks: &[DiskStatus]) -> Vec<Finding> {
         let none = Finding::new("disks", Verdict::Warning, "no disk is attached: nothing is protected");
         return vec![none.hint("`backtide attach NAME IMAGE --receiver ADDR` protects one")];
     }
-    disks.iter().flat_map(|one| [Some(disk(one)), costly_crash(one)]).flatten().collect()
+    disks.iter().flat_map(|one| std::iter::once(disk(one)).chain(costly_later(one))).collect()
 }
 
-/// Whether a crash of the agent would cost more than it has to.
-fn costly_crash(disk: &DiskStatus) -> Option<Finding> {
-    let told = format!("{}: {}", disk.name.as_str(), untracked(disk)?);
-    Some(Finding::new("disks", Verdict::Warning, told))
+/// Why a crash of the agent, or an outage, would cost more than it has to.
+fn costly_later(disk: &DiskStatus) -> impl Iterator<Item = Finding> {
+    let told = [untracked(disk).cloned(), spill_lost(disk)];
+    told.into_iter()
+        .flatten()
+        .map(|told| Finding::new("disks", Verdict::Warning, format!("{}: {told}", disk.name.as_str())))
 }
 
 fn disk(disk: &DiskStatus) -> Finding {

@@ -27,7 +27,7 @@ pub(crate) fn table(disks: &[DiskStatus]) -> String {
     };
     let table = plain_table(&["DISK", "MODE", "LAG", "DIRTY", "RESYNC", "REASON"], disks.iter().map(row));
     let beside = disks.iter().flat_map(|disk| {
-        let told = [way_out(disk), untracked(disk).cloned()];
+        let told = [way_out(disk), untracked(disk).cloned(), spill_lost(disk)];
         told.into_iter().flatten().map(|told| format!("{}: {told}", disk.name.as_str()))
     });
     std::iter::once(table).chain(beside).collect::<Vec<_>>().join("\n")
@@ -233,6 +233,12 @@ fn reason_text(disk: &DiskStatus) -> String {
 /// Why a crash of the agent would cost a compare of the whole disk, where that is not told as its trouble.
 pub(crate) fn untracked(disk: &DiskStatus) -> Option<&String> {
     disk.untracked.as_ref().filter(|_| disk.untracked != disk.local_error)
+}
+
+/// Why an outage would be bridged by memory alone, where there should be a spill.
+pub(crate) fn spill_lost(disk: &DiskStatus) -> Option<String> {
+    let why = disk.spill.as_ref()?.error.as_ref()?;
+    Some(format!("its spill cannot be used, and an outage is bridged by memory alone: {why}"))
 }
 
 /// Whether the trouble is with the agent's state, whatever the image is.

@@ -1,6 +1,6 @@
 //! Each thing that can be wrong is found, and what is well is said to be.
 
-use backtide_agent_api::{Dirty, Lag};
+use backtide_agent_api::{Dirty, Lag, Spill};
 use backtide_control::{ApiError, ErrorCode};
 use backtide_receiver_api::ReceiverDisk;
 use backtide_units::{BlockCount, ByteCount, DiskId, Epoch, HistoryId, Lsn};
@@ -160,8 +160,13 @@ fn a_state_that_cannot_be_written_is_no_trouble_of_the_image() {
     let image = DiskStatus { local_error: trouble(), ..in_sync() };
     assert_eq!(said(image), [(Verdict::Failed, "vm1: its image: the state is full".to_owned())]);
     let costly = DiskStatus { untracked: trouble(), ..in_sync() };
-    let in_sync = (Verdict::Ok, "vm1: in sync".to_owned());
-    assert_eq!(said(costly), [in_sync, (Verdict::Warning, "vm1: the state is full".to_owned())]);
+    let ok = (Verdict::Ok, "vm1: in sync".to_owned());
+    assert_eq!(said(costly), [ok.clone(), (Verdict::Warning, "vm1: the state is full".to_owned())]);
+    let spill = |error| Some(Spill { error, ..Spill::default() });
+    assert_eq!(said(DiskStatus { spill: spill(None), ..in_sync() }), std::slice::from_ref(&ok));
+    let found = said(DiskStatus { spill: spill(trouble()), ..in_sync() });
+    let warned = "vm1: its spill cannot be used, and an outage is bridged by memory alone: the state is full";
+    assert_eq!(found, [ok, (Verdict::Warning, warned.to_owned())]);
 }
 
 #[test]

@@ -181,6 +181,20 @@ fn what_a_crash_would_cost_is_told_beside_what_is_wrong_and_once() {
 }
 
 #[test]
+fn a_spill_that_cannot_be_used_is_told_below_the_table() {
+    let spill = |error: Option<&str>| Some(Spill { error: error.map(str::to_owned), ..Spill::default() });
+    let disk = DiskStatus { spill: spill(Some("/spill/vm1: no space")), ..in_sync() };
+    let shown = table(std::slice::from_ref(&disk));
+    assert!(shown.contains("every write is forwarded"), "{shown}");
+    let told =
+        "\nvm1: its spill cannot be used, and an outage is bridged by memory alone: /spill/vm1: no space";
+    assert!(shown.ends_with(told), "{shown}");
+    assert!(!needs_a_person(&disk), "the disk is protected");
+    let well = table(&[DiskStatus { spill: spill(None), ..in_sync() }]);
+    assert_eq!(well.lines().count(), 2, "{well}");
+}
+
+#[test]
 fn a_lost_receiver_is_shown_with_its_words() {
     let mut disk = in_sync();
     disk.connected = false;
