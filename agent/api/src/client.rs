@@ -63,12 +63,19 @@ impl AgentClient {
         }
     }
 
-    /// Has the program the agent was started from take over.
+    /// Has the program the agent was started from take over. Followed as a [rewind](Self::rewind); none when the agent has gone
+    /// meanwhile, and its answer with it: whoever answers next says what became of it.
     ///
     /// # Errors
     /// As [`AgentClient::status`].
-    pub async fn restart(&self) -> Result<AgentStatus, ApiError> {
-        self.client.at_length().post("/v1/restart", &()).await
+    pub async fn restart(&self) -> Result<Option<AgentStatus>, ApiError> {
+        let client = self.client.at_length();
+        let asked = client.post("/v1/restart", &()).await;
+        let goes_on = asked.as_ref().is_err_and(|answer: &ApiError| GoesOn::of(answer).is_some());
+        match followed(&client, asked).await {
+            Err(ApiError { code: ErrorCode::Unreachable | ErrorCode::NotFound, .. }) if goes_on => Ok(None),
+            answer => answer.map(Some),
+        }
     }
 
     /// The status of one disk.

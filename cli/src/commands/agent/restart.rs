@@ -41,12 +41,19 @@ impl Restart {
     /// Restarts; warns of disks that did not come back.
     pub(crate) async fn run(self, context: &Context) -> Result<Ending, Failure> {
         let agent = context.agent()?;
-        let before = agent.restart().await?;
+        let known = agent.status(None).await?;
+        // An agent that has gone while its flushing was waited for has taken over, or died: the next one tells.
+        let (before, failed_before) = match agent.restart().await? {
+            Some(before) => (before, None),
+            None => (known.clone(), known.restart_failure),
+        };
         let asked = Instant::now();
         let after = loop {
             match agent.status(None).await {
                 Ok(status) if status.instance != before.instance => break status,
-                Ok(AgentStatus { restart_failure: Some(why), .. }) => {
+                Ok(AgentStatus { restart_failure: Some(why), .. })
+                    if failed_before.as_ref() != Some(&why) =>
+                {
                     return Err(ApiError::new(
                         ErrorCode::Failed,
                         format!("the agent goes on as it was: {why}"),
@@ -98,4 +105,52 @@ impl Restart {
 /// One that cannot be attached for the moment is shown as detached, one on its way out says so.
 fn is_attached(disk: &DiskStatus) -> bool {
     disk.mode != backtide_agent_api::Mode::Detached && disk.reason_code != "detaching"
+}
+
+#[cfg(test)]
+mod tests {
+    use backtide_agent_api::GoesOn;
+
+    use super::*;
+    use crate::played_agent::{Answer, PlayedAgent, status_of};
+
+    fn shown(instance: &str) -> Answer {
+        Some((200, serde_json::to_value(status_of(instance, Vec::new())).unwrap()))
+    }
+
+    fn error(error: &ApiError) -> Answer {
+        Some((400, serde_json::to_value(error).unwrap()))
+    }
+
+    /// What the command ends with, of a restart that takes longer than a call, and what it asked for after that.
+    async fn slow(then: Vec<Answer>) -> (Result<Ending, Failure>, Vec<String>) {
+        let slow = GoesOn { change: "slow".to_owned(), seconds: 50 }.answer();
+        let answers = [shown("one"), error(&slow)].into_iter().chain(then);
+        let agent = PlayedAgent::answering(answers.collect::<Vec<_>>());
+        let ended = Restart {}.run(&agent.context()).await;
+        let mut calls = agent.calls();
+        assert_eq!(calls.drain(..2).collect::<Vec<_>>(), ["GET /v1/status", "POST /v1/restart"]);
+        (ended, calls)
+    }
+
+    #[tokio::test]
+    async fn one_that_takes_long_is_followed_to_its_end() {
+        let (ended, calls) = slow(vec![shown("one"), shown("one"), shown("two")]).await;
+        assert_eq!(ended.unwrap(), Ending::Done);
+        assert_eq!(calls, ["GET /v1/changes/slow", "GET /v1/status", "GET /v1/status"]);
+        let refused = ApiError::new(ErrorCode::Failed, "disk vm1 cannot be flushed");
+        let (ended, calls) = slow(vec![error(&refused)]).await;
+        let Err(Failure::Error(told)) = ended else { panic!("{ended:?}") };
+        assert_eq!((*told, calls.len()), (refused, 1));
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_goes_meanwhile_is_followed_by_another() {
+        let unknown = ApiError::new(ErrorCode::NotFound, "there is no change slow at this agent");
+        for gone in [None, error(&unknown)] {
+            let (ended, calls) = slow(vec![gone, shown("one"), None, shown("two")]).await;
+            assert_eq!(ended.unwrap(), Ending::Done);
+            assert_eq!(calls.len(), 4, "{calls:?}");
+        }
+    }
 }
