@@ -50,7 +50,7 @@ const KINDS: [([u8; 8], Kind); 8] = [
 ];
 
 /// How the files of a store end that are called so: one whose beginning is damaged is known by its name.
-const NAMES: [(&str, Kind); 15] = [
+const NAMES: [(&str, Kind); 16] = [
     (".seg", Kind::Segment),
     (".pack", Kind::Pack),
     ("/base.1", Kind::Base),
@@ -67,6 +67,7 @@ const NAMES: [(&str, Kind); 15] = [
     ("/mounts.json", Kind::Json),
     ("/disk.json", Kind::Json),
     ("/cut.json", Kind::Json),
+    ("/shortfalls.json", Kind::Json),
 ];
 
 impl Kind {

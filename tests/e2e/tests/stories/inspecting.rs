@@ -45,6 +45,29 @@ fn flip(path: &Path, at: u64) {
     file.write_all_at(&[byte[0] ^ 4], at).unwrap();
 }
 
+/// Looks into each file as it is, and with a bit flipped in each of its parts; gives the kinds of files.
+fn each_is_looked_into(bench: &Bench) -> Vec<String> {
+    let mut kinds = Vec::new();
+    for path in files(&bench.path("store")) {
+        let name = path.to_str().unwrap();
+        let said = bench.plain(&["inspect", name]);
+        assert_eq!(said.code, 0, "{said:?}");
+        assert!(said.stdout.starts_with(name) && said.stdout.lines().count() > 1, "{said:?}");
+        for at in places(&path) {
+            flip(&path, at);
+            let said = bench.run(&["inspect", name]);
+            assert_eq!(said.code, 8, "byte {at} of {name}: {said:?}");
+            assert!(said.stderr.contains("is damaged"), "byte {at} of {name}: {said:?}");
+            flip(&path, at);
+        }
+        kinds.push(match ending(&path).as_str() {
+            "json" => path.file_name().unwrap().to_str().unwrap().to_owned(),
+            ending => ending.to_owned(),
+        });
+    }
+    kinds
+}
+
 #[test]
 fn every_file_of_a_store_is_printed_and_a_flipped_bit_in_any_of_them_ends_with_8() {
     let bench = Bench::new();
@@ -83,28 +106,45 @@ fn every_file_of_a_store_is_printed_and_a_flipped_bit_in_any_of_them_ends_with_8
     assert_eq!(agent.stop(), 0);
     assert_eq!(receiver.stop(), 0);
 
-    let mut kinds = Vec::new();
-    for path in files(&bench.path("store")) {
-        let name = path.to_str().unwrap();
-        let said = bench.plain(&["inspect", name]);
-        assert_eq!(said.code, 0, "{said:?}");
-        assert!(said.stdout.starts_with(name) && said.stdout.lines().count() > 1, "{said:?}");
-        for at in places(&path) {
-            flip(&path, at);
-            let said = bench.run(&["inspect", name]);
-            assert_eq!(said.code, 8, "byte {at} of {name}: {said:?}");
-            assert!(said.stderr.contains("is damaged"), "byte {at} of {name}: {said:?}");
-            flip(&path, at);
-        }
-        kinds.push(match ending(&path).as_str() {
-            "json" => path.file_name().unwrap().to_str().unwrap().to_owned(),
-            ending => ending.to_owned(),
-        });
-    }
+    let kinds = each_is_looked_into(&bench);
     let json = ["store.json", "retention.json", "findings.json", "scrub.json", "mounts.json", "disk.json"];
     for kind in json.into_iter().chain(["durable", "1", "2", "seg", "pack", "map", "data", "vm1-1.json"]) {
         assert!(kinds.iter().any(|found| found == kind), "no {kind} in {kinds:?}");
     }
     let stones = std::fs::read_dir(bench.path("store").join("forgotten")).unwrap();
     assert_eq!(stones.count(), 1, "{kinds:?}");
+}
+
+#[test]
+fn what_stands_beside_a_log_that_was_put_back_and_cut_is_printed_and_known_by_its_name_when_it_is_damaged() {
+    let bench = Bench::new();
+    let receiver = bench.receiver_with(SETTINGS);
+    let mut agent = bench.agent();
+    agent.may_complain("the receiver");
+    bench.image("vm1.img", SIZE);
+    let disk = bench.attach("vm1", "vm1.img", &[]);
+    disk.wait("sync");
+    disk.qemu_io(&["write -P 0x11 4M 8M"]);
+    disk.settle();
+    assert_eq!(receiver.stop(), 0);
+    tools::run("cp", &["-a", &bench.name("store"), &bench.name("old")]);
+    let receiver = bench.receiver_with(SETTINGS);
+    disk.qemu_io(&["write -P 0x22 0 1M", "flush"]);
+    disk.settle();
+    assert_eq!(receiver.stop(), 0);
+    let store = bench.name("store");
+    tools::run("rm", &["-r", &store]);
+    std::fs::rename(bench.path("old"), &store).unwrap();
+    let receiver = bench.receiver_with(SETTINGS);
+    disk.settle();
+    assert_eq!(agent.stop(), 0);
+    assert_eq!(receiver.stop(), 0);
+    let segments: Vec<_> =
+        files(&bench.path("store")).into_iter().filter(|path| ending(path) == "seg").collect();
+    std::fs::remove_file(&segments[2]).unwrap();
+    assert_eq!(bench.plain(&["fsck", &store, "--repair"]).code, 3);
+    let kinds = each_is_looked_into(&bench);
+    for kind in ["shortfalls.json", "cut.json"] {
+        assert!(kinds.iter().any(|found| found == kind), "no {kind} in {kinds:?}");
+    }
 }
