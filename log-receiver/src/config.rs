@@ -12,8 +12,13 @@ use backtide_tls::WhichDisks;
 use backtide_units::ByteCount;
 use serde::{Deserialize, Serialize};
 
+use crate::retention::Span;
+
 /// Undurable bytes gather no longer: agents keep them in memory meanwhile.
 const COMMIT_INTERVAL_MAX: Duration = Duration::from_secs(60);
+
+/// A store is not read all the time.
+const EVERY_MIN: Duration = Duration::from_secs(60 * 60);
 
 /// A receiver's configuration; in TOML the same names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +41,9 @@ pub struct Config {
     /// How long history is kept.
     #[serde(default)]
     pub retention: Retention,
+    /// When everything that is kept is read and checked.
+    #[serde(default)]
+    pub scrub: Scrubbing,
     /// An NBD URI of a socket on which every mount is served by its id, beside those of their own. The export it names
     /// is the default there; where it names none, the only mount is. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -162,6 +170,53 @@ pub enum OnFull {
     Shrink,
 }
 
+/// When everything that is kept is read and checked without being asked for, and at what pace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Scrubbing {
+    /// A scrub begins so long after the last one of everything has ended. Default: only when somebody asks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub every: Option<Every>,
+    /// The most of the store that a scrub reads in a second when who asks for it does not say; 0 is without limit. Default
+    /// 64 MiB.
+    pub bytes_per_second_max: ByteCount,
+}
+
+/// How long after one scrub the next begins, such as `7d`; an hour or more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Every(Span);
+
+impl Every {
+    /// The same as a duration.
+    pub fn duration(self) -> Duration {
+        Duration::from_micros(self.0.0)
+    }
+}
+
+impl TryFrom<String> for Every {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let long = Span::parse(&text).map(Self).filter(|every| every.duration() >= EVERY_MIN);
+        long.ok_or_else(|| {
+            format!("{text:?} is no time between two scrubs: expected a number with h, d, w or y such as 7d, an hour or more")
+        })
+    }
+}
+
+impl From<Every> for String {
+    fn from(every: Every) -> Self {
+        every.0.to_string()
+    }
+}
+
+impl Default for Scrubbing {
+    fn default() -> Self {
+        Self { every: None, bytes_per_second_max: ByteCount(64 << 20) }
+    }
+}
+
 impl Default for Retention {
     fn default() -> Self {
         Self {
@@ -244,6 +299,7 @@ impl Config {
             api: None,
             limits: Limits::default(),
             retention: Retention::default(),
+            scrub: Scrubbing::default(),
             nbd_listen: None,
             nbd_tls: None,
             nbd: backtide_export::Limits::default(),
@@ -312,6 +368,25 @@ mod tests {
         }
         assert_eq!(Limits::default().log().compression, Compression::None);
         assert!(serde_json::from_str::<Limits>(r#"{"journal_compression": "gzip"}"#).is_err());
+    }
+
+    #[test]
+    fn a_scrub_begins_by_itself_only_where_that_is_said_and_no_oftener_than_hourly() {
+        let scrub = |text: &str| serde_json::from_str::<Scrubbing>(text);
+        assert_eq!(
+            scrub("{}").unwrap(),
+            Scrubbing { every: None, bytes_per_second_max: ByteCount(64 << 20) }
+        );
+        for (text, hours) in [("60m", 1), ("7d", 168), ("168h", 168)] {
+            let found = scrub(&format!(r#"{{"every": "{text}"}}"#)).unwrap();
+            assert_eq!(found.every.unwrap().duration(), Duration::from_secs(hours * 3600), "{text}");
+            let shown = serde_json::to_string(&found).unwrap();
+            assert_eq!(scrub(&shown).unwrap(), found, "{shown}");
+        }
+        for text in ["", "7", "d", "59m", "0d", "-7d", "7 days", "99999999999999y"] {
+            let refused = scrub(&format!(r#"{{"every": "{text}"}}"#)).unwrap_err().to_string();
+            assert!(refused.contains("is no time between two scrubs"), "{text}: {refused}");
+        }
     }
 
     #[test]

@@ -74,7 +74,7 @@ pub use asking::Recalled;
 pub use backtide_tls::WhichDisks;
 pub use commit_ticket::{CommitOutcome, CommitTicket};
 pub use compare::CompareJob;
-pub use config::{Config, JournalCompression, Limits, OnFull, Retention, StreamTls};
+pub use config::{Config, Every, JournalCompression, Limits, OnFull, Retention, Scrubbing, StreamTls};
 pub use disk::{Disk, DiskError, Failure};
 pub use disks::{Claim, Disks, ListError, Shelf};
 pub use findings::Findings;

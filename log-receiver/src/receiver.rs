@@ -29,6 +29,7 @@ use crate::{
     accept::Door,
     clock,
     committer::{CommitThreads, Committer},
+    config::Every,
     findings::Findings,
     ingest::{self, IngestThread, Task},
     mount_numbers::MountNumbers,
@@ -223,13 +224,14 @@ impl Receiver {
             config.retention.clone(),
         )
         .map_err(|source| failed("start the thread of retention", source))?;
+        let every = config.scrub.every.map(Every::duration);
         let sources = scrub::Sources {
             owners: tasks.clone(),
             overlays: overlays.clone(),
             findings: findings.clone(),
             shelf: shelf.clone(),
         };
-        let scrub = Arc::new(Scrub::new(Arc::clone(&shelf.storage), sources));
+        let scrub = Arc::new(Scrub::new(Arc::clone(&shelf.storage), sources, every));
         let listen: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();
         let service = Service {
             store: config.store.clone(),
@@ -238,6 +240,7 @@ impl Receiver {
             space_floor: limits.free_bytes_min,
             watch: watch.clone(),
             scrub: Arc::clone(&scrub),
+            scrub_rate: config.scrub.bytes_per_second_max,
             findings,
             listen: listen.clone(),
             nbd_listen: mounts.shared.as_ref().map(ToString::to_string),
@@ -265,6 +268,8 @@ impl Receiver {
         let mut accepting = vec![runtime.spawn(watch_store(watch))];
         let serving = Arc::clone(&service);
         accepting.push(runtime.spawn(async move { serving.keep_serving().await }));
+        let scrubbing = Arc::clone(&service);
+        accepting.push(runtime.spawn(async move { scrubbing.keep_scrubbing().await }));
         let points_end = Arc::new(watch::Sender::new(false));
         let door = Door::new(tasks, limits.connections, service, Arc::clone(&points_end));
         accepting.extend(listeners.into_iter().map(|listener| runtime.spawn(door.clone().accept(listener))));

@@ -2,10 +2,11 @@
 //! the other, at a bounded rate, on a thread of its own. What can be mended is.
 //!
 //! A disk's log is taken when its turn comes, so that a scrub of a thousand disks holds one. Who was read longest ago comes
-//! first. How far it is stands in a file (`progress.rs`): when the receiver ends, the scrub goes on with the next start.
+//! first. It begins when somebody asks, or by itself (`schedule.rs`). How far it is stands in a file (`progress.rs`): when the receiver ends, the scrub goes on with the next start.
 
 mod attached;
 mod progress;
+pub(crate) mod schedule;
 mod work;
 
 pub(crate) use progress::{FILE, damage_of, is_damaged};
@@ -19,21 +20,23 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use backtide_receiver_api::{ApiError, ErrorCode, ScrubStatus};
 use backtide_storage::Storage;
-use backtide_units::{ByteCount, DiskId};
+use backtide_units::{ByteCount, CaptureTime, DiskId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use self::{progress::Progress, work::Work};
+use self::{
+    progress::Progress,
+    schedule::{Next, Schedule, Seen},
+    work::Work,
+};
 use crate::{
     Shelf, StoreFileError, clock, findings::Findings, ingest::Task, overlays::Overlays, small_files, threads,
 };
-
-/// The rate when nobody says another.
-pub(crate) const RATE_DEFAULT: ByteCount = ByteCount(64 << 20);
 
 /// A disk to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +63,8 @@ pub(crate) struct Scrub {
     shared: Arc<Shared>,
     sources: Sources,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// When one begins by itself, if it does.
+    schedule: Option<Mutex<Schedule>>,
 }
 
 /// What the thread and those who ask share.
@@ -72,19 +77,50 @@ struct Shared {
 }
 
 impl Scrub {
-    /// The scrub of the store on `storage`, with what is known of the last one. None runs yet.
-    pub(crate) fn new(storage: Arc<dyn Storage>, sources: Sources) -> Self {
+    /// The scrub of the store on `storage`, with what is known of the last one. None runs yet; one begins by itself, when whoever
+    /// drives it asks, so long after the last one as `every` says.
+    pub(crate) fn new(storage: Arc<dyn Storage>, sources: Sources, every: Option<Duration>) -> Self {
         let shared = Shared {
             progress: Progress::open(storage),
             reading: Mutex::default(),
             ending: AtomicBool::new(false),
         };
-        Self { shared: Arc::new(shared), sources, thread: Mutex::default() }
+        let schedule = every.map(|every| Mutex::new(Schedule::new(every)));
+        Self { shared: Arc::new(shared), sources, thread: Mutex::default(), schedule }
     }
 
     /// What runs, or ran last.
     pub(crate) fn status(&self) -> Option<ScrubStatus> {
         self.shared.progress.status()
+    }
+
+    /// Whether and when one begins by itself, if it ever does; `hindered` is why the store is not to be disturbed.
+    pub(crate) fn next(&self, now: CaptureTime, hindered: Option<String>) -> Option<Next> {
+        let (runs, ended) = (self.shared.progress.runs(), self.shared.progress.whole_ended());
+        let schedule = lock(self.schedule.as_ref()?);
+        Some(schedule.next(Seen { now, ended, runs, hindered }))
+    }
+
+    /// The one that was to begin by itself did, or why it could not.
+    pub(crate) fn came_of_it(&self, now: CaptureTime, failed: Option<String>) {
+        let Some(schedule) = &self.schedule else { return };
+        match failed {
+            None => lock(schedule).begun(),
+            Some(why) => lock(schedule).failed(now, why),
+        }
+    }
+
+    /// What the last scrub found damaged outside of the disks, of which findings are remembered: sentences.
+    pub(crate) fn found_outside(&self) -> Vec<String> {
+        let Some(status) = self.status() else { return Vec::new() };
+        // One that is gone by now, or is damaged as a whole, is told of by others or by nobody.
+        let there =
+            status.overlays.iter().filter(|overlay| self.sources.overlays.record(&overlay.id).is_ok());
+        let of_overlays = there.flat_map(|overlay| {
+            let found = overlay.damage.iter().chain(&overlay.error);
+            found.map(|why| format!("overlay {}: {why}", overlay.id))
+        });
+        status.damage.iter().cloned().chain(of_overlays).collect()
     }
 
     /// Whether it has a disk's log in its hands.
@@ -236,7 +272,7 @@ mod tests {
         let shelf = crate::fsck::reading(&storage, forgotten);
         let findings = Findings::open(Arc::clone(&storage));
         let sources = Sources { owners: Vec::new(), overlays, findings, shelf };
-        let scrub = Scrub::new(Arc::clone(&storage), sources.clone());
+        let scrub = Scrub::new(Arc::clone(&storage), sources.clone(), None);
         let disk = DiskId::random();
         let wanted = || vec![Wanted { disk, bytes: ByteCount(1) }];
         scrub.start(wanted(), true, ByteCount::ZERO).expect("none runs");
@@ -245,7 +281,7 @@ mod tests {
         let status = scrub.status().expect("one ran");
         assert!(!status.running && status.cancelled && status.ended.is_some(), "{status:?}");
         assert!(!scrub.reads(disk), "the disk may be forgotten");
-        let next = Scrub::new(storage, sources);
+        let next = Scrub::new(storage, sources, None);
         next.resume();
         assert_eq!(next.status(), Some(status), "no start goes on with it");
         next.start(wanted(), true, ByteCount::ZERO).expect("another one may begin");

@@ -27,6 +27,7 @@ mod kept;
 mod locks;
 mod preview;
 mod retention;
+mod scrubbing;
 
 use crate::{
     Names, OnFull, StoreId, StoreWatch, changes,
@@ -42,7 +43,7 @@ use crate::{
     pool::Pool,
     removal::Removal,
     retention::{KeeperWatch, Policies},
-    scrub::{self, Scrub},
+    scrub::Scrub,
 };
 
 /// What the control API is served from. Clones share it.
@@ -54,6 +55,7 @@ pub(crate) struct Service {
     pub(crate) space_floor: ByteCount,
     pub(crate) watch: StoreWatch,
     pub(crate) scrub: Arc<Scrub>,
+    pub(crate) scrub_rate: ByteCount,
     pub(crate) findings: Findings,
     pub(crate) listen: Vec<Address>,
     /// Where every mount is served.
@@ -93,7 +95,9 @@ impl ReceiverService for Service {
         let mounts = self.mounts().await?;
         let store_error = self.watch.check().err();
         let free = self.free(store_error.is_some())?;
-        let alarms = self.alarms(&facts, free.filter(|_| store_error.is_none()));
+        let free_there = free.filter(|_| store_error.is_none());
+        let alarms = self.alarms(&facts, free_there);
+        let scrub_next = self.next_scrub(&facts, free_there);
         Ok(ReceiverStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             now: Some(clock::now()),
@@ -116,6 +120,7 @@ impl ReceiverService for Service {
             commits: CommitCounts { disks: self.commits.commits(), flushes: self.commits.flushes() },
             alarms,
             scrub: self.scrub.status(),
+            scrub_next,
         })
     }
 
@@ -287,18 +292,7 @@ impl ReceiverService for Service {
     }
 
     async fn scrub(&self, request: ScrubRequest) -> Result<ScrubStatus, ApiError> {
-        let wanted = request.name.map(|name| self.find(&name)).transpose()?;
-        let mut facts = self.own_facts().await?;
-        facts.retain(|facts| wanted.is_none_or(|wanted| wanted == facts.id));
-        if let (true, Some(wanted)) = (facts.is_empty(), wanted) {
-            return Err(self.unknown(&wanted.to_string()));
-        }
-        facts.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
-        let wanted_disk = |facts: DiskFacts| scrub::Wanted { disk: facts.id, bytes: facts.log_bytes };
-        let disks = facts.into_iter().map(wanted_disk).collect();
-        let rate = request.bytes_per_second_max.unwrap_or(scrub::RATE_DEFAULT);
-        let scrub = Arc::clone(&self.scrub);
-        self.read(move || scrub.start(disks, wanted.is_none(), rate)).await?
+        self.begin_scrub(request).await
     }
 
     async fn scrub_status(&self) -> Result<ScrubStatus, ApiError> {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use backtide_control::{Address, ApiError, ErrorCode};
 use backtide_export::BindError;
 use backtide_log_receiver::{Config, Found, ListenError, StartError, StoreFileError, THREADS_APART, look};
-use backtide_receiver_api::{ReceiverStatus, StoreGrowth};
+use backtide_receiver_api::{ReceiverStatus, ScrubNext, StoreGrowth};
 use backtide_units::DiskName;
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -270,6 +270,10 @@ fn status_text(status: &ReceiverStatus) -> String {
         };
         let (done, total) = (size_both(scrub.done_bytes), size_both(scrub.total_bytes));
         lines.push(("scrub", format!("{state}, {done} of {total}")));
+    }
+    if let Some(ScrubNext { at, waits }) = &status.scrub_next {
+        let since = waits.as_ref().map_or_else(String::new, |why| format!(" or later: {why}"));
+        lines.push(("next scrub", format!("{}{since}", time_text(*at))));
     }
     facts(&lines)
 }

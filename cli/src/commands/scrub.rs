@@ -26,7 +26,7 @@ const ASK_EVERY: Duration = Duration::from_millis(200);
 pub(crate) struct Scrub {
     /// One disk's name or UUID [default: all disks]
     name: Option<DiskName>,
-    /// The most that is read in a second; 0 is without limit [default: 64MiB]
+    /// The most that is read in a second; 0 is without limit [default: as the receiver is configured, else 64MiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     rate: Option<ByteCount>,
     /// Start it and do not wait for its end; `backtide receiver status` shows how far it is

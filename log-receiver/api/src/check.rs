@@ -12,7 +12,7 @@ pub struct ScrubRequest {
     /// One disk's name or UUID. None: all disks.
     #[serde(default)]
     pub name: Option<DiskName>,
-    /// The most that is read in a second; 0 is without limit. None: 64 MiB.
+    /// The most that is read in a second; 0 is without limit. None: what the receiver is configured with.
     #[serde(default)]
     pub bytes_per_second_max: Option<ByteCount>,
 }

@@ -37,7 +37,7 @@ pub use routes::router;
 pub use service::ReceiverService;
 pub use status::{
     CertificateStatus, CommitCounts, DiskOrigin, Dismissed, ForgottenDisk, ReceiverDisk, ReceiverDisks,
-    ReceiverStatus, StoreGrowth,
+    ReceiverStatus, ScrubNext, StoreGrowth,
 };
 
 #[cfg(test)]

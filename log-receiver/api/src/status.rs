@@ -63,6 +63,18 @@ pub struct ReceiverStatus {
     /// The scrub that runs, or the last one in this store.
     #[serde(default)]
     pub scrub: Option<ScrubStatus>,
+    /// The next scrub that begins by itself; none when none does, or one of everything runs.
+    #[serde(default)]
+    pub scrub_next: Option<ScrubNext>,
+}
+
+/// A scrub that is to begin by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubNext {
+    /// When it is due, or was.
+    pub at: CaptureTime,
+    /// Why one that is due has not begun: a sentence. None when it is not due.
+    pub waits: Option<String>,
 }
 
 /// How often received data was made durable, and what that took.

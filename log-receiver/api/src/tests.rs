@@ -138,6 +138,7 @@ impl ReceiverService for Fake {
             commits: CommitCounts::default(),
             alarms: Vec::new(),
             scrub: None,
+            scrub_next: None,
             certificate: None,
             certificate_warnings: Vec::new(),
         })

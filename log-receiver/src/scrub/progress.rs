@@ -17,7 +17,7 @@ use backtide_storage::Storage;
 use backtide_units::{ByteCount, CaptureTime, DiskId};
 use serde::{Deserialize, Serialize};
 
-use super::{Wanted, lock};
+use super::{Wanted, lock, schedule::Runs};
 use crate::{
     clock,
     sealed_json::{SealedError, SealedJson},
@@ -41,6 +41,10 @@ struct Content {
     overlays: bool,
     /// When disks were read to their end last.
     read: BTreeMap<DiskId, CaptureTime>,
+    /// When the last scrub of everything ended, of those before the one in `status`. Not in the file where there was none:
+    /// programs that do not know of it read that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    whole: Option<CaptureTime>,
 }
 
 /// See the module's description.
@@ -76,6 +80,21 @@ impl Progress {
         self.content().status.clone()
     }
 
+    /// Which one runs.
+    pub(super) fn runs(&self) -> Runs {
+        let content = self.content();
+        match (content.status.as_ref().is_some_and(|status| status.running), content.overlays) {
+            (false, _) => Runs::Nothing,
+            (true, false) => Runs::Part,
+            (true, true) => Runs::Whole,
+        }
+    }
+
+    /// When the last scrub of everything ended, however it did.
+    pub(super) fn whole_ended(&self) -> Option<CaptureTime> {
+        self.content().whole_ended()
+    }
+
     /// Whether the scrub that runs was called off.
     pub(super) fn is_cancelled(&self) -> bool {
         self.content().status.as_ref().is_some_and(|status| status.running && status.cancelled)
@@ -90,6 +109,7 @@ impl Progress {
                 content.read.retain(|disk, _| disks.iter().any(|wanted| wanted.disk == *disk));
             }
             disks.sort_by_key(|wanted| content.read.get(&wanted.disk).copied());
+            content.whole = content.whole_ended();
             content.status = Some(status);
             content.rest = disks.into();
             content.overlays = overlays;
@@ -173,6 +193,11 @@ impl Progress {
 }
 
 impl Content {
+    fn whole_ended(&self) -> Option<CaptureTime> {
+        let last = self.status.as_ref().filter(|_| self.overlays).and_then(|status| status.ended);
+        last.or(self.whole)
+    }
+
     fn read(&mut self, disk: DiskId, found: Option<DiskCheck>) -> Vec<DiskId> {
         self.rest.retain(|wanted| wanted.disk != disk);
         let (Some(found), Some(status)) = (found, &mut self.status) else { return Vec::new() };
@@ -242,7 +267,9 @@ pub(crate) mod tests {
         let damage = vec!["a.seg is damaged at byte 7".to_owned()];
         progress.read(disks[0], Some(DiskCheck { damage, sound: false, ..checked(disks[0]) }));
         progress.end(false);
-        vec![runs, file()]
+        let ended = file();
+        progress.begin(begun(), Vec::new(), false);
+        vec![runs, ended, file()]
     }
 
     pub(super) fn begun() -> ScrubStatus {
@@ -263,6 +290,37 @@ pub(crate) mod tests {
 
     fn checked(uuid: DiskId) -> DiskCheck {
         DiskCheck { segments: 1, entries: 2, bytes: ByteCount(10), sound: true, ..DiskCheck::unread(uuid) }
+    }
+
+    #[test]
+    fn when_everything_was_read_last_is_known_whatever_is_read_since_and_after_a_start() {
+        let storage = MemoryStorage::new();
+        let open = || Progress::open(Arc::new(storage.clone()));
+        let wanted = || vec![Wanted { disk: DiskId::random(), bytes: ByteCount(10) }];
+        let progress = open();
+        progress.begin(begun(), wanted(), false);
+        assert_eq!((progress.runs(), progress.whole_ended()), (Runs::Part, None));
+        progress.end(false);
+        assert_eq!((progress.runs(), open().whole_ended()), (Runs::Nothing, None), "of one disk");
+        progress.begin(begun(), wanted(), true);
+        assert_eq!((progress.runs(), progress.whole_ended()), (Runs::Whole, None));
+        progress.end(false);
+        let first = progress.status().unwrap().ended;
+        assert!(first.is_some() && open().whole_ended() == first);
+        progress.begin(begun(), wanted(), false);
+        progress.end(false);
+        storage.crash(1);
+        assert_eq!(open().whole_ended(), first, "one of a disk is none");
+        let progress = open();
+        progress.begin(begun(), wanted(), true);
+        assert_eq!(open().whole_ended(), first, "the next one has not ended");
+        progress.cancel();
+        progress.end(true);
+        assert_eq!(
+            open().whole_ended(),
+            progress.status().unwrap().ended,
+            "who called it off wants none now"
+        );
     }
 
     #[test]

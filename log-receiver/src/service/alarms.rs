@@ -30,10 +30,15 @@ impl Service {
         }
     }
 
+    /// Whether new data is refused.
+    pub(super) fn is_full(&self, free: ByteCount) -> bool {
+        free < self.space_floor || self.watch.refusals.hold_at(free)
+    }
+
     /// Whether there is little room, or none: as it is now, not as it was when retention looked last.
     fn little_room(&self, free: ByteCount, looked_at: Option<String>) -> Option<String> {
         let floor = self.space_floor;
-        if free < floor || self.watch.refusals.hold_at(free) {
+        if self.is_full(free) {
             let until = match self.on_full {
                 OnFull::Refuse => "there is room",
                 OnFull::Shrink => "the oldest history has made room",
@@ -96,6 +101,13 @@ impl Service {
         }
         alarms.extend(self.overlays.alarms());
         alarms.extend(self.removal.shelf.forgotten.alarms());
+        // Some of it is told already, by who met it too.
+        let scrubbed = self.scrub.found_outside();
+        let found: Vec<_> =
+            scrubbed.iter().filter(|why| !alarms.iter().any(|alarm| alarm.contains(*why))).collect();
+        alarms.extend(
+            found.iter().map(|why| format!("the last scrub has found, and the next one looks again: {why}")),
+        );
         alarms.extend(backtide_tls::warnings());
         alarms.dedup();
         alarms

@@ -25,6 +25,7 @@ mod refusals;
 mod reopening;
 mod repair;
 mod retention;
+mod scheduled_scrubs;
 mod scrubbing;
 mod shrinking;
 mod store;

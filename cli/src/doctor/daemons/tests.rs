@@ -31,6 +31,7 @@ fn receiver(free: u64) -> ReceiverStatus {
         mounts: 0,
         alarms: Vec::new(),
         scrub: None,
+        scrub_next: None,
     }
 }
 

@@ -374,3 +374,24 @@ fn flip_back(path: &Path, pattern: u8) {
     bytes[at] = pattern;
     std::fs::write(path, bytes).unwrap();
 }
+
+#[test]
+fn a_scrub_begins_by_itself_where_the_configuration_says_so_and_status_tells_when_the_next_does() {
+    let bench = Bench::new();
+    let config = bench.path("wrong.toml");
+    std::fs::write(&config, "[scrub]\nevery = \"59m\"\n").unwrap();
+    let refused = bench.run(&["receiver", "run", "--check", "--config", config.to_str().unwrap()]);
+    assert_eq!(refused.code, 2, "{refused:?}");
+    assert!(refused.stderr.contains("is no time between two scrubs"), "{refused:?}");
+    let _receiver = bench.receiver_with("[scrub]\nevery = \"1d\"\nbytes_per_second_max = 0\n");
+    let next = loop {
+        let status = bench.json(&["receiver", "status"]);
+        if status["scrub"]["ended"].is_u64() {
+            assert_eq!(status["scrub"]["sound"], true, "{status}");
+            break status["scrub_next"]["at"].as_u64().unwrap() - status["scrub"]["ended"].as_u64().unwrap();
+        }
+    };
+    assert_eq!(next, 24 * 60 * 60 * 1_000_000);
+    let told = bench.plain(&["receiver", "status"]).stdout;
+    assert!(told.lines().any(|line| line.starts_with("next scrub")), "{told}");
+}
