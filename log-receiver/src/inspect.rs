@@ -2,6 +2,7 @@
 
 use std::{io, path::Path};
 
+use backtide_recovery::LogError;
 use backtide_storage::{Storage, read_file};
 use backtide_units::ByteCount;
 
@@ -55,7 +56,11 @@ pub fn inspect_json(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write)
 pub fn inspect_durable(storage: &dyn Storage, path: &Path, out: &mut dyn io::Write) -> io::Result<bool> {
     let name = storage.display(path);
     writeln!(out, "{}", name.display())?;
-    let Some((history, noted)) = Watermark::at(storage, path)? else {
+    let found = Watermark::at(storage, path).map_err(|error| match error {
+        LogError::Io { source, .. } => source,
+        newer => io::Error::other(newer),
+    });
+    let Some((history, noted)) = found? else {
         return writeln!(out, "{} is damaged: it holds no mark", name.display()).map(|()| false);
     };
     writeln!(out, "the log of history {history}")?;

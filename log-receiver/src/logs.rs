@@ -163,7 +163,10 @@ impl Shelf {
                 self.storage.display(&dir.join(watermark::FILE)).display()
             )
         };
-        Watermark::of_any(&*self.storage, dir).map_err(|source| LogError::Io { step: step(), source })
+        Watermark::of_any(&*self.storage, dir).map_err(|error| match error {
+            LogError::Io { source, .. } => LogError::Io { step: step(), source },
+            newer => newer,
+        })
     }
 
     pub(crate) fn loss_not_noted(&self, dir: &Path, source: io::Error) -> LogError {

@@ -1,29 +1,25 @@
 //! How far a log was durable, written beside it after every sync: a log that ends earlier has lost
 //! bytes that were acknowledged, which its own entries cannot tell of their end.
 //!
-//! ```text
-//! 0  magic "BKTDDUR\n"   8  history   24  entry   32  LSN   40  lost entry   48  its LSN
-//! 56  comparing   57  in doubt   58  zero   60  CRC32C of 0..60
-//! ```
-//! Little-endian. Entry and LSN: everything up to there is durable. When a log is found to end before its mark, a mark with its
-//! actual end is synced before anything is appended, and names as *lost* how far it had been durable (0 and 0 otherwise): so what
-//! is appended and torn later is cut like any other tail, and the loss is known at every start until all of it has been
-//! compared. *Comparing* is 1 when the pass that does that has begun, durably, and 0 otherwise: from then on no agent need be
-//! told of the loss any more.
-//! *In doubt* is 1 when nothing is known to be missing at the end, but not all up to the lost entry may be what its agent knows
-//! of: some of it is damaged, or the mark is one that a repair has made anew. That is to be compared too. An agent that knows of more
-//! than the log has makes a loss of it, with the LSN that it knows of.
+//! `log-receiver/segment/FORMAT.md` describes its bytes.
+//!
+//! When a log is found to end before its mark, a mark with its actual end is synced before anything is appended, and names as
+//! *lost* how far it had been durable: so what is appended and torn later is cut like any other tail, and the loss is known at
+//! every start until all of it has been compared.
+//! *In doubt* is a log of which nothing is known to be missing at the end, but not all up to the lost entry may be what its agent
+//! knows of: some of it is damaged, or the mark is one that a repair has made anew. That is to be compared too. An agent that knows
+//! of more than the log has makes a loss of it, with the LSN that it knows of.
 //!
 //! The first mark is synced before it gets the file's name, so a file without one is damaged. Others are
 //! written in place, within a sector, and not synced but the one that tells of a loss: what a power cut leaves is an
 //! older mark, and each was true when it was written.
 //!
 //! A mark that the device cannot read is an error, never none: without it the end of a log that was lost would look like one
-//! that never was.
+//! that never was. So is one that a newer program wrote: it is whole, and nobody here knows what it says.
 
 use std::{io, path::Path, sync::Arc};
 
-use backtide_recovery::{Durable, Timeline};
+use backtide_recovery::{Durable, LogError, Timeline};
 use backtide_segment::Seq;
 use backtide_storage::{Storage, StorageFile, replace_with};
 use backtide_units::{ByteOffset, HistoryId, Lsn};
@@ -34,7 +30,11 @@ pub(crate) const MAGIC: &[u8; 8] = b"BKTDDUR\n";
 const LENGTH: usize = 64;
 const COMPARING_AT: usize = 56;
 const DOUBT_AT: usize = 57;
+const VERSION_AT: usize = 58;
 const CRC_AT: usize = 60;
+
+/// The version that is read and written. The first one had zeros there: in the file stands one less.
+const VERSION: u16 = 1;
 
 /// What a mark says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,15 +111,11 @@ impl Watermark {
         durable: Durable,
     ) -> io::Result<Self> {
         let path = dir.join(FILE);
-        match storage.open(&path) {
-            Ok(file) => {
-                let mark = Self { file, history };
-                if mark.read()?.is_some() {
-                    return Ok(mark);
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+        match Self::find(storage, dir, history) {
+            Ok(Some(_)) => return Ok(Self { file: storage.open(&path)?, history }),
+            Ok(None) => {}
+            Err(LogError::Io { source, .. }) => return Err(source),
+            Err(error) => return Err(io::Error::new(io::ErrorKind::Unsupported, error)),
         }
         let noted = encode(history, Noted::whole(durable));
         let file = replace_with(storage, &path, |file| file.write_at(ByteOffset::ZERO, &noted))?;
@@ -143,10 +139,10 @@ impl Watermark {
     /// What is noted of whatever log is in a directory, and of which history; none when no mark tells.
     ///
     /// # Errors
-    /// The file system's: then nobody knows what is noted.
-    pub(crate) fn of_any(storage: &dyn Storage, dir: &Path) -> io::Result<Option<(HistoryId, Noted)>> {
+    /// [`LogError::Io`] and [`LogError::UnknownVersion`]: then nobody knows what is noted.
+    pub(crate) fn of_any(storage: &dyn Storage, dir: &Path) -> Result<Option<(HistoryId, Noted)>, LogError> {
         match Self::at(storage, &dir.join(FILE)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(LogError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
             noted => noted,
         }
     }
@@ -154,17 +150,22 @@ impl Watermark {
     /// What a file notes, and of which history; none when it holds no mark.
     ///
     /// # Errors
-    /// The file system's.
-    pub(crate) fn at(storage: &dyn Storage, path: &Path) -> io::Result<Option<(HistoryId, Noted)>> {
-        let file = storage.open(path)?;
+    /// As [`Watermark::of_any`].
+    pub(crate) fn at(storage: &dyn Storage, path: &Path) -> Result<Option<(HistoryId, Noted)>, LogError> {
+        let name = storage.display(path);
+        let failed = |source| LogError::Io { step: format!("read {}", name.display()), source };
+        let file = storage.open(path).map_err(failed)?;
         let mut bytes = [0; LENGTH];
-        if file.read_at(ByteOffset::ZERO, &mut bytes)? < LENGTH {
+        if file.read_at(ByteOffset::ZERO, &mut bytes).map_err(failed)? < LENGTH {
             return Ok(None);
         }
-        let mut history = [0; 16];
-        history.copy_from_slice(&bytes[8..24]);
-        let history = HistoryId(Uuid::from_bytes(history));
-        Ok(decode(&bytes, history).map(|noted| (history, noted)))
+        match decode(&bytes) {
+            Mark::Noted(history, noted) => Ok(Some((history, noted))),
+            Mark::None => Ok(None),
+            Mark::Newer(found) => {
+                Err(LogError::UnknownVersion { file: name, found, known: u32::from(VERSION) })
+            }
+        }
     }
 
     /// What is wrong with the mark in a directory: a sentence; none when there is one, or no file.
@@ -176,22 +177,30 @@ impl Watermark {
             Ok(None) => {
                 Some(format!("{} is damaged: it is written again when the receiver starts", name.display()))
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => Some(unreadable(&name, &error)),
+            Err(LogError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+            Err(LogError::Io { source, .. }) => Some(unreadable(&name, &source)),
+            Err(error) => Some(error.to_string()),
         }
     }
 
     /// What to say of the mark in a directory when the device cannot read it; none when it can, or there is no file.
     pub(crate) fn unreadable_in(storage: &dyn Storage, dir: &Path) -> Option<String> {
-        let error = Self::of_any(storage, dir).err()?;
-        Some(unreadable(&storage.display(&dir.join(FILE)), &error))
+        match Self::of_any(storage, dir) {
+            Err(LogError::Io { source, .. }) => Some(unreadable(&storage.display(&dir.join(FILE)), &source)),
+            // One of another version is whole, and not ours to make anew.
+            Ok(_) | Err(_) => None,
+        }
     }
 
     /// What is noted of the log in a directory; none when no mark tells. Makes nothing.
     ///
     /// # Errors
     /// As [`Watermark::of_any`].
-    pub(crate) fn find(storage: &dyn Storage, dir: &Path, history: HistoryId) -> io::Result<Option<Noted>> {
+    pub(crate) fn find(
+        storage: &dyn Storage,
+        dir: &Path,
+        history: HistoryId,
+    ) -> Result<Option<Noted>, LogError> {
         let found = Self::of_any(storage, dir)?;
         Ok(found.filter(|(of, _)| *of == history).map(|(_, noted)| noted))
     }
@@ -211,16 +220,6 @@ impl Watermark {
     pub(crate) fn write_durably(&self, noted: Noted) -> io::Result<()> {
         self.write(noted)?;
         self.file.sync_data()
-    }
-
-    /// What is noted; none when no mark tells.
-    ///
-    /// # Errors
-    /// As [`Watermark::of_any`].
-    pub(crate) fn read(&self) -> io::Result<Option<Noted>> {
-        let mut bytes = [0; LENGTH];
-        let read = self.file.read_at(ByteOffset::ZERO, &mut bytes)?;
-        Ok((read == LENGTH).then(|| decode(&bytes, self.history)).flatten())
     }
 }
 
@@ -245,47 +244,116 @@ fn encode(history: HistoryId, noted: Noted) -> [u8; LENGTH] {
     }
     bytes[COMPARING_AT] = u8::from(is_compared);
     bytes[DOUBT_AT] = u8::from(noted.lost.is_some_and(|lost| lost.in_doubt));
+    bytes[VERSION_AT..CRC_AT].copy_from_slice(&(VERSION - 1).to_le_bytes());
     let crc = crc32c::crc32c(&bytes[..CRC_AT]);
     bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
     bytes
 }
 
-fn decode(bytes: &[u8; LENGTH], history: HistoryId) -> Option<Noted> {
-    let durable = |at: usize| {
-        let number = |at: usize| {
-            let mut number = [0; 8];
-            number.copy_from_slice(&bytes[at..at + 8]);
-            u64::from_le_bytes(number)
-        };
-        Durable { seq: Seq(number(at)), lsn: Lsn(number(at + 8)) }
+/// What a file holds.
+#[derive(Debug, PartialEq, Eq)]
+enum Mark {
+    Noted(HistoryId, Noted),
+    None,
+    /// A mark of this version.
+    Newer(u32),
+}
+
+fn decode(bytes: &[u8; LENGTH]) -> Mark {
+    let number = |at: usize| {
+        let mut number = [0; 8];
+        number.copy_from_slice(&bytes[at..at + 8]);
+        u64::from_le_bytes(number)
     };
+    // These are the same in every version.
+    let crc = crc32c::crc32c(&bytes[..CRC_AT]).to_le_bytes();
+    if !bytes.starts_with(MAGIC) || bytes[CRC_AT..] != crc {
+        return Mark::None;
+    }
+    let version = u32::from(u16::from_le_bytes([bytes[VERSION_AT], bytes[VERSION_AT + 1]])) + 1;
+    if version != u32::from(VERSION) {
+        return Mark::Newer(version);
+    }
+    let mut history = [0; 16];
+    history.copy_from_slice(&bytes[8..24]);
+    let history = HistoryId(Uuid::from_bytes(history));
+    let durable = |at: usize| Durable { seq: Seq(number(at)), lsn: Lsn(number(at + 8)) };
     let lost = Some(durable(40)).filter(|lost| lost.seq > Seq(0));
     let (is_compared, in_doubt) = (bytes[COMPARING_AT] == 1, bytes[DOUBT_AT] == 1);
     let lost = lost.map(|through| Lost { through, is_compared, in_doubt });
     let noted = Noted { durable: durable(24), lost };
-    (*bytes == encode(history, noted)).then_some(noted)
+    if *bytes == encode(history, noted) { Mark::Noted(history, noted) } else { Mark::None }
 }
 
 #[cfg(test)]
 mod tests {
+    use backtide_storage::MemoryStorage;
+
     use super::*;
+
+    const HISTORY: HistoryId = HistoryId(Uuid::from_u128(5));
+
+    fn noted(is_compared: bool, in_doubt: bool) -> Noted {
+        let through = Durable { seq: Seq(12), lsn: Lsn(11) };
+        let lost = Some(Lost { through, is_compared, in_doubt });
+        Noted { durable: Durable { seq: Seq(7), lsn: Lsn(9) }, lost }
+    }
+
+    fn seal(bytes: &mut [u8; LENGTH]) {
+        let crc = crc32c::crc32c(&bytes[..CRC_AT]);
+        bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
+    }
 
     #[test]
     fn a_mark_reads_back_and_every_flipped_bit_makes_it_none() {
-        let history = HistoryId(Uuid::from_u128(5));
-        let durable = Durable { seq: Seq(7), lsn: Lsn(9) };
-        let lost = Durable { seq: Seq(12), lsn: Lsn(11) };
-        let lost = |is_compared, in_doubt| Some(Lost { through: lost, is_compared, in_doubt });
-        for lost in [None, lost(false, false), lost(true, false), lost(false, true), lost(true, true)] {
-            let noted = Noted { durable, lost };
-            let good = encode(history, noted);
-            assert_eq!(decode(&good, history), Some(noted));
-            assert_eq!(decode(&good, HistoryId(Uuid::from_u128(6))), None, "a mark of another log");
+        let all = [(false, false), (true, false), (false, true), (true, true)];
+        let whole = Noted { lost: None, ..noted(false, false) };
+        for noted in all.map(|(compared, doubt)| noted(compared, doubt)).into_iter().chain([whole]) {
+            let good = encode(HISTORY, noted);
+            assert_eq!(decode(&good), Mark::Noted(HISTORY, noted));
             for bit in 0..LENGTH * 8 {
                 let mut bytes = good;
                 bytes[bit / 8] ^= 1 << (bit % 8);
-                assert_eq!(decode(&bytes, history), None, "bit {bit}");
+                assert_eq!(decode(&bytes), Mark::None, "bit {bit}");
             }
         }
+    }
+
+    #[test]
+    fn one_of_a_newer_version_is_refused_with_a_sentence_and_stays_as_it_is() {
+        let (storage, dir) = (MemoryStorage::new(), Path::new("d"));
+        storage.create_dir(dir).unwrap();
+        for (stands, version) in [(1_u16, 2), (u16::MAX, 65_536)] {
+            let mut bytes = encode(HISTORY, noted(true, false));
+            bytes[VERSION_AT..CRC_AT].copy_from_slice(&stands.to_le_bytes());
+            // Of what lies between nobody here knows anything.
+            bytes[24..VERSION_AT].fill(0xee);
+            assert_eq!(decode(&bytes), Mark::None, "it is not what somebody wrote");
+            seal(&mut bytes);
+            replace_with(&storage, &dir.join(FILE), |file| file.write_at(ByteOffset::ZERO, &bytes)).unwrap();
+            let why = format!("d/durable has format version {version}, this program reads up to 1");
+            for error in [
+                Watermark::of_any(&storage, dir).unwrap_err(),
+                Watermark::find(&storage, dir, HISTORY).unwrap_err(),
+            ] {
+                assert!(error.to_string().ends_with(&why), "{error}");
+            }
+            assert!(Watermark::damage_of(&storage, dir).unwrap().ends_with(&why));
+            assert_eq!(Watermark::unreadable_in(&storage, dir), None, "no repair makes it anew");
+            assert!(Watermark::open(&storage, dir, HISTORY, Durable::default()).is_err());
+            let files = storage.files();
+            assert_eq!(files.first().unwrap().1[..], bytes);
+        }
+    }
+
+    #[test]
+    fn the_bytes_of_version_1_stay() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/v1/segment/durable");
+        if std::env::var_os("BACKTIDE_WRITE_GOLDEN").is_some() {
+            std::fs::write(&path, encode(HISTORY, noted(true, false))).unwrap();
+        }
+        let golden: [u8; LENGTH] = std::fs::read(&path).unwrap().try_into().unwrap();
+        assert_eq!(decode(&golden), Mark::Noted(HISTORY, noted(true, false)));
+        assert_eq!(encode(HISTORY, noted(true, false)), golden);
     }
 }

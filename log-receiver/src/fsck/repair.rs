@@ -355,11 +355,7 @@ impl Work<'_> {
 
     /// What is noted beside the log in a directory.
     fn noted(&self, dir: &Path, history: HistoryId) -> Result<Option<Noted>, LogError> {
-        self.io(
-            "read",
-            &dir.join(crate::watermark::FILE),
-            Watermark::find(&*self.shelf.storage, dir, history),
-        )
+        Watermark::find(&*self.shelf.storage, dir, history)
     }
 
     /// Mends what a log has that opens.

@@ -39,6 +39,34 @@ fn with_a_damaged_end() -> MemoryStorage {
 }
 
 #[test]
+fn a_log_whose_mark_is_of_a_newer_version_is_left_to_who_wrote_it() {
+    let storage = without_its_end();
+    let mut bytes = backtide_storage::read_file(&storage, &mark(), ByteCount(64)).unwrap();
+    bytes[58] = 1;
+    let crc = crc32c::crc32c(&bytes[..60]).to_le_bytes();
+    bytes[60..].copy_from_slice(&crc);
+    backtide_storage::replace_file(&storage, &mark(), &bytes).unwrap();
+    let of_disks = || {
+        let mut files = storage.files();
+        files.retain(|(path, _)| path.starts_with("disks"));
+        files
+    };
+    let files = of_disks();
+    let why = "durable has format version 2, this program reads up to 1";
+    let error = shelf(&storage).open(IDENTITY.disk, 1).err().unwrap();
+    assert!(matches!(error, LogError::UnknownVersion { found: 2, known: 1, .. }), "{error}");
+    let disk = shelf(&storage).open_disk(IDENTITY.disk).unwrap();
+    let failure = disk.failure().unwrap();
+    assert!(failure.why.contains(why) && !failure.damaged, "no new log begins beside it: {}", failure.why);
+    for what in [Repair::Rebuild, Repair::Everything] {
+        let report = run(&storage, what).unwrap();
+        assert!(!report.sound && report.disks[0].error.as_ref().unwrap().contains(why), "{report:?}");
+        assert!(report.disks[0].mended.is_empty() && report.disks[0].cut.is_empty(), "{report:?}");
+    }
+    assert!(of_disks() == files, "nothing of it changes");
+}
+
+#[test]
 fn a_log_whose_mark_cannot_be_read_is_not_opened_and_nothing_of_it_changes() {
     for before in [whole(true), without_its_end(), with_a_damaged_end()] {
         let storage = before.copy();
