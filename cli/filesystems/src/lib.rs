@@ -1,4 +1,4 @@
-//! The files of ext2/3/4, XFS, NTFS and FAT, and the logical volumes of LVM, out of the bytes of a disk. Nothing is written.
+//! The files of ext2/3/4, XFS, NTFS and FAT, the logical volumes of LVM, and partitions, out of the bytes of a disk. Nothing is written.
 //!
 //! A [`Source`] gives bytes; a [`FileSystem`] tells from them what lies where. File systems only find things: where
 //! a file's bytes are is told as [`Contents`], which one place reads (`contents`), and paths are walked in
@@ -17,6 +17,7 @@ mod file_system;
 mod golden;
 pub mod lvm;
 pub mod ntfs;
+pub mod partitions;
 pub mod path;
 mod source;
 pub mod xfs;

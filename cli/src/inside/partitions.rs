@@ -5,23 +5,12 @@ use std::{io, rc::Rc};
 use backtide_filesystems::{
     Source, Window,
     lvm::{self, LogicalBytes, Segment},
+    partitions::{Mark, table},
 };
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
-use gpt::{GptConfig, disk::LogicalBlockSize};
 use serde::Serialize;
 
 use super::PointReader;
-
-const SECTOR: u64 = 512;
-
-/// Logical partitions that are looked for: a table can be a circle.
-const LOGICAL_MAX: u32 = 128;
-
-/// Bytes of an entry of a GPT: the only length that is in use.
-const ENTRY_LENGTH: u32 = 128;
-
-/// Entries of a GPT: there are 128 nearly everywhere.
-const ENTRIES_MAX: u32 = 1024;
 
 /// A part of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -72,11 +61,12 @@ impl Content {
         }
     }
 
-    /// Whether its mark is where a table of partitions would be.
-    fn is_in_first_sector(self) -> bool {
+    /// Where its mark is on a disk that holds it as a whole.
+    fn mark(self) -> Mark {
         match self {
-            Self::Xfs | Self::Ntfs | Self::Luks | Self::Fat => true,
-            Self::Ext4 | Self::Btrfs | Self::Lvm | Self::Swap | Self::Unknown => false,
+            Self::Xfs | Self::Ntfs | Self::Luks | Self::Fat => Mark::InItsPlace,
+            Self::Ext4 | Self::Btrfs | Self::Lvm | Self::Swap => Mark::Behind,
+            Self::Unknown => Mark::None,
         }
     }
 
@@ -177,7 +167,7 @@ pub(crate) fn logical_volumes(
 /// When it cannot be read, or its table is damaged.
 pub(crate) fn partitions(disk: &Rc<PointReader>) -> io::Result<Vec<Partition>> {
     let (whole, unread) = content_or_why(disk.as_ref());
-    let ranges = table(disk, whole)?;
+    let ranges = table(disk.as_ref(), whole.mark())?;
     if ranges.is_empty() {
         let (offset, length) = (ByteOffset::ZERO, disk.size());
         return Ok(vec![Partition { number: 0, offset, length, content: whole, unread }]);
@@ -188,132 +178,6 @@ pub(crate) fn partitions(disk: &Rc<PointReader>) -> io::Result<Vec<Partition>> {
         Partition { number, offset: range.start(), length: part.size(), content, unread }
     });
     Ok(found.collect())
-}
-
-/// The partitions of a disk that seems to hold `whole`, by their numbers; none when there is no table.
-fn table(disk: &PointReader, whole: Content) -> io::Result<Vec<(u32, ByteRange)>> {
-    let mut first = [0; SECTOR as usize];
-    // A file system that begins where a table would be lies on a bare disk: FAT has a table's signature, too.
-    if disk.size().0 < 2 * SECTOR || whole.is_in_first_sector() {
-        return Ok(Vec::new());
-    }
-    disk.read_at(ByteOffset::ZERO, &mut first)?;
-    if first[510..] != [0x55, 0xaa] {
-        return Ok(Vec::new());
-    }
-    // What has its mark further behind may be what was there before the table.
-    let is_sure = whole == Content::Unknown;
-    if primary(&first).any(|(kind, _)| kind == 0xee) {
-        return match gpt_partitions(disk) {
-            Err(_) if !is_sure => Ok(Vec::new()),
-            found => found,
-        };
-    }
-    let sectors = disk.size().0 / SECTOR;
-    let is_inside = |(kind, (start, count)): (u8, (u64, u64))| {
-        kind != 0 && start > 0 && count > 0 && start + count <= sectors
-    };
-    if is_sure || primary(&first).any(is_inside) { mbr_partitions(disk, &first) } else { Ok(Vec::new()) }
-}
-
-/// Refuses a header of a table that `gpt` would panic about or take memory for without bounds: the numbers are
-/// the guest's, and a checksum keeps nobody from writing any.
-fn check_gpt_header(disk: &PointReader, at: u64) -> io::Result<()> {
-    let mut header = [0; 92];
-    disk.read_at(ByteOffset(at), &mut header)?;
-    if header[..8] != *b"EFI PART" {
-        return Ok(());
-    }
-    let number = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
-    let (entries, length) = (number(80), number(84));
-    if length == ENTRY_LENGTH && entries <= ENTRIES_MAX {
-        return Ok(());
-    }
-    let why = format!(
-        "the partition table (GPT) says it has {entries} entries of {length} bytes; \
-         {ENTRIES_MAX} of {ENTRY_LENGTH} at most can be read here"
-    );
-    Err(io::Error::new(io::ErrorKind::InvalidData, why))
-}
-
-fn gpt_partitions(disk: &PointReader) -> io::Result<Vec<(u32, ByteRange)>> {
-    // Either header may be the one that is used: the second takes the place of a damaged first.
-    let last = (disk.size().0 / SECTOR).saturating_sub(1) * SECTOR;
-    for at in [SECTOR, last] {
-        check_gpt_header(disk, at)?;
-    }
-    let block = LogicalBlockSize::Lb512;
-    let config = GptConfig::new().writable(false).logical_block_size(block);
-    let table = config.open_from_device(disk.clone()).map_err(io::Error::other)?;
-    let mut ranges = Vec::new();
-    for (number, partition) in table.partitions() {
-        let (start, length) = (partition.bytes_start(block)?, partition.bytes_len(block)?);
-        let range = ByteRange::new(ByteOffset(start), ByteCount(length));
-        ranges.push((*number, range.ok_or(io::ErrorKind::InvalidData)?));
-    }
-    Ok(ranges)
-}
-
-/// The four entries of a boot record, with their kind and the sectors they name.
-fn primary(sector: &[u8; SECTOR as usize]) -> impl Iterator<Item = (u8, (u64, u64))> + '_ {
-    sector[446..510].chunks_exact(16).map(|entry| {
-        let number = |at: usize| u32::from_le_bytes(entry[at..at + 4].try_into().expect("four bytes"));
-        (entry[4], (u64::from(number(8)), u64::from(number(12))))
-    })
-}
-
-fn is_extended(kind: u8) -> bool {
-    matches!(kind, 0x05 | 0x0f | 0x85)
-}
-
-fn sectors(start: u64, count: u64) -> ByteRange {
-    // Numbers of 32 bits each: far below what a byte offset can be.
-    let start = ByteOffset(start * SECTOR);
-    ByteRange::new(start, ByteCount(count * SECTOR)).expect("sectors of 32 bits")
-}
-
-fn mbr_partitions(disk: &PointReader, first: &[u8; SECTOR as usize]) -> io::Result<Vec<(u32, ByteRange)>> {
-    let mut ranges = Vec::new();
-    let mut extended = None;
-    for (number, (kind, (start, count))) in (1..).zip(primary(first)) {
-        match kind {
-            _ if count == 0 => {}
-            kind if is_extended(kind) => extended = Some(start),
-            _ => ranges.push((number, sectors(start, count))),
-        }
-    }
-    let Some(base) = extended else { return Ok(ranges) };
-    // Each boot record of the chain names one partition, relative to itself, and the next record, relative
-    // to the first.
-    let mut at = base;
-    let mut number = 5;
-    for _ in 0..LOGICAL_MAX {
-        let mut record = [0; SECTOR as usize];
-        disk.read_at(ByteOffset(at * SECTOR), &mut record)?;
-        if record[510..] != [0x55, 0xaa] {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "the table of logical partitions is damaged",
-            ));
-        }
-        let mut next = None;
-        for (kind, (start, count)) in primary(&record).take(2) {
-            match kind {
-                // Linux has no number for it.
-                _ if count == 0 => {}
-                kind if is_extended(kind) => next = next.or(Some(base + start)),
-                _ => {
-                    ranges.push((number, sectors(at + start, count)));
-                    number += 1;
-                }
-            }
-        }
-        match next {
-            Some(next) => at = next,
-            None => break,
-        }
-    }
-    Ok(ranges)
 }
 
 /// What a volume seems to hold, or that this is unknown and why.

@@ -5,8 +5,7 @@
 use std::{
     cell::RefCell,
     collections::VecDeque,
-    fmt,
-    io::{self, Read, Seek, SeekFrom, Write},
+    fmt, io,
     sync::{Arc, OnceLock},
 };
 
@@ -52,7 +51,6 @@ impl Lost {
 pub(crate) struct PointReader {
     client: Client,
     runtime: Handle,
-    position: u64,
     /// Why nothing more comes of the point, once its connection has ended.
     lost: Lost,
     /// Stretches that were read, the last used first, and where they begin.
@@ -62,7 +60,7 @@ pub(crate) struct PointReader {
 impl PointReader {
     /// The point behind `client`, whose connection runs on `runtime`.
     pub(crate) fn new(client: Client, runtime: Handle) -> Self {
-        Self { client, runtime, position: 0, lost: Lost::default(), stretches: RefCell::default() }
+        Self { client, runtime, lost: Lost::default(), stretches: RefCell::default() }
     }
 
     /// What tells, also when the reader is gone, whether its connection ended before it did.
@@ -111,46 +109,6 @@ impl Source for PointReader {
             buffer[done..done + count].copy_from_slice(&stretch[from..from + count]);
             (at, done) = (at + count as u64, done + count);
         }
-        Ok(())
-    }
-}
-
-/// One that reads from the start, and remembers what it reads by itself.
-impl Clone for PointReader {
-    fn clone(&self) -> Self {
-        Self { lost: self.lost.clone(), ..Self::new(self.client.clone(), self.runtime.clone()) }
-    }
-}
-
-impl Read for PointReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.size().0.saturating_sub(self.position);
-        let count = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        self.read_at(ByteOffset(self.position), &mut buffer[..count])?;
-        self.position += count as u64;
-        Ok(count)
-    }
-}
-
-impl Seek for PointReader {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(at) => Some(at),
-            SeekFrom::End(by) => self.size().0.checked_add_signed(by),
-            SeekFrom::Current(by) => self.position.checked_add_signed(by),
-        };
-        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.position)
-    }
-}
-
-/// Partition tables are read through a trait that could write them, too.
-impl Write for PointReader {
-    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

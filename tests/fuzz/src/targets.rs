@@ -4,6 +4,7 @@ mod agent;
 mod nbd;
 mod store;
 mod stream;
+mod tables;
 mod volumes;
 
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! File systems and volume groups as a hostile guest may write them, a fixed number of seeds each;
+//! File systems, volume groups and tables of partitions as a hostile guest may write them, a fixed number of seeds each;
 //! `BACKTIDE_FUZZ_SECONDS=60` goes on for so long, `SEED=N` runs one seed.
 
 use backtide_fuzz::targets::volume;
@@ -26,4 +26,9 @@ fn xfs() {
 #[test]
 fn lvm() {
     volume("lvm").run();
+}
+
+#[test]
+fn partitions() {
+    volume("partitions").run();
 }

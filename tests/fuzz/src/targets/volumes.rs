@@ -1,4 +1,4 @@
-//! What guests write: volumes of ext, FAT, NTFS and XFS, and the metadata of LVM.
+//! What guests write: volumes of ext, FAT, NTFS and XFS, the metadata of LVM, and tables of partitions.
 //!
 //! A sample is a volume without its empty sectors: its length in sectors, and then each sector behind its number. So
 //! what is done to it is done to something. XFS and ext4 check what they read by checksums, which turn most of it away here: their
@@ -9,10 +9,10 @@ use std::{collections::BTreeMap, io, path::Path, rc::Rc};
 use backtide_filesystems::{FileSystem, Kind, Source, Window, ext::Ext, fat::Fat, lvm, ntfs::Ntfs, xfs::Xfs};
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
-use super::leave;
+use super::{leave, tables};
 use crate::Target;
 
-const SECTOR: usize = 512;
+pub(super) const SECTOR: usize = 512;
 
 /// The longest volume that a length can say: no reader has to take more than the bytes that are asked for.
 const SECTORS_MAX: u32 = 1 << 24;
@@ -62,6 +62,7 @@ pub fn volume(name: &str) -> Target {
             mend: leave,
             take: groups,
         },
+        "partitions" => tables::target(),
         other => panic!("there is no volume {other}"),
     }
 }
@@ -76,7 +77,7 @@ fn unpacked(name: &str) -> Vec<u8> {
 }
 
 /// The sectors of a volume that are not empty.
-fn pack(volume: &[u8]) -> Vec<u8> {
+pub(super) fn pack(volume: &[u8]) -> Vec<u8> {
     let sectors = u32::try_from(volume.len() / SECTOR).expect("a small volume");
     let mut packed = sectors.to_le_bytes().to_vec();
     let used = volume.chunks_exact(SECTOR).zip(0_u32..).filter(|(sector, _)| *sector != [0; SECTOR]);
@@ -88,13 +89,13 @@ fn pack(volume: &[u8]) -> Vec<u8> {
 }
 
 /// A volume out of a sample.
-struct Sparse {
+pub(super) struct Sparse {
     size: ByteCount,
     sectors: BTreeMap<u64, Vec<u8>>,
 }
 
 impl Sparse {
-    fn new(packed: &[u8]) -> Self {
+    pub(super) fn new(packed: &[u8]) -> Self {
         let number = |bytes: &[u8]| bytes.first_chunk().map_or(0, |first| u32::from_le_bytes(*first));
         let mut sectors = BTreeMap::new();
         for entry in packed.get(4..).unwrap_or_default().chunks(4 + SECTOR) {
