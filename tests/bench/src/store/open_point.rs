@@ -1,6 +1,6 @@
 //! How long it takes to open a point of a disk with millions of records, and what they take in memory.
 //!
-//! The log is opened as the receiver opens it; the memory is that of a real receiver.
+//! The log is opened as the receiver opens it, and cold is what follows right after that; the memory is that of a real receiver.
 
 use std::{path::Path, sync::Arc, time::Instant};
 
