@@ -15,7 +15,7 @@
 //!    fast it is.
 //! 6. `activity`: what the tracking file has to say, before a change may happen.
 //! 7. `spill`: the window's part on disk.
-//! 8. `operate`, `verify`: what a person can ask for.
+//! 8. `operate`, `verify`, `differing`: what a person can ask for.
 //!
 //! # Invariants
 //! For every block that differs between the local disk and the newest version at the receiver,
@@ -30,6 +30,7 @@ mod capture;
 mod compare;
 mod connection;
 mod courtesy;
+mod differing;
 mod drain;
 mod event;
 mod filter;
@@ -55,6 +56,7 @@ mod window;
 pub use activity::Untracked;
 pub use compare::chunk_items;
 pub use courtesy::Watch;
+pub use differing::{Differing, STRETCHES_LISTED};
 pub use event::{
     AckPolicy, Change, Effect, IoFailure, IoId, LocalData, LocalOp, Now, OnOutage, RequestId, Resume,
     Settings, SpillDone, SpillOp, TrackingOp,

@@ -14,6 +14,7 @@ use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, L
 use crate::{
     capture::{Ongoing, Queued},
     compare::{ZEROES_RUN_MAX, is_answer},
+    differing::Differing,
     event::{Effect, IoFailure, IoId, LocalData, LocalOp, Now},
     filter::{Filter, Mode},
 };
@@ -55,14 +56,14 @@ pub struct VerifyReport {
     /// See `from`.
     pub to: Lsn,
     /// The blocks of the chunks, of at most 64 KiB, in which disk and receiver differ.
-    pub differing: DirtyBitmap,
+    pub differing: Differing,
 }
 
 impl VerifyReport {
-    /// The stretches that differ, in order; of a disk of `size`.
+    /// All stretches that differ, in order; of a disk of `size`.
     pub fn differing_ranges(&self, size: ByteCount) -> impl Iterator<Item = ByteRange> {
         let all = BlockRange::whole_disk(size);
-        self.differing.runs(all, all.count()).map(move |run| run.bytes(size))
+        self.differing.blocks().runs(all, all.count()).map(move |run| run.bytes(size))
     }
 }
 
@@ -181,7 +182,7 @@ impl Filter {
             total: self.settings.size,
             from: lsn,
             to: lsn,
-            differing: self.bounded_bitmap(),
+            differing: Differing::within(self.bounded_bitmap()),
             ..VerifyReport::default()
         };
         let io = self.take_io_id();
@@ -308,7 +309,7 @@ impl Filter {
         else {
             return;
         };
-        self.passive.union_with(&job.report.differing);
+        self.passive.union_with(job.report.differing.blocks());
         // No change has made it known: an agent that dies before it is sent would leave nothing of it.
         self.activity.want_snapshot();
         // A scan under way is going to take them along.
