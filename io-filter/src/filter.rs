@@ -451,9 +451,12 @@ impl Filter {
         assert!(to != Mode::Resync || self.pass.is_some(), "a resync is a pass");
         assert!(to == Mode::Resync || self.pass.is_none(), "a pass is a resync");
         assert!(to != Mode::Sync || self.lost.is_none(), "what is unknown is not in sync");
+        match to {
+            Mode::Sync => {}
+            Mode::Tracking | Mode::Resync => self.suspend_verify(),
+            Mode::Paused | Mode::Detached => self.interrupt_verify(),
+        }
         if to != Mode::Sync {
-            // The receiver lacks changes from now on: a comparison would find differences that are none.
-            self.interrupt_verify();
             // A pass that is due must not wait for what will not be written any more.
             self.stop_spilling();
         }

@@ -251,7 +251,7 @@ impl Filter {
         };
         let (messages, asked) = self.window.write_batch(batch, slot);
         if asked {
-            self.interrupt_verify();
+            self.suspend_verify();
         }
         self.counters.spilled_bytes += batch.bytes.0;
         let io = self.take_io_id();

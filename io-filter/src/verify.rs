@@ -4,6 +4,10 @@
 //! under way: so nothing needs to be copied before a write, and a change in flight is never a
 //! difference. Where the disk holds no data, and nothing was changed since that was found out, the
 //! receiver is told of zeroes without a read: a sparse disk takes as long as its data.
+//!
+//! While the guest is faster than the stream the disk is not in sync, and nothing can be compared: the verify waits for
+//! that, and goes on where it was. What had been found to differ by then is looked at once more, for it may have been known
+//! to differ, or differ no more.
 
 use std::collections::BTreeMap;
 
@@ -28,8 +32,8 @@ pub enum VerifyError {
     /// One is running.
     #[error("a verify of this disk is running")]
     Running,
-    /// The disk left sync mode on the way.
-    #[error("the disk left sync mode during the verify")]
+    /// The disk was paused on the way, or its receiver is away.
+    #[error("the disk was paused, or lost its receiver, during the verify")]
     Interrupted,
     /// Somebody asked for its end.
     #[error("the verify was cancelled")]
@@ -92,6 +96,8 @@ pub(crate) struct VerifyJob {
     cursor: BlockIndex,
     /// Blocks the receiver does not have zeroes for, where the disk holds no data.
     again: DirtyBitmap,
+    /// Long stretches that held no data when the receiver was asked, which did not answer before the disk left sync.
+    holes: DirtyBitmap,
     /// Blocks whose read gave way to the guest: they are read one by one.
     careful: DirtyBitmap,
     /// Reads and turns at the guard under way.
@@ -118,7 +124,36 @@ impl VerifyJob {
     }
 
     fn is_through(&self, end: BlockIndex) -> bool {
-        self.scan.is_none() && self.cursor >= end && self.again.is_empty() && self.careful.is_empty()
+        let left_over = [&self.again, &self.holes, &self.careful];
+        self.scan.is_none() && self.cursor >= end && left_over.iter().all(|blocks| blocks.is_empty())
+    }
+
+    /// Nothing can be compared for a while: what was asked is asked anew, and what was found to differ is looked at again.
+    fn suspend(&mut self, size: ByteCount) {
+        for item in std::mem::take(&mut self.pending).into_values().flatten() {
+            let blocks = BlockRange::touched_by(item.range);
+            if is_long_hole(&item) { self.holes.insert(blocks) } else { self.again.insert(blocks) };
+        }
+        let found: u64 = self.report.differing_ranges(size).map(|range| range.count().0).sum();
+        self.report.compared.0 = self.report.compared.0.saturating_sub(found);
+        self.again.union_with(&self.report.differing.take());
+    }
+
+    /// The next hole that is one still.
+    fn take_hole(&mut self, end: BlockIndex) -> Option<BlockRange> {
+        while let Some(run) = self.holes.next_run(BlockIndex(0), end, ZEROES_RUN_MAX) {
+            let data = self.data.next_run(run.start(), run.end(), run.count());
+            let hole = BlockRange::between(run.start(), data.map_or(run.end(), BlockRange::start));
+            if let Some(data) = data {
+                self.holes.remove(data);
+                self.again.insert(data);
+            }
+            if !hole.is_empty() {
+                self.holes.remove(hole);
+                return Some(hole);
+            }
+        }
+        None
     }
 
     /// The next run, taken.
@@ -130,6 +165,9 @@ impl VerifyJob {
                 blocks.remove(run);
                 return Next::Read(run);
             }
+        }
+        if let Some(hole) = self.take_hole(end) {
+            return Next::Zeroes(hole);
         }
         if self.cursor >= end {
             return Next::Nothing;
@@ -160,6 +198,11 @@ const VERIFY_READS_MAX: usize = 4;
 
 /// Questions of a verify under way at once.
 const VERIFY_PENDING_MAX: usize = 64;
+
+/// Whether it was asked of a stretch without data that is longer than what is read at once.
+fn is_long_hole(item: &CompareItem) -> bool {
+    item.content == Content::Zeroes && BlockRange::touched_by(item.range).count() > VERIFY_RUN_BLOCKS_MAX
+}
 
 impl Filter {
     /// Compares the whole disk with the receiver while the guest goes on: each run at the LSN of the
@@ -200,6 +243,7 @@ impl Filter {
             data,
             cursor: BlockIndex(0),
             again: DirtyBitmap::new(),
+            holes: DirtyBitmap::new(),
             careful: DirtyBitmap::new(),
             busy: 0,
             pending: BTreeMap::new(),
@@ -225,6 +269,19 @@ impl Filter {
         self.end_verify(VerifyError::Interrupted);
     }
 
+    /// The receiver lacks changes from now on: a comparison would find differences that are none.
+    pub(crate) fn suspend_verify(&mut self) {
+        if let Some(job) = self.verify.as_mut().filter(|job| job.result.is_none()) {
+            job.suspend(self.settings.size);
+        }
+    }
+
+    /// Whether a question asked now is answered, and what differs then is a difference. What goes to the spill first is not
+    /// asked.
+    fn can_compare(&self) -> bool {
+        self.mode == Mode::Sync && self.is_connected() && self.is_spill_idle()
+    }
+
     fn end_verify(&mut self, why: VerifyError) {
         if let Some(job) = &mut self.verify
             && job.result.is_none()
@@ -233,7 +290,7 @@ impl Filter {
             job.pending.clear();
             job.scan = None;
             // Nothing of it is needed any more but what it found.
-            for blocks in [&mut job.data, &mut job.again, &mut job.careful] {
+            for blocks in [&mut job.data, &mut job.again, &mut job.holes, &mut job.careful] {
                 *blocks = DirtyBitmap::new();
             }
         }
@@ -250,7 +307,7 @@ impl Filter {
     /// Whether a verify would read now.
     pub(crate) fn has_to_verify(&self) -> bool {
         let end = self.all_blocks().end();
-        self.verify.as_ref().is_some_and(|job| {
+        self.verify.as_ref().filter(|_| self.can_compare()).is_some_and(|job| {
             let busy = job.busy >= VERIFY_READS_MAX || job.pending.len() >= VERIFY_PENDING_MAX;
             job.result.is_none() && job.scan.is_none() && !job.is_through(end) && !busy
         })
@@ -259,14 +316,14 @@ impl Filter {
     pub(crate) fn go_on_verifying(&mut self) {
         let end = self.all_blocks().end();
         loop {
-            let held_back = self.pace.due(self.now.monotonic).is_some();
+            let (held_back, can_compare) = (self.pace.due(self.now.monotonic).is_some(), self.can_compare());
             let Some(job) = self.verify.as_mut().filter(|job| job.result.is_none()) else { return };
             if job.is_through(end) && job.busy == 0 && job.pending.is_empty() {
                 job.result = Some(Ok(()));
                 job.data = DirtyBitmap::new();
                 return self.repair_if_asked();
             }
-            if job.scan.is_some() || job.pending.len() >= VERIFY_PENDING_MAX {
+            if !can_compare || job.scan.is_some() || job.pending.len() >= VERIFY_PENDING_MAX {
                 return;
             }
             let may_read = job.busy < VERIFY_READS_MAX && !held_back;
@@ -318,9 +375,21 @@ impl Filter {
         }
     }
 
-    /// The run's turn has come; its verify may have been interrupted meanwhile.
+    /// The run's turn has come; its verify may have been interrupted meanwhile, or be waiting.
     pub(crate) fn queued_verify_admitted(&mut self, run: VerifyRun) {
-        if self.verify_of(run).is_some() { self.read_for_verify(run) } else { self.release(run.blocks) }
+        if self.can_compare() && self.verify_of(run).is_some() {
+            return self.read_for_verify(run);
+        }
+        self.put_off(run);
+        self.release(run.blocks);
+    }
+
+    /// What was to be read, or was read in vain, has its turn when it can be compared.
+    fn put_off(&mut self, run: VerifyRun) {
+        if let Some(job) = self.verify_of(run) {
+            job.busy -= 1;
+            job.again.insert(run.blocks);
+        }
     }
 
     fn read_for_verify(&mut self, run: VerifyRun) {
@@ -351,7 +420,9 @@ impl Filter {
     /// The run's content and the log's end belong together: the guard kept changes out.
     pub(crate) fn verify_read_done(&mut self, run: VerifyRun, result: Result<LocalData, IoFailure>) {
         let range = run.blocks.bytes(self.settings.size);
-        if let Some(job) = self.verify_of(run) {
+        if result.is_ok() && !self.can_compare() {
+            self.put_off(run);
+        } else if let Some(job) = self.verify_of(run) {
             job.busy -= 1;
             match result {
                 Ok(read) => {
@@ -377,7 +448,7 @@ impl Filter {
         job.report.compared.0 += items.iter().map(|item| item.range.count().0).sum::<u64>();
         for item in result.differing.iter().filter_map(|index| items.get(*index as usize)) {
             let blocks = BlockRange::touched_by(item.range);
-            if item.content == Content::Zeroes && blocks.count() > VERIFY_RUN_BLOCKS_MAX {
+            if is_long_hole(item) {
                 // Somewhere in it: looked at in chunks.
                 job.report.compared.0 -= item.range.count().0;
                 job.again.insert(blocks);
