@@ -29,6 +29,8 @@ pub enum Mutant {
     SpillTrimsReceived,
     /// When the spill cannot be used any more, the blocks of what was in it are forgotten.
     SpillForgetsBlocks,
+    /// A verify goes on while the receiver lacks changes.
+    VerifyOutOfSync,
     /// A pass begins while somebody else writes the local disk.
     PassWhileWrittenPast,
 }

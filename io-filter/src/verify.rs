@@ -6,8 +6,7 @@
 //! receiver is told of zeroes without a read: a sparse disk takes as long as its data.
 //!
 //! While the guest is faster than the stream the disk is not in sync, and nothing can be compared: the verify waits for
-//! that, and goes on where it was. What had been found to differ by then is looked at once more, for it may have been known
-//! to differ, or differ no more.
+//! that, and goes on where it was.
 
 use std::collections::BTreeMap;
 
@@ -21,6 +20,7 @@ use crate::{
     differing::Differing,
     event::{Effect, IoFailure, IoId, LocalData, LocalOp, Now},
     filter::{Filter, Mode},
+    mutant::Mutant,
 };
 
 /// Why a verify did not come to a result.
@@ -128,15 +128,16 @@ impl VerifyJob {
         self.scan.is_none() && self.cursor >= end && left_over.iter().all(|blocks| blocks.is_empty())
     }
 
-    /// Nothing can be compared for a while: what was asked is asked anew, and what was found to differ is looked at again.
-    fn suspend(&mut self, size: ByteCount) {
+    /// What was asked is not answered any more.
+    fn ask_anew(&mut self) {
         for item in std::mem::take(&mut self.pending).into_values().flatten() {
             let blocks = BlockRange::touched_by(item.range);
-            if is_long_hole(&item) { self.holes.insert(blocks) } else { self.again.insert(blocks) };
+            if is_long_hole(&item) {
+                self.holes.insert(blocks)
+            } else {
+                self.again.insert(blocks)
+            };
         }
-        let found: u64 = self.report.differing_ranges(size).map(|range| range.count().0).sum();
-        self.report.compared.0 = self.report.compared.0.saturating_sub(found);
-        self.again.union_with(&self.report.differing.take());
     }
 
     /// The next hole that is one still.
@@ -272,14 +273,15 @@ impl Filter {
     /// The receiver lacks changes from now on: a comparison would find differences that are none.
     pub(crate) fn suspend_verify(&mut self) {
         if let Some(job) = self.verify.as_mut().filter(|job| job.result.is_none()) {
-            job.suspend(self.settings.size);
+            job.ask_anew();
         }
     }
 
     /// Whether a question asked now is answered, and what differs then is a difference. What goes to the spill first is not
     /// asked.
     fn can_compare(&self) -> bool {
-        self.mode == Mode::Sync && self.is_connected() && self.is_spill_idle()
+        let in_sync = self.mode == Mode::Sync || self.is_mutant(Mutant::VerifyOutOfSync);
+        in_sync && self.is_connected() && self.is_spill_idle()
     }
 
     fn end_verify(&mut self, why: VerifyError) {

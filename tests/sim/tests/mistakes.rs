@@ -64,6 +64,11 @@ fn a_file_begun_anew_that_knows_nothing_and_does_not_say_so_is_found() {
 }
 
 #[test]
+fn a_verify_that_goes_on_out_of_sync_is_found() {
+    is_found(Mistake::Filter(Mutant::VerifyOutOfSync));
+}
+
+#[test]
 fn promising_that_nothing_changes_is_found() {
     is_found(Mistake::Filter(Mutant::UnchangedAhead));
 }
