@@ -12,6 +12,7 @@ use std::{
 
 use backtide_control::{ApiError, ErrorCode};
 use backtide_export::Extent;
+use backtide_storage::tells_holes;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
 use rustix::fs::{SeekFrom, seek};
 use tempfile::{NamedTempFile, TempPath};
@@ -213,6 +214,9 @@ impl Partial {
 
 /// Which parts of a range the file system keeps space for. Where it cannot tell: all of it.
 pub(super) fn allocated(file: &File, range: ByteRange) -> io::Result<Vec<Extent>> {
+    if !tells_holes(file) {
+        return Ok(vec![Extent::data(range.count())]);
+    }
     let mut extents = Vec::new();
     let (mut at, end) = (range.start().0, range.end().0);
     while at < end {

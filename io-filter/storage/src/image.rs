@@ -7,6 +7,7 @@
 //! block device the same lock keeps udev from probing it.
 
 mod direct;
+mod holes;
 mod transfer;
 
 use std::{
@@ -26,7 +27,7 @@ use rustix::{
     io::Errno,
 };
 
-pub use self::{direct::Alignment, transfer::Wrote};
+pub use self::{direct::Alignment, holes::tells_holes, transfer::Wrote};
 use crate::buffer::BufferPool;
 
 /// An image opened for reading and writing.
@@ -44,6 +45,8 @@ pub struct ImageFile {
     zero_block: u64,
     /// Whether a write of one call is stable by its flag (`RWF_DSYNC`). Otherwise the file has to be synced after it.
     syncs_ranges: bool,
+    /// Whether its holes are holes; a device has none.
+    tells_holes: bool,
     /// Whether the file system has said that it cannot tell whether a write would wait.
     cannot_tell: AtomicBool,
     buffers: BufferPool,
@@ -194,6 +197,7 @@ impl ImageFile {
             false => syncs_ranges,
         };
         let zero_block = if is_device { rustix::fs::ioctl_blksszget(&file).unwrap_or(1) } else { 1 };
+        let tells_holes = !is_device && tells_holes(&file);
         Ok(Self {
             file,
             path,
@@ -201,6 +205,7 @@ impl ImageFile {
             is_device,
             direct,
             keeps_flag,
+            tells_holes,
             zero_block: zero_block.into(),
             syncs_ranges,
             cannot_tell: AtomicBool::new(false),
@@ -309,7 +314,7 @@ impl ImageFile {
         let until = |end: u64| {
             ByteRange::between(range.start(), ByteOffset(end.clamp(range.start().0, range.end().0)))
         };
-        if self.is_device {
+        if !self.tells_holes {
             return Ok(Some((range, true)));
         }
         let data = match rustix::fs::seek(&self.file, SeekFrom::Data(range.start().0)) {

@@ -22,7 +22,7 @@ mod seam;
 
 pub use batch::{SetSync, Sharing, SyncSet};
 pub use buffer::{BUFFER_ALIGNMENT, Buffer, BufferPool};
-pub use image::{Alignment, Cache, ImageError, ImageFile, Opening, Wrote, lock_owner};
+pub use image::{Alignment, Cache, ImageError, ImageFile, Opening, Wrote, lock_owner, tells_holes};
 pub use kill_point::KillPoint;
 pub use loop_device::{LoopBacking, loop_backing};
 pub use memory::{MemoryStorage, OperationCounts};

@@ -1,9 +1,11 @@
 //! The image: directly or through the page cache, by io_uring or by threads.
 
-use std::thread;
+use std::{os::unix::fs::FileExt, thread};
 
-use backtide_e2e::{Bench, Disk, Guest, LoopDevice, skip, tools};
+use backtide_e2e::{Bench, Disk, Guest, LoopDevice, is_root, skip, tools};
 use serde_json::Value;
+
+use crate::bad_input::Unmount;
 
 const SIZE: u64 = 64 << 20;
 
@@ -179,4 +181,49 @@ fn a_write_that_the_image_takes_in_part_fails_and_its_blocks_are_compared() {
         disk.latest_is_the_image();
         disk.qemu_io(&["read -P 0x11 30M 1M", "read -P 0 32M 1M"]);
     }
+}
+
+/// There what was just written is in what the file system calls a hole.
+#[test]
+fn what_a_file_without_extents_has_in_its_holes_is_protected() {
+    if !is_root() {
+        return skip("only root mounts a file system");
+    }
+    let bench = Bench::new();
+    let (file, at) = (bench.image("ext3.img", 256 << 20), bench.name("ext3"));
+    std::fs::create_dir(&at).unwrap();
+    let file = file.to_str().unwrap();
+    tools::run("mkfs.ext4", &["-q", "-F", "-O", "^extents,^64bit", file]);
+    if let (false, said) = tools::try_run("mount", &["-o", "loop", file, &at]) {
+        return skip(&format!("ext4 cannot be mounted here: {said}"));
+    }
+    let _mounted = Unmount(at.clone());
+    let (_receiver, agent) = (bench.receiver(), bench.agent());
+    let image = format!("{at}/vm1.img");
+    let file = std::fs::File::create(&image).unwrap();
+    file.set_len(16 << 20).unwrap();
+    // Of many lengths at many places, half of them synced: then some are beside what has a place on the device.
+    let mut number = 5_u64;
+    let mut below = |end: u64| {
+        number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (number >> 33) % end
+    };
+    for write in 0..200 {
+        let (blocks, place) = (below(16) + 1, below(4080));
+        file.write_all_at(&vec![write + 1; 4096 * blocks as usize], place * 4096).unwrap();
+        if write == 100 {
+            file.sync_all().unwrap();
+        }
+    }
+    let disk = bench.attach("vm1", "ext3/vm1.img", &[]);
+    disk.latest_is_the_image();
+    let mut write = |byte: u8| format!("write -P {byte} {}k {}k", below(4080) * 4, (below(16) + 1) * 4);
+    let mut writes: Vec<String> = (1..=200).map(&mut write).collect();
+    writes.insert(100, "flush".to_owned());
+    disk.qemu_io(&writes.iter().map(String::as_str).collect::<Vec<_>>());
+    agent.kill();
+    let _agent = bench.agent();
+    assert_eq!(bench.json(&["wait", "vm1", "--for", "sync"])["mode"], "sync");
+    assert_eq!(bench.json(&["verify", "vm1"])["differing_count"], 0);
+    disk.latest_is_the_image();
 }
