@@ -69,6 +69,32 @@ fn verify_with_many_requests_under_way_finds_no_difference() {
     disk.latest_is_the_image();
 }
 
+#[test]
+fn verify_of_a_guest_that_is_faster_than_the_stream_waits_for_sync_and_comes_to_its_end() {
+    let bench = Bench::new();
+    let limits = ["--window", "1MiB", "--guest-delay-max", "0"];
+    let (receiver, _agent, disk) = bench.protected(SIZE, &limits);
+    disk.qemu_io(&["write -P 0x11 0 20M"]);
+    for pattern in 0x22..0x25 {
+        disk.settle();
+        let before = disk.status()["counters"]["window_overflows"].as_u64();
+        receiver.signal("STOP");
+        let verify = bench.command(&["verify", "vm1", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+        while !bench.run(&["verify", "vm1", "--last"]).stdout.contains(r#""state":"running""#) {}
+        // What is compared at this moment is overwritten, and the stream takes none of it.
+        let writes = [0, 4, 8, 12].map(|place| format!("write -P {pattern} {place}M 4M"));
+        disk.qemu_io(&writes.each_ref().map(String::as_str));
+        disk.until("it is not in sync", |status| status["mode"] != "sync");
+        receiver.signal("CONT");
+        let said = verify.wait_with_output().unwrap();
+        let report: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+        let found = (&report["state"], &report["differing_count"], &report["compared_bytes"]);
+        assert_eq!(found, (&"done".into(), &0.into(), &SIZE.into()), "{report}");
+        assert!(disk.status()["counters"]["window_overflows"].as_u64() > before);
+    }
+    disk.latest_is_the_image();
+}
+
 /// Changes a byte of the data that are all `pattern`, and the checksums that say that it is as it was captured: those of
 /// the payload and of the entry (log-receiver/segment/FORMAT.md).
 fn falsify(store: &Path, pattern: u8, length: usize) -> u64 {
