@@ -123,7 +123,7 @@ impl Mounts {
         let body = move || {
             LocalSet::new().block_on(&runtime, Table::new(serving).serve(known, inbox));
             // Not waiting for a name that is being looked up, or a file that is being written.
-            runtime.shutdown_background();
+            runtime.into_runtime().shutdown_background();
             drop(over);
         };
         std::thread::Builder::new().name("mounts".to_owned()).spawn(body)?;

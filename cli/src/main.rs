@@ -27,7 +27,7 @@ mod restore;
 
 use std::process::ExitCode;
 
-use backtide_control::build_lasting;
+use backtide_control::{Lasting, build_lasting};
 use clap::Parser;
 
 use crate::{
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
 
 fn run(context: &Context, arguments: Arguments) -> Result<Ending, Failure> {
     let runtime = match arguments.command.threads() {
-        None => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+        None => tokio::runtime::Builder::new_current_thread().enable_all().build().map(Lasting::from),
         Some(threads) => build_lasting(tokio::runtime::Builder::new_multi_thread().worker_threads(threads)),
     };
     let runtime = runtime.map_err(|error| ending::failed(format!("cannot start: {error}")))?;

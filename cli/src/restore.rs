@@ -21,6 +21,7 @@ mod room;
 mod target;
 
 pub(crate) use copy::{copy, verify};
+pub(crate) use file::name_if_free;
 pub(crate) use leftovers::take;
 pub(crate) use notes::Goal;
 pub(crate) use replaceable::Replaceable;

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use backtide_control::Lasting;
 use tokio::{
     runtime::{Builder, Handle, Runtime},
     task::JoinHandle,
@@ -39,17 +40,15 @@ impl Pool {
     /// Starts a pool of `threads` threads at most, called `name`.
     pub(crate) fn start(name: &str, threads: usize) -> std::io::Result<(Self, PoolThreads)> {
         // Nothing asynchronous ever runs on it: it only lends its blocking threads.
-        let runtime = Builder::new_current_thread()
-            .thread_name(name)
-            .max_blocking_threads(threads.max(1))
-            .thread_keep_alive(FOR_GOOD)
-            .build()?;
+        let mut builder = Builder::new_current_thread();
+        builder.thread_name(name).max_blocking_threads(threads.max(1)).thread_keep_alive(FOR_GOOD);
+        let runtime = Lasting::from(builder.build()?);
         // An error, where tokio would panic. Once there is a thread, work waits for it where there can be no other.
         let probe = std::thread::Builder::new().name(name.to_owned()).spawn(|| ())?;
         probe.join().map_err(|_| std::io::Error::other("a thread that does nothing failed"))?;
         runtime.spawn_blocking(|| ());
         let pool = Self { handle: runtime.handle().clone() };
-        Ok((pool, PoolThreads { runtime: Some(runtime) }))
+        Ok((pool, PoolThreads { runtime: Some(runtime.into_runtime()) }))
     }
 
     /// Runs `work` where it may block.

@@ -155,7 +155,7 @@ impl Receiver {
         builder.worker_threads(CONTROL_THREADS).thread_name("receiver-control");
         let runtime =
             build_lasting(&mut builder).map_err(|source| failed("start the control threads", source))?;
-        let runtime = Background(Some(runtime));
+        let runtime = Background(Some(runtime.into_runtime()));
         let entrance = entrance(&config).await?;
         let tls = entrance.tls.clone();
         let (listeners, api) =

@@ -17,7 +17,7 @@ pub use address::{Address, Address as ApiAddress, InvalidAddress};
 pub use client::{Client, Peer, SILENT_TIME, Tell};
 pub use error::{ApiError, ErrorCode};
 pub use extract::ApiJson;
-pub use runtime::build_lasting;
+pub use runtime::{Lasting, build_lasting};
 pub use serve::{BindError, Server, json_fallbacks};
 
 #[cfg(test)]

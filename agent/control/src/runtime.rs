@@ -1,8 +1,45 @@
 //! Runtimes of daemons.
 
-use std::{io, time::Duration};
+use std::{io, ops::Deref, time::Duration};
 
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
+
+/// A runtime that may be dropped anywhere: inside another one, as when the thread that was to run it cannot be started, it
+/// does not wait for its work.
+#[derive(Debug)]
+pub struct Lasting(Option<Runtime>);
+
+impl Lasting {
+    /// The runtime alone.
+    ///
+    /// # Panics
+    /// Never: it is there until the end.
+    pub fn into_runtime(mut self) -> Runtime {
+        self.0.take().expect("it is there until it is dropped")
+    }
+}
+
+impl From<Runtime> for Lasting {
+    fn from(runtime: Runtime) -> Self {
+        Self(Some(runtime))
+    }
+}
+
+impl Deref for Lasting {
+    type Target = Runtime;
+
+    fn deref(&self) -> &Runtime {
+        self.0.as_ref().expect("it is there until it is dropped")
+    }
+}
+
+impl Drop for Lasting {
+    fn drop(&mut self) {
+        let Some(runtime) = self.0.take() else { return };
+        // Tokio panics where it would have to wait.
+        if Handle::try_current().is_ok() { runtime.shutdown_background() } else { drop(runtime) }
+    }
+}
 
 /// How often a runtime's thread for blocking work is used: well within the 10 s after which tokio ends one that is not.
 const BEAT: Duration = Duration::from_secs(4);
@@ -12,12 +49,12 @@ const BEAT: Duration = Duration::from_secs(4);
 ///
 /// # Errors
 /// When there can be no runtime, or not even that thread.
-pub fn build_lasting(builder: &mut Builder) -> io::Result<Runtime> {
+pub fn build_lasting(builder: &mut Builder) -> io::Result<Lasting> {
     lasting(builder, BEAT)
 }
 
-fn lasting(builder: &mut Builder, beat: Duration) -> io::Result<Runtime> {
-    let runtime = builder.enable_all().build()?;
+fn lasting(builder: &mut Builder, beat: Duration) -> io::Result<Lasting> {
+    let runtime = Lasting::from(builder.enable_all().build()?);
     // An error, where tokio would panic.
     let probe = std::thread::Builder::new().name("probe".to_owned()).spawn(|| ())?;
     probe.join().map_err(|_| io::Error::other("a thread that does nothing failed"))?;
@@ -40,6 +77,17 @@ mod tests {
 
     /// Makes the test play the process that may have no more threads.
     const PLAYED: &str = "BACKTIDE_TEST_HAS_NO_MORE_THREADS";
+
+    #[tokio::test]
+    async fn one_that_is_given_up_within_another_is_dropped() {
+        let runtime = build_lasting(&mut Builder::new_current_thread()).unwrap();
+        let (begun, has_begun) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        runtime.spawn_blocking(move || begun.send(()).map(|()| ended.recv()));
+        has_begun.recv().unwrap();
+        drop(runtime);
+        drop(end);
+    }
 
     #[test]
     fn work_that_blocks_can_begin_where_there_can_be_no_more_threads() {

@@ -20,6 +20,7 @@ use crate::{
     context::Context,
     doctor::{Answers, examine, worst},
     ending::{Ending, Failure, failed, io_failure},
+    restore::name_if_free,
 };
 
 /// As much of a log's end is taken.
@@ -99,7 +100,7 @@ impl SupportBundle {
             files.push(name);
         }
         let whole = archive.finish().map_err(failed)?;
-        whole.persist_noclobber(&output).map_err(|error| failed(error.error))?;
+        name_if_free(whole, &output).map_err(failed)?;
         let written = Written { output, files };
         context.print(&written, || {
             format!("wrote {}, which holds: {}", written.output.display(), written.files.join(", "))

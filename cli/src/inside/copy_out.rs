@@ -26,7 +26,7 @@ use tempfile::NamedTempFile;
 use super::{Entry, Kind, Lost, Unreadable, Volume, hold_names};
 use crate::{
     ending::{Failure, io_failure},
-    restore::Replaceable,
+    restore::{Replaceable, name_if_free},
 };
 
 /// What is read and written at once.
@@ -92,8 +92,11 @@ pub(crate) fn copy_out(
             file.as_file().set_permissions(mode(entry)).map_err(failed)?;
             file.as_file().sync_all().map_err(failed)?;
             let held = replaced.still(path)?;
-            let kept = if held.is_some() { file.persist(path) } else { file.persist_noclobber(path) };
-            kept.map_err(|error| exists_or_failed(path, &error.error))?;
+            let kept = match held.is_some() {
+                true => file.persist(path).map(drop).map_err(|error| error.error),
+                false => name_if_free(file, path),
+            };
+            kept.map_err(|error| exists_or_failed(path, &error))?;
             File::open(parent_of(path)).and_then(|parent| parent.sync_all()).map_err(failed)?;
             copied.files = 1;
         }
@@ -224,8 +227,8 @@ impl Tree<'_> {
             Err(halt @ Halt::Here(_)) => return Err(halt.into()),
         };
         file.as_file().set_permissions(mode(inner)).map_err(failed)?;
-        if let Err(error) = file.persist_noclobber(to) {
-            return self.is_not_made(to, &error.error);
+        if let Err(error) = name_if_free(file, to) {
+            return self.is_not_made(to, &error);
         }
         self.copied.bytes += bytes;
         self.copied.files += 1;

@@ -14,8 +14,11 @@ use backtide_control::{ApiError, ErrorCode};
 use backtide_export::Extent;
 use backtide_storage::tells_holes;
 use backtide_units::{ByteCount, ByteOffset, ByteRange};
-use rustix::fs::{SeekFrom, seek};
-use tempfile::{NamedTempFile, TempPath};
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
+};
+use tempfile::{NamedTempFile, PersistError, TempPath};
 
 use crate::{
     ending::{Failure, io_failure},
@@ -173,13 +176,13 @@ enum Named {
 impl Partial {
     /// Gives it the name of nothing else.
     fn name_if_free(self, path: &Path) -> io::Result<Named> {
-        match self.file.persist_noclobber(path) {
-            Ok(_) => {
+        match name_if_free(self.file, path) {
+            Ok(()) => {
                 drop(self.notes);
                 sync_directory(path).map(|()| Named::Done)
             }
-            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(Named::Appeared),
-            Err(error) => Err(error.error),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Named::Appeared),
+            Err(error) => Err(error),
         }
     }
 
@@ -212,6 +215,27 @@ impl Partial {
     }
 }
 
+/// Gives a temporary file the name of nothing else.
+///
+/// # Errors
+/// The system's: `AlreadyExists` when something has the name.
+pub(crate) fn name_if_free(file: NamedTempFile, path: &Path) -> io::Result<()> {
+    let Err(PersistError { error, file }) = file.persist_noclobber(path) else { return Ok(()) };
+    if !matches!(Errno::from_io_error(&error), Some(Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS)) {
+        return Err(error);
+    }
+    take_name(file, path)
+}
+
+/// The same on a file system without links, as exFAT: the name is taken first, and given to the file then.
+fn take_name(file: NamedTempFile, path: &Path) -> io::Result<()> {
+    File::create_new(path)?;
+    file.persist(path).map(drop).map_err(|PersistError { error, .. }| {
+        let _ = std::fs::remove_file(path);
+        error
+    })
+}
+
 /// Which parts of a range the file system keeps space for. Where it cannot tell: all of it.
 pub(super) fn allocated(file: &File, range: ByteRange) -> io::Result<Vec<Extent>> {
     if !tells_holes(file) {
@@ -222,8 +246,8 @@ pub(super) fn allocated(file: &File, range: ByteRange) -> io::Result<Vec<Extent>
     while at < end {
         let data = match seek(file, SeekFrom::Data(at)) {
             Ok(data) => data.min(end),
-            Err(rustix::io::Errno::NXIO) => end,
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => at,
+            Err(Errno::NXIO) => end,
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
             Err(error) => return Err(error.into()),
         };
         if data > at {
@@ -250,4 +274,25 @@ pub(super) fn allocated(file: &File, range: ByteRange) -> io::Result<Vec<Extent>
 /// A rename is durable when its directory is.
 fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_links_a_file_gets_a_name_that_is_nothing_elses() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("restored.img");
+        let file = |content: &str| {
+            let file = NamedTempFile::new_in(directory.path()).unwrap();
+            std::fs::write(file.path(), content).unwrap();
+            file
+        };
+        take_name(file("first"), &path).unwrap();
+        let taken = take_name(file("second"), &path).unwrap_err();
+        assert_eq!(taken.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&path).unwrap(), b"first");
+        assert_eq!(directory.path().read_dir().unwrap().count(), 1, "nothing is left over");
+    }
 }
