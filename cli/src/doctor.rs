@@ -121,9 +121,11 @@ impl Answers {
 pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -> Vec<Finding> {
     let mut findings = daemons::reachable(answers);
     findings.extend(daemons::versions(answers));
+    let mut here = true;
     for (name, address) in [("agent", context.agent_address()), ("receiver", context.receiver_address(api))] {
         // Whoever has no place for it was not answered at all.
         let Ok(address) = address else { continue };
+        here &= address.socket_path().is_some();
         findings.extend(machine::socket(name, &address));
         // A silent one may not even take a connection, which is waited for without end.
         let answers = if name == "agent" { answers.agent.is_ok() } else { answers.receiver.is_ok() };
@@ -138,6 +140,8 @@ pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -
     }
     findings.extend(daemons::clocks(answers));
     findings.extend(streams::open_to_others(&answers.served));
+    let served = answers.served.iter().filter(|_| here);
+    findings.extend(served.filter_map(|(what, uri)| machine::lost_socket(what, uri)));
     if let Ok(agent) = &answers.agent {
         findings.extend(daemons::disks(&agent.disks));
         findings.extend(streams::disks(agent, machine::now()));

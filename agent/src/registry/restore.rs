@@ -79,8 +79,12 @@ impl Registry {
     /// # Errors
     /// When the records cannot be listed.
     pub(crate) async fn lost(&self) -> Result<Vec<DiskName>, ApiError> {
-        let AllRecords { unreadable, .. } =
-            self.records.load_all_aside().await.map_err(|error| failed(&error))?;
+        let AllRecords { unreadable, .. } = self.records.load_all_aside().await.map_err(|error| {
+            let directory = self.records.directory();
+            let message = format!("cannot read the disks' records in {}: {error}", directory.display());
+            ApiError::new(ErrorCode::Failed, message)
+                .with_hint("bring the state directory back: the agent that follows would know no disk")
+        })?;
         let disks = self.disks.read().await;
         Ok(unreadable.into_iter().map(|(name, _)| name).filter(|name| !disks.contains_key(name)).collect())
     }

@@ -1,6 +1,7 @@
 //! What is around the daemons: their sockets and processes, the store's directory, programs.
 
 use std::{
+    io::ErrorKind,
     os::unix::{
         fs::{FileTypeExt, MetadataExt},
         net::UnixStream,
@@ -10,6 +11,7 @@ use std::{
 };
 
 use backtide_control::Address;
+use backtide_export::{NbdAddress, NbdUri};
 use backtide_receiver_api::ReceiverStatus;
 use backtide_units::CaptureTime;
 
@@ -39,6 +41,25 @@ pub(super) fn socket(name: &str, address: &Address) -> Option<Finding> {
         );
     }
     Some(Finding::ok("sockets", format!("only its owner reaches {}", path.display())))
+}
+
+/// That the socket is gone at which something is served over NBD: who has it open goes on, and nobody else comes. Nothing
+/// where it is no socket of this machine's, or is there.
+pub(super) fn lost_socket(what: &str, uri: &str) -> Option<Finding> {
+    let NbdAddress::Unix(path) = uri.parse::<NbdUri>().ok()?.address else { return None };
+    let is_gone =
+        |path: &Path| std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    // On another machine there need not be its directory either.
+    if !is_gone(&path) || path.parent().is_none_or(is_gone) {
+        return None;
+    }
+    let message =
+        format!("{what} is served at {}, and that is gone: nobody can connect again", path.display());
+    let way = match what.starts_with("mount") || what.starts_with("every mount") {
+        true => "unmount and mount it again, or start the daemon anew",
+        false => "`backtide agent restart` makes it anew",
+    };
+    Some(Finding::new("sockets", Verdict::Failed, message).hint(way))
 }
 
 /// Whether a daemon may have enough files open. Nothing where that cannot be told.
@@ -92,4 +113,25 @@ fn find(program: &str) -> Option<PathBuf> {
     let usual = ["/usr/sbin", "/usr/libexec"].map(PathBuf::from);
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).chain(usual).map(|place| place.join(program)).find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_is_gone_is_told_where_it_would_be() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1.nbd");
+        let uri = |path: &Path| format!("nbd+unix:///vm1?socket={}", path.display());
+        let lost = lost_socket("disk vm1", &uri(&path)).unwrap();
+        assert_eq!(lost.verdict, Verdict::Failed);
+        assert!(lost.message.starts_with(&format!("disk vm1 is served at {}", path.display())), "{lost:?}");
+        assert!(lost.hint.unwrap().contains("agent restart"));
+        assert!(lost_socket("mount vm1-2", &uri(&path)).unwrap().hint.unwrap().starts_with("unmount"));
+        assert!(lost_socket("disk vm1", &uri(Path::new("/nowhere/vm1.nbd"))).is_none());
+        assert!(lost_socket("disk vm1", "nbd://127.0.0.1:1/vm1").is_none());
+        let _bound = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(lost_socket("disk vm1", &uri(&path)).is_none());
+    }
 }

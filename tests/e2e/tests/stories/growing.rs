@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use backtide_e2e::{Bench, Guest, tools};
+use backtide_e2e::{Bench, Guest, LoopDevice, skip, tools};
 use serde_json::{Value, json};
 
 const SIZE: u64 = 64 << 20;
@@ -54,6 +54,41 @@ fn a_disk_grows_and_each_point_has_the_size_of_then() {
     bench.json(&["resize", "vm1", "--size", &(GROWN + 512).to_string()]);
     disk.qemu_io(&[&format!("write -P 0x55 {GROWN} 512")]);
     disk.latest_is_the_image();
+}
+
+#[test]
+fn a_block_device_grows_under_its_disk() {
+    let bench = Bench::new();
+    let file = bench.image("behind.img", SIZE);
+    let device = match LoopDevice::of(&file, 512) {
+        Ok(device) => device,
+        Err(why) => return skip(&why),
+    };
+    let (_receiver, _agent) = (bench.receiver(), bench.agent());
+    bench.json(&["attach", "vm1", device.path(), "--receiver", &bench.socket("stream.sock")]);
+    let disk = bench.disk("vm1");
+    disk.qemu_io(&["write -P 0x11 0 32M"]);
+    disk.settle();
+    let before = disk.last();
+    let grow = |bytes: u64| {
+        std::fs::File::options().write(true).open(&file).unwrap().set_len(bytes).unwrap();
+        tools::run("losetup", &["-c", device.path()]);
+    };
+    grow(GROWN);
+    tools::qemu_io(device.path(), &[&format!("write -P 0x22 {} 1M", 80 << 20), "flush"]);
+    let report = bench.json(&["resize", "vm1"]);
+    assert_eq!((&report["size_before"], &report["disk"]["size"]), (&json!(SIZE), &json!(GROWN)), "{report}");
+    disk.qemu_io(&[&format!("write -P 0x33 {} 1M", GROWN - (1 << 20)), "write -P 0x44 1M 1M"]);
+    disk.settle();
+    tools::assert_same(&disk.uri(), disk.restore("latest").to_str().unwrap());
+    let status = disk.status();
+    assert!(looked_at(&status) <= 33 << 20, "only what is new is looked at: {status}");
+    let old = disk.restore(&format!("lsn:{before}"));
+    assert_eq!(size_of(&old), SIZE);
+    tools::qemu_io(old.to_str().unwrap(), &["read -P 0x11 0 32M"]);
+    // Nobody makes a device longer through the agent.
+    let refused = bench.run(&["resize", "vm1", "--size", "128MiB"]);
+    assert_eq!((refused.code, refused.sentence().contains(device.path())), (5, true), "{refused:?}");
 }
 
 #[test]

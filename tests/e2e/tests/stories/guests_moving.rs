@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use backtide_e2e::{
-    Bench, Disk, OtherHost,
+    Bench, Disk, Held, OtherHost,
     machine::{Machine, Root, cannot_boot, make_root},
     qmp::qmp,
     skip,
@@ -148,6 +148,35 @@ fn a_guest_is_paused_while_its_disk_goes_back_and_boots_from_that_moment() {
     disk.whole();
     disk.settle();
     disk.latest_is_the_image();
+}
+
+#[test]
+fn a_guest_notices_nothing_of_an_agent_that_is_restarted_and_killed() {
+    if let Some(why) = cannot_boot() {
+        return skip(why);
+    }
+    let bench = Bench::new();
+    let _receiver = bench.receiver();
+    let held = Held::dying(&bench);
+    let disk = bootable(&bench);
+    let reconnects = format!("{},file.reconnect-delay=60", disk.uri());
+    let mut machine = Machine::boot(&bench, "guest", Root::FirstDisk, &[&reconnects], &[]);
+    let mut ledger = Ledger::create(&mut machine);
+    for _ in 0..2 {
+        ledger.goes_on(&mut machine, 3);
+        bench.json(&["agent", "restart"]);
+        ledger.goes_on(&mut machine, 3);
+        held.kill_agent();
+    }
+    ledger.goes_on(&mut machine, 1);
+    ledger.is_there(&mut machine);
+    // Nothing was done in vain, or with an error.
+    let errors = machine.run("dmesg | grep -ci 'i/o error' || true");
+    assert_eq!(errors.trim(), "0", "{}", machine.console());
+    machine.cut_off();
+    disk.settle();
+    disk.latest_is_the_image();
+    assert_eq!(held.stop(), 0);
 }
 
 /// Has a paused machine begin anew, as it knows its disk as that was before.
