@@ -64,8 +64,8 @@ pub(crate) struct Answers {
     /// How far the clock of each daemon that told it is ahead of this machine's, at least, in microseconds; less than 0 when
     /// it is behind.
     pub(crate) clocks: Vec<(&'static str, i64)>,
-    /// What is served over NBD and where, by its URI.
-    pub(crate) served: Vec<(String, String)>,
+    /// What is served over NBD and where, by its URI, by the daemon of this name.
+    pub(crate) served: Vec<(&'static str, String, String)>,
 }
 
 /// A daemon's answer, and when it was asked and had answered by this machine's clock.
@@ -102,15 +102,17 @@ impl Answers {
         let agent = agent.map(|(status, apart, mounts)| {
             clocks.extend(apart);
             let disks = status.disks.iter().filter(|disk| !disk.nbd_uri.is_empty());
-            served.extend(disks.map(|disk| (format!("disk {}", disk.name), disk.nbd_uri.clone())));
-            served.extend(status.nbd_listen.iter().map(|uri| ("every disk".to_owned(), uri.clone())));
-            served.extend(mounts);
+            served.extend(disks.map(|disk| ("agent", format!("disk {}", disk.name), disk.nbd_uri.clone())));
+            served
+                .extend(status.nbd_listen.iter().map(|uri| ("agent", "every disk".to_owned(), uri.clone())));
+            served.extend(mounts.into_iter().map(|(what, uri)| ("agent", what, uri)));
             status
         });
         let receiver = receiver.map(|(answer, apart, mounts)| {
             clocks.extend(apart);
-            served.extend(answer.0.nbd_listen.iter().map(|uri| ("every mount".to_owned(), uri.clone())));
-            served.extend(mounts);
+            let shared = answer.0.nbd_listen.iter();
+            served.extend(shared.map(|uri| ("receiver", "every mount".to_owned(), uri.clone())));
+            served.extend(mounts.into_iter().map(|(what, uri)| ("receiver", what, uri)));
             answer
         });
         Ok(Self { agent, receiver, clocks, served })
@@ -121,11 +123,11 @@ impl Answers {
 pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -> Vec<Finding> {
     let mut findings = daemons::reachable(answers);
     findings.extend(daemons::versions(answers));
-    let mut here = true;
+    let mut here = Vec::new();
     for (name, address) in [("agent", context.agent_address()), ("receiver", context.receiver_address(api))] {
         // Whoever has no place for it was not answered at all.
         let Ok(address) = address else { continue };
-        here &= address.socket_path().is_some();
+        here.extend(machine::is_here(&address).then_some(name));
         findings.extend(machine::socket(name, &address));
         // A silent one may not even take a connection, which is waited for without end.
         let answers = if name == "agent" { answers.agent.is_ok() } else { answers.receiver.is_ok() };
@@ -140,8 +142,8 @@ pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -
     }
     findings.extend(daemons::clocks(answers));
     findings.extend(streams::open_to_others(&answers.served));
-    let served = answers.served.iter().filter(|_| here);
-    findings.extend(served.filter_map(|(what, uri)| machine::lost_socket(what, uri)));
+    let served = answers.served.iter().filter(|(by, _, _)| here.contains(by));
+    findings.extend(served.filter_map(|(_, what, uri)| machine::lost_socket(what, uri)));
     if let Ok(agent) = &answers.agent {
         findings.extend(daemons::disks(&agent.disks));
         findings.extend(streams::disks(agent, machine::now()));

@@ -238,6 +238,8 @@ impl Filter {
                 pass.active.remove(run);
                 pass.given_up.insert(run);
                 self.passive.insert(run);
+                // The disk is not in sync before it can be read.
+                self.verify_cannot_read(run.bytes(self.settings.size), failure);
             }
         }
         let pass = self.pass.as_mut().expect("the caller has one");

@@ -114,6 +114,8 @@ impl Filter {
         }
         let (mode, was_connected) = (self.mode, self.is_connected());
         let reason = Reason::WrittenPastAgent;
+        // What it knows of where data is may be so no more.
+        self.interrupt_verify();
         // What a scan or a pass has seen so far may have been written since.
         let restarts = mode == Mode::Resync || self.scanning.is_some();
         if restarts {
@@ -338,6 +340,7 @@ impl Filter {
 
     /// Whatever is not durable becomes dirty, and the link is no longer used.
     fn stop_forwarding(&mut self) {
+        self.interrupt_verify();
         self.link = Link::Down;
         self.hole_is_open = false;
         self.forget_recalls();

@@ -32,8 +32,8 @@ pub enum VerifyError {
     /// One is running.
     #[error("a verify of this disk is running")]
     Running,
-    /// The disk was paused on the way, or its receiver is away.
-    #[error("the disk was paused, or lost its receiver, during the verify")]
+    /// The disk was paused on the way, its receiver is away, or somebody writes the disk past the agent.
+    #[error("the disk was paused, lost its receiver, or was written past its agent during the verify")]
     Interrupted,
     /// Somebody asked for its end.
     #[error("the verify was cancelled")]
@@ -268,6 +268,11 @@ impl Filter {
 
     pub(crate) fn interrupt_verify(&mut self) {
         self.end_verify(VerifyError::Interrupted);
+    }
+
+    /// What waits for sync would wait for this to be read.
+    pub(crate) fn verify_cannot_read(&mut self, range: ByteRange, failure: IoFailure) {
+        self.end_verify(VerifyError::Read { range: range.to_string(), errno: failure.errno });
     }
 
     /// The receiver lacks changes from now on: a comparison would find differences that are none.

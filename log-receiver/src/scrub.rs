@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use self::{
-    progress::Progress,
+    progress::{Outside, Progress},
     schedule::{Next, Schedule, Seen},
     work::Work,
 };
@@ -110,17 +110,16 @@ impl Scrub {
         }
     }
 
-    /// What the last scrub found damaged outside of the disks, of which findings are remembered: sentences.
+    /// What scrubs found damaged outside of the disks, of which findings are remembered, until one that reads everything finds
+    /// it whole: sentences.
     pub(crate) fn found_outside(&self) -> Vec<String> {
-        let Some(status) = self.status() else { return Vec::new() };
-        // One that is gone by now, or is damaged as a whole, is told of by others or by nobody.
-        let there =
-            status.overlays.iter().filter(|overlay| self.sources.overlays.record(&overlay.id).is_ok());
-        let of_overlays = there.flat_map(|overlay| {
-            let found = overlay.damage.iter().chain(&overlay.error);
-            found.map(|why| format!("overlay {}: {why}", overlay.id))
+        let found = self.shared.progress.outside().into_iter();
+        let told = found.filter_map(|Outside { overlay, why }| match overlay {
+            None => Some(why),
+            // One that is gone by now, or is damaged as a whole, is told of by others or by nobody.
+            Some(id) => self.sources.overlays.record(&id).is_ok().then(|| format!("overlay {id}: {why}")),
         });
-        status.damage.iter().cloned().chain(of_overlays).collect()
+        told.collect()
     }
 
     /// Whether it has a disk's log in its hands.

@@ -178,8 +178,8 @@ impl Registry {
         if let Some(left) = left.filter(|_| !grows) {
             return Ok(Made { inode, stamp: left.stamp });
         }
-        let path = disk::path_of(&record.image);
-        let stamp = waiting(move || path.as_deref().and_then(ImageStamp::of)).await?;
+        let (path, data) = (disk::path_of(&record.image), record.data_files.clone());
+        let stamp = waiting(move || ImageStamp::with(path.as_deref()?, &data)).await?;
         Ok(Made { inode, stamp: stamp.filter(|stamp| stamp.inode == inode) })
     }
 

@@ -43,13 +43,28 @@ pub(super) fn socket(name: &str, address: &Address) -> Option<Finding> {
     Some(Finding::ok("sockets", format!("only its owner reaches {}", path.display())))
 }
 
+/// Whether it is a daemon of this machine that has the socket, and not what only leads to another machine, as ssh does.
+pub(super) fn is_here(address: &Address) -> bool {
+    let daemon = || {
+        let socket = UnixStream::connect(address.socket_path()?).ok()?;
+        let id = rustix::net::sockopt::socket_peercred(&socket).ok()?.pid;
+        let program = std::fs::read_link(format!("/proc/{}/exe", id.as_raw_nonzero())).ok()?;
+        let own = std::env::current_exe().ok()?;
+        // One that was replaced since has more behind its name.
+        let (program, own) =
+            (program.file_name()?.to_str()?.to_owned(), own.file_name()?.to_str()?.to_owned());
+        Some(program.split(' ').next() == own.split(' ').next())
+    };
+    daemon() == Some(true)
+}
+
 /// That the socket is gone at which something is served over NBD: who has it open goes on, and nobody else comes. Nothing
 /// where it is no socket of this machine's, or is there.
 pub(super) fn lost_socket(what: &str, uri: &str) -> Option<Finding> {
     let NbdAddress::Unix(path) = uri.parse::<NbdUri>().ok()?.address else { return None };
     let is_gone =
         |path: &Path| std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
-    // On another machine there need not be its directory either.
+    // In a container of the daemon's there need not be its directory either.
     if !is_gone(&path) || path.parent().is_none_or(is_gone) {
         return None;
     }

@@ -67,10 +67,10 @@ pub(super) fn disks(agent: &AgentStatus, now: CaptureTime) -> Vec<Finding> {
 }
 
 /// What is served over NBD to other machines in the clear.
-pub(super) fn open_to_others(served: &[(String, String)]) -> Vec<Finding> {
+pub(super) fn open_to_others(served: &[(&str, String, String)]) -> Vec<Finding> {
     let open =
-        served.iter().filter(|(_, uri)| uri.parse::<NbdUri>().is_ok_and(|uri| uri.is_open_to_others()));
-    let finding = |(what, uri): &(String, String)| {
+        served.iter().filter(|(_, _, uri)| uri.parse::<NbdUri>().is_ok_and(|uri| uri.is_open_to_others()));
+    let finding = |(_, what, uri): &(&str, String, String)| {
         let message = format!("{what} is served at {uri} in the clear, to whoever reaches this address");
         Finding::new("nbd", Verdict::Warning, message)
             .hint("use nbds:// or --nbd-tls required (docs/cli.md) unless nobody else is on that network")
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn what_is_served_to_other_machines_in_the_clear_is_told() {
-        let served = |uri: &str| vec![("disk vm1".to_owned(), uri.to_owned())];
+        let served = |uri: &str| vec![("agent", "disk vm1".to_owned(), uri.to_owned())];
         for quiet in
             ["nbd://127.0.0.1:1/d", "nbd+unix:///d?socket=/s", "nbds://0.0.0.0:1/d?tls-certificates=/c"]
         {

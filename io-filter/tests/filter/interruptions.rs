@@ -2,6 +2,7 @@
 
 use backtide_io_filter::{
     Change, Effect, Filter, LocalData, LocalOp, MarkError, Mode, RequestId, Resume, ResyncKind, Settings,
+    VerifyError,
 };
 use backtide_protocol::{Message, ReceiverState};
 use backtide_tracking::DirtyBitmap;
@@ -181,6 +182,29 @@ fn nothing_is_a_point_from_when_somebody_else_writes_the_disk_until_everything_w
     disk.send();
     let hole_and_pass = 2;
     assert_eq!(disk.passes, [Reason::WrittenPastAgent; 2].repeat(hole_and_pass));
+}
+
+#[test]
+fn a_verify_ends_with_its_receiver_and_where_somebody_else_writes_the_disk() {
+    let interrupted = Some(Err(VerifyError::Interrupted));
+    let result = |disk: &Disk| disk.filter.verify_state().unwrap().1.cloned();
+    // In sync; while it waits for sync; and of a disk that is somebody else's by then.
+    for waits in [false, true] {
+        let mut disk = Disk::in_sync();
+        disk.filter.start_verify(at(0), false).unwrap();
+        if waits {
+            disk.overflow();
+            assert!(disk.filter.mode() != Mode::Sync && disk.filter.is_connected());
+            assert_eq!(result(&disk), None, "it waits");
+        }
+        disk.filter.is_written_past(at(0));
+        assert_eq!(result(&disk), interrupted, "what holds data is not known any more");
+    }
+    let mut disk = Disk::in_sync();
+    disk.filter.start_verify(at(0), false).unwrap();
+    disk.overflow();
+    disk.filter.fenced(at(0));
+    assert_eq!(result(&disk), interrupted);
 }
 
 #[test]

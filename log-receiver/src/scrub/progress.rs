@@ -45,6 +45,19 @@ struct Content {
     /// programs that do not know of it read that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     whole: Option<CaptureTime>,
+    /// What scrubs before the one in `status` found outside of the disks, of those since the last that read everything to its
+    /// end. Not in the file where there is nothing, as `whole`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    outside: Vec<Outside>,
+}
+
+/// Damage that a scrub found outside of the disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Outside {
+    /// The overlay that it is of; else a small file is damaged.
+    pub(super) overlay: Option<String>,
+    /// A sentence.
+    pub(super) why: String,
 }
 
 /// See the module's description.
@@ -80,6 +93,11 @@ impl Progress {
         self.content().status.clone()
     }
 
+    /// What is known to be damaged outside of the disks: found by the last scrub that read everything to its end, or since.
+    pub(super) fn outside(&self) -> Vec<Outside> {
+        self.content().found_outside()
+    }
+
     /// Which one runs.
     pub(super) fn runs(&self) -> Runs {
         let content = self.content();
@@ -110,6 +128,7 @@ impl Progress {
             }
             disks.sort_by_key(|wanted| content.read.get(&wanted.disk).copied());
             content.whole = content.whole_ended();
+            content.outside = content.found_outside();
             content.status = Some(status);
             content.rest = disks.into();
             content.overlays = overlays;
@@ -193,6 +212,24 @@ impl Progress {
 }
 
 impl Content {
+    fn found_outside(&self) -> Vec<Outside> {
+        let Some(status) = &self.status else { return self.outside.clone() };
+        // One of some disks, one that runs and one that was called off need not have come to all there is.
+        let read_all = self.overlays && !status.running && !status.cancelled;
+        let mut found = if read_all { Vec::new() } else { self.outside.clone() };
+        let files = status.damage.iter().map(|why| Outside { overlay: None, why: why.clone() });
+        let of_overlays = status.overlays.iter().flat_map(|overlay| {
+            let whys = overlay.damage.iter().chain(&overlay.error);
+            whys.map(|why| Outside { overlay: Some(overlay.id.clone()), why: why.clone() })
+        });
+        for outside in files.chain(of_overlays) {
+            if !found.contains(&outside) {
+                found.push(outside);
+            }
+        }
+        found
+    }
+
     fn whole_ended(&self) -> Option<CaptureTime> {
         let last = self.status.as_ref().filter(|_| self.overlays).and_then(|status| status.ended);
         last.or(self.whole)
@@ -251,6 +288,7 @@ pub(crate) fn take(storage: &Arc<dyn Storage>) {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use backtide_receiver_api::OverlayCheck;
     use backtide_storage::MemoryStorage;
     use backtide_units::ByteOffset;
 
@@ -321,6 +359,40 @@ pub(crate) mod tests {
             progress.status().unwrap().ended,
             "who called it off wants none now"
         );
+    }
+
+    #[test]
+    fn what_is_damaged_outside_of_the_disks_is_known_until_all_of_it_was_read_and_is_whole() {
+        let storage = MemoryStorage::new();
+        let open = || Progress::open(Arc::new(storage.clone()));
+        let wanted = || vec![Wanted { disk: DiskId::random(), bytes: ByteCount(10) }];
+        let progress = open();
+        let damage = vec!["store.json is damaged".to_owned()];
+        progress.begin(ScrubStatus { damage, ..begun() }, wanted(), true);
+        let overlay = OverlayCheck {
+            id: "vm1-1".to_owned(),
+            disk: None,
+            bytes: ByteCount::ZERO,
+            damage: vec!["its map is damaged".to_owned()],
+            more_damage: 0,
+            error: None,
+            sound: false,
+        };
+        progress.change(|status| status.overlays.push(overlay));
+        progress.end(false);
+        let found = progress.outside();
+        assert_eq!(found.len(), 2, "{found:?}");
+        // Of some disks; all of it, called off; and again by the next receiver.
+        for (all, cancelled) in [(false, false), (true, true), (true, true)] {
+            progress.begin(begun(), wanted(), all);
+            assert_eq!((progress.outside(), open().outside()), (found.clone(), found.clone()));
+            progress.end(cancelled);
+            assert_eq!((progress.outside(), open().outside()), (found.clone(), found.clone()));
+        }
+        progress.begin(begun(), wanted(), true);
+        assert_eq!(progress.outside(), found, "it has not come to its end");
+        progress.end(false);
+        assert_eq!((progress.outside(), open().outside()), (Vec::new(), Vec::new()));
     }
 
     #[test]
