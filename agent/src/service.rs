@@ -246,7 +246,13 @@ impl AgentService for Service {
                     ErrorCode::Failed
                 }
             };
-            ApiError::from_error(code, &error)
+            let refused = ApiError::from_error(code, &error);
+            match error {
+                VerifyError::NotInSync => {
+                    refused.with_hint(format!("`backtide wait {disk} --for sync` first"))
+                }
+                _ => refused,
+            }
         })
     }
 

@@ -1,8 +1,10 @@
 //! What an interruption is called: the hole tells why it began, whatever came later.
 
+use std::time::Duration;
+
 use backtide_io_filter::{
-    Change, Effect, Filter, LocalData, LocalOp, MarkError, Mode, RequestId, Resume, ResyncKind, Settings,
-    VerifyError,
+    Change, Effect, Filter, IoFailure, LocalData, LocalOp, MarkError, Mode, RequestId, Resume, ResyncKind,
+    Settings, VerifyError,
 };
 use backtide_protocol::{Message, ReceiverState};
 use backtide_tracking::DirtyBitmap;
@@ -17,14 +19,17 @@ struct Disk {
     last: u64,
     /// The reasons of the passes that were sent.
     passes: Vec<Reason>,
+    /// Reads of the local disk fail, each time at once.
+    unreadable: bool,
 }
 
 impl Disk {
     /// In sync, with a window of two blocks.
     fn in_sync() -> Self {
-        let settings = Settings { window_bytes: ByteCount(2 * 4096), ..settings() };
+        let window_bytes = ByteCount(2 * 4096);
+        let settings = Settings { window_bytes, read_retry: Duration::ZERO, ..settings() };
         let filter = Filter::new(settings, Resume::New, at(0));
-        let mut disk = Self { filter, requests: 0, last: 1, passes: Vec::new() };
+        let mut disk = Self { filter, requests: 0, last: 1, passes: Vec::new(), unreadable: false };
         disk.connect(ReceiverState::New, Lsn::ZERO);
         disk.settle();
         assert_eq!(disk.filter.mode(), Mode::Sync);
@@ -46,6 +51,9 @@ impl Disk {
         while let Some(effect) = self.filter.next_effect() {
             match effect {
                 Effect::Scan(io) => self.filter.scanned(at(0), io, &DirtyBitmap::new()),
+                Effect::Local(io, LocalOp::Read(_)) if self.unreadable => {
+                    self.filter.local_done(at(0), io, Err(IoFailure { errno: 5 }));
+                }
                 Effect::Local(io, LocalOp::Read(range)) => {
                     let read = vec![7; usize::try_from(range.count().0).unwrap()];
                     self.filter.local_done(at(0), io, Ok(LocalData::Read(read.into())));
@@ -208,6 +216,19 @@ fn a_verify_ends_with_its_receiver_and_where_somebody_else_writes_the_disk() {
 }
 
 #[test]
+fn a_verify_that_waits_ends_where_a_block_keeps_the_disk_from_sync() {
+    let mut disk = Disk::in_sync();
+    disk.filter.start_verify(at(0), false).unwrap();
+    disk.overflow();
+    assert_eq!(disk.filter.verify_state().unwrap().1, None, "it waits");
+    disk.unreadable = true;
+    disk.settle();
+    assert!(disk.filter.mode() != Mode::Sync);
+    let result = disk.filter.verify_state().unwrap().1;
+    assert!(matches!(result, Some(Err(VerifyError::Read { errno: 5, .. }))), "{result:?}");
+}
+
+#[test]
 fn what_a_log_in_doubt_lacks_of_an_outage_is_missing_for_its_damage() {
     let mut disk = Disk::in_sync();
     disk.filter.disconnected(at(0));
@@ -322,7 +343,7 @@ fn crashed(candidates: std::ops::Range<u64>) -> Disk {
         )),
     };
     let filter = Filter::new(settings(), resume, at(0));
-    Disk { filter, requests: 0, last: 1, passes: Vec::new() }
+    Disk { filter, requests: 0, last: 1, passes: Vec::new(), unreadable: false }
 }
 
 #[test]
