@@ -127,11 +127,11 @@ pub(crate) fn examine(context: &Context, api: &ReceiverApi, answers: &Answers) -
     for (name, address) in [("agent", context.agent_address()), ("receiver", context.receiver_address(api))] {
         // Whoever has no place for it was not answered at all.
         let Ok(address) = address else { continue };
-        here.extend(machine::is_here(&address).then_some(name));
         findings.extend(machine::socket(name, &address));
         // A silent one may not even take a connection, which is waited for without end.
         let answers = if name == "agent" { answers.agent.is_ok() } else { answers.receiver.is_ok() };
         findings.extend(answers.then(|| machine::open_files(name, &address)).flatten());
+        here.extend((answers && machine::is_here(&address)).then_some(name));
     }
     if let Ok((receiver, kept)) = &answers.receiver {
         findings.push(daemons::free_space(receiver));

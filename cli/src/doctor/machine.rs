@@ -43,12 +43,17 @@ pub(super) fn socket(name: &str, address: &Address) -> Option<Finding> {
     Some(Finding::ok("sockets", format!("only its owner reaches {}", path.display())))
 }
 
+/// The directory in `/proc` of whoever has the socket. One that is silent may be waited for without end.
+fn process_of(address: &Address) -> Option<PathBuf> {
+    let socket = UnixStream::connect(address.socket_path()?).ok()?;
+    let id = rustix::net::sockopt::socket_peercred(&socket).ok()?.pid;
+    Some(PathBuf::from(format!("/proc/{}", id.as_raw_nonzero())))
+}
+
 /// Whether it is a daemon of this machine that has the socket, and not what only leads to another machine, as ssh does.
 pub(super) fn is_here(address: &Address) -> bool {
     let daemon = || {
-        let socket = UnixStream::connect(address.socket_path()?).ok()?;
-        let id = rustix::net::sockopt::socket_peercred(&socket).ok()?.pid;
-        let program = std::fs::read_link(format!("/proc/{}/exe", id.as_raw_nonzero())).ok()?;
+        let program = std::fs::read_link(process_of(address)?.join("exe")).ok()?;
         let own = std::env::current_exe().ok()?;
         // One that was replaced since has more behind its name.
         let (program, own) =
@@ -79,9 +84,7 @@ pub(super) fn lost_socket(what: &str, uri: &str) -> Option<Finding> {
 
 /// Whether a daemon may have enough files open. Nothing where that cannot be told.
 pub(super) fn open_files(name: &str, address: &Address) -> Option<Finding> {
-    let socket = UnixStream::connect(address.socket_path()?).ok()?;
-    let id = rustix::net::sockopt::socket_peercred(&socket).ok()?.pid;
-    let limits = std::fs::read_to_string(format!("/proc/{}/limits", id.as_raw_nonzero())).ok()?;
+    let limits = std::fs::read_to_string(process_of(address)?.join("limits")).ok()?;
     let limit = open_files::soft_limit(&limits)?;
     let message = format!("the {name} may have {limit} files open");
     if limit >= open_files::ENOUGH {
