@@ -324,6 +324,15 @@ impl Filter {
         })
     }
 
+    /// Blocks that the local disk may have lost, since a flush of theirs failed: what can be read there need not be what it
+    /// keeps.
+    pub fn doubtful(&self) -> DirtyBitmap {
+        let mut blocks = DirtyBitmap::new();
+        blocks.union_with(self.activity.doubtful());
+        blocks.keep_only(self.all_blocks());
+        blocks
+    }
+
     /// Another agent has the disk from now on: what is retained, in memory and in the spill, would be for nobody. Its blocks
     /// are dirty, and changes are tracked.
     pub fn fenced(&mut self, now: Now) {

@@ -11,8 +11,8 @@ use std::{rc::Rc, sync::Arc, time::Duration};
 use backtide_agent_api::DiskStatus;
 use backtide_io_filter::{Change, Filter, IoFailure, LocalOp, Mode};
 use backtide_storage::{ImageFile, KillPoint};
-use backtide_tracking::{SavedTracking, Snapshot};
-use backtide_units::DiskName;
+use backtide_tracking::{DirtyBitmap, SavedTracking, Snapshot};
+use backtide_units::{DiskId, DiskName};
 
 use super::{
     engine::{Engine, Kick},
@@ -53,7 +53,7 @@ impl Disk {
         last.local_error = last.local_error.or_else(|| past_agent.trouble(Compared::AfterAttach));
         catch_up(&engine, leaving).await;
         (last.lsn, last.lag) = super::status::progress(&engine);
-        let saved = give_up(&engine, &mut record, flushed).await;
+        let (saved, in_doubt) = give_up(&engine, &mut record, flushed).await;
         // Of what the path leads to nothing is known then, nor of what others wrote.
         let saved = saved.filter(|_| !record.image_displaced && !record.written_past_agent);
         end_stream(&engine, &stream, leaving).await;
@@ -62,7 +62,8 @@ impl Disk {
         }
         say_detached(&mut last, saved.as_ref());
         unlock(image, &record.name);
-        save(records, record, saved).await?;
+        let left = snapshot(record.uuid, saved, in_doubt);
+        save(records, record, left).await?;
         tracing::info!(disk = %last.name, dirty_blocks = %last.dirty.blocks, "disk detached");
         Ok(last)
     }
@@ -107,8 +108,12 @@ async fn catch_up(engine: &Rc<Engine>, leaving: Leaving) {
 }
 
 /// Has the filter give the disk up, and notes in the record how far it was. What is to be saved of it, if that can be
-/// trusted.
-async fn give_up(engine: &Rc<Engine>, record: &mut DiskRecord, flushed: bool) -> Option<SavedTracking> {
+/// trusted, and of which blocks a flush has failed.
+async fn give_up(
+    engine: &Rc<Engine>,
+    record: &mut DiskRecord,
+    flushed: bool,
+) -> (Option<SavedTracking>, DirtyBitmap) {
     record.acked_durable = engine.look(Filter::acked_durable);
     record.history = engine.look(Filter::history);
     engine.look(|filter| record.note_welcome(filter));
@@ -119,7 +124,7 @@ async fn give_up(engine: &Rc<Engine>, record: &mut DiskRecord, flushed: bool) ->
     record.lsn_bound = record.lsn_bound.max(engine.look(Filter::last_lsn));
     record.last_time = engine.look(|filter| filter.status().last_time);
     // What the device did not take is not on the disk: nothing is trusted then.
-    saved.filter(|_| flushed)
+    (saved.filter(|_| flushed), engine.look(Filter::doubtful))
 }
 
 /// Says good-bye to the receiver, if there is one; nothing depends on it.
@@ -157,14 +162,21 @@ fn unlock(image: Option<Arc<ImageFile>>, name: &DiskName) {
     KillPoint::DetachUnlocked.reached();
 }
 
+/// What the next attach finds of a disk: that what is `saved` is all there is to know, or nothing but of which blocks the page
+/// cache is not to be believed when everything is compared.
+fn snapshot(disk: DiskId, saved: Option<SavedTracking>, in_doubt: DirtyBitmap) -> Snapshot {
+    match saved {
+        Some(saved) => Snapshot::first(saved, true, false),
+        None => {
+            Snapshot::first(SavedTracking { dirty: in_doubt, ..SavedTracking::unknown(disk) }, false, true)
+        }
+    }
+}
+
 /// Makes durable what the next attach needs.
-async fn save(records: Records, record: DiskRecord, saved: Option<SavedTracking>) -> Result<(), DetachError> {
+async fn save(records: Records, record: DiskRecord, snapshot: Snapshot) -> Result<(), DetachError> {
     let path = records.tracking_file(&record.name);
     let save = move || {
-        let snapshot = match saved {
-            Some(saved) => Snapshot::first(saved, true, false),
-            None => Snapshot::first(SavedTracking::unknown(record.uuid), false, true),
-        };
         let limits = super::activity_limits(&record, record.size);
         records.create_tracking(&record.name, limits, record.size, &snapshot)?;
         KillPoint::DetachTracking.reached();
@@ -173,4 +185,19 @@ async fn save(records: Records, record: DiskRecord, saved: Option<SavedTracking>
         Ok(())
     };
     blocking(save).await.map_err(|source| DetachError::Save { path, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_disk_that_nothing_is_known_of_it_is_saved_what_a_failed_flush_was_about() {
+        let (disk, in_doubt) = (DiskId::random(), DirtyBitmap::of((3..5).into()));
+        let Snapshot { clean, everything, saved, .. } = snapshot(disk, None, in_doubt.clone());
+        assert_eq!((clean, everything, saved.compare, saved.dirty), (false, true, true, in_doubt.clone()));
+        let known = SavedTracking { dirty: DirtyBitmap::of((4..9).into()), ..SavedTracking::unknown(disk) };
+        let Snapshot { clean, everything, saved, .. } = snapshot(disk, Some(known.clone()), in_doubt);
+        assert_eq!((clean, everything, saved), (true, false, known), "it has them");
+    }
 }

@@ -20,6 +20,7 @@ use backtide_agent_api::{Rewound, StreamTls};
 use backtide_control::Address;
 use backtide_hydration::{Header, HydrationError, HydrationFile, Kind};
 use backtide_io_filter::Resume;
+use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteCount, DiskName};
 
 use super::{
@@ -81,6 +82,11 @@ impl OpenedHydration {
     pub(crate) fn rewound(&self) -> Option<Rewound> {
         let Header { kind, before: from, source, .. } = self.file.header();
         (*kind == Kind::Rewind).then_some(Rewound { from: *from, to: source.lsn, to_time: source.time })
+    }
+
+    /// What is compared with the point before it is fetched; none where the image has nothing to be compared.
+    pub(super) fn compared(&self) -> Option<DirtyBitmap> {
+        self.file.header().compare.then(|| self.file.missing())
     }
 
     /// On the disk's thread.

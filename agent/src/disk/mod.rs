@@ -9,6 +9,7 @@ pub(crate) mod claim;
 mod clientele;
 mod detach;
 mod dial;
+mod doubt;
 pub(crate) mod engine;
 mod export;
 mod flush_turns;

@@ -11,13 +11,12 @@ use backtide_agent_api::{AckPolicy, CacheMode, OnOutage, StreamTls};
 use backtide_export::{Client, ClientError, ClientOptions, NbdUri, ParseUriError};
 use backtide_io_filter::{Resume, Settings};
 use backtide_storage::{Cache, ImageError, ImageFile, KillPoint, Opening};
-use backtide_tracking::{ActivityLimits, DirtyBitmap, SignOfLife, TrackingFile};
-use backtide_units::{
-    BlockCount, BlockRange, ByteCount, ByteOffset, ByteRange, CaptureTime, DISK_SIZE_MAX, Lsn,
-};
+use backtide_tracking::{ActivityLimits, SignOfLife, TrackingFile};
+use backtide_units::{BlockCount, ByteCount, CaptureTime, DISK_SIZE_MAX, Lsn};
 use uuid::Uuid;
 
 use super::{
+    doubt,
     in_place::InPlace,
     incomplete::{self, HydrationProblem, OpenedHydration},
     source::Sources,
@@ -150,11 +149,11 @@ pub(crate) async fn open(
     }
     let known_until = trust::known_until(&record, whole);
     record.last_time_is_early |= !whole.is_some_and(|left| record.ended_cleanly(left));
+    if let Behind::Image(image) = &behind {
+        doubt::look_at_the_device(image, &doubt::left(&record, whole, hydration.as_ref(), size));
+    }
     let resume = trust::resume(&record, left, stamp.as_ref(), size);
     let resume = incomplete::dirty_too(resume, &record, hydration.as_ref());
-    if let Behind::Image(image) = &behind {
-        look_at_the_device(image, &resume);
-    }
     // Before the record, by which the next attach would take the old file for that of a crash.
     let activity = activity_limits(&record, size);
     let snapshot = resume.first_snapshot(record.uuid, activity);
@@ -274,25 +273,6 @@ impl Behind {
     }
 }
 
-/// The longest piece that the page cache keeps or lets go of as one.
-const CACHED_AS_ONE: u64 = 2 << 20;
-
-/// What a detach left in doubt is read from the device, not from the page cache: a failed flush may have left pages
-/// there that the device does not hold. (After a crash nothing says that a flush had failed, and the guest waits: what
-/// is compared then may come from the page cache.)
-fn look_at_the_device(image: &ImageFile, resume: &Resume) {
-    let Resume::Clean(saved) = resume else { return };
-    let (size, mut blocks) = (image.size(), DirtyBitmap::new());
-    let whole = BlockRange::whole_disk(size);
-    for run in saved.dirty.runs(whole, whole.count()).filter(|_| saved.compare) {
-        let range = run.bytes(size);
-        let start = range.start().0 / CACHED_AS_ONE * CACHED_AS_ONE;
-        let end = (range.end().0.next_multiple_of(CACHED_AS_ONE)).min(size.0);
-        blocks.insert(BlockRange::touched_by(ByteRange::between(ByteOffset(start), ByteOffset(end))));
-    }
-    blocks.runs(whole, whole.count()).for_each(|run| image.let_go(run.bytes(size)));
-}
-
 fn last_lsn(resume: &Resume) -> Lsn {
     match resume {
         Resume::New => Lsn::ZERO,
@@ -347,12 +327,7 @@ pub(crate) fn activity_limits(record: &DiskRecord, size: ByteCount) -> ActivityL
 
 #[cfg(test)]
 mod tests {
-    use backtide_tracking::SavedTracking;
-    use backtide_units::{BlockIndex, DiskId, LogPosition};
-
     use super::*;
-
-    const PIECES: u64 = 3;
 
     #[test]
     fn every_extent_of_every_disk_has_a_number() {
@@ -362,53 +337,5 @@ mod tests {
         let largest = activity_limits(&record, DISK_SIZE_MAX);
         assert!(DISK_SIZE_MAX.0.div_ceil(largest.extent.bytes().0) < u64::from(u32::MAX), "{largest:?}");
         assert_eq!(activity_limits(&record, ByteCount(200 << 40)).extent, BlockCount(16));
-    }
-
-    /// Whether these 4 KiB of an image that was just written and synced are in the page cache still, after a look at its
-    /// one block in doubt: in the middle of the 64 KiB at the beginning of the second piece.
-    fn is_cached(compare: bool, at: u64) -> bool {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("disk.raw");
-        std::fs::File::create(&path).unwrap().set_len(PIECES * CACHED_AS_ONE).unwrap();
-        let image = ImageFile::open(&path).unwrap();
-        for piece in 0..PIECES {
-            image.write_at(ByteOffset(piece * CACHED_AS_ONE), &[7; 64 << 10]).unwrap();
-        }
-        image.sync().unwrap();
-        let block = BlockIndex((CACHED_AS_ONE + (32 << 10)) / BlockCount(1).bytes().0);
-        look_at_the_device(
-            &image,
-            &Resume::Clean(SavedTracking {
-                disk: DiskId::random(),
-                history: None,
-                last_lsn: Lsn::ZERO,
-                gap_from: Lsn::ZERO,
-                acked_durable: Lsn::ZERO,
-                acked_position: LogPosition::default(),
-                spilled_to: None,
-                reason: None,
-                compare,
-                dirty: DirtyBitmap::of(BlockRange::between(block, BlockIndex(block.0 + 1))),
-                zeroes: DirtyBitmap::new(),
-            }),
-        );
-        let range = ByteRange::new(ByteOffset(at), ByteCount(4096)).unwrap();
-        image.try_read(range).unwrap().is_some()
-    }
-
-    #[test]
-    fn what_is_in_doubt_is_read_from_the_device_with_all_that_the_page_cache_may_keep_with_it() {
-        let block = CACHED_AS_ONE + (32 << 10);
-        // Where nothing is behind the page cache nothing can be let go.
-        let in_memory = rustix::fs::statfs(std::env::temp_dir()).unwrap().f_type == 0x0102_1994;
-        // A look of its own for each: one may read ahead what the next looks for.
-        for at in [block, CACHED_AS_ONE, CACHED_AS_ONE + (60 << 10)] {
-            // A page that something else of the kernel looks at for that moment stays.
-            assert_eq!((0..20).all(|_| is_cached(true, at)), in_memory, "{at}");
-            assert!(is_cached(false, at), "{at}: what is known is left");
-        }
-        for at in [60 << 10, 2 * CACHED_AS_ONE] {
-            assert!(is_cached(true, at), "{at}: of another piece");
-        }
     }
 }

@@ -204,6 +204,26 @@ fn without_an_activity_log_a_failed_flush_is_remembered_too() {
     assert_eq!((saved.dirty, saved.compare), (DirtyBitmap::of((3..4).into()), true));
 }
 
+#[test]
+fn what_a_failed_flush_was_about_is_known_of_a_disk_of_which_nothing_else_is() {
+    let settings = settings(ActivityLimits { hot: 0, ..ActivityLimits::default() });
+    let mut filter = Filter::new(settings, Resume::New, at(0));
+    filter.submit(at(1), RequestId(3), Change::Flush);
+    let flush = asked(&mut filter);
+    filter.local_done(at(1), flush, Ok(LocalData::Changed));
+    filter.submit(at(1), RequestId(1), write(3));
+    let write = asked(&mut filter);
+    filter.local_done(at(1), write, Ok(LocalData::Changed));
+    go_on(&mut filter, at(1));
+    assert!(filter.doubtful().is_empty());
+    filter.submit(at(1), RequestId(2), Change::Flush);
+    let (flush, _) = go_on(&mut filter, at(1));
+    filter.local_done(at(1), flush[0].0, Err(IoFailure { errno: 5 }));
+    go_on(&mut filter, at(1));
+    assert_eq!(filter.detach(at(2)), None, "it has never met a receiver");
+    assert_eq!(filter.doubtful(), DirtyBitmap::of((3..4).into()));
+}
+
 /// What the receiver says is taken as it is meant, or not at all: else a block that differs would be taken for equal.
 #[test]
 fn an_answer_that_is_none_settles_nothing() {
