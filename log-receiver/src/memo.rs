@@ -94,8 +94,8 @@ pub(crate) fn damage_of(storage: &dyn Storage, dir: &Path) -> Option<String> {
     let path = dir.join(FILE);
     match KIND.read::<MemoFile>(storage, &path) {
         Ok(_) => None,
-        Err(error @ SealedError::Io { .. }) => Some(error.to_string()),
-        Err(SealedError::Damaged { .. } | SealedError::Version { .. }) => {
+        Err(error @ (SealedError::Io { .. } | SealedError::Version { .. })) => Some(error.to_string()),
+        Err(SealedError::Damaged { .. }) => {
             let name = storage.display(&path);
             Some(format!("{} is damaged: it is written again at the next attach", name.display()))
         }
@@ -135,5 +135,8 @@ mod tests {
             storage.flip_bit(&path, ByteOffset(byte), 1);
         }
         assert_eq!(read(&storage, Path::new("e")), None);
+        SealedJson { version: 2, ..KIND }.write(&storage, &path, &["more"]).unwrap();
+        assert_eq!((read(&storage, Path::new("d")), is_free(&storage, Path::new("d"))), (None, false));
+        assert!(damage_of(&storage, Path::new("d")).unwrap().contains("has version 2"));
     }
 }

@@ -12,16 +12,22 @@ use std::{
 };
 
 use backtide_export::{NbdAddress, NbdUri};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// A store's place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct StorePlace {
     /// Its directory, without links.
+    #[serde(serialize_with = "as_text")]
     pub(crate) path: PathBuf,
     device: u64,
     inode: u64,
+}
+
+/// One that is no text is not known by its path, but by what follows.
+fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
 }
 
 impl StorePlace {
@@ -56,7 +62,19 @@ impl StorePlace {
 
 #[cfg(test)]
 mod tests {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+
     use super::*;
+
+    #[test]
+    fn a_store_whose_path_is_no_text_is_known_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(OsStr::from_bytes(b"store-\xff"));
+        fs::create_dir(&path).unwrap();
+        let place = StorePlace::of(&path).unwrap();
+        let noted = serde_json::to_string(&place).unwrap();
+        assert!(serde_json::from_str::<StorePlace>(&noted).unwrap().is(&place), "{noted}");
+    }
 
     #[test]
     fn a_store_that_was_renamed_is_itself_and_a_copy_is_not() {
