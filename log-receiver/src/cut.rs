@@ -1,4 +1,5 @@
-//! `cut.json` beside a log that a repair has cut: nothing is appended to that log any more.
+//! `cut.json` beside a log that a repair has cut: nothing is appended to that log any more. `FORMAT.md` beside this crate
+//! describes it.
 //!
 //! What stood behind the cut had been acknowledged, and blocks that it had written differ from what the log has now. So the
 //! log goes on as one that was damaged: it is read, the disk's next hello begins a new one behind it, and the hole between

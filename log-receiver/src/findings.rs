@@ -1,13 +1,12 @@
 //! Damage that was found in logs that are in use: by a scrub, by a read of a mounted point, or when a log was opened.
 //!
 //! A log tells nothing of a payload that has rotten in it before somebody reads it. What was found is kept in
-//! `findings.json`, so that every later answer about the disk says it, also after the receiver was started again; a complete
-//! scrub of the disk says anew what there is, and what it has mended is no finding any more. Bounded: of each disk so many
-//! places are kept. A file that is damaged costs what it would tell until the next scrub; one that
-//! cannot be written is written when an agent comes; one of a newer version stays as it is.
+//! `findings.json`, which `FORMAT.md` beside this crate describes, so that every later answer about the disk says it, also after
+//! the receiver was started again; a complete scrub of the disk says anew what there is, and what it has mended is no finding any
+//! more. Bounded: of each disk so many places are kept. A file that is damaged costs what it would tell until the next scrub; one
+//! that cannot be written is written when an agent comes; one of a newer version stays as it is.
 //!
-//! A store may be moved, or mounted elsewhere: in the file a sentence that begins with the name of a file of the store has that
-//! name from the store's root.
+//! A store may be moved, or mounted elsewhere: so in the file names of the store's files begin at its root.
 //!
 //! Whoever reads a log asks for its disk's findings before it begins ([`Findings::of_life`]). When the disk is forgotten
 //! meanwhile nothing is noted any more: files that went with it are no damage of one that has its identity afterwards.

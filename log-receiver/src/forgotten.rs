@@ -1,4 +1,4 @@
-//! Disks that were forgotten: a tombstone each, `STORE/forgotten/<uuid>.json`.
+//! Disks that were forgotten: a tombstone each, `STORE/forgotten/<uuid>.json`, which `FORMAT.md` beside this crate describes.
 //!
 //! A disk goes in steps, and its tombstone says how far it is: *asked*, in memory only, while somebody looks whether it
 //! may go; *going*, durable before the first file is removed; *gone*, durable when the last one is. Whatever ends

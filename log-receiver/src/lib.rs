@@ -43,6 +43,8 @@ mod findings;
 mod forgotten;
 mod fsck;
 #[cfg(test)]
+mod golden;
+#[cfg(test)]
 mod hostile;
 mod inspect;
 mod mount_numbers;

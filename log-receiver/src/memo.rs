@@ -1,4 +1,4 @@
-//! `disk.json` beside a log: whose log it is, and its newest attach, once more.
+//! `disk.json` beside a log: whose log it is, and its newest attach, once more. `FORMAT.md` beside this crate describes it.
 //!
 //! The log says all of it; this copy is for the day when the log's own header and attach cannot be
 //! read any more, so that the disk keeps its name and its entries can still be told from foreign

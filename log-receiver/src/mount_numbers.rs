@@ -1,4 +1,4 @@
-//! `mounts.json` in a store: the last number that a mount of each disk was given.
+//! `mounts.json` in a store: the last number that a mount of each disk was given. `FORMAT.md` beside this crate describes it.
 //!
 //! Whoever wrote an id down, in a script or a ticket, must not meet somebody else's mount under it, also
 //! after the receiver was started anew. So a number is in the file before it is used. A store that is full

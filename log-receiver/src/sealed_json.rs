@@ -1,15 +1,8 @@
-//! Small files of a store that are read whole and replaced whole: three lines of JSON.
+//! Small files of a store that are read whole and replaced whole: three lines of JSON. `FORMAT.md` beside this crate describes
+//! them, and what each kind says.
 //!
-//! ```text
-//! {"magic":"backtide-scrub","version":1}     what it is: the same in every version
-//! {"status":null,"rest":[]}                  what it says, as its version has it
-//! {"crc32c":"0a1b2c3d"}                      of every byte before this line: the same in every version
-//! ```
-//! The checksum is of the bytes as they stand there, so it needs no reader that knows what they mean. It is looked at before the
-//! version, so a version that is read is what somebody wrote.
-//!
-//! Invariants: a file of another version is told apart from one that is damaged, for its owner must not write over it; one
-//! that is cut anywhere, or of which any bit is another one, is damaged.
+//! Invariants: a file of another version is told apart from one that is damaged, for it is somebody's; one that is cut anywhere,
+//! or of which any bit is another one, is damaged.
 
 use std::{io, path::Path};
 
@@ -27,7 +20,7 @@ pub(crate) struct SealedJson {
     pub(crate) magic: &'static str,
     /// The version that is read and written.
     pub(crate) version: u32,
-    /// One that is longer is damaged.
+    /// One that is longer is not read: an error of the file system.
     pub(crate) bytes_max: ByteCount,
 }
 

@@ -1,25 +1,6 @@
 //! `store.json` and the store's lock: what makes a directory a store, and one receiver's at a time.
 //!
-//! ```text
-//! STORE/store.json                      magic, version, store id, whether there is a retention.json, checksum
-//! STORE/lock                            flock(2) of the receiver that has the store open
-//! STORE/disks/<uuid>/segments/*.seg     one log per disk
-//! STORE/disks/<uuid>/base.{1,2}         what lies below the log once history was folded
-//! STORE/disks/<uuid>/disk.json          whose log it is, for the day when its header is damaged
-//! STORE/disks/<uuid>/durable            how far the log is known to be durable
-//! STORE/disks/<uuid>/log-<n>/           the same of the logs that began behind a damaged one
-//! STORE/disks/<uuid>/cut.json           that a repair has cut the log
-//! STORE/images/packs/                   chunks of whole versions, of all disks
-//! STORE/images/bases/                   base.1 of each log, once more
-//! STORE/overlays/<id>.{json,map,data}   what was written to mounts
-//! STORE/mounts.json                     the last number of each disk's mounts
-//! STORE/retention.json                  ladders, kept points, locks
-//! STORE/findings.json                   damage that scrubs and reads have met
-//! STORE/scrub.json                      how far a scrub is, and when each disk was read last
-//! STORE/cut/<uuid>/log-<n>/             what a repair has cut off: nothing reads it
-//! STORE/forgotten/<uuid>.json           tombstones of disks that are forgotten
-//! ```
-//! Each JSON file but `store.json` is three lines of it, as `sealed_json.rs` tells.
+//! `FORMAT.md` beside this crate has the files of a store and describes this one.
 //!
 //! Invariants: `store.json` is written whole (temporary file, sync, rename, sync of the directory), before the first disk, and
 //! once more when `retention.json` is there for the first time: from then on a store without that file has lost it, with all
@@ -43,10 +24,6 @@ use uuid::Uuid;
 use crate::{StoreWatch, disks::DISKS, retention};
 
 /// The version of the store's layout that this build reads and writes.
-///
-/// | version | what changed |
-/// |---|---|
-/// | 1 | first |
 pub const STORE_VERSION: u32 = 1;
 
 pub(crate) const FILE: &str = "store.json";
@@ -368,5 +345,16 @@ mod tests {
         let _lock = lock_store(directory.path()).unwrap();
         let mode = std::fs::metadata(directory.path().join(LOCK)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn the_golden_file_is_what_is_written_and_is_read() {
+        let (storage, store) = (backtide_storage::MemoryStorage::new(), StoreId(Uuid::from_u128(3)));
+        replace(&storage, &StoreFile::new(store, false)).unwrap();
+        note_retention(&storage).unwrap();
+        let golden = crate::golden::check(&storage, Path::new(FILE));
+        assert!(has_had_retention(&golden));
+        let shared: Arc<dyn Storage> = Arc::new(golden);
+        assert_eq!(read_store(&shared).unwrap(), store);
     }
 }

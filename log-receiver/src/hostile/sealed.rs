@@ -8,6 +8,7 @@ use backtide_units::DiskName;
 use crate::{
     cut::Cut,
     forgotten::Forgotten,
+    golden,
     inspect::{inspect_durable, inspect_json},
     mount_numbers::{self, MountNumbers},
     overlays::{record, store_place::StorePlace},
@@ -67,15 +68,14 @@ fn policies() {
 
 #[test]
 fn findings_with_the_points_they_touch() {
-    // As a scrub notes them, with spans, and as older files have them.
-    let notes = r#"{"00000000-0000-0000-0000-000000000001":["a.seg is damaged at byte 7",{"damage":"b","touched":{"place":"b","bytes":[{"offset":0,"length":4096}],"from":{"lsn":5,"time":"2026-01-02T03:04:05.000006Z"},"to":null,"points":3,"known":"all"}}]}"#;
     let storage = MemoryStorage::new();
-    Findings::open(Arc::new(storage.clone())).of_life(DISK).note("a.seg is damaged at byte 7", None);
-    let own = file(&storage, Path::new("findings.json"));
-    let head = own.iter().position(|byte| *byte == b'\n').unwrap() + 1;
-    let mut touched = [&own[..head], notes.as_bytes(), b"\n", &own[own.len() - 22..]].concat();
-    reseal(&mut touched);
-    run_json("findings.json", vec![own, touched], |bytes| {
+    let samples =
+        [("a.seg is damaged at byte 7", None), ("b", Some(golden::touched("b")))].map(|(why, touched)| {
+            Findings::open(Arc::new(storage.clone())).of_life(DISK).note(why, touched);
+            file(&storage, Path::new("findings.json"))
+        });
+    assert_eq!(Findings::open(Arc::new(storage.clone())).of(DISK).len(), 2);
+    run_json("findings.json", samples.to_vec(), |bytes| {
         let (storage, shared) = store(Path::new("findings.json"), bytes);
         let findings = Findings::open(shared);
         let all = findings.of_life(DISK).all();

@@ -1,4 +1,4 @@
-//! `overlays/ID.json`: what an overlay lies over, and where it is served.
+//! `overlays/ID.json`: what an overlay lies over, and where it is served. `FORMAT.md` beside this crate describes it.
 //!
 //! It is written after the overlay's files, and becomes `ID.going` before they are removed. So files that something was written to
 //! have the one or the other beside them, unless that was lost.

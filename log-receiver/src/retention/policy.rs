@@ -1,4 +1,4 @@
-//! What people want kept, durable in the store: `retention.json`, written whole.
+//! What people want kept, durable in the store: `retention.json`, written whole, which `FORMAT.md` beside this crate describes.
 //!
 //! A file that cannot be understood says nothing of what may go: then nothing goes, and it stays as it is, for it may hold
 //! what others want kept. So it is with one that was there once, as `store.json` tells, and is not any more. Changes are refused

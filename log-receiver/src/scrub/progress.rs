@@ -1,4 +1,5 @@
-//! How far a scrub is, and when each disk was read last: in memory, and in `scrub.json`.
+//! How far a scrub is, and when each disk was read last: in memory, and in `scrub.json`, which `FORMAT.md` beside this crate
+//! describes.
 //!
 //! The file is written when a scrub begins, is called off and ends, and now and then between: a crash costs the disks that were
 //! read since, and they are read again. A file that is damaged costs the order, and the scrub that ran; one of a newer version
@@ -285,6 +286,9 @@ pub(crate) fn take(storage: &Arc<dyn Storage>) {
     );
     progress.end(true);
 }
+
+#[cfg(test)]
+mod golden;
 
 #[cfg(test)]
 pub(crate) mod tests {

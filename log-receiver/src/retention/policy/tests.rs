@@ -2,8 +2,10 @@
 
 use backtide_storage::{MemoryStorage, read_file, replace_file};
 use backtide_units::ByteOffset;
+use uuid::Uuid;
 
 use super::*;
+use crate::golden::{at, check};
 
 #[test]
 fn policies_are_durable_and_a_damaged_file_lets_nothing_go() {
@@ -191,4 +193,28 @@ fn a_store_has_no_room_also_where_a_quota_says_so() {
     let full = NotChanged::Full("why".to_owned());
     assert_eq!([StorageFull, QuotaExceeded].map(unwritten), [full.clone(), full]);
     assert_eq!(unwritten(PermissionDenied), NotChanged::Failed("why".to_owned()));
+}
+
+#[test]
+fn the_golden_file_is_what_is_written_and_is_read() {
+    let (storage, disks) = (MemoryStorage::new(), [1, 6].map(|number| DiskId(Uuid::from_u128(number))));
+    let policies = clocked(&storage, 1_772_366_400, 60);
+    let lock = |seconds| Lock::new(at(seconds), policies.moment()).unwrap();
+    let point = |lsn| (Lsn(lsn), at(lsn));
+    let pin = |lsn| Pin { lsn: Lsn(lsn), time: at(lsn) };
+    let everything = |policy: &mut Policy| {
+        policy.ladder = Some("any=1h per-10m=2d hourly=7d".parse().unwrap());
+        policy.pins.extend([point(7), point(8)]);
+        policy.locks.add(None, lock(600));
+        policy.locks.add(Some(point(9)), lock(3600));
+        policy.holds.insert("rewind of vm2".to_owned(), pin(5));
+        policy.shrunk = Some(at(3));
+    };
+    policies.change(disks[0], everything).unwrap();
+    policies.change(disks[1], |policy| policy.ladder = Some(Ladder::default())).unwrap();
+    let golden = check(&storage, Path::new(FILE));
+    let read = clocked(&golden, 0, 0);
+    assert_eq!(read.damage(), None);
+    assert_eq!(disks.map(|disk| read.of(disk)), disks.map(|disk| policies.of(disk)));
+    assert_eq!(read.moment().open, policies.moment().open);
 }
