@@ -19,6 +19,7 @@ mod qemu_lock;
 mod real;
 mod ring;
 mod seam;
+mod unreadable;
 
 pub use batch::{SetSync, Sharing, SyncSet};
 pub use buffer::{BUFFER_ALIGNMENT, Buffer, BufferPool};
@@ -30,3 +31,4 @@ pub use qemu_lock::is_written_by_qemu;
 pub use real::RealStorage;
 pub use ring::{Completion, Ring, RingOp};
 pub use seam::{DeviceId, Storage, StorageFile, read_file, replace_file, replace_with};
+pub use unreadable::is_unreadable_place;

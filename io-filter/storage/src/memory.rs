@@ -39,7 +39,7 @@ use crate::{
     batch::{self, Batch, FileSystem},
 };
 use content::Content;
-use files::MemoryFile;
+use files::{EIO, MemoryFile};
 use names::Names;
 
 /// The file system that everything is on, and another one.
@@ -71,8 +71,15 @@ struct World {
     read_only: bool,
     /// Files on another file system.
     elsewhere: BTreeSet<usize>,
-    /// A file and the place in it that cannot be read.
-    unreadable: Option<(usize, ByteRange)>,
+    unreadable: Option<Unreadable>,
+}
+
+/// A place that cannot be read.
+#[derive(Clone, Copy)]
+struct Unreadable {
+    file: usize,
+    range: ByteRange,
+    errno: i32,
 }
 
 /// How many operations a storage has done: where a test can put the next fault.
@@ -221,9 +228,17 @@ impl MemoryStorage {
     /// # Panics
     /// When there is no such file: the test names the wrong one.
     pub fn make_unreadable(&self, path: &Path, range: ByteRange) {
+        self.fail_reads(path, range, EIO);
+    }
+
+    /// The same with another error.
+    ///
+    /// # Panics
+    /// When there is no such file: the test names the wrong one.
+    pub fn fail_reads(&self, path: &Path, range: ByteRange, errno: i32) {
         let mut world = self.world();
         let file = world.names.find(path).expect("the file to damage exists");
-        world.unreadable = Some((file, range));
+        world.unreadable = Some(Unreadable { file, range, errno });
     }
 
     /// All files, as they are visible now, for a test to look at or copy.
@@ -254,16 +269,17 @@ impl World {
         fails
     }
 
-    /// Whether a bad sector is among `length` bytes of a file.
-    fn is_unreadable(&self, file: usize, offset: ByteOffset, length: usize) -> bool {
+    /// What a read of `length` bytes of a file meets when a bad sector is among them.
+    fn bad_sector(&self, file: usize, offset: ByteOffset, length: usize) -> Option<io::Error> {
         let read = ByteRange::between(offset, ByteOffset(offset.0 + length as u64));
-        self.unreadable.is_some_and(|(bad, range)| bad == file && range.intersection(read).is_some())
+        let met = |bad: &Unreadable| bad.file == file && bad.range.intersection(read).is_some();
+        self.unreadable.filter(met).map(|bad| io::Error::from_raw_os_error(bad.errno))
     }
 
     /// A sector that is written whole can be read again.
     fn heal(&mut self, file: usize, offset: ByteOffset, length: usize) {
         let written = ByteRange::between(offset, ByteOffset(offset.0 + length as u64));
-        self.unreadable = self.unreadable.filter(|(bad, range)| *bad != file || !written.contains(*range));
+        self.unreadable = self.unreadable.filter(|bad| bad.file != file || !written.contains(bad.range));
     }
 
     fn used(&self) -> ByteCount {

@@ -7,11 +7,12 @@ mod rest;
 
 use std::{
     collections::HashMap,
+    io,
     path::PathBuf,
     sync::{Arc, OnceLock},
 };
 
-use backtide_storage::StorageFile;
+use backtide_storage::{StorageFile, is_unreadable_place};
 use backtide_units::{ByteCount, ByteOffset};
 use bytes::{Buf, BufMut, Bytes};
 
@@ -175,16 +176,17 @@ impl Pack {
 
     /// Fills a buffer; a file that ends before is damaged there, and so is a place that the device cannot read.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ImageError> {
-        const EIO: i32 = 5;
-        match self.file.read_exact_at(ByteOffset(offset), buffer) {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-                Err(self.damaged(offset, error.to_string()))
-            }
-            Err(error) if error.raw_os_error() == Some(EIO) => {
-                Err(self.damaged(offset, format!("the device cannot read it: {error}")))
-            }
-            Err(source) => Err(failed(format!("read {}", self.name.display()), source)),
+        let read = self.file.read_exact_at(ByteOffset(offset), buffer);
+        read.map_err(|error| self.unread(offset, error))
+    }
+
+    fn unread(&self, offset: u64, error: io::Error) -> ImageError {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            self.damaged(offset, error.to_string())
+        } else if is_unreadable_place(&error) {
+            self.damaged(offset, format!("the device cannot read it: {error}"))
+        } else {
+            failed(format!("read {}", self.name.display()), error)
         }
     }
 

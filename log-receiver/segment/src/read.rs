@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use backtide_storage::StorageFile;
+use backtide_storage::{StorageFile, is_unreadable_place};
 use backtide_units::ByteOffset;
 
 use crate::{
@@ -32,9 +32,6 @@ const WINDOW: usize = 256 << 10;
 
 /// The system reads from the device in pages: one bad sector takes its page and no more.
 pub(crate) const PAGE: u64 = 4096;
-
-/// What the system says of a place that it cannot read: `EIO`, `EBADMSG` and `EUCLEAN` of Linux.
-const UNREADABLE: [i32; 3] = [5, 74, 117];
 
 /// The headers of a segment, in order, without payloads.
 pub struct HeaderScan<'a> {
@@ -132,11 +129,11 @@ impl SegmentFile {
 
     pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, SegmentError> {
         let read = self.file.read_at(ByteOffset(offset), buffer);
-        read.map_err(|source| match (self.unreadable, source.raw_os_error()) {
-            (Unreadable::Damage, Some(code)) if UNREADABLE.contains(&code) => {
+        read.map_err(|source| match self.unreadable {
+            Unreadable::Damage if is_unreadable_place(&source) => {
                 self.damaged(offset, format!("{} bytes from there on cannot be read: {source}", buffer.len()))
             }
-            (Unreadable::Damage | Unreadable::Failure, _) => self.failed("read", source),
+            Unreadable::Damage | Unreadable::Failure => self.failed("read", source),
         })
     }
 

@@ -17,7 +17,7 @@ pub(super) struct MemoryFile {
 }
 
 /// What a device answers for a bad sector.
-const EIO: i32 = 5;
+pub(super) const EIO: i32 = 5;
 
 /// What a full file system answers.
 const ENOSPC: i32 = 28;
@@ -42,8 +42,8 @@ fn fitting(space: u64, free: u64, offset: u64, bytes: usize) -> usize {
 impl StorageFile for MemoryFile {
     fn read_at(&self, offset: ByteOffset, buffer: &mut [u8]) -> io::Result<usize> {
         let world = self.world()?;
-        if world.is_unreadable(self.file, offset, buffer.len()) {
-            return Err(io::Error::from_raw_os_error(EIO));
+        if let Some(error) = world.bad_sector(self.file, offset, buffer.len()) {
+            return Err(error);
         }
         Ok(world.files[self.file].read(offset.0, buffer))
     }
