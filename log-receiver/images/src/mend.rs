@@ -14,7 +14,7 @@
 
 mod put_back;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use backtide_units::ByteCount;
 use bytes::Bytes;
@@ -66,6 +66,22 @@ pub struct Left {
 /// Chunks to be put into a pack, by ordinal: header and what is stored.
 type Found = BTreeMap<u32, (ChunkHeader, Vec<u8>)>;
 
+/// Why what was found of a pack was not put back.
+#[derive(Default)]
+struct Why {
+    /// None of it, or not all.
+    all: Option<String>,
+    /// Ordinals under which the pack has another chunk.
+    taken: BTreeSet<u32>,
+}
+
+impl Why {
+    fn of(&self, lost: &LostChunk) -> Option<String> {
+        let taken = self.taken.contains(&lost.name.ordinal);
+        if taken { Some("the pack has another chunk there".to_owned()) } else { self.all.clone() }
+    }
+}
+
 /// Places of chunks with a hash.
 type Copies = HashMap<[u8; 32], Vec<ChunkRef>>;
 
@@ -115,13 +131,13 @@ impl Images {
             let table = losses.tables.get(&number);
             let why =
                 self.mend_pack(number, (&lost, table.is_some()), (&copies, find), &mut encoder, &mut pace);
-            self.tell(number, &lost, table, why, &mut pace, &mut mended);
+            self.tell(number, &lost, table, &why, &mut pace, &mut mended);
         }
         mended.called_off = pace.called_off;
         Ok(mended)
     }
 
-    /// Mends what was lost of a pack, and its table; gives why it could not.
+    /// Mends what was lost of a pack, and its table; gives why not all of what was found is back.
     fn mend_pack(
         &self,
         number: u32,
@@ -129,8 +145,8 @@ impl Images {
         (copies, find): (&Copies, FindChunk<'_>),
         encoder: &mut Encoder,
         pace: &mut Pace<'_>,
-    ) -> Option<String> {
-        let mut why = None;
+    ) -> Why {
+        let mut why = Why::default();
         let (mut found, mut bytes, mut tried) = (Found::new(), 0, false);
         for lost in lost {
             if pace.called_off {
@@ -145,12 +161,12 @@ impl Images {
             bytes += stored.len();
             found.insert(lost.name.ordinal, (header, stored.into_owned()));
             if bytes >= FOUND_BYTES_MAX {
-                why = self.put_back(number, &std::mem::take(&mut found), pace).or(why);
+                self.put_back(number, std::mem::take(&mut found), pace, &mut why);
                 (bytes, tried) = (0, true);
             }
         }
         if !pace.called_off && (!found.is_empty() || (table && !tried)) {
-            why = self.put_back(number, &found, pace).or(why);
+            self.put_back(number, found, pace, &mut why);
         }
         why
     }
@@ -161,7 +177,7 @@ impl Images {
         number: u32,
         lost: &[&LostChunk],
         table: Option<&String>,
-        why: Option<String>,
+        why: &Why,
         pace: &mut Pace<'_>,
         mended: &mut Mended,
     ) {
@@ -170,7 +186,7 @@ impl Images {
             if whole {
                 mended.tables.push(what.clone());
             } else {
-                mended.left.push(Left { what: what.clone(), why: why.clone() });
+                mended.left.push(Left { what: what.clone(), why: why.all.clone() });
             }
         }
         for lost in lost {
@@ -178,7 +194,7 @@ impl Images {
             if whole {
                 mended.chunks.push(LostChunk::clone(lost));
             } else {
-                mended.left.push(Left { what: lost.what().to_owned(), why: why.clone() });
+                mended.left.push(Left { what: lost.what().to_owned(), why: why.of(lost) });
             }
             pace.count(CHUNK_BYTES);
         }

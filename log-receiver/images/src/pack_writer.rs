@@ -17,6 +17,10 @@ use crate::{
 /// Bytes that are written at once.
 const BUFFER_BYTES: usize = 1 << 20;
 
+/// The second of a node is called this or more. No image names such a chunk, for no pack has so many: so one that is lost can be
+/// put back under its ordinal, whatever was written anew of its pack before it was found.
+const FIRST_SECOND: u32 = 1 << 31;
+
 /// A pack that is written.
 pub(crate) struct PackWriter {
     file: Arc<dyn StorageFile>,
@@ -114,7 +118,8 @@ impl PackWriter {
         let mut once: Vec<Line> = once.into_values().flatten().collect();
         once.sort_unstable_by_key(|line| line.ordinal);
         // A pack that was found may be anything.
-        once.truncate((u32::MAX - self.lines.last().map_or(0, |last| last.ordinal)) as usize);
+        let last = self.lines.last().map_or(0, |last| last.ordinal).max(FIRST_SECOND - 1);
+        once.truncate((u32::MAX - last) as usize);
         for line in once {
             let at = u64::from(line.offset);
             let mut header = [0; CHUNK_HEADER_LENGTH];
@@ -128,7 +133,7 @@ impl PackWriter {
             }
             // One that is damaged as it is has no second.
             if crc32c::crc32c(&stored) == header.crc {
-                header.name.ordinal = self.next_ordinal();
+                header.name.ordinal = self.next_ordinal().max(FIRST_SECOND);
                 self.append(&header, &stored)?;
             }
         }

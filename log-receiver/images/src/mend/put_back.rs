@@ -1,10 +1,10 @@
 //! Writes a pack anew with chunks that were found: beside the old one, read back, renamed over it.
 
-use std::{error::Error as _, path::Path};
+use std::{collections::BTreeSet, error::Error as _, path::Path};
 
 use backtide_units::ByteCount;
 
-use super::{Found, Pace};
+use super::{Found, Pace, Why};
 use crate::{
     ImageError, Images,
     chunk::Kind,
@@ -35,33 +35,55 @@ struct Before {
     kept: Vec<(Line, u64)>,
 }
 
+impl Before {
+    /// The ordinals of those that the pack has otherwise.
+    fn others_than(&self, found: &Found) -> impl Iterator<Item = u32> {
+        let another =
+            |line: &Line| found.get(&line.ordinal).is_some_and(|(header, _)| header.name.hash != line.hash);
+        self.kept.iter().map(|(line, _)| line).filter(move |line| another(line)).map(|line| line.ordinal)
+    }
+}
+
 impl Images {
-    /// Writes a pack anew with these chunks; gives why it could not, unless it was called off.
-    pub(super) fn put_back(&self, number: u32, found: &Found, pace: &mut Pace<'_>) -> Option<String> {
+    /// Writes a pack anew with these chunks, but for those in whose place it has another; says why, unless it was called off.
+    pub(super) fn put_back(&self, number: u32, found: Found, pace: &mut Pace<'_>, why: &mut Why) {
         let _alone = lock(&self.shared.rewriting);
         let Some(_number) = self.shared.numbers.mend(number) else {
-            return Some("the pack is being written".to_owned());
+            why.all = Some("the pack is being written".to_owned());
+            return;
         };
-        let tried = self.remove_leftovers().and_then(|_| self.replace(number, found, pace));
-        let why = match tried {
-            Ok(Replaced::Done) => return None,
-            Ok(Replaced::CalledOff) => None,
-            Ok(Replaced::Cannot(why)) => Some(why),
+        let tried = self.remove_leftovers().and_then(|_| self.replace(number, found, pace, &mut why.taken));
+        match tried {
+            Ok(Replaced::Done) => return,
+            Ok(Replaced::CalledOff) => {}
+            Ok(Replaced::Cannot(cannot)) => why.all = Some(cannot),
             Err(error) => {
                 let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
-                Some(format!("{error}{source}"))
+                why.all = Some(format!("{error}{source}"));
             }
-        };
+        }
         // Its room is given back at once, where that can be done.
         let _ = self.remove_leftovers();
-        why
     }
 
-    fn replace(&self, number: u32, found: &Found, pace: &mut Pace<'_>) -> Result<Replaced, ImageError> {
-        let before = match self.before(number, found)? {
+    fn replace(
+        &self,
+        number: u32,
+        mut found: Found,
+        pace: &mut Pace<'_>,
+        taken: &mut BTreeSet<u32>,
+    ) -> Result<Replaced, ImageError> {
+        let before = match self.before(number, &found)? {
             Ok(before) => before,
             Err(why) => return Ok(Replaced::Cannot(why)),
         };
+        taken.extend(before.others_than(&found));
+        found.retain(|ordinal, _| !taken.contains(ordinal));
+        let is_broken = before.pack.as_ref().is_none_or(|pack| pack.broken().is_some());
+        if found.is_empty() && !is_broken {
+            return Ok(Replaced::Done);
+        }
+        let found = &found;
         if let Some(why) = self.no_room(&before, found)? {
             return Ok(Replaced::Cannot(why));
         }
@@ -110,12 +132,6 @@ impl Images {
         let Some(kept) = pack.lengths() else {
             return Ok(Err("the pack's chunks do not lie in their order".to_owned()));
         };
-        let another = |(line, _): &(Line, u64)| {
-            found.get(&line.ordinal).is_some_and(|(header, _)| header.name.hash != line.hash)
-        };
-        if kept.iter().any(another) {
-            return Ok(Err("the pack has another chunk there".to_owned()));
-        }
         if kept.iter().map(|(_, length)| length).sum::<u64>() > REWRITTEN_BYTES_MAX {
             return Ok(Err("the pack is longer than any can be".to_owned()));
         }

@@ -3,3 +3,4 @@
 mod common;
 mod kept;
 mod mending;
+mod putting_back;

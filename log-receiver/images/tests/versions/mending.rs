@@ -13,7 +13,7 @@ use bytes::Bytes;
 use crate::common::*;
 
 /// Mends what a check of `root` finds; `disk` is what the disk has.
-fn mend(images: &Images, root: Root, disk: Option<&[u8]>) -> Mended {
+pub(crate) fn mend(images: &Images, root: Root, disk: Option<&[u8]>) -> Mended {
     let losses = losses(images, root);
     let find = &mut |lost: &backtide_images::LostChunk, is_wanted: &dyn Fn(&[u8]) -> bool| {
         let (_, range) = lost.places()[0];
@@ -27,7 +27,7 @@ fn mend(images: &Images, root: Root, disk: Option<&[u8]>) -> Mended {
 }
 
 /// A disk of which nothing compresses, and its image.
-fn noise(seed: u64, chunks: usize) -> (Bench, Root) {
+pub(crate) fn noise(seed: u64, chunks: usize) -> (Bench, Root) {
     let mut bench = Bench::new(seed, chunks * CHUNK);
     bench.content = (0..chunks * CHUNK / 8).flat_map(|_| bench.random.next().to_le_bytes()).collect();
     let root = bench.make(None, &vec![true; chunks]).expect("no fault");

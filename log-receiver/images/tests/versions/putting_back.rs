@@ -1,0 +1,93 @@
+//! What is found of a pack is put back into it, whatever else of it is lost, or is there instead.
+
+use std::path::Path;
+
+use backtide_images::Root;
+use backtide_storage::Storage;
+use backtide_units::{ByteCount, ByteOffset};
+
+use crate::{
+    common::*,
+    mending::{mend, noise},
+};
+
+/// A pack's table: ordinals, and where the chunks begin.
+fn table(bench: &Bench, pack: &Path) -> (Vec<u32>, Vec<u64>) {
+    let files = bench.storage.files();
+    let (_, bytes) = files.iter().find(|(path, _)| path == pack).expect("it is there");
+    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+    let lines = || (word(bytes.len() - 64 + 16) as usize..bytes.len() - 64).step_by(40);
+    (lines().map(word).collect(), lines().map(|at| word(at + 4).into()).collect())
+}
+
+/// Two disks of one writer, of noise. The first pack has all of the first one, its node behind its chunks, and then two chunks of
+/// the second, whose others are in the second pack.
+fn two_disks() -> (Bench, [(Root, Vec<u8>); 2]) {
+    let mut bench = Bench::new(31, CHUNK);
+    let mut writer = bench.images.write().expect("no fault");
+    let disks = [2, 4].map(|chunks| {
+        let noise = (0..chunks * CHUNK / 8).flat_map(|_| bench.random.next().to_le_bytes());
+        let content: Vec<u8> = noise.collect();
+        let mut disk = Disk { content: &content, changed: &[true; 4] };
+        let root = writer.image(None, ByteCount(content.len() as u64), &mut disk).expect("no fault");
+        (root, content)
+    });
+    writer.finish().expect("no fault");
+    (bench, disks)
+}
+
+/// That of a node once more, which no chunk that an image names may need.
+const SECOND: u32 = 1 << 31;
+
+#[test]
+fn what_a_pack_has_lost_can_be_put_back_whatever_scrubs_that_did_not_find_it_have_made_of_the_pack() {
+    // Cut off within a chunk, behind one, before all of them; or missing.
+    for (kept, more) in [(Some(3), 1000), (Some(3), 0), (Some(0), 0), (None, 0)] {
+        let (bench, [(first, one), (second, two)]) = two_disks();
+        let path = bench.packs()[0].clone();
+        let (ordinals, chunks) = table(&bench, &path);
+        assert_eq!(ordinals, [0, 1, 2, 3, 4, SECOND]);
+        // The node is remembered.
+        let scrubbing = images(&bench.storage);
+        assert!(read(&scrubbing.image(first)).unwrap() == one);
+        match kept {
+            Some(kept) => {
+                let file = bench.storage.open(&path).unwrap();
+                file.set_len(ByteCount(chunks[kept] + more)).unwrap();
+            }
+            None => bench.storage.remove(&path).unwrap(),
+        }
+        // What the first disk has is found; the second cannot be asked.
+        for _ in 0..2 {
+            let found = mend(&scrubbing, first, Some(&one));
+            assert!(found.left.is_empty(), "{kept:?} {more}: {found:?}");
+        }
+        assert!(read(&images(&bench.storage).image(first)).unwrap() == one);
+        let nothing = mend(&scrubbing, second, None);
+        assert_eq!((nothing.chunks.len(), nothing.left.len()), (0, 2), "{nothing:?}");
+        // At last it can.
+        let all = mend(&images(&bench.storage), second, Some(&two));
+        assert_eq!((all.chunks.len(), all.left.len()), (2, 0), "{kept:?} {more}: {all:?}");
+        assert_eq!(table(&bench, &path).0, ordinals);
+        let fresh = images(&bench.storage);
+        assert!(read(&fresh.image(first)).unwrap() == one && read(&fresh.image(second)).unwrap() == two);
+        assert_eq!(fresh.collect(&[second]).expect("no fault").rewritten, 1);
+        assert!(read(&images(&bench.storage).image(second)).unwrap() == two);
+    }
+}
+
+#[test]
+fn a_chunk_in_whose_place_is_another_is_told_and_the_others_are_put_back() {
+    let (bench, [_, (second, two)]) = two_disks();
+    let path = bench.packs()[0].clone();
+    // The first pack of another store, with one chunk.
+    let (other, _) = noise(32, 5);
+    let foreign = other.storage.open(&other.packs()[0]).unwrap();
+    let mut bytes = vec![0; foreign.len().unwrap().0 as usize];
+    foreign.read_exact_at(ByteOffset::ZERO, &mut bytes).unwrap();
+    bench.storage.remove(&path).unwrap();
+    bench.storage.create_new(&path).unwrap().write_at(ByteOffset::ZERO, &bytes).unwrap();
+    let done = mend(&images(&bench.storage), second, Some(&two));
+    assert_eq!((done.chunks.len(), done.left.len()), (1, 1), "{done:?}");
+    assert_eq!(done.left[0].why.as_deref(), Some("the pack has another chunk there"));
+}
