@@ -2,11 +2,17 @@
 
 use std::collections::HashMap;
 
+use backtide_storage::is_unreadable_place;
+use backtide_units::ByteOffset;
+
 use super::{Line, Pack, encode_footer};
 use crate::{
     ImageError,
     chunk::{CHUNK_HEADER_LENGTH, ChunkRef},
 };
+
+/// The system reads from the device in pages.
+const PAGE: u64 = 4096;
 
 impl Pack {
     /// Bytes that the chunk of a line takes, of all lines; none when they do not lie in the order of their ordinals.
@@ -19,11 +25,32 @@ impl Pack {
         self.lines.iter().zip(ends).map(length).collect()
     }
 
-    /// The bytes of a chunk as they stand there.
+    /// The bytes of a chunk as they stand there, and zeroes where the device cannot read them, by which the chunk is damaged as before.
     pub(crate) fn as_it_is(&self, line: &Line, length: u64) -> Result<Vec<u8>, ImageError> {
         let mut bytes = vec![0; usize::try_from(length).expect("a pack is far below 4 GiB")];
-        self.read(line.offset.into(), &mut bytes)?;
+        let start = u64::from(line.offset);
+        match self.file.read_exact_at(ByteOffset(start), &mut bytes) {
+            Ok(()) => {}
+            Err(error) if is_unreadable_place(&error) => self.read_by_pages(start, &mut bytes)?,
+            Err(error) => return Err(self.unread(start, error)),
+        }
         Ok(bytes)
+    }
+
+    /// One bad sector takes its page and no more.
+    fn read_by_pages(&self, start: u64, mut bytes: &mut [u8]) -> Result<(), ImageError> {
+        let mut at = start;
+        while !bytes.is_empty() {
+            let length = bytes.len().min((PAGE - at % PAGE) as usize);
+            let (page, rest) = bytes.split_at_mut(length);
+            match self.file.read_exact_at(ByteOffset(at), page) {
+                Ok(()) => {}
+                Err(error) if is_unreadable_place(&error) => page.fill(0),
+                Err(error) => return Err(self.unread(at, error)),
+            }
+            (at, bytes) = (at + length as u64, rest);
+        }
+        Ok(())
     }
 
     /// Whether its lines are all it has: a table that is damaged may have named chunks behind one whose header is damaged

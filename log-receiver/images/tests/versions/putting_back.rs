@@ -4,7 +4,7 @@ use std::path::Path;
 
 use backtide_images::Root;
 use backtide_storage::Storage;
-use backtide_units::{ByteCount, ByteOffset};
+use backtide_units::{ByteCount, ByteOffset, ByteRange};
 
 use crate::{
     common::*,
@@ -90,4 +90,59 @@ fn a_chunk_in_whose_place_is_another_is_told_and_the_others_are_put_back() {
     let done = mend(&images(&bench.storage), second, Some(&two));
     assert_eq!((done.chunks.len(), done.left.len()), (1, 1), "{done:?}");
     assert_eq!(done.left[0].why.as_deref(), Some("the pack has another chunk there"));
+}
+
+#[test]
+fn a_place_that_the_device_cannot_read_keeps_no_other_chunk_of_its_pack_from_being_mended() {
+    // In a chunk that is wanted and not found: its header, what is behind it. Whatever the system says.
+    for (at, errno) in [(0, 5), (30_000, 74), (0, 117), (30_000, 117)] {
+        let (bench, root) = noise(33, 4);
+        let content = bench.content.clone();
+        let path = bench.packs()[0].clone();
+        let (_, chunks) = table(&bench, &path);
+        let bad = ByteOffset(chunks[0] + at);
+        bench.storage.fail_reads(&path, ByteRange::new(bad, ByteCount(512)).unwrap(), errno);
+        bench.storage.flip_bit(&path, ByteOffset(chunks[2] + 1000), 1);
+        let images = images(&bench.storage);
+        assert_eq!(check(&images, root).len(), 2);
+        let mut disk = content.clone();
+        disk[..CHUNK].fill(9);
+        let done = mend(&images, root, Some(&disk));
+        assert_eq!((done.chunks.len(), done.left.len()), (1, 1), "{done:?}");
+        assert_eq!(check(&images, root).len(), 1, "it is damaged as before");
+        let all = mend(&images, root, Some(&content));
+        assert_eq!((all.chunks.len(), all.left.len()), (1, 0), "{all:?}");
+        assert!(read(&images.image(root)).unwrap() == content);
+    }
+}
+
+#[test]
+fn nor_does_one_in_a_chunk_that_nobody_has_any_more_but_any_other_failure_does() {
+    for (errno, mends) in [(5, true), (74, true), (117, true), (12, false), (13, false)] {
+        let (mut bench, first) = noise(34, 3);
+        let image = bench.images.image(first);
+        bench.content[..CHUNK].fill(3);
+        let root = bench.make(Some(&image), &[true, false, false]).expect("no fault");
+        drop(image);
+        let path = bench.packs()[0].clone();
+        let (_, chunks) = table(&bench, &path);
+        bench.storage.flip_bit(&path, ByteOffset(chunks[1] + 1000), 1);
+        let bad = ByteRange::new(ByteOffset(chunks[0] + 30_000), ByteCount(512)).unwrap();
+        bench.storage.fail_reads(&path, bad, errno);
+        let files = bench.storage.files();
+        let images = images(&bench.storage);
+        let done = mend(&images, root, Some(&bench.content));
+        assert_eq!(
+            (done.chunks.len(), done.left.len()),
+            (usize::from(mends), usize::from(!mends)),
+            "{errno}: {done:?}"
+        );
+        if mends {
+            assert!(read(&images.image(root)).unwrap() == bench.content);
+            assert!(check(&images, root).is_empty());
+        } else {
+            assert!(done.left[0].why.as_deref().is_some_and(|why| why.contains("cannot read")), "{done:?}");
+            assert!(bench.storage.files() == files, "nothing has changed");
+        }
+    }
 }
