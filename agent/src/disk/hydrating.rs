@@ -72,6 +72,8 @@ pub(crate) struct HydratingDisk {
     trouble: RefCell<Option<String>>,
     /// It is that the receiver does not give the point.
     refused: Cell<bool>,
+    /// What came last could not be stored, or not be noted.
+    unstored: Cell<bool>,
     /// Locked by who has the point held or released, so that nothing holds it after the release.
     holding: Mutex<()>,
     progress: RefCell<Progress>,
@@ -114,6 +116,7 @@ impl HydratingDisk {
             rate_max: Cell::new(0),
             trouble: RefCell::default(),
             refused: Cell::new(false),
+            unstored: Cell::new(false),
             holding: Mutex::default(),
             progress: RefCell::new(progress),
         })

@@ -2,6 +2,7 @@
 
 use std::{io, path::PathBuf};
 
+use backtide_hydration::HydrationFile;
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{ByteCount, ByteOffset, DiskName};
 
@@ -14,14 +15,19 @@ const FRAMES: ByteCount = ByteCount(64 << 10);
 const PIECE_BYTES: u64 = 1 << 20;
 
 impl Records {
-    /// What is written of a disk that is let go of and attached again, and then lacks `missing`: a hydration file, a
-    /// tracking file by which that is changed, and a record.
-    pub(crate) fn room_for(&self, disk: &DiskName, missing: &DirtyBitmap) -> ByteCount {
-        let missing = missing.to_bytes().len() as u64;
+    /// What is written of a disk that is let go of and attached again, and then lacks `missing`, which need not be known: a
+    /// hydration file with room for what is noted in it, a tracking file by which that is changed, and a record.
+    pub(crate) fn room_for(&self, disk: &DiskName, missing: Option<&DirtyBitmap>) -> ByteCount {
+        let noted = match missing {
+            Some(missing) if missing.is_empty() => ByteCount::ZERO,
+            Some(missing) => HydrationFile::room_for(missing.count()),
+            None => HydrationFile::room_at_most(),
+        };
+        let missing = missing.map_or(0, |missing| missing.to_bytes().len() as u64);
         // What cannot be read is begun anew, and is small.
         let tracked = self.load_tracking(disk).ok().flatten();
         let tracked = tracked.map_or(0, |tracked| tracked.snapshot.encode().len() as u64);
-        ByteCount(FRAMES.0 + 2 * missing + tracked)
+        ByteCount(FRAMES.0 + noted.0 + 2 * missing + tracked)
     }
 
     /// Writes so many bytes there, durably, and removes them.

@@ -155,7 +155,7 @@ impl Registry {
             planned.map_err(|error| fetch_error(&format!("disk {} cannot go on here", record.name), error));
         let (left, report, missing) = planned?;
         // Nobody is fenced for a disk that could not be kept here either.
-        self.require_room(&record.name, &missing).await?;
+        self.require_room(&record.name, Some(&missing)).await?;
         Ok((left, report))
     }
 }

@@ -104,7 +104,7 @@ impl Registry {
         let before = image::refuse_used(&record.image, format, begun).await?;
         self.refuse_unserved(&record).await?;
         // How much it will lack is known only when it is taken over.
-        self.require_room(&record.name, &DirtyBitmap::new()).await?;
+        self.require_room(&record.name, None).await?;
         let record = DiskRecord { epoch: adopted.epoch.taken_over(), format, ..record };
         let taken = self.take_over(&record, adopted, Target::New(before)).await?;
         self.begin_taken(record, taken, None).await

@@ -88,7 +88,7 @@ impl Registry {
         if (status.clients > 0 || status.awaited_clients > 0) && !request.reconnect {
             return Err(ApiError::new(ErrorCode::Busy, in_use(&status)).with_hint(HANG_UP));
         }
-        self.require_room(&name, &DirtyBitmap::new()).await?;
+        self.require_room(&name, Some(&DirtyBitmap::new())).await?;
         if let (Kind::RawFile(_), Some(target)) = (&kind, target) {
             let image = record.image.clone();
             waiting(move || grow_file(Path::new(&image), target)).await??;

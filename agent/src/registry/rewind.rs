@@ -100,7 +100,7 @@ impl Registry {
         let plan = self.plan(&record, &goal, since, None).await?;
         let held = plan.source.clone();
         let mut lacks = false;
-        let set_back = match self.require_room(&name, &plan.changed).await {
+        let set_back = match self.require_room(&name, Some(&plan.changed)).await {
             Ok(()) => {
                 // So that whoever looks at the timeline finds what was left; the rewind goes on without it.
                 if let Err(error) = marks::mark(MARK, &[(name.clone(), handle.clone())]).await {

@@ -7,30 +7,29 @@
 //! is said any more; and no header says again that the image may hold what is missing.
 
 mod load;
+mod state;
 
 use std::{
-    io::{self, IoSlice},
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use backtide_storage::{Storage, StorageFile, replace_with};
+use backtide_storage::Storage;
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockRange, ByteOffset};
+use backtide_units::{BlockCount, BlockRange, ByteCount, ByteOffset};
 use uuid::Uuid;
 
+use self::state::{Room, State};
 use crate::{
     header::{self, Header},
-    journal::{self, ENTRY_BYTES, Entry},
+    journal::Entry,
 };
 
 pub use load::HydrationError;
 
 /// The journal begins at a multiple, so that no entry lies across a sector.
 const SECTOR_BYTES: u64 = 512;
-
-/// A journal that is longer than this, and than eight times its header, is begun anew, in bytes.
-const JOURNAL_BYTES_MAX: u64 = 1 << 20;
 
 /// What is missing of a disk, durably. Shared by whoever changes the disk; calls may overlap.
 pub struct HydrationFile {
@@ -43,27 +42,29 @@ pub struct HydrationFile {
     state: Mutex<State>,
 }
 
-struct State {
-    file: Arc<dyn StorageFile>,
-    id: Uuid,
-    /// Where the journal begins.
-    journal_at: u64,
-    /// The next entry's number.
-    next: u64,
-    /// The header says that the image may hold what is missing.
-    compare: bool,
-    /// As the entries say.
-    missing: DirtyBitmap,
-    /// What has become present since the last entry that says it is durable.
-    pending: Vec<(u64, BlockRange)>,
-    /// A sync of the journal failed: it has to be begun anew.
-    broken: bool,
-    /// Why nothing is said any more.
-    failed: Option<String>,
+/// Why blocks are missing still that were to be [stored](HydrationFile::store).
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The image did not take them.
+    #[error(transparent)]
+    Image(io::Error),
+    /// The image holds them, which could not be remembered.
+    #[error("it cannot be noted: {0}")]
+    Unnoted(io::Error),
 }
 
 impl HydrationFile {
-    /// Puts a file at `path`: from when it is there, durably, `missing` is missing.
+    /// What the file of a disk takes that lacks so many blocks, beside their bitmap.
+    pub fn room_for(missing: BlockCount) -> ByteCount {
+        state::journal_bytes(missing)
+    }
+
+    /// The same however many they are.
+    pub fn room_at_most() -> ByteCount {
+        state::journal_bytes(BlockCount(u64::MAX))
+    }
+
+    /// Puts a file at `path`: from when it is there, durably, `missing` is missing. It has room for what is going to be noted.
     ///
     /// # Errors
     /// The storage's. After one the file may be there or not.
@@ -73,7 +74,7 @@ impl HydrationFile {
         header: Header,
         missing: DirtyBitmap,
     ) -> io::Result<Self> {
-        let state = State::write(&*storage, path, &header, missing, &[])?;
+        let state = State::write(&*storage, path, &header, missing, &[], Room::Needed)?;
         let path = path.to_owned();
         Ok(Self { storage, path, header, settling: Mutex::default(), state: Mutex::new(state) })
     }
@@ -107,7 +108,7 @@ impl HydrationFile {
         let mut state = self.state();
         state.is_sound()?;
         let entries: Vec<Entry> = blocks.iter().map(|run| Entry::Present(*run)).collect();
-        let first = state.append(&entries)?;
+        let first = state.append_present(&entries)?;
         for (number, run) in (first..).zip(blocks) {
             state.missing.remove(*run);
             state.pending.push((number, *run));
@@ -119,25 +120,34 @@ impl HydrationFile {
     ///
     /// # Errors
     /// The image's or the storage's: then they are still missing.
-    pub fn store(&self, blocks: &[BlockRange], write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        write()?;
-        self.present(blocks)
+    pub fn store(
+        &self,
+        blocks: &[BlockRange],
+        write: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(), StoreError> {
+        write().map_err(StoreError::Image)?;
+        self.present(blocks).map_err(StoreError::Unnoted)
     }
 
     /// Remembers that what the image shows of missing blocks need not be what it keeps: whoever opens this file next does
     /// not compare them.
     ///
     /// # Errors
-    /// The storage's: then nobody will know.
+    /// The storage's: then nobody will know, unless a [`settle`](Self::settle) that follows can write it.
     pub fn stop_comparing(&self) -> io::Result<()> {
         let finished = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state();
         if *finished || !state.compare {
             return Ok(());
         }
+        self.say_what_is_lost(&mut state);
+        if !state.compare {
+            return Ok(());
+        }
         state.is_sound()?;
+        state.distrusted = true;
         // Nothing becomes durable by it.
-        self.begin_anew(&mut state, 0, false)
+        self.begin_anew(&mut state, 0, Room::IfThereIs)
     }
 
     /// Makes what is present durable, which it is when this has succeeded: by `sync_image` on the image, then
@@ -155,7 +165,8 @@ impl HydrationFile {
 
     fn settle_held(&self, sync_image: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let until = {
-            let state = self.state();
+            let mut state = self.state();
+            self.say_what_is_lost(&mut state);
             state.is_sound()?;
             state.next - 1
         };
@@ -164,20 +175,27 @@ impl HydrationFile {
             return Err(error);
         }
         let mut state = self.state();
-        if state.pending.is_empty() && !state.broken {
+        if state.pending.is_empty() && !state.broken && !state.distrusted {
             return Ok(());
         }
         if state.broken {
-            let compare = state.compare;
-            return self.begin_anew(&mut state, until, compare);
+            return self.begin_anew(&mut state, until, Room::IfThereIs);
         }
-        // Where there is no room for a second file the first goes on.
-        let compare = state.compare;
-        if state.is_long() && (self.begin_anew(&mut state, until, compare).is_ok() || state.failed.is_some())
-        {
-            return state.is_sound();
+        if state.is_due() {
+            // As long as the first has room it is not given up for a second that has none.
+            let room = if state.is_short() || state.distrusted { Room::IfThereIs } else { Room::Needed };
+            match self.begin_anew(&mut state, until, room) {
+                Ok(()) => return Ok(()),
+                Err(_) if state.failed.is_some() => return state.is_sound(),
+                // Where there is no room for a second file the first goes on.
+                Err(_) => state.put_off(),
+            }
+        }
+        if !state.pending.iter().any(|(number, _)| *number <= until) {
+            return Ok(());
         }
         state.append(&[Entry::Durable(until)])?;
+        state.place_ahead();
         let file = Arc::clone(&state.file);
         // Others may append meanwhile.
         drop(state);
@@ -185,7 +203,7 @@ impl HydrationFile {
         let mut state = self.state();
         if synced.is_err() {
             state.broken = true;
-            return self.begin_anew(&mut state, until, compare);
+            return self.begin_anew(&mut state, until, Room::IfThereIs);
         }
         state.pending.retain(|(number, _)| *number > until);
         Ok(())
@@ -223,14 +241,16 @@ impl HydrationFile {
     }
 
     /// A new file without what is known to be durable up to the entry `until`.
-    fn begin_anew(&self, state: &mut State, until: u64, compare: bool) -> io::Result<()> {
+    fn begin_anew(&self, state: &mut State, until: u64, room: Room) -> io::Result<()> {
         let pending = state.pending.iter().filter(|(number, _)| *number > until);
         let later: Vec<BlockRange> = pending.map(|(_, run)| *run).collect();
         let missing = state.missing_with(&later);
-        let header = Header { compare, ..self.header.clone() };
-        let error = match State::write(&*self.storage, &self.path, &header, missing, &later) {
+        let header = Header { compare: state.compare && !state.distrusted, ..self.header.clone() };
+        let error = match State::write(&*self.storage, &self.path, &header, missing, &later, room) {
             Ok(anew) => {
                 *state = anew;
+                // What the old one took is free by now.
+                state.place_ahead();
                 return Ok(());
             }
             Err(error) => error,
@@ -255,87 +275,32 @@ impl HydrationFile {
     /// need not be what it keeps.
     fn give_up(&self, error: &io::Error) {
         let mut state = self.state();
+        state.failed = Some(format!("the image could not be synced: {error}"));
+        state.unsaid = Some("it was not tried".to_owned());
+        self.say_what_is_lost(&mut state);
+    }
+
+    /// Notes that the image has lost something, where that is not noted yet.
+    fn say_what_is_lost(&self, state: &mut State) {
+        if state.unsaid.is_none() {
+            return;
+        }
         let pending: Vec<BlockRange> = state.pending.iter().map(|(_, run)| *run).collect();
         let missing = state.missing_with(&pending);
-        let mut why = format!("the image could not be synced: {error}");
         let header = Header { compare: false, ..self.header.clone() };
-        match State::write(&*self.storage, &self.path, &header, missing, &[]) {
-            Ok(anew) => *state = anew,
-            Err(other) => why.push_str(&format!("; and that could not be noted: {other}")),
+        match State::write(&*self.storage, &self.path, &header, missing, &[], Room::IfThereIs) {
+            Ok(anew) => *state = State { failed: state.failed.take(), ..anew },
+            // Whoever opens this file before that can be written must not take lost blocks for present. (What it shows of missing
+            // ones is read from the device then, where the image is a file.)
+            Err(error) => {
+                state.take_back();
+                state.unsaid = Some(error.to_string());
+            }
         }
-        state.failed = Some(why);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    /// Puts a new file in place, in which `present` is no longer missing, though not durably.
-    fn write(
-        storage: &dyn Storage,
-        path: &Path,
-        header: &Header,
-        mut missing: DirtyBitmap,
-        present: &[BlockRange],
-    ) -> io::Result<Self> {
-        let id = Uuid::new_v4();
-        let head = header::encode(header, id, &missing);
-        let journal_at = (head.len() as u64).next_multiple_of(SECTOR_BYTES);
-        let mut pending = Vec::new();
-        let mut entries = Vec::new();
-        for (number, run) in (1..).zip(present) {
-            entries.extend_from_slice(&journal::encode(id, number, Entry::Present(*run)));
-            missing.remove(*run);
-            pending.push((number, *run));
-        }
-        let file = replace_with(storage, path, |file| {
-            let padding = vec![0; (journal_at - head.len() as u64) as usize];
-            let parts = [IoSlice::new(&head), IoSlice::new(&padding), IoSlice::new(&entries)];
-            file.write_vectored_at(ByteOffset::ZERO, &parts)
-        })?;
-        let next = present.len() as u64 + 1;
-        let compare = header.compare;
-        Ok(Self { file, id, journal_at, next, compare, missing, pending, broken: false, failed: None })
-    }
-
-    /// Writes entries behind the last; the number of the first. Those that are not all written leave no part of
-    /// themselves, and their place to the next.
-    fn append(&mut self, entries: &[Entry]) -> io::Result<u64> {
-        let first = self.next;
-        let mut bytes = Vec::with_capacity(entries.len() * ENTRY_BYTES as usize);
-        for (number, entry) in (first..).zip(entries) {
-            bytes.extend_from_slice(&journal::encode(self.id, number, *entry));
-        }
-        let at = ByteOffset(self.journal_at + (first - 1) * ENTRY_BYTES);
-        if let Err(error) = self.file.write_at(at, &bytes) {
-            // A part of it may be there, which whoever opens the file would take for damage. What cannot be taken back
-            // either is the next append's to write over.
-            let _ = self.file.write_at(at, &vec![0; bytes.len()]);
-            return Err(error);
-        }
-        self.next += entries.len() as u64;
-        Ok(first)
-    }
-
-    fn missing_with(&self, others: &[BlockRange]) -> DirtyBitmap {
-        let mut missing = self.missing.clone();
-        for run in others {
-            missing.insert(*run);
-        }
-        missing
-    }
-
-    fn is_long(&self) -> bool {
-        self.next * ENTRY_BYTES > JOURNAL_BYTES_MAX.max(8 * self.journal_at)
-    }
-
-    fn is_sound(&self) -> io::Result<()> {
-        match &self.failed {
-            None => Ok(()),
-            Some(why) => Err(io::Error::other(why.clone())),
-        }
     }
 }
 

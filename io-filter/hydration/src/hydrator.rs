@@ -10,7 +10,8 @@
 //! flush                                                     settling ──────────▶ answered
 //!
 //! fetch   fetching ──brought──▶ storing ──▶ over         a waiting request whose blocks could not be stored is
-//!            └──lost──▶ half of it, then the other       answered with that; one whose block is lost as well
+//!            └──lost──▶ half of it, then the other       answered with that; one whose block is lost as well; a read
+//!                                                        whose blocks were stored and not noted is ready
 //! ```
 //!
 //! What the image may hold already is compared and need not be brought, except where something was refused: what can be
@@ -22,11 +23,14 @@
 //! Invariants: the order of `FORMAT.md` - image, journal, answer; and image synced, journal synced, flush answered.
 //! When it was [stopped](Hydrator::stop) nothing is stored any more that was not begun before.
 
+mod step;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use backtide_tracking::DirtyBitmap;
-use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange};
+use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount};
 
+pub use self::step::{Ahead, Refusal, RequestId, Step, Wish};
 use crate::{
     ChangeId, FetchId, Missing, Need,
     mutant::{Mutant, Mutation},
@@ -37,70 +41,6 @@ const AHEAD_MAX: Load = Load { fetches: 16, blocks: 1024 };
 
 /// The same while somebody waits for another.
 const AHEAD_MAX_BESIDE_GUEST: Load = Load { fetches: 2, blocks: 256 };
-
-/// A request of whoever uses the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RequestId(u64);
-
-/// What a request is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wish {
-    /// To read this.
-    Read(ByteRange),
-    /// To change this, and if `stable` to have that on stable storage.
-    Change {
-        /// What.
-        range: ByteRange,
-        /// As a write with FUA.
-        stable: bool,
-    },
-    /// To have everything on stable storage that was done.
-    Flush,
-}
-
-/// Something that the driver does now. Those that are out at the same time may be done in any order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// The request's own read or change of the image, not stable: ends with [`Hydrator::image_done`].
-    Image(RequestId),
-    /// [`HydrationFile::present`](crate::HydrationFile::present): ends with [`Hydrator::noted`].
-    Note(RequestId, Vec<BlockRange>),
-    /// [`HydrationFile::settle`](crate::HydrationFile::settle): ends with [`Hydrator::settled`].
-    Settle(RequestId),
-    /// Getting this from the source, however long it takes, where the image [may not](Hydrator::may_compare) be found to
-    /// hold it: ends with [`Hydrator::fetched`] or [`Hydrator::lost`].
-    Fetch(FetchId, BlockRange),
-    /// [`HydrationFile::store`](crate::HydrationFile::store) of this part of what was fetched: ends with
-    /// [`Hydrator::stored`].
-    Store(FetchId, Vec<BlockRange>),
-    /// The request has ended.
-    Answer(RequestId, Result<(), Refusal>),
-}
-
-/// Why a request fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The source has lost what this block held.
-    Damaged(BlockIndex),
-    /// The disk is given up.
-    Stopped,
-    /// The image or the journal failed with this error number.
-    Failed {
-        /// As the operating system says.
-        errno: i32,
-    },
-}
-
-/// What came of [`Hydrator::fetch_ahead`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ahead {
-    /// A fetch of these has begun.
-    Begun(BlockRange),
-    /// Something has to end before.
-    Wait,
-    /// Nothing is missing.
-    Complete,
-}
 
 #[derive(Clone, Copy, Debug)]
 enum State {
@@ -352,15 +292,31 @@ impl Hydrator {
     pub fn stored(&mut self, id: FetchId, result: Result<(), Refusal>) {
         self.missing.end_store(id, result.is_ok());
         if let Err(refusal) = result {
-            self.failures += 1;
-            let blocks = self.fetches[&id].blocks;
-            self.doubted.insert(blocks);
+            let blocks = self.not_stored(id);
             // Before anything is fetched for them once more.
             for request in self.waiting_for(blocks) {
                 self.answer(request, Err(refusal));
             }
         }
         self.fetch_over(id);
+    }
+
+    /// A [`Step::Store`] has ended: the image has it all, and the journal could not be told. It is missing still, and whoever
+    /// reads it reads the image.
+    ///
+    /// # Panics
+    /// As [`stored`](Self::stored).
+    pub fn unnoted(&mut self, id: FetchId) {
+        self.missing.end_unnoted(id);
+        self.not_stored(id);
+        self.fetch_over(id);
+    }
+
+    fn not_stored(&mut self, id: FetchId) -> BlockRange {
+        self.failures += 1;
+        let blocks = self.fetches[&id].blocks;
+        self.doubted.insert(blocks);
+        blocks
     }
 
     fn waiting_for(&self, blocks: BlockRange) -> Vec<RequestId> {

@@ -21,7 +21,7 @@ mod mutant;
 mod set_back;
 mod source;
 
-pub use file::{HydrationError, HydrationFile};
+pub use file::{HydrationError, HydrationFile, StoreError};
 pub use header::{Header, HeaderError, Kind};
 pub use hydrator::{Ahead, Hydrator, Refusal, RequestId, Step, Wish};
 pub use missing::{ChangeId, FetchId, Missing, Need};

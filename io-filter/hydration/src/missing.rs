@@ -9,6 +9,8 @@
 //!                              └──▶ missing
 //! ```
 //!
+//! What was stored and could not be noted is missing, and shown: it is read from the image, and fetched again to be noted.
+//!
 //! Invariants: a block is missing until its content is on the image *and* the journal says so, whoever brings
 //! it. A block that is being stored is not written by a guest, and the other way round. Nothing is fetched
 //! twice at a time.
@@ -46,6 +48,8 @@ pub struct Missing {
     missing: DirtyBitmap,
     /// The source has no right content for these, which are missing.
     damaged: DirtyBitmap,
+    /// The image holds these, which are missing since the journal does not say so.
+    shown: DirtyBitmap,
     next: u64,
     fetching: Vec<(FetchId, BlockRange)>,
     storing: Vec<(FetchId, Vec<BlockRange>)>,
@@ -59,6 +63,7 @@ impl Missing {
             size,
             missing,
             damaged: DirtyBitmap::new(),
+            shown: DirtyBitmap::new(),
             next: 0,
             fetching: Vec::new(),
             storing: Vec::new(),
@@ -120,11 +125,16 @@ impl Missing {
             return Err(Need::Wait(fetch.collect()));
         }
         let id = ChangeId(self.name());
-        self.overwriting.push((id, self.runs(covered)));
+        // At the edges it is what is shown: with the rest of it the block is present.
+        let blocks = self.runs(touched);
+        for run in &blocks {
+            self.shown.remove(*run);
+        }
+        self.overwriting.push((id, blocks));
         Ok(id)
     }
 
-    /// The missing blocks that a change overwrites: the journal has to know them before the change is
+    /// The missing blocks that a change overwrites, at its edges in part: the journal has to know them before the change is
     /// [ended](Self::end_change) well.
     pub fn overwritten(&self, id: ChangeId) -> &[BlockRange] {
         let found = self.overwriting.iter().find(|(other, _)| *other == id);
@@ -176,6 +186,15 @@ impl Missing {
         }
     }
 
+    /// The blocks of a fetch are on the image, and the journal does not say so.
+    pub fn end_unnoted(&mut self, id: FetchId) {
+        let index = self.storing.iter().position(|(other, _)| *other == id);
+        let (_, blocks) = self.storing.swap_remove(index.expect("something was to be stored"));
+        for run in blocks {
+            self.shown.insert(run);
+        }
+    }
+
     /// The source has lost the content of a block.
     pub fn is_damaged(&mut self, block: BlockIndex) {
         if self.missing.touches(single(block)) {
@@ -197,9 +216,14 @@ impl Missing {
     }
 
     fn needed(&self, touched: BlockRange) -> Option<Need> {
-        let lacking = self.runs(touched);
-        let (first, last) = (lacking.first()?, lacking.last()?);
-        if let Some(damaged) = self.damaged.next_run(first.start(), last.end(), BlockCount(1)) {
+        let mut lacking = self.of_missing(touched);
+        lacking.subtract(&self.shown);
+        if lacking.is_empty() {
+            return None;
+        }
+        let lacking: Vec<BlockRange> = lacking.runs(touched, BlockCount(u64::MAX)).collect();
+        let damaged = |run: &BlockRange| self.damaged.next_run(run.start(), run.end(), BlockCount(1));
+        if let Some(damaged) = lacking.iter().find_map(damaged) {
             return Some(Need::Damaged(damaged.start()));
         }
         let mut fetch = DirtyBitmap::new();
@@ -210,6 +234,7 @@ impl Missing {
                 fetch.insert(free);
             }
         }
+        fetch.subtract(&self.shown);
         Some(Need::Wait(fetch.runs(BlockRange::whole_disk(self.size), FETCH_BLOCKS_MAX).collect()))
     }
 
@@ -247,6 +272,7 @@ impl Missing {
         for run in blocks {
             self.missing.remove(*run);
             self.damaged.remove(*run);
+            self.shown.remove(*run);
         }
     }
 

@@ -4,7 +4,9 @@
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
-use backtide_hydration::{Ahead, FetchId, HydrationFile, Hydrator, Refusal, RequestId, Step, Wish};
+use backtide_hydration::{
+    Ahead, FetchId, HydrationFile, Hydrator, Refusal, RequestId, Step, StoreError, Wish,
+};
 use backtide_io_filter::{IoFailure, IoId, LocalOp};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteRange, Lsn};
@@ -243,9 +245,17 @@ impl World {
             }
             Job::Fetch(id, blocks, seen) => self.do_fetch(id, blocks, seen.as_ref()),
             Job::Store(id, runs, brought) => {
-                let stored = self.do_store(&runs, &brought, false).map_err(refusal);
+                let stored = self.do_store(&runs, &brought, false);
                 self.hydrating().troubled |= stored.is_err();
-                self.hydrating().hydrator.stored(id, stored);
+                let hydrator = &mut self.hydrating().hydrator;
+                match stored {
+                    Ok(()) => hydrator.stored(id, Ok(())),
+                    Err(StoreError::Image(error)) => hydrator.stored(id, Err(refusal(error))),
+                    Err(StoreError::Unnoted(_)) => {
+                        hydrator.unnoted(id);
+                        self.stats.stored_unnoted += 1;
+                    }
+                }
             }
             Job::Finish => self.do_finish(),
             Job::Answer(id, result) => self.hydrated(id, result),

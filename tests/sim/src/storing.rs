@@ -3,7 +3,7 @@
 
 use std::{io, sync::Arc};
 
-use backtide_hydration::Refusal;
+use backtide_hydration::{Refusal, StoreError};
 use backtide_io_filter::{Change, LocalOp, chunk_items};
 use backtide_tracking::DirtyBitmap;
 use backtide_units::{BlockRange, ByteRange};
@@ -82,7 +82,12 @@ impl World {
     }
 
     /// Puts what was fetched on the image, and notes it; `dies` half way.
-    pub(crate) fn do_store(&mut self, runs: &[BlockRange], brought: &Brought, dies: bool) -> io::Result<()> {
+    pub(crate) fn do_store(
+        &mut self,
+        runs: &[BlockRange],
+        brought: &Brought,
+        dies: bool,
+    ) -> Result<(), StoreError> {
         let refused = self.plan.server && !self.calm && self.random.permille(self.plan.refused_permille);
         let fails = dies || self.image_fails(&LocalOp::Change(Change::Flush));
         let file = Arc::clone(&self.hydrating().file);

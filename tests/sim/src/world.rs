@@ -217,6 +217,8 @@ pub struct Stats {
     pub hydrated: u64,
     /// Fetches that nobody asked for.
     pub fetched_ahead: u64,
+    /// What was fetched was on the image, and the journal could not be told.
+    pub stored_unnoted: u64,
     /// Fetches that the receiver was not there for.
     pub fetches_waited: u64,
     /// Reads of a guest that touched missing blocks.

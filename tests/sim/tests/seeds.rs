@@ -7,7 +7,7 @@ use backtide_sim::{Stats, run, run_many};
 
 /// Everything that must happen somewhere in some hundred seeds.
 type Seen = (&'static str, fn(&Stats) -> u64);
-const SEEN: [Seen; 57] = [
+const SEEN: [Seen; 58] = [
     ("changes", |stats| stats.changes),
     ("passes", |stats| stats.freezes),
     ("of these coalescing", |stats| stats.coalescing),
@@ -52,6 +52,7 @@ const SEEN: [Seen; 57] = [
     ("attaches that lacked blocks", |stats| stats.hydrations),
     ("of these complete", |stats| stats.hydrated),
     ("fetches ahead", |stats| stats.fetched_ahead),
+    ("stored and not noted", |stats| stats.stored_unnoted),
     ("fetches that waited for the receiver", |stats| stats.fetches_waited),
     ("reads of missing blocks", |stats| stats.reads_of_missing),
     ("deaths while blocks were missing", |stats| stats.deaths_lacking),

@@ -12,8 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backtide_hydration::{Ahead, FetchId, HydrationFile, Kind};
-use backtide_io_filter::{Change, LocalData, LocalOp, chunk_items};
+use backtide_hydration::{Ahead, FetchId, HydrationFile, Kind, StoreError};
+use backtide_io_filter::{Change, IoFailure, LocalData, LocalOp, chunk_items};
 use backtide_storage::KillPoint;
 use backtide_units::{BlockCount, BlockRange, ByteRange, DiskId, Epoch};
 
@@ -158,24 +158,28 @@ impl HydratingDisk {
     pub(super) async fn store(self: Rc<Self>, id: FetchId, runs: Vec<BlockRange>, pieces: Pieces) {
         let came = fetched(&runs, &pieces, self.medium.size());
         let stored = self.put(runs, pieces).await;
+        self.unstored.set(stored.is_err());
         if let Err(error) = &stored {
             self.is_troubled(&format!("what was fetched cannot be stored: {error}"));
         }
-        let stored = stored.map_err(failure).map_err(refusal);
-        self.brought(came, |hydrator| hydrator.stored(id, stored));
+        self.brought(came, |hydrator| match stored {
+            Ok(()) => hydrator.stored(id, Ok(())),
+            Err(StoreError::Image(error)) => hydrator.stored(id, Err(refusal(failure(error)))),
+            Err(StoreError::Unnoted(_)) => hydrator.unnoted(id),
+        });
         self.storing.set(self.storing.get() - 1);
         self.carry_out();
     }
 
     /// Has the blocks on the image, then in the journal.
-    async fn put(&self, wanted: Vec<BlockRange>, pieces: Pieces) -> io::Result<()> {
+    async fn put(&self, wanted: Vec<BlockRange>, pieces: Pieces) -> Result<(), StoreError> {
         let file = Arc::clone(&self.file);
         let (size, blocks) = (self.medium.size(), wanted.clone());
         match &self.medium {
             Medium::Image(image) => {
                 let image = Arc::clone(image.image());
                 let put = move || wanted.iter().try_for_each(|run| write(&image, run.bytes(size), &pieces));
-                blocking(move || note(&file, &blocks, put)).await
+                blocking(move || Ok(note(&file, &blocks, put))).await.map_err(StoreError::Image)?
             }
             Medium::Nbd(disk) => {
                 let changes: Vec<Change> =
@@ -184,9 +188,11 @@ impl HydratingDisk {
                 // sure of was not compared.
                 if !changes.is_empty() {
                     let stable = self.change_stably(disk, changes).await;
-                    stable.map_err(|failure| io::Error::from_raw_os_error(failure.errno))?;
+                    let error = |failure: IoFailure| io::Error::from_raw_os_error(failure.errno);
+                    stable.map_err(error).map_err(StoreError::Image)?;
                 }
-                blocking(move || note(&file, &blocks, || Ok(()))).await
+                let noted = move || Ok(note(&file, &blocks, || Ok(())));
+                blocking(noted).await.map_err(StoreError::Image)?
             }
         }
     }
@@ -201,6 +207,10 @@ impl HydratingDisk {
 
     fn is_well(&self) {
         self.refused.set(false);
+        // That it comes is no help where it cannot be stored.
+        if self.unstored.get() {
+            return;
+        }
         if self.trouble.take().is_some() {
             tracing::info!(disk = %self.name, "missing blocks can be brought again");
         }
@@ -386,7 +396,7 @@ fn note(
     file: &HydrationFile,
     blocks: &[BlockRange],
     write: impl FnOnce() -> io::Result<()>,
-) -> io::Result<()> {
+) -> Result<(), StoreError> {
     file.store(blocks, || {
         write()?;
         KillPoint::HydrationStored.reached();

@@ -1,7 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use backtide_hydration::{Header, Kind};
-use backtide_storage::{ImageFile, RealStorage};
+use backtide_storage::{ImageFile, MemoryStorage, RealStorage, Storage};
 use backtide_units::{ByteCount, ByteOffset, CaptureTime, DiskId, Epoch, HistoryId, Lsn};
 use bytes::Bytes;
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
@@ -77,12 +77,15 @@ impl Bench {
     /// With this in the image.
     fn of(image: &[u8], header: Header) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let content = at_point();
-        std::fs::write(directory.path().join("vm1.img"), image).unwrap();
-        let source = Rc::new(FakeSource::new(content));
         let storage = Arc::new(RealStorage::open(directory.path()).unwrap());
         let missing = DirtyBitmap::of((10..BLOCKS).into());
         let file = HydrationFile::create(storage, Path::new(FILE), header, missing).unwrap();
+        Self::noted_in(directory, image, file)
+    }
+
+    fn noted_in(directory: tempfile::TempDir, image: &[u8], file: HydrationFile) -> Self {
+        std::fs::write(directory.path().join("vm1.img"), image).unwrap();
+        let source = Rc::new(FakeSource::new(at_point()));
         let disk = Self::disk(directory.path(), &source, file);
         Self { directory, source, disk }
     }
@@ -341,6 +344,53 @@ async fn a_note_that_cannot_be_removed_is_no_failure_of_the_image() {
             std::fs::remove_dir(&note).unwrap();
             hydrating.await.unwrap();
             assert!(!bench.file().exists() && bench.disk.status().is_none());
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_state_directory_fails_no_read_and_no_flush_and_no_write_of_what_was_not_noted_is_answered() {
+    LocalSet::new()
+        .run_until(async {
+            let storage = MemoryStorage::new();
+            let shared: Arc<dyn Storage> = Arc::new(storage.clone());
+            let (path, missing) = (Path::new(FILE), DirtyBitmap::of((10..BLOCKS).into()));
+            drop(HydrationFile::create(Arc::clone(&shared), path, header(), missing).unwrap());
+            // After a power loss there was just enough for a file, and nothing that is noted has a place in it.
+            storage.set_capacity(Some(ByteCount(storage.used().0 + 2048)));
+            let other = Uuid::from_bytes([2; 16]);
+            let file = HydrationFile::open(shared, path, other).unwrap().unwrap();
+            storage.set_capacity(Some(storage.used()));
+            let bench = Bench::noted_in(tempfile::tempdir().unwrap(), &vec![255; SIZE as usize], file);
+            let mut expected = at_point();
+            let full = IoFailure { errno: Errno::NOSPC.raw_os_error() };
+            let right = async |range: std::ops::Range<u64>| {
+                let found = bench.read(range.clone()).await.unwrap();
+                assert_eq!(found, at_point()[range.start as usize..range.end as usize]);
+            };
+            right(40 * BLOCK + 5..41 * BLOCK + 9).await;
+            right(47 * BLOCK..48 * BLOCK).await;
+            assert_eq!(bench.source.asked(), [bytes(32 * BLOCK..48 * BLOCK)], "once");
+            for range in [40 * BLOCK + 5..41 * BLOCK, 50 * BLOCK..51 * BLOCK] {
+                assert_eq!(bench.disk.run(write(range.clone(), 77)).await, Err(full));
+                right(range).await;
+            }
+            assert_eq!(bench.disk.run(LocalOp::Change(Change::Flush)).await, Ok(LocalData::Changed));
+            let status = bench.disk.status().unwrap();
+            assert_eq!(status.missing_bytes, BlockCount(BLOCKS - 10).bytes());
+            assert!(
+                status
+                    .trouble
+                    .unwrap()
+                    .starts_with("what was fetched cannot be stored: it cannot be noted: ")
+            );
+            storage.set_capacity(None);
+            for range in [40 * BLOCK + 5..41 * BLOCK, 50 * BLOCK..51 * BLOCK] {
+                bench.disk.run(write(range.clone(), 77)).await.unwrap();
+                expected[range.start as usize..range.end as usize].fill(77);
+            }
+            let image = bench.hydrated().await;
+            assert!(image[10 * BLOCK as usize..] == expected[10 * BLOCK as usize..]);
         })
         .await;
 }

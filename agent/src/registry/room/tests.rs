@@ -27,10 +27,10 @@ async fn a_disk_is_not_let_go_of_when_what_is_kept_of_it_has_no_room() {
     for block in (0..1 << 18).step_by(2) {
         scattered.insert((block..block + 1).into());
     }
-    let needed = registry.records.room_for(&name, &missing);
+    let needed = registry.records.room_for(&name, Some(&missing));
     storage.set_capacity(Some(ByteCount(storage.used().0 + needed.0)));
-    registry.require_room(&name, &missing).await.unwrap();
-    let full = registry.require_room(&name, &scattered).await.unwrap_err();
+    registry.require_room(&name, Some(&missing)).await.unwrap();
+    let full = registry.require_room(&name, Some(&scattered)).await.unwrap_err();
     assert_eq!(full.code, ErrorCode::Refused, "{full}");
     assert!(full.message.starts_with("what is kept of disk vm1 cannot be written in the state directory"));
     assert_eq!(storage.files().len(), files, "nothing stays of it");

@@ -13,7 +13,10 @@ use backtide_storage::{Storage, StorageFile};
 use backtide_units::{BlockRange, ByteOffset};
 use uuid::Uuid;
 
-use super::{HydrationFile, SECTOR_BYTES, State};
+use super::{
+    HydrationFile, SECTOR_BYTES,
+    state::{Room, State},
+};
 use crate::{
     Header, HeaderError,
     header::{self, PREFIX_BYTES},
@@ -107,11 +110,13 @@ impl HydrationFile {
             // cannot be made so, the next flush begins a new file.
             let broken = file.sync_data().is_err();
             let pending = entries.present.into_iter().filter(|(number, _)| *number > entries.durable);
-            let (pending, next) = (pending.collect(), entries.count + 1);
-            let compare = header.compare;
-            State { file, id, journal_at, next, compare, missing, pending, broken, failed: None }
+            let pending = pending.collect();
+            let length = file.len().map_err(io)?.0;
+            let next = entries.count + 1;
+            let placed = (length.saturating_sub(journal_at) / ENTRY_BYTES + 1).max(next);
+            State { placed, broken, pending, ..State::of(file, id, journal_at, next, &header, missing) }
         } else {
-            State::write(&*storage, path, &header, missing, &[]).map_err(io)?
+            State::write(&*storage, path, &header, missing, &[], Room::IfThereIs).map_err(io)?
         };
         let (path, settling) = (path.to_owned(), Mutex::default());
         Ok(Some(Self { storage, path, header, settling, state: Mutex::new(state) }))

@@ -1,4 +1,4 @@
-use backtide_units::ByteOffset;
+use backtide_units::{ByteOffset, ByteRange};
 
 use super::*;
 
@@ -171,6 +171,44 @@ fn what_cannot_be_stored_is_a_failure_of_those_who_wait_for_it() {
     // It is tried again for whoever asks again.
     hydrator.submit(Wish::Read(blocks(40, 41)));
     assert_eq!(fetch(&mut hydrator).1, (32..48).into());
+}
+
+#[test]
+fn what_is_stored_and_cannot_be_noted_is_read_and_is_missing_still() {
+    let mut hydrator = hydrator();
+    let reads = [40, 41].map(|block| hydrator.submit(Wish::Read(blocks(block, block + 1))));
+    let part = hydrator.submit(write(bytes(42 * BLOCK + 1, 44 * BLOCK)));
+    let (id, wanted) = fetch(&mut hydrator);
+    hydrator.fetched(id, false);
+    assert_eq!(only(&mut hydrator), Step::Store(id, vec![wanted]));
+    hydrator.unnoted(id);
+    assert_eq!(steps(&mut hydrator), [Step::Image(reads[0]), Step::Image(reads[1]), Step::Image(part)]);
+    for read in reads {
+        hydrator.image_done(read, Ok(()));
+        assert_eq!(only(&mut hydrator), Step::Answer(read, Ok(())));
+    }
+    assert_eq!((hydrator.store_failures(), hydrator.missing().touches(blocks(32, 48))), (1, true));
+    // What is written of it is noted with the rest of its blocks, or not at all.
+    let waits = hydrator.submit(Wish::Read(blocks(42, 43)));
+    assert_eq!(steps(&mut hydrator), [], "{waits:?}");
+    hydrator.image_done(part, Ok(()));
+    assert_eq!(only(&mut hydrator), Step::Note(part, vec![(42..44).into()]));
+    hydrator.noted(part, Err(EIO));
+    let after = steps(&mut hydrator);
+    let [Step::Answer(id, Err(EIO)), Step::Fetch(again, run)] = after[..] else { panic!("{after:?}") };
+    assert_eq!((id, run), (part, (42..44).into()), "nobody was told that it is written");
+    hydrator.fetched(again, false);
+    assert_eq!(only(&mut hydrator), Step::Store(again, vec![run]));
+    hydrator.unnoted(again);
+    assert_eq!(only(&mut hydrator), Step::Image(waits));
+    // There is room again.
+    let all = hydrator.submit(write(bytes(32 * BLOCK + 1, 48 * BLOCK - 1)));
+    assert_eq!(only(&mut hydrator), Step::Image(all));
+    hydrator.image_done(all, Ok(()));
+    assert_eq!(only(&mut hydrator), Step::Note(all, vec![(32..48).into()]));
+    hydrator.noted(all, Ok(()));
+    assert!(!hydrator.missing().touches(blocks(32, 48)));
+    assert_eq!(only(&mut hydrator), Step::Answer(all, Ok(())));
 }
 
 #[test]

@@ -88,3 +88,26 @@ fn a_short_last_block_is_covered_by_a_change_up_to_the_end() {
     let change = disk.begin_change(bytes(4096, 4096 + 512)).unwrap();
     assert_eq!(disk.overwritten(change), [blocks(1, 2)]);
 }
+
+#[test]
+fn what_is_shown_is_not_fetched_for_whoever_reads_it_and_is_fetched_to_be_noted() {
+    let mut disk = missing(0..64);
+    let fetch = disk.begin_fetch(blocks(16, 24));
+    assert_eq!(disk.end_fetch(fetch, true), [blocks(16, 24)]);
+    disk.end_unnoted(fetch);
+    assert_eq!(disk.before_read(bytes(16 * 4096, 24 * 4096)), None);
+    let around = disk.before_read(bytes(23 * 4096, 25 * 4096));
+    assert_eq!(around, Some(Need::Wait(vec![blocks(24, 32)])));
+    assert_eq!(disk.next_unfetched(BlockIndex(16)), Some(blocks(16, 64)));
+    // It is there, whatever the source has lost since.
+    disk.is_damaged(BlockIndex(20));
+    disk.is_damaged(BlockIndex(30));
+    assert_eq!(disk.before_read(bytes(16 * 4096, 24 * 4096)), None);
+    assert_eq!(disk.before_read(bytes(16 * 4096, 32 * 4096)), Some(Need::Damaged(BlockIndex(30))));
+    let change = disk.begin_change(bytes(17 * 4096 + 5, 19 * 4096 + 5)).unwrap();
+    assert_eq!(disk.overwritten(change), [blocks(17, 20)]);
+    assert_eq!(disk.before_read(bytes(17 * 4096, 18 * 4096)), Some(Need::Wait(Vec::new())));
+    disk.end_change(change, true);
+    assert!(!disk.touches(bytes(17 * 4096, 20 * 4096)));
+    assert_eq!(disk.before_read(bytes(16 * 4096, 24 * 4096)), None);
+}
