@@ -7,6 +7,8 @@ use roaring::RoaringTreemap;
 
 mod coarse;
 
+use coarse::Sweep;
+
 /// A set of dirty blocks.
 ///
 /// Two Roaring treemaps. One has the regions of 256 MiB that are dirty as a whole: a disk dirty from end
@@ -25,18 +27,25 @@ pub struct DirtyBitmap {
 }
 
 /// What a bitmap may take, and of how large a disk it is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Bound {
     bytes: ByteCount,
     end: BlockIndex,
-    /// Ranges marked or unmarked since the size was looked at.
+    /// Ranges marked or unmarked since the size was looked at, and how many may be.
     touched: u32,
+    between: u32,
+    /// What it took at the last look, about, and ranges marked since that was measured.
+    taken: ByteCount,
+    unmeasured: u32,
     /// It took more than that when blocks were marked clean, which cannot be mended.
     exceeded: bool,
+    /// What makes it smaller, while it does.
+    sweep: Option<Sweep>,
+    /// A sweep has written as runs what is shorter so, since there was room in plenty.
+    has_runs: bool,
+    /// Regions that a sweep has written as runs.
+    as_runs: RoaringTreemap,
 }
-
-/// A range costs at most a few bytes more than it did before it was marked; looking costs more.
-const MARKS_BETWEEN_LOOKS: u32 = 16 * 1024;
 
 /// Blocks of a region: 256 MiB, what one Roaring container holds.
 const REGION: u64 = 1 << 16;
@@ -60,8 +69,7 @@ impl DirtyBitmap {
     /// No dirty block, of a disk that ends at `end`. Above about `bytes` of memory the densest regions
     /// are marked in stretches of 64 KiB, then of 1 MiB and more, instead of blocks.
     pub fn bounded(bytes: ByteCount, end: BlockIndex) -> Self {
-        let bound = Bound { bytes, end, touched: 0, exceeded: false };
-        Self { bound: Some(Box::new(bound)), ..Self::default() }
+        Self { bound: Some(Box::new(Bound::new(bytes, end))), ..Self::default() }
     }
 
     /// The same blocks, without the bound.
@@ -73,7 +81,10 @@ impl DirtyBitmap {
     /// Takes all blocks out; the bound stays.
     #[must_use]
     pub fn take(&mut self) -> Self {
-        let empty = Self { bound: self.bound.clone(), ..Self::default() };
+        let empty = match &self.bound {
+            Some(bound) => Self::bounded(bound.bytes, bound.end),
+            None => Self::new(),
+        };
         std::mem::replace(self, empty)
     }
 
@@ -119,7 +130,7 @@ impl DirtyBitmap {
             news += self.insert_within(middle..end.max(middle));
         }
         if self.is_time_to_look() {
-            self.keep_bound();
+            self.look();
         }
         BlockCount(news)
     }
@@ -150,11 +161,15 @@ impl DirtyBitmap {
         self.whole.remove_range(start / REGION..(end - 1) / REGION + 1);
         self.blocks.remove_range(start..end);
         if self.is_time_to_look() {
-            self.compact();
-            let exceeded = self.memory();
+            let exceeds =
+                |bitmap: &Self| bitmap.bound.as_ref().is_some_and(|bound| bitmap.memory() > bound.bytes);
+            // It takes long, and is of use only then.
+            if exceeds(self) {
+                self.compact();
+            }
+            let exceeded = exceeds(self);
             if let Some(bound) = &mut self.bound {
-                bound.touched = 0;
-                bound.exceeded = exceeded > bound.bytes;
+                (bound.touched, bound.exceeded) = (0, exceeded);
             }
         }
     }
@@ -162,7 +177,7 @@ impl DirtyBitmap {
     fn is_time_to_look(&mut self) -> bool {
         let Some(bound) = &mut self.bound else { return false };
         bound.touched += 1;
-        bound.touched >= MARKS_BETWEEN_LOOKS
+        bound.touched >= bound.between
     }
 
     /// A region is not going to be dirty as a whole.
