@@ -172,6 +172,7 @@ impl Agent {
             true => Some(tokio::spawn(Arc::clone(&registry).keep_restoring())),
             false => None,
         };
+        registry.keep_reserve();
         let restart = Arc::new(Restart::new(successor, restart_failure));
         let nbd_listen = shared.as_ref().map(|(_, accepting)| accepting.uri.to_string());
         let service =

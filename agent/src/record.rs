@@ -6,6 +6,7 @@
 //! what its record needs.
 
 mod aside;
+mod reserve;
 mod room;
 mod stamp;
 

@@ -1,6 +1,9 @@
 //! Whether the state directory takes what is going to be written there: only an attempt tells.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use backtide_hydration::HydrationFile;
 use backtide_tracking::DirtyBitmap;
@@ -9,7 +12,7 @@ use backtide_units::{ByteCount, ByteOffset, DiskName};
 use super::Records;
 
 /// Of a record, the frames of the files, and what a file system takes for their names.
-const FRAMES: ByteCount = ByteCount(64 << 10);
+pub(super) const FRAMES: ByteCount = ByteCount(64 << 10);
 
 /// It is written in pieces of this size.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -41,18 +44,22 @@ impl Records {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
         }
-        let written = self.storage.create_new(&path).and_then(|file| {
-            let piece = vec![0; PIECE_BYTES.min(bytes.0) as usize];
-            let mut at = 0;
-            while at < bytes.0 {
-                let length = PIECE_BYTES.min(bytes.0 - at);
-                file.write_at(ByteOffset(at), &piece[..length as usize])?;
-                at += length;
-            }
-            file.sync_data()
-        });
+        let written = self.fill(&path, bytes);
         let removed = self.storage.remove(&path);
         // On some file systems its room is free only then.
         written.and(removed).and_then(|()| self.sync_names())
+    }
+
+    /// Makes a file of so many zeroes, durably but for its name: no file system has to find room for them later.
+    pub(super) fn fill(&self, path: &Path, bytes: ByteCount) -> io::Result<()> {
+        let file = self.storage.create_new(path)?;
+        let piece = vec![0; PIECE_BYTES.min(bytes.0) as usize];
+        let mut at = 0;
+        while at < bytes.0 {
+            let length = PIECE_BYTES.min(bytes.0 - at);
+            file.write_at(ByteOffset(at), &piece[..length as usize])?;
+            at += length;
+        }
+        file.sync_data()
     }
 }

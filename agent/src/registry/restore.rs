@@ -28,13 +28,56 @@ use crate::{
 /// How long after a failed start of the agent's disks the next attempt is made.
 const RESTORE_AGAIN: Duration = Duration::from_secs(5);
 
+/// How often it is looked whether room can be reserved in the state directory.
+const RESERVE_AGAIN: Duration = Duration::from_secs(60);
+
 /// How long the start of the agent waits for its disks; those that take longer follow.
 const RESTORE_TIME: Duration = Duration::from_secs(10);
 
 impl Registry {
     /// Attaches again every disk that was attached when the agent ended. One that cannot be is
-    /// logged; whether there are such, to be tried again.
+    /// logged; whether there are such, to be tried again. Where the state directory is full they get the room that is reserved there.
     pub(crate) async fn restore(self: &Arc<Self>) -> std::io::Result<bool> {
+        let missing = self.restore_all().await?;
+        if missing && self.use_reserve().await { self.restore_all().await } else { Ok(missing) }
+    }
+
+    /// Gives the missing disks the room that is reserved in the state directory, where that is full; whether it did.
+    async fn use_reserve(&self) -> bool {
+        let Some(name) = self.failing.read().await.keys().next().cloned() else { return false };
+        match self.records.aside(move |records| records.use_reserve(&name)).await {
+            Ok(true) => {
+                let directory = self.records.directory();
+                tracing::warn!(
+                    state = %directory.display(),
+                    "the state directory is full: disks are attached again with the room that was reserved there; make room"
+                );
+                true
+            }
+            Ok(false) => false,
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell whether the state directory has room");
+                false
+            }
+        }
+    }
+
+    /// Reserves room in the state directory for the next start, now and again and again: it is used up by a start without room, and
+    /// there may be room later on.
+    pub(crate) fn keep_reserve(self: &Arc<Self>) {
+        let records = self.records.clone();
+        self.beside(async move {
+            loop {
+                if let Err(error) = records.aside(|records| records.keep_reserve()).await {
+                    tracing::debug!(%error, "no room is reserved in the state directory");
+                }
+                tokio::time::sleep(RESERVE_AGAIN).await;
+            }
+        });
+    }
+
+    /// [`restore`](Self::restore) without the reserve.
+    async fn restore_all(self: &Arc<Self>) -> std::io::Result<bool> {
         let mut restoring = JoinSet::new();
         let mut wanted = Vec::new();
         let AllRecords { known, unreadable } = self.records.load_all_aside().await?;
@@ -262,7 +305,11 @@ impl Registry {
     /// The same beside whatever else tries, until [`end_restoring`](Self::end_restoring): none that may
     /// be in the middle of an attach is ended for another.
     pub(super) fn restore_beside(self: &Arc<Self>) {
-        let task = tokio::spawn(Arc::clone(self).keep_restoring()).abort_handle();
+        self.beside(Arc::clone(self).keep_restoring());
+    }
+
+    fn beside(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let task = tokio::spawn(work).abort_handle();
         let mut restoring = self.restoring.lock().unwrap_or_else(PoisonError::into_inner);
         restoring.retain(|other| !other.is_finished());
         restoring.push(task);

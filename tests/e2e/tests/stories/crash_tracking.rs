@@ -1,5 +1,7 @@
 //! An agent that is killed knows afterwards what may differ: the rest of the disk is not read again.
 
+use std::path::Path;
+
 use backtide_e2e::{Bench, Model, is_root, kill_rounds, skip, tools};
 use serde_json::Value;
 
@@ -170,6 +172,48 @@ fn a_state_directory_that_is_removed_costs_the_guest_no_write() {
     agent.kill();
 }
 
+/// Has a directory of so much; none, with why, where that cannot be.
+fn small_file_system(directory: &Path, size: &str) -> Option<Unmount> {
+    std::fs::create_dir(directory).unwrap();
+    let place = directory.to_str().unwrap();
+    if let (false, said) =
+        tools::try_run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "none", place])
+    {
+        skip(&format!("tmpfs cannot be mounted here: {said}"));
+        return None;
+    }
+    Some(Unmount(place.to_owned()))
+}
+
+#[test]
+fn an_agent_that_dies_while_its_state_directory_is_full_serves_its_disks_again() {
+    if !is_root() {
+        return skip("only root mounts a small file system");
+    }
+    let bench = Bench::new();
+    let state = bench.path("state");
+    let Some(_mounted) = small_file_system(&state, "96M") else { return };
+    let (_receiver, mut agent, disk) = bench.protected(SIZE, &[]);
+    disk.settle();
+    let reserve = state.join("reserve");
+    disk.until("room is reserved", |_| std::fs::metadata(&reserve).is_ok_and(|found| found.len() == 4 << 20));
+    agent.may_complain("the tracking file cannot be written");
+    agent.may_complain("cannot save the disk's record");
+    std::fs::write(state.join("fill"), vec![0; 96 << 20]).unwrap_err();
+    disk.qemu_io(&["write -P 0x11 8M 1M", "flush"]);
+    agent.kill();
+
+    let mut agent = bench.agent();
+    agent.may_complain("cannot attach the disk again");
+    agent.may_complain("the state directory is full");
+    agent.may_complain("the tracking file cannot be written");
+    agent.may_complain("cannot save the disk's record");
+    disk.qemu_io(&["read -P 0x11 8M 1M", "write -P 0x22 16M 1M", "flush"]);
+    disk.latest_is_the_image();
+    assert!(!reserve.exists(), "it was attached without the room that was reserved");
+    assert!(agent.log().contains("with the room that was reserved there"), "{}", agent.log());
+}
+
 #[test]
 fn a_state_directory_that_was_full_costs_a_later_crash_nothing() {
     if !is_root() {
@@ -177,12 +221,7 @@ fn a_state_directory_that_was_full_costs_a_later_crash_nothing() {
     }
     let bench = Bench::new();
     let state = bench.path("state");
-    std::fs::create_dir(&state).unwrap();
-    let options = ["-t", "tmpfs", "-o", "size=2M", "none", state.to_str().unwrap()];
-    if let (false, said) = tools::try_run("mount", &options) {
-        return skip(&format!("tmpfs cannot be mounted here: {said}"));
-    }
-    let _mounted = Unmount(state.to_str().unwrap().to_owned());
+    let Some(_mounted) = small_file_system(&state, "2M") else { return };
     let (_receiver, mut agent, disk) = bench.protected(SIZE, &["--activity-extents", "2"]);
     agent.may_complain("the tracking file cannot be written");
     agent.may_complain("cannot save the disk's record");
