@@ -95,10 +95,13 @@ pub(crate) fn resume(
     size: ByteCount,
 ) -> Resume {
     let disk = &record.name;
+    // All up to the bound may have been given, and the receiver may have all of them: without an LSN left out, what comes next would
+    // follow on the last one, and what was captured in between and lost be no hole.
+    let given = record.lsn_bound.next();
     let lost = |reason| Resume::Lost {
         reason,
         history: record.history,
-        last_lsn: record.lsn_bound,
+        last_lsn: given,
         acked_durable: record.acked_durable,
     };
     let loaded = match left {
@@ -157,7 +160,7 @@ pub(crate) fn resume(
     Resume::Crashed {
         reason: Reason::AgentCrashed,
         history: record.history,
-        last_lsn: record.lsn_bound.max(saved.last_lsn),
+        last_lsn: given.max(saved.last_lsn),
         acked_durable: record.acked_durable.max(saved.acked_durable),
         acked_position: saved.acked_position,
         candidates,

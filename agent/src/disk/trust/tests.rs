@@ -63,7 +63,7 @@ fn left_of_a_device(record: &DiskRecord, clean: bool) -> Loaded {
 }
 
 fn is_lost(resume: &Resume, why: Reason) -> bool {
-    matches!(resume, Resume::Lost { reason, last_lsn: Lsn(77), .. } if *reason == why)
+    matches!(resume, Resume::Lost { reason, last_lsn: Lsn(78), .. } if *reason == why)
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn after_a_crash_what_may_differ_is_compared_and_nothing_else() {
     let (file, device) = (left(&record, false), left_of_a_device(&record, false));
     for (left, stamp) in [(&file, Some(&then)), (&file, Some(&later)), (&device, None)] {
         match resume(&record, Ok(Some(left.clone())), stamp, SIZE) {
-            Resume::Crashed { candidates, last_lsn: Lsn(77), .. } => assert_eq!(candidates, expected),
+            Resume::Crashed { candidates, last_lsn: Lsn(78), .. } => assert_eq!(candidates, expected),
             other => panic!("expected a crash, found {other:?}"),
         }
     }
