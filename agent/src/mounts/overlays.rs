@@ -2,8 +2,8 @@
 //! format of `backtide-overlay`. The mount's record says which overlay it has.
 //!
 //! Every call may wait for storage. Invariants: the files are there before a record names them, and go after it says that
-//! the mount has ended; files without a record are from a crash, and are removed when the agent starts; an overlay in use
-//! is open once, whoever uses it.
+//! the mount has ended; an overlay in use is open once, whoever uses it. So files without a record that nothing was written
+//! to are from a crash, and are removed when the agent starts; where something was, the record is lost, and they stay.
 
 use std::{
     collections::HashMap,
@@ -54,10 +54,18 @@ impl Overlays {
         for name in storage.list(Path::new(DIR))? {
             let id = ENDINGS.iter().find_map(|ending| name.strip_suffix(ending));
             // A record that cannot be read is one, too.
-            if id.is_some_and(|id| !records.contains(&record::file_name(id))) {
-                tracing::info!(name, "removing what a crash left of a mount's overlay");
-                storage.remove(&Path::new(DIR).join(name))?;
+            let Some(id) = id.filter(|id| !records.contains(&record::file_name(id))) else { continue };
+            if files(id).may_hold_something(&*storage) {
+                let (record, kept) = (record::file_name(id), storage.display(&Path::new(DIR).join(&name)));
+                tracing::error!(
+                    file = %kept.display(),
+                    "what clients wrote to mount {id} stays and cannot be mounted: its record {record} is missing in the state \
+                     directory; put it back and start the agent again, or remove the file"
+                );
+                continue;
             }
+            tracing::info!(name, "removing what a crash left of a mount's overlay");
+            storage.remove(&Path::new(DIR).join(name))?;
         }
         let space = Arc::clone(&storage);
         let room = move |wanted: ByteCount| match space.free_space() {

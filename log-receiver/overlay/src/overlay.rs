@@ -93,6 +93,16 @@ impl OverlayFiles {
         Self { map: dir.join(format!("{name}.map")), data: dir.join(format!("{name}.data")) }
     }
 
+    /// Whether a client may have written something to it: its files are longer than those of an overlay that was only
+    /// made, or cannot be looked at. A file that is missing holds nothing.
+    pub fn may_hold_something(&self, storage: &dyn Storage) -> bool {
+        let longer = |path: &Path, than: ByteOffset| match storage.open(path).and_then(|file| file.len()) {
+            Ok(length) => length.0 > than.0,
+            Err(error) => error.kind() != ErrorKind::NotFound,
+        };
+        longer(&self.map, RECORDS_AT) || longer(&self.data, SLOTS_AT)
+    }
+
     /// The map's next version while it is written.
     pub(crate) fn map_beside(&self) -> PathBuf {
         let mut name = self.map.as_os_str().to_owned();

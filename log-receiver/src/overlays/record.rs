@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use backtide_overlay::OverlayId;
+use backtide_overlay::{OverlayFiles, OverlayId};
 use backtide_receiver_api::DiskRef;
 use backtide_storage::Storage;
 use backtide_units::{ByteCount, CaptureTime, Lsn};
@@ -23,10 +23,6 @@ use crate::sealed_json::SealedJson;
 pub(crate) const DIR: &str = "overlays";
 const KIND: SealedJson =
     SealedJson { magic: "backtide-overlay", version: 1, bytes_max: ByteCount(64 * 1024) };
-
-/// The files of an overlay that nothing was written to are no longer than this: headers, and the mark of the map.
-const EMPTY_MAP_BYTES: u64 = 1024;
-const EMPTY_DATA_BYTES: u64 = 4096;
 
 /// An overlay that is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,14 +74,8 @@ pub(crate) fn going(id: &str) -> PathBuf {
 pub(crate) fn ids(storage: &dyn Storage, names: &[String]) -> BTreeSet<String> {
     let with = |ending: &'static str| names.iter().filter_map(move |name| name.strip_suffix(ending));
     let is_going = |id: &str| names.iter().any(|name| name.strip_suffix(GOING) == Some(id));
-    // What cannot be looked at may hold something.
-    let longer = |id: &str, ending: &str, than: u64| {
-        let file = storage.open(&Path::new(DIR).join(format!("{id}{ending}")));
-        file.and_then(|file| file.len()).map_or(true, |length| length.0 > than)
-    };
-    let maps = with(".map").filter(|id| longer(id, ".map", EMPTY_MAP_BYTES));
-    let datas = with(".data").filter(|id| longer(id, ".data", EMPTY_DATA_BYTES));
-    let lost = maps.chain(datas).filter(|id| !is_going(id));
+    let written = |id: &&str| OverlayFiles::named(Path::new(DIR), id).may_hold_something(storage);
+    let lost = with(".map").chain(with(".data")).filter(|id| !is_going(id)).filter(written);
     with(".json").chain(lost).map(str::to_owned).collect()
 }
 

@@ -297,6 +297,38 @@ fn a_damaged_overlay_is_told_and_can_be_discarded() {
 }
 
 #[test]
+fn what_was_written_to_a_mount_whose_record_is_lost_stays_until_the_record_is_back() {
+    use backtide_storage::{Storage, read_file, replace_file};
+    let directory = tempfile::tempdir().unwrap();
+    local(async {
+        let storage = MemoryStorage::new();
+        let first = table(&storage, directory.path());
+        let (written, untouched) =
+            (first.mount(wanted(true)).await.unwrap(), first.mount(wanted(true)).await.unwrap());
+        let mut possible = Possible(vec![below()]);
+        let guest = client(&written).await;
+        assert!(possible.write(&guest, 0, 4096, 1).await);
+        drop((guest, first));
+        let path = |id: &str| std::path::PathBuf::from(format!("{id}.mount"));
+        let record = read_file(&storage, &path(&written.id), ByteCount(1 << 16)).unwrap();
+        for id in [&written.id, &untouched.id] {
+            storage.remove(&path(id)).unwrap();
+        }
+        let without = started(&storage, directory.path()).await;
+        assert_eq!(without.list().await, AgentMounts::default());
+        let left =
+            |id: &str| storage.list(Path::new("overlays")).unwrap().iter().any(|name| name.starts_with(id));
+        assert!(left(&written.id), "what was written is removed");
+        assert!(!left(&untouched.id), "an overlay of nobody with nothing in it stays");
+        drop(without);
+        replace_file(&storage, &path(&written.id), &record).unwrap();
+        let again = started(&storage, directory.path()).await;
+        assert_eq!(again.list().await.mounts.len(), 1);
+        possible.check(&written, "its record is back").await;
+    });
+}
+
+#[test]
 fn a_request_that_waits_for_the_receiver_changes_nothing_once_its_mount_has_ended() {
     let directory = tempfile::tempdir().unwrap();
     local(async {
