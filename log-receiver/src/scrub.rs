@@ -198,7 +198,7 @@ impl Scrub {
                 Ok(())
             }
             Err(error) => {
-                self.shared.progress.end(true);
+                self.shared.progress.end_unread();
                 Err(format!("start the scrub's thread: {error}"))
             }
         }

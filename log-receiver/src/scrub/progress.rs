@@ -187,6 +187,16 @@ impl Progress {
         self.write();
     }
 
+    /// The scrub could not run: it is over, and none of everything for those who count from the end of such a one.
+    pub(super) fn end_unread(&self) {
+        {
+            let mut content = self.content();
+            let found = content.found_outside();
+            (content.overlays, content.outside) = (false, found);
+        }
+        self.end(true);
+    }
+
     /// Changes what is told of the scrub that runs.
     pub(super) fn change(&self, change: impl FnOnce(&mut ScrubStatus)) {
         if let Some(status) = self.content().status.as_mut() {
@@ -356,6 +366,9 @@ pub(crate) mod tests {
         let progress = open();
         progress.begin(begun(), wanted(), true);
         assert_eq!(open().whole_ended(), first, "the next one has not ended");
+        progress.end_unread();
+        assert_eq!((progress.runs(), open().whole_ended()), (Runs::Nothing, first), "nor was it ever read");
+        progress.begin(begun(), wanted(), true);
         progress.cancel();
         progress.end(true);
         assert_eq!(

@@ -1,7 +1,7 @@
 //! When a scrub begins by itself: no I/O, no clock, no thread. Whoever drives it says what there is to see, and does what it says.
 //!
 //! It is due so long after the last whole one has ended, whoever wanted that, and however it ended: one that a person has called
-//! off is not begun again at once, nor is one that fell. A store in which none has ended yet is read at once. What is due
+//! off is not begun again at once, nor is one that fell; one that could not begin is. A store in which none has ended yet is read at once. What is due
 //! waits while something else runs or is in the way, and begins when that is over.
 
 use std::time::Duration;
