@@ -218,10 +218,13 @@ pub(crate) fn unavailable(asked: &str, error: &PointError) -> ApiError {
     }
 }
 
-/// The same with the disk's name in the commands that its hint names.
-pub(crate) fn named(error: ApiError, disk: &DiskName) -> ApiError {
+/// The same with the disk's name in the commands that its hint names, and with what a clock that differs may have to do with it: where
+/// time was set back, `-5m` lies before a disk's first point or in what is a hole since long ago.
+pub(crate) fn told_for(error: ApiError, asked: &str, disk: &DiskName, timeline: &Timeline) -> ApiError {
+    let no_point = matches!(error.code, ErrorCode::PointNotFound | ErrorCode::PointInHole);
+    let clock = other_clock(asked, disk, timeline, None).filter(|_| no_point);
     let hint = error.hint.map(|hint| hint.replace(NAME, disk.as_str()));
-    ApiError { hint, ..error }
+    ApiError { hint: hint.into_iter().chain(clock).reduce(|hint, clock| format!("{hint}; {clock}")), ..error }
 }
 
 /// A log that cannot be read, in the control API's words.

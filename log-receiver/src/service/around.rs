@@ -34,14 +34,15 @@ impl Service {
         Ok(PointsReport { locks, density, touched, connected, ..report })
     }
 
-    /// As [`Service::resolve_in`], with the disk's name in what it says.
+    /// As [`Service::resolve_in`], with the disk's name in what it says, and why a time may be another moment than was meant.
     pub(super) async fn resolve_on(
         &self,
         disk: &DiskRef,
         snapshot: &Snapshot,
         asked: &str,
     ) -> Result<TimedLsn, ApiError> {
-        self.resolve_in(snapshot, asked).await.map_err(|error| points::named(error, &disk.name))
+        let at = self.resolve_in(snapshot, asked).await;
+        at.map_err(|error| points::told_for(error, asked, &disk.name, snapshot.timeline()))
     }
 
     /// The points around a time, or around that of a point.

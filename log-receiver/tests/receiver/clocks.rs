@@ -66,6 +66,13 @@ async fn a_time_of_another_clock_is_given_with_a_warning() {
                 backtide_recovery::time_text(disk.last_time.unwrap())
             }
         };
+        if ahead_us > 0 {
+            let refused = api.resolve(&vm1(), "-1s").await.unwrap_err();
+            let hint = refused.hint.unwrap_or_default();
+            assert!(refused.message.contains("outside the timeline") && hint.contains(said), "{hint}");
+            let hint = api.resolve(&vm1(), "lsn:999").await.unwrap_err().hint.unwrap_or_default();
+            assert!(!hint.contains(said), "an LSN is what it is: {hint}");
+        }
         let told = api.resolve(&vm1(), &asked).await.unwrap();
         let warning = told.warning.unwrap();
         assert!(warning.starts_with(&format!("{asked} may be another moment than is meant")), "{warning}");
