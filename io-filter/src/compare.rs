@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 
 use backtide_protocol::{
     Compare, CompareItem, CompareResult, Content, Data, Message,
-    message::{COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX},
+    message::{COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, COMPARE_ZEROES_BYTES_MAX},
 };
-use backtide_units::{BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn, is_zeroes};
+use backtide_units::{BLOCK_SIZE, BlockCount, BlockIndex, BlockRange, ByteCount, ByteRange, Lsn, is_zeroes};
 use bytes::Bytes;
 
 use crate::{
@@ -24,7 +24,7 @@ pub(crate) struct PendingCompare {
 }
 
 /// The longest stretch of zeroes in one item.
-pub(crate) const ZEROES_RUN_MAX: BlockCount = BlockCount(16 * 1024);
+pub(crate) const ZEROES_RUN_MAX: BlockCount = BlockCount(COMPARE_ZEROES_BYTES_MAX / BLOCK_SIZE);
 
 /// Zeroes are told of in such stretches at least, where they are.
 const TELL_BLOCKS: u64 = 256;

@@ -14,8 +14,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crate::{
     Closed, Hello, PROTOCOL_VERSION, ProtocolError, Welcome,
     message::{
-        COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, Compare, CompareItem, CompareResult, Content, Data,
-        LABEL_BYTES_MAX, Message, Ping, Record, RecordBody, Sequenced,
+        COMPARE_CHUNK_BYTES_MAX, COMPARE_ITEMS_MAX, COMPARE_ZEROES_BYTES_MAX, Compare, CompareItem,
+        CompareResult, Content, Data, LABEL_BYTES_MAX, Message, Ping, Record, RecordBody, Sequenced,
     },
     reading::{FETCH_BYTES_MAX, OWNER_BYTES_MAX},
 };
@@ -421,7 +421,11 @@ fn compare_items(mut payload: Bytes) -> Result<Vec<CompareItem>, ProtocolError> 
         let mut hash = [0; 32];
         payload.copy_to_slice(&mut hash);
         let content = if hash == ZEROES_HASH { Content::Zeroes } else { Content::Hash(hash) };
-        if content != Content::Zeroes && range.count().0 > COMPARE_CHUNK_BYTES_MAX {
+        let longest = match content {
+            Content::Zeroes => COMPARE_ZEROES_BYTES_MAX,
+            Content::Hash(_) => COMPARE_CHUNK_BYTES_MAX,
+        };
+        if range.count().0 > longest {
             return Err(invalid("compare", format!("a chunk of {} bytes", range.count())));
         }
         items.push(CompareItem { range, content });

@@ -233,7 +233,7 @@ pub struct CompareItem {
 pub enum Content {
     /// Bytes with this BLAKE3; such a range has at most [`COMPARE_CHUNK_BYTES_MAX`] bytes.
     Hash([u8; 32]),
-    /// Zeroes, of any length: the receiver answers from its extents where it can.
+    /// Zeroes, at most [`COMPARE_ZEROES_BYTES_MAX`] bytes: the receiver answers from its extents where it can.
     Zeroes,
 }
 
@@ -242,6 +242,10 @@ pub const COMPARE_ITEMS_MAX: usize = 4096;
 
 /// The longest range compared by its hash, in bytes.
 pub const COMPARE_CHUNK_BYTES_MAX: u64 = 64 * 1024;
+
+/// The longest range that is compared with zeroes, in bytes: what a receiver looks through for one question is bounded, whatever size
+/// its disk is said to have.
+pub const COMPARE_ZEROES_BYTES_MAX: u64 = 64 << 20;
 
 /// Which items of a [`Compare`] differ.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -44,7 +44,7 @@ fn one_of_each() -> Vec<Message> {
             at: Lsn(9),
             items: vec![
                 CompareItem { range: range(0, 65536), content: Content::Hash([7; 32]) },
-                CompareItem { range: range(65536, 1 << 40), content: Content::Zeroes },
+                CompareItem { range: range(65536, 64 << 20), content: Content::Zeroes },
             ],
         }),
         Message::CompareResult(CompareResult { id: 4, differing: vec![0, 3] }),
@@ -130,6 +130,19 @@ fn every_message_comes_back_however_the_bytes_are_cut() {
     let bytes = wire(&messages);
     for step in [1, 7, 64, 65, bytes.len()] {
         assert_eq!(decode_all(&bytes, step).unwrap(), messages, "in steps of {step}");
+    }
+}
+
+#[test]
+fn what_is_looked_through_for_one_item_is_bounded() {
+    let of = |content, length| {
+        let items = vec![CompareItem { range: range(0, length), content }];
+        decode_all(&wire(&[Message::Compare(Compare { id: 1, at: Lsn(2), items })]), 4096)
+    };
+    for (content, longest) in [(Content::Hash([7; 32]), 64 << 10), (Content::Zeroes, 64 << 20)] {
+        assert!(of(content, longest).is_ok());
+        let refused = of(content, longest + 4096).unwrap_err().to_string();
+        assert!(refused.contains("a chunk of"), "{refused}");
     }
 }
 
