@@ -306,7 +306,8 @@ impl Filter {
 
     /// Whether a mark now is going to name a recovery point.
     pub fn can_mark(&self) -> bool {
-        self.is_forwarding()
+        // What is forwarded beside a pass that was forfeited is for the points behind its end.
+        self.is_forwarding() && !self.pass.as_ref().is_some_and(|pass| pass.forfeited)
     }
 
     /// The last LSN given.

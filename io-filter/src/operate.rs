@@ -213,7 +213,7 @@ impl Filter {
         if label.is_empty() || label.len() > LABEL_BYTES_MAX {
             return Err(MarkError::Label { found: label.len() });
         }
-        if !self.is_forwarding() {
+        if !self.can_mark() {
             let reason = self.reason.map_or_else(String::new, |reason| reason.to_string());
             return Err(MarkError::NotForwarding {
                 disk: self.settings.name.to_string(),

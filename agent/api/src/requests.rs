@@ -137,7 +137,8 @@ pub enum MarkState {
     Away,
     /// The receiver is there and takes nothing of the disk. It is lost if that lasts until the retained window overflows.
     Refused,
-    /// A resync: it is a point when that is complete, and lost when that is interrupted.
+    /// A resync: it is a point when that is complete, and lost when that is interrupted or gives up what was forwarded meanwhile
+    /// (`point_recoverable` of the disk's status).
     Resync,
     /// The disk gave it up with the writes around it before the receiver had acknowledged it, and sends it no more. It is a
     /// point only if the receiver took it before.

@@ -67,7 +67,7 @@ fn doubt(mark: &DiskMark, label: &str, wait: Duration) -> Option<String> {
         )),
         MarkState::Resync => Some(format!(
             "{what} lies in a resync that is not complete: that moment can be given back only when the resync \
-             has ended without an interruption"
+             has ended and has kept its point (`backtide status {name}`)"
         )),
         MarkState::Lost => Some(format!(
             "{what} was given up with the writes around it before the receiver confirmed it, and is sent no more: \

@@ -203,8 +203,12 @@ fn a_change_waits_for_a_copy_until_its_bound_and_then_goes_ahead() {
     disk.filter.tick(now);
     disk.carry_out();
     assert!(disk.local.is_empty(), "a nanosecond is left");
+    assert!(disk.filter.can_mark(), "it is a point when the pass has ended");
     disk.tick(Duration::ZERO);
     assert_eq!(disk.filter.status().counters.forfeited, 1, "the pass loses its T for it");
+    let now = disk.now();
+    assert!(!disk.filter.can_mark(), "nor is anything a point that is forwarded before the pass has ended");
+    assert!(disk.filter.mark(now, "here").is_err());
     // Neither reads of the pass nor what it would be copied by stand before it.
     let change = disk.local.iter().position(|(_, op)| matches!(op, LocalOp::Change(_)));
     let change = change.expect("the change goes ahead");
