@@ -237,7 +237,8 @@ impl AgentService for Service {
     }
 
     async fn start_verify(&self, disk: DiskName, request: VerifyRequest) -> Result<VerifyStatus, ApiError> {
-        refuse_taken_away(&self.ask(&disk, Command::Status).await?)?;
+        let now = self.ask(&disk, Command::Status).await?;
+        refuse_taken_away(&now)?;
         self.ask(&disk, |answer| Command::StartVerify(request.repair, answer)).await?.map_err(|error| {
             let code = match error {
                 VerifyError::Running => ErrorCode::Busy,
@@ -248,6 +249,9 @@ impl AgentService for Service {
             };
             let refused = ApiError::from_error(code, &error);
             match error {
+                VerifyError::NotInSync if now.mode == Mode::Paused => refused.with_hint(format!(
+                    "`backtide resume {disk}` first, then `backtide wait {disk} --for sync`"
+                )),
                 VerifyError::NotInSync => {
                     refused.with_hint(format!("`backtide wait {disk} --for sync` first"))
                 }

@@ -8,7 +8,7 @@ mod daemons;
 mod machine;
 mod streams;
 
-use backtide_agent_api::AgentStatus;
+use backtide_agent_api::{AgentStatus, DiskStatus};
 use backtide_control::ApiError;
 use backtide_receiver_api::{ReceiverDisks, ReceiverStatus};
 use backtide_units::CaptureTime;
@@ -101,7 +101,11 @@ impl Answers {
         let (mut clocks, mut served) = (Vec::new(), Vec::new());
         let agent = agent.map(|(status, apart, mounts)| {
             clocks.extend(apart);
-            let disks = status.disks.iter().filter(|disk| !disk.nbd_uri.is_empty());
+            // Of one that is not attached the socket may be gone, and is there again with it.
+            let is_served = |disk: &&DiskStatus| {
+                !disk.nbd_uri.is_empty() && !matches!(disk.reason_code.as_str(), "not-attached" | "detaching")
+            };
+            let disks = status.disks.iter().filter(is_served);
             served.extend(disks.map(|disk| ("agent", format!("disk {}", disk.name), disk.nbd_uri.clone())));
             served
                 .extend(status.nbd_listen.iter().map(|uri| ("agent", "every disk".to_owned(), uri.clone())));

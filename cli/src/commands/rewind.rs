@@ -257,7 +257,11 @@ fn only_client(now: &DiskStatus) -> Result<(), ApiError> {
     let name = now.name.as_str();
     if !now.is_of_now() {
         let message = format!("who has disk {name} open is not known: {}", now.reason);
-        return Err(ApiError::new(ErrorCode::Busy, message).with_hint("look at the storage its image is on"));
+        let way = match now.reason_code.as_str() {
+            "not-answering" => "look at the storage its image is on",
+            _ => "try again when that is over",
+        };
+        return Err(ApiError::new(ErrorCode::Busy, message).with_hint(way));
     }
     // An idle machine connects again only with its next request.
     let clients = now.clients.saturating_add(now.awaited_clients);

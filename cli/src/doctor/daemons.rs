@@ -172,7 +172,11 @@ fn disk(disk: &DiskStatus) -> Finding {
     }
     // What else is shown of it was so when it answered last.
     if !disk.is_of_now() {
-        return finding(Verdict::Failed, &disk.reason).hint("look at the storage its image is on");
+        let found = finding(Verdict::Failed, &disk.reason);
+        return match disk.reason_code.as_str() {
+            "not-answering" => found.hint("look at the storage its image is on"),
+            _ => found,
+        };
     }
     if let Some(way) = way_out(disk) {
         return finding(Verdict::Failed, &disk.reason).hint(way);

@@ -192,10 +192,10 @@ pub(crate) fn missing_at_receiver(disk: &DiskStatus) -> Option<String> {
     if disk.dirty.blocks.0 > 0 {
         return Some(count_text(disk.dirty.blocks.0, "changed block"));
     }
-    if disk.lag.records > 0 {
-        return Some(count_text(disk.lag.records, "write"));
+    if disk.resync_due {
+        return Some("an unknown part".to_owned());
     }
-    disk.resync_due.then(|| "an unknown part".to_owned())
+    (disk.lag.records > 0).then(|| count_text(disk.lag.records, "write"))
 }
 
 /// Whether the receiver has never had anything of the disk: what is marked as changed is the least of it then.
