@@ -53,11 +53,17 @@ pub fn build_lasting(builder: &mut Builder) -> io::Result<Lasting> {
     lasting(builder, BEAT)
 }
 
-fn lasting(builder: &mut Builder, beat: Duration) -> io::Result<Lasting> {
-    let runtime = Lasting::from(builder.enable_all().build()?);
-    // An error, where tokio would panic.
+/// Tries whether there can be one more thread now.
+fn require_thread() -> io::Result<()> {
     let probe = std::thread::Builder::new().name("probe".to_owned()).spawn(|| ())?;
-    probe.join().map_err(|_| io::Error::other("a thread that does nothing failed"))?;
+    probe.join().map_err(|_| io::Error::other("a thread that does nothing failed"))
+}
+
+fn lasting(builder: &mut Builder, beat: Duration) -> io::Result<Lasting> {
+    // Tokio panics where it cannot have a thread: the first one of several workers, or of work that blocks.
+    require_thread()?;
+    let runtime = Lasting::from(builder.enable_all().build()?);
+    require_thread()?;
     runtime.spawn_blocking(|| ());
     runtime.spawn(async move {
         loop {
@@ -113,6 +119,8 @@ mod tests {
         let process = std::process::id().to_string();
         assert!(Command::new("prlimit").args(["--pid", &process, &limit]).status().unwrap().success());
         assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "there can be no more threads");
+        let refused = build_lasting(Builder::new_multi_thread().worker_threads(1));
+        assert!(refused.is_err(), "it says so instead of a panic");
         runtime.block_on(async {
             tokio::time::sleep(idle * 5).await;
             tokio::task::spawn_blocking(|| println!("the work was done")).await.unwrap();

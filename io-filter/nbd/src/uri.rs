@@ -78,6 +78,9 @@ pub enum ParseUriError {
     },
 }
 
+/// What the kernel takes (`sun_path` of unix(7), less the byte that ends it).
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
 impl std::str::FromStr for NbdUri {
     type Err = ParseUriError;
 
@@ -106,7 +109,11 @@ impl std::str::FromStr for NbdUri {
                 return Err(malformed("a host, which a unix socket has not (three slashes)"));
             }
             let socket = query.socket.take().filter(|socket| !socket.is_empty());
-            NbdAddress::Unix(path_of(socket.ok_or_else(|| ParseUriError::NoSocket(text.to_owned()))?))
+            let socket = socket.ok_or_else(|| ParseUriError::NoSocket(text.to_owned()))?;
+            if socket.len() > SOCKET_PATH_BYTES_MAX {
+                return Err(malformed("a socket path of more than 107 bytes, which no unix socket can have"));
+            }
+            NbdAddress::Unix(path_of(socket))
         } else {
             tcp(authority).map_err(malformed)?
         };
@@ -308,6 +315,14 @@ mod tests {
         for text in ["nbds://h/e", "nbds+unix:///?socket=/x", "nbds://h/e?tls-certificates="] {
             assert_eq!(parse(text), Err(ParseUriError::NoCertificates(text.to_owned())));
         }
+    }
+
+    #[test]
+    fn a_socket_has_as_long_a_path_as_the_kernel_takes() {
+        let of = |length: usize| parse(&format!("nbd+unix:///x?socket=/{}", "d".repeat(length - 1)));
+        assert!(of(107).is_ok());
+        let told = of(108).unwrap_err().to_string();
+        assert!(told.contains("more than 107 bytes"), "{told}");
     }
 
     #[test]
