@@ -100,7 +100,10 @@ impl Filter {
         let end = self.all_blocks().end();
         loop {
             let Some(pass) = self.pass.as_mut().filter(|pass| pass.phase == Phase::Draining) else { return };
-            if pass.zeroes.is_empty() || pass.compares.len() >= ZEROES_PENDING_MAX {
+            if pass.zeroes.is_empty()
+                || pass.compares.len() >= ZEROES_PENDING_MAX
+                || !self.window.has_places()
+            {
                 return;
             }
             let all = BlockRange::between(BlockIndex(0), end);

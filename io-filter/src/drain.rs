@@ -52,6 +52,9 @@ impl Filter {
         if pass.reads.len() >= READS_MAX || pass.queued.is_some() || pass.active.is_empty() {
             return None;
         }
+        if !self.window.has_places() {
+            return None;
+        }
         if self.next_paced_read().is_some() {
             return None;
         }

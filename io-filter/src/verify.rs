@@ -323,7 +323,8 @@ impl Filter {
     pub(crate) fn go_on_verifying(&mut self) {
         let end = self.all_blocks().end();
         loop {
-            let (held_back, can_compare) = (self.pace.due(self.now.monotonic).is_some(), self.can_compare());
+            let held_back = self.pace.due(self.now.monotonic).is_some();
+            let can_compare = self.can_compare() && self.window.has_places();
             let Some(job) = self.verify.as_mut().filter(|job| job.result.is_none()) else { return };
             if job.is_through(end) && job.busy == 0 && job.pending.is_empty() {
                 job.result = Some(Ok(()));

@@ -18,6 +18,10 @@ use self::spilled::Spilled;
 /// Accounts for what an item costs beside its payload.
 const ITEM_BYTES: u64 = 192;
 
+/// So much of passes and questions may have been sent and not be durable: what is left of each is small, and nothing else bounds
+/// their number while a receiver's device stands still.
+const PLACES_MAX: usize = 32 * 1024;
+
 /// Something the receiver has to make durable.
 #[derive(Clone, Debug)]
 pub(crate) enum Item {
@@ -55,6 +59,8 @@ pub(crate) struct Window {
     log_end: Lsn,
     /// What was sent and is not acknowledged costs so much.
     in_flight_bytes: u64,
+    /// How much of passes and questions was sent on this connection and is not durable.
+    places: usize,
     /// Nothing that brings the log above it is sent or spilled: see [`Filter::lsns_reserved`](crate::Filter::lsns_reserved).
     reserved: Lsn,
     pub(crate) spill: Spilled,
@@ -92,6 +98,7 @@ impl Window {
             sent_end: base,
             log_end: base,
             in_flight_bytes: 0,
+            places: 0,
             reserved: Lsn(u64::MAX),
             spill: Spilled::default(),
         }
@@ -110,6 +117,11 @@ impl Window {
 
     pub(crate) fn retained_bytes(&self) -> ByteCount {
         ByteCount(self.retained_bytes)
+    }
+
+    /// Whether more of a pass may be read, or asked about: else the receiver is to make durable first what it has.
+    pub(crate) fn has_places(&self) -> bool {
+        self.places < PLACES_MAX
     }
 
     pub(crate) fn data_bytes(&self) -> ByteCount {
@@ -217,6 +229,7 @@ impl Window {
         self.sent += 1;
         entry.seq = Some(seq);
         let Item::Kept(message) = &entry.item else { unreachable!("what was sent is before the cursor") };
+        self.places += usize::from(takes_a_place(message));
         match message {
             Message::Record(Record { lsn: at, .. }) | Message::PassBegin { at, .. } => self.sent_end = *at,
             _ => {}
@@ -311,6 +324,7 @@ impl Window {
     pub(crate) fn rewind(&mut self) {
         self.sent = 0;
         self.received = 0;
+        self.places = 0;
         self.in_flight_bytes = 0;
         self.sent_end = self.base;
         for entry in &mut self.entries {
@@ -384,9 +398,13 @@ impl Window {
             self.in_flight_bytes -= entry.cost;
         }
         match entry.item {
-            Item::DataSent(range) => Acknowledged::Data(range.count()),
+            Item::DataSent(range) => {
+                self.places -= 1;
+                Acknowledged::Data(range.count())
+            }
             Item::Kept(message) => {
                 self.retained_bytes -= entry.cost;
+                self.places -= usize::from(takes_a_place(&message));
                 match message {
                     Message::Record(record) => {
                         self.base = record.lsn;
@@ -416,6 +434,10 @@ fn mark_dirty(item: &Item, dirty: &mut DirtyBitmap) {
     }
 }
 
+fn takes_a_place(message: &Message) -> bool {
+    matches!(message, Message::PassData { .. } | Message::Compare(_))
+}
+
 fn item_cost(message: &Message) -> u64 {
     ITEM_BYTES + payload_bytes(message)
 }
@@ -431,41 +453,4 @@ fn payload_bytes(message: &Message) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use backtide_protocol::Data;
-    use backtide_units::{ByteOffset, CaptureTime, Reason};
-    use bytes::Bytes;
-
-    use super::*;
-
-    const TIME: CaptureTime = CaptureTime(1);
-
-    fn record(lsn: u64) -> Message {
-        let range = ByteRange::new(ByteOffset(0), ByteCount(4)).expect("a range");
-        let body = RecordBody::Write(Data::capture(Bytes::from_static(b"four")));
-        Message::Record(Record { lsn: Lsn(lsn), previous: Lsn(lsn - 1), time: TIME, range, body })
-    }
-
-    fn end_after_dropping(valid_from: u64) -> Option<Lsn> {
-        let mut window = Window::new(Lsn::ZERO);
-        let reason = Reason::FirstAttach;
-        window.push(Message::PassBegin { at: Lsn(1), gap_from: Lsn::ZERO, time: TIME, reason });
-        window.push(record(2));
-        let sent = [window.send(2), window.send(3)];
-        assert!(sent.iter().all(Option::is_some));
-        window.push(record(3));
-        window.push(Message::PassEnd { at: Lsn(1), valid_from: Some(Lsn(valid_from)), time: TIME });
-        window.abandon_unsent_records(&mut DirtyBitmap::new());
-        assert_eq!(window.log_end(), Lsn(2));
-        match window.send(4) {
-            Some(Message::PassEnd { valid_from, .. }) => valid_from,
-            other => panic!("expected the pass's end, found {other:?}"),
-        }
-    }
-
-    #[test]
-    fn a_pass_offers_no_point_that_needs_dropped_records() {
-        assert_eq!(end_after_dropping(3), None);
-        assert_eq!(end_after_dropping(2), Some(Lsn(2)));
-    }
-}
+mod tests;

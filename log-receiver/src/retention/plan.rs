@@ -113,9 +113,7 @@ fn plan_within(
     let old: Vec<TimedLsn> = base.iter().flat_map(|base| base.kept()).map(|kept| kept.at).collect();
     let old_floor = base.and_then(Base::floor).map(|floor| floor.at);
     let fold = match horizon(snapshot, ladder, now, pressure) {
-        Some(horizon) => {
-            step(snapshot, ladder, (now, pressure), horizon, reach, old_floor)?
-        }
+        Some(horizon) => step(snapshot, ladder, (now, pressure), horizon, reach, old_floor)?,
         None => None,
     };
     let mut points: BTreeSet<TimedLsn> = old.iter().copied().chain(old_floor).collect();

@@ -83,7 +83,9 @@ fn line(
     let saved = bitmap.to_bytes().len() as f64 / f64::from(1 << 20);
     let times = bitmap.count().0 as f64 / exact as f64;
     let longest = longest.as_secs_f64() * 1e3;
-    eprintln!("bitmap-memory {name}: {memory:.3} MiB, {times:.2} times, longest 64 marks {longest:.1} ms of a processor");
+    eprintln!(
+        "bitmap-memory {name}: {memory:.3} MiB, {times:.2} times, longest 64 marks {longest:.1} ms of a processor"
+    );
     writeln!(
         text,
         "| {name} | {memory:.3} MiB | {saved:.3} MiB | {nanos:.0} ns | {longest:.1} ms | {times:.2} times the dirty bytes |"
