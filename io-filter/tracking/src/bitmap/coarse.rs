@@ -31,8 +31,8 @@ const TOO_MUCH: (u64, u64) = (9, 8);
 const MARKS_BETWEEN_LOOKS: u32 = 16 * 1024;
 const MARKS_BETWEEN_LOOKS_NEAR: u32 = 1024;
 
-/// Regions that are looked at, and written anew, in one look: about a millisecond or two.
-const PART: Work = Work { looked_at: 256, written: 16 };
+/// Regions that are looked at, and written anew, in one look: a few milliseconds of a processor.
+const PART: Work = Work { looked_at: 128, written: 8 };
 const ALL: Work = Work { looked_at: u64::MAX, written: u64::MAX };
 
 /// Regions that may be looked at, and written anew.
@@ -120,7 +120,9 @@ impl DirtyBitmap {
         if memory > bound.part(TOO_MUCH) {
             return self.keep_bound();
         }
-        let left = self.shrink(memory, PART);
+        // One of both at a time, where measuring takes long.
+        let is_enough = is_measured && bound.marks_between_measures() > MARKS_BETWEEN_LOOKS_NEAR;
+        let left = if is_enough { memory } else { self.shrink(memory, PART) };
         self.took(left);
     }
 
@@ -240,7 +242,8 @@ impl DirtyBitmap {
         let bound = self.bound.as_mut()?;
         self.blocks.remove_range(start..stop);
         bound.as_runs.remove(region);
-        if stretches == [start..stop] && stop <= bound.end.0 {
+        let is_whole = stretches.first() == Some(&(start..stop)) && stop <= bound.end.0;
+        if is_whole {
             self.whole.insert(region);
             return Some(runs);
         }
