@@ -22,7 +22,7 @@ pub enum Differing {
 /// [`Lsn::MAX`]: from any version above it.
 ///
 /// # Errors
-/// When `other` is no point, or the log cannot be read.
+/// When `other` is no point or lies beyond the log's end, or the log cannot be read.
 pub fn changed(snapshot: &Snapshot, at: Lsn, other: Lsn) -> Result<RoaringTreemap, Differing> {
     known(snapshot, other)?;
     Ok(snapshot.changed_blocks(at.min(other), at.max(other))?)
@@ -31,8 +31,14 @@ pub fn changed(snapshot: &Snapshot, at: Lsn, other: Lsn) -> Result<RoaringTreema
 /// Whether [`changed`] can be told of `other`.
 ///
 /// # Errors
-/// When `other` is no point.
+/// When `other` is no point, or lies beyond the log's end.
 pub fn known(snapshot: &Snapshot, other: Lsn) -> Result<(), Differing> {
+    let highest = snapshot.timeline().highest_lsn();
+    if other != Lsn::MAX && other > highest {
+        return Err(Differing::Gone(format!(
+            "lsn:{other} lies beyond the end of the log at LSN {highest}: nobody knows what changed until then"
+        )));
+    }
     if other != Lsn::MAX && !snapshot.knows_changes_at(other) {
         return Err(Differing::Gone(format!(
             "lsn:{other} is no point of the disk (any more): nobody knows what changed since"

@@ -334,9 +334,11 @@ impl Snapshot {
     }
 
     /// Whether [`changed_blocks`](Self::changed_blocks) can tell what changed since `lsn` or until then: it is a
-    /// point, or every change from there on is kept, whatever of that is a point.
+    /// point, or every change from there on is kept, whatever of that is a point. Not what lies beyond all that the log names:
+    /// whoever knows of it has had a log that went further.
     pub fn knows_changes_at(&self, lsn: Lsn) -> bool {
-        self.timeline.offers(lsn) || (lsn >= self.floor() && self.before.is_none())
+        let is_named = self.floor() <= lsn && lsn <= self.timeline.highest_lsn();
+        self.timeline.offers(lsn) || (is_named && self.before.is_none())
     }
 
     /// The blocks (of 4 KiB) with a version in `(after, through]`: those whose content may differ

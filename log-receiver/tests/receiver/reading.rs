@@ -332,6 +332,12 @@ async fn what_an_agent_left_is_known_only_when_all_it_was_told_of_was_here_then(
     // Nor is it known what changed after a point where the log has less than it had.
     let mut reader = PointReader::open(&receiver, open("vm1", Some(20))).await;
     let since = reader.blocks(Blocks::Changed(Lsn::MAX)).await.unwrap();
+    assert_eq!(reader.blocks(Blocks::Changed(Lsn(100))).await.unwrap(), since);
+    let beyond = reader.blocks(Blocks::Changed(Lsn(101))).await.unwrap_err();
+    assert!(
+        beyond.code == FailureCode::Gone && beyond.message.contains("beyond the end of the log"),
+        "{beyond:?}"
+    );
     let mut after = async |durable: u64, entries: u64| {
         reader.blocks(Blocks::After { durable: Lsn(durable), entries: LogPosition(entries) }).await
     };

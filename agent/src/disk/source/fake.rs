@@ -19,6 +19,8 @@ use super::{FetchError, Fetching, Piece, PointSource};
 pub(crate) struct FakeSource {
     point: SourcePoint,
     content: Vec<u8>,
+    /// So far the log goes, and so many entries it has.
+    end: Cell<(Lsn, LogPosition)>,
     /// Nobody answers.
     away: Cell<bool>,
     /// Answers wait until this is open.
@@ -53,6 +55,7 @@ impl FakeSource {
         Self {
             point,
             content,
+            end: Cell::new((Lsn::MAX, LogPosition(u64::MAX))),
             away: Cell::new(false),
             closed: Cell::new(false),
             opened: Notify::new(),
@@ -64,6 +67,11 @@ impl FakeSource {
             owners: RefCell::default(),
             was_asked: Notify::new(),
         }
+    }
+
+    /// Its log goes so far only.
+    pub(crate) fn ends_at(&self, lsn: Lsn, entries: LogPosition) {
+        self.end.set((lsn, entries));
     }
 
     pub(crate) fn set_away(&self, away: bool) {
@@ -232,7 +240,11 @@ impl PointSource for FakeSource {
         Box::pin(async { Ok(DirtyBitmap::of(BlockRange::whole_disk(self.point.size))) })
     }
 
-    fn after(&self, _durable: Lsn, _entries: LogPosition) -> Fetching<'_, DirtyBitmap> {
+    fn after(&self, durable: Lsn, entries: LogPosition) -> Fetching<'_, DirtyBitmap> {
+        let (end, count) = self.end.get();
+        if durable > end || entries > count {
+            return Box::pin(async { Err(FetchError::Refused("the log has less than it had".to_owned())) });
+        }
         self.changed(Lsn::ZERO)
     }
 

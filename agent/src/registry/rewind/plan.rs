@@ -86,13 +86,13 @@ impl Registry {
                 }
                 let _ = holding.set(Rc::clone(&source));
                 source.hold(&keeper).await?;
-                let since_lsn = since.lsn();
-                let changed = match (since, acknowledged) {
-                    (Since::Everything, Some((durable, entries))) => source.after(durable, entries).await?,
-                    (Since::Everything, None) | (Since::Lsn(_), _) => source.changed(since_lsn).await?,
+                // Above what a disk was let go of at is nothing of it, and what it may have is among everything above the point.
+                let (changed, until) = match acknowledged {
+                    Some((durable, entries)) => (source.after(durable, entries).await?, Lsn::MAX),
+                    None => (source.changed(since.lsn()).await?, since.lsn()),
                 };
                 if !force {
-                    refuse_damaged(&*source, Some(since_lsn)).await?;
+                    refuse_damaged(&*source, Some(until)).await?;
                 }
                 Ok(Plan { source: point, since, changed })
             };
