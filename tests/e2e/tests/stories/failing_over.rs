@@ -205,7 +205,7 @@ fn a_failover_that_fails_after_the_fence_says_so_and_goes_on() {
     assert!(refused.sentence().contains("cannot be written in the state directory"), "{refused:?}");
     assert!(disk.status()["connected"].as_bool().unwrap() && !bench.path("b.img").exists());
     // Its new image cannot be as large as that.
-    second.limit_files("4194304");
+    second.limit_files("6291456");
     let failed = other.failover(&["--yes"]);
     assert_ne!(failed.code, 0, "{failed:?}");
     assert!(failed.sentence().contains("whoever had disk vm1 is fenced by now"), "{failed:?}");
