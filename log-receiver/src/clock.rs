@@ -30,7 +30,8 @@ impl Came {
     /// Whether it had given LSNs when it came that have not reached a log that ends here: what it has retained is on its way, or it is
     /// finding out what changed. The change with the last of them ends that, or a pass, whose T lies above them all.
     pub(crate) fn has_more_than(&self, end: Lsn) -> bool {
-        self.next_lsn > end.next()
+        // No sum: any LSN may stand in a log, and this is asked of its last.
+        self.next_lsn.0.saturating_sub(end.0) > 1
     }
 
     /// It has answered what this side's clock had shown with how it stamps what happens. However late that comes, it was stamped
@@ -137,6 +138,12 @@ mod tests {
         came.saw_clock(at(10_100), at(10_100), at(10_102));
         assert_eq!(behind(came, 10_102), None, "it was set right");
         assert_eq!(Difference::of(at(5000), None, at(14_200)), None, "nobody is there whose clock it is");
+    }
+
+    #[test]
+    fn what_an_agent_had_when_it_came_is_more_than_a_log_or_not_whatever_lsns_they_name() {
+        let had = |next, end| Came::new(Lsn(next)).has_more_than(Lsn(end));
+        assert!(had(50, 48) && !had(50, 49) && !had(50, 50) && !had(50, u64::MAX) && had(u64::MAX, 0));
     }
 
     #[test]
