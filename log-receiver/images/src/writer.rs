@@ -5,9 +5,9 @@
 //! writer knows the packs. One of a pack that was there before is read first, once: what is stored may have been damaged since,
 //! and what this image is made of may be the last that is whole.
 //!
-//! Invariant: nothing may name an image before [`ImageWriter::finish`] has returned. A writer that is dropped leaves packs
-//! that nobody names; [`Images::collect`] removes them. One writer at a time, and none beside a collection. A mend may run
-//! beside one, and leaves its packs alone (`numbers.rs`).
+//! Invariant: nothing may name an image before [`ImageWriter::finish`] has returned. A writer that is given up removes its
+//! packs, which nobody can name then; those of one that died [`Images::collect`] removes. One writer at a time, and none beside a
+//! collection. A mend may run beside one, and leaves its packs alone (`numbers.rs`).
 
 use std::{path::Path, sync::Arc};
 
@@ -57,6 +57,11 @@ pub trait ImageSource {
     fn pace(&mut self, _bytes: ByteCount) -> Result<(), Self::Error> {
         Ok(())
     }
+
+    /// What it comes to that the image before cannot be taken over in `range`: the node that leads there cannot be read.
+    fn lost(&mut self, _range: ByteRange, error: ImageError) -> Self::Error {
+        error.into()
+    }
 }
 
 /// What was written.
@@ -87,9 +92,11 @@ struct Known {
 pub struct ImageWriter {
     images: Images,
     pack: Option<PackWriter>,
-    /// Its packs.
+    /// Its packs may have these.
     numbers: Writing,
     next_pack: u32,
+    /// Those that it has begun, as long as nobody can name them.
+    begun: Vec<u32>,
     known: Recent<[u8; 32], Known>,
     /// Those that known chunks are read from, without their tables.
     packs: Recent<u32, Arc<Pack>>,
@@ -130,7 +137,8 @@ impl Images {
         let written = Written::default();
         let images = self.clone();
         let packs = Recent::new(self.shared.limits.open_packs_max.max(1));
-        Ok(ImageWriter { images, pack: None, numbers: writing, next_pack, known, packs, encoder, written })
+        let (pack, begun) = (None, Vec::new());
+        Ok(ImageWriter { images, pack, numbers: writing, next_pack, begun, known, packs, encoder, written })
     }
 }
 
@@ -167,6 +175,7 @@ impl ImageWriter {
             let synced = storage.sync_dir(path);
             synced.map_err(|source| failed(format!("sync {}", storage.display(path).display()), source))?;
         }
+        self.begun.clear();
         Ok(self.written)
     }
 
@@ -188,7 +197,7 @@ impl ImageWriter {
             return Ok(ChunkRef::ZEROES);
         }
         let Some(below) = level.checked_sub(1) else { return self.data(range, source) };
-        let old_children = self.images.children(old, level)?;
+        let old_children = self.images.children(old, level).map_err(|error| source.lost(range, error))?;
         let mut node = Node::zeroes(level);
         for (place, old) in (0..).zip(old_children) {
             let start = ByteOffset(start.0 + place * span(below).0);
@@ -287,6 +296,7 @@ impl ImageWriter {
         let name = self.images.name_of(number);
         let file = self.images.shared.storage.create_new(&path_of(number));
         let file = file.map_err(|source| failed(format!("create {}", name.display()), source))?;
+        self.begun.push(number);
         Ok(PackWriter::new(file, name, number))
     }
 
@@ -298,5 +308,15 @@ impl ImageWriter {
             self.images.forget_pack(number);
         }
         Ok(())
+    }
+}
+
+impl Drop for ImageWriter {
+    fn drop(&mut self) {
+        // While no other writer can have their numbers. What cannot be removed is the next collection's.
+        for number in self.begun.drain(..) {
+            let _ = self.images.shared.storage.remove(&path_of(number));
+            self.images.forget_pack(number);
+        }
     }
 }

@@ -3,7 +3,8 @@
 use std::{fs, ops::Range, os::unix::fs::FileExt, path::Path};
 
 use backtide_log_receiver::{Config, Receiver, Retention};
-use backtide_receiver_api::{KeepRequest, ReceiverClient};
+use backtide_protocol::Hello;
+use backtide_receiver_api::{KeepRequest, ReceiverClient, RetentionReport, RetentionRequest};
 use backtide_units::{ByteCount, Lsn};
 
 use crate::{
@@ -189,4 +190,67 @@ async fn a_damaged_index_holds_up_only_what_is_not_before_it_until_a_scrub_mends
         }
         receiver.shutdown().await;
     }
+}
+
+/// Turns over a byte of each node of level 2 in the packs of images.
+fn flip_nodes(place: &Place) -> usize {
+    const NODE_LENGTH: u32 = 10_248;
+    let mut flipped = 0;
+    for path in files(place, "pack") {
+        let bytes = fs::read(&path).unwrap();
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let is_node =
+            |at: &usize| bytes[at + 4] == 2 && word(at + 20) == NODE_LENGTH && word(at + 16) <= NODE_LENGTH;
+        let nodes: Vec<usize> = (64..bytes.len() - 64).step_by(8).filter(is_node).collect();
+        nodes.iter().for_each(|at| flip_byte(&path, at + 64 + 20));
+        flipped += nodes.len();
+    }
+    flipped
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_nothing_mends_costs_folding_a_look_a_round_and_leaves_no_pack_behind() {
+    const GIB: u64 = 1 << 30;
+    let place = Place::new();
+    let receiver = place.start().await;
+    // Below the top of its tree are two nodes; the first half of the disk is empty at first.
+    let (mut agent, _) =
+        Agent::welcomed(&receiver, Hello { size: ByteCount(8 * GIB), ..hello(1, "vm1") }).await;
+    agent.first_pass(5).await;
+    for lsn in 6..=50 {
+        agent.send(&write(lsn, 4 * GIB + (lsn << 16), content(lsn))).await;
+    }
+    agent.all_durable().await;
+    let api = client(&receiver);
+    let from = |report: &RetentionReport| report.disks[0].every_point_from.unwrap().lsn;
+    let begun = rounds(&api, &vm1(), "any=1h").await;
+    assert!(begun.disks[0].error.is_none() && from(&begun) > Lsn(20), "{begun:?}");
+    api.set_retention(&vm1(), &RetentionRequest { ladder: None }).await.unwrap();
+    for lsn in 51..=95 {
+        agent.send(&write(lsn, (lsn % 2) * 4 * GIB + (lsn << 16), content(lsn))).await;
+    }
+    agent.all_durable().await;
+    drop(agent);
+    receiver.shutdown().await;
+    let packs = files(&place, "pack");
+    // The node, and its second.
+    assert_eq!(flip_nodes(&place), 2);
+    let receiver = place.start().await;
+    let api = client(&receiver);
+    let mut changed = None;
+    for _ in 0..3 {
+        let report = rounds(&api, &vm1(), "any=1h").await;
+        let why = report.disks[0].error.clone().unwrap_or_default();
+        assert!(why.contains("a part of it cannot be read") && why.contains("backtide scrub"), "{report:?}");
+        assert_eq!((from(&report), files(&place, "pack")), (from(&begun), packs.clone()), "{report:?}");
+        // The first attempt has made a pack in vain, and no other.
+        let now = fs::metadata(packs[0].parent().unwrap()).unwrap().modified().unwrap();
+        assert_eq!(*changed.get_or_insert(now), now);
+    }
+    assert_eq!(flip_nodes(&place), 2);
+    let folded = rounds(&api, &vm1(), "any=1h").await;
+    assert!(folded.disks[0].error.is_none() && from(&folded) > Lsn(60), "{folded:?}");
+    let scrub = scrubbed(&api).await;
+    assert!(scrub.sound, "{scrub:?}");
+    receiver.shutdown().await;
 }

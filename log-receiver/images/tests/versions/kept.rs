@@ -208,6 +208,40 @@ fn a_pack_with_a_damaged_trailer_or_table_is_read_by_its_chunks() {
 }
 
 #[test]
+fn a_writer_that_is_given_up_leaves_no_pack_and_the_next_goes_on() {
+    let mut bench = Bench::new(10, 20 * CHUNK);
+    let (root, content) = bench.next(None);
+    let before = bench.packs();
+    let all = [true; 20];
+    // Dropped when it has made something; not finished, for a sync of a pack or of the directory fails.
+    for fails in [None, Some(0), Some(2), Some(4), Some(6), Some(7)] {
+        bench.content = (0..20 * CHUNK).map(|_| bench.random.next() as u8).collect();
+        match fails {
+            None => {
+                let mut writer = bench.images.write().expect("no fault");
+                let size = ByteCount(bench.content.len() as u64);
+                writer
+                    .image(None, size, &mut Disk { content: &bench.content, changed: &all })
+                    .expect("no fault");
+                assert!(bench.packs().len() > before.len() + 3);
+            }
+            Some(syncs) => {
+                bench.storage.fail_sync_after(syncs);
+                assert!(bench.make(None, &all).is_err(), "{syncs}");
+            }
+        }
+        assert_eq!(bench.packs(), before, "{fails:?}");
+    }
+    let next = bench.make(None, &all).expect("no fault");
+    assert!(bench.packs().len() > before.len() + 3);
+    bench.storage.crash(10);
+    bench.images = images(&bench.storage);
+    assert_reads(&bench.images.image(root), &content, &mut bench.random);
+    let newer = bench.content.clone();
+    assert_reads(&bench.images.image(next), &newer, &mut bench.random);
+}
+
+#[test]
 fn a_power_cut_while_an_image_is_made_costs_no_other() {
     at_every_operation(|bench, image| {
         let changed = bench.change();

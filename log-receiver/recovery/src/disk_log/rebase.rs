@@ -13,7 +13,7 @@ use std::{path::PathBuf, sync::Arc};
 use backtide_images::{ImageError, ImageSource, ImageWriter, Images, Root};
 use backtide_segment::{SegmentId, Seq};
 use backtide_storage::Storage;
-use backtide_units::{BlockRange, ByteCount, ByteRange, Lsn};
+use backtide_units::{BlockRange, ByteCount, ByteOffset, ByteRange, Lsn};
 use bytes::Bytes;
 use roaring::RoaringTreemap;
 
@@ -84,6 +84,14 @@ pub enum FoldError {
         /// Why.
         source: LogError,
     },
+    /// A node of the image before that leads there cannot be read.
+    #[error("what the image before has of the disk's {range} cannot be found")]
+    Lost {
+        /// Of the disk.
+        range: ByteRange,
+        /// Why.
+        source: LogError,
+    },
     /// The log or the images cannot be read or written.
     #[error(transparent)]
     Log(#[from] LogError),
@@ -137,6 +145,10 @@ impl ImageSource for Source<'_> {
     fn pace(&mut self, bytes: ByteCount) -> Result<(), FoldError> {
         if (self.pace)(bytes) { Ok(()) } else { Err(FoldError::CalledOff) }
     }
+
+    fn lost(&mut self, range: ByteRange, error: ImageError) -> FoldError {
+        FoldError::Lost { range, source: error.into() }
+    }
 }
 
 impl Snapshot {
@@ -186,6 +198,15 @@ impl Snapshot {
             }
         }
         None
+    }
+
+    /// Whether the image that the log begins with can be read as far as the nodes that lead to a byte of the disk.
+    ///
+    /// # Errors
+    /// When one of them cannot be.
+    pub fn leads_to(&self, byte: ByteOffset) -> Result<(), LogError> {
+        let Some((_, image)) = self.origin().images().last() else { return Ok(()) };
+        Ok(image.data_in(ByteRange::between(byte, ByteOffset(byte.0 + 1)), &mut |_| {})?)
     }
 
     /// Makes an image of the disk at a point, `before` being that of an older point, if there is one. `pace` is told what
@@ -240,7 +261,7 @@ impl Snapshot {
             for step in segment.steps()? {
                 timeline.fold_step(&step).map_err(|invalid| LogError::Damaged {
                     file: segment.name(),
-                    offset: backtide_units::ByteOffset::ZERO,
+                    offset: ByteOffset::ZERO,
                     what: format!("its entries do not follow those before: {invalid}"),
                 })?;
             }

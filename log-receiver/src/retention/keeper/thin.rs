@@ -26,6 +26,8 @@ const NO_ROOM: &str = "there is no room for the image that history is folded int
 pub(super) struct Unreadable {
     /// Of the disk.
     range: ByteRange,
+    /// What leads there in the image that the log begins with, and not what the disk had there at a point.
+    is_node: bool,
     why: String,
 }
 
@@ -229,7 +231,11 @@ impl Work {
             if known.range.start() >= end {
                 continue;
             }
-            let read = view.read(ByteRange::between(known.range.start(), end));
+            // A node stands for more of the disk than can be read at once.
+            let read = match known.is_node {
+                true => log.snapshot.leads_to(known.range.start()),
+                false => view.read(ByteRange::between(known.range.start(), end)).map(drop),
+            };
             if let Err(error) = read {
                 known.why = chain(&error);
                 return Err(Undone::Why(cannot_be_read(&known.why)));
@@ -238,6 +244,14 @@ impl Work {
         // A scrub has mended it, or no image has it any more.
         self.unreadable.remove(&log.key());
         Ok(())
+    }
+
+    /// Remembers what could not be read, so that the next round looks there first.
+    fn remember(&mut self, key: LogKey, range: ByteRange, is_node: bool, error: &LogError) -> Undone {
+        let why = chain(error);
+        let said = cannot_be_read(&why);
+        self.unreadable.insert(key, Unreadable { range, is_node, why });
+        Undone::Why(said)
     }
 
     /// Makes the images of a plan; gives what the log begins with then.
@@ -281,9 +295,10 @@ impl Work {
                 }
                 Err(FoldError::CalledOff) => return Err(Undone::Ending),
                 Err(FoldError::Unreadable { range, source }) => {
-                    let why = chain(&source);
-                    self.unreadable.insert(key, Unreadable { range, why: why.clone() });
-                    return Err(Undone::Why(cannot_be_read(&why)));
+                    return Err(self.remember(key, range, false, &source));
+                }
+                Err(FoldError::Lost { range, source }) => {
+                    return Err(self.remember(key, range, true, &source));
                 }
                 Err(FoldError::Log(error)) => return Err(Undone::Why(chain(&error))),
             };
