@@ -38,6 +38,8 @@ pub(crate) struct EndedLog {
     pub(crate) snapshot: Option<Snapshot>,
     /// What is wrong with it: sentences with file and place.
     damage: Vec<String>,
+    /// Of that what keeps points from being read that may be there again the next time.
+    pub(crate) away: Option<String>,
     attached: Option<Attached>,
     /// Bytes of it that can be read.
     bytes: ByteCount,
@@ -45,11 +47,11 @@ pub(crate) struct EndedLog {
 
 impl EndedLog {
     fn of(number: u32, salvaged: Salvage, memo: Option<Memo>) -> Self {
-        let Salvage { identity, snapshot, damage, size: bytes, .. } = salvaged;
+        let Salvage { identity, snapshot, damage, size: bytes, away, .. } = salvaged;
         let identity = identity.or(memo.as_ref().map(|memo| memo.identity));
         let own = snapshot.timeline().attached().cloned();
         let attached = newest(own, memo.map(|memo| memo.attached));
-        Self { number, identity, snapshot: Some(snapshot), damage, attached, bytes }
+        Self { number, identity, snapshot: Some(snapshot), damage, away, attached, bytes }
     }
 
     /// Whether it is more than the images that retention has left of it, or than nothing.
@@ -61,7 +63,7 @@ impl EndedLog {
     fn unreadable(number: u32, why: String, memo: Option<Memo>) -> Self {
         let (snapshot, bytes) = (None, ByteCount::ZERO);
         let attached = memo.map(|memo| memo.attached);
-        Self { number, identity: None, snapshot, damage: vec![why], attached, bytes }
+        Self { number, identity: None, snapshot, damage: vec![why], away: None, attached, bytes }
     }
 }
 

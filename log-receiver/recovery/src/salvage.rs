@@ -6,6 +6,9 @@
 //! proves by its checksum that it belongs to this log. Points behind the lost place are not given:
 //! nobody knows which blocks they miss.
 //!
+//! What is lost because a file is missing, or because the device cannot read it, may be there again the next time: whoever
+//! decides what of a log goes is told so ([`Salvage::away`]).
+//!
 //! Invariants: nothing is written; of a log whose writer failed, nothing above `through` is offered.
 
 use std::{path::Path, sync::Arc};
@@ -36,6 +39,9 @@ pub struct Salvage {
     pub damage: Vec<String>,
     /// Bytes of what can be read.
     pub size: ByteCount,
+    /// Of the damage what may be no more than away: a file that is missing, a place that the device cannot read, with points
+    /// there or behind that nobody can read now. None of a log that somebody had cut there.
+    pub away: Option<String>,
     /// From this one on they say that something is lost; those before cost no point.
     pub(crate) lost: usize,
     /// Segments behind a lost place: they give no points.
@@ -51,7 +57,8 @@ impl Salvage {
     pub fn nothing(damage: String) -> Self {
         let mut timeline = Timeline::default();
         timeline.end(Some(&damage));
-        Self::unreadable(timeline, vec![damage])
+        let away = Some(damage.clone());
+        Self { away, ..Self::unreadable(timeline, vec![damage]) }
     }
 
     pub(crate) fn unreadable(timeline: Timeline, damage: Vec<String>) -> Self {
@@ -62,6 +69,7 @@ impl Salvage {
             snapshot,
             damage,
             size: ByteCount::ZERO,
+            away: None,
             lost: 0,
             beyond,
             lost_place: None,
@@ -72,7 +80,7 @@ impl Salvage {
     /// The same, with a hole at its end that says why nothing follows. For a log that ends where it was cut.
     #[must_use]
     pub fn cut_because(self, why: &str) -> Self {
-        Self { snapshot: self.snapshot.cut_because(why), damage: Vec::new(), ..self }
+        Self { snapshot: self.snapshot.cut_because(why), damage: Vec::new(), away: None, ..self }
     }
 
     /// The last entry that can be read, also behind a lost place.
@@ -117,6 +125,7 @@ struct Work<'a> {
     next: Seq,
     damage: Vec<String>,
     size: u64,
+    away: Option<String>,
     beyond: Vec<Arc<Segment>>,
     lost_place: Option<LostPlace>,
     lost_headers: Vec<SegmentHeader>,
@@ -189,10 +198,14 @@ pub fn salvage(
         next: base.as_ref().map_or(Seq(1), |base| base.first_seq),
         damage,
         size: 0,
+        away: None,
         beyond: Vec::new(),
         lost_place: None,
         lost_headers: Vec::new(),
     };
+    if found.is_empty() {
+        work.away = work.damage.last().cloned();
+    }
     let mut rest = found.iter().zip(durable_later(&found));
     // Without a segment the last sentence says so.
     let mut lost = work.damage.len() - usize::from(found.is_empty());
@@ -227,12 +240,13 @@ pub fn salvage(
     let from = base.as_ref().map_or(Seq(1), |base| base.first_seq);
     let origin = Origin::new(dir, base, &cache.images(storage), cache.origins());
     let snapshot = Snapshot::new(Arc::new(work.timeline), Arc::new(work.segments), last, origin);
-    let Work { damage, size, beyond, lost_place, lost_headers, .. } = work;
+    let Work { damage, size, away, beyond, lost_place, lost_headers, .. } = work;
     Ok(Salvage {
         identity: Some(identity),
         snapshot,
         damage,
         size: ByteCount(size),
+        away,
         lost,
         beyond,
         // A log of which nothing is read may have lost what tells where it begins: all of it may be whole.
@@ -279,6 +293,7 @@ impl Work<'_> {
             self.damage.push(why);
         }
         if !found.present {
+            self.away = self.damage.last().cloned();
             return Ok(nothing_of_it);
         }
         let ours = |header: &&SegmentHeader| (header.disk, header.history) == (disk, history);
@@ -297,6 +312,10 @@ impl Work<'_> {
         };
         let file = (self.open)(&**self.storage, self.segments_dir, found.id)?;
         let (part, broken) = self.read(&file, header, durable)?;
+        let stops = broken.is_some() && matches!(part, Part::Prefix(_));
+        if stops && self.read(&file.for_recovery(), header, durable).is_err() {
+            self.away.clone_from(&broken);
+        }
         let mut timeline = self.timeline.clone();
         let steps = match &part {
             Part::Sealed(_, summary) => &summary.steps,

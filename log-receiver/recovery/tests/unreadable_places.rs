@@ -123,6 +123,46 @@ fn no_new_log_begins_where_a_header_cannot_be_read() {
 }
 
 #[test]
+fn what_may_be_read_the_next_time_is_told_of_where_it_costs_points_and_what_is_wrong_is_not() {
+    let (mut costs, mut missing) = (0, 0);
+    for seed in seeds(4) {
+        let agent = written(seed);
+        let (storage, paths) = copied(&agent);
+        let all = left(&storage);
+        assert_eq!(all.away, None);
+        let last = |left: &Salvage| left.snapshot.through();
+        for (nth, path) in paths.iter().enumerate() {
+            let _say = SayOnPanic(format!("SEED={seed}, {}", path.display()));
+            let files = storage.files();
+            let content = &files.iter().find(|(name, _)| name == path).expect("the file").1;
+            let length = content.iter().rposition(|byte| *byte != 0).expect("a header") as u64;
+            for at in (0..length).step_by(509) {
+                let bad = storage.copy();
+                bad.make_unreadable(path, sector(at));
+                let salvaged = left(&bad);
+                let loses = last(&salvaged) < last(&all);
+                assert_eq!(salvaged.away.is_some(), loses, "byte {at}: {:?}", salvaged.damage);
+                assert!(!loses || salvaged.away.is_some_and(|away| away.contains("cannot be read")));
+                costs += usize::from(loses);
+                let flipped = storage.copy();
+                flipped.flip_bit(path, ByteOffset(at), 2);
+                assert_eq!(left(&flipped).away, None, "byte {at}");
+            }
+            let gone = storage.copy();
+            gone.remove(path).expect("remove");
+            let away = left(&gone).away;
+            assert_eq!(
+                away.as_ref().is_some_and(|away| away.ends_with("is missing")),
+                nth + 1 < paths.len(),
+                "{away:?}"
+            );
+            missing += usize::from(away.is_some());
+        }
+    }
+    assert!(costs > 0 && missing > 0, "{costs} {missing}");
+}
+
+#[test]
 fn a_check_names_the_place_and_reads_everything_else() {
     let agent = written(3);
     let (storage, paths) = copied(&agent);

@@ -84,6 +84,11 @@ pub(crate) struct Reach {
 impl Reach {
     /// Of one round of retention.
     pub(crate) const ROUND: Self = Self { slots_max: Some(SLOTS_MAX), until: None };
+
+    /// The same of a log that is not to go as a whole.
+    pub(crate) fn in_part(self) -> Self {
+        Self { until: self.until.or(Some(CaptureTime(u64::MAX))), ..self }
+    }
 }
 
 /// What the ladder wants done at `now` to a log that stands alone, as far as `reach`; none when nothing is to be done.

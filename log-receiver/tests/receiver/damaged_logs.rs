@@ -5,13 +5,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use backtide_log_receiver::{Receiver, fsck};
+use backtide_log_receiver::{Receiver, Repair, fsck, repair};
 use backtide_protocol::{CloseCode, Hello};
 use backtide_receiver_api::{PointsReport, ReceiverClient};
 use backtide_units::{Epoch, Lsn};
 
 use crate::{
     agent::*,
+    away_logs::refused,
     ended_logs::*,
     fixture::*,
     retention::{TENS, at, go_on, rounds, vm1, write_history},
@@ -83,11 +84,11 @@ async fn a_damaged_log_whose_agent_stays_away_grows_old_up_to_its_damage() {
     assert!(!fsck(&place.store(), &mut |_| {}).unwrap().sound);
     let receiver = place.start().await;
     let api = client(&receiver);
-    assert_eq!((single(&api, TENS).await, damage(&api).await), (found.clone(), said));
+    assert_eq!((single(&api, TENS).await, damage(&api).await), (found.clone(), said.clone()));
     assert_eq!(points(&api).await.holes.last().unwrap(), &end.1);
     reads(&place, &receiver, [10, 33, last]).await;
 
-    // The agent comes at last: a new log begins behind it, above all that it had, and it goes as a whole.
+    // The agent comes at last: a new log begins behind it, above all that it had.
     let agent = begin_anew(&receiver).await;
     let stale = Agent::refused(&receiver, hello(1, "vm1")).await;
     assert_eq!(stale.code, CloseCode::Fenced, "{stale:?}");
@@ -95,6 +96,13 @@ async fn a_damaged_log_whose_agent_stays_away_grows_old_up_to_its_damage() {
     let joined = points(&api).await;
     let hole = joined.holes.iter().find(|hole| hole.after_lsn == Lsn(last)).unwrap();
     assert_eq!((hole.before_lsn, hole.reason_code.as_str()), (Some(Lsn(NEXT)), "damaged"), "{hole:?}");
+    // It goes as a whole when somebody has it cut where the segment is missing.
+    let why = refused(&api, TENS).await;
+    assert!(why.contains(&said[0]), "{why}");
+    receiver.shutdown().await;
+    assert!(repair(&place.store(), Repair::Everything, &mut |_| {}).unwrap().sound);
+    let receiver = place.start().await;
+    let api = client(&receiver);
     let of_both = single(&api, TENS).await;
     assert!(of_both.starts_with(&found), "{found:?} {of_both:?}");
     assert_eq!(segments(&place), Vec::<PathBuf>::new());

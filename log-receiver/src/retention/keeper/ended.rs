@@ -2,7 +2,8 @@
 //!
 //! Nobody appends to them, and their disk's owner writes where they begin. Invariant: as for the log in use, nothing goes but
 //! what may go at the moment in which it does; nor is a log folded as a whole while a point of it is to stay that cannot be
-//! read now, for the next look may read it.
+//! read now, for the next look may read it. Which points the ladder wants of a part that is away nobody knows: such a log is
+//! folded up to there, until that part is there again or somebody has the log cut. Only for want of room it goes all the same.
 
 use std::collections::BTreeMap;
 
@@ -31,6 +32,8 @@ struct Ended<'a> {
     above: Lsn,
     /// The first point behind it.
     next: TimedLsn,
+    /// What of it is away.
+    away: Option<&'a str>,
 }
 
 impl Work {
@@ -58,7 +61,8 @@ impl Work {
             };
             let (number, identity) = (*number, *identity);
             if let Some(next) = next {
-                let one = Ended { disk, number, identity, snapshot, above, next };
+                let away = log.away.as_deref();
+                let one = Ended { disk, number, identity, snapshot, above, next, away };
                 let one = self.thin_one(&one, pressure);
                 thinned.add(one)?;
             }
@@ -80,7 +84,17 @@ impl Work {
         let at = (clock::now(), pressure);
         let folded = Folded { disk, ended: Some((number, identity)), snapshot };
         let planning = |reach: Reach| plan_ended(snapshot, next, &ladder, &pins, at, reach);
-        let Some(plan) = self.planned(folded, &planning)? else { return Ok(false) };
+        let planned = match log.away.filter(|_| pressure == Pressure::None) {
+            None => self.planned(folded, &planning)?,
+            Some(away) => match self.planned(folded, &|reach| planning(reach.in_part()))? {
+                None if planning(Reach::ROUND)?.is_some_and(|plan| plan.ends) => {
+                    log.refuse_unread(&pins)?;
+                    return Err(Undone::Why(stays_for(away)));
+                }
+                planned => planned,
+            },
+        };
+        let Some(plan) = planned else { return Ok(false) };
         if plan.ends {
             log.refuse_unread(&pins)?;
         }
@@ -146,6 +160,15 @@ impl Ended<'_> {
             )))
         })
     }
+}
+
+/// Why a log stays that would go as a whole.
+fn stays_for(away: &str) -> String {
+    format!(
+        "what is left of an older log of the disk stays, for a part of it with points that may be wanted is away: {away}; put it \
+         back and start the receiver again, or let go of what is behind it: `backtide fsck --repair` cuts the log there, once \
+         no file of it is left that the device cannot read"
+    )
 }
 
 fn images_of(base: &Base) -> Vec<Lsn> {
